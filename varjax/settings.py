@@ -1,0 +1,175 @@
+"""Settings are trees of dataclasses: to and from plain JSON, dotted overrides, config files."""
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import pathlib
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal, TypeVar, Union
+
+T = TypeVar("T")
+WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+def to_dict(settings: Any) -> dict[str, Any]:
+    """Plain JSON data. A field annotated by an interface or a union also stores "_type"."""
+    hints = typing.get_type_hints(type(settings))
+    return {
+        field.name: _plain(hints[field.name], getattr(settings, field.name))
+        for field in dataclasses.fields(settings)
+    }
+
+
+def from_dict(cls: type[T], data: dict[str, Any]) -> T:
+    """Builds `cls` from the data of `to_dict` by its annotations; absent fields keep defaults.
+
+    Raises ValueError for an unknown field, a wrong type or another class's data. A field annotated
+    by a Protocol cannot be rebuilt, for the annotation does not name a class: read that part alone.
+    """
+    return _build(cls, data, cls.__name__)
+
+
+def override(settings: T, assignments: Iterable[str]) -> T:
+    """A copy with "a.b=value" applied, the values parsed by the annotation of each field.
+
+    Raises ValueError for an unknown field or a value of the wrong type.
+    """
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"{assignment!r} has no value; write {assignment}=value")
+        settings = _override(settings, path.split("."), text, path)
+    return settings
+
+
+def differences(a: Any, b: Any, path: str = "") -> list[str]:
+    """What differs between two `to_dict` trees, as "path: A in the run, B in the config"."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [f"{path}: {a!r} in the run, {b!r} in the config"]
+    lines = []
+    for key in dict.fromkeys((*a, *b)):
+        below = f"{path}.{key}" if path else key
+        if key not in a:
+            lines.append(f"{below}: absent in the run, {b[key]!r} in the config")
+        elif key not in b:
+            lines.append(f"{below}: {a[key]!r} in the run, absent in the config")
+        else:
+            lines += differences(a[key], b[key], below)
+    return lines
+
+
+def load_config(location: str) -> Any:
+    """`get_config(argument)` of the Python file in "file.py" or "file.py:argument"."""
+    name, _, argument = location.partition(":")
+    path = pathlib.Path(name)
+    if path.suffix != ".py" or not path.is_file():
+        raise ValueError(f"there is no config file {name!r}; the files in configs/ are examples")
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"{name} defines no function get_config(arg)")
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise ValueError(f"{name} takes no argument, but {argument!r} was given after the colon")
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def _plain(kind: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        label = {} if dataclasses.is_dataclass(kind) else {"_type": type(value).__name__}
+        return label | to_dict(value)
+    if isinstance(value, tuple):
+        inner = typing.get_args(kind)
+        variadic = len(inner) == 2 and inner[1] is ...
+        kinds = inner if inner and not variadic else (inner[0] if inner else Any,) * len(value)
+        return [_plain(k, v) for k, v in zip(kinds, value, strict=True)]
+    assert value is None or isinstance(value, bool | int | float | str), (kind, value)
+    return value
+
+
+def _build(kind: Any, data: Any, path: str) -> Any:
+    """`data` as a value of the annotation `kind`; ValueError when it is none."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(data, dict):
+        return _build_dataclass(typing.cast(type, kind), data, path)
+    if origin in (Union, types.UnionType):
+        label = data.get("_type") if isinstance(data, dict) else None
+        if label:  # the class is known, so its own error says more than "none of these"
+            inner = tuple(o for o in inner if getattr(o, "__name__", "") == label) or inner
+        if len(inner) == 1:
+            return _build(inner[0], data, path)
+        for option in inner:
+            try:
+                return _build(option, data, path)
+            except ValueError:
+                continue
+    elif origin is Literal and any(data == v and type(data) is type(v) for v in inner):
+        return data
+    elif origin is tuple and isinstance(data, list | tuple):
+        kinds = inner[:1] * len(data) if inner[1:] == (...,) else inner
+        if len(kinds) == len(data):
+            return tuple(
+                _build(k, v, f"{path}[{i}]")
+                for i, (k, v) in enumerate(zip(kinds, data, strict=True))
+            )
+    elif kind is float and type(data) in (int, float):
+        return float(data)
+    elif kind in (int, str, bool, type(None)) and type(data) is kind or kind is Any:
+        return data
+    if getattr(kind, "_is_protocol", False):
+        raise ValueError(
+            f"{path} is an interface, which names no class; read it as its own class"
+        )
+    raise ValueError(f"{path} must be {_spell(kind)}, not {data!r}")
+
+
+def _build_dataclass(cls: type, data: dict[str, Any], path: str) -> Any:
+    if data.get("_type", cls.__name__) != cls.__name__:
+        raise ValueError(f"{path} holds a {data['_type']}, not a {cls.__name__}")
+    hints = typing.get_type_hints(cls)
+    known = {field.name for field in dataclasses.fields(cls)}
+    values = {name: value for name, value in data.items() if name != "_type"}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"{path} has no field {unknown}; its fields are {sorted(known)}")
+    built = {name: _build(hints[name], value, f"{path}.{name}") for name, value in values.items()}
+    try:
+        return cls(**built)
+    except TypeError as error:
+        raise ValueError(f"{path} is incomplete: {error}") from error
+
+
+def _override(settings: Any, names: list[str], text: str, path: str) -> Any:
+    name, *rest = names
+    if not dataclasses.is_dataclass(settings):
+        raise ValueError(f"{path}: a {type(settings).__name__} has no field {name!r}")
+    known = [field.name for field in dataclasses.fields(settings)]
+    if name not in known:
+        owner = type(settings).__name__
+        raise ValueError(f"{path}: {owner} has no field {name!r}; its fields are {known}")
+    value = getattr(settings, name)
+    if rest:
+        value = _override(value, rest, text, path)
+    else:
+        value = _parse(typing.get_type_hints(type(settings))[name], text, path)
+    return dataclasses.replace(typing.cast(Any, settings), **{name: value})
+
+
+def _parse(kind: Any, text: str, path: str) -> Any:
+    try:
+        literal = WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
+        return _build(kind, literal, path)
+    except (ValueError, SyntaxError, TypeError):
+        return _build(kind, text, path)
+
+
+def _spell(kind: Any) -> str:
+    if dataclasses.is_dataclass(kind):
+        fields = [field.name for field in dataclasses.fields(kind)]
+        return f"a group of settings ({', '.join(fields)}), each set by its own name"
+    if typing.get_origin(kind) is Literal:
+        return f"one of {list(typing.get_args(kind))}"
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
