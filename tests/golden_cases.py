@@ -1,0 +1,68 @@
+"""The golden cases as varjax sees them: configs, converted weights, NHWC arrays."""
+
+import functools
+
+import jax
+import numpy as np
+
+from tests.golden import weights
+from varjax.convert import names
+from varjax.tokenizer.model import TokenizerConfig, init_tokenizer
+from varjax.var.model import VARConfig, init_var
+
+CASES = ("base", "shared_aln", "no_qk_norm", "ten_scales", "phi_per_scale")
+
+
+def configs(name: str) -> tuple[TokenizerConfig, VARConfig]:
+    c = weights.case(name)
+    scales = tuple(c["patch_nums"])
+    tokenizer = TokenizerConfig(
+        scales=scales,
+        width=c["ch"],
+        vocab=c["vocab_size"],
+        code_channels=c["z_channels"],
+        phis=c["share_quant_resi"],
+    )
+    var = VARConfig(
+        depth=c["depth"],
+        width=c["embed_dim"],
+        heads=c["num_heads"],
+        classes=c["num_classes"],
+        scales=scales,
+        vocab=c["vocab_size"],
+        code_channels=c["z_channels"],
+        shared_adaln=c["shared_aln"],
+        cosine_attention=c["attn_l2_norm"],
+    )
+    return tokenizer, var
+
+
+@functools.cache
+def tokenizer_params(name: str):
+    config, _ = configs(name)
+    abstract = jax.eval_shape(functools.partial(init_tokenizer, config), jax.random.key(0))
+    table = names.tokenizer_table(config)
+    return names.from_official(table, abstract, weights.state_dict(name, "vae"))
+
+
+@functools.cache
+def var_params(name: str):
+    _, config = configs(name)
+    abstract = jax.eval_shape(functools.partial(init_var, config), jax.random.key(0))
+    return names.from_official(names.var_table(config), abstract, weights.state_dict(name, "var"))
+
+
+@functools.cache
+def outputs(name: str) -> dict[str, np.ndarray]:
+    return weights.outputs(name)
+
+
+def images(name: str) -> np.ndarray:
+    """(2, R, R, 3) in [-1, 1]."""
+    return weights.image(name).transpose(0, 2, 3, 1)
+
+
+def strided(name: str, image_BHWC) -> np.ndarray:
+    """An image as the golden files hold it: NCHW, every s-th row and column."""
+    s = weights.case(name)["image_stride"]
+    return np.asarray(image_BHWC).transpose(0, 3, 1, 2)[:, :, ::s, ::s]

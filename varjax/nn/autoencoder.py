@@ -1,0 +1,154 @@
+"""The convolutional encoder and decoder around the quantizer (the VQGAN design, as VAR uses it)."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from varjax.nn.attention import attend
+from varjax.nn.compute import precision_of
+
+
+class Encoder(nn.Module):
+    """Image (B, H, W, channels) -> features (B, H/f, W/f, code_channels), f = 2^(levels - 1)."""
+
+    width: int
+    multipliers: Sequence[int]
+    blocks: int
+    groups: int
+    code_channels: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, image_BHWC: jax.Array) -> jax.Array:
+        last = len(self.multipliers) - 1
+        x_BhwC = conv(self.width, self.dtype, "conv_in")(image_BHWC)
+        for i, multiplier in enumerate(self.multipliers):
+            for j in range(self.blocks):
+                x_BhwC = self._block(multiplier, f"down_{i}_block_{j}")(x_BhwC)
+                if i == last:
+                    x_BhwC = SpatialAttention(self.groups, self.dtype, name=f"down_{i}_attn_{j}")(
+                        x_BhwC
+                    )
+            if i < last:
+                x_BhwC = Downsample(self.dtype, name=f"down_{i}_downsample")(x_BhwC)
+        x_BhwC = middle(self._block, self.multipliers[-1], self.groups, self.dtype, x_BhwC)
+        x_BhwC = nn.silu(norm(self.groups, self.dtype, "norm_out")(x_BhwC))
+        return conv(self.code_channels, self.dtype, "conv_out")(x_BhwC)
+
+    def _block(self, multiplier, name):
+        return ResidualBlock(self.width * multiplier, self.groups, self.dtype, name=name)
+
+
+class Decoder(nn.Module):
+    """Features (B, h, w, code_channels) -> image (B, f·h, f·w, image_channels), not clipped."""
+
+    width: int
+    multipliers: Sequence[int]
+    blocks: int
+    groups: int
+    image_channels: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, f_BhwZ: jax.Array) -> jax.Array:
+        last = len(self.multipliers) - 1
+        x_BhwC = conv(self.width * self.multipliers[-1], self.dtype, "conv_in")(f_BhwZ)
+        x_BhwC = middle(self._block, self.multipliers[-1], self.groups, self.dtype, x_BhwC)
+        for i, multiplier in reversed(list(enumerate(self.multipliers))):
+            for j in range(self.blocks + 1):
+                x_BhwC = self._block(multiplier, f"up_{i}_block_{j}")(x_BhwC)
+                if i == last:
+                    x_BhwC = SpatialAttention(self.groups, self.dtype, name=f"up_{i}_attn_{j}")(
+                        x_BhwC
+                    )
+            if i > 0:
+                x_BhwC = Upsample(self.dtype, name=f"up_{i}_upsample")(x_BhwC)
+        x_BhwC = nn.silu(norm(self.groups, self.dtype, "norm_out")(x_BhwC))
+        return conv(self.image_channels, self.dtype, "conv_out")(x_BhwC)
+
+    def _block(self, multiplier, name):
+        return ResidualBlock(self.width * multiplier, self.groups, self.dtype, name=name)
+
+
+class ResidualBlock(nn.Module):
+    """Two pre-normalized 3×3 convolutions beside a skip (1×1 where the width changes)."""
+
+    width: int
+    groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BhwC):
+        y_BhwC = nn.silu(norm(self.groups, self.dtype, "norm1")(x_BhwC))
+        y_BhwC = conv(self.width, self.dtype, "conv1")(y_BhwC)
+        y_BhwC = nn.silu(norm(self.groups, self.dtype, "norm2")(y_BhwC))
+        y_BhwC = conv(self.width, self.dtype, "conv2")(y_BhwC)
+        if x_BhwC.shape[-1] != self.width:
+            x_BhwC = conv(self.width, self.dtype, "shortcut", size=1)(x_BhwC)
+        return x_BhwC + y_BhwC
+
+
+class SpatialAttention(nn.Module):
+    """One head of attention over all positions of the map."""
+
+    groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BhwC):
+        B, h, w, C = x_BhwC.shape
+        y_BhwC = norm(self.groups, self.dtype, "norm")(x_BhwC)
+        qkv_Bhw3C = conv(3 * C, self.dtype, "qkv", size=1)(y_BhwC)
+        q_BLHD, k_BLHD, v_BLHD = jnp.split(qkv_Bhw3C.reshape(B, h * w, 1, 3 * C), 3, axis=-1)
+        y_BhwC = attend(q_BLHD, k_BLHD, v_BLHD, scale=C**-0.5).reshape(B, h, w, C)
+        return x_BhwC + conv(C, self.dtype, "proj", size=1)(y_BhwC)
+
+
+class Downsample(nn.Module):
+    """Halves height and width with a strided convolution that pads below and right only."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BhwC):
+        padding = ((0, 1), (0, 1))
+        return conv(x_BhwC.shape[-1], self.dtype, "conv", strides=2, padding=padding)(x_BhwC)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width: nearest neighbor, then a convolution."""
+
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_BhwC):
+        x_BhwC = jnp.repeat(jnp.repeat(x_BhwC, 2, axis=1), 2, axis=2)
+        return conv(x_BhwC.shape[-1], self.dtype, "conv")(x_BhwC)
+
+
+def middle(block, multiplier, groups, dtype, x_BhwC):
+    """Block, attention, block at the lowest resolution."""
+    x_BhwC = block(multiplier, "mid_block_1")(x_BhwC)
+    x_BhwC = SpatialAttention(groups, dtype, name="mid_attn_1")(x_BhwC)
+    return block(multiplier, "mid_block_2")(x_BhwC)
+
+
+def conv(features, dtype, name=None, *, size=3, strides=1, padding="SAME") -> nn.Conv:
+    """A square convolution with PyTorch's default scale of initialization."""
+    return nn.Conv(
+        features,
+        (size, size),
+        strides,
+        padding,
+        dtype=dtype,
+        precision=precision_of(dtype),
+        kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        name=name,
+    )
+
+
+def norm(groups, dtype, name) -> nn.GroupNorm:
+    # The fast variance E[x²]-E[x]² loses digits that decide tokens.
+    return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)

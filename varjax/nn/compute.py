@@ -1,0 +1,40 @@
+"""How a model is computed, apart from what it is: none of these choices changes its weights."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+Attention = Literal["xla", "cudnn"]
+Remat = Literal["none", "block", "dots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Number format and execution of a transformer.
+
+    dtype: format of matrix products and of the residual stream. "auto" is bfloat16 on an accelerator
+        and float32 on a CPU. Softmax, norms and logits are always float32, parameters too.
+    attention: "xla" runs anywhere; "cudnn" is the fused kernel (NVIDIA, bfloat16).
+    remat: what the backward pass recomputes: "none", all of a "block", or all but matrix products
+        ("dots").
+    unroll: unroll the layers instead of scanning them: slower to compile, faster for tiny models.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Attention = "xla"
+    remat: Remat = "none"
+    unroll: bool = False
+
+    @property
+    def jax_dtype(self) -> jnp.dtype:
+        """The format that "auto" stands for on this machine."""
+        if self.dtype == "auto":
+            return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return jnp.dtype(self.dtype)
+
+
+def precision_of(dtype) -> str | None:
+    """float32 means float32: without this, GPUs use TF32 and TPUs bfloat16, and tokens flip."""
+    return "highest" if jnp.dtype(dtype) == jnp.float32 else None

@@ -1,0 +1,96 @@
+"""The pyramid of scales that one image becomes: sizes, slices, levels, mask. Static NumPy only."""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+Scale = int | tuple[int, int]
+
+# Side lengths of the official models: one tokenizer serves 256 and 512 pixels.
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pyramid:
+    """K token maps, coarse to fine, whose tokens are concatenated row by row into one sequence of L.
+
+    `scales` holds a side length for a square map or (h, w). Hashable, so that it can be closed over
+    or passed as a static argument.
+
+    Raises ValueError if there is no scale, a side is below 1, or a map is smaller than the one
+    before it.
+    """
+
+    scales: tuple[Scale, ...]
+
+    def __post_init__(self):
+        if not self.scales:
+            raise ValueError("scales is empty: give at least one side length, such as (1, 2, 4)")
+        for side in (side for shape in self.shapes for side in shape):
+            if side < 1:
+                raise ValueError(f"scales={self.scales}: a side of {side}; sides are 1 or more")
+        for (h, w), (next_h, next_w) in zip(self.shapes, self.shapes[1:], strict=False):
+            if next_h < h or next_w < w:
+                raise ValueError(
+                    f"scales={self.scales}: {next_h}x{next_w} comes after {h}x{w}; "
+                    "list the scales from coarse to fine"
+                )
+
+    @functools.cached_property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        """(h, w) of every scale."""
+        return tuple((s, s) if isinstance(s, int) else (s[0], s[1]) for s in self.scales)
+
+    @property
+    def finest(self) -> tuple[int, int]:
+        """(h, w) of the last scale, which is the tokenizer's feature map."""
+        return self.shapes[-1]
+
+    @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of tokens l of every scale."""
+        return tuple(h * w for h, w in self.shapes)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens L of all scales together."""
+        return sum(self.lengths)
+
+    def __len__(self) -> int:
+        """Number of scales K."""
+        return len(self.scales)
+
+    @functools.cached_property
+    def slices(self) -> tuple[slice, ...]:
+        """Where each scale lies in the sequence of L tokens."""
+        ends = np.cumsum(self.lengths).tolist()
+        return tuple(slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True))
+
+    @functools.cached_property
+    def level_L(self) -> np.ndarray:
+        """The scale (0 … K-1) that each token belongs to."""
+        return np.repeat(np.arange(len(self)), self.lengths)
+
+    @functools.cached_property
+    def mask_LL(self) -> np.ndarray:
+        """Block-causal mask: token i may look at token j (True) if j's scale is not finer than i's."""
+        return self.level_L[:, None] >= self.level_L[None, :]
+
+    def progress(self, k: int) -> float:
+        """How far scale k is on the way from the first (0) to the last (1); 0 for a single scale."""
+        return k / max(len(self) - 1, 1)
+
+    def phi_index(self, phis: int) -> tuple[int, ...]:
+        """Which of `phis` shared φ convolutions each scale uses; 0 stands for one per scale.
+
+        The nearest of the evenly spread ticks wins. With K = 10 and four φ, two scales lie exactly
+        between ticks and the rounding of float64 decides, so this stays in NumPy's float64.
+        """
+        if phis == 0:
+            return tuple(range(len(self)))
+        inset = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
+        ticks = np.linspace(inset, 1 - inset, phis)
+        return tuple(int(np.argmin(np.abs(ticks - self.progress(k)))) for k in range(len(self)))

@@ -1,0 +1,87 @@
+"""PyTorch-equal resizing of maps: every one is a constant (out, in) matrix per axis, two einsums.
+
+`area` is adaptive average pooling (not TensorFlow's area resize, which differs where sizes do not
+divide); `bicubic` and `bilinear` are half-pixel-centered, without antialiasing, edges clamped.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@functools.cache
+def area_matrix(size: int, out: int) -> np.ndarray:
+    """(out, size) float32: row i averages inputs ⌊i·size/out⌋ … ⌈(i+1)·size/out⌉-1."""
+    matrix = np.zeros((out, size), np.float32)
+    for i in range(out):
+        start, stop = i * size // out, -(-(i + 1) * size // out)
+        matrix[i, start:stop] = 1 / (stop - start)
+    return matrix
+
+
+@functools.cache
+def bicubic_matrix(size: int, out: int) -> np.ndarray:
+    """(out, size) float32: Keys' cubic convolution with a = -0.75."""
+    a = -0.75
+
+    def near(t):
+        return ((a + 2) * t - (a + 3)) * t * t + 1
+
+    def far(t):
+        return ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+
+    start, t = _sample_points(size, out)
+    weights = np.stack([far(t + 1), near(t), near(1 - t), far(2 - t)], axis=1)
+    return _gather_matrix(size, start - 1, weights)
+
+
+@functools.cache
+def bilinear_matrix(size: int, out: int) -> np.ndarray:
+    """(out, size) float32: linear interpolation between the two nearest inputs."""
+    start, t = _sample_points(size, out, clamp=True)
+    return _gather_matrix(size, start, np.stack([1 - t, t], axis=1))
+
+
+def area(x_BhwC: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Area-averages (B, h, w, C) down to (B, *shape, C)."""
+    return _resize(area_matrix, x_BhwC, shape)
+
+
+def bicubic(x_BhwC: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Bicubically resizes (B, h, w, C) to (B, *shape, C)."""
+    return _resize(bicubic_matrix, x_BhwC, shape)
+
+
+def bilinear(x_BhwC: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Bilinearly resizes (B, h, w, C) to (B, *shape, C)."""
+    return _resize(bilinear_matrix, x_BhwC, shape)
+
+
+def _resize(matrix, x_BhwC, shape):
+    h, w = x_BhwC.shape[1:3]
+    if (h, w) == tuple(shape):
+        return x_BhwC
+    rows, columns = matrix(h, shape[0]), matrix(w, shape[1])
+    # Tokens hang on these values: full precision also where the default is TF32 or bfloat16.
+    x_BHwC = jnp.einsum("Hh,BhwC->BHwC", rows, x_BhwC, precision="highest")
+    return jnp.einsum("Ww,BHwC->BHWC", columns, x_BHwC, precision="highest")
+
+
+def _sample_points(size, out, clamp=False):
+    """For every output its left neighbor and the distance from it, in input pixels."""
+    position = (np.arange(out) + 0.5) * size / out - 0.5
+    if clamp:
+        position = np.maximum(position, 0)
+    start = np.floor(position).astype(int)
+    return start, position - start
+
+
+def _gather_matrix(size, start, weights):
+    """Puts weights[i, j] at column start[i] + j, adding up what falls over the clamped edges."""
+    matrix = np.zeros((len(start), size), np.float64)
+    for j in range(weights.shape[1]):
+        columns = np.clip(start + j, 0, size - 1)
+        np.add.at(matrix, (np.arange(len(start)), columns), weights[:, j])
+    return matrix.astype(np.float32)

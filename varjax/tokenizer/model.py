@@ -1,0 +1,132 @@
+"""The multi-scale VQ tokenizer: image <-> K maps of tokens (VAR, section 3.2)."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from varjax.nn.autoencoder import Decoder, Encoder, conv
+from varjax.pyramid import SCALES_256, Pyramid, Scale
+from varjax.tokenizer.quantizer import Quantized, Quantizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """What a tokenizer is; the defaults are the released `vae_ch160v4096z32`.
+
+    Raises ValueError where sizes do not fit one another.
+    """
+
+    scales: tuple[Scale, ...] = SCALES_256
+    image_channels: int = 3
+    width: int = 160
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # one per level; each further one halves the map
+    blocks: int = 2
+    groups: int = 32
+    vocab: int = 4096
+    code_channels: int = 32
+    phis: int = 4  # φ convolutions shared by the scales; 0: one per scale
+    phi_ratio: float = 0.5
+    cosine_codes: bool = False
+
+    def __post_init__(self):
+        self.pyramid  # noqa: B018  (its own checks)
+        for name in ("image_channels", "width", "blocks", "groups", "vocab", "code_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers={self.multipliers}: give one per level, each 1 or more")
+        if self.width % self.groups:
+            raise ValueError(f"width={self.width} is not a multiple of groups={self.groups}")
+        if self.phis < 0:
+            raise ValueError(f"phis={self.phis}: must be 0 (one per scale) or more")
+        if not 0 <= self.phi_ratio <= 1:
+            raise ValueError(f"phi_ratio={self.phi_ratio}: must lie in [0, 1]")
+
+    @property
+    def pyramid(self) -> Pyramid:
+        return Pyramid(self.scales)
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels per feature along one side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, channels)."""
+        h, w = self.pyramid.finest
+        return h * self.downsampling, w * self.downsampling, self.image_channels
+
+
+class Tokenizer(nn.Module):
+    """Images are (B, H, W, channels) in [-1, 1]; tokens (B, L) int32, scales concatenated.
+
+    The encoder and quantizer are float32: other formats flip tokens. `decoder_dtype` is free.
+    """
+
+    config: TokenizerConfig
+    decoder_dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        c = self.config
+        self.encoder = Encoder(c.width, c.multipliers, c.blocks, c.groups, c.code_channels)
+        self.quant_conv = conv(c.code_channels, jnp.float32)
+        self.quantizer = Quantizer(
+            c.pyramid, c.vocab, c.code_channels, c.phis, c.phi_ratio, c.cosine_codes
+        )
+        self.post_quant_conv = conv(c.code_channels, self.decoder_dtype)
+        self.decoder = Decoder(
+            c.width, c.multipliers, c.blocks, c.groups, c.image_channels, self.decoder_dtype
+        )
+
+    def __call__(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array, Quantized]:
+        """For training: (image, features, quantized), the image not clipped.
+
+        The gradient of the image passes the quantizer straight through to the features.
+        """
+        f_BhwZ = self.features(image_BHWC)
+        quantized = self.quantizer(f_BhwZ)
+        f_hat_BhwZ = quantized.f_hats[-1]
+        return self._decode(f_BhwZ + jax.lax.stop_gradient(f_hat_BhwZ - f_BhwZ)), f_BhwZ, quantized
+
+    def features(self, image_BHWC: jax.Array) -> jax.Array:
+        """What is quantized: (B, h, w, Z)."""
+        return self.quant_conv(self.encoder(image_BHWC.astype(jnp.float32)))
+
+    def encode(self, image_BHWC: jax.Array) -> jax.Array:
+        """(B, H, W, channels) -> (B, L)."""
+        return self.quantizer(self.features(image_BHWC)).tokens_BL
+
+    def encode_to_teach(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Images -> (tokens (B, L), transformer input (B, L - l of scale 0, Z))."""
+        quantized = self.quantizer(self.features(image_BHWC))
+        return quantized.tokens_BL, self.quantizer.teacher_input(quantized.f_hats)
+
+    def teacher_input(self, tokens_BL: jax.Array) -> jax.Array:
+        """(B, L) -> the transformer's input for all scales but the first."""
+        return self.quantizer.teacher_input(self.quantizer.accumulate(tokens_BL))
+
+    def decode(self, tokens_BL: jax.Array) -> jax.Array:
+        """(B, L) -> (B, H, W, channels)."""
+        return self.decode_features(self.quantizer.accumulate(tokens_BL)[-1])
+
+    def decode_every_scale(self, tokens_BL: jax.Array) -> jax.Array:
+        """(B, L) -> (K, B, H, W, channels): the image after each scale."""
+        f_hats = self.quantizer.accumulate(tokens_BL)
+        image_NHWC = self.decode_features(jnp.concatenate(f_hats))
+        return image_NHWC.reshape(len(f_hats), -1, *image_NHWC.shape[1:])
+
+    def decode_features(self, f_hat_BhwZ: jax.Array) -> jax.Array:
+        """(B, h, w, Z) -> images clipped to [-1, 1]."""
+        return jnp.clip(self._decode(f_hat_BhwZ), -1, 1)
+
+    def _decode(self, f_hat_BhwZ):
+        image_BHWC = self.decoder(self.post_quant_conv(f_hat_BhwZ.astype(self.decoder_dtype)))
+        return image_BHWC.astype(jnp.float32)
+
+
+def init_tokenizer(config: TokenizerConfig, key: jax.Array):
+    """Fresh parameters."""
+    return Tokenizer(config).init(key, jnp.zeros((1, *config.image_shape)))["params"]

@@ -1,0 +1,165 @@
+"""The VAR transformer: predicts every token of the next, finer scale at once (VAR, section 3.1)."""
+
+import dataclasses
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from varjax.nn.attention import dense
+from varjax.nn.compute import Compute
+from varjax.nn.transformer import (
+    SIGNALS,
+    Block,
+    Cache,
+    all_signals,
+    init_blocks,
+    modulate,
+    run_blocks,
+)
+from varjax.pyramid import SCALES_256, SCALES_512, Pyramid, Scale
+
+
+@dataclasses.dataclass(frozen=True)
+class VARConfig:
+    """What a transformer is. The class `classes` means "no class" (guidance, in-painting).
+
+    Raises ValueError where sizes do not fit one another.
+    """
+
+    depth: int
+    width: int
+    heads: int
+    classes: int = 1000
+    scales: tuple[Scale, ...] = SCALES_256
+    vocab: int = 4096
+    code_channels: int = 32
+    shared_adaln: bool = False
+    cosine_attention: bool = True
+    gate_init: float = 1e-3  # factor on the AdaLN gates' initial spread
+
+    def __post_init__(self):
+        self.pyramid  # noqa: B018  (its own checks)
+        for name in ("depth", "width", "heads", "classes", "vocab", "code_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+        if self.width % self.heads:
+            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+
+    @classmethod
+    def preset(cls, name: str) -> "VARConfig":
+        """The released models: d16, d20, d24, d30 (256 px) and d36 (512 px)."""
+        gates = {"d16": 1e-3, "d20": 1e-3, "d24": 1e-4, "d30": 1e-5, "d36": 5e-6}
+        if name not in gates:
+            raise ValueError(f"preset {name!r}: allowed are {', '.join(gates)}")
+        depth = int(name[1:])
+        large = {"scales": SCALES_512, "shared_adaln": True} if name == "d36" else {}
+        return cls(depth, 64 * depth, depth, gate_init=gates[name], **large)
+
+    @property
+    def pyramid(self) -> Pyramid:
+        return Pyramid(self.scales)
+
+
+@flax.struct.dataclass
+class Condition:
+    """All that the labels contribute; it depends on no token, so a sampler computes it once."""
+
+    start_BC: jax.Array  # the class embedding
+    signals_NB6C: jax.Array  # every layer's AdaLN signals
+    head_B2C: jax.Array  # the last norm's scale and shift
+
+
+class VAR(nn.Module):
+    """Block-causal: a token sees its own scale and all coarser ones."""
+
+    config: VARConfig
+    compute: Compute = Compute()
+
+    def setup(self):
+        c, C = self.config, self.config.width
+        std = (3 * C) ** -0.5
+        normal = nn.initializers.normal(std)
+        self.dtype = self.compute.jax_dtype
+        self.class_embed = self.param("class_embed", normal, (c.classes + 1, C), jnp.float32)
+        self.start = self.param("pos_start", normal, (c.pyramid.lengths[0], C), jnp.float32)
+        self.pos_LC = self.param("pos_embed", normal, (c.pyramid.length, C), jnp.float32)
+        self.level_KC = self.param("level_embed", normal, (len(c.pyramid), C), jnp.float32)
+        self.word = dense(C, self.dtype, normal, None)
+        if c.shared_adaln:
+            self.shared_ada = dense(SIGNALS * C, self.dtype, normal, None)
+        self.block = Block(
+            c.heads, c.depth, c.cosine_attention, c.shared_adaln, std, c.gate_init, self.compute,
+            parent=None,
+        )  # fmt: skip
+        cond = jnp.zeros((1, SIGNALS, C) if c.shared_adaln else (1, C))
+        self.blocks = self.param("blocks", lambda key: init_blocks(self.block, key, cond))
+        self.head_ada = dense(2 * C, jnp.float32, nn.initializers.normal(std / 2), None)
+        self.head = dense(c.vocab, jnp.float32, nn.initializers.normal(std * 0.02), None)
+
+    def __call__(
+        self, input_BlZ: jax.Array, label_B: jax.Array, keep_N2B: jax.Array | None = None
+    ) -> jax.Array:
+        """Teacher forcing: logits (B, L, V) float32 of all scales at once.
+
+        input_BlZ: `Tokenizer.teacher_input`, all scales but the first. keep_N2B: `drop_path`.
+        """
+        start_BC = jnp.take(self.class_embed, label_B, axis=0, mode="clip")
+        x_BLC = jnp.concatenate([self._first(start_BC), self.word(input_BlZ)], axis=1)
+        x_BLC = (x_BLC + self._places(slice(None))).astype(self.dtype)
+        x_BLC, _ = run_blocks(
+            self.block,
+            self.blocks,
+            x_BLC,
+            cond=self._shared(start_BC),
+            mask_lL=self.config.pyramid.mask_LL,
+            keep_N2B=keep_N2B,
+        )
+        return self._logits(x_BLC, self._head_signals(start_BC))
+
+    def condition(self, label_B: jax.Array) -> Condition:
+        """(B,) labels -> what `predict` needs of them, for all scales."""
+        start_BC = jnp.take(self.class_embed, label_B, axis=0, mode="clip")
+        signals_NB6C = all_signals(self.block, self.blocks, self._shared(start_BC))
+        return Condition(start_BC, signals_NB6C, self._head_signals(start_BC))
+
+    def predict(
+        self, input_BlZ: jax.Array | None, cond: Condition, k: int, cache: Cache
+    ) -> tuple[jax.Array, Cache]:
+        """Logits (B, l, V) float32 of scale k, and the cache with it.
+
+        input_BlZ: `Quantizer.next_input` after scale k-1; None for k = 0. cache: scales 0 … k-1.
+        """
+        assert (input_BlZ is None) == (k == 0) and len(cache.keys) == k
+        x_BlC = self._first(cond.start_BC) if input_BlZ is None else self.word(input_BlZ)
+        x_BlC = (x_BlC + self._places(self.config.pyramid.slices[k])).astype(self.dtype)
+        x_BlC, cache = run_blocks(
+            self.block, self.blocks, x_BlC, signals_NB6C=cond.signals_NB6C, cache=cache
+        )
+        return self._logits(x_BlC, cond.head_B2C), cache
+
+    def _first(self, start_BC):
+        return start_BC[:, None] + self.start
+
+    def _places(self, tokens):
+        return (self.level_KC[self.config.pyramid.level_L] + self.pos_LC)[tokens]
+
+    def _shared(self, start_BC):
+        if not self.config.shared_adaln:
+            return start_BC
+        return self.shared_ada(nn.silu(start_BC)).reshape(-1, SIGNALS, self.config.width)
+
+    def _head_signals(self, start_BC):
+        return self.head_ada(nn.silu(start_BC)).reshape(-1, 2, self.config.width)
+
+    def _logits(self, x_BlC, head_B2C):
+        scale_B1C, shift_B1C = jnp.split(head_B2C, 2, axis=1)
+        return self.head(modulate(x_BlC.astype(jnp.float32), scale_B1C, shift_B1C))
+
+
+def init_var(config: VARConfig, key: jax.Array):
+    """Fresh parameters, initialized as the reference does."""
+    rest = config.pyramid.length - config.pyramid.lengths[0]
+    input_BlZ = jnp.zeros((1, rest, config.code_channels))
+    return VAR(config).init(key, input_BlZ, jnp.zeros(1, jnp.int32))["params"]
