@@ -1,0 +1,86 @@
+"""AdamW with the reference's schedules of learning rate and weight decay."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from varjax.training.task import Plan
+
+Schedule = Literal["constant", "cos", "lin", "lin0", "lin00", "lin0.5", "exp"]
+HOLD = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "lin0.5": 0.5, "exp": 0.15}
+Step = jax.typing.ArrayLike
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """AdamW on gradients clipped by their global norm.
+
+    The peak learning rate is `base_lr` for each 256 images of the batch. It rises linearly from
+    `warmup_start` of the peak over the fraction `warmup` of the run, then follows `schedule` down
+    to `end` of the peak. Weight decay goes from `weight_decay` to `weight_decay_end` (None: stays)
+    on a half cosine. `clip` = 0 turns clipping off.
+    """
+
+    base_lr: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.05
+    weight_decay_end: float | None = None
+    clip: float = 2.0
+    schedule: Schedule = "lin0"
+    warmup: float = 0.02
+    warmup_start: float = 0.005
+    end: float = 0.01
+
+    def lr(self, step: Step, plan: Plan) -> Any:
+        """Learning rate of the update number `step`, from 0: float64 in NumPy, float32 in JAX."""
+        xp, n = _numbers(step)
+        warm = round(self.warmup * plan.steps)
+        rising = self.warmup_start + (1 - self.warmup_start) * n / max(warm, 1)
+        done = (n - warm) / max(plan.steps - 1 - warm, 1)
+        peak = self.base_lr * plan.batch_size / 256
+        return peak * xp.where(n < warm, rising, self._decay(xp, done))
+
+    def wd(self, step: Step, plan: Plan) -> Any:
+        """Weight decay of the update number `step`, from 0."""
+        xp, n = _numbers(step)
+        end = self.weight_decay if self.weight_decay_end is None else self.weight_decay_end
+        cosine = 0.5 + 0.5 * xp.cos(math.pi * n / max(plan.steps - 1, 1))
+        return end + (self.weight_decay - end) * cosine
+
+    def make(self, plan: Plan, decay_mask: Any) -> optax.GradientTransformation:
+        """The Optax transformation; weight decay where `decay_mask` (a tree of bool) is True."""
+        return optax.chain(
+            optax.clip_by_global_norm(self.clip) if self.clip else optax.identity(),
+            optax.scale_by_adam(self.b1, self.b2, self.eps),
+            optax.add_decayed_weights(lambda count: self.wd(count, plan), mask=decay_mask),
+            optax.scale_by_learning_rate(lambda count: self.lr(count, plan)),
+        )
+
+    def _decay(self, xp: Any, done: Any) -> Any:
+        """The share of the peak when the fraction `done` of the time after warm-up is over."""
+        end, rest = self.end, 1 - done
+        if self.schedule == "constant":
+            return xp.ones_like(done)
+        if self.schedule == "cos":
+            return end + (1 - end) * (0.5 + 0.5 * xp.cos(math.pi * done))
+        hold = HOLD[self.schedule]
+        if self.schedule == "exp":
+            return xp.where(done < hold, 1.0, xp.exp((done - hold) / (1 - hold) * math.log(end)))
+        if self.schedule == "lin0.5":  # halfway to where "lin" would be, then down to the end
+            middle = (1 + end + (1 - end) * (1 - hold)) / 2
+            falling = 1 + (middle - 1) * done / hold
+            return xp.where(done < hold, falling, end + (middle - end) * rest / (1 - hold))
+        return xp.where(done < hold, 1.0, end + (1 - end) * rest / (1 - hold))
+
+
+def _numbers(step: Step) -> tuple[Any, Any]:
+    if isinstance(step, jax.Array):
+        return jnp, step.astype(jnp.float32)
+    return np, np.asarray(step, np.float64)

@@ -1,0 +1,62 @@
+"""The two halves of a training step: gradients of a batch, and the update they make."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from varjax.training.task import PyTree, TrainState
+
+Metrics = dict[str, jax.Array]
+LossFn = Callable[[PyTree, PyTree], tuple[jax.Array, Metrics]]
+
+
+def gradients(
+    loss_fn: LossFn, params: PyTree, batch: PyTree, accumulate: int = 1
+) -> tuple[PyTree, Metrics]:
+    """Gradients and metrics of `loss_fn(params, batch) -> (loss, metrics)`, means over the batch.
+
+    The batch (leading axis B on every leaf) is worked off in `accumulate` parts. Whatever is
+    random by example must lie in `batch`: then the result does not depend on `accumulate`.
+    Raises ValueError when `accumulate` does not divide B.
+    """
+    grad_fn = jax.grad(loss_fn, has_aux=True)
+    if accumulate == 1:
+        return grad_fn(params, batch)
+    size = jax.tree.leaves(batch)[0].shape[0]
+    if accumulate < 1 or size % accumulate:
+        raise ValueError(f"a batch of {size} cannot be accumulated in {accumulate} equal parts")
+
+    def split(x: jax.Array) -> jax.Array:
+        # Part i takes every accumulate-th row, so that each device keeps the rows it has.
+        return x.reshape(size // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
+
+    def add(total: Any, part: PyTree) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
+
+    parts = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / accumulate, total)
+
+
+def apply(
+    state: TrainState, grads: PyTree, tx: optax.GradientTransformation, ema_decay: float = 0.0
+) -> tuple[TrainState, Metrics]:
+    """The state after one update, and the norms of gradient (unclipped), update and parameters.
+
+    ema <- ema_decay ema + (1 - ema_decay) params, unless `ema_decay` is 0 and `ema` None.
+    """
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to integer powers
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = optax.incremental_update(params, state.ema, 1 - ema_decay) if ema_decay else None
+    norms = {
+        "grad_norm": optax.tree.norm(grads),
+        "update_norm": optax.tree.norm(updates),
+        "param_norm": optax.tree.norm(params),
+    }
+    return TrainState(state.step + 1, params, ema, opt_state), norms

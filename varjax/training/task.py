@@ -1,0 +1,76 @@
+"""The contract between a model family and the training loop."""
+
+import dataclasses
+from typing import Any, Protocol
+
+import flax.struct
+import jax
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The length of a run, which schedules need; the loop fills it in."""
+
+    steps: int = 1
+    batch_size: int = 256
+    steps_per_epoch: int = 1
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. `step` counts the updates done (int32 scalar); `ema` may be None."""
+
+    step: jax.Array
+    params: PyTree
+    ema: PyTree
+    opt_state: PyTree
+
+
+class Task(Protocol):
+    """What is trained: a frozen dataclass of settings with pure methods, which the loop jits.
+
+    `batch` is {"image_BHWC": uint8, "label_B": int32}; in evaluation also {"valid_B": bool}, False
+    for the rows that pad the last batch.
+    """
+
+    @property
+    def plan(self) -> Plan:
+        """A field `plan: Plan = Plan()`, which the loop replaces by the run's own."""
+        ...
+
+    def init(self, key: jax.Array) -> TrainState:
+        """The state before the first step."""
+        ...
+
+    def frozen(self) -> PyTree:
+        """Nested dicts of the pretrained weights that the steps need and do not train, or {}.
+
+        Called once, at the start of a run; the run keeps its own copy.
+        """
+        ...
+
+    def train_step(
+        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update. `key` is the run's: fold `state.step` into it.
+
+        Metrics are scalars or 1-D arrays; one that is not finite stops the run.
+        """
+        ...
+
+    def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
+        """Arrays that add over batches, from `state.params` and the valid rows of `batch`."""
+        ...
+
+    def eval_metrics(self, sums: PyTree) -> dict[str, Any]:
+        """Floats or 1-D arrays from the added results of `eval_step`, as NumPy arrays."""
+        ...
+
+    def preview(
+        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Images to look at by name, (N, H, W, C) in [0, 1]; {} for none."""
+        ...
