@@ -73,9 +73,7 @@ class Tokenizer(nn.Module):
         c = self.config
         self.encoder = Encoder(c.width, c.multipliers, c.blocks, c.groups, c.code_channels)
         self.quant_conv = conv(c.code_channels, jnp.float32)
-        self.quantizer = Quantizer(
-            c.pyramid, c.vocab, c.code_channels, c.phis, c.phi_ratio, c.cosine_codes
-        )
+        self.quantizer = make_quantizer(c)
         self.post_quant_conv = conv(c.code_channels, self.decoder_dtype)
         self.decoder = Decoder(
             c.width, c.multipliers, c.blocks, c.groups, c.image_channels, self.decoder_dtype
@@ -125,6 +123,18 @@ class Tokenizer(nn.Module):
     def _decode(self, f_hat_BhwZ):
         image_BHWC = self.decoder(self.post_quant_conv(f_hat_BhwZ.astype(self.decoder_dtype)))
         return image_BHWC.astype(jnp.float32)
+
+
+def make_quantizer(config: TokenizerConfig) -> Quantizer:
+    """The quantizer alone; its parameters are `params["quantizer"]` of the tokenizer."""
+    return Quantizer(
+        config.pyramid,
+        config.vocab,
+        config.code_channels,
+        config.phis,
+        config.phi_ratio,
+        config.cosine_codes,
+    )
 
 
 def init_tokenizer(config: TokenizerConfig, key: jax.Array):

@@ -74,6 +74,10 @@ class Quantizer(nn.Module):
         """(B, l) indices -> (B, l, Z) codes."""
         return jnp.take(self.codebook_VZ, tokens_Bl, axis=0, mode="clip")
 
+    def mix(self, weights_BlV: jax.Array) -> jax.Array:
+        """(B, l, V) weights over the codes -> (B, l, Z), the mixed codes."""
+        return jnp.einsum("BlV,VZ->BlZ", weights_BlV, self.codebook_VZ, precision="highest")
+
     def add_scale(self, f_hat_BhwZ: jax.Array, codes_BlZ: jax.Array, k: int) -> jax.Array:
         """f_hat plus scale k: its codes (hard or soft) bicubically up to (h, w), then φ."""
         h, w = self.pyramid.shapes[k]
