@@ -1,0 +1,97 @@
+"""The smallest task that is one: a two-layer classifier of digits, with dropout and an average."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varjax.data.sources import Digits
+from varjax.training import step
+from varjax.training.experiment import Experiment
+from varjax.training.optimizer import AdamW
+from varjax.training.task import Plan, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    width: int = 16
+    dropout: float = 0.1
+    ema_decay: float = 0.9
+    accumulate: int = 1
+    optimizer: AdamW = AdamW(base_lr=4e-2)
+    explode_at: int = -1  # the step that gives NaN
+    offset_file: str = ""  # a file with a number: the "pretrained weight"
+    plan: Plan = Plan()
+
+    def init(self, key):
+        up, down = jax.random.split(key)
+        params = {
+            "up": {
+                "kernel": 0.1 * jax.random.normal(up, (64, self.width)),
+                "bias": jnp.zeros(self.width),
+            },
+            "down": {"kernel": 0.1 * jax.random.normal(down, (self.width, 10))},
+        }
+        ema = jax.tree.map(jnp.copy, params) if self.ema_decay else None
+        return TrainState(jnp.int32(0), params, ema, self._tx(params).init(params))
+
+    def frozen(self):
+        if not self.offset_file:
+            return {}
+        return {"offset": np.float32(pathlib.Path(self.offset_file).read_text())}
+
+    def train_step(self, state, frozen, batch, key):
+        key = jax.random.fold_in(key, state.step)
+        shape = (batch["label_B"].shape[0], self.width)
+        keep_BC = jax.random.bernoulli(key, 1 - self.dropout, shape).astype(jnp.float32)
+
+        def loss_fn(params, batch):
+            logits_BV = _logits(params, frozen, batch, batch["keep_BC"])
+            loss = jnp.mean(_cross_entropy(logits_BV, batch["label_B"]))
+            return loss, {"loss": loss, "mean_logit": jnp.mean(logits_BV, axis=0)}
+
+        batch = batch | {"keep_BC": keep_BC}
+        grads, metrics = step.gradients(loss_fn, state.params, batch, self.accumulate)
+        grads = jax.tree.map(lambda g: jnp.where(state.step == self.explode_at, jnp.nan, g), grads)
+        metrics["lr"] = self.optimizer.lr(state.step, self.plan)
+        state, norms = step.apply(state, grads, self._tx(state.params), self.ema_decay)
+        return state, metrics | norms
+
+    def eval_step(self, state, frozen, batch):
+        valid_B = batch["valid_B"].astype(jnp.float32)
+        logits_BV = _logits(state.params, frozen, batch, 1.0)
+        right_B = (jnp.argmax(logits_BV, axis=-1) == batch["label_B"]).astype(jnp.float32)
+        loss_B = _cross_entropy(logits_BV, batch["label_B"])
+        return {
+            "n": valid_B.sum(),
+            "loss": (loss_B * valid_B).sum(),
+            "right": (right_B * valid_B).sum(),
+        }
+
+    def eval_metrics(self, sums):
+        return {"loss": sums["loss"] / sums["n"], "accuracy": sums["right"] / sums["n"]}
+
+    def preview(self, state, frozen, batch, key):
+        return {"inputs": batch["image_BHWC"][:5].astype(jnp.float32) / 255}
+
+    def _tx(self, params):
+        return self.optimizer.make(self.plan, jax.tree.map(lambda x: x.ndim > 1, params))
+
+
+def _logits(params, frozen, batch, keep_BC):
+    x_BC = batch["image_BHWC"].reshape(-1, 64).astype(jnp.float32) / 255
+    x_BC = x_BC + frozen.get("offset", jnp.float32(0)).astype(jnp.float32)
+    h_BC = jnp.tanh(x_BC @ params["up"]["kernel"] + params["up"]["bias"][None]) * keep_BC
+    return h_BC @ params["down"]["kernel"]
+
+
+def _cross_entropy(logits_BV, label_B):
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits_BV), label_B[:, None], axis=1)[:, 0]
+
+
+def experiment(run_dir, **changes):
+    task = Tiny(**{k: changes.pop(k) for k in list(changes) if k in Tiny.__dataclass_fields__})
+    defaults = dict(steps=30, batch_size=64, log_every=5, eval_every=10, save_every=10)
+    return Experiment(task, Digits(shift=1.0), str(run_dir), **(defaults | changes))

@@ -1,0 +1,60 @@
+"""Trains what a config file describes, or continues the run in its run_dir.
+
+python train.py --config=configs/FILE.py[:ARGUMENT] [--config.FIELD.FIELD=VALUE ...]
+
+For example, with some settings of the file changed:
+
+python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 --config.steps=200
+"""
+
+import argparse
+import sys
+
+from varjax import settings
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0 when the run is finished, 1 when it failed, 2 for a wrong command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", help="a Python file with get_config(), and its argument")
+    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
+    parser.add_argument("--distributed", action="store_true", help="one of several processes")
+    flags, others = parser.parse_known_args(arguments)
+    if not flags.config:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        if strange := [o for o in others if not o.startswith("--config.")]:
+            raise ValueError(f"cannot read {strange}; settings are --config.FIELD=VALUE")
+        experiment = settings.load_config(flags.config)
+        experiment = settings.override(experiment, [o.removeprefix("--config.") for o in others])
+    except ValueError as error:
+        return _fail(error, 2, flags.debug)
+
+    import jax  # only here, so that mistakes above show at once
+
+    from varjax.training.loop import run
+
+    try:
+        if flags.distributed:
+            jax.distributed.initialize()
+        run(experiment)
+    except (ValueError, FloatingPointError, OSError) as error:
+        return _fail(error, 1, flags.debug)
+    return 0
+
+
+def _fail(error: Exception, code: int, debug: bool) -> int:
+    if debug:
+        raise error
+    print(f"train.py: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

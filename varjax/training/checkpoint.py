@@ -1,0 +1,166 @@
+"""Checkpoints of a run: <run>/checkpoints/<step> and, where wanted, <run>/best/<step>."""
+
+import pathlib
+import shutil
+import sys
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from varjax import trees
+from varjax.training.task import PyTree, TrainState
+
+ARRAYS = ("params", "ema", "opt_state")
+UNREADABLE = (ValueError, KeyError, OSError)  # what Orbax raises for files that are not all there
+
+
+class Checkpoints:
+    """The last `keep` checkpoints in a directory, each written in the background.
+
+    A step's directory gets its name when it is complete, so a process killed while saving leaves
+    only a temporary, which the next start removes.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int = 2):
+        self.directory = directory.absolute()
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
+        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_handlers=handlers
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """The saved steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self, step: int, state: TrainState, data: dict | None = None, meta: dict | None = None
+    ) -> None:
+        """Copies the state to the host and writes it in the background.
+
+        `data` (the loader's position) and `meta` are plain JSON. A step that is there already is
+        left alone: a resumed run comes to the same state again.
+        """
+        if step in self.steps():
+            return
+        items: dict[str, Any] = {
+            "data": ocp.args.JsonSave(data or {}),
+            "meta": ocp.args.JsonSave(meta or {}),
+        }
+        for name in ARRAYS:
+            if (tree := getattr(state, name)) is not None:
+                items[name] = ocp.args.StandardSave(tree)
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def wait(self) -> None:
+        """Returns when everything saved is on the disk."""
+        self._manager.wait_until_finished()
+
+    def meta(self, step: int) -> dict:
+        """The `meta` saved with a step."""
+        return self._restore(step, {"meta": ocp.args.JsonRestore()})["meta"]
+
+    def restore(
+        self, abstract: TrainState, shardings: TrainState, step: int | None = None
+    ) -> tuple[TrainState, dict, dict] | None:
+        """(state, data, meta) of `step` or of the newest step that can be read; None at the start.
+
+        Steps that cannot be read are reported and set aside in <run>/unreadable. ValueError when
+        none of those that exist can be read, or when the arrays saved are not those of `abstract`.
+        """
+        steps = self.steps() if step is None else [step]
+        for candidate in reversed(steps):
+            try:
+                self._check(candidate, abstract)
+                found = self._read(candidate, abstract, shardings)
+                self._set_aside([late for late in steps if late > candidate])
+                return found
+            except _Mismatch:
+                raise
+            except UNREADABLE as error:
+                reason = str(error).splitlines()[0][:200]
+                print(f"checkpoint {candidate} cannot be read: {reason}", file=sys.stderr)
+        if steps:
+            raise ValueError(f"no checkpoint of {steps} in {self.directory} can be read")
+        return None
+
+    def params(self, step: int, ema: bool = False, sharding: Any = None) -> PyTree:
+        """Parameters (or their average) alone, with shapes from the checkpoint itself."""
+        name = "ema" if ema else "params"
+        metadata: Any = self._manager.item_metadata(step)
+        saved = metadata[name]
+        if saved is None:
+            raise ValueError(f"step {step} in {self.directory} has no {name}; was ema_decay 0?")
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        target = jax.tree.map(lambda x: _abstract(x, sharding), saved.tree)
+        return self._restore(step, {name: ocp.args.StandardRestore(target)})[name]
+
+    def _set_aside(self, broken: list[int]) -> None:
+        for step in broken if jax.process_index() == 0 else []:
+            aside = self.directory.parent / "unreadable" / str(step)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(aside)
+        if broken:
+            self._manager.reload()
+
+    def _check(self, step: int, abstract: TrainState) -> None:
+        saved: Any = self._manager.item_metadata(step)
+        if saved.get("params") is None:
+            raise ValueError("the description of its parameters is missing")
+        for name in ("params", "ema"):
+            tree = saved[name].tree if saved.get(name) is not None else {}
+            if report := trees.difference(getattr(abstract, name), tree):
+                where = self.directory / str(step)
+                raise _Mismatch(f"{where} does not hold the {name} of this config:\n{report}")
+
+    def _read(
+        self, step: int, abstract: TrainState, shardings: TrainState
+    ) -> tuple[TrainState, dict, dict]:
+        targets = jax.tree.map(_abstract, abstract, shardings)
+        items = {name: getattr(targets, name) for name in ARRAYS}
+        items = {n: ocp.args.StandardRestore(t) for n, t in items.items() if t is not None}
+        items |= {name: ocp.args.JsonRestore() for name in ("data", "meta")}
+        read = self._restore(step, items)
+        count = jax.device_put(np.int32(step), shardings.step)
+        state = TrainState(count, read["params"], read.get("ema"), read["opt_state"])
+        return state, read["data"], read["meta"]
+
+    def _restore(self, step: int, items: dict[str, Any]) -> Any:
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+
+def restore_params(
+    run_dir: str | pathlib.Path,
+    which: Literal["best", "last"] = "last",
+    ema: bool = False,
+    sharding: Any = None,
+) -> PyTree:
+    """The weights of a run, for inference: on the first device unless `sharding` says otherwise.
+
+    Raises ValueError when the run has no such checkpoint or keeps no average.
+    """
+    directory = pathlib.Path(run_dir) / {"best": "best", "last": "checkpoints"}[which]
+    if not directory.is_dir():
+        raise ValueError(f"{run_dir} holds no {directory.name}/: no {which} checkpoint was saved")
+    with Checkpoints(directory) as checkpoints:
+        if not checkpoints.steps():
+            raise ValueError(f"{directory} is empty: nothing was saved there yet")
+        return checkpoints.params(checkpoints.steps()[-1], ema, sharding)
+
+
+class _Mismatch(ValueError):
+    """A checkpoint that can be read, of something else."""
+
+
+def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,118 @@
+"""All there is to say about a training run, and the promise that a run directory holds one run."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Iterator, Sized
+from typing import Any, Protocol
+
+import numpy as np
+
+from varjax import files, settings
+from varjax.training.sharding import MeshShape
+from varjax.training.task import Plan, Task
+
+
+class Loader(Protocol):
+    """Batches for this process: {"image_BHWC", "label_B"}, when held out also "valid_B"."""
+
+    @property
+    def train_source(self) -> Sized: ...
+
+    def train(self, position: int) -> Iterator[dict[str, np.ndarray]]: ...
+
+    def held_out(self) -> Iterator[dict[str, np.ndarray]]: ...
+
+
+class Data(Protocol):
+    """A dataset's settings."""
+
+    def make(
+        self, batch_size: int, seed: int, process_index: int, process_count: int
+    ) -> Loader: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A training run. Its length is `steps`, or `epochs` passes over the training images.
+
+    Counts named `*_every` are in steps, 0 means never; the run also evaluates and saves at its
+    end. `keep_best` names an evaluation metric, lower is better ("eval/loss", "eval_ema/loss"):
+    the best weights are kept in <run_dir>/best, and with `patience` > 0 the run ends when that
+    many evaluations in a row brought nothing better.
+    """
+
+    task: Task
+    data: Data
+    run_dir: str
+    batch_size: int
+    steps: int = 0
+    epochs: float = 0.0
+    seed: int = 0
+    mesh: MeshShape = MeshShape()
+    log_every: int = 50
+    eval_every: int = 0
+    save_every: int = 1000
+    preview_every: int = 0
+    keep: int = 2
+    keep_best: str = ""
+    patience: int = 0
+
+    def check(self) -> None:
+        """Raises ValueError for the first field that makes no sense."""
+        if (self.steps > 0) == (self.epochs > 0) or min(self.steps, self.epochs) < 0:
+            raise ValueError(
+                f"give the length as steps or as epochs, one of them above 0 and the other 0; "
+                f"steps is {self.steps}, epochs {self.epochs}"
+            )
+        for name, lowest in LOWEST.items():
+            if (value := getattr(self, name)) < lowest:
+                raise ValueError(f"{name} is {value}, but must be at least {lowest}")
+        if not self.run_dir:
+            raise ValueError("run_dir is empty; name a directory for this run, say runs/first")
+        if (self.keep_best or self.patience) and not self.eval_every:
+            raise ValueError("keep_best and patience need evaluations; set eval_every above 0")
+        if self.patience and not self.keep_best:
+            raise ValueError(f"patience is {self.patience}, but keep_best names no metric")
+
+    def plan(self, train_size: int) -> Plan:
+        """The length of the run with so many training images."""
+        steps = self.steps or math.ceil(self.epochs * train_size / self.batch_size)
+        return Plan(steps, self.batch_size, max(1, round(train_size / self.batch_size)))
+
+
+LOWEST = {
+    "batch_size": 1,
+    "seed": 0,
+    "log_every": 1,
+    "eval_every": 0,
+    "save_every": 0,
+    "preview_every": 0,
+    "keep": 1,
+    "patience": 0,
+}
+
+# What may change when a run is continued, because training takes the same steps all the same
+# (another mesh changes them by rounding).
+FREE = {"run_dir", "mesh", "log_every", "eval_every", "save_every", "preview_every"}
+FREE |= {"keep", "keep_best", "patience"}
+
+
+def record_config(experiment: Experiment, write: bool = True) -> None:
+    """Writes <run_dir>/config.json, or checks that the run there has the same settings.
+
+    Raises ValueError that lists every difference outside FREE.
+    """
+    config: dict[str, Any] = settings.to_dict(experiment)
+    config["task"].pop("plan", None)  # follows from the rest
+    path = pathlib.Path(experiment.run_dir) / "config.json"
+    if path.exists():
+        before, now = ({k: c[k] for k in c.keys() - FREE} for c in (files.read_json(path), config))
+        if lines := sorted(settings.differences(before, now)):
+            raise ValueError(
+                f"{experiment.run_dir} holds a run with other settings:\n  "
+                + "\n  ".join(lines)
+                + "\ngive this run another run_dir, or go back to those settings to continue"
+            )
+    if write:
+        files.write_json(path, config)

@@ -1,0 +1,44 @@
+"""SIGINT and SIGTERM as a wish to stop after the step."""
+
+import signal
+import sys
+import threading
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupt:
+    """While entered, the first signal is only noted; a second one kills as usual.
+
+    With several processes JAX itself watches for SIGTERM and lets all of them agree on a step.
+    """
+
+    def __init__(self):
+        self.signum: int | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        main_thread = threading.current_thread() is threading.main_thread()
+        if main_thread and jax.process_count() == 1:
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after `step`; with several processes, the same answer in all."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signum = signal.SIGTERM
+        return self.signum is not None
+
+    def _note(self, signum: int, _: Any) -> None:
+        self.signum = signum
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        print("stopping after this step; once more kills at once", file=sys.stderr)

@@ -1,0 +1,162 @@
+"""Where numbers and pictures of a run go: metrics.jsonl, TensorBoard, and the terminal."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from varjax import files
+
+QUIET_SECONDS = 10.0
+
+
+def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Plain floats by name; a 1-D array becomes name/0, name/1, ..."""
+    flat = {}
+    for name, value in metrics.items():
+        array = np.asarray(value)
+        assert array.ndim <= 1, (name, array.shape)
+        if array.ndim == 0:
+            flat[name] = float(array)
+        else:
+            flat |= {f"{name}/{i}": float(number) for i, number in enumerate(array)}
+    return flat
+
+
+class MetricWriter:
+    """Writes to metrics.jsonl (one object a line, with "step") and to TensorBoard files.
+
+    What an earlier process wrote about steps after `step`, where this one resumes, is dropped.
+    One that is not `active` writes nothing at all.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, step: int, active: bool = True):
+        self._run_dir, self._active = run_dir, active
+        path = run_dir / "metrics.jsonl" if active else pathlib.Path(os.devnull)
+        if path.is_file():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            with files.atomic_path(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
+        self._lines = open(path, "a", buffering=1)
+        self._board = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=step + 1, write_to_disk=active
+        )
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._lines.close()
+        self._board.close()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line; numbers that are not finite become null, which is what JSON has for them."""
+        line = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+        self._lines.write(json.dumps({"step": step} | line) + "\n")
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def images(self, step: int, name: str, images_NHWC: np.ndarray) -> None:
+        """Saves a grid of images in [0, 1] as previews/step_<step>_<name>.png."""
+        if not self._active:
+            return
+        picture_HWC = grid(images_NHWC)
+        path = self._run_dir / "previews" / f"step_{step:08d}_{name.replace('/', '_')}.png"
+        with files.atomic_path(path) as temporary:
+            Image.fromarray(picture_HWC.squeeze()).save(temporary, format="png")
+        self._board.add_image(name, picture_HWC, step, dataformats="HWC")
+
+
+def grid(images_NHWC: np.ndarray) -> np.ndarray:
+    """uint8 (height, width, C): rows of images, as square as it goes, small ones enlarged."""
+    N, H, W, C = images_NHWC.shape
+    columns = math.ceil(math.sqrt(N))
+    rows = math.ceil(N / columns)
+    enlarge = max(1, 64 // H)
+    tiles = np.zeros((rows * columns, H, W, C), np.uint8)
+    tiles[:N] = np.rint(np.clip(images_NHWC, 0, 1) * 255)
+    tiles = tiles.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
+    tiles = tiles.reshape(rows, columns, H * enlarge, W * enlarge, C)
+    return tiles.transpose(0, 2, 1, 3, 4).reshape(rows * H * enlarge, columns * W * enlarge, C)
+
+
+class Progress:
+    """A bar where somebody watches the terminal; else a plain line every ten seconds or so."""
+
+    def __init__(self, step: int, steps: int, active: bool = True):
+        self._active, self._watched = active, sys.stderr.isatty()
+        self._bar = tqdm(initial=step, total=steps, unit="step", disable=not self.watched)
+        self._steps, self._start, self._begin = steps, step, time.monotonic()
+        self._said = -math.inf
+
+    @property
+    def watched(self) -> bool:
+        """Whether there is a bar."""
+        return self._active and self._watched
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Moves on to `step`, with the loss and the speed."""
+        shown = {k: f"{metrics[k]:.4g}" for k in ("loss", "images_per_second") if k in metrics}
+        if self.watched:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._said > QUIET_SECONDS or step == self._steps:
+            self._said = time.monotonic()
+            pace = (self._said - self._begin) / max(step - self._start, 1)
+            left = round(pace * (self._steps - step))
+            words = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(f"step {step}/{self._steps}: {words}, {left} s left")
+
+    def say(self, text: str) -> None:
+        """A line for the user that does not break the bar."""
+        if self._active:
+            tqdm.write(text, file=sys.stderr)
+
+
+class Clock:
+    """Speed and waiting since the last line, from the end of the first step on."""
+
+    def __init__(self, batch_size: int):
+        self._batch_size = batch_size
+        self._last: tuple[int, float, float] | None = None
+        self._paused = 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count."""
+        begin = time.monotonic()
+        yield
+        self._paused += time.monotonic() - begin
+
+    def lap(self, step: int, waited: float) -> dict[str, float]:
+        """Images a second and seconds waited for data, given the seconds waited so far."""
+        now = time.monotonic() - self._paused
+        before, self._last = self._last, (step, now, waited)
+        if before is None:
+            return {}
+        images = (step - before[0]) * self._batch_size
+        return {"images_per_second": images / (now - before[1]), "data_wait": waited - before[2]}
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity for a line that was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
