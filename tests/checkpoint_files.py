@@ -1,0 +1,47 @@
+"""Checkpoints made by hand, opcode by opcode, for the tests of reading them."""
+
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+from varjax.convert.pth import read_checkpoint
+
+DATA = np.arange(24, dtype=np.float32)
+
+
+def plain(value) -> bytes:
+    """The opcodes of plain data, without the pickle's start and end."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def stored(kind="FloatStorage", key="0", count=24) -> bytes:
+    kind_opcodes = f"ctorch\n{kind}\n".encode()
+    location = plain("cpu")
+    return b"(" + plain("storage") + kind_opcodes + plain(key) + location + plain(count) + b"tQ"
+
+
+def tensor(size, stride, offset=0, storage=None) -> bytes:
+    arguments = (storage or stored()) + plain(offset) + plain(size) + plain(stride)
+    hooks = b"ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"\x89" + hooks + b"tR"
+
+
+def entries(**values: bytes) -> bytes:
+    return b"\x80\x02}(" + b"".join(plain(k) + v for k, v in values.items()) + b"u."
+
+
+def archive(path, pickled: bytes, data=DATA, method=zipfile.ZIP_STORED, byteorder="little"):
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("net/data.pkl", pickled)
+        file.writestr("net/byteorder", byteorder)
+        file.writestr("net/data/0", data.tobytes())
+    return path
+
+
+def refusal(path) -> str:
+    with pytest.raises(ValueError) as caught:
+        read_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value)

@@ -1,0 +1,196 @@
+"""Read PyTorch (.pth, .pt, .ckpt) and .safetensors files as memory-mapped NumPy arrays."""
+
+import functools
+import json
+import math
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from reprlib import repr as short
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from varjax.convert.allowed import Storage, view
+from varjax.convert.unpickle import unpickle
+
+MAX_PICKLE_BYTES = 2**24  # a full trainer checkpoint of the largest VAR needs about 2**19
+MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors format itself
+# Compressed members are unpacked into memory, and real weights shrink by no more than a tenth.
+MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 2**30, 16
+
+SAFETENSORS_DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+    }.items()
+}
+# What zipfile raises for one; OSError is a seek to a place that cannot be.
+DAMAGED_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    UnicodeDecodeError,
+    OSError,
+)
+AGAIN = "download it again"
+RESAVE = "re-save it in a recent PyTorch with torch.save(torch.load(path), new_path)"
+NOT_WEIGHTS = {  # first bytes -> what the file is and what to do
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9": f"written by PyTorch before 1.6 (no zip file); {RESAVE}",
+    b"\x80": f"a bare pickle, not a checkpoint of a recent torch.save; {RESAVE}",
+    b"version https://git-lfs": "a Git LFS pointer instead of the weights; run `git lfs pull`",
+    b"<": "a web page instead of the weights; download the file itself",
+}
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """What the checkpoint holds: nested dicts, lists, ... with tensors as NumPy arrays.
+
+    The format is told from the content. Arrays are read-only views of one memory map (unless a zip
+    member is compressed), so nothing is read before it is used; strides and sharing are kept.
+    Nothing in the file is ever executed.
+
+    Raises ValueError naming the file if it is missing, damaged, no checkpoint, or holds anything
+    but tensors and plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        problem = "is a folder; give the file in it" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path}: {problem}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: is empty; {AGAIN}")
+    file = np.memmap(path, np.uint8, "r")
+    try:
+        head = file[:512].tobytes()
+        if head.startswith(b"PK\x03\x04"):
+            return _read_zip(path, file)
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES:
+            return _read_safetensors(file)
+        for start, problem in NOT_WEIGHTS.items():
+            if head.lstrip().startswith(start):
+                raise ValueError(f"this is {problem}")
+        if head[257:262] == b"ustar":
+            raise ValueError(f"this is a tar file, as PyTorch wrote before 0.1.10; {RESAVE}")
+        raise ValueError(
+            f"this is no PyTorch or safetensors file (it starts with {head[:16]!r}); {AGAIN}"
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_zip(path: Path, file: np.ndarray) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read_archive(archive, file)
+    except DAMAGED_ZIP as error:
+        raise ValueError(f"the zip file is cut short or damaged ({error}); {AGAIN}") from error
+
+
+def _read_archive(archive: zipfile.ZipFile, file: np.ndarray) -> Any:
+    members = {member.filename: member for member in archive.infolist()}
+    _check_members(members.values(), len(file))
+    pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        raise ValueError("this is a zip file that torch.save did not write: it has no data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
+        raise ValueError(
+            f"its pickle has {members[pickles[0]].file_size} bytes; is it a checkpoint?"
+        )
+    if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
+        raise ValueError("it was saved on a big-endian machine; save it on a little-endian one")
+
+    @functools.cache  # tied tensors share their storage, compressed or not
+    def content(name: str) -> np.ndarray:
+        if members[name].compress_type == zipfile.ZIP_STORED:
+            return _stored(members[name], file)
+        return np.frombuffer(archive.read(name), np.uint8)
+
+    def storage(dtype: np.dtype, key: str, count: int) -> Storage:
+        name = f"{root}data/{key}"
+        if name not in members:
+            raise ValueError(f"a tensor refers to {name}, which the file lacks; {AGAIN}")
+        if members[name].file_size != count * dtype.itemsize:
+            raise ValueError(
+                f"{name} should hold {count} elements of {dtype.name} but has "
+                f"{members[name].file_size} bytes; {AGAIN}"
+            )
+        return Storage(content(name), dtype)
+
+    return unpickle(archive.read(pickles[0]), storage)
+
+
+def _check_members(members, file_bytes: int) -> None:
+    compressed = [m for m in members if m.compress_type != zipfile.ZIP_STORED]
+    if any(m.flag_bits & 1 for m in members):
+        raise ValueError("the zip file is encrypted; unpack it and zip it without a password")
+    if any(m.compress_type != zipfile.ZIP_DEFLATED for m in compressed):
+        raise ValueError(f"the zip file is compressed by a method other than deflate; {RESAVE}")
+    unpacked = sum(m.file_size for m in compressed)
+    if unpacked > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * file_bytes):
+        raise ValueError(
+            f"the zip file unpacks from {file_bytes} to {unpacked} bytes, more than weights can; "
+            f"if you trust it, {RESAVE}"
+        )
+
+
+def _stored(member: zipfile.ZipInfo, file: np.ndarray) -> np.ndarray:
+    # The central directory gives the local header; its two lengths say where the content starts.
+    header = file[member.header_offset : member.header_offset + 30].tobytes()
+    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+        raise ValueError(f"the zip file is damaged at {member.filename}; {AGAIN}")
+    lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    start = member.header_offset + 30 + lengths
+    if start + member.file_size > len(file):
+        raise ValueError(f"the file ends inside {member.filename}; {AGAIN}")
+    return file[start : start + member.file_size]
+
+
+def _read_safetensors(file: np.ndarray) -> dict[str, np.ndarray]:
+    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
+    if start > len(file):
+        raise ValueError(f"the file ends inside its safetensors header; {AGAIN}")
+    try:
+        header = json.loads(file[8:start].tobytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its safetensors header is damaged ({error}); {AGAIN}") from error
+    header.pop("__metadata__", None)
+    try:
+        return {name: _safetensor(file[start:], **entry) for name, entry in header.items()}
+    except TypeError as error:
+        raise ValueError(f"its safetensors header is damaged ({error}); {AGAIN}") from error
+
+
+def _safetensor(
+    data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]
+) -> np.ndarray:
+    if dtype not in SAFETENSORS_DTYPES:
+        raise ValueError(
+            f"it has a tensor of type {dtype}; allowed: {', '.join(SAFETENSORS_DTYPES)}"
+        )
+    start, stop = data_offsets
+    kind = SAFETENSORS_DTYPES[dtype]
+    if stop - start != math.prod(shape) * kind.itemsize or not 0 <= start <= stop <= len(data):
+        raise ValueError(
+            f"a tensor of {dtype} and shape {short(shape)} is said to fill bytes {start} to {stop} "
+            f"of {len(data)}; {AGAIN}"
+        )
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return view(data[start:stop], kind, 0, tuple(shape), strides)
