@@ -20,7 +20,7 @@ class Tiny:
     dropout: float = 0.1
     ema_decay: float = 0.9
     accumulate: int = 1
-    optimizer: AdamW = AdamW(base_lr=4e-2)
+    optimizer: AdamW = AdamW(base_lr=0.1)
     explode_at: int = -1  # the step that gives NaN
     offset_file: str = ""  # a file with a number: the "pretrained weight"
     plan: Plan = Plan()
