@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from tests import tiny
-from varjax.training.checkpoint import Checkpoints, restore_params
+from varjax.training.checkpoint import Checkpoints, restore_params, restore_weights
 
 TASK = tiny.Tiny(width=4)
 ABSTRACT = jax.eval_shape(TASK.init, jax.random.key(0))
@@ -92,8 +92,25 @@ def test_another_model_is_refused_with_all_that_differs(tmp_path):
 
 def test_weights_alone_need_no_knowledge_of_the_run(tmp_path):
     saved(tmp_path / "checkpoints", 1, 3)
+    equal(restore_weights(tmp_path), state(3).ema)
     saved(tmp_path / "best", 2, keep=1)
+    equal(restore_weights(tmp_path), state(2).ema)
     equal(restore_params(tmp_path), state(3).params)
     equal(restore_params(tmp_path, "best", ema=True), state(2).ema)
     with pytest.raises(ValueError, match="no best checkpoint was saved"):
         restore_params(tmp_path / "checkpoints", "best")
+
+
+def test_reading_does_not_disturb_a_run_that_is_saving(tmp_path):
+    saving = saved(tmp_path / "checkpoints", 1) / "2.orbax-checkpoint-tmp"
+    saving.mkdir()
+    equal(restore_params(tmp_path), state(1).params)
+    assert saving.is_dir()
+
+
+def test_a_run_without_average_gives_its_parameters(tmp_path):
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, state(1).replace(ema=None))
+    equal(restore_weights(tmp_path), state(1).params)
+    with pytest.raises(ValueError, match="keeps no average"):
+        restore_params(tmp_path, ema=True)

@@ -1,3 +1,4 @@
+import pathlib
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from varjax.training.sharding import MeshShape, make_mesh, shardings
 
+ROOT = pathlib.Path(__file__).parents[1]
 EIGHT_DEVICES = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
@@ -48,7 +50,7 @@ jax.tree.map(close, one, (state, metrics))
 
 
 def test_a_sharded_step_equals_the_single_device_one():
-    subprocess.run([sys.executable, "-c", EIGHT_DEVICES], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", EIGHT_DEVICES], check=True, timeout=120, cwd=ROOT)
 
 
 def mesh(**sizes):

@@ -20,14 +20,23 @@ class Checkpoints:
     """The last `keep` checkpoints in a directory, each written in the background.
 
     A step's directory gets its name when it is complete, so a process killed while saving leaves
-    only a temporary, which the next start removes.
+    only a temporary, which the next start removes, unless it is to be `read_only`: then the run
+    may be going on elsewhere.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int = 2):
+    def __init__(self, directory: pathlib.Path, keep: int = 2, read_only: bool = False):
         self.directory = directory.absolute()
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
         handlers |= {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            # or else the processes confuse two directories that are written at the same time
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                barrier_sync_key_prefix=directory.name
+            ),
+        )
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=handlers
         )
@@ -93,15 +102,18 @@ class Checkpoints:
             raise ValueError(f"no checkpoint of {steps} in {self.directory} can be read")
         return None
 
-    def params(self, step: int, ema: bool = False, sharding: Any = None) -> PyTree:
-        """Parameters (or their average) alone, with shapes from the checkpoint itself."""
-        name = "ema" if ema else "params"
-        metadata: Any = self._manager.item_metadata(step)
-        saved = metadata[name]
-        if saved is None:
-            raise ValueError(f"step {step} in {self.directory} has no {name}; was ema_decay 0?")
+    def params(self, step: int, ema: bool | None = False, sharding: Any = None) -> PyTree:
+        """Parameters alone, with shapes from the checkpoint itself.
+
+        `ema` asks for their average, None for the average if there is one.
+        """
+        saved: Any = self._manager.item_metadata(step)
+        averaged = saved.get("ema") is not None
+        if ema and not averaged:
+            raise ValueError(f"step {step} in {self.directory} keeps no average; ask for params")
+        name = "ema" if averaged and ema is not False else "params"
         sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        target = jax.tree.map(lambda x: _abstract(x, sharding), saved.tree)
+        target = jax.tree.map(lambda x: _abstract(x, sharding), saved[name].tree)
         return self._restore(step, {name: ocp.args.StandardRestore(target)})[name]
 
     def _set_aside(self, broken: list[int]) -> None:
@@ -142,7 +154,7 @@ class Checkpoints:
 def restore_params(
     run_dir: str | pathlib.Path,
     which: Literal["best", "last"] = "last",
-    ema: bool = False,
+    ema: bool | None = False,
     sharding: Any = None,
 ) -> PyTree:
     """The weights of a run, for inference: on the first device unless `sharding` says otherwise.
@@ -152,10 +164,25 @@ def restore_params(
     directory = pathlib.Path(run_dir) / {"best": "best", "last": "checkpoints"}[which]
     if not directory.is_dir():
         raise ValueError(f"{run_dir} holds no {directory.name}/: no {which} checkpoint was saved")
-    with Checkpoints(directory) as checkpoints:
+    with Checkpoints(directory, read_only=True) as checkpoints:
         if not checkpoints.steps():
             raise ValueError(f"{directory} is empty: nothing was saved there yet")
         return checkpoints.params(checkpoints.steps()[-1], ema, sharding)
+
+
+def restore_weights(run_dir: str | pathlib.Path) -> PyTree:
+    """The weights that a run is used with: the best it kept, else its last; averaged if it did.
+
+    Raises ValueError when nothing was saved yet.
+    """
+    for name in ("best", "checkpoints"):
+        directory = pathlib.Path(run_dir) / name
+        if not directory.is_dir():
+            continue
+        with Checkpoints(directory, read_only=True) as checkpoints:
+            if steps := checkpoints.steps():
+                return checkpoints.params(steps[-1], ema=None)
+    raise ValueError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
 
 
 class _Mismatch(ValueError):
