@@ -172,7 +172,8 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
     changes = dict(optimizer=optimizer, eval_every=2, keep_best="eval/loss", patience=3)
     loop.run(tiny.experiment(tmp_path, **changes))
     assert lines(tmp_path)[-1]["step"] == 8  # the best at 2, then three evaluations
-    assert loop.finished(loop.Checkpoints(tmp_path / "checkpoints")) is not None
+    with loop.Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
+        assert loop.finished(checkpoints) is not None
 
 
 @pytest.mark.parametrize(
