@@ -121,9 +121,7 @@ def _build(kind: Any, data: Any, path: str) -> Any:
     elif kind in (int, str, bool, type(None)) and type(data) is kind or kind is Any:
         return data
     if getattr(kind, "_is_protocol", False):
-        raise ValueError(
-            f"{path} is an interface, which names no class; read it as its own class"
-        )
+        raise ValueError(f"{path} is an interface, which names no class; read it as its own class")
     raise ValueError(f"{path} must be {_spell(kind)}, not {data!r}")
 
 

@@ -40,7 +40,7 @@ def attend(
     )
     logits_BHlL = logits_BHlL * scale
     if mask_lL is not None:
-        logits_BHlL = jnp.where(mask_lL, logits_BHlL, -jnp.inf)
+        logits_BHlL = jnp.where(mask_lL[None, None], logits_BHlL, -jnp.inf)
     weights_BHlL = jax.nn.softmax(logits_BHlL).astype(v_BLHD.dtype)
     return jnp.einsum("BHlL,BLHD->BlHD", weights_BHlL, v_BLHD, precision=precision)
 
@@ -73,8 +73,8 @@ class MultiHeadAttention(nn.Module):
             log_scale_H = self.param(
                 "log_scale", nn.initializers.constant(np.log(4)), (self.heads,), jnp.float32
             )
-            temperature_H1 = jnp.exp(jnp.minimum(log_scale_H, MAX_LOG_SCALE))[:, None]
-            q_BlHD = (unit(q_BlHD) * temperature_H1).astype(self.dtype)
+            temperature_11H1 = jnp.exp(jnp.minimum(log_scale_H, MAX_LOG_SCALE))[None, None, :, None]
+            q_BlHD = (unit(q_BlHD) * temperature_11H1).astype(self.dtype)
             k_BlHD = unit(k_BlHD).astype(self.dtype)
             scale = 1.0
         else:

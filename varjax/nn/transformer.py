@@ -91,7 +91,7 @@ class AdaLN(nn.Module):
         if self.shared:
             init = scaled_normal(width**-0.5 * factor_6[:, None])
             table_6C = self.param("table", init, (SIGNALS, width), jnp.float32)
-            return table_6C.astype(self.dtype) + cond
+            return table_6C[None].astype(self.dtype) + cond
         init = scaled_normal(self.init_std * np.repeat(factor_6, width))
         ada_BE = dense(SIGNALS * width, self.dtype, init, "linear")(nn.silu(cond))
         return ada_BE.reshape(-1, SIGNALS, width)
@@ -113,7 +113,7 @@ class MLP(nn.Module):
 
 def init_blocks(block: Block, key: jax.Array, cond: jax.Array):
     """Parameters of `block.depth` blocks, stacked along a leading axis N; cond gives the width."""
-    x_BlC = jnp.zeros((1, 1, cond.shape[-1]))
+    x_BlC = jnp.zeros((1, 1, cond.shape[-1]), block.compute.jax_dtype)
 
     def init(key):
         return block.init(key, x_BlC, cond, method=Block.touch)["params"]
@@ -171,7 +171,8 @@ def drop_path(key: jax.Array, depth: int, batch: int, rate: float) -> jax.Array 
     if rate == 0:
         return None
     keep_N11 = 1 - np.linspace(0, rate, depth, dtype=np.float32)[:, None, None]
-    return jax.random.bernoulli(key, keep_N11, (depth, 2, batch)) / keep_N11
+    kept_N2B = jax.random.bernoulli(key, keep_N11, (depth, 2, batch))
+    return kept_N2B.astype(jnp.float32) / keep_N11
 
 
 def modulate(x_BlC, scale_B1C, shift_B1C):
@@ -187,7 +188,7 @@ def scaled_normal(std):
     """A normal initializer with a standard deviation per column (or whatever broadcasts)."""
 
     def init(key, shape, dtype=jnp.float32):
-        return std * jax.random.normal(key, shape, dtype)
+        return np.broadcast_to(std, shape) * jax.random.normal(key, shape, dtype)
 
     return init
 

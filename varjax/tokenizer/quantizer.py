@@ -67,7 +67,8 @@ class Quantizer(nn.Module):
         if self.cosine:
             return jnp.argmax(dot_BlV, axis=-1).astype(jnp.int32)
         z2_Bl1 = jnp.sum(jnp.square(z_BlZ), axis=-1, keepdims=True)
-        distance_BlV = z2_Bl1 + jnp.sum(jnp.square(codebook_VZ), axis=-1) - 2 * dot_BlV
+        e2_11V = jnp.sum(jnp.square(codebook_VZ), axis=-1)[None, None]
+        distance_BlV = z2_Bl1 + e2_11V - 2 * dot_BlV
         return jnp.argmin(distance_BlV, axis=-1).astype(jnp.int32)
 
     def look_up(self, tokens_Bl: jax.Array) -> jax.Array:
@@ -93,7 +94,8 @@ class Quantizer(nn.Module):
             precision="highest",
         )
         ratio = self.phi_ratio
-        return f_hat_BhwZ + ratio * (conv_BhwZ + self.phi_bias[p]) + (1 - ratio) * x_BhwZ
+        phi_BhwZ = ratio * (conv_BhwZ + self.phi_bias[p, None, None, None]) + (1 - ratio) * x_BhwZ
+        return f_hat_BhwZ + phi_BhwZ
 
     def next_input(self, f_hat_BhwZ: jax.Array, k: int) -> jax.Array:
         """What the transformer reads after scale k, to predict scale k+1: (B, l of k+1, Z)."""
@@ -119,15 +121,17 @@ class Quantizer(nn.Module):
 
 
 def quantizer_loss(f_BhwZ: jax.Array, f_hats, beta: float) -> jax.Array:
-    """Mean over scales of β·|sg(f_hat_k) - f|² + |f_hat_k - sg(f)|² (VAR's eq. 5, first terms)."""
+    """(B,): mean over scales of β·|sg(f_hat_k) - f|² + |f_hat_k - sg(f)|² (VAR's eq. 5)."""
     f_BhwZ = f_BhwZ.astype(jnp.float32)
     stop = jax.lax.stop_gradient
+
+    def distance(a_BhwZ, b_BhwZ):
+        return jnp.mean(jnp.square(a_BhwZ - b_BhwZ), axis=(1, 2, 3))
+
     losses = [
-        beta * jnp.mean(jnp.square(stop(f_hat) - f_BhwZ))
-        + jnp.mean(jnp.square(f_hat - stop(f_BhwZ)))
-        for f_hat in f_hats
+        beta * distance(stop(f_hat), f_BhwZ) + distance(f_hat, stop(f_BhwZ)) for f_hat in f_hats
     ]
-    return jnp.mean(jnp.stack(losses))
+    return jnp.mean(jnp.stack(losses), axis=0)
 
 
 def _flat(x_BhwZ):

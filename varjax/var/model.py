@@ -106,8 +106,8 @@ class VAR(nn.Module):
         input_BlZ: `Tokenizer.teacher_input`, all scales but the first. keep_N2B: `drop_path`.
         """
         start_BC = jnp.take(self.class_embed, label_B, axis=0, mode="clip")
-        x_BLC = jnp.concatenate([self._first(start_BC), self.word(input_BlZ)], axis=1)
-        x_BLC = (x_BLC + self._places(slice(None))).astype(self.dtype)
+        x_BLC = jnp.concatenate([self._first(start_BC), self._words(input_BlZ)], axis=1)
+        x_BLC = (x_BLC + self._places(slice(None))[None]).astype(self.dtype)
         x_BLC, _ = run_blocks(
             self.block,
             self.blocks,
@@ -132,15 +132,18 @@ class VAR(nn.Module):
         input_BlZ: `Quantizer.next_input` after scale k-1; None for k = 0. cache: scales 0 … k-1.
         """
         assert (input_BlZ is None) == (k == 0) and len(cache.keys) == k
-        x_BlC = self._first(cond.start_BC) if input_BlZ is None else self.word(input_BlZ)
-        x_BlC = (x_BlC + self._places(self.config.pyramid.slices[k])).astype(self.dtype)
+        x_BlC = self._first(cond.start_BC) if input_BlZ is None else self._words(input_BlZ)
+        x_BlC = (x_BlC + self._places(self.config.pyramid.slices[k])[None]).astype(self.dtype)
         x_BlC, cache = run_blocks(
             self.block, self.blocks, x_BlC, signals_NB6C=cond.signals_NB6C, cache=cache
         )
         return self._logits(x_BlC, cond.head_B2C), cache
 
     def _first(self, start_BC):
-        return start_BC[:, None] + self.start
+        return start_BC[:, None] + self.start[None]
+
+    def _words(self, input_BlZ):
+        return self.word(input_BlZ).astype(jnp.float32)
 
     def _places(self, tokens):
         return (self.level_KC[self.config.pyramid.level_L] + self.pos_LC)[tokens]

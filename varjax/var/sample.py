@@ -126,7 +126,7 @@ def keep_likeliest(
     kth_Bl1 = jnp.take(sorted_BlV, jnp.array([V]) - top_k, axis=-1)
     kept_BlV = jnp.where(sorted_BlV < kth_Bl1, -jnp.inf, sorted_BlV)
     mass_BlV = jnp.cumsum(jax.nn.softmax(kept_BlV), axis=-1)
-    dropped_BlV = (mass_BlV <= 1 - top_p) & (jnp.arange(V) < V - 1) & (top_p > 0)
+    dropped_BlV = (mass_BlV <= 1 - top_p) & (jnp.arange(V) < V - 1)[None, None] & (top_p > 0)
     drop_Bl1 = jnp.sum(dropped_BlV, axis=-1, keepdims=True)
     pth_Bl1 = jnp.take_along_axis(sorted_BlV, drop_Bl1, axis=-1)
     equal_BlV = logits_BlV == pth_Bl1

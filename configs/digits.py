@@ -1,0 +1,49 @@
+"""A transformer that draws handwritten digits of any class, over configs/digits_tokenizer.py.
+
+    python train.py --config=configs/digits.py
+
+Runs on a laptop CPU; the tokenizer must be trained first.
+"""
+
+from configs import digits_tokenizer
+from varjax.data.sources import Digits
+from varjax.nn.compute import Compute
+from varjax.training.experiment import Experiment
+from varjax.training.optimizer import AdamW
+from varjax.var.model import VARConfig
+from varjax.var.sample import Options
+from varjax.var.task import VARTask
+
+
+def get_config() -> Experiment:
+    tokenizer_run = digits_tokenizer.get_config()
+    tokenizer = tokenizer_run.task.model
+    model = VARConfig(
+        depth=6,
+        width=128,
+        heads=4,
+        classes=10,
+        scales=tokenizer.scales,
+        vocab=tokenizer.vocab,
+        code_channels=tokenizer.code_channels,
+        gate_init=1e-2,
+    )
+    return Experiment(
+        task=VARTask(
+            model=model,
+            tokenizer=tokenizer,
+            tokenizer_weights=tokenizer_run.run_dir,
+            optimizer=AdamW(base_lr=4e-3, schedule="cos", warmup=0.05),
+            ema=0.99,
+            compute=Compute(unroll=True),
+            sampling=Options(cfg=0.25, top_k=0, top_p=0.0),
+        ),
+        data=Digits(shift=0.25, rotate=5.0, zoom=0.05),
+        run_dir="runs/digits",
+        batch_size=128,
+        steps=800,
+        eval_every=80,
+        save_every=160,
+        preview_every=400,
+        keep_best="eval_ema/loss",
+    )

@@ -1,0 +1,30 @@
+"""Image generation by next-scale prediction (VAR, arXiv 2404.02905) in JAX.
+
+    import varjax
+    model = varjax.load("runs/digits")
+    images = model.sample([3, 1, 4], seed=0)
+
+The letters of array names, throughout: B batch, L tokens of all scales, l tokens of one scale,
+K scales, C width, H heads, D head size, V vocabulary, Z code channels, N layers, h w token map,
+H W image (in BHWC), P φ convolutions, E any wider layer; a digit is that length.
+"""
+
+from varjax.nn.compute import Compute
+from varjax.pyramid import SCALES_256, SCALES_512, SCALES_1024
+from varjax.tokenizer.model import TokenizerConfig
+from varjax.var.load import load
+from varjax.var.model import VARConfig
+from varjax.var.pipeline import Pipeline
+from varjax.var.sample import Options
+
+__all__ = [
+    "SCALES_256",
+    "SCALES_512",
+    "SCALES_1024",
+    "Compute",
+    "Options",
+    "Pipeline",
+    "TokenizerConfig",
+    "VARConfig",
+    "load",
+]

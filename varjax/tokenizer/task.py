@@ -1,0 +1,124 @@
+"""Training the tokenizer: reconstruction and quantizer losses, code usage per scale."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varjax import trees
+from varjax.tokenizer.model import Tokenizer, TokenizerConfig, init_tokenizer
+from varjax.tokenizer.quantizer import quantizer_loss
+from varjax.training.optimizer import AdamW
+from varjax.training.step import apply, gradients
+from varjax.training.task import Batch, Plan, PyTree, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerTask:
+    """What a tokenizer is trained for: l1·|x̂-x| + l2·|x̂-x|² + the quantizer's loss.
+
+    Images are in [-1, 1] here, as everywhere inside the models. ema: decay of the parameters'
+    moving average, 0 for none. accumulate: parts of a batch that are worked off one by one.
+    """
+
+    model: TokenizerConfig
+    optimizer: AdamW = AdamW(b1=0.9, b2=0.95, weight_decay=0.0)
+    l1: float = 0.2
+    l2: float = 1.0
+    beta: float = 0.25  # commitment: how much the features follow the codes
+    ema: float = 0.0
+    accumulate: int = 1
+    plan: Plan = Plan()
+
+    def init(self, key: jax.Array) -> TrainState:
+        params = init_tokenizer(self.model, key)
+        ema = jax.tree.map(jnp.copy, params) if self.ema else None
+        return TrainState(jnp.int32(0), params, ema, self._tx(params).init(params))
+
+    def frozen(self) -> PyTree:
+        return {}
+
+    def train_step(
+        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        def loss_fn(params, batch):
+            losses, tokens_BL = self.losses(params, batch["image_BHWC"])
+            means = {name: jnp.mean(loss_B) for name, loss_B in losses.items()}
+            frequency_KV = self._counts(tokens_BL, jnp.ones(tokens_BL.shape[0])) / len(tokens_BL)
+            return means["loss"], means | {"frequency_KV": frequency_KV}
+
+        grads, metrics = gradients(loss_fn, state.params, batch, self.accumulate)
+        state, norms = apply(state, grads, self._tx(state.params), self.ema)
+        metrics["perplexity"] = _perplexity(metrics.pop("frequency_KV"), jnp)
+        lr = self.optimizer.lr(state.step - 1, self.plan)
+        return state, metrics | norms | {"lr": lr}
+
+    def losses(
+        self, params: PyTree, image_BHWC: jax.Array
+    ) -> tuple[dict[str, jax.Array], jax.Array]:
+        """Every term for each image, (B,), "loss" being their weighted sum; and the tokens (B, L).
+
+        image_BHWC: uint8.
+        """
+        x_BHWC = to_model(image_BHWC)
+        y_BHWC, f_BhwZ, quantized = Tokenizer(self.model).apply({"params": params}, x_BHWC)
+        l1_B = jnp.mean(jnp.abs(y_BHWC - x_BHWC), axis=(1, 2, 3))
+        l2_B = jnp.mean(jnp.square(y_BHWC - x_BHWC), axis=(1, 2, 3))
+        quantizer_B = quantizer_loss(f_BhwZ, quantized.f_hats, self.beta)
+        loss_B = self.l1 * l1_B + self.l2 * l2_B + quantizer_B
+        losses = {"loss": loss_B, "l1": l1_B, "l2": l2_B, "quantizer": quantizer_B}
+        return losses, quantized.tokens_BL
+
+    def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
+        valid_B = batch["valid_B"].astype(jnp.float32)
+        losses, tokens_BL = self.losses(state.params, batch["image_BHWC"])
+        sums = {name: jnp.sum(jnp.where(valid_B > 0, x_B, 0)) for name, x_B in losses.items()}
+        counts = {"images": jnp.sum(valid_B), "codes_KV": self._counts(tokens_BL, valid_B)}
+        return sums | counts
+
+    def eval_metrics(self, sums: PyTree) -> dict[str, Any]:
+        """Mean losses, PSNR in dB, and per scale: code perplexity and the share of codes in use."""
+        images, codes_KV = sums.pop("images"), sums.pop("codes_KV")
+        metrics = {name: total / images for name, total in sums.items()}
+        metrics["psnr"] = 10 * np.log10(4 / metrics["l2"])  # values span 2
+        metrics["perplexity"] = _perplexity(codes_KV / images, np)
+        metrics["usage"] = np.mean(codes_KV > 0, axis=1)
+        return metrics
+
+    def preview(
+        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Held-out images in the first row, below them what each further scale adds, scale by scale."""
+        model, params = Tokenizer(self.model), {"params": state.params}
+        x_BHWC = to_model(batch["image_BHWC"][:8])
+        tokens_BL = model.apply(params, x_BHWC, method=Tokenizer.encode)
+        y_KBHWC = model.apply(params, tokens_BL, method=Tokenizer.decode_every_scale)
+        rows = jnp.concatenate([x_BHWC[None], y_KBHWC])
+        return {"reconstructions": (rows + 1) / 2}
+
+    def _counts(self, tokens_BL, weight_B):
+        """How often each scale uses each code, (K, V)."""
+        weight_Bl = weight_B[:, None]
+        return jnp.stack(
+            [
+                jnp.zeros(self.model.vocab).at[tokens_BL[:, scale]].add(weight_Bl)
+                for scale in self.model.pyramid.slices
+            ]
+        )
+
+    def _tx(self, params):
+        decay = trees.map_with_path(lambda path, _: path.endswith("kernel"), params)
+        return self.optimizer.make(self.plan, decay)
+
+
+def to_model(image_BHWC: jax.Array) -> jax.Array:
+    """uint8 [0, 255] -> float32 [-1, 1], the range of everything inside the models."""
+    return image_BHWC.astype(jnp.float32) / 127.5 - 1
+
+
+def _perplexity(weight_KV, xp):
+    """2^entropy of each row: the number of codes that are used, were they used equally."""
+    p_KV = weight_KV / xp.sum(weight_KV, axis=-1, keepdims=True)
+    return xp.exp(-xp.sum(p_KV * xp.log(xp.maximum(p_KV, 1e-12)), axis=-1))
