@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 
-from varjax.training.metrics import MetricWriter, flatten, grid
+from varjax.training.metrics import MetricWriter, flatten
 
 
 def test_arrays_become_one_number_a_name():
@@ -27,10 +27,3 @@ def test_an_inactive_writer_leaves_nothing(tmp_path):
         writer.write(1, {"loss": 1.0})
         writer.images(1, "a", np.zeros((1, 8, 8, 3)))
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
-
-
-def test_a_grid_reads_row_by_row():
-    images_NHWC = np.linspace(0, 1, 5)[:, None, None, None] * np.ones((1, 64, 64, 3))
-    picture_HWC = grid(images_NHWC)
-    assert picture_HWC.shape == (128, 192, 3)
-    np.testing.assert_array_equal(picture_HWC[::64, ::64, 0], [[0, 64, 128], [191, 255, 0]])

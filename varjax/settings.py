@@ -35,14 +35,16 @@ def from_dict(cls: type[T], data: dict[str, Any]) -> T:
 def override(settings: T, assignments: Iterable[str]) -> T:
     """A copy with "a.b=value" applied, the values parsed by the annotation of each field.
 
-    Raises ValueError for an unknown field or a value of the wrong type.
+    All are applied together, so that fields which must fit one another can change at once. Raises
+    ValueError for an unknown field or a value of the wrong type.
     """
+    changes = []
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
             raise ValueError(f"{assignment!r} has no value; write {assignment}=value")
-        settings = _override(settings, path.split("."), text, path)
-    return settings
+        changes.append((path.split("."), text, path))
+    return _override(settings, changes)
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
@@ -140,20 +142,24 @@ def _build_dataclass(cls: type, data: dict[str, Any], path: str) -> Any:
         raise ValueError(f"{path} is incomplete: {error}") from error
 
 
-def _override(settings: Any, names: list[str], text: str, path: str) -> Any:
-    name, *rest = names
-    if not dataclasses.is_dataclass(settings):
-        raise ValueError(f"{path}: a {type(settings).__name__} has no field {name!r}")
-    known = [field.name for field in dataclasses.fields(settings)]
-    if name not in known:
+def _override(settings: Any, changes: list[tuple[list[str], str, str]]) -> Any:
+    """Applies (names, text, whole path) changes, the later one of two to the same field."""
+    values: dict[str, Any] = {}
+    below: dict[str, list[tuple[list[str], str, str]]] = {}
+    for (name, *rest), text, path in changes:
         owner = type(settings).__name__
-        raise ValueError(f"{path}: {owner} has no field {name!r}; its fields are {known}")
-    value = getattr(settings, name)
-    if rest:
-        value = _override(value, rest, text, path)
-    else:
-        value = _parse(typing.get_type_hints(type(settings))[name], text, path)
-    return dataclasses.replace(typing.cast(Any, settings), **{name: value})
+        if not dataclasses.is_dataclass(settings):
+            raise ValueError(f"{path}: a {owner} has no field {name!r}")
+        known = [field.name for field in dataclasses.fields(settings)]
+        if name not in known:
+            raise ValueError(f"{path}: {owner} has no field {name!r}; its fields are {known}")
+        if rest:
+            below.setdefault(name, []).append((rest, text, path))
+        else:
+            values[name] = _parse(typing.get_type_hints(type(settings))[name], text, path)
+    for name, inner in below.items():
+        values[name] = _override(values.get(name, getattr(settings, name)), inner)
+    return dataclasses.replace(typing.cast(Any, settings), **values)
 
 
 def _parse(kind: Any, text: str, path: str) -> Any:

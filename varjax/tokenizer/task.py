@@ -90,7 +90,7 @@ class TokenizerTask:
     def preview(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
-        """Held-out images in the first row, below them what each further scale adds, scale by scale."""
+        """Held-out images in the first row, below them their reconstructions, scale by scale."""
         model, params = Tokenizer(self.model), {"params": state.params}
         x_BHWC = to_model(batch["image_BHWC"][:8])
         tokens_BL = model.apply(params, x_BHWC, method=Tokenizer.encode)

@@ -11,11 +11,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from varjax import files
+from varjax import files, pictures
 
 QUIET_SECONDS = 10.0
 
@@ -66,28 +65,18 @@ class MetricWriter:
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 
-    def images(self, step: int, name: str, images_NHWC: np.ndarray) -> None:
-        """Saves a grid of images in [0, 1] as previews/step_<step>_<name>.png."""
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
+        """Saves a grid of images in [0, 1] as previews/step_<step>_<name>.png.
+
+        images: (N, H, W, C), or (rows, columns, H, W, C).
+        """
         if not self._active:
             return
-        picture_HWC = grid(images_NHWC)
+        columns = images.shape[1] if images.ndim == 5 else None
+        picture_HWC = pictures.grid(images.reshape(-1, *images.shape[-3:]), columns)
         path = self._run_dir / "previews" / f"step_{step:08d}_{name.replace('/', '_')}.png"
-        with files.atomic_path(path) as temporary:
-            Image.fromarray(picture_HWC.squeeze()).save(temporary, format="png")
+        pictures.write_png(path, picture_HWC)
         self._board.add_image(name, picture_HWC, step, dataformats="HWC")
-
-
-def grid(images_NHWC: np.ndarray) -> np.ndarray:
-    """uint8 (height, width, C): rows of images, as square as it goes, small ones enlarged."""
-    N, H, W, C = images_NHWC.shape
-    columns = math.ceil(math.sqrt(N))
-    rows = math.ceil(N / columns)
-    enlarge = max(1, 64 // H)
-    tiles = np.zeros((rows * columns, H, W, C), np.uint8)
-    tiles[:N] = np.rint(np.clip(images_NHWC, 0, 1) * 255)
-    tiles = tiles.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
-    tiles = tiles.reshape(rows, columns, H * enlarge, W * enlarge, C)
-    return tiles.transpose(0, 2, 1, 3, 4).reshape(rows * H * enlarge, columns * W * enlarge, C)
 
 
 class Progress:

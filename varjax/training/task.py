@@ -72,5 +72,8 @@ class Task(Protocol):
     def preview(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
-        """Images to look at by name, (N, H, W, C) in [0, 1]; {} for none."""
+        """Images to look at by name, in [0, 1]; {} for none.
+
+        (N, H, W, C), or (rows, columns, H, W, C) where the arrangement says something.
+        """
         ...
