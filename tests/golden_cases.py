@@ -2,13 +2,12 @@
 
 import functools
 
-import jax
 import numpy as np
 
 from tests.golden import weights
-from varjax.convert import names
-from varjax.tokenizer.model import TokenizerConfig, init_tokenizer
-from varjax.var.model import VARConfig, init_var
+from varjax.convert import transfer
+from varjax.tokenizer.model import TokenizerConfig
+from varjax.var.model import VARConfig
 
 CASES = ("base", "shared_aln", "no_qk_norm", "ten_scales", "phi_per_scale")
 
@@ -40,16 +39,13 @@ def configs(name: str) -> tuple[TokenizerConfig, VARConfig]:
 @functools.cache
 def tokenizer_params(name: str):
     config, _ = configs(name)
-    abstract = jax.eval_shape(functools.partial(init_tokenizer, config), jax.random.key(0))
-    table = names.tokenizer_table(config)
-    return names.from_official(table, abstract, weights.state_dict(name, "vae"))
+    return transfer.from_official(config, weights.state_dict(name, "vae"))
 
 
 @functools.cache
 def var_params(name: str):
     _, config = configs(name)
-    abstract = jax.eval_shape(functools.partial(init_var, config), jax.random.key(0))
-    return names.from_official(names.var_table(config), abstract, weights.state_dict(name, "var"))
+    return transfer.from_official(config, weights.state_dict(name, "var"))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ LAYER = {
     "resize": 0,
     "trees": 0,
     "files": 0,
+    "tensors": 0,
     "settings": 0,
     "pictures": 0,
     "nn": 1,

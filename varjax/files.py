@@ -8,10 +8,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy, without which safetensors cannot read it
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+
+from varjax import tensors
 
 
 @contextlib.contextmanager
@@ -56,30 +55,34 @@ def read_json(path: str | os.PathLike) -> Any:
 def write_tensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str, str]) -> None:
     """Writes nested dicts of arrays as one .safetensors file, keys joined by "/", atomically.
 
-    Empty dicts leave no trace in the file.
+    Leaves may be `tensors.Lazy`. Empty dicts leave no trace in the file.
     """
-    arrays = {name: np.asarray(leaf, order="C") for name, leaf in _flatten(tree).items()}
+    arrays = {
+        name: leaf if isinstance(leaf, tensors.Lazy) else np.asarray(leaf)
+        for name, leaf in _flatten(tree).items()
+    }
     with atomic_path(path) as temporary:
-        save_file(arrays, temporary, metadata=dict(metadata))
+        tensors.write(temporary, arrays, metadata)
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
-    """(tree, metadata) of a file by `write_tensors`; ValueError when missing or damaged."""
+    """(tree, metadata) of a file by `write_tensors`; ValueError when missing or damaged.
+
+    The leaves are read-only views of a memory map: what is not used is not read.
+    """
     path = _existing(path)
     tree: dict[str, Any] = {}
     try:
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():
-                *parents, last = name.split("/")
-                node = tree
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[last] = file.get_tensor(name)
-            return tree, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is truncated or not a safetensors file ({error}); write or download it again"
-        ) from error
+        flat, metadata = tensors.read(np.memmap(path, np.uint8, "r"))
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree, metadata
 
 
 def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:

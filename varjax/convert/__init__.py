@@ -1,0 +1,10 @@
+"""Weights of the official PyTorch VAR: from there, and back.
+
+python -m varjax.convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights/d16
+"""
+
+from varjax.convert.export import export_run, export_torch
+from varjax.convert.infer import Choices
+from varjax.convert.official import convert
+
+__all__ = ["Choices", "convert", "export_run", "export_torch"]

@@ -1,21 +1,17 @@
-"""Official PyTorch names and layouts <-> ours: one table per model, which accounts for every tensor.
+"""Official PyTorch names and layouts <-> ours: a table per model that accounts for every tensor.
 
 A table lists each official tensor once and says where it goes. Reading it forwards converts
 official weights, backwards exports ours; neither direction has names of its own.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Literal
 
-import jax
 import numpy as np
 
 from varjax.tokenizer.model import TokenizerConfig
 from varjax.var.model import VARConfig
-
-# Buffers of the official modules: derived from the sizes, so neither read nor needed.
-BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +19,7 @@ class Link:
     """One official tensor and the leaves that hold its numbers.
 
     ours: paths of the leaves; several share the tensor in equal parts of its first axis.
-    layout: "linear" (out, in) <-> (in, out); "conv" OIHW <-> HWIO; "plain" the same up to axes of 1.
+    layout: "linear" (out, in) <-> (in, out); "conv" OIHW <-> HWIO; "plain" the same but axes of 1.
     index: position along the leaf's leading (stacked) axis, or None.
     ones: for "plain", where the official shape has axes of length 1.
     """
@@ -34,9 +30,10 @@ class Link:
     index: int | None = None
     ones: tuple[int, ...] = ()
 
-    def forward(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """The official tensor's numbers for each of `ours`."""
-        return [self._swap(part, (1, 0), (2, 3, 1, 0)) for part in np.split(tensor, len(self.ours))]
+    def forward(self, tensor: np.ndarray, path: str) -> np.ndarray:
+        """The official tensor's numbers for the leaf at `path`, one of `ours`: a view."""
+        part = np.split(tensor, len(self.ours))[self.ours.index(path)]
+        return self._swap(part, (1, 0), (2, 3, 1, 0))
 
     def backward(self, leaves: list[np.ndarray]) -> np.ndarray:
         """The official tensor from the numbers of each of `ours`."""
@@ -160,63 +157,3 @@ def _attention(official, ours) -> Iterator[Link]:
     yield from _norm(f"{official}.norm", f"{ours}/norm")
     yield from _conv(f"{official}.qkv", f"{ours}/qkv")
     yield from _conv(f"{official}.proj_out", f"{ours}/proj")
-
-
-def official_shapes(table: list[Link], abstract) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every official tensor; `abstract` is our tree of shapes (`eval_shape`)."""
-    leaves = _leaves(abstract)
-    return {link.official: link.shape(leaves[link.ours[0]].shape) for link in table}
-
-
-def from_official(table: list[Link], abstract, tensors: Mapping[str, np.ndarray]):
-    """Our parameter tree, NumPy float32, from official tensors; reads each of them once.
-
-    Raises ValueError with every missing, unexpected and misshapen tensor at once.
-    """
-    given = {n: t for n, t in tensors.items() if n.rsplit(".", 1)[-1] not in BUFFERS}
-    wanted = official_shapes(table, abstract)
-    problems = [f"missing: {n} {shape}" for n, shape in wanted.items() if n not in given]
-    problems += [f"unexpected: {n} {tuple(given[n].shape)}" for n in given if n not in wanted]
-    problems += [
-        f"misshapen: {n} is {tuple(given[n].shape)}, needed is {shape}"
-        for n, shape in wanted.items()
-        if n in given and tuple(given[n].shape) != shape
-    ]
-    if problems:
-        raise ValueError("the tensors do not fit the model:\n  " + "\n  ".join(problems))
-    out = {path: np.empty(leaf.shape, np.float32) for path, leaf in _leaves(abstract).items()}
-    filled = set()
-    for link in table:
-        for path, part in zip(link.ours, link.forward(given[link.official]), strict=True):
-            leaf = out[path] if link.index is None else out[path][link.index]
-            leaf[...] = part.reshape(leaf.shape)
-            filled.add(path)
-    assert filled == out.keys(), f"the table never fills {sorted(out.keys() - filled)}"
-    return _nest(out)
-
-
-def to_official(table: list[Link], params) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, tensor) of every official tensor, one at a time."""
-    leaves = _leaves(params)
-    for link in table:
-        parts = [leaves[path] for path in link.ours]
-        shape = link.shape(parts[0].shape)
-        if link.index is not None:
-            parts = [part[link.index] for part in parts]
-        yield link.official, link.backward([np.asarray(p) for p in parts]).reshape(shape)
-
-
-def _leaves(tree) -> dict:
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
-def _nest(leaves: Mapping[str, np.ndarray]):
-    tree: dict = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = leaf
-    return tree

@@ -1,46 +1,21 @@
 """Read PyTorch (.pth, .pt, .ckpt) and .safetensors files as memory-mapped NumPy arrays."""
 
 import functools
-import json
-import math
 import os
 import zipfile
 import zlib
 from pathlib import Path
-from reprlib import repr as short
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
-from varjax.convert.allowed import Storage, view
+from varjax import tensors
+from varjax.convert.allowed import Storage
 from varjax.convert.unpickle import unpickle
 
 MAX_PICKLE_BYTES = 2**24  # a full trainer checkpoint of the largest VAR needs about 2**19
-MAX_HEADER_BYTES = 100 * 10**6  # the limit of the safetensors format itself
 # Compressed members are unpacked into memory, and real weights shrink by no more than a tenth.
 MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 2**30, 16
-
-SAFETENSORS_DTYPES = {
-    name: np.dtype(dtype)
-    for name, dtype in {
-        "F64": np.float64,
-        "F32": np.float32,
-        "F16": np.float16,
-        "BF16": ml_dtypes.bfloat16,
-        "F8_E4M3": ml_dtypes.float8_e4m3fn,
-        "F8_E5M2": ml_dtypes.float8_e5m2,
-        "I64": np.int64,
-        "I32": np.int32,
-        "I16": np.int16,
-        "I8": np.int8,
-        "U64": np.uint64,
-        "U32": np.uint32,
-        "U16": np.uint16,
-        "U8": np.uint8,
-        "BOOL": np.bool_,
-    }.items()
-}
 # What zipfile raises for one; OSError is a seek to a place that cannot be.
 DAMAGED_ZIP = (
     zipfile.BadZipFile,
@@ -81,8 +56,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         head = file[:512].tobytes()
         if head.startswith(b"PK\x03\x04"):
             return _read_zip(path, file)
-        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_HEADER_BYTES:
-            return _read_safetensors(file)
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= tensors.MAX_HEADER_BYTES:
+            return tensors.read(file)[0]
         for start, problem in NOT_WEIGHTS.items():
             if head.lstrip().startswith(start):
                 raise ValueError(f"this is {problem}")
@@ -161,36 +136,3 @@ def _stored(member: zipfile.ZipInfo, file: np.ndarray) -> np.ndarray:
     if start + member.file_size > len(file):
         raise ValueError(f"the file ends inside {member.filename}; {AGAIN}")
     return file[start : start + member.file_size]
-
-
-def _read_safetensors(file: np.ndarray) -> dict[str, np.ndarray]:
-    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
-    if start > len(file):
-        raise ValueError(f"the file ends inside its safetensors header; {AGAIN}")
-    try:
-        header = json.loads(file[8:start].tobytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its safetensors header is damaged ({error}); {AGAIN}") from error
-    header.pop("__metadata__", None)
-    try:
-        return {name: _safetensor(file[start:], **entry) for name, entry in header.items()}
-    except TypeError as error:
-        raise ValueError(f"its safetensors header is damaged ({error}); {AGAIN}") from error
-
-
-def _safetensor(
-    data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]
-) -> np.ndarray:
-    if dtype not in SAFETENSORS_DTYPES:
-        raise ValueError(
-            f"it has a tensor of type {dtype}; allowed: {', '.join(SAFETENSORS_DTYPES)}"
-        )
-    start, stop = data_offsets
-    kind = SAFETENSORS_DTYPES[dtype]
-    if stop - start != math.prod(shape) * kind.itemsize or not 0 <= start <= stop <= len(data):
-        raise ValueError(
-            f"a tensor of {dtype} and shape {short(shape)} is said to fill bytes {start} to {stop} "
-            f"of {len(data)}; {AGAIN}"
-        )
-    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    return view(data[start:stop], kind, 0, tuple(shape), strides)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from varjax.convert.allowed import STORAGES
+from varjax.tensors import Tensor
 
 ALIGNMENT = 64  # as torch.save does, so that a memory map of the file has aligned tensors
 ZIP64_BYTES = 2**30  # members above this get 64-bit sizes, well before zip's limit of 2**32
@@ -18,10 +19,10 @@ CLASS = {dtype: name for name, dtype in STORAGES.items()}
 ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
-def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, np.ndarray]) -> None:
+def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) -> None:
     """Write `state_dict` to `path`, where `torch.load(path, weights_only=True)` gives it back.
 
-    The file appears complete or not at all. Arrays are copied one at a time, so they may be lazy.
+    The file appears complete or not at all. Arrays are copied one at a time; they may be lazy.
     Raises ValueError for a name that is no string, a type PyTorch's classic tensors lack, or a
     missing folder.
     """
@@ -62,11 +63,11 @@ def _write(archive: zipfile.ZipFile, file, name: str, content: bytes | memoryvie
         target.write(content)
 
 
-def _bytes(x: np.ndarray) -> memoryview:
+def _bytes(x: Tensor) -> memoryview:
     return np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
 
 
-def _pickle(state_dict: Mapping[str, np.ndarray]) -> bytes:
+def _pickle(state_dict: Mapping[str, Tensor]) -> bytes:
     """OrderedDict(name -> torch._utils._rebuild_tensor_v2(...)) in opcodes of protocol 2."""
     tensors = (
         _text(name) + _tensor(index, np.dtype(x.dtype), x.shape)

@@ -1,30 +1,43 @@
-"""A trained tokenizer from wherever it lies: its run, or the run of a model that builds on it."""
+"""A tokenizer from wherever it lies: a run, a run that builds on it, or a converted directory."""
 
+import functools
 import pathlib
+from collections.abc import Callable
+from typing import TypeVar
 
-from varjax import files, settings
-from varjax.tokenizer.model import TokenizerConfig
+import jax
+
+from varjax import files, settings, trees
+from varjax.tokenizer.model import TokenizerConfig, init_tokenizer
 from varjax.training.checkpoint import restore_weights
 from varjax.training.task import PyTree
 
+T = TypeVar("T")
 
-def read_tokenizer(location: str | pathlib.Path) -> tuple[TokenizerConfig, PyTree]:
-    """(config, params) of a tokenizer's run, or of a transformer's run that keeps a copy of one.
 
-    Raises ValueError that names what is missing.
+def read_tokenizer(
+    location: str | pathlib.Path, ema: bool | None = None
+) -> tuple[TokenizerConfig, PyTree]:
+    """(config, params) of the tokenizer in a run, its own or the one it builds on, or converted.
+
+    ema: of a tokenizer's run, the averaged weights or not; None for them if there are any. Raises
+    ValueError that names what is missing.
     """
-    run = pathlib.Path(location)
-    task = read_task(run)
+    directory = pathlib.Path(location)
+    config = read_config(directory)
+    if "task" not in config:
+        return read_part(directory, "tokenizer", TokenizerConfig, init_tokenizer)
+    task = config["task"]
     if task["_type"] == "TokenizerTask":
-        return settings.from_dict(TokenizerConfig, task["model"]), restore_weights(run)
+        return settings.from_dict(TokenizerConfig, task["model"]), restore_weights(directory, ema)
     if "tokenizer" not in task:
-        raise ValueError(f"{run} is a run of {task['_type']}, which holds no tokenizer")
-    config = settings.from_dict(TokenizerConfig, task["tokenizer"])
-    return config, files.read_tensors(run / "frozen.safetensors")[0]
+        raise ValueError(f"{directory} is a run of {task['_type']}, which holds no tokenizer")
+    params, _ = files.read_tensors(directory / "frozen.safetensors")
+    return settings.from_dict(TokenizerConfig, task["tokenizer"]), params
 
 
 def load_tokenizer(location: str | pathlib.Path, expected: TokenizerConfig) -> PyTree:
-    """The parameters at `location`; ValueError with all differences if they are of another model."""
+    """The parameters at `location`; ValueError with all differences if it is another model."""
     found, params = read_tokenizer(location)
     a, b = settings.to_dict(found), settings.to_dict(expected)
     if lines := [f"{name}: {a[name]} there, {b[name]} here" for name in a if a[name] != b[name]]:
@@ -32,11 +45,31 @@ def load_tokenizer(location: str | pathlib.Path, expected: TokenizerConfig) -> P
     return params
 
 
-def read_task(run: pathlib.Path) -> dict:
-    """The task's settings in the run's config.json."""
-    if not (run / "config.json").is_file():
+def read_config(directory: pathlib.Path) -> dict:
+    """The config.json of a run (it has a "task") or of a converted directory ("sources")."""
+    path = directory / "config.json"
+    if not path.is_file():
         raise ValueError(
-            f"{run} is no training run: it has no config.json. Train it first, or "
-            "give the directory that holds checkpoints/ and config.json"
+            f"{directory} {'holds no config.json' if directory.is_dir() else 'does not exist'}; "
+            "give a run's directory, or one that python -m varjax.convert wrote"
         )
-    return files.read_json(run / "config.json")["task"]
+    config = files.read_json(path)
+    if not isinstance(config, dict) or not config.keys() & {"task", "sources"}:
+        raise ValueError(f"{path} is neither of a training run nor of a converted directory")
+    return config
+
+
+def read_part(
+    directory: pathlib.Path, name: str, cls: type[T], init: Callable[[T, jax.Array], PyTree]
+) -> tuple[T, PyTree]:
+    """(config, params) of one model of a converted directory, the params mapped, not yet read."""
+    data = read_config(directory)
+    if name not in data:
+        others = ", ".join(sorted(data.keys() & {"tokenizer", "var"}))
+        raise ValueError(f"{directory} holds only {others}; convert it again with --{name} as well")
+    config = settings.from_dict(cls, data[name])
+    params, _ = files.read_tensors(directory / f"{name}.safetensors")
+    expected = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+    if report := trees.difference(expected, params):
+        raise ValueError(f"{directory}/{name}.safetensors does not fit config.json:\n{report}")
+    return config, params

@@ -170,10 +170,10 @@ def restore_params(
         return checkpoints.params(checkpoints.steps()[-1], ema, sharding)
 
 
-def restore_weights(run_dir: str | pathlib.Path) -> PyTree:
+def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyTree:
     """The weights that a run is used with: the best it kept, else its last; averaged if it did.
 
-    Raises ValueError when nothing was saved yet.
+    `ema` insists on the average or does without it. Raises ValueError when nothing was saved yet.
     """
     for name in ("best", "checkpoints"):
         directory = pathlib.Path(run_dir) / name
@@ -181,7 +181,7 @@ def restore_weights(run_dir: str | pathlib.Path) -> PyTree:
             continue
         with Checkpoints(directory, read_only=True) as checkpoints:
             if steps := checkpoints.steps():
-                return checkpoints.params(steps[-1], ema=None)
+                return checkpoints.params(steps[-1], ema)
     raise ValueError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
 
 

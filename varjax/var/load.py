@@ -1,34 +1,45 @@
-"""A trained transformer with its tokenizer, from a run."""
+"""A transformer with its tokenizer, from a training run or a converted directory."""
 
 import pathlib
 
-from varjax import files, settings
+from varjax import settings
 from varjax.nn.compute import Compute
-from varjax.tokenizer.load import read_task
-from varjax.tokenizer.model import TokenizerConfig
+from varjax.tokenizer.load import read_config, read_part, read_tokenizer
 from varjax.training.checkpoint import restore_weights
-from varjax.var.model import VARConfig
+from varjax.training.task import PyTree
+from varjax.var.model import VARConfig, init_var
 from varjax.var.pipeline import Pipeline
 from varjax.var.sample import Options
 
 
-def load(location: str, compute: Compute = Compute()) -> Pipeline:  # noqa: B008  (frozen)
-    """What a run has learned: its best weights if it kept them, averaged if it averaged them.
+def load(location: str | pathlib.Path, compute: Compute = Compute()) -> Pipeline:  # noqa: B008
+    """The model in a converted directory, or what a training run has learned.
 
-    Raises ValueError that says what `location` lacks.
+    Of a run, the best weights if it kept them, averaged if it averaged them. Raises ValueError that
+    says what `location` lacks.
     """
-    run = pathlib.Path(location)
-    task = read_task(run)
+    var, params, sampling = read_var(location)
+    tokenizer, tokenizer_params = read_tokenizer(location)
+    params = {"tokenizer": tokenizer_params, "var": params}
+    return Pipeline(tokenizer, var, params, sampling, compute)
+
+
+def read_var(
+    location: str | pathlib.Path, ema: bool | None = None
+) -> tuple[VARConfig, PyTree, Options]:
+    """(config, params, sampling) of the transformer in a run or a converted directory.
+
+    ema: of a run, the averaged weights or not; None for them if there are any. Raises ValueError
+    that says what `location` lacks.
+    """
+    directory = pathlib.Path(location)
+    config = read_config(directory)
+    if "task" not in config:
+        sampling = settings.from_dict(Options, config["sampling"])
+        return *read_part(directory, "var", VARConfig, init_var), sampling
+    task = config["task"]
     if task["_type"] != "VARTask":
-        raise ValueError(f"{run} is a run of {task['_type']}, not of a transformer (VARTask)")
-    params = {
-        "tokenizer": files.read_tensors(run / "frozen.safetensors")[0],
-        "var": restore_weights(run),
-    }
-    return Pipeline(
-        settings.from_dict(TokenizerConfig, task["tokenizer"]),
-        settings.from_dict(VARConfig, task["model"]),
-        params,
-        settings.from_dict(Options, task["sampling"]),
-        compute,
-    )
+        raise ValueError(f"{directory} is a run of {task['_type']}, not of a transformer (VARTask)")
+    model = settings.from_dict(VARConfig, task["model"])
+    sampling = settings.from_dict(Options, task["sampling"])
+    return model, restore_weights(directory, ema), sampling

@@ -1,0 +1,123 @@
+"""Weights through a table of names, in either direction, one tensor in memory at a time."""
+
+import functools
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varjax import trees
+from varjax.convert.names import Link, tokenizer_table, var_table
+from varjax.tensors import Lazy
+from varjax.tokenizer.model import TokenizerConfig, init_tokenizer
+from varjax.training.task import PyTree
+from varjax.var.model import VARConfig, init_var
+
+Config = TokenizerConfig | VARConfig
+# Buffers of the official modules: derived from the sizes, so neither read nor needed here.
+BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
+FLOAT32 = np.dtype(np.float32)
+
+
+def table_of(config: Config) -> list[Link]:
+    """The names of the model that `config` describes."""
+    return tokenizer_table(config) if isinstance(config, TokenizerConfig) else var_table(config)
+
+
+@functools.cache
+def describe(config: Config) -> PyTree:
+    """Shapes of the model's parameters, without making them."""
+    init = init_tokenizer if isinstance(config, TokenizerConfig) else init_var
+    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+
+
+def official_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every official tensor, without the buffers."""
+    leaves = trees.paths(describe(config))
+    return {link.official: link.shape(leaves[link.ours[0]].shape) for link in table_of(config)}
+
+
+def is_weight(name: str) -> bool:
+    """Whether an official name is of a weight, not of a buffer."""
+    return name.rsplit(".", 1)[-1] not in BUFFERS
+
+
+def check(config: Config, tensors: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError with every missing, unexpected, misshapen and mistyped tensor at once."""
+    given = {n: t for n, t in tensors.items() if is_weight(n)}
+    wanted = official_shapes(config)
+    problems = [f"missing: {n} {shape}" for n, shape in wanted.items() if n not in given]
+    problems += [f"unexpected: {n} {tuple(given[n].shape)}" for n in given if n not in wanted]
+    for n in (n for n in wanted if n in given):
+        if given[n].shape != wanted[n]:
+            problems.append(f"misshapen: {n} is {given[n].shape}, needed is {wanted[n]}")
+        if not jnp.issubdtype(given[n].dtype, jnp.floating):
+            problems.append(f"mistyped: {n} is {given[n].dtype}, needed are floating-point numbers")
+    if problems:
+        raise ValueError("the tensors do not fit the model:\n  " + "\n  ".join(problems))
+
+
+def to_ours(config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, Lazy]:
+    """Our leaves by path, float32, from official tensors in any floating-point format.
+
+    Raises ValueError like `check`.
+    """
+    check(config, tensors)
+    links: dict[str, list[Link]] = {}
+    for link in table_of(config):
+        for path in link.ours:
+            links.setdefault(path, []).append(link)
+    leaves = trees.paths(describe(config))
+    assert links.keys() == leaves.keys(), links.keys() ^ leaves.keys()
+
+    def pieces(path: str) -> Iterator[np.ndarray]:
+        for link in links[path]:  # a stacked leaf has one for each layer, in order
+            yield link.forward(tensors[link.official], path).astype(np.float32)
+
+    return {
+        path: Lazy(leaf.shape, FLOAT32, functools.partial(pieces, path))
+        for path, leaf in leaves.items()
+    }
+
+
+def from_official(config: Config, tensors: Mapping[str, np.ndarray]) -> PyTree:
+    """Our parameter tree, NumPy float32; raises ValueError like `check`."""
+    leaves = to_ours(config, tensors)
+    return trees.map_with_path(lambda path, _: np.asarray(leaves[path]), describe(config))
+
+
+def to_official(config: Config, params: PyTree) -> dict[str, Lazy]:
+    """Every official tensor by name, without the buffers; `params` are on the host."""
+    leaves = trees.paths(params)
+
+    def pieces(link: Link) -> Iterator[np.ndarray]:
+        parts = [
+            leaves[path] if link.index is None else leaves[path][link.index] for path in link.ours
+        ]
+        yield link.backward(parts)
+
+    return {
+        link.official: Lazy(
+            link.shape(leaves[link.ours[0]].shape), FLOAT32, functools.partial(pieces, link)
+        )
+        for link in table_of(config)
+    }
+
+
+def official_buffers(config: Config) -> dict[str, np.ndarray]:
+    """What else the official modules' state dicts hold, as it is when they are built."""
+    pyramid = config.pyramid
+    if isinstance(config, TokenizerConfig):
+        shape = (len(pyramid), config.vocab)
+        return {"quantize.ema_vocab_hit_SV": np.zeros(shape, np.float32)}
+    bias_LL = np.where(pyramid.mask_LL, np.float32(0), np.float32(-np.inf))
+    zeros = {
+        f"blocks.{i}.attn.zero_k_bias": np.zeros(config.width, np.float32)
+        for i in range(config.depth)
+    }
+    return {
+        "lvl_1L": pyramid.level_L[None].astype(np.int64),
+        "attn_bias_for_masking": bias_LL[None, None],
+        **zeros,
+    }
