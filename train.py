@@ -8,6 +8,7 @@ python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 
 """
 
 import argparse
+import logging
 import sys
 
 from varjax import settings
@@ -37,6 +38,8 @@ def main(arguments: list[str]) -> int:
         return _fail(error, 2, flags.debug)
 
     import jax  # only here, so that mistakes above show at once
+
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
 
     from varjax.training.loop import run
 

@@ -15,7 +15,7 @@ SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Pyramid:
-    """K token maps, coarse to fine, whose tokens are concatenated row by row into one sequence of L.
+    """K token maps, coarse to fine, whose tokens make one sequence of L, row by row.
 
     `scales` holds a side length for a square map or (h, w). Hashable, so that it can be closed over
     or passed as a static argument.
@@ -76,11 +76,11 @@ class Pyramid:
 
     @functools.cached_property
     def mask_LL(self) -> np.ndarray:
-        """Block-causal mask: token i may look at token j (True) if j's scale is not finer than i's."""
+        """Block-causal: token i may look at j (True) where j's scale is not finer than i's."""
         return self.level_L[:, None] >= self.level_L[None, :]
 
     def progress(self, k: int) -> float:
-        """How far scale k is on the way from the first (0) to the last (1); 0 for a single scale."""
+        """How far scale k is from the first (0) to the last (1); 0 for a single scale."""
         return k / max(len(self) - 1, 1)
 
     def phi_index(self, phis: int) -> tuple[int, ...]:

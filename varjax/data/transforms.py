@@ -1,6 +1,7 @@
 """Pure functions on NumPy images; whatever is random is drawn from an explicit Generator."""
 
 import math
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -31,7 +32,7 @@ def affine(
     cos, sin = math.cos(math.radians(degrees)) / scale, math.sin(math.radians(degrees)) / scale
     matrix = np.array([[cos, sin], [-sin, cos]])
     center = (np.array(image_HWC.shape[:2]) - 1) / 2
-    offset = center - matrix @ (center + np.array(shift))
+    offset: Any = center - matrix @ (center + np.array(shift))
     channels = [
         # "grid-constant" also interpolates between the border pixels and the zeros around them.
         ndimage.affine_transform(

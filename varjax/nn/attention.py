@@ -61,7 +61,7 @@ class MultiHeadAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x_BlC, past, mask_lL):
-        """-> (y_BlC, (k_BlHD, v_BlHD)); past: (keys, values), each a tuple of earlier (B, l', H, D)."""
+        """-> (y_BlC, (k_BlHD, v_BlHD)); past: (keys, values), tuples of earlier (B, l', H, D)."""
         width = x_BlC.shape[-1]
 
         def project(name, use_bias):

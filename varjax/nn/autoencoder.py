@@ -135,7 +135,9 @@ def middle(block, multiplier, groups, dtype, x_BhwC):
     return block(multiplier, "mid_block_2")(x_BhwC)
 
 
-def conv(features, dtype, name=None, *, size=3, strides=1, padding="SAME") -> nn.Conv:
+def conv(
+    features, dtype, name=None, *, size=3, strides=1, padding: str | tuple = "SAME"
+) -> nn.Conv:
     """A square convolution with PyTorch's default scale of initialization."""
     return nn.Conv(
         features,

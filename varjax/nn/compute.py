@@ -14,8 +14,8 @@ Remat = Literal["none", "block", "dots"]
 class Compute:
     """Number format and execution of a transformer.
 
-    dtype: format of matrix products and of the residual stream. "auto" is bfloat16 on an accelerator
-        and float32 on a CPU. Softmax, norms and logits are always float32, parameters too.
+    dtype: format of matrix products and of the residual stream. "auto" is bfloat16 on an
+        accelerator and float32 on a CPU. Softmax, norms, logits and parameters are always float32.
     attention: "xla" runs anywhere; "cudnn" is the fused kernel (NVIDIA, bfloat16).
     remat: what the backward pass recomputes: "none", all of a "block", or all but matrix products
         ("dots").

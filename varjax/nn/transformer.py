@@ -1,5 +1,7 @@
 """A pre-norm transformer whose norms are modulated by a condition (AdaLN), layers stacked."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -155,6 +157,7 @@ def run_blocks(
         return x_BlC, None if cache is None else (k_BlHD, v_BlHD)
 
     past = ((), ()) if cache is None else (cache.keys, cache.values)
+    new: Any
     x_BlC, new = jax.lax.scan(
         _remat(layer, block.compute),
         x_BlC,
@@ -163,11 +166,12 @@ def run_blocks(
     )
     if cache is None:
         return x_BlC, Cache()
-    return x_BlC, Cache((*cache.keys, new[0]), (*cache.values, new[1]))
+    k_NBlHD, v_NBlHD = new
+    return x_BlC, Cache((*cache.keys, k_NBlHD), (*cache.values, v_NBlHD))
 
 
 def drop_path(key: jax.Array, depth: int, batch: int, rate: float) -> jax.Array | None:
-    """keep_N2B for `run_blocks`: 0 or 1/(1-p) per example and branch, p rising linearly to `rate`."""
+    """keep_N2B of `run_blocks`: 0 or 1/(1-p) per example and branch, p rising linearly to rate."""
     if rate == 0:
         return None
     keep_N11 = 1 - np.linspace(0, rate, depth, dtype=np.float32)[:, None, None]

@@ -63,7 +63,7 @@ class TokenizerTask:
         image_BHWC: uint8.
         """
         x_BHWC = to_model(image_BHWC)
-        y_BHWC, f_BhwZ, quantized = Tokenizer(self.model).apply({"params": params}, x_BHWC)
+        y_BHWC, f_BhwZ, quantized = Tokenizer(self.model).bind({"params": params})(x_BHWC)
         l1_B = jnp.mean(jnp.abs(y_BHWC - x_BHWC), axis=(1, 2, 3))
         l2_B = jnp.mean(jnp.square(y_BHWC - x_BHWC), axis=(1, 2, 3))
         quantizer_B = quantizer_loss(f_BhwZ, quantized.f_hats, self.beta)
@@ -91,10 +91,9 @@ class TokenizerTask:
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
         """Held-out images in the first row, below them their reconstructions, scale by scale."""
-        model, params = Tokenizer(self.model), {"params": state.params}
+        model = Tokenizer(self.model).bind({"params": state.params})
         x_BHWC = to_model(batch["image_BHWC"][:8])
-        tokens_BL = model.apply(params, x_BHWC, method=Tokenizer.encode)
-        y_KBHWC = model.apply(params, tokens_BL, method=Tokenizer.decode_every_scale)
+        y_KBHWC = model.decode_every_scale(model.encode(x_BHWC))
         rows = jnp.concatenate([x_BHWC[None], y_KBHWC])
         return {"reconstructions": (rows + 1) / 2}
 

@@ -1,5 +1,6 @@
 """A tokenizer and a transformer together, for notebooks and scripts."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -36,14 +37,14 @@ class Pipeline:
     ):
         self.tokenizer, self.var, self.sampling, self.compute = tokenizer, var, sampling, compute
         self.params = jax.device_put(params)
-        model = Tokenizer(tokenizer)
 
-        def tokenizer_method(method):
-            return jax.jit(lambda params, x: model.apply({"params": params}, x, method=method))
+        def jitted(method):
+            bind = Tokenizer(tokenizer).bind
+            return jax.jit(lambda params, x: method(bind({"params": params}), x))
 
-        self._encode = tokenizer_method(Tokenizer.encode)
-        self._decode = tokenizer_method(lambda m, x: (m.decode(x) + 1) / 2)
-        self._decode_every = tokenizer_method(lambda m, x: (m.decode_every_scale(x) + 1) / 2)
+        self._encode = jitted(Tokenizer.encode)
+        self._decode = jitted(lambda m, x: (m.decode(x) + 1) / 2)
+        self._decode_every = jitted(lambda m, x: (m.decode_every_scale(x) + 1) / 2)
         self._sample = jax.jit(functools.partial(sample_images, tokenizer, var, compute=compute))
         self._logits = jax.jit(self._teacher_forced)
 
@@ -112,13 +113,13 @@ class Pipeline:
     def options(self, cfg=None, top_k=None, top_p=None, smooth=None) -> Options:
         """The model's own `sampling` with what is not None replaced; ValueError if out of range."""
         given = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "smooth": smooth}
-        return self.sampling.replace(**{k: v for k, v in given.items() if v is not None}).check()
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return dataclasses.replace(self.sampling, **chosen).check()
 
     def _teacher_forced(self, params, tokens_BL, label_B):
-        input_BlZ = Tokenizer(self.tokenizer).apply(
-            {"params": params["tokenizer"]}, tokens_BL, method=Tokenizer.teacher_input
-        )
-        return VAR(self.var, self.compute).apply({"params": params["var"]}, input_BlZ, label_B)
+        tokenizer = Tokenizer(self.tokenizer).bind({"params": params["tokenizer"]})
+        model = VAR(self.var, self.compute).bind({"params": params["var"]})
+        return model(tokenizer.teacher_input(tokens_BL), label_B)
 
     def _check_images(self, images_BHWC):
         images_BHWC, wanted = jnp.asarray(images_BHWC), self.tokenizer.image_shape

@@ -93,15 +93,12 @@ def sample(
 def sample_images(tokenizer: TokenizerConfig, var: VARConfig, params, *args, **kwargs) -> jax.Array:
     """`sample`, decoded: images (B, H, W, channels) in [0, 1]. Meant to be jitted as a whole."""
     _, f_hat_BhwZ = sample(tokenizer, var, params, *args, **kwargs)
-    tokenizer_params = {"params": params["tokenizer"]}
-    image_BHWC = Tokenizer(tokenizer).apply(
-        tokenizer_params, f_hat_BhwZ, method=Tokenizer.decode_features
-    )
-    return (image_BHWC + 1) / 2
+    decoder = Tokenizer(tokenizer).bind({"params": params["tokenizer"]})
+    return (decoder.decode_features(f_hat_BhwZ) + 1) / 2
 
 
-def image_keys(seed: int | jax.Array, index_B: jax.Array) -> jax.Array:
-    """One key per image, from the seed and the image's own number: not from its place in a batch."""
+def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Array:
+    """One key per image, from the seed and the image's own number, not its place in a batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B)
 
 
@@ -144,5 +141,5 @@ def soft_weights(logits_BlV: jax.Array, gumbel_BlV: jax.Array, progress: float) 
 
 
 def gumbel(key_B: jax.Array, like_BlV: jax.Array) -> jax.Array:
-    """Gumbel noise (B, l, V), each image's from its own key; added to logits, its argmax samples."""
+    """Gumbel noise (B, l, V), each image's by its own key; logits plus it, argmax, is a draw."""
     return jax.vmap(lambda key: jax.random.gumbel(key, like_BlV.shape[1:]))(key_B)

@@ -29,7 +29,7 @@ class VARTask:
     """What a transformer is trained on, and how.
 
     tokenizer_weights: a tokenizer's run or a converted directory, which must hold `tokenizer`.
-    class_dropout: share of images whose label becomes "no class". drop_path: rate at the last layer.
+    class_dropout: share of images whose label becomes "no class". drop_path: the last layer's.
     ema: decay of the parameters' moving average, 0 for none. sampling: what suits the model, for
     previews and as the default of everybody who loads it.
     """
@@ -95,13 +95,11 @@ class VARTask:
 
         The last one has the labels smoothed: (1-ε)·ce + ε·(mean of -log p over all codes).
         """
-        tokens_BL, input_BlZ = Tokenizer(self.tokenizer).apply(
-            {"params": frozen}, to_model(batch["image_BHWC"]), method=Tokenizer.encode_to_teach
-        )
+        tokenizer = Tokenizer(self.tokenizer).bind({"params": frozen})
+        model = VAR(self.model, self.compute).bind({"params": params})
+        tokens_BL, input_BlZ = tokenizer.encode_to_teach(to_model(batch["image_BHWC"]))
         keep_N2B = None if "keep_BN2" not in batch else jnp.moveaxis(batch["keep_BN2"], 0, -1)
-        logits_BLV = VAR(self.model, self.compute).apply(
-            {"params": params}, input_BlZ, batch["label_B"], keep_N2B
-        )
+        logits_BLV = model(input_BlZ, batch["label_B"], keep_N2B)
         loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens_BL)
         smooth_BL, smoothing = loss_BL, self.label_smoothing
         if smoothing:

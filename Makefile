@@ -1,0 +1,35 @@
+# make demo, make test: all that a fresh machine with Python >= 3.11 needs. PYTHON=python3.12 make …
+PYTHON ?= python3
+VENV ?= .venv
+PY = $(VENV)/bin/python
+
+.PHONY: setup demo test lint clean
+
+setup: $(VENV)/ready
+
+$(VENV)/ready: requirements.txt requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("varjax needs Python 3.11 or newer, $(PYTHON) is %s; set PYTHON=…" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+demo: setup
+	$(PY) train.py --config=configs/digits_tokenizer.py
+	$(PY) train.py --config=configs/digits.py
+	@$(MAKE) --no-print-directory runs/digits/samples.npz
+	$(PY) -m varjax.demo --run=runs/digits --samples=runs/digits/samples.npz
+
+# Anew only after training went on: metrics.jsonl is younger then.
+runs/digits/samples.npz: runs/digits/metrics.jsonl
+	$(PY) sample.py --weights=runs/digits --labels=all --count=100 --batch_size=250 --out=$@
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+clean:
+	rm -rf $(VENV) build *.egg-info
