@@ -1,11 +1,13 @@
 """Checkpoints made by hand, opcode by opcode, for the tests of reading them."""
 
+import itertools
 import pickle
 import zipfile
 
 import numpy as np
 import pytest
 
+from varjax.convert import pth_write
 from varjax.convert.pth import read_checkpoint
 
 DATA = np.arange(24, dtype=np.float32)
@@ -28,8 +30,12 @@ def tensor(size, stride, offset=0, storage=None) -> bytes:
     return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"\x89" + hooks + b"tR"
 
 
+def mapping(values: dict[str, bytes]) -> bytes:
+    return b"}(" + b"".join(plain(k) + v for k, v in values.items()) + b"u"
+
+
 def entries(**values: bytes) -> bytes:
-    return b"\x80\x02}(" + b"".join(plain(k) + v for k, v in values.items()) + b"u."
+    return b"\x80\x02" + mapping(values) + b"."
 
 
 def archive(path, pickled: bytes, data=DATA, method=zipfile.ZIP_STORED, byteorder="little"):
@@ -45,3 +51,18 @@ def refusal(path) -> str:
         read_checkpoint(path)
     assert str(caught.value).startswith(f"{path}: ")
     return str(caught.value)
+
+
+def write_trainer(path, models) -> None:
+    """A checkpoint like the official trainer's: {"epoch": 3, "trainer": {model: state dict}}."""
+    tensors = [x for weights in models.values() for x in weights.values()]
+    index = itertools.count()
+    trainer = {
+        model: mapping({n: pth_write._tensor(next(index), x.dtype, x.shape) for n, x in w.items()})
+        for model, w in models.items()
+    }
+    body = {"epoch": plain(3), "trainer": mapping(trainer)}
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("ckpt/data.pkl", entries(**body))
+        for i, x in enumerate(tensors):
+            file.writestr(f"ckpt/data/{i}", np.ascontiguousarray(x).tobytes())

@@ -55,12 +55,12 @@ def new_directory(
         with files.atomic_path(out) as temporary:
             temporary.mkdir()
             if (free := shutil.disk_usage(temporary).free) < needed:
-                raise ValueError(f"{out} needs {needed / 1e9:.1f} GB; free are {free / 1e9:.1f} GB")
+                raise ValueError(f"{out} needs {needed / 1e9:.3f} GB; free are {free / 1e9:.3f} GB")
             yield temporary
     except OSError as error:
         raise ValueError(
             f"{out} could not be written ({error}), and nothing of it was kept; "
-            f"it needs {needed / 1e9:.1f} GB in a place that you may write to"
+            f"it needs {needed / 1e9:.3f} GB in a place that you may write to"
         ) from error
 
 

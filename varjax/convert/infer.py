@@ -67,8 +67,8 @@ def infer_tokenizer(tensors: Tensors, choices: Choices) -> TokenizerConfig:
     for count in (own_phis, 0 if hits is None else len(hits)):
         if count not in (0, len(scales)):
             raise ValueError(
-                f"the tokenizer has {count} scales, but the transformer (or --scales, or if both are "
-                f"left out the official 256 px model) has {len(scales)}: {scales}"
+                f"the tokenizer has {count} scales, but the transformer, or --scales, or without "
+                f"both the official 256 px model has {len(scales)}: {scales}"
             )
     return TokenizerConfig(
         scales=scales,
