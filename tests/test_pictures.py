@@ -21,5 +21,5 @@ def test_small_images_are_enlarged_and_set_apart():
 def test_a_png_holds_the_rounded_values(tmp_path, channels):
     images = np.full((2, 2, channels), 0.5)
     pictures.write_png(tmp_path / "a.png", pictures.to_uint8(images))
-    read = np.asarray(Image.open(tmp_path / "a.png")).reshape(2, 2, channels)
-    assert np.all(read == 128)
+    with Image.open(tmp_path / "a.png") as picture:
+        assert np.all(np.asarray(picture).reshape(2, 2, channels) == 128)

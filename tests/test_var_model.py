@@ -106,11 +106,12 @@ def test_label_smoothing_is_pytorch_s(monkeypatch):
 
 def _feed_golden_tokens(monkeypatch, expected):
     class Stand:
-        encode_to_teach = None
-
         def __init__(self, config): ...
 
-        def apply(self, params, images, method):
+        def bind(self, variables):
+            return self
+
+        def encode_to_teach(self, images):
             tokens_BL = jnp.asarray(expected["tokens"], jnp.int32)
             return tokens_BL, jnp.asarray(expected["teacher_forcing_input"])
 

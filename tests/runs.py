@@ -1,0 +1,45 @@
+"""Tiny runs of both stages on the digits, a few steps long, made once for all tests."""
+
+import functools
+import pathlib
+import tempfile
+
+from varjax.data.sources import Digits
+from varjax.tokenizer.model import TokenizerConfig
+from varjax.tokenizer.task import TokenizerTask
+from varjax.training import loop
+from varjax.training.experiment import Experiment
+from varjax.var.model import VARConfig
+from varjax.var.sample import Options
+from varjax.var.task import VARTask
+
+TOKENIZER = TokenizerConfig(
+    scales=(1, 2, 4), image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4, vocab=16,
+    code_channels=4,
+)  # fmt: skip
+VAR = VARConfig(depth=2, width=16, heads=2, classes=10, scales=(1, 2, 4), vocab=16, code_channels=4)
+
+
+@functools.cache
+def root() -> pathlib.Path:
+    """Where they lie."""
+    return pathlib.Path(tempfile.mkdtemp(prefix="varjax_runs_"))
+
+
+@functools.cache
+def tokenizer() -> pathlib.Path:
+    run = root() / "tokenizer"
+    _train(TokenizerTask(TOKENIZER), run)
+    return run
+
+
+@functools.cache
+def var() -> pathlib.Path:
+    run = root() / "var"
+    task = VARTask(VAR, TOKENIZER, str(tokenizer()), ema=0.5, sampling=Options(cfg=0.5, top_k=7))
+    _train(task, run, keep_best="eval_ema/loss")
+    return run
+
+
+def _train(task, run, **settings) -> None:
+    loop.run(Experiment(task, Digits(), str(run), batch_size=32, steps=2, eval_every=1, **settings))

@@ -1,0 +1,80 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests import runs
+from varjax.var import command
+from varjax.var.output import open_output
+
+
+def draw(*flags):
+    command.run(command.parse([f"--weights={runs.var()}", *flags]))
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_a_grid_has_a_row_per_label(tmp_path, capsys):
+    draw("--labels=3,1", "--count=3", f"--out={tmp_path / 'grid.png'}")
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (3 * 65, 2 * 65)
+    assert "6 images" in capsys.readouterr().out
+
+
+def test_outputs_and_batch_sizes_hold_the_same_images(tmp_path):
+    draw("--labels=all", "--count=2", f"--out={tmp_path / 'a.npz'}")
+    draw("--labels=all", "--count=2", "--batch_size=7", f"--out={tmp_path / 'folder'}")
+    with np.load(tmp_path / "a.npz") as file:
+        images, labels = file["arr_0"], file["labels"]
+    assert images.shape == (20, 8, 8, 3) and images.dtype == np.uint8
+    assert np.array_equal(labels, np.repeat(np.arange(10), 2))
+    files = sorted((tmp_path / "folder").iterdir())
+    assert [f.name for f in files[:3]] == [
+        "000000_label0000.png",
+        "000001_label0000.png",
+        "000002_label0001.png",
+    ]
+    read = np.stack([pixels(f) for f in files]).astype(int)
+    assert np.abs(read - images[..., 0]).max() <= 1  # rounding may differ with the batch
+
+
+def test_without_labels_they_are_spread_over_the_classes():
+    assert command.choose_labels(None, 10).tolist() == list(range(10))
+    spread = command.choose_labels(None, 1000)
+    assert len(spread) == 10 and spread[0] == 0 and spread[-1] == 999
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--labels=10"], "0 … 9"),
+        (["--labels=x"], "0,1,2"),
+        (["--count=0"], "count=0"),
+        (["--top_p=3"], "top_p"),
+        (["--batch_size=0"], "batch_size=0"),
+        (["--weights=nowhere"], "nowhere"),
+        ([f"--weights={runs.root()}"], "config.json"),
+        (["--out=a.jpg"], ".jpg"),
+        (["--out=/proc/varjax/grid.png"], "cannot write"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_compiles(flags, message, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("it started sampling")
+
+    monkeypatch.setattr("varjax.var.pipeline.sample_images", never)
+    with pytest.raises(ValueError, match=message):
+        draw(*flags)
+
+
+def test_a_folder_is_not_taken_for_a_file(tmp_path):
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        open_output(str(tmp_path / "x.png"), None)
+
+
+def test_a_tokenizer_s_run_cannot_be_sampled():
+    with pytest.raises(ValueError, match="TokenizerTask"):
+        command.run(command.parse([f"--weights={runs.tokenizer()}"]))
