@@ -13,6 +13,7 @@ LAYER = {
     "tensors": 0,
     "settings": 0,
     "pictures": 0,
+    "flops": 0,
     "nn": 1,
     "training": 1,
     "data": 1,
@@ -20,6 +21,7 @@ LAYER = {
     "var": 3,
     "convert": 4,
     "demo": 4,
+    "benchmark": 4,
     "__init__": 5,
 }
 PACKAGE = pathlib.Path(varjax.__file__).parent

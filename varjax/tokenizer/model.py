@@ -1,6 +1,7 @@
 """The multi-scale VQ tokenizer: image <-> K maps of tokens (VAR, section 3.2)."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -123,6 +124,13 @@ class Tokenizer(nn.Module):
     def _decode(self, f_hat_BhwZ):
         image_BHWC = self.decoder(self.post_quant_conv(f_hat_BhwZ.astype(self.decoder_dtype)))
         return image_BHWC.astype(jnp.float32)
+
+
+def decode_images(
+    config: TokenizerConfig, params, f_hat_BhwZ: jax.Array, dtype: Any = jnp.float32
+) -> jax.Array:
+    """(B, h, w, Z) -> images (B, H, W, channels) in [-1, 1], computed in `dtype`."""
+    return Tokenizer(config, dtype).bind({"params": params}).decode_features(f_hat_BhwZ)
 
 
 def make_quantizer(config: TokenizerConfig) -> Quantizer:

@@ -11,7 +11,7 @@ from varjax import trees
 from varjax.tokenizer.model import Tokenizer, TokenizerConfig, init_tokenizer
 from varjax.tokenizer.quantizer import quantizer_loss
 from varjax.training.optimizer import AdamW
-from varjax.training.step import apply, gradients
+from varjax.training.step import apply, gradients, start
 from varjax.training.task import Batch, Plan, PyTree, TrainState
 
 
@@ -34,8 +34,7 @@ class TokenizerTask:
 
     def init(self, key: jax.Array) -> TrainState:
         params = init_tokenizer(self.model, key)
-        ema = jax.tree.map(jnp.copy, params) if self.ema else None
-        return TrainState(jnp.int32(0), params, ema, self._tx(params).init(params))
+        return start(params, self._tx(params), self.ema)
 
     def frozen(self) -> PyTree:
         return {}

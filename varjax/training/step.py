@@ -43,6 +43,12 @@ def gradients(
     return jax.tree.map(lambda x: x / accumulate, total)
 
 
+def start(params: PyTree, tx: optax.GradientTransformation, ema_decay: float = 0.0) -> TrainState:
+    """The state before the first step; with an `ema_decay` the average starts at `params`."""
+    ema = jax.tree.map(jnp.copy, params) if ema_decay else None
+    return TrainState(jnp.int32(0), params, ema, tx.init(params))
+
+
 def apply(
     state: TrainState, grads: PyTree, tx: optax.GradientTransformation, ema_decay: float = 0.0
 ) -> tuple[TrainState, Metrics]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import Cache
-from varjax.tokenizer.model import Tokenizer, TokenizerConfig, make_quantizer
+from varjax.tokenizer.model import TokenizerConfig, decode_images, make_quantizer
 from varjax.var.model import VAR, VARConfig
 
 
@@ -93,8 +93,7 @@ def sample(
 def sample_images(tokenizer: TokenizerConfig, var: VARConfig, params, *args, **kwargs) -> jax.Array:
     """`sample`, decoded: images (B, H, W, channels) in [0, 1]. Meant to be jitted as a whole."""
     _, f_hat_BhwZ = sample(tokenizer, var, params, *args, **kwargs)
-    decoder = Tokenizer(tokenizer).bind({"params": params["tokenizer"]})
-    return (decoder.decode_features(f_hat_BhwZ) + 1) / 2
+    return (decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ) + 1) / 2
 
 
 def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Array:

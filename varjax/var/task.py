@@ -15,7 +15,7 @@ from varjax.tokenizer.load import load_tokenizer
 from varjax.tokenizer.model import Tokenizer, TokenizerConfig
 from varjax.tokenizer.task import to_model
 from varjax.training.optimizer import AdamW
-from varjax.training.step import apply, gradients
+from varjax.training.step import apply, gradients, start
 from varjax.training.task import Batch, Plan, PyTree, TrainState
 from varjax.var.model import VAR, VARConfig, init_var
 from varjax.var.sample import Options, image_keys, sample_images
@@ -52,8 +52,7 @@ class VARTask:
 
     def init(self, key: jax.Array) -> TrainState:
         params = init_var(self.model, key)
-        ema = jax.tree.map(jnp.copy, params) if self.ema else None
-        return TrainState(jnp.int32(0), params, ema, self._tx(params).init(params))
+        return start(params, self._tx(params), self.ema)
 
     def frozen(self) -> PyTree:
         """The tokenizer's parameters; ValueError where they are not those of `tokenizer`."""

@@ -1,0 +1,1 @@
+"""Benchmarks: commands that print JSON lines. `python -m varjax.benchmark --help`."""

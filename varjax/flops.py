@@ -1,0 +1,43 @@
+"""Floating-point operations of a JAX function, counted in its jaxpr."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def count(function: Callable, *args: Any) -> int:
+    """2 × multiply-adds of all matrix products and convolutions; the rest is not counted.
+
+    `args` may be arrays or ShapeDtypeStructs: nothing is computed.
+    """
+    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _of_jaxpr(jaxpr: Any) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _of_equation(equation: Any) -> int:
+    name, out = equation.primitive.name, equation.outvars[0].aval
+    if name == "dot_general":
+        (contracted, _), _ = equation.params["dimension_numbers"]
+        shape = equation.invars[0].aval.shape
+        return 2 * math.prod(out.shape) * math.prod(shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval.shape
+        out_channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
+        return 2 * math.prod(out.shape) * math.prod(kernel) // out_channels
+    times = equation.params.get("length", 1) if name == "scan" else 1
+    return times * sum(_of_jaxpr(jaxpr) for jaxpr in _inner(equation.params))
+
+
+def _inner(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, core.Jaxpr):
+                yield item
