@@ -98,7 +98,9 @@ def draw_curves(run: pathlib.Path, metrics: list[dict], path: pathlib.Path) -> N
     for name, label in names.items():
         if points := [(line["step"], line[name]) for line in metrics if name in line]:
             axes.plot(*zip(*points, strict=True), label=label, marker=".")
-    axes.set(title=str(run), xlabel="step", ylabel="loss", yscale="log")
+    low, high = axes.dataLim.intervaly
+    scale = "log" if low > 0 and high > 10 * low else "linear"
+    axes.set(title=str(run), xlabel="step", ylabel="loss", yscale=scale)
     axes.legend()
     with files.atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=100)
