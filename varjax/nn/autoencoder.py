@@ -26,19 +26,12 @@ class Encoder(nn.Module):
         x_BhwC = conv(self.width, self.dtype, "conv_in")(image_BHWC)
         for i, multiplier in enumerate(self.multipliers):
             for j in range(self.blocks):
-                x_BhwC = self._block(multiplier, f"down_{i}_block_{j}")(x_BhwC)
+                x_BhwC = residual(self, multiplier, f"down_{i}_block_{j}")(x_BhwC)
                 if i == last:
-                    x_BhwC = SpatialAttention(self.groups, self.dtype, name=f"down_{i}_attn_{j}")(
-                        x_BhwC
-                    )
+                    x_BhwC = attention(self, f"down_{i}_attn_{j}")(x_BhwC)
             if i < last:
                 x_BhwC = Downsample(self.dtype, name=f"down_{i}_downsample")(x_BhwC)
-        x_BhwC = middle(self._block, self.multipliers[-1], self.groups, self.dtype, x_BhwC)
-        x_BhwC = nn.silu(norm(self.groups, self.dtype, "norm_out")(x_BhwC))
-        return conv(self.code_channels, self.dtype, "conv_out")(x_BhwC)
-
-    def _block(self, multiplier, name):
-        return ResidualBlock(self.width * multiplier, self.groups, self.dtype, name=name)
+        return project(self, middle(self, x_BhwC), self.code_channels)
 
 
 class Decoder(nn.Module):
@@ -55,21 +48,36 @@ class Decoder(nn.Module):
     def __call__(self, f_BhwZ: jax.Array) -> jax.Array:
         last = len(self.multipliers) - 1
         x_BhwC = conv(self.width * self.multipliers[-1], self.dtype, "conv_in")(f_BhwZ)
-        x_BhwC = middle(self._block, self.multipliers[-1], self.groups, self.dtype, x_BhwC)
+        x_BhwC = middle(self, x_BhwC)
         for i, multiplier in reversed(list(enumerate(self.multipliers))):
             for j in range(self.blocks + 1):
-                x_BhwC = self._block(multiplier, f"up_{i}_block_{j}")(x_BhwC)
+                x_BhwC = residual(self, multiplier, f"up_{i}_block_{j}")(x_BhwC)
                 if i == last:
-                    x_BhwC = SpatialAttention(self.groups, self.dtype, name=f"up_{i}_attn_{j}")(
-                        x_BhwC
-                    )
+                    x_BhwC = attention(self, f"up_{i}_attn_{j}")(x_BhwC)
             if i > 0:
                 x_BhwC = Upsample(self.dtype, name=f"up_{i}_upsample")(x_BhwC)
-        x_BhwC = nn.silu(norm(self.groups, self.dtype, "norm_out")(x_BhwC))
-        return conv(self.image_channels, self.dtype, "conv_out")(x_BhwC)
+        return project(self, x_BhwC, self.image_channels)
 
-    def _block(self, multiplier, name):
-        return ResidualBlock(self.width * multiplier, self.groups, self.dtype, name=name)
+
+def residual(coder: Encoder | Decoder, multiplier: int, name: str) -> "ResidualBlock":
+    return ResidualBlock(coder.width * multiplier, coder.groups, coder.dtype, name=name)
+
+
+def attention(coder: Encoder | Decoder, name: str) -> "SpatialAttention":
+    return SpatialAttention(coder.groups, coder.dtype, name=name)
+
+
+def middle(coder: Encoder | Decoder, x_BhwC):
+    """Block, attention, block at the lowest resolution."""
+    x_BhwC = residual(coder, coder.multipliers[-1], "mid_block_1")(x_BhwC)
+    x_BhwC = attention(coder, "mid_attn_1")(x_BhwC)
+    return residual(coder, coder.multipliers[-1], "mid_block_2")(x_BhwC)
+
+
+def project(coder: Encoder | Decoder, x_BhwC, channels: int):
+    """The last layers: norm, swish, convolution."""
+    x_BhwC = nn.silu(norm(coder.groups, coder.dtype, "norm_out")(x_BhwC))
+    return conv(channels, coder.dtype, "conv_out")(x_BhwC)
 
 
 class ResidualBlock(nn.Module):
@@ -126,13 +134,6 @@ class Upsample(nn.Module):
     def __call__(self, x_BhwC):
         x_BhwC = jnp.repeat(jnp.repeat(x_BhwC, 2, axis=1), 2, axis=2)
         return conv(x_BhwC.shape[-1], self.dtype, "conv")(x_BhwC)
-
-
-def middle(block, multiplier, groups, dtype, x_BhwC):
-    """Block, attention, block at the lowest resolution."""
-    x_BhwC = block(multiplier, "mid_block_1")(x_BhwC)
-    x_BhwC = SpatialAttention(groups, dtype, name="mid_attn_1")(x_BhwC)
-    return block(multiplier, "mid_block_2")(x_BhwC)
 
 
 def conv(
