@@ -1,3 +1,4 @@
+import functools
 import pathlib
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from varjax import trees
 from varjax.training.sharding import MeshShape, make_mesh, shardings
+from varjax.var.model import VARConfig, init_var
 
 ROOT = pathlib.Path(__file__).parents[1]
 EIGHT_DEVICES = """
@@ -63,19 +66,33 @@ def mesh(**sizes):
 @pytest.mark.parametrize(
     ("path", "shape", "spec"),
     [
-        ("params/blocks/q/kernel", (30, 8, 16), P(None, "fsdp", "tensor")),
-        ("opt_state/1/0/mu/blocks/down/kernel", (30, 8, 16), P(None, "tensor", "fsdp")),
+        ("params/blocks/attn/q/kernel", (30, 8, 16), P(None, "fsdp", "tensor")),
+        ("opt_state/1/0/mu/blocks/mlp/down/kernel", (30, 8, 16), P(None, "tensor", "fsdp")),
         ("ema/head/kernel", (8, 6), P("fsdp", None)),
         ("params/class_embed", (11, 8), P(None, "fsdp")),
         ("params/encoder/conv_in/kernel", (3, 3, 3, 8), P(None, None, None, None)),
-        ("params/blocks/q/bias", (30, 8), P(None, None)),
-        ("params/qq/up/kernel", (7, 16), P(None, "tensor")),
+        ("params/blocks/attn/q/bias", (30, 8), P(None, None)),
+        ("params/blocks/mlp/up/kernel", (2, 7, 16), P(None, None, "tensor")),
+        ("params/unq/kernel", (8, 16), P("fsdp", None)),
         ("step", (), P()),
     ],
 )
 def test_rules_shard_the_last_dimensions_that_divide(path, shape, spec):
     tree = {path: jax.ShapeDtypeStruct(shape, np.float32)}
     assert shardings(tree, mesh(fsdp=4, tensor=2))[path].spec == spec
+
+
+@pytest.mark.parametrize("preset", ["d16", "d36"])
+def test_nearly_all_of_a_transformer_is_shared_out(preset):
+    init = functools.partial(init_var, VARConfig.preset(preset))
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    specs = shardings(abstract, mesh(fsdp=4, tensor=2))
+    found, sizes = trees.paths(specs), {p: x.size for p, x in trees.paths(abstract).items()}
+    whole = {path for path, sharding in found.items() if sharding.is_fully_replicated}
+    assert sum(sizes[path] for path in whole) < 0.005 * sum(sizes.values()), whole
+    split_twice = {path for path, s in found.items() if {"fsdp", "tensor"} <= set(s.spec)}
+    heavy = ("q/kernel", "k/kernel", "v/kernel", "up/kernel", "proj/kernel", "down/kernel")
+    assert split_twice == {path for path in found if path.endswith(heavy)}
 
 
 def test_a_mesh_takes_all_devices_and_refuses_what_does_not_fit():

@@ -52,12 +52,16 @@ def small(**changes) -> tuple[TokenizerConfig, dict]:
 @pytest.mark.parametrize("changes", [{}, {"scales": (1, (1, 2), (2, 3))}, {"image_channels": 4}])
 def test_decoding_tokens_equals_decoding_what_was_quantized(changes):
     config, params = small(**changes)
-    model = Tokenizer(config)
     image_BHWC = jax.random.normal(jax.random.key(1), (2, *config.image_shape))
-    tokens_BL = model.apply(params, image_BHWC, method=Tokenizer.encode)
+
+    @jax.jit
+    def both(params, image_BHWC):
+        model = Tokenizer(config).bind(params)
+        tokens_BL = model.encode(image_BHWC)
+        return tokens_BL, model(image_BHWC)[0], model.decode(tokens_BL)
+
+    tokens_BL, straight_BHWC, decoded_BHWC = both(params, image_BHWC)
     assert tokens_BL.shape == (2, config.pyramid.length)
-    straight_BHWC, _, _ = model.apply(params, image_BHWC)
-    decoded_BHWC = model.apply(params, tokens_BL, method=Tokenizer.decode)
     assert decoded_BHWC.shape == image_BHWC.shape
     np.testing.assert_allclose(decoded_BHWC, jnp.clip(straight_BHWC, -1, 1), atol=1e-5)
 
@@ -66,11 +70,11 @@ def test_gradient_passes_straight_through_to_the_encoder_but_not_into_the_choice
     config, params = small()
 
     def pixel_loss(params, image_BHWC):
-        y_BHWC, _, _ = Tokenizer(config).apply(params, image_BHWC)
+        y_BHWC, _, _ = Tokenizer(config).bind(params)(image_BHWC)
         return jnp.mean(jnp.square(y_BHWC - image_BHWC))
 
     image_BHWC = jax.random.normal(jax.random.key(1), (2, *config.image_shape))
-    grads = jax.grad(pixel_loss)(params, image_BHWC)["params"]
+    grads = jax.jit(jax.grad(pixel_loss))(params, image_BHWC)["params"]
     assert any(jnp.any(g != 0) for g in jax.tree.leaves(grads["encoder"]))
     assert all(jnp.all(g == 0) for g in jax.tree.leaves(grads["quantizer"]))
 
@@ -78,16 +82,19 @@ def test_gradient_passes_straight_through_to_the_encoder_but_not_into_the_choice
 def test_quantizer_loss_teaches_codes_and_features_apart():
     config, params = small()
     f_BhwZ = jax.random.normal(jax.random.key(1), (2, 4, 4, 4))
-    quantizer = make_quantizer(config)
     params = params["params"]["quantizer"]
 
-    def loss(params, f_BhwZ, beta):
-        f_hats = quantizer.apply({"params": params}, f_BhwZ).f_hats
-        return jnp.sum(quantizer_loss(f_BhwZ, f_hats, beta))
+    @jax.jit
+    def grads(params, f_BhwZ, beta):
+        def loss(params, f_BhwZ):
+            f_hats = make_quantizer(config).bind({"params": params})(f_BhwZ).f_hats
+            return jnp.sum(quantizer_loss(f_BhwZ, f_hats, beta))
 
-    to_codes, to_features = jax.grad(loss, (0, 1))(params, f_BhwZ, 0.0)
+        return jax.grad(loss, (0, 1))(params, f_BhwZ)
+
+    to_codes, to_features = grads(params, f_BhwZ, 0.0)
     assert jnp.any(to_codes["codebook"] != 0) and jnp.all(to_features == 0)
-    to_codes_too, to_features = jax.grad(loss, (0, 1))(params, f_BhwZ, 0.25)
+    to_codes_too, to_features = grads(params, f_BhwZ, 0.25)
     assert jnp.any(to_features != 0)
     np.testing.assert_allclose(to_codes_too["codebook"], to_codes["codebook"], rtol=1e-6)
 
@@ -104,7 +111,7 @@ def test_nearest_code_by_distance_and_by_angle():
     z_BlZ = jnp.array([[[2.0, 0.1], [0.1, 3.0], [-0.1, -0.2]]])
     phis = {"phi_kernel": jnp.zeros((1, 3, 3, 2, 2)), "phi_bias": jnp.zeros((1, 2))}
     for cosine, expected in ((False, [2, 1, 2]), (True, [0, 1, 0])):
-        config, _ = small(vocab=3, code_channels=2, phis=1, cosine_codes=cosine)
+        config = TokenizerConfig((1,), vocab=3, code_channels=2, phis=1, cosine_codes=cosine)
         quantizer = make_quantizer(config).bind({"params": {"codebook": codebook_VZ} | phis})
         assert quantizer.nearest(z_BlZ).tolist() == [expected], cosine
 

@@ -37,7 +37,7 @@ def test_evaluation_does_not_depend_on_the_batch_size():
 
 def test_usage_and_perplexity_count_codes():
     counts = np.array([[4.0, 4.0, 0.0, 0.0], [8.0, 0.0, 0.0, 0.0]])
-    sums = {"images": 2.0, "codes_KV": counts, "l2": 2 * 0.04}
+    sums = {"images": 2.0, "codes_KV": counts, "psnr": 40.0}
     metrics = TASK.eval_metrics(sums)
     np.testing.assert_allclose(metrics["perplexity"], [2, 1])
     np.testing.assert_allclose(metrics["usage"], [0.5, 0.25])
@@ -73,10 +73,18 @@ def test_training_learns_to_reconstruct_and_averages():
         jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, STATE.params)
     )
     assert all(moved.values()), [path for path, m in moved.items() if not m]
-    distance = {
-        "ema": jax.tree.map(lambda a, b: float(jnp.sum(jnp.abs(a - b))), state.ema, state.params),
-    }
-    assert 0 < sum(jax.tree.leaves(distance))
+
+
+def test_the_average_follows_with_its_decay():
+    state, _ = jax.jit(TASK.train_step)(STATE, {}, {"image_BHWC": IMAGE_BHWC}, jax.random.key(1))
+    halfway = jax.tree.map(lambda a, b: (a + b) / 2, STATE.params, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, halfway)
+
+
+@pytest.mark.parametrize("field, value", [("ema", 1.5), ("l1", -1.0), ("beta", -0.1)])
+def test_weights_out_of_range_are_refused(field, value):
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(TASK, **{field: value})
 
 
 @pytest.mark.parametrize("value, expected", [(0, -1.0), (255, 1.0)])
@@ -85,7 +93,6 @@ def test_the_models_see_minus_one_to_one(value, expected):
 
 
 def test_previews_show_the_image_and_then_every_scale():
-    rows = jax.jit(TASK.preview)(STATE, {}, {"image_BHWC": IMAGE_BHWC}, jax.random.key(0))
-    rows = rows["reconstructions"]
+    rows = jax.jit(TASK.preview)(STATE, {}, {"image_BHWC": IMAGE_BHWC})["reconstructions"]
     assert rows.shape == (1 + len(CONFIG.scales), 6, *CONFIG.image_shape)
     np.testing.assert_allclose(rows[0], IMAGE_BHWC / 255, atol=1e-6)

@@ -11,7 +11,7 @@ import pytest
 from tests import golden_cases as golden
 from tests.golden import weights
 from varjax import trees
-from varjax.convert import names
+from varjax.convert.transfer import to_official
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import Cache, drop_path
 from varjax.training.optimizer import AdamW
@@ -46,6 +46,11 @@ def test_teacher_forced_logits_are_the_reference_s(name):
     np.testing.assert_allclose(logits_BLV, expected["logits"], rtol=0, atol=2e-4)
 
 
+def official_arrays(config, params):
+    """(name, array) of every tensor by its official name."""
+    return [(name, np.asarray(tensor)) for name, tensor in to_official(config, params).items()]
+
+
 def golden_task(name, **changes) -> VARTask:
     tokenizer, config = golden.configs(name)
     # Peak 1e-3 for a batch of 256 and no schedule: what the golden step was taken with.
@@ -65,7 +70,6 @@ def test_loss_gradients_and_one_step_are_the_reference_s(name, monkeypatch):
     task = golden_task(name)
     _feed_golden_tokens(monkeypatch, expected)
     params = jax.tree.map(jnp.asarray, golden.var_params(name))
-    table = names.var_table(task.model)
 
     def loss_fn(params):
         loss_BL, _, smooth_BL = task.token_losses(params, {}, golden_batch(name))
@@ -73,7 +77,7 @@ def test_loss_gradients_and_one_step_are_the_reference_s(name, monkeypatch):
 
     (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
     np.testing.assert_allclose(loss, expected["train.loss"], rtol=1e-5)
-    for official, grad in names.to_official(table, grads):
+    for official, grad in official_arrays(task.model, grads):
         norm = expected[f"grad_norm.{official}"]
         np.testing.assert_allclose(np.linalg.norm(grad), norm, rtol=2e-4, atol=1e-6)
         rng = np.random.RandomState(zlib.crc32(f"probe/{official}".encode()))
@@ -85,7 +89,7 @@ def test_loss_gradients_and_one_step_are_the_reference_s(name, monkeypatch):
     state = TrainState(jnp.int32(0), params, None, task._tx(params).init(params))
     state, metrics = jax.jit(task.train_step)(state, {}, golden_batch(name), jax.random.key(0))
     np.testing.assert_allclose(metrics["grad_norm"], expected["train.grad_norm"], rtol=1e-4)
-    for official, parameter in names.to_official(table, state.params):
+    for official, parameter in official_arrays(task.model, state.params):
         flat = parameter.ravel()
         np.testing.assert_allclose(
             flat[:: max(1, flat.size // 64)],
@@ -127,19 +131,18 @@ def test_weight_decay_falls_where_the_reference_has_it():
     tx = task._tx(params)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = tx.update(no_grads, tx.init(params), params)
-    for official, update in names.to_official(names.var_table(task.model), updates):
+    for official, update in official_arrays(task.model, updates):
         assert np.any(update != 0) == (official not in case["no_weight_decay"]), official
 
 
 def test_initialization_has_the_reference_s_spread():
     expected = json.loads((weights.HERE / "init_d16.json").read_text())
-    config = dataclasses.replace(VARConfig.preset("d16"), depth=16)
-    # Two of its layers' worth of memory: the rest of the stack is drawn the same way.
+    config = VARConfig.preset("d16")
     abstract = jax.eval_shape(functools.partial(init_var, config), jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == 310_283_520
     params = jax.jit(functools.partial(init_var, config))(jax.random.key(0))
     rows = {}
-    for name, tensor in names.to_official(names.var_table(config), params):
+    for name, tensor in official_arrays(config, params):
         if name.endswith("ada_lin.1.weight") and name.startswith("blocks"):
             gates, rest = np.split(tensor, [2 * config.width])
             rows |= {f"{name} rows gamma": gates, f"{name} rows scale,shift": rest}
@@ -189,6 +192,12 @@ def test_ways_to_compute_give_the_same_logits_and_gradients(compute):
         logits_BLV = VAR(SMALL, compute).apply(params, INPUT_BlZ, LABEL_B, keep_N2B)
         return jnp.mean(jnp.square(logits_BLV))
 
+    jaxprs = [
+        str(jax.make_jaxpr(lambda p, c=c: jax.grad(total)(p, c))(small_params()))
+        for c in (Compute(), compute)
+    ]
+    assert ("remat" in jaxprs[1], "remat" in jaxprs[0]) == (compute.remat != "none", False)
+    assert ("unroll=2" in jaxprs[1], "unroll=2" in jaxprs[0]) == (compute.unroll, False)
     value_and_grad = jax.jit(jax.value_and_grad(total), static_argnums=1)
     expected, found = (value_and_grad(small_params(), c) for c in (Compute(), compute))
     for path, leaf in trees.paths(expected).items():

@@ -81,5 +81,5 @@ def test_another_tokenizer_than_the_config_s_is_refused():
 
 
 def test_previews_are_samples(frozen, state):
-    images = jax.jit(TASK.preview)(state, frozen, BATCH, jax.random.key(0))["samples"]
+    images = jax.jit(TASK.preview)(state, frozen, BATCH)["samples"]
     assert images.shape == (16, 8, 8, 1) and 0 <= images.min() < images.max() <= 1

@@ -27,10 +27,7 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int, lower_only
     options = Options()
 
     def init(key):
-        return {
-            "tokenizer": init_tokenizer(tokenizer, key),
-            "var": jax.tree.map(lambda x: x.astype(dtype), init_var(var, key)),
-        }
+        return {"tokenizer": init_tokenizer(tokenizer, key), "var": init_var(var, key)}
 
     def tokens(params, seed):
         keys = image_keys(seed, index_B)

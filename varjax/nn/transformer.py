@@ -19,7 +19,7 @@ MLP_RATIO = 4
 class Cache:
     """Keys and values of the scales seen so far: one (N, B, l, H, D) array per scale, coarse first.
 
-    One array a scale keeps every shape static and never copies what is already there.
+    One array a scale keeps every shape static, and what is there is never written again.
     """
 
     keys: tuple[jax.Array, ...] = ()

@@ -32,6 +32,12 @@ class TokenizerTask:
     accumulate: int = 1
     plan: Plan = Plan()
 
+    def __post_init__(self):
+        check_share("ema", self.ema)
+        for name in ("l1", "l2", "beta"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
+
     def init(self, key: jax.Array) -> TrainState:
         params = init_tokenizer(self.model, key)
         return start(params, self._tx(params), self.ema)
@@ -57,7 +63,7 @@ class TokenizerTask:
     def losses(
         self, params: PyTree, image_BHWC: jax.Array
     ) -> tuple[dict[str, jax.Array], jax.Array]:
-        """Every term for each image, (B,), "loss" being their weighted sum; and the tokens (B, L).
+        """Of each image (B,) every term, their weighted sum "loss", PSNR in dB; and tokens (B, L).
 
         image_BHWC: uint8.
         """
@@ -67,7 +73,9 @@ class TokenizerTask:
         l2_B = jnp.mean(jnp.square(y_BHWC - x_BHWC), axis=(1, 2, 3))
         quantizer_B = quantizer_loss(f_BhwZ, quantized.f_hats, self.beta)
         loss_B = self.l1 * l1_B + self.l2 * l2_B + quantizer_B
-        losses = {"loss": loss_B, "l1": l1_B, "l2": l2_B, "quantizer": quantizer_B}
+        # Each image's own: what published figures average. Values span 2, from -1 to 1.
+        psnr_B = 10 * jnp.log10(4 / jnp.maximum(l2_B, 1e-12))
+        losses = {"loss": loss_B, "psnr": psnr_B, "l1": l1_B, "l2": l2_B, "quantizer": quantizer_B}
         return losses, quantized.tokens_BL
 
     def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
@@ -78,17 +86,14 @@ class TokenizerTask:
         return sums | counts
 
     def eval_metrics(self, sums: PyTree) -> dict[str, Any]:
-        """Mean losses, PSNR in dB, and per scale: code perplexity and the share of codes in use."""
+        """Means over images, and per scale: code perplexity and the share of codes in use."""
         images, codes_KV = sums.pop("images"), sums.pop("codes_KV")
         metrics = {name: total / images for name, total in sums.items()}
-        metrics["psnr"] = 10 * np.log10(4 / metrics["l2"])  # values span 2
         metrics["perplexity"] = _perplexity(codes_KV / images, np)
         metrics["usage"] = np.mean(codes_KV > 0, axis=1)
         return metrics
 
-    def preview(
-        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
+    def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Held-out images in the first row, below them their reconstructions, scale by scale."""
         model = Tokenizer(self.model).bind({"params": state.params})
         x_BHWC = to_model(batch["image_BHWC"][:8])
@@ -114,6 +119,12 @@ class TokenizerTask:
 def to_model(image_BHWC: jax.Array) -> jax.Array:
     """uint8 [0, 255] -> float32 [-1, 1], the range of everything inside the models."""
     return image_BHWC.astype(jnp.float32) / 127.5 - 1
+
+
+def check_share(name: str, value: float) -> None:
+    """Raises ValueError where a probability or the decay of an average lies outside of [0, 1]."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value}: must lie in [0, 1]")
 
 
 def _perplexity(weight_KV, xp):

@@ -16,9 +16,8 @@ from varjax import trees
 RULES = (
     (r"(^|/)(q|k|v|up)/kernel$", P("fsdp", "tensor")),
     (r"(^|/)(proj|down)/kernel$", P("tensor", "fsdp")),
-    (r"(^|/)(ada|head|word)/kernel$", P("fsdp", None)),
-    (r"embed(ding)?$", P(None, "fsdp")),  # not the rows: 1,001 classes divide by little
-    (r"/kernel$", P("fsdp", None)),  # what is left are convolutions: input channels
+    (r"_embed$", P(None, "fsdp")),  # not the rows: 1,001 classes divide by little
+    (r"/kernel$", P("fsdp", None)),  # AdaLN, word embedding, head; convolutions: input channels
     (r"", P()),
 )
 

@@ -90,10 +90,23 @@ def sample(
     return jnp.concatenate(tokens, axis=1), f_hat_BhwZ
 
 
-def sample_images(tokenizer: TokenizerConfig, var: VARConfig, params, *args, **kwargs) -> jax.Array:
-    """`sample`, decoded: images (B, H, W, channels) in [0, 1]. Meant to be jitted as a whole."""
-    _, f_hat_BhwZ = sample(tokenizer, var, params, *args, **kwargs)
-    return (decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ) + 1) / 2
+def sample_images(
+    tokenizer: TokenizerConfig,
+    var: VARConfig,
+    params,
+    label_B: jax.Array,
+    key_B: jax.Array,
+    options: Options,
+    known: Known | None = None,
+    compute: Compute = Compute(),  # noqa: B008  (frozen)
+) -> jax.Array:
+    """`sample`, decoded in `compute.dtype`: images (B, H, W, channels) in [0, 1].
+
+    Meant to be jitted as a whole.
+    """
+    _, f_hat_BhwZ = sample(tokenizer, var, params, label_B, key_B, options, known, compute)
+    image_BHWC = decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute.jax_dtype)
+    return (image_BHWC + 1) / 2
 
 
 def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Array:

@@ -13,7 +13,7 @@ from varjax.nn.compute import Compute
 from varjax.nn.transformer import drop_path
 from varjax.tokenizer.load import load_tokenizer
 from varjax.tokenizer.model import Tokenizer, TokenizerConfig
-from varjax.tokenizer.task import to_model
+from varjax.tokenizer.task import check_share, to_model
 from varjax.training.optimizer import AdamW
 from varjax.training.step import apply, gradients, start
 from varjax.training.task import Batch, Plan, PyTree, TrainState
@@ -49,6 +49,9 @@ class VARTask:
 
     def __post_init__(self):
         check_fit(self.tokenizer, self.model)
+        self.sampling.check()
+        for name in ("class_dropout", "drop_path", "label_smoothing", "ema"):
+            check_share(name, getattr(self, name))
 
     def init(self, key: jax.Array) -> TrainState:
         params = init_var(self.model, key)
@@ -78,8 +81,8 @@ class VARTask:
                 "accuracy": jnp.mean(correct_BL),
                 "loss_last": loss_K[-1],
                 "accuracy_last": correct_K[-1],
-                "loss_scale": loss_K,
-                "accuracy_scale": correct_K,
+                "loss_at_scale": loss_K,
+                "accuracy_at_scale": correct_K,
             }
             return jnp.mean(smooth_BL), metrics
 
@@ -124,13 +127,11 @@ class VARTask:
             "accuracy": np.sum(weight_K * correct_K),
             "loss_last": loss_K[-1],
             "accuracy_last": correct_K[-1],
-            "loss_scale": loss_K,
-            "accuracy_scale": correct_K,
+            "loss_at_scale": loss_K,
+            "accuracy_at_scale": correct_K,
         }
 
-    def preview(
-        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
+    def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Samples of the first classes, always from the same seeds."""
         label_B = jnp.arange(16) % self.model.classes
         images_BHWC = sample_images(
