@@ -2,7 +2,7 @@
 
     python train.py --config=configs/digits_tokenizer.py
 
-Runs on a laptop CPU.
+Two CPU cores: 1.5 minutes, 1 GB. Expected at the end: eval/psnr 27, eval/usage/3 0.99.
 """
 
 from varjax.data.sources import Digits
