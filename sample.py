@@ -1,19 +1,23 @@
-"""Draws images from a trained transformer.
+"""Draws images from a trained transformer, or parts of an image anew.
 
 python sample.py --weights=runs/digits --labels=0,1,2 --count=8 --out=grid.png
+python sample.py edit --weights=weights/d16 --image=photo.png --box=64,64,192,192 --out=edit.png
 """
 
 import logging
 import sys
 
-from varjax.var import command
+from varjax.var import command, edit_command
 
 
 def main(arguments: list[str]) -> int:
     """Exit code 0, or 1 with one line that says what is wrong."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
     try:
-        command.run(command.parse(arguments))
+        if arguments[:1] == ["edit"]:
+            edit_command.run(edit_command.parse(arguments[1:]))
+        else:
+            command.run(command.parse(arguments))
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 1

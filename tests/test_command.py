@@ -4,7 +4,7 @@ from PIL import Image
 
 from tests import runs
 from varjax.var import command
-from varjax.var.output import open_output
+from varjax.var.output import check_out
 
 
 def draw(*flags):
@@ -24,24 +24,21 @@ def test_a_grid_has_a_row_per_label(tmp_path, capsys):
 
 
 def test_outputs_and_batch_sizes_hold_the_same_images(tmp_path):
-    draw("--labels=all", "--count=2", f"--out={tmp_path / 'a.npz'}")
-    draw("--labels=all", "--count=2", "--batch_size=7", f"--out={tmp_path / 'folder'}")
+    draw("--labels=3,1", "--count=2", f"--out={tmp_path / 'a.npz'}")
+    draw("--labels=3,1", "--count=2", "--batch_size=3", f"--out={tmp_path / 'folder'}")
     with np.load(tmp_path / "a.npz") as file:
         images, labels = file["arr_0"], file["labels"]
-    assert images.shape == (20, 8, 8, 3) and images.dtype == np.uint8
-    assert np.array_equal(labels, np.repeat(np.arange(10), 2))
-    files = sorted((tmp_path / "folder").iterdir())
-    assert [f.name for f in files[:3]] == [
-        "000000_label0000.png",
-        "000001_label0000.png",
-        "000002_label0001.png",
-    ]
-    read = np.stack([pixels(f) for f in files]).astype(int)
+    assert images.shape == (4, 8, 8, 3) and images.dtype == np.uint8
+    names = [f"{i:06d}_label{label:04d}.png" for i, label in enumerate((3, 3, 1, 1))]
+    assert sorted(f.name for f in (tmp_path / "folder").iterdir()) == [*names, "request.json"]
+    order = np.random.default_rng(0).permutation(4)
+    assert labels.tolist() == np.array([3, 3, 1, 1])[order].tolist()
+    read = np.stack([pixels(tmp_path / "folder" / names[i]) for i in order]).astype(int)
     assert np.abs(read - images[..., 0]).max() <= 1  # rounding may differ with the batch
 
 
 def test_without_labels_they_are_spread_over_the_classes():
-    assert command.choose_labels(None, 10).tolist() == list(range(10))
+    assert command.choose_labels(None, 10) == tuple(range(10))
     spread = command.choose_labels(None, 1000)
     assert len(spread) == 10 and spread[0] == 0 and spread[-1] == 999
 
@@ -54,6 +51,8 @@ def test_without_labels_they_are_spread_over_the_classes():
         (["--count=0"], "count=0"),
         (["--top_p=3"], "top_p"),
         (["--batch_size=0"], "batch_size=0"),
+        (["--seed=-1"], "seed=-1"),
+        (["--dtype=float16"], "float16.*auto, float32, bfloat16"),
         (["--weights=nowhere"], "nowhere"),
         ([f"--weights={runs.root()}"], "config.json"),
         (["--out=a.jpg"], ".jpg"),
@@ -72,7 +71,7 @@ def test_what_cannot_be_done_is_said_before_anything_compiles(flags, message, mo
 def test_a_folder_is_not_taken_for_a_file(tmp_path):
     (tmp_path / "x.png").mkdir()
     with pytest.raises(ValueError, match="is a folder"):
-        open_output(str(tmp_path / "x.png"), None)
+        check_out(str(tmp_path / "x.png"))
 
 
 def test_a_tokenizer_s_run_cannot_be_sampled():

@@ -23,3 +23,64 @@ def test_a_png_holds_the_rounded_values(tmp_path, channels):
     pictures.write_png(tmp_path / "a.png", pictures.to_uint8(images))
     with Image.open(tmp_path / "a.png") as picture:
         assert np.all(np.asarray(picture).reshape(2, 2, channels) == 128)
+
+
+RAMP_HW = np.linspace(0, 255, 12, dtype=np.uint8).reshape(3, 4)
+RGB_HWC = np.stack([RAMP_HW, 255 - RAMP_HW, RAMP_HW // 2], axis=-1)
+
+
+def test_an_image_of_the_model_s_size_is_not_touched(tmp_path):
+    Image.fromarray(RGB_HWC).save(tmp_path / "a.png")
+    assert np.array_equal(pictures.read_image(tmp_path / "a.png", (3, 4, 3)), RGB_HWC)
+    Image.fromarray(RAMP_HW).save(tmp_path / "gray.png")
+    gray_HWC = pictures.read_image(tmp_path / "gray.png", (3, 4, 3))
+    assert np.array_equal(gray_HWC, RAMP_HW[..., None].repeat(3, axis=-1))
+
+
+def test_every_kind_of_file_is_read_as_it_looks(tmp_path):
+    def read(picture, name="a.png", **options):
+        picture.save(tmp_path / name, **options)
+        return pictures.read_image(tmp_path / name, (3, 4, 3)).astype(int)
+
+    plain = Image.fromarray(RGB_HWC)
+    gray_HWC = RAMP_HW[..., None].repeat(3, axis=-1).astype(int)
+    assert np.array_equal(read(Image.fromarray(RAMP_HW.astype(np.uint16) * 257)), gray_HWC)
+    assert np.abs(read(plain.convert("CMYK"), "a.tif") - RGB_HWC).max() <= 2
+    assert np.array_equal(read(plain.quantize(12)), RGB_HWC)
+    clear = plain.convert("RGBA")
+    clear.putpixel((1, 0), (9, 9, 9, 0))
+    seen_HWC = RGB_HWC.copy()
+    seen_HWC[0, 1] = 255
+    assert np.array_equal(read(clear), seen_HWC)
+    rotated, exif = plain.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    assert np.array_equal(read(rotated, exif=exif), RGB_HWC)
+
+
+def test_the_middle_is_taken_with_its_aspect_kept():
+    columns_HW = np.zeros((20, 60), np.uint8)
+    columns_HW[:, 20:40] = 255
+    picture = Image.fromarray(columns_HW)
+    assert np.all(pictures.fit(picture, (20, 20, 1)) == 255)
+    small_HWC = pictures.fit(picture, (10, 30, 1))
+    assert np.all(small_HWC[:, 12:18] > 250) and np.all(small_HWC[:, :8] < 5)
+    assert pictures.fit(picture, (64, 64, 3)).shape == (64, 64, 3)
+
+
+def test_what_is_no_image_is_named(tmp_path):
+    shape = (8, 8, 3)
+    (tmp_path / "text.png").write_text("not an image")
+    Image.fromarray(RGB_HWC).save(tmp_path / "a.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    Image.fromarray(RAMP_HW.astype(np.float32)).save(tmp_path / "float.tif")
+    for name, message in (
+        ("none.png", "does not exist"),
+        (".", "is a folder"),
+        ("text.png", "text.png is not an image"),
+        ("cut.png", "cut.png is not an image"),
+        ("float.tif", "holds floats"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pictures.read_image(tmp_path / name, shape)
+    with pytest.raises(ValueError, match="2 channels"):
+        pictures.read_image(tmp_path / "a.png", (8, 8, 2))

@@ -16,6 +16,8 @@ def model():
 def test_a_run_brings_its_configs_weights_and_options(model):
     assert model.var == runs.VAR and model.tokenizer == runs.TOKENIZER
     assert model.sampling == varjax.Options(cfg=0.5, top_k=7)
+    assert model.config == {"tokenizer": runs.TOKENIZER, "var": runs.VAR}
+    assert model.params.keys() == {"tokenizer", "var"}
 
 
 def test_uint8_and_float_images_are_the_same(model):
@@ -59,6 +61,29 @@ def test_edits_change_only_what_is_not_kept(model):
     assert not np.allclose(model.edit(IMAGES, keep), model.edit(IMAGES, ~keep))
 
 
+def test_one_image_and_several_numbers_are_variations(model):
+    keep = np.zeros((4, 4), bool)
+    varied = model.edit(IMAGES[:1], keep, index=[0, 1, 7])
+    assert varied.shape == (3, 8, 8, 1) and not np.allclose(varied[0], varied[1])
+    again = model.edit(IMAGES[:1].repeat(3, axis=0), keep, index=[2, 7, 3])
+    np.testing.assert_allclose(again[1], varied[2], atol=1e-5)
+
+
+def test_dtype_and_devices_are_arguments_of_load(model):
+    half = varjax.load(runs.var(), dtype="bfloat16", devices=model.devices[:1])
+    assert half.compute == varjax.Compute("bfloat16") and half.devices == model.devices[:1]
+    tokens_BL = model.encode(IMAGES)
+    a, b = (np.asarray(m.logits(tokens_BL, [1, 2, 3])) for m in (model, half))
+    assert 0 < np.abs(a - b).max() < 0.1
+    for arguments, message in (
+        ({"dtype": "fp16"}, "auto, float32, bfloat16"),
+        ({"dtype": "float32", "compute": varjax.Compute()}, "within compute"),
+        ({"devices": []}, "devices is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            varjax.load(runs.var(), **arguments)
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
@@ -70,6 +95,8 @@ def test_edits_change_only_what_is_not_kept(model):
         (lambda m: m.decode(np.zeros((1, 20), int)), r"\(B, 21\)"),
         (lambda m: m.decode(np.full((1, 21), 16)), "0 … 15"),
         (lambda m: m.edit(IMAGES, np.ones((2, 2), bool)), r"\(4, 4\)"),
+        (lambda m: m.edit(IMAGES, np.ones((4, 4), bool), index=[1]), "3 images and 1 of index"),
+        (lambda m: m.edit(IMAGES, np.ones((4, 4), bool), labels=[1, 2, 11]), "11"),
         (lambda m: m.logits(np.zeros((2, 21), int), [1]), r"\(2,\)"),
     ],
 )

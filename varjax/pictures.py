@@ -1,10 +1,10 @@
-"""Pictures for people: grids of images as PNG."""
+"""Pictures: any image file in, as a model takes it; grids of images out, as PNG."""
 
 import math
 import os
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from varjax import files
 
@@ -30,6 +30,56 @@ def grid(images_NHWC: np.ndarray, columns: int | None = None) -> np.ndarray:
     _, h, w, _ = tiles.shape
     tiles = tiles.reshape(rows, columns, h, w, C).transpose(0, 2, 1, 3, 4)
     return tiles.reshape(rows * h, columns * w, C)
+
+
+def read_image(path: str | os.PathLike, shape: tuple[int, int, int]) -> np.ndarray:
+    """An image file as a uint8 array of `shape`, (H, W, channels): `open_image`, then `fit`."""
+    return fit(open_image(path), shape)
+
+
+def open_image(path: str | os.PathLike) -> Image.Image:
+    """An image file as 8-bit gray ("L") or "RGB", upright as its EXIF data say.
+
+    16 bits become 8, CMYK and palettes become RGB, what is transparent shows white; of an animation
+    the first frame. Raises ValueError for a file that is missing, damaged or no image.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}")
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+            picture.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{path} is not an image that can be read ({error}); give a PNG, JPEG, WebP …"
+        ) from error
+    if picture.mode == "F":
+        raise ValueError(f"{path} holds floats, whose range is unknown; save it with 8 or 16 bits")
+    if picture.mode.startswith("I"):  # Pillow would clip, not scale, 16 bits
+        return Image.fromarray(to_uint8(np.asarray(picture) / 65535))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+
+
+def fit(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
+    """The middle of a picture as a uint8 array of `shape`, (H, W, channels).
+
+    Resized (Lanczos) until it just covers (H, W), its aspect kept, then center-cropped. One that
+    has this size already is not touched.
+    """
+    H, W, channels = shape
+    if channels not in (1, 3):
+        raise ValueError(f"the model has {channels} channels; image files hold 1 or 3")
+    width, height = picture.size
+    scale = max(H / height, W / width)
+    size = max(W, round(width * scale)), max(H, round(height * scale))
+    if size != picture.size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    left, top = (size[0] - W) // 2, (size[1] - H) // 2
+    picture = picture.crop((left, top, left + W, top + H))
+    return np.asarray(picture.convert("L" if channels == 1 else "RGB")).reshape(shape)
 
 
 def write_png(path: str | os.PathLike, image_HWC: np.ndarray) -> None:

@@ -112,7 +112,7 @@ class Checkpoints:
         if ema and not averaged:
             raise ValueError(f"step {step} in {self.directory} keeps no average; ask for params")
         name = "ema" if averaged and ema is not False else "params"
-        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda x: _abstract(x, sharding), saved[name].tree)
         return self._restore(step, {name: ocp.args.StandardRestore(target)})[name]
 

@@ -1,22 +1,22 @@
-"""The command line of sample.py."""
+"""The command line of sample.py: new images."""
 
 import argparse
 import dataclasses
+from typing import Any
 
+import jax
 import numpy as np
-from tqdm import tqdm
 
-from varjax import pictures
-from varjax.var.load import load
-from varjax.var.output import open_output
+from varjax.var import large
+from varjax.var.load import Dtype, load
+from varjax.var.output import check_out, open_output
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """What was asked for; None stands for the model's own choice."""
+class Common:
+    """What drawing and editing are both asked; None stands for the model's own choice."""
 
     weights: str
-    labels: str | None
     count: int
     cfg: float | None
     top_k: int | None
@@ -24,61 +24,90 @@ class Request:
     smooth: bool
     seed: int
     batch_size: int
+    dtype: Dtype
     out: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of `Pipeline.options`."""
+        names = ("cfg", "top_k", "top_p")
+        return {n: getattr(self, n) for n in names} | {"smooth": self.smooth or None}
+
+    def check(self) -> None:
+        """Raises ValueError for a number out of range."""
+        for name in ("count", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed}: must lie in 0 … {2**31 - 1}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request(Common):
+    """New images: `count` of each of `labels`."""
+
+    labels: str | None
+    distributed: bool
+
+
+def common_parser(usage: str, description: str, out: str, out_help: str) -> argparse.ArgumentParser:
+    """Reads the fields of Common."""
+    parser = argparse.ArgumentParser(usage, description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--weights", required=True, help="a training run, or what varjax.convert wrote")
+    add("--count", type=int, default=4, help="images of each class, or variations (4)")
+    add("--cfg", type=float, help="guidance at the last scale; 0 turns it off")
+    add("--top_k", type=int, help="draw from the likeliest codes only; 0: from all")
+    add("--top_p", type=float, help="draw from this much of the mass; 0: from all")
+    add("--smooth", action="store_true", help="mix codes: smoother pictures")
+    add("--seed", type=int, default=0, help="another seed, other images (0)")
+    add("--batch_size", type=int, default=32, help="images at a time on each device (32)")
+    add("--dtype", default="auto", help="auto, float32 or bfloat16")
+    add("--out", default=out, help=out_help)
+    return parser
 
 
 def parse(arguments: list[str]) -> Request:
     """Reads the command line; exits with its usage if it cannot be read."""
-    parser = argparse.ArgumentParser("sample.py", description="Draws images from a transformer.")
-    parser.add_argument("--weights", required=True, help="a training run")
-    parser.add_argument("--labels", help="classes, 0,1,2 or all (default: some, evenly spread)")
-    parser.add_argument("--count", type=int, default=4, help="images of each class (4)")
-    parser.add_argument("--cfg", type=float, help="guidance at the last scale; 0 turns it off")
-    parser.add_argument("--top_k", type=int, help="draw from the likeliest codes only; 0: from all")
-    parser.add_argument("--top_p", type=float, help="draw from this much of the mass; 0: from all")
-    parser.add_argument("--smooth", action="store_true", help="mix codes: smoother pictures")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other images (0)")
-    parser.add_argument("--batch_size", type=int, default=32, help="images at a time (32)")
-    parser.add_argument(
-        "--out", default="samples.png", help="FILE.png (a grid), FILE.npz or FOLDER"
+    parser = common_parser(
+        "sample.py",
+        "Draws images from a transformer. sample.py edit --help: changes parts of an image.",
+        "samples.png",
+        "FILE.png (a grid), FILE.npz or FOLDER (both go on where they were killed)",
     )
+    parser.add_argument("--labels", help="classes, 0,1,2 or all (default: some, evenly spread)")
+    parser.add_argument("--distributed", action="store_true", help="one of several processes")
     return Request(**vars(parser.parse_args(arguments)))
 
 
 def run(request: Request) -> None:
     """Samples and writes; raises ValueError before any long work for what cannot be done."""
-    for name in ("count", "batch_size"):
-        if getattr(request, name) < 1:
-            raise ValueError(f"{name}={getattr(request, name)}: must be 1 or more")
-    output = open_output(request.out, request.count if request.count > 1 else None)
-    model = load(request.weights)
-    label_N = np.repeat(choose_labels(request.labels, model.var.classes), request.count)
-    options = {n: getattr(request, n) for n in ("cfg", "top_k", "top_p")}
-    options["smooth"] = request.smooth or None
-    model.options(**options)
-    batch = min(request.batch_size, len(label_N))
-    with tqdm(total=len(label_N), unit="image", desc="sampling") as bar:
-        for start in range(0, len(label_N), batch):
-            # The last batch is filled up, so that one compilation serves all.
-            index_B = np.arange(start, start + batch)
-            label_B = label_N[index_B % len(label_N)]
-            images_BHWC = model.sample(label_B, request.seed, index=index_B, **options)
-            kept = min(batch, len(label_N) - start)
-            output.add(pictures.to_uint8(np.asarray(images_BHWC)[:kept]), label_B[:kept])
-            bar.update(kept)
-    print(output.close())
+    request.check()
+    check_out(request.out)
+    if request.distributed:
+        jax.distributed.initialize()
+    model = load(request.weights, request.dtype)
+    labels = choose_labels(request.labels, model.var.classes)
+    options = model.options(**request.options)
+    batch_size = min(request.batch_size, len(labels) * request.count)
+    job = large.Job(labels, request.count, request.seed, options, batch_size)
+    columns = request.count if request.count > 1 else None
+    output = open_output(request.out, job.label_N, columns, job.seed, job.request(model))
+    if message := large.run(model, job, output):
+        print(message)
 
 
-def choose_labels(text: str | None, classes: int) -> np.ndarray:
+def choose_labels(text: str | None, classes: int) -> tuple[int, ...]:
     """The classes of "0,1,2" or "all"; without text up to ten, evenly spread."""
     if text is None:
-        return np.unique(np.linspace(0, classes - 1, min(classes, 10)).astype(int))
+        spread = np.linspace(0, classes - 1, min(classes, 10)).astype(int)
+        return tuple(spread.tolist())
     if text == "all":
-        return np.arange(classes)
+        return tuple(range(classes))
     try:
-        labels = [int(part) for part in text.split(",")]
+        labels = tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"labels={text}: give numbers like 0,1,2, or all") from None
     if bad := [label for label in labels if not 0 <= label < classes]:
         raise ValueError(f"labels {bad}: allowed are 0 … {classes - 1}")
-    return np.array(labels)
+    return labels

@@ -1,6 +1,8 @@
 """A transformer with its tokenizer, from a training run or a converted directory."""
 
 import pathlib
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
 
 from varjax import settings
 from varjax.nn.compute import Compute
@@ -11,17 +13,32 @@ from varjax.var.model import VARConfig, init_var
 from varjax.var.pipeline import Pipeline
 from varjax.var.sample import Options
 
+Dtype = Literal["auto", "float32", "bfloat16"]
 
-def load(location: str | pathlib.Path, compute: Compute = Compute()) -> Pipeline:  # noqa: B008
+
+def load(
+    location: str | pathlib.Path,
+    dtype: Dtype = "auto",
+    devices: Sequence[Any] | None = None,
+    compute: Compute | None = None,
+) -> Pipeline:
     """The model in a converted directory, or what a training run has learned.
+
+    dtype: of the transformer's matrix products; "auto" is float32 on a CPU, else bfloat16.
+    devices: which share each batch out among them; None: all of this process.
+    compute: for more than the dtype, instead of it.
 
     Of a run, the best weights if it kept them, averaged if it averaged them. Raises ValueError that
     says what `location` lacks.
     """
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(get_args(Dtype))}")
+    if compute is not None and dtype != "auto":
+        raise ValueError(f"dtype={dtype!r} and compute={compute}: give the dtype within compute")
     var, params, sampling = read_var(location)
     tokenizer, tokenizer_params = read_tokenizer(location)
     params = {"tokenizer": tokenizer_params, "var": params}
-    return Pipeline(tokenizer, var, params, sampling, compute)
+    return Pipeline(tokenizer, var, params, sampling, compute or Compute(dtype), devices)
 
 
 def read_var(

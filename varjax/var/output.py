@@ -3,28 +3,37 @@
 import contextlib
 import os
 import pathlib
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
-from varjax import files, pictures
+from varjax import pictures
+from varjax.var.resumable import Folder, Npz
 
 
 class Output(Protocol):
-    """Takes uint8 images in order and makes them a file, or files, at `close`."""
+    """Takes parts, runs of uint8 images by their numbers, in any order.
 
-    def add(self, images_NHWC: np.ndarray, label_N: np.ndarray) -> None: ...
+    With several processes all of them use it, on a file system that they share; one calls `begin`
+    with `write` and `finish`.
+    """
 
-    def close(self) -> str:
-        """Writes what is not yet written; returns a line that says what lies where."""
+    def begin(self, write: bool) -> None:
+        """Raises ValueError if there is anything but a beginning of the same."""
+        ...
+
+    def has(self, part: range) -> bool: ...
+
+    def add(self, part: range, images_NHWC: np.ndarray) -> None: ...
+
+    def finish(self) -> str:
+        """Gives everything its final form; returns a line that says what lies where."""
         ...
 
 
-def open_output(location: str, columns: int | None) -> Output:
-    """The output for "x.png" (a grid with `columns`), "x.npz", or any other name (a folder).
-
-    Raises ValueError if nothing can be written there, before anything else is done.
-    """
+def check_out(location: str) -> None:
+    """Raises ValueError if `location` is nothing that can be written."""
     path = pathlib.Path(location)
     if not location:
         raise ValueError("out is empty; give FILE.png (a grid), FILE.npz, or a folder")
@@ -33,61 +42,45 @@ def open_output(location: str, columns: int | None) -> Output:
             raise ValueError(
                 f"out={location} is a folder; give a file name, or a folder without {path.suffix}"
             )
-        _check_writable(path.parent)
-        return Grid(path, columns) if path.suffix == ".png" else Npz(path)
+        return _check_writable(path.parent)
     if path.suffix in (".jpg", ".jpeg", ".gif", ".webp", ".npy"):
         raise ValueError(f"out={location}: cannot write {path.suffix}; .png, .npz or a folder")
     _check_writable(path)
-    return Folder(path)
+
+
+def open_output(
+    location: str, label_N: np.ndarray, columns: int | None, seed: int, request: Mapping[str, Any]
+) -> Output:
+    """The output for "x.png" (a grid with `columns`), "x.npz", or any other name (a folder)."""
+    path = pathlib.Path(location)
+    if path.suffix == ".png":
+        return Grid(path, columns)
+    if path.suffix == ".npz":
+        return Npz(path, label_N, seed, request)
+    return Folder(path, label_N, request)
 
 
 class Grid:
-    """All images in one PNG."""
+    """All images in one PNG. They stay in memory, and a kill loses them."""
 
     def __init__(self, path: pathlib.Path, columns: int | None):
-        self._path, self._columns, self._images = path, columns, []
+        self._path, self._columns = path, columns
+        self._images: dict[int, np.ndarray] = {}
 
-    def add(self, images_NHWC: np.ndarray, label_N: np.ndarray) -> None:
-        self._images.append(images_NHWC)
+    def begin(self, write: bool) -> None:
+        if not write:
+            raise ValueError("a grid is drawn by one process; give FILE.npz or a folder")
 
-    def close(self) -> str:
-        pictures.write_png(self._path, pictures.grid(np.concatenate(self._images), self._columns))
-        return f"{self._path}: {sum(map(len, self._images))} images"
+    def has(self, part: range) -> bool:
+        return part.start in self._images
 
+    def add(self, part: range, images_NHWC: np.ndarray) -> None:
+        self._images[part.start] = images_NHWC
 
-class Folder:
-    """One PNG per image, named by its number and label, each written at once."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path, self._count = path, 0
-
-    def add(self, images_NHWC: np.ndarray, label_N: np.ndarray) -> None:
-        for image_HWC, label in zip(images_NHWC, label_N, strict=True):
-            name = f"{self._count:06d}_label{label:04d}.png"
-            pictures.write_png(self._path / name, image_HWC)
-            self._count += 1
-
-    def close(self) -> str:
-        return f"{self._path}/: {self._count} images"
-
-
-class Npz:
-    """`arr_0`, uint8 (N, H, W, 3), and `labels`, int64 (N,); gray images become RGB."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path, self._images, self._labels = path, [], []
-
-    def add(self, images_NHWC: np.ndarray, label_N: np.ndarray) -> None:
-        if images_NHWC.shape[-1] == 1:
-            images_NHWC = images_NHWC.repeat(3, axis=-1)
-        self._images.append(images_NHWC)
-        self._labels.append(label_N)
-
-    def close(self) -> str:
-        images_NHWC, label_N = np.concatenate(self._images), np.concatenate(self._labels)
-        with files.atomic_path(self._path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, arr_0=images_NHWC, labels=label_N.astype(np.int64))
-        return f"{self._path}: arr_0 {images_NHWC.shape}, labels {label_N.shape}"
+    def finish(self) -> str:
+        images_NHWC = np.concatenate([self._images[start] for start in sorted(self._images)])
+        pictures.write_png(self._path, pictures.grid(images_NHWC, self._columns))
+        return f"{self._path}: {len(images_NHWC)} images"
 
 
 def _check_writable(folder: pathlib.Path) -> None:

@@ -1,8 +1,8 @@
 """A tokenizer and a transformer together, for notebooks and scripts."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from varjax.nn.compute import Compute
 from varjax.tokenizer.model import Tokenizer, TokenizerConfig
 from varjax.tokenizer.task import to_model
+from varjax.var.devices import batch_mesh, put_everywhere, shared_out
 from varjax.var.edit import keep_at_every_scale
 from varjax.var.model import VAR, VARConfig
 from varjax.var.sample import Known, Options, image_keys, sample_images
@@ -24,7 +25,8 @@ class Pipeline:
 
     Each method compiles once per shape: not for a new seed, label, guidance or top-k. The pure
     functions underneath are `Tokenizer`, `VAR` and `varjax.var.sample`; their weights are `params`,
-    {"tokenizer": …, "var": …}.
+    {"tokenizer": …, "var": …}. Every device holds them all; a batch that the devices divide is
+    shared out among them, any other is computed by each.
     """
 
     def __init__(
@@ -34,33 +36,54 @@ class Pipeline:
         params,
         sampling: Options = Options(),  # noqa: B008  (frozen)
         compute: Compute = Compute(),  # noqa: B008  (frozen)
+        devices: Sequence[Any] | None = None,
     ):
         self.tokenizer, self.var, self.sampling, self.compute = tokenizer, var, sampling, compute
-        self.params = jax.device_put(params)
+        mesh = batch_mesh(devices)
+        self.devices: tuple[Any, ...] = tuple(mesh.devices)
+        self.params = put_everywhere(params, mesh)
 
-        def jitted(method):
+        def of_tokenizer(method):
             bind = Tokenizer(tokenizer).bind
-            return jax.jit(lambda params, x: method(bind({"params": params}), x))
+            return shared_out(
+                lambda params, _, x: method(bind({"params": params["tokenizer"]}), x), mesh
+            )
 
-        self._encode = jitted(Tokenizer.encode)
-        self._decode = jitted(lambda m, x: (m.decode(x) + 1) / 2)
-        self._decode_every = jitted(lambda m, x: (m.decode_every_scale(x) + 1) / 2)
-        self._sample = jax.jit(functools.partial(sample_images, tokenizer, var, compute=compute))
-        self._logits = jax.jit(self._teacher_forced)
+        def sampled(params, options, label_B, key_B, known=None):
+            return sample_images(
+                tokenizer, var, params, label_B, key_B, options, known, compute=compute
+            )
+
+        def every_scale(model, tokens_BL):
+            return jnp.moveaxis((model.decode_every_scale(tokens_BL) + 1) / 2, 0, 1)
+
+        self._encode = of_tokenizer(Tokenizer.encode)
+        self._decode = of_tokenizer(lambda m, tokens_BL: (m.decode(tokens_BL) + 1) / 2)
+        self._decode_every = of_tokenizer(every_scale)
+        self._sample = shared_out(sampled, mesh)
+        self._logits = shared_out(self._teacher_forced, mesh)
+
+    @property
+    def config(self) -> dict[str, TokenizerConfig | VARConfig]:
+        """What the two models are: {"tokenizer": …, "var": …}."""
+        return {"tokenizer": self.tokenizer, "var": self.var}
 
     def encode(self, images_BHWC: Images) -> jax.Array:
         """Images -> tokens (B, L) int32, the scales concatenated."""
-        return self._encode(self.params["tokenizer"], self._check_images(images_BHWC))
+        return self._encode(self.params, None, self._check_images(images_BHWC))
 
     def decode(self, tokens_BL: Images, every_scale: bool = False) -> jax.Array:
         """Tokens -> images (B, H, W, channels), or (K, B, H, W, channels): after each scale."""
-        decode = self._decode_every if every_scale else self._decode
-        return decode(self.params["tokenizer"], self._check_tokens(tokens_BL))
+        tokens_BL = self._check_tokens(tokens_BL)
+        if every_scale:
+            return jnp.moveaxis(self._decode_every(self.params, None, tokens_BL), 1, 0)
+        return self._decode(self.params, None, tokens_BL)
 
     def logits(self, tokens_BL: Images, labels: Labels) -> jax.Array:
         """What the transformer expects at every place, given all coarser scales: (B, L, V)."""
         tokens_BL = self._check_tokens(tokens_BL)
-        return self._logits(self.params, tokens_BL, self._check_labels(labels, len(tokens_BL)))
+        label_B = self._check_labels(labels, len(tokens_BL))
+        return self._logits(self.params, None, tokens_BL, label_B)
 
     def sample(
         self,
@@ -81,7 +104,7 @@ class Pipeline:
         label_B = self._check_labels(labels)
         index_B = np.arange(len(label_B)) if index is None else np.asarray(index)
         options = self.options(cfg, top_k, top_p, smooth)
-        return self._sample(self.params, label_B, image_keys(seed, index_B), options)
+        return self._sample(self.params, options, label_B, image_keys(seed, index_B))
 
     def edit(
         self,
@@ -93,22 +116,30 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         smooth: bool | None = None,
+        index: Sequence[int] | np.ndarray | None = None,
     ) -> jax.Array:
         """The images with everything outside of `keep` drawn anew; labels None is "no class".
 
-        keep: (h, w) or (B, h, w) bool over the finest token map. Kept tokens stay as they are.
+        keep: (h, w) or (B, h, w) bool over the finest token map. Kept tokens stay as they are. One
+        image and several of `index` give as many variations of it. For the rest see `sample`.
         """
-        tokens_BL = self.encode(images_BHWC)
-        B, finest = len(tokens_BL), self.var.pyramid.finest
+        images_BHWC = self._check_images(images_BHWC)
+        index_B = np.arange(len(images_BHWC)) if index is None else np.asarray(index)
+        B, finest = len(index_B), self.var.pyramid.finest
+        if len(images_BHWC) not in (1, B):
+            raise ValueError(
+                f"{len(images_BHWC)} images and {B} of index; give one image, or one per index"
+            )
         keep = np.asarray(keep)
         if keep.shape not in (finest, (B, *finest)):
             raise ValueError(f"keep has shape {keep.shape}; allowed are {finest}, {(B, *finest)}")
         keep_Bhw = np.broadcast_to(keep.astype(bool), (B, *finest))
-        known = Known(tokens_BL, keep_at_every_scale(self.var.pyramid, keep_Bhw))
-        labels = np.full(B, self.var.classes) if labels is None else labels
+        label_B = self._check_labels(np.full(B, self.var.classes) if labels is None else labels, B)
         options = self.options(cfg, top_k, top_p, smooth)
-        keys_B = image_keys(seed, np.arange(B))
-        return self._sample(self.params, self._check_labels(labels, B), keys_B, options, known)
+        tokens_BL = self._encode(self.params, None, images_BHWC)
+        tokens_BL = jnp.broadcast_to(tokens_BL, (B, self.var.pyramid.length))
+        known = Known(tokens_BL, keep_at_every_scale(self.var.pyramid, keep_Bhw))
+        return self._sample(self.params, options, label_B, image_keys(seed, index_B), known)
 
     def options(self, cfg=None, top_k=None, top_p=None, smooth=None) -> Options:
         """The model's own `sampling` with what is not None replaced; ValueError if out of range."""
@@ -116,7 +147,7 @@ class Pipeline:
         chosen = {name: value for name, value in given.items() if value is not None}
         return dataclasses.replace(self.sampling, **chosen).check()
 
-    def _teacher_forced(self, params, tokens_BL, label_B):
+    def _teacher_forced(self, params, _, tokens_BL, label_B):
         tokenizer = Tokenizer(self.tokenizer).bind({"params": params["tokenizer"]})
         model = VAR(self.var, self.compute).bind({"params": params["var"]})
         return model(tokenizer.teacher_input(tokens_BL), label_B)
