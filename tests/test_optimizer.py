@@ -62,3 +62,12 @@ def test_the_learning_rate_of_an_update_is_the_one_of_its_number():
         updates, state = tx.update({"w": jnp.ones(1)}, state, params)
         rate = -float(optax.tree.sum(updates))
         np.testing.assert_allclose(rate, optimizer.lr(step, plan), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"base_lr": 0.0}, {"warmup": 1.0}, {"b1": 1.0}, {"b2": -0.1}, {"clip": -1.0}]
+)
+def test_settings_that_cannot_work_are_refused(changes):
+    (name, value), *_ = changes.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}, but must be"):
+        AdamW(**changes)

@@ -23,7 +23,7 @@ class AdamW:
     The peak learning rate is `base_lr` for each 256 images of the batch. It rises linearly from
     `warmup_start` of the peak over the fraction `warmup` of the run, then follows `schedule` down
     to `end` of the peak. Weight decay goes from `weight_decay` to `weight_decay_end` (None: stays)
-    on a half cosine. `clip` = 0 turns clipping off.
+    on a half cosine. `clip` = 0 turns clipping off. Raises ValueError for what cannot work.
     """
 
     base_lr: float = 1e-4
@@ -37,6 +37,17 @@ class AdamW:
     warmup: float = 0.02
     warmup_start: float = 0.005
     end: float = 0.01
+
+    def __post_init__(self):
+        for name, sensible, allowed in (
+            ("base_lr", self.base_lr > 0, "above 0"),
+            ("b1", 0 <= self.b1 < 1, "at least 0 and below 1"),
+            ("b2", 0 <= self.b2 < 1, "at least 0 and below 1"),
+            ("clip", self.clip >= 0, "a norm above 0, or 0 for no clipping"),
+            ("warmup", 0 <= self.warmup < 1, "a fraction of the run, at least 0 and below 1"),
+        ):
+            if not sensible:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be {allowed}")
 
     def lr(self, step: Step, plan: Plan) -> Any:
         """Learning rate of the update number `step`, from 0: float64 in NumPy, float32 in JAX."""
