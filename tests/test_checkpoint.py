@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from tests import tiny
-from varjax.training.checkpoint import Checkpoints, restore_params, restore_weights
+from varjax.training.checkpoint import Checkpoints, restore_weights
+from varjax.training.task import TrainState
 
 TASK = tiny.Tiny(width=4)
 ABSTRACT = jax.eval_shape(TASK.init, jax.random.key(0))
@@ -21,10 +22,10 @@ def state(step):
     return jax.tree.map(fill, ABSTRACT)
 
 
-def saved(directory, *steps, keep=2):
+def saved(directory, *steps, keep=2, **meta):
     with Checkpoints(directory, keep) as checkpoints:
         for step in steps:
-            checkpoints.save(step, state(step), {"position": step}, {"best": step / 2})
+            checkpoints.save(step, state(step), {"best": step / 2} | meta)
     return directory
 
 
@@ -36,10 +37,10 @@ def test_the_last_steps_come_back_whole(tmp_path):
     with Checkpoints(saved(tmp_path, 1, 2, 3)) as checkpoints:
         assert checkpoints.steps() == [2, 3]
         assert checkpoints.meta(2) == {"best": 1.0}
-        read, data, meta = checkpoints.restore(ABSTRACT, PLACEMENT)
+        read, meta = checkpoints.restore(ABSTRACT, PLACEMENT)
         equal(read, state(3))
         assert jax.tree.structure(read) == jax.tree.structure(state(3))
-        assert (data, meta) == ({"position": 3}, {"best": 1.5})
+        assert meta == {"best": 1.5}
         equal(checkpoints.restore(ABSTRACT, PLACEMENT, step=2)[0], state(2))
 
 
@@ -98,16 +99,39 @@ def test_weights_alone_need_no_knowledge_of_the_run(tmp_path):
     equal(restore_weights(tmp_path), state(3).ema)
     saved(tmp_path / "best", 2, keep=1)
     equal(restore_weights(tmp_path), state(2).ema)
-    equal(restore_params(tmp_path), state(3).params)
-    equal(restore_params(tmp_path, "best", ema=True), state(2).ema)
-    with pytest.raises(ValueError, match="no best checkpoint was saved"):
-        restore_params(tmp_path / "checkpoints", "best")
+    equal(restore_weights(tmp_path, ema=False), state(2).params)
+    with pytest.raises(ValueError, match="holds no checkpoint yet"):
+        restore_weights(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize(("metric", "name"), [("eval/loss", "params"), ("eval_ema/loss", "ema")])
+def test_the_best_is_loaded_as_it_was_chosen(tmp_path, metric, name):
+    weights = {"params": {"w": jnp.zeros(1)}, "ema": {"w": jnp.ones(1)}}
+    with Checkpoints(tmp_path / "best", keep=1) as best:
+        best.save(1, TrainState(jnp.int32(1), **weights, opt_state=None), {"keep_best": metric})
+    equal(restore_weights(tmp_path), weights[name])
+    equal(restore_weights(tmp_path, ema=True), weights["ema"])
+    assert not (tmp_path / "best" / "1" / "opt_state").exists()
+
+
+def test_a_step_saved_again_is_left_alone_unless_its_meta_changed(tmp_path):
+    saved(tmp_path, 2, 4)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(4, state(5), {"best": 2.0})
+        checkpoints.wait()
+        equal(checkpoints.restore(ABSTRACT, PLACEMENT)[0].params, state(4).params)
+        checkpoints.save(4, state(5), {"best": 9.0})
+        checkpoints.wait()
+        equal(checkpoints.restore(ABSTRACT, PLACEMENT)[0].params, state(5).params)
+        checkpoints.save(3, state(3))
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3]
 
 
 def test_reading_does_not_disturb_a_run_that_is_saving(tmp_path):
     saving = saved(tmp_path / "checkpoints", 1) / "2.orbax-checkpoint-tmp"
     saving.mkdir()
-    equal(restore_params(tmp_path), state(1).params)
+    equal(restore_weights(tmp_path, ema=False), state(1).params)
     assert saving.is_dir()
 
 
@@ -116,4 +140,4 @@ def test_a_run_without_average_gives_its_parameters(tmp_path):
         checkpoints.save(1, state(1).replace(ema=None))
     equal(restore_weights(tmp_path), state(1).params)
     with pytest.raises(ValueError, match="keeps no average"):
-        restore_params(tmp_path, ema=True)
+        restore_weights(tmp_path, ema=True)

@@ -14,8 +14,10 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from varjax.training import loop
-from varjax.training.checkpoint import restore_params
+from varjax.training import evaluate, loop
+from varjax.training.checkpoint import Checkpoints, restore_weights
+from varjax.training.interrupt import Interrupt
+from varjax.training.task import Plan
 
 ROOT = pathlib.Path(__file__).parents[1]
 TIMING = {"images_per_second", "data_wait"}
@@ -28,22 +30,19 @@ def lines(run_dir):
     return [{k: v for k, v in line.items() if k not in TIMING} for line in parsed]
 
 
+def weights(run_dir, ema=False, kind="checkpoints"):
+    """The step and the parameters or their average of the newest checkpoint of a kind."""
+    with Checkpoints(pathlib.Path(run_dir) / kind, read_only=True) as checkpoints:
+        step = checkpoints.steps()[-1]
+        return step, checkpoints.params(step, ema)
+
+
 def same_run(a, b):
-    for ema in (False, True):
-        jax.tree.map(np.testing.assert_array_equal, *(restore_params(d, ema=ema) for d in (a, b)))
+    for kind in ("checkpoints", "best"):
+        for ema in (False, True):
+            both = (weights(run_dir, ema, kind) for run_dir in (a, b))
+            jax.tree.map(np.testing.assert_array_equal, *both)
     assert lines(a) == lines(b)
-
-
-@dataclasses.dataclass(frozen=True)
-class Interrupted(tiny.Tiny):
-    """Gets a signal during its first evaluation."""
-
-    signum: int = signal.SIGINT
-
-    def eval_metrics(self, sums):
-        if signal.getsignal(self.signum) != signal.SIG_DFL:  # a second one would kill
-            signal.raise_signal(self.signum)
-        return super().eval_metrics(sums)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def test_a_run_learns_and_leaves_its_files(whole):
     assert {"eval/loss", "eval/accuracy", "eval_ema/loss", "eval_ema/accuracy"} == metrics.keys()
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["20", "30"]
     with Image.open(run_dir / "previews" / "step_00000020_inputs.png") as picture:
-        assert picture.size == (192, 128)
+        assert picture.size == (195, 130)
     assert list((run_dir / "tensorboard").iterdir())
     evaluations = {
         line["step"]: line["eval/loss"] for line in lines(run_dir) if "eval/loss" in line
@@ -74,7 +73,7 @@ def test_metrics_are_over_the_valid_rows_only(whole):
     """355 held-out images: with a batch of 64 the last one holds 35, here as one batch all."""
     run_dir, metrics = whole
     task = tiny.Tiny()
-    state = task.init(jax.random.key(0)).replace(params=restore_params(run_dir))
+    state = task.init(jax.random.key(0)).replace(params=weights(run_dir)[1])
     data = tiny.Digits().source("held_out")
     batch = {
         "image_BHWC": data.images_NHWC,
@@ -100,19 +99,65 @@ def test_other_settings_in_the_same_directory_are_refused(whole):
     assert loop.run(tiny.experiment(run_dir, log_every=1, keep=3)) == metrics
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_continues_as_if_nothing_was(whole, tmp_path, capsys, signum):
+@pytest.mark.parametrize(
+    ("signum", "moment", "step"),
+    [
+        (signal.SIGINT, ("after step", 13), 13),
+        (signal.SIGTERM, ("after step", 20), 20),  # due for evaluation, preview and save
+        (signal.SIGTERM, ("at batch", 8), 10),  # of 12 in the first evaluation
+        (signal.SIGINT, ("after step", 30), 30),
+    ],
+)
+def test_a_signal_saves_at_once_and_the_run_continues_as_if_nothing_was(
+    whole, tmp_path, capfd, monkeypatch, signum, moment, step
+):
     experiment = tiny.experiment(tmp_path, keep_best="eval/loss", preview_every=20)
-    task = Interrupted(signum=signum)
-    with pytest.raises(SystemExit) as stop:
-        loop.run(dataclasses.replace(experiment, task=task))
+    with monkeypatch.context() as patch:
+        raise_at(patch, signum, *moment)
+        with pytest.raises(SystemExit) as stop:
+            loop.run(experiment)
     assert stop.value.code == 128 + signum
-    assert "saved after step 11; the same command continues" in capsys.readouterr().err
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["task"] = json.loads((whole[0] / "config.json").read_text())["task"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = capfd.readouterr().err
+    assert "stopping after this step" in said
+    assert f"saved after step {step}; the same command continues" in said
+    evaluated = [line["step"] for line in lines(tmp_path) if "eval/loss" in line]
+    assert step not in evaluated and not list(tmp_path.glob(f"previews/*{step}_*"))
     loop.run(experiment)
     same_run(whole[0], tmp_path)
+    assert len(list((tmp_path / "previews").iterdir())) == 1
+    assert loop.run(experiment) == whole[1]
+    assert lines(whole[0]) == lines(tmp_path)
+
+
+def raise_at(patch, signum, place, number):
+    """Has the signal come once, after a step or with a batch of the evaluation."""
+    requested, placed, batches = Interrupt.requested, evaluate.place, iter(range(10**6))
+
+    def at_step(self, step):
+        if place == "after step" and step == number:
+            signal.raise_signal(signum)
+        return requested(self, step)
+
+    def at_batch(*args):
+        if place == "at batch" and next(batches) == number:
+            signal.raise_signal(signum)
+        return placed(*args)
+
+    patch.setattr(Interrupt, "requested", at_step)
+    patch.setattr(evaluate, "place", at_batch)
+
+
+def test_a_signal_may_come_while_something_is_printed(monkeypatch):
+    """Printing again from the handler raises RuntimeError, for a stream is not reentrant."""
+
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call")
+
+    monkeypatch.setattr(sys, "stderr", Busy())
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.noted()
 
 
 OFTEN = dict(steps=150, save_every=7, eval_every=40, keep_best="eval/loss")
@@ -152,7 +197,7 @@ def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state
     with pytest.raises(FloatingPointError, match="after step 20, .*checkpoint of step 10 is good"):
         loop.run(experiment)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["10"]
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(restore_params(tmp_path)))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(weights(tmp_path)[1]))
 
 
 def test_frozen_weights_are_asked_for_once_and_kept_with_the_run(tmp_path):
@@ -167,13 +212,42 @@ def test_frozen_weights_are_asked_for_once_and_kept_with_the_run(tmp_path):
     assert loop.run(tiny.experiment(tmp_path / "run", **changes)) == whole
 
 
-def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
-    optimizer = tiny.AdamW(base_lr=0.0)
-    changes = dict(optimizer=optimizer, eval_every=2, keep_best="eval/loss", patience=3)
+def test_patience_ends_a_run_that_no_longer_improves_and_more_of_it_continues(tmp_path):
+    optimizer = tiny.AdamW(base_lr=1e-30)
+    changes = dict(optimizer=optimizer, steps=20, eval_every=2, keep_best="eval/loss", patience=3)
     loop.run(tiny.experiment(tmp_path, **changes))
     assert lines(tmp_path)[-1]["step"] == 8  # the best at 2, then three evaluations
-    with loop.Checkpoints(tmp_path / "checkpoints", read_only=True) as checkpoints:
-        assert loop.finished(checkpoints) is not None
+    loop.run(tiny.experiment(tmp_path, **changes))
+    assert lines(tmp_path)[-1]["step"] == 8
+    loop.run(tiny.experiment(tmp_path, **changes | {"patience": 5}))
+    assert lines(tmp_path)[-1]["step"] == 12
+
+
+def test_another_metric_to_keep_the_best_by_starts_without_a_best(tmp_path):
+    """Every loss here is above the lowest accuracy, so that by its number none would be better."""
+    changes = dict(save_every=0, eval_every=5)
+    loop.run(tiny.experiment(tmp_path, steps=10, **changes, keep_best="eval/accuracy"))
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"steps": 10', '"steps": 20'))
+    loop.run(tiny.experiment(tmp_path, steps=20, **changes, keep_best="eval_ema/loss"))
+    step, average = weights(tmp_path, ema=True, kind="best")
+    assert step > 10
+    jax.tree.map(np.testing.assert_array_equal, restore_weights(tmp_path), average)
+
+
+def test_a_best_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, monkeypatch):
+    events = []
+    for name in ("save", "wait"):
+        original = getattr(Checkpoints, name)
+
+        def noted(self, *args, name=name, original=original):
+            events.append((self.directory.name, name))
+            return original(self, *args)
+
+        monkeypatch.setattr(Checkpoints, name, noted)
+    loop.run(tiny.experiment(tmp_path, steps=1, keep_best="eval/loss"))
+    best, checkpoint = events.index(("best", "save")), events.index(("checkpoints", "save"))
+    assert ("best", "wait") in events[best + 2 : checkpoint]  # the first belongs to the save
 
 
 @pytest.mark.parametrize(
@@ -185,7 +259,8 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path):
         ({"log_every": 0}, "log_every is 0"),
         ({"run_dir": ""}, "run_dir is empty"),
         ({"eval_every": 0, "keep_best": "eval/loss"}, "set eval_every above 0"),
-        ({"patience": 2}, "patience is 2, but keep_best names no metric"),
+        ({"eval_every": 1, "patience": 2}, "patience is 2, but keep_best names no metric"),
+        ({"task": tiny.Tiny(plan=Plan(5))}, "task.plan is Plan.steps=5.*set steps, epochs"),
     ],
 )
 def test_settings_without_sense_are_refused(tmp_path, changes, message):
@@ -194,11 +269,11 @@ def test_settings_without_sense_are_refused(tmp_path, changes, message):
         loop.run(experiment)
 
 
-def test_an_unknown_metric_to_keep_lists_those_there_are(tmp_path):
-    with pytest.raises(ValueError, match="keep_best is 'loss', .*eval/loss"):
-        loop.run(tiny.experiment(tmp_path, keep_best="loss"))
+def test_an_unknown_metric_to_keep_is_told_before_training(tmp_path):
+    experiment = tiny.experiment(tmp_path, keep_best="loss", explode_at=0)
+    with pytest.raises(ValueError, match="keep_best is 'loss', .*'eval_ema/loss'"):
+        loop.run(experiment)
 
 
 def test_epochs_count_passes_over_the_training_images():
-    plan = tiny.experiment("x", steps=0, epochs=2.0).plan(1442)
-    assert (plan.steps, plan.steps_per_epoch) == (46, 23)
+    assert tiny.experiment("x", steps=0, epochs=2.0).plan(1442).steps == 46

@@ -22,6 +22,16 @@ def test_a_resumed_run_drops_later_and_cut_off_lines(tmp_path):
     assert lines == [{"step": i + 1, "loss": x} for i, x in enumerate((0.5, None, 0.25))]
 
 
+def test_an_evaluation_that_is_to_be_repeated_is_dropped(tmp_path):
+    for evaluated, left in ((True, 3), (False, 2)):
+        with MetricWriter(tmp_path, 0) as writer:
+            writer.write(1, {"eval/loss": 0.5})
+            writer.write(2, {"loss": 0.5})
+            writer.write(2, {"eval_ema/loss": 0.5})
+        with MetricWriter(tmp_path, 2, evaluated):
+            assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == left
+
+
 def test_an_inactive_writer_leaves_nothing(tmp_path):
     with MetricWriter(tmp_path, 0, active=False) as writer:
         writer.write(1, {"loss": 1.0})

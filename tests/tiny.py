@@ -73,7 +73,7 @@ class Tiny:
     def eval_metrics(self, sums):
         return {"loss": sums["loss"] / sums["n"], "accuracy": sums["right"] / sums["n"]}
 
-    def preview(self, state, frozen, batch, key):
+    def preview(self, state, frozen, batch):
         return {"inputs": batch["image_BHWC"][:5].astype(jnp.float32) / 255}
 
     def _tx(self, params):

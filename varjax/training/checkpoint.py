@@ -3,7 +3,7 @@
 import pathlib
 import shutil
 import sys
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int = 2, read_only: bool = False):
         self.directory = directory.absolute()
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
-        handlers |= {name: ocp.JsonCheckpointHandler() for name in ("data", "meta")}
+        handlers["meta"] = ocp.JsonCheckpointHandler()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             cleanup_tmp_directories=not read_only,
@@ -51,20 +51,20 @@ class Checkpoints:
         """The saved steps, oldest first."""
         return sorted(self._manager.all_steps())
 
-    def save(
-        self, step: int, state: TrainState, data: dict | None = None, meta: dict | None = None
-    ) -> None:
-        """Copies the state to the host and writes it in the background.
+    def save(self, step: int, state: TrainState, meta: dict | None = None) -> None:
+        """Copies what is not None of the state to the host and writes it in the background.
 
-        `data` (the loader's position) and `meta` are plain JSON. A step that is there already is
-        left alone: a resumed run comes to the same state again.
+        `meta` is plain JSON. A step that is there already is left alone: a resumed run comes to
+        the same state again. But with another `meta` it is replaced, and steps that lie ahead are
+        removed: they were saved under settings that were since changed.
         """
-        if step in self.steps():
+        self.wait()
+        if step in self.steps() and self.meta(step) == (meta or {}):
             return
-        items: dict[str, Any] = {
-            "data": ocp.args.JsonSave(data or {}),
-            "meta": ocp.args.JsonSave(meta or {}),
-        }
+        for late in self.steps():
+            if late >= step:
+                self._manager.delete(late)
+        items: dict[str, Any] = {"meta": ocp.args.JsonSave(meta or {})}
         for name in ARRAYS:
             if (tree := getattr(state, name)) is not None:
                 items[name] = ocp.args.StandardSave(tree)
@@ -80,8 +80,8 @@ class Checkpoints:
 
     def restore(
         self, abstract: TrainState, shardings: TrainState, step: int | None = None
-    ) -> tuple[TrainState, dict, dict] | None:
-        """(state, data, meta) of `step` or of the newest step that can be read; None at the start.
+    ) -> tuple[TrainState, dict] | None:
+        """(state, meta) of `step` or of the newest step that can be read; None at the start.
 
         Steps that cannot be read are reported and set aside in <run>/unreadable. ValueError when
         none of those that exist can be read, or when the arrays saved are not those of `abstract`.
@@ -102,8 +102,8 @@ class Checkpoints:
             raise ValueError(f"no checkpoint of {steps} in {self.directory} can be read")
         return None
 
-    def params(self, step: int, ema: bool | None = False, sharding: Any = None) -> PyTree:
-        """Parameters alone, with shapes from the checkpoint itself.
+    def params(self, step: int, ema: bool | None = None) -> PyTree:
+        """Parameters alone on the first device, with shapes from the checkpoint itself.
 
         `ema` asks for their average, None for the average if there is one.
         """
@@ -112,7 +112,7 @@ class Checkpoints:
         if ema and not averaged:
             raise ValueError(f"step {step} in {self.directory} keeps no average; ask for params")
         name = "ema" if averaged and ema is not False else "params"
-        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda x: _abstract(x, sharding), saved[name].tree)
         return self._restore(step, {name: ocp.args.StandardRestore(target)})[name]
 
@@ -137,43 +137,26 @@ class Checkpoints:
 
     def _read(
         self, step: int, abstract: TrainState, shardings: TrainState
-    ) -> tuple[TrainState, dict, dict]:
+    ) -> tuple[TrainState, dict]:
         targets = jax.tree.map(_abstract, abstract, shardings)
-        items = {name: getattr(targets, name) for name in ARRAYS}
-        items = {n: ocp.args.StandardRestore(t) for n, t in items.items() if t is not None}
-        items |= {name: ocp.args.JsonRestore() for name in ("data", "meta")}
+        trees_of = {name: getattr(targets, name) for name in ARRAYS}
+        items: dict[str, Any] = {"meta": ocp.args.JsonRestore()}
+        items |= {n: ocp.args.StandardRestore(t) for n, t in trees_of.items() if t is not None}
         read = self._restore(step, items)
         count = jax.device_put(np.int32(step), shardings.step)
         state = TrainState(count, read["params"], read.get("ema"), read["opt_state"])
-        return state, read["data"], read["meta"]
+        return state, read["meta"]
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
 
-def restore_params(
-    run_dir: str | pathlib.Path,
-    which: Literal["best", "last"] = "last",
-    ema: bool | None = False,
-    sharding: Any = None,
-) -> PyTree:
-    """The weights of a run, for inference: on the first device unless `sharding` says otherwise.
-
-    Raises ValueError when the run has no such checkpoint or keeps no average.
-    """
-    directory = pathlib.Path(run_dir) / {"best": "best", "last": "checkpoints"}[which]
-    if not directory.is_dir():
-        raise ValueError(f"{run_dir} holds no {directory.name}/: no {which} checkpoint was saved")
-    with Checkpoints(directory, read_only=True) as checkpoints:
-        if not checkpoints.steps():
-            raise ValueError(f"{directory} is empty: nothing was saved there yet")
-        return checkpoints.params(checkpoints.steps()[-1], ema, sharding)
-
-
 def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyTree:
-    """The weights that a run is used with: the best it kept, else its last; averaged if it did.
+    """The weights that a run is used with, on the first device: the best it kept, else its last.
 
-    `ema` insists on the average or does without it. Raises ValueError when nothing was saved yet.
+    `ema` asks for their average or for none. None gives the average if there is one, unless the
+    best was chosen by the parameters' own metric ("eval/..."). Raises ValueError when nothing was
+    saved yet, or no average.
     """
     for name in ("best", "checkpoints"):
         directory = pathlib.Path(run_dir) / name
@@ -181,6 +164,9 @@ def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyT
             continue
         with Checkpoints(directory, read_only=True) as checkpoints:
             if steps := checkpoints.steps():
+                chosen_by = checkpoints.meta(steps[-1]).get("keep_best", "")
+                if ema is None and name == "best" and chosen_by.startswith("eval/"):
+                    ema = False
                 return checkpoints.params(steps[-1], ema)
     raise ValueError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
 

@@ -1,6 +1,7 @@
 """Evaluation over the held-out split, and previews."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from varjax.training.experiment import Loader
 from varjax.training.feed import place
 from varjax.training.metrics import flatten
 from varjax.training.sharding import over_batch, replicated
-from varjax.training.task import PyTree, Task, TrainState
+from varjax.training.task import Batch, PyTree, Task, TrainState
 
 
 class Evaluator:
@@ -23,25 +24,47 @@ class Evaluator:
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
         self._preview = jax.jit(task.preview, out_shardings=replicated(mesh))
 
-    def metrics(self, state: TrainState) -> dict[str, float]:
-        """eval/NAME for the parameters and, where there is one, eval_ema/NAME for the average."""
-        found = {f"eval/{name}": x for name, x in self._pass(state).items()}
-        if state.ema is not None:
-            average = self._pass(dataclasses.replace(state, params=state.ema))
-            found |= {f"eval_ema/{name}": x for name, x in average.items()}
+    def metrics(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
+        """eval/NAME for the parameters and, where there is one, eval_ema/NAME for the average.
+
+        None as soon as `stop`, asked before each batch, says so.
+        """
+        found = {}
+        for kind, params in _kinds(state).items():
+            sums = self._sums(dataclasses.replace(state, params=params), stop)
+            if sums is None:
+                return None
+            metrics = flatten(self._task.eval_metrics(jax.device_get(sums)))
+            found |= {f"{kind}/{name}": x for name, x in metrics.items()}
         return found
 
-    def preview(self, state: TrainState, key: jax.Array) -> dict[str, np.ndarray]:
+    def names(self, state: TrainState) -> list[str]:
+        """Those that `metrics` gives; of `state` only shapes are needed."""
+        sums = jax.eval_shape(self._step, state, self._frozen, self._first_batch())
+        ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), sums)  # not 0: they may divide
+        names = flatten(self._task.eval_metrics(ones))
+        return [f"{kind}/{name}" for kind in _kinds(state) for name in names]
+
+    def preview(self, state: TrainState) -> dict[str, np.ndarray]:
         """Images by name from the first held-out batch, by the average where there is one."""
         if state.ema is not None:
             state = dataclasses.replace(state, params=state.ema)
-        batch = place(next(self._loader.held_out()), over_batch(self._mesh))
-        return jax.device_get(self._preview(state, self._frozen, batch, key))
+        return jax.device_get(self._preview(state, self._frozen, self._first_batch()))
 
-    def _pass(self, state: TrainState) -> dict[str, float]:
+    def _first_batch(self) -> Batch:
+        return place(self._loader.held_out_batch(0), over_batch(self._mesh))
+
+    def _sums(self, state: TrainState, stop: Callable[[], bool]) -> PyTree:
         sums = None
         for batch in self._loader.held_out():
+            if stop():
+                return None
             part = self._step(state, self._frozen, place(batch, over_batch(self._mesh)))
             sums = part if sums is None else self._add(sums, part)
         assert sums is not None, "the held-out split is empty"
-        return flatten(self._task.eval_metrics(jax.device_get(sums)))
+        return sums
+
+
+def _kinds(state: TrainState) -> dict[str, PyTree]:
+    """The parameters to evaluate, by the first part of their metrics' names."""
+    return {"eval": state.params} | ({} if state.ema is None else {"eval_ema": state.ema})

@@ -1,5 +1,6 @@
 """All there is to say about a training run, and the promise that a run directory holds one run."""
 
+import copy
 import dataclasses
 import math
 import pathlib
@@ -22,6 +23,8 @@ class Loader(Protocol):
     def train(self, position: int) -> Iterator[dict[str, np.ndarray]]: ...
 
     def held_out(self) -> Iterator[dict[str, np.ndarray]]: ...
+
+    def held_out_batch(self, number: int) -> dict[str, np.ndarray]: ...
 
 
 class Data(Protocol):
@@ -74,11 +77,16 @@ class Experiment:
             raise ValueError("keep_best and patience need evaluations; set eval_every above 0")
         if self.patience and not self.keep_best:
             raise ValueError(f"patience is {self.patience}, but keep_best names no metric")
+        if self.task.plan != Plan():
+            raise ValueError(
+                f"task.plan is {self.task.plan}, but it follows from the rest; "
+                "leave it alone and set steps, epochs and batch_size"
+            )
 
     def plan(self, train_size: int) -> Plan:
         """The length of the run with so many training images."""
         steps = self.steps or math.ceil(self.epochs * train_size / self.batch_size)
-        return Plan(steps, self.batch_size, max(1, round(train_size / self.batch_size)))
+        return Plan(steps, self.batch_size)
 
 
 LOWEST = {
@@ -93,21 +101,26 @@ LOWEST = {
 }
 
 # What may change when a run is continued, because training takes the same steps all the same
-# (another mesh changes them by rounding).
-FREE = {"run_dir", "mesh", "log_every", "eval_every", "save_every", "preview_every"}
-FREE |= {"keep", "keep_best", "patience"}
+# (another mesh or way to compute changes them by rounding; the tokenizer's weights were copied).
+FREE = ("run_dir", "mesh", "log_every", "eval_every", "save_every", "preview_every", "keep")
+FREE += ("keep_best", "patience", "task.tokenizer_weights", "task.sampling", "task.compute")
 
 
 def record_config(experiment: Experiment, write: bool = True) -> None:
     """Writes <run_dir>/config.json, or checks that the run there has the same settings.
 
-    Raises ValueError that lists every difference outside FREE.
+    Fields that the run does not know yet had their defaults in it. Raises ValueError that lists
+    every difference outside FREE.
     """
     config: dict[str, Any] = settings.to_dict(experiment)
     config["task"].pop("plan", None)  # follows from the rest
     path = pathlib.Path(experiment.run_dir) / "config.json"
     if path.exists():
-        before, now = ({k: c[k] for k in c.keys() - FREE} for c in (files.read_json(path), config))
+        before, now = files.read_json(path), copy.deepcopy(config)
+        _drop_new_defaults(now, experiment, before)
+        for name in FREE:
+            _drop(before, name)
+            _drop(now, name)
         if lines := sorted(settings.differences(before, now)):
             raise ValueError(
                 f"{experiment.run_dir} holds a run with other settings:\n  "
@@ -116,3 +129,19 @@ def record_config(experiment: Experiment, write: bool = True) -> None:
             )
     if write:
         files.write_json(path, config)
+
+
+def _drop_new_defaults(now: dict[str, Any], fields_of: Any, before: dict[str, Any]) -> None:
+    for field in dataclasses.fields(fields_of):
+        name, value = field.name, getattr(fields_of, field.name)
+        if name not in before and value == field.default:
+            now.pop(name, None)
+        elif dataclasses.is_dataclass(value) and isinstance(before.get(name), dict):
+            _drop_new_defaults(now[name], value, before[name])
+
+
+def _drop(config: dict[str, Any], path: str) -> None:
+    *parents, last = path.split(".")
+    for parent in parents:
+        config = config.get(parent, {})
+    config.pop(last, None)

@@ -20,18 +20,14 @@ def place(batch: Mapping[str, np.ndarray], sharding: jax.sharding.Sharding) -> B
 class Feed:
     """Batches on the devices, two ahead of what is consumed.
 
-    `position` counts the batches handed out, `waited` the seconds spent waiting for the host.
+    `waited` are the seconds spent waiting for the host.
     """
 
     def __init__(
-        self,
-        batches: Iterator[Mapping[str, np.ndarray]],
-        sharding: jax.sharding.Sharding,
-        position: int,
+        self, batches: Iterator[Mapping[str, np.ndarray]], sharding: jax.sharding.Sharding
     ):
         self._batches, self._sharding = batches, sharding
         self._ahead: collections.deque[Batch] = collections.deque()
-        self.position = position
         self.waited = 0.0
 
     def __next__(self) -> Batch:
@@ -39,5 +35,4 @@ class Feed:
         while len(self._ahead) <= DEPTH:
             self._ahead.append(place(next(self._batches), self._sharding))
         self.waited += time.monotonic() - begin
-        self.position += 1
         return self._ahead.popleft()

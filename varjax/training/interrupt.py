@@ -1,7 +1,7 @@
 """SIGINT and SIGTERM as a wish to stop after the step."""
 
+import os
 import signal
-import sys
 import threading
 from typing import Any
 
@@ -14,7 +14,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interrupt:
     """While entered, the first signal is only noted; a second one kills as usual.
 
-    With several processes JAX itself watches for SIGTERM and lets all of them agree on a step.
+    With several processes only SIGTERM is handled: JAX itself watches for it and lets all of them
+    agree on a step. SIGINT then kills as usual.
     """
 
     def __init__(self):
@@ -31,14 +32,19 @@ class Interrupt:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def noted(self) -> bool:
+        """Whether to stop, as far as this process knows without asking the others."""
+        return self.signum is not None
+
     def requested(self, step: int) -> bool:
         """Whether to stop after `step`; with several processes, the same answer in all."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signum = signal.SIGTERM
-        return self.signum is not None
+        return self.noted()
 
     def _note(self, signum: int, _: Any) -> None:
         self.signum = signum
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
-        print("stopping after this step; once more kills at once", file=sys.stderr)
+        # not print: the signal may have come in the middle of one
+        os.write(2, b"stopping after this step; once more kills at once\n")

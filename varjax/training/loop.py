@@ -9,40 +9,23 @@ import jax
 from jax.sharding import Mesh
 
 from varjax import files
-from varjax.training.checkpoint import Checkpoints
+from varjax.training.checkpoint import UNREADABLE, Checkpoints
 from varjax.training.evaluate import Evaluator
 from varjax.training.experiment import Experiment, Loader, record_config
 from varjax.training.feed import Feed
 from varjax.training.interrupt import Interrupt
 from varjax.training.metrics import Clock, MetricWriter, Progress, flatten
+from varjax.training.record import Record
 from varjax.training.sharding import make_mesh, over_batch, replicated, shardings
 from varjax.training.task import PyTree, Task
-
-
-@dataclasses.dataclass
-class Record:
-    """What the loop itself remembers over a restart, stored as a checkpoint's `meta`."""
-
-    metrics: dict[str, float] = dataclasses.field(default_factory=dict)  # the last evaluation
-    best: float | None = None
-    stale: int = 0  # evaluations since the best one
-    done: bool = False
-
-    def improves(self, metrics: dict[str, float], name: str) -> bool:
-        """Takes note of an evaluation; whether its `name` is the lowest so far."""
-        if name not in metrics:
-            raise ValueError(f"keep_best is {name!r}, but an evaluation gives {sorted(metrics)}")
-        value = metrics[name]
-        better = math.isfinite(value) and (self.best is None or value < self.best)
-        self.best, self.stale = (value, 0) if better else (self.best, self.stale + 1)
-        return better
 
 
 def run(experiment: Experiment) -> dict[str, float]:
     """Trains, or continues what is in `run_dir`; returns the metrics of the last evaluation.
 
     The same command continues a run after any kind of end, and then takes exactly the steps that
-    an uninterrupted run takes. SIGINT and SIGTERM save and exit with 128 + the signal's number.
+    an uninterrupted run takes. SIGINT and SIGTERM (with several processes only SIGTERM) save at
+    once and exit with 128 + the signal's number; an evaluation that was due is made up for.
     Raises ValueError for settings that make no sense or differ from the run's, and
     FloatingPointError, with nothing of it saved, when a metric is not finite.
     """
@@ -61,20 +44,22 @@ def run(experiment: Experiment) -> dict[str, float]:
         )
     record_config(experiment, write=jax.process_index() == 0)
     with Checkpoints(run_dir / "checkpoints", experiment.keep) as checkpoints:
-        if (found := finished(checkpoints)) is not None:
+        if (found := finished(checkpoints, experiment, plan.steps)) is not None:
             print(f"{run_dir} is finished; its results:", found.metrics, file=sys.stderr)
             return found.metrics
         return _train(experiment, task, loader, mesh, checkpoints)
 
 
-def finished(checkpoints: Checkpoints) -> Record | None:
-    """The record of a run that came to its end, else None."""
-    steps = checkpoints.steps()
-    try:
-        record = Record(**checkpoints.meta(steps[-1])) if steps else Record()
-    except (ValueError, KeyError, OSError):  # half a checkpoint; restoring falls back
+def finished(checkpoints: Checkpoints, experiment: Experiment, steps: int) -> Record | None:
+    """The record of a run that by these settings came to its end, else None."""
+    saved = checkpoints.steps()
+    if not saved:
         return None
-    return record if record.done else None
+    try:
+        record = Record.of(checkpoints.meta(saved[-1]), experiment.keep_best)
+    except UNREADABLE:  # half a checkpoint; restoring falls back
+        return None
+    return record if record.over(saved[-1], steps, experiment.patience) else None
 
 
 def frozen_weights(task: Task, run_dir: pathlib.Path) -> PyTree:
@@ -92,29 +77,29 @@ def _train(
     e: Experiment, task: Task, loader: Loader, mesh: Mesh, checkpoints: Checkpoints
 ) -> dict[str, float]:
     run_dir, steps, main = pathlib.Path(e.run_dir), task.plan.steps, jax.process_index() == 0
-    init_key, train_key, preview_key = jax.random.split(jax.random.key(e.seed), 3)
+    init_key, train_key = jax.random.split(jax.random.key(e.seed))
 
     abstract = jax.eval_shape(task.init, init_key)
     placement = shardings(abstract, mesh)
-    restored = checkpoints.restore(abstract, placement)
-    if restored is None:
-        state = jax.jit(task.init, out_shardings=placement)(init_key)
-        start, record = 0, Record()
-    else:
-        state, start, record = restored[0], restored[1]["position"], Record(**restored[2])
-
     frozen = frozen_weights(task, run_dir)
     frozen = jax.device_put(frozen, shardings(frozen, mesh))
+    evaluator = Evaluator(task, loader, frozen, mesh)
+    if e.keep_best and e.keep_best not in (names := evaluator.names(abstract)):
+        raise ValueError(f"keep_best is {e.keep_best!r}, but an evaluation gives {names}")
+
+    if (restored := checkpoints.restore(abstract, placement)) is None:
+        state, record = jax.jit(task.init, out_shardings=placement)(init_key), Record(e.keep_best)
+    else:
+        state, record = restored[0], Record.of(restored[1], e.keep_best)
+    start = step = int(state.step)
     train_step = jax.jit(
         task.train_step, out_shardings=(placement, replicated(mesh)), donate_argnums=0
     )
-    evaluator = Evaluator(task, loader, frozen, mesh)
-    feed = Feed(loader.train(start), over_batch(mesh), start)
-    clock = Clock(e.batch_size)
+    feed, clock = Feed(loader.train(start), over_batch(mesh)), Clock(e.batch_size)
 
     with (
         Checkpoints(run_dir / "best", keep=1) as best,
-        MetricWriter(run_dir, start, active=main) as writer,
+        MetricWriter(run_dir, start, evaluated=not record.pending, active=main) as writer,
         Progress(start, steps, active=main) as progress,
         Interrupt() as interrupt,
     ):
@@ -127,44 +112,52 @@ def _train(
                 writer.write(step, numbers)
                 progress.show(step, numbers)
 
+        def due(every: int) -> bool:
+            return every > 0 and step % every == 0
+
+        def look() -> bool:
+            """Evaluates and previews, if this step is due for it; whether it came to the end."""
+            if step == steps or due(e.eval_every):
+                metrics = evaluator.metrics(state, interrupt.noted)
+                if metrics is None:
+                    return False
+                writer.write(step, metrics)
+                if record.improves(metrics):
+                    weights = dataclasses.replace(state, opt_state=None)
+                    best.save(step, weights, {"keep_best": e.keep_best})
+            for name, images in evaluator.preview(state).items() if due(e.preview_every) else ():
+                writer.images(step, name, images)
+            return True
+
         if start:
             progress.say(f"continuing {run_dir} after step {start}")
-        pending = None
-        for step in range(start + 1, steps + 1):
+        if record.pending:
+            record.pending = not look()
+        unlogged, stop = None, interrupt.noted()
+        while not (stop or record.over(step, steps, e.patience)):
+            step += 1
             state, metrics = train_step(state, frozen, next(feed), train_key)
-            if pending:  # one step late, so that the devices are never without work
-                log(*pending)
-            pending = step, metrics
+            if unlogged:  # one step late, so that the devices are never without work
+                log(*unlogged)
+            unlogged = step, metrics
 
-            last, stop = step == steps, interrupt.requested(step)
-            evaluating, previewing, saving = (
-                every > 0 and step % every == 0
-                for every in (e.eval_every, e.preview_every, e.save_every)
-            )
-            if not (last or stop or evaluating or previewing or saving):
+            stop = interrupt.requested(step)
+            looking = step == steps or due(e.eval_every) or due(e.preview_every)
+            if not (stop or looking or due(e.save_every)):
                 continue
-            log(*pending)  # raises before anything that is not finite can be saved
-            pending = None
+            log(*unlogged)  # raises before anything that is not finite can be saved
+            unlogged = None
             with clock.paused():
-                if evaluating or last:
-                    record.metrics = evaluator.metrics(state)
-                    writer.write(step, record.metrics)
-                    if e.keep_best and record.improves(record.metrics, e.keep_best):
-                        best.save(step, state, meta=dataclasses.asdict(record))
-                record.done = last or 0 < e.patience <= record.stale
-                if previewing:
-                    for name, images in evaluator.preview(state, preview_key).items():
-                        writer.images(step, name, images)
-                if saving or stop or record.done:
-                    data, meta = {"position": feed.position}, dataclasses.asdict(record)
-                    checkpoints.save(step, state, data, meta)
-            if record.done:
-                progress.say(f"finished {run_dir} at step {step}")
-                break
-            if stop:
-                checkpoints.wait()
-                progress.say(f"saved after step {step}; the same command continues from there")
-                raise SystemExit(128 + (interrupt.signum or 0))
+                record.pending = looking and (stop or not look())
+                stop = interrupt.noted()
+                if stop or due(e.save_every) or record.over(step, steps, e.patience):
+                    best.wait()  # a checkpoint that knows of a best one must not be there before it
+                    checkpoints.save(step, state, dataclasses.asdict(record))
+        if not record.over(step, steps, e.patience):
+            checkpoints.wait()
+            progress.say(f"saved after step {step}; the same command continues from there")
+            raise SystemExit(128 + (interrupt.signum or 0))
+        progress.say(f"finished {run_dir} at step {step}")
     return record.metrics
 
 

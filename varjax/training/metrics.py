@@ -35,15 +35,19 @@ def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
 class MetricWriter:
     """Writes to metrics.jsonl (one object a line, with "step") and to TensorBoard files.
 
-    What an earlier process wrote about steps after `step`, where this one resumes, is dropped.
-    One that is not `active` writes nothing at all.
+    This process resumes after `step`, with its evaluation or, where that was not `evaluated`,
+    before it: what an earlier process wrote about later than that is dropped. One that is not
+    `active` writes nothing at all.
     """
 
-    def __init__(self, run_dir: pathlib.Path, step: int, active: bool = True):
+    def __init__(
+        self, run_dir: pathlib.Path, step: int, evaluated: bool = True, active: bool = True
+    ):
         self._run_dir, self._active = run_dir, active
         path = run_dir / "metrics.jsonl" if active else pathlib.Path(os.devnull)
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if _moment(line) <= (step, evaluated)]
             with files.atomic_path(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
         self._lines = open(path, "a", buffering=1)
@@ -143,9 +147,10 @@ class Clock:
         return {"images_per_second": images / (now - before[1]), "data_wait": waited - before[2]}
 
 
-def _step_of(line: str) -> float:
-    """The step of a line; infinity for a line that was cut off."""
+def _moment(line: str) -> tuple[float, bool]:
+    """The step of a line and whether it tells of the evaluation; infinity where it is cut off."""
     try:
-        return json.loads(line)["step"]
+        metrics = json.loads(line)
+        return metrics["step"], any(name.startswith("eval") for name in metrics)
     except ValueError:
-        return math.inf
+        return math.inf, True

@@ -16,7 +16,6 @@ class Plan:
 
     steps: int = 1
     batch_size: int = 256
-    steps_per_epoch: int = 1
 
 
 @flax.struct.dataclass
@@ -69,9 +68,7 @@ class Task(Protocol):
         """Floats or 1-D arrays from the added results of `eval_step`, as NumPy arrays."""
         ...
 
-    def preview(
-        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
+    def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Images to look at by name, in [0, 1]; {} for none.
 
         (N, H, W, C), or (rows, columns, H, W, C) where the arrangement says something.
