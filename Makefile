@@ -21,6 +21,7 @@ demo: setup
 
 # Anew only after training went on: metrics.jsonl is younger then.
 runs/digits/samples.npz: runs/digits/metrics.jsonl
+	@rm -f $@
 	$(PY) sample.py --weights=runs/digits --labels=all --count=100 --batch_size=250 --out=$@
 
 test: setup

@@ -11,7 +11,7 @@ from varjax.var import command, edit_command
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0, or 1 with one line that says what is wrong."""
+    """Exit code 0, 130 after Ctrl-C, or 1 with one line that says what is wrong."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
     try:
         if arguments[:1] == ["edit"]:
@@ -21,6 +21,9 @@ def main(arguments: list[str]) -> int:
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("sample.py: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

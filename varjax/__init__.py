@@ -10,6 +10,7 @@ H W image (in BHWC), P φ convolutions, E any wider layer; a digit is that lengt
 """
 
 from varjax.nn.compute import Compute
+from varjax.pictures import read_image
 from varjax.pyramid import SCALES_256, SCALES_512, SCALES_1024
 from varjax.tokenizer.model import TokenizerConfig
 from varjax.var.load import load
@@ -27,4 +28,5 @@ __all__ = [
     "TokenizerConfig",
     "VARConfig",
     "load",
+    "read_image",
 ]
