@@ -57,7 +57,8 @@ def test_a_batch_depends_on_seed_and_number_alone():
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_out_the_same_batches(processes):
     whole = Loader(DATA, 16)
-    parts = [Loader(DATA, 16, 0, p, processes) for p in range(processes)]
+    share = 16 // processes
+    parts = [Loader(DATA, 16, rows=range(i, i + share)) for i in range(0, 16, share)]
     batches = [part.train_batch(9) for part in parts]
     equal(whole.train_batch(9), {k: np.concatenate([b[k] for b in batches]) for k in batches[0]})
     batches = [part.held_out_batch(22) for part in parts]
@@ -92,6 +93,7 @@ def test_the_held_out_split_is_seen_once_and_padding_is_marked():
     np.testing.assert_array_equal(images, Digits().source("held_out").images_NHWC)
 
 
-def test_an_indivisible_batch_is_refused():
-    with pytest.raises(ValueError, match="batch_size 6 .* 4 processes"):
-        Loader(DATA, 6, process_count=4)
+@pytest.mark.parametrize("rows", [range(0), range(4, 7), range(-1, 3), range(0, 6, 2)])
+def test_rows_outside_of_the_batch_are_refused(rows):
+    with pytest.raises(ValueError, match=r"rows is range.* some of range\(0, 6\)"):
+        Loader(DATA, 6, rows=rows)

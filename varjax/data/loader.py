@@ -44,25 +44,26 @@ class Dataset(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Batches of a dataset, of which this process gets its rows.
+    """Batches of a dataset, of which this process gets `rows` (None: all).
 
     The training stream runs on over the ends of epochs, shuffled anew for each. Its batch i is a
-    function of (seed, i) alone: not of where a run was resumed, nor of the number of processes,
-    whose parts in order make up the batch.
+    function of (seed, i) alone: not of where a run was resumed, nor of how its rows are shared out
+    to processes.
     """
 
     data: Dataset
     batch_size: int  # of all processes together
     seed: int = 0
-    process_index: int = 0
-    process_count: int = 1
+    rows: range | None = None
 
     def __post_init__(self):
-        if self.batch_size < 1 or self.batch_size % self.process_count:
-            raise ValueError(
-                f"batch_size {self.batch_size} must be a positive multiple of the "
-                f"{self.process_count} processes"
-            )
+        rows = self.rows
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, but must be at least 1")
+        if rows is not None and (
+            not rows or rows.step != 1 or rows.start < 0 or rows.stop > self.batch_size
+        ):
+            raise ValueError(f"rows is {rows}; give some of range(0, {self.batch_size})")
 
     @functools.cached_property
     def train_source(self) -> Source:
@@ -92,9 +93,8 @@ class Loader:
         return _stack(examples) | {"valid_B": np.array([index < size for index in rows])}
 
     def _rows(self, number: int) -> range:
-        share = self.batch_size // self.process_count
-        start = number * self.batch_size + self.process_index * share
-        return range(start, start + share)
+        rows, start = self.rows or range(self.batch_size), number * self.batch_size
+        return range(start + rows.start, start + rows.stop)
 
     def _train_example(self, index: int) -> tuple[np.ndarray, int]:
         size = len(self.train_source)

@@ -29,11 +29,9 @@ class Digits:
     def image_shape(self) -> tuple[int, int, int]:
         return 8, 8, 1
 
-    def make(
-        self, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
-    ) -> Loader:
-        """Batches for this process."""
-        return Loader(self, batch_size, seed, process_index, process_count)
+    def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
+        """Batches, of which this process gets `rows` (None: all)."""
+        return Loader(self, batch_size, seed, rows)
 
     def source(self, split: Split) -> "InMemory":
         """The images of one split, in the dataset's order."""

@@ -30,9 +30,9 @@ class Loader(Protocol):
 class Data(Protocol):
     """A dataset's settings."""
 
-    def make(
-        self, batch_size: int, seed: int, process_index: int, process_count: int
-    ) -> Loader: ...
+    def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
+        """Batches, of which this process gets `rows` (None: all)."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,9 +31,11 @@ def run(experiment: Experiment) -> dict[str, float]:
     """
     experiment.check()
     run_dir = pathlib.Path(experiment.run_dir)
-    loader = experiment.data.make(
-        experiment.batch_size, experiment.seed, jax.process_index(), jax.process_count()
+    index, count = jax.process_index(), jax.process_count()
+    rows = range(
+        index * experiment.batch_size // count, (index + 1) * experiment.batch_size // count
     )
+    loader = experiment.data.make(experiment.batch_size, experiment.seed, rows)
     plan = experiment.plan(len(loader.train_source))
     task: Task = dataclasses.replace(experiment.task, plan=plan)  # type: ignore[type-var]
     mesh = make_mesh(experiment.mesh)
