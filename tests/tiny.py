@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax import files, flops
 from varjax.data.sources import Digits
 from varjax.training import step
 from varjax.training.experiment import Experiment
@@ -25,6 +26,9 @@ class Tiny:
     offset_file: str = ""  # a file with a number: the "pretrained weight"
     plan: Plan = Plan()
 
+    def check(self, image_shape, classes):
+        assert (image_shape, classes) == ((8, 8, 1), 10)
+
     def init(self, key):
         up, down = jax.random.split(key)
         params = {
@@ -36,6 +40,10 @@ class Tiny:
         }
         ema = jax.tree.map(jnp.copy, params) if self.ema_decay else None
         return TrainState(jnp.int32(0), params, ema, self._tx(params).init(params))
+
+    def pretrained(self, location):
+        tree, _ = files.read_tensors(location)
+        return tree, {"up/bias": ([0, 1], [1, 3])}
 
     def frozen(self):
         if not self.offset_file:
@@ -58,6 +66,9 @@ class Tiny:
         metrics["lr"] = self.optimizer.lr(state.step, self.plan)
         state, norms = step.apply(state, grads, self._tx(state.params), self.ema_decay)
         return state, metrics | norms
+
+    def train_flops(self, state, frozen, batch):
+        return flops.count(self.train_step, state, frozen, batch, jax.random.key(0))
 
     def eval_step(self, state, frozen, batch):
         valid_B = batch["valid_B"].astype(jnp.float32)

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax import trees
+from varjax import flops, trees
+from varjax.tokenizer.load import read_tokenizer
 from varjax.tokenizer.model import Tokenizer, TokenizerConfig, init_tokenizer
 from varjax.tokenizer.quantizer import quantizer_loss
 from varjax.training.optimizer import AdamW
-from varjax.training.step import apply, gradients, start
-from varjax.training.task import Batch, Plan, PyTree, TrainState
+from varjax.training.step import apply, check_parts, gradients, start
+from varjax.training.task import Batch, Plan, PyTree, Rows, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,16 @@ class TokenizerTask:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
 
+    def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
+        check_images(self.model, image_shape)
+        check_parts(self.plan.batch_size, self.accumulate)
+
     def init(self, key: jax.Array) -> TrainState:
         params = init_tokenizer(self.model, key)
         return start(params, self._tx(params), self.ema)
+
+    def pretrained(self, location: str) -> tuple[PyTree, Rows]:
+        return read_tokenizer(location)[1], {}
 
     def frozen(self) -> PyTree:
         return {}
@@ -59,6 +67,9 @@ class TokenizerTask:
         metrics["perplexity"] = _perplexity(metrics.pop("frequency_KV"), jnp)
         lr = self.optimizer.lr(state.step - 1, self.plan)
         return state, metrics | norms | {"lr": lr}
+
+    def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
+        return flops.count(self.train_step, state, frozen, batch, jax.random.key(0))
 
     def losses(
         self, params: PyTree, image_BHWC: jax.Array
@@ -119,6 +130,16 @@ class TokenizerTask:
 def to_model(image_BHWC: jax.Array) -> jax.Array:
     """uint8 [0, 255] -> float32 [-1, 1], the range of everything inside the models."""
     return image_BHWC.astype(jnp.float32) / 127.5 - 1
+
+
+def check_images(model: TokenizerConfig, image_shape: tuple[int, int, int]) -> None:
+    """Raises ValueError where a tokenizer does not take images of (H, W, channels)."""
+    if tuple(image_shape) != model.image_shape:
+        raise ValueError(
+            f"the data's images are {tuple(image_shape)}, but the tokenizer takes "
+            f"{model.image_shape} (height, width, channels); change the data, or the tokenizer's "
+            "scales, multipliers or image_channels"
+        )
 
 
 def check_share(name: str, value: float) -> None:

@@ -26,8 +26,7 @@ def gradients(
     if accumulate == 1:
         return grad_fn(params, batch)
     size = jax.tree.leaves(batch)[0].shape[0]
-    if accumulate < 1 or size % accumulate:
-        raise ValueError(f"a batch of {size} cannot be accumulated in {accumulate} equal parts")
+    check_parts(size, accumulate)
 
     def split(x: jax.Array) -> jax.Array:
         # Part i takes every accumulate-th row, so that each device keeps the rows it has.
@@ -41,6 +40,15 @@ def gradients(
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, parts)
     return jax.tree.map(lambda x: x / accumulate, total)
+
+
+def check_parts(batch_size: int, accumulate: int) -> None:
+    """Raises ValueError where `gradients` cannot work off a batch in so many parts."""
+    if accumulate < 1 or batch_size % accumulate:
+        raise ValueError(
+            f"a batch of {batch_size} cannot be accumulated in {accumulate} equal parts; "
+            "set accumulate to a divisor of it"
+        )
 
 
 def start(params: PyTree, tx: optax.GradientTransformation, ema_decay: float = 0.0) -> TrainState:

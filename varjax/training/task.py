@@ -1,6 +1,7 @@
 """The contract between a model family and the training loop."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -8,6 +9,7 @@ import jax
 
 PyTree = Any
 Batch = dict[str, jax.Array]
+Rows = dict[str, tuple[Sequence[int], Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +42,24 @@ class Task(Protocol):
         """A field `plan: Plan = Plan()`, which the loop replaces by the run's own."""
         ...
 
+    def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
+        """Raises ValueError where such a dataset or `plan` does not suit; before any long work.
+
+        image_shape: (H, W, channels). classes: labels are below it.
+        """
+        ...
+
     def init(self, key: jax.Array) -> TrainState:
         """The state before the first step."""
+        ...
+
+    def pretrained(self, location: str) -> tuple[PyTree, Rows]:
+        """Parameters that a run may start from, of a run (averaged if it averages) or converted.
+
+        They may be of other sizes than `init`'s. Where only some rows (entries of the first axis)
+        of a parameter mean the same here and there, its path names them: (rows here, rows there).
+        Raises ValueError that says what `location` lacks.
+        """
         ...
 
     def frozen(self) -> PyTree:
@@ -57,6 +75,13 @@ class Task(Protocol):
         """One update. `key` is the run's: fold `state.step` into it.
 
         Metrics are scalars or 1-D arrays; one that is not finite stops the run.
+        """
+        ...
+
+    def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
+        """Model FLOP of a `train_step` on arrays of these shapes; nothing is computed.
+
+        `flops.count`, without what the backward pass computes a second time to save memory.
         """
         ...
 

@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from varjax import trees
+from varjax import flops, trees
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import drop_path
 from varjax.tokenizer.load import load_tokenizer
 from varjax.tokenizer.model import Tokenizer, TokenizerConfig
-from varjax.tokenizer.task import check_share, to_model
+from varjax.tokenizer.task import check_images, check_share, to_model
 from varjax.training.optimizer import AdamW
-from varjax.training.step import apply, gradients, start
-from varjax.training.task import Batch, Plan, PyTree, TrainState
+from varjax.training.step import apply, check_parts, gradients, start
+from varjax.training.task import Batch, Plan, PyTree, Rows, TrainState
 from varjax.var.model import VAR, VARConfig, init_var
+from varjax.var.pretrained import read_pretrained
 from varjax.var.sample import Options, image_keys, sample_images
 
 # What the reference does not decay: biases, positions, levels, AdaLN tables, attention scales.
@@ -53,9 +54,21 @@ class VARTask:
         for name in ("class_dropout", "drop_path", "label_smoothing", "ema"):
             check_share(name, getattr(self, name))
 
+    def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
+        check_images(self.tokenizer, image_shape)
+        check_parts(self.plan.batch_size, self.accumulate)
+        if classes != self.model.classes:
+            raise ValueError(
+                f"the data has {classes} classes, but the model {self.model.classes}; "
+                f"set task.model.classes={classes}, or train on other data"
+            )
+
     def init(self, key: jax.Array) -> TrainState:
         params = init_var(self.model, key)
         return start(params, self._tx(params), self.ema)
+
+    def pretrained(self, location: str) -> tuple[PyTree, Rows]:
+        return read_pretrained(location, self.model)
 
     def frozen(self) -> PyTree:
         """The tokenizer's parameters; ValueError where they are not those of `tokenizer`."""
@@ -89,6 +102,12 @@ class VARTask:
         grads, metrics = gradients(loss_fn, state.params, batch, self.accumulate)
         state, norms = apply(state, grads, self._tx(state.params), self.ema)
         return state, metrics | norms | {"lr": self.optimizer.lr(state.step - 1, self.plan)}
+
+    def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
+        # Fused kernels hide their products, and what is recomputed is no work of the model's.
+        compute = dataclasses.replace(self.compute, remat="none", attention="xla")
+        plain = dataclasses.replace(self, compute=compute)
+        return flops.count(plain.train_step, state, frozen, batch, jax.random.key(0))
 
     def token_losses(
         self, params: PyTree, frozen: PyTree, batch: Batch

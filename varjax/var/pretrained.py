@@ -1,0 +1,33 @@
+"""Where a transformer may start from: another one, perhaps with other classes or scales."""
+
+import pathlib
+
+from varjax.training.task import PyTree, Rows
+from varjax.var.load import read_var
+from varjax.var.model import VARConfig
+
+
+def read_pretrained(location: str | pathlib.Path, model: VARConfig) -> tuple[PyTree, Rows]:
+    """(params, rows) of `Task.pretrained` for a transformer `model`."""
+    there, params, _ = read_var(location)
+    return params, matching_rows(model, there)
+
+
+def matching_rows(here: VARConfig, there: VARConfig) -> Rows:
+    """Rows of the embeddings that mean the same in both, where the tables as wholes do not.
+
+    With other classes that is "no class" alone; with other scales, levels and positions of the
+    token maps whose height and width are in both lists.
+    """
+    rows: Rows = {}
+    if here.classes != there.classes:
+        rows["class_embed"] = [here.classes], [there.classes]
+    a, b = here.pyramid, there.pyramid
+    if a.shapes != b.shapes:
+        levels = [(a.shapes.index(s), b.shapes.index(s)) for s in a.shapes if s in b.shapes]
+        rows["level_embed"] = [i for i, _ in levels], [j for _, j in levels]
+        rows["pos_embed"] = (
+            [row for i, _ in levels for row in range(a.slices[i].start, a.slices[i].stop)],
+            [row for _, j in levels for row in range(b.slices[j].start, b.slices[j].stop)],
+        )
+    return rows
