@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -38,29 +39,40 @@ def read_image(path: str | os.PathLike, shape: tuple[int, int, int]) -> np.ndarr
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """An image file as 8-bit gray ("L") or "RGB", upright as its EXIF data say.
+    """An image file as 8-bit gray ("L") or "RGB"; what is transparent shows white.
 
-    16 bits become 8, CMYK and palettes become RGB, what is transparent shows white; of an animation
-    the first frame. Raises ValueError for a file that is missing, damaged or no image.
+    Otherwise as `load` does it. Raises ValueError for a file that is missing, damaged or no image.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}")
     try:
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file)
-            picture.load()
+        picture = load(path)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path} is not an image that can be read ({error}); give a PNG, JPEG, WebP …"
         ) from error
-    if picture.mode == "F":
-        raise ValueError(f"{path} holds floats, whose range is unknown; save it with 8 or 16 bits")
-    if picture.mode.startswith("I"):  # Pillow would clip, not scale, 16 bits
-        return Image.fromarray(to_uint8(np.asarray(picture) / 65535))
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+
+
+def load(file: str | os.PathLike | IO[bytes]) -> Image.Image:
+    """The picture in a file, in its own mode but with 8 bits, upright as its EXIF data say.
+
+    16 bits are scaled to 8; of an animation the first frame. Whatever Pillow raises passes through;
+    ValueError for floats, whose range is unknown.
+    """
+    with Image.open(file) as picture:
+        picture.load()
+        ImageOps.exif_transpose(picture, in_place=True)
+    if picture.mode == "F":
+        raise ValueError("holds floats, whose range is unknown; save it with 8 or 16 bits")
+    if picture.mode.startswith("I"):  # Pillow would clip, not scale, 16 bits
+        return Image.fromarray(to_uint8(np.asarray(picture) / 65535))
+    return picture
 
 
 def fit(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:

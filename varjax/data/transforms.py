@@ -4,7 +4,50 @@ import math
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
+
+RESIZE = 1.125  # images are resized to so many times the size that is cut out of them
+
+
+def random_crop(
+    image_HWC: np.ndarray, rng: np.random.Generator, size: tuple[int, int], flip: bool = False
+) -> np.ndarray:
+    """The training view: resized to cover 1.125 × (height, width), a random part cut out of it.
+
+    `flip` mirrors every second image left to right. Three numbers are drawn always.
+    """
+    (h, w), resized = size, resize_to_cover(image_HWC, size)
+    y, x, mirror = rng.random(3)
+    top, left = int(y * (len(resized) - h + 1)), int(x * (resized.shape[1] - w + 1))
+    cropped = resized[top : top + h, left : left + w]
+    return np.ascontiguousarray(cropped[:, ::-1] if flip and mirror < 0.5 else cropped)
+
+
+def center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The evaluation view: resized as for training, the middle cut out of it."""
+    (h, w), resized = size, resize_to_cover(image_HWC, size)
+    # Rounded like the reference does, half to even.
+    top, left = round((len(resized) - h) / 2), round((resized.shape[1] - w) / 2)
+    return np.ascontiguousarray(resized[top : top + h, left : left + w])
+
+
+def resize_to_cover(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Lanczos, the aspect kept, until it just covers round(1.125 × (height, width)).
+
+    For a square size this is "the shorter side to 1.125 × size"; the longer side is rounded down.
+    uint8 with 1, 3 or 4 channels (the fourth is alpha).
+    """
+    H, W = (round(RESIZE * side) for side in size)
+    height, width, channels = image_HWC.shape
+    if H * width >= W * height:
+        H, W = H, H * width // height
+    else:
+        H, W = W * height // width, W
+    if (H, W) == (height, width):
+        return image_HWC
+    picture = Image.fromarray(image_HWC[..., 0] if channels == 1 else image_HWC)
+    return np.asarray(picture.resize((W, H), Image.Resampling.LANCZOS)).reshape(H, W, channels)
 
 
 def random_affine(
@@ -41,3 +84,16 @@ def affine(
         for c in range(image_HWC.shape[-1])
     ]
     return np.rint(np.clip(np.stack(channels, axis=-1), 0, 255)).astype(np.uint8)
+
+
+def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """A size in settings as (height, width)."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def check_view(size: int | tuple[int, int], channels: int) -> None:
+    """Raises ValueError unless images of this size and these channels can be made."""
+    if min(height_width(size)) < 1:
+        raise ValueError(f"size is {size}, but must be at least 1 pixel")
+    if channels not in (1, 3, 4):
+        raise ValueError(f"channels is {channels}, but image files give 1, 3 or 4 (with alpha)")

@@ -1,0 +1,163 @@
+"""Which image files a folder holds, of which class and split: fast, and in a fixed order."""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+SUFFIXES += (".jp2", ".avif")
+ONE_CLASS = ("image",)  # the class name of images without classes
+SHARE = 0.05  # held out where nothing else is said
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """Paths below `root`, and the class of each."""
+
+    root: str
+    paths: list[str]
+    labels_N: np.ndarray
+
+    def describe(self) -> dict[str, Any]:
+        """The number of images, and a hash of their paths in order."""
+        names = b"\0".join(os.fsencode(path) for path in self.paths)
+        return {"images": len(self.paths), "sha256": hashlib.sha256(names).hexdigest()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tree:
+    """A folder of images and its layout: the subfolders of the splits, and the classes.
+
+    `held_out` is a subfolder, or the share of the images in `train` that are held out.
+    """
+
+    root: str
+    train: str  # "" without splits
+    held_out: str | float
+    class_names: tuple[str, ...]
+    flat: bool  # without a folder for each class
+
+    @classmethod
+    def find(cls, root: str, held_out: str | float | None, unconditional: bool) -> "Tree":
+        """Looks at the uppermost folders only; ValueError when they leave a doubt."""
+        folders, files = _scan(root)
+        train = ""
+        if isinstance(held_out, str) and not {"train", held_out} <= set(folders):
+            raise ValueError(
+                f"held_out is {held_out!r}, but {root} has no folders train and {held_out}; its "
+                f"folders are {_few(folders)}. A share of the images, say 0.05, can be held out too"
+            )
+        if "train" in folders:
+            train, beside = "train", isinstance(held_out, str) or "val" in folders
+            if not beside and len(folders) > 1:
+                raise ValueError(
+                    f"{root} has a folder train, but no val beside it: {_few(folders)}. Name the "
+                    "held-out folder (held_out=test), or if these are classes, rename train"
+                )
+            if held_out is None and beside:
+                held_out = "val"
+            folders, files = _scan(os.path.join(root, train))
+        if not unconditional and folders and files:
+            raise ValueError(
+                f"{os.path.join(root, train)} holds images ({_few(files)}) and folders "
+                f"({_few(folders)}): sort them into one folder per class, or set "
+                "unconditional=True to take all of them as one class"
+            )
+        flat = unconditional or not folders
+        names = ONE_CLASS if flat else tuple(folders)
+        return cls(root, train, SHARE if held_out is None else held_out, names, flat)
+
+    def listing(self, split: Literal["train", "held_out"]) -> Listing:
+        """The images of a split, class by class, ordered by path; ValueError when there are none,
+        when a class has none to train on, or one of the held-out folder's classes is unknown."""
+        if split == "held_out" and isinstance(self.held_out, str):
+            return self._folder(self.held_out)
+        whole = self._folder(self.train)
+        if isinstance(self.held_out, float):
+            share = self.held_out
+            out_N = np.array([_number(path) < share for path in whole.paths], bool)
+            whole = _choose(whole, out_N == (split == "held_out"))
+        where = os.path.join(self.root, self.train)
+        counts = np.bincount(whole.labels_N, minlength=len(self.class_names))
+        if not len(whole.paths):
+            raise ValueError(
+                f"{where} has no images to hold out: held_out={self.held_out} chose none of them; "
+                "set a larger share"
+            )
+        if split == "train" and not counts.all():
+            missing = [n for n, count in zip(self.class_names, counts, strict=True) if not count]
+            raise ValueError(
+                f"{where} has no training images of {len(missing)} classes: {_few(missing)}; add "
+                f"some or remove the folders (held_out is {self.held_out})"
+            )
+        return whole
+
+    def _folder(self, folder: str) -> Listing:
+        where = os.path.join(self.root, folder)
+        if self.flat:
+            below = list(_images(where, "", ()))
+            classes = {self.class_names[0]: below}
+        else:
+            folders, files = _scan(where)
+            if unknown := sorted(set(folders) - set(self.class_names)):
+                raise ValueError(f"{where} has classes that {self.train} has not: {_few(unknown)}")
+            if not folders and files:
+                raise ValueError(
+                    f"{where} holds images, but no folders of classes like {self.train}; sort them "
+                    "into folders of the same names"
+                )
+            classes = {name: list(_images(where, name, ())) for name in folders}
+        paths = [os.path.join(folder, path) for name in classes for path in classes[name]]
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        labels = [np.full(len(below), numbers[name]) for name, below in classes.items()]
+        if not paths:
+            raise ValueError(f"{where} has no images; known are {' '.join(SUFFIXES)}")
+        return Listing(self.root, paths, np.concatenate(labels).astype(np.int32))
+
+
+def _scan(folder: str) -> tuple[list[str], list[str]]:
+    """(subfolders, image files), sorted, links followed."""
+    folders, files = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.name.lower().endswith(SUFFIXES):
+                    files.append(entry.name)
+    except OSError as error:
+        raise ValueError(f"cannot list the images in {folder!r}: {error.strerror}") from error
+    return sorted(folders), sorted(files)
+
+
+def _images(root: str, folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Paths below `root` of all images in `folder` and deeper."""
+    here = os.path.join(root, folder)
+    folders, files = _scan(here)
+    yield from (os.path.join(folder, name) for name in files)
+    above = (*above, os.path.realpath(here)) if folders else above
+    for name in folders:
+        if os.path.realpath(os.path.join(here, name)) in above:
+            raise ValueError(f"{os.path.join(here, name)} is a link to a folder that it lies in")
+        yield from _images(root, os.path.join(folder, name), above)
+
+
+def _choose(listing: Listing, chosen_N: np.ndarray) -> Listing:
+    paths = [path for path, chosen in zip(listing.paths, chosen_N, strict=True) if chosen]
+    return Listing(listing.root, paths, listing.labels_N[chosen_N])
+
+
+def _number(path: str) -> float:
+    """In [0, 1), evenly spread, the same forever."""
+    digest = hashlib.blake2b(os.fsencode(path), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" … ({len(names)})" if len(names) > 5 else "")
