@@ -30,6 +30,12 @@ class Loader(Protocol):
 class Data(Protocol):
     """A dataset's settings."""
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    @property
+    def classes(self) -> int: ...
+
     def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
         """Batches, of which this process gets `rows` (None: all)."""
         ...
@@ -38,6 +44,9 @@ class Data(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """A training run. Its length is `steps`, or `epochs` passes over the training images.
+
+    init_from: a run or a converted directory whose parameters this run starts with, as far as they
+    fit (`initial_state`); "" for fresh ones. Not looked at once the run has a checkpoint.
 
     Counts named `*_every` are in steps, 0 means never; the run also evaluates and saves at its
     end. `keep_best` names an evaluation metric, lower is better ("eval/loss", "eval_ema/loss"):
@@ -52,6 +61,7 @@ class Experiment:
     steps: int = 0
     epochs: float = 0.0
     seed: int = 0
+    init_from: str = ""
     mesh: MeshShape = MeshShape()
     log_every: int = 50
     eval_every: int = 0
@@ -103,7 +113,14 @@ LOWEST = {
 # What may change when a run is continued, because training takes the same steps all the same
 # (another mesh or way to compute changes them by rounding; the tokenizer's weights were copied).
 FREE = ("run_dir", "mesh", "log_every", "eval_every", "save_every", "preview_every", "keep")
-FREE += ("keep_best", "patience", "task.tokenizer_weights", "task.sampling", "task.compute")
+FREE += (
+    "keep_best",
+    "patience",
+    "init_from",
+    "task.tokenizer_weights",
+    "task.sampling",
+    "task.compute",
+)
 
 
 def record_config(experiment: Experiment, write: bool = True) -> None:

@@ -13,6 +13,7 @@ from varjax.training.checkpoint import UNREADABLE, Checkpoints
 from varjax.training.evaluate import Evaluator
 from varjax.training.experiment import Experiment, Loader, record_config
 from varjax.training.feed import Feed
+from varjax.training.initial import initial_state
 from varjax.training.interrupt import Interrupt
 from varjax.training.metrics import Clock, MetricWriter, Progress, flatten
 from varjax.training.record import Record
@@ -38,6 +39,7 @@ def run(experiment: Experiment) -> dict[str, float]:
     loader = experiment.data.make(experiment.batch_size, experiment.seed, rows)
     plan = experiment.plan(len(loader.train_source))
     task: Task = dataclasses.replace(experiment.task, plan=plan)  # type: ignore[type-var]
+    task.check(experiment.data.image_shape, experiment.data.classes)
     mesh = make_mesh(experiment.mesh)
     if experiment.batch_size % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(
@@ -90,7 +92,8 @@ def _train(
         raise ValueError(f"keep_best is {e.keep_best!r}, but an evaluation gives {names}")
 
     if (restored := checkpoints.restore(abstract, placement)) is None:
-        state, record = jax.jit(task.init, out_shardings=placement)(init_key), Record(e.keep_best)
+        state = initial_state(task, e.init_from, init_key, placement)
+        record = Record(e.keep_best)
     else:
         state, record = restored[0], Record.of(restored[1], e.keep_best)
     start = step = int(state.step)
