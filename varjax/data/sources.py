@@ -2,13 +2,14 @@
 
 from varjax.data.digits import Digits
 from varjax.data.folder import Folder
+from varjax.data.noise import Noise
 from varjax.data.tfds_source import TFDS
 
-__all__ = ["TFDS", "Digits", "Folder", "parse"]
+__all__ = ["TFDS", "Digits", "Folder", "Noise", "parse"]
 
 
-def parse(text: str, size: int | tuple[int, int]) -> Digits | Folder | TFDS:
-    """The dataset that "folder:PATH", "tfds:NAME", "tfds:DIRECTORY" or "digits" means.
+def parse(text: str, size: int | tuple[int, int]) -> Digits | Folder | Noise | TFDS:
+    """The dataset that "folder:PATH", "tfds:NAME", "tfds:DIRECTORY", "digits" or "random" means.
 
     `size` is that of its images, or (height, width). Raises ValueError for anything else.
     """
@@ -21,7 +22,9 @@ def parse(text: str, size: int | tuple[int, int]) -> Digits | Folder | TFDS:
         if size not in (8, (8, 8)):
             raise ValueError(f"digits are 8 by 8 pixels, but {size} is wanted; choose other data")
         return Digits()
+    if kind == "random" and not colon:
+        return Noise(size)
     raise ValueError(
         f"data is {text!r}; give folder:PATH (images in folders), tfds:NAME or tfds:DIRECTORY "
-        "(a prepared dataset) or digits"
+        "(a prepared dataset), digits, or random (noise, to try things out)"
     )
