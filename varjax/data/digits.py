@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 from sklearn.datasets import load_digits
 
-from varjax.data.loader import Loader, Split
+from varjax.data.examples import Split
+from varjax.data.loader import Loader
+from varjax.data.reading import Reading
 from varjax.data.transforms import random_affine
 
 
@@ -20,6 +22,7 @@ class Digits:
     shift: float = 0.0
     rotate: float = 0.0
     zoom: float = 0.0
+    reading: Reading = Reading()
 
     @property
     def classes(self) -> int:

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from varjax.data import images, transforms
+from varjax.data.examples import Split
 from varjax.data.listing import Listing, Tree
-from varjax.data.loader import Loader, Split
+from varjax.data.loader import Loader
+from varjax.data.reading import Reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Folder:
     flip: bool = False  # mirror every second training image
     held_out: str | float | None = None
     unconditional: bool = False  # one class, whatever the subfolders
+    reading: Reading = Reading()
 
     def __post_init__(self):
         transforms.check_view(self.size, self.channels)

@@ -1,45 +1,31 @@
 """From a dataset to batches: shuffled, augmented, shared out to processes, resumed anywhere."""
 
+import collections
 import dataclasses
 import functools
-import os
+import itertools
 import sys
-from collections.abc import Iterator
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
 
-import grain
 import numpy as np
+from tqdm import tqdm
 
-Split = Literal["train", "held_out"]
+from varjax.data.examples import (
+    Dataset,
+    Examples,
+    ImageDataset,
+    ImageViews,
+    Part,
+    Source,
+    Views,
+)
+from varjax.data.reading import Readers
+
 Batch = dict[str, np.ndarray]
-
-
-class Source(Protocol):
-    """Examples by index: {"image": uint8 (H, W, C), "label": int}."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict: ...
-
-
-class Dataset(Protocol):
-    """A frozen dataclass that says where examples come from and how they are augmented."""
-
-    @property
-    def classes(self) -> int: ...
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]: ...
-
-    def source(self, split: Split) -> Source: ...
-
-    def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The training view of an image, shaped `image_shape`."""
-        ...
-
-    def prepare(self, image_HWC: np.ndarray) -> np.ndarray:
-        """The evaluation view of an image, shaped `image_shape`."""
-        ...
+AHEAD = 2  # batches in the making while another one is used
+BROKEN_SHARE = 0.01
+FEW_BROKEN = 10  # do not stop a run, however early they come
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +34,17 @@ class Loader:
 
     The training stream runs on over the ends of epochs, shuffled anew for each. Its batch i is a
     function of (seed, i) alone: not of where a run was resumed, nor of how its rows are shared out
-    to processes.
+    to processes. Examples are read in threads or worker processes (`data.reading`), no more than
+    three batches of them at a time.
+
+    Broken images are named once; ValueError as soon as they are more than 1 % of a split.
     """
 
     data: Dataset
     batch_size: int  # of all processes together
     seed: int = 0
     rows: range | None = None
+    views: Views | None = None  # None: the data's images
 
     def __post_init__(self):
         rows = self.rows
@@ -65,56 +55,116 @@ class Loader:
         ):
             raise ValueError(f"rows is {rows}; give some of range(0, {self.batch_size})")
 
-    @functools.cached_property
+    @property
     def train_source(self) -> Source:
-        return self.data.source("train")
+        return self.examples.train_source
 
-    @functools.cached_property
+    @property
     def held_out_source(self) -> Source:
-        return self.data.source("held_out")
+        return self.examples.held_out_source
 
     def train(self, position: int = 0) -> Iterator[Batch]:
         """Endless {"image_BHWC", "label_B"} from batch number `position` on, at once."""
-        return _threaded(self.train_batch, position, sys.maxsize)
-
-    def held_out(self) -> Iterator[Batch]:
-        """All held-out examples once; rows that pad the last batch have "valid_B" False."""
-        return _threaded(self.held_out_batch, 0, -(-len(self.held_out_source) // self.batch_size))
+        return self._train(itertools.count(position))
 
     def train_batch(self, number: int) -> Batch:
         """This process's rows of the training batch `number`."""
-        return _stack([self._train_example(index) for index in self._rows(number)])
+        return next(self._train([number]))
+
+    def held_out(self) -> Iterator[Batch]:
+        """All held-out examples once; rows without one, pads or broken, have "valid_B" False."""
+        return self._held_out(range(-(-len(self.held_out_source) // self.batch_size)))
 
     def held_out_batch(self, number: int) -> Batch:
         """This process's rows of the held-out batch `number`."""
-        size, rows = len(self.held_out_source), self._rows(number)
-        examples = [self.held_out_source[min(index, size - 1)] for index in rows]
-        examples = [(self.data.prepare(e["image"]), e["label"]) for e in examples]
-        return _stack(examples) | {"valid_B": np.array([index < size for index in rows])}
+        return next(self._held_out([number]))
 
-    def _rows(self, number: int) -> range:
+    @functools.cached_property
+    def examples(self) -> Examples:
+        """The rows that batches are made of, by position."""
+        return Examples(
+            self.data, self.views or ImageViews(cast(ImageDataset, self.data)), self.seed
+        )
+
+    @functools.cached_property
+    def readers(self) -> Readers:
+        """What reads for all streams of this loader."""
+        if self.data.reading.workers:  # so that not each of them lists the files
+            _ = self.train_source, self.held_out_source
+        return Readers(self.examples, self.data.reading)
+
+    @functools.cached_property
+    def _train_tally(self) -> "Tally":
+        return Tally(len(self.train_source))
+
+    @functools.cached_property
+    def _held_out_tally(self) -> "Tally":
+        return Tally(len(self.held_out_source))
+
+    def _train(self, numbers: Iterable[int]) -> Iterator[Batch]:
+        batches = (self._positions(number) for number in numbers)
+        return stream(self.readers, self._train_tally, batches, Examples.train)
+
+    def _held_out(self, numbers: Iterable[int]) -> Iterator[Batch]:
+        batches = (self._positions(number) for number in numbers)
+        return stream(self.readers, self._held_out_tally, batches, Examples.held_out)
+
+    def _positions(self, number: int) -> range:
         rows, start = self.rows or range(self.batch_size), number * self.batch_size
         return range(start + rows.start, start + rows.stop)
 
-    def _train_example(self, index: int) -> tuple[np.ndarray, int]:
-        size = len(self.train_source)
-        order = _permutation(self.seed, index // size, size)
-        example = self.train_source[int(order[index % size])]
-        rng = np.random.default_rng((self.seed, 1, index))
-        return self.data.augment(example["image"], rng), example["label"]
+
+class Tally:
+    """Counts the images of a split that were read and those that are broken, and names these."""
+
+    def __init__(self, size: int):
+        self._size, self._read = size, 0
+        self._names: dict[str, None] = {}  # in the order in which they came
+
+    def add(self, part: Part) -> None:
+        """ValueError where more than 1 % are broken, of those read so far but for the first few."""
+        self._read += part.read
+        for error in part.broken:
+            if error.name not in self._names:
+                self._names[error.name] = None
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        read, broken = min(self._read, self._size), len(self._names)
+        few = min(FEW_BROKEN, BROKEN_SHARE * self._size)
+        if broken > max(BROKEN_SHARE * read, few):
+            some = "\n  ".join(itertools.islice(self._names, FEW_BROKEN))
+            raise ValueError(
+                f"{broken} of the {read} images read so far are broken, more than "
+                f"{BROKEN_SHARE:.0%}; repair or remove them, the first ones are\n  {some}"
+            )
 
 
-@functools.lru_cache(maxsize=4)  # batches being made at the same time may lie in two epochs
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.default_rng((seed, 0, epoch)).permutation(size)
+def stream(
+    readers: Readers,
+    tally: Tally,
+    batches: Iterable[range],
+    function: Callable[..., Part],
+    *arguments: Any,
+) -> Iterator[Batch]:
+    """The rows at the positions of each batch, two batches ahead of what is consumed."""
+    pending = collections.deque()
+    try:
+        for positions in batches:
+            pending.append(readers.submit(_join, function, positions, *arguments))
+            if len(pending) > AHEAD:
+                yield _counted(pending.popleft().result(), tally)
+        while pending:
+            yield _counted(pending.popleft().result(), tally)
+    finally:
+        for batch in pending:
+            batch.cancel()
 
 
-def _stack(examples: list[tuple[np.ndarray, int]]) -> Batch:
-    images, labels = zip(*examples, strict=True)
-    return {"image_BHWC": np.stack(images), "label_B": np.array(labels, np.int32)}
+def _counted(part: Part, tally: Tally) -> Batch:
+    tally.add(part)
+    return part.rows
 
 
-def _threaded(make_batch, start: int, stop: int) -> Iterator[Batch]:
-    threads = min(os.cpu_count() or 1, 16)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + 2)
-    return iter(grain.MapDataset.range(start, stop).map(make_batch).to_iter_dataset(options))
+def _join(parts: list[Part]) -> Part:
+    rows = {name: np.concatenate([part.rows[name] for part in parts]) for name in parts[0].rows}
+    broken = [error for part in parts for error in part.broken]
+    return Part(rows, sum(part.read for part in parts), broken)

@@ -5,7 +5,9 @@ import dataclasses
 import numpy as np
 
 from varjax.data import transforms
-from varjax.data.loader import Loader, Split
+from varjax.data.examples import Split
+from varjax.data.loader import Loader
+from varjax.data.reading import Reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Noise:
     classes: int = 1000
     images: int = 10_000
     held_out_images: int = 16
+    reading: Reading = Reading()
 
     def __post_init__(self):
         transforms.check_view(self.size, self.channels)

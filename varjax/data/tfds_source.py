@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from varjax.data import images, transforms
+from varjax.data.examples import Split
 from varjax.data.listing import ONE_CLASS
-from varjax.data.loader import Loader, Split
+from varjax.data.loader import Loader
+from varjax.data.reading import Reading
 
 COMMAND = "tfds build --file_format=array_record"
 
@@ -34,6 +36,7 @@ class TFDS:
     flip: bool = False  # mirror every second training image
     image_key: str = "image"
     label_key: str = "label"
+    reading: Reading = Reading()
 
     def __post_init__(self):
         transforms.check_view(self.size, self.channels)

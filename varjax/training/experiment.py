@@ -117,6 +117,7 @@ FREE += (
     "keep_best",
     "patience",
     "init_from",
+    "data.reading",
     "task.tokenizer_weights",
     "task.sampling",
     "task.compute",

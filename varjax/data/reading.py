@@ -1,0 +1,151 @@
+"""Threads and worker processes that read examples ahead."""
+
+import atexit
+import dataclasses
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from typing import Any
+
+MOST_THREADS = 16
+PARTS = 4  # of a batch for each thread, so that all of them end at about the same time
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How examples are read. What is read does not depend on it.
+
+    threads: 0 is one for each CPU, at most 16. workers: processes that decode and augment instead
+    of the threads, which are worth their start and their copies only where augmentation holds
+    Python's lock; 0 is none.
+    """
+
+    threads: int = 0
+    workers: int = 0
+
+    def __post_init__(self):
+        for name in ("threads", "workers"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"reading.{name} is {value}, but must be 0 or more")
+
+
+class Readers:
+    """Calls functions of `subject` in threads or in worker processes, which hold a copy of it."""
+
+    def __init__(self, subject: Any, reading: Reading):
+        cpus = min(os.cpu_count() or 1, MOST_THREADS)
+        self._count = reading.workers or reading.threads or cpus
+        self._call: Callable[..., Any] = lambda f, *arguments: f(subject, *arguments)
+        if reading.workers:
+            self._call = Workers(subject, reading.workers).call
+        self._threads = ThreadPoolExecutor(self._count, "read")
+        self._joiner = ThreadPoolExecutor(1, "join")
+
+    def submit(
+        self, join: Callable[[list], Any], function: Callable, items: Sequence, *arguments: Any
+    ) -> "Pending":
+        """`join([function(subject, part of items, *arguments), …])`, made in the background."""
+        size = -(-len(items) // (self._count * PARTS))
+        parts = [
+            self._threads.submit(self._call, function, items[i : i + size], *arguments)
+            for i in range(0, len(items), size)
+        ]
+        return Pending(self._joiner.submit(lambda: join([part.result() for part in parts])), parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pending:
+    """A result to be."""
+
+    whole: Future
+    parts: list[Future]
+
+    def result(self) -> Any:
+        """Waits for it; raises what the function raised."""
+        return self.whole.result()
+
+    def cancel(self) -> None:
+        """Whatever has not begun is left undone."""
+        for future in (*self.parts, self.whole):
+            future.cancel()
+
+
+class Workers:
+    """Processes that call functions of a copy of `subject`. They end with this object or process.
+
+    Signals meant for the run do not reach them. Started anew rather than forked, for a fork copies
+    JAX's threads in whatever state they are.
+    """
+
+    def __init__(self, subject: Any, count: int):
+        try:
+            subject = pickle.dumps(subject)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"the data cannot be sent to worker processes ({error}); define its classes in an "
+                "installed module, or read in threads: reading.workers=0"
+            ) from error
+        context = multiprocessing.get_context("spawn")
+        self._idle: queue.SimpleQueue[tuple[Any, Connection]] = queue.SimpleQueue()
+        processes = []
+        close = weakref.finalize(self, _kill, processes)
+        close.atexit = False
+        atexit.register(close)  # thus before multiprocessing waits for its children
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, subject), daemon=True)
+            process.start()
+            theirs.close()  # so that the death of the process ends what is read from it
+            processes.append(process)
+            self._idle.put((process, ours))
+
+    def call(self, function: Callable, *arguments: Any) -> Any:
+        """`function(subject, *arguments)` in the next process that is free.
+
+        Raises what the function raises, and ChildProcessError where the process has died.
+        """
+        process, connection = worker = self._idle.get()
+        try:
+            connection.send((function, arguments))
+            answer = connection.recv()
+        except (EOFError, OSError) as error:
+            process.join(1)
+            raise ChildProcessError(
+                f"a worker process that reads data died (exit code {process.exitcode}; -9 often "
+                "means that memory ran out: try fewer reading.workers)"
+            ) from error
+        finally:
+            self._idle.put(worker)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _work(connection: Connection, subject: Any) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        while True:
+            function, arguments = connection.recv()
+            try:
+                if isinstance(subject, bytes):
+                    subject = pickle.loads(subject)
+                answer = function(subject, *arguments)
+            except Exception as error:
+                answer = error
+            connection.send(answer)
+    except (EOFError, OSError):  # the run is over
+        pass
+
+
+def _kill(processes: list) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
