@@ -28,3 +28,17 @@ def test_convolutions_count_every_output_and_tap():
         )
 
     assert flops.count(function, image, kernel) == 2 * (2 * 4 * 4 * 10) * (3 * 3 * 3)
+
+
+def test_the_gradients_of_a_product_and_of_a_strided_convolution_cost_twice_the_forward_pass():
+    image, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((2, 2, 3, 10))
+
+    def convolve(image, kernel):
+        return jax.lax.conv_general_dilated(
+            image, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    for function, x, y in ((jnp.matmul, A, B), (convolve, image, kernel)):
+        loss = lambda x, y, function=function: jnp.sum(function(x, y) ** 2)  # noqa: E731
+        forward = flops.count(function, x, y)
+        assert flops.count(jax.grad(loss, argnums=(0, 1)), x, y) == 3 * forward

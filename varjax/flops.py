@@ -21,15 +21,18 @@ def _of_jaxpr(jaxpr: Any) -> int:
 
 
 def _of_equation(equation: Any) -> int:
-    name, out = equation.primitive.name, equation.outvars[0].aval
+    name, params = equation.primitive.name, equation.params
     if name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
+        (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
-        return 2 * math.prod(out.shape) * math.prod(shape[axis] for axis in contracted)
+        products = math.prod(shape[axis] for axis in contracted)
+        return 2 * math.prod(equation.outvars[0].aval.shape) * products
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
-        out_channels = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
-        return 2 * math.prod(out.shape) * math.prod(kernel) // out_channels
+        taps = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
+        # The gradient of a strided convolution is one of an image with zeros in between.
+        zeros = math.prod(params["lhs_dilation"])
+        return 2 * math.prod(equation.outvars[0].aval.shape) * taps // zeros
     times = equation.params.get("length", 1) if name == "scan" else 1
     return times * sum(_of_jaxpr(jaxpr) for jaxpr in _inner(equation.params))
 

@@ -1,6 +1,8 @@
 """Training the transformer: cross-entropy of the next scale's tokens under teacher forcing."""
 
 import dataclasses
+import functools
+import sys
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from varjax import flops, trees
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import drop_path
 from varjax.tokenizer.load import load_tokenizer
-from varjax.tokenizer.model import Tokenizer, TokenizerConfig
+from varjax.tokenizer.model import Tokenizer, TokenizerConfig, init_tokenizer
 from varjax.tokenizer.task import check_images, check_share, to_model
 from varjax.training.optimizer import AdamW
 from varjax.training.step import apply, check_parts, gradients, start
@@ -23,13 +25,15 @@ from varjax.var.sample import Options, image_keys, sample_images
 
 # What the reference does not decay: biases, positions, levels, AdaLN tables, attention scales.
 DECAYED = ((r"(kernel|class_embed)$", True), (r"", False))
+RANDOM = "random"
 
 
 @dataclasses.dataclass(frozen=True)
 class VARTask:
     """What a transformer is trained on, and how.
 
-    tokenizer_weights: a tokenizer's run or a converted directory, which must hold `tokenizer`.
+    tokenizer_weights: a tokenizer's run or a converted directory, which must hold `tokenizer`; or
+    "random" for an untrained one, whose tokens mean nothing.
     class_dropout: share of images whose label becomes "no class". drop_path: the last layer's.
     ema: decay of the parameters' moving average, 0 for none. sampling: what suits the model, for
     previews and as the default of everybody who loads it.
@@ -72,6 +76,10 @@ class VARTask:
 
     def frozen(self) -> PyTree:
         """The tokenizer's parameters; ValueError where they are not those of `tokenizer`."""
+        if self.tokenizer_weights == RANDOM:
+            print("the tokenizer is RANDOM: good for measuring, not for images", file=sys.stderr)
+            init = functools.partial(init_tokenizer, self.tokenizer)
+            return jax.device_get(jax.jit(init)(jax.random.key(0)))
         return load_tokenizer(self.tokenizer_weights, self.tokenizer)
 
     def train_step(

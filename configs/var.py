@@ -1,0 +1,126 @@
+"""VAR on ImageNet at 256 pixels, with the hyper-parameters of the official models.
+
+    python train.py --config=configs/var.py:d16
+
+after the colon: d16, d20, d24 or d30, and where the images are (docs/data.md):
+
+    configs/var.py:d16                                ImageNet as TFDS prepared it (imagenet2012)
+    configs/var.py:d16,data=folder:/data/imagenet     folders train/<class>/… and val/<class>/…
+    configs/var.py:d16,data=tfds:/data/packed         what python -m varjax.data.prepare wrote
+    configs/var.py:d16,data=tokens:/data/tokens       what python -m varjax.data.tokenize wrote
+    configs/var.py:d16,data=random                    noise, to try the recipe and its speed
+
+Images become tokens by the released tokenizer, which is converted once:
+
+    python -m varjax.convert --repo=FoundationVision/var --tokenizer=vae_ch160v4096z32.pth \
+        --out=weights/tokenizer
+
+or by any other of the same sizes: --config.task.tokenizer_weights=runs/my_tokenizer.
+
+What the authors published for these settings:
+
+    model  parameters  batch  epochs   FID (50,000 samples, cfg 1.5, top-k 900, top-p 0.96)
+    d16        310 M     768     200   3.55   loss 6.046 at the end, 5.345 at the last scale
+    d20        600 M     768     250   2.95
+    d24        1.0 B     768     350   2.33
+    d30        2.0 B    1024     350   1.97
+
+Hardware: 8 GPUs or TPU chips and more. The authors' code took 1.25 s a step for d16 on 16 GPUs,
+116 hours in all. Whoever trains on fewer devices keeps the batch and sets --config.task.accumulate;
+a batch that the devices do not divide is refused, never changed. docs/training.md says how to watch
+a run, continue it, and start it from trained weights.
+
+Two things of the official trainer are left out. Its "progressive training" (fewer scales at first)
+is off in all released recipes, as are a moving average of the weights (--config.task.ema=0.9999
+turns ours on) and label smoothing (--config.task.label_smoothing).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from varjax.data.sources import parse
+from varjax.nn.compute import Compute, Remat
+from varjax.tokenizer.model import TokenizerConfig
+from varjax.training.experiment import Experiment
+from varjax.training.optimizer import AdamW
+from varjax.training.sharding import MeshShape
+from varjax.var.model import VARConfig
+from varjax.var.task import VARTask
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What differs from size to size."""
+
+    batch_size: int
+    epochs: int
+    base_lr: float
+    end: float  # of the learning rate, as a share of its peak
+    weight_decay_end: float
+    remat: Remat
+    mesh: MeshShape  # large models lie spread over the devices, small ones on each
+
+
+EACH, SPREAD = MeshShape(data=-1), MeshShape(data=1, fsdp=-1)
+RECIPES = {
+    "d16": Recipe(768, 200, 1e-4, 0.1, 0.05, "dots", EACH),
+    "d20": Recipe(768, 250, 1e-4, 0.1, 0.05, "dots", EACH),
+    "d24": Recipe(768, 350, 8e-5, 0.01, 0.05, "dots", SPREAD),
+    "d30": Recipe(1024, 350, 8e-5, 0.01, 0.08, "block", SPREAD),
+}
+
+
+def get_config(arg: str = "d16") -> Experiment:
+    size, data = read_argument(arg, RECIPES)
+    return experiment(size, RECIPES[size], data, tokenizer_weights="weights/tokenizer")
+
+
+def read_argument(arg: str, sizes: Iterable[str]) -> tuple[str, str]:
+    """(size, data) of "d16" or "d16,data=WHERE"; ValueError that says what is allowed."""
+    size, *words = arg.split(",")
+    if size not in sizes:
+        raise ValueError(f"{size!r} is no size of this config; allowed are {', '.join(sizes)}")
+    data = "tfds:imagenet2012"
+    for word in words:
+        name, _, data = word.partition("=")
+        if name != "data" or not data:
+            raise ValueError(f"cannot read {word!r}; after the size goes data=KIND:WHERE")
+    return size, data
+
+
+def experiment(size: str, recipe: Recipe, data: str, tokenizer_weights: str) -> Experiment:
+    """The official recipe on these data."""
+    model = VARConfig.preset(size)
+    tokenizer = TokenizerConfig(scales=model.scales)
+    optimizer = AdamW(
+        base_lr=recipe.base_lr,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=0.05,
+        weight_decay_end=recipe.weight_decay_end,
+        clip=2.0,
+        schedule="lin0",
+        warmup=0.02,
+        warmup_start=0.005,
+        end=recipe.end,
+    )
+    return Experiment(
+        task=VARTask(
+            model=model,
+            tokenizer=tokenizer,
+            tokenizer_weights=tokenizer_weights,
+            optimizer=optimizer,
+            class_dropout=0.1,
+            drop_path=0.1 * model.depth / 24,
+            compute=Compute(remat=recipe.remat),
+        ),
+        data=parse(data, tokenizer.image_shape[0]),
+        run_dir=f"runs/var_{size}",
+        batch_size=recipe.batch_size,
+        epochs=recipe.epochs,
+        mesh=recipe.mesh,
+        log_every=50,
+        eval_every=5000,
+        save_every=1000,
+        preview_every=5000,
+    )

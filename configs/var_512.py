@@ -1,0 +1,23 @@
+"""VAR on ImageNet at 512 pixels: d36 with shared AdaLN, as the authors trained it.
+
+    python train.py --config=configs/var_512.py
+
+Other images than TFDS's ImageNet are named as in configs/var.py (configs/var_512.py:d36,data=…).
+The released tokenizer serves both sizes; for this one it is told the scales of 512 pixels:
+
+    python -m varjax.convert --repo=FoundationVision/var --tokenizer=vae_ch160v4096z32.pth \
+        --scales=1,2,3,4,6,9,13,18,24,32 --out=weights/tokenizer_512
+
+2.35 B parameters and 2,240 tokens an image: for 64 and more GPUs or TPU chips. Published: FID 2.63
+after 350 epochs of batch 768, and no time.
+"""
+
+from configs.var import SPREAD, Recipe, experiment, read_argument
+from varjax.training.experiment import Experiment
+
+RECIPES = {"d36": Recipe(768, 350, 8e-5, 0.01, 0.08, "block", SPREAD)}
+
+
+def get_config(arg: str = "d36") -> Experiment:
+    size, data = read_argument(arg, RECIPES)
+    return experiment(size, RECIPES[size], data, tokenizer_weights="weights/tokenizer_512")
