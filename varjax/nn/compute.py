@@ -1,13 +1,16 @@
 """How a model is computed, apart from what it is: none of these choices changes its weights."""
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 Attention = Literal["xla", "cudnn"]
 Remat = Literal["none", "block", "dots"]
+BATCH_AXES = ("data", "fsdp")  # the mesh axes that share out a batch: training/sharding.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,3 +41,16 @@ class Compute:
 def precision_of(dtype) -> str | None:
     """float32 means float32: without this, GPUs use TF32 and TPUs bfloat16, and tokens flip."""
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def spread_rows(x: jax.Array) -> jax.Array:
+    """x, its leading axis shared out as the batch is, where a mesh is set and divides it; else x.
+
+    Left alone, XLA may follow the weights and split the width of the activations instead, so that
+    every device computes the whole batch. The gradient of x is held to the same.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name in mesh.auto_axes if name in BATCH_AXES)
+    if x.shape[0] % math.prod(mesh.shape[name] for name in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x

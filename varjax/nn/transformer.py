@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.nn.attention import MultiHeadAttention, dense
-from varjax.nn.compute import Compute
+from varjax.nn.compute import Compute, spread_rows
 
 SIGNALS = 6  # gate1, gate2, scale1, scale2, shift1, shift2: the order of the reference
 MLP_RATIO = 4
@@ -148,6 +148,7 @@ def run_blocks(
 
     def layer(x_BlC, scanned):
         p, signals_B6C, past, keep_2B = scanned
+        x_BlC = spread_rows(x_BlC)
         if signals_B6C is None:
             signals_B6C = block.apply({"params": p}, cond, method=Block.signals)
         x_BlC, (k_BlHD, v_BlHD) = block.apply(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from varjax.nn.attention import dense
-from varjax.nn.compute import Compute
+from varjax.nn.compute import Compute, spread_rows
 from varjax.nn.transformer import (
     SIGNALS,
     Block,
@@ -105,7 +105,7 @@ class VAR(nn.Module):
 
         input_BlZ: `Tokenizer.teacher_input`, all scales but the first. keep_N2B: `drop_path`.
         """
-        start_BC = jnp.take(self.class_embed, label_B, axis=0, mode="clip")
+        start_BC = self._start(label_B)
         x_BLC = jnp.concatenate([self._first(start_BC), self._words(input_BlZ)], axis=1)
         x_BLC = (x_BLC + self._places(slice(None))[None]).astype(self.dtype)
         x_BLC, _ = run_blocks(
@@ -120,7 +120,7 @@ class VAR(nn.Module):
 
     def condition(self, label_B: jax.Array) -> Condition:
         """(B,) labels -> what `predict` needs of them, for all scales."""
-        start_BC = jnp.take(self.class_embed, label_B, axis=0, mode="clip")
+        start_BC = self._start(label_B)
         signals_NB6C = all_signals(self.block, self.blocks, self._shared(start_BC))
         return Condition(start_BC, signals_NB6C, self._head_signals(start_BC))
 
@@ -138,6 +138,9 @@ class VAR(nn.Module):
             self.block, self.blocks, x_BlC, signals_NB6C=cond.signals_NB6C, cache=cache
         )
         return self._logits(x_BlC, cond.head_B2C), cache
+
+    def _start(self, label_B):
+        return spread_rows(jnp.take(self.class_embed, label_B, axis=0, mode="clip"))
 
     def _first(self, start_BC):
         return start_BC[:, None] + self.start[None]
