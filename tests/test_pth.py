@@ -79,7 +79,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
         b"<!DOCTYPE html><html>": "web page",
         b"\n <html>": "web page",
         b"version https://git-lfs.github.com/spec/v1\n": "git lfs pull",
-        magic + pickle.dumps(1001, 2): "before 1.6",
+        magic + pickle.dumps(1002, 2): "version 1002 of an old format",
         pickle.dumps({"a": 1}, 4): "bare pickle",
         b"\0" * 257 + b"ustar\x0000" + b"\0" * 300: "tar file",
         b"Access denied.": "b'Access denied.'",

@@ -5,6 +5,7 @@ python -m varjax.convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --o
 
 from varjax.convert.export import export_run, export_torch
 from varjax.convert.infer import Choices
+from varjax.convert.lpips import convert_lpips
 from varjax.convert.official import convert
 
-__all__ = ["Choices", "convert", "export_run", "export_torch"]
+__all__ = ["Choices", "convert", "convert_lpips", "export_run", "export_torch"]

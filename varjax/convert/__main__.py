@@ -1,15 +1,16 @@
-"""Official PyTorch weights <-> varjax, and training runs -> directories of weights.
+"""Official PyTorch weights <-> varjax, training runs -> directories of weights, and LPIPS.
 
 python -m varjax.convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights/d16
 python -m varjax.convert --repo=FoundationVision/var --tokenizer=… --var=… --out=weights/d16
 python -m varjax.convert --run=runs/x --out=weights/x
 python -m varjax.convert --to_torch --weights=weights/x --out=for_pytorch
+python -m varjax.convert --lpips_vgg=vgg16.pth --lpips_heads=vgg.pth --out=weights/lpips
 """
 
 import argparse
 import sys
 
-from varjax.convert import Choices, convert, export_run, export_torch
+from varjax.convert import Choices, convert, convert_lpips, export_run, export_torch
 from varjax.convert.hub import download
 from varjax.pyramid import Scale
 
@@ -28,14 +29,19 @@ def main(arguments: list[str]) -> int:
 
 def _run(flags: argparse.Namespace) -> None:
     official = flags.tokenizer is not None or flags.var is not None
-    if [official, flags.run is not None, flags.to_torch].count(True) != 1:
-        raise ValueError("give --tokenizer and/or --var, or --run, or --to_torch")
+    lpips = flags.lpips_vgg is not None or flags.lpips_heads is not None
+    if [official, flags.run is not None, flags.to_torch, lpips].count(True) != 1:
+        raise ValueError("give --tokenizer and/or --var, or --run, or --to_torch, or --lpips_vgg")
     if flags.to_torch != (flags.weights is not None):
         raise ValueError("--to_torch and --weights=DIRECTORY_OR_RUN belong together")
     if flags.to_torch:
         export_torch(flags.weights, flags.out, flags.ema)
     elif flags.run:
         export_run(flags.run, flags.out, flags.ema)
+    elif lpips:
+        if not (flags.lpips_vgg and flags.lpips_heads):
+            raise ValueError("--lpips_vgg and --lpips_heads belong together: LPIPS is made of both")
+        convert_lpips(flags.out, flags.lpips_vgg, flags.lpips_heads)
     else:
         sources = {"tokenizer": flags.tokenizer, "var": flags.var}
         if flags.repo:
@@ -79,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--run", help="a training run, to be written as a directory of weights")
     add("--to_torch", action="store_true", help="write --weights for the official code")
     add("--weights", help="a converted directory or a training run")
+    add("--lpips_vgg", help="torchvision's vgg16, for the perceptual loss of a tokenizer")
+    add("--lpips_heads", help="the lpips package's heads for it, weights/v0.1/vgg.pth")
     add(
         "--ema",
         action=argparse.BooleanOptionalAction,

@@ -86,6 +86,10 @@ def checked_key(key: Any) -> Any:
     return key
 
 
+def _rebuild_tensor(storage, offset, size, stride) -> np.ndarray:
+    return _rebuild_tensor_v2(storage, offset, size, stride, False, {})
+
+
 def _rebuild_tensor_v2(storage, offset, size, stride, _grad, _hooks, metadata=None) -> np.ndarray:
     dtype = storage.dtype  # version 3 is for types that have no storage class of their own
     return _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, metadata)
@@ -110,8 +114,8 @@ def _rebuild_parameter(tensor, _grad, _hooks, _state=None) -> np.ndarray:
     return tensor
 
 
-def _ordered_dict() -> dict:
-    return {}
+def _ordered_dict(items=()) -> dict:
+    return {checked_key(key): value for key, value in items}
 
 
 def _size(dimensions) -> tuple:
@@ -154,6 +158,7 @@ ALLOWED: dict[str, Any] = {
     "numpy._core.multiarray.scalar": _numpy_scalar,
     "torch.Size": _size,
     "torch.device": _device,
+    "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": _rebuild_parameter,

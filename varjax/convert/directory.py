@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Set
+from typing import Any
 
 from tqdm import tqdm
 
@@ -28,15 +29,25 @@ def write_converted(
     anything that this would not write again, and where it cannot be written.
     """
     config = {name: settings.to_dict(config) for name, (config, _) in models.items()}
-    config |= {"sampling": settings.to_dict(sampling), "sources": dict(sources)}
-    contents = {f"{name}.safetensors": leaves for name, (_, leaves) in models.items()}
+    config |= {"sampling": settings.to_dict(sampling)}
+    write_weights(out, config, {name: leaves for name, (_, leaves) in models.items()}, sources)
+
+
+def write_weights(
+    out: pathlib.Path,
+    config: Mapping[str, Any],
+    models: Mapping[str, Mapping[str, Tensor]],
+    sources: Mapping[str, str],
+) -> None:
+    """Writes a converted directory of any models by name; raises like `write_converted`."""
+    contents = {f"{name}.safetensors": leaves for name, leaves in models.items()}
     with new_directory(out, contents, replaces=converted_files(models)) as temporary:
-        files.write_json(temporary / "config.json", config)
+        files.write_json(temporary / "config.json", {**config, "sources": dict(sources)})
         write_files(temporary, contents)
 
 
 def converted_files(models: Iterable[str]) -> set[str]:
-    """The files in a converted directory of the models "tokenizer" and "var", or of one of them."""
+    """The files in a converted directory of these models."""
     return {"config.json", *(f"{name}.safetensors" for name in models)}
 
 

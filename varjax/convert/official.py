@@ -1,25 +1,20 @@
 """Official PyTorch weights -> a converted directory."""
 
-import contextlib
 import dataclasses
-import hashlib
 import os
 import pathlib
-import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 
-import numpy as np
-
-from varjax.convert.directory import check_vacant, converted_files, progress, write_converted
+from varjax.convert.directory import check_vacant, converted_files, write_converted
 from varjax.convert.infer import Choices, Tensors, infer_tokenizer, infer_var
 from varjax.convert.pth import read_checkpoint, state_dicts
-from varjax.convert.transfer import Config, is_weight, to_ours
+from varjax.convert.sources import about, digests, report_not_finite
+from varjax.convert.transfer import Config, to_ours
 from varjax.var.sample import Options
 from varjax.var.task import check_fit
 
 Configs = dict[str, Config]  # of "tokenizer" and "var"
 IN_TRAINER = {"tokenizer": "vae", "var": "var"}  # as `state_dicts` calls them
-CHUNK_BYTES = 2**24
 
 
 def convert(
@@ -46,11 +41,11 @@ def convert(
     models = {}
     for name, config in configs.items():
         path, official = sources[name]
-        with _about(path):
+        with about(path):
             models[name] = config, to_ours(config, official)
-        _report_not_finite(path, official)
+        report_not_finite(path, official)
     paths = [path for path, _ in sources.values()]
-    write_converted(out, models, Options(), _digests(dict.fromkeys(paths)))
+    write_converted(out, models, Options(), digests(dict.fromkeys(paths)))
     return configs
 
 
@@ -64,7 +59,7 @@ def _sources(
             continue
         path = pathlib.Path(location)
         checkpoint = read_checkpoint(path)
-        with _about(path):
+        with about(path):
             found = state_dicts(checkpoint)
             inside = IN_TRAINER[name]
             if not found.keys() & {"", inside}:
@@ -80,7 +75,7 @@ def _sources(
 def _infer(sources: Mapping[str, tuple[pathlib.Path, Tensors]], choices: Choices) -> Configs:
     configs = {}
     for name, (path, official) in sources.items():  # the transformer first: it knows the scales
-        with _about(path):
+        with about(path):
             if name == "var":
                 configs[name] = infer_var(official, choices)
                 choices = dataclasses.replace(choices, scales=configs[name].scales)
@@ -89,38 +84,3 @@ def _infer(sources: Mapping[str, tuple[pathlib.Path, Tensors]], choices: Choices
     if len(configs) == 2:
         check_fit(configs["tokenizer"], configs["var"])
     return configs
-
-
-@contextlib.contextmanager
-def _about(path: pathlib.Path) -> Iterator[None]:
-    """Puts the file's name before what a ValueError says."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _report_not_finite(path: pathlib.Path, official: Tensors) -> None:
-    bad = [name for name, x in official.items() if is_weight(name) and not np.isfinite(x).all()]
-    if bad:
-        print(
-            f"warning: {path}: NaN or infinite numbers in {len(bad)} tensors: {', '.join(bad)}",
-            file=sys.stderr,
-        )
-
-
-def _digests(paths: Collection[pathlib.Path]) -> dict[str, str]:
-    """SHA-256 of every file, by its name, or by its path where two have the same name."""
-    names = [path.name for path in paths]
-    digests = {}
-    for path in paths:
-        sha256 = hashlib.sha256()
-        with (
-            open(path, "rb") as file,
-            progress(f"reading {path.name}", path.stat().st_size) as bar,
-        ):
-            while chunk := file.read(CHUNK_BYTES):
-                sha256.update(chunk)
-                bar.update(len(chunk))
-        digests[path.name if names.count(path.name) == 1 else str(path)] = sha256.hexdigest()
-    return digests

@@ -11,6 +11,7 @@ import numpy as np
 
 from varjax import tensors
 from varjax.convert.allowed import Storage
+from varjax.convert.pth_legacy import MAGIC, read_legacy
 from varjax.convert.unpickle import unpickle
 
 MAX_PICKLE_BYTES = 2**24  # a full trainer checkpoint of the largest VAR needs about 2**19
@@ -28,7 +29,6 @@ DAMAGED_ZIP = (
 AGAIN = "download it again"
 RESAVE = "re-save it in a recent PyTorch with torch.save(torch.load(path), new_path)"
 NOT_WEIGHTS = {  # first bytes -> what the file is and what to do
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9": f"written by PyTorch before 1.6 (no zip file); {RESAVE}",
     b"\x80": f"a bare pickle, not a checkpoint of a recent torch.save; {RESAVE}",
     b"version https://git-lfs": "a Git LFS pointer instead of the weights; run `git lfs pull`",
     b"<": "a web page instead of the weights; download the file itself",
@@ -56,6 +56,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         head = file[:512].tobytes()
         if head.startswith(b"PK\x03\x04"):
             return _read_zip(path, file)
+        if head.startswith(MAGIC):
+            return read_legacy(file, MAX_PICKLE_BYTES)
         if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= tensors.MAX_HEADER_BYTES:
             return tensors.read(file)[0]
         for start, problem in NOT_WEIGHTS.items():

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,8 +35,7 @@ def describe(config: Config) -> PyTree:
 
 def official_shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Name and shape of every official tensor, without the buffers."""
-    leaves = trees.paths(describe(config))
-    return {link.official: link.shape(leaves[link.ours[0]].shape) for link in table_of(config)}
+    return _shapes(table_of(config), trees.paths(describe(config)))
 
 
 def is_weight(name: str) -> bool:
@@ -45,17 +45,7 @@ def is_weight(name: str) -> bool:
 
 def check(config: Config, tensors: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError with every missing, unexpected, misshapen and mistyped tensor at once."""
-    given = {n: t for n, t in tensors.items() if is_weight(n)}
-    wanted = official_shapes(config)
-    problems = [f"missing: {n} {shape}" for n, shape in wanted.items() if n not in given]
-    problems += [f"unexpected: {n} {tuple(given[n].shape)}" for n in given if n not in wanted]
-    for n in (n for n in wanted if n in given):
-        if given[n].shape != wanted[n]:
-            problems.append(f"misshapen: {n} is {given[n].shape}, needed is {wanted[n]}")
-        if not jnp.issubdtype(given[n].dtype, jnp.floating):
-            problems.append(f"mistyped: {n} is {given[n].dtype}, needed are floating-point numbers")
-    if problems:
-        raise ValueError("the tensors do not fit the model:\n  " + "\n  ".join(problems))
+    _check(official_shapes(config), _weights(tensors))
 
 
 def to_ours(config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, Lazy]:
@@ -63,12 +53,20 @@ def to_ours(config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, Lazy
 
     Raises ValueError like `check`.
     """
-    check(config, tensors)
+    return fill(table_of(config), describe(config), _weights(tensors))
+
+
+def fill(table: list[Link], params: PyTree, tensors: Mapping[str, np.ndarray]) -> dict[str, Lazy]:
+    """The leaves of `params` (whose shapes are all that counts) by path, as `table` says.
+
+    `tensors` are of any floating-point format, the leaves float32. Raises ValueError like `check`.
+    """
+    leaves = trees.paths(params)
+    _check(_shapes(table, leaves), tensors)
     links: dict[str, list[Link]] = {}
-    for link in table_of(config):
+    for link in table:
         for path in link.ours:
             links.setdefault(path, []).append(link)
-    leaves = trees.paths(describe(config))
     assert links.keys() == leaves.keys(), links.keys() ^ leaves.keys()
 
     def pieces(path: str) -> Iterator[np.ndarray]:
@@ -121,3 +119,23 @@ def official_buffers(config: Config) -> dict[str, np.ndarray]:
         "attn_bias_for_masking": bias_LL[None, None],
         **zeros,
     }
+
+
+def _weights(tensors):
+    return {name: x for name, x in tensors.items() if is_weight(name)}
+
+
+def _shapes(table: list[Link], leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {link.official: link.shape(leaves[link.ours[0]].shape) for link in table}
+
+
+def _check(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray]) -> None:
+    problems = [f"missing: {n} {shape}" for n, shape in wanted.items() if n not in given]
+    problems += [f"unexpected: {n} {tuple(given[n].shape)}" for n in given if n not in wanted]
+    for n in (n for n in wanted if n in given):
+        if given[n].shape != wanted[n]:
+            problems.append(f"misshapen: {n} is {given[n].shape}, needed is {wanted[n]}")
+        if not jnp.issubdtype(given[n].dtype, jnp.floating):
+            problems.append(f"mistyped: {n} is {given[n].dtype}, needed are floating-point numbers")
+    if problems:
+        raise ValueError("the tensors do not fit the model:\n  " + "\n  ".join(problems))

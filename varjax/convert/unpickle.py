@@ -19,7 +19,8 @@ LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 FRESH = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
 VALUES = frozenset(
     "BININT BININT1 BININT2 LONG1 BINFLOAT "
-    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES".split()
+    "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES "
+    "BINSTRING SHORT_BINSTRING".split()  # of Python 2
 )
 
 
@@ -37,15 +38,20 @@ def unpickle(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage]) ->
         raise ValueError(f"its pickle is damaged ({error!r}); download or save it again") from error
 
 
-def _opcodes(pickle: bytes) -> Iterator[tuple[str, Any]]:
+def extent(pickle: bytes) -> int:
+    """The number of bytes of the pickle that `pickle` starts with; ValueError if it is damaged."""
+    return max(position for _, _, position in _opcodes(pickle)) + 1
+
+
+def _opcodes(pickle: bytes) -> Iterator[tuple[str, Any, int]]:
     try:
-        yield from ((opcode.name, arg) for opcode, arg, _ in pickletools.genops(pickle))
+        yield from ((opcode.name, arg, at or 0) for opcode, arg, at in pickletools.genops(pickle))
     except ValueError as error:
         raise ValueError(f"its pickle is damaged ({error}); download or save it again") from error
 
 
 def _run(
-    opcodes: Iterator[tuple[str, Any]], storage: Callable[[np.dtype, str, int], Storage]
+    opcodes: Iterator[tuple[str, Any, int]], storage: Callable[[np.dtype, str, int], Storage]
 ) -> Any:
     stack, marks, memo = [], [], {}
 
@@ -59,7 +65,7 @@ def _run(
     def since_mark() -> list[Any]:
         return pop(len(stack) - marks.pop())
 
-    for opcode, arg in opcodes:
+    for opcode, arg, _ in opcodes:
         match opcode:
             case "PROTO" | "FRAME":
                 pass
@@ -120,7 +126,9 @@ def _allowed(name: str) -> Any:
 
 
 def _storage(reference: Any, storage: Callable[[np.dtype, str, int], Storage]) -> Storage:
-    kind, dtype, key, _location, count = reference
+    kind, dtype, key, _location, count, *part = reference
+    if part not in ([], [None]):  # what PyTorch before 1.6 adds: which part of another storage
+        raise ValueError("its tensors share storages in an old way; re-save it in a recent PyTorch")
     if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
         raise ValueError(f"its pickle refers to a storage of unknown kind {short(kind)}; {REFUSED}")
     if type(count) is not int or count < 0:

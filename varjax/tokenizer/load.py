@@ -65,7 +65,7 @@ def read_part(
     """(config, params) of one model of a converted directory, the params mapped, not yet read."""
     data = read_config(directory)
     if name not in data:
-        others = ", ".join(sorted(data.keys() & {"tokenizer", "var"}))
+        others = ", ".join(sorted(data.keys() & {"tokenizer", "var", "lpips"}))
         raise ValueError(f"{directory} holds only {others}; convert it again with --{name} as well")
     config = settings.from_dict(cls, data[name])
     params, _ = files.read_tensors(directory / f"{name}.safetensors")
