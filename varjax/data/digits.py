@@ -1,6 +1,7 @@
 """scikit-learn's handwritten digits."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -35,6 +36,12 @@ class Digits:
     def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
         """Batches, of which this process gets `rows` (None: all)."""
         return Loader(self, batch_size, seed, rows)
+
+    def describe(self) -> dict[str, Any]:
+        """Class names, and what tells whether the images are still the same ones."""
+        train, held_out = ({"images": len(self.source(s))} for s in ("train", "held_out"))
+        names = [str(digit) for digit in range(10)]
+        return {"class_names": names, "train": train, "held_out": held_out}
 
     def source(self, split: Split) -> "InMemory":
         """The images of one split, in the dataset's order."""

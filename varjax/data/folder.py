@@ -1,6 +1,7 @@
 """Image files in folders, as they lie."""
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -39,10 +40,15 @@ class Folder:
         if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}, but a share lies between 0 and 1")
 
-    @property
+    @functools.cached_property
     def tree(self) -> Tree:
         """Where the images of each split lie."""
         return Tree.find(self.root, self.held_out, self.unconditional)
+
+    @functools.cached_property
+    def listings(self) -> dict[str, Listing]:
+        """The images of both splits, as they were when first asked for."""
+        return {"train": self.tree.listing("train"), "held_out": self.tree.listing("held_out")}
 
     @property
     def classes(self) -> int:
@@ -61,8 +67,8 @@ class Folder:
         return Loader(self, batch_size, seed, rows)
 
     def source(self, split: Split) -> "ImageFiles":
-        """The images of one split, in the order of their paths; the files are listed now."""
-        return ImageFiles(self.tree.listing(split), self.channels)
+        """The images of one split, in the order of their paths."""
+        return ImageFiles(self.listings[split], self.channels)
 
     def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """The training view of an image."""
@@ -74,12 +80,8 @@ class Folder:
 
     def describe(self) -> dict[str, Any]:
         """Class names, and what tells whether the images are still the same ones."""
-        tree = self.tree
-        return {
-            "class_names": list(tree.class_names),
-            "train": tree.listing("train").describe(),
-            "held_out": tree.listing("held_out").describe(),
-        }
+        listings = {split: listing.describe() for split, listing in self.listings.items()}
+        return {"class_names": list(self.class_names)} | listings
 
 
 @dataclasses.dataclass(frozen=True)

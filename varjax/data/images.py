@@ -22,19 +22,28 @@ class BrokenImage(ValueError):
         return f"{self.name} cannot be read as an image: {self.reason}"
 
 
-def decode(file: bytes | str | os.PathLike, channels: int = 3, name: str = "") -> np.ndarray:
-    """uint8 (H, W, channels) of an encoded image, or of the file at a path.
-
-    Gray, palette, CMYK, 1-bit and 16-bit images become what their channels ask for: 1 gray, 3 RGB,
-    4 RGBA. With 1 and 3 the alpha channel is dropped, as `convert("RGB")` of the reference does.
-    EXIF orientation is applied; of an animation the first frame counts. Raises BrokenImage, with
-    `name` or the path in it.
-    """
-    if not name:
-        assert not isinstance(file, bytes), "bytes need a name"
-        name = os.fsdecode(file).encode("utf-8", "replace").decode()  # so that it can be printed
+def read(path: str | os.PathLike) -> bytes:
+    """The content of a file; BrokenImage where it cannot be read."""
     try:
-        data = file if isinstance(file, bytes) else pathlib.Path(file).read_bytes()
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise BrokenImage(printable(path), error.strerror or str(error)) from error
+
+
+def decode(file: bytes | str | os.PathLike, channels: int = 3, name: str = "") -> np.ndarray:
+    """uint8 (H, W, channels) of an encoded image, or of the one in the file at a path.
+
+    channels: 1 gray, 3 RGB, 4 RGBA; whatever the file holds is converted, gray, palettes, CMYK,
+    1 bit and 16 bits. With 1 and 3 an alpha channel is dropped, as by the reference's
+    `convert("RGB")`. EXIF orientation is applied; of an animation the first frame counts. Raises
+    BrokenImage, which tells `name` or the path.
+    """
+    if isinstance(file, bytes):
+        assert name, "bytes need a name"
+        data = file
+    else:
+        name, data = name or printable(file), read(file)
+    try:
         picture = pictures.load(io.BytesIO(data))
         if picture.mode == "P":  # by this detour Pillow does not warn of transparent palettes
             picture = picture.convert("RGBA")
@@ -43,3 +52,8 @@ def decode(file: bytes | str | os.PathLike, channels: int = 3, name: str = "") -
         reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
         raise BrokenImage(name, reason) from error
     return image.reshape(*image.shape[:2], channels)
+
+
+def printable(path: str | os.PathLike) -> str:
+    """A path as text that any terminal and file takes, also where it is not UTF-8."""
+    return os.fspath(path).encode("utf-8", "replace").decode()

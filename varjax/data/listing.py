@@ -44,6 +44,8 @@ class Tree:
     @classmethod
     def find(cls, root: str, held_out: str | float | None, unconditional: bool) -> "Tree":
         """Looks at the uppermost folders only; ValueError when they leave a doubt."""
+        if not root:
+            raise ValueError("root is empty; name the folder of the images")
         folders, files = _scan(root)
         train = ""
         if isinstance(held_out, str) and not {"train", held_out} <= set(folders):

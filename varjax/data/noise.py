@@ -1,6 +1,7 @@
 """Random pixels: for benchmarks, and to try a recipe without any data."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +35,12 @@ class Noise:
     def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
         """Batches, of which this process gets `rows` (None: all)."""
         return Loader(self, batch_size, seed, rows)
+
+    def describe(self) -> dict[str, Any]:
+        """Class names, and what tells whether the images are still the same ones."""
+        train, held_out = {"images": self.images}, {"images": self.held_out_images}
+        names = [str(label) for label in range(self.classes)]
+        return {"class_names": names, "train": train, "held_out": held_out}
 
     def source(self, split: Split) -> "RandomImages":
         """The images of one split."""

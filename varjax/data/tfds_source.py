@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import resource
 from typing import Any
 
 import numpy as np
@@ -73,9 +74,10 @@ class TFDS:
 
     def describe(self) -> dict[str, Any]:
         """Class names, and what tells whether the images are still the same ones."""
-        version, splits = self.builder().info.full_name, (self.train, self.held_out)
+        info, splits = self.builder().info, (self.train, self.held_out)
         train, held_out = (
-            {"images": len(Records(self, split)), "dataset": version, "split": split}
+            {"images": len(Records(self, split)), "split": split, "dataset": info.full_name}
+            | {"bytes": info.dataset_size}
             for split in splits
         )
         return {"class_names": list(self.class_names), "train": train, "held_out": held_out}
@@ -118,6 +120,7 @@ class Records:
         decoders = {self.data.image_key: tfds.decode.SkipDecoding()}
         try:
             if builder.info.splits[self.split].num_examples:
+                _allow_open_files(sum(split.num_shards for split in builder.info.splits.values()))
                 return builder.as_data_source(self.split, decoders=decoders)
         except NotImplementedError as error:
             raise ValueError(
@@ -144,6 +147,15 @@ class Records:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self.data, "split": self.split}
+
+
+def _allow_open_files(shards: int) -> None:
+    """Every shard of a dataset stays open, and often no more than 1,024 files may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * shards + 1024  # with room for a second dataset and everything else
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
 
 
 def _open(name: str, data_dir: str) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-RESIZE = 1.125  # images are resized to so many times the size that is cut out of them
+ENLARGE = 1.125  # images are resized to so many times the size that is cut out of them
 
 
 def random_crop(
@@ -17,7 +17,7 @@ def random_crop(
 
     `flip` mirrors every second image left to right. Three numbers are drawn always.
     """
-    (h, w), resized = size, resize_to_cover(image_HWC, size)
+    (h, w), resized = size, cover(image_HWC, *_enlarged(size))
     y, x, mirror = rng.random(3)
     top, left = int(y * (len(resized) - h + 1)), int(x * (resized.shape[1] - w + 1))
     cropped = resized[top : top + h, left : left + w]
@@ -26,28 +26,33 @@ def random_crop(
 
 def center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """The evaluation view: resized as for training, the middle cut out of it."""
-    (h, w), resized = size, resize_to_cover(image_HWC, size)
-    # Rounded like the reference does, half to even.
+    (h, w), resized = size, cover(image_HWC, *_enlarged(size))
+    # Half to even, as the reference's framework rounds.
     top, left = round((len(resized) - h) / 2), round((resized.shape[1] - w) / 2)
     return np.ascontiguousarray(resized[top : top + h, left : left + w])
 
 
-def resize_to_cover(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Lanczos, the aspect kept, until it just covers round(1.125 × (height, width)).
+def cover(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resized by Lanczos, its aspect kept, until it just covers (height, width).
 
-    For a square size this is "the shorter side to 1.125 × size"; the longer side is rounded down.
-    uint8 with 1, 3 or 4 channels (the fourth is alpha).
+    For a square that is "the shorter side to so many pixels"; the longer one is rounded down.
+    uint8 with 1, 3 or 4 channels, of which the fourth is alpha.
     """
-    H, W = (round(RESIZE * side) for side in size)
-    height, width, channels = image_HWC.shape
-    if H * width >= W * height:
-        H, W = H, H * width // height
+    H, W, channels = image_HWC.shape
+    if height * W >= width * H:
+        width = height * W // H
     else:
-        H, W = W * height // width, W
-    if (H, W) == (height, width):
+        height = width * H // W
+    if (height, width) == (H, W):
         return image_HWC
     picture = Image.fromarray(image_HWC[..., 0] if channels == 1 else image_HWC)
-    return np.asarray(picture.resize((W, H), Image.Resampling.LANCZOS)).reshape(H, W, channels)
+    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(resized).reshape(height, width, channels)
+
+
+def _enlarged(size: tuple[int, int]) -> tuple[int, int]:
+    height, width = size
+    return round(ENLARGE * height), round(ENLARGE * width)
 
 
 def random_affine(

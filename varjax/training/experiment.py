@@ -36,6 +36,10 @@ class Data(Protocol):
     @property
     def classes(self) -> int: ...
 
+    def describe(self) -> dict[str, Any]:
+        """JSON data: "class_names", and what identifies the images of "train" and "held_out"."""
+        ...
+
     def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
         """Batches, of which this process gets `rows` (None: all)."""
         ...
@@ -118,6 +122,9 @@ FREE += (
     "patience",
     "init_from",
     "data.reading",
+    "data.root",  # images may move: record_data tells whether they are the same
+    "data.name",
+    "data.data_dir",
     "task.tokenizer_weights",
     "task.sampling",
     "task.compute",
@@ -147,6 +154,25 @@ def record_config(experiment: Experiment, write: bool = True) -> None:
             )
     if write:
         files.write_json(path, config)
+
+
+def record_data(experiment: Experiment, write: bool = True) -> None:
+    """Writes <run_dir>/data.json: the names of the classes, and which images there are.
+
+    Raises ValueError where the run there was trained on other ones, wherever they lie now; those
+    held out may change.
+    """
+    now, path = experiment.data.describe(), pathlib.Path(experiment.run_dir) / "data.json"
+    if path.exists():
+        before = files.read_json(path) | {"held_out": now["held_out"]}
+        if lines := settings.differences(before, now):
+            raise ValueError(
+                f"{experiment.run_dir} was trained on other images:\n  "
+                + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
+                + "\ngive this run another run_dir, or bring back the images to continue"
+            )
+    if write:
+        files.write_json(path, now)
 
 
 def _drop_new_defaults(now: dict[str, Any], fields_of: Any, before: dict[str, Any]) -> None:

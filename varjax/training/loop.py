@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from varjax import files
 from varjax.training.checkpoint import UNREADABLE, Checkpoints
 from varjax.training.evaluate import Evaluator
-from varjax.training.experiment import Experiment, Loader, record_config
+from varjax.training.experiment import Experiment, Loader, record_config, record_data
 from varjax.training.feed import Feed
 from varjax.training.initial import initial_state
 from varjax.training.interrupt import Interrupt
@@ -47,6 +47,7 @@ def run(experiment: Experiment) -> dict[str, float]:
             f" ({experiment.mesh}); choose a multiple"
         )
     record_config(experiment, write=jax.process_index() == 0)
+    record_data(experiment, write=jax.process_index() == 0)
     with Checkpoints(run_dir / "checkpoints", experiment.keep) as checkpoints:
         if (found := finished(checkpoints, experiment, plan.steps)) is not None:
             print(f"{run_dir} is finished; its results:", found.metrics, file=sys.stderr)
