@@ -10,6 +10,7 @@ import signal
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -97,13 +98,19 @@ class Workers:
         close = weakref.finalize(self, _kill, processes)
         close.atexit = False
         atexit.register(close)  # thus before multiprocessing waits for its children
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, subject), daemon=True)
-            process.start()
-            theirs.close()  # so that the death of the process ends what is read from it
-            processes.append(process)
-            self._idle.put((process, ours))
+        resource_tracker.ensure_running()  # its own start would unblock the signals again
+        # What is blocked here is so in the new processes, from their first instruction on.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            for _ in range(count):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, subject), daemon=True)
+                process.start()
+                theirs.close()  # so that the death of the process ends what is read from it
+                processes.append(process)
+                self._idle.put((process, ours))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def call(self, function: Callable, *arguments: Any) -> Any:
         """`function(subject, *arguments)` in the next process that is free.
@@ -128,8 +135,6 @@ class Workers:
 
 
 def _work(connection: Connection, subject: Any) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     try:
         while True:
             function, arguments = connection.recv()

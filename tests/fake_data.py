@@ -1,0 +1,60 @@
+"""Images that tell where they come from, some of them broken."""
+
+import dataclasses
+
+import numpy as np
+
+from varjax.data.images import BrokenImage
+from varjax.data.loader import Loader
+from varjax.data.reading import Reading
+
+reads = []  # the indices that this process has read
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake:
+    """The first two pixels tell the image's number, the third one is drawn by augmentation."""
+
+    size: int = 100
+    broken: tuple[int, ...] = ()
+    bug_at: int = -1
+    reading: Reading = Reading(threads=3)
+    classes: int = 10
+    image_shape: tuple[int, int, int] = (1, 3, 1)
+
+    def make(self, batch_size, seed, rows=None):
+        return Loader(self, batch_size, seed, rows)
+
+    def source(self, split):
+        return Source(self)
+
+    def augment(self, image_HWC, rng):
+        image_HWC = image_HWC.copy()
+        image_HWC[0, 2] = rng.integers(256)
+        return image_HWC
+
+    def prepare(self, image_HWC):
+        return image_HWC
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    data: Fake
+
+    def __len__(self):
+        return self.data.size
+
+    def __getitem__(self, index):
+        reads.append(index)
+        if index == self.data.bug_at:
+            raise ZeroDivisionError(f"image {index}")
+        if index in self.data.broken:
+            raise BrokenImage(f"image_{index}.jpg", "it is cut off")
+        image_HWC = np.array([index // 256, index % 256, 0], np.uint8).reshape(1, 3, 1)
+        return {"image": image_HWC, "label": index % 10}
+
+
+def number_of(image_BHWC):
+    """The images' numbers."""
+    high_B, low_B, _ = image_BHWC[:, 0, :, 0].astype(int).T
+    return 256 * high_B + low_B
