@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from tests import tiny
 from varjax.training import evaluate, loop
 from varjax.training.checkpoint import Checkpoints, restore_weights
 from varjax.training.interrupt import Interrupt
+from varjax.training.saved import Saved
 from varjax.training.task import Plan
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -32,9 +34,9 @@ def lines(run_dir):
 
 def weights(run_dir, ema=False, kind="checkpoints"):
     """The step and the parameters or their average of the newest checkpoint of a kind."""
-    with Checkpoints(pathlib.Path(run_dir) / kind, read_only=True) as checkpoints:
-        step = checkpoints.steps()[-1]
-        return step, checkpoints.params(step, ema)
+    saved = Saved(pathlib.Path(run_dir) / kind)
+    step = saved.steps()[-1]
+    return step, saved.params(step, ema)
 
 
 def same_run(a, b):
@@ -102,10 +104,10 @@ def test_other_settings_in_the_same_directory_are_refused(whole):
 @pytest.mark.parametrize(
     ("signum", "moment", "step"),
     [
-        (signal.SIGINT, ("after step", 13), 13),
-        (signal.SIGTERM, ("after step", 20), 20),  # due for evaluation, preview and save
-        (signal.SIGTERM, ("at batch", 8), 10),  # of 12 in the first evaluation
-        (signal.SIGINT, ("after step", 30), 30),
+        (signal.SIGINT, ("in step", 13), 13),
+        (signal.SIGTERM, ("in step", 20), 20),  # due for evaluation, preview and save
+        (signal.SIGTERM, ("at batch", 4), 10),  # of 6 in the first evaluation
+        (signal.SIGINT, ("in step", 30), 30),
     ],
 )
 def test_a_signal_saves_at_once_and_the_run_continues_as_if_nothing_was(
@@ -130,20 +132,21 @@ def test_a_signal_saves_at_once_and_the_run_continues_as_if_nothing_was(
 
 
 def raise_at(patch, signum, place, number):
-    """Has the signal come once, after a step or with a batch of the evaluation."""
-    requested, placed, batches = Interrupt.requested, evaluate.place, iter(range(10**6))
+    """Has the signal come once, in the middle of a step or with a batch of the evaluation."""
+    take, placed = loop.Feed.__next__, evaluate.place
+    steps, batches = itertools.count(1), itertools.count()
 
-    def at_step(self, step):
-        if place == "after step" and step == number:
+    def at_step(feed):
+        if place == "in step" and next(steps) == number:
             signal.raise_signal(signum)
-        return requested(self, step)
+        return take(feed)
 
     def at_batch(*args):
         if place == "at batch" and next(batches) == number:
             signal.raise_signal(signum)
         return placed(*args)
 
-    patch.setattr(Interrupt, "requested", at_step)
+    patch.setattr(loop.Feed, "__next__", at_step)
     patch.setattr(evaluate, "place", at_batch)
 
 

@@ -5,33 +5,28 @@ import shutil
 import sys
 from typing import Any
 
-import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from varjax import trees
+from varjax.training.processes import from_first, gather
+from varjax.training.saved import ARRAYS, UNREADABLE, Mismatch, Saved
 from varjax.training.task import PyTree, TrainState
-
-ARRAYS = ("params", "ema", "opt_state")
-UNREADABLE = (ValueError, KeyError, OSError)  # what Orbax raises for files that are not all there
 
 
 class Checkpoints:
     """The last `keep` checkpoints in a directory, each written in the background.
 
-    A step's directory gets its name when it is complete, so a process killed while saving leaves
-    only a temporary, which the next start removes, unless it is to be `read_only`: then the run
-    may be going on elsewhere.
+    All processes make the same calls, and each writes its part of the arrays. A step's directory
+    gets its name when it is complete, so processes killed while saving leave only a temporary,
+    which the next start removes.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int = 2, read_only: bool = False):
+    def __init__(self, directory: pathlib.Path, keep: int = 2):
         self.directory = directory.absolute()
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
-            cleanup_tmp_directories=not read_only,
-            read_only=read_only,
+            cleanup_tmp_directories=True,
             # or else the processes confuse two directories that are written at the same time
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 barrier_sync_key_prefix=directory.name
@@ -40,6 +35,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_handlers=handlers
         )
+        self._saved = Saved(self.directory)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -49,7 +45,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first."""
-        return sorted(self._manager.all_steps())
+        return from_first(lambda: sorted(self._manager.all_steps()))
 
     def save(self, step: int, state: TrainState, meta: dict | None = None) -> None:
         """Copies what is not None of the state to the host and writes it in the background.
@@ -59,9 +55,9 @@ class Checkpoints:
         removed: they were saved under settings that were since changed.
         """
         self.wait()
-        if step in self.steps() and self.meta(step) == (meta or {}):
+        if step in (steps := self.steps()) and self.meta(step) == (meta or {}):
             return
-        for late in self.steps():
+        for late in steps:
             if late >= step:
                 self._manager.delete(late)
         items: dict[str, Any] = {"meta": ocp.args.JsonSave(meta or {})}
@@ -76,104 +72,68 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict:
         """The `meta` saved with a step."""
-        return self._restore(step, {"meta": ocp.args.JsonRestore()})["meta"]
+        return from_first(lambda: self._saved.meta(step))
 
     def restore(
         self, abstract: TrainState, shardings: TrainState, step: int | None = None
     ) -> tuple[TrainState, dict] | None:
-        """(state, meta) of `step` or of the newest step that can be read; None at the start.
+        """(state, meta) of `step` or of the newest step that all processes can read, else None.
 
-        Steps that cannot be read are reported and set aside in <run>/unreadable. ValueError when
-        none of those that exist can be read, or when the arrays saved are not those of `abstract`.
+        `shardings` need not be those that it was saved with. Steps that cannot be read are reported
+        and set aside in <run>/unreadable. ValueError when none of those that exist can be read, or
+        when the arrays saved are not those of `abstract`.
         """
         steps = self.steps() if step is None else [step]
         for candidate in reversed(steps):
+            found, problem = None, None
             try:
-                self._check(candidate, abstract)
-                found = self._read(candidate, abstract, shardings)
+                found = self._saved.state(candidate, abstract, shardings)
+            except UNREADABLE as error:
+                problem = isinstance(error, Mismatch), str(error)
+            problems = [p for p in gather(problem) if p is not None]
+            if not problems:
                 self._set_aside([late for late in steps if late > candidate])
                 return found
-            except _Mismatch:
-                raise
-            except UNREADABLE as error:
-                reason = str(error).splitlines()[0][:200]
-                print(f"checkpoint {candidate} cannot be read: {reason}", file=sys.stderr)
+            mismatch, words = problems[0]
+            if mismatch:
+                raise Mismatch(words)
+            from_first(lambda: _report(candidate, words))  # noqa: B023  (called at once)
         if steps:
             raise ValueError(f"no checkpoint of {steps} in {self.directory} can be read")
         return None
 
-    def params(self, step: int, ema: bool | None = None) -> PyTree:
-        """Parameters alone on the first device, with shapes from the checkpoint itself.
-
-        `ema` asks for their average, None for the average if there is one.
-        """
-        saved: Any = self._manager.item_metadata(step)
-        averaged = saved.get("ema") is not None
-        if ema and not averaged:
-            raise ValueError(f"step {step} in {self.directory} keeps no average; ask for params")
-        name = "ema" if averaged and ema is not False else "params"
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        target = jax.tree.map(lambda x: _abstract(x, sharding), saved[name].tree)
-        return self._restore(step, {name: ocp.args.StandardRestore(target)})[name]
-
     def _set_aside(self, broken: list[int]) -> None:
-        for step in broken if jax.process_index() == 0 else []:
-            aside = self.directory.parent / "unreadable" / str(step)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.parent.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(aside)
+        def move() -> None:
+            for step in broken:
+                aside = self.directory.parent / "unreadable" / str(step)
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(aside)
+
         if broken:
+            from_first(move)
             self._manager.reload()
-
-    def _check(self, step: int, abstract: TrainState) -> None:
-        saved: Any = self._manager.item_metadata(step)
-        if saved.get("params") is None:
-            raise ValueError("the description of its parameters is missing")
-        for name in ("params", "ema"):
-            tree = saved[name].tree if saved.get(name) is not None else {}
-            if report := trees.difference(getattr(abstract, name), tree):
-                where = self.directory / str(step)
-                raise _Mismatch(f"{where} does not hold the {name} of this config:\n{report}")
-
-    def _read(
-        self, step: int, abstract: TrainState, shardings: TrainState
-    ) -> tuple[TrainState, dict]:
-        targets = jax.tree.map(_abstract, abstract, shardings)
-        trees_of = {name: getattr(targets, name) for name in ARRAYS}
-        items: dict[str, Any] = {"meta": ocp.args.JsonRestore()}
-        items |= {n: ocp.args.StandardRestore(t) for n, t in trees_of.items() if t is not None}
-        read = self._restore(step, items)
-        count = jax.device_put(np.int32(step), shardings.step)
-        state = TrainState(count, read["params"], read.get("ema"), read["opt_state"])
-        return state, read["meta"]
-
-    def _restore(self, step: int, items: dict[str, Any]) -> Any:
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
 
 
 def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyTree:
     """The weights that a run is used with, on the first device: the best it kept, else its last.
 
     `ema` asks for their average or for none. None gives the average if there is one, unless the
-    best was chosen by the parameters' own metric ("eval/..."). Raises ValueError when nothing was
-    saved yet, or no average.
+    best was chosen by the parameters' own metric ("eval/..."). The run may be going on meanwhile.
+    Raises ValueError when nothing was saved yet, or no average.
     """
     for name in ("best", "checkpoints"):
-        directory = pathlib.Path(run_dir) / name
-        if not directory.is_dir():
+        if not (directory := pathlib.Path(run_dir) / name).is_dir():
             continue
-        with Checkpoints(directory, read_only=True) as checkpoints:
-            if steps := checkpoints.steps():
-                chosen_by = checkpoints.meta(steps[-1]).get("keep_best", "")
-                if ema is None and name == "best" and chosen_by.startswith("eval/"):
-                    ema = False
-                return checkpoints.params(steps[-1], ema)
+        saved = Saved(directory)
+        if steps := saved.steps():
+            chosen_by = saved.meta(steps[-1]).get("keep_best", "")
+            if ema is None and name == "best" and chosen_by.startswith("eval/"):
+                ema = False
+            return saved.params(steps[-1], ema)
     raise ValueError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
 
 
-class _Mismatch(ValueError):
-    """A checkpoint that can be read, of something else."""
-
-
-def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+def _report(step: int, words: str) -> None:
+    reason = words.splitlines()[0][:200] if words else "no reason given"
+    print(f"checkpoint {step} cannot be read: {reason}", file=sys.stderr)

@@ -1,7 +1,6 @@
 """Evaluation over the held-out split, and previews."""
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,30 +10,41 @@ from jax.sharding import Mesh
 from varjax.training.experiment import Loader
 from varjax.training.feed import place
 from varjax.training.metrics import flatten
-from varjax.training.sharding import over_batch, replicated
+from varjax.training.sharding import on_mesh, replicated
 from varjax.training.task import Batch, PyTree, Task, TrainState
 
 
 class Evaluator:
     """`metrics` and `preview` of a task on a mesh, each compiled once, at its first use."""
 
-    def __init__(self, task: Task, loader: Loader, frozen: PyTree, mesh: Mesh):
-        self._task, self._loader, self._frozen, self._mesh = task, loader, frozen, mesh
-        self._step = jax.jit(task.eval_step, out_shardings=replicated(mesh))
+    def __init__(self, task: Task, loader: Loader, frozen: PyTree, mesh: Mesh, batch_size: int):
+        self._task, self._loader, self._frozen = task, loader, frozen
+        self._mesh, self._batch_size = mesh, batch_size
+        everywhere = replicated(mesh)
+        self._step = jax.jit(on_mesh(task.eval_step, mesh), out_shardings=everywhere)
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-        self._preview = jax.jit(task.preview, out_shardings=replicated(mesh))
+        self._preview = jax.jit(on_mesh(task.preview, mesh), out_shardings=everywhere)
 
     def metrics(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
         """eval/NAME for the parameters and, where there is one, eval_ema/NAME for the average.
 
-        None as soon as `stop`, asked before each batch, says so.
+        Over all held-out images, whatever the batch size and the number of processes. None as soon
+        as `stop`, asked before each batch, says so.
         """
-        found = {}
-        for kind, params in _kinds(state).items():
-            sums = self._sums(dataclasses.replace(state, params=params), stop)
-            if sums is None:
+        sums: dict[str, PyTree] = {}
+        for batch in self._loader.held_out():
+            if stop():
                 return None
-            metrics = flatten(self._task.eval_metrics(jax.device_get(sums)))
+            placed, before = self._place(batch), sums
+            sums = {}
+            for kind, params in _kinds(state).items():
+                part = self._step(state.replace(params=params), self._frozen, placed)
+                sums[kind] = self._add(before[kind], part) if before else part
+            jax.block_until_ready(before)  # or else all batches could pile up on the devices
+        assert sums, "the held-out split is empty"
+        found = {}
+        for kind, total in jax.device_get(sums).items():
+            metrics = flatten(self._task.eval_metrics(total))
             found |= {f"{kind}/{name}": x for name, x in metrics.items()}
         return found
 
@@ -48,21 +58,14 @@ class Evaluator:
     def preview(self, state: TrainState) -> dict[str, np.ndarray]:
         """Images by name from the first held-out batch, by the average where there is one."""
         if state.ema is not None:
-            state = dataclasses.replace(state, params=state.ema)
+            state = state.replace(params=state.ema)
         return jax.device_get(self._preview(state, self._frozen, self._first_batch()))
 
     def _first_batch(self) -> Batch:
-        return place(self._loader.held_out_batch(0), over_batch(self._mesh))
+        return self._place(self._loader.held_out_batch(0))
 
-    def _sums(self, state: TrainState, stop: Callable[[], bool]) -> PyTree:
-        sums = None
-        for batch in self._loader.held_out():
-            if stop():
-                return None
-            part = self._step(state, self._frozen, place(batch, over_batch(self._mesh)))
-            sums = part if sums is None else self._add(sums, part)
-        assert sums is not None, "the held-out split is empty"
-        return sums
+    def _place(self, batch: Mapping[str, np.ndarray]) -> Batch:
+        return place(batch, self._mesh, self._batch_size)
 
 
 def _kinds(state: TrainState) -> dict[str, PyTree]:

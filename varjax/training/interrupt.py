@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM as a wish to stop after the step."""
 
+import itertools
 import os
 import signal
 import threading
@@ -9,13 +10,14 @@ import jax
 from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ASKED = itertools.count()  # by this JAX finds a moment that all processes have yet to come to
 
 
 class Interrupt:
     """While entered, the first signal is only noted; a second one kills as usual.
 
     With several processes only SIGTERM is handled: JAX itself watches for it and lets all of them
-    agree on a step. SIGINT then kills as usual.
+    agree on a moment. SIGINT then kills as usual.
     """
 
     def __init__(self):
@@ -36,9 +38,9 @@ class Interrupt:
         """Whether to stop, as far as this process knows without asking the others."""
         return self.signum is not None
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after `step`; with several processes, the same answer in all."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+    def requested(self) -> bool:
+        """Whether to stop; with several processes, which must ask equally often, all hear the same."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(ASKED)):
             self.signum = signal.SIGTERM
         return self.noted()
 

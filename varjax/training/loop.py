@@ -9,15 +9,24 @@ import jax
 from jax.sharding import Mesh
 
 from varjax import files
-from varjax.training.checkpoint import UNREADABLE, Checkpoints
+from varjax.training.checkpoint import Checkpoints
 from varjax.training.evaluate import Evaluator
 from varjax.training.experiment import Experiment, Loader, record_config, record_data
 from varjax.training.feed import Feed
 from varjax.training.initial import initial_state
 from varjax.training.interrupt import Interrupt
 from varjax.training.metrics import Clock, MetricWriter, Progress, flatten
+from varjax.training.processes import from_first
 from varjax.training.record import Record
-from varjax.training.sharding import make_mesh, over_batch, replicated, shardings
+from varjax.training.saved import UNREADABLE
+from varjax.training.sharding import (
+    make_mesh,
+    on_mesh,
+    put,
+    replicated,
+    rows_of_process,
+    shardings,
+)
 from varjax.training.task import PyTree, Task
 
 
@@ -32,22 +41,14 @@ def run(experiment: Experiment) -> dict[str, float]:
     """
     experiment.check()
     run_dir = pathlib.Path(experiment.run_dir)
-    index, count = jax.process_index(), jax.process_count()
-    rows = range(
-        index * experiment.batch_size // count, (index + 1) * experiment.batch_size // count
-    )
+    mesh = make_mesh(experiment.mesh)
+    rows = rows_of_process(mesh, experiment.batch_size)
     loader = experiment.data.make(experiment.batch_size, experiment.seed, rows)
     plan = experiment.plan(len(loader.train_source))
     task: Task = dataclasses.replace(experiment.task, plan=plan)  # type: ignore[type-var]
     task.check(experiment.data.image_shape, experiment.data.classes)
-    mesh = make_mesh(experiment.mesh)
-    if experiment.batch_size % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
-        raise ValueError(
-            f"batch_size {experiment.batch_size} does not divide over {parts} devices"
-            f" ({experiment.mesh}); choose a multiple"
-        )
-    record_config(experiment, write=jax.process_index() == 0)
-    record_data(experiment, write=jax.process_index() == 0)
+    from_first(lambda: record_config(experiment))
+    from_first(lambda: record_data(experiment))
     with Checkpoints(run_dir / "checkpoints", experiment.keep) as checkpoints:
         if (found := finished(checkpoints, experiment, plan.steps)) is not None:
             print(f"{run_dir} is finished; its results:", found.metrics, file=sys.stderr)
@@ -68,14 +69,15 @@ def finished(checkpoints: Checkpoints, experiment: Experiment, steps: int) -> Re
 
 
 def frozen_weights(task: Task, run_dir: pathlib.Path) -> PyTree:
-    """The task's pretrained weights: from the task at first, then from the run's own copy."""
+    """The task's pretrained weights, in the run's own copy, which the first process makes once."""
     path = run_dir / "frozen.safetensors"
-    if path.exists():
-        return files.read_tensors(path)[0]
-    tree = task.frozen()
-    if jax.tree.leaves(tree) and jax.process_index() == 0:
-        files.write_tensors(path, tree, {})
-    return tree
+
+    def copy() -> None:
+        if not path.exists() and jax.tree.leaves(tree := task.frozen()):
+            files.write_tensors(path, tree, {})
+
+    from_first(copy)
+    return files.read_tensors(path)[0] if path.exists() else {}
 
 
 def _train(
@@ -87,8 +89,8 @@ def _train(
     abstract = jax.eval_shape(task.init, init_key)
     placement = shardings(abstract, mesh)
     frozen = frozen_weights(task, run_dir)
-    frozen = jax.device_put(frozen, shardings(frozen, mesh))
-    evaluator = Evaluator(task, loader, frozen, mesh)
+    frozen = put(frozen, shardings(frozen, mesh))
+    evaluator = Evaluator(task, loader, frozen, mesh, e.batch_size)
     if e.keep_best and e.keep_best not in (names := evaluator.names(abstract)):
         raise ValueError(f"keep_best is {e.keep_best!r}, but an evaluation gives {names}")
 
@@ -99,9 +101,11 @@ def _train(
         state, record = restored[0], Record.of(restored[1], e.keep_best)
     start = step = int(state.step)
     train_step = jax.jit(
-        task.train_step, out_shardings=(placement, replicated(mesh)), donate_argnums=0
+        on_mesh(task.train_step, mesh),
+        out_shardings=(placement, replicated(mesh)),
+        donate_argnums=0,
     )
-    feed, clock = Feed(loader.train(start), over_batch(mesh)), Clock(e.batch_size)
+    feed, clock = Feed(loader.train(start), mesh, e.batch_size), Clock(e.batch_size)
 
     with (
         Checkpoints(run_dir / "best", keep=1) as best,
@@ -124,7 +128,7 @@ def _train(
         def look() -> bool:
             """Evaluates and previews, if this step is due for it; whether it came to the end."""
             if step == steps or due(e.eval_every):
-                metrics = evaluator.metrics(state, interrupt.noted)
+                metrics = evaluator.metrics(state, interrupt.requested)
                 if metrics is None:
                     return False
                 writer.write(step, metrics)
@@ -147,7 +151,7 @@ def _train(
                 log(*unlogged)
             unlogged = step, metrics
 
-            stop = interrupt.requested(step)
+            stop = interrupt.requested()
             looking = step == steps or due(e.eval_every) or due(e.preview_every)
             if not (stop or looking or due(e.save_every)):
                 continue

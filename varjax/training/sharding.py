@@ -1,11 +1,13 @@
 """Where each array lies: one mesh, one ordered table of rules over tree paths."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -14,10 +16,12 @@ from varjax import trees
 # A spec speaks of the last dimensions, so stacked layers stay whole; the first match wins. The
 # table covers optimizer moments and EMA too, for their paths end in the parameter's.
 RULES = (
+    (r"(^|/)(encoder|decoder)/", P("fsdp", None)),  # convolutions: their input channels
     (r"(^|/)(q|k|v|up)/kernel$", P("fsdp", "tensor")),
     (r"(^|/)(proj|down)/kernel$", P("tensor", "fsdp")),
-    (r"_embed$", P(None, "fsdp")),  # not the rows: 1,001 classes divide by little
-    (r"/kernel$", P("fsdp", None)),  # AdaLN, word embedding, head; convolutions: input channels
+    (r"(^|/)class_embed$", P()),  # else looking up labels would exchange activations
+    (r"_embed$", P(None, "fsdp")),
+    (r"/kernel$", P("fsdp", None)),  # AdaLN, word embedding, head, other convolutions
     (r"", P()),
 )
 
@@ -78,3 +82,42 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, P())
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """`function` for `jax.jit`, with `nn.compute.spread_rows` at work inside."""
+
+    @functools.wraps(function)
+    def traced(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays that every process has, on the devices; each process copies what its own ones hold."""
+
+    def place(x: Any, sharding: NamedSharding) -> jax.Array:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def rows_of_process(mesh: Mesh, batch_size: int) -> range:
+    """The rows of a batch that the devices of this process hold, from the first to the last.
+
+    Processes that differ along `tensor` alone hold the same rows. Where a TPU pod's mesh interleaves
+    the devices of processes, rows of others lie between. ValueError when `data` times `fsdp` does
+    not divide the batch.
+    """
+    if batch_size % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
+        sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        raise ValueError(
+            f"batch_size {batch_size} does not divide over {parts} devices (mesh: {sizes}); "
+            "choose a multiple"
+        )
+    held = over_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
+    bounds = [rows[0].indices(batch_size) for rows in held if rows is not None]
+    return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))

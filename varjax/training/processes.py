@@ -1,0 +1,74 @@
+"""Several processes as one run: how they find one another, and how they agree."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead, and the others end
+ERRORS = {error.__name__: error for error in (ValueError, KeyError, OSError)}
+
+
+def connect(coordinator: str = "", count: int | None = None, index: int | None = None) -> None:
+    """Makes this process number `index` of `count`, the first of which listens at `coordinator`.
+
+    Without any of them, they are asked of Slurm, Cloud TPU, GKE or Open MPI. To be called before
+    anything else of JAX. ValueError when some are missing, or none can be found out.
+    """
+    given = {"coordinator": coordinator or None, "processes": count, "process": index}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if 0 < len(missing) < len(given):
+        raise ValueError(f"{' and '.join(missing)} missing: {USAGE}")
+    if not missing:
+        host, _, port = coordinator.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"--coordinator={coordinator} is not HOST:PORT; {USAGE}")
+        assert count is not None and index is not None
+        if not 0 <= index < count:
+            raise ValueError(f"--process={index} is none of the {count} of --processes; {USAGE}")
+    try:
+        jax.distributed.initialize(
+            coordinator or None, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+        )
+    except ValueError as error:
+        raise ValueError(f"no cluster was found ({error}); {USAGE}") from error
+
+
+USAGE = (
+    "--distributed alone works under Slurm, Cloud TPU, GKE and Open MPI; elsewhere give each process"
+    " --coordinator=HOST:PORT (of the first) --processes=COUNT --process=NUMBER (from 0)"
+)
+
+
+def gather(value: Any) -> list[Any]:
+    """The JSON `value` of every process, in their order; all of them must call it."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.pad(text, (0, int(sizes.max()) - len(text)))
+    texts = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(t[:n])) for t, n in zip(texts, sizes, strict=True)]
+
+
+def from_first(action: Callable[[], Any]) -> Any:
+    """What `action` returns in the first process, as JSON; the others wait and get the same.
+
+    A ValueError, KeyError or OSError is raised in all of them.
+    """
+    if jax.process_count() == 1:
+        return action()
+    outcome = None
+    if jax.process_index() == 0:
+        try:
+            outcome = {"value": action()}
+        except tuple(ERRORS.values()) as error:
+            kind = next(name for name, known in ERRORS.items() if isinstance(error, known))
+            outcome = {"kind": kind, "error": str(error)}
+    outcome = gather(outcome)[0]
+    if "error" in outcome:
+        raise ERRORS[outcome["kind"]](outcome["error"])
+    return outcome["value"]
