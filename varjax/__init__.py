@@ -9,14 +9,32 @@ K scales, C width, H heads, D head size, V vocabulary, Z code channels, N layers
 H W image (in BHWC), P φ convolutions, E any wider layer; a digit is that length.
 """
 
-from varjax.nn.compute import Compute
-from varjax.pictures import read_image
-from varjax.pyramid import SCALES_256, SCALES_512, SCALES_1024
-from varjax.tokenizer.model import TokenizerConfig
-from varjax.var.load import load
-from varjax.var.model import VARConfig
-from varjax.var.pipeline import Pipeline
-from varjax.var.sample import Options
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from varjax.nn.compute import Compute
+    from varjax.pictures import read_image
+    from varjax.pyramid import SCALES_256, SCALES_512, SCALES_1024
+    from varjax.tokenizer.model import TokenizerConfig
+    from varjax.var.load import load
+    from varjax.var.model import VARConfig
+    from varjax.var.pipeline import Pipeline
+    from varjax.var.sample import Options
+
+# Imported when asked for: processes that only read data then do without JAX (0.2 GB each).
+_WHERE = {
+    "SCALES_256": "pyramid",
+    "SCALES_512": "pyramid",
+    "SCALES_1024": "pyramid",
+    "Compute": "nn.compute",
+    "Options": "var.sample",
+    "Pipeline": "var.pipeline",
+    "TokenizerConfig": "tokenizer.model",
+    "VARConfig": "var.model",
+    "load": "var.load",
+    "read_image": "pictures",
+}
 
 __all__ = [
     "SCALES_256",
@@ -30,3 +48,9 @@ __all__ = [
     "load",
     "read_image",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"varjax.{_WHERE[name]}"), name)
