@@ -37,7 +37,7 @@ class Folder:
 
     def __post_init__(self):
         transforms.check_view(self.size, self.channels)
-        if isinstance(self.held_out, float) and not 0 < self.held_out < 1:
+        if not isinstance(self.held_out, str | None) and not 0 < self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}, but a share lies between 0 and 1")
 
     @functools.cached_property
@@ -48,7 +48,7 @@ class Folder:
     @functools.cached_property
     def listings(self) -> dict[str, Listing]:
         """The images of both splits, as they were when first asked for."""
-        return {"train": self.tree.listing("train"), "held_out": self.tree.listing("held_out")}
+        return self.tree.listings()
 
     @property
     def classes(self) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -62,10 +62,10 @@ class Tree:
                 )
             if held_out is None and beside:
                 held_out = "val"
-            folders, files = _scan(os.path.join(root, train))
+            folders, files = _scan(_below(root, train))
         if not unconditional and folders and files:
             raise ValueError(
-                f"{os.path.join(root, train)} holds images ({_few(files)}) and folders "
+                f"{_below(root, train)} holds images ({_few(files)}) and folders "
                 f"({_few(folders)}): sort them into one folder per class, or set "
                 "unconditional=True to take all of them as one class"
             )
@@ -73,33 +73,35 @@ class Tree:
         names = ONE_CLASS if flat else tuple(folders)
         return cls(root, train, SHARE if held_out is None else held_out, names, flat)
 
-    def listing(self, split: Literal["train", "held_out"]) -> Listing:
-        """The images of a split, class by class, ordered by path; ValueError when there are none,
-        when a class has none to train on, or one of the held-out folder's classes is unknown."""
-        if split == "held_out" and isinstance(self.held_out, str):
-            return self._folder(self.held_out)
-        whole = self._folder(self.train)
-        if isinstance(self.held_out, float):
-            share = self.held_out
-            out_N = np.array([_number(path) < share for path in whole.paths], bool)
-            whole = _choose(whole, out_N == (split == "held_out"))
-        where = os.path.join(self.root, self.train)
-        counts = np.bincount(whole.labels_N, minlength=len(self.class_names))
-        if not len(whole.paths):
+    def listings(self) -> dict[str, Listing]:
+        """The images of "train" and "held_out", class by class, ordered by path.
+
+        Raises ValueError where one of them has none, where a class has none to train on, and where
+        the held-out folder has other classes.
+        """
+        train = self._folder(self.train)
+        if isinstance(self.held_out, str):
+            held_out = self._folder(self.held_out)
+        else:
+            out_N = np.array([_number(path) < self.held_out for path in train.paths], bool)
+            train, held_out = _choose(train, ~out_N), _choose(train, out_N)
+        where = _below(self.root, self.train)
+        if not held_out.paths:
             raise ValueError(
-                f"{where} has no images to hold out: held_out={self.held_out} chose none of them; "
-                "set a larger share"
+                f"{where} has no images to hold out: held_out={self.held_out} chose none of "
+                f"{len(train.paths)}; set a larger share"
             )
-        if split == "train" and not counts.all():
+        counts = np.bincount(train.labels_N, minlength=len(self.class_names))
+        if not counts.all():
             missing = [n for n, count in zip(self.class_names, counts, strict=True) if not count]
             raise ValueError(
                 f"{where} has no training images of {len(missing)} classes: {_few(missing)}; add "
                 f"some or remove the folders (held_out is {self.held_out})"
             )
-        return whole
+        return {"train": train, "held_out": held_out}
 
     def _folder(self, folder: str) -> Listing:
-        where = os.path.join(self.root, folder)
+        where = _below(self.root, folder)
         if self.flat:
             below = list(_images(where, "", ()))
             classes = {self.class_names[0]: below}
@@ -140,7 +142,7 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
 
 def _images(root: str, folder: str, above: tuple[str, ...]) -> Iterator[str]:
     """Paths below `root` of all images in `folder` and deeper."""
-    here = os.path.join(root, folder)
+    here = _below(root, folder)
     folders, files = _scan(here)
     yield from (os.path.join(folder, name) for name in files)
     above = (*above, os.path.realpath(here)) if folders else above
@@ -148,6 +150,10 @@ def _images(root: str, folder: str, above: tuple[str, ...]) -> Iterator[str]:
         if os.path.realpath(os.path.join(here, name)) in above:
             raise ValueError(f"{os.path.join(here, name)} is a link to a folder that it lies in")
         yield from _images(root, os.path.join(folder, name), above)
+
+
+def _below(root: str, folder: str) -> str:
+    return os.path.join(root, folder) if folder else root
 
 
 def _choose(listing: Listing, chosen_N: np.ndarray) -> Listing:

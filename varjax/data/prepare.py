@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from varjax import files
 from varjax.data import pack, pool
-from varjax.data.listing import Listing, Tree
+from varjax.data.folder import Folder
+from varjax.data.listing import Listing
 
 IN_SHARD, MOST_SHARDS = 1000, 256  # readers keep all shards open, so there are not too many
 NAMED = 20  # broken images on the screen; all of them are in REPORT
@@ -47,8 +48,8 @@ def prepare(
     if min(workers, shards) < 0:
         raise ValueError(f"workers is {workers}, shards {shards}; give 1 or more, or 0 to choose")
     path, encoding = pathlib.Path(out), pack.Encoding(size, quality)
-    tree = Tree.find(folder, held_out, unconditional)
-    listings = {"train": tree.listing("train"), "validation": tree.listing("held_out")}
+    data = Folder(folder, held_out=held_out, unconditional=unconditional)
+    listings = {"train": data.listings["train"], "validation": data.listings["held_out"]}
     images = len(listings["train"].paths)
     shards = min(images, shards or min(MOST_SHARDS, -(-images // IN_SHARD)))
     _begin(
@@ -60,14 +61,14 @@ def prepare(
         parts = []
         for split, listing in listings.items():
             count = -(-len(listing.paths) * shards // images)
-            parts += _share_out(path, split, listing, count, tree.class_names, encoding)
+            parts += _share_out(path, split, listing, count, data.class_names, encoding)
         _pack(parts, workers or os.cpu_count() or 1)
-        _finish(path, tree.class_names, parts)
+        _finish(path, data.class_names, parts)
     report = files.read_json(path / REPORT)
     counts = " + ".join(f"{report[split]['images']} {split}" for split in listings)
     broken = sum(len(report[split]["broken"]) for split in listings)
     named = f"; {broken} broken ones left out, see {path / REPORT}" if broken else ""
-    return f"{path} is complete: {counts} images in {len(tree.class_names)} classes{named}"
+    return f"{path} is complete: {counts} images in {len(data.class_names)} classes{named}"
 
 
 def _begin(path: pathlib.Path, request: Mapping[str, Any]) -> None:

@@ -77,7 +77,7 @@ class TFDS:
         info, splits = self.builder().info, (self.train, self.held_out)
         train, held_out = (
             {"images": len(Records(self, split)), "split": split, "dataset": info.full_name}
-            | {"bytes": info.dataset_size}
+            | {"bytes": int(info.dataset_size)}
             for split in splits
         )
         return {"class_names": list(self.class_names), "train": train, "held_out": held_out}

@@ -1,0 +1,176 @@
+import pathlib
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from varjax.data import photos
+from varjax.data.folder import Folder
+from varjax.data.images import BrokenImage
+from varjax.data.sources import TFDS, Digits, parse
+
+SHADE = {"ant": 10, "bee": 100, "cat": 200}
+
+
+def put(*paths):
+    """Small images whose gray tells the class, the last folder but `deeper`."""
+    for path in map(pathlib.Path, paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shade = next((SHADE[part] for part in path.parts if part in SHADE), 50)
+        Image.new("L", (9, 7), shade).save(path, "png")
+
+
+def paths(folder, split="train"):
+    return folder.source(split).listing.paths
+
+
+@pytest.fixture
+def official():
+    put("x/train/bee/2.JPEG", "x/train/bee/10.png", "x/train/ant/deeper/still/1.webp")
+    put("x/train/ant/b.jpg", "x/val/bee/1.jpg", "x/train/.hidden/1.jpg", "x/train/bee/.1.jpg")
+    pathlib.Path("x/train/notes.txt").write_text("no image")
+    pathlib.Path("x/train/bee/list.txt").write_text("no image")
+    return Folder("x", size=4)
+
+
+def test_a_tree_with_splits_is_read_like_the_official_one(official):
+    assert official.class_names == ("ant", "bee") and official.classes == 2
+    below = ["ant/b.jpg", "ant/deeper/still/1.webp", "bee/10.png", "bee/2.JPEG"]
+    assert paths(official) == [f"train/{path}" for path in below]
+    assert paths(official, "held_out") == ["val/bee/1.jpg"]
+    source = official.source("train")
+    for i, label in enumerate([0, 0, 1, 1]):
+        image_HWC, shade = source[i]["image"], SHADE[official.class_names[label]]
+        assert source[i]["label"] == label and np.all(image_HWC == shade)
+        assert image_HWC.shape == (7, 9, 3)
+    assert official.source("held_out")[0]["label"] == 1  # by name, though val has no ant
+    copy = pickle.loads(pickle.dumps(official.source("train")))
+    assert np.array_equal(copy[3]["image"], source[3]["image"])
+
+
+def test_batches_come_in_the_shape_asked_for(official):
+    data = Folder("x", size=(4, 6), channels=1)
+    batch = data.make(4, seed=0).train_batch(0)
+    assert batch["image_BHWC"].shape == (4, 4, 6, 1) == (4, *data.image_shape)
+    shades = {0: SHADE["ant"], 1: SHADE["bee"]}
+    for image_HWC, label in zip(batch["image_BHWC"], batch["label_B"], strict=True):
+        assert np.all(image_HWC == shades[label])
+
+
+def test_without_splits_a_share_is_held_out_that_new_files_do_not_change():
+    names = [f"x/{name}/{i}.png" for name in SHADE for i in range(40)]
+    put(*names)
+    before = Folder("x", held_out=0.3)
+    held_out, train = set(paths(before, "held_out")), set(paths(before))
+    assert before.class_names == tuple(SHADE)
+    assert not held_out & train and held_out | train == {name[2:] for name in names}
+    assert 0.15 < len(held_out) / len(names) < 0.45
+    assert len(paths(Folder("x"), "held_out")) < len(held_out)
+    put("x/ant/0a.png", "x/cat/new.png")
+    after = Folder("x", held_out=0.3)
+    assert held_out <= set(paths(after, "held_out")) and train <= set(paths(after))
+    larger = Folder("x", held_out=0.5)
+    assert held_out < set(paths(larger, "held_out"))
+
+
+def test_a_flat_folder_is_one_class_and_so_is_any_on_demand(official):
+    put(*(f"flat/{i}.png" for i in range(30)))
+    flat = Folder("flat", held_out=0.3)
+    assert flat.classes == 1 and len(paths(flat)) + len(paths(flat, "held_out")) == 30
+    assert {flat.source("train")[i]["label"] for i in range(len(paths(flat)))} == {0}
+    everything = Folder("x", unconditional=True)
+    assert everything.class_names == flat.class_names
+    assert len(paths(everything)) == 4 and paths(everything, "held_out") == ["val/bee/1.jpg"]
+    put("y/train/1.png", "y/val/1.png")  # splits without classes
+    assert paths(Folder("y")) == ["train/1.png"] and paths(Folder("y"), "held_out")
+
+
+def test_another_folder_or_a_share_can_be_held_out_beside_train(official):
+    put("x/test/ant/1.png")
+    assert paths(Folder("x", held_out="test"), "held_out") == ["test/ant/1.png"]
+    put(*(f"x/train/{name}/{i}.png" for name in ("ant", "bee") for i in range(20)))
+    shared = Folder("x", held_out=0.3)
+    assert all(path.startswith("train/") for path in paths(shared, "held_out"))
+
+
+def test_links_are_followed_but_not_in_circles(official):
+    put("elsewhere/cat/1.png")
+    pathlib.Path("x/train/cat").symlink_to(pathlib.Path("elsewhere/cat").resolve())
+    pathlib.Path("x/train/bee/3.png").symlink_to(pathlib.Path("elsewhere/cat/1.png").resolve())
+    linked = Folder("x")
+    assert paths(linked)[-3:] == ["train/bee/2.JPEG", "train/bee/3.png", "train/cat/1.png"]
+    pathlib.Path("x/train/cat/back").symlink_to(pathlib.Path("elsewhere").resolve())
+    with pytest.raises(ValueError, match="cat/back/cat is a link to a folder that it lies in"):
+        paths(Folder("x"))
+
+
+def test_broken_and_vanished_images_are_told_by_their_paths(official):
+    source = official.source("train")
+    pathlib.Path("x/train/ant/b.jpg").write_bytes(b"")
+    pathlib.Path("x/train/bee/2.JPEG").unlink()
+    for index, name in ((0, "x/train/ant/b.jpg"), (3, "x/train/bee/2.JPEG")):
+        with pytest.raises(BrokenImage) as caught:
+            source[index]
+        assert caught.value.name == name
+    assert source[2]["label"] == 1
+
+
+def test_folders_that_make_no_sense_are_refused(official):
+    def refused(message, root="x", **options):
+        with pytest.raises(ValueError, match=message):
+            Folder(root, **options).describe()
+
+    refused("root is empty", "")
+    refused("cannot list the images in 'nowhere': No such", "nowhere")
+    refused("held_out is 'test', but x has no folders train and test", held_out="test")
+    refused("a share lies between 0 and 1", held_out=1.0)
+    pathlib.Path("x/train/dog").mkdir()
+    refused("no training images of 1 classes: dog")
+    put("x/val/cat/1.png")
+    refused("val has classes that train has not: cat")
+    pathlib.Path("empty").mkdir()
+    refused("empty has no images; known are .jpg", "empty")
+    put("mixed/1.png", "mixed/ant/1.png")
+    refused("mixed.* holds images .*1.png.* and folders .*ant.*unconditional", "mixed")
+    put("unsorted/train/ant/1.png", "unsorted/val/1.png")
+    refused("val holds images, but no folders of classes", "unsorted")
+    put("vehicles/bus/1.png", "vehicles/train/1.png")
+    refused("has a folder train, but no val beside it: bus, train", "vehicles")
+    put("few/1.png", "few/2.png")
+    refused("no images to hold out: held_out=0.05 chose none", "few")
+
+
+def test_a_description_changes_with_the_images_and_not_with_their_place(official):
+    before = official.describe()
+    assert before["class_names"] == ["ant", "bee"] and before["train"]["images"] == 4
+    pathlib.Path("x").rename("moved")
+    assert Folder("moved").describe() == before
+    put("moved/train/bee/11.png")
+    after = Folder("moved").describe()
+    assert after["train"] != before["train"] and after["held_out"] == before["held_out"]
+    pathlib.Path("moved/train/bee/11.png").rename("moved/train/bee/12.png")
+    assert Folder("moved").describe()["train"] != after["train"]
+
+
+def test_a_command_line_names_data_by_kind_and_place():
+    assert parse("folder:/data/x", 64) == Folder("/data/x", size=64)
+    assert parse("tfds:imagenet2012:5.1.0", (64, 32)) == TFDS("imagenet2012:5.1.0", size=(64, 32))
+    assert parse("digits", 8) == Digits()
+    for text in ("", "folder", "folder:", "tfds:", "cifar10", "digits:8"):
+        with pytest.raises(ValueError, match="give folder:PATH"):
+            parse(text, 8)
+    with pytest.raises(ValueError, match="digits are 8 by 8 pixels, but 256"):
+        parse("digits", 256)
+
+
+def test_photos_are_two_classes_whose_held_out_part_is_not_trained_on(tmp_path):
+    photos.write_photos("photos", size=16, train=6, val=3)
+    data = Folder("photos", size=16)
+    assert data.class_names == ("china", "flower")
+    assert len(data.source("train")) == 12 and len(data.source("held_out")) == 6
+    shapes = [data.source("train")[i]["image"].shape for i in range(12)]
+    assert min(min(shape[:2]) for shape in shapes) >= 16 and len(set(shapes)) > 3
+    for bad, message in (({}, "exists"), ({"out": "y", "size": 81}, "size is 81; give 8 to 80")):
+        with pytest.raises(ValueError, match=message):
+            photos.write_photos(**{"out": "photos"} | bad)

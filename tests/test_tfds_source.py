@@ -1,0 +1,143 @@
+import concurrent.futures
+import io
+import json
+import pickle
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from varjax.data.images import BrokenImage
+from varjax.data.tfds_source import TFDS
+
+
+class Stripes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Image i is of shade i; its label says whether that is odd."""
+
+    VERSION = tfds.core.Version("1.2.3")
+    url_infos = {}  # nothing to download; to look for it TFDS needs another package
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["even", "odd"]),
+            "file_name": tfds.features.Text(),
+            "weight": np.float32,
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(20), "test": self._generate_examples(4, broken=2)}
+
+    def _generate_examples(self, count, broken=-1):
+        for i in range(count):
+            file = io.BytesIO(b"no image")
+            if i != broken:
+                Image.new("L", (12, 10), i).save(file, "png")
+                file.seek(0)
+            yield i, {"image": file, "label": i % 2, "file_name": f"{i}.png", "weight": 0.0}
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    Stripes(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+@pytest.fixture
+def data(data_dir):
+    return TFDS("stripes", str(data_dir), held_out="test", size=8)
+
+
+def shades(source):
+    return sorted(int(source[i]["image"].max()) for i in range(len(source)))
+
+
+def test_a_dataset_is_found_by_name_and_by_directory(data_dir, data):
+    for found in (
+        data,
+        TFDS("stripes:1.2.3", str(data_dir), held_out="test"),
+        TFDS(str(data_dir / "stripes/1.2.3"), held_out="test"),
+    ):
+        source = found.source("train")
+        assert found.class_names == ("even", "odd") and found.classes == 2 and len(source) == 20
+        for i in range(20):
+            image_HWC, label = source[i]["image"], source[i]["label"]
+            assert image_HWC.shape == (10, 12, 3) and image_HWC.dtype == np.uint8
+            assert np.all(image_HWC == image_HWC[0, 0]) and label == image_HWC[0, 0, 0] % 2
+        assert shades(source) == list(range(20))
+    batch = data.make(4, seed=0).train_batch(0)
+    assert batch["image_BHWC"].shape == (4, 8, 8, 3)
+    assert np.array_equal(batch["image_BHWC"][:, 3, 3, 0] % 2, batch["label_B"])
+
+
+def test_parts_of_splits_are_splits(data_dir):
+    parts = TFDS("stripes", str(data_dir), train="train[:60%]", held_out="train[60%:]")
+    train, held_out = shades(parts.source("train")), shades(parts.source("held_out"))
+    assert len(train) == 12 and sorted(train + held_out) == list(range(20))
+    description = parts.describe()
+    assert description["train"]["images"] == 12 and description["held_out"]["images"] == 8
+    assert description == json.loads(json.dumps(description))
+
+
+def test_images_may_have_no_classes(data_dir):
+    data = TFDS("stripes", str(data_dir), held_out="test", label_key="")
+    assert data.classes == 1 and {data.source("train")[i]["label"] for i in range(20)} == {0}
+
+
+def test_threads_share_a_source_and_other_processes_get_it_closed(data):
+    source = data.source("train")
+    expected = [source[i]["image"][0, 0, 0] for i in range(20)]
+    copy = pickle.loads(pickle.dumps(source))
+    assert "records" in vars(source) and "records" not in vars(copy)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        read = list(threads.map(lambda i: copy[i % 20]["image"][0, 0, 0], range(400)))
+    assert read == expected * 20
+
+
+def test_a_broken_record_is_told_by_its_place_and_file(data):
+    source, broken = data.source("held_out"), []
+    for i in range(4):
+        try:
+            source[i]
+        except BrokenImage as error:
+            broken.append((i, error))
+    ((i, error),) = broken
+    assert f"stripes test[{i}] (2.png) cannot be read" in str(error)
+
+
+def test_what_is_missing_is_told_with_what_to_do(data_dir, tmp_path):
+    def refused(message, name="stripes", **options):
+        options = {"held_out": "test"} | options
+        with pytest.raises(ValueError, match=message):
+            TFDS(name, str(data_dir), **options).describe()
+
+    refused(
+        "cifar10 is not prepared in .*: tfds build --file_format=array_record cifar10", "cifar10"
+    )
+    refused("holds no prepared dataset: .* varjax.data.prepare", str(tmp_path))
+    refused("no split 'validation', but .'test', 'train'.", held_out="validation")
+    refused("no split 'train.:5', but", train="train[:5")
+    refused("split 'train.:0.' of stripes holds no images", train="train[:0]")
+    refused("no feature 'picture' of kind Image.*'image': 'Image'", image_key="picture")
+    refused("no feature 'weight' of kind ClassLabel", label_key="weight")
+    shutil.copytree(data_dir / "stripes/1.2.3", tmp_path / "old")
+    info = tmp_path / "old/dataset_info.json"
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    refused("stored as tfrecord, which cannot be read in any order", str(tmp_path / "old"))
+
+
+def test_as_many_files_may_be_open_as_there_are_shards(data):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1100:
+        pytest.skip("this machine allows no more open files")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
+        assert len(data.source("train")) == 20
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 1000
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
