@@ -82,8 +82,8 @@ def test_what_is_broken_is_named_with_the_reason(tmp_path):
     (tmp_path / "float.tif").write_bytes(encoded(Image.fromarray(np.eye(3, dtype="f4")), "tiff"))
     for name, reason in (
         ("cut.jpg", "truncated"),
-        ("text.jpg", "cannot identify"),
-        ("empty.jpg", "cannot identify"),
+        ("text.jpg", "it is of no known format"),
+        ("empty.jpg", "it is empty"),
         ("float.tif", "holds floats"),
         ("none.jpg", "No such file"),
     ):

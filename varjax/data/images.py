@@ -5,6 +5,7 @@ import os
 import pathlib
 
 import numpy as np
+from PIL import UnidentifiedImageError
 
 from varjax import pictures
 
@@ -48,6 +49,9 @@ def decode(file: bytes | str | os.PathLike, channels: int = 3, name: str = "") -
         if picture.mode == "P":  # by this detour Pillow does not warn of transparent palettes
             picture = picture.convert("RGBA")
         image = np.asarray(picture.convert(MODES[channels]))
+    except UnidentifiedImageError as error:
+        reason = "it is of no known format" if data else "it is empty"
+        raise BrokenImage(name, reason) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
         reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
         raise BrokenImage(name, reason) from error

@@ -77,8 +77,11 @@ def write_shard(shard: Shard) -> dict[str, Any]:
     To be run by `pool.run`; one step per image.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
-    fields, report = features(shard.class_names), {"images": 0, "bytes": 0, "broken": []}
+    report: dict[str, Any] = {"images": 0, "bytes": 0, "broken": []}
+    fields = features(shard.class_names)
+    serializer = ExampleSerializer(fields.get_serialized_info())
     with files.atomic_path(shard.path) as temporary:
         # One record per read; images are compressed already.
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
@@ -90,7 +93,8 @@ def write_shard(shard: Shard) -> dict[str, Any]:
                 report["broken"].append([name, error.reason])
             else:
                 example = {"image": image, "label": label, "file_name": name}
-                record = fields.serialize_example(fields.encode_example(example))
+                record = serializer.get_tf_example(fields.encode_example(example))
+                record = record.SerializeToString(deterministic=True)  # equal bytes in all runs
                 writer.write(record)
                 report["images"] += 1
                 report["bytes"] += len(record)
