@@ -17,7 +17,8 @@ from varjax.nn.transformer import Cache, drop_path
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan, TrainState
 from varjax.var.model import VAR, VARConfig, init_var
-from varjax.var.task import VARTask, check_fit
+from varjax.var.pretrained import check_fit
+from varjax.var.task import VARTask
 
 SMALL = VARConfig(depth=2, width=16, heads=2, classes=3, scales=(1, 2, 3), vocab=7, code_channels=4)
 
@@ -72,7 +73,8 @@ def test_loss_gradients_and_one_step_are_the_reference_s(name, monkeypatch):
     params = jax.tree.map(jnp.asarray, golden.var_params(name))
 
     def loss_fn(params):
-        loss_BL, _, smooth_BL = task.token_losses(params, {}, golden_batch(name))
+        of = task.token_losses(params, {}, golden_batch(name))
+        loss_BL, smooth_BL = of["loss_BL"], of["smooth_BL"]
         return jnp.mean(loss_BL), jnp.mean(smooth_BL)
 
     (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
@@ -102,7 +104,8 @@ def test_label_smoothing_is_pytorch_s(monkeypatch):
     expected = golden.outputs("base")
     _feed_golden_tokens(monkeypatch, expected)
     task = golden_task("base", label_smoothing=0.1)
-    _, _, smooth_BL = task.token_losses(golden.var_params("base"), {}, golden_batch("base"))
+    of = task.token_losses(golden.var_params("base"), {}, golden_batch("base"))
+    smooth_BL = of["smooth_BL"]
     np.testing.assert_allclose(
         np.mean(smooth_BL), expected["train.loss_label_smoothing_0.1"], rtol=1e-5
     )
@@ -183,23 +186,30 @@ def test_scale_by_scale_with_a_cache_equals_all_at_once(shared, cosine):
 
 
 @pytest.mark.parametrize(
-    "compute", [Compute(unroll=True), Compute(remat="block"), Compute(remat="dots")]
+    ("way", "trace", "times"),
+    [
+        ({"unroll": True}, "unroll=2", 2),
+        ({"remat": "block"}, "remat", 1),
+        ({"remat": "dots"}, "remat", 1),
+        ({"attention": "loop"}, "scan[", 4),  # beside the loop over layers one over images
+    ],
 )
-def test_ways_to_compute_give_the_same_logits_and_gradients(compute):
+def test_ways_to_compute_give_the_same_logits_and_gradients(way, trace, times):
     keep_N2B = drop_path(jax.random.key(3), SMALL.depth, 2, 0.5)
+    plain = Compute(attention="xla")
+    compute = dataclasses.replace(plain, **way)
 
     def total(params, compute):
         logits_BLV = VAR(SMALL, compute).apply(params, INPUT_BlZ, LABEL_B, keep_N2B)
         return jnp.mean(jnp.square(logits_BLV))
 
-    jaxprs = [
-        str(jax.make_jaxpr(lambda p, c=c: jax.grad(total)(p, c))(small_params()))
-        for c in (Compute(), compute)
-    ]
-    assert ("remat" in jaxprs[1], "remat" in jaxprs[0]) == (compute.remat != "none", False)
-    assert ("unroll=2" in jaxprs[1], "unroll=2" in jaxprs[0]) == (compute.unroll, False)
+    before, after = (
+        str(jax.make_jaxpr(lambda p, c=c: jax.grad(total)(p, c))(small_params())).count(trace)
+        for c in (plain, compute)
+    )
+    assert (before, after) == (2 if trace == "scan[" else 0, times)
     value_and_grad = jax.jit(jax.value_and_grad(total), static_argnums=1)
-    expected, found = (value_and_grad(small_params(), c) for c in (Compute(), compute))
+    expected, found = (value_and_grad(small_params(), c) for c in (plain, compute))
     for path, leaf in trees.paths(expected).items():
         np.testing.assert_allclose(trees.paths(found)[path], leaf, rtol=1e-4, atol=1e-6)
 

@@ -2,11 +2,12 @@
 
 import argparse
 import sys
+from typing import get_args
 
 import jax
 
 from varjax.benchmark import sample
-from varjax.nn.compute import Compute
+from varjax.nn.compute import Attention, Compute
 
 
 def main(arguments: list[str]) -> int:
@@ -16,7 +17,7 @@ def main(arguments: list[str]) -> int:
     one.add_argument("--preset", default="d16", help="d16, d20, d24, d30 or d36")
     one.add_argument("--batch_size", type=int, default=8)
     one.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    one.add_argument("--attention", choices=("xla", "cudnn"), default="xla")
+    one.add_argument("--attention", choices=get_args(Attention), default="auto")
     one.add_argument("--repeats", type=int, default=3)
     one.add_argument("--compile_only", action="store_true", help="for models too large for memory")
     one.add_argument("--cache", help="a folder for compiled programs, used again by the next run")

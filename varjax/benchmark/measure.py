@@ -9,9 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from varjax.nn.compute import precision_of
+
 
 def seconds(function: Callable[[], Any], repeats: int = 3) -> float:
-    """The fastest of `repeats` calls, until the result is there. Warm up first."""
+    """The fastest of `repeats` calls after a first one, until the result is there."""
+    jax.block_until_ready(function())
     times = []
     for _ in range(repeats):
         begin = time.perf_counter()
@@ -20,14 +23,21 @@ def seconds(function: Callable[[], Any], repeats: int = 3) -> float:
     return min(times)
 
 
-def matmul_flops(dtype: Any) -> float:
-    """FLOP/s of a large square matrix product in `dtype` here and now: what one could hope for."""
-    size = 4096 if jax.default_backend() == "cpu" else 16384
-    a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))
-    precision = "highest" if dtype == jnp.float32 else None
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
-    jax.block_until_ready(product(a, b))
-    return 2 * size**3 / seconds(lambda: product(a, b), 5)
+class Peak:
+    """FLOP/s of a large square matrix product in `dtype` on one device: what one could hope for."""
+
+    def __init__(self, dtype: Any):
+        self._size = 4096 if jax.default_backend() == "cpu" else 16384
+        self._dtype, self._best = jnp.dtype(dtype), 0.0
+
+    def measure(self) -> float:
+        """The best so far. Ask next to what it is held against: shared machines change speed."""
+        keys, shape = jax.random.split(jax.random.key(0)), (self._size, self._size)
+        a, b = (jax.random.normal(key, shape, self._dtype) for key in keys)
+        precision = precision_of(self._dtype)
+        product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
+        self._best = max(self._best, 2 * self._size**3 / seconds(lambda: product(a, b), 5))
+        return self._best
 
 
 def peak_memory() -> int:

@@ -30,6 +30,10 @@ def attend(
         return jax.nn.dot_product_attention(
             q_BlHD, k_BLHD, v_BLHD, mask=mask, scale=scale, implementation="cudnn"
         )
+    if implementation == "loop":
+        return jax.lax.map(
+            lambda qkv: _head_by_head(*qkv, mask_lL, scale), (q_BlHD, k_BLHD, v_BLHD)
+        )
     precision = compute.precision_of(q_BlHD.dtype)
     logits_BHlL = jnp.einsum(
         "BlHD,BLHD->BHlL",
@@ -38,11 +42,29 @@ def attend(
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    logits_BHlL = logits_BHlL * scale
-    if mask_lL is not None:
-        logits_BHlL = jnp.where(mask_lL[None, None], logits_BHlL, -jnp.inf)
-    weights_BHlL = jax.nn.softmax(logits_BHlL).astype(v_BLHD.dtype)
+    weights_BHlL = _softmax(logits_BHlL * scale, mask_lL).astype(v_BLHD.dtype)
     return jnp.einsum("BHlL,BLHD->BlHD", weights_BHlL, v_BLHD, precision=precision)
+
+
+def _head_by_head(q_lHD, k_LHD, v_LHD, mask_lL, scale):
+    """One image as plain matrix products, which XLA's CPU back end runs 4 times faster."""
+    precision = compute.precision_of(q_lHD.dtype)
+    heads = []
+    for h in range(q_lHD.shape[1]):
+        logits_lL = jnp.matmul(
+            q_lHD[:, h], k_LHD[:, h].T, precision=precision, preferred_element_type=jnp.float32
+        )
+        weights_lL = _softmax(logits_lL * scale, mask_lL).astype(v_LHD.dtype)
+        heads.append(jnp.matmul(weights_lL, v_LHD[:, h], precision=precision))
+    return jnp.stack(heads, axis=1)
+
+
+def _softmax(logits, mask_lL):
+    """Over the last axis of (…, l, L), as if what the mask excludes were not there."""
+    if mask_lL is not None:
+        lead = (None,) * (logits.ndim - 2)
+        logits = jnp.where(mask_lL[lead], logits, -jnp.inf)
+    return jax.nn.softmax(logits)
 
 
 class MultiHeadAttention(nn.Module):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-Attention = Literal["xla", "cudnn"]
+Attention = Literal["auto", "xla", "loop", "cudnn"]
 Remat = Literal["none", "block", "dots"]
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that share out a batch: training/sharding.py
 
@@ -19,14 +19,16 @@ class Compute:
 
     dtype: format of matrix products and of the residual stream. "auto" is bfloat16 on an
         accelerator and float32 on a CPU. Softmax, norms, logits and parameters are always float32.
-    attention: "xla" runs anywhere; "cudnn" is the fused kernel (NVIDIA, bfloat16).
+    attention: "xla" runs anywhere; "cudnn" is the fused kernel (NVIDIA, bfloat16); "loop" goes
+        over images and heads, which suits a CPU. "auto" is "loop" on a CPU, unless it plays several
+        devices: a loop over images cannot be spread; and "xla" elsewhere.
     remat: what the backward pass recomputes: "none", all of a "block", or all but matrix products
         ("dots").
     unroll: unroll the layers instead of scanning them: slower to compile, faster for tiny models.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: Attention = "xla"
+    attention: Attention = "auto"
     remat: Remat = "none"
     unroll: bool = False
 
@@ -36,6 +38,13 @@ class Compute:
         if self.dtype == "auto":
             return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
         return jnp.dtype(self.dtype)
+
+    @property
+    def attention_here(self) -> Attention:
+        """The implementation that "auto" stands for on this machine."""
+        if self.attention == "auto":
+            return "loop" if (jax.default_backend(), jax.device_count()) == ("cpu", 1) else "xla"
+        return self.attention
 
 
 def precision_of(dtype) -> str | None:

@@ -50,7 +50,7 @@ class Block(nn.Module):
         normal_out = nn.initializers.normal(self.init_std / (2 * self.depth) ** 0.5)
         self.adaln = AdaLN(self.shared_adaln, self.init_std, self.gate_init, dtype)
         self.attn = MultiHeadAttention(
-            self.heads, self.cosine, dtype, self.compute.attention, normal, normal_out
+            self.heads, self.cosine, dtype, self.compute.attention_here, normal, normal_out
         )
         self.mlp = MLP(dtype, normal, normal_out)
 

@@ -64,15 +64,19 @@ class TokenizerConfig:
 class Tokenizer(nn.Module):
     """Images are (B, H, W, channels) in [-1, 1]; tokens (B, L) int32, scales concatenated.
 
-    The encoder and quantizer are float32: other formats flip tokens. `decoder_dtype` is free.
+    The quantizer is float32, and the encoder too wherever tokens count, for other formats flip
+    some: `encoder_dtype` is for training a tokenizer. `decoder_dtype` is free.
     """
 
     config: TokenizerConfig
     decoder_dtype: jnp.dtype = jnp.float32
+    encoder_dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         c = self.config
-        self.encoder = Encoder(c.width, c.multipliers, c.blocks, c.groups, c.code_channels)
+        self.encoder = Encoder(
+            c.width, c.multipliers, c.blocks, c.groups, c.code_channels, self.encoder_dtype
+        )
         self.quant_conv = conv(c.code_channels, jnp.float32)
         self.quantizer = make_quantizer(c)
         self.post_quant_conv = conv(c.code_channels, self.decoder_dtype)
@@ -92,7 +96,8 @@ class Tokenizer(nn.Module):
 
     def features(self, image_BHWC: jax.Array) -> jax.Array:
         """What is quantized: (B, h, w, Z)."""
-        return self.quant_conv(self.encoder(image_BHWC.astype(jnp.float32)))
+        f_BhwZ = self.encoder(image_BHWC.astype(self.encoder_dtype))
+        return self.quant_conv(f_BhwZ.astype(jnp.float32))
 
     def encode(self, image_BHWC: jax.Array) -> jax.Array:
         """(B, H, W, channels) -> (B, L)."""
@@ -119,7 +124,7 @@ class Tokenizer(nn.Module):
 
     def decode_features(self, f_hat_BhwZ: jax.Array) -> jax.Array:
         """(B, h, w, Z) -> images clipped to [-1, 1]."""
-        return jnp.clip(self._decode(f_hat_BhwZ), -1, 1)
+        return decode_images(self.config, self.variables["params"], f_hat_BhwZ, self.decoder_dtype)
 
     def _decode(self, f_hat_BhwZ):
         image_BHWC = self.decoder(self.post_quant_conv(f_hat_BhwZ.astype(self.decoder_dtype)))
@@ -129,16 +134,24 @@ class Tokenizer(nn.Module):
 def decode_images(
     config: TokenizerConfig, params, f_hat_BhwZ: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
-    """(B, h, w, Z) -> images (B, H, W, channels) in [-1, 1], computed in `dtype`."""
+    """(B, h, w, Z) -> images (B, H, W, channels) clipped to [-1, 1], computed in `dtype`."""
+
+    # Not a part of the module that may be calling: a loop can hold a whole model, not a piece.
+    model = Tokenizer(config, dtype, parent=None).bind({"params": params})
 
     def decode(f_hat_BhwZ):
-        return Tokenizer(config, dtype).bind({"params": params}).decode_features(f_hat_BhwZ)
+        return jnp.clip(model._decode(f_hat_BhwZ), -1, 1)
 
     H, W, _ = config.image_shape
     if jax.default_backend() == "cpu" and H * W >= 64**2:
         # A CPU's convolutions of large images are 1.4 times faster one by one: docs/benchmarks.md.
         return jax.lax.map(lambda f_hat_hwZ: decode(f_hat_hwZ[None])[0], f_hat_BhwZ)
     return decode(f_hat_BhwZ)
+
+
+def to_model(image_BHWC: jax.Array) -> jax.Array:
+    """uint8 [0, 255] -> float32 [-1, 1], the range of everything inside the models."""
+    return image_BHWC.astype(jnp.float32) / 127.5 - 1
 
 
 def make_quantizer(config: TokenizerConfig) -> Quantizer:
