@@ -10,6 +10,7 @@ python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 
 import argparse
 import logging
 import sys
+import traceback
 
 from varjax import settings
 
@@ -25,6 +26,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", help="a Python file with get_config(), and its argument")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     parser.add_argument("--distributed", action="store_true", help="one of several processes")
+    parser.add_argument("--coordinator", default="", help="HOST:PORT of the first process")
+    parser.add_argument("--processes", type=int, help="how many there are")
+    parser.add_argument("--process", type=int, help="the number of this one, from 0")
     flags, others = parser.parse_known_args(arguments)
     if not flags.config:
         parser.print_help(sys.stderr)
@@ -37,25 +41,29 @@ def main(arguments: list[str]) -> int:
     except ValueError as error:
         return _fail(error, 2, flags.debug)
 
-    import jax  # only here, so that mistakes above show at once
-
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
 
-    from varjax.training.loop import run
+    from varjax.training import loop, processes  # only here: mistakes above show at once
 
+    one_of_several = (flags.coordinator, flags.processes, flags.process) != ("", None, None)
     try:
-        if flags.distributed:
-            jax.distributed.initialize()
-        run(experiment)
-    except (ValueError, FloatingPointError, OSError) as error:
-        return _fail(error, 1, flags.debug)
+        if flags.distributed or one_of_several:
+            processes.connect(flags.coordinator, flags.processes, flags.process)
+    except ValueError as error:
+        return _fail(error, 2, flags.debug)
+    try:
+        loop.run(experiment)
+    except Exception as error:
+        expected = isinstance(error, ValueError | FloatingPointError | OSError)
+        return processes.end(_fail(error, 1, flags.debug or not expected))
     return 0
 
 
 def _fail(error: Exception, code: int, debug: bool) -> int:
     if debug:
-        raise error
-    print(f"train.py: {error}", file=sys.stderr)
+        traceback.print_exception(error)
+    else:
+        print(f"train.py: {error}", file=sys.stderr)
     return code
 
 

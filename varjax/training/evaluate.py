@@ -1,5 +1,6 @@
 """Evaluation over the held-out split, and previews."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -38,7 +39,7 @@ class Evaluator:
             placed, before = self._place(batch), sums
             sums = {}
             for kind, params in _kinds(state).items():
-                part = self._step(state.replace(params=params), self._frozen, placed)
+                part = self._step(dataclasses.replace(state, params=params), self._frozen, placed)
                 sums[kind] = self._add(before[kind], part) if before else part
             jax.block_until_ready(before)  # or else all batches could pile up on the devices
         assert sums, "the held-out split is empty"
@@ -58,7 +59,7 @@ class Evaluator:
     def preview(self, state: TrainState) -> dict[str, np.ndarray]:
         """Images by name from the first held-out batch, by the average where there is one."""
         if state.ema is not None:
-            state = state.replace(params=state.ema)
+            state = dataclasses.replace(state, params=state.ema)
         return jax.device_get(self._preview(state, self._frozen, self._first_batch()))
 
     def _first_batch(self) -> Batch:

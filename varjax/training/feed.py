@@ -3,6 +3,7 @@
 import collections
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +20,7 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int) -> Batch:
     first = rows_of_process(mesh, size).start
 
     def put(x: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(size)
             return x[start - first : stop - first]
 

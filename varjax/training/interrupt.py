@@ -39,7 +39,7 @@ class Interrupt:
         return self.signum is not None
 
     def requested(self) -> bool:
-        """Whether to stop; with several processes, which must ask equally often, all hear the same."""
+        """Whether to stop. Several processes get the same answer and must ask equally often."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(ASKED)):
             self.signum = signal.SIGTERM
         return self.noted()

@@ -43,9 +43,7 @@ class Saved:
         """The `meta` saved with a step."""
         return self._restore(step, {"meta": ocp.args.JsonRestore()})["meta"]
 
-    def state(
-        self, step: int, abstract: TrainState, shardings: TrainState
-    ) -> tuple[TrainState, dict]:
+    def state(self, step: int, abstract: TrainState, shardings: Any) -> tuple[TrainState, dict]:
         """The state laid out as `shardings`, of which each process reads its part, and `meta`.
 
         Raises Mismatch where the arrays saved are not those of `abstract`, one of UNREADABLE where

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -100,7 +100,7 @@ def put(tree: Any, shardings: Any) -> Any:
 
     def place(x: Any, sharding: NamedSharding) -> jax.Array:
         x = np.asarray(x)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[cast(Any, index)])
 
     return jax.tree.map(place, tree, shardings)
 
@@ -108,9 +108,9 @@ def put(tree: Any, shardings: Any) -> Any:
 def rows_of_process(mesh: Mesh, batch_size: int) -> range:
     """The rows of a batch that the devices of this process hold, from the first to the last.
 
-    Processes that differ along `tensor` alone hold the same rows. Where a TPU pod's mesh interleaves
-    the devices of processes, rows of others lie between. ValueError when `data` times `fsdp` does
-    not divide the batch.
+    Processes that differ along `tensor` alone hold the same rows. Where the mesh interleaves the
+    devices of processes, as on TPU pods, rows of others lie between. ValueError when `data` times
+    `fsdp` does not divide the batch.
     """
     if batch_size % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
         sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
