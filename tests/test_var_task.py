@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from tests import runs
+from varjax import flops
 from varjax.data.sources import Digits
+from varjax.nn.compute import Compute
+from varjax.tokenizer.model import Tokenizer
+from varjax.tokenizer.task import to_model
 from varjax.training.optimizer import AdamW
+from varjax.training.task import Plan
+from varjax.var import pretrained
 from varjax.var.task import VARTask
 
 TASK = VARTask(runs.VAR, runs.TOKENIZER, "", AdamW(schedule="constant", warmup=0.0))
@@ -37,10 +43,18 @@ def test_evaluation_does_not_depend_on_the_batch_size_and_drops_no_class(frozen,
         metrics.append(task.eval_metrics(totals))
     for name in metrics[0]:
         np.testing.assert_allclose(metrics[1][name], metrics[0][name], rtol=1e-5)
-    loss_BL, correct_BL, _ = TASK.token_losses(state.params, frozen, BATCH)
-    np.testing.assert_allclose(metrics[0]["loss"], loss_BL.mean(), rtol=1e-5)
-    np.testing.assert_allclose(metrics[0]["accuracy"], correct_BL.mean(), atol=1e-6)
-    np.testing.assert_allclose(metrics[0]["loss_last"], loss_BL[:, 5:].mean(), rtol=1e-5)
+    of = TASK.token_losses(state.params, frozen, BATCH)
+    np.testing.assert_allclose(metrics[0]["loss"], of["loss_BL"].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics[0]["accuracy"], of["correct_BL"].mean(), atol=1e-6)
+    last_Bl = of["loss_BL"][:, 5:]
+    np.testing.assert_allclose(metrics[0]["loss_last"], last_Bl.mean(), rtol=1e-5)
+    perplexity_K = metrics[0]["perplexity_at_scale"]
+    np.testing.assert_allclose(perplexity_K[-1], np.exp(last_Bl.mean()), rtol=1e-5)
+    # The codes of the last scale, by NumPy's own counting.
+    _, counts = np.unique(of["tokens_BL"][:, 5:], return_counts=True)
+    p = counts / counts.sum()
+    found = metrics[0]["code_perplexity_at_scale"][-1], metrics[0]["code_usage_at_scale"][-1]
+    np.testing.assert_allclose(found, (np.exp(-np.sum(p * np.log(p))), len(p) / 16), rtol=1e-5)
 
 
 def test_class_dropout_replaces_labels_by_no_class_in_training(frozen, state):
@@ -57,7 +71,7 @@ def test_class_dropout_replaces_labels_by_no_class_in_training(frozen, state):
 
 
 def test_the_first_loss_is_that_of_guessing(frozen, state):
-    loss_BL, _, _ = TASK.token_losses(state.params, frozen, BATCH)
+    loss_BL = TASK.token_losses(state.params, frozen, BATCH)["loss_BL"]
     np.testing.assert_allclose(loss_BL.mean(), np.log(runs.VAR.vocab), atol=0.01)
 
 
@@ -80,6 +94,40 @@ def test_another_tokenizer_than_the_config_s_is_refused():
         dataclasses.replace(TASK, tokenizer_weights="nowhere").frozen()
 
 
-def test_previews_are_samples(frozen, state):
-    images = jax.jit(TASK.preview)(state, frozen, BATCH)["samples"]
+def test_previews_are_samples_and_what_the_tokenizer_makes_of_images(frozen, state):
+    pictures = jax.jit(TASK.preview)(state, frozen, BATCH)
+    images = pictures["samples"]
     assert images.shape == (16, 8, 8, 1) and 0 <= images.min() < images.max() <= 1
+    real_BHWC, again_BHWC = pictures["reconstructions"]
+    np.testing.assert_allclose(real_BHWC, BATCH["image_BHWC"] / 255, atol=1e-6)
+    model = Tokenizer(runs.TOKENIZER).bind({"params": frozen})
+    decoded_BHWC = model.decode(model.encode(to_model(BATCH["image_BHWC"])))
+    np.testing.assert_allclose(again_BHWC, (decoded_BHWC + 1) / 2, atol=1e-5)
+
+
+def test_data_and_batches_that_do_not_suit_are_refused():
+    task = dataclasses.replace(TASK, accumulate=3, plan=Plan(1, 12))
+    task.check((8, 8, 1), 10)
+    with pytest.raises(ValueError, match="data has 7 classes, but the model 10; set task.model.c"):
+        task.check((8, 8, 1), 7)
+    with pytest.raises(ValueError, match=r"images are \(8, 9, 1\), .* takes \(8, 8, 1\)"):
+        task.check((8, 9, 1), 10)
+    with pytest.raises(ValueError, match="batch of 8 cannot be accumulated in 3"):
+        dataclasses.replace(task, plan=Plan(1, 8)).check((8, 8, 1), 10)
+
+
+def test_recomputation_is_no_work_of_the_model(frozen, state):
+    def flop(**changes):
+        task = dataclasses.replace(TASK, compute=Compute(**changes))
+        return flops.count(task.train_step, state, frozen, BATCH, jax.random.key(0))
+
+    model = TASK.train_flops(state, frozen, BATCH)
+    assert model == flop(remat="none", attention="xla") < flop(remat="block", attention="xla")
+    again = dataclasses.replace(TASK, compute=Compute(remat="block"))
+    assert again.train_flops(state, frozen, BATCH) == model
+
+
+def test_a_random_tokenizer_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(pretrained, "init_tokenizer", lambda config, key: {"x": jnp.ones(3)})
+    assert dataclasses.replace(TASK, tokenizer_weights="random").frozen()["x"].shape == (3,)
+    assert "tokenizer is RANDOM" in capsys.readouterr().err

@@ -10,8 +10,8 @@ from varjax.convert.infer import Choices, Tensors, infer_tokenizer, infer_var
 from varjax.convert.pth import read_checkpoint, state_dicts
 from varjax.convert.sources import about, digests, report_not_finite
 from varjax.convert.transfer import Config, to_ours
+from varjax.var.pretrained import check_fit
 from varjax.var.sample import Options
-from varjax.var.task import check_fit
 
 Configs = dict[str, Config]  # of "tokenizer" and "var"
 IN_TRAINER = {"tokenizer": "vae", "var": "var"}  # as `state_dicts` calls them

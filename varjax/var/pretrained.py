@@ -1,10 +1,30 @@
-"""Where a transformer may start from: another one, perhaps with other classes or scales."""
+"""What a transformer's training builds on: a tokenizer, and weights of another transformer."""
 
+import functools
 import pathlib
+import sys
 
+import jax
+
+from varjax.tokenizer.load import load_tokenizer
+from varjax.tokenizer.model import TokenizerConfig, init_tokenizer
 from varjax.training.task import PyTree, Rows
 from varjax.var.load import read_var
 from varjax.var.model import VARConfig
+
+RANDOM = "random"
+
+
+def read_frozen(location: str, tokenizer: TokenizerConfig) -> PyTree:
+    """The parameters of `tokenizer` at `location`, fresh ones for "random".
+
+    Raises ValueError where there are none, or those of another tokenizer.
+    """
+    if location != RANDOM:
+        return load_tokenizer(location, tokenizer)
+    print("the tokenizer is RANDOM: good for measuring speed, not for images", file=sys.stderr)
+    init = functools.partial(init_tokenizer, tokenizer)
+    return jax.device_get(jax.jit(init)(jax.random.key(0)))
 
 
 def read_pretrained(location: str | pathlib.Path, model: VARConfig) -> tuple[PyTree, Rows]:
@@ -31,3 +51,11 @@ def matching_rows(here: VARConfig, there: VARConfig) -> Rows:
             [row for _, j in levels for row in range(b.slices[j].start, b.slices[j].stop)],
         )
     return rows
+
+
+def check_fit(tokenizer: TokenizerConfig, var: VARConfig) -> None:
+    """Raises ValueError, with all differences, where a transformer cannot read these tokens."""
+    fields = ("scales", "vocab", "code_channels")
+    pairs = {name: (getattr(tokenizer, name), getattr(var, name)) for name in fields}
+    if lines := [f"{n}: tokenizer {a}, transformer {b}" for n, (a, b) in pairs.items() if a != b]:
+        raise ValueError("tokenizer and transformer do not fit:\n  " + "\n  ".join(lines))
