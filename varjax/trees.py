@@ -1,10 +1,12 @@
 """Trees of arrays by path: names of leaves, rule tables, and what differs between two trees."""
 
+import hashlib
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 
 T = TypeVar("T")
 
@@ -40,6 +42,15 @@ def difference(expected: Any, actual: Any) -> str:
         if kinds[0] != kinds[1]:
             lines.append(f"misshapen:  {path} is {kinds[1]}, expected {kinds[0]}")
     return "\n".join(lines)
+
+
+def digest(tree: Any) -> str:
+    """The sha256 of all leaves, in hexadecimal digits: of their paths, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for path, leaf in sorted(paths(tree).items()):
+        total.update(f"{path} {_kind(leaf)}\n".encode())
+        total.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
 
 
 def _name(path: tuple) -> str:

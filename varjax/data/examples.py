@@ -132,26 +132,22 @@ class Examples:
     def augmented(self, positions: Iterable[int], augmentations: int) -> Part:
         """Of all training images in the source's order, each as the first epochs show it.
 
-        Position i·augmentations + e is image i in epoch e; "valid_B" is False for broken images
-        and beyond the end.
+        Position i·augmentations + e is image i in epoch e; "valid_B" is False for broken images.
         """
-        size, rows, broken, read = len(self.train_source), [], [], 0
+        rows, broken, read = [], [], 0
         by_image = itertools.groupby(positions, lambda position: position // augmentations)
         for image, same in by_image:
-            example = None
-            if image < size:
-                read += 1
-                try:
-                    example = self.train_source[image]
-                except BrokenImage as error:
-                    broken.append(error)
+            read += 1
+            try:
+                example = self.train_source[image]
+            except BrokenImage as error:
+                broken.append(error)
+                rows += [self.views.blank() | {"valid_B": np.bool_(False)} for _ in same]
+                continue
             for position in same:
-                row = self.views.blank() | {"valid_B": np.bool_(False)}
-                if example is not None:
-                    epoch = position % augmentations
-                    place = int(_places(self.seed, epoch, size)[image])
-                    row = self._view(example, epoch, place) | {"valid_B": np.bool_(True)}
-                rows.append(row)
+                epoch = position % augmentations
+                place = int(_places(self.seed, epoch, len(self.train_source))[image])
+                rows.append(self._view(example, epoch, place) | {"valid_B": np.bool_(True)})
         return _part(rows, read, broken)
 
     def _train_row(self, position: int, broken: list[BrokenImage]) -> Example:

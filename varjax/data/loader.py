@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -45,6 +45,7 @@ class Loader:
     seed: int = 0
     rows: range | None = None
     views: Views | None = None  # None: the data's images
+    tokenized_by: Mapping[str, Any] | None = None  # what made the tokens that there are instead
 
     def __post_init__(self):
         rows = self.rows
@@ -64,7 +65,7 @@ class Loader:
         return self.examples.held_out_source
 
     def train(self, position: int = 0) -> Iterator[Batch]:
-        """Endless {"image_BHWC", "label_B"} from batch number `position` on, at once."""
+        """Endless {"image_BHWC" or "tokens_BL", "label_B"} from batch `position` on, at once."""
         return self._train(itertools.count(position))
 
     def train_batch(self, number: int) -> Batch:

@@ -4,12 +4,14 @@ from varjax.data.digits import Digits
 from varjax.data.folder import Folder
 from varjax.data.noise import Noise
 from varjax.data.tfds_source import TFDS
+from varjax.data.tokens import Tokens
 
-__all__ = ["TFDS", "Digits", "Folder", "Noise", "parse"]
+__all__ = ["TFDS", "Digits", "Folder", "Noise", "Tokens", "parse"]
 
 
-def parse(text: str, size: int | tuple[int, int]) -> Digits | Folder | Noise | TFDS:
-    """The dataset that "folder:PATH", "tfds:NAME", "tfds:DIRECTORY", "digits" or "random" means.
+def parse(text: str, size: int | tuple[int, int]) -> Digits | Folder | Noise | Tokens | TFDS:
+    """The dataset that is meant by "folder:PATH", "tfds:NAME", "tfds:DIRECTORY", "tokens:PATH",
+    "digits" or "random".
 
     `size` is that of its images, or (height, width). Raises ValueError for anything else.
     """
@@ -18,6 +20,8 @@ def parse(text: str, size: int | tuple[int, int]) -> Digits | Folder | Noise | T
         return Folder(where, size)
     if kind == "tfds" and where:
         return TFDS(where, size=size)
+    if kind == "tokens" and where:
+        return Tokens(where)
     if kind == "digits" and not colon:
         if size not in (8, (8, 8)):
             raise ValueError(f"digits are 8 by 8 pixels, but {size} is wanted; choose other data")
@@ -26,5 +30,6 @@ def parse(text: str, size: int | tuple[int, int]) -> Digits | Folder | Noise | T
         return Noise(size)
     raise ValueError(
         f"data is {text!r}; give folder:PATH (images in folders), tfds:NAME or tfds:DIRECTORY "
-        "(a prepared dataset), digits, or random (noise, to try things out)"
+        "(a prepared dataset), tokens:PATH (made of images once), digits, or random (noise, to try "
+        "things out)"
     )

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator, Mapping, Sized
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +15,13 @@ from varjax.training.task import Plan, Task
 
 
 class Loader(Protocol):
-    """Batches for this process: {"image_BHWC", "label_B"}, when held out also "valid_B"."""
+    """Batches for this process: {"image_BHWC", "label_B"}, when held out also "valid_B".
+
+    Or {"tokens_BL", …}, and then `tokenized_by` is the `Task.tokenized_by` of what made them.
+    """
+
+    @property
+    def tokenized_by(self) -> Mapping[str, Any] | None: ...
 
     @property
     def train_source(self) -> Sized: ...

@@ -1,7 +1,7 @@
 """The contract between a model family and the training loop."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -34,7 +34,8 @@ class Task(Protocol):
     """What is trained: a frozen dataclass of settings with pure methods, which the loop jits.
 
     `batch` is {"image_BHWC": uint8, "label_B": int32}; in evaluation also {"valid_B": bool}, False
-    for the rows that pad the last batch.
+    for rows to leave out. Instead of images it holds {"tokens_BL": int32} where the data are those
+    of `tokenized_by`.
     """
 
     @property
@@ -69,6 +70,13 @@ class Task(Protocol):
         """
         ...
 
+    def tokenized_by(self, frozen: PyTree) -> dict[str, Any]:
+        """What identifies the tokenizer whose tokens it trains on, as flat JSON data.
+
+        {} for a task that takes images only.
+        """
+        ...
+
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -99,3 +107,21 @@ class Task(Protocol):
         (N, H, W, C), or (rows, columns, H, W, C) where the arrangement says something.
         """
         ...
+
+
+def check_tokens(task: Task, frozen: PyTree, tokenized_by: Mapping[str, Any] | None) -> None:
+    """Raises ValueError, with all differences, for tokens that are not what `task` trains on.
+
+    tokenized_by: the `Task.tokenized_by` of what made them; None for images.
+    """
+    if (there := tokenized_by) is None:
+        return
+    if not (here := task.tokenized_by(frozen)):
+        raise ValueError(f"a {type(task).__name__} trains on images, but the data are tokens")
+    names = [name for name in dict.fromkeys((*there, *here)) if there.get(name) != here.get(name)]
+    if lines := [f"{name}: {there.get(name)} theirs, {here.get(name)} here" for name in names]:
+        raise ValueError(
+            "the tokens are another tokenizer's:\n  "
+            + "\n  ".join(lines)
+            + "\nmake them anew by python -m varjax.data.tokenize, or train with that tokenizer"
+        )

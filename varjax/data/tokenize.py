@@ -1,0 +1,213 @@
+"""Runs the tokenizer of a config over its images once, so that training reads tokens instead.
+
+python -m varjax.data.tokenize --config=configs/FILE.py[:ARGUMENT] --out=DIR [--augmentations=10]
+
+`data=tokens:DIR` (or Tokens("DIR") in a config) then trains on them. Settings of the config are
+changed by --config.FIELD=VALUE, as for train.py. The same command goes on after a kill, and does
+nothing when all is done. Several processes share the work: --distributed where JAX finds them by
+itself, else --processes=COUNT --process=NUMBER.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from varjax import files, settings
+from varjax.data.examples import Dataset
+from varjax.data.loader import Loader
+from varjax.data.token_files import ABOUT, Encode, Shard, fill
+from varjax.data.tokens import Tokens
+
+IN_SHARD = 4096  # images
+WHERE = ("reading", "root", "name", "data_dir")  # fields that do not tell which images there are
+
+
+class Tokenizer(Protocol):
+    """The settings of one: the number of its codes, and the images that it takes."""
+
+    @property
+    def vocab(self) -> int: ...
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+
+class Task(Protocol):
+    """What trains on tokens."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def frozen(self) -> Any:
+        """The tokenizer's weights."""
+        ...
+
+    def tokenized_by(self, frozen: Any) -> dict[str, Any]:
+        """What tells two tokenizers apart, as flat JSON data; {} where the task takes no tokens."""
+        ...
+
+    def tokens(self, frozen: Any, image_BHWC: jax.Array) -> jax.Array:
+        """uint8 images -> (B, L) int32."""
+        ...
+
+
+class Data(Dataset, Protocol):
+    """Images to make tokens of."""
+
+    def make(self, batch_size: int, seed: int) -> Loader: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+
+def tokenize(
+    task: Task,
+    data: Data,
+    seed: int,
+    batch_size: int,
+    out: str,
+    augmentations: int = 1,
+    shards: int = 0,
+    process: tuple[int, int] = (0, 1),
+) -> str:
+    """Fills `out`, or what is left of it; returns a line that sums it up.
+
+    Augmentation e of an image is the one that epoch e of a training run with this seed shows; of
+    the held-out images there is one view. batch_size: images at a time, of all devices of this
+    process. shards: files of the training split, 0 for one per 4,096 images. process: (number,
+    count) of those that share the work.
+
+    Tokens do not depend on anything but task, data, seed and, by rounding, batch_size and devices.
+    Raises ValueError for settings without sense, and where `out` holds other tokens.
+    """
+    index, count = process
+    for name, value in {"augmentations": augmentations, "processes": count}.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}, but must be at least 1")
+    if shards < 0 or not 0 <= index < count:
+        raise ValueError(
+            f"shards is {shards} and process {index} of {count}; allowed are 0 or more"
+        )
+    if isinstance(data, Tokens):
+        raise ValueError(f"the config's data are tokens already, in {data.root}; give its images")
+    if batch_size % (devices := len(jax.local_devices())):
+        raise ValueError(f"batch_size {batch_size} does not divide over {devices} devices")
+    frozen = task.frozen()
+    if not (tokenized_by := task.tokenized_by(frozen)):
+        raise ValueError(f"a {type(task).__name__} trains on images; give a transformer's config")
+    if data.image_shape != task.tokenizer.image_shape:
+        raise ValueError(
+            f"the data's images are {data.image_shape}, but the tokenizer takes "
+            f"{task.tokenizer.image_shape}"
+        )
+    loader = data.make(batch_size, seed)
+    images = {"train": len(loader.train_source), "held_out": len(loader.held_out_source)}
+    used = {k: v for k, v in settings.to_dict(data).items() if k not in WHERE}
+    shape = jax.ShapeDtypeStruct((batch_size, *data.image_shape), np.uint8)
+    about = {
+        "tokenized_by": tokenized_by,
+        "data": data.describe(),
+        "settings": {"kind": type(data).__name__} | used,
+        "classes": data.classes,
+        "image_shape": list(data.image_shape),
+        "seed": seed,
+        "batch_size": batch_size,
+        "vocab": task.tokenizer.vocab,
+        "length": jax.eval_shape(task.tokens, frozen, shape).shape[1],
+        "images": images,
+        "augmentations": {"train": augmentations, "held_out": 1},
+        "shards": {split: _shards(images, split, shards) for split in images},
+    }
+    path = pathlib.Path(out)
+    _begin(path, about)
+    shards_here = Shard.all(path, about)
+    mine = [shard for shard in shards_here[index::count] if not shard.path.exists()]
+    fill(mine, loader, _encoder(task, frozen))
+    if missing := sum(not shard.path.exists() for shard in shards_here):
+        return f"{out}: this process is done, {missing} of {len(shards_here)} files are missing"
+    return (
+        f"{out} is complete: tokens of {augmentations} augmentations of {images['train']} images, "
+        f"and of {images['held_out']} held out"
+    )
+
+
+def _encoder(task: Task, frozen: Any) -> Encode:
+    """uint8 images (B, H, W, C) -> (B, L), over all devices of this process."""
+    mesh = Mesh(np.array(jax.local_devices()), ("data",))
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*a)) for a in (("data",), ()))
+    frozen = jax.device_put(frozen, everywhere)
+    tokens = jax.jit(task.tokens, in_shardings=(everywhere, rows), out_shardings=rows)
+    return lambda image_BHWC: tokens(frozen, image_BHWC)
+
+
+def _shards(images: Mapping[str, int], split: str, asked: int) -> int:
+    per_shard = images["train"] / asked if asked else IN_SHARD
+    return min(images[split], max(1, round(images[split] / per_shard)))
+
+
+def _begin(path: pathlib.Path, about: dict[str, Any]) -> None:
+    """Writes what the tokens will be, or makes sure that those there are the same."""
+    if not (path / ABOUT).exists():
+        if path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
+            raise ValueError(f"{path} holds files and no {ABOUT}; empty it or choose another out")
+        files.write_json(path / ABOUT, about)
+        return
+    there = files.read_json(path / ABOUT)
+    names = [name for name in about if there.get(name) != about[name]]
+    if lines := [f"{name}: {there.get(name)} there, {about[name]} asked for" for name in names]:
+        raise ValueError(
+            f"{path} holds other tokens:\n  "
+            + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
+            + "\nask for the same to go on, delete it, or choose another out"
+        )
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="a transformer's")
+    parser.add_argument("--out", required=True, help="the directory for the tokens")
+    parser.add_argument("--augmentations", type=int, default=1, help="of each training image")
+    parser.add_argument("--batch_size", type=int, default=0, help="0: the config's")
+    parser.add_argument("--shards", type=int, default=0, help="0: one per 4,096 images")
+    parser.add_argument("--distributed", action="store_true", help="one of several processes")
+    parser.add_argument("--processes", type=int, default=1, help="how many share the work")
+    parser.add_argument("--process", type=int, default=0, help="the number of this one, from 0")
+    flags, others = parser.parse_known_args(arguments)
+    try:
+        if strange := [o for o in others if not o.startswith("--config.")]:
+            raise ValueError(f"cannot read {strange}; settings are --config.FIELD=VALUE")
+        experiment = settings.load_config(flags.config)
+        experiment = settings.override(experiment, [o.removeprefix("--config.") for o in others])
+        process = flags.process, flags.processes
+        if flags.distributed:
+            jax.distributed.initialize()
+            process = jax.process_index(), jax.process_count()
+        said = tokenize(
+            experiment.task,
+            experiment.data,
+            experiment.seed,
+            flags.batch_size or experiment.batch_size,
+            flags.out,
+            flags.augmentations,
+            flags.shards,
+            process,
+        )
+    except (ValueError, OSError) as error:
+        print(f"varjax.data.tokenize: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return 130
+    print(said)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
