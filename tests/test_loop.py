@@ -22,7 +22,8 @@ from varjax.training.saved import Saved
 from varjax.training.task import Plan
 
 ROOT = pathlib.Path(__file__).parents[1]
-TIMING = {"images_per_second", "data_wait"}
+TIMING = {"images_per_second", "step_seconds", "tflops_per_device", "peak_share"}
+TIMING |= {"data_wait", "data_wait_share", "memory_gb", "memory_peak_gb"}
 
 
 def lines(run_dir):

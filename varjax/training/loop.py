@@ -15,7 +15,7 @@ from varjax.training.experiment import Experiment, Loader, record_config, record
 from varjax.training.feed import Feed
 from varjax.training.initial import initial_state
 from varjax.training.interrupt import Interrupt
-from varjax.training.metrics import Clock, MetricWriter, Progress, flatten
+from varjax.training.metrics import MetricWriter, Progress, flatten
 from varjax.training.processes import from_first
 from varjax.training.record import Record
 from varjax.training.saved import UNREADABLE
@@ -27,6 +27,7 @@ from varjax.training.sharding import (
     rows_of_process,
     shardings,
 )
+from varjax.training.speed import Clock
 from varjax.training.task import PyTree, Task
 
 
@@ -146,7 +147,9 @@ def _train(
         unlogged, stop = None, interrupt.noted()
         while not (stop or record.over(step, steps, e.patience)):
             step += 1
-            state, metrics = train_step(state, frozen, next(feed), train_key)
+            state, metrics = train_step(state, frozen, batch := next(feed), train_key)
+            if not clock.step_flops:  # counted while the devices work
+                clock.step_flops = task.train_flops(abstract, frozen, batch)
             if unlogged:  # one step late, so that the devices are never without work
                 log(*unlogged)
             unlogged = step, metrics

@@ -1,13 +1,12 @@
 """Where numbers and pictures of a run go: metrics.jsonl, TensorBoard, and the terminal."""
 
-import contextlib
 import json
 import math
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -120,31 +119,6 @@ class Progress:
         """A line for the user that does not break the bar."""
         if self._active:
             tqdm.write(text, file=sys.stderr)
-
-
-class Clock:
-    """Speed and waiting since the last line, from the end of the first step on."""
-
-    def __init__(self, batch_size: int):
-        self._batch_size = batch_size
-        self._last: tuple[int, float, float] | None = None
-        self._paused = 0.0
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Time inside does not count."""
-        begin = time.monotonic()
-        yield
-        self._paused += time.monotonic() - begin
-
-    def lap(self, step: int, waited: float) -> dict[str, float]:
-        """Images a second and seconds waited for data, given the seconds waited so far."""
-        now = time.monotonic() - self._paused
-        before, self._last = self._last, (step, now, waited)
-        if before is None:
-            return {}
-        images = (step - before[0]) * self._batch_size
-        return {"images_per_second": images / (now - before[1]), "data_wait": waited - before[2]}
 
 
 def _moment(line: str) -> tuple[float, bool]:

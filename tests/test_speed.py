@@ -1,0 +1,68 @@
+import time
+
+import jax
+import pytest
+
+from varjax import hardware
+from varjax.training.speed import Clock
+
+
+def test_a_lap_gives_rates_over_the_time_that_was_not_paused(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(hardware, "peak_flops", lambda: 4e12)
+    clock = Clock(batch_size=8)
+    clock.step_flops = 6_000_000_000_000 * jax.device_count()
+    assert clock.lap(3, waited=1.0).keys() <= {"memory_gb", "memory_peak_gb"}
+    now[0] += 10
+    with clock.paused():
+        now[0] += 1000
+    lap = clock.lap(8, waited=3.5)
+    del lap["memory_peak_gb"]
+    assert lap == {
+        "images_per_second": 4.0,
+        "step_seconds": 2.0,
+        "tflops_per_device": 3.0,
+        "peak_share": 0.75,
+        "data_wait": 2.5,
+        "data_wait_share": 0.25,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "tflops"),
+    [
+        ("TPU v2", 23),
+        ("TPU v4", 275),
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("TPU v6 lite", 918),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("Tesla T4", 65),
+        ("NVIDIA GeForce RTX 4090", 165),
+    ],
+)
+def test_known_devices_have_their_published_peak(kind, tflops):
+    assert hardware.published_peak(kind) == tflops * 1e12
+
+
+def test_an_unknown_device_is_measured_once():
+    assert hardware.published_peak("cpu") is None
+    peak = hardware.peak_flops()
+    assert 1e9 < peak < 1e15 and peak == hardware.peak_flops()
+
+
+def test_a_process_tells_its_memory():
+    found = hardware.memory()
+    assert found.keys() <= {"memory_gb", "memory_peak_gb"}
+    before = found["memory_peak_gb"]
+    held = bytearray(300_000_000)
+    assert len(held) and hardware.memory()["memory_peak_gb"] >= max(before, 0.3)
