@@ -116,9 +116,7 @@ def test_what_is_missing_is_told_with_what_to_do(data_dir, tmp_path):
         with pytest.raises(ValueError, match=message):
             TFDS(name, str(data_dir), **options).describe()
 
-    refused(
-        "cifar10 is not prepared in .*: tfds build --file_format=array_record cifar10", "cifar10"
-    )
+    refused("cifar10 is not prepared in .*builder..cifar10., file_format=", "cifar10")
     refused("holds no prepared dataset: .* varjax.data.prepare", str(tmp_path))
     refused("no split 'validation', but .'test', 'train'.", held_out="validation")
     refused("no split 'train.:5', but", train="train[:5")
@@ -128,7 +126,10 @@ def test_what_is_missing_is_told_with_what_to_do(data_dir, tmp_path):
     shutil.copytree(data_dir / "stripes/1.2.3", tmp_path / "old")
     info = tmp_path / "old/dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
-    refused("stored as tfrecord, which cannot be read in any order", str(tmp_path / "old"))
+    refused(
+        "stored as tfrecord, which cannot be read in any order; prepare it again",
+        str(tmp_path / "old"),
+    )
 
 
 def test_as_many_files_may_be_open_as_there_are_shards(data):

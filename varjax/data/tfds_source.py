@@ -14,7 +14,8 @@ from varjax.data.listing import ONE_CLASS
 from varjax.data.loader import Loader
 from varjax.data.reading import Reading
 
-COMMAND = "tfds build --file_format=array_record"
+# What prepares a dataset, once, where TensorFlow is installed.
+PREPARE = 'tfds.builder("{}", file_format="array_record").download_and_prepare(), see docs/data.md'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Records:
         except NotImplementedError as error:
             raise ValueError(
                 f"{name} is stored as {builder.info.file_format.value}, which cannot be read in "
-                f"any order; prepare it again: {COMMAND} {name}"
+                f"any order; prepare it again by {PREPARE.format(name)}"
             ) from error
         except (KeyError, ValueError) as error:
             raise ValueError(
@@ -176,5 +177,5 @@ def _open(name: str, data_dir: str) -> Any:
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(
             f"{name} is not prepared in {data_dir or '~/tensorflow_datasets'}: set data_dir, or "
-            f"prepare it, once, where TensorFlow is installed (docs/data.md): {COMMAND} {name}"
+            f"prepare it once, where TensorFlow is installed, by {PREPARE.format(name)}"
         ) from error
