@@ -1,8 +1,6 @@
 """Training the transformer: cross-entropy of the next scale's tokens under teacher forcing."""
 
 import dataclasses
-import functools
-import sys
 from typing import Any
 
 import jax
@@ -13,19 +11,19 @@ import optax
 from varjax import flops, trees
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import drop_path
-from varjax.tokenizer.load import load_tokenizer
-from varjax.tokenizer.model import Tokenizer, TokenizerConfig, init_tokenizer
-from varjax.tokenizer.task import check_images, check_share, to_model
+from varjax.tokenizer.model import TokenizerConfig
+from varjax.tokenizer.task import check_images, check_share
+from varjax.tokenizer.usage import count_codes, perplexity
 from varjax.training.optimizer import AdamW
 from varjax.training.step import apply, check_parts, gradients, start
 from varjax.training.task import Batch, Plan, PyTree, Rows, TrainState
+from varjax.var import teach
 from varjax.var.model import VAR, VARConfig, init_var
-from varjax.var.pretrained import read_pretrained
+from varjax.var.pretrained import check_fit, read_frozen, read_pretrained
 from varjax.var.sample import Options, image_keys, sample_images
 
 # What the reference does not decay: biases, positions, levels, AdaLN tables, attention scales.
 DECAYED = ((r"(kernel|class_embed)$", True), (r"", False))
-RANDOM = "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,18 +67,21 @@ class VARTask:
 
     def init(self, key: jax.Array) -> TrainState:
         params = init_var(self.model, key)
-        return start(params, self._tx(params), self.ema)
+        return start(params, self.transformation(params), self.ema)
 
     def pretrained(self, location: str) -> tuple[PyTree, Rows]:
         return read_pretrained(location, self.model)
 
     def frozen(self) -> PyTree:
         """The tokenizer's parameters; ValueError where they are not those of `tokenizer`."""
-        if self.tokenizer_weights == RANDOM:
-            print("the tokenizer is RANDOM: good for measuring, not for images", file=sys.stderr)
-            init = functools.partial(init_tokenizer, self.tokenizer)
-            return jax.device_get(jax.jit(init)(jax.random.key(0)))
-        return load_tokenizer(self.tokenizer_weights, self.tokenizer)
+        return read_frozen(self.tokenizer_weights, self.tokenizer)
+
+    def tokenized_by(self, frozen: PyTree) -> dict[str, Any]:
+        return teach.identity(self.tokenizer, frozen)
+
+    def tokens(self, frozen: PyTree, image_BHWC: jax.Array) -> jax.Array:
+        """uint8 images -> (B, L), what `train_step` makes of them."""
+        return teach.tokens_of(self.tokenizer, frozen, image_BHWC)
 
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
@@ -95,20 +96,13 @@ class VARTask:
             batch["keep_BN2"] = jnp.moveaxis(keep_N2B, -1, 0)
 
         def loss_fn(params, batch):
-            loss_BL, correct_BL, smooth_BL = self.token_losses(params, frozen, batch)
-            loss_K, correct_K = self._by_scale(loss_BL), self._by_scale(correct_BL)
-            metrics = {
-                "loss": jnp.mean(loss_BL),
-                "accuracy": jnp.mean(correct_BL),
-                "loss_last": loss_K[-1],
-                "accuracy_last": correct_K[-1],
-                "loss_at_scale": loss_K,
-                "accuracy_at_scale": correct_K,
-            }
-            return jnp.mean(smooth_BL), metrics
+            of = self.token_losses(params, frozen, batch)
+            means = {name: self._by_scale(of[f"{name}_BL"]) for name in ("loss", "correct")}
+            return jnp.mean(of["smooth_BL"]), means
 
-        grads, metrics = gradients(loss_fn, state.params, batch, self.accumulate)
-        state, norms = apply(state, grads, self._tx(state.params), self.ema)
+        grads, means = gradients(loss_fn, state.params, batch, self.accumulate)
+        metrics = self._metrics(means["loss"], means["correct"], xp=jnp)
+        state, norms = apply(state, grads, self.transformation(state.params), self.ema)
         return state, metrics | norms | {"lr": self.optimizer.lr(state.step - 1, self.plan)}
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
@@ -117,16 +111,13 @@ class VARTask:
         plain = dataclasses.replace(self, compute=compute)
         return flops.count(plain.train_step, state, frozen, batch, jax.random.key(0))
 
-    def token_losses(
-        self, params: PyTree, frozen: PyTree, batch: Batch
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Of each token (B, L): cross-entropy, whether it was guessed, cross-entropy as trained.
+    def token_losses(self, params: PyTree, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        """Of each token: its code "tokens_BL", cross-entropy "loss_BL", "correct_BL" (0 or 1).
 
-        The last one has the labels smoothed: (1-ε)·ce + ε·(mean of -log p over all codes).
+        And "smooth_BL", the loss to train on: (1-ε)·loss + ε·(mean of -log p over all codes).
         """
-        tokenizer = Tokenizer(self.tokenizer).bind({"params": frozen})
         model = VAR(self.model, self.compute).bind({"params": params})
-        tokens_BL, input_BlZ = tokenizer.encode_to_teach(to_model(batch["image_BHWC"]))
+        tokens_BL, input_BlZ = teach.tokens_and_input(self.tokenizer, frozen, batch)
         keep_N2B = None if "keep_BN2" not in batch else jnp.moveaxis(batch["keep_BN2"], 0, -1)
         logits_BLV = model(input_BlZ, batch["label_B"], keep_N2B)
         loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens_BL)
@@ -134,32 +125,39 @@ class VARTask:
         if smoothing:
             uniform_BL = -jnp.mean(jax.nn.log_softmax(logits_BLV), axis=-1)
             smooth_BL = (1 - smoothing) * loss_BL + smoothing * uniform_BL
-        correct_BL = (jnp.argmax(logits_BLV, axis=-1) == tokens_BL).astype(jnp.float32)
-        return loss_BL, correct_BL, smooth_BL
+        return {
+            "tokens_BL": tokens_BL,
+            "loss_BL": loss_BL,
+            "correct_BL": (jnp.argmax(logits_BLV, axis=-1) == tokens_BL).astype(jnp.float32),
+            "smooth_BL": smooth_BL,
+        }
 
     def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
-        loss_BL, correct_BL, _ = self.token_losses(state.params, frozen, batch)
-        valid_B1 = batch["valid_B"][:, None]
+        of, valid_B = self.token_losses(state.params, frozen, batch), batch["valid_B"]
+
+        def summed(x_BL):
+            return self._by_scale(jnp.where(valid_B[:, None], x_BL, 0)) * len(x_BL)
+
         return {
-            "images": jnp.sum(valid_B1),
-            "loss_K": self._by_scale(jnp.where(valid_B1, loss_BL, 0)) * len(loss_BL),
-            "correct_K": self._by_scale(jnp.where(valid_B1, correct_BL, 0)) * len(loss_BL),
+            "images": jnp.sum(valid_B),
+            "loss_K": summed(of["loss_BL"]),
+            "correct_K": summed(of["correct_BL"]),
+            "codes_KV": count_codes(self.model.pyramid, self.model.vocab, of["tokens_BL"], valid_B),
         }
 
     def eval_metrics(self, sums: PyTree) -> dict[str, Any]:
-        loss_K, correct_K = sums["loss_K"] / sums["images"], sums["correct_K"] / sums["images"]
-        weight_K = np.array(self.model.pyramid.lengths) / self.model.pyramid.length
-        return {
-            "loss": np.sum(weight_K * loss_K),
-            "accuracy": np.sum(weight_K * correct_K),
-            "loss_last": loss_K[-1],
-            "accuracy_last": correct_K[-1],
-            "loss_at_scale": loss_K,
-            "accuracy_at_scale": correct_K,
-        }
+        """As in training, and of the images' own codes at each scale: perplexity, share in use.
+
+        The former is what a model would reach that knew no more than how often each code occurs.
+        """
+        images, codes_KV = sums["images"], sums["codes_KV"]
+        metrics = self._metrics(sums["loss_K"] / images, sums["correct_K"] / images, xp=np)
+        metrics["code_perplexity_at_scale"] = perplexity(codes_KV, np)
+        metrics["code_usage_at_scale"] = np.mean(codes_KV > 0, axis=1)
+        return metrics
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """Samples of the first classes, always from the same seeds."""
+        """Samples of the first classes, from the same seeds always, and what the tokens keep."""
         label_B = jnp.arange(16) % self.model.classes
         images_BHWC = sample_images(
             self.tokenizer,
@@ -170,20 +168,28 @@ class VARTask:
             self.sampling,
             compute=self.compute,
         )
-        return {"samples": images_BHWC}
+        kept = teach.reconstructions(self.tokenizer, frozen, batch)
+        return {"samples": images_BHWC, "reconstructions": kept}
 
     def _by_scale(self, x_BL):
         """The mean over the tokens of each scale, (K,)."""
         return jnp.stack([jnp.mean(x_BL[:, scale]) for scale in self.model.pyramid.slices])
 
-    def _tx(self, params):
+    def _metrics(self, loss_K, correct_K, xp):
+        """xp: jnp, or np for host arrays."""
+        lengths_K = np.array(self.model.pyramid.lengths, np.float32)
+        weight_K = lengths_K / lengths_K.sum()
+        return {
+            "loss": xp.sum(weight_K * loss_K),
+            "accuracy": xp.sum(weight_K * correct_K),
+            "loss_last": loss_K[-1],
+            "accuracy_last": correct_K[-1],
+            "loss_at_scale": loss_K,
+            "accuracy_at_scale": correct_K,
+            "perplexity_at_scale": xp.exp(loss_K),
+        }
+
+    def transformation(self, params: PyTree) -> optax.GradientTransformation:
+        """What turns gradients into updates."""
         decay = trees.map_with_path(lambda path, _: trees.first_match(DECAYED, path), params)
         return self.optimizer.make(self.plan, decay)
-
-
-def check_fit(tokenizer: TokenizerConfig, var: VARConfig) -> None:
-    """Raises ValueError, with all differences, where a transformer cannot read these tokens."""
-    fields = ("scales", "vocab", "code_channels")
-    pairs = {name: (getattr(tokenizer, name), getattr(var, name)) for name in fields}
-    if lines := [f"{n}: tokenizer {a}, transformer {b}" for n, (a, b) in pairs.items() if a != b]:
-        raise ValueError("tokenizer and transformer do not fit:\n  " + "\n  ".join(lines))
