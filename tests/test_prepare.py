@@ -114,6 +114,8 @@ def test_what_is_done_is_not_done_again(folder, packed, capsys, monkeypatch):
         capsys.readouterr().out
     )
     assert before == {path: path.stat().st_mtime_ns for path in packed.iterdir()}
+    assert main([*arguments, "--shards=3", "--unconditional"]) == 1
+    assert "unconditional: False there, True asked for" in capsys.readouterr().err
     assert main([*arguments, "--shards=2"]) == 1
     assert "shards: 3 there, 2 asked for" in capsys.readouterr().err
     assert main([*arguments, "--shards=3", "--size=20"]) == 1

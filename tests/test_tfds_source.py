@@ -30,15 +30,27 @@ class Stripes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(20), "test": self._generate_examples(4, broken=2)}
+        return {
+            "train": self._generate_examples(20),
+            "test": self._generate_examples(4, broken=2),
+            "unlabeled": self._generate_examples(1, label=-1),
+        }
 
-    def _generate_examples(self, count, broken=-1):
+    def _generate_examples(self, count, broken=-1, label=None):
         for i in range(count):
             file = io.BytesIO(b"no image")
             if i != broken:
                 Image.new("L", (12, 10), i).save(file, "png")
                 file.seek(0)
-            yield i, {"image": file, "label": i % 2, "file_name": f"{i}.png", "weight": 0.0}
+            yield (
+                i,
+                {
+                    "image": file,
+                    "label": i % 2 if label is None else label,
+                    "file_name": f"{i}.png",
+                    "weight": 0.0,
+                },
+            )
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +111,14 @@ def test_threads_share_a_source_and_other_processes_get_it_closed(data):
     assert read == expected * 20
 
 
+def test_images_without_a_label_are_refused_unless_none_is_wanted(data_dir):
+    data = TFDS("stripes", str(data_dir), held_out="unlabeled")
+    with pytest.raises(ValueError, match=r"unlabeled\[0\] \(0.png\) has no label; choose another"):
+        data.source("held_out")[0]
+    data = TFDS("stripes", str(data_dir), held_out="unlabeled", label_key="")
+    assert data.source("held_out")[0]["label"] == 0
+
+
 def test_a_broken_record_is_told_by_its_place_and_file(data):
     source, broken = data.source("held_out"), []
     for i in range(4):
@@ -118,7 +138,7 @@ def test_what_is_missing_is_told_with_what_to_do(data_dir, tmp_path):
 
     refused("cifar10 is not prepared in .*builder..cifar10., file_format=", "cifar10")
     refused("holds no prepared dataset: .* varjax.data.prepare", str(tmp_path))
-    refused("no split 'validation', but .'test', 'train'.", held_out="validation")
+    refused("no split 'validation', but .'test', 'train', 'unlabeled'.", held_out="validation")
     refused("no split 'train.:5', but", train="train[:5")
     refused("split 'train.:0.' of stripes holds no images", train="train[:0]")
     refused("no feature 'picture' of kind Image.*'image': 'Image'", image_key="picture")

@@ -55,7 +55,8 @@ def prepare(
     _begin(
         path,
         {split: listing.describe() for split, listing in listings.items()}
-        | {"folder": os.path.realpath(folder), "size": size, "quality": quality, "shards": shards},
+        | {"folder": os.path.realpath(folder), "unconditional": unconditional}
+        | {"size": size, "quality": quality, "shards": shards},
     )
     if not (path / pack.INFO).exists():
         parts = []

@@ -143,8 +143,13 @@ class Records:
         file = example.get("file_name", b"")  # where datasets usually store it
         file = f" ({file.decode('utf-8', 'replace')})" if isinstance(file, bytes) and file else ""
         name = f"{data.name} {self.split}[{index}]{file}"
-        image = images.decode(example[data.image_key], data.channels, name)
-        return {"image": image, "label": example[data.label_key] if data.label_key else 0}
+        label = example[data.label_key] if data.label_key else 0
+        if label < 0:  # as test splits have it
+            raise ValueError(f"{name} has no label; choose another split than {self.split!r}")
+        return {
+            "image": images.decode(example[data.image_key], data.channels, name),
+            "label": label,
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self.data, "split": self.split}
