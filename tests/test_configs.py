@@ -1,0 +1,90 @@
+"""The large recipes, as far as they can be looked at without their machines."""
+
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from varjax import settings, trees
+from varjax.data.folder import Folder
+from varjax.data.tfds_source import TFDS
+from varjax.tokenizer.model import init_tokenizer
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+IMAGES = 1_281_167  # in ImageNet's training split
+# batch, epochs, base lr, gate_init, end of lr, final weight decay, drop path, million parameters
+OFFICIAL = {
+    "var.py:d16": (768, 200, 1e-4, 1e-3, 0.1, 0.05, 0.1 * 16 / 24, 310),
+    "var.py:d20": (768, 250, 1e-4, 1e-3, 0.1, 0.05, 0.1 * 20 / 24, 601),
+    "var.py:d24": (768, 350, 8e-5, 1e-4, 0.01, 0.05, 0.1, 1033),
+    "var.py:d30": (1024, 350, 8e-5, 1e-5, 0.01, 0.08, 0.1 * 30 / 24, 2010),
+    "var_512.py:d36": (768, 350, 8e-5, 5e-6, 0.01, 0.08, 0.1 * 36 / 24, 2354),
+}
+
+
+def load(name):
+    return settings.load_config(str(CONFIGS / name))
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_recipes_are_the_official_ones(name):
+    e, (batch, epochs, lr, gate, end, decay, drop, millions) = load(name), OFFICIAL[name]
+    e.check()
+    assert (e.batch_size, e.epochs) == (batch, epochs)
+    plan = e.plan(IMAGES)
+    assert plan.steps == -(-epochs * IMAGES // batch)
+    peak, task = lr * batch / 256, e.task
+    warm = round(0.02 * plan.steps)
+    steps = np.array([0, warm, warm + 0.05 * (plan.steps - 1 - warm), plan.steps - 1])
+    np.testing.assert_allclose(task.optimizer.lr(steps, plan) / peak, [0.005, 1, 1, end], rtol=1e-6)
+    np.testing.assert_allclose(task.optimizer.wd(steps[[0, 3]], plan), [0.05, decay])
+    assert (task.optimizer.b1, task.optimizer.b2, task.optimizer.clip) == (0.9, 0.95, 2.0)
+    assert (task.model.gate_init, task.class_dropout, task.label_smoothing) == (gate, 0.1, 0)
+    np.testing.assert_allclose(task.drop_path, drop)
+    assert task.model.shared_adaln == ("512" in name) and not task.ema and not e.data.flip
+    size = 512 if "512" in name else 256
+    assert isinstance(e.data, TFDS) and e.data.name == "imagenet2012"
+    assert e.data.image_shape == task.tokenizer.image_shape == (size, size, 3)
+    params = jax.eval_shape(task.init, jax.random.key(0)).params
+    assert round(sum(x.size for x in jax.tree.leaves(params)) / 1e6) == millions
+
+
+@pytest.mark.parametrize("name", ["var.py:d16,data=random", "var_512.py:d36,data=random"])
+def test_a_step_of_full_size_changes_no_shape(name):
+    e = load(name)
+    e.task.check(e.data.image_shape, e.data.classes)
+    key = jax.random.key(0)
+    state = jax.eval_shape(e.task.init, key)
+    frozen = jax.eval_shape(lambda key: init_tokenizer(e.task.tokenizer, key), key)
+    batch = e.data.make(2, seed=0).train_batch(0)
+    after, metrics = jax.eval_shape(e.task.train_step, state, frozen, batch, key)
+    assert not trees.difference(state, after)
+    assert metrics["loss_at_scale"].shape == (10,) and metrics["loss"].shape == ()
+
+
+def test_data_are_chosen_after_the_size():
+    data = load("var.py:d20,data=folder:/data/imagenet").data
+    assert data == Folder("/data/imagenet", size=256)
+    assert load("var_512.py:d36,data=tfds:/data/packed").data == TFDS("/data/packed", size=512)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("var.py:d17", "'d17' is no size of this config; allowed are d16, d20, d24, d30"),
+        ("var_512.py:d16", "'d16' is no size of this config; allowed are d36"),
+        ("var.py:d16,date=random", "cannot read 'date=random'; after the size goes data="),
+        ("var.py:d16,data=imagenet", "data is 'imagenet'; give folder:PATH"),
+    ],
+)
+def test_a_wrong_argument_is_told_what_is_allowed(name, message):
+    with pytest.raises(ValueError, match=message):
+        load(name)
+
+
+@pytest.mark.parametrize("name", ["digits.py", "digits_tokenizer.py"])
+def test_small_configs_fit_their_data(name):
+    e = load(name)
+    e.check()
+    e.task.check(e.data.image_shape, e.data.classes)

@@ -1,0 +1,92 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from varjax.plot.__main__ import main
+from varjax.plot.figure import _running_mean
+from varjax.plot.log import REFERENCES, read_run
+
+
+def make(run_dir, text, batch_size=10):
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(json.dumps({"batch_size": batch_size, "task": {}}))
+    if text is not None:
+        (run_dir / "metrics.jsonl").write_text(text)
+    return str(run_dir)
+
+
+def log(steps, scales=2, evaluated=True):
+    lines = []
+    for step in range(1, steps + 1):
+        loss = 8 / step
+        by_scale = {f"loss_at_scale/{k}": loss + k for k in range(scales)}
+        lines.append({"step": step, "loss": loss, "accuracy": 0.1} | by_scale)
+        if evaluated:
+            held_out = {f"eval/{name}": x for name, x in lines[-1].items() if name != "step"}
+            lines.append({"step": step} | held_out)
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def test_points_are_over_images_seen_and_skip_what_is_no_number(tmp_path):
+    text = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n{"step": 3, "eval/loss": 1.5}\n'
+    run = read_run(make(tmp_path / "a", text + '{"step": 4, "lo'))
+    images, losses = run.points("loss")
+    assert (images.tolist(), losses.tolist()) == ([10], [2.0])
+    assert run.points("eval/loss")[0].tolist() == [30]
+    assert run.scales("loss_at_scale") == 0
+    assert read_run(make(tmp_path / "b", log(1, scales=3))).scales("loss_at_scale") == 3
+
+
+def test_a_running_mean_keeps_a_straight_line_and_averages_noise():
+    line = np.linspace(3, 5, 50)
+    np.testing.assert_allclose(_running_mean(line, 7), line)
+    noise = np.random.default_rng(0).normal(size=400)
+    assert np.std(_running_mean(noise, 20)[20:-20]) < 0.3
+
+
+def test_runs_of_every_kind_go_into_one_picture(tmp_path, capsys):
+    runs = [
+        make(tmp_path / "long", log(130)),
+        make(tmp_path / "other_scales", log(5, scales=7), batch_size=64),
+        make(tmp_path / "not_evaluated", log(4, evaluated=False)),
+        make(tmp_path / "nothing_yet", ""),
+        make(tmp_path / "no_log", None),
+        make(tmp_path / "being_written", log(3) + '{"step": 4, "loss": 1.'),
+    ]
+    assert main([*runs, "--out=all.png", "--reference=d16"]) == 0
+    assert "all.png is written" in capsys.readouterr().out
+    with Image.open("all.png") as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+        all_size = picture.size
+    assert main([runs[2], "--out=one.png"]) == 0
+    with Image.open("one.png") as picture:
+        assert picture.height < all_size[1]  # one row of scales instead of two
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "nowhere does not exist"),
+        ("folder", "folder is no run: it holds no config.json"),
+        ("converted", "converted is no training run"),
+        ("empty", "nothing is logged yet in .*empty"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said_and_nothing_written(tmp_path, capsys, name, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "converted").mkdir()
+    (tmp_path / "converted" / "config.json").write_text('{"sources": {}}')
+    make(tmp_path / "empty", "")
+    assert main([str(tmp_path / name), "--out=plot.png"]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error) and error.count("\n") == 1
+    assert not (tmp_path / "plot.png").exists()
+
+
+def test_the_reference_ends_after_200_epochs_of_imagenet():
+    d16 = REFERENCES["d16"]
+    assert d16.images[-1] == 200 * 1_281_167 and d16.loss[-1] == 6.046
+    assert (np.diff(d16.loss) < 0).all() and (np.diff(d16.loss_last) < 0).all()

@@ -1,0 +1,118 @@
+"""The picture: loss and one other metric above, a panel for each scale below."""
+
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from varjax import files
+from varjax.plot.log import Reference, Run
+
+KINDS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
+SECOND = ("accuracy", "psnr")  # what is drawn beside the loss, and below: the first that is there
+BY_SCALE = ("loss_at_scale", "perplexity")
+COLUMNS = 5
+
+
+def draw(
+    runs: Sequence[Run],
+    out: str | pathlib.Path,
+    reference: Reference | None = None,
+    by_scale: str = "",
+) -> None:
+    """Writes the picture; `by_scale` names the metric of the lower panels ("": see BY_SCALE).
+
+    Raises ValueError where there is nothing to draw.
+    """
+    if not any(run.points(kind + "loss")[0].size for run in runs for kind in KINDS):
+        raise ValueError(f"nothing is logged yet in {', '.join(run.name for run in runs)}")
+    second = _first(SECOND, lambda name: any(run.points(name)[0].size for run in runs))
+    by_scale = by_scale or _first(BY_SCALE, lambda name: any(run.scales(name) for run in runs))
+    scales = max(run.scales(by_scale) for run in runs)
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    rows = -(-scales // COLUMNS)
+    figure = pyplot.figure(figsize=(13, 4.6 + 2.3 * rows), layout="constrained")
+    grid = figure.add_gridspec(1 + rows, COLUMNS, height_ratios=[2] + [1] * rows)
+    panels = {"loss": figure.add_subplot(grid[0, :3] if second else grid[0, :])}
+    if second:
+        panels[second] = figure.add_subplot(grid[0, 3:])
+    left = None
+    for k in range(scales):
+        row, column = divmod(k, COLUMNS)
+        panel = figure.add_subplot(grid[1 + row, column], sharey=left)
+        panel.tick_params(labelleft=column == 0)
+        panels[f"{by_scale}/{k}"] = left = panel
+    for name, panel in panels.items():
+        for i, run in enumerate(runs):
+            _curves(panel, run, name, f"C{i % 10}")
+        if reference:
+            _reference(panel, reference, name)
+        panel.set_title(name.replace("_", " ").replace("/", " "), fontsize=10)
+        panel.grid(alpha=0.25)
+        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        low, high = panel.dataLim.intervaly
+        if low > 0 and high > 10 * low:
+            panel.set_yscale("log")
+        if reference:
+            panel.set_xscale("log")
+    for panel in (panels["loss"], *([panels[second]] if second else ())):
+        panel.set_xlabel("images seen")
+    columns = min(len(runs) + len(KINDS) + 1, 4)
+    figure.legend(handles=_legend(runs, reference), loc="outside upper center", ncols=columns)
+    with files.atomic_path(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def _curves(panel: Any, run: Run, name: str, color: str) -> None:
+    images, values = run.points(name)
+    if len(values) > 100:
+        panel.plot(images, values, color=color, alpha=0.2, linewidth=0.8)
+        values = _running_mean(values, len(values) // 40)
+    panel.plot(images, values, color=color, linewidth=1.6)
+    for kind, fill in (("eval/", color), ("eval_ema/", "white")):
+        x, y = run.points(kind + name)
+        style = {"marker": "o", "markersize": 4, "markerfacecolor": fill}
+        panel.plot(x, y, color=color, linewidth=0.8, linestyle="--", **style)
+
+
+def _reference(panel: Any, reference: Reference, name: str) -> None:
+    last = f"loss_at_scale/{reference.scales - 1}"
+    values = {"loss": reference.loss, last: reference.loss_last}.get(name)
+    if values is not None:
+        panel.plot(reference.images, values, color="black", marker="D", markersize=4, linestyle=":")
+
+
+def _legend(runs: Sequence[Run], reference: Reference | None) -> list[Any]:
+    """Runs by color, then kinds of curves by style, as far as there are any."""
+    from matplotlib.lines import Line2D
+
+    def line(label: str, color: str, **style: Any) -> Line2D:
+        return Line2D([], [], color=color, label=label, **style)
+
+    handles = [line(run.name, f"C{i % 10}", linewidth=3) for i, run in enumerate(runs)]
+    dots = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 0.8}
+    styles = {"": {}, "eval/": dots, "eval_ema/": dots | {"markerfacecolor": "white"}}
+    for kind, label in KINDS.items():
+        if any(run.points(kind + "loss")[0].size for run in runs):
+            handles.append(line(label, "gray", **styles[kind]))
+    if reference:
+        handles.append(line(reference.name, "black", marker="D", markersize=4, linestyle=":"))
+    return handles
+
+
+def _running_mean(y: np.ndarray, width: int) -> np.ndarray:
+    """Over up to `width` values on each side, as many on both: the ends keep their place."""
+    sums, i = np.concatenate([[0.0], np.cumsum(y)]), np.arange(len(y))
+    reach = np.minimum(width, np.minimum(i, len(y) - 1 - i))
+    return (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)
+
+
+def _first(names: Iterable[str], there: Any) -> str:
+    return next((name for name in names if there(name)), "")
