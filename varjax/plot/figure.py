@@ -37,37 +37,50 @@ def draw(
     from matplotlib import pyplot, ticker
 
     rows = -(-scales // COLUMNS)
-    figure = pyplot.figure(figsize=(13, 4.6 + 2.3 * rows), layout="constrained")
-    grid = figure.add_gridspec(1 + rows, COLUMNS, height_ratios=[2] + [1] * rows)
-    panels = {"loss": figure.add_subplot(grid[0, :3] if second else grid[0, :])}
-    if second:
-        panels[second] = figure.add_subplot(grid[0, 3:])
-    left = None
-    for k in range(scales):
-        row, column = divmod(k, COLUMNS)
-        panel = figure.add_subplot(grid[1 + row, column], sharey=left)
-        panel.tick_params(labelleft=column == 0)
-        panels[f"{by_scale}/{k}"] = left = panel
+    figure = pyplot.figure(figsize=(13, 4.8 + 2.3 * rows), layout="constrained")
+    parts = figure.subfigures(1 + bool(rows), 1, height_ratios=(4.8, 2.3 * rows)[: 1 + bool(rows)])
+    above, *below = parts if rows else [parts]
+    panels = _large(above, ["loss", second] if second else ["loss"])
+    for part in below:
+        panels |= _small(part, by_scale, scales)
     for name, panel in panels.items():
         for i, run in enumerate(runs):
             _curves(panel, run, name, f"C{i % 10}")
         if reference:
             _reference(panel, reference, name)
-        panel.set_title(name.replace("_", " ").replace("/", " "), fontsize=10)
-        panel.grid(alpha=0.25)
-        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-        low, high = panel.dataLim.intervaly
-        if low > 0 and high > 10 * low:
-            panel.set_yscale("log")
-        if reference:
             panel.set_xscale("log")
-    for panel in (panels["loss"], *([panels[second]] if second else ())):
-        panel.set_xlabel("images seen")
-    columns = min(len(runs) + len(KINDS) + 1, 4)
-    figure.legend(handles=_legend(runs, reference), loc="outside upper center", ncols=columns)
+        else:
+            panel.set_xlim(left=0)
+        low, high = panel.dataLim.intervaly
+        if name == "loss" and low > 0 and high > 10 * low:
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        panel.grid(alpha=0.25)
+    handles = _legend(runs, reference)
+    above.legend(handles=handles, loc="outside upper center", ncols=4 if len(handles) > 5 else 5)
     with files.atomic_path(out) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     pyplot.close(figure)
+
+
+def _large(part: Any, names: list[str]) -> dict[str, Any]:
+    widths = (3, 2)[: len(names)]
+    axes = part.subplots(1, len(names), width_ratios=widths, squeeze=False)[0]
+    for panel, name in zip(axes, names, strict=True):
+        panel.set(title=name, xlabel="images seen")
+    return dict(zip(names, axes, strict=True))
+
+
+def _small(part: Any, metric: str, scales: int) -> dict[str, Any]:
+    """A panel for each scale; rows and columns share their axes."""
+    columns = min(scales, COLUMNS)
+    axes = part.subplots(-(-scales // columns), columns, sharex=True, sharey=True, squeeze=False)
+    for k, panel in enumerate(axes.flat):
+        panel.set_visible(k < scales)
+        panel.tick_params(labelbottom=k + columns >= scales)
+        panel.set_title(f"{metric.removesuffix('_at_scale')}, scale {k}", fontsize=10)
+    return {f"{metric}/{k}": panel for k, panel in enumerate(axes.flat[:scales])}
 
 
 def _curves(panel: Any, run: Run, name: str, color: str) -> None:
@@ -78,7 +91,8 @@ def _curves(panel: Any, run: Run, name: str, color: str) -> None:
     panel.plot(images, values, color=color, linewidth=1.6)
     for kind, fill in (("eval/", color), ("eval_ema/", "white")):
         x, y = run.points(kind + name)
-        style = {"marker": "o", "markersize": 4, "markerfacecolor": fill}
+        size = 4 if len(x) <= 30 else 2.5
+        style = {"marker": "o", "markersize": size, "markerfacecolor": fill}
         panel.plot(x, y, color=color, linewidth=0.8, linestyle="--", **style)
 
 
@@ -108,10 +122,11 @@ def _legend(runs: Sequence[Run], reference: Reference | None) -> list[Any]:
 
 
 def _running_mean(y: np.ndarray, width: int) -> np.ndarray:
-    """Over up to `width` values on each side, as many on both: the ends keep their place."""
+    """Over up to `width` values on each side, fewer at the steep beginning."""
     sums, i = np.concatenate([[0.0], np.cumsum(y)]), np.arange(len(y))
-    reach = np.minimum(width, np.minimum(i, len(y) - 1 - i))
-    return (sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1)
+    reach = np.minimum(width, i // 4)
+    start, stop = i - reach, np.minimum(i + reach + 1, len(y))
+    return (sums[stop] - sums[start]) / (stop - start)
 
 
 def _first(names: Iterable[str], there: Any) -> str:
