@@ -109,15 +109,19 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> range:
     """The rows of a batch that the devices of this process hold, from the first to the last.
 
     Processes that differ along `tensor` alone hold the same rows. Where the mesh interleaves the
-    devices of processes, as on TPU pods, rows of others lie between. ValueError when `data` times
-    `fsdp` does not divide the batch.
+    devices of processes, as on TPU pods, rows of others lie between. Raises as `check_batch` does.
     """
+    check_batch(mesh, batch_size)
+    held = over_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
+    bounds = [rows[0].indices(batch_size) for rows in held if rows is not None]
+    return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+
+def check_batch(mesh: Mesh, batch_size: int) -> None:
+    """Raises ValueError where `data` times `fsdp` does not divide the batch."""
     if batch_size % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
         sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
         raise ValueError(
             f"batch_size {batch_size} does not divide over {parts} devices (mesh: {sizes}); "
             "choose a multiple"
         )
-    held = over_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
-    bounds = [rows[0].indices(batch_size) for rows in held if rows is not None]
-    return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
