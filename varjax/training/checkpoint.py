@@ -3,6 +3,7 @@
 import pathlib
 import shutil
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -21,7 +22,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: pathlib.Path, keep: int = 2):
-        self.directory = directory.absolute()
+        self.directory, self._keep = directory.absolute(), keep
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         options = ocp.CheckpointManagerOptions(
@@ -64,11 +65,17 @@ class Checkpoints:
         for name in ARRAYS:
             if (tree := getattr(state, name)) is not None:
                 items[name] = ocp.args.StandardSave(tree)
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._watch(
+            lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        )
 
     def wait(self) -> None:
-        """Returns when everything saved is on the disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything saved is on the disk; OSError where that failed."""
+        self._watch(self._manager.wait_until_finished)
+
+    def check(self) -> None:
+        """OSError where what is written in the background has failed; does not wait."""
+        self._watch(self._manager.check_for_errors)
 
     def meta(self, step: int) -> dict:
         """The `meta` saved with a step."""
@@ -101,6 +108,17 @@ class Checkpoints:
         if steps:
             raise ValueError(f"no checkpoint of {steps} in {self.directory} can be read")
         return None
+
+    def _watch(self, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except Exception as error:  # of many kinds, RESOURCE_EXHAUSTED as a ValueError among them
+            good = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
+            raise OSError(
+                f"saving to {self.directory} failed: {str(error)[:1000]}\nThe steps saved before "
+                f"are good: {sorted(map(int, good))}. Once the file system works again and has "
+                f"room for {self._keep + 1} checkpoints, the same command continues"
+            ) from error
 
     def _set_aside(self, broken: list[int]) -> None:
         def move() -> None:
