@@ -4,7 +4,6 @@ python -m varjax.demo --run=runs/digits --samples=runs/digits/samples.npz
 """
 
 import argparse
-import json
 import pathlib
 import sys
 
@@ -14,6 +13,8 @@ from sklearn.svm import SVC
 
 from varjax import files, pictures
 from varjax.data.sources import Digits
+from varjax.plot.figure import draw
+from varjax.plot.log import read_run
 
 
 def report(
@@ -86,27 +87,6 @@ def beside_real(samples_NHWC: np.ndarray, label_N: np.ndarray) -> np.ndarray:
     return np.concatenate([halves[0], gap, halves[1]], axis=1)
 
 
-def draw_curves(run: pathlib.Path, metrics: list[dict], path: pathlib.Path) -> None:
-    """Loss in training and on held-out digits over the steps, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    names = {"loss": "training", "eval/loss": "held out", "eval_ema/loss": "held out, averaged"}
-    for name, label in names.items():
-        if points := [(line["step"], line[name]) for line in metrics if name in line]:
-            axes.plot(*zip(*points, strict=True), label=label, marker=".")
-    low, high = axes.dataLim.intervaly
-    scale = "log" if low > 0 and high > 10 * low else "linear"
-    axes.set(title=str(run), xlabel="step", ylabel="loss", yscale=scale)
-    axes.legend()
-    with files.atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-    pyplot.close(figure)
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("varjax.demo", description="Reports on the demo's digits.")
     parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/digits"))
@@ -123,8 +103,7 @@ def main(arguments: list[str]) -> int:
     files.write_json(flags.run / "report.json", table)
     pictures.write_png(flags.run / "samples.png", beside_real(images_NHWC, label_N))
     for run in (flags.tokenizer, flags.run):
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        draw_curves(run, [json.loads(line) for line in lines], run / "loss.png")
+        draw([read_run(run)], run / "curves.png")
 
     print(f"\n{'':18}{'samples':>10}{'real':>10}")
     for name, meaning in EXPLAINED.items():
@@ -133,7 +112,7 @@ def main(arguments: list[str]) -> int:
     previews = sorted((flags.tokenizer / "previews").glob("*.png"))
     print(f"\nsamples (left) beside real digits: {flags.run / 'samples.png'}")
     print(f"reconstructions, scale by scale:   {previews[-1] if previews else 'none'}")
-    print(f"loss curves: {flags.tokenizer / 'loss.png'}, {flags.run / 'loss.png'}")
+    print(f"loss curves: {flags.tokenizer / 'curves.png'}, {flags.run / 'curves.png'}")
     print(f"this report: {flags.run / 'report.json'}")
     return 0
 
