@@ -88,7 +88,7 @@ def test_loss_gradients_and_one_step_are_the_reference_s(name, monkeypatch):
             probe, expected[f"grad_probe.{official}"], rtol=2e-4, atol=2e-4 * max(norm, 1)
         )
 
-    state = TrainState(jnp.int32(0), params, None, task._tx(params).init(params))
+    state = TrainState(jnp.int32(0), params, None, task.transformation(params).init(params))
     state, metrics = jax.jit(task.train_step)(state, {}, golden_batch(name), jax.random.key(0))
     np.testing.assert_allclose(metrics["grad_norm"], expected["train.grad_norm"], rtol=1e-4)
     for official, parameter in official_arrays(task.model, state.params):
@@ -131,7 +131,7 @@ def test_weight_decay_falls_where_the_reference_has_it():
     task = golden_task("base")
     params = golden.var_params("base")
     no_grads = jax.tree.map(jnp.zeros_like, params)
-    tx = task._tx(params)
+    tx = task.transformation(params)
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = tx.update(no_grads, tx.init(params), params)
     for official, update in official_arrays(task.model, updates):

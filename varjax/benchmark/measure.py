@@ -1,15 +1,16 @@
 """What every benchmark needs: seconds, memory, and the machine's own speed."""
 
+import argparse
 import json
 import resource
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
-from varjax.nn.compute import precision_of
+from varjax.nn.compute import Attention, Compute, precision_of
 
 
 def seconds(function: Callable[[], Any], repeats: int = 3) -> float:
@@ -53,3 +54,25 @@ def show(**figures: Any) -> None:
     machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
     print(json.dumps(rounded | machine), flush=True)
+
+
+def parser_of(name: str, about: str | None) -> argparse.ArgumentParser:
+    """The flags that benchmarks of models share."""
+    parser = argparse.ArgumentParser(f"varjax.benchmark {name}", description=about)
+    parser.add_argument("--preset", default="d16", help="d16, d20, d24, d30 or d36")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--attention", choices=get_args(Attention), default="auto")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cache", help="a folder for compiled programs, for the next run to use")
+    return parser
+
+
+def compute_of(flags: argparse.Namespace, **others: Any) -> Compute:
+    """What the flags say, after checking them and turning the cache on; ValueError."""
+    if flags.batch_size < 1 or flags.repeats < 1:
+        raise ValueError("batch_size and repeats must be 1 or more")
+    if flags.cache:
+        jax.config.update("jax_compilation_cache_dir", flags.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return Compute(dtype=flags.dtype, attention=flags.attention, **others)

@@ -7,12 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from varjax import flops
-from varjax.benchmark.measure import Peak, peak_memory, seconds, show
+from varjax.benchmark.measure import Peak, compute_of, parser_of, peak_memory, seconds, show
 from varjax.nn.compute import Compute
 from varjax.tokenizer.model import TokenizerConfig, decode_images, init_tokenizer
 from varjax.var.devices import batch_mesh, put_everywhere, shared_out
 from varjax.var.model import VARConfig, init_var
 from varjax.var.sample import Options, image_keys, sample, sample_images
+
+
+def main(arguments: list[str]) -> None:
+    """Reads the command line; `run` does it."""
+    parser = parser_of("sample", __doc__)
+    parser.add_argument("--compile_only", action="store_true", help="where memory is short")
+    flags = parser.parse_args(arguments)
+    run(flags.preset, flags.batch_size, compute_of(flags), flags.repeats, flags.compile_only)
 
 
 def run(preset: str, batch_size: int, compute: Compute, repeats: int, lower_only: bool) -> None:

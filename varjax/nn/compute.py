@@ -43,7 +43,7 @@ class Compute:
     def attention_here(self) -> Attention:
         """The implementation that "auto" stands for on this machine."""
         if self.attention == "auto":
-            return "loop" if (jax.default_backend(), jax.device_count()) == ("cpu", 1) else "xla"
+            return "loop" if alone_on_a_cpu() else "xla"
         return self.attention
 
 
@@ -63,3 +63,8 @@ def spread_rows(x: jax.Array) -> jax.Array:
     if x.shape[0] % math.prod(mesh.shape[name] for name in axes):
         return x
     return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
+
+
+def alone_on_a_cpu() -> bool:
+    """Where going over a batch one by one is fastest: a loop cannot be spread over devices."""
+    return jax.default_backend() == "cpu" and jax.device_count() == 1

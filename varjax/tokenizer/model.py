@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from varjax.nn.autoencoder import Decoder, Encoder, conv
+from varjax.nn.compute import alone_on_a_cpu
 from varjax.pyramid import SCALES_256, Pyramid, Scale
 from varjax.tokenizer.quantizer import Quantized, Quantizer
 
@@ -101,11 +102,11 @@ class Tokenizer(nn.Module):
 
     def encode(self, image_BHWC: jax.Array) -> jax.Array:
         """(B, H, W, channels) -> (B, L)."""
-        return self.quantizer(self.features(image_BHWC)).tokens_BL
+        return self.quantizer(encode_images(self.config, self._params, image_BHWC)).tokens_BL
 
     def encode_to_teach(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images -> (tokens (B, L), transformer input (B, L - l of scale 0, Z))."""
-        quantized = self.quantizer(self.features(image_BHWC))
+        quantized = self.quantizer(encode_images(self.config, self._params, image_BHWC))
         return quantized.tokens_BL, self.quantizer.teacher_input(quantized.f_hats)
 
     def teacher_input(self, tokens_BL: jax.Array) -> jax.Array:
@@ -124,34 +125,38 @@ class Tokenizer(nn.Module):
 
     def decode_features(self, f_hat_BhwZ: jax.Array) -> jax.Array:
         """(B, h, w, Z) -> images clipped to [-1, 1]."""
-        return decode_images(self.config, self.variables["params"], f_hat_BhwZ, self.decoder_dtype)
+        return decode_images(self.config, self._params, f_hat_BhwZ, self.decoder_dtype)
+
+    @property
+    def _params(self):
+        return self.variables["params"]
 
     def _decode(self, f_hat_BhwZ):
         image_BHWC = self.decoder(self.post_quant_conv(f_hat_BhwZ.astype(self.decoder_dtype)))
         return image_BHWC.astype(jnp.float32)
 
 
+def encode_images(config: TokenizerConfig, params, image_BHWC: jax.Array) -> jax.Array:
+    """(B, H, W, channels) in [-1, 1] -> features to quantize (B, h, w, Z). Not for training."""
+    return _each(
+        config, Tokenizer(config, parent=None).bind({"params": params}).features, image_BHWC
+    )
+
+
 def decode_images(
     config: TokenizerConfig, params, f_hat_BhwZ: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
     """(B, h, w, Z) -> images (B, H, W, channels) clipped to [-1, 1], computed in `dtype`."""
-
-    # Not a part of the module that may be calling: a loop can hold a whole model, not a piece.
     model = Tokenizer(config, dtype, parent=None).bind({"params": params})
+    return _each(config, lambda f_hat_BhwZ: jnp.clip(model._decode(f_hat_BhwZ), -1, 1), f_hat_BhwZ)
 
-    def decode(f_hat_BhwZ):
-        return jnp.clip(model._decode(f_hat_BhwZ), -1, 1)
 
+def _each(config, function, x):
     H, W, _ = config.image_shape
-    if jax.default_backend() == "cpu" and H * W >= 64**2:
+    if alone_on_a_cpu() and H * W >= 64**2:
         # A CPU's convolutions of large images are 1.4 times faster one by one: docs/benchmarks.md.
-        return jax.lax.map(lambda f_hat_hwZ: decode(f_hat_hwZ[None])[0], f_hat_BhwZ)
-    return decode(f_hat_BhwZ)
-
-
-def to_model(image_BHWC: jax.Array) -> jax.Array:
-    """uint8 [0, 255] -> float32 [-1, 1], the range of everything inside the models."""
-    return image_BHWC.astype(jnp.float32) / 127.5 - 1
+        return jax.lax.map(lambda x: function(x[None])[0], x)
+    return function(x)
 
 
 def make_quantizer(config: TokenizerConfig) -> Quantizer:
@@ -169,3 +174,8 @@ def make_quantizer(config: TokenizerConfig) -> Quantizer:
 def init_tokenizer(config: TokenizerConfig, key: jax.Array):
     """Fresh parameters."""
     return Tokenizer(config).init(key, jnp.zeros((1, *config.image_shape)))["params"]
+
+
+def to_model(image_BHWC: jax.Array) -> jax.Array:
+    """uint8 [0, 255] -> float32 [-1, 1], the range of everything inside the models."""
+    return image_BHWC.astype(jnp.float32) / 127.5 - 1

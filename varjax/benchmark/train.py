@@ -1,0 +1,114 @@
+"""How fast a transformer of a released size trains on one device; random weights and images do."""
+
+import time
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from varjax import flops
+from varjax.benchmark.measure import Peak, compute_of, parser_of, peak_memory, seconds, show
+from varjax.nn.compute import Compute, Remat
+from varjax.tokenizer.model import TokenizerConfig
+from varjax.training.step import apply
+from varjax.training.task import Plan, TrainState
+from varjax.var.model import VARConfig
+from varjax.var.task import VARTask
+
+
+def main(arguments: list[str]) -> None:
+    """Reads the command line; `run` does it."""
+    parser = parser_of("train", __doc__)
+    parser.add_argument("--remat", choices=get_args(Remat), default="none")
+    flags = parser.parse_args(arguments)
+    compute = compute_of(flags, remat=flags.remat)
+    run(flags.preset, flags.batch_size, compute, flags.repeats)
+
+
+def run(preset: str, batch_size: int, compute: Compute, repeats: int) -> None:
+    """Prints a line for the tokenizer's encoder, the gradient, the update, and the whole step.
+
+    efficiency: model FLOP ÷ (seconds × FLOP/s of a large matrix product, same run, same dtype).
+    FLOP that a remat policy spends again do not count. Raises ValueError for an unknown preset.
+    """
+    model = VARConfig.preset(preset)
+    tokenizer = TokenizerConfig(scales=model.scales)
+    task = VARTask(
+        model=model,
+        tokenizer=tokenizer,
+        tokenizer_weights="random",
+        drop_path=0.1 * model.depth / 24,
+        compute=compute,
+        plan=Plan(1000, batch_size),
+    )
+    dtype, peak = compute.jax_dtype, Peak(compute.jax_dtype)
+    setting = {
+        "benchmark": "train",
+        "preset": preset,
+        "batch_size": batch_size,
+        "dtype": str(dtype),
+        "attention": compute.attention_here,
+        "remat": compute.remat,
+    }
+    key, label_B = jax.random.key(0), jnp.arange(batch_size) % model.classes
+    shape = (batch_size, *tokenizer.image_shape)
+    image_BHWC = jax.random.randint(key, shape, 0, 256, jnp.uint8)
+    frozen = jax.device_put(task.frozen())
+    state = jax.jit(task.init)(key)
+
+    def report(part: str, call: Callable[[], Any], compile_seconds: float, work: int) -> None:
+        took, speed = seconds(call, repeats), peak.measure()
+        figures = {
+            "compile_seconds": compile_seconds,
+            "seconds": took,
+            "images_per_second": batch_size / took,
+            "model_gflop_per_image": work / batch_size / 1e9,
+            "efficiency": work / took / speed,
+            "matmul_gflops": speed / 1e9,
+            "peak_memory_gb": peak_memory() / 1e9,
+        }
+        show(**setting, part=part, **figures)
+
+    tokens, waited = _compiled(task.tokens, frozen, image_BHWC)
+    tokens_BL = tokens(frozen, image_BHWC)
+    work_tokens = flops.count(task.tokens, frozen, image_BHWC)
+    report("tokenize", lambda: tokens(frozen, image_BHWC), waited, work_tokens)
+
+    taught = {"tokens_BL": tokens_BL, "label_B": label_B}
+
+    def loss(params, frozen, batch):
+        return jnp.mean(task.token_losses(params, frozen, batch)["smooth_BL"])
+
+    gradient, waited = _compiled(jax.grad(loss), state.params, frozen, taught)
+    work = task.train_flops(state, frozen, taught)
+    report("gradient", lambda: gradient(state.params, frozen, taught), waited, work)
+
+    tx, grads = task.transformation(state.params), [gradient(state.params, frozen, taught)]
+
+    def update():  # gives its memory to the next one, as in training
+        nonlocal state
+        state, norms = updated(state, grads[0])
+        return norms
+
+    updated, waited = _compiled(lambda state, grads: apply(state, grads, tx), state, grads[0])
+    report("update", update, waited, 0)
+    grads.clear()
+
+    batch = {"image_BHWC": image_BHWC, "label_B": label_B}
+
+    def step():
+        nonlocal state
+        state, metrics = stepped(state, frozen, batch, key)
+        return metrics
+
+    stepped, waited = _compiled(task.train_step, state, frozen, batch, key)
+    report("step", step, waited, work + work_tokens)
+
+
+def _compiled(function: Callable, *args: Any) -> tuple[Callable, float]:
+    """The program, which may reuse a state's memory, and the seconds that its making took."""
+    begin = time.perf_counter()
+    donated = (0,) if isinstance(args[0], TrainState) else ()
+    program = jax.jit(function, donate_argnums=donated).lower(*args).compile()
+    return program, time.perf_counter() - begin
