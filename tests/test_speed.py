@@ -66,3 +66,13 @@ def test_a_process_tells_its_memory():
     before = found["memory_peak_gb"]
     held = bytearray(300_000_000)
     assert len(held) and hardware.memory()["memory_peak_gb"] >= max(before, 0.3)
+
+
+def test_of_several_devices_the_fullest_counts(monkeypatch):
+    class Device:
+        def __init__(self, now, most):
+            self.memory_stats = lambda: {"bytes_in_use": now, "peak_bytes_in_use": most}
+
+    devices = [Device(3e9, 5e9), Device(2e9, 8e9)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert hardware.memory() == {"memory_gb": 3.0, "memory_peak_gb": 8.0}
