@@ -1,25 +1,29 @@
 """All datasets, and how a command line names them."""
 
+from varjax.data.crops import Photos
 from varjax.data.digits import Digits
 from varjax.data.folder import Folder
 from varjax.data.noise import Noise
 from varjax.data.tfds_source import TFDS
 from varjax.data.tokens import Tokens
 
-__all__ = ["TFDS", "Digits", "Folder", "Noise", "Tokens", "parse"]
+__all__ = ["TFDS", "Digits", "Folder", "Noise", "Photos", "Tokens", "parse"]
 
 
-def parse(text: str, size: int | tuple[int, int]) -> Digits | Folder | Noise | Tokens | TFDS:
+def parse(
+    text: str, size: int | tuple[int, int], channels: int = 3
+) -> Digits | Folder | Noise | Photos | Tokens | TFDS:
     """The dataset that is meant by "folder:PATH", "tfds:NAME", "tfds:DIRECTORY", "tokens:PATH",
-    "digits" or "random".
+    "digits", "photos" or "random".
 
-    `size` is that of its images, or (height, width). Raises ValueError for anything else.
+    `size` is that of its images, or (height, width); `channels` theirs, where there is a choice.
+    Raises ValueError for anything else.
     """
     kind, colon, where = text.partition(":")
     if kind == "folder" and where:
-        return Folder(where, size)
+        return Folder(where, size, channels)
     if kind == "tfds" and where:
-        return TFDS(where, size=size)
+        return TFDS(where, size=size, channels=channels)
     if kind == "tokens" and where:
         return Tokens(where)
     if kind == "digits" and not colon:
@@ -27,9 +31,11 @@ def parse(text: str, size: int | tuple[int, int]) -> Digits | Folder | Noise | T
             raise ValueError(f"digits are 8 by 8 pixels, but {size} is wanted; choose other data")
         return Digits()
     if kind == "random" and not colon:
-        return Noise(size)
+        return Noise(size, channels)
+    if kind == "photos" and not colon:
+        return Photos(size)
     raise ValueError(
         f"data is {text!r}; give folder:PATH (images in folders), tfds:NAME or tfds:DIRECTORY "
-        "(a prepared dataset), tokens:PATH (made of images once), digits, or random (noise, to try "
-        "things out)"
+        "(a prepared dataset), tokens:PATH (made of images once), digits, photos (crops of two "
+        "photographs), or random (noise, to try things out)"
     )

@@ -1,0 +1,60 @@
+"""How good reconstructions are, by the measures that papers report, image by image."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+WINDOW = 11  # pixels a side
+SIGMA = 1.5
+C1, C2 = 0.01**2, 0.03**2  # for values that span 1
+
+
+def psnr(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
+    """(B,) peak signal-to-noise ratios of images in [0, 1], in dB; at most 120."""
+    l2_B = jnp.mean(jnp.square(a_BHWC - b_BHWC), axis=(1, 2, 3))
+    return -10 * jnp.log10(jnp.maximum(l2_B, 1e-12))
+
+
+def ssim(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
+    """(B,) structural similarities of images in [0, 1]: 1 for equal ones (Wang et al. 2004).
+
+    A Gaussian window of 11 by 11 pixels, σ 1.5, wherever it fits; the mean of the channels. Equal
+    to scikit-image's `structural_similarity(gaussian_weights=True, use_sample_covariance=False)`.
+    Raises ValueError for images that no window fits into.
+    """
+    H, W = a_BHWC.shape[1:3]
+    if min(H, W) < WINDOW:
+        raise ValueError(f"SSIM needs images of {WINDOW} by {WINDOW} pixels or more, not {H}×{W}")
+    rows, columns = _window(H), _window(W)
+
+    def blur(x_BHWC):
+        x_BhWC = jnp.einsum("hH,BHWC->BhWC", rows, x_BHWC, precision="highest")
+        return jnp.einsum("wW,BhWC->BhwC", columns, x_BhWC, precision="highest")
+
+    mean_a, mean_b = blur(a_BHWC), blur(b_BHWC)
+    variance_a = blur(jnp.square(a_BHWC)) - jnp.square(mean_a)
+    variance_b = blur(jnp.square(b_BHWC)) - jnp.square(mean_b)
+    covariance = blur(a_BHWC * b_BHWC) - mean_a * mean_b
+    brightness = (2 * mean_a * mean_b + C1) / (jnp.square(mean_a) + jnp.square(mean_b) + C1)
+    structure = (2 * covariance + C2) / (variance_a + variance_b + C2)
+    return jnp.mean(brightness * structure, axis=(1, 2, 3))
+
+
+def gradient(x_BHWC: jax.Array) -> jax.Array:
+    """(B,) mean lengths of the gradient of the channels' mean, per pixel: less where it is blurred.
+
+    Differences to the right and down.
+    """
+    x_BHW = jnp.mean(x_BHWC, axis=-1)
+    down_BHW = x_BHW[:, 1:, :-1] - x_BHW[:, :-1, :-1]
+    right_BHW = x_BHW[:, :-1, 1:] - x_BHW[:, :-1, :-1]
+    return jnp.mean(jnp.hypot(down_BHW, right_BHW), axis=(1, 2))
+
+
+def _window(size: int) -> np.ndarray:
+    """(size - 10, size): each row the window at another place."""
+    weights = np.exp(-np.square(np.arange(WINDOW) - WINDOW // 2) / (2 * SIGMA**2))
+    matrix = np.zeros((size - WINDOW + 1, size))
+    for i in range(len(matrix)):
+        matrix[i, i : i + WINDOW] = weights / weights.sum()
+    return matrix.astype(np.float32)
