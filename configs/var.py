@@ -36,8 +36,8 @@ turns ours on) and label smoothing (--config.task.label_smoothing).
 """
 
 import dataclasses
-from collections.abc import Iterable
 
+from configs.arguments import read_argument
 from varjax.data.sources import parse
 from varjax.nn.compute import Compute, Remat
 from varjax.tokenizer.model import TokenizerConfig
@@ -71,21 +71,8 @@ RECIPES = {
 
 
 def get_config(arg: str = "d16") -> Experiment:
-    size, data = read_argument(arg, RECIPES)
+    size, data, _ = read_argument(arg, RECIPES)
     return experiment(size, RECIPES[size], data, tokenizer_weights="weights/tokenizer")
-
-
-def read_argument(arg: str, sizes: Iterable[str]) -> tuple[str, str]:
-    """(size, data) of "d16" or "d16,data=WHERE"; ValueError that says what is allowed."""
-    size, *words = arg.split(",")
-    if size not in sizes:
-        raise ValueError(f"{size!r} is no size of this config; allowed are {', '.join(sizes)}")
-    data = "tfds:imagenet2012"
-    for word in words:
-        name, _, data = word.partition("=")
-        if name != "data" or not data:
-            raise ValueError(f"cannot read {word!r}; after the size goes data=KIND:WHERE")
-    return size, data
 
 
 def experiment(size: str, recipe: Recipe, data: str, tokenizer_weights: str) -> Experiment:

@@ -12,12 +12,13 @@ The released tokenizer serves both sizes; for this one it is told the scales of 
 after 350 epochs of batch 768, and no time.
 """
 
-from configs.var import SPREAD, Recipe, experiment, read_argument
+from configs.arguments import read_argument
+from configs.var import SPREAD, Recipe, experiment
 from varjax.training.experiment import Experiment
 
 RECIPES = {"d36": Recipe(768, 350, 8e-5, 0.01, 0.08, "block", SPREAD)}
 
 
 def get_config(arg: str = "d36") -> Experiment:
-    size, data = read_argument(arg, RECIPES)
+    size, data, _ = read_argument(arg, RECIPES)
     return experiment(size, RECIPES[size], data, tokenizer_weights="weights/tokenizer_512")

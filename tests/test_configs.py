@@ -10,6 +10,8 @@ from varjax import settings, trees
 from varjax.data.folder import Folder
 from varjax.data.tfds_source import TFDS
 from varjax.tokenizer.model import init_tokenizer
+from varjax.tokenizer.perceptual import init_lpips
+from varjax.tokenizer.task import TokenizerTask
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 IMAGES = 1_281_167  # in ImageNet's training split
@@ -63,6 +65,35 @@ def test_a_step_of_full_size_changes_no_shape(name):
     assert metrics["loss_at_scale"].shape == (10,) and metrics["loss"].shape == ()
 
 
+@pytest.mark.parametrize(
+    "name", ["tokenizer.py:256,data=random", "tokenizer.py:512,no_lpips,data=random"]
+)
+def test_a_step_of_the_full_tokenizer_changes_no_shape(name):
+    e = load(name)
+    e.check()
+    e.task.check(e.data.image_shape, e.data.classes)
+    key = jax.random.key(0)
+    state = jax.eval_shape(e.task.init, key)
+    assert sum(x.size for x in jax.tree.leaves(state.params)) == 108_948_355  # as released
+    frozen = {"lpips": jax.eval_shape(init_lpips, key)} if e.task.perceptual else {}
+    batch = e.data.make(2, seed=0).train_batch(0)
+    after, metrics = jax.eval_shape(e.task.train_step, state, frozen, batch, key)
+    assert not trees.difference(state, after)
+    assert ("perceptual" in metrics) == ("no_lpips" not in name)
+    assert metrics["perplexity"].shape == (10,) and metrics["adversarial_weight"].shape == ()
+
+
+def test_the_tokenizer_s_recipe_is_written_with_its_run_and_can_be_changed():
+    e = load("tokenizer.py:no_lpips,256")
+    e = settings.override(e, ["task.adversary.start=0.5", "task.adversary.optimizer.clip=3.0"])
+    assert (e.task.adversary.start, e.task.adversary.optimizer.clip) == (0.5, 3.0)
+    data = settings.to_dict(e)["task"]
+    assert settings.from_dict(TokenizerTask, data) == e.task
+    assert settings.override(e, ["task.adversary=none"]).task.adversary is None
+    with pytest.raises(ValueError, match="task.perceptual is none in this config"):
+        settings.override(e, ["task.perceptual.weight=2.0"])
+
+
 def test_data_are_chosen_after_the_size():
     data = load("var.py:d20,data=folder:/data/imagenet").data
     assert data == Folder("/data/imagenet", size=256)
@@ -72,9 +103,10 @@ def test_data_are_chosen_after_the_size():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("var.py:d17", "'d17' is no size of this config; allowed are d16, d20, d24, d30"),
-        ("var_512.py:d16", "'d16' is no size of this config; allowed are d36"),
-        ("var.py:d16,date=random", "cannot read 'date=random'; after the size goes data="),
+        ("var.py:d17", "cannot read 'd17'; allowed are d16, d20, d24, d30 and data=KIND:WHERE"),
+        ("var_512.py:d16", "cannot read 'd16'; allowed are d36 and data="),
+        ("var.py:d16,date=random", "cannot read 'date=random'; allowed are d16, "),
+        ("tokenizer.py:256,no_lpip", "cannot read 'no_lpip'; allowed are 256, 512, no_lpips and"),
         ("var.py:d16,data=imagenet", "data is 'imagenet'; give folder:PATH"),
     ],
 )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.adversarial import QUICKLY
 from varjax.tokenizer import duel
 from varjax.tokenizer.adversary import Adversary, Anchors, discriminator_loss, start_opponent
 from varjax.tokenizer.augment import augment
@@ -25,11 +26,11 @@ def opponent():
 
 
 def verdict(adversary):
-    judge = jax.jit(functools.partial(duel.judge, adversary))
+    judge = jax.jit(functools.partial(duel.judge, adversary), compiler_options=QUICKLY)
     return judge(opponent(), REAL, FAKE, KEY_B)
 
 
-@jax.jit
+@functools.partial(jax.jit, compiler_options=QUICKLY)
 def expected(params, fake_BHWC):
     """(value, gradient by the reconstructions) of the tokenizer's loss, (value, gradient by the
     parameters) of the discriminator's, each loss written in one go."""

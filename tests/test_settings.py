@@ -89,6 +89,9 @@ def test_an_override_is_parsed_by_the_annotation(assignment, field, value):
 def test_an_override_reaches_behind_an_interface_and_none():
     assert settings.override(Root(), ["part.depth=8"]).part == Other(8)
     assert settings.override(Root(Leaf(limit=1)), ["leaf.limit=none"]).leaf.limit is None
+    root = Root(choice=Other(9))
+    assert settings.override(root, ["choice.depth=8"]).choice == Other(8)
+    assert settings.override(root, ["choice=none"]).choice is None
 
 
 @pytest.mark.parametrize(
@@ -100,6 +103,7 @@ def test_an_override_reaches_behind_an_interface_and_none():
         ("leaf=1", "group of settings"),
         ("leaf.rate", "no value"),
         ("leaf.rate.x=1", "float has no field"),
+        ("choice.depth=1", "choice.depth: choice is none in this config"),
     ],
 )
 def test_a_wrong_override_says_what_is_allowed(assignment, message):

@@ -46,7 +46,7 @@ def test_usage_and_perplexity_count_codes():
 
 def test_loss_is_the_weighted_sum_of_its_terms():
     task = dataclasses.replace(TASK, l1=0.3, l2=0.7)
-    losses, _ = jax.jit(task.losses)(STATE.params, IMAGE_BHWC)
+    losses, _ = jax.jit(task.losses)(STATE.params, {}, IMAGE_BHWC)
     expected = 0.3 * losses["l1"] + 0.7 * losses["l2"] + losses["quantizer"]
     np.testing.assert_allclose(losses["loss"], expected, rtol=1e-5)
 

@@ -148,6 +148,9 @@ def _override(settings: Any, changes: list[tuple[list[str], str, str]]) -> Any:
     below: dict[str, list[tuple[list[str], str, str]]] = {}
     for (name, *rest), text, path in changes:
         owner = type(settings).__name__
+        if settings is None:
+            off = path.removesuffix("." + ".".join([name, *rest]))
+            raise ValueError(f"{path}: {off} is none in this config, so it has no {name!r} to set")
         if not dataclasses.is_dataclass(settings):
             raise ValueError(f"{path}: a {owner} has no field {name!r}")
         known = [field.name for field in dataclasses.fields(settings)]

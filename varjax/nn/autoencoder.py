@@ -77,6 +77,7 @@ def middle(coder: Encoder | Decoder, x_BhwC):
 def project(coder: Encoder | Decoder, x_BhwC, channels: int):
     """The last layers: norm, swish, convolution."""
     x_BhwC = nn.silu(norm(coder.groups, coder.dtype, "norm_out")(x_BhwC))
+    coder.sow("intermediates", "last", x_BhwC)  # for whoever wants the last kernel's gradient
     return conv(channels, coder.dtype, "conv_out")(x_BhwC)
 
 

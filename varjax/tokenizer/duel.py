@@ -45,7 +45,7 @@ def judge(
 
     def logits(params, image_BHWC):
         seen_BHWC = augment(image_BHWC, key_B, adversary.diffaugment)
-        return module.apply({"params": params}, seen_BHWC)
+        return jnp.asarray(module.apply({"params": params}, seen_BHWC))
 
     def own_loss(real, fake):
         loss = discriminator_loss(kind, real, fake)

@@ -1,27 +1,42 @@
 """Training the tokenizer: reconstruction and quantizer losses, code usage per scale."""
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from varjax import flops, trees
+from varjax.nn.compute import Compute
+from varjax.tokenizer.adversary import Adversary, Opponent, start_opponent, update_opponent
+from varjax.tokenizer.checks import check_images, check_share
+from varjax.tokenizer.learn import learn
 from varjax.tokenizer.load import read_tokenizer
-from varjax.tokenizer.model import Tokenizer, TokenizerConfig, init_tokenizer
+from varjax.tokenizer.losses import reconstruction_losses
+from varjax.tokenizer.model import Tokenizer, TokenizerConfig, init_tokenizer, to_model
+from varjax.tokenizer.perceptual import Perceptual, load_lpips
+from varjax.tokenizer.perceptual import check_images as check_lpips
 from varjax.tokenizer.quantizer import quantizer_loss
+from varjax.tokenizer.usage import count_codes, perplexity
 from varjax.training.optimizer import AdamW
-from varjax.training.step import apply, check_parts, gradients, start
+from varjax.training.step import apply, check_parts, start
 from varjax.training.task import Batch, Plan, PyTree, Rows, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerTask:
-    """What a tokenizer is trained for: l1·|x̂-x| + l2·|x̂-x|² + the quantizer's loss.
+    """What a tokenizer is trained for: l1·|x̂-x| + l2·|x̂-x|² + the quantizer's loss, and where
+    they are given LPIPS and a discriminator's verdict (VAR's eq. 5).
 
     Images are in [-1, 1] here, as everywhere inside the models. ema: decay of the parameters'
     moving average, 0 for none. accumulate: parts of a batch that are worked off one by one.
+    dtype: of all convolutions in training; "auto" is bfloat16 on an accelerator and float32 on a
+    CPU. Evaluation and what the quantizer does are float32 always.
+
+    The state's parameters are the tokenizer's alone, with or without an adversary: the
+    discriminator's are as much a tool of training as moments are, and lie beside them.
     """
 
     model: TokenizerConfig
@@ -29,6 +44,9 @@ class TokenizerTask:
     l1: float = 0.2
     l2: float = 1.0
     beta: float = 0.25  # commitment: how much the features follow the codes
+    perceptual: Perceptual | None = None
+    adversary: Adversary | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     ema: float = 0.0
     accumulate: int = 1
     plan: Plan = Plan()
@@ -42,56 +60,87 @@ class TokenizerTask:
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_images(self.model, image_shape)
         check_parts(self.plan.batch_size, self.accumulate)
+        if self.perceptual:
+            check_lpips(image_shape)
+        if self.adversary:
+            self.adversary.check(image_shape)
 
     def init(self, key: jax.Array) -> TrainState:
         params = init_tokenizer(self.model, key)
-        return start(params, self._tx(params), self.ema)
+        state = start(params, self._tx(params), self.ema)
+        if self.adversary is None:
+            return state
+        key = jax.random.fold_in(key, 1)
+        opponent = start_opponent(self.adversary, self.model.image_shape, self.plan, key)
+        return _joined(state, opponent)
 
     def pretrained(self, location: str) -> tuple[PyTree, Rows]:
         return read_tokenizer(location)[1], {}
 
-    def frozen(self) -> PyTree:
+    def tokenized_by(self, frozen: PyTree) -> dict[str, Any]:
         return {}
+
+    def frozen(self) -> PyTree:
+        """LPIPS's parameters where they are needed; ValueError that says how to get them."""
+        return {"lpips": load_lpips(self.perceptual.weights)} if self.perceptual else {}
 
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        def loss_fn(params, batch):
-            losses, tokens_BL = self.losses(params, batch["image_BHWC"])
-            means = {name: jnp.mean(loss_B) for name, loss_B in losses.items()}
-            frequency_KV = self._counts(tokens_BL, jnp.ones(tokens_BL.shape[0])) / len(tokens_BL)
-            return means["loss"], means | {"frequency_KV": frequency_KV}
+        """One update of the tokenizer, and one of the discriminator on the same reconstructions.
 
-        grads, metrics = gradients(loss_fn, state.params, batch, self.accumulate)
-        state, norms = apply(state, grads, self._tx(state.params), self.ema)
-        metrics["perplexity"] = _perplexity(metrics.pop("frequency_KV"), jnp)
-        lr = self.optimizer.lr(state.step - 1, self.plan)
-        return state, metrics | norms | {"lr": lr}
+        "loss" is all that does not depend on the adversary, the same as in evaluation.
+        """
+        state, opponent = _parted(state)
+        key, step = jax.random.fold_in(key, state.step), state.step
+        image_BHWC = batch["image_BHWC"]
+        key_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(image_BHWC)))
+        batch = {"image_BHWC": image_BHWC, "key_B": key_B}
+        share = self.adversary.share(step, self.plan) if self.adversary else jnp.float32(0)
+        learned = learn(self, state.params, opponent, frozen, batch, share)
+
+        state, norms = apply(state, learned.grads, self._tx(state.params), self.ema)
+        metrics = learned.metrics | norms | {"lr": self.optimizer.lr(step, self.plan)}
+        metrics["perplexity"] = perplexity(learned.frequency_KV, jnp)
+        if self.adversary is None:
+            return state, metrics
+        assert opponent is not None and learned.said is not None
+        opponent, of_opponent = update_opponent(
+            self.adversary, opponent, learned.opponent_grads, learned.said, step, self.plan
+        )
+        metrics |= {f"discriminator/{name}": x for name, x in of_opponent.items()}
+        return _joined(state, opponent), metrics
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
-        return flops.count(self.train_step, state, frozen, batch, jax.random.key(0))
+        whole = dataclasses.replace(self, accumulate=1)
+        return flops.count(whole.train_step, state, frozen, batch, jax.random.key(0))
 
     def losses(
-        self, params: PyTree, image_BHWC: jax.Array
+        self, params: PyTree, frozen: PyTree, image_BHWC: jax.Array
     ) -> tuple[dict[str, jax.Array], jax.Array]:
         """Of each image (B,) every term, their weighted sum "loss", PSNR in dB; and tokens (B, L).
 
-        image_BHWC: uint8.
+        image_BHWC: uint8. The adversary is left out: its verdict says more about itself.
         """
         x_BHWC = to_model(image_BHWC)
         y_BHWC, f_BhwZ, quantized = Tokenizer(self.model).bind({"params": params})(x_BHWC)
-        l1_B = jnp.mean(jnp.abs(y_BHWC - x_BHWC), axis=(1, 2, 3))
-        l2_B = jnp.mean(jnp.square(y_BHWC - x_BHWC), axis=(1, 2, 3))
-        quantizer_B = quantizer_loss(f_BhwZ, quantized.f_hats, self.beta)
-        loss_B = self.l1 * l1_B + self.l2 * l2_B + quantizer_B
-        # Each image's own: what published figures average. Values span 2, from -1 to 1.
-        psnr_B = 10 * jnp.log10(4 / jnp.maximum(l2_B, 1e-12))
-        losses = {"loss": loss_B, "psnr": psnr_B, "l1": l1_B, "l2": l2_B, "quantizer": quantizer_B}
+        losses = self.reconstruction_losses(frozen, x_BHWC, y_BHWC)
+        losses["quantizer"] = quantizer_loss(f_BhwZ, quantized.f_hats, self.beta)
+        losses["loss"] = losses["loss"] + losses["quantizer"]
         return losses, quantized.tokens_BL
+
+    def reconstruction_losses(
+        self, frozen: PyTree, x_BHWC: jax.Array, y_BHWC: jax.Array, dtype: Any = jnp.float32
+    ) -> dict[str, jax.Array]:
+        """Of images and reconstructions in [-1, 1], see `losses.py`."""
+        weights, lpips_params = {"l1": self.l1, "l2": self.l2}, None
+        if self.perceptual:
+            weights["perceptual"], lpips_params = self.perceptual.weight, frozen["lpips"]
+        return reconstruction_losses(x_BHWC, y_BHWC, weights, lpips_params, dtype)
 
     def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
         valid_B = batch["valid_B"].astype(jnp.float32)
-        losses, tokens_BL = self.losses(state.params, batch["image_BHWC"])
+        losses, tokens_BL = self.losses(state.params, frozen, batch["image_BHWC"])
         sums = {name: jnp.sum(jnp.where(valid_B > 0, x_B, 0)) for name, x_B in losses.items()}
         counts = {"images": jnp.sum(valid_B), "codes_KV": self._counts(tokens_BL, valid_B)}
         return sums | counts
@@ -100,7 +149,7 @@ class TokenizerTask:
         """Means over images, and per scale: code perplexity and the share of codes in use."""
         images, codes_KV = sums.pop("images"), sums.pop("codes_KV")
         metrics = {name: total / images for name, total in sums.items()}
-        metrics["perplexity"] = _perplexity(codes_KV / images, np)
+        metrics["perplexity"] = perplexity(codes_KV / images, np)
         metrics["usage"] = np.mean(codes_KV > 0, axis=1)
         return metrics
 
@@ -113,42 +162,27 @@ class TokenizerTask:
         return {"reconstructions": (rows + 1) / 2}
 
     def _counts(self, tokens_BL, weight_B):
-        """How often each scale uses each code, (K, V)."""
-        weight_Bl = weight_B[:, None]
-        return jnp.stack(
-            [
-                jnp.zeros(self.model.vocab).at[tokens_BL[:, scale]].add(weight_Bl)
-                for scale in self.model.pyramid.slices
-            ]
-        )
+        return count_codes(self.model.pyramid, self.model.vocab, tokens_BL, weight_B)
+
+    @property
+    def jax_dtype(self) -> jnp.dtype:
+        """The format that `dtype` stands for on this machine."""
+        return Compute(self.dtype).jax_dtype
 
     def _tx(self, params):
         decay = trees.map_with_path(lambda path, _: path.endswith("kernel"), params)
         return self.optimizer.make(self.plan, decay)
 
 
-def to_model(image_BHWC: jax.Array) -> jax.Array:
-    """uint8 [0, 255] -> float32 [-1, 1], the range of everything inside the models."""
-    return image_BHWC.astype(jnp.float32) / 127.5 - 1
+def _joined(state: TrainState, opponent: Opponent) -> TrainState:
+    """One state of both sides."""
+    both = {"tokenizer": state.opt_state, "opponent": opponent}
+    return dataclasses.replace(state, opt_state=both)
 
 
-def check_images(model: TokenizerConfig, image_shape: tuple[int, int, int]) -> None:
-    """Raises ValueError where a tokenizer does not take images of (H, W, channels)."""
-    if tuple(image_shape) != model.image_shape:
-        raise ValueError(
-            f"the data's images are {tuple(image_shape)}, but the tokenizer takes "
-            f"{model.image_shape} (height, width, channels); change the data, or the tokenizer's "
-            "scales, multipliers or image_channels"
-        )
-
-
-def check_share(name: str, value: float) -> None:
-    """Raises ValueError where a probability or the decay of an average lies outside of [0, 1]."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value}: must lie in [0, 1]")
-
-
-def _perplexity(weight_KV, xp):
-    """2^entropy of each row: the number of codes that are used, were they used equally."""
-    p_KV = weight_KV / xp.sum(weight_KV, axis=-1, keepdims=True)
-    return xp.exp(-xp.sum(p_KV * xp.log(xp.maximum(p_KV, 1e-12)), axis=-1))
+def _parted(state: TrainState) -> tuple[TrainState, Opponent | None]:
+    """The tokenizer's own state, and the opponent where there is one."""
+    if not isinstance(state.opt_state, dict):
+        return state, None
+    both = state.opt_state
+    return dataclasses.replace(state, opt_state=both["tokenizer"]), both["opponent"]

@@ -134,6 +134,8 @@ FREE += (
     "task.tokenizer_weights",
     "task.sampling",
     "task.compute",
+    "task.dtype",
+    "task.perceptual.weights",
 )
 
 
@@ -193,5 +195,5 @@ def _drop_new_defaults(now: dict[str, Any], fields_of: Any, before: dict[str, An
 def _drop(config: dict[str, Any], path: str) -> None:
     *parents, last = path.split(".")
     for parent in parents:
-        config = config.get(parent, {})
+        config = config.get(parent) or {}  # a part may be None
     config.pop(last, None)

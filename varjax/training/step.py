@@ -1,5 +1,6 @@
 """The two halves of a training step: gradients of a batch, and the update they make."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,13 @@ def gradients(
     random by example must lie in `batch`: then the result does not depend on `accumulate`.
     Raises ValueError when `accumulate` does not divide B.
     """
-    grad_fn = jax.grad(loss_fn, has_aux=True)
+    return over_parts(functools.partial(jax.grad(loss_fn, has_aux=True), params), batch, accumulate)
+
+
+def over_parts(f: Callable[[PyTree], PyTree], batch: PyTree, accumulate: int = 1) -> PyTree:
+    """The mean of `f(part)` over the parts of a batch, each like `gradients` takes it."""
     if accumulate == 1:
-        return grad_fn(params, batch)
+        return f(batch)
     size = jax.tree.leaves(batch)[0].shape[0]
     check_parts(size, accumulate)
 
@@ -33,10 +38,10 @@ def gradients(
         return x.reshape(size // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total: Any, part: PyTree) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, grad_fn(params, part)), None
+        return jax.tree.map(jnp.add, total, f(part)), None
 
     parts = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], parts))
+    shapes = jax.eval_shape(f, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, parts)
     return jax.tree.map(lambda x: x / accumulate, total)

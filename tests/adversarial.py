@@ -1,0 +1,52 @@
+"""A tiny tokenizer with an adversary, on images of 16 by 16 pixels, in the middle of its run."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+
+from varjax import trees
+from varjax.tokenizer.adversary import Adversary
+from varjax.tokenizer.model import TokenizerConfig
+from varjax.tokenizer.perceptual import init_lpips
+from varjax.tokenizer.task import TokenizerTask
+from varjax.training.optimizer import AdamW
+from varjax.training.task import Plan, TrainState
+
+CONFIG = TokenizerConfig(
+    scales=(1, 2, 16), image_channels=3, width=8, multipliers=(1,), blocks=1, groups=4, vocab=16,
+    code_channels=4,
+)  # fmt: skip
+OPTIMIZER = AdamW(base_lr=2e-3, schedule="constant", warmup=0.0)
+ADVERSARY = Adversary(
+    "patch", 8, 1, start=0.5, ramp=0.25, lecam=0.1, diffaugment=("cutout",), optimizer=OPTIMIZER
+)
+TASK = TokenizerTask(
+    CONFIG, OPTIMIZER, l1=0.0, adversary=ADVERSARY, ema=0.5, plan=Plan(steps=8, batch_size=256)
+)
+BATCH = {"image_BHWC": np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)}
+KEY = jax.random.key(5)
+QUICKLY = {"xla_backend_optimization_level": 0}  # compiled in half the time
+
+
+def state(task: TokenizerTask, step: int) -> TrainState:
+    """As if `step` updates were done; numbers by NumPy, for compiling `init` takes its time."""
+    rng = np.random.default_rng(1)
+
+    def fill(path, leaf):
+        last = path.rpartition("/")[2]
+        if last in ("kernel", "phi_kernel", "codebook") and not re.search("/(mu|nu)/", path):
+            return np.float32(rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape))
+        return np.full(leaf.shape, step if path == "step" else last == "scale", leaf.dtype)
+
+    return trees.map_with_path(fill, jax.eval_shape(task.init, KEY))
+
+
+@functools.cache
+def frozen():
+    """LPIPS on a network so narrow that it compiles at once."""
+    widths = tuple((4,) * convolutions for convolutions in (2, 2, 3, 3, 3))
+    shapes = jax.eval_shape(functools.partial(init_lpips, widths=widths), KEY)
+    rng = np.random.default_rng(0)
+    return {"lpips": jax.tree.map(lambda x: np.float32(abs(rng.normal(0, 0.3, x.shape))), shapes)}

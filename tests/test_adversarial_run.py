@@ -1,0 +1,97 @@
+"""A run with two optimizers: continued to the bit, and then a tokenizer like any other."""
+
+import dataclasses
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from tests import runs
+from tests.test_loop import lines
+from varjax import files
+from varjax.convert import export_run
+from varjax.data.digits import Digits
+from varjax.data.noise import Noise
+from varjax.tokenizer.adversary import Adversary
+from varjax.tokenizer.load import load_tokenizer
+from varjax.tokenizer.perceptual import Perceptual
+from varjax.tokenizer.task import TokenizerTask
+from varjax.training import loop
+from varjax.training.experiment import Experiment
+from varjax.training.saved import Saved
+from varjax.training.sharding import make_mesh, shardings
+from varjax.training.task import Plan
+
+MODEL = dataclasses.replace(runs.TOKENIZER, scales=(1, 2, 8), multipliers=(1,))
+ADVERSARY = Adversary("patch", 8, 1, start=0.25, ramp=0.5, diffaugment=("color", "translation"))
+TASK = TokenizerTask(MODEL, adversary=ADVERSARY, ema=0.9)
+DIGITS = Digits(shift=1.0)
+
+
+def experiment(run_dir, task=TASK, data=DIGITS):
+    every = {"log_every": 1, "save_every": 2}
+    return Experiment(task, data, str(run_dir), batch_size=16, steps=6, keep=9, **every)
+
+
+def last_state(run_dir):
+    task = dataclasses.replace(TASK, plan=Plan(6, 16))
+    abstract = jax.eval_shape(task.init, jax.random.key(0))
+    saved = Saved(run_dir / "checkpoints")
+    assert saved.steps()[-1] == 6
+    return saved.state(6, abstract, shardings(abstract, make_mesh(experiment("").mesh)))[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    loop.run(experiment(run_dir))
+    return run_dir
+
+
+def test_a_run_cut_off_between_two_saves_ends_with_the_same_bits(whole, tmp_path):
+    """Of all that a kill can leave behind, what is not yet saved counts for nothing."""
+    shutil.copytree(whole, tmp_path / "cut")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step))
+    loop.run(experiment(tmp_path / "cut"))
+    state, expected = last_state(tmp_path / "cut"), last_state(whole)
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert state.opt_state["opponent"].state.step == 4  # its first update was the run's third
+    assert lines(tmp_path / "cut") == lines(whole)
+
+
+def test_it_is_read_exported_and_built_upon_without_its_discriminator(whole, tmp_path):
+    average = last_state(whole).ema
+    export_run(whole, tmp_path / "out")
+    for location in (whole, tmp_path / "out"):
+        params = load_tokenizer(location, MODEL)
+        jax.tree.map(np.testing.assert_array_equal, params, average)
+    plain = dataclasses.replace(TASK, adversary=None)
+    assert jax.tree.structure(plain.pretrained(str(whole))[0]) == jax.tree.structure(average)
+
+
+def test_a_term_whose_weights_are_missing_is_refused_before_anything_is_trained(tmp_path):
+    model = dataclasses.replace(MODEL, scales=(1, 2, 16))
+    task = TokenizerTask(model, perceptual=Perceptual(str(tmp_path / "lpips")))
+    with pytest.raises(ValueError, match="no LPIPS weights in .*lpips; make them with: python -m"):
+        loop.run(experiment(tmp_path / "run", task, Noise(16, channels=1)))
+    with pytest.raises(ValueError, match="8×8 are too small for LPIPS.*task.perceptual=none"):
+        loop.run(experiment(tmp_path / "small", dataclasses.replace(task, model=MODEL)))
+    deep = dataclasses.replace(TASK, adversary=Adversary(layers=3))
+    with pytest.raises(ValueError, match="too small for adversary.kind='patch'.*fewer"):
+        loop.run(experiment(tmp_path / "deep", deep))
+    assert not (tmp_path / "small").exists() and not (tmp_path / "deep").exists()
+
+
+def test_where_the_weights_of_a_term_came_from_may_change(tmp_path):
+    """They are copied into the run; but the term cannot be dropped."""
+    model = dataclasses.replace(MODEL, scales=(1, 2, 16))
+    task, data = TokenizerTask(model, perceptual=Perceptual("here")), Noise(16, channels=1)
+    loop.record_config(experiment(tmp_path, task, data))
+    loop.record_config(
+        experiment(tmp_path, dataclasses.replace(task, perceptual=Perceptual("there")), data)
+    )
+    assert files.read_json(tmp_path / "config.json")["task"]["perceptual"]["weights"] == "there"
+    with pytest.raises(ValueError, match="task.perceptual"):
+        loop.record_config(experiment(tmp_path, dataclasses.replace(task, perceptual=None), data))
