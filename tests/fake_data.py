@@ -25,6 +25,9 @@ class Fake:
     def make(self, batch_size, seed, rows=None):
         return Loader(self, batch_size, seed, rows)
 
+    def describe(self):
+        return {"class_names": [], "train": {}, "held_out": {}}
+
     def source(self, split):
         return Source(self)
 
@@ -50,11 +53,12 @@ class Source:
             raise ZeroDivisionError(f"image {index}")
         if index in self.data.broken:
             raise BrokenImage(f"image_{index}.jpg", "it is cut off")
-        image_HWC = np.array([index // 256, index % 256, 0], np.uint8).reshape(1, 3, 1)
+        image_HWC = np.zeros(self.data.image_shape, np.uint8)
+        image_HWC[0, :2, 0] = index // 256, index % 256
         return {"image": image_HWC, "label": index % 10}
 
 
 def number_of(image_BHWC):
     """The images' numbers."""
-    high_B, low_B, _ = image_BHWC[:, 0, :, 0].astype(int).T
+    high_B, low_B = image_BHWC[:, 0, :2, 0].astype(int).T
     return 256 * high_B + low_B

@@ -18,10 +18,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from varjax import files, settings
+from varjax import settings
 from varjax.data.examples import Dataset
 from varjax.data.loader import Loader
-from varjax.data.token_files import ABOUT, Encode, Shard, fill
+from varjax.data.token_files import Encode, Shard, begin, fill
 from varjax.data.tokens import Tokens
 
 IN_SHARD = 4096  # images
@@ -78,7 +78,7 @@ def tokenize(
     """Fills `out`, or what is left of it; returns a line that sums it up.
 
     Augmentation e of an image is the one that epoch e of a training run with this seed shows; of
-    the held-out images there is one view. batch_size: images at a time, of all devices of this
+    the held-out images there is one view. batch_size: images at a time on all devices of this
     process. shards: files of the training split, 0 for one per 4,096 images. process: (number,
     count) of those that share the work.
 
@@ -86,17 +86,19 @@ def tokenize(
     Raises ValueError for settings without sense, and where `out` holds other tokens.
     """
     index, count = process
-    for name, value in {"augmentations": augmentations, "processes": count}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but must be at least 1")
-    if shards < 0 or not 0 <= index < count:
+    if augmentations < 1 or shards < 0:
         raise ValueError(
-            f"shards is {shards} and process {index} of {count}; allowed are 0 or more"
+            f"augmentations is {augmentations}, shards {shards}; give 1 or more, shards may be 0"
         )
+    if not 0 <= index < count:
+        raise ValueError(f"process {index} is none of {count}; they are numbered from 0")
     if isinstance(data, Tokens):
         raise ValueError(f"the config's data are tokens already, in {data.root}; give its images")
-    if batch_size % (devices := len(jax.local_devices())):
-        raise ValueError(f"batch_size {batch_size} does not divide over {devices} devices")
+    if batch_size < 1 or batch_size % len(jax.local_devices()):
+        raise ValueError(
+            f"batch_size is {batch_size}, but must be a multiple of the {len(jax.local_devices())} "
+            "devices of this process"
+        )
     frozen = task.frozen()
     if not (tokenized_by := task.tokenized_by(frozen)):
         raise ValueError(f"a {type(task).__name__} trains on images; give a transformer's config")
@@ -116,7 +118,6 @@ def tokenize(
         "classes": data.classes,
         "image_shape": list(data.image_shape),
         "seed": seed,
-        "batch_size": batch_size,
         "vocab": task.tokenizer.vocab,
         "length": jax.eval_shape(task.tokens, frozen, shape).shape[1],
         "images": images,
@@ -124,10 +125,10 @@ def tokenize(
         "shards": {split: _shards(images, split, shards) for split in images},
     }
     path = pathlib.Path(out)
-    _begin(path, about)
+    begin(path, about)
     shards_here = Shard.all(path, about)
-    mine = [shard for shard in shards_here[index::count] if not shard.path.exists()]
-    fill(mine, loader, _encoder(task, frozen))
+    if mine := [shard for shard in shards_here[index::count] if not shard.path.exists()]:
+        fill(mine, loader, _encoder(task, frozen))
     if missing := sum(not shard.path.exists() for shard in shards_here):
         return f"{out}: this process is done, {missing} of {len(shards_here)} files are missing"
     return (
@@ -150,23 +151,6 @@ def _shards(images: Mapping[str, int], split: str, asked: int) -> int:
     return min(images[split], max(1, round(images[split] / per_shard)))
 
 
-def _begin(path: pathlib.Path, about: dict[str, Any]) -> None:
-    """Writes what the tokens will be, or makes sure that those there are the same."""
-    if not (path / ABOUT).exists():
-        if path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
-            raise ValueError(f"{path} holds files and no {ABOUT}; empty it or choose another out")
-        files.write_json(path / ABOUT, about)
-        return
-    there = files.read_json(path / ABOUT)
-    names = [name for name in about if there.get(name) != about[name]]
-    if lines := [f"{name}: {there.get(name)} there, {about[name]} asked for" for name in names]:
-        raise ValueError(
-            f"{path} holds other tokens:\n  "
-            + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
-            + "\nask for the same to go on, delete it, or choose another out"
-        )
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -174,7 +158,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", required=True, help="a transformer's")
     parser.add_argument("--out", required=True, help="the directory for the tokens")
     parser.add_argument("--augmentations", type=int, default=1, help="of each training image")
-    parser.add_argument("--batch_size", type=int, default=0, help="0: the config's")
+    parser.add_argument("--batch_size", type=int, default=0, help="0: the config's, shared")
     parser.add_argument("--shards", type=int, default=0, help="0: one per 4,096 images")
     parser.add_argument("--distributed", action="store_true", help="one of several processes")
     parser.add_argument("--processes", type=int, default=1, help="how many share the work")
@@ -193,7 +177,7 @@ def main(arguments: list[str]) -> int:
             experiment.task,
             experiment.data,
             experiment.seed,
-            flags.batch_size or experiment.batch_size,
+            flags.batch_size or experiment.batch_size // process[1],
             flags.out,
             flags.augmentations,
             flags.shards,
