@@ -28,7 +28,7 @@ from varjax.training.sharding import (
     shardings,
 )
 from varjax.training.speed import Clock
-from varjax.training.task import PyTree, Task
+from varjax.training.task import PyTree, Task, check_tokens
 
 
 def run(experiment: Experiment) -> dict[str, float]:
@@ -90,6 +90,7 @@ def _train(
     abstract = jax.eval_shape(task.init, init_key)
     placement = shardings(abstract, mesh)
     frozen = frozen_weights(task, run_dir)
+    check_tokens(task, frozen, loader.tokenized_by)
     frozen = put(frozen, shardings(frozen, mesh))
     evaluator = Evaluator(task, loader, frozen, mesh, e.batch_size)
     if e.keep_best and e.keep_best not in (names := evaluator.names(abstract)):
@@ -117,6 +118,7 @@ def _train(
 
         def log(step: int, metrics: dict[str, jax.Array]) -> None:
             numbers = flatten(jax.device_get(metrics))
+            checkpoints.check()
             _check_finite(step, numbers, checkpoints)
             if step % e.log_every == 0 or step == steps:
                 numbers |= clock.lap(step, feed.waited)
