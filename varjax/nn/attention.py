@@ -32,7 +32,7 @@ def attend(
         )
     if implementation == "loop":
         # Computing the (l, L) matrices again is cheaper here than to keep them for the gradient.
-        image = jax.checkpoint(lambda qkv: _head_by_head(*qkv, mask_lL, scale))
+        image = jax.checkpoint(lambda x: _head_by_head(x[0], x[1], x[2], mask_lL, scale))
         return jax.lax.map(image, (q_BlHD, k_BLHD, v_BLHD))
     precision = compute.precision_of(q_BlHD.dtype)
     logits_BHlL = jnp.einsum(

@@ -38,8 +38,9 @@ def draw(
 
     rows = -(-scales // COLUMNS)
     figure = pyplot.figure(figsize=(13, 4.8 + 2.3 * rows), layout="constrained")
-    parts = figure.subfigures(1 + bool(rows), 1, height_ratios=(4.8, 2.3 * rows)[: 1 + bool(rows)])
-    above, *below = parts if rows else [parts]
+    ratios = (4.8, 2.3 * rows)[: 1 + bool(rows)]
+    parts: Any = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)
+    above, *below = parts[:, 0]
     panels = _large(above, ["loss", second] if second else ["loss"])
     for part in below:
         panels |= _small(part, by_scale, scales)
