@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests import runs
-from varjax import files
+from varjax import files, pictures
 from varjax.data.digits import Digits
 from varjax.tokenizer import evaluate as command
 from varjax.tokenizer import measure
@@ -104,8 +103,8 @@ def test_the_command_writes_a_report_and_pictures(tmp_path, capsys):
     assert report["images"] == 355 and "ssim" not in report  # smaller than its window
     expected = _psnr_of_the_task(weights)
     np.testing.assert_allclose(report["psnr"], expected, atol=0.05)  # there it is not clipped
-    assert Image.open("out/scales.png").size == (8 * 65, 4 * 65)
-    assert Image.open("out/worst.png").size == (8 * 65, 3 * 65)
+    assert pictures.open_image("out/scales.png").size == (8 * 65, 4 * 65)
+    assert pictures.open_image("out/worst.png").size == (8 * 65, 3 * 65)
 
 
 def _psnr_of_the_task(weights):

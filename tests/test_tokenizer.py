@@ -49,7 +49,10 @@ def small(**changes) -> tuple[TokenizerConfig, dict]:
     return config, {"params": jax.jit(functools.partial(init_tokenizer, config))(jax.random.key(0))}
 
 
-@pytest.mark.parametrize("changes", [{}, {"scales": (1, (1, 2), (2, 3))}, {"image_channels": 4}])
+ODD = {"scales": ((1, 3), (2, 3), (3, 5)), "multipliers": (1, 1, 2), "image_channels": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, {"scales": (1, (1, 2), (2, 3)), "multipliers": (2,)}, ODD])
 def test_decoding_tokens_equals_decoding_what_was_quantized(changes):
     config, params = small(**changes)
     image_BHWC = jax.random.normal(jax.random.key(1), (2, *config.image_shape))

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from varjax.tokenizer.adversary import Anchors, Opponent, balance
+from varjax.tokenizer.codebook import with_codes
+from varjax.tokenizer.codes import entropy_loss, scale_inputs
 from varjax.tokenizer.duel import judge
 from varjax.tokenizer.model import Tokenizer, to_model
 from varjax.tokenizer.quantizer import quantizer_loss
@@ -62,11 +64,12 @@ def learn(
 def _from_part(task, params, opponent, frozen, share, ratio, batch) -> Learned:
     x_BHWC = to_model(batch["image_BHWC"])
     model = Tokenizer(task.model, task.jax_dtype, task.jax_dtype)
+    pyramid, kept_B = task.model.pyramid, task.codebook.kept(task.model.pyramid, batch["key_B"])
 
     def forward(params):
         seen: PyTree
         (y_BHWC, f_BhwZ, quantized), seen = model.apply(
-            {"params": params}, x_BHWC, mutable=["intermediates"]
+            {"params": params}, x_BHWC, kept_B, mutable=["intermediates"]
         )
         (last_BHWC,) = seen["intermediates"]["decoder"]["last"]
         return (y_BHWC, f_BhwZ, quantized.f_hats), (quantized.tokens_BL, last_BHWC)
@@ -76,13 +79,22 @@ def _from_part(task, params, opponent, frozen, share, ratio, batch) -> Learned:
         means = {name: jnp.mean(loss_B) for name, loss_B in losses.items()}
         return means["loss"], means
 
-    def codes(f_BhwZ, f_hats):
-        return jnp.mean(quantizer_loss(f_BhwZ, f_hats, task.beta))
+    def codes(f_BhwZ, f_hats, codebook_VZ):
+        losses = {"quantizer": jnp.mean(quantizer_loss(f_BhwZ, f_hats, task.beta, kept_B))}
+        total = losses["quantizer"]
+        if task.codebook.entropy:
+            inputs = scale_inputs(pyramid, f_BhwZ, f_hats)
+            losses["entropy"] = entropy_loss(codebook_VZ, inputs, task.model.cosine_codes)
+            total = total + task.codebook.entropy * losses["entropy"]
+        return total, losses
 
     # The image's gradients are taken loss by loss: nothing is computed twice for the balance.
     (y_BHWC, f_BhwZ, f_hats), back, (tokens_BL, last_BHWC) = jax.vjp(forward, params, has_aux=True)
     by_image_BHWC, metrics = jax.grad(pixels, has_aux=True)(y_BHWC)
-    metrics["quantizer"], by_codes = jax.value_and_grad(codes, (0, 1))(f_BhwZ, f_hats)
+    (*by_codes, by_codebook_VZ), of_codes = jax.grad(codes, (0, 1, 2), has_aux=True)(
+        f_BhwZ, f_hats, params["quantizer"]["codebook"]
+    )
+    metrics |= of_codes
     metrics["loss"] = metrics["loss"] + metrics["quantizer"]
     about_opponent = {}
     if opponent is not None:
@@ -103,7 +115,9 @@ def _from_part(task, params, opponent, frozen, share, ratio, batch) -> Learned:
         }
     (grads,) = back((by_image_BHWC, *by_codes))
     ones_B = jnp.ones(len(x_BHWC))
-    counts_KV = count_codes(task.model.pyramid, task.model.vocab, tokens_BL, ones_B)
+    if task.codebook.entropy:
+        grads = with_codes(grads, grads["quantizer"]["codebook"] + by_codebook_VZ)
+    counts_KV = count_codes(pyramid, task.model.vocab, tokens_BL, ones_B)
     return Learned(grads, metrics, counts_KV / len(x_BHWC), **about_opponent)
 
 

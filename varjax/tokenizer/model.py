@@ -85,13 +85,16 @@ class Tokenizer(nn.Module):
             c.width, c.multipliers, c.blocks, c.groups, c.image_channels, self.decoder_dtype
         )
 
-    def __call__(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array, Quantized]:
+    def __call__(
+        self, image_BHWC: jax.Array, kept_B: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, Quantized]:
         """For training: (image, features, quantized), the image not clipped.
 
+        kept_B: how many scales each image is made of; None for all.
         The gradient of the image passes the quantizer straight through to the features.
         """
         f_BhwZ = self.features(image_BHWC)
-        quantized = self.quantizer(f_BhwZ)
+        quantized = self.quantizer(f_BhwZ, kept_B)
         f_hat_BhwZ = quantized.f_hats[-1]
         return self._decode(f_BhwZ + jax.lax.stop_gradient(f_hat_BhwZ - f_BhwZ)), f_BhwZ, quantized
 

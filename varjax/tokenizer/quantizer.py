@@ -42,9 +42,10 @@ class Quantizer(nn.Module):
         self.phi_kernel = self.param("phi_kernel", _uniform(bound), (P, 3, 3, Z, Z), jnp.float32)
         self.phi_bias = self.param("phi_bias", _uniform(bound), (P, Z), jnp.float32)
 
-    def __call__(self, f_BhwZ: jax.Array) -> Quantized:
+    def __call__(self, f_BhwZ: jax.Array, kept_B: jax.Array | None = None) -> Quantized:
         """Quantizes scale by scale what the coarser ones left over, in float32.
 
+        kept_B: how many scales each image adds up; beyond them its f_hats stay as they are.
         Gradients reach the code book and φ through f_hats; the choice of codes has none.
         """
         f_BhwZ = jax.lax.stop_gradient(f_BhwZ.astype(jnp.float32))
@@ -53,7 +54,10 @@ class Quantizer(nn.Module):
         for k, shape in enumerate(self.pyramid.shapes):
             rest_BhwZ = f_BhwZ - jax.lax.stop_gradient(f_hat_BhwZ)
             tokens.append(self.nearest(_flat(resize.area(rest_BhwZ, shape))))
-            f_hat_BhwZ = self.add_scale(f_hat_BhwZ, self.look_up(tokens[-1]), k)
+            added_BhwZ = self.add_scale(f_hat_BhwZ, self.look_up(tokens[-1]), k)
+            if kept_B is not None:
+                added_BhwZ = jnp.where((k < kept_B)[:, None, None, None], added_BhwZ, f_hat_BhwZ)
+            f_hat_BhwZ = added_BhwZ
             f_hats.append(f_hat_BhwZ)
         return Quantized(jnp.concatenate(tokens, axis=1), tuple(f_hats))
 
@@ -120,8 +124,13 @@ class Quantizer(nn.Module):
         return jnp.zeros((batch, *self.pyramid.finest, self.code_channels), jnp.float32)
 
 
-def quantizer_loss(f_BhwZ: jax.Array, f_hats, beta: float) -> jax.Array:
-    """(B,): mean over scales of β·|sg(f_hat_k) - f|² + |f_hat_k - sg(f)|² (VAR's eq. 5)."""
+def quantizer_loss(
+    f_BhwZ: jax.Array, f_hats, beta: float, kept_B: jax.Array | None = None
+) -> jax.Array:
+    """(B,): mean over scales of β·|sg(f_hat_k) - f|² + |f_hat_k - sg(f)|² (VAR's eq. 5).
+
+    kept_B: over so many scales of each image, from the first; None for all.
+    """
     f_BhwZ = f_BhwZ.astype(jnp.float32)
     stop = jax.lax.stop_gradient
 
@@ -131,7 +140,10 @@ def quantizer_loss(f_BhwZ: jax.Array, f_hats, beta: float) -> jax.Array:
     losses = [
         beta * distance(stop(f_hat), f_BhwZ) + distance(f_hat, stop(f_BhwZ)) for f_hat in f_hats
     ]
-    return jnp.mean(jnp.stack(losses), axis=0)
+    if kept_B is None:
+        return jnp.mean(jnp.stack(losses), axis=0)
+    kept_KB = jnp.arange(len(losses))[:, None] < kept_B[None]
+    return jnp.mean(jnp.stack(losses), axis=0, where=kept_KB)
 
 
 def _flat(x_BhwZ):

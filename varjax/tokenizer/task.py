@@ -10,8 +10,9 @@ import numpy as np
 
 from varjax import flops, trees
 from varjax.nn.compute import Compute
-from varjax.tokenizer.adversary import Adversary, Opponent, start_opponent, update_opponent
+from varjax.tokenizer.adversary import Adversary, start_opponent, update_opponent
 from varjax.tokenizer.checks import check_images, check_share
+from varjax.tokenizer.codebook import Codebook, read_inputs
 from varjax.tokenizer.learn import learn
 from varjax.tokenizer.load import read_tokenizer
 from varjax.tokenizer.losses import reconstruction_losses
@@ -36,7 +37,8 @@ class TokenizerTask:
     CPU. Evaluation and what the quantizer does are float32 always.
 
     The state's parameters are the tokenizer's alone, with or without an adversary: the
-    discriminator's are as much a tool of training as moments are, and lie beside them.
+    discriminator's are as much a tool of training as moments are, and lie beside them, as does how
+    often codes are used.
     """
 
     model: TokenizerConfig
@@ -44,6 +46,7 @@ class TokenizerTask:
     l1: float = 0.2
     l2: float = 1.0
     beta: float = 0.25  # commitment: how much the features follow the codes
+    codebook: Codebook = Codebook()
     perceptual: Perceptual | None = None
     adversary: Adversary | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
@@ -56,6 +59,7 @@ class TokenizerTask:
         for name in ("l1", "l2", "beta"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
+        self.codebook.check(self.model.pyramid)
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_images(self.model, image_shape)
@@ -67,12 +71,13 @@ class TokenizerTask:
 
     def init(self, key: jax.Array) -> TrainState:
         params = init_tokenizer(self.model, key)
+        params = self.codebook.start(self.model, params, jax.random.fold_in(key, 2))
         state = start(params, self._tx(params), self.ema)
-        if self.adversary is None:
-            return state
-        key = jax.random.fold_in(key, 1)
-        opponent = start_opponent(self.adversary, self.model.image_shape, self.plan, key)
-        return _joined(state, opponent)
+        beside: dict[str, Any] = {**self.codebook.use(self.model)}
+        if self.adversary is not None:
+            key, shape = jax.random.fold_in(key, 1), self.model.image_shape
+            beside["opponent"] = start_opponent(self.adversary, shape, self.plan, key)
+        return _joined(state, beside)
 
     def pretrained(self, location: str) -> tuple[PyTree, Rows]:
         return read_tokenizer(location)[1], {}
@@ -91,28 +96,36 @@ class TokenizerTask:
 
         "loss" is all that does not depend on the adversary, the same as in evaluation.
         """
-        state, opponent = _parted(state)
+        state, beside = _parted(state)
+        opponent = beside.get("opponent")
         key, step = jax.random.fold_in(key, state.step), state.step
         image_BHWC = batch["image_BHWC"]
         key_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(image_BHWC)))
         batch = {"image_BHWC": image_BHWC, "key_B": key_B}
         share = self.adversary.share(step, self.plan) if self.adversary else jnp.float32(0)
+        read = functools.partial(read_inputs, self.model, image_BHWC, self.accumulate)
+        state = self.codebook.begin(state, read, key)
         learned = learn(self, state.params, opponent, frozen, batch, share)
 
         state, norms = apply(state, learned.grads, self._tx(state.params), self.ema)
         metrics = learned.metrics | norms | {"lr": self.optimizer.lr(step, self.plan)}
         metrics["perplexity"] = perplexity(learned.frequency_KV, jnp)
-        if self.adversary is None:
-            return state, metrics
-        assert opponent is not None and learned.said is not None
-        opponent, of_opponent = update_opponent(
-            self.adversary, opponent, learned.opponent_grads, learned.said, step, self.plan
+        state, use, restarted = self.codebook.tend(
+            self.model.pyramid, state, beside, learned.frequency_KV, read, key
         )
-        metrics |= {f"discriminator/{name}": x for name, x in of_opponent.items()}
-        return _joined(state, opponent), metrics
+        beside, metrics = beside | use, metrics | restarted
+        if self.adversary is not None:
+            assert opponent is not None and learned.said is not None
+            beside["opponent"], of_opponent = update_opponent(
+                self.adversary, opponent, learned.opponent_grads, learned.said, step, self.plan
+            )
+            metrics |= {f"discriminator/{name}": x for name, x in of_opponent.items()}
+        return _joined(state, beside), metrics
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
-        whole = dataclasses.replace(self, accumulate=1)
+        # Without what comes once in a while.
+        codebook = dataclasses.replace(self.codebook, init="uniform", restart_every=0)
+        whole = dataclasses.replace(self, accumulate=1, codebook=codebook)
         return flops.count(whole.train_step, state, frozen, batch, jax.random.key(0))
 
     def losses(
@@ -174,15 +187,16 @@ class TokenizerTask:
         return self.optimizer.make(self.plan, decay)
 
 
-def _joined(state: TrainState, opponent: Opponent) -> TrainState:
-    """One state of both sides."""
-    both = {"tokenizer": state.opt_state, "opponent": opponent}
-    return dataclasses.replace(state, opt_state=both)
+def _joined(state: TrainState, beside: dict[str, Any]) -> TrainState:
+    """One state of the tokenizer's and of what else changes, if there is anything."""
+    if not beside:
+        return state
+    return dataclasses.replace(state, opt_state={"tokenizer": state.opt_state} | beside)
 
 
-def _parted(state: TrainState) -> tuple[TrainState, Opponent | None]:
-    """The tokenizer's own state, and the opponent where there is one."""
+def _parted(state: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The tokenizer's own state, and what else there is: an "opponent", "use_V"."""
     if not isinstance(state.opt_state, dict):
-        return state, None
-    both = state.opt_state
-    return dataclasses.replace(state, opt_state=both["tokenizer"]), both["opponent"]
+        return state, {}
+    beside = dict(state.opt_state)
+    return dataclasses.replace(state, opt_state=beside.pop("tokenizer")), beside
