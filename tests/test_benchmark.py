@@ -2,6 +2,7 @@
 
 import functools
 import json
+import pathlib
 
 import pytest
 
@@ -51,3 +52,22 @@ def test_wrong_commands_are_refused(capsys):
     assert "sample|train|data|scaling" in capsys.readouterr().err
     assert benchmark.main(["sample", "--batch_size=0"]) == 1
     assert "1 or more" in capsys.readouterr().err
+
+
+def test_data_reads_in_every_way_it_is_asked_for(capsys):
+    config = pathlib.Path(__file__).parents[1] / "configs" / "digits.py"
+    flags = ["--batches=2", "--threads=2,1", "--workers=0", "--config.batch_size=30"]
+    assert benchmark.main(["data", f"--config={config}", *flags]) == 0
+    found = lines(capsys)
+    parts = [(line["threads"], line["part"]) for line in found]
+    assert parts == [(n, part) for n in (1, 2) for part in ("decode", "augment", "loader")]
+    for line in found:
+        assert line["images_per_second"] * line["seconds"] == pytest.approx(30, rel=2e-3)
+        assert line["batch_mb"] == pytest.approx(30 * (64 + 4) / 1e6)
+    for flags, message in {
+        ("--threads=many",): "threads is 'many'; give numbers",
+        ("--batches=0",): "batches is 0",
+        ("--batch_size=8",): "settings are --config.FIELD=VALUE",
+    }.items():
+        assert benchmark.main(["data", f"--config={config}", *flags]) == 1
+        assert message in capsys.readouterr().err

@@ -51,13 +51,17 @@ class Tokens:
     def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
         """Batches {"tokens_BL", "label_B"}, of which this process gets `rows` (None: all)."""
         views = TokenViews(self.about["length"])
-        return Loader(self, batch_size, seed, rows, views, self.about["tokenized_by"])
+        loader = Loader(self, batch_size, seed, rows, views, self.about["tokenized_by"])
+        _ = loader.train_source, loader.held_out_source  # so that what is missing is told now
+        return loader
 
     def source(self, split: Split) -> "StoredTokens":
         """The images of one split, in the order of the data that they were."""
         about = self.about
         shape = about["images"][split], about["augmentations"][split], about["length"]
-        return StoredTokens(self.root, split, shape, about["shards"][split])
+        stored = StoredTokens(self.root, split, shape, about["shards"][split])
+        stored.open()
+        return stored
 
     def describe(self) -> dict[str, Any]:
         """What the images were, and what tells whether the tokens are still the same ones."""
@@ -99,15 +103,19 @@ class StoredTokens:
         """The first image of each shard, and the number of images."""
         return shard_starts(self.shape[0], self.shards)
 
+    def open(self) -> None:
+        """Maps the files; ValueError where some are missing or of another shape."""
+        _ = self.arrays
+
     @functools.cached_property
     def arrays(self) -> list[dict[str, np.ndarray]]:
-        """Those of each shard; ValueError where some shards are missing or of another shape."""
+        """Those of each shard."""
         root = pathlib.Path(self.root)
         paths = [root / shard_name(self.split, i, self.shards) for i in range(self.shards)]
         if missing := sum(not path.is_file() for path in paths):
             raise ValueError(
-                f"{self.root} lacks {missing} of {self.shards} files of tokens ({self.split}); "
-                "run the command that makes them to its end"
+                f"{self.root} lacks {missing} of {self.shards} {self.split} files of tokens; run "
+                "python -m varjax.data.tokenize to its end"
             )
         arrays = [files.read_tensors(path)[0] for path in paths]
         for i, (path, found) in enumerate(zip(paths, arrays, strict=True)):
