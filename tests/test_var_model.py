@@ -112,18 +112,9 @@ def test_label_smoothing_is_pytorch_s(monkeypatch):
 
 
 def _feed_golden_tokens(monkeypatch, expected):
-    class Stand:
-        def __init__(self, config): ...
-
-        def bind(self, variables):
-            return self
-
-        def encode_to_teach(self, images):
-            tokens_BL = jnp.asarray(expected["tokens"], jnp.int32)
-            return tokens_BL, jnp.asarray(expected["teacher_forcing_input"])
-
-    monkeypatch.setattr("varjax.var.task.Tokenizer", Stand)
-    monkeypatch.setattr("varjax.var.task.to_model", lambda image: image)
+    tokens_BL = jnp.asarray(expected["tokens"], jnp.int32)
+    taught = tokens_BL, jnp.asarray(expected["teacher_forcing_input"])
+    monkeypatch.setattr("varjax.var.teach.tokens_and_input", lambda *_: taught)
 
 
 def test_weight_decay_falls_where_the_reference_has_it():
