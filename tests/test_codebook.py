@@ -52,7 +52,7 @@ def train(accumulate, devices):
 (one, metrics), (other, _) = train(1, jax.devices()[:1]), train(2, jax.devices())
 codes = [s.params["quantizer"]["codebook"] for s in (one, other)]
 assert metrics["restarted"] == 8, metrics
-assert np.abs(codes[0] - BEFORE).max(axis=1).min() > 1 / 16  # k-means moved the living ones, too
+assert np.abs(codes[0] - BEFORE).max(axis=1).min() > 1e-3  # k-means moved the living ones, too
 np.testing.assert_allclose(*codes, rtol=1e-3, atol=1e-4)
 np.testing.assert_allclose(one.opt_state["use_V"], other.opt_state["use_V"], rtol=1e-4)
 moment = one.opt_state["tokenizer"][1].mu["quantizer"]["codebook"]
