@@ -7,10 +7,12 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.adversarial import ADVERSARY, BATCH, KEY, QUICKLY, TASK, frozen, state
 from varjax import trees
 from varjax.tokenizer import duel
+from varjax.tokenizer.adversary import Adversary
 from varjax.tokenizer.model import Tokenizer, to_model
 from varjax.tokenizer.perceptual import Perceptual
 
@@ -92,6 +94,16 @@ def test_both_sides_move_and_every_term_is_told():
     _, exact = after(TASK)  # in float32, the perceptual loss apart
     for name in ("l1", "l2", "quantizer", "adversarial", "discriminator/loss"):
         np.testing.assert_allclose(metrics[name], exact[name], rtol=0.05, err_msg=name)
+
+
+@pytest.mark.parametrize("kind, accumulate", [("patch", 2), ("style", 1), ("style", 4)])
+def test_every_kind_of_adversary_leaves_the_state_in_its_shape(kind, accumulate):
+    adversary = Adversary(kind, 8, 1, "non_saturating", adaptive=kind == "patch", r1=1.0)
+    task = dataclasses.replace(TASK, adversary=adversary, accumulate=accumulate)
+    before = jax.eval_shape(task.init, KEY)
+    new, metrics = jax.eval_shape(task.train_step, before, {}, BATCH, KEY)
+    assert not trees.difference(before, new)
+    assert all(x.dtype == jnp.float32 for x in metrics.values())
 
 
 def test_accumulation_changes_nothing_but_rounding():

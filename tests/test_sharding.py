@@ -1,4 +1,5 @@
 import functools
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,50 +11,26 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from varjax import trees
-from varjax.training.sharding import MeshShape, make_mesh, shardings
+from varjax.nn.compute import BATCH_AXES, spread_rows
+from varjax.training import sharding
+from varjax.training.sharding import MeshShape, make_mesh, rows_of_process, shardings
 from varjax.var.model import VARConfig, init_var
 
 ROOT = pathlib.Path(__file__).parents[1]
-EIGHT_DEVICES = """
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
-import dataclasses
-import numpy as np
-from jax.sharding import PartitionSpec as P
-from tests import tiny
-from varjax.data.loader import Loader
-from varjax.data.sources import Digits
-from varjax.training.feed import place
-from varjax.training.sharding import MeshShape, make_mesh, over_batch, shardings
-
-task = dataclasses.replace(tiny.Tiny(accumulate=2), plan=dataclasses.replace(tiny.Plan(), steps=9))
-init_key, key = jax.random.split(jax.random.key(0))
-loader = Loader(Digits(), 32)
-
-def train(shape, devices):
-    mesh = make_mesh(shape, devices)
-    placement = shardings(jax.eval_shape(task.init, init_key), mesh)
-    state = jax.jit(task.init, out_shardings=placement)(init_key)
-    step = jax.jit(task.train_step, out_shardings=(placement, None), donate_argnums=0)
-    for number in range(3):
-        batch = place(loader.train_batch(number), over_batch(mesh))
-        state, metrics = step(state, {}, batch, key)
-    return state, metrics
-
-one = train(MeshShape(), jax.devices()[:1])
-state, metrics = train(MeshShape(data=-1, fsdp=2, tensor=2), None)
-up = state.params["up"]["kernel"]
-assert up.sharding.spec == P("fsdp", "tensor") and up.addressable_shards[0].data.shape == (32, 8)
-moments = state.opt_state[1].mu["up"]["kernel"]
-assert moments.sharding.spec == P("fsdp", "tensor")
-def close(a, b):
-    np.testing.assert_allclose(jax.device_get(a), jax.device_get(b), rtol=2e-4, atol=2e-6)
-jax.tree.map(close, one, (state, metrics))
-"""
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def test_a_sharded_step_equals_the_single_device_one():
-    subprocess.run([sys.executable, "-c", EIGHT_DEVICES], check=True, timeout=120, cwd=ROOT)
+def test_a_sharded_step_equals_the_single_device_one_and_no_device_computes_the_whole_batch():
+    command = [sys.executable, "-m", "tests.eight_devices"]
+    subprocess.run(
+        command, check=True, timeout=300, cwd=ROOT, env=os.environ | {"XLA_FLAGS": QUICK}
+    )
+
+
+def test_rows_are_spread_over_the_axes_that_share_out_a_batch():
+    """Model files may not import the mesh's module, so they say these names again."""
+    assert P(BATCH_AXES) == sharding.over_batch(mesh(data=2)).spec
+    assert spread_rows(x := np.ones((4, 2))) is x
 
 
 def mesh(**sizes):
@@ -69,8 +46,10 @@ def mesh(**sizes):
         ("params/blocks/attn/q/kernel", (30, 8, 16), P(None, "fsdp", "tensor")),
         ("opt_state/1/0/mu/blocks/mlp/down/kernel", (30, 8, 16), P(None, "tensor", "fsdp")),
         ("ema/head/kernel", (8, 6), P("fsdp", None)),
-        ("params/class_embed", (11, 8), P(None, "fsdp")),
+        ("params/class_embed", (12, 8), P(None, None)),
+        ("params/pos_embed", (11, 8), P(None, "fsdp")),
         ("params/encoder/conv_in/kernel", (3, 3, 3, 8), P(None, None, None, None)),
+        ("frozen/encoder/mid_attn_1/proj/kernel", (1, 1, 8, 8), P(None, None, "fsdp", None)),
         ("params/blocks/attn/q/bias", (30, 8), P(None, None)),
         ("params/blocks/mlp/up/kernel", (2, 7, 16), P(None, None, "tensor")),
         ("params/unq/kernel", (8, 16), P("fsdp", None)),
@@ -95,6 +74,14 @@ def test_nearly_all_of_a_transformer_is_shared_out(preset):
     assert split_twice == {path for path in found if path.endswith(heavy)}
 
 
+def test_a_mesh_that_divides_next_to_nothing_is_told():
+    init = functools.partial(init_var, VARConfig.preset("d30"))
+    params = jax.eval_shape(init, jax.random.key(0))
+    assert sharding.left_whole(params, mesh(data=256)) == ""
+    assert sharding.left_whole(params, mesh(fsdp=128)) == ""
+    assert "% of the parameters lie whole" in sharding.left_whole(params, mesh(fsdp=256))
+
+
 def test_a_mesh_takes_all_devices_and_refuses_what_does_not_fit():
     assert make_mesh(MeshShape()).size == jax.device_count()
     with pytest.raises(ValueError, match=f"asks for 7 devices or a multiple.*{jax.device_count()}"):
@@ -103,3 +90,9 @@ def test_a_mesh_takes_all_devices_and_refuses_what_does_not_fit():
         make_mesh(MeshShape(data=-1, fsdp=-1))
     with pytest.raises(ValueError, match="asks for 3 devices, but"):
         make_mesh(MeshShape(data=3))
+
+
+def test_a_batch_that_the_devices_do_not_divide_is_refused():
+    assert rows_of_process(make_mesh(MeshShape()), 6) == range(6)
+    with pytest.raises(ValueError, match="batch_size 12 does not divide over 8 .*data 2, fsdp 4"):
+        sharding.check_batch(mesh(data=2, fsdp=4, tensor=2), 12)

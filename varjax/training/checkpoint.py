@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
 from varjax.training.processes import from_first, gather
@@ -41,8 +42,10 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        # Closing waits for the others, who may be dead if the devices failed.
+        if kind is None or not issubclass(kind, jax.errors.JaxRuntimeError):
+            self._manager.close()
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first."""
@@ -65,9 +68,7 @@ class Checkpoints:
         for name in ARRAYS:
             if (tree := getattr(state, name)) is not None:
                 items[name] = ocp.args.StandardSave(tree)
-        self._watch(
-            lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        )
+        self._watch(lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
 
     def wait(self) -> None:
         """Returns when everything saved is on the disk; OSError where that failed."""
@@ -112,6 +113,8 @@ class Checkpoints:
     def _watch(self, action: Callable[[], Any]) -> None:
         try:
             action()
+        except jax.errors.JaxRuntimeError:  # not the files: a device, or another process
+            raise
         except Exception as error:  # of many kinds, RESOURCE_EXHAUSTED as a ValueError among them
             good = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
             raise OSError(

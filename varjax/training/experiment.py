@@ -93,6 +93,8 @@ class Experiment:
                 raise ValueError(f"{name} is {value}, but must be at least {lowest}")
         if not self.run_dir:
             raise ValueError("run_dir is empty; name a directory for this run, say runs/first")
+        if "://" in self.run_dir:
+            raise ValueError(f"run_dir is {self.run_dir}: an address; mount it and name the folder")
         if (self.keep_best or self.patience) and not self.eval_every:
             raise ValueError("keep_best and patience need evaluations; set eval_every above 0")
         if self.patience and not self.keep_best:
@@ -139,7 +141,7 @@ FREE += (
 )
 
 
-def record_config(experiment: Experiment, write: bool = True) -> None:
+def record_config(experiment: Experiment) -> None:
     """Writes <run_dir>/config.json, or checks that the run there has the same settings.
 
     Fields that the run does not know yet had their defaults in it. Raises ValueError that lists
@@ -160,11 +162,10 @@ def record_config(experiment: Experiment, write: bool = True) -> None:
                 + "\n  ".join(lines)
                 + "\ngive this run another run_dir, or go back to those settings to continue"
             )
-    if write:
-        files.write_json(path, config)
+    files.write_json(path, config)
 
 
-def record_data(experiment: Experiment, write: bool = True) -> None:
+def record_data(experiment: Experiment) -> None:
     """Writes <run_dir>/data.json: the names of the classes, and which images there are.
 
     Raises ValueError where the run there was trained on other ones, wherever they lie now; those
@@ -179,8 +180,7 @@ def record_data(experiment: Experiment, write: bool = True) -> None:
                 + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
                 + "\ngive this run another run_dir, or bring back the images to continue"
             )
-    if write:
-        files.write_json(path, now)
+    files.write_json(path, now)
 
 
 def _drop_new_defaults(now: dict[str, Any], fields_of: Any, before: dict[str, Any]) -> None:

@@ -16,10 +16,11 @@ from varjax.training.feed import Feed
 from varjax.training.initial import initial_state
 from varjax.training.interrupt import Interrupt
 from varjax.training.metrics import MetricWriter, Progress, flatten
-from varjax.training.processes import from_first
+from varjax.training.processes import check_shared, from_first
 from varjax.training.record import Record
 from varjax.training.saved import UNREADABLE
 from varjax.training.sharding import (
+    left_whole,
     make_mesh,
     on_mesh,
     put,
@@ -49,10 +50,12 @@ def run(experiment: Experiment) -> dict[str, float]:
     task: Task = dataclasses.replace(experiment.task, plan=plan)  # type: ignore[type-var]
     task.check(experiment.data.image_shape, experiment.data.classes)
     from_first(lambda: record_config(experiment))
+    check_shared(run_dir / "config.json")
     from_first(lambda: record_data(experiment))
     with Checkpoints(run_dir / "checkpoints", experiment.keep) as checkpoints:
         if (found := finished(checkpoints, experiment, plan.steps)) is not None:
-            print(f"{run_dir} is finished; its results:", found.metrics, file=sys.stderr)
+            if jax.process_index() == 0:
+                print(f"{run_dir} is finished; its results:", found.metrics, file=sys.stderr)
             return found.metrics
         return _train(experiment, task, loader, mesh, checkpoints)
 
@@ -89,6 +92,8 @@ def _train(
 
     abstract = jax.eval_shape(task.init, init_key)
     placement = shardings(abstract, mesh)
+    if main and (note := left_whole(abstract.params, mesh)):
+        print(note, file=sys.stderr)
     frozen = frozen_weights(task, run_dir)
     check_tokens(task, frozen, loader.tokenized_by)
     frozen = put(frozen, shardings(frozen, mesh))

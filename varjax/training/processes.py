@@ -2,7 +2,9 @@
 
 import json
 import os
+import pathlib
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead, and the others end
+NETWORK_SECONDS = 10  # until a file that one machine wrote is seen by another
 ERRORS = {error.__name__: error for error in (ValueError, KeyError, OSError)}
 
 
@@ -68,6 +71,18 @@ def gather(value: Any) -> list[Any]:
     padded = np.pad(text, (0, int(sizes.max()) - len(text)))
     texts = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(t[:n])) for t, n in zip(texts, sizes, strict=True)]
+
+
+def check_shared(path: pathlib.Path) -> None:
+    """Raises ValueError unless all processes see this file, which the first one wrote."""
+    deadline = time.monotonic() + NETWORK_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if blind := [number for number, sees in enumerate(gather(seen)) if not sees]:
+        raise ValueError(
+            f"{path}, which process 0 wrote, is not seen by process {', '.join(map(str, blind))}; "
+            "choose a run_dir on a file system that all of them share"
+        )
 
 
 def from_first(action: Callable[[], Any]) -> Any:

@@ -26,6 +26,9 @@ RULES = (
 )
 
 
+MUCH = 0.1
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
     """Numbers of devices: copies of the model, parts of its arrays, parts of its layers' width.
@@ -72,6 +75,22 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, P(*[None] * (len(leaf.shape) - len(spec)), *fits))
 
     return trees.map_with_path(place, tree)
+
+
+def left_whole(tree: Any, mesh: Mesh) -> str:
+    """A sentence where much of a tree lies whole on each device, though the mesh is to split it."""
+    if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
+        return ""
+    leaves, specs = jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh))
+    pairs = zip(leaves, specs, strict=True)
+    share = sum(x.size for x, s in pairs if s.is_fully_replicated) / sum(x.size for x in leaves)
+    sizes = f"mesh.fsdp={mesh.shape['fsdp']} and mesh.tensor={mesh.shape['tensor']}"
+    if share < MUCH:
+        return ""
+    return (
+        f"{share:.0%} of the parameters lie whole on every device, for {sizes} do not divide them; "
+        "divisors of the model's width would save memory"
+    )
 
 
 def over_batch(mesh: Mesh) -> NamedSharding:
