@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.adversarial import QUICKLY
 from varjax.tokenizer.discriminator import PatchDiscriminator, StyleDiscriminator, halve
 
 
@@ -34,7 +35,7 @@ def test_logits_depend_on_their_own_image_alone(kind):
     images = np.random.default_rng(0).uniform(-1, 1, (3, 8, 6, 3)).astype(np.float32)
     params = jax.jit(kind(jnp.float32).init)(jax.random.key(0), images)
 
-    @functools.partial(jax.jit, static_argnums=1)
+    @functools.partial(jax.jit, static_argnums=1, compiler_options=QUICKLY)
     def run(image_BHWC, dtype):
         def second(image_BHWC):
             logits = kind(dtype).apply(params, image_BHWC)
