@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint soak clean
 
 setup: $(VENV)/ready
 
@@ -31,6 +31,10 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
+
+# 50 kills of a run at random moments; about 20 minutes, so no part of the tests.
+soak: setup
+	$(PY) -m tests.soak --folder=runs/soak --kills=50
 
 clean:
 	rm -rf $(VENV) build *.egg-info
