@@ -57,7 +57,13 @@ class Readers:
             self._threads.submit(self._call, function, items[i : i + size], *arguments)
             for i in range(0, len(items), size)
         ]
-        return Pending(self._joiner.submit(lambda: join([part.result() for part in parts])), parts)
+
+        def whole() -> Any:
+            results = [part.result() for part in parts]
+            parts.clear()  # or else they would stay in memory beside what they make together
+            return join(results)
+
+        return Pending(self._joiner.submit(whole), parts)
 
 
 @dataclasses.dataclass(frozen=True)
