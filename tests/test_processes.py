@@ -1,5 +1,6 @@
 """Two processes with four devices each, killed, stopped and continued; against one with eight."""
 
+import functools
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import pytest
 
 from tests import tiny
 from tests.test_loop import lines, weights
+from varjax.training import loop
 from varjax.training.saved import Saved
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -106,3 +108,28 @@ def test_only_the_first_one_talks_and_a_refusal_reaches_all(runs):
     assert all(
         "refused: " in words and "holds a run with other settings" in words for words in said
     )
+
+
+def test_one_signal_stops_both_and_one_device_continues(runs):
+    folder, said = runs
+    step = Saved(folder / "stopped" / "checkpoints").steps()[-1]
+    assert 17 <= step <= 19
+    assert f"saved after step {step}" in said[0]
+    loop.run(tiny.experiment(folder / "stopped", keep_best="eval/loss", eval_every=15))
+    same_but_for_rounding(folder / "whole", folder / "stopped")
+
+
+def test_one_process_with_as_many_devices_trains_and_evaluates_the_same(runs):
+    folder, _ = runs
+    codes, said = together(1, job(folder / "one", SETTINGS | {"mesh": [1, 8, 1]}))
+    assert codes == [0], said
+    same_but_for_rounding(folder / "whole", folder / "one")
+
+
+def same_but_for_rounding(a, b):
+    """From data to weights: the last states, and all that was logged on the way."""
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, everything(a)[0], everything(b)[0])
+    assert len(lines(a)) == 8  # six of training, two of evaluation
+    for one, other in zip(lines(a), lines(b), strict=True):
+        jax.tree.map(close, one, other)
