@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
@@ -252,6 +254,31 @@ def test_a_best_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, 
     loop.run(tiny.experiment(tmp_path, steps=1, keep_best="eval/loss"))
     best, checkpoint = events.index(("best", "save")), events.index(("checkpoints", "save"))
     assert ("best", "wait") in events[best + 2 : checkpoint]  # the first belongs to the save
+
+
+# Of the writes that Orbax began together, it waits for the first to fail.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_that_takes_no_more_ends_the_run_and_what_was_saved_stays(tmp_path, monkeypatch):
+    """The system itself refuses: files may grow to 100 kB, but a step needs some of 1 MB."""
+    big = tiny.experiment(tmp_path / "run", width=2**12, keep_best="eval/loss")
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = ocp.CheckpointManager.save
+
+    def save_on_a_full_disk(manager, step, *arguments, **options):
+        if step == 20:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        return save(manager, step, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", save_on_a_full_disk)
+        try:
+            with pytest.raises(OSError, match=r"(?s)saving to .* failed.* good: \[10\].* room for"):
+                loop.run(big)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    loop.run(big)
+    loop.run(dataclasses.replace(big, run_dir=str(tmp_path / "whole")))
+    same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
