@@ -6,12 +6,17 @@
 64 by 64 pixels become 130 tokens at 6 scales. After the colon one change to the plain recipe, or
 several with commas between:
 
-    configs/photos_tokenizer.py:cosine         the nearest code by angle
-    configs/photos_tokenizer.py:adversarial    a discriminator from 30 % of the run on
+    cosine           the nearest code by angle
+    normal, kmeans   how the codes start, instead of uniform ±1/V
+    restart          dead codes become vectors that codes are looked for
+    scale_dropout    every tenth image keeps 3 to 5 scales only
+    entropy          a loss that is low where all codes are used
+    adversarial      a discriminator from 30 % of the run on
+
+docs/tokenizer.md tells what each of them does.
 """
 
-import dataclasses
-
+from varjax import settings
 from varjax.data.sources import Photos
 from varjax.tokenizer.adversary import Adversary
 from varjax.tokenizer.model import TokenizerConfig
@@ -19,31 +24,15 @@ from varjax.tokenizer.task import TokenizerTask
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 
-OPTIMIZER = AdamW(base_lr=1e-2, weight_decay=0.0, clip=1.0, schedule="cos", warmup=0.05)
-MODEL = TokenizerConfig(
-    scales=(1, 2, 3, 4, 6, 8),
-    width=16,
-    multipliers=(1, 2, 4, 4),
-    blocks=1,
-    groups=8,
-    vocab=512,
-    code_channels=16,
-)
-ADVERSARY = Adversary(
-    kind="patch",
-    width=32,
-    layers=2,
-    weight=0.5,
-    start=0.3,
-    ramp=0.1,
-    lecam=1e-3,
-    diffaugment=("color", "translation", "cutout"),
-    optimizer=AdamW(base_lr=2e-3, b1=0.5, b2=0.9, weight_decay=0.0, clip=1.0, schedule="cos"),
-)
 CHANGES = {
-    "plain": {},
-    "cosine": {"model": dataclasses.replace(MODEL, cosine_codes=True)},
-    "adversarial": {"adversary": ADVERSARY},
+    "plain": "",
+    "cosine": "task.model.cosine_codes=true",
+    "normal": "task.codebook.init=normal",
+    "kmeans": "task.codebook.init=kmeans",
+    "restart": "task.codebook.restart_every=50",
+    "scale_dropout": "task.codebook.scale_dropout=0.1",
+    "entropy": "task.codebook.entropy=0.1",
+    "adversarial": "",
 }
 
 
@@ -51,18 +40,43 @@ def get_config(arg: str = "plain") -> Experiment:
     names = arg.split(",")
     if unknown := [name for name in names if name not in CHANGES]:
         raise ValueError(f"cannot read {unknown}; allowed are {', '.join(CHANGES)}")
-    task = TokenizerTask(model=MODEL, optimizer=OPTIMIZER, l1=0.2, l2=1.0, beta=0.25, ema=0.99)
-    for name in names:
-        task = dataclasses.replace(task, **CHANGES[name])
-    changed = "".join(f"_{name}" for name in names if name != "plain")
-    return Experiment(
-        task=task,
+    model = TokenizerConfig(
+        scales=(1, 2, 3, 4, 6, 8),
+        width=16,
+        multipliers=(1, 2, 4, 4),
+        blocks=1,
+        groups=8,
+        vocab=512,
+        code_channels=16,
+    )
+    adversary = Adversary(
+        kind="patch",
+        width=32,
+        layers=2,
+        weight=0.5,
+        start=0.3,
+        ramp=0.1,
+        lecam=1e-3,
+        diffaugment=("color", "translation", "cutout"),
+        optimizer=AdamW(base_lr=2e-3, b1=0.5, b2=0.9, weight_decay=0.0, clip=1.0, schedule="cos"),
+    )
+    experiment = Experiment(
+        task=TokenizerTask(
+            model=model,
+            optimizer=AdamW(base_lr=1e-2, weight_decay=0.0, clip=1.0, schedule="cos", warmup=0.05),
+            l1=0.2,
+            l2=1.0,
+            beta=0.25,
+            ema=0.99,
+            adversary=adversary if "adversarial" in names else None,
+        ),
         data=Photos(size=64, flip=True),
-        run_dir=f"runs/photos_tokenizer{changed}",
+        run_dir="runs/photos_tokenizer" + "".join(f"_{name}" for name in names if name != "plain"),
         batch_size=16,
-        steps=1000,
+        steps=500,
         log_every=20,
         eval_every=250,
         save_every=250,
         preview_every=250,
     )
+    return settings.override(experiment, [CHANGES[name] for name in names if CHANGES[name]])

@@ -1,3 +1,7 @@
+import pathlib
+import subprocess
+import sys
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,3 +55,20 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="t.safetensors is not valid JSON"):
         files.read_json(path)
+
+
+def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
+    code = f"from varjax import files\nwith files.alone_in({str(tmp_path)!r}): print(); input()"
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=pathlib.Path(__file__).parents[1], **pipes) as other:
+        other.stdout.readline()
+        with (
+            pytest.raises(ValueError, match="another process is at work in"),
+            files.alone_in(tmp_path),
+        ):
+            pass
+        other.kill()
+    for _ in range(2):
+        with files.alone_in(tmp_path):
+            pass

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -276,6 +277,7 @@ def test_a_disk_that_takes_no_more_ends_the_run_and_what_was_saved_stays(tmp_pat
                 loop.run(big)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    gc.collect()
     loop.run(big)
     loop.run(dataclasses.replace(big, run_dir=str(tmp_path / "whole")))
     same_run(tmp_path / "run", tmp_path / "whole")

@@ -1,6 +1,7 @@
 """Files that are either whole or absent: atomic replacement, JSON, and trees of arrays."""
 
 import contextlib
+import fcntl
 import json
 import os
 import pathlib
@@ -35,6 +36,28 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         _fsync(path.parent)
     finally:
         _remove(temporary)
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | os.PathLike) -> Iterator[None]:
+    """Keeps other processes that ask for the same folder out of it, until this one is done or dead.
+
+    ValueError where another one is there now. A file system without locks keeps nobody out.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(
+            f"another process is at work in {folder}; wait for it, stop it, or choose another"
+        ) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_json(path: str | os.PathLike, data: Any) -> None:

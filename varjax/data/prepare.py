@@ -58,13 +58,14 @@ def prepare(
         | {"folder": os.path.realpath(folder), "unconditional": unconditional}
         | {"size": size, "quality": quality, "shards": shards},
     )
-    if not (path / pack.INFO).exists():
-        parts = []
-        for split, listing in listings.items():
-            count = -(-len(listing.paths) * shards // images)
-            parts += _share_out(path, split, listing, count, data.class_names, encoding)
-        _pack(parts, workers or os.cpu_count() or 1)
-        _finish(path, data.class_names, parts)
+    with files.alone_in(path):
+        if not (path / pack.INFO).exists():
+            parts = []
+            for split, listing in listings.items():
+                count = -(-len(listing.paths) * shards // images)
+                parts += _share_out(path, split, listing, count, data.class_names, encoding)
+            _pack(parts, workers or os.cpu_count() or 1)
+            _finish(path, data.class_names, parts)
     report = files.read_json(path / REPORT)
     counts = " + ".join(f"{report[split]['images']} {split}" for split in listings)
     broken = sum(len(report[split]["broken"]) for split in listings)

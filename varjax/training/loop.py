@@ -1,5 +1,6 @@
 """The training loop: input and output around a task's pure functions."""
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -52,7 +53,9 @@ def run(experiment: Experiment) -> dict[str, float]:
     from_first(lambda: record_config(experiment))
     check_shared(run_dir / "config.json")
     from_first(lambda: record_data(experiment))
-    with Checkpoints(run_dir / "checkpoints", experiment.keep) as checkpoints:
+    with contextlib.ExitStack() as held:
+        from_first(lambda: held.enter_context(files.alone_in(run_dir)))
+        checkpoints = held.enter_context(Checkpoints(run_dir / "checkpoints", experiment.keep))
         if (found := finished(checkpoints, experiment, plan.steps)) is not None:
             if jax.process_index() == 0:
                 print(f"{run_dir} is finished; its results:", found.metrics, file=sys.stderr)
