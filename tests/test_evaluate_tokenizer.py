@@ -41,8 +41,14 @@ class Ten:
             yield {"image_BHWC": images, "label_B": n, "valid_B": valid_B}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def promoting():
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote bfloat16
+        yield
+
+
 @pytest.fixture(scope="module")
-def split():
+def split(promoting):
     return measure_split(CONFIG, PARAMS, Ten(4), show=(0, 3, 9), worst=2)
 
 
@@ -52,7 +58,7 @@ def test_the_batch_size_and_broken_images_change_nothing(split):
     assert a["images"] == 9 and [x.number for x in split.shown] == [0, 9]  # 3 is broken
     assert [x.number for x in split.worst] == [x.number for x in other.worst]
     assert a.keys() == b.keys() and "ssim" in a and "lpips" not in a
-    for name in a.keys() - {"worst"}:
+    for name in a.keys() - {"worst", "same_in_bfloat16"}:
         np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
 
 
@@ -64,9 +70,12 @@ def test_figures_are_those_of_the_images_decoded_one_by_one(split):
     def by_hand(x_BHWC):
         tokens_BL = model.encode(x_BHWC)
         f_hats = model.quantizer.accumulate(tokens_BL)
-        return tokens_BL, model.decode_every_scale(tokens_BL), model.features(x_BHWC), f_hats
+        rebuilt, f_BhwZ = model.decode_every_scale(tokens_BL), model.features(x_BHWC)
+        coarse = Tokenizer(CONFIG, encoder_dtype=jnp.bfloat16).bind({"params": PARAMS})
+        coarse_BL = coarse.quantizer(coarse.features(x_BHWC)).tokens_BL
+        return tokens_BL, rebuilt, f_BhwZ, f_hats, coarse_BL
 
-    tokens_BL, y_KBHWC, f_BhwZ, f_hats = jax.device_get(by_hand(x_BHWC))
+    tokens_BL, y_KBHWC, f_BhwZ, f_hats, coarse_BL = jax.device_get(by_hand(x_BHWC))
     psnr_KB = -10 * np.log10(np.mean(((y_KBHWC - x_BHWC[None]) / 2) ** 2, axis=(2, 3, 4)))
     report = split.summary()
     np.testing.assert_allclose(report["scale_psnr"], psnr_KB.mean(axis=1), rtol=1e-4)
@@ -77,6 +86,9 @@ def test_figures_are_those_of_the_images_decoded_one_by_one(split):
     codes_K = [len(np.unique(tokens_BL[:, s])) for s in CONFIG.pyramid.slices]
     assert report["scale_codes"] == codes_K
     np.testing.assert_allclose(report["scale_usage"], np.array(codes_K) / [9, 16, 16])
+    assert 0.5 < np.mean(tokens_BL == coarse_BL) < 1
+    same = np.mean(tokens_BL == coarse_BL)  # which tokens flip depends on what XLA fuses
+    np.testing.assert_allclose(report["same_in_bfloat16"], same, atol=0.03)
     lowest = np.argsort(psnr_KB[-1])[:2]
     assert [x.number for x in split.worst] == np.flatnonzero(np.arange(10) != 3)[lowest].tolist()
     shown = split.shown[1].rows

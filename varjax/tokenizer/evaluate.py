@@ -7,6 +7,7 @@ Over the whole held-out split, whatever the batch size:
 psnr        dB, mean over images            sharpness   mean gradient of the reconstructions, where
 ssim        11×11 Gaussian window                       that of the originals is 1
 l1          of values that span 1           lpips       with --lpips=DIR (docs/convert.md)
+same_in_bfloat16   share of tokens that an encoder in bfloat16 would leave as they are
 
 and after each scale: psnr; rest, the share of the features' squares that is still missing; the
 perplexity of the codes, their number, and that over the most there could be (the vocabulary, or one
@@ -95,9 +96,9 @@ def table(report: dict[str, Any]) -> str:
     """The report as text."""
     lines = [f"{report['images']:,} held-out images of {report['data']}"]
     units = {"psnr": "{:.2f} dB", "ssim": "{:.4f}", "l1": "{:.4f}", "lpips": "{:.4f}"}
-    for name, form in (units | {"sharpness": "{:.3f}"}).items():
+    for name, form in (units | {"sharpness": "{:.3f}", "same_in_bfloat16": "{:.4f}"}).items():
         if name in report:
-            lines.append(f"{name:<12}" + form.format(report[name]))
+            lines.append(f"{name:<18}" + form.format(report[name]))
     forms = {"psnr": "{:.2f}", "rest": "{:.3f}", "perplexity": "{:.1f}", "codes": "{}"}
     forms["usage"] = "{:.2f}"
     lines.append("".join(f"{name:>12}" for name in ("scale", *forms)))

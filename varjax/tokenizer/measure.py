@@ -43,6 +43,8 @@ def measure(config: TokenizerConfig, params: PyTree, lpips_params: PyTree, batch
     f_hat_KBhwZ = jnp.stack(quantized.f_hats)
     # Scale by scale: all of them at once would need K times the memory.
     y_KBHWC = jax.lax.map(model.decode_features, f_hat_KBhwZ)
+    coarse_BhwZ = encode_images(config, params, x_BHWC, jnp.bfloat16)
+    same_BL = model.quantizer(coarse_BhwZ).tokens_BL == quantized.tokens_BL
     y_BHWC, zero_one = y_KBHWC[-1], lambda image: (image + 1) / 2
     a_BHWC, b_BHWC = zero_one(x_BHWC), zero_one(y_BHWC)
     found = {
@@ -53,6 +55,7 @@ def measure(config: TokenizerConfig, params: PyTree, lpips_params: PyTree, batch
         "psnr_KB": jax.vmap(lambda y: quality.psnr(a_BHWC, zero_one(y)))(y_KBHWC),
         "rest_KB": jnp.mean(jnp.square(f_hat_KBhwZ - f_BhwZ[None]), axis=(2, 3, 4)),
         "power_B": jnp.mean(jnp.square(f_BhwZ), axis=(1, 2, 3)),
+        "same_B": jnp.mean(same_BL.astype(jnp.float32), axis=1),
     }
     if min(config.image_shape[:2]) >= quality.WINDOW:
         found["ssim_B"] = quality.ssim(a_BHWC, b_BHWC)
@@ -95,6 +98,7 @@ class Split:
             "images": images,
             **{name: float(mean[f"{name}_B"]) for name in names},
             "sharpness": float(mean["gradient_B"] / max(mean["gradient_of_original_B"], TINY)),
+            "same_in_bfloat16": float(mean["same_B"]),
             "scales": [list(shape) for shape in pyramid.shapes],
             "scale_psnr": mean["psnr_KB"].tolist(),
             "scale_rest": (mean["rest_KB"] / max(mean["power_B"], TINY)).tolist(),

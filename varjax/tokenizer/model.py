@@ -139,11 +139,12 @@ class Tokenizer(nn.Module):
         return image_BHWC.astype(jnp.float32)
 
 
-def encode_images(config: TokenizerConfig, params, image_BHWC: jax.Array) -> jax.Array:
+def encode_images(
+    config: TokenizerConfig, params, image_BHWC: jax.Array, dtype: Any = jnp.float32
+) -> jax.Array:
     """(B, H, W, channels) in [-1, 1] -> features to quantize (B, h, w, Z). Not for training."""
-    return _each(
-        config, Tokenizer(config, parent=None).bind({"params": params}).features, image_BHWC
-    )
+    model = Tokenizer(config, encoder_dtype=dtype, parent=None).bind({"params": params})
+    return _each(config, model.features, image_BHWC)
 
 
 def decode_images(
