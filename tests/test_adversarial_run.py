@@ -1,4 +1,4 @@
-"""A run with two optimizers: continued to the bit, and then a tokenizer like any other."""
+"""Two optimizers and a tended code book: continued to the bit, then a tokenizer like any other."""
 
 import dataclasses
 import shutil
@@ -11,9 +11,10 @@ from tests import runs
 from tests.test_loop import lines
 from varjax import files
 from varjax.convert import export_run
-from varjax.data.digits import Digits
+from varjax.data.crops import Photos
 from varjax.data.noise import Noise
 from varjax.tokenizer.adversary import Adversary
+from varjax.tokenizer.codebook import Codebook
 from varjax.tokenizer.load import load_tokenizer
 from varjax.tokenizer.perceptual import Perceptual
 from varjax.tokenizer.task import TokenizerTask
@@ -23,13 +24,16 @@ from varjax.training.saved import Saved
 from varjax.training.sharding import make_mesh, shardings
 from varjax.training.task import Plan
 
-MODEL = dataclasses.replace(runs.TOKENIZER, scales=(1, 2, 8), multipliers=(1,))
+MODEL = dataclasses.replace(
+    runs.TOKENIZER, scales=(1, (2, 3), (8, 16)), multipliers=(1,), image_channels=3
+)
 ADVERSARY = Adversary("patch", 8, 1, start=0.25, ramp=0.5, diffaugment=("color", "translation"))
-TASK = TokenizerTask(MODEL, adversary=ADVERSARY, ema=0.9)
-DIGITS = Digits(shift=1.0)
+CODEBOOK = Codebook("kmeans", restart_every=3, scale_dropout=0.5, scales_kept=1, entropy=0.1)
+TASK = TokenizerTask(MODEL, codebook=CODEBOOK, adversary=ADVERSARY, ema=0.9)
+PHOTOS = Photos((8, 16), images=64, flip=True)
 
 
-def experiment(run_dir, task=TASK, data=DIGITS):
+def experiment(run_dir, task=TASK, data=PHOTOS):
     every = {"log_every": 1, "save_every": 2}
     return Experiment(task, data, str(run_dir), batch_size=16, steps=6, keep=9, **every)
 
@@ -57,6 +61,7 @@ def test_a_run_cut_off_between_two_saves_ends_with_the_same_bits(whole, tmp_path
     loop.run(experiment(tmp_path / "cut"))
     state, expected = last_state(tmp_path / "cut"), last_state(whole)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
+    assert not np.allclose(state.opt_state["use_V"], 1 / MODEL.vocab)
     assert state.opt_state["opponent"].state.step == 4  # its first update was the run's third
     assert lines(tmp_path / "cut") == lines(whole)
 
@@ -75,8 +80,8 @@ def test_a_term_whose_weights_are_missing_is_refused_before_anything_is_trained(
     model = dataclasses.replace(MODEL, scales=(1, 2, 16))
     task = TokenizerTask(model, perceptual=Perceptual(str(tmp_path / "lpips")))
     with pytest.raises(ValueError, match="no LPIPS weights in .*lpips; make them with: python -m"):
-        loop.run(experiment(tmp_path / "run", task, Noise(16, channels=1)))
-    with pytest.raises(ValueError, match="8×8 are too small for LPIPS.*task.perceptual=none"):
+        loop.run(experiment(tmp_path / "run", task, Noise(16)))
+    with pytest.raises(ValueError, match="8×16 are too small for LPIPS.*task.perceptual=none"):
         loop.run(experiment(tmp_path / "small", dataclasses.replace(task, model=MODEL)))
     deep = dataclasses.replace(TASK, adversary=Adversary(layers=3))
     with pytest.raises(ValueError, match="too small for adversary.kind='patch'.*fewer"):
@@ -87,7 +92,7 @@ def test_a_term_whose_weights_are_missing_is_refused_before_anything_is_trained(
 def test_where_the_weights_of_a_term_came_from_may_change(tmp_path):
     """They are copied into the run; but the term cannot be dropped."""
     model = dataclasses.replace(MODEL, scales=(1, 2, 16))
-    task, data = TokenizerTask(model, perceptual=Perceptual("here")), Noise(16, channels=1)
+    task, data = TokenizerTask(model, perceptual=Perceptual("here")), Noise(16)
     loop.record_config(experiment(tmp_path, task, data))
     loop.record_config(
         experiment(tmp_path, dataclasses.replace(task, perceptual=Perceptual("there")), data)
