@@ -3,7 +3,7 @@
     python train.py --config=configs/photos_tokenizer.py
     python -m varjax.tokenizer.evaluate --weights=runs/photos_tokenizer --data=photos
 
-64 by 64 pixels become 130 tokens at 6 scales. After the colon one change to the plain recipe, or
+64 by 64 pixels become 341 tokens at 5 scales. After the colon one change to the plain recipe, or
 several with commas between:
 
     cosine           the nearest code by angle
@@ -41,9 +41,9 @@ def get_config(arg: str = "plain") -> Experiment:
     if unknown := [name for name in names if name not in CHANGES]:
         raise ValueError(f"cannot read {unknown}; allowed are {', '.join(CHANGES)}")
     model = TokenizerConfig(
-        scales=(1, 2, 3, 4, 6, 8),
+        scales=(1, 2, 4, 8, 16),
         width=16,
-        multipliers=(1, 2, 4, 4),
+        multipliers=(1, 2, 4),
         blocks=1,
         groups=8,
         vocab=512,
@@ -58,25 +58,25 @@ def get_config(arg: str = "plain") -> Experiment:
         ramp=0.1,
         lecam=1e-3,
         diffaugment=("color", "translation", "cutout"),
-        optimizer=AdamW(base_lr=2e-3, b1=0.5, b2=0.9, weight_decay=0.0, clip=1.0, schedule="cos"),
+        optimizer=AdamW(base_lr=4e-3, b1=0.5, b2=0.9, weight_decay=0.0, clip=1.0, schedule="cos"),
     )
     experiment = Experiment(
         task=TokenizerTask(
             model=model,
-            optimizer=AdamW(base_lr=1e-2, weight_decay=0.0, clip=1.0, schedule="cos", warmup=0.05),
+            optimizer=AdamW(base_lr=2e-2, weight_decay=0.0, clip=1.0, schedule="cos", warmup=0.05),
             l1=0.2,
             l2=1.0,
             beta=0.25,
-            ema=0.99,
+            ema=0.98,
             adversary=adversary if "adversarial" in names else None,
         ),
         data=Photos(size=64, flip=True),
         run_dir="runs/photos_tokenizer" + "".join(f"_{name}" for name in names if name != "plain"),
-        batch_size=16,
-        steps=500,
+        batch_size=8,
+        steps=600,
         log_every=20,
-        eval_every=250,
-        save_every=250,
-        preview_every=250,
+        eval_every=200,
+        save_every=200,
+        preview_every=200,
     )
     return settings.override(experiment, [CHANGES[name] for name in names if CHANGES[name]])
