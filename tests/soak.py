@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tests.test_loop import lines
+from tests.tiny import lines
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {"task.model.depth": 2, "task.model.width": 64, "task.tokenizer_weights": "tokenizer"}

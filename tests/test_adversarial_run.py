@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.test_loop import lines
+from tests.tiny import lines
 from varjax import files
 from varjax.convert import export_run
 from varjax.data.crops import Photos

@@ -1,54 +1,16 @@
 import dataclasses
-import gc
-import itertools
-import json
 import os
-import pathlib
-import random
-import resource
-import signal
-import subprocess
-import sys
-import time
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
 from tests import tiny
-from varjax.training import evaluate, loop
+from tests.tiny import lines, weights
+from varjax.training import loop
 from varjax.training.checkpoint import Checkpoints, restore_weights
-from varjax.training.interrupt import Interrupt
-from varjax.training.saved import Saved
 from varjax.training.task import Plan
-
-ROOT = pathlib.Path(__file__).parents[1]
-TIMING = {"images_per_second", "step_seconds", "tflops_per_device", "peak_share"}
-TIMING |= {"data_wait", "data_wait_share", "memory_gb", "memory_peak_gb"}
-
-
-def lines(run_dir):
-    """What metrics.jsonl says apart from time."""
-    text = (pathlib.Path(run_dir) / "metrics.jsonl").read_text()
-    parsed = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in parsed]
-
-
-def weights(run_dir, ema=False, kind="checkpoints"):
-    """The step and the parameters or their average of the newest checkpoint of a kind."""
-    saved = Saved(pathlib.Path(run_dir) / kind)
-    step = saved.steps()[-1]
-    return step, saved.params(step, ema)
-
-
-def same_run(a, b):
-    for kind in ("checkpoints", "best"):
-        for ema in (False, True):
-            both = (weights(run_dir, ema, kind) for run_dir in (a, b))
-            jax.tree.map(np.testing.assert_array_equal, *both)
-    assert lines(a) == lines(b)
 
 
 @pytest.fixture(scope="module")
@@ -103,100 +65,6 @@ def test_other_settings_in_the_same_directory_are_refused(whole):
     with pytest.raises(ValueError, match="(?s)steps: 30 in the run, 40.*task.width: 16 .* 17"):
         loop.run(tiny.experiment(run_dir, width=17, steps=40))
     assert loop.run(tiny.experiment(run_dir, log_every=1, keep=3)) == metrics
-
-
-@pytest.mark.parametrize(
-    ("signum", "moment", "step"),
-    [
-        (signal.SIGINT, ("in step", 13), 13),
-        (signal.SIGTERM, ("in step", 20), 20),  # due for evaluation, preview and save
-        (signal.SIGTERM, ("at batch", 4), 10),  # of 6 in the first evaluation
-        (signal.SIGINT, ("in step", 30), 30),
-    ],
-)
-def test_a_signal_saves_at_once_and_the_run_continues_as_if_nothing_was(
-    whole, tmp_path, capfd, monkeypatch, signum, moment, step
-):
-    experiment = tiny.experiment(tmp_path, keep_best="eval/loss", preview_every=20)
-    with monkeypatch.context() as patch:
-        raise_at(patch, signum, *moment)
-        with pytest.raises(SystemExit) as stop:
-            loop.run(experiment)
-    assert stop.value.code == 128 + signum
-    said = capfd.readouterr().err
-    assert "stopping after this step" in said
-    assert f"saved after step {step}; the same command continues" in said
-    evaluated = [line["step"] for line in lines(tmp_path) if "eval/loss" in line]
-    assert step not in evaluated and not list(tmp_path.glob(f"previews/*{step}_*"))
-    loop.run(experiment)
-    same_run(whole[0], tmp_path)
-    assert len(list((tmp_path / "previews").iterdir())) == 1
-    assert loop.run(experiment) == whole[1]
-    assert lines(whole[0]) == lines(tmp_path)
-
-
-def raise_at(patch, signum, place, number):
-    """Has the signal come once, in the middle of a step or with a batch of the evaluation."""
-    take, placed = loop.Feed.__next__, evaluate.place
-    steps, batches = itertools.count(1), itertools.count()
-
-    def at_step(feed):
-        if place == "in step" and next(steps) == number:
-            signal.raise_signal(signum)
-        return take(feed)
-
-    def at_batch(*args):
-        if place == "at batch" and next(batches) == number:
-            signal.raise_signal(signum)
-        return placed(*args)
-
-    patch.setattr(loop.Feed, "__next__", at_step)
-    patch.setattr(evaluate, "place", at_batch)
-
-
-def test_a_signal_may_come_while_something_is_printed(monkeypatch):
-    """Printing again from the handler raises RuntimeError, for a stream is not reentrant."""
-
-    class Busy:
-        def write(self, text):
-            raise RuntimeError("reentrant call")
-
-    monkeypatch.setattr(sys, "stderr", Busy())
-    with Interrupt() as interrupt:
-        signal.raise_signal(signal.SIGINT)
-        assert interrupt.noted()
-
-
-OFTEN = dict(steps=150, save_every=7, eval_every=40, keep_best="eval/loss")
-CHILD = """
-import json, sys
-from tests import tiny
-from varjax.training import loop
-loop.run(tiny.experiment(sys.argv[1], **json.loads(sys.argv[2])))
-"""
-
-
-def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
-    """Each process is killed up to 0.4 s after it wrote its first line; a last one finishes."""
-    loop.run(tiny.experiment(tmp_path / "whole", **OFTEN))
-    seed = random.randrange(10**6)
-    rng, run_dir = random.Random(seed), tmp_path / "killed"
-    path, reached = run_dir / "metrics.jsonl", 0
-    command = [sys.executable, "-c", CHILD, str(run_dir), json.dumps(OFTEN)]
-    for _ in range(2):
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
-        while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.4))
-        process.kill()
-        process.wait()
-        saved = [int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()]
-        reached = max(saved, default=0)
-    final = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert final.returncode == 0, final.stderr
-    assert (f"after step {reached}" in final.stderr) == (0 < reached < 150), (seed, final.stderr)
-    same_run(tmp_path / "whole", run_dir)
 
 
 def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
@@ -255,32 +123,6 @@ def test_a_best_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, 
     loop.run(tiny.experiment(tmp_path, steps=1, keep_best="eval/loss"))
     best, checkpoint = events.index(("best", "save")), events.index(("checkpoints", "save"))
     assert ("best", "wait") in events[best + 2 : checkpoint]  # the first belongs to the save
-
-
-# Of the writes that Orbax began together, it waits for the first to fail.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_disk_that_takes_no_more_ends_the_run_and_what_was_saved_stays(tmp_path, monkeypatch):
-    """The system itself refuses: files may grow to 100 kB, but a step needs some of 1 MB."""
-    big = tiny.experiment(tmp_path / "run", width=2**12, keep_best="eval/loss")
-    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = ocp.CheckpointManager.save
-
-    def save_on_a_full_disk(manager, step, *arguments, **options):
-        if step == 20:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        return save(manager, step, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ocp.CheckpointManager, "save", save_on_a_full_disk)
-        try:
-            with pytest.raises(OSError, match=r"(?s)saving to .* failed.* good: \[10\].* room for"):
-                loop.run(big)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    gc.collect()
-    loop.run(big)
-    loop.run(dataclasses.replace(big, run_dir=str(tmp_path / "whole")))
-    same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests import tiny
-from tests.test_loop import lines, weights
+from tests.tiny import lines, weights
 from varjax.training import loop
 from varjax.training.saved import Saved
 

@@ -1,6 +1,7 @@
 """The smallest task that is one: a two-layer classifier of digits, with dropout and an average."""
 
 import dataclasses
+import json
 import pathlib
 
 import jax
@@ -12,6 +13,7 @@ from varjax.data.sources import Digits
 from varjax.training import step
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
+from varjax.training.saved import Saved
 from varjax.training.task import Plan, TrainState
 
 
@@ -106,3 +108,29 @@ def experiment(run_dir, **changes):
     task = Tiny(**{k: changes.pop(k) for k in list(changes) if k in Tiny.__dataclass_fields__})
     defaults = dict(steps=30, batch_size=64, log_every=5, eval_every=10, save_every=10)
     return Experiment(task, Digits(shift=1.0), str(run_dir), **(defaults | changes))
+
+
+TIMING = {"images_per_second", "step_seconds", "tflops_per_device", "peak_share"}
+TIMING |= {"data_wait", "data_wait_share", "memory_gb", "memory_peak_gb"}
+
+
+def lines(run_dir):
+    """What metrics.jsonl says apart from time."""
+    text = (pathlib.Path(run_dir) / "metrics.jsonl").read_text()
+    parsed = [json.loads(line) for line in text.splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in parsed]
+
+
+def weights(run_dir, ema=False, kind="checkpoints"):
+    """The step and the parameters or their average of the newest checkpoint of a kind."""
+    saved = Saved(pathlib.Path(run_dir) / kind)
+    step = saved.steps()[-1]
+    return step, saved.params(step, ema)
+
+
+def same_run(a, b):
+    for kind in ("checkpoints", "best"):
+        for ema in (False, True):
+            both = (weights(run_dir, ema, kind) for run_dir in (a, b))
+            jax.tree.map(np.testing.assert_array_equal, *both)
+    assert lines(a) == lines(b)

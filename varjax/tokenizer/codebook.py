@@ -14,6 +14,7 @@ from varjax.tokenizer.model import Tokenizer, TokenizerConfig, to_model
 from varjax.training.task import PyTree, TrainState
 
 PATH = "quantizer/codebook"
+VECTORS = 16  # for each code, that k-means looks at
 DECAY = 0.98  # of the running mean of how often codes are used
 DEAD = 0.1  # of an even share: codes used less are dead
 SCALES_KEY = 101  # folded into an image's key; `augment` folds small numbers
@@ -25,7 +26,7 @@ class Codebook:
     """Remedies against codes and scales that are not used; by default none.
 
     init: of the codes. "uniform" ±1/V; "normal" of about length 1; "kmeans" of what the scales of
-    the first batch have to find codes for (over those of `init_from`, too).
+    the first batch have to find codes for, each scale as much (over those of `init_from`, too).
     restart_every: updates after which dead codes, whose use over the last 50 updates or so was less
     than a tenth of an even share, become vectors of the batch that codes are looked for; 0: never.
     scale_dropout: the share of training images that keep a random number of scales only, at least
@@ -81,16 +82,18 @@ class Codebook:
         codebook_VZ = jax.random.normal(key, (config.vocab, config.code_channels))
         return with_codes(params, codebook_VZ * config.code_channels**-0.5)
 
-    def begin(self, state: TrainState, read: "Read", key: jax.Array) -> TrainState:
+    def begin(
+        self, pyramid: Pyramid, state: TrainState, read: "Read", key: jax.Array
+    ) -> TrainState:
         """The state before an update; before the first one with the codes that k-means finds."""
         if self.init != "kmeans":
             return state
         before_VZ, first = state.params["quantizer"]["codebook"], state.step == 0
 
         def found():
-            z_BLZ = read(state.params, ideal=True)
-            z_NZ = z_BLZ.reshape(-1, z_BLZ.shape[-1])
-            return kmeans(z_NZ, len(before_VZ), jax.random.fold_in(key, CODES_KEY))
+            draw_key, kmeans_key = jax.random.split(jax.random.fold_in(key, CODES_KEY))
+            z_BLZ, vocab = read(state.params, ideal=True), len(before_VZ)
+            return kmeans(draw(pyramid, z_BLZ, VECTORS * vocab, draw_key), vocab, kmeans_key)
 
         codebook_VZ, ema = jax.lax.cond(first, found, lambda: before_VZ), state.ema
         if ema is not None:

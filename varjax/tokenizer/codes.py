@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from varjax import resize
 from varjax.pyramid import Pyramid
 
-LLOYD = 10  # iterations of k-means, over at most so many vectors for each code:
-VECTORS = 16
+LLOYD = 10  # iterations of k-means
 NOISE = 0.01  # of the vectors' size, so that no two codes are equal
 SHARPNESS = 10.0  # of soft choices: probabilities fall by e for each tenth of the mean distance
 
@@ -25,11 +24,10 @@ def scale_inputs(pyramid: Pyramid, f_BhwZ: jax.Array, f_hats: Sequence[jax.Array
 
 
 def kmeans(z_NZ: jax.Array, vocab: int, key: jax.Array) -> jax.Array:
-    """(V, Z): the centers that Lloyd's algorithm finds from vectors drawn at random."""
+    """(V, Z): the centers that Lloyd's algorithm finds from random ones of the vectors."""
     order_key, noise_key = jax.random.split(key)
-    order_N = jax.random.permutation(order_key, len(z_NZ))[: VECTORS * vocab]
-    z_NZ = z_NZ[order_N]
-    start_VZ = _noisy(z_NZ[jnp.arange(vocab) % len(z_NZ)], noise_key)
+    order_N = jax.random.permutation(order_key, len(z_NZ))
+    start_VZ = _noisy(z_NZ[order_N[jnp.arange(vocab) % len(z_NZ)]], noise_key)
 
     def improve(codes_VZ, _):
         dot_NV = jnp.einsum("NZ,VZ->NV", z_NZ, codes_VZ, precision="highest")

@@ -104,7 +104,7 @@ class TokenizerTask:
         batch = {"image_BHWC": image_BHWC, "key_B": key_B}
         share = self.adversary.share(step, self.plan) if self.adversary else jnp.float32(0)
         read = functools.partial(read_inputs, self.model, image_BHWC, self.accumulate)
-        state = self.codebook.begin(state, read, key)
+        state = self.codebook.begin(self.model.pyramid, state, read, key)
         learned = learn(self, state.params, opponent, frozen, batch, share)
 
         state, norms = apply(state, learned.grads, self._tx(state.params), self.ema)
