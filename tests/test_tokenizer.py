@@ -40,6 +40,7 @@ def test_tokenizer_computes_what_the_reference_computes(name):
     close(golden.strided(name, decoded_KBHWC[-1]), expected["reconstruction_final"])
 
 
+@functools.cache
 def small(**changes) -> tuple[TokenizerConfig, dict]:
     settings = dict(
         scales=(1, 2, 4), image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4,
