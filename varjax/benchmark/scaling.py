@@ -45,6 +45,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--remat", choices=get_args(Remat), default="block")
     parser.add_argument("--ema", type=float, default=0.0)
+    parser.add_argument(
+        "--sizes_only", action="store_true", help="compile nothing: what lies there"
+    )
     flags = parser.parse_args(arguments)
     counts = [] if flags.topology else [int(n) for n in flags.devices.split(",")]
     jax.config.update("jax_platforms", "cpu")
@@ -68,10 +71,11 @@ def main(arguments: list[str]) -> None:
             plan=Plan(1000, flags.batch_size or BATCH_SIZES[flags.preset]),
         )
         mesh = sharding.make_mesh(shape, devices)
-        show(benchmark="scaling", preset=flags.preset, **measure(task, mesh))
+        figures = measure(task, mesh, flags.sizes_only)
+        show(benchmark="scaling", preset=flags.preset, **figures)
 
 
-def measure(task: VARTask, mesh: Any) -> dict[str, Any]:
+def measure(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str, Any]:
     """Figures of one training step of `task` on `mesh`, for each device, in 10⁹ bytes.
 
     state_gb, frozen_gb: what lies there between the steps; arguments_gb: with the batch.
@@ -83,6 +87,20 @@ def measure(task: VARTask, mesh: Any) -> dict[str, Any]:
     rows = sharding.over_batch(mesh)
     B = task.plan.batch_size
     sharding.check_batch(mesh, B)
+    figures = {
+        "compiled_for": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        **mesh.shape,
+        "batch_size": B,
+        "accumulate": task.accumulate,
+        "dtype": str(task.compute.jax_dtype),
+        "remat": task.compute.remat,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "state_gb": _held(state),
+        "frozen_gb": _held(frozen),
+    }
+    if sizes_only:
+        return figures
     batch = {
         "image_BHWC": _abstract((B, *task.tokenizer.image_shape), jnp.uint8, rows),
         "label_B": _abstract((B,), jnp.int32, rows),
@@ -95,19 +113,7 @@ def measure(task: VARTask, mesh: Any) -> dict[str, Any]:
     begin = time.perf_counter()
     lowered = step.lower(state, frozen, batch, _abstract((), key.dtype, sharding.replicated(mesh)))
     compiled, hlo = _compile(lowered)
-    figures = {
-        "compiled_for": mesh.devices.flat[0].device_kind,
-        "devices": mesh.size,
-        **mesh.shape,
-        "batch_size": B,
-        "accumulate": task.accumulate,
-        "dtype": str(task.compute.jax_dtype),
-        "remat": task.compute.remat,
-        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-        "state_gb": _held(state),
-        "frozen_gb": _held(frozen),
-        "compile_seconds": time.perf_counter() - begin,
-    }
+    figures["compile_seconds"] = time.perf_counter() - begin
     if isinstance(compiled, str):
         return figures | {"fits": False, "refused": compiled}
     memory = compiled.memory_analysis()
