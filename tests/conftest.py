@@ -3,6 +3,9 @@
 import jax
 import pytest
 
+from tests import tiny
+from varjax.training import loop
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -11,3 +14,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def in_an_empty_folder(tmp_path, monkeypatch):
     """Nothing a test writes by a relative name stays."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """(directory, metrics) of a tiny run that nothing interrupted, made once."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    metrics = loop.run(tiny.experiment(run_dir, keep_best="eval/loss", preview_every=20))
+    return run_dir, metrics

@@ -86,8 +86,8 @@ def test_figures_are_those_of_the_images_decoded_one_by_one(split):
     codes_K = [len(np.unique(tokens_BL[:, s])) for s in CONFIG.pyramid.slices]
     assert report["scale_codes"] == codes_K
     np.testing.assert_allclose(report["scale_usage"], np.array(codes_K) / [9, 16, 16])
-    assert 0.5 < np.mean(tokens_BL == coarse_BL) < 1
     same = np.mean(tokens_BL == coarse_BL)  # which tokens flip depends on what XLA fuses
+    assert 0.5 < same < 1
     np.testing.assert_allclose(report["same_in_bfloat16"], same, atol=0.03)
     lowest = np.argsort(psnr_KB[-1])[:2]
     assert [x.number for x in split.worst] == np.flatnonzero(np.arange(10) != 3)[lowest].tolist()

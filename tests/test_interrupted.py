@@ -23,13 +23,6 @@ from varjax.training.interrupt import Interrupt
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    metrics = loop.run(tiny.experiment(run_dir, keep_best="eval/loss", preview_every=20))
-    return run_dir, metrics
-
-
 @pytest.mark.parametrize(
     ("signum", "moment", "step"),
     [

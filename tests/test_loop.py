@@ -13,13 +13,6 @@ from varjax.training.checkpoint import Checkpoints, restore_weights
 from varjax.training.task import Plan
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    metrics = loop.run(tiny.experiment(run_dir, keep_best="eval/loss", preview_every=20))
-    return run_dir, metrics
-
-
 def test_a_run_learns_and_leaves_its_files(whole):
     run_dir, metrics = whole
     losses = [line["loss"] for line in lines(run_dir) if "loss" in line]

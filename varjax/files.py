@@ -46,15 +46,14 @@ def alone_in(folder: str | os.PathLike) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(
-            f"another process is at work in {folder}; wait for it, stop it, or choose another"
-        ) from None
-    except OSError:
-        pass
-    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is at work in {folder}; wait for it, stop it, or choose another"
+            ) from None
+        except OSError:  # no locks here
+            pass
         yield
     finally:
         os.close(descriptor)
