@@ -17,7 +17,7 @@ demo: setup
 	$(PY) train.py --config=configs/digits_tokenizer.py
 	$(PY) train.py --config=configs/digits.py
 	@$(MAKE) --no-print-directory runs/digits/samples.npz
-	$(PY) -m varjax.demo --run=runs/digits --samples=runs/digits/samples.npz
+	$(PY) -m varjax.evaluation.digits_report --run=runs/digits --samples=runs/digits/samples.npz
 
 # Anew only after training went on: metrics.jsonl is younger then.
 runs/digits/samples.npz: runs/digits/metrics.jsonl

@@ -7,7 +7,7 @@ python sample.py edit --weights=weights/d16 --image=photo.png --box=64,64,192,19
 import logging
 import sys
 
-from varjax.var import command, edit_command
+from varjax.cli import edit, sample
 
 
 def main(arguments: list[str]) -> int:
@@ -15,9 +15,9 @@ def main(arguments: list[str]) -> int:
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
     try:
         if arguments[:1] == ["edit"]:
-            edit_command.run(edit_command.parse(arguments[1:]))
+            edit.run(edit.parse(arguments[1:]))
         else:
-            command.run(command.parse(arguments))
+            sample.run(sample.parse(arguments))
     except (ValueError, OSError) as error:
         print(f"sample.py: {error}", file=sys.stderr)
         return 1

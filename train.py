@@ -12,7 +12,7 @@ import logging
 import sys
 import traceback
 
-from varjax import settings
+from varjax.core import config_tree
 
 
 def main(arguments: list[str]) -> int:
@@ -36,26 +36,27 @@ def main(arguments: list[str]) -> int:
     try:
         if strange := [o for o in others if not o.startswith("--config.")]:
             raise ValueError(f"cannot read {strange}; settings are --config.FIELD=VALUE")
-        experiment = settings.load_config(flags.config)
-        experiment = settings.override(experiment, [o.removeprefix("--config.") for o in others])
+        experiment = config_tree.load_config(flags.config)
+        experiment = config_tree.override(experiment, [o.removeprefix("--config.") for o in others])
     except ValueError as error:
         return _fail(error, 2, flags.debug)
 
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
 
-    from varjax.training import loop, processes  # only here: mistakes above show at once
+    from varjax.core import distributed
+    from varjax.training import loop
 
     one_of_several = (flags.coordinator, flags.processes, flags.process) != ("", None, None)
     try:
         if flags.distributed or one_of_several:
-            processes.connect(flags.coordinator, flags.processes, flags.process)
+            distributed.connect(flags.coordinator, flags.processes, flags.process)
     except ValueError as error:
         return _fail(error, 2, flags.debug)
     try:
         loop.run(experiment)
     except Exception as error:
         expected = isinstance(error, ValueError | FloatingPointError | OSError)
-        return processes.end(_fail(error, 1, flags.debug or not expected))
+        return distributed.end(_fail(error, 1, flags.debug or not expected))
     return 0
 
 

@@ -6,8 +6,8 @@ Two CPU cores: 1.5 minutes, 1 GB. Expected at the end: eval/psnr 27, eval/usage/
 """
 
 from varjax.data.sources import Digits
-from varjax.tokenizer.model import TokenizerConfig
-from varjax.tokenizer.task import TokenizerTask
+from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.task import TokenizerTask
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 

@@ -1,7 +1,7 @@
 """A small multi-scale tokenizer for crops of two photographs, and what helps its code book.
 
     python train.py --config=configs/photos_tokenizer.py
-    python -m varjax.tokenizer.evaluate --weights=runs/photos_tokenizer --data=photos
+    python -m varjax.tokenizers.evaluate --weights=runs/photos_tokenizer --data=photos
 
 64 by 64 pixels become 341 tokens at 5 scales. After the colon one change to the plain recipe, or
 several with commas between:
@@ -16,11 +16,11 @@ several with commas between:
 docs/tokenizer.md tells what each of them does.
 """
 
-from varjax import settings
+from varjax.core import config_tree
 from varjax.data.sources import Photos
-from varjax.tokenizer.adversary import Adversary
-from varjax.tokenizer.model import TokenizerConfig
-from varjax.tokenizer.task import TokenizerTask
+from varjax.tokenizers.losses.gan import Adversary
+from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.task import TokenizerTask
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 
@@ -79,4 +79,4 @@ def get_config(arg: str = "plain") -> Experiment:
         save_every=200,
         preview_every=200,
     )
-    return settings.override(experiment, [CHANGES[name] for name in names if CHANGES[name]])
+    return config_tree.override(experiment, [CHANGES[name] for name in names if CHANGES[name]])

@@ -33,11 +33,11 @@ devices keeps the batch and sets --config.task.accumulate: the result is the sam
 
 from configs.arguments import read_argument
 from varjax.data.sources import parse
-from varjax.pyramid import SCALES_256, SCALES_512
-from varjax.tokenizer.adversary import Adversary
-from varjax.tokenizer.model import TokenizerConfig
-from varjax.tokenizer.perceptual import Perceptual
-from varjax.tokenizer.task import TokenizerTask
+from varjax.tokenizers.losses.gan import Adversary
+from varjax.tokenizers.losses.lpips import Perceptual
+from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512
+from varjax.tokenizers.vq.task import TokenizerTask
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 

@@ -6,11 +6,11 @@ import re
 import jax
 import numpy as np
 
-from varjax import trees
-from varjax.tokenizer.adversary import Adversary
-from varjax.tokenizer.model import TokenizerConfig
-from varjax.tokenizer.perceptual import init_lpips
-from varjax.tokenizer.task import TokenizerTask
+from varjax.core import trees
+from varjax.tokenizers.losses.gan import Adversary
+from varjax.tokenizers.losses.lpips import init_lpips
+from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.task import TokenizerTask
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan, TrainState
 

@@ -7,8 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from varjax.convert import pth_write
-from varjax.convert.pth import read_checkpoint
+from varjax.convert.state_dicts import read_checkpoint, write
 
 DATA = np.arange(24, dtype=np.float32)
 
@@ -58,7 +57,7 @@ def write_trainer(path, models) -> None:
     tensors = [x for weights in models.values() for x in weights.values()]
     index = itertools.count()
     trainer = {
-        model: mapping({n: pth_write._tensor(next(index), x.dtype, x.shape) for n, x in w.items()})
+        model: mapping({n: write._tensor(next(index), x.dtype, x.shape) for n, x in w.items()})
         for model, w in models.items()
     }
     body = {"epoch": plain(3), "trainer": mapping(trainer)}

@@ -8,13 +8,13 @@ import jax
 import numpy as np
 
 from tests import runs, tiny
-from varjax.data.digits import Digits
 from varjax.data.loader import Loader
+from varjax.data.sources.digits import Digits
 from varjax.nn.compute import Compute
-from varjax.tokenizer.model import init_tokenizer
+from varjax.tokenizers.vq.model import init_tokenizer
 from varjax.training import sharding
-from varjax.training.feed import place
 from varjax.training.optimizer import AdamW
+from varjax.training.prefetch import place
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan
 from varjax.var.task import VARTask

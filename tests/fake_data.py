@@ -4,9 +4,9 @@ import dataclasses
 
 import numpy as np
 
-from varjax.data.images import BrokenImage
+from varjax.data.decoding import BrokenImage
 from varjax.data.loader import Loader
-from varjax.data.reading import Reading
+from varjax.data.workers import Reading
 
 reads = []  # the indices that this process has read
 

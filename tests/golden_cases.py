@@ -5,8 +5,8 @@ import functools
 import numpy as np
 
 from tests.golden import weights
-from varjax.convert import transfer
-from varjax.tokenizer.model import TokenizerConfig
+from varjax.convert import apply_map
+from varjax.tokenizers.vq.model import TokenizerConfig
 from varjax.var.model import VARConfig
 
 CASES = ("base", "shared_aln", "no_qk_norm", "ten_scales", "phi_per_scale")
@@ -39,13 +39,13 @@ def configs(name: str) -> tuple[TokenizerConfig, VARConfig]:
 @functools.cache
 def tokenizer_params(name: str):
     config, _ = configs(name)
-    return transfer.from_official(config, weights.state_dict(name, "vae"))
+    return apply_map.from_official(config, weights.state_dict(name, "vae"))
 
 
 @functools.cache
 def var_params(name: str):
     _, config = configs(name)
-    return transfer.from_official(config, weights.state_dict(name, "var"))
+    return apply_map.from_official(config, weights.state_dict(name, "var"))
 
 
 @functools.cache

@@ -16,7 +16,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from tests import tiny
-from varjax.training import feed, loop, processes
+from varjax.core import distributed
+from varjax.training import loop, prefetch
 from varjax.training.sharding import MeshShape
 
 LAST = 1  # the process that is killed and gets the signal
@@ -26,7 +27,7 @@ def main(address: str, count: str, number: str, jobs: str) -> None:
     jax.config.update("jax_num_cpu_devices", 8 // int(count))
     logging.getLogger("absl").setLevel(logging.ERROR)
     if int(count) > 1:
-        processes.connect(address, int(count), int(number))
+        distributed.connect(address, int(count), int(number))
     for job in json.loads(jobs):
         mesh = MeshShape(*job["settings"].pop("mesh"))
         if jax.process_index() == LAST:
@@ -37,12 +38,12 @@ def main(address: str, count: str, number: str, jobs: str) -> None:
             print("refused:", error, flush=True)
         except Exception as error:
             print("failed:", type(error).__name__, flush=True)
-            processes.end(1)
+            distributed.end(1)
 
 
 def hurt(die_in_save: int | None, terminate_in: int | None) -> None:
     """Has this process killed while it writes that step, or sent SIGTERM in that step."""
-    save, take, steps = ocp.CheckpointManager.save, feed.Feed.__next__, iter(range(1, 10**6))
+    save, take, steps = ocp.CheckpointManager.save, prefetch.Feed.__next__, iter(range(1, 10**6))
 
     async def save_and_die(*arguments, **options):
         await write(*arguments, **options)  # the parameters, but not yet what comes after them
@@ -65,7 +66,7 @@ def hurt(die_in_save: int | None, terminate_in: int | None) -> None:
         return take(batches)
 
     ocp.CheckpointManager.save = note_step
-    feed.Feed.__next__ = take_and_terminate
+    prefetch.Feed.__next__ = take_and_terminate
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ import pathlib
 import tempfile
 
 from varjax.data.sources import Digits
-from varjax.tokenizer.model import TokenizerConfig
-from varjax.tokenizer.task import TokenizerTask
+from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.task import TokenizerTask
 from varjax.training import loop
 from varjax.training.experiment import Experiment
 from varjax.var.model import VARConfig

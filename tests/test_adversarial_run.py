@@ -9,18 +9,18 @@ import pytest
 
 from tests import runs
 from tests.tiny import lines
-from varjax import files
 from varjax.convert import export_run
-from varjax.data.crops import Photos
-from varjax.data.noise import Noise
-from varjax.tokenizer.adversary import Adversary
-from varjax.tokenizer.codebook import Codebook
-from varjax.tokenizer.load import load_tokenizer
-from varjax.tokenizer.perceptual import Perceptual
-from varjax.tokenizer.task import TokenizerTask
+from varjax.core import files
+from varjax.core.saved_steps import Saved
+from varjax.data.sources.noise import Noise
+from varjax.data.sources.photos import Photos
+from varjax.tokenizers.load import load_tokenizer
+from varjax.tokenizers.losses.gan import Adversary
+from varjax.tokenizers.losses.lpips import Perceptual
+from varjax.tokenizers.vq.codebook import Codebook
+from varjax.tokenizers.vq.task import TokenizerTask
 from varjax.training import loop
 from varjax.training.experiment import Experiment
-from varjax.training.saved import Saved
 from varjax.training.sharding import make_mesh, shardings
 from varjax.training.task import Plan
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varjax import settings
-from varjax.tokenizer.adversary import (
+from varjax.core import config_tree
+from varjax.tokenizers.losses.gan import (
     LECAM_DECAY,
     Adversary,
     Anchors,
@@ -114,4 +114,4 @@ def test_images_too_small_for_it_are_refused():
 
 def test_settings_go_to_json_and_back():
     adversary = Adversary("style", diffaugment=("color", "cutout"), optimizer=AdamW(base_lr=1.0))
-    assert settings.from_dict(Adversary, settings.to_dict(adversary)) == adversary
+    assert config_tree.from_dict(Adversary, config_tree.to_dict(adversary)) == adversary

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varjax.tokenizer.augment import FUNCTIONS, augment
+from varjax.tokenizers.losses.diffaugment import FUNCTIONS, augment
 
 ALL = ("color", "translation", "cutout")
 IMAGE_BHWC = np.random.default_rng(0).uniform(-1, 1, (6, 24, 16, 3)).astype(np.float32)

@@ -8,7 +8,7 @@ import pytest
 
 from varjax.benchmark import __main__ as benchmark
 from varjax.benchmark import measure, sample, train
-from varjax.tokenizer.model import TokenizerConfig
+from varjax.tokenizers.vq.model import TokenizerConfig
 from varjax.var.model import VARConfig
 
 TINY = VARConfig(depth=1, width=32, heads=2, classes=3, scales=(1, 2))

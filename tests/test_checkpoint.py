@@ -8,7 +8,8 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from tests import tiny
-from varjax.training.checkpoint import Checkpoints, restore_weights
+from varjax.core.saved_steps import restore_weights
+from varjax.training.checkpoint import Checkpoints
 from varjax.training.task import TrainState
 
 TASK = tiny.Tiny(width=4)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from tests.test_tokenizer import small
-from varjax.pyramid import Pyramid
-from varjax.tokenizer.codebook import Codebook
-from varjax.tokenizer.codes import draw, entropy_loss, kmeans, scale_inputs
-from varjax.tokenizer.model import make_quantizer
-from varjax.tokenizer.quantizer import quantizer_loss
-from varjax.tokenizer.task import TokenizerTask
+from varjax.tokenizers.vq.codebook import Codebook
+from varjax.tokenizers.vq.codes import draw, entropy_loss, kmeans, scale_inputs
+from varjax.tokenizers.vq.model import make_quantizer
+from varjax.tokenizers.vq.pyramid import Pyramid
+from varjax.tokenizers.vq.quantizer import quantizer_loss
+from varjax.tokenizers.vq.task import TokenizerTask
 from varjax.training.task import TrainState
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,10 +25,10 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import dataclasses
 import numpy as np
-from varjax.tokenizer.codebook import Codebook
-from varjax.tokenizer.model import TokenizerConfig
-from varjax.tokenizer.task import TokenizerTask
-from varjax.training.feed import place
+from varjax.tokenizers.vq.codebook import Codebook
+from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.training.prefetch import place
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
 
 CONFIG = TokenizerConfig(scales=(1, (2, 1), (4, 2)), image_channels=2, width=8, multipliers=(1, 1),

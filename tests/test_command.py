@@ -3,12 +3,12 @@ import pytest
 from PIL import Image
 
 from tests import runs
-from varjax.var import command
-from varjax.var.output import check_out
+from varjax.cli import sample
+from varjax.sampling.outputs import check_out
 
 
 def draw(*flags):
-    command.run(command.parse([f"--weights={runs.var()}", *flags]))
+    sample.run(sample.parse([f"--weights={runs.var()}", *flags]))
 
 
 def pixels(path):
@@ -38,8 +38,8 @@ def test_outputs_and_batch_sizes_hold_the_same_images(tmp_path):
 
 
 def test_without_labels_they_are_spread_over_the_classes():
-    assert command.choose_labels(None, 10) == tuple(range(10))
-    spread = command.choose_labels(None, 1000)
+    assert sample.choose_labels(None, 10) == tuple(range(10))
+    spread = sample.choose_labels(None, 1000)
     assert len(spread) == 10 and spread[0] == 0 and spread[-1] == 999
 
 
@@ -76,4 +76,4 @@ def test_a_folder_is_not_taken_for_a_file(tmp_path):
 
 def test_a_tokenizer_s_run_cannot_be_sampled():
     with pytest.raises(ValueError, match="TokenizerTask"):
-        command.run(command.parse([f"--weights={runs.tokenizer()}"]))
+        sample.run(sample.parse([f"--weights={runs.tokenizer()}"]))

@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from varjax import settings, trees
-from varjax.data.folder import Folder
-from varjax.data.tfds_source import TFDS
-from varjax.tokenizer.model import init_tokenizer
-from varjax.tokenizer.perceptual import init_lpips
-from varjax.tokenizer.task import TokenizerTask
+from varjax.core import config_tree, trees
+from varjax.data.sources.folder import Folder
+from varjax.data.sources.tfds import TFDS
+from varjax.tokenizers.losses.lpips import init_lpips
+from varjax.tokenizers.vq.model import init_tokenizer
+from varjax.tokenizers.vq.task import TokenizerTask
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 IMAGES = 1_281_167  # in ImageNet's training split
@@ -26,7 +26,7 @@ OFFICIAL = {
 
 
 def load(name):
-    return settings.load_config(str(CONFIGS / name))
+    return config_tree.load_config(str(CONFIGS / name))
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -85,13 +85,13 @@ def test_a_step_of_the_full_tokenizer_changes_no_shape(name):
 
 def test_the_tokenizer_s_recipe_is_written_with_its_run_and_can_be_changed():
     e = load("tokenizer.py:no_lpips,256")
-    e = settings.override(e, ["task.adversary.start=0.5", "task.adversary.optimizer.clip=3.0"])
+    e = config_tree.override(e, ["task.adversary.start=0.5", "task.adversary.optimizer.clip=3.0"])
     assert (e.task.adversary.start, e.task.adversary.optimizer.clip) == (0.5, 3.0)
-    data = settings.to_dict(e)["task"]
-    assert settings.from_dict(TokenizerTask, data) == e.task
-    assert settings.override(e, ["task.adversary=none"]).task.adversary is None
+    data = config_tree.to_dict(e)["task"]
+    assert config_tree.from_dict(TokenizerTask, data) == e.task
+    assert config_tree.override(e, ["task.adversary=none"]).task.adversary is None
     with pytest.raises(ValueError, match="task.perceptual is none in this config"):
-        settings.override(e, ["task.perceptual.weight=2.0"])
+        config_tree.override(e, ["task.perceptual.weight=2.0"])
 
 
 def test_data_are_chosen_after_the_size():

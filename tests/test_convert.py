@@ -16,14 +16,14 @@ import varjax
 from tests import golden_cases as golden
 from tests.checkpoint_files import write_trainer
 from tests.golden import weights
-from varjax import trees
-from varjax.convert import Choices, convert, directory, export_torch, transfer
+from varjax.convert import Choices, apply_map, convert, export_torch, weights_dir
 from varjax.convert.__main__ import main
-from varjax.convert.infer import infer_tokenizer, infer_var
-from varjax.convert.pth import read_checkpoint, write_pth
-from varjax.pyramid import SCALES_512
-from varjax.tokenizer.load import read_tokenizer
-from varjax.tokenizer.model import TokenizerConfig
+from varjax.convert.infer_config import infer_tokenizer, infer_var
+from varjax.convert.state_dicts import read_checkpoint, write_pth
+from varjax.core import trees
+from varjax.tokenizers.load import read_tokenizer
+from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.pyramid import SCALES_512
 from varjax.var.load import read_var
 from varjax.var.model import VARConfig
 
@@ -35,7 +35,7 @@ HEADS = {"no_qk_norm": ["--heads=3"]}  # what these tensors cannot tell
 def official(name, part):
     """A golden case as the official code saves it: weights and buffers. Not to be changed."""
     config = golden.configs(name)[("vae", "var").index(part)]
-    return weights.state_dict(name, part) | transfer.official_buffers(config)
+    return weights.state_dict(name, part) | apply_map.official_buffers(config)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_other_formats_become_float32(dtype, tmp_path):
     write_pth(tmp_path / "var.pth", half)
     convert(tmp_path / "out", var=tmp_path / "var.pth")
     config, params, _ = read_var(tmp_path / "out")
-    expected = transfer.from_official(config, {n: x.astype(np.float32) for n, x in half.items()})
+    expected = apply_map.from_official(config, {n: x.astype(np.float32) for n, x in half.items()})
     assert trees.difference(expected, params) == ""
     for path, x in trees.paths(params).items():
         np.testing.assert_array_equal(x, trees.paths(expected)[path])
@@ -241,11 +241,11 @@ def test_a_full_disk_leaves_nothing(base, tmp_path, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(directory.tensors, "write", fill_up)
+        patch.setattr(weights_dir.tensors, "write", fill_up)
         text = refused(capsys, tmp_path, *flags)
         assert "out could not be written" in text and "No space left on device" in text
     usage = types.SimpleNamespace(free=1000)
-    monkeypatch.setattr(directory.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(weights_dir.shutil, "disk_usage", lambda path: usage)
     assert "needs 0.018 GB; free are 0.000 GB" in refused(capsys, tmp_path, *flags)
 
 

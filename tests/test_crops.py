@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from varjax.data import crops
 from varjax.data.loader import Loader
-from varjax.data.sources import Photos, parse
+from varjax.data.sources import Photos, parse, photos
 
 
 def test_no_pixel_is_both_trained_on_and_held_out():
@@ -11,11 +10,11 @@ def test_no_pixel_is_both_trained_on_and_held_out():
     columns = {label: 0 for label in range(2)}
     for side_HWC, label in sides.sides:
         columns[label] += side_HWC.shape[1]
-    strip = crops.HELD_OUT.stop - crops.HELD_OUT.start
+    strip = photos.HELD_OUT.stop - photos.HELD_OUT.start
     assert columns == {0: 640 - strip, 1: 640 - strip}
-    for label, photo_HWC in enumerate(crops._photographs()):
+    for label, photo_HWC in enumerate(photos._photographs()):
         left, right = (side for side, whose in sides.sides if whose == label)
-        rest = np.concatenate([left, photo_HWC[:, crops.HELD_OUT], right], axis=1)
+        rest = np.concatenate([left, photo_HWC[:, photos.HELD_OUT], right], axis=1)
         np.testing.assert_array_equal(rest, photo_HWC)
         first = held_out.images_NHWC[held_out.labels_N == label][0]
         np.testing.assert_array_equal(first, photo_HWC[:32, 240:272])

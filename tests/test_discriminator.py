@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.adversarial import QUICKLY
-from varjax.tokenizer.discriminator import PatchDiscriminator, StyleDiscriminator, halve
+from varjax.tokenizers.losses.discriminator import PatchDiscriminator, StyleDiscriminator, halve
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.adversarial import QUICKLY
-from varjax.tokenizer import duel
-from varjax.tokenizer.adversary import Adversary, Anchors, discriminator_loss, start_opponent
-from varjax.tokenizer.augment import augment
+from varjax.tokenizers.losses import gan_gradients
+from varjax.tokenizers.losses.diffaugment import augment
+from varjax.tokenizers.losses.gan import Adversary, Anchors, discriminator_loss, start_opponent
 from varjax.training.task import Plan
 
 ADVERSARY = Adversary("patch", 8, 1, r1=0.5, lecam=0.3, diffaugment=("translation",))
@@ -26,7 +26,7 @@ def opponent():
 
 
 def verdict(adversary):
-    judge = jax.jit(functools.partial(duel.judge, adversary), compiler_options=QUICKLY)
+    judge = jax.jit(functools.partial(gan_gradients.judge, adversary), compiler_options=QUICKLY)
     return judge(opponent(), REAL, FAKE, KEY_B)
 
 
@@ -70,13 +70,15 @@ def test_neither_side_s_loss_reaches_the_other(monkeypatch):
     plain = Adversary("patch", 8, 1)
     whole = verdict(plain)
     with monkeypatch.context() as patch:
-        patch.setattr(duel, "generator_loss", lambda kind, fake: 0 * jnp.sum(fake))
+        patch.setattr(gan_gradients, "generator_loss", lambda kind, fake: 0 * jnp.sum(fake))
         found = verdict(plain)
     assert np.all(found.toward == 0) and np.any(whole.toward != 0)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
     jax.tree.map(close, found.grads, whole.grads)
     with monkeypatch.context() as patch:
-        patch.setattr(duel, "discriminator_loss", lambda kind, real, fake: 0 * jnp.sum(fake))
+        patch.setattr(
+            gan_gradients, "discriminator_loss", lambda kind, real, fake: 0 * jnp.sum(fake)
+        )
         found = verdict(plain)
     assert all(np.all(x == 0) for x in jax.tree.leaves(found.grads))
     assert any(np.any(x != 0) for x in jax.tree.leaves(whole.grads))
@@ -92,5 +94,5 @@ def test_accuracy_is_the_share_that_it_tells_apart(monkeypatch, shift, accuracy)
 
     plain = Adversary("patch", 8, 1)
     monkeypatch.setattr(Adversary, "module", lambda self, dtype: Constant())
-    found = duel.judge(plain, opponent(), jnp.array(REAL), jnp.array(FAKE), KEY_B)
+    found = gan_gradients.judge(plain, opponent(), jnp.array(REAL), jnp.array(FAKE), KEY_B)
     assert found.metrics["discriminator/accuracy"] == accuracy

@@ -8,11 +8,11 @@ from PIL import Image
 
 import varjax
 from tests import runs
-from varjax import pictures
+from varjax.cli import edit as edit_cli
+from varjax.core import image_io
 from varjax.data.sources import Digits
-from varjax.var import edit_command
+from varjax.sampling.masks import box_mask, read_mask
 from varjax.var.edit import keep_at_every_scale
-from varjax.var.masks import box_mask, read_mask
 from varjax.var.sample import Known, Options, image_keys, sample
 
 IMAGE_HWC = Digits().source("held_out").images_NHWC[3]
@@ -28,7 +28,7 @@ def photo(tmp_path):
 
 def edit(photo, *flags):
     request = [f"--weights={runs.var()}", f"--image={photo}", "--out=edit.png", *flags]
-    edit_command.run(edit_command.parse(request))
+    edit_cli.run(edit_cli.parse(request))
     return np.asarray(Image.open("edit.png")).astype(int)
 
 
@@ -68,14 +68,14 @@ def test_the_picture_shows_original_mask_and_results(photo, capsys):
     assert (
         "48x40 pixels, resized (shorter side) and center-cropped to 8x8" in capsys.readouterr().out
     )
-    original_HWC = pictures.read_image(photo, (8, 8, 3)).astype(int)
+    original_HWC = image_io.read_image(photo, (8, 8, 3)).astype(int)
     assert np.array_equal(tile(shown, 0), original_HWC)
     red_HWC = original_HWC[:4] // 2 + [127, 0, 0]
     assert np.array_equal(tile(shown, 1), np.concatenate([red_HWC, original_HWC[4:]]))
     model, upper = varjax.load(runs.var()), np.arange(4)[:, None].repeat(4, axis=1) < 2
-    image_BHWC = pictures.read_image(photo, (8, 8, 1))[None]
+    image_BHWC = image_io.read_image(photo, (8, 8, 1))[None]
     results = model.edit(image_BHWC, ~upper, cfg=1.0, index=range(3))
-    results_NHWC = pictures.to_uint8(np.asarray(results)).astype(int)
+    results_NHWC = image_io.to_uint8(np.asarray(results)).astype(int)
     for i in range(3):
         assert np.abs(tile(shown, 2 + i) - results_NHWC[i]).max() <= 1
     assert not np.array_equal(tile(shown, 2), tile(shown, 3))

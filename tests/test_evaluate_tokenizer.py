@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from tests import runs
-from varjax import files, pictures
-from varjax.data.digits import Digits
-from varjax.tokenizer import evaluate as command
-from varjax.tokenizer import measure
-from varjax.tokenizer.load import read_tokenizer
-from varjax.tokenizer.measure import measure_split
-from varjax.tokenizer.model import Tokenizer, TokenizerConfig, init_tokenizer, to_model
-from varjax.tokenizer.task import TokenizerTask
+from varjax.core import files, image_io
+from varjax.data.sources.digits import Digits
+from varjax.tokenizers import evaluate as command
+from varjax.tokenizers.load import read_tokenizer
+from varjax.tokenizers.vq import reconstruction_metrics
+from varjax.tokenizers.vq.model import Tokenizer, TokenizerConfig, init_tokenizer, to_model
+from varjax.tokenizers.vq.reconstruction_metrics import measure_split
+from varjax.tokenizers.vq.task import TokenizerTask
 from varjax.training.task import TrainState
 
 CONFIG = TokenizerConfig(
@@ -100,7 +100,7 @@ def test_lpips_is_measured_where_it_is_given(monkeypatch, split):
     def lpips(params, x_BHWC, y_BHWC):  # the real one takes long to compile
         return params["factor"] * jnp.mean(jnp.abs(x_BHWC - y_BHWC), axis=(1, 2, 3))
 
-    monkeypatch.setattr(measure, "lpips", lpips)
+    monkeypatch.setattr(reconstruction_metrics, "lpips", lpips)
     report = measure_split(CONFIG, PARAMS, Ten(10), {"factor": np.float32(3)}).summary()
     np.testing.assert_allclose(report["lpips"], 6 * split.summary()["l1"], rtol=1e-4)
 
@@ -115,8 +115,8 @@ def test_the_command_writes_a_report_and_pictures(tmp_path, capsys):
     assert report["images"] == 355 and "ssim" not in report  # smaller than its window
     expected = _psnr_of_the_task(weights)
     np.testing.assert_allclose(report["psnr"], expected, atol=0.05)  # there it is not clipped
-    assert pictures.open_image("out/scales.png").size == (8 * 65, 4 * 65)
-    assert pictures.open_image("out/worst.png").size == (8 * 65, 3 * 65)
+    assert image_io.open_image("out/scales.png").size == (8 * 65, 4 * 65)
+    assert image_io.open_image("out/worst.png").size == (8 * 65, 3 * 65)
 
 
 def _psnr_of_the_task(weights):

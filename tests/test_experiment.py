@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from tests import tiny
-from varjax import files
-from varjax.data.folder import Folder
+from varjax.core import files
+from varjax.data.sources.folder import Folder
 from varjax.training.experiment import record_config, record_data
 
 

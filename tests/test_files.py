@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varjax import files
+from varjax.core import files
 
 
 def test_a_failure_leaves_the_old_content_and_no_temporary(tmp_path):

@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 
-from varjax import flops
+from varjax.core import flops
 
 A = jax.ShapeDtypeStruct((3, 4, 5), jnp.float32)
 B = jax.ShapeDtypeStruct((3, 5, 7), jnp.float32)

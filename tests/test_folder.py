@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 from varjax.data import photos
-from varjax.data.folder import Folder
-from varjax.data.images import BrokenImage
+from varjax.data.decoding import BrokenImage
 from varjax.data.sources import TFDS, Digits, parse
+from varjax.data.sources.folder import Folder
 
 SHADE = {"ant": 10, "bee": 100, "cat": 200}
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varjax.data.images import BrokenImage, decode
+from varjax.data.decoding import BrokenImage, decode
 
 GRAY_HW = np.linspace(0, 255, 12, dtype=np.uint8).reshape(3, 4)
 RGB_HWC = np.stack([GRAY_HW, 255 - GRAY_HW, GRAY_HW // 2], axis=-1)

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests import runs, tiny
-from varjax import files, trees
+from varjax.core import files, trees
+from varjax.core.saved_steps import restore_weights
 from varjax.training import loop
-from varjax.training.checkpoint import restore_weights
-from varjax.training.initial import initial_state
 from varjax.training.sharding import MeshShape, make_mesh, shardings
+from varjax.training.warm_start import initial_state
 from varjax.var.load import read_var
 from varjax.var.model import VARConfig, init_var
 from varjax.var.pretrained import matching_rows

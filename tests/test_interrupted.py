@@ -18,7 +18,7 @@ import pytest
 from tests import tiny
 from tests.tiny import lines, same_run
 from varjax.training import evaluate, loop
-from varjax.training.interrupt import Interrupt
+from varjax.training.preemption import Interrupt
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 import varjax
 from tests import runs
-from varjax.var import command
-from varjax.var.large import fingerprint
+from varjax.cli import sample
+from varjax.core import trees
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Runs sample.py and kills it just before the n-th file whose name ends so is put in its place.
@@ -52,7 +52,7 @@ def flags(out, *others):
 
 
 def draw(out, *others):
-    command.run(command.parse(flags(out, *others)))
+    sample.run(sample.parse(flags(out, *others)))
     return out
 
 
@@ -147,11 +147,11 @@ def test_a_finished_output_is_recognized_and_another_request_refused(whole, monk
 
 def test_other_weights_are_another_request():
     params = varjax.load(runs.var()).params
-    before = fingerprint(params)
-    assert fingerprint(params) == before
+    before = trees.digest(params)
+    assert trees.digest(params) == before
     head = params["var"]["head"]
     head["bias"] = head["bias"].at[3].add(1e-6)
-    assert fingerprint(params) != before
+    assert trees.digest(params) != before
 
 
 def test_what_others_wrote_is_left_alone(tmp_path):

@@ -1,52 +1,63 @@
-"""A module imports only from lower layers or its own folder."""
+"""Modules import only from lower layers or their own folder, and no files import in a circle."""
 
 import ast
+import graphlib
 import pathlib
 
 import varjax
 
 LAYER = {
-    "pyramid": 0,
-    "resize": 0,
-    "trees": 0,
-    "files": 0,
-    "tensors": 0,
-    "settings": 0,
-    "pictures": 0,
-    "flops": 0,
-    "hardware": 0,
+    "core": 0,
     "nn": 1,
-    "training": 1,
-    "data": 1,
-    "tokenizer": 2,
-    "var": 3,
-    "convert": 4,
-    "plot": 3,
-    "demo": 4,
-    "benchmark": 4,
-    "__init__": 5,
+    "training": 2,
+    "data": 2,
+    "tokenizers": 3,
+    "var": 4,
+    "sampling": 3,
+    "convert": 6,
+    "analysis": 6,
+    "evaluation": 7,
+    "benchmark": 7,
+    "plot": 7,
+    "cli": 7,
+    "__init__": 8,
 }
 PACKAGE = pathlib.Path(varjax.__file__).parent
+FILES = {
+    ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in PACKAGE.rglob("*.py")
+}
 
 
-def imported(file: pathlib.Path):
-    """The first name below `varjax` of everything a file imports, also inside of functions."""
-    for node in ast.walk(ast.parse(file.read_text())):
+def imported(file: pathlib.Path, inside_functions: bool):
+    """The modules of the package that a file imports."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree) if inside_functions else tree.body:
+        names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        yield from (name.split(".")[1] for name in names if name.startswith("varjax."))
+        for name in names:
+            if name.startswith("varjax."):
+                yield name if name in FILES else name.rpartition(".")[0]
+
+
+def test_every_folder_has_a_layer():
+    assert {name.split(".")[1] for name in FILES if "." in name} == LAYER.keys() - {"__init__"}
 
 
 def test_imports_only_go_down():
-    files = list(PACKAGE.rglob("*.py"))
-    assert len(files) > 20
-    for file in files:
-        module = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for used in imported(file):
-            assert (
-                used == module or LAYER[used] < LAYER[module] or (LAYER[used] == LAYER[module] == 0)
-            ), f"{file.name} of {module} imports {used}"
+    assert len(FILES) > 80
+    for name, file in FILES.items():
+        room = (name.split(".") + ["__init__"])[1]
+        for used in imported(file, inside_functions=True):
+            other = used.split(".")[1]
+            assert other == room or LAYER[other] < LAYER[room], f"{name} imports {used}"
+
+
+def test_no_two_files_import_one_another():
+    graph = {
+        name: set(imported(file, inside_functions=False)) - {name} for name, file in FILES.items()
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from tests.adversarial import ADVERSARY, BATCH, KEY, QUICKLY, TASK, frozen, state
-from varjax import trees
-from varjax.tokenizer import duel
-from varjax.tokenizer.adversary import Adversary
-from varjax.tokenizer.codebook import Codebook
-from varjax.tokenizer.model import Tokenizer, to_model
-from varjax.tokenizer.perceptual import Perceptual
+from varjax.core import trees
+from varjax.tokenizers.losses import gan_gradients
+from varjax.tokenizers.losses.gan import Adversary
+from varjax.tokenizers.losses.lpips import Perceptual
+from varjax.tokenizers.vq.codebook import Codebook
+from varjax.tokenizers.vq.model import Tokenizer, to_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 PLAIN = dataclasses.replace(TASK, adversary=None)
@@ -50,7 +50,7 @@ def test_the_balance_is_that_of_finite_differences():
         changed = params | {"decoder": params["decoder"] | {"conv_out": conv_out}}
         y_BHWC, _, _ = Tokenizer(TASK.model).apply({"params": changed}, x_BHWC)
         reconstruction = jnp.mean(TASK.reconstruction_losses({}, x_BHWC, y_BHWC)["loss"])
-        verdict = duel.judge(ADVERSARY, opponent, x_BHWC, y_BHWC, key_B)
+        verdict = gan_gradients.judge(ADVERSARY, opponent, x_BHWC, y_BHWC, key_B)
         return jnp.stack([reconstruction, verdict.metrics["adversarial"]])
 
     shape = last["kernel"].shape
@@ -127,7 +127,7 @@ import sys
 import numpy as np
 from tests.adversarial import BATCH, KEY, QUICKLY, TASK, state
 from varjax import files, trees
-from varjax.training.feed import place
+from varjax.training.prefetch import place
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
 
 mesh = make_mesh(MeshShape(data=4, fsdp=2))

@@ -11,12 +11,12 @@ import varjax
 from tests import golden_cases as golden
 from tests.golden import weights
 from tests.tiny import experiment
-from varjax import files
 from varjax.convert import convert, export_run, export_torch
-from varjax.convert.pth import read_checkpoint, write_pth
+from varjax.convert.state_dicts import read_checkpoint, write_pth
+from varjax.core import files
 from varjax.data.sources import Digits
-from varjax.tokenizer.load import load_tokenizer, read_tokenizer
-from varjax.tokenizer.task import TokenizerTask
+from varjax.tokenizers.load import load_tokenizer, read_tokenizer
+from varjax.tokenizers.vq.task import TokenizerTask
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.experiment import Experiment, record_config
 from varjax.training.task import TrainState

@@ -13,9 +13,9 @@ import pytest
 
 from tests import fake_data
 from tests.fake_data import Fake
-from varjax.data.digits import Digits
 from varjax.data.loader import Loader
-from varjax.data.reading import Reading
+from varjax.data.sources.digits import Digits
+from varjax.data.workers import Reading
 
 DATA = Digits(shift=1.0, rotate=10.0, zoom=0.1)
 WORKERS = Reading(workers=2)
@@ -195,7 +195,7 @@ CHILD = """
 import os, sys, itertools
 from tests.fake_data import Fake
 from varjax.data.loader import Loader
-from varjax.data.reading import Reading
+from varjax.data.workers import Reading
 if __name__ == "__main__":
     stream = Loader(Fake(reading=Reading(workers=1)), 8).train()
     next(stream)

@@ -8,8 +8,9 @@ from PIL import Image
 
 from tests import tiny
 from tests.tiny import lines, weights
+from varjax.core.saved_steps import restore_weights
 from varjax.training import loop
-from varjax.training.checkpoint import Checkpoints, restore_weights
+from varjax.training.checkpoint import Checkpoints
 from varjax.training.task import Plan
 
 

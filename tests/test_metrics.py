@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 
-from varjax.training.metrics import MetricWriter, flatten
+from varjax.training.metric_writers import MetricWriter, flatten
 
 
 def test_arrays_become_one_number_a_name():

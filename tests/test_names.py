@@ -6,8 +6,8 @@ import pytest
 
 from tests import golden_cases as golden
 from tests.golden import weights
-from varjax.convert import transfer
-from varjax.tokenizer.model import TokenizerConfig
+from varjax.convert import apply_map
+from varjax.tokenizers.vq.model import TokenizerConfig
 from varjax.var.model import VARConfig
 
 OFFICIAL = json.loads((weights.HERE / "official_state_dicts.json").read_text())
@@ -25,12 +25,12 @@ PARAMETERS = {
 def test_tables_and_buffers_are_the_released_models(name):
     var = name.startswith("var")
     config = VARConfig.preset(name.removeprefix("var_")) if var else TokenizerConfig()
-    sizes = [leaf.size for leaf in jax.tree.leaves(transfer.describe(config))]
+    sizes = [leaf.size for leaf in jax.tree.leaves(apply_map.describe(config))]
     assert sum(sizes) == PARAMETERS[name]
-    buffers = {n: x.shape for n, x in transfer.official_buffers(config).items()}
-    assert not any(map(transfer.is_weight, buffers))
+    buffers = {n: x.shape for n, x in apply_map.official_buffers(config).items()}
+    assert not any(map(apply_map.is_weight, buffers))
     expected = {n: tuple(shape) for n, shape in OFFICIAL[name].items()}
-    assert transfer.official_shapes(config) | buffers == expected
+    assert apply_map.official_shapes(config) | buffers == expected
 
 
 @pytest.mark.parametrize("name", golden.CASES)
@@ -40,7 +40,7 @@ def test_there_and_back_is_exact(name):
         ("vae", tokenizer, golden.tokenizer_params(name)),
         ("var", var, golden.var_params(name)),
     ):
-        back = transfer.to_official(config, params)
+        back = apply_map.to_official(config, params)
         official = weights.state_dict(name, part)
         assert back.keys() == official.keys()
         for key, tensor in official.items():
@@ -56,7 +56,7 @@ def test_one_error_lists_every_problem():
     tensors["word_embed.bias"] = np.zeros(48, int)
     tensors["lvl_1L"] = np.zeros((1, 30))  # a buffer, which is no problem
     with pytest.raises(ValueError) as error:
-        transfer.check(config, tensors)
+        apply_map.check(config, tensors)
     text = str(error.value)
     assert "missing: head.bias (64,)" in text and "unexpected: extra (3,)" in text
     assert "misshapen: pos_start is (1, 2, 48), needed is (1, 1, 48)" in text

@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.golden import weights
-from varjax import trees
 from varjax.convert.__main__ import main
-from varjax.convert.pth import write_pth
-from varjax.tokenizer.perceptual import (
+from varjax.convert.state_dicts import write_pth
+from varjax.core import trees
+from varjax.tokenizers.losses.lpips import (
     Perceptual,
     check_images,
     init_lpips,

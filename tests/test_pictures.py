@@ -2,25 +2,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varjax import pictures
+from varjax.core import image_io
 
 
 def test_a_grid_reads_row_by_row():
     images_NHWC = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(64, 1).repeat(64, 2)
-    picture_HWC = pictures.grid(images_NHWC)  # 3 columns, 2 rows, the last place empty
+    picture_HWC = image_io.grid(images_NHWC)  # 3 columns, 2 rows, the last place empty
     assert picture_HWC[::64, ::64, 0].tolist() == [[0, 1, 2], [3, 4, 0]]
-    assert pictures.grid(images_NHWC, columns=5)[::64, ::64, 0].tolist() == [[0, 1, 2, 3, 4]]
+    assert image_io.grid(images_NHWC, columns=5)[::64, ::64, 0].tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_small_images_are_enlarged_and_set_apart():
-    picture_HWC = pictures.grid(np.full((1, 8, 8, 1), 255, np.uint8))
+    picture_HWC = image_io.grid(np.full((1, 8, 8, 1), 255, np.uint8))
     assert np.count_nonzero(picture_HWC) == 64 * 64 and picture_HWC.shape == (65, 65, 1)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_png_holds_the_rounded_values(tmp_path, channels):
     images = np.full((2, 2, channels), 0.5)
-    pictures.write_png(tmp_path / "a.png", pictures.to_uint8(images))
+    image_io.write_png(tmp_path / "a.png", image_io.to_uint8(images))
     with Image.open(tmp_path / "a.png") as picture:
         assert np.all(np.asarray(picture).reshape(2, 2, channels) == 128)
 
@@ -31,16 +31,16 @@ RGB_HWC = np.stack([RAMP_HW, 255 - RAMP_HW, RAMP_HW // 2], axis=-1)
 
 def test_an_image_of_the_model_s_size_is_not_touched(tmp_path):
     Image.fromarray(RGB_HWC).save(tmp_path / "a.png")
-    assert np.array_equal(pictures.read_image(tmp_path / "a.png", (3, 4, 3)), RGB_HWC)
+    assert np.array_equal(image_io.read_image(tmp_path / "a.png", (3, 4, 3)), RGB_HWC)
     Image.fromarray(RAMP_HW).save(tmp_path / "gray.png")
-    gray_HWC = pictures.read_image(tmp_path / "gray.png", (3, 4, 3))
+    gray_HWC = image_io.read_image(tmp_path / "gray.png", (3, 4, 3))
     assert np.array_equal(gray_HWC, RAMP_HW[..., None].repeat(3, axis=-1))
 
 
 def test_every_kind_of_file_is_read_as_it_looks(tmp_path):
     def read(picture, name="a.png", **options):
         picture.save(tmp_path / name, **options)
-        return pictures.read_image(tmp_path / name, (3, 4, 3)).astype(int)
+        return image_io.read_image(tmp_path / name, (3, 4, 3)).astype(int)
 
     plain = Image.fromarray(RGB_HWC)
     gray_HWC = RAMP_HW[..., None].repeat(3, axis=-1).astype(int)
@@ -61,10 +61,10 @@ def test_the_middle_is_taken_with_its_aspect_kept():
     columns_HW = np.zeros((20, 60), np.uint8)
     columns_HW[:, 20:40] = 255
     picture = Image.fromarray(columns_HW)
-    assert np.all(pictures.fit(picture, (20, 20, 1)) == 255)
-    small_HWC = pictures.fit(picture, (10, 30, 1))
+    assert np.all(image_io.fit(picture, (20, 20, 1)) == 255)
+    small_HWC = image_io.fit(picture, (10, 30, 1))
     assert np.all(small_HWC[:, 12:18] > 250) and np.all(small_HWC[:, :8] < 5)
-    assert pictures.fit(picture, (64, 64, 3)).shape == (64, 64, 3)
+    assert image_io.fit(picture, (64, 64, 3)).shape == (64, 64, 3)
 
 
 def test_what_is_no_image_is_named(tmp_path):
@@ -81,6 +81,6 @@ def test_what_is_no_image_is_named(tmp_path):
         ("float.tif", "holds floats"),
     ):
         with pytest.raises(ValueError, match=message):
-            pictures.read_image(tmp_path / name, shape)
+            image_io.read_image(tmp_path / name, shape)
     with pytest.raises(ValueError, match="2 channels"):
-        pictures.read_image(tmp_path / "a.png", (8, 8, 2))
+        image_io.read_image(tmp_path / "a.png", (8, 8, 2))

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from varjax.analysis.curves import _running_mean
+from varjax.analysis.run_log import REFERENCES, read_run
 from varjax.plot.__main__ import main
-from varjax.plot.figure import _running_mean
-from varjax.plot.log import REFERENCES, read_run
 
 
 def make(run_dir, text, batch_size=10):

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varjax.data import pack, photos, pool
-from varjax.data.folder import Folder
-from varjax.data.images import BrokenImage
-from varjax.data.prepare import main, prepare
-from varjax.data.tfds_source import TFDS
+from varjax.data import photos
+from varjax.data.decoding import BrokenImage
+from varjax.data.prepare import array_record, main, prepare, process_pool
+from varjax.data.sources.folder import Folder
+from varjax.data.sources.tfds import TFDS
 
-PACKAGE = pathlib.Path(pack.__file__).parents[2]
+PACKAGE = pathlib.Path(array_record.__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,8 @@ def in_this_process(monkeypatch):
             yield function(job)
             progress(told["steps"])
 
-    monkeypatch.setattr(pool, "step", step)
-    monkeypatch.setattr(pool, "run", run)
+    monkeypatch.setattr(process_pool, "step", step)
+    monkeypatch.setattr(process_pool, "run", run)
     return told
 
 
@@ -106,7 +106,7 @@ def test_a_flat_folder_is_split_by_a_share(in_this_process):
 
 
 def test_what_is_done_is_not_done_again(folder, packed, capsys, monkeypatch):
-    monkeypatch.setattr(pool, "run", None)
+    monkeypatch.setattr(process_pool, "run", None)
     before = {path: path.stat().st_mtime_ns for path in packed.iterdir()}
     arguments = [f"--folder={folder}", f"--out={packed}"]
     assert main([*arguments, "--shards=3", "--workers=7"]) == 0
@@ -170,19 +170,19 @@ def test_images_are_shrunk_on_demand_and_never_enlarged():
     Image.effect_noise((60, 40), 90).convert("RGB").save("large.png")
     Image.effect_noise((50, 20), 90).convert("RGB").save("small.png")
     for name, size in (("large.png", (36, 24)), ("small.png", (50, 20))):
-        data = pack.Encoding(size=24).read(name)
+        data = array_record.Encoding(size=24).read(name)
         with Image.open(io.BytesIO(data)) as picture:
             assert picture.size == size
         assert (data == pathlib.Path(name).read_bytes()) == (name == "small.png")
-    assert pack.Encoding().read("large.png") == pathlib.Path("large.png").read_bytes()
+    assert array_record.Encoding().read("large.png") == pathlib.Path("large.png").read_bytes()
     pathlib.Path("cut.png").write_bytes(pathlib.Path("large.png").read_bytes()[:500])
     with pytest.raises(BrokenImage, match="cut.png"):
-        pack.Encoding().read("cut.png")
+        array_record.Encoding().read("cut.png")
 
 
 READ = """
 import sys
-from varjax.data.tfds_source import TFDS
+from varjax.data.sources.tfds import TFDS
 batch = TFDS("out", size=8).make(4, seed=0).train_batch(0)
 print(batch["image_BHWC"].shape, "jax" in sys.modules)
 """

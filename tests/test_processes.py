@@ -17,8 +17,8 @@ import pytest
 
 from tests import tiny
 from tests.tiny import lines, weights
+from varjax.core.saved_steps import Saved
 from varjax.training import loop
-from varjax.training.saved import Saved
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

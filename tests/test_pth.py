@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.checkpoint_files import DATA, archive, entries, refusal, tensor
-from varjax.convert.allowed import STORAGES
-from varjax.convert.pth import read_checkpoint, state_dicts, write_pth
+from varjax.convert.pth.allowed import STORAGES
+from varjax.convert.state_dicts import read_checkpoint, state_dicts, write_pth
 
 RNG = np.random.default_rng(0)
 
@@ -55,7 +55,7 @@ def test_writing_is_aligned_repeatable_and_leaves_no_partial_file(tmp_path):
 
 
 def test_64_bit_zip_sizes_keep_the_alignment(tmp_path, monkeypatch):
-    monkeypatch.setattr("varjax.convert.pth_write.ZIP64_BYTES", 50)
+    monkeypatch.setattr("varjax.convert.pth.write.ZIP64_BYTES", 50)
     write_pth(tmp_path / "x.pth", {"x": DATA, "y": DATA[:3]})
     back = read_checkpoint(tmp_path / "x.pth")
     assert np.array_equal(back["x"], DATA) and np.array_equal(back["y"], DATA[:3])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.golden import weights
-from varjax.pyramid import SCALES_256, SCALES_512, SCALES_1024, Pyramid
+from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024, Pyramid
 
 
 @pytest.mark.parametrize(

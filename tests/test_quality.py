@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from varjax.tokenizer import quality
+from varjax.tokenizers import image_metrics
 
 RNG = np.random.default_rng(0)
 A_BHWC = RNG.random((3, 17, 23, 3), np.float32)
@@ -33,17 +33,19 @@ def test_ssim_is_that_of_scikit_image():
         np.mean([skimage_ssim(a[..., c], b[..., c]) for c in range(3)])
         for a, b in zip(A_BHWC, B_BHWC, strict=True)
     ]
-    found = jax.jit(quality.ssim)(A_BHWC, B_BHWC)
+    found = jax.jit(image_metrics.ssim)(A_BHWC, B_BHWC)
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    np.testing.assert_allclose(quality.ssim(A_BHWC, A_BHWC), 1, atol=1e-5)
+    np.testing.assert_allclose(image_metrics.ssim(A_BHWC, A_BHWC), 1, atol=1e-5)
     with pytest.raises(ValueError, match="11 by 11 pixels or more, not 8×23"):
-        quality.ssim(jnp.zeros((1, 8, 23, 1)), jnp.zeros((1, 8, 23, 1)))
+        image_metrics.ssim(jnp.zeros((1, 8, 23, 1)), jnp.zeros((1, 8, 23, 1)))
 
 
 def test_psnr_and_gradients_by_hand():
     half = jnp.full((1, 2, 2, 1), 0.5)
-    np.testing.assert_allclose(quality.psnr(half, half - 0.1), 20, rtol=1e-5)
+    np.testing.assert_allclose(image_metrics.psnr(half, half - 0.1), 20, rtol=1e-5)
     ramp_BHWC = (3 * jnp.arange(5.0)[:, None] + 4 * jnp.arange(6.0)[None])[None, ..., None]
-    np.testing.assert_allclose(quality.gradient(ramp_BHWC), 5, rtol=1e-6)
+    np.testing.assert_allclose(image_metrics.gradient(ramp_BHWC), 5, rtol=1e-6)
     blurred = jnp.asarray(ndimage.gaussian_filter(A_BHWC, (0, 1, 1, 0)))
-    assert (quality.gradient(blurred) < 0.7 * quality.gradient(jnp.asarray(A_BHWC))).all()
+    assert (
+        image_metrics.gradient(blurred) < 0.7 * image_metrics.gradient(jnp.asarray(A_BHWC))
+    ).all()

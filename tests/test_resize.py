@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from tests.golden import weights
-from varjax import resize
-from varjax.pyramid import Pyramid
+from varjax.nn import resize
+from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.var.edit import keep_at_every_scale
 
 FUNCTIONS = weights.outputs("functions")

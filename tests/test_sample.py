@@ -8,8 +8,8 @@ import pytest
 import scipy.stats
 
 from tests import golden_cases as golden
-from varjax.pyramid import Pyramid
-from varjax.tokenizer.model import Tokenizer
+from varjax.tokenizers.vq.model import Tokenizer
+from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.var.edit import keep_at_every_scale
 from varjax.var.model import VAR
 from varjax.var.sample import (

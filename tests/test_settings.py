@@ -4,7 +4,7 @@ from typing import Literal, Protocol
 
 import pytest
 
-from varjax import settings
+from varjax.core import config_tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,19 +37,19 @@ class Root:
 
 def test_json_there_and_back_is_the_same_settings():
     root = Root(Leaf(rate=2, sizes=(), limit=4), Other(7), leaves=(Leaf(name="y"),))
-    data = json.loads(json.dumps(settings.to_dict(root)))
+    data = json.loads(json.dumps(config_tree.to_dict(root)))
     assert data["part"] == {"_type": "Other", "depth": 3}
     data.pop("part")
-    assert settings.from_dict(Root, data) == root
+    assert config_tree.from_dict(Root, data) == root
 
 
 def test_an_interface_cannot_be_rebuilt_but_its_part_can():
-    data = settings.to_dict(Root(part=Other(9)))
+    data = config_tree.to_dict(Root(part=Other(9)))
     with pytest.raises(ValueError, match="Root.part is an interface"):
-        settings.from_dict(Root, data)
-    assert settings.from_dict(Other, data["part"]) == Other(9)
+        config_tree.from_dict(Root, data)
+    assert config_tree.from_dict(Other, data["part"]) == Other(9)
     with pytest.raises(ValueError, match="holds a Other, not a Leaf"):
-        settings.from_dict(Leaf, data["part"])
+        config_tree.from_dict(Leaf, data["part"])
 
 
 @pytest.mark.parametrize(
@@ -59,11 +59,11 @@ def test_an_interface_cannot_be_rebuilt_but_its_part_can():
 )
 def test_wrong_types_and_unknown_fields_are_refused_by_name(data):
     with pytest.raises(ValueError, match=next(iter(data))):
-        settings.from_dict(Leaf, data)
+        config_tree.from_dict(Leaf, data)
 
 
 def test_a_float_accepts_an_integer_and_becomes_a_float():
-    assert type(settings.from_dict(Leaf, {"rate": 1}).rate) is float
+    assert type(config_tree.from_dict(Leaf, {"rate": 1}).rate) is float
 
 
 @pytest.mark.parametrize(
@@ -81,17 +81,17 @@ def test_a_float_accepts_an_integer_and_becomes_a_float():
     ],
 )
 def test_an_override_is_parsed_by_the_annotation(assignment, field, value):
-    changed = settings.override(Root(), [assignment])
+    changed = config_tree.override(Root(), [assignment])
     assert getattr(changed.leaf, field) == value
     assert changed == Root(dataclasses.replace(Leaf(), **{field: value}))
 
 
 def test_an_override_reaches_behind_an_interface_and_none():
-    assert settings.override(Root(), ["part.depth=8"]).part == Other(8)
-    assert settings.override(Root(Leaf(limit=1)), ["leaf.limit=none"]).leaf.limit is None
+    assert config_tree.override(Root(), ["part.depth=8"]).part == Other(8)
+    assert config_tree.override(Root(Leaf(limit=1)), ["leaf.limit=none"]).leaf.limit is None
     root = Root(choice=Other(9))
-    assert settings.override(root, ["choice.depth=8"]).choice == Other(8)
-    assert settings.override(root, ["choice=none"]).choice is None
+    assert config_tree.override(root, ["choice.depth=8"]).choice == Other(8)
+    assert config_tree.override(root, ["choice=none"]).choice is None
 
 
 @pytest.mark.parametrize(
@@ -108,17 +108,17 @@ def test_an_override_reaches_behind_an_interface_and_none():
 )
 def test_a_wrong_override_says_what_is_allowed(assignment, message):
     with pytest.raises(ValueError, match=message):
-        settings.override(Root(), [assignment])
+        config_tree.override(Root(), [assignment])
 
 
 def test_differences_name_every_path():
-    a, b = settings.to_dict(Root()), settings.to_dict(Root(Leaf(rate=1.0), part=Other(8)))
-    assert settings.differences(a, b) == [
+    a, b = config_tree.to_dict(Root()), config_tree.to_dict(Root(Leaf(rate=1.0), part=Other(8)))
+    assert config_tree.differences(a, b) == [
         "leaf.rate: 0.5 in the run, 1.0 in the config",
         "part.depth: 3 in the run, 8 in the config",
     ]
-    assert settings.differences(a, a) == []
-    assert settings.differences({"a": 1}, {"b": 2}) == [
+    assert config_tree.differences(a, a) == []
+    assert config_tree.differences({"a": 1}, {"b": 2}) == [
         "a: 1 in the run, absent in the config",
         "b: absent in the run, 2 in the config",
     ]
@@ -127,10 +127,10 @@ def test_differences_name_every_path():
 def test_config_files_are_loaded_with_their_argument(tmp_path):
     file = tmp_path / "c.py"
     file.write_text("def get_config(arg='d'):\n    return arg\n")
-    assert settings.load_config(str(file)) == "d"
-    assert settings.load_config(f"{file}:d20") == "d20"
+    assert config_tree.load_config(str(file)) == "d"
+    assert config_tree.load_config(f"{file}:d20") == "d20"
     file.write_text("def get_config():\n    return 1\n")
     with pytest.raises(ValueError, match="takes no argument"):
-        settings.load_config(f"{file}:d20")
+        config_tree.load_config(f"{file}:d20")
     with pytest.raises(ValueError, match="no config file"):
-        settings.load_config(str(tmp_path / "none.py"))
+        config_tree.load_config(str(tmp_path / "none.py"))

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from varjax import trees
+from varjax.core import trees
 from varjax.nn.compute import BATCH_AXES, spread_rows
 from varjax.training import sharding
 from varjax.training.sharding import MeshShape, make_mesh, rows_of_process, shardings

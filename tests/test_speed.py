@@ -3,8 +3,8 @@ import time
 import jax
 import pytest
 
-from varjax import hardware
-from varjax.training.speed import Clock
+from varjax.core import hardware
+from varjax.training.throughput import Clock
 
 
 def test_a_lap_gives_rates_over_the_time_that_was_not_paused(monkeypatch):

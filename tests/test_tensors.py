@@ -4,8 +4,8 @@ from ml_dtypes import bfloat16
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from varjax import tensors
-from varjax.tensors import Lazy
+from varjax.core import safetensors_io
+from varjax.core.safetensors_io import Lazy
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -21,10 +21,10 @@ ARRAYS = {
 
 def test_another_library_reads_what_is_written(tmp_path):
     path = tmp_path / "x.safetensors"
-    tensors.write(path, ARRAYS, {"from": "here"})
+    safetensors_io.write(path, ARRAYS, {"from": "here"})
     with safe_open(path, "np") as file:
         assert file.metadata() == {"from": "here"}
-    ours, metadata = tensors.read(np.memmap(path, np.uint8, "r"))
+    ours, metadata = safetensors_io.read(np.memmap(path, np.uint8, "r"))
     assert metadata == {"from": "here"} and ours.keys() == ARRAYS.keys()
     for read in (load_file(path), ours):
         for name, x in ARRAYS.items():
@@ -45,9 +45,9 @@ def test_lazy_tensors_are_made_one_piece_at_a_time(tmp_path):
 
     lazy = Lazy((3, 2), np.dtype(np.float32), pieces)
     x = np.array([[0, 0], [1, 1], [2, 2]], np.float32)
-    tensors.write(tmp_path / "x", {"x": lazy, "y": lazy}, {})
+    safetensors_io.write(tmp_path / "x", {"x": lazy, "y": lazy}, {})
     assert alive == [0, 1, 2, 0, 1, 2] and lazy.nbytes == x.nbytes
     np.testing.assert_array_equal(load_file(tmp_path / "x")["y"], x)
     np.testing.assert_array_equal(np.asarray(lazy), x)
     with pytest.raises(AssertionError):  # fewer pieces than promised
-        tensors.write(tmp_path / "x", {"x": Lazy((4, 2), lazy.dtype, pieces)}, {})
+        safetensors_io.write(tmp_path / "x", {"x": Lazy((4, 2), lazy.dtype, pieces)}, {})

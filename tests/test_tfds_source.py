@@ -10,8 +10,8 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from varjax.data.images import BrokenImage
-from varjax.data.tfds_source import TFDS
+from varjax.data.decoding import BrokenImage
+from varjax.data.sources.tfds import TFDS
 
 
 class Stripes(tfds.core.GeneratorBasedBuilder, skip_registration=True):

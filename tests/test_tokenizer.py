@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests import golden_cases as golden
-from varjax.tokenizer.model import Tokenizer, TokenizerConfig, init_tokenizer, make_quantizer
-from varjax.tokenizer.quantizer import quantizer_loss
+from varjax.tokenizers.vq.model import Tokenizer, TokenizerConfig, init_tokenizer, make_quantizer
+from varjax.tokenizers.vq.quantizer import quantizer_loss
 
 
 @pytest.mark.parametrize("name", golden.CASES)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.test_tokenizer import small
-from varjax import trees
-from varjax.tokenizer.task import TokenizerTask, to_model
+from varjax.core import trees
+from varjax.tokenizers.vq.task import TokenizerTask, to_model
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan
 

@@ -11,19 +11,19 @@ import pytest
 
 from tests import runs
 from tests.fake_data import Fake
-from varjax import files, settings
-from varjax.data import tokenize as command
-from varjax.data.digits import Digits
-from varjax.data.noise import Noise
-from varjax.data.reading import Reading
+from varjax.core import config_tree, files
+from varjax.data import cache_latents as command
+from varjax.data.cache_latents import tokenize
+from varjax.data.latents import Tokens
 from varjax.data.sources import parse
-from varjax.data.tokenize import tokenize
-from varjax.data.tokens import Tokens
-from varjax.tokenizer.model import init_tokenizer
-from varjax.tokenizer.task import TokenizerTask
+from varjax.data.sources.digits import Digits
+from varjax.data.sources.noise import Noise
+from varjax.data.workers import Reading
+from varjax.tokenizers.vq.model import init_tokenizer
+from varjax.tokenizers.vq.task import TokenizerTask
 from varjax.training import loop
 from varjax.training.experiment import Experiment
-from varjax.var import teach
+from varjax.var import teacher_forcing
 from varjax.var.task import VARTask
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def drawn(init):
 def task(tmp_path_factory):
     weights = tmp_path_factory.mktemp("tokenizer")
     params = drawn(functools.partial(init_tokenizer, runs.TOKENIZER))
-    config = {"sources": {}, "tokenizer": settings.to_dict(runs.TOKENIZER)}
+    config = {"sources": {}, "tokenizer": config_tree.to_dict(runs.TOKENIZER)}
     files.write_json(weights / "config.json", config)
     files.write_tensors(weights / "tokenizer.safetensors", params, {})
     return VARTask(runs.VAR, runs.TOKENIZER, str(weights))
@@ -109,7 +109,7 @@ import os, sys
 from tests import runs
 from varjax.data import token_files, tokens
 from tests.test_tokens import DATA, SETTINGS
-from varjax.data.tokenize import tokenize
+from varjax.data.cache_latents import tokenize
 from varjax.var.task import VARTask
 write = token_files.files.write_tensors
 def killed(path, *rest):
@@ -146,7 +146,7 @@ def test_losses_are_those_of_the_images(cache, task):
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
     first = [data.held_out_batch(0) for data in (images, tokens)]
-    both = [teach.reconstructions(task.tokenizer, frozen, batch) for batch in first]
+    both = [teacher_forcing.reconstructions(task.tokenizer, frozen, batch) for batch in first]
     np.testing.assert_allclose(both[1][0], both[0][1], atol=1e-5)
     assert both[0].shape == (2, 8, 8, 8, 1) and both[1].shape == (1, 8, 8, 8, 1)
 

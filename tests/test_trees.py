@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from varjax import trees
+from varjax.core import trees
 
 PARAMS = {"blocks": {"q": {"kernel": jnp.ones((2, 3))}}, "head": [jnp.ones(1), jnp.ones(2)]}
 

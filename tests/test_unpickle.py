@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.checkpoint_files import DATA, archive, entries, plain, refusal, stored, tensor
-from varjax.convert.pth import read_checkpoint
+from varjax.convert.state_dicts import read_checkpoint
 
 RNG = np.random.default_rng(0)
 
@@ -116,6 +116,6 @@ def test_nested_bombs_end_at_once(tmp_path):
     assert time.monotonic() - start < 5
     zeros = np.zeros(2**20, np.uint8)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("varjax.convert.pth_read.MAX_UNPACKED_BYTES", 2**19)
+        patch.setattr("varjax.convert.pth.read.MAX_UNPACKED_BYTES", 2**19)
         path = archive(tmp_path / "x.pth", entries(), zeros, zipfile.ZIP_DEFLATED)
         assert "more than weights can" in refusal(path)

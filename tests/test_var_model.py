@@ -10,8 +10,8 @@ import pytest
 
 from tests import golden_cases as golden
 from tests.golden import weights
-from varjax import trees
-from varjax.convert.transfer import to_official
+from varjax.convert.apply_map import to_official
+from varjax.core import trees
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import Cache, drop_path
 from varjax.training.optimizer import AdamW
@@ -114,7 +114,7 @@ def test_label_smoothing_is_pytorch_s(monkeypatch):
 def _feed_golden_tokens(monkeypatch, expected):
     tokens_BL = jnp.asarray(expected["tokens"], jnp.int32)
     taught = tokens_BL, jnp.asarray(expected["teacher_forcing_input"])
-    monkeypatch.setattr("varjax.var.teach.tokens_and_input", lambda *_: taught)
+    monkeypatch.setattr("varjax.var.teacher_forcing.tokens_and_input", lambda *_: taught)
 
 
 def test_weight_decay_falls_where_the_reference_has_it():

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from tests import runs
-from varjax import flops
+from varjax.core import flops
 from varjax.data.sources import Digits
 from varjax.nn.compute import Compute
-from varjax.tokenizer.model import Tokenizer
-from varjax.tokenizer.task import to_model
+from varjax.tokenizers.vq.model import Tokenizer
+from varjax.tokenizers.vq.task import to_model
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan
 from varjax.var import pretrained

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax import files, flops
+from varjax.core import files, flops
+from varjax.core.saved_steps import Saved
 from varjax.data.sources import Digits
-from varjax.training import step
+from varjax.training import train_step
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
-from varjax.training.saved import Saved
 from varjax.training.task import Plan, TrainState
 
 
@@ -63,10 +63,10 @@ class Tiny:
             return loss, {"loss": loss, "mean_logit": jnp.mean(logits_BV, axis=0)}
 
         batch = batch | {"keep_BC": keep_BC}
-        grads, metrics = step.gradients(loss_fn, state.params, batch, self.accumulate)
+        grads, metrics = train_step.gradients(loss_fn, state.params, batch, self.accumulate)
         grads = jax.tree.map(lambda g: jnp.where(state.step == self.explode_at, jnp.nan, g), grads)
         metrics["lr"] = self.optimizer.lr(state.step, self.plan)
-        state, norms = step.apply(state, grads, self._tx(state.params), self.ema_decay)
+        state, norms = train_step.apply(state, grads, self._tx(state.params), self.ema_decay)
         return state, metrics | norms
 
     def train_flops(self, state, frozen, batch):

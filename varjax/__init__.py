@@ -13,10 +13,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from varjax.core.image_io import read_image
     from varjax.nn.compute import Compute
-    from varjax.pictures import read_image
-    from varjax.pyramid import SCALES_256, SCALES_512, SCALES_1024
-    from varjax.tokenizer.model import TokenizerConfig
+    from varjax.tokenizers.vq.model import TokenizerConfig
+    from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024
     from varjax.var.load import load
     from varjax.var.model import VARConfig
     from varjax.var.pipeline import Pipeline
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 # Imported when asked for: processes that only read data then do without JAX (0.2 GB each).
 _WHERE = {
-    "SCALES_256": "pyramid",
-    "SCALES_512": "pyramid",
-    "SCALES_1024": "pyramid",
+    "SCALES_256": "tokenizers.vq.pyramid",
+    "SCALES_512": "tokenizers.vq.pyramid",
+    "SCALES_1024": "tokenizers.vq.pyramid",
     "Compute": "nn.compute",
     "Options": "var.sample",
     "Pipeline": "var.pipeline",
-    "TokenizerConfig": "tokenizer.model",
+    "TokenizerConfig": "tokenizers.vq.model",
     "VARConfig": "var.model",
     "load": "var.load",
-    "read_image": "pictures",
+    "read_image": "core.image_io",
 }
 
 __all__ = [

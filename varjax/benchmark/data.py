@@ -20,12 +20,12 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from varjax import settings
 from varjax.benchmark.measure import show
-from varjax.data.examples import Examples
-from varjax.data.images import BrokenImage
+from varjax.core import config_tree
+from varjax.data.decoding import BrokenImage
 from varjax.data.loader import AHEAD, Loader
-from varjax.data.reading import Readers, Reading
+from varjax.data.stream import Examples
+from varjax.data.workers import Readers, Reading
 
 
 def main(arguments: list[str]) -> None:
@@ -45,8 +45,8 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"cannot read {strange}; settings are --config.FIELD=VALUE")
     if flags.batches < 1:
         raise ValueError(f"batches is {flags.batches}, but must be at least 1")
-    experiment = settings.load_config(flags.config)
-    experiment = settings.override(experiment, [o.removeprefix("--config.") for o in others])
+    experiment = config_tree.load_config(flags.config)
+    experiment = config_tree.override(experiment, [o.removeprefix("--config.") for o in others])
     ways = [Reading(threads=n) for n in numbers("threads", flags.threads) if n]
     ways += [Reading(workers=n) for n in numbers("workers", flags.workers) if n]
     run(experiment.data, experiment.batch_size, experiment.seed, ways, flags.batches)

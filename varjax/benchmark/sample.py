@@ -6,11 +6,11 @@ import time
 import jax
 import jax.numpy as jnp
 
-from varjax import flops
 from varjax.benchmark.measure import Peak, compute_of, parser_of, peak_memory, seconds, show
+from varjax.core import flops
 from varjax.nn.compute import Compute
-from varjax.tokenizer.model import TokenizerConfig, decode_images, init_tokenizer
-from varjax.var.devices import batch_mesh, put_everywhere, shared_out
+from varjax.sampling.data_parallel import batch_mesh, put_everywhere, shared_out
+from varjax.tokenizers.vq.model import TokenizerConfig, decode_images, init_tokenizer
 from varjax.var.model import VARConfig, init_var
 from varjax.var.sample import Options, image_keys, sample, sample_images
 

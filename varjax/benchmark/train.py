@@ -7,12 +7,12 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from varjax import flops
 from varjax.benchmark.measure import Peak, compute_of, parser_of, peak_memory, seconds, show
+from varjax.core import flops
 from varjax.nn.compute import Compute, Remat
-from varjax.tokenizer.model import TokenizerConfig
-from varjax.training.step import apply
+from varjax.tokenizers.vq.model import TokenizerConfig
 from varjax.training.task import Plan, TrainState
+from varjax.training.train_step import apply
 from varjax.var.model import VARConfig
 from varjax.var.task import VARTask
 

@@ -12,7 +12,7 @@ import sys
 
 from varjax.convert import Choices, convert, convert_lpips, export_run, export_torch
 from varjax.convert.hub import download
-from varjax.pyramid import Scale
+from varjax.tokenizers.vq.pyramid import Scale
 
 
 def main(arguments: list[str]) -> int:

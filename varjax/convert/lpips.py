@@ -6,12 +6,12 @@ import pathlib
 import jax
 import numpy as np
 
-from varjax.convert.directory import check_vacant, converted_files, write_weights
-from varjax.convert.names import Link
-from varjax.convert.pth import read_checkpoint, state_dicts
+from varjax.convert.apply_map import fill
+from varjax.convert.name_maps.tables import Link
 from varjax.convert.sources import about, digests, report_not_finite
-from varjax.convert.transfer import fill
-from varjax.tokenizer.perceptual import VGG16, init_lpips
+from varjax.convert.state_dicts import read_checkpoint, state_dicts
+from varjax.convert.weights_dir import check_vacant, converted_files, write_weights
+from varjax.tokenizers.losses.lpips import VGG16, init_lpips
 
 MODELS = ("lpips",)
 KNOWN_BY = {"features.0.weight": "torchvision's vgg16", "lin0.model.1.weight": "LPIPS heads"}

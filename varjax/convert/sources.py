@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 
-from varjax.convert.directory import progress
-from varjax.convert.transfer import is_weight
+from varjax.convert.apply_map import is_weight
+from varjax.convert.weights_dir import progress
 
 CHUNK_BYTES = 2**24
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from tqdm import tqdm
 
-from varjax.data.examples import (
+from varjax.data.stream import (
     Dataset,
     Examples,
     ImageDataset,
@@ -20,7 +20,7 @@ from varjax.data.examples import (
     Source,
     Views,
 )
-from varjax.data.reading import Readers
+from varjax.data.workers import Readers
 
 Batch = dict[str, np.ndarray]
 AHEAD = 2  # batches in the making while another one is used

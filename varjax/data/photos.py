@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from varjax import files
+from varjax.core import files
 
 
 def write_photos(out: str, size: int = 64, train: int = 200, val: int = 40) -> str:

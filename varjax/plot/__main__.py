@@ -11,8 +11,8 @@ dots held-out images. Runs may still be going on.
 import argparse
 import sys
 
-from varjax.plot.figure import draw
-from varjax.plot.log import REFERENCES, read_run
+from varjax.analysis.curves import draw
+from varjax.analysis.run_log import REFERENCES, read_run
 
 
 def main(arguments: list[str]) -> int:

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from varjax.training.processes import from_first, gather
-from varjax.training.saved import ARRAYS, UNREADABLE, Mismatch, Saved
-from varjax.training.task import PyTree, TrainState
+from varjax.core.distributed import from_first, gather
+from varjax.core.saved_steps import ARRAYS, UNREADABLE, Mismatch, Saved
+from varjax.training.task import TrainState
 
 
 class Checkpoints:
@@ -95,7 +96,7 @@ class Checkpoints:
         for candidate in reversed(steps):
             found, problem = None, None
             try:
-                found = self._saved.state(candidate, abstract, shardings)
+                found = self._read(candidate, abstract, shardings)
             except UNREADABLE as error:
                 problem = isinstance(error, Mismatch), str(error)
             problems = [p for p in gather(problem) if p is not None]
@@ -109,6 +110,12 @@ class Checkpoints:
         if steps:
             raise ValueError(f"no checkpoint of {steps} in {self.directory} can be read")
         return None
+
+    def _read(self, step: int, abstract: TrainState, shardings: Any) -> tuple[TrainState, dict]:
+        trees, where = ({n: getattr(state, n) for n in ARRAYS} for state in (abstract, shardings))
+        read, meta = self._saved.arrays(step, trees, where)
+        count = jax.make_array_from_callback((), shardings.step, lambda _: np.int32(step))
+        return TrainState(count, read["params"], read.get("ema"), read["opt_state"]), meta
 
     def _watch(self, action: Callable[[], Any]) -> None:
         try:
@@ -134,25 +141,6 @@ class Checkpoints:
         if broken:
             from_first(move)
             self._manager.reload()
-
-
-def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyTree:
-    """The weights that a run is used with, on the first device: the best it kept, else its last.
-
-    `ema` asks for their average or for none. None gives the average if there is one, unless the
-    best was chosen by the parameters' own metric ("eval/..."). The run may be going on meanwhile.
-    Raises ValueError when nothing was saved yet, or no average.
-    """
-    for name in ("best", "checkpoints"):
-        if not (directory := pathlib.Path(run_dir) / name).is_dir():
-            continue
-        saved = Saved(directory)
-        if steps := saved.steps():
-            chosen_by = saved.meta(steps[-1]).get("keep_best", "")
-            if ema is None and name == "best" and chosen_by.startswith("eval/"):
-                ema = False
-            return saved.params(steps[-1], ema)
-    raise ValueError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
 
 
 def _report(step: int, words: str) -> None:

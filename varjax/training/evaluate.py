@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from varjax.core.trees import PyTree
 from varjax.training.experiment import Loader
-from varjax.training.feed import place
-from varjax.training.metrics import flatten
+from varjax.training.metric_writers import flatten
+from varjax.training.prefetch import place
 from varjax.training.sharding import on_mesh, replicated
-from varjax.training.task import Batch, PyTree, Task, TrainState
+from varjax.training.task import Batch, Task, TrainState
 
 
 class Evaluator:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from varjax import files, settings
+from varjax.core import config_tree, files
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan, Task
 
@@ -147,7 +147,7 @@ def record_config(experiment: Experiment) -> None:
     Fields that the run does not know yet had their defaults in it. Raises ValueError that lists
     every difference outside FREE.
     """
-    config: dict[str, Any] = settings.to_dict(experiment)
+    config: dict[str, Any] = config_tree.to_dict(experiment)
     config["task"].pop("plan", None)  # follows from the rest
     path = pathlib.Path(experiment.run_dir) / "config.json"
     if path.exists():
@@ -156,7 +156,7 @@ def record_config(experiment: Experiment) -> None:
         for name in FREE:
             _drop(before, name)
             _drop(now, name)
-        if lines := sorted(settings.differences(before, now)):
+        if lines := sorted(config_tree.differences(before, now)):
             raise ValueError(
                 f"{experiment.run_dir} holds a run with other settings:\n  "
                 + "\n  ".join(lines)
@@ -174,7 +174,7 @@ def record_data(experiment: Experiment) -> None:
     now, path = experiment.data.describe(), pathlib.Path(experiment.run_dir) / "data.json"
     if path.exists():
         before = files.read_json(path) | {"held_out": now["held_out"]}
-        if lines := settings.differences(before, now):
+        if lines := config_tree.differences(before, now):
             raise ValueError(
                 f"{experiment.run_dir} was trained on other images:\n  "
                 + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)

@@ -9,17 +9,17 @@ import sys
 import jax
 from jax.sharding import Mesh
 
-from varjax import files
+from varjax.core import files
+from varjax.core.distributed import check_shared, from_first
+from varjax.core.saved_steps import UNREADABLE
+from varjax.core.trees import PyTree
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.evaluate import Evaluator
 from varjax.training.experiment import Experiment, Loader, record_config, record_data
-from varjax.training.feed import Feed
-from varjax.training.initial import initial_state
-from varjax.training.interrupt import Interrupt
-from varjax.training.metrics import MetricWriter, Progress, flatten
-from varjax.training.processes import check_shared, from_first
-from varjax.training.record import Record
-from varjax.training.saved import UNREADABLE
+from varjax.training.loop_state import Record
+from varjax.training.metric_writers import MetricWriter, Progress, flatten
+from varjax.training.preemption import Interrupt
+from varjax.training.prefetch import Feed
 from varjax.training.sharding import (
     left_whole,
     make_mesh,
@@ -29,8 +29,9 @@ from varjax.training.sharding import (
     rows_of_process,
     shardings,
 )
-from varjax.training.speed import Clock
-from varjax.training.task import PyTree, Task, check_tokens
+from varjax.training.task import Task, check_tokens
+from varjax.training.throughput import Clock
+from varjax.training.warm_start import initial_state
 
 
 def run(experiment: Experiment) -> dict[str, float]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from varjax import trees
+from varjax.core import trees
 
 # A spec speaks of the last dimensions, so stacked layers stay whole; the first match wins. The
 # table covers optimizer moments and EMA too, for their paths end in the parameter's.

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import flax.struct
 import jax
 
-PyTree = Any
+from varjax.core.trees import PyTree
+
 Batch = dict[str, jax.Array]
 Rows = dict[str, tuple[Sequence[int], Sequence[int]]]
 
@@ -123,5 +124,5 @@ def check_tokens(task: Task, frozen: PyTree, tokenized_by: Mapping[str, Any] | N
         raise ValueError(
             "the tokens are another tokenizer's:\n  "
             + "\n  ".join(lines)
-            + "\nmake them anew by python -m varjax.data.tokenize, or train with that tokenizer"
+            + "\nmake them anew by python -m varjax.data.cache_latents, or use that tokenizer"
         )

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax import resize
-from varjax.pyramid import Pyramid
+from varjax.nn import resize
+from varjax.tokenizers.vq.pyramid import Pyramid
 
 
 def keep_at_every_scale(pyramid: Pyramid, keep_Bhw: jax.Array | np.ndarray) -> jax.Array:

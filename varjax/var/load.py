@@ -4,11 +4,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from varjax import settings
+from varjax.core import config_tree
+from varjax.core.saved_steps import restore_weights
+from varjax.core.trees import PyTree
 from varjax.nn.compute import Compute
-from varjax.tokenizer.load import read_config, read_part, read_tokenizer
-from varjax.training.checkpoint import restore_weights
-from varjax.training.task import PyTree
+from varjax.tokenizers.load import read_config, read_part, read_tokenizer
 from varjax.var.model import VARConfig, init_var
 from varjax.var.pipeline import Pipeline
 from varjax.var.sample import Options
@@ -52,11 +52,11 @@ def read_var(
     directory = pathlib.Path(location)
     config = read_config(directory)
     if "task" not in config:
-        sampling = settings.from_dict(Options, config["sampling"])
+        sampling = config_tree.from_dict(Options, config["sampling"])
         return *read_part(directory, "var", VARConfig, init_var), sampling
     task = config["task"]
     if task["_type"] != "VARTask":
         raise ValueError(f"{directory} is a run of {task['_type']}, not of a transformer (VARTask)")
-    model = settings.from_dict(VARConfig, task["model"])
-    sampling = settings.from_dict(Options, task["sampling"])
+    model = config_tree.from_dict(VARConfig, task["model"])
+    sampling = config_tree.from_dict(Options, task["sampling"])
     return model, restore_weights(directory, ema), sampling

@@ -18,7 +18,7 @@ from varjax.nn.transformer import (
     modulate,
     run_blocks,
 )
-from varjax.pyramid import SCALES_256, SCALES_512, Pyramid, Scale
+from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, Pyramid, Scale
 
 
 @dataclasses.dataclass(frozen=True)

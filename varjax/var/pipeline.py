@@ -1,6 +1,5 @@
 """A tokenizer and a transformer together, for notebooks and scripts."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax.core import config_tree, trees
 from varjax.nn.compute import Compute
-from varjax.tokenizer.model import Tokenizer, TokenizerConfig
-from varjax.tokenizer.task import to_model
-from varjax.var.devices import batch_mesh, put_everywhere, shared_out
+from varjax.sampling.data_parallel import batch_mesh, put_everywhere, shared_out
+from varjax.sampling.options import replace_options
+from varjax.tokenizers.vq.model import Tokenizer, TokenizerConfig
+from varjax.tokenizers.vq.task import to_model
 from varjax.var.edit import keep_at_every_scale
 from varjax.var.model import VAR, VARConfig
 from varjax.var.sample import Known, Options, image_keys, sample_images
@@ -68,6 +69,26 @@ class Pipeline:
         """What the two models are: {"tokenizer": …, "var": …}."""
         return {"tokenizer": self.tokenizer, "var": self.var}
 
+    @property
+    def classes(self) -> int:
+        """The number of classes; the label of that number means "no class"."""
+        return self.var.classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, channels) of an image."""
+        return self.tokenizer.image_shape
+
+    @property
+    def edit_shape(self) -> tuple[int, int]:
+        """(h, w) of the finest token map, on which an edit says what to keep."""
+        return self.var.pyramid.finest
+
+    def identity(self) -> dict[str, Any]:
+        """What images depend on besides labels, seed and options: number format and weights."""
+        compute = config_tree.to_dict(self.compute) | {"dtype": str(self.compute.jax_dtype)}
+        return {"compute": compute, "weights": trees.digest(self.params)[:16]}
+
     def encode(self, images_BHWC: Images) -> jax.Array:
         """Images -> tokens (B, L) int32, the scales concatenated."""
         return self._encode(self.params, None, self._check_images(images_BHWC))
@@ -89,13 +110,11 @@ class Pipeline:
         self,
         labels: Labels,
         seed: int = 0,
-        cfg: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        smooth: bool | None = None,
+        *,
         index: Sequence[int] | np.ndarray | None = None,
+        **options: Any,
     ) -> jax.Array:
-        """One new image per label; None stands for the model's own `sampling`.
+        """One new image per label; options are fields of `Options`, by default `sampling`'s.
 
         Image i is a function of the seed, its `index` (its place, unless given), its label and
         the options, whatever else is in the batch. Raises ValueError for labels or options out of
@@ -103,8 +122,8 @@ class Pipeline:
         """
         label_B = self._check_labels(labels)
         index_B = np.arange(len(label_B)) if index is None else np.asarray(index)
-        options = self.options(cfg, top_k, top_p, smooth)
-        return self._sample(self.params, options, label_B, image_keys(seed, index_B))
+        chosen = self.options(**options)
+        return self._sample(self.params, chosen, label_B, image_keys(seed, index_B))
 
     def edit(
         self,
@@ -112,11 +131,9 @@ class Pipeline:
         keep: np.ndarray,
         labels: Labels | None = None,
         seed: int = 0,
-        cfg: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        smooth: bool | None = None,
+        *,
         index: Sequence[int] | np.ndarray | None = None,
+        **options: Any,
     ) -> jax.Array:
         """The images with everything outside of `keep` drawn anew; labels None is "no class".
 
@@ -135,17 +152,18 @@ class Pipeline:
             raise ValueError(f"keep has shape {keep.shape}; allowed are {finest}, {(B, *finest)}")
         keep_Bhw = np.broadcast_to(keep.astype(bool), (B, *finest))
         label_B = self._check_labels(np.full(B, self.var.classes) if labels is None else labels, B)
-        options = self.options(cfg, top_k, top_p, smooth)
+        chosen = self.options(**options)
         tokens_BL = self._encode(self.params, None, images_BHWC)
         tokens_BL = jnp.broadcast_to(tokens_BL, (B, self.var.pyramid.length))
         known = Known(tokens_BL, keep_at_every_scale(self.var.pyramid, keep_Bhw))
-        return self._sample(self.params, options, label_B, image_keys(seed, index_B), known)
+        return self._sample(self.params, chosen, label_B, image_keys(seed, index_B), known)
 
-    def options(self, cfg=None, top_k=None, top_p=None, smooth=None) -> Options:
-        """The model's own `sampling` with what is not None replaced; ValueError if out of range."""
-        given = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "smooth": smooth}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        return dataclasses.replace(self.sampling, **chosen).check()
+    def options(self, **given: Any) -> Options:
+        """Returns the model's own `sampling` with what is given, and not None, replaced.
+
+        Raises ValueError for an unknown name and for a value out of range.
+        """
+        return replace_options(self.sampling, given).check()
 
     def _teacher_forced(self, params, _, tokens_BL, label_B):
         tokenizer = Tokenizer(self.tokenizer).bind({"params": params["tokenizer"]})

@@ -6,9 +6,10 @@ import sys
 
 import jax
 
-from varjax.tokenizer.load import load_tokenizer
-from varjax.tokenizer.model import TokenizerConfig, init_tokenizer
-from varjax.training.task import PyTree, Rows
+from varjax.core.trees import PyTree
+from varjax.tokenizers.load import load_tokenizer
+from varjax.tokenizers.vq.model import TokenizerConfig, init_tokenizer
+from varjax.training.task import Rows
 from varjax.var.load import read_var
 from varjax.var.model import VARConfig
 

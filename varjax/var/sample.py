@@ -1,6 +1,7 @@
 """Sampling: K scales, each predicted at once, from labels and keys to tokens and images."""
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -8,8 +9,12 @@ import jax.numpy as jnp
 
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import Cache
-from varjax.tokenizer.model import TokenizerConfig, decode_images, make_quantizer
+from varjax.tokenizers.vq.model import TokenizerConfig, decode_images, make_quantizer
 from varjax.var.model import VAR, VARConfig
+
+
+def _option(default: Any, about: str, pytree_node: bool = True) -> Any:
+    return flax.struct.field(pytree_node, default=default, metadata={"help": about})
 
 
 @flax.struct.dataclass
@@ -21,20 +26,23 @@ class Options:
     smooth: mix codes softly instead of drawing one. Pleasing, but not for benchmarks.
     """
 
-    cfg: float = 1.5
-    top_k: int = 900
-    top_p: float = 0.96
-    smooth: bool = flax.struct.field(pytree_node=False, default=False)
+    cfg: float = _option(1.5, "guidance at the last scale; 0 turns it off")
+    top_k: int = _option(900, "draw from the likeliest codes only; 0: from all")
+    top_p: float = _option(0.96, "draw from this much of the mass; 0: from all")
+    smooth: bool = _option(False, "mix codes: smoother pictures", pytree_node=False)
 
     def check(self) -> "Options":
-        """Itself; raises ValueError for a value out of range."""
+        """Returns it in plain Python types: whatever kind of number is given, one compilation.
+
+        Raises ValueError for a value out of range.
+        """
         if self.top_k < 0 or self.top_k != int(self.top_k):
             raise ValueError(f"top_k={self.top_k}: must be a whole number, 0 (off) or more")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must lie in [0, 1]; 0 turns it off")
         if not 0 <= self.cfg < float("inf"):
             raise ValueError(f"cfg={self.cfg}: must be a finite number, 0 (off) or more")
-        return self
+        return Options(float(self.cfg), int(self.top_k), float(self.top_p), bool(self.smooth))
 
 
 @flax.struct.dataclass

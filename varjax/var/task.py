@@ -8,16 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from varjax import flops, trees
+from varjax.core import flops, trees
+from varjax.core.trees import PyTree
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import drop_path
-from varjax.tokenizer.model import TokenizerConfig
-from varjax.tokenizer.task import check_images, check_share
-from varjax.tokenizer.usage import count_codes, perplexity
+from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.task import check_images, check_share
+from varjax.tokenizers.vq.usage import count_codes, perplexity
 from varjax.training.optimizer import AdamW
-from varjax.training.step import apply, check_parts, gradients, start
-from varjax.training.task import Batch, Plan, PyTree, Rows, TrainState
-from varjax.var import teach
+from varjax.training.task import Batch, Plan, Rows, TrainState
+from varjax.training.train_step import apply, check_parts, gradients, start
+from varjax.var import teacher_forcing
 from varjax.var.model import VAR, VARConfig, init_var
 from varjax.var.pretrained import check_fit, read_frozen, read_pretrained
 from varjax.var.sample import Options, image_keys, sample_images
@@ -77,11 +78,11 @@ class VARTask:
         return read_frozen(self.tokenizer_weights, self.tokenizer)
 
     def tokenized_by(self, frozen: PyTree) -> dict[str, Any]:
-        return teach.identity(self.tokenizer, frozen)
+        return teacher_forcing.identity(self.tokenizer, frozen)
 
     def tokens(self, frozen: PyTree, image_BHWC: jax.Array) -> jax.Array:
         """uint8 images -> (B, L), what `train_step` makes of them."""
-        return teach.tokens_of(self.tokenizer, frozen, image_BHWC)
+        return teacher_forcing.tokens_of(self.tokenizer, frozen, image_BHWC)
 
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
@@ -117,7 +118,7 @@ class VARTask:
         And "smooth_BL", the loss to train on: (1-ε)·loss + ε·(mean of -log p over all codes).
         """
         model = VAR(self.model, self.compute).bind({"params": params})
-        tokens_BL, input_BlZ = teach.tokens_and_input(self.tokenizer, frozen, batch)
+        tokens_BL, input_BlZ = teacher_forcing.tokens_and_input(self.tokenizer, frozen, batch)
         keep_N2B = None if "keep_BN2" not in batch else jnp.moveaxis(batch["keep_BN2"], 0, -1)
         logits_BLV = model(input_BlZ, batch["label_B"], keep_N2B)
         loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens_BL)
@@ -168,7 +169,7 @@ class VARTask:
             self.sampling,
             compute=self.compute,
         )
-        kept = teach.reconstructions(self.tokenizer, frozen, batch)
+        kept = teacher_forcing.reconstructions(self.tokenizer, frozen, batch)
         return {"samples": images_BHWC, "reconstructions": kept}
 
     def _by_scale(self, x_BL):

@@ -1,0 +1,134 @@
+"""The picture: loss and one other metric above, a panel for each scale below."""
+
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from varjax.analysis.run_log import Reference, Run
+from varjax.core import files
+
+KINDS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
+SECOND = ("accuracy", "psnr")  # what is drawn beside the loss, and below: the first that is there
+BY_SCALE = ("loss_at_scale", "perplexity")
+COLUMNS = 5
+
+
+def draw(
+    runs: Sequence[Run],
+    out: str | pathlib.Path,
+    reference: Reference | None = None,
+    by_scale: str = "",
+) -> None:
+    """Writes the picture; `by_scale` names the metric of the lower panels ("": see BY_SCALE).
+
+    Raises ValueError where there is nothing to draw.
+    """
+    if not any(run.points(kind + "loss")[0].size for run in runs for kind in KINDS):
+        raise ValueError(f"nothing is logged yet in {', '.join(run.name for run in runs)}")
+    second = _first(SECOND, lambda name: any(run.points(name)[0].size for run in runs))
+    by_scale = by_scale or _first(BY_SCALE, lambda name: any(run.scales(name) for run in runs))
+    scales = max(run.scales(by_scale) for run in runs)
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    rows = -(-scales // COLUMNS)
+    figure = pyplot.figure(figsize=(13, 4.8 + 2.3 * rows), layout="constrained")
+    ratios = (4.8, 2.3 * rows)[: 1 + bool(rows)]
+    parts: Any = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)
+    above, *below = parts[:, 0]
+    panels = _large(above, ["loss", second] if second else ["loss"])
+    for part in below:
+        panels |= _small(part, by_scale, scales)
+    for name, panel in panels.items():
+        for i, run in enumerate(runs):
+            _curves(panel, run, name, f"C{i % 10}")
+        if reference:
+            _reference(panel, reference, name)
+            panel.set_xscale("log")
+        else:
+            panel.set_xlim(left=0)
+        low, high = panel.dataLim.intervaly
+        if name == "loss" and low > 0 and high > 10 * low:
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        panel.grid(alpha=0.25)
+    handles = _legend(runs, reference)
+    above.legend(handles=handles, loc="outside upper center", ncols=4 if len(handles) > 5 else 5)
+    with files.atomic_path(out) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def _large(part: Any, names: list[str]) -> dict[str, Any]:
+    widths = (3, 2)[: len(names)]
+    axes = part.subplots(1, len(names), width_ratios=widths, squeeze=False)[0]
+    for panel, name in zip(axes, names, strict=True):
+        panel.set(title=name, xlabel="images seen")
+    return dict(zip(names, axes, strict=True))
+
+
+def _small(part: Any, metric: str, scales: int) -> dict[str, Any]:
+    """A panel for each scale; rows and columns share their axes."""
+    columns = min(scales, COLUMNS)
+    axes = part.subplots(-(-scales // columns), columns, sharex=True, sharey=True, squeeze=False)
+    for k, panel in enumerate(axes.flat):
+        panel.set_visible(k < scales)
+        panel.tick_params(labelbottom=k + columns >= scales)
+        panel.set_title(f"{metric.removesuffix('_at_scale')}, scale {k}", fontsize=10)
+    return {f"{metric}/{k}": panel for k, panel in enumerate(axes.flat[:scales])}
+
+
+def _curves(panel: Any, run: Run, name: str, color: str) -> None:
+    images, values = run.points(name)
+    if len(values) > 100:
+        panel.plot(images, values, color=color, alpha=0.2, linewidth=0.8)
+        values = _running_mean(values, len(values) // 40)
+    panel.plot(images, values, color=color, linewidth=1.6)
+    for kind, fill in (("eval/", color), ("eval_ema/", "white")):
+        x, y = run.points(kind + name)
+        size = 4 if len(x) <= 30 else 2.5
+        style = {"marker": "o", "markersize": size, "markerfacecolor": fill}
+        panel.plot(x, y, color=color, linewidth=0.8, linestyle="--", **style)
+
+
+def _reference(panel: Any, reference: Reference, name: str) -> None:
+    last = f"loss_at_scale/{reference.scales - 1}"
+    values = {"loss": reference.loss, last: reference.loss_last}.get(name)
+    if values is not None:
+        panel.plot(reference.images, values, color="black", marker="D", markersize=4, linestyle=":")
+
+
+def _legend(runs: Sequence[Run], reference: Reference | None) -> list[Any]:
+    """Runs by color, then kinds of curves by style, as far as there are any."""
+    from matplotlib.lines import Line2D
+
+    def line(label: str, color: str, **style: Any) -> Line2D:
+        return Line2D([], [], color=color, label=label, **style)
+
+    handles = [line(run.name, f"C{i % 10}", linewidth=3) for i, run in enumerate(runs)]
+    dots = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 0.8}
+    styles = {"": {}, "eval/": dots, "eval_ema/": dots | {"markerfacecolor": "white"}}
+    for kind, label in KINDS.items():
+        if any(run.points(kind + "loss")[0].size for run in runs):
+            handles.append(line(label, "gray", **styles[kind]))
+    if reference:
+        handles.append(line(reference.name, "black", marker="D", markersize=4, linestyle=":"))
+    return handles
+
+
+def _running_mean(y: np.ndarray, width: int) -> np.ndarray:
+    """Over up to `width` values on each side, fewer at the steep beginning."""
+    sums, i = np.concatenate([[0.0], np.cumsum(y)]), np.arange(len(y))
+    reach = np.minimum(width, i // 4)
+    start, stop = i - reach, np.minimum(i + reach + 1, len(y))
+    return (sums[stop] - sums[start]) / (stop - start)
+
+
+def _first(names: Iterable[str], there: Any) -> str:
+    return next((name for name in names if there(name)), "")

@@ -1,0 +1,80 @@
+"""What runs have logged, and what others have published."""
+
+import dataclasses
+import json
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from varjax.core import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """A published log: after so many images of all scales together, of the last one alone."""
+
+    name: str
+    images: np.ndarray
+    loss: np.ndarray
+    loss_last: np.ndarray
+    scales: int
+
+
+REFERENCES = {
+    "d16": Reference(
+        "VAR-d16, public log (training)",
+        np.array([1, 5, 10, 50, 100, 200]) * 1_281_167.0,
+        np.array([8.031, 6.950, 6.541, 6.252, 6.164, 6.046]),
+        np.array([8.020, 6.660, 5.960, 5.584, 5.479, 5.345]),
+        scales=10,
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run has logged so far."""
+
+    name: str
+    batch_size: int
+    lines: list[dict[str, Any]]
+
+    def points(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """(images seen, value) wherever `metric` was logged as a number."""
+        found = [(line["step"], line[metric]) for line in self.lines if metric in line]
+        pairs = np.array([pair for pair in found if None not in pair], float).reshape(-1, 2)
+        return pairs[:, 0] * self.batch_size, pairs[:, 1]
+
+    def scales(self, metric: str) -> int:
+        """For how many scales `metric` was logged."""
+        pattern = re.compile(rf"(?:eval(?:_ema)?/)?{re.escape(metric)}/(\d+)$")
+        found = (pattern.match(name) for line in self.lines for name in line)
+        return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
+def read_run(directory: str | pathlib.Path) -> Run:
+    """A run's log; without the last line where that is only half written.
+
+    Raises ValueError for a directory that is none of a run.
+    """
+    path = pathlib.Path(directory)
+    if not path.is_dir():
+        raise ValueError(f"{directory} does not exist; give directories of runs")
+    if not (path / "config.json").is_file():
+        raise ValueError(f"{directory} is no run: it holds no config.json")
+    config = files.read_json(path / "config.json")
+    if not isinstance(config, dict) or "batch_size" not in config:
+        raise ValueError(f"{directory} is no training run: its config.json has no batch_size")
+    log = path / "metrics.jsonl"
+    text = log.read_text() if log.is_file() else ""
+    lines = [_parse(line) for line in text.splitlines()]
+    return Run(str(directory), config["batch_size"], [line for line in lines if "step" in line])
+
+
+def _parse(line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}

@@ -1,0 +1,172 @@
+"""What a training step sends and holds on many devices, compiled for them without having them.
+
+--devices=8,64 plays these numbers of CPU devices. What they send is read from XLA's partitioned
+program, which is the same everywhere; their temporaries are a CPU's, which computes bfloat16 in
+float32 and fuses otherwise. --topology=v5e:2x4,v5e:8x8 (of TPUs; needs `pip install libtpu`)
+compiles with the TPUs' own compiler; "fits" is false where it refuses for lack of memory.
+"""
+
+import argparse
+import math
+import pathlib
+import tempfile
+import time
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from varjax.benchmark import collectives
+from varjax.benchmark.measure import show
+from varjax.nn.compute import Compute, Remat
+from varjax.tokenizers.vq.model import TokenizerConfig, init_tokenizer
+from varjax.training import sharding
+from varjax.training.task import Plan
+from varjax.var.model import VARConfig
+from varjax.var.task import VARTask
+
+BATCH_SIZES = {"d16": 768, "d20": 768, "d24": 768, "d30": 1024, "d36": 768}  # the official ones
+
+
+def main(arguments: list[str]) -> None:
+    """Reads the command line; prints a line for each number of devices. ValueError."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "varjax.benchmark scaling", None, __doc__, formatter_class=form
+    )
+    parser.add_argument("--preset", default="d16", choices=BATCH_SIZES)
+    parser.add_argument("--devices", default="8", help="numbers of CPU devices to play: 8,64")
+    parser.add_argument("--topology", default="", help="of TPUs, instead: v5e:2x4,v5e:8x8")
+    parser.add_argument("--fsdp", type=int, default=0, help="0: as many as divide the width")
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=0, help="0: the official one")
+    parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--remat", choices=get_args(Remat), default="block")
+    parser.add_argument("--ema", type=float, default=0.0)
+    parser.add_argument(
+        "--sizes_only", action="store_true", help="compile nothing: what lies there"
+    )
+    flags = parser.parse_args(arguments)
+    counts = [] if flags.topology else [int(n) for n in flags.devices.split(",")]
+    jax.config.update("jax_platforms", "cpu")
+    # At least two, for alone on a CPU the model would be computed in another way.
+    jax.config.update("jax_num_cpu_devices", max([2, *counts]))
+    for target in flags.topology.split(",") if flags.topology else counts:
+        model = VARConfig.preset(flags.preset)
+        devices = _devices(target)
+        shape = sharding.MeshShape(
+            fsdp=flags.fsdp or math.gcd(len(devices) // flags.tensor, model.width),
+            tensor=flags.tensor,
+        )
+        task = VARTask(
+            model,
+            TokenizerConfig(scales=model.scales),
+            tokenizer_weights="none",
+            drop_path=0.1 * model.depth / 24,
+            ema=flags.ema,
+            accumulate=flags.accumulate,
+            compute=Compute(dtype=flags.dtype, attention="xla", remat=flags.remat),
+            plan=Plan(1000, flags.batch_size or BATCH_SIZES[flags.preset]),
+        )
+        mesh = sharding.make_mesh(shape, devices)
+        figures = measure(task, mesh, flags.sizes_only)
+        show(benchmark="scaling", preset=flags.preset, **figures)
+
+
+def measure(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str, Any]:
+    """Figures of one training step of `task` on `mesh`, for each device, in 10⁹ bytes.
+
+    state_gb, frozen_gb: what lies there between the steps; arguments_gb: with the batch.
+    temporaries_gb: what a step needs besides. sent: by kind of collective, calls and gigabytes.
+    """
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = _placed(jax.eval_shape(task.init, key), mesh)
+    frozen = _placed(jax.eval_shape(lambda k: init_tokenizer(task.tokenizer, k), key), mesh)
+    rows = sharding.over_batch(mesh)
+    B = task.plan.batch_size
+    sharding.check_batch(mesh, B)
+    figures = {
+        "compiled_for": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        **mesh.shape,
+        "batch_size": B,
+        "accumulate": task.accumulate,
+        "dtype": str(task.compute.jax_dtype),
+        "remat": task.compute.remat,
+        "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+        "state_gb": _held(state),
+        "frozen_gb": _held(frozen),
+    }
+    if sizes_only:
+        return figures
+    batch = {
+        "image_BHWC": _abstract((B, *task.tokenizer.image_shape), jnp.uint8, rows),
+        "label_B": _abstract((B,), jnp.int32, rows),
+    }
+    step = jax.jit(
+        sharding.on_mesh(task.train_step, mesh),
+        out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    begin = time.perf_counter()
+    lowered = step.lower(state, frozen, batch, _abstract((), key.dtype, sharding.replicated(mesh)))
+    compiled, hlo = _compile(lowered)
+    figures["compile_seconds"] = time.perf_counter() - begin
+    if isinstance(compiled, str):
+        return figures | {"fits": False, "refused": compiled}
+    memory = compiled.memory_analysis()
+    sent = collectives.count(hlo)
+    return figures | {
+        "arguments_gb": memory.argument_size_in_bytes / 1e9,
+        "temporaries_gb": memory.temp_size_in_bytes / 1e9,
+        "sent_gb": sum(kind.bytes for kind in sent.values()) / 1e9,
+        "sent": {name: [kind.calls, round(kind.bytes / 1e9, 4)] for name, kind in sent.items()},
+    }
+
+
+def _devices(target: int | str) -> list[Any]:
+    if isinstance(target, int):
+        return jax.devices()[:target]
+    try:
+        return list(topologies.get_topology_desc(target, "tpu").devices)
+    except Exception as error:  # of many kinds
+        raise ValueError(
+            f"--topology={target} cannot be compiled for: {str(error)[:300]}. It needs "
+            "`pip install libtpu`, and a TPU kind with its grid, as in v5e:2x4 or v4:2x2x2"
+        ) from error
+
+
+def _placed(tree: Any, mesh: Any) -> Any:
+    specs = sharding.shardings(tree, mesh)
+    return jax.tree.map(lambda x, s: _abstract(x.shape, x.dtype, s), tree, specs)
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+def _held(tree: Any) -> float:
+    """Gigabytes of abstract arrays on each device."""
+    return (
+        sum(
+            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+            for x in jax.tree.leaves(tree)
+        )
+        / 1e9
+    )
+
+
+def _compile(lowered: Any) -> tuple[Any, str]:
+    """(program or why there is none, the partitioned program as text)."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if not str(error).startswith("RESOURCE_EXHAUSTED"):
+                raise
+            return str(error).splitlines()[0], ""
+        (text,) = pathlib.Path(folder).glob("*after_spmd-partitioning*")
+        return compiled, text.read_text()

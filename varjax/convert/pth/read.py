@@ -1,0 +1,143 @@
+"""Read PyTorch (.pth, .pt, .ckpt) and .safetensors files as memory-mapped NumPy arrays."""
+
+import functools
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from varjax.convert.pth.allowed import Storage
+from varjax.convert.pth.legacy import MAGIC, read_legacy
+from varjax.convert.pth.unpickle import unpickle
+from varjax.core import safetensors_io
+
+MAX_PICKLE_BYTES = 2**24  # a full trainer checkpoint of the largest VAR needs about 2**19
+# Compressed members are unpacked into memory, and real weights shrink by no more than a tenth.
+MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 2**30, 16
+# What zipfile raises for one; OSError is a seek to a place that cannot be.
+DAMAGED_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    EOFError,
+    NotImplementedError,
+    UnicodeDecodeError,
+    OSError,
+)
+AGAIN = "download it again"
+RESAVE = "re-save it in a recent PyTorch with torch.save(torch.load(path), new_path)"
+NOT_WEIGHTS = {  # first bytes -> what the file is and what to do
+    b"\x80": f"a bare pickle, not a checkpoint of a recent torch.save; {RESAVE}",
+    b"version https://git-lfs": "a Git LFS pointer instead of the weights; run `git lfs pull`",
+    b"<": "a web page instead of the weights; download the file itself",
+}
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """What the checkpoint holds: nested dicts, lists, ... with tensors as NumPy arrays.
+
+    The format is told from the content. Arrays are read-only views of one memory map (unless a zip
+    member is compressed), so nothing is read before it is used; strides and sharing are kept.
+    Nothing in the file is ever executed.
+
+    Raises ValueError naming the file if it is missing, damaged, no checkpoint, or holds anything
+    but tensors and plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        problem = "is a folder; give the file in it" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path}: {problem}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path}: is empty; {AGAIN}")
+    file = np.memmap(path, np.uint8, "r")
+    try:
+        head = file[:512].tobytes()
+        if head.startswith(b"PK\x03\x04"):
+            return _read_zip(path, file)
+        if head.startswith(MAGIC):
+            return read_legacy(file, MAX_PICKLE_BYTES)
+        if (
+            head[8:9] == b"{"
+            and int.from_bytes(head[:8], "little") <= safetensors_io.MAX_HEADER_BYTES
+        ):
+            return safetensors_io.read(file)[0]
+        for start, problem in NOT_WEIGHTS.items():
+            if head.lstrip().startswith(start):
+                raise ValueError(f"this is {problem}")
+        if head[257:262] == b"ustar":
+            raise ValueError(f"this is a tar file, as PyTorch wrote before 0.1.10; {RESAVE}")
+        raise ValueError(
+            f"this is no PyTorch or safetensors file (it starts with {head[:16]!r}); {AGAIN}"
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _read_zip(path: Path, file: np.ndarray) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _read_archive(archive, file)
+    except DAMAGED_ZIP as error:
+        raise ValueError(f"the zip file is cut short or damaged ({error}); {AGAIN}") from error
+
+
+def _read_archive(archive: zipfile.ZipFile, file: np.ndarray) -> Any:
+    members = {member.filename: member for member in archive.infolist()}
+    _check_members(members.values(), len(file))
+    pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        raise ValueError("this is a zip file that torch.save did not write: it has no data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
+        raise ValueError(
+            f"its pickle has {members[pickles[0]].file_size} bytes; is it a checkpoint?"
+        )
+    if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
+        raise ValueError("it was saved on a big-endian machine; save it on a little-endian one")
+
+    @functools.cache  # tied tensors share their storage, compressed or not
+    def content(name: str) -> np.ndarray:
+        if members[name].compress_type == zipfile.ZIP_STORED:
+            return _stored(members[name], file)
+        return np.frombuffer(archive.read(name), np.uint8)
+
+    def storage(dtype: np.dtype, key: str, count: int) -> Storage:
+        name = f"{root}data/{key}"
+        if name not in members:
+            raise ValueError(f"a tensor refers to {name}, which the file lacks; {AGAIN}")
+        if members[name].file_size != count * dtype.itemsize:
+            raise ValueError(
+                f"{name} should hold {count} elements of {dtype.name} but has "
+                f"{members[name].file_size} bytes; {AGAIN}"
+            )
+        return Storage(content(name), dtype)
+
+    return unpickle(archive.read(pickles[0]), storage)
+
+
+def _check_members(members, file_bytes: int) -> None:
+    compressed = [m for m in members if m.compress_type != zipfile.ZIP_STORED]
+    if any(m.flag_bits & 1 for m in members):
+        raise ValueError("the zip file is encrypted; unpack it and zip it without a password")
+    if any(m.compress_type != zipfile.ZIP_DEFLATED for m in compressed):
+        raise ValueError(f"the zip file is compressed by a method other than deflate; {RESAVE}")
+    unpacked = sum(m.file_size for m in compressed)
+    if unpacked > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * file_bytes):
+        raise ValueError(
+            f"the zip file unpacks from {file_bytes} to {unpacked} bytes, more than weights can; "
+            f"if you trust it, {RESAVE}"
+        )
+
+
+def _stored(member: zipfile.ZipInfo, file: np.ndarray) -> np.ndarray:
+    # The central directory gives the local header; its two lengths say where the content starts.
+    header = file[member.header_offset : member.header_offset + 30].tobytes()
+    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+        raise ValueError(f"the zip file is damaged at {member.filename}; {AGAIN}")
+    lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    start = member.header_offset + 30 + lengths
+    if start + member.file_size > len(file):
+        raise ValueError(f"the file ends inside {member.filename}; {AGAIN}")
+    return file[start : start + member.file_size]

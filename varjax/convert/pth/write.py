@@ -1,0 +1,102 @@
+"""Write weights as a file that `torch.load` reads, without PyTorch."""
+
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from varjax.convert.pth.allowed import STORAGES
+from varjax.core.safetensors_io import Tensor
+
+ALIGNMENT = 64  # as torch.save does, so that a memory map of the file has aligned tensors
+ZIP64_BYTES = 2**30  # members above this get 64-bit sizes, well before zip's limit of 2**32
+ZIP64_FIELD = 20  # what zipfile then appends to the local header
+CLASS = {dtype: name for name, dtype in STORAGES.items()}
+ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
+
+
+def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) -> None:
+    """Write `state_dict` to `path`, where `torch.load(path, weights_only=True)` gives it back.
+
+    The file appears complete or not at all. Arrays are copied one at a time; they may be lazy.
+    Raises ValueError for a name that is no string, a type PyTorch's classic tensors lack, or a
+    missing folder.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
+    for name, x in state_dict.items():
+        if not isinstance(name, str):
+            raise ValueError(f"{path}: the name {name!r} is a {type(name).__name__}, not a string")
+        if np.dtype(x.dtype) not in CLASS:
+            allowed = ", ".join(dtype.name for dtype in CLASS)
+            raise ValueError(f"{path}: {name} has type {x.dtype}; convert it to one of {allowed}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                _write(archive, file, "data.pkl", _pickle(state_dict))
+                _write(archive, file, "byteorder", b"little")
+                for index, x in enumerate(state_dict.values()):
+                    # Not named here, so that the last tensor is gone before the next one comes.
+                    _write(archive, file, f"data/{index}", _bytes(x))
+                _write(archive, file, "version", b"3\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write(archive: zipfile.ZipFile, file, name: str, content: bytes | memoryview) -> None:
+    member = zipfile.ZipInfo(f"archive/{name}")  # dated 1980, so equal weights give equal files
+    zip64 = len(content) > ZIP64_BYTES
+    before = file.tell() + 30 + len(member.filename) + 4 + ZIP64_FIELD * zip64
+    padding = -before % ALIGNMENT
+    member.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+    with archive.open(member, "w", force_zip64=zip64) as target:
+        assert file.tell() % ALIGNMENT == 0, f"{name} starts at {file.tell()}"
+        target.write(content)
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8).data
+
+
+def _pickle(state_dict: Mapping[str, Tensor]) -> bytes:
+    """OrderedDict(name -> torch._utils._rebuild_tensor_v2(...)) in opcodes of protocol 2."""
+    tensors = (
+        _text(name) + _tensor(index, np.dtype(x.dtype), x.shape)
+        for index, (name, x) in enumerate(state_dict.items())
+    )
+    return b"\x80\x02" + ORDERED_DICT + b"(" + b"".join(tensors) + b"u."
+
+
+def _tensor(index: int, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    strides = (math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    kind = f"ctorch\n{CLASS[dtype]}\n".encode()
+    count = math.prod(shape)
+    storage = _tuple(_text("storage"), kind, _text(str(index)), _text("cpu"), _int(count)) + b"Q"
+    size, stride = _tuple(*map(_int, shape)), _tuple(*map(_int, strides))
+    no_grad = b"\x89"
+    arguments = _tuple(storage, _int(0), size, stride, no_grad, ORDERED_DICT)
+    return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"
+
+
+def _tuple(*items: bytes) -> bytes:
+    return b"(" + b"".join(items) + b"t"
+
+
+def _text(text: str) -> bytes:
+    encoded = text.encode()
+    return b"X" + struct.pack("<I", len(encoded)) + encoded
+
+
+def _int(value: int) -> bytes:
+    if value < 2**31:
+        return b"J" + struct.pack("<i", value)
+    return b"\x8a\x08" + struct.pack("<q", value)

@@ -1,0 +1,140 @@
+"""Files that are either whole or absent: atomic replacement, JSON, and trees of arrays."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from varjax.core import safetensors_io
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a sibling path to write a file or a directory to; on success it becomes `path`.
+
+    The content reaches the disk before the name does, so a reader sees the old content or all of
+    the new one. On an exception the temporary is removed and `path` stays as it was.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+        inside = temporary.rglob("*") if temporary.is_dir() else ()
+        for entry in (*inside, temporary):
+            _fsync(entry)
+        if path.is_dir():  # os.replace refuses a directory that is not empty
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    finally:
+        _remove(temporary)
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | os.PathLike) -> Iterator[None]:
+    """Keeps other processes that ask for the same folder out of it, until this one is done or dead.
+
+    ValueError where another one is there now. A file system without locks keeps nobody out.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is at work in {folder}; wait for it, stop it, or choose another"
+            ) from None
+        except OSError:  # no locks here
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike, data: Any) -> None:
+    """Writes `data` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The content of a JSON file; ValueError when it is missing or not JSON."""
+    path = _existing(path)
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); restore or delete it") from error
+
+
+def write_tensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str, str]) -> None:
+    """Writes nested dicts of arrays as one .safetensors file, keys joined by "/", atomically.
+
+    Leaves may be `safetensors_io.Lazy`. Empty dicts leave no trace in the file.
+    """
+    arrays = {
+        name: leaf if isinstance(leaf, safetensors_io.Lazy) else np.asarray(leaf)
+        for name, leaf in _flatten(tree).items()
+    }
+    with atomic_path(path) as temporary:
+        safetensors_io.write(temporary, arrays, metadata)
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+    """(tree, metadata) of a file by `write_tensors`; ValueError when missing or damaged.
+
+    The leaves are read-only views of a memory map: what is not used is not read.
+    """
+    path = _existing(path)
+    tree: dict[str, Any] = {}
+    try:
+        flat, metadata = safetensors_io.read(np.memmap(path, np.uint8, "r"))
+    except ValueError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = leaf
+    return tree, metadata
+
+
+def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        assert isinstance(key, str) and key and "/" not in key, key
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}/")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _existing(path: str | os.PathLike) -> pathlib.Path:
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}")
+    return path
+
+
+def _remove(path: pathlib.Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _fsync(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

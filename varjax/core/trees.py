@@ -1,0 +1,65 @@
+"""Trees of arrays by path: names of leaves, rule tables, and what differs between two trees."""
+
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+T = TypeVar("T")
+PyTree = Any  # nested containers of arrays; JAX has no narrower type for them
+
+
+def paths(tree: Any) -> dict[str, Any]:
+    """The leaves by path, "blocks/q/kernel"; fields of named tuples and dataclasses give names."""
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
+    """A tree of the same structure with `f(path, leaf)` at each leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: f(_name(path), leaf), tree)
+
+
+def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
+    """The value of the first rule whose pattern is found in `path`."""
+    for pattern, value in rules:
+        if re.search(pattern, path):
+            return value
+    raise ValueError(f"no rule matches {path!r}; the patterns are {[p for p, _ in rules]}")
+
+
+def difference(expected: Any, actual: Any) -> str:
+    """Every missing, unexpected and misshapen leaf, one a line; "" when there is none.
+
+    Leaves are anything with a shape and a dtype: arrays or `jax.ShapeDtypeStruct`.
+    """
+    wanted, found = paths(expected), paths(actual)
+    lines = [f"missing:    {p} {_kind(wanted[p])}" for p in sorted(wanted.keys() - found.keys())]
+    lines += [f"unexpected: {p} {_kind(found[p])}" for p in sorted(found.keys() - wanted.keys())]
+    for path in sorted(wanted.keys() & found.keys()):
+        kinds = _kind(wanted[path]), _kind(found[path])
+        if kinds[0] != kinds[1]:
+            lines.append(f"misshapen:  {path} is {kinds[1]}, expected {kinds[0]}")
+    return "\n".join(lines)
+
+
+def digest(tree: Any) -> str:
+    """The sha256 of all leaves, in hexadecimal digits: of their paths, types, shapes and bytes."""
+    total = hashlib.sha256()
+    for path, leaf in sorted(paths(tree).items()):
+        total.update(f"{path} {_kind(leaf)}\n".encode())
+        # Of one device's copy, for a spread array keeps what NumPy has seen of it in memory.
+        whole = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
+        here = leaf.addressable_data(0) if whole else leaf
+        total.update(np.ascontiguousarray(here).reshape(-1).view(np.uint8).data)
+    return total.hexdigest()
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _kind(leaf: Any) -> str:
+    return f"{tuple(leaf.shape)} {leaf.dtype}"

@@ -1,0 +1,186 @@
+"""Datasets that TensorFlow Datasets prepared as array_record, read without TensorFlow."""
+
+import dataclasses
+import functools
+import os
+import resource
+from typing import Any
+
+import numpy as np
+
+from varjax.data import decoding, transforms
+from varjax.data.loader import Loader
+from varjax.data.sources.folder_layout import ONE_CLASS
+from varjax.data.stream import Split
+from varjax.data.workers import Reading
+
+# What prepares a dataset, once, where TensorFlow is installed.
+PREPARE = 'tfds.builder("{}", file_format="array_record").download_and_prepare(), see docs/data.md'
+
+
+@dataclasses.dataclass(frozen=True)
+class TFDS:
+    """A dataset by its name in `data_dir`, or by the directory that it was prepared in.
+
+    `name` is, say, "imagenet2012", "cifar10:3.0.2" or "lsun/church", or a directory with
+    dataset_info.json in it, as `python -m varjax.data.prepare` writes it. `data_dir` "" is where
+    TFDS puts datasets by itself. `train` and `held_out` name splits or parts of them:
+    "train[:95%]". `label_key` names the feature with the class; "" takes all images as one class.
+    Nothing is downloaded: what is missing raises ValueError that says how to prepare it.
+    """
+
+    name: str
+    data_dir: str = ""
+    train: str = "train"
+    held_out: str = "validation"
+    size: int | tuple[int, int] = 256  # pixels: of both sides, or (height, width)
+    channels: int = 3
+    flip: bool = False  # mirror every second training image
+    image_key: str = "image"
+    label_key: str = "label"
+    reading: Reading = Reading()
+
+    def __post_init__(self):
+        transforms.check_view(self.size, self.channels)
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        if not self.label_key:
+            return ONE_CLASS
+        return tuple(self.builder().info.features[self.label_key].names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return *transforms.height_width(self.size), self.channels
+
+    def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
+        """Batches, of which this process gets `rows` (None: all)."""
+        return Loader(self, batch_size, seed, rows)
+
+    def source(self, split: Split) -> "Records":
+        """The images of one split, in the dataset's order."""
+        return Records(self, self.train if split == "train" else self.held_out)
+
+    def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The training view of an image."""
+        return transforms.random_crop(image_HWC, rng, self.image_shape[:2], self.flip)
+
+    def prepare(self, image_HWC: np.ndarray) -> np.ndarray:
+        """The evaluation view of an image."""
+        return transforms.center_crop(image_HWC, self.image_shape[:2])
+
+    def describe(self) -> dict[str, Any]:
+        """Class names, and what tells whether the images are still the same ones."""
+        info, splits = self.builder().info, (self.train, self.held_out)
+        train, held_out = (
+            {"images": len(Records(self, split)), "split": split, "dataset": info.full_name}
+            | {"bytes": int(info.dataset_size)}
+            for split in splits
+        )
+        return {"class_names": list(self.class_names), "train": train, "held_out": held_out}
+
+    def builder(self) -> Any:
+        """The dataset's tfds.core.DatasetBuilder, checked to hold images that can be read."""
+        import tensorflow_datasets as tfds  # half a second, also without TensorFlow
+
+        builder = _open(self.name, self.data_dir)
+        features = builder.info.features
+        wanted: dict[str, type] = {self.image_key: tfds.features.Image}
+        if self.label_key:
+            wanted[self.label_key] = tfds.features.ClassLabel
+        for key, kind in wanted.items():
+            if key not in features or not isinstance(features[key], kind):
+                kinds = {key: type(feature).__name__ for key, feature in features.items()}
+                raise ValueError(
+                    f"{self.name} has no feature {key!r} of kind {kind.__name__}, but {kinds}; set "
+                    'image_key and label_key (label_key="" for images without classes)'
+                )
+        return builder
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Reads and decodes a record when asked for one; BrokenImage when that fails.
+
+    Files are opened at the first use, and anew after unpickling; threads may share them.
+    """
+
+    data: TFDS
+    split: str
+
+    @functools.cached_property
+    def records(self) -> Any:
+        """Undecoded examples by index."""
+        import tensorflow_datasets as tfds
+
+        builder, name = self.data.builder(), self.data.name
+        decoders = {self.data.image_key: tfds.decode.SkipDecoding()}
+        try:
+            if builder.info.splits[self.split].num_examples:
+                _allow_open_files(sum(split.num_shards for split in builder.info.splits.values()))
+                return builder.as_data_source(self.split, decoders=decoders)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"{name} is stored as {builder.info.file_format.value}, which cannot be read in "
+                f"any order; prepare it again by {PREPARE.format(name)}"
+            ) from error
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"{name} has no split {self.split!r}, but {sorted(builder.info.splits)}; set train "
+                'and held_out to those, or to parts of them like "train[95%:]"'
+            ) from error
+        raise ValueError(f"the split {self.split!r} of {name} holds no images")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        data, example = self.data, self.records[index]
+        file = example.get("file_name", b"")  # where datasets usually store it
+        file = f" ({file.decode('utf-8', 'replace')})" if isinstance(file, bytes) and file else ""
+        name = f"{data.name} {self.split}[{index}]{file}"
+        label = example[data.label_key] if data.label_key else 0
+        if label < 0:  # as test splits have it
+            raise ValueError(f"{name} has no label; choose another split than {self.split!r}")
+        return {
+            "image": decoding.decode(example[data.image_key], data.channels, name),
+            "label": label,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"data": self.data, "split": self.split}
+
+
+def _allow_open_files(shards: int) -> None:
+    """Every shard of a dataset stays open, and often no more than 1,024 files may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * shards + 1024  # with room for a second dataset and everything else
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+
+
+def _open(name: str, data_dir: str) -> Any:
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+
+    directory = os.path.expanduser(name)
+    if os.path.isfile(os.path.join(directory, "dataset_info.json")):
+        return tfds.builder_from_directory(directory)
+    if os.path.isdir(directory) or name.startswith(("/", ".", "~")):
+        raise ValueError(
+            f"{name} holds no prepared dataset: there is no dataset_info.json in it. Pack a folder "
+            "of images by python -m varjax.data.prepare, or read it as it is (folder:PATH)"
+        )
+    options = {"data_dir": os.path.expanduser(data_dir)} if data_dir else {}
+    try:
+        return read_only_builder.builder_from_files(name, **options)
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(
+            f"{name} is not prepared in {data_dir or '~/tensorflow_datasets'}: set data_dir, or "
+            f"prepare it once, where TensorFlow is installed, by {PREPARE.format(name)}"
+        ) from error

@@ -1,0 +1,63 @@
+"""Which tokens an edit draws anew: from a box, or from a mask image."""
+
+import pathlib
+
+import numpy as np
+
+from varjax.core import image_io
+
+
+def box_mask(text: str, size: tuple[int, int], finest: tuple[int, int]) -> np.ndarray:
+    """Whether each token (h, w) lies in the box "y0,x0,y1,x1", its sides rounded to tokens.
+
+    Numbers that are all at most 1 are fractions of height and width, others are whole pixels of an
+    image of `size`. Raises ValueError for a box that is none or holds no token.
+    """
+    wrong = ValueError(
+        f"box={text}: give y0,x0,y1,x1 with 0 <= y0 < y1 <= {size[0]} and 0 <= x0 < x1 <= "
+        f"{size[1]} in whole pixels, or all in fractions from 0 to 1"
+    )
+    try:
+        y0, x0, y1, x1 = numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise wrong from None
+    if max(numbers) > 1:
+        if any(number % 1 for number in numbers):
+            raise wrong
+        y0, x0, y1, x1 = y0 / size[0], x0 / size[1], y1 / size[0], x1 / size[1]
+    if not (0 <= y0 < y1 <= 1 and 0 <= x0 < x1 <= 1):
+        raise wrong
+    h, w = finest
+    inside_hw = np.zeros(finest, bool)
+    inside_hw[round(y0 * h) : round(y1 * h), round(x0 * w) : round(x1 * w)] = True
+    if not inside_hw.any():
+        raise ValueError(
+            f"box={text} holds no token, of which one has {size[0] // h}x{size[1] // w} pixels; "
+            "give a larger box"
+        )
+    return inside_hw
+
+
+def read_mask(
+    path: str | pathlib.Path,
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    finest: tuple[int, int],
+) -> np.ndarray:
+    """Whether each token (h, w) is white in the mask, by more than half of its pixels.
+
+    The mask has the image's own size (width, height) and is resized and cropped as the image is.
+    Raises ValueError for another size or if no token is white.
+    """
+    picture = image_io.open_image(path)
+    if picture.size != image_size:
+        raise ValueError(
+            f"{path} has {picture.width}x{picture.height} pixels, but the image has "
+            f"{image_size[0]}x{image_size[1]}; give a mask of the same size"
+        )
+    white_HW = image_io.fit(picture, (*size, 1))[..., 0] / 255
+    (H, W), (h, w) = size, finest
+    white_hw = white_HW.reshape(h, H // h, w, W // w).mean(axis=(1, 3)) > 0.5
+    if not white_hw.any():
+        raise ValueError(f"{path} leaves nothing to draw: paint white what is to be drawn anew")
+    return white_hw

@@ -1,0 +1,139 @@
+"""How much a tokenizer keeps of held-out images: figures, reconstructions, worst cases.
+
+python -m varjax.tokenizers.evaluate --weights=DIR --data=folder:/data/images [--out=DIR]
+
+Over the whole held-out split, whatever the batch size:
+
+psnr        dB, mean over images            sharpness   mean gradient of the reconstructions, where
+ssim        11×11 Gaussian window                       that of the originals is 1
+l1          of values that span 1           lpips       with --lpips=DIR (docs/convert.md)
+same_in_bfloat16   share of tokens that an encoder in bfloat16 would leave as they are
+
+and after each scale: psnr; rest, the share of the features' squares that is still missing; the
+perplexity of the codes, their number, and that over the most there could be (the vocabulary, or one
+for each token).
+
+DIR gets evaluation.json, scales.png (held-out images, below each what its first 1 … K scales give)
+and worst.png (lowest PSNR: original, reconstruction, difference).
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from varjax.core import files, image_io
+from varjax.data.sources import Tokens, parse
+from varjax.tokenizers.checks import check_images
+from varjax.tokenizers.load import read_tokenizer
+from varjax.tokenizers.losses.lpips import check_images as check_lpips
+from varjax.tokenizers.losses.lpips import load_lpips
+from varjax.tokenizers.vq.reconstruction_metrics import Picture, measure_split
+
+PICTURES = 8
+
+
+def evaluate(
+    weights: str,
+    data: str,
+    out: str,
+    batch_size: int = 32,
+    ema: bool | None = None,
+    lpips: str = "",
+) -> dict[str, Any]:
+    """Measures, writes the three files into `out`, and returns what evaluation.json holds.
+
+    ema: see `read_tokenizer`. Raises ValueError, before any long work, for what cannot be done.
+    """
+    config, params = read_tokenizer(weights, ema)
+    images = parse(data, config.image_shape[:2], config.image_channels)
+    if isinstance(images, Tokens):
+        raise ValueError(f"{data} holds tokens, but images are needed; give folder:… or tfds:…")
+    check_images(config, images.image_shape)
+    lpips_params = None
+    if lpips:
+        check_lpips(config.image_shape)
+        lpips_params = load_lpips(lpips)
+    loader = images.make(batch_size, 0)
+    count = len(loader.held_out_source)
+    with tqdm(total=count, unit=" images", file=sys.stderr, disable=None) as bar:
+
+        def progress(batches):
+            for batch in batches:
+                yield batch
+                bar.update(int(batch["valid_B"].sum()))
+
+        show = set(np.linspace(0, count - 1, min(PICTURES, count)).astype(int).tolist())
+        split = measure_split(config, params, loader, lpips_params, show, PICTURES, progress)
+    report = {"weights": str(weights), "data": data} | split.summary()
+    folder = pathlib.Path(out)
+    files.write_json(folder / "evaluation.json", report)
+    image_io.write_png(folder / "scales.png", by_scale(split.shown))
+    image_io.write_png(folder / "worst.png", with_errors(split.worst))
+    return report
+
+
+def by_scale(shown: Sequence[Picture]) -> np.ndarray:
+    """One column for each picture: the original, and below it what each further scale makes."""
+    rows = np.stack([picture.rows for picture in shown], axis=1)
+    return image_io.grid(rows.reshape(-1, *rows.shape[2:]), columns=len(shown))
+
+
+def with_errors(shown: Sequence[Picture]) -> np.ndarray:
+    """One column for each picture: original, reconstruction, and how far apart they are (× 4)."""
+    originals = np.stack([picture.rows[0] for picture in shown])
+    rebuilt = np.stack([picture.rows[-1] for picture in shown])
+    errors = 4 * np.abs(originals.astype(int) - rebuilt)
+    rows = np.concatenate([originals, rebuilt, np.minimum(errors, 255).astype(np.uint8)])
+    return image_io.grid(rows, columns=len(shown))
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as text."""
+    lines = [f"{report['images']:,} held-out images of {report['data']}"]
+    units = {"psnr": "{:.2f} dB", "ssim": "{:.4f}", "l1": "{:.4f}", "lpips": "{:.4f}"}
+    for name, form in (units | {"sharpness": "{:.3f}", "same_in_bfloat16": "{:.4f}"}).items():
+        if name in report:
+            lines.append(f"{name:<18}" + form.format(report[name]))
+    forms = {"psnr": "{:.2f}", "rest": "{:.3f}", "perplexity": "{:.1f}", "codes": "{}"}
+    forms["usage"] = "{:.2f}"
+    lines.append("".join(f"{name:>12}" for name in ("scale", *forms)))
+    for k, (h, w) in enumerate(report["scales"]):
+        cells = [form.format(report[f"scale_{name}"][k]) for name, form in forms.items()]
+        lines.append("".join(f"{cell:>12}" for cell in (f"{h}×{w}", *cells)))
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0, 1 with one message for what cannot be done, 2 for a wrong command line."""
+    parser = argparse.ArgumentParser(
+        "python -m varjax.tokenizers.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--weights", required=True, help="a training run, or what varjax.convert wrote")
+    add("--data", required=True, help="folder:PATH, tfds:NAME, photos, digits or random")
+    add("--out", default="evaluation", help="a folder for the results (evaluation)")
+    add("--batch_size", type=int, default=32, help="images at a time, of all devices (32)")
+    add("--ema", action=argparse.BooleanOptionalAction, help="a run's averaged weights, or not")
+    add("--lpips", default="", metavar="DIR", help="LPIPS's weights, by varjax.convert")
+    try:
+        report = evaluate(**vars(parser.parse_args(arguments)))
+    except (ValueError, OSError) as error:
+        print(f"varjax.tokenizers.evaluate: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; nothing is written", file=sys.stderr)
+        return 130
+    print(table(report))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,94 @@
+"""The state before the first step: fresh, or as far as it fits with parameters trained before."""
+
+import math
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+from varjax.core import trees
+from varjax.core.trees import PyTree
+from varjax.training.task import Rows, Task, TrainState
+
+ENOUGH = 0.01  # of all numbers; less is another model, of which some bias happens to fit
+
+
+def initial_state(task: Task, init_from: str, key: jax.Array, placement: TrainState) -> TrainState:
+    """`task.init(key)` laid out as `placement`, its parameters and their average from `init_from`.
+
+    A parameter is taken over whole where there is one with its path and shape, in part where the
+    task names rows that mean the same; the rest stays fresh. Process 0 prints what was kept and
+    everything that was not. Raises ValueError, before anything is computed, where next to nothing
+    fits. init_from: a run or a converted directory, "" for none.
+    """
+    init = jax.jit(task.init, out_shardings=placement)
+    if not init_from:
+        return init(key)
+    params, rows = task.pretrained(init_from)
+    source = _Source(init_from, trees.paths(params), rows)
+    report = source.report(jax.eval_shape(task.init, key).params)
+    if jax.process_index() == 0:
+        print(report, file=sys.stderr)
+    state = init(key)
+    return state.replace(
+        params=trees.map_with_path(source.take, state.params),
+        ema=trees.map_with_path(source.take, state.ema),
+    )
+
+
+class _Source:
+    """Parameters by path, and which of their rows count where they do not fit as a whole."""
+
+    def __init__(self, location: str, leaves: dict[str, Any], rows: Rows):
+        self._location, self._leaves, self._rows = location, leaves, rows
+
+    def report(self, params: PyTree) -> str:
+        """What of `params` is taken over, a line for each leaf that is not wholly."""
+        wanted = trees.paths(params)
+        kept, whole, lines = 0, 0, []
+        for path, leaf in wanted.items():
+            taken = self._taken(path, leaf)
+            if taken is True:
+                kept, whole = kept + leaf.size, whole + 1
+                continue
+            there = self._leaves.get(path)
+            origin = "not there" if there is None else f"there {tuple(there.shape)}"
+            count = len(taken[0]) if taken else 0
+            kept += count * math.prod(leaf.shape[1:])
+            what = f"{count} of {leaf.shape[0]} rows kept" if count else "new"
+            lines.append(f"  {what}: {path} {tuple(leaf.shape)}, {origin}")
+        lines += [
+            f"  not used: {path} {tuple(leaf.shape)}"
+            for path, leaf in self._leaves.items()
+            if path not in wanted
+        ]
+        share = kept / max(sum(leaf.size for leaf in wanted.values()), 1)
+        if share < ENOUGH:
+            raise ValueError(
+                f"init_from: {self._location} holds another model, next to nothing of it fits:\n"
+                + "\n".join(lines)
+            )
+        kept_words = f"{whole} of {len(wanted)} parameters whole, {share:.2%} of all numbers"
+        return "\n".join([f"starting from {self._location}: kept {kept_words}", *lines])
+
+    def take(self, path: str, fresh: jax.Array) -> jax.Array:
+        """`fresh` with what fits, where it lies."""
+        if not (taken := self._taken(path, fresh)):
+            return fresh
+        there = np.asarray(self._leaves[path], fresh.dtype)
+        if taken is True:  # each device reads its own part
+            return jax.make_array_from_callback(fresh.shape, fresh.sharding, lambda i: there[i])
+        here_rows, there_rows = (np.array(rows) for rows in taken)
+        put = jax.jit(lambda x, new: x.at[here_rows].set(new), out_shardings=fresh.sharding)
+        return put(fresh, there[there_rows])
+
+    def _taken(self, path: str, leaf: Any) -> Any:
+        """True for all of a leaf, (rows here, rows there) for some, None for nothing."""
+        there = self._leaves.get(path)
+        if there is None:
+            return None
+        if path in self._rows:
+            fits = self._rows[path][0] and there.shape[1:] == leaf.shape[1:]
+            return self._rows[path] if fits else None
+        return True if there.shape == leaf.shape else None
