@@ -2,13 +2,15 @@
 
 from collections.abc import Collection
 
+from varjax.core.errors import InputError
+
 
 def read_argument(
     arg: str, sizes: Collection[str], options: Collection[str] = ()
 ) -> tuple[str, str, set[str]]:
     """(size, data, options) of "SIZE,data=WHERE,OPTION,…" in any order.
 
-    The first of `sizes`, and ImageNet of TFDS, where they are not said. Raises ValueError that says
+    The first of `sizes`, and ImageNet of TFDS, where they are not said. Raises InputError that says
     what is allowed.
     """
     size, data, chosen = next(iter(sizes)), "tfds:imagenet2012", set()
@@ -22,5 +24,5 @@ def read_argument(
             data = where
         else:
             allowed = ", ".join([*sizes, *options])
-            raise ValueError(f"cannot read {word!r}; allowed are {allowed} and data=KIND:WHERE")
+            raise InputError(f"cannot read {word!r}; allowed are {allowed} and data=KIND:WHERE")
     return size, data, chosen

@@ -17,6 +17,7 @@ docs/tokenizer.md tells what each of them does.
 """
 
 from varjax.core import config_tree
+from varjax.core.errors import InputError
 from varjax.data.sources import Photos
 from varjax.tokenizers.losses.gan import Adversary
 from varjax.tokenizers.vq.model import TokenizerConfig
@@ -39,7 +40,7 @@ CHANGES = {
 def get_config(arg: str = "plain") -> Experiment:
     names = arg.split(",")
     if unknown := [name for name in names if name not in CHANGES]:
-        raise ValueError(f"cannot read {unknown}; allowed are {', '.join(CHANGES)}")
+        raise InputError(f"cannot read {unknown}; allowed are {', '.join(CHANGES)}")
     model = TokenizerConfig(
         scales=(1, 2, 4, 8, 16),
         width=16,

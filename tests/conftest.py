@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from tests import tiny
+from tests.helpers import tiny
 from varjax.training import loop
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

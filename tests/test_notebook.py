@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from tests import runs
+from tests.helpers import runs
 
 NOTEBOOK = pathlib.Path(__file__).parent.parent / "notebooks" / "colab.ipynb"
 

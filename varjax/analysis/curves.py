@@ -8,6 +8,7 @@ import numpy as np
 
 from varjax.analysis.run_log import Reference, Run
 from varjax.core import files
+from varjax.core.errors import InputError
 
 KINDS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
 SECOND = ("accuracy", "psnr")  # what is drawn beside the loss, and below: the first that is there
@@ -23,10 +24,10 @@ def draw(
 ) -> None:
     """Writes the picture; `by_scale` names the metric of the lower panels ("": see BY_SCALE).
 
-    Raises ValueError where there is nothing to draw.
+    Raises InputError where there is nothing to draw.
     """
     if not any(run.points(kind + "loss")[0].size for run in runs for kind in KINDS):
-        raise ValueError(f"nothing is logged yet in {', '.join(run.name for run in runs)}")
+        raise InputError(f"nothing is logged yet in {', '.join(run.name for run in runs)}")
     second = _first(SECOND, lambda name: any(run.points(name)[0].size for run in runs))
     by_scale = by_scale or _first(BY_SCALE, lambda name: any(run.scales(name) for run in runs))
     scales = max(run.scales(by_scale) for run in runs)

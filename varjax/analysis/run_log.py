@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from varjax.core import files
+from varjax.core.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +58,16 @@ class Run:
 def read_run(directory: str | pathlib.Path) -> Run:
     """A run's log; without the last line where that is only half written.
 
-    Raises ValueError for a directory that is none of a run.
+    Raises InputError for a directory that is none of a run.
     """
     path = pathlib.Path(directory)
     if not path.is_dir():
-        raise ValueError(f"{directory} does not exist; give directories of runs")
+        raise InputError(f"{directory} does not exist; give directories of runs")
     if not (path / "config.json").is_file():
-        raise ValueError(f"{directory} is no run: it holds no config.json")
+        raise InputError(f"{directory} is no run: it holds no config.json")
     config = files.read_json(path / "config.json")
     if not isinstance(config, dict) or "batch_size" not in config:
-        raise ValueError(f"{directory} is no training run: its config.json has no batch_size")
+        raise InputError(f"{directory} is no training run: its config.json has no batch_size")
     log = path / "metrics.jsonl"
     text = log.read_text() if log.is_file() else ""
     lines = [_parse(line) for line in text.splitlines()]

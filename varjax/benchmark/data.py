@@ -22,6 +22,7 @@ from typing import Any
 
 from varjax.benchmark.measure import show
 from varjax.core import config_tree
+from varjax.core.errors import InputError
 from varjax.data.decoding import BrokenImage
 from varjax.data.loader import AHEAD, Loader
 from varjax.data.stream import Examples
@@ -42,9 +43,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--workers", default=f"{cpus}", help="numbers of processes, 0 for none")
     flags, others = parser.parse_known_args(arguments)
     if strange := [o for o in others if not o.startswith("--config.")]:
-        raise ValueError(f"cannot read {strange}; settings are --config.FIELD=VALUE")
+        raise InputError(f"cannot read {strange}; settings are --config.FIELD=VALUE")
     if flags.batches < 1:
-        raise ValueError(f"batches is {flags.batches}, but must be at least 1")
+        raise InputError(f"batches is {flags.batches}, but must be at least 1")
     experiment = config_tree.load_config(flags.config)
     experiment = config_tree.override(experiment, [o.removeprefix("--config.") for o in others])
     ways = [Reading(threads=n) for n in numbers("threads", flags.threads) if n]
@@ -57,7 +58,7 @@ def numbers(name: str, text: str) -> list[int]:
     try:
         return sorted({int(word) for word in text.split(",")})
     except ValueError as error:
-        raise ValueError(f"{name} is {text!r}; give numbers, say 1,2,4") from error
+        raise InputError(f"{name} is {text!r}; give numbers, say 1,2,4") from error
 
 
 def run(data: Any, batch_size: int, seed: int, ways: Iterable[Reading], batches: int) -> None:

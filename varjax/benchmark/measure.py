@@ -10,6 +10,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
+from varjax.core.errors import InputError
 from varjax.nn.compute import Attention, Compute, precision_of
 
 
@@ -71,7 +72,7 @@ def parser_of(name: str, about: str | None) -> argparse.ArgumentParser:
 def compute_of(flags: argparse.Namespace, **others: Any) -> Compute:
     """What the flags say, after checking them and turning the cache on; ValueError."""
     if flags.batch_size < 1 or flags.repeats < 1:
-        raise ValueError("batch_size and repeats must be 1 or more")
+        raise InputError("batch_size and repeats must be 1 or more")
     if flags.cache:
         jax.config.update("jax_compilation_cache_dir", flags.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -19,6 +19,7 @@ from jax.experimental import topologies
 
 from varjax.benchmark import collectives
 from varjax.benchmark.measure import show
+from varjax.core.errors import InputError
 from varjax.nn.compute import Compute, Remat
 from varjax.tokenizers.vq.model import TokenizerConfig, init_tokenizer
 from varjax.training import sharding
@@ -132,7 +133,7 @@ def _devices(target: int | str) -> list[Any]:
     try:
         return list(topologies.get_topology_desc(target, "tpu").devices)
     except Exception as error:  # of many kinds
-        raise ValueError(
+        raise InputError(
             f"--topology={target} cannot be compiled for: {str(error)[:300]}. It needs "
             "`pip install libtpu`, and a TPU kind with its grid, as in v5e:2x4 or v4:2x2x2"
         ) from error

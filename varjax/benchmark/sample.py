@@ -27,7 +27,7 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int, lower_only
     """Prints a line for the transformer, one for the decoder, and one for the whole.
 
     They are the programs that `Pipeline` runs. efficiency: model FLOP ÷ (seconds × FLOP/s of a
-    large matrix product, same run, same dtype). Raises ValueError for an unknown preset.
+    large matrix product, same run, same dtype). Raises InputError for an unknown preset.
     """
     var = VARConfig.preset(preset)
     tokenizer = TokenizerConfig(scales=var.scales)

@@ -30,7 +30,7 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int) -> None:
     """Prints a line for the tokenizer's encoder, the gradient, the update, and the whole step.
 
     efficiency: model FLOP ÷ (seconds × FLOP/s of a large matrix product, same run, same dtype).
-    FLOP that a remat policy spends again do not count. Raises ValueError for an unknown preset.
+    FLOP that a remat policy spends again do not count. Raises InputError for an unknown preset.
     """
     model = VARConfig.preset(preset)
     tokenizer = TokenizerConfig(scales=model.scales)

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from varjax.cli.sample import Common, common_parser, read_request
 from varjax.core import image_io
+from varjax.core.errors import InputError
 from varjax.sampling.masks import box_mask, read_mask
 from varjax.sampling.outputs import check_out
 from varjax.var.load import load
@@ -53,7 +54,7 @@ def parse(arguments: list[str]) -> EditRequest:
 
 
 def run(request: EditRequest) -> None:
-    """Edits and writes one picture; raises ValueError before any long work."""
+    """Edits and writes one picture; raises InputError before any long work."""
     request.check()
     _check_combination(request)
     check_out(request.out)
@@ -62,14 +63,14 @@ def run(request: EditRequest) -> None:
     options = model.options(**request.options)
     classes, shape = model.classes, model.image_shape
     if request.label is not None and not 0 <= request.label < classes:
-        raise ValueError(f"label={request.label}: allowed are 0 … {classes - 1}")
+        raise InputError(f"label={request.label}: allowed are 0 … {classes - 1}")
     image_HWC = image_io.fit(picture, shape)
     finest = model.edit_shape
     if request.box is not None:
         redraw_hw = box_mask(request.box, shape[:2], finest)
         redraw_hw = ~redraw_hw if request.mode == "outpaint" else redraw_hw
         if not redraw_hw.any():
-            raise ValueError(f"box={request.box} covers everything: nothing is left to draw")
+            raise InputError(f"box={request.box} covers everything: nothing is left to draw")
     else:
         assert request.mask is not None
         redraw_hw = read_mask(request.mask, picture.size, shape[:2], finest)
@@ -111,10 +112,10 @@ def side_by_side(
 
 def _check_combination(request):
     if (request.box is None) == (request.mask is None):
-        raise ValueError("say where to draw: either --box=y0,x0,y1,x1 or --mask=FILE.png")
+        raise InputError("say where to draw: either --box=y0,x0,y1,x1 or --mask=FILE.png")
     if request.mask is not None and request.mode == "outpaint":
-        raise ValueError("mode=outpaint needs a --box; a --mask is white where to draw already")
+        raise InputError("mode=outpaint needs a --box; a --mask is white where to draw already")
     if request.mode == "class" and request.label is None:
-        raise ValueError("mode=class needs --label: the class that the inside of the box becomes")
+        raise InputError("mode=class needs --label: the class that the inside of the box becomes")
     if not request.out.endswith(".png"):
-        raise ValueError(f"out={request.out}: an edit is one picture; give FILE.png")
+        raise InputError(f"out={request.out}: an edit is one picture; give FILE.png")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from varjax.core.errors import InputError
 from varjax.sampling import job
 from varjax.sampling.options import add_option_flags, given_options
 from varjax.sampling.outputs import check_out, open_output
@@ -31,12 +32,12 @@ class Common:
     out: str
 
     def check(self) -> None:
-        """Raises ValueError for a number out of range."""
+        """Raises InputError for a number out of range."""
         for name in ("count", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+                raise InputError(f"{name}={getattr(self, name)}: must be 1 or more")
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed={self.seed}: must lie in 0 … {2**31 - 1}")
+            raise InputError(f"seed={self.seed}: must lie in 0 … {2**31 - 1}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ def parse(arguments: list[str]) -> Request:
 
 
 def run(request: Request) -> None:
-    """Samples and writes; raises ValueError before any long work for what cannot be done."""
+    """Samples and writes; raises InputError before any long work for what cannot be done."""
     request.check()
     check_out(request.out)
     if request.distributed:
@@ -108,7 +109,7 @@ def choose_labels(text: str | None, classes: int) -> tuple[int, ...]:
     try:
         labels = tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"labels={text}: give numbers like 0,1,2, or all") from None
+        raise InputError(f"labels={text}: give numbers like 0,1,2, or all") from None
     if bad := [label for label in labels if not 0 <= label < classes]:
-        raise ValueError(f"labels {bad}: allowed are 0 … {classes - 1}")
+        raise InputError(f"labels {bad}: allowed are 0 … {classes - 1}")
     return labels

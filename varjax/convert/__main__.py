@@ -12,6 +12,7 @@ import sys
 
 from varjax.convert import Choices, convert, convert_lpips, export_run, export_torch
 from varjax.convert.hub import download
+from varjax.core.errors import InputError
 from varjax.tokenizers.vq.pyramid import Scale
 
 
@@ -31,16 +32,16 @@ def _run(flags: argparse.Namespace) -> None:
     official = flags.tokenizer is not None or flags.var is not None
     lpips = flags.lpips_vgg is not None or flags.lpips_heads is not None
     if [official, flags.run is not None, flags.to_torch, lpips].count(True) != 1:
-        raise ValueError("give --tokenizer and/or --var, or --run, or --to_torch, or --lpips_vgg")
+        raise InputError("give --tokenizer and/or --var, or --run, or --to_torch, or --lpips_vgg")
     if flags.to_torch != (flags.weights is not None):
-        raise ValueError("--to_torch and --weights=DIRECTORY_OR_RUN belong together")
+        raise InputError("--to_torch and --weights=DIRECTORY_OR_RUN belong together")
     if flags.to_torch:
         export_torch(flags.weights, flags.out, flags.ema)
     elif flags.run:
         export_run(flags.run, flags.out, flags.ema)
     elif lpips:
         if not (flags.lpips_vgg and flags.lpips_heads):
-            raise ValueError("--lpips_vgg and --lpips_heads belong together: LPIPS is made of both")
+            raise InputError("--lpips_vgg and --lpips_heads belong together: LPIPS is made of both")
         convert_lpips(flags.out, flags.lpips_vgg, flags.lpips_heads)
     else:
         sources = {"tokenizer": flags.tokenizer, "var": flags.var}
@@ -61,7 +62,7 @@ def _scales(text: str | None) -> tuple[Scale, ...] | None:
         sides = [tuple(map(int, part.split("x"))) for part in text.split(",")]
         return tuple(side[0] if len(side) == 1 else (side[0], side[1]) for side in sides)
     except ValueError:
-        raise ValueError(f"scales={text}: give side lengths like 1,2,4 or 1x1,2x4") from None
+        raise InputError(f"scales={text}: give side lengths like 1,2,4 or 1x1,2x4") from None
 
 
 def _parser() -> argparse.ArgumentParser:

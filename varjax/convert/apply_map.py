@@ -10,6 +10,7 @@ import numpy as np
 
 from varjax.convert.name_maps.tables import Link, tokenizer_table, var_table
 from varjax.core import trees
+from varjax.core.errors import InputError
 from varjax.core.safetensors_io import Lazy
 from varjax.core.trees import PyTree
 from varjax.tokenizers.vq.model import TokenizerConfig, init_tokenizer
@@ -44,14 +45,14 @@ def is_weight(name: str) -> bool:
 
 
 def check(config: Config, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises ValueError with every missing, unexpected, misshapen and mistyped tensor at once."""
+    """Raises InputError with every missing, unexpected, misshapen and mistyped tensor at once."""
     _check(official_shapes(config), _weights(tensors))
 
 
 def to_ours(config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, Lazy]:
     """Our leaves by path, float32, from official tensors in any floating-point format.
 
-    Raises ValueError like `check`.
+    Raises InputError like `check`.
     """
     return fill(table_of(config), describe(config), _weights(tensors))
 
@@ -59,7 +60,7 @@ def to_ours(config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, Lazy
 def fill(table: list[Link], params: PyTree, tensors: Mapping[str, np.ndarray]) -> dict[str, Lazy]:
     """The leaves of `params` (whose shapes are all that counts) by path, as `table` says.
 
-    `tensors` are of any floating-point format, the leaves float32. Raises ValueError like `check`.
+    `tensors` are of any floating-point format, the leaves float32. Raises InputError like `check`.
     """
     leaves = trees.paths(params)
     _check(_shapes(table, leaves), tensors)
@@ -80,7 +81,7 @@ def fill(table: list[Link], params: PyTree, tensors: Mapping[str, np.ndarray]) -
 
 
 def from_official(config: Config, tensors: Mapping[str, np.ndarray]) -> PyTree:
-    """Our parameter tree, NumPy float32; raises ValueError like `check`."""
+    """Our parameter tree, NumPy float32; raises InputError like `check`."""
     leaves = to_ours(config, tensors)
     return trees.map_with_path(lambda path, _: np.asarray(leaves[path]), describe(config))
 
@@ -138,4 +139,4 @@ def _check(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray
         if not jnp.issubdtype(given[n].dtype, jnp.floating):
             problems.append(f"mistyped: {n} is {given[n].dtype}, needed are floating-point numbers")
     if problems:
-        raise ValueError("the tensors do not fit the model:\n  " + "\n  ".join(problems))
+        raise InputError("the tensors do not fit the model:\n  " + "\n  ".join(problems))

@@ -10,6 +10,7 @@ from varjax.convert.infer_config import Choices, Tensors, infer_tokenizer, infer
 from varjax.convert.sources import about, digests, report_not_finite
 from varjax.convert.state_dicts import read_checkpoint, state_dicts
 from varjax.convert.weights_dir import check_vacant, converted_files, write_converted
+from varjax.core.errors import InputError
 from varjax.var.pretrained import check_fit
 from varjax.var.sample import Options
 
@@ -29,7 +30,7 @@ def convert(
     `tokenizer`. Weights of any floating-point format become float32; those that are not finite are
     named on stderr. Returns what was found: the configs of "tokenizer" and "var".
 
-    Raises ValueError that names the file for one that is damaged or of something else, for tensors
+    Raises InputError that names the file for one that is damaged or of something else, for tensors
     that do not fit the model (all of them) and for models that do not fit each other; then, or if
     the disk fills up, nothing is left at `out`. An existing converted directory of the same models
     is replaced, anything else is never touched.
@@ -63,12 +64,12 @@ def _sources(
             found = state_dicts(checkpoint)
             inside = IN_TRAINER[name]
             if not found.keys() & {"", inside}:
-                raise ValueError(f"is a trainer's checkpoint that holds only {', '.join(found)}")
+                raise InputError(f"is a trainer's checkpoint that holds only {', '.join(found)}")
         sources[name] = path, found.get(inside) or found[""]
         if name == "var" and tokenizer is None and IN_TRAINER["tokenizer"] in found:
             sources["tokenizer"] = path, found[IN_TRAINER["tokenizer"]]
     if not sources:
-        raise ValueError("there is nothing to convert; give a tokenizer, a transformer or both")
+        raise InputError("there is nothing to convert; give a tokenizer, a transformer or both")
     return sources
 
 

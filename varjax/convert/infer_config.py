@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from varjax.core.errors import InputError
 from varjax.tokenizers.vq.model import TokenizerConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024, Pyramid, Scale
 from varjax.var.model import VARConfig
@@ -34,14 +35,14 @@ class Choices:
 
 
 def check_kind(tensors: Tensors, kind: str) -> None:
-    """Raises ValueError if the tensors are not those of `kind`, "tokenizer" or "var"."""
+    """Raises InputError if the tensors are not those of `kind`, "tokenizer" or "var"."""
     found = [other for other, name in KNOWN_BY.items() if name in tensors]
     if found and kind not in found:
-        raise ValueError(
+        raise InputError(
             f"holds {CALLED[found[0]]}, not {CALLED[kind]}; give it as --{found[0]} instead"
         )
     if not found:
-        raise ValueError(
+        raise InputError(
             f"holds neither {CALLED['tokenizer']} nor {CALLED['var']}: among its {len(tensors)} "
             f"tensors is neither {' nor '.join(KNOWN_BY.values())}"
         )
@@ -50,7 +51,7 @@ def check_kind(tensors: Tensors, kind: str) -> None:
 def infer_tokenizer(tensors: Tensors, choices: Choices) -> TokenizerConfig:
     """The config of an official `VQVAE`.
 
-    Its tensors do not hold the scales, at most their number. Raises ValueError for what is missing
+    Its tensors do not hold the scales, at most their number. Raises InputError for what is missing
     or contradicts itself.
     """
     check_kind(tensors, "tokenizer")
@@ -59,14 +60,14 @@ def infer_tokenizer(tensors: Tensors, choices: Choices) -> TokenizerConfig:
     levels = _numbers(tensors, r"encoder\.down\.(\d+)\.")
     outputs = [_shape(tensors, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in levels]
     if odd := [n for n in outputs if n % width]:
-        raise ValueError(f"the encoder's levels have {odd} channels, no multiples of {width}")
+        raise InputError(f"the encoder's levels have {odd} channels, no multiples of {width}")
     own_phis = len(_numbers(tensors, r"quantize\.quant_resi\.(\d+)\.weight"))
     shared_phis = len(_numbers(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.weight"))
     scales = choices.scales or SCALES_256
     hits = tensors.get("quantize.ema_vocab_hit_SV")
     for count in (own_phis, 0 if hits is None else len(hits)):
         if count not in (0, len(scales)):
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer has {count} scales, but the transformer, or --scales, or without "
                 f"both the official 256 px model has {len(scales)}: {scales}"
             )
@@ -92,10 +93,10 @@ def infer_var(tensors: Tensors, choices: Choices) -> VARConfig:
     scale_mul = tensors.get("blocks.0.attn.scale_mul_1H11")
     heads = None if scale_mul is None else scale_mul.size
     if heads and choices.heads not in (None, heads):
-        raise ValueError(f"heads={choices.heads}, but the tensors have {heads}; leave --heads out")
+        raise InputError(f"heads={choices.heads}, but the tensors have {heads}; leave --heads out")
     heads = heads or choices.heads or width // HEAD_SIZE
     if not heads or width % heads:
-        raise ValueError(f"a width of {width} does not tell the number of heads; give --heads")
+        raise InputError(f"a width of {width} does not tell the number of heads; give --heads")
     return VARConfig(
         depth=len(_numbers(tensors, r"blocks\.(\d+)\.")),
         width=width,
@@ -117,15 +118,15 @@ def _scales(tensors: Tensors, chosen: tuple[Scale, ...] | None) -> tuple[Scale, 
         counts = np.bincount(np.asarray(level_1L, np.int64).ravel()).tolist()
         found = tuple(math.isqrt(n) for n in counts)
         if chosen is None and [side**2 for side in found] != counts:
-            raise ValueError(f"its scales of {counts} tokens are not square; give --scales")
+            raise InputError(f"its scales of {counts} tokens are not square; give --scales")
         if chosen and list(Pyramid(chosen).lengths) != counts:
-            raise ValueError(f"scales are {chosen}, but its scales have {counts} tokens")
+            raise InputError(f"scales are {chosen}, but its scales have {counts} tokens")
         return chosen or found
     for scales in [chosen] if chosen else [SCALES_256, SCALES_512, SCALES_1024]:
         pyramid = Pyramid(scales)
         if (len(pyramid), pyramid.length) == (count, length):
             return scales
-    raise ValueError(
+    raise InputError(
         f"it has {count} scales of {length} tokens together, "
         + (f"which is not {chosen}; " if chosen else "and no lvl_1L to tell their sizes; ")
         + "give the right --scales"
@@ -134,10 +135,10 @@ def _scales(tensors: Tensors, chosen: tuple[Scale, ...] | None) -> tuple[Scale, 
 
 def _shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
     if name not in tensors:
-        raise ValueError(f"{name} is missing, so the model's sizes cannot be told")
+        raise InputError(f"{name} is missing, so the model's sizes cannot be told")
     shape = tuple(tensors[name].shape)
     if len(shape) != ndim:
-        raise ValueError(f"{name} has shape {shape}, but must have {ndim} dimensions")
+        raise InputError(f"{name} has shape {shape}, but must have {ndim} dimensions")
     return shape
 
 

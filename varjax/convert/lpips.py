@@ -11,6 +11,7 @@ from varjax.convert.name_maps.tables import Link
 from varjax.convert.sources import about, digests, report_not_finite
 from varjax.convert.state_dicts import read_checkpoint, state_dicts
 from varjax.convert.weights_dir import check_vacant, converted_files, write_weights
+from varjax.core.errors import InputError
 from varjax.tokenizers.losses.lpips import VGG16, init_lpips
 
 MODELS = ("lpips",)
@@ -21,7 +22,7 @@ def convert_lpips(out: str | os.PathLike, vgg: str | os.PathLike, heads: str | o
     """Writes the directory `out`, for `load_lpips`, of the two files' tensors; VGG's classifier is
     left out.
 
-    Raises ValueError like `convert`, and for heads with negative weights.
+    Raises InputError like `convert`, and for heads with negative weights.
     """
     out = pathlib.Path(out)
     check_vacant(out, converted_files(MODELS))
@@ -32,10 +33,10 @@ def convert_lpips(out: str | os.PathLike, vgg: str | os.PathLike, heads: str | o
         with about(path):
             found = state_dicts(checkpoint).get("", {})
             if name not in found:
-                raise ValueError(f"these are not {KNOWN_BY[name]}: there is no {name} in it")
+                raise InputError(f"these are not {KNOWN_BY[name]}: there is no {name} in it")
             found = {n: x for n, x in found.items() if not n.startswith("classifier.")}
             if negative := [n for n, x in found.items() if n.startswith("lin") and np.any(x < 0)]:
-                raise ValueError(f"{', '.join(negative)}: a distance has no negative weights")
+                raise InputError(f"{', '.join(negative)}: a distance has no negative weights")
         report_not_finite(path, found)
         tensors |= found
     with about(pathlib.Path(f"{vgg}, {heads}")):

@@ -10,6 +10,7 @@ import numpy as np
 
 from varjax.convert.apply_map import is_weight
 from varjax.convert.weights_dir import progress
+from varjax.core.errors import InputError
 
 CHUNK_BYTES = 2**24
 
@@ -20,7 +21,7 @@ def about(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 def report_not_finite(path: pathlib.Path, official: Mapping[str, np.ndarray]) -> None:

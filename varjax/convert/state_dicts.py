@@ -7,6 +7,7 @@ import numpy as np
 
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
+from varjax.core.errors import InputError
 
 __all__ = ["read_checkpoint", "state_dicts", "write_pth"]
 
@@ -21,10 +22,10 @@ def state_dicts(checkpoint: Any) -> dict[str, dict[str, np.ndarray]]:
     dict, also one under "state_dict" or "model". Prefixes that torch's DistributedDataParallel
     ("module.") and compile ("_orig_mod.") add to names are removed.
 
-    Raises ValueError if there are no weights, or anything else lies among them.
+    Raises InputError if there are no weights, or anything else lies among them.
     """
     if not isinstance(checkpoint, dict):
-        raise ValueError(
+        raise InputError(
             f"the checkpoint holds a {type(checkpoint).__name__}, not a dict of weights"
         )
     trainer = checkpoint.get("trainer", checkpoint)
@@ -40,16 +41,16 @@ def state_dicts(checkpoint: Any) -> dict[str, dict[str, np.ndarray]]:
 
 def _weights(weights: Any) -> dict[str, np.ndarray]:
     if not isinstance(weights, dict) or not weights:
-        raise ValueError("the checkpoint holds no weights")
+        raise InputError("the checkpoint holds no weights")
     if strange := [key for key, x in weights.items() if not isinstance(x, np.ndarray)]:
-        raise ValueError(
+        raise InputError(
             f"{len(strange)} of {len(weights)} entries are no arrays: {short(strange)}; weights "
             f"are looked for at the top, in {', '.join(WRAPPERS)} and in trainer/"
             f"{', '.join(TRAINER.values())}; pass the part that holds them"
         )
     named = {_bare(str(key)): x for key, x in weights.items()}
     if len(named) < len(weights):
-        raise ValueError("two names in the checkpoint differ only in module. or _orig_mod.")
+        raise InputError("two names in the checkpoint differ only in module. or _orig_mod.")
     return named
 
 

@@ -9,6 +9,7 @@ import jax
 from varjax.convert.apply_map import Config, official_buffers, to_official
 from varjax.convert.weights_dir import new_directory, write_converted, write_files
 from varjax.core import trees
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.tokenizers.load import read_config, read_tokenizer
 from varjax.var.load import read_var
@@ -23,11 +24,11 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None 
     That is its best weights if it kept them, else its last; ema: their average or not, None for the
     average if there is one. A run of a tokenizer gives a directory of the tokenizer alone.
 
-    Raises ValueError for what is no run and like `convert` for an `out` that cannot be written.
+    Raises InputError for what is no run and like `convert` for an `out` that cannot be written.
     """
     run, out = pathlib.Path(run), pathlib.Path(out)
     if "task" not in read_config(run):
-        raise ValueError(f"{run} is a converted directory already, not a training run")
+        raise InputError(f"{run} is a converted directory already, not a training run")
     models, sampling = _read(run, ema)
     leaves = {name: (config, trees.paths(params)) for name, (config, params) in models.items()}
     digest = hashlib.sha256((run / "config.json").read_bytes()).hexdigest()
@@ -42,7 +43,7 @@ def export_torch(
     tokenizer.pth and var.pth are for `torch.load(path, weights_only=True)`, the .safetensors beside
     them hold the same: official names, all buffers, so `load_state_dict(strict=True)` takes them.
 
-    Raises ValueError for what holds no weights, and for an `out` that exists already.
+    Raises InputError for what holds no weights, and for an `out` that exists already.
     """
     weights, out = pathlib.Path(weights), pathlib.Path(out)
     models, _ = _read(weights, ema)

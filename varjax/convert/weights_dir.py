@@ -11,6 +11,7 @@ from tqdm import tqdm
 from varjax.convert.apply_map import Config
 from varjax.convert.state_dicts import write_pth
 from varjax.core import config_tree, files, safetensors_io
+from varjax.core.errors import InputError
 from varjax.core.safetensors_io import Lazy, Tensor
 from varjax.var.sample import Options
 
@@ -25,7 +26,7 @@ def write_converted(
 ) -> None:
     """Writes the converted directory `out` of the models "tokenizer" and "var", or of one of them.
 
-    sources: SHA-256 of each file the weights come from. Raises ValueError where `out` holds
+    sources: SHA-256 of each file the weights come from. Raises InputError where `out` holds
     anything that this would not write again, and where it cannot be written.
     """
     config = {name: config_tree.to_dict(config) for name, (config, _) in models.items()}
@@ -58,7 +59,7 @@ def new_directory(
     """Yields an empty directory that becomes `out` when all went well, and vanishes otherwise.
 
     An existing `out` is replaced if it is empty, or a converted directory of no other files than
-    those named in `replaces`. Raises ValueError in other cases, and where the disk is too small.
+    those named in `replaces`. Raises InputError in other cases, and where the disk is too small.
     """
     check_vacant(out, replaces)
     needed = sum(x.nbytes for named in contents.values() for x in named.values())
@@ -66,17 +67,17 @@ def new_directory(
         with files.atomic_path(out) as temporary:
             temporary.mkdir()
             if (free := shutil.disk_usage(temporary).free) < needed:
-                raise ValueError(f"{out} needs {needed / 1e9:.3f} GB; free are {free / 1e9:.3f} GB")
+                raise InputError(f"{out} needs {needed / 1e9:.3f} GB; free are {free / 1e9:.3f} GB")
             yield temporary
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"{out} could not be written ({error}), and nothing of it was kept; "
             f"it needs {needed / 1e9:.3f} GB in a place that you may write to"
         ) from error
 
 
 def check_vacant(out: pathlib.Path, replaces: Set[str] = frozenset()) -> None:
-    """Raises ValueError if `out` exists and `new_directory` would not replace it."""
+    """Raises InputError if `out` exists and `new_directory` would not replace it."""
     if not out.exists():
         return
     present = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
@@ -85,7 +86,7 @@ def check_vacant(out: pathlib.Path, replaces: Set[str] = frozenset()) -> None:
     )
     if present and not converted:
         lost = ", ".join(sorted(present - replaces or present)[:5])
-        raise ValueError(
+        raise InputError(
             f"{out} exists and holds {lost}, which would be lost; "
             "give another --out, or remove it first"
         )

@@ -10,6 +10,8 @@ import typing
 from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, Union
 
+from varjax.core.errors import InputError
+
 T = TypeVar("T")
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
@@ -26,7 +28,7 @@ def to_dict(settings: Any) -> dict[str, Any]:
 def from_dict(cls: type[T], data: dict[str, Any]) -> T:
     """Builds `cls` from the data of `to_dict` by its annotations; absent fields keep defaults.
 
-    Raises ValueError for an unknown field, a wrong type or another class's data. A field annotated
+    Raises InputError for an unknown field, a wrong type or another class's data. A field annotated
     by a Protocol cannot be rebuilt, for the annotation does not name a class: read that part alone.
     """
     return _build(cls, data, cls.__name__)
@@ -42,7 +44,7 @@ def override(settings: T, assignments: Iterable[str]) -> T:
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         if not equals:
-            raise ValueError(f"{assignment!r} has no value; write {assignment}=value")
+            raise InputError(f"{assignment!r} has no value; write {assignment}=value")
         changes.append((path.split("."), text, path))
     return _override(settings, changes)
 
@@ -68,15 +70,15 @@ def load_config(location: str) -> Any:
     name, _, argument = location.partition(":")
     path = pathlib.Path(name)
     if path.suffix != ".py" or not path.is_file():
-        raise ValueError(f"there is no config file {name!r}; the files in configs/ are examples")
+        raise InputError(f"there is no config file {name!r}; the files in configs/ are examples")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"{name} defines no function get_config(arg)")
+        raise InputError(f"{name} defines no function get_config(arg)")
     if argument and not inspect.signature(module.get_config).parameters:
-        raise ValueError(f"{name} takes no argument, but {argument!r} was given after the colon")
+        raise InputError(f"{name} takes no argument, but {argument!r} was given after the colon")
     return module.get_config(argument) if argument else module.get_config()
 
 
@@ -123,23 +125,23 @@ def _build(kind: Any, data: Any, path: str) -> Any:
     elif kind in (int, str, bool, type(None)) and type(data) is kind or kind is Any:
         return data
     if getattr(kind, "_is_protocol", False):
-        raise ValueError(f"{path} is an interface, which names no class; read it as its own class")
-    raise ValueError(f"{path} must be {_spell(kind)}, not {data!r}")
+        raise InputError(f"{path} is an interface, which names no class; read it as its own class")
+    raise InputError(f"{path} must be {_spell(kind)}, not {data!r}")
 
 
 def _build_dataclass(cls: type, data: dict[str, Any], path: str) -> Any:
     if data.get("_type", cls.__name__) != cls.__name__:
-        raise ValueError(f"{path} holds a {data['_type']}, not a {cls.__name__}")
+        raise InputError(f"{path} holds a {data['_type']}, not a {cls.__name__}")
     hints = typing.get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls)}
     values = {name: value for name, value in data.items() if name != "_type"}
     if unknown := sorted(values.keys() - known):
-        raise ValueError(f"{path} has no field {unknown}; its fields are {sorted(known)}")
+        raise InputError(f"{path} has no field {unknown}; its fields are {sorted(known)}")
     built = {name: _build(hints[name], value, f"{path}.{name}") for name, value in values.items()}
     try:
         return cls(**built)
     except TypeError as error:
-        raise ValueError(f"{path} is incomplete: {error}") from error
+        raise InputError(f"{path} is incomplete: {error}") from error
 
 
 def _override(settings: Any, changes: list[tuple[list[str], str, str]]) -> Any:
@@ -150,12 +152,12 @@ def _override(settings: Any, changes: list[tuple[list[str], str, str]]) -> Any:
         owner = type(settings).__name__
         if settings is None:
             off = path.removesuffix("." + ".".join([name, *rest]))
-            raise ValueError(f"{path}: {off} is none in this config, so it has no {name!r} to set")
+            raise InputError(f"{path}: {off} is none in this config, so it has no {name!r} to set")
         if not dataclasses.is_dataclass(settings):
-            raise ValueError(f"{path}: a {owner} has no field {name!r}")
+            raise InputError(f"{path}: a {owner} has no field {name!r}")
         known = [field.name for field in dataclasses.fields(settings)]
         if name not in known:
-            raise ValueError(f"{path}: {owner} has no field {name!r}; its fields are {known}")
+            raise InputError(f"{path}: {owner} has no field {name!r}; its fields are {known}")
         if rest:
             below.setdefault(name, []).append((rest, text, path))
         else:

@@ -12,9 +12,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from varjax.core.errors import InputError, StorageError
+
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead, and the others end
 NETWORK_SECONDS = 10  # until a file that one machine wrote is seen by another
-ERRORS = {error.__name__: error for error in (ValueError, KeyError, OSError)}
+# the most special first; StorageError is an InputError and an OSError
+ERRORS = {e.__name__: e for e in (StorageError, InputError, ValueError, KeyError, OSError)}
 
 
 def connect(coordinator: str = "", count: int | None = None, index: int | None = None) -> None:
@@ -26,20 +29,20 @@ def connect(coordinator: str = "", count: int | None = None, index: int | None =
     given = {"coordinator": coordinator or None, "processes": count, "process": index}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if 0 < len(missing) < len(given):
-        raise ValueError(f"{' and '.join(missing)} missing: {USAGE}")
+        raise InputError(f"{' and '.join(missing)} missing: {USAGE}")
     if not missing:
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
-            raise ValueError(f"--coordinator={coordinator} is not HOST:PORT; {USAGE}")
+            raise InputError(f"--coordinator={coordinator} is not HOST:PORT; {USAGE}")
         assert count is not None and index is not None
         if not 0 <= index < count:
-            raise ValueError(f"--process={index} is none of the {count} of --processes; {USAGE}")
+            raise InputError(f"--process={index} is none of the {count} of --processes; {USAGE}")
     try:
         jax.distributed.initialize(
             coordinator or None, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except ValueError as error:
-        raise ValueError(f"no cluster was found ({error}); {USAGE}") from error
+        raise InputError(f"no cluster was found ({error}); {USAGE}") from error
 
 
 USAGE = (
@@ -74,12 +77,12 @@ def gather(value: Any) -> list[Any]:
 
 
 def check_shared(path: pathlib.Path) -> None:
-    """Raises ValueError unless all processes see this file, which the first one wrote."""
+    """Raises InputError unless all processes see this file, which the first one wrote."""
     deadline = time.monotonic() + NETWORK_SECONDS
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     if blind := [number for number, sees in enumerate(gather(seen)) if not sees]:
-        raise ValueError(
+        raise InputError(
             f"{path}, which process 0 wrote, is not seen by process {', '.join(map(str, blind))}; "
             "choose a run_dir on a file system that all of them share"
         )
@@ -88,7 +91,7 @@ def check_shared(path: pathlib.Path) -> None:
 def from_first(action: Callable[[], Any]) -> Any:
     """What `action` returns in the first process, as JSON; the others wait and get the same.
 
-    A ValueError, KeyError or OSError is raised in all of them.
+    A InputError, KeyError or OSError is raised in all of them.
     """
     if jax.process_count() == 1:
         return action()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from varjax.core import safetensors_io
+from varjax.core.errors import InputError
 
 
 @contextlib.contextmanager
@@ -49,7 +50,7 @@ def alone_in(folder: str | os.PathLike) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(
+            raise InputError(
                 f"another process is at work in {folder}; wait for it, stop it, or choose another"
             ) from None
         except OSError:  # no locks here
@@ -71,7 +72,7 @@ def read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore or delete it") from error
+        raise InputError(f"{path} is not valid JSON ({error}); restore or delete it") from error
 
 
 def write_tensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str, str]) -> None:
@@ -97,7 +98,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str
     try:
         flat, metadata = safetensors_io.read(np.memmap(path, np.uint8, "r"))
     except ValueError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+        raise InputError(f"{path} is truncated or not a safetensors file: {error}") from error
     for name, leaf in flat.items():
         *parents, last = name.split("/")
         node = tree
@@ -121,7 +122,7 @@ def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 def _existing(path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}")
+        raise InputError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}")
     return path
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from varjax.core import files
+from varjax.core.errors import InputError
 
 SMALLEST = 64  # pixels; smaller images are enlarged in a grid, or nobody could see them
 
@@ -41,18 +42,18 @@ def read_image(path: str | os.PathLike, shape: tuple[int, int, int]) -> np.ndarr
 def open_image(path: str | os.PathLike) -> Image.Image:
     """An image file as 8-bit gray ("L") or "RGB"; what is transparent shows white.
 
-    Otherwise as `load` does it. Raises ValueError for a file that is missing, damaged or no image.
+    Otherwise as `load` does it. Raises InputError for a file that is missing, damaged or no image.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}")
+        raise InputError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}")
     try:
         picture = load(path)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is not an image that can be read ({error}); give a PNG, JPEG, WebP …"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
+        raise InputError(f"{path} {error}") from error
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -69,7 +70,7 @@ def load(file: str | os.PathLike | IO[bytes]) -> Image.Image:
         picture.load()
         ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode == "F":
-        raise ValueError("holds floats, whose range is unknown; save it with 8 or 16 bits")
+        raise InputError("holds floats, whose range is unknown; save it with 8 or 16 bits")
     if picture.mode.startswith("I"):  # Pillow would clip, not scale, 16 bits
         return Image.fromarray(to_uint8(np.asarray(picture) / 65535))
     return picture
@@ -83,7 +84,7 @@ def fit(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
     """
     H, W, channels = shape
     if channels not in (1, 3):
-        raise ValueError(f"the model has {channels} channels; image files hold 1 or 3")
+        raise InputError(f"the model has {channels} channels; image files hold 1 or 3")
     width, height = picture.size
     scale = max(H / height, W / width)
     size = max(W, round(width * scale)), max(H, round(height * scale))

@@ -10,6 +10,8 @@ from reprlib import repr as short  # bounded, whatever a damaged header holds
 import ml_dtypes
 import numpy as np
 
+from varjax.core.errors import InputError
+
 AGAIN = "write or download it again"
 MAX_HEADER_BYTES = 100 * 10**6  # the limit of the format itself
 ALIGNMENT = 64  # what XLA needs to use memory as it lies there, without a copy
@@ -102,27 +104,27 @@ def write(
 def read(file: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """(tensors, metadata) in the bytes of a file (1-D uint8, usually a memory map), as views of it.
 
-    Raises ValueError for a damaged or shortened file.
+    Raises InputError for a damaged or shortened file.
     """
     start = 8 + int.from_bytes(file[:8].tobytes(), "little")
     if start > min(len(file), MAX_HEADER_BYTES):
-        raise ValueError(f"the file ends inside its safetensors header; {AGAIN}")
+        raise InputError(f"the file ends inside its safetensors header; {AGAIN}")
     try:
         header = json.loads(file[8:start].tobytes())
         metadata = header.pop("__metadata__", {})
         data = file[start:]
         return {name: _view(data, **entry) for name, entry in header.items()}, metadata
     except (ValueError, RecursionError, TypeError, AttributeError) as error:
-        raise ValueError(f"its safetensors header is damaged ({error}); {AGAIN}") from error
+        raise InputError(f"its safetensors header is damaged ({error}); {AGAIN}") from error
 
 
 def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
     if dtype not in DTYPES:
-        raise ValueError(f"it has a tensor of type {dtype}; allowed: {', '.join(DTYPES)}")
+        raise InputError(f"it has a tensor of type {dtype}; allowed: {', '.join(DTYPES)}")
     start, stop = data_offsets
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if stop - start != nbytes or min(shape, default=0) < 0 or not 0 <= start <= stop <= len(data):
-        raise ValueError(
+        raise InputError(
             f"a tensor of {dtype} and shape {short(shape)} is said to fill bytes {start} to {stop} "
             f"of {len(data)}"
         )

@@ -7,13 +7,14 @@ import jax
 import orbax.checkpoint as ocp
 
 from varjax.core import trees
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 
 ARRAYS = ("params", "ema", "opt_state")
 UNREADABLE = (ValueError, KeyError, OSError)  # what Orbax raises for files that are not all there
 
 
-class Mismatch(ValueError):
+class Mismatch(InputError):
     """A step that can be read, of something else."""
 
 
@@ -57,7 +58,7 @@ class Saved:
                 targets = jax.tree.map(_abstract, tree, shardings[name])
                 items[name] = ocp.args.StandardRestore(targets)
         read = self._restore(step, items)
-        return read, read.pop("meta")
+        return {name: read[name] for name in items if name != "meta"}, read["meta"]
 
     def params(self, step: int, ema: bool | None = None) -> PyTree:
         """Parameters alone on this process's first device, with shapes from the files themselves.
@@ -67,7 +68,7 @@ class Saved:
         saved = self._saved_arrays(step)
         averaged = saved.get("ema") is not None
         if ema and not averaged:
-            raise ValueError(f"step {step} in {self.directory} keeps no average; ask for params")
+            raise InputError(f"step {step} in {self.directory} keeps no average; ask for params")
         name = "ema" if averaged and ema is not False else "params"
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda x: _abstract(x, sharding), saved[name].tree)
@@ -76,7 +77,7 @@ class Saved:
     def _check(self, step: int, abstract: dict[str, PyTree]) -> None:
         saved = self._saved_arrays(step)
         if saved.get("params") is None:
-            raise ValueError("the description of its parameters is missing")
+            raise InputError("the description of its parameters is missing")
         for name in ("params", "ema"):
             tree = saved[name].tree if saved.get(name) is not None else {}
             if report := trees.difference(abstract[name], tree):
@@ -98,7 +99,7 @@ def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyT
 
     `ema` asks for their average or for none. None gives the average if there is one, unless the
     best was chosen by the parameters' own metric ("eval/..."). The run may be going on meanwhile.
-    Raises ValueError when nothing was saved yet, or no average.
+    Raises InputError when nothing was saved yet, or no average.
     """
     for name in ("best", "checkpoints"):
         if not (directory := pathlib.Path(run_dir) / name).is_dir():
@@ -109,7 +110,7 @@ def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyT
             if ema is None and name == "best" and chosen_by.startswith("eval/"):
                 ema = False
             return saved.params(steps[-1], ema)
-    raise ValueError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
+    raise InputError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
 
 
 def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from varjax.core.errors import InputError
+
 T = TypeVar("T")
 PyTree = Any  # nested containers of arrays; JAX has no narrower type for them
 
@@ -27,7 +29,7 @@ def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
     for pattern, value in rules:
         if re.search(pattern, path):
             return value
-    raise ValueError(f"no rule matches {path!r}; the patterns are {[p for p, _ in rules]}")
+    raise InputError(f"no rule matches {path!r}; the patterns are {[p for p, _ in rules]}")
 
 
 def difference(expected: Any, actual: Any) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from varjax.core import config_tree
+from varjax.core.errors import InputError
 from varjax.data.latent_shards import Encode, Shard, begin, fill
 from varjax.data.latents import Tokens
 from varjax.data.loader import Loader
@@ -83,27 +84,27 @@ def tokenize(
     count) of those that share the work.
 
     Tokens do not depend on anything but task, data, seed and, by rounding, batch_size and devices.
-    Raises ValueError for settings without sense, and where `out` holds other tokens.
+    Raises InputError for settings without sense, and where `out` holds other tokens.
     """
     index, count = process
     if augmentations < 1 or shards < 0:
-        raise ValueError(
+        raise InputError(
             f"augmentations is {augmentations}, shards {shards}; give 1 or more, shards may be 0"
         )
     if not 0 <= index < count:
-        raise ValueError(f"process {index} is none of {count}; they are numbered from 0")
+        raise InputError(f"process {index} is none of {count}; they are numbered from 0")
     if isinstance(data, Tokens):
-        raise ValueError(f"the config's data are tokens already, in {data.root}; give its images")
+        raise InputError(f"the config's data are tokens already, in {data.root}; give its images")
     if batch_size < 1 or batch_size % len(jax.local_devices()):
-        raise ValueError(
+        raise InputError(
             f"batch_size is {batch_size}, but must be a multiple of the {len(jax.local_devices())} "
             "devices of this process"
         )
     frozen = task.frozen()
     if not (tokenized_by := task.tokenized_by(frozen)):
-        raise ValueError(f"a {type(task).__name__} trains on images; give a transformer's config")
+        raise InputError(f"a {type(task).__name__} trains on images; give a transformer's config")
     if data.image_shape != task.tokenizer.image_shape:
-        raise ValueError(
+        raise InputError(
             f"the data's images are {data.image_shape}, but the tokenizer takes "
             f"{task.tokenizer.image_shape}"
         )
@@ -166,7 +167,7 @@ def main(arguments: list[str]) -> int:
     flags, others = parser.parse_known_args(arguments)
     try:
         if strange := [o for o in others if not o.startswith("--config.")]:
-            raise ValueError(f"cannot read {strange}; settings are --config.FIELD=VALUE")
+            raise InputError(f"cannot read {strange}; settings are --config.FIELD=VALUE")
         experiment = config_tree.load_config(flags.config)
         experiment = config_tree.override(experiment, [o.removeprefix("--config.") for o in others])
         process = flags.process, flags.processes

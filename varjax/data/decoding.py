@@ -8,11 +8,12 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from varjax.core import image_io
+from varjax.core.errors import InputError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names by number of channels
 
 
-class BrokenImage(ValueError):
+class BrokenImage(InputError):
     """An image that cannot be decoded: the `name` of its file or record, and the `reason`."""
 
     def __init__(self, name: str, reason: str):

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.core import files
+from varjax.core.errors import InputError
 from varjax.data.loader import Loader, Tally, stream
 from varjax.data.stream import Examples, Split
 
@@ -80,13 +81,13 @@ def begin(path: pathlib.Path, about: dict[str, Any]) -> None:
     """Writes what the tokens will be, or makes sure that those there are the same."""
     if not (path / ABOUT).exists():
         if path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
-            raise ValueError(f"{path} holds files and no {ABOUT}; empty it or choose another out")
+            raise InputError(f"{path} holds files and no {ABOUT}; empty it or choose another out")
         files.write_json(path / ABOUT, about)
         return
     there = files.read_json(path / ABOUT)
     names = [name for name in about if there.get(name) != about[name]]
     if lines := [f"{name}: {there.get(name)} there, {about[name]} asked for" for name in names]:
-        raise ValueError(
+        raise InputError(
             f"{path} holds other tokens:\n  "
             + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
             + "\nask for the same to go on, delete it, or choose another out"

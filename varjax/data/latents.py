@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from varjax.core import files
+from varjax.core.errors import InputError
 from varjax.data.decoding import BrokenImage
 from varjax.data.latent_shards import ABOUT, shard_name, shard_starts
 from varjax.data.loader import Loader
@@ -32,7 +33,7 @@ class Tokens:
     def about(self) -> dict[str, Any]:
         """What they are: all that the command was asked for."""
         if not (path := pathlib.Path(self.root) / ABOUT).is_file():
-            raise ValueError(
+            raise InputError(
                 f"{self.root} holds no tokens: {path} is missing; make some by "
                 "python -m varjax.data.cache_latents"
             )
@@ -113,7 +114,7 @@ class StoredTokens:
         root = pathlib.Path(self.root)
         paths = [root / shard_name(self.split, i, self.shards) for i in range(self.shards)]
         if missing := sum(not path.is_file() for path in paths):
-            raise ValueError(
+            raise InputError(
                 f"{self.root} lacks {missing} of {self.shards} {self.split} files of tokens; run "
                 "python -m varjax.data.cache_latents to its end"
             )
@@ -121,7 +122,7 @@ class StoredTokens:
         for i, (path, found) in enumerate(zip(paths, arrays, strict=True)):
             shape = self.starts[i + 1] - self.starts[i], *self.shape[1:]
             if found["tokens_NAL"].shape != shape:
-                raise ValueError(
+                raise InputError(
                     f"{path} holds {found['tokens_NAL'].shape} tokens, but {shape} belong there; "
                     "delete it and make it again"
                 )

@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 from tqdm import tqdm
 
+from varjax.core.errors import InputError
 from varjax.data.stream import (
     Dataset,
     Examples,
@@ -50,11 +51,11 @@ class Loader:
     def __post_init__(self):
         rows = self.rows
         if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}, but must be at least 1")
+            raise InputError(f"batch_size is {self.batch_size}, but must be at least 1")
         if rows is not None and (
             not rows or rows.step != 1 or rows.start < 0 or rows.stop > self.batch_size
         ):
-            raise ValueError(f"rows is {rows}; give some of range(0, {self.batch_size})")
+            raise InputError(f"rows is {rows}; give some of range(0, {self.batch_size})")
 
     @property
     def train_source(self) -> Source:
@@ -133,7 +134,7 @@ class Tally:
         few = min(FEW_BROKEN, BROKEN_SHARE * self._size)
         if broken > max(BROKEN_SHARE * read, few):
             some = "\n  ".join(itertools.islice(self._names, FEW_BROKEN))
-            raise ValueError(
+            raise InputError(
                 f"{broken} of the {read} images read so far are broken, more than "
                 f"{BROKEN_SHARE:.0%}; repair or remove them, the first ones are\n  {some}"
             )

@@ -16,20 +16,21 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from varjax.core import files
+from varjax.core.errors import InputError
 
 
 def write_photos(out: str, size: int = 64, train: int = 200, val: int = 40) -> str:
     """Writes `train` and `val` JPEGs of each class, `size` or up to twice as high and wide.
 
-    Always the same ones. Returns a line that says what was written. Raises ValueError where `out`
+    Always the same ones. Returns a line that says what was written. Raises InputError where `out`
     exists, and for a size that does not fit into a quarter of a photograph.
     """
     photos = load_sample_images()
     width = photos.images[0].shape[1]
     if not 8 <= size <= width // 8:
-        raise ValueError(f"size is {size}; give 8 to {width // 8} pixels")
+        raise InputError(f"size is {size}; give 8 to {width // 8} pixels")
     if pathlib.Path(out).exists():
-        raise ValueError(f"{out} exists already; delete it or choose another out")
+        raise InputError(f"{out} exists already; delete it or choose another out")
     rng = np.random.default_rng(0)
     with files.atomic_path(out) as temporary:
         for name, photo_HWC in zip(photos.filenames, photos.images, strict=True):

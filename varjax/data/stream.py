@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from varjax.core.errors import InputError
 from varjax.data.decoding import BrokenImage
 from varjax.data.workers import Reading
 
@@ -160,7 +161,7 @@ class Examples:
                 return self._view(self.train_source[int(order_N[there])], epoch, there)
             except BrokenImage as error:
                 broken.append(error)
-        raise ValueError(f"{step + 1} images in a row are broken; the last one: {broken[-1]}")
+        raise InputError(f"{step + 1} images in a row are broken; the last one: {broken[-1]}")
 
     def _view(self, example: dict, epoch: int, place: int) -> Example:
         rng = np.random.default_rng((self.seed, 1, epoch * len(self.train_source) + place))

@@ -7,6 +7,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from varjax.core.errors import InputError
+
 ENLARGE = 1.125  # images are resized to so many times the size that is cut out of them
 
 
@@ -97,8 +99,8 @@ def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def check_view(size: int | tuple[int, int], channels: int) -> None:
-    """Raises ValueError unless images of this size and these channels can be made."""
+    """Raises InputError unless images of this size and these channels can be made."""
     if min(height_width(size)) < 1:
-        raise ValueError(f"size is {size}, but must be at least 1 pixel")
+        raise InputError(f"size is {size}, but must be at least 1 pixel")
     if channels not in (1, 3, 4):
-        raise ValueError(f"channels is {channels}, but image files give 1, 3 or 4 (with alpha)")
+        raise InputError(f"channels is {channels}, but image files give 1, 3 or 4 (with alpha)")

@@ -14,6 +14,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
 
+from varjax.core.errors import InputError
+
 MOST_THREADS = 16
 PARTS = 4  # of a batch for each thread, so that all of them end at about the same time
 
@@ -33,7 +35,7 @@ class Reading:
     def __post_init__(self):
         for name in ("threads", "workers"):
             if (value := getattr(self, name)) < 0:
-                raise ValueError(f"reading.{name} is {value}, but must be 0 or more")
+                raise InputError(f"reading.{name} is {value}, but must be 0 or more")
 
 
 class Readers:
@@ -94,7 +96,7 @@ class Workers:
         try:
             subject = pickle.dumps(subject)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"the data cannot be sent to worker processes ({error}); define its classes in an "
                 "installed module, or read in threads: reading.workers=0"
             ) from error

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 
 
@@ -14,7 +15,7 @@ def batch_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the one axis "batch" over these devices; None for all of this process."""
     devices = jax.local_devices() if devices is None else devices
     if not devices:
-        raise ValueError(f"devices is empty; give some of {jax.local_devices()}")
+        raise InputError(f"devices is empty; give some of {jax.local_devices()}")
     return jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
 
 

@@ -5,15 +5,16 @@ import pathlib
 import numpy as np
 
 from varjax.core import image_io
+from varjax.core.errors import InputError
 
 
 def box_mask(text: str, size: tuple[int, int], finest: tuple[int, int]) -> np.ndarray:
     """Whether each token (h, w) lies in the box "y0,x0,y1,x1", its sides rounded to tokens.
 
     Numbers that are all at most 1 are fractions of height and width, others are whole pixels of an
-    image of `size`. Raises ValueError for a box that is none or holds no token.
+    image of `size`. Raises InputError for a box that is none or holds no token.
     """
-    wrong = ValueError(
+    wrong = InputError(
         f"box={text}: give y0,x0,y1,x1 with 0 <= y0 < y1 <= {size[0]} and 0 <= x0 < x1 <= "
         f"{size[1]} in whole pixels, or all in fractions from 0 to 1"
     )
@@ -31,7 +32,7 @@ def box_mask(text: str, size: tuple[int, int], finest: tuple[int, int]) -> np.nd
     inside_hw = np.zeros(finest, bool)
     inside_hw[round(y0 * h) : round(y1 * h), round(x0 * w) : round(x1 * w)] = True
     if not inside_hw.any():
-        raise ValueError(
+        raise InputError(
             f"box={text} holds no token, of which one has {size[0] // h}x{size[1] // w} pixels; "
             "give a larger box"
         )
@@ -47,11 +48,11 @@ def read_mask(
     """Whether each token (h, w) is white in the mask, by more than half of its pixels.
 
     The mask has the image's own size (width, height) and is resized and cropped as the image is.
-    Raises ValueError for another size or if no token is white.
+    Raises InputError for another size or if no token is white.
     """
     picture = image_io.open_image(path)
     if picture.size != image_size:
-        raise ValueError(
+        raise InputError(
             f"{path} has {picture.width}x{picture.height} pixels, but the image has "
             f"{image_size[0]}x{image_size[1]}; give a mask of the same size"
         )
@@ -59,5 +60,5 @@ def read_mask(
     (H, W), (h, w) = size, finest
     white_hw = white_HW.reshape(h, H // h, w, W // w).mean(axis=(1, 3)) > 0.5
     if not white_hw.any():
-        raise ValueError(f"{path} leaves nothing to draw: paint white what is to be drawn anew")
+        raise InputError(f"{path} leaves nothing to draw: paint white what is to be drawn anew")
     return white_hw

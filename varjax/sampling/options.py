@@ -6,19 +6,21 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from varjax.core.errors import InputError
+
 T = TypeVar("T")
 
 
 def replace_options(options: T, given: Mapping[str, Any]) -> T:
     """Returns `options` with the fields in `given` replaced, except by None.
 
-    Raises ValueError for a name that is no field.
+    Raises InputError for a name that is no field.
     """
     names = [field.name for field in dataclasses.fields(typing.cast(Any, options))]
     chosen = {name: value for name, value in given.items() if value is not None}
     if unknown := sorted(chosen.keys() - names):
         known = ", ".join(names)
-        raise ValueError(f"{', '.join(unknown)}: no option of this model; it has {known}")
+        raise InputError(f"{', '.join(unknown)}: no option of this model; it has {known}")
     return dataclasses.replace(typing.cast(Any, options), **chosen)
 
 

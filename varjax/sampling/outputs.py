@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from varjax.core import image_io
+from varjax.core.errors import InputError
 from varjax.sampling.resumable import Folder, Npz
 
 
@@ -20,7 +21,7 @@ class Output(Protocol):
     """
 
     def begin(self, write: bool) -> None:
-        """Raises ValueError if there is anything but a beginning of the same."""
+        """Raises InputError if there is anything but a beginning of the same."""
         ...
 
     def has(self, part: range) -> bool: ...
@@ -33,18 +34,18 @@ class Output(Protocol):
 
 
 def check_out(location: str) -> None:
-    """Raises ValueError if `location` is nothing that can be written."""
+    """Raises InputError if `location` is nothing that can be written."""
     path = pathlib.Path(location)
     if not location:
-        raise ValueError("out is empty; give FILE.png (a grid), FILE.npz, or a folder")
+        raise InputError("out is empty; give FILE.png (a grid), FILE.npz, or a folder")
     if path.suffix in (".png", ".npz"):
         if path.is_dir():
-            raise ValueError(
+            raise InputError(
                 f"out={location} is a folder; give a file name, or a folder without {path.suffix}"
             )
         return _check_writable(path.parent)
     if path.suffix in (".jpg", ".jpeg", ".gif", ".webp", ".npy"):
-        raise ValueError(f"out={location}: cannot write {path.suffix}; .png, .npz or a folder")
+        raise InputError(f"out={location}: cannot write {path.suffix}; .png, .npz or a folder")
     _check_writable(path)
 
 
@@ -69,7 +70,7 @@ class Grid:
 
     def begin(self, write: bool) -> None:
         if not write:
-            raise ValueError("a grid is drawn by one process; give FILE.npz or a folder")
+            raise InputError("a grid is drawn by one process; give FILE.npz or a folder")
 
     def has(self, part: range) -> bool:
         return part.start in self._images
@@ -84,13 +85,13 @@ class Grid:
 
 
 def _check_writable(folder: pathlib.Path) -> None:
-    """Makes the folder and one file in it, which is gone again, or raises ValueError."""
+    """Makes the folder and one file in it, which is gone again, or raises InputError."""
     probe = folder / f".varjax.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
     except OSError as error:
-        raise ValueError(
+        raise InputError(
             f"cannot write to {folder} ({error.strerror}); choose another out"
         ) from error
     finally:

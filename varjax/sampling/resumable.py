@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.core import files, image_io
+from varjax.core.errors import InputError
 
 REQUEST = "request.json"
 
@@ -32,7 +33,7 @@ class Folder:
         if REQUEST in self._present:
             _refuse_another(self._path, files.read_json(self._path / REQUEST), self._request)
         elif self._present:
-            raise ValueError(
+            raise InputError(
                 f"{self._path} holds files and no {REQUEST}; empty it or choose another out"
             )
         elif write:
@@ -128,7 +129,7 @@ def _request_in(path):
         with zipfile.ZipFile(path) as archive:
             return json.loads(archive.read(REQUEST))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} exists and is no file of this command; delete it or choose another out"
         ) from error
 
@@ -137,7 +138,7 @@ def _refuse_another(path, there, here):
     names = dict.fromkeys((*there, *here))
     differing = [n for n in names if there.get(n) != here.get(n)]
     if lines := [f"{n}: {there.get(n)} there, {here.get(n)} asked for" for n in differing]:
-        raise ValueError(
+        raise InputError(
             f"{path} holds other images:\n  "
             + "\n  ".join(lines)
             + "\nask for the same to go on, delete it, or choose another out"

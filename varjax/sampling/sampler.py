@@ -32,7 +32,7 @@ class Sampler(Protocol):
     def options(self, **given: Any) -> Any:
         """Returns the model's own sampling options, a frozen dataclass, with `given` replaced.
 
-        Raises ValueError for a value out of range.
+        Raises InputError for a value out of range.
         """
         ...
 

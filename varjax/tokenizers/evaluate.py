@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.core import files, image_io
+from varjax.core.errors import InputError
 from varjax.data.sources import Tokens, parse
 from varjax.tokenizers.checks import check_images
 from varjax.tokenizers.load import read_tokenizer
@@ -47,12 +48,12 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measures, writes the three files into `out`, and returns what evaluation.json holds.
 
-    ema: see `read_tokenizer`. Raises ValueError, before any long work, for what cannot be done.
+    ema: see `read_tokenizer`. Raises InputError, before any long work, for what cannot be done.
     """
     config, params = read_tokenizer(weights, ema)
     images = parse(data, config.image_shape[:2], config.image_channels)
     if isinstance(images, Tokens):
-        raise ValueError(f"{data} holds tokens, but images are needed; give folder:… or tfds:…")
+        raise InputError(f"{data} holds tokens, but images are needed; give folder:… or tfds:…")
     check_images(config, images.image_shape)
     lpips_params = None
     if lpips:

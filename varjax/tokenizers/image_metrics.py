@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax.core.errors import InputError
+
 WINDOW = 11  # pixels a side
 SIGMA = 1.5
 C1, C2 = 0.01**2, 0.03**2  # for values that span 1
@@ -20,11 +22,11 @@ def ssim(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
 
     A Gaussian window of 11 by 11 pixels, σ 1.5, wherever it fits; the mean of the channels. Equal
     to scikit-image's `structural_similarity(gaussian_weights=True, use_sample_covariance=False)`.
-    Raises ValueError for images that no window fits into.
+    Raises InputError for images that no window fits into.
     """
     H, W = a_BHWC.shape[1:3]
     if min(H, W) < WINDOW:
-        raise ValueError(f"SSIM needs images of {WINDOW} by {WINDOW} pixels or more, not {H}×{W}")
+        raise InputError(f"SSIM needs images of {WINDOW} by {WINDOW} pixels or more, not {H}×{W}")
     rows, columns = _window(H), _window(W)
 
     def blur(x_BHWC):

@@ -8,6 +8,7 @@ from typing import TypeVar
 import jax
 
 from varjax.core import config_tree, files, trees
+from varjax.core.errors import InputError
 from varjax.core.saved_steps import restore_weights
 from varjax.core.trees import PyTree
 from varjax.tokenizers.vq.model import TokenizerConfig, init_tokenizer
@@ -33,7 +34,7 @@ def read_tokenizer(
             directory, ema
         )
     if "tokenizer" not in task:
-        raise ValueError(f"{directory} is a run of {task['_type']}, which holds no tokenizer")
+        raise InputError(f"{directory} is a run of {task['_type']}, which holds no tokenizer")
     params, _ = files.read_tensors(directory / "frozen.safetensors")
     return config_tree.from_dict(TokenizerConfig, task["tokenizer"]), params
 
@@ -43,7 +44,7 @@ def load_tokenizer(location: str | pathlib.Path, expected: TokenizerConfig) -> P
     found, params = read_tokenizer(location)
     a, b = config_tree.to_dict(found), config_tree.to_dict(expected)
     if lines := [f"{name}: {a[name]} there, {b[name]} here" for name in a if a[name] != b[name]]:
-        raise ValueError(f"{location} holds another tokenizer:\n  " + "\n  ".join(lines))
+        raise InputError(f"{location} holds another tokenizer:\n  " + "\n  ".join(lines))
     return params
 
 
@@ -51,13 +52,13 @@ def read_config(directory: pathlib.Path) -> dict:
     """The config.json of a run (it has a "task") or of a converted directory ("sources")."""
     path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"{directory} {'holds no config.json' if directory.is_dir() else 'does not exist'}; "
             "give a run's directory, or one that python -m varjax.convert wrote"
         )
     config = files.read_json(path)
     if not isinstance(config, dict) or not config.keys() & {"task", "sources"}:
-        raise ValueError(f"{path} is neither of a training run nor of a converted directory")
+        raise InputError(f"{path} is neither of a training run nor of a converted directory")
     return config
 
 
@@ -68,10 +69,10 @@ def read_part(
     data = read_config(directory)
     if name not in data:
         others = ", ".join(sorted(data.keys() & {"tokenizer", "var", "lpips"}))
-        raise ValueError(f"{directory} holds only {others}; convert it again with --{name} as well")
+        raise InputError(f"{directory} holds only {others}; convert it again with --{name} as well")
     config = config_tree.from_dict(cls, data[name])
     params, _ = files.read_tensors(directory / f"{name}.safetensors")
     expected = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
     if report := trees.difference(expected, params):
-        raise ValueError(f"{directory}/{name}.safetensors does not fit config.json:\n{report}")
+        raise InputError(f"{directory}/{name}.safetensors does not fit config.json:\n{report}")
     return config, params

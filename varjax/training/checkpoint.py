@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from varjax.core.distributed import from_first, gather
+from varjax.core.errors import InputError, StorageError
 from varjax.core.saved_steps import ARRAYS, UNREADABLE, Mismatch, Saved
 from varjax.training.task import TrainState
 
@@ -72,11 +73,11 @@ class Checkpoints:
         self._watch(lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
 
     def wait(self) -> None:
-        """Returns when everything saved is on the disk; OSError where that failed."""
+        """Returns when everything saved is on the disk; StorageError where that failed."""
         self._watch(self._manager.wait_until_finished)
 
     def check(self) -> None:
-        """OSError where what is written in the background has failed; does not wait."""
+        """StorageError where what is written in the background has failed; does not wait."""
         self._watch(self._manager.check_for_errors)
 
     def meta(self, step: int) -> dict:
@@ -108,7 +109,7 @@ class Checkpoints:
                 raise Mismatch(words)
             from_first(lambda: _report(candidate, words))  # noqa: B023  (called at once)
         if steps:
-            raise ValueError(f"no checkpoint of {steps} in {self.directory} can be read")
+            raise InputError(f"no checkpoint of {steps} in {self.directory} can be read")
         return None
 
     def _read(self, step: int, abstract: TrainState, shardings: Any) -> tuple[TrainState, dict]:
@@ -124,7 +125,7 @@ class Checkpoints:
             raise
         except Exception as error:  # of many kinds, RESOURCE_EXHAUSTED as a ValueError among them
             good = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
-            raise OSError(
+            raise StorageError(
                 f"saving to {self.directory} failed: {str(error)[:1000]}\nThe steps saved before "
                 f"are good: {sorted(map(int, good))}. Once the file system works again and has "
                 f"room for {self._keep + 1} checkpoints, the same command continues"

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from varjax.core import config_tree, files
+from varjax.core.errors import InputError
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan, Task
 
@@ -82,25 +83,25 @@ class Experiment:
     patience: int = 0
 
     def check(self) -> None:
-        """Raises ValueError for the first field that makes no sense."""
+        """Raises InputError for the first field that makes no sense."""
         if (self.steps > 0) == (self.epochs > 0) or min(self.steps, self.epochs) < 0:
-            raise ValueError(
+            raise InputError(
                 f"give the length as steps or as epochs, one of them above 0 and the other 0; "
                 f"steps is {self.steps}, epochs {self.epochs}"
             )
         for name, lowest in LOWEST.items():
             if (value := getattr(self, name)) < lowest:
-                raise ValueError(f"{name} is {value}, but must be at least {lowest}")
+                raise InputError(f"{name} is {value}, but must be at least {lowest}")
         if not self.run_dir:
-            raise ValueError("run_dir is empty; name a directory for this run, say runs/first")
+            raise InputError("run_dir is empty; name a directory for this run, say runs/first")
         if "://" in self.run_dir:
-            raise ValueError(f"run_dir is {self.run_dir}: an address; mount it and name the folder")
+            raise InputError(f"run_dir is {self.run_dir}: an address; mount it and name the folder")
         if (self.keep_best or self.patience) and not self.eval_every:
-            raise ValueError("keep_best and patience need evaluations; set eval_every above 0")
+            raise InputError("keep_best and patience need evaluations; set eval_every above 0")
         if self.patience and not self.keep_best:
-            raise ValueError(f"patience is {self.patience}, but keep_best names no metric")
+            raise InputError(f"patience is {self.patience}, but keep_best names no metric")
         if self.task.plan != Plan():
-            raise ValueError(
+            raise InputError(
                 f"task.plan is {self.task.plan}, but it follows from the rest; "
                 "leave it alone and set steps, epochs and batch_size"
             )
@@ -144,7 +145,7 @@ FREE += (
 def record_config(experiment: Experiment) -> None:
     """Writes <run_dir>/config.json, or checks that the run there has the same settings.
 
-    Fields that the run does not know yet had their defaults in it. Raises ValueError that lists
+    Fields that the run does not know yet had their defaults in it. Raises InputError that lists
     every difference outside FREE.
     """
     config: dict[str, Any] = config_tree.to_dict(experiment)
@@ -157,7 +158,7 @@ def record_config(experiment: Experiment) -> None:
             _drop(before, name)
             _drop(now, name)
         if lines := sorted(config_tree.differences(before, now)):
-            raise ValueError(
+            raise InputError(
                 f"{experiment.run_dir} holds a run with other settings:\n  "
                 + "\n  ".join(lines)
                 + "\ngive this run another run_dir, or go back to those settings to continue"
@@ -168,14 +169,14 @@ def record_config(experiment: Experiment) -> None:
 def record_data(experiment: Experiment) -> None:
     """Writes <run_dir>/data.json: the names of the classes, and which images there are.
 
-    Raises ValueError where the run there was trained on other ones, wherever they lie now; those
+    Raises InputError where the run there was trained on other ones, wherever they lie now; those
     held out may change.
     """
     now, path = experiment.data.describe(), pathlib.Path(experiment.run_dir) / "data.json"
     if path.exists():
         before = files.read_json(path) | {"held_out": now["held_out"]}
         if lines := config_tree.differences(before, now):
-            raise ValueError(
+            raise InputError(
                 f"{experiment.run_dir} was trained on other images:\n  "
                 + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
                 + "\ngive this run another run_dir, or bring back the images to continue"

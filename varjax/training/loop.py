@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from varjax.core import files
 from varjax.core.distributed import check_shared, from_first
+from varjax.core.errors import InputError
 from varjax.core.saved_steps import UNREADABLE
 from varjax.core.trees import PyTree
 from varjax.training.checkpoint import Checkpoints
@@ -40,7 +41,7 @@ def run(experiment: Experiment) -> dict[str, float]:
     The same command continues a run after any kind of end, and then takes exactly the steps that
     an uninterrupted run takes. SIGINT and SIGTERM (with several processes only SIGTERM) save at
     once and exit with 128 + the signal's number; an evaluation that was due is made up for.
-    Raises ValueError for settings that make no sense or differ from the run's, and
+    Raises InputError for settings that make no sense or differ from the run's, and
     FloatingPointError, with nothing of it saved, when a metric is not finite.
     """
     experiment.check()
@@ -103,7 +104,7 @@ def _train(
     frozen = put(frozen, shardings(frozen, mesh))
     evaluator = Evaluator(task, loader, frozen, mesh, e.batch_size)
     if e.keep_best and e.keep_best not in (names := evaluator.names(abstract)):
-        raise ValueError(f"keep_best is {e.keep_best!r}, but an evaluation gives {names}")
+        raise InputError(f"keep_best is {e.keep_best!r}, but an evaluation gives {names}")
 
     if (restored := checkpoints.restore(abstract, placement)) is None:
         state = initial_state(task, e.init_from, init_key, placement)

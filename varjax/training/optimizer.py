@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from varjax.core.errors import InputError
 from varjax.training.task import Plan
 
 Schedule = Literal["constant", "cos", "lin", "lin0", "lin00", "lin0.5", "exp"]
@@ -23,7 +24,7 @@ class AdamW:
     The peak learning rate is `base_lr` for each 256 images of the batch. It rises linearly from
     `warmup_start` of the peak over the fraction `warmup` of the run, then follows `schedule` down
     to `end` of the peak. Weight decay goes from `weight_decay` to `weight_decay_end` (None: stays)
-    on a half cosine. `clip` = 0 turns clipping off. Raises ValueError for what cannot work.
+    on a half cosine. `clip` = 0 turns clipping off. Raises InputError for what cannot work.
     """
 
     base_lr: float = 1e-4
@@ -47,7 +48,7 @@ class AdamW:
             ("warmup", 0 <= self.warmup < 1, "a fraction of the run, at least 0 and below 1"),
         ):
             if not sensible:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be {allowed}")
+                raise InputError(f"{name} is {getattr(self, name)}, but must be {allowed}")
 
     def lr(self, step: Step, plan: Plan) -> Any:
         """Learning rate of the update number `step`, from 0: float64 in NumPy, float32 in JAX."""

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from varjax.core import trees
+from varjax.core.errors import InputError
 
 # A spec speaks of the last dimensions, so stacked layers stay whole; the first match wins. The
 # table covers optimizer moments and EMA too, for their paths end in the parameter's.
@@ -47,9 +48,9 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     sizes = [shape.data, shape.fsdp, shape.tensor]
     product = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-        raise ValueError(f"{shape}: give positive numbers of devices, at most one of them -1")
+        raise InputError(f"{shape}: give positive numbers of devices, at most one of them -1")
     if len(devices) % product or (-1 not in sizes and len(devices) != product):
-        raise ValueError(
+        raise InputError(
             f"{shape} asks for {product} devices{' or a multiple' if -1 in sizes else ''}, "
             f"but there are {len(devices)}"
         )
@@ -137,10 +138,10 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> range:
 
 
 def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raises ValueError where `data` times `fsdp` does not divide the batch."""
+    """Raises InputError where `data` times `fsdp` does not divide the batch."""
     if batch_size % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
         sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-        raise ValueError(
+        raise InputError(
             f"batch_size {batch_size} does not divide over {parts} devices (mesh: {sizes}); "
             "choose a multiple"
         )

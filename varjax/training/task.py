@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import flax.struct
 import jax
 
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 
 Batch = dict[str, jax.Array]
@@ -45,7 +46,7 @@ class Task(Protocol):
         ...
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
-        """Raises ValueError where such a dataset or `plan` does not suit; before any long work.
+        """Raises InputError where such a dataset or `plan` does not suit; before any long work.
 
         image_shape: (H, W, channels). classes: labels are below it.
         """
@@ -60,7 +61,7 @@ class Task(Protocol):
 
         They may be of other sizes than `init`'s. Where only some rows (entries of the first axis)
         of a parameter mean the same here and there, its path names them: (rows here, rows there).
-        Raises ValueError that says what `location` lacks.
+        Raises InputError that says what `location` lacks.
         """
         ...
 
@@ -111,17 +112,17 @@ class Task(Protocol):
 
 
 def check_tokens(task: Task, frozen: PyTree, tokenized_by: Mapping[str, Any] | None) -> None:
-    """Raises ValueError, with all differences, for tokens that are not what `task` trains on.
+    """Raises InputError, with all differences, for tokens that are not what `task` trains on.
 
     tokenized_by: the `Task.tokenized_by` of what made them; None for images.
     """
     if (there := tokenized_by) is None:
         return
     if not (here := task.tokenized_by(frozen)):
-        raise ValueError(f"a {type(task).__name__} trains on images, but the data are tokens")
+        raise InputError(f"a {type(task).__name__} trains on images, but the data are tokens")
     names = [name for name in dict.fromkeys((*there, *here)) if there.get(name) != here.get(name)]
     if lines := [f"{name}: {there.get(name)} theirs, {here.get(name)} here" for name in names]:
-        raise ValueError(
+        raise InputError(
             "the tokens are another tokenizer's:\n  "
             + "\n  ".join(lines)
             + "\nmake them anew by python -m varjax.data.cache_latents, or use that tokenizer"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.training.task import TrainState
 
@@ -22,7 +23,7 @@ def gradients(
 
     The batch (leading axis B on every leaf) is worked off in `accumulate` parts. Whatever is
     random by example must lie in `batch`: then the result does not depend on `accumulate`.
-    Raises ValueError when `accumulate` does not divide B.
+    Raises InputError when `accumulate` does not divide B.
     """
     return over_parts(functools.partial(jax.grad(loss_fn, has_aux=True), params), batch, accumulate)
 
@@ -49,9 +50,9 @@ def over_parts(f: Callable[[PyTree], PyTree], batch: PyTree, accumulate: int = 1
 
 
 def check_parts(batch_size: int, accumulate: int) -> None:
-    """Raises ValueError where `gradients` cannot work off a batch in so many parts."""
+    """Raises InputError where `gradients` cannot work off a batch in so many parts."""
     if accumulate < 1 or batch_size % accumulate:
-        raise ValueError(
+        raise InputError(
             f"a batch of {batch_size} cannot be accumulated in {accumulate} equal parts; "
             "set accumulate to a divisor of it"
         )

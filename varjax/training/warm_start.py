@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from varjax.core import trees
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.training.task import Rows, Task, TrainState
 
@@ -19,7 +20,7 @@ def initial_state(task: Task, init_from: str, key: jax.Array, placement: TrainSt
 
     A parameter is taken over whole where there is one with its path and shape, in part where the
     task names rows that mean the same; the rest stays fresh. Process 0 prints what was kept and
-    everything that was not. Raises ValueError, before anything is computed, where next to nothing
+    everything that was not. Raises InputError, before anything is computed, where next to nothing
     fits. init_from: a run or a converted directory, "" for none.
     """
     init = jax.jit(task.init, out_shardings=placement)
@@ -65,7 +66,7 @@ class _Source:
         ]
         share = kept / max(sum(leaf.size for leaf in wanted.values()), 1)
         if share < ENOUGH:
-            raise ValueError(
+            raise InputError(
                 f"init_from: {self._location} holds another model, next to nothing of it fits:\n"
                 + "\n".join(lines)
             )

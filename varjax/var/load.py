@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from varjax.core import config_tree
+from varjax.core.errors import InputError
 from varjax.core.saved_steps import restore_weights
 from varjax.core.trees import PyTree
 from varjax.nn.compute import Compute
@@ -28,13 +29,13 @@ def load(
     devices: which share each batch out among them; None: all of this process.
     compute: for more than the dtype, instead of it.
 
-    Of a run, the best weights if it kept them, averaged if it averaged them. Raises ValueError that
+    Of a run, the best weights if it kept them, averaged if it averaged them. Raises InputError that
     says what `location` lacks.
     """
     if dtype not in get_args(Dtype):
-        raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(get_args(Dtype))}")
+        raise InputError(f"dtype={dtype!r}: allowed are {', '.join(get_args(Dtype))}")
     if compute is not None and dtype != "auto":
-        raise ValueError(f"dtype={dtype!r} and compute={compute}: give the dtype within compute")
+        raise InputError(f"dtype={dtype!r} and compute={compute}: give the dtype within compute")
     var, params, sampling = read_var(location)
     tokenizer, tokenizer_params = read_tokenizer(location)
     params = {"tokenizer": tokenizer_params, "var": params}
@@ -46,7 +47,7 @@ def read_var(
 ) -> tuple[VARConfig, PyTree, Options]:
     """(config, params, sampling) of the transformer in a run or a converted directory.
 
-    ema: of a run, the averaged weights or not; None for them if there are any. Raises ValueError
+    ema: of a run, the averaged weights or not; None for them if there are any. Raises InputError
     that says what `location` lacks.
     """
     directory = pathlib.Path(location)
@@ -56,7 +57,7 @@ def read_var(
         return *read_part(directory, "var", VARConfig, init_var), sampling
     task = config["task"]
     if task["_type"] != "VARTask":
-        raise ValueError(f"{directory} is a run of {task['_type']}, not of a transformer (VARTask)")
+        raise InputError(f"{directory} is a run of {task['_type']}, not of a transformer (VARTask)")
     model = config_tree.from_dict(VARConfig, task["model"])
     sampling = config_tree.from_dict(Options, task["sampling"])
     return model, restore_weights(directory, ema), sampling

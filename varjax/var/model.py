@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from varjax.core.errors import InputError
 from varjax.nn.attention import dense
 from varjax.nn.compute import Compute, spread_rows
 from varjax.nn.transformer import (
@@ -25,7 +26,7 @@ from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, Pyramid, Scale
 class VARConfig:
     """What a transformer is. The class `classes` means "no class" (guidance, in-painting).
 
-    Raises ValueError where sizes do not fit one another.
+    Raises InputError where sizes do not fit one another.
     """
 
     depth: int
@@ -43,16 +44,16 @@ class VARConfig:
         self.pyramid  # noqa: B018  (its own checks)
         for name in ("depth", "width", "heads", "classes", "vocab", "code_channels"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+                raise InputError(f"{name}={getattr(self, name)}: must be 1 or more")
         if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+            raise InputError(f"width={self.width} is not a multiple of heads={self.heads}")
 
     @classmethod
     def preset(cls, name: str) -> "VARConfig":
         """The released models: d16, d20, d24, d30 (256 px) and d36 (512 px)."""
         gates = {"d16": 1e-3, "d20": 1e-3, "d24": 1e-4, "d30": 1e-5, "d36": 5e-6}
         if name not in gates:
-            raise ValueError(f"preset {name!r}: allowed are {', '.join(gates)}")
+            raise InputError(f"preset {name!r}: allowed are {', '.join(gates)}")
         depth = int(name[1:])
         large = {"scales": SCALES_512, "shared_adaln": True} if name == "d36" else {}
         return cls(depth, 64 * depth, depth, gate_init=gates[name], **large)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core import config_tree, trees
+from varjax.core.errors import InputError
 from varjax.nn.compute import Compute
 from varjax.sampling.data_parallel import batch_mesh, put_everywhere, shared_out
 from varjax.sampling.options import replace_options
@@ -117,7 +118,7 @@ class Pipeline:
         """One new image per label; options are fields of `Options`, by default `sampling`'s.
 
         Image i is a function of the seed, its `index` (its place, unless given), its label and
-        the options, whatever else is in the batch. Raises ValueError for labels or options out of
+        the options, whatever else is in the batch. Raises InputError for labels or options out of
         range; the label `classes` means "no class".
         """
         label_B = self._check_labels(labels)
@@ -144,12 +145,12 @@ class Pipeline:
         index_B = np.arange(len(images_BHWC)) if index is None else np.asarray(index)
         B, finest = len(index_B), self.var.pyramid.finest
         if len(images_BHWC) not in (1, B):
-            raise ValueError(
+            raise InputError(
                 f"{len(images_BHWC)} images and {B} of index; give one image, or one per index"
             )
         keep = np.asarray(keep)
         if keep.shape not in (finest, (B, *finest)):
-            raise ValueError(f"keep has shape {keep.shape}; allowed are {finest}, {(B, *finest)}")
+            raise InputError(f"keep has shape {keep.shape}; allowed are {finest}, {(B, *finest)}")
         keep_Bhw = np.broadcast_to(keep.astype(bool), (B, *finest))
         label_B = self._check_labels(np.full(B, self.var.classes) if labels is None else labels, B)
         chosen = self.options(**options)
@@ -161,7 +162,7 @@ class Pipeline:
     def options(self, **given: Any) -> Options:
         """Returns the model's own `sampling` with what is given, and not None, replaced.
 
-        Raises ValueError for an unknown name and for a value out of range.
+        Raises InputError for an unknown name and for a value out of range.
         """
         return replace_options(self.sampling, given).check()
 
@@ -173,28 +174,28 @@ class Pipeline:
     def _check_images(self, images_BHWC):
         images_BHWC, wanted = jnp.asarray(images_BHWC), self.tokenizer.image_shape
         if images_BHWC.ndim != 4 or images_BHWC.shape[1:] != wanted:
-            raise ValueError(f"images have shape {images_BHWC.shape}; needed is (B, *{wanted})")
+            raise InputError(f"images have shape {images_BHWC.shape}; needed is (B, *{wanted})")
         if images_BHWC.dtype == jnp.uint8:
             return to_model(images_BHWC)
         if not jnp.issubdtype(images_BHWC.dtype, jnp.floating):
-            raise ValueError(f"images are {images_BHWC.dtype}; give uint8 or float in [0, 1]")
+            raise InputError(f"images are {images_BHWC.dtype}; give uint8 or float in [0, 1]")
         return images_BHWC.astype(jnp.float32) * 2 - 1
 
     def _check_tokens(self, tokens_BL):
         tokens_BL = np.asarray(tokens_BL)
         length, vocab = self.var.pyramid.length, self.var.vocab
         if tokens_BL.ndim != 2 or tokens_BL.shape[1] != length:
-            raise ValueError(f"tokens have shape {tokens_BL.shape}; needed is (B, {length})")
+            raise InputError(f"tokens have shape {tokens_BL.shape}; needed is (B, {length})")
         if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < vocab:
-            raise ValueError(f"tokens lie outside of 0 … {vocab - 1}")
+            raise InputError(f"tokens lie outside of 0 … {vocab - 1}")
         return jnp.asarray(tokens_BL, jnp.int32)
 
     def _check_labels(self, labels, batch=None):
         label_B = np.atleast_1d(np.asarray(labels))
         if label_B.ndim != 1 or (batch is not None and len(label_B) != batch):
-            raise ValueError(f"labels have shape {label_B.shape}; needed is ({batch or 'B'},)")
+            raise InputError(f"labels have shape {label_B.shape}; needed is ({batch or 'B'},)")
         if bad := [x for x in label_B.tolist() if x != int(x) or not 0 <= x <= self.var.classes]:
-            raise ValueError(
+            raise InputError(
                 f"labels {bad[:5]}: allowed are 0 … {self.var.classes - 1},"
                 f" and {self.var.classes} for no class"
             )

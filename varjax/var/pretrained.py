@@ -6,6 +6,7 @@ import sys
 
 import jax
 
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.tokenizers.load import load_tokenizer
 from varjax.tokenizers.vq.model import TokenizerConfig, init_tokenizer
@@ -19,7 +20,7 @@ RANDOM = "random"
 def read_frozen(location: str, tokenizer: TokenizerConfig) -> PyTree:
     """The parameters of `tokenizer` at `location`, fresh ones for "random".
 
-    Raises ValueError where there are none, or those of another tokenizer.
+    Raises InputError where there are none, or those of another tokenizer.
     """
     if location != RANDOM:
         return load_tokenizer(location, tokenizer)
@@ -55,8 +56,8 @@ def matching_rows(here: VARConfig, there: VARConfig) -> Rows:
 
 
 def check_fit(tokenizer: TokenizerConfig, var: VARConfig) -> None:
-    """Raises ValueError, with all differences, where a transformer cannot read these tokens."""
+    """Raises InputError, with all differences, where a transformer cannot read these tokens."""
     fields = ("scales", "vocab", "code_channels")
     pairs = {name: (getattr(tokenizer, name), getattr(var, name)) for name in fields}
     if lines := [f"{n}: tokenizer {a}, transformer {b}" for n, (a, b) in pairs.items() if a != b]:
-        raise ValueError("tokenizer and transformer do not fit:\n  " + "\n  ".join(lines))
+        raise InputError("tokenizer and transformer do not fit:\n  " + "\n  ".join(lines))

@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from varjax.core.errors import InputError
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import Cache
 from varjax.tokenizers.vq.model import TokenizerConfig, decode_images, make_quantizer
@@ -34,14 +35,14 @@ class Options:
     def check(self) -> "Options":
         """Returns it in plain Python types: whatever kind of number is given, one compilation.
 
-        Raises ValueError for a value out of range.
+        Raises InputError for a value out of range.
         """
         if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise ValueError(f"top_k={self.top_k}: must be a whole number, 0 (off) or more")
+            raise InputError(f"top_k={self.top_k}: must be a whole number, 0 (off) or more")
         if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must lie in [0, 1]; 0 turns it off")
+            raise InputError(f"top_p={self.top_p}: must lie in [0, 1]; 0 turns it off")
         if not 0 <= self.cfg < float("inf"):
-            raise ValueError(f"cfg={self.cfg}: must be a finite number, 0 (off) or more")
+            raise InputError(f"cfg={self.cfg}: must be a finite number, 0 (off) or more")
         return Options(float(self.cfg), int(self.top_k), float(self.top_p), bool(self.smooth))
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from varjax.core import flops, trees
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import drop_path
@@ -61,7 +62,7 @@ class VARTask:
         check_images(self.tokenizer, image_shape)
         check_parts(self.plan.batch_size, self.accumulate)
         if classes != self.model.classes:
-            raise ValueError(
+            raise InputError(
                 f"the data has {classes} classes, but the model {self.model.classes}; "
                 f"set task.model.classes={classes}, or train on other data"
             )

@@ -9,6 +9,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from varjax.core.errors import InputError
+
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
@@ -52,11 +54,11 @@ def view(
 ) -> np.ndarray:
     """The array at `offset` in `data` (bytes); offset and stride count elements.
 
-    Raises ValueError if an element would lie outside `data`.
+    Raises InputError if an element would lie outside `data`.
     """
     numbers = (offset, *size, *stride)
     if any(type(n) is not int or not 0 <= n < 2**48 for n in numbers) or len(size) != len(stride):
-        raise ValueError(
+        raise InputError(
             f"a tensor has offset {short(offset)}, size {short(size)} and stride {short(stride)}; "
             "these must be non-negative integers, one stride per dimension: the file is damaged"
         )
@@ -64,13 +66,13 @@ def view(
     if 0 in size:
         return np.empty(size, dtype)
     if reach > len(data) // dtype.itemsize:
-        raise ValueError(
+        raise InputError(
             f"a tensor of size {short(size)}, stride {short(stride)} and offset {offset} needs "
             f"{reach} elements, but its storage has {len(data) // dtype.itemsize}: "
             "the file is damaged"
         )
     if math.prod(size) * dtype.itemsize > max(MAX_BROADCAST_BYTES, 16 * len(data)):
-        raise ValueError(
+        raise InputError(
             f"a storage of {len(data)} bytes is spread over a tensor of size {short(size)}, "
             "more than is plausible; save tensor.contiguous() if it is meant"
         )
@@ -82,7 +84,7 @@ def checked_key(key: Any) -> Any:
     """`key`, if it may be a key of a dict or an item of a set; ValueError otherwise."""
     # Hashing nested tuples can take exponential time, and no checkpoint is keyed by them.
     if not isinstance(key, str | int | float | bytes | None):
-        raise ValueError(f"its pickle has a key of type {type(key).__name__}; {REFUSED}")
+        raise InputError(f"its pickle has a key of type {type(key).__name__}; {REFUSED}")
     return key
 
 
@@ -101,7 +103,7 @@ def _rebuild_tensor_v3(
     if not isinstance(storage, Storage):
         raise TypeError(f"a tensor over a {type(storage).__name__}")
     if metadata:
-        raise ValueError(
+        raise InputError(
             "it holds a tensor that is conjugated or negated only when read; "
             "save tensor.resolve_conj().resolve_neg()"
         )
@@ -132,13 +134,13 @@ def _set(items=()) -> set:
 
 def _encode(text, encoding) -> bytes:
     if encoding != "latin1":
-        raise ValueError(f"its pickle encodes text as {short(encoding)}; {REFUSED}")
+        raise InputError(f"its pickle encodes text as {short(encoding)}; {REFUSED}")
     return text.encode("latin1")
 
 
 def _numpy_dtype(code, _align, _copy) -> np.dtype:
     if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d{1,2}", code):
-        raise ValueError(f"its pickle holds a NumPy scalar of type {short(code)}; {REFUSED}")
+        raise InputError(f"its pickle holds a NumPy scalar of type {short(code)}; {REFUSED}")
     return np.dtype(code)
 
 

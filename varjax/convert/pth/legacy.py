@@ -6,6 +6,7 @@ import numpy as np
 
 from varjax.convert.pth.allowed import Storage
 from varjax.convert.pth.unpickle import extent, unpickle
+from varjax.core.errors import InputError
 
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how each such file starts
 VERSION = 1001
@@ -15,7 +16,7 @@ CUT = "the file is cut short or damaged; download it again"
 def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
     """What the bytes of such a file hold, as `unpickle` gives it, the tensors views of `file`.
 
-    Raises ValueError for what is damaged or holds anything but tensors and plain data.
+    Raises InputError for what is damaged or holds anything but tensors and plain data.
     """
     position = len(MAGIC)
 
@@ -27,10 +28,10 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
         return window[:size]
 
     if (version := unpickle(next_pickle(), _none)) != VERSION:
-        raise ValueError(f"it has version {version} of an old format; known is {VERSION}")
+        raise InputError(f"it has version {version} of an old format; known is {VERSION}")
     machine = unpickle(next_pickle(), _none)
     if not (isinstance(machine, dict) and machine.get("little_endian")):
-        raise ValueError("it was saved on a big-endian machine; save it on a little-endian one")
+        raise InputError("it was saved on a big-endian machine; save it on a little-endian one")
     content, keys = next_pickle(), unpickle(next_pickle(), _none)
 
     sizes: dict[str, tuple[int, int]] = {}  # elements and their bytes: only the content knows
@@ -41,16 +42,16 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
 
     unpickle(content, note)
     if not isinstance(keys, list) or set(map(repr, keys)) != set(map(repr, sizes)):
-        raise ValueError(f"its storages are not those that its tensors need: {CUT}")
+        raise InputError(f"its storages are not those that its tensors need: {CUT}")
     data: dict[str, np.ndarray] = {}
     for key in keys:
         count, itemsize = sizes[key]
         start, position = position + 8, position + 8 + count * itemsize
         data[key] = file[start:position]
         if file[start - 8 : start].tobytes() != count.to_bytes(8, "little") or position > len(file):
-            raise ValueError(f"storage {key!r} is not where it should be: {CUT}")
+            raise InputError(f"storage {key!r} is not where it should be: {CUT}")
     return unpickle(content, lambda dtype, key, count: Storage(data[key], dtype))
 
 
 def _none(dtype: np.dtype, key: str, count: int) -> Storage:
-    raise ValueError("a tensor stands where none belongs")
+    raise InputError("a tensor stands where none belongs")

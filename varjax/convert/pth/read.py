@@ -13,6 +13,7 @@ from varjax.convert.pth.allowed import Storage
 from varjax.convert.pth.legacy import MAGIC, read_legacy
 from varjax.convert.pth.unpickle import unpickle
 from varjax.core import safetensors_io
+from varjax.core.errors import InputError
 
 MAX_PICKLE_BYTES = 2**24  # a full trainer checkpoint of the largest VAR needs about 2**19
 # Compressed members are unpacked into memory, and real weights shrink by no more than a tenth.
@@ -42,15 +43,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     member is compressed), so nothing is read before it is used; strides and sharing are kept.
     Nothing in the file is ever executed.
 
-    Raises ValueError naming the file if it is missing, damaged, no checkpoint, or holds anything
+    Raises InputError naming the file if it is missing, damaged, no checkpoint, or holds anything
     but tensors and plain data.
     """
     path = Path(path)
     if not path.is_file():
         problem = "is a folder; give the file in it" if path.is_dir() else "does not exist"
-        raise ValueError(f"{path}: {problem}")
+        raise InputError(f"{path}: {problem}")
     if path.stat().st_size == 0:
-        raise ValueError(f"{path}: is empty; {AGAIN}")
+        raise InputError(f"{path}: is empty; {AGAIN}")
     file = np.memmap(path, np.uint8, "r")
     try:
         head = file[:512].tobytes()
@@ -65,14 +66,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
             return safetensors_io.read(file)[0]
         for start, problem in NOT_WEIGHTS.items():
             if head.lstrip().startswith(start):
-                raise ValueError(f"this is {problem}")
+                raise InputError(f"this is {problem}")
         if head[257:262] == b"ustar":
-            raise ValueError(f"this is a tar file, as PyTorch wrote before 0.1.10; {RESAVE}")
-        raise ValueError(
+            raise InputError(f"this is a tar file, as PyTorch wrote before 0.1.10; {RESAVE}")
+        raise InputError(
             f"this is no PyTorch or safetensors file (it starts with {head[:16]!r}); {AGAIN}"
         )
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 def _read_zip(path: Path, file: np.ndarray) -> Any:
@@ -80,7 +81,7 @@ def _read_zip(path: Path, file: np.ndarray) -> Any:
         with zipfile.ZipFile(path) as archive:
             return _read_archive(archive, file)
     except DAMAGED_ZIP as error:
-        raise ValueError(f"the zip file is cut short or damaged ({error}); {AGAIN}") from error
+        raise InputError(f"the zip file is cut short or damaged ({error}); {AGAIN}") from error
 
 
 def _read_archive(archive: zipfile.ZipFile, file: np.ndarray) -> Any:
@@ -88,14 +89,14 @@ def _read_archive(archive: zipfile.ZipFile, file: np.ndarray) -> Any:
     _check_members(members.values(), len(file))
     pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
-        raise ValueError("this is a zip file that torch.save did not write: it has no data.pkl")
+        raise InputError("this is a zip file that torch.save did not write: it has no data.pkl")
     root = pickles[0].removesuffix("data.pkl")
     if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
-        raise ValueError(
+        raise InputError(
             f"its pickle has {members[pickles[0]].file_size} bytes; is it a checkpoint?"
         )
     if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
-        raise ValueError("it was saved on a big-endian machine; save it on a little-endian one")
+        raise InputError("it was saved on a big-endian machine; save it on a little-endian one")
 
     @functools.cache  # tied tensors share their storage, compressed or not
     def content(name: str) -> np.ndarray:
@@ -106,9 +107,9 @@ def _read_archive(archive: zipfile.ZipFile, file: np.ndarray) -> Any:
     def storage(dtype: np.dtype, key: str, count: int) -> Storage:
         name = f"{root}data/{key}"
         if name not in members:
-            raise ValueError(f"a tensor refers to {name}, which the file lacks; {AGAIN}")
+            raise InputError(f"a tensor refers to {name}, which the file lacks; {AGAIN}")
         if members[name].file_size != count * dtype.itemsize:
-            raise ValueError(
+            raise InputError(
                 f"{name} should hold {count} elements of {dtype.name} but has "
                 f"{members[name].file_size} bytes; {AGAIN}"
             )
@@ -120,12 +121,12 @@ def _read_archive(archive: zipfile.ZipFile, file: np.ndarray) -> Any:
 def _check_members(members, file_bytes: int) -> None:
     compressed = [m for m in members if m.compress_type != zipfile.ZIP_STORED]
     if any(m.flag_bits & 1 for m in members):
-        raise ValueError("the zip file is encrypted; unpack it and zip it without a password")
+        raise InputError("the zip file is encrypted; unpack it and zip it without a password")
     if any(m.compress_type != zipfile.ZIP_DEFLATED for m in compressed):
-        raise ValueError(f"the zip file is compressed by a method other than deflate; {RESAVE}")
+        raise InputError(f"the zip file is compressed by a method other than deflate; {RESAVE}")
     unpacked = sum(m.file_size for m in compressed)
     if unpacked > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * file_bytes):
-        raise ValueError(
+        raise InputError(
             f"the zip file unpacks from {file_bytes} to {unpacked} bytes, more than weights can; "
             f"if you trust it, {RESAVE}"
         )
@@ -135,9 +136,9 @@ def _stored(member: zipfile.ZipInfo, file: np.ndarray) -> np.ndarray:
     # The central directory gives the local header; its two lengths say where the content starts.
     header = file[member.header_offset : member.header_offset + 30].tobytes()
     if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
-        raise ValueError(f"the zip file is damaged at {member.filename}; {AGAIN}")
+        raise InputError(f"the zip file is damaged at {member.filename}; {AGAIN}")
     lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     start = member.header_offset + 30 + lengths
     if start + member.file_size > len(file):
-        raise ValueError(f"the file ends inside {member.filename}; {AGAIN}")
+        raise InputError(f"the file ends inside {member.filename}; {AGAIN}")
     return file[start : start + member.file_size]

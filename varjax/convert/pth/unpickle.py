@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from varjax.convert.pth.allowed import ALLOWED, REFUSED, Storage, checked_key
+from varjax.core.errors import InputError
 
 LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 FRESH = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
@@ -29,13 +30,13 @@ def unpickle(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage]) ->
 
     storage: from (element type, key, number of elements) to the storage of that key.
     OrderedDict becomes dict, torch.Size tuple, torch.device str and torch.dtype np.dtype.
-    Raises ValueError for anything that is not on the allow-list, and for a damaged pickle.
+    Raises InputError for anything that is not on the allow-list, and for a damaged pickle.
     """
     try:
         return _run(_opcodes(pickle), storage)
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
         # What a machine without checks at every pop runs into when the opcodes make no sense.
-        raise ValueError(f"its pickle is damaged ({error!r}); download or save it again") from error
+        raise InputError(f"its pickle is damaged ({error!r}); download or save it again") from error
 
 
 def extent(pickle: bytes) -> int:
@@ -47,7 +48,7 @@ def _opcodes(pickle: bytes) -> Iterator[tuple[str, Any, int]]:
     try:
         yield from ((opcode.name, arg, at or 0) for opcode, arg, at in pickletools.genops(pickle))
     except ValueError as error:
-        raise ValueError(f"its pickle is damaged ({error}); download or save it again") from error
+        raise InputError(f"its pickle is damaged ({error}); download or save it again") from error
 
 
 def _run(
@@ -100,7 +101,7 @@ def _run(
             case "REDUCE":
                 function, args = pop(2)
                 if not isinstance(function, FunctionType):  # a type of number, or plain data
-                    raise ValueError(f"its pickle calls a {type(function).__name__}; {REFUSED}")
+                    raise InputError(f"its pickle calls a {type(function).__name__}; {REFUSED}")
                 stack.append(function(*args))
             case "BUILD":
                 (state,) = pop(1)
@@ -115,24 +116,24 @@ def _run(
             case _ if opcode in FRESH:
                 stack.append(FRESH[opcode]())
             case _:
-                raise ValueError(f"its pickle uses the opcode {opcode}; {REFUSED}")
+                raise InputError(f"its pickle uses the opcode {opcode}; {REFUSED}")
     return stack.pop()
 
 
 def _allowed(name: str) -> Any:
     if name not in ALLOWED:
-        raise ValueError(f"its pickle asks for {name[:200]!r}; {REFUSED}")
+        raise InputError(f"its pickle asks for {name[:200]!r}; {REFUSED}")
     return ALLOWED[name]
 
 
 def _storage(reference: Any, storage: Callable[[np.dtype, str, int], Storage]) -> Storage:
     kind, dtype, key, _location, count, *part = reference
     if part not in ([], [None]):  # what PyTorch before 1.6 adds: which part of another storage
-        raise ValueError("its tensors share storages in an old way; re-save it in a recent PyTorch")
+        raise InputError("its tensors share storages in an old way; re-save it in a recent PyTorch")
     if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
-        raise ValueError(f"its pickle refers to a storage of unknown kind {short(kind)}; {REFUSED}")
+        raise InputError(f"its pickle refers to a storage of unknown kind {short(kind)}; {REFUSED}")
     if type(count) is not int or count < 0:
-        raise ValueError(f"storage {short(key)} has {short(count)} elements: the file is damaged")
+        raise InputError(f"storage {short(key)} has {short(count)} elements: the file is damaged")
     return storage(dtype, key, count)
 
 
@@ -155,6 +156,6 @@ def _check_state(target: Any, state: Any) -> None:
     """State never changes anything: OrderedDict's is module versions, dtype's the byte order."""
     if isinstance(target, np.dtype):
         if state[1] not in ("<", "|"):
-            raise ValueError("it holds big-endian numbers; save it on a little-endian machine")
+            raise InputError("it holds big-endian numbers; save it on a little-endian machine")
     elif not isinstance(target, dict):
-        raise ValueError(f"its pickle sets the state of a {type(target).__name__}; {REFUSED}")
+        raise InputError(f"its pickle sets the state of a {type(target).__name__}; {REFUSED}")

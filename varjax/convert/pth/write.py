@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from varjax.convert.pth.allowed import STORAGES
+from varjax.core.errors import InputError
 from varjax.core.safetensors_io import Tensor
 
 ALIGNMENT = 64  # as torch.save does, so that a memory map of the file has aligned tensors
@@ -23,18 +24,18 @@ def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) ->
     """Write `state_dict` to `path`, where `torch.load(path, weights_only=True)` gives it back.
 
     The file appears complete or not at all. Arrays are copied one at a time; they may be lazy.
-    Raises ValueError for a name that is no string, a type PyTorch's classic tensors lack, or a
+    Raises InputError for a name that is no string, a type PyTorch's classic tensors lack, or a
     missing folder.
     """
     path = Path(path)
     if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist; create it first")
+        raise InputError(f"{path}: the folder {path.parent} does not exist; create it first")
     for name, x in state_dict.items():
         if not isinstance(name, str):
-            raise ValueError(f"{path}: the name {name!r} is a {type(name).__name__}, not a string")
+            raise InputError(f"{path}: the name {name!r} is a {type(name).__name__}, not a string")
         if np.dtype(x.dtype) not in CLASS:
             allowed = ", ".join(dtype.name for dtype in CLASS)
-            raise ValueError(f"{path}: {name} has type {x.dtype}; convert it to one of {allowed}")
+            raise InputError(f"{path}: {name} has type {x.dtype}; convert it to one of {allowed}")
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:

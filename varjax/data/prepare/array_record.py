@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 
 from varjax.core import files
+from varjax.core.errors import InputError
 from varjax.data import decoding, transforms
 from varjax.data.prepare import process_pool
 
@@ -31,7 +32,7 @@ class Encoding:
 
     def __post_init__(self):
         if self.size < 0 or not 1 <= self.quality <= 100:
-            raise ValueError(
+            raise InputError(
                 f"size is {self.size} and quality {self.quality}; size counts pixels, 0 to keep "
                 "the files as they are, and quality goes from 1 to 100"
             )

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from varjax.core import files
+from varjax.core.errors import InputError
 from varjax.data.prepare import array_record, process_pool
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.folder_layout import Listing
@@ -42,11 +43,11 @@ def prepare(
 
     held_out, unconditional: as in `Folder`. size, quality: as in `array_record.Encoding`. workers:
     processes, 0 for one per core. shards: files of the training split, 0 for one per 1,000 images
-    up to 256. Broken images are left out, and named in report.json. Raises ValueError for a folder
+    up to 256. Broken images are left out, and named in report.json. Raises InputError for a folder
     that makes no sense, and for an `out` that holds anything else.
     """
     if min(workers, shards) < 0:
-        raise ValueError(f"workers is {workers}, shards {shards}; give 1 or more, or 0 to choose")
+        raise InputError(f"workers is {workers}, shards {shards}; give 1 or more, or 0 to choose")
     path, encoding = pathlib.Path(out), array_record.Encoding(size, quality)
     data = Folder(folder, held_out=held_out, unconditional=unconditional)
     listings = {"train": data.listings["train"], "validation": data.listings["held_out"]}
@@ -82,13 +83,13 @@ def _begin(path: pathlib.Path, request: Mapping[str, Any]) -> None:
             for name, value in request.items()
             if there.get(name) != value
         ]:
-            raise ValueError(
+            raise InputError(
                 f"{path} holds something else, or files have come or gone in the folder:\n  "
                 + "\n  ".join(lines)
                 + "\nask for the same to go on, delete it, or choose another out"
             )
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path} is not an empty folder; choose another out")
+        raise InputError(f"{path} is not an empty folder; choose another out")
     else:
         files.write_json(path / REQUEST, request)
 
@@ -143,7 +144,7 @@ def _finish(
     for split, of_shards in reports.items():
         if not any(report["images"] for report in of_shards):
             name, reason = of_shards[0]["broken"][0]
-            raise ValueError(f"no {split} image can be read; {name}, for one: {reason}")
+            raise InputError(f"no {split} image can be read; {name}, for one: {reason}")
     whole = {
         split: {
             "images": sum(report["images"] for report in of_shards),

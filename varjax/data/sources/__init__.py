@@ -1,5 +1,6 @@
 """All datasets, and how a command line names them."""
 
+from varjax.core.errors import InputError
 from varjax.data.latents import Tokens
 from varjax.data.sources.digits import Digits
 from varjax.data.sources.folder import Folder
@@ -17,7 +18,7 @@ def parse(
     "digits", "photos" or "random".
 
     `size` is that of its images, or (height, width); `channels` theirs, where there is a choice.
-    Raises ValueError for anything else.
+    Raises InputError for anything else.
     """
     kind, colon, where = text.partition(":")
     if kind == "folder" and where:
@@ -28,13 +29,13 @@ def parse(
         return Tokens(where)
     if kind == "digits" and not colon:
         if size not in (8, (8, 8)):
-            raise ValueError(f"digits are 8 by 8 pixels, but {size} is wanted; choose other data")
+            raise InputError(f"digits are 8 by 8 pixels, but {size} is wanted; choose other data")
         return Digits()
     if kind == "random" and not colon:
         return Noise(size, channels)
     if kind == "photos" and not colon:
         return Photos(size)
-    raise ValueError(
+    raise InputError(
         f"data is {text!r}; give folder:PATH (images in folders), tfds:NAME or tfds:DIRECTORY "
         "(a prepared dataset), tokens:PATH (made of images once), digits, photos (crops of two "
         "photographs), or random (noise, to try things out)"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from varjax.core.errors import InputError
 from varjax.data import decoding, transforms
 from varjax.data.loader import Loader
 from varjax.data.sources.folder_layout import Listing, Tree
@@ -24,7 +25,7 @@ class Folder:
 
     `held_out` names the folder beside train/, or is the share of images to hold out, chosen by a
     hash of each path, so that a new file moves no other one to the other side. None means "val"
-    where there is one, else 0.05. Everything raises ValueError for folders that make no sense.
+    where there is one, else 0.05. Everything raises InputError for folders that make no sense.
     """
 
     root: str
@@ -38,7 +39,7 @@ class Folder:
     def __post_init__(self):
         transforms.check_view(self.size, self.channels)
         if not isinstance(self.held_out, str | None) and not 0 < self.held_out < 1:
-            raise ValueError(f"held_out is {self.held_out}, but a share lies between 0 and 1")
+            raise InputError(f"held_out is {self.held_out}, but a share lies between 0 and 1")
 
     @functools.cached_property
     def tree(self) -> Tree:

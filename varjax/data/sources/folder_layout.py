@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from varjax.core.errors import InputError
+
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SUFFIXES += (".jp2", ".avif")
 ONE_CLASS = ("image",)  # the class name of images without classes
@@ -45,18 +47,18 @@ class Tree:
     def find(cls, root: str, held_out: str | float | None, unconditional: bool) -> "Tree":
         """Looks at the uppermost folders only; ValueError when they leave a doubt."""
         if not root:
-            raise ValueError("root is empty; name the folder of the images")
+            raise InputError("root is empty; name the folder of the images")
         folders, files = _scan(root)
         train = ""
         if isinstance(held_out, str) and not {"train", held_out} <= set(folders):
-            raise ValueError(
+            raise InputError(
                 f"held_out is {held_out!r}, but {root} has no folders train and {held_out}; its "
                 f"folders are {_few(folders)}. A share of the images, say 0.05, can be held out too"
             )
         if "train" in folders:
             train, beside = "train", isinstance(held_out, str) or "val" in folders
             if not beside and len(folders) > 1:
-                raise ValueError(
+                raise InputError(
                     f"{root} has a folder train, but no val beside it: {_few(folders)}. Name the "
                     "held-out folder (held_out=test), or if these are classes, rename train"
                 )
@@ -64,7 +66,7 @@ class Tree:
                 held_out = "val"
             folders, files = _scan(_below(root, train))
         if not unconditional and folders and files:
-            raise ValueError(
+            raise InputError(
                 f"{_below(root, train)} holds images ({_few(files)}) and folders "
                 f"({_few(folders)}): sort them into one folder per class, or set "
                 "unconditional=True to take all of them as one class"
@@ -76,7 +78,7 @@ class Tree:
     def listings(self) -> dict[str, Listing]:
         """The images of "train" and "held_out", class by class, ordered by path.
 
-        Raises ValueError where one of them has none, where a class has none to train on, and where
+        Raises InputError where one of them has none, where a class has none to train on, and where
         the held-out folder has other classes.
         """
         train = self._folder(self.train)
@@ -87,14 +89,14 @@ class Tree:
             train, held_out = _choose(train, ~out_N), _choose(train, out_N)
         where = _below(self.root, self.train)
         if not held_out.paths:
-            raise ValueError(
+            raise InputError(
                 f"{where} has no images to hold out: held_out={self.held_out} chose none of "
                 f"{len(train.paths)}; set a larger share"
             )
         counts = np.bincount(train.labels_N, minlength=len(self.class_names))
         if not counts.all():
             missing = [n for n, count in zip(self.class_names, counts, strict=True) if not count]
-            raise ValueError(
+            raise InputError(
                 f"{where} has no training images of {len(missing)} classes: {_few(missing)}; add "
                 f"some or remove the folders (held_out is {self.held_out})"
             )
@@ -108,9 +110,9 @@ class Tree:
         else:
             folders, files = _scan(where)
             if unknown := sorted(set(folders) - set(self.class_names)):
-                raise ValueError(f"{where} has classes that {self.train} has not: {_few(unknown)}")
+                raise InputError(f"{where} has classes that {self.train} has not: {_few(unknown)}")
             if not folders and files:
-                raise ValueError(
+                raise InputError(
                     f"{where} holds images, but no folders of classes like {self.train}; sort them "
                     "into folders of the same names"
                 )
@@ -119,7 +121,7 @@ class Tree:
         numbers = {name: number for number, name in enumerate(self.class_names)}
         labels = [np.full(len(below), numbers[name]) for name, below in classes.items()]
         if not paths:
-            raise ValueError(f"{where} has no images; known are {' '.join(SUFFIXES)}")
+            raise InputError(f"{where} has no images; known are {' '.join(SUFFIXES)}")
         return Listing(self.root, paths, np.concatenate(labels).astype(np.int32))
 
 
@@ -136,7 +138,7 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
                 elif entry.name.lower().endswith(SUFFIXES):
                     files.append(entry.name)
     except OSError as error:
-        raise ValueError(f"cannot list the images in {folder!r}: {error.strerror}") from error
+        raise InputError(f"cannot list the images in {folder!r}: {error.strerror}") from error
     return sorted(folders), sorted(files)
 
 
@@ -148,7 +150,7 @@ def _images(root: str, folder: str, above: tuple[str, ...]) -> Iterator[str]:
     above = (*above, os.path.realpath(here)) if folders else above
     for name in folders:
         if os.path.realpath(os.path.join(here, name)) in above:
-            raise ValueError(f"{os.path.join(here, name)} is a link to a folder that it lies in")
+            raise InputError(f"{os.path.join(here, name)} is a link to a folder that it lies in")
         yield from _images(root, os.path.join(folder, name), above)
 
 

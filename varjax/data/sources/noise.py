@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from varjax.core.errors import InputError
 from varjax.data import transforms
 from varjax.data.loader import Loader
 from varjax.data.stream import Split
@@ -26,7 +27,7 @@ class Noise:
         transforms.check_view(self.size, self.channels)
         for name in ("classes", "images", "held_out_images"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+                raise InputError(f"{name} is {getattr(self, name)}, but must be at least 1")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn.datasets import load_sample_images
 
+from varjax.core.errors import InputError
 from varjax.data import transforms
 from varjax.data.loader import Loader
 from varjax.data.sources.digits import InMemory
@@ -25,7 +26,7 @@ class Photos:
     A strip of 128 columns is cut out of each first. From it come the held-out crops, which overlap
     by half; from the two sides that are left, `images` random ones, anew in each epoch.
 
-    Raises ValueError for a size above 128.
+    Raises InputError for a size above 128.
     """
 
     size: int | tuple[int, int] = 64  # pixels: of both sides, or (height, width)
@@ -37,9 +38,9 @@ class Photos:
         transforms.check_view(self.size, 3)
         widest = HELD_OUT.stop - HELD_OUT.start
         if max(self.image_shape[:2]) > widest:
-            raise ValueError(f"size is {self.size}, but crops have at most {widest} pixels a side")
+            raise InputError(f"size is {self.size}, but crops have at most {widest} pixels a side")
         if self.images < 1:
-            raise ValueError(f"images is {self.images}, but must be at least 1")
+            raise InputError(f"images is {self.images}, but must be at least 1")
 
     @property
     def classes(self) -> int:

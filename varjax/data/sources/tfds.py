@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from varjax.core.errors import InputError
 from varjax.data import decoding, transforms
 from varjax.data.loader import Loader
 from varjax.data.sources.folder_layout import ONE_CLASS
@@ -26,7 +27,7 @@ class TFDS:
     dataset_info.json in it, as `python -m varjax.data.prepare` writes it. `data_dir` "" is where
     TFDS puts datasets by itself. `train` and `held_out` name splits or parts of them:
     "train[:95%]". `label_key` names the feature with the class; "" takes all images as one class.
-    Nothing is downloaded: what is missing raises ValueError that says how to prepare it.
+    Nothing is downloaded: what is missing raises InputError that says how to prepare it.
     """
 
     name: str
@@ -95,7 +96,7 @@ class TFDS:
         for key, kind in wanted.items():
             if key not in features or not isinstance(features[key], kind):
                 kinds = {key: type(feature).__name__ for key, feature in features.items()}
-                raise ValueError(
+                raise InputError(
                     f"{self.name} has no feature {key!r} of kind {kind.__name__}, but {kinds}; set "
                     'image_key and label_key (label_key="" for images without classes)'
                 )
@@ -124,16 +125,16 @@ class Records:
                 _allow_open_files(sum(split.num_shards for split in builder.info.splits.values()))
                 return builder.as_data_source(self.split, decoders=decoders)
         except NotImplementedError as error:
-            raise ValueError(
+            raise InputError(
                 f"{name} is stored as {builder.info.file_format.value}, which cannot be read in "
                 f"any order; prepare it again by {PREPARE.format(name)}"
             ) from error
         except (KeyError, ValueError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{name} has no split {self.split!r}, but {sorted(builder.info.splits)}; set train "
                 'and held_out to those, or to parts of them like "train[95%:]"'
             ) from error
-        raise ValueError(f"the split {self.split!r} of {name} holds no images")
+        raise InputError(f"the split {self.split!r} of {name} holds no images")
 
     def __len__(self) -> int:
         return len(self.records)
@@ -145,7 +146,7 @@ class Records:
         name = f"{data.name} {self.split}[{index}]{file}"
         label = example[data.label_key] if data.label_key else 0
         if label < 0:  # as test splits have it
-            raise ValueError(f"{name} has no label; choose another split than {self.split!r}")
+            raise InputError(f"{name} has no label; choose another split than {self.split!r}")
         return {
             "image": decoding.decode(example[data.image_key], data.channels, name),
             "label": label,
@@ -172,7 +173,7 @@ def _open(name: str, data_dir: str) -> Any:
     if os.path.isfile(os.path.join(directory, "dataset_info.json")):
         return tfds.builder_from_directory(directory)
     if os.path.isdir(directory) or name.startswith(("/", ".", "~")):
-        raise ValueError(
+        raise InputError(
             f"{name} holds no prepared dataset: there is no dataset_info.json in it. Pack a folder "
             "of images by python -m varjax.data.prepare, or read it as it is (folder:PATH)"
         )
@@ -180,7 +181,7 @@ def _open(name: str, data_dir: str) -> Any:
     try:
         return read_only_builder.builder_from_files(name, **options)
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(
+        raise InputError(
             f"{name} is not prepared in {data_dir or '~/tensorflow_datasets'}: set data_dir, or "
             f"prepare it once, where TensorFlow is installed, by {PREPARE.format(name)}"
         ) from error

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from varjax.core import trees
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.tokenizers.losses.diffaugment import Augmentation
 from varjax.tokenizers.losses.discriminator import (
@@ -34,7 +35,7 @@ class Adversary:
     run after which the discriminator begins to learn; over the following fraction `ramp`, `weight`
     rises to its value. adaptive: `weight` is multiplied by the balance of gradients, see `balance`.
     r1, lecam: weights of the regularizers of the discriminator. diffaugment: what it sees images
-    through. Raises ValueError for what cannot work.
+    through. Raises InputError for what cannot work.
     """
 
     kind: Literal["patch", "style"] = "patch"
@@ -62,13 +63,13 @@ class Adversary:
             ("lecam", self.lecam >= 0, "0 (off) or more"),
         ):
             if not sensible:
-                raise ValueError(f"adversary.{name}={getattr(self, name)}: must be {allowed}")
+                raise InputError(f"adversary.{name}={getattr(self, name)}: must be {allowed}")
 
     def check(self, image_shape: tuple[int, int, int]) -> None:
-        """Raises ValueError for images that the discriminator is too deep for."""
+        """Raises InputError for images that the discriminator is too deep for."""
         least = 3 * 2**self.layers if self.kind == "patch" else SMALLEST
         if min(image_shape[:2]) < least:
-            raise ValueError(
+            raise InputError(
                 f"images of {image_shape[:2]} are too small for adversary.kind={self.kind!r}: it "
                 f"needs {least} pixels a side; for smaller ones set fewer adversary.layers"
             )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core import files, trees
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.nn.compute import precision_of
 
@@ -36,7 +37,7 @@ class Perceptual:
 
     def __post_init__(self):
         if not self.weight > 0:
-            raise ValueError(f"perceptual.weight={self.weight}: above 0, or task.perceptual=none")
+            raise InputError(f"perceptual.weight={self.weight}: above 0, or task.perceptual=none")
 
 
 def lpips(params: PyTree, a_BHWC: jax.Array, b_BHWC: jax.Array, dtype=jnp.float32) -> jax.Array:
@@ -48,7 +49,7 @@ def lpips_layers(params: PyTree, a_BHWC: jax.Array, b_BHWC: jax.Array, dtype=jnp
     """(5, B): what each of the layers relu1_2, 2_2, 3_3, 4_3, 5_3 adds to the distance.
 
     At every position the layer's features are scaled to length 1; their squared differences are
-    weighted by channel and averaged over the positions. Raises ValueError like `check_images`.
+    weighted by channel and averaged over the positions. Raises InputError like `check_images`.
     """
     check_images(a_BHWC.shape[1:])
     distances = []
@@ -64,15 +65,15 @@ def lpips_layers(params: PyTree, a_BHWC: jax.Array, b_BHWC: jax.Array, dtype=jnp
 
 
 def check_images(shape: Sequence[int]) -> None:
-    """Raises ValueError for (H, W, channels) that LPIPS has no answer for."""
+    """Raises InputError for (H, W, channels) that LPIPS has no answer for."""
     H, W, channels = shape
     if min(H, W) < SMALLEST:
-        raise ValueError(
+        raise InputError(
             f"images of {H}×{W} are too small for LPIPS, which halves them four times: "
             f"{SMALLEST} pixels a side are the least; set task.perceptual=none"
         )
     if channels not in (1, 3):
-        raise ValueError(
+        raise InputError(
             f"images of {channels} channels: LPIPS sees red, green and blue, or gray; "
             "set task.perceptual=none"
         )
@@ -81,15 +82,15 @@ def check_images(shape: Sequence[int]) -> None:
 def load_lpips(location: str | pathlib.Path) -> PyTree:
     """The parameters in a directory that `python -m varjax.convert --lpips_vgg=…` wrote.
 
-    Raises ValueError that says how to make them where there are none.
+    Raises InputError that says how to make them where there are none.
     """
     path = pathlib.Path(location) / "lpips.safetensors"
     if not path.is_file():
-        raise ValueError(f"there are no LPIPS weights in {location}; {HOW_TO}")
+        raise InputError(f"there are no LPIPS weights in {location}; {HOW_TO}")
     params, _ = files.read_tensors(path)
     expected = jax.eval_shape(init_lpips, jax.random.key(0))
     if report := trees.difference(expected, params):
-        raise ValueError(f"{path} is not LPIPS on VGG16:\n{report}")
+        raise InputError(f"{path} is not LPIPS on VGG16:\n{report}")
     return params
 
 

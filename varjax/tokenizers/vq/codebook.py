@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from varjax.core import trees
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.nn import resize
 from varjax.tokenizers.vq.codes import draw, kmeans, scale_inputs
@@ -36,7 +37,7 @@ class Codebook:
     entropy: weight of a loss that is low where each vector is sure of its code but all vectors
     together use many codes, at each scale. "All" are those of one part, with `accumulate`.
 
-    Raises ValueError for what is out of range.
+    Raises InputError for what is out of range.
     """
 
     init: Literal["uniform", "normal", "kmeans"] = "uniform"
@@ -53,12 +54,12 @@ class Codebook:
             ("entropy", self.entropy >= 0, "0 (off) or more"),
         ):
             if not sensible:
-                raise ValueError(f"codebook.{name}={getattr(self, name)}: must be {allowed}")
+                raise InputError(f"codebook.{name}={getattr(self, name)}: must be {allowed}")
 
     def check(self, pyramid: Pyramid) -> None:
-        """Raises ValueError where there are too few scales to drop any."""
+        """Raises InputError where there are too few scales to drop any."""
         if self.scale_dropout and self.scales_kept >= len(pyramid):
-            raise ValueError(
+            raise InputError(
                 f"codebook.scales_kept={self.scales_kept} of {len(pyramid)} scales: nothing is "
                 "left for codebook.scale_dropout to drop; keep fewer"
             )

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from varjax.core.errors import InputError
 from varjax.nn.autoencoder import Decoder, Encoder, conv
 from varjax.nn.compute import alone_on_a_cpu
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid, Scale
@@ -17,7 +18,7 @@ from varjax.tokenizers.vq.quantizer import Quantized, Quantizer
 class TokenizerConfig:
     """What a tokenizer is; the defaults are the released `vae_ch160v4096z32`.
 
-    Raises ValueError where sizes do not fit one another.
+    Raises InputError where sizes do not fit one another.
     """
 
     scales: tuple[Scale, ...] = SCALES_256
@@ -36,15 +37,15 @@ class TokenizerConfig:
         self.pyramid  # noqa: B018  (its own checks)
         for name in ("image_channels", "width", "blocks", "groups", "vocab", "code_channels"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be 1 or more")
+                raise InputError(f"{name}={getattr(self, name)}: must be 1 or more")
         if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers={self.multipliers}: give one per level, each 1 or more")
+            raise InputError(f"multipliers={self.multipliers}: give one per level, each 1 or more")
         if self.width % self.groups:
-            raise ValueError(f"width={self.width} is not a multiple of groups={self.groups}")
+            raise InputError(f"width={self.width} is not a multiple of groups={self.groups}")
         if self.phis < 0:
-            raise ValueError(f"phis={self.phis}: must be 0 (one per scale) or more")
+            raise InputError(f"phis={self.phis}: must be 0 (one per scale) or more")
         if not 0 <= self.phi_ratio <= 1:
-            raise ValueError(f"phi_ratio={self.phi_ratio}: must lie in [0, 1]")
+            raise InputError(f"phi_ratio={self.phi_ratio}: must lie in [0, 1]")
 
     @property
     def pyramid(self) -> Pyramid:

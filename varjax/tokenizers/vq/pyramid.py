@@ -5,6 +5,8 @@ import functools
 
 import numpy as np
 
+from varjax.core.errors import InputError
+
 Scale = int | tuple[int, int]
 
 # Side lengths of the official models: one tokenizer serves 256 and 512 pixels.
@@ -20,7 +22,7 @@ class Pyramid:
     `scales` holds a side length for a square map or (h, w). Hashable, so that it can be closed over
     or passed as a static argument.
 
-    Raises ValueError if there is no scale, a side is below 1, or a map is smaller than the one
+    Raises InputError if there is no scale, a side is below 1, or a map is smaller than the one
     before it.
     """
 
@@ -28,13 +30,13 @@ class Pyramid:
 
     def __post_init__(self):
         if not self.scales:
-            raise ValueError("scales is empty: give at least one side length, such as (1, 2, 4)")
+            raise InputError("scales is empty: give at least one side length, such as (1, 2, 4)")
         for side in (side for shape in self.shapes for side in shape):
             if side < 1:
-                raise ValueError(f"scales={self.scales}: a side of {side}; sides are 1 or more")
+                raise InputError(f"scales={self.scales}: a side of {side}; sides are 1 or more")
         for (h, w), (next_h, next_w) in zip(self.shapes, self.shapes[1:], strict=False):
             if next_h < h or next_w < w:
-                raise ValueError(
+                raise InputError(
                     f"scales={self.scales}: {next_h}x{next_w} comes after {h}x{w}; "
                     "list the scales from coarse to fine"
                 )

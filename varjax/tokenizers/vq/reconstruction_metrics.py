@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.tokenizers import image_metrics
 from varjax.tokenizers.losses.lpips import lpips
@@ -122,7 +123,7 @@ def measure_split(
     """Measures all held-out images; batch size and devices change nothing but rounding.
 
     show: numbers of images to keep the pictures of. progress: what the batches are drawn through.
-    Raises ValueError where there is no image at all.
+    Raises InputError where there is no image at all.
     """
     mesh = make_mesh(MeshShape())
     weights = params, lpips_params
@@ -148,6 +149,6 @@ def measure_split(
             shown += [picture] * (number in show)
             lowest = sorted([*lowest, picture], key=lambda x: (x.psnr, x.number))[:worst]
     if not any(part["psnr_B"].size for part in parts):
-        raise ValueError("there is no image to measure in the held-out split")
+        raise InputError("there is no image to measure in the held-out split")
     by_image = {k: np.concatenate([part[k] for part in parts], axis=-1) for k in parts[0]}
     return Split(config, by_image, counts_KV, shown, lowest)

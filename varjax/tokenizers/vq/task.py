@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core import flops, trees
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.nn.compute import Compute
 from varjax.tokenizers.checks import check_images, check_share
@@ -59,7 +60,7 @@ class TokenizerTask:
         check_share("ema", self.ema)
         for name in ("l1", "l2", "beta"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
+                raise InputError(f"{name}={getattr(self, name)}: a weight is 0 (off) or more")
         self.codebook.check(self.model.pyramid)
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:

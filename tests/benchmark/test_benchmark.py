@@ -1,0 +1,73 @@
+"""Benchmarks at the smallest sizes: what they print, not how fast it was."""
+
+import functools
+import json
+
+import pytest
+
+from tests.helpers.paths import ROOT
+from varjax.benchmark import __main__ as benchmark
+from varjax.benchmark import measure, sample, train
+from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.var.model import VARConfig
+
+TINY = VARConfig(depth=1, width=32, heads=2, classes=3, scales=(1, 2))
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setattr(VARConfig, "preset", lambda name: TINY)
+    small = functools.partial(TokenizerConfig, width=8, multipliers=(1, 1), blocks=1, groups=4)
+    monkeypatch.setattr(sample, "TokenizerConfig", small)
+    monkeypatch.setattr(train, "TokenizerConfig", small)
+    monkeypatch.setattr(measure.Peak, "measure", lambda self: 1e9)
+
+
+def lines(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_sample_times_the_transformer_the_decoder_and_the_whole(capsys):
+    assert benchmark.main(["sample", "--batch_size=2", "--repeats=1"]) == 0
+    transformer, decoder, whole = lines(capsys)
+    assert [p["part"] for p in (transformer, decoder, whole)] == ["transformer", "decoder", "whole"]
+    work = [p["model_gflop_per_image"] for p in (transformer, decoder, whole)]
+    assert work[0] + work[1] == pytest.approx(work[2], rel=1e-3)
+    for part in (transformer, decoder, whole):
+        seconds = part["model_gflop_per_image"] * 2 / part["efficiency"]
+        assert seconds == pytest.approx(part["seconds"], rel=2e-3)
+
+
+def test_train_times_the_parts_of_a_step(capsys):
+    assert benchmark.main(["train", "--batch_size=2", "--repeats=1", "--remat=block"]) == 0
+    parts = {part["part"]: part for part in lines(capsys)}
+    assert list(parts) == ["tokenize", "gradient", "update", "step"]
+    work = {name: part["model_gflop_per_image"] for name, part in parts.items()}
+    assert work["tokenize"] + work["gradient"] == pytest.approx(work["step"], rel=1e-3)
+    assert parts["step"]["remat"] == "block"
+
+
+def test_wrong_commands_are_refused(capsys):
+    assert benchmark.main(["paint"]) == 2
+    assert "sample|train|data|scaling" in capsys.readouterr().err
+    assert benchmark.main(["sample", "--batch_size=0"]) == 1
+    assert "1 or more" in capsys.readouterr().err
+
+
+def test_data_reads_in_every_way_it_is_asked_for(capsys):
+    config = ROOT / "configs" / "digits.py"
+    flags = ["--batches=2", "--threads=2,1", "--workers=0", "--config.batch_size=30"]
+    assert benchmark.main(["data", f"--config={config}", *flags]) == 0
+    found = lines(capsys)
+    parts = [(line["threads"], line["part"]) for line in found]
+    assert parts == [(n, part) for n in (1, 2) for part in ("decode", "augment", "loader")]
+    for line in found:
+        assert line["images_per_second"] * line["seconds"] == pytest.approx(30, rel=2e-3)
+        assert line["batch_mb"] == pytest.approx(30 * (64 + 4) / 1e6)
+    for flags, message in {
+        ("--threads=many",): "threads is 'many'; give numbers",
+        ("--batches=0",): "batches is 0",
+        ("--batch_size=8",): "settings are --config.FIELD=VALUE",
+    }.items():
+        assert benchmark.main(["data", f"--config={config}", *flags]) == 1
+        assert message in capsys.readouterr().err

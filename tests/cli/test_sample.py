@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import runs
+from varjax.cli import sample
+from varjax.sampling.outputs import check_out
+
+
+def draw(*flags):
+    sample.run(sample.parse([f"--weights={runs.var()}", *flags]))
+
+
+def pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def test_a_grid_has_a_row_per_label(tmp_path, capsys):
+    draw("--labels=3,1", "--count=3", f"--out={tmp_path / 'grid.png'}")
+    with Image.open(tmp_path / "grid.png") as picture:
+        assert picture.size == (3 * 65, 2 * 65)
+    assert "6 images" in capsys.readouterr().out
+
+
+def test_outputs_and_batch_sizes_hold_the_same_images(tmp_path):
+    draw("--labels=3,1", "--count=2", f"--out={tmp_path / 'a.npz'}")
+    draw("--labels=3,1", "--count=2", "--batch_size=3", f"--out={tmp_path / 'folder'}")
+    with np.load(tmp_path / "a.npz") as file:
+        images, labels = file["arr_0"], file["labels"]
+    assert images.shape == (4, 8, 8, 3) and images.dtype == np.uint8
+    names = [f"{i:06d}_label{label:04d}.png" for i, label in enumerate((3, 3, 1, 1))]
+    assert sorted(f.name for f in (tmp_path / "folder").iterdir()) == [*names, "request.json"]
+    order = np.random.default_rng(0).permutation(4)
+    assert labels.tolist() == np.array([3, 3, 1, 1])[order].tolist()
+    read = np.stack([pixels(tmp_path / "folder" / names[i]) for i in order]).astype(int)
+    assert np.abs(read - images[..., 0]).max() <= 1  # rounding may differ with the batch
+
+
+def test_without_labels_they_are_spread_over_the_classes():
+    assert sample.choose_labels(None, 10) == tuple(range(10))
+    spread = sample.choose_labels(None, 1000)
+    assert len(spread) == 10 and spread[0] == 0 and spread[-1] == 999
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--labels=10"], "0 … 9"),
+        (["--labels=x"], "0,1,2"),
+        (["--count=0"], "count=0"),
+        (["--top_p=3"], "top_p"),
+        (["--batch_size=0"], "batch_size=0"),
+        (["--seed=-1"], "seed=-1"),
+        (["--dtype=float16"], "float16.*auto, float32, bfloat16"),
+        (["--weights=nowhere"], "nowhere"),
+        ([f"--weights={runs.root()}"], "config.json"),
+        (["--out=a.jpg"], ".jpg"),
+        (["--out=/proc/varjax/grid.png"], "cannot write"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_anything_compiles(flags, message, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("it started sampling")
+
+    monkeypatch.setattr("varjax.var.pipeline.sample_images", never)
+    with pytest.raises(ValueError, match=message):
+        draw(*flags)
+
+
+def test_a_folder_is_not_taken_for_a_file(tmp_path):
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        check_out(str(tmp_path / "x.png"))
+
+
+def test_a_tokenizer_s_run_cannot_be_sampled():
+    with pytest.raises(ValueError, match="TokenizerTask"):
+        sample.run(sample.parse([f"--weights={runs.tokenizer()}"]))

@@ -1,0 +1,45 @@
+import pytest
+
+import train
+
+CONFIG = """
+from tests.helpers import tiny
+
+def get_config(arg="4"):
+    return tiny.experiment({run_dir!r}, steps=int(arg))
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG.format(run_dir=str(tmp_path / "run")))
+    return f"--config={path}"
+
+
+def test_without_a_config_it_says_how_it_is_used(capsys):
+    assert train.main([]) == 2
+    assert "python train.py --config=configs/" in capsys.readouterr().err
+
+
+def test_argument_and_overrides_reach_the_run(config, tmp_path, capsys):
+    assert train.main([f"{config}:2", "--config.task.width=3"]) == 0
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    assert train.main([f"{config}:2", "--config.task.width=4"]) == 1
+    error = capsys.readouterr().err
+    assert "task.width: 3 in the run, 4 in the config" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config.task.widht=3"], "Tiny has no field 'widht'"),
+        (["--config.task.width=wide"], "task.width must be int, not 'wide'"),
+        (["--config.steps", "3"], "settings are --config.FIELD=VALUE"),
+        (["--confg.steps=3"], "settings are --config.FIELD=VALUE"),
+    ],
+)
+def test_mistakes_end_in_one_line(config, capsys, arguments, message):
+    assert train.main([config, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1

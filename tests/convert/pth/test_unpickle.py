@@ -1,0 +1,121 @@
+import os
+import pickle
+import time
+import zipfile
+
+import numpy as np
+import pytest
+
+from tests.helpers.checkpoint_files import DATA, archive, entries, plain, refusal, stored, tensor
+from varjax.convert.state_dicts import read_checkpoint
+
+RNG = np.random.default_rng(0)
+
+
+def test_views_equal_index_arithmetic_and_never_leave_their_storage(tmp_path):
+    outcomes = set()
+    for _ in range(150):
+        rank = RNG.integers(0, 4)
+        size, stride = RNG.integers(0, 4, rank).tolist(), RNG.integers(0, 9, rank).tolist()
+        offset = int(RNG.integers(0, 25))
+        index = offset + sum(
+            (np.arange(n) * step).reshape(-1, *[1] * (rank - axis - 1))
+            for axis, (n, step) in enumerate(zip(size, stride, strict=True))
+        )
+        index = np.broadcast_to(index, size)
+        pickled = entries(x=tensor(tuple(size), tuple(stride), offset))
+        path = archive(tmp_path / "x.pth", pickled)
+        inside = index.size == 0 or index.max() < 24
+        outcomes.add(inside)
+        if inside:
+            assert np.array_equal(read_checkpoint(path)["x"], DATA[index])
+        else:
+            assert "elements, but its storage has 24" in refusal(path)
+    assert outcomes == {True, False}
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_tied_and_strided_tensors_share_memory(tmp_path, method):
+    parts = entries(x=tensor((4, 6), (6, 1)), t=tensor((6, 4), (1, 6)), tail=tensor((3,), (1,), 21))
+    back = read_checkpoint(archive(tmp_path / "x.pth", parts, method=method))
+    assert np.array_equal(back["t"], back["x"].T) and np.array_equal(back["tail"], DATA[21:])
+    assert np.shares_memory(back["t"], back["x"]) and np.shares_memory(back["tail"], back["x"])
+    assert not back["x"].flags.writeable
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plain_data_and_numpy_scalars_of_a_trainer_checkpoint(tmp_path, protocol):
+    saved = {"epoch": 3, "lr": 1e-4, "args": {"seed": None, "ok": True, "tlr": np.float64(0.1)}}
+    saved |= {
+        "patch_nums": (1, 2, 3),
+        "n": np.int64(-7),
+        "big": 2**70,
+        "bytes": b"\xff",
+        "set": {1},
+    }
+    saved |= {"same": [saved["args"]] * 2}
+    path = archive(tmp_path / "x.pth", pickle.dumps(saved, protocol))
+    assert read_checkpoint(path) == saved
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_pickle_that_acts_is_refused_and_does_not_act(tmp_path, protocol):
+    target = tmp_path / "touched"
+    attack = pickle.dumps({"x": Touch(target)}, protocol)
+    message = refusal(archive(tmp_path / "x.pth", attack))
+    assert "mkdir" in message and "nothing was executed" in message and not target.exists()
+    pickle.loads(attack)
+    assert target.exists(), "the attack is harmless, so this test shows nothing"
+
+
+@pytest.mark.parametrize(
+    "body, problem",
+    [
+        (b"ctorch.storage\n_load_from_bytes\n", "_load_from_bytes"),
+        (b"ctorch\nQInt8Storage\n", "QInt8Storage"),
+        (b"cbuiltins\neval\n", "builtins.eval"),
+        (b"ctorch\nfloat32\n)R", "calls a"),
+        (b"ccollections\nOrderedDict\n)\x81", "opcode NEWOBJ"),
+        (b"ctorch\nSize\n}b", "sets the state of a function"),
+        (tensor((2,), (1,), storage=stored(count=10**18)), "should hold 1000000000000000000"),
+        (tensor((2,), (1,), storage=stored(count=-1)), "has -1 elements"),
+        (tensor((2,), (1,), storage=stored(key="9")), "which the file lacks"),
+        (tensor((2,), (-1,), 5), "non-negative integers"),
+        (tensor((2.0,), (1,)), "non-negative integers"),
+        (tensor((2, 2), (1,)), "one stride per dimension"),
+        (tensor((10**9,), (0,)), "more than is plausible"),
+        (tensor((2,), (1,), storage=tensor((24,), (0,))), "a tensor over a ndarray"),
+        (b"cnumpy\ndtype\n" + plain(("O8", False, True)) + b"R", "NumPy scalar of type 'O8'"),
+        (b"}" + plain(((1, 2), 3)) + b"s", "pickle is damaged"),
+        (b"}(" + plain((1, 2)) + plain(3) + b"u", "key of type tuple"),
+        (b"r\xff\xff\xff\xff", "pickle is damaged"),
+        (b"h\x07", "pickle is damaged"),
+    ],
+)
+def test_hostile_and_damaged_pickles_are_refused(tmp_path, body, problem):
+    message = refusal(archive(tmp_path / "x.pth", b"\x80\x02" + body + b"."))
+    assert problem in message
+
+
+def test_nested_bombs_end_at_once(tmp_path):
+    # 60 pairs of the pair before: what hashes or prints them all never ends.
+    doubling = b"\x80\x02]q\x00" + b"".join(b"(h\x00h\x00tq\x00" for _ in range(60))
+    deep = b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b"."
+    start = time.monotonic()
+    assert len(read_checkpoint(archive(tmp_path / "deep.pth", deep))) == 1
+    for last in (b"}h\x00K\x01s.", b"ctorch\ndevice\nh\x00\x85R.", b"ctorch\nSize\nh\x00\x93."):
+        refusal(archive(tmp_path / "x.pth", doubling + last))
+    assert time.monotonic() - start < 5
+    zeros = np.zeros(2**20, np.uint8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("varjax.convert.pth.read.MAX_UNPACKED_BYTES", 2**19)
+        path = archive(tmp_path / "x.pth", entries(), zeros, zipfile.ZIP_DEFLATED)
+        assert "more than weights can" in refusal(path)

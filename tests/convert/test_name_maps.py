@@ -1,0 +1,64 @@
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.golden import weights
+from tests.helpers import golden_cases as golden
+from varjax.convert import apply_map
+from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.var.model import VARConfig
+
+OFFICIAL = json.loads((weights.HERE / "official_state_dicts.json").read_text())
+PARAMETERS = {
+    "vae_ch160v4096z32": 108_948_355,
+    "var_d16": 310_283_520,
+    "var_d20": 600_917_136,
+    "var_d24": 1_033_399_360,
+    "var_d30": 2_010_020_356,
+    "var_d36": 2_353_893_904,
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_tables_and_buffers_are_the_released_models(name):
+    var = name.startswith("var")
+    config = VARConfig.preset(name.removeprefix("var_")) if var else TokenizerConfig()
+    sizes = [leaf.size for leaf in jax.tree.leaves(apply_map.describe(config))]
+    assert sum(sizes) == PARAMETERS[name]
+    buffers = {n: x.shape for n, x in apply_map.official_buffers(config).items()}
+    assert not any(map(apply_map.is_weight, buffers))
+    expected = {n: tuple(shape) for n, shape in OFFICIAL[name].items()}
+    assert apply_map.official_shapes(config) | buffers == expected
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_there_and_back_is_exact(name):
+    tokenizer, var = golden.configs(name)
+    for part, config, params in (
+        ("vae", tokenizer, golden.tokenizer_params(name)),
+        ("var", var, golden.var_params(name)),
+    ):
+        back = apply_map.to_official(config, params)
+        official = weights.state_dict(name, part)
+        assert back.keys() == official.keys()
+        for key, tensor in official.items():
+            assert back[key].shape == tensor.shape and np.array_equal(back[key], tensor), key
+
+
+def test_one_error_lists_every_problem():
+    _, config = golden.configs("base")
+    tensors = weights.state_dict("base", "var")
+    del tensors["head.bias"]
+    tensors["extra"] = np.zeros(3)
+    tensors["pos_start"] = np.zeros((1, 2, 48))
+    tensors["word_embed.bias"] = np.zeros(48, int)
+    tensors["lvl_1L"] = np.zeros((1, 30))  # a buffer, which is no problem
+    with pytest.raises(ValueError) as error:
+        apply_map.check(config, tensors)
+    text = str(error.value)
+    assert "missing: head.bias (64,)" in text and "unexpected: extra (3,)" in text
+    assert "misshapen: pos_start is (1, 2, 48), needed is (1, 1, 48)" in text
+    assert "mistyped: word_embed.bias is int64" in text
+    assert "lvl_1L" not in text

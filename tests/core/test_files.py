@@ -1,0 +1,74 @@
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.paths import ROOT
+from varjax.core import files
+
+
+def test_a_failure_leaves_the_old_content_and_no_temporary(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"a": 1})
+    with pytest.raises(RuntimeError), files.atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert files.read_json(path) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_directories_are_replaced_whole(tmp_path):
+    for content in ("old", "new"):
+        with files.atomic_path(tmp_path / "d") as temporary:
+            temporary.mkdir()
+            (temporary / content).write_text(content)
+    assert [p.name for p in (tmp_path / "d").iterdir()] == ["new"]
+
+
+def test_tensors_there_and_back_are_equal_to_the_bit(tmp_path):
+    tree = {
+        "a": {"kernel": np.arange(6.0).reshape(2, 3).T, "scale": jnp.float32(3)},
+        "half": jnp.linspace(0, 1, 5, dtype=jnp.bfloat16),
+        "flags": np.array([True, False]),
+    }
+    files.write_tensors(tmp_path / "t.safetensors", tree, {"from": "here"})
+    read, metadata = files.read_tensors(tmp_path / "t.safetensors")
+    assert metadata == {"from": "here"}
+    assert read["half"].dtype == jnp.bfloat16 and read["a"]["scale"].shape == ()
+    for a, b in ((tree["a"], read["a"]), (tree, read)):
+        for name in a.keys() - {"a"}:
+            np.testing.assert_array_equal(np.asarray(a[name]), b[name])
+
+
+def test_missing_and_damaged_files_are_named(tmp_path):
+    path = tmp_path / "t.safetensors"
+    with pytest.raises(ValueError, match="t.safetensors does not exist"):
+        files.read_tensors(path)
+    files.write_tensors(path, {"a": np.ones(100)}, {})
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="t.safetensors is truncated"):
+        files.read_tensors(path)
+    with pytest.raises(ValueError, match="is a directory"):
+        files.read_json(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="t.safetensors is not valid JSON"):
+        files.read_json(path)
+
+
+def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
+    code = f"from varjax import files\nwith files.alone_in({str(tmp_path)!r}): print(); input()"
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
+        other.stdout.readline()
+        with (
+            pytest.raises(ValueError, match="another process is at work in"),
+            files.alone_in(tmp_path),
+        ):
+            pass
+        other.kill()
+    for _ in range(2):
+        with files.alone_in(tmp_path):
+            pass

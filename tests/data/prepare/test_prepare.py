@@ -1,0 +1,228 @@
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from varjax.data import photos
+from varjax.data.decoding import BrokenImage
+from varjax.data.prepare import array_record, process_pool
+from varjax.data.prepare.prepare import main, prepare
+from varjax.data.sources.folder import Folder
+from varjax.data.sources.tfds import TFDS
+
+PACKAGE = pathlib.Path(array_record.__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes, 12 + 4 images and a broken one in each split."""
+    path = tmp_path_factory.mktemp("photos") / "x"
+    photos.write_photos(str(path), size=16, train=5, val=2)
+    Image.effect_noise((20, 30), 90).convert("CMYK").save(path / "train/china/cmyk.tif")
+    Image.effect_noise((20, 30), 90).save(path / "train/flower/gray.png")
+    (path / "train/china/empty.jpg").write_bytes(b"")
+    (path / "val/flower/text.png").write_text("no image")
+    return path
+
+
+@pytest.fixture(scope="module")
+def packed(folder):
+    out = folder.parent / "packed"
+    prepare(str(folder), str(out), workers=1, shards=3)
+    return out
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Runs jobs without starting processes; they stop where the test says."""
+    told = {"steps": 0, "stop_after": 10**9}
+
+    def step():
+        if told["steps"] == told["stop_after"]:
+            raise KeyboardInterrupt
+        told["steps"] += 1
+
+    def run(function, jobs, workers, progress):
+        told["steps"] = 0
+        for job in jobs:
+            yield function(job)
+            progress(told["steps"])
+
+    monkeypatch.setattr(process_pool, "step", step)
+    monkeypatch.setattr(process_pool, "run", run)
+    return told
+
+
+def content(out):
+    return {p.name: p.read_bytes() for p in pathlib.Path(out).iterdir() if p.name != "request.json"}
+
+
+def test_a_packed_folder_holds_the_same_images_in_the_same_order(folder, packed):
+    data, files = TFDS(str(packed), size=16), Folder(str(folder), size=16)
+    assert data.class_names == files.class_names == ("china", "flower")
+    for split in ("train", "held_out"):
+        records, kept = data.source(split).records, []
+        for path in files.source(split).listing.paths:
+            if "empty" not in path and "text" not in path:
+                kept.append(path)
+        assert [record["file_name"].decode() for record in records] == kept
+        for record, path in zip(records, kept, strict=True):
+            assert record["image"] == (folder / path).read_bytes()
+            assert data.class_names[record["label"]] == path.split("/")[1]
+    assert len(list(packed.glob("images-train.array_record-*-of-00003"))) == 3
+    assert len(list(packed.glob("images-validation.array_record-*-of-00002"))) == 2
+    report = json.loads((packed / "report.json").read_text())
+    assert report["train"]["images"] == 12 and report["validation"]["images"] == 4
+    ((name, reason),) = report["train"]["broken"]
+    assert name == "train/china/empty.jpg" and reason == "it is empty"
+
+
+def test_training_sees_the_same_batches_from_either(tmp_path, in_this_process):
+    photos.write_photos("x", size=16, train=4, val=2)
+    prepare("x", "packed")
+    ours, theirs = Folder("x", size=(12, 8), flip=True), TFDS("packed", size=(12, 8), flip=True)
+    a, b = ours.make(8, seed=1).train_batch(2), theirs.make(8, seed=1).train_batch(2)
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+    a, b = next(ours.make(8, 1).held_out()), next(theirs.make(8, 1).held_out())
+    assert all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_a_flat_folder_is_split_by_a_share(in_this_process):
+    photos.write_photos("x", size=16, train=9, val=1)
+    pathlib.Path("x/train/china").rename("flat")
+    prepare("flat", "packed", held_out=0.3)
+    data, files = TFDS("packed"), Folder("flat", held_out=0.3)
+    assert data.classes == 1
+    for split in ("train", "held_out"):
+        names = [record["file_name"].decode() for record in data.source(split).records]
+        assert names == files.source(split).listing.paths and names
+
+
+def test_what_is_done_is_not_done_again(folder, packed, capsys, monkeypatch):
+    monkeypatch.setattr(process_pool, "run", None)
+    before = {path: path.stat().st_mtime_ns for path in packed.iterdir()}
+    arguments = [f"--folder={folder}", f"--out={packed}"]
+    assert main([*arguments, "--shards=3", "--workers=7"]) == 0
+    assert "packed is complete: 12 train + 4 validation images in 2 classes; 2 broken" in (
+        capsys.readouterr().out
+    )
+    assert before == {path: path.stat().st_mtime_ns for path in packed.iterdir()}
+    assert main([*arguments, "--shards=3", "--unconditional"]) == 1
+    assert "unconditional: False there, True asked for" in capsys.readouterr().err
+    assert main([*arguments, "--shards=2"]) == 1
+    assert "shards: 3 there, 2 asked for" in capsys.readouterr().err
+    assert main([*arguments, "--shards=3", "--size=20"]) == 1
+    assert "size: 0 there, 20 asked for" in capsys.readouterr().err
+
+
+def test_interrupted_anywhere_it_goes_on_to_the_same_end(folder, packed, capsys, in_this_process):
+    arguments = [f"--folder={folder}", "--out=out", "--shards=3"]
+    for stop_after in (2, 5, 5, 6):  # of shards with 4, 4, 5, 2 and 3 images
+        in_this_process["stop_after"] = stop_after
+        assert main(arguments) == 130 and "the same command goes on" in capsys.readouterr().err
+    assert not pathlib.Path("out/dataset_info.json").exists()
+    with pytest.raises(ValueError, match="no prepared dataset"):
+        TFDS("out").describe()
+    kept = {p: p.stat().st_mtime_ns for p in pathlib.Path("out").glob("images-*")}
+    in_this_process["stop_after"] = 10**9
+    assert main(arguments) == 0
+    assert kept and all(path.stat().st_mtime_ns == kept[path] for path in kept)
+    assert content("out") == content(packed)
+    assert in_this_process["steps"] == 3 + 2  # of the last two shards only
+
+
+def test_another_folder_or_anything_else_in_out_is_refused(folder, packed, in_this_process):
+    photos.write_photos("x", size=16, train=2, val=1)
+    pathlib.Path("used").mkdir()
+    pathlib.Path("used/file").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else(.|\n)*folder: .*photos"):
+        prepare("x", str(packed))
+    with pytest.raises(ValueError, match="used is not an empty folder"):
+        prepare("x", "used")
+    in_this_process["stop_after"] = 1
+    with pytest.raises(KeyboardInterrupt):
+        prepare("x", "out")
+    pathlib.Path("x/train/china/new.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="files have come or gone(.|\n)*train: .*'images': 4"):
+        prepare("x", "out")
+    for bad in ({"workers": -1}, {"shards": -2}, {"size": -3}, {"quality": 0}):
+        with pytest.raises(ValueError, match="workers is|size is"):
+            prepare("x", "out2", **bad)
+    assert not pathlib.Path("out2").exists()
+
+
+def test_a_folder_without_any_good_image_is_refused(in_this_process):
+    for path in ("x/train/a/1.jpg", "x/val/a/1.jpg"):
+        pathlib.Path(path).parent.mkdir(parents=True)
+        pathlib.Path(path).write_bytes(b"")
+    with pytest.raises(ValueError, match="no train image can be read; train/a/1.jpg"):
+        prepare("x", "out")
+
+
+def test_images_are_shrunk_on_demand_and_never_enlarged():
+    Image.effect_noise((60, 40), 90).convert("RGB").save("large.png")
+    Image.effect_noise((50, 20), 90).convert("RGB").save("small.png")
+    for name, size in (("large.png", (36, 24)), ("small.png", (50, 20))):
+        data = array_record.Encoding(size=24).read(name)
+        with Image.open(io.BytesIO(data)) as picture:
+            assert picture.size == size
+        assert (data == pathlib.Path(name).read_bytes()) == (name == "small.png")
+    assert array_record.Encoding().read("large.png") == pathlib.Path("large.png").read_bytes()
+    pathlib.Path("cut.png").write_bytes(pathlib.Path("large.png").read_bytes()[:500])
+    with pytest.raises(BrokenImage, match="cut.png"):
+        array_record.Encoding().read("cut.png")
+
+
+READ = """
+import sys
+from varjax.data.sources.tfds import TFDS
+batch = TFDS("out", size=8).make(4, seed=0).train_batch(0)
+print(batch["image_BHWC"].shape, "jax" in sys.modules)
+"""
+
+
+def test_a_killed_command_leaves_no_process_and_goes_on_without_tensorflow(tmp_path):
+    photos.write_photos("x", size=8, train=150, val=2)
+    (tmp_path / "fake/tensorflow").mkdir(parents=True)
+    (tmp_path / "fake/tensorflow/__init__.py").write_text("raise RuntimeError('imported')")
+    environment = os.environ | {"PYTHONPATH": f"{PACKAGE}:{tmp_path}/fake"}
+    command = [sys.executable, "-m", "varjax.data.prepare", "--folder=x", "--out=out"]
+    command += ["--workers=1", "--shards=100"]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    reports = pathlib.Path("out/unfinished")
+    while len(list(reports.glob("*.json"))) < 3:
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    workers = _children(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(_runs(worker) for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert workers and not pathlib.Path("out/dataset_info.json").exists()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    read = [sys.executable, "-c", READ]
+    read = subprocess.run(read, env=environment, check=True, capture_output=True, text=True)
+    assert read.stdout == "(4, 8, 8, 3) False\n"
+    assert len(TFDS("out").source("train")) == 300
+
+
+def _children(pid):
+    below = pathlib.Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in below.read_text().split()]
+
+
+def _runs(pid):
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,218 @@
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.helpers import fake_data
+from tests.helpers.fake_data import Fake
+from tests.helpers.paths import ROOT
+from varjax.data.loader import Loader
+from varjax.data.sources.digits import Digits
+from varjax.data.workers import Reading
+
+DATA = Digits(shift=1.0, rotate=10.0, zoom=0.1)
+WORKERS = Reading(workers=2)
+
+
+def equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def take(loader, count, position=0):
+    return list(itertools.islice(loader.train(position), count))
+
+
+def test_a_batch_depends_on_seed_and_number_alone():
+    loader = Loader(DATA, 16, seed=3)
+    batches = take(loader, 7)
+    resumed = take(Loader(DATA, 16, seed=3), 2, position=5)
+    equal(batches[5], resumed[0])
+    equal(batches[6], resumed[1])
+    equal(batches[6], loader.train_batch(6))
+    assert np.any(batches[5]["label_B"] != Loader(DATA, 16, seed=4).train_batch(5)["label_B"])
+
+
+BROKEN = Fake(size=1000, broken=(3, 500, 501, 502, 999))
+
+
+@pytest.mark.parametrize("data", [DATA, BROKEN], ids=["digits", "broken"])
+@pytest.mark.parametrize("processes", [2, 8])
+def test_processes_share_out_the_same_batches(data, processes):
+    whole, share = Loader(data, 16), 16 // processes
+    parts = [Loader(data, 16, rows=range(i, i + share)) for i in range(0, 16, share)]
+    streams = [part.train(60) for part in parts]
+    for batch in itertools.islice(whole.train(60), 5):
+        batches = [next(stream) for stream in streams]
+        equal(batch, {k: np.concatenate([b[k] for b in batches]) for k in batches[0]})
+    last = (len(whole.held_out_source) - 1) // 16
+    batches = [part.held_out_batch(last) for part in parts]
+    equal(whole.held_out_batch(last), {k: np.concatenate([b[k] for b in batches]) for k in batch}
+          | {"valid_B": np.concatenate([b["valid_B"] for b in batches])})  # fmt: skip
+
+
+def test_every_epoch_holds_every_image_once_in_a_new_order():
+    loader = Loader(Digits(), 6)  # does not divide the 1,442 images
+    images = np.concatenate([b["image_BHWC"] for b in take(loader, 2 * 1442 // 6 + 1)])
+    first, second = images[:1442], images[1442:2884]
+    whole = loader.train_source.images_NHWC  # type: ignore[attr-defined]
+    ordered = [np.sort([image.tobytes() for image in part]) for part in (whole, first, second)]
+    assert all(np.array_equal(ordered[0], part) for part in ordered[1:])
+    assert np.any(first != second)
+
+
+def test_augmentation_varies_from_epoch_to_epoch():
+    seen = [{image.tobytes() for image in b["image_BHWC"]} for b in take(Loader(DATA, 1442), 2)]
+    assert len(seen[0] & seen[1]) < 10
+
+
+def test_the_held_out_split_is_seen_once_and_padding_is_marked():
+    batches = list(Loader(DATA, 100).held_out())
+    assert [batch["valid_B"].sum() for batch in batches] == [100, 100, 100, 55]
+    assert all(batch["image_BHWC"].shape == (100, 8, 8, 1) for batch in batches)
+    images = np.concatenate([batch["image_BHWC"][batch["valid_B"]] for batch in batches])
+    np.testing.assert_array_equal(images, Digits().source("held_out").images_NHWC)
+
+
+@pytest.mark.parametrize("rows", [range(0), range(4, 7), range(-1, 3), range(0, 6, 2)])
+def test_rows_outside_of_the_batch_are_refused(rows):
+    with pytest.raises(ValueError, match=r"rows is range.* some of range\(0, 6\)"):
+        Loader(DATA, 6, rows=rows)
+
+
+def test_no_more_than_three_batches_are_in_memory():
+    loader = Loader(Fake(size=1000), 50)
+    fake_data.reads.clear()
+    stream = loader.train()
+    for number in range(1, 4):
+        next(stream)
+        while len(fake_data.reads) < 50 * (number + 2):
+            time.sleep(0.01)
+        time.sleep(0.05)  # enough to read a thousand more
+        assert len(fake_data.reads) == 50 * (number + 2)
+    stream.close()
+    next(loader.held_out())
+    assert len(fake_data.reads) <= 50 * 8
+
+
+def test_a_broken_image_is_replaced_by_the_next_one_of_its_epoch(capsys):
+    whole = np.concatenate([b["image_BHWC"] for b in take(Loader(Fake(1000), 100), 20)])
+    order = fake_data.number_of(whole[:1000])
+    broken = tuple(order[[0, 400, 401, 999]].tolist())  # the last one is followed by the first
+    found = np.concatenate([b["image_BHWC"] for b in take(Loader(Fake(1000, broken), 100), 20)])
+    for epoch in (slice(0, 1000), slice(1000, 2000)):
+        good_N = ~np.isin(fake_data.number_of(whole[epoch]), broken)
+        for place in range(1000):
+            there = next(p % 1000 for p in range(place, 2000) if good_N[p % 1000])
+            np.testing.assert_array_equal(found[epoch][place], whole[epoch][there])
+    said = capsys.readouterr().err
+    assert said.count("skipped") == 4
+    for number in broken:
+        assert f"skipped: image_{number}.jpg cannot be read as an image: it is cut off" in said
+
+
+def test_broken_held_out_images_are_marked():
+    batches = list(Loader(Fake(250, (7, 249)), 100).held_out())
+    valid_B = np.concatenate([b["valid_B"] for b in batches])
+    assert np.flatnonzero(~valid_B).tolist() == [7, *range(249, 300)]
+    numbers = fake_data.number_of(np.concatenate([b["image_BHWC"] for b in batches])[valid_B])
+    assert numbers.tolist() == [i for i in range(250) if i not in (7, 249)]
+
+
+@pytest.mark.parametrize(
+    ("data", "batches", "message"),
+    [
+        (Fake(10_000, tuple(range(0, 10_000, 50))), 12, "1[12] of the .* are broken, more than 1%"),
+        (Fake(500, (1, 2, 3, 4, 5, 6)), 5, "6 of the .*(?s:.*)image_"),
+        (Fake(20, (13,)), 1, "1 of the 1. images read so far"),
+        (Fake(10_000, tuple(range(10_000))), 1, "100 images in a row are broken; .*image_"),
+        (Fake(3, (0, 1, 2)), 1, "3 images in a row are broken"),
+    ],
+)
+def test_more_than_one_percent_of_broken_images_stop_the_run(data, batches, message):
+    with pytest.raises(ValueError, match=message):
+        take(Loader(data, 100 if data.size > 20 else 18), batches)
+    if data.size > 20:
+        take(Loader(dataclasses.replace(data, broken=data.broken[:5]), 100), 12)
+
+
+@pytest.fixture(scope="module")
+def with_workers():
+    return Loader(dataclasses.replace(BROKEN, reading=WORKERS), 32)
+
+
+def test_worker_processes_make_the_same_batches(with_workers, capsys):
+    fake_data.reads.clear()
+    found = take(with_workers, 33)
+    assert not fake_data.reads
+    assert capsys.readouterr().err.count("skipped") == 5
+    for a, b in zip(take(Loader(BROKEN, 32), 33), found, strict=True):
+        equal(a, b)
+    equal(Loader(BROKEN, 32).held_out_batch(31), with_workers.held_out_batch(31))
+
+
+def test_signals_to_the_whole_group_do_not_reach_the_workers(with_workers):
+    with_workers.train_batch(0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for process in multiprocessing.active_children():
+            os.kill(process.pid, number)
+    with_workers.train_batch(1)
+
+
+def test_a_killed_worker_is_an_error_and_not_a_hang(with_workers):
+    stream = with_workers.train()
+    next(stream)
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(ChildProcessError, match=r"died \(exit code -9; .* fewer reading.workers"):
+        take(with_workers, 10)
+
+
+def test_errors_of_the_data_reach_the_run(tmp_path):
+    for reading in (Reading(threads=2), Reading(workers=1)):
+        with pytest.raises(ZeroDivisionError, match="image 5"):
+            take(Loader(Fake(10, bug_at=5, reading=reading), 4), 5)
+
+    class Local(Fake):
+        pass
+
+    with pytest.raises(ValueError, match="cannot be sent to worker processes .*Local"):
+        Loader(Local(reading=WORKERS), 4).train_batch(0)
+    with pytest.raises(ValueError, match="reading.workers is -1"):
+        Reading(workers=-1)
+
+
+CHILD = """
+import os, sys, itertools
+from tests.helpers.fake_data import Fake
+from varjax.data.loader import Loader
+from varjax.data.workers import Reading
+if __name__ == "__main__":
+    stream = Loader(Fake(reading=Reading(workers=1)), 8).train()
+    next(stream)
+    print("ready", flush=True)
+    {end}
+"""
+
+
+@pytest.mark.parametrize("end", ["sys.exit(3)", "os.kill(os.getpid(), 9)"])
+def test_workers_end_with_the_run(tmp_path, end):
+    """Also where the stream is still referred to."""
+    (tmp_path / "child.py").write_text(CHILD.format(end=end))
+    begin = time.monotonic()
+    process = subprocess.run(
+        [sys.executable, "child.py"],
+        stdout=subprocess.PIPE,  # the workers hold it as well, so it ends when they have ended
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
+    assert process.stdout == b"ready\n" and process.returncode in (3, -9)
+    assert time.monotonic() - begin < 60

@@ -1,0 +1,68 @@
+"""Checkpoints made by hand, opcode by opcode, for the tests of reading them."""
+
+import itertools
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+from varjax.convert.pth import write
+from varjax.convert.state_dicts import read_checkpoint
+
+DATA = np.arange(24, dtype=np.float32)
+
+
+def plain(value) -> bytes:
+    """The opcodes of plain data, without the pickle's start and end."""
+    return pickle.dumps(value, 2)[2:-1]
+
+
+def stored(kind="FloatStorage", key="0", count=24) -> bytes:
+    kind_opcodes = f"ctorch\n{kind}\n".encode()
+    location = plain("cpu")
+    return b"(" + plain("storage") + kind_opcodes + plain(key) + location + plain(count) + b"tQ"
+
+
+def tensor(size, stride, offset=0, storage=None) -> bytes:
+    arguments = (storage or stored()) + plain(offset) + plain(size) + plain(stride)
+    hooks = b"ccollections\nOrderedDict\n)R"
+    return b"ctorch._utils\n_rebuild_tensor_v2\n(" + arguments + b"\x89" + hooks + b"tR"
+
+
+def mapping(values: dict[str, bytes]) -> bytes:
+    return b"}(" + b"".join(plain(k) + v for k, v in values.items()) + b"u"
+
+
+def entries(**values: bytes) -> bytes:
+    return b"\x80\x02" + mapping(values) + b"."
+
+
+def archive(path, pickled: bytes, data=DATA, method=zipfile.ZIP_STORED, byteorder="little"):
+    with zipfile.ZipFile(path, "w", method) as file:
+        file.writestr("net/data.pkl", pickled)
+        file.writestr("net/byteorder", byteorder)
+        file.writestr("net/data/0", data.tobytes())
+    return path
+
+
+def refusal(path) -> str:
+    with pytest.raises(ValueError) as caught:
+        read_checkpoint(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    return str(caught.value)
+
+
+def write_trainer(path, models) -> None:
+    """A checkpoint like the official trainer's: {"epoch": 3, "trainer": {model: state dict}}."""
+    tensors = [x for weights in models.values() for x in weights.values()]
+    index = itertools.count()
+    trainer = {
+        model: mapping({n: write._tensor(next(index), x.dtype, x.shape) for n, x in w.items()})
+        for model, w in models.items()
+    }
+    body = {"epoch": plain(3), "trainer": mapping(trainer)}
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("ckpt/data.pkl", entries(**body))
+        for i, x in enumerate(tensors):
+            file.writestr(f"ckpt/data/{i}", np.ascontiguousarray(x).tobytes())

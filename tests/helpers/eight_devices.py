@@ -1,0 +1,108 @@
+"""Training steps on several meshes of eight devices: test_sharding.py runs this."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import numpy as np
+
+from tests.helpers import runs, tiny
+from varjax.data.loader import Loader
+from varjax.data.sources.digits import Digits
+from varjax.nn.compute import Compute
+from varjax.tokenizers.vq.model import init_tokenizer
+from varjax.training import sharding
+from varjax.training.optimizer import AdamW
+from varjax.training.prefetch import place
+from varjax.training.sharding import MeshShape
+from varjax.training.task import Plan
+from varjax.var.task import VARTask
+
+BATCH = 24  # in the transformer no width is as long, nor as its 24 · 21 tokens
+PLAN = Plan(9, BATCH)
+# An epsilon above rounding errors, for Adam makes whole steps of whatever is above it.
+OPTIMIZER = AdamW(base_lr=0.1, eps=1e-2)
+SMALL = tiny.Tiny(optimizer=OPTIMIZER, plan=PLAN)
+TRANSFORMER = VARTask(
+    dataclasses.replace(runs.VAR, width=32, heads=4),
+    runs.TOKENIZER,
+    tokenizer_weights="",
+    optimizer=OPTIMIZER,
+    drop_path=0.2,
+    ema=0.9,
+    compute=Compute(remat="block"),
+    plan=PLAN,
+)
+
+
+def main() -> None:
+    jax.config.update("jax_num_cpu_devices", 8)
+    whole = train(SMALL, {}, MeshShape(), jax.devices()[:1])
+    for sizes, accumulate in ((8, 1, 1), 3), ((1, 8, 1), 1), ((2, 2, 2), 3):
+        task, shape = dataclasses.replace(SMALL, accumulate=accumulate), MeshShape(*sizes)
+        state, metrics, _ = train(task, {}, shape)
+        check_layout(shape, state, "up")
+        jax.tree.map(close, (state, metrics), whole[:2])
+
+    tokenizer = jax.eval_shape(lambda key: init_tokenizer(runs.TOKENIZER, key), jax.random.key(0))
+    frozen, shape = numbers(tokenizer), MeshShape(1, 4, 2)
+    whole = train(TRANSFORMER, frozen, MeshShape(), jax.devices()[:1])
+    state, metrics, compiled = train(TRANSFORMER, frozen, shape)
+    check_layout(shape, state, "blocks", "attn", "q")
+    jax.tree.map(close, (state, metrics), whole[:2])
+    assert not (found := full_batch(compiled)), found
+
+
+def train(task, frozen, shape: MeshShape, devices=None):
+    """The state and metrics after three steps, and the compiled step."""
+    key = jax.random.key(0)
+    mesh, loader = sharding.make_mesh(shape, devices), Loader(Digits(), BATCH)
+    state = jax.eval_shape(task.init, key)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
+    params = numbers(state.params)
+    placement = sharding.shardings(state, mesh)
+    state = sharding.put(zeros.replace(params=params, ema=params), placement)
+    frozen = sharding.put(frozen, sharding.shardings(frozen, mesh))
+    batches = [place(loader.train_batch(n), mesh, BATCH) for n in range(3)]
+    step = jax.jit(
+        sharding.on_mesh(task.train_step, mesh),
+        out_shardings=(placement, sharding.replicated(mesh)),
+        donate_argnums=0,
+    )
+    compiled = step.lower(state, frozen, batches[0], key).compile()
+    for batch in batches:
+        state, metrics = compiled(state, frozen, batch, key)
+    return state, metrics, compiled
+
+
+def numbers(tree):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), tree)
+
+
+def close(a, b):
+    np.testing.assert_allclose(jax.device_get(a), jax.device_get(b), rtol=1e-3, atol=1e-5)
+
+
+def check_layout(shape: MeshShape, state, *path: str) -> None:
+    """Parameters, average and moments are in as many parts as there are devices to split them."""
+    for tree in (state.params, state.ema, state.opt_state[1].mu, state.opt_state[1].nu):
+        for name in (*path, "kernel"):
+            tree = tree[name]
+        assert tree.addressable_shards[0].data.size * shape.fsdp * shape.tensor == tree.size
+
+
+def full_batch(compiled) -> set[str]:
+    """Shapes of activations of all images, among the arrays that one device computes with."""
+    found = set()
+    for shape in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", compiled.as_text()):
+        sizes = [int(size) for size in shape.split(",")]
+        rows = {BATCH, BATCH * TRANSFORMER.model.pyramid.length} & set(sizes)
+        if rows and math.prod(sizes) >= BATCH * TRANSFORMER.model.width:
+            found.add(shape)
+    return found
+
+
+if __name__ == "__main__":
+    main()

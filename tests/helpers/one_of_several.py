@@ -1,0 +1,73 @@
+"""Runs of tiny.py in one of several processes, which may be told to die: for test_processes.py.
+
+python -m tests.helpers.one_of_several HOST:PORT COUNT NUMBER JOBS, where JOBS is a JSON list of
+{"run": directory, "settings": {...}, "die_in_save": step, "terminate_in": step}.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import sys
+import time
+
+import jax
+import orbax.checkpoint as ocp
+
+from tests.helpers import tiny
+from varjax.core import distributed
+from varjax.training import loop, prefetch
+from varjax.training.sharding import MeshShape
+
+LAST = 1  # the process that is killed and gets the signal
+
+
+def main(address: str, count: str, number: str, jobs: str) -> None:
+    jax.config.update("jax_num_cpu_devices", 8 // int(count))
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    if int(count) > 1:
+        distributed.connect(address, int(count), int(number))
+    for job in json.loads(jobs):
+        mesh = MeshShape(*job["settings"].pop("mesh"))
+        if jax.process_index() == LAST:
+            hurt(job.get("die_in_save"), job.get("terminate_in"))
+        try:
+            loop.run(tiny.experiment(job["run"], mesh=mesh, **job["settings"]))
+        except ValueError as error:
+            print("refused:", error, flush=True)
+        except Exception as error:
+            print("failed:", type(error).__name__, flush=True)
+            distributed.end(1)
+
+
+def hurt(die_in_save: int | None, terminate_in: int | None) -> None:
+    """Has this process killed while it writes that step, or sent SIGTERM in that step."""
+    save, take, steps = ocp.CheckpointManager.save, prefetch.Feed.__next__, iter(range(1, 10**6))
+
+    async def save_and_die(*arguments, **options):
+        await write(*arguments, **options)  # the parameters, but not yet what comes after them
+        await asyncio.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    write = ocp.StandardCheckpointHandler.async_save
+
+    def note_step(manager, step, *arguments, **options):
+        if step == die_in_save:
+            ocp.StandardCheckpointHandler.async_save = save_and_die
+        return save(manager, step, *arguments, **options)
+
+    def take_and_terminate(batches):
+        step = next(steps)
+        if step == terminate_in:
+            signal.raise_signal(signal.SIGTERM)
+        if terminate_in and step >= terminate_in:
+            time.sleep(0.5)  # JAX looks for signals once a second, steps take milliseconds here
+        return take(batches)
+
+    ocp.CheckpointManager.save = note_step
+    prefetch.Feed.__next__ = take_and_terminate
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

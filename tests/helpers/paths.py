@@ -1,0 +1,5 @@
+"""Where the tests find the project's own files."""
+
+import pathlib
+
+ROOT = pathlib.Path(__file__).parents[2]

@@ -1,0 +1,167 @@
+"""Large sample runs: killed, resumed, on several devices and processes, always the same bytes."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import varjax
+from tests.helpers import runs
+from tests.helpers.paths import ROOT
+from varjax.cli import sample
+from varjax.core import trees
+
+# Runs sample.py and kills it just before the n-th file whose name ends so is put in its place.
+KILLED = """
+import os, signal, sys
+ending, n, *arguments = sys.argv[1:]
+left, replace = int(n), os.replace
+
+def replace_or_die(source, target):
+    global left
+    left -= str(target).endswith(ending)
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = replace_or_die
+import sample
+sys.exit(sample.main(arguments))
+"""
+PROCESS = """
+import sys, jax
+address, number, *arguments = sys.argv[1:]
+initialize = jax.distributed.initialize
+jax.distributed.initialize = lambda: initialize(address, 2, int(number))
+import sample
+sys.exit(sample.main(arguments))
+"""
+
+
+def flags(out, *others):
+    """200 images in 13 parts, the last one not full."""
+    weights = f"--weights={runs.var()}"
+    return [weights, "--labels=all", "--count=20", "--batch_size=16", f"--out={out}", *others]
+
+
+def draw(out, *others):
+    sample.run(sample.parse(flags(out, *others)))
+    return out
+
+
+def start(code, *arguments, devices=1):
+    environment = {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], env=os.environ | environment
+    )
+
+
+def kill(out, ending, n, devices=1):
+    killed = start(KILLED, ending, n, *flags(out), devices=devices)
+    assert killed.wait(timeout=120) == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An .npz and a folder that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    return draw(folder / "a.npz"), draw(folder / "images")
+
+
+def same_folders(a, b):
+    names = sorted(path.name for path in a.iterdir())
+    assert names == sorted(path.name for path in b.iterdir())
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+def test_an_npz_is_shuffled_and_each_image_keeps_its_label(whole):
+    npz, folder = whole
+    with np.load(npz) as file:
+        images_NHWC, label_N = file["arr_0"], file["labels"]
+    assert images_NHWC.shape == (200, 8, 8, 3) and images_NHWC.dtype == np.uint8
+    assert np.array_equal(np.bincount(label_N), np.full(10, 20))
+    assert np.sum(np.diff(label_N) == 0) < 60  # of 190, were they in order
+    for label in range(10):
+        there = sorted(images_NHWC[label_N == label, ..., 0].reshape(20, -1).tolist())
+        pngs = [np.asarray(Image.open(p)) for p in folder.glob(f"*_label{label:04d}.png")]
+        assert there == sorted(np.stack(pngs).reshape(20, -1).tolist())
+
+
+def test_an_npz_killed_twice_and_on_other_devices_has_the_same_bytes(whole, tmp_path):
+    out, parts = tmp_path / "a.npz", tmp_path / ".a.npz.parts"
+    kill(out, ".npy", 3)
+    assert len(list(parts.glob("0*.npy"))) == 2 and not out.exists()
+    kill(out, ".npz", 1, devices=4)
+    assert len(list(parts.glob("0*.npy"))) == 13 and not out.exists()
+    draw(out)
+    assert out.read_bytes() == whole[0].read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_a_killed_folder_goes_on_and_ends_the_same(whole, tmp_path):
+    out = tmp_path / "images"
+    kill(out, ".png", 70)
+    first = out / "000000_label0000.png"
+    written, drawn = first.stat().st_mtime_ns, len(list(out.glob("0*.png")))
+    assert drawn == 69 and list(out.glob(".*.tmp"))
+    draw(out)
+    assert same_folders(out, whole[1])
+    assert first.stat().st_mtime_ns == written
+
+
+def test_two_processes_draw_the_same_together(whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    out = tmp_path / "a.npz"
+    both = [start(PROCESS, address, i, *flags(out, "--distributed")) for i in range(2)]
+    try:
+        assert [process.wait(timeout=120) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
+    assert out.read_bytes() == whole[0].read_bytes()
+
+
+def test_a_finished_output_is_recognized_and_another_request_refused(whole, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("it drew again")
+
+    monkeypatch.setattr("varjax.var.pipeline.sample_images", never)
+    for out in whole:
+        draw(out)
+        with pytest.raises(ValueError, match="(?s)seed: 0 there, 1 asked.*delete it"):
+            draw(out, "--seed=1")
+        with pytest.raises(ValueError, match="(?s)labels: all there, 1,2 .*cfg: 0.5 there, 3.0"):
+            draw(out, "--labels=1,2", "--cfg=3")
+        with pytest.raises(ValueError, match="compute: .*float32.* there, .*bfloat16.* asked"):
+            draw(out, "--dtype=bfloat16")
+
+
+def test_other_weights_are_another_request():
+    params = varjax.load(runs.var()).params
+    before = trees.digest(params)
+    assert trees.digest(params) == before
+    head = params["var"]["head"]
+    head["bias"] = head["bias"].at[3].add(1e-6)
+    assert trees.digest(params) != before
+
+
+def test_what_others_wrote_is_left_alone(tmp_path):
+    (tmp_path / "a.npz").write_text("mine")
+    with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"")
+    for name in ("a.npz", "b.npz"):
+        with pytest.raises(ValueError, match="no file of this command; delete it"):
+            draw(tmp_path / name)
+    assert (tmp_path / "a.npz").read_text() == "mine"
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "photo.png").touch()
+    with pytest.raises(ValueError, match="holds files and no request.json"):
+        draw(tmp_path / "folder")

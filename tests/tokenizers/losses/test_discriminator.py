@@ -1,0 +1,79 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.adversarial import QUICKLY
+from varjax.tokenizers.losses.discriminator import PatchDiscriminator, StyleDiscriminator, halve
+
+
+@pytest.mark.parametrize(
+    "module, image_shape, logits_shape, sizes",
+    [
+        # as many as with taming's BatchNorm, which has two numbers a channel, too
+        (PatchDiscriminator(), (256, 256, 3), (30, 30), 2_765_633),
+        (PatchDiscriminator(layers=1), (8, 12, 1), (2, 4), None),
+        (StyleDiscriminator(), (256, 256, 3), (1, 1), None),
+        (StyleDiscriminator(width=8), (37, 64, 2), (1, 1), None),
+        (StyleDiscriminator(width=8), (4, 4, 1), (1, 1), None),
+    ],
+)
+def test_shapes(module, image_shape, logits_shape, sizes):
+    image_BHWC = jax.ShapeDtypeStruct((2, *image_shape), jnp.float32)
+    params = jax.eval_shape(module.init, jax.random.key(0), image_BHWC)
+    assert jax.eval_shape(module.apply, params, image_BHWC).shape == (2, *logits_shape)
+    if sizes:
+        assert sum(x.size for x in jax.tree.leaves(params)) == sizes
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda d: PatchDiscriminator(8, 1, d), lambda d: StyleDiscriminator(4, d)]
+)
+def test_logits_depend_on_their_own_image_alone(kind):
+    images = np.random.default_rng(0).uniform(-1, 1, (3, 8, 6, 3)).astype(np.float32)
+    params = jax.jit(kind(jnp.float32).init)(jax.random.key(0), images)
+
+    @functools.partial(jax.jit, static_argnums=1, compiler_options=QUICKLY)
+    def run(image_BHWC, dtype):
+        def second(image_BHWC):
+            logits = kind(dtype).apply(params, image_BHWC)
+            return jnp.sum(logits[1]), logits
+
+        return jax.grad(second, has_aux=True)(image_BHWC)
+
+    grad_BHWC, logits = run(images, jnp.float32)
+    assert np.all(grad_BHWC[np.array([0, 2])] == 0) and np.any(grad_BHWC[1] != 0)
+    # At the start neither kind is preferred by much, and images are told apart.
+    assert np.all(np.abs(logits) < 3) and np.std(logits) > 1e-4
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote
+        _, rounded = run(images, jnp.bfloat16)
+    assert rounded.dtype == jnp.float32
+    np.testing.assert_allclose(rounded, logits, atol=0.05)
+
+
+def test_a_patch_sees_seventy_pixels():
+    """Without the norms, which mix all positions, as far as gradients reach."""
+    module = PatchDiscriminator(8)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 128, 128, 1)))
+    params = jax.tree.map(lambda x: jnp.ones(x.shape), shapes)
+
+    def logit(image_BHWC):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("flax.linen.GroupNorm.__call__", lambda self, x: x)
+            return module.apply(params, image_BHWC)[0, 6, 6]
+
+    grad_HW = jax.jit(jax.grad(logit))(jnp.ones((1, 128, 128, 1)))[0, ..., 0]
+    assert [np.ptp(np.nonzero(grad_HW)[axis]) + 1 for axis in (0, 1)] == [70, 70]
+
+
+def test_halving_keeps_flat_images_and_averages_noise_away():
+    for shape in ((1, 8, 6, 2), (1, 7, 5, 2)):
+        halved = halve(jnp.full(shape, 0.5))
+        assert halved.shape == (1, shape[1] // 2, shape[2] // 2, 2)
+        np.testing.assert_allclose(halved, 0.5, rtol=1e-6)
+    stripes_BHWC = jnp.tile(jnp.array([1.0, -1.0]), 8)[None, None, :, None] * jnp.ones(
+        (1, 16, 1, 1)
+    )
+    np.testing.assert_allclose(halve(stripes_BHWC)[:, :, 1:-1], 0, atol=1e-6)

@@ -1,0 +1,157 @@
+"""The report on a tokenizer, from its run to the pictures."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import runs
+from varjax.core import files, image_io
+from varjax.data.sources.digits import Digits
+from varjax.tokenizers import evaluate as command
+from varjax.tokenizers.load import read_tokenizer
+from varjax.tokenizers.vq import reconstruction_metrics
+from varjax.tokenizers.vq.model import Tokenizer, TokenizerConfig, init_tokenizer, to_model
+from varjax.tokenizers.vq.reconstruction_metrics import measure_split
+from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.training.task import TrainState
+
+CONFIG = TokenizerConfig(
+    scales=(1, 2, (3, 4)), image_channels=3, width=8, multipliers=(1, 1, 1), blocks=1, groups=4,
+    vocab=16, code_channels=4,
+)  # fmt: skip
+PARAMS = jax.jit(functools.partial(init_tokenizer, CONFIG))(jax.random.key(0))
+IMAGES = np.random.default_rng(0).integers(0, 256, (10, *CONFIG.image_shape), np.uint8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ten:
+    """A loader of ten images, of which number 3 is broken."""
+
+    batch_size: int
+
+    def held_out(self):
+        for start in range(0, 10, self.batch_size):
+            n = np.arange(start, start + self.batch_size)
+            valid_B = (n < 10) & (n != 3)
+            images = np.where(valid_B[:, None, None, None], IMAGES[np.minimum(n, 9)], 0)
+            yield {"image_BHWC": images, "label_B": n, "valid_B": valid_B}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promoting():
+    with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote bfloat16
+        yield
+
+
+@pytest.fixture(scope="module")
+def split(promoting):
+    return measure_split(CONFIG, PARAMS, Ten(4), show=(0, 3, 9), worst=2)
+
+
+def test_the_batch_size_and_broken_images_change_nothing(split):
+    other = measure_split(CONFIG, PARAMS, Ten(10), show=(0, 3, 9), worst=2)
+    a, b = split.summary(), other.summary()
+    assert a["images"] == 9 and [x.number for x in split.shown] == [0, 9]  # 3 is broken
+    assert [x.number for x in split.worst] == [x.number for x in other.worst]
+    assert a.keys() == b.keys() and "ssim" in a and "lpips" not in a
+    for name in a.keys() - {"worst", "same_in_bfloat16"}:
+        np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
+
+
+def test_figures_are_those_of_the_images_decoded_one_by_one(split):
+    model = Tokenizer(CONFIG).bind({"params": PARAMS})
+    x_BHWC = to_model(IMAGES[np.arange(10) != 3])
+
+    @jax.jit
+    def by_hand(x_BHWC):
+        tokens_BL = model.encode(x_BHWC)
+        f_hats = model.quantizer.accumulate(tokens_BL)
+        rebuilt, f_BhwZ = model.decode_every_scale(tokens_BL), model.features(x_BHWC)
+        coarse = Tokenizer(CONFIG, encoder_dtype=jnp.bfloat16).bind({"params": PARAMS})
+        coarse_BL = coarse.quantizer(coarse.features(x_BHWC)).tokens_BL
+        return tokens_BL, rebuilt, f_BhwZ, f_hats, coarse_BL
+
+    tokens_BL, y_KBHWC, f_BhwZ, f_hats, coarse_BL = jax.device_get(by_hand(x_BHWC))
+    psnr_KB = -10 * np.log10(np.mean(((y_KBHWC - x_BHWC[None]) / 2) ** 2, axis=(2, 3, 4)))
+    report = split.summary()
+    np.testing.assert_allclose(report["scale_psnr"], psnr_KB.mean(axis=1), rtol=1e-4)
+    np.testing.assert_allclose(report["psnr"], psnr_KB[-1].mean(), rtol=1e-4)
+    np.testing.assert_allclose(report["l1"], np.mean(abs(y_KBHWC[-1] - x_BHWC)) / 2, rtol=1e-4)
+    rest_K = [np.mean((f_BhwZ - f_hat) ** 2) / np.mean(f_BhwZ**2) for f_hat in f_hats]
+    np.testing.assert_allclose(report["scale_rest"], rest_K, rtol=1e-4)
+    codes_K = [len(np.unique(tokens_BL[:, s])) for s in CONFIG.pyramid.slices]
+    assert report["scale_codes"] == codes_K
+    np.testing.assert_allclose(report["scale_usage"], np.array(codes_K) / [9, 16, 16])
+    same = np.mean(tokens_BL == coarse_BL)  # which tokens flip depends on what XLA fuses
+    assert 0.5 < same < 1
+    np.testing.assert_allclose(report["same_in_bfloat16"], same, atol=0.03)
+    lowest = np.argsort(psnr_KB[-1])[:2]
+    assert [x.number for x in split.worst] == np.flatnonzero(np.arange(10) != 3)[lowest].tolist()
+    shown = split.shown[1].rows
+    np.testing.assert_array_equal(shown[0], IMAGES[9])
+    assert abs(shown[1:].astype(int) - 127.5 * (y_KBHWC[:, -1] + 1)).max() <= 1
+
+
+def test_lpips_is_measured_where_it_is_given(monkeypatch, split):
+    def lpips(params, x_BHWC, y_BHWC):  # the real one takes long to compile
+        return params["factor"] * jnp.mean(jnp.abs(x_BHWC - y_BHWC), axis=(1, 2, 3))
+
+    monkeypatch.setattr(reconstruction_metrics, "lpips", lpips)
+    report = measure_split(CONFIG, PARAMS, Ten(10), {"factor": np.float32(3)}).summary()
+    np.testing.assert_allclose(report["lpips"], 6 * split.summary()["l1"], rtol=1e-4)
+
+
+def test_the_command_writes_a_report_and_pictures(tmp_path, capsys):
+    weights = str(runs.tokenizer())
+    flags = [f"--weights={weights}", "--data=digits", "--batch_size=64", "--out=out"]
+    assert command.main(flags) == 0
+    said = capsys.readouterr()
+    assert "355 held-out images of digits" in said.out and "4×4" in said.out
+    report = files.read_json(tmp_path / "out/evaluation.json")
+    assert report["images"] == 355 and "ssim" not in report  # smaller than its window
+    expected = _psnr_of_the_task(weights)
+    np.testing.assert_allclose(report["psnr"], expected, atol=0.05)  # there it is not clipped
+    assert image_io.open_image("out/scales.png").size == (8 * 65, 4 * 65)
+    assert image_io.open_image("out/worst.png").size == (8 * 65, 3 * 65)
+
+
+def _psnr_of_the_task(weights):
+    config, params = read_tokenizer(weights)
+    task, loader = TokenizerTask(config), Digits().make(64, 0)
+    state, sums = TrainState(None, params, None, None), None  # type: ignore[arg-type]
+    step = jax.jit(task.eval_step)
+    for batch in loader.held_out():
+        part = jax.device_get(step(state, {}, batch))
+        sums = part if sums is None else jax.tree.map(np.add, sums, part)
+    return task.eval_metrics(sums)["psnr"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"data": "photos:1"}, "give folder:PATH"),
+        ({"data": "tokens:nowhere"}, "holds tokens, but images are needed"),
+        ({"weights": "nowhere"}, "nowhere does not exist; give a run's directory"),
+        ({"batch_size": "0"}, "batch_size is 0"),
+        ({"lpips": "nowhere"}, "8×8 are too small for LPIPS"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_at_once(flags, message, capsys, tmp_path):
+    flags = {"weights": str(runs.tokenizer()), "data": "digits"} | flags
+    assert command.main([f"--{name}={value}" for name, value in flags.items()]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_split_without_an_image_is_refused():
+    class Broken(Ten):
+        def held_out(self):
+            for batch in super().held_out():
+                yield batch | {"valid_B": np.zeros(self.batch_size, bool)}
+
+    with pytest.raises(ValueError, match="there is no image to measure"):
+        measure_split(CONFIG, PARAMS, Broken(10))

@@ -1,0 +1,181 @@
+"""Remedies for code books: each does what it says, on one device and on eight."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers.paths import ROOT
+from tests.tokenizers.vq.test_model import small
+from varjax.tokenizers.vq.codebook import Codebook
+from varjax.tokenizers.vq.codes import draw, entropy_loss, kmeans, scale_inputs
+from varjax.tokenizers.vq.model import make_quantizer
+from varjax.tokenizers.vq.pyramid import Pyramid
+from varjax.tokenizers.vq.quantizer import quantizer_loss
+from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.training.task import TrainState
+
+KEY = jax.random.key(0)
+EIGHT_DEVICES = """
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import dataclasses
+import numpy as np
+from varjax.tokenizers.vq.codebook import Codebook
+from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.training.prefetch import place
+from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
+
+CONFIG = TokenizerConfig(scales=(1, (2, 1), (4, 2)), image_channels=2, width=8, multipliers=(1, 1),
+                         blocks=1, groups=4, vocab=16, code_channels=4)
+book = Codebook("kmeans", restart_every=1, scale_dropout=0.5, scales_kept=1)
+TASK = TokenizerTask(CONFIG, codebook=book, ema=0.5)
+IMAGES = np.random.default_rng(0).integers(0, 256, (16, *CONFIG.image_shape), np.uint8)
+FIRST = jax.device_get(jax.jit(TASK.init)(jax.random.key(0)))
+FIRST.opt_state["use_V"] = np.float32(np.where(np.arange(16) % 2, 1 / 16, -1))
+BEFORE = FIRST.params["quantizer"]["codebook"]
+
+def train(accumulate, devices):
+    mesh = make_mesh(MeshShape(), devices)
+    task = dataclasses.replace(TASK, accumulate=accumulate)
+    placement = shardings(FIRST, mesh)
+    state = jax.device_put(FIRST, placement)
+    step = jax.jit(on_mesh(task.train_step, mesh), out_shardings=(placement, None))
+    batch = place({"image_BHWC": IMAGES}, mesh, 16)
+    return jax.device_get(step(state, {}, batch, jax.random.key(1)))
+
+(one, metrics), (other, _) = train(1, jax.devices()[:1]), train(2, jax.devices())
+codes = [s.params["quantizer"]["codebook"] for s in (one, other)]
+assert metrics["restarted"] == 8, metrics
+assert np.abs(codes[0] - BEFORE).max(axis=1).min() > 1e-3  # k-means moved the living ones, too
+np.testing.assert_allclose(*codes, rtol=1e-3, atol=1e-4)
+np.testing.assert_allclose(one.opt_state["use_V"], other.opt_state["use_V"], rtol=1e-4)
+moment = one.opt_state["tokenizer"][1].mu["quantizer"]["codebook"]
+assert not moment[::2].any() and moment[1::2].any(), moment
+np.testing.assert_array_equal(one.ema["quantizer"]["codebook"][::2], codes[0][::2])
+"""
+
+
+def test_k_means_and_restarts_are_the_same_on_eight_devices():
+    subprocess.run([sys.executable, "-c", EIGHT_DEVICES], check=True, timeout=400, cwd=ROOT)
+
+
+def test_k_means_finds_clusters():
+    rng = np.random.default_rng(0)
+    centers = rng.normal(size=(8, 3)) * 5
+    z_NZ = np.float32(np.repeat(centers, 50, axis=0) + 0.1 * rng.normal(size=(400, 3)))
+
+    def distortion(codes_VZ):
+        return ((z_NZ[:, None] - np.asarray(codes_VZ)[None]) ** 2).sum(-1).min(1).mean()
+
+    found = jax.jit(kmeans, static_argnums=1)(z_NZ, 16, KEY)
+    assert distortion(found) < 0.5 * distortion(z_NZ[rng.permutation(400)[:16]])
+    few = kmeans(z_NZ[:3], 8, KEY)  # more codes than vectors: copies, but no two are equal
+    assert len(np.unique(few, axis=0)) == 8 and np.isfinite(few).all()
+
+
+def test_new_codes_come_from_all_scales_alike():
+    pyramid = Pyramid((1, 2, (3, 4)))
+    z_BLZ = np.tile(np.float32(pyramid.level_L)[None, :, None], (5, 1, 2))
+    scale_N = np.rint(draw(pyramid, jnp.asarray(z_BLZ), 600, KEY)[:, 0])
+    np.testing.assert_allclose(np.bincount(scale_N.astype(int)), [200] * 3, atol=40)
+
+
+def test_only_dead_codes_restart_and_only_when_it_is_time():
+    pyramid, old_VZ = Pyramid((1, 2)), jnp.ones((4, 2))
+    z_BLZ = jnp.full((3, 5, 2), 7.0)
+    params = {"quantizer": {"codebook": old_VZ}}
+    moments = {"mu": params, "nu": params}
+    use = {"use_V": jnp.array([0.5, 0.0, 0.5, 0.0])}
+    # Code 1 is used by the first scale in every tenth image, and by no other: it lives.
+    frequency_KV = jnp.array([[0.9, 0.1, 0, 0], [2.0, 0, 2.0, 0]])
+    use["use_V"] = use["use_V"].at[1].set(0.03)
+
+    def tend(step):
+        state = TrainState(jnp.int32(step), params, params, moments)
+        book = Codebook(restart_every=3)
+        return book.tend(pyramid, state, use, frequency_KV, lambda params, ideal: z_BLZ, KEY)
+
+    state, after, metrics = tend(6)
+    assert metrics["restarted"] == 1 and after["use_V"][3] == 0.25
+    for tree in (state.params, state.ema):
+        codes_VZ = tree["quantizer"]["codebook"]
+        np.testing.assert_array_equal(codes_VZ[:3], old_VZ[:3])
+        np.testing.assert_allclose(codes_VZ[3], 7, atol=0.5)
+    for tree in state.opt_state.values():
+        np.testing.assert_array_equal(tree["quantizer"]["codebook"][:, 0], [1, 1, 1, 0])
+    state, after, metrics = tend(7)
+    assert metrics["restarted"] == 0 and after["use_V"][3] == 0
+    np.testing.assert_array_equal(state.params["quantizer"]["codebook"], old_VZ)
+
+
+def test_dropped_scales_add_nothing_and_their_codes_learn_nothing():
+    config, variables = small()
+    params = {"params": variables["params"]["quantizer"]}
+    quantizer, kept_B = make_quantizer(config), jnp.array([1, 3])
+    f_BhwZ = jax.random.normal(KEY, (2, 4, 4, config.code_channels))
+    whole, some = quantizer.apply(params, f_BhwZ), quantizer.apply(params, f_BhwZ, kept_B)
+    for k in range(3):
+        np.testing.assert_array_equal(some.f_hats[k][0], whole.f_hats[0][0])
+        np.testing.assert_array_equal(some.f_hats[k][1], whole.f_hats[k][1])
+    loss_B, partial_B = (
+        quantizer_loss(f_BhwZ, f_hats, 0.25, kept)
+        for f_hats, kept in ((whole.f_hats, None), (some.f_hats, kept_B))
+    )
+    first_B = quantizer_loss(f_BhwZ, whole.f_hats[:1], 0.25)
+    np.testing.assert_allclose(partial_B, [first_B[0], loss_B[1]], rtol=1e-6)
+
+
+def test_the_number_of_scales_is_random_to_each_image():
+    key_B = jax.random.split(KEY, 4000)
+    kept_B = Codebook(scale_dropout=0.4, scales_kept=2).kept(Pyramid((1, 2, 3, 4)), key_B)
+    shares = np.bincount(np.asarray(kept_B), minlength=5) / 4000
+    np.testing.assert_allclose(shares, [0, 0, 0.2, 0.2, 0.6], atol=0.03)
+    assert Codebook().kept(Pyramid((1, 2)), key_B) is None
+
+
+def test_entropy_wants_sure_choices_of_many_codes():
+    codes_VZ = jnp.array([[0.0, 4.0], [4.0, 0.0]])
+    both, one = codes_VZ[None], jnp.tile(codes_VZ[:1], (2, 1))[None]
+    for cosine in (False, True):
+        np.testing.assert_allclose(entropy_loss(codes_VZ, [both], cosine), -np.log(2), atol=1e-3)
+        np.testing.assert_allclose(entropy_loss(codes_VZ, [one], cosine), 0, atol=1e-3)
+    between = jnp.full((1, 2, 2), 2.0)
+    np.testing.assert_allclose(entropy_loss(codes_VZ, [between], False), 0, atol=1e-3)
+
+
+def test_inputs_of_scales_are_what_the_quantizer_looks_codes_for():
+    config, variables = small()
+    quantizer = make_quantizer(config).bind({"params": variables["params"]["quantizer"]})
+    f_BhwZ = jax.random.normal(KEY, (2, 4, 4, config.code_channels))
+    quantized = quantizer(f_BhwZ)
+    inputs = scale_inputs(config.pyramid, f_BhwZ, quantized.f_hats)
+    tokens = [quantizer.nearest(z_BlZ) for z_BlZ in inputs]
+    np.testing.assert_array_equal(jnp.concatenate(tokens, axis=1), quantized.tokens_BL)
+
+
+def test_normal_codes_have_about_unit_length():
+    config, variables = small(vocab=256)
+    codes_VZ = Codebook("normal").start(config, variables["params"], KEY)["quantizer"]["codebook"]
+    np.testing.assert_allclose(jnp.mean(jnp.sum(codes_VZ**2, axis=-1)), 1, atol=0.2)
+    assert Codebook().start(config, variables["params"], KEY) is variables["params"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("restart_every", -1), ("scale_dropout", 1.5), ("scales_kept", 0), ("entropy", -0.1)],
+)
+def test_what_makes_no_sense_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"codebook.{field}={value}: must be"):
+        Codebook(**{field: value})
+
+
+def test_dropping_needs_scales_to_drop():
+    config, _ = small()
+    with pytest.raises(ValueError, match="scales_kept=3 of 3 scales: nothing is left"):
+        TokenizerTask(config, codebook=Codebook(scale_dropout=0.1))
+    assert Codebook() == TokenizerTask(config).codebook

@@ -1,0 +1,136 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import golden_cases as golden
+from varjax.tokenizers.vq.model import Tokenizer, TokenizerConfig, init_tokenizer, make_quantizer
+from varjax.tokenizers.vq.quantizer import quantizer_loss
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_tokenizer_computes_what_the_reference_computes(name):
+    config, _ = golden.configs(name)
+    params, expected = {"params": golden.tokenizer_params(name)}, golden.outputs(name)
+    model = Tokenizer(config)
+
+    @jax.jit
+    def everything(image_BHWC):
+        f_BhwZ = model.apply(params, image_BHWC, method=Tokenizer.features)
+        quantized = model.apply(params, f_BhwZ, method=lambda m, f: m.quantizer(f))
+        tokens_BL, input_BlZ = model.apply(params, image_BHWC, method=Tokenizer.encode_to_teach)
+        decoded = model.apply(params, tokens_BL, method=Tokenizer.decode_every_scale)
+        loss = jnp.mean(quantizer_loss(f_BhwZ, quantized.f_hats, 0.25))
+        return f_BhwZ, quantized, tokens_BL, input_BlZ, decoded, loss
+
+    found = everything(golden.images(name))
+    f_BhwZ, quantized, tokens_BL, input_BlZ, decoded_KBHWC, loss = found
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-4)
+    close(f_BhwZ.transpose(0, 3, 1, 2), expected["features"])
+    assert np.array_equal(tokens_BL, expected["tokens"])
+    assert np.array_equal(quantized.tokens_BL, tokens_BL)
+    close(quantized.f_hats[-1].transpose(0, 3, 1, 2), expected["f_hat_final"])
+    norms = [np.linalg.norm(f_hat) for f_hat in quantized.f_hats]
+    np.testing.assert_allclose(norms, expected["f_hat_norm_per_scale"], rtol=1e-5)
+    close(loss, expected["vq_loss"])
+    close(input_BlZ, expected["teacher_forcing_input"])
+    close(golden.strided(name, decoded_KBHWC[0]), expected["reconstruction_first"])
+    close(golden.strided(name, decoded_KBHWC[-1]), expected["reconstruction_final"])
+
+
+@functools.cache
+def small(**changes) -> tuple[TokenizerConfig, dict]:
+    settings = dict(
+        scales=(1, 2, 4), image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4,
+        vocab=16, code_channels=4,
+    )  # fmt: skip
+    config = TokenizerConfig(**settings | changes)
+    return config, {"params": jax.jit(functools.partial(init_tokenizer, config))(jax.random.key(0))}
+
+
+ODD = {"scales": ((1, 3), (2, 3), (3, 5)), "multipliers": (1, 1, 2), "image_channels": 2}
+
+
+@pytest.mark.parametrize("changes", [{}, {"scales": (1, (1, 2), (2, 3)), "multipliers": (2,)}, ODD])
+def test_decoding_tokens_equals_decoding_what_was_quantized(changes):
+    config, params = small(**changes)
+    image_BHWC = jax.random.normal(jax.random.key(1), (2, *config.image_shape))
+
+    @jax.jit
+    def both(params, image_BHWC):
+        model = Tokenizer(config).bind(params)
+        tokens_BL = model.encode(image_BHWC)
+        return tokens_BL, model(image_BHWC)[0], model.decode(tokens_BL)
+
+    tokens_BL, straight_BHWC, decoded_BHWC = both(params, image_BHWC)
+    assert tokens_BL.shape == (2, config.pyramid.length)
+    assert decoded_BHWC.shape == image_BHWC.shape
+    np.testing.assert_allclose(decoded_BHWC, jnp.clip(straight_BHWC, -1, 1), atol=1e-5)
+
+
+def test_gradient_passes_straight_through_to_the_encoder_but_not_into_the_choice():
+    config, params = small()
+
+    def pixel_loss(params, image_BHWC):
+        y_BHWC, _, _ = Tokenizer(config).bind(params)(image_BHWC)
+        return jnp.mean(jnp.square(y_BHWC - image_BHWC))
+
+    image_BHWC = jax.random.normal(jax.random.key(1), (2, *config.image_shape))
+    grads = jax.jit(jax.grad(pixel_loss))(params, image_BHWC)["params"]
+    assert any(jnp.any(g != 0) for g in jax.tree.leaves(grads["encoder"]))
+    assert all(jnp.all(g == 0) for g in jax.tree.leaves(grads["quantizer"]))
+
+
+def test_quantizer_loss_teaches_codes_and_features_apart():
+    config, params = small()
+    f_BhwZ = jax.random.normal(jax.random.key(1), (2, 4, 4, 4))
+    params = params["params"]["quantizer"]
+
+    @jax.jit
+    def grads(params, f_BhwZ, beta):
+        def loss(params, f_BhwZ):
+            f_hats = make_quantizer(config).bind({"params": params})(f_BhwZ).f_hats
+            return jnp.sum(quantizer_loss(f_BhwZ, f_hats, beta))
+
+        return jax.grad(loss, (0, 1))(params, f_BhwZ)
+
+    to_codes, to_features = grads(params, f_BhwZ, 0.0)
+    assert jnp.any(to_codes["codebook"] != 0) and jnp.all(to_features == 0)
+    to_codes_too, to_features = grads(params, f_BhwZ, 0.25)
+    assert jnp.any(to_features != 0)
+    np.testing.assert_allclose(to_codes_too["codebook"], to_codes["codebook"], rtol=1e-6)
+
+
+def test_quantizer_loss_by_hand():
+    f_BhwZ = jnp.array([1.0, 3.0]).reshape(1, 1, 2, 1)
+    f_hats = [jnp.zeros((1, 1, 2, 1)), jnp.full((1, 1, 2, 1), 2.0)]
+    # Mean squares 5 and 1, each counted 1 + β times.
+    np.testing.assert_allclose(quantizer_loss(f_BhwZ, f_hats, 0.5), [1.5 * (5 + 1) / 2])
+
+
+def test_nearest_code_by_distance_and_by_angle():
+    codebook_VZ = jnp.array([[10.0, 0.0], [0.0, 1.0], [0.6, 0.6]])
+    z_BlZ = jnp.array([[[2.0, 0.1], [0.1, 3.0], [-0.1, -0.2]]])
+    phis = {"phi_kernel": jnp.zeros((1, 3, 3, 2, 2)), "phi_bias": jnp.zeros((1, 2))}
+    for cosine, expected in ((False, [2, 1, 2]), (True, [0, 1, 0])):
+        config = TokenizerConfig((1,), vocab=3, code_channels=2, phis=1, cosine_codes=cosine)
+        quantizer = make_quantizer(config).bind({"params": {"codebook": codebook_VZ} | phis})
+        assert quantizer.nearest(z_BlZ).tolist() == [expected], cosine
+
+
+@pytest.mark.parametrize(
+    "changes, field",
+    [
+        ({"width": 6}, "groups"),
+        ({"phi_ratio": 1.5}, "phi_ratio"),
+        ({"multipliers": ()}, "multipliers"),
+        ({"vocab": 0}, "vocab"),
+        ({"phis": -1}, "phis"),
+        ({"scales": (4, 2)}, "scales"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes, field):
+    with pytest.raises(ValueError, match=field):
+        small(**changes)

@@ -1,0 +1,75 @@
+import dataclasses
+import pathlib
+
+import pytest
+from PIL import Image
+
+from tests.helpers import tiny
+from varjax.core import files
+from varjax.data.sources.folder import Folder
+from varjax.training.experiment import record_config, record_data
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Has the free settings of a transformer's task."""
+
+    tokenizer_weights: str = "here"
+    compute: tiny.AdamW = tiny.AdamW()  # any settings will do
+    width: int = 4
+    plan: tiny.Plan = tiny.Plan()
+
+
+def experiment(run_dir, **changes):
+    return dataclasses.replace(tiny.experiment(run_dir), task=Task(**changes))
+
+
+def test_what_the_run_s_steps_do_not_depend_on_may_change(tmp_path):
+    record_config(experiment(tmp_path))
+    compute = tiny.AdamW(clip=1.0)
+    record_config(experiment(tmp_path, tokenizer_weights="there", compute=compute))
+    assert files.read_json(tmp_path / "config.json")["task"]["tokenizer_weights"] == "there"
+    with pytest.raises(ValueError, match="task.width: 4 in the run, 5 in the config") as error:
+        record_config(experiment(tmp_path, width=5, tokenizer_weights="elsewhere"))
+    assert "elsewhere" not in str(error.value)
+
+
+def test_a_field_the_run_does_not_know_must_keep_its_default(tmp_path):
+    record_config(experiment(tmp_path))
+    path = tmp_path / "config.json"
+    config = files.read_json(path)
+    del config["task"]["width"], config["seed"]
+    files.write_json(path, config)
+    with pytest.raises(ValueError, match="task.width: absent in the run, 5 in the config"):
+        record_config(experiment(tmp_path, width=5))
+    record_config(experiment(tmp_path))
+    assert files.read_json(path)["task"]["width"] == 4
+
+
+def test_a_run_remembers_its_images_which_may_move_but_not_change(tmp_path):
+    def run_on(root, held_out="val"):
+        data = Folder(root, held_out=held_out)
+        e = dataclasses.replace(experiment(tmp_path / "run"), data=data)
+        record_config(e)
+        record_data(e)
+
+    def put(path):
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path)
+
+    for path in ("x/train/dog/1.png", "x/train/cat/1.png", "x/val/cat/1.png"):
+        put(path)
+    run_on("x")
+    about = files.read_json(tmp_path / "run/data.json")
+    assert about["class_names"] == ["cat", "dog"] and about["train"]["images"] == 2
+    pathlib.Path("x").rename("moved")
+    put("moved/val/dog/1.png")
+    run_on("moved")  # the steps are the same, also when more images are held out
+    assert files.read_json(tmp_path / "run/data.json")["held_out"]["images"] == 2
+    put("moved/train/dog/2.png")
+    with pytest.raises(ValueError, match=r"other images:\n  train.images: 2 in the run, 3 in"):
+        run_on("moved")
+    pathlib.Path("moved/train/dog").rename("moved/train/wolf")
+    pathlib.Path("moved/val/dog").rename("moved/val/wolf")
+    with pytest.raises(ValueError, match="class_names.*dog.*wolf"):
+        run_on("moved")

@@ -1,0 +1,149 @@
+import dataclasses
+import os
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers import tiny
+from tests.helpers.tiny import lines, weights
+from varjax.core.saved_steps import restore_weights
+from varjax.training import loop
+from varjax.training.checkpoint import Checkpoints
+from varjax.training.task import Plan
+
+
+def test_a_run_learns_and_leaves_its_files(whole):
+    run_dir, metrics = whole
+    losses = [line["loss"] for line in lines(run_dir) if "loss" in line]
+    assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
+    assert metrics == {k: v for k, v in lines(run_dir)[-1].items() if k != "step"}
+    assert {"eval/loss", "eval/accuracy", "eval_ema/loss", "eval_ema/accuracy"} == metrics.keys()
+    assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["20", "30"]
+    with Image.open(run_dir / "previews" / "step_00000020_inputs.png") as picture:
+        assert picture.size == (195, 130)
+    assert list((run_dir / "tensorboard").iterdir())
+    evaluations = {
+        line["step"]: line["eval/loss"] for line in lines(run_dir) if "eval/loss" in line
+    }
+    best = min(evaluations, key=evaluations.get)
+    assert [p.name for p in (run_dir / "best").iterdir()] == [str(best)]
+
+
+def test_metrics_are_over_the_valid_rows_only(whole):
+    """355 held-out images: with a batch of 64 the last one holds 35, here as one batch all."""
+    run_dir, metrics = whole
+    task = tiny.Tiny()
+    state = task.init(jax.random.key(0)).replace(params=weights(run_dir)[1])
+    data = tiny.Digits().source("held_out")
+    batch = {
+        "image_BHWC": data.images_NHWC,
+        "label_B": data.labels_N.astype(np.int32),
+        "valid_B": np.ones(len(data), bool),
+    }
+    found = task.eval_metrics(task.eval_step(state, {}, jax.device_put(batch)))
+    np.testing.assert_allclose(found["loss"], metrics["eval/loss"], rtol=1e-5)
+    np.testing.assert_allclose(found["accuracy"], metrics["eval/accuracy"], rtol=1e-5)
+
+
+def test_a_finished_run_says_so_and_compiles_nothing(whole, capsys, monkeypatch):
+    run_dir, metrics = whole
+    monkeypatch.setattr(tiny.Tiny, "train_step", None)
+    assert loop.run(tiny.experiment(run_dir, keep_best="eval/loss", preview_every=20)) == metrics
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_other_settings_in_the_same_directory_are_refused(whole):
+    run_dir, metrics = whole
+    with pytest.raises(ValueError, match="(?s)steps: 30 in the run, 40.*task.width: 16 .* 17"):
+        loop.run(tiny.experiment(run_dir, width=17, steps=40))
+    assert loop.run(tiny.experiment(run_dir, log_every=1, keep=3)) == metrics
+
+
+def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
+    experiment = tiny.experiment(tmp_path, explode_at=19)
+    with pytest.raises(FloatingPointError, match="after step 20, .*checkpoint of step 10 is good"):
+        loop.run(experiment)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["10"]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(weights(tmp_path)[1]))
+
+
+def test_frozen_weights_are_asked_for_once_and_kept_with_the_run(tmp_path):
+    (tmp_path / "offset").write_text("0.5")
+    changes = dict(offset_file=str(tmp_path / "offset"), steps=8)
+    with pytest.raises(FloatingPointError):
+        loop.run(tiny.experiment(tmp_path / "run", **changes, explode_at=0))
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"explode_at": 0', '"explode_at": -1'))
+    whole = loop.run(tiny.experiment(tmp_path / "other", **changes))
+    os.remove(tmp_path / "offset")
+    assert loop.run(tiny.experiment(tmp_path / "run", **changes)) == whole
+
+
+def test_patience_ends_a_run_that_no_longer_improves_and_more_of_it_continues(tmp_path):
+    optimizer = tiny.AdamW(base_lr=1e-30)
+    changes = dict(optimizer=optimizer, steps=20, eval_every=2, keep_best="eval/loss", patience=3)
+    loop.run(tiny.experiment(tmp_path, **changes))
+    assert lines(tmp_path)[-1]["step"] == 8  # the best at 2, then three evaluations
+    loop.run(tiny.experiment(tmp_path, **changes))
+    assert lines(tmp_path)[-1]["step"] == 8
+    loop.run(tiny.experiment(tmp_path, **changes | {"patience": 5}))
+    assert lines(tmp_path)[-1]["step"] == 12
+
+
+def test_another_metric_to_keep_the_best_by_starts_without_a_best(tmp_path):
+    """Every loss here is above the lowest accuracy, so that by its number none would be better."""
+    changes = dict(save_every=0, eval_every=5)
+    loop.run(tiny.experiment(tmp_path, steps=10, **changes, keep_best="eval/accuracy"))
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"steps": 10', '"steps": 20'))
+    loop.run(tiny.experiment(tmp_path, steps=20, **changes, keep_best="eval_ema/loss"))
+    step, average = weights(tmp_path, ema=True, kind="best")
+    assert step > 10
+    jax.tree.map(np.testing.assert_array_equal, restore_weights(tmp_path), average)
+
+
+def test_a_best_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, monkeypatch):
+    events = []
+    for name in ("save", "wait"):
+        original = getattr(Checkpoints, name)
+
+        def noted(self, *args, name=name, original=original):
+            events.append((self.directory.name, name))
+            return original(self, *args)
+
+        monkeypatch.setattr(Checkpoints, name, noted)
+    loop.run(tiny.experiment(tmp_path, steps=1, keep_best="eval/loss"))
+    best, checkpoint = events.index(("best", "save")), events.index(("checkpoints", "save"))
+    assert ("best", "wait") in events[best + 2 : checkpoint]  # the first belongs to the save
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 2.0}, "steps is 30, epochs 2.0"),
+        ({"steps": 0}, "steps is 0, epochs 0.0"),
+        ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
+        ({"log_every": 0}, "log_every is 0"),
+        ({"run_dir": ""}, "run_dir is empty"),
+        ({"run_dir": "gs://bucket/run"}, "run_dir is gs://bucket/run: an address; mount it"),
+        ({"eval_every": 0, "keep_best": "eval/loss"}, "set eval_every above 0"),
+        ({"eval_every": 1, "patience": 2}, "patience is 2, but keep_best names no metric"),
+        ({"task": tiny.Tiny(plan=Plan(5))}, "task.plan is Plan.steps=5.*set steps, epochs"),
+    ],
+)
+def test_settings_without_sense_are_refused(tmp_path, changes, message):
+    experiment = dataclasses.replace(tiny.experiment(tmp_path), **changes)
+    with pytest.raises(ValueError, match=message):
+        loop.run(experiment)
+
+
+def test_an_unknown_metric_to_keep_is_told_before_training(tmp_path):
+    experiment = tiny.experiment(tmp_path, keep_best="loss", explode_at=0)
+    with pytest.raises(ValueError, match="keep_best is 'loss', .*'eval_ema/loss'"):
+        loop.run(experiment)
+
+
+def test_epochs_count_passes_over_the_training_images():
+    assert tiny.experiment("x", steps=0, epochs=2.0).plan(1442).steps == 46

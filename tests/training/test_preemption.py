@@ -1,0 +1,141 @@
+"""A run that is stopped, killed, or finds the disk full, and then goes on as if nothing was."""
+
+import dataclasses
+import gc
+import itertools
+import json
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import orbax.checkpoint as ocp
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny import lines, same_run
+from varjax.training import evaluate, loop
+from varjax.training.preemption import Interrupt
+
+
+@pytest.mark.parametrize(
+    ("signum", "moment", "step"),
+    [
+        (signal.SIGINT, ("in step", 13), 13),
+        (signal.SIGTERM, ("in step", 20), 20),  # due for evaluation, preview and save
+        (signal.SIGTERM, ("at batch", 4), 10),  # of 6 in the first evaluation
+        (signal.SIGINT, ("in step", 30), 30),
+    ],
+)
+def test_a_signal_saves_at_once_and_the_run_continues_as_if_nothing_was(
+    whole, tmp_path, capfd, monkeypatch, signum, moment, step
+):
+    experiment = tiny.experiment(tmp_path, keep_best="eval/loss", preview_every=20)
+    with monkeypatch.context() as patch:
+        raise_at(patch, signum, *moment)
+        with pytest.raises(SystemExit) as stop:
+            loop.run(experiment)
+    assert stop.value.code == 128 + signum
+    said = capfd.readouterr().err
+    assert "stopping after this step" in said
+    assert f"saved after step {step}; the same command continues" in said
+    evaluated = [line["step"] for line in lines(tmp_path) if "eval/loss" in line]
+    assert step not in evaluated and not list(tmp_path.glob(f"previews/*{step}_*"))
+    loop.run(experiment)
+    same_run(whole[0], tmp_path)
+    assert len(list((tmp_path / "previews").iterdir())) == 1
+    assert loop.run(experiment) == whole[1]
+    assert lines(whole[0]) == lines(tmp_path)
+
+
+def raise_at(patch, signum, place, number):
+    """Has the signal come once, in the middle of a step or with a batch of the evaluation."""
+    take, placed = loop.Feed.__next__, evaluate.place
+    steps, batches = itertools.count(1), itertools.count()
+
+    def at_step(feed):
+        if place == "in step" and next(steps) == number:
+            signal.raise_signal(signum)
+        return take(feed)
+
+    def at_batch(*args):
+        if place == "at batch" and next(batches) == number:
+            signal.raise_signal(signum)
+        return placed(*args)
+
+    patch.setattr(loop.Feed, "__next__", at_step)
+    patch.setattr(evaluate, "place", at_batch)
+
+
+def test_a_signal_may_come_while_something_is_printed(monkeypatch):
+    """Printing again from the handler raises RuntimeError, for a stream is not reentrant."""
+
+    class Busy:
+        def write(self, text):
+            raise RuntimeError("reentrant call")
+
+    monkeypatch.setattr(sys, "stderr", Busy())
+    with Interrupt() as interrupt:
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.noted()
+
+
+OFTEN = dict(steps=150, save_every=7, eval_every=40, keep_best="eval/loss")
+CHILD = """
+import json, sys
+from tests.helpers import tiny
+from varjax.training import loop
+loop.run(tiny.experiment(sys.argv[1], **json.loads(sys.argv[2])))
+"""
+
+
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
+    """Each process is killed up to 0.4 s after it wrote its first line; a last one finishes."""
+    loop.run(tiny.experiment(tmp_path / "whole", **OFTEN))
+    seed = random.randrange(10**6)
+    rng, run_dir = random.Random(seed), tmp_path / "killed"
+    path, reached = run_dir / "metrics.jsonl", 0
+    command = [sys.executable, "-c", CHILD, str(run_dir), json.dumps(OFTEN)]
+    for _ in range(2):
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
+        while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.wait()
+        saved = [int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()]
+        reached = max(saved, default=0)
+    final = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert final.returncode == 0, final.stderr
+    assert (f"after step {reached}" in final.stderr) == (0 < reached < 150), (seed, final.stderr)
+    same_run(tmp_path / "whole", run_dir)
+
+
+# Of the writes that Orbax began together, it waits for the first to fail.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_disk_that_takes_no_more_ends_the_run_and_what_was_saved_stays(tmp_path, monkeypatch):
+    """The system itself refuses: files may grow to 100 kB, but a step needs some of 1 MB."""
+    big = tiny.experiment(tmp_path / "run", width=2**12, keep_best="eval/loss")
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = ocp.CheckpointManager.save
+
+    def save_on_a_full_disk(manager, step, *arguments, **options):
+        if step == 20:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        return save(manager, step, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", save_on_a_full_disk)
+        try:
+            with pytest.raises(OSError, match=r"(?s)saving to .* failed.* good: \[10\].* room for"):
+                loop.run(big)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    gc.collect()
+    loop.run(big)
+    loop.run(dataclasses.replace(big, run_dir=str(tmp_path / "whole")))
+    same_run(tmp_path / "run", tmp_path / "whole")

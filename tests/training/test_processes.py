@@ -1,0 +1,135 @@
+"""Two processes with four devices each, killed, stopped and continued; against one with eight."""
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import tiny
+from tests.helpers.paths import ROOT
+from tests.helpers.tiny import lines, weights
+from varjax.core.saved_steps import Saved
+from varjax.training import loop
+
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+SETTINGS = {"keep_best": "eval/loss", "eval_every": 15, "mesh": [2, 4, 1]}
+ACROSS = SETTINGS | {"mesh": [1, 1, 8]}  # both processes hold all rows of the batch
+
+
+def together(count, *jobs):
+    """Exit codes and words of so many processes that do these jobs together.
+
+    Nobody may outlive the first to end by more than 10 s, whatever it died of.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tests.helpers.one_of_several", address, str(count)]
+    files = [tempfile.TemporaryFile("w+") for _ in range(count)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(number), json.dumps(jobs)],
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": QUICK},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+        )
+        for number, file in enumerate(files)
+    ]
+    deadline = time.monotonic() + 150
+    while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    deadline = time.monotonic() + 10
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    codes, said = [process.poll() for process in processes], []
+    for process, file in zip(processes, files, strict=True):
+        process.kill()
+        process.wait()
+        file.seek(0)
+        said.append(file.read())
+        file.close()
+    return codes, said
+
+
+def job(run, settings=SETTINGS, **hurt):
+    return {"run": str(run), "settings": settings} | hurt
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run that two processes finished, one killed in a save, and one that SIGTERM stopped."""
+    folder = tmp_path_factory.mktemp("runs")
+    codes, said = together(2, job(folder / "whole"), job(folder / "killed", die_in_save=20))
+    assert codes == [1, -signal.SIGKILL], said
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text("{}")
+    codes, said = together(
+        2,
+        job(folder / "other"),
+        job(folder / "killed"),
+        job(folder / "stopped", ACROSS, terminate_in=17),
+    )
+    assert codes == [128 + signal.SIGTERM] * 2, said
+    return folder, said
+
+
+def everything(run):
+    """All arrays of the newest checkpoint, as they are on the disk, and its meta."""
+    saved, step = Saved(run / "checkpoints"), lines(run)[-1]["step"]
+    state = jax.eval_shape(tiny.Tiny().init, jax.random.key(0))
+    abstract = {name: getattr(state, name) for name in ("params", "ema", "opt_state")}
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return saved.arrays(step, abstract, jax.tree.map(lambda _: here, abstract))
+
+
+def test_killed_in_the_middle_of_a_save_they_continue_bit_by_bit(runs):
+    folder, said = runs
+    assert "continuing" in said[0] and "after step 10" in said[0]
+    jax.tree.map(
+        np.testing.assert_array_equal, *map(everything, (folder / "whole", folder / "killed"))
+    )
+    assert lines(folder / "whole") == lines(folder / "killed")
+    assert weights(folder / "whole", kind="best")[0] == weights(folder / "killed", kind="best")[0]
+
+
+def test_only_the_first_one_talks_and_a_refusal_reaches_all(runs):
+    _, said = runs
+    assert "finished" in said[0] and "finished" not in said[1]
+    assert all(
+        "refused: " in words and "holds a run with other settings" in words for words in said
+    )
+
+
+def test_one_signal_stops_both_and_one_device_continues(runs):
+    folder, said = runs
+    step = Saved(folder / "stopped" / "checkpoints").steps()[-1]
+    assert 17 <= step <= 19
+    assert f"saved after step {step}" in said[0]
+    loop.run(tiny.experiment(folder / "stopped", keep_best="eval/loss", eval_every=15))
+    same_but_for_rounding(folder / "whole", folder / "stopped")
+
+
+def test_one_process_with_as_many_devices_trains_and_evaluates_the_same(runs):
+    folder, _ = runs
+    codes, said = together(1, job(folder / "one", SETTINGS | {"mesh": [1, 8, 1]}))
+    assert codes == [0], said
+    same_but_for_rounding(folder / "whole", folder / "one")
+
+
+def same_but_for_rounding(a, b):
+    """From data to weights: the last states, and all that was logged on the way."""
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, everything(a)[0], everything(b)[0])
+    assert len(lines(a)) == 8  # six of training, two of evaluation
+    for one, other in zip(lines(a), lines(b), strict=True):
+        jax.tree.map(close, one, other)

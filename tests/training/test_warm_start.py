@@ -1,0 +1,145 @@
+import dataclasses
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import runs, tiny
+from tests.helpers.paths import ROOT
+from varjax.core import files, trees
+from varjax.core.saved_steps import restore_weights
+from varjax.training import loop
+from varjax.training.sharding import MeshShape, make_mesh, shardings
+from varjax.training.warm_start import initial_state
+from varjax.var.load import read_var
+from varjax.var.model import VARConfig, init_var
+from varjax.var.pretrained import matching_rows
+from varjax.var.task import VARTask
+
+KEY = jax.random.key(3)
+
+
+def begin(task, location, mesh=None):
+    mesh = mesh or make_mesh(MeshShape())
+    return initial_state(task, location, KEY, shardings(jax.eval_shape(task.init, KEY), mesh))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """What `Tiny.pretrained` reads: "up/bias" of rows 1 and 3 fits rows 0 and 1, "down" not."""
+    rng = np.random.default_rng(0)
+    shapes = {"up": {"kernel": (64, 16), "bias": (7,)}, "down": {"kernel": (16, 9)}, "old": (2,)}
+    tree = jax.tree.map(
+        lambda shape: rng.standard_normal(shape).astype(np.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    files.write_tensors(tmp_path / "saved", tree, {})
+    return str(tmp_path / "saved"), tree
+
+
+def test_what_fits_is_kept_and_what_does_not_is_named(saved, capsys):
+    location, tree = saved
+    fresh = tiny.Tiny().init(KEY)
+    state = begin(tiny.Tiny(), location)
+    for params in (state.params, state.ema):
+        np.testing.assert_array_equal(params["up"]["kernel"], tree["up"]["kernel"])
+        np.testing.assert_array_equal(params["up"]["bias"][:2], tree["up"]["bias"][[1, 3]])
+        np.testing.assert_array_equal(params["up"]["bias"][2:], fresh.params["up"]["bias"][2:])
+        np.testing.assert_allclose(params["down"]["kernel"], fresh.params["down"]["kernel"], 1e-6)
+    said = capsys.readouterr().err
+    assert "kept 1 of 3 parameters whole, 85.50% of all numbers" in said
+    assert "2 of 16 rows kept: up/bias (16,), there (7,)" in said
+    assert "new: down/kernel (16, 10), there (16, 9)" in said
+    assert "not used: old (2,)" in said
+
+
+def test_training_leaves_the_file_it_started_from_alone(saved):
+    """Memory maps may be taken over without a copy, and the step's arguments are donated."""
+    location, tree = saved
+    task, batch = tiny.Tiny(), tiny.Digits().make(8, seed=0).train_batch(0)
+    step = jax.jit(task.train_step, donate_argnums=0)
+    state, _ = step(begin(task, location), {}, batch, KEY)
+    assert (np.asarray(state.params["up"]["kernel"]) != tree["up"]["kernel"]).any()
+    assert (np.asarray(state.ema["up"]["kernel"]) != np.asarray(state.params["up"]["kernel"])).any()
+    jax.tree.map(np.testing.assert_array_equal, files.read_tensors(location)[0], tree)
+
+
+def test_another_model_is_refused(tmp_path):
+    files.write_tensors(tmp_path / "saved", {"up": {"other": np.zeros((64, 16), "f4")}}, {})
+    with pytest.raises(ValueError, match="(?s)next to nothing.*new: up/kernel .64, 16., not there"):
+        begin(tiny.Tiny(), str(tmp_path / "saved"))
+
+
+def test_a_run_continues_without_what_it_started_from(saved, tmp_path):
+    location, _ = saved
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="does not exist"):
+        loop.run(tiny.experiment(run, steps=4, init_from=str(tmp_path / "misspelt")))
+    loop.run(tiny.experiment(tmp_path / "whole", steps=4, init_from=location))
+    part = tiny.experiment(run, steps=4, save_every=2, init_from=location)
+    loop.run(part)
+    pathlib.Path(location).unlink()
+    (run / "checkpoints" / "4").rename(tmp_path / "gone")
+    loop.run(part)
+    both = (restore_weights(tmp_path / name) for name in ("whole", "run"))
+    jax.tree.map(np.testing.assert_array_equal, *both)
+
+
+def test_a_run_gives_its_average_and_other_classes_and_scales_keep_what_means_the_same(capsys):
+    there, average, _ = read_var(runs.var(), ema=True)
+    average, here = jax.device_get(average), dataclasses.replace(there, classes=4, scales=(1, 3, 4))
+    tokenizer = dataclasses.replace(runs.TOKENIZER, scales=(1, 3, 4))
+    state = begin(VARTask(here, tokenizer, ""), str(runs.var()))
+    fresh, params = init_var(here, KEY), jax.device_get(state.params)
+    kept = set(trees.paths(params)) - {"class_embed", "level_embed", "pos_embed"}
+    for path in kept:
+        a, b = trees.paths(params)[path], trees.paths(average)[path]
+        np.testing.assert_array_equal(a, b, err_msg=path)
+    np.testing.assert_array_equal(params["class_embed"][4], average["class_embed"][10])
+    np.testing.assert_array_equal(params["level_embed"][[0, 2]], average["level_embed"][[0, 2]])
+    for here_rows, there_rows in ((slice(0, 1), slice(0, 1)), (slice(10, 26), slice(5, 21))):
+        np.testing.assert_array_equal(
+            params["pos_embed"][here_rows], average["pos_embed"][there_rows]
+        )
+    np.testing.assert_allclose(params["level_embed"][1], fresh["level_embed"][1], rtol=1e-6)
+    np.testing.assert_allclose(params["pos_embed"][1:10], fresh["pos_embed"][1:10], rtol=1e-6)
+    assert "17 of 26 rows kept: pos_embed (26, 16), there (21, 16)" in capsys.readouterr().err
+
+
+def test_the_released_256_px_models_share_six_scales_with_512_px():
+    small, large = (VARConfig.preset(name) for name in ("d16", "d36"))
+    rows = matching_rows(large, small)
+    assert rows["level_embed"] == ([0, 1, 2, 3, 4, 6], [0, 1, 2, 3, 5, 8])
+    sides = [1, 2, 3, 4, 6, 13]
+    assert [len(r) for r in rows["pos_embed"]] == [sum(s * s for s in sides)] * 2
+    assert not matching_rows(small, small)
+
+
+SHARDED = """
+import sys
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 8)
+from tests.helpers import tiny
+from tests.training.test_warm_start import begin
+from varjax.training.sharding import MeshShape, make_mesh
+state = begin(tiny.Tiny(), sys.argv[1], make_mesh(MeshShape(data=2, fsdp=2, tensor=2)))
+kernel = state.params["up"]["kernel"]
+assert kernel.addressable_shards[0].data.shape == (32, 8)
+np.save(sys.argv[2], np.asarray(kernel))
+np.save(sys.argv[3], np.asarray(state.params["up"]["bias"]))
+"""
+
+
+def test_a_sharded_state_starts_from_the_same_numbers(saved, tmp_path):
+    location, tree = saved
+    paths = [str(tmp_path / name) for name in ("kernel.npy", "bias.npy")]
+    command = [sys.executable, "-c", SHARDED, location, *paths]
+    root = ROOT
+    subprocess.run(command, check=True, timeout=120, cwd=root)
+    kernel, bias = (np.load(path) for path in paths)
+    np.testing.assert_array_equal(kernel, tree["up"]["kernel"])
+    np.testing.assert_array_equal(bias[:2], tree["up"]["bias"][[1, 3]])

@@ -1,0 +1,146 @@
+"""Weights from both kinds of directory: runs are made here without training."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import varjax
+from tests.golden import weights
+from tests.helpers import golden_cases as golden
+from tests.helpers.tiny import experiment
+from varjax.convert import convert, export_run, export_torch
+from varjax.convert.state_dicts import read_checkpoint, write_pth
+from varjax.core import files
+from varjax.data.sources import Digits
+from varjax.tokenizers.load import load_tokenizer, read_tokenizer
+from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.training.checkpoint import Checkpoints
+from varjax.training.experiment import Experiment, record_config
+from varjax.training.task import TrainState
+from varjax.var.load import read_var
+from varjax.var.sample import Options
+from varjax.var.task import VARTask
+
+TOKENIZER, VAR = golden.configs("shared_aln")
+SAMPLING = Options(cfg=0.5, top_k=7)
+
+
+def equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def run_of(task, directory, params, ema=None, frozen=None):
+    """What training leaves behind."""
+    record_config(Experiment(task, Digits(), str(directory), batch_size=1, steps=1))
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        checkpoints.save(1, TrainState(np.int32(1), params, ema, {"count": np.int32(1)}))
+        checkpoints.wait()
+    if frozen is not None:
+        files.write_tensors(directory / "frozen.safetensors", frozen, {})
+    return directory
+
+
+@pytest.fixture
+def var_run(tmp_path):
+    """A run of a transformer whose average is the golden case and whose parameters are not."""
+    task = VARTask(VAR, TOKENIZER, "nowhere", ema=0.9, sampling=SAMPLING)
+    ema = golden.var_params("shared_aln")
+    params = jax.tree.map(lambda x: x + 1, ema)
+    return run_of(task, tmp_path / "run", params, ema, golden.tokenizer_params("shared_aln"))
+
+
+@pytest.fixture
+def tokenizer_dir(tmp_path):
+    """A converted directory that holds a tokenizer alone."""
+    params = golden.tokenizer_params("shared_aln")
+    run = run_of(TokenizerTask(TOKENIZER), tmp_path / "tokenizer_run", params)
+    export_run(run, tmp_path / "tokenizer")
+    return tmp_path / "tokenizer"
+
+
+def test_an_exported_run_is_the_same_model(var_run, tmp_path):
+    export_run(var_run, tmp_path / "out")
+    for location in (var_run, tmp_path / "out"):
+        model = varjax.load(location)
+        assert (model.tokenizer, model.var, model.sampling) == (TOKENIZER, VAR, SAMPLING)
+        equal(model.params["var"], golden.var_params("shared_aln"))
+        equal(model.params["tokenizer"], golden.tokenizer_params("shared_aln"))
+    export_run(var_run, tmp_path / "plain", ema=False)
+    for location, ema in ((tmp_path / "plain", None), (var_run, False)):
+        _, params, _ = read_var(location, ema)
+        equal(params, jax.tree.map(lambda x: x + 1, golden.var_params("shared_aln")))
+    with pytest.raises(ValueError, match="out is a converted directory already"):
+        export_run(tmp_path / "out", tmp_path / "again")
+
+
+def test_a_run_goes_to_pytorch_directly(var_run, tmp_path):
+    export_torch(var_run, tmp_path / "torch")
+    for name, part in (("tokenizer", "vae"), ("var", "var")):
+        read = read_checkpoint(tmp_path / f"torch/{name}.pth")
+        for key, x in weights.state_dict("shared_aln", part).items():
+            assert np.array_equal(read[key], x), key
+    with pytest.raises(ValueError, match="torch exists and holds tokenizer.pth"):
+        export_torch(var_run, tmp_path / "torch")
+
+
+def test_a_tokenizer_alone_serves_training_but_draws_nothing(tokenizer_dir, tmp_path):
+    task = VARTask(VAR, TOKENIZER, str(tokenizer_dir))
+    equal(task.frozen(), golden.tokenizer_params("shared_aln"))
+    with pytest.raises(ValueError, match="holds only tokenizer; convert it again with --var"):
+        varjax.load(tokenizer_dir)
+    other = dataclasses.replace(TOKENIZER, phi_ratio=0.25)
+    with pytest.raises(ValueError, match="another tokenizer:\n  phi_ratio: 0.5 there, 0.25 here"):
+        load_tokenizer(tokenizer_dir, other)
+    export_torch(tokenizer_dir, tmp_path / "torch")
+    names = sorted(path.name for path in (tmp_path / "torch").iterdir())
+    assert names == ["tokenizer.pth", "tokenizer.safetensors"]
+    with pytest.raises(ValueError, match="TokenizerTask, not of a transformer"):
+        varjax.load(tmp_path / "tokenizer_run")
+    with pytest.raises(ValueError, match="keeps no average"):
+        read_tokenizer(tmp_path / "tokenizer_run", ema=True)
+
+
+def test_a_transformer_alone_asks_for_its_tokenizer(tmp_path):
+    write_pth(tmp_path / "var.pth", weights.state_dict("ten_scales", "var"))
+    convert(tmp_path / "out", var=tmp_path / "var.pth")
+    assert read_var(tmp_path / "out")[0].scales == varjax.SCALES_256
+    with pytest.raises(ValueError, match="holds only var; convert it again with --tokenizer"):
+        varjax.load(tmp_path / "out")
+
+
+def test_weights_are_mapped_not_copied(tokenizer_dir):
+    _, params = read_tokenizer(tokenizer_dir)
+    for leaf in jax.tree.leaves(params):
+        base = leaf
+        while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
+            base = base.base
+        assert isinstance(base, np.memmap) and not leaf.flags.writeable
+
+
+def test_what_is_no_model_is_named(var_run, tokenizer_dir, tmp_path):
+    with pytest.raises(ValueError, match="nowhere does not exist; give a run's directory"):
+        varjax.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no config.json"):
+        varjax.load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="neither of a training run nor of a converted"):
+        varjax.load(tmp_path)
+    record_config(experiment(tmp_path / "tiny"))
+    for read in (varjax.load, read_tokenizer):
+        with pytest.raises(ValueError, match="run of Tiny"):
+            read(tmp_path / "tiny")
+    (var_run / "frozen.safetensors").unlink()
+    with pytest.raises(ValueError, match="frozen.safetensors does not exist"):
+        varjax.load(var_run)
+    path = tokenizer_dir / "config.json"
+    config = json.loads(path.read_text())
+    config["tokenizer"]["vocab"] = 128
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="(?s)does not fit config.json.*quantizer/codebook"):
+        read_tokenizer(tokenizer_dir)
+    (tokenizer_dir / "tokenizer.safetensors").write_bytes(b"12345678")
+    with pytest.raises(ValueError, match="tokenizer.safetensors is truncated"):
+        read_tokenizer(tokenizer_dir)

@@ -1,0 +1,243 @@
+import dataclasses
+import functools
+import json
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.golden import weights
+from tests.helpers import golden_cases as golden
+from varjax.convert.apply_map import to_official
+from varjax.core import trees
+from varjax.nn.compute import Compute
+from varjax.nn.transformer import Cache, drop_path
+from varjax.training.optimizer import AdamW
+from varjax.training.task import Plan, TrainState
+from varjax.var.model import VAR, VARConfig, init_var
+from varjax.var.pretrained import check_fit
+from varjax.var.task import VARTask
+
+SMALL = VARConfig(depth=2, width=16, heads=2, classes=3, scales=(1, 2, 3), vocab=7, code_channels=4)
+
+
+@functools.cache
+def small_params(config=SMALL):
+    """Weights so large that everything matters: at initialization the blocks do nearly nothing."""
+    params = jax.jit(functools.partial(init_var, config))(jax.random.key(0))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return {"params": jax.tree.unflatten(structure, noisy)}
+
+
+INPUT_BlZ = jax.random.normal(jax.random.key(2), (2, 13, 4))
+LABEL_B = jnp.array([2, 0])
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_teacher_forced_logits_are_the_reference_s(name):
+    _, config = golden.configs(name)
+    expected = golden.outputs(name)
+    logits_BLV = jax.jit(VAR(config).apply)(
+        {"params": golden.var_params(name)}, expected["teacher_forcing_input"], expected["label"]
+    )
+    np.testing.assert_allclose(logits_BLV, expected["logits"], rtol=0, atol=2e-4)
+
+
+def official_arrays(config, params):
+    """(name, array) of every tensor by its official name."""
+    return [(name, np.asarray(tensor)) for name, tensor in to_official(config, params).items()]
+
+
+def golden_task(name, **changes) -> VARTask:
+    tokenizer, config = golden.configs(name)
+    # Peak 1e-3 for a batch of 256 and no schedule: what the golden step was taken with.
+    optimizer = AdamW(base_lr=1e-3, clip=0.5, schedule="constant", warmup=0.0)
+    task = VARTask(config, tokenizer, "", optimizer, class_dropout=0.0, plan=Plan(batch_size=256))
+    return dataclasses.replace(task, **changes)
+
+
+def golden_batch(name):
+    # The task reads uint8 images; these stand for it with the golden tokens.
+    return {"image_BHWC": None, "label_B": jnp.asarray(golden.outputs(name)["label"], jnp.int32)}
+
+
+@pytest.mark.parametrize("name", ["base", "shared_aln", "no_qk_norm", "phi_per_scale"])
+def test_loss_gradients_and_one_step_are_the_reference_s(name, monkeypatch):
+    expected = golden.outputs(name)
+    task = golden_task(name)
+    _feed_golden_tokens(monkeypatch, expected)
+    params = jax.tree.map(jnp.asarray, golden.var_params(name))
+
+    def loss_fn(params):
+        of = task.token_losses(params, {}, golden_batch(name))
+        loss_BL, smooth_BL = of["loss_BL"], of["smooth_BL"]
+        return jnp.mean(loss_BL), jnp.mean(smooth_BL)
+
+    (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
+    np.testing.assert_allclose(loss, expected["train.loss"], rtol=1e-5)
+    for official, grad in official_arrays(task.model, grads):
+        norm = expected[f"grad_norm.{official}"]
+        np.testing.assert_allclose(np.linalg.norm(grad), norm, rtol=2e-4, atol=1e-6)
+        rng = np.random.RandomState(zlib.crc32(f"probe/{official}".encode()))
+        probe = np.sum(grad * rng.standard_normal(grad.shape).astype(np.float32))
+        np.testing.assert_allclose(
+            probe, expected[f"grad_probe.{official}"], rtol=2e-4, atol=2e-4 * max(norm, 1)
+        )
+
+    state = TrainState(jnp.int32(0), params, None, task.transformation(params).init(params))
+    state, metrics = jax.jit(task.train_step)(state, {}, golden_batch(name), jax.random.key(0))
+    np.testing.assert_allclose(metrics["grad_norm"], expected["train.grad_norm"], rtol=1e-4)
+    for official, parameter in official_arrays(task.model, state.params):
+        flat = parameter.ravel()
+        np.testing.assert_allclose(
+            flat[:: max(1, flat.size // 64)],
+            expected[f"after_one_step.{official}"].ravel(),
+            atol=2e-4,
+        )
+
+
+def test_label_smoothing_is_pytorch_s(monkeypatch):
+    expected = golden.outputs("base")
+    _feed_golden_tokens(monkeypatch, expected)
+    task = golden_task("base", label_smoothing=0.1)
+    of = task.token_losses(golden.var_params("base"), {}, golden_batch("base"))
+    smooth_BL = of["smooth_BL"]
+    np.testing.assert_allclose(
+        np.mean(smooth_BL), expected["train.loss_label_smoothing_0.1"], rtol=1e-5
+    )
+
+
+def _feed_golden_tokens(monkeypatch, expected):
+    tokens_BL = jnp.asarray(expected["tokens"], jnp.int32)
+    taught = tokens_BL, jnp.asarray(expected["teacher_forcing_input"])
+    monkeypatch.setattr("varjax.var.teacher_forcing.tokens_and_input", lambda *_: taught)
+
+
+def test_weight_decay_falls_where_the_reference_has_it():
+    case = weights.case("base")
+    task = golden_task("base")
+    params = golden.var_params("base")
+    no_grads = jax.tree.map(jnp.zeros_like, params)
+    tx = task.transformation(params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = tx.update(no_grads, tx.init(params), params)
+    for official, update in official_arrays(task.model, updates):
+        assert np.any(update != 0) == (official not in case["no_weight_decay"]), official
+
+
+def test_initialization_has_the_reference_s_spread():
+    expected = json.loads((weights.HERE / "init_d16.json").read_text())
+    config = VARConfig.preset("d16")
+    abstract = jax.eval_shape(functools.partial(init_var, config), jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(abstract)) == 310_283_520
+    params = jax.jit(functools.partial(init_var, config))(jax.random.key(0))
+    rows = {}
+    for name, tensor in official_arrays(config, params):
+        if name.endswith("ada_lin.1.weight") and name.startswith("blocks"):
+            gates, rest = np.split(tensor, [2 * config.width])
+            rows |= {f"{name} rows gamma": gates, f"{name} rows scale,shift": rest}
+        else:
+            rows[name] = tensor
+    for name, statistics in expected.items():
+        found = rows[name]
+        error = 5 * statistics["std"] / found.size**0.5
+        assert abs(found.mean() - statistics["mean"]) <= 2 * error + 1e-12, name
+        assert abs(found.std() - statistics["std"]) <= error + 1e-12, name
+
+
+@pytest.mark.parametrize("k", range(3))
+def test_later_scales_do_not_reach_earlier_logits(k):
+    tokens = SMALL.pyramid.slices[k]
+
+    def total(input_BlZ):
+        return jnp.sum(VAR(SMALL).apply(small_params(), input_BlZ, LABEL_B)[:, tokens])
+
+    grad_BlZ = jax.grad(total)(INPUT_BlZ)
+    end = tokens.stop - 1  # the first token has no input
+    assert jnp.all(grad_BlZ[:, end:] == 0)
+    assert end == 0 or jnp.all(jnp.any(grad_BlZ[:, :end] != 0, axis=(0, 2)))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("cosine", [False, True])
+def test_scale_by_scale_with_a_cache_equals_all_at_once(shared, cosine):
+    config = dataclasses.replace(SMALL, shared_adaln=shared, cosine_attention=cosine)
+    model = VAR(config).bind(small_params(config))
+    cond, cache, logits = model.condition(LABEL_B), Cache(), []
+    for k, scale in enumerate(config.pyramid.slices):
+        input_BlZ = None if k == 0 else INPUT_BlZ[:, scale.start - 1 : scale.stop - 1]
+        logits_BlV, cache = model.predict(input_BlZ, cond, k, cache)
+        logits.append(logits_BlV)
+    together_BLV = model(INPUT_BlZ, LABEL_B)
+    np.testing.assert_allclose(jnp.concatenate(logits, axis=1), together_BLV, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("way", "trace"),
+    [
+        ({"unroll": True}, "unroll=2"),
+        ({"remat": "block"}, "remat"),
+        ({"remat": "dots"}, "remat"),
+        ({"attention": "loop"}, "scan["),  # beside the loop over layers one over images
+    ],
+)
+def test_ways_to_compute_give_the_same_logits_and_gradients(way, trace):
+    keep_N2B = drop_path(jax.random.key(3), SMALL.depth, 2, 0.5)
+    plain = Compute(attention="xla")
+    compute = dataclasses.replace(plain, **way)
+
+    def total(params, compute):
+        logits_BLV = VAR(SMALL, compute).apply(params, INPUT_BlZ, LABEL_B, keep_N2B)
+        return jnp.mean(jnp.square(logits_BLV))
+
+    before, after = (
+        str(jax.make_jaxpr(lambda p, c=c: jax.grad(total)(p, c))(small_params())).count(trace)
+        for c in (plain, compute)
+    )
+    assert after > before
+    value_and_grad = jax.jit(jax.value_and_grad(total), static_argnums=1)
+    expected, found = (value_and_grad(small_params(), c) for c in (plain, compute))
+    for path, leaf in trees.paths(expected).items():
+        np.testing.assert_allclose(trees.paths(found)[path], leaf, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_stays_close_and_gives_float32_logits():
+    expected, found = (
+        VAR(SMALL, Compute(dtype=dtype)).apply(small_params(), INPUT_BlZ, LABEL_B)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert found.dtype == jnp.float32
+    assert 0 < jnp.max(jnp.abs(found - expected)) < 0.1 * jnp.std(expected)
+
+
+def test_drop_path_scales_what_it_keeps_and_spares_the_first_layer():
+    keep_N2B = drop_path(jax.random.key(0), 3, 4000, 0.4)
+    np.testing.assert_array_equal(keep_N2B[0], 1)
+    np.testing.assert_allclose(np.unique(keep_N2B[2]), [0, 1 / 0.6], rtol=1e-6)
+    np.testing.assert_allclose(keep_N2B[2].mean(), 1, atol=0.05)
+    assert drop_path(jax.random.key(0), 3, 4, 0.0) is None
+
+
+def test_a_dropped_branch_leaves_its_images_alone():
+    model = VAR(SMALL)
+    keep_N2B = jnp.ones((2, 2, 2)).at[:, :, 0].set(0.0)
+    dropped, kept = model.apply(small_params(), INPUT_BlZ, LABEL_B, keep_N2B)
+    _, full = model.apply(small_params(), INPUT_BlZ, LABEL_B)
+    np.testing.assert_allclose(kept, full, atol=1e-5)
+    # With all branches gone the blocks are the identity: no token sees another.
+    other = model.apply(small_params(), INPUT_BlZ.at[:, 0].add(1.0), LABEL_B, keep_N2B)[0]
+    np.testing.assert_array_equal(other[2:], dropped[2:])
+
+
+def test_wrong_sizes_are_refused():
+    with pytest.raises(ValueError, match="width=15 is not a multiple of heads=2"):
+        dataclasses.replace(SMALL, width=15)
+    with pytest.raises(ValueError, match="d16, d20, d24, d30, d36"):
+        VARConfig.preset("d17")
+    tokenizer, config = golden.configs("base")
+    with pytest.raises(ValueError, match="(?s)scales.*vocab"):
+        check_fit(tokenizer, dataclasses.replace(config, scales=(1, 2), vocab=5))

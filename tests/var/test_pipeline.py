@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+
+import varjax
+from tests.helpers import runs
+from varjax.data.sources import Digits
+
+IMAGES = Digits().source("held_out").images_NHWC[:3]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return varjax.load(str(runs.var()))
+
+
+def test_a_run_brings_its_configs_weights_and_options(model):
+    assert model.var == runs.VAR and model.tokenizer == runs.TOKENIZER
+    assert model.sampling == varjax.Options(cfg=0.5, top_k=7)
+    assert model.config == {"tokenizer": runs.TOKENIZER, "var": runs.VAR}
+    assert model.params.keys() == {"tokenizer", "var"}
+
+
+def test_uint8_and_float_images_are_the_same(model):
+    tokens_BL = model.encode(IMAGES)
+    assert tokens_BL.shape == (3, 21) and tokens_BL.dtype == np.int32
+    assert np.array_equal(model.encode(IMAGES / np.float32(255)), tokens_BL)
+
+
+def test_the_last_of_every_scale_is_the_decoded_image(model):
+    tokens_BL = model.encode(IMAGES)
+    every = model.decode(tokens_BL, every_scale=True)
+    assert every.shape == (3, 3, 8, 8, 1)
+    np.testing.assert_allclose(every[-1], model.decode(tokens_BL), atol=1e-6)
+
+
+def test_logits_of_coarse_scales_do_not_know_fine_tokens(model):
+    tokens_BL = np.array(model.encode(IMAGES))
+    before = model.logits(tokens_BL, [1, 2, 3])
+    tokens_BL[:, 5:] = (tokens_BL[:, 5:] + 1) % 16
+    after = model.logits(tokens_BL, [1, 2, 3])
+    assert before.shape == (3, 21, 16)
+    assert np.array_equal(before, after)  # the last scale's tokens are predicted, not read
+    tokens_BL[:, 1:5] = (tokens_BL[:, 1:5] + 1) % 16
+    assert not np.array_equal(model.logits(tokens_BL, [1, 2, 3])[:, 5:], before[:, 5:])
+
+
+def test_samples_follow_seed_and_index(model):
+    images = model.sample([1, 2, 3], seed=5)
+    assert images.shape == (3, 8, 8, 1) and 0 <= images.min() and images.max() <= 1
+    again = model.sample([3], seed=5, index=[2])
+    np.testing.assert_allclose(again[0], images[2], atol=1e-5)
+    assert not np.allclose(model.sample([1, 2, 3], seed=6), images)
+
+
+def test_edits_change_only_what_is_not_kept(model):
+    keep = np.zeros((4, 4), bool)
+    np.testing.assert_allclose(
+        model.edit(IMAGES, ~keep), model.decode(model.encode(IMAGES)), atol=1e-5
+    )
+    # Nothing kept but the single token of the first scale.
+    assert not np.allclose(model.edit(IMAGES, keep), model.edit(IMAGES, ~keep))
+
+
+def test_one_image_and_several_numbers_are_variations(model):
+    keep = np.zeros((4, 4), bool)
+    varied = model.edit(IMAGES[:1], keep, index=[0, 1, 7])
+    assert varied.shape == (3, 8, 8, 1) and not np.allclose(varied[0], varied[1])
+    again = model.edit(IMAGES[:1].repeat(3, axis=0), keep, index=[2, 7, 3])
+    np.testing.assert_allclose(again[1], varied[2], atol=1e-5)
+
+
+def test_dtype_and_devices_are_arguments_of_load(model):
+    half = varjax.load(runs.var(), dtype="bfloat16", devices=model.devices[:1])
+    assert half.compute == varjax.Compute("bfloat16") and half.devices == model.devices[:1]
+    tokens_BL = model.encode(IMAGES)
+    a, b = (np.asarray(m.logits(tokens_BL, [1, 2, 3])) for m in (model, half))
+    assert 0 < np.abs(a - b).max() < 0.1
+    for arguments, message in (
+        ({"dtype": "fp16"}, "auto, float32, bfloat16"),
+        ({"dtype": "float32", "compute": varjax.Compute()}, "within compute"),
+        ({"devices": []}, "devices is empty"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            varjax.load(runs.var(), **arguments)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: m.sample([11]), "11.*0 … 9"),
+        (lambda m: m.sample([[1]]), "shape"),
+        (lambda m: m.sample([1], top_p=2.0), "top_p"),
+        (lambda m: m.encode(IMAGES[:, :4]), r"\(B, \*\(8, 8, 1\)\)"),
+        (lambda m: m.encode(IMAGES.astype(int)), "int"),
+        (lambda m: m.decode(np.zeros((1, 20), int)), r"\(B, 21\)"),
+        (lambda m: m.decode(np.full((1, 21), 16)), "0 … 15"),
+        (lambda m: m.edit(IMAGES, np.ones((2, 2), bool)), r"\(4, 4\)"),
+        (lambda m: m.edit(IMAGES, np.ones((4, 4), bool), index=[1]), "3 images and 1 of index"),
+        (lambda m: m.edit(IMAGES, np.ones((4, 4), bool), labels=[1, 2, 11]), "11"),
+        (lambda m: m.logits(np.zeros((2, 21), int), [1]), r"\(2,\)"),
+    ],
+)
+def test_bad_input_says_what_is_allowed(model, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model)

@@ -1,0 +1,179 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from tests.helpers import golden_cases as golden
+from varjax.tokenizers.vq.model import Tokenizer
+from varjax.tokenizers.vq.pyramid import Pyramid
+from varjax.var.edit import keep_at_every_scale
+from varjax.var.model import VAR
+from varjax.var.sample import (
+    Known,
+    Options,
+    guide,
+    gumbel,
+    image_keys,
+    keep_likeliest,
+    sample,
+    soft_weights,
+)
+
+FUNCTIONS = golden.weights.outputs("functions")
+LOGITS_BlV = jnp.asarray(FUNCTIONS["filter.logits"])[None]
+GREEDY = Options(top_k=1, top_p=0.0)
+
+
+@functools.cache
+def params(name):
+    return {"tokenizer": golden.tokenizer_params(name), "var": golden.var_params(name)}
+
+
+@functools.cache
+def sampler(name):
+    """(label_B, key_B, options, known) -> tokens and images as the golden files hold them."""
+    tokenizer, var = golden.configs(name)
+
+    @jax.jit
+    def run(label_B, key_B, options, known=None):
+        tokens_BL, f_hat_BhwZ = sample(tokenizer, var, params(name), label_B, key_B, options, known)
+        model = Tokenizer(tokenizer).bind({"params": params(name)["tokenizer"]})
+        return tokens_BL, (model.decode_features(f_hat_BhwZ) + 1) / 2
+
+    return run
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_greedy_generation_is_the_reference_s(name):
+    tokenizer, var = golden.configs(name)
+    expected, label_B = golden.outputs(name), golden.outputs(name)["label"].astype(np.int32)
+    model = Tokenizer(tokenizer).bind({"params": params(name)["tokenizer"]})
+    forced = jax.jit(VAR(var).apply)
+    for cfg in ("0", "1.5", "4"):
+        options = GREEDY.replace(cfg=float(cfg))
+        tokens_BL, image_BHWC = sampler(name)(label_B, image_keys(0, jnp.arange(2)), options)
+        assert np.array_equal(tokens_BL, expected[f"generate.cfg{cfg}.tokens"])
+        np.testing.assert_allclose(
+            golden.strided(name, image_BHWC), expected[f"generate.cfg{cfg}.image"], atol=2e-4
+        )
+        # The guided logits by teacher forcing: so the cached ones agree with it as well.
+        input_BlZ = model.teacher_input(tokens_BL)
+        both_2BLV = forced(
+            {"params": params(name)["var"]},
+            jnp.concatenate([input_BlZ, input_BlZ]),
+            jnp.concatenate([label_B, jnp.full_like(label_B, var.classes)]),
+        )
+        for k, scale in enumerate(var.pyramid.slices):
+            guided_BlV = guide(both_2BLV[:, scale], float(cfg) * var.pyramid.progress(k))
+            np.testing.assert_allclose(
+                guided_BlV, expected[f"generate.cfg{cfg}.logits"][:, scale], atol=5e-4
+            )
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize("mode", ["inpaint", "outpaint"])
+def test_editing_is_the_reference_s_and_keeps_what_it_must(name, mode):
+    _, var = golden.configs(name)
+    expected = golden.outputs(name)
+    tokens_BL = expected["tokens"].astype(np.int32)
+    keep_Bhw = np.stack([expected[f"edit.{mode}.keep_mask"] > 0.5] * 2)
+    known = Known(jnp.asarray(tokens_BL), keep_at_every_scale(var.pyramid, keep_Bhw))
+    label_B = expected["label"].astype(np.int32)
+    found_BL, image_BHWC = sampler(name)(
+        label_B, image_keys(0, jnp.arange(2)), GREEDY.replace(cfg=1.5), known
+    )
+    keep_BL = np.asarray(known.keep_BL)
+    assert np.array_equal(np.asarray(found_BL)[keep_BL], tokens_BL[keep_BL])
+    assert np.array_equal(np.asarray(found_BL)[~keep_BL], expected[f"edit.{mode}.tokens"][~keep_BL])
+    np.testing.assert_allclose(
+        golden.strided(name, image_BHWC), expected[f"edit.{mode}.image"], atol=2e-4
+    )
+
+
+@pytest.mark.parametrize("name", [n for n in FUNCTIONS if n.startswith("filter.k")])
+def test_filters_keep_what_the_reference_keeps(name):
+    top_k, top_p = name.removeprefix("filter.k").split(".p")
+    kept = keep_likeliest(LOGITS_BlV, int(top_k), float(top_p))[0] > -jnp.inf
+    assert np.array_equal(kept, FUNCTIONS[name])
+
+
+@pytest.mark.parametrize("k", [0, 4, 9])
+def test_smooth_weights_are_the_reference_s(k):
+    weights = soft_weights(LOGITS_BlV[0], jnp.asarray(FUNCTIONS["smooth.gumbel"]), k / 9)
+    np.testing.assert_allclose(weights, FUNCTIONS[f"smooth.probs.si{k}"], atol=2e-6)
+
+
+def test_draws_follow_the_filtered_distribution():
+    logits_BlV = LOGITS_BlV[:, :1]
+    kept_BlV = keep_likeliest(logits_BlV, 20, 0.8)
+    draws = 20_000
+    noise = gumbel(image_keys(0, jnp.arange(draws)), kept_BlV)
+    tokens = jnp.argmax(jnp.broadcast_to(kept_BlV, noise.shape) + noise, axis=-1)
+    counts = np.bincount(np.asarray(tokens).ravel(), minlength=64)
+    probability = np.asarray(jax.nn.softmax(kept_BlV[0, 0]), np.float64)
+    support = probability > 0
+    assert counts[~support].sum() == 0
+    expected = draws * probability[support] / probability[support].sum()
+    assert scipy.stats.chisquare(counts[support], expected).pvalue > 1e-3
+
+
+def test_an_image_depends_on_its_number_seed_and_label_alone():
+    draw = sampler("base")
+    options = Options(cfg=1.5, top_k=20, top_p=0.9)
+    label_B = np.array([3, 1, 4, 1], np.int32)
+    together, _ = draw(label_B, image_keys(7, jnp.arange(4)), options)
+    for i in range(4):
+        alone, _ = draw(label_B[i : i + 1], image_keys(7, jnp.array([i])), options)
+        assert np.array_equal(alone[0], together[i])
+    assert not np.array_equal(together[1], together[3])  # the same label, another number
+    other, _ = draw(label_B, image_keys(8, jnp.arange(4)), options)
+    assert not np.array_equal(other, together)
+
+
+def test_new_numbers_and_labels_do_not_compile_again():
+    tokenizer, var = golden.configs("phi_per_scale")
+    traces = []
+
+    @jax.jit
+    def run(label_B, seed, options):
+        traces.append(1)
+        return sample(
+            tokenizer,
+            var,
+            params("phi_per_scale"),
+            label_B,
+            image_keys(seed, jnp.arange(1)),
+            options,
+        )[0]
+
+    first = run(np.array([1]), 0, Options(cfg=1.5, top_k=5, top_p=0.5))
+    second = run(np.array([2]), 1, Options(cfg=0.0, top_k=0, top_p=0.9))
+    assert len(traces) == 1 and not np.array_equal(first, second)
+
+
+def test_smooth_features_are_mixed_and_known_tokens_are_not():
+    tokenizer, var = golden.configs("base")
+    options = Options(smooth=True, top_k=0, top_p=0.0)
+    label_B, key_B = np.array([1], np.int32), image_keys(0, jnp.arange(1))
+    tokens_BL, f_hat_BhwZ = sample(tokenizer, var, params("base"), label_B, key_B, options)
+    model = Tokenizer(tokenizer).bind({"params": params("base")["tokenizer"]})
+    hard_BhwZ = model.quantizer.accumulate(tokens_BL)[-1]
+    assert jnp.max(jnp.abs(hard_BhwZ - f_hat_BhwZ)) > 1e-2
+    known = Known(tokens_BL, jnp.ones_like(tokens_BL, bool))
+    _, kept_BhwZ = sample(tokenizer, var, params("base"), label_B, key_B, options, known)
+    np.testing.assert_allclose(kept_BhwZ, hard_BhwZ, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [{"top_k": -1}, {"top_p": 1.5}, {"cfg": -1.0}, {"top_k": 1.5}])
+def test_options_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        dataclasses.replace(Options(), **bad).check()
+
+
+def test_a_single_token_scale_is_always_kept_and_larger_ones_by_the_half():
+    keep_BL = keep_at_every_scale(Pyramid((1, 2, 4)), np.eye(4, dtype=bool)[None])
+    assert keep_BL[0, 0] and not keep_BL[0, 2] and keep_BL[0, 5] and not keep_BL[0, 6]

@@ -1,0 +1,133 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import runs
+from varjax.core import flops
+from varjax.data.sources import Digits
+from varjax.nn.compute import Compute
+from varjax.tokenizers.vq.model import Tokenizer
+from varjax.tokenizers.vq.task import to_model
+from varjax.training.optimizer import AdamW
+from varjax.training.task import Plan
+from varjax.var import pretrained
+from varjax.var.task import VARTask
+
+TASK = VARTask(runs.VAR, runs.TOKENIZER, "", AdamW(schedule="constant", warmup=0.0))
+BATCH = Digits().make(8, seed=0).train_batch(0)
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return dataclasses.replace(TASK, tokenizer_weights=str(runs.tokenizer())).frozen()
+
+
+@pytest.fixture(scope="module")
+def state():
+    return jax.jit(TASK.init)(jax.random.key(0))
+
+
+def test_evaluation_does_not_depend_on_the_batch_size_and_drops_no_class(frozen, state):
+    task = dataclasses.replace(TASK, class_dropout=1.0, drop_path=0.9)
+    step, metrics = jax.jit(task.eval_step), []
+    for size in (8, 5):
+        totals = None
+        for start in range(0, 8, size):
+            rows = np.arange(start, start + size)
+            batch = {name: array[np.minimum(rows, 7)] for name, array in BATCH.items()}
+            sums = jax.device_get(step(state, frozen, batch | {"valid_B": rows < 8}))
+            totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+        metrics.append(task.eval_metrics(totals))
+    for name in metrics[0]:
+        np.testing.assert_allclose(metrics[1][name], metrics[0][name], rtol=1e-5)
+    of = TASK.token_losses(state.params, frozen, BATCH)
+    np.testing.assert_allclose(metrics[0]["loss"], of["loss_BL"].mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics[0]["accuracy"], of["correct_BL"].mean(), atol=1e-6)
+    last_Bl = of["loss_BL"][:, 5:]
+    np.testing.assert_allclose(metrics[0]["loss_last"], last_Bl.mean(), rtol=1e-5)
+    perplexity_K = metrics[0]["perplexity_at_scale"]
+    np.testing.assert_allclose(perplexity_K[-1], np.exp(last_Bl.mean()), rtol=1e-5)
+    # The codes of the last scale, by NumPy's own counting.
+    _, counts = np.unique(of["tokens_BL"][:, 5:], return_counts=True)
+    p = counts / counts.sum()
+    found = metrics[0]["code_perplexity_at_scale"][-1], metrics[0]["code_usage_at_scale"][-1]
+    np.testing.assert_allclose(found, (np.exp(-np.sum(p * np.log(p))), len(p) / 16), rtol=1e-5)
+
+
+def test_class_dropout_replaces_labels_by_no_class_in_training(frozen, state):
+    def loss(task, label_B):
+        _, metrics = jax.jit(task.train_step)(
+            state, frozen, BATCH | {"label_B": label_B}, jax.random.key(0)
+        )
+        return metrics["loss"]
+
+    always, never = (dataclasses.replace(TASK, class_dropout=p) for p in (1.0, 0.0))
+    no_class_B = np.full(8, runs.VAR.classes, np.int32)
+    np.testing.assert_allclose(loss(always, BATCH["label_B"]), loss(never, no_class_B), rtol=1e-6)
+    assert loss(never, BATCH["label_B"]) != loss(never, no_class_B)
+
+
+def test_the_first_loss_is_that_of_guessing(frozen, state):
+    loss_BL = TASK.token_losses(state.params, frozen, BATCH)["loss_BL"]
+    np.testing.assert_allclose(loss_BL.mean(), np.log(runs.VAR.vocab), atol=0.01)
+
+
+def test_a_step_trains_everything_but_the_tokenizer(frozen, state):
+    task = dataclasses.replace(TASK, drop_path=0.1, class_dropout=0.5, accumulate=2)
+    before = jax.tree.map(np.array, frozen)
+    after, _ = jax.jit(task.train_step)(state, frozen, BATCH, jax.random.key(0))
+    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), after.params, state.params)
+    assert not any(jax.tree.leaves(same)), same
+    assert after.step == 1
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, frozen))
+
+
+def test_another_tokenizer_than_the_config_s_is_refused():
+    other = dataclasses.replace(runs.TOKENIZER, width=16)
+    task = dataclasses.replace(TASK, tokenizer=other, tokenizer_weights=str(runs.tokenizer()))
+    with pytest.raises(ValueError, match="width: 8 there, 16 here"):
+        task.frozen()
+    with pytest.raises(ValueError, match="nowhere"):
+        dataclasses.replace(TASK, tokenizer_weights="nowhere").frozen()
+
+
+def test_previews_are_samples_and_what_the_tokenizer_makes_of_images(frozen, state):
+    pictures = jax.jit(TASK.preview)(state, frozen, BATCH)
+    images = pictures["samples"]
+    assert images.shape == (16, 8, 8, 1) and 0 <= images.min() < images.max() <= 1
+    real_BHWC, again_BHWC = pictures["reconstructions"]
+    np.testing.assert_allclose(real_BHWC, BATCH["image_BHWC"] / 255, atol=1e-6)
+    model = Tokenizer(runs.TOKENIZER).bind({"params": frozen})
+    decoded_BHWC = model.decode(model.encode(to_model(BATCH["image_BHWC"])))
+    np.testing.assert_allclose(again_BHWC, (decoded_BHWC + 1) / 2, atol=1e-5)
+
+
+def test_data_and_batches_that_do_not_suit_are_refused():
+    task = dataclasses.replace(TASK, accumulate=3, plan=Plan(1, 12))
+    task.check((8, 8, 1), 10)
+    with pytest.raises(ValueError, match="data has 7 classes, but the model 10; set task.model.c"):
+        task.check((8, 8, 1), 7)
+    with pytest.raises(ValueError, match=r"images are \(8, 9, 1\), .* takes \(8, 8, 1\)"):
+        task.check((8, 9, 1), 10)
+    with pytest.raises(ValueError, match="batch of 8 cannot be accumulated in 3"):
+        dataclasses.replace(task, plan=Plan(1, 8)).check((8, 8, 1), 10)
+
+
+def test_recomputation_is_no_work_of_the_model(frozen, state):
+    def flop(**changes):
+        task = dataclasses.replace(TASK, compute=Compute(**changes))
+        return flops.count(task.train_step, state, frozen, BATCH, jax.random.key(0))
+
+    model = TASK.train_flops(state, frozen, BATCH)
+    assert model == flop(remat="none", attention="xla") < flop(remat="block", attention="xla")
+    again = dataclasses.replace(TASK, compute=Compute(remat="block"))
+    assert again.train_flops(state, frozen, BATCH) == model
+
+
+def test_a_random_tokenizer_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(pretrained, "init_tokenizer", lambda config, key: {"x": jnp.ones(3)})
+    assert dataclasses.replace(TASK, tokenizer_weights="random").frozen()["x"].shape == (3,)
+    assert "tokenizer is RANDOM" in capsys.readouterr().err

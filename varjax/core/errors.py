@@ -1,0 +1,42 @@
+"""Users' mistakes, told apart from our own: what a command prints and how it ends."""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Reports a user's mistake: what was wrong, its value, what is allowed and what to do.
+
+    Commands print it without a traceback. Any other exception is a bug of ours, or a machine that
+    failed, and keeps its traceback.
+    """
+
+
+class StorageError(InputError, OSError):
+    """Reports files that could not be written although the settings allow it: a full disk, say."""
+
+
+def run_command(name: str, action: Callable[[], object], debug: bool = False) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+        name: of the command, which begins its messages.
+        action: does everything; what it returns is ignored, but for an int, which is the exit code.
+        debug: whether users' mistakes are shown with their traceback too.
+
+    Returns:
+        0 if `action` returned no int, 1 after an InputError, 130 after Ctrl-C.
+    """
+    try:
+        code = action()
+    except InputError as error:
+        if debug:
+            traceback.print_exception(error)
+        else:
+            print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    return code if isinstance(code, int) else 0
