@@ -1,5 +1,6 @@
 """Several processes as one run: how they find one another, and how they agree."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -20,35 +21,83 @@ NETWORK_SECONDS = 10  # until a file that one machine wrote is seen by another
 ERRORS = {e.__name__: e for e in (StorageError, InputError, ValueError, KeyError, OSError)}
 
 
-def connect(coordinator: str = "", count: int | None = None, index: int | None = None) -> None:
-    """Makes this process number `index` of `count`, the first of which listens at `coordinator`.
+USAGE = (
+    "--distributed alone works under Slurm, Cloud TPU, GKE and Open MPI; elsewhere give each "
+    "process --coordinator=HOST:PORT (of the first) --processes=COUNT --process=NUMBER (from 0)"
+)
 
-    Without any of them, they are asked of Slurm, Cloud TPU, GKE or Open MPI. To be called before
-    anything else of JAX. ValueError when some are missing, or none can be found out.
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --distributed, --coordinator, --processes and --process, for `connect_by_flags`."""
+    group = parser.add_argument_group("several processes", USAGE)
+    group.add_argument("--distributed", action="store_true", help="this is one of several")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where the first one listens")
+    group.add_argument("--processes", type=int, metavar="COUNT", help="how many there are")
+    group.add_argument("--process", type=int, metavar="NUMBER", help="which this one is, from 0")
+
+
+def connect_by_flags(flags: argparse.Namespace, communicate: bool = True) -> tuple[int, int]:
+    """Connects this process to the others where the flags of `add_process_flags` ask for it.
+
+    To be called before anything else of JAX.
+
+    Args:
+        flags: the parsed command line.
+        communicate: False where the processes only share out work, without exchanging anything;
+            --processes and --process are then enough, and nothing is connected by them.
+
+    Returns:
+        The number of this process and how many there are: (0, 1) without such flags.
+
+    Raises:
+        InputError: flags are missing or out of range, or no cluster was found.
     """
-    given = {"coordinator": coordinator or None, "processes": count, "process": index}
-    missing = [f"--{name}" for name, value in given.items() if value is None]
-    if 0 < len(missing) < len(given):
-        raise InputError(f"{' and '.join(missing)} missing: {USAGE}")
-    if not missing:
-        host, _, port = coordinator.rpartition(":")
+    numbers = flags.coordinator, flags.processes, flags.process
+    if not flags.distributed and numbers == (None, None, None):
+        return 0, 1
+    if not communicate and numbers[0] is None and numbers[1:] != (None, None):
+        return _check_number(flags.processes, flags.process)
+    connect(*numbers)
+    return jax.process_index(), jax.process_count()
+
+
+def connect(
+    coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
+    """Makes this process one of several.
+
+    Without arguments it asks Slurm, Cloud TPU, GKE or Open MPI. To be called before anything else of JAX.
+
+    Args:
+        coordinator: HOST:PORT at which the first process listens.
+        count: the number of processes.
+        index: the number of this process, from 0.
+
+    Raises:
+        InputError: some arguments are missing or out of range, or no cluster was found.
+    """
+    coordinator = coordinator or None
+    if (coordinator, count, index) != (None, None, None):
+        _check_number(count, index, *(() if coordinator else ("--coordinator",)))
+        host, _, port = str(coordinator).rpartition(":")
         if not host or not port.isdigit():
             raise InputError(f"--coordinator={coordinator} is not HOST:PORT; {USAGE}")
-        assert count is not None and index is not None
-        if not 0 <= index < count:
-            raise InputError(f"--process={index} is none of the {count} of --processes; {USAGE}")
     try:
         jax.distributed.initialize(
-            coordinator or None, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except ValueError as error:
         raise InputError(f"no cluster was found ({error}); {USAGE}") from error
 
 
-USAGE = (
-    "--distributed alone works under Slurm, Cloud TPU, GKE and Open MPI; elsewhere give each "
-    "process --coordinator=HOST:PORT (of the first) --processes=COUNT --process=NUMBER (from 0)"
-)
+def _check_number(count: int | None, index: int | None, *missing: str) -> tuple[int, int]:
+    given = {"--processes": count, "--process": index}
+    missing += tuple(flag for flag, value in given.items() if value is None)
+    if missing or count is None or index is None:
+        raise InputError(f"{' and '.join(missing)} missing: {USAGE}")
+    if not 0 <= index < count:
+        raise InputError(f"--process={index} is none of the {count} of --processes; {USAGE}")
+    return index, count
 
 
 def end(code: int) -> int:
