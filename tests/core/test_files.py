@@ -7,6 +7,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from varjax.core import files
+from varjax.core.errors import InputError
 
 
 def test_a_failure_leaves_the_old_content_and_no_temporary(tmp_path):
@@ -48,7 +49,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         files.read_tensors(path)
     files.write_tensors(path, {"a": np.ones(100)}, {})
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="t.safetensors is truncated"):
+    with pytest.raises(ValueError, match="t.safetensors: truncated"):
         files.read_tensors(path)
     with pytest.raises(ValueError, match="is a directory"):
         files.read_json(tmp_path)
@@ -58,7 +59,9 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 
 
 def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
-    code = f"from varjax import files\nwith files.alone_in({str(tmp_path)!r}): print(); input()"
+    code = (
+        f"from varjax.core import files\nwith files.alone_in({str(tmp_path)!r}): print(); input()"
+    )
     command = [sys.executable, "-c", code]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
@@ -72,3 +75,37 @@ def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
     for _ in range(2):
         with files.alone_in(tmp_path):
             pass
+
+
+def test_a_folder_that_would_be_replaced_may_hold_nothing_of_others(tmp_path):
+    out = tmp_path / "out"
+    files.check_replaceable(out)
+    out.mkdir()
+    files.check_replaceable(out)
+    for name in ("config.json", ".git"):
+        (out / name).touch()
+    files.check_replaceable(out, {"config.json", ".git", "absent"})
+    with pytest.raises(InputError, match=r"holds .git, which would be lost; choose another"):
+        files.check_replaceable(out, {"config.json"})
+    with pytest.raises(InputError, match=r"holds config.json, which would be lost"):
+        files.check_replaceable(out / "config.json")
+
+
+def test_a_folder_is_gone_on_with_for_the_same_request_only(tmp_path):
+    out, request = tmp_path / "out", {"size": (3, 4), "seed": 0}
+    out.mkdir()
+    (out / ".hidden").touch()
+    files.claim_folder(out, "request.json", request, write=False)
+    assert not (out / "request.json").exists()
+    for _ in range(2):
+        files.claim_folder(out, "request.json", request)
+        (out / "0.png").touch()
+    with pytest.raises(InputError, match="seed: 0 there, 1 asked for") as caught:
+        files.claim_folder(out, "request.json", {"size": [3, 4], "seed": 1})
+    assert "size" not in str(caught.value)
+    with pytest.raises(InputError, match="cfg: None there, 2 asked for"):
+        files.claim_folder(out, "request.json", request | {"cfg": 2})
+    with pytest.raises(InputError, match="holds files and no other.json"):
+        files.claim_folder(out, "other.json", request)
+    with pytest.raises(InputError, match="request.json is a file; choose another out"):
+        files.claim_folder(out / "request.json", "request.json", request)

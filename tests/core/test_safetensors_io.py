@@ -1,11 +1,13 @@
+import struct
+
 import numpy as np
 import pytest
-from ml_dtypes import bfloat16
+from ml_dtypes import bfloat16, float8_e4m3fn
 from safetensors import safe_open
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
-from varjax.core import safetensors_io
-from varjax.core.safetensors_io import Lazy
+from varjax.core.errors import InputError
+from varjax.core.safetensors_io import LazyArray, read_safetensors, write_safetensors
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -19,35 +21,116 @@ ARRAYS = {
 }
 
 
-def test_another_library_reads_what_is_written(tmp_path):
+def check_arrays(read):
+    assert read.keys() == ARRAYS.keys()
+    for name, x in ARRAYS.items():
+        assert (read[name].dtype, read[name].shape) == (x.dtype, x.shape)
+        np.testing.assert_array_equal(read[name], x)
+
+
+def test_the_library_reads_what_is_written(tmp_path):
     path = tmp_path / "x.safetensors"
-    safetensors_io.write(path, ARRAYS, {"from": "here"})
+    write_safetensors(path, ARRAYS, {"from": "here"})
     with safe_open(path, "np") as file:
         assert file.metadata() == {"from": "here"}
-    ours, metadata = safetensors_io.read(np.memmap(path, np.uint8, "r"))
-    assert metadata == {"from": "here"} and ours.keys() == ARRAYS.keys()
-    for read in (load_file(path), ours):
-        for name, x in ARRAYS.items():
-            assert (read[name].dtype, read[name].shape) == (x.dtype, x.shape)
-            np.testing.assert_array_equal(read[name], x)
+    check_arrays(load_file(path))
+    ours, metadata = read_safetensors(path)
+    assert metadata == {"from": "here"}
+    check_arrays(ours)
     # Whole lines lie on lines, so that a device on the host can use them where they are.
     for name in ("large", "next"):
         assert ours[name].ctypes.data % 64 == 0 and not ours[name].flags.writeable
 
 
+def test_what_the_library_writes_is_read(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({name: np.array(x, order="C") for name, x in ARRAYS.items()}, path)
+    read, metadata = read_safetensors(path)
+    check_arrays(read)
+    assert metadata == {}
+
+
+def test_empty_files_and_types_that_the_library_cannot_give_to_numpy(tmp_path):
+    path = tmp_path / "x"
+    for tensors in (
+        {},
+        {"none": np.zeros((0, 4), np.float32)},
+        {"eighth": np.arange(4, dtype=np.float32).astype(float8_e4m3fn)},
+    ):
+        write_safetensors(path, tensors, {})
+        read, _ = read_safetensors(path)
+        assert read.keys() == tensors.keys()
+        for name, x in tensors.items():
+            assert (read[name].dtype, read[name].tobytes()) == (x.dtype, x.tobytes())
+
+
+def test_reading_leaves_the_numbers_on_the_disk(tmp_path):
+    path = tmp_path / "x"
+    text = b'{"x":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}' % (2**34, 2**36)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + 2**36)  # 64 GiB, of which the disk holds one page
+    assert read_safetensors(path)[0]["x"][-3:].tolist() == [0, 0, 0]
+
+
+def test_cut_files_are_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, ARRAYS, {})
+    content = path.read_bytes()
+    for size in (0, 3, 8, 50, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(InputError, match="x.safetensors: truncated .* download it again"):
+            read_safetensors(path)
+    path.write_bytes(content + b"\0")
+    with pytest.raises(InputError, match="x.safetensors: truncated or not"):
+        read_safetensors(path)
+
+
+def with_header(path, header: bytes, size=16):
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(size))
+    return path
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b'{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,12]}}',
+        b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}',
+        b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}',  # a gap
+        b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',  # a rest
+        b'{"x":{"dtype":"F32","shape":[-3],"data_offsets":[12,0]}}',
+        b'{"x":{"dtype":"F32","shape":[4611686018427387904],"data_offsets":[0,16]}}',
+        b'{"x":{"dtype":"F32"}}',
+        b'{"x":{"dtype":"TEXT","shape":[4],"data_offsets":[0,16]}}',
+        b'{"x":[[[',
+        b'{"x":' + b"[" * 10**5,
+    ],
+)
+def test_wrong_headers_are_refused(tmp_path, header):
+    with pytest.raises(InputError, match="x: truncated or not a safetensors file"):
+        read_safetensors(with_header(tmp_path / "x", header))
+
+
+@pytest.mark.parametrize("dtype, count", [("F4", 32), ("F8_E8M0", 16)])
+def test_foreign_types_are_named(tmp_path, dtype, count):
+    header = f'{{"x":{{"dtype":"{dtype}","shape":[{count}],"data_offsets":[0,16]}}}}'
+    with pytest.raises(InputError, match=f"x: has tensors of type {dtype}; allowed: F64, F32"):
+        read_safetensors(with_header(tmp_path / "x", header.encode()))
+
+
 def test_lazy_tensors_are_made_one_piece_at_a_time(tmp_path):
     alive = []
 
-    def pieces():
+    def chunks():
         for i in range(3):
             alive.append(i)
             yield np.full((1, 2), i, np.float32)
 
-    lazy = Lazy((3, 2), np.dtype(np.float32), pieces)
+    lazy = LazyArray((3, 2), np.dtype(np.float32), chunks)
     x = np.array([[0, 0], [1, 1], [2, 2]], np.float32)
-    safetensors_io.write(tmp_path / "x", {"x": lazy, "y": lazy}, {})
+    write_safetensors(tmp_path / "x", {"x": lazy, "y": lazy}, {})
     assert alive == [0, 1, 2, 0, 1, 2] and lazy.nbytes == x.nbytes
     np.testing.assert_array_equal(load_file(tmp_path / "x")["y"], x)
     np.testing.assert_array_equal(np.asarray(lazy), x)
     with pytest.raises(AssertionError):  # fewer pieces than promised
-        safetensors_io.write(tmp_path / "x", {"x": Lazy((4, 2), lazy.dtype, pieces)}, {})
+        write_safetensors(tmp_path / "x", {"x": LazyArray((4, 2), lazy.dtype, chunks)}, {})

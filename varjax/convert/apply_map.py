@@ -11,12 +11,12 @@ import numpy as np
 from varjax.convert.name_maps.tables import Link, tokenizer_table, var_table
 from varjax.core import trees
 from varjax.core.errors import InputError
-from varjax.core.safetensors_io import Lazy
+from varjax.core.safetensors_io import LazyArray
 from varjax.core.trees import PyTree
-from varjax.tokenizers.vq.model import TokenizerConfig, init_tokenizer
-from varjax.var.model import VARConfig, init_var
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.var.model import VARConfig
 
-Config = TokenizerConfig | VARConfig
+Config = VQConfig | VARConfig
 # Buffers of the official modules: derived from the sizes, so neither read nor needed here.
 BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
 FLOAT32 = np.dtype(np.float32)
@@ -24,13 +24,13 @@ FLOAT32 = np.dtype(np.float32)
 
 def table_of(config: Config) -> list[Link]:
     """The names of the model that `config` describes."""
-    return tokenizer_table(config) if isinstance(config, TokenizerConfig) else var_table(config)
+    return tokenizer_table(config) if isinstance(config, VQConfig) else var_table(config)
 
 
 @functools.cache
 def describe(config: Config) -> PyTree:
     """Shapes of the model's parameters, without making them."""
-    init = init_tokenizer if isinstance(config, TokenizerConfig) else init_var
+    init = type(config).init
     return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
 
 
@@ -49,7 +49,7 @@ def check(config: Config, tensors: Mapping[str, np.ndarray]) -> None:
     _check(official_shapes(config), _weights(tensors))
 
 
-def to_ours(config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, Lazy]:
+def to_ours(config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:
     """Our leaves by path, float32, from official tensors in any floating-point format.
 
     Raises InputError like `check`.
@@ -57,7 +57,7 @@ def to_ours(config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, Lazy
     return fill(table_of(config), describe(config), _weights(tensors))
 
 
-def fill(table: list[Link], params: PyTree, tensors: Mapping[str, np.ndarray]) -> dict[str, Lazy]:
+def fill(table: list[Link], params: PyTree, tensors: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:
     """The leaves of `params` (whose shapes are all that counts) by path, as `table` says.
 
     `tensors` are of any floating-point format, the leaves float32. Raises InputError like `check`.
@@ -75,7 +75,7 @@ def fill(table: list[Link], params: PyTree, tensors: Mapping[str, np.ndarray]) -
             yield link.forward(tensors[link.official], path).astype(np.float32)
 
     return {
-        path: Lazy(leaf.shape, FLOAT32, functools.partial(pieces, path))
+        path: LazyArray(leaf.shape, FLOAT32, functools.partial(pieces, path))
         for path, leaf in leaves.items()
     }
 
@@ -86,7 +86,7 @@ def from_official(config: Config, tensors: Mapping[str, np.ndarray]) -> PyTree:
     return trees.map_with_path(lambda path, _: np.asarray(leaves[path]), describe(config))
 
 
-def to_official(config: Config, params: PyTree) -> dict[str, Lazy]:
+def to_official(config: Config, params: PyTree) -> dict[str, LazyArray]:
     """Every official tensor by name, without the buffers; `params` are on the host."""
     leaves = trees.paths(params)
 
@@ -97,7 +97,7 @@ def to_official(config: Config, params: PyTree) -> dict[str, Lazy]:
         yield link.backward(parts)
 
     return {
-        link.official: Lazy(
+        link.official: LazyArray(
             link.shape(leaves[link.ours[0]].shape), FLOAT32, functools.partial(pieces, link)
         )
         for link in table_of(config)
@@ -107,7 +107,7 @@ def to_official(config: Config, params: PyTree) -> dict[str, Lazy]:
 def official_buffers(config: Config) -> dict[str, np.ndarray]:
     """What else the official modules' state dicts hold, as it is when they are built."""
     pyramid = config.pyramid
-    if isinstance(config, TokenizerConfig):
+    if isinstance(config, VQConfig):
         shape = (len(pyramid), config.vocab)
         return {"quantize.ema_vocab_hit_SV": np.zeros(shape, np.float32)}
     bias_LL = np.where(pyramid.mask_LL, np.float32(0), np.float32(-np.inf))

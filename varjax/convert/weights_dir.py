@@ -12,8 +12,8 @@ from varjax.convert.apply_map import Config
 from varjax.convert.state_dicts import write_pth
 from varjax.core import config_tree, files, safetensors_io
 from varjax.core.errors import InputError
-from varjax.core.safetensors_io import Lazy, Tensor
-from varjax.var.sample import Options
+from varjax.core.safetensors_io import LazyArray, Tensor
+from varjax.var.sample import VAROptions
 
 Contents = Mapping[str, Mapping[str, Tensor]]  # tensors by name, of each file by name
 
@@ -21,7 +21,7 @@ Contents = Mapping[str, Mapping[str, Tensor]]  # tensors by name, of each file b
 def write_converted(
     out: pathlib.Path,
     models: Mapping[str, tuple[Config, Mapping[str, Tensor]]],
-    sampling: Options,
+    sampling: VAROptions,
     sources: Mapping[str, str],
 ) -> None:
     """Writes the converted directory `out` of the models "tokenizer" and "var", or of one of them.
@@ -78,18 +78,9 @@ def new_directory(
 
 def check_vacant(out: pathlib.Path, replaces: Set[str] = frozenset()) -> None:
     """Raises InputError if `out` exists and `new_directory` would not replace it."""
-    if not out.exists():
-        return
-    present = {path.name for path in out.iterdir()} if out.is_dir() else {out.name}
-    converted = "config.json" in present <= replaces and "sources" in files.read_json(
-        out / "config.json"
-    )
-    if present and not converted:
-        lost = ", ".join(sorted(present - replaces or present)[:5])
-        raise InputError(
-            f"{out} exists and holds {lost}, which would be lost; "
-            "give another --out, or remove it first"
-        )
+    config = out / "config.json"
+    converted = config.is_file() and "sources" in files.read_json(config)
+    files.check_replaceable(out, replaces if converted else frozenset())
 
 
 def write_files(directory: pathlib.Path, contents: Contents) -> None:
@@ -100,7 +91,7 @@ def write_files(directory: pathlib.Path, contents: Contents) -> None:
             if name.endswith(".pth"):
                 write_pth(directory / name, followed)
             else:
-                safetensors_io.write(directory / name, followed, {})
+                safetensors_io.write_safetensors(directory / name, followed, {})
 
 
 def progress(text: str, nbytes: int) -> tqdm:
@@ -108,10 +99,10 @@ def progress(text: str, nbytes: int) -> tqdm:
     return tqdm(total=nbytes, desc=text, unit="B", unit_scale=True, disable=None)
 
 
-def _followed(x: Tensor, bar: tqdm) -> Lazy:
-    def parts():
-        for part in safetensors_io.parts(x):
-            yield part
-            bar.update(part.nbytes)
+def _followed(x: Tensor, bar: tqdm) -> LazyArray:
+    def chunks():
+        for chunk in safetensors_io.tensor_chunks(x):
+            yield chunk
+            bar.update(chunk.nbytes)
 
-    return Lazy(x.shape, x.dtype, parts)
+    return LazyArray(x.shape, x.dtype, chunks)

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,66 @@ def alone_in(folder: str | os.PathLike) -> Iterator[None]:
         os.close(descriptor)
 
 
+def check_replaceable(folder: str | os.PathLike, own: Set[str] = frozenset()) -> None:
+    """Raises InputError where writing `folder` as a whole would lose anybody else's files.
+
+    Args:
+        folder: may be absent, empty, or hold nothing but files named in `own`.
+        own: names of files that the same command wrote, and would write again.
+    """
+    folder = pathlib.Path(folder)
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if folder.exists() and (foreign := sorted(present - own)):
+        raise InputError(
+            f"{folder} exists and holds {', '.join(foreign[:5])}, which would be lost; "
+            "choose another out, or remove it first"
+        )
+
+
+def claim_folder(
+    folder: str | os.PathLike, request_file: str, request: Mapping[str, Any], write: bool = True
+) -> None:
+    """Makes `folder` this request's own, so that the same command can go on in it after a kill.
+
+    Args:
+        folder: absent, empty (hidden files do not count), or begun for an equal request.
+        request_file: name of the JSON file in it that keeps the request.
+        request: JSON data, all that decides what will lie in the folder.
+        write: whether to write the file where it is missing; of several processes the first does.
+
+    Raises:
+        InputError: the folder holds other files, or was begun for another request; then all
+            differences are listed.
+    """
+    folder = pathlib.Path(folder)
+    if (folder / request_file).exists():
+        check_same_request(folder, read_json(folder / request_file), request)
+    elif folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another out")
+    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(f"{folder} holds files and no {request_file}; empty it or choose another")
+    elif write:
+        write_json(folder / request_file, request)
+
+
+def check_same_request(
+    path: str | os.PathLike, there: Mapping[str, Any], asked: Mapping[str, Any]
+) -> None:
+    """Raises InputError, with all differences, unless `path` was made for the request `asked`."""
+    asked = json.loads(json.dumps(asked))  # as `there` was: tuples become lists
+    lines = [
+        f"{name}: {there.get(name)} there, {asked.get(name)} asked for"
+        for name in dict.fromkeys((*there, *asked))
+        if there.get(name) != asked.get(name)
+    ]
+    if lines:
+        raise InputError(
+            f"{path} was made for another request:\n  "
+            + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
+            + "\nask for the same to go on, delete it, or choose another out"
+        )
+
+
 def write_json(path: str | os.PathLike, data: Any) -> None:
     """Writes `data` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
@@ -78,14 +138,14 @@ def read_json(path: str | os.PathLike) -> Any:
 def write_tensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str, str]) -> None:
     """Writes nested dicts of arrays as one .safetensors file, keys joined by "/", atomically.
 
-    Leaves may be `safetensors_io.Lazy`. Empty dicts leave no trace in the file.
+    Leaves may be `safetensors_io.LazyArray`. Empty dicts leave no trace in the file.
     """
     arrays = {
-        name: leaf if isinstance(leaf, safetensors_io.Lazy) else np.asarray(leaf)
+        name: leaf if isinstance(leaf, safetensors_io.LazyArray) else np.asarray(leaf)
         for name, leaf in _flatten(tree).items()
     }
     with atomic_path(path) as temporary:
-        safetensors_io.write(temporary, arrays, metadata)
+        safetensors_io.write_safetensors(temporary, arrays, metadata)
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
@@ -93,12 +153,8 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str
 
     The leaves are read-only views of a memory map: what is not used is not read.
     """
-    path = _existing(path)
     tree: dict[str, Any] = {}
-    try:
-        flat, metadata = safetensors_io.read(np.memmap(path, np.uint8, "r"))
-    except ValueError as error:
-        raise InputError(f"{path} is truncated or not a safetensors file: {error}") from error
+    flat, metadata = safetensors_io.read_safetensors(_existing(path))
     for name, leaf in flat.items():
         *parents, last = name.split("/")
         node = tree

@@ -1,20 +1,28 @@
-"""The .safetensors format: read as a memory map, written as a stream, so that nothing is copied."""
+"""Reads .safetensors files as memory-mapped arrays and writes them as a stream.
+
+    write_safetensors("model.safetensors", {"kernel": np.zeros((8, 16), np.float32)}, {})
+    tensors, metadata = read_safetensors("model.safetensors")
+
+The safetensors library reads and checks headers. Its own way to the numbers is not taken: it copies
+every tensor, while a memory map leaves on the disk what is not used, and XLA on a CPU computes with
+the mapped pages themselves. Its writer needs all tensors in memory at once, so files are written
+here, one piece of one tensor at a time.
+"""
 
 import dataclasses
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from reprlib import repr as short  # bounded, whatever a damaged header holds
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from varjax.core.errors import InputError
 
-AGAIN = "write or download it again"
 MAX_HEADER_BYTES = 100 * 10**6  # the limit of the format itself
-ALIGNMENT = 64  # what XLA needs to use memory as it lies there, without a copy
+ALIGNMENT = 64  # bytes; XLA uses memory in place, without a copy, where it starts on such a line
 DTYPES = {
     name: np.dtype(dtype)
     for name, dtype in {
@@ -33,18 +41,27 @@ DTYPES = {
         "U16": np.uint16,
         "U8": np.uint8,
         "BOOL": np.bool_,
+        "C64": np.complex64,
     }.items()
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Lazy:
-    """An array that is made while it is written: `parts` gives its elements in order, in pieces."""
+class LazyArray:
+    """An array that is computed while it is written, in pieces.
+
+        LazyArray((2, 3), np.dtype(np.float32), lambda: (row_3 for row_3 in rows_23))
+
+    Attributes:
+        shape: of the whole array.
+        dtype: of every chunk.
+        chunks: returns the elements in C order, as arrays of any shape; called once per use.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    parts: Callable[[], Iterable[np.ndarray]]
+    chunks: Callable[[], Iterable[np.ndarray]]
 
     @property
     def nbytes(self) -> int:
@@ -52,26 +69,32 @@ class Lazy:
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         array, filled = np.empty(self.shape, self.dtype), 0
-        for part in self.parts():
-            array.reshape(-1)[filled : filled + part.size] = part.reshape(-1)
-            filled += part.size
+        for chunk in self.chunks():
+            array.reshape(-1)[filled : filled + chunk.size] = chunk.reshape(-1)
+            filled += chunk.size
         assert filled == array.size, (self.shape, filled)
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
-Tensor = np.ndarray | Lazy
+Tensor = np.ndarray | LazyArray
 
 
-def parts(x: Tensor) -> Iterable[np.ndarray]:
-    """The pieces that a tensor is written in."""
-    return x.parts() if isinstance(x, Lazy) else (x,)
+def tensor_chunks(tensor: Tensor) -> Iterable[np.ndarray]:
+    """Returns the pieces in which a tensor is written: one, if it is an array already."""
+    return tensor.chunks() if isinstance(tensor, LazyArray) else (tensor,)
 
 
-def write(
+def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Writes the tensors to `path`, one piece in memory at a time."""
-    # Those of a whole number of lines come first, so that each of them starts on one.
+    """Writes a .safetensors file with one chunk of one tensor in memory at a time.
+
+    Args:
+        path: the file; an existing one is overwritten in place, so see `files.write_tensors`.
+        tensors: arrays by name, of the types in DTYPES.
+        metadata: text by name, stored in the header.
+    """
+    # Tensors that fill whole lines of memory come first, so that each of them starts on a line.
     names = sorted(
         tensors,
         key=lambda name: (
@@ -83,11 +106,11 @@ def write(
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in names:
-        x = tensors[name]
-        start, end = end, end + x.nbytes
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
         header[name] = {
-            "dtype": NAMES[x.dtype],
-            "shape": list(x.shape),
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(header).encode()
@@ -96,36 +119,42 @@ def write(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             before = file.tell()
-            for part in parts(tensors[name]):
-                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+            for chunk in tensor_chunks(tensors[name]):
+                file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
             assert file.tell() - before == tensors[name].nbytes, name
 
 
-def read(file: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(tensors, metadata) in the bytes of a file (1-D uint8, usually a memory map), as views of it.
+def read_safetensors(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads the header of a .safetensors file and maps its tensors, which are read when used.
 
-    Raises InputError for a damaged or shortened file.
+    Returns:
+        ({name: read-only view of the file}, {name: text of the metadata}).
+
+    Raises:
+        InputError: the file is damaged, cut short, or holds a type that NumPy lacks.
     """
-    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
-    if start > min(len(file), MAX_HEADER_BYTES):
-        raise InputError(f"the file ends inside its safetensors header; {AGAIN}")
     try:
-        header = json.loads(file[8:start].tobytes())
-        metadata = header.pop("__metadata__", {})
-        data = file[start:]
-        return {name: _view(data, **entry) for name, entry in header.items()}, metadata
-    except (ValueError, RecursionError, TypeError, AttributeError) as error:
-        raise InputError(f"its safetensors header is damaged ({error}); {AGAIN}") from error
-
-
-def _view(data: np.ndarray, dtype: str, shape: list[int], data_offsets: list[int]) -> np.ndarray:
-    if dtype not in DTYPES:
-        raise InputError(f"it has a tensor of type {dtype}; allowed: {', '.join(DTYPES)}")
-    start, stop = data_offsets
-    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
-    if stop - start != nbytes or min(shape, default=0) < 0 or not 0 <= start <= stop <= len(data):
+        with safe_open(path, framework="numpy") as file:
+            # The library has checked that the tensors fill the file without gaps, in this order.
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            kinds = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
         raise InputError(
-            f"a tensor of {dtype} and shape {short(shape)} is said to fill bytes {start} to {stop} "
-            f"of {len(data)}"
+            f"{path}: truncated or not a safetensors file ({error}); write or download it again"
+        ) from error
+    if foreign := sorted({dtype for dtype, _ in kinds.values()} - DTYPES.keys()):
+        raise InputError(
+            f"{path}: has tensors of type {', '.join(foreign)}; allowed: {', '.join(DTYPES)}. "
+            "Save them as one of these"
         )
-    return np.ndarray(tuple(shape), DTYPES[dtype], data, start)
+    file = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
+    tensors = {}
+    for name, (dtype, shape) in kinds.items():
+        tensors[name] = np.ndarray(shape, DTYPES[dtype], file, start)
+        start += tensors[name].nbytes
+    assert start == len(file), (start, len(file))
+    return tensors, metadata

@@ -126,24 +126,15 @@ def test_safetensors_of_another_writer(tmp_path):
     assert 0x80 in first_bytes, "no header has the length that looks like the start of a pickle"
 
 
-@pytest.mark.parametrize(
-    "header, problem",
-    [
-        (b'{"x":{"dtype":"F32","shape":[4],"data_offsets":[0,12]}}', "is said to fill"),
-        (b'{"x":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}', "is said to fill"),
-        (b'{"x":{"dtype":"F32","shape":[-3],"data_offsets":[12,0]}}', "is said to fill"),
-        (b'{"x":{"dtype":"F4","shape":[4],"data_offsets":[0,2]}}', "type F4; allowed: F64"),
-        (b'{"x":{"dtype":"F32"}}', "header is damaged"),
-        (b'{"x":[[[', "header is damaged"),
-        (b'{"x":' + b"[" * 10**5, "header is damaged"),
-    ],
-)
-def test_damaged_safetensors(tmp_path, header, problem):
+def test_a_damaged_safetensors_file_is_named_once(tmp_path):
     path = tmp_path / "x.safetensors"
+    save_file({"x": DATA}, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    message = refusal(path)
+    assert "truncated" in message and message.count("x.safetensors") == 1
+    header = b'{"x":{"dtype":"F4","shape":[32],"data_offsets":[0,16]}}'
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
-    assert problem in refusal(path)
-    path.write_bytes(struct.pack("<Q", len(header) + 17) + header + bytes(16))
-    assert "ends inside its safetensors header" in refusal(path)
+    assert "type F4; allowed: F64" in refusal(path)
 
 
 def test_state_dicts_are_found_and_their_prefixes_removed():

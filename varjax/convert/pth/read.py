@@ -53,17 +53,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     if path.stat().st_size == 0:
         raise InputError(f"{path}: is empty; {AGAIN}")
     file = np.memmap(path, np.uint8, "r")
+    head = file[:512].tobytes()
+    header_bytes = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and header_bytes <= safetensors_io.MAX_HEADER_BYTES:
+        return safetensors_io.read_safetensors(path)[0]
     try:
-        head = file[:512].tobytes()
         if head.startswith(b"PK\x03\x04"):
             return _read_zip(path, file)
         if head.startswith(MAGIC):
             return read_legacy(file, MAX_PICKLE_BYTES)
-        if (
-            head[8:9] == b"{"
-            and int.from_bytes(head[:8], "little") <= safetensors_io.MAX_HEADER_BYTES
-        ):
-            return safetensors_io.read(file)[0]
         for start, problem in NOT_WEIGHTS.items():
             if head.lstrip().startswith(start):
                 raise InputError(f"this is {problem}")
