@@ -6,14 +6,15 @@ The tokenizer must be trained first. Two CPU cores: 3 minutes, 1.5 GB. Expected 
 eval_ema/loss 3.31; `make demo` reports on the samples.
 """
 
-from configs import digits_tokenizer
 from varjax.data.sources import Digits
 from varjax.nn.compute import Compute
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 from varjax.var.model import VARConfig
-from varjax.var.sample import Options
+from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
+
+from . import digits_tokenizer
 
 
 def get_config() -> Experiment:
@@ -37,7 +38,7 @@ def get_config() -> Experiment:
             optimizer=AdamW(base_lr=8e-3, schedule="cos", warmup=0.05),
             ema=0.99,
             compute=Compute(unroll=True),
-            sampling=Options(cfg=0.25, top_k=0, top_p=0.0),
+            sampling=VAROptions(cfg=0.25, top_k=0, top_p=0.0),
         ),
         data=Digits(shift=0.3, rotate=6.0, zoom=0.06),
         run_dir="runs/digits",

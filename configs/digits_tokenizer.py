@@ -6,14 +6,14 @@ Two CPU cores: 1.5 minutes, 1 GB. Expected at the end: eval/psnr 27, eval/usage/
 """
 
 from varjax.data.sources import Digits
-from varjax.tokenizers.vq.model import TokenizerConfig
-from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.tokenizers.vq.task import VQTask
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 
 
 def get_config() -> Experiment:
-    model = TokenizerConfig(
+    model = VQConfig(
         scales=(1, 2, 3, 4),
         image_channels=1,
         width=32,
@@ -25,7 +25,7 @@ def get_config() -> Experiment:
     )
     optimizer = AdamW(base_lr=8e-3, weight_decay=0.0, clip=1.0, schedule="cos", warmup=0.05)
     return Experiment(
-        task=TokenizerTask(model=model, optimizer=optimizer, ema=0.99),
+        task=VQTask(model=model, optimizer=optimizer, ema=0.99),
         data=Digits(shift=0.15, rotate=3.0, zoom=0.03),
         run_dir="runs/digits_tokenizer",
         batch_size=64,

@@ -20,8 +20,8 @@ from varjax.core import config_tree
 from varjax.core.errors import InputError
 from varjax.data.sources import Photos
 from varjax.tokenizers.losses.gan import Adversary
-from varjax.tokenizers.vq.model import TokenizerConfig
-from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.tokenizers.vq.task import VQTask
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 
@@ -41,7 +41,7 @@ def get_config(arg: str = "plain") -> Experiment:
     names = arg.split(",")
     if unknown := [name for name in names if name not in CHANGES]:
         raise InputError(f"cannot read {unknown}; allowed are {', '.join(CHANGES)}")
-    model = TokenizerConfig(
+    model = VQConfig(
         scales=(1, 2, 4, 8, 16),
         width=16,
         multipliers=(1, 2, 4),
@@ -62,7 +62,7 @@ def get_config(arg: str = "plain") -> Experiment:
         optimizer=AdamW(base_lr=4e-3, b1=0.5, b2=0.9, weight_decay=0.0, clip=1.0, schedule="cos"),
     )
     experiment = Experiment(
-        task=TokenizerTask(
+        task=VQTask(
             model=model,
             optimizer=AdamW(base_lr=2e-2, weight_decay=0.0, clip=1.0, schedule="cos", warmup=0.05),
             l1=0.2,

@@ -31,22 +31,23 @@ quantizer, evaluation and everything that uses the tokenizer later are float32. 
 devices keeps the batch and sets --config.task.accumulate: the result is the same.
 """
 
-from configs.arguments import read_argument
 from varjax.data.sources import parse
 from varjax.tokenizers.losses.gan import Adversary
 from varjax.tokenizers.losses.lpips import Perceptual
-from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512
-from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.tokenizers.vq.task import VQTask
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
+
+from ._arguments import read_argument
 
 SCALES = {"256": SCALES_256, "512": SCALES_512}
 
 
 def get_config(arg: str = "256") -> Experiment:
     size, data, options = read_argument(arg, SCALES, ("no_lpips",))
-    model = TokenizerConfig(scales=SCALES[size])
+    model = VQConfig(scales=SCALES[size])
     optimizer = AdamW(
         base_lr=1e-4,  # for 256 images
         b1=0.5,
@@ -69,7 +70,7 @@ def get_config(arg: str = "256") -> Experiment:
     )
     without = "_no_lpips" if "no_lpips" in options else ""
     return Experiment(
-        task=TokenizerTask(
+        task=VQTask(
             model=model,
             optimizer=optimizer,
             l1=0.2,

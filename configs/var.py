@@ -37,15 +37,16 @@ turns ours on) and label smoothing (--config.task.label_smoothing).
 
 import dataclasses
 
-from configs.arguments import read_argument
 from varjax.data.sources import parse
 from varjax.nn.compute import Compute, Remat
-from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 from varjax.training.sharding import MeshShape
 from varjax.var.model import VARConfig
 from varjax.var.task import VARTask
+
+from ._arguments import read_argument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +79,7 @@ def get_config(arg: str = "d16") -> Experiment:
 def experiment(size: str, recipe: Recipe, data: str, tokenizer_weights: str) -> Experiment:
     """The official recipe on these data."""
     model = VARConfig.preset(size)
-    tokenizer = TokenizerConfig(scales=model.scales)
+    tokenizer = VQConfig(scales=model.scales)
     optimizer = AdamW(
         base_lr=recipe.base_lr,
         b1=0.9,

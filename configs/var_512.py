@@ -12,9 +12,10 @@ The released tokenizer serves both sizes; for this one it is told the scales of 
 after 350 epochs of batch 768, and no time.
 """
 
-from configs.arguments import read_argument
-from configs.var import SPREAD, Recipe, experiment
 from varjax.training.experiment import Experiment
+
+from ._arguments import read_argument
+from .var import SPREAD, Recipe, experiment
 
 RECIPES = {"d36": Recipe(768, 350, 8e-5, 0.01, 0.08, "block", SPREAD)}
 

@@ -6,12 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from varjax.core import config_tree, trees
+from varjax.core import config_flags, config_tree, trees
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.tfds import TFDS
 from varjax.tokenizers.losses.lpips import init_lpips
-from varjax.tokenizers.vq.model import init_tokenizer
-from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.tokenizers.vq.task import VQTask
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 IMAGES = 1_281_167  # in ImageNet's training split
@@ -26,7 +25,7 @@ OFFICIAL = {
 
 
 def load(name):
-    return config_tree.load_config(str(CONFIGS / name))
+    return config_flags.load_config(str(CONFIGS / name))
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -58,7 +57,7 @@ def test_a_step_of_full_size_changes_no_shape(name):
     e.task.check(e.data.image_shape, e.data.classes)
     key = jax.random.key(0)
     state = jax.eval_shape(e.task.init, key)
-    frozen = jax.eval_shape(lambda key: init_tokenizer(e.task.tokenizer, key), key)
+    frozen = jax.eval_shape(e.task.tokenizer.init, key)
     batch = e.data.make(2, seed=0).train_batch(0)
     after, metrics = jax.eval_shape(e.task.train_step, state, frozen, batch, key)
     assert not trees.difference(state, after)
@@ -88,7 +87,7 @@ def test_the_tokenizer_s_recipe_is_written_with_its_run_and_can_be_changed():
     e = config_tree.override(e, ["task.adversary.start=0.5", "task.adversary.optimizer.clip=3.0"])
     assert (e.task.adversary.start, e.task.adversary.optimizer.clip) == (0.5, 3.0)
     data = config_tree.to_dict(e)["task"]
-    assert config_tree.from_dict(TokenizerTask, data) == e.task
+    assert config_tree.from_dict(VQTask, data) == e.task
     assert config_tree.override(e, ["task.adversary=none"]).task.adversary is None
     with pytest.raises(ValueError, match="task.perceptual is none in this config"):
         config_tree.override(e, ["task.perceptual.weight=2.0"])

@@ -1,6 +1,6 @@
 import pytest
 
-import train
+from varjax.cli import train
 
 CONFIG = """
 from tests.helpers import tiny

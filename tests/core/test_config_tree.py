@@ -122,15 +122,3 @@ def test_differences_name_every_path():
         "a: 1 in the run, absent in the config",
         "b: absent in the run, 2 in the config",
     ]
-
-
-def test_config_files_are_loaded_with_their_argument(tmp_path):
-    file = tmp_path / "c.py"
-    file.write_text("def get_config(arg='d'):\n    return arg\n")
-    assert config_tree.load_config(str(file)) == "d"
-    assert config_tree.load_config(f"{file}:d20") == "d20"
-    file.write_text("def get_config():\n    return 1\n")
-    with pytest.raises(ValueError, match="takes no argument"):
-        config_tree.load_config(f"{file}:d20")
-    with pytest.raises(ValueError, match="no config file"):
-        config_tree.load_config(str(tmp_path / "none.py"))

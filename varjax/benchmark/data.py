@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from varjax.benchmark.measure import show
-from varjax.core import config_tree
+from varjax.core.config_flags import add_config_flags, config_from_flags
 from varjax.core.errors import InputError
 from varjax.data.decoding import BrokenImage
 from varjax.data.loader import AHEAD, Loader
@@ -37,17 +37,13 @@ def main(arguments: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     cpus = os.cpu_count() or 1
-    parser.add_argument("--config", required=True, help="a training run's")
+    add_config_flags(parser)
     parser.add_argument("--batches", type=int, default=20, help="to measure, of each kind")
     parser.add_argument("--threads", default=f"1,{cpus}", help="numbers of threads")
     parser.add_argument("--workers", default=f"{cpus}", help="numbers of processes, 0 for none")
-    flags, others = parser.parse_known_args(arguments)
-    if strange := [o for o in others if not o.startswith("--config.")]:
-        raise InputError(f"cannot read {strange}; settings are --config.FIELD=VALUE")
+    flags, experiment = config_from_flags(parser, arguments)
     if flags.batches < 1:
         raise InputError(f"batches is {flags.batches}, but must be at least 1")
-    experiment = config_tree.load_config(flags.config)
-    experiment = config_tree.override(experiment, [o.removeprefix("--config.") for o in others])
     ways = [Reading(threads=n) for n in numbers("threads", flags.threads) if n]
     ways += [Reading(workers=n) for n in numbers("workers", flags.workers) if n]
     run(experiment.data, experiment.batch_size, experiment.seed, ways, flags.batches)

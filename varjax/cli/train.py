@@ -1,0 +1,51 @@
+"""Trains what a config file describes, or continues the run in its run_dir.
+
+python train.py --config=configs/FILE.py[:ARGUMENT] [--config.FIELD.FIELD=VALUE ...]
+
+For example, with some fields of the file changed:
+
+python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 --config.steps=200
+"""
+
+import argparse
+import logging
+import sys
+import traceback
+
+from varjax.core.config_flags import add_config_flags, config_from_flags
+from varjax.core.errors import InputError, run_command
+
+
+def main(arguments: list[str]) -> int:
+    """Returns 0 when the run is finished, 1 when it failed, 2 for a wrong command line."""
+    # Imported here: a worker process that reads data imports this module, and needs no JAX.
+    from varjax.core.distributed import add_process_flags, connect_by_flags, end
+    from varjax.training import loop
+
+    parser = argparse.ArgumentParser(
+        "varjax train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_config_flags(parser)
+    parser.add_argument("--debug", action="store_true", help="mistakes with their traceback, too")
+    add_process_flags(parser)
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    try:
+        flags, experiment = config_from_flags(parser, arguments)
+        connect_by_flags(flags)
+    except InputError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"varjax train: {error}", file=sys.stderr)
+        return 2
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
+    try:
+        code = run_command("varjax train", lambda: loop.run(experiment), flags.debug)
+    except Exception as error:
+        traceback.print_exception(error)
+        code = 1
+    return end(code) if code else 0
