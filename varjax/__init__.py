@@ -4,9 +4,10 @@
     model = varjax.load("runs/digits")
     images = model.sample([3, 1, 4], seed=0)
 
-The letters of array names, throughout: B batch, L tokens of all scales, l tokens of one scale,
-K scales, C width, H heads, D head size, V vocabulary, Z code channels, N layers, h w token map,
-H W image (in BHWC), P φ convolutions, E any wider layer; a digit is that length.
+An array's name ends in its shape, in the same letters throughout: B batch, N items, L tokens of
+all scales, l tokens of one scale, K scales, C width or channels, A attention heads, D head size,
+S stacked layers, V vocabulary, Z latent channels, h w token map, H W image height and width,
+P φ convolutions, E any wider layer. A digit is that length.
 """
 
 import importlib
@@ -14,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from varjax.core.image_io import read_image
+    from varjax.families import load
     from varjax.nn.compute import Compute
-    from varjax.tokenizers.vq.model import TokenizerConfig
+    from varjax.tokenizers.vq.model import VQConfig
     from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024
-    from varjax.var.load import load
     from varjax.var.model import VARConfig
-    from varjax.var.pipeline import Pipeline
-    from varjax.var.sample import Options
+    from varjax.var.pipeline import VARPipeline
+    from varjax.var.sample import VAROptions
+
+__version__ = "0.1.0"
 
 # Imported when asked for: processes that only read data then do without JAX (0.2 GB each).
 _WHERE = {
@@ -28,11 +31,11 @@ _WHERE = {
     "SCALES_512": "tokenizers.vq.pyramid",
     "SCALES_1024": "tokenizers.vq.pyramid",
     "Compute": "nn.compute",
-    "Options": "var.sample",
-    "Pipeline": "var.pipeline",
-    "TokenizerConfig": "tokenizers.vq.model",
+    "VAROptions": "var.sample",
+    "VARPipeline": "var.pipeline",
     "VARConfig": "var.model",
-    "load": "var.load",
+    "VQConfig": "tokenizers.vq.model",
+    "load": "families",
     "read_image": "core.image_io",
 }
 
@@ -41,10 +44,10 @@ __all__ = [
     "SCALES_512",
     "SCALES_1024",
     "Compute",
-    "Options",
-    "Pipeline",
-    "TokenizerConfig",
+    "VAROptions",
+    "VARPipeline",
     "VARConfig",
+    "VQConfig",
     "load",
     "read_image",
 ]

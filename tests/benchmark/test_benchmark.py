@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.paths import ROOT
 from varjax.benchmark import __main__ as benchmark
 from varjax.benchmark import measure, sample, train
-from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.model import VQConfig
 from varjax.var.model import VARConfig
 
 TINY = VARConfig(depth=1, width=32, heads=2, classes=3, scales=(1, 2))
@@ -17,9 +17,9 @@ TINY = VARConfig(depth=1, width=32, heads=2, classes=3, scales=(1, 2))
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setattr(VARConfig, "preset", lambda name: TINY)
-    small = functools.partial(TokenizerConfig, width=8, multipliers=(1, 1), blocks=1, groups=4)
-    monkeypatch.setattr(sample, "TokenizerConfig", small)
-    monkeypatch.setattr(train, "TokenizerConfig", small)
+    small = functools.partial(VQConfig, width=8, multipliers=(1, 1), blocks=1, groups=4)
+    monkeypatch.setattr(sample, "VQConfig", small)
+    monkeypatch.setattr(train, "VQConfig", small)
     monkeypatch.setattr(measure.Peak, "measure", lambda self: 1e9)
 
 

@@ -8,7 +8,7 @@ from varjax.sampling.outputs import check_out
 
 
 def draw(*flags):
-    sample.run(sample.parse([f"--weights={runs.var()}", *flags]))
+    sample.draw_samples([f"--weights={runs.var()}", *flags])
 
 
 def pixels(path):
@@ -75,5 +75,5 @@ def test_a_folder_is_not_taken_for_a_file(tmp_path):
 
 
 def test_a_tokenizer_s_run_cannot_be_sampled():
-    with pytest.raises(ValueError, match="TokenizerTask"):
-        sample.run(sample.parse([f"--weights={runs.tokenizer()}"]))
+    with pytest.raises(ValueError, match="VQTask"):
+        sample.draw_samples([f"--weights={runs.tokenizer()}"])

@@ -16,13 +16,14 @@ import varjax
 from tests.golden import weights
 from tests.helpers import golden_cases as golden
 from tests.helpers.checkpoint_files import write_trainer
-from varjax.convert import Choices, apply_map, convert, export_torch, weights_dir
+from varjax.convert import ConvertOptions, apply_map, convert, export_torch, weights_dir
 from varjax.convert.__main__ import main
-from varjax.convert.infer_config import infer_tokenizer, infer_var
-from varjax.convert.state_dicts import read_checkpoint, write_pth
+from varjax.convert.infer_config import infer_config
+from varjax.convert.pth.read import read_checkpoint
+from varjax.convert.pth.write import write_pth
 from varjax.core import trees
 from varjax.tokenizers.load import read_tokenizer
-from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_512
 from varjax.var.load import read_var
 from varjax.var.model import VARConfig
@@ -82,27 +83,27 @@ def test_official_files_reproduce_the_reference_and_go_back_to_the_bit(name, tmp
 
 def test_a_directory_says_what_it_was_made_of_and_is_replaced_whole(base, tmp_path):
     out = tmp_path / "out"
-    convert(out, *base)
+    convert(out, tokenizer=base[0], var=base[1])
     config = json.loads((out / "config.json").read_text())
     assert config["sources"] == {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in base
     }
     first = {path.name: path.read_bytes() for path in out.iterdir()}
-    convert(out, *base)
+    convert(out, tokenizer=base[0], var=base[1])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == first
     with pytest.raises(ValueError, match="holds tokenizer.safetensors, which would be lost"):
         convert(out, var=base[1])
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds notes.txt, which would be lost"):
-        convert(out, *base)
+        convert(out, tokenizer=base[0], var=base[1])
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="file exists"):
-        convert(tmp_path / "file", *base)
+        convert(tmp_path / "file", tokenizer=base[0], var=base[1])
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text('{"task": {}}')
     with pytest.raises(ValueError, match="run exists and holds config.json"):
-        convert(run, *base)
+        convert(run, tokenizer=base[0], var=base[1])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, bfloat16, np.float64])
@@ -126,7 +127,7 @@ def test_a_checkpoint_of_the_official_trainer_serves_both(tmp_path):
     write_trainer(path, {"var_wo_ddp": var, "vae_local": official("base", "vae")})
     configs = convert(tmp_path / "both", var=path)
     assert (configs["tokenizer"], configs["var"]) == golden.configs("base")
-    convert(tmp_path / "tokenizer", tokenizer=path, choices=Choices(scales=(1, 2, 3, 4)))
+    convert(tmp_path / "tokenizer", tokenizer=path, options=ConvertOptions(scales=(1, 2, 3, 4)))
     for location in ("both", "tokenizer"):
         _, params = read_tokenizer(tmp_path / location)
         expected = golden.tokenizer_params("base")["quantizer"]["codebook"]
@@ -140,37 +141,40 @@ def test_a_checkpoint_of_the_official_trainer_serves_both(tmp_path):
 def test_sizes_of_the_released_models_are_told_from_their_shapes(name):
     tensors = {n: np.broadcast_to(np.float32(0), s) for n, s in OFFICIAL[name].items()}
     if not name.startswith("var"):
-        assert infer_tokenizer(tensors, Choices()) == TokenizerConfig()
-        of_512 = infer_tokenizer(tensors, Choices(scales=SCALES_512))
-        assert of_512 == TokenizerConfig(scales=SCALES_512)
+        assert infer_config(tensors, "tokenizer", ConvertOptions()) == VQConfig()
+        of_512 = infer_config(tensors, "tokenizer", ConvertOptions(scales=SCALES_512))
+        assert of_512 == VQConfig(scales=SCALES_512)
         return
     preset = VARConfig.preset(name.removeprefix("var_"))
     # How a model was initialized is not to be seen in it.
     preset = dataclasses.replace(preset, gate_init=VARConfig.gate_init)
     tensors["lvl_1L"] = preset.pyramid.level_L[None]
-    assert infer_var(tensors, Choices()) == preset
+    assert infer_config(tensors, "var", ConvertOptions()) == preset
     del tensors["lvl_1L"]
-    assert infer_var(tensors, Choices()) == preset
+    assert infer_config(tensors, "var", ConvertOptions()) == preset
 
 
 def test_what_tensors_do_not_tell_is_asked_for():
     var = dict(official("no_qk_norm", "var"))
     with pytest.raises(ValueError, match="a width of 48 does not tell .* give --heads"):
-        infer_var(var, Choices())
+        infer_config(var, "var", ConvertOptions())
     del var["lvl_1L"]
     with pytest.raises(ValueError, match="4 scales of 39 tokens together, .* --scales"):
-        infer_var(var, Choices(heads=3))
+        infer_config(var, "var", ConvertOptions(heads=3))
     wide = ((1, 1), (2, 2), (3, 3), (1, 25))
     with pytest.raises(ValueError, match="a map is smaller|comes after"):
-        infer_var(var, Choices(heads=3, scales=wide))
-    assert infer_var(var, Choices(heads=3, scales=(1, 2, 3, 5))) == golden.configs("no_qk_norm")[1]
+        infer_config(var, "var", ConvertOptions(heads=3, scales=wide))
+    assert (
+        infer_config(var, "var", ConvertOptions(heads=3, scales=(1, 2, 3, 5)))
+        == golden.configs("no_qk_norm")[1]
+    )
     var["lvl_1L"] = np.repeat([0, 1], [2, 37])[None]
     with pytest.raises(ValueError, match=r"scales of \[2, 37\] tokens are not square"):
-        infer_var(var, Choices(heads=3))
+        infer_config(var, "var", ConvertOptions(heads=3))
     with pytest.raises(ValueError, match="the tensors have 3; leave --heads out"):
-        infer_var(official("base", "var"), Choices(heads=4))
-    choices = Choices(scales=(1, 2, 3, 4), groups=8, phi_ratio=0.25, cosine_codes=True)
-    assert infer_tokenizer(official("base", "vae"), choices) == dataclasses.replace(
+        infer_config(official("base", "var"), "var", ConvertOptions(heads=4))
+    options = ConvertOptions(scales=(1, 2, 3, 4), groups=8, phi_ratio=0.25, cosine_codes=True)
+    assert infer_config(official("base", "vae"), "tokenizer", options) == dataclasses.replace(
         golden.configs("base")[0], groups=8, phi_ratio=0.25, cosine_codes=True
     )
 
@@ -180,7 +184,7 @@ def refused(capsys, tmp_path, *flags) -> str:
     before = sorted(tmp_path.rglob("*"))
     assert main([*flags, f"--out={tmp_path / 'out'}"]) == 1
     out, err = capsys.readouterr()
-    assert not out and err.count("varjax.convert: ") == 1 and "Traceback" not in err
+    assert not out and err.count("varjax convert: ") == 1 and "Traceback" not in err
     assert sorted(tmp_path.rglob("*")) == before
     return err
 
@@ -227,7 +231,7 @@ def test_weights_that_are_not_finite_are_named(base, tmp_path, capsys):
     tensors["head.weight"] = np.full_like(tensors["head.weight"], np.nan)
     tensors["lvl_embed.weight"] = np.full_like(tensors["lvl_embed.weight"], np.inf)
     write_pth(base[1], tensors)
-    convert(tmp_path / "out", *base)
+    convert(tmp_path / "out", tokenizer=base[0], var=base[1])
     err = capsys.readouterr().err
     assert f"{base[1]}: NaN or infinite" in err and "lvl_embed.weight, head.weight" in err
     assert str(base[0]) not in err and "attn_bias_for_masking" not in err
@@ -241,7 +245,7 @@ def test_a_full_disk_leaves_nothing(base, tmp_path, capsys, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights_dir.tensors, "write", fill_up)
+        patch.setattr(weights_dir.safetensors_io, "write_safetensors", fill_up)
         text = refused(capsys, tmp_path, *flags)
         assert "out could not be written" in text and "No space left on device" in text
     usage = types.SimpleNamespace(free=1000)

@@ -7,7 +7,7 @@ import pytest
 from tests.golden import weights
 from tests.helpers import golden_cases as golden
 from varjax.convert import apply_map
-from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.model import VQConfig
 from varjax.var.model import VARConfig
 
 OFFICIAL = json.loads((weights.HERE / "official_state_dicts.json").read_text())
@@ -24,8 +24,8 @@ PARAMETERS = {
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_tables_and_buffers_are_the_released_models(name):
     var = name.startswith("var")
-    config = VARConfig.preset(name.removeprefix("var_")) if var else TokenizerConfig()
-    sizes = [leaf.size for leaf in jax.tree.leaves(apply_map.describe(config))]
+    config = VARConfig.preset(name.removeprefix("var_")) if var else VQConfig()
+    sizes = [leaf.size for leaf in jax.tree.leaves(apply_map.abstract_params(config))]
     assert sum(sizes) == PARAMETERS[name]
     buffers = {n: x.shape for n, x in apply_map.official_buffers(config).items()}
     assert not any(map(apply_map.is_weight, buffers))
@@ -56,7 +56,7 @@ def test_one_error_lists_every_problem():
     tensors["word_embed.bias"] = np.zeros(48, int)
     tensors["lvl_1L"] = np.zeros((1, 30))  # a buffer, which is no problem
     with pytest.raises(ValueError) as error:
-        apply_map.check(config, tensors)
+        apply_map.check_tensors(config, tensors)
     text = str(error.value)
     assert "missing: head.bias (64,)" in text and "unexpected: extra (3,)" in text
     assert "misshapen: pos_start is (1, 2, 48), needed is (1, 1, 48)" in text

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import itertools
 import subprocess
 import sys
@@ -19,8 +18,7 @@ from varjax.data.sources import parse
 from varjax.data.sources.digits import Digits
 from varjax.data.sources.noise import Noise
 from varjax.data.workers import Reading
-from varjax.tokenizers.vq.model import init_tokenizer
-from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.tokenizers.vq.task import VQTask
 from varjax.training import loop
 from varjax.training.experiment import Experiment
 from varjax.var import teacher_forcing
@@ -40,7 +38,7 @@ def drawn(init):
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     weights = tmp_path_factory.mktemp("tokenizer")
-    params = drawn(functools.partial(init_tokenizer, runs.TOKENIZER))
+    params = drawn(runs.TOKENIZER.init)
     config = {"sources": {}, "tokenizer": config_tree.to_dict(runs.TOKENIZER)}
     files.write_json(weights / "config.json", config)
     files.write_tensors(weights / "tokenizer.safetensors", params, {})
@@ -153,25 +151,25 @@ def test_losses_are_those_of_the_images(cache, task):
 def test_a_transformer_trains_on_tokens(cache, task, tmp_path):
     data = parse(f"tokens:{cache}", 8)
     experiment = Experiment(task, data, str(tmp_path), batch_size=64, steps=1)
-    assert 0 < loop.run(experiment)["eval/loss"] < 2 * np.log(16)
+    assert 0 < loop.train(experiment)["eval/loss"] < 2 * np.log(16)
     described = files.read_json(tmp_path / "data.json")
     assert described["class_names"] == [str(i) for i in range(10)]
-    assert described["tokenized_by"]["vocab"] == 16 and described["seed"] == 3
+    assert described["tokenizer_identity"]["vocab"] == 16 and described["seed"] == 3
 
 
 def test_tokens_of_another_tokenizer_are_refused(cache, task, tmp_path):
     about = files.read_json(cache / "tokens.json")
-    about["tokenized_by"] |= {"weights": "0" * 64, "phis": 1}
+    about["tokenizer_identity"] |= {"weights": "0" * 64, "phis": 1}
     other = tmp_path / "other"
     files.write_json(other / "tokens.json", about)
     for path in cache.glob("*.safetensors"):
         (other / path.name).symlink_to(path)
     data = Tokens(str(other))
     with pytest.raises(ValueError, match="(?s)another tokenizer's.*phis: 1 theirs.*weights: 0000"):
-        loop.run(Experiment(task, data, str(tmp_path / "run"), batch_size=8, steps=1))
-    tokenizer = TokenizerTask(runs.TOKENIZER)
-    with pytest.raises(ValueError, match="TokenizerTask trains on images, but the data are tokens"):
-        loop.run(Experiment(tokenizer, data, str(tmp_path / "tokenizer"), batch_size=8, steps=1))
+        loop.train(Experiment(task, data, str(tmp_path / "run"), batch_size=8, steps=1))
+    tokenizer = VQTask(runs.TOKENIZER)
+    with pytest.raises(ValueError, match="VQTask trains on images, but the data are tokens"):
+        loop.train(Experiment(tokenizer, data, str(tmp_path / "tokenizer"), batch_size=8, steps=1))
 
 
 def test_broken_images_are_broken_tokens(task, tmp_path, capsys):
@@ -195,7 +193,7 @@ def test_broken_images_are_broken_tokens(task, tmp_path, capsys):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"data": Tokens("there")}, "tokens already, in there"),
         ({"data": Noise(16, 1)}, r"images are \(16, 16, 1\), but the tokenizer takes \(8, 8, 1\)"),
-        ({"task": TokenizerTask(runs.TOKENIZER)}, "TokenizerTask trains on images"),
+        ({"task": VQTask(runs.TOKENIZER)}, "VQTask trains on images"),
         ({"seed": 4}, "(?s)holds other tokens.*seed: 3 there, 4 asked for"),
         ({"data": Digits()}, "settings: .* there, .* asked for"),
         ({"out": str(ROOT)}, "holds files and no tokens.json"),

@@ -9,12 +9,12 @@ import numpy as np
 from varjax.core import trees
 from varjax.tokenizers.losses.gan import Adversary
 from varjax.tokenizers.losses.lpips import init_lpips
-from varjax.tokenizers.vq.model import TokenizerConfig
-from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.tokenizers.vq.task import VQTask
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan, TrainState
 
-CONFIG = TokenizerConfig(
+CONFIG = VQConfig(
     scales=(1, 2, 16), image_channels=3, width=8, multipliers=(1,), blocks=1, groups=4, vocab=16,
     code_channels=4,
 )  # fmt: skip
@@ -22,7 +22,7 @@ OPTIMIZER = AdamW(base_lr=2e-3, schedule="constant", warmup=0.0)
 ADVERSARY = Adversary(
     "patch", 8, 1, start=0.5, ramp=0.25, lecam=0.1, diffaugment=("cutout",), optimizer=OPTIMIZER
 )
-TASK = TokenizerTask(
+TASK = VQTask(
     CONFIG, OPTIMIZER, l1=0.0, adversary=ADVERSARY, ema=0.5, plan=Plan(steps=8, batch_size=256)
 )
 BATCH = {"image_BHWC": np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)}
@@ -30,7 +30,7 @@ KEY = jax.random.key(5)
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiled in half the time
 
 
-def state(task: TokenizerTask, step: int) -> TrainState:
+def state(task: VQTask, step: int) -> TrainState:
     """As if `step` updates were done; numbers by NumPy, for compiling `init` takes its time."""
     rng = np.random.default_rng(1)
 

@@ -6,16 +6,16 @@ import numpy as np
 
 from tests.golden import weights
 from varjax.convert import apply_map
-from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.model import VQConfig
 from varjax.var.model import VARConfig
 
 CASES = ("base", "shared_aln", "no_qk_norm", "ten_scales", "phi_per_scale")
 
 
-def configs(name: str) -> tuple[TokenizerConfig, VARConfig]:
+def configs(name: str) -> tuple[VQConfig, VARConfig]:
     c = weights.case(name)
     scales = tuple(c["patch_nums"])
-    tokenizer = TokenizerConfig(
+    tokenizer = VQConfig(
         scales=scales,
         width=c["ch"],
         vocab=c["vocab_size"],

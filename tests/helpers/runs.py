@@ -5,15 +5,15 @@ import pathlib
 import tempfile
 
 from varjax.data.sources import Digits
-from varjax.tokenizers.vq.model import TokenizerConfig
-from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.tokenizers.vq.task import VQTask
 from varjax.training import loop
 from varjax.training.experiment import Experiment
 from varjax.var.model import VARConfig
-from varjax.var.sample import Options
+from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 
-TOKENIZER = TokenizerConfig(
+TOKENIZER = VQConfig(
     scales=(1, 2, 4), image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4, vocab=16,
     code_channels=4,
 )  # fmt: skip
@@ -29,17 +29,19 @@ def root() -> pathlib.Path:
 @functools.cache
 def tokenizer() -> pathlib.Path:
     run = root() / "tokenizer"
-    _train(TokenizerTask(TOKENIZER), run)
+    _train(VQTask(TOKENIZER), run)
     return run
 
 
 @functools.cache
 def var() -> pathlib.Path:
     run = root() / "var"
-    task = VARTask(VAR, TOKENIZER, str(tokenizer()), ema=0.5, sampling=Options(cfg=0.5, top_k=7))
+    task = VARTask(VAR, TOKENIZER, str(tokenizer()), ema=0.5, sampling=VAROptions(cfg=0.5, top_k=7))
     _train(task, run, keep_best="eval_ema/loss")
     return run
 
 
 def _train(task, run, **settings) -> None:
-    loop.run(Experiment(task, Digits(), str(run), batch_size=32, steps=2, eval_every=1, **settings))
+    loop.train(
+        Experiment(task, Digits(), str(run), batch_size=32, steps=2, eval_every=1, **settings)
+    )

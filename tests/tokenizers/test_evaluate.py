@@ -1,7 +1,6 @@
 """The report on a tokenizer, from its run to the pictures."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +10,20 @@ import pytest
 from tests.helpers import runs
 from varjax.core import files, image_io
 from varjax.data.sources.digits import Digits
+from varjax.nn.autoencoder import to_model_range
 from varjax.tokenizers import evaluate as command
 from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.vq import reconstruction_metrics
-from varjax.tokenizers.vq.model import Tokenizer, TokenizerConfig, init_tokenizer, to_model
+from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.reconstruction_metrics import measure_split
-from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.tokenizers.vq.task import VQTask
 from varjax.training.task import TrainState
 
-CONFIG = TokenizerConfig(
+CONFIG = VQConfig(
     scales=(1, 2, (3, 4)), image_channels=3, width=8, multipliers=(1, 1, 1), blocks=1, groups=4,
     vocab=16, code_channels=4,
 )  # fmt: skip
-PARAMS = jax.jit(functools.partial(init_tokenizer, CONFIG))(jax.random.key(0))
+PARAMS = jax.jit(CONFIG.init)(jax.random.key(0))
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, *CONFIG.image_shape), np.uint8)
 
 
@@ -63,15 +63,15 @@ def test_the_batch_size_and_broken_images_change_nothing(split):
 
 
 def test_figures_are_those_of_the_images_decoded_one_by_one(split):
-    model = Tokenizer(CONFIG).bind({"params": PARAMS})
-    x_BHWC = to_model(IMAGES[np.arange(10) != 3])
+    model = VQTokenizer(CONFIG).bind({"params": PARAMS})
+    x_BHWC = to_model_range(IMAGES[np.arange(10) != 3])
 
     @jax.jit
     def by_hand(x_BHWC):
         tokens_BL = model.encode(x_BHWC)
         f_hats = model.quantizer.accumulate(tokens_BL)
         rebuilt, f_BhwZ = model.decode_every_scale(tokens_BL), model.features(x_BHWC)
-        coarse = Tokenizer(CONFIG, encoder_dtype=jnp.bfloat16).bind({"params": PARAMS})
+        coarse = VQTokenizer(CONFIG, encoder_dtype=jnp.bfloat16).bind({"params": PARAMS})
         coarse_BL = coarse.quantizer(coarse.features(x_BHWC)).tokens_BL
         return tokens_BL, rebuilt, f_BhwZ, f_hats, coarse_BL
 
@@ -121,7 +121,7 @@ def test_the_command_writes_a_report_and_pictures(tmp_path, capsys):
 
 def _psnr_of_the_task(weights):
     config, params = read_tokenizer(weights)
-    task, loader = TokenizerTask(config), Digits().make(64, 0)
+    task, loader = VQTask(config), Digits().make(64, 0)
     state, sums = TrainState(None, params, None, None), None  # type: ignore[arg-type]
     step = jax.jit(task.eval_step)
     for batch in loader.held_out():

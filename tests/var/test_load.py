@@ -12,20 +12,21 @@ from tests.golden import weights
 from tests.helpers import golden_cases as golden
 from tests.helpers.tiny import experiment
 from varjax.convert import convert, export_run, export_torch
-from varjax.convert.state_dicts import read_checkpoint, write_pth
+from varjax.convert.pth.read import read_checkpoint
+from varjax.convert.pth.write import write_pth
 from varjax.core import files
 from varjax.data.sources import Digits
 from varjax.tokenizers.load import load_tokenizer, read_tokenizer
-from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.tokenizers.vq.task import VQTask
 from varjax.training.checkpoint import Checkpoints
-from varjax.training.experiment import Experiment, record_config
+from varjax.training.experiment import Experiment, check_or_write_config
 from varjax.training.task import TrainState
 from varjax.var.load import read_var
-from varjax.var.sample import Options
+from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 
 TOKENIZER, VAR = golden.configs("shared_aln")
-SAMPLING = Options(cfg=0.5, top_k=7)
+SAMPLING = VAROptions(cfg=0.5, top_k=7)
 
 
 def equal(a, b):
@@ -34,7 +35,7 @@ def equal(a, b):
 
 def run_of(task, directory, params, ema=None, frozen=None):
     """What training leaves behind."""
-    record_config(Experiment(task, Digits(), str(directory), batch_size=1, steps=1))
+    check_or_write_config(Experiment(task, Digits(), str(directory), batch_size=1, steps=1))
     with Checkpoints(directory / "checkpoints") as checkpoints:
         checkpoints.save(1, TrainState(np.int32(1), params, ema, {"count": np.int32(1)}))
         checkpoints.wait()
@@ -56,7 +57,7 @@ def var_run(tmp_path):
 def tokenizer_dir(tmp_path):
     """A converted directory that holds a tokenizer alone."""
     params = golden.tokenizer_params("shared_aln")
-    run = run_of(TokenizerTask(TOKENIZER), tmp_path / "tokenizer_run", params)
+    run = run_of(VQTask(TOKENIZER), tmp_path / "tokenizer_run", params)
     export_run(run, tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
 
@@ -97,7 +98,7 @@ def test_a_tokenizer_alone_serves_training_but_draws_nothing(tokenizer_dir, tmp_
     export_torch(tokenizer_dir, tmp_path / "torch")
     names = sorted(path.name for path in (tmp_path / "torch").iterdir())
     assert names == ["tokenizer.pth", "tokenizer.safetensors"]
-    with pytest.raises(ValueError, match="TokenizerTask, not of a transformer"):
+    with pytest.raises(ValueError, match="VQTask, not of a transformer"):
         varjax.load(tmp_path / "tokenizer_run")
     with pytest.raises(ValueError, match="keeps no average"):
         read_tokenizer(tmp_path / "tokenizer_run", ema=True)
@@ -128,7 +129,7 @@ def test_what_is_no_model_is_named(var_run, tokenizer_dir, tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="neither of a training run nor of a converted"):
         varjax.load(tmp_path)
-    record_config(experiment(tmp_path / "tiny"))
+    check_or_write_config(experiment(tmp_path / "tiny"))
     for read in (varjax.load, read_tokenizer):
         with pytest.raises(ValueError, match="run of Tiny"):
             read(tmp_path / "tiny")

@@ -8,24 +8,24 @@ import pytest
 import scipy.stats
 
 from tests.helpers import golden_cases as golden
-from varjax.tokenizers.vq.model import Tokenizer
+from varjax.tokenizers.vq.model import VQTokenizer
 from varjax.tokenizers.vq.pyramid import Pyramid
-from varjax.var.edit import keep_at_every_scale
 from varjax.var.model import VAR
 from varjax.var.sample import (
-    Known,
-    Options,
-    guide,
-    gumbel,
+    KeptTokens,
+    VAROptions,
+    classifier_free_guidance,
+    filter_top_k_top_p,
+    gumbel_noise,
+    gumbel_softmax_weights,
     image_keys,
-    keep_likeliest,
-    sample,
-    soft_weights,
+    keep_at_every_scale,
+    sample_tokens,
 )
 
 FUNCTIONS = golden.weights.outputs("functions")
 LOGITS_BlV = jnp.asarray(FUNCTIONS["filter.logits"])[None]
-GREEDY = Options(top_k=1, top_p=0.0)
+GREEDY = VAROptions(top_k=1, top_p=0.0)
 
 
 @functools.cache
@@ -40,8 +40,10 @@ def sampler(name):
 
     @jax.jit
     def run(label_B, key_B, options, known=None):
-        tokens_BL, f_hat_BhwZ = sample(tokenizer, var, params(name), label_B, key_B, options, known)
-        model = Tokenizer(tokenizer).bind({"params": params(name)["tokenizer"]})
+        tokens_BL, f_hat_BhwZ = sample_tokens(
+            tokenizer, var, params(name), label_B, key_B, options, known
+        )
+        model = VQTokenizer(tokenizer).bind({"params": params(name)["tokenizer"]})
         return tokens_BL, (model.decode_features(f_hat_BhwZ) + 1) / 2
 
     return run
@@ -51,7 +53,7 @@ def sampler(name):
 def test_greedy_generation_is_the_reference_s(name):
     tokenizer, var = golden.configs(name)
     expected, label_B = golden.outputs(name), golden.outputs(name)["label"].astype(np.int32)
-    model = Tokenizer(tokenizer).bind({"params": params(name)["tokenizer"]})
+    model = VQTokenizer(tokenizer).bind({"params": params(name)["tokenizer"]})
     forced = jax.jit(VAR(var).apply)
     for cfg in ("0", "1.5", "4"):
         options = GREEDY.replace(cfg=float(cfg))
@@ -68,7 +70,9 @@ def test_greedy_generation_is_the_reference_s(name):
             jnp.concatenate([label_B, jnp.full_like(label_B, var.classes)]),
         )
         for k, scale in enumerate(var.pyramid.slices):
-            guided_BlV = guide(both_2BLV[:, scale], float(cfg) * var.pyramid.progress(k))
+            guided_BlV = classifier_free_guidance(
+                both_2BLV[:, scale], float(cfg) * var.pyramid.progress(k)
+            )
             np.testing.assert_allclose(
                 guided_BlV, expected[f"generate.cfg{cfg}.logits"][:, scale], atol=5e-4
             )
@@ -81,7 +85,7 @@ def test_editing_is_the_reference_s_and_keeps_what_it_must(name, mode):
     expected = golden.outputs(name)
     tokens_BL = expected["tokens"].astype(np.int32)
     keep_Bhw = np.stack([expected[f"edit.{mode}.keep_mask"] > 0.5] * 2)
-    known = Known(jnp.asarray(tokens_BL), keep_at_every_scale(var.pyramid, keep_Bhw))
+    known = KeptTokens(jnp.asarray(tokens_BL), keep_at_every_scale(var.pyramid, keep_Bhw))
     label_B = expected["label"].astype(np.int32)
     found_BL, image_BHWC = sampler(name)(
         label_B, image_keys(0, jnp.arange(2)), GREEDY.replace(cfg=1.5), known
@@ -97,21 +101,21 @@ def test_editing_is_the_reference_s_and_keeps_what_it_must(name, mode):
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if n.startswith("filter.k")])
 def test_filters_keep_what_the_reference_keeps(name):
     top_k, top_p = name.removeprefix("filter.k").split(".p")
-    kept = keep_likeliest(LOGITS_BlV, int(top_k), float(top_p))[0] > -jnp.inf
+    kept = filter_top_k_top_p(LOGITS_BlV, int(top_k), float(top_p))[0] > -jnp.inf
     assert np.array_equal(kept, FUNCTIONS[name])
 
 
 @pytest.mark.parametrize("k", [0, 4, 9])
 def test_smooth_weights_are_the_reference_s(k):
-    weights = soft_weights(LOGITS_BlV[0], jnp.asarray(FUNCTIONS["smooth.gumbel"]), k / 9)
+    weights = gumbel_softmax_weights(LOGITS_BlV[0], jnp.asarray(FUNCTIONS["smooth.gumbel"]), k / 9)
     np.testing.assert_allclose(weights, FUNCTIONS[f"smooth.probs.si{k}"], atol=2e-6)
 
 
 def test_draws_follow_the_filtered_distribution():
     logits_BlV = LOGITS_BlV[:, :1]
-    kept_BlV = keep_likeliest(logits_BlV, 20, 0.8)
+    kept_BlV = filter_top_k_top_p(logits_BlV, 20, 0.8)
     draws = 20_000
-    noise = gumbel(image_keys(0, jnp.arange(draws)), kept_BlV)
+    noise = gumbel_noise(image_keys(0, jnp.arange(draws)), kept_BlV)
     tokens = jnp.argmax(jnp.broadcast_to(kept_BlV, noise.shape) + noise, axis=-1)
     counts = np.bincount(np.asarray(tokens).ravel(), minlength=64)
     probability = np.asarray(jax.nn.softmax(kept_BlV[0, 0]), np.float64)
@@ -123,7 +127,7 @@ def test_draws_follow_the_filtered_distribution():
 
 def test_an_image_depends_on_its_number_seed_and_label_alone():
     draw = sampler("base")
-    options = Options(cfg=1.5, top_k=20, top_p=0.9)
+    options = VAROptions(cfg=1.5, top_k=20, top_p=0.9)
     label_B = np.array([3, 1, 4, 1], np.int32)
     together, _ = draw(label_B, image_keys(7, jnp.arange(4)), options)
     for i in range(4):
@@ -141,7 +145,7 @@ def test_new_numbers_and_labels_do_not_compile_again():
     @jax.jit
     def run(label_B, seed, options):
         traces.append(1)
-        return sample(
+        return sample_tokens(
             tokenizer,
             var,
             params("phi_per_scale"),
@@ -150,28 +154,28 @@ def test_new_numbers_and_labels_do_not_compile_again():
             options,
         )[0]
 
-    first = run(np.array([1]), 0, Options(cfg=1.5, top_k=5, top_p=0.5))
-    second = run(np.array([2]), 1, Options(cfg=0.0, top_k=0, top_p=0.9))
+    first = run(np.array([1]), 0, VAROptions(cfg=1.5, top_k=5, top_p=0.5))
+    second = run(np.array([2]), 1, VAROptions(cfg=0.0, top_k=0, top_p=0.9))
     assert len(traces) == 1 and not np.array_equal(first, second)
 
 
 def test_smooth_features_are_mixed_and_known_tokens_are_not():
     tokenizer, var = golden.configs("base")
-    options = Options(smooth=True, top_k=0, top_p=0.0)
+    options = VAROptions(smooth=True, top_k=0, top_p=0.0)
     label_B, key_B = np.array([1], np.int32), image_keys(0, jnp.arange(1))
-    tokens_BL, f_hat_BhwZ = sample(tokenizer, var, params("base"), label_B, key_B, options)
-    model = Tokenizer(tokenizer).bind({"params": params("base")["tokenizer"]})
+    tokens_BL, f_hat_BhwZ = sample_tokens(tokenizer, var, params("base"), label_B, key_B, options)
+    model = VQTokenizer(tokenizer).bind({"params": params("base")["tokenizer"]})
     hard_BhwZ = model.quantizer.accumulate(tokens_BL)[-1]
     assert jnp.max(jnp.abs(hard_BhwZ - f_hat_BhwZ)) > 1e-2
-    known = Known(tokens_BL, jnp.ones_like(tokens_BL, bool))
-    _, kept_BhwZ = sample(tokenizer, var, params("base"), label_B, key_B, options, known)
+    known = KeptTokens(tokens_BL, jnp.ones_like(tokens_BL, bool))
+    _, kept_BhwZ = sample_tokens(tokenizer, var, params("base"), label_B, key_B, options, known)
     np.testing.assert_allclose(kept_BhwZ, hard_BhwZ, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [{"top_k": -1}, {"top_p": 1.5}, {"cfg": -1.0}, {"top_k": 1.5}])
 def test_options_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
-        dataclasses.replace(Options(), **bad).check()
+        dataclasses.replace(VAROptions(), **bad).check()
 
 
 def test_a_single_token_scale_is_always_kept_and_larger_ones_by_the_half():

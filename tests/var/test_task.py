@@ -8,9 +8,9 @@ import pytest
 from tests.helpers import runs
 from varjax.core import flops
 from varjax.data.sources import Digits
+from varjax.nn.autoencoder import to_model_range
 from varjax.nn.compute import Compute
-from varjax.tokenizers.vq.model import Tokenizer
-from varjax.tokenizers.vq.task import to_model
+from varjax.tokenizers.vq.model import VQTokenizer
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan
 from varjax.var import pretrained
@@ -100,8 +100,8 @@ def test_previews_are_samples_and_what_the_tokenizer_makes_of_images(frozen, sta
     assert images.shape == (16, 8, 8, 1) and 0 <= images.min() < images.max() <= 1
     real_BHWC, again_BHWC = pictures["reconstructions"]
     np.testing.assert_allclose(real_BHWC, BATCH["image_BHWC"] / 255, atol=1e-6)
-    model = Tokenizer(runs.TOKENIZER).bind({"params": frozen})
-    decoded_BHWC = model.decode(model.encode(to_model(BATCH["image_BHWC"])))
+    model = VQTokenizer(runs.TOKENIZER).bind({"params": frozen})
+    decoded_BHWC = model.decode(model.encode(to_model_range(BATCH["image_BHWC"])))
     np.testing.assert_allclose(again_BHWC, (decoded_BHWC + 1) / 2, atol=1e-5)
 
 
@@ -128,6 +128,6 @@ def test_recomputation_is_no_work_of_the_model(frozen, state):
 
 
 def test_a_random_tokenizer_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(pretrained, "init_tokenizer", lambda config, key: {"x": jnp.ones(3)})
+    monkeypatch.setattr(pretrained.VQConfig, "init", lambda config, key: {"x": jnp.ones(3)})
     assert dataclasses.replace(TASK, tokenizer_weights="random").frozen()["x"].shape == (3,)
     assert "tokenizer is RANDOM" in capsys.readouterr().err

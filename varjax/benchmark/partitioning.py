@@ -21,7 +21,7 @@ from varjax.benchmark import collectives
 from varjax.benchmark.measure import show
 from varjax.core.errors import InputError
 from varjax.nn.compute import Compute, Remat
-from varjax.tokenizers.vq.model import TokenizerConfig, init_tokenizer
+from varjax.tokenizers.vq.model import VQConfig
 from varjax.training import sharding
 from varjax.training.task import Plan
 from varjax.var.model import VARConfig
@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> None:
         )
         task = VARTask(
             model,
-            TokenizerConfig(scales=model.scales),
+            VQConfig(scales=model.scales),
             tokenizer_weights="none",
             drop_path=0.1 * model.depth / 24,
             ema=flags.ema,
@@ -84,10 +84,10 @@ def measure(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str, Any
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = _placed(jax.eval_shape(task.init, key), mesh)
-    frozen = _placed(jax.eval_shape(lambda k: init_tokenizer(task.tokenizer, k), key), mesh)
-    rows = sharding.over_batch(mesh)
+    frozen = _placed(jax.eval_shape(task.tokenizer.init, key), mesh)
+    rows = sharding.batch_sharding(mesh)
     B = task.plan.batch_size
-    sharding.check_batch(mesh, B)
+    sharding.check_batch_size(mesh, B)
     figures = {
         "compiled_for": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from varjax.benchmark.measure import Peak, compute_of, parser_of, peak_memory, seconds, show
 from varjax.core import flops
 from varjax.nn.compute import Compute
-from varjax.sampling.data_parallel import batch_mesh, put_everywhere, shared_out
-from varjax.tokenizers.vq.model import TokenizerConfig, decode_images, init_tokenizer
-from varjax.var.model import VARConfig, init_var
-from varjax.var.sample import Options, image_keys, sample, sample_images
+from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
+from varjax.tokenizers.vq.model import VQConfig, decode_images
+from varjax.var.model import VARConfig
+from varjax.var.sample import VAROptions, image_keys, sample_images, sample_tokens
 
 
 def main(arguments: list[str]) -> None:
@@ -26,20 +26,20 @@ def main(arguments: list[str]) -> None:
 def run(preset: str, batch_size: int, compute: Compute, repeats: int, lower_only: bool) -> None:
     """Prints a line for the transformer, one for the decoder, and one for the whole.
 
-    They are the programs that `Pipeline` runs. efficiency: model FLOP ÷ (seconds × FLOP/s of a
+    They are the programs that `VARPipeline` runs. efficiency: model FLOP ÷ (seconds × FLOP/s of a
     large matrix product, same run, same dtype). Raises InputError for an unknown preset.
     """
     var = VARConfig.preset(preset)
-    tokenizer = TokenizerConfig(scales=var.scales)
-    dtype, options, mesh = compute.jax_dtype, Options(), batch_mesh()
+    tokenizer = VQConfig(scales=var.scales)
+    dtype, options, mesh = compute.jax_dtype, VAROptions(), batch_mesh()
     index_B = jnp.arange(batch_size)
     label_B, key_B = index_B % var.classes, image_keys(0, index_B)
 
     def init(key):
-        return {"tokenizer": init_tokenizer(tokenizer, key), "var": init_var(var, key)}
+        return {"tokenizer": tokenizer.init(key), "var": var.init(key)}
 
     def tokens(params, options, label_B, key_B, compute=compute):
-        return sample(tokenizer, var, params, label_B, key_B, options, compute=compute)[0]
+        return sample_tokens(tokenizer, var, params, label_B, key_B, options, compute=compute)[0]
 
     def decoded(params, _, f_hat_BhwZ, compute=compute):
         return decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute.jax_dtype)
@@ -58,14 +58,14 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int, lower_only
         "preset": preset,
         "batch_size": batch_size,
         "dtype": str(dtype),
-        "attention": compute.attention_here,
+        "attention": compute.attention_implementation,
     }
     abstract = jax.eval_shape(init, jax.random.key(0))
-    params = None if lower_only else put_everywhere(jax.jit(init)(jax.random.key(0)), mesh)
+    params = None if lower_only else replicate(jax.jit(init)(jax.random.key(0)), mesh)
     peak = Peak(dtype)
     for name, (function, batch) in parts.items():
         begin = time.perf_counter()
-        compiled = shared_out(function, mesh).lower(abstract, options, *batch).compile()
+        compiled = data_parallel(function, mesh).lower(abstract, options, *batch).compile()
         figures = {"part": name, "compile_seconds": time.perf_counter() - begin}
         if params is not None:
             took = seconds(lambda: compiled(params, options, *batch), repeats)  # noqa: B023

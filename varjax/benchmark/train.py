@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from varjax.benchmark.measure import Peak, compute_of, parser_of, peak_memory, seconds, show
 from varjax.core import flops
 from varjax.nn.compute import Compute, Remat
-from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.task import Plan, TrainState
-from varjax.training.train_step import apply
+from varjax.training.train_step import apply_gradients
 from varjax.var.model import VARConfig
 from varjax.var.task import VARTask
 
@@ -33,7 +33,7 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int) -> None:
     FLOP that a remat policy spends again do not count. Raises InputError for an unknown preset.
     """
     model = VARConfig.preset(preset)
-    tokenizer = TokenizerConfig(scales=model.scales)
+    tokenizer = VQConfig(scales=model.scales)
     task = VARTask(
         model=model,
         tokenizer=tokenizer,
@@ -48,7 +48,7 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int) -> None:
         "preset": preset,
         "batch_size": batch_size,
         "dtype": str(dtype),
-        "attention": compute.attention_here,
+        "attention": compute.attention_implementation,
         "remat": compute.remat,
     }
     key, label_B = jax.random.key(0), jnp.arange(batch_size) % model.classes
@@ -91,7 +91,9 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int) -> None:
         state, norms = updated(state, grads[0])
         return norms
 
-    updated, waited = _compiled(lambda state, grads: apply(state, grads, tx), state, grads[0])
+    updated, waited = _compiled(
+        lambda state, grads: apply_gradients(state, grads, tx), state, grads[0]
+    )
     report("update", update, waited, 0)
     grads.clear()
 

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from varjax.nn.attention import attend
-from varjax.nn.compute import precision_of
+from varjax.nn.attention import dot_product_attention
+from varjax.nn.compute import matmul_precision
 
 
 class Encoder(nn.Module):
@@ -110,8 +110,8 @@ class SpatialAttention(nn.Module):
         B, h, w, C = x_BhwC.shape
         y_BhwC = norm(self.groups, self.dtype, "norm")(x_BhwC)
         qkv_Bhw3C = conv(3 * C, self.dtype, "qkv", size=1)(y_BhwC)
-        q_BLHD, k_BLHD, v_BLHD = jnp.split(qkv_Bhw3C.reshape(B, h * w, 1, 3 * C), 3, axis=-1)
-        y_BhwC = attend(q_BLHD, k_BLHD, v_BLHD, scale=C**-0.5).reshape(B, h, w, C)
+        q_BLAD, k_BLAD, v_BLAD = jnp.split(qkv_Bhw3C.reshape(B, h * w, 1, 3 * C), 3, axis=-1)
+        y_BhwC = dot_product_attention(q_BLAD, k_BLAD, v_BLAD, scale=C**-0.5).reshape(B, h, w, C)
         return x_BhwC + conv(C, self.dtype, "proj", size=1)(y_BhwC)
 
 
@@ -147,7 +147,7 @@ def conv(
         strides,
         padding,
         dtype=dtype,
-        precision=precision_of(dtype),
+        precision=matmul_precision(dtype),
         kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
         name=name,
     )
@@ -156,3 +156,15 @@ def conv(
 def norm(groups, dtype, name) -> nn.GroupNorm:
     # The fast variance E[x²]-E[x]² loses digits that decide tokens.
     return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def to_model_range(image_BHWC: jax.Array) -> jax.Array:
+    """Maps images, uint8 or floats in [0, 1], to float32 in [-1, 1], as autoencoders take them."""
+    if image_BHWC.dtype == jnp.uint8:
+        return image_BHWC.astype(jnp.float32) / 127.5 - 1
+    return image_BHWC.astype(jnp.float32) * 2 - 1
+
+
+def to_unit_range(image_BHWC: jax.Array) -> jax.Array:
+    """Maps images from [-1, 1] to [0, 1], as pictures are written and compared."""
+    return (image_BHWC + 1) / 2

@@ -1,10 +1,10 @@
 """What is wrong with settings, said before any long work."""
 
 from varjax.core.errors import InputError
-from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.model import VQConfig
 
 
-def check_images(model: TokenizerConfig, image_shape: tuple[int, int, int]) -> None:
+def check_images(model: VQConfig, image_shape: tuple[int, int, int]) -> None:
     """Raises InputError where a tokenizer does not take images of (H, W, channels)."""
     if tuple(image_shape) != model.image_shape:
         raise InputError(

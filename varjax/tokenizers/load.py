@@ -11,14 +11,14 @@ from varjax.core import config_tree, files, trees
 from varjax.core.errors import InputError
 from varjax.core.saved_steps import restore_weights
 from varjax.core.trees import PyTree
-from varjax.tokenizers.vq.model import TokenizerConfig, init_tokenizer
+from varjax.tokenizers.vq.model import VQConfig
 
 T = TypeVar("T")
 
 
 def read_tokenizer(
     location: str | pathlib.Path, ema: bool | None = None
-) -> tuple[TokenizerConfig, PyTree]:
+) -> tuple[VQConfig, PyTree]:
     """(config, params) of the tokenizer in a run, its own or the one it builds on, or converted.
 
     ema: of a tokenizer's run, the averaged weights or not; None for them if there are any. Raises
@@ -27,19 +27,17 @@ def read_tokenizer(
     directory = pathlib.Path(location)
     config = read_config(directory)
     if "task" not in config:
-        return read_part(directory, "tokenizer", TokenizerConfig, init_tokenizer)
+        return read_part(directory, "tokenizer", VQConfig, VQConfig.init)
     task = config["task"]
-    if task["_type"] == "TokenizerTask":
-        return config_tree.from_dict(TokenizerConfig, task["model"]), restore_weights(
-            directory, ema
-        )
+    if task["_type"] == "VQTask":
+        return config_tree.from_dict(VQConfig, task["model"]), restore_weights(directory, ema)
     if "tokenizer" not in task:
         raise InputError(f"{directory} is a run of {task['_type']}, which holds no tokenizer")
     params, _ = files.read_tensors(directory / "frozen.safetensors")
-    return config_tree.from_dict(TokenizerConfig, task["tokenizer"]), params
+    return config_tree.from_dict(VQConfig, task["tokenizer"]), params
 
 
-def load_tokenizer(location: str | pathlib.Path, expected: TokenizerConfig) -> PyTree:
+def load_tokenizer(location: str | pathlib.Path, expected: VQConfig) -> PyTree:
     """The parameters at `location`; ValueError with all differences if it is another model."""
     found, params = read_tokenizer(location)
     a, b = config_tree.to_dict(found), config_tree.to_dict(expected)

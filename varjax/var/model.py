@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from varjax.core.errors import InputError
+from varjax.core.trees import PyTree
 from varjax.nn.attention import dense
-from varjax.nn.compute import Compute, spread_rows
+from varjax.nn.compute import Compute, shard_batch
 from varjax.nn.transformer import (
     SIGNALS,
     Block,
     Cache,
-    all_signals,
+    adaln_signals,
     init_blocks,
     modulate,
     run_blocks,
@@ -60,7 +61,14 @@ class VARConfig:
 
     @property
     def pyramid(self) -> Pyramid:
+        """Sizes and places of the scales."""
         return Pyramid(self.scales)
+
+    def init(self, key: jax.Array) -> PyTree:
+        """Draws untrained parameters, all float32, as the reference does."""
+        rest = self.pyramid.length - self.pyramid.lengths[0]
+        input_BlZ = jnp.zeros((1, rest, self.code_channels))
+        return VAR(self).init(key, input_BlZ, jnp.zeros(1, jnp.int32))["params"]
 
 
 @flax.struct.dataclass
@@ -68,7 +76,7 @@ class Condition:
     """All that the labels contribute; it depends on no token, so a sampler computes it once."""
 
     start_BC: jax.Array  # the class embedding
-    signals_NB6C: jax.Array  # every layer's AdaLN signals
+    signals_SB6C: jax.Array  # every layer's AdaLN signals
     head_B2C: jax.Array  # the last norm's scale and shift
 
 
@@ -100,11 +108,11 @@ class VAR(nn.Module):
         self.head = dense(c.vocab, jnp.float32, nn.initializers.normal(std * 0.02), None)
 
     def __call__(
-        self, input_BlZ: jax.Array, label_B: jax.Array, keep_N2B: jax.Array | None = None
+        self, input_BlZ: jax.Array, label_B: jax.Array, keep_S2B: jax.Array | None = None
     ) -> jax.Array:
         """Teacher forcing: logits (B, L, V) float32 of all scales at once.
 
-        input_BlZ: `Tokenizer.teacher_input`, all scales but the first. keep_N2B: `drop_path`.
+        input_BlZ: `VQTokenizer.teacher_input`, all scales but the first. keep_S2B: `drop_path`.
         """
         start_BC = self._start(label_B)
         x_BLC = jnp.concatenate([self._first(start_BC), self._words(input_BlZ)], axis=1)
@@ -115,15 +123,15 @@ class VAR(nn.Module):
             x_BLC,
             cond=self._shared(start_BC),
             mask_lL=self.config.pyramid.mask_LL,
-            keep_N2B=keep_N2B,
+            keep_S2B=keep_S2B,
         )
         return self._logits(x_BLC, self._head_signals(start_BC))
 
     def condition(self, label_B: jax.Array) -> Condition:
         """(B,) labels -> what `predict` needs of them, for all scales."""
         start_BC = self._start(label_B)
-        signals_NB6C = all_signals(self.block, self.blocks, self._shared(start_BC))
-        return Condition(start_BC, signals_NB6C, self._head_signals(start_BC))
+        signals_SB6C = adaln_signals(self.block, self.blocks, self._shared(start_BC))
+        return Condition(start_BC, signals_SB6C, self._head_signals(start_BC))
 
     def predict(
         self, input_BlZ: jax.Array | None, cond: Condition, k: int, cache: Cache
@@ -136,12 +144,12 @@ class VAR(nn.Module):
         x_BlC = self._first(cond.start_BC) if input_BlZ is None else self._words(input_BlZ)
         x_BlC = (x_BlC + self._places(self.config.pyramid.slices[k])[None]).astype(self.dtype)
         x_BlC, cache = run_blocks(
-            self.block, self.blocks, x_BlC, signals_NB6C=cond.signals_NB6C, cache=cache
+            self.block, self.blocks, x_BlC, signals_SB6C=cond.signals_SB6C, cache=cache
         )
         return self._logits(x_BlC, cond.head_B2C), cache
 
     def _start(self, label_B):
-        return spread_rows(jnp.take(self.class_embed, label_B, axis=0, mode="clip"))
+        return shard_batch(jnp.take(self.class_embed, label_B, axis=0, mode="clip"))
 
     def _first(self, start_BC):
         return start_BC[:, None] + self.start[None]
@@ -163,10 +171,3 @@ class VAR(nn.Module):
     def _logits(self, x_BlC, head_B2C):
         scale_B1C, shift_B1C = jnp.split(head_B2C, 2, axis=1)
         return self.head(modulate(x_BlC.astype(jnp.float32), scale_B1C, shift_B1C))
-
-
-def init_var(config: VARConfig, key: jax.Array):
-    """Fresh parameters, initialized as the reference does."""
-    rest = config.pyramid.length - config.pyramid.lengths[0]
-    input_BlZ = jnp.zeros((1, rest, config.code_channels))
-    return VAR(config).init(key, input_BlZ, jnp.zeros(1, jnp.int32))["params"]

@@ -1,15 +1,13 @@
 """What a transformer's training builds on: a tokenizer, and weights of another transformer."""
 
-import functools
 import pathlib
 import sys
 
 import jax
 
-from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.tokenizers.load import load_tokenizer
-from varjax.tokenizers.vq.model import TokenizerConfig, init_tokenizer
+from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.task import Rows
 from varjax.var.load import read_var
 from varjax.var.model import VARConfig
@@ -17,7 +15,7 @@ from varjax.var.model import VARConfig
 RANDOM = "random"
 
 
-def read_frozen(location: str, tokenizer: TokenizerConfig) -> PyTree:
+def read_frozen(location: str, tokenizer: VQConfig) -> PyTree:
     """The parameters of `tokenizer` at `location`, fresh ones for "random".
 
     Raises InputError where there are none, or those of another tokenizer.
@@ -25,8 +23,8 @@ def read_frozen(location: str, tokenizer: TokenizerConfig) -> PyTree:
     if location != RANDOM:
         return load_tokenizer(location, tokenizer)
     print("the tokenizer is RANDOM: good for measuring speed, not for images", file=sys.stderr)
-    init = functools.partial(init_tokenizer, tokenizer)
-    return jax.device_get(jax.jit(init)(jax.random.key(0)))
+
+    return jax.device_get(jax.jit(tokenizer.init)(jax.random.key(0)))
 
 
 def read_pretrained(location: str | pathlib.Path, model: VARConfig) -> tuple[PyTree, Rows]:
@@ -53,11 +51,3 @@ def matching_rows(here: VARConfig, there: VARConfig) -> Rows:
             [row for _, j in levels for row in range(b.slices[j].start, b.slices[j].stop)],
         )
     return rows
-
-
-def check_fit(tokenizer: TokenizerConfig, var: VARConfig) -> None:
-    """Raises InputError, with all differences, where a transformer cannot read these tokens."""
-    fields = ("scales", "vocab", "code_channels")
-    pairs = {name: (getattr(tokenizer, name), getattr(var, name)) for name in fields}
-    if lines := [f"{n}: tokenizer {a}, transformer {b}" for n, (a, b) in pairs.items() if a != b]:
-        raise InputError("tokenizer and transformer do not fit:\n  " + "\n  ".join(lines))

@@ -1,4 +1,7 @@
-"""Sampling: K scales, each predicted at once, from labels and keys to tokens and images."""
+"""Sampling: K scales, each predicted at once, from labels and keys to tokens and images.
+
+Zero-shot editing (VAR, section 5.3) is the same loop with the image's own tokens kept.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,11 +9,15 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from varjax.core.errors import InputError
+from varjax.nn import resize
+from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import Cache
-from varjax.tokenizers.vq.model import TokenizerConfig, decode_images, make_quantizer
+from varjax.tokenizers.vq.model import VQConfig, decode_images, make_quantizer
+from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.var.model import VAR, VARConfig
 
 
@@ -19,12 +26,18 @@ def _option(default: Any, about: str, pytree_node: bool = True) -> Any:
 
 
 @flax.struct.dataclass
-class Options:
-    """How tokens are chosen. Numbers may change without a new compilation; `smooth` may not.
+class VAROptions:
+    """Sampling options: how tokens are chosen.
 
-    cfg: guidance at the last scale, growing linearly from 0 at the first; 0 turns it off.
-    top_k, top_p: keep only the likeliest codes; 0 turns either off; top_k = 1 is greedy.
-    smooth: mix codes softly instead of drawing one. Pleasing, but not for benchmarks.
+    Numbers may change without a new compilation; `smooth` may not.
+
+    Attributes:
+        cfg: classifier-free guidance at the last scale, growing linearly from 0 at the first; 0
+            turns it off.
+        top_k: draw from so many likeliest codes; 0 for all, 1 is greedy.
+        top_p: draw from the likeliest codes that together hold this probability; 0 for all.
+        smooth: mix codes by a Gumbel softmax instead of drawing one. Pleasing pictures, but not for
+            benchmarks (the reference's `more_smooth`).
     """
 
     cfg: float = _option(1.5, "guidance at the last scale; 0 turns it off")
@@ -32,8 +45,8 @@ class Options:
     top_p: float = _option(0.96, "draw from this much of the mass; 0: from all")
     smooth: bool = _option(False, "mix codes: smoother pictures", pytree_node=False)
 
-    def check(self) -> "Options":
-        """Returns it in plain Python types: whatever kind of number is given, one compilation.
+    def check(self) -> "VAROptions":
+        """Returns the options in plain Python types, so that equal ones share a compilation.
 
         Raises InputError for a value out of range.
         """
@@ -43,31 +56,68 @@ class Options:
             raise InputError(f"top_p={self.top_p}: must lie in [0, 1]; 0 turns it off")
         if not 0 <= self.cfg < float("inf"):
             raise InputError(f"cfg={self.cfg}: must be a finite number, 0 (off) or more")
-        return Options(float(self.cfg), int(self.top_k), float(self.top_p), bool(self.smooth))
+        return VAROptions(float(self.cfg), int(self.top_k), float(self.top_p), bool(self.smooth))
 
 
 @flax.struct.dataclass
-class Known:
-    """Tokens that sampling must keep: where keep_BL is True, tokens_BL stand (editing)."""
+class KeptTokens:
+    """Tokens that sampling must keep, for editing.
+
+    Attributes:
+        tokens_BL: the tokens of an image.
+        keep_BL: True where they stand, False where new ones are drawn.
+    """
 
     tokens_BL: jax.Array
     keep_BL: jax.Array
 
 
-def sample(
-    tokenizer: TokenizerConfig,
+def keep_at_every_scale(pyramid: Pyramid, keep_Bhw: jax.Array | np.ndarray) -> jax.Array:
+    """Resizes a mask of what to keep to every scale, as the reference does.
+
+    Bilinear, then True where more than half is kept. A first scale of a single token is always
+    kept.
+
+    Args:
+        pyramid: the scales.
+        keep_Bhw: bool, over the finest token map.
+
+    Returns:
+        (B, L) bool.
+    """
+    weight_Bhw1 = jnp.asarray(keep_Bhw, jnp.float32)[..., None]
+    keeps = []
+    for shape in pyramid.shapes:
+        keep = resize.bilinear(weight_Bhw1, shape).reshape(weight_Bhw1.shape[0], -1) > 0.5
+        keeps.append(keep | (shape == (1, 1)))
+    return jnp.concatenate(keeps, axis=1)
+
+
+def sample_tokens(
+    tokenizer: VQConfig,
     var: VARConfig,
     params,
     label_B: jax.Array,
     key_B: jax.Array,
-    options: Options,
-    known: Known | None = None,
+    options: VAROptions,
+    known: KeptTokens | None = None,
     compute: Compute = Compute(),  # noqa: B008  (frozen)
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens (B, L) and features f_hat (B, h, w, Z), for labels (B,) and one key per image.
+    """Samples the tokens of all scales, coarse to fine (VAR, section 3.1).
 
-    params: {"tokenizer": …, "var": …}. With `smooth`, f_hat is made of mixed codes and a token is
-    the likeliest of its mixture.
+    Args:
+        tokenizer: config of the tokenizer, whose quantizer adds the scales up.
+        var: config of the transformer.
+        params: {"tokenizer": …, "var": …}.
+        label_B: classes; `var.classes` means "no class".
+        key_B: one key an image, see `image_keys`.
+        options: how tokens are chosen.
+        known: tokens to keep.
+        compute: how the transformer is computed.
+
+    Returns:
+        Tokens (B, L) int32 and what their codes add up to, f_hat (B, h, w, Z). With
+        `options.smooth`, f_hat is made of mixed codes and a token is the likeliest of its mixture.
     """
     pyramid = var.pyramid
     model = VAR(var, compute).bind({"params": params["var"]})
@@ -79,15 +129,18 @@ def sample(
     f_hat_BhwZ = quantizer.empty(label_B.shape[0])
     for k, scale in enumerate(pyramid.slices):
         logits_2BlV, cache = model.predict(input_2BlZ, cond, k, cache)
-        logits_BlV = guide(logits_2BlV, options.cfg * pyramid.progress(k))
-        logits_BlV = keep_likeliest(logits_BlV, options.top_k, options.top_p)
+        logits_BlV = classifier_free_guidance(logits_2BlV, options.cfg * pyramid.progress(k))
+        logits_BlV = filter_top_k_top_p(logits_BlV, options.top_k, options.top_p)
         key_B_k = jax.vmap(jax.random.fold_in, (0, None))(key_B, k)
+        noise_BlV = gumbel_noise(key_B_k, logits_BlV)
         if options.smooth:
-            weights_BlV = soft_weights(logits_BlV, gumbel(key_B_k, logits_BlV), pyramid.progress(k))
+            weights_BlV = gumbel_softmax_weights(
+                logits_BlV, gumbel_noise(key_B_k, logits_BlV), pyramid.progress(k)
+            )
             tokens_Bl = jnp.argmax(weights_BlV, axis=-1)
             codes_BlZ = quantizer.mix(weights_BlV)
         else:
-            tokens_Bl = jnp.argmax(logits_BlV + gumbel(key_B_k, logits_BlV), axis=-1)
+            tokens_Bl = jnp.argmax(logits_BlV + noise_BlV, axis=-1)
             codes_BlZ = quantizer.look_up(tokens_Bl)
         if known is not None:
             keep_Bl, known_Bl = known.keep_BL[:, scale], known.tokens_BL[:, scale]
@@ -102,42 +155,50 @@ def sample(
 
 
 def sample_images(
-    tokenizer: TokenizerConfig,
+    tokenizer: VQConfig,
     var: VARConfig,
     params,
     label_B: jax.Array,
     key_B: jax.Array,
-    options: Options,
-    known: Known | None = None,
+    options: VAROptions,
+    known: KeptTokens | None = None,
     compute: Compute = Compute(),  # noqa: B008  (frozen)
 ) -> jax.Array:
-    """`sample`, decoded in `compute.dtype`: images (B, H, W, channels) in [0, 1].
+    """Samples tokens and decodes them in `compute.dtype`; meant to be jitted as a whole.
 
-    Meant to be jitted as a whole.
+    Takes what `sample_tokens` takes; returns images (B, H, W, channels) float32 in [0, 1].
     """
-    _, f_hat_BhwZ = sample(tokenizer, var, params, label_B, key_B, options, known, compute)
+    _, f_hat_BhwZ = sample_tokens(tokenizer, var, params, label_B, key_B, options, known, compute)
     image_BHWC = decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute.jax_dtype)
-    return (image_BHWC + 1) / 2
+    return to_unit_range(image_BHWC)
 
 
 def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Array:
-    """One key per image, from the seed and the image's own number, not its place in a batch."""
+    """Derives a key (B,) for each image from the seed and its number, not its place in a batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B)
 
 
-def guide(logits_2BlV: jax.Array, t: float | jax.Array) -> jax.Array:
-    """Classifier-free guidance: (1+t)·conditional - t·unconditional, (2B, l, V) -> (B, l, V)."""
+def classifier_free_guidance(logits_2BlV: jax.Array, t: float | jax.Array) -> jax.Array:
+    """Guides by (1+t)·conditional - t·unconditional (Ho and Salimans 2022).
+
+    Args:
+        logits_2BlV: the conditional ones, then the unconditional ones.
+        t: strength, 0 for none.
+    """
     conditional_BlV, unconditional_BlV = jnp.split(logits_2BlV, 2)
     return (1 + t) * conditional_BlV - t * unconditional_BlV
 
 
-def keep_likeliest(
+def filter_top_k_top_p(
     logits_BlV: jax.Array, top_k: int | jax.Array, top_p: float | jax.Array
 ) -> jax.Array:
-    """Logits with -inf outside of top-k (ties with the k-th stay) and then of top-p.
+    """Sets logits outside of the top-k, and then outside of the top-p, to -inf.
 
-    top-p drops the least likely codes that together hold at most 1-p, of equal ones the first; the
-    best always stays.
+    Args:
+        logits_BlV: one row a token.
+        top_k: codes to keep; ties with the k-th stay, too; 0 for all.
+        top_p: drops the least likely codes that together hold at most 1-p, of equal ones the first;
+            the best always stays (nucleus sampling, Holtzman et al. 2020); 0 for all.
     """
     V = logits_BlV.shape[-1]
     top_k = jnp.where((top_k == 0) | (top_k > V), V, top_k)
@@ -183,12 +244,17 @@ def _sum(x_BlV):
     return jnp.sum(x_BlV, axis=-1, keepdims=True)
 
 
-def soft_weights(logits_BlV: jax.Array, gumbel_BlV: jax.Array, progress: float) -> jax.Array:
-    """The mixture over codes of `smooth`, sharper the finer the scale (progress 0 … 1)."""
+def gumbel_softmax_weights(
+    logits_BlV: jax.Array, gumbel_BlV: jax.Array, progress: float
+) -> jax.Array:
+    """Returns the mixture over codes of `smooth`, sharper the finer the scale (progress 0 … 1)."""
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
     return jax.nn.softmax((logits_BlV * (1 + progress) + gumbel_BlV) / temperature)
 
 
-def gumbel(key_B: jax.Array, like_BlV: jax.Array) -> jax.Array:
-    """Gumbel noise (B, l, V), each image's by its own key; logits plus it, argmax, is a draw."""
+def gumbel_noise(key_B: jax.Array, like_BlV: jax.Array) -> jax.Array:
+    """Draws Gumbel noise (B, l, V), each image's by its own key.
+
+    The argmax of logits and noise is a draw from the softmax of the logits.
+    """
     return jax.vmap(lambda key: jax.random.gumbel(key, like_BlV.shape[1:]))(key_B)

@@ -13,16 +13,22 @@ from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import drop_path
-from varjax.tokenizers.vq.model import TokenizerConfig
+from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import check_images, check_share
 from varjax.tokenizers.vq.usage import count_codes, perplexity
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Batch, Plan, Rows, TrainState
-from varjax.training.train_step import apply, check_parts, gradients, start
+from varjax.training.train_step import (
+    accumulated_gradients,
+    apply_gradients,
+    check_microbatches,
+    create_state,
+)
 from varjax.var import teacher_forcing
-from varjax.var.model import VAR, VARConfig, init_var
-from varjax.var.pretrained import check_fit, read_frozen, read_pretrained
-from varjax.var.sample import Options, image_keys, sample_images
+from varjax.var.load import check_fit
+from varjax.var.model import VAR, VARConfig
+from varjax.var.pretrained import read_frozen, read_pretrained
+from varjax.var.sample import VAROptions, image_keys, sample_images
 
 # What the reference does not decay: biases, positions, levels, AdaLN tables, attention scales.
 DECAYED = ((r"(kernel|class_embed)$", True), (r"", False))
@@ -40,7 +46,7 @@ class VARTask:
     """
 
     model: VARConfig
-    tokenizer: TokenizerConfig
+    tokenizer: VQConfig
     tokenizer_weights: str
     optimizer: AdamW = AdamW()
     class_dropout: float = 0.1
@@ -49,7 +55,7 @@ class VARTask:
     ema: float = 0.0
     accumulate: int = 1
     compute: Compute = Compute()
-    sampling: Options = Options()
+    sampling: VAROptions = VAROptions()
     plan: Plan = Plan()
 
     def __post_init__(self):
@@ -60,7 +66,7 @@ class VARTask:
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_images(self.tokenizer, image_shape)
-        check_parts(self.plan.batch_size, self.accumulate)
+        check_microbatches(self.plan.batch_size, self.accumulate)
         if classes != self.model.classes:
             raise InputError(
                 f"the data has {classes} classes, but the model {self.model.classes}; "
@@ -68,8 +74,8 @@ class VARTask:
             )
 
     def init(self, key: jax.Array) -> TrainState:
-        params = init_var(self.model, key)
-        return start(params, self.transformation(params), self.ema)
+        params = self.model.init(key)
+        return create_state(params, self.transformation(params), self.ema)
 
     def pretrained(self, location: str) -> tuple[PyTree, Rows]:
         return read_pretrained(location, self.model)
@@ -78,7 +84,7 @@ class VARTask:
         """The tokenizer's parameters; ValueError where they are not those of `tokenizer`."""
         return read_frozen(self.tokenizer_weights, self.tokenizer)
 
-    def tokenized_by(self, frozen: PyTree) -> dict[str, Any]:
+    def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
         return teacher_forcing.identity(self.tokenizer, frozen)
 
     def tokens(self, frozen: PyTree, image_BHWC: jax.Array) -> jax.Array:
@@ -93,18 +99,18 @@ class VARTask:
         B = len(label_B)
         dropped_B = jax.random.bernoulli(label_key, self.class_dropout, (B,))
         batch = batch | {"label_B": jnp.where(dropped_B, self.model.classes, label_B)}
-        keep_N2B = drop_path(path_key, self.model.depth, B, self.drop_path)
-        if keep_N2B is not None:
-            batch["keep_BN2"] = jnp.moveaxis(keep_N2B, -1, 0)
+        keep_S2B = drop_path(path_key, self.model.depth, B, self.drop_path)
+        if keep_S2B is not None:
+            batch["keep_BS2"] = jnp.moveaxis(keep_S2B, -1, 0)
 
         def loss_fn(params, batch):
             of = self.token_losses(params, frozen, batch)
             means = {name: self._by_scale(of[f"{name}_BL"]) for name in ("loss", "correct")}
             return jnp.mean(of["smooth_BL"]), means
 
-        grads, means = gradients(loss_fn, state.params, batch, self.accumulate)
+        grads, means = accumulated_gradients(loss_fn, state.params, batch, self.accumulate)
         metrics = self._metrics(means["loss"], means["correct"], xp=jnp)
-        state, norms = apply(state, grads, self.transformation(state.params), self.ema)
+        state, norms = apply_gradients(state, grads, self.transformation(state.params), self.ema)
         return state, metrics | norms | {"lr": self.optimizer.lr(state.step - 1, self.plan)}
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
@@ -119,9 +125,9 @@ class VARTask:
         And "smooth_BL", the loss to train on: (1-ε)·loss + ε·(mean of -log p over all codes).
         """
         model = VAR(self.model, self.compute).bind({"params": params})
-        tokens_BL, input_BlZ = teacher_forcing.tokens_and_input(self.tokenizer, frozen, batch)
-        keep_N2B = None if "keep_BN2" not in batch else jnp.moveaxis(batch["keep_BN2"], 0, -1)
-        logits_BLV = model(input_BlZ, batch["label_B"], keep_N2B)
+        tokens_BL, input_BlZ = teacher_forcing.targets_and_inputs(self.tokenizer, frozen, batch)
+        keep_S2B = None if "keep_BS2" not in batch else jnp.moveaxis(batch["keep_BS2"], 0, -1)
+        logits_BLV = model(input_BlZ, batch["label_B"], keep_S2B)
         loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens_BL)
         smooth_BL, smoothing = loss_BL, self.label_smoothing
         if smoothing:

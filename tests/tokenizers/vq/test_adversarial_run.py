@@ -11,14 +11,14 @@ from tests.helpers import runs
 from tests.helpers.tiny import lines
 from varjax.convert import export_run
 from varjax.core import files
-from varjax.core.saved_steps import ARRAYS, Saved
+from varjax.core.saved_steps import ARRAYS, SavedSteps
 from varjax.data.sources.noise import Noise
 from varjax.data.sources.photos import Photos
 from varjax.tokenizers.load import load_tokenizer
 from varjax.tokenizers.losses.gan import Adversary
 from varjax.tokenizers.losses.lpips import Perceptual
 from varjax.tokenizers.vq.codebook import Codebook
-from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.tokenizers.vq.task import VQTask
 from varjax.training import loop
 from varjax.training.experiment import Experiment
 from varjax.training.sharding import make_mesh, shardings
@@ -29,7 +29,7 @@ MODEL = dataclasses.replace(
 )
 ADVERSARY = Adversary("patch", 8, 1, start=0.25, ramp=0.5, diffaugment=("color", "translation"))
 CODEBOOK = Codebook("kmeans", restart_every=3, scale_dropout=0.5, scales_kept=1, entropy=0.1)
-TASK = TokenizerTask(MODEL, codebook=CODEBOOK, adversary=ADVERSARY, ema=0.9)
+TASK = VQTask(MODEL, codebook=CODEBOOK, adversary=ADVERSARY, ema=0.9)
 PHOTOS = Photos((8, 16), images=64, flip=True)
 
 
@@ -41,7 +41,7 @@ def experiment(run_dir, task=TASK, data=PHOTOS):
 def last_state(run_dir):
     task = dataclasses.replace(TASK, plan=Plan(6, 16))
     abstract = jax.eval_shape(task.init, jax.random.key(0))
-    saved = Saved(run_dir / "checkpoints")
+    saved = SavedSteps(run_dir / "checkpoints")
     assert saved.steps()[-1] == 6
     placement = shardings(abstract, make_mesh(experiment("").mesh))
     trees, where = ({n: getattr(s, n) for n in ARRAYS} for s in (abstract, placement))
@@ -51,7 +51,7 @@ def last_state(run_dir):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    loop.run(experiment(run_dir))
+    loop.train(experiment(run_dir))
     return run_dir
 
 
@@ -60,7 +60,7 @@ def test_a_run_cut_off_between_two_saves_ends_with_the_same_bits(whole, tmp_path
     shutil.copytree(whole, tmp_path / "cut")
     for step in (4, 6):
         shutil.rmtree(tmp_path / "cut" / "checkpoints" / str(step))
-    loop.run(experiment(tmp_path / "cut"))
+    loop.train(experiment(tmp_path / "cut"))
     state, expected = last_state(tmp_path / "cut"), last_state(whole)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     assert not np.allclose(state.opt_state["use_V"], 1 / MODEL.vocab)
@@ -80,25 +80,27 @@ def test_it_is_read_exported_and_built_upon_without_its_discriminator(whole, tmp
 
 def test_a_term_whose_weights_are_missing_is_refused_before_anything_is_trained(tmp_path):
     model = dataclasses.replace(MODEL, scales=(1, 2, 16))
-    task = TokenizerTask(model, perceptual=Perceptual(str(tmp_path / "lpips")))
+    task = VQTask(model, perceptual=Perceptual(str(tmp_path / "lpips")))
     with pytest.raises(ValueError, match="no LPIPS weights in .*lpips; make them with: python -m"):
-        loop.run(experiment(tmp_path / "run", task, Noise(16)))
+        loop.train(experiment(tmp_path / "run", task, Noise(16)))
     with pytest.raises(ValueError, match="8×16 are too small for LPIPS.*task.perceptual=none"):
-        loop.run(experiment(tmp_path / "small", dataclasses.replace(task, model=MODEL)))
+        loop.train(experiment(tmp_path / "small", dataclasses.replace(task, model=MODEL)))
     deep = dataclasses.replace(TASK, adversary=Adversary(layers=3))
     with pytest.raises(ValueError, match="too small for adversary.kind='patch'.*fewer"):
-        loop.run(experiment(tmp_path / "deep", deep))
+        loop.train(experiment(tmp_path / "deep", deep))
     assert not (tmp_path / "small").exists() and not (tmp_path / "deep").exists()
 
 
 def test_where_the_weights_of_a_term_came_from_may_change(tmp_path):
     """They are copied into the run; but the term cannot be dropped."""
     model = dataclasses.replace(MODEL, scales=(1, 2, 16))
-    task, data = TokenizerTask(model, perceptual=Perceptual("here")), Noise(16)
-    loop.record_config(experiment(tmp_path, task, data))
-    loop.record_config(
+    task, data = VQTask(model, perceptual=Perceptual("here")), Noise(16)
+    loop.check_or_write_config(experiment(tmp_path, task, data))
+    loop.check_or_write_config(
         experiment(tmp_path, dataclasses.replace(task, perceptual=Perceptual("there")), data)
     )
     assert files.read_json(tmp_path / "config.json")["task"]["perceptual"]["weights"] == "there"
     with pytest.raises(ValueError, match="task.perceptual"):
-        loop.record_config(experiment(tmp_path, dataclasses.replace(task, perceptual=None), data))
+        loop.check_or_write_config(
+            experiment(tmp_path, dataclasses.replace(task, perceptual=None), data)
+        )

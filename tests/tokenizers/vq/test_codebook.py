@@ -15,7 +15,7 @@ from varjax.tokenizers.vq.codes import draw, entropy_loss, kmeans, scale_inputs
 from varjax.tokenizers.vq.model import make_quantizer
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import quantizer_loss
-from varjax.tokenizers.vq.task import TokenizerTask
+from varjax.tokenizers.vq.task import VQTask
 from varjax.training.task import TrainState
 
 KEY = jax.random.key(0)
@@ -25,15 +25,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 import dataclasses
 import numpy as np
 from varjax.tokenizers.vq.codebook import Codebook
-from varjax.tokenizers.vq.model import TokenizerConfig
-from varjax.tokenizers.vq.task import TokenizerTask
-from varjax.training.prefetch import place
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.tokenizers.vq.task import VQTask
+from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
 
-CONFIG = TokenizerConfig(scales=(1, (2, 1), (4, 2)), image_channels=2, width=8, multipliers=(1, 1),
+CONFIG = VQConfig(scales=(1, (2, 1), (4, 2)), image_channels=2, width=8, multipliers=(1, 1),
                          blocks=1, groups=4, vocab=16, code_channels=4)
 book = Codebook("kmeans", restart_every=1, scale_dropout=0.5, scales_kept=1)
-TASK = TokenizerTask(CONFIG, codebook=book, ema=0.5)
+TASK = VQTask(CONFIG, codebook=book, ema=0.5)
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, *CONFIG.image_shape), np.uint8)
 FIRST = jax.device_get(jax.jit(TASK.init)(jax.random.key(0)))
 FIRST.opt_state["use_V"] = np.float32(np.where(np.arange(16) % 2, 1 / 16, -1))
@@ -45,7 +45,7 @@ def train(accumulate, devices):
     placement = shardings(FIRST, mesh)
     state = jax.device_put(FIRST, placement)
     step = jax.jit(on_mesh(task.train_step, mesh), out_shardings=(placement, None))
-    batch = place({"image_BHWC": IMAGES}, mesh, 16)
+    batch = put_batch({"image_BHWC": IMAGES}, mesh, 16)
     return jax.device_get(step(state, {}, batch, jax.random.key(1)))
 
 (one, metrics), (other, _) = train(1, jax.devices()[:1]), train(2, jax.devices())
@@ -177,5 +177,5 @@ def test_what_makes_no_sense_is_refused(field, value):
 def test_dropping_needs_scales_to_drop():
     config, _ = small()
     with pytest.raises(ValueError, match="scales_kept=3 of 3 scales: nothing is left"):
-        TokenizerTask(config, codebook=Codebook(scale_dropout=0.1))
-    assert Codebook() == TokenizerTask(config).codebook
+        VQTask(config, codebook=Codebook(scale_dropout=0.1))
+    assert Codebook() == VQTask(config).codebook

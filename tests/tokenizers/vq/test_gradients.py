@@ -11,11 +11,12 @@ import pytest
 from tests.helpers.adversarial import ADVERSARY, BATCH, KEY, QUICKLY, TASK, frozen, state
 from tests.helpers.paths import ROOT
 from varjax.core import trees
+from varjax.nn.autoencoder import to_model_range
 from varjax.tokenizers.losses import gan_gradients
 from varjax.tokenizers.losses.gan import Adversary
 from varjax.tokenizers.losses.lpips import Perceptual
 from varjax.tokenizers.vq.codebook import Codebook
-from varjax.tokenizers.vq.model import Tokenizer, to_model
+from varjax.tokenizers.vq.model import VQTokenizer
 
 PLAIN = dataclasses.replace(TASK, adversary=None)
 EARLY, LATE = 1, 6  # numbers of updates: before the adversary's start, and when its weight is whole
@@ -40,14 +41,14 @@ def test_the_balance_is_that_of_finite_differences():
     params, opponent = state(TASK, LATE).params, opponent_of(state(TASK, LATE))
     key = jax.random.fold_in(KEY, LATE)
     key_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(8))
-    x_BHWC = to_model(BATCH["image_BHWC"])
+    x_BHWC = to_model_range(BATCH["image_BHWC"])
     last = params["decoder"]["conv_out"]
 
     @functools.partial(jax.jit, compiler_options=QUICKLY)
     def losses(change):
         conv_out = last | {"kernel": last["kernel"] + change}
         changed = params | {"decoder": params["decoder"] | {"conv_out": conv_out}}
-        y_BHWC, _, _ = Tokenizer(TASK.model).apply({"params": changed}, x_BHWC)
+        y_BHWC, _, _ = VQTokenizer(TASK.model).apply({"params": changed}, x_BHWC)
         reconstruction = jnp.mean(TASK.reconstruction_losses({}, x_BHWC, y_BHWC)["loss"])
         verdict = gan_gradients.judge(ADVERSARY, opponent, x_BHWC, y_BHWC, key_B)
         return jnp.stack([reconstruction, verdict.metrics["adversarial"]])
@@ -126,7 +127,7 @@ import sys
 import numpy as np
 from tests.helpers.adversarial import BATCH, KEY, QUICKLY, TASK, state
 from varjax import files, trees
-from varjax.training.prefetch import place
+from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
 
 mesh = make_mesh(MeshShape(data=4, fsdp=2))
@@ -135,7 +136,7 @@ placement = shardings(before, mesh)
 step = jax.jit(
     on_mesh(TASK.train_step, mesh), out_shardings=(placement, None), compiler_options=QUICKLY
 )
-new, metrics = step(jax.device_put(before, placement), {}, place(BATCH, mesh, 8), KEY)
+new, metrics = step(jax.device_put(before, placement), {}, put_batch(BATCH, mesh, 8), KEY)
 kernel = new.opt_state["opponent"].state.params["conv_1"]["kernel"]
 assert kernel.addressable_shards[0].data.shape[2] == kernel.shape[2] // 2
 found = {path.replace("/", "."): x for path, x in trees.paths((new, metrics)).items()}

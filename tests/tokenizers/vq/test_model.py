@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import golden_cases as golden
-from varjax.tokenizers.vq.model import Tokenizer, TokenizerConfig, init_tokenizer, make_quantizer
+from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, make_quantizer
 from varjax.tokenizers.vq.quantizer import quantizer_loss
 
 
@@ -14,14 +14,14 @@ from varjax.tokenizers.vq.quantizer import quantizer_loss
 def test_tokenizer_computes_what_the_reference_computes(name):
     config, _ = golden.configs(name)
     params, expected = {"params": golden.tokenizer_params(name)}, golden.outputs(name)
-    model = Tokenizer(config)
+    model = VQTokenizer(config)
 
     @jax.jit
     def everything(image_BHWC):
-        f_BhwZ = model.apply(params, image_BHWC, method=Tokenizer.features)
+        f_BhwZ = model.apply(params, image_BHWC, method=VQTokenizer.features)
         quantized = model.apply(params, f_BhwZ, method=lambda m, f: m.quantizer(f))
-        tokens_BL, input_BlZ = model.apply(params, image_BHWC, method=Tokenizer.encode_to_teach)
-        decoded = model.apply(params, tokens_BL, method=Tokenizer.decode_every_scale)
+        tokens_BL, input_BlZ = model.apply(params, image_BHWC, method=VQTokenizer.encode_to_teach)
+        decoded = model.apply(params, tokens_BL, method=VQTokenizer.decode_every_scale)
         loss = jnp.mean(quantizer_loss(f_BhwZ, quantized.f_hats, 0.25))
         return f_BhwZ, quantized, tokens_BL, input_BlZ, decoded, loss
 
@@ -41,13 +41,13 @@ def test_tokenizer_computes_what_the_reference_computes(name):
 
 
 @functools.cache
-def small(**changes) -> tuple[TokenizerConfig, dict]:
+def small(**changes) -> tuple[VQConfig, dict]:
     settings = dict(
         scales=(1, 2, 4), image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4,
         vocab=16, code_channels=4,
     )  # fmt: skip
-    config = TokenizerConfig(**settings | changes)
-    return config, {"params": jax.jit(functools.partial(init_tokenizer, config))(jax.random.key(0))}
+    config = VQConfig(**settings | changes)
+    return config, {"params": jax.jit(config.init)(jax.random.key(0))}
 
 
 ODD = {"scales": ((1, 3), (2, 3), (3, 5)), "multipliers": (1, 1, 2), "image_channels": 2}
@@ -60,7 +60,7 @@ def test_decoding_tokens_equals_decoding_what_was_quantized(changes):
 
     @jax.jit
     def both(params, image_BHWC):
-        model = Tokenizer(config).bind(params)
+        model = VQTokenizer(config).bind(params)
         tokens_BL = model.encode(image_BHWC)
         return tokens_BL, model(image_BHWC)[0], model.decode(tokens_BL)
 
@@ -74,7 +74,7 @@ def test_gradient_passes_straight_through_to_the_encoder_but_not_into_the_choice
     config, params = small()
 
     def pixel_loss(params, image_BHWC):
-        y_BHWC, _, _ = Tokenizer(config).bind(params)(image_BHWC)
+        y_BHWC, _, _ = VQTokenizer(config).bind(params)(image_BHWC)
         return jnp.mean(jnp.square(y_BHWC - image_BHWC))
 
     image_BHWC = jax.random.normal(jax.random.key(1), (2, *config.image_shape))
@@ -115,7 +115,7 @@ def test_nearest_code_by_distance_and_by_angle():
     z_BlZ = jnp.array([[[2.0, 0.1], [0.1, 3.0], [-0.1, -0.2]]])
     phis = {"phi_kernel": jnp.zeros((1, 3, 3, 2, 2)), "phi_bias": jnp.zeros((1, 2))}
     for cosine, expected in ((False, [2, 1, 2]), (True, [0, 1, 0])):
-        config = TokenizerConfig((1,), vocab=3, code_channels=2, phis=1, cosine_codes=cosine)
+        config = VQConfig((1,), vocab=3, code_channels=2, phis=1, cosine_codes=cosine)
         quantizer = make_quantizer(config).bind({"params": {"codebook": codebook_VZ} | phis})
         assert quantizer.nearest(z_BlZ).tolist() == [expected], cosine
 

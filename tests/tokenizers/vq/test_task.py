@@ -7,12 +7,13 @@ import pytest
 
 from tests.tokenizers.vq.test_model import small
 from varjax.core import trees
-from varjax.tokenizers.vq.task import TokenizerTask, to_model
+from varjax.nn.autoencoder import to_model_range
+from varjax.tokenizers.vq.task import VQTask
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan
 
 CONFIG, _ = small()
-TASK = TokenizerTask(CONFIG, AdamW(base_lr=2e-3, schedule="constant", warmup=0.0), ema=0.5)
+TASK = VQTask(CONFIG, AdamW(base_lr=2e-3, schedule="constant", warmup=0.0), ema=0.5)
 IMAGE_BHWC = np.random.default_rng(0).integers(0, 256, (6, *CONFIG.image_shape), dtype=np.uint8)
 STATE = jax.jit(TASK.init)(jax.random.key(0))
 
@@ -89,7 +90,7 @@ def test_weights_out_of_range_are_refused(field, value):
 
 @pytest.mark.parametrize("value, expected", [(0, -1.0), (255, 1.0)])
 def test_the_models_see_minus_one_to_one(value, expected):
-    assert to_model(jnp.full((1,), value, jnp.uint8))[0] == expected
+    assert to_model_range(jnp.full((1,), value, jnp.uint8))[0] == expected
 
 
 def test_previews_show_the_image_and_then_every_scale():

@@ -11,8 +11,9 @@ from varjax.core import trees
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.nn import resize
+from varjax.nn.autoencoder import to_model_range
 from varjax.tokenizers.vq.codes import draw, kmeans, scale_inputs
-from varjax.tokenizers.vq.model import Tokenizer, TokenizerConfig, to_model
+from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.training.task import TrainState
 
@@ -78,7 +79,7 @@ class Codebook:
 
         return jax.vmap(one)(key_B)
 
-    def start(self, config: TokenizerConfig, params: PyTree, key: jax.Array) -> PyTree:
+    def start(self, config: VQConfig, params: PyTree, key: jax.Array) -> PyTree:
         """Parameters whose codes are drawn as `init` says; "kmeans" has to wait for images."""
         if self.init != "normal":
             return params
@@ -103,7 +104,7 @@ class Codebook:
             ema = with_codes(ema, jnp.where(first, codebook_VZ, ema["quantizer"]["codebook"]))
         return dataclasses.replace(state, params=with_codes(state.params, codebook_VZ), ema=ema)
 
-    def use(self, config: TokenizerConfig) -> dict[str, jax.Array]:
+    def use(self, config: VQConfig) -> dict[str, jax.Array]:
         """What `tend` has to know of the steps before: at first, every code has its even share."""
         return {"use_V": jnp.full(config.vocab, 1 / config.vocab)} if self.restart_every else {}
 
@@ -156,17 +157,17 @@ def with_codes(params: PyTree, codebook_VZ: jax.Array) -> PyTree:
 
 
 def read_inputs(
-    config: TokenizerConfig, image_BHWC: jax.Array, parts: int, params: PyTree, ideal: bool
+    config: VQConfig, image_BHWC: jax.Array, parts: int, params: PyTree, ideal: bool
 ) -> jax.Array:
     """`scale_inputs` of uint8 images, (B, L, Z), worked off in `parts` that change nothing.
 
     ideal: as if the coarser scales had left nothing but what they cannot resolve; there may be no
     sensible codes yet.
     """
-    model, pyramid = Tokenizer(config).bind({"params": params}), config.pyramid
+    model, pyramid = VQTokenizer(config).bind({"params": params}), config.pyramid
 
     def one(image_BHWC):
-        f_BhwZ = model.features(to_model(image_BHWC))
+        f_BhwZ = model.features(to_model_range(image_BHWC))
         if ideal:
             maps = (resize.area(f_BhwZ, shape) for shape in pyramid.shapes)
             f_hats = [resize.bicubic(map_BhwZ, pyramid.finest) for map_BhwZ in maps]

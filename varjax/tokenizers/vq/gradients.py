@@ -8,18 +8,19 @@ import jax
 import jax.numpy as jnp
 
 from varjax.core.trees import PyTree
+from varjax.nn.autoencoder import to_model_range
 from varjax.tokenizers.losses.gan import Anchors, Opponent, balance
 from varjax.tokenizers.losses.gan_gradients import judge
 from varjax.tokenizers.vq.codebook import with_codes
 from varjax.tokenizers.vq.codes import entropy_loss, scale_inputs
-from varjax.tokenizers.vq.model import Tokenizer, to_model
+from varjax.tokenizers.vq.model import VQTokenizer
 from varjax.tokenizers.vq.quantizer import quantizer_loss
 from varjax.tokenizers.vq.usage import count_codes
 from varjax.training.task import Batch
-from varjax.training.train_step import Metrics, over_parts
+from varjax.training.train_step import Metrics, mean_over_microbatches
 
 if TYPE_CHECKING:
-    from varjax.tokenizers.vq.task import TokenizerTask
+    from varjax.tokenizers.vq.task import VQTask
 
 
 @flax.struct.dataclass
@@ -41,7 +42,7 @@ class Learned:
 
 
 def learn(
-    task: "TokenizerTask",
+    task: "VQTask",
     params: PyTree,
     opponent: Opponent | None,
     frozen: PyTree,
@@ -57,14 +58,16 @@ def learn(
     from_part = functools.partial(_from_part, task, params, opponent, frozen, share)
     ratio = None
     if task.adversary is not None and task.adversary.adaptive and task.accumulate > 1:
-        first_pass = over_parts(lambda part: from_part(1.0, part).at_last, batch, task.accumulate)
+        first_pass = mean_over_microbatches(
+            lambda part: from_part(1.0, part).at_last, batch, task.accumulate
+        )
         ratio = balance(*first_pass)
-    return over_parts(functools.partial(from_part, ratio), batch, task.accumulate)
+    return mean_over_microbatches(functools.partial(from_part, ratio), batch, task.accumulate)
 
 
 def _from_part(task, params, opponent, frozen, share, ratio, batch) -> Learned:
-    x_BHWC = to_model(batch["image_BHWC"])
-    model = Tokenizer(task.model, task.jax_dtype, task.jax_dtype)
+    x_BHWC = to_model_range(batch["image_BHWC"])
+    model = VQTokenizer(task.model, task.jax_dtype, task.jax_dtype)
     pyramid, kept_B = task.model.pyramid, task.codebook.kept(task.model.pyramid, batch["key_B"])
 
     def forward(params):

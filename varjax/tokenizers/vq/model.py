@@ -6,16 +6,20 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from varjax.core import config_tree, trees
 from varjax.core.errors import InputError
-from varjax.nn.autoencoder import Decoder, Encoder, conv
-from varjax.nn.compute import alone_on_a_cpu
+from varjax.core.trees import PyTree
+from varjax.nn.autoencoder import Decoder, Encoder, conv, to_model_range, to_unit_range
+from varjax.nn.compute import is_single_cpu_device
+from varjax.tokenizers.contract import Latents
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid, Scale
 from varjax.tokenizers.vq.quantizer import Quantized, Quantizer
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
+class VQConfig:
     """What a tokenizer is; the defaults are the released `vae_ch160v4096z32`.
 
     Raises InputError where sizes do not fit one another.
@@ -62,15 +66,39 @@ class TokenizerConfig:
         h, w = self.pyramid.finest
         return h * self.downsampling, w * self.downsampling, self.image_channels
 
+    @property
+    def latent_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """{"tokens_BL": shape (L,), stored as uint16, or as uint32 for more than 65,536 codes}."""
+        dtype = np.uint16 if self.vocab <= 2**16 else np.uint32
+        return {"tokens_BL": jax.ShapeDtypeStruct((self.pyramid.length,), dtype)}
 
-class Tokenizer(nn.Module):
+    def init(self, key: jax.Array) -> PyTree:
+        """Draws untrained parameters."""
+        return VQTokenizer(self).init(key, jnp.zeros((1, *self.image_shape)))["params"]
+
+    def encode(self, params: PyTree, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+        """Encodes images, uint8 or floats in [0, 1], into {"tokens_BL": int32}."""
+        model = VQTokenizer(self).bind({"params": params})
+        return {"tokens_BL": model.encode(to_model_range(images_BHWC))}
+
+    def decode(self, params: PyTree, latents: Latents) -> jax.Array:
+        """Decodes {"tokens_BL": integers} into images (B, H, W, channels) in [0, 1]."""
+        model = VQTokenizer(self).bind({"params": params})
+        return to_unit_range(model.decode(latents["tokens_BL"].astype(jnp.int32)))
+
+    def identity(self, params: PyTree) -> dict[str, Any]:
+        """Returns the config and the weights' digest, which tell this tokenizer from any other."""
+        return config_tree.to_dict(self) | {"weights": trees.digest(params)}
+
+
+class VQTokenizer(nn.Module):
     """Images are (B, H, W, channels) in [-1, 1]; tokens (B, L) int32, scales concatenated.
 
     The quantizer is float32, and the encoder too wherever tokens count, for other formats flip
     some: `encoder_dtype` is for training a tokenizer. `decoder_dtype` is free.
     """
 
-    config: TokenizerConfig
+    config: VQConfig
     decoder_dtype: jnp.dtype = jnp.float32
     encoder_dtype: jnp.dtype = jnp.float32
 
@@ -141,30 +169,30 @@ class Tokenizer(nn.Module):
 
 
 def encode_images(
-    config: TokenizerConfig, params, image_BHWC: jax.Array, dtype: Any = jnp.float32
+    config: VQConfig, params, image_BHWC: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
     """(B, H, W, channels) in [-1, 1] -> features to quantize (B, h, w, Z). Not for training."""
-    model = Tokenizer(config, encoder_dtype=dtype, parent=None).bind({"params": params})
+    model = VQTokenizer(config, encoder_dtype=dtype, parent=None).bind({"params": params})
     return _each(config, model.features, image_BHWC)
 
 
 def decode_images(
-    config: TokenizerConfig, params, f_hat_BhwZ: jax.Array, dtype: Any = jnp.float32
+    config: VQConfig, params, f_hat_BhwZ: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
     """(B, h, w, Z) -> images (B, H, W, channels) clipped to [-1, 1], computed in `dtype`."""
-    model = Tokenizer(config, dtype, parent=None).bind({"params": params})
+    model = VQTokenizer(config, dtype, parent=None).bind({"params": params})
     return _each(config, lambda f_hat_BhwZ: jnp.clip(model._decode(f_hat_BhwZ), -1, 1), f_hat_BhwZ)
 
 
 def _each(config, function, x):
     H, W, _ = config.image_shape
-    if alone_on_a_cpu() and H * W >= 64**2:
+    if is_single_cpu_device() and H * W >= 64**2:
         # A CPU's convolutions of large images are 1.4 times faster one by one: docs/benchmarks.md.
         return jax.lax.map(lambda x: function(x[None])[0], x)
     return function(x)
 
 
-def make_quantizer(config: TokenizerConfig) -> Quantizer:
+def make_quantizer(config: VQConfig) -> Quantizer:
     """The quantizer alone; its parameters are `params["quantizer"]` of the tokenizer."""
     return Quantizer(
         config.pyramid,
@@ -174,13 +202,3 @@ def make_quantizer(config: TokenizerConfig) -> Quantizer:
         config.phi_ratio,
         config.cosine_codes,
     )
-
-
-def init_tokenizer(config: TokenizerConfig, key: jax.Array):
-    """Fresh parameters."""
-    return Tokenizer(config).init(key, jnp.zeros((1, *config.image_shape)))["params"]
-
-
-def to_model(image_BHWC: jax.Array) -> jax.Array:
-    """uint8 [0, 255] -> float32 [-1, 1], the range of everything inside the models."""
-    return image_BHWC.astype(jnp.float32) / 127.5 - 1

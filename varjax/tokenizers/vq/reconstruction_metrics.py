@@ -11,11 +11,12 @@ import numpy as np
 
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
+from varjax.nn.autoencoder import to_model_range
 from varjax.tokenizers import image_metrics
 from varjax.tokenizers.losses.lpips import lpips
-from varjax.tokenizers.vq.model import Tokenizer, TokenizerConfig, encode_images, to_model
+from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, encode_images
 from varjax.tokenizers.vq.usage import count_codes, perplexity
-from varjax.training.prefetch import place
+from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, put, replicated
 from varjax.training.task import Batch
 
@@ -32,14 +33,14 @@ class Loader(Protocol):
     def held_out(self) -> Iterable[Mapping[str, np.ndarray]]: ...
 
 
-def measure(config: TokenizerConfig, params: PyTree, lpips_params: PyTree, batch: Batch) -> PyTree:
+def measure(config: VQConfig, params: PyTree, lpips_params: PyTree, batch: Batch) -> PyTree:
     """(measures of each image, counts of codes (K, V), uint8 images rebuilt (K, B, H, W, C)).
 
     Values of images span 1. Names end in the shape: psnr_KB and rest_KB are those after each scale;
     rest_KB is the mean square of what the features still miss, power_B that of the features.
     """
-    model = Tokenizer(config).bind({"params": params})
-    x_BHWC = to_model(batch["image_BHWC"])
+    model = VQTokenizer(config).bind({"params": params})
+    x_BHWC = to_model_range(batch["image_BHWC"])
     f_BhwZ = encode_images(config, params, x_BHWC)
     quantized = model.quantizer(f_BhwZ)
     f_hat_KBhwZ = jnp.stack(quantized.f_hats)
@@ -83,7 +84,7 @@ class Split:
     """All that was measured. by_image: what `measure` finds, the last axis over the images that
     could be read. shown: the pictures asked for. worst: lowest PSNR first."""
 
-    config: TokenizerConfig
+    config: VQConfig
     by_image: Arrays
     counts_KV: np.ndarray
     shown: list[Picture]
@@ -112,7 +113,7 @@ class Split:
 
 
 def measure_split(
-    config: TokenizerConfig,
+    config: VQConfig,
     params: PyTree,
     loader: Loader,
     lpips_params: PyTree = None,
@@ -133,7 +134,7 @@ def measure_split(
     shown, lowest = [], []
     for batch_number, batch in enumerate(progress(loader.held_out())):
         batch = {name: batch[name] for name in ("image_BHWC", "valid_B")}
-        results = step(*weights, place(batch, mesh, loader.batch_size))
+        results = step(*weights, put_batch(batch, mesh, loader.batch_size))
         found, counts, rebuilt_KBHWC = (*jax.device_get(results[:2]), results[2])
         counts_KV += counts
         rows = np.flatnonzero(batch["valid_B"])

@@ -11,6 +11,7 @@ import numpy as np
 from varjax.core import flops, trees
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
+from varjax.nn.autoencoder import to_model_range
 from varjax.nn.compute import Compute
 from varjax.tokenizers.checks import check_images, check_share
 from varjax.tokenizers.load import read_tokenizer
@@ -20,16 +21,16 @@ from varjax.tokenizers.losses.lpips import check_images as check_lpips
 from varjax.tokenizers.losses.reconstruction import reconstruction_losses
 from varjax.tokenizers.vq.codebook import Codebook, read_inputs
 from varjax.tokenizers.vq.gradients import learn
-from varjax.tokenizers.vq.model import Tokenizer, TokenizerConfig, init_tokenizer, to_model
+from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.quantizer import quantizer_loss
 from varjax.tokenizers.vq.usage import count_codes, perplexity
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Batch, Plan, Rows, TrainState
-from varjax.training.train_step import apply, check_parts, start
+from varjax.training.train_step import apply_gradients, check_microbatches, create_state
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerTask:
+class VQTask:
     """What a tokenizer is trained for: l1·|x̂-x| + l2·|x̂-x|² + the quantizer's loss, and where
     they are given LPIPS and a discriminator's verdict (VAR's eq. 5).
 
@@ -43,7 +44,7 @@ class TokenizerTask:
     often codes are used.
     """
 
-    model: TokenizerConfig
+    model: VQConfig
     optimizer: AdamW = AdamW(b1=0.9, b2=0.95, weight_decay=0.0)
     l1: float = 0.2
     l2: float = 1.0
@@ -65,16 +66,16 @@ class TokenizerTask:
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_images(self.model, image_shape)
-        check_parts(self.plan.batch_size, self.accumulate)
+        check_microbatches(self.plan.batch_size, self.accumulate)
         if self.perceptual:
             check_lpips(image_shape)
         if self.adversary:
             self.adversary.check(image_shape)
 
     def init(self, key: jax.Array) -> TrainState:
-        params = init_tokenizer(self.model, key)
+        params = self.model.init(key)
         params = self.codebook.start(self.model, params, jax.random.fold_in(key, 2))
-        state = start(params, self._tx(params), self.ema)
+        state = create_state(params, self._tx(params), self.ema)
         beside: dict[str, Any] = {**self.codebook.use(self.model)}
         if self.adversary is not None:
             key, shape = jax.random.fold_in(key, 1), self.model.image_shape
@@ -84,7 +85,7 @@ class TokenizerTask:
     def pretrained(self, location: str) -> tuple[PyTree, Rows]:
         return read_tokenizer(location)[1], {}
 
-    def tokenized_by(self, frozen: PyTree) -> dict[str, Any]:
+    def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
         return {}
 
     def frozen(self) -> PyTree:
@@ -109,7 +110,7 @@ class TokenizerTask:
         state = self.codebook.begin(self.model.pyramid, state, read, key)
         learned = learn(self, state.params, opponent, frozen, batch, share)
 
-        state, norms = apply(state, learned.grads, self._tx(state.params), self.ema)
+        state, norms = apply_gradients(state, learned.grads, self._tx(state.params), self.ema)
         metrics = learned.metrics | norms | {"lr": self.optimizer.lr(step, self.plan)}
         metrics["perplexity"] = perplexity(learned.frequency_KV, jnp)
         state, use, restarted = self.codebook.tend(
@@ -137,8 +138,8 @@ class TokenizerTask:
 
         image_BHWC: uint8. The adversary is left out: its verdict says more about itself.
         """
-        x_BHWC = to_model(image_BHWC)
-        y_BHWC, f_BhwZ, quantized = Tokenizer(self.model).bind({"params": params})(x_BHWC)
+        x_BHWC = to_model_range(image_BHWC)
+        y_BHWC, f_BhwZ, quantized = VQTokenizer(self.model).bind({"params": params})(x_BHWC)
         losses = self.reconstruction_losses(frozen, x_BHWC, y_BHWC)
         losses["quantizer"] = quantizer_loss(f_BhwZ, quantized.f_hats, self.beta)
         losses["loss"] = losses["loss"] + losses["quantizer"]
@@ -170,8 +171,8 @@ class TokenizerTask:
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Held-out images in the first row, below them their reconstructions, scale by scale."""
-        model = Tokenizer(self.model).bind({"params": state.params})
-        x_BHWC = to_model(batch["image_BHWC"][:8])
+        model = VQTokenizer(self.model).bind({"params": state.params})
+        x_BHWC = to_model_range(batch["image_BHWC"][:8])
         y_KBHWC = model.decode_every_scale(model.encode(x_BHWC))
         rows = jnp.concatenate([x_BHWC[None], y_KBHWC])
         return {"reconstructions": (rows + 1) / 2}

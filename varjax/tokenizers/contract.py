@@ -1,0 +1,62 @@
+"""The contract between a tokenizer and everything that makes or reads its latents."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import jax
+
+from varjax.core.trees import PyTree
+
+Latents = Mapping[str, jax.Array]
+
+
+class Tokenizer(Protocol):
+    """Maps images to latents and back: a frozen dataclass of settings with pure methods.
+
+    Parameters are arguments, so that every method can be jitted, and config and parameters can be
+    kept apart. The latent cache, the commands and the second stage know tokenizers only through
+    this contract; `varjax.tokenizers.load.TOKENIZERS` lists the kinds there are.
+
+        config = VQConfig()
+        params = config.init(jax.random.key(0))
+        latents = config.encode(params, images_BHWC)  # {"tokens_BL": (B, 680) int32}
+        images_BHWC = config.decode(params, latents)
+    """
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, channels) of an image."""
+        ...
+
+    @property
+    def latent_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shape and storage dtype of one image's latents, by their names in a batch.
+
+        A name ends in the shape with its leading batch axis: {"tokens_BL": ((L,), uint16)}. In a
+        batch integers are int32 and floats float32, whatever dtype stores them.
+        """
+        ...
+
+    def init(self, key: jax.Array) -> PyTree:
+        """Draws untrained parameters, all float32."""
+        ...
+
+    def encode(self, params: PyTree, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+        """Encodes images into latents that training may read instead of them.
+
+        Args:
+            params: as `init` gives them.
+            images_BHWC: uint8, or floats in [0, 1].
+
+        Returns:
+            The arrays of `latent_spec`, each with a leading batch axis, int32 or float32.
+        """
+        ...
+
+    def decode(self, params: PyTree, latents: Latents) -> jax.Array:
+        """Decodes what `encode` returns into images (B, H, W, channels), float32 in [0, 1]."""
+        ...
+
+    def identity(self, params: PyTree) -> dict[str, Any]:
+        """Returns flat JSON data that tells this tokenizer and its weights from all others."""
+        ...
