@@ -60,7 +60,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 
 def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
     code = (
-        f"from varjax.core import files\nwith files.alone_in({str(tmp_path)!r}): print(); input()"
+        f"from varjax.core import files\nwith files.lock_folder({str(tmp_path)!r}): print(); input()"
     )
     command = [sys.executable, "-c", code]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -68,12 +68,12 @@ def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
         other.stdout.readline()
         with (
             pytest.raises(ValueError, match="another process is at work in"),
-            files.alone_in(tmp_path),
+            files.lock_folder(tmp_path),
         ):
             pass
         other.kill()
     for _ in range(2):
-        with files.alone_in(tmp_path):
+        with files.lock_folder(tmp_path):
             pass
 
 

@@ -1,4 +1,4 @@
-"""Writing a directory of weights: whole or not at all, and never over anything else."""
+"""Writes directories of weights: whole or not at all, and never over anything else."""
 
 import contextlib
 import pathlib
@@ -8,30 +8,39 @@ from typing import Any
 
 from tqdm import tqdm
 
-from varjax.convert.apply_map import Config
-from varjax.convert.state_dicts import write_pth
+from varjax.convert.pth.write import write_pth
+from varjax.convert.sources import byte_progress
 from varjax.core import config_tree, files, safetensors_io
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, StorageError
 from varjax.core.safetensors_io import LazyArray, Tensor
-from varjax.var.sample import VAROptions
+from varjax.families import FAMILIES
 
-Contents = Mapping[str, Mapping[str, Tensor]]  # tensors by name, of each file by name
+Contents = Mapping[str, Mapping[str, Tensor]]  # {name of a file: {name of a tensor: tensor}}
 
 
 def write_converted(
     out: pathlib.Path,
-    models: Mapping[str, tuple[Config, Mapping[str, Tensor]]],
-    sampling: VAROptions,
+    models: Mapping[str, tuple[Any, Mapping[str, Tensor]]],
     sources: Mapping[str, str],
+    sampling: Any = None,
 ) -> None:
-    """Writes the converted directory `out` of the models "tokenizer" and "var", or of one of them.
+    """Writes a directory of weights that `varjax.load` reads.
 
-    sources: SHA-256 of each file the weights come from. Raises InputError where `out` holds
-    anything that this would not write again, and where it cannot be written.
+    Args:
+        out: the directory; see `new_directory`.
+        models: config and parameters by path of each part: "tokenizer", "var".
+        sources: SHA-256 of each file that the weights come from, by its name.
+        sampling: default sampling options; None for the defaults of the family, if one is there.
+
+    Raises:
+        InputError: `out` holds anything that this would not write again, or cannot be written.
     """
-    config = {name: config_tree.to_dict(config) for name, (config, _) in models.items()}
-    config |= {"sampling": config_tree.to_dict(sampling)}
-    write_weights(out, config, {name: leaves for name, (_, leaves) in models.items()}, sources)
+    config = {part: config_tree.to_dict(config) for part, (config, _) in models.items()}
+    if sampling is None:
+        sampling = next((family.options() for family in FAMILIES if family.name in models), None)
+    if sampling is not None:
+        config |= {"sampling": config_tree.to_dict(sampling)}
+    write_weights(out, config, {part: leaves for part, (_, leaves) in models.items()}, sources)
 
 
 def write_weights(
@@ -40,16 +49,26 @@ def write_weights(
     models: Mapping[str, Mapping[str, Tensor]],
     sources: Mapping[str, str],
 ) -> None:
-    """Writes a converted directory of any models by name; raises like `write_converted`."""
-    contents = {f"{name}.safetensors": leaves for name, leaves in models.items()}
+    """Writes a directory of weights of any kind.
+
+    Args:
+        out: the directory; see `new_directory`.
+        config: JSON data for config.json.
+        models: parameters by path, for each {part}.safetensors.
+        sources: SHA-256 of each file that the weights come from, also for config.json.
+
+    Raises:
+        InputError: like `write_converted`.
+    """
+    contents = {f"{part}.safetensors": leaves for part, leaves in models.items()}
     with new_directory(out, contents, replaces=converted_files(models)) as temporary:
         files.write_json(temporary / "config.json", {**config, "sources": dict(sources)})
         write_files(temporary, contents)
 
 
-def converted_files(models: Iterable[str]) -> set[str]:
-    """The files in a converted directory of these models."""
-    return {"config.json", *(f"{name}.safetensors" for name in models)}
+def converted_files(parts: Iterable[str]) -> set[str]:
+    """Returns the names of the files in a directory of weights of these parts."""
+    return {"config.json", *(f"{part}.safetensors" for part in parts)}
 
 
 @contextlib.contextmanager
@@ -58,25 +77,36 @@ def new_directory(
 ) -> Iterator[pathlib.Path]:
     """Yields an empty directory that becomes `out` when all went well, and vanishes otherwise.
 
-    An existing `out` is replaced if it is empty, or a converted directory of no other files than
-    those named in `replaces`. Raises InputError in other cases, and where the disk is too small.
+    Args:
+        out: absent, empty, or a converted directory of no other files than `replaces`.
+        contents: tensors that will be written, of which only sizes are read here.
+        replaces: names of files.
+
+    Raises:
+        InputError: `out` is anything else.
+        StorageError: the disk is too small, or `out` cannot be written.
     """
-    check_vacant(out, replaces)
-    needed = sum(x.nbytes for named in contents.values() for x in named.values())
+    check_weights_dir(out, replaces)
+    needed = sum(tensor.nbytes for named in contents.values() for tensor in named.values())
     try:
         with files.atomic_path(out) as temporary:
             temporary.mkdir()
-            if (free := shutil.disk_usage(temporary).free) < needed:
-                raise InputError(f"{out} needs {needed / 1e9:.3f} GB; free are {free / 1e9:.3f} GB")
+            free = shutil.disk_usage(temporary).free
+            if free < needed:
+                raise StorageError(
+                    f"{out} needs {needed / 1e9:.3f} GB; free are {free / 1e9:.3f} GB"
+                )
             yield temporary
+    except InputError:
+        raise
     except OSError as error:
-        raise InputError(
+        raise StorageError(
             f"{out} could not be written ({error}), and nothing of it was kept; "
             f"it needs {needed / 1e9:.3f} GB in a place that you may write to"
         ) from error
 
 
-def check_vacant(out: pathlib.Path, replaces: Set[str] = frozenset()) -> None:
+def check_weights_dir(out: pathlib.Path, replaces: Set[str] = frozenset()) -> None:
     """Raises InputError if `out` exists and `new_directory` would not replace it."""
     config = out / "config.json"
     converted = config.is_file() and "sources" in files.read_json(config)
@@ -86,23 +116,20 @@ def check_vacant(out: pathlib.Path, replaces: Set[str] = frozenset()) -> None:
 def write_files(directory: pathlib.Path, contents: Contents) -> None:
     """Writes each file, in the format that its name ends in: .pth or .safetensors."""
     for name, named in contents.items():
-        with progress(f"writing {name}", sum(x.nbytes for x in named.values())) as bar:
-            followed = {key: _followed(x, bar) for key, x in named.items()}
+        with byte_progress(f"writing {name}", sum(x.nbytes for x in named.values())) as bar:
+            counted = {key: _counted(tensor, bar) for key, tensor in named.items()}
             if name.endswith(".pth"):
-                write_pth(directory / name, followed)
+                write_pth(directory / name, counted)
             else:
-                safetensors_io.write_safetensors(directory / name, followed, {})
+                safetensors_io.write_safetensors(directory / name, counted, {})
 
 
-def progress(text: str, nbytes: int) -> tqdm:
-    """A bar that shows how many bytes are done, if anybody is watching."""
-    return tqdm(total=nbytes, desc=text, unit="B", unit_scale=True, disable=None)
+def _counted(tensor: Tensor, bar: tqdm) -> LazyArray:
+    """Returns the tensor such that each chunk moves the progress bar once it is written."""
 
-
-def _followed(x: Tensor, bar: tqdm) -> LazyArray:
     def chunks():
-        for chunk in safetensors_io.tensor_chunks(x):
+        for chunk in safetensors_io.tensor_chunks(tensor):
             yield chunk
             bar.update(chunk.nbytes)
 
-    return LazyArray(x.shape, x.dtype, chunks)
+    return LazyArray(tensor.shape, tensor.dtype, chunks)

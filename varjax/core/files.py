@@ -40,15 +40,22 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def alone_in(folder: str | os.PathLike) -> Iterator[None]:
+def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]:
     """Keeps other processes that ask for the same folder out of it, until this one is done or dead.
 
-    ValueError where another one is there now. A file system without locks keeps nobody out.
+    A file system without locks keeps nobody out.
+
+    Args:
+        folder: an existing one.
+        wait: for another process to be done, instead of raising.
+
+    Raises:
+        InputError: another process is there now.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             raise InputError(
                 f"another process is at work in {folder}; wait for it, stop it, or choose another"
@@ -138,7 +145,10 @@ def read_json(path: str | os.PathLike) -> Any:
 def write_tensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str, str]) -> None:
     """Writes nested dicts of arrays as one .safetensors file, keys joined by "/", atomically.
 
-    Leaves may be `safetensors_io.LazyArray`. Empty dicts leave no trace in the file.
+    Args:
+        path: the file.
+        tree: its leaves may be `safetensors_io.LazyArray`; empty dicts leave no trace in the file.
+        metadata: text by name.
     """
     arrays = {
         name: leaf if isinstance(leaf, safetensors_io.LazyArray) else np.asarray(leaf)
@@ -149,9 +159,13 @@ def write_tensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str,
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
-    """(tree, metadata) of a file by `write_tensors`; ValueError when missing or damaged.
+    """Reads a file of `write_tensors`; the leaves are read-only views of a memory map.
 
-    The leaves are read-only views of a memory map: what is not used is not read.
+    Returns:
+        (tree, metadata). A leaf is read from the disk when it is used.
+
+    Raises:
+        InputError: the file is missing, damaged or cut short.
     """
     tree: dict[str, Any] = {}
     flat, metadata = safetensors_io.read_safetensors(_existing(path))
