@@ -17,6 +17,15 @@ class StorageError(InputError, OSError):
     """Reports files that could not be written although the settings allow it: a full disk, say."""
 
 
+def check_setting(name: str, value: object, valid: bool, allowed: str) -> None:
+    """Raises InputError for a setting that is not `valid`: "name=value: must be allowed".
+
+        check_setting("ema", self.ema, 0 <= self.ema <= 1, "in [0, 1]")
+    """
+    if not valid:
+        raise InputError(f"{name}={value}: must be {allowed}")
+
+
 def run_command(name: str, action: Callable[[], object], debug: bool = False) -> int:
     """Runs a command and returns its exit code.
 
