@@ -1,30 +1,19 @@
-"""Draws images from a trained transformer, or parts of an image anew.
+"""Draws images, or parts of an image anew: `varjax sample` and `varjax edit`, from a clone.
 
 python sample.py --weights=runs/digits --labels=0,1,2 --count=8 --out=grid.png
 python sample.py edit --weights=weights/d16 --image=photo.png --box=64,64,192,192 --out=edit.png
 """
 
-import logging
 import sys
 
 from varjax.cli import edit, sample
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0, 130 after Ctrl-C, or 1 with one line that says what is wrong."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
-    try:
-        if arguments[:1] == ["edit"]:
-            edit.run(edit.parse(arguments[1:]))
-        else:
-            sample.run(sample.parse(arguments))
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("sample.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    """Runs `varjax edit` where the first argument says so, else `varjax sample`."""
+    if arguments[:1] == ["edit"]:
+        return edit.main(arguments[1:])
+    return sample.main(arguments)
 
 
 if __name__ == "__main__":

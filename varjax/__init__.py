@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from varjax.core.image_io import read_image
     from varjax.families import load
     from varjax.nn.compute import Compute
+    from varjax.tokenizers.load import load_tokenizer
     from varjax.tokenizers.vq.model import VQConfig
     from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024
     from varjax.var.model import VARConfig
@@ -36,6 +37,7 @@ _WHERE = {
     "VARConfig": "var.model",
     "VQConfig": "tokenizers.vq.model",
     "load": "families",
+    "load_tokenizer": "tokenizers.load",
     "read_image": "core.image_io",
 }
 
@@ -49,6 +51,7 @@ __all__ = [
     "VARConfig",
     "VQConfig",
     "load",
+    "load_tokenizer",
     "read_image",
 ]
 

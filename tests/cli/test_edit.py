@@ -8,12 +8,12 @@ from PIL import Image
 
 import varjax
 from tests.helpers import runs
-from varjax.cli import edit as edit_cli
+from varjax.cli.edit import edit_image
 from varjax.core import image_io
 from varjax.data.sources import Digits
-from varjax.sampling.masks import box_mask, read_mask
-from varjax.var.edit import keep_at_every_scale
-from varjax.var.sample import Known, Options, image_keys, sample
+from varjax.sampling.edit_masks import box_mask, read_mask
+from varjax.var.sample import keep_at_every_scale
+from varjax.var.sample import KeptTokens, VAROptions, image_keys, sample_tokens
 
 IMAGE_HWC = Digits().source("held_out").images_NHWC[3]
 
@@ -28,7 +28,7 @@ def photo(tmp_path):
 
 def edit(photo, *flags):
     request = [f"--weights={runs.var()}", f"--image={photo}", "--out=edit.png", *flags]
-    edit_cli.run(edit_cli.parse(request))
+    edit_image(request)
     return np.asarray(Image.open("edit.png")).astype(int)
 
 
@@ -85,10 +85,12 @@ def test_kept_tokens_stay_and_the_others_vary():
     model = varjax.load(runs.var())
     inside_hw = box_mask("0,0,0.5,1", (8, 8), (4, 4))
     tokens_BL = jnp.broadcast_to(model.encode(IMAGE_HWC[None]), (4, 21))
-    known = Known(tokens_BL, keep_at_every_scale(model.var.pyramid, ~inside_hw[None].repeat(4, 0)))
+    known = KeptTokens(
+        tokens_BL, keep_at_every_scale(model.var.pyramid, ~inside_hw[None].repeat(4, 0))
+    )
     draw = jax.jit(functools.partial(sample, model.tokenizer, model.var))
     label_B, key_B = jnp.full(4, 3), image_keys(0, jnp.arange(4))
-    options = Options(cfg=1.0, top_k=0, top_p=0.0)
+    options = VAROptions(cfg=1.0, top_k=0, top_p=0.0)
     found_BL, _ = draw(model.params, label_B, key_B, options, known)
     keep_BL, found_BL = np.asarray(known.keep_BL), np.asarray(found_BL)
     assert np.array_equal(found_BL[keep_BL], np.asarray(tokens_BL)[keep_BL])
@@ -103,7 +105,7 @@ def test_modes_differ_in_what_is_drawn_and_as_what(photo, monkeypatch):
         asked.append((np.asarray(keep), labels.tolist()))
         return np.repeat(images_BHWC, len(index), axis=0) / 255
 
-    monkeypatch.setattr(varjax.Pipeline, "edit", remember)
+    monkeypatch.setattr(varjax.VARPipeline, "edit", remember)
     for mode in (["inpaint"], ["outpaint"], ["class", "--label=7"]):
         edit(photo, "--box=0,0,4,8", "--count=1", "--mode=" + mode[0], *mode[1:])
     (inside, none), (outside, _), (same, seven) = asked
@@ -137,7 +139,7 @@ def test_mistakes_are_said_before_anything_compiles(photo, tmp_path, flags, mess
     def never(*_, **__):
         raise AssertionError("it started editing")
 
-    monkeypatch.setattr(varjax.Pipeline, "edit", never)
+    monkeypatch.setattr(varjax.VARPipeline, "edit", never)
     Image.new("L", (8, 8), 255).save(tmp_path / "small.png")
     Image.new("L", (48, 40), 0).save(tmp_path / "black.png")
     (tmp_path / "text.png").write_text("not an image")

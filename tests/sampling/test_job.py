@@ -14,7 +14,7 @@ from PIL import Image
 import varjax
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
-from varjax.cli import sample
+from varjax.cli.sample import draw_samples
 from varjax.core import trees
 
 # Runs sample.py and kills it just before the n-th file whose name ends so is put in its place.
@@ -35,12 +35,9 @@ import sample
 sys.exit(sample.main(arguments))
 """
 PROCESS = """
-import sys, jax
-address, number, *arguments = sys.argv[1:]
-initialize = jax.distributed.initialize
-jax.distributed.initialize = lambda: initialize(address, 2, int(number))
+import sys
 import sample
-sys.exit(sample.main(arguments))
+sys.exit(sample.main(sys.argv[1:]))
 """
 
 
@@ -51,7 +48,7 @@ def flags(out, *others):
 
 
 def draw(out, *others):
-    sample.run(sample.parse(flags(out, *others)))
+    draw_samples(flags(out, *others))
     return out
 
 
@@ -120,7 +117,8 @@ def test_two_processes_draw_the_same_together(whole, tmp_path):
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     out = tmp_path / "a.npz"
-    both = [start(PROCESS, address, i, *flags(out, "--distributed")) for i in range(2)]
+    shared = [f"--coordinator={address}", "--processes=2"]
+    both = [start(PROCESS, *flags(out, *shared, f"--process={i}")) for i in range(2)]
     try:
         assert [process.wait(timeout=120) for process in both] == [0, 0]
     finally:

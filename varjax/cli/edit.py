@@ -1,39 +1,106 @@
-"""The command line of sample.py edit: parts of an image drawn anew, without further training."""
+"""Draws parts of an image anew, several times, without further training.
 
+varjax edit --weights=weights/d16 --image=photo.png --box=64,64,192,192 --out=edit.png
+varjax edit --weights=weights/d16 --image=photo.png --mask=mask.png --count=8
+
+The picture shows the original, what is drawn anew in red, and the results. Options that are not
+given are the model's own.
+"""
+
+import argparse
 import dataclasses
+import logging
 from typing import Literal, get_args
 
 import numpy as np
 from tqdm import tqdm
 
-from varjax.cli.sample import Common, common_parser, read_request
+from varjax.cli.sample import add_sampling_flags, check_sampling_flags
 from varjax.core import image_io
-from varjax.core.errors import InputError
-from varjax.sampling.masks import box_mask, read_mask
+from varjax.core.errors import InputError, run_command
+from varjax.families import load, option_classes
+from varjax.sampling.edit_masks import box_mask, read_mask
 from varjax.sampling.outputs import check_out
-from varjax.var.load import load
+from varjax.sampling.sampler import given_options
 
 Mode = Literal["inpaint", "outpaint", "class"]
 
 
-@dataclasses.dataclass(frozen=True)
-class EditRequest(Common):
-    """`count` variations of an image; `box` or `mask` says where, `mode` what is done there."""
+def edit_image(arguments: list[str]) -> None:
+    """Reads the command line, edits and writes one picture.
 
-    image: str
-    box: str | None
-    mask: str | None
-    mode: Mode
-    label: int | None
+    Raises InputError, before any long work, for what cannot be done.
+    """
+    flags = _parser().parse_args(arguments)
+    check_sampling_flags(flags)
+    _check_combination(flags)
+    check_out(flags.out)
+    picture = image_io.open_image(flags.image)
+    model = load(flags.weights, flags.dtype)
+    options = model.options(**given_options(flags, option_classes()))
+    classes, shape = model.classes, model.image_shape
+    if flags.label is not None and not 0 <= flags.label < classes:
+        raise InputError(f"label={flags.label}: allowed are 0 … {classes - 1}")
+    image_HWC = image_io.fit(picture, shape)
+    finest = model.edit_shape
+    if flags.box is not None:
+        redraw_hw = box_mask(flags.box, shape[:2], finest)
+        redraw_hw = ~redraw_hw if flags.mode == "outpaint" else redraw_hw
+        if not redraw_hw.any():
+            raise InputError(f"box={flags.box} covers everything: nothing is left to draw")
+    else:
+        redraw_hw = read_mask(flags.mask, picture.size, shape[:2], finest)
+    if picture.size != (shape[1], shape[0]):
+        print(
+            f"{flags.image}: {picture.width}x{picture.height} pixels, resized (shorter side) and "
+            f"center-cropped to {shape[1]}x{shape[0]}"
+        )
+    label = classes if flags.label is None else flags.label
+    batch = min(flags.count, flags.batch_size * len(model.devices))
+    results = []
+    for start in tqdm(range(0, flags.count, batch), "editing", unit="batch"):
+        images_BHWC = model.edit(
+            image_HWC[None],
+            ~redraw_hw,
+            np.full(batch, label),
+            flags.seed,
+            index=np.arange(start, start + batch),
+            **dataclasses.asdict(options),
+        )
+        results.append(image_io.to_uint8(np.asarray(images_BHWC)))
+    results_NHWC = np.concatenate(results)[: flags.count]
+    image_io.write_png(flags.out, side_by_side(image_HWC, redraw_hw, results_NHWC))
+    print(f"{flags.out}: original, what is drawn anew (red), {flags.count} results")
 
 
-def parse(arguments: list[str]) -> EditRequest:
-    """Reads the command line; exits with its usage if it cannot be read."""
-    parser = common_parser(
-        "sample.py edit",
-        "Draws parts of an image anew, several times, and shows original, mask and results.",
-        "edit.png",
-        "FILE.png",
+def side_by_side(
+    image_HWC: np.ndarray, redraw_hw: np.ndarray, results_NHWC: np.ndarray
+) -> np.ndarray:
+    """Returns one picture: the image, the same with what is drawn anew in red, the results.
+
+    Args:
+        image_HWC: uint8, gray or RGB.
+        redraw_hw: bool, a whole number of pixels for each entry.
+        results_NHWC: uint8, of the image's size.
+
+    Returns:
+        (height, width, 3) uint8.
+    """
+    H, W, _ = image_HWC.shape
+    h, w = redraw_hw.shape
+    redraw_HW1 = redraw_hw.repeat(H // h, axis=0).repeat(W // w, axis=1)[..., None]
+    red_HW3 = (np.broadcast_to(image_HWC, (H, W, 3)) // 2) + np.array([127, 0, 0], np.uint8)
+    images = [image_HWC, np.where(redraw_HW1, red_HW3, image_HWC), *results_NHWC]
+    images_NHWC = np.stack([np.broadcast_to(image, (H, W, 3)) for image in images])
+    return image_io.grid(images_NHWC, columns=min(len(images), 10))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "varjax edit",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--image", required=True, help="any image file; resized and center-cropped for the model")
@@ -47,75 +114,26 @@ def parse(arguments: list[str]) -> EditRequest:
         "--mode",
         choices=get_args(Mode),
         default="inpaint",
-        help="draw the inside of the box anew; all but the inside; the inside as --label",
+        help="draw the inside of the box anew (inpaint, the default); all but the inside; the "
+        "inside as --label",
     )
     add("--label", type=int, help="class of what is drawn (default: none)")
-    return read_request(EditRequest, parser.parse_args(arguments))
+    add_sampling_flags(parser, "edit.png", "FILE.png (edit.png)")
+    return parser
 
 
-def run(request: EditRequest) -> None:
-    """Edits and writes one picture; raises InputError before any long work."""
-    request.check()
-    _check_combination(request)
-    check_out(request.out)
-    picture = image_io.open_image(request.image)
-    model = load(request.weights, request.dtype)
-    options = model.options(**request.options)
-    classes, shape = model.classes, model.image_shape
-    if request.label is not None and not 0 <= request.label < classes:
-        raise InputError(f"label={request.label}: allowed are 0 … {classes - 1}")
-    image_HWC = image_io.fit(picture, shape)
-    finest = model.edit_shape
-    if request.box is not None:
-        redraw_hw = box_mask(request.box, shape[:2], finest)
-        redraw_hw = ~redraw_hw if request.mode == "outpaint" else redraw_hw
-        if not redraw_hw.any():
-            raise InputError(f"box={request.box} covers everything: nothing is left to draw")
-    else:
-        assert request.mask is not None
-        redraw_hw = read_mask(request.mask, picture.size, shape[:2], finest)
-    if picture.size != (shape[1], shape[0]):
-        print(
-            f"{request.image}: {picture.width}x{picture.height} pixels, resized (shorter side) and "
-            f"center-cropped to {shape[1]}x{shape[0]}"
-        )
-    label = classes if request.label is None else request.label
-    batch = min(request.count, request.batch_size * len(model.devices))
-    results = []
-    for start in tqdm(range(0, request.count, batch), "editing", unit="batch"):
-        images_BHWC = model.edit(
-            image_HWC[None],
-            ~redraw_hw,
-            np.full(batch, label),
-            request.seed,
-            index=np.arange(start, start + batch),
-            **dataclasses.asdict(options),
-        )
-        results.append(image_io.to_uint8(np.asarray(images_BHWC)))
-    results_NHWC = np.concatenate(results)[: request.count]
-    image_io.write_png(request.out, side_by_side(image_HWC, redraw_hw, results_NHWC))
-    print(f"{request.out}: original, what is drawn anew (red), {request.count} results")
-
-
-def side_by_side(
-    image_HWC: np.ndarray, redraw_hw: np.ndarray, results_NHWC: np.ndarray
-) -> np.ndarray:
-    """One uint8 RGB picture: the image, the same with what is drawn anew in red, the results."""
-    H, W, _ = image_HWC.shape
-    h, w = redraw_hw.shape
-    redraw_HW1 = redraw_hw.repeat(H // h, axis=0).repeat(W // w, axis=1)[..., None]
-    red_HW3 = (np.broadcast_to(image_HWC, (H, W, 3)) // 2) + np.array([127, 0, 0], np.uint8)
-    images = [image_HWC, np.where(redraw_HW1, red_HW3, image_HWC), *results_NHWC]
-    images_NHWC = np.stack([np.broadcast_to(image, (H, W, 3)) for image in images])
-    return image_io.grid(images_NHWC, columns=min(len(images), 10))
-
-
-def _check_combination(request):
-    if (request.box is None) == (request.mask is None):
+def _check_combination(flags: argparse.Namespace) -> None:
+    if (flags.box is None) == (flags.mask is None):
         raise InputError("say where to draw: either --box=y0,x0,y1,x1 or --mask=FILE.png")
-    if request.mask is not None and request.mode == "outpaint":
+    if flags.mask is not None and flags.mode == "outpaint":
         raise InputError("mode=outpaint needs a --box; a --mask is white where to draw already")
-    if request.mode == "class" and request.label is None:
+    if flags.mode == "class" and flags.label is None:
         raise InputError("mode=class needs --label: the class that the inside of the box becomes")
-    if not request.out.endswith(".png"):
-        raise InputError(f"out={request.out}: an edit is one picture; give FILE.png")
+    if not flags.out.endswith(".png"):
+        raise InputError(f"out={flags.out}: an edit is one picture; give FILE.png")
+
+
+def main(arguments: list[str]) -> int:
+    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
+    return run_command("varjax edit", lambda: edit_image(arguments))

@@ -19,7 +19,7 @@ from varjax.core.errors import InputError, run_command
 def main(arguments: list[str]) -> int:
     """Returns 0 when the run is finished, 1 when it failed, 2 for a wrong command line."""
     # Imported here: a worker process that reads data imports this module, and needs no JAX.
-    from varjax.core.distributed import add_process_flags, connect_by_flags, end
+    from varjax.core.distributed import add_process_flags, connect_by_flags, end_process
     from varjax.training import loop
 
     parser = argparse.ArgumentParser(
@@ -44,8 +44,8 @@ def main(arguments: list[str]) -> int:
         return 2
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
     try:
-        code = run_command("varjax train", lambda: loop.run(experiment), flags.debug)
+        code = run_command("varjax train", lambda: loop.train(experiment), flags.debug)
     except Exception as error:
         traceback.print_exception(error)
         code = 1
-    return end(code) if code else 0
+    return end_process(code) if code else 0

@@ -1,0 +1,47 @@
+"""Runs the commands of `varjax`, which are also `python -m varjax.…` and the scripts of a clone."""
+
+import importlib
+import sys
+
+import varjax
+
+# Modules are imported only when asked for: some commands do without JAX, or set it up themselves.
+COMMANDS = {
+    "train": ("varjax.cli.train", "train what a config file describes, or continue a run"),
+    "sample": ("varjax.cli.sample", "draw images from a trained or converted model"),
+    "edit": ("varjax.cli.edit", "draw parts of an image anew"),
+    "convert": ("varjax.convert.__main__", "official PyTorch weights to varjax's, and back"),
+    "evaluate-tokenizer": ("varjax.tokenizers.evaluate", "measure what a tokenizer keeps"),
+    "prepare": ("varjax.data.prepare.prepare", "pack a folder of images into few large files"),
+    "cache-latents": ("varjax.data.cache_latents", "run a tokenizer over its images once"),
+    "plot": ("varjax.plot.__main__", "draw the curves of training runs"),
+    "benchmark": ("varjax.benchmark.__main__", "measure speed, memory and communication"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+        arguments: the command's name and its own arguments; None for those of this process.
+
+    Returns:
+        0 when all is done, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    name = arguments[0] if arguments else ""
+    if name in COMMANDS:
+        return importlib.import_module(COMMANDS[name][0]).main(arguments[1:])
+    if name == "--version":
+        print(f"varjax {varjax.__version__}")
+        return 0
+    wanted = name in ("-h", "--help")
+    print(_usage(name if not wanted else ""), file=sys.stdout if wanted else sys.stderr)
+    return 0 if wanted else 2
+
+
+def _usage(unknown: str) -> str:
+    lines = [f"varjax: there is no command {unknown!r}"] if unknown else []
+    lines += ["usage: varjax COMMAND --help", ""]
+    lines += [f"  {name:<20}{about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(lines)
