@@ -31,9 +31,9 @@ quantizer, evaluation and everything that uses the tokenizer later are float32. 
 devices keeps the batch and sets --config.task.accumulate: the result is the same.
 """
 
-from varjax.data.sources import parse
-from varjax.tokenizers.losses.gan import Adversary
-from varjax.tokenizers.losses.lpips import Perceptual
+from varjax.data.sources import parse_dataset
+from varjax.tokenizers.losses.gan import GANConfig
+from varjax.tokenizers.losses.lpips import LPIPSConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512
 from varjax.tokenizers.vq.task import VQTask
@@ -58,7 +58,7 @@ def get_config(arg: str = "256") -> Experiment:
         warmup=0.01,
         end=0.01,
     )
-    adversary = Adversary(
+    gan = GANConfig(
         kind="patch",
         loss="hinge",
         weight=0.5,
@@ -76,12 +76,12 @@ def get_config(arg: str = "256") -> Experiment:
             l1=0.2,
             l2=1.0,
             beta=0.25,
-            perceptual=None if without else Perceptual("weights/lpips", weight=1.0),
-            adversary=adversary,
+            perceptual=None if without else LPIPSConfig("weights/lpips", weight=1.0),
+            gan=gan,
             dtype="auto",
             ema=0.9999,
         ),
-        data=parse(data, model.image_shape[0]),
+        data=parse_dataset(data, model.image_shape[0]),
         run_dir=f"runs/tokenizer_{size}{without}",
         batch_size=768,
         epochs=250,

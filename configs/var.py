@@ -37,7 +37,7 @@ turns ours on) and label smoothing (--config.task.label_smoothing).
 
 import dataclasses
 
-from varjax.data.sources import parse
+from varjax.data.sources import parse_dataset
 from varjax.nn.compute import Compute, Remat
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.experiment import Experiment
@@ -102,7 +102,7 @@ def experiment(size: str, recipe: Recipe, data: str, tokenizer_weights: str) -> 
             drop_path=0.1 * model.depth / 24,
             compute=Compute(remat=recipe.remat),
         ),
-        data=parse(data, tokenizer.image_shape[0]),
+        data=parse_dataset(data, tokenizer.image_shape[0]),
         run_dir=f"runs/var_{size}",
         batch_size=recipe.batch_size,
         epochs=recipe.epochs,

@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from varjax.core import files
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, StorageError
 
 
 def test_a_failure_leaves_the_old_content_and_no_temporary(tmp_path):
@@ -109,3 +109,17 @@ def test_a_folder_is_gone_on_with_for_the_same_request_only(tmp_path):
         files.claim_folder(out, "other.json", request)
     with pytest.raises(InputError, match="request.json is a file; choose another out"):
         files.claim_folder(out / "request.json", "request.json", request)
+
+
+def test_what_cannot_be_written_is_a_storage_error_that_names_it(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file/a.json could not be written: .*Not a directory"):
+        files.write_json(tmp_path / "file" / "a.json", {})
+    full = OSError(28, "No space left on device")
+    with (
+        pytest.raises(StorageError, match="b could not be written: .*No space left"),
+        files.atomic_path(tmp_path / "b") as temporary,
+    ):
+        temporary.write_text("half")
+        raise full
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

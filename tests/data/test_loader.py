@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from tests.helpers import fake_data
-from tests.helpers.fake_data import Fake
+from tests.helpers.fake_data import FakeImages
 from tests.helpers.paths import ROOT
-from varjax.data.loader import Loader
+from varjax.data.loader import make_loader
 from varjax.data.sources.digits import Digits
-from varjax.data.workers import Reading
+from varjax.data.workers import ReadOptions
 
 DATA = Digits(shift=1.0, rotate=10.0, zoom=0.1)
-WORKERS = Reading(workers=2)
+WORKERS = ReadOptions(workers=2)
 
 
 def equal(a, b):
@@ -32,23 +32,23 @@ def take(loader, count, position=0):
 
 
 def test_a_batch_depends_on_seed_and_number_alone():
-    loader = Loader(DATA, 16, seed=3)
+    loader = make_loader(DATA, 16, seed=3)
     batches = take(loader, 7)
-    resumed = take(Loader(DATA, 16, seed=3), 2, position=5)
+    resumed = take(make_loader(DATA, 16, seed=3), 2, position=5)
     equal(batches[5], resumed[0])
     equal(batches[6], resumed[1])
     equal(batches[6], loader.train_batch(6))
-    assert np.any(batches[5]["label_B"] != Loader(DATA, 16, seed=4).train_batch(5)["label_B"])
+    assert np.any(batches[5]["label_B"] != make_loader(DATA, 16, seed=4).train_batch(5)["label_B"])
 
 
-BROKEN = Fake(size=1000, broken=(3, 500, 501, 502, 999))
+BROKEN = FakeImages(size=1000, broken=(3, 500, 501, 502, 999))
 
 
 @pytest.mark.parametrize("data", [DATA, BROKEN], ids=["digits", "broken"])
 @pytest.mark.parametrize("processes", [2, 8])
 def test_processes_share_out_the_same_batches(data, processes):
-    whole, share = Loader(data, 16), 16 // processes
-    parts = [Loader(data, 16, rows=range(i, i + share)) for i in range(0, 16, share)]
+    whole, share = make_loader(data, 16), 16 // processes
+    parts = [make_loader(data, 16, rows=range(i, i + share)) for i in range(0, 16, share)]
     streams = [part.train(60) for part in parts]
     for batch in itertools.islice(whole.train(60), 5):
         batches = [next(stream) for stream in streams]
@@ -60,7 +60,7 @@ def test_processes_share_out_the_same_batches(data, processes):
 
 
 def test_every_epoch_holds_every_image_once_in_a_new_order():
-    loader = Loader(Digits(), 6)  # does not divide the 1,442 images
+    loader = make_loader(Digits(), 6)  # does not divide the 1,442 images
     images = np.concatenate([b["image_BHWC"] for b in take(loader, 2 * 1442 // 6 + 1)])
     first, second = images[:1442], images[1442:2884]
     whole = loader.train_source.images_NHWC  # type: ignore[attr-defined]
@@ -70,12 +70,14 @@ def test_every_epoch_holds_every_image_once_in_a_new_order():
 
 
 def test_augmentation_varies_from_epoch_to_epoch():
-    seen = [{image.tobytes() for image in b["image_BHWC"]} for b in take(Loader(DATA, 1442), 2)]
+    seen = [
+        {image.tobytes() for image in b["image_BHWC"]} for b in take(make_loader(DATA, 1442), 2)
+    ]
     assert len(seen[0] & seen[1]) < 10
 
 
 def test_the_held_out_split_is_seen_once_and_padding_is_marked():
-    batches = list(Loader(DATA, 100).held_out())
+    batches = list(make_loader(DATA, 100).held_out())
     assert [batch["valid_B"].sum() for batch in batches] == [100, 100, 100, 55]
     assert all(batch["image_BHWC"].shape == (100, 8, 8, 1) for batch in batches)
     images = np.concatenate([batch["image_BHWC"][batch["valid_B"]] for batch in batches])
@@ -85,11 +87,11 @@ def test_the_held_out_split_is_seen_once_and_padding_is_marked():
 @pytest.mark.parametrize("rows", [range(0), range(4, 7), range(-1, 3), range(0, 6, 2)])
 def test_rows_outside_of_the_batch_are_refused(rows):
     with pytest.raises(ValueError, match=r"rows is range.* some of range\(0, 6\)"):
-        Loader(DATA, 6, rows=rows)
+        make_loader(DATA, 6, rows=rows)
 
 
 def test_no_more_than_three_batches_are_in_memory():
-    loader = Loader(Fake(size=1000), 50)
+    loader = make_loader(FakeImages(size=1000), 50)
     fake_data.reads.clear()
     stream = loader.train()
     for number in range(1, 4):
@@ -104,10 +106,12 @@ def test_no_more_than_three_batches_are_in_memory():
 
 
 def test_a_broken_image_is_replaced_by_the_next_one_of_its_epoch(capsys):
-    whole = np.concatenate([b["image_BHWC"] for b in take(Loader(Fake(1000), 100), 20)])
+    whole = np.concatenate([b["image_BHWC"] for b in take(make_loader(FakeImages(1000), 100), 20)])
     order = fake_data.number_of(whole[:1000])
     broken = tuple(order[[0, 400, 401, 999]].tolist())  # the last one is followed by the first
-    found = np.concatenate([b["image_BHWC"] for b in take(Loader(Fake(1000, broken), 100), 20)])
+    found = np.concatenate(
+        [b["image_BHWC"] for b in take(make_loader(FakeImages(1000, broken), 100), 20)]
+    )
     for epoch in (slice(0, 1000), slice(1000, 2000)):
         good_N = ~np.isin(fake_data.number_of(whole[epoch]), broken)
         for place in range(1000):
@@ -120,7 +124,7 @@ def test_a_broken_image_is_replaced_by_the_next_one_of_its_epoch(capsys):
 
 
 def test_broken_held_out_images_are_marked():
-    batches = list(Loader(Fake(250, (7, 249)), 100).held_out())
+    batches = list(make_loader(FakeImages(250, (7, 249)), 100).held_out())
     valid_B = np.concatenate([b["valid_B"] for b in batches])
     assert np.flatnonzero(~valid_B).tolist() == [7, *range(249, 300)]
     numbers = fake_data.number_of(np.concatenate([b["image_BHWC"] for b in batches])[valid_B])
@@ -130,23 +134,27 @@ def test_broken_held_out_images_are_marked():
 @pytest.mark.parametrize(
     ("data", "batches", "message"),
     [
-        (Fake(10_000, tuple(range(0, 10_000, 50))), 12, "1[12] of the .* are broken, more than 1%"),
-        (Fake(500, (1, 2, 3, 4, 5, 6)), 5, "6 of the .*(?s:.*)image_"),
-        (Fake(20, (13,)), 1, "1 of the 1. images read so far"),
-        (Fake(10_000, tuple(range(10_000))), 1, "100 images in a row are broken; .*image_"),
-        (Fake(3, (0, 1, 2)), 1, "3 images in a row are broken"),
+        (
+            FakeImages(10_000, tuple(range(0, 10_000, 50))),
+            12,
+            "1[12] of the .* are broken, more than 1%",
+        ),
+        (FakeImages(500, (1, 2, 3, 4, 5, 6)), 5, "6 of the .*(?s:.*)image_"),
+        (FakeImages(20, (13,)), 1, "1 of the 1. images read so far"),
+        (FakeImages(10_000, tuple(range(10_000))), 1, "100 images in a row are broken; .*image_"),
+        (FakeImages(3, (0, 1, 2)), 1, "3 images in a row are broken"),
     ],
 )
 def test_more_than_one_percent_of_broken_images_stop_the_run(data, batches, message):
     with pytest.raises(ValueError, match=message):
-        take(Loader(data, 100 if data.size > 20 else 18), batches)
+        take(make_loader(data, 100 if data.size > 20 else 18), batches)
     if data.size > 20:
-        take(Loader(dataclasses.replace(data, broken=data.broken[:5]), 100), 12)
+        take(make_loader(dataclasses.replace(data, broken=data.broken[:5]), 100), 12)
 
 
 @pytest.fixture(scope="module")
 def with_workers():
-    return Loader(dataclasses.replace(BROKEN, reading=WORKERS), 32)
+    return make_loader(dataclasses.replace(BROKEN, reading=WORKERS), 32)
 
 
 def test_worker_processes_make_the_same_batches(with_workers, capsys):
@@ -154,9 +162,9 @@ def test_worker_processes_make_the_same_batches(with_workers, capsys):
     found = take(with_workers, 33)
     assert not fake_data.reads
     assert capsys.readouterr().err.count("skipped") == 5
-    for a, b in zip(take(Loader(BROKEN, 32), 33), found, strict=True):
+    for a, b in zip(take(make_loader(BROKEN, 32), 33), found, strict=True):
         equal(a, b)
-    equal(Loader(BROKEN, 32).held_out_batch(31), with_workers.held_out_batch(31))
+    equal(make_loader(BROKEN, 32).held_out_batch(31), with_workers.held_out_batch(31))
 
 
 def test_signals_to_the_whole_group_do_not_reach_the_workers(with_workers):
@@ -177,26 +185,26 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(with_workers):
 
 
 def test_errors_of_the_data_reach_the_run(tmp_path):
-    for reading in (Reading(threads=2), Reading(workers=1)):
+    for reading in (ReadOptions(threads=2), ReadOptions(workers=1)):
         with pytest.raises(ZeroDivisionError, match="image 5"):
-            take(Loader(Fake(10, bug_at=5, reading=reading), 4), 5)
+            take(make_loader(FakeImages(10, bug_at=5, reading=reading), 4), 5)
 
-    class Local(Fake):
+    class Local(FakeImages):
         pass
 
     with pytest.raises(ValueError, match="cannot be sent to worker processes .*Local"):
-        Loader(Local(reading=WORKERS), 4).train_batch(0)
+        make_loader(Local(reading=WORKERS), 4).train_batch(0)
     with pytest.raises(ValueError, match="reading.workers is -1"):
-        Reading(workers=-1)
+        ReadOptions(workers=-1)
 
 
 CHILD = """
 import os, sys, itertools
-from tests.helpers.fake_data import Fake
-from varjax.data.loader import Loader
-from varjax.data.workers import Reading
+from tests.helpers.fake_data import FakeImages
+from varjax.data.loader import make_loader
+from varjax.data.workers import ReadOptions
 if __name__ == "__main__":
-    stream = Loader(Fake(reading=Reading(workers=1)), 8).train()
+    stream = make_loader(FakeImages(reading=ReadOptions(workers=1)), 8).train()
     next(stream)
     print("ready", flush=True)
     {end}

@@ -31,14 +31,14 @@ def test_the_middle_is_what_the_official_trainer_takes(shape, size):
 
 def test_an_image_is_resized_until_it_just_covers_the_size():
     def shape(height, width):
-        return transforms.cover(NOISE_HWC, height, width).shape[:2]
+        return transforms.resize_to_cover(NOISE_HWC, height, width).shape[:2]
 
     assert shape(25, 25) == (25, 41)  # 41.5, rounded down
     assert shape(25, 60) == (36, 60)
     assert shape(10, 83) == (50, 83)
-    assert transforms.cover(NOISE_HWC, 50, 50) is NOISE_HWC
+    assert transforms.resize_to_cover(NOISE_HWC, 50, 50) is NOISE_HWC
     gray_HWC = NOISE_HWC[..., :1]
-    resized = transforms.cover(gray_HWC, 20, 20)
+    resized = transforms.resize_to_cover(gray_HWC, 20, 20)
     expected = Image.fromarray(gray_HWC[..., 0]).resize((33, 20), Image.Resampling.LANCZOS)
     assert np.array_equal(resized[..., 0], np.asarray(expected))
 
@@ -46,7 +46,7 @@ def test_an_image_is_resized_until_it_just_covers_the_size():
 @pytest.mark.parametrize("size", [(8, 8), (4, 16), (16, 4)])
 def test_random_crops_reach_every_place_and_no_further(size):
     image_HWC = NOISE_HWC[:20, :28]
-    resized = transforms.cover(image_HWC, *(round(1.125 * side) for side in size))
+    resized = transforms.resize_to_cover(image_HWC, *(round(1.125 * side) for side in size))
     views = np.lib.stride_tricks.sliding_window_view(resized, (*size, 3))[:, :, 0]
     places = {view.tobytes(): place for place, view in _places(views)}
     rng, seen = np.random.default_rng(1), []
@@ -80,7 +80,7 @@ def test_settings_of_a_view_are_checked():
     assert transforms.height_width(5) == (5, 5) and transforms.height_width((4, 6)) == (4, 6)
     for size, channels in ((0, 3), ((4, -1), 3), (8, 2)):
         with pytest.raises(ValueError, match="size is|channels is 2"):
-            transforms.check_view(size, channels)
+            transforms.check_image_shape(size, channels)
 
 
 def _places(views):

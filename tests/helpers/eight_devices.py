@@ -8,13 +8,12 @@ import jax
 import numpy as np
 
 from tests.helpers import runs, tiny
-from varjax.data.loader import Loader
+from varjax.data.loader import make_loader
 from varjax.data.sources.digits import Digits
 from varjax.nn.compute import Compute
-from varjax.tokenizers.vq.model import init_tokenizer
 from varjax.training import sharding
 from varjax.training.optimizer import AdamW
-from varjax.training.prefetch import place
+from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan
 from varjax.var.task import VARTask
@@ -45,7 +44,7 @@ def main() -> None:
         check_layout(shape, state, "up")
         jax.tree.map(close, (state, metrics), whole[:2])
 
-    tokenizer = jax.eval_shape(lambda key: init_tokenizer(runs.TOKENIZER, key), jax.random.key(0))
+    tokenizer = jax.eval_shape(runs.TOKENIZER.init, jax.random.key(0))
     frozen, shape = numbers(tokenizer), MeshShape(1, 4, 2)
     whole = train(TRANSFORMER, frozen, MeshShape(), jax.devices()[:1])
     state, metrics, compiled = train(TRANSFORMER, frozen, shape)
@@ -57,14 +56,14 @@ def main() -> None:
 def train(task, frozen, shape: MeshShape, devices=None):
     """The state and metrics after three steps, and the compiled step."""
     key = jax.random.key(0)
-    mesh, loader = sharding.make_mesh(shape, devices), Loader(Digits(), BATCH)
+    mesh, loader = sharding.make_mesh(shape, devices), make_loader(Digits(), BATCH)
     state = jax.eval_shape(task.init, key)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state)
     params = numbers(state.params)
     placement = sharding.shardings(state, mesh)
     state = sharding.put(zeros.replace(params=params, ema=params), placement)
     frozen = sharding.put(frozen, sharding.shardings(frozen, mesh))
-    batches = [place(loader.train_batch(n), mesh, BATCH) for n in range(3)]
+    batches = [put_batch(loader.train_batch(n), mesh, BATCH) for n in range(3)]
     step = jax.jit(
         sharding.on_mesh(task.train_step, mesh),
         out_shardings=(placement, sharding.replicated(mesh)),

@@ -5,44 +5,43 @@ import dataclasses
 import numpy as np
 
 from varjax.data.decoding import BrokenImage
-from varjax.data.loader import Loader
-from varjax.data.workers import Reading
+from varjax.data.loader import make_loader
+from varjax.data.workers import ReadOptions
 
 reads = []  # the indices that this process has read
 
 
 @dataclasses.dataclass(frozen=True)
-class Fake:
+class FakeImages:
     """The first two pixels tell the image's number, the third one is drawn by augmentation."""
 
     size: int = 100
     broken: tuple[int, ...] = ()
     bug_at: int = -1
-    reading: Reading = Reading(threads=3)
+    reading: ReadOptions = ReadOptions(threads=3)
     classes: int = 10
     image_shape: tuple[int, int, int] = (1, 3, 1)
 
-    def make(self, batch_size, seed, rows=None):
-        return Loader(self, batch_size, seed, rows)
+    make = make_loader
 
     def describe(self):
         return {"class_names": [], "train": {}, "held_out": {}}
 
     def source(self, split):
-        return Source(self)
+        return FakeSource(self)
 
     def augment(self, image_HWC, rng):
         image_HWC = image_HWC.copy()
         image_HWC[0, 2] = rng.integers(256)
         return image_HWC
 
-    def prepare(self, image_HWC):
+    def preprocess(self, image_HWC):
         return image_HWC
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
-    data: Fake
+class FakeSource:
+    data: FakeImages
 
     def __len__(self):
         return self.data.size

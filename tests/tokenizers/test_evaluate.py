@@ -69,7 +69,7 @@ def test_figures_are_those_of_the_images_decoded_one_by_one(split):
     @jax.jit
     def by_hand(x_BHWC):
         tokens_BL = model.encode(x_BHWC)
-        f_hats = model.quantizer.accumulate(tokens_BL)
+        f_hats = model.quantizer.accumulated_scales(tokens_BL)
         rebuilt, f_BhwZ = model.decode_every_scale(tokens_BL), model.features(x_BHWC)
         coarse = VQTokenizer(CONFIG, encoder_dtype=jnp.bfloat16).bind({"params": PARAMS})
         coarse_BL = coarse.quantizer(coarse.features(x_BHWC)).tokens_BL
@@ -134,7 +134,7 @@ def _psnr_of_the_task(weights):
     ("flags", "message"),
     [
         ({"data": "photos:1"}, "give folder:PATH"),
-        ({"data": "tokens:nowhere"}, "holds tokens, but images are needed"),
+        ({"data": "tokens:nowhere"}, "holds latents, but images are needed"),
         ({"weights": "nowhere"}, "nowhere does not exist; give a run's directory"),
         ({"batch_size": "0"}, "batch_size is 0"),
         ({"lpips": "nowhere"}, "8×8 are too small for LPIPS"),

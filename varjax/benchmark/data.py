@@ -1,11 +1,11 @@
-"""How fast a config's data are read, decoded and augmented, by threads and worker processes.
+"""Measures how fast a config's data are read, by threads and worker processes.
 
 python -m varjax.benchmark data --config=configs/FILE.py[:ARGUMENT] [--batches=20]
     [--threads=1,16] [--workers=0,16] [--config.FIELD=VALUE ...]
 
 One line for each part and each way to read:
 
-decode    images read and decoded, not augmented; tokens where the data are tokens
+decode    images read and decoded, not augmented; latents where the data are latents
 augment   and augmented
 loader    whole batches, as training gets them
 """
@@ -15,22 +15,22 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import resource
 import time
 from collections.abc import Iterable
 from typing import Any
 
 from varjax.benchmark.measure import show
 from varjax.core.config_flags import add_config_flags, config_from_flags
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting
+from varjax.core.hardware import process_peak_gb
 from varjax.data.decoding import BrokenImage
-from varjax.data.loader import AHEAD, Loader
-from varjax.data.stream import Examples
-from varjax.data.workers import Readers, Reading
+from varjax.data.loader import BATCHES_AHEAD, Loader
+from varjax.data.stream import ExampleStream
+from varjax.data.workers import ReaderPool, ReadOptions
 
 
 def main(arguments: list[str]) -> None:
-    """Reads the command line; `run` does it."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         "varjax.benchmark data",
         description=__doc__,
@@ -42,23 +42,32 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", default=f"1,{cpus}", help="numbers of threads")
     parser.add_argument("--workers", default=f"{cpus}", help="numbers of processes, 0 for none")
     flags, experiment = config_from_flags(parser, arguments)
-    if flags.batches < 1:
-        raise InputError(f"batches is {flags.batches}, but must be at least 1")
-    ways = [Reading(threads=n) for n in numbers("threads", flags.threads) if n]
-    ways += [Reading(workers=n) for n in numbers("workers", flags.workers) if n]
-    run(experiment.data, experiment.batch_size, experiment.seed, ways, flags.batches)
+    check_setting("batches", flags.batches, flags.batches >= 1, "at least 1")
+    ways = [ReadOptions(threads=n) for n in parse_counts("threads", flags.threads) if n]
+    ways += [ReadOptions(workers=n) for n in parse_counts("workers", flags.workers) if n]
+    measure_reading(experiment.data, experiment.batch_size, experiment.seed, ways, flags.batches)
 
 
-def numbers(name: str, text: str) -> list[int]:
-    """Those of "1,2,4", in order; ValueError for anything else."""
+def parse_counts(name: str, text: str) -> list[int]:
+    """Returns the numbers in "1,2,4", in order; raises InputError for anything else."""
     try:
         return sorted({int(word) for word in text.split(",")})
     except ValueError as error:
         raise InputError(f"{name} is {text!r}; give numbers, say 1,2,4") from error
 
 
-def run(data: Any, batch_size: int, seed: int, ways: Iterable[Reading], batches: int) -> None:
-    """Prints a line for each part and each of `ways`."""
+def measure_reading(
+    data: Any, batch_size: int, seed: int, ways: Iterable[ReadOptions], batches: int
+) -> None:
+    """Prints a line for each part and each way to read.
+
+    Args:
+        data: a dataset.
+        batch_size: examples in a batch.
+        seed: of shuffling and augmentation.
+        ways: numbers of threads or processes to compare.
+        batches: to measure, of each kind.
+    """
     for reading in ways:
         loader = dataclasses.replace(data, reading=reading).make(batch_size, seed)
         for part, measure in {"decode": _decode, "augment": _augment, "loader": _load}.items():
@@ -74,33 +83,33 @@ def run(data: Any, batch_size: int, seed: int, ways: Iterable[Reading], batches:
                 seconds=took / batches,
                 images_per_second=batches * batch_size / took,
                 batch_mb=sum(x.nbytes for x in loader.train_batch(0).values()) / 1e6,
-                peak_memory_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+                peak_memory_gb=process_peak_gb(),
             )
 
 
-def decode(examples: Examples, positions: Iterable[int]) -> None:
-    """Reads these images, in the order in which they lie there, and forgets them."""
-    source = examples.train_source
+def decode_examples(stream: ExampleStream, positions: Iterable[int]) -> None:
+    """Reads the examples at these places of the training split and forgets them."""
+    source = stream.train_source
     for position in positions:
         with contextlib.suppress(BrokenImage):
             source[position % len(source)]
 
 
-def augment(examples: Examples, positions: Iterable[int]) -> None:
+def augment_examples(stream: ExampleStream, positions: Iterable[int]) -> None:
     """Makes the rows at these positions of the training stream and forgets them."""
-    examples.train(positions)
+    stream.train(positions)
 
 
 def _decode(loader: Loader, batches: int) -> float:
-    return _seconds(loader.readers, decode, loader.batch_size, batches)
+    return _seconds(loader.readers, decode_examples, loader.batch_size, batches)
 
 
 def _augment(loader: Loader, batches: int) -> float:
-    return _seconds(loader.readers, augment, loader.batch_size, batches)
+    return _seconds(loader.readers, augment_examples, loader.batch_size, batches)
 
 
-def _seconds(readers: Readers, function: Any, size: int, batches: int) -> float:
-    """For so many batches, all submitted at once."""
+def _seconds(readers: ReaderPool, function: Any, size: int, batches: int) -> float:
+    """Times so many batches, all submitted at once."""
     parts = [range(i * size, (i + 1) * size) for i in range(batches + 1)]
     readers.submit(len, function, parts[0]).result()
     begin = time.perf_counter()
@@ -111,7 +120,9 @@ def _seconds(readers: Readers, function: Any, size: int, batches: int) -> float:
 
 def _load(loader: Loader, batches: int) -> float:
     stream = loader.train()
-    next(itertools.islice(stream, AHEAD, None))  # from here on as many are begun as are taken
+    next(
+        itertools.islice(stream, BATCHES_AHEAD, None)
+    )  # from here on as many are begun as are taken
     begin = time.perf_counter()
     next(itertools.islice(stream, batches - 1, None))
     return time.perf_counter() - begin

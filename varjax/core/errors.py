@@ -26,13 +26,19 @@ def check_setting(name: str, value: object, valid: bool, allowed: str) -> None:
         raise InputError(f"{name}={value}: must be {allowed}")
 
 
-def run_command(name: str, action: Callable[[], object], debug: bool = False) -> int:
+def run_command(
+    name: str,
+    action: Callable[[], object],
+    debug: bool = False,
+    interrupted: str = "interrupted",
+) -> int:
     """Runs a command and returns its exit code.
 
     Args:
         name: of the command, which begins its messages.
         action: does everything; what it returns is ignored, but for an int, which is the exit code.
         debug: whether users' mistakes are shown with their traceback too.
+        interrupted: printed after Ctrl-C.
 
     Returns:
         0 if `action` returned no int, 1 after an InputError, 130 after Ctrl-C.
@@ -46,6 +52,6 @@ def run_command(name: str, action: Callable[[], object], debug: bool = False) ->
             print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        print(f"{name}: {interrupted}", file=sys.stderr)
         return 130
     return code if isinstance(code, int) else 0

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from varjax.core import safetensors_io
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, StorageError
 
 
 @contextlib.contextmanager
@@ -20,13 +20,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a sibling path to write a file or a directory to; on success it becomes `path`.
 
     The content reaches the disk before the name does, so a reader sees the old content or all of
-    the new one. On an exception the temporary is removed and `path` stays as it was.
+    the new one. On an exception the temporary is removed and `path` stays as it was. Raises
+    StorageError where it cannot be written.
     """
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _remove(temporary)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
         yield temporary
         inside = temporary.rglob("*") if temporary.is_dir() else ()
         for entry in (*inside, temporary):
@@ -35,8 +36,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             shutil.rmtree(path)
         os.replace(temporary, path)
         _fsync(path.parent)
+    except InputError:  # a StorageError among them
+        raise
+    except OSError as error:
+        raise StorageError(f"{path} could not be written: {error}") from error
     finally:
-        _remove(temporary)
+        with contextlib.suppress(OSError):
+            _remove(temporary)
 
 
 @contextlib.contextmanager
@@ -121,7 +127,7 @@ def check_same_request(
     ]
     if lines:
         raise InputError(
-            f"{path} was made for another request:\n  "
+            f"{path} was made for another request, or of files that have changed since:\n  "
             + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
             + "\nask for the same to go on, delete it, or choose another out"
         )

@@ -1,11 +1,11 @@
-"""Runs the tokenizer of a config over its images once, so that training reads tokens instead.
+"""Runs the tokenizer of a config over its images once, so that training reads latents instead.
 
 python -m varjax.data.cache_latents --config=FILE.py[:ARGUMENT] --out=DIR [--augmentations=10]
 
-`data=tokens:DIR` (or Tokens("DIR") in a config) then trains on them. Settings of the config are
-changed by --config.FIELD=VALUE, as for train.py. The same command goes on after a kill, and does
-nothing when all is done. Several processes share the work: --distributed where JAX finds them by
-itself, else --processes=COUNT --process=NUMBER.
+`data=latents:DIR` (or CachedLatents("DIR") in a config) then trains on them. Fields of the config
+are changed by --config.FIELD=VALUE, as for train.py. The same command goes on after a kill, and
+does nothing when all is done. Several processes share the work: --distributed where JAX finds them
+by itself, else --processes=COUNT --process=NUMBER; they need not talk to one another.
 """
 
 import argparse
@@ -18,57 +18,61 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from varjax.core import config_tree
-from varjax.core.errors import InputError
-from varjax.data.latent_shards import Encode, Shard, begin, fill
-from varjax.data.latents import Tokens
-from varjax.data.loader import Loader
-from varjax.data.stream import Dataset
+from varjax.core import config_tree, files
+from varjax.core.config_flags import add_config_flags, config_from_flags
+from varjax.core.distributed import add_process_flags, connect_by_flags
+from varjax.core.errors import InputError, check_setting, run_command
+from varjax.data.latent_shards import (
+    ABOUT_FILE,
+    EncodeBatch,
+    LatentShard,
+    ShapeAndDtype,
+    spec_to_json,
+    write_shards,
+)
+from varjax.data.latents import CachedLatents
+from varjax.data.loader import make_loader
+from varjax.data.stream import ImageDataset
 
-IN_SHARD = 4096  # images
-WHERE = ("reading", "root", "name", "data_dir")  # fields that do not tell which images there are
+IMAGES_PER_SHARD = 4096
+# Fields of a dataset that do not tell which images there are.
+LOCATION_FIELDS = ("reading", "root", "name", "data_dir")
+
+INTERRUPTED = "stopped; the same command goes on from here"
 
 
-class Tokenizer(Protocol):
-    """The settings of one: the number of its codes, and the images that it takes."""
-
-    @property
-    def vocab(self) -> int: ...
+class LatentEncoder(Protocol):
+    """As much of a tokenizer (`varjax.tokenizers.contract`) as a cache needs."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
 
+    @property
+    def latent_spec(self) -> Mapping[str, ShapeAndDtype]: ...
 
-class Task(Protocol):
-    """What trains on tokens."""
+    def encode(self, params: Any, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+        """Encodes uint8 images into the arrays of `latent_spec`, each with a leading batch axis."""
+        ...
+
+
+class LatentTask(Protocol):
+    """As much of a task (`varjax.training.task`) that trains on latents as a cache needs."""
 
     @property
-    def tokenizer(self) -> Tokenizer: ...
+    def tokenizer(self) -> LatentEncoder: ...
 
     def frozen(self) -> Any:
-        """The tokenizer's weights."""
+        """Returns the tokenizer's parameters."""
         ...
 
-    def tokenized_by(self, frozen: Any) -> dict[str, Any]:
-        """What tells two tokenizers apart, as flat JSON data; {} where the task takes no tokens."""
-        ...
-
-    def tokens(self, frozen: Any, image_BHWC: jax.Array) -> jax.Array:
-        """uint8 images -> (B, L) int32."""
+    def tokenizer_identity(self, frozen: Any) -> dict[str, Any]:
+        """Returns flat JSON data of the tokenizer; {} where the task trains on images only."""
         ...
 
 
-class Data(Dataset, Protocol):
-    """Images to make tokens of."""
-
-    def make(self, batch_size: int, seed: int) -> Loader: ...
-
-    def describe(self) -> dict[str, Any]: ...
-
-
-def tokenize(
-    task: Task,
-    data: Data,
+def cache_latents(
+    task: LatentTask,
+    data: ImageDataset,
     seed: int,
     batch_size: int,
     out: str,
@@ -76,105 +80,104 @@ def tokenize(
     shards: int = 0,
     process: tuple[int, int] = (0, 1),
 ) -> str:
-    """Fills `out`, or what is left of it; returns a line that sums it up.
+    """Fills the folder `out` with latents, or does what is left of that.
 
-    Augmentation e of an image is the one that epoch e of a training run with this seed shows; of
-    the held-out images there is one view. batch_size: images at a time on all devices of this
-    process. shards: files of the training split, 0 for one per 4,096 images. process: (number,
-    count) of those that share the work.
+    They depend on nothing but task, data, seed and, by rounding, batch_size and devices.
 
-    Tokens do not depend on anything but task, data, seed and, by rounding, batch_size and devices.
-    Raises InputError for settings without sense, and where `out` holds other tokens.
+    Args:
+        task: whose tokenizer encodes.
+        data: the images.
+        seed: augmentation e of an image is the one that epoch e of a run with this seed shows.
+        batch_size: images at a time on all devices of this process.
+        out: a folder, for `CachedLatents`.
+        augmentations: of each training image; of the held-out images there is one view.
+        shards: files of the training split, 0 for one per 4,096 images.
+        process: (number, count) of those that share the work.
+
+    Returns:
+        A line that sums it up.
+
+    Raises:
+        InputError: settings without sense, or `out` was begun for another request.
     """
     index, count = process
-    if augmentations < 1 or shards < 0:
-        raise InputError(
-            f"augmentations is {augmentations}, shards {shards}; give 1 or more, shards may be 0"
-        )
-    if not 0 <= index < count:
-        raise InputError(f"process {index} is none of {count}; they are numbered from 0")
-    if isinstance(data, Tokens):
-        raise InputError(f"the config's data are tokens already, in {data.root}; give its images")
-    if batch_size < 1 or batch_size % len(jax.local_devices()):
-        raise InputError(
-            f"batch_size is {batch_size}, but must be a multiple of the {len(jax.local_devices())} "
-            "devices of this process"
-        )
+    check_setting("augmentations", augmentations, augmentations >= 1, "1 or more")
+    check_setting("shards", shards, shards >= 0, "1 or more, or 0 to choose")
+    check_setting("process", index, 0 <= index < count, f"from 0 to {count - 1}")
+    if isinstance(data, CachedLatents):
+        raise InputError(f"the config's data are latents already, in {data.root}; give its images")
+    devices = len(jax.local_devices())
+    fits = batch_size > 0 and batch_size % devices == 0
+    check_setting("batch_size", batch_size, fits, f"a multiple of this process's {devices} devices")
     frozen = task.frozen()
-    if not (tokenized_by := task.tokenized_by(frozen)):
+    if not (tokenizer_identity := task.tokenizer_identity(frozen)):
         raise InputError(f"a {type(task).__name__} trains on images; give a transformer's config")
     if data.image_shape != task.tokenizer.image_shape:
         raise InputError(
             f"the data's images are {data.image_shape}, but the tokenizer takes "
             f"{task.tokenizer.image_shape}"
         )
-    loader = data.make(batch_size, seed)
+    loader = make_loader(data, batch_size, seed)
     images = {"train": len(loader.train_source), "held_out": len(loader.held_out_source)}
-    used = {k: v for k, v in config_tree.to_dict(data).items() if k not in WHERE}
-    shape = jax.ShapeDtypeStruct((batch_size, *data.image_shape), np.uint8)
+    fields = {k: v for k, v in config_tree.to_dict(data).items() if k not in LOCATION_FIELDS}
     about = {
-        "tokenized_by": tokenized_by,
+        "tokenizer_identity": tokenizer_identity,
+        "latent_spec": spec_to_json(task.tokenizer.latent_spec),
         "data": data.describe(),
-        "settings": {"kind": type(data).__name__} | used,
+        "settings": {"kind": type(data).__name__} | fields,
         "classes": data.classes,
         "image_shape": list(data.image_shape),
         "seed": seed,
-        "vocab": task.tokenizer.vocab,
-        "length": jax.eval_shape(task.tokens, frozen, shape).shape[1],
         "images": images,
         "augmentations": {"train": augmentations, "held_out": 1},
         "shards": {split: _shards(images, split, shards) for split in images},
     }
     path = pathlib.Path(out)
-    begin(path, about)
-    shards_here = Shard.all(path, about)
-    if mine := [shard for shard in shards_here[index::count] if not shard.path.exists()]:
-        fill(mine, loader, _encoder(task, frozen))
-    if missing := sum(not shard.path.exists() for shard in shards_here):
-        return f"{out}: this process is done, {missing} of {len(shards_here)} files are missing"
+    files.claim_folder(path, ABOUT_FILE, about)
+    all_shards = LatentShard.all(path, about)
+    if mine := [shard for shard in all_shards[index::count] if not shard.path.exists()]:
+        write_shards(mine, loader, _encoder(task.tokenizer, frozen))
+    if missing := sum(not shard.path.exists() for shard in all_shards):
+        return f"{out}: this process is done, {missing} of {len(all_shards)} files are missing"
     return (
-        f"{out} is complete: tokens of {augmentations} augmentations of {images['train']} images, "
+        f"{out} is complete: latents of {augmentations} augmentations of {images['train']} images, "
         f"and of {images['held_out']} held out"
     )
 
 
-def _encoder(task: Task, frozen: Any) -> Encode:
-    """uint8 images (B, H, W, C) -> (B, L), over all devices of this process."""
+def _encoder(tokenizer: LatentEncoder, params: Any) -> EncodeBatch:
+    """Encodes uint8 images over all devices of this process."""
     mesh = Mesh(np.array(jax.local_devices()), ("data",))
     rows, everywhere = (NamedSharding(mesh, PartitionSpec(*a)) for a in (("data",), ()))
-    frozen = jax.device_put(frozen, everywhere)
-    tokens = jax.jit(task.tokens, in_shardings=(everywhere, rows), out_shardings=rows)
-    return lambda image_BHWC: tokens(frozen, image_BHWC)
+    params = jax.device_put(params, everywhere)
+    encode = jax.jit(tokenizer.encode, in_shardings=(everywhere, rows), out_shardings=rows)
+    return lambda image_BHWC: encode(params, image_BHWC)
 
 
 def _shards(images: Mapping[str, int], split: str, asked: int) -> int:
-    per_shard = images["train"] / asked if asked else IN_SHARD
+    per_shard = images["train"] / asked if asked else IMAGES_PER_SHARD
     return min(images[split], max(1, round(images[split] / per_shard)))
 
 
 def main(arguments: list[str]) -> int:
+    """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "varjax cache-latents",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", required=True, help="a transformer's")
-    parser.add_argument("--out", required=True, help="the directory for the tokens")
-    parser.add_argument("--augmentations", type=int, default=1, help="of each training image")
-    parser.add_argument("--batch_size", type=int, default=0, help="0: the config's, shared")
-    parser.add_argument("--shards", type=int, default=0, help="0: one per 4,096 images")
-    parser.add_argument("--distributed", action="store_true", help="one of several processes")
-    parser.add_argument("--processes", type=int, default=1, help="how many share the work")
-    parser.add_argument("--process", type=int, default=0, help="the number of this one, from 0")
-    flags, others = parser.parse_known_args(arguments)
-    try:
-        if strange := [o for o in others if not o.startswith("--config.")]:
-            raise InputError(f"cannot read {strange}; settings are --config.FIELD=VALUE")
-        experiment = config_tree.load_config(flags.config)
-        experiment = config_tree.override(experiment, [o.removeprefix("--config.") for o in others])
-        process = flags.process, flags.processes
-        if flags.distributed:
-            jax.distributed.initialize()
-            process = jax.process_index(), jax.process_count()
-        said = tokenize(
+    add_config_flags(parser)
+    add = parser.add_argument
+    add("--out", required=True, metavar="DIR", help="the folder for the latents")
+    add("--augmentations", type=int, default=1, help="of each training image (1)")
+    add("--batch_size", type=int, default=0, help="images at a time (the config's, shared)")
+    add("--shards", type=int, default=0, help="files of the training split (one per 4,096 images)")
+    add_process_flags(parser)
+
+    def action() -> None:
+        flags, experiment = config_from_flags(parser, arguments)
+        process = connect_by_flags(flags, communicate=False)
+        summary = cache_latents(
             experiment.task,
             experiment.data,
             experiment.seed,
@@ -184,14 +187,9 @@ def main(arguments: list[str]) -> int:
             flags.shards,
             process,
         )
-    except (ValueError, OSError) as error:
-        print(f"varjax.data.cache_latents: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    print(said)
-    return 0
+        print(summary)
+
+    return run_command("varjax cache-latents", action, interrupted=INTERRUPTED)
 
 
 if __name__ == "__main__":

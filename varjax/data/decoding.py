@@ -1,4 +1,4 @@
-"""Bytes of an image file in, a uint8 array out, or an error that says which file and why."""
+"""Decodes image files to uint8 arrays; an error names the file and the reason."""
 
 import io
 import os
@@ -10,11 +10,16 @@ from PIL import UnidentifiedImageError
 from varjax.core import image_io
 from varjax.core.errors import InputError
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's names by number of channels
+PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 
 
 class BrokenImage(InputError):
-    """An image that cannot be decoded: the `name` of its file or record, and the `reason`."""
+    """Reports an image that cannot be decoded.
+
+    Attributes:
+        name: its file or record.
+        reason: why, as Pillow or the operating system puts it.
+    """
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)  # both, so that it survives pickling
@@ -24,41 +29,50 @@ class BrokenImage(InputError):
         return f"{self.name} cannot be read as an image: {self.reason}"
 
 
-def read(path: str | os.PathLike) -> bytes:
-    """The content of a file; BrokenImage where it cannot be read."""
+def read_file(path: str | os.PathLike) -> bytes:
+    """Returns the content of a file; raises BrokenImage where it cannot be read."""
     try:
         return pathlib.Path(path).read_bytes()
     except OSError as error:
-        raise BrokenImage(printable(path), error.strerror or str(error)) from error
+        raise BrokenImage(printable_path(path), error.strerror or str(error)) from error
 
 
-def decode(file: bytes | str | os.PathLike, channels: int = 3, name: str = "") -> np.ndarray:
-    """uint8 (H, W, channels) of an encoded image, or of the one in the file at a path.
+def decode_image(file: bytes | str | os.PathLike, channels: int = 3, name: str = "") -> np.ndarray:
+    """Decodes an image by Pillow, whatever it holds: gray, palettes, CMYK, 1 bit and 16 bits.
 
-    channels: 1 gray, 3 RGB, 4 RGBA; whatever the file holds is converted, gray, palettes, CMYK,
-    1 bit and 16 bits. With 1 and 3 an alpha channel is dropped, as by the reference's
-    `convert("RGB")`. EXIF orientation is applied; of an animation the first frame counts. Raises
-    BrokenImage, which tells `name` or the path.
+    EXIF orientation is applied; of an animation the first frame counts. With 1 and 3 channels an
+    alpha channel is dropped, as by the reference's `convert("RGB")`.
+
+    Args:
+        file: the encoded image, or the path of its file.
+        channels: 1 gray, 3 RGB, 4 RGBA.
+        name: for messages; needed where `file` is bytes.
+
+    Returns:
+        uint8 (H, W, channels).
+
+    Raises:
+        BrokenImage: tells `name`, or the path.
     """
     if isinstance(file, bytes):
         assert name, "bytes need a name"
         data = file
     else:
-        name, data = name or printable(file), read(file)
+        name, data = name or printable_path(file), read_file(file)
     try:
         picture = image_io.load(io.BytesIO(data))
         if picture.mode == "P":  # by this detour Pillow does not warn of transparent palettes
             picture = picture.convert("RGBA")
-        image = np.asarray(picture.convert(MODES[channels]))
+        image_HWC = np.asarray(picture.convert(PILLOW_MODES[channels]))
     except UnidentifiedImageError as error:
         reason = "it is of no known format" if data else "it is empty"
         raise BrokenImage(name, reason) from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
-        reason = f"{type(error).__name__}: {error}".removeprefix("ValueError: ")
-        raise BrokenImage(name, reason) from error
-    return image.reshape(*image.shape[:2], channels)
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise BrokenImage(name, f"{kind}{error}") from error
+    return image_HWC.reshape(*image_HWC.shape[:2], channels)
 
 
-def printable(path: str | os.PathLike) -> str:
-    """A path as text that any terminal and file takes, also where it is not UTF-8."""
+def printable_path(path: str | os.PathLike) -> str:
+    """Returns a path as text that any terminal and file takes, also where it is not UTF-8."""
     return os.fspath(path).encode("utf-8", "replace").decode()

@@ -1,39 +1,98 @@
-"""How tokens lie in files, and how the files are written: each whole or not at all."""
+"""Writes latents to files, each whole or not at all, and says how they lie in them.
+
+A folder holds latents.json, and for each split some .safetensors files with the latents of
+consecutive images: per array of the `latent_spec` one of shape (N, U, ...) in its storage dtype,
+for N images and U augmentations of each, besides "label_N" and "valid_N" (False for broken images).
+"""
 
 import dataclasses
 import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from varjax.core import files
-from varjax.core.errors import InputError
-from varjax.data.loader import Loader, Tally, stream
-from varjax.data.stream import Examples, Split
+from varjax.data.loader import BrokenImageCounter, Loader, read_ahead
+from varjax.data.stream import ExampleStream, Split
 
-ABOUT = "tokens.json"  # what all of a directory's tokens are
-Encode = Callable[[np.ndarray], Any]  # images (B, H, W, C) -> tokens (B, L), in the background
+ABOUT_FILE = "latents.json"  # says what a folder's latents are
+
+# uint8 images (B, H, W, C) -> latents by name, (B, ...), perhaps still being computed.
+EncodeBatch = Callable[[np.ndarray], Mapping[str, Any]]
+
+
+class ShapeAndDtype(Protocol):
+    """Anything with a shape and a dtype, such as jax.ShapeDtypeStruct."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """Shape and storage dtype of one array of an image's latents; without JAX, unlike its own.
+
+    Attributes:
+        shape: of one image's array, without batch axis.
+        dtype: in files; integers of any kind become int32 in a batch, floats float32.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def batch_dtype(self) -> type:
+        return np.int32 if np.issubdtype(self.dtype, np.integer) else np.float32
+
+
+def spec_to_json(spec: Mapping[str, ShapeAndDtype]) -> dict[str, Any]:
+    """Returns a `latent_spec` as JSON data, {name: {"shape", "dtype"}}."""
+    return {
+        name: {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name}
+        for name, array in spec.items()
+    }
+
+
+def read_spec(about: Mapping[str, Any]) -> dict[str, ArraySpec]:
+    """Returns the `latent_spec` in the content of latents.json."""
+    return {
+        name: ArraySpec(tuple(array["shape"]), np.dtype(array["dtype"]))
+        for name, array in about["latent_spec"].items()
+    }
+
+
+def stored_name(name: str) -> str:
+    """Returns the name in files of an array of a batch: "tokens_BL" is stored as "tokens_NUL"."""
+    stem, _, letters = name.rpartition("_")
+    return f"{stem}_NU{letters.removeprefix('B')}"
 
 
 def shard_starts(images: int, shards: int) -> list[int]:
-    """The first image of each shard, and the number of images."""
+    """Returns the first image of each shard, and at the end the number of images."""
     return [i * images // shards for i in range(shards + 1)]
 
 
 def shard_name(split: str, number: int, count: int) -> str:
-    """A shard's file."""
+    """Returns the file name of a split's shard `number` of `count`."""
     return f"{split}-{number:05d}-of-{count:05d}.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """A file to be, of the tokens of some consecutive images of a split.
+class LatentShard:
+    """A file to be written, of the latents of some consecutive images of a split.
 
-    about: the content of ABOUT.
+    Attributes:
+        out: the folder.
+        split: "train" or "held_out".
+        number: of the shard, from 0.
+        about: the content of latents.json.
     """
 
     out: pathlib.Path
@@ -42,7 +101,8 @@ class Shard:
     about: Mapping[str, Any]
 
     @classmethod
-    def all(cls, out: pathlib.Path, about: Mapping[str, Any]) -> "list[Shard]":
+    def all(cls, out: pathlib.Path, about: Mapping[str, Any]) -> "list[LatentShard]":
+        """Lists the shards of both splits."""
         splits: tuple[Split, ...] = ("train", "held_out")
         return [cls(out, s, i, about) for s in splits for i in range(about["shards"][s])]
 
@@ -52,50 +112,37 @@ class Shard:
 
     @property
     def augmentations(self) -> int:
-        """Of each image."""
+        """The number of augmentations of each image, U."""
         return self.about["augmentations"][self.split]
 
     @property
     def rows(self) -> range:
-        """Those of its images, numbered through the whole split."""
+        """Its rows, U of each image, numbered through the whole split."""
         starts = shard_starts(self.about["images"][self.split], self.about["shards"][self.split])
         start, stop = starts[self.number : self.number + 2]
         return range(start * self.augmentations, stop * self.augmentations)
 
     def write(self, rows: Mapping[str, np.ndarray]) -> None:
-        """From the "tokens_BL", "label_B" and "valid_B" of all rows."""
-        A, valid_B = self.augmentations, rows["valid_B"]
-        tokens_BL = np.where(valid_B[:, None], rows["tokens_BL"], 0)
-        tokens_BL = tokens_BL.astype(np.uint16 if self.about["vocab"] <= 2**16 else np.int32)
-        arrays = {
-            "tokens_NAL": tokens_BL.reshape(-1, A, tokens_BL.shape[1]),
-            "label_N": rows["label_B"][::A],
-            "valid_N": valid_B[::A],
-        }
+        """Writes the file from the latents, "label_B" and "valid_B" of all its rows."""
+        U, valid_B = self.augmentations, rows["valid_B"]
+        arrays = {"label_N": rows["label_B"][::U], "valid_N": valid_B[::U]}
+        for name, spec in read_spec(self.about).items():
+            array = rows[name].astype(spec.dtype)
+            array[~valid_B] = 0
+            arrays[stored_name(name)] = array.reshape(-1, U, *spec.shape)
         for left_by_a_kill in self.out.glob(f".{self.path.name}.*.tmp"):
             left_by_a_kill.unlink()
         files.write_tensors(self.path, arrays, {})
 
 
-def begin(path: pathlib.Path, about: dict[str, Any]) -> None:
-    """Writes what the tokens will be, or makes sure that those there are the same."""
-    if not (path / ABOUT).exists():
-        if path.is_dir() and any(not file.name.startswith(".") for file in path.iterdir()):
-            raise InputError(f"{path} holds files and no {ABOUT}; empty it or choose another out")
-        files.write_json(path / ABOUT, about)
-        return
-    there = files.read_json(path / ABOUT)
-    names = [name for name in about if there.get(name) != about[name]]
-    if lines := [f"{name}: {there.get(name)} there, {about[name]} asked for" for name in names]:
-        raise InputError(
-            f"{path} holds other tokens:\n  "
-            + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
-            + "\nask for the same to go on, delete it, or choose another out"
-        )
+def write_shards(shards: list[LatentShard], loader: Loader, encode: EncodeBatch) -> None:
+    """Encodes the images of `shards` and writes their files, with a progress bar.
 
-
-def fill(shards: list[Shard], loader: Loader, encode: Encode) -> None:
-    """Writes the files of `shards`, with batches of the loader's size and a progress bar."""
+    Args:
+        shards: of either split.
+        loader: of the images; its batch size is that of `encode`.
+        encode: the tokenizer, over all devices of this process.
+    """
     total = sum(len(shard.rows) for shard in shards)
     pause = 0.1 if sys.stderr.isatty() else 10
     with tqdm(total=total, unit="image", smoothing=0.05, mininterval=pause) as bar:
@@ -108,7 +155,7 @@ def fill(shards: list[Shard], loader: Loader, encode: Encode) -> None:
                 assert batch is not None
                 shard, rows, last = batch
                 count = len(rows["label_B"])
-                made.append(rows | {"tokens_BL": np.asarray(rows["tokens_BL"])[:count]})
+                made.append({name: np.asarray(array)[:count] for name, array in rows.items()})
                 bar.update(count)
                 if last:
                     shard.write({name: np.concatenate([m[name] for m in made]) for name in rows})
@@ -116,23 +163,20 @@ def fill(shards: list[Shard], loader: Loader, encode: Encode) -> None:
 
 
 def _encoded(
-    shards: list[Shard], loader: Loader, encode: Encode
-) -> Iterator[tuple[Shard, dict[str, Any], bool]]:
-    """(shard, some of its rows, whether they are the last ones); the tokens are still being made.
-
-    All shards are of one split.
-    """
+    shards: list[LatentShard], loader: Loader, encode: EncodeBatch
+) -> Iterator[tuple[LatentShard, dict[str, Any], bool]]:
+    """Yields (shard, some of its rows, whether they are the last ones); all shards of one split."""
     size = loader.batch_size
     batches = [(s, s.rows[i : i + size]) for s in shards for i in range(0, len(s.rows), size)]
     positions = [rows for _, rows in batches]
     if shards[0].split == "train":
-        tally, A = Tally(len(loader.train_source)), shards[0].augmentations
-        read = stream(loader.readers, tally, positions, Examples.augmented, A)
+        counter, U = BrokenImageCounter(len(loader.train_source)), shards[0].augmentations
+        read = read_ahead(loader.readers, counter, positions, ExampleStream.augmented, U)
     else:
-        tally = Tally(len(loader.held_out_source))
-        read = stream(loader.readers, tally, positions, Examples.held_out)
+        counter = BrokenImageCounter(len(loader.held_out_source))
+        read = read_ahead(loader.readers, counter, positions, ExampleStream.held_out)
     for (shard, where), rows in zip(batches, read, strict=True):
         image_BHWC = rows.pop("image_BHWC")
-        whole_BHWC = np.zeros((size, *image_BHWC.shape[1:]), np.uint8)
-        whole_BHWC[: len(image_BHWC)] = image_BHWC
-        yield shard, rows | {"tokens_BL": encode(whole_BHWC)}, where.stop == shard.rows.stop
+        padded_BHWC = np.zeros((size, *image_BHWC.shape[1:]), np.uint8)
+        padded_BHWC[: len(image_BHWC)] = image_BHWC
+        yield shard, rows | dict(encode(padded_BHWC)), where.stop == shard.rows.stop

@@ -1,9 +1,10 @@
-"""Tokens computed once, to train on instead of images: python -m varjax.data.cache_latents."""
+"""Reads latents that were computed once, to train on instead of images."""
 
 import bisect
 import dataclasses
 import functools
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,30 +12,44 @@ import numpy as np
 from varjax.core import files
 from varjax.core.errors import InputError
 from varjax.data.decoding import BrokenImage
-from varjax.data.latent_shards import ABOUT, shard_name, shard_starts
+from varjax.data.latent_shards import (
+    ABOUT_FILE,
+    ArraySpec,
+    read_spec,
+    shard_name,
+    shard_starts,
+    stored_name,
+)
 from varjax.data.loader import Loader
 from varjax.data.stream import Example, Split
-from varjax.data.workers import Reading
+from varjax.data.workers import ReadOptions
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokens:
-    """A directory that `python -m varjax.data.cache_latents` filled.
+class CachedLatents:
+    """A folder that `python -m varjax.data.cache_latents` filled.
 
-    It holds the tokens of N augmentations of each training image, of which epoch e shows number
-    e mod N. With the seed that they were made with, the first N epochs are those of the images.
-    ValueError where `root` holds none, or not yet all.
+    It holds the latents of U augmentations of each training image, of which epoch e shows number
+    e mod U. With the seed that they were made with, the first U epochs are those of the images.
+    Raises InputError where `root` holds none, or not yet all.
+
+        data = CachedLatents("/data/tokens")
+        batch = data.make(batch_size=64, seed=0).train_batch(0)  # {"tokens_BL", "label_B"}
+
+    Attributes:
+        root: the folder.
+        reading: threads or worker processes.
     """
 
     root: str
-    reading: Reading = Reading()
+    reading: ReadOptions = ReadOptions()
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
-        """What they are: all that the command was asked for."""
-        if not (path := pathlib.Path(self.root) / ABOUT).is_file():
+        """All that the command was asked for, as it wrote it down."""
+        if not (path := pathlib.Path(self.root) / ABOUT_FILE).is_file():
             raise InputError(
-                f"{self.root} holds no tokens: {path} is missing; make some by "
+                f"{self.root} holds no latents: {path} is missing; make some by "
                 "python -m varjax.data.cache_latents"
             )
         return files.read_json(path)
@@ -45,102 +60,118 @@ class Tokens:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Of the images that became tokens."""
+        """(H, W, channels) of the images that became latents."""
         H, W, C = self.about["image_shape"]
         return H, W, C
 
-    def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
-        """Batches {"tokens_BL", "label_B"}, of which this process gets `rows` (None: all)."""
-        views = TokenViews(self.about["length"])
-        loader = Loader(self, batch_size, seed, rows, views, self.about["tokenized_by"])
+    @property
+    def latent_spec(self) -> dict[str, ArraySpec]:
+        """Shape and storage dtype of one image's latents, by their names in a batch."""
+        return read_spec(self.about)
+
+    def make(self, batch_size: int, seed: int = 0, rows: range | None = None) -> Loader:
+        """Makes batches of the latents and "label_B"; see `make_loader`."""
+        transform, identity = LatentTransform(self.latent_spec), self.about["tokenizer_identity"]
+        loader = Loader(self, transform, batch_size, seed, rows, identity)
         _ = loader.train_source, loader.held_out_source  # so that what is missing is told now
         return loader
 
-    def source(self, split: Split) -> "StoredTokens":
-        """The images of one split, in the order of the data that they were."""
+    def source(self, split: Split) -> "LatentSource":
+        """Opens a split, in the order of the images."""
         about = self.about
-        shape = about["images"][split], about["augmentations"][split], about["length"]
-        stored = StoredTokens(self.root, split, shape, about["shards"][split])
-        stored.open()
-        return stored
+        counts = about["images"][split], about["augmentations"][split], about["shards"][split]
+        source = LatentSource(self.root, split, *counts, self.latent_spec)
+        source.open()
+        return source
 
     def describe(self) -> dict[str, Any]:
-        """What the images were, and what tells whether the tokens are still the same ones."""
-        names = "tokenized_by", "augmentations", "seed"
+        """Returns JSON data of the images, and of what tells whether the latents are the same."""
+        names = "tokenizer_identity", "augmentations", "seed"
         return self.about["data"] | {name: self.about[name] for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenViews:
-    """What of the stored tokens goes into a batch: those of one augmentation."""
+class LatentTransform:
+    """Makes rows of one augmentation of stored latents: integers as int32, floats as float32."""
 
-    length: int
+    spec: Mapping[str, ArraySpec]
 
     def train(self, example: dict, epoch: int, rng: np.random.Generator) -> Example:
-        tokens_AL = example["tokens"]
-        return _tokens(tokens_AL[epoch % len(tokens_AL)], example["label"])
+        return self._row({n: x[epoch % len(x)] for n, x in example["latents"].items()}, example)
 
     def held_out(self, example: dict) -> Example:
-        return _tokens(example["tokens"][0], example["label"])
+        return self._row({name: x[0] for name, x in example["latents"].items()}, example)
 
     def blank(self) -> Example:
-        return _tokens(np.zeros(self.length), 0)
+        zeros = {name: np.zeros(spec.shape, spec.dtype) for name, spec in self.spec.items()}
+        return self._row(zeros, {"label": 0})
+
+    def _row(self, latents, example):
+        arrays = {name: x.astype(self.spec[name].batch_dtype) for name, x in latents.items()}
+        return arrays | {"label_B": np.int32(example["label"])}
 
 
 @dataclasses.dataclass(frozen=True)
-class StoredTokens:
-    """{"tokens": (augmentations, L), "label"} of each image, read from mapped files.
+class LatentSource:
+    """{"latents": {name: (U, ...)}, "label"} of each image, read from memory-mapped files.
 
-    `shape` is (images, augmentations, L).
+    Attributes:
+        root: the folder.
+        split: "train" or "held_out".
+        images: of the split.
+        augmentations: U, of each image.
+        shards: files of the split.
+        spec: of one image's latents.
     """
 
     root: str
     split: Split
-    shape: tuple[int, int, int]
+    images: int
+    augmentations: int
     shards: int
+    spec: Mapping[str, ArraySpec]
 
     @functools.cached_property
     def starts(self) -> list[int]:
         """The first image of each shard, and the number of images."""
-        return shard_starts(self.shape[0], self.shards)
+        return shard_starts(self.images, self.shards)
 
     def open(self) -> None:
-        """Maps the files; ValueError where some are missing or of another shape."""
+        """Maps the files; raises InputError where some are missing or of another shape."""
         _ = self.arrays
 
     @functools.cached_property
     def arrays(self) -> list[dict[str, np.ndarray]]:
-        """Those of each shard."""
+        """The stored arrays of each shard."""
         root = pathlib.Path(self.root)
         paths = [root / shard_name(self.split, i, self.shards) for i in range(self.shards)]
         if missing := sum(not path.is_file() for path in paths):
             raise InputError(
-                f"{self.root} lacks {missing} of {self.shards} {self.split} files of tokens; run "
+                f"{self.root} lacks {missing} of {self.shards} {self.split} files of latents; run "
                 "python -m varjax.data.cache_latents to its end"
             )
-        arrays = [files.read_tensors(path)[0] for path in paths]
-        for i, (path, found) in enumerate(zip(paths, arrays, strict=True)):
-            shape = self.starts[i + 1] - self.starts[i], *self.shape[1:]
-            if found["tokens_NAL"].shape != shape:
-                raise InputError(
-                    f"{path} holds {found['tokens_NAL'].shape} tokens, but {shape} belong there; "
-                    "delete it and make it again"
-                )
-        return arrays
+        shards = [files.read_tensors(path)[0] for path in paths]
+        for i, (path, found) in enumerate(zip(paths, shards, strict=True)):
+            for name, spec in self.spec.items():
+                count = self.starts[i + 1] - self.starts[i]
+                shape, array = (count, self.augmentations, *spec.shape), found[stored_name(name)]
+                if (array.shape, array.dtype) != (shape, spec.dtype):
+                    raise InputError(
+                        f"{path} holds {stored_name(name)} of {array.shape} {array.dtype}, but "
+                        f"{shape} {spec.dtype} belong there; delete it and make it again"
+                    )
+        return shards
 
     def __len__(self) -> int:
-        return self.shape[0]
+        return self.images
 
     def __getitem__(self, index: int) -> dict:
         shard = bisect.bisect(self.starts, index) - 1
         row, arrays = index - self.starts[shard], self.arrays[shard]
         if not arrays["valid_N"][row]:
-            raise BrokenImage(f"{self.root} {self.split}[{index}]", "it has no tokens")
-        return {"tokens": arrays["tokens_NAL"][row], "label": int(arrays["label_N"][row])}
+            raise BrokenImage(f"{self.root} {self.split}[{index}]", "it has no latents")
+        latents = {name: arrays[stored_name(name)][row] for name in self.spec}
+        return {"latents": latents, "label": int(arrays["label_N"][row])}
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-
-def _tokens(tokens_L, label):
-    return {"tokens_BL": tokens_L.astype(np.int32), "label_B": np.int32(label)}

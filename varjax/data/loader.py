@@ -1,4 +1,4 @@
-"""From a dataset to batches: shuffled, augmented, shared out to processes, resumed anywhere."""
+"""Turns a dataset into batches: shuffled, augmented, shared out to processes, resumed anywhere."""
 
 import collections
 import dataclasses
@@ -6,7 +6,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -14,39 +14,51 @@ from tqdm import tqdm
 from varjax.core.errors import InputError
 from varjax.data.stream import (
     Dataset,
-    Examples,
+    ExampleSource,
+    ExampleStream,
+    ExampleTransform,
     ImageDataset,
-    ImageViews,
-    Part,
-    Source,
-    Views,
+    ImageTransform,
+    StreamRows,
 )
-from varjax.data.workers import Readers
+from varjax.data.workers import ReaderPool
 
-Batch = dict[str, np.ndarray]
-AHEAD = 2  # batches in the making while another one is used
-BROKEN_SHARE = 0.01
-FEW_BROKEN = 10  # do not stop a run, however early they come
+BatchArrays = dict[str, np.ndarray]
+BATCHES_AHEAD = 2  # in the making while another one is used
+MAX_BROKEN_SHARE = 0.01
+TOLERATED_BROKEN = 10  # do not stop a run, however early they come
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Batches of a dataset, of which this process gets `rows` (None: all).
+    """Batches of a dataset, of which this process gets its rows.
 
     The training stream runs on over the ends of epochs, shuffled anew for each. Its batch i is a
     function of (seed, i) alone: not of where a run was resumed, nor of how its rows are shared out
     to processes. Examples are read in threads or worker processes (`data.reading`), no more than
-    three batches of them at a time.
+    three batches of them at a time. Broken images are named once; InputError as soon as they are
+    more than 1 % of a split.
 
-    Broken images are named once; ValueError as soon as they are more than 1 % of a split.
+        loader = make_loader(Digits(), batch_size=64, seed=0)
+        for batch in loader.train(position=100):  # {"image_BHWC": uint8, "label_B": int32}
+            ...
+
+    Attributes:
+        data: read by `data.source`, in the way of `data.reading`.
+        transform: makes rows of what `data.source` gives.
+        batch_size: of all processes together.
+        seed: of shuffling and augmentation.
+        rows: this process's part of each batch, consecutive; None is all of it.
+        tokenizer_identity: `Task.tokenizer_identity` of what made the latents that batches hold
+            instead of images; None for images.
     """
 
     data: Dataset
-    batch_size: int  # of all processes together
+    transform: ExampleTransform
+    batch_size: int
     seed: int = 0
     rows: range | None = None
-    views: Views | None = None  # None: the data's images
-    tokenized_by: Mapping[str, Any] | None = None  # what made the tokens that there are instead
+    tokenizer_identity: Mapping[str, Any] | None = None
 
     def __post_init__(self):
         rows = self.rows
@@ -58,115 +70,139 @@ class Loader:
             raise InputError(f"rows is {rows}; give some of range(0, {self.batch_size})")
 
     @property
-    def train_source(self) -> Source:
-        return self.examples.train_source
+    def train_source(self) -> ExampleSource:
+        return self.stream.train_source
 
     @property
-    def held_out_source(self) -> Source:
-        return self.examples.held_out_source
+    def held_out_source(self) -> ExampleSource:
+        return self.stream.held_out_source
 
-    def train(self, position: int = 0) -> Iterator[Batch]:
-        """Endless {"image_BHWC" or "tokens_BL", "label_B"} from batch `position` on, at once."""
+    def train(self, position: int = 0) -> Iterator[BatchArrays]:
+        """Yields training batches without end, from batch `position` on, found at once."""
         return self._train(itertools.count(position))
 
-    def train_batch(self, number: int) -> Batch:
-        """This process's rows of the training batch `number`."""
+    def train_batch(self, number: int) -> BatchArrays:
+        """Returns this process's rows of the training batch `number`."""
         return next(self._train([number]))
 
-    def held_out(self) -> Iterator[Batch]:
-        """All held-out examples once; rows without one, pads or broken, have "valid_B" False."""
+    def held_out(self) -> Iterator[BatchArrays]:
+        """Yields all held-out examples once; "valid_B" is False for padding and broken images."""
         return self._held_out(range(-(-len(self.held_out_source) // self.batch_size)))
 
-    def held_out_batch(self, number: int) -> Batch:
-        """This process's rows of the held-out batch `number`."""
+    def held_out_batch(self, number: int) -> BatchArrays:
+        """Returns this process's rows of the held-out batch `number`."""
         return next(self._held_out([number]))
 
     @functools.cached_property
-    def examples(self) -> Examples:
+    def stream(self) -> ExampleStream:
         """The rows that batches are made of, by position."""
-        return Examples(
-            self.data, self.views or ImageViews(cast(ImageDataset, self.data)), self.seed
-        )
+        return ExampleStream(self.data, self.transform, self.seed)
 
     @functools.cached_property
-    def readers(self) -> Readers:
-        """What reads for all streams of this loader."""
+    def readers(self) -> ReaderPool:
+        """The threads or processes that read for all iterators of this loader."""
         if self.data.reading.workers:  # so that not each of them lists the files
             _ = self.train_source, self.held_out_source
-        return Readers(self.examples, self.data.reading)
+        return ReaderPool(self.stream, self.data.reading)
 
     @functools.cached_property
-    def _train_tally(self) -> "Tally":
-        return Tally(len(self.train_source))
+    def _train_counter(self) -> "BrokenImageCounter":
+        return BrokenImageCounter(len(self.train_source))
 
     @functools.cached_property
-    def _held_out_tally(self) -> "Tally":
-        return Tally(len(self.held_out_source))
+    def _held_out_counter(self) -> "BrokenImageCounter":
+        return BrokenImageCounter(len(self.held_out_source))
 
-    def _train(self, numbers: Iterable[int]) -> Iterator[Batch]:
+    def _train(self, numbers: Iterable[int]) -> Iterator[BatchArrays]:
         batches = (self._positions(number) for number in numbers)
-        return stream(self.readers, self._train_tally, batches, Examples.train)
+        return read_ahead(self.readers, self._train_counter, batches, ExampleStream.train)
 
-    def _held_out(self, numbers: Iterable[int]) -> Iterator[Batch]:
+    def _held_out(self, numbers: Iterable[int]) -> Iterator[BatchArrays]:
         batches = (self._positions(number) for number in numbers)
-        return stream(self.readers, self._held_out_tally, batches, Examples.held_out)
+        return read_ahead(self.readers, self._held_out_counter, batches, ExampleStream.held_out)
 
     def _positions(self, number: int) -> range:
         rows, start = self.rows or range(self.batch_size), number * self.batch_size
         return range(start + rows.start, start + rows.stop)
 
 
-class Tally:
+def make_loader(
+    data: ImageDataset, batch_size: int, seed: int = 0, rows: range | None = None
+) -> Loader:
+    """Makes the batches of a dataset of images; as `make`, a method of each such dataset.
+
+    Args:
+        data: as `varjax.data.sources` has them.
+        batch_size: of all processes together.
+        seed: of shuffling and augmentation.
+        rows: this process's part of each batch; None is all of it.
+    """
+    return Loader(data, ImageTransform(data), batch_size, seed, rows)
+
+
+class BrokenImageCounter:
     """Counts the images of a split that were read and those that are broken, and names these."""
 
     def __init__(self, size: int):
         self._size, self._read = size, 0
         self._names: dict[str, None] = {}  # in the order in which they came
 
-    def add(self, part: Part) -> None:
-        """ValueError where more than 1 % are broken, of those read so far but for the first few."""
-        self._read += part.read
-        for error in part.broken:
+    def add(self, rows: StreamRows) -> None:
+        """Raises InputError where more than 1 % of those read so far are broken.
+
+        The first few do not count, for a broken image may be among the first ones read.
+        """
+        self._read += rows.read
+        for error in rows.broken:
             if error.name not in self._names:
                 self._names[error.name] = None
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         read, broken = min(self._read, self._size), len(self._names)
-        few = min(FEW_BROKEN, BROKEN_SHARE * self._size)
-        if broken > max(BROKEN_SHARE * read, few):
-            some = "\n  ".join(itertools.islice(self._names, FEW_BROKEN))
+        tolerated = min(TOLERATED_BROKEN, MAX_BROKEN_SHARE * self._size)
+        if broken > max(MAX_BROKEN_SHARE * read, tolerated):
+            some = "\n  ".join(itertools.islice(self._names, TOLERATED_BROKEN))
             raise InputError(
                 f"{broken} of the {read} images read so far are broken, more than "
-                f"{BROKEN_SHARE:.0%}; repair or remove them, the first ones are\n  {some}"
+                f"{MAX_BROKEN_SHARE:.0%}; repair or remove them, the first ones are\n  {some}"
             )
 
 
-def stream(
-    readers: Readers,
-    tally: Tally,
+def read_ahead(
+    readers: ReaderPool,
+    counter: BrokenImageCounter,
     batches: Iterable[range],
-    function: Callable[..., Part],
+    function: Callable[..., StreamRows],
     *arguments: Any,
-) -> Iterator[Batch]:
-    """The rows at the positions of each batch, two batches ahead of what is consumed."""
+) -> Iterator[BatchArrays]:
+    """Yields batches, two of them in the making while another one is used.
+
+    Args:
+        readers: of an `ExampleStream`.
+        counter: told of all that was read.
+        batches: the positions of each batch's rows.
+        function: a method of `ExampleStream` that makes rows at positions.
+        arguments: further ones of `function`.
+    """
     pending = collections.deque()
     try:
         for positions in batches:
             pending.append(readers.submit(_join, function, positions, *arguments))
-            if len(pending) > AHEAD:
-                yield _counted(pending.popleft().result(), tally)
+            if len(pending) > BATCHES_AHEAD:
+                yield _counted(pending.popleft().result(), counter)
         while pending:
-            yield _counted(pending.popleft().result(), tally)
+            yield _counted(pending.popleft().result(), counter)
     finally:
         for batch in pending:
             batch.cancel()
 
 
-def _counted(part: Part, tally: Tally) -> Batch:
-    tally.add(part)
-    return part.rows
+def _counted(rows: StreamRows, counter: BrokenImageCounter) -> BatchArrays:
+    counter.add(rows)
+    return rows.arrays
 
 
-def _join(parts: list[Part]) -> Part:
-    rows = {name: np.concatenate([part.rows[name] for part in parts]) for name in parts[0].rows}
-    broken = [error for part in parts for error in part.broken]
-    return Part(rows, sum(part.read for part in parts), broken)
+def _join(chunks: list[StreamRows]) -> StreamRows:
+    names = chunks[0].arrays
+    arrays = {name: np.concatenate([chunk.arrays[name] for chunk in chunks]) for name in names}
+    broken = [error for chunk in chunks for error in chunk.broken]
+    return StreamRows(arrays, sum(chunk.read for chunk in chunks), broken)

@@ -1,77 +1,75 @@
-"""A folder of real images without any download: crops of scikit-learn's two photographs.
+"""Writes a folder of real images without any download: crops of scikit-learn's two photographs.
 
 python -m varjax.data.photos --out=DIR [--size=64] [--train=200] [--val=40]
 
-Two classes, china and flower, in train/ and val/; the crops of val/ are from the right quarter of
-each photograph, which those of train/ do not touch. To try things out: two photographs teach a
-model nothing.
+Two classes, china and flower, in train/ and val/, cut from parts of the photographs that do not
+touch. To try things out: two photographs teach a model nothing.
 """
 
 import argparse
-import pathlib
 import sys
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from varjax.core import files
-from varjax.core.errors import InputError
+from varjax.core.errors import check_setting, run_command
+from varjax.data.sources.photos import HELD_OUT_WIDTH, PHOTO_NAMES, photo_parts
+
+MIN_SIZE, MAX_SIZE = 8, HELD_OUT_WIDTH // 2  # crops are up to twice as wide
 
 
 def write_photos(out: str, size: int = 64, train: int = 200, val: int = 40) -> str:
-    """Writes `train` and `val` JPEGs of each class, `size` or up to twice as high and wide.
+    """Writes JPEGs of random crops, always the same ones, `size` to twice as high and wide.
 
-    Always the same ones. Returns a line that says what was written. Raises InputError where `out`
-    exists, and for a size that does not fit into a quarter of a photograph.
+    Args:
+        out: a new folder, or an empty one.
+        size: pixels, 8 to 64.
+        train: images of each class in train/.
+        val: images of each class in val/.
+
+    Returns:
+        A line that says what was written.
+
+    Raises:
+        InputError: `out` holds anything, or the size does not fit.
     """
-    photos = load_sample_images()
-    width = photos.images[0].shape[1]
-    if not 8 <= size <= width // 8:
-        raise InputError(f"size is {size}; give 8 to {width // 8} pixels")
-    if pathlib.Path(out).exists():
-        raise InputError(f"{out} exists already; delete it or choose another out")
+    check_setting("size", size, MIN_SIZE <= size <= MAX_SIZE, f"from {MIN_SIZE} to {MAX_SIZE}")
+    files.check_replaceable(out)
     rng = np.random.default_rng(0)
     with files.atomic_path(out) as temporary:
-        for name, photo_HWC in zip(photos.filenames, photos.images, strict=True):
-            name, edge = pathlib.Path(name).stem, 3 * width // 4
-            for split, count, part_HWC in (
-                ("train", train, photo_HWC[:, :edge]),
-                ("val", val, photo_HWC[:, edge:]),
-            ):
-                folder = temporary / split / name
-                folder.mkdir(parents=True)
+        for folder, split, count in (("train", "train", train), ("val", "held_out", val)):
+            for label, name in enumerate(PHOTO_NAMES):
+                parts = [part_HWC for part_HWC, whose in photo_parts(split) if whose == label]
+                (temporary / folder / name).mkdir(parents=True)
                 for i in range(count):
-                    crop_HWC = _crop(part_HWC, size, rng)
-                    Image.fromarray(crop_HWC).save(folder / f"{i:05d}.jpg", quality=95)
-    return f"{out}: {train} + {val} images in each of the classes china and flower"
+                    crop_HWC = _random_crop(parts[i % len(parts)], size, rng)
+                    path = temporary / folder / name / f"{i:05d}.jpg"
+                    Image.fromarray(crop_HWC).save(path, quality=95)
+    return f"{out}: {train} + {val} images in each of the classes {' and '.join(PHOTO_NAMES)}"
 
 
-def _crop(photo_HWC: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+def _random_crop(part_HWC: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     height, width = rng.integers(size, 2 * size, 2, endpoint=True)
-    top = rng.integers(0, photo_HWC.shape[0] - height, endpoint=True)
-    left = rng.integers(0, photo_HWC.shape[1] - width, endpoint=True)
-    return photo_HWC[top : top + height, left : left + width]
+    top = rng.integers(0, part_HWC.shape[0] - height, endpoint=True)
+    left = rng.integers(0, part_HWC.shape[1] - width, endpoint=True)
+    return part_HWC[top : top + height, left : left + width]
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0, or 1 with a message."""
+    """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(
         "python -m varjax.data.photos",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--out", required=True, help="a new folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--size", type=int, default=64, help="the shortest side of a crop, pixels")
     parser.add_argument("--train", type=int, default=200, help="training images of each class")
     parser.add_argument("--val", type=int, default=40, help="held-out images of each class")
-    try:
-        print(write_photos(**vars(parser.parse_args(arguments))))
-    except (ValueError, OSError) as error:
-        print(f"varjax.data.photos: {error}", file=sys.stderr)
-        return 1
-    return 0
+    flags = parser.parse_args(arguments)
+    return run_command("varjax.data.photos", lambda: print(write_photos(**vars(flags))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which example stands where: a pure function of dataset, seed and position."""
+"""Decides which example stands where: a pure function of dataset, seed and position."""
 
 import dataclasses
 import functools
@@ -10,15 +10,19 @@ import numpy as np
 
 from varjax.core.errors import InputError
 from varjax.data.decoding import BrokenImage
-from varjax.data.workers import Reading
+from varjax.data.workers import ReadOptions
 
 Split = Literal["train", "held_out"]
 Example = dict[str, Any]  # one row of a batch, its arrays named like the batch's
-MOST_IN_A_ROW = 100  # broken images; more of them in a shuffled order means that nearly all are
+MAX_BROKEN_IN_A_ROW = 100  # more, in a shuffled order, mean that nearly all images are broken
 
 
-class Source(Protocol):
-    """Examples by index: {"image": uint8 (H, W, C), "label": int}; BrokenImage for some."""
+class ExampleSource(Protocol):
+    """Examples by index, as they are stored.
+
+    An example is {"image": uint8 (H, W, C), "label": int}, or what the dataset's own
+    `ExampleTransform` takes. Reading one may raise BrokenImage.
+    """
 
     def __len__(self) -> int: ...
 
@@ -26,112 +30,149 @@ class Source(Protocol):
 
 
 class Dataset(Protocol):
-    """A frozen dataclass that says where examples come from, and how they are read."""
+    """Where examples come from, and how they are read: a frozen dataclass.
+
+    Implemented by everything in `varjax.data.sources`, and by `varjax.data.latents.CachedLatents`.
+    """
 
     @property
-    def classes(self) -> int: ...
+    def classes(self) -> int:
+        """The number of classes; labels are below it."""
+        ...
 
     @property
-    def image_shape(self) -> tuple[int, int, int]: ...
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, channels) of every image in a batch."""
+        ...
 
     @property
-    def reading(self) -> Reading: ...
+    def reading(self) -> ReadOptions: ...
 
-    def source(self, split: Split) -> Source: ...
+    def source(self, split: Split) -> ExampleSource:
+        """Opens a split; its order is the same in all processes and runs."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Returns JSON data: "class_names", and what identifies "train" and "held_out"."""
+        ...
 
 
 class ImageDataset(Dataset, Protocol):
-    """One whose images are augmented anew in each epoch."""
+    """A dataset of images that are augmented anew in each epoch."""
 
     def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The training view of an image, shaped `image_shape`."""
+        """Makes a training image of `image_shape`, always drawing as many numbers."""
         ...
 
-    def prepare(self, image_HWC: np.ndarray) -> np.ndarray:
-        """The evaluation view of an image, shaped `image_shape`."""
+    def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
+        """Makes an evaluation image of `image_shape`."""
         ...
 
 
-class Views(Protocol):
-    """What of a source's example goes into a batch."""
+class ExampleTransform(Protocol):
+    """Makes rows of a batch out of stored examples."""
 
-    def train(self, example: dict, epoch: int, rng: np.random.Generator) -> Example: ...
+    def train(self, example: dict, epoch: int, rng: np.random.Generator) -> Example:
+        """Makes a training row, as this epoch shows the example."""
+        ...
 
-    def held_out(self, example: dict) -> Example: ...
+    def held_out(self, example: dict) -> Example:
+        """Makes an evaluation row."""
+        ...
 
     def blank(self) -> Example:
-        """In place of one that there is not."""
+        """Makes the row in place of a missing or broken example."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageViews:
-    """Images as their dataset augments or prepares them."""
+class ImageTransform:
+    """Makes {"image_BHWC", "label_B"} as a dataset augments or preprocesses its images."""
 
     data: ImageDataset
 
     def train(self, example: dict, epoch: int, rng: np.random.Generator) -> Example:
-        return _image(self.data.augment(example["image"], rng), example["label"])
+        return _image_row(self.data.augment(example["image"], rng), example["label"])
 
     def held_out(self, example: dict) -> Example:
-        return _image(self.data.prepare(example["image"]), example["label"])
+        return _image_row(self.data.preprocess(example["image"]), example["label"])
 
     def blank(self) -> Example:
-        return _image(np.zeros(self.data.image_shape, np.uint8), 0)
+        return _image_row(np.zeros(self.data.image_shape, np.uint8), 0)
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Some rows of a batch, how many images were read for them, and which of these are broken."""
+class ArraySource:
+    """Examples held in memory as two arrays."""
 
-    rows: dict[str, np.ndarray]
+    images_NHWC: np.ndarray
+    labels_N: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self.images_NHWC[index], "label": int(self.labels_N[index])}
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamRows:
+    """Consecutive rows of a batch, and what came of reading them.
+
+    Attributes:
+        arrays: by name, each with a leading axis of the rows.
+        read: the number of images read for them.
+        broken: the images among these that could not be decoded.
+    """
+
+    arrays: dict[str, np.ndarray]
     read: int
     broken: list[BrokenImage]
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
-    """The rows of a dataset's training and held-out streams, by position. Can be pickled."""
+class ExampleStream:
+    """Makes the rows of a dataset's training and held-out streams, by position. Can be pickled."""
 
     data: Dataset
-    views: Views
+    transform: ExampleTransform
     seed: int
 
     @functools.cached_property
-    def train_source(self) -> Source:
+    def train_source(self) -> ExampleSource:
         return self.data.source("train")
 
     @functools.cached_property
-    def held_out_source(self) -> Source:
+    def held_out_source(self) -> ExampleSource:
         return self.data.source("held_out")
 
-    def train(self, positions: Iterable[int]) -> Part:
-        """Of an endless stream: epoch after epoch, each in its own order.
+    def train(self, positions: Iterable[int]) -> StreamRows:
+        """Makes rows of an endless stream: epoch after epoch, each in its own order.
 
-        A broken image is replaced by the next one in the epoch's order. ValueError where too many
-        of those are broken as well.
+        A broken image is replaced by the next one in the epoch's order. Raises InputError where too
+        many of those are broken as well.
         """
         broken: list[BrokenImage] = []
         rows = [self._train_row(position, broken) for position in positions]
-        return _part(rows, len(rows) + len(broken), broken)
+        return _stack(rows, len(rows) + len(broken), broken)
 
-    def held_out(self, positions: Iterable[int]) -> Part:
-        """In the source's order; "valid_B" is False for broken images and beyond the end."""
+    def held_out(self, positions: Iterable[int]) -> StreamRows:
+        """Makes rows in the source's order; "valid_B" is False for broken ones and past the end."""
         rows, broken, read = [], [], 0
         for position in positions:
-            row = self.views.blank() | {"valid_B": np.bool_(False)}
+            row = self.transform.blank() | {"valid_B": np.bool_(False)}
             if position < len(self.held_out_source):
                 read += 1
                 try:
                     example = self.held_out_source[position]
-                    row = self.views.held_out(example) | {"valid_B": np.bool_(True)}
+                    row = self.transform.held_out(example) | {"valid_B": np.bool_(True)}
                 except BrokenImage as error:
                     broken.append(error)
             rows.append(row)
-        return _part(rows, read, broken)
+        return _stack(rows, read, broken)
 
-    def augmented(self, positions: Iterable[int], augmentations: int) -> Part:
-        """Of all training images in the source's order, each as the first epochs show it.
+    def augmented(self, positions: Iterable[int], augmentations: int) -> StreamRows:
+        """Makes rows of all training images in the source's order, as the first epochs show them.
 
         Position i·augmentations + e is image i in epoch e; "valid_B" is False for broken images.
         """
@@ -143,29 +184,30 @@ class Examples:
                 example = self.train_source[image]
             except BrokenImage as error:
                 broken.append(error)
-                rows += [self.views.blank() | {"valid_B": np.bool_(False)} for _ in same]
+                rows += [self.transform.blank() | {"valid_B": np.bool_(False)} for _ in same]
                 continue
             for position in same:
                 epoch = position % augmentations
                 place = int(_places(self.seed, epoch, len(self.train_source))[image])
-                rows.append(self._view(example, epoch, place) | {"valid_B": np.bool_(True)})
-        return _part(rows, read, broken)
+                row = self._transformed(example, epoch, place)
+                rows.append(row | {"valid_B": np.bool_(True)})
+        return _stack(rows, read, broken)
 
     def _train_row(self, position: int, broken: list[BrokenImage]) -> Example:
         size = len(self.train_source)
         epoch, place = divmod(position, size)
         order_N = _order(self.seed, epoch, size)
-        for step in range(min(size, MOST_IN_A_ROW)):
+        for step in range(min(size, MAX_BROKEN_IN_A_ROW)):
             there = (place + step) % size
             try:
-                return self._view(self.train_source[int(order_N[there])], epoch, there)
+                return self._transformed(self.train_source[int(order_N[there])], epoch, there)
             except BrokenImage as error:
                 broken.append(error)
         raise InputError(f"{step + 1} images in a row are broken; the last one: {broken[-1]}")
 
-    def _view(self, example: dict, epoch: int, place: int) -> Example:
+    def _transformed(self, example: dict, epoch: int, place: int) -> Example:
         rng = np.random.default_rng((self.seed, 1, epoch * len(self.train_source) + place))
-        return self.views.train(example, epoch, rng)
+        return self.transform.train(example, epoch, rng)
 
 
 @functools.lru_cache(maxsize=4)  # batches being made at the same time may lie in two epochs
@@ -182,9 +224,11 @@ def _places(seed: int, epoch: int, size: int) -> np.ndarray:
     return places_N
 
 
-def _image(image_HWC: np.ndarray, label: int) -> Example:
+def _image_row(image_HWC: np.ndarray, label: int) -> Example:
     return {"image_BHWC": image_HWC, "label_B": np.int32(label)}
 
 
-def _part(rows: list[Example], read: int, broken: list[BrokenImage]) -> Part:
-    return Part({name: np.stack([row[name] for row in rows]) for name in rows[0]}, read, broken)
+def _stack(rows: list[Example], read: int, broken: list[BrokenImage]) -> StreamRows:
+    return StreamRows(
+        {name: np.stack([row[name] for row in rows]) for name in rows[0]}, read, broken
+    )

@@ -1,4 +1,4 @@
-"""Pure functions on NumPy images; whatever is random is drawn from an explicit Generator."""
+"""Resizes, crops and distorts NumPy images, at random by an explicit Generator."""
 
 import math
 from typing import Any
@@ -9,17 +9,21 @@ from scipy import ndimage
 
 from varjax.core.errors import InputError
 
-ENLARGE = 1.125  # images are resized to so many times the size that is cut out of them
+RESIZE_RATIO = 1.125  # images are resized to so many times the size that is cut out of them
 
 
 def random_crop(
     image_HWC: np.ndarray, rng: np.random.Generator, size: tuple[int, int], flip: bool = False
 ) -> np.ndarray:
-    """The training view: resized to cover 1.125 × (height, width), a random part cut out of it.
+    """Augments as the reference does: resizes to cover 1.125 × `size`, cuts a random part out.
 
-    `flip` mirrors every second image left to right. Three numbers are drawn always.
+    Args:
+        image_HWC: uint8 with 1, 3 or 4 channels.
+        rng: three numbers are drawn from it, always.
+        size: (height, width) of the result.
+        flip: whether to mirror every second image left to right.
     """
-    (h, w), resized = size, cover(image_HWC, *_enlarged(size))
+    (h, w), resized = size, resize_to_cover(image_HWC, *_resized(size))
     y, x, mirror = rng.random(3)
     top, left = int(y * (len(resized) - h + 1)), int(x * (resized.shape[1] - w + 1))
     cropped = resized[top : top + h, left : left + w]
@@ -27,18 +31,22 @@ def random_crop(
 
 
 def center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The evaluation view: resized as for training, the middle cut out of it."""
-    (h, w), resized = size, cover(image_HWC, *_enlarged(size))
+    """Resizes as for training and cuts the middle out, (height, width) = `size`: for evaluation."""
+    (h, w), resized = size, resize_to_cover(image_HWC, *_resized(size))
     # Half to even, as the reference's framework rounds.
     top, left = round((len(resized) - h) / 2), round((resized.shape[1] - w) / 2)
     return np.ascontiguousarray(resized[top : top + h, left : left + w])
 
 
-def cover(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resized by Lanczos, its aspect kept, until it just covers (height, width).
+def resize_to_cover(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes by Lanczos, the aspect kept, until the image just covers (height, width).
 
     For a square that is "the shorter side to so many pixels"; the longer one is rounded down.
-    uint8 with 1, 3 or 4 channels, of which the fourth is alpha.
+
+    Args:
+        image_HWC: uint8 with 1, 3 or 4 channels, of which the fourth is alpha.
+        height: pixels.
+        width: pixels.
     """
     H, W, channels = image_HWC.shape
     if height * W >= width * H:
@@ -52,9 +60,9 @@ def cover(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(resized).reshape(height, width, channels)
 
 
-def _enlarged(size: tuple[int, int]) -> tuple[int, int]:
+def _resized(size: tuple[int, int]) -> tuple[int, int]:
     height, width = size
-    return round(ENLARGE * height), round(ENLARGE * width)
+    return round(RESIZE_RATIO * height), round(RESIZE_RATIO * width)
 
 
 def random_affine(
@@ -64,9 +72,14 @@ def random_affine(
     rotate: float = 0.0,
     zoom: float = 0.0,
 ) -> np.ndarray:
-    """Moves by up to `shift` pixels, turns by up to `rotate` degrees, scales by 1 ± `zoom`.
+    """Moves, rotates and scales at random, each uniform in its range, in one resampling.
 
-    Each is uniform in its range; the whole is one resampling. Four numbers are drawn always.
+    Args:
+        image_HWC: uint8.
+        rng: four numbers are drawn from it, always.
+        shift: pixels, at most, up or down and left or right.
+        rotate: degrees, at most, either way.
+        zoom: the scale is 1 ± `zoom`, at most.
     """
     y, x, turn, scale = rng.uniform(-1, 1, size=4)
     return affine(image_HWC, (shift * y, shift * x), rotate * turn, 1 + zoom * scale)
@@ -75,9 +88,13 @@ def random_affine(
 def affine(
     image_HWC: np.ndarray, shift: tuple[float, float], degrees: float, scale: float
 ) -> np.ndarray:
-    """Scales and turns (counter-clockwise) about the center, then moves down and right by `shift`.
+    """Scales and rotates about the center, then moves; by cubic splines, which keep it sharp.
 
-    Cubic splines, which keep small images sharp; zero beyond the border; uint8 in and out.
+    Args:
+        image_HWC: uint8; beyond its border all is zero.
+        shift: pixels down and right.
+        degrees: counter-clockwise.
+        scale: above 1 enlarges.
     """
     cos, sin = math.cos(math.radians(degrees)) / scale, math.sin(math.radians(degrees)) / scale
     matrix = np.array([[cos, sin], [-sin, cos]])
@@ -94,12 +111,12 @@ def affine(
 
 
 def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """A size in settings as (height, width)."""
+    """Returns a size, as configs give it, as (height, width) in pixels."""
     return (size, size) if isinstance(size, int) else size
 
 
-def check_view(size: int | tuple[int, int], channels: int) -> None:
-    """Raises InputError unless images of this size and these channels can be made."""
+def check_image_shape(size: int | tuple[int, int], channels: int) -> None:
+    """Raises InputError unless images of this size and number of channels can be made."""
     if min(height_width(size)) < 1:
         raise InputError(f"size is {size}, but must be at least 1 pixel")
     if channels not in (1, 3, 4):

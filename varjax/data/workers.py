@@ -1,4 +1,4 @@
-"""Threads and worker processes that read examples ahead."""
+"""Reads examples ahead, in threads and worker processes."""
 
 import atexit
 import dataclasses
@@ -16,17 +16,18 @@ from typing import Any
 
 from varjax.core.errors import InputError
 
-MOST_THREADS = 16
-PARTS = 4  # of a batch for each thread, so that all of them end at about the same time
+MAX_DEFAULT_THREADS = 16
+CHUNKS_PER_THREAD = 4  # of a batch, so that all threads end at about the same time
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
-    """How examples are read. What is read does not depend on it.
+class ReadOptions:
+    """How examples are read; which examples does not depend on it.
 
-    threads: 0 is one for each CPU, at most 16. workers: processes that decode and augment instead
-    of the threads, which are worth their start and their copies only where augmentation holds
-    Python's lock; 0 is none.
+    Attributes:
+        threads: 0 is one for each CPU, at most 16.
+        workers: processes that decode and augment instead of the threads; 0 is none. They are worth
+            their start and their copies only where augmentation holds Python's lock.
     """
 
     threads: int = 0
@@ -38,58 +39,78 @@ class Reading:
                 raise InputError(f"reading.{name} is {value}, but must be 0 or more")
 
 
-class Readers:
-    """Calls functions of `subject` in threads or in worker processes, which hold a copy of it."""
+class ReaderPool:
+    """Calls functions of one object in threads, or in worker processes that hold a copy of it.
 
-    def __init__(self, subject: Any, reading: Reading):
-        cpus = min(os.cpu_count() or 1, MOST_THREADS)
-        self._count = reading.workers or reading.threads or cpus
+    pool = ReaderPool(stream, ReadOptions(threads=8))
+    pending = pool.submit(join, ExampleStream.train, range(256))
+    batch = pending.result()
+    """
+
+    def __init__(self, subject: Any, options: ReadOptions):
+        """Starts the threads or processes.
+
+        Args:
+            subject: the first argument of every function; pickled for worker processes.
+            options: how many of which.
+        """
+        cpus = min(os.cpu_count() or 1, MAX_DEFAULT_THREADS)
+        self._count = options.workers or options.threads or cpus
         self._call: Callable[..., Any] = lambda f, *arguments: f(subject, *arguments)
-        if reading.workers:
-            self._call = Workers(subject, reading.workers).call
+        if options.workers:
+            self._call = WorkerProcesses(subject, options.workers).call
         self._threads = ThreadPoolExecutor(self._count, "read")
         self._joiner = ThreadPoolExecutor(1, "join")
 
     def submit(
         self, join: Callable[[list], Any], function: Callable, items: Sequence, *arguments: Any
-    ) -> "Pending":
-        """`join([function(subject, part of items, *arguments), …])`, made in the background."""
-        size = -(-len(items) // (self._count * PARTS))
-        parts = [
+    ) -> "PendingResult":
+        """Starts `join([function(subject, chunk of items, *arguments), …])` in the background.
+
+        Args:
+            join: puts the chunks' results together, in order.
+            function: importable by name where there are worker processes.
+            items: split into chunks.
+            arguments: further ones of `function`.
+        """
+        size = -(-len(items) // (self._count * CHUNKS_PER_THREAD))
+        chunks = [
             self._threads.submit(self._call, function, items[i : i + size], *arguments)
             for i in range(0, len(items), size)
         ]
 
-        def whole() -> Any:
-            results = [part.result() for part in parts]
-            parts.clear()  # or else they would stay in memory beside what they make together
+        def joined() -> Any:
+            results = [chunk.result() for chunk in chunks]
+            chunks.clear()  # or else they would stay in memory beside what they make together
             return join(results)
 
-        return Pending(self._joiner.submit(whole), parts)
+        return PendingResult(self._joiner.submit(joined), chunks)
 
 
 @dataclasses.dataclass(frozen=True)
-class Pending:
-    """A result to be."""
+class PendingResult:
+    """A result in the making, by `ReaderPool.submit`."""
 
-    whole: Future
-    parts: list[Future]
+    joined: Future
+    chunks: list[Future]
 
     def result(self) -> Any:
         """Waits for it; raises what the function raised."""
-        return self.whole.result()
+        return self.joined.result()
 
     def cancel(self) -> None:
-        """Whatever has not begun is left undone."""
-        for future in (*self.parts, self.whole):
+        """Leaves undone whatever has not begun."""
+        for future in (*self.chunks, self.joined):
             future.cancel()
 
 
-class Workers:
+class WorkerProcesses:
     """Processes that call functions of a copy of `subject`. They end with this object or process.
 
     Signals meant for the run do not reach them. Started anew rather than forked, for a fork copies
     JAX's threads in whatever state they are.
+
+    Raises InputError where `subject` cannot be pickled.
     """
 
     def __init__(self, subject: Any, count: int):
@@ -112,7 +133,7 @@ class Workers:
         try:
             for _ in range(count):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, subject), daemon=True)
+                process = context.Process(target=_serve, args=(theirs, subject), daemon=True)
                 process.start()
                 theirs.close()  # so that the death of the process ends what is read from it
                 processes.append(process)
@@ -121,7 +142,7 @@ class Workers:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def call(self, function: Callable, *arguments: Any) -> Any:
-        """`function(subject, *arguments)` in the next process that is free.
+        """Calls `function(subject, *arguments)` in the next process that is free.
 
         Raises what the function raises, and ChildProcessError where the process has died.
         """
@@ -142,7 +163,7 @@ class Workers:
         return answer
 
 
-def _work(connection: Connection, subject: Any) -> None:
+def _serve(connection: Connection, subject: Any) -> None:
     try:
         while True:
             function, arguments = connection.recv()

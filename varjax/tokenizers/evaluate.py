@@ -1,4 +1,4 @@
-"""How much a tokenizer keeps of held-out images: figures, reconstructions, worst cases.
+"""Measures a tokenizer's reconstructions of held-out images: figures and pictures.
 
 python -m varjax.tokenizers.evaluate --weights=DIR --data=folder:/data/images [--out=DIR]
 
@@ -27,18 +27,17 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.core import files, image_io
-from varjax.core.errors import InputError
-from varjax.data.sources import Tokens, parse
-from varjax.tokenizers.checks import check_images
+from varjax.core.errors import InputError, run_command
+from varjax.data.sources import CachedLatents, parse_dataset
+from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.load import read_tokenizer
-from varjax.tokenizers.losses.lpips import check_images as check_lpips
-from varjax.tokenizers.losses.lpips import load_lpips
-from varjax.tokenizers.vq.reconstruction_metrics import Picture, measure_split
+from varjax.tokenizers.losses.lpips import check_lpips_images, load_lpips
+from varjax.tokenizers.vq.reconstruction_metrics import Reconstruction, measure_split
 
-PICTURES = 8
+PICTURES = 8  # columns of scales.png and worst.png
 
 
-def evaluate(
+def evaluate_tokenizer(
     weights: str,
     data: str,
     out: str,
@@ -46,18 +45,30 @@ def evaluate(
     ema: bool | None = None,
     lpips: str = "",
 ) -> dict[str, Any]:
-    """Measures, writes the three files into `out`, and returns what evaluation.json holds.
+    """Measures all held-out images, and writes evaluation.json, scales.png and worst.png.
 
-    ema: see `read_tokenizer`. Raises InputError, before any long work, for what cannot be done.
+    Args:
+        weights: where the tokenizer lies; see `load_tokenizer`.
+        data: the images, as on the command line.
+        out: folder for the three files.
+        batch_size: images at a time, of all devices.
+        ema: of a run, the averaged weights or not; None for them if there are any.
+        lpips: directory of LPIPS's weights; "" to do without.
+
+    Returns:
+        The data of evaluation.json.
+
+    Raises:
+        InputError: before any long work, for what cannot be done.
     """
     config, params = read_tokenizer(weights, ema)
-    images = parse(data, config.image_shape[:2], config.image_channels)
-    if isinstance(images, Tokens):
-        raise InputError(f"{data} holds tokens, but images are needed; give folder:… or tfds:…")
-    check_images(config, images.image_shape)
+    images = parse_dataset(data, config.image_shape[:2], config.image_channels)
+    if isinstance(images, CachedLatents):
+        raise InputError(f"{data} holds latents, but images are needed; give folder:… or tfds:…")
+    check_image_shape(config, images.image_shape)
     lpips_params = None
     if lpips:
-        check_lpips(config.image_shape)
+        check_lpips_images(config.image_shape)
         lpips_params = load_lpips(lpips)
     loader = images.make(batch_size, 0)
     count = len(loader.held_out_source)
@@ -73,28 +84,28 @@ def evaluate(
     report = {"weights": str(weights), "data": data} | split.summary()
     folder = pathlib.Path(out)
     files.write_json(folder / "evaluation.json", report)
-    image_io.write_png(folder / "scales.png", by_scale(split.shown))
-    image_io.write_png(folder / "worst.png", with_errors(split.worst))
+    image_io.write_png(folder / "scales.png", scales_picture(split.shown))
+    image_io.write_png(folder / "worst.png", worst_picture(split.worst))
     return report
 
 
-def by_scale(shown: Sequence[Picture]) -> np.ndarray:
-    """One column for each picture: the original, and below it what each further scale makes."""
-    rows = np.stack([picture.rows for picture in shown], axis=1)
+def scales_picture(shown: Sequence[Reconstruction]) -> np.ndarray:
+    """Draws a column for each image: the original, and below it the image after each scale."""
+    rows = np.stack([reconstruction.rows for reconstruction in shown], axis=1)
     return image_io.grid(rows.reshape(-1, *rows.shape[2:]), columns=len(shown))
 
 
-def with_errors(shown: Sequence[Picture]) -> np.ndarray:
-    """One column for each picture: original, reconstruction, and how far apart they are (× 4)."""
-    originals = np.stack([picture.rows[0] for picture in shown])
-    rebuilt = np.stack([picture.rows[-1] for picture in shown])
+def worst_picture(shown: Sequence[Reconstruction]) -> np.ndarray:
+    """Draws a column for each image: original, reconstruction, and their difference (× 4)."""
+    originals = np.stack([reconstruction.rows[0] for reconstruction in shown])
+    rebuilt = np.stack([reconstruction.rows[-1] for reconstruction in shown])
     errors = 4 * np.abs(originals.astype(int) - rebuilt)
     rows = np.concatenate([originals, rebuilt, np.minimum(errors, 255).astype(np.uint8)])
     return image_io.grid(rows, columns=len(shown))
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as text."""
+def report_table(report: dict[str, Any]) -> str:
+    """Formats the report as text."""
     lines = [f"{report['images']:,} held-out images of {report['data']}"]
     units = {"psnr": "{:.2f} dB", "ssim": "{:.4f}", "l1": "{:.4f}", "lpips": "{:.4f}"}
     for name, form in (units | {"sharpness": "{:.3f}", "same_in_bfloat16": "{:.4f}"}).items():
@@ -124,16 +135,13 @@ def main(arguments: list[str]) -> int:
     add("--batch_size", type=int, default=32, help="images at a time, of all devices (32)")
     add("--ema", action=argparse.BooleanOptionalAction, help="a run's averaged weights, or not")
     add("--lpips", default="", metavar="DIR", help="LPIPS's weights, by varjax.convert")
-    try:
-        report = evaluate(**vars(parser.parse_args(arguments)))
-    except (ValueError, OSError) as error:
-        print(f"varjax.tokenizers.evaluate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing is written", file=sys.stderr)
-        return 130
-    print(table(report))
-    return 0
+    flags = parser.parse_args(arguments)
+
+    def action():
+        print(report_table(evaluate_tokenizer(**vars(flags))))
+
+    stopped = "stopped; nothing is written"
+    return run_command("varjax.tokenizers.evaluate", action, interrupted=stopped)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from PIL import Image
 
 from varjax.data import photos
 from varjax.data.decoding import BrokenImage
-from varjax.data.sources import TFDS, Digits, parse
+from varjax.data.sources import TFDS, Digits, parse_dataset
 from varjax.data.sources.folder import Folder
 
 SHADE = {"ant": 10, "bee": 100, "cat": 200}
@@ -124,7 +124,7 @@ def test_folders_that_make_no_sense_are_refused(official):
     refused("root is empty", "")
     refused("cannot list the images in 'nowhere': No such", "nowhere")
     refused("held_out is 'test', but x has no folders train and test", held_out="test")
-    refused("a share lies between 0 and 1", held_out=1.0)
+    refused("held_out=1.0: must be a folder, or a share between 0 and 1", held_out=1.0)
     pathlib.Path("x/train/dog").mkdir()
     refused("no training images of 1 classes: dog")
     put("x/val/cat/1.png")
@@ -154,14 +154,16 @@ def test_a_description_changes_with_the_images_and_not_with_their_place(official
 
 
 def test_a_command_line_names_data_by_kind_and_place():
-    assert parse("folder:/data/x", 64) == Folder("/data/x", size=64)
-    assert parse("tfds:imagenet2012:5.1.0", (64, 32)) == TFDS("imagenet2012:5.1.0", size=(64, 32))
-    assert parse("digits", 8) == Digits()
+    assert parse_dataset("folder:/data/x", 64) == Folder("/data/x", size=64)
+    assert parse_dataset("tfds:imagenet2012:5.1.0", (64, 32)) == TFDS(
+        "imagenet2012:5.1.0", size=(64, 32)
+    )
+    assert parse_dataset("digits", 8) == Digits()
     for text in ("", "folder", "folder:", "tfds:", "cifar10", "digits:8"):
         with pytest.raises(ValueError, match="give folder:PATH"):
-            parse(text, 8)
+            parse_dataset(text, 8)
     with pytest.raises(ValueError, match="digits are 8 by 8 pixels, but 256"):
-        parse("digits", 256)
+        parse_dataset("digits", 256)
 
 
 def test_photos_are_two_classes_whose_held_out_part_is_not_trained_on(tmp_path):
@@ -171,6 +173,9 @@ def test_photos_are_two_classes_whose_held_out_part_is_not_trained_on(tmp_path):
     assert len(data.source("train")) == 12 and len(data.source("held_out")) == 6
     shapes = [data.source("train")[i]["image"].shape for i in range(12)]
     assert min(min(shape[:2]) for shape in shapes) >= 16 and len(set(shapes)) > 3
-    for bad, message in (({}, "exists"), ({"out": "y", "size": 81}, "size is 81; give 8 to 80")):
+    for bad, message in (
+        ({}, "exists"),
+        ({"out": "y", "size": 65}, "size=65: must be from 8 to 64"),
+    ):
         with pytest.raises(ValueError, match=message):
             photos.write_photos(**{"out": "photos"} | bad)

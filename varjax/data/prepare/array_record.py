@@ -1,57 +1,68 @@
-"""Images -> array_record files that TensorFlow Datasets reads; TensorFlow takes no part."""
+"""Writes images to array_record files that TensorFlow Datasets reads, without TensorFlow."""
 
+import contextlib
 import dataclasses
 import io
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
 
 from varjax.core import files
-from varjax.core.errors import InputError
+from varjax.core.errors import StorageError, check_setting
 from varjax.data import decoding, transforms
 from varjax.data.prepare import process_pool
 
-NAME, VERSION = "images", "1.0.0"  # of every dataset packed here
-INFO = "dataset_info.json"  # is there if and only if a dataset is complete
+DATASET_NAME, DATASET_VERSION = "images", "1.0.0"  # of every dataset packed here
+INFO_FILE = "dataset_info.json"  # is there if and only if a dataset is complete
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoding:
-    """How images are stored.
+class ImageEncoding:
+    """How images are stored: as the bytes of their files, or resized.
 
-    size 0: as the bytes of their files. Otherwise those whose shorter side is longer than `size`
-    are resized to that and become RGB in JPEG, colors not subsampled.
+    Attributes:
+        size: pixels; images whose shorter side is longer are resized to it and become RGB in JPEG,
+            colors not subsampled. 0 keeps all as they are.
+        quality: of these JPEGs, 1 to 100.
     """
 
     size: int = 0
     quality: int = 95
 
     def __post_init__(self):
-        if self.size < 0 or not 1 <= self.quality <= 100:
-            raise InputError(
-                f"size is {self.size} and quality {self.quality}; size counts pixels, 0 to keep "
-                "the files as they are, and quality goes from 1 to 100"
-            )
+        check_setting("size", self.size, self.size >= 0, "at least 1 pixel, or 0 to keep the files")
+        check_setting("quality", self.quality, 1 <= self.quality <= 100, "from 1 to 100")
 
-    def read(self, path: str) -> bytes:
-        """The image in a file, to be stored; BrokenImage where it cannot be decoded."""
-        data = decoding.read(path)
-        image_HWC = decoding.decode(data, name=decoding.printable(path))
+    def encode_file(self, path: str) -> bytes:
+        """Encodes the image in a file; raises BrokenImage where it cannot be decoded."""
+        data = decoding.read_file(path)
+        image_HWC = decoding.decode_image(data, name=decoding.printable_path(path))
         if not 0 < self.size < min(image_HWC.shape[:2]):
             return data
         buffer = io.BytesIO()
-        picture = Image.fromarray(transforms.cover(image_HWC, self.size, self.size))
+        picture = Image.fromarray(transforms.resize_to_cover(image_HWC, self.size, self.size))
         picture.save(buffer, "jpeg", quality=self.quality, subsampling="4:4:4")
         return buffer.getvalue()
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """A file to be written: the `index`-th of `count` of a split, with (path, label) of images."""
+class RecordShard:
+    """A file to be written, of some images of a split.
+
+    Attributes:
+        out: the folder of the dataset.
+        split: "train" or "validation".
+        index: of the shard, from 0.
+        count: of the split's shards.
+        root: the folder of the images.
+        items: (path below `root`, label) of each image.
+        class_names: in the order of their numbers.
+        encoding: how images are stored.
+    """
 
     out: pathlib.Path
     split: str
@@ -60,37 +71,41 @@ class Shard:
     root: str
     items: tuple[tuple[str, int], ...]
     class_names: tuple[str, ...]
-    encoding: Encoding
+    encoding: ImageEncoding
 
     @property
     def path(self) -> pathlib.Path:
-        name = f"{NAME}-{self.split}.array_record-{self.index:05d}-of-{self.count:05d}"
+        name = f"{DATASET_NAME}-{self.split}.array_record-{self.index:05d}-of-{self.count:05d}"
         return self.out / name
 
     @property
     def report_path(self) -> pathlib.Path:
-        """Where is noted what was written; there if and only if the shard is finished."""
+        """The file that says what was written; there if and only if the shard is finished."""
         return self.out / "unfinished" / f"{self.split}-{self.index:05d}.json"
 
 
-def write_shard(shard: Shard) -> dict[str, Any]:
-    """Writes a shard and its report: images, bytes, and what was broken, as [path, reason].
+def write_record_shard(shard: RecordShard) -> dict[str, Any]:
+    """Writes a shard and its report; to be run by `process_pool.map_unordered`, a step an image.
 
-    To be run by `process_pool.run`; one step per image.
+    Returns:
+        The report: the numbers of "images" and "bytes", and the "broken" ones, [path, reason].
+
+    Raises:
+        StorageError: the file could not be written.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
     report: dict[str, Any] = {"images": 0, "bytes": 0, "broken": []}
-    fields = features(shard.class_names)
+    fields = record_features(shard.class_names)
     serializer = ExampleSerializer(fields.get_serialized_info())
-    with files.atomic_path(shard.path) as temporary:
+    with files.atomic_path(shard.path) as temporary, _storage_errors(shard.path):
         # One record per read; images are compressed already.
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for path, label in shard.items:
-            name = decoding.printable(path)
+            name = decoding.printable_path(path)
             try:
-                image = shard.encoding.read(os.path.join(shard.root, path))
+                image = shard.encoding.encode_file(os.path.join(shard.root, path))
             except decoding.BrokenImage as error:
                 report["broken"].append([name, error.reason])
             else:
@@ -100,14 +115,23 @@ def write_shard(shard: Shard) -> dict[str, Any]:
                 writer.write(record)
                 report["images"] += 1
                 report["bytes"] += len(record)
-            process_pool.step()
+            process_pool.count_step()
         writer.close()
     files.write_json(shard.report_path, report)
     return report
 
 
-def features(class_names: Sequence[str]) -> Any:
-    """What a record holds; `file_name` is the path in the folder."""
+@contextlib.contextmanager
+def _storage_errors(path: pathlib.Path) -> Iterator[None]:
+    """ArrayRecordWriter raises RuntimeError where a disk is full."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StorageError(f"{path} could not be written: {error}") from error
+
+
+def record_features(class_names: Sequence[str]) -> Any:
+    """Returns the features of a record, in TFDS's terms; `file_name` is the path in the folder."""
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict(
@@ -119,21 +143,30 @@ def features(class_names: Sequence[str]) -> Any:
     )
 
 
-def write_info(
+def write_dataset_info(
     out: pathlib.Path,
     class_names: Sequence[str],
     reports: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
-    """Makes a dataset of finished shards, whose reports are given in order for each split."""
+    """Writes what makes finished shards a dataset of TFDS.
+
+    Args:
+        out: the folder of the shards.
+        class_names: in the order of their numbers.
+        reports: by split, those of `write_record_shard` in the order of the shards.
+    """
     import tensorflow_datasets as tfds
     from etils import epath
     from tensorflow_datasets.core.splits import SplitDict
 
     with tempfile.TemporaryDirectory(dir=out, prefix=".info", suffix=".tmp") as temporary:
         identity = tfds.core.DatasetIdentity(
-            name=NAME, version=tfds.core.Version(VERSION), data_dir=temporary, module_name=""
+            name=DATASET_NAME,
+            version=tfds.core.Version(DATASET_VERSION),
+            data_dir=temporary,
+            module_name="",
         )
-        info = tfds.core.DatasetInfo(builder=identity, features=features(class_names))
+        info = tfds.core.DatasetInfo(builder=identity, features=record_features(class_names))
         info.set_file_format("array_record")
         splits = [
             tfds.core.SplitInfo(
@@ -141,7 +174,7 @@ def write_info(
                 shard_lengths=[report["images"] for report in of_shards],
                 num_bytes=sum(report["bytes"] for report in of_shards),
                 filename_template=tfds.core.ShardedFileTemplate(
-                    dataset_name=NAME,
+                    dataset_name=DATASET_NAME,
                     data_dir=epath.Path(temporary),
                     split=split,
                     filetype_suffix="array_record",
@@ -151,6 +184,8 @@ def write_info(
         ]
         info.set_splits(SplitDict(splits))
         info.write_to_directory(temporary)
-        for file in sorted(pathlib.Path(temporary).iterdir(), key=lambda file: file.name == INFO):
+        for file in sorted(
+            pathlib.Path(temporary).iterdir(), key=lambda file: file.name == INFO_FILE
+        ):
             with files.atomic_path(out / file.name) as whole:
                 whole.write_bytes(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Work shared out to processes that can be watched, stopped, and do not outlive their parent."""
+"""Shares work out to processes that can be watched, stopped, and do not outlive their parent."""
 
 import concurrent.futures
 import multiprocessing
@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-POLL = 0.2  # seconds between two looks at how far the workers are
+POLL_SECONDS = 0.2  # between two looks at how far the workers are
 
-_done: Any = None  # of a worker: the counter that all share, and the wish to stop
+_done: Any = None  # in a worker: the counter that all share, and the wish to stop
 _stop: Any = None
 
 
 class Stopped(Exception):
-    """Raised inside of a job when no more is wanted."""
+    """Ends a job from inside when no more of it is wanted."""
 
 
-def run(
+def map_unordered(
     function: Callable[[Job], Result],
     jobs: Sequence[Job],
     workers: int,
@@ -29,8 +29,13 @@ def run(
 ) -> Iterator[Result]:
     """Yields `function(job)` of all jobs, in the order in which they end.
 
-    `function` must be importable; in it, each call of `step()` adds one to what `progress` is
-    told. Any exception, Ctrl-C too, ends all jobs at their next step.
+    Any exception, Ctrl-C too, ends all jobs at their next step.
+
+    Args:
+        function: importable by name; calls `count_step()` now and then.
+        jobs: its arguments, which can be pickled.
+        workers: the number of processes.
+        progress: called a few times a second with the number of steps counted so far.
     """
     if not jobs:
         return
@@ -42,7 +47,7 @@ def run(
             waiting = {pool.submit(function, job) for job in jobs}
             while waiting:
                 ended, waiting = concurrent.futures.wait(
-                    waiting, POLL, concurrent.futures.FIRST_COMPLETED
+                    waiting, POLL_SECONDS, concurrent.futures.FIRST_COMPLETED
                 )
                 progress(done.value)
                 for future in ended:
@@ -53,8 +58,8 @@ def run(
             raise
 
 
-def step() -> None:
-    """Counts a part of a job as done; raises Stopped when the rest is not wanted any more."""
+def count_step() -> None:
+    """Counts a part of a job as done; raises Stopped where the rest is not wanted any more."""
     if _stop.is_set():
         raise Stopped
     with _done.get_lock():

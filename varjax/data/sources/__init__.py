@@ -1,32 +1,37 @@
 """All datasets, and how a command line names them."""
 
 from varjax.core.errors import InputError
-from varjax.data.latents import Tokens
+from varjax.data.latents import CachedLatents
 from varjax.data.sources.digits import Digits
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.noise import Noise
 from varjax.data.sources.photos import Photos
 from varjax.data.sources.tfds import TFDS
 
-__all__ = ["TFDS", "Digits", "Folder", "Noise", "Photos", "Tokens", "parse"]
+__all__ = ["TFDS", "CachedLatents", "Digits", "Folder", "Noise", "Photos", "parse_dataset"]
 
 
-def parse(
+def parse_dataset(
     text: str, size: int | tuple[int, int], channels: int = 3
-) -> Digits | Folder | Noise | Photos | Tokens | TFDS:
-    """The dataset that is meant by "folder:PATH", "tfds:NAME", "tfds:DIRECTORY", "tokens:PATH",
-    "digits", "photos" or "random".
+) -> CachedLatents | Digits | Folder | Noise | Photos | TFDS:
+    """Makes the dataset that a command line names.
 
-    `size` is that of its images, or (height, width); `channels` theirs, where there is a choice.
-    Raises InputError for anything else.
+    Args:
+        text: "folder:PATH", "tfds:NAME", "tfds:DIRECTORY", "latents:PATH" (or "tokens:PATH"),
+            "digits", "photos" or "random".
+        size: pixels of both sides of its images, or (height, width).
+        channels: of its images, where there is a choice.
+
+    Raises:
+        InputError: anything else, or a size that the dataset does not have.
     """
     kind, colon, where = text.partition(":")
     if kind == "folder" and where:
         return Folder(where, size, channels)
     if kind == "tfds" and where:
         return TFDS(where, size=size, channels=channels)
-    if kind == "tokens" and where:
-        return Tokens(where)
+    if kind in ("latents", "tokens") and where:
+        return CachedLatents(where)
     if kind == "digits" and not colon:
         if size not in (8, (8, 8)):
             raise InputError(f"digits are 8 by 8 pixels, but {size} is wanted; choose other data")
@@ -37,6 +42,6 @@ def parse(
         return Photos(size)
     raise InputError(
         f"data is {text!r}; give folder:PATH (images in folders), tfds:NAME or tfds:DIRECTORY "
-        "(a prepared dataset), tokens:PATH (made of images once), digits, photos (crops of two "
+        "(a prepared dataset), latents:PATH (made of images once), digits, photos (crops of two "
         "photographs), or random (noise, to try things out)"
     )

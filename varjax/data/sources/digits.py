@@ -1,29 +1,33 @@
-"""scikit-learn's handwritten digits."""
+"""Provides scikit-learn's handwritten digits: real images without a download."""
 
 import dataclasses
 from typing import Any
 
 import numpy as np
-from sklearn.datasets import load_digits
 
-from varjax.data.loader import Loader
-from varjax.data.stream import Split
+from varjax.data.loader import make_loader
+from varjax.data.stream import ArraySource, Split
 from varjax.data.transforms import random_affine
-from varjax.data.workers import Reading
+from varjax.data.workers import ReadOptions
 
 
 @dataclasses.dataclass(frozen=True)
 class Digits:
-    """scikit-learn's 1,797 handwritten digits, 8 by 8 gray: no download.
+    """1,797 handwritten digits, 8 by 8 gray, of which every fifth of each class is held out.
 
-    Every fifth image of each class is held out. For training, images are moved by up to `shift`
-    pixels, turned by up to `rotate` degrees and scaled by 1 ± `zoom`.
+    Attributes:
+        shift: training images are moved by up to so many pixels,
+        rotate: rotated by up to so many degrees,
+        zoom: and scaled by 1 ± `zoom`.
+        reading: threads or worker processes.
     """
 
     shift: float = 0.0
     rotate: float = 0.0
     zoom: float = 0.0
-    reading: Reading = Reading()
+    reading: ReadOptions = ReadOptions()
+
+    make = make_loader
 
     @property
     def classes(self) -> int:
@@ -33,18 +37,16 @@ class Digits:
     def image_shape(self) -> tuple[int, int, int]:
         return 8, 8, 1
 
-    def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
-        """Batches, of which this process gets `rows` (None: all)."""
-        return Loader(self, batch_size, seed, rows)
-
     def describe(self) -> dict[str, Any]:
-        """Class names, and what tells whether the images are still the same ones."""
+        """Returns class names, and what tells whether the images are still the same ones."""
         train, held_out = ({"images": len(self.source(s))} for s in ("train", "held_out"))
         names = [str(digit) for digit in range(10)]
         return {"class_names": names, "train": train, "held_out": held_out}
 
-    def source(self, split: Split) -> "InMemory":
-        """The images of one split, in the dataset's order."""
+    def source(self, split: Split) -> ArraySource:
+        """Opens a split, in the dataset's order."""
+        from sklearn.datasets import load_digits  # a second, and only this dataset needs it
+
         images_NHW, labels_N = load_digits(return_X_y=True)
         images_NHWC = (
             np.rint(images_NHW * (255 / 16)).astype(np.uint8).reshape(-1, *self.image_shape)
@@ -53,26 +55,12 @@ class Digits:
         for label in range(self.classes):
             rank_N[labels_N == label] = np.arange(np.sum(labels_N == label))
         chosen_N = (rank_N % 5 == 4) == (split == "held_out")
-        return InMemory(images_NHWC[chosen_N], labels_N[chosen_N])
+        return ArraySource(images_NHWC[chosen_N], labels_N[chosen_N])
 
     def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The training view of an image."""
+        """Moves, rotates and scales an image at random."""
         return random_affine(image_HWC, rng, self.shift, self.rotate, self.zoom)
 
-    def prepare(self, image_HWC: np.ndarray) -> np.ndarray:
-        """The evaluation view of an image: itself."""
+    def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
+        """Returns the image itself."""
         return image_HWC
-
-
-@dataclasses.dataclass(frozen=True)
-class InMemory:
-    """Examples held as two arrays."""
-
-    images_NHWC: np.ndarray
-    labels_N: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def __getitem__(self, index: int) -> dict:
-        return {"image": self.images_NHWC[index], "label": int(self.labels_N[index])}

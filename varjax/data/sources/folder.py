@@ -1,4 +1,4 @@
-"""Image files in folders, as they lie."""
+"""Reads image files in folders, as they lie."""
 
 import dataclasses
 import functools
@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from varjax.core.errors import InputError
+from varjax.core.errors import check_setting
 from varjax.data import decoding, transforms
-from varjax.data.loader import Loader
-from varjax.data.sources.folder_layout import Listing, Tree
+from varjax.data.loader import make_loader
+from varjax.data.sources.folder_layout import FolderLayout, ImageListing
 from varjax.data.stream import Split
-from varjax.data.workers import Reading
+from varjax.data.workers import ReadOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,33 +23,48 @@ class Folder:
     without splits; or just images, which are of one class then. Deeper folders belong to their
     class. Classes are numbered in the order of their names; what is hidden is skipped.
 
-    `held_out` names the folder beside train/, or is the share of images to hold out, chosen by a
-    hash of each path, so that a new file moves no other one to the other side. None means "val"
-    where there is one, else 0.05. Everything raises InputError for folders that make no sense.
+    Everything raises InputError for folders that make no sense.
+
+        data = Folder("images", size=256)
+        batch = data.make(batch_size=64, seed=0).train_batch(0)  # {"image_BHWC", "label_B"}
+
+    Attributes:
+        root: the folder.
+        size: pixels of both sides, or (height, width).
+        channels: 1 (gray), 3 (RGB) or 4 (with alpha).
+        flip: whether to mirror every second training image.
+        held_out: the folder beside train/, or the share of images to hold out, chosen by a hash of
+            each path, so that a new file moves no other one to the other side. None means "val"
+            where there is one, else 0.05.
+        unconditional: whether all images are of one class, whatever the subfolders.
+        reading: threads or worker processes.
     """
 
     root: str
-    size: int | tuple[int, int] = 256  # pixels: of both sides, or (height, width)
+    size: int | tuple[int, int] = 256
     channels: int = 3
-    flip: bool = False  # mirror every second training image
+    flip: bool = False
     held_out: str | float | None = None
-    unconditional: bool = False  # one class, whatever the subfolders
-    reading: Reading = Reading()
+    unconditional: bool = False
+    reading: ReadOptions = ReadOptions()
+
+    make = make_loader
 
     def __post_init__(self):
-        transforms.check_view(self.size, self.channels)
-        if not isinstance(self.held_out, str | None) and not 0 < self.held_out < 1:
-            raise InputError(f"held_out is {self.held_out}, but a share lies between 0 and 1")
+        transforms.check_image_shape(self.size, self.channels)
+        if not isinstance(self.held_out, str | None):
+            fits = 0 < self.held_out < 1
+            check_setting("held_out", self.held_out, fits, "a folder, or a share between 0 and 1")
 
     @functools.cached_property
-    def tree(self) -> Tree:
+    def layout(self) -> FolderLayout:
         """Where the images of each split lie."""
-        return Tree.find(self.root, self.held_out, self.unconditional)
+        return FolderLayout.detect(self.root, self.held_out, self.unconditional)
 
     @functools.cached_property
-    def listings(self) -> dict[str, Listing]:
+    def listings(self) -> dict[str, ImageListing]:
         """The images of both splits, as they were when first asked for."""
-        return self.tree.listings()
+        return self.layout.listings()
 
     @property
     def classes(self) -> int:
@@ -57,39 +72,35 @@ class Folder:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return self.tree.class_names
+        return self.layout.class_names
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return *transforms.height_width(self.size), self.channels
 
-    def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
-        """Batches, of which this process gets `rows` (None: all)."""
-        return Loader(self, batch_size, seed, rows)
-
-    def source(self, split: Split) -> "ImageFiles":
-        """The images of one split, in the order of their paths."""
-        return ImageFiles(self.listings[split], self.channels)
+    def source(self, split: Split) -> "FolderSource":
+        """Opens a split, in the order of the paths."""
+        return FolderSource(self.listings[split], self.channels)
 
     def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The training view of an image."""
+        """Cuts a random part out, as the reference does."""
         return transforms.random_crop(image_HWC, rng, self.image_shape[:2], self.flip)
 
-    def prepare(self, image_HWC: np.ndarray) -> np.ndarray:
-        """The evaluation view of an image."""
+    def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
+        """Cuts the middle out, as the reference does."""
         return transforms.center_crop(image_HWC, self.image_shape[:2])
 
     def describe(self) -> dict[str, Any]:
-        """Class names, and what tells whether the images are still the same ones."""
+        """Returns class names, and what tells whether the images are still the same ones."""
         listings = {split: listing.describe() for split, listing in self.listings.items()}
         return {"class_names": list(self.class_names)} | listings
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageFiles:
-    """Decodes files when asked for one; BrokenImage when that fails."""
+class FolderSource:
+    """Decodes a file when asked for one; raises BrokenImage where that fails."""
 
-    listing: Listing
+    listing: ImageListing
     channels: int
 
     def __len__(self) -> int:
@@ -98,4 +109,4 @@ class ImageFiles:
     def __getitem__(self, index: int) -> dict:
         path = os.path.join(self.listing.root, self.listing.paths[index])
         label = int(self.listing.labels_N[index])
-        return {"image": decoding.decode(path, self.channels), "label": label}
+        return {"image": decoding.decode_image(path, self.channels), "label": label}

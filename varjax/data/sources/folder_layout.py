@@ -1,4 +1,4 @@
-"""Which image files a folder holds, of which class and split: fast, and in a fixed order."""
+"""Lists the image files of a folder by class and split: fast, and in a fixed order."""
 
 import dataclasses
 import hashlib
@@ -10,42 +10,56 @@ import numpy as np
 
 from varjax.core.errors import InputError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-SUFFIXES += (".jp2", ".avif")
-ONE_CLASS = ("image",)  # the class name of images without classes
-SHARE = 0.05  # held out where nothing else is said
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+IMAGE_SUFFIXES += (".jp2", ".avif")
+ONE_CLASS_NAMES = ("image",)  # of images without classes
+DEFAULT_HELD_OUT_SHARE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Listing:
-    """Paths below `root`, and the class of each."""
+class ImageListing:
+    """The images of a split.
+
+    Attributes:
+        root: the folder.
+        paths: below `root`.
+        labels_N: int32, the class of each.
+    """
 
     root: str
     paths: list[str]
     labels_N: np.ndarray
 
     def describe(self) -> dict[str, Any]:
-        """The number of images, and a hash of their paths in order."""
+        """Returns the number of images, and a hash of their paths in order."""
         names = b"\0".join(os.fsencode(path) for path in self.paths)
         return {"images": len(self.paths), "sha256": hashlib.sha256(names).hexdigest()}
 
 
 @dataclasses.dataclass(frozen=True)
-class Tree:
-    """A folder of images and its layout: the subfolders of the splits, and the classes.
+class FolderLayout:
+    """How a folder of images is laid out: the subfolders of the splits, and the classes.
 
-    `held_out` is a subfolder, or the share of the images in `train` that are held out.
+    Attributes:
+        root: the folder.
+        train: the subfolder of the training images, "" without splits.
+        held_out: a subfolder, or the share of the images in `train` that are held out.
+        class_names: in the order of their numbers.
+        flat: whether there is no folder for each class.
     """
 
     root: str
-    train: str  # "" without splits
+    train: str
     held_out: str | float
     class_names: tuple[str, ...]
-    flat: bool  # without a folder for each class
+    flat: bool
 
     @classmethod
-    def find(cls, root: str, held_out: str | float | None, unconditional: bool) -> "Tree":
-        """Looks at the uppermost folders only; ValueError when they leave a doubt."""
+    def detect(cls, root: str, held_out: str | float | None, unconditional: bool) -> "FolderLayout":
+        """Detects the layout by the uppermost folders; raises InputError when they leave a doubt.
+
+        The arguments are those of `Folder`.
+        """
         if not root:
             raise InputError("root is empty; name the folder of the images")
         folders, files = _scan(root)
@@ -72,11 +86,13 @@ class Tree:
                 "unconditional=True to take all of them as one class"
             )
         flat = unconditional or not folders
-        names = ONE_CLASS if flat else tuple(folders)
-        return cls(root, train, SHARE if held_out is None else held_out, names, flat)
+        names = ONE_CLASS_NAMES if flat else tuple(folders)
+        return cls(
+            root, train, DEFAULT_HELD_OUT_SHARE if held_out is None else held_out, names, flat
+        )
 
-    def listings(self) -> dict[str, Listing]:
-        """The images of "train" and "held_out", class by class, ordered by path.
+    def listings(self) -> dict[str, ImageListing]:
+        """Lists the images of "train" and "held_out", class by class, ordered by path.
 
         Raises InputError where one of them has none, where a class has none to train on, and where
         the held-out folder has other classes.
@@ -102,7 +118,7 @@ class Tree:
             )
         return {"train": train, "held_out": held_out}
 
-    def _folder(self, folder: str) -> Listing:
+    def _folder(self, folder: str) -> ImageListing:
         where = _below(self.root, folder)
         if self.flat:
             below = list(_images(where, "", ()))
@@ -121,8 +137,8 @@ class Tree:
         numbers = {name: number for number, name in enumerate(self.class_names)}
         labels = [np.full(len(below), numbers[name]) for name, below in classes.items()]
         if not paths:
-            raise InputError(f"{where} has no images; known are {' '.join(SUFFIXES)}")
-        return Listing(self.root, paths, np.concatenate(labels).astype(np.int32))
+            raise InputError(f"{where} has no images; known are {' '.join(IMAGE_SUFFIXES)}")
+        return ImageListing(self.root, paths, np.concatenate(labels).astype(np.int32))
 
 
 def _scan(folder: str) -> tuple[list[str], list[str]]:
@@ -135,7 +151,7 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
                     continue
                 if entry.is_dir():
                     folders.append(entry.name)
-                elif entry.name.lower().endswith(SUFFIXES):
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
                     files.append(entry.name)
     except OSError as error:
         raise InputError(f"cannot list the images in {folder!r}: {error.strerror}") from error
@@ -158,9 +174,9 @@ def _below(root: str, folder: str) -> str:
     return os.path.join(root, folder) if folder else root
 
 
-def _choose(listing: Listing, chosen_N: np.ndarray) -> Listing:
+def _choose(listing: ImageListing, chosen_N: np.ndarray) -> ImageListing:
     paths = [path for path, chosen in zip(listing.paths, chosen_N, strict=True) if chosen]
-    return Listing(listing.root, paths, listing.labels_N[chosen_N])
+    return ImageListing(listing.root, paths, listing.labels_N[chosen_N])
 
 
 def _number(path: str) -> float:

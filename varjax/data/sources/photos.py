@@ -1,4 +1,4 @@
-"""Crops of scikit-learn's two photographs: real images without a download."""
+"""Provides crops of scikit-learn's two photographs: real images without a download."""
 
 import dataclasses
 import functools
@@ -6,17 +6,17 @@ import itertools
 from typing import Any
 
 import numpy as np
-from sklearn.datasets import load_sample_images
 
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting
 from varjax.data import transforms
-from varjax.data.loader import Loader
-from varjax.data.sources.digits import InMemory
-from varjax.data.stream import Split
-from varjax.data.workers import Reading
+from varjax.data.loader import make_loader
+from varjax.data.stream import ArraySource, Split
+from varjax.data.workers import ReadOptions
 
-NAMES = ("china", "flower")
-HELD_OUT = slice(240, 368)  # columns, of 640: through the middle of what the photographs show
+PHOTO_NAMES = ("china", "flower")
+# Columns, of 640: a strip through the middle of what the photographs show is held out.
+HELD_OUT_COLUMNS = slice(240, 368)
+HELD_OUT_WIDTH = HELD_OUT_COLUMNS.stop - HELD_OUT_COLUMNS.start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,68 +27,66 @@ class Photos:
     by half; from the two sides that are left, `images` random ones, anew in each epoch.
 
     Raises InputError for a size above 128.
+
+    Attributes:
+        size: pixels of both sides, or (height, width).
+        images: that make an epoch.
+        flip: whether to mirror every second training crop.
+        reading: threads or worker processes.
     """
 
-    size: int | tuple[int, int] = 64  # pixels: of both sides, or (height, width)
-    images: int = 4096  # that make an epoch
-    flip: bool = False  # mirror every second training crop
-    reading: Reading = Reading()
+    size: int | tuple[int, int] = 64
+    images: int = 4096
+    flip: bool = False
+    reading: ReadOptions = ReadOptions()
+
+    make = make_loader
 
     def __post_init__(self):
-        transforms.check_view(self.size, 3)
-        widest = HELD_OUT.stop - HELD_OUT.start
-        if max(self.image_shape[:2]) > widest:
-            raise InputError(f"size is {self.size}, but crops have at most {widest} pixels a side")
-        if self.images < 1:
-            raise InputError(f"images is {self.images}, but must be at least 1")
+        transforms.check_image_shape(self.size, 3)
+        if max(self.image_shape[:2]) > HELD_OUT_WIDTH:
+            raise InputError(
+                f"size is {self.size}, but crops have at most {HELD_OUT_WIDTH} pixels a side"
+            )
+        check_setting("images", self.images, self.images >= 1, "at least 1")
 
     @property
     def classes(self) -> int:
-        return len(NAMES)
+        return len(PHOTO_NAMES)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return *transforms.height_width(self.size), 3
 
-    def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
-        """Batches, of which this process gets `rows` (None: all)."""
-        return Loader(self, batch_size, seed, rows)
-
     def describe(self) -> dict[str, Any]:
-        """Class names, and what tells whether the images are still the same ones."""
+        """Returns class names, and what tells whether the images are still the same ones."""
         train, held_out = ({"images": len(self.source(s))} for s in ("train", "held_out"))
-        return {"class_names": list(NAMES), "train": train, "held_out": held_out}
+        return {"class_names": list(PHOTO_NAMES), "train": train, "held_out": held_out}
 
-    def source(self, split: Split) -> "InMemory | Sides":
-        """The held-out crops row by row; or, for training, what to crop from."""
-        photos = _photographs()
+    def source(self, split: Split) -> "ArraySource | PhotoSides":
+        """Opens the held-out crops, row by row; or, for training, what to crop from."""
+        parts = photo_parts(split)
         if split == "train":
-            sides = [
-                (photo[:, part], label)
-                for label, photo in enumerate(photos)
-                for part in (slice(HELD_OUT.start), slice(HELD_OUT.stop, None))
-            ]
-            places = np.array(
-                [np.prod(np.subtract(x.shape, self.image_shape) + 1) for x, _ in sides]
+            corners = np.array(
+                [np.prod(np.subtract(x.shape, self.image_shape) + 1) for x, _ in parts]
             )
-            side_N = np.random.default_rng(0).choice(
-                len(sides), self.images, p=places / places.sum()
+            part_N = np.random.default_rng(0).choice(
+                len(parts), self.images, p=corners / corners.sum()
             )
-            return Sides(tuple(sides), side_N)
+            return PhotoSides(tuple(parts), part_N)
         crops, labels = [], []
         h, w, _ = self.image_shape
-        for label, photo in enumerate(photos):
-            strip_HWC = photo[:, HELD_OUT]
+        for strip_HWC, label in parts:
             H, W, _ = strip_HWC.shape
             corners = itertools.product(
                 range(0, H - h + 1, max(h // 2, 1)), range(0, W - w + 1, max(w // 2, 1))
             )
             crops += [strip_HWC[top : top + h, left : left + w] for top, left in corners]
             labels += [label] * (len(crops) - len(labels))
-        return InMemory(np.stack(crops), np.array(labels))
+        return ArraySource(np.stack(crops), np.array(labels))
 
     def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A random crop, at the photograph's own resolution."""
+        """Cuts a random part out, at the photograph's own resolution."""
         h, w, _ = self.image_shape
         top = rng.integers(image_HWC.shape[0] - h, endpoint=True)
         left = rng.integers(image_HWC.shape[1] - w, endpoint=True)
@@ -96,26 +94,49 @@ class Photos:
         mirror = self.flip and rng.random() < 0.5
         return np.ascontiguousarray(crop_HWC[:, ::-1] if mirror else crop_HWC)
 
-    def prepare(self, image_HWC: np.ndarray) -> np.ndarray:
-        """The evaluation view of a held-out crop: itself."""
+    def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
+        """Returns the held-out crop itself."""
         return image_HWC
 
 
 @dataclasses.dataclass(frozen=True)
-class Sides:
-    """What is left of the photographs, with their labels; side_N: which of them is number n."""
+class PhotoSides:
+    """The parts of the photographs to crop from, uncut.
 
-    sides: tuple[tuple[np.ndarray, int], ...]
-    side_N: np.ndarray
+    Attributes:
+        parts: (image, label) of each.
+        part_N: the part that each of N examples shows.
+    """
+
+    parts: tuple[tuple[np.ndarray, int], ...]
+    part_N: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.side_N)
+        return len(self.part_N)
 
     def __getitem__(self, index: int) -> dict:
-        image_HWC, label = self.sides[self.side_N[index]]
+        image_HWC, label = self.parts[self.part_N[index]]
         return {"image": image_HWC, "label": label}
 
 
+def photo_parts(split: Split) -> list[tuple[np.ndarray, int]]:
+    """Returns (uint8 (427, W, 3), label) of the parts of the photographs that belong to a split.
+
+    The held-out part of each is a strip of columns, the training parts are what lies on its sides,
+    so that no pixel is in both splits.
+    """
+    strip = HELD_OUT_COLUMNS
+    sides = slice(strip.start), slice(strip.stop, None)
+    return [
+        (photo_HWC[:, columns], label)
+        for label, photo_HWC in enumerate(photographs())
+        for columns in (sides if split == "train" else (strip,))
+    ]
+
+
 @functools.cache
-def _photographs() -> tuple[np.ndarray, ...]:
+def photographs() -> tuple[np.ndarray, ...]:
+    """Loads both photographs, uint8 (427, 640, 3), in the order of PHOTO_NAMES."""
+    from sklearn.datasets import load_sample_images  # a second, and only this dataset needs it
+
     return tuple(load_sample_images().images)

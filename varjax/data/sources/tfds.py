@@ -1,4 +1,4 @@
-"""Datasets that TensorFlow Datasets prepared as array_record, read without TensorFlow."""
+"""Reads datasets that TensorFlow Datasets prepared as array_record, without TensorFlow."""
 
 import dataclasses
 import functools
@@ -10,39 +10,54 @@ import numpy as np
 
 from varjax.core.errors import InputError
 from varjax.data import decoding, transforms
-from varjax.data.loader import Loader
-from varjax.data.sources.folder_layout import ONE_CLASS
+from varjax.data.loader import make_loader
+from varjax.data.sources.folder_layout import ONE_CLASS_NAMES
 from varjax.data.stream import Split
-from varjax.data.workers import Reading
+from varjax.data.workers import ReadOptions
 
-# What prepares a dataset, once, where TensorFlow is installed.
-PREPARE = 'tfds.builder("{}", file_format="array_record").download_and_prepare(), see docs/data.md'
+# Prepares a dataset, once, where TensorFlow is installed.
+PREPARE_HINT = (
+    'tfds.builder("{}", file_format="array_record").download_and_prepare(), see docs/data.md'
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class TFDS:
     """A dataset by its name in `data_dir`, or by the directory that it was prepared in.
 
-    `name` is, say, "imagenet2012", "cifar10:3.0.2" or "lsun/church", or a directory with
-    dataset_info.json in it, as `python -m varjax.data.prepare` writes it. `data_dir` "" is where
-    TFDS puts datasets by itself. `train` and `held_out` name splits or parts of them:
-    "train[:95%]". `label_key` names the feature with the class; "" takes all images as one class.
-    Nothing is downloaded: what is missing raises InputError that says how to prepare it.
+    Nothing is downloaded: a missing dataset raises InputError that says how to prepare it.
+
+        data = TFDS("cifar10", held_out="test", size=32)
+
+    Attributes:
+        name: say, "imagenet2012", "cifar10:3.0.2" or "lsun/church"; or a directory with
+            dataset_info.json in it, as `python -m varjax.data.prepare` writes it.
+        data_dir: where datasets lie; "" is where TFDS puts them by itself.
+        train: a split or a part of one, "train[:95%]".
+        held_out: another one.
+        size: pixels of both sides, or (height, width).
+        channels: 1 (gray), 3 (RGB) or 4 (with alpha).
+        flip: whether to mirror every second training image.
+        image_key: the feature with the image.
+        label_key: the feature with the class; "" takes all images as one class.
+        reading: threads or worker processes.
     """
 
     name: str
     data_dir: str = ""
     train: str = "train"
     held_out: str = "validation"
-    size: int | tuple[int, int] = 256  # pixels: of both sides, or (height, width)
+    size: int | tuple[int, int] = 256
     channels: int = 3
-    flip: bool = False  # mirror every second training image
+    flip: bool = False
     image_key: str = "image"
     label_key: str = "label"
-    reading: Reading = Reading()
+    reading: ReadOptions = ReadOptions()
+
+    make = make_loader
 
     def __post_init__(self):
-        transforms.check_view(self.size, self.channels)
+        transforms.check_image_shape(self.size, self.channels)
 
     @property
     def classes(self) -> int:
@@ -51,41 +66,37 @@ class TFDS:
     @property
     def class_names(self) -> tuple[str, ...]:
         if not self.label_key:
-            return ONE_CLASS
+            return ONE_CLASS_NAMES
         return tuple(self.builder().info.features[self.label_key].names)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         return *transforms.height_width(self.size), self.channels
 
-    def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
-        """Batches, of which this process gets `rows` (None: all)."""
-        return Loader(self, batch_size, seed, rows)
-
-    def source(self, split: Split) -> "Records":
-        """The images of one split, in the dataset's order."""
-        return Records(self, self.train if split == "train" else self.held_out)
+    def source(self, split: Split) -> "TFDSSource":
+        """Opens a split, in the dataset's order."""
+        return TFDSSource(self, self.train if split == "train" else self.held_out)
 
     def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """The training view of an image."""
+        """Cuts a random part out, as the reference does."""
         return transforms.random_crop(image_HWC, rng, self.image_shape[:2], self.flip)
 
-    def prepare(self, image_HWC: np.ndarray) -> np.ndarray:
-        """The evaluation view of an image."""
+    def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
+        """Cuts the middle out, as the reference does."""
         return transforms.center_crop(image_HWC, self.image_shape[:2])
 
     def describe(self) -> dict[str, Any]:
-        """Class names, and what tells whether the images are still the same ones."""
+        """Returns class names, and what tells whether the images are still the same ones."""
         info, splits = self.builder().info, (self.train, self.held_out)
         train, held_out = (
-            {"images": len(Records(self, split)), "split": split, "dataset": info.full_name}
+            {"images": len(TFDSSource(self, split)), "split": split, "dataset": info.full_name}
             | {"bytes": int(info.dataset_size)}
             for split in splits
         )
         return {"class_names": list(self.class_names), "train": train, "held_out": held_out}
 
     def builder(self) -> Any:
-        """The dataset's tfds.core.DatasetBuilder, checked to hold images that can be read."""
+        """Opens the dataset as a tfds.core.DatasetBuilder, checked to hold images and labels."""
         import tensorflow_datasets as tfds  # half a second, also without TensorFlow
 
         builder = _open(self.name, self.data_dir)
@@ -104,8 +115,8 @@ class TFDS:
 
 
 @dataclasses.dataclass(frozen=True)
-class Records:
-    """Reads and decodes a record when asked for one; BrokenImage when that fails.
+class TFDSSource:
+    """Decodes a record when asked for one; raises BrokenImage where that fails.
 
     Files are opened at the first use, and anew after unpickling; threads may share them.
     """
@@ -127,7 +138,7 @@ class Records:
         except NotImplementedError as error:
             raise InputError(
                 f"{name} is stored as {builder.info.file_format.value}, which cannot be read in "
-                f"any order; prepare it again by {PREPARE.format(name)}"
+                f"any order; prepare it again by {PREPARE_HINT.format(name)}"
             ) from error
         except (KeyError, ValueError) as error:
             raise InputError(
@@ -148,7 +159,7 @@ class Records:
         if label < 0:  # as test splits have it
             raise InputError(f"{name} has no label; choose another split than {self.split!r}")
         return {
-            "image": decoding.decode(example[data.image_key], data.channels, name),
+            "image": decoding.decode_image(example[data.image_key], data.channels, name),
             "label": label,
         }
 
@@ -183,5 +194,5 @@ def _open(name: str, data_dir: str) -> Any:
     except tfds.core.DatasetNotFoundError as error:
         raise InputError(
             f"{name} is not prepared in {data_dir or '~/tensorflow_datasets'}: set data_dir, or "
-            f"prepare it once, where TensorFlow is installed, by {PREPARE.format(name)}"
+            f"prepare it once, where TensorFlow is installed, by {PREPARE_HINT.format(name)}"
         ) from error
