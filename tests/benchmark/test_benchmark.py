@@ -20,7 +20,7 @@ def tiny(monkeypatch):
     small = functools.partial(VQConfig, width=8, multipliers=(1, 1), blocks=1, groups=4)
     monkeypatch.setattr(sample, "VQConfig", small)
     monkeypatch.setattr(train, "VQConfig", small)
-    monkeypatch.setattr(measure.Peak, "measure", lambda self: 1e9)
+    monkeypatch.setattr(measure.MatmulPeak, "measure", lambda self: 1e9)
 
 
 def lines(capsys):
@@ -49,7 +49,7 @@ def test_train_times_the_parts_of_a_step(capsys):
 
 def test_wrong_commands_are_refused(capsys):
     assert benchmark.main(["paint"]) == 2
-    assert "sample|train|data|scaling" in capsys.readouterr().err
+    assert "sample|train|data|partitioning" in capsys.readouterr().err
     assert benchmark.main(["sample", "--batch_size=0"]) == 1
     assert "1 or more" in capsys.readouterr().err
 

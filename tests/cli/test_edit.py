@@ -12,8 +12,7 @@ from varjax.cli.edit import edit_image
 from varjax.core import image_io
 from varjax.data.sources import Digits
 from varjax.sampling.edit_masks import box_mask, read_mask
-from varjax.var.sample import keep_at_every_scale
-from varjax.var.sample import KeptTokens, VAROptions, image_keys, sample_tokens
+from varjax.var.sample import KeptTokens, VAROptions, image_keys, keep_at_every_scale, sample_tokens
 
 IMAGE_HWC = Digits().source("held_out").images_NHWC[3]
 
@@ -88,7 +87,7 @@ def test_kept_tokens_stay_and_the_others_vary():
     known = KeptTokens(
         tokens_BL, keep_at_every_scale(model.var.pyramid, ~inside_hw[None].repeat(4, 0))
     )
-    draw = jax.jit(functools.partial(sample, model.tokenizer, model.var))
+    draw = jax.jit(functools.partial(sample_tokens, model.tokenizer, model.var))
     label_B, key_B = jnp.full(4, 3), image_keys(0, jnp.arange(4))
     options = VAROptions(cfg=1.0, top_k=0, top_p=0.0)
     found_BL, _ = draw(model.params, label_B, key_B, options, known)

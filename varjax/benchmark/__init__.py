@@ -1,1 +1,1 @@
-"""Benchmarks: commands that print JSON lines. `python -m varjax.benchmark --help`."""
+"""Benchmarks: commands that print JSON lines. `varjax benchmark --help`."""

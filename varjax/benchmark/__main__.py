@@ -1,24 +1,34 @@
-"""python -m varjax.benchmark sample|train|data|scaling --help"""
+"""Measures speed, memory and communication, and prints JSON lines.
+
+varjax benchmark COMMAND --help
+
+  sample        how fast a transformer of a released size draws images
+  train         how fast it trains on one device
+  data          how fast a config's images are read, decoded and augmented
+  partitioning  what a training step sends and holds on many devices, without having them
+"""
 
 import importlib
 import sys
 
-NAMES = ("sample", "train", "data", "scaling")
+from varjax.core.errors import run_command
+
+NAMES = ("sample", "train", "data", "partitioning")
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0, 1 when it failed, 2 for a wrong command line."""
-    if not arguments or arguments[0] not in NAMES:
-        print(f"usage: python -m varjax.benchmark {'|'.join(NAMES)} --help", file=sys.stderr)
+    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    name = arguments[0] if arguments else ""
+    name = "partitioning" if name == "scaling" else name  # its name of before
+    if name in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if name not in NAMES:
+        print(f"usage: varjax benchmark {'|'.join(NAMES)} --help", file=sys.stderr)
         return 2
     # Only the one that is asked for: they set up JAX, or do without it, each in its own way.
-    benchmark = importlib.import_module(f"varjax.benchmark.{arguments[0]}")
-    try:
-        benchmark.main(arguments[1:])
-    except ValueError as error:
-        print(f"varjax.benchmark: {error}", file=sys.stderr)
-        return 1
-    return 0
+    benchmark = importlib.import_module(f"varjax.benchmark.{name}")
+    return run_command(f"varjax benchmark {name}", lambda: benchmark.main(arguments[1:]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a compiled program's devices send one another, read from its HLO text."""
+"""Counts what a compiled program's devices send one another, from its HLO text."""
 
 import collections
 import dataclasses
@@ -7,20 +7,25 @@ import re
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "c64": 64, "c128": 128}
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z\-]+)\(([^)]*)\)(.*)")
-# What each device sends on a ring of g, in units of (g - 1)/g times the larger of input and output.
+# Bytes that each of g devices sends on a ring: (g - 1)/g × the larger of input and output, × this.
 RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 2}
 
 
 @dataclasses.dataclass
 class Traffic:
-    """Calls of one kind of collective in one run of a program, and bytes that a device sends."""
+    """Counts one kind of collective in one run of a program.
+
+    Attributes:
+        calls: how often it runs.
+        bytes: sent by one device.
+    """
 
     calls: int = 0
     bytes: float = 0.0
 
 
-def count(hlo: str) -> dict[str, Traffic]:
-    """By kind; a loop counts as often as it runs.
+def count_traffic(hlo: str) -> dict[str, Traffic]:
+    """Counts the collectives in HLO text, by kind; a loop counts as often as it runs.
 
     All-reduces of which each device keeps a slice only count as "reduce-scatter": TPUs and GPUs
     compile them to that.
@@ -58,7 +63,7 @@ def count(hlo: str) -> dict[str, Traffic]:
 
 
 def group_size(attributes: str) -> int:
-    """How many devices take part, from any of the ways in which XLA writes replica_groups."""
+    """Returns how many devices take part, from any of XLA's spellings of replica_groups."""
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return len(match[1].split(","))
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
@@ -74,7 +79,7 @@ def group_size(attributes: str) -> int:
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """The lines of each computation, and the name of the one that is the program."""
+    """Splits the text into each computation's lines; also returns the entry computation's name."""
     found, lines, entry = {}, [], ""
     for line in hlo.splitlines():
         if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{", line):
@@ -86,7 +91,7 @@ def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _trips(attributes: str, condition: list[str]) -> int:
-    """How often a loop runs: as XLA found out, or what its counter is compared with."""
+    """Reads how often a loop runs: as XLA found out, or what its counter is compared with."""
     if match := re.search(r"known_trip_count\W+n\W+(\d+)", attributes):
         return int(match[1])
     numbers = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
@@ -99,7 +104,7 @@ def _is_sliced(name: str, lines: list[str]) -> bool:
 
 
 def _bytes(shape: str, largest: bool = False) -> float:
-    """Of an array or of all in a tuple; an asynchronous start also returns its input."""
+    """Adds the bytes of all arrays in a tuple, for an asynchronous start takes the largest."""
     sizes = [
         math.prod(map(int, filter(None, dims.split(",")))) * _bits(kind) / 8
         for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)

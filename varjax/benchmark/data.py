@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from varjax.benchmark.measure import show
+from varjax.benchmark.measure import print_figures
 from varjax.core.config_flags import add_config_flags, config_from_flags
 from varjax.core.errors import InputError, check_setting
 from varjax.core.hardware import process_peak_gb
@@ -72,7 +72,7 @@ def measure_reading(
         loader = dataclasses.replace(data, reading=reading).make(batch_size, seed)
         for part, measure in {"decode": _decode, "augment": _augment, "loader": _load}.items():
             took = measure(loader, batches)
-            show(
+            print_figures(
                 benchmark="data",
                 part=part,
                 data=type(data).__name__,

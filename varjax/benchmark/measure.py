@@ -1,76 +1,69 @@
-"""What every benchmark needs: seconds, memory, and the machine's own speed."""
+"""Shares among benchmarks their flags, their output, and the machine's own speed."""
 
 import argparse
 import json
-import resource
-import time
-from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
+from varjax.core import hardware
 from varjax.core.errors import InputError
-from varjax.nn.compute import Attention, Compute, precision_of
+from varjax.nn.compute import Attention, Compute, matmul_precision
 
 
-def seconds(function: Callable[[], Any], repeats: int = 3) -> float:
-    """The fastest of `repeats` calls after a first one, until the result is there."""
-    jax.block_until_ready(function())
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - begin)
-    return min(times)
+class MatmulPeak:
+    """Measures the FLOP/s of a large square matrix product, the most that one could hope for.
 
-
-class Peak:
-    """FLOP/s of a large square matrix product in `dtype` on one device: what one could hope for."""
+    peak = MatmulPeak(jnp.bfloat16)
+    efficiency = flop / seconds / peak.measure()
+    """
 
     def __init__(self, dtype: Any):
         self._size = 4096 if jax.default_backend() == "cpu" else 16384
         self._dtype, self._best = jnp.dtype(dtype), 0.0
 
     def measure(self) -> float:
-        """The best so far. Ask next to what it is held against: shared machines change speed."""
-        keys, shape = jax.random.split(jax.random.key(0)), (self._size, self._size)
-        a, b = (jax.random.normal(key, shape, self._dtype) for key in keys)
-        precision = precision_of(self._dtype)
-        product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
-        self._best = max(self._best, 2 * self._size**3 / seconds(lambda: product(a, b), 5))
+        """Measures again and returns the best FLOP/s so far.
+
+        To be called next to what it is compared with, for shared machines change speed.
+        """
+        precision = matmul_precision(self._dtype)
+        measured = hardware.matmul_flops(self._size, self._dtype, precision, repeats=5)
+        self._best = max(self._best, measured)
         return self._best
 
 
-def peak_memory() -> int:
-    """Bytes: the device's peak where it tells, else the process's (on a CPU they are the same)."""
-    statistics = jax.devices()[0].memory_stats()
-    if statistics:
-        return statistics["peak_bytes_in_use"]
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def show(**figures: Any) -> None:
-    """One JSON line, with the machine that it was measured on."""
+def print_figures(**figures: Any) -> None:
+    """Prints one JSON line: the figures, and the machine that they were measured on."""
     machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
     print(json.dumps(rounded | machine), flush=True)
 
 
-def parser_of(name: str, about: str | None) -> argparse.ArgumentParser:
-    """The flags that benchmarks of models share."""
-    parser = argparse.ArgumentParser(f"varjax.benchmark {name}", description=about)
-    parser.add_argument("--preset", default="d16", help="d16, d20, d24, d30 or d36")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--attention", choices=get_args(Attention), default="auto")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cache", help="a folder for compiled programs, for the next run to use")
+def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Makes the parser of `varjax benchmark NAME`, with the flags that models' benchmarks share."""
+    parser = argparse.ArgumentParser(
+        f"varjax benchmark {name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--preset", default="d16", help="size of the model: d16, d20, d24, d30 or d36 (d16)")
+    add("--batch_size", type=int, default=8, help="images at a time (8)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in Compute")
+    add("--attention", choices=get_args(Attention), default="auto", help="as in Compute")
+    add("--repeats", type=int, default=3, help="the fastest of so many calls counts (3)")
+    add("--cache", help="a folder for compiled programs, for the next run to use")
     return parser
 
 
-def compute_of(flags: argparse.Namespace, **others: Any) -> Compute:
-    """What the flags say, after checking them and turning the cache on; ValueError."""
+def compute_from_flags(flags: argparse.Namespace, **others: Any) -> Compute:
+    """Checks the flags of `model_parser`, turns the cache on, and returns how to compute.
+
+    Raises InputError for a number below 1.
+    """
     if flags.batch_size < 1 or flags.repeats < 1:
         raise InputError("batch_size and repeats must be 1 or more")
     if flags.cache:

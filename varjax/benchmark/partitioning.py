@@ -1,4 +1,6 @@
-"""What a training step sends and holds on many devices, compiled for them without having them.
+"""Measures what a training step sends and holds on many devices, without having them.
+
+varjax benchmark partitioning --preset=d16 --devices=8
 
 --devices=8,64 plays these numbers of CPU devices. What they send is read from XLA's partitioned
 program, which is the same everywhere; their temporaries are a CPU's, which computes bfloat16 in
@@ -17,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from varjax.benchmark import collectives
-from varjax.benchmark.measure import show
+from varjax.benchmark.collectives import count_traffic
+from varjax.benchmark.measure import print_figures
 from varjax.core.errors import InputError
 from varjax.nn.compute import Compute, Remat
 from varjax.tokenizers.vq.model import VQConfig
@@ -31,26 +33,27 @@ BATCH_SIZES = {"d16": 768, "d20": 768, "d24": 768, "d30": 1024, "d36": 768}  # t
 
 
 def main(arguments: list[str]) -> None:
-    """Reads the command line; prints a line for each number of devices. ValueError."""
-    form = argparse.RawDescriptionHelpFormatter
+    """Reads the command line and prints a line for each number of devices; raises InputError."""
     parser = argparse.ArgumentParser(
-        "varjax.benchmark scaling", None, __doc__, formatter_class=form
+        "varjax benchmark partitioning",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--preset", default="d16", choices=BATCH_SIZES)
-    parser.add_argument("--devices", default="8", help="numbers of CPU devices to play: 8,64")
-    parser.add_argument("--topology", default="", help="of TPUs, instead: v5e:2x4,v5e:8x8")
-    parser.add_argument("--fsdp", type=int, default=0, help="0: as many as divide the width")
-    parser.add_argument("--tensor", type=int, default=1)
-    parser.add_argument("--batch_size", type=int, default=0, help="0: the official one")
-    parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--remat", choices=get_args(Remat), default="block")
-    parser.add_argument("--ema", type=float, default=0.0)
-    parser.add_argument(
-        "--sizes_only", action="store_true", help="compile nothing: what lies there"
-    )
+    add = parser.add_argument
+    add("--preset", default="d16", choices=BATCH_SIZES, help="size of the model (d16)")
+    add("--devices", type=_numbers, default="8", help="numbers of CPU devices to play: 8,64 (8)")
+    add("--topology", default="", help="instead, of TPUs: v5e:2x4,v5e:8x8")
+    add("--fsdp", type=int, default=0, help="the mesh's axis (as many as divide the width)")
+    add("--tensor", type=int, default=1, help="the mesh's axis (1)")
+    add("--batch_size", type=int, default=0, help="images in a batch (the official number)")
+    add("--accumulate", type=int, default=1, help="microbatches in a step (1)")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="as in Compute")
+    add("--remat", choices=get_args(Remat), default="block", help="as in Compute (block)")
+    add("--ema", type=float, default=0.0, help="decay of averaged weights, 0 for none (0)")
+    add("--sizes_only", action="store_true", help="compile nothing, print only what lies there")
     flags = parser.parse_args(arguments)
-    counts = [] if flags.topology else [int(n) for n in flags.devices.split(",")]
+    counts = [] if flags.topology else flags.devices
     jax.config.update("jax_platforms", "cpu")
     # At least two, for alone on a CPU the model would be computed in another way.
     jax.config.update("jax_num_cpu_devices", max([2, *counts]))
@@ -72,15 +75,21 @@ def main(arguments: list[str]) -> None:
             plan=Plan(1000, flags.batch_size or BATCH_SIZES[flags.preset]),
         )
         mesh = sharding.make_mesh(shape, devices)
-        figures = measure(task, mesh, flags.sizes_only)
-        show(benchmark="scaling", preset=flags.preset, **figures)
+        figures = measure_step(task, mesh, flags.sizes_only)
+        print_figures(benchmark="partitioning", preset=flags.preset, **figures)
 
 
-def measure(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str, Any]:
-    """Figures of one training step of `task` on `mesh`, for each device, in 10⁹ bytes.
+def measure_step(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str, Any]:
+    """Compiles one training step and measures what each device holds and sends, in 1e9 bytes.
 
-    state_gb, frozen_gb: what lies there between the steps; arguments_gb: with the batch.
-    temporaries_gb: what a step needs besides. sent: by kind of collective, calls and gigabytes.
+    Args:
+        task: what is trained.
+        mesh: of devices that need not be here.
+        sizes_only: False compiles; True only adds up the arrays between the steps.
+
+    Returns:
+        state_gb and frozen_gb, between the steps; arguments_gb, with the batch; temporaries_gb,
+        what a step needs besides; sent, (calls, gigabytes) by kind of collective; and the setting.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = _placed(jax.eval_shape(task.init, key), mesh)
@@ -118,13 +127,17 @@ def measure(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str, Any
     if isinstance(compiled, str):
         return figures | {"fits": False, "refused": compiled}
     memory = compiled.memory_analysis()
-    sent = collectives.count(hlo)
+    sent = count_traffic(hlo)
     return figures | {
         "arguments_gb": memory.argument_size_in_bytes / 1e9,
         "temporaries_gb": memory.temp_size_in_bytes / 1e9,
         "sent_gb": sum(kind.bytes for kind in sent.values()) / 1e9,
         "sent": {name: [kind.calls, round(kind.bytes / 1e9, 4)] for name, kind in sent.items()},
     }
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def _devices(target: int | str) -> list[Any]:
@@ -149,7 +162,7 @@ def _abstract(shape: tuple[int, ...], dtype: Any, where: Any) -> jax.ShapeDtypeS
 
 
 def _held(tree: Any) -> float:
-    """Gigabytes of abstract arrays on each device."""
+    """Adds up abstract arrays on each device, in 1e9 bytes."""
     return (
         sum(
             math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
@@ -160,7 +173,7 @@ def _held(tree: Any) -> float:
 
 
 def _compile(lowered: Any) -> tuple[Any, str]:
-    """(program or why there is none, the partitioned program as text)."""
+    """Returns the program, or why there is none, and the partitioned program as text."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
         try:

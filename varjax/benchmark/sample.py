@@ -1,4 +1,7 @@
-"""How fast a transformer of a released size draws images; random weights serve as well."""
+"""Measures how fast a transformer of a released size draws images; its weights are random.
+
+varjax benchmark sample --preset=d16 --batch_size=8
+"""
 
 import dataclasses
 import time
@@ -6,8 +9,9 @@ import time
 import jax
 import jax.numpy as jnp
 
-from varjax.benchmark.measure import Peak, compute_of, parser_of, peak_memory, seconds, show
+from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
 from varjax.core import flops
+from varjax.core.hardware import fastest_seconds, memory_usage
 from varjax.nn.compute import Compute
 from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.tokenizers.vq.model import VQConfig, decode_images
@@ -16,14 +20,17 @@ from varjax.var.sample import VAROptions, image_keys, sample_images, sample_toke
 
 
 def main(arguments: list[str]) -> None:
-    """Reads the command line; `run` does it."""
-    parser = parser_of("sample", __doc__)
+    """Reads the command line and prints the figures; raises InputError."""
+    parser = model_parser("sample", __doc__)
     parser.add_argument("--compile_only", action="store_true", help="where memory is short")
     flags = parser.parse_args(arguments)
-    run(flags.preset, flags.batch_size, compute_of(flags), flags.repeats, flags.compile_only)
+    compute = compute_from_flags(flags)
+    measure_sampling(flags.preset, flags.batch_size, compute, flags.repeats, flags.compile_only)
 
 
-def run(preset: str, batch_size: int, compute: Compute, repeats: int, lower_only: bool) -> None:
+def measure_sampling(
+    preset: str, batch_size: int, compute: Compute, repeats: int, compile_only: bool
+) -> None:
     """Prints a line for the transformer, one for the decoder, and one for the whole.
 
     They are the programs that `VARPipeline` runs. efficiency: model FLOP ÷ (seconds × FLOP/s of a
@@ -61,14 +68,14 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int, lower_only
         "attention": compute.attention_implementation,
     }
     abstract = jax.eval_shape(init, jax.random.key(0))
-    params = None if lower_only else replicate(jax.jit(init)(jax.random.key(0)), mesh)
-    peak = Peak(dtype)
+    params = None if compile_only else replicate(jax.jit(init)(jax.random.key(0)), mesh)
+    peak = MatmulPeak(dtype)
     for name, (function, batch) in parts.items():
         begin = time.perf_counter()
         compiled = data_parallel(function, mesh).lower(abstract, options, *batch).compile()
         figures = {"part": name, "compile_seconds": time.perf_counter() - begin}
         if params is not None:
-            took = seconds(lambda: compiled(params, options, *batch), repeats)  # noqa: B023
+            took = fastest_seconds(lambda: compiled(params, options, *batch), repeats)  # noqa: B023
             # What a fused attention kernel computes cannot be seen in the program: count without.
             plain = dataclasses.replace(compute, attention="xla")
             work = flops.count(
@@ -82,6 +89,6 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int, lower_only
                 "model_gflop_per_image": work / batch_size / 1e9,
                 "efficiency": work / took / speed / mesh.size,
                 "matmul_gflops": speed / 1e9,
-                "peak_memory_gb": peak_memory() / 1e9,
+                "peak_memory_gb": memory_usage()["memory_peak_gb"],
             }
-        show(**setting, **figures)
+        print_figures(**setting, **figures)

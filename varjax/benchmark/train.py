@@ -1,4 +1,7 @@
-"""How fast a transformer of a released size trains on one device; random weights and images do."""
+"""Measures how fast a transformer of a released size trains on one device, on random images.
+
+varjax benchmark train --preset=d16 --batch_size=8 --remat=dots
+"""
 
 import time
 from collections.abc import Callable
@@ -7,8 +10,9 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from varjax.benchmark.measure import Peak, compute_of, parser_of, peak_memory, seconds, show
+from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
 from varjax.core import flops
+from varjax.core.hardware import fastest_seconds, memory_usage
 from varjax.nn.compute import Compute, Remat
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.task import Plan, TrainState
@@ -18,15 +22,15 @@ from varjax.var.task import VARTask
 
 
 def main(arguments: list[str]) -> None:
-    """Reads the command line; `run` does it."""
-    parser = parser_of("train", __doc__)
+    """Reads the command line and prints the figures; raises InputError."""
+    parser = model_parser("train", __doc__)
     parser.add_argument("--remat", choices=get_args(Remat), default="none")
     flags = parser.parse_args(arguments)
-    compute = compute_of(flags, remat=flags.remat)
-    run(flags.preset, flags.batch_size, compute, flags.repeats)
+    compute = compute_from_flags(flags, remat=flags.remat)
+    measure_training(flags.preset, flags.batch_size, compute, flags.repeats)
 
 
-def run(preset: str, batch_size: int, compute: Compute, repeats: int) -> None:
+def measure_training(preset: str, batch_size: int, compute: Compute, repeats: int) -> None:
     """Prints a line for the tokenizer's encoder, the gradient, the update, and the whole step.
 
     efficiency: model FLOP ÷ (seconds × FLOP/s of a large matrix product, same run, same dtype).
@@ -42,7 +46,7 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int) -> None:
         compute=compute,
         plan=Plan(1000, batch_size),
     )
-    dtype, peak = compute.jax_dtype, Peak(compute.jax_dtype)
+    dtype, peak = compute.jax_dtype, MatmulPeak(compute.jax_dtype)
     setting = {
         "benchmark": "train",
         "preset": preset,
@@ -58,7 +62,7 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int) -> None:
     state = jax.jit(task.init)(key)
 
     def report(part: str, call: Callable[[], Any], compile_seconds: float, work: int) -> None:
-        took, speed = seconds(call, repeats), peak.measure()
+        took, speed = fastest_seconds(call, repeats), peak.measure()
         figures = {
             "compile_seconds": compile_seconds,
             "seconds": took,
@@ -66,9 +70,9 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int) -> None:
             "model_gflop_per_image": work / batch_size / 1e9,
             "efficiency": work / took / speed,
             "matmul_gflops": speed / 1e9,
-            "peak_memory_gb": peak_memory() / 1e9,
+            "peak_memory_gb": memory_usage()["memory_peak_gb"],
         }
-        show(**setting, part=part, **figures)
+        print_figures(**setting, part=part, **figures)
 
     tokens, waited = _compiled(task.tokens, frozen, image_BHWC)
     tokens_BL = tokens(frozen, image_BHWC)
@@ -109,7 +113,7 @@ def run(preset: str, batch_size: int, compute: Compute, repeats: int) -> None:
 
 
 def _compiled(function: Callable, *args: Any) -> tuple[Callable, float]:
-    """The program, which may reuse a state's memory, and the seconds that its making took."""
+    """Compiles; returns the program, which may reuse a state's memory, and the seconds it took."""
     begin = time.perf_counter()
     donated = (0,) if isinstance(args[0], TrainState) else ()
     program = jax.jit(function, donate_argnums=donated).lower(*args).compile()
