@@ -19,7 +19,7 @@ docs/tokenizer.md tells what each of them does.
 from varjax.core import config_tree
 from varjax.core.errors import InputError
 from varjax.data.sources import Photos
-from varjax.tokenizers.losses.gan import Adversary
+from varjax.tokenizers.losses.gan import GANConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.experiment import Experiment
@@ -50,7 +50,7 @@ def get_config(arg: str = "plain") -> Experiment:
         vocab=512,
         code_channels=16,
     )
-    adversary = Adversary(
+    gan = GANConfig(
         kind="patch",
         width=32,
         layers=2,
@@ -69,7 +69,7 @@ def get_config(arg: str = "plain") -> Experiment:
             l2=1.0,
             beta=0.25,
             ema=0.98,
-            adversary=adversary if "adversarial" in names else None,
+            gan=gan if "adversarial" in names else None,
         ),
         data=Photos(size=64, flip=True),
         run_dir="runs/photos_tokenizer" + "".join(f"_{name}" for name in names if name != "plain"),

@@ -84,11 +84,11 @@ def test_a_step_of_the_full_tokenizer_changes_no_shape(name):
 
 def test_the_tokenizer_s_recipe_is_written_with_its_run_and_can_be_changed():
     e = load("tokenizer.py:no_lpips,256")
-    e = config_tree.override(e, ["task.adversary.start=0.5", "task.adversary.optimizer.clip=3.0"])
-    assert (e.task.adversary.start, e.task.adversary.optimizer.clip) == (0.5, 3.0)
+    e = config_tree.override(e, ["task.gan.start=0.5", "task.gan.optimizer.clip=3.0"])
+    assert (e.task.gan.start, e.task.gan.optimizer.clip) == (0.5, 3.0)
     data = config_tree.to_dict(e)["task"]
     assert config_tree.from_dict(VQTask, data) == e.task
-    assert config_tree.override(e, ["task.adversary=none"]).task.adversary is None
+    assert config_tree.override(e, ["task.gan=none"]).task.gan is None
     with pytest.raises(ValueError, match="task.perceptual is none in this config"):
         config_tree.override(e, ["task.perceptual.weight=2.0"])
 

@@ -1,4 +1,4 @@
-"""A tiny tokenizer with an adversary, on images of 16 by 16 pixels, in the middle of its run."""
+"""A tiny tokenizer with a discriminator, on images of 16 by 16 pixels, in the middle of its run."""
 
 import functools
 import re
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from varjax.core import trees
-from varjax.tokenizers.losses.gan import Adversary
+from varjax.tokenizers.losses.gan import GANConfig
 from varjax.tokenizers.losses.lpips import init_lpips
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import VQTask
@@ -19,12 +19,10 @@ CONFIG = VQConfig(
     code_channels=4,
 )  # fmt: skip
 OPTIMIZER = AdamW(base_lr=2e-3, schedule="constant", warmup=0.0)
-ADVERSARY = Adversary(
+GAN = GANConfig(
     "patch", 8, 1, start=0.5, ramp=0.25, lecam=0.1, diffaugment=("cutout",), optimizer=OPTIMIZER
 )
-TASK = VQTask(
-    CONFIG, OPTIMIZER, l1=0.0, adversary=ADVERSARY, ema=0.5, plan=Plan(steps=8, batch_size=256)
-)
+TASK = VQTask(CONFIG, OPTIMIZER, l1=0.0, gan=GAN, ema=0.5, plan=Plan(steps=8, batch_size=256))
 BATCH = {"image_BHWC": np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)}
 KEY = jax.random.key(5)
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiled in half the time

@@ -23,7 +23,6 @@ CONFIG = VQConfig(
     scales=(1, 2, (3, 4)), image_channels=3, width=8, multipliers=(1, 1, 1), blocks=1, groups=4,
     vocab=16, code_channels=4,
 )  # fmt: skip
-PARAMS = jax.jit(CONFIG.init)(jax.random.key(0))
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, *CONFIG.image_shape), np.uint8)
 
 
@@ -48,12 +47,17 @@ def promoting():
 
 
 @pytest.fixture(scope="module")
-def split(promoting):
-    return measure_split(CONFIG, PARAMS, Ten(4), show=(0, 3, 9), worst=2)
+def params():
+    return jax.jit(CONFIG.init)(jax.random.key(0))
 
 
-def test_the_batch_size_and_broken_images_change_nothing(split):
-    other = measure_split(CONFIG, PARAMS, Ten(10), show=(0, 3, 9), worst=2)
+@pytest.fixture(scope="module")
+def split(promoting, params):
+    return measure_split(CONFIG, params, Ten(4), show=(0, 3, 9), worst=2)
+
+
+def test_the_batch_size_and_broken_images_change_nothing(split, params):
+    other = measure_split(CONFIG, params, Ten(10), show=(0, 3, 9), worst=2)
     a, b = split.summary(), other.summary()
     assert a["images"] == 9 and [x.number for x in split.shown] == [0, 9]  # 3 is broken
     assert [x.number for x in split.worst] == [x.number for x in other.worst]
@@ -62,8 +66,8 @@ def test_the_batch_size_and_broken_images_change_nothing(split):
         np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
 
 
-def test_figures_are_those_of_the_images_decoded_one_by_one(split):
-    model = VQTokenizer(CONFIG).bind({"params": PARAMS})
+def test_figures_are_those_of_the_images_decoded_one_by_one(split, params):
+    model = VQTokenizer(CONFIG).bind({"params": params})
     x_BHWC = to_model_range(IMAGES[np.arange(10) != 3])
 
     @jax.jit
@@ -71,7 +75,7 @@ def test_figures_are_those_of_the_images_decoded_one_by_one(split):
         tokens_BL = model.encode(x_BHWC)
         f_hats = model.quantizer.accumulated_scales(tokens_BL)
         rebuilt, f_BhwZ = model.decode_every_scale(tokens_BL), model.features(x_BHWC)
-        coarse = VQTokenizer(CONFIG, encoder_dtype=jnp.bfloat16).bind({"params": PARAMS})
+        coarse = VQTokenizer(CONFIG, encoder_dtype=jnp.bfloat16).bind({"params": params})
         coarse_BL = coarse.quantizer(coarse.features(x_BHWC)).tokens_BL
         return tokens_BL, rebuilt, f_BhwZ, f_hats, coarse_BL
 
@@ -96,12 +100,12 @@ def test_figures_are_those_of_the_images_decoded_one_by_one(split):
     assert abs(shown[1:].astype(int) - 127.5 * (y_KBHWC[:, -1] + 1)).max() <= 1
 
 
-def test_lpips_is_measured_where_it_is_given(monkeypatch, split):
+def test_lpips_is_measured_where_it_is_given(monkeypatch, split, params):
     def lpips(params, x_BHWC, y_BHWC):  # the real one takes long to compile
         return params["factor"] * jnp.mean(jnp.abs(x_BHWC - y_BHWC), axis=(1, 2, 3))
 
     monkeypatch.setattr(reconstruction_metrics, "lpips", lpips)
-    report = measure_split(CONFIG, PARAMS, Ten(10), {"factor": np.float32(3)}).summary()
+    report = measure_split(CONFIG, params, Ten(10), {"factor": np.float32(3)}).summary()
     np.testing.assert_allclose(report["lpips"], 6 * split.summary()["l1"], rtol=1e-4)
 
 
@@ -147,11 +151,11 @@ def test_what_cannot_be_measured_is_said_at_once(flags, message, capsys, tmp_pat
     assert not (tmp_path / "evaluation").exists()
 
 
-def test_a_split_without_an_image_is_refused():
+def test_a_split_without_an_image_is_refused(params):
     class Broken(Ten):
         def held_out(self):
             for batch in super().held_out():
                 yield batch | {"valid_B": np.zeros(self.batch_size, bool)}
 
     with pytest.raises(ValueError, match="there is no image to measure"):
-        measure_split(CONFIG, PARAMS, Broken(10))
+        measure_split(CONFIG, params, Broken(10))

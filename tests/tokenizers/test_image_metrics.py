@@ -44,8 +44,9 @@ def test_psnr_and_gradients_by_hand():
     half = jnp.full((1, 2, 2, 1), 0.5)
     np.testing.assert_allclose(image_metrics.psnr(half, half - 0.1), 20, rtol=1e-5)
     ramp_BHWC = (3 * jnp.arange(5.0)[:, None] + 4 * jnp.arange(6.0)[None])[None, ..., None]
-    np.testing.assert_allclose(image_metrics.gradient(ramp_BHWC), 5, rtol=1e-6)
+    np.testing.assert_allclose(image_metrics.mean_gradient(ramp_BHWC), 5, rtol=1e-6)
     blurred = jnp.asarray(ndimage.gaussian_filter(A_BHWC, (0, 1, 1, 0)))
     assert (
-        image_metrics.gradient(blurred) < 0.7 * image_metrics.gradient(jnp.asarray(A_BHWC))
+        image_metrics.mean_gradient(blurred)
+        < 0.7 * image_metrics.mean_gradient(jnp.asarray(A_BHWC))
     ).all()

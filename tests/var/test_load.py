@@ -16,12 +16,12 @@ from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.core import files
 from varjax.data.sources import Digits
-from varjax.tokenizers.load import load_tokenizer, read_tokenizer
+from varjax.families import read_model
+from varjax.tokenizers.load import read_expected_tokenizer, read_tokenizer
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.experiment import Experiment, check_or_write_config
 from varjax.training.task import TrainState
-from varjax.var.load import read_var
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 
@@ -71,7 +71,7 @@ def test_an_exported_run_is_the_same_model(var_run, tmp_path):
         equal(model.params["tokenizer"], golden.tokenizer_params("shared_aln"))
     export_run(var_run, tmp_path / "plain", ema=False)
     for location, ema in ((tmp_path / "plain", None), (var_run, False)):
-        _, params, _ = read_var(location, ema)
+        _, _, params, _ = read_model(location, ema)
         equal(params, jax.tree.map(lambda x: x + 1, golden.var_params("shared_aln")))
     with pytest.raises(ValueError, match="out is a converted directory already"):
         export_run(tmp_path / "out", tmp_path / "again")
@@ -94,7 +94,7 @@ def test_a_tokenizer_alone_serves_training_but_draws_nothing(tokenizer_dir, tmp_
         varjax.load(tokenizer_dir)
     other = dataclasses.replace(TOKENIZER, phi_ratio=0.25)
     with pytest.raises(ValueError, match="another tokenizer:\n  phi_ratio: 0.5 there, 0.25 here"):
-        load_tokenizer(tokenizer_dir, other)
+        read_expected_tokenizer(tokenizer_dir, other)
     export_torch(tokenizer_dir, tmp_path / "torch")
     names = sorted(path.name for path in (tmp_path / "torch").iterdir())
     assert names == ["tokenizer.pth", "tokenizer.safetensors"]
@@ -107,7 +107,7 @@ def test_a_tokenizer_alone_serves_training_but_draws_nothing(tokenizer_dir, tmp_
 def test_a_transformer_alone_asks_for_its_tokenizer(tmp_path):
     write_pth(tmp_path / "var.pth", weights.state_dict("ten_scales", "var"))
     convert(tmp_path / "out", var=tmp_path / "var.pth")
-    assert read_var(tmp_path / "out")[0].scales == varjax.SCALES_256
+    assert read_model(tmp_path / "out")[1].scales == varjax.SCALES_256
     with pytest.raises(ValueError, match="holds only var; convert it again with --tokenizer"):
         varjax.load(tmp_path / "out")
 

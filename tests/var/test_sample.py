@@ -63,7 +63,7 @@ def test_greedy_generation_is_the_reference_s(name):
             golden.strided(name, image_BHWC), expected[f"generate.cfg{cfg}.image"], atol=2e-4
         )
         # The guided logits by teacher forcing: so the cached ones agree with it as well.
-        input_BlZ = model.teacher_input(tokens_BL)
+        input_BlZ = model.teacher_forcing_input(tokens_BL)
         both_2BLV = forced(
             {"params": params(name)["var"]},
             jnp.concatenate([input_BlZ, input_BlZ]),
@@ -165,7 +165,7 @@ def test_smooth_features_are_mixed_and_known_tokens_are_not():
     label_B, key_B = np.array([1], np.int32), image_keys(0, jnp.arange(1))
     tokens_BL, f_hat_BhwZ = sample_tokens(tokenizer, var, params("base"), label_B, key_B, options)
     model = VQTokenizer(tokenizer).bind({"params": params("base")["tokenizer"]})
-    hard_BhwZ = model.quantizer.accumulate(tokens_BL)[-1]
+    hard_BhwZ = model.quantizer.accumulated_scales(tokens_BL)[-1]
     assert jnp.max(jnp.abs(hard_BhwZ - f_hat_BhwZ)) > 1e-2
     known = KeptTokens(tokens_BL, jnp.ones_like(tokens_BL, bool))
     _, kept_BhwZ = sample_tokens(tokenizer, var, params("base"), label_B, key_B, options, known)

@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import jax
 
+from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 
 Latents = Mapping[str, jax.Array]
@@ -60,3 +61,13 @@ class Tokenizer(Protocol):
     def identity(self, params: PyTree) -> dict[str, Any]:
         """Returns flat JSON data that tells this tokenizer and its weights from all others."""
         ...
+
+
+def check_image_shape(tokenizer: Tokenizer, image_shape: tuple[int, int, int]) -> None:
+    """Raises InputError where a tokenizer does not take images (H, W, channels)."""
+    if tuple(image_shape) != tokenizer.image_shape:
+        raise InputError(
+            f"the data's images are {tuple(image_shape)}, but the tokenizer takes "
+            f"{tokenizer.image_shape} (height, width, channels); change the data, or the "
+            "tokenizer's settings"
+        )

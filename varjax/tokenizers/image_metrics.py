@@ -1,4 +1,4 @@
-"""How good reconstructions are, by the measures that papers report, image by image."""
+"""Measures of reconstructions that papers report, image by image: PSNR, SSIM, sharpness."""
 
 import jax
 import jax.numpy as jnp
@@ -6,27 +6,31 @@ import numpy as np
 
 from varjax.core.errors import InputError
 
-WINDOW = 11  # pixels a side
-SIGMA = 1.5
-C1, C2 = 0.01**2, 0.03**2  # for values that span 1
+SSIM_WINDOW = 11  # pixels a side
+SSIM_SIGMA = 1.5
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2  # for values that span 1
 
 
 def psnr(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
-    """(B,) peak signal-to-noise ratios of images in [0, 1], in dB; at most 120."""
+    """Computes peak signal-to-noise ratios (B,) of images in [0, 1], in dB, at most 120."""
     l2_B = jnp.mean(jnp.square(a_BHWC - b_BHWC), axis=(1, 2, 3))
     return -10 * jnp.log10(jnp.maximum(l2_B, 1e-12))
 
 
 def ssim(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
-    """(B,) structural similarities of images in [0, 1]: 1 for equal ones (Wang et al. 2004).
+    """Computes structural similarities (B,) of images in [0, 1] (Wang et al. 2004).
 
     A Gaussian window of 11 by 11 pixels, σ 1.5, wherever it fits; the mean of the channels. Equal
     to scikit-image's `structural_similarity(gaussian_weights=True, use_sample_covariance=False)`.
-    Raises InputError for images that no window fits into.
+
+    Raises:
+        InputError: images that no window fits into.
     """
     H, W = a_BHWC.shape[1:3]
-    if min(H, W) < WINDOW:
-        raise InputError(f"SSIM needs images of {WINDOW} by {WINDOW} pixels or more, not {H}×{W}")
+    if min(H, W) < SSIM_WINDOW:
+        raise InputError(
+            f"SSIM needs images of {SSIM_WINDOW} by {SSIM_WINDOW} pixels or more, not {H}×{W}"
+        )
     rows, columns = _window(H), _window(W)
 
     def blur(x_BHWC):
@@ -37,15 +41,17 @@ def ssim(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
     variance_a = blur(jnp.square(a_BHWC)) - jnp.square(mean_a)
     variance_b = blur(jnp.square(b_BHWC)) - jnp.square(mean_b)
     covariance = blur(a_BHWC * b_BHWC) - mean_a * mean_b
-    brightness = (2 * mean_a * mean_b + C1) / (jnp.square(mean_a) + jnp.square(mean_b) + C1)
-    structure = (2 * covariance + C2) / (variance_a + variance_b + C2)
+    brightness = (2 * mean_a * mean_b + SSIM_C1) / (
+        jnp.square(mean_a) + jnp.square(mean_b) + SSIM_C1
+    )
+    structure = (2 * covariance + SSIM_C2) / (variance_a + variance_b + SSIM_C2)
     return jnp.mean(brightness * structure, axis=(1, 2, 3))
 
 
-def gradient(x_BHWC: jax.Array) -> jax.Array:
-    """(B,) mean lengths of the gradient of the channels' mean, per pixel: less where it is blurred.
+def mean_gradient(x_BHWC: jax.Array) -> jax.Array:
+    """Computes the mean length (B,) of each gray image's gradient, per pixel: low where blurred.
 
-    Differences to the right and down.
+    Gray is the mean of the channels, the gradient differences to the right and down.
     """
     x_BHW = jnp.mean(x_BHWC, axis=-1)
     down_BHW = x_BHW[:, 1:, :-1] - x_BHW[:, :-1, :-1]
@@ -54,9 +60,9 @@ def gradient(x_BHWC: jax.Array) -> jax.Array:
 
 
 def _window(size: int) -> np.ndarray:
-    """(size - 10, size): each row the window at another place."""
-    weights = np.exp(-np.square(np.arange(WINDOW) - WINDOW // 2) / (2 * SIGMA**2))
-    matrix = np.zeros((size - WINDOW + 1, size))
+    """(size - 10, size); each row is the window at another place."""
+    weights = np.exp(-np.square(np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) / (2 * SSIM_SIGMA**2))
+    matrix = np.zeros((size - SSIM_WINDOW + 1, size))
     for i in range(len(matrix)):
-        matrix[i, i : i + WINDOW] = weights / weights.sum()
+        matrix[i, i : i + SSIM_WINDOW] = weights / weights.sum()
     return matrix.astype(np.float32)

@@ -1,76 +1,118 @@
-"""A tokenizer from wherever it lies: a run, a run that builds on it, or a converted directory."""
+"""Loading a tokenizer from a run of its own, a run that builds on it, or a converted directory."""
 
-import functools
+import dataclasses
 import pathlib
-from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from varjax.core import config_tree, files, trees
+from varjax.core import config_tree, files
 from varjax.core.errors import InputError
+from varjax.core.model_files import find_model, read_converted, read_model_config
 from varjax.core.saved_steps import restore_weights
 from varjax.core.trees import PyTree
+from varjax.tokenizers.contract import Latents, Tokenizer
 from varjax.tokenizers.vq.model import VQConfig
 
-T = TypeVar("T")
+# The one table of kinds: class name of the task that trains it -> its config. A name and not the
+# task itself, for using a tokenizer should not import training.
+TOKENIZERS: dict[str, type[Any]] = {"VQTask": VQConfig}
 
 
-def read_tokenizer(
-    location: str | pathlib.Path, ema: bool | None = None
-) -> tuple[VQConfig, PyTree]:
-    """(config, params) of the tokenizer in a run, its own or the one it builds on, or converted.
+class LoadedTokenizer:
+    """Encodes and decodes images with a tokenizer and its weights; compiled once per shape.
 
-    ema: of a tokenizer's run, the averaged weights or not; None for them if there are any. Raises
-    ValueError that names what is missing.
+        tokenizer = varjax.load_tokenizer("runs/digits_tokenizer")
+        latents = tokenizer.encode(images_BHWC)  # {"tokens_BL": (B, L) int32}
+        images_BHWC = tokenizer.decode(latents)
+
+    Attributes:
+        config: the tokenizer; see `varjax.tokenizers.contract.Tokenizer`.
+        params: its weights.
     """
-    directory = pathlib.Path(location)
-    config = read_config(directory)
-    if "task" not in config:
-        return read_part(directory, "tokenizer", VQConfig, VQConfig.init)
-    task = config["task"]
-    if task["_type"] == "VQTask":
-        return config_tree.from_dict(VQConfig, task["model"]), restore_weights(directory, ema)
+
+    def __init__(self, config: Tokenizer, params: PyTree):
+        self.config, self.params = config, jax.device_put(params)
+        self._encode, self._decode = jax.jit(config.encode), jax.jit(config.decode)
+
+    def encode(self, images_BHWC: np.ndarray | jax.Array) -> dict[str, jax.Array]:
+        """Encodes images, uint8 or floats in [0, 1], into the arrays of `config.latent_spec`.
+
+        Raises InputError for images of another shape or type.
+        """
+        images_BHWC, image_shape = jnp.asarray(images_BHWC), self.config.image_shape
+        if images_BHWC.ndim != 4 or images_BHWC.shape[1:] != image_shape:
+            raise InputError(
+                f"images have shape {images_BHWC.shape}; needed is (B, *{image_shape})"
+            )
+        if images_BHWC.dtype != jnp.uint8 and not jnp.issubdtype(images_BHWC.dtype, jnp.floating):
+            raise InputError(f"images are {images_BHWC.dtype}; give uint8 or floats in [0, 1]")
+        return self._encode(self.params, images_BHWC)
+
+    def decode(self, latents: Latents) -> jax.Array:
+        """Decodes what `encode` returned into images (B, H, W, channels), float32 in [0, 1].
+
+        Raises InputError for arrays of other names or shapes.
+        """
+        spec = self.config.latent_spec
+        shapes = {name: np.shape(x)[1:] for name, x in latents.items()}
+        needed = {name: array.shape for name, array in spec.items()}
+        if shapes != needed or len({len(x) for x in latents.values()}) > 1:
+            raise InputError(f"latents have shapes (B, …) of {shapes}; needed are {needed}")
+        return self._decode(self.params, {name: jnp.asarray(x) for name, x in latents.items()})
+
+
+def load_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> LoadedTokenizer:
+    """Loads a tokenizer alone, ready to encode and decode.
+
+    Args:
+        location: a run of a tokenizer, a run that builds on one, a converted directory, or the
+            name of a published model: "vae_ch160v4096z32", "var_d16".
+        ema: of a tokenizer's run, the averaged weights or not; None for them if there are any.
+
+    Raises:
+        InputError: says what `location` lacks.
+    """
+    return LoadedTokenizer(*read_tokenizer(location, ema))
+
+
+def read_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> tuple[Any, PyTree]:
+    """Reads (config, params) of a tokenizer; see `load_tokenizer` for arguments and errors."""
+    directory = find_model(location)
+    data = read_model_config(directory)
+    if "task" not in data:
+        return read_converted(directory, "tokenizer", _config_class(data.get("tokenizer", {})))
+    task = data["task"]
+    if config_class := TOKENIZERS.get(task["_type"]):
+        config = config_tree.from_dict(config_class, task["model"])
+        return config, restore_weights(directory, ema)
     if "tokenizer" not in task:
         raise InputError(f"{directory} is a run of {task['_type']}, which holds no tokenizer")
+    config = config_tree.from_dict(_config_class(task["tokenizer"]), task["tokenizer"])
     params, _ = files.read_tensors(directory / "frozen.safetensors")
-    return config_tree.from_dict(VQConfig, task["tokenizer"]), params
+    return config, params
 
 
-def load_tokenizer(location: str | pathlib.Path, expected: VQConfig) -> PyTree:
-    """The parameters at `location`; ValueError with all differences if it is another model."""
+def read_expected_tokenizer(location: str | pathlib.Path, expected: Tokenizer) -> PyTree:
+    """Reads the parameters at `location`.
+
+    Raises:
+        InputError: there is none, or another tokenizer than `expected` (with all differences).
+    """
     found, params = read_tokenizer(location)
-    a, b = config_tree.to_dict(found), config_tree.to_dict(expected)
-    if lines := [f"{name}: {a[name]} there, {b[name]} here" for name in a if a[name] != b[name]]:
+    a, b = (config_tree.to_dict(config) for config in (found, expected))
+    names = [name for name in dict.fromkeys((*a, *b)) if a.get(name) != b.get(name)]
+    if lines := [f"{name}: {a.get(name)} there, {b.get(name)} here" for name in names]:
         raise InputError(f"{location} holds another tokenizer:\n  " + "\n  ".join(lines))
     return params
 
 
-def read_config(directory: pathlib.Path) -> dict:
-    """The config.json of a run (it has a "task") or of a converted directory ("sources")."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise InputError(
-            f"{directory} {'holds no config.json' if directory.is_dir() else 'does not exist'}; "
-            "give a run's directory, or one that python -m varjax.convert wrote"
-        )
-    config = files.read_json(path)
-    if not isinstance(config, dict) or not config.keys() & {"task", "sources"}:
-        raise InputError(f"{path} is neither of a training run nor of a converted directory")
-    return config
-
-
-def read_part(
-    directory: pathlib.Path, name: str, cls: type[T], init: Callable[[T, jax.Array], PyTree]
-) -> tuple[T, PyTree]:
-    """(config, params) of one model of a converted directory, the params mapped, not yet read."""
-    data = read_config(directory)
-    if name not in data:
-        others = ", ".join(sorted(data.keys() & {"tokenizer", "var", "lpips"}))
-        raise InputError(f"{directory} holds only {others}; convert it again with --{name} as well")
-    config = config_tree.from_dict(cls, data[name])
-    params, _ = files.read_tensors(directory / f"{name}.safetensors")
-    expected = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-    if report := trees.difference(expected, params):
-        raise InputError(f"{directory}/{name}.safetensors does not fit config.json:\n{report}")
-    return config, params
+def _config_class(data: dict[str, Any]) -> type[Any]:
+    """The kind of tokenizer whose fields these are; config.json does not name it."""
+    kinds = list(TOKENIZERS.values())
+    for kind in kinds:
+        if data.keys() <= {field.name for field in dataclasses.fields(kind)}:
+            return kind
+    return kinds[0]  # whose reader says what is unknown

@@ -20,14 +20,26 @@ from varjax.nn.transformer import (
     modulate,
     run_blocks,
 )
+from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, Pyramid, Scale
 
 
 @dataclasses.dataclass(frozen=True)
 class VARConfig:
-    """What a transformer is. The class `classes` means "no class" (guidance, in-painting).
+    """Settings of the transformer. Raises InputError where sizes do not fit one another.
 
-    Raises InputError where sizes do not fit one another.
+    Attributes:
+        depth: number of layers.
+        width: channels of a token.
+        heads: attention heads, which divide the width.
+        classes: number of classes; the class of that number means "no class" (for guidance and
+            in-painting).
+        scales: side length or (h, w) of each token map, coarse to fine.
+        vocab: codes of the tokenizer.
+        code_channels: channels of a code.
+        shared_adaln: one AdaLN layer for all blocks, as d36 has it.
+        cosine_attention: L2-normalized queries and keys, as all released models have them.
+        gate_init: factor on the initial spread of the AdaLN gates.
     """
 
     depth: int
@@ -39,7 +51,7 @@ class VARConfig:
     code_channels: int = 32
     shared_adaln: bool = False
     cosine_attention: bool = True
-    gate_init: float = 1e-3  # factor on the AdaLN gates' initial spread
+    gate_init: float = 1e-3
 
     def __post_init__(self):
         self.pyramid  # noqa: B018  (its own checks)
@@ -51,7 +63,7 @@ class VARConfig:
 
     @classmethod
     def preset(cls, name: str) -> "VARConfig":
-        """The released models: d16, d20, d24, d30 (256 px) and d36 (512 px)."""
+        """Returns a released model's: d16, d20, d24, d30 (256 px) or d36 (512 px)."""
         gates = {"d16": 1e-3, "d20": 1e-3, "d24": 1e-4, "d30": 1e-5, "d36": 5e-6}
         if name not in gates:
             raise InputError(f"preset {name!r}: allowed are {', '.join(gates)}")
@@ -71,17 +83,39 @@ class VARConfig:
         return VAR(self).init(key, input_BlZ, jnp.zeros(1, jnp.int32))["params"]
 
 
+def check_fit(tokenizer: VQConfig, var: VARConfig) -> None:
+    """Raises InputError, with all differences, where a transformer cannot read these tokens."""
+    fields = ("scales", "vocab", "code_channels")
+    pairs = {name: (getattr(tokenizer, name), getattr(var, name)) for name in fields}
+    if lines := [f"{n}: tokenizer {a}, transformer {b}" for n, (a, b) in pairs.items() if a != b]:
+        raise InputError("tokenizer and transformer do not fit:\n  " + "\n  ".join(lines))
+
+
 @flax.struct.dataclass
 class Condition:
-    """All that the labels contribute; it depends on no token, so a sampler computes it once."""
+    """Holds all that labels contribute; it depends on no token, so a sampler computes it once.
 
-    start_BC: jax.Array  # the class embedding
-    signals_SB6C: jax.Array  # every layer's AdaLN signals
-    head_B2C: jax.Array  # the last norm's scale and shift
+    Attributes:
+        start_BC: the class embedding, from which the first scale is predicted.
+        signals_SB6C: every layer's AdaLN signals.
+        head_B2C: scale and shift of the last norm.
+    """
+
+    start_BC: jax.Array
+    signals_SB6C: jax.Array
+    head_B2C: jax.Array
 
 
 class VAR(nn.Module):
-    """Block-causal: a token sees its own scale and all coarser ones."""
+    """The block-causal transformer: a token sees its own scale and all coarser ones.
+
+    `__call__` predicts all scales at once from the tokens of an image (training); `condition` and
+    `predict` one scale after another (sampling). Logits are float32 whatever the format.
+
+    Attributes:
+        config: sizes.
+        compute: number format and execution.
+    """
 
     config: VARConfig
     compute: Compute = Compute()
@@ -110,9 +144,15 @@ class VAR(nn.Module):
     def __call__(
         self, input_BlZ: jax.Array, label_B: jax.Array, keep_S2B: jax.Array | None = None
     ) -> jax.Array:
-        """Teacher forcing: logits (B, L, V) float32 of all scales at once.
+        """Predicts all scales at once by teacher forcing.
 
-        input_BlZ: `VQTokenizer.teacher_input`, all scales but the first. keep_S2B: `drop_path`.
+        Args:
+            input_BlZ: all scales but the first, by `VQTokenizer.teacher_forcing_input`.
+            label_B: classes; `config.classes` means "no class".
+            keep_S2B: what stays of each layer's two branches, by `drop_path`; None for all.
+
+        Returns:
+            Logits (B, L, V) float32.
         """
         start_BC = self._start(label_B)
         x_BLC = jnp.concatenate([self._first(start_BC), self._words(input_BlZ)], axis=1)
@@ -128,7 +168,7 @@ class VAR(nn.Module):
         return self._logits(x_BLC, self._head_signals(start_BC))
 
     def condition(self, label_B: jax.Array) -> Condition:
-        """(B,) labels -> what `predict` needs of them, for all scales."""
+        """Computes what `predict` needs of the labels, for all scales."""
         start_BC = self._start(label_B)
         signals_SB6C = adaln_signals(self.block, self.blocks, self._shared(start_BC))
         return Condition(start_BC, signals_SB6C, self._head_signals(start_BC))
@@ -136,9 +176,16 @@ class VAR(nn.Module):
     def predict(
         self, input_BlZ: jax.Array | None, cond: Condition, k: int, cache: Cache
     ) -> tuple[jax.Array, Cache]:
-        """Logits (B, l, V) float32 of scale k, and the cache with it.
+        """Predicts scale k.
 
-        input_BlZ: `Quantizer.next_input` after scale k-1; None for k = 0. cache: scales 0 … k-1.
+        Args:
+            input_BlZ: `Quantizer.next_input` after scale k-1; None for k = 0.
+            cond: by `condition`.
+            k: the scale.
+            cache: keys and values of scales 0 … k-1.
+
+        Returns:
+            Logits (B, l, V) float32, and the cache with scale k.
         """
         assert (input_BlZ is None) == (k == 0) and len(cache.keys) == k
         x_BlC = self._first(cond.start_BC) if input_BlZ is None else self._words(input_BlZ)

@@ -13,7 +13,7 @@ from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import Compute
 from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
-from varjax.sampling.options import replace_options
+from varjax.sampling.sampler import replace_options
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.var.model import VAR, VARConfig
 from varjax.var.sample import (
@@ -213,7 +213,7 @@ class VARPipeline:
     def _teacher_forced(self, params, _, tokens_BL, label_B):
         tokenizer = VQTokenizer(self.tokenizer).bind({"params": params["tokenizer"]})
         model = VAR(self.var, self.compute).bind({"params": params["var"]})
-        return model(tokenizer.teacher_input(tokens_BL), label_B)
+        return model(tokenizer.teacher_forcing_input(tokens_BL), label_B)
 
     def _checked_images(self, images_BHWC):
         images_BHWC, wanted = jnp.asarray(images_BHWC), self.tokenizer.image_shape

@@ -126,7 +126,7 @@ def sample_tokens(
     # guidance is 0: it fills its cache.
     cond = model.condition(jnp.concatenate([label_B, jnp.full_like(label_B, var.classes)]))
     tokens, cache, input_2BlZ = [], Cache(), None
-    f_hat_BhwZ = quantizer.empty(label_B.shape[0])
+    f_hat_BhwZ = quantizer.initial_f_hat(label_B.shape[0])
     for k, scale in enumerate(pyramid.slices):
         logits_2BlV, cache = model.predict(input_2BlZ, cond, k, cache)
         logits_BlV = classifier_free_guidance(logits_2BlV, options.cfg * pyramid.progress(k))
@@ -138,7 +138,7 @@ def sample_tokens(
                 logits_BlV, gumbel_noise(key_B_k, logits_BlV), pyramid.progress(k)
             )
             tokens_Bl = jnp.argmax(weights_BlV, axis=-1)
-            codes_BlZ = quantizer.mix(weights_BlV)
+            codes_BlZ = quantizer.mix_codes(weights_BlV)
         else:
             tokens_Bl = jnp.argmax(logits_BlV + noise_BlV, axis=-1)
             codes_BlZ = quantizer.look_up(tokens_Bl)

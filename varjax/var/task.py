@@ -9,13 +9,13 @@ import numpy as np
 import optax
 
 from varjax.core import flops, trees
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import drop_path
+from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.vq.model import VQConfig
-from varjax.tokenizers.vq.task import check_images, check_share
-from varjax.tokenizers.vq.usage import count_codes, perplexity
+from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Batch, Plan, Rows, TrainState
 from varjax.training.train_step import (
@@ -25,10 +25,9 @@ from varjax.training.train_step import (
     create_state,
 )
 from varjax.var import teacher_forcing
-from varjax.var.load import check_fit
-from varjax.var.model import VAR, VARConfig
-from varjax.var.pretrained import read_frozen, read_pretrained
+from varjax.var.model import VAR, VARConfig, check_fit
 from varjax.var.sample import VAROptions, image_keys, sample_images
+from varjax.var.warm_start import read_frozen_tokenizer, read_pretrained
 
 # What the reference does not decay: biases, positions, levels, AdaLN tables, attention scales.
 DECAYED = ((r"(kernel|class_embed)$", True), (r"", False))
@@ -36,13 +35,22 @@ DECAYED = ((r"(kernel|class_embed)$", True), (r"", False))
 
 @dataclasses.dataclass(frozen=True)
 class VARTask:
-    """What a transformer is trained on, and how.
+    """Trains a transformer to predict the tokens of the next scale (VAR, section 3.1).
 
-    tokenizer_weights: a tokenizer's run or a converted directory, which must hold `tokenizer`; or
-    "random" for an untrained one, whose tokens mean nothing.
-    class_dropout: share of images whose label becomes "no class". drop_path: the last layer's.
-    ema: decay of the parameters' moving average, 0 for none. sampling: what suits the model, for
-    previews and as the default of everybody who loads it.
+    Attributes:
+        model: the transformer.
+        tokenizer: the tokenizer, frozen.
+        tokenizer_weights: a tokenizer's run or a converted directory, which must hold `tokenizer`;
+            or "random" for an untrained one, whose tokens mean nothing.
+        optimizer: AdamW and its schedule.
+        class_dropout: share of images whose label becomes "no class".
+        drop_path: share of residual branches that the last layer drops.
+        label_smoothing: share of the targets' mass that is spread over all codes.
+        ema: decay of the parameters' exponential moving average; 0 for none.
+        accumulate: microbatches whose gradients are averaged in a step.
+        compute: number format and execution.
+        sampling: options that suit the model, for previews and as the default after loading.
+        plan: length of the run; the loop fills it in.
     """
 
     model: VARConfig
@@ -62,10 +70,11 @@ class VARTask:
         check_fit(self.tokenizer, self.model)
         self.sampling.check()
         for name in ("class_dropout", "drop_path", "label_smoothing", "ema"):
-            check_share(name, getattr(self, name))
+            value = getattr(self, name)
+            check_setting(name, value, 0 <= value <= 1, "in [0, 1]")
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
-        check_images(self.tokenizer, image_shape)
+        check_image_shape(self.tokenizer, image_shape)
         check_microbatches(self.plan.batch_size, self.accumulate)
         if classes != self.model.classes:
             raise InputError(
@@ -81,15 +90,11 @@ class VARTask:
         return read_pretrained(location, self.model)
 
     def frozen(self) -> PyTree:
-        """The tokenizer's parameters; ValueError where they are not those of `tokenizer`."""
-        return read_frozen(self.tokenizer_weights, self.tokenizer)
+        """Reads the tokenizer's parameters; raises InputError where they are another's."""
+        return read_frozen_tokenizer(self.tokenizer_weights, self.tokenizer)
 
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
-        return teacher_forcing.identity(self.tokenizer, frozen)
-
-    def tokens(self, frozen: PyTree, image_BHWC: jax.Array) -> jax.Array:
-        """uint8 images -> (B, L), what `train_step` makes of them."""
-        return teacher_forcing.tokens_of(self.tokenizer, frozen, image_BHWC)
+        return self.tokenizer.identity(frozen)
 
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
@@ -120,9 +125,12 @@ class VARTask:
         return flops.count(plain.train_step, state, frozen, batch, jax.random.key(0))
 
     def token_losses(self, params: PyTree, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """Of each token: its code "tokens_BL", cross-entropy "loss_BL", "correct_BL" (0 or 1).
+        """Computes losses of each token by teacher forcing.
 
-        And "smooth_BL", the loss to train on: (1-ε)·loss + ε·(mean of -log p over all codes).
+        Returns:
+            "tokens_BL", the right codes; "loss_BL", their cross-entropy; "correct_BL", 1 where they
+            are the likeliest, else 0; "smooth_BL", the loss to train on: (1-ε)·loss + ε·(mean of
+            -log p over all codes), with ε the label smoothing.
         """
         model = VAR(self.model, self.compute).bind({"params": params})
         tokens_BL, input_BlZ = teacher_forcing.targets_and_inputs(self.tokenizer, frozen, batch)
@@ -150,22 +158,23 @@ class VARTask:
             "images": jnp.sum(valid_B),
             "loss_K": summed(of["loss_BL"]),
             "correct_K": summed(of["correct_BL"]),
-            "codes_KV": count_codes(self.model.pyramid, self.model.vocab, of["tokens_BL"], valid_B),
+            "codes_KV": code_counts(self.model.pyramid, self.model.vocab, of["tokens_BL"], valid_B),
         }
 
     def eval_metrics(self, sums: PyTree) -> dict[str, Any]:
-        """As in training, and of the images' own codes at each scale: perplexity, share in use.
+        """Computes the metrics of training, and how the images use the codebook at each scale.
 
-        The former is what a model would reach that knew no more than how often each code occurs.
+        `code_perplexity_at_scale` is what a model would reach that knew no more than how often each
+        code occurs; `code_usage_at_scale` is the share of codes that occur.
         """
         images, codes_KV = sums["images"], sums["codes_KV"]
         metrics = self._metrics(sums["loss_K"] / images, sums["correct_K"] / images, xp=np)
-        metrics["code_perplexity_at_scale"] = perplexity(codes_KV, np)
+        metrics["code_perplexity_at_scale"] = code_perplexity(codes_KV, np)
         metrics["code_usage_at_scale"] = np.mean(codes_KV > 0, axis=1)
         return metrics
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """Samples of the first classes, from the same seeds always, and what the tokens keep."""
+        """Samples the first classes, from the same seeds always, and reconstructs images."""
         label_B = jnp.arange(16) % self.model.classes
         images_BHWC = sample_images(
             self.tokenizer,
@@ -180,7 +189,7 @@ class VARTask:
         return {"samples": images_BHWC, "reconstructions": kept}
 
     def _by_scale(self, x_BL):
-        """The mean over the tokens of each scale, (K,)."""
+        """Averages over the tokens of each scale, (K,)."""
         return jnp.stack([jnp.mean(x_BL[:, scale]) for scale in self.model.pyramid.slices])
 
     def _metrics(self, loss_K, correct_K, xp):
@@ -198,6 +207,6 @@ class VARTask:
         }
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
-        """What turns gradients into updates."""
+        """Makes the optimizer."""
         decay = trees.map_with_path(lambda path, _: trees.first_match(DECAYED, path), params)
         return self.optimizer.make(self.plan, decay)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varjax.tokenizers.losses.diffaugment import FUNCTIONS, augment
+from varjax.tokenizers.losses.diffaugment import AUGMENTATIONS, diffaugment
 
 ALL = ("color", "translation", "cutout")
 IMAGE_BHWC = np.random.default_rng(0).uniform(-1, 1, (6, 24, 16, 3)).astype(np.float32)
@@ -12,7 +12,7 @@ KEY_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(
 
 @jax.jit
 def everything(image_BHWC, key_B):
-    return augment(image_BHWC, key_B, ALL)
+    return diffaugment(image_BHWC, key_B, ALL)
 
 
 def test_an_image_s_key_alone_says_how_it_is_changed():
@@ -20,7 +20,7 @@ def test_an_image_s_key_alone_says_how_it_is_changed():
     np.testing.assert_array_equal(everything(IMAGE_BHWC[::-1], KEY_B[::-1]), seen_BHWC[::-1])
     other_BHWC = everything(IMAGE_BHWC, jnp.roll(KEY_B, 1))
     assert all(np.any(a != b) for a, b in zip(seen_BHWC, other_BHWC, strict=True))
-    np.testing.assert_array_equal(augment(IMAGE_BHWC, KEY_B, ()), IMAGE_BHWC)
+    np.testing.assert_array_equal(diffaugment(IMAGE_BHWC, KEY_B, ()), IMAGE_BHWC)
 
 
 def test_gradients_are_those_of_finite_differences():
@@ -37,9 +37,9 @@ def test_gradients_are_those_of_finite_differences():
     assert abs(expected) > 1
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_each_does_what_it_says(name):
-    changed_BHWC = jax.jit(augment, static_argnums=2)(IMAGE_BHWC, KEY_B, (name,))
+    changed_BHWC = jax.jit(diffaugment, static_argnums=2)(IMAGE_BHWC, KEY_B, (name,))
     for image_HWC, changed_HWC in zip(IMAGE_BHWC, np.asarray(changed_BHWC), strict=True):
         if name == "color":  # affine in each pixel's own colors: gray stays in order
             gray_HW, found_HW = image_HWC.mean(-1), changed_HWC.mean(-1)

@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from tests.helpers.adversarial import QUICKLY
-from varjax.tokenizers.losses.discriminator import PatchDiscriminator, StyleDiscriminator, halve
+from varjax.tokenizers.losses.discriminator import (
+    PatchDiscriminator,
+    StyleDiscriminator,
+    blur_downsample,
+)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +74,10 @@ def test_a_patch_sees_seventy_pixels():
 
 def test_halving_keeps_flat_images_and_averages_noise_away():
     for shape in ((1, 8, 6, 2), (1, 7, 5, 2)):
-        halved = halve(jnp.full(shape, 0.5))
-        assert halved.shape == (1, shape[1] // 2, shape[2] // 2, 2)
-        np.testing.assert_allclose(halved, 0.5, rtol=1e-6)
+        blur_downsampled = blur_downsample(jnp.full(shape, 0.5))
+        assert blur_downsampled.shape == (1, shape[1] // 2, shape[2] // 2, 2)
+        np.testing.assert_allclose(blur_downsampled, 0.5, rtol=1e-6)
     stripes_BHWC = jnp.tile(jnp.array([1.0, -1.0]), 8)[None, None, :, None] * jnp.ones(
         (1, 16, 1, 1)
     )
-    np.testing.assert_allclose(halve(stripes_BHWC)[:, :, 1:-1], 0, atol=1e-6)
+    np.testing.assert_allclose(blur_downsample(stripes_BHWC)[:, :, 1:-1], 0, atol=1e-6)

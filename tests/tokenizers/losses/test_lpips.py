@@ -10,11 +10,11 @@ from safetensors.numpy import save_file
 
 from tests.golden import weights
 from varjax.convert.__main__ import main
-from varjax.convert.state_dicts import write_pth
+from varjax.convert.pth.write import write_pth
 from varjax.core import trees
 from varjax.tokenizers.losses.lpips import (
-    Perceptual,
-    check_images,
+    LPIPSConfig,
+    check_lpips_images,
     init_lpips,
     load_lpips,
     lpips,
@@ -104,7 +104,7 @@ def test_gray_is_seen_as_three_equal_channels():
 )
 def test_what_it_cannot_see_is_refused(shape, message):
     with pytest.raises(ValueError, match=f"{message}.*task.perceptual=none"):
-        check_images(shape)
+        check_lpips_images(shape)
 
 
 def test_a_directory_says_what_it_was_made_of(converted):
@@ -149,4 +149,4 @@ def test_missing_weights_are_refused_with_the_way_to_get_them(tmp_path):
     with pytest.raises(ValueError, match="(?s)is not LPIPS on VGG16.*misshapen:  conv_0_0/bias"):
         load_lpips(tmp_path)
     with pytest.raises(ValueError, match="perceptual.weight=0"):
-        Perceptual(weight=0.0)
+        LPIPSConfig(weight=0.0)

@@ -1,4 +1,4 @@
-"""Two optimizers and a tended code book: continued to the bit, then a tokenizer like any other."""
+"""Two optimizers and restarted codes: continued to the bit, then a tokenizer like any other."""
 
 import dataclasses
 import shutil
@@ -11,13 +11,13 @@ from tests.helpers import runs
 from tests.helpers.tiny import lines
 from varjax.convert import export_run
 from varjax.core import files
-from varjax.core.saved_steps import ARRAYS, SavedSteps
+from varjax.core.saved_steps import STATE_TREES, SavedSteps
 from varjax.data.sources.noise import Noise
 from varjax.data.sources.photos import Photos
-from varjax.tokenizers.load import load_tokenizer
-from varjax.tokenizers.losses.gan import Adversary
-from varjax.tokenizers.losses.lpips import Perceptual
-from varjax.tokenizers.vq.codebook import Codebook
+from varjax.tokenizers.load import read_expected_tokenizer
+from varjax.tokenizers.losses.gan import GANConfig
+from varjax.tokenizers.losses.lpips import LPIPSConfig
+from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training import loop
 from varjax.training.experiment import Experiment
@@ -27,9 +27,9 @@ from varjax.training.task import Plan, TrainState
 MODEL = dataclasses.replace(
     runs.TOKENIZER, scales=(1, (2, 3), (8, 16)), multipliers=(1,), image_channels=3
 )
-ADVERSARY = Adversary("patch", 8, 1, start=0.25, ramp=0.5, diffaugment=("color", "translation"))
-CODEBOOK = Codebook("kmeans", restart_every=3, scale_dropout=0.5, scales_kept=1, entropy=0.1)
-TASK = VQTask(MODEL, codebook=CODEBOOK, adversary=ADVERSARY, ema=0.9)
+GAN = GANConfig("patch", 8, 1, start=0.25, ramp=0.5, diffaugment=("color", "translation"))
+CODEBOOK = CodebookConfig("kmeans", restart_every=3, scale_dropout=0.5, scales_kept=1, entropy=0.1)
+TASK = VQTask(MODEL, codebook=CODEBOOK, gan=GAN, ema=0.9)
 PHOTOS = Photos((8, 16), images=64, flip=True)
 
 
@@ -44,7 +44,7 @@ def last_state(run_dir):
     saved = SavedSteps(run_dir / "checkpoints")
     assert saved.steps()[-1] == 6
     placement = shardings(abstract, make_mesh(experiment("").mesh))
-    trees, where = ({n: getattr(s, n) for n in ARRAYS} for s in (abstract, placement))
+    trees, where = ({n: getattr(s, n) for n in STATE_TREES} for s in (abstract, placement))
     return TrainState(np.int32(6), **saved.arrays(6, trees, where)[0])
 
 
@@ -63,8 +63,9 @@ def test_a_run_cut_off_between_two_saves_ends_with_the_same_bits(whole, tmp_path
     loop.train(experiment(tmp_path / "cut"))
     state, expected = last_state(tmp_path / "cut"), last_state(whole)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
-    assert not np.allclose(state.opt_state["use_V"], 1 / MODEL.vocab)
-    assert state.opt_state["opponent"].state.step == 4  # its first update was the run's third
+    assert not np.allclose(state.opt_state["usage_V"], 1 / MODEL.vocab)
+    # The discriminator's first update was the run's third.
+    assert state.opt_state["discriminator"].train_state.step == 4
     assert lines(tmp_path / "cut") == lines(whole)
 
 
@@ -72,21 +73,21 @@ def test_it_is_read_exported_and_built_upon_without_its_discriminator(whole, tmp
     average = last_state(whole).ema
     export_run(whole, tmp_path / "out")
     for location in (whole, tmp_path / "out"):
-        params = load_tokenizer(location, MODEL)
+        params = read_expected_tokenizer(location, MODEL)
         jax.tree.map(np.testing.assert_array_equal, params, average)
-    plain = dataclasses.replace(TASK, adversary=None)
+    plain = dataclasses.replace(TASK, gan=None)
     assert jax.tree.structure(plain.pretrained(str(whole))[0]) == jax.tree.structure(average)
 
 
 def test_a_term_whose_weights_are_missing_is_refused_before_anything_is_trained(tmp_path):
     model = dataclasses.replace(MODEL, scales=(1, 2, 16))
-    task = VQTask(model, perceptual=Perceptual(str(tmp_path / "lpips")))
+    task = VQTask(model, perceptual=LPIPSConfig(str(tmp_path / "lpips")))
     with pytest.raises(ValueError, match="no LPIPS weights in .*lpips; make them with: python -m"):
         loop.train(experiment(tmp_path / "run", task, Noise(16)))
     with pytest.raises(ValueError, match="8×16 are too small for LPIPS.*task.perceptual=none"):
         loop.train(experiment(tmp_path / "small", dataclasses.replace(task, model=MODEL)))
-    deep = dataclasses.replace(TASK, adversary=Adversary(layers=3))
-    with pytest.raises(ValueError, match="too small for adversary.kind='patch'.*fewer"):
+    deep = dataclasses.replace(TASK, gan=GANConfig(layers=3))
+    with pytest.raises(ValueError, match="too small for gan.kind='patch'.*fewer"):
         loop.train(experiment(tmp_path / "deep", deep))
     assert not (tmp_path / "small").exists() and not (tmp_path / "deep").exists()
 
@@ -94,10 +95,10 @@ def test_a_term_whose_weights_are_missing_is_refused_before_anything_is_trained(
 def test_where_the_weights_of_a_term_came_from_may_change(tmp_path):
     """They are copied into the run; but the term cannot be dropped."""
     model = dataclasses.replace(MODEL, scales=(1, 2, 16))
-    task, data = VQTask(model, perceptual=Perceptual("here")), Noise(16)
+    task, data = VQTask(model, perceptual=LPIPSConfig("here")), Noise(16)
     loop.check_or_write_config(experiment(tmp_path, task, data))
     loop.check_or_write_config(
-        experiment(tmp_path, dataclasses.replace(task, perceptual=Perceptual("there")), data)
+        experiment(tmp_path, dataclasses.replace(task, perceptual=LPIPSConfig("there")), data)
     )
     assert files.read_json(tmp_path / "config.json")["task"]["perceptual"]["weights"] == "there"
     with pytest.raises(ValueError, match="task.perceptual"):

@@ -1,4 +1,4 @@
-"""Remedies for code books: each does what it says, on one device and on eight."""
+"""Remedies for codebooks: each does what it says, on one device and on eight."""
 
 import subprocess
 import sys
@@ -10,8 +10,17 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from tests.tokenizers.vq.test_model import small
-from varjax.tokenizers.vq.codebook import Codebook
-from varjax.tokenizers.vq.codes import draw, entropy_loss, kmeans, scale_inputs
+from varjax.tokenizers.vq.codebook import (
+    CodebookConfig,
+    entropy_loss,
+    init_codebook,
+    init_usage,
+    kmeans,
+    restart_dead_codes,
+    sample_inputs,
+    sample_scale_dropout,
+    scale_residuals,
+)
 from varjax.tokenizers.vq.model import make_quantizer
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import quantizer_loss
@@ -24,7 +33,7 @@ import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import dataclasses
 import numpy as np
-from varjax.tokenizers.vq.codebook import Codebook
+from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.prefetch import put_batch
@@ -32,11 +41,11 @@ from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
 
 CONFIG = VQConfig(scales=(1, (2, 1), (4, 2)), image_channels=2, width=8, multipliers=(1, 1),
                          blocks=1, groups=4, vocab=16, code_channels=4)
-book = Codebook("kmeans", restart_every=1, scale_dropout=0.5, scales_kept=1)
+book = CodebookConfig("kmeans", restart_every=1, scale_dropout=0.5, scales_kept=1)
 TASK = VQTask(CONFIG, codebook=book, ema=0.5)
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, *CONFIG.image_shape), np.uint8)
 FIRST = jax.device_get(jax.jit(TASK.init)(jax.random.key(0)))
-FIRST.opt_state["use_V"] = np.float32(np.where(np.arange(16) % 2, 1 / 16, -1))
+FIRST.opt_state["usage_V"] = np.float32(np.where(np.arange(16) % 2, 1 / 16, -1))
 BEFORE = FIRST.params["quantizer"]["codebook"]
 
 def train(accumulate, devices):
@@ -53,7 +62,7 @@ codes = [s.params["quantizer"]["codebook"] for s in (one, other)]
 assert metrics["restarted"] == 8, metrics
 assert np.abs(codes[0] - BEFORE).max(axis=1).min() > 1e-3  # k-means moved the living ones, too
 np.testing.assert_allclose(*codes, rtol=1e-3, atol=1e-4)
-np.testing.assert_allclose(one.opt_state["use_V"], other.opt_state["use_V"], rtol=1e-4)
+np.testing.assert_allclose(one.opt_state["usage_V"], other.opt_state["usage_V"], rtol=1e-4)
 moment = one.opt_state["tokenizer"][1].mu["quantizer"]["codebook"]
 assert not moment[::2].any() and moment[1::2].any(), moment
 np.testing.assert_array_equal(one.ema["quantizer"]["codebook"][::2], codes[0][::2])
@@ -81,7 +90,7 @@ def test_k_means_finds_clusters():
 def test_new_codes_come_from_all_scales_alike():
     pyramid = Pyramid((1, 2, (3, 4)))
     z_BLZ = np.tile(np.float32(pyramid.level_L)[None, :, None], (5, 1, 2))
-    scale_N = np.rint(draw(pyramid, jnp.asarray(z_BLZ), 600, KEY)[:, 0])
+    scale_N = np.rint(sample_inputs(pyramid, jnp.asarray(z_BLZ), 600, KEY)[:, 0])
     np.testing.assert_allclose(np.bincount(scale_N.astype(int)), [200] * 3, atol=40)
 
 
@@ -90,26 +99,28 @@ def test_only_dead_codes_restart_and_only_when_it_is_time():
     z_BLZ = jnp.full((3, 5, 2), 7.0)
     params = {"quantizer": {"codebook": old_VZ}}
     moments = {"mu": params, "nu": params}
-    use = {"use_V": jnp.array([0.5, 0.0, 0.5, 0.0])}
+    usage_V = jnp.array([0.5, 0.0, 0.5, 0.0])
     # Code 1 is used by the first scale in every tenth image, and by no other: it lives.
     frequency_KV = jnp.array([[0.9, 0.1, 0, 0], [2.0, 0, 2.0, 0]])
-    use["use_V"] = use["use_V"].at[1].set(0.03)
+    usage_V = usage_V.at[1].set(0.03)
 
-    def tend(step):
+    def restart(step):
         state = TrainState(jnp.int32(step), params, params, moments)
-        book = Codebook(restart_every=3)
-        return book.tend(pyramid, state, use, frequency_KV, lambda params, ideal: z_BLZ, KEY)
+        config = CodebookConfig(restart_every=3)
+        return restart_dead_codes(
+            config, pyramid, state, usage_V, frequency_KV, lambda params, ideal: z_BLZ, KEY
+        )
 
-    state, after, metrics = tend(6)
-    assert metrics["restarted"] == 1 and after["use_V"][3] == 0.25
+    state, after_V, metrics = restart(6)
+    assert metrics["restarted"] == 1 and after_V[3] == 0.25
     for tree in (state.params, state.ema):
         codes_VZ = tree["quantizer"]["codebook"]
         np.testing.assert_array_equal(codes_VZ[:3], old_VZ[:3])
         np.testing.assert_allclose(codes_VZ[3], 7, atol=0.5)
     for tree in state.opt_state.values():
         np.testing.assert_array_equal(tree["quantizer"]["codebook"][:, 0], [1, 1, 1, 0])
-    state, after, metrics = tend(7)
-    assert metrics["restarted"] == 0 and after["use_V"][3] == 0
+    state, after_V, metrics = restart(7)
+    assert metrics["restarted"] == 0 and after_V[3] == 0
     np.testing.assert_array_equal(state.params["quantizer"]["codebook"], old_VZ)
 
 
@@ -132,10 +143,11 @@ def test_dropped_scales_add_nothing_and_their_codes_learn_nothing():
 
 def test_the_number_of_scales_is_random_to_each_image():
     key_B = jax.random.split(KEY, 4000)
-    kept_B = Codebook(scale_dropout=0.4, scales_kept=2).kept(Pyramid((1, 2, 3, 4)), key_B)
+    config = CodebookConfig(scale_dropout=0.4, scales_kept=2)
+    kept_B = sample_scale_dropout(config, Pyramid((1, 2, 3, 4)), key_B)
     shares = np.bincount(np.asarray(kept_B), minlength=5) / 4000
     np.testing.assert_allclose(shares, [0, 0, 0.2, 0.2, 0.6], atol=0.03)
-    assert Codebook().kept(Pyramid((1, 2)), key_B) is None
+    assert sample_scale_dropout(CodebookConfig(), Pyramid((1, 2)), key_B) is None
 
 
 def test_entropy_wants_sure_choices_of_many_codes():
@@ -148,21 +160,30 @@ def test_entropy_wants_sure_choices_of_many_codes():
     np.testing.assert_allclose(entropy_loss(codes_VZ, [between], False), 0, atol=1e-3)
 
 
+def test_entropy_of_codes_and_vectors_that_are_zero_has_a_finite_gradient():
+    zeros_VZ = jnp.zeros((3, 2)).at[0].set(1)
+    grads = jax.grad(lambda *x: entropy_loss(x[0], [x[1]], True), (0, 1))(zeros_VZ, zeros_VZ[None])
+    assert all(np.isfinite(x).all() for x in grads)
+
+
 def test_inputs_of_scales_are_what_the_quantizer_looks_codes_for():
     config, variables = small()
     quantizer = make_quantizer(config).bind({"params": variables["params"]["quantizer"]})
     f_BhwZ = jax.random.normal(KEY, (2, 4, 4, config.code_channels))
     quantized = quantizer(f_BhwZ)
-    inputs = scale_inputs(config.pyramid, f_BhwZ, quantized.f_hats)
-    tokens = [quantizer.nearest(z_BlZ) for z_BlZ in inputs]
+    inputs = scale_residuals(config.pyramid, f_BhwZ, quantized.f_hats)
+    tokens = [quantizer.nearest_codes(z_BlZ) for z_BlZ in inputs]
     np.testing.assert_array_equal(jnp.concatenate(tokens, axis=1), quantized.tokens_BL)
 
 
 def test_normal_codes_have_about_unit_length():
     config, variables = small(vocab=256)
-    codes_VZ = Codebook("normal").start(config, variables["params"], KEY)["quantizer"]["codebook"]
+    params = init_codebook(CodebookConfig("normal"), config, variables["params"], KEY)
+    codes_VZ = params["quantizer"]["codebook"]
     np.testing.assert_allclose(jnp.mean(jnp.sum(codes_VZ**2, axis=-1)), 1, atol=0.2)
-    assert Codebook().start(config, variables["params"], KEY) is variables["params"]
+    unchanged = init_codebook(CodebookConfig(), config, variables["params"], KEY)
+    assert unchanged is variables["params"]
+    assert init_usage(CodebookConfig(), 4) is None
 
 
 @pytest.mark.parametrize(
@@ -171,11 +192,11 @@ def test_normal_codes_have_about_unit_length():
 )
 def test_what_makes_no_sense_is_refused(field, value):
     with pytest.raises(ValueError, match=f"codebook.{field}={value}: must be"):
-        Codebook(**{field: value})
+        CodebookConfig(**{field: value})
 
 
 def test_dropping_needs_scales_to_drop():
     config, _ = small()
     with pytest.raises(ValueError, match="scales_kept=3 of 3 scales: nothing is left"):
-        VQTask(config, codebook=Codebook(scale_dropout=0.1))
-    assert Codebook() == VQTask(config).codebook
+        VQTask(config, codebook=CodebookConfig(scale_dropout=0.1))
+    assert CodebookConfig() == VQTask(config).codebook

@@ -8,17 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.adversarial import ADVERSARY, BATCH, KEY, QUICKLY, TASK, frozen, state
+from tests.helpers.adversarial import BATCH, GAN, KEY, QUICKLY, TASK, frozen, state
 from tests.helpers.paths import ROOT
 from varjax.core import trees
 from varjax.nn.autoencoder import to_model_range
-from varjax.tokenizers.losses import gan_gradients
-from varjax.tokenizers.losses.gan import Adversary
-from varjax.tokenizers.losses.lpips import Perceptual
-from varjax.tokenizers.vq.codebook import Codebook
+from varjax.tokenizers.losses.gan import GANConfig, gan_gradients
+from varjax.tokenizers.losses.lpips import LPIPSConfig
+from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.model import VQTokenizer
 
-PLAIN = dataclasses.replace(TASK, adversary=None)
+PLAIN = dataclasses.replace(TASK, gan=None)
 EARLY, LATE = 1, 6  # numbers of updates: before the adversary's start, and when its weight is whole
 
 
@@ -32,13 +31,13 @@ def after(task, step=LATE):
     return compiled(task)(state(task, step), frozen(), BATCH, KEY)
 
 
-def opponent_of(state):
-    return state.opt_state["opponent"]
+def discriminator_of(state):
+    return state.opt_state["discriminator"]
 
 
 def test_the_balance_is_that_of_finite_differences():
     """Of both losses by every number of the decoder's last kernel."""
-    params, opponent = state(TASK, LATE).params, opponent_of(state(TASK, LATE))
+    params, discriminator = state(TASK, LATE).params, discriminator_of(state(TASK, LATE))
     key = jax.random.fold_in(KEY, LATE)
     key_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(8))
     x_BHWC = to_model_range(BATCH["image_BHWC"])
@@ -50,15 +49,15 @@ def test_the_balance_is_that_of_finite_differences():
         changed = params | {"decoder": params["decoder"] | {"conv_out": conv_out}}
         y_BHWC, _, _ = VQTokenizer(TASK.model).apply({"params": changed}, x_BHWC)
         reconstruction = jnp.mean(TASK.reconstruction_losses({}, x_BHWC, y_BHWC)["loss"])
-        verdict = gan_gradients.judge(ADVERSARY, opponent, x_BHWC, y_BHWC, key_B)
-        return jnp.stack([reconstruction, verdict.metrics["adversarial"]])
+        found = gan_gradients(GAN, discriminator, x_BHWC, y_BHWC, key_B)
+        return jnp.stack([reconstruction, found.metrics["adversarial"]])
 
     shape = last["kernel"].shape
     changes = 0.02 * np.eye(np.prod(shape), dtype=np.float32).reshape(-1, *shape)
     slopes = [(losses(change) - losses(-change)) / 0.04 for change in changes]
     reconstruction, adversarial = np.linalg.norm(slopes, axis=0)
     _, metrics = after(TASK)
-    expected = ADVERSARY.weight * reconstruction / (adversarial + 1e-4)
+    expected = GAN.weight * reconstruction / (adversarial + 1e-4)
     np.testing.assert_allclose(metrics["adversarial_weight"], expected, rtol=0.01)
     assert reconstruction > 1e-3 and adversarial > 1e-3
 
@@ -71,18 +70,18 @@ def test_before_its_start_the_adversary_changes_nothing():
     jax.tree.map(close, both.opt_state["tokenizer"], alone.opt_state)
     for name in alone_metrics:
         close(metrics[name], alone_metrics[name], err_msg=name)
-    before = opponent_of(state(TASK, EARLY))
-    jax.tree.map(np.testing.assert_array_equal, opponent_of(both), before)
+    before = discriminator_of(state(TASK, EARLY))
+    jax.tree.map(np.testing.assert_array_equal, discriminator_of(both), before)
     assert jax.tree.structure(both.params) == jax.tree.structure(alone.params)
 
 
 def test_both_sides_move_and_every_term_is_told():
-    adversary = dataclasses.replace(ADVERSARY, r1=0.1)
-    task = dataclasses.replace(TASK, perceptual=Perceptual(), adversary=adversary, dtype="bfloat16")
+    gan = dataclasses.replace(GAN, r1=0.1)
+    task = dataclasses.replace(TASK, perceptual=LPIPSConfig(), gan=gan, dtype="bfloat16")
     with jax.numpy_dtype_promotion("standard"):  # Flax's norms promote
         new, metrics = after(task)
     old = state(task, LATE)
-    for a, b in ((new.params, old.params), (opponent_of(new), opponent_of(old))):
+    for a, b in ((new.params, old.params), (discriminator_of(new), discriminator_of(old))):
         moved = jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), a, b))
         assert sum(moved) > 0.8 * len(moved)
     terms = {"loss", "l1", "l2", "psnr", "perceptual", "quantizer", "adversarial"}
@@ -99,8 +98,8 @@ def test_both_sides_move_and_every_term_is_told():
 
 @pytest.mark.parametrize("kind, accumulate", [("patch", 2), ("style", 1), ("style", 4)])
 def test_every_kind_of_adversary_leaves_the_state_in_its_shape(kind, accumulate):
-    adversary = Adversary(kind, 8, 1, "non_saturating", adaptive=kind == "patch", r1=1.0)
-    task = dataclasses.replace(TASK, adversary=adversary, accumulate=accumulate)
+    gan = GANConfig(kind, 8, 1, "non_saturating", adaptive=kind == "patch", r1=1.0)
+    task = dataclasses.replace(TASK, gan=gan, accumulate=accumulate)
     before = jax.eval_shape(task.init, KEY)
     new, metrics = jax.eval_shape(task.train_step, before, {}, BATCH, KEY)
     assert not trees.difference(before, new)
@@ -108,7 +107,7 @@ def test_every_kind_of_adversary_leaves_the_state_in_its_shape(kind, accumulate)
 
 
 def test_accumulation_changes_nothing_but_rounding():
-    task = dataclasses.replace(TASK, codebook=Codebook(scale_dropout=0.5, scales_kept=1))
+    task = dataclasses.replace(TASK, codebook=CodebookConfig(scale_dropout=0.5, scales_kept=1))
     (whole, metrics), (parts, parts_metrics) = (
         after(task),
         after(dataclasses.replace(task, accumulate=2)),
@@ -116,7 +115,10 @@ def test_accumulation_changes_nothing_but_rounding():
     for name in metrics:
         np.testing.assert_allclose(parts_metrics[name], metrics[name], rtol=1e-3, err_msg=name)
     close = functools.partial(np.testing.assert_allclose, rtol=0.01, atol=1e-5)
-    for of in (lambda s: s.opt_state["tokenizer"], lambda s: opponent_of(s).state.opt_state):
+    for of in (
+        lambda s: s.opt_state["tokenizer"],
+        lambda s: discriminator_of(s).train_state.opt_state,
+    ):
         jax.tree.map(close, of(parts)[1].mu, of(whole)[1].mu)
 
 
@@ -126,7 +128,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import sys
 import numpy as np
 from tests.helpers.adversarial import BATCH, KEY, QUICKLY, TASK, state
-from varjax import files, trees
+from varjax.core import trees
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
 
@@ -137,7 +139,7 @@ step = jax.jit(
     on_mesh(TASK.train_step, mesh), out_shardings=(placement, None), compiler_options=QUICKLY
 )
 new, metrics = step(jax.device_put(before, placement), {}, put_batch(BATCH, mesh, 8), KEY)
-kernel = new.opt_state["opponent"].state.params["conv_1"]["kernel"]
+kernel = new.opt_state["discriminator"].train_state.params["conv_1"]["kernel"]
 assert kernel.addressable_shards[0].data.shape[2] == kernel.shape[2] // 2
 found = {path.replace("/", "."): x for path, x in trees.paths((new, metrics)).items()}
 np.savez(sys.argv[1], **jax.device_get(found))

@@ -20,7 +20,9 @@ def test_tokenizer_computes_what_the_reference_computes(name):
     def everything(image_BHWC):
         f_BhwZ = model.apply(params, image_BHWC, method=VQTokenizer.features)
         quantized = model.apply(params, f_BhwZ, method=lambda m, f: m.quantizer(f))
-        tokens_BL, input_BlZ = model.apply(params, image_BHWC, method=VQTokenizer.encode_to_teach)
+        tokens_BL, input_BlZ = model.apply(
+            params, image_BHWC, method=VQTokenizer.encode_for_teacher_forcing
+        )
         decoded = model.apply(params, tokens_BL, method=VQTokenizer.decode_every_scale)
         loss = jnp.mean(quantizer_loss(f_BhwZ, quantized.f_hats, 0.25))
         return f_BhwZ, quantized, tokens_BL, input_BlZ, decoded, loss
@@ -40,13 +42,17 @@ def test_tokenizer_computes_what_the_reference_computes(name):
     close(golden.strided(name, decoded_KBHWC[-1]), expected["reconstruction_final"])
 
 
-@functools.cache
-def small(**changes) -> tuple[VQConfig, dict]:
+def small_config(**changes) -> VQConfig:
     settings = dict(
         scales=(1, 2, 4), image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4,
         vocab=16, code_channels=4,
     )  # fmt: skip
-    config = VQConfig(**settings | changes)
+    return VQConfig(**settings | changes)
+
+
+@functools.cache
+def small(**changes) -> tuple[VQConfig, dict]:
+    config = small_config(**changes)
     return config, {"params": jax.jit(config.init)(jax.random.key(0))}
 
 
@@ -117,7 +123,18 @@ def test_nearest_code_by_distance_and_by_angle():
     for cosine, expected in ((False, [2, 1, 2]), (True, [0, 1, 0])):
         config = VQConfig((1,), vocab=3, code_channels=2, phis=1, cosine_codes=cosine)
         quantizer = make_quantizer(config).bind({"params": {"codebook": codebook_VZ} | phis})
-        assert quantizer.nearest(z_BlZ).tolist() == [expected], cosine
+        assert quantizer.nearest_codes(z_BlZ).tolist() == [expected], cosine
+
+
+def test_a_code_of_zeros_is_never_nearest_by_angle_unless_all_others_point_away():
+    """Its cosine counts as 0, as in the reference: F.normalize divides by 1e-12 at least."""
+    codebook_VZ = jnp.array([[0.0, 0.0], [0.0, 2.0], [1.0, 0.0]])
+    z_BlZ = jnp.array([[[0.1, 3.0], [5.0, 0.1], [-1.0, -1.0]]])
+    params = {"codebook": codebook_VZ, "phi_bias": jnp.zeros((1, 2))}
+    params["phi_kernel"] = jnp.zeros((1, 3, 3, 2, 2))
+    config = VQConfig((1,), vocab=3, code_channels=2, phis=1, cosine_codes=True)
+    quantizer = make_quantizer(config).bind({"params": params})
+    assert quantizer.nearest_codes(z_BlZ).tolist() == [[1, 2, 0]]
 
 
 @pytest.mark.parametrize(

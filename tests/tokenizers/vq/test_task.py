@@ -5,32 +5,42 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.tokenizers.vq.test_model import small
+from tests.tokenizers.vq.test_model import small_config
 from varjax.core import trees
 from varjax.nn.autoencoder import to_model_range
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Plan
 
-CONFIG, _ = small()
+CONFIG = small_config()
 TASK = VQTask(CONFIG, AdamW(base_lr=2e-3, schedule="constant", warmup=0.0), ema=0.5)
 IMAGE_BHWC = np.random.default_rng(0).integers(0, 256, (6, *CONFIG.image_shape), dtype=np.uint8)
-STATE = jax.jit(TASK.init)(jax.random.key(0))
+BATCH, KEY = {"image_BHWC": IMAGE_BHWC}, jax.random.key(1)
 
 
-def evaluate(batch_size):
+@pytest.fixture(scope="module")
+def state():
+    return jax.jit(TASK.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def train_step():
+    """Compiled once for the tests that share its settings."""
+    return jax.jit(TASK.train_step)
+
+
+def evaluate(state, batch_size):
     """The metrics of the six images in batches, the last one padded with copies."""
     totals, step = None, jax.jit(TASK.eval_step)
     for start in range(0, 6, batch_size):
         rows = np.arange(start, start + batch_size)
         batch = {"image_BHWC": IMAGE_BHWC[np.minimum(rows, 5)], "valid_B": rows < 6}
-        sums = jax.device_get(step(STATE, {}, batch))
+        sums = jax.device_get(step(state, {}, batch))
         totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
     return TASK.eval_metrics(totals)
 
 
-def test_evaluation_does_not_depend_on_the_batch_size():
-    expected, found = evaluate(6), evaluate(4)
+def test_evaluation_does_not_depend_on_the_batch_size(state):
+    expected, found = evaluate(state, 6), evaluate(state, 4)
     assert expected.keys() == found.keys() >= {"loss", "l1", "l2", "quantizer", "psnr", "usage"}
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
@@ -45,41 +55,36 @@ def test_usage_and_perplexity_count_codes():
     np.testing.assert_allclose(metrics["psnr"], 20)
 
 
-def test_loss_is_the_weighted_sum_of_its_terms():
+def test_loss_is_the_weighted_sum_of_its_terms(state):
     task = dataclasses.replace(TASK, l1=0.3, l2=0.7)
-    losses, _ = jax.jit(task.losses)(STATE.params, {}, IMAGE_BHWC)
+    losses, _ = jax.jit(task.losses)(state.params, {}, IMAGE_BHWC)
     expected = 0.3 * losses["l1"] + 0.7 * losses["l2"] + losses["quantizer"]
     np.testing.assert_allclose(losses["loss"], expected, rtol=1e-5)
 
 
-def test_accumulation_changes_nothing_but_rounding():
-    plain, parts = (
-        jax.jit(dataclasses.replace(TASK, accumulate=n).train_step)(
-            STATE, {}, {"image_BHWC": IMAGE_BHWC}, jax.random.key(1)
-        )
-        for n in (1, 3)
-    )
-    for name in plain[1]:
-        np.testing.assert_allclose(parts[1][name], plain[1][name], rtol=1e-3, err_msg=name)
+def test_accumulation_changes_nothing_but_rounding(state, train_step):
+    _, expected = train_step(state, {}, BATCH, KEY)
+    _, found = jax.jit(dataclasses.replace(TASK, accumulate=3).train_step)(state, {}, BATCH, KEY)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, err_msg=name)
 
 
-def test_training_learns_to_reconstruct_and_averages():
-    task = dataclasses.replace(TASK, plan=Plan(steps=40))
-    step, state, losses = jax.jit(task.train_step), STATE, []
+def test_training_learns_to_reconstruct_and_averages(state, train_step):
+    first, losses = state, []  # a constant rate: the plan's length changes nothing
     for _ in range(40):
-        state, metrics = step(state, {}, {"image_BHWC": IMAGE_BHWC}, jax.random.key(1))
+        state, metrics = train_step(state, {}, BATCH, KEY)
         losses.append(float(metrics["l2"]))
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     moved = trees.paths(
-        jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, STATE.params)
+        jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, first.params)
     )
     assert all(moved.values()), [path for path, m in moved.items() if not m]
 
 
-def test_the_average_follows_with_its_decay():
-    state, _ = jax.jit(TASK.train_step)(STATE, {}, {"image_BHWC": IMAGE_BHWC}, jax.random.key(1))
-    halfway = jax.tree.map(lambda a, b: (a + b) / 2, STATE.params, state.params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.ema, halfway)
+def test_the_average_follows_with_its_decay(state, train_step):
+    after, _ = train_step(state, {}, BATCH, KEY)
+    halfway = jax.tree.map(lambda a, b: (a + b) / 2, state.params, after.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.ema, halfway)
 
 
 @pytest.mark.parametrize("field, value", [("ema", 1.5), ("l1", -1.0), ("beta", -0.1)])
@@ -93,7 +98,7 @@ def test_the_models_see_minus_one_to_one(value, expected):
     assert to_model_range(jnp.full((1,), value, jnp.uint8))[0] == expected
 
 
-def test_previews_show_the_image_and_then_every_scale():
-    rows = jax.jit(TASK.preview)(STATE, {}, {"image_BHWC": IMAGE_BHWC})["reconstructions"]
+def test_previews_show_the_image_and_then_every_scale(state):
+    rows = jax.jit(TASK.preview)(state, {}, BATCH)["reconstructions"]
     assert rows.shape == (1 + len(CONFIG.scales), 6, *CONFIG.image_shape)
     np.testing.assert_allclose(rows[0], IMAGE_BHWC / 255, atol=1e-6)

@@ -1,7 +1,7 @@
-"""DiffAugment: random changes that a discriminator sees images through (arXiv 2006.10738).
+"""DiffAugment: differentiable augmentations of all that a discriminator sees (arXiv 2006.10738).
 
-Being differentiable, they are no obstacle to what the tokenizer learns from the discriminator,
-which meanwhile cannot learn its few training images by heart.
+The discriminator cannot learn its few training images by heart, and gradients still reach the
+reconstructions.
 """
 
 from collections.abc import Sequence
@@ -11,25 +11,34 @@ import jax
 import jax.numpy as jnp
 
 Augmentation = Literal["color", "translation", "cutout"]
-TRANSLATION = 1 / 8  # of a side, at most
-CUTOUT = 1 / 5  # of a side; the paper, whose images are made up, takes 1 / 2
+MAX_TRANSLATION = 1 / 8  # of a side
+CUTOUT_SIDE = 1 / 5  # of a side; the paper, whose images are generated, takes 1 / 2
 
 
-def augment(
+def diffaugment(
     image_BHWC: jax.Array, key_B: jax.Array, augmentations: Sequence[Augmentation]
 ) -> jax.Array:
-    """Images in [-1, 1], each changed as its own key says and nothing else."""
+    """Augments images, each by its own key alone.
+
+    Args:
+        image_BHWC: images in [-1, 1].
+        key_B: random keys, one for each image.
+        augmentations: which ones, in this order.
+
+    Returns:
+        Images of the same shape, not clipped.
+    """
 
     def one(image_HWC, key):
         for i, name in enumerate(augmentations):
-            image_HWC = FUNCTIONS[name](image_HWC, jax.random.fold_in(key, i))
+            image_HWC = AUGMENTATIONS[name](image_HWC, jax.random.fold_in(key, i))
         return image_HWC
 
     return jax.vmap(one)(image_BHWC, key_B)
 
 
 def color(image_HWC: jax.Array, key: jax.Array) -> jax.Array:
-    """Brightness by up to ±0.5, saturation times 0 … 2, contrast times 0.5 … 1.5."""
+    """Changes brightness by up to ±0.5, saturation times 0 … 2, contrast times 0.5 … 1.5."""
     brightness, saturation, contrast = jax.random.uniform(key, (3,))
     image_HWC = image_HWC + (brightness - 0.5)
     gray_HW1 = jnp.mean(image_HWC, axis=-1, keepdims=True)
@@ -39,11 +48,11 @@ def color(image_HWC: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def translation(image_HWC: jax.Array, key: jax.Array) -> jax.Array:
-    """Moved by up to an eighth of each side; zeros come in."""
+    """Moves the image by up to an eighth of each side; zeros come in."""
     for axis, axis_key in enumerate(jax.random.split(key)):
         size = image_HWC.shape[axis]
-        reach = round(size * TRANSLATION)
-        shift = jax.random.randint(axis_key, (), -reach, reach + 1)
+        most = round(size * MAX_TRANSLATION)
+        shift = jax.random.randint(axis_key, (), -most, most + 1)
         # A product with a matrix, for it is the same on any mesh and its gradient is another one.
         place = jnp.arange(size)
         from_to = (place[:, None] + shift == place[None]).astype(image_HWC.dtype)
@@ -54,15 +63,15 @@ def translation(image_HWC: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def cutout(image_HWC: jax.Array, key: jax.Array) -> jax.Array:
-    """Zeros in a rectangle of a fifth of each side, its middle anywhere."""
+    """Sets a rectangle of a fifth of each side, its middle anywhere, to zero."""
     inside = []
     for axis, axis_key in enumerate(jax.random.split(key)):
         size = image_HWC.shape[axis]
-        side = round(size * CUTOUT)
+        side = round(size * CUTOUT_SIDE)
         start = jax.random.randint(axis_key, (), 0, size) - side // 2
         place = jnp.arange(size)
         inside.append((place >= start) & (place < start + side))
     return jnp.where((inside[0][:, None] & inside[1][None])[..., None], 0, image_HWC)
 
 
-FUNCTIONS = {"color": color, "translation": translation, "cutout": cutout}
+AUGMENTATIONS = {"color": color, "translation": translation, "cutout": cutout}

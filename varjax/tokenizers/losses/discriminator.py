@@ -11,17 +11,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from varjax.nn.compute import precision_of
+from varjax.nn.compute import matmul_precision
 
-NORM_GROUP = 16  # channels that share a mean and a variance
-SMALLEST = 4  # pixels a side at which StyleDiscriminator stops halving
+CHANNELS_PER_NORM = 16  # channels that share a mean and a variance
+STYLE_MIN_SIDE = 4  # pixels a side at which StyleDiscriminator stops halving
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN: (B, H, W, channels) -> logits (B, h, w), each of a patch (70 pixels a side with 3
-    `layers`).
+    """Maps images (B, H, W, channels) to logits (B, h, w), each of one patch (PatchGAN).
 
-    As in taming-transformers (Isola et al., arXiv 1611.07004), with GroupNorm for its BatchNorm.
+    A patch is 70 pixels a side with 3 `layers`. As in taming-transformers (Isola et al., arXiv
+    1611.07004), with GroupNorm for its BatchNorm.
+
+    Attributes:
+        width: channels of the first convolution, half a multiple of 16.
+        layers: how often the image is halved.
+        dtype: number format of the convolutions; logits are float32.
     """
 
     width: int = 64
@@ -35,7 +40,7 @@ class PatchDiscriminator(nn.Module):
             strides = 2 if i < self.layers else 1
             width = self.width * min(2**i, 8)
             x_BhwC = self._conv(width, strides, f"conv_{i}", bias=False)(x_BhwC)
-            norm = nn.GroupNorm(None, NORM_GROUP, dtype=self.dtype, name=f"norm_{i}")
+            norm = nn.GroupNorm(None, CHANNELS_PER_NORM, dtype=self.dtype, name=f"norm_{i}")
             x_BhwC = _leaky(norm(x_BhwC))
         return self._conv(1, 1, "conv_out")(x_BhwC)[..., 0].astype(jnp.float32)
 
@@ -44,10 +49,14 @@ class PatchDiscriminator(nn.Module):
 
 
 class StyleDiscriminator(nn.Module):
-    """StyleGAN2's residual blocks (arXiv 1912.04958): (B, H, W, channels) -> logits (B, 1, 1).
+    """Maps images (B, H, W, channels) to logits (B, 1, 1) by StyleGAN2's residual blocks.
 
-    Each block halves the image, blurred so that nothing aliases, until its shorter side is at most
-    4. Weights start at He's scale instead of being rescaled in every step.
+    arXiv 1912.04958. Each block halves the image, blurred so that nothing aliases, until its
+    shorter side is at most 4. Weights start at He's scale instead of being rescaled in every step.
+
+    Attributes:
+        width: channels of the first convolution.
+        dtype: number format of the convolutions; logits are float32.
     """
 
     width: int = 64
@@ -57,11 +66,13 @@ class StyleDiscriminator(nn.Module):
     def __call__(self, x_BHWC: jax.Array) -> jax.Array:
         width, i = self.width, 0
         x_BhwC = _leaky(self._conv(width, 1, "conv_in")(x_BHWC.astype(self.dtype)))
-        while min(x_BhwC.shape[1:3]) > SMALLEST:
+        while min(x_BhwC.shape[1:3]) > STYLE_MIN_SIDE:
             y_BhwC = _leaky(self._conv(width, 3, f"block_{i}_conv1")(x_BhwC))
             width = min(2 * width, 8 * self.width)
-            y_BhwC = _leaky(self._conv(width, 3, f"block_{i}_conv2")(halve(y_BhwC)))
-            skip = self._conv(width, 1, f"block_{i}_skip", bias=False, gain=1.0)(halve(x_BhwC))
+            y_BhwC = _leaky(self._conv(width, 3, f"block_{i}_conv2")(blur_downsample(y_BhwC)))
+            skip = self._conv(width, 1, f"block_{i}_skip", bias=False, gain=1.0)(
+                blur_downsample(x_BhwC)
+            )
             x_BhwC, i = (y_BhwC + skip) * 0.5**0.5, i + 1
         x_BhwC = _leaky(self._conv(width, 3, "conv_out")(x_BhwC))
         x_BC = x_BhwC.reshape(x_BhwC.shape[0], -1)
@@ -72,14 +83,14 @@ class StyleDiscriminator(nn.Module):
         return _conv(width, size, self.dtype, name, 1, bias, _scaled(gain))
 
     def _dense(self, width, name, gain=2.0):
-        precision = precision_of(self.dtype)
+        precision = matmul_precision(self.dtype)
         return nn.Dense(
             width, dtype=self.dtype, precision=precision, kernel_init=_scaled(gain), name=name
         )
 
 
-def halve(x_BhwC: jax.Array) -> jax.Array:
-    """Half the height and width, rounded down: the binomial blur 1 3 3 1, every second pixel."""
+def blur_downsample(x_BhwC: jax.Array) -> jax.Array:
+    """Halves height and width, rounded down, behind the binomial blur 1 3 3 1."""
     for axis in (1, 2):
         padding = [(1, 1) if a == axis else (0, 0) for a in range(4)]
         padded = jnp.pad(x_BhwC, padding, mode="edge")
@@ -97,7 +108,7 @@ def _conv(width, size, dtype, name, strides, bias, init):
         "SAME" if size % 2 else ((1, 1), (1, 1)),
         use_bias=bias,
         dtype=dtype,
-        precision=precision_of(dtype),
+        precision=matmul_precision(dtype),
         kernel_init=init,
         name=name,
     )

@@ -1,4 +1,4 @@
-"""The adversarial loss: what a discriminator learns, and what it says of reconstructions."""
+"""The adversarial loss of a GAN: settings, losses, gradients, and the discriminator's training."""
 
 import dataclasses
 from typing import Any, Literal
@@ -9,39 +9,53 @@ import jax.numpy as jnp
 import optax
 
 from varjax.core import trees
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
-from varjax.tokenizers.losses.diffaugment import Augmentation
+from varjax.tokenizers.losses.diffaugment import Augmentation, diffaugment
 from varjax.tokenizers.losses.discriminator import (
-    NORM_GROUP,
-    SMALLEST,
+    CHANNELS_PER_NORM,
+    STYLE_MIN_SIDE,
     PatchDiscriminator,
     StyleDiscriminator,
 )
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan, TrainState
-from varjax.training.train_step import Metrics, apply, start
+from varjax.training.train_step import Metrics, apply_gradients, create_state
 
-LECAM_DECAY = 0.999
-MAX_BALANCE = 1e4  # taming-transformers' bound and offset
-OFFSET = 1e-4
+LECAM_DECAY = 0.999  # LeCam's own
+MAX_ADAPTIVE_WEIGHT = 1e4  # taming-transformers' bound and epsilon
+ADAPTIVE_WEIGHT_EPSILON = 1e-4
+
+GANLoss = Literal["hinge", "non_saturating"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Adversary:
-    """A discriminator, and what it adds to the tokenizer's loss: `weight` times its verdict.
+class GANConfig:
+    """Configures a discriminator and the adversarial loss that it adds to a tokenizer's.
 
-    kind: "patch" or "style", see `discriminator.py`; layers: of "patch". start: the fraction of the
-    run after which the discriminator begins to learn; over the following fraction `ramp`, `weight`
-    rises to its value. adaptive: `weight` is multiplied by the balance of gradients, see `balance`.
-    r1, lecam: weights of the regularizers of the discriminator. diffaugment: what it sees images
-    through. Raises InputError for what cannot work.
+        GANConfig(kind="patch", width=64, start=0.2, lecam=1e-3, diffaugment=("color", "cutout"))
+
+    Raises InputError for a value out of range.
+
+    Attributes:
+        kind: "patch" (PatchGAN) or "style" (StyleGAN2's); see discriminator.py.
+        width: channels of the first convolution.
+        layers: how often "patch" halves the image.
+        loss: "hinge" or "non_saturating".
+        weight: of the adversarial loss.
+        adaptive: whether `weight` is multiplied by `adaptive_weight`.
+        start: fraction of the run after which the discriminator begins to train.
+        ramp: fraction of the run, from `start`, over which the weight rises to its value.
+        r1: weight of the discriminator's R1 gradient penalty; 0 for none.
+        lecam: weight of its LeCam regularizer; 0 for none.
+        diffaugment: augmentations of all images that it sees.
+        optimizer: its own, whose schedule begins at `start`.
     """
 
     kind: Literal["patch", "style"] = "patch"
     width: int = 64
     layers: int = 3
-    loss: Literal["hinge", "non_saturating"] = "hinge"
+    loss: GANLoss = "hinge"
     weight: float = 0.5
     adaptive: bool = True
     start: float = 0.2
@@ -52,119 +66,262 @@ class Adversary:
     optimizer: AdamW = AdamW(b1=0.5, b2=0.9, weight_decay=0.0)
 
     def __post_init__(self):
-        multiple = NORM_GROUP // 2 if self.kind == "patch" else 1
-        for name, sensible, allowed in (
+        multiple = CHANNELS_PER_NORM // 2 if self.kind == "patch" else 1
+        for name, valid, allowed in (
             ("width", self.width > 0 and self.width % multiple == 0, f"a multiple of {multiple}"),
             ("layers", self.layers >= 1, "1 or more"),
-            ("weight", self.weight > 0, "above 0; task.adversary=none turns it off"),
+            ("weight", self.weight > 0, "above 0; task.gan=none turns it off"),
             ("start", 0 <= self.start < 1, "a fraction of the run, at least 0 and below 1"),
             ("ramp", 0 <= self.ramp <= 1, "a fraction of the run"),
             ("r1", self.r1 >= 0, "0 (off) or more"),
             ("lecam", self.lecam >= 0, "0 (off) or more"),
         ):
-            if not sensible:
-                raise InputError(f"adversary.{name}={getattr(self, name)}: must be {allowed}")
+            check_setting(f"gan.{name}", getattr(self, name), valid, allowed)
 
     def check(self, image_shape: tuple[int, int, int]) -> None:
-        """Raises InputError for images that the discriminator is too deep for."""
-        least = 3 * 2**self.layers if self.kind == "patch" else SMALLEST
-        if min(image_shape[:2]) < least:
+        """Raises InputError for images (H, W, channels) that the discriminator is too deep for."""
+        min_side = 3 * 2**self.layers if self.kind == "patch" else STYLE_MIN_SIDE
+        if min(image_shape[:2]) < min_side:
             raise InputError(
-                f"images of {image_shape[:2]} are too small for adversary.kind={self.kind!r}: it "
-                f"needs {least} pixels a side; for smaller ones set fewer adversary.layers"
+                f"images of {image_shape[:2]} are too small for gan.kind={self.kind!r}: it "
+                f"needs {min_side} pixels a side; for smaller ones set fewer gan.layers"
             )
 
-    def module(self, dtype: Any = jnp.float32) -> PatchDiscriminator | StyleDiscriminator:
+    def discriminator(self, dtype: Any = jnp.float32) -> PatchDiscriminator | StyleDiscriminator:
+        """Returns the discriminator's module, which computes in `dtype`."""
         if self.kind == "patch":
             return PatchDiscriminator(self.width, self.layers, dtype)
         return StyleDiscriminator(self.width, dtype)
 
     def first_step(self, plan: Plan) -> int:
-        """The number of updates that the tokenizer makes before the discriminator's first."""
+        """Returns the number of the run's update that is the discriminator's first."""
         return round(self.start * plan.steps)
 
-    def share(self, step: jax.Array, plan: Plan) -> jax.Array:
-        """The part of `weight` that counts in update number `step`, from 0: 0 … 1."""
+    def ramp_factor(self, step: jax.Array, plan: Plan) -> jax.Array:
+        """Returns the part of `weight`, 0 … 1, that counts in update number `step`, from 0."""
         rising = (step + 1 - self.first_step(plan)) / max(round(self.ramp * plan.steps), 1)
         return jnp.clip(rising, 0, 1)
 
 
-def generator_loss(kind: str, fake: jax.Array) -> jax.Array:
-    """The tokenizer's, of the logits of its reconstructions: it wants them high."""
+def generator_loss(kind: GANLoss, fake: jax.Array) -> jax.Array:
+    """Computes the tokenizer's adversarial loss, low where logits of reconstructions are high."""
     return -jnp.mean(fake) if kind == "hinge" else jnp.mean(jax.nn.softplus(-fake))
 
 
-def discriminator_loss(kind: str, real: jax.Array, fake: jax.Array) -> jax.Array:
-    """The discriminator's: the mean of what is wrong with both kinds of logits."""
+def discriminator_loss(kind: GANLoss, real: jax.Array, fake: jax.Array) -> jax.Array:
+    """Computes the discriminator's loss, half of it from images' and from reconstructions' logits.
+
+    Args:
+        kind: "hinge" or "non_saturating".
+        real: logits of images, of any shape.
+        fake: logits of reconstructions.
+    """
     if kind == "hinge":
         return (jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + fake))) / 2
     return (jnp.mean(jax.nn.softplus(-real)) + jnp.mean(jax.nn.softplus(fake))) / 2
 
 
-def lecam_loss(real: jax.Array, fake: jax.Array, anchors: "Anchors") -> jax.Array:
-    """How far logits went beyond the running means of the other kind (arXiv 2104.03310, eq. 5)."""
-    high = jnp.mean(jnp.square(jax.nn.relu(real - anchors.fake)))
-    return high + jnp.mean(jnp.square(jax.nn.relu(anchors.real - fake)))
-
-
-def balance(reconstruction: jax.Array, adversarial: jax.Array) -> jax.Array:
-    """|∇ reconstruction| / |∇ adversarial|, at most 10⁴; both at the decoder's last kernel.
-
-    The adversarial loss, so multiplied, pulls as hard as pixels and LPIPS (VQGAN's eq. 7).
-    """
-    ratio = optax.tree.norm(reconstruction) / (optax.tree.norm(adversarial) + OFFSET)
-    return jnp.clip(ratio, 0, MAX_BALANCE)
-
-
 @flax.struct.dataclass
-class Anchors:
-    """Running means of the logits of images and of reconstructions."""
+class LecamEma:
+    """Holds the moving averages of the logits of images (real) and reconstructions (fake)."""
 
     real: jax.Array
     fake: jax.Array
 
 
-@flax.struct.dataclass
-class Opponent:
-    """The discriminator in training: its parameters and moments, and LeCam's anchors."""
+def lecam_loss(real: jax.Array, fake: jax.Array, ema: LecamEma) -> jax.Array:
+    """Computes LeCam's regularizer (arXiv 2104.03310, eq. 5).
 
-    state: TrainState
-    anchors: Anchors
-
-
-def start_opponent(
-    adversary: Adversary, image_shape: tuple[int, int, int], plan: Plan, key: jax.Array
-) -> Opponent:
-    """The discriminator before its first update."""
-    params = adversary.module().init(key, jnp.zeros((1, *image_shape)))["params"]
-    anchors = Anchors(jnp.float32(0), jnp.float32(0))
-    return Opponent(start(params, _optimizer(adversary, params, plan)), anchors)
-
-
-def update_opponent(
-    adversary: Adversary, opponent: Opponent, grads: PyTree, said: Anchors, step, plan: Plan
-) -> tuple[Opponent, Metrics]:
-    """The discriminator after update number `step` of the tokenizer: as before, until `start`.
-
-    said: the means of its logits in this step.
+    Penalizes logits that go beyond the moving average of the other kind.
     """
-    state, norms = apply(opponent.state, grads, _optimizer(adversary, opponent.state.params, plan))
-    anchors = jax.tree.map(
-        lambda mean, now: LECAM_DECAY * mean + (1 - LECAM_DECAY) * now, opponent.anchors, said
-    )
-    begun = step >= adversary.first_step(plan)
-    after = jax.tree.map(
-        lambda new, old: jnp.where(begun, new, old), Opponent(state, anchors), opponent
-    )
-    lr = jnp.where(begun, adversary.optimizer.lr(opponent.state.step, _own(adversary, plan)), 0)
-    return after, {"grad_norm": norms["grad_norm"], "lr": lr}
+    high = jnp.mean(jnp.square(jax.nn.relu(real - ema.fake)))
+    return high + jnp.mean(jnp.square(jax.nn.relu(ema.real - fake)))
 
 
-def _optimizer(adversary, params, plan):
+def r1_loss(logits_fn, params: PyTree, image_BHWC: jax.Array) -> jax.Array:
+    """Computes the R1 penalty |∇ D(x)|², a mean over images (arXiv 1801.04406).
+
+    Args:
+        logits_fn: (params, images) -> logits (B, h, w), of which each image's mean is D(x).
+        params: the discriminator's.
+        image_BHWC: real images.
+    """
+
+    def total(image_BHWC):
+        return jnp.sum(jnp.mean(logits_fn(params, image_BHWC), axis=(1, 2)))
+
+    return jnp.sum(jnp.square(jax.grad(total)(image_BHWC))) / len(image_BHWC)
+
+
+def adaptive_weight(reconstruction: jax.Array, adversarial: jax.Array) -> jax.Array:
+    """Computes |∇ reconstruction| / |∇ adversarial|, at most 10⁴ (VQGAN's eq. 7).
+
+    The adversarial loss, so multiplied, pulls as hard as pixels and LPIPS. Both arguments are
+    gradients by the decoder's last kernel: `last_layer_grads`.
+    """
+    ratio = optax.tree.norm(reconstruction)
+    ratio = ratio / (optax.tree.norm(adversarial) + ADAPTIVE_WEIGHT_EPSILON)
+    return jnp.clip(ratio, 0, MAX_ADAPTIVE_WEIGHT)
+
+
+def last_layer_grads(last_BHWC: jax.Array, image_grad_BHWC: jax.Array) -> jax.Array:
+    """Computes a loss's gradient by the decoder's last kernel from its gradient by the image.
+
+    Args:
+        last_BHWC: the input of the last convolution.
+        image_grad_BHWC: the loss's gradient by the convolution's output.
+
+    Returns:
+        (3, 3, C, channels), as the kernel.
+    """
+
+    def convolve(kernel):
+        return jax.lax.conv_general_dilated(
+            last_BHWC.astype(jnp.float32),
+            kernel,
+            window_strides=(1, 1),
+            padding="SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",
+        )
+
+    shape = (3, 3, last_BHWC.shape[-1], image_grad_BHWC.shape[-1])
+    kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.linear_transpose(convolve, kernel)(image_grad_BHWC)[0]
+
+
+@flax.struct.dataclass
+class DiscriminatorState:
+    """Holds what changes of a discriminator: parameters and moments, and LeCam's averages."""
+
+    train_state: TrainState
+    lecam_ema: LecamEma
+
+
+@flax.struct.dataclass
+class GanGradients:
+    """Holds the gradients of both sides' losses, and what is logged; all are means over images.
+
+    Attributes:
+        image_grad_BHWC: of the tokenizer's adversarial loss by the reconstructions.
+        discriminator_grads: of the discriminator's loss by its parameters.
+        metrics: "adversarial" and "discriminator/…", scalars.
+    """
+
+    image_grad_BHWC: jax.Array
+    discriminator_grads: PyTree
+    metrics: Metrics
+
+
+def gan_gradients(
+    config: GANConfig,
+    discriminator: DiscriminatorState,
+    real_BHWC: jax.Array,
+    fake_BHWC: jax.Array,
+    key_B: jax.Array,
+    dtype: Any = jnp.float32,
+) -> GanGradients:
+    """Computes the gradients of the adversarial loss and of the discriminator's own.
+
+    An image and its reconstruction are augmented alike, by the image's own key: then only the
+    reconstruction can tell them apart. Neither side's gradient reaches the other's parameters.
+
+    Args:
+        config: the losses and the discriminator.
+        discriminator: its state.
+        real_BHWC: images in [-1, 1].
+        fake_BHWC: their reconstructions.
+        key_B: random keys, one for each image.
+        dtype: the discriminator's number format.
+    """
+    module, kind = config.discriminator(dtype), config.loss
+
+    def logits_fn(params, image_BHWC):
+        augmented_BHWC = diffaugment(image_BHWC, key_B, config.diffaugment)
+        return jnp.asarray(module.apply({"params": params}, augmented_BHWC))
+
+    def own_loss(real, fake):
+        loss = discriminator_loss(kind, real, fake)
+        lecam = lecam_loss(real, fake, discriminator.lecam_ema)
+        return loss + config.lecam * lecam, {"loss": loss, "lecam": lecam}
+
+    params = discriminator.train_state.params
+    real, real_vjp = jax.vjp(lambda params: logits_fn(params, real_BHWC), params)
+    fake, fake_vjp = jax.vjp(logits_fn, params, fake_BHWC)
+    loss, logit_grads = jax.value_and_grad(lambda fake: generator_loss(kind, fake))(fake)
+    _, image_grad_BHWC = fake_vjp(logit_grads)
+    (real_grads, fake_grads), metrics = jax.grad(own_loss, (0, 1), has_aux=True)(real, fake)
+    grads = jax.tree.map(jnp.add, real_vjp(real_grads)[0], fake_vjp(fake_grads)[0])
+    if config.r1:
+        penalty = jax.value_and_grad(lambda params: r1_loss(logits_fn, params, real_BHWC))
+        metrics["r1"], r1_grads = penalty(params)
+        grads = jax.tree.map(lambda a, b: a + config.r1 / 2 * b, grads, r1_grads)
+    right = [jnp.mean((x > 0).astype(jnp.float32)) for x in (real, -fake)]
+    metrics |= {"real": jnp.mean(real), "fake": jnp.mean(fake)}
+    metrics["accuracy"] = (right[0] + right[1]) / 2
+    metrics = {f"discriminator/{name}": x for name, x in metrics.items()}
+    return GanGradients(image_grad_BHWC, grads, metrics | {"adversarial": loss})
+
+
+def create_discriminator(
+    config: GANConfig, image_shape: tuple[int, int, int], plan: Plan, key: jax.Array
+) -> DiscriminatorState:
+    """Draws the discriminator's state before its first update.
+
+    Args:
+        config: its kind and its optimizer.
+        image_shape: (H, W, channels).
+        plan: the whole run's.
+        key: random key of the parameters.
+    """
+    params = config.discriminator().init(key, jnp.zeros((1, *image_shape)))["params"]
+    ema = LecamEma(jnp.float32(0), jnp.float32(0))
+    return DiscriminatorState(create_state(params, _optimizer(config, params, plan)), ema)
+
+
+def update_discriminator(
+    config: GANConfig,
+    discriminator: DiscriminatorState,
+    grads: PyTree,
+    logit_means: LecamEma,
+    step: jax.Array,
+    plan: Plan,
+) -> tuple[DiscriminatorState, Metrics]:
+    """Updates the discriminator, unless the run has not yet come to `config.start`.
+
+    Args:
+        config: its optimizer and its start.
+        discriminator: its state.
+        grads: `GanGradients.discriminator_grads`.
+        logit_means: means of its logits in this step, which LeCam's averages follow.
+        step: number of the run's update, from 0.
+        plan: the whole run's.
+
+    Returns:
+        The state after the update, and {"grad_norm", "lr"}.
+    """
+    before = discriminator.train_state
+    train_state, norms = apply_gradients(before, grads, _optimizer(config, before.params, plan))
+    ema = jax.tree.map(
+        lambda mean, now: LECAM_DECAY * mean + (1 - LECAM_DECAY) * now,
+        discriminator.lecam_ema,
+        logit_means,
+    )
+    started = step >= config.first_step(plan)
+    updated = jax.tree.map(
+        lambda new, old: jnp.where(started, new, old),
+        DiscriminatorState(train_state, ema),
+        discriminator,
+    )
+    lr = jnp.where(started, config.optimizer.lr(before.step, _own_plan(config, plan)), 0)
+    return updated, {"grad_norm": norms["grad_norm"], "lr": lr}
+
+
+def _optimizer(config, params, plan):
     decay = trees.map_with_path(lambda path, _: path.endswith("kernel"), params)
-    return adversary.optimizer.make(_own(adversary, plan), decay)
+    return config.optimizer.make(_own_plan(config, plan), decay)
 
 
-def _own(adversary, plan):
-    """The part of the run that the discriminator takes part in."""
-    return Plan(plan.steps - adversary.first_step(plan), plan.batch_size)
+def _own_plan(config, plan):
+    """The part of the run in which the discriminator trains."""
+    return Plan(plan.steps - config.first_step(plan), plan.batch_size)

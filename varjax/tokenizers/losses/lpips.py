@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core import files, trees
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
-from varjax.nn.compute import precision_of
+from varjax.nn.compute import matmul_precision
 
 VGG16 = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)  # a pooling between any two
-SMALLEST = 2 ** (len(VGG16) - 1)  # pixels of which a last map is left
+MIN_SIDE = 2 ** (len(VGG16) - 1)  # pixels of which a last map is left
 # ImageNet's mean and standard deviation, for images in [-1, 1].
-SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
-SCALE = np.array([0.458, 0.448, 0.450], np.float32)
-HOW_TO = (
+IMAGENET_MEAN = np.array([-0.030, -0.088, -0.188], np.float32)
+IMAGENET_STD = np.array([0.458, 0.448, 0.450], np.float32)
+CONVERT_HELP = (
     "make them with: python -m varjax.convert --lpips_vgg=vgg16.pth --lpips_heads=vgg.pth "
     "--out=DIRECTORY (docs/convert.md says where those files are), or train without them: "
     "task.perceptual=none"
@@ -29,29 +29,46 @@ HOW_TO = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Perceptual:
-    """LPIPS in the loss, `weight` times. weights: the directory that `convert` wrote."""
+class LPIPSConfig:
+    """Configures LPIPS as a perceptual loss.
+
+    Attributes:
+        weights: the directory that `python -m varjax.convert --lpips_vgg=…` wrote.
+        weight: of the loss, above 0.
+    """
 
     weights: str = "weights/lpips"
     weight: float = 1.0
 
     def __post_init__(self):
-        if not self.weight > 0:
-            raise InputError(f"perceptual.weight={self.weight}: above 0, or task.perceptual=none")
+        allowed = "above 0; task.perceptual=none turns it off"
+        check_setting("perceptual.weight", self.weight, self.weight > 0, allowed)
 
 
 def lpips(params: PyTree, a_BHWC: jax.Array, b_BHWC: jax.Array, dtype=jnp.float32) -> jax.Array:
-    """(B,) distances of images in [-1, 1], with one or three channels, computed in `dtype`."""
+    """Computes the distances (B,) of images in [-1, 1] with one or three channels, in `dtype`."""
     return jnp.sum(lpips_layers(params, a_BHWC, b_BHWC, dtype), axis=0)
 
 
 def lpips_layers(params: PyTree, a_BHWC: jax.Array, b_BHWC: jax.Array, dtype=jnp.float32):
-    """(5, B): what each of the layers relu1_2, 2_2, 3_3, 4_3, 5_3 adds to the distance.
+    """Computes what each of the layers relu1_2, 2_2, 3_3, 4_3, 5_3 adds to the distance.
 
     At every position the layer's features are scaled to length 1; their squared differences are
-    weighted by channel and averaged over the positions. Raises InputError like `check_images`.
+    weighted by channel and averaged over the positions.
+
+    Args:
+        params: as `load_lpips` gives them.
+        a_BHWC: images in [-1, 1] with one or three channels.
+        b_BHWC: images of the same shape.
+        dtype: of the convolutions.
+
+    Returns:
+        (5, B) float32.
+
+    Raises:
+        InputError: as `check_lpips_images`.
     """
-    check_images(a_BHWC.shape[1:])
+    check_lpips_images(a_BHWC.shape[1:])
     distances = []
     # Two passes, not one of 2 B images: no gradient runs through the original's.
     pairs = zip(_features(params, a_BHWC, dtype), _features(params, b_BHWC, dtype), strict=True)
@@ -64,13 +81,13 @@ def lpips_layers(params: PyTree, a_BHWC: jax.Array, b_BHWC: jax.Array, dtype=jnp
     return jnp.stack(distances)
 
 
-def check_images(shape: Sequence[int]) -> None:
-    """Raises InputError for (H, W, channels) that LPIPS has no answer for."""
-    H, W, channels = shape
-    if min(H, W) < SMALLEST:
+def check_lpips_images(image_shape: Sequence[int]) -> None:
+    """Raises InputError for images (H, W, channels) that LPIPS cannot compare."""
+    H, W, channels = image_shape
+    if min(H, W) < MIN_SIDE:
         raise InputError(
             f"images of {H}×{W} are too small for LPIPS, which halves them four times: "
-            f"{SMALLEST} pixels a side are the least; set task.perceptual=none"
+            f"{MIN_SIDE} pixels a side are the least; set task.perceptual=none"
         )
     if channels not in (1, 3):
         raise InputError(
@@ -80,13 +97,14 @@ def check_images(shape: Sequence[int]) -> None:
 
 
 def load_lpips(location: str | pathlib.Path) -> PyTree:
-    """The parameters in a directory that `python -m varjax.convert --lpips_vgg=…` wrote.
+    """Reads the parameters that `python -m varjax.convert --lpips_vgg=…` wrote.
 
-    Raises InputError that says how to make them where there are none.
+    Raises:
+        InputError: there are none (and how to make them), or others.
     """
     path = pathlib.Path(location) / "lpips.safetensors"
     if not path.is_file():
-        raise InputError(f"there are no LPIPS weights in {location}; {HOW_TO}")
+        raise InputError(f"there are no LPIPS weights in {location}; {CONVERT_HELP}")
     params, _ = files.read_tensors(path)
     expected = jax.eval_shape(init_lpips, jax.random.key(0))
     if report := trees.difference(expected, params):
@@ -95,7 +113,7 @@ def load_lpips(location: str | pathlib.Path) -> PyTree:
 
 
 def init_lpips(key: jax.Array, widths: Sequence[Sequence[int]] = VGG16) -> PyTree:
-    """Random parameters: to know the shapes, and for tests; `widths` are those of the layers."""
+    """Draws parameters, for their shapes and for tests; `widths` are those of the layers."""
     params, inputs = {}, 3
     for i, slice_widths in enumerate(widths):
         for j, width in enumerate(slice_widths):
@@ -110,7 +128,9 @@ def init_lpips(key: jax.Array, widths: Sequence[Sequence[int]] = VGG16) -> PyTre
 
 def _features(params, image_BHWC, dtype):
     """The last map of each slice."""
-    x_BHWC = (image_BHWC - SHIFT[None, None, None]) / SCALE[None, None, None]  # gray: thrice
+    x_BHWC = (image_BHWC - IMAGENET_MEAN[None, None, None]) / IMAGENET_STD[
+        None, None, None
+    ]  # gray: thrice
     x_BHWC = x_BHWC.astype(dtype)
     for i, convolutions in enumerate(map(len, VGG16)):
         if i > 0:
@@ -133,7 +153,7 @@ def _conv(x_BhwC, params):
         window_strides=(1, 1),
         padding="SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=precision_of(x_BhwC.dtype),
+        precision=matmul_precision(x_BhwC.dtype),
     )
     return y_BhwC + params["bias"].astype(x_BhwC.dtype)[None, None, None]
 

@@ -1,6 +1,7 @@
-"""How far reconstructions are from their images, image by image."""
+"""The reconstruction losses of a tokenizer, image by image: pixels and LPIPS."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,21 @@ def reconstruction_losses(
     y_BHWC: jax.Array,
     weights: Mapping[str, float],
     lpips_params: PyTree = None,
-    dtype=jnp.float32,
+    dtype: Any = jnp.float32,
 ) -> dict[str, jax.Array]:
-    """Of images and reconstructions in [-1, 1]: "l1", "l2", "psnr" in dB, "perceptual" where there
-    are parameters for it (computed in `dtype`), and the weighted sum "loss"; each (B,)."""
+    """Computes how far reconstructions are from their images.
+
+    Args:
+        x_BHWC: images in [-1, 1].
+        y_BHWC: their reconstructions, not clipped.
+        weights: by loss, its weight in the sum.
+        lpips_params: as `load_lpips` gives them; None to do without LPIPS.
+        dtype: number format of LPIPS.
+
+    Returns:
+        (B,) float32 each: "l1", "l2", "perceptual" where there are parameters for it, their
+        weighted sum "loss", and "psnr" in dB.
+    """
     losses = {
         "l1": jnp.mean(jnp.abs(y_BHWC - x_BHWC), axis=(1, 2, 3)),
         "l2": jnp.mean(jnp.square(y_BHWC - x_BHWC), axis=(1, 2, 3)),
@@ -26,6 +38,6 @@ def reconstruction_losses(
         losses["perceptual"] = lpips(lpips_params, x_BHWC, y_BHWC, dtype)
     weighted = [weight * losses[name] for name, weight in weights.items()]
     losses["loss"] = jnp.sum(jnp.stack(weighted), axis=0)
-    # Each image's own: what published figures average. Values span 2, from -1 to 1.
+    # Published figures average each image's own PSNR. Values span 2, from -1 to 1.
     losses["psnr"] = 10 * jnp.log10(4 / jnp.maximum(losses["l2"], 1e-12))
     return losses

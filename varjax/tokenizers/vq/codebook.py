@@ -1,44 +1,49 @@
-"""A code book whose codes are all of use: how it starts, and what happens to codes nobody wants."""
+"""Remedies for an unhealthy codebook: k-means, restarts, scale dropout, and an entropy loss."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from varjax.core import trees
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
 from varjax.nn import resize
 from varjax.nn.autoencoder import to_model_range
-from varjax.tokenizers.vq.codes import draw, kmeans, scale_inputs
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.pyramid import Pyramid
+from varjax.tokenizers.vq.quantizer import unit_vectors
 from varjax.training.task import TrainState
 
-PATH = "quantizer/codebook"
-VECTORS = 16  # for each code, that k-means looks at
-DECAY = 0.98  # of the running mean of how often codes are used
-DEAD = 0.1  # of an even share: codes used less are dead
-SCALES_KEY = 101  # folded into an image's key; `augment` folds small numbers
-CODES_KEY = 2**31 - 1  # folded into a step's key; images fold their numbers
+CODEBOOK_PATH = "quantizer/codebook"  # where parameters, average and moments keep it
+KMEANS_ITERATIONS = 10
+KMEANS_VECTORS = 16  # per code
+KMEANS_NOISE = 0.01  # relative to the vectors' size, so that no two codes are equal
+USAGE_DECAY = 0.98  # of the moving average of how often codes are used
+DEAD_CODE_SHARE = 0.1  # of an even share: codes used less are dead
+ENTROPY_SHARPNESS = 10.0  # soft choices fall by e for each tenth of the mean distance
+SCALE_DROPOUT_KEY = 101  # folded into an image's key; `diffaugment` folds small numbers
+CODEBOOK_KEY = 2**31 - 1  # folded into a step's key; images fold their numbers
 
 
 @dataclasses.dataclass(frozen=True)
-class Codebook:
-    """Remedies against codes and scales that are not used; by default none.
+class CodebookConfig:
+    """Configures remedies against codes and scales that are not used; by default none.
 
-    init: of the codes. "uniform" ±1/V; "normal" of about length 1; "kmeans" of what the scales of
-    the first batch have to find codes for, each scale as much (over those of `init_from`, too).
-    restart_every: updates after which dead codes, whose use over the last 50 updates or so was less
-    than a tenth of an even share, become vectors of the batch that codes are looked for; 0: never.
-    scale_dropout: the share of training images that keep a random number of scales only, at least
-    `scales_kept` (XQ-GAN drops 0.1 from 3 on). Their losses are those of the scales they keep.
-    entropy: weight of a loss that is low where each vector is sure of its code but all vectors
-    together use many codes, at each scale. "All" are those of one part, with `accumulate`.
+        CodebookConfig(init="kmeans", restart_every=50)
 
-    Raises InputError for what is out of range.
+    Raises InputError for a value out of range.
+
+    Attributes:
+        init: how codes start. "uniform" in ±1/V; "normal" of about length 1; "kmeans" on the
+            quantizer's inputs in the first batch, each scale alike (replaces those of `init_from`).
+        restart_every: updates between restarts of dead codes, whose usage over the last 50 updates
+            or so is below a tenth of an even share; 0 for never.
+        scale_dropout: share of training images that keep a random number of their scales only.
+        scales_kept: least number of scales that they keep (XQ-GAN: 3, with a dropout of 0.1).
+        entropy: weight of `entropy_loss`; with `accumulate`, of each microbatch by itself.
     """
 
     init: Literal["uniform", "normal", "kmeans"] = "uniform"
@@ -48,14 +53,13 @@ class Codebook:
     entropy: float = 0.0
 
     def __post_init__(self):
-        for name, sensible, allowed in (
+        for name, valid, allowed in (
             ("restart_every", self.restart_every >= 0, "0 (never) or more updates"),
             ("scale_dropout", 0 <= self.scale_dropout <= 1, "a share of images in [0, 1]"),
             ("scales_kept", self.scales_kept >= 1, "1 or more"),
             ("entropy", self.entropy >= 0, "0 (off) or more"),
         ):
-            if not sensible:
-                raise InputError(f"codebook.{name}={getattr(self, name)}: must be {allowed}")
+            check_setting(f"codebook.{name}", getattr(self, name), valid, allowed)
 
     def check(self, pyramid: Pyramid) -> None:
         """Raises InputError where there are too few scales to drop any."""
@@ -65,122 +69,253 @@ class Codebook:
                 "left for codebook.scale_dropout to drop; keep fewer"
             )
 
-    def kept(self, pyramid: Pyramid, key_B: jax.Array) -> jax.Array | None:
-        """The number of scales that each image keeps, (B,); None where all keep all."""
-        if not self.scale_dropout:
-            return None
 
-        scales = len(pyramid)
-
-        def one(key):
-            drop_key, count_key = jax.random.split(jax.random.fold_in(key, SCALES_KEY))
-            count = jax.random.randint(count_key, (), self.scales_kept, scales)
-            return jnp.where(jax.random.bernoulli(drop_key, self.scale_dropout), count, scales)
-
-        return jax.vmap(one)(key_B)
-
-    def start(self, config: VQConfig, params: PyTree, key: jax.Array) -> PyTree:
-        """Parameters whose codes are drawn as `init` says; "kmeans" has to wait for images."""
-        if self.init != "normal":
-            return params
-        codebook_VZ = jax.random.normal(key, (config.vocab, config.code_channels))
-        return with_codes(params, codebook_VZ * config.code_channels**-0.5)
-
-    def begin(
-        self, pyramid: Pyramid, state: TrainState, read: "Read", key: jax.Array
-    ) -> TrainState:
-        """The state before an update; before the first one with the codes that k-means finds."""
-        if self.init != "kmeans":
-            return state
-        before_VZ, first = state.params["quantizer"]["codebook"], state.step == 0
-
-        def found():
-            draw_key, kmeans_key = jax.random.split(jax.random.fold_in(key, CODES_KEY))
-            z_BLZ, vocab = read(state.params, ideal=True), len(before_VZ)
-            return kmeans(draw(pyramid, z_BLZ, VECTORS * vocab, draw_key), vocab, kmeans_key)
-
-        codebook_VZ, ema = jax.lax.cond(first, found, lambda: before_VZ), state.ema
-        if ema is not None:
-            ema = with_codes(ema, jnp.where(first, codebook_VZ, ema["quantizer"]["codebook"]))
-        return dataclasses.replace(state, params=with_codes(state.params, codebook_VZ), ema=ema)
-
-    def use(self, config: VQConfig) -> dict[str, jax.Array]:
-        """What `tend` has to know of the steps before: at first, every code has its even share."""
-        return {"use_V": jnp.full(config.vocab, 1 / config.vocab)} if self.restart_every else {}
-
-    def tend(
-        self,
-        pyramid: Pyramid,
-        state: TrainState,
-        use: Mapping[str, jax.Array],
-        frequency_KV: jax.Array,
-        read: "Read",
-        key: jax.Array,
-    ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
-        """(state, use, metrics) after an update, its dead codes replaced where it is time.
-
-        The average of the parameters takes new codes as they are; their moments begin anew.
-        """
-        if not self.restart_every:
-            return state, {}, {}
-        vocab = frequency_KV.shape[1]
-        use_V = running_use(pyramid, use["use_V"], frequency_KV)
-        dead_V = (use_V < DEAD / vocab) & (state.step % self.restart_every == 0)
-        before_VZ = state.params["quantizer"]["codebook"]
-
-        def found():
-            z_BLZ = read(state.params, ideal=False)
-            return draw(pyramid, z_BLZ, vocab, jax.random.fold_in(key, CODES_KEY))
-
-        new_VZ = jax.lax.cond(jnp.any(dead_V), found, lambda: before_VZ)
-
-        def renew(path, x):
-            if not path.endswith(PATH):
-                return x
-            now_VZ = jnp.zeros_like(x) if path.startswith("opt_state") else new_VZ
-            return jnp.where(dead_V[:, None], now_VZ, x)
-
-        use_V = jnp.where(dead_V, 1 / vocab, use_V)
-        restarted = jnp.sum(dead_V, dtype=jnp.float32)
-        return trees.map_with_path(renew, state), {"use_V": use_V}, {"restarted": restarted}
-
-
-class Read(Protocol):
-    """What scales have to find codes for: `read_inputs` of a batch."""
+class InputsFn(Protocol):
+    """Computes the quantizer's inputs of a batch: `quantizer_inputs` without its data."""
 
     def __call__(self, params: PyTree, ideal: bool) -> jax.Array: ...
 
 
-def with_codes(params: PyTree, codebook_VZ: jax.Array) -> PyTree:
-    """Parameters, or their gradients, with others at the codes' place."""
-    return params | {"quantizer": params["quantizer"] | {"codebook": codebook_VZ}}
-
-
-def read_inputs(
-    config: VQConfig, image_BHWC: jax.Array, parts: int, params: PyTree, ideal: bool
+def quantizer_inputs(
+    config: VQConfig, image_BHWC: jax.Array, microbatches: int, params: PyTree, ideal: bool
 ) -> jax.Array:
-    """`scale_inputs` of uint8 images, (B, L, Z), worked off in `parts` that change nothing.
+    """Computes the vectors that codes are chosen for, at every scale.
 
-    ideal: as if the coarser scales had left nothing but what they cannot resolve; there may be no
-    sensible codes yet.
+    Args:
+        config: the tokenizer.
+        image_BHWC: uint8.
+        microbatches: number of equal parts that are worked off one by one, to save memory.
+        params: the tokenizer's.
+        ideal: whether the coarser scales count as perfect up to their resolution, for a codebook
+            that is not yet of any use.
+
+    Returns:
+        (B, L, Z) float32.
     """
     model, pyramid = VQTokenizer(config).bind({"params": params}), config.pyramid
 
-    def one(image_BHWC):
+    def microbatch_inputs(image_BHWC):
         f_BhwZ = model.features(to_model_range(image_BHWC))
         if ideal:
             maps = (resize.area(f_BhwZ, shape) for shape in pyramid.shapes)
             f_hats = [resize.bicubic(map_BhwZ, pyramid.finest) for map_BhwZ in maps]
         else:
             f_hats = model.quantizer(f_BhwZ).f_hats
-        return jnp.concatenate(scale_inputs(pyramid, f_BhwZ, f_hats), axis=1)
+        return jnp.concatenate(scale_residuals(pyramid, f_BhwZ, f_hats), axis=1)
 
-    size = len(image_BHWC)
-    split = image_BHWC.reshape(size // parts, parts, *image_BHWC.shape[1:]).swapaxes(0, 1)
-    return jax.lax.map(one, split).swapaxes(0, 1).reshape(size, pyramid.length, -1)
+    B = len(image_BHWC)
+    split = image_BHWC.reshape(B // microbatches, microbatches, *image_BHWC.shape[1:])
+    inputs = jax.lax.map(microbatch_inputs, split.swapaxes(0, 1))
+    return inputs.swapaxes(0, 1).reshape(B, pyramid.length, -1)
 
 
-def running_use(pyramid: Pyramid, use_V: jax.Array, frequency_KV: jax.Array) -> jax.Array:
-    """The running mean of the codes' shares of the tokens, in which each scale counts the same."""
+def scale_residuals(
+    pyramid: Pyramid, f_BhwZ: jax.Array, f_hats: Sequence[jax.Array]
+) -> list[jax.Array]:
+    """Computes each scale's residual: features less the coarser scales, downsampled.
+
+    Args:
+        pyramid: the sizes of the scales.
+        f_BhwZ: features.
+        f_hats: K maps (B, h, w, Z), as in `Quantized`.
+
+    Returns:
+        K arrays (B, l, Z), the vectors that codes are chosen for.
+    """
+    residuals, residual_BhwZ = [], f_BhwZ
+    for shape, f_hat_BhwZ in zip(pyramid.shapes, f_hats, strict=True):
+        z_BhwZ = resize.area(residual_BhwZ, shape)
+        residuals.append(z_BhwZ.reshape(len(z_BhwZ), -1, z_BhwZ.shape[-1]))
+        residual_BhwZ = f_BhwZ - jax.lax.stop_gradient(f_hat_BhwZ)
+    return residuals
+
+
+def sample_scale_dropout(
+    config: CodebookConfig, pyramid: Pyramid, key_B: jax.Array
+) -> jax.Array | None:
+    """Samples the number of scales that each image keeps, (B,) int32; None where all keep all."""
+    if not config.scale_dropout:
+        return None
+    scales = len(pyramid)
+
+    def kept_scales(key):
+        drop_key, count_key = jax.random.split(jax.random.fold_in(key, SCALE_DROPOUT_KEY))
+        count = jax.random.randint(count_key, (), config.scales_kept, scales)
+        return jnp.where(jax.random.bernoulli(drop_key, config.scale_dropout), count, scales)
+
+    return jax.vmap(kept_scales)(key_B)
+
+
+def init_codebook(
+    config: CodebookConfig, tokenizer: VQConfig, params: PyTree, key: jax.Array
+) -> PyTree:
+    """Replaces the codes of fresh parameters as `config.init` says; k-means waits for images."""
+    if config.init != "normal":
+        return params
+    codebook_VZ = jax.random.normal(key, (tokenizer.vocab, tokenizer.code_channels))
+    return replace_codebook(params, codebook_VZ * tokenizer.code_channels**-0.5)
+
+
+def kmeans_init(
+    config: CodebookConfig,
+    pyramid: Pyramid,
+    state: TrainState,
+    inputs_fn: InputsFn,
+    key: jax.Array,
+) -> TrainState:
+    """Replaces the codes by k-means centers before the first update, if `config.init` says so.
+
+    Args:
+        config: with `init`.
+        pyramid: the sizes of the scales, which count alike.
+        state: before an update.
+        inputs_fn: gives the quantizer's inputs.
+        key: the step's random key.
+
+    Returns:
+        The state, its parameters and their average with new codes.
+    """
+    if config.init != "kmeans":
+        return state
+    before_VZ, is_first = state.params["quantizer"]["codebook"], state.step == 0
+
+    def centers():
+        sample_key, kmeans_key = jax.random.split(jax.random.fold_in(key, CODEBOOK_KEY))
+        z_BLZ, vocab = inputs_fn(state.params, ideal=True), len(before_VZ)
+        z_NZ = sample_inputs(pyramid, z_BLZ, KMEANS_VECTORS * vocab, sample_key)
+        return kmeans(z_NZ, vocab, kmeans_key)
+
+    codebook_VZ, ema = jax.lax.cond(is_first, centers, lambda: before_VZ), state.ema
+    if ema is not None:
+        ema = replace_codebook(ema, jnp.where(is_first, codebook_VZ, ema["quantizer"]["codebook"]))
+    return dataclasses.replace(state, params=replace_codebook(state.params, codebook_VZ), ema=ema)
+
+
+def kmeans(z_NZ: jax.Array, vocab: int, key: jax.Array) -> jax.Array:
+    """Finds (V, Z) centers by Lloyd's algorithm, from random ones of the vectors z_NZ."""
+    order_key, noise_key = jax.random.split(key)
+    order_N = jax.random.permutation(order_key, len(z_NZ))
+    start_VZ = _add_noise(z_NZ[order_N[jnp.arange(vocab) % len(z_NZ)]], noise_key)
+
+    def iterate(codes_VZ, _):
+        dot_NV = jnp.einsum("NZ,VZ->NV", z_NZ, codes_VZ, precision="highest")
+        distance_NV = jnp.sum(jnp.square(codes_VZ), axis=-1)[None] - 2 * dot_NV
+        nearest_NV = jax.nn.one_hot(jnp.argmin(distance_NV, axis=-1), vocab)
+        sum_VZ = jnp.einsum("NV,NZ->VZ", nearest_NV, z_NZ, precision="highest")
+        count_V1 = jnp.sum(nearest_NV, axis=0)[:, None]
+        return jnp.where(count_V1 > 0, sum_VZ / jnp.maximum(count_V1, 1), codes_VZ), None
+
+    return jax.lax.scan(iterate, start_VZ, None, KMEANS_ITERATIONS)[0]
+
+
+def sample_inputs(pyramid: Pyramid, z_BLZ: jax.Array, count: int, key: jax.Array) -> jax.Array:
+    """Samples (count, Z) of the quantizer's inputs (B, L, Z), as many of each scale, with noise."""
+    image_key, scale_key, place_key, noise_key = jax.random.split(key, 4)
+    image = jax.random.randint(image_key, (count,), 0, len(z_BLZ))
+    scale = jax.random.randint(scale_key, (count,), 0, len(pyramid))
+    length = jnp.array(pyramid.lengths)[scale]
+    place = jnp.floor(jax.random.uniform(place_key, (count,)) * length.astype(jnp.float32))
+    start = jnp.array([scale_slice.start for scale_slice in pyramid.slices])[scale]
+    place = start + jnp.minimum(place.astype(jnp.int32), length - 1)
+    return _add_noise(z_BLZ[image, place], noise_key)
+
+
+def init_usage(config: CodebookConfig, vocab: int) -> jax.Array | None:
+    """Returns the usage (V,) before the first update, an even share; None if nothing restarts."""
+    return jnp.full(vocab, 1 / vocab) if config.restart_every else None
+
+
+def average_usage(pyramid: Pyramid, usage_V: jax.Array, frequency_KV: jax.Array) -> jax.Array:
+    """Updates the moving average of the codes' share of the tokens; all scales count alike.
+
+    Args:
+        pyramid: the sizes of the scales.
+        usage_V: the average before.
+        frequency_KV: how often each scale used each code in an image, a mean over the batch.
+    """
     length_K1 = jnp.array(pyramid.lengths, jnp.float32)[:, None]
-    return DECAY * use_V + (1 - DECAY) * jnp.mean(frequency_KV / length_K1, axis=0)
+    return USAGE_DECAY * usage_V + (1 - USAGE_DECAY) * jnp.mean(frequency_KV / length_K1, axis=0)
+
+
+def restart_dead_codes(
+    config: CodebookConfig,
+    pyramid: Pyramid,
+    state: TrainState,
+    usage_V: jax.Array,
+    frequency_KV: jax.Array,
+    inputs_fn: InputsFn,
+    key: jax.Array,
+) -> tuple[TrainState, jax.Array, dict[str, jax.Array]]:
+    """Replaces codes that are hardly used by random inputs of the quantizer, every so many updates.
+
+    Like random restarts in Jukebox (Dhariwal et al. 2020, arXiv 2005.00341). The parameters'
+    average takes new codes as they are; their moments become zero.
+
+    Args:
+        config: with `restart_every`, above 0.
+        pyramid: the sizes of the scales.
+        state: after an update.
+        usage_V: moving average of the codes' share of the tokens.
+        frequency_KV: how often each scale used each code in an image of this batch.
+        inputs_fn: gives the quantizer's inputs.
+        key: the step's random key.
+
+    Returns:
+        The state, the usage after this batch, and {"restarted": number of codes replaced}.
+    """
+    vocab = frequency_KV.shape[1]
+    usage_V = average_usage(pyramid, usage_V, frequency_KV)
+    is_dead_V = (usage_V < DEAD_CODE_SHARE / vocab) & (state.step % config.restart_every == 0)
+    before_VZ = state.params["quantizer"]["codebook"]
+
+    def replacements():
+        z_BLZ = inputs_fn(state.params, ideal=False)
+        return sample_inputs(pyramid, z_BLZ, vocab, jax.random.fold_in(key, CODEBOOK_KEY))
+
+    new_VZ = jax.lax.cond(jnp.any(is_dead_V), replacements, lambda: before_VZ)
+
+    def replaced(path, x):
+        if not path.endswith(CODEBOOK_PATH):
+            return x
+        now_VZ = jnp.zeros_like(x) if path.startswith("opt_state") else new_VZ
+        return jnp.where(is_dead_V[:, None], now_VZ, x)
+
+    usage_V = jnp.where(is_dead_V, 1 / vocab, usage_V)
+    restarted = jnp.sum(is_dead_V, dtype=jnp.float32)
+    return trees.map_with_path(replaced, state), usage_V, {"restarted": restarted}
+
+
+def entropy_loss(codebook_VZ: jax.Array, inputs: Sequence[jax.Array], cosine: bool) -> jax.Array:
+    """Computes E[H(p)] - H(E[p]), p being a vector's soft choice of codes (V,); a mean over scales.
+
+    Low where each vector is sure of its code, but all vectors together use many.
+
+    Args:
+        codebook_VZ: the codes.
+        inputs: K arrays (B, l, Z) of vectors to choose codes for.
+        cosine: whether vectors and codes are compared at length 1.
+    """
+    losses = []
+    for z_BlZ in inputs:
+        z_NZ, codes_VZ = z_BlZ.reshape(-1, z_BlZ.shape[-1]), codebook_VZ
+        if cosine:
+            z_NZ, codes_VZ = unit_vectors(z_NZ), unit_vectors(codes_VZ)
+        dot_NV = jnp.einsum("NZ,VZ->NV", z_NZ, codes_VZ, precision="highest")
+        squares_NV = jnp.sum(z_NZ**2, axis=-1)[:, None] + jnp.sum(codes_VZ**2, axis=-1)[None]
+        distance_NV = squares_NV - 2 * dot_NV
+        mean_distance = jax.lax.stop_gradient(jnp.mean(distance_NV)) + 1e-12
+        log_p_NV = jax.nn.log_softmax(-ENTROPY_SHARPNESS * distance_NV / mean_distance)
+        mean_entropy = -jnp.mean(jnp.sum(jnp.exp(log_p_NV) * log_p_NV, axis=-1))
+        mean_p_V = jnp.mean(jnp.exp(log_p_NV), axis=0)
+        losses.append(mean_entropy + jnp.sum(mean_p_V * jnp.log(mean_p_V + 1e-12)))
+    return jnp.mean(jnp.stack(losses))
+
+
+def replace_codebook(params: PyTree, codebook_VZ: jax.Array) -> PyTree:
+    """Returns parameters, or their gradients, with another codebook."""
+    return params | {"quantizer": params["quantizer"] | {"codebook": codebook_VZ}}
+
+
+def _add_noise(z_NZ, key):
+    size = jnp.sqrt(jnp.mean(jnp.square(z_NZ)))
+    return z_NZ + KMEANS_NOISE * size * jax.random.normal(key, z_NZ.shape)

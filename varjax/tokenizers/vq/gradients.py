@@ -1,7 +1,7 @@
-"""From a batch to gradients: through the tokenizer, its losses and its discriminator."""
+"""From a batch to gradients: through a VQ tokenizer, its losses and its discriminator."""
 
 import functools
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -9,138 +9,160 @@ import jax.numpy as jnp
 
 from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range
-from varjax.tokenizers.losses.gan import Anchors, Opponent, balance
-from varjax.tokenizers.losses.gan_gradients import judge
-from varjax.tokenizers.vq.codebook import with_codes
-from varjax.tokenizers.vq.codes import entropy_loss, scale_inputs
-from varjax.tokenizers.vq.model import VQTokenizer
-from varjax.tokenizers.vq.quantizer import quantizer_loss
-from varjax.tokenizers.vq.usage import count_codes
+from varjax.tokenizers.losses.gan import (
+    DiscriminatorState,
+    GANConfig,
+    adaptive_weight,
+    gan_gradients,
+    last_layer_grads,
+)
+from varjax.tokenizers.vq.codebook import (
+    CodebookConfig,
+    entropy_loss,
+    replace_codebook,
+    sample_scale_dropout,
+    scale_residuals,
+)
+from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
+from varjax.tokenizers.vq.quantizer import code_counts, quantizer_loss
 from varjax.training.task import Batch
 from varjax.training.train_step import Metrics, mean_over_microbatches
 
-if TYPE_CHECKING:
-    from varjax.tokenizers.vq.task import VQTask
+
+class LossConfig(Protocol):
+    """Names the parts of `VQTask` that gradients depend on."""
+
+    @property
+    def model(self) -> VQConfig: ...
+    @property
+    def codebook(self) -> CodebookConfig: ...
+    @property
+    def gan(self) -> GANConfig | None: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def accumulate(self) -> int: ...
+    @property
+    def jax_dtype(self) -> jnp.dtype: ...
+    def reconstruction_losses(
+        self, frozen: PyTree, x_BHWC: jax.Array, y_BHWC: jax.Array, dtype: Any
+    ) -> Metrics: ...
 
 
 @flax.struct.dataclass
-class Learned:
-    """What images teach, all means over them.
+class LossGradients:
+    """Holds gradients and what is logged; all are means over images.
 
-    grads, opponent_grads: of the losses by the tokenizer's and by the discriminator's parameters.
-    said: the discriminator's mean logits. at_last: of the reconstruction loss and of the
-    adversarial one, the gradients at the decoder's last kernel. frequency_KV: how often each scale
-    uses each code. Without an adversary the three that speak of it are None.
+    Attributes:
+        grads: of the tokenizer's losses by its parameters.
+        metrics: scalars.
+        frequency_KV: how often each scale uses each code in an image.
+        discriminator_grads: of the discriminator's loss by its parameters; None without one.
+        last_layer: gradients of the reconstruction loss and of the adversarial loss by the
+            decoder's last kernel; None without a discriminator.
     """
 
     grads: PyTree
     metrics: Metrics
     frequency_KV: jax.Array
-    opponent_grads: PyTree = None
-    said: Anchors | None = None
-    at_last: tuple[jax.Array, jax.Array] | None = None
+    discriminator_grads: PyTree = None
+    last_layer: tuple[jax.Array, jax.Array] | None = None
 
 
-def learn(
-    task: "VQTask",
+def loss_gradients(
+    config: LossConfig,
     params: PyTree,
-    opponent: Opponent | None,
+    discriminator: DiscriminatorState | None,
     frozen: PyTree,
     batch: Batch,
-    share: jax.Array,
-) -> Learned:
-    """What the task's losses say of a batch {"image_BHWC": uint8, "key_B"}.
+    ramp_factor: jax.Array,
+) -> LossGradients:
+    """Computes the gradients of all losses on a batch; they do not depend on `config.accumulate`.
 
-    share: how much of the adversary's weight counts. The result does not depend on
-    `task.accumulate`: with more than one part the adaptive weight, which is no mean over the parts
-    but a quotient of two, is found in a first pass over them.
+    Args:
+        config: the task.
+        params: the tokenizer's.
+        discriminator: its state; None without one.
+        frozen: `VQTask.frozen`.
+        batch: {"image_BHWC": uint8, "key_B": random keys, one for each image}.
+        ramp_factor: the part of the adversarial loss's weight that counts, 0 … 1.
     """
-    from_part = functools.partial(_from_part, task, params, opponent, frozen, share)
+    microbatch_gradients = functools.partial(
+        _microbatch_gradients, config, params, discriminator, frozen, ramp_factor
+    )
     ratio = None
-    if task.adversary is not None and task.adversary.adaptive and task.accumulate > 1:
-        first_pass = mean_over_microbatches(
-            lambda part: from_part(1.0, part).at_last, batch, task.accumulate
+    if config.gan is not None and config.gan.adaptive and config.accumulate > 1:
+        # The adaptive weight is no mean over microbatches but a quotient of two means. A first
+        # pass finds it.
+        reconstruction, adversarial = mean_over_microbatches(
+            lambda microbatch: microbatch_gradients(1.0, microbatch).last_layer,
+            batch,
+            config.accumulate,
         )
-        ratio = balance(*first_pass)
-    return mean_over_microbatches(functools.partial(from_part, ratio), batch, task.accumulate)
+        ratio = adaptive_weight(reconstruction, adversarial)
+    return mean_over_microbatches(
+        functools.partial(microbatch_gradients, ratio), batch, config.accumulate
+    )
 
 
-def _from_part(task, params, opponent, frozen, share, ratio, batch) -> Learned:
-    x_BHWC = to_model_range(batch["image_BHWC"])
-    model = VQTokenizer(task.model, task.jax_dtype, task.jax_dtype)
-    pyramid, kept_B = task.model.pyramid, task.codebook.kept(task.model.pyramid, batch["key_B"])
+def _microbatch_gradients(config, params, discriminator, frozen, ramp_factor, ratio, batch):
+    """ratio: the adaptive weight; None to compute it from this microbatch."""
+    x_BHWC, key_B = to_model_range(batch["image_BHWC"]), batch["key_B"]
+    model = VQTokenizer(config.model, config.jax_dtype, config.jax_dtype)
+    pyramid = config.model.pyramid
+    kept_B = sample_scale_dropout(config.codebook, pyramid, key_B)
 
     def forward(params):
-        seen: PyTree
-        (y_BHWC, f_BhwZ, quantized), seen = model.apply(
+        sown: PyTree
+        (y_BHWC, f_BhwZ, quantized), sown = model.apply(
             {"params": params}, x_BHWC, kept_B, mutable=["intermediates"]
         )
-        (last_BHWC,) = seen["intermediates"]["decoder"]["last"]
+        (last_BHWC,) = sown["intermediates"]["decoder"]["last"]
         return (y_BHWC, f_BhwZ, quantized.f_hats), (quantized.tokens_BL, last_BHWC)
 
-    def pixels(y_BHWC):
-        losses = task.reconstruction_losses(frozen, x_BHWC, y_BHWC, task.jax_dtype)
+    def image_loss(y_BHWC):
+        losses = config.reconstruction_losses(frozen, x_BHWC, y_BHWC, config.jax_dtype)
         means = {name: jnp.mean(loss_B) for name, loss_B in losses.items()}
         return means["loss"], means
 
-    def codes(f_BhwZ, f_hats, codebook_VZ):
-        losses = {"quantizer": jnp.mean(quantizer_loss(f_BhwZ, f_hats, task.beta, kept_B))}
+    def codebook_loss(f_BhwZ, f_hats, codebook_VZ):
+        losses = {"quantizer": jnp.mean(quantizer_loss(f_BhwZ, f_hats, config.beta, kept_B))}
         total = losses["quantizer"]
-        if task.codebook.entropy:
-            inputs = scale_inputs(pyramid, f_BhwZ, f_hats)
-            losses["entropy"] = entropy_loss(codebook_VZ, inputs, task.model.cosine_codes)
-            total = total + task.codebook.entropy * losses["entropy"]
+        if config.codebook.entropy:
+            inputs = scale_residuals(pyramid, f_BhwZ, f_hats)
+            losses["entropy"] = entropy_loss(codebook_VZ, inputs, config.model.cosine_codes)
+            total = total + config.codebook.entropy * losses["entropy"]
         return total, losses
 
-    # The image's gradients are taken loss by loss: nothing is computed twice for the balance.
-    (y_BHWC, f_BhwZ, f_hats), back, (tokens_BL, last_BHWC) = jax.vjp(forward, params, has_aux=True)
-    by_image_BHWC, metrics = jax.grad(pixels, has_aux=True)(y_BHWC)
-    (*by_codes, by_codebook_VZ), of_codes = jax.grad(codes, (0, 1, 2), has_aux=True)(
-        f_BhwZ, f_hats, params["quantizer"]["codebook"]
-    )
-    metrics |= of_codes
+    # Gradients by the image are taken loss by loss, so that the adaptive weight computes nothing
+    # twice.
+    (y_BHWC, f_BhwZ, f_hats), vjp, (tokens_BL, last_BHWC) = jax.vjp(forward, params, has_aux=True)
+    image_grad_BHWC, metrics = jax.grad(image_loss, has_aux=True)(y_BHWC)
+    (*feature_grads, codebook_grad_VZ), codebook_losses = jax.grad(
+        codebook_loss, (0, 1, 2), has_aux=True
+    )(f_BhwZ, f_hats, params["quantizer"]["codebook"])
+    metrics |= codebook_losses
     metrics["loss"] = metrics["loss"] + metrics["quantizer"]
-    about_opponent = {}
-    if opponent is not None:
-        adversary = task.adversary
-        verdict = judge(adversary, opponent, x_BHWC, y_BHWC, batch["key_B"], task.jax_dtype)
-        at_last = tuple(
-            gradient_at_last(last_BHWC, by_BHWC) for by_BHWC in (by_image_BHWC, verdict.toward)
+    of_discriminator = {}
+    if discriminator is not None:
+        gan = config.gan
+        adversarial = gan_gradients(gan, discriminator, x_BHWC, y_BHWC, key_B, config.jax_dtype)
+        last_layer = (
+            last_layer_grads(last_BHWC, image_grad_BHWC),
+            last_layer_grads(last_BHWC, adversarial.image_grad_BHWC),
         )
         if ratio is None:
-            ratio = balance(*at_last) if adversary.adaptive else 1.0
-        weight = share * adversary.weight * ratio
-        by_image_BHWC = by_image_BHWC + weight * verdict.toward
-        metrics |= verdict.metrics | {"adversarial_weight": weight}
-        about_opponent = {
-            "opponent_grads": verdict.grads,
-            "said": verdict.said,
-            "at_last": at_last,
+            ratio = adaptive_weight(*last_layer) if gan.adaptive else 1.0
+        weight = ramp_factor * gan.weight * ratio
+        image_grad_BHWC = image_grad_BHWC + weight * adversarial.image_grad_BHWC
+        metrics |= adversarial.metrics | {"adversarial_weight": weight}
+        of_discriminator = {
+            "discriminator_grads": adversarial.discriminator_grads,
+            "last_layer": last_layer,
         }
-    (grads,) = back((by_image_BHWC, *by_codes))
-    ones_B = jnp.ones(len(x_BHWC))
-    if task.codebook.entropy:
-        grads = with_codes(grads, grads["quantizer"]["codebook"] + by_codebook_VZ)
-    counts_KV = count_codes(pyramid, task.model.vocab, tokens_BL, ones_B)
-    return Learned(grads, metrics, counts_KV / len(x_BHWC), **about_opponent)
-
-
-def gradient_at_last(last_BHWC: jax.Array, by_image_BHWC: jax.Array) -> jax.Array:
-    """A loss's gradient by the decoder's last kernel (3, 3, C, channels), from that by the image.
-
-    last_BHWC: what the last convolution reads.
-    """
-
-    def convolve(kernel):
-        return jax.lax.conv_general_dilated(
-            last_BHWC.astype(jnp.float32),
-            kernel,
-            window_strides=(1, 1),
-            padding="SAME",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision="highest",
-        )
-
-    shape = (3, 3, last_BHWC.shape[-1], by_image_BHWC.shape[-1])
-    kernel = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return jax.linear_transpose(convolve, kernel)(by_image_BHWC)[0]
+    (grads,) = vjp((image_grad_BHWC, *feature_grads))
+    if config.codebook.entropy:
+        grads = replace_codebook(grads, grads["quantizer"]["codebook"] + codebook_grad_VZ)
+    B = len(x_BHWC)
+    count_KV = code_counts(pyramid, config.model.vocab, tokens_BL, jnp.ones(B))
+    return LossGradients(grads, metrics, count_KV / B, **of_discriminator)

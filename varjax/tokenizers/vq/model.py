@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core import config_tree, trees
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import Decoder, Encoder, conv, to_model_range, to_unit_range
 from varjax.nn.compute import is_single_cpu_device
@@ -20,44 +20,58 @@ from varjax.tokenizers.vq.quantizer import Quantized, Quantizer
 
 @dataclasses.dataclass(frozen=True)
 class VQConfig:
-    """What a tokenizer is; the defaults are the released `vae_ch160v4096z32`.
+    """Describes a multi-scale VQ tokenizer and implements the contract of tokenizers.
 
-    Raises InputError where sizes do not fit one another.
+        VQConfig(scales=(1, 2, 4), image_channels=1, width=32, multipliers=(1, 2), vocab=256)
+
+    The defaults are the released `vae_ch160v4096z32`. Raises InputError where sizes do not fit one
+    another.
+
+    Attributes:
+        scales: side length of each token map, or its (h, w), coarse to fine.
+        image_channels: 1 for gray, 3 for colors.
+        width: channels of the convolutions at full resolution.
+        multipliers: of `width`, one per level; each level after the first halves the map.
+        blocks: residual blocks per level of the encoder; the decoder has one more.
+        groups: of the group norms.
+        vocab: number of codes V.
+        code_channels: size Z of a code.
+        phis: φ convolutions that the scales share; 0 for one per scale.
+        phi_ratio: r in φ(x) = r·conv(x) + (1-r)·x.
+        cosine_codes: whether the nearest code is that of the largest cosine.
     """
 
     scales: tuple[Scale, ...] = SCALES_256
     image_channels: int = 3
     width: int = 160
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # one per level; each further one halves the map
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     blocks: int = 2
     groups: int = 32
     vocab: int = 4096
     code_channels: int = 32
-    phis: int = 4  # φ convolutions shared by the scales; 0: one per scale
+    phis: int = 4
     phi_ratio: float = 0.5
     cosine_codes: bool = False
 
     def __post_init__(self):
         self.pyramid  # noqa: B018  (its own checks)
         for name in ("image_channels", "width", "blocks", "groups", "vocab", "code_channels"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)}: must be 1 or more")
+            check_setting(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         if not self.multipliers or min(self.multipliers) < 1:
             raise InputError(f"multipliers={self.multipliers}: give one per level, each 1 or more")
         if self.width % self.groups:
             raise InputError(f"width={self.width} is not a multiple of groups={self.groups}")
-        if self.phis < 0:
-            raise InputError(f"phis={self.phis}: must be 0 (one per scale) or more")
-        if not 0 <= self.phi_ratio <= 1:
-            raise InputError(f"phi_ratio={self.phi_ratio}: must lie in [0, 1]")
+        check_setting("phis", self.phis, self.phis >= 0, "0 (one per scale) or more")
+        check_setting("phi_ratio", self.phi_ratio, 0 <= self.phi_ratio <= 1, "in [0, 1]")
 
     @property
     def pyramid(self) -> Pyramid:
+        """The scales' sizes, and where their tokens are."""
         return Pyramid(self.scales)
 
     @property
     def downsampling(self) -> int:
-        """Image pixels per feature along one side."""
+        """Number of image pixels per feature along one side."""
         return 2 ** (len(self.multipliers) - 1)
 
     @property
@@ -92,10 +106,18 @@ class VQConfig:
 
 
 class VQTokenizer(nn.Module):
-    """Images are (B, H, W, channels) in [-1, 1]; tokens (B, L) int32, scales concatenated.
+    """Computes a multi-scale VQ tokenizer, as a module that is bound to its parameters.
 
-    The quantizer is float32, and the encoder too wherever tokens count, for other formats flip
-    some: `encoder_dtype` is for training a tokenizer. `decoder_dtype` is free.
+        model = VQTokenizer(config).bind({"params": params})
+        tokens_BL = model.encode(image_BHWC)
+
+    Images are (B, H, W, channels) in [-1, 1] here, tokens (B, L) int32, the scales concatenated.
+
+    Attributes:
+        config: its sizes.
+        decoder_dtype: number format of the decoder.
+        encoder_dtype: that of the encoder, other than float32 in training only: it flips tokens.
+            The quantizer is float32 always.
     """
 
     config: VQConfig
@@ -117,10 +139,16 @@ class VQTokenizer(nn.Module):
     def __call__(
         self, image_BHWC: jax.Array, kept_B: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array, Quantized]:
-        """For training: (image, features, quantized), the image not clipped.
+        """Reconstructs images for training.
 
-        kept_B: how many scales each image is made of; None for all.
         The gradient of the image passes the quantizer straight through to the features.
+
+        Args:
+            image_BHWC: images in [-1, 1].
+            kept_B: number of scales that each image is made of; None for all.
+
+        Returns:
+            (images not clipped, features (B, h, w, Z), what they were quantized to).
         """
         f_BhwZ = self.features(image_BHWC)
         quantized = self.quantizer(f_BhwZ, kept_B)
@@ -128,35 +156,35 @@ class VQTokenizer(nn.Module):
         return self._decode(f_BhwZ + jax.lax.stop_gradient(f_hat_BhwZ - f_BhwZ)), f_BhwZ, quantized
 
     def features(self, image_BHWC: jax.Array) -> jax.Array:
-        """What is quantized: (B, h, w, Z)."""
+        """Computes the features (B, h, w, Z) that are to be quantized."""
         f_BhwZ = self.encoder(image_BHWC.astype(self.encoder_dtype))
         return self.quant_conv(f_BhwZ.astype(jnp.float32))
 
     def encode(self, image_BHWC: jax.Array) -> jax.Array:
-        """(B, H, W, channels) -> (B, L)."""
+        """Encodes images in [-1, 1] into tokens (B, L)."""
         return self.quantizer(encode_images(self.config, self._params, image_BHWC)).tokens_BL
 
-    def encode_to_teach(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images -> (tokens (B, L), transformer input (B, L - l of scale 0, Z))."""
+    def encode_for_teacher_forcing(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Encodes images into (tokens (B, L), transformer input (B, L - l of scale 0, Z))."""
         quantized = self.quantizer(encode_images(self.config, self._params, image_BHWC))
-        return quantized.tokens_BL, self.quantizer.teacher_input(quantized.f_hats)
+        return quantized.tokens_BL, self.quantizer.teacher_forcing_input(quantized.f_hats)
 
-    def teacher_input(self, tokens_BL: jax.Array) -> jax.Array:
-        """(B, L) -> the transformer's input for all scales but the first."""
-        return self.quantizer.teacher_input(self.quantizer.accumulate(tokens_BL))
+    def teacher_forcing_input(self, tokens_BL: jax.Array) -> jax.Array:
+        """Computes the transformer's input for all scales but the first, from tokens (B, L)."""
+        return self.quantizer.teacher_forcing_input(self.quantizer.accumulated_scales(tokens_BL))
 
     def decode(self, tokens_BL: jax.Array) -> jax.Array:
-        """(B, L) -> (B, H, W, channels)."""
-        return self.decode_features(self.quantizer.accumulate(tokens_BL)[-1])
+        """Decodes tokens (B, L) into images (B, H, W, channels), clipped to [-1, 1]."""
+        return self.decode_features(self.quantizer.accumulated_scales(tokens_BL)[-1])
 
     def decode_every_scale(self, tokens_BL: jax.Array) -> jax.Array:
-        """(B, L) -> (K, B, H, W, channels): the image after each scale."""
-        f_hats = self.quantizer.accumulate(tokens_BL)
+        """Decodes tokens (B, L) into the image after each scale, (K, B, H, W, channels)."""
+        f_hats = self.quantizer.accumulated_scales(tokens_BL)
         image_NHWC = self.decode_features(jnp.concatenate(f_hats))
         return image_NHWC.reshape(len(f_hats), -1, *image_NHWC.shape[1:])
 
     def decode_features(self, f_hat_BhwZ: jax.Array) -> jax.Array:
-        """(B, h, w, Z) -> images clipped to [-1, 1]."""
+        """Decodes f_hat (B, h, w, Z) into images clipped to [-1, 1]."""
         return decode_images(self.config, self._params, f_hat_BhwZ, self.decoder_dtype)
 
     @property
@@ -171,20 +199,22 @@ class VQTokenizer(nn.Module):
 def encode_images(
     config: VQConfig, params, image_BHWC: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
-    """(B, H, W, channels) in [-1, 1] -> features to quantize (B, h, w, Z). Not for training."""
+    """Computes features (B, h, w, Z) of images in [-1, 1], in `dtype`; not for training."""
     model = VQTokenizer(config, encoder_dtype=dtype, parent=None).bind({"params": params})
-    return _each(config, model.features, image_BHWC)
+    return _map_images(config, model.features, image_BHWC)
 
 
 def decode_images(
     config: VQConfig, params, f_hat_BhwZ: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:
-    """(B, h, w, Z) -> images (B, H, W, channels) clipped to [-1, 1], computed in `dtype`."""
+    """Decodes f_hat (B, h, w, Z) into images clipped to [-1, 1], in `dtype`; not for training."""
     model = VQTokenizer(config, dtype, parent=None).bind({"params": params})
-    return _each(config, lambda f_hat_BhwZ: jnp.clip(model._decode(f_hat_BhwZ), -1, 1), f_hat_BhwZ)
+    return _map_images(
+        config, lambda f_hat_BhwZ: jnp.clip(model._decode(f_hat_BhwZ), -1, 1), f_hat_BhwZ
+    )
 
 
-def _each(config, function, x):
+def _map_images(config, function, x):
     H, W, _ = config.image_shape
     if is_single_cpu_device() and H * W >= 64**2:
         # A CPU's convolutions of large images are 1.4 times faster one by one: docs/benchmarks.md.
@@ -193,7 +223,7 @@ def _each(config, function, x):
 
 
 def make_quantizer(config: VQConfig) -> Quantizer:
-    """The quantizer alone; its parameters are `params["quantizer"]` of the tokenizer."""
+    """Returns the quantizer alone, whose parameters are the tokenizer's `params["quantizer"]`."""
     return Quantizer(
         config.pyramid,
         config.vocab,

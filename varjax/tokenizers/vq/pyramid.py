@@ -1,4 +1,4 @@
-"""The pyramid of scales that one image becomes: sizes, slices, levels, mask. Static NumPy only."""
+"""The pyramid of scales of one image: sizes, slices, levels, mask. Static NumPy only."""
 
 import dataclasses
 import functools
@@ -17,13 +17,15 @@ SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
 @dataclasses.dataclass(frozen=True)
 class Pyramid:
-    """K token maps, coarse to fine, whose tokens make one sequence of L, row by row.
+    """Describes K token maps, coarse to fine, whose tokens make one sequence of L, row by row.
 
-    `scales` holds a side length for a square map or (h, w). Hashable, so that it can be closed over
-    or passed as a static argument.
+        Pyramid((1, 2, (3, 4))).slices  # (slice(0, 1), slice(1, 5), slice(5, 17))
 
-    Raises InputError if there is no scale, a side is below 1, or a map is smaller than the one
-    before it.
+    Hashable, so that it can be closed over or passed as a static argument. Raises InputError if
+    there is no scale, a side is below 1, or a map is smaller than the one before it.
+
+    Attributes:
+        scales: of each map, the side length if it is square, or (h, w).
     """
 
     scales: tuple[Scale, ...]
@@ -53,7 +55,7 @@ class Pyramid:
 
     @functools.cached_property
     def lengths(self) -> tuple[int, ...]:
-        """Number of tokens l of every scale."""
+        """Number of tokens l of every scale, row by row."""
         return tuple(h * w for h, w in self.shapes)
 
     @property
@@ -67,7 +69,7 @@ class Pyramid:
 
     @functools.cached_property
     def slices(self) -> tuple[slice, ...]:
-        """Where each scale lies in the sequence of L tokens."""
+        """The place of each scale in the sequence of L tokens."""
         ends = np.cumsum(self.lengths).tolist()
         return tuple(slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True))
 
@@ -78,15 +80,15 @@ class Pyramid:
 
     @functools.cached_property
     def mask_LL(self) -> np.ndarray:
-        """Block-causal: token i may look at j (True) where j's scale is not finer than i's."""
+        """Block-causal mask: token i attends to j (True) if j's scale is not finer than i's."""
         return self.level_L[:, None] >= self.level_L[None, :]
 
     def progress(self, k: int) -> float:
-        """How far scale k is from the first (0) to the last (1); 0 for a single scale."""
+        """Returns scale k's place between the first (0) and the last (1); 0 for a single scale."""
         return k / max(len(self) - 1, 1)
 
     def phi_index(self, phis: int) -> tuple[int, ...]:
-        """Which of `phis` shared φ convolutions each scale uses; 0 stands for one per scale.
+        """Returns which of `phis` shared φ convolutions each scale uses; 0 means one per scale.
 
         The nearest of the evenly spread ticks wins. With K = 10 and four φ, two scales lie exactly
         between ticks and the rounding of float64 decides, so this stays in NumPy's float64.

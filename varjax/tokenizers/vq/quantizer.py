@@ -4,6 +4,9 @@ Everything that rebuilds features from tokens (tokenizer training, teacher forci
 editing) goes through `add_scale` and `next_input`.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -12,20 +15,32 @@ import jax.numpy as jnp
 from varjax.nn import resize
 from varjax.tokenizers.vq.pyramid import Pyramid
 
+UNIT_EPSILON = 1e-12  # F.normalize's, in the reference's cosine look-up
+
 
 @flax.struct.dataclass
 class Quantized:
-    """tokens_BL: code indices, int32. f_hats: K maps (B, h, w, Z), the sum of scales 0 … k."""
+    """Holds the result of quantizing features.
+
+    Attributes:
+        tokens_BL: code indices, int32, the scales concatenated.
+        f_hats: K maps (B, h, w, Z); the k-th is the sum of scales 0 … k.
+    """
 
     tokens_BL: jax.Array
     f_hats: tuple[jax.Array, ...]
 
 
 class Quantizer(nn.Module):
-    """One code book of V codes of Z numbers for all scales, and the φ convolutions.
+    """Quantizes features with one codebook for all scales, and φ convolutions after upsampling.
 
-    phis: number of φ convolutions shared by the scales (0: one per scale); φ(x) = r·conv(x) +
-    (1-r)·x with r = `phi_ratio`. cosine: nearest by angle instead of by distance.
+    Attributes:
+        pyramid: the sizes of the K token maps.
+        vocab: number of codes V.
+        code_channels: size Z of a code.
+        phis: number of φ convolutions that the scales share; 0 for one per scale.
+        phi_ratio: r in φ(x) = r·conv(x) + (1-r)·x.
+        cosine: whether the nearest code is that of the largest cosine instead of least distance.
     """
 
     pyramid: Pyramid
@@ -43,17 +58,21 @@ class Quantizer(nn.Module):
         self.phi_bias = self.param("phi_bias", _uniform(bound), (P, Z), jnp.float32)
 
     def __call__(self, f_BhwZ: jax.Array, kept_B: jax.Array | None = None) -> Quantized:
-        """Quantizes scale by scale what the coarser ones left over, in float32.
+        """Quantizes scale by scale the residual of the coarser ones, in float32.
 
-        kept_B: how many scales each image adds up; beyond them its f_hats stay as they are.
-        Gradients reach the code book and φ through f_hats; the choice of codes has none.
+        Gradients reach the codebook and φ through f_hats; the choice of codes has none.
+
+        Args:
+            f_BhwZ: features of the finest scale's size.
+            kept_B: number of scales that each image adds up; beyond them its f_hats stay as they
+                are. None for all.
         """
         f_BhwZ = jax.lax.stop_gradient(f_BhwZ.astype(jnp.float32))
         tokens, f_hats = [], []
         f_hat_BhwZ = jnp.zeros_like(f_BhwZ)
         for k, shape in enumerate(self.pyramid.shapes):
-            rest_BhwZ = f_BhwZ - jax.lax.stop_gradient(f_hat_BhwZ)
-            tokens.append(self.nearest(_flat(resize.area(rest_BhwZ, shape))))
+            residual_BhwZ = f_BhwZ - jax.lax.stop_gradient(f_hat_BhwZ)
+            tokens.append(self.nearest_codes(_flat(resize.area(residual_BhwZ, shape))))
             added_BhwZ = self.add_scale(f_hat_BhwZ, self.look_up(tokens[-1]), k)
             if kept_B is not None:
                 added_BhwZ = jnp.where((k < kept_B)[:, None, None, None], added_BhwZ, f_hat_BhwZ)
@@ -61,12 +80,12 @@ class Quantizer(nn.Module):
             f_hats.append(f_hat_BhwZ)
         return Quantized(jnp.concatenate(tokens, axis=1), tuple(f_hats))
 
-    def nearest(self, z_BlZ: jax.Array) -> jax.Array:
-        """(B, l, Z) -> (B, l) int32, the index of the nearest code, in float32."""
+    def nearest_codes(self, z_BlZ: jax.Array) -> jax.Array:
+        """Returns the index of each vector's nearest code, (B, l) int32, found in float32."""
         codebook_VZ = self.codebook_VZ
         if self.cosine:
             # The largest cosine; the length of z does not change which one that is.
-            codebook_VZ = codebook_VZ / jnp.linalg.norm(codebook_VZ, axis=-1, keepdims=True)
+            codebook_VZ = unit_vectors(codebook_VZ)
         dot_BlV = jnp.einsum("BlZ,VZ->BlV", z_BlZ, codebook_VZ, precision="highest")
         if self.cosine:
             return jnp.argmax(dot_BlV, axis=-1).astype(jnp.int32)
@@ -76,15 +95,24 @@ class Quantizer(nn.Module):
         return jnp.argmin(distance_BlV, axis=-1).astype(jnp.int32)
 
     def look_up(self, tokens_Bl: jax.Array) -> jax.Array:
-        """(B, l) indices -> (B, l, Z) codes."""
+        """Returns the codes (B, l, Z) of (B, l) indices."""
         return jnp.take(self.codebook_VZ, tokens_Bl, axis=0, mode="clip")
 
-    def mix(self, weights_BlV: jax.Array) -> jax.Array:
-        """(B, l, V) weights over the codes -> (B, l, Z), the mixed codes."""
+    def mix_codes(self, weights_BlV: jax.Array) -> jax.Array:
+        """Returns the codes' averages (B, l, Z) by (B, l, V) weights: soft choices of codes."""
         return jnp.einsum("BlV,VZ->BlZ", weights_BlV, self.codebook_VZ, precision="highest")
 
     def add_scale(self, f_hat_BhwZ: jax.Array, codes_BlZ: jax.Array, k: int) -> jax.Array:
-        """f_hat plus scale k: its codes (hard or soft) bicubically up to (h, w), then φ."""
+        """Adds scale k to f_hat: its codes, upsampled bicubically to f_hat's size, through φ.
+
+        Args:
+            f_hat_BhwZ: the sum of the scales before k.
+            codes_BlZ: scale k's codes, looked up or mixed.
+            k: the number of the scale, from 0.
+
+        Returns:
+            The sum of scales 0 … k, (B, h, w, Z).
+        """
         h, w = self.pyramid.shapes[k]
         codes_BhwZ = codes_BlZ.reshape(codes_BlZ.shape[0], h, w, self.code_channels)
         x_BhwZ = resize.bicubic(codes_BhwZ, self.pyramid.finest)
@@ -102,34 +130,46 @@ class Quantizer(nn.Module):
         return f_hat_BhwZ + phi_BhwZ
 
     def next_input(self, f_hat_BhwZ: jax.Array, k: int) -> jax.Array:
-        """What the transformer reads after scale k, to predict scale k+1: (B, l of k+1, Z)."""
+        """Downsamples f_hat to the transformer's input for scale k+1, (B, l of k+1, Z)."""
         return _flat(resize.area(f_hat_BhwZ, self.pyramid.shapes[k + 1]))
 
-    def accumulate(self, tokens_BL: jax.Array) -> tuple[jax.Array, ...]:
-        """The f_hats of `__call__` from its tokens."""
-        f_hats, f_hat_BhwZ = [], self.empty(tokens_BL.shape[0])
+    def accumulated_scales(self, tokens_BL: jax.Array) -> tuple[jax.Array, ...]:
+        """Rebuilds the f_hats of `__call__` from its tokens."""
+        f_hats, f_hat_BhwZ = [], self.initial_f_hat(tokens_BL.shape[0])
         for k, scale in enumerate(self.pyramid.slices):
             f_hat_BhwZ = self.add_scale(f_hat_BhwZ, self.look_up(tokens_BL[:, scale]), k)
             f_hats.append(f_hat_BhwZ)
         return tuple(f_hats)
 
-    def teacher_input(self, f_hats) -> jax.Array:
-        """The transformer's input for all scales but the first, (B, L - l of scale 0, Z)."""
+    def teacher_forcing_input(self, f_hats: Sequence[jax.Array]) -> jax.Array:
+        """Returns the transformer's input for all scales but the first, (B, L - l of k=0, Z)."""
         inputs = [self.next_input(f_hat, k) for k, f_hat in enumerate(f_hats[:-1])]
         empty = jnp.zeros((f_hats[0].shape[0], 0, self.code_channels), jnp.float32)
         return jnp.concatenate([empty, *inputs], axis=1)
 
-    def empty(self, batch: int) -> jax.Array:
-        """The f_hat (B, h, w, Z) before any scale is added: zeros."""
-        return jnp.zeros((batch, *self.pyramid.finest, self.code_channels), jnp.float32)
+    def initial_f_hat(self, batch_size: int) -> jax.Array:
+        """Returns the f_hat (B, h, w, Z) before any scale is added: zeros."""
+        return jnp.zeros((batch_size, *self.pyramid.finest, self.code_channels), jnp.float32)
 
 
 def quantizer_loss(
-    f_BhwZ: jax.Array, f_hats, beta: float, kept_B: jax.Array | None = None
+    f_BhwZ: jax.Array,
+    f_hats: Sequence[jax.Array],
+    beta: float,
+    kept_B: jax.Array | None = None,
 ) -> jax.Array:
-    """(B,): mean over scales of β·|sg(f_hat_k) - f|² + |f_hat_k - sg(f)|² (VAR's eq. 5).
+    """Computes the codebook and commitment losses, |f_hat_k - sg(f)|² + β·|sg(f_hat_k) - f|².
 
-    kept_B: over so many scales of each image, from the first; None for all.
+    Mean squares of each image, averaged over scales (VAR's eq. 5).
+
+    Args:
+        f_BhwZ: features, before quantization.
+        f_hats: K maps (B, h, w, Z), as in `Quantized`.
+        beta: weight of the commitment loss.
+        kept_B: number of each image's scales that count, from the first; None for all.
+
+    Returns:
+        (B,) losses.
     """
     f_BhwZ = f_BhwZ.astype(jnp.float32)
     stop = jax.lax.stop_gradient
@@ -144,6 +184,44 @@ def quantizer_loss(
         return jnp.mean(jnp.stack(losses), axis=0)
     kept_KB = jnp.arange(len(losses))[:, None] < kept_B[None]
     return jnp.mean(jnp.stack(losses), axis=0, where=kept_KB)
+
+
+def code_counts(
+    pyramid: Pyramid, vocab: int, tokens_BL: jax.Array, weight_B: jax.Array
+) -> jax.Array:
+    """Counts how often each scale uses each code.
+
+    Args:
+        pyramid: tells which tokens are which scale's.
+        vocab: number of codes V.
+        tokens_BL: code indices, the scales concatenated.
+        weight_B: how much an image counts: 1, or 0 for padding.
+
+    Returns:
+        (K, V) float32 counts.
+    """
+    weight_Bl = weight_B.astype(jnp.float32)[:, None]
+    return jnp.stack(
+        [jnp.zeros(vocab).at[tokens_BL[:, scale]].add(weight_Bl) for scale in pyramid.slices]
+    )
+
+
+def code_perplexity(count_KV: Any, xp: Any) -> Any:
+    """Computes e^entropy of each row (K,): the number of codes in use, were they used equally.
+
+    xp: jnp, or np for host arrays.
+    """
+    p_KV = count_KV / xp.sum(count_KV, axis=-1, keepdims=True)
+    return xp.exp(-xp.sum(p_KV * xp.log(xp.maximum(p_KV, 1e-12)), axis=-1))
+
+
+def unit_vectors(x: jax.Array) -> jax.Array:
+    """Scales vectors (the last axis) to length 1; zeros stay zeros and have a finite gradient.
+
+    Like PyTorch's `F.normalize`: divided by the length, or by 1e-12 if that is larger.
+    """
+    squared_length = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x / jnp.sqrt(jnp.maximum(squared_length, UNIT_EPSILON**2))
 
 
 def _flat(x_BhwZ):

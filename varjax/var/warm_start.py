@@ -1,0 +1,56 @@
+"""Reads what training starts from: a frozen tokenizer, and weights of another transformer."""
+
+import pathlib
+import sys
+
+import jax
+
+from varjax.core.model_files import read_generator
+from varjax.core.trees import PyTree
+from varjax.tokenizers.load import read_expected_tokenizer
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.training.task import Rows
+from varjax.var.model import VARConfig
+from varjax.var.sample import VAROptions
+
+RANDOM = "random"
+
+
+def read_frozen_tokenizer(location: str, tokenizer: VQConfig) -> PyTree:
+    """Reads the parameters of `tokenizer` at `location`; draws fresh ones for "random".
+
+    Raises InputError where there are none, or those of another tokenizer.
+    """
+    if location != RANDOM:
+        return read_expected_tokenizer(location, tokenizer)
+    print("the tokenizer is RANDOM: good for measuring speed, not for images", file=sys.stderr)
+    return jax.device_get(jax.jit(tokenizer.init)(jax.random.key(0)))
+
+
+def read_pretrained(location: str | pathlib.Path, model: VARConfig) -> tuple[PyTree, Rows]:
+    """Reads (params, rows) of `Task.pretrained` for a transformer `model`."""
+    there, params, _ = read_generator(location, "var", "VARTask", VARConfig, VAROptions)
+    return params, matching_rows(model, there)
+
+
+def matching_rows(here: VARConfig, there: VARConfig) -> Rows:
+    """Finds rows of the embeddings that mean the same in both, where the whole tables do not.
+
+    With other classes that is "no class" alone; with other scales, levels and positions of the
+    token maps whose height and width are in both lists.
+
+    Returns:
+        {parameter: (rows here, rows there)}.
+    """
+    rows: Rows = {}
+    if here.classes != there.classes:
+        rows["class_embed"] = [here.classes], [there.classes]
+    a, b = here.pyramid, there.pyramid
+    if a.shapes != b.shapes:
+        levels = [(a.shapes.index(s), b.shapes.index(s)) for s in a.shapes if s in b.shapes]
+        rows["level_embed"] = [i for i, _ in levels], [j for _, j in levels]
+        rows["pos_embed"] = (
+            [row for i, _ in levels for row in range(a.slices[i].start, a.slices[i].stop)],
+            [row for _, j in levels for row in range(b.slices[j].start, b.slices[j].stop)],
+        )
+    return rows
