@@ -14,6 +14,7 @@ LAYER = {
     "tokenizers": 3,
     "var": 4,
     "sampling": 3,
+    "families": 5,
     "convert": 6,
     "analysis": 6,
     "evaluation": 7,

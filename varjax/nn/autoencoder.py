@@ -11,7 +11,16 @@ from varjax.nn.compute import matmul_precision
 
 
 class Encoder(nn.Module):
-    """Image (B, H, W, channels) -> features (B, H/f, W/f, code_channels), f = 2^(levels - 1)."""
+    """Maps images (B, H, W, channels) to features (B, H/f, W/f, code_channels), f = 2^(levels - 1).
+
+    Attributes:
+        width: channels of the first level.
+        multipliers: of the width at each level; each level after the first halves the map.
+        blocks: residual blocks of a level.
+        groups: of the group norms.
+        code_channels: channels of the features.
+        dtype: format of the convolutions.
+    """
 
     width: int
     multipliers: Sequence[int]
@@ -26,16 +35,19 @@ class Encoder(nn.Module):
         x_BhwC = conv(self.width, self.dtype, "conv_in")(image_BHWC)
         for i, multiplier in enumerate(self.multipliers):
             for j in range(self.blocks):
-                x_BhwC = residual(self, multiplier, f"down_{i}_block_{j}")(x_BhwC)
+                x_BhwC = _residual(self, multiplier, f"down_{i}_block_{j}")(x_BhwC)
                 if i == last:
-                    x_BhwC = attention(self, f"down_{i}_attn_{j}")(x_BhwC)
+                    x_BhwC = _attention(self, f"down_{i}_attn_{j}")(x_BhwC)
             if i < last:
                 x_BhwC = Downsample(self.dtype, name=f"down_{i}_downsample")(x_BhwC)
-        return project(self, middle(self, x_BhwC), self.code_channels)
+        return _project(self, _middle(self, x_BhwC), self.code_channels)
 
 
 class Decoder(nn.Module):
-    """Features (B, h, w, code_channels) -> image (B, f·h, f·w, image_channels), not clipped."""
+    """Maps features (B, h, w, code_channels) to images (B, f·h, f·w, image_channels), not clipped.
+
+    The attributes are the encoder's, with `image_channels` of the image.
+    """
 
     width: int
     multipliers: Sequence[int]
@@ -48,33 +60,33 @@ class Decoder(nn.Module):
     def __call__(self, f_BhwZ: jax.Array) -> jax.Array:
         last = len(self.multipliers) - 1
         x_BhwC = conv(self.width * self.multipliers[-1], self.dtype, "conv_in")(f_BhwZ)
-        x_BhwC = middle(self, x_BhwC)
+        x_BhwC = _middle(self, x_BhwC)
         for i, multiplier in reversed(list(enumerate(self.multipliers))):
             for j in range(self.blocks + 1):
-                x_BhwC = residual(self, multiplier, f"up_{i}_block_{j}")(x_BhwC)
+                x_BhwC = _residual(self, multiplier, f"up_{i}_block_{j}")(x_BhwC)
                 if i == last:
-                    x_BhwC = attention(self, f"up_{i}_attn_{j}")(x_BhwC)
+                    x_BhwC = _attention(self, f"up_{i}_attn_{j}")(x_BhwC)
             if i > 0:
                 x_BhwC = Upsample(self.dtype, name=f"up_{i}_upsample")(x_BhwC)
-        return project(self, x_BhwC, self.image_channels)
+        return _project(self, x_BhwC, self.image_channels)
 
 
-def residual(coder: Encoder | Decoder, multiplier: int, name: str) -> "ResidualBlock":
+def _residual(coder: Encoder | Decoder, multiplier: int, name: str) -> "ResidualBlock":
     return ResidualBlock(coder.width * multiplier, coder.groups, coder.dtype, name=name)
 
 
-def attention(coder: Encoder | Decoder, name: str) -> "SpatialAttention":
+def _attention(coder: Encoder | Decoder, name: str) -> "SpatialAttention":
     return SpatialAttention(coder.groups, coder.dtype, name=name)
 
 
-def middle(coder: Encoder | Decoder, x_BhwC):
+def _middle(coder: Encoder | Decoder, x_BhwC):
     """Block, attention, block at the lowest resolution."""
-    x_BhwC = residual(coder, coder.multipliers[-1], "mid_block_1")(x_BhwC)
-    x_BhwC = attention(coder, "mid_attn_1")(x_BhwC)
-    return residual(coder, coder.multipliers[-1], "mid_block_2")(x_BhwC)
+    x_BhwC = _residual(coder, coder.multipliers[-1], "mid_block_1")(x_BhwC)
+    x_BhwC = _attention(coder, "mid_attn_1")(x_BhwC)
+    return _residual(coder, coder.multipliers[-1], "mid_block_2")(x_BhwC)
 
 
-def project(coder: Encoder | Decoder, x_BhwC, channels: int):
+def _project(coder: Encoder | Decoder, x_BhwC, channels: int):
     """The last layers: norm, swish, convolution."""
     x_BhwC = nn.silu(norm(coder.groups, coder.dtype, "norm_out")(x_BhwC))
     coder.sow("intermediates", "last", x_BhwC)  # for whoever wants the last kernel's gradient
@@ -140,7 +152,7 @@ class Upsample(nn.Module):
 def conv(
     features, dtype, name=None, *, size=3, strides=1, padding: str | tuple = "SAME"
 ) -> nn.Conv:
-    """A square convolution with PyTorch's default scale of initialization."""
+    """Makes a square convolution with PyTorch's default scale of initialization."""
     return nn.Conv(
         features,
         (size, size),
@@ -154,7 +166,7 @@ def conv(
 
 
 def norm(groups, dtype, name) -> nn.GroupNorm:
-    # The fast variance E[x²]-E[x]² loses digits that decide tokens.
+    """Makes a group norm whose variance is exact: the fast E[x²]-E[x]² flips tokens."""
     return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
 
 

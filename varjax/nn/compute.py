@@ -15,16 +15,19 @@ BATCH_AXES = ("data", "fsdp")  # the mesh axes that share out a batch: training/
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """Number format and execution of a transformer.
+    """Number format and execution of a transformer; changes how, not what it computes.
 
-    dtype: format of matrix products and of the residual stream. "auto" is bfloat16 on an
-        accelerator and float32 on a CPU. Softmax, norms, logits and parameters are always float32.
-    attention: "xla" runs anywhere; "cudnn" is the fused kernel (NVIDIA, bfloat16); "loop" goes
-        over images and heads, which suits a CPU. "auto" is "loop" on a CPU, unless it plays several
-        devices: a loop over images cannot be spread; and "xla" elsewhere.
-    remat: what the backward pass recomputes: "none", all of a "block", or all but matrix products
-        ("dots").
-    unroll: unroll the layers instead of scanning them: slower to compile, faster for tiny models.
+    Attributes:
+        dtype: format of matrix products and of the residual stream. "auto" is bfloat16 on an
+            accelerator and float32 on a CPU. Softmax, norms, logits and parameters are always
+            float32.
+        attention: "xla" runs anywhere; "cudnn" is the fused kernel (NVIDIA, bfloat16); "loop" goes
+            over images and heads, which suits a CPU. "auto" is "loop" on a CPU, unless it plays
+            several devices: a loop over images cannot be spread; and "xla" elsewhere.
+        remat: what the backward pass recomputes: "none", all of a "block", or all but matrix
+            products ("dots").
+        unroll: unroll the layers instead of scanning them: slower to compile, faster for tiny
+            models.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -34,26 +37,26 @@ class Compute:
 
     @property
     def jax_dtype(self) -> jnp.dtype:
-        """The format that "auto" stands for on this machine."""
+        """The number format, with "auto" decided for this machine."""
         if self.dtype == "auto":
             return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
         return jnp.dtype(self.dtype)
 
     @property
-    def attention_here(self) -> Attention:
-        """The implementation that "auto" stands for on this machine."""
+    def attention_implementation(self) -> Attention:
+        """The implementation of attention, with "auto" decided for this machine."""
         if self.attention == "auto":
-            return "loop" if alone_on_a_cpu() else "xla"
+            return "loop" if is_single_cpu_device() else "xla"
         return self.attention
 
 
-def precision_of(dtype) -> str | None:
-    """float32 means float32: without this, GPUs use TF32 and TPUs bfloat16, and tokens flip."""
+def matmul_precision(dtype) -> str | None:
+    """Returns the `precision` of products: else GPUs use TF32 for float32, TPUs bfloat16."""
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def spread_rows(x: jax.Array) -> jax.Array:
-    """x, its leading axis shared out as the batch is, where a mesh is set and divides it; else x.
+def shard_batch(x: jax.Array) -> jax.Array:
+    """Shards the leading axis of x as the batch is, where a mesh is set and divides it.
 
     Left alone, XLA may follow the weights and split the width of the activations instead, so that
     every device computes the whole batch. The gradient of x is held to the same.
@@ -65,6 +68,6 @@ def spread_rows(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
 
 
-def alone_on_a_cpu() -> bool:
-    """Where going over a batch one by one is fastest: a loop cannot be spread over devices."""
+def is_single_cpu_device() -> bool:
+    """Tells whether a loop over a batch pays: on a CPU, and not where devices share it out."""
     return jax.default_backend() == "cpu" and jax.device_count() == 1

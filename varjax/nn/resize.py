@@ -1,4 +1,4 @@
-"""PyTorch-equal resizing of maps: every one is a constant (out, in) matrix per axis, two einsums.
+"""Resizing of maps as PyTorch does it: a constant (out, in) matrix per axis, two einsums.
 
 `area` is adaptive average pooling (not TensorFlow's area resize, which differs where sizes do not
 divide); `bicubic` and `bilinear` are half-pixel-centered, without antialiasing, edges clamped.
@@ -13,7 +13,10 @@ import numpy as np
 
 @functools.cache
 def area_matrix(size: int, out: int) -> np.ndarray:
-    """(out, size) float32: row i averages inputs ⌊i·size/out⌋ … ⌈(i+1)·size/out⌉-1."""
+    """Makes the (out, size) matrix of adaptive average pooling.
+
+    Row i averages inputs ⌊i·size/out⌋ … ⌈(i+1)·size/out⌉-1.
+    """
     matrix = np.zeros((out, size), np.float32)
     for i in range(out):
         start, stop = i * size // out, -(-(i + 1) * size // out)
@@ -23,7 +26,7 @@ def area_matrix(size: int, out: int) -> np.ndarray:
 
 @functools.cache
 def bicubic_matrix(size: int, out: int) -> np.ndarray:
-    """(out, size) float32: Keys' cubic convolution with a = -0.75."""
+    """Makes the (out, size) matrix of Keys' cubic convolution (1981) with a = -0.75."""
     a = -0.75
 
     def near(t):
@@ -39,7 +42,7 @@ def bicubic_matrix(size: int, out: int) -> np.ndarray:
 
 @functools.cache
 def bilinear_matrix(size: int, out: int) -> np.ndarray:
-    """(out, size) float32: linear interpolation between the two nearest inputs."""
+    """Makes the (out, size) matrix that interpolates linearly between the two nearest inputs."""
     start, t = _sample_points(size, out, clamp=True)
     return _gather_matrix(size, start, np.stack([1 - t, t], axis=1))
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.nn.attention import MultiHeadAttention, dense
-from varjax.nn.compute import Compute, spread_rows
+from varjax.nn.compute import Compute, shard_batch
 
 SIGNALS = 6  # gate1, gate2, scale1, scale2, shift1, shift2: the order of the reference
 MLP_RATIO = 4
@@ -17,9 +17,13 @@ MLP_RATIO = 4
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of the scales seen so far: one (N, B, l, H, D) array per scale, coarse first.
+    """Keys and values of the scales sampled so far (a KV cache).
 
     One array a scale keeps every shape static, and what is there is never written again.
+
+    Attributes:
+        keys: (S, B, l, A, D) of each scale, coarse to fine.
+        values: the same.
     """
 
     keys: tuple[jax.Array, ...] = ()
@@ -29,10 +33,15 @@ class Cache:
 class Block(nn.Module):
     """x + gate1·attention(ln(x)·(1+scale1)+shift1), then the same around the MLP.
 
-    depth: number of such blocks, over which the residual branches add up.
-    shared_adaln: the signals are a learned (6, C) table plus signals that all blocks share, instead
-        of a linear layer of the block's own.
-    init_std, gate_init: standard deviation of all linear layers; factor on it for the gates.
+    Attributes:
+        heads: number of attention heads.
+        depth: number of such blocks, over which the residual branches add up.
+        cosine: see `MultiHeadAttention`.
+        shared_adaln: the signals are a learned (6, C) table plus signals that all blocks share,
+            instead of a linear layer of the block's own.
+        init_std: standard deviation of all linear layers.
+        gate_init: factor on it for the gates.
+        compute: number format and execution.
     """
 
     heads: int
@@ -46,23 +55,28 @@ class Block(nn.Module):
     def setup(self):
         dtype = self.compute.jax_dtype
         normal = nn.initializers.normal(self.init_std)
-        # Residual branches add up over 2 N layers; this keeps their sum at the width of one.
+        # Residual branches add up over 2 S layers; this keeps their sum at the width of one.
         normal_out = nn.initializers.normal(self.init_std / (2 * self.depth) ** 0.5)
         self.adaln = AdaLN(self.shared_adaln, self.init_std, self.gate_init, dtype)
         self.attn = MultiHeadAttention(
-            self.heads, self.cosine, dtype, self.compute.attention_here, normal, normal_out
+            self.heads,
+            self.cosine,
+            dtype,
+            self.compute.attention_implementation,
+            normal,
+            normal_out,
         )
         self.mlp = MLP(dtype, normal, normal_out)
 
     def signals(self, cond):
-        """The six AdaLN signals (B, 6, C) of this block; they depend on no token, so on no scale.
+        """Computes the block's six AdaLN signals (B, 6, C), which depend on no token.
 
         cond: (B, C), or with `shared_adaln` the shared signals (B, 6, C).
         """
         return self.adaln(cond)
 
     def __call__(self, x_BlC, signals_B6C, past, mask_lL, keep_2B):
-        """-> (x_BlC, (k_BlHD, v_BlHD)); keep_2B multiplies the two branches, None keeps both."""
+        """Returns (x_BlC, (k_BlAD, v_BlAD)). keep_2B multiplies the branches; None keeps both."""
         gate1, gate2, scale1, scale2, shift1, shift2 = jnp.split(signals_B6C, SIGNALS, axis=1)
         if keep_2B is not None:
             keep_2B11 = keep_2B[:, :, None, None].astype(x_BlC.dtype)
@@ -78,7 +92,7 @@ class Block(nn.Module):
 
 
 class AdaLN(nn.Module):
-    """A condition's six signals for one block: see `Block`."""
+    """Adaptive layer norm (Peebles and Xie 2022, DiT): six signals of a condition for one block."""
 
     shared: bool
     init_std: float
@@ -91,10 +105,10 @@ class AdaLN(nn.Module):
         # Half the usual spread, and the gates nearly closed: a block starts close to the identity.
         factor_6 = np.array([self.gate_init] * 2 + [0.5] * 4, np.float32)
         if self.shared:
-            init = scaled_normal(width**-0.5 * factor_6[:, None])
+            init = scaled_normal_init(width**-0.5 * factor_6[:, None])
             table_6C = self.param("table", init, (SIGNALS, width), jnp.float32)
             return table_6C[None].astype(self.dtype) + cond
-        init = scaled_normal(self.init_std * np.repeat(factor_6, width))
+        init = scaled_normal_init(self.init_std * np.repeat(factor_6, width))
         ada_BE = dense(SIGNALS * width, self.dtype, init, "linear")(nn.silu(cond))
         return ada_BE.reshape(-1, SIGNALS, width)
 
@@ -114,7 +128,7 @@ class MLP(nn.Module):
 
 
 def init_blocks(block: Block, key: jax.Array, cond: jax.Array):
-    """Parameters of `block.depth` blocks, stacked along a leading axis N; cond gives the width."""
+    """Draws parameters of `block.depth` blocks, stacked along a leading axis S; cond gives C."""
     x_BlC = jnp.zeros((1, 1, cond.shape[-1]), block.compute.jax_dtype)
 
     def init(key):
@@ -123,8 +137,8 @@ def init_blocks(block: Block, key: jax.Array, cond: jax.Array):
     return jax.vmap(init)(jax.random.split(key, block.depth))
 
 
-def all_signals(block: Block, params, cond) -> jax.Array:
-    """The signals of all layers, (N, B, 6, C): once per image instead of once per scale."""
+def adaln_signals(block: Block, params, cond) -> jax.Array:
+    """Computes the signals of all layers, (S, B, 6, C): once per image, not once per scale."""
     return jax.lax.map(lambda p: block.apply({"params": p}, cond, method=Block.signals), params)
 
 
@@ -134,54 +148,74 @@ def run_blocks(
     x_BlC: jax.Array,
     *,
     cond: jax.Array | None = None,
-    signals_NB6C: jax.Array | None = None,
+    signals_SB6C: jax.Array | None = None,
     cache: Cache | None = None,
     mask_lL: np.ndarray | None = None,
-    keep_N2B: jax.Array | None = None,
+    keep_S2B: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-    """Runs the stacked blocks; the AdaLN signals are given, or made from `cond` layer by layer.
+    """Runs the stacked blocks.
 
-    With a `cache`, the l tokens also see all that is in it, and the result holds them as its last
-    scale. In training no mask is needed for what is not there: give `mask_lL` and no cache.
+    Args:
+        block: the module of one block.
+        params: of all blocks, stacked.
+        x_BlC: the tokens.
+        cond: what the AdaLN signals are made from, layer by layer; or
+        signals_SB6C: the signals themselves, by `adaln_signals`.
+        cache: earlier scales, which the tokens also see; None in training.
+        mask_lL: which tokens see which; None for all.
+        keep_S2B: by `drop_path`; None keeps every branch.
+
+    Returns:
+        The tokens (B, l, C), and the cache with them as its last scale (empty without `cache`).
     """
-    assert (cond is None) != (signals_NB6C is None)
+    assert (cond is None) != (signals_SB6C is None)
 
     def layer(x_BlC, scanned):
         p, signals_B6C, past, keep_2B = scanned
-        x_BlC = spread_rows(x_BlC)
+        x_BlC = shard_batch(x_BlC)
         if signals_B6C is None:
             signals_B6C = block.apply({"params": p}, cond, method=Block.signals)
-        x_BlC, (k_BlHD, v_BlHD) = block.apply(
+        x_BlC, (k_BlAD, v_BlAD) = block.apply(
             {"params": p}, x_BlC, signals_B6C, past, mask_lL, keep_2B
         )
         # Without a cache nobody reads keys and values: do not stack them.
-        return x_BlC, None if cache is None else (k_BlHD, v_BlHD)
+        return x_BlC, None if cache is None else (k_BlAD, v_BlAD)
 
     past = ((), ()) if cache is None else (cache.keys, cache.values)
     new: Any
     x_BlC, new = jax.lax.scan(
         _remat(layer, block.compute),
         x_BlC,
-        (params, signals_NB6C, past, keep_N2B),
+        (params, signals_SB6C, past, keep_S2B),
         unroll=block.depth if block.compute.unroll else 1,
     )
     if cache is None:
         return x_BlC, Cache()
-    k_NBlHD, v_NBlHD = new
-    return x_BlC, Cache((*cache.keys, k_NBlHD), (*cache.values, v_NBlHD))
+    k_SBlAD, v_SBlAD = new
+    return x_BlC, Cache((*cache.keys, k_SBlAD), (*cache.values, v_SBlAD))
 
 
 def drop_path(key: jax.Array, depth: int, batch: int, rate: float) -> jax.Array | None:
-    """keep_N2B of `run_blocks`: 0 or 1/(1-p) per example and branch, p rising linearly to rate."""
+    """Draws which residual branches to drop (stochastic depth, Huang et al. 2016).
+
+    Args:
+        key: of the step.
+        depth: number of layers S.
+        batch: number of examples B.
+        rate: share that the last layer drops; it rises linearly from 0 at the first.
+
+    Returns:
+        keep_S2B: 0 or 1/(1-p) per example and branch; None if `rate` is 0.
+    """
     if rate == 0:
         return None
-    keep_N11 = 1 - np.linspace(0, rate, depth, dtype=np.float32)[:, None, None]
-    kept_N2B = jax.random.bernoulli(key, keep_N11, (depth, 2, batch))
-    return kept_N2B.astype(jnp.float32) / keep_N11
+    keep_S11 = 1 - np.linspace(0, rate, depth, dtype=np.float32)[:, None, None]
+    kept_S2B = jax.random.bernoulli(key, keep_S11, (depth, 2, batch))
+    return kept_S2B.astype(jnp.float32) / keep_S11
 
 
 def modulate(x_BlC, scale_B1C, shift_B1C):
-    """LayerNorm without affine (statistics in float32), then x·(1+scale)+shift."""
+    """Applies LayerNorm without affine (statistics in float32), then x·(1+scale)+shift."""
     x32_BlC = x_BlC.astype(jnp.float32)
     x32_BlC = x32_BlC - jnp.mean(x32_BlC, axis=-1, keepdims=True)
     variance_Bl1 = jnp.mean(jnp.square(x32_BlC), axis=-1, keepdims=True)
@@ -189,8 +223,8 @@ def modulate(x_BlC, scale_B1C, shift_B1C):
     return normed_BlC * (1 + scale_B1C) + shift_B1C
 
 
-def scaled_normal(std):
-    """A normal initializer with a standard deviation per column (or whatever broadcasts)."""
+def scaled_normal_init(std):
+    """Makes a normal initializer with a standard deviation per column, or what else broadcasts."""
 
     def init(key, shape, dtype=jnp.float32):
         return np.broadcast_to(std, shape) * jax.random.normal(key, shape, dtype)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -12,31 +13,41 @@ from varjax.core.trees import PyTree
 
 
 def batch_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with the one axis "batch" over these devices; None for all of this process."""
+    """Makes a mesh with the one axis "batch" over these devices; None for all of this process.
+
+    Raises InputError for an empty list.
+    """
     devices = jax.local_devices() if devices is None else devices
     if not devices:
         raise InputError(f"devices is empty; give some of {jax.local_devices()}")
     return jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
 
 
-def put_everywhere(tree: PyTree, mesh: Mesh) -> PyTree:
-    """The tree with every array whole on each device."""
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Puts every array of the tree whole on each device of the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
-def shared_out(f: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
-    """`f(params, options, *batch)`, jitted: each device computes its part of the leading axis.
+def data_parallel(f: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
+    """Jits `f` so that each device computes its part of the batch.
 
     As every device runs the program of a small batch by itself, an image comes out the same to the
-    bit on one device or on many. Where the devices do not divide the batch, each computes all.
+    bit on one device or on many. A batch that the devices do not divide is padded with its last
+    row, and the result cut to its length.
+
+    Args:
+        f: (params, options, *batch) -> array; batch and result have a leading batch axis.
+        mesh: by `batch_mesh`.
     """
 
     def on_every_device(params, options, *batch):
-        divides = len(jax.tree.leaves(batch)[0]) % mesh.size == 0
-        spec = P("batch") if divides else P()
-        specs = (P(), P(), *[spec] * len(batch))
+        B = len(jax.tree.leaves(batch)[0])
+        row_B = np.minimum(np.arange(B + -B % mesh.size), max(B - 1, 0))
+        if len(row_B) > B:
+            batch = jax.tree.map(lambda x: x[row_B], batch)
+        specs = (P(), P(), *[P("batch")] * len(batch))
         # Nothing is exchanged between devices, so there is no replication to keep track of.
-        shared = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-        return shared(params, options, *batch)
+        sharded = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("batch"), check_vma=False)
+        return sharded(params, options, *batch)[:B]
 
     return jax.jit(on_every_device)

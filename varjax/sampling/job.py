@@ -16,31 +16,39 @@ from varjax.sampling.sampler import Sampler
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """`count` images of each label, in this order; `batch_size` consecutive ones are a part.
+class SamplingJob:
+    """Lists the images to sample: `count` of each label, in this order.
 
-    A part is what one device computes at a time, so images do not depend on how many there are.
+    `batch_size` consecutive images are a part, which one device computes at a time, so images do
+    not depend on how many devices there are.
+
+    Attributes:
+        labels: classes.
+        count: images of each.
+        seed: the seed of all of them.
+        options: the model's own frozen dataclass.
+        batch_size: images of a part.
     """
 
     labels: tuple[int, ...]
     count: int
     seed: int
-    options: Any  # the model's frozen dataclass
+    options: Any
     batch_size: int
 
     @functools.cached_property
     def label_N(self) -> np.ndarray:
-        """The label of every image."""
+        """(N,) int64, the label of every image."""
         return np.repeat(np.array(self.labels, np.int64), self.count)
 
     @functools.cached_property
     def parts(self) -> tuple[range, ...]:
-        """The numbers of the images of every part."""
+        """The numbers of the images, part by part."""
         N, size = len(self.label_N), self.batch_size
         return tuple(range(i, min(i + size, N)) for i in range(0, N, size))
 
     def request(self, model: Sampler) -> dict[str, Any]:
-        """All that the images depend on, as JSON data."""
+        """Returns all that the images depend on, as JSON data."""
         everything = self.labels == tuple(range(model.classes))
         return {
             "labels": "all" if everything else ",".join(map(str, self.labels)),
@@ -52,11 +60,11 @@ class Job:
         }
 
 
-def run(model: Sampler, job: Job, output: Output) -> str:
-    """Draws what `output` does not have yet and finishes it; returns what it says.
+def run_job(model: Sampler, job: SamplingJob, output: Output) -> str:
+    """Samples what `output` does not have yet and finishes it; returns its message.
 
-    Of P processes each draws every P-th part on its own devices; the first one finishes. Raises
-    ValueError, before anything is computed, where the output holds something else.
+    Of several processes each samples its share of the parts on its own devices; the first one
+    finishes. Raises InputError, before anything is computed, where the output holds something else.
     """
     process, processes = jax.process_index(), jax.process_count()
     output.begin(write=process == 0)
@@ -67,7 +75,7 @@ def run(model: Sampler, job: Job, output: Output) -> str:
     with tqdm(
         total=total, initial=total - left, unit="image", desc="sampling", disable=process > 0
     ) as bar:
-        for part, images_NHWC in draw(model, job, missing):
+        for part, images_NHWC in sample_parts(model, job, missing):
             output.add(part, images_NHWC)
             bar.update(len(part))
     _wait_for_all("drawn")
@@ -76,8 +84,13 @@ def run(model: Sampler, job: Job, output: Output) -> str:
     return message
 
 
-def draw(model: Sampler, job: Job, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
-    """Each part with its images, uint8, as many parts at once as there are devices."""
+def sample_parts(
+    model: Sampler, job: SamplingJob, parts: Sequence[range]
+) -> Iterator[tuple[range, np.ndarray]]:
+    """Yields each part with its images (N, H, W, channels) uint8.
+
+    As many parts are computed at once as there are devices.
+    """
     devices, N = len(model.devices), len(job.label_N)
     pending = None
     for start in range(0, len(parts), devices):

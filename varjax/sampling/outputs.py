@@ -89,7 +89,7 @@ class GridOutput:
 
     def finish(self) -> str:
         images_NHWC = np.concatenate([self._images[start] for start in sorted(self._images)])
-        image_io.write_png(self._path, image_io.grid(images_NHWC, self._columns))
+        image_io.write_png(self._path, image_io.image_grid(images_NHWC, self._columns))
         return f"{self._path}: {len(images_NHWC)} images"
 
 

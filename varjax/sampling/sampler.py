@@ -1,14 +1,25 @@
-"""The contract between a model family and everything that draws images with it."""
+"""The contract between a model family and everything that samples from it, and its options.
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+A family's sampling options are a frozen dataclass; keyword arguments and the flags of the command
+line are made from its fields here.
+"""
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
 
+from varjax.core.errors import InputError
+
+T = TypeVar("T")
+
 
 class Sampler(Protocol):
-    """Draws images from labels; grids, folders, resuming and many devices are built on top of it.
+    """Samples images from labels; grids, folders, resuming and many devices are built on top of it.
 
     Attributes:
         classes: number of classes; the label `classes` itself means "no class".
@@ -48,7 +59,7 @@ class Sampler(Protocol):
         index: Sequence[int] | np.ndarray | None = None,
         **options: Any,
     ) -> jax.Array:
-        """Draws one image for each label: (B, H, W, channels) float32 in [0, 1].
+        """Samples one image for each label: (B, H, W, channels) float32 in [0, 1].
 
         Args:
             labels: (B,) classes.
@@ -76,3 +87,44 @@ class Sampler(Protocol):
             labels: (B,) classes; None for no class.
         """
         ...
+
+
+def replace_options(options: T, given: Mapping[str, Any]) -> T:
+    """Returns `options`, a dataclass, with the fields in `given` replaced, except by None.
+
+    Raises InputError for a name that is no field.
+    """
+    names = [field.name for field in dataclasses.fields(typing.cast(Any, options))]
+    chosen = {name: value for name, value in given.items() if value is not None}
+    if unknown := sorted(chosen.keys() - names):
+        known = ", ".join(names)
+        raise InputError(f"{', '.join(unknown)}: no option of this model; it has {known}")
+    return dataclasses.replace(typing.cast(Any, options), **chosen)
+
+
+def add_option_flags(parser: argparse.ArgumentParser, kinds: Iterable[type]) -> None:
+    """Adds a flag for each field of these option classes; without it, the value is None.
+
+    A field's "help" in its metadata is the flag's help. A name that several classes share must
+    have one type in all of them.
+    """
+    types: dict[str, Any] = {}
+    for kind in kinds:
+        hints = typing.get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            hint, about = hints[field.name], field.metadata["help"]
+            assert types.setdefault(field.name, hint) == hint, (kind, field.name)
+            if f"--{field.name}" in parser._option_string_actions:
+                continue
+            if hint is bool:
+                parser.add_argument(
+                    f"--{field.name}", action="store_true", default=None, help=about
+                )
+            else:
+                parser.add_argument(f"--{field.name}", type=hint, help=about)
+
+
+def given_options(flags: argparse.Namespace, kinds: Iterable[type]) -> dict[str, Any]:
+    """Returns the options that the command line names, by field."""
+    names = dict.fromkeys(field.name for kind in kinds for field in dataclasses.fields(kind))
+    return {name: value for name in names if (value := getattr(flags, name)) is not None}

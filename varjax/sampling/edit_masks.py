@@ -56,7 +56,7 @@ def read_mask(
             f"{path} has {picture.width}x{picture.height} pixels, but the image has "
             f"{image_size[0]}x{image_size[1]}; give a mask of the same size"
         )
-    white_HW = image_io.fit(picture, (*size, 1))[..., 0] / 255
+    white_HW = image_io.resize_and_crop(picture, (*size, 1))[..., 0] / 255
     (H, W), (h, w) = size, finest
     white_hw = white_HW.reshape(h, H // h, w, W // w).mean(axis=(1, 3)) > 0.5
     if not white_hw.any():

@@ -1,0 +1,119 @@
+"""Reading models of any kind from where they lie: a training run, or a converted directory.
+
+Both have a config.json. A run's holds the settings of its "task"; a converted directory's holds a
+config for each NAME.safetensors beside it, and the "sources" that they were made from.
+"""
+
+import functools
+import importlib
+import pathlib
+from typing import Any
+
+import jax
+
+from varjax.core import config_tree, files, trees
+from varjax.core.errors import InputError
+from varjax.core.saved_steps import restore_weights
+from varjax.core.trees import PyTree
+
+
+def find_model(location: str | pathlib.Path) -> pathlib.Path:
+    """Finds the directory of a model: `location` if it exists, else the published model called so.
+
+    That one is downloaded and converted at its first use; see `varjax.convert.pretrained`.
+
+    Raises:
+        InputError: it could not be; says what to do by hand.
+    """
+    path = pathlib.Path(location)
+    if path.exists() or len(path.parts) != 1:
+        return path
+    # By name, for convert stands above everything that reads models, and few of them need it.
+    return importlib.import_module("varjax.convert.pretrained").resolve_weights(path)
+
+
+def read_model_config(location: str | pathlib.Path) -> dict[str, Any]:
+    """Reads the config.json of a run (it has a "task") or of a converted directory ("sources").
+
+    Raises InputError where `location` is neither.
+    """
+    directory = pathlib.Path(location)
+    path = directory / "config.json"
+    if not path.is_file():
+        raise InputError(
+            f"{directory} {'holds no config.json' if directory.is_dir() else 'does not exist'}; "
+            "give a run's directory, one that python -m varjax.convert wrote, or the name of a "
+            "published model such as var_d16"
+        )
+    config = files.read_json(path)
+    if not isinstance(config, dict) or not config.keys() & {"task", "sources"}:
+        raise InputError(f"{path} is neither of a training run nor of a converted directory")
+    return config
+
+
+def read_converted(directory: pathlib.Path, name: str, config_class: type) -> tuple[Any, PyTree]:
+    """Reads one model of a converted directory.
+
+    Args:
+        directory: the directory.
+        name: of the model's entry in config.json and of its file.
+        config_class: a dataclass with a method `init(key) -> params`.
+
+    Returns:
+        (config, params); the parameters are mapped, not yet read.
+
+    Raises:
+        InputError: the directory lacks the model, or the parameters do not fit the config.
+    """
+    data = read_model_config(directory)
+    if name not in data:
+        there = ", ".join(sorted(path.stem for path in directory.glob("*.safetensors")))
+        raise InputError(
+            f"{directory} holds only {there or 'no weights'}; "
+            f"convert it again with --{name} as well"
+        )
+    config = config_tree.from_dict(config_class, data[name])
+    params, _ = files.read_tensors(directory / f"{name}.safetensors")
+    expected = jax.eval_shape(functools.partial(config_class.init, config), jax.random.key(0))
+    if report := trees.difference(expected, params):
+        raise InputError(f"{directory}/{name}.safetensors does not fit config.json:\n{report}")
+    return config, params
+
+
+def read_generator(
+    location: str | pathlib.Path,
+    name: str,
+    task: str,
+    config_class: type,
+    options_class: type,
+    ema: bool | None = None,
+) -> tuple[Any, PyTree, Any]:
+    """Reads a model that samples: what a run has learned, or one of a converted directory.
+
+    Args:
+        location: the run or the directory, or the name of a published model.
+        name: of the model in a converted directory.
+        task: class name of the task that trains such models.
+        config_class: the model's config, with a method `init(key) -> params`.
+        options_class: the model's sampling options.
+        ema: of a run, the averaged weights or not; None for them if there are any.
+
+    Returns:
+        (config, params, the recommended options).
+
+    Raises:
+        InputError: says what `location` lacks.
+    """
+    directory = find_model(location)
+    config = read_model_config(directory)
+    if "task" not in config:
+        model, params = read_converted(directory, name, config_class)
+        return model, params, config_tree.from_dict(options_class, config["sampling"])
+    settings = config["task"]
+    if settings["_type"] != task:
+        raise InputError(
+            f"{directory} is a run of {settings['_type']}, not of a transformer ({task})"
+        )
+    model = config_tree.from_dict(config_class, settings["model"])
+    options = config_tree.from_dict(options_class, settings["sampling"])
+    return model, restore_weights(directory, ema), options
