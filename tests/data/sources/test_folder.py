@@ -1,10 +1,14 @@
+import os
 import pathlib
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.paths import ROOT
 from varjax.data import photos
 from varjax.data.decoding import BrokenImage
 from varjax.data.sources import TFDS, Digits, parse_dataset
@@ -179,3 +183,18 @@ def test_photos_are_two_classes_whose_held_out_part_is_not_trained_on(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             photos.write_photos(**{"out": "photos"} | bad)
+
+
+ONLY_A_FOLDER = """
+import sys
+from varjax.data.sources import Folder, parse_dataset
+batch = Folder("x", size=4).make(2, seed=0).train_batch(0)
+print(*(name in sys.modules for name in ("tensorflow_datasets", "tensorflow", "sklearn", "jax")))
+"""
+
+
+def test_a_folder_is_read_without_the_libraries_of_other_datasets(official):
+    run = [sys.executable, "-c", ONLY_A_FOLDER]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(run, env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout == "False False False False\n"
