@@ -22,10 +22,10 @@ from varjax.convert.infer_config import infer_config
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.core import trees
+from varjax.families import read_model
 from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_512
-from varjax.var.load import read_var
 from varjax.var.model import VARConfig
 
 OFFICIAL = json.loads((weights.HERE / "official_state_dicts.json").read_text())
@@ -114,7 +114,7 @@ def test_other_formats_become_float32(dtype, tmp_path):
     }
     write_pth(tmp_path / "var.pth", half)
     convert(tmp_path / "out", var=tmp_path / "var.pth")
-    config, params, _ = read_var(tmp_path / "out")
+    _, config, params, _ = read_model(tmp_path / "out")
     expected = apply_map.from_official(config, {n: x.astype(np.float32) for n, x in half.items()})
     assert trees.difference(expected, params) == ""
     for path, x in trees.paths(params).items():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from varjax.convert.pth import write
-from varjax.convert.state_dicts import read_checkpoint
+from varjax.convert.pth.read import read_checkpoint
 
 DATA = np.arange(24, dtype=np.float32)
 

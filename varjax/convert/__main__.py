@@ -1,4 +1,4 @@
-"""Official PyTorch weights <-> varjax, training runs -> directories of weights, and LPIPS.
+"""Converts weights: official PyTorch files <-> varjax, training runs, and LPIPS.
 
 python -m varjax.convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights/d16
 python -m varjax.convert --repo=FoundationVision/var --tokenizer=… --var=… --out=weights/d16
@@ -10,33 +10,33 @@ python -m varjax.convert --lpips_vgg=vgg16.pth --lpips_heads=vgg.pth --out=weigh
 import argparse
 import sys
 
-from varjax.convert import Choices, convert, convert_lpips, export_run, export_torch
-from varjax.convert.hub import download
-from varjax.core.errors import InputError
+from varjax.convert import ConvertOptions, convert, convert_lpips, export_run, export_torch
+from varjax.convert.from_torch import PARTS
+from varjax.convert.pretrained import download, resolve_weights
+from varjax.core.errors import InputError, run_command
 from varjax.tokenizers.vq.pyramid import Scale
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0, 1 with one message for what cannot be done, 2 for a wrong command line."""
-    flags = _parser().parse_args(arguments)
-    try:
-        _run(flags)
-    except (ValueError, OSError) as error:
-        print(f"varjax.convert: {error}", file=sys.stderr)
-        return 1
-    print(f"{flags.out} is written")
-    return 0
+    """Returns 0, 1 with one message for what cannot be done, 2 for a wrong command line."""
+    parser = _parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
+    flags = parser.parse_args(arguments)
+    return run_command("varjax convert", lambda: _run(flags), flags.debug)
 
 
 def _run(flags: argparse.Namespace) -> None:
-    official = flags.tokenizer is not None or flags.var is not None
+    files = {part: getattr(flags, part) for part in PARTS if getattr(flags, part) is not None}
     lpips = flags.lpips_vgg is not None or flags.lpips_heads is not None
-    if [official, flags.run is not None, flags.to_torch, lpips].count(True) != 1:
-        raise InputError("give --tokenizer and/or --var, or --run, or --to_torch, or --lpips_vgg")
+    if [bool(files), flags.run is not None, flags.to_torch, lpips].count(True) != 1:
+        parts = " and/or ".join(f"--{part}" for part in PARTS)
+        raise InputError(f"give {parts}, or --run, or --to_torch, or --lpips_vgg")
     if flags.to_torch != (flags.weights is not None):
         raise InputError("--to_torch and --weights=DIRECTORY_OR_RUN belong together")
     if flags.to_torch:
-        export_torch(flags.weights, flags.out, flags.ema)
+        export_torch(resolve_weights(flags.weights), flags.out, flags.ema)
     elif flags.run:
         export_run(flags.run, flags.out, flags.ema)
     elif lpips:
@@ -44,17 +44,23 @@ def _run(flags: argparse.Namespace) -> None:
             raise InputError("--lpips_vgg and --lpips_heads belong together: LPIPS is made of both")
         convert_lpips(flags.out, flags.lpips_vgg, flags.lpips_heads)
     else:
-        sources = {"tokenizer": flags.tokenizer, "var": flags.var}
         if flags.repo:
-            sources = {k: v and download(flags.repo, v, flags.revision) for k, v in sources.items()}
-        choices = Choices(
-            _scales(flags.scales), flags.heads, flags.groups, flags.phi_ratio, flags.cosine_codes
+            files = {
+                part: download(flags.repo, file, flags.revision) for part, file in files.items()
+            }
+        options = ConvertOptions(
+            scales=_parse_scales(flags.scales),
+            heads=flags.heads,
+            groups=flags.groups,
+            phi_ratio=flags.phi_ratio,
+            cosine_codes=flags.cosine_codes,
         )
-        for name, config in convert(flags.out, **sources, choices=choices).items():
-            print(f"{name}: {config}")
+        for part, config in convert(flags.out, options, **files).items():
+            print(f"{part}: {config}")
+    print(f"{flags.out} is written")
 
 
-def _scales(text: str | None) -> tuple[Scale, ...] | None:
+def _parse_scales(text: str | None) -> tuple[Scale, ...] | None:
     """ "1,2,2x4" -> (1, 2, (2, 4))."""
     if text is None:
         return None
@@ -67,25 +73,25 @@ def _scales(text: str | None) -> tuple[Scale, ...] | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "python -m varjax.convert",
+        "varjax convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
     add("--out", required=True, help="the directory to write")
-    add("--tokenizer", help="the official tokenizer, .pth or .safetensors")
-    add("--var", help="the official transformer, or a checkpoint of the official trainer")
-    add("--repo", help="download both from this Hugging Face repository")
+    for part in PARTS:
+        add(f"--{part}", metavar="FILE", help=f"the official {part}, .pth or .safetensors")
+    add("--repo", help="download them from this Hugging Face repository")
     add("--revision", default="main", help="branch, tag or commit there (main)")
     add("--scales", help="side lengths 1,2,3 or 1x1,2x4 (default: as in the file, else 256 px)")
-    add("--heads", type=int, help="of attention without cosine (width / 64)")
-    add("--groups", type=int, default=32, help="of the tokenizer's group norms (32)")
+    add("--heads", type=int, help="attention heads where attention is not cosine (width / 64)")
+    add("--groups", type=int, default=32, help="groups of the tokenizer's group norms (32)")
     add("--phi_ratio", type=float, default=0.5, help="weight of the φ convolutions (0.5)")
     add("--cosine_codes", action="store_true", help="codes are looked up by angle")
     add("--run", help="a training run, to be written as a directory of weights")
     add("--to_torch", action="store_true", help="write --weights for the official code")
-    add("--weights", help="a converted directory or a training run")
+    add("--weights", help="a converted directory, a training run, or a name like var_d16")
     add("--lpips_vgg", help="torchvision's vgg16, for the perceptual loss of a tokenizer")
     add("--lpips_heads", help="the lpips package's heads for it, weights/v0.1/vgg.pth")
     add(
@@ -93,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="averaged weights of a run, or not (default: averaged if it has them)",
     )
+    add("--debug", action="store_true", help="show mistakes with their traceback, too")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Weights through a table of names, in either direction, one tensor in memory at a time."""
+"""Converts tensors through a name map, in either direction, one tensor in memory at a time."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -8,129 +8,123 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.convert.name_maps.tables import Link, tokenizer_table, var_table
+from varjax.convert.name_maps import NAME_MAPS, name_map_of
+from varjax.convert.name_maps.link import Link
+from varjax.convert.name_maps.name_map import Tensors
 from varjax.core import trees
 from varjax.core.errors import InputError
 from varjax.core.safetensors_io import LazyArray
 from varjax.core.trees import PyTree
-from varjax.tokenizers.vq.model import VQConfig
-from varjax.var.model import VARConfig
 
-Config = VQConfig | VARConfig
-# Buffers of the official modules: derived from the sizes, so neither read nor needed here.
-BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
+BUFFER_NAMES = frozenset(name for name_map in NAME_MAPS for name in name_map.buffer_names)
 FLOAT32 = np.dtype(np.float32)
 
 
-def table_of(config: Config) -> list[Link]:
-    """The names of the model that `config` describes."""
-    return tokenizer_table(config) if isinstance(config, VQConfig) else var_table(config)
-
-
 @functools.cache
-def describe(config: Config) -> PyTree:
-    """Shapes of the model's parameters, without making them."""
-    init = type(config).init
-    return jax.eval_shape(functools.partial(init, config), jax.random.key(0))
+def abstract_params(config: Any) -> PyTree:
+    """Describes the parameters of the model of `config` (jax.ShapeDtypeStruct), making none."""
+    return jax.eval_shape(config.init, jax.random.key(0))
 
 
-def official_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every official tensor, without the buffers."""
-    return _shapes(table_of(config), trees.paths(describe(config)))
+def official_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of every official tensor by name, buffers left out."""
+    return _shapes(name_map_of(config).table(config), trees.paths(abstract_params(config)))
 
 
 def is_weight(name: str) -> bool:
-    """Whether an official name is of a weight, not of a buffer."""
-    return name.rsplit(".", 1)[-1] not in BUFFERS
+    """Tells whether an official name is of a weight, not of a buffer."""
+    return name.rsplit(".", 1)[-1] not in BUFFER_NAMES
 
 
-def check(config: Config, tensors: Mapping[str, np.ndarray]) -> None:
-    """Raises InputError with every missing, unexpected, misshapen and mistyped tensor at once."""
-    _check(official_shapes(config), _weights(tensors))
+def check_tensors(config: Any, tensors: Tensors) -> None:
+    """Raises InputError that lists every missing, unexpected, misshapen and mistyped tensor."""
+    _check_shapes(official_shapes(config), _weights(tensors))
 
 
-def to_ours(config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:
-    """Our leaves by path, float32, from official tensors in any floating-point format.
+def from_official(config: Any, tensors: Tensors) -> PyTree:
+    """Converts official tensors into a tree of our parameters, NumPy float32.
 
-    Raises InputError like `check`.
+    Raises InputError like `check_tensors`.
     """
-    return fill(table_of(config), describe(config), _weights(tensors))
+    leaves = lazy_leaves(config, tensors)
+    return trees.map_with_path(lambda path, _: np.asarray(leaves[path]), abstract_params(config))
 
 
-def fill(table: list[Link], params: PyTree, tensors: Mapping[str, np.ndarray]) -> dict[str, LazyArray]:
-    """The leaves of `params` (whose shapes are all that counts) by path, as `table` says.
+def lazy_leaves(config: Any, tensors: Tensors) -> dict[str, LazyArray]:
+    """Converts official tensors into our parameters by path, each computed when it is used.
 
-    `tensors` are of any floating-point format, the leaves float32. Raises InputError like `check`.
+    Args:
+        config: of the model, a config of one of NAME_MAPS.
+        tensors: of any floating-point format, buffers among them or not.
+
+    Returns:
+        Float32 arrays by path, "blocks/attn/q/kernel".
+
+    Raises:
+        InputError: like `check_tensors`.
+    """
+    table = name_map_of(config).table(config)
+    return leaves_by_table(table, abstract_params(config), _weights(tensors))
+
+
+def leaves_by_table(table: list[Link], params: PyTree, tensors: Tensors) -> dict[str, LazyArray]:
+    """Does what `lazy_leaves` does for parameters of any tree and a table that fills them.
+
+    Args:
+        table: a link for every tensor; together they name every leaf of `params`.
+        params: arrays or jax.ShapeDtypeStruct, of which only shapes count.
+        tensors: those of the table and no others, of any floating-point format.
     """
     leaves = trees.paths(params)
-    _check(_shapes(table, leaves), tensors)
+    _check_shapes(_shapes(table, leaves), tensors)
     links: dict[str, list[Link]] = {}
     for link in table:
         for path in link.ours:
             links.setdefault(path, []).append(link)
     assert links.keys() == leaves.keys(), links.keys() ^ leaves.keys()
 
-    def pieces(path: str) -> Iterator[np.ndarray]:
+    def chunks(path: str) -> Iterator[np.ndarray]:
         for link in links[path]:  # a stacked leaf has one for each layer, in order
-            yield link.forward(tensors[link.official], path).astype(np.float32)
+            yield link.to_ours(tensors[link.official], path).astype(np.float32)
 
     return {
-        path: LazyArray(leaf.shape, FLOAT32, functools.partial(pieces, path))
+        path: LazyArray(leaf.shape, FLOAT32, functools.partial(chunks, path))
         for path, leaf in leaves.items()
     }
 
 
-def from_official(config: Config, tensors: Mapping[str, np.ndarray]) -> PyTree:
-    """Our parameter tree, NumPy float32; raises InputError like `check`."""
-    leaves = to_ours(config, tensors)
-    return trees.map_with_path(lambda path, _: np.asarray(leaves[path]), describe(config))
-
-
-def to_official(config: Config, params: PyTree) -> dict[str, LazyArray]:
-    """Every official tensor by name, without the buffers; `params` are on the host."""
+def to_official(config: Any, params: PyTree) -> dict[str, LazyArray]:
+    """Converts our parameters, on the host, into official tensors by name, buffers left out."""
     leaves = trees.paths(params)
 
-    def pieces(link: Link) -> Iterator[np.ndarray]:
-        parts = [
-            leaves[path] if link.index is None else leaves[path][link.index] for path in link.ours
-        ]
-        yield link.backward(parts)
+    def chunks(link: Link) -> Iterator[np.ndarray]:
+        index = () if link.index is None else link.index
+        yield link.to_official([leaves[path][index] for path in link.ours])
 
     return {
         link.official: LazyArray(
-            link.shape(leaves[link.ours[0]].shape), FLOAT32, functools.partial(pieces, link)
+            link.official_shape(leaves[link.ours[0]].shape),
+            FLOAT32,
+            functools.partial(chunks, link),
         )
-        for link in table_of(config)
+        for link in name_map_of(config).table(config)
     }
 
 
-def official_buffers(config: Config) -> dict[str, np.ndarray]:
-    """What else the official modules' state dicts hold, as it is when they are built."""
-    pyramid = config.pyramid
-    if isinstance(config, VQConfig):
-        shape = (len(pyramid), config.vocab)
-        return {"quantize.ema_vocab_hit_SV": np.zeros(shape, np.float32)}
-    bias_LL = np.where(pyramid.mask_LL, np.float32(0), np.float32(-np.inf))
-    zeros = {
-        f"blocks.{i}.attn.zero_k_bias": np.zeros(config.width, np.float32)
-        for i in range(config.depth)
-    }
-    return {
-        "lvl_1L": pyramid.level_L[None].astype(np.int64),
-        "attn_bias_for_masking": bias_LL[None, None],
-        **zeros,
-    }
+def official_buffers(config: Any) -> dict[str, np.ndarray]:
+    """Returns what official state dicts hold besides weights, as it is when a model is built."""
+    return name_map_of(config).buffers(config)
 
 
-def _weights(tensors):
+def _weights(tensors: Tensors) -> dict[str, np.ndarray]:
     return {name: x for name, x in tensors.items() if is_weight(name)}
 
 
 def _shapes(table: list[Link], leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {link.official: link.shape(leaves[link.ours[0]].shape) for link in table}
+    return {link.official: link.official_shape(leaves[link.ours[0]].shape) for link in table}
 
 
-def _check(wanted: Mapping[str, tuple[int, ...]], given: Mapping[str, np.ndarray]) -> None:
+def _check_shapes(wanted: Mapping[str, tuple[int, ...]], given: Tensors) -> None:
     problems = [f"missing: {n} {shape}" for n, shape in wanted.items() if n not in given]
     problems += [f"unexpected: {n} {tuple(given[n].shape)}" for n in given if n not in wanted]
     for n in (n for n in wanted if n in given):

@@ -1,87 +1,79 @@
-"""Official PyTorch weights -> a converted directory."""
+"""Converts official PyTorch weights into a directory of weights."""
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
-from varjax.convert.apply_map import Config, to_ours
-from varjax.convert.infer_config import Choices, Tensors, infer_tokenizer, infer_var
-from varjax.convert.sources import about, digests, report_not_finite
-from varjax.convert.state_dicts import read_checkpoint, state_dicts
-from varjax.convert.weights_dir import check_vacant, converted_files, write_converted
+from varjax.convert.apply_map import is_weight, lazy_leaves
+from varjax.convert.infer_config import infer_configs
+from varjax.convert.name_maps import NAME_MAPS
+from varjax.convert.name_maps.name_map import ConvertOptions, Tensors
+from varjax.convert.pth.read import read_checkpoint
+from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
+from varjax.convert.state_dicts import TRAINER_KEYS, find_state_dicts
+from varjax.convert.weights_dir import check_weights_dir, converted_files, write_converted
 from varjax.core.errors import InputError
-from varjax.var.pretrained import check_fit
-from varjax.var.sample import Options
 
-Configs = dict[str, Config]  # of "tokenizer" and "var"
-IN_TRAINER = {"tokenizer": "vae", "var": "var"}  # as `state_dicts` calls them
+PARTS = tuple(dict.fromkeys(name_map.part for name_map in NAME_MAPS))
 
 
 def convert(
     out: str | os.PathLike,
-    tokenizer: str | os.PathLike | None = None,
-    var: str | os.PathLike | None = None,
-    choices: Choices = Choices(),  # noqa: B008  (frozen)
-) -> Configs:
-    """Writes the converted directory `out` from official .pth or .safetensors files.
+    options: ConvertOptions = ConvertOptions(),  # noqa: B008  (frozen)
+    **files: str | os.PathLike | None,
+) -> dict[str, Any]:
+    """Writes a directory of weights from official .pth or .safetensors files.
 
-    Either file may be left out; a checkpoint of the official trainer given as `var` also serves as
-    `tokenizer`. Weights of any floating-point format become float32; those that are not finite are
-    named on stderr. Returns what was found: the configs of "tokenizer" and "var".
+        convert("weights/d16", tokenizer="vae_ch160v4096z32.pth", var="var_d16.pth")
 
-    Raises InputError that names the file for one that is damaged or of something else, for tensors
-    that do not fit the model (all of them) and for models that do not fit each other; then, or if
-    the disk fills up, nothing is left at `out`. An existing converted directory of the same models
-    is replaced, anything else is never touched.
+    Weights of any floating-point format become float32. Those that are not finite are named on
+    stderr. If anything fails or the disk fills up, nothing is left at `out`.
+
+    Args:
+        out: the directory. An existing one of the same models is replaced, nothing else ever is.
+        options: tells what tensors cannot.
+        files: of each part, `tokenizer` and `var`; either may be left out. A checkpoint of the
+            official trainer given as `var` also serves as `tokenizer`.
+
+    Returns:
+        The config found for each part.
+
+    Raises:
+        InputError: names the file that is damaged or of something else, all tensors that do not fit
+            their model, or how the models do not fit each other.
     """
+    if unknown := files.keys() - set(PARTS):
+        raise InputError(f"no part is called {', '.join(unknown)}; known are {', '.join(PARTS)}")
     out = pathlib.Path(out)
-    sources = _sources(tokenizer, var)
-    check_vacant(out, converted_files(sources))
-    configs = _infer(sources, choices)
+    sources = _read_sources({part: pathlib.Path(f) for part, f in files.items() if f is not None})
+    check_weights_dir(out, converted_files(sources))
+    configs = infer_configs(sources, options)
     models = {}
-    for name, config in configs.items():
-        path, official = sources[name]
-        with about(path):
-            models[name] = config, to_ours(config, official)
-        report_not_finite(path, official)
-    paths = [path for path, _ in sources.values()]
-    write_converted(out, models, Options(), digests(dict.fromkeys(paths)))
+    for part, config in configs.items():
+        path, tensors = sources[part]
+        with errors_naming(path):
+            models[part] = config, lazy_leaves(config, tensors)
+        warn_not_finite(path, {name: x for name, x in tensors.items() if is_weight(name)})
+    write_converted(out, models, sha256_of(dict.fromkeys(path for path, _ in sources.values())))
     return configs
 
 
-def _sources(
-    tokenizer: str | os.PathLike | None, var: str | os.PathLike | None
+def _read_sources(
+    files: Mapping[str, pathlib.Path],
 ) -> dict[str, tuple[pathlib.Path, Tensors]]:
-    """The file and the tensors of each model that is there."""
-    sources = {}
-    for name, location in (("var", var), ("tokenizer", tokenizer)):
-        if location is None:
-            continue
-        path = pathlib.Path(location)
+    """Returns the file and the tensors of each part; files of models may hold a tokenizer too."""
+    sources: dict[str, tuple[pathlib.Path, Tensors]] = {}
+    for part, path in files.items():
         checkpoint = read_checkpoint(path)
-        with about(path):
-            found = state_dicts(checkpoint)
-            inside = IN_TRAINER[name]
-            if not found.keys() & {"", inside}:
-                raise InputError(f"is a trainer's checkpoint that holds only {', '.join(found)}")
-        sources[name] = path, found.get(inside) or found[""]
-        if name == "var" and tokenizer is None and IN_TRAINER["tokenizer"] in found:
-            sources["tokenizer"] = path, found[IN_TRAINER["tokenizer"]]
+        with errors_naming(path):
+            found = find_state_dicts(checkpoint)
+            if not found.keys() & {"", part}:
+                inside = ", ".join(TRAINER_KEYS[other] for other in found)
+                raise InputError(f"is a trainer's checkpoint that holds only {inside}")
+        sources[part] = path, found.get(part) or found[""]
+        if "tokenizer" in found and "tokenizer" not in files:
+            sources["tokenizer"] = path, found["tokenizer"]
     if not sources:
         raise InputError("there is nothing to convert; give a tokenizer, a transformer or both")
     return sources
-
-
-def _infer(sources: Mapping[str, tuple[pathlib.Path, Tensors]], choices: Choices) -> Configs:
-    configs = {}
-    for name, (path, official) in sources.items():  # the transformer first: it knows the scales
-        with about(path):
-            if name == "var":
-                configs[name] = infer_var(official, choices)
-                choices = dataclasses.replace(choices, scales=configs[name].scales)
-            else:
-                configs[name] = infer_tokenizer(official, choices)
-    if len(configs) == 2:
-        check_fit(configs["tokenizer"], configs["var"])
-    return configs

@@ -1,4 +1,4 @@
-"""LPIPS: torchvision's VGG16 and the lpips package's heads -> a directory of weights."""
+"""Converts LPIPS: torchvision's VGG16 and the lpips package's heads -> a directory of weights."""
 
 import os
 import pathlib
@@ -6,54 +6,62 @@ import pathlib
 import jax
 import numpy as np
 
-from varjax.convert.apply_map import fill
-from varjax.convert.name_maps.tables import Link
-from varjax.convert.sources import about, digests, report_not_finite
-from varjax.convert.state_dicts import read_checkpoint, state_dicts
-from varjax.convert.weights_dir import check_vacant, converted_files, write_weights
+from varjax.convert.apply_map import leaves_by_table
+from varjax.convert.name_maps.link import Link, conv_links
+from varjax.convert.pth.read import read_checkpoint
+from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
+from varjax.convert.state_dicts import find_state_dicts
+from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
 from varjax.core.errors import InputError
 from varjax.tokenizers.losses.lpips import VGG16, init_lpips
 
-MODELS = ("lpips",)
-KNOWN_BY = {"features.0.weight": "torchvision's vgg16", "lin0.model.1.weight": "LPIPS heads"}
+# For each file, a tensor it is known by, and what it holds. A loss is no kind of model, so this
+# does not stand in NAME_MAPS.
+SOURCES = {"features.0.weight": "torchvision's vgg16", "lin0.model.1.weight": "LPIPS heads"}
 
 
 def convert_lpips(out: str | os.PathLike, vgg: str | os.PathLike, heads: str | os.PathLike) -> None:
-    """Writes the directory `out`, for `load_lpips`, of the two files' tensors; VGG's classifier is
-    left out.
+    """Writes the directory of LPIPS on VGG16 that `load_lpips` reads.
 
-    Raises InputError like `convert`, and for heads with negative weights.
+    Args:
+        out: the directory; see `convert`.
+        vgg: torchvision's vgg16, of which the classifier is left out.
+        heads: the lpips package's weights/v0.1/vgg.pth.
+
+    Raises:
+        InputError: like `convert`, and for heads with negative weights.
     """
     out = pathlib.Path(out)
-    check_vacant(out, converted_files(MODELS))
+    check_weights_dir(out, converted_files(["lpips"]))
     tensors = {}
-    for location, name in zip((vgg, heads), KNOWN_BY, strict=True):
+    for location, known_by in zip((vgg, heads), SOURCES, strict=True):
         path = pathlib.Path(location)
         checkpoint = read_checkpoint(path)
-        with about(path):
-            found = state_dicts(checkpoint).get("", {})
-            if name not in found:
-                raise InputError(f"these are not {KNOWN_BY[name]}: there is no {name} in it")
+        with errors_naming(path):
+            found = find_state_dicts(checkpoint).get("", {})
+            if known_by not in found:
+                raise InputError(f"these are not {SOURCES[known_by]}: there is no {known_by} in it")
             found = {n: x for n, x in found.items() if not n.startswith("classifier.")}
             if negative := [n for n, x in found.items() if n.startswith("lin") and np.any(x < 0)]:
                 raise InputError(f"{', '.join(negative)}: a distance has no negative weights")
-        report_not_finite(path, found)
+        warn_not_finite(path, found)
         tensors |= found
-    with about(pathlib.Path(f"{vgg}, {heads}")):
-        leaves = fill(lpips_table(), jax.eval_shape(init_lpips, jax.random.key(0)), tensors)
+    with errors_naming(f"{vgg}, {heads}"):
+        params = jax.eval_shape(init_lpips, jax.random.key(0))
+        leaves = leaves_by_table(lpips_table(), params, tensors)
     config = {"lpips": {"network": "vgg16", "version": "0.1"}}
-    write_weights(out, config, {"lpips": leaves}, digests([pathlib.Path(vgg), pathlib.Path(heads)]))
+    sources = sha256_of([pathlib.Path(vgg), pathlib.Path(heads)])
+    write_weights(out, config, {"lpips": leaves}, sources)
 
 
 def lpips_table() -> list[Link]:
-    """All tensors of LPIPS on VGG16, by torchvision's and the lpips package's names."""
-    links, number = [], 0  # in torchvision's list of layers
+    """Lists all tensors of LPIPS on VGG16, by torchvision's and the lpips package's names."""
+    links: list[Link] = []
+    number = 0  # in torchvision's list of layers
     for i, widths in enumerate(VGG16):
         for j in range(len(widths)):
-            official, ours = f"features.{number}", f"conv_{i}_{j}"
-            links.append(Link(f"{official}.weight", (f"{ours}/kernel",), "conv"))
-            links.append(Link(f"{official}.bias", (f"{ours}/bias",)))
-            number += 2  # itself and its ReLU
+            links += conv_links(f"features.{number}", f"conv_{i}_{j}")
+            number += 2  # the convolution and its ReLU
         number += 1  # the pooling
         links.append(Link(f"lin{i}.model.1.weight", (f"head_{i}",), ones=(0, 2, 3)))
     return links

@@ -1,51 +1,55 @@
-"""The files that weights come from: what is wrong with them, and which they were."""
+"""The files that weights come from: which they were, and messages about them."""
 
 import contextlib
 import hashlib
 import pathlib
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 import numpy as np
+from tqdm import tqdm
 
-from varjax.convert.apply_map import is_weight
-from varjax.convert.weights_dir import progress
+from varjax.convert.name_maps.name_map import Tensors
 from varjax.core.errors import InputError
 
 CHUNK_BYTES = 2**24
 
 
 @contextlib.contextmanager
-def about(path: pathlib.Path) -> Iterator[None]:
-    """Puts the file's name before what a ValueError says."""
+def errors_naming(path: str | pathlib.Path) -> Iterator[None]:
+    """Puts the name of a file before the message of an InputError."""
     try:
         yield
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def report_not_finite(path: pathlib.Path, official: Mapping[str, np.ndarray]) -> None:
-    """Names on stderr the weights that are not; they are converted all the same."""
-    bad = [name for name, x in official.items() if is_weight(name) and not np.isfinite(x).all()]
-    if bad:
+def warn_not_finite(path: pathlib.Path, tensors: Tensors) -> None:
+    """Names on stderr the tensors with NaN or infinite numbers; they are converted all the same."""
+    if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
         print(
             f"warning: {path}: NaN or infinite numbers in {len(bad)} tensors: {', '.join(bad)}",
             file=sys.stderr,
         )
 
 
-def digests(paths: Collection[pathlib.Path]) -> dict[str, str]:
-    """SHA-256 of every file, by its name, or by its path where two have the same name."""
+def sha256_of(paths: Collection[pathlib.Path]) -> dict[str, str]:
+    """Returns each file's SHA-256 by its name, or by its path where two have the same name."""
     names = [path.name for path in paths]
     digests = {}
     for path in paths:
         sha256 = hashlib.sha256()
         with (
             open(path, "rb") as file,
-            progress(f"reading {path.name}", path.stat().st_size) as bar,
+            byte_progress(f"reading {path.name}", path.stat().st_size) as bar,
         ):
             while chunk := file.read(CHUNK_BYTES):
                 sha256.update(chunk)
                 bar.update(len(chunk))
         digests[path.name if names.count(path.name) == 1 else str(path)] = sha256.hexdigest()
     return digests
+
+
+def byte_progress(text: str, nbytes: int) -> tqdm:
+    """Makes a progress bar that counts bytes; it shows only where stderr is a terminal."""
+    return tqdm(total=nbytes, desc=text, unit="B", unit_scale=True, disable=None)

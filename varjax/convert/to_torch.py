@@ -1,69 +1,82 @@
-"""What was trained here -> a converted directory, or files for the official PyTorch code."""
+"""Writes trained or converted weights: as a directory of weights, or for the official code."""
 
 import hashlib
 import os
 import pathlib
+from typing import Any
 
 import jax
 
-from varjax.convert.apply_map import Config, official_buffers, to_official
+from varjax.convert.apply_map import official_buffers, to_official
 from varjax.convert.weights_dir import new_directory, write_converted, write_files
 from varjax.core import trees
 from varjax.core.errors import InputError
+from varjax.core.model_files import read_model_config
 from varjax.core.trees import PyTree
-from varjax.tokenizers.load import read_config, read_tokenizer
-from varjax.var.load import read_var
-from varjax.var.sample import Options
-
-Models = dict[str, tuple[Config, PyTree]]  # of "tokenizer" and "var": config and params
+from varjax.families import FAMILIES, read_model
+from varjax.tokenizers.load import read_tokenizer
 
 
 def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None = None) -> None:
-    """Writes what a training run has learned as the converted directory `out`.
+    """Writes what a training run has learned as a directory of weights.
 
-    That is its best weights if it kept them, else its last; ema: their average or not, None for the
-    average if there is one. A run of a tokenizer gives a directory of the tokenizer alone.
+    The best weights are taken if the run kept them, else its last. A run of a tokenizer gives a
+    directory of the tokenizer alone.
 
-    Raises InputError for what is no run and like `convert` for an `out` that cannot be written.
+    Args:
+        run: the run's directory.
+        out: the directory; see `convert`.
+        ema: the averaged weights or not; None for them if there are any.
+
+    Raises:
+        InputError: `run` is no run, or `out` cannot be written.
     """
     run, out = pathlib.Path(run), pathlib.Path(out)
-    if "task" not in read_config(run):
+    if "task" not in read_model_config(run):
         raise InputError(f"{run} is a converted directory already, not a training run")
-    models, sampling = _read(run, ema)
-    leaves = {name: (config, trees.paths(params)) for name, (config, params) in models.items()}
+    models, sampling = _read_models(run, ema)
+    leaves = {part: (config, trees.paths(params)) for part, (config, params) in models.items()}
     digest = hashlib.sha256((run / "config.json").read_bytes()).hexdigest()
-    write_converted(out, leaves, sampling, {f"{run.name}/config.json": digest})
+    write_converted(out, leaves, {f"{run.name}/config.json": digest}, sampling)
 
 
 def export_torch(
     weights: str | os.PathLike, out: str | os.PathLike, ema: bool | None = None
 ) -> None:
-    """Writes a run or a converted directory for the official code, each model twice, into `out`.
+    """Writes weights for the official code: per model a .pth and a .safetensors of equal content.
 
-    tokenizer.pth and var.pth are for `torch.load(path, weights_only=True)`, the .safetensors beside
-    them hold the same: official names, all buffers, so `load_state_dict(strict=True)` takes them.
+    Names are the official ones and all buffers are there, so that
+    `load_state_dict(torch.load(path, weights_only=True), strict=True)` takes them.
 
-    Raises InputError for what holds no weights, and for an `out` that exists already.
+    Args:
+        weights: a training run or a directory of weights.
+        out: the directory to write, which must not exist or be empty.
+        ema: of a run, the averaged weights or not; None for them if there are any.
+
+    Raises:
+        InputError: `weights` holds none, or `out` holds files or cannot be written.
     """
     weights, out = pathlib.Path(weights), pathlib.Path(out)
-    models, _ = _read(weights, ema)
+    models, _ = _read_models(weights, ema)
     contents = {}
-    for name, (config, params) in models.items():
-        official = {**to_official(config, params), **official_buffers(config)}
-        contents |= {f"{name}.pth": official, f"{name}.safetensors": official}
+    for part, (config, params) in models.items():
+        tensors = {**to_official(config, params), **official_buffers(config)}
+        contents |= {f"{part}.pth": tensors, f"{part}.safetensors": tensors}
     with new_directory(out, contents) as temporary:
         write_files(temporary, contents)
 
 
-def _read(weights: pathlib.Path, ema: bool | None) -> tuple[Models, Options]:
-    """The models that are there, on the host, and how to sample."""
-    config = read_config(weights)
-    models: Models = {}
-    sampling = Options()
-    task = config.get("task", {}).get("_type")
-    if "tokenizer" in config or task:
+def _read_models(
+    weights: pathlib.Path, ema: bool | None
+) -> tuple[dict[str, tuple[Any, PyTree]], Any]:
+    """Returns config and host parameters of each part, and the sampling options or None."""
+    config = read_model_config(weights)
+    task = config.get("task")
+    models, sampling = {}, None
+    if task or "tokenizer" in config:
         models["tokenizer"] = read_tokenizer(weights, ema)
-    if "var" in config or task not in (None, "TokenizerTask"):
-        var, params, sampling = read_var(weights, ema)
-        models["var"] = var, params
-    return {name: (c, jax.device_get(params)) for name, (c, params) in models.items()}, sampling
+    # The task of a model of latents names the tokenizer that it builds on.
+    if "tokenizer" in task if task else any(family.name in config for family in FAMILIES):
+        family, model, params, sampling = read_model(weights, ema)
+        models[family.name] = model, params
+    return {part: (c, jax.device_get(params)) for part, (c, params) in models.items()}, sampling

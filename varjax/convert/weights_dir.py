@@ -11,7 +11,7 @@ from tqdm import tqdm
 from varjax.convert.pth.write import write_pth
 from varjax.convert.sources import byte_progress
 from varjax.core import config_tree, files, safetensors_io
-from varjax.core.errors import InputError, StorageError
+from varjax.core.errors import StorageError
 from varjax.core.safetensors_io import LazyArray, Tensor
 from varjax.families import FAMILIES
 
@@ -88,22 +88,12 @@ def new_directory(
     """
     check_weights_dir(out, replaces)
     needed = sum(tensor.nbytes for named in contents.values() for tensor in named.values())
-    try:
-        with files.atomic_path(out) as temporary:
-            temporary.mkdir()
-            free = shutil.disk_usage(temporary).free
-            if free < needed:
-                raise StorageError(
-                    f"{out} needs {needed / 1e9:.3f} GB; free are {free / 1e9:.3f} GB"
-                )
-            yield temporary
-    except InputError:
-        raise
-    except OSError as error:
-        raise StorageError(
-            f"{out} could not be written ({error}), and nothing of it was kept; "
-            f"it needs {needed / 1e9:.3f} GB in a place that you may write to"
-        ) from error
+    with files.atomic_path(out) as temporary:
+        temporary.mkdir()
+        free = shutil.disk_usage(temporary).free
+        if free < needed:
+            raise StorageError(f"{out} needs {needed / 1e9:.3f} GB; free are {free / 1e9:.3f} GB")
+        yield temporary
 
 
 def check_weights_dir(out: pathlib.Path, replaces: Set[str] = frozenset()) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers.checkpoint_files import DATA, plain, refusal, stored, tensor
 from varjax.convert.pth.legacy import MAGIC
-from varjax.convert.state_dicts import read_checkpoint
+from varjax.convert.pth.read import read_checkpoint
 
 HALF = np.arange(6, dtype=np.float16)
 MACHINE = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"long": 4}}

@@ -10,7 +10,9 @@ from safetensors.numpy import save_file
 
 from tests.helpers.checkpoint_files import DATA, archive, entries, refusal, tensor
 from varjax.convert.pth.allowed import STORAGES
-from varjax.convert.state_dicts import read_checkpoint, state_dicts, write_pth
+from varjax.convert.pth.read import read_checkpoint
+from varjax.convert.pth.write import write_pth
+from varjax.convert.state_dicts import find_state_dicts
 
 RNG = np.random.default_rng(0)
 
@@ -140,16 +142,16 @@ def test_a_damaged_safetensors_file_is_named_once(tmp_path):
 def test_state_dicts_are_found_and_their_prefixes_removed():
     x, y = np.zeros(2), np.ones(3)
     trainer = {"config": {}, "var_wo_ddp": {"_orig_mod.a": x}, "vae_local": {"b": y}, "var_opt": {}}
-    official = state_dicts({"epoch": 1, "trainer": trainer, "args": {}})
-    assert official["var"]["a"] is x and official["vae"]["b"] is y and len(official) == 2
+    official = find_state_dicts({"epoch": 1, "trainer": trainer, "args": {}})
+    assert official["var"]["a"] is x and official["tokenizer"]["b"] is y and len(official) == 2
     names = {"module._orig_mod.a.module.weight": x, "enc._orig_mod.b": y}
     for checkpoint in (names, {"state_dict": names}, {"model": names, "epoch": 3}):
-        assert list(state_dicts(checkpoint)[""]) == ["a.module.weight", "enc.b"]
+        assert list(find_state_dicts(checkpoint)[""]) == ["a.module.weight", "enc.b"]
     with pytest.raises(ValueError, match=r"1 of 2 entries are no arrays: \['epoch'\]"):
-        state_dicts({"a": x, "epoch": 3})
+        find_state_dicts({"a": x, "epoch": 3})
     with pytest.raises(ValueError, match="differ only in"):
-        state_dicts({"module.a": x, "a": y})
+        find_state_dicts({"module.a": x, "a": y})
     with pytest.raises(ValueError, match="holds a list"):
-        state_dicts([x])
+        find_state_dicts([x])
     with pytest.raises(ValueError, match="no weights"):
-        state_dicts({})
+        find_state_dicts({})

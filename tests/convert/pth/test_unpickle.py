@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.checkpoint_files import DATA, archive, entries, plain, refusal, stored, tensor
-from varjax.convert.state_dicts import read_checkpoint
+from varjax.convert.pth.read import read_checkpoint
 
 RNG = np.random.default_rng(0)
 

@@ -1,4 +1,4 @@
-"""What a PyTorch checkpoint may name, and what each name means here: numbers and plain data."""
+"""The names that a PyTorch checkpoint may use, and their meaning here: arrays and plain data."""
 
 import dataclasses
 import math
@@ -43,18 +43,31 @@ REFUSED = (
 
 @dataclasses.dataclass(frozen=True)
 class Storage:
-    """The bytes behind one or more tensors (1-D uint8, usually a memory map) and their type."""
+    """Holds the bytes behind one or more tensors.
+
+    Attributes:
+        data: 1-D uint8, usually a memory map.
+        dtype: type of the elements.
+    """
 
     data: np.ndarray
     dtype: np.dtype
 
 
-def view(
+def strided_view(
     data: np.ndarray, dtype: np.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> np.ndarray:
-    """The array at `offset` in `data` (bytes); offset and stride count elements.
+    """Views part of a storage as an array.
 
-    Raises InputError if an element would lie outside `data`.
+    Args:
+        data: the storage, 1-D uint8.
+        dtype: type of the elements.
+        offset: of the first element, in elements.
+        size: shape of the array.
+        stride: distance between neighbours along each axis, in elements.
+
+    Raises:
+        InputError: an element would lie outside `data`, or the numbers are not plausible.
     """
     numbers = (offset, *size, *stride)
     if any(type(n) is not int or not 0 <= n < 2**48 for n in numbers) or len(size) != len(stride):
@@ -80,8 +93,8 @@ def view(
     return np.ndarray(size, dtype, data, offset * dtype.itemsize, steps)
 
 
-def checked_key(key: Any) -> Any:
-    """`key`, if it may be a key of a dict or an item of a set; ValueError otherwise."""
+def check_key(key: Any) -> Any:
+    """Returns `key`; raises InputError if a dict or set of a checkpoint has no such keys."""
     # Hashing nested tuples can take exponential time, and no checkpoint is keyed by them.
     if not isinstance(key, str | int | float | bytes | None):
         raise InputError(f"its pickle has a key of type {type(key).__name__}; {REFUSED}")
@@ -109,7 +122,7 @@ def _rebuild_tensor_v3(
         )
     if not isinstance(dtype, np.dtype):
         raise TypeError(f"a tensor of type {short(dtype)}")
-    return view(storage.data, dtype, offset, tuple(size), tuple(stride))
+    return strided_view(storage.data, dtype, offset, tuple(size), tuple(stride))
 
 
 def _rebuild_parameter(tensor, _grad, _hooks, _state=None) -> np.ndarray:
@@ -117,7 +130,7 @@ def _rebuild_parameter(tensor, _grad, _hooks, _state=None) -> np.ndarray:
 
 
 def _ordered_dict(items=()) -> dict:
-    return {checked_key(key): value for key, value in items}
+    return {check_key(key): value for key, value in items}
 
 
 def _size(dimensions) -> tuple:
@@ -129,7 +142,7 @@ def _device(kind, index=None) -> str:
 
 
 def _set(items=()) -> set:
-    return set(map(checked_key, items))
+    return set(map(check_key, items))
 
 
 def _encode(text, encoding) -> bytes:

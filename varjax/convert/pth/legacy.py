@@ -1,11 +1,11 @@
-"""Checkpoints of PyTorch before 1.6: a few pickles in a row, then the numbers of every storage."""
+"""Reads checkpoints of PyTorch before 1.6: a few pickles in a row, then the bytes of storages."""
 
 from typing import Any
 
 import numpy as np
 
 from varjax.convert.pth.allowed import Storage
-from varjax.convert.pth.unpickle import extent, unpickle
+from varjax.convert.pth.unpickle import pickle_size, unpickle
 from varjax.core.errors import InputError
 
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how each such file starts
@@ -14,16 +14,24 @@ CUT = "the file is cut short or damaged; download it again"
 
 
 def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
-    """What the bytes of such a file hold, as `unpickle` gives it, the tensors views of `file`.
+    """Reads such a file.
 
-    Raises InputError for what is damaged or holds anything but tensors and plain data.
+    Args:
+        file: its bytes, 1-D uint8, usually a memory map.
+        max_pickle_bytes: size that no pickle in it may have.
+
+    Returns:
+        Its content, as `unpickle` gives it; the tensors are views of `file`.
+
+    Raises:
+        InputError: it is damaged, or holds anything but tensors and plain data.
     """
     position = len(MAGIC)
 
     def next_pickle() -> bytes:
         nonlocal position
         window = file[position : position + max_pickle_bytes].tobytes()
-        size = extent(window)
+        size = pickle_size(window)
         position += size
         return window[:size]
 

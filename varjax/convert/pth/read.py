@@ -1,4 +1,4 @@
-"""Read PyTorch (.pth, .pt, .ckpt) and .safetensors files as memory-mapped NumPy arrays."""
+"""Reads PyTorch (.pth, .pt, .ckpt) and .safetensors files as memory-mapped NumPy arrays."""
 
 import functools
 import os
@@ -37,14 +37,18 @@ NOT_WEIGHTS = {  # first bytes -> what the file is and what to do
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """What the checkpoint holds: nested dicts, lists, ... with tensors as NumPy arrays.
+    """Reads a checkpoint in any of PyTorch's formats or in .safetensors, told by its content.
 
-    The format is told from the content. Arrays are read-only views of one memory map (unless a zip
-    member is compressed), so nothing is read before it is used; strides and sharing are kept.
     Nothing in the file is ever executed.
 
-    Raises InputError naming the file if it is missing, damaged, no checkpoint, or holds anything
-    but tensors and plain data.
+    Returns:
+        Nested dicts, lists, … with tensors as NumPy arrays: read-only views of one memory map
+        (unless a zip member is compressed), so that nothing is read before it is used. Strides and
+        sharing are kept.
+
+    Raises:
+        InputError: names the file that is missing, damaged, no checkpoint, or holds anything but
+            tensors and plain data.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,7 +56,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"{path}: {problem}")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: is empty; {AGAIN}")
-    file = np.memmap(path, np.uint8, "r")
+    try:
+        file = np.memmap(path, np.uint8, "r")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
     head = file[:512].tobytes()
     header_bytes = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and header_bytes <= safetensors_io.MAX_HEADER_BYTES:

@@ -1,4 +1,4 @@
-"""The pickle inside a PyTorch checkpoint, read by a machine that can only build data.
+"""Reads the pickle inside a PyTorch checkpoint by a machine that can only build data.
 
 Python's unpickler calls whatever a file names. This one walks the opcodes itself: a name means what
 `ALLOWED` says and nothing else, so a file can at most produce a wrong array, and no file can reach
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from varjax.convert.pth.allowed import ALLOWED, REFUSED, Storage, checked_key
+from varjax.convert.pth.allowed import ALLOWED, REFUSED, Storage, check_key
 from varjax.core.errors import InputError
 
 LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -26,11 +26,18 @@ VALUES = frozenset(
 
 
 def unpickle(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage]) -> Any:
-    """The object in `pickle`; its tensors are read-only NumPy views of what `storage` returns.
+    """Builds the object that a pickle describes, executing nothing.
 
-    storage: from (element type, key, number of elements) to the storage of that key.
-    OrderedDict becomes dict, torch.Size tuple, torch.device str and torch.dtype np.dtype.
-    Raises InputError for anything that is not on the allow-list, and for a damaged pickle.
+    Args:
+        pickle: its bytes.
+        storage: (element type, key, number of elements) -> the storage of that key.
+
+    Returns:
+        Plain data, with tensors as read-only NumPy views of what `storage` returned. OrderedDict
+        becomes dict, torch.Size tuple, torch.device str and torch.dtype np.dtype.
+
+    Raises:
+        InputError: it asks for anything that is not on the allow-list, or is damaged.
     """
     try:
         return _run(_opcodes(pickle), storage)
@@ -39,9 +46,9 @@ def unpickle(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage]) ->
         raise InputError(f"its pickle is damaged ({error!r}); download or save it again") from error
 
 
-def extent(pickle: bytes) -> int:
-    """The number of bytes of the pickle that `pickle` starts with; ValueError if it is damaged."""
-    return max(position for _, _, position in _opcodes(pickle)) + 1
+def pickle_size(data: bytes) -> int:
+    """Counts the bytes of the pickle at the start of `data`; raises InputError if it is damaged."""
+    return max(position for _, _, position in _opcodes(data)) + 1
 
 
 def _opcodes(pickle: bytes) -> Iterator[tuple[str, Any, int]]:
@@ -139,7 +146,7 @@ def _storage(reference: Any, storage: Callable[[np.dtype, str, int], Storage]) -
 
 def _add_items(target: Any, items: list[Any]) -> None:
     if isinstance(target, set):
-        target.update(map(checked_key, items))
+        target.update(map(check_key, items))
     elif isinstance(target, list):
         target.extend(items)
     else:
@@ -149,11 +156,11 @@ def _add_items(target: Any, items: list[Any]) -> None:
 def _set_items(target: Any, items: list[Any]) -> None:
     if not isinstance(target, dict):
         raise TypeError(f"items set in a {type(target).__name__}")
-    target.update(zip(map(checked_key, items[::2]), items[1::2], strict=True))
+    target.update(zip(map(check_key, items[::2]), items[1::2], strict=True))
 
 
 def _check_state(target: Any, state: Any) -> None:
-    """State never changes anything: OrderedDict's is module versions, dtype's the byte order."""
+    """Refuses state that would change anything; OrderedDict's is versions, dtype's a byte order."""
     if isinstance(target, np.dtype):
         if state[1] not in ("<", "|"):
             raise InputError("it holds big-endian numbers; save it on a little-endian machine")

@@ -1,4 +1,4 @@
-"""Write weights as a file that `torch.load` reads, without PyTorch."""
+"""Writes weights as a file that `torch.load` reads, without PyTorch."""
 
 import math
 import os
@@ -10,22 +10,30 @@ from pathlib import Path
 import numpy as np
 
 from varjax.convert.pth.allowed import STORAGES
+from varjax.core import files
 from varjax.core.errors import InputError
 from varjax.core.safetensors_io import Tensor
 
 ALIGNMENT = 64  # as torch.save does, so that a memory map of the file has aligned tensors
 ZIP64_BYTES = 2**30  # members above this get 64-bit sizes, well before zip's limit of 2**32
 ZIP64_FIELD = 20  # what zipfile then appends to the local header
-CLASS = {dtype: name for name, dtype in STORAGES.items()}
+STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
 
 def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) -> None:
-    """Write `state_dict` to `path`, where `torch.load(path, weights_only=True)` gives it back.
+    """Writes a state dict such that `torch.load(path, weights_only=True)` reads it.
 
-    The file appears complete or not at all. Arrays are copied one at a time; they may be lazy.
-    Raises InputError for a name that is no string, a type PyTorch's classic tensors lack, or a
-    missing folder.
+    The file appears complete or not at all, with one array in memory at a time.
+
+    Args:
+        path: the file, in a folder that exists.
+        state_dict: arrays by name, lazy or not.
+
+    Raises:
+        InputError: a name is no string, PyTorch's classic tensors lack a type, or the folder is
+            missing.
+        StorageError: the file cannot be written.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -33,29 +41,23 @@ def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) ->
     for name, x in state_dict.items():
         if not isinstance(name, str):
             raise InputError(f"{path}: the name {name!r} is a {type(name).__name__}, not a string")
-        if np.dtype(x.dtype) not in CLASS:
-            allowed = ", ".join(dtype.name for dtype in CLASS)
+        if np.dtype(x.dtype) not in STORAGE_NAMES:
+            allowed = ", ".join(dtype.name for dtype in STORAGE_NAMES)
             raise InputError(f"{path}: {name} has type {x.dtype}; convert it to one of {allowed}")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                _write(archive, file, "data.pkl", _pickle(state_dict))
-                _write(archive, file, "byteorder", b"little")
-                for index, x in enumerate(state_dict.values()):
-                    # Not named here, so that the last tensor is gone before the next one comes.
-                    _write(archive, file, f"data/{index}", _bytes(x))
-                _write(archive, file, "version", b"3\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with files.atomic_path(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        _write(archive, "data.pkl", _pickle(state_dict))
+        _write(archive, "byteorder", b"little")
+        for index, x in enumerate(state_dict.values()):
+            # Not named here, so that the last tensor is gone before the next one comes.
+            _write(archive, f"data/{index}", _bytes(x))
+        _write(archive, "version", b"3\n")
 
 
-def _write(archive: zipfile.ZipFile, file, name: str, content: bytes | memoryview) -> None:
+def _write(archive: zipfile.ZipFile, name: str, content: bytes | memoryview) -> None:
     member = zipfile.ZipInfo(f"archive/{name}")  # dated 1980, so equal weights give equal files
     zip64 = len(content) > ZIP64_BYTES
+    file = archive.fp
+    assert file is not None
     before = file.tell() + 30 + len(member.filename) + 4 + ZIP64_FIELD * zip64
     padding = -before % ALIGNMENT
     member.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
@@ -79,7 +81,7 @@ def _pickle(state_dict: Mapping[str, Tensor]) -> bytes:
 
 def _tensor(index: int, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
     strides = (math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-    kind = f"ctorch\n{CLASS[dtype]}\n".encode()
+    kind = f"ctorch\n{STORAGE_NAMES[dtype]}\n".encode()
     count = math.prod(shape)
     storage = _tuple(_text("storage"), kind, _text(str(index)), _text("cpu"), _int(count)) + b"Q"
     size, stride = _tuple(*map(_int, shape)), _tuple(*map(_int, strides))

@@ -1,0 +1,160 @@
+"""Published models by name, with a stand-in for the Hugging Face Hub."""
+
+import multiprocessing
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import varjax
+from tests.golden import weights
+from tests.helpers import golden_cases as golden
+from varjax.convert import pretrained
+from varjax.convert.apply_map import official_buffers
+from varjax.convert.name_maps.name_map import Release
+from varjax.convert.pth.write import write_pth
+from varjax.core.errors import InputError
+from varjax.families import read_model
+from varjax.tokenizers.load import read_tokenizer
+
+RELEASE = Release("someone/models", {"tokenizer": "vae.pth", "var": "tiny.pth"})
+
+
+class Hub:
+    """Serves files of a folder as huggingface_hub does, and counts how often it is asked."""
+
+    def __init__(self, folder):
+        self.folder, self.asked, self.broken = folder, [], False
+
+    def hf_hub_download(self, repo, name, revision):
+        self.asked.append((repo, name, revision))
+        if self.broken:
+            raise ConnectionError("no route\nto host")
+        return str(self.folder / name)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repository")
+    tokenizer, var = golden.configs("base")
+    write_pth(folder / "vae.pth", weights.state_dict("base", "vae"))
+    write_pth(folder / "tiny.pth", weights.state_dict("base", "var") | official_buffers(var))
+    return folder
+
+
+@pytest.fixture
+def hub(repository, tmp_path, monkeypatch):
+    """The stand-in, with one published model "tiny", an empty cache and an empty working folder."""
+    hub = Hub(repository)
+    library = types.SimpleNamespace(hf_hub_download=hub.hf_hub_download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", library)
+    monkeypatch.setitem(pretrained.RELEASES, "tiny", RELEASE)
+    monkeypatch.setenv("VARJAX_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return hub
+
+
+def test_the_first_use_downloads_and_converts_and_later_ones_are_offline(hub, tmp_path):
+    _, config, params, _ = read_model("tiny")
+    assert config == golden.configs("base")[1]
+    np.testing.assert_array_equal(params["head"]["bias"], golden.var_params("base")["head"]["bias"])
+    assert hub.asked == [("someone/models", name, "main") for name in ("vae.pth", "tiny.pth")]
+    hub.broken = True
+    assert read_tokenizer("tiny")[0] == varjax.load_tokenizer("tiny").config
+    model = varjax.load("tiny")
+    assert (model.tokenizer, model.var) == golden.configs("base")
+    assert len(hub.asked) == 2
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["tiny"]
+
+
+def test_a_local_path_of_that_name_wins(hub, tmp_path):
+    read_model("tiny")
+    shutil.copytree(tmp_path / "cache/tiny", "tiny")
+    shutil.rmtree(tmp_path / "cache")
+    assert read_model("tiny")[1] == golden.configs("base")[1]
+    assert len(hub.asked) == 2 and not (tmp_path / "cache").exists()
+
+
+def test_a_conversion_that_fails_leaves_nothing_and_can_be_repeated(hub, tmp_path, monkeypatch):
+    def fill_up(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("varjax.core.safetensors_io.write_safetensors", fill_up)
+        with pytest.raises(InputError, match="cache/tiny could not be written: No space left"):
+            varjax.load("tiny")
+    assert list((tmp_path / "cache").iterdir()) == []
+    read_model("tiny")
+
+
+def test_without_network_or_library_the_files_and_the_command_are_named(hub, tmp_path, monkeypatch):
+    command = (
+        "python -m varjax.convert --tokenizer=vae.pth --var=tiny.pth "
+        f"--out={tmp_path / 'cache/tiny'}"
+    )
+    hub.broken = True
+    with pytest.raises(InputError) as error:
+        varjax.load("tiny")
+    text = str(error.value)
+    assert "ConnectionError: no route" in text and "to host" not in text
+    assert "get vae.pth and tiny.pth from https://huggingface.co/someone/models" in text
+    assert text.endswith(command)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(InputError) as error:
+        varjax.load_tokenizer("tiny")
+    text = str(error.value)
+    assert "pip install huggingface_hub" in text and text.endswith(command)
+
+
+def test_names_and_paths_that_are_not_there(hub):
+    for location in ("var_d17", "runs/tiny"):
+        with pytest.raises(InputError, match="does not exist; give a run's directory, .* var_d16"):
+            varjax.load(location)
+    assert not hub.asked
+
+
+def test_all_released_models_have_a_name():
+    assert set(pretrained.RELEASES) == {
+        "vae_ch160v4096z32",
+        *(f"var_d{depth}" for depth in (16, 20, 24, 30, 36)),
+    }
+    for name, release in pretrained.RELEASES.items():
+        assert release.repo == "FoundationVision/var" and f"{name}.pth" in release.files.values()
+        assert release.files["tokenizer"] == "vae_ch160v4096z32.pth"
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
+    for name in ("VARJAX_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert pretrained.cache_folder() == tmp_path / ".cache/varjax"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert pretrained.cache_folder() == tmp_path / "xdg/varjax"
+    monkeypatch.setenv("VARJAX_CACHE", "~/own")
+    assert pretrained.cache_folder() == tmp_path / "own"
+
+
+def resolve_in_another_process(hub, started, queue):
+    library = types.SimpleNamespace(hf_hub_download=hub.hf_hub_download)
+    sys.modules["huggingface_hub"] = library  # type: ignore
+    pretrained.RELEASES["tiny"] = RELEASE  # type: ignore
+    started.wait()
+    pretrained.resolve_weights("tiny")
+    queue.put(len(hub.asked))
+
+
+def test_of_several_processes_one_converts_and_the_others_wait(hub):
+    context = multiprocessing.get_context("spawn")
+    started, queue = context.Barrier(2), context.Queue()
+    arguments = (hub, started, queue)
+    processes = [
+        context.Process(target=resolve_in_another_process, args=arguments) for _ in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert sorted(queue.get(timeout=9) for _ in processes) == [0, 2]

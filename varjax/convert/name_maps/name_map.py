@@ -1,0 +1,96 @@
+"""The record of one kind of official model, and helpers for telling its sizes from its tensors."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from varjax.convert.name_maps.link import Link
+from varjax.core.errors import InputError
+
+Tensors = Mapping[str, np.ndarray]  # official tensors by name
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvertOptions:
+    """Tells what tensors cannot; None means as the tensors say, else as in the official models.
+
+    Attributes:
+        scales: side length or (h, w) of each token map, coarse to fine.
+        heads: attention heads of a transformer without cosine attention.
+        groups: groups of a tokenizer's group norms.
+        phi_ratio: weight in [0, 1] of the φ convolutions against the identity.
+        cosine_codes: whether a tokenizer looks up codes by angle instead of by distance.
+    """
+
+    scales: tuple[int | tuple[int, int], ...] | None = None
+    heads: int | None = None
+    groups: int = 32
+    phi_ratio: float = 0.5
+    cosine_codes: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """Names published checkpoints that together make one directory of weights.
+
+    Attributes:
+        repo: repository on the Hugging Face Hub.
+        files: file there, by the part it is: {"tokenizer": "vae.pth", "var": "var_d16.pth"}.
+    """
+
+    repo: str
+    files: Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class NameMap:
+    """Describes one kind of official model: how to tell it, its sizes and its tensors' places.
+
+    Attributes:
+        part: its place in a directory of weights, which its file and flag are called after:
+            "tokenizer", or the name of the family.
+        description: for messages, with article: "a transformer (VAR)".
+        known_by: a tensor that tells it from the kinds before it in NAME_MAPS.
+        config: class of its config, which has `init(key)`.
+        infer: (official tensors, options) -> config; raises InputError for tensors that are missing
+            or contradict each other.
+        table: config -> one link for every official tensor that is no buffer.
+        buffers: config -> the buffers, tensors that official modules derive from their sizes.
+        buffer_names: last parts of the buffers' names, by which they are left out on reading.
+        trainer_key: where the official trainer's checkpoints hold it, or None.
+        tokenizer_options: (config, options) -> options for its tokenizer, which it knows more of.
+        check_fit: (tokenizer config, config) -> None; raises InputError where it cannot read that
+            tokenizer's latents. None for a tokenizer.
+        releases: published models by the name that `varjax.load` takes.
+    """
+
+    part: str
+    description: str
+    known_by: str
+    config: type
+    infer: Callable[[Tensors, ConvertOptions], Any]
+    table: Callable[[Any], list[Link]]
+    buffers: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
+    buffer_names: tuple[str, ...] = ()
+    trainer_key: str | None = None
+    tokenizer_options: Callable[[Any, ConvertOptions], ConvertOptions] = lambda config, o: o
+    check_fit: Callable[[Any, Any], None] | None = None
+    releases: Mapping[str, Release] = dataclasses.field(default_factory=dict)
+
+
+def tensor_shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
+    """Returns the shape of a tensor; raises InputError if it is missing or has not `ndim` axes."""
+    if name not in tensors:
+        raise InputError(f"{name} is missing, so the model's sizes cannot be told")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != ndim:
+        raise InputError(f"{name} has shape {shape}, but must have {ndim} dimensions")
+    return shape
+
+
+def count_numbers(names: Iterable[str], pattern: str) -> int:
+    """Counts the different numbers that the group of `pattern` takes at the start of names."""
+    return len({match[1] for name in names if (match := re.match(pattern, name))})

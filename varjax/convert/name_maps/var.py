@@ -1,0 +1,140 @@
+"""The official transformer (`VAR` of FoundationVision/VAR) and ours."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from varjax.convert.name_maps.link import Link, linear_links
+from varjax.convert.name_maps.name_map import (
+    ConvertOptions,
+    NameMap,
+    Release,
+    Tensors,
+    count_numbers,
+    tensor_shape,
+)
+from varjax.convert.name_maps.vq import REPO, TOKENIZER_FILE
+from varjax.core.errors import InputError
+from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024, Pyramid, Scale
+from varjax.var.model import VARConfig, check_fit
+
+HEAD_SIZE = 64  # of every official transformer
+RELEASED_DEPTHS = (16, 20, 24, 30, 36)  # for 256 pixels, the last for 512
+
+
+def infer_var(tensors: Tensors, options: ConvertOptions) -> VARConfig:
+    """Infers the config of an official `VAR`.
+
+    Raises InputError for tensors that are missing or contradict each other or `options`.
+    """
+    width, code_channels = tensor_shape(tensors, "word_embed.weight", 2)
+    scale_mul = tensors.get("blocks.0.attn.scale_mul_1H11")
+    heads = None if scale_mul is None else scale_mul.size
+    if heads and options.heads not in (None, heads):
+        raise InputError(f"heads={options.heads}, but the tensors have {heads}; leave --heads out")
+    heads = heads or options.heads or width // HEAD_SIZE
+    if not heads or width % heads:
+        raise InputError(f"a width of {width} does not tell the number of heads; give --heads")
+    return VARConfig(
+        depth=count_numbers(tensors, r"blocks\.(\d+)\."),
+        width=width,
+        heads=heads,
+        classes=tensor_shape(tensors, "class_emb.weight", 2)[0] - 1,
+        scales=_infer_scales(tensors, options.scales),
+        vocab=tensor_shape(tensors, "head.weight", 2)[0],
+        code_channels=code_channels,
+        shared_adaln="shared_ada_lin.1.weight" in tensors,
+        cosine_attention=scale_mul is not None,
+    )
+
+
+def var_table(config: VARConfig) -> list[Link]:
+    """Lists all tensors of the official `VAR` but its buffers."""
+    links = [
+        Link("pos_start", ("pos_start",), ones=(0,)),
+        Link("pos_1LC", ("pos_embed",), ones=(0,)),
+        Link("class_emb.weight", ("class_embed",)),
+        Link("lvl_embed.weight", ("level_embed",)),
+        *linear_links("word_embed", "word"),
+        *linear_links("head_nm.ada_lin.1", "head_ada"),
+        *linear_links("head", "head"),
+    ]
+    if config.shared_adaln:
+        links += linear_links("shared_ada_lin.1", "shared_ada")
+    for i in range(config.depth):
+        official, ours = f"blocks.{i}", "blocks"
+        qkv = tuple(f"{ours}/attn/{name}/kernel" for name in "qkv")
+        links.append(Link(f"{official}.attn.mat_qkv.weight", qkv, "linear", i))
+        for name in "qv":
+            links.append(
+                Link(f"{official}.attn.{name}_bias", (f"{ours}/attn/{name}/bias",), index=i)
+            )
+        if config.cosine_attention:
+            scale = f"{ours}/attn/log_scale"
+            links.append(Link(f"{official}.attn.scale_mul_1H11", (scale,), index=i, ones=(0, 2, 3)))
+        links += linear_links(f"{official}.attn.proj", f"{ours}/attn/proj", i)
+        links += linear_links(f"{official}.ffn.fc1", f"{ours}/mlp/up", i)
+        links += linear_links(f"{official}.ffn.fc2", f"{ours}/mlp/down", i)
+        if config.shared_adaln:
+            table = f"{ours}/adaln/table"
+            links.append(Link(f"{official}.ada_gss", (table,), index=i, ones=(0, 1)))
+        else:
+            links += linear_links(f"{official}.ada_lin.1", f"{ours}/adaln/linear", i)
+    return links
+
+
+def var_buffers(config: VARConfig) -> dict[str, np.ndarray]:
+    """Returns the buffers of an official `VAR` of these sizes."""
+    bias_LL = np.where(config.pyramid.mask_LL, np.float32(0), np.float32(-np.inf))
+    zeros = {
+        f"blocks.{i}.attn.zero_k_bias": np.zeros(config.width, np.float32)
+        for i in range(config.depth)
+    }
+    return {
+        "lvl_1L": config.pyramid.level_L[None].astype(np.int64),
+        "attn_bias_for_masking": bias_LL[None, None],
+        **zeros,
+    }
+
+
+def _infer_scales(tensors: Tensors, chosen: tuple[Scale, ...] | None) -> tuple[Scale, ...]:
+    _, length, _ = tensor_shape(tensors, "pos_1LC", 3)
+    count, _ = tensor_shape(tensors, "lvl_embed.weight", 2)
+    level_1L = tensors.get("lvl_1L")
+    if level_1L is not None:
+        counts = np.bincount(np.asarray(level_1L, np.int64).ravel()).tolist()
+        found = tuple(math.isqrt(n) for n in counts)
+        if chosen is None and [side**2 for side in found] != counts:
+            raise InputError(f"its scales of {counts} tokens are not square; give --scales")
+        if chosen and list(Pyramid(chosen).lengths) != counts:
+            raise InputError(f"scales are {chosen}, but its scales have {counts} tokens")
+        return chosen or found
+    for scales in [chosen] if chosen else [SCALES_256, SCALES_512, SCALES_1024]:
+        pyramid = Pyramid(scales)
+        if (len(pyramid), pyramid.length) == (count, length):
+            return scales
+    raise InputError(
+        f"it has {count} scales of {length} tokens together, "
+        + (f"which is not {chosen}; " if chosen else "and no lvl_1L to tell their sizes; ")
+        + "give the right --scales"
+    )
+
+
+VAR = NameMap(
+    part="var",
+    description="a transformer (VAR)",
+    known_by="word_embed.weight",
+    config=VARConfig,
+    infer=infer_var,
+    table=var_table,
+    buffers=var_buffers,
+    buffer_names=("lvl_1L", "attn_bias_for_masking", "zero_k_bias"),
+    trainer_key="var_wo_ddp",
+    tokenizer_options=lambda config, o: dataclasses.replace(o, scales=config.scales),
+    check_fit=check_fit,
+    releases={
+        f"var_d{depth}": Release(REPO, {"tokenizer": TOKENIZER_FILE, "var": f"var_d{depth}.pth"})
+        for depth in RELEASED_DEPTHS
+    },
+)

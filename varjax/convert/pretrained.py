@@ -1,0 +1,109 @@
+"""Published models by name: downloaded and converted at the first use, kept in a cache folder.
+
+    directory = resolve_weights("var_d16")  # ~/.cache/varjax/var_d16
+
+The names are the `releases` of `varjax.convert.name_maps`. The cache folder is $VARJAX_CACHE, else
+varjax in $XDG_CACHE_HOME or ~/.cache. A folder in it appears whole or not at all.
+"""
+
+import os
+import pathlib
+import shlex
+import sys
+
+from varjax.convert.from_torch import convert
+from varjax.convert.name_maps import NAME_MAPS
+from varjax.convert.name_maps.name_map import ConvertOptions
+from varjax.core import files
+from varjax.core.errors import InputError
+
+RELEASES = {name: release for kind in NAME_MAPS for name, release in kind.releases.items()}
+
+
+def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
+    """Finds weights: a path that exists, else the published model of that name.
+
+    Several processes may ask at once: the first one downloads and converts, the others wait for it.
+    No collective operation is used, for processes of one machine share a cache, others may not.
+
+    Args:
+        location: a path or a name of RELEASES. A path that is neither comes back as it is, for its
+            reader knows best what should have been there.
+
+    Raises:
+        InputError: the model could not be downloaded, converted or stored; names the files and the
+            command that does it by hand.
+    """
+    path = pathlib.Path(location)
+    if path.exists() or str(location) not in RELEASES:
+        return path
+    directory = cache_folder() / path
+    if directory.exists():
+        return directory
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{directory.parent} cannot be written ({error}); set VARJAX_CACHE to another folder"
+        ) from error
+    with files.lock_folder(directory.parent, wait=True):
+        if not directory.exists():
+            _fetch(str(location), directory)
+    return directory
+
+
+def cache_folder() -> pathlib.Path:
+    """Returns the folder that keeps converted models; it need not exist."""
+    if chosen := os.environ.get("VARJAX_CACHE"):
+        return pathlib.Path(chosen).expanduser()
+    general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(general).expanduser() / "varjax"
+
+
+def download(repo: str, name: str, revision: str = "main") -> pathlib.Path:
+    """Downloads a file of the Hugging Face Hub, unless the Hub's own cache has it already.
+
+    Args:
+        repo: such as "FoundationVision/var".
+        name: of the file in it.
+        revision: a branch, a tag, or, to get the same file forever, a commit.
+
+    Returns:
+        The local copy, which belongs to huggingface_hub.
+
+    Raises:
+        InputError: says what to do without the library, the network, the repository or the file.
+    """
+    page = f"https://huggingface.co/{repo}"
+    try:
+        # Only those who download need it.
+        from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise InputError(
+            f"downloading {name} needs huggingface_hub: pip install huggingface_hub, "
+            f"or download it by hand from {page}"
+        ) from error
+    try:
+        return pathlib.Path(hf_hub_download(repo, name, revision=revision))
+    except Exception as error:  # also those of whichever HTTP library it is built on
+        raise InputError(
+            f"{name} could not be downloaded from {page} at revision {revision} "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
+            "check the names and the network, or download it by hand"
+        ) from error
+
+
+def _fetch(name: str, directory: pathlib.Path) -> None:
+    """Downloads and converts a published model into `directory`."""
+    release = RELEASES[name]
+    print(f"{name}: from https://huggingface.co/{release.repo} to {directory}", file=sys.stderr)
+    try:
+        sources = {part: download(release.repo, file) for part, file in release.files.items()}
+    except InputError as error:
+        flags = " ".join(f"--{part}={file}" for part, file in release.files.items())
+        raise InputError(
+            f"{name} is no local path and is not in {directory.parent}, and {error}. By hand: get "
+            f"{' and '.join(release.files.values())} from https://huggingface.co/{release.repo}, "
+            f"then\n  python -m varjax.convert {flags} --out={shlex.quote(str(directory))}"
+        ) from error
+    convert(directory, ConvertOptions(), **sources)
