@@ -6,8 +6,8 @@
 
 An array's name ends in its shape, in the same letters throughout: B batch, N items, L tokens of
 all scales, l tokens of one scale, K scales, C width or channels, A attention heads, D head size,
-S stacked layers, V vocabulary, Z latent channels, h w token map, H W image height and width,
-P φ convolutions, E any wider layer. A digit is that length.
+S stacked layers, U augmentations, V vocabulary, Z latent channels, h w token map, H W image height
+and width, P φ convolutions, E any wider layer. A digit is that length.
 """
 
 import importlib

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varjax.data.decoding import BrokenImage, decode_image
+from varjax.data.decoding import BrokenImage, decode_file
 
 GRAY_HW = np.linspace(0, 255, 12, dtype=np.uint8).reshape(3, 4)
 RGB_HWC = np.stack([GRAY_HW, 255 - GRAY_HW, GRAY_HW // 2], axis=-1)
@@ -20,7 +20,7 @@ def encoded(picture, format="png", **options):
 
 def test_every_kind_of_image_becomes_rgb():
     def rgb(picture, format="png", **options):
-        image_HWC = decode_image(encoded(picture, format, **options), name="x")
+        image_HWC = decode_file(encoded(picture, format, **options), name="x")
         assert image_HWC.dtype == np.uint8 and image_HWC.shape == (3, 4, 3)
         return image_HWC.astype(int)
 
@@ -62,18 +62,18 @@ def test_photographs_stand_upright(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(np.ascontiguousarray(stored_HW)), exif=exif)
-    assert np.array_equal(decode_image(data, 1, "x")[..., 0], GRAY_HW)
+    assert np.array_equal(decode_file(data, 1, "x")[..., 0], GRAY_HW)
 
 
 def test_gray_and_alpha_are_given_where_they_are_asked_for():
     clear = PLAIN.copy()
     clear.putalpha(77)
     assert np.array_equal(
-        decode_image(encoded(PLAIN), 1, "x")[..., 0], np.asarray(PLAIN.convert("L"))
+        decode_file(encoded(PLAIN), 1, "x")[..., 0], np.asarray(PLAIN.convert("L"))
     )
-    four_HWC = decode_image(encoded(clear), 4, "x")
+    four_HWC = decode_file(encoded(clear), 4, "x")
     assert np.array_equal(four_HWC[..., :3], RGB_HWC) and np.all(four_HWC[..., 3] == 77)
-    assert np.all(decode_image(encoded(PLAIN), 4, "x")[..., 3] == 255)
+    assert np.all(decode_file(encoded(PLAIN), 4, "x")[..., 3] == 255)
 
 
 def test_what_is_broken_is_named_with_the_reason(tmp_path):
@@ -90,12 +90,12 @@ def test_what_is_broken_is_named_with_the_reason(tmp_path):
         ("none.jpg", "No such file"),
     ):
         with pytest.raises(BrokenImage, match=reason) as caught:
-            decode_image(tmp_path / name)
+            decode_file(tmp_path / name)
         assert caught.value.name == str(tmp_path / name) and name in str(caught.value)
     with pytest.raises(BrokenImage, match="directory"):
-        decode_image(tmp_path)
+        decode_file(tmp_path)
     with pytest.raises(BrokenImage, match="record 7 cannot be read"):
-        decode_image(b"\x89PNG\r\n\x1a\n but no more", name="record 7")
+        decode_file(b"\x89PNG\r\n\x1a\n but no more", name="record 7")
     copy = pickle.loads(pickle.dumps(caught.value))  # as it comes back from a worker process
     assert (copy.name, copy.reason) == (caught.value.name, caught.value.reason)
     assert "\udcff" not in str(BrokenImage("x", "y")) + str(_error(tmp_path / "\udcff.jpg"))
@@ -104,13 +104,13 @@ def test_what_is_broken_is_named_with_the_reason(tmp_path):
 def test_a_huge_image_is_a_warning_and_a_far_too_huge_one_is_broken(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
     with pytest.warns(Image.DecompressionBombWarning):
-        assert decode_image(encoded(PLAIN), name="x").shape == (3, 4, 3)
+        assert decode_file(encoded(PLAIN), name="x").shape == (3, 4, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
     with pytest.raises(BrokenImage, match="DecompressionBombError"):
-        decode_image(encoded(PLAIN), name="x")
+        decode_file(encoded(PLAIN), name="x")
 
 
 def _error(path):
     with pytest.raises(BrokenImage) as caught:
-        decode_image(path)
+        decode_file(path)
     return caught.value

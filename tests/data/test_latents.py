@@ -3,21 +3,23 @@ import itertools
 import subprocess
 import sys
 
+import chex
+import einops
 import jax
 import numpy as np
 import pytest
 
 from tests.helpers import runs
-from tests.helpers.fake_data import Fake
+from tests.helpers.fake_data import FakeImages
 from tests.helpers.paths import ROOT
 from varjax.core import config_tree, files
 from varjax.data import cache_latents as command
-from varjax.data.cache_latents import tokenize
-from varjax.data.latents import Tokens
-from varjax.data.sources import parse
+from varjax.data.cache_latents import cache_latents
+from varjax.data.latents import CachedLatents
+from varjax.data.sources import parse_dataset
 from varjax.data.sources.digits import Digits
 from varjax.data.sources.noise import Noise
-from varjax.data.workers import Reading
+from varjax.data.workers import ReadOptions
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training import loop
 from varjax.training.experiment import Experiment
@@ -48,16 +50,16 @@ def task(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cache(task, tmp_path_factory):
     out = tmp_path_factory.mktemp("tokens") / "out"
-    said = tokenize(task, DATA, out=str(out), **SETTINGS)
-    assert "is complete: tokens of 2 augmentations of 1442 images, and of 355 held out" in said
+    said = cache_latents(task, DATA, out=str(out), **SETTINGS)
+    assert "is complete: latents of 2 augmentations of 1442 images, and of 355 held out" in said
     return out
 
 
 @pytest.fixture(scope="module")
 def encode(task):
     frozen = task.frozen()
-    tokens = jax.jit(task.tokens)
-    return lambda image_BHWC: np.asarray(tokens(frozen, image_BHWC))
+    encode = jax.jit(task.tokenizer.encode)
+    return lambda image_BHWC: np.asarray(encode(frozen, image_BHWC)["tokens_BL"])
 
 
 def content(out):
@@ -66,7 +68,7 @@ def content(out):
 
 def test_batches_are_those_of_the_images(cache, encode):
     """In the first two epochs; the third one shows the augmentations of the first in new order."""
-    images, tokens = DATA.make(B, seed=3), Tokens(str(cache)).make(B, seed=3)
+    images, tokens = DATA.make(B, seed=3), CachedLatents(str(cache)).make(B, seed=3)
     for number in (0, 13, 14, 27):  # batch 14 crosses the end of the first epoch, 28 of the second
         a, b = images.train_batch(number), tokens.train_batch(number)
         assert b.keys() == {"tokens_BL", "label_B"} and b["tokens_BL"].dtype == np.int32
@@ -84,19 +86,19 @@ def test_batches_are_those_of_the_images(cache, encode):
 
 
 def test_shares_and_worker_processes_read_the_same(cache):
-    whole = Tokens(str(cache)).make(12, 5).train_batch(300)
-    parts = [Tokens(str(cache)).make(12, 5, range(i, i + 3)) for i in range(0, 12, 3)]
+    whole = CachedLatents(str(cache)).make(12, 5).train_batch(300)
+    parts = [CachedLatents(str(cache)).make(12, 5, range(i, i + 3)) for i in range(0, 12, 3)]
     rows = [part.train_batch(300) for part in parts]
-    workers = Tokens(str(cache), Reading(workers=1)).make(12, 5).train_batch(300)
+    workers = CachedLatents(str(cache), ReadOptions(workers=1)).make(12, 5).train_batch(300)
     for name, expected in whole.items():
         np.testing.assert_array_equal(np.concatenate([r[name] for r in rows]), expected)
         np.testing.assert_array_equal(workers[name], expected)
 
 
 def test_files_do_not_depend_on_processes_workers_or_a_kill(cache, task, tmp_path):
-    data = dataclasses.replace(DATA, reading=Reading(threads=1))
+    data = dataclasses.replace(DATA, reading=ReadOptions(threads=1))
     for index in (1, 0):
-        said = tokenize(task, data, out=str(tmp_path / "a"), process=(index, 2), **SETTINGS)
+        said = cache_latents(task, data, out=str(tmp_path / "a"), process=(index, 2), **SETTINGS)
         assert ("2 of 4 files are missing" in said) == (index == 1)
     assert content(tmp_path / "a") == content(cache)
 
@@ -104,18 +106,18 @@ def test_files_do_not_depend_on_processes_workers_or_a_kill(cache, task, tmp_pat
 CHILD = """
 import os, sys
 from tests.helpers import runs
-from varjax.data import token_files, tokens
+from varjax.data import latent_shards
 from tests.data.test_latents import DATA, SETTINGS
-from varjax.data.cache_latents import tokenize
+from varjax.data.cache_latents import cache_latents
 from varjax.var.task import VARTask
-write = token_files.files.write_tensors
+write = latent_shards.files.write_tensors
 def killed(path, *rest):
     if "train-00001" in path.name:
         path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
         os.kill(os.getpid(), 9)
     write(path, *rest)
-token_files.files.write_tensors = killed
-tokenize(VARTask(runs.VAR, runs.TOKENIZER, sys.argv[1]), DATA, out=sys.argv[2], **SETTINGS)
+latent_shards.files.write_tensors = killed
+cache_latents(VARTask(runs.VAR, runs.TOKENIZER, sys.argv[1]), DATA, out=sys.argv[2], **SETTINGS)
 """
 
 
@@ -125,20 +127,20 @@ def test_after_a_kill_the_same_command_goes_on(cache, task, tmp_path, monkeypatc
     assert subprocess.run(arguments, cwd=ROOT, timeout=100, capture_output=True).returncode == -9
     there = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     assert len(there) == 3 and "train-00000-of-00003.safetensors" in there
-    with pytest.raises(ValueError, match="lacks 2 of 3 train files of tokens"):
-        Tokens(str(out)).make(4, 0)
-    tokenize(task, DATA, out=str(out), **SETTINGS)
+    with pytest.raises(ValueError, match="lacks 2 of 3 train files of latents"):
+        CachedLatents(str(out)).make(4, 0)
+    cache_latents(task, DATA, out=str(out), **SETTINGS)
     assert content(out) == content(cache)
     kept = out / "train-00000-of-00003.safetensors"
     assert kept.stat().st_mtime_ns == there[kept.name]
     monkeypatch.setattr(command, "_encoder", lambda *_: pytest.fail("all is done"))
-    assert "is complete" in tokenize(task, DATA, out=str(out), **SETTINGS)
+    assert "is complete" in cache_latents(task, DATA, out=str(out), **SETTINGS)
 
 
 def test_losses_are_those_of_the_images(cache, task):
     params, frozen = drawn(lambda key: task.init(key).params), task.frozen()
     losses = jax.jit(task.token_losses)
-    images, tokens = DATA.make(64, seed=3), Tokens(str(cache)).make(64, seed=3)
+    images, tokens = DATA.make(64, seed=3), CachedLatents(str(cache)).make(64, seed=3)
     expected, found = (losses(params, frozen, data.train_batch(2)) for data in (images, tokens))
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
@@ -149,7 +151,7 @@ def test_losses_are_those_of_the_images(cache, task):
 
 
 def test_a_transformer_trains_on_tokens(cache, task, tmp_path):
-    data = parse(f"tokens:{cache}", 8)
+    data = parse_dataset(f"tokens:{cache}", 8)
     experiment = Experiment(task, data, str(tmp_path), batch_size=64, steps=1)
     assert 0 < loop.train(experiment)["eval/loss"] < 2 * np.log(16)
     described = files.read_json(tmp_path / "data.json")
@@ -158,25 +160,25 @@ def test_a_transformer_trains_on_tokens(cache, task, tmp_path):
 
 
 def test_tokens_of_another_tokenizer_are_refused(cache, task, tmp_path):
-    about = files.read_json(cache / "tokens.json")
+    about = files.read_json(cache / "latents.json")
     about["tokenizer_identity"] |= {"weights": "0" * 64, "phis": 1}
     other = tmp_path / "other"
-    files.write_json(other / "tokens.json", about)
+    files.write_json(other / "latents.json", about)
     for path in cache.glob("*.safetensors"):
         (other / path.name).symlink_to(path)
-    data = Tokens(str(other))
+    data = CachedLatents(str(other))
     with pytest.raises(ValueError, match="(?s)another tokenizer's.*phis: 1 theirs.*weights: 0000"):
         loop.train(Experiment(task, data, str(tmp_path / "run"), batch_size=8, steps=1))
     tokenizer = VQTask(runs.TOKENIZER)
-    with pytest.raises(ValueError, match="VQTask trains on images, but the data are tokens"):
+    with pytest.raises(ValueError, match="VQTask trains on images, but the data are latents"):
         loop.train(Experiment(tokenizer, data, str(tmp_path / "tokenizer"), batch_size=8, steps=1))
 
 
 def test_broken_images_are_broken_tokens(task, tmp_path, capsys):
-    data = Fake(150, (7,), image_shape=(8, 8, 1), reading=Reading())
-    tokenize(task, data, seed=0, batch_size=50, out=str(tmp_path), augmentations=2)
+    data = FakeImages(150, (7,), image_shape=(8, 8, 1), reading=ReadOptions())
+    cache_latents(task, data, seed=0, batch_size=50, out=str(tmp_path), augmentations=2)
     assert capsys.readouterr().err.count("skipped: image_7.jpg") == 2  # of both splits, here equal
-    images, tokens = data.make(50, 0), Tokens(str(tmp_path)).make(50, 0)
+    images, tokens = data.make(50, 0), CachedLatents(str(tmp_path)).make(50, 0)
     for number in range(6):
         expected_B = images.train_batch(number)["label_B"]
         np.testing.assert_array_equal(tokens.train_batch(number)["label_B"], expected_B)
@@ -184,24 +186,92 @@ def test_broken_images_are_broken_tokens(task, tmp_path, capsys):
     assert f"{tmp_path} train[7]" in capsys.readouterr().err
 
 
+@dataclasses.dataclass(frozen=True)
+class FakeKL:
+    """A tokenizer with two arrays of floats, one of which is stored in 16 bits."""
+
+    image_shape: tuple[int, int, int] = (4, 6, 1)
+
+    @property
+    def latent_spec(self):
+        return {
+            "mean_BhwZ": jax.ShapeDtypeStruct((2, 3, 4), np.float16),
+            "std_BhwZ": jax.ShapeDtypeStruct((2, 3, 4), np.float32),
+        }
+
+    def encode(self, params, images_BHWC):
+        x_BhwZ = einops.rearrange(images_BHWC, "B (h p) (w q) C -> B h w (p q C)", p=2, q=2)
+        mean_BhwZ = x_BhwZ.astype(np.float32) * params["scale"]
+        return {"mean_BhwZ": mean_BhwZ, "std_BhwZ": mean_BhwZ + np.float32(0.1)}
+
+
+class FakeKLTask:
+    tokenizer = FakeKL()
+
+    def frozen(self):
+        return {"scale": np.float32(1 / 256)}  # so that 16 bits are exact
+
+    def tokenizer_identity(self, frozen):
+        return {"kind": "KL", "scale": float(frozen["scale"])}
+
+
+def test_latents_may_be_any_arrays(tmp_path, capsys):
+    """They are cached in parts, read, shuffled and resumed as tokens are."""
+    data = FakeImages(150, (7,), image_shape=(4, 6, 1), reading=ReadOptions())
+    task, settings = FakeKLTask(), dict(seed=3, batch_size=40, augmentations=2, shards=4)
+    for index in (1, 0):
+        cache_latents(task, data, out=str(tmp_path / "a"), process=(index, 2), **settings)
+    cache_latents(task, data, out=str(tmp_path / "b"), **settings)
+    assert content(tmp_path / "a") == content(tmp_path / "b")
+    assert files.read_json(tmp_path / "a/latents.json")["latent_spec"] == {
+        "mean_BhwZ": {"shape": [2, 3, 4], "dtype": "float16"},
+        "std_BhwZ": {"shape": [2, 3, 4], "dtype": "float32"},
+    }
+    stored = files.read_tensors(tmp_path / "a/train-00000-of-00004.safetensors")[0]
+    assert stored["mean_NUhwZ"].dtype == np.float16 and stored["std_NUhwZ"].shape[1:] == (
+        2,
+        2,
+        3,
+        4,
+    )
+
+    images = data.make(20, seed=3)
+    latents = CachedLatents(str(tmp_path / "a"), ReadOptions(workers=1)).make(20, seed=3)
+    encode = jax.jit(task.tokenizer.encode)
+    batches = zip(images.train(5), latents.train(5), range(5, 15), strict=False)
+    for image_batch, batch, _ in batches:  # to the end of the second epoch
+        expected = encode(task.frozen(), image_batch["image_BHWC"])
+        chex.assert_trees_all_equal(batch, expected | {"label_B": image_batch["label_B"]})
+        assert batch["mean_BhwZ"].dtype == batch["std_BhwZ"].dtype == np.float32
+    for image_batch, batch in zip(images.held_out(), latents.held_out(), strict=True):
+        valid_B = image_batch["valid_B"]
+        expected = encode(task.frozen(), image_batch["image_BHWC"][valid_B])
+        np.testing.assert_array_equal(batch["valid_B"], valid_B)
+        for name in expected:
+            np.testing.assert_array_equal(batch[name][valid_B], expected[name])
+            assert not batch[name][~valid_B].any()
+    assert latents.tokenizer_identity == {"kind": "KL", "scale": 1 / 256}
+    assert "image_7.jpg" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"augmentations": 0}, "augmentations is 0"),
-        ({"shards": -1}, "shards -1"),
-        ({"process": (2, 2)}, "process 2 is none of 2"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"data": Tokens("there")}, "tokens already, in there"),
+        ({"augmentations": 0}, "augmentations=0: must be 1 or more"),
+        ({"shards": -1}, "shards=-1: must be"),
+        ({"process": (2, 2)}, "process=2: must be from 0 to 1"),
+        ({"batch_size": 0}, "batch_size=0: must be a multiple"),
+        ({"data": CachedLatents("there")}, "latents already, in there"),
         ({"data": Noise(16, 1)}, r"images are \(16, 16, 1\), but the tokenizer takes \(8, 8, 1\)"),
         ({"task": VQTask(runs.TOKENIZER)}, "VQTask trains on images"),
-        ({"seed": 4}, "(?s)holds other tokens.*seed: 3 there, 4 asked for"),
+        ({"seed": 4}, "(?s)made for another request.*seed: 3 there, 4 asked for"),
         ({"data": Digits()}, "settings: .* there, .* asked for"),
-        ({"out": str(ROOT)}, "holds files and no tokens.json"),
+        ({"out": str(ROOT)}, "holds files and no latents.json"),
     ],
 )
 def test_what_makes_no_sense_is_refused(cache, task, changes, message):
     with pytest.raises(ValueError, match=message):
-        tokenize(**dict(task=task, data=DATA, out=str(cache)) | SETTINGS | changes)
+        cache_latents(**dict(task=task, data=DATA, out=str(cache)) | SETTINGS | changes)
 
 
 def test_the_command(task, tmp_path, capsys):
@@ -209,15 +279,15 @@ def test_the_command(task, tmp_path, capsys):
     flags = ["--config=config.py", "--out=out", "--augmentations=1"]
     assert command.main([*flags, "--config.data.size=60", "--config.seed=7"]) == 0
     said = capsys.readouterr()
-    assert "tokens of 1 augmentations of 60 images" in said.out and "image/s" in said.err
-    assert files.read_json("out/tokens.json")["seed"] == 7
-    assert len(Tokens("out").source("train")) == 60 and Tokens("out").classes == 10
+    assert "latents of 1 augmentations of 60 images" in said.out and "image/s" in said.err
+    assert files.read_json("out/latents.json")["seed"] == 7
+    assert len(CachedLatents("out").source("train")) == 60 and CachedLatents("out").classes == 10
     assert command.main(flags) == 1
     assert "seed: 7 there, 0 asked for" in capsys.readouterr().err
     assert command.main([*flags, "--seed=3"]) == 1
     assert "settings are --config.FIELD=VALUE" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="nowhere holds no tokens"):
-        parse("tokens:nowhere", 8).make(4, 0)
+    with pytest.raises(ValueError, match="nowhere holds no latents"):
+        parse_dataset("latents:nowhere", 8).make(4, 0)
 
 
 CONFIG = """
@@ -227,5 +297,6 @@ from varjax.var.task import VARTask
 
 def get_config():
     task = VARTask(runs.VAR, runs.TOKENIZER, {!r})
-    return Experiment(task, fake_data.Fake(image_shape=(8, 8, 1)), "run", batch_size=50, steps=1)
+    data = fake_data.FakeImages(image_shape=(8, 8, 1))
+    return Experiment(task, data, "run", batch_size=50, steps=1)
 """

@@ -80,7 +80,7 @@ def test_settings_of_a_view_are_checked():
     assert transforms.height_width(5) == (5, 5) and transforms.height_width((4, 6)) == (4, 6)
     for size, channels in ((0, 3), ((4, -1), 3), (8, 2)):
         with pytest.raises(ValueError, match="size is|channels is 2"):
-            transforms.check_image_shape(size, channels)
+            transforms.check_image_size(size, channels)
 
 
 def _places(views):

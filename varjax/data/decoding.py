@@ -37,7 +37,7 @@ def read_file(path: str | os.PathLike) -> bytes:
         raise BrokenImage(printable_path(path), error.strerror or str(error)) from error
 
 
-def decode_image(file: bytes | str | os.PathLike, channels: int = 3, name: str = "") -> np.ndarray:
+def decode_file(file: bytes | str | os.PathLike, channels: int = 3, name: str = "") -> np.ndarray:
     """Decodes an image by Pillow, whatever it holds: gray, palettes, CMYK, 1 bit and 16 bits.
 
     EXIF orientation is applied; of an animation the first frame counts. With 1 and 3 channels an
@@ -60,7 +60,7 @@ def decode_image(file: bytes | str | os.PathLike, channels: int = 3, name: str =
     else:
         name, data = name or printable_path(file), read_file(file)
     try:
-        picture = image_io.load(io.BytesIO(data))
+        picture = image_io.decode_image(io.BytesIO(data))
         if picture.mode == "P":  # by this detour Pillow does not warn of transparent palettes
             picture = picture.convert("RGBA")
         image_HWC = np.asarray(picture.convert(PILLOW_MODES[channels]))

@@ -15,6 +15,7 @@ from PIL import Image
 from varjax.core import files
 from varjax.core.errors import check_setting, run_command
 from varjax.data.sources.photos import HELD_OUT_WIDTH, PHOTO_NAMES, photo_parts
+from varjax.data.stream import Split
 
 MIN_SIZE, MAX_SIZE = 8, HELD_OUT_WIDTH // 2  # crops are up to twice as wide
 
@@ -38,7 +39,8 @@ def write_photos(out: str, size: int = 64, train: int = 200, val: int = 40) -> s
     files.check_replaceable(out)
     rng = np.random.default_rng(0)
     with files.atomic_path(out) as temporary:
-        for folder, split, count in (("train", "train", train), ("val", "held_out", val)):
+        splits: dict[str, tuple[Split, int]] = {"train": ("train", train), "val": ("held_out", val)}
+        for folder, (split, count) in splits.items():
             for label, name in enumerate(PHOTO_NAMES):
                 parts = [part_HWC for part_HWC, whose in photo_parts(split) if whose == label]
                 (temporary / folder / name).mkdir(parents=True)

@@ -115,7 +115,7 @@ def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-def check_image_shape(size: int | tuple[int, int], channels: int) -> None:
+def check_image_size(size: int | tuple[int, int], channels: int) -> None:
     """Raises InputError unless images of this size and number of channels can be made."""
     if min(height_width(size)) < 1:
         raise InputError(f"size is {size}, but must be at least 1 pixel")

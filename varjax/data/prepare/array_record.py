@@ -40,7 +40,7 @@ class ImageEncoding:
     def encode_file(self, path: str) -> bytes:
         """Encodes the image in a file; raises BrokenImage where it cannot be decoded."""
         data = decoding.read_file(path)
-        image_HWC = decoding.decode_image(data, name=decoding.printable_path(path))
+        image_HWC = decoding.decode_file(data, name=decoding.printable_path(path))
         if not 0 < self.size < min(image_HWC.shape[:2]):
             return data
         buffer = io.BytesIO()

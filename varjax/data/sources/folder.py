@@ -51,7 +51,7 @@ class Folder:
     make = make_loader
 
     def __post_init__(self):
-        transforms.check_image_shape(self.size, self.channels)
+        transforms.check_image_size(self.size, self.channels)
         if not isinstance(self.held_out, str | None):
             fits = 0 < self.held_out < 1
             check_setting("held_out", self.held_out, fits, "a folder, or a share between 0 and 1")
@@ -109,4 +109,4 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict:
         path = os.path.join(self.listing.root, self.listing.paths[index])
         label = int(self.listing.labels_N[index])
-        return {"image": decoding.decode_image(path, self.channels), "label": label}
+        return {"image": decoding.decode_file(path, self.channels), "label": label}

@@ -35,7 +35,7 @@ class Noise:
     make = make_loader
 
     def __post_init__(self):
-        transforms.check_image_shape(self.size, self.channels)
+        transforms.check_image_size(self.size, self.channels)
         for name in ("classes", "images", "held_out_images"):
             value = getattr(self, name)
             check_setting(name, value, value >= 1, "at least 1")

@@ -43,7 +43,7 @@ class Photos:
     make = make_loader
 
     def __post_init__(self):
-        transforms.check_image_shape(self.size, 3)
+        transforms.check_image_size(self.size, 3)
         if max(self.image_shape[:2]) > HELD_OUT_WIDTH:
             raise InputError(
                 f"size is {self.size}, but crops have at most {HELD_OUT_WIDTH} pixels a side"

@@ -57,7 +57,7 @@ class TFDS:
     make = make_loader
 
     def __post_init__(self):
-        transforms.check_image_shape(self.size, self.channels)
+        transforms.check_image_size(self.size, self.channels)
 
     @property
     def classes(self) -> int:
@@ -159,7 +159,7 @@ class TFDSSource:
         if label < 0:  # as test splits have it
             raise InputError(f"{name} has no label; choose another split than {self.split!r}")
         return {
-            "image": decoding.decode_image(example[data.image_key], data.channels, name),
+            "image": decoding.decode_file(example[data.image_key], data.channels, name),
             "label": label,
         }
 
