@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from varjax.analysis.curves import _running_mean
-from varjax.analysis.run_log import REFERENCES, read_run
+from varjax.analysis.run_log import PUBLISHED_LOGS, read_run_log
 from varjax.plot.__main__ import main
 
 
@@ -32,12 +32,12 @@ def log(steps, scales=2, evaluated=True):
 
 def test_points_are_over_images_seen_and_skip_what_is_no_number(tmp_path):
     text = '{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n{"step": 3, "eval/loss": 1.5}\n'
-    run = read_run(make(tmp_path / "a", text + '{"step": 4, "lo'))
+    run = read_run_log(make(tmp_path / "a", text + '{"step": 4, "lo'))
     images, losses = run.points("loss")
     assert (images.tolist(), losses.tolist()) == ([10], [2.0])
     assert run.points("eval/loss")[0].tolist() == [30]
     assert run.scales("loss_at_scale") == 0
-    assert read_run(make(tmp_path / "b", log(1, scales=3))).scales("loss_at_scale") == 3
+    assert read_run_log(make(tmp_path / "b", log(1, scales=3))).scales("loss_at_scale") == 3
 
 
 def test_a_running_mean_keeps_a_straight_line_and_averages_noise():
@@ -87,6 +87,6 @@ def test_what_cannot_be_drawn_is_said_and_nothing_written(tmp_path, capsys, name
 
 
 def test_the_reference_ends_after_200_epochs_of_imagenet():
-    d16 = REFERENCES["d16"]
+    d16 = PUBLISHED_LOGS["d16"]
     assert d16.images[-1] == 200 * 1_281_167 and d16.loss[-1] == 6.046
     assert (np.diff(d16.loss) < 0).all() and (np.diff(d16.loss_last) < 0).all()

@@ -1,4 +1,4 @@
-"""The picture: loss and one other metric above, a panel for each scale below."""
+"""Draws curves of runs: loss and one other metric above, a panel for each scale below."""
 
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -6,30 +6,37 @@ from typing import Any
 
 import numpy as np
 
-from varjax.analysis.run_log import Reference, Run
+from varjax.analysis.run_log import PublishedLog, RunLog
 from varjax.core import files
 from varjax.core.errors import InputError
 
-KINDS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
-SECOND = ("accuracy", "psnr")  # what is drawn beside the loss, and below: the first that is there
-BY_SCALE = ("loss_at_scale", "perplexity")
-COLUMNS = 5
+PREFIX_LABELS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
+SECOND_METRICS = ("accuracy", "psnr")  # beside the loss: the first that is there
+SCALE_METRICS = ("loss_at_scale", "perplexity")  # in the lower panels: the first that is there
+PANEL_COLUMNS = 5
 
 
-def draw(
-    runs: Sequence[Run],
+def draw_curves(
+    runs: Sequence[RunLog],
     out: str | pathlib.Path,
-    reference: Reference | None = None,
+    reference: PublishedLog | None = None,
     by_scale: str = "",
 ) -> None:
-    """Writes the picture; `by_scale` names the metric of the lower panels ("": see BY_SCALE).
+    """Draws the curves of runs, over images seen, into a PNG file.
 
-    Raises InputError where there is nothing to draw.
+    Args:
+        runs: the logs, a color each.
+        out: the file.
+        reference: a published log to draw as well.
+        by_scale: the metric of the lower panels; "" for the first of SCALE_METRICS that is there.
+
+    Raises:
+        InputError: no run has logged anything yet.
     """
-    if not any(run.points(kind + "loss")[0].size for run in runs for kind in KINDS):
+    if not any(run.points(kind + "loss")[0].size for run in runs for kind in PREFIX_LABELS):
         raise InputError(f"nothing is logged yet in {', '.join(run.name for run in runs)}")
-    second = _first(SECOND, lambda name: any(run.points(name)[0].size for run in runs))
-    by_scale = by_scale or _first(BY_SCALE, lambda name: any(run.scales(name) for run in runs))
+    second = _first(SECOND_METRICS, lambda name: any(run.points(name)[0].size for run in runs))
+    by_scale = by_scale or _first(SCALE_METRICS, lambda name: any(run.scales(name) for run in runs))
     scales = max(run.scales(by_scale) for run in runs)
 
     import matplotlib
@@ -37,7 +44,7 @@ def draw(
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    rows = -(-scales // COLUMNS)
+    rows = -(-scales // PANEL_COLUMNS)
     figure = pyplot.figure(figsize=(13, 4.8 + 2.3 * rows), layout="constrained")
     ratios = (4.8, 2.3 * rows)[: 1 + bool(rows)]
     parts: Any = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)
@@ -75,8 +82,8 @@ def _large(part: Any, names: list[str]) -> dict[str, Any]:
 
 
 def _small(part: Any, metric: str, scales: int) -> dict[str, Any]:
-    """A panel for each scale; rows and columns share their axes."""
-    columns = min(scales, COLUMNS)
+    """Makes a panel for each scale; rows and columns share their axes."""
+    columns = min(scales, PANEL_COLUMNS)
     axes = part.subplots(-(-scales // columns), columns, sharex=True, sharey=True, squeeze=False)
     for k, panel in enumerate(axes.flat):
         panel.set_visible(k < scales)
@@ -85,7 +92,7 @@ def _small(part: Any, metric: str, scales: int) -> dict[str, Any]:
     return {f"{metric}/{k}": panel for k, panel in enumerate(axes.flat[:scales])}
 
 
-def _curves(panel: Any, run: Run, name: str, color: str) -> None:
+def _curves(panel: Any, run: RunLog, name: str, color: str) -> None:
     images, values = run.points(name)
     if len(values) > 100:
         panel.plot(images, values, color=color, alpha=0.2, linewidth=0.8)
@@ -98,15 +105,15 @@ def _curves(panel: Any, run: Run, name: str, color: str) -> None:
         panel.plot(x, y, color=color, linewidth=0.8, linestyle="--", **style)
 
 
-def _reference(panel: Any, reference: Reference, name: str) -> None:
+def _reference(panel: Any, reference: PublishedLog, name: str) -> None:
     last = f"loss_at_scale/{reference.scales - 1}"
     values = {"loss": reference.loss, last: reference.loss_last}.get(name)
     if values is not None:
         panel.plot(reference.images, values, color="black", marker="D", markersize=4, linestyle=":")
 
 
-def _legend(runs: Sequence[Run], reference: Reference | None) -> list[Any]:
-    """Runs by color, then kinds of curves by style, as far as there are any."""
+def _legend(runs: Sequence[RunLog], reference: PublishedLog | None) -> list[Any]:
+    """Lists runs by color, then kinds of curves by style, as far as there are any."""
     from matplotlib.lines import Line2D
 
     def line(label: str, color: str, **style: Any) -> Line2D:
@@ -115,7 +122,7 @@ def _legend(runs: Sequence[Run], reference: Reference | None) -> list[Any]:
     handles = [line(run.name, f"C{i % 10}", linewidth=3) for i, run in enumerate(runs)]
     dots = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 0.8}
     styles = {"": {}, "eval/": dots, "eval_ema/": dots | {"markerfacecolor": "white"}}
-    for kind, label in KINDS.items():
+    for kind, label in PREFIX_LABELS.items():
         if any(run.points(kind + "loss")[0].size for run in runs):
             handles.append(line(label, "gray", **styles[kind]))
     if reference:
@@ -124,7 +131,7 @@ def _legend(runs: Sequence[Run], reference: Reference | None) -> list[Any]:
 
 
 def _running_mean(y: np.ndarray, width: int) -> np.ndarray:
-    """Over up to `width` values on each side, fewer at the steep beginning."""
+    """Averages up to `width` values on each side, fewer at the steep beginning."""
     sums, i = np.concatenate([[0.0], np.cumsum(y)]), np.arange(len(y))
     reach = np.minimum(width, i // 4)
     start, stop = i - reach, np.minimum(i + reach + 1, len(y))

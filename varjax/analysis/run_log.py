@@ -1,4 +1,4 @@
-"""What runs have logged, and what others have published."""
+"""Reads the logs of runs; holds a log that others have published."""
 
 import dataclasses
 import json
@@ -13,8 +13,16 @@ from varjax.core.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
-    """A published log: after so many images of all scales together, of the last one alone."""
+class PublishedLog:
+    """Holds losses that others have published, N of them.
+
+    Attributes:
+        name: for the legend.
+        images: (N,) images seen so far.
+        loss: (N,) mean over the tokens of all scales.
+        loss_last: (N,) mean over the tokens of the last scale.
+        scales: number of scales.
+    """
 
     name: str
     images: np.ndarray
@@ -23,8 +31,8 @@ class Reference:
     scales: int
 
 
-REFERENCES = {
-    "d16": Reference(
+PUBLISHED_LOGS = {
+    "d16": PublishedLog(
         "VAR-d16, public log (training)",
         np.array([1, 5, 10, 50, 100, 200]) * 1_281_167.0,
         np.array([8.031, 6.950, 6.541, 6.252, 6.164, 6.046]),
@@ -35,30 +43,38 @@ REFERENCES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What a run has logged so far."""
+class RunLog:
+    """Holds what a run has logged so far.
+
+        images_N, loss_N = read_run_log("runs/digits").points("eval/loss")
+
+    Attributes:
+        name: the run's directory.
+        batch_size: images of a step.
+        lines: those of metrics.jsonl, each with its "step".
+    """
 
     name: str
     batch_size: int
     lines: list[dict[str, Any]]
 
     def points(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """(images seen, value) wherever `metric` was logged as a number."""
+        """Returns images seen and values, both (N,), wherever `metric` was logged as a number."""
         found = [(line["step"], line[metric]) for line in self.lines if metric in line]
         pairs = np.array([pair for pair in found if None not in pair], float).reshape(-1, 2)
         return pairs[:, 0] * self.batch_size, pairs[:, 1]
 
     def scales(self, metric: str) -> int:
-        """For how many scales `metric` was logged."""
+        """Counts the scales for which `metric` was logged."""
         pattern = re.compile(rf"(?:eval(?:_ema)?/)?{re.escape(metric)}/(\d+)$")
         found = (pattern.match(name) for line in self.lines for name in line)
         return max((int(match[1]) + 1 for match in found if match), default=0)
 
 
-def read_run(directory: str | pathlib.Path) -> Run:
-    """A run's log; without the last line where that is only half written.
+def read_run_log(directory: str | pathlib.Path) -> RunLog:
+    """Reads the log of a run, without the last line where that is only half written.
 
-    Raises InputError for a directory that is none of a run.
+    Raises InputError for a directory that is no run's.
     """
     path = pathlib.Path(directory)
     if not path.is_dir():
@@ -71,7 +87,7 @@ def read_run(directory: str | pathlib.Path) -> Run:
     log = path / "metrics.jsonl"
     text = log.read_text() if log.is_file() else ""
     lines = [_parse(line) for line in text.splitlines()]
-    return Run(str(directory), config["batch_size"], [line for line in lines if "step" in line])
+    return RunLog(str(directory), config["batch_size"], [line for line in lines if "step" in line])
 
 
 def _parse(line: str) -> dict[str, Any]:

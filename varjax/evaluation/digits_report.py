@@ -1,4 +1,4 @@
-"""How good are the digits? The report and the pictures at the end of `make demo`.
+"""Reports how good the digits of `make demo` are, with pictures.
 
 python -m varjax.evaluation.digits_report --run=runs/digits --samples=runs/digits/samples.npz
 """
@@ -11,40 +11,47 @@ import numpy as np
 from scipy.spatial.distance import cdist, pdist
 from sklearn.svm import SVC
 
-from varjax.analysis.curves import draw
-from varjax.analysis.run_log import read_run
+from varjax.analysis.curves import draw_curves
+from varjax.analysis.run_log import read_run_log
 from varjax.core import files, image_io
+from varjax.core.errors import InputError, run_command
 from varjax.data.sources import Digits
 
 
-def report(
-    samples_NHWC: np.ndarray, label_N: np.ndarray
-) -> dict[str, dict[str, float] | dict[str, str]]:
-    """Figures of uint8 digits and the labels asked for, each beside the same of real digits."""
+def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, dict[str, float]]:
+    """Computes figures of samples, each beside the same of real digits that were held out.
+
+    Args:
+        samples_NHWC: uint8, 8 by 8 gray.
+        label_N: the classes that were asked for.
+
+    Returns:
+        {"samples": {name: figure}, "real held-out digits": {name: figure}}, names as in MEANINGS.
+    """
     train, held_out = Digits().source("train"), Digits().source("held_out")
-    x_ND, train_ND, held_ND = (
+    x_NC, train_NC, held_NC = (
         images.reshape(len(images), -1) / 255.0
         for images in (samples_NHWC, train.images_NHWC, held_out.images_NHWC)
     )
-    classifier = SVC(C=10).fit(train_ND, train.labels_N)
-    spread = diversity(train_ND, train.labels_N)
+    classifier = SVC(C=10).fit(train_NC, train.labels_N)
+    spread = class_diversity(train_NC, train.labels_N)
     return {
         "samples": {
-            "label accuracy": float(classifier.score(x_ND, label_N)),
-            "diversity": diversity(x_ND, label_N) / spread,
-            "copying": copying(x_ND, train_ND),
-            "Fréchet distance": frechet(x_ND, held_ND),
+            "label accuracy": float(classifier.score(x_NC, label_N)),
+            "diversity": class_diversity(x_NC, label_N) / spread,
+            "copying": copying_share(x_NC, train_NC),
+            "Fréchet distance": pixel_frechet_distance(x_NC, held_NC),
         },
         "real held-out digits": {
-            "label accuracy": float(classifier.score(held_ND, held_out.labels_N)),
-            "diversity": diversity(held_ND, held_out.labels_N) / spread,
-            "copying": copying(held_ND, train_ND),
-            "Fréchet distance": frechet(train_ND, held_ND),
+            "label accuracy": float(classifier.score(held_NC, held_out.labels_N)),
+            "diversity": class_diversity(held_NC, held_out.labels_N) / spread,
+            "copying": copying_share(held_NC, train_NC),
+            "Fréchet distance": pixel_frechet_distance(train_NC, held_NC),
         },
     }
 
 
-EXPLAINED = {
+MEANINGS = {
     "label accuracy": "share that a classifier of training digits reads as the class asked for",
     "diversity": "mean distance of two digits of a class, over that of real training digits",
     "copying": "share nearer to some training digit than that digit's nearest other",
@@ -52,74 +59,101 @@ EXPLAINED = {
 }
 
 
-def diversity(x_ND: np.ndarray, label_N: np.ndarray) -> float:
-    """The mean distance of two images of the same class, averaged over the classes."""
-    return float(np.mean([pdist(x_ND[label_N == label]).mean() for label in np.unique(label_N)]))
+def class_diversity(x_NC: np.ndarray, label_N: np.ndarray) -> float:
+    """Computes the mean distance of two images of the same class, averaged over the classes."""
+    return float(np.mean([pdist(x_NC[label_N == label]).mean() for label in np.unique(label_N)]))
 
 
-def copying(x_ND: np.ndarray, train_ND: np.ndarray) -> float:
-    """The share of images whose nearest training image is nearer to them than to its own kin."""
-    within_NN = cdist(train_ND, train_ND)
+def copying_share(x_NC: np.ndarray, train_NC: np.ndarray) -> float:
+    """Computes the share of images nearer to some training image than its nearest other."""
+    within_NN = cdist(train_NC, train_NC)
     np.fill_diagonal(within_NN, np.inf)
-    to_train_NN = cdist(x_ND, train_ND)
+    to_train_NN = cdist(x_NC, train_NC)
     nearest_N = to_train_NN.argmin(axis=1)
     return float(np.mean(to_train_NN.min(axis=1) < within_NN.min(axis=1)[nearest_N]))
 
 
-def frechet(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
-    """|μa-μb|² + tr(Σa + Σb - 2 (Σa Σb)^½), the Fréchet distance of two Gaussians."""
-    covariance_a, covariance_b = np.cov(a_ND.T), np.cov(b_ND.T)
+def pixel_frechet_distance(a_NC: np.ndarray, b_NC: np.ndarray) -> float:
+    """Computes the Fréchet distance of two Gaussians, |μa-μb|² + tr(Σa + Σb - 2 (Σa Σb)^½).
+
+    Each is that of the rows of (N, C) vectors.
+    """
+    covariance_a, covariance_b = np.cov(a_NC.T), np.cov(b_NC.T)
     # The eigenvalues of Σa Σb are real and not negative; some pixels are always black, so 0.
     eigenvalues = np.linalg.eigvals(covariance_a @ covariance_b).real
     root = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
-    mean = np.sum((a_ND.mean(axis=0) - b_ND.mean(axis=0)) ** 2)
+    mean = np.sum((a_NC.mean(axis=0) - b_NC.mean(axis=0)) ** 2)
     return float(mean + np.trace(covariance_a) + np.trace(covariance_b) - 2 * root)
 
 
-def beside_real(samples_NHWC: np.ndarray, label_N: np.ndarray) -> np.ndarray:
-    """Ten samples of each class, row by row, and to the right of them ten real ones."""
+def samples_beside_real(samples_NHWC: np.ndarray, label_N: np.ndarray) -> np.ndarray:
+    """Draws ten samples of each class, row by row, and to the right of them ten real ones."""
     real = Digits().source("held_out")
     halves = []
     for images, labels in ((samples_NHWC, label_N), (real.images_NHWC, real.labels_N)):
         chosen = [images[labels == label][:10] for label in range(10)]
-        halves.append(image_io.grid(np.concatenate(chosen), columns=10))
+        halves.append(image_io.image_grid(np.concatenate(chosen), columns=10))
     gap = np.full((halves[0].shape[0], 40, 1), 255, np.uint8)
     return np.concatenate([halves[0], gap, halves[1]], axis=1)
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        "varjax.evaluation.digits_report", description="Reports on the demo's digits."
-    )
-    parser.add_argument("--run", type=pathlib.Path, default=pathlib.Path("runs/digits"))
-    parser.add_argument("--tokenizer", type=pathlib.Path, default="runs/digits_tokenizer")
-    parser.add_argument("--samples", type=pathlib.Path, default="runs/digits/samples.npz")
-    flags = parser.parse_args(arguments)
-    for path in (flags.samples, flags.run / "metrics.jsonl", flags.tokenizer / "metrics.jsonl"):
+def write_report(run: pathlib.Path, tokenizer: pathlib.Path, samples: pathlib.Path) -> None:
+    """Prints the report, and writes it and its pictures into the runs.
+
+    Args:
+        run: of the transformer.
+        tokenizer: run of the tokenizer.
+        samples: an .npz of `varjax sample`.
+
+    Raises:
+        InputError: one of them is not there yet.
+    """
+    for path in (samples, run / "metrics.jsonl", tokenizer / "metrics.jsonl"):
         if not path.is_file():
-            print(
-                f"varjax.evaluation.digits_report: {path} does not exist; run make demo",
-                file=sys.stderr,
-            )
-            return 1
-    with np.load(flags.samples) as samples:
-        images_NHWC, label_N = samples["arr_0"][..., :1], samples["labels"]
-    table = report(images_NHWC, label_N)
-    files.write_json(flags.run / "report.json", table)
-    image_io.write_png(flags.run / "samples.png", beside_real(images_NHWC, label_N))
-    for run in (flags.tokenizer, flags.run):
-        draw([read_run(run)], run / "curves.png")
+            raise InputError(f"{path} does not exist; run make demo")
+    with np.load(samples) as arrays:
+        images_NHWC, label_N = arrays["arr_0"][..., :1], arrays["labels"]
+    table = digits_report(images_NHWC, label_N)
+    files.write_json(run / "report.json", table)
+    image_io.write_png(run / "samples.png", samples_beside_real(images_NHWC, label_N))
+    for directory in (tokenizer, run):
+        draw_curves([read_run_log(directory)], directory / "curves.png")
 
     print(f"\n{'':18}{'samples':>10}{'real':>10}")
-    for name, meaning in EXPLAINED.items():
+    for name, meaning in MEANINGS.items():
         values = [table[column][name] for column in table]
         print(f"{name:18}{values[0]:10.3f}{values[1]:10.3f}   {meaning}")
-    previews = sorted((flags.tokenizer / "previews").glob("*.png"))
-    print(f"\nsamples (left) beside real digits: {flags.run / 'samples.png'}")
+    previews = sorted((tokenizer / "previews").glob("*.png"))
+    print(f"\nsamples (left) beside real digits: {run / 'samples.png'}")
     print(f"reconstructions, scale by scale:   {previews[-1] if previews else 'none'}")
-    print(f"loss curves: {flags.tokenizer / 'curves.png'}, {flags.run / 'curves.png'}")
-    print(f"this report: {flags.run / 'report.json'}")
-    return 0
+    print(f"loss curves: {tokenizer / 'curves.png'}, {run / 'curves.png'}")
+    print(f"this report: {run / 'report.json'}")
+
+
+def main(arguments: list[str]) -> int:
+    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        "python -m varjax.evaluation.digits_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, folder = parser.add_argument, pathlib.Path("runs/digits")
+    add("--run", type=pathlib.Path, default=folder, help="of the transformer (runs/digits)")
+    add(
+        "--tokenizer",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/digits_tokenizer"),
+        help="run of the tokenizer (runs/digits_tokenizer)",
+    )
+    add(
+        "--samples",
+        type=pathlib.Path,
+        default=folder / "samples.npz",
+        help="drawn by varjax sample (runs/digits/samples.npz)",
+    )
+    flags = parser.parse_args(arguments)
+    return run_command("digits_report", lambda: write_report(**vars(flags)))
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Curves of training runs: `python -m varjax.plot --help`."""
+"""Curves of training runs: `varjax plot --help`."""

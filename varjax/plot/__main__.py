@@ -1,7 +1,7 @@
 """Draws the curves of training runs beside one another, as a PNG.
 
-python -m varjax.plot runs/a runs/b --out=plot.png
-python -m varjax.plot runs/var_d16 --reference=d16
+varjax plot runs/a runs/b --out=plot.png
+varjax plot runs/var_d16 --reference=d16
 
 Above: loss, and accuracy (of tokenizers PSNR), over the images seen, so that runs of different
 batches compare. Below: one panel for each scale. Lines are training (the thick ones running means),
@@ -11,31 +11,37 @@ dots held-out images. Runs may still be going on.
 import argparse
 import sys
 
-from varjax.analysis.curves import draw
-from varjax.analysis.run_log import REFERENCES, read_run
+from varjax.analysis.curves import draw_curves
+from varjax.analysis.run_log import PUBLISHED_LOGS, read_run_log
+from varjax.core.errors import run_command
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0, 1 with one message for what cannot be drawn, 2 for a wrong command line."""
+    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
-        "python -m varjax.plot",
+        "varjax plot",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="the directory of a run")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
     parser.add_argument("--out", default="plot.png", help="the picture to write (plot.png)")
-    parser.add_argument("--reference", choices=tuple(REFERENCES), help="a published log beside")
-    parser.add_argument("--by_scale", default="", help="metric of the lower panels, e.g. usage")
+    parser.add_argument(
+        "--reference", choices=tuple(PUBLISHED_LOGS), help="also draw a published log"
+    )
+    parser.add_argument(
+        "--by_scale",
+        default="",
+        help="metric of the lower panels (the first of loss_at_scale, perplexity that is there)",
+    )
     flags = parser.parse_args(arguments)
-    try:
-        runs = [read_run(directory) for directory in flags.runs]
-        draw(runs, flags.out, REFERENCES.get(flags.reference), flags.by_scale)
-    except (ValueError, OSError) as error:
-        print(f"varjax.plot: {error}", file=sys.stderr)
-        return 1
-    print(f"{flags.out} is written")
-    return 0
+
+    def plot() -> None:
+        logs = [read_run_log(directory) for directory in flags.runs]
+        draw_curves(logs, flags.out, PUBLISHED_LOGS.get(flags.reference), flags.by_scale)
+        print(f"{flags.out} is written")
+
+    return run_command("varjax plot", plot)
 
 
 if __name__ == "__main__":
