@@ -20,5 +20,5 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 def whole(tmp_path_factory):
     """(directory, metrics) of a tiny run that nothing interrupted, made once."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
-    metrics = loop.run(tiny.experiment(run_dir, keep_best="eval/loss", preview_every=20))
+    metrics = loop.train(tiny.experiment(run_dir, keep_best="eval/loss", preview_every=20))
     return run_dir, metrics

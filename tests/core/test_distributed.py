@@ -66,5 +66,5 @@ def test_where_no_cluster_is_found_the_flags_are_told(monkeypatch):
 
 
 def test_one_process_agrees_with_itself():
-    assert distributed.gather({"a": 1}) == [{"a": 1}]
-    assert distributed.from_first(lambda: 3) == 3
+    assert distributed.gather_json({"a": 1}) == [{"a": 1}]
+    assert distributed.on_first_process(lambda: 3) == 3

@@ -7,13 +7,13 @@ from varjax.core import image_io
 
 def test_a_grid_reads_row_by_row():
     images_NHWC = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(64, 1).repeat(64, 2)
-    picture_HWC = image_io.grid(images_NHWC)  # 3 columns, 2 rows, the last place empty
+    picture_HWC = image_io.image_grid(images_NHWC)  # 3 columns, 2 rows, the last place empty
     assert picture_HWC[::64, ::64, 0].tolist() == [[0, 1, 2], [3, 4, 0]]
-    assert image_io.grid(images_NHWC, columns=5)[::64, ::64, 0].tolist() == [[0, 1, 2, 3, 4]]
+    assert image_io.image_grid(images_NHWC, columns=5)[::64, ::64, 0].tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_small_images_are_enlarged_and_set_apart():
-    picture_HWC = image_io.grid(np.full((1, 8, 8, 1), 255, np.uint8))
+    picture_HWC = image_io.image_grid(np.full((1, 8, 8, 1), 255, np.uint8))
     assert np.count_nonzero(picture_HWC) == 64 * 64 and picture_HWC.shape == (65, 65, 1)
 
 
@@ -61,10 +61,10 @@ def test_the_middle_is_taken_with_its_aspect_kept():
     columns_HW = np.zeros((20, 60), np.uint8)
     columns_HW[:, 20:40] = 255
     picture = Image.fromarray(columns_HW)
-    assert np.all(image_io.fit(picture, (20, 20, 1)) == 255)
-    small_HWC = image_io.fit(picture, (10, 30, 1))
+    assert np.all(image_io.resize_and_crop(picture, (20, 20, 1)) == 255)
+    small_HWC = image_io.resize_and_crop(picture, (10, 30, 1))
     assert np.all(small_HWC[:, 12:18] > 250) and np.all(small_HWC[:, :8] < 5)
-    assert image_io.fit(picture, (64, 64, 3)).shape == (64, 64, 3)
+    assert image_io.resize_and_crop(picture, (64, 64, 3)).shape == (64, 64, 3)
 
 
 def test_what_is_no_image_is_named(tmp_path):

@@ -33,17 +33,21 @@ def main(address: str, count: str, number: str, jobs: str) -> None:
         if jax.process_index() == LAST:
             hurt(job.get("die_in_save"), job.get("terminate_in"))
         try:
-            loop.run(tiny.experiment(job["run"], mesh=mesh, **job["settings"]))
+            loop.train(tiny.experiment(job["run"], mesh=mesh, **job["settings"]))
         except ValueError as error:
             print("refused:", error, flush=True)
         except Exception as error:
             print("failed:", type(error).__name__, flush=True)
-            distributed.end(1)
+            distributed.end_process(1)
 
 
 def hurt(die_in_save: int | None, terminate_in: int | None) -> None:
     """Has this process killed while it writes that step, or sent SIGTERM in that step."""
-    save, take, steps = ocp.CheckpointManager.save, prefetch.Feed.__next__, iter(range(1, 10**6))
+    save, take, steps = (
+        ocp.CheckpointManager.save,
+        prefetch.Prefetcher.__next__,
+        iter(range(1, 10**6)),
+    )
 
     async def save_and_die(*arguments, **options):
         await write(*arguments, **options)  # the parameters, but not yet what comes after them
@@ -66,7 +70,7 @@ def hurt(die_in_save: int | None, terminate_in: int | None) -> None:
         return take(batches)
 
     ocp.CheckpointManager.save = note_step
-    prefetch.Feed.__next__ = take_and_terminate
+    prefetch.Prefetcher.__next__ = take_and_terminate
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core import files, flops
-from varjax.core.saved_steps import Saved
+from varjax.core.saved_steps import SavedSteps
 from varjax.data.sources import Digits
 from varjax.training import train_step
 from varjax.training.experiment import Experiment
@@ -63,10 +63,14 @@ class Tiny:
             return loss, {"loss": loss, "mean_logit": jnp.mean(logits_BV, axis=0)}
 
         batch = batch | {"keep_BC": keep_BC}
-        grads, metrics = train_step.gradients(loss_fn, state.params, batch, self.accumulate)
+        grads, metrics = train_step.accumulated_gradients(
+            loss_fn, state.params, batch, self.accumulate
+        )
         grads = jax.tree.map(lambda g: jnp.where(state.step == self.explode_at, jnp.nan, g), grads)
         metrics["lr"] = self.optimizer.lr(state.step, self.plan)
-        state, norms = train_step.apply(state, grads, self._tx(state.params), self.ema_decay)
+        state, norms = train_step.apply_gradients(
+            state, grads, self._tx(state.params), self.ema_decay
+        )
         return state, metrics | norms
 
     def train_flops(self, state, frozen, batch):
@@ -123,7 +127,7 @@ def lines(run_dir):
 
 def weights(run_dir, ema=False, kind="checkpoints"):
     """The step and the parameters or their average of the newest checkpoint of a kind."""
-    saved = Saved(pathlib.Path(run_dir) / kind)
+    saved = SavedSteps(pathlib.Path(run_dir) / kind)
     step = saved.steps()[-1]
     return step, saved.params(step, ema)
 

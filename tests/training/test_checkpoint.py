@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from tests.helpers import tiny
+from varjax.core import files
 from varjax.core.saved_steps import restore_weights
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.task import TrainState
@@ -95,21 +96,49 @@ def test_another_model_is_refused_with_all_that_differs(tmp_path):
             checkpoints.restore(other, PLACEMENT)
 
 
-def test_weights_alone_need_no_knowledge_of_the_run(tmp_path):
+def configured(directory, keep_best):
+    """The settings of a run, as far as they tell which weights it is used with."""
+    files.write_json(directory / "config.json", {"keep_best": keep_best})
+
+
+def test_weights_alone_need_no_knowledge_of_the_model(tmp_path):
     saved(tmp_path / "checkpoints", 1, 3)
     equal(restore_weights(tmp_path), state(3).ema)
-    saved(tmp_path / "best", 2, keep=1)
+    saved(tmp_path / "best", 2, keep=1, keep_best="eval_ema/loss")
+    configured(tmp_path, "eval_ema/loss")
     equal(restore_weights(tmp_path), state(2).ema)
     equal(restore_weights(tmp_path, ema=False), state(2).params)
     with pytest.raises(ValueError, match="holds no checkpoint yet"):
         restore_weights(tmp_path / "checkpoints")
 
 
-@pytest.mark.parametrize(("metric", "name"), [("eval/loss", "params"), ("eval_ema/loss", "ema")])
+@pytest.mark.parametrize("now", ["", "eval_ema/accuracy"])
+def test_a_best_by_another_setting_than_the_run_s_is_not_used(tmp_path, now):
+    saved(tmp_path / "checkpoints", 3)
+    saved(tmp_path / "best", 2, keep=1, keep_best="eval_ema/loss")
+    configured(tmp_path, now)
+    equal(restore_weights(tmp_path), state(3).ema)
+
+
+def test_meta_is_rewritten_and_the_arrays_stay(tmp_path):
+    with Checkpoints(saved(tmp_path, 1, 2)) as checkpoints:
+        checkpoints.rewrite_meta(2, {"best": 7.0})
+        assert checkpoints.meta(2) == {"best": 7.0}
+    with Checkpoints(tmp_path) as checkpoints:
+        read, meta = checkpoints.restore(ABSTRACT, PLACEMENT)
+        equal(read, state(2))
+        assert meta == {"best": 7.0} and checkpoints.meta(1) == {"best": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("metric", "name"),
+    [("eval/loss", "params"), ("max:eval/loss", "params"), ("eval_ema/loss", "ema")],
+)
 def test_the_best_is_loaded_as_it_was_chosen(tmp_path, metric, name):
     weights = {"params": {"w": jnp.zeros(1)}, "ema": {"w": jnp.ones(1)}}
     with Checkpoints(tmp_path / "best", keep=1) as best:
         best.save(1, TrainState(jnp.int32(1), **weights, opt_state=None), {"keep_best": metric})
+    configured(tmp_path, metric)
     equal(restore_weights(tmp_path), weights[name])
     equal(restore_weights(tmp_path, ema=True), weights["ema"])
     assert not (tmp_path / "best" / "1" / "opt_state").exists()

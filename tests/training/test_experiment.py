@@ -7,7 +7,7 @@ from PIL import Image
 from tests.helpers import tiny
 from varjax.core import files
 from varjax.data.sources.folder import Folder
-from varjax.training.experiment import record_config, record_data
+from varjax.training.experiment import check_or_write_config, check_or_write_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,24 +25,24 @@ def experiment(run_dir, **changes):
 
 
 def test_what_the_run_s_steps_do_not_depend_on_may_change(tmp_path):
-    record_config(experiment(tmp_path))
+    check_or_write_config(experiment(tmp_path))
     compute = tiny.AdamW(clip=1.0)
-    record_config(experiment(tmp_path, tokenizer_weights="there", compute=compute))
+    check_or_write_config(experiment(tmp_path, tokenizer_weights="there", compute=compute))
     assert files.read_json(tmp_path / "config.json")["task"]["tokenizer_weights"] == "there"
     with pytest.raises(ValueError, match="task.width: 4 in the run, 5 in the config") as error:
-        record_config(experiment(tmp_path, width=5, tokenizer_weights="elsewhere"))
+        check_or_write_config(experiment(tmp_path, width=5, tokenizer_weights="elsewhere"))
     assert "elsewhere" not in str(error.value)
 
 
 def test_a_field_the_run_does_not_know_must_keep_its_default(tmp_path):
-    record_config(experiment(tmp_path))
+    check_or_write_config(experiment(tmp_path))
     path = tmp_path / "config.json"
     config = files.read_json(path)
     del config["task"]["width"], config["seed"]
     files.write_json(path, config)
     with pytest.raises(ValueError, match="task.width: absent in the run, 5 in the config"):
-        record_config(experiment(tmp_path, width=5))
-    record_config(experiment(tmp_path))
+        check_or_write_config(experiment(tmp_path, width=5))
+    check_or_write_config(experiment(tmp_path))
     assert files.read_json(path)["task"]["width"] == 4
 
 
@@ -50,8 +50,8 @@ def test_a_run_remembers_its_images_which_may_move_but_not_change(tmp_path):
     def run_on(root, held_out="val"):
         data = Folder(root, held_out=held_out)
         e = dataclasses.replace(experiment(tmp_path / "run"), data=data)
-        record_config(e)
-        record_data(e)
+        check_or_write_config(e)
+        check_or_write_data(e)
 
     def put(path):
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -8,9 +8,11 @@ from PIL import Image
 
 from tests.helpers import tiny
 from tests.helpers.tiny import lines, weights
+from varjax.core.errors import InputError
 from varjax.core.saved_steps import restore_weights
 from varjax.training import loop
 from varjax.training.checkpoint import Checkpoints
+from varjax.training.loop_state import LoopState, parse_keep_best
 from varjax.training.task import Plan
 
 
@@ -50,21 +52,21 @@ def test_metrics_are_over_the_valid_rows_only(whole):
 def test_a_finished_run_says_so_and_compiles_nothing(whole, capsys, monkeypatch):
     run_dir, metrics = whole
     monkeypatch.setattr(tiny.Tiny, "train_step", None)
-    assert loop.run(tiny.experiment(run_dir, keep_best="eval/loss", preview_every=20)) == metrics
+    assert loop.train(tiny.experiment(run_dir, keep_best="eval/loss", preview_every=20)) == metrics
     assert "is finished" in capsys.readouterr().err
 
 
 def test_other_settings_in_the_same_directory_are_refused(whole):
     run_dir, metrics = whole
     with pytest.raises(ValueError, match="(?s)steps: 30 in the run, 40.*task.width: 16 .* 17"):
-        loop.run(tiny.experiment(run_dir, width=17, steps=40))
-    assert loop.run(tiny.experiment(run_dir, log_every=1, keep=3)) == metrics
+        loop.train(tiny.experiment(run_dir, width=17, steps=40))
+    assert loop.train(tiny.experiment(run_dir, log_every=1, keep=3)) == metrics
 
 
 def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     experiment = tiny.experiment(tmp_path, explode_at=19)
     with pytest.raises(FloatingPointError, match="after step 20, .*checkpoint of step 10 is good"):
-        loop.run(experiment)
+        loop.train(experiment)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["10"]
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(weights(tmp_path)[1]))
 
@@ -73,35 +75,80 @@ def test_frozen_weights_are_asked_for_once_and_kept_with_the_run(tmp_path):
     (tmp_path / "offset").write_text("0.5")
     changes = dict(offset_file=str(tmp_path / "offset"), steps=8)
     with pytest.raises(FloatingPointError):
-        loop.run(tiny.experiment(tmp_path / "run", **changes, explode_at=0))
+        loop.train(tiny.experiment(tmp_path / "run", **changes, explode_at=0))
     config = tmp_path / "run" / "config.json"
     config.write_text(config.read_text().replace('"explode_at": 0', '"explode_at": -1'))
-    whole = loop.run(tiny.experiment(tmp_path / "other", **changes))
+    whole = loop.train(tiny.experiment(tmp_path / "other", **changes))
     os.remove(tmp_path / "offset")
-    assert loop.run(tiny.experiment(tmp_path / "run", **changes)) == whole
+    assert loop.train(tiny.experiment(tmp_path / "run", **changes)) == whole
 
 
 def test_patience_ends_a_run_that_no_longer_improves_and_more_of_it_continues(tmp_path):
     optimizer = tiny.AdamW(base_lr=1e-30)
     changes = dict(optimizer=optimizer, steps=20, eval_every=2, keep_best="eval/loss", patience=3)
-    loop.run(tiny.experiment(tmp_path, **changes))
+    loop.train(tiny.experiment(tmp_path, **changes))
     assert lines(tmp_path)[-1]["step"] == 8  # the best at 2, then three evaluations
-    loop.run(tiny.experiment(tmp_path, **changes))
+    loop.train(tiny.experiment(tmp_path, **changes))
     assert lines(tmp_path)[-1]["step"] == 8
-    loop.run(tiny.experiment(tmp_path, **changes | {"patience": 5}))
+    loop.train(tiny.experiment(tmp_path, **changes | {"patience": 5}))
     assert lines(tmp_path)[-1]["step"] == 12
 
 
 def test_another_metric_to_keep_the_best_by_starts_without_a_best(tmp_path):
     """Every loss here is above the lowest accuracy, so that by its number none would be better."""
     changes = dict(save_every=0, eval_every=5)
-    loop.run(tiny.experiment(tmp_path, steps=10, **changes, keep_best="eval/accuracy"))
+    loop.train(tiny.experiment(tmp_path, steps=10, **changes, keep_best="min:eval/accuracy"))
     config = tmp_path / "config.json"
     config.write_text(config.read_text().replace('"steps": 10', '"steps": 20'))
-    loop.run(tiny.experiment(tmp_path, steps=20, **changes, keep_best="eval_ema/loss"))
+    loop.train(tiny.experiment(tmp_path, steps=20, **changes, keep_best="eval_ema/loss"))
     step, average = weights(tmp_path, ema=True, kind="best")
     assert step > 10
     jax.tree.map(np.testing.assert_array_equal, restore_weights(tmp_path), average)
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "best"),
+    [
+        ("eval/loss", 1.0),
+        ("eval_ema/psnr", 3.0),
+        ("eval/usage/2", 3.0),
+        ("min:eval/accuracy", 1.0),
+        ("max:eval/loss", 3.0),
+    ],
+)
+def test_the_best_is_the_lowest_or_highest_as_the_metric_asks(keep_best, best):
+    name, _ = parse_keep_best(keep_best)
+    loop_state = LoopState(keep_best)
+    values = (2.0, np.nan, best, 2.0, 2.0)
+    assert [loop_state.update({name: x}) for x in values] == [True, False, True, False, False]
+    assert loop_state.best == best and loop_state.evaluations_since_best == 2
+
+
+def test_the_weights_of_the_highest_accuracy_are_kept(whole, tmp_path):
+    loop.train(tiny.experiment(tmp_path, eval_every=5, keep_best="eval/accuracy"))
+    by_step = {x["step"]: x["eval/accuracy"] for x in lines(tmp_path) if "eval/accuracy" in x}
+    assert len(set(by_step.values())) > 1
+    assert weights(tmp_path, kind="best")[0] == max(by_step, key=by_step.get)
+
+
+def test_an_unexpected_error_leaves_its_traceback_until_the_run_goes_well(tmp_path, monkeypatch):
+    experiment, report = tiny.experiment(tmp_path, steps=1), tmp_path / "error.txt"
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.Tiny, "eval_metrics", lambda *_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            loop.train(experiment)
+    assert report.read_text().startswith("Traceback") and "eval_metrics" in report.read_text()
+    with pytest.raises(InputError):
+        loop.train(tiny.experiment(tmp_path, steps=2))
+    assert report.exists()
+    loop.train(experiment)
+    assert not report.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_the_user_s_to_mend(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file/run"):
+        loop.train(tiny.experiment(tmp_path / "file" / "run"))
 
 
 def test_a_best_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, monkeypatch):
@@ -114,7 +161,7 @@ def test_a_best_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, 
             return original(self, *args)
 
         monkeypatch.setattr(Checkpoints, name, noted)
-    loop.run(tiny.experiment(tmp_path, steps=1, keep_best="eval/loss"))
+    loop.train(tiny.experiment(tmp_path, steps=1, keep_best="eval/loss"))
     best, checkpoint = events.index(("best", "save")), events.index(("checkpoints", "save"))
     assert ("best", "wait") in events[best + 2 : checkpoint]  # the first belongs to the save
 
@@ -124,8 +171,8 @@ def test_a_best_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, 
     [
         ({"epochs": 2.0}, "steps is 30, epochs 2.0"),
         ({"steps": 0}, "steps is 0, epochs 0.0"),
-        ({"batch_size": 0}, "batch_size is 0, but must be at least 1"),
-        ({"log_every": 0}, "log_every is 0"),
+        ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
+        ({"log_every": 0}, "log_every=0: must be 1 or more"),
         ({"run_dir": ""}, "run_dir is empty"),
         ({"run_dir": "gs://bucket/run"}, "run_dir is gs://bucket/run: an address; mount it"),
         ({"eval_every": 0, "keep_best": "eval/loss"}, "set eval_every above 0"),
@@ -136,13 +183,13 @@ def test_a_best_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, 
 def test_settings_without_sense_are_refused(tmp_path, changes, message):
     experiment = dataclasses.replace(tiny.experiment(tmp_path), **changes)
     with pytest.raises(ValueError, match=message):
-        loop.run(experiment)
+        loop.train(experiment)
 
 
 def test_an_unknown_metric_to_keep_is_told_before_training(tmp_path):
     experiment = tiny.experiment(tmp_path, keep_best="loss", explode_at=0)
     with pytest.raises(ValueError, match="keep_best is 'loss', .*'eval_ema/loss'"):
-        loop.run(experiment)
+        loop.train(experiment)
 
 
 def test_epochs_count_passes_over_the_training_images():

@@ -2,11 +2,11 @@ import json
 
 import numpy as np
 
-from varjax.training.metric_writers import MetricWriter, flatten
+from varjax.training.metric_writers import MetricWriter, flatten_metrics
 
 
 def test_arrays_become_one_number_a_name():
-    flat = flatten({"loss": np.float32(2), "by_scale": np.array([1.0, 3.0])})
+    flat = flatten_metrics({"loss": np.float32(2), "by_scale": np.array([1.0, 3.0])})
     assert flat == {"loss": 2.0, "by_scale/0": 1.0, "by_scale/1": 3.0}
 
 

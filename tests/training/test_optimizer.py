@@ -69,5 +69,5 @@ def test_the_learning_rate_of_an_update_is_the_one_of_its_number():
 )
 def test_settings_that_cannot_work_are_refused(changes):
     (name, value), *_ = changes.items()
-    with pytest.raises(ValueError, match=f"{name} is {value}, but must be"):
+    with pytest.raises(ValueError, match=f"{name}={value}: must be"):
         AdamW(**changes)

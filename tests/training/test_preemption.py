@@ -18,7 +18,7 @@ from tests.helpers import tiny
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import lines, same_run
 from varjax.training import evaluate, loop
-from varjax.training.preemption import Interrupt
+from varjax.training.preemption import PreemptionGuard
 
 
 @pytest.mark.parametrize(
@@ -37,23 +37,34 @@ def test_a_signal_saves_at_once_and_the_run_continues_as_if_nothing_was(
     with monkeypatch.context() as patch:
         raise_at(patch, signum, *moment)
         with pytest.raises(SystemExit) as stop:
-            loop.run(experiment)
+            loop.train(experiment)
     assert stop.value.code == 128 + signum
     said = capfd.readouterr().err
     assert "stopping after this step" in said
     assert f"saved after step {step}; the same command continues" in said
     evaluated = [line["step"] for line in lines(tmp_path) if "eval/loss" in line]
     assert step not in evaluated and not list(tmp_path.glob(f"previews/*{step}_*"))
-    loop.run(experiment)
+    loop.train(experiment)
     same_run(whole[0], tmp_path)
     assert len(list((tmp_path / "previews").iterdir())) == 1
-    assert loop.run(experiment) == whole[1]
+    assert loop.train(experiment) == whole[1]
     assert lines(whole[0]) == lines(tmp_path)
+
+
+def test_an_evaluation_that_was_made_up_for_is_not_made_again(whole, tmp_path, monkeypatch):
+    experiment = tiny.experiment(tmp_path, keep_best="eval/loss", preview_every=20)
+    with monkeypatch.context() as patch:
+        raise_at(patch, signal.SIGTERM, "in step", 30)
+        with pytest.raises(SystemExit):
+            loop.train(experiment)
+    assert loop.train(experiment) == whole[1]
+    monkeypatch.setattr(loop, "_train", None)  # what a finished run does not need
+    assert loop.train(experiment) == whole[1]
 
 
 def raise_at(patch, signum, place, number):
     """Has the signal come once, in the middle of a step or with a batch of the evaluation."""
-    take, placed = loop.Feed.__next__, evaluate.place
+    take, placed = loop.Prefetcher.__next__, evaluate.put_batch
     steps, batches = itertools.count(1), itertools.count()
 
     def at_step(feed):
@@ -66,8 +77,8 @@ def raise_at(patch, signum, place, number):
             signal.raise_signal(signum)
         return placed(*args)
 
-    patch.setattr(loop.Feed, "__next__", at_step)
-    patch.setattr(evaluate, "place", at_batch)
+    patch.setattr(loop.Prefetcher, "__next__", at_step)
+    patch.setattr(evaluate, "put_batch", at_batch)
 
 
 def test_a_signal_may_come_while_something_is_printed(monkeypatch):
@@ -78,7 +89,7 @@ def test_a_signal_may_come_while_something_is_printed(monkeypatch):
             raise RuntimeError("reentrant call")
 
     monkeypatch.setattr(sys, "stderr", Busy())
-    with Interrupt() as interrupt:
+    with PreemptionGuard() as interrupt:
         signal.raise_signal(signal.SIGINT)
         assert interrupt.noted()
 
@@ -88,13 +99,13 @@ CHILD = """
 import json, sys
 from tests.helpers import tiny
 from varjax.training import loop
-loop.run(tiny.experiment(sys.argv[1], **json.loads(sys.argv[2])))
+loop.train(tiny.experiment(sys.argv[1], **json.loads(sys.argv[2])))
 """
 
 
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
     """Each process is killed up to 0.4 s after it wrote its first line; a last one finishes."""
-    loop.run(tiny.experiment(tmp_path / "whole", **OFTEN))
+    loop.train(tiny.experiment(tmp_path / "whole", **OFTEN))
     seed = random.randrange(10**6)
     rng, run_dir = random.Random(seed), tmp_path / "killed"
     path, reached = run_dir / "metrics.jsonl", 0
@@ -132,10 +143,10 @@ def test_a_disk_that_takes_no_more_ends_the_run_and_what_was_saved_stays(tmp_pat
         patch.setattr(ocp.CheckpointManager, "save", save_on_a_full_disk)
         try:
             with pytest.raises(OSError, match=r"(?s)saving to .* failed.* good: \[10\].* room for"):
-                loop.run(big)
+                loop.train(big)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     gc.collect()
-    loop.run(big)
-    loop.run(dataclasses.replace(big, run_dir=str(tmp_path / "whole")))
+    loop.train(big)
+    loop.train(dataclasses.replace(big, run_dir=str(tmp_path / "whole")))
     same_run(tmp_path / "run", tmp_path / "whole")

@@ -17,7 +17,7 @@ import pytest
 from tests.helpers import tiny
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import lines, weights
-from varjax.core.saved_steps import Saved
+from varjax.core.saved_steps import SavedSteps
 from varjax.training import loop
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
@@ -85,7 +85,7 @@ def runs(tmp_path_factory):
 
 def everything(run):
     """All arrays of the newest checkpoint, as they are on the disk, and its meta."""
-    saved, step = Saved(run / "checkpoints"), lines(run)[-1]["step"]
+    saved, step = SavedSteps(run / "checkpoints"), lines(run)[-1]["step"]
     state = jax.eval_shape(tiny.Tiny().init, jax.random.key(0))
     abstract = {name: getattr(state, name) for name in ("params", "ema", "opt_state")}
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -112,10 +112,10 @@ def test_only_the_first_one_talks_and_a_refusal_reaches_all(runs):
 
 def test_one_signal_stops_both_and_one_device_continues(runs):
     folder, said = runs
-    step = Saved(folder / "stopped" / "checkpoints").steps()[-1]
+    step = SavedSteps(folder / "stopped" / "checkpoints").steps()[-1]
     assert 17 <= step <= 19
     assert f"saved after step {step}" in said[0]
-    loop.run(tiny.experiment(folder / "stopped", keep_best="eval/loss", eval_every=15))
+    loop.train(tiny.experiment(folder / "stopped", keep_best="eval/loss", eval_every=15))
     same_but_for_rounding(folder / "whole", folder / "stopped")
 
 

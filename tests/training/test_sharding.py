@@ -1,4 +1,3 @@
-import functools
 import os
 import subprocess
 import sys
@@ -11,10 +10,10 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.paths import ROOT
 from varjax.core import trees
-from varjax.nn.compute import BATCH_AXES, spread_rows
+from varjax.nn.compute import BATCH_AXES, shard_batch
 from varjax.training import sharding
 from varjax.training.sharding import MeshShape, make_mesh, rows_of_process, shardings
-from varjax.var.model import VARConfig, init_var
+from varjax.var.model import VARConfig
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -28,8 +27,8 @@ def test_a_sharded_step_equals_the_single_device_one_and_no_device_computes_the_
 
 def test_rows_are_spread_over_the_axes_that_share_out_a_batch():
     """Model files may not import the mesh's module, so they say these names again."""
-    assert P(BATCH_AXES) == sharding.over_batch(mesh(data=2)).spec
-    assert spread_rows(x := np.ones((4, 2))) is x
+    assert P(BATCH_AXES) == sharding.batch_sharding(mesh(data=2)).spec
+    assert shard_batch(x := np.ones((4, 2))) is x
 
 
 def mesh(**sizes):
@@ -62,7 +61,7 @@ def test_rules_shard_the_last_dimensions_that_divide(path, shape, spec):
 
 @pytest.mark.parametrize("preset", ["d16", "d36"])
 def test_nearly_all_of_a_transformer_is_shared_out(preset):
-    init = functools.partial(init_var, VARConfig.preset(preset))
+    init = VARConfig.preset(preset).init
     abstract = jax.eval_shape(init, jax.random.key(0))
     specs = shardings(abstract, mesh(fsdp=4, tensor=2))
     found, sizes = trees.paths(specs), {p: x.size for p, x in trees.paths(abstract).items()}
@@ -74,11 +73,13 @@ def test_nearly_all_of_a_transformer_is_shared_out(preset):
 
 
 def test_a_mesh_that_divides_next_to_nothing_is_told():
-    init = functools.partial(init_var, VARConfig.preset("d30"))
+    init = VARConfig.preset("d30").init
     params = jax.eval_shape(init, jax.random.key(0))
-    assert sharding.left_whole(params, mesh(data=256)) == ""
-    assert sharding.left_whole(params, mesh(fsdp=128)) == ""
-    assert "% of the parameters lie whole" in sharding.left_whole(params, mesh(fsdp=256))
+    assert sharding.replicated_parameters_note(params, mesh(data=256)) == ""
+    assert sharding.replicated_parameters_note(params, mesh(fsdp=128)) == ""
+    assert "% of the parameters lie whole" in sharding.replicated_parameters_note(
+        params, mesh(fsdp=256)
+    )
 
 
 def test_a_mesh_takes_all_devices_and_refuses_what_does_not_fit():
@@ -94,4 +95,4 @@ def test_a_mesh_takes_all_devices_and_refuses_what_does_not_fit():
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
     assert rows_of_process(make_mesh(MeshShape()), 6) == range(6)
     with pytest.raises(ValueError, match="batch_size 12 does not divide over 8 .*data 2, fsdp 4"):
-        sharding.check_batch(mesh(data=2, fsdp=4, tensor=2), 12)
+        sharding.check_batch_size(mesh(data=2, fsdp=4, tensor=2), 12)

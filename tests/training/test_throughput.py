@@ -4,22 +4,22 @@ import jax
 import pytest
 
 from varjax.core import hardware
-from varjax.training.throughput import Clock
+from varjax.training.throughput import ThroughputMeter
 
 
-def test_a_lap_gives_rates_over_the_time_that_was_not_paused(monkeypatch):
+def test_rates_are_over_the_time_that_was_not_paused(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(hardware, "peak_flops", lambda: 4e12)
-    clock = Clock(batch_size=8)
-    clock.step_flops = 6_000_000_000_000 * jax.device_count()
-    assert clock.lap(3, waited=1.0).keys() <= {"memory_gb", "memory_peak_gb"}
+    meter = ThroughputMeter(batch_size=8)
+    meter.step_flops = 6_000_000_000_000 * jax.device_count()
+    assert meter.measure(3, waited=1.0).keys() <= {"memory_gb", "memory_peak_gb"}
     now[0] += 10
-    with clock.paused():
+    with meter.paused():
         now[0] += 1000
-    lap = clock.lap(8, waited=3.5)
-    del lap["memory_peak_gb"]
-    assert lap == {
+    figures = meter.measure(8, waited=3.5)
+    del figures["memory_peak_gb"]
+    assert figures == {
         "images_per_second": 4.0,
         "step_seconds": 2.0,
         "tflops_per_device": 3.0,
@@ -51,21 +51,21 @@ def test_a_lap_gives_rates_over_the_time_that_was_not_paused(monkeypatch):
     ],
 )
 def test_known_devices_have_their_published_peak(kind, tflops):
-    assert hardware.published_peak(kind) == tflops * 1e12
+    assert hardware.published_peak_flops(kind) == tflops * 1e12
 
 
 def test_an_unknown_device_is_measured_once():
-    assert hardware.published_peak("cpu") is None
+    assert hardware.published_peak_flops("cpu") is None
     peak = hardware.peak_flops()
     assert 1e9 < peak < 1e15 and peak == hardware.peak_flops()
 
 
 def test_a_process_tells_its_memory():
-    found = hardware.memory()
+    found = hardware.memory_usage()
     assert found.keys() <= {"memory_gb", "memory_peak_gb"}
     before = found["memory_peak_gb"]
     held = bytearray(300_000_000)
-    assert len(held) and hardware.memory()["memory_peak_gb"] >= max(before, 0.3)
+    assert len(held) and hardware.memory_usage()["memory_peak_gb"] >= max(before, 0.3)
 
 
 def test_of_several_devices_the_fullest_counts(monkeypatch):
@@ -75,4 +75,4 @@ def test_of_several_devices_the_fullest_counts(monkeypatch):
 
     devices = [Device(3e9, 5e9), Device(2e9, 8e9)]
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
-    assert hardware.memory() == {"memory_gb": 3.0, "memory_peak_gb": 8.0}
+    assert hardware.memory_usage() == {"memory_gb": 3.0, "memory_peak_gb": 8.0}

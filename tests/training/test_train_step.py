@@ -27,25 +27,27 @@ def loss_fn(params, batch):
 
 @pytest.mark.parametrize("accumulate", [2, 3, 12])
 def test_accumulation_does_not_change_gradients_or_metrics(accumulate):
-    whole = train_step.gradients(loss_fn, PARAMS, batch(12))
-    parts = jax.jit(lambda p, b: train_step.gradients(loss_fn, p, b, accumulate))(PARAMS, batch(12))
+    whole = train_step.accumulated_gradients(loss_fn, PARAMS, batch(12))
+    parts = jax.jit(lambda p, b: train_step.accumulated_gradients(loss_fn, p, b, accumulate))(
+        PARAMS, batch(12)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, parts)
     assert parts[1]["by_output"].shape == (2,)
 
 
 def test_unequal_parts_are_refused():
     with pytest.raises(ValueError, match="batch of 12 cannot be accumulated in 5"):
-        train_step.gradients(loss_fn, PARAMS, batch(12), accumulate=5)
+        train_step.accumulated_gradients(loss_fn, PARAMS, batch(12), accumulate=5)
 
 
 def test_apply_updates_params_ema_and_step_and_reports_norms():
     tx = optax.sgd(0.5)
     state = TrainState(jnp.int32(3), PARAMS, jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS))
     grads = {"w": jnp.ones((3, 2)), "b": jnp.full(2, 2.0)}
-    after, norms = train_step.apply(state, grads, tx, ema_decay=0.9)
+    after, norms = train_step.apply_gradients(state, grads, tx, ema_decay=0.9)
     assert after.step == 4
     np.testing.assert_allclose(after.params["b"], [-1, -1])
     np.testing.assert_allclose(after.ema["b"], [-0.1, -0.1], rtol=1e-6)
     np.testing.assert_allclose(norms["grad_norm"], np.sqrt(6 + 8), rtol=1e-6)
     np.testing.assert_allclose(norms["update_norm"], np.sqrt(6 + 8) / 2, rtol=1e-6)
-    assert train_step.apply(state.replace(ema=None), grads, tx)[0].ema is None
+    assert train_step.apply_gradients(state.replace(ema=None), grads, tx)[0].ema is None

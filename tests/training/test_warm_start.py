@@ -11,20 +11,20 @@ from tests.helpers import runs, tiny
 from tests.helpers.paths import ROOT
 from varjax.core import files, trees
 from varjax.core.saved_steps import restore_weights
+from varjax.families import read_model
 from varjax.training import loop
 from varjax.training.sharding import MeshShape, make_mesh, shardings
-from varjax.training.warm_start import initial_state
-from varjax.var.load import read_var
-from varjax.var.model import VARConfig, init_var
-from varjax.var.pretrained import matching_rows
+from varjax.training.warm_start import warm_start_state
+from varjax.var.model import VARConfig
 from varjax.var.task import VARTask
+from varjax.var.warm_start import matching_rows
 
 KEY = jax.random.key(3)
 
 
 def begin(task, location, mesh=None):
     mesh = mesh or make_mesh(MeshShape())
-    return initial_state(task, location, KEY, shardings(jax.eval_shape(task.init, KEY), mesh))
+    return warm_start_state(task, location, KEY, shardings(jax.eval_shape(task.init, KEY), mesh))
 
 
 @pytest.fixture
@@ -78,23 +78,23 @@ def test_a_run_continues_without_what_it_started_from(saved, tmp_path):
     location, _ = saved
     run = tmp_path / "run"
     with pytest.raises(ValueError, match="does not exist"):
-        loop.run(tiny.experiment(run, steps=4, init_from=str(tmp_path / "misspelt")))
-    loop.run(tiny.experiment(tmp_path / "whole", steps=4, init_from=location))
+        loop.train(tiny.experiment(run, steps=4, init_from=str(tmp_path / "misspelt")))
+    loop.train(tiny.experiment(tmp_path / "whole", steps=4, init_from=location))
     part = tiny.experiment(run, steps=4, save_every=2, init_from=location)
-    loop.run(part)
+    loop.train(part)
     pathlib.Path(location).unlink()
     (run / "checkpoints" / "4").rename(tmp_path / "gone")
-    loop.run(part)
+    loop.train(part)
     both = (restore_weights(tmp_path / name) for name in ("whole", "run"))
     jax.tree.map(np.testing.assert_array_equal, *both)
 
 
 def test_a_run_gives_its_average_and_other_classes_and_scales_keep_what_means_the_same(capsys):
-    there, average, _ = read_var(runs.var(), ema=True)
+    _, there, average, _ = read_model(runs.var(), ema=True)
     average, here = jax.device_get(average), dataclasses.replace(there, classes=4, scales=(1, 3, 4))
     tokenizer = dataclasses.replace(runs.TOKENIZER, scales=(1, 3, 4))
     state = begin(VARTask(here, tokenizer, ""), str(runs.var()))
-    fresh, params = init_var(here, KEY), jax.device_get(state.params)
+    fresh, params = here.init(KEY), jax.device_get(state.params)
     kept = set(trees.paths(params)) - {"class_embed", "level_embed", "pos_embed"}
     for path in kept:
         a, b = trees.paths(params)[path], trees.paths(average)[path]

@@ -41,7 +41,7 @@ def edit_image(arguments: list[str]) -> None:
     classes, shape = model.classes, model.image_shape
     if flags.label is not None and not 0 <= flags.label < classes:
         raise InputError(f"label={flags.label}: allowed are 0 … {classes - 1}")
-    image_HWC = image_io.fit(picture, shape)
+    image_HWC = image_io.resize_and_crop(picture, shape)
     finest = model.edit_shape
     if flags.box is not None:
         redraw_hw = box_mask(flags.box, shape[:2], finest)
@@ -92,7 +92,7 @@ def side_by_side(
     red_HW3 = (np.broadcast_to(image_HWC, (H, W, 3)) // 2) + np.array([127, 0, 0], np.uint8)
     images = [image_HWC, np.where(redraw_HW1, red_HW3, image_HWC), *results_NHWC]
     images_NHWC = np.stack([np.broadcast_to(image, (H, W, 3)) for image in images])
-    return image_io.grid(images_NHWC, columns=min(len(images), 10))
+    return image_io.image_grid(images_NHWC, columns=min(len(images), 10))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,8 +17,8 @@ from varjax.core.errors import InputError, StorageError
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead, and the others end
 NETWORK_SECONDS = 10  # until a file that one machine wrote is seen by another
-# the most special first; StorageError is an InputError and an OSError
-ERRORS = {e.__name__: e for e in (StorageError, InputError, ValueError, KeyError, OSError)}
+# Errors of the first process that reach all; the most special first, for `isinstance` to find.
+SHARED_ERRORS = {e.__name__: e for e in (StorageError, InputError, ValueError, KeyError, OSError)}
 
 
 USAGE = (
@@ -66,7 +66,8 @@ def connect(
 ) -> None:
     """Makes this process one of several.
 
-    Without arguments it asks Slurm, Cloud TPU, GKE or Open MPI. To be called before anything else of JAX.
+    Without arguments it asks Slurm, Cloud TPU, GKE or Open MPI. To be called before anything else
+    of JAX.
 
     Args:
         coordinator: HOST:PORT at which the first process listens.
@@ -100,10 +101,11 @@ def _check_number(count: int | None, index: int | None, *missing: str) -> tuple[
     return index, count
 
 
-def end(code: int) -> int:
-    """`code`; with several processes ends this one at once, for a regular end waits for the others.
+def end_process(code: int) -> int:
+    """Returns an exit code; one of several processes ends with it at once instead.
 
-    They notice: at once where they exchange data over TCP, else by the missing heartbeat.
+    For a regular end waits for the others, which may never come. They notice: at once where they
+    exchange data over TCP, else by the missing heartbeat.
     """
     if jax.process_count() > 1:
         number = jax.process_index()
@@ -114,8 +116,8 @@ def end(code: int) -> int:
     return code
 
 
-def gather(value: Any) -> list[Any]:
-    """The JSON `value` of every process, in their order; all of them must call it."""
+def gather_json(value: Any) -> list[Any]:
+    """Returns the JSON `value` of every process, in their order; all of them must call it."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -125,22 +127,22 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(bytes(t[:n])) for t, n in zip(texts, sizes, strict=True)]
 
 
-def check_shared(path: pathlib.Path) -> None:
+def check_shared_file(path: pathlib.Path) -> None:
     """Raises InputError unless all processes see this file, which the first one wrote."""
     deadline = time.monotonic() + NETWORK_SECONDS
     while not (seen := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    if blind := [number for number, sees in enumerate(gather(seen)) if not sees]:
+    if blind := [number for number, sees in enumerate(gather_json(seen)) if not sees]:
         raise InputError(
             f"{path}, which process 0 wrote, is not seen by process {', '.join(map(str, blind))}; "
             "choose a run_dir on a file system that all of them share"
         )
 
 
-def from_first(action: Callable[[], Any]) -> Any:
-    """What `action` returns in the first process, as JSON; the others wait and get the same.
+def on_first_process(action: Callable[[], Any]) -> Any:
+    """Calls `action` in the first process; all wait and get what it returned, as JSON data.
 
-    A InputError, KeyError or OSError is raised in all of them.
+    A ValueError, KeyError or OSError (InputError among them) is raised in all of them.
     """
     if jax.process_count() == 1:
         return action()
@@ -148,10 +150,10 @@ def from_first(action: Callable[[], Any]) -> Any:
     if jax.process_index() == 0:
         try:
             outcome = {"value": action()}
-        except tuple(ERRORS.values()) as error:
-            kind = next(name for name, known in ERRORS.items() if isinstance(error, known))
+        except tuple(SHARED_ERRORS.values()) as error:
+            kind = next(name for name, known in SHARED_ERRORS.items() if isinstance(error, known))
             outcome = {"kind": kind, "error": str(error)}
-    outcome = gather(outcome)[0]
+    outcome = gather_json(outcome)[0]
     if "error" in outcome:
-        raise ERRORS[outcome["kind"]](outcome["error"])
+        raise SHARED_ERRORS[outcome["kind"]](outcome["error"])
     return outcome["value"]

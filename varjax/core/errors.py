@@ -1,8 +1,10 @@
 """Users' mistakes, told apart from our own: what a command prints and how it ends."""
 
+import contextlib
+import pathlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class InputError(ValueError):
@@ -14,16 +16,37 @@ class InputError(ValueError):
 
 
 class StorageError(InputError, OSError):
-    """Reports files that could not be written although the settings allow it: a full disk, say."""
+    """Reports files that the system does not let us write: a full disk, a missing permission."""
 
 
 def check_setting(name: str, value: object, valid: bool, allowed: str) -> None:
     """Raises InputError for a setting that is not `valid`: "name=value: must be allowed".
 
-        check_setting("ema", self.ema, 0 <= self.ema <= 1, "in [0, 1]")
+    check_setting("ema", self.ema, 0 <= self.ema <= 1, "in [0, 1]")
     """
     if not valid:
         raise InputError(f"{name}={value}: must be {allowed}")
+
+
+@contextlib.contextmanager
+def traceback_file(path: pathlib.Path) -> Iterator[None]:
+    """Writes the traceback of an unexpected exception to a file, and lets it pass.
+
+    A user's mistake leaves the file as it is; where all goes well, that of an earlier exception is
+    removed.
+    """
+    try:
+        yield
+    except (InputError, KeyboardInterrupt):
+        raise
+    except Exception:
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            path.write_text(traceback.format_exc())
+        raise
+    except SystemExit:  # stopped, but in good order
+        path.unlink(missing_ok=True)
+        raise
+    path.unlink(missing_ok=True)
 
 
 def run_command(

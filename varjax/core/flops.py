@@ -1,4 +1,4 @@
-"""Floating-point operations of a JAX function, counted in its jaxpr."""
+"""Counts floating-point operations of a JAX function in its jaxpr."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,18 +9,20 @@ from jax.extend import core
 
 
 def count(function: Callable, *args: Any) -> int:
-    """2 × multiply-adds of all matrix products and convolutions; the rest is not counted.
+    """Counts 2 × the multiply-adds of all matrix products and convolutions, and nothing else.
 
-    `args` may be arrays or ShapeDtypeStructs: nothing is computed.
+    Args:
+        function: to trace; nothing is computed.
+        args: its arguments, arrays or ShapeDtypeStructs.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+    return _count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
 
-def _of_jaxpr(jaxpr: Any) -> int:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+def _count_jaxpr(jaxpr: Any) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: Any) -> int:
+def _count_equation(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -34,7 +36,7 @@ def _of_equation(equation: Any) -> int:
         zeros = math.prod(params["lhs_dilation"])
         return 2 * math.prod(equation.outvars[0].aval.shape) * taps // zeros
     times = equation.params.get("length", 1) if name == "scan" else 1
-    return times * sum(_of_jaxpr(jaxpr) for jaxpr in _inner(equation.params))
+    return times * sum(_count_jaxpr(jaxpr) for jaxpr in _inner(equation.params))
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

@@ -1,17 +1,19 @@
-"""What the devices here can do, and how full their memory is."""
+"""Speed and memory of the devices here."""
 
 import functools
 import re
 import resource
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 # Published TFLOP/s of dense matrix products in bfloat16 (T4, V100: float16), of what JAX calls one
-# device: of TPU v2, v3 and 7x a half of a chip, of MI250 too. The first match in `device_kind`.
-PEAKS = (
+# device: half a chip for TPU v2, v3 and 7x and for MI250. The first match in `device_kind` counts.
+PUBLISHED_TFLOPS = (
     (r"TPU v2", 23),
     (r"TPU v3", 61.5),
     (r"TPU v4 lite", 137),
@@ -45,35 +47,55 @@ PEAKS = (
 
 
 def peak_flops() -> float:
-    """FLOP/s that one device here can reach at most: as published, else measured once."""
-    return published_peak(jax.devices()[0].device_kind) or measured_peak()
+    """Returns the FLOP/s that one device here can reach at most: as published, else measured."""
+    return published_peak_flops(jax.devices()[0].device_kind) or measured_peak_flops()
 
 
-def published_peak(device_kind: str) -> float | None:
-    """FLOP/s by PEAKS; None for an unknown device."""
-    found = (peak * 1e12 for pattern, peak in PEAKS if re.search(pattern, device_kind))
+def published_peak_flops(device_kind: str) -> float | None:
+    """Looks FLOP/s up in PUBLISHED_TFLOPS; None for an unknown device."""
+    found = (tera * 1e12 for pattern, tera in PUBLISHED_TFLOPS if re.search(pattern, device_kind))
     return next(found, None)
 
 
 @functools.cache
-def measured_peak() -> float:
-    """FLOP/s of a large matrix product, the best of three: bfloat16, on a CPU float32."""
-    size, dtype = (2048, jnp.float32) if jax.default_backend() == "cpu" else (8192, jnp.bfloat16)
-    x = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(lambda x: jnp.matmul(x, x))
-    product(x).block_until_ready()
+def measured_peak_flops() -> float:
+    """Measures the FLOP/s of one device here, once: in bfloat16, on a CPU in float32."""
+    if jax.default_backend() == "cpu":
+        return matmul_flops(2048, jnp.float32)
+    return matmul_flops(8192, jnp.bfloat16)
+
+
+def matmul_flops(size: int, dtype: Any, precision: Any = None, repeats: int = 3) -> float:
+    """Measures the FLOP/s of a product of two (size, size) matrices on one device.
+
+    Args:
+        size: of both axes.
+        dtype: of both matrices.
+        precision: as `jnp.matmul` takes it.
+        repeats: the fastest of so many products counts.
+    """
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
+    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
+    return 2 * size**3 / fastest_seconds(lambda: product(a, b), repeats)
+
+
+def fastest_seconds(function: Callable[[], Any], repeats: int = 3) -> float:
+    """Times a function until its result is there: the fastest of `repeats` calls after a first."""
+    jax.block_until_ready(function())
     seconds = []
-    for _ in range(3):
+    for _ in range(repeats):
         begin = time.perf_counter()
-        product(x).block_until_ready()
+        jax.block_until_ready(function())
         seconds.append(time.perf_counter() - begin)
-    return 2 * size**3 / min(seconds)
+    return min(seconds)
 
 
-def memory() -> dict[str, float]:
-    """GB in use now and at most so far, on the fullest device of this process.
+def memory_usage() -> dict[str, float]:
+    """Returns memory_gb, in use now, and memory_peak_gb, the most so far.
 
-    Where devices do not tell, as CPUs, only what the process had in use at most.
+    Both are of the fullest device of this process, in units of 1e9 bytes. Where devices do not
+    tell, as CPUs, there is only the process's own memory_peak_gb.
     """
     statistics = [s for device in jax.local_devices() if (s := device.memory_stats())]
     if statistics:
@@ -81,6 +103,10 @@ def memory() -> dict[str, float]:
         return {
             name: max(s.get(field, 0) for s in statistics) / 1e9 for name, field in names.items()
         }
+    return {"memory_peak_gb": process_peak_gb()}
+
+
+def process_peak_gb() -> float:
+    """Returns the most host memory that this process had in use so far, in units of 1e9 bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"memory_peak_gb": peak / 1e9}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,4 +1,4 @@
-"""Pictures: any image file in, as a model takes it; grids of images out, as PNG."""
+"""Image files: any kind in, as a model takes it; grids of images out, as PNG."""
 
 import math
 import os
@@ -10,22 +10,30 @@ from PIL import Image, ImageOps
 from varjax.core import files
 from varjax.core.errors import InputError
 
-SMALLEST = 64  # pixels; smaller images are enlarged in a grid, or nobody could see them
+MIN_TILE_SIDE = 64  # pixels; smaller images are enlarged in a grid, or nobody could see them
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[0, 1] -> [0, 255], rounded."""
+    """Turns values in [0, 1] into 0 … 255, rounded."""
     return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
-def grid(images_NHWC: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """uint8 (height, width, C) from uint8 or [0, 1]: rows of images, as square as it goes."""
+def image_grid(images_NHWC: np.ndarray, columns: int | None = None) -> np.ndarray:
+    """Arranges images in rows.
+
+    Args:
+        images_NHWC: uint8, or floats in [0, 1].
+        columns: images in a row; None for a grid as square as it goes.
+
+    Returns:
+        A uint8 image (height, width, C).
+    """
     if images_NHWC.dtype != np.uint8:
         images_NHWC = to_uint8(images_NHWC)
     N, H, W, C = images_NHWC.shape
     columns = columns or math.ceil(math.sqrt(N))
     rows = math.ceil(N / columns)
-    gap, enlarge = 1 if H < SMALLEST else 0, max(1, SMALLEST // H)
+    gap, enlarge = 1 if H < MIN_TILE_SIDE else 0, max(1, MIN_TILE_SIDE // H)
     tiles = np.zeros((rows * columns, H * enlarge + gap, W * enlarge + gap, C), np.uint8)
     large = images_NHWC.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     tiles[:N, : H * enlarge, : W * enlarge] = large
@@ -35,19 +43,23 @@ def grid(images_NHWC: np.ndarray, columns: int | None = None) -> np.ndarray:
 
 
 def read_image(path: str | os.PathLike, shape: tuple[int, int, int]) -> np.ndarray:
-    """An image file as a uint8 array of `shape`, (H, W, channels): `open_image`, then `fit`."""
-    return fit(open_image(path), shape)
+    """Reads an image file as a uint8 array of `shape`, (H, W, channels).
+
+    It is resized and cropped to it as in `resize_and_crop`. Raises InputError for a file that is
+    missing, damaged or no image.
+    """
+    return resize_and_crop(open_image(path), shape)
 
 
 def open_image(path: str | os.PathLike) -> Image.Image:
-    """An image file as 8-bit gray ("L") or "RGB"; what is transparent shows white.
+    """Opens an image file as 8-bit gray ("L") or "RGB", on white where it is transparent.
 
-    Otherwise as `load` does it. Raises InputError for a file that is missing, damaged or no image.
+    Raises InputError for a file that is missing, damaged or no image.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}")
     try:
-        picture = load(path)
+        picture = decode_image(path)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(
             f"{path} is not an image that can be read ({error}); give a PNG, JPEG, WebP …"
@@ -60,11 +72,11 @@ def open_image(path: str | os.PathLike) -> Image.Image:
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
 
 
-def load(file: str | os.PathLike | IO[bytes]) -> Image.Image:
-    """The picture in a file, in its own mode but with 8 bits, upright as its EXIF data say.
+def decode_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
+    """Decodes a picture in its own mode but with 8 bits, upright as its EXIF data say.
 
-    16 bits are scaled to 8; of an animation the first frame. Whatever Pillow raises passes through;
-    ValueError for floats, whose range is unknown.
+    16 bits are scaled to 8; the first frame of an animation is taken. Whatever Pillow raises passes
+    through; raises InputError for floats, whose range is unknown.
     """
     with Image.open(file) as picture:
         picture.load()
@@ -76,11 +88,17 @@ def load(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     return picture
 
 
-def fit(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
-    """The middle of a picture as a uint8 array of `shape`, (H, W, channels).
+def resize_and_crop(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
+    """Resizes a picture (Lanczos) until it just covers (H, W), then crops its center.
 
-    Resized (Lanczos) until it just covers (H, W), its aspect kept, then center-cropped. One that
-    has this size already is not touched.
+    One that has this size already is not touched.
+
+    Args:
+        picture: of any size.
+        shape: (H, W, channels), with 1 or 3 channels; InputError for others.
+
+    Returns:
+        A uint8 array of `shape`.
     """
     H, W, channels = shape
     if channels not in (1, 3):

@@ -1,4 +1,4 @@
-"""The steps saved in a directory, read by one process without waiting for any other."""
+"""Checkpoints on the disk, read by one process without waiting for any other."""
 
 import pathlib
 from typing import Any
@@ -6,27 +6,32 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from varjax.core import trees
+from varjax.core import files, trees
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 
-ARRAYS = ("params", "ema", "opt_state")
-UNREADABLE = (ValueError, KeyError, OSError)  # what Orbax raises for files that are not all there
+STATE_TREES = ("params", "ema", "opt_state")
+READ_ERRORS = (ValueError, KeyError, OSError)  # what Orbax raises for files that are not all there
 
 
-class Mismatch(InputError):
-    """A step that can be read, of something else."""
+class MismatchError(InputError):
+    """Reports a checkpoint that can be read, of another model."""
 
 
-class Saved:
-    """<directory>/<step>, each whole: what is being written has another name until it is."""
+class SavedSteps:
+    """Reads the checkpoints <directory>/<step>; one that is being written has another name.
+
+    saved = SavedSteps(run_dir / "checkpoints")
+    params = saved.params(saved.steps()[-1])
+    """
 
     def __init__(self, directory: pathlib.Path):
         self.directory = directory.absolute()
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
         handlers: dict[str, Any] = {
-            name: ocp.StandardCheckpointHandler(multiprocessing_options=alone) for name in ARRAYS
+            name: ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+            for name in STATE_TREES
         }
         handlers["meta"] = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
         options = ocp.CompositeOptions(multiprocessing_options=alone)
@@ -36,20 +41,29 @@ class Saved:
         )
 
     def steps(self) -> list[int]:
-        """Those that are there now, oldest first."""
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdigit())
+        """Lists the steps that are there now, oldest first."""
+        return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
 
     def meta(self, step: int) -> dict:
-        """The `meta` saved with a step."""
+        """Reads the `meta` saved with a step."""
         return self._restore(step, {"meta": ocp.args.JsonRestore()})["meta"]
 
     def arrays(
         self, step: int, abstract: dict[str, PyTree], shardings: dict[str, Any]
     ) -> tuple[dict[str, PyTree], dict]:
-        """The trees of `abstract` by name, laid out as `shardings`, and `meta`.
+        """Reads trees of arrays and `meta`; of each array a process reads its part.
 
-        Of each array a process reads its part. Raises Mismatch where the arrays saved are not those
-        of `abstract`, one of UNREADABLE where files are damaged or missing.
+        Args:
+            step: the checkpoint.
+            abstract: shapes and dtypes of the trees, by their names in STATE_TREES; None for none.
+            shardings: of the same structure.
+
+        Returns:
+            (trees by name, meta).
+
+        Raises:
+            MismatchError: the arrays saved are not those of `abstract`.
+            ValueError, KeyError or OSError: files are damaged or missing (READ_ERRORS).
         """
         self._check(step, abstract)
         items: dict[str, Any] = {"meta": ocp.args.JsonRestore()}
@@ -61,9 +75,13 @@ class Saved:
         return {name: read[name] for name in items if name != "meta"}, read["meta"]
 
     def params(self, step: int, ema: bool | None = None) -> PyTree:
-        """Parameters alone on this process's first device, with shapes from the files themselves.
+        """Reads parameters alone to this process's first device, with shapes from the files.
 
-        `ema` asks for their average, None for the average if there is one.
+        Args:
+            step: the checkpoint.
+            ema: True for their average, False for themselves, None for the average if there is one.
+
+        Raises InputError where there is no average.
         """
         saved = self._saved_arrays(step)
         averaged = saved.get("ema") is not None
@@ -82,10 +100,10 @@ class Saved:
             tree = saved[name].tree if saved.get(name) is not None else {}
             if report := trees.difference(abstract[name], tree):
                 where = self.directory / str(step)
-                raise Mismatch(f"{where} does not hold the {name} of this config:\n{report}")
+                raise MismatchError(f"{where} does not hold the {name} of this config:\n{report}")
 
     def _saved_arrays(self, step: int) -> Any:
-        """Names, shapes and dtypes of what was saved."""
+        """Reads names, shapes and dtypes of what was saved."""
         return self._checkpointer.metadata(self.directory / str(step)).item_metadata
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
@@ -95,21 +113,28 @@ class Saved:
 
 
 def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyTree:
-    """The weights that a run is used with, on the first device: the best it kept, else its last.
+    """Reads the weights that a run is used with to the first device.
 
-    `ema` asks for their average or for none. None gives the average if there is one, unless the
-    best was chosen by the parameters' own metric ("eval/..."). The run may be going on meanwhile.
-    Raises InputError when nothing was saved yet, or no average.
+    They are the best ones by the run's `keep_best`, else the last ones. The run may be going on.
+
+    Args:
+        run_dir: of the run.
+        ema: True for their average, False for themselves. None for the average if there is one,
+            unless the best was chosen by the parameters' own metric ("eval/...").
+
+    Raises:
+        InputError: nothing was saved yet, or no average.
     """
-    for name in ("best", "checkpoints"):
-        if not (directory := pathlib.Path(run_dir) / name).is_dir():
-            continue
-        saved = Saved(directory)
-        if steps := saved.steps():
-            chosen_by = saved.meta(steps[-1]).get("keep_best", "")
-            if ema is None and name == "best" and chosen_by.startswith("eval/"):
+    run_dir = pathlib.Path(run_dir)
+    if steps := (best := SavedSteps(run_dir / "best")).steps():
+        # Best by an earlier setting of keep_best is not what the run asks for now.
+        chosen_by = best.meta(steps[-1]).get("keep_best", "")
+        if chosen_by == files.read_json(run_dir / "config.json").get("keep_best"):
+            if ema is None and chosen_by.rpartition(":")[2].startswith("eval/"):
                 ema = False
-            return saved.params(steps[-1], ema)
+            return best.params(steps[-1], ema)
+    if steps := (last := SavedSteps(run_dir / "checkpoints")).steps():
+        return last.params(steps[-1], ema)
     raise InputError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
 
 

@@ -1,4 +1,4 @@
-"""Trees of arrays by path: names of leaves, rule tables, and what differs between two trees."""
+"""Trees of arrays by path: names of leaves, rule tables, differences, and digests."""
 
 import hashlib
 import re
@@ -15,17 +15,20 @@ PyTree = Any  # nested containers of arrays; JAX has no narrower type for them
 
 
 def paths(tree: Any) -> dict[str, Any]:
-    """The leaves by path, "blocks/q/kernel"; fields of named tuples and dataclasses give names."""
+    """Returns the leaves by path, such as "blocks/q/kernel".
+
+    Fields of named tuples and dataclasses give names, items of sequences their numbers.
+    """
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
-    """A tree of the same structure with `f(path, leaf)` at each leaf."""
+    """Makes a tree of the same structure with `f(path, leaf)` at each leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: f(_name(path), leaf), tree)
 
 
 def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
-    """The value of the first rule whose pattern is found in `path`."""
+    """Returns the value of the first rule whose pattern is found in `path`; else InputError."""
     for pattern, value in rules:
         if re.search(pattern, path):
             return value
@@ -33,7 +36,7 @@ def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:
 
 
 def difference(expected: Any, actual: Any) -> str:
-    """Every missing, unexpected and misshapen leaf, one a line; "" when there is none.
+    """Lists every missing, unexpected and misshapen leaf, one a line; "" when there is none.
 
     Leaves are anything with a shape and a dtype: arrays or `jax.ShapeDtypeStruct`.
     """
@@ -48,11 +51,11 @@ def difference(expected: Any, actual: Any) -> str:
 
 
 def digest(tree: Any) -> str:
-    """The sha256 of all leaves, in hexadecimal digits: of their paths, types, shapes and bytes."""
+    """Returns the sha256 of all leaves' paths, types, shapes and bytes, in hexadecimal digits."""
     total = hashlib.sha256()
     for path, leaf in sorted(paths(tree).items()):
         total.update(f"{path} {_kind(leaf)}\n".encode())
-        # Of one device's copy, for a spread array keeps what NumPy has seen of it in memory.
+        # One device's copy: a spread array would keep the copy made for NumPy in memory.
         whole = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
         here = leaf.addressable_data(0) if whole else leaf
         total.update(np.ascontiguousarray(here).reshape(-1).view(np.uint8).data)

@@ -92,7 +92,7 @@ def evaluate_tokenizer(
 def scales_picture(shown: Sequence[Reconstruction]) -> np.ndarray:
     """Draws a column for each image: the original, and below it the image after each scale."""
     rows = np.stack([reconstruction.rows for reconstruction in shown], axis=1)
-    return image_io.grid(rows.reshape(-1, *rows.shape[2:]), columns=len(shown))
+    return image_io.image_grid(rows.reshape(-1, *rows.shape[2:]), columns=len(shown))
 
 
 def worst_picture(shown: Sequence[Reconstruction]) -> np.ndarray:
@@ -101,7 +101,7 @@ def worst_picture(shown: Sequence[Reconstruction]) -> np.ndarray:
     rebuilt = np.stack([reconstruction.rows[-1] for reconstruction in shown])
     errors = 4 * np.abs(originals.astype(int) - rebuilt)
     rows = np.concatenate([originals, rebuilt, np.minimum(errors, 255).astype(np.uint8)])
-    return image_io.grid(rows, columns=len(shown))
+    return image_io.image_grid(rows, columns=len(shown))
 
 
 def report_table(report: dict[str, Any]) -> str:

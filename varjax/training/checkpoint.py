@@ -10,23 +10,31 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from varjax.core.distributed import from_first, gather
+from varjax.core import files
+from varjax.core.distributed import gather_json, on_first_process
 from varjax.core.errors import InputError, StorageError
-from varjax.core.saved_steps import ARRAYS, UNREADABLE, Mismatch, Saved
+from varjax.core.saved_steps import READ_ERRORS, STATE_TREES, MismatchError, SavedSteps
 from varjax.training.task import TrainState
 
 
 class Checkpoints:
-    """The last `keep` checkpoints in a directory, each written in the background.
+    """Keeps the last checkpoints of a run in a directory, each written in the background.
+
+        with Checkpoints(run_dir / "checkpoints") as checkpoints:
+            checkpoints.save(10, state)
 
     All processes make the same calls, and each writes its part of the arrays. A step's directory
     gets its name when it is complete, so processes killed while saving leave only a temporary,
     which the next start removes.
+
+    Args:
+        directory: of the checkpoints <directory>/<step>.
+        keep: how many stay.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int = 2):
         self.directory, self._keep = directory.absolute(), keep
-        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in ARRAYS}
+        handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in STATE_TREES}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -36,10 +44,13 @@ class Checkpoints:
                 barrier_sync_key_prefix=directory.name
             ),
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_handlers=handlers
-        )
-        self._saved = Saved(self.directory)
+        try:
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_handlers=handlers
+            )
+        except OSError as error:
+            raise StorageError(f"{directory} cannot be made or read: {error}") from error
+        self._saved = SavedSteps(self.directory)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -50,15 +61,23 @@ class Checkpoints:
             self._manager.close()
 
     def steps(self) -> list[int]:
-        """The saved steps, oldest first."""
-        return from_first(lambda: sorted(self._manager.all_steps()))
+        """Lists the saved steps, oldest first."""
+        return on_first_process(lambda: sorted(self._manager.all_steps()))
 
     def save(self, step: int, state: TrainState, meta: dict | None = None) -> None:
         """Copies what is not None of the state to the host and writes it in the background.
 
-        `meta` is plain JSON. A step that is there already is left alone: a resumed run comes to
-        the same state again. But with another `meta` it is replaced, and steps that lie ahead are
-        removed: they were saved under settings that were since changed.
+        A step that is there already is left alone: a resumed run comes to the same state again.
+        But with another `meta` it is replaced, and steps that lie ahead are removed: they were
+        saved under settings that were since changed.
+
+        Args:
+            step: updates done.
+            state: arrays spread over all processes.
+            meta: plain JSON data to keep with them.
+
+        Raises:
+            StorageError: an earlier save failed, or this one at once.
         """
         self.wait()
         if step in (steps := self.steps()) and self.meta(step) == (meta or {}):
@@ -67,58 +86,78 @@ class Checkpoints:
             if late >= step:
                 self._manager.delete(late)
         items: dict[str, Any] = {"meta": ocp.args.JsonSave(meta or {})}
-        for name in ARRAYS:
+        for name in STATE_TREES:
             if (tree := getattr(state, name)) is not None:
                 items[name] = ocp.args.StandardSave(tree)
-        self._watch(lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True))
+        self._reporting_failure(
+            lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        )
+
+    def rewrite_meta(self, step: int, meta: dict) -> None:
+        """Replaces the `meta` of a saved step, atomically, without writing its arrays again."""
+        self.wait()
+        path = self.directory / str(step) / "meta" / "metadata"  # as JsonCheckpointHandler names it
+        on_first_process(lambda: files.write_json(path, meta))
 
     def wait(self) -> None:
-        """Returns when everything saved is on the disk; StorageError where that failed."""
-        self._watch(self._manager.wait_until_finished)
+        """Returns when everything saved is on the disk; raises StorageError where that failed."""
+        self._reporting_failure(self._manager.wait_until_finished)
 
     def check(self) -> None:
-        """StorageError where what is written in the background has failed; does not wait."""
-        self._watch(self._manager.check_for_errors)
+        """Raises StorageError where a write in the background has failed; does not wait."""
+        self._reporting_failure(self._manager.check_for_errors)
 
     def meta(self, step: int) -> dict:
-        """The `meta` saved with a step."""
-        return from_first(lambda: self._saved.meta(step))
+        """Reads the `meta` saved with a step."""
+        return on_first_process(lambda: self._saved.meta(step))
 
     def restore(
         self, abstract: TrainState, shardings: TrainState, step: int | None = None
     ) -> tuple[TrainState, dict] | None:
-        """(state, meta) of `step` or of the newest step that all processes can read, else None.
+        """Reads the newest step that all processes can read.
 
-        `shardings` need not be those that it was saved with. Steps that cannot be read are reported
-        and set aside in <run>/unreadable. ValueError when none of those that exist can be read, or
-        when the arrays saved are not those of `abstract`.
+        Steps that cannot be read are reported and moved to <run>/unreadable.
+
+        Args:
+            abstract: shapes and dtypes of the state.
+            shardings: where its arrays shall lie; need not be as they were saved.
+            step: to read this one only.
+
+        Returns:
+            (state, meta), or None where no step is there.
+
+        Raises:
+            MismatchError: the arrays saved are not those of `abstract`.
+            InputError: none of the steps that are there can be read.
         """
         steps = self.steps() if step is None else [step]
         for candidate in reversed(steps):
             found, problem = None, None
             try:
                 found = self._read(candidate, abstract, shardings)
-            except UNREADABLE as error:
-                problem = isinstance(error, Mismatch), str(error)
-            problems = [p for p in gather(problem) if p is not None]
+            except READ_ERRORS as error:
+                problem = isinstance(error, MismatchError), str(error)
+            problems = [p for p in gather_json(problem) if p is not None]
             if not problems:
-                self._set_aside([late for late in steps if late > candidate])
+                self._move_aside([late for late in steps if late > candidate])
                 return found
             mismatch, words = problems[0]
             if mismatch:
-                raise Mismatch(words)
-            from_first(lambda: _report(candidate, words))  # noqa: B023  (called at once)
+                raise MismatchError(words)
+            on_first_process(lambda: _report(candidate, words))  # noqa: B023  (called at once)
         if steps:
             raise InputError(f"no checkpoint of {steps} in {self.directory} can be read")
         return None
 
     def _read(self, step: int, abstract: TrainState, shardings: Any) -> tuple[TrainState, dict]:
-        trees, where = ({n: getattr(state, n) for n in ARRAYS} for state in (abstract, shardings))
+        trees, where = (
+            {n: getattr(state, n) for n in STATE_TREES} for state in (abstract, shardings)
+        )
         read, meta = self._saved.arrays(step, trees, where)
         count = jax.make_array_from_callback((), shardings.step, lambda _: np.int32(step))
         return TrainState(count, read["params"], read.get("ema"), read["opt_state"]), meta
 
-    def _watch(self, action: Callable[[], Any]) -> None:
+    def _reporting_failure(self, action: Callable[[], Any]) -> None:
         try:
             action()
         except jax.errors.JaxRuntimeError:  # not the files: a device, or another process
@@ -131,7 +170,7 @@ class Checkpoints:
                 f"room for {self._keep + 1} checkpoints, the same command continues"
             ) from error
 
-    def _set_aside(self, broken: list[int]) -> None:
+    def _move_aside(self, broken: list[int]) -> None:
         def move() -> None:
             for step in broken:
                 aside = self.directory.parent / "unreadable" / str(step)
@@ -140,7 +179,7 @@ class Checkpoints:
                 (self.directory / str(step)).rename(aside)
 
         if broken:
-            from_first(move)
+            on_first_process(move)
             self._manager.reload()
 
 

@@ -9,17 +9,30 @@ import numpy as np
 from jax.sharding import Mesh
 
 from varjax.core.trees import PyTree
-from varjax.training.experiment import Loader
-from varjax.training.metric_writers import flatten
-from varjax.training.prefetch import place
+from varjax.training.experiment import BatchLoader
+from varjax.training.metric_writers import flatten_metrics
+from varjax.training.prefetch import put_batch
 from varjax.training.sharding import on_mesh, replicated
 from varjax.training.task import Batch, Task, TrainState
 
 
 class Evaluator:
-    """`metrics` and `preview` of a task on a mesh, each compiled once, at its first use."""
+    """Computes a task's metrics and previews over held-out batches, each compiled at its first use.
 
-    def __init__(self, task: Task, loader: Loader, frozen: PyTree, mesh: Mesh, batch_size: int):
+        evaluator = Evaluator(task, loader, frozen, mesh, batch_size)
+        metrics = evaluator.metrics(state)  # {"eval/loss": …, "eval_ema/loss": …}
+
+    Args:
+        task: gives the computations.
+        loader: gives the held-out batches.
+        frozen: the task's pretrained weights, on the mesh.
+        mesh: over all devices.
+        batch_size: rows of a batch, over all processes.
+    """
+
+    def __init__(
+        self, task: Task, loader: BatchLoader, frozen: PyTree, mesh: Mesh, batch_size: int
+    ):
         self._task, self._loader, self._frozen = task, loader, frozen
         self._mesh, self._batch_size = mesh, batch_size
         everywhere = replicated(mesh)
@@ -27,11 +40,18 @@ class Evaluator:
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
         self._preview = jax.jit(on_mesh(task.preview, mesh), out_shardings=everywhere)
 
-    def metrics(self, state: TrainState, stop: Callable[[], bool]) -> dict[str, float] | None:
-        """eval/NAME for the parameters and, where there is one, eval_ema/NAME for the average.
+    def metrics(
+        self, state: TrainState, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Computes metrics over all held-out images, whatever the batch size and the processes.
 
-        Over all held-out images, whatever the batch size and the number of processes. None as soon
-        as `stop`, asked before each batch, says so.
+        Args:
+            state: to evaluate.
+            stop: asked before each batch; once it returns True, the evaluation ends.
+
+        Returns:
+            "eval/NAME" for the parameters and, where there is one, "eval_ema/NAME" for the average;
+            None where it was stopped.
         """
         sums: dict[str, PyTree] = {}
         for batch in self._loader.held_out():
@@ -46,19 +66,19 @@ class Evaluator:
         assert sums, "the held-out split is empty"
         found = {}
         for kind, total in jax.device_get(sums).items():
-            metrics = flatten(self._task.eval_metrics(total))
+            metrics = flatten_metrics(self._task.eval_metrics(total))
             found |= {f"{kind}/{name}": x for name, x in metrics.items()}
         return found
 
-    def names(self, state: TrainState) -> list[str]:
-        """Those that `metrics` gives; of `state` only shapes are needed."""
+    def metric_names(self, state: TrainState) -> list[str]:
+        """Returns the names that `metrics` gives; of `state` only shapes are needed."""
         sums = jax.eval_shape(self._step, state, self._frozen, self._first_batch())
         ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), sums)  # not 0: they may divide
-        names = flatten(self._task.eval_metrics(ones))
+        names = flatten_metrics(self._task.eval_metrics(ones))
         return [f"{kind}/{name}" for kind in _kinds(state) for name in names]
 
     def preview(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Images by name from the first held-out batch, by the average where there is one."""
+        """Returns previews of the first held-out batch by name, of the average if there is one."""
         if state.ema is not None:
             state = dataclasses.replace(state, params=state.ema)
         return jax.device_get(self._preview(state, self._frozen, self._first_batch()))
@@ -67,9 +87,9 @@ class Evaluator:
         return self._place(self._loader.held_out_batch(0))
 
     def _place(self, batch: Mapping[str, np.ndarray]) -> Batch:
-        return place(batch, self._mesh, self._batch_size)
+        return put_batch(batch, self._mesh, self._batch_size)
 
 
 def _kinds(state: TrainState) -> dict[str, PyTree]:
-    """The parameters to evaluate, by the first part of their metrics' names."""
+    """Returns the parameters to evaluate, by the first part of their metrics' names."""
     return {"eval": state.params} | ({} if state.ema is None else {"eval_ema": state.ema})

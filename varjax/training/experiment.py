@@ -1,4 +1,4 @@
-"""All there is to say about a training run, and the promise that a run directory holds one run."""
+"""The settings of a training run, and the check that a run directory holds one run only."""
 
 import copy
 import dataclasses
@@ -10,63 +10,100 @@ from typing import Any, Protocol
 import numpy as np
 
 from varjax.core import config_tree, files
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan, Task
 
 
-class Loader(Protocol):
-    """Batches for this process: {"image_BHWC", "label_B"}, when held out also "valid_B".
+class BatchLoader(Protocol):
+    """Yields batches for this process: {"image_BHWC", "label_B"}, when held out also "valid_B".
 
-    Or {"tokens_BL", …}, and then `tokenized_by` is the `Task.tokenized_by` of what made them.
+    Instead of "image_BHWC" there may be latents, such as "tokens_BL".
     """
 
     @property
-    def tokenized_by(self) -> Mapping[str, Any] | None: ...
-
-    @property
-    def train_source(self) -> Sized: ...
-
-    def train(self, position: int) -> Iterator[dict[str, np.ndarray]]: ...
-
-    def held_out(self) -> Iterator[dict[str, np.ndarray]]: ...
-
-    def held_out_batch(self, number: int) -> dict[str, np.ndarray]: ...
-
-
-class Data(Protocol):
-    """A dataset's settings."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]: ...
-
-    @property
-    def classes(self) -> int: ...
-
-    def describe(self) -> dict[str, Any]:
-        """JSON data: "class_names", and what identifies the images of "train" and "held_out"."""
+    def tokenizer_identity(self) -> Mapping[str, Any] | None:
+        """The `Task.tokenizer_identity` of what made the latents; None for images."""
         ...
 
-    def make(self, batch_size: int, seed: int, rows: range | None = None) -> Loader:
-        """Batches, of which this process gets `rows` (None: all)."""
+    @property
+    def train_source(self) -> Sized:
+        """The training images."""
+        ...
+
+    def train(self, position: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yields training batches without end, the first one for step number `position`."""
+        ...
+
+    def held_out(self) -> Iterator[dict[str, np.ndarray]]:
+        """Yields batches over the held-out images, once."""
+        ...
+
+    def held_out_batch(self, number: int) -> dict[str, np.ndarray]:
+        """Returns batch `number` of `held_out`."""
+        ...
+
+
+class DatasetConfig(Protocol):
+    """Configures a dataset."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, channels) of its images."""
+        ...
+
+    @property
+    def classes(self) -> int:
+        """The number of classes; labels are below it."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Returns JSON data: "class_names", and what identifies the images of each split."""
+        ...
+
+    def make(self, batch_size: int, seed: int, rows: range | None = None) -> BatchLoader:
+        """Makes the loader of its batches.
+
+        Args:
+            batch_size: rows of a batch, over all processes.
+            seed: of shuffling and augmentation.
+            rows: of each batch that this process gets; None for all.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A training run. Its length is `steps`, or `epochs` passes over the training images.
+    """Configures a training run.
 
-    init_from: a run or a converted directory whose parameters this run starts with, as far as they
-    fit (`initial_state`); "" for fresh ones. Not looked at once the run has a checkpoint.
+        loop.train(Experiment(task, data, "runs/first", batch_size=256, epochs=10))
 
-    Counts named `*_every` are in steps, 0 means never; the run also evaluates and saves at its
-    end. `keep_best` names an evaluation metric, lower is better ("eval/loss", "eval_ema/loss"):
-    the best weights are kept in <run_dir>/best, and with `patience` > 0 the run ends when that
-    many evaluations in a row brought nothing better.
+    Counts named `*_every` are in steps, 0 means never; the run also evaluates and saves at its end.
+
+    Attributes:
+        task: what is trained, and how.
+        data: what it is trained on.
+        run_dir: the folder for all that the run writes.
+        batch_size: images of a step, over all devices.
+        steps: the length of the run in updates, or 0 where `epochs` gives it.
+        epochs: the length in passes over the training images, or 0 where `steps` gives it.
+        seed: of parameters, data order, augmentation and dropout.
+        init_from: a run or a converted directory whose parameters this run starts with, as far as
+            they fit (`warm_start_state`); "" for fresh ones. Not used once there is a checkpoint.
+        mesh: how arrays and batches are spread over the devices.
+        log_every: between two lines of training metrics.
+        eval_every: between two evaluations on held-out images.
+        save_every: between two checkpoints.
+        preview_every: between two previews, pictures of what the model does.
+        keep: how many of the last checkpoints stay.
+        keep_best: an evaluation metric, say "eval/loss" or "eval_ema/loss"; the best weights by it
+            are kept in <run_dir>/best. Lower is better but for accuracy, psnr, ssim, usage and
+            perplexity (of codes); "max:NAME" or "min:NAME" says it for any metric. "" for none.
+        patience: evaluations in a row without a better one that end the run; 0 for no such end.
     """
 
     task: Task
-    data: Data
+    data: DatasetConfig
     run_dir: str
     batch_size: int
     steps: int = 0
@@ -89,9 +126,9 @@ class Experiment:
                 f"give the length as steps or as epochs, one of them above 0 and the other 0; "
                 f"steps is {self.steps}, epochs {self.epochs}"
             )
-        for name, lowest in LOWEST.items():
-            if (value := getattr(self, name)) < lowest:
-                raise InputError(f"{name} is {value}, but must be at least {lowest}")
+        for name, lowest in MIN_VALUES.items():
+            value = getattr(self, name)
+            check_setting(name, value, value >= lowest, f"{lowest} or more")
         if not self.run_dir:
             raise InputError("run_dir is empty; name a directory for this run, say runs/first")
         if "://" in self.run_dir:
@@ -107,12 +144,12 @@ class Experiment:
             )
 
     def plan(self, train_size: int) -> Plan:
-        """The length of the run with so many training images."""
+        """Returns the length of the run with so many training images."""
         steps = self.steps or math.ceil(self.epochs * train_size / self.batch_size)
         return Plan(steps, self.batch_size)
 
 
-LOWEST = {
+MIN_VALUES = {
     "batch_size": 1,
     "seed": 0,
     "log_every": 1,
@@ -125,13 +162,19 @@ LOWEST = {
 
 # What may change when a run is continued, because training takes the same steps all the same
 # (another mesh or way to compute changes them by rounding; the tokenizer's weights were copied).
-FREE = ("run_dir", "mesh", "log_every", "eval_every", "save_every", "preview_every", "keep")
-FREE += (
+CHANGEABLE_FIELDS = (
+    "run_dir",
+    "mesh",
+    "log_every",
+    "eval_every",
+    "save_every",
+    "preview_every",
+    "keep",
     "keep_best",
     "patience",
     "init_from",
     "data.reading",
-    "data.root",  # images may move: record_data tells whether they are the same
+    "data.root",  # images may move: data.json tells whether they are the same
     "data.name",
     "data.data_dir",
     "task.tokenizer_weights",
@@ -142,11 +185,12 @@ FREE += (
 )
 
 
-def record_config(experiment: Experiment) -> None:
+def check_or_write_config(experiment: Experiment) -> None:
     """Writes <run_dir>/config.json, or checks that the run there has the same settings.
 
-    Fields that the run does not know yet had their defaults in it. Raises InputError that lists
-    every difference outside FREE.
+    Fields that the run does not know yet had their defaults in it.
+
+    Raises InputError that lists every difference outside CHANGEABLE_FIELDS.
     """
     config: dict[str, Any] = config_tree.to_dict(experiment)
     config["task"].pop("plan", None)  # follows from the rest
@@ -154,7 +198,7 @@ def record_config(experiment: Experiment) -> None:
     if path.exists():
         before, now = files.read_json(path), copy.deepcopy(config)
         _drop_new_defaults(now, experiment, before)
-        for name in FREE:
+        for name in CHANGEABLE_FIELDS:
             _drop(before, name)
             _drop(now, name)
         if lines := sorted(config_tree.differences(before, now)):
@@ -166,11 +210,11 @@ def record_config(experiment: Experiment) -> None:
     files.write_json(path, config)
 
 
-def record_data(experiment: Experiment) -> None:
-    """Writes <run_dir>/data.json: the names of the classes, and which images there are.
+def check_or_write_data(experiment: Experiment) -> None:
+    """Writes <run_dir>/data.json: the names of the classes, and what identifies the images.
 
-    Raises InputError where the run there was trained on other ones, wherever they lie now; those
-    held out may change.
+    Raises InputError where the run there was trained on other images, wherever they lie now; the
+    held-out ones may change.
     """
     now, path = experiment.data.describe(), pathlib.Path(experiment.run_dir) / "data.json"
     if path.exists():

@@ -2,37 +2,70 @@
 
 import dataclasses
 import math
+import re
+
+# Parts of metrics' names of which more is better, unless the user says otherwise.
+HIGHER_IS_BETTER = re.compile(r"accuracy|psnr|ssim|usage|perplexity")  # perplexity of codes
+
+
+def parse_keep_best(keep_best: str) -> tuple[str, bool]:
+    """Splits "max:NAME", "min:NAME" or "NAME" into the metric's name and whether it should grow."""
+    direction, _, metric = keep_best.rpartition(":")
+    if direction in ("max", "min"):
+        return metric, direction == "max"
+    return keep_best, HIGHER_IS_BETTER.search(keep_best) is not None
 
 
 @dataclasses.dataclass
-class Record:
-    """The last evaluation, and the best one by the metric `keep_best`."""
+class LoopState:
+    """Keeps the last evaluation, and the best one by the metric `keep_best`.
+
+    Attributes:
+        keep_best: the experiment's setting, "" for none.
+        best: the best value of that metric, None before the first.
+        evaluations_since_best: how many brought nothing better.
+        metrics: all of the last evaluation.
+        evaluation_due: whether a signal came before this step's evaluation and previews.
+    """
 
     keep_best: str = ""
     best: float | None = None
-    stale: int = 0  # evaluations since the best one
+    evaluations_since_best: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
-    pending: bool = False  # a signal came before this step's evaluation and previews
+    evaluation_due: bool = False
 
     @classmethod
-    def of(cls, meta: dict, keep_best: str) -> "Record":
-        """From a checkpoint; another metric than the run's so far starts without a best."""
+    def from_meta(cls, meta: dict, keep_best: str) -> "LoopState":
+        """Reads a checkpoint's `meta`; another `keep_best` than there starts without a best."""
         known = {field.name for field in dataclasses.fields(cls)}  # of whatever version it is
-        record = cls(**{name: value for name, value in meta.items() if name in known})
-        if record.keep_best != keep_best:
-            record = dataclasses.replace(record, keep_best=keep_best, best=None, stale=0)
-        return record
+        state = cls(**{name: value for name, value in meta.items() if name in known})
+        if state.keep_best != keep_best:
+            state = dataclasses.replace(
+                state, keep_best=keep_best, best=None, evaluations_since_best=0
+            )
+        return state
 
-    def improves(self, metrics: dict[str, float]) -> bool:
-        """Takes note of an evaluation; whether it is the best so far."""
+    def update(self, metrics: dict[str, float]) -> bool:
+        """Takes in an evaluation; returns whether it is the best so far."""
         self.metrics = metrics
         if not self.keep_best:
             return False
-        value = metrics[self.keep_best]
-        better = math.isfinite(value) and (self.best is None or value < self.best)
-        self.best, self.stale = (value, 0) if better else (self.best, self.stale + 1)
-        return better
+        name, higher_is_better = parse_keep_best(self.keep_best)
+        value, sign = metrics[name], -1 if higher_is_better else 1
+        if math.isfinite(value) and (self.best is None or sign * value < sign * self.best):
+            self.best, self.evaluations_since_best = value, 0
+            return True
+        self.evaluations_since_best += 1
+        return False
 
-    def over(self, step: int, steps: int, patience: int) -> bool:
-        """Whether the run ends with this `step`, all that belongs to it done."""
-        return not self.pending and (step == steps or 0 < patience <= self.stale)
+    def is_finished(self, step: int, steps: int, patience: int) -> bool:
+        """Returns whether the run ends with this step, all that belongs to it done.
+
+        Args:
+            step: updates done.
+            steps: the length of the run.
+            patience: evaluations without a better one that end it early; 0 for never.
+        """
+        if self.evaluation_due:
+            return False
+        return step == steps or 0 < patience <= self.evaluations_since_best

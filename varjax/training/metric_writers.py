@@ -1,4 +1,4 @@
-"""Where numbers and pictures of a run go: metrics.jsonl, TensorBoard, and the terminal."""
+"""Writers of a run's numbers and pictures: metrics.jsonl, TensorBoard, and the terminal."""
 
 import json
 import math
@@ -14,12 +14,13 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from varjax.core import files, image_io
+from varjax.core.errors import StorageError
 
-QUIET_SECONDS = 10.0
+PLAIN_LINE_SECONDS = 10.0  # between two lines where nobody watches a bar
 
 
-def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Plain floats by name; a 1-D array becomes name/0, name/1, ..."""
+def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Turns metrics into plain floats by name; a 1-D array becomes name/0, name/1, ..."""
     flat = {}
     for name, value in metrics.items():
         array = np.asarray(value)
@@ -34,9 +35,14 @@ def flatten(metrics: Mapping[str, Any]) -> dict[str, float]:
 class MetricWriter:
     """Writes to metrics.jsonl (one object a line, with "step") and to TensorBoard files.
 
-    This process resumes after `step`, with its evaluation or, where that was not `evaluated`,
-    before it: what an earlier process wrote about later than that is dropped. One that is not
-    `active` writes nothing at all.
+        with MetricWriter(run_dir, step=0) as writer:
+            writer.write(50, {"loss": 1.5})
+
+    Args:
+        run_dir: the folder of both.
+        step: the one that the run continues after; lines about later ones are dropped.
+        evaluated: whether that step's evaluation is done; else its lines are dropped too.
+        active: False for a process that writes nothing at all.
     """
 
     def __init__(
@@ -46,7 +52,7 @@ class MetricWriter:
         path = run_dir / "metrics.jsonl" if active else pathlib.Path(os.devnull)
         if path.is_file():
             lines = path.read_text().splitlines()
-            kept = [line for line in lines if _moment(line) <= (step, evaluated)]
+            kept = [line for line in lines if _position(line) <= (step, evaluated)]
             with files.atomic_path(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
         self._lines = open(path, "a", buffering=1)
@@ -62,28 +68,47 @@ class MetricWriter:
         self._board.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line; numbers that are not finite become null, which is what JSON has for them."""
+        """Writes a line; numbers that are not finite become null, which is what JSON has for them.
+
+        Raises StorageError where the disk takes no more.
+        """
         line = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
-        self._lines.write(json.dumps({"step": step} | line) + "\n")
+        try:
+            self._lines.write(json.dumps({"step": step} | line) + "\n")
+        except OSError as error:
+            raise StorageError(f"writing {self._run_dir}/metrics.jsonl failed: {error}") from error
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Saves a grid of images in [0, 1] as previews/step_<step>_<name>.png.
+        """Writes a grid of images as previews/step_<step>_<name>.png and to TensorBoard.
 
-        images: (N, H, W, C), or (rows, columns, H, W, C).
+        Args:
+            step: updates done.
+            name: of the preview.
+            images: values in [0, 1], (N, H, W, C) or (rows, columns, H, W, C).
         """
         if not self._active:
             return
         columns = images.shape[1] if images.ndim == 5 else None
-        picture_HWC = image_io.grid(images.reshape(-1, *images.shape[-3:]), columns)
+        picture_HWC = image_io.image_grid(images.reshape(-1, *images.shape[-3:]), columns)
         path = self._run_dir / "previews" / f"step_{step:08d}_{name.replace('/', '_')}.png"
         image_io.write_png(path, picture_HWC)
         self._board.add_image(name, picture_HWC, step, dataformats="HWC")
 
 
-class Progress:
-    """A bar where somebody watches the terminal; else a plain line every ten seconds or so."""
+class ProgressReporter:
+    """Shows a bar where somebody watches the terminal; else a plain line every ten seconds or so.
+
+        with ProgressReporter(0, steps) as progress:
+            progress.show(1, {"loss": 1.5})
+            progress.say("a line for the user")
+
+    Args:
+        step: the one that the run continues after.
+        steps: the length of the run.
+        active: False for a process that shows nothing.
+    """
 
     def __init__(self, step: int, steps: int, active: bool = True):
         self._active, self._watched = active, sys.stderr.isatty()
@@ -93,10 +118,10 @@ class Progress:
 
     @property
     def watched(self) -> bool:
-        """Whether there is a bar."""
+        """Tells whether there is a bar."""
         return self._active and self._watched
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressReporter":
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -108,7 +133,7 @@ class Progress:
         if self.watched:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(step - self._bar.n)
-        elif time.monotonic() - self._said > QUIET_SECONDS or step == self._steps:
+        elif time.monotonic() - self._said > PLAIN_LINE_SECONDS or step == self._steps:
             self._said = time.monotonic()
             pace = (self._said - self._begin) / max(step - self._start, 1)
             left = round(pace * (self._steps - step))
@@ -116,13 +141,13 @@ class Progress:
             self.say(f"step {step}/{self._steps}: {words}, {left} s left")
 
     def say(self, text: str) -> None:
-        """A line for the user that does not break the bar."""
+        """Prints a line without breaking the bar."""
         if self._active:
             tqdm.write(text, file=sys.stderr)
 
 
-def _moment(line: str) -> tuple[float, bool]:
-    """The step of a line and whether it tells of the evaluation; infinity where it is cut off."""
+def _position(line: str) -> tuple[float, bool]:
+    """Returns a line's step and whether it tells of an evaluation; infinity if it is cut off."""
     try:
         metrics = json.loads(line)
         return metrics["step"], any(name.startswith("eval") for name in metrics)

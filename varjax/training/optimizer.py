@@ -1,4 +1,4 @@
-"""AdamW with the reference's schedules of learning rate and weight decay."""
+"""AdamW with VAR's schedules of learning rate and weight decay (utils/lr_control.py there)."""
 
 import dataclasses
 import math
@@ -9,22 +9,36 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from varjax.core.errors import InputError
+from varjax.core.errors import check_setting
 from varjax.training.task import Plan
 
 Schedule = Literal["constant", "cos", "lin", "lin0", "lin00", "lin0.5", "exp"]
-HOLD = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "lin0.5": 0.5, "exp": 0.15}
+HOLD_FRACTION = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "lin0.5": 0.5, "exp": 0.15}
 Step = jax.typing.ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
 class AdamW:
-    """AdamW on gradients clipped by their global norm.
+    """Configures AdamW on clipped gradients, with schedules of learning rate and weight decay.
 
-    The peak learning rate is `base_lr` for each 256 images of the batch. It rises linearly from
-    `warmup_start` of the peak over the fraction `warmup` of the run, then follows `schedule` down
-    to `end` of the peak. Weight decay goes from `weight_decay` to `weight_decay_end` (None: stays)
-    on a half cosine. `clip` = 0 turns clipping off. Raises InputError for what cannot work.
+    The learning rate rises linearly, then follows `schedule` down; weight decay goes from its
+    first to its last value on a half cosine. Raises InputError for a value out of range.
+
+        optimizer = AdamW(base_lr=1e-4)
+        tx = optimizer.make(Plan(steps=1000, batch_size=768), decay_mask)
+
+    Attributes:
+        base_lr: peak learning rate for each 256 images of the batch.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the second moment.
+        weight_decay: at the first step.
+        weight_decay_end: at the last step; None for `weight_decay`.
+        clip: largest global norm of the gradients; 0 for no clipping.
+        schedule: the learning rate's course after the warm-up.
+        warmup: fraction of the run in which the learning rate rises.
+        warmup_start: learning rate at the first step, as a fraction of the peak.
+        end: learning rate at the last step, as a fraction of the peak.
     """
 
     base_lr: float = 1e-4
@@ -40,18 +54,17 @@ class AdamW:
     end: float = 0.01
 
     def __post_init__(self):
-        for name, sensible, allowed in (
+        for name, valid, allowed in (
             ("base_lr", self.base_lr > 0, "above 0"),
             ("b1", 0 <= self.b1 < 1, "at least 0 and below 1"),
             ("b2", 0 <= self.b2 < 1, "at least 0 and below 1"),
             ("clip", self.clip >= 0, "a norm above 0, or 0 for no clipping"),
             ("warmup", 0 <= self.warmup < 1, "a fraction of the run, at least 0 and below 1"),
         ):
-            if not sensible:
-                raise InputError(f"{name} is {getattr(self, name)}, but must be {allowed}")
+            check_setting(name, getattr(self, name), valid, allowed)
 
     def lr(self, step: Step, plan: Plan) -> Any:
-        """Learning rate of the update number `step`, from 0: float64 in NumPy, float32 in JAX."""
+        """Returns the learning rate of update number `step`, from 0: float64, float32 in JAX."""
         xp, n = _numbers(step)
         warm = round(self.warmup * plan.steps)
         rising = self.warmup_start + (1 - self.warmup_start) * n / max(warm, 1)
@@ -60,14 +73,14 @@ class AdamW:
         return peak * xp.where(n < warm, rising, self._decay(xp, done))
 
     def wd(self, step: Step, plan: Plan) -> Any:
-        """Weight decay of the update number `step`, from 0."""
+        """Returns the weight decay of update number `step`, from 0."""
         xp, n = _numbers(step)
         end = self.weight_decay if self.weight_decay_end is None else self.weight_decay_end
         cosine = 0.5 + 0.5 * xp.cos(math.pi * n / max(plan.steps - 1, 1))
         return end + (self.weight_decay - end) * cosine
 
     def make(self, plan: Plan, decay_mask: Any) -> optax.GradientTransformation:
-        """The Optax transformation; weight decay where `decay_mask` (a tree of bool) is True."""
+        """Makes the Optax transformation; `decay_mask`, a tree of bool, is True where to decay."""
         return optax.chain(
             optax.clip_by_global_norm(self.clip) if self.clip else optax.identity(),
             optax.scale_by_adam(self.b1, self.b2, self.eps),
@@ -76,13 +89,13 @@ class AdamW:
         )
 
     def _decay(self, xp: Any, done: Any) -> Any:
-        """The share of the peak when the fraction `done` of the time after warm-up is over."""
+        """Returns the share of the peak after the fraction `done` of the time since the warm-up."""
         end, rest = self.end, 1 - done
         if self.schedule == "constant":
             return xp.ones_like(done)
         if self.schedule == "cos":
             return end + (1 - end) * (0.5 + 0.5 * xp.cos(math.pi * done))
-        hold = HOLD[self.schedule]
+        hold = HOLD_FRACTION[self.schedule]
         if self.schedule == "exp":
             return xp.where(done < hold, 1.0, xp.exp((done - hold) / (1 - hold) * math.log(end)))
         if self.schedule == "lin0.5":  # halfway to where "lin" would be, then down to the end

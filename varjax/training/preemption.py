@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop after the step."""
+"""SIGINT and SIGTERM taken as a request to stop after the step."""
 
 import itertools
 import os
@@ -10,41 +10,51 @@ import jax
 from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ASKED = itertools.count()  # by this JAX finds a moment that all processes have yet to come to
+# Numbers the questions whether to stop: by them JAX finds one that no process has asked yet.
+SYNC_POINTS = itertools.count()
 
 
-class Interrupt:
-    """While entered, the first signal is only noted; a second one kills as usual.
+class PreemptionGuard:
+    """Turns the first signal into a request to stop; a second one kills as usual.
+
+        with PreemptionGuard() as preemption:
+            while not preemption.should_stop():
+                step()
 
     With several processes only SIGTERM is handled: JAX itself watches for it and lets all of them
     agree on a moment. SIGINT then kills as usual.
+
+    Attributes:
+        signum: the signal that asked to stop, None before.
     """
 
     def __init__(self):
         self.signum: int | None = None
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "Interrupt":
+    def __enter__(self) -> "PreemptionGuard":
         main_thread = threading.current_thread() is threading.main_thread()
         if main_thread and jax.process_count() == 1:
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def noted(self) -> bool:
-        """Whether to stop, as far as this process knows without asking the others."""
+    def signalled(self) -> bool:
+        """Returns whether to stop, as far as this process knows without asking the others."""
         return self.signum is not None
 
-    def requested(self) -> bool:
-        """Whether to stop. Several processes get the same answer and must ask equally often."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(next(ASKED)):
+    def should_stop(self) -> bool:
+        """Returns whether to stop: the same in all processes, which must ask equally often."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(
+            next(SYNC_POINTS)
+        ):
             self.signum = signal.SIGTERM
-        return self.noted()
+        return self.signalled()
 
-    def _note(self, signum: int, _: Any) -> None:
+    def _handle(self, signum: int, _: Any) -> None:
         self.signum = signum
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)

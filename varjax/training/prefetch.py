@@ -9,14 +9,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from varjax.training.sharding import over_batch, rows_of_process
+from varjax.training.sharding import batch_sharding, rows_of_process
 from varjax.training.task import Batch
 
-DEPTH = 2
+PREFETCHED_BATCHES = 2
 
 
-def place(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int) -> Batch:
-    """A batch of `size` on the devices, of which `batch` holds the `rows_of_process`."""
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int) -> Batch:
+    """Copies a batch to the devices, its rows spread over them.
+
+    Args:
+        batch: arrays whose first axis is the `rows_of_process` of this process.
+        mesh: over all devices of all processes.
+        size: rows of the whole batch, over all processes.
+    """
     first = rows_of_process(mesh, size).start
 
     def put(x: np.ndarray) -> jax.Array:
@@ -24,15 +30,19 @@ def place(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int) -> Batch:
             start, stop, _ = index[0].indices(size)
             return x[start - first : stop - first]
 
-        return jax.make_array_from_callback((size, *x.shape[1:]), over_batch(mesh), part)
+        return jax.make_array_from_callback((size, *x.shape[1:]), batch_sharding(mesh), part)
 
     return {name: put(x) for name, x in batch.items()}
 
 
-class Feed:
-    """Batches of `size` on the devices, two ahead of what is consumed.
+class Prefetcher:
+    """Yields batches that lie on the devices already, copied while earlier ones are worked on.
 
-    `waited` are the seconds spent waiting for the host.
+        batches = Prefetcher(loader.train(0), mesh, batch_size)
+        state, metrics = train_step(state, frozen, next(batches), key)
+
+    Attributes:
+        waited: seconds spent waiting for the host so far.
     """
 
     def __init__(self, batches: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, size: int):
@@ -42,7 +52,7 @@ class Feed:
 
     def __next__(self) -> Batch:
         begin = time.monotonic()
-        while len(self._ahead) <= DEPTH:
-            self._ahead.append(place(next(self._batches), self._mesh, self._size))
+        while len(self._ahead) <= PREFETCHED_BATCHES:
+            self._ahead.append(put_batch(next(self._batches), self._mesh, self._size))
         self.waited += time.monotonic() - begin
         return self._ahead.popleft()

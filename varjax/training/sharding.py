@@ -1,4 +1,4 @@
-"""Where each array lies: one mesh, one ordered table of rules over tree paths."""
+"""Partitioning of arrays over devices: one mesh, one ordered table of rules over tree paths."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from varjax.core.errors import InputError
 
 # A spec speaks of the last dimensions, so stacked layers stay whole; the first match wins. The
 # table covers optimizer moments and EMA too, for their paths end in the parameter's.
-RULES = (
+SHARDING_RULES = (
     (r"(^|/)(encoder|decoder)/", P("fsdp", None)),  # convolutions: their input channels
     (r"(^|/)(q|k|v|up)/kernel$", P("fsdp", "tensor")),
     (r"(^|/)(proj|down)/kernel$", P("tensor", "fsdp")),
@@ -26,15 +26,17 @@ RULES = (
     (r"", P()),
 )
 
-
-MUCH = 0.1
+MAX_REPLICATED_FRACTION = 0.1  # of the parameters; above it the user is told
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Numbers of devices: copies of the model, parts of its arrays, parts of its layers' width.
+    """Sets the size of each axis of the mesh, in devices; one may be -1: all that the others leave.
 
-    One of them may be -1: all devices that the others leave.
+    Attributes:
+        data: copies of the model, each with its share of the batch.
+        fsdp: parts of each array; shares of the batch too.
+        tensor: parts of the layers' width, with the same share of the batch.
     """
 
     data: int = -1
@@ -43,7 +45,10 @@ class MeshShape:
 
 
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp and tensor over all devices; ValueError when they do not fit."""
+    """Makes a mesh with axes data, fsdp and tensor over all devices.
+
+    Raises InputError where the sizes are no numbers of devices or do not multiply to all of them.
+    """
     devices = jax.devices() if devices is None else devices
     sizes = [shape.data, shape.fsdp, shape.tensor]
     product = math.prod(size for size in sizes if size != -1)
@@ -60,13 +65,13 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
-    """A NamedSharding for each leaf (array or ShapeDtypeStruct), by RULES.
+    """Returns a NamedSharding for each leaf (array or ShapeDtypeStruct), by SHARDING_RULES.
 
     A dimension that its mesh axis does not divide is replicated.
     """
 
     def place(path: str, leaf: Any) -> NamedSharding:
-        spec = trees.first_match(RULES, path)
+        spec = trees.first_match(SHARDING_RULES, path)
         if len(spec) > len(leaf.shape):
             return replicated(mesh)
         sizes = leaf.shape[len(leaf.shape) - len(spec) :]
@@ -78,15 +83,18 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     return trees.map_with_path(place, tree)
 
 
-def left_whole(tree: Any, mesh: Mesh) -> str:
-    """A sentence where much of a tree lies whole on each device, though the mesh is to split it."""
+def replicated_parameters_note(tree: Any, mesh: Mesh) -> str:
+    """Returns a warning where the mesh should split a tree but much of it is whole on each device.
+
+    "" where there is nothing to warn of.
+    """
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return ""
     leaves, specs = jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh))
     pairs = zip(leaves, specs, strict=True)
     share = sum(x.size for x, s in pairs if s.is_fully_replicated) / sum(x.size for x in leaves)
     sizes = f"mesh.fsdp={mesh.shape['fsdp']} and mesh.tensor={mesh.shape['tensor']}"
-    if share < MUCH:
+    if share < MAX_REPLICATED_FRACTION:
         return ""
     return (
         f"{share:.0%} of the parameters lie whole on every device, for {sizes} do not divide them; "
@@ -94,18 +102,21 @@ def left_whole(tree: Any, mesh: Mesh) -> str:
     )
 
 
-def over_batch(mesh: Mesh) -> NamedSharding:
-    """The sharding of everything with a leading batch axis."""
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of everything with a leading batch axis."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """Returns the sharding of an array that is whole on every device."""
     return NamedSharding(mesh, P())
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """`function` for `jax.jit`, with `nn.compute.spread_rows` at work inside."""
+    """Wraps a function for `jax.jit` so that it is traced with the mesh in context.
+
+    `nn.compute.shard_batch` finds it there.
+    """
 
     @functools.wraps(function)
     def traced(*arguments: Any) -> Any:
@@ -116,7 +127,12 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has, on the devices; each process copies what its own ones hold."""
+    """Copies arrays that every process has to the devices, each process what its own ones hold.
+
+    Args:
+        tree: the same arrays in every process.
+        shardings: a NamedSharding for each.
+    """
 
     def place(x: Any, sharding: NamedSharding) -> jax.Array:
         x = np.asarray(x)
@@ -126,19 +142,21 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def rows_of_process(mesh: Mesh, batch_size: int) -> range:
-    """The rows of a batch that the devices of this process hold, from the first to the last.
+    """Returns the rows of a batch that this process's devices hold, from the first to the last.
 
     Processes that differ along `tensor` alone hold the same rows. Where the mesh interleaves the
-    devices of processes, as on TPU pods, rows of others lie between. Raises as `check_batch` does.
+    devices of processes, as on TPU pods, rows of others lie between.
+
+    Raises InputError as `check_batch_size` does.
     """
-    check_batch(mesh, batch_size)
-    held = over_batch(mesh).addressable_devices_indices_map((batch_size,)).values()
+    check_batch_size(mesh, batch_size)
+    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     bounds = [rows[0].indices(batch_size) for rows in held if rows is not None]
     return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
-def check_batch(mesh: Mesh, batch_size: int) -> None:
-    """Raises InputError where `data` times `fsdp` does not divide the batch."""
+def check_batch_size(mesh: Mesh, batch_size: int) -> None:
+    """Raises InputError where the mesh axes data and fsdp do not divide the batch."""
     if batch_size % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
         sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
         raise InputError(

@@ -10,13 +10,22 @@ import jax
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 
+# By name: "image_BHWC" uint8 (or latents such as "tokens_BL" int32), "label_B" int32 and, in
+# evaluation, "valid_B" bool, False for rows that only fill up the last batch.
 Batch = dict[str, jax.Array]
-Rows = dict[str, tuple[Sequence[int], Sequence[int]]]
+
+# By parameter path: (rows here, rows there), entries of the first axis that mean the same.
+MatchingRows = dict[str, tuple[Sequence[int], Sequence[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The length of a run, which schedules need; the loop fills it in."""
+    """Tells the length of a run, which schedules need; the loop fills it in.
+
+    Attributes:
+        steps: updates.
+        batch_size: images of an update.
+    """
 
     steps: int = 1
     batch_size: int = 256
@@ -24,7 +33,14 @@ class Plan:
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes. `step` counts the updates done (int32 scalar); `ema` may be None."""
+    """Holds all arrays that a step changes.
+
+    Attributes:
+        step: updates done, an int32 scalar.
+        params: parameters, float32.
+        ema: their exponential moving average, or None.
+        opt_state: of the optimizer, and whatever else a task keeps from step to step.
+    """
 
     step: jax.Array
     params: PyTree
@@ -33,11 +49,10 @@ class TrainState:
 
 
 class Task(Protocol):
-    """What is trained: a frozen dataclass of settings with pure methods, which the loop jits.
+    """Describes what is trained: a frozen dataclass of settings with pure methods.
 
-    `batch` is {"image_BHWC": uint8, "label_B": int32}; in evaluation also {"valid_B": bool}, False
-    for rows to leave out. Instead of images it holds {"tokens_BL": int32} where the data are those
-    of `tokenized_by`.
+    The loop compiles the methods and knows no model. A family implements this once, as
+    `var.task.VARTask` does.
     """
 
     @property
@@ -46,34 +61,41 @@ class Task(Protocol):
         ...
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
-        """Raises InputError where such a dataset or `plan` does not suit; before any long work.
+        """Raises InputError where a dataset or `plan` does not suit, before any long work.
 
-        image_shape: (H, W, channels). classes: labels are below it.
+        Args:
+            image_shape: (H, W, channels).
+            classes: labels are below it.
         """
         ...
 
     def init(self, key: jax.Array) -> TrainState:
-        """The state before the first step."""
+        """Makes the state before the first step."""
         ...
 
-    def pretrained(self, location: str) -> tuple[PyTree, Rows]:
-        """Parameters that a run may start from, of a run (averaged if it averages) or converted.
+    def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
+        """Reads parameters that a run may start from; they may be of other sizes than `init`'s.
 
-        They may be of other sizes than `init`'s. Where only some rows (entries of the first axis)
-        of a parameter mean the same here and there, its path names them: (rows here, rows there).
-        Raises InputError that says what `location` lacks.
+        Args:
+            location: a run, whose average is read if it has one, or a converted directory.
+
+        Returns:
+            The parameters, and for those of which only some rows mean the same here, which.
+
+        Raises:
+            InputError: says what `location` lacks.
         """
         ...
 
     def frozen(self) -> PyTree:
-        """Nested dicts of the pretrained weights that the steps need and do not train, or {}.
+        """Reads the pretrained weights that the steps need and do not train: nested dicts, or {}.
 
         Called once, at the start of a run; the run keeps its own copy.
         """
         ...
 
-    def tokenized_by(self, frozen: PyTree) -> dict[str, Any]:
-        """What identifies the tokenizer whose tokens it trains on, as flat JSON data.
+    def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
+        """Returns what tells the tokenizer of its latents from any other, as flat JSON data.
 
         {} for a task that takes images only.
         """
@@ -82,48 +104,62 @@ class Task(Protocol):
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update. `key` is the run's: fold `state.step` into it.
+        """Makes one update.
 
-        Metrics are scalars or 1-D arrays; one that is not finite stops the run.
+        Args:
+            state: before it.
+            frozen: from `frozen`.
+            batch: of training examples.
+            key: the run's; fold `state.step` into it.
+
+        Returns:
+            The state after it, and metrics: scalars or 1-D arrays, of which one that is not finite
+            stops the run.
         """
         ...
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
-        """Model FLOP of a `train_step` on arrays of these shapes; nothing is computed.
+        """Counts the model's FLOP in a `train_step` on arrays of these shapes (`flops.count`).
 
-        `flops.count`, without what the backward pass computes a second time to save memory.
+        What the backward pass computes a second time to save memory does not count.
         """
         ...
 
     def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
-        """Arrays that add over batches, from `state.params` and the valid rows of `batch`."""
+        """Computes arrays that add over batches, from `state.params` and a batch's valid rows."""
         ...
 
     def eval_metrics(self, sums: PyTree) -> dict[str, Any]:
-        """Floats or 1-D arrays from the added results of `eval_step`, as NumPy arrays."""
+        """Turns the added results of `eval_step` (NumPy arrays) into floats or 1-D arrays."""
         ...
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """Images to look at by name, in [0, 1]; {} for none.
+        """Makes images to look at, in [0, 1], by name; {} for none.
 
-        (N, H, W, C), or (rows, columns, H, W, C) where the arrangement says something.
+        Each is (N, H, W, C), or (rows, columns, H, W, C) where the arrangement says something.
         """
         ...
 
 
-def check_tokens(task: Task, frozen: PyTree, tokenized_by: Mapping[str, Any] | None) -> None:
-    """Raises InputError, with all differences, for tokens that are not what `task` trains on.
+def check_latents(task: Task, frozen: PyTree, tokenizer_identity: Mapping[str, Any] | None) -> None:
+    """Checks that latents are those that a task trains on.
 
-    tokenized_by: the `Task.tokenized_by` of what made them; None for images.
+    Args:
+        task: to train.
+        frozen: its pretrained weights.
+        tokenizer_identity: the `Task.tokenizer_identity` of what made them; None for images.
+
+    Raises:
+        InputError: with all differences.
     """
-    if (there := tokenized_by) is None:
+    if (there := tokenizer_identity) is None:
         return
-    if not (here := task.tokenized_by(frozen)):
-        raise InputError(f"a {type(task).__name__} trains on images, but the data are tokens")
+    if not (here := task.tokenizer_identity(frozen)):
+        raise InputError(f"a {type(task).__name__} trains on images, but the data are latents")
     names = [name for name in dict.fromkeys((*there, *here)) if there.get(name) != here.get(name)]
     if lines := [f"{name}: {there.get(name)} theirs, {here.get(name)} here" for name in names]:
         raise InputError(
-            "the tokens are another tokenizer's:\n  "
+            "the latents are another tokenizer's:\n  "
             + "\n  ".join(lines)
             + "\nmake them anew by python -m varjax.data.cache_latents, or use that tokenizer"
         )

@@ -1,4 +1,4 @@
-"""The two halves of a training step: gradients of a batch, and the update they make."""
+"""The two halves of a training step: gradients of a batch, and the update made from them."""
 
 import functools
 from collections.abc import Callable
@@ -16,41 +16,70 @@ Metrics = dict[str, jax.Array]
 LossFn = Callable[[PyTree, PyTree], tuple[jax.Array, Metrics]]
 
 
-def gradients(
+def create_state(
+    params: PyTree, tx: optax.GradientTransformation, ema_decay: float = 0.0
+) -> TrainState:
+    """Makes the state before the first step.
+
+    Args:
+        params: initial parameters; the average (EMA) starts at them.
+        tx: the optimizer.
+        ema_decay: 0 for a state without an average.
+    """
+    ema = jax.tree.map(jnp.copy, params) if ema_decay else None
+    return TrainState(jnp.int32(0), params, ema, tx.init(params))
+
+
+def accumulated_gradients(
     loss_fn: LossFn, params: PyTree, batch: PyTree, accumulate: int = 1
 ) -> tuple[PyTree, Metrics]:
-    """Gradients and metrics of `loss_fn(params, batch) -> (loss, metrics)`, means over the batch.
+    """Differentiates a loss over a batch, one microbatch at a time.
 
-    The batch (leading axis B on every leaf) is worked off in `accumulate` parts. Whatever is
-    random by example must lie in `batch`: then the result does not depend on `accumulate`.
-    Raises InputError when `accumulate` does not divide B.
+    Args:
+        loss_fn: (params, batch) -> (loss, metrics), each the mean over the examples of the batch.
+        params: parameters to differentiate by.
+        batch: arrays with a leading axis B. What is random by example must lie in it: then the
+            result does not depend on `accumulate`.
+        accumulate: the number of microbatches.
+
+    Returns:
+        (gradients, metrics): means over the batch.
+
+    Raises:
+        InputError: `accumulate` does not divide B.
     """
-    return over_parts(functools.partial(jax.grad(loss_fn, has_aux=True), params), batch, accumulate)
+    gradients = functools.partial(jax.grad(loss_fn, has_aux=True), params)
+    return mean_over_microbatches(gradients, batch, accumulate)
 
 
-def over_parts(f: Callable[[PyTree], PyTree], batch: PyTree, accumulate: int = 1) -> PyTree:
-    """The mean of `f(part)` over the parts of a batch, each like `gradients` takes it."""
+def mean_over_microbatches(
+    function: Callable[[PyTree], PyTree], batch: PyTree, accumulate: int = 1
+) -> PyTree:
+    """Averages `function(microbatch)` over `accumulate` microbatches of a batch, in a scan.
+
+    Raises InputError where `accumulate` does not divide the batch.
+    """
     if accumulate == 1:
-        return f(batch)
+        return function(batch)
     size = jax.tree.leaves(batch)[0].shape[0]
-    check_parts(size, accumulate)
+    check_microbatches(size, accumulate)
 
     def split(x: jax.Array) -> jax.Array:
-        # Part i takes every accumulate-th row, so that each device keeps the rows it has.
+        # Microbatch i takes every accumulate-th row, so that each device keeps the rows it has.
         return x.reshape(size // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total: Any, part: PyTree) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, f(part)), None
+    def add(total: Any, microbatch: PyTree) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(microbatch)), None
 
-    parts = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(f, jax.tree.map(lambda x: x[0], parts))
+    microbatches = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], microbatches))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, parts)
+    total, _ = jax.lax.scan(add, zeros, microbatches)
     return jax.tree.map(lambda x: x / accumulate, total)
 
 
-def check_parts(batch_size: int, accumulate: int) -> None:
-    """Raises InputError where `gradients` cannot work off a batch in so many parts."""
+def check_microbatches(batch_size: int, accumulate: int) -> None:
+    """Raises InputError unless `accumulate` microbatches divide a batch equally."""
     if accumulate < 1 or batch_size % accumulate:
         raise InputError(
             f"a batch of {batch_size} cannot be accumulated in {accumulate} equal parts; "
@@ -58,18 +87,20 @@ def check_parts(batch_size: int, accumulate: int) -> None:
         )
 
 
-def start(params: PyTree, tx: optax.GradientTransformation, ema_decay: float = 0.0) -> TrainState:
-    """The state before the first step; with an `ema_decay` the average starts at `params`."""
-    ema = jax.tree.map(jnp.copy, params) if ema_decay else None
-    return TrainState(jnp.int32(0), params, ema, tx.init(params))
-
-
-def apply(
+def apply_gradients(
     state: TrainState, grads: PyTree, tx: optax.GradientTransformation, ema_decay: float = 0.0
 ) -> tuple[TrainState, Metrics]:
-    """The state after one update, and the norms of gradient (unclipped), update and parameters.
+    """Updates parameters, optimizer and average.
 
-    ema <- ema_decay ema + (1 - ema_decay) params, unless `ema_decay` is 0 and `ema` None.
+    Args:
+        state: before the update.
+        grads: gradients, not yet clipped.
+        tx: the optimizer.
+        ema_decay: ema <- ema_decay ema + (1 - ema_decay) params; 0 where `state.ema` is None.
+
+    Returns:
+        The state after the update, and the global norms "grad_norm" (not clipped), "update_norm"
+        and "param_norm".
     """
     with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to integer powers
         updates, opt_state = tx.update(grads, state.opt_state, state.params)

@@ -1,4 +1,4 @@
-"""The state before the first step: fresh, or as far as it fits with parameters trained before."""
+"""Warm start: the first state of a run, with parameters that another run trained."""
 
 import math
 import sys
@@ -10,24 +10,34 @@ import numpy as np
 from varjax.core import trees
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
-from varjax.training.task import Rows, Task, TrainState
+from varjax.training.task import MatchingRows, Task, TrainState
 
-ENOUGH = 0.01  # of all numbers; less is another model, of which some bias happens to fit
+MIN_SHARED_FRACTION = 0.01  # of all numbers; below it is another model, whose biases may fit
 
 
-def initial_state(task: Task, init_from: str, key: jax.Array, placement: TrainState) -> TrainState:
-    """`task.init(key)` laid out as `placement`, its parameters and their average from `init_from`.
+def warm_start_state(
+    task: Task, init_from: str, key: jax.Array, placement: TrainState
+) -> TrainState:
+    """Makes the state before the first step, with what fits of the parameters of `init_from`.
 
     A parameter is taken over whole where there is one with its path and shape, in part where the
-    task names rows that mean the same; the rest stays fresh. Process 0 prints what was kept and
-    everything that was not. Raises InputError, before anything is computed, where next to nothing
-    fits. init_from: a run or a converted directory, "" for none.
+    task names rows that mean the same; the rest stays fresh. The average becomes the same. Process
+    0 prints what was kept and everything that was not.
+
+    Args:
+        task: names the parameters that there are (`init`) and those to take over (`pretrained`).
+        init_from: a run or a converted directory, "" for none.
+        key: for `task.init`.
+        placement: a sharding for each array of the state.
+
+    Raises:
+        InputError: next to nothing fits; nothing was computed yet.
     """
     init = jax.jit(task.init, out_shardings=placement)
     if not init_from:
         return init(key)
     params, rows = task.pretrained(init_from)
-    source = _Source(init_from, trees.paths(params), rows)
+    source = _PretrainedParameters(init_from, trees.paths(params), rows)
     report = source.report(jax.eval_shape(task.init, key).params)
     if jax.process_index() == 0:
         print(report, file=sys.stderr)
@@ -38,14 +48,14 @@ def initial_state(task: Task, init_from: str, key: jax.Array, placement: TrainSt
     )
 
 
-class _Source:
-    """Parameters by path, and which of their rows count where they do not fit as a whole."""
+class _PretrainedParameters:
+    """Holds parameters by path, and the rows that count where they do not fit as a whole."""
 
-    def __init__(self, location: str, leaves: dict[str, Any], rows: Rows):
+    def __init__(self, location: str, leaves: dict[str, Any], rows: MatchingRows):
         self._location, self._leaves, self._rows = location, leaves, rows
 
     def report(self, params: PyTree) -> str:
-        """What of `params` is taken over, a line for each leaf that is not wholly."""
+        """Tells what of `params` is taken over, a line for each leaf that is not wholly."""
         wanted = trees.paths(params)
         kept, whole, lines = 0, 0, []
         for path, leaf in wanted.items():
@@ -65,7 +75,7 @@ class _Source:
             if path not in wanted
         ]
         share = kept / max(sum(leaf.size for leaf in wanted.values()), 1)
-        if share < ENOUGH:
+        if share < MIN_SHARED_FRACTION:
             raise InputError(
                 f"init_from: {self._location} holds another model, next to nothing of it fits:\n"
                 + "\n".join(lines)
@@ -74,7 +84,7 @@ class _Source:
         return "\n".join([f"starting from {self._location}: kept {kept_words}", *lines])
 
     def take(self, path: str, fresh: jax.Array) -> jax.Array:
-        """`fresh` with what fits, where it lies."""
+        """Returns `fresh` with what fits put in, on the devices where it lies."""
         if not (taken := self._taken(path, fresh)):
             return fresh
         there = np.asarray(self._leaves[path], fresh.dtype)

@@ -35,7 +35,7 @@ from varjax.tokenizers.vq.gradients import loss_gradients
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity, quantizer_loss
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Batch, Plan, Rows, TrainState
+from varjax.training.task import Batch, Plan, MatchingRows, TrainState
 from varjax.training.train_step import apply_gradients, check_microbatches, create_state
 
 PREVIEW_IMAGES = 8
@@ -104,7 +104,7 @@ class VQTask:
             discriminator = create_discriminator(self.gan, image_shape, self.plan, gan_key)
         return _join(state, discriminator, init_usage(self.codebook, self.model.vocab))
 
-    def pretrained(self, location: str) -> tuple[PyTree, Rows]:
+    def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
         return read_tokenizer(location)[1], {}
 
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
