@@ -1,4 +1,4 @@
-"""A small multi-scale tokenizer for crops of two photographs, and what helps its code book.
+"""A small multi-scale tokenizer for crops of two photographs, and what helps its codebook.
 
     python train.py --config=configs/photos_tokenizer.py
     python -m varjax.tokenizers.evaluate --weights=runs/photos_tokenizer --data=photos

@@ -18,7 +18,7 @@ from varjax.tokenizers.vq.model import VQConfig
 
 # The one table of kinds: class name of the task that trains it -> its config. A name and not the
 # task itself, for using a tokenizer should not import training.
-TOKENIZERS: dict[str, type[Any]] = {"VQTask": VQConfig}
+TOKENIZERS: dict[str, type[Tokenizer]] = {"VQTask": VQConfig}
 
 
 class LoadedTokenizer:
@@ -109,9 +109,9 @@ def read_expected_tokenizer(location: str | pathlib.Path, expected: Tokenizer) -
     return params
 
 
-def _config_class(data: dict[str, Any]) -> type[Any]:
+def _config_class(data: dict[str, Any]) -> type[Tokenizer]:
     """The kind of tokenizer whose fields these are; config.json does not name it."""
-    kinds = list(TOKENIZERS.values())
+    kinds: list[Any] = list(TOKENIZERS.values())
     for kind in kinds:
         if data.keys() <= {field.name for field in dataclasses.fields(kind)}:
             return kind

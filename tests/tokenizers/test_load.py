@@ -1,0 +1,105 @@
+"""A tokenizer alone, wherever it lies, and the contract that it keeps."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import varjax
+from tests.helpers import runs
+from tests.helpers.paths import ROOT
+from varjax.core import config_tree, files
+from varjax.tokenizers.contract import Tokenizer
+from varjax.tokenizers.load import LoadedTokenizer
+from varjax.tokenizers.vq.model import VQTokenizer
+
+CONFIG: Tokenizer = runs.TOKENIZER
+IMAGES_BHWC = np.random.default_rng(0).integers(0, 256, (2, *CONFIG.image_shape), np.uint8)
+IMPORTED = """
+import sys
+import varjax
+varjax.load_tokenizer
+print(*sorted(name for name in sys.modules if name.startswith("varjax.")))
+"""
+
+
+def drawn():
+    """Parameters by NumPy, for compiling `init` takes its time."""
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(CONFIG.init, jax.random.key(0))
+    return jax.tree.map(lambda x: np.float32(rng.normal(0, 0.2, x.shape)), shapes)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return LoadedTokenizer(CONFIG, drawn())
+
+
+def test_it_is_found_wherever_it_lies(tmp_path):
+    params, data = drawn(), config_tree.to_dict(CONFIG)
+    for name, file, config in (
+        ("converted", "tokenizer", {"sources": {}, "tokenizer": data}),
+        ("built_on", "frozen", {"task": {"_type": "VARTask", "tokenizer": data}}),
+    ):
+        files.write_json(tmp_path / name / "config.json", config)
+        files.write_tensors(tmp_path / name / f"{file}.safetensors", params, {})
+        found = varjax.load_tokenizer(tmp_path / name)
+        assert found.config == CONFIG
+        jax.tree.map(np.testing.assert_array_equal, found.params, params)
+    assert varjax.load_tokenizer(runs.tokenizer()).config == CONFIG
+    files.write_json(tmp_path / "other/config.json", {"task": {"_type": "TinyTask"}})
+    with pytest.raises(ValueError, match="other is a run of TinyTask, which holds no tokenizer"):
+        varjax.load_tokenizer(tmp_path / "other")
+
+
+def test_latents_are_those_of_the_module_and_fit_their_description(loaded):
+    latents = loaded.encode(IMAGES_BHWC)
+    spec = {name: (2, *array.shape) for name, array in CONFIG.latent_spec.items()}
+    assert {name: x.shape for name, x in latents.items()} == spec == {"tokens_BL": (2, 21)}
+    model = VQTokenizer(runs.TOKENIZER).bind({"params": loaded.params})
+    tokens_BL = jax.jit(model.encode)(IMAGES_BHWC.astype(np.float32) / 127.5 - 1)
+    np.testing.assert_array_equal(latents["tokens_BL"], tokens_BL)
+    assert len(np.unique(tokens_BL)) > 2
+    expected_BHWC = (np.asarray(jax.jit(model.decode)(tokens_BL)) + 1) / 2
+    np.testing.assert_allclose(loaded.decode(latents), expected_BHWC, atol=1e-6)
+    stored = {"tokens_BL": np.asarray(tokens_BL, CONFIG.latent_spec["tokens_BL"].dtype)}
+    np.testing.assert_allclose(loaded.decode(stored), expected_BHWC, atol=1e-6)
+
+
+def test_floats_from_zero_to_one_are_the_same_images(loaded):
+    of_floats = loaded.encode(IMAGES_BHWC.astype(np.float32) / 255)
+    np.testing.assert_array_equal(of_floats["tokens_BL"], loaded.encode(IMAGES_BHWC)["tokens_BL"])
+
+
+def test_many_codes_are_stored_in_more_bits():
+    for vocab, dtype in ((2**16, np.uint16), (2**16 + 1, np.uint32)):
+        assert varjax.VQConfig(vocab=vocab).latent_spec["tokens_BL"].dtype == dtype
+
+
+def test_another_weight_is_another_identity():
+    params, config = drawn(), runs.TOKENIZER
+    before = config.identity(params)
+    assert before == config.identity(drawn()) and before["vocab"] == config.vocab
+    params["quantizer"]["codebook"][0, 0] += 1
+    assert config.identity(params) != before
+
+
+def test_what_it_does_not_take_is_refused(loaded):
+    for images, message in (
+        (IMAGES_BHWC[0], r"shape \(8, 8, 1\); needed is \(B, \*\(8, 8, 1\)\)"),
+        (IMAGES_BHWC.astype(np.int32), "images are int32; give uint8 or floats"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            loaded.encode(images)
+    for latents in ({"tokens": np.zeros((2, 21))}, {"tokens_BL": np.zeros((2, 20))}):
+        with pytest.raises(ValueError, match=r"needed are {'tokens_BL': \(21,\)}"):
+            loaded.decode(latents)
+
+
+def test_training_is_not_imported_for_it():
+    command = [sys.executable, "-c", IMPORTED]
+    found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    names = found.split()
+    assert "varjax.tokenizers.vq.model" in names
+    assert not [n for n in names if n.startswith(("varjax.training", "varjax.tokenizers.vq.task"))]
