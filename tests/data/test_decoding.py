@@ -31,17 +31,19 @@ def test_every_kind_of_image_becomes_rgb():
     gray_with_alpha.putalpha(alpha)
     palette = PLAIN.quantize(12)
     sixteen = Image.fromarray(GRAY_HW.astype(np.uint16) * 257)
-    assert np.array_equal(rgb(PLAIN), RGB_HWC)
-    assert np.array_equal(rgb(PLAIN, "webp", lossless=True), RGB_HWC)
-    assert np.array_equal(rgb(Image.fromarray(GRAY_HW)), gray_HWC)
-    assert np.array_equal(rgb(palette), RGB_HWC)
+    np.testing.assert_array_equal(rgb(PLAIN), RGB_HWC)
+    np.testing.assert_array_equal(rgb(PLAIN, "webp", lossless=True), RGB_HWC)
+    np.testing.assert_array_equal(rgb(Image.fromarray(GRAY_HW)), gray_HWC)
+    np.testing.assert_array_equal(rgb(palette), RGB_HWC)
     assert np.array_equal(rgb(palette, transparency=bytes([0, 255] * 6)), RGB_HWC)  # alpha dropped
-    assert np.array_equal(rgb(palette, "gif", save_all=True, append_images=[PLAIN]), RGB_HWC)
-    assert np.array_equal(rgb(with_alpha), RGB_HWC)
-    assert np.array_equal(rgb(gray_with_alpha), gray_HWC)
+    np.testing.assert_array_equal(
+        rgb(palette, "gif", save_all=True, append_images=[PLAIN]), RGB_HWC
+    )
+    np.testing.assert_array_equal(rgb(with_alpha), RGB_HWC)
+    np.testing.assert_array_equal(rgb(gray_with_alpha), gray_HWC)
     assert np.array_equal(rgb(sixteen), gray_HWC)  # scaled: clipped, nearly all would be white
-    assert np.array_equal(rgb(sixteen, "tiff"), gray_HWC)
-    assert np.array_equal(rgb(Image.fromarray(GRAY_HW > 100)), 255 * (gray_HWC > 100))
+    np.testing.assert_array_equal(rgb(sixteen, "tiff"), gray_HWC)
+    np.testing.assert_array_equal(rgb(Image.fromarray(GRAY_HW > 100)), 255 * (gray_HWC > 100))
     assert np.abs(rgb(PLAIN.convert("CMYK"), "tiff") - RGB_HWC).max() <= 2
     flat = Image.new("CMYK", (4, 3), (0, 255, 255, 0))
     assert np.abs(rgb(flat, "jpeg", quality=100) - [255, 0, 0]).max() <= 3
@@ -62,7 +64,7 @@ def test_photographs_stand_upright(orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(Image.fromarray(np.ascontiguousarray(stored_HW)), exif=exif)
-    assert np.array_equal(decode_file(data, 1, "x")[..., 0], GRAY_HW)
+    np.testing.assert_array_equal(decode_file(data, 1, "x")[..., 0], GRAY_HW)
 
 
 def test_gray_and_alpha_are_given_where_they_are_asked_for():
@@ -72,7 +74,8 @@ def test_gray_and_alpha_are_given_where_they_are_asked_for():
         decode_file(encoded(PLAIN), 1, "x")[..., 0], np.asarray(PLAIN.convert("L"))
     )
     four_HWC = decode_file(encoded(clear), 4, "x")
-    assert np.array_equal(four_HWC[..., :3], RGB_HWC) and np.all(four_HWC[..., 3] == 77)
+    np.testing.assert_array_equal(four_HWC[..., :3], RGB_HWC)
+    assert np.all(four_HWC[..., 3] == 77)
     assert np.all(decode_file(encoded(PLAIN), 4, "x")[..., 3] == 255)
 
 

@@ -90,9 +90,8 @@ def test_shares_and_worker_processes_read_the_same(cache):
     parts = [CachedLatents(str(cache)).make(12, 5, range(i, i + 3)) for i in range(0, 12, 3)]
     rows = [part.train_batch(300) for part in parts]
     workers = CachedLatents(str(cache), ReadOptions(workers=1)).make(12, 5).train_batch(300)
-    for name, expected in whole.items():
-        np.testing.assert_array_equal(np.concatenate([r[name] for r in rows]), expected)
-        np.testing.assert_array_equal(workers[name], expected)
+    chex.assert_trees_all_equal(jax.tree.map(lambda *x: np.concatenate(x), *rows), whole)
+    chex.assert_trees_all_equal(workers, whole)
 
 
 def test_files_do_not_depend_on_processes_workers_or_a_kill(cache, task, tmp_path):
@@ -288,6 +287,16 @@ def test_the_command(task, tmp_path, capsys):
     assert "settings are --config.FIELD=VALUE" in capsys.readouterr().err
     with pytest.raises(ValueError, match="nowhere holds no latents"):
         parse_dataset("latents:nowhere", 8).make(4, 0)
+
+
+def test_processes_of_the_command_need_not_talk_to_one_another(task, tmp_path, monkeypatch):
+    (tmp_path / "config.py").write_text(CONFIG.format(task.tokenizer_weights))
+    calls = []
+    monkeypatch.setattr(command, "cache_latents", lambda *arguments: calls.append(arguments))
+    flags = ["--config=config.py", "--out=out", "--processes=2", "--process=1"]
+    assert command.main(flags) == 0
+    ((*_, batch_size, out, _, _, process),) = calls
+    assert (batch_size, out, process) == (25, "out", (1, 2))
 
 
 CONFIG = """

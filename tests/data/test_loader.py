@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import chex
+import jax
 import numpy as np
 import pytest
 
@@ -21,10 +23,8 @@ DATA = Digits(shift=1.0, rotate=10.0, zoom=0.1)
 WORKERS = ReadOptions(workers=2)
 
 
-def equal(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        np.testing.assert_array_equal(a[name], b[name])
+def joined(batches):
+    return jax.tree.map(lambda *x: np.concatenate(x), *batches)
 
 
 def take(loader, count, position=0):
@@ -35,9 +35,9 @@ def test_a_batch_depends_on_seed_and_number_alone():
     loader = make_loader(DATA, 16, seed=3)
     batches = take(loader, 7)
     resumed = take(make_loader(DATA, 16, seed=3), 2, position=5)
-    equal(batches[5], resumed[0])
-    equal(batches[6], resumed[1])
-    equal(batches[6], loader.train_batch(6))
+    chex.assert_trees_all_equal(batches[5], resumed[0])
+    chex.assert_trees_all_equal(batches[6], resumed[1])
+    chex.assert_trees_all_equal(batches[6], loader.train_batch(6))
     assert np.any(batches[5]["label_B"] != make_loader(DATA, 16, seed=4).train_batch(5)["label_B"])
 
 
@@ -51,12 +51,11 @@ def test_processes_share_out_the_same_batches(data, processes):
     parts = [make_loader(data, 16, rows=range(i, i + share)) for i in range(0, 16, share)]
     streams = [part.train(60) for part in parts]
     for batch in itertools.islice(whole.train(60), 5):
-        batches = [next(stream) for stream in streams]
-        equal(batch, {k: np.concatenate([b[k] for b in batches]) for k in batches[0]})
+        chex.assert_trees_all_equal(joined([next(stream) for stream in streams]), batch)
     last = (len(whole.held_out_source) - 1) // 16
-    batches = [part.held_out_batch(last) for part in parts]
-    equal(whole.held_out_batch(last), {k: np.concatenate([b[k] for b in batches]) for k in batch}
-          | {"valid_B": np.concatenate([b["valid_B"] for b in batches])})  # fmt: skip
+    chex.assert_trees_all_equal(
+        joined([part.held_out_batch(last) for part in parts]), whole.held_out_batch(last)
+    )
 
 
 def test_every_epoch_holds_every_image_once_in_a_new_order():
@@ -163,8 +162,10 @@ def test_worker_processes_make_the_same_batches(with_workers, capsys):
     assert not fake_data.reads
     assert capsys.readouterr().err.count("skipped") == 5
     for a, b in zip(take(make_loader(BROKEN, 32), 33), found, strict=True):
-        equal(a, b)
-    equal(make_loader(BROKEN, 32).held_out_batch(31), with_workers.held_out_batch(31))
+        chex.assert_trees_all_equal(a, b)
+    chex.assert_trees_all_equal(
+        make_loader(BROKEN, 32).held_out_batch(31), with_workers.held_out_batch(31)
+    )
 
 
 def test_signals_to_the_whole_group_do_not_reach_the_workers(with_workers):

@@ -26,7 +26,7 @@ def official_center_crop(image_HWC, size):
 def test_the_middle_is_what_the_official_trainer_takes(shape, size):
     image_HWC = RNG.integers(0, 256, (*shape, 3), np.uint8)
     expected = official_center_crop(image_HWC, size)
-    assert np.array_equal(transforms.center_crop(image_HWC, (size, size)), expected)
+    np.testing.assert_array_equal(transforms.center_crop(image_HWC, (size, size)), expected)
 
 
 def test_an_image_is_resized_until_it_just_covers_the_size():
@@ -40,7 +40,7 @@ def test_an_image_is_resized_until_it_just_covers_the_size():
     gray_HWC = NOISE_HWC[..., :1]
     resized = transforms.resize_to_cover(gray_HWC, 20, 20)
     expected = Image.fromarray(gray_HWC[..., 0]).resize((33, 20), Image.Resampling.LANCZOS)
-    assert np.array_equal(resized[..., 0], np.asarray(expected))
+    np.testing.assert_array_equal(resized[..., 0], np.asarray(expected))
 
 
 @pytest.mark.parametrize("size", [(8, 8), (4, 16), (16, 4)])

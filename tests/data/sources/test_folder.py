@@ -50,7 +50,7 @@ def test_a_tree_with_splits_is_read_like_the_official_one(official):
         assert image_HWC.shape == (7, 9, 3)
     assert official.source("held_out")[0]["label"] == 1  # by name, though val has no ant
     copy = pickle.loads(pickle.dumps(official.source("train")))
-    assert np.array_equal(copy[3]["image"], source[3]["image"])
+    np.testing.assert_array_equal(copy[3]["image"], source[3]["image"])
 
 
 def test_batches_come_in_the_shape_asked_for(official):

@@ -84,7 +84,7 @@ def test_a_dataset_is_found_by_name_and_by_directory(data_dir, data):
         assert shades(source) == list(range(20))
     batch = data.make(4, seed=0).train_batch(0)
     assert batch["image_BHWC"].shape == (4, 8, 8, 3)
-    assert np.array_equal(batch["image_BHWC"][:, 3, 3, 0] % 2, batch["label_B"])
+    np.testing.assert_array_equal(batch["image_BHWC"][:, 3, 3, 0] % 2, batch["label_B"])
 
 
 def test_parts_of_splits_are_splits(data_dir):
