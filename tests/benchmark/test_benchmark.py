@@ -66,7 +66,7 @@ def test_data_reads_in_every_way_it_is_asked_for(capsys):
         assert line["batch_mb"] == pytest.approx(30 * (64 + 4) / 1e6)
     for flags, message in {
         ("--threads=many",): "threads is 'many'; give numbers",
-        ("--batches=0",): "batches is 0",
+        ("--batches=0",): "batches=0: must be at least 1",
         ("--batch_size=8",): "settings are --config.FIELD=VALUE",
     }.items():
         assert benchmark.main(["data", f"--config={config}", *flags]) == 1

@@ -113,7 +113,7 @@ def test_a_folder_is_gone_on_with_for_the_same_request_only(tmp_path):
 
 def test_what_cannot_be_written_is_a_storage_error_that_names_it(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(StorageError, match="file/a.json could not be written: .*Not a directory"):
+    with pytest.raises(StorageError, match="file/a.json could not be written: .*File exists"):
         files.write_json(tmp_path / "file" / "a.json", {})
     full = OSError(28, "No space left on device")
     with (
