@@ -7,6 +7,7 @@ import pytest
 from tests.golden import weights
 from tests.helpers import golden_cases as golden
 from varjax.convert import apply_map
+from varjax.core.model_files import abstract_params
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.var.model import VARConfig
 
@@ -25,7 +26,7 @@ PARAMETERS = {
 def test_tables_and_buffers_are_the_released_models(name):
     var = name.startswith("var")
     config = VARConfig.preset(name.removeprefix("var_")) if var else VQConfig()
-    sizes = [leaf.size for leaf in jax.tree.leaves(apply_map.abstract_params(config))]
+    sizes = [leaf.size for leaf in jax.tree.leaves(abstract_params(config))]
     assert sum(sizes) == PARAMETERS[name]
     buffers = {n: x.shape for n, x in apply_map.official_buffers(config).items()}
     assert not any(map(apply_map.is_weight, buffers))

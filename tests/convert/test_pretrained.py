@@ -1,8 +1,10 @@
 """Published models by name, with a stand-in for the Hugging Face Hub."""
 
-import multiprocessing
+import concurrent.futures
 import shutil
 import sys
+import threading
+import time
 import types
 
 import numpy as np
@@ -137,24 +139,20 @@ def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
     assert pretrained.cache_folder() == tmp_path / "own"
 
 
-def resolve_in_another_process(hub, started, queue):
-    library = types.SimpleNamespace(hf_hub_download=hub.hf_hub_download)
-    sys.modules["huggingface_hub"] = library  # type: ignore
-    pretrained.RELEASES["tiny"] = RELEASE  # type: ignore
-    started.wait()
-    pretrained.resolve_weights("tiny")
-    queue.put(len(hub.asked))
+def test_of_several_that_ask_at_once_one_converts_and_the_others_wait(hub, monkeypatch):
+    inside = threading.Semaphore(0)
+    download = hub.hf_hub_download
 
+    def slow_download(*arguments, **flags):
+        inside.release()
+        time.sleep(0.3)  # long enough for the others to arrive
+        return download(*arguments, **flags)
 
-def test_of_several_processes_one_converts_and_the_others_wait(hub):
-    context = multiprocessing.get_context("spawn")
-    started, queue = context.Barrier(2), context.Queue()
-    arguments = (hub, started, queue)
-    processes = [
-        context.Process(target=resolve_in_another_process, args=arguments) for _ in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert sorted(queue.get(timeout=9) for _ in processes) == [0, 2]
+    monkeypatch.setattr(sys.modules["huggingface_hub"], "hf_hub_download", slow_download)
+    # Threads stand for processes: the lock belongs to an open file, so it keeps both out alike.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        first = pool.submit(pretrained.resolve_weights, "tiny")
+        assert inside.acquire(timeout=60)
+        others = [pool.submit(pretrained.resolve_weights, "tiny") for _ in range(2)]
+        directories = {future.result() for future in (first, *others)}
+    assert len(directories) == 1 and len(hub.asked) == 2

@@ -12,7 +12,7 @@ import sys
 
 from varjax.convert import ConvertOptions, convert, convert_lpips, export_run, export_torch
 from varjax.convert.from_torch import PARTS
-from varjax.convert.pretrained import download, resolve_weights
+from varjax.convert.pretrained import download
 from varjax.core.errors import InputError, run_command
 from varjax.tokenizers.vq.pyramid import Scale
 
@@ -36,7 +36,7 @@ def _run(flags: argparse.Namespace) -> None:
     if flags.to_torch != (flags.weights is not None):
         raise InputError("--to_torch and --weights=DIRECTORY_OR_RUN belong together")
     if flags.to_torch:
-        export_torch(resolve_weights(flags.weights), flags.out, flags.ema)
+        export_torch(flags.weights, flags.out, flags.ema)
     elif flags.run:
         export_run(flags.run, flags.out, flags.ema)
     elif lpips:

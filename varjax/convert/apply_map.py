@@ -4,7 +4,6 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,17 +12,12 @@ from varjax.convert.name_maps.link import Link
 from varjax.convert.name_maps.name_map import Tensors
 from varjax.core import trees
 from varjax.core.errors import InputError
+from varjax.core.model_files import abstract_params
 from varjax.core.safetensors_io import LazyArray
 from varjax.core.trees import PyTree
 
 BUFFER_NAMES = frozenset(name for name_map in NAME_MAPS for name in name_map.buffer_names)
 FLOAT32 = np.dtype(np.float32)
-
-
-@functools.cache
-def abstract_params(config: Any) -> PyTree:
-    """Describes the parameters of the model of `config` (jax.ShapeDtypeStruct), making none."""
-    return jax.eval_shape(config.init, jax.random.key(0))
 
 
 def official_shapes(config: Any) -> dict[str, tuple[int, ...]]:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from varjax.convert.apply_map import official_buffers, to_official
+from varjax.convert.pretrained import resolve_weights
 from varjax.convert.weights_dir import new_directory, write_converted, write_files
 from varjax.core import trees
 from varjax.core.errors import InputError
@@ -49,14 +50,14 @@ def export_torch(
     `load_state_dict(torch.load(path, weights_only=True), strict=True)` takes them.
 
     Args:
-        weights: a training run or a directory of weights.
+        weights: a training run, a directory of weights, or the name of a published model.
         out: the directory to write, which must not exist or be empty.
         ema: of a run, the averaged weights or not; None for them if there are any.
 
     Raises:
         InputError: `weights` holds none, or `out` holds files or cannot be written.
     """
-    weights, out = pathlib.Path(weights), pathlib.Path(out)
+    weights, out = resolve_weights(weights), pathlib.Path(out)
     models, _ = _read_models(weights, ema)
     contents = {}
     for part, (config, params) in models.items():

@@ -32,6 +32,12 @@ def find_model(location: str | pathlib.Path) -> pathlib.Path:
     return importlib.import_module("varjax.convert.pretrained").resolve_weights(path)
 
 
+@functools.cache  # tracing a model takes seconds, and a tokenizer is read as often as its users
+def abstract_params(config: Any) -> PyTree:
+    """Describes the parameters of a config with `init(key)`: jax.ShapeDtypeStruct, no arrays."""
+    return jax.eval_shape(config.init, jax.random.key(0))
+
+
 def read_model_config(location: str | pathlib.Path) -> dict[str, Any]:
     """Reads the config.json of a run (it has a "task") or of a converted directory ("sources").
 
@@ -74,8 +80,7 @@ def read_converted(directory: pathlib.Path, name: str, config_class: type) -> tu
         )
     config = config_tree.from_dict(config_class, data[name])
     params, _ = files.read_tensors(directory / f"{name}.safetensors")
-    expected = jax.eval_shape(functools.partial(config_class.init, config), jax.random.key(0))
-    if report := trees.difference(expected, params):
+    if report := trees.difference(abstract_params(config), params):
         raise InputError(f"{directory}/{name}.safetensors does not fit config.json:\n{report}")
     return config, params
 
