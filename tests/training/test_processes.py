@@ -21,14 +21,16 @@ from varjax.core.saved_steps import SavedSteps
 from varjax.training import loop
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+DEADLINE = 300  # seconds; 20 on two free cores, but machines are shared
 SETTINGS = {"keep_best": "eval/loss", "eval_every": 15, "mesh": [2, 4, 1]}
 ACROSS = SETTINGS | {"mesh": [1, 1, 8]}  # both processes hold all rows of the batch
 
 
 def together(count, *jobs):
-    """Exit codes and words of so many processes that do these jobs together.
+    """Returns exit codes and output of so many processes that do these jobs together.
 
-    Nobody may outlive the first to end by more than 10 s, whatever it died of.
+    Nobody may outlive the first to end by more than 10 s, whatever it died of. Where none ends in
+    time, each tells where it hangs (SIGABRT makes Python print its stacks).
     """
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -39,15 +41,18 @@ def together(count, *jobs):
         subprocess.Popen(
             [*command, str(number), json.dumps(jobs)],
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": QUICK},
+            env=os.environ | {"XLA_FLAGS": QUICK, "PYTHONFAULTHANDLER": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
         for number, file in enumerate(files)
     ]
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + DEADLINE
     while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
+    if time.monotonic() >= deadline:
+        for process in processes:
+            process.send_signal(signal.SIGABRT)
     deadline = time.monotonic() + 10
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
