@@ -18,7 +18,7 @@ from tests.helpers import golden_cases as golden
 from tests.helpers.checkpoint_files import write_trainer
 from varjax.convert import ConvertOptions, apply_map, convert, export_torch, weights_dir
 from varjax.convert.__main__ import main
-from varjax.convert.infer_config import infer_config
+from varjax.convert.infer_config import find_kind
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.core import trees
@@ -135,6 +135,10 @@ def test_a_checkpoint_of_the_official_trainer_serves_both(tmp_path):
     write_trainer(path, {"vae_local": official("base", "vae")})
     with pytest.raises(ValueError, match="best.pth: is a trainer's checkpoint that holds only vae"):
         convert(tmp_path / "var", var=path)
+
+
+def infer_config(tensors, part, options):
+    return find_kind(tensors, part).infer(tensors, options)
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -262,6 +266,8 @@ def test_command_lines_that_contradict_themselves(base, tmp_path, capsys):
     assert "nowhere does not exist" in refuse("--to_torch", "--weights=nowhere")
     with pytest.raises(SystemExit, match="2"):
         main(["--multiplier=3", "--out=x"])
+    with pytest.raises(ValueError, match="no part is called vae; known are tokenizer, var"):
+        convert(tmp_path / "out", vae=base[0])
 
 
 def test_downloads(base, tmp_path, capsys, monkeypatch):

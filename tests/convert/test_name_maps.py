@@ -57,7 +57,7 @@ def test_one_error_lists_every_problem():
     tensors["word_embed.bias"] = np.zeros(48, int)
     tensors["lvl_1L"] = np.zeros((1, 30))  # a buffer, which is no problem
     with pytest.raises(ValueError) as error:
-        apply_map.check_tensors(config, tensors)
+        apply_map.lazy_leaves(config, tensors)
     text = str(error.value)
     assert "missing: head.bias (64,)" in text and "unexpected: extra (3,)" in text
     assert "misshapen: pos_start is (1, 2, 48), needed is (1, 1, 48)" in text

@@ -30,15 +30,10 @@ def is_weight(name: str) -> bool:
     return name.rsplit(".", 1)[-1] not in BUFFER_NAMES
 
 
-def check_tensors(config: Any, tensors: Tensors) -> None:
-    """Raises InputError that lists every missing, unexpected, misshapen and mistyped tensor."""
-    _check_shapes(official_shapes(config), _weights(tensors))
-
-
 def from_official(config: Any, tensors: Tensors) -> PyTree:
     """Converts official tensors into a tree of our parameters, NumPy float32.
 
-    Raises InputError like `check_tensors`.
+    Raises InputError like `lazy_leaves`.
     """
     leaves = lazy_leaves(config, tensors)
     return trees.map_with_path(lambda path, _: np.asarray(leaves[path]), abstract_params(config))
@@ -55,7 +50,7 @@ def lazy_leaves(config: Any, tensors: Tensors) -> dict[str, LazyArray]:
         Float32 arrays by path, "blocks/attn/q/kernel".
 
     Raises:
-        InputError: like `check_tensors`.
+        InputError: lists every missing, unexpected, misshapen and mistyped tensor.
     """
     table = name_map_of(config).table(config)
     return leaves_by_table(table, abstract_params(config), _weights(tensors))

@@ -40,14 +40,6 @@ def infer_configs(
     return configs
 
 
-def infer_config(tensors: Tensors, part: str, options: ConvertOptions) -> Any:
-    """Infers the config of one official model, for example `infer_config(tensors, "var", …)`.
-
-    Raises InputError for tensors of another kind, that are missing or contradict each other.
-    """
-    return find_kind(tensors, part).infer(tensors, options)
-
-
 def find_kind(tensors: Tensors, part: str) -> NameMap:
     """Finds the name map of official tensors; raises InputError if they are no such part."""
     found = next((kind for kind in NAME_MAPS if kind.known_by in tensors), None)

@@ -18,7 +18,7 @@ from varjax.core.errors import InputError
 MAX_PICKLE_BYTES = 2**24  # a full trainer checkpoint of the largest VAR needs about 2**19
 # Compressed members are unpacked into memory, and real weights shrink by no more than a tenth.
 MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 2**30, 16
-# What zipfile raises for one; OSError is a seek to a place that cannot be.
+# zipfile raises these; OSError is a seek to a place that cannot be.
 DAMAGED_ZIP = (
     zipfile.BadZipFile,
     zlib.error,

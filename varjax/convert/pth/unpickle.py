@@ -42,7 +42,7 @@ def unpickle(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage]) ->
     try:
         return _run(_opcodes(pickle), storage)
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        # What a machine without checks at every pop runs into when the opcodes make no sense.
+        # A machine without checks at every pop runs into these when the opcodes make no sense.
         raise InputError(f"its pickle is damaged ({error!r}); download or save it again") from error
 
 
