@@ -31,7 +31,7 @@ def main(address: str, count: str, number: str, jobs: str) -> None:
     for job in json.loads(jobs):
         mesh = MeshShape(*job["settings"].pop("mesh"))
         if jax.process_index() == LAST:
-            hurt(job.get("die_in_save"), job.get("terminate_in"))
+            inject_faults(job.get("die_in_save"), job.get("terminate_in"))
         try:
             loop.train(tiny.experiment(job["run"], mesh=mesh, **job["settings"]))
         except ValueError as error:
@@ -41,7 +41,7 @@ def main(address: str, count: str, number: str, jobs: str) -> None:
             distributed.end_process(1)
 
 
-def hurt(die_in_save: int | None, terminate_in: int | None) -> None:
+def inject_faults(die_in_save: int | None, terminate_in: int | None) -> None:
     """Has this process killed while it writes that step, or sent SIGTERM in that step."""
     save, take, steps = (
         ocp.CheckpointManager.save,

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -132,9 +133,9 @@ def weights(run_dir, ema=False, kind="checkpoints"):
     return step, saved.params(step, ema)
 
 
-def same_run(a, b):
+def assert_same_run(a, b):
     for kind in ("checkpoints", "best"):
         for ema in (False, True):
             both = (weights(run_dir, ema, kind) for run_dir in (a, b))
-            jax.tree.map(np.testing.assert_array_equal, *both)
+            chex.assert_trees_all_equal(*both)
     assert lines(a) == lines(b)

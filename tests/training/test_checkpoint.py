@@ -1,9 +1,9 @@
 import pathlib
 import shutil
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
@@ -32,7 +32,7 @@ def saved(directory, *steps, keep=2, **meta):
 
 
 def equal(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+    chex.assert_trees_all_equal(a, b)
 
 
 def test_the_last_steps_come_back_whole(tmp_path):

@@ -1,6 +1,7 @@
 import dataclasses
 import os
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_another_metric_to_keep_the_best_by_starts_without_a_best(tmp_path):
     loop.train(tiny.experiment(tmp_path, steps=20, **changes, keep_best="eval_ema/loss"))
     step, average = weights(tmp_path, ema=True, kind="best")
     assert step > 10
-    jax.tree.map(np.testing.assert_array_equal, restore_weights(tmp_path), average)
+    chex.assert_trees_all_equal(restore_weights(tmp_path), average)
 
 
 @pytest.mark.parametrize(

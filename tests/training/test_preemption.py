@@ -16,7 +16,7 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.paths import ROOT
-from tests.helpers.tiny import lines, same_run
+from tests.helpers.tiny import assert_same_run, lines
 from varjax.training import evaluate, loop
 from varjax.training.preemption import PreemptionGuard
 
@@ -45,7 +45,7 @@ def test_a_signal_saves_at_once_and_the_run_continues_as_if_nothing_was(
     evaluated = [line["step"] for line in lines(tmp_path) if "eval/loss" in line]
     assert step not in evaluated and not list(tmp_path.glob(f"previews/*{step}_*"))
     loop.train(experiment)
-    same_run(whole[0], tmp_path)
+    assert_same_run(whole[0], tmp_path)
     assert len(list((tmp_path / "previews").iterdir())) == 1
     assert loop.train(experiment) == whole[1]
     assert lines(whole[0]) == lines(tmp_path)
@@ -123,7 +123,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
     final = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert final.returncode == 0, final.stderr
     assert (f"after step {reached}" in final.stderr) == (0 < reached < 150), (seed, final.stderr)
-    same_run(tmp_path / "whole", run_dir)
+    assert_same_run(tmp_path / "whole", run_dir)
 
 
 # Of the writes that Orbax began together, it waits for the first to fail.
@@ -149,4 +149,4 @@ def test_a_disk_that_takes_no_more_ends_the_run_and_what_was_saved_stays(tmp_pat
     gc.collect()
     loop.train(big)
     loop.train(dataclasses.replace(big, run_dir=str(tmp_path / "whole")))
-    same_run(tmp_path / "run", tmp_path / "whole")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")

@@ -10,8 +10,8 @@ import sys
 import tempfile
 import time
 
+import chex
 import jax
-import numpy as np
 import pytest
 
 from tests.helpers import tiny
@@ -66,8 +66,8 @@ def together(count, *jobs):
     return codes, said
 
 
-def job(run, settings=SETTINGS, **hurt):
-    return {"run": str(run), "settings": settings} | hurt
+def job(run, settings=SETTINGS, **faults):
+    return {"run": str(run), "settings": settings} | faults
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def runs(tmp_path_factory):
     return folder, said
 
 
-def everything(run):
+def last_checkpoint(run):
     """All arrays of the newest checkpoint, as they are on the disk, and its meta."""
     saved, step = SavedSteps(run / "checkpoints"), lines(run)[-1]["step"]
     state = jax.eval_shape(tiny.Tiny().init, jax.random.key(0))
@@ -100,9 +100,7 @@ def everything(run):
 def test_killed_in_the_middle_of_a_save_they_continue_bit_by_bit(runs):
     folder, said = runs
     assert "continuing" in said[0] and "after step 10" in said[0]
-    jax.tree.map(
-        np.testing.assert_array_equal, *map(everything, (folder / "whole", folder / "killed"))
-    )
+    chex.assert_trees_all_equal(*map(last_checkpoint, (folder / "whole", folder / "killed")))
     assert lines(folder / "whole") == lines(folder / "killed")
     assert weights(folder / "whole", kind="best")[0] == weights(folder / "killed", kind="best")[0]
 
@@ -121,20 +119,20 @@ def test_one_signal_stops_both_and_one_device_continues(runs):
     assert 17 <= step <= 19
     assert f"saved after step {step}" in said[0]
     loop.train(tiny.experiment(folder / "stopped", keep_best="eval/loss", eval_every=15))
-    same_but_for_rounding(folder / "whole", folder / "stopped")
+    assert_same_but_for_rounding(folder / "whole", folder / "stopped")
 
 
 def test_one_process_with_as_many_devices_trains_and_evaluates_the_same(runs):
     folder, _ = runs
     codes, said = together(1, job(folder / "one", SETTINGS | {"mesh": [1, 8, 1]}))
     assert codes == [0], said
-    same_but_for_rounding(folder / "whole", folder / "one")
+    assert_same_but_for_rounding(folder / "whole", folder / "one")
 
 
-def same_but_for_rounding(a, b):
+def assert_same_but_for_rounding(a, b):
     """From data to weights: the last states, and all that was logged on the way."""
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-    jax.tree.map(close, everything(a)[0], everything(b)[0])
+    close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-6)
+    close(last_checkpoint(a)[0], last_checkpoint(b)[0])
     assert len(lines(a)) == 8  # six of training, two of evaluation
     for one, other in zip(lines(a), lines(b), strict=True):
-        jax.tree.map(close, one, other)
+        close(one, other)

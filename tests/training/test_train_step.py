@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +32,7 @@ def test_accumulation_does_not_change_gradients_or_metrics(accumulate):
     parts = jax.jit(lambda p, b: train_step.accumulated_gradients(loss_fn, p, b, accumulate))(
         PARAMS, batch(12)
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, parts)
+    chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-7)
     assert parts[1]["by_output"].shape == (2,)
 
 

@@ -3,6 +3,7 @@ import pathlib
 import subprocess
 import sys
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_training_leaves_the_file_it_started_from_alone(saved):
     state, _ = step(begin(task, location), {}, batch, KEY)
     assert (np.asarray(state.params["up"]["kernel"]) != tree["up"]["kernel"]).any()
     assert (np.asarray(state.ema["up"]["kernel"]) != np.asarray(state.params["up"]["kernel"])).any()
-    jax.tree.map(np.testing.assert_array_equal, files.read_tensors(location)[0], tree)
+    chex.assert_trees_all_equal(files.read_tensors(location)[0], tree)
 
 
 def test_another_model_is_refused(tmp_path):
@@ -86,7 +87,7 @@ def test_a_run_continues_without_what_it_started_from(saved, tmp_path):
     (run / "checkpoints" / "4").rename(tmp_path / "gone")
     loop.train(part)
     both = (restore_weights(tmp_path / name) for name in ("whole", "run"))
-    jax.tree.map(np.testing.assert_array_equal, *both)
+    chex.assert_trees_all_equal(*both)
 
 
 def test_a_run_gives_its_average_and_other_classes_and_scales_keep_what_means_the_same(capsys):
