@@ -102,7 +102,7 @@ def test_without_network_or_library_the_files_and_the_command_are_named(hub, tmp
         varjax.load("tiny")
     text = str(error.value)
     assert "ConnectionError: no route" in text and "to host" not in text
-    assert "get vae.pth and tiny.pth from https://huggingface.co/someone/models" in text
+    assert "download vae.pth and tiny.pth from https://huggingface.co/someone/models and" in text
     assert text.endswith(command)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(InputError) as error:

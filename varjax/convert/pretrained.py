@@ -74,22 +74,29 @@ def download(repo: str, name: str, revision: str = "main") -> pathlib.Path:
     Raises:
         InputError: says what to do without the library, the network, the repository or the file.
     """
-    page = f"https://huggingface.co/{repo}"
+    try:
+        return _hub_file(repo, name, revision)
+    except InputError as error:
+        raise InputError(
+            f"{error}; check the names and the network, or download {name} by hand from "
+            f"https://huggingface.co/{repo}"
+        ) from error
+
+
+def _hub_file(repo: str, name: str, revision: str = "main") -> pathlib.Path:
     try:
         # Only those who download need it.
         from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
-            f"downloading {name} needs huggingface_hub: pip install huggingface_hub, "
-            f"or download it by hand from {page}"
+            f"downloading {name} needs huggingface_hub (pip install huggingface_hub)"
         ) from error
     try:
         return pathlib.Path(hf_hub_download(repo, name, revision=revision))
     except Exception as error:  # also those of whichever HTTP library it is built on
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise InputError(
-            f"{name} could not be downloaded from {page} at revision {revision} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-            "check the names and the network, or download it by hand"
+            f"{name} could not be downloaded from {repo} at revision {revision} ({reason})"
         ) from error
 
 
@@ -98,12 +105,13 @@ def _fetch(name: str, directory: pathlib.Path) -> None:
     release = RELEASES[name]
     print(f"{name}: from https://huggingface.co/{release.repo} to {directory}", file=sys.stderr)
     try:
-        sources = {part: download(release.repo, file) for part, file in release.files.items()}
+        sources = {part: _hub_file(release.repo, file) for part, file in release.files.items()}
     except InputError as error:
         flags = " ".join(f"--{part}={file}" for part, file in release.files.items())
         raise InputError(
-            f"{name} is no local path and is not in {directory.parent}, and {error}. By hand: get "
-            f"{' and '.join(release.files.values())} from https://huggingface.co/{release.repo}, "
-            f"then\n  python -m varjax.convert {flags} --out={shlex.quote(str(directory))}"
+            f"{name} is neither here nor in {directory.parent}, and {error}. To do it by hand, "
+            f"download {' and '.join(release.files.values())} from "
+            f"https://huggingface.co/{release.repo} and run\n"
+            f"  python -m varjax.convert {flags} --out={shlex.quote(str(directory))}"
         ) from error
     convert(directory, ConvertOptions(), **sources)
