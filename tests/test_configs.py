@@ -1,10 +1,12 @@
 """The large recipes, as far as they can be looked at without their machines."""
 
 import pathlib
+import re
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from varjax.core import config_flags, config_tree, trees
 from varjax.data.sources.folder import Folder
@@ -119,3 +121,93 @@ def test_small_configs_fit_their_data(name):
     e = load(name)
     e.check()
     e.task.check(e.data.image_shape, e.data.classes)
+
+
+@pytest.fixture
+def make_folder(tmp_path):
+    """Makes PNG files in two classes: gray ones, gray ones stored as RGB, or colored ones."""
+
+    def make(kind):
+        rng = np.random.default_rng(0)
+        for i in range(12):
+            split = "val" if i < 4 else "train"
+            path = tmp_path / "My Images" / split / f"class{i % 2}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image_HWC = rng.integers(0, 256, (30, 40, 3 if kind == "color" else 1), np.uint8)
+            picture = Image.fromarray(image_HWC if kind == "color" else image_HWC[..., 0])
+            picture.convert("L" if kind == "gray" else "RGB").save(path)
+        return f"data=folder:{tmp_path / 'My Images'}"
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "channels", "scales"),
+    [
+        ("gray", 8, 1, (1, 2, 3, 4)),
+        ("color", 12, 3, (1, 2, 3, 4, 6)),
+        ("gray as RGB", 28, 1, (1, 2, 3, 4, 5, 7)),
+        ("color", 64, 3, (1, 2, 3, 4, 6, 8)),
+    ],
+)
+def test_own_small_images_need_no_config_of_their_own(make_folder, kind, size, channels, scales):
+    arg = f"{make_folder(kind)},size={size}"
+    tokenizer, var = load(f"small_tokenizer.py:{arg}"), load(f"small.py:{arg}")
+    for e in (tokenizer, var):
+        e.check()
+        e.task.check(e.data.image_shape, e.data.classes)
+        assert (e.data.image_shape, e.data.classes) == ((size, size, channels), 2)
+    assert tokenizer.task.model.scales == scales and var.task.tokenizer == tokenizer.task.model
+    assert tokenizer.run_dir == var.task.tokenizer_weights == f"runs/my_images_{size}_tokenizer"
+
+
+def test_every_side_that_is_allowed_has_scales(make_folder):
+    where, allowed = make_folder("gray"), []
+    for size in range(1, 70):
+        try:
+            e = load(f"small_tokenizer.py:{where},size={size}")
+        except ValueError as error:
+            assert re.search("must be a multiple of|square ones of 8 to 64", str(error))
+        else:
+            allowed.append(size)
+            e.task.check(e.data.image_shape, e.data.classes)
+    assert allowed == [*range(8, 17, 2), *range(20, 33, 4), *range(40, 65, 8)]
+
+
+def test_a_step_of_both_stages_on_own_images_changes_no_shape(make_folder):
+    """Two steps of the same recipe are taken for real by test_end_to_end, on the digits."""
+    arg = f"{make_folder('color')},size=28"
+    tokenizer, var = load(f"small_tokenizer.py:{arg}"), load(f"small.py:{arg}")
+    key, batch = jax.random.key(0), tokenizer.data.make(4, seed=0).train_batch(0)
+    weights = jax.eval_shape(tokenizer.task.model.init, key)
+    for e, frozen in ((tokenizer, {}), (var, weights)):
+        state = jax.eval_shape(e.task.init, key)
+        after, metrics = jax.eval_shape(e.task.train_step, state, frozen, batch, key)
+        assert not trees.difference(state, after)
+        assert metrics["loss"].shape == ()
+
+
+@pytest.mark.parametrize(
+    ("arg", "message"),
+    [
+        ("size=28", "give data=folder:DIR,size=28 after the colon"),
+        ("data=digits,side=8", "cannot read 'data=digits,side=8'; give data="),
+        ("data=digits", "size is ''; give the side of the images"),
+        ("data=random,size=30", "size=30: must be a multiple of 4, such as 28 or 32"),
+        ("data=random,size=128", "images of 128 by 128 pixels; .* square ones of 8 to 64 pixels"),
+        ("data=folder:nowhere,size=28", "nowhere"),
+    ],
+)
+def test_a_wrong_argument_of_small_is_told_what_is_allowed(arg, message):
+    with pytest.raises(ValueError, match=message):
+        load(f"small.py:{arg}")
+
+
+@pytest.mark.parametrize(
+    "name", ["digits", "digits_tokenizer", "photos_tokenizer:adversarial", "tokenizer", "var:d16"]
+)
+def test_every_field_has_its_line_of_documentation(name):
+    lines = config_flags.describe(config_flags.load_config(name)).splitlines()
+    alone = [line for line, after in zip(lines, [*lines[1:], "  "], strict=True)
+             if line[2] != " " and after[2] != " "]  # fmt: skip
+    assert not alone

@@ -1,0 +1,185 @@
+"""The rules by which configs for small images choose scales, widths and lengths of runs."""
+
+import dataclasses
+import itertools
+import os
+import re
+from typing import Any
+
+import numpy as np
+
+from varjax.core.errors import InputError
+from varjax.data.decoding import BrokenImage
+from varjax.data.sources import parse_dataset
+from varjax.nn.compute import Compute
+from varjax.tokenizers.vq.codebook import CodebookConfig
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.tokenizers.vq.task import VQTask
+from varjax.training.experiment import Experiment
+from varjax.training.optimizer import AdamW
+from varjax.var.model import VARConfig
+from varjax.var.sample import VAROptions
+from varjax.var.task import VARTask
+
+SMALLEST, LARGEST = 8, 64  # pixels of a side
+SCALES = {  # by the side of the finest token map
+    4: (1, 2, 3, 4),
+    5: (1, 2, 3, 4, 5),
+    6: (1, 2, 3, 4, 6),
+    7: (1, 2, 3, 4, 5, 7),
+    8: (1, 2, 3, 4, 6, 8),
+}
+LOOKED_AT = 64  # images, to tell gray from color
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What differs from size to size.
+
+    Attributes:
+        vocab: number of codes.
+        codebook: how codes start and stay in use.
+        width: of the transformer.
+        base_lr: of both stages, for 256 images.
+        tokenizer_steps: length of the tokenizer's run, in batches of 64.
+        steps: length of the transformer's run.
+        cfg: guidance when sampling.
+    """
+
+    vocab: int
+    codebook: CodebookConfig
+    width: int
+    base_lr: float
+    tokenizer_steps: int
+    steps: int
+    cfg: float
+
+
+# Found on scikit-learn's digits (8 pixels), and on 4,500 handwritten digits of 28 pixels.
+UP_TO_8 = Recipe(256, CodebookConfig(), 128, 8e-3, 1000, 1000, 0.25)
+LARGER = Recipe(512, CodebookConfig("kmeans", 50), 192, 6e-3, 1200, 1500, 3.0)
+
+
+def small_tokenizer(data: Any, run_dir: str) -> Experiment:
+    """Plans the run of a tokenizer for square images of 8 to 64 pixels.
+
+    Raises InputError for images of another size or shape.
+    """
+    recipe, multipliers, finest = _choose(data.image_shape)
+    model = VQConfig(
+        scales=SCALES[finest],
+        image_channels=data.image_shape[-1],
+        width=32,
+        multipliers=multipliers,
+        blocks=1,
+        groups=8,
+        vocab=recipe.vocab,
+        code_channels=16,
+    )
+    optimizer = AdamW(
+        base_lr=recipe.base_lr, weight_decay=0.0, clip=1.0, schedule="cos", warmup=0.05
+    )
+    return Experiment(
+        task=VQTask(model=model, optimizer=optimizer, codebook=recipe.codebook, ema=0.99),
+        data=data,
+        run_dir=run_dir,
+        batch_size=64,
+        steps=recipe.tokenizer_steps,
+        eval_every=250,
+        save_every=250,
+        preview_every=250,
+    )
+
+
+def small_var(data: Any, tokenizer_run: Experiment, run_dir: str) -> Experiment:
+    """Plans the run of a transformer on `data` over the tokenizer of `small_tokenizer`."""
+    recipe, _, _ = _choose(data.image_shape)
+    tokenizer = tokenizer_run.task.model
+    model = VARConfig(
+        depth=6,
+        width=recipe.width,
+        heads=recipe.width // 32,
+        classes=data.classes,
+        scales=tokenizer.scales,
+        vocab=tokenizer.vocab,
+        code_channels=tokenizer.code_channels,
+        gate_init=1e-2,
+    )
+    return Experiment(
+        task=VARTask(
+            model=model,
+            tokenizer=tokenizer,
+            tokenizer_weights=tokenizer_run.run_dir,
+            optimizer=AdamW(base_lr=recipe.base_lr, schedule="cos", warmup=0.05),
+            ema=0.99,
+            compute=Compute(unroll=True),
+            sampling=VAROptions(cfg=recipe.cfg, top_k=0, top_p=0.0),
+        ),
+        data=data,
+        run_dir=run_dir,
+        batch_size=64,
+        steps=recipe.steps,
+        eval_every=100,
+        save_every=200,
+        preview_every=500,
+        keep_best="eval_ema/loss",
+    )
+
+
+def small_dataset(arg: str) -> tuple[Any, str]:
+    """Reads "data=WHERE,size=PIXELS".
+
+    Returns:
+        The dataset, gray where its images are, and a name for its runs.
+
+    Raises:
+        InputError: anything else in `arg`, or a dataset that cannot be read.
+    """
+    given = dict(word.partition("=")[::2] for word in arg.split(",") if word)
+    if given.keys() - {"data", "size"} or not given.get("data"):
+        raise InputError(f"cannot read {arg!r}; give data=folder:DIR,size=28 after the colon")
+    text = given.get("size", "")
+    if not text.isdigit():
+        raise InputError(f"size is {text!r}; give the side of the images in pixels, say size=28")
+    size = int(text)
+    _choose((size, size, 3))
+    data = parse_dataset(given["data"], size)
+    if data.image_shape[-1] == 3 and _is_gray(data.source("train")):
+        data = parse_dataset(given["data"], size, channels=1)
+    where = os.path.normpath(given["data"].partition(":")[2] or given["data"])
+    name = re.sub(r"\W+", "_", os.path.basename(where)).strip("_").lower()
+    return data, f"{name or 'images'}_{size}"
+
+
+def _choose(image_shape: tuple[int, int, int]) -> tuple[Recipe, tuple[int, ...], int]:
+    """Returns the recipe, the multipliers of the levels, and the side of the finest token map."""
+    height, width, _ = image_shape
+    if height != width or not SMALLEST <= height <= LARGEST:
+        raise InputError(
+            f"images of {height} by {width} pixels; these configs are for square ones of "
+            f"{SMALLEST} to {LARGEST} pixels"
+        )
+    # As few halvings as leave at most 8 tokens a side, but one at least.
+    levels = next(n for n in itertools.count(1) if height <= 8 * 2**n)
+    if height % 2**levels:
+        below = height // 2**levels * 2**levels
+        raise InputError(
+            f"size={height}: must be a multiple of {2**levels}, such as {below} or "
+            f"{below + 2**levels}; images are resized to it"
+        )
+    recipe = UP_TO_8 if height <= 8 else LARGER
+    return recipe, (1, *[2] * levels), height // 2**levels
+
+
+def _is_gray(source: Any) -> bool:
+    """Whether the colors of some images, evenly spread, are all shades of gray."""
+    seen = False
+    for index in np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(int).tolist():
+        try:
+            image_HWC = source[index]["image"]
+        except BrokenImage:
+            continue
+        if (image_HWC != image_HWC[..., :1]).any():
+            return False
+        seen = True
+    return seen

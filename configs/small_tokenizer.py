@@ -1,0 +1,21 @@
+"""A multi-scale tokenizer for your own small images, 8 to 64 pixels, gray or color.
+
+    python train.py --config=configs/small_tokenizer.py:data=folder:DIR,size=28
+    python train.py --config=configs/small.py:data=folder:DIR,size=28    # then: the transformer
+
+DIR holds images in a folder for each class, or without classes; docs/data.md has other kinds of
+data. They are resized to `size` pixels a side: even up to 16, a multiple of 4 up to 32, of 8 up to
+64. Whether they are gray is told from the files. Scales, codebook and length follow from the size
+by the rules of configs/_small.py: 28 pixels become 104 tokens at 6 scales in 1,200 steps.
+
+Two CPU cores, 28 pixels: about 10 minutes, 2 GB. 4,500 handwritten digits: eval/psnr 26.6.
+"""
+
+from varjax.training.experiment import Experiment
+
+from ._small import small_dataset, small_tokenizer
+
+
+def get_config(arg: str = "") -> Experiment:
+    data, name = small_dataset(arg)
+    return small_tokenizer(data, run_dir=f"runs/{name}_tokenizer")
