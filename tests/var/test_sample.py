@@ -35,47 +35,56 @@ def params(name):
 
 @functools.cache
 def sampler(name):
-    """(label_B, key_B, options, known) -> tokens and images as the golden files hold them."""
+    """(label_B, key_B, options, known) -> tokens and accumulated features, compiled once a case."""
+    run = jax.jit(functools.partial(sample_tokens, *golden.configs(name)))
+    return functools.partial(run, params(name))
+
+
+@functools.cache
+def decoder(name):
+    """Features -> images as the golden files hold them."""
+    tokenizer, _ = golden.configs(name)
+    variables = {"params": golden.tokenizer_params(name)}
+    decode = jax.jit(functools.partial(VQTokenizer(tokenizer).apply, method="decode_features"))
+    return lambda f_hat_BhwZ: golden.strided(name, (decode(variables, f_hat_BhwZ) + 1) / 2)
+
+
+@functools.cache
+def teacher_forced(name):
+    """(tokens_BL, label_B, cfg) -> the guided logits of all scales, without a cache."""
     tokenizer, var = golden.configs(name)
 
     @jax.jit
-    def run(label_B, key_B, options, known=None):
-        tokens_BL, f_hat_BhwZ = sample_tokens(
-            tokenizer, var, params(name), label_B, key_B, options, known
+    def run(params, tokens_BL, label_B, cfg):
+        model = VQTokenizer(tokenizer).bind({"params": params["tokenizer"]})
+        input_BlZ = model.teacher_forcing_input(tokens_BL)
+        both_2BLV = VAR(var).apply(
+            {"params": params["var"]},
+            jnp.concatenate([input_BlZ, input_BlZ]),
+            jnp.concatenate([label_B, jnp.full_like(label_B, var.classes)]),
         )
-        model = VQTokenizer(tokenizer).bind({"params": params(name)["tokenizer"]})
-        return tokens_BL, (model.decode_features(f_hat_BhwZ) + 1) / 2
+        guided = [
+            classifier_free_guidance(both_2BLV[:, scale], cfg * var.pyramid.progress(k))
+            for k, scale in enumerate(var.pyramid.slices)
+        ]
+        return jnp.concatenate(guided, axis=1)
 
-    return run
+    return functools.partial(run, params(name))
 
 
 @pytest.mark.parametrize("name", golden.CASES)
 def test_greedy_generation_is_the_reference_s(name):
-    tokenizer, var = golden.configs(name)
     expected, label_B = golden.outputs(name), golden.outputs(name)["label"].astype(np.int32)
-    model = VQTokenizer(tokenizer).bind({"params": params(name)["tokenizer"]})
-    forced = jax.jit(VAR(var).apply)
     for cfg in ("0", "1.5", "4"):
         options = GREEDY.replace(cfg=float(cfg))
-        tokens_BL, image_BHWC = sampler(name)(label_B, image_keys(0, jnp.arange(2)), options)
+        tokens_BL, f_hat_BhwZ = sampler(name)(label_B, image_keys(0, jnp.arange(2)), options)
         assert np.array_equal(tokens_BL, expected[f"generate.cfg{cfg}.tokens"])
         np.testing.assert_allclose(
-            golden.strided(name, image_BHWC), expected[f"generate.cfg{cfg}.image"], atol=2e-4
+            decoder(name)(f_hat_BhwZ), expected[f"generate.cfg{cfg}.image"], atol=2e-4
         )
         # The guided logits by teacher forcing: so the cached ones agree with it as well.
-        input_BlZ = model.teacher_forcing_input(tokens_BL)
-        both_2BLV = forced(
-            {"params": params(name)["var"]},
-            jnp.concatenate([input_BlZ, input_BlZ]),
-            jnp.concatenate([label_B, jnp.full_like(label_B, var.classes)]),
-        )
-        for k, scale in enumerate(var.pyramid.slices):
-            guided_BlV = classifier_free_guidance(
-                both_2BLV[:, scale], float(cfg) * var.pyramid.progress(k)
-            )
-            np.testing.assert_allclose(
-                guided_BlV, expected[f"generate.cfg{cfg}.logits"][:, scale], atol=5e-4
-            )
+        guided_BLV = teacher_forced(name)(tokens_BL, label_B, jnp.float32(cfg))
+        np.testing.assert_allclose(guided_BLV, expected[f"generate.cfg{cfg}.logits"], atol=5e-4)
 
 
 @pytest.mark.parametrize("name", golden.CASES)
@@ -87,15 +96,13 @@ def test_editing_is_the_reference_s_and_keeps_what_it_must(name, mode):
     keep_Bhw = np.stack([expected[f"edit.{mode}.keep_mask"] > 0.5] * 2)
     known = KeptTokens(jnp.asarray(tokens_BL), keep_at_every_scale(var.pyramid, keep_Bhw))
     label_B = expected["label"].astype(np.int32)
-    found_BL, image_BHWC = sampler(name)(
+    found_BL, f_hat_BhwZ = sampler(name)(
         label_B, image_keys(0, jnp.arange(2)), GREEDY.replace(cfg=1.5), known
     )
     keep_BL = np.asarray(known.keep_BL)
     assert np.array_equal(np.asarray(found_BL)[keep_BL], tokens_BL[keep_BL])
     assert np.array_equal(np.asarray(found_BL)[~keep_BL], expected[f"edit.{mode}.tokens"][~keep_BL])
-    np.testing.assert_allclose(
-        golden.strided(name, image_BHWC), expected[f"edit.{mode}.image"], atol=2e-4
-    )
+    np.testing.assert_allclose(decoder(name)(f_hat_BhwZ), expected[f"edit.{mode}.image"], atol=2e-4)
 
 
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if n.startswith("filter.k")])
@@ -139,36 +146,24 @@ def test_an_image_depends_on_its_number_seed_and_label_alone():
 
 
 def test_new_numbers_and_labels_do_not_compile_again():
-    tokenizer, var = golden.configs("phi_per_scale")
-    traces = []
-
-    @jax.jit
-    def run(label_B, seed, options):
-        traces.append(1)
-        return sample_tokens(
-            tokenizer,
-            var,
-            params("phi_per_scale"),
-            label_B,
-            image_keys(seed, jnp.arange(1)),
-            options,
-        )[0]
-
-    first = run(np.array([1]), 0, VAROptions(cfg=1.5, top_k=5, top_p=0.5))
-    second = run(np.array([2]), 1, VAROptions(cfg=0.0, top_k=0, top_p=0.9))
-    assert len(traces) == 1 and not np.array_equal(first, second)
+    run, key_B = sampler("base"), image_keys(0, jnp.arange(1))
+    first, _ = run(np.array([1], np.int32), key_B, VAROptions(cfg=1.5, top_k=5, top_p=0.5))
+    compiled = run.func._cache_size()
+    key_B = image_keys(1, jnp.arange(1))
+    second, _ = run(np.array([2], np.int32), key_B, VAROptions(cfg=0.0, top_k=0, top_p=0.9))
+    assert run.func._cache_size() == compiled and not np.array_equal(first, second)
 
 
 def test_smooth_features_are_mixed_and_known_tokens_are_not():
-    tokenizer, var = golden.configs("base")
+    tokenizer, _ = golden.configs("base")
     options = VAROptions(smooth=True, top_k=0, top_p=0.0)
     label_B, key_B = np.array([1], np.int32), image_keys(0, jnp.arange(1))
-    tokens_BL, f_hat_BhwZ = sample_tokens(tokenizer, var, params("base"), label_B, key_B, options)
+    tokens_BL, f_hat_BhwZ = sampler("base")(label_B, key_B, options)
     model = VQTokenizer(tokenizer).bind({"params": params("base")["tokenizer"]})
-    hard_BhwZ = model.quantizer.accumulated_scales(tokens_BL)[-1]
+    hard_BhwZ = jax.jit(model.quantizer.accumulated_scales)(tokens_BL)[-1]
     assert jnp.max(jnp.abs(hard_BhwZ - f_hat_BhwZ)) > 1e-2
     known = KeptTokens(tokens_BL, jnp.ones_like(tokens_BL, bool))
-    _, kept_BhwZ = sample_tokens(tokenizer, var, params("base"), label_B, key_B, options, known)
+    _, kept_BhwZ = sampler("base")(label_B, key_B, options, known)
     np.testing.assert_allclose(kept_BhwZ, hard_BhwZ, atol=1e-5)
 
 
