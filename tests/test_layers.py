@@ -3,8 +3,11 @@
 import ast
 import graphlib
 import pathlib
+import subprocess
+import sys
 
 import varjax
+from tests.helpers.paths import ROOT
 
 LAYER = {
     "core": 0,
@@ -22,6 +25,7 @@ LAYER = {
     "plot": 7,
     "cli": 7,
     "__init__": 8,
+    "__main__": 8,
 }
 PACKAGE = pathlib.Path(varjax.__file__).parent
 FILES = {
@@ -62,3 +66,14 @@ def test_no_two_files_import_one_another():
         name: set(imported(file, inside_functions=False)) - {name} for name, file in FILES.items()
     }
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+
+
+def test_inference_imports_little_and_no_training():
+    """Loading and sampling, in a process of its own: files of the project besides `core`."""
+    script = "import sys, varjax; varjax.load; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    used = {name for name in done.stdout.split() if name.startswith("varjax.")}
+    files = {name for name in used if FILES[name].name != "__init__.py"}
+    assert "varjax.var.pipeline" in files, done.stderr
+    assert not {name for name in files if name.split(".")[1] in ("training", "data", "convert")}
+    assert len({name for name in files if name.split(".")[1] != "core"}) <= 16, sorted(files)

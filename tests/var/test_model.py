@@ -16,8 +16,7 @@ from varjax.nn.compute import Compute
 from varjax.nn.transformer import Cache, drop_path
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan, TrainState
-from varjax.var.model import VAR, VARConfig, init_var
-from varjax.var.pretrained import check_fit
+from varjax.var.model import VAR, VARConfig, check_fit
 from varjax.var.task import VARTask
 
 SMALL = VARConfig(depth=2, width=16, heads=2, classes=3, scales=(1, 2, 3), vocab=7, code_channels=4)
@@ -26,7 +25,7 @@ SMALL = VARConfig(depth=2, width=16, heads=2, classes=3, scales=(1, 2, 3), vocab
 @functools.cache
 def small_params(config=SMALL):
     """Weights so large that everything matters: at initialization the blocks do nearly nothing."""
-    params = jax.jit(functools.partial(init_var, config))(jax.random.key(0))
+    params = jax.jit(config.init)(jax.random.key(0))
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -114,7 +113,7 @@ def test_label_smoothing_is_pytorch_s(monkeypatch):
 def _feed_golden_tokens(monkeypatch, expected):
     tokens_BL = jnp.asarray(expected["tokens"], jnp.int32)
     taught = tokens_BL, jnp.asarray(expected["teacher_forcing_input"])
-    monkeypatch.setattr("varjax.var.teacher_forcing.tokens_and_input", lambda *_: taught)
+    monkeypatch.setattr("varjax.var.teacher_forcing.targets_and_inputs", lambda *_: taught)
 
 
 def test_weight_decay_falls_where_the_reference_has_it():
@@ -132,9 +131,9 @@ def test_weight_decay_falls_where_the_reference_has_it():
 def test_initialization_has_the_reference_s_spread():
     expected = json.loads((weights.HERE / "init_d16.json").read_text())
     config = VARConfig.preset("d16")
-    abstract = jax.eval_shape(functools.partial(init_var, config), jax.random.key(0))
+    abstract = jax.eval_shape(config.init, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == 310_283_520
-    params = jax.jit(functools.partial(init_var, config))(jax.random.key(0))
+    params = jax.jit(config.init)(jax.random.key(0))
     rows = {}
     for name, tensor in official_arrays(config, params):
         if name.endswith("ada_lin.1.weight") and name.startswith("blocks"):
@@ -186,12 +185,12 @@ def test_scale_by_scale_with_a_cache_equals_all_at_once(shared, cosine):
     ],
 )
 def test_ways_to_compute_give_the_same_logits_and_gradients(way, trace):
-    keep_N2B = drop_path(jax.random.key(3), SMALL.depth, 2, 0.5)
+    keep_S2B = drop_path(jax.random.key(3), SMALL.depth, 2, 0.5)
     plain = Compute(attention="xla")
     compute = dataclasses.replace(plain, **way)
 
     def total(params, compute):
-        logits_BLV = VAR(SMALL, compute).apply(params, INPUT_BlZ, LABEL_B, keep_N2B)
+        logits_BLV = VAR(SMALL, compute).apply(params, INPUT_BlZ, LABEL_B, keep_S2B)
         return jnp.mean(jnp.square(logits_BLV))
 
     before, after = (
@@ -215,21 +214,21 @@ def test_bfloat16_stays_close_and_gives_float32_logits():
 
 
 def test_drop_path_scales_what_it_keeps_and_spares_the_first_layer():
-    keep_N2B = drop_path(jax.random.key(0), 3, 4000, 0.4)
-    np.testing.assert_array_equal(keep_N2B[0], 1)
-    np.testing.assert_allclose(np.unique(keep_N2B[2]), [0, 1 / 0.6], rtol=1e-6)
-    np.testing.assert_allclose(keep_N2B[2].mean(), 1, atol=0.05)
+    keep_S2B = drop_path(jax.random.key(0), 3, 4000, 0.4)
+    np.testing.assert_array_equal(keep_S2B[0], 1)
+    np.testing.assert_allclose(np.unique(keep_S2B[2]), [0, 1 / 0.6], rtol=1e-6)
+    np.testing.assert_allclose(keep_S2B[2].mean(), 1, atol=0.05)
     assert drop_path(jax.random.key(0), 3, 4, 0.0) is None
 
 
 def test_a_dropped_branch_leaves_its_images_alone():
     model = VAR(SMALL)
-    keep_N2B = jnp.ones((2, 2, 2)).at[:, :, 0].set(0.0)
-    dropped, kept = model.apply(small_params(), INPUT_BlZ, LABEL_B, keep_N2B)
+    keep_S2B = jnp.ones((2, 2, 2)).at[:, :, 0].set(0.0)
+    dropped, kept = model.apply(small_params(), INPUT_BlZ, LABEL_B, keep_S2B)
     _, full = model.apply(small_params(), INPUT_BlZ, LABEL_B)
     np.testing.assert_allclose(kept, full, atol=1e-5)
     # With all branches gone the blocks are the identity: no token sees another.
-    other = model.apply(small_params(), INPUT_BlZ.at[:, 0].add(1.0), LABEL_B, keep_N2B)[0]
+    other = model.apply(small_params(), INPUT_BlZ.at[:, 0].add(1.0), LABEL_B, keep_S2B)[0]
     np.testing.assert_array_equal(other[2:], dropped[2:])
 
 

@@ -15,7 +15,7 @@ def model():
 
 def test_a_run_brings_its_configs_weights_and_options(model):
     assert model.var == runs.VAR and model.tokenizer == runs.TOKENIZER
-    assert model.sampling == varjax.Options(cfg=0.5, top_k=7)
+    assert model.sampling == varjax.VAROptions(cfg=0.5, top_k=7)
     assert model.config == {"tokenizer": runs.TOKENIZER, "var": runs.VAR}
     assert model.params.keys() == {"tokenizer", "var"}
 
@@ -52,6 +52,17 @@ def test_samples_follow_seed_and_index(model):
     assert not np.allclose(model.sample([1, 2, 3], seed=6), images)
 
 
+def test_equal_options_of_any_number_type_share_a_compilation(model):
+    images = model.sample([1, 2, 3], seed=5, cfg=1.0, top_k=5)
+    compiled = model._sample._cache_size()
+    for given in ({"cfg": 1, "top_k": 5.0}, {"cfg": np.float32(1), "top_k": np.int64(5)}):
+        np.testing.assert_array_equal(model.sample([1, 2, 3], seed=5, **given), images)
+    model.sample([1, 2, 3], seed=6, cfg=2, top_k=7)
+    assert model._sample._cache_size() == compiled
+    with pytest.raises(ValueError, match="top_k=5.5: must be a whole number"):
+        model.sample([1], top_k=5.5)
+
+
 def test_edits_change_only_what_is_not_kept(model):
     keep = np.zeros((4, 4), bool)
     np.testing.assert_allclose(
@@ -75,6 +86,9 @@ def test_dtype_and_devices_are_arguments_of_load(model):
     tokens_BL = model.encode(IMAGES)
     a, b = (np.asarray(m.logits(tokens_BL, [1, 2, 3])) for m in (model, half))
     assert 0 < np.abs(a - b).max() < 0.1
+    np.testing.assert_array_equal(half.encode(IMAGES), tokens_BL)  # tokens are float32's always
+    a, b = (np.asarray(m.decode(tokens_BL)) for m in (model, half))
+    assert 0 < np.abs(a - b).max() < 0.1 and b.dtype == np.float32
     for arguments, message in (
         ({"dtype": "fp16"}, "auto, float32, bfloat16"),
         ({"dtype": "float32", "compute": varjax.Compute()}, "within compute"),

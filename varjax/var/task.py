@@ -17,7 +17,7 @@ from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Batch, Plan, Rows, TrainState
+from varjax.training.task import Batch, Plan, MatchingRows, TrainState
 from varjax.training.train_step import (
     accumulated_gradients,
     apply_gradients,
@@ -86,7 +86,7 @@ class VARTask:
         params = self.model.init(key)
         return create_state(params, self.transformation(params), self.ema)
 
-    def pretrained(self, location: str) -> tuple[PyTree, Rows]:
+    def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
         return read_pretrained(location, self.model)
 
     def frozen(self) -> PyTree:

@@ -9,7 +9,7 @@ from varjax.core.model_files import read_generator
 from varjax.core.trees import PyTree
 from varjax.tokenizers.load import read_expected_tokenizer
 from varjax.tokenizers.vq.model import VQConfig
-from varjax.training.task import Rows
+from varjax.training.task import MatchingRows
 from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions
 
@@ -27,13 +27,13 @@ def read_frozen_tokenizer(location: str, tokenizer: VQConfig) -> PyTree:
     return jax.device_get(jax.jit(tokenizer.init)(jax.random.key(0)))
 
 
-def read_pretrained(location: str | pathlib.Path, model: VARConfig) -> tuple[PyTree, Rows]:
+def read_pretrained(location: str | pathlib.Path, model: VARConfig) -> tuple[PyTree, MatchingRows]:
     """Reads (params, rows) of `Task.pretrained` for a transformer `model`."""
     there, params, _ = read_generator(location, "var", "VARTask", VARConfig, VAROptions)
     return params, matching_rows(model, there)
 
 
-def matching_rows(here: VARConfig, there: VARConfig) -> Rows:
+def matching_rows(here: VARConfig, there: VARConfig) -> MatchingRows:
     """Finds rows of the embeddings that mean the same in both, where the whole tables do not.
 
     With other classes that is "no class" alone; with other scales, levels and positions of the
@@ -42,7 +42,7 @@ def matching_rows(here: VARConfig, there: VARConfig) -> Rows:
     Returns:
         {parameter: (rows here, rows there)}.
     """
-    rows: Rows = {}
+    rows: MatchingRows = {}
     if here.classes != there.classes:
         rows["class_embed"] = [here.classes], [there.classes]
     a, b = here.pyramid, there.pyramid
