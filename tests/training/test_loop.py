@@ -113,6 +113,8 @@ def test_another_metric_to_keep_the_best_by_starts_without_a_best(tmp_path):
         ("eval/loss", 1.0),
         ("eval_ema/psnr", 3.0),
         ("eval/usage/2", 3.0),
+        ("eval/perplexity/2", 3.0),  # of a tokenizer's codes
+        ("eval/perplexity_at_scale/2", 1.0),  # of a transformer
         ("min:eval/accuracy", 1.0),
         ("max:eval/loss", 3.0),
     ],
