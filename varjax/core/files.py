@@ -105,12 +105,16 @@ def claim_folder(
             differences are listed.
     """
     folder = pathlib.Path(folder)
-    if (folder / request_file).exists():
-        check_same_request(folder, read_json(folder / request_file), request)
-    elif folder.exists() and not folder.is_dir():
+    if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another out")
-    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise InputError(f"{folder} holds files and no {request_file}; empty it or choose another")
+    # One listing, for other processes may be at work in the folder already.
+    listing = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if request_file in listing:
+        check_same_request(folder, read_json(folder / request_file), request)
+    elif any(not name.startswith(".") for name in listing):
+        raise InputError(
+            f"{folder} holds files and no {request_file}; empty it or choose another out"
+        )
     elif write:
         write_json(folder / request_file, request)
 
