@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
+# Two processes share the files of tests: one a core, of about 2 GB. JOBS=4 make test …
+JOBS ?= 2
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: setup demo test lint soak clean
+.PHONY: setup demo quick test lint soak clean
 
 setup: $(VENV)/ready
 
@@ -24,8 +27,11 @@ runs/digits/samples.npz: runs/digits/metrics.jsonl
 	@rm -f $@
 	$(PY) sample.py --weights=runs/digits --labels=all --count=100 --batch_size=250 --out=$@
 
+quick: setup
+	$(PYTEST) -m "not slow"
+
 test: setup
-	$(PY) -m pytest
+	$(PYTEST)
 
 lint: setup
 	$(VENV)/bin/ruff format --check .

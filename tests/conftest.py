@@ -1,6 +1,7 @@
 """Strictness for all tests (no silent promotion of dtypes or ranks), and flags that save time."""
 
 import os
+import random
 
 import jax
 import pytest
@@ -18,6 +19,18 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     " --xla_cpu_use_fusion_emitters=false"
 )
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shuffle", type=int, metavar="SEED", help="another order of files and tests")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Shuffles the files, and the tests within each, where --shuffle asks for it."""
+    if (seed := config.getoption("shuffle")) is not None:
+        rng = random.Random(seed)
+        files = {item.path: rng.random() for item in items}
+        items.sort(key=lambda item: (files[item.path], rng.random()))
 
 
 @pytest.fixture(autouse=True)
