@@ -143,5 +143,5 @@ def test_what_is_no_model_is_named(var_run, tokenizer_dir, tmp_path):
     with pytest.raises(ValueError, match="(?s)does not fit config.json.*quantizer/codebook"):
         read_tokenizer(tokenizer_dir)
     (tokenizer_dir / "tokenizer.safetensors").write_bytes(b"12345678")
-    with pytest.raises(ValueError, match="tokenizer.safetensors is truncated"):
+    with pytest.raises(ValueError, match="tokenizer.safetensors: truncated"):
         read_tokenizer(tokenizer_dir)
