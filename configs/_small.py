@@ -92,8 +92,9 @@ def small_tokenizer(data: Any, run_dir: str) -> Experiment:
 
 
 def small_var(data: Any, tokenizer_run: Experiment, run_dir: str) -> Experiment:
-    """Plans the run of a transformer on `data` over the tokenizer of `small_tokenizer`."""
+    """Plans the run of a transformer over the tokenizer that `small_tokenizer` planned."""
     recipe, _, _ = _choose(data.image_shape)
+    assert isinstance(tokenizer_run.task, VQTask)
     tokenizer = tokenizer_run.task.model
     model = VARConfig(
         depth=6,
@@ -135,7 +136,9 @@ def small_dataset(arg: str) -> tuple[Any, str]:
     Raises:
         InputError: anything else in `arg`, or a dataset that cannot be read.
     """
-    given = dict(word.partition("=")[::2] for word in arg.split(",") if word)
+    given: dict[str, str] = {}
+    for word in filter(None, arg.split(",")):
+        name, _, given[name] = word.partition("=")
     if given.keys() - {"data", "size"} or not given.get("data"):
         raise InputError(f"cannot read {arg!r}; give data=folder:DIR,size=28 after the colon")
     text = given.get("size", "")

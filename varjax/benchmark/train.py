@@ -74,21 +74,20 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
         }
         print_figures(**setting, part=part, **figures)
 
-    tokens, waited = _compiled(task.tokens, frozen, image_BHWC)
-    tokens_BL = tokens(frozen, image_BHWC)
-    work_tokens = flops.count(task.tokens, frozen, image_BHWC)
-    report("tokenize", lambda: tokens(frozen, image_BHWC), waited, work_tokens)
+    encode, waited = _compiled(tokenizer.encode, frozen, image_BHWC)
+    work_encode = flops.count(tokenizer.encode, frozen, image_BHWC)
+    report("tokenize", lambda: encode(frozen, image_BHWC), waited, work_encode)
 
-    taught = {"tokens_BL": tokens_BL, "label_B": label_B}
+    encoded = encode(frozen, image_BHWC) | {"label_B": label_B}
 
     def loss(params, frozen, batch):
         return jnp.mean(task.token_losses(params, frozen, batch)["smooth_BL"])
 
-    gradient, waited = _compiled(jax.grad(loss), state.params, frozen, taught)
-    work = task.train_flops(state, frozen, taught)
-    report("gradient", lambda: gradient(state.params, frozen, taught), waited, work)
+    gradient, waited = _compiled(jax.grad(loss), state.params, frozen, encoded)
+    work = task.train_flops(state, frozen, encoded)
+    report("gradient", lambda: gradient(state.params, frozen, encoded), waited, work)
 
-    tx, grads = task.transformation(state.params), [gradient(state.params, frozen, taught)]
+    tx, grads = task.transformation(state.params), [gradient(state.params, frozen, encoded)]
 
     def update():  # gives its memory to the next one, as in training
         nonlocal state
@@ -109,7 +108,7 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
         return metrics
 
     stepped, waited = _compiled(task.train_step, state, frozen, batch, key)
-    report("step", step, waited, work + work_tokens)
+    report("step", step, waited, work + work_encode)
 
 
 def _compiled(function: Callable, *args: Any) -> tuple[Callable, float]:

@@ -102,7 +102,7 @@ def replace_options(options: T, given: Mapping[str, Any]) -> T:
     return dataclasses.replace(typing.cast(Any, options), **chosen)
 
 
-def add_option_flags(parser: argparse.ArgumentParser, kinds: Iterable[type]) -> None:
+def add_option_flags(parser: argparse._ActionsContainer, kinds: Iterable[type]) -> None:
     """Adds a flag for each field of these option classes; without it, the value is None.
 
     A field's "help" in its metadata is the flag's help. A name that several classes share must

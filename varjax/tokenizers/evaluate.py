@@ -1,6 +1,6 @@
 """Measures a tokenizer's reconstructions of held-out images: figures and pictures.
 
-python -m varjax.tokenizers.evaluate --weights=DIR --data=folder:/data/images [--out=DIR]
+varjax evaluate-tokenizer --weights=DIR --data=folder:/data/images [--out=DIR]
 
 Over the whole held-out split, whatever the batch size:
 
@@ -123,7 +123,7 @@ def report_table(report: dict[str, Any]) -> str:
 def main(arguments: list[str]) -> int:
     """Exit code 0, 1 with one message for what cannot be done, 2 for a wrong command line."""
     parser = argparse.ArgumentParser(
-        "python -m varjax.tokenizers.evaluate",
+        "varjax evaluate-tokenizer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> int:
         print(report_table(evaluate_tokenizer(**vars(flags))))
 
     stopped = "stopped; nothing is written"
-    return run_command("varjax.tokenizers.evaluate", action, interrupted=stopped)
+    return run_command("varjax evaluate-tokenizer", action, interrupted=stopped)
 
 
 if __name__ == "__main__":
