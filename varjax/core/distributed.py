@@ -83,6 +83,8 @@ def connect(
         host, _, port = str(coordinator).rpartition(":")
         if not host or not port.isdigit():
             raise InputError(f"--coordinator={coordinator} is not HOST:PORT; {USAGE}")
+    # It would take SIGTERM for itself; `training.preemption` handles it.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator, count, index, heartbeat_timeout_seconds=HEARTBEAT_SECONDS

@@ -1,17 +1,14 @@
 """SIGINT and SIGTERM taken as a request to stop after the step."""
 
-import itertools
 import os
 import signal
 import threading
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Numbers the questions whether to stop: by them JAX finds one that no process has asked yet.
-SYNC_POINTS = itertools.count()
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 
 class PreemptionGuard:
@@ -21,8 +18,8 @@ class PreemptionGuard:
             while not preemption.should_stop():
                 step()
 
-    With several processes only SIGTERM is handled: JAX itself watches for it and lets all of them
-    agree on a moment. SIGINT then kills as usual.
+    With several processes only SIGTERM is handled, repeated or not; SIGINT kills as usual. One that
+    any process gets stops all of them at the same call of `should_stop`.
 
     Attributes:
         signum: the signal that asked to stop, None before.
@@ -30,12 +27,14 @@ class PreemptionGuard:
 
     def __init__(self):
         self.signum: int | None = None
+        self._received = 0  # the signal that came to this process, of which others may not know
+        self._exchange = _SignalExchange() if jax.process_count() > 1 else None
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "PreemptionGuard":
-        main_thread = threading.current_thread() is threading.main_thread()
-        if main_thread and jax.process_count() == 1:
-            self._handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            handled = (signal.SIGTERM,) if self._exchange else (signal.SIGINT, signal.SIGTERM)
+            self._handlers = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -43,20 +42,46 @@ class PreemptionGuard:
             signal.signal(number, handler)
 
     def signalled(self) -> bool:
-        """Returns whether to stop, as far as this process knows without asking the others."""
+        """Returns whether to stop, as far as it was known at the last call of `should_stop`."""
         return self.signum is not None
 
     def should_stop(self) -> bool:
         """Returns whether to stop: the same in all processes, which must ask equally often."""
-        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(
-            next(SYNC_POINTS)
-        ):
-            self.signum = signal.SIGTERM
+        if self._exchange and self.signum is None:
+            self.signum = self._exchange.send(self._received)
         return self.signalled()
 
     def _handle(self, signum: int, _: Any) -> None:
+        # os.write, not print: the signal may have come in the middle of one
+        if self._exchange:
+            self._received = signum
+            os.write(2, b"stopping after the next step\n")
+            return
         self.signum = signum
-        for number in SIGNALS:
+        for number in self._handlers:
             signal.signal(number, signal.SIG_DFL)
-        # not print: the signal may have come in the middle of one
         os.write(2, b"stopping after this step; once more kills at once\n")
+
+
+class _SignalExchange:
+    """Tells all processes of a signal to any, by a collective that runs after the step before it.
+
+    `multihost_utils.reached_preemption_sync_point` is not used: with JAX 0.10.2 a process that is
+    one step ahead at the wrong moment does not stop when the others do, and all hang.
+    """
+
+    def __init__(self):
+        mesh = Mesh(np.array(jax.devices()), ("devices",))
+        self._by_device = NamedSharding(mesh, P("devices"))
+        self._largest = jax.jit(lambda x: x.max(), out_shardings=NamedSharding(mesh, P()))
+        self._underway: jax.Array | None = None
+
+    def send(self, signum: int) -> int | None:
+        """Sends this process's signal, 0 for none; returns any that was sent at the last call.
+
+        The answer comes a call late so that nobody waits for the step that was dispatched just now.
+        """
+        shape, mine = (len(jax.devices()),), np.full(1, signum, np.int32)
+        signals = jax.make_array_from_callback(shape, self._by_device, lambda _: mine)
+        arrived, self._underway = self._underway, self._largest(signals)
+        return None if arrived is None else int(arrived) or None
