@@ -1,15 +1,20 @@
 """The notebook's code, cell after cell, on a tiny run; without Jupyter."""
 
 import ast
+import importlib.util
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.helpers import runs
+from tests.helpers.paths import ROOT
 
-NOTEBOOK = pathlib.Path(__file__).parent.parent / "notebooks" / "colab.ipynb"
+NOTEBOOK = ROOT / "notebooks" / "colab.ipynb"
 
 
 def execute(source, names):
@@ -21,18 +26,60 @@ def execute(source, names):
     return last and eval(compile(ast.Expression(last.value), NOTEBOOK.name, "eval"), names)
 
 
-def test_the_cells_run_in_order_and_show_pictures(capsys):
+def code_cells():
     notebook = json.loads(NOTEBOOK.read_text())
     assert notebook["nbformat"] == 4
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] for cell in cells)
+    return ["".join(cell["source"]) for cell in cells]
+
+
+@pytest.fixture(autouse=True)
+def in_the_folder_of_the_notebook(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(NOTEBOOK.parent)
+
+
+def test_the_cells_run_in_order_and_show_pictures(capsys):
     names, shown = {}, []
-    for cell in cells:
-        source = "".join(cell["source"])
-        shown.append(execute(source.replace('"weights/d16"', repr(str(runs.var()))), names))
+    for source in code_cells():
+        shown.append(execute(source.replace('"var_d16"', repr(str(runs.var()))), names))
     assert names["model"].config["var"] == runs.VAR
     assert names["images"].shape == (8, 8, 8, 1)
     sizes = [picture.size for picture in shown if isinstance(picture, Image.Image)]
     assert sizes == [(260, 130), (260, 130), (260, 195), (325, 65), (260, 65)]
     assert not np.allclose(names["variations"][0], names["variations"][1])
-    assert "4x4: -" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "4x4: -" in out
+    assert "computes on" in out and "Runtime → Change runtime type" in out  # tests run on CPUs
+    assert pathlib.Path.cwd() == ROOT and names["REPOSITORY"] == str(ROOT)
+
+
+def test_without_network_the_digits_stand_in(monkeypatch, tmp_path, capsys):
+    """Where nothing can be downloaded, they are trained, or taken as they are."""
+    commands = []
+
+    def remember(command, check):
+        commands.append(command[1:])
+
+    load = next(source for source in code_cells() if "varjax.load(WEIGHTS)" in source)
+    monkeypatch.setenv("VARJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
+    monkeypatch.setattr(subprocess, "run", remember)
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("runs").mkdir()
+    pathlib.Path("runs/digits").symlink_to(runs.var())
+    names = {"sys": sys, "subprocess": subprocess}
+    execute(load, names)
+    assert names["model"].config["var"] == runs.VAR
+    assert commands == [
+        ["-m", "varjax", "train", f"--config={name}"] for name in ("digits_tokenizer", "digits")
+    ]
+    assert "goes on with small digits" in capsys.readouterr().out
+
+
+def test_where_no_clone_is_an_address_is_asked_for(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(AssertionError, match="set REPOSITORY"):
+        execute(code_cells()[0], {})
