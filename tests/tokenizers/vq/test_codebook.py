@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.paths import ROOT
-from tests.tokenizers.vq.test_model import small
+from tests.tokenizers.vq.test_model import small, small_config
 from varjax.tokenizers.vq.codebook import (
     CodebookConfig,
     entropy_loss,
@@ -83,14 +83,16 @@ def test_k_means_finds_clusters():
 
     found = jax.jit(kmeans, static_argnums=1)(z_NZ, 16, KEY)
     assert distortion(found) < 0.5 * distortion(z_NZ[rng.permutation(400)[:16]])
-    few = kmeans(z_NZ[:3], 8, KEY)  # more codes than vectors: copies, but no two are equal
+    few = jax.jit(kmeans, static_argnums=1)(
+        z_NZ[:3], 8, KEY
+    )  # more codes than vectors: copies, but no two are equal
     assert len(np.unique(few, axis=0)) == 8 and np.isfinite(few).all()
 
 
 def test_new_codes_come_from_all_scales_alike():
     pyramid = Pyramid((1, 2, (3, 4)))
     z_BLZ = np.tile(np.float32(pyramid.level_L)[None, :, None], (5, 1, 2))
-    scale_N = np.rint(sample_inputs(pyramid, jnp.asarray(z_BLZ), 600, KEY)[:, 0])
+    scale_N = np.rint(jax.jit(sample_inputs, static_argnums=(0, 2))(pyramid, z_BLZ, 600, KEY)[:, 0])
     np.testing.assert_allclose(np.bincount(scale_N.astype(int)), [200] * 3, atol=40)
 
 
@@ -104,14 +106,15 @@ def test_only_dead_codes_restart_and_only_when_it_is_time():
     frequency_KV = jnp.array([[0.9, 0.1, 0, 0], [2.0, 0, 2.0, 0]])
     usage_V = usage_V.at[1].set(0.03)
 
+    @jax.jit
     def restart(step):
-        state = TrainState(jnp.int32(step), params, params, moments)
+        state = TrainState(step, params, params, moments)
         config = CodebookConfig(restart_every=3)
         return restart_dead_codes(
             config, pyramid, state, usage_V, frequency_KV, lambda params, ideal: z_BLZ, KEY
         )
 
-    state, after_V, metrics = restart(6)
+    state, after_V, metrics = restart(jnp.int32(6))
     assert metrics["restarted"] == 1 and after_V[3] == 0.25
     for tree in (state.params, state.ema):
         codes_VZ = tree["quantizer"]["codebook"]
@@ -119,7 +122,7 @@ def test_only_dead_codes_restart_and_only_when_it_is_time():
         np.testing.assert_allclose(codes_VZ[3], 7, atol=0.5)
     for tree in state.opt_state.values():
         np.testing.assert_array_equal(tree["quantizer"]["codebook"][:, 0], [1, 1, 1, 0])
-    state, after_V, metrics = restart(7)
+    state, after_V, metrics = restart(jnp.int32(7))
     assert metrics["restarted"] == 0 and after_V[3] == 0
     np.testing.assert_array_equal(state.params["quantizer"]["codebook"], old_VZ)
 
@@ -129,7 +132,12 @@ def test_dropped_scales_add_nothing_and_their_codes_learn_nothing():
     params = {"params": variables["params"]["quantizer"]}
     quantizer, kept_B = make_quantizer(config), jnp.array([1, 3])
     f_BhwZ = jax.random.normal(KEY, (2, 4, 4, config.code_channels))
-    whole, some = quantizer.apply(params, f_BhwZ), quantizer.apply(params, f_BhwZ, kept_B)
+
+    @jax.jit
+    def quantize(kept_B):
+        return quantizer.apply(params, f_BhwZ), quantizer.apply(params, f_BhwZ, kept_B)
+
+    whole, some = quantize(kept_B)
     for k in range(3):
         np.testing.assert_array_equal(some.f_hats[k][0], whole.f_hats[0][0])
         np.testing.assert_array_equal(some.f_hats[k][1], whole.f_hats[k][1])
@@ -144,45 +152,51 @@ def test_dropped_scales_add_nothing_and_their_codes_learn_nothing():
 def test_the_number_of_scales_is_random_to_each_image():
     key_B = jax.random.split(KEY, 4000)
     config = CodebookConfig(scale_dropout=0.4, scales_kept=2)
-    kept_B = sample_scale_dropout(config, Pyramid((1, 2, 3, 4)), key_B)
+    sample = jax.jit(sample_scale_dropout, static_argnums=(0, 1))
+    kept_B = sample(config, Pyramid((1, 2, 3, 4)), key_B)
     shares = np.bincount(np.asarray(kept_B), minlength=5) / 4000
     np.testing.assert_allclose(shares, [0, 0, 0.2, 0.2, 0.6], atol=0.03)
     assert sample_scale_dropout(CodebookConfig(), Pyramid((1, 2)), key_B) is None
 
 
 def test_entropy_wants_sure_choices_of_many_codes():
-    codes_VZ = jnp.array([[0.0, 4.0], [4.0, 0.0]])
+    codes_VZ, loss = jnp.array([[0.0, 4.0], [4.0, 0.0]]), jax.jit(entropy_loss, static_argnums=2)
     both, one = codes_VZ[None], jnp.tile(codes_VZ[:1], (2, 1))[None]
     for cosine in (False, True):
-        np.testing.assert_allclose(entropy_loss(codes_VZ, [both], cosine), -np.log(2), atol=1e-3)
-        np.testing.assert_allclose(entropy_loss(codes_VZ, [one], cosine), 0, atol=1e-3)
+        np.testing.assert_allclose(loss(codes_VZ, [both], cosine), -np.log(2), atol=1e-3)
+        np.testing.assert_allclose(loss(codes_VZ, [one], cosine), 0, atol=1e-3)
     between = jnp.full((1, 2, 2), 2.0)
-    np.testing.assert_allclose(entropy_loss(codes_VZ, [between], False), 0, atol=1e-3)
+    np.testing.assert_allclose(loss(codes_VZ, [between], False), 0, atol=1e-3)
 
 
 def test_entropy_of_codes_and_vectors_that_are_zero_has_a_finite_gradient():
     zeros_VZ = jnp.zeros((3, 2)).at[0].set(1)
-    grads = jax.grad(lambda *x: entropy_loss(x[0], [x[1]], True), (0, 1))(zeros_VZ, zeros_VZ[None])
+    grad = jax.jit(jax.grad(lambda *x: entropy_loss(x[0], [x[1]], True), (0, 1)))
+    grads = grad(zeros_VZ, zeros_VZ[None])
     assert all(np.isfinite(x).all() for x in grads)
 
 
 def test_inputs_of_scales_are_what_the_quantizer_looks_codes_for():
     config, variables = small()
     quantizer = make_quantizer(config).bind({"params": variables["params"]["quantizer"]})
-    f_BhwZ = jax.random.normal(KEY, (2, 4, 4, config.code_channels))
-    quantized = quantizer(f_BhwZ)
-    inputs = scale_residuals(config.pyramid, f_BhwZ, quantized.f_hats)
-    tokens = [quantizer.nearest_codes(z_BlZ) for z_BlZ in inputs]
-    np.testing.assert_array_equal(jnp.concatenate(tokens, axis=1), quantized.tokens_BL)
+
+    @jax.jit
+    def both(f_BhwZ):
+        quantized = quantizer(f_BhwZ)
+        inputs = scale_residuals(config.pyramid, f_BhwZ, quantized.f_hats)
+        tokens = [quantizer.nearest_codes(z_BlZ) for z_BlZ in inputs]
+        return jnp.concatenate(tokens, axis=1), quantized.tokens_BL
+
+    found_BL, expected_BL = both(jax.random.normal(KEY, (2, 4, 4, config.code_channels)))
+    np.testing.assert_array_equal(found_BL, expected_BL)
 
 
 def test_normal_codes_have_about_unit_length():
-    config, variables = small(vocab=256)
-    params = init_codebook(CodebookConfig("normal"), config, variables["params"], KEY)
-    codes_VZ = params["quantizer"]["codebook"]
+    config, fresh = small_config(vocab=256), {"quantizer": {"codebook": np.zeros((256, 4))}}
+    codes_VZ = init_codebook(CodebookConfig("normal"), config, fresh, KEY)["quantizer"]["codebook"]
+    assert codes_VZ.shape == (256, 4)
     np.testing.assert_allclose(jnp.mean(jnp.sum(codes_VZ**2, axis=-1)), 1, atol=0.2)
-    unchanged = init_codebook(CodebookConfig(), config, variables["params"], KEY)
-    assert unchanged is variables["params"]
+    assert init_codebook(CodebookConfig(), config, fresh, KEY) is fresh
     assert init_usage(CodebookConfig(), 4) is None
 
 
@@ -196,7 +210,7 @@ def test_what_makes_no_sense_is_refused(field, value):
 
 
 def test_dropping_needs_scales_to_drop():
-    config, _ = small()
+    config = small_config()
     with pytest.raises(ValueError, match="scales_kept=3 of 3 scales: nothing is left"):
         VQTask(config, codebook=CodebookConfig(scale_dropout=0.1))
     assert CodebookConfig() == VQTask(config).codebook
