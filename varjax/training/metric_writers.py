@@ -50,15 +50,18 @@ class MetricWriter:
     ):
         self._run_dir, self._active = run_dir, active
         path = run_dir / "metrics.jsonl" if active else pathlib.Path(os.devnull)
-        if path.is_file():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if _position(line) <= (step, evaluated)]
-            with files.atomic_path(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
-        self._lines = open(path, "a", buffering=1)
-        self._board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=step + 1, write_to_disk=active
-        )
+        try:
+            if path.is_file():
+                lines = path.read_text().splitlines()
+                kept = [line for line in lines if _position(line) <= (step, evaluated)]
+                with files.atomic_path(path) as temporary:
+                    temporary.write_text("".join(line + "\n" for line in kept))
+            self._lines = open(path, "a", buffering=1)
+            self._board = SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=step + 1, write_to_disk=active
+            )
+        except OSError as error:
+            raise StorageError(f"metrics cannot be written to {run_dir}: {error}") from error
 
     def __enter__(self) -> "MetricWriter":
         return self
