@@ -140,7 +140,8 @@ def small_dataset(arg: str) -> tuple[Any, str]:
     for word in filter(None, arg.split(",")):
         name, _, given[name] = word.partition("=")
     if given.keys() - {"data", "size"} or not given.get("data"):
-        raise InputError(f"cannot read {arg!r}; give data=folder:DIR,size=28 after the colon")
+        read = f"cannot read {arg!r}" if arg else "this config needs its data"
+        raise InputError(f"{read}; give data=folder:DIR,size=28 after the colon")
     text = given.get("size", "")
     if not text.isdigit():
         raise InputError(f"size is {text!r}; give the side of the images in pixels, say size=28")

@@ -13,6 +13,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import os
 import pathlib
 import re
 import sys
@@ -78,11 +79,14 @@ def config_from_flags(
     changes = [text.removeprefix(PREFIX) for text in others if text.startswith(PREFIX)]
     if asked.config and (asked.help or asked.print_config):
         config = config_tree.override(load_config(asked.config), changes)
+        text = json.dumps(config_tree.to_dict(config), indent=2)
         if asked.help:
-            parser.print_help()
-            print(f"\nfields of {asked.config}, as they are set now:\n\n{describe(config)}")
-        else:
-            print(json.dumps(config_tree.to_dict(config), indent=2))
+            text = f"{parser.format_help()}\nfields of {asked.config}, as they are set now:\n\n"
+            text += describe(config)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # "| head" has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
     known = [text for text in arguments if not text.startswith(PREFIX)]
     flags, unknown = parser.parse_known_args(known)
