@@ -1,6 +1,6 @@
 """The convolutional encoder and decoder around the quantizer (the VQGAN design, as VAR uses it)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -165,9 +165,12 @@ def conv(
     )
 
 
-def norm(groups, dtype, name) -> nn.GroupNorm:
-    """Makes a group norm whose variance is exact: the fast E[x²]-E[x]² flips tokens."""
-    return nn.GroupNorm(groups, epsilon=1e-6, dtype=dtype, use_fast_variance=False, name=name)
+def norm(groups, dtype, name) -> Callable[[jax.Array], jax.Array]:
+    """Makes a group norm, computed in float32: the fast variance E[x²]-E[x]² flips tokens."""
+    module = nn.GroupNorm(
+        groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name
+    )
+    return lambda x_BhwC: module(x_BhwC.astype(jnp.float32)).astype(dtype)
 
 
 def to_model_range(image_BHWC: jax.Array) -> jax.Array:
