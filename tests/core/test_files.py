@@ -59,9 +59,8 @@ def test_missing_and_damaged_files_are_named(tmp_path):
 
 
 def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
-    code = (
-        f"from varjax.core import files\nwith files.lock_folder({str(tmp_path)!r}): print(); input()"
-    )
+    lock = f"with files.lock_folder({str(tmp_path)!r}): print(); input()"
+    code = f"from varjax.core import files\n{lock}"
     command = [sys.executable, "-c", code]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
