@@ -2,6 +2,8 @@
 
 import os
 import random
+import shutil
+import tempfile
 
 import jax
 import pytest
@@ -20,6 +22,16 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     + " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
 )
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # of one process, or of the one that starts the others
+        os.environ["VARJAX_TEST_RUNS"] = tempfile.mkdtemp(prefix="varjax_runs_")
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop("VARJAX_TEST_RUNS"))
 
 
 def pytest_addoption(parser):

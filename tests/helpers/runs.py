@@ -1,9 +1,11 @@
 """Tiny runs of both stages on the digits, a few steps long, made once for all tests."""
 
 import functools
+import os
 import pathlib
 import tempfile
 
+from varjax.core import files
 from varjax.data.sources import Digits
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import VQTask
@@ -22,8 +24,8 @@ VAR = VARConfig(depth=2, width=16, heads=2, classes=10, scales=(1, 2, 4), vocab=
 
 @functools.cache
 def root() -> pathlib.Path:
-    """Where they lie."""
-    return pathlib.Path(tempfile.mkdtemp(prefix="varjax_runs_"))
+    """Where they lie: in a folder that the processes of one session of tests share."""
+    return pathlib.Path(os.environ.get("VARJAX_TEST_RUNS") or tempfile.mkdtemp(prefix="runs_"))
 
 
 @functools.cache
@@ -42,6 +44,6 @@ def var() -> pathlib.Path:
 
 
 def _train(task, run, **settings) -> None:
-    loop.train(
-        Experiment(task, Digits(), str(run), batch_size=32, steps=2, eval_every=1, **settings)
-    )
+    short = dict(batch_size=32, steps=2, eval_every=1)
+    with files.lock_folder(root(), wait=True):  # another process may have made it, or does so now
+        loop.train(Experiment(task, Digits(), str(run), **short, **settings))
