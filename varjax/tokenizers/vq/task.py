@@ -35,7 +35,7 @@ from varjax.tokenizers.vq.gradients import loss_gradients
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity, quantizer_loss
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Batch, Plan, MatchingRows, TrainState
+from varjax.training.task import Batch, MatchingRows, Plan, TrainState
 from varjax.training.train_step import apply_gradients, check_microbatches, create_state
 
 PREVIEW_IMAGES = 8
