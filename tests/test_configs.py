@@ -53,6 +53,7 @@ def test_recipes_are_the_official_ones(name):
     assert round(sum(x.size for x in jax.tree.leaves(params)) / 1e6) == millions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["var.py:d16,data=random", "var_512.py:d36,data=random"])
 def test_a_step_of_full_size_changes_no_shape(name):
     e = load(name)
@@ -66,6 +67,7 @@ def test_a_step_of_full_size_changes_no_shape(name):
     assert metrics["loss_at_scale"].shape == (10,) and metrics["loss"].shape == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["tokenizer.py:256,data=random", "tokenizer.py:512,no_lpips,data=random"]
 )
@@ -174,6 +176,7 @@ def test_every_side_that_is_allowed_has_scales(make_folder):
     assert allowed == [*range(8, 17, 2), *range(20, 33, 4), *range(40, 65, 8)]
 
 
+@pytest.mark.slow
 def test_a_step_of_both_stages_on_own_images_changes_no_shape(make_folder):
     """Two steps of the same recipe are taken for real by test_end_to_end, on the digits."""
     arg = f"{make_folder('color')},size=28"

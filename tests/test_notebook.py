@@ -14,6 +14,8 @@ from PIL import Image
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = ROOT / "notebooks" / "colab.ipynb"
 
 

@@ -47,6 +47,7 @@ def test_a_running_mean_keeps_a_straight_line_and_averages_noise():
     assert np.std(_running_mean(noise, 20)[20:-20]) < 0.3
 
 
+@pytest.mark.slow
 def test_runs_of_every_kind_go_into_one_picture(tmp_path, capsys):
     runs = [
         make(tmp_path / "long", log(130)),

@@ -27,6 +27,7 @@ def lines(capsys):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
 
+@pytest.mark.slow
 def test_sample_times_the_transformer_the_decoder_and_the_whole(capsys):
     assert benchmark.main(["sample", "--batch_size=2", "--repeats=1"]) == 0
     transformer, decoder, whole = lines(capsys)
@@ -38,6 +39,7 @@ def test_sample_times_the_transformer_the_decoder_and_the_whole(capsys):
         assert seconds == pytest.approx(part["seconds"], rel=2e-3)
 
 
+@pytest.mark.slow
 def test_train_times_the_parts_of_a_step(capsys):
     assert benchmark.main(["train", "--batch_size=2", "--repeats=1", "--remat=block"]) == 0
     parts = {part["part"]: part for part in lines(capsys)}

@@ -14,6 +14,8 @@ from varjax.data.sources import Digits
 from varjax.sampling.edit_masks import box_mask, read_mask
 from varjax.var.sample import KeptTokens, VAROptions, image_keys, keep_at_every_scale, sample_tokens
 
+pytestmark = pytest.mark.slow
+
 IMAGE_HWC = Digits().source("held_out").images_NHWC[3]
 
 

@@ -6,6 +6,8 @@ from tests.helpers import runs
 from varjax.cli import sample
 from varjax.sampling.outputs import check_out
 
+pytestmark = pytest.mark.slow
+
 
 def draw(*flags):
     sample.draw_samples([f"--weights={runs.var()}", *flags])

@@ -22,6 +22,7 @@ def test_without_a_config_it_says_how_it_is_used(capsys):
     assert "python train.py --config=configs/" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_argument_and_overrides_reach_the_run(config, tmp_path, capsys):
     assert train.main([f"{config}:2", "--config.task.width=3"]) == 0
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()

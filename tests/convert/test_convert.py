@@ -47,6 +47,7 @@ def base(tmp_path):
     return tmp_path / "vae.pth", tmp_path / "var.pth"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 def test_official_files_reproduce_the_reference_and_go_back_to_the_bit(name, tmp_path, capsys):
     vae, var = tmp_path / "vae.pth", tmp_path / "var.safetensors"
@@ -81,6 +82,7 @@ def test_official_files_reproduce_the_reference_and_go_back_to_the_bit(name, tmp
                 assert np.array_equal(read[key], x), key
 
 
+@pytest.mark.slow
 def test_a_directory_says_what_it_was_made_of_and_is_replaced_whole(base, tmp_path):
     out = tmp_path / "out"
     convert(out, tokenizer=base[0], var=base[1])

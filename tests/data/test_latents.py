@@ -66,6 +66,7 @@ def content(out):
     return {p.name: p.read_bytes() for p in out.iterdir()}
 
 
+@pytest.mark.slow
 def test_batches_are_those_of_the_images(cache, encode):
     """In the first two epochs; the third one shows the augmentations of the first in new order."""
     images, tokens = DATA.make(B, seed=3), CachedLatents(str(cache)).make(B, seed=3)
@@ -94,6 +95,7 @@ def test_shares_and_worker_processes_read_the_same(cache):
     chex.assert_trees_all_equal(workers, whole)
 
 
+@pytest.mark.slow
 def test_files_do_not_depend_on_processes_workers_or_a_kill(cache, task, tmp_path):
     data = dataclasses.replace(DATA, reading=ReadOptions(threads=1))
     for index in (1, 0):
@@ -120,6 +122,7 @@ cache_latents(VARTask(runs.VAR, runs.TOKENIZER, sys.argv[1]), DATA, out=sys.argv
 """
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_same_command_goes_on(cache, task, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = [sys.executable, "-c", CHILD, task.tokenizer_weights, str(out)]
@@ -136,6 +139,7 @@ def test_after_a_kill_the_same_command_goes_on(cache, task, tmp_path, monkeypatc
     assert "is complete" in cache_latents(task, DATA, out=str(out), **SETTINGS)
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_images(cache, task):
     params, frozen = drawn(lambda key: task.init(key).params), task.frozen()
     losses = jax.jit(task.token_losses)
@@ -149,6 +153,7 @@ def test_losses_are_those_of_the_images(cache, task):
     assert both[0].shape == (2, 8, 8, 8, 1) and both[1].shape == (1, 8, 8, 8, 1)
 
 
+@pytest.mark.slow
 def test_a_transformer_trains_on_tokens(cache, task, tmp_path):
     data = parse_dataset(f"tokens:{cache}", 8)
     experiment = Experiment(task, data, str(tmp_path), batch_size=64, steps=1)

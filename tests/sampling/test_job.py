@@ -17,6 +17,8 @@ from tests.helpers.paths import ROOT
 from varjax.cli.sample import draw_samples
 from varjax.core import trees
 
+pytestmark = pytest.mark.slow
+
 # Runs sample.py and kills it just before the n-th file whose name ends so is put in its place.
 KILLED = """
 import os, signal, sys

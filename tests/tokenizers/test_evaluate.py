@@ -19,6 +19,8 @@ from varjax.tokenizers.vq.reconstruction_metrics import measure_split
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.task import TrainState
 
+pytestmark = pytest.mark.slow
+
 CONFIG = VQConfig(
     scales=(1, 2, (3, 4)), image_channels=3, width=8, multipliers=(1, 1, 1), blocks=1, groups=4,
     vocab=16, code_channels=4,

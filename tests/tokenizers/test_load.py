@@ -53,6 +53,7 @@ def test_it_is_found_wherever_it_lies(tmp_path):
         varjax.load_tokenizer(tmp_path / "other")
 
 
+@pytest.mark.slow
 def test_latents_are_those_of_the_module_and_fit_their_description(loaded):
     latents = loaded.encode(IMAGES_BHWC)
     spec = {name: (2, *array.shape) for name, array in CONFIG.latent_spec.items()}

@@ -17,6 +17,7 @@ from varjax.training.loop_state import LoopState, parse_keep_best
 from varjax.training.task import Plan
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_its_files(whole):
     run_dir, metrics = whole
     losses = [line["loss"] for line in lines(run_dir) if "loss" in line]
@@ -34,6 +35,7 @@ def test_a_run_learns_and_leaves_its_files(whole):
     assert [p.name for p in (run_dir / "best").iterdir()] == [str(best)]
 
 
+@pytest.mark.slow
 def test_metrics_are_over_the_valid_rows_only(whole):
     """355 held-out images: with a batch of 64 the last one holds 35, here as one batch all."""
     run_dir, metrics = whole
@@ -64,6 +66,7 @@ def test_other_settings_in_the_same_directory_are_refused(whole):
     assert loop.train(tiny.experiment(run_dir, log_every=1, keep=3)) == metrics
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(tmp_path):
     experiment = tiny.experiment(tmp_path, explode_at=19)
     with pytest.raises(FloatingPointError, match="after step 20, .*checkpoint of step 10 is good"):
@@ -72,6 +75,7 @@ def test_a_metric_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(weights(tmp_path)[1]))
 
 
+@pytest.mark.slow
 def test_frozen_weights_are_asked_for_once_and_kept_with_the_run(tmp_path):
     (tmp_path / "offset").write_text("0.5")
     changes = dict(offset_file=str(tmp_path / "offset"), steps=8)
@@ -84,6 +88,7 @@ def test_frozen_weights_are_asked_for_once_and_kept_with_the_run(tmp_path):
     assert loop.train(tiny.experiment(tmp_path / "run", **changes)) == whole
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_no_longer_improves_and_more_of_it_continues(tmp_path):
     optimizer = tiny.AdamW(base_lr=1e-30)
     changes = dict(optimizer=optimizer, steps=20, eval_every=2, keep_best="eval/loss", patience=3)
@@ -95,6 +100,7 @@ def test_patience_ends_a_run_that_no_longer_improves_and_more_of_it_continues(tm
     assert lines(tmp_path)[-1]["step"] == 12
 
 
+@pytest.mark.slow
 def test_another_metric_to_keep_the_best_by_starts_without_a_best(tmp_path):
     """Every loss here is above the lowest accuracy, so that by its number none would be better."""
     changes = dict(save_every=0, eval_every=5)
@@ -127,6 +133,7 @@ def test_the_best_is_the_lowest_or_highest_as_the_metric_asks(keep_best, best):
     assert loop_state.best == best and loop_state.evaluations_since_best == 2
 
 
+@pytest.mark.slow
 def test_the_weights_of_the_highest_accuracy_are_kept(whole, tmp_path):
     loop.train(tiny.experiment(tmp_path, eval_every=5, keep_best="eval/accuracy"))
     by_step = {x["step"]: x["eval/accuracy"] for x in lines(tmp_path) if "eval/accuracy" in x}
@@ -134,6 +141,7 @@ def test_the_weights_of_the_highest_accuracy_are_kept(whole, tmp_path):
     assert weights(tmp_path, kind="best")[0] == max(by_step, key=by_step.get)
 
 
+@pytest.mark.slow
 def test_an_unexpected_error_leaves_its_traceback_until_the_run_goes_well(tmp_path, monkeypatch):
     experiment, report = tiny.experiment(tmp_path, steps=1), tmp_path / "error.txt"
     with monkeypatch.context() as patch:
@@ -154,6 +162,7 @@ def test_a_folder_that_cannot_be_written_is_the_user_s_to_mend(tmp_path):
         loop.train(tiny.experiment(tmp_path / "file" / "run"))
 
 
+@pytest.mark.slow
 def test_a_best_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, monkeypatch):
     events = []
     for name in ("save", "wait"):

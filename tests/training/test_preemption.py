@@ -20,6 +20,8 @@ from tests.helpers.tiny import assert_same_run, lines
 from varjax.training import evaluate, loop
 from varjax.training.preemption import PreemptionGuard
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("signum", "moment", "step"),

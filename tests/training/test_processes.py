@@ -20,6 +20,8 @@ from tests.helpers.tiny import lines, weights
 from varjax.core.saved_steps import SavedSteps
 from varjax.training import loop
 
+pytestmark = pytest.mark.slow
+
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 DEADLINE = 300  # seconds; 20 on two free cores, but machines are shared
 SETTINGS = {"keep_best": "eval/loss", "eval_every": 15, "mesh": [2, 4, 1]}

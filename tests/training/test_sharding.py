@@ -15,6 +15,8 @@ from varjax.training import sharding
 from varjax.training.sharding import MeshShape, make_mesh, rows_of_process, shardings
 from varjax.var.model import VARConfig
 
+pytestmark = pytest.mark.slow
+
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 

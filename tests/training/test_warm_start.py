@@ -75,6 +75,7 @@ def test_another_model_is_refused(tmp_path):
         begin(tiny.Tiny(), str(tmp_path / "saved"))
 
 
+@pytest.mark.slow
 def test_a_run_continues_without_what_it_started_from(saved, tmp_path):
     location, _ = saved
     run = tmp_path / "run"
@@ -90,6 +91,7 @@ def test_a_run_continues_without_what_it_started_from(saved, tmp_path):
     chex.assert_trees_all_equal(*both)
 
 
+@pytest.mark.slow
 def test_a_run_gives_its_average_and_other_classes_and_scales_keep_what_means_the_same(capsys):
     _, there, average, _ = read_model(runs.var(), ema=True)
     average, here = jax.device_get(average), dataclasses.replace(there, classes=4, scales=(1, 3, 4))

@@ -25,6 +25,8 @@ from varjax.training.task import TrainState
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 
+pytestmark = pytest.mark.slow
+
 TOKENIZER, VAR = golden.configs("shared_aln")
 SAMPLING = VAROptions(cfg=0.5, top_k=7)
 

@@ -64,6 +64,7 @@ def golden_batch(name):
     return {"image_BHWC": None, "label_B": jnp.asarray(golden.outputs(name)["label"], jnp.int32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["base", "shared_aln", "no_qk_norm", "phi_per_scale"])
 def test_loss_gradients_and_one_step_are_the_reference_s(name, monkeypatch):
     expected = golden.outputs(name)
@@ -99,6 +100,7 @@ def test_loss_gradients_and_one_step_are_the_reference_s(name, monkeypatch):
         )
 
 
+@pytest.mark.slow
 def test_label_smoothing_is_pytorch_s(monkeypatch):
     expected = golden.outputs("base")
     _feed_golden_tokens(monkeypatch, expected)
@@ -116,6 +118,7 @@ def _feed_golden_tokens(monkeypatch, expected):
     monkeypatch.setattr("varjax.var.teacher_forcing.targets_and_inputs", lambda *_: taught)
 
 
+@pytest.mark.slow
 def test_weight_decay_falls_where_the_reference_has_it():
     case = weights.case("base")
     task = golden_task("base")
@@ -128,12 +131,15 @@ def test_weight_decay_falls_where_the_reference_has_it():
         assert np.any(update != 0) == (official not in case["no_weight_decay"]), official
 
 
+@pytest.mark.slow
 def test_initialization_has_the_reference_s_spread():
     expected = json.loads((weights.HERE / "init_d16.json").read_text())
     config = VARConfig.preset("d16")
     abstract = jax.eval_shape(config.init, jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == 310_283_520
-    params = jax.jit(config.init)(jax.random.key(0))
+    # 310 million draws: here running takes longer than compiling, so with XLA's usual effort.
+    optimized = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+    params = jax.jit(config.init, compiler_options=optimized)(jax.random.key(0))
     rows = {}
     for name, tensor in official_arrays(config, params):
         if name.endswith("ada_lin.1.weight") and name.startswith("blocks"):
@@ -148,6 +154,7 @@ def test_initialization_has_the_reference_s_spread():
         assert abs(found.std() - statistics["std"]) <= error + 1e-12, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", range(3))
 def test_later_scales_do_not_reach_earlier_logits(k):
     tokens = SMALL.pyramid.slices[k]
@@ -161,6 +168,7 @@ def test_later_scales_do_not_reach_earlier_logits(k):
     assert end == 0 or jnp.all(jnp.any(grad_BlZ[:, :end] != 0, axis=(0, 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("cosine", [False, True])
 def test_scale_by_scale_with_a_cache_equals_all_at_once(shared, cosine):
@@ -175,6 +183,7 @@ def test_scale_by_scale_with_a_cache_equals_all_at_once(shared, cosine):
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), together_BLV, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("way", "trace"),
     [
@@ -221,6 +230,7 @@ def test_drop_path_scales_what_it_keeps_and_spares_the_first_layer():
     assert drop_path(jax.random.key(0), 3, 4, 0.0) is None
 
 
+@pytest.mark.slow
 def test_a_dropped_branch_leaves_its_images_alone():
     model = VAR(SMALL)
     keep_S2B = jnp.ones((2, 2, 2)).at[:, :, 0].set(0.0)

@@ -5,6 +5,8 @@ import varjax
 from tests.helpers import runs
 from varjax.data.sources import Digits
 
+pytestmark = pytest.mark.slow
+
 IMAGES = Digits().source("held_out").images_NHWC[:3]
 
 

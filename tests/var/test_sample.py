@@ -72,6 +72,7 @@ def teacher_forced(name):
     return functools.partial(run, params(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 def test_greedy_generation_is_the_reference_s(name):
     expected, label_B = golden.outputs(name), golden.outputs(name)["label"].astype(np.int32)
@@ -87,6 +88,7 @@ def test_greedy_generation_is_the_reference_s(name):
         np.testing.assert_allclose(guided_BLV, expected[f"generate.cfg{cfg}.logits"], atol=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 @pytest.mark.parametrize("mode", ["inpaint", "outpaint"])
 def test_editing_is_the_reference_s_and_keeps_what_it_must(name, mode):
@@ -118,6 +120,7 @@ def test_smooth_weights_are_the_reference_s(k):
     np.testing.assert_allclose(weights, FUNCTIONS[f"smooth.probs.si{k}"], atol=2e-6)
 
 
+@pytest.mark.slow
 def test_draws_follow_the_filtered_distribution():
     logits_BlV = LOGITS_BlV[:, :1]
     kept_BlV = filter_top_k_top_p(logits_BlV, 20, 0.8)
@@ -132,6 +135,7 @@ def test_draws_follow_the_filtered_distribution():
     assert scipy.stats.chisquare(counts[support], expected).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_number_seed_and_label_alone():
     draw = sampler("base")
     options = VAROptions(cfg=1.5, top_k=20, top_p=0.9)
@@ -154,6 +158,7 @@ def test_new_numbers_and_labels_do_not_compile_again():
     assert run.func._cache_size() == compiled and not np.array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_smooth_features_are_mixed_and_known_tokens_are_not():
     tokenizer, _ = golden.configs("base")
     options = VAROptions(smooth=True, top_k=0, top_p=0.0)

@@ -10,11 +10,12 @@ from varjax.core import flops
 from varjax.data.sources import Digits
 from varjax.nn.autoencoder import to_model_range
 from varjax.nn.compute import Compute
-from varjax.tokenizers.vq.model import VQTokenizer
+from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan
-from varjax.var import pretrained
 from varjax.var.task import VARTask
+
+pytestmark = pytest.mark.slow
 
 TASK = VARTask(runs.VAR, runs.TOKENIZER, "", AdamW(schedule="constant", warmup=0.0))
 BATCH = Digits().make(8, seed=0).train_batch(0)
@@ -128,6 +129,6 @@ def test_recomputation_is_no_work_of_the_model(frozen, state):
 
 
 def test_a_random_tokenizer_says_so(monkeypatch, capsys):
-    monkeypatch.setattr(pretrained.VQConfig, "init", lambda config, key: {"x": jnp.ones(3)})
+    monkeypatch.setattr(VQConfig, "init", lambda config, key: {"x": jnp.ones(3)})
     assert dataclasses.replace(TASK, tokenizer_weights="random").frozen()["x"].shape == (3,)
     assert "tokenizer is RANDOM" in capsys.readouterr().err

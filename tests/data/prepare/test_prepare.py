@@ -192,6 +192,7 @@ print(batch["image_BHWC"].shape, "jax" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_command_leaves_no_process_and_goes_on_without_tensorflow(tmp_path):
     photos.write_photos("x", size=8, train=150, val=2)
     (tmp_path / "fake/tensorflow").mkdir(parents=True)

@@ -66,6 +66,7 @@ def test_the_weight_starts_and_rises_as_told():
     assert [at_once.ramp_factor(jnp.int32(step), plan) for step in (0, 1)] == [1, 1]
 
 
+@pytest.mark.slow
 def test_the_discriminator_rests_until_its_start_and_then_has_its_own_schedule():
     optimizer = AdamW(base_lr=0.1, warmup=0.0, schedule="lin00", end=0.0, weight_decay=0.1)
     config = GANConfig("patch", 8, 1, start=0.5, optimizer=optimizer)
@@ -167,6 +168,7 @@ def expected(params, fake_BHWC):
     return by_image, jax.value_and_grad(own)(params)
 
 
+@pytest.mark.slow
 def test_each_side_gets_the_gradient_of_its_own_loss():
     found = gradients(CONFIG)
     (loss, by_image), (own_loss, grads) = expected(discriminator().train_state.params, FAKE_BHWC)

@@ -24,6 +24,8 @@ from varjax.training.experiment import Experiment
 from varjax.training.sharding import make_mesh, shardings
 from varjax.training.task import Plan, TrainState
 
+pytestmark = pytest.mark.slow
+
 MODEL = dataclasses.replace(
     runs.TOKENIZER, scales=(1, (2, 3), (8, 16)), multipliers=(1,), image_channels=3
 )

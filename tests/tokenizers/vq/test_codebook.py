@@ -69,6 +69,7 @@ np.testing.assert_array_equal(one.ema["quantizer"]["codebook"][::2], codes[0][::
 """
 
 
+@pytest.mark.slow
 def test_k_means_and_restarts_are_the_same_on_eight_devices():
     subprocess.run([sys.executable, "-c", EIGHT_DEVICES], check=True, timeout=400, cwd=ROOT)
 

@@ -35,6 +35,7 @@ def discriminator_of(state):
     return state.opt_state["discriminator"]
 
 
+@pytest.mark.slow
 def test_the_balance_is_that_of_finite_differences():
     """Of both losses by every number of the decoder's last kernel."""
     params, discriminator = state(TASK, LATE).params, discriminator_of(state(TASK, LATE))
@@ -62,6 +63,7 @@ def test_the_balance_is_that_of_finite_differences():
     assert reconstruction > 1e-3 and adversarial > 1e-3
 
 
+@pytest.mark.slow
 def test_before_its_start_the_adversary_changes_nothing():
     (alone, alone_metrics), (both, metrics) = after(PLAIN, EARLY), after(TASK, EARLY)
     assert metrics["adversarial_weight"] == 0 and metrics["discriminator/lr"] == 0
@@ -75,6 +77,7 @@ def test_before_its_start_the_adversary_changes_nothing():
     assert jax.tree.structure(both.params) == jax.tree.structure(alone.params)
 
 
+@pytest.mark.slow
 def test_both_sides_move_and_every_term_is_told():
     gan = dataclasses.replace(GAN, r1=0.1)
     task = dataclasses.replace(TASK, perceptual=LPIPSConfig(), gan=gan, dtype="bfloat16")
@@ -96,6 +99,7 @@ def test_both_sides_move_and_every_term_is_told():
         np.testing.assert_allclose(metrics[name], exact[name], rtol=0.05, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, accumulate", [("patch", 2), ("style", 1), ("style", 4)])
 def test_every_kind_of_adversary_leaves_the_state_in_its_shape(kind, accumulate):
     gan = GANConfig(kind, 8, 1, "non_saturating", adaptive=kind == "patch", r1=1.0)
@@ -106,6 +110,7 @@ def test_every_kind_of_adversary_leaves_the_state_in_its_shape(kind, accumulate)
     assert all(x.dtype == jnp.float32 for x in metrics.values())
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing_but_rounding():
     task = dataclasses.replace(TASK, codebook=CodebookConfig(scale_dropout=0.5, scales_kept=1))
     (whole, metrics), (parts, parts_metrics) = (
@@ -146,6 +151,7 @@ np.savez(sys.argv[1], **jax.device_get(found))
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_step_equals_the_single_device_one(tmp_path):
     command = [sys.executable, "-c", EIGHT_DEVICES, str(tmp_path / "sharded.npz")]
     subprocess.run(command, check=True, timeout=300, cwd=ROOT)

@@ -10,6 +10,7 @@ from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, make_quantizer
 from varjax.tokenizers.vq.quantizer import quantizer_loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 def test_tokenizer_computes_what_the_reference_computes(name):
     config, _ = golden.configs(name)
@@ -59,6 +60,7 @@ def small(**changes) -> tuple[VQConfig, dict]:
 ODD = {"scales": ((1, 3), (2, 3), (3, 5)), "multipliers": (1, 1, 2), "image_channels": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"scales": (1, (1, 2), (2, 3)), "multipliers": (2,)}, ODD])
 def test_decoding_tokens_equals_decoding_what_was_quantized(changes):
     config, params = small(**changes)
@@ -76,6 +78,7 @@ def test_decoding_tokens_equals_decoding_what_was_quantized(changes):
     np.testing.assert_allclose(decoded_BHWC, jnp.clip(straight_BHWC, -1, 1), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_passes_straight_through_to_the_encoder_but_not_into_the_choice():
     config, params = small()
 

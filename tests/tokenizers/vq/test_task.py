@@ -39,6 +39,7 @@ def evaluate(state, batch_size):
     return TASK.eval_metrics(totals)
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_batch_size(state):
     expected, found = evaluate(state, 6), evaluate(state, 4)
     assert expected.keys() == found.keys() >= {"loss", "l1", "l2", "quantizer", "psnr", "usage"}
@@ -62,6 +63,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(state):
     np.testing.assert_allclose(losses["loss"], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_changes_nothing_but_rounding(state, train_step):
     _, expected = train_step(state, {}, BATCH, KEY)
     _, found = jax.jit(dataclasses.replace(TASK, accumulate=3).train_step)(state, {}, BATCH, KEY)
