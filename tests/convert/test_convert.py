@@ -123,6 +123,7 @@ def test_other_formats_become_float32(dtype, tmp_path):
         np.testing.assert_array_equal(x, trees.paths(expected)[path])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_official_trainer_serves_both(tmp_path):
     path = tmp_path / "ar-ckpt-best.pth"
     var = {f"_orig_mod.{n}": x for n, x in official("base", "var").items()}

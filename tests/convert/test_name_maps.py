@@ -34,6 +34,7 @@ def test_tables_and_buffers_are_the_released_models(name):
     assert apply_map.official_shapes(config) | buffers == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 def test_there_and_back_is_exact(name):
     tokenizer, var = golden.configs(name)

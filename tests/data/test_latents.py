@@ -86,6 +86,7 @@ def test_batches_are_those_of_the_images(cache, encode):
         np.testing.assert_array_equal(expected_BL, b["tokens_BL"][valid_B])
 
 
+@pytest.mark.slow
 def test_shares_and_worker_processes_read_the_same(cache):
     whole = CachedLatents(str(cache)).make(12, 5).train_batch(300)
     parts = [CachedLatents(str(cache)).make(12, 5, range(i, i + 3)) for i in range(0, 12, 3)]

@@ -90,18 +90,18 @@ def test_rows_outside_of_the_batch_are_refused(rows):
 
 
 def test_no_more_than_three_batches_are_in_memory():
-    loader = make_loader(FakeImages(size=1000), 50)
-    fake_data.reads.clear()
+    data = FakeImages(size=1000)
+    loader = make_loader(data, 50)
     stream = loader.train()
     for number in range(1, 4):
         next(stream)
-        while len(fake_data.reads) < 50 * (number + 2):
+        while len(fake_data.reads_of(data)) < 50 * (number + 2):
             time.sleep(0.01)
         time.sleep(0.05)  # enough to read a thousand more
-        assert len(fake_data.reads) == 50 * (number + 2)
+        assert len(fake_data.reads_of(data)) == 50 * (number + 2)
     stream.close()
     next(loader.held_out())
-    assert len(fake_data.reads) <= 50 * 8
+    assert len(fake_data.reads_of(data)) <= 50 * 8
 
 
 def test_a_broken_image_is_replaced_by_the_next_one_of_its_epoch(capsys):
@@ -157,9 +157,8 @@ def with_workers():
 
 
 def test_worker_processes_make_the_same_batches(with_workers, capsys):
-    fake_data.reads.clear()
     found = take(with_workers, 33)
-    assert not fake_data.reads
+    assert not fake_data.reads_of(with_workers.data)
     assert capsys.readouterr().err.count("skipped") == 5
     for a, b in zip(take(make_loader(BROKEN, 32), 33), found, strict=True):
         chex.assert_trees_all_equal(a, b)

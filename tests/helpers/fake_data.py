@@ -8,7 +8,7 @@ from varjax.data.decoding import BrokenImage
 from varjax.data.loader import make_loader
 from varjax.data.workers import ReadOptions
 
-reads = []  # the indices that this process has read
+reads = []  # (data, index) of all that this process has read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,11 @@ class FakeImages:
         return image_HWC
 
 
+def reads_of(data):
+    """The indices of `data` that were read; another test's threads may still read theirs."""
+    return [index for other, index in list(reads) if other is data]
+
+
 @dataclasses.dataclass(frozen=True)
 class FakeSource:
     data: FakeImages
@@ -47,7 +52,7 @@ class FakeSource:
         return self.data.size
 
     def __getitem__(self, index):
-        reads.append(index)
+        reads.append((self.data, index))
         if index == self.data.bug_at:
             raise ZeroDivisionError(f"image {index}")
         if index in self.data.broken:

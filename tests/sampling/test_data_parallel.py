@@ -30,6 +30,7 @@ print(rows)
 """
 
 
+@pytest.mark.slow
 def test_each_device_computes_its_share_of_a_padded_batch():
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT]

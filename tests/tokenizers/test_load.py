@@ -36,6 +36,7 @@ def loaded():
     return LoadedTokenizer(CONFIG, drawn())
 
 
+@pytest.mark.slow
 def test_it_is_found_wherever_it_lies(tmp_path):
     params, data = drawn(), config_tree.to_dict(CONFIG)
     for name, file, config in (

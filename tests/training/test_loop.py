@@ -52,6 +52,7 @@ def test_metrics_are_over_the_valid_rows_only(whole):
     np.testing.assert_allclose(found["accuracy"], metrics["eval/accuracy"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_compiles_nothing(whole, capsys, monkeypatch):
     run_dir, metrics = whole
     monkeypatch.setattr(tiny.Tiny, "train_step", None)

@@ -54,6 +54,7 @@ def test_known_devices_have_their_published_peak(kind, tflops):
     assert hardware.published_peak_flops(kind) == tflops * 1e12
 
 
+@pytest.mark.slow
 def test_an_unknown_device_is_measured_once():
     assert hardware.published_peak_flops("cpu") is None
     peak = hardware.peak_flops()

@@ -137,6 +137,7 @@ np.save(sys.argv[3], np.asarray(state.params["up"]["bias"]))
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_state_starts_from_the_same_numbers(saved, tmp_path):
     location, tree = saved
     paths = [str(tmp_path / name) for name in ("kernel.npy", "bias.npy")]

@@ -213,6 +213,7 @@ def test_ways_to_compute_give_the_same_logits_and_gradients(way, trace):
         np.testing.assert_allclose(trees.paths(found)[path], leaf, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close_and_gives_float32_logits():
     expected, found = (
         VAR(SMALL, Compute(dtype=dtype)).apply(small_params(), INPUT_BlZ, LABEL_B)

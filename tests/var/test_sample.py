@@ -149,6 +149,7 @@ def test_an_image_depends_on_its_number_seed_and_label_alone():
     assert not np.array_equal(other, together)
 
 
+@pytest.mark.slow
 def test_new_numbers_and_labels_do_not_compile_again():
     run, key_B = sampler("base"), image_keys(0, jnp.arange(1))
     first, _ = run(np.array([1], np.int32), key_B, VAROptions(cfg=1.5, top_k=5, top_p=0.5))

@@ -32,6 +32,7 @@ def test_shapes(module, image_shape, logits_shape, sizes):
         assert sum(x.size for x in jax.tree.leaves(params)) == sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [lambda d: PatchDiscriminator(8, 1, d), lambda d: StyleDiscriminator(4, d)]
 )

@@ -185,6 +185,7 @@ def test_each_side_gets_the_gradient_of_its_own_loss():
     np.testing.assert_allclose(total, own_loss, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_neither_side_s_loss_reaches_the_other(monkeypatch):
     """Each loss is made constant in turn: its own side gets exact zeros, the other what it did."""
     plain = GANConfig("patch", 8, 1)

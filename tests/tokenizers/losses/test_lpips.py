@@ -49,6 +49,7 @@ def converted(tmp_path_factory):
     return folder / "out", folder / "vgg16.pth", folder / "vgg.safetensors"
 
 
+@pytest.mark.slow
 def test_the_package_s_distance_layers_and_gradient(converted):
     random = np.random.RandomState(7)
     a = np.tanh(random.standard_normal((3, 3, 64, 64)))

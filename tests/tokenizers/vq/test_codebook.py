@@ -128,6 +128,7 @@ def test_only_dead_codes_restart_and_only_when_it_is_time():
     np.testing.assert_array_equal(state.params["quantizer"]["codebook"], old_VZ)
 
 
+@pytest.mark.slow
 def test_dropped_scales_add_nothing_and_their_codes_learn_nothing():
     config, variables = small()
     params = {"params": variables["params"]["quantizer"]}

@@ -56,6 +56,7 @@ def test_usage_and_perplexity_count_codes():
     np.testing.assert_allclose(metrics["psnr"], 20)
 
 
+@pytest.mark.slow
 def test_loss_is_the_weighted_sum_of_its_terms(state):
     task = dataclasses.replace(TASK, l1=0.3, l2=0.7)
     losses, _ = jax.jit(task.losses)(state.params, {}, IMAGE_BHWC)
@@ -71,6 +72,7 @@ def test_accumulation_changes_nothing_but_rounding(state, train_step):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_training_learns_to_reconstruct_and_averages(state, train_step):
     first, losses = state, []  # a constant rate: the plan's length changes nothing
     for _ in range(40):
