@@ -60,6 +60,7 @@ def test_a_finished_run_says_so_and_compiles_nothing(whole, capsys, monkeypatch)
     assert "is finished" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_directory_are_refused(whole):
     run_dir, metrics = whole
     with pytest.raises(ValueError, match="(?s)steps: 30 in the run, 40.*task.width: 16 .* 17"):

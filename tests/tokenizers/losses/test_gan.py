@@ -211,9 +211,7 @@ def test_accuracy_is_the_share_that_it_tells_apart(monkeypatch, shift, accuracy)
             sign = jnp.where(jnp.mean(image_BHWC) == jnp.mean(REAL_BHWC), 1.0, -1.0)
             return jnp.full((4, 1, 1), shift * sign + 1e-3)
 
-    plain = GANConfig("patch", 8, 1)
+    plain, state = GANConfig("patch", 8, 1), discriminator()
     monkeypatch.setattr(GANConfig, "discriminator", lambda self, dtype: Constant())
-    found = gan.gan_gradients(
-        plain, discriminator(), jnp.array(REAL_BHWC), jnp.array(FAKE_BHWC), KEY_B
-    )
+    found = gan.gan_gradients(plain, state, jnp.array(REAL_BHWC), jnp.array(FAKE_BHWC), KEY_B)
     assert found.metrics["discriminator/accuracy"] == accuracy

@@ -178,6 +178,7 @@ def test_entropy_of_codes_and_vectors_that_are_zero_has_a_finite_gradient():
     assert all(np.isfinite(x).all() for x in grads)
 
 
+@pytest.mark.slow
 def test_inputs_of_scales_are_what_the_quantizer_looks_codes_for():
     config, variables = small()
     quantizer = make_quantizer(config).bind({"params": variables["params"]["quantizer"]})

@@ -92,6 +92,7 @@ def test_gradient_passes_straight_through_to_the_encoder_but_not_into_the_choice
     assert all(jnp.all(g == 0) for g in jax.tree.leaves(grads["quantizer"]))
 
 
+@pytest.mark.slow
 def test_quantizer_loss_teaches_codes_and_features_apart():
     config, params = small()
     f_BhwZ = jax.random.normal(jax.random.key(1), (2, 4, 4, 4))

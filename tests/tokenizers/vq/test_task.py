@@ -85,6 +85,7 @@ def test_training_learns_to_reconstruct_and_averages(state, train_step):
     assert all(moved.values()), [path for path, m in moved.items() if not m]
 
 
+@pytest.mark.slow
 def test_the_average_follows_with_its_decay(state, train_step):
     after, _ = train_step(state, {}, BATCH, KEY)
     halfway = jax.tree.map(lambda a, b: (a + b) / 2, state.params, after.params)
