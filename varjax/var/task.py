@@ -17,7 +17,7 @@ from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Batch, Plan, MatchingRows, TrainState
+from varjax.training.task import Batch, MatchingRows, Plan, TrainState
 from varjax.training.train_step import (
     accumulated_gradients,
     apply_gradients,
