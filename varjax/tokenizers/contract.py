@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
@@ -61,6 +63,23 @@ class Tokenizer(Protocol):
     def identity(self, params: PyTree) -> dict[str, Any]:
         """Returns flat JSON data that tells this tokenizer and its weights from all others."""
         ...
+
+
+def checked_images(
+    images_BHWC: np.ndarray | jax.Array, image_shape: tuple[int, int, int]
+) -> jax.Array:
+    """Returns images that a tokenizer may encode, as uint8 or float32.
+
+    Raises InputError for images of another shape or type.
+    """
+    images_BHWC = jnp.asarray(images_BHWC)
+    if images_BHWC.ndim != 4 or images_BHWC.shape[1:] != image_shape:
+        raise InputError(f"images have shape {images_BHWC.shape}; needed is (B, *{image_shape})")
+    if images_BHWC.dtype == jnp.uint8:
+        return images_BHWC
+    if not jnp.issubdtype(images_BHWC.dtype, jnp.floating):
+        raise InputError(f"images are {images_BHWC.dtype}; give uint8 or floats in [0, 1]")
+    return images_BHWC.astype(jnp.float32)
 
 
 def check_image_shape(tokenizer: Tokenizer, image_shape: tuple[int, int, int]) -> None:

@@ -13,7 +13,7 @@ from varjax.core.errors import InputError
 from varjax.core.model_files import find_model, read_converted, read_model_config
 from varjax.core.saved_steps import restore_weights
 from varjax.core.trees import PyTree
-from varjax.tokenizers.contract import Latents, Tokenizer
+from varjax.tokenizers.contract import Latents, Tokenizer, checked_images
 from varjax.tokenizers.vq.model import VQConfig
 
 # The one table of kinds: class name of the task that trains it -> its config. A name and not the
@@ -42,14 +42,7 @@ class LoadedTokenizer:
 
         Raises InputError for images of another shape or type.
         """
-        images_BHWC, image_shape = jnp.asarray(images_BHWC), self.config.image_shape
-        if images_BHWC.ndim != 4 or images_BHWC.shape[1:] != image_shape:
-            raise InputError(
-                f"images have shape {images_BHWC.shape}; needed is (B, *{image_shape})"
-            )
-        if images_BHWC.dtype != jnp.uint8 and not jnp.issubdtype(images_BHWC.dtype, jnp.floating):
-            raise InputError(f"images are {images_BHWC.dtype}; give uint8 or floats in [0, 1]")
-        return self._encode(self.params, images_BHWC)
+        return self._encode(self.params, checked_images(images_BHWC, self.config.image_shape))
 
     def decode(self, latents: Latents) -> jax.Array:
         """Decodes what `encode` returned into images (B, H, W, channels), float32 in [0, 1].

@@ -14,6 +14,7 @@ from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import Compute
 from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import replace_options
+from varjax.tokenizers.contract import checked_images
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.var.model import VAR, VARConfig
 from varjax.var.sample import (
@@ -118,7 +119,7 @@ class VARPipeline:
 
     def encode(self, images_BHWC: Array) -> jax.Array:
         """Encodes images into tokens (B, L) int32, the scales concatenated."""
-        return self._encode(self.params, None, self._checked_images(images_BHWC))
+        return self._encode(self.params, None, checked_images(images_BHWC, self.image_shape))
 
     def decode(self, tokens_BL: Array, every_scale: bool = False) -> jax.Array:
         """Decodes tokens into images, in `compute.dtype`.
@@ -191,7 +192,7 @@ class VARPipeline:
             index: (B,) numbers of the results; None for one of each image.
             options: fields of `VAROptions`, in place of those of `sampling`.
         """
-        images_BHWC = self._checked_images(images_BHWC)
+        images_BHWC = checked_images(images_BHWC, self.image_shape)
         index_B = np.arange(len(images_BHWC)) if index is None else np.asarray(index)
         B, finest = len(index_B), self.var.pyramid.finest
         if len(images_BHWC) not in (1, B):
@@ -214,16 +215,6 @@ class VARPipeline:
         tokenizer = VQTokenizer(self.tokenizer).bind({"params": params["tokenizer"]})
         model = VAR(self.var, self.compute).bind({"params": params["var"]})
         return model(tokenizer.teacher_forcing_input(tokens_BL), label_B)
-
-    def _checked_images(self, images_BHWC):
-        images_BHWC, wanted = jnp.asarray(images_BHWC), self.tokenizer.image_shape
-        if images_BHWC.ndim != 4 or images_BHWC.shape[1:] != wanted:
-            raise InputError(f"images have shape {images_BHWC.shape}; needed is (B, *{wanted})")
-        if images_BHWC.dtype == jnp.uint8:
-            return images_BHWC
-        if not jnp.issubdtype(images_BHWC.dtype, jnp.floating):
-            raise InputError(f"images are {images_BHWC.dtype}; give uint8 or float in [0, 1]")
-        return images_BHWC.astype(jnp.float32)
 
     def _checked_tokens(self, tokens_BL):
         tokens_BL = np.asarray(tokens_BL)
