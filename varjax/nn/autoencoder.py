@@ -1,4 +1,4 @@
-"""The convolutional encoder and decoder around the quantizer (the VQGAN design, as VAR uses it)."""
+"""The convolutional encoder and decoder of both tokenizers (the VQGAN design)."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,19 +6,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from varjax.core.errors import InputError, check_setting
 from varjax.nn.attention import dot_product_attention
-from varjax.nn.compute import matmul_precision
+from varjax.nn.compute import is_single_cpu_device, matmul_precision
 
 
 class Encoder(nn.Module):
-    """Maps images (B, H, W, channels) to features (B, H/f, W/f, code_channels), f = 2^(levels - 1).
+    """Maps images (B, H, W, channels) to features (B, H/f, W/f, feature_channels).
+
+    f is `downsampling`. The lowest level has attention.
 
     Attributes:
         width: channels of the first level.
         multipliers: of the width at each level; each level after the first halves the map.
         blocks: residual blocks of a level.
         groups: of the group norms.
-        code_channels: channels of the features.
+        feature_channels: channels of the features.
         dtype: format of the convolutions.
     """
 
@@ -26,7 +29,7 @@ class Encoder(nn.Module):
     multipliers: Sequence[int]
     blocks: int
     groups: int
-    code_channels: int
+    feature_channels: int
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -40,13 +43,20 @@ class Encoder(nn.Module):
                     x_BhwC = _attention(self, f"down_{i}_attn_{j}")(x_BhwC)
             if i < last:
                 x_BhwC = Downsample(self.dtype, name=f"down_{i}_downsample")(x_BhwC)
-        return _project(self, _middle(self, x_BhwC), self.code_channels)
+        return _project(self, _middle(self, x_BhwC), self.feature_channels)
 
 
 class Decoder(nn.Module):
-    """Maps features (B, h, w, code_channels) to images (B, f·h, f·w, image_channels), not clipped.
+    """Maps features (B, h, w, Z) to images (B, f·h, f·w, image_channels), not clipped.
 
-    The attributes are the encoder's, with `image_channels` of the image.
+    Attributes:
+        width: as the encoder's, like `multipliers`, `groups` and `dtype`.
+        multipliers: of the width at each level.
+        blocks: residual blocks of a level of the encoder; a level here has one more.
+        groups: of the group norms.
+        image_channels: of the images.
+        level_attention: whether the lowest level has attention, besides the middle.
+        dtype: format of the convolutions.
     """
 
     width: int
@@ -54,6 +64,7 @@ class Decoder(nn.Module):
     blocks: int
     groups: int
     image_channels: int
+    level_attention: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -64,7 +75,7 @@ class Decoder(nn.Module):
         for i, multiplier in reversed(list(enumerate(self.multipliers))):
             for j in range(self.blocks + 1):
                 x_BhwC = _residual(self, multiplier, f"up_{i}_block_{j}")(x_BhwC)
-                if i == last:
+                if i == last and self.level_attention:
                     x_BhwC = _attention(self, f"up_{i}_attn_{j}")(x_BhwC)
             if i > 0:
                 x_BhwC = Upsample(self.dtype, name=f"up_{i}_upsample")(x_BhwC)
@@ -183,3 +194,35 @@ def to_model_range(image_BHWC: jax.Array) -> jax.Array:
 def to_unit_range(image_BHWC: jax.Array) -> jax.Array:
     """Maps images from [-1, 1] to [0, 1], as pictures are written and compared."""
     return (image_BHWC + 1) / 2
+
+
+def check_sizes(width: int, multipliers: Sequence[int], blocks: int, groups: int) -> None:
+    """Raises InputError for sizes that no encoder and decoder can have."""
+    for name, value in (("width", width), ("blocks", blocks), ("groups", groups)):
+        check_setting(name, value, value >= 1, "1 or more")
+    if not multipliers or min(multipliers) < 1:
+        raise InputError(f"multipliers={multipliers}: give one per level, each 1 or more")
+    if width % groups:
+        raise InputError(f"width={width} is not a multiple of groups={groups}")
+
+
+def downsampling(multipliers: Sequence[int]) -> int:
+    """Returns the number of image pixels per feature along one side."""
+    return 2 ** (len(multipliers) - 1)
+
+
+def map_images(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, image_shape: tuple[int, int, int]
+) -> jax.Array:
+    """Applies a function to a batch, image by image where that is faster; not for training.
+
+    Args:
+        function: of arrays with a leading batch axis, whose rows do not depend on each other.
+        x: the batch.
+        image_shape: (H, W, channels) of the images that go in or come out.
+    """
+    H, W, _ = image_shape
+    if is_single_cpu_device() and H * W >= 64**2:
+        # A CPU's convolutions of large images are 1.4 times faster one by one: docs/benchmarks.md.
+        return jax.lax.map(lambda x: function(x[None])[0], x)
+    return function(x)

@@ -9,10 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core import config_tree, trees
-from varjax.core.errors import InputError, check_setting
+from varjax.core.errors import check_setting
 from varjax.core.trees import PyTree
-from varjax.nn.autoencoder import Decoder, Encoder, conv, to_model_range, to_unit_range
-from varjax.nn.compute import is_single_cpu_device
+from varjax.nn.autoencoder import (
+    Decoder,
+    Encoder,
+    check_sizes,
+    conv,
+    downsampling,
+    map_images,
+    to_model_range,
+    to_unit_range,
+)
 from varjax.tokenizers.contract import Latents
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid, Scale
 from varjax.tokenizers.vq.quantizer import Quantized, Quantizer
@@ -55,12 +63,9 @@ class VQConfig:
 
     def __post_init__(self):
         self.pyramid  # noqa: B018  (its own checks)
-        for name in ("image_channels", "width", "blocks", "groups", "vocab", "code_channels"):
+        check_sizes(self.width, self.multipliers, self.blocks, self.groups)
+        for name in ("image_channels", "vocab", "code_channels"):
             check_setting(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        if not self.multipliers or min(self.multipliers) < 1:
-            raise InputError(f"multipliers={self.multipliers}: give one per level, each 1 or more")
-        if self.width % self.groups:
-            raise InputError(f"width={self.width} is not a multiple of groups={self.groups}")
         check_setting("phis", self.phis, self.phis >= 0, "0 (one per scale) or more")
         check_setting("phi_ratio", self.phi_ratio, 0 <= self.phi_ratio <= 1, "in [0, 1]")
 
@@ -72,7 +77,7 @@ class VQConfig:
     @property
     def downsampling(self) -> int:
         """Number of image pixels per feature along one side."""
-        return 2 ** (len(self.multipliers) - 1)
+        return downsampling(self.multipliers)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -133,7 +138,12 @@ class VQTokenizer(nn.Module):
         self.quantizer = make_quantizer(c)
         self.post_quant_conv = conv(c.code_channels, self.decoder_dtype)
         self.decoder = Decoder(
-            c.width, c.multipliers, c.blocks, c.groups, c.image_channels, self.decoder_dtype
+            c.width,
+            c.multipliers,
+            c.blocks,
+            c.groups,
+            c.image_channels,
+            dtype=self.decoder_dtype,
         )
 
     def __call__(
@@ -201,7 +211,7 @@ def encode_images(
 ) -> jax.Array:
     """Computes features (B, h, w, Z) of images in [-1, 1], in `dtype`; not for training."""
     model = VQTokenizer(config, encoder_dtype=dtype, parent=None).bind({"params": params})
-    return _map_images(config, model.features, image_BHWC)
+    return map_images(model.features, image_BHWC, config.image_shape)
 
 
 def decode_images(
@@ -209,17 +219,8 @@ def decode_images(
 ) -> jax.Array:
     """Decodes f_hat (B, h, w, Z) into images clipped to [-1, 1], in `dtype`; not for training."""
     model = VQTokenizer(config, dtype, parent=None).bind({"params": params})
-    return _map_images(
-        config, lambda f_hat_BhwZ: jnp.clip(model._decode(f_hat_BhwZ), -1, 1), f_hat_BhwZ
-    )
-
-
-def _map_images(config, function, x):
-    H, W, _ = config.image_shape
-    if is_single_cpu_device() and H * W >= 64**2:
-        # A CPU's convolutions of large images are 1.4 times faster one by one: docs/benchmarks.md.
-        return jax.lax.map(lambda x: function(x[None])[0], x)
-    return function(x)
+    decode = lambda f_hat_BhwZ: jnp.clip(model._decode(f_hat_BhwZ), -1, 1)  # noqa: E731
+    return map_images(decode, f_hat_BhwZ, config.image_shape)
 
 
 def make_quantizer(config: VQConfig) -> Quantizer:
