@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from varjax.core.image_io import read_image
     from varjax.families import load
     from varjax.nn.compute import Compute
+    from varjax.tokenizers.kl.model import KLConfig
     from varjax.tokenizers.load import load_tokenizer
     from varjax.tokenizers.vq.model import VQConfig
     from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024
@@ -32,6 +33,7 @@ _WHERE = {
     "SCALES_512": "tokenizers.vq.pyramid",
     "SCALES_1024": "tokenizers.vq.pyramid",
     "Compute": "nn.compute",
+    "KLConfig": "tokenizers.kl.model",
     "VAROptions": "var.sample",
     "VARPipeline": "var.pipeline",
     "VARConfig": "var.model",
@@ -46,6 +48,7 @@ __all__ = [
     "SCALES_512",
     "SCALES_1024",
     "Compute",
+    "KLConfig",
     "VAROptions",
     "VARPipeline",
     "VARConfig",

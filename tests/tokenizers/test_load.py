@@ -12,10 +12,12 @@ from tests.helpers import runs
 from tests.helpers.paths import ROOT
 from varjax.core import config_tree, files
 from varjax.tokenizers.contract import Tokenizer
+from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.load import LoadedTokenizer
 from varjax.tokenizers.vq.model import VQTokenizer
 
 CONFIG: Tokenizer = runs.TOKENIZER
+KL = KLConfig(8, 1, width=8, multipliers=(1, 2), blocks=1, groups=4, latent_channels=3)
 IMAGES_BHWC = np.random.default_rng(0).integers(0, 256, (2, *CONFIG.image_shape), np.uint8)
 IMPORTED = """
 import sys
@@ -25,9 +27,9 @@ print(*sorted(name for name in sys.modules if name.startswith("varjax.")))
 """
 
 
-def drawn():
+def drawn(config=CONFIG):
     """Parameters by NumPy, for compiling `init` takes its time."""
-    rng, shapes = np.random.default_rng(0), jax.eval_shape(CONFIG.init, jax.random.key(0))
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(config.init, jax.random.key(0))
     return jax.tree.map(lambda x: np.float32(rng.normal(0, 0.2, x.shape)), shapes)
 
 
@@ -97,6 +99,32 @@ def test_what_it_does_not_take_is_refused(loaded):
     for latents in ({"tokens": np.zeros((2, 21))}, {"tokens_BL": np.zeros((2, 20))}):
         with pytest.raises(ValueError, match=r"needed are {'tokens_BL': \(21,\)}"):
             loaded.decode(latents)
+
+
+@pytest.mark.slow
+def test_the_first_array_is_enough_to_decode(loaded):
+    tokens_BL = loaded.encode(IMAGES_BHWC)["tokens_BL"]
+    np.testing.assert_array_equal(loaded.decode(tokens_BL), loaded.decode({"tokens_BL": tokens_BL}))
+    kl = LoadedTokenizer(KL, drawn(KL))
+    latents = kl.encode(IMAGES_BHWC)
+    assert {name: x.shape for name, x in latents.items()} == {
+        "mean_BhwZ": (2, 4, 4, 3),
+        "std_BhwZ": (2, 4, 4, 3),
+    }
+    expected_BHWC = kl.decode(latents)
+    for part in (latents["mean_BhwZ"], {"mean_BhwZ": latents["mean_BhwZ"]}):
+        np.testing.assert_allclose(kl.decode(part), expected_BHWC, atol=1e-6)
+    for part in ({"std_BhwZ": latents["std_BhwZ"]}, latents | {"extra": tokens_BL}, tokens_BL):
+        with pytest.raises(ValueError, match="needed are {'mean_BhwZ'"):
+            kl.decode(part)
+
+
+@pytest.mark.parametrize("config", [CONFIG, KL])
+def test_the_kind_is_told_from_the_settings(config, tmp_path):
+    settings = {"sources": {}, "tokenizer": config_tree.to_dict(config)}
+    files.write_json(tmp_path / "config.json", settings)
+    files.write_tensors(tmp_path / "tokenizer.safetensors", drawn(config), {})
+    assert varjax.load_tokenizer(tmp_path).config == config
 
 
 def test_training_is_not_imported_for_it():

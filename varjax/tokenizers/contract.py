@@ -36,7 +36,8 @@ class Tokenizer(Protocol):
         """Shape and storage dtype of one image's latents, by their names in a batch.
 
         A name ends in the shape with its leading batch axis: {"tokens_BL": ((L,), uint16)}. In a
-        batch integers are int32 and floats float32, whatever dtype stores them.
+        batch integers are int32 and floats float32, whatever dtype stores them. The first array is
+        enough for `decode`.
         """
         ...
 
@@ -57,7 +58,10 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, params: PyTree, latents: Latents) -> jax.Array:
-        """Decodes what `encode` returns into images (B, H, W, channels), float32 in [0, 1]."""
+        """Decodes what `encode` returns into images (B, H, W, channels), float32 in [0, 1].
+
+        All but the first array of `latent_spec` may be left out.
+        """
         ...
 
     def identity(self, params: PyTree) -> dict[str, Any]:

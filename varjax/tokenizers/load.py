@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,11 +15,12 @@ from varjax.core.model_files import find_model, read_converted, read_model_confi
 from varjax.core.saved_steps import restore_weights
 from varjax.core.trees import PyTree
 from varjax.tokenizers.contract import Latents, Tokenizer, checked_images
+from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
 
 # The one table of kinds: class name of the task that trains it -> its config. A name and not the
 # task itself, for using a tokenizer should not import training.
-TOKENIZERS: dict[str, type[Tokenizer]] = {"VQTask": VQConfig}
+TOKENIZERS: dict[str, type[Tokenizer]] = {"VQTask": VQConfig, "KLTask": KLConfig}
 
 
 class LoadedTokenizer:
@@ -44,17 +46,23 @@ class LoadedTokenizer:
         """
         return self._encode(self.params, checked_images(images_BHWC, self.config.image_shape))
 
-    def decode(self, latents: Latents) -> jax.Array:
-        """Decodes what `encode` returned into images (B, H, W, channels), float32 in [0, 1].
+    def decode(self, latents: Latents | np.ndarray | jax.Array) -> jax.Array:
+        """Decodes latents into images (B, H, W, channels), float32 in [0, 1].
 
-        Raises InputError for arrays of other names or shapes.
+        Args:
+            latents: what `encode` returned, or its first array alone: tokens, or means.
+
+        Raises:
+            InputError: arrays of other names or shapes.
         """
-        spec = self.config.latent_spec
-        shapes = {name: np.shape(x)[1:] for name, x in latents.items()}
-        needed = {name: array.shape for name, array in spec.items()}
-        if shapes != needed or len({len(x) for x in latents.values()}) > 1:
+        needed = {name: array.shape for name, array in self.config.latent_spec.items()}
+        first = next(iter(needed))
+        given = latents if isinstance(latents, Mapping) else {first: latents}
+        shapes = {name: np.shape(x)[1:] for name, x in given.items()}
+        fits = first in shapes and shapes.items() <= needed.items()
+        if not fits or len({len(x) for x in given.values()}) > 1:
             raise InputError(f"latents have shapes (B, …) of {shapes}; needed are {needed}")
-        return self._decode(self.params, {name: jnp.asarray(x) for name, x in latents.items()})
+        return self._decode(self.params, {name: jnp.asarray(x) for name, x in given.items()})
 
 
 def load_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> LoadedTokenizer:
