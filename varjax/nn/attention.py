@@ -1,5 +1,7 @@
 """Attention: one seam for its implementations, and the transformer's multi-head layer."""
 
+import functools
+
 import einops
 import flax.linen as nn
 import jax
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.nn import compute
+from varjax.nn.dropout import Dropout, drop
 
 MAX_LOG_SCALE = float(np.log(100))
 
@@ -19,6 +22,8 @@ def dot_product_attention(
     *,
     scale: float,
     implementation: compute.Attention = "xla",
+    key_mask_BL: jax.Array | None = None,
+    dropout: Dropout | None = None,
 ) -> jax.Array:
     """Computes softmax(scale · q kᵀ) v, the softmax in float32.
 
@@ -30,19 +35,23 @@ def dot_product_attention(
         scale: factor on the products of queries and keys.
         implementation: "xla", "loop" or "cudnn"; see `Compute`. "cudnn" needs bfloat16 and a head
             size D that is a multiple of 8; for a gradient with a mask, also even l and L.
+        key_mask_BL: the keys of each example that may be seen, one at least; None for all.
+        dropout: of the softmax's weights, which "cudnn" does not have; None for none.
 
     Returns:
         (B, l, A, D) in the format of `v_BLAD`.
     """
     if implementation == "cudnn":
-        mask = None if mask_lL is None else jnp.asarray(mask_lL)[None, None]
+        assert dropout is None
+        mask_B1lL = _joint_mask(mask_lL, key_mask_BL, q_BlAD.shape[1])
         return jax.nn.dot_product_attention(
-            q_BlAD, k_BLAD, v_BLAD, mask=mask, scale=scale, implementation="cudnn"
+            q_BlAD, k_BLAD, v_BLAD, mask=mask_B1lL, scale=scale, implementation="cudnn"
         )
     if implementation == "loop":
         # Computing the (l, L) matrices again is cheaper here than to keep them for the gradient.
-        image = jax.checkpoint(lambda x: _head_by_head(x[0], x[1], x[2], mask_lL, scale))
-        return jax.lax.map(image, (q_BlAD, k_BLAD, v_BLAD))
+        key_B, rate = (None, 0.0) if dropout is None else (dropout.key_B, dropout.rate)
+        image = jax.checkpoint(lambda x: _head_by_head(*x, rate, mask_lL, scale))
+        return jax.lax.map(image, (q_BlAD, k_BLAD, v_BLAD, key_mask_BL, key_B))
     precision = compute.matmul_precision(q_BlAD.dtype)
     logits_BAlL = jnp.einsum(
         "BlAD,BLAD->BAlL",
@@ -51,40 +60,62 @@ def dot_product_attention(
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    weights_BAlL = _softmax(logits_BAlL * scale, mask_lL).astype(v_BLAD.dtype)
+    mask_B1lL = _joint_mask(mask_lL, key_mask_BL, q_BlAD.shape[1])
+    weights_BAlL = _softmax(logits_BAlL * scale, mask_B1lL)
+    if dropout is not None:
+        weights_BAlL = jax.vmap(_drop_by_head, (0, 0, None))(
+            dropout.key_B, weights_BAlL, dropout.rate
+        )
+    weights_BAlL = weights_BAlL.astype(v_BLAD.dtype)
     return jnp.einsum("BAlL,BLAD->BlAD", weights_BAlL, v_BLAD, precision=precision)
 
 
-def _head_by_head(q_lAD, k_LAD, v_LAD, mask_lL, scale):
+def _head_by_head(q_lAD, k_LAD, v_LAD, key_mask_L, key, rate, mask_lL, scale):
     """Attends in one image by plain matrix products, 4 times faster with XLA's CPU back end."""
     precision = compute.matmul_precision(q_lAD.dtype)
+    if key_mask_L is not None:
+        mask_lL = key_mask_L[None] if mask_lL is None else mask_lL & key_mask_L[None]
     heads = []
     for h in range(q_lAD.shape[1]):
         logits_lL = jnp.matmul(
             q_lAD[:, h], k_LAD[:, h].T, precision=precision, preferred_element_type=jnp.float32
         )
-        weights_lL = _softmax(logits_lL * scale, mask_lL).astype(v_LAD.dtype)
+        weights_lL = _softmax(logits_lL * scale, mask_lL)
+        if rate:
+            weights_lL = drop(jax.random.fold_in(key, h), weights_lL, rate)
+        weights_lL = weights_lL.astype(v_LAD.dtype)
         heads.append(jnp.matmul(weights_lL, v_LAD[:, h], precision=precision))
     return jnp.stack(heads, axis=1)
 
 
-def _softmax(logits, mask_lL):
-    """Softmax over the last axis of (…, l, L), as if what the mask excludes were not there."""
-    if mask_lL is not None:
-        lead = (None,) * (logits.ndim - 2)
-        logits = jnp.where(mask_lL[lead], logits, -jnp.inf)
-    return jax.nn.softmax(logits)
+def _drop_by_head(key, weights_AlL, rate):
+    """Drops weights of one image as `_head_by_head` does."""
+    key_A = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(weights_AlL)))
+    return jax.vmap(drop, (0, 0, None))(key_A, weights_AlL, rate)
+
+
+def _joint_mask(mask_lL, key_mask_BL, queries):
+    """Joins both masks to one of shape (B or 1, 1, l, L); None where nothing is masked."""
+    masks = [] if mask_lL is None else [jnp.asarray(mask_lL)[None, None]]
+    if key_mask_BL is not None:
+        B, L = key_mask_BL.shape
+        masks.append(jnp.broadcast_to(key_mask_BL[:, None, None], (B, 1, queries, L)))
+    return functools.reduce(jnp.logical_and, masks) if masks else None
+
+
+def _softmax(logits, mask):
+    """Softmax over the last axis, as if what the mask excludes were not there."""
+    return jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, -jnp.inf))
 
 
 class MultiHeadAttention(nn.Module):
     """Self-attention of the l new tokens over everything in `past` and themselves.
 
-    Queries and values have biases, keys have none, as in the reference.
-
     Attributes:
         heads: number of heads.
-        cosine: whether q and k are L2-normalized and each head learns a temperature (at most 100);
-            without it, the scale is 0.25/√D.
+        scale: factor f in f·q·k/√D; None for q and k that are L2-normalized, with a temperature (at
+            most 100) that each head learns.
+        key_bias: whether keys have a bias, as queries and values always do.
         dtype: format of the matrix products.
         implementation: see `Compute`.
         kernel_init: initializer of q, k and v.
@@ -92,23 +123,28 @@ class MultiHeadAttention(nn.Module):
     """
 
     heads: int
-    cosine: bool
+    scale: float | None
+    key_bias: bool
     dtype: jnp.dtype
     implementation: compute.Attention
     kernel_init: nn.initializers.Initializer
     out_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x_BlC, past, mask_lL):
-        """Returns (y_BlC, (k_BlAD, v_BlAD)). past: tuples of earlier keys and of values."""
+    def __call__(self, x_BlC, past=((), ()), mask_lL=None, key_mask_BL=None, dropout=None):
+        """Returns (y_BlC, (k_BlAD, v_BlAD)).
+
+        past: tuples of earlier keys and of values; the rest as in `dot_product_attention`.
+        """
         width = x_BlC.shape[-1]
 
         def project(name, use_bias):
             y_BlC = dense(width, self.dtype, self.kernel_init, name, use_bias=use_bias)(x_BlC)
             return einops.rearrange(y_BlC, "B l (A D) -> B l A D", A=self.heads)
 
-        q_BlAD, k_BlAD, v_BlAD = project("q", True), project("k", False), project("v", True)
-        if self.cosine:
+        q_BlAD, v_BlAD = project("q", True), project("v", True)
+        k_BlAD = project("k", self.key_bias)
+        if self.scale is None:
             log_scale_A = self.param(
                 "log_scale", nn.initializers.constant(np.log(4)), (self.heads,), jnp.float32
             )
@@ -117,12 +153,19 @@ class MultiHeadAttention(nn.Module):
             k_BlAD = l2_normalize(k_BlAD).astype(self.dtype)
             scale = 1.0
         else:
-            scale = 0.25 / (width // self.heads) ** 0.5
+            scale = self.scale / (width // self.heads) ** 0.5
         keys, values = past
         k_BLAD = jnp.concatenate([*keys, k_BlAD], axis=1)
         v_BLAD = jnp.concatenate([*values, v_BlAD], axis=1)
         y_BlAD = dot_product_attention(
-            q_BlAD, k_BLAD, v_BLAD, mask_lL, scale=scale, implementation=self.implementation
+            q_BlAD,
+            k_BLAD,
+            v_BLAD,
+            mask_lL,
+            scale=scale,
+            implementation=self.implementation,
+            key_mask_BL=key_mask_BL,
+            dropout=dropout,
         )
         y_BlC = einops.rearrange(y_BlAD, "B l A D -> B l (A D)")
         return dense(width, self.dtype, self.out_init, "proj")(y_BlC), (k_BlAD, v_BlAD)

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,14 @@ class Compute:
 def matmul_precision(dtype) -> str | None:
     """Returns the `precision` of products: else GPUs use TF32 for float32, TPUs bfloat16."""
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def checkpoint_layer(layer: Callable[..., Any], compute: Compute) -> Callable[..., Any]:
+    """Wraps a layer so that its backward pass recomputes what `compute.remat` says."""
+    if compute.remat == "none":
+        return layer
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(layer, policy=saved if compute.remat == "dots" else None)
 
 
 def shard_batch(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.nn.attention import MultiHeadAttention, dense
-from varjax.nn.compute import Compute, shard_batch
+from varjax.nn.compute import Compute, checkpoint_layer, shard_batch
 
 SIGNALS = 6  # gate1, gate2, scale1, scale2, shift1, shift2: the order of the reference
 MLP_RATIO = 4
@@ -36,7 +36,8 @@ class Block(nn.Module):
     Attributes:
         heads: number of attention heads.
         depth: number of such blocks, over which the residual branches add up.
-        cosine: see `MultiHeadAttention`.
+        cosine: L2-normalized queries and keys; without it, their products count a quarter of the
+            usual.
         shared_adaln: the signals are a learned (6, C) table plus signals that all blocks share,
             instead of a linear layer of the block's own.
         init_std: standard deviation of all linear layers.
@@ -60,7 +61,8 @@ class Block(nn.Module):
         self.adaln = AdaLN(self.shared_adaln, self.init_std, self.gate_init, dtype)
         self.attn = MultiHeadAttention(
             self.heads,
-            self.cosine,
+            None if self.cosine else 0.25,
+            False,
             dtype,
             self.compute.attention_implementation,
             normal,
@@ -114,17 +116,30 @@ class AdaLN(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, GELU (tanh), linear."""
+    """Linear, GELU, linear.
+
+    Attributes:
+        dtype: format of the matrix products.
+        kernel_init: initializer of the first layer.
+        out_init: initializer of the second one.
+        tanh_gelu: whether GELU is approximated by tanh.
+    """
 
     dtype: jnp.dtype
     kernel_init: nn.initializers.Initializer
     out_init: nn.initializers.Initializer
+    tanh_gelu: bool = True
 
     @nn.compact
-    def __call__(self, x_BlC):
+    def __call__(self, x_BlC, dropout=None):
+        """dropout: of what each of the two layers gives; None for none."""
         width = x_BlC.shape[-1]
-        h_BlE = nn.gelu(dense(MLP_RATIO * width, self.dtype, self.kernel_init, "up")(x_BlC))
-        return dense(width, self.dtype, self.out_init, "down")(h_BlE)
+        h_BlE = dense(MLP_RATIO * width, self.dtype, self.kernel_init, "up")(x_BlC)
+        h_BlE = nn.gelu(h_BlE, approximate=self.tanh_gelu)
+        if dropout is not None:
+            h_BlE = dropout.fold_in(0)(h_BlE)
+        y_BlC = dense(width, self.dtype, self.out_init, "down")(h_BlE)
+        return y_BlC if dropout is None else dropout.fold_in(1)(y_BlC)
 
 
 def init_blocks(block: Block, key: jax.Array, cond: jax.Array):
@@ -184,7 +199,7 @@ def run_blocks(
     past = ((), ()) if cache is None else (cache.keys, cache.values)
     new: Any
     x_BlC, new = jax.lax.scan(
-        _remat(layer, block.compute),
+        checkpoint_layer(layer, block.compute),
         x_BlC,
         (params, signals_SB6C, past, keep_S2B),
         unroll=block.depth if block.compute.unroll else 1,
@@ -230,10 +245,3 @@ def scaled_normal_init(std):
         return np.broadcast_to(std, shape) * jax.random.normal(key, shape, dtype)
 
     return init
-
-
-def _remat(layer, compute: Compute):
-    if compute.remat == "none":
-        return layer
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(layer, policy=saved if compute.remat == "dots" else None)

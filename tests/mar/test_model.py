@@ -1,0 +1,138 @@
+"""The transformer against the official one, and what it must not see."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.golden import weights
+from tests.mar import golden
+from varjax.convert import apply_map
+from varjax.core import trees
+from varjax.core.errors import InputError
+from varjax.core.model_files import abstract_params
+from varjax.mar.model import MAR, CategoricalHead, DiffusionHead, MARConfig
+from varjax.nn.compute import Compute
+from varjax.nn.diffusion import diffusion_loss
+
+SHAPES = json.loads((weights.HERE / "official_mar_state_dicts.json").read_text())
+COUNTS = {"mar_b": 207_924_768, "mar_l": 478_326_304, "mar_h": 942_403_104}
+FILES = {"mar_b": "mar_base", "mar_l": "mar_large", "mar_h": "mar_huge"}
+
+
+def model(case, **compute) -> MAR:
+    return MAR(case.config, Compute(**compute)).bind({"params": case.params})
+
+
+def known_tokens(case):
+    token_BLZ = case.config.patchify(case.latents_BhwZ)
+    return np.take_along_axis(token_BLZ, case.place_Bn[..., None], axis=1)
+
+
+@pytest.mark.parametrize("preset", COUNTS)
+def test_sizes_are_the_official_ones(preset):
+    config = MARConfig.preset(preset)
+    params = abstract_params(config)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == COUNTS[preset]
+    official = {name: tuple(shape) for name, shape in SHAPES[FILES[preset]].items()}
+    assert apply_map.official_shapes(config) == official
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_tokens_encoder_and_decoder_are_the_official_ones(name):
+    case = golden.case(name)
+    token_BLZ = case.config.patchify(case.latents_BhwZ)
+    np.testing.assert_array_equal(token_BLZ, case.out["tokens"])
+    np.testing.assert_array_equal(case.config.unpatchify(token_BLZ), case.latents_BhwZ)
+    m = model(case)
+    known_Bn = np.ones(case.place_Bn.shape, bool)
+    class_BC = m.class_vectors(jnp.asarray(case.label_B))
+    x_BlC = m.encode(jnp.asarray(known_tokens(case)), case.place_Bn, known_Bn, class_BC)
+    # The reference keeps known tokens in the order of their places.
+    buffer, row = case.config.buffer, np.argsort(case.place_Bn, axis=1)[..., None]
+    by_place_BlC = np.take_along_axis(np.asarray(x_BlC)[:, buffer:], row, axis=1)
+    assert_close(x_BlC[:, :buffer], case.out["encoder_output"][:, :buffer])
+    assert_close(by_place_BlC, case.out["encoder_output"][:, buffer:])
+    assert_close(m.decode(x_BlC, case.place_Bn, known_Bn), case.out["decoder_output"])
+
+
+@pytest.mark.parametrize("attention", ["xla", "loop"])
+def test_padding_changes_nothing_and_gets_no_gradient(attention):
+    case = golden.case("mar_base")
+    m = model(case, attention=attention)
+    token_BnZ = known_tokens(case)
+    padding = 3
+    padded_BnZ = np.pad(token_BnZ, ((0, 0), (0, padding), (0, 0)), constant_values=7.0)
+    # Padding names places that are known and places that are not.
+    place_Bn = np.pad(case.place_Bn, ((0, 0), (0, padding)), constant_values=2)
+    known_Bn = np.arange(place_Bn.shape[1]) < case.known
+    known_Bn = np.broadcast_to(known_Bn, place_Bn.shape)
+    class_BC = m.class_vectors(jnp.asarray(case.label_B))
+
+    def hidden(token_BnZ):
+        return m.hidden(token_BnZ, place_Bn, known_Bn, class_BC)
+
+    z_BLC, vjp = jax.vjp(hidden, jnp.asarray(padded_BnZ))
+    assert_close(z_BLC, case.out["decoder_output"])
+    (grad_BnZ,) = vjp(jnp.ones_like(z_BLC))
+    assert not grad_BnZ[:, case.known :].any() and grad_BnZ[:, : case.known].any()
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_the_head_and_its_loss_are_the_official_ones(name):
+    case = golden.case(name)
+    m = model(case)
+    z_NC = jnp.asarray(case.out["decoder_output"].reshape(-1, case.config.width))
+    x0_NZ = jnp.asarray(case.out["tokens"].reshape(len(z_NC), -1))
+    t_N, noise_NZ = (jnp.asarray(case.out[f"loss.{name}"]) for name in ("t", "noise"))
+    denoise = functools.partial(m.denoise, z_NC=z_NC)
+    mse_N, bound_N = diffusion_loss(denoise, x0_NZ, t_N.astype(jnp.int32), noise_NZ)
+    assert_close(mse_N, case.out["loss.mse"])
+    assert_close(bound_N, case.out["loss.vb"])
+    masked_N = case.out["mask"].reshape(-1)
+    mean = jnp.sum((mse_N + bound_N) * masked_N) / masked_N.sum()
+    assert_close(mean, case.out["loss.masked_mean"])
+
+
+def test_initial_parameters_are_spread_as_the_official_ones():
+    config = MARConfig(
+        width=96, encoder_depth=2, decoder_depth=2, encoder_heads=3, decoder_heads=3,
+        head=DiffusionHead(width=64, depth=3), classes=50, latent_map=(8, 8),
+    )  # fmt: skip
+    params = trees.paths(jax.jit(config.init)(jax.random.key(0)))
+    std = {path: float(np.std(x)) for path, x in params.items()}
+    for path in ("class_embed", "encoder_pos_embed", "diffusion_pos_embed", "mask_token"):
+        assert std[path] == pytest.approx(0.02, rel=0.3)
+    fused = (2 / (96 + 3 * 96)) ** 0.5  # q, k and v as one matrix
+    for name in "qkv":
+        assert std[f"encoder_blocks/attn/{name}/kernel"] == pytest.approx(fused, rel=0.05)
+    xavier = (2 / (96 + 4 * 96)) ** 0.5
+    assert std["decoder_blocks/mlp/up/kernel"] == pytest.approx(xavier, rel=0.05)
+    assert std["head/time_embed/up/kernel"] == pytest.approx(0.02, rel=0.05)
+    for path in ("head/out/kernel", "head/adaln/kernel", "head/blocks/adaln/kernel"):
+        assert std[path] == 0
+    assert std["head/blocks/up/kernel"] == pytest.approx((2 / (64 + 64)) ** 0.5, rel=0.05)
+    assert not any(x.any() for path, x in params.items() if path.endswith("bias"))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(encoder_heads=5), "encoder_heads=5: must be a divisor of width=768"),
+        (dict(buffer=0), "buffer=0: must be 1 or more"),
+        (dict(latent_map=(16, 15), head=DiffusionHead(patch=2)), "multiples of head.patch=2"),
+        (dict(head=lambda: CategoricalHead(0)), "head.vocab=0: must be 1 or more"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(change, says):
+    with pytest.raises(InputError, match=says):
+        MARConfig(**{k: v() if callable(v) else v for k, v in change.items()})
+
+
+def assert_close(ours, official):
+    """To 1e-4 of the largest number."""
+    scale = np.abs(official).max()
+    np.testing.assert_allclose(np.asarray(ours) / scale, official / scale, atol=1e-4, rtol=0)

@@ -1,0 +1,111 @@
+"""The small MLP that denoises each token by itself (MAR, section 3.3 and appendix A)."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from varjax.nn.attention import dense
+from varjax.nn.compute import Compute
+from varjax.nn.transformer import modulate
+from varjax.nn.vit import layer_norm
+
+SINUSOIDS = 256  # of a timestep's embedding
+LONGEST_PERIOD = 10_000
+
+
+class DenoisingMLP(nn.Module):
+    """Residual blocks whose norms are modulated by a token's condition z and by the timestep.
+
+        cond_NE = mlp.apply(params, z_NC, method="condition")  # once for all timesteps
+        out_N2Z = mlp.apply(params, xt_NZ, t_N, cond_NE)
+
+    Attributes:
+        channels: Z of a token.
+        depth: residual blocks.
+        width: E, their channels.
+        compute: number format; norms and what goes in and out are float32.
+    """
+
+    channels: int
+    depth: int
+    width: int
+    compute: Compute
+
+    def setup(self):
+        dtype, xavier = self.compute.jax_dtype, nn.initializers.xavier_uniform()
+        normal, zeros = nn.initializers.normal(0.02), nn.initializers.zeros
+        self.time_embed = TimestepEmbedding(self.width, dtype, normal)
+        self.cond_embed = dense(self.width, dtype, xavier, None)
+        self.input_proj = dense(self.width, dtype, xavier, None)
+        self.block = DenoisingBlock(self.width, dtype, parent=None)
+        self.blocks = self.param("blocks", self._init_blocks)
+        self.adaln = dense(2 * self.width, dtype, zeros, None)
+        self.out = dense(2 * self.channels, dtype, zeros, None)
+
+    def condition(self, z_NC: jax.Array) -> jax.Array:
+        """Computes what z contributes, (N, E), which is the same at every timestep."""
+        return self.cond_embed(z_NC.astype(self.compute.jax_dtype))
+
+    def __call__(self, xt_NZ: jax.Array, t_N: jax.Array, cond_NE: jax.Array) -> jax.Array:
+        """Predicts the noise in tokens.
+
+        Args:
+            xt_NZ: noisy tokens.
+            t_N: their timesteps, 0 … 999; or one for all.
+            cond_NE: by `condition`.
+
+        Returns:
+            (N, 2 Z) float32: the noise, and the variance's values in about [-1, 1].
+        """
+        dtype = self.compute.jax_dtype
+        x_NE = self.input_proj(xt_NZ.astype(dtype))
+        signal_NE = nn.silu(self.time_embed(t_N) + cond_NE)
+        # A loop over slices and not a scan: in a sampler's loop over timesteps a scan would copy
+        # every block's weights at each of them.
+        for i in range(self.depth):
+            params = jax.tree.map(lambda p: p[i], self.blocks)  # noqa: B023  (used at once)
+            x_NE = self.block.apply({"params": params}, x_NE, signal_NE)
+        shift_NE, scale_NE = jnp.split(self.adaln(signal_NE), 2, axis=-1)
+        return self.out(modulate(x_NE, scale_NE, shift_NE)).astype(jnp.float32)
+
+    def _init_blocks(self, key):
+        x_NE = jnp.zeros((1, self.width), self.compute.jax_dtype)
+        keys = jax.random.split(key, self.depth)
+        return jax.vmap(lambda key: self.block.init(key, x_NE, x_NE)["params"])(keys)
+
+
+class DenoisingBlock(nn.Module):
+    """x + gate · mlp(norm(x)·(1+scale)+shift), with signals from the condition."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x_NE, signal_NE):
+        xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
+        signals_NE = dense(3 * self.width, self.dtype, zeros, "adaln")(signal_NE)
+        shift_NE, scale_NE, gate_NE = jnp.split(signals_NE, 3, axis=-1)
+        h_NE = layer_norm("norm")(x_NE).astype(self.dtype) * (1 + scale_NE) + shift_NE
+        h_NE = nn.silu(dense(self.width, self.dtype, xavier, "up")(h_NE))
+        return x_NE + gate_NE * dense(self.width, self.dtype, xavier, "down")(h_NE)
+
+
+class TimestepEmbedding(nn.Module):
+    """Sinusoids of the timestep, cosines first, then two layers with SiLU between."""
+
+    width: int
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, t_N):
+        half = SINUSOIDS // 2
+        frequency_F = jnp.exp(
+            -math.log(LONGEST_PERIOD) / half * jnp.arange(half, dtype=jnp.float32)
+        )
+        angle_NF = t_N.astype(jnp.float32)[:, None] * frequency_F[None]
+        wave_NF = jnp.concatenate([jnp.cos(angle_NF), jnp.sin(angle_NF)], axis=-1)
+        h_NE = dense(self.width, self.dtype, self.kernel_init, "up")(wave_NF.astype(self.dtype))
+        return dense(self.width, self.dtype, self.kernel_init, "down")(nn.silu(h_NE))

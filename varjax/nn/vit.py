@@ -1,0 +1,151 @@
+"""A plain pre-norm transformer (ViT, Dosovitskiy et al. 2020), layers stacked and scanned."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varjax.core.trees import PyTree
+from varjax.nn.attention import MultiHeadAttention
+from varjax.nn.compute import Compute, checkpoint_layer, shard_batch
+from varjax.nn.dropout import Dropout
+from varjax.nn.transformer import MLP
+
+EPSILON = 1e-6  # of every layer norm
+
+
+@flax.struct.dataclass
+class KeyValues:
+    """Holds keys and values of all layers (a KV cache), for tokens that come one after another.
+
+    Attributes:
+        keys_SBLAD: of every token that there will be.
+        values_SBLAD: the same.
+    """
+
+    keys_SBLAD: jax.Array
+    values_SBLAD: jax.Array
+
+    def write(self, new: "KeyValues", place: jax.Array) -> "KeyValues":
+        """Returns a cache in which the tokens of `new` stand at `place` and after it."""
+
+        def put(all_SBLAD, new_SBlAD):
+            return jax.lax.dynamic_update_slice_in_dim(all_SBLAD, new_SBlAD, place, axis=2)
+
+        return jax.tree.map(put, self, new)
+
+
+class ViTBlock(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)); norms and softmax in float32.
+
+    Attributes:
+        heads: number of attention heads.
+        compute: number format and execution.
+    """
+
+    heads: int
+    compute: Compute
+
+    def setup(self):
+        dtype = self.compute.jax_dtype
+        xavier = nn.initializers.xavier_uniform()
+        # The reference draws q, k and v as one matrix of three times the width.
+        qkv_init = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
+        attention = self.compute.attention_implementation
+        self.norm1 = layer_norm()
+        self.attn = MultiHeadAttention(self.heads, 1.0, True, dtype, attention, qkv_init, xavier)
+        self.norm2 = layer_norm()
+        self.mlp = MLP(dtype, xavier, xavier, tanh_gelu=False)
+
+    def __call__(
+        self,
+        x_BlC,
+        past=((), ()),
+        mask_lL=None,
+        key_mask_BL=None,
+        attention_dropout: Dropout | None = None,
+        dropout: Dropout | None = None,
+    ):
+        """Returns (x_BlC, (k_BlAD, v_BlAD)); the arguments are those of `run_vit_blocks`."""
+        h_BlC = self.norm1(x_BlC).astype(x_BlC.dtype)
+        y_BlC, new = self.attn(h_BlC, past, mask_lL, key_mask_BL, attention_dropout)
+        if dropout is not None:
+            y_BlC = dropout.fold_in(0)(y_BlC)
+        x_BlC = x_BlC + y_BlC
+        h_BlC = self.norm2(x_BlC).astype(x_BlC.dtype)
+        return x_BlC + self.mlp(h_BlC, None if dropout is None else dropout.fold_in(1)), new
+
+
+def init_vit_blocks(block: ViTBlock, key: jax.Array, depth: int, width: int) -> PyTree:
+    """Draws parameters of `depth` blocks, stacked along a leading axis S."""
+    x_BlC = jnp.zeros((1, 1, width), block.compute.jax_dtype)
+    return jax.vmap(lambda key: block.init(key, x_BlC)["params"])(jax.random.split(key, depth))
+
+
+def run_vit_blocks(
+    block: ViTBlock,
+    params: PyTree,
+    x_BlC: jax.Array,
+    *,
+    mask_lL: np.ndarray | None = None,
+    key_mask_BL: jax.Array | None = None,
+    cache: KeyValues | None = None,
+    attention_dropout: Dropout | None = None,
+    dropout: Dropout | None = None,
+) -> tuple[jax.Array, KeyValues | None]:
+    """Runs stacked blocks.
+
+    Args:
+        block: the module of one block.
+        params: of all blocks, stacked, by `init_vit_blocks`.
+        x_BlC: the tokens.
+        mask_lL: which tokens see which; None for all.
+        key_mask_BL: the tokens of each example that may be seen; of the cache's, then of `x_BlC`.
+        cache: earlier tokens, which are seen as well.
+        attention_dropout: of the attention's weights; None for none.
+        dropout: of what attention and each layer of the MLP give; None for none.
+
+    Returns:
+        The tokens (B, l, C), and their keys and values (None without `cache`).
+    """
+
+    def layer(x_BlC, scanned):
+        number, p, past = scanned
+        x_BlC, (k_BlAD, v_BlAD) = block.apply(
+            {"params": p},
+            shard_batch(x_BlC),
+            ((), ()) if past is None else ((past.keys_SBLAD,), (past.values_SBLAD,)),
+            mask_lL,
+            key_mask_BL,
+            None if attention_dropout is None else attention_dropout.fold_in(number),
+            None if dropout is None else dropout.fold_in(number),
+        )
+        return x_BlC, None if past is None else KeyValues(k_BlAD, v_BlAD)
+
+    depth = jax.tree.leaves(params)[0].shape[0]
+    new: Any
+    x_BlC, new = jax.lax.scan(
+        checkpoint_layer(layer, block.compute),
+        x_BlC,
+        (jnp.arange(depth), params, cache),
+        unroll=depth if block.compute.unroll else 1,
+    )
+    return x_BlC, new
+
+
+def layer_norm(name: str | None = None, affine: bool = True) -> nn.LayerNorm:
+    """Makes a layer norm that computes in float32 and gives float32.
+
+    name: inside of @nn.compact; affine: whether it has a scale and a bias.
+    """
+    return nn.LayerNorm(
+        epsilon=EPSILON,
+        dtype=jnp.float32,
+        use_fast_variance=False,
+        use_scale=affine,
+        use_bias=affine,
+        name=name,
+    )
