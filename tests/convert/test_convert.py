@@ -262,14 +262,14 @@ def test_a_full_disk_leaves_nothing(base, tmp_path, capsys, monkeypatch):
 
 def test_command_lines_that_contradict_themselves(base, tmp_path, capsys):
     refuse = functools.partial(refused, capsys, tmp_path)
-    assert "give --tokenizer and/or --var, or --run, or --to_torch" in refuse()
+    assert "; or --run, or --to_torch, or --lpips_vgg" in refuse()
     assert "or --run" in refuse(f"--var={base[1]}", "--run=runs/x")
     assert "belong together" in refuse("--to_torch")
     assert "scales=1,b: give side lengths" in refuse(f"--var={base[1]}", "--scales=1,b")
     assert "nowhere does not exist" in refuse("--to_torch", "--weights=nowhere")
     with pytest.raises(SystemExit, match="2"):
         main(["--multiplier=3", "--out=x"])
-    with pytest.raises(ValueError, match="no part is called vae; known are tokenizer, var"):
+    with pytest.raises(ValueError, match="no part is called vae; known are tokenizer, kl"):
         convert(tmp_path / "out", vae=base[0])
 
 

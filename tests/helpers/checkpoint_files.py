@@ -1,6 +1,5 @@
 """Checkpoints made by hand, opcode by opcode, for the tests of reading them."""
 
-import itertools
 import pickle
 import zipfile
 
@@ -55,14 +54,22 @@ def refusal(path) -> str:
 
 def write_trainer(path, models) -> None:
     """A checkpoint like the official trainer's: {"epoch": 3, "trainer": {model: state dict}}."""
-    tensors = [x for weights in models.values() for x in weights.values()]
-    index = itertools.count()
-    trainer = {
-        model: mapping({n: write._tensor(next(index), x.dtype, x.shape) for n, x in w.items()})
-        for model, w in models.items()
-    }
-    body = {"epoch": plain(3), "trainer": mapping(trainer)}
+    write_nested(path, {"epoch": 3, "trainer": models})
+
+
+def write_nested(path, tree) -> None:
+    """A checkpoint of dicts within dicts, of arrays and plain data."""
+    tensors = []
+
+    def opcodes(value) -> bytes:
+        if isinstance(value, dict):
+            return mapping({name: opcodes(x) for name, x in value.items()})
+        if isinstance(value, np.ndarray):
+            tensors.append(value)
+            return write._tensor(len(tensors) - 1, value.dtype, value.shape)
+        return plain(value)
+
     with zipfile.ZipFile(path, "w") as file:
-        file.writestr("ckpt/data.pkl", entries(**body))
+        file.writestr("ckpt/data.pkl", b"\x80\x02" + opcodes(tree) + b".")
         for i, x in enumerate(tensors):
             file.writestr(f"ckpt/data/{i}", np.ascontiguousarray(x).tobytes())

@@ -1,6 +1,7 @@
 """Converts weights: official PyTorch files <-> varjax, training runs, and LPIPS.
 
 python -m varjax.convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights/d16
+python -m varjax.convert --kl=kl16.ckpt --out=weights/kl16
 python -m varjax.convert --repo=FoundationVision/var --tokenizer=… --var=… --out=weights/d16
 python -m varjax.convert --run=runs/x --out=weights/x
 python -m varjax.convert --to_torch --weights=weights/x --out=for_pytorch
@@ -11,7 +12,7 @@ import argparse
 import sys
 
 from varjax.convert import ConvertOptions, convert, convert_lpips, export_run, export_torch
-from varjax.convert.from_torch import PARTS
+from varjax.convert.from_torch import KINDS
 from varjax.convert.pretrained import download
 from varjax.core.errors import InputError, run_command
 from varjax.tokenizers.vq.pyramid import Scale
@@ -28,11 +29,11 @@ def main(arguments: list[str]) -> int:
 
 
 def _run(flags: argparse.Namespace) -> None:
-    files = {part: getattr(flags, part) for part in PARTS if getattr(flags, part) is not None}
+    files = {flag: getattr(flags, flag) for flag in KINDS if getattr(flags, flag) is not None}
     lpips = flags.lpips_vgg is not None or flags.lpips_heads is not None
     if [bool(files), flags.run is not None, flags.to_torch, lpips].count(True) != 1:
-        parts = " and/or ".join(f"--{part}" for part in PARTS)
-        raise InputError(f"give {parts}, or --run, or --to_torch, or --lpips_vgg")
+        official = ", ".join(f"--{flag}" for flag in KINDS)
+        raise InputError(f"give some of {official}; or --run, or --to_torch, or --lpips_vgg")
     if flags.to_torch != (flags.weights is not None):
         raise InputError("--to_torch and --weights=DIRECTORY_OR_RUN belong together")
     if flags.to_torch:
@@ -46,7 +47,7 @@ def _run(flags: argparse.Namespace) -> None:
     else:
         if flags.repo:
             files = {
-                part: download(flags.repo, file, flags.revision) for part, file in files.items()
+                flag: download(flags.repo, file, flags.revision) for flag, file in files.items()
             }
         options = ConvertOptions(
             scales=_parse_scales(flags.scales),
@@ -54,6 +55,8 @@ def _run(flags: argparse.Namespace) -> None:
             groups=flags.groups,
             phi_ratio=flags.phi_ratio,
             cosine_codes=flags.cosine_codes,
+            image_size=_parse_size(flags.image_size),
+            latent_scale=flags.latent_scale,
         )
         for part, config in convert(flags.out, options, **files).items():
             print(f"{part}: {config}")
@@ -65,10 +68,24 @@ def _parse_scales(text: str | None) -> tuple[Scale, ...] | None:
     if text is None:
         return None
     try:
-        sides = [tuple(map(int, part.split("x"))) for part in text.split(",")]
-        return tuple(side[0] if len(side) == 1 else (side[0], side[1]) for side in sides)
+        return tuple(_parse_side(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"scales={text}: give side lengths like 1,2,4 or 1x1,2x4") from None
+
+
+def _parse_size(text: str) -> Scale:
+    """ "256" -> 256; "256x384" -> (256, 384)."""
+    try:
+        return _parse_side(text)
+    except ValueError:
+        raise InputError(f"image_size={text}: give pixels like 256, or 256x384") from None
+
+
+def _parse_side(text: str) -> Scale:
+    if "x" not in text:
+        return int(text)
+    h, w = map(int, text.split("x"))
+    return h, w
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -80,8 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", required=True, help="the directory to write")
-    for part in PARTS:
-        add(f"--{part}", metavar="FILE", help=f"the official {part}, .pth or .safetensors")
+    for flag, kind in KINDS.items():
+        add(f"--{flag}", metavar="FILE", help=f"official weights of {kind.description}")
     add("--repo", help="download them from this Hugging Face repository")
     add("--revision", default="main", help="branch, tag or commit there (main)")
     add("--scales", help="side lengths 1,2,3 or 1x1,2x4 (default: as in the file, else 256 px)")
@@ -89,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--groups", type=int, default=32, help="groups of the tokenizer's group norms (32)")
     add("--phi_ratio", type=float, default=0.5, help="weight of the φ convolutions (0.5)")
     add("--cosine_codes", action="store_true", help="codes are looked up by angle")
+    add("--image_size", default="256", help="of a KL tokenizer's images: 512 or 256x384 (256)")
+    add(
+        "--latent_scale",
+        type=float,
+        default=ConvertOptions.latent_scale,
+        help="what a KL tokenizer's latents are multiplied by (that of kl16.ckpt, 0.2325)",
+    )
     add("--run", help="a training run, to be written as a directory of weights")
     add("--to_torch", action="store_true", help="write --weights for the official code")
     add("--weights", help="a converted directory, a training run, or a name like var_d16")

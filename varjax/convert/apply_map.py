@@ -1,6 +1,7 @@
 """Converts tensors through a name map, in either direction, one tensor in memory at a time."""
 
 import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,11 +10,11 @@ import numpy as np
 
 from varjax.convert.name_maps import NAME_MAPS, name_map_of
 from varjax.convert.name_maps.link import Link
-from varjax.convert.name_maps.name_map import Tensors
+from varjax.convert.name_maps.name_map import ConvertOptions, Tensors
 from varjax.core import trees
 from varjax.core.errors import InputError
 from varjax.core.model_files import abstract_params
-from varjax.core.safetensors_io import LazyArray
+from varjax.core.safetensors_io import LazyArray, Tensor
 from varjax.core.trees import PyTree
 
 BUFFER_NAMES = frozenset(name for name_map in NAME_MAPS for name in name_map.buffer_names)
@@ -30,21 +31,30 @@ def is_weight(name: str) -> bool:
     return name.rsplit(".", 1)[-1] not in BUFFER_NAMES
 
 
-def from_official(config: Any, tensors: Tensors) -> PyTree:
+def from_official(
+    config: Any,
+    tensors: Tensors,
+    options: ConvertOptions = ConvertOptions(),  # noqa: B008  (frozen)
+) -> PyTree:
     """Converts official tensors into a tree of our parameters, NumPy float32.
 
-    Raises InputError like `lazy_leaves`.
+    Arguments and errors are those of `lazy_leaves`.
     """
-    leaves = lazy_leaves(config, tensors)
+    leaves = lazy_leaves(config, tensors, options)
     return trees.map_with_path(lambda path, _: np.asarray(leaves[path]), abstract_params(config))
 
 
-def lazy_leaves(config: Any, tensors: Tensors) -> dict[str, LazyArray]:
+def lazy_leaves(
+    config: Any,
+    tensors: Tensors,
+    options: ConvertOptions = ConvertOptions(),  # noqa: B008  (frozen)
+) -> dict[str, Tensor]:
     """Converts official tensors into our parameters by path, each computed when it is used.
 
     Args:
         config: of the model, a config of one of NAME_MAPS.
         tensors: of any floating-point format, buffers among them or not.
+        options: tells parameters that no tensor holds.
 
     Returns:
         Float32 arrays by path, "blocks/attn/q/kernel".
@@ -52,12 +62,15 @@ def lazy_leaves(config: Any, tensors: Tensors) -> dict[str, LazyArray]:
     Raises:
         InputError: lists every missing, unexpected, misshapen and mistyped tensor.
     """
-    table = name_map_of(config).table(config)
-    return leaves_by_table(table, abstract_params(config), _weights(tensors))
+    name_map, params = name_map_of(config), trees.paths(abstract_params(config))
+    constants = name_map.constants(options)
+    params = {path: leaf for path, leaf in params.items() if path not in constants}
+    leaves = leaves_by_table(name_map.table(config), params, _weights(tensors))
+    return {**leaves, **constants}
 
 
 def leaves_by_table(table: list[Link], params: PyTree, tensors: Tensors) -> dict[str, LazyArray]:
-    """Does what `lazy_leaves` does for parameters of any tree and a table that fills them.
+    """Does what `lazy_leaves` does, for parameters of any tree and a table that fills them.
 
     Args:
         table: a link for every tensor; together they name every leaf of `params`.
@@ -73,8 +86,10 @@ def leaves_by_table(table: list[Link], params: PyTree, tensors: Tensors) -> dict
     assert links.keys() == leaves.keys(), links.keys() ^ leaves.keys()
 
     def chunks(path: str) -> Iterator[np.ndarray]:
-        for link in links[path]:  # a stacked leaf has one for each layer, in order
-            yield link.to_ours(tensors[link.official], path).astype(np.float32)
+        # A stacked leaf has a link for each layer, in order; one in parts a link for each part.
+        for _, layer in itertools.groupby(links[path], key=lambda link: link.index):
+            parts = [link.to_ours(tensors[link.official], path) for link in layer]
+            yield np.concatenate(parts, axis=-1, dtype=np.float32)
 
     return {
         path: LazyArray(leaf.shape, FLOAT32, functools.partial(chunks, path))

@@ -2,20 +2,21 @@
 
 import os
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from varjax.convert.apply_map import is_weight, lazy_leaves
-from varjax.convert.infer_config import infer_configs
+from varjax.convert.infer_config import Source, find_kind, infer_configs
 from varjax.convert.name_maps import NAME_MAPS
 from varjax.convert.name_maps.name_map import ConvertOptions, Tensors
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
-from varjax.convert.state_dicts import TRAINER_KEYS, find_state_dicts
+from varjax.convert.state_dicts import TRAINER_KEYS, find_state_dicts, own_tensors
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_converted
 from varjax.core.errors import InputError
 
-PARTS = tuple(dict.fromkeys(name_map.part for name_map in NAME_MAPS))
+KINDS = {name_map.flag: name_map for name_map in NAME_MAPS}
 
 
 def convert(
@@ -33,8 +34,8 @@ def convert(
     Args:
         out: the directory. An existing one of the same models is replaced, nothing else ever is.
         options: tells what tensors cannot.
-        files: of each part, `tokenizer` and `var`; either may be left out. A checkpoint of the
-            official trainer given as `var` also serves as `tokenizer`.
+        files: by flag: a tokenizer, `tokenizer` or `kl`, and a model of its latents, `var`; either
+            may be left out. A checkpoint of VAR's trainer given as `var` serves as both.
 
     Returns:
         The config found for each part.
@@ -43,37 +44,52 @@ def convert(
         InputError: names the file that is damaged or of something else, all tensors that do not fit
             their model, or how the models do not fit each other.
     """
-    if unknown := files.keys() - set(PARTS):
-        raise InputError(f"no part is called {', '.join(unknown)}; known are {', '.join(PARTS)}")
+    if unknown := files.keys() - KINDS.keys():
+        raise InputError(f"no part is called {', '.join(unknown)}; known are {', '.join(KINDS)}")
     out = pathlib.Path(out)
-    sources = _read_sources({part: pathlib.Path(f) for part, f in files.items() if f is not None})
+    sources = _read_sources({flag: pathlib.Path(f) for flag, f in files.items() if f is not None})
     check_weights_dir(out, converted_files(sources))
     configs = infer_configs(sources, options)
     models = {}
     for part, config in configs.items():
-        path, tensors = sources[part]
-        with errors_naming(path):
-            models[part] = config, lazy_leaves(config, tensors)
-        warn_not_finite(path, {name: x for name, x in tensors.items() if is_weight(name)})
-    write_converted(out, models, sha256_of(dict.fromkeys(path for path, _ in sources.values())))
+        source = sources[part]
+        with errors_naming(source.path):
+            models[part] = config, lazy_leaves(config, source.tensors, options)
+        weights = {name: x for name, x in source.tensors.items() if is_weight(name)}
+        warn_not_finite(source.path, weights)
+    paths = dict.fromkeys(source.path for source in sources.values())
+    write_converted(out, models, sha256_of(paths))
     return configs
 
 
-def _read_sources(
-    files: Mapping[str, pathlib.Path],
-) -> dict[str, tuple[pathlib.Path, Tensors]]:
-    """Returns the file and the tensors of each part; files of models may hold a tokenizer too."""
-    sources: dict[str, tuple[pathlib.Path, Tensors]] = {}
-    for part, path in files.items():
+def _read_sources(files: Mapping[str, pathlib.Path]) -> dict[str, Source]:
+    """Reads the source of each part; files of models may hold a tokenizer too."""
+    parts = [KINDS[flag].part for flag in files]
+    if twice := [flag for flag in files if parts.count(KINDS[flag].part) > 1]:
+        flags = " and ".join(f"--{flag}" for flag in twice)
+        raise InputError(f"{flags} are both the {KINDS[twice[0]].part}; give one of them")
+    sources: dict[str, Source] = {}
+    # As in `infer_configs`, so that of two files that were swapped the model's is complained of.
+    for flag in sorted(files, key=lambda flag: KINDS[flag].part == "tokenizer"):
+        path = files[flag]
         checkpoint = read_checkpoint(path)
         with errors_naming(path):
             found = find_state_dicts(checkpoint)
-            if not found.keys() & {"", part}:
+            if not found.keys() & {"", flag}:
                 inside = ", ".join(TRAINER_KEYS[other] for other in found)
                 raise InputError(f"is a trainer's checkpoint that holds only {inside}")
-        sources[part] = path, found.get(part) or found[""]
-        if "tokenizer" in found and "tokenizer" not in files:
-            sources["tokenizer"] = path, found["tokenizer"]
+            sources[KINDS[flag].part] = _source(path, flag, found.get(flag) or found[""])
+            if "tokenizer" in found and "tokenizer" not in parts:
+                sources["tokenizer"] = _source(path, "tokenizer", found["tokenizer"])
     if not sources:
         raise InputError("there is nothing to convert; give a tokenizer, a transformer or both")
     return sources
+
+
+def _source(path: pathlib.Path, flag: str, tensors: Tensors) -> Source:
+    kind = find_kind(tensors, flag)
+    own, others = own_tensors(kind, tensors)
+    if others:
+        left_out = ", ".join(others)
+        print(f"note: {path}: not of {kind.description}, left out: {left_out}", file=sys.stderr)
+    return Source(path, kind, own)

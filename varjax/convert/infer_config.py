@@ -1,5 +1,6 @@
 """Tells the kind and the config of official models from their tensors."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -10,48 +11,72 @@ from varjax.convert.sources import errors_naming
 from varjax.core.errors import InputError
 
 
-def infer_configs(
-    sources: Mapping[str, tuple[pathlib.Path, Tensors]], options: ConvertOptions
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Holds what was read for one part of a directory of weights.
+
+    Attributes:
+        path: the file.
+        kind: of model.
+        tensors: official ones, all of that model.
+    """
+
+    path: pathlib.Path
+    kind: NameMap
+    tensors: Tensors
+
+
+def infer_configs(sources: Mapping[str, Source], options: ConvertOptions) -> dict[str, Any]:
     """Infers the configs of models that belong together.
 
     Args:
-        sources: the file and the official tensors of each part: "tokenizer", "var".
+        sources: of each part: "tokenizer", "var".
         options: tells what tensors cannot.
 
     Returns:
         The config of each part.
 
     Raises:
-        InputError: names the file that is of another kind, lacks tensors or contradicts itself, or
-            says how the models do not fit each other.
+        InputError: names the file that lacks tensors or contradicts itself, or says how the models
+            do not fit each other.
     """
-    configs, kinds = {}, {}
+    tokenizer = sources.get("tokenizer")
+    models = [source for part, source in sources.items() if tokenizer and part != "tokenizer"]
+    for source in models:
+        assert tokenizer is not None
+        if source.kind.reads not in (None, tokenizer.kind.config):
+            raise InputError(
+                f"{source.path}: {source.kind.description} does not read the latents of "
+                f"{tokenizer.kind.description}, which {tokenizer.path} holds"
+            )
+    configs = {}
     # A model of latents comes first: of its tokenizer it knows more than the tokenizer's file.
     for part in sorted(sources, key=lambda part: part == "tokenizer"):
-        path, tensors = sources[part]
-        with errors_naming(path):
-            kinds[part] = find_kind(tensors, part)
-            configs[part] = kinds[part].infer(tensors, options)
-        options = kinds[part].tokenizer_options(configs[part], options)
-    for part, kind in kinds.items():
-        if kind.check_fit and "tokenizer" in configs:
-            kind.check_fit(configs["tokenizer"], configs[part])
+        source = sources[part]
+        with errors_naming(source.path):
+            configs[part] = source.kind.infer(source.tensors, options)
+        options = source.kind.tokenizer_options(configs[part], options)
+    for source in models:
+        if source.kind.check_fit:
+            source.kind.check_fit(configs["tokenizer"], configs[source.kind.part])
     return configs
 
 
-def find_kind(tensors: Tensors, part: str) -> NameMap:
-    """Finds the name map of official tensors; raises InputError if they are no such part."""
-    found = next((kind for kind in NAME_MAPS if kind.known_by in tensors), None)
+def find_kind(tensors: Tensors, flag: str) -> NameMap:
+    """Finds the name map of official tensors; raises InputError if `flag` does not take them."""
+    found = next(
+        (kind for kind in NAME_MAPS if {kind.known_by, kind.prefix + kind.known_by} & set(tensors)),
+        None,
+    )
     if found is None:
         known = " nor ".join(kind.description for kind in NAME_MAPS)
         names = " nor ".join(kind.known_by for kind in NAME_MAPS)
         raise InputError(
             f"holds neither {known}: among its {len(tensors)} tensors is neither {names}"
         )
-    if found.part != part:
-        wanted = " or ".join(kind.description for kind in NAME_MAPS if kind.part == part)
+    if found.flag != flag:
+        wanted = next(kind.description for kind in NAME_MAPS if kind.flag == flag)
         raise InputError(
-            f"holds {found.description}, not {wanted}; give it as --{found.part} instead"
+            f"holds {found.description}, not {wanted}; give it as --{found.flag} instead"
         )
     return found

@@ -105,9 +105,9 @@ def _fetch(name: str, directory: pathlib.Path) -> None:
     release = RELEASES[name]
     print(f"{name}: from https://huggingface.co/{release.repo} to {directory}", file=sys.stderr)
     try:
-        sources = {part: _hub_file(release.repo, file) for part, file in release.files.items()}
+        sources = {flag: _hub_file(release.repo, file) for flag, file in release.files.items()}
     except InputError as error:
-        flags = " ".join(f"--{part}={file}" for part, file in release.files.items())
+        flags = " ".join(f"--{flag}={file}" for flag, file in release.files.items())
         raise InputError(
             f"{name} is neither here nor in {directory.parent}, and {error}. To do it by hand, "
             f"download {' and '.join(release.files.values())} from "

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 
 from varjax.convert.name_maps import NAME_MAPS
+from varjax.convert.name_maps.name_map import NameMap, Tensors
 from varjax.core.errors import InputError
 
-TRAINER_KEYS = {kind.part: kind.trainer_key for kind in NAME_MAPS if kind.trainer_key}
+TRAINER_KEYS = {kind.flag: kind.trainer_key for kind in NAME_MAPS if kind.trainer_key}
 WRAPPERS = ("state_dict", "model")
 
 
@@ -19,7 +20,7 @@ def find_state_dicts(checkpoint: Any) -> dict[str, dict[str, np.ndarray]]:
     names are removed.
 
     Returns:
-        {part: {name: array}}; the part is "tokenizer" or "var" for a checkpoint of the official
+        {flag: {name: array}}; the flag is "tokenizer" or "var" for a checkpoint of the official
         trainer, and "" for a plain state dict, also one under "state_dict" or "model".
 
     Raises:
@@ -31,13 +32,30 @@ def find_state_dicts(checkpoint: Any) -> dict[str, dict[str, np.ndarray]]:
         )
     trainer = checkpoint.get("trainer", checkpoint)
     if isinstance(trainer, dict):
-        found = {part: trainer[key] for part, key in TRAINER_KEYS.items() if trainer.get(key)}
+        found = {flag: trainer[key] for flag, key in TRAINER_KEYS.items() if trainer.get(key)}
         if found:
-            return {part: _clean(weights) for part, weights in found.items()}
+            return {flag: _clean(weights) for flag, weights in found.items()}
     for key in WRAPPERS:
         if isinstance(checkpoint.get(key), dict):
             return {"": _clean(checkpoint[key])}
     return {"": _clean(checkpoint)}
+
+
+def own_tensors(kind: NameMap, tensors: Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Parts a model's tensors from those that its file holds besides.
+
+    Returns:
+        The model's tensors by their own names, and the beginnings of the other names.
+    """
+    prefix = kind.prefix if kind.prefix + kind.known_by in tensors else ""
+    own, others = {}, []
+    for full_name, x in tensors.items():
+        name = full_name.removeprefix(prefix)
+        if full_name.startswith(prefix) and not name.startswith(kind.ignored):
+            own[name] = x
+        else:
+            others.append(name.partition(".")[0])
+    return own, list(dict.fromkeys(others))
 
 
 def _clean(weights: Any) -> dict[str, np.ndarray]:

@@ -17,6 +17,7 @@ class Link:
 
         Link("head.weight", ("head/kernel",), "linear")
         Link("blocks.3.attn.mat_qkv.weight", ("q/kernel", "k/kernel", "v/kernel"), "linear", 3)
+        Link("attn.k.weight", ("qkv/kernel",), "conv", part=(1, 3))
 
     Attributes:
         official: name of the tensor.
@@ -25,6 +26,8 @@ class Link:
             axes of length 1.
         index: position along the leading (stacked) axis of our parameter, or None.
         ones: for "plain", where the official shape has axes of length 1.
+        part: (i, n) where the tensor is number i of the n that share our parameter in equal parts
+            of its last axis; None where the parameter is not shared.
     """
 
     official: str
@@ -32,14 +35,18 @@ class Link:
     layout: Literal["plain", "linear", "conv"] = "plain"
     index: int | None = None
     ones: tuple[int, ...] = ()
+    part: tuple[int, int] | None = None
 
     def to_ours(self, tensor: np.ndarray, path: str) -> np.ndarray:
-        """Returns the official tensor's numbers for the parameter at `path`: a view."""
+        """Returns the official tensor's numbers for its part of the parameter at `path`: a view."""
         part = np.split(tensor, len(self.ours))[self.ours.index(path)]
         return part if self.layout == "plain" else part.transpose(TO_OURS[self.layout])
 
     def to_official(self, leaves: list[np.ndarray]) -> np.ndarray:
         """Joins the numbers of all of `ours` into the official tensor, but for axes of length 1."""
+        if self.part is not None:
+            i, n = self.part
+            leaves = [np.split(leaf, n, axis=-1)[i] for leaf in leaves]
         if self.layout != "plain":
             leaves = [leaf.transpose(TO_OFFICIAL[self.layout]) for leaf in leaves]
         return np.concatenate(leaves)
@@ -48,6 +55,8 @@ class Link:
         """Returns the official shape for the shape of one of `ours`, stacked axis included."""
         if self.index is not None:
             shape = shape[1:]
+        if self.part is not None:
+            shape = (*shape[:-1], shape[-1] // self.part[1])
         if self.layout == "plain":
             for axis in self.ones:
                 shape = (*shape[:axis], 1, *shape[axis:])
@@ -62,13 +71,13 @@ def linear_links(official: str, ours: str, index: int | None = None) -> Iterator
     yield Link(f"{official}.bias", (f"{ours}/bias",), index=index)
 
 
-def conv_links(official: str, ours: str) -> Iterator[Link]:
-    """Yields the links of a convolution."""
-    yield Link(f"{official}.weight", (f"{ours}/kernel",), "conv")
-    yield Link(f"{official}.bias", (f"{ours}/bias",))
+def conv_links(official: str, ours: str, part: tuple[int, int] | None = None) -> Iterator[Link]:
+    """Yields the links of a convolution, optionally as a `part` of ours."""
+    yield Link(f"{official}.weight", (f"{ours}/kernel",), "conv", part=part)
+    yield Link(f"{official}.bias", (f"{ours}/bias",), part=part)
 
 
-def norm_links(official: str, ours: str) -> Iterator[Link]:
-    """Yields the links of a normalization with scale and bias."""
-    yield Link(f"{official}.weight", (f"{ours}/scale",))
-    yield Link(f"{official}.bias", (f"{ours}/bias",))
+def norm_links(official: str, ours: str, index: int | None = None) -> Iterator[Link]:
+    """Yields the links of a normalization with scale and bias, optionally at `index`."""
+    yield Link(f"{official}.weight", (f"{ours}/scale",), index=index)
+    yield Link(f"{official}.bias", (f"{ours}/bias",), index=index)

@@ -23,6 +23,11 @@ class ConvertOptions:
         groups: groups of a tokenizer's group norms.
         phi_ratio: weight in [0, 1] of the φ convolutions against the identity.
         cosine_codes: whether a tokenizer looks up codes by angle instead of by distance.
+        latent_channels: of the KL tokenizer under a MAR transformer; the rest of a token's numbers
+            is its patch.
+        image_size: pixels of both sides, or (height, width), of a KL tokenizer's images.
+        latent_scale: what a KL tokenizer's latents are multiplied by: 1 / standard deviation.
+        mar_heads: attention heads of a MAR transformer's encoder and of its decoder.
     """
 
     scales: tuple[int | tuple[int, int], ...] | None = None
@@ -30,6 +35,10 @@ class ConvertOptions:
     groups: int = 32
     phi_ratio: float = 0.5
     cosine_codes: bool = False
+    latent_channels: int = 16
+    image_size: int | tuple[int, int] = 256
+    latent_scale: float = 0.2325  # of the released KL-16, in MAR's code
+    mar_heads: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Release:
 
     Attributes:
         repo: repository on the Hugging Face Hub.
-        files: file there, by the part it is: {"tokenizer": "vae.pth", "var": "var_d16.pth"}.
+        files: file there, by the flag that takes it: {"tokenizer": "vae.pth", "var": "d16.pth"}.
     """
 
     repo: str
@@ -50,8 +59,9 @@ class NameMap:
     """Describes one kind of official model: how to tell it, its sizes and its tensors' places.
 
     Attributes:
-        part: its place in a directory of weights, which its file and flag are called after:
-            "tokenizer", or the name of the family.
+        part: its place in a directory of weights, which its file is called after: "tokenizer", or
+            the name of the family.
+        flag: the one that takes its official file.
         description: for messages, with article: "a transformer (VAR)".
         known_by: a tensor that tells it from the kinds before it in NAME_MAPS.
         config: class of its config, which has `init(key)`.
@@ -60,14 +70,19 @@ class NameMap:
         table: config -> one link for every official tensor that is no buffer.
         buffers: config -> the buffers, tensors that official modules derive from their sizes.
         buffer_names: last parts of the buffers' names, by which they are left out on reading.
+        constants: options -> by path, the parameters that no official tensor holds.
+        prefix: of all its names in checkpoints of a larger model, of which nothing else is read.
+        ignored: beginnings of names of tensors that its files may hold besides.
         trainer_key: where the official trainer's checkpoints hold it, or None.
         tokenizer_options: (config, options) -> options for its tokenizer, which it knows more of.
+        reads: class of the configs of tokenizers whose latents it reads; None for a tokenizer.
         check_fit: (tokenizer config, config) -> None; raises InputError where it cannot read that
             tokenizer's latents. None for a tokenizer.
         releases: published models by the name that `varjax.load` takes.
     """
 
     part: str
+    flag: str
     description: str
     known_by: str
     config: type
@@ -75,8 +90,12 @@ class NameMap:
     table: Callable[[Any], list[Link]]
     buffers: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
     buffer_names: tuple[str, ...] = ()
+    constants: Callable[[ConvertOptions], dict[str, np.ndarray]] = lambda options: {}
+    prefix: str = ""
+    ignored: tuple[str, ...] = ()
     trainer_key: str | None = None
     tokenizer_options: Callable[[Any, ConvertOptions], ConvertOptions] = lambda config, o: o
+    reads: type | None = None
     check_fit: Callable[[Any, Any], None] | None = None
     releases: Mapping[str, Release] = dataclasses.field(default_factory=dict)
 

@@ -16,6 +16,7 @@ from varjax.convert.name_maps.name_map import (
 )
 from varjax.convert.name_maps.vq import REPO, TOKENIZER_FILE
 from varjax.core.errors import InputError
+from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024, Pyramid, Scale
 from varjax.var.model import VARConfig, check_fit
 
@@ -123,6 +124,7 @@ def _infer_scales(tensors: Tensors, chosen: tuple[Scale, ...] | None) -> tuple[S
 
 VAR = NameMap(
     part="var",
+    flag="var",
     description="a transformer (VAR)",
     known_by="word_embed.weight",
     config=VARConfig,
@@ -132,6 +134,7 @@ VAR = NameMap(
     buffer_names=("lvl_1L", "attn_bias_for_masking", "zero_k_bias"),
     trainer_key="var_wo_ddp",
     tokenizer_options=lambda config, o: dataclasses.replace(o, scales=config.scales),
+    reads=VQConfig,
     check_fit=check_fit,
     releases={
         f"var_d{depth}": Release(REPO, {"tokenizer": TOKENIZER_FILE, "var": f"var_d{depth}.pth"})

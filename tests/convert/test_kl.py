@@ -1,0 +1,141 @@
+"""The KL tokenizer's official files: in, refused, and back."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import varjax
+from tests.golden import weights
+from tests.helpers import golden_cases
+from tests.helpers import golden_kl as golden
+from tests.helpers.checkpoint_files import write_nested
+from varjax.convert import ConvertOptions, apply_map, convert, export_torch
+from varjax.convert.__main__ import main
+from varjax.convert.infer_config import find_kind
+from varjax.convert.pth.read import read_checkpoint
+from varjax.convert.pth.write import write_pth
+from varjax.core.model_files import abstract_params
+from varjax.tokenizers.kl.model import KLConfig
+from varjax.tokenizers.load import read_tokenizer
+
+KL16 = json.loads((weights.HERE / "official_mar_state_dicts.json").read_text())["kl16"]
+
+
+@pytest.fixture
+def kl(tmp_path):
+    """The golden case in the layout of kl16.ckpt."""
+    write_nested(tmp_path / "kl.ckpt", {"model": golden.official()})
+    return tmp_path / "kl.ckpt"
+
+
+def test_the_table_is_the_released_model():
+    expected = {name: tuple(shape) for name, shape in KL16.items()}
+    assert apply_map.official_shapes(KLConfig()) == expected
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in expected.items()}
+    kind = find_kind(tensors, "kl")
+    assert kind.infer(tensors, ConvertOptions()) == KLConfig()
+    other = ConvertOptions(image_size=(512, 256), groups=16)
+    assert kind.infer(tensors, other) == KLConfig((512, 256), groups=16)
+
+
+@pytest.mark.slow
+def test_official_files_go_there_and_back_to_the_bit(kl, tmp_path):
+    flags = [f"--kl={kl}", "--image_size=64", f"--out={tmp_path / 'out'}"]
+    assert main(flags) == 0
+    config, params = read_tokenizer(tmp_path / "out")
+    assert config == golden.config()
+    jax.tree.map(np.testing.assert_array_equal, params, golden.params())
+    np.testing.assert_allclose(params["latent_std"], 1 / 0.2325, rtol=1e-6)
+    export_torch(tmp_path / "out", tmp_path / "torch")
+    for read in (
+        read_checkpoint(tmp_path / "torch/tokenizer.pth"),
+        load_file(tmp_path / "torch/tokenizer.safetensors"),
+    ):
+        assert read.keys() == golden.official().keys()
+        for name, x in golden.official().items():
+            assert (read[name].dtype, read[name].shape) == (x.dtype, x.shape), name
+            assert np.array_equal(read[name], x), name
+
+
+def test_queries_keys_and_values_come_to_lie_in_one_kernel():
+    kernel = golden.params()["encoder"]["mid_attn_1"]["qkv"]["kernel"]
+    for i, name in enumerate("qkv"):
+        official = golden.official()[f"encoder.mid.attn_1.{name}.weight"]
+        part = kernel[0, 0, :, i * 512 : (i + 1) * 512]
+        np.testing.assert_array_equal(part, official[:, :, 0, 0].T)
+
+
+def test_checkpoints_of_a_larger_system_are_read_too(tmp_path, capsys):
+    """LDM's own: with the losses' networks, and as the first stage of a diffusion model."""
+    rest = {"loss.logvar": np.zeros((), np.float32), "loss.discriminator.w": np.zeros(3)}
+    write_nested(tmp_path / "ldm.ckpt", {"state_dict": golden.official() | rest})
+    convert(tmp_path / "out", ConvertOptions(image_size=64, latent_scale=0.5), kl="ldm.ckpt")
+    assert "ldm.ckpt: not of a KL tokenizer (AutoencoderKL), left out: loss\n" in said(capsys)
+    assert read_tokenizer(tmp_path / "out")[1]["latent_std"] == 2
+    whole = {f"first_stage_model.{n}": x for n, x in (golden.official() | rest).items()}
+    whole |= {"model.diffusion_model.w": np.zeros(3), "first_stage_model.loss.x": np.zeros(1)}
+    write_nested(tmp_path / "whole.ckpt", {"state_dict": whole})
+    convert(tmp_path / "whole", ConvertOptions(image_size=64), kl="whole.ckpt")
+    params = read_tokenizer(tmp_path / "whole")[1]
+    jax.tree.map(np.testing.assert_array_equal, params, golden.params())
+    assert "model" in said(capsys)
+
+
+def said(capsys):
+    return capsys.readouterr().err
+
+
+def refused(capsys, tmp_path, *flags) -> str:
+    assert main([*flags, f"--out={tmp_path / 'out'}"]) == 1
+    assert not (tmp_path / "out").exists()
+    return said(capsys)
+
+
+def test_wrong_kinds_and_settings_are_refused_with_the_reason(kl, tmp_path, capsys):
+    refuse = functools.partial(refused, capsys, tmp_path)
+    write_pth(tmp_path / "vq.pth", weights.state_dict("base", "vae"))
+    write_pth(tmp_path / "var.pth", weights.state_dict("base", "var"))
+    vq, var = tmp_path / "vq.pth", tmp_path / "var.pth"
+    text = refuse(f"--tokenizer={kl}")
+    assert f"{kl}: holds a KL tokenizer (AutoencoderKL), not a tokenizer (VQVAE)" in text
+    assert "give it as --kl instead" in text
+    text = refuse(f"--kl={vq}")
+    assert f"{vq}: holds a tokenizer (VQVAE), not a KL tokenizer" in text
+    assert "give it as --tokenizer instead" in text
+    text = refuse(f"--kl={kl}", f"--tokenizer={vq}")
+    assert "--tokenizer and --kl are both the tokenizer; give one of them" in text
+    text = refuse(f"--kl={kl}", "--image_size=64", f"--var={var}")
+    assert "a transformer (VAR) does not read the latents of a KL tokenizer" in text
+    assert "latent_scale=0.0: must be above 0" in refuse(f"--kl={kl}", "--latent_scale=0")
+    assert "image_size=60: 5 levels halve" in refuse(f"--kl={kl}", "--image_size=60")
+    for size in ("6x", "64x64x64", "big"):
+        text = refuse(f"--kl={kl}", f"--image_size={size}")
+        assert f"image_size={size}: give pixels like 256, or 256x384" in text
+
+
+def test_every_problem_is_listed(tmp_path):
+    tensors = dict(golden.official())
+    del tensors["decoder.mid.attn_1.k.bias"]
+    tensors["encoder.down.4.attn.0.q.weight"] = np.zeros((512, 1, 1, 1), np.float32)
+    with pytest.raises(ValueError) as error:
+        apply_map.lazy_leaves(golden.config(), tensors)
+    assert "missing: decoder.mid.attn_1.k.bias (512,)" in str(error.value)
+    assert "encoder.down.4.attn.0.q.weight is (512, 1, 1, 1), needed is" in str(error.value)
+
+
+@pytest.mark.slow
+def test_converted_weights_encode_as_the_reference(kl, tmp_path):
+    convert(tmp_path / "out", ConvertOptions(image_size=(64, 64)), kl=kl)
+    tokenizer = varjax.load_tokenizer(tmp_path / "out")
+    assert tokenizer.config.image_shape == (64, 64, 3)
+    latents = tokenizer.encode((golden.image() + 1) / 2)
+    expected = golden.outputs()["mean"]
+    np.testing.assert_allclose(
+        latents["mean_BhwZ"], expected, rtol=1e-4, atol=1e-4 * abs(expected).max()
+    )
+    assert golden_cases.configs("base")[0] != tokenizer.config
+    assert abstract_params(tokenizer.config).keys() == tokenizer.params.keys()

@@ -1,0 +1,93 @@
+"""The encoder and decoder that the official tokenizers share (VQGAN's and LDM's modules)."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from varjax.convert.name_maps.link import Link, conv_links, norm_links
+from varjax.convert.name_maps.name_map import Tensors, count_numbers, tensor_shape
+from varjax.core.errors import InputError
+
+
+class AutoencoderSizes(Protocol):
+    """As much of a tokenizer's config as the names of its tensors depend on."""
+
+    @property
+    def width(self) -> int: ...
+    @property
+    def multipliers(self) -> tuple[int, ...]: ...
+    @property
+    def blocks(self) -> int: ...
+
+
+def infer_autoencoder(tensors: Tensors) -> dict[str, Any]:
+    """Infers the fields of a config that describe encoder and decoder.
+
+    Raises InputError for tensors that are missing or contradict each other.
+    """
+    width, image_channels, *_ = tensor_shape(tensors, "encoder.conv_in.weight", 4)
+    levels = range(count_numbers(tensors, r"encoder\.down\.(\d+)\."))
+    outputs = [
+        tensor_shape(tensors, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in levels
+    ]
+    if odd := [n for n in outputs if n % width]:
+        raise InputError(f"the encoder's levels have {odd} channels, no multiples of {width}")
+    return {
+        "image_channels": image_channels,
+        "width": width,
+        "multipliers": tuple(n // width for n in outputs),
+        "blocks": count_numbers(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+    }
+
+
+def autoencoder_links(
+    config: AutoencoderSizes, split_qkv: bool, decoder_attention: bool
+) -> Iterator[Link]:
+    """Yields the links of encoder and decoder.
+
+    Args:
+        config: their sizes.
+        split_qkv: whether an official attention layer has a convolution each for q, k and v.
+        decoder_attention: whether the decoder's lowest level has attention.
+    """
+    last = len(config.multipliers) - 1
+    for half, way, blocks, resample in (
+        ("encoder", "down", config.blocks, "downsample"),
+        ("decoder", "up", config.blocks + 1, "upsample"),
+    ):
+        yield from conv_links(f"{half}.conv_in", f"{half}/conv_in")
+        yield from conv_links(f"{half}.conv_out", f"{half}/conv_out")
+        yield from norm_links(f"{half}.norm_out", f"{half}/norm_out")
+        width = config.width * (config.multipliers[-1] if half == "decoder" else 1)
+        for j in (1, 2):
+            yield from _residual(f"{half}.mid.block_{j}", f"{half}/mid_block_{j}", shortcut=False)
+        yield from _attention(f"{half}.mid.attn_1", f"{half}/mid_attn_1", split_qkv)
+        levels = list(enumerate(config.multipliers))
+        for i, multiplier in levels if half == "encoder" else reversed(levels):
+            for j in range(blocks):
+                official, ours = f"{half}.{way}.{i}.block.{j}", f"{half}/{way}_{i}_block_{j}"
+                yield from _residual(official, ours, shortcut=width != config.width * multiplier)
+                width = config.width * multiplier
+                if i == last and (half == "encoder" or decoder_attention):
+                    official, ours = f"{half}.{way}.{i}.attn.{j}", f"{half}/{way}_{i}_attn_{j}"
+                    yield from _attention(official, ours, split_qkv)
+            if i != (last if half == "encoder" else 0):
+                official = f"{half}.{way}.{i}.{resample}.conv"
+                yield from conv_links(official, f"{half}/{way}_{i}_{resample}/conv")
+
+
+def _residual(official: str, ours: str, shortcut: bool) -> Iterator[Link]:
+    for j in (1, 2):
+        yield from norm_links(f"{official}.norm{j}", f"{ours}/norm{j}")
+        yield from conv_links(f"{official}.conv{j}", f"{ours}/conv{j}")
+    if shortcut:
+        yield from conv_links(f"{official}.nin_shortcut", f"{ours}/shortcut")
+
+
+def _attention(official: str, ours: str, split_qkv: bool) -> Iterator[Link]:
+    yield from norm_links(f"{official}.norm", f"{ours}/norm")
+    if split_qkv:
+        for i, name in enumerate("qkv"):
+            yield from conv_links(f"{official}.{name}", f"{ours}/qkv", part=(i, 3))
+    else:
+        yield from conv_links(f"{official}.qkv", f"{ours}/qkv")
+    yield from conv_links(f"{official}.proj_out", f"{ours}/proj")
