@@ -13,6 +13,7 @@ from tests.helpers.paths import ROOT
 from varjax.core import trees
 from varjax.nn.autoencoder import to_model_range
 from varjax.tokenizers.losses.gan import GANConfig, gan_gradients
+from varjax.tokenizers.losses.image_losses import image_losses
 from varjax.tokenizers.losses.lpips import LPIPSConfig
 from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.model import VQTokenizer
@@ -49,7 +50,7 @@ def test_the_balance_is_that_of_finite_differences():
         conv_out = last | {"kernel": last["kernel"] + change}
         changed = params | {"decoder": params["decoder"] | {"conv_out": conv_out}}
         y_BHWC, _, _ = VQTokenizer(TASK.model).apply({"params": changed}, x_BHWC)
-        reconstruction = jnp.mean(TASK.reconstruction_losses({}, x_BHWC, y_BHWC)["loss"])
+        reconstruction = jnp.mean(image_losses(TASK, {}, x_BHWC, y_BHWC)["loss"])
         found = gan_gradients(GAN, discriminator, x_BHWC, y_BHWC, key_B)
         return jnp.stack([reconstruction, found.metrics["adversarial"]])
 

@@ -13,16 +13,20 @@ from varjax.core.errors import check_setting
 from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import Compute
-from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.load import read_tokenizer
-from varjax.tokenizers.losses.gan import (
-    GANConfig,
-    LecamEma,
-    create_discriminator,
-    update_discriminator,
+from varjax.tokenizers.losses.gan import GANConfig
+from varjax.tokenizers.losses.image_losses import (
+    check_image_losses,
+    image_keys,
+    image_losses,
+    init_discriminator,
+    load_frozen_losses,
+    loss_gradients,
+    train_discriminator,
+    valid_sums,
 )
-from varjax.tokenizers.losses.lpips import LPIPSConfig, check_lpips_images, load_lpips
-from varjax.tokenizers.losses.reconstruction import reconstruction_losses
+from varjax.tokenizers.losses.lpips import LPIPSConfig
+from varjax.tokenizers.tokenizer_state import join_state, split_state
 from varjax.tokenizers.vq.codebook import (
     CodebookConfig,
     init_codebook,
@@ -31,12 +35,12 @@ from varjax.tokenizers.vq.codebook import (
     quantizer_inputs,
     restart_dead_codes,
 )
-from varjax.tokenizers.vq.gradients import loss_gradients
+from varjax.tokenizers.vq.gradients import vq_gradients
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity, quantizer_loss
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Batch, MatchingRows, Plan, TrainState
-from varjax.training.train_step import apply_gradients, check_microbatches, create_state
+from varjax.training.train_step import apply_gradients, create_state
 
 PREVIEW_IMAGES = 8
 
@@ -87,22 +91,17 @@ class VQTask:
         self.codebook.check(self.model.pyramid)
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
-        check_image_shape(self.model, image_shape)
-        check_microbatches(self.plan.batch_size, self.accumulate)
-        if self.perceptual:
-            check_lpips_images(image_shape)
-        if self.gan:
-            self.gan.check(image_shape)
+        check_image_losses(self, image_shape)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)
         params = init_codebook(self.codebook, self.model, params, jax.random.fold_in(key, 2))
         state = create_state(params, self._tx(params), self.ema)
-        discriminator = None
-        if self.gan is not None:
-            gan_key, image_shape = jax.random.fold_in(key, 1), self.model.image_shape
-            discriminator = create_discriminator(self.gan, image_shape, self.plan, gan_key)
-        return _join(state, discriminator, init_usage(self.codebook, self.model.vocab))
+        others = {
+            "discriminator": init_discriminator(self, key),
+            "usage_V": init_usage(self.codebook, self.model.vocab),
+        }
+        return join_state(state, others)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
         return read_tokenizer(location)[1], {}
@@ -112,7 +111,7 @@ class VQTask:
 
     def frozen(self) -> PyTree:
         """Reads {"lpips": parameters} where they are needed; InputError says how to get them."""
-        return {"lpips": load_lpips(self.perceptual.weights)} if self.perceptual else {}
+        return load_frozen_losses(self)
 
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
@@ -122,33 +121,27 @@ class VQTask:
         The metric "loss" leaves the adversarial loss out, as in evaluation.
         """
         pyramid = self.model.pyramid
-        state, discriminator, usage_V = _split(state)
+        state, others = split_state(state)
         key, step = jax.random.fold_in(key, state.step), state.step
         image_BHWC = batch["image_BHWC"]
-        key_B = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(len(image_BHWC)))
-        batch = {"image_BHWC": image_BHWC, "key_B": key_B}
+        batch = {"image_BHWC": image_BHWC, "key_B": image_keys(key, len(image_BHWC))}
         inputs_fn = functools.partial(quantizer_inputs, self.model, image_BHWC, self.accumulate)
 
         state = kmeans_init(self.codebook, pyramid, state, inputs_fn, key)
-        ramp_factor = self.gan.ramp_factor(step, self.plan) if self.gan else jnp.float32(0)
-        found = loss_gradients(self, state.params, discriminator, frozen, batch, ramp_factor)
+        discriminator = others.get("discriminator")
+        gradients = functools.partial(vq_gradients, self, state.params)
+        found = loss_gradients(self, discriminator, frozen, batch, step, gradients)
+        frequency_KV = found.statistics["frequency_KV"]
         state, norms = apply_gradients(state, found.grads, self._tx(state.params), self.ema)
         metrics = found.metrics | norms | {"lr": self.optimizer.lr(step, self.plan)}
-        metrics["perplexity"] = code_perplexity(found.frequency_KV, jnp)
+        metrics["perplexity"] = code_perplexity(frequency_KV, jnp)
         if self.codebook.restart_every:
-            assert usage_V is not None
-            state, usage_V, restarts = restart_dead_codes(
-                self.codebook, pyramid, state, usage_V, found.frequency_KV, inputs_fn, key
+            state, others["usage_V"], restarts = restart_dead_codes(
+                self.codebook, pyramid, state, others["usage_V"], frequency_KV, inputs_fn, key
             )
             metrics |= restarts
-        if self.gan is not None:
-            assert discriminator is not None
-            logit_means = LecamEma(metrics["discriminator/real"], metrics["discriminator/fake"])
-            discriminator, gan_metrics = update_discriminator(
-                self.gan, discriminator, found.discriminator_grads, logit_means, step, self.plan
-            )
-            metrics |= {f"discriminator/{name}": x for name, x in gan_metrics.items()}
-        return _join(state, discriminator, usage_V), metrics
+        others["discriminator"], gan_metrics = train_discriminator(self, discriminator, found, step)
+        return join_state(state, others), metrics | gan_metrics
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
         # k-means and restarts come once in a while only.
@@ -171,26 +164,17 @@ class VQTask:
         """
         x_BHWC = to_model_range(image_BHWC)
         y_BHWC, f_BhwZ, quantized = VQTokenizer(self.model).bind({"params": params})(x_BHWC)
-        losses = self.reconstruction_losses(frozen, x_BHWC, y_BHWC)
+        losses = image_losses(self, frozen, x_BHWC, y_BHWC)
         losses["quantizer"] = quantizer_loss(f_BhwZ, quantized.f_hats, self.beta)
         losses["loss"] = losses["loss"] + losses["quantizer"]
         return losses, quantized.tokens_BL
 
-    def reconstruction_losses(
-        self, frozen: PyTree, x_BHWC: jax.Array, y_BHWC: jax.Array, dtype: Any = jnp.float32
-    ) -> dict[str, jax.Array]:
-        """Computes `reconstruction_losses` of images and reconstructions in [-1, 1]; (B,) each."""
-        weights, lpips_params = {"l1": self.l1, "l2": self.l2}, None
-        if self.perceptual:
-            weights["perceptual"], lpips_params = self.perceptual.weight, frozen["lpips"]
-        return reconstruction_losses(x_BHWC, y_BHWC, weights, lpips_params, dtype)
-
     def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
-        valid_B = batch["valid_B"].astype(jnp.float32)
+        valid_B = batch["valid_B"]
         losses, tokens_BL = self.losses(state.params, frozen, batch["image_BHWC"])
-        sums = {name: jnp.sum(jnp.where(valid_B > 0, x_B, 0)) for name, x_B in losses.items()}
-        count_KV = code_counts(self.model.pyramid, self.model.vocab, tokens_BL, valid_B)
-        return sums | {"images": jnp.sum(valid_B), "codes_KV": count_KV}
+        weight_B = valid_B.astype(jnp.float32)
+        count_KV = code_counts(self.model.pyramid, self.model.vocab, tokens_BL, weight_B)
+        return valid_sums(losses, valid_B) | {"codes_KV": count_KV}
 
     def eval_metrics(self, sums: PyTree) -> dict[str, Any]:
         """Returns means over images, and per scale: code perplexity, and share of codes in use."""
@@ -215,20 +199,3 @@ class VQTask:
     def _tx(self, params):
         decay = trees.map_with_path(lambda path, _: path.endswith("kernel"), params)
         return self.optimizer.make(self.plan, decay)
-
-
-def _join(state: TrainState, discriminator, usage_V) -> TrainState:
-    """Puts what changes besides the tokenizer into its `opt_state`, if there is anything."""
-    others = {"discriminator": discriminator, "usage_V": usage_V}
-    others = {name: x for name, x in others.items() if x is not None}
-    if not others:
-        return state
-    return dataclasses.replace(state, opt_state={"tokenizer": state.opt_state} | others)
-
-
-def _split(state: TrainState):
-    """Undoes `_join`: (the tokenizer's state, discriminator, usage_V)."""
-    if not isinstance(state.opt_state, dict):
-        return state, None, None
-    own = dataclasses.replace(state, opt_state=state.opt_state["tokenizer"])
-    return own, state.opt_state.get("discriminator"), state.opt_state.get("usage_V")

@@ -1,0 +1,277 @@
+"""The losses of reconstructions that both tokenizers train with, and their gradients.
+
+Pixels, LPIPS and a GAN's, as a tokenizer's task configures them; what a kind of tokenizer adds, its
+latents' losses, comes in as a function of a microbatch.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from varjax.core.trees import PyTree
+from varjax.tokenizers.contract import Tokenizer, check_image_shape
+from varjax.tokenizers.losses.gan import (
+    DiscriminatorState,
+    GANConfig,
+    LecamEma,
+    adaptive_weight,
+    create_discriminator,
+    gan_gradients,
+    last_layer_grads,
+    update_discriminator,
+)
+from varjax.tokenizers.losses.lpips import LPIPSConfig, check_lpips_images, load_lpips
+from varjax.tokenizers.losses.reconstruction import reconstruction_losses
+from varjax.training.task import Batch, Plan
+from varjax.training.train_step import Metrics, check_microbatches, mean_over_microbatches
+
+GAN_KEY = 1  # folded into the key of a task's `init`
+
+
+class ImageLossConfig(Protocol):
+    """Names the parts of a tokenizer's task that the losses of its images depend on."""
+
+    @property
+    def model(self) -> Tokenizer: ...
+    @property
+    def l1(self) -> float: ...
+    @property
+    def l2(self) -> float: ...
+    @property
+    def perceptual(self) -> LPIPSConfig | None: ...
+    @property
+    def gan(self) -> GANConfig | None: ...
+    @property
+    def accumulate(self) -> int: ...
+    @property
+    def plan(self) -> Plan: ...
+    @property
+    def jax_dtype(self) -> jnp.dtype: ...
+
+
+@flax.struct.dataclass
+class ImageGradients:
+    """Holds gradients of the losses of reconstructions; all are means over images.
+
+    Attributes:
+        image_grad_BHWC: of their weighted sum by the reconstructions.
+        metrics: scalars; "loss" leaves the adversarial loss out, for it measures two networks.
+        discriminator_grads: of the discriminator's loss by its parameters; None without one.
+        last_layer: gradients of the reconstruction loss and of the adversarial loss by the
+            decoder's last kernel; None without a discriminator.
+    """
+
+    image_grad_BHWC: jax.Array
+    metrics: Metrics
+    discriminator_grads: PyTree = None
+    last_layer: tuple[jax.Array, jax.Array] | None = None
+
+
+@flax.struct.dataclass
+class LossGradients:
+    """Holds gradients of all losses and what is logged; all are means over images.
+
+    Attributes:
+        grads: of the tokenizer's losses by its parameters.
+        metrics: scalars.
+        statistics: what else the tokenizer's task asks of a batch.
+        discriminator_grads: as in `ImageGradients`, like `last_layer`.
+        last_layer: as in `ImageGradients`.
+    """
+
+    grads: PyTree
+    metrics: Metrics
+    statistics: PyTree
+    discriminator_grads: PyTree = None
+    last_layer: tuple[jax.Array, jax.Array] | None = None
+
+
+# (images in [-1, 1], their reconstructions, input of the decoder's last convolution, a random key
+# for each image) -> their gradients: `image_gradients` with all that microbatches share.
+ImageGradientsFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], ImageGradients]
+
+
+def check_image_losses(config: ImageLossConfig, image_shape: tuple[int, int, int]) -> None:
+    """Raises InputError where images (H, W, channels) do not suit a task's model and losses."""
+    check_image_shape(config.model, image_shape)
+    check_microbatches(config.plan.batch_size, config.accumulate)
+    if config.perceptual:
+        check_lpips_images(image_shape)
+    if config.gan:
+        config.gan.check(image_shape)
+
+
+def load_frozen_losses(config: ImageLossConfig) -> PyTree:
+    """Reads {"lpips": parameters} where they are needed; InputError says how to get them."""
+    return {"lpips": load_lpips(config.perceptual.weights)} if config.perceptual else {}
+
+
+def init_discriminator(config: ImageLossConfig, key: jax.Array) -> DiscriminatorState | None:
+    """Draws the discriminator before its first update, from the key of a task's `init`."""
+    if config.gan is None:
+        return None
+    key = jax.random.fold_in(key, GAN_KEY)
+    return create_discriminator(config.gan, config.model.image_shape, config.plan, key)
+
+
+def image_losses(
+    config: ImageLossConfig,
+    frozen: PyTree,
+    x_BHWC: jax.Array,
+    y_BHWC: jax.Array,
+    dtype: Any = jnp.float32,
+) -> dict[str, jax.Array]:
+    """Computes `reconstruction_losses` with the weights of a task, (B,) each.
+
+    Args:
+        config: the task.
+        frozen: as `load_frozen_losses` gives it.
+        x_BHWC: images in [-1, 1].
+        y_BHWC: their reconstructions, not clipped.
+        dtype: number format of LPIPS.
+    """
+    weights, lpips_params = {"l1": config.l1, "l2": config.l2}, None
+    if config.perceptual:
+        weights["perceptual"], lpips_params = config.perceptual.weight, frozen["lpips"]
+    return reconstruction_losses(x_BHWC, y_BHWC, weights, lpips_params, dtype)
+
+
+def valid_sums(losses: dict[str, jax.Array], valid_B: jax.Array) -> dict[str, jax.Array]:
+    """Sums losses (B,) over the valid rows, and counts these as "images"."""
+    sums = {name: jnp.sum(jnp.where(valid_B, x_B, 0)) for name, x_B in losses.items()}
+    return sums | {"images": jnp.sum(valid_B.astype(jnp.float32))}
+
+
+def reconstruct(
+    model: nn.Module, params: PyTree, *inputs: jax.Array | None
+) -> tuple[Any, jax.Array]:
+    """Applies a tokenizer.
+
+    Returns:
+        (what its `__call__` returns, the input of its decoder's last convolution).
+    """
+    sown: PyTree
+    outputs, sown = model.apply({"params": params}, *inputs, mutable=["intermediates"])
+    (last_BHWC,) = sown["intermediates"]["decoder"]["last"]
+    return outputs, last_BHWC
+
+
+def image_keys(key: jax.Array, count: int) -> jax.Array:
+    """Makes a random key for each image of a batch, so that no result depends on microbatches."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
+
+
+def loss_gradients(
+    config: ImageLossConfig,
+    discriminator: DiscriminatorState | None,
+    frozen: PyTree,
+    batch: Batch,
+    step: jax.Array,
+    microbatch_gradients: Callable[[ImageGradientsFn, Batch], LossGradients],
+) -> LossGradients:
+    """Computes the gradients of all losses on a batch; they do not depend on `config.accumulate`.
+
+    Args:
+        config: the task.
+        discriminator: its state; None without one.
+        frozen: as `load_frozen_losses` gives it.
+        batch: {"image_BHWC": uint8, "key_B": as `image_keys` gives them}.
+        step: number of the update, from 0.
+        microbatch_gradients: runs a microbatch through the tokenizer and back.
+    """
+    ramp_factor = config.gan.ramp_factor(step, config.plan) if config.gan else jnp.float32(0)
+
+    def gradients(ratio, microbatch):
+        shared = config, discriminator, frozen, ramp_factor, ratio
+        return microbatch_gradients(functools.partial(image_gradients, *shared), microbatch)
+
+    ratio = None
+    if config.gan is not None and config.gan.adaptive and config.accumulate > 1:
+        # The adaptive weight is no mean over microbatches but a quotient of two means. A first
+        # pass finds it.
+        reconstruction, adversarial = mean_over_microbatches(
+            lambda microbatch: gradients(1.0, microbatch).last_layer, batch, config.accumulate
+        )
+        ratio = adaptive_weight(reconstruction, adversarial)
+    return mean_over_microbatches(functools.partial(gradients, ratio), batch, config.accumulate)
+
+
+def image_gradients(
+    config: ImageLossConfig,
+    discriminator: DiscriminatorState | None,
+    frozen: PyTree,
+    ramp_factor: jax.Array,
+    ratio: jax.Array | float | None,
+    x_BHWC: jax.Array,
+    y_BHWC: jax.Array,
+    last_BHWC: jax.Array,
+    key_B: jax.Array,
+) -> ImageGradients:
+    """Computes the gradients of all losses of reconstructions.
+
+    They are taken by the image loss by loss, so that the adaptive weight computes nothing twice.
+
+    Args:
+        config: the task.
+        discriminator: its state; None without one.
+        frozen: as `load_frozen_losses` gives it.
+        ramp_factor: the part of the adversarial loss's weight that counts, 0 … 1.
+        ratio: the adaptive weight; None to compute it from these images.
+        x_BHWC: images in [-1, 1].
+        y_BHWC: their reconstructions, not clipped.
+        last_BHWC: the input of the decoder's last convolution.
+        key_B: random keys, one for each image.
+    """
+
+    def image_loss(y_BHWC):
+        losses = image_losses(config, frozen, x_BHWC, y_BHWC, config.jax_dtype)
+        means = {name: jnp.mean(loss_B) for name, loss_B in losses.items()}
+        return means["loss"], means
+
+    image_grad_BHWC, metrics = jax.grad(image_loss, has_aux=True)(y_BHWC)
+    if discriminator is None:
+        return ImageGradients(image_grad_BHWC, metrics)
+    assert config.gan is not None
+    adversarial = gan_gradients(config.gan, discriminator, x_BHWC, y_BHWC, key_B, config.jax_dtype)
+    last_layer = (
+        last_layer_grads(last_BHWC, image_grad_BHWC),
+        last_layer_grads(last_BHWC, adversarial.image_grad_BHWC),
+    )
+    if ratio is None:
+        ratio = adaptive_weight(*last_layer) if config.gan.adaptive else 1.0
+    weight = ramp_factor * config.gan.weight * ratio
+    image_grad_BHWC = image_grad_BHWC + weight * adversarial.image_grad_BHWC
+    metrics |= adversarial.metrics | {"adversarial_weight": weight}
+    return ImageGradients(image_grad_BHWC, metrics, adversarial.discriminator_grads, last_layer)
+
+
+def train_discriminator(
+    config: ImageLossConfig,
+    discriminator: DiscriminatorState | None,
+    found: LossGradients,
+    step: jax.Array,
+) -> tuple[DiscriminatorState | None, Metrics]:
+    """Updates the discriminator, if there is one.
+
+    Args:
+        config: the task.
+        discriminator: its state; None without one.
+        found: the gradients of this step.
+        step: number of the update, from 0.
+
+    Returns:
+        Its state after the update, and "discriminator/…" metrics.
+    """
+    if config.gan is None:
+        return None, {}
+    assert discriminator is not None
+    means = LecamEma(found.metrics["discriminator/real"], found.metrics["discriminator/fake"])
+    discriminator, metrics = update_discriminator(
+        config.gan, discriminator, found.discriminator_grads, means, step, config.plan
+    )
+    return discriminator, {f"discriminator/{name}": x for name, x in metrics.items()}
