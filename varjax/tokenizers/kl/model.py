@@ -187,6 +187,16 @@ def kl_divergence(latents: Latents) -> jax.Array:
     return jnp.sum((squares_BhwZ - 1) / 2 - jnp.log(std_BhwZ), axis=(1, 2, 3))
 
 
+def latent_moments(latents: Latents) -> dict[str, jax.Array]:
+    """Computes mean and mean square of all samples of each image's latents, (B,) each."""
+    mean_BhwZ, std_BhwZ = latents["mean_BhwZ"], latents["std_BhwZ"]
+    squares_BhwZ = jnp.square(mean_BhwZ) + jnp.square(std_BhwZ)
+    return {
+        "latent_mean": jnp.mean(mean_BhwZ, axis=(1, 2, 3)),
+        "latent_square": jnp.mean(squares_BhwZ, axis=(1, 2, 3)),
+    }
+
+
 def decode_latents(
     config: KLConfig, params: PyTree, z_BhwZ: jax.Array, dtype: Any = jnp.float32
 ) -> jax.Array:

@@ -1,0 +1,230 @@
+"""Training a KL tokenizer: one step of it and its discriminator, evaluation, previews."""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varjax.core import flops, trees
+from varjax.core.errors import check_setting
+from varjax.core.trees import PyTree
+from varjax.nn.autoencoder import to_model_range, to_unit_range
+from varjax.nn.compute import Compute
+from varjax.tokenizers.kl.model import (
+    LATENT_STD_PATH,
+    KLConfig,
+    KLTokenizer,
+    kl_divergence,
+    latent_moments,
+)
+from varjax.tokenizers.load import read_tokenizer
+from varjax.tokenizers.losses.gan import GANConfig
+from varjax.tokenizers.losses.image_losses import (
+    ImageGradientsFn,
+    LossGradients,
+    check_image_losses,
+    image_keys,
+    image_losses,
+    init_discriminator,
+    load_frozen_losses,
+    loss_gradients,
+    reconstruct,
+    train_discriminator,
+    valid_sums,
+)
+from varjax.tokenizers.losses.lpips import LPIPSConfig
+from varjax.tokenizers.tokenizer_state import join_state, split_state
+from varjax.training.optimizer import AdamW
+from varjax.training.task import Batch, MatchingRows, Plan, TrainState
+from varjax.training.train_step import apply_gradients, create_state
+
+PREVIEW_IMAGES = 8
+LATENT_STD_DECAY = 0.99  # of the moving average that becomes the tokenizer's "latent_std"
+POSTERIOR_KEY = 102  # folded into an image's key; `diffaugment` folds small numbers
+
+
+@dataclasses.dataclass(frozen=True)
+class KLTask:
+    """Trains a KL tokenizer: l1·|x̂-x| + l2·|x̂-x|² + LPIPS + the latents' KL + a GAN's loss.
+
+        KLTask(KLConfig(), perceptual=LPIPSConfig(), gan=GANConfig(), ema=0.9999)
+
+    LDM's loss (arXiv 2112.10752, section 3.1), as a mean over an image's values where theirs is a
+    sum, so that settings hold for any image size. Theirs also learns a scalar log variance that
+    weighs pixels and LPIPS against the KL; it is left out: near its optimum it does no more than
+    rescale both. The state's `params` are the tokenizer's alone, "latent_std" among them; the
+    discriminator lies beside the moments in `opt_state`. Raises InputError for a value out of
+    range.
+
+    Attributes:
+        model: the tokenizer.
+        optimizer: of the tokenizer's parameters.
+        l1: weight of the mean absolute error of images in [-1, 1].
+        l2: weight of their mean squared error.
+        kl: weight of the latents' KL from a standard normal, in nats per value of the image.
+        perceptual: LPIPS; none for no perceptual loss.
+        gan: discriminator and adversarial loss; none for neither.
+        dtype: format of all convolutions in training; "auto" is bfloat16 on an accelerator and
+            float32 on a CPU. Evaluation and the posterior are float32 always.
+        ema: decay of the parameters' moving average; 0 for none.
+        accumulate: number of microbatches that a batch is worked off in.
+        plan: filled in by the loop.
+    """
+
+    model: KLConfig
+    optimizer: AdamW = AdamW(b1=0.5, b2=0.9, weight_decay=0.0)
+    l1: float = 1.0
+    l2: float = 0.0
+    kl: float = 1e-6
+    perceptual: LPIPSConfig | None = None
+    gan: GANConfig | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    ema: float = 0.0
+    accumulate: int = 1
+    plan: Plan = Plan()
+
+    def __post_init__(self):
+        check_setting("ema", self.ema, 0 <= self.ema <= 1, "in [0, 1]")
+        for name in ("l1", "l2", "kl"):
+            value = getattr(self, name)
+            check_setting(name, value, value >= 0, "0 (off) or more")
+
+    def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
+        check_image_losses(self, image_shape)
+
+    def init(self, key: jax.Array) -> TrainState:
+        params = self.model.init(key)
+        state = create_state(params, self._tx(params), self.ema)
+        return join_state(state, {"discriminator": init_discriminator(self, key)})
+
+    def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
+        return read_tokenizer(location)[1], {}
+
+    def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
+        return {}
+
+    def frozen(self) -> PyTree:
+        """Reads {"lpips": parameters} where they are needed; InputError says how to get them."""
+        return load_frozen_losses(self)
+
+    def train_step(
+        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Updates the tokenizer, and the discriminator on the same reconstructions.
+
+        The metric "loss" leaves the adversarial loss out, as in evaluation. "latent_std" of the
+        parameters, and of their average, follows the standard deviation of the batches' latents.
+        """
+        state, others = split_state(state)
+        key, step = jax.random.fold_in(key, state.step), state.step
+        image_BHWC = batch["image_BHWC"]
+        batch = {"image_BHWC": image_BHWC, "key_B": image_keys(key, len(image_BHWC))}
+        discriminator = others.get("discriminator")
+        gradients = functools.partial(_gradients, self, state.params)
+        found = loss_gradients(self, discriminator, frozen, batch, step, gradients)
+        before = state.params[LATENT_STD_PATH]
+        state, norms = apply_gradients(state, found.grads, self._tx(state.params), self.ema)
+        std = jnp.sqrt(_variance(found.statistics))
+        std = jnp.where(step == 0, std, LATENT_STD_DECAY * before + (1 - LATENT_STD_DECAY) * std)
+        state = dataclasses.replace(
+            state,
+            params=state.params | {LATENT_STD_PATH: std},
+            ema=state.ema | {LATENT_STD_PATH: std} if self.ema else None,
+        )
+        metrics = found.metrics | norms | {"lr": self.optimizer.lr(step, self.plan)}
+        others["discriminator"], gan_metrics = train_discriminator(self, discriminator, found, step)
+        return join_state(state, others), metrics | {LATENT_STD_PATH: std} | gan_metrics
+
+    def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
+        whole = dataclasses.replace(self, accumulate=1)
+        return flops.count(whole.train_step, state, frozen, batch, jax.random.key(0))
+
+    def losses(
+        self, params: PyTree, frozen: PyTree, image_BHWC: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Computes each image's losses without the adversarial one, which measures two networks.
+
+        Args:
+            params: the tokenizer's.
+            frozen: `KLTask.frozen`.
+            image_BHWC: uint8; what is compared with them is the posterior's mode, decoded.
+
+        Returns:
+            (B,) each: every loss, "kl" in nats per image, their weighted sum "loss", and "psnr" in
+            dB; and the posterior's moments.
+        """
+        x_BHWC = to_model_range(image_BHWC)
+        y_BHWC, latents = KLTokenizer(self.model).bind({"params": params})(x_BHWC)
+        losses = image_losses(self, frozen, x_BHWC, y_BHWC)
+        losses["kl"] = kl_divergence(latents)
+        losses["loss"] = losses["loss"] + self.kl_weight * losses["kl"]
+        return losses, latents
+
+    def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
+        losses, latents = self.losses(state.params, frozen, batch["image_BHWC"])
+        return valid_sums(losses | latent_moments(latents), batch["valid_B"])
+
+    def eval_metrics(self, sums: PyTree) -> dict[str, Any]:
+        """Returns means over images, and the standard deviation of all samples of latents."""
+        images = sums.pop("images")
+        metrics = {name: total / images for name, total in sums.items()}
+        moments = {name: metrics.pop(name) for name in ("latent_mean", "latent_square")}
+        return metrics | {LATENT_STD_PATH: np.sqrt(_variance(moments))}
+
+    def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        """Returns a row of held-out images, and below it their reconstructions."""
+        images_BHWC = batch["image_BHWC"][:PREVIEW_IMAGES]
+        y_BHWC = self.model.decode(state.params, self.model.encode(state.params, images_BHWC))
+        x_BHWC = to_unit_range(to_model_range(images_BHWC))
+        return {"reconstructions": jnp.stack([x_BHWC, y_BHWC])}
+
+    @property
+    def jax_dtype(self) -> jnp.dtype:
+        """The number format that `dtype` stands for on this machine."""
+        return Compute(self.dtype).jax_dtype
+
+    @property
+    def kl_weight(self) -> float:
+        """The weight of an image's KL, summed over its latents, in the loss."""
+        H, W, channels = self.model.image_shape
+        return self.kl / (H * W * channels)
+
+    def _tx(self, params):
+        decay = trees.map_with_path(lambda path, _: path.endswith("kernel"), params)
+        return self.optimizer.make(self.plan, decay)
+
+
+def _gradients(
+    task: KLTask, params: PyTree, image_gradients: ImageGradientsFn, batch: Batch
+) -> LossGradients:
+    """Computes the gradients of all losses on a microbatch, and the latents' moments over it."""
+    x_BHWC, key_B = to_model_range(batch["image_BHWC"]), batch["key_B"]
+    model = KLTokenizer(task.model, task.jax_dtype)
+
+    def draw(key):
+        return jax.random.normal(jax.random.fold_in(key, POSTERIOR_KEY), task.model.latent_shape)
+
+    def forward(params):
+        (y_BHWC, latents), last_BHWC = reconstruct(model, params, x_BHWC, jax.vmap(draw)(key_B))
+        return (y_BHWC, latents), last_BHWC
+
+    def latent_loss(latents):
+        kl = jnp.mean(kl_divergence(latents))
+        return task.kl_weight * kl, kl
+
+    (y_BHWC, latents), vjp, last_BHWC = jax.vjp(forward, params, has_aux=True)
+    of_images = image_gradients(x_BHWC, y_BHWC, last_BHWC, key_B)
+    (loss, kl), latent_grads = jax.value_and_grad(latent_loss, has_aux=True)(latents)
+    (grads,) = vjp((of_images.image_grad_BHWC, latent_grads))
+    metrics = of_images.metrics | {"kl": kl, "loss": of_images.metrics["loss"] + loss}
+    statistics = {name: jnp.mean(x_B) for name, x_B in latent_moments(latents).items()}
+    return LossGradients(
+        grads, metrics, statistics, of_images.discriminator_grads, of_images.last_layer
+    )
+
+
+def _variance(moments):
+    return moments["latent_square"] - moments["latent_mean"] ** 2
