@@ -173,6 +173,11 @@ class MARConfig:
         return einops.rearrange(tokens, "B (h w) (c p q) -> B (h p) (w q) c", h=h, p=p, q=p)
 
 
+def make_denoiser(head: DiffusionHead, compute: Compute) -> DenoisingMLP:
+    """Returns the head's network alone, whose parameters are the transformer's `params["head"]`."""
+    return DenoisingMLP(head.token_shape[0], head.depth, head.width, compute)
+
+
 class MAR(nn.Module):
     """The encoder over known tokens, the decoder over all places, and the head's network.
 
@@ -203,8 +208,7 @@ class MAR(nn.Module):
         self.diffusion_pos_embed = table("diffusion_pos_embed", c.length, C)
         if isinstance(c.head, DiffusionHead):
             self.z_proj = dense(C, self.dtype, xavier, None)
-            Z = c.head.token_shape[0]
-            self.head = DenoisingMLP(Z, c.head.depth, c.head.width, self.compute)
+            self.head = make_denoiser(c.head, self.compute)
         else:
             self.z_proj = nn.Embed(c.head.vocab, C, embedding_init=normal, dtype=self.dtype)
             self.head = dense(c.head.vocab, jnp.float32, xavier, None)

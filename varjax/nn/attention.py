@@ -194,4 +194,4 @@ def dense(features, dtype, init, name, *, use_bias=True) -> nn.Dense:
 def _flat(x, kernel, _, **options):
     """x @ kernel over one long axis: of two, the kernel's gradient is a third slower on a CPU."""
     y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
-    return y.reshape(*x.shape[:-1], -1)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])

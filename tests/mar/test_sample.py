@@ -1,0 +1,236 @@
+"""Sampling against whole generations of the official code, and what no batch may change."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.mar import golden
+from tests.mar.test_model import assert_close
+from varjax.core import trees
+from varjax.core.errors import InputError
+from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
+from varjax.mar.options import MAROptions, check_sampling, make_plan
+from varjax.mar.sample import KnownTokens, draw_orders, image_keys, sample_tokens
+from varjax.mar.schedule import UnmaskingSchedule, diffusion_steps_by_step
+
+KEY_B = image_keys(0, jnp.arange(2))
+LABEL_B = jnp.array([1, 9], jnp.int32)
+TINY = MARConfig(
+    width=24, encoder_depth=1, decoder_depth=1, encoder_heads=2, decoder_heads=2,
+    head=DiffusionHead(channels=3, depth=1, width=16), classes=10, latent_map=(3, 4), buffer=2,
+)  # fmt: skip
+FEW = MAROptions(cfg=2.0, steps=5, diffusion_steps="4", clip_denoised=2.0)
+
+
+def official_noise(case, generation: str, steps: int):
+    """The normal noise of an official generation by (image, place, draw), and its order."""
+    out, J = case.out, case.steps
+    order_BL = np.ascontiguousarray(out["orders"][:, ::-1]).astype(np.int32)
+    known = UnmaskingSchedule(case.config.length, steps).known
+    Z = case.config.head.token_shape[0]
+    noise_BLJZ = np.zeros((*order_BL.shape, J + 1, Z), np.float32)
+    shapes = [tuple(shape) for shape in out[f"{generation}.calls"]]
+    call = 0
+    for start, stop in zip(known[:-1], known[1:], strict=True):
+        rows = [(b, place) for b in range(2) for place in sorted(order_BL[b, start:stop])]
+        for j in range(J, -1, -1):
+            draw = np.random.RandomState(1000 + call).standard_normal(shapes[call])
+            call += 1
+            for (b, place), row in zip(rows, draw[: len(rows)], strict=True):
+                noise_BLJZ[b, place, j] = row
+    assert call == len(shapes)
+    return noise_BLJZ, order_BL
+
+
+def test_official_draws_are_read_in_their_order():
+    case = golden.case("mar_base")
+    noise_BLJZ, _ = official_noise(case, "generate.plain", 4)
+    assert (noise_BLJZ[:, :, 1:] != 0).all()
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize(
+    ("generation", "options"),
+    [
+        ("generate.plain", dict(cfg=1.0, steps=4)),
+        ("generate.cfg3linear", dict(cfg=3.0, steps=4)),
+        ("generate.cfg2constant", dict(cfg=2.0, steps=3, cfg_schedule="constant")),
+    ],
+)
+def test_whole_generations_are_the_official_ones(name, generation, options):
+    case = golden.case(name)
+    options = MAROptions(**options, diffusion_steps=str(case.steps)).check()
+    noise_BLJZ, order_BL = official_noise(case, generation, options.steps)
+    noise_BLJZ = jnp.asarray(noise_BLJZ)
+
+    def noise(place_Bm, j):
+        return jax.vmap(lambda noise_LJZ, place_m: noise_LJZ[place_m, j])(noise_BLJZ, place_Bm)
+
+    sample = functools.partial(sample_tokens, case.config, noise=noise)
+    plan = make_plan(case.config, options)
+    token_BLZ = jax.jit(sample)(case.params, LABEL_B, KEY_B, plan, order_BL=order_BL)
+    latents_BhwZ = case.config.unpatchify(token_BLZ)
+    assert_close(latents_BhwZ.transpose(0, 3, 1, 2), case.out[generation])
+
+
+@functools.cache
+def params(config):
+    """As if trained: nothing is 0, and the vectors depend on what is known."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        std = 2.0 if path == "head/kernel" else 0.3
+        return jnp.asarray(rng.normal(path.endswith("scale"), std, leaf.shape), jnp.float32)
+
+    return trees.map_with_path(fill, jax.eval_shape(config.init, jax.random.key(0)))
+
+
+@functools.cache
+def compiled(config):
+    sample = functools.partial(sample_tokens, config)
+    return jax.jit(sample, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def sampled(config, options, labels=LABEL_B, key_B=KEY_B, keep_BL=None, token_BL=None, buckets=2):
+    plan = make_plan(config, options.check(), keep_BL, buckets)
+    known = None if keep_BL is None else KnownTokens(jnp.asarray(token_BL), jnp.asarray(keep_BL))
+    return np.asarray(compiled(config)(params(config), labels, key_B, plan, known))
+
+
+CATEGORICAL = dict(head=CategoricalHead(7))
+CAUSAL = dict(attention="causal")
+KINDS = [{}, CATEGORICAL, CAUSAL, CATEGORICAL | CAUSAL, CAUSAL | dict(order="raster")]
+
+
+def tiny(changes) -> MARConfig:
+    return MARConfig(**{**{f: getattr(TINY, f) for f in TINY.__dataclass_fields__}, **changes})
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_an_image_depends_on_its_own_key_and_label_alone(changes):
+    config = tiny(changes)
+    both = sampled(config, FEW)
+    for row in range(2):
+        alone = sampled(config, FEW, LABEL_B[row : row + 1], KEY_B[row : row + 1])
+        np.testing.assert_allclose(alone[0], both[row], rtol=1e-4, atol=1e-4)
+    assert (both[0] != both[1]).any()
+    assert (sampled(config, FEW, LABEL_B[::-1])[0] != both[0]).any()
+    assert (sampled(config, FEW, key_B=image_keys(1, jnp.arange(2)))[0] != both[0]).any()
+
+
+@pytest.mark.parametrize("changes", [{}, CATEGORICAL])
+def test_buckets_change_nothing(changes):
+    config, options = tiny(changes), FEW.replace(steps=7, diffusion_steps="5:3")
+    by_step = sampled(config, options, buckets=0)
+    for buckets in (1, 3):
+        bucketed = sampled(config, options, buckets=buckets)
+        np.testing.assert_allclose(bucketed, by_step, rtol=1e-4, atol=1e-4)
+
+
+def test_fewer_diffusion_steps_at_the_end_change_the_last_tokens_alone():
+    config, key_B = TINY, KEY_B
+    order_BL = np.asarray(draw_orders(config, key_B))
+    options = FEW.replace(cfg=1.0, steps=12)
+    all_alike = sampled(config, options)
+    # With 12 tokens, one a step: 4, 4, 4, 4, 4, 4, 3, … by rounding.
+    counts = diffusion_steps_by_step("4:3", 12)
+    annealed = sampled(config, options.replace(diffusion_steps="4:3"))
+    before = counts.index(3)
+    for b in range(2):
+        first, rest = order_BL[b, :before], order_BL[b, before:]
+        np.testing.assert_allclose(annealed[b, first], all_alike[b, first], rtol=1e-4, atol=1e-5)
+        assert (annealed[b, rest] != all_alike[b, rest]).any()
+
+
+@pytest.mark.parametrize("changes", KINDS)
+def test_kept_tokens_stay_to_the_bit_and_steer_the_others(changes):
+    config, rng = tiny(changes), np.random.default_rng(1)
+    shape = 2, config.length, *config.head.token_shape
+    token_BL = rng.integers(0, 7, shape) if changes.get("head") else rng.normal(size=shape)
+    token_BL = token_BL.astype(config.head.token_dtype)
+    keep_BL = np.zeros((2, config.length), bool)
+    keep_BL[0, :3], keep_BL[1, :8] = True, True
+    edited = sampled(config, FEW, keep_BL=keep_BL, token_BL=token_BL)
+    np.testing.assert_array_equal(edited[keep_BL], token_BL[keep_BL])
+    others = sampled(config, FEW, keep_BL=keep_BL, token_BL=np.roll(token_BL, 1, axis=1))
+    assert (others[~keep_BL] != edited[~keep_BL]).any()
+    # What stands where nothing is kept is never read.
+    hidden = np.where(keep_BL.reshape(keep_BL.shape + (1,) * (token_BL.ndim - 2)), token_BL, 3)
+    same = sampled(config, FEW, keep_BL=keep_BL, token_BL=hidden.astype(token_BL.dtype))
+    np.testing.assert_array_equal(same, edited)
+    alone = sampled(config, FEW, LABEL_B[:1], KEY_B[:1], keep_BL=keep_BL[:1], token_BL=token_BL[:1])
+    np.testing.assert_allclose(alone[0], edited[0], rtol=1e-4, atol=1e-4)
+
+
+def test_an_edit_that_keeps_everything_draws_nothing():
+    token_BL = np.random.default_rng(2).normal(size=(2, 12, 3)).astype(np.float32)
+    keep_BL = np.ones((2, 12), bool)
+    edited = sampled(TINY, FEW, keep_BL=keep_BL, token_BL=token_BL)
+    np.testing.assert_array_equal(edited, token_BL)
+
+
+@pytest.mark.parametrize("order", ["random", "raster"])
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_orders(order, attention):
+    config = tiny(dict(order=order, attention=attention))
+    order_BL = np.asarray(draw_orders(config, KEY_B))
+    np.testing.assert_array_equal(np.sort(order_BL), np.tile(np.arange(12), (2, 1)))
+    assert (order_BL[0] == order_BL[1]).all() == (order == "raster")
+    keep_BL = jnp.zeros((2, 12), bool).at[:, jnp.array([4, 9])].set(True)
+    kept = np.asarray(draw_orders(config, KEY_B, keep_BL))[:, :2]
+    assert (np.sort(kept) == [4, 9]).all() == ((order, attention) != ("raster", "causal"))
+
+
+def test_greedy_codes_are_those_of_the_largest_logit():
+    config = tiny(CATEGORICAL)
+    greedy = [
+        sampled(
+            config,
+            MAROptions(cfg=1.0, steps=1, temperature=0.0),
+            key_B=image_keys(s, jnp.arange(2)),
+        )
+        for s in (0, 1)
+    ]
+    np.testing.assert_array_equal(*greedy)
+
+
+def test_schedules_draw_every_token_once():
+    for length, steps in ((256, 64), (256, 256), (16, 5), (9, 9), (4, 1)):
+        schedule = UnmaskingSchedule(length, steps)
+        assert (np.diff(schedule.known) > 0).all() and schedule.known[-1] == length
+        covered = [i for bucket in schedule.buckets() for i in bucket.steps]
+        assert covered == list(range(steps))
+        for bucket in schedule.buckets(most_kept=length // 3):
+            for i in bucket.steps:
+                assert max(schedule.known[i], length // 3) <= bucket.known <= length
+                assert schedule.known[i + 1] - schedule.known[i] <= bucket.new
+    assert UnmaskingSchedule(256, 64).buckets(least_kept=200)[0].steps.start > 30
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (dict(steps=13), "steps=13: must be at most 12, the number of tokens"),
+        (dict(steps=0), "steps=0: must be a whole number, 1 or more"),
+        (dict(cfg=-1.0), "cfg=-1.0: must be 0 or more; 1 turns it off"),
+        (dict(cfg=float("nan")), "cfg=nan: must be 0 or more"),
+        (dict(cfg_schedule="cosine"), "cfg_schedule=cosine: must be linear or constant"),
+        (dict(temperature=-0.1), "temperature=-0.1: must be a finite number, 0 or more"),
+        (dict(clip_denoised=-1.0), "clip_denoised=-1.0: must be a finite number, 0"),
+        (dict(diffusion_steps="1"), "diffusion_steps=1: give one number, 2 … 1000"),
+        (dict(diffusion_steps="50:x"), "diffusion_steps=50:x: give one number"),
+        (dict(diffusion_steps="5:1001"), "diffusion_steps=5:1001: give one number"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, says):
+    with pytest.raises(InputError, match=says):
+        check_sampling(TINY, MAROptions(**options))
+
+
+def test_whole_numbers_share_a_compilation_with_floats():
+    plan = make_plan(TINY, MAROptions(cfg=3, steps=4.0, diffusion_steps=10).check())
+    same = make_plan(TINY, MAROptions(cfg=3.0, steps=4, diffusion_steps="10").check())
+    assert jax.tree.structure(plan) == jax.tree.structure(same)

@@ -1,0 +1,131 @@
+"""How a MAR model is sampled: its options, and what follows from them before any compilation."""
+
+import math
+from typing import Any, Literal
+
+import flax.struct
+import numpy as np
+
+from varjax.core.errors import InputError, check_setting
+from varjax.mar.model import MARConfig
+from varjax.mar.schedule import Bucket, UnmaskingSchedule, diffusion_steps_by_step
+
+GuidanceSchedule = Literal["linear", "constant"]
+
+
+def _option(default: Any, about: str, pytree_node: bool = True) -> Any:
+    return flax.struct.field(pytree_node, default=default, metadata={"help": about})
+
+
+@flax.struct.dataclass
+class MAROptions:
+    """Sampling options: how many tokens a step draws, and how.
+
+    `cfg`, `temperature` and `clip_denoised` may change without a new compilation, the others not.
+
+    Attributes:
+        cfg: scale s of classifier-free guidance, ε_u + s·(ε_c - ε_u); 1 turns it off.
+        cfg_schedule: "linear" grows from 1 to s with the share of known tokens, "constant" is s.
+        steps: in which all tokens are drawn, by a cosine; a causal model takes as many as it has
+            tokens, whatever this says.
+        temperature: factor on the noise of each diffusion step, or of a categorical head's choice.
+        diffusion_steps: denoising steps of a token, or FIRST:LAST for a number that falls over the
+            steps (DiSA, arXiv 2505.20297).
+        clip_denoised: largest |x_0| a denoising step may aim at, in standard deviations of the
+            latents; 0 for no limit, as the official weights want it (docs/mar.md: when it helps).
+    """
+
+    cfg: float = _option(2.9, "guidance scale; 1 turns it off")
+    cfg_schedule: GuidanceSchedule = _option(
+        "linear", "guidance grows with the share of known tokens, or is constant", False
+    )
+    steps: int = _option(64, "steps in which all tokens are drawn", False)
+    temperature: float = _option(1.0, "factor on the noise of each draw", True)
+    diffusion_steps: str = _option("100", "denoising steps of a token, or FIRST:LAST", False)
+    clip_denoised: float = _option(0.0, "bound on denoised tokens, in deviations; 0: none")
+
+    def check(self) -> "MAROptions":
+        """Returns the options in plain Python types, so that equal ones share a compilation.
+
+        Raises InputError for a value out of range.
+        """
+        check_setting("cfg", self.cfg, 0 <= self.cfg < math.inf, "0 or more; 1 turns it off")
+        allowed = GuidanceSchedule.__args__
+        known = self.cfg_schedule in allowed
+        check_setting("cfg_schedule", self.cfg_schedule, known, " or ".join(allowed))
+        ok = self.steps >= 1 and self.steps == int(self.steps)
+        check_setting("steps", self.steps, ok, "a whole number, 1 or more")
+        ok = 0 <= self.temperature < math.inf
+        check_setting("temperature", self.temperature, ok, "a finite number, 0 or more")
+        ok = 0 <= self.clip_denoised < math.inf
+        check_setting("clip_denoised", self.clip_denoised, ok, "a finite number, 0 (off) or more")
+        diffusion_steps_by_step(str(self.diffusion_steps), 1)
+        return MAROptions(
+            float(self.cfg),
+            str(self.cfg_schedule),
+            int(self.steps),
+            float(self.temperature),
+            str(self.diffusion_steps),
+            float(self.clip_denoised),
+        )
+
+
+@flax.struct.dataclass
+class SamplingPlan:
+    """Holds the options, and what a program for them is compiled from.
+
+    Attributes:
+        options: of sampling.
+        schedule: which step draws how many tokens.
+        buckets: loops over the steps.
+        guided: whether there is guidance: without it, half of the work.
+    """
+
+    options: MAROptions
+    schedule: UnmaskingSchedule = flax.struct.field(pytree_node=False)
+    buckets: tuple[Bucket, ...] = flax.struct.field(pytree_node=False)
+    guided: bool = flax.struct.field(pytree_node=False)
+
+    @property
+    def diffusion_steps(self) -> tuple[int, ...]:
+        """Diffusion steps of each step."""
+        return diffusion_steps_by_step(self.options.diffusion_steps, self.schedule.steps)
+
+
+def make_plan(
+    config: MARConfig,
+    options: MAROptions,
+    keep_BL: np.ndarray | None = None,
+    buckets_wanted: int | None = None,
+) -> SamplingPlan:
+    """Plans the sampling of a batch.
+
+    An edit enters the schedule where as many tokens are known as the image keeps; so its cost and
+    its quality are those of the last steps of a whole image.
+
+    Args:
+        config: the transformer.
+        options: checked ones.
+        keep_BL: what each image of an edit keeps; None for whole images.
+        buckets_wanted: loops that the steps are computed in; 0 for one for each step.
+
+    Raises:
+        InputError: `options.steps` is more than there are tokens.
+    """
+    L = config.length
+    steps = L if config.attention == "causal" else options.steps
+    wanted = {} if buckets_wanted is None else {"buckets_wanted": buckets_wanted}
+    schedule = UnmaskingSchedule(L, steps, **wanted)
+    kept_B = np.zeros(1, int) if keep_BL is None else np.sum(keep_BL, axis=1)
+    buckets = schedule.buckets(int(kept_B.min()), int(kept_B.max()))
+    return SamplingPlan(options, schedule, buckets, options.cfg != 1)
+
+
+def check_sampling(config: MARConfig, options: MAROptions) -> MAROptions:
+    """Returns checked options; raises InputError where they do not suit this model."""
+    options = options.check()
+    if config.attention == "bidirectional" and options.steps > config.length:
+        raise InputError(
+            f"steps={options.steps}: must be at most {config.length}, the number of tokens"
+        )
+    return options

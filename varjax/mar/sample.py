@@ -1,0 +1,268 @@
+"""Sampling: tokens set by set in a random order, each set from all tokens known so far.
+
+Editing is the same loop with the image's own tokens known from the start.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varjax.core.trees import PyTree
+from varjax.mar.causal import causal_next, causal_start
+from varjax.mar.model import MAR, DiffusionHead, MARConfig, make_denoiser
+from varjax.mar.options import SamplingPlan
+from varjax.nn.compute import Compute
+from varjax.nn.diffusion import NoiseSchedule, reverse_diffusion
+
+ORDER_KEY, NOISE_KEY = 0, 1  # folded into an image's key
+
+# (places (B, m), number of the draw) -> normal noise (B, m, Z)
+Noise = Callable[[jax.Array, jax.Array | int], jax.Array]
+
+
+@flax.struct.dataclass
+class KnownTokens:
+    """Holds tokens that sampling must keep, for editing.
+
+    Attributes:
+        token_BL: the tokens of an image, (B, L, Z) or (B, L).
+        keep_BL: True where they stand, False where new ones are drawn.
+    """
+
+    token_BL: jax.Array
+    keep_BL: jax.Array
+
+
+def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Array:
+    """Derives a key (B,) for each image from the seed and its number, not its place in a batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B)
+
+
+def draw_orders(config: MARConfig, key_B: jax.Array, keep_BL: jax.Array | None = None) -> jax.Array:
+    """Draws the order in which places become known, (B, L) int32.
+
+    Args:
+        config: the transformer, whose `order` decides.
+        key_B: one key an image.
+        keep_BL: places that come first; with raster order and causal attention nothing does.
+    """
+    L = config.length
+    order_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (len(key_B), L))
+    if config.order == "random":
+        order_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, ORDER_KEY)
+        order_BL = jax.vmap(jax.random.permutation)(order_key_B, order_BL)
+    elif config.attention == "causal":
+        return order_BL
+    if keep_BL is None:
+        return order_BL
+    drawn_BL = ~_take(keep_BL, order_BL)
+    return _take(order_BL, jnp.argsort(drawn_BL, axis=1, stable=True))
+
+
+def draw_noise(config: MARConfig, key_B: jax.Array) -> Noise:
+    """Returns a source of normal noise: a function of an image's key, place and draw alone."""
+    noise_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, NOISE_KEY)
+    fold_in = jax.random.fold_in
+
+    def noise(place_Bm, number):
+        def of_token(key, place):
+            key = fold_in(fold_in(key, place), number)
+            return jax.random.normal(key, config.head.token_shape)
+
+        return jax.vmap(jax.vmap(of_token, (None, 0)))(noise_key_B, place_Bm)
+
+    return noise
+
+
+def sample_tokens(
+    config: MARConfig,
+    params: PyTree,
+    label_B: jax.Array,
+    key_B: jax.Array,
+    plan: SamplingPlan,
+    known: KnownTokens | None = None,
+    compute: Compute = Compute(),  # noqa: B008  (frozen)
+    *,
+    order_BL: jax.Array | None = None,
+    noise: Noise | None = None,
+) -> jax.Array:
+    """Samples all tokens of images; meant to be jitted as a whole.
+
+    Args:
+        config: the transformer.
+        params: its parameters.
+        label_B: classes; `config.classes` means "no class".
+        key_B: one key an image, see `image_keys`.
+        plan: by `make_plan`; of an edit, for no fewer kept tokens than `known` has.
+        known: tokens to keep.
+        compute: how the transformer is computed.
+        order_BL: places in the order in which they become known; None to draw it.
+        noise: source of the normal noise; None to draw it.
+
+    Returns:
+        Tokens by place, (B, L, Z) float32 or (B, L) int32.
+    """
+    B, L = len(label_B), config.length
+    if plan.guided:  # both streams as one batch, the conditional one first
+        label_B = jnp.concatenate([label_B, jnp.full_like(label_B, config.classes)])
+    if order_BL is None:
+        order_BL = draw_orders(config, key_B, None if known is None else known.keep_BL)
+    if known is None:
+        shape = B, L, *config.head.token_shape
+        known = KnownTokens(jnp.zeros(shape, config.head.token_dtype), jnp.zeros((B, L), bool))
+    draw = _draw_continuous if isinstance(config.head, DiffusionHead) else _draw_categorical
+    if isinstance(config.head, DiffusionHead) and noise is None:
+        noise = draw_noise(config, key_B)
+    draw = functools.partial(draw, config, params, plan, noise, key_B, compute)
+    loop = _causal_loop if config.attention == "causal" else _masked_loop
+    return loop(config, params, label_B, order_BL, plan, known, compute, draw)
+
+
+def _masked_loop(config, params, label_B, order_BL, plan, known, compute, draw):
+    """Masked autoregression: several tokens a step, of which all see all known ones."""
+    apply = functools.partial(MAR(config, compute).apply, {"params": params})
+    class_BC = apply(label_B, method="class_vectors")
+    L, streams = config.length, len(label_B) // len(order_BL)
+    kept_B1 = jnp.sum(known.keep_BL, axis=1, keepdims=True)
+    # So that a slice of the order may begin anywhere; the places behind the last are never drawn.
+    widest = max((bucket.new for bucket in plan.buckets), default=0)
+    ahead_BL = jnp.pad(order_BL, ((0, 0), (0, widest)), constant_values=L)
+
+    def step(bucket, token_BL, x):
+        number, start, stop = x
+        place_Bn = order_BL[:, : bucket.known]
+        known_Bn = jnp.arange(bucket.known)[None] < jnp.maximum(start, kept_B1)
+        z_BLC = apply(
+            *(_repeat(a, streams) for a in (_take(token_BL, place_Bn), place_Bn, known_Bn)),
+            class_BC,
+            method="hidden",
+        )
+        place_Bm = jax.lax.dynamic_slice_in_dim(ahead_BL, start, bucket.new, axis=1)
+        position_1m = start + jnp.arange(bucket.new)[None]
+        wanted_Bm = (position_1m < stop) & (position_1m >= kept_B1)
+        z_BmC = _take(z_BLC, _repeat(jnp.minimum(place_Bm, L - 1), streams))
+        token_Bm = draw(z_BmC, place_Bm, number)
+        target_Bm = jnp.where(wanted_Bm, place_Bm, L)
+        put = jax.vmap(lambda all_L, place_m, new_m: all_L.at[place_m].set(new_m, mode="drop"))
+        return put(token_BL, target_Bm, token_Bm)
+
+    token_BL = known.token_BL
+    for bucket in plan.buckets:
+        body = functools.partial(step, bucket)
+        places = np.array(plan.schedule.known)
+        numbers = np.array(bucket.steps)
+        xs = (numbers, places[numbers], places[numbers + 1])
+        token_BL, _ = jax.lax.scan(lambda c, x, f=body: (f(c, x), None), token_BL, xs)
+    return token_BL
+
+
+def _causal_loop(config, params, label_B, order_BL, plan, known, compute, draw):
+    """Autoregression: one token a step, which sees those before it in the order."""
+    model = MAR(config, compute)
+    apply = functools.partial(model.apply, {"params": params})
+    streams = len(label_B) // len(order_BL)
+
+    def choose(z_BC, token_BL, place_B, number):
+        place_B1 = place_B[:, None]
+        token_B1 = draw(z_BC[:, None], place_B1, number)
+        keep_B1, kept_B1 = _take(known.keep_BL, place_B1), _take(known.token_BL, place_B1)
+        keep_B1 = keep_B1.reshape(keep_B1.shape + (1,) * (token_B1.ndim - 2))
+        token_B1 = jnp.where(keep_B1, kept_B1, token_B1)
+        return jax.vmap(lambda all_L, place, new: all_L.at[place].set(new))(
+            token_BL, place_B, token_B1[:, 0]
+        )
+
+    def step(carry, x):
+        token_BL, cache = carry
+        number, place_B, next_B = x
+        last_B = _take(token_BL, place_B[:, None])[:, 0]
+        last_B, place_B, following_B = (_repeat(a, streams) for a in (last_B, place_B, next_B))
+        z_BC, cache = apply(last_B, place_B, following_B, number, cache, method=causal_next)
+        return (choose(z_BC, token_BL, next_B, number + 1), cache), None
+
+    class_BC = apply(label_B, method="class_vectors")
+    first_B = order_BL[:, 0]
+    z_BC, cache = apply(_repeat(first_B, streams), class_BC, method=causal_start)
+    token_BL = choose(z_BC, known.token_BL, first_B, 0)
+    numbers = np.arange(config.length - 1)
+    xs = (numbers, order_BL[:, :-1].T, order_BL[:, 1:].T)
+    (token_BL, _), _ = jax.lax.scan(step, (token_BL, cache), xs)
+    return token_BL
+
+
+def _draw_continuous(config, params, plan, noise, key_B, compute, z_BmC, place_Bm, number):
+    """Draws tokens (B, m, Z) by undoing diffusion; `number` is that of the step."""
+    (B, m), options, (Z,) = place_Bm.shape, plan.options, config.head.token_shape
+    mlp, variables = make_denoiser(config.head, compute), {"params": params["head"]}
+    cond_NE = mlp.apply(variables, z_BmC.reshape(-1, config.width), method="condition")
+    scale = _guidance(plan, number)
+
+    def denoise(xt_NZ, t_1):
+        if not plan.guided:
+            return mlp.apply(variables, xt_NZ, t_1, cond_NE)
+        out_N2Z = mlp.apply(variables, jnp.concatenate([xt_NZ, xt_NZ]), t_1, cond_NE)
+        noise_NZ, value_NZ = jnp.split(out_N2Z, 2, axis=-1)
+        return jnp.concatenate([_guide(noise_NZ, scale), value_NZ[: B * m]], axis=-1)
+
+    counts = plan.diffusion_steps
+    steps: Any = counts[0]
+    coefficients = NoiseSchedule(counts[0]).coefficients()
+    if len(set(counts)) > 1:
+        steps = jnp.asarray(counts)[number]
+        rows = [NoiseSchedule(count).coefficients() for count in counts]
+        wide = max(counts)
+        tables = jax.tree.map(
+            lambda *row: np.stack([np.pad(x, (0, wide - len(x))) for x in row]), *rows
+        )
+        coefficients = tables.at(number)
+    token_NZ = reverse_diffusion(
+        denoise,
+        coefficients,
+        steps,
+        lambda j: noise(place_Bm, j).reshape(-1, Z),
+        options.temperature,
+        options.clip_denoised,
+    )
+    return token_NZ.reshape(B, m, Z)
+
+
+def _draw_categorical(config, params, plan, _, key_B, compute, z_BmC, place_Bm, number):
+    """Draws codes (B, m) from the softmax of guided logits."""
+    logits_BmV = MAR(config, compute).apply({"params": params}, z_BmC, method="logits")
+    if plan.guided:
+        logits_BmV = _guide(logits_BmV, _guidance(plan, number))
+    noise_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, NOISE_KEY)
+
+    def gumbel(key, place):
+        return jax.random.gumbel(jax.random.fold_in(key, place), logits_BmV.shape[-1:])
+
+    gumbel_BmV = jax.vmap(jax.vmap(gumbel, (None, 0)))(noise_key_B, place_Bm)
+    # The argmax of logits and noise is a draw from the softmax of logits / temperature.
+    return jnp.argmax(logits_BmV + plan.options.temperature * gumbel_BmV, axis=-1).astype(jnp.int32)
+
+
+def _guidance(plan, number):
+    """The scale of guidance at a step: 1 is none."""
+    share = plan.schedule.guidance_share(plan.options.cfg_schedule)
+    return 1 + (plan.options.cfg - 1) * jnp.asarray(share)[number]
+
+
+def _guide(x, scale):
+    """Classifier-free guidance (Ho and Salimans 2022) of conditional and unconditional halves."""
+    conditional, unconditional = jnp.split(x, 2)
+    return unconditional + scale * (conditional - unconditional)
+
+
+def _take(x_BL, place_Bn):
+    """Rows of (B, L, …) at places, (B, n, …)."""
+    return jax.vmap(lambda x_L, place_n: x_L[place_n])(x_BL, place_Bn)
+
+
+def _repeat(x_B, streams):
+    """The same batch for each stream of guidance."""
+    return jnp.concatenate([x_B] * streams)

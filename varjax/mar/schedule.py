@@ -1,0 +1,127 @@
+"""Which tokens become known at which step of sampling, and in which padded sizes that is computed.
+
+All of it is plain numbers, known before anything is compiled.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import numpy as np
+
+from varjax.core.errors import InputError
+
+BUCKETS = 8  # loops of their own that a sampling program has
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Some consecutive steps, computed in arrays of one size.
+
+    Attributes:
+        steps: their numbers.
+        known: tokens that the encoder sees, at most.
+        new: tokens that a step draws, at most.
+    """
+
+    steps: range
+    known: int
+    new: int
+
+
+@dataclasses.dataclass(frozen=True)
+class UnmaskingSchedule:
+    """Draws more tokens a step the more are known, along a cosine (MAR, section 3.3).
+
+    Raises InputError for a number of steps that there cannot be.
+
+        schedule = UnmaskingSchedule(length=256, steps=64)
+        schedule.known  # (0, 1, 2, …, 256)
+
+    Attributes:
+        length: L, the number of tokens.
+        steps: of sampling, 1 … L.
+        buckets_wanted: most loops that the steps are computed in; 0 for one for each step.
+    """
+
+    length: int
+    steps: int
+    buckets_wanted: int = BUCKETS
+
+    def __post_init__(self):
+        if not 1 <= self.steps <= self.length or self.steps != int(self.steps):
+            raise InputError(
+                f"steps={self.steps}: must be a whole number, 1 … {self.length} (the number of "
+                "tokens)"
+            )
+
+    @functools.cached_property
+    def masked_after(self) -> tuple[int, ...]:
+        """Tokens left to draw after each step by the cosine, 1 at least: guidance follows them."""
+        left, counts = self.length, []
+        for i in range(self.steps):
+            cosine = math.floor(self.length * np.cos(np.pi / 2 * (i + 1) / self.steps))
+            left = max(1, min(left - 1, cosine))
+            counts.append(left)
+        return tuple(counts)
+
+    @functools.cached_property
+    def known(self) -> tuple[int, ...]:
+        """Known tokens before each step, and L at the end."""
+        return 0, *(self.length - left for left in self.masked_after[:-1]), self.length
+
+    def guidance_share(self, kind: str) -> np.ndarray:
+        """Returns which share of the guidance each step has, (steps,): "linear" or "constant"."""
+        if kind == "constant":
+            return np.ones(self.steps, np.float32)
+        return 1 - np.array(self.masked_after, np.float32) / self.length
+
+    def buckets(self, least_kept: int = 0, most_kept: int = 0) -> tuple[Bucket, ...]:
+        """Groups the steps into loops.
+
+        Args:
+            least_kept: known tokens to begin with, in the image of a batch that has the fewest;
+                buckets in which no more than these are drawn are left out.
+            most_kept: those of the image that has the most.
+        """
+        count = min(self.buckets_wanted or self.steps, self.steps)
+        edges = [i * self.steps // count for i in range(count + 1)]
+        found = []
+        for start, stop in itertools.pairwise(edges):
+            known = self.known[start : stop + 1]
+            if known[-1] > least_kept:
+                new = max(b - a for a, b in itertools.pairwise(known))
+                seen = max(known[-2], self._rounded_up(most_kept))
+                found.append(Bucket(range(start, stop), seen, new))
+        return tuple(found)
+
+    def _rounded_up(self, tokens: int) -> int:
+        """Rounds to eighths of all tokens, so that few sizes of a mask are compiled for."""
+        part = math.ceil(self.length / BUCKETS)
+        return min(math.ceil(tokens / part) * part, self.length)
+
+
+def diffusion_steps_by_step(text: str, steps: int) -> tuple[int, ...]:
+    """Reads "100", or "50:5" for a number that falls linearly from the first step to the last.
+
+    Fewer denoising steps suffice the more tokens are known (DiSA, Zhao et al. 2025).
+
+    Args:
+        text: one number or two.
+        steps: of sampling.
+
+    Returns:
+        Diffusion steps of each step.
+
+    Raises:
+        InputError: `text` is neither, or a number is below 2 or above 1,000.
+    """
+    first, colon, last = text.partition(":")
+    numbers = [first, last] if colon else [first, first]
+    if not all(n.isdigit() and 2 <= int(n) <= 1000 for n in numbers):
+        raise InputError(
+            f"diffusion_steps={text}: give one number, 2 … 1000, or FIRST:LAST like 50:5"
+        )
+    a, b = map(int, numbers)
+    return tuple(round(a + (b - a) * i / max(steps - 1, 1)) for i in range(steps))
