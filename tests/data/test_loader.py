@@ -175,13 +175,14 @@ def test_signals_to_the_whole_group_do_not_reach_the_workers(with_workers):
     with_workers.train_batch(1)
 
 
-def test_a_killed_worker_is_an_error_and_not_a_hang(with_workers):
-    stream = with_workers.train()
-    next(stream)
-    for process in multiprocessing.active_children():
+def test_a_killed_worker_is_an_error_and_not_a_hang():
+    others = set(multiprocessing.active_children())  # of the fixture, for the tests after this one
+    loader = make_loader(dataclasses.replace(BROKEN, reading=WORKERS), 32)
+    next(loader.train())
+    for process in set(multiprocessing.active_children()) - others:
         os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(ChildProcessError, match=r"died \(exit code -9; .* fewer reading.workers"):
-        take(with_workers, 10)
+        take(loader, 10)
 
 
 def test_errors_of_the_data_reach_the_run(tmp_path):
