@@ -1,0 +1,170 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.tokenizers.kl.test_model import small_config
+from varjax.core import trees
+from varjax.core.errors import InputError
+from varjax.tokenizers.kl.model import KLTokenizer, latent_moments, sample_posterior
+from varjax.tokenizers.kl.task import LATENT_STD_DECAY, KLTask
+from varjax.tokenizers.losses.gan import GANConfig
+from varjax.training.optimizer import AdamW
+from varjax.training.task import Plan
+
+CONFIG = small_config(image_size=(8, 8), image_channels=1)
+TASK = KLTask(CONFIG, AdamW(base_lr=2e-3, schedule="constant", warmup=0.0), ema=0.5, kl=1e-2)
+IMAGE_BHWC = np.random.default_rng(0).integers(0, 256, (6, *CONFIG.image_shape), dtype=np.uint8)
+BATCH, KEY = {"image_BHWC": IMAGE_BHWC}, jax.random.key(1)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return jax.jit(TASK.init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def train_step():
+    """Compiled once for the tests that share its settings."""
+    return jax.jit(TASK.train_step)
+
+
+def evaluate(state, batch_size):
+    totals, step = None, jax.jit(TASK.eval_step)
+    for start in range(0, 6, batch_size):
+        rows = np.arange(start, start + batch_size)
+        batch = {"image_BHWC": IMAGE_BHWC[np.minimum(rows, 5)], "valid_B": rows < 6}
+        sums = jax.device_get(step(state, {}, batch))
+        totals = sums if totals is None else jax.tree.map(np.add, totals, sums)
+    return TASK.eval_metrics(totals)
+
+
+@pytest.mark.slow
+def test_evaluation_does_not_depend_on_the_batch_size(state):
+    expected, found = evaluate(state, 6), evaluate(state, 4)
+    assert expected.keys() == found.keys() == {"loss", "l1", "l2", "kl", "psnr", "latent_std"}
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_loss_is_the_weighted_sum_of_its_terms(state):
+    task = dataclasses.replace(TASK, l1=0.3, l2=0.7, kl=0.5)
+    losses, _ = jax.jit(task.losses)(state.params, {}, IMAGE_BHWC)
+    expected = 0.3 * losses["l1"] + 0.7 * losses["l2"] + 0.5 * losses["kl"] / 64
+    np.testing.assert_allclose(losses["loss"], expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_scale_is_the_spread_of_samples_over_the_data(state):
+    """By many samples, where the task computes it from the moments."""
+    latents = jax.jit(CONFIG.encode)(state.params, IMAGE_BHWC)
+    noise = np.random.default_rng(0).standard_normal((500, 6, *CONFIG.latent_shape), np.float32)
+    samples = np.asarray(jax.vmap(lambda x: sample_posterior(latents, x))(jnp.asarray(noise)))
+    np.testing.assert_allclose(evaluate(state, 6)["latent_std"], samples.std(), rtol=0.02)
+
+
+@pytest.mark.slow
+def test_the_scale_starts_at_the_first_batch_and_then_follows(state, train_step):
+    @jax.jit
+    def spread(params):
+        moments = latent_moments(CONFIG.encode(params, IMAGE_BHWC))
+        mean, square = (jnp.mean(x_B) for x_B in moments.values())
+        return jnp.sqrt(square - mean**2)
+
+    # As of a run that starts from another's weights: what these were measured on does not count.
+    state = dataclasses.replace(state, params=state.params | {"latent_std": jnp.float32(7)})
+    first, _ = train_step(state, {}, BATCH, KEY)
+    np.testing.assert_allclose(first.params["latent_std"], spread(state.params), rtol=1e-4)
+    second, metrics = train_step(first, {}, BATCH, KEY)
+    expected = LATENT_STD_DECAY * spread(state.params) + 0.01 * spread(first.params)
+    np.testing.assert_allclose(second.params["latent_std"], expected, rtol=1e-4)
+    assert metrics["latent_std"] == second.params["latent_std"] == second.ema["latent_std"]
+    moments = second.opt_state[1]
+    assert moments.mu["latent_std"] == moments.nu["latent_std"] == 0
+
+
+@pytest.mark.slow
+def test_accumulation_changes_nothing_but_rounding(state, train_step):
+    expected_state, expected = train_step(state, {}, BATCH, KEY)
+    task = dataclasses.replace(TASK, accumulate=3)
+    found_state, found = jax.jit(task.train_step)(state, {}, BATCH, KEY)
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, err_msg=name)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0.01, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, found_state.opt_state[1].mu, expected_state.opt_state[1].mu)
+
+
+@pytest.mark.slow
+def test_gradients_are_those_of_the_whole_loss(state, train_step):
+    """Pixels of a sample decoded, and the KL: by one differentiation, with a step's own noise."""
+    step_key = jax.random.fold_in(KEY, 0)
+    key_B = [jax.random.fold_in(step_key, i) for i in range(6)]
+    keys = [jax.random.fold_in(key, 102) for key in key_B]
+    noise_BhwZ = jnp.stack([jax.random.normal(key, CONFIG.latent_shape) for key in keys])
+    x_BHWC = IMAGE_BHWC.astype(np.float32) / 127.5 - 1
+
+    @jax.jit
+    @jax.grad
+    def grads(params):
+        y_BHWC, latents = KLTokenizer(CONFIG).apply({"params": params}, x_BHWC, noise_BhwZ)
+        mean, std = latents["mean_BhwZ"], latents["std_BhwZ"]
+        kl = 0.5 * jnp.sum(mean**2 + std**2 - 1 - 2 * jnp.log(std)) / 6
+        return jnp.mean(jnp.abs(y_BHWC - x_BHWC)) + 1e-2 * kl / 64
+
+    expected = grads(state.params)
+    after, metrics = train_step(state, {}, BATCH, KEY)
+    clip = min(1, 2.0 / metrics["grad_norm"])
+    mu = jax.tree.map(lambda x: x / (0.1 * clip), after.opt_state[1].mu)  # b1 is 0.9
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, mu, expected)
+
+
+@pytest.mark.slow
+def test_training_learns_to_reconstruct_and_averages(state, train_step):
+    first, losses = state, []  # a constant rate: the plan's length changes nothing
+    for _ in range(40):
+        state, metrics = train_step(state, {}, BATCH, KEY)
+        losses.append(float(metrics["l1"]))
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), state.params, first.params)
+    moved = trees.paths(changed)
+    assert all(moved.values()), [path for path, m in moved.items() if not m]
+
+
+@pytest.mark.slow
+def test_the_adversary_s_loss_joins_and_its_state_stays_apart():
+    gan = GANConfig("patch", 8, 1, start=0.0, ramp=0.0)
+    task = dataclasses.replace(TASK, gan=gan, plan=Plan(8, 6))
+    task.check(CONFIG.image_shape, 10)
+    before = jax.eval_shape(task.init, KEY)
+    assert before.params.keys() == jax.eval_shape(TASK.init, KEY).params.keys()
+    after, metrics = jax.eval_shape(task.train_step, before, {}, BATCH, KEY)
+    assert not trees.difference(before, after)
+    expected = {"adversarial", "adversarial_weight", "kl", "latent_std", "discriminator/loss"}
+    assert expected <= metrics.keys()
+
+
+def test_previews_show_the_images_and_their_reconstructions(state):
+    rows = jax.jit(TASK.preview)(state, {}, BATCH)["reconstructions"]
+    assert rows.shape == (2, 6, *CONFIG.image_shape)
+    np.testing.assert_allclose(rows[0], IMAGE_BHWC / 255, atol=1e-6)
+    decoded = jax.jit(lambda p: CONFIG.decode(p, CONFIG.encode(p, IMAGE_BHWC)))(state.params)
+    np.testing.assert_allclose(rows[1], decoded, atol=1e-5)
+
+
+@pytest.mark.parametrize("field, value", [("ema", 1.5), ("l1", -1.0), ("kl", -0.1)])
+def test_weights_out_of_range_are_refused(field, value):
+    with pytest.raises(InputError, match=field):
+        dataclasses.replace(TASK, **{field: value})
+
+
+def test_what_does_not_suit_the_data_is_refused():
+    with pytest.raises(InputError, match=r"\(16, 16, 1\), but the tokenizer takes \(8, 8, 1\)"):
+        TASK.check((16, 16, 1), 10)
+    with pytest.raises(InputError, match="cannot be accumulated in 5 equal parts"):
+        dataclasses.replace(TASK, accumulate=5).check((8, 8, 1), 10)
+    with pytest.raises(InputError, match="too small for gan.kind"):
+        dataclasses.replace(TASK, gan=GANConfig(layers=3)).check((8, 8, 1), 10)
