@@ -86,6 +86,31 @@ def test_a_step_of_the_full_tokenizer_changes_no_shape(name):
     assert metrics["perplexity"].shape == (10,) and metrics["adversarial_weight"].shape == ()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("arg, h", [("256", 16), ("512,no_lpips", 32)])
+def test_a_step_of_the_full_kl_tokenizer_changes_no_shape(arg, h):
+    e = load(f"kl_tokenizer.py:{arg},data=random")
+    e.check()
+    e.task.check(e.data.image_shape, e.data.classes)
+    assert e.task.model.latent_shape == (h, h, 16)
+    key = jax.random.key(0)
+    state = jax.eval_shape(e.task.init, key)
+    sizes = [x.size for x in jax.tree.leaves(state.params)]
+    assert sum(sizes) == 66_456_019 + 1  # as released, and the latents' spread
+    frozen = {"lpips": jax.eval_shape(init_lpips, key)} if e.task.perceptual else {}
+    batch = e.data.make(2, seed=0).train_batch(0)
+    after, metrics = jax.eval_shape(e.task.train_step, state, frozen, batch, key)
+    assert not trees.difference(state, after)
+    assert ("perceptual" in metrics) == ("no_lpips" not in arg)
+
+
+def test_the_kl_tokenizer_s_recipe_is_ldm_s():
+    task, plan = load("kl_tokenizer.py").task, load("kl_tokenizer.py").plan(IMAGES)
+    assert (task.l1, task.l2, task.kl, task.gan.weight) == (1, 0, 1e-6, 0.5)
+    np.testing.assert_allclose(task.optimizer.lr(np.array([0, 400_000]), plan), 96 * 4.5e-6)
+    np.testing.assert_allclose(task.gan.first_step(plan), 50_000, rtol=0.02)
+
+
 def test_the_tokenizer_s_recipe_is_written_with_its_run_and_can_be_changed():
     e = load("tokenizer.py:no_lpips,256")
     e = config_tree.override(e, ["task.gan.start=0.5", "task.gan.optimizer.clip=3.0"])
@@ -118,7 +143,7 @@ def test_a_wrong_argument_is_told_what_is_allowed(name, message):
         load(name)
 
 
-@pytest.mark.parametrize("name", ["digits.py", "digits_tokenizer.py"])
+@pytest.mark.parametrize("name", ["digits.py", "digits_tokenizer.py", "digits_kl_tokenizer.py"])
 def test_small_configs_fit_their_data(name):
     e = load(name)
     e.check()
@@ -207,7 +232,15 @@ def test_a_wrong_argument_of_small_is_told_what_is_allowed(arg, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["digits", "digits_tokenizer", "photos_tokenizer:adversarial", "tokenizer", "var:d16"]
+    "name",
+    [
+        "digits",
+        "digits_tokenizer",
+        "photos_tokenizer:adversarial",
+        "tokenizer",
+        "kl_tokenizer",
+        "var:d16",
+    ],
 )
 def test_every_field_has_its_line_of_documentation(name):
     lines = config_flags.describe(config_flags.load_config(name)).splitlines()
