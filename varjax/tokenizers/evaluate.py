@@ -7,14 +7,18 @@ Over the whole held-out split, whatever the batch size:
 psnr        dB, mean over images            sharpness   mean gradient of the reconstructions, where
 ssim        11×11 Gaussian window                       that of the originals is 1
 l1          of values that span 1           lpips       with --lpips=DIR (docs/convert.md)
-same_in_bfloat16   share of tokens that an encoder in bfloat16 would leave as they are
 
-and after each scale: psnr; rest, the share of the features' squares that is still missing; the
-perplexity of the codes, their number, and that over the most there could be (the vocabulary, or one
-for each token).
+of a VQ tokenizer    same_in_bfloat16, the share of tokens that an encoder in bfloat16 would leave
+as they are, and after each scale psnr; rest, the share of the features' squares that is still
+missing; the perplexity of the codes, their number, and that over the most there could be (the
+vocabulary, or one for each token)
 
-DIR gets evaluation.json, scales.png (held-out images, below each what its first 1 … K scales give)
-and worst.png (lowest PSNR: original, reconstruction, difference).
+of a KL tokenizer    kl, of an image's latents; posterior_std, the mean of their standard
+deviations; latent_std, that of all latents' samples; latent_scale, 1 / latent_std;
+stored_latent_std, the one that lies with the weights
+
+DIR gets evaluation.json, scales.png (held-out images, below each its reconstruction, or what its
+first 1 … K scales give) and worst.png (lowest PSNR: original, reconstruction, difference).
 """
 
 import argparse
@@ -32,7 +36,11 @@ from varjax.data.sources import CachedLatents, parse_dataset
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.losses.lpips import check_lpips_images, load_lpips
-from varjax.tokenizers.vq.reconstruction_metrics import Reconstruction, measure_split
+from varjax.tokenizers.reconstruction_metrics import (
+    Reconstruction,
+    measure_split,
+    report_lines,
+)
 
 PICTURES = 8  # columns of scales.png and worst.png
 
@@ -106,18 +114,8 @@ def worst_picture(shown: Sequence[Reconstruction]) -> np.ndarray:
 
 def report_table(report: dict[str, Any]) -> str:
     """Formats the report as text."""
-    lines = [f"{report['images']:,} held-out images of {report['data']}"]
-    units = {"psnr": "{:.2f} dB", "ssim": "{:.4f}", "l1": "{:.4f}", "lpips": "{:.4f}"}
-    for name, form in (units | {"sharpness": "{:.3f}", "same_in_bfloat16": "{:.4f}"}).items():
-        if name in report:
-            lines.append(f"{name:<18}" + form.format(report[name]))
-    forms = {"psnr": "{:.2f}", "rest": "{:.3f}", "perplexity": "{:.1f}", "codes": "{}"}
-    forms["usage"] = "{:.2f}"
-    lines.append("".join(f"{name:>12}" for name in ("scale", *forms)))
-    for k, (h, w) in enumerate(report["scales"]):
-        cells = [form.format(report[f"scale_{name}"][k]) for name, form in forms.items()]
-        lines.append("".join(f"{cell:>12}" for cell in (f"{h}×{w}", *cells)))
-    return "\n".join(lines)
+    first = f"{report['images']:,} held-out images of {report['data']}"
+    return "\n".join([first, *report_lines(report)])
 
 
 def main(arguments: list[str]) -> int:

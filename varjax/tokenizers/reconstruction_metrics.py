@@ -1,4 +1,4 @@
-"""Measures a VQ tokenizer over a whole split of images, on all devices of the process."""
+"""Measures a tokenizer over a whole split of images, on all devices of the process."""
 
 import dataclasses
 import functools
@@ -13,14 +13,49 @@ from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.tokenizers import image_metrics
+from varjax.tokenizers.contract import Tokenizer
+from varjax.tokenizers.kl.model import KLConfig
+from varjax.tokenizers.kl.posterior_metrics import (
+    measure_posteriors,
+    posterior_lines,
+    summarize_posteriors,
+)
 from varjax.tokenizers.losses.lpips import lpips
-from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, encode_images
-from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.tokenizers.vq.token_metrics import measure_tokens, summarize_tokens, token_lines
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, put, replicated
 from varjax.training.task import Batch
 
 EPSILON = 1e-12  # below any real mean square
+SHARED = {"psnr": "{:.2f} dB", "ssim": "{:.4f}", "l1": "{:.4f}", "lpips": "{:.4f}"}
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentMetrics:
+    """Holds what is measured of one kind of tokenizer besides its reconstructions.
+
+    Attributes:
+        measure: (config, params, images in [-1, 1], valid_B) -> the reconstruction after each
+            scale, (K, B, H, W, C) in [-1, 1]; measures of each image, by names that end in their
+            shape, "rest_KB"; and by name, what adds over batches.
+        summary: (config, params, mean of each measure, the added, number of images) -> JSON data.
+        lines: report -> its lines of text.
+    """
+
+    measure: Callable[
+        [Any, PyTree, jax.Array, jax.Array],
+        tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]],
+    ]
+    summary: Callable[[Any, PyTree, Mapping[str, Any], Mapping[str, Any], int], dict[str, Any]]
+    lines: Callable[[Mapping[str, Any]], list[str]]
+
+
+# The one table of what is measured of a kind of tokenizer, by its config.
+LATENT_METRICS: dict[type, LatentMetrics] = {
+    VQConfig: LatentMetrics(measure_tokens, summarize_tokens, token_lines),
+    KLConfig: LatentMetrics(measure_posteriors, summarize_posteriors, posterior_lines),
+}
 
 
 class HeldOutLoader(Protocol):
@@ -33,8 +68,8 @@ class HeldOutLoader(Protocol):
 
 
 def measure_batch(
-    config: VQConfig, params: PyTree, lpips_params: PyTree, batch: Batch
-) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+    config: Tokenizer, params: PyTree, lpips_params: PyTree, batch: Batch
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array], jax.Array]:
     """Measures the reconstructions of a batch of images.
 
     Args:
@@ -44,39 +79,25 @@ def measure_batch(
         batch: {"image_BHWC": uint8, "valid_B"}.
 
     Returns:
-        Measures of each image, whose values span 1, by names that end in their shape: psnr_KB and
-        rest_KB after each scale, rest_KB being the mean square of the features' residual and
-        power_B that of the features; counts of codes (K, V), of valid images; and the
-        reconstruction after each scale, (K, B, H, W, C) uint8.
+        Measures of each image, whose values span 1, by names that end in their shape; what adds
+        over batches; and the reconstruction after each scale, (K, B, H, W, C) uint8.
     """
-    model = VQTokenizer(config).bind({"params": params})
     x_BHWC = to_model_range(batch["image_BHWC"])
-    f_BhwZ = encode_images(config, params, x_BHWC)
-    quantized = model.quantizer(f_BhwZ)
-    f_hat_KBhwZ = jnp.stack(quantized.f_hats)
-    # Scale by scale: all of them at once would need K times the memory.
-    y_KBHWC = jax.lax.map(model.decode_features, f_hat_KBhwZ)
-    bfloat16_BhwZ = encode_images(config, params, x_BHWC, jnp.bfloat16)
-    same_BL = model.quantizer(bfloat16_BhwZ).tokens_BL == quantized.tokens_BL
+    measure = LATENT_METRICS[type(config)].measure
+    y_KBHWC, measures, added = measure(config, params, x_BHWC, batch["valid_B"])
     y_BHWC = y_KBHWC[-1]
     a_BHWC, b_BHWC = to_unit_range(x_BHWC), to_unit_range(y_BHWC)
-    measures = {
+    measures |= {
         "psnr_B": image_metrics.psnr(a_BHWC, b_BHWC),
         "l1_B": jnp.mean(jnp.abs(a_BHWC - b_BHWC), axis=(1, 2, 3)),
         "gradient_B": image_metrics.mean_gradient(b_BHWC),
         "gradient_of_original_B": image_metrics.mean_gradient(a_BHWC),
-        "psnr_KB": jax.vmap(lambda y: image_metrics.psnr(a_BHWC, to_unit_range(y)))(y_KBHWC),
-        "rest_KB": jnp.mean(jnp.square(f_hat_KBhwZ - f_BhwZ[None]), axis=(2, 3, 4)),
-        "power_B": jnp.mean(jnp.square(f_BhwZ), axis=(1, 2, 3)),
-        "same_B": jnp.mean(same_BL.astype(jnp.float32), axis=1),
     }
     if min(config.image_shape[:2]) >= image_metrics.SSIM_WINDOW:
         measures["ssim_B"] = image_metrics.ssim(a_BHWC, b_BHWC)
     if lpips_params is not None:
         measures["lpips_B"] = lpips(lpips_params, x_BHWC, y_BHWC)
-    counts_KV = code_counts(config.pyramid, config.vocab, quantized.tokens_BL, batch["valid_B"])
-    rebuilt_KBHWC = jnp.rint(127.5 * (y_KBHWC + 1)).astype(jnp.uint8)
-    return measures, counts_KV, rebuilt_KBHWC
+    return measures, added, jnp.rint(127.5 * (y_KBHWC + 1)).astype(jnp.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,42 +121,37 @@ class SplitMeasures:
 
     Attributes:
         config: the tokenizer.
-        by_image: what `measure_batch` measures, the last axis over the images that could be read.
-        counts_KV: how often each scale used each code.
+        params: its parameters.
+        by_image: the measures, the last axis over the images that could be read.
+        added: what adds over images.
         shown: the reconstructions asked for.
         worst: those of the lowest PSNR, lowest first.
     """
 
-    config: VQConfig
+    config: Tokenizer
+    params: PyTree
     by_image: dict[str, np.ndarray]
-    counts_KV: np.ndarray
+    added: dict[str, np.ndarray]
     shown: list[Reconstruction]
     worst: list[Reconstruction]
 
     def summary(self) -> dict[str, Any]:
-        """Returns JSON data: means over images, and lists over scales."""
-        pyramid, images = self.config.pyramid, len(self.by_image["psnr_B"])
+        """Returns JSON data: means over images, and what the kind of tokenizer adds to them."""
+        images = len(self.by_image["psnr_B"])
         mean = {name: x.astype(np.float64).mean(axis=-1) for name, x in self.by_image.items()}
-        names = [name for name in ("psnr", "ssim", "l1", "lpips") if f"{name}_B" in mean]
-        used_K = np.sum(self.counts_KV > 0, axis=1)
-        could_K = np.minimum(self.config.vocab, images * np.array(pyramid.lengths))
+        summarize = LATENT_METRICS[type(self.config)].summary
         return {
             "images": images,
-            **{name: float(mean[f"{name}_B"]) for name in names},
+            "tokenizer": type(self.config).__name__,
+            **{name: float(mean[f"{name}_B"]) for name in SHARED if f"{name}_B" in mean},
             "sharpness": float(mean["gradient_B"] / max(mean["gradient_of_original_B"], EPSILON)),
-            "same_in_bfloat16": float(mean["same_B"]),
-            "scales": [list(shape) for shape in pyramid.shapes],
-            "scale_psnr": mean["psnr_KB"].tolist(),
-            "scale_rest": (mean["rest_KB"] / max(mean["power_B"], EPSILON)).tolist(),
-            "scale_perplexity": code_perplexity(self.counts_KV / images, np).tolist(),
-            "scale_codes": used_K.tolist(),
-            "scale_usage": (used_K / could_K).tolist(),
+            **summarize(self.config, self.params, mean, self.added, images),
             "worst": [{"image": x.number, "psnr": x.psnr} for x in self.worst],
         }
 
 
 def measure_split(
-    config: VQConfig,
+    config: Tokenizer,
     params: PyTree,
     loader: HeldOutLoader,
     lpips_params: PyTree = None,
@@ -161,13 +177,13 @@ def measure_split(
     weights = params, lpips_params
     weights = put(weights, jax.tree.map(lambda _: replicated(mesh), weights))
     step = jax.jit(on_mesh(functools.partial(measure_batch, config), mesh))
-    parts, counts_KV = [], np.zeros((len(config.pyramid), config.vocab))
+    parts, totals = [], {}
     shown, lowest = [], []
     for batch_number, batch in enumerate(progress(loader.held_out())):
         batch = {name: batch[name] for name in ("image_BHWC", "valid_B")}
         results = step(*weights, put_batch(batch, mesh, loader.batch_size))
-        measures, counts, rebuilt_KBHWC = (*jax.device_get(results[:2]), results[2])
-        counts_KV += counts
+        measures, added, rebuilt_KBHWC = (*jax.device_get(results[:2]), results[2])
+        totals = {name: x + totals.get(name, np.float64(0)) for name, x in added.items()}
         rows = np.flatnonzero(batch["valid_B"])
         parts.append({name: x[..., rows] for name, x in measures.items()})
         for row in rows.tolist():
@@ -183,4 +199,15 @@ def measure_split(
     if not any(part["psnr_B"].size for part in parts):
         raise InputError("there is no image to measure in the held-out split")
     by_image = {k: np.concatenate([part[k] for part in parts], axis=-1) for k in parts[0]}
-    return SplitMeasures(config, by_image, counts_KV, shown, lowest)
+    return SplitMeasures(config, params, by_image, totals, shown, lowest)
+
+
+def report_lines(report: Mapping[str, Any]) -> list[str]:
+    """Formats what `SplitMeasures.summary` returned as lines of text."""
+    lines = [
+        f"{name:<18}" + form.format(report[name])
+        for name, form in (SHARED | {"sharpness": "{:.3f}"}).items()
+        if name in report
+    ]
+    kinds = {config.__name__: metrics for config, metrics in LATENT_METRICS.items()}
+    return lines + kinds[report["tokenizer"]].lines(report)
