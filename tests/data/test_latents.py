@@ -259,9 +259,55 @@ def test_latents_may_be_any_arrays(tmp_path, capsys):
     assert "image_7.jpg" in capsys.readouterr().err
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaled(FakeKLTask):
+    """Latents that 16 bits do not hold exactly, or not at all."""
+
+    scale: float
+
+    def frozen(self):
+        return {"scale": np.float32(self.scale)}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_floats_are_stored_as_asked_for_and_the_error_is_told(dtype, tmp_path):
+    data = FakeImages(20, image_shape=(4, 6, 1), reading=ReadOptions())
+    task, out = Scaled(np.pi / 256), tmp_path / "out"
+    said = cache_latents(task, data, seed=3, batch_size=8, out=str(out), dtype=dtype)
+    about = files.read_json(out / "latents.json")
+    assert {array["dtype"] for array in about["latent_spec"].values()} == {dtype}
+    assert CachedLatents(str(out)).latent_spec["mean_BhwZ"].dtype == dtype
+    worst = {}
+    for images, latents in zip(
+        data.make(5, 3).held_out(), CachedLatents(str(out)).make(5, 3).held_out(), strict=True
+    ):
+        expected = task.tokenizer.encode(task.frozen(), images["image_BHWC"])
+        for name, x in expected.items():
+            found = latents[name]
+            assert found.dtype == np.float32
+            np.testing.assert_allclose(found, x, rtol=2**-11 if dtype == "float16" else 0)
+            worst[name] = max(worst.get(name, 0), np.abs(found - x).max())
+    if dtype == "float32":
+        assert "off by" not in said and max(worst.values()) == 0
+        return
+    for name, error in worst.items():  # of the training images, too, in what is told
+        line = next(line for line in said.splitlines() if line.startswith(name))
+        found = float(line.partition("at most ")[2].partition(",")[0])
+        assert 0 < 0.99 * error <= found < 1e-2
+    with pytest.raises(ValueError, match="latent_spec: .*float16.* there, .*float32.* asked for"):
+        cache_latents(task, data, seed=3, batch_size=8, out=str(out), dtype="float32")
+
+
+def test_what_16_bits_do_not_hold_is_refused(tmp_path):
+    data = FakeImages(20, image_shape=(4, 6, 1), reading=ReadOptions())
+    with pytest.raises(ValueError, match="mean_BhwZ: .* cannot be stored as float16, .* 65504"):
+        cache_latents(Scaled(1e4), data, seed=0, batch_size=8, out=str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"dtype": "float8"}, "dtype=float8: must be float16 or float32"),
         ({"augmentations": 0}, "augmentations=0: must be 1 or more"),
         ({"shards": -1}, "shards=-1: must be"),
         ({"process": (2, 2)}, "process=2: must be from 0 to 1"),
@@ -301,7 +347,7 @@ def test_processes_of_the_command_need_not_talk_to_one_another(task, tmp_path, m
     monkeypatch.setattr(command, "cache_latents", lambda *arguments: calls.append(arguments))
     flags = ["--config=config.py", "--out=out", "--processes=2", "--process=1"]
     assert command.main(flags) == 0
-    ((*_, batch_size, out, _, _, process),) = calls
+    ((*_, batch_size, out, _, _, process, _),) = calls
     assert (batch_size, out, process) == (25, "out", (1, 2))
 
 

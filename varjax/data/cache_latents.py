@@ -2,6 +2,9 @@
 
 python -m varjax.data.cache_latents --config=FILE.py[:ARGUMENT] --out=DIR [--augmentations=10]
 
+A KL tokenizer's latents are means and standard deviations, of which training draws anew in each
+epoch; --dtype=float16 halves them, and what that changes is printed.
+
 `data=latents:DIR` (or CachedLatents("DIR") in a config) then trains on them. Fields of the config
 are changed by --config.FIELD=VALUE, as for train.py. The same command goes on after a kill, and
 does nothing when all is done. Several processes share the work: --distributed where JAX finds them
@@ -12,7 +15,7 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import jax
 import numpy as np
@@ -37,6 +40,7 @@ from varjax.data.stream import ImageDataset
 IMAGES_PER_SHARD = 4096
 # Fields of a dataset that do not tell which images there are.
 LOCATION_FIELDS = ("reading", "root", "name", "data_dir")
+FloatDtype = Literal["float16", "float32"]
 
 INTERRUPTED = "stopped; the same command goes on from here"
 
@@ -79,6 +83,7 @@ def cache_latents(
     augmentations: int = 1,
     shards: int = 0,
     process: tuple[int, int] = (0, 1),
+    dtype: FloatDtype | None = None,
 ) -> str:
     """Fills the folder `out` with latents, or does what is left of that.
 
@@ -93,9 +98,10 @@ def cache_latents(
         augmentations: of each training image; of the held-out images there is one view.
         shards: files of the training split, 0 for one per 4,096 images.
         process: (number, count) of those that share the work.
+        dtype: that stores arrays of floats; None for the tokenizer's own.
 
     Returns:
-        A line that sums it up.
+        Lines that sum it up, with the error that `dtype` makes.
 
     Raises:
         InputError: settings without sense, or `out` was begun for another request.
@@ -103,6 +109,8 @@ def cache_latents(
     index, count = process
     check_setting("augmentations", augmentations, augmentations >= 1, "1 or more")
     check_setting("shards", shards, shards >= 0, "1 or more, or 0 to choose")
+    allowed = get_args(FloatDtype)
+    check_setting("dtype", dtype, dtype in (None, *allowed), " or ".join(allowed))
     check_setting("process", index, 0 <= index < count, f"from 0 to {count - 1}")
     if isinstance(data, CachedLatents):
         raise InputError(f"the config's data are latents already, in {data.root}; give its images")
@@ -122,7 +130,7 @@ def cache_latents(
     fields = {k: v for k, v in config_tree.to_dict(data).items() if k not in LOCATION_FIELDS}
     about = {
         "tokenizer_identity": tokenizer_identity,
-        "latent_spec": spec_to_json(task.tokenizer.latent_spec),
+        "latent_spec": spec_to_json(task.tokenizer.latent_spec, dtype),
         "data": data.describe(),
         "settings": {"kind": type(data).__name__} | fields,
         "classes": data.classes,
@@ -135,14 +143,22 @@ def cache_latents(
     path = pathlib.Path(out)
     files.claim_folder(path, ABOUT_FILE, about)
     all_shards = LatentShard.all(path, about)
+    lines = []
     if mine := [shard for shard in all_shards[index::count] if not shard.path.exists()]:
-        write_shards(mine, loader, _encoder(task.tokenizer, frozen))
+        for name, error in write_shards(mine, loader, _encoder(task.tokenizer, frozen)).items():
+            stored = about["latent_spec"][name]["dtype"]
+            lines.append(
+                f"{name} as {stored}: off by at most {error.absolute:.2g}, {error.relative:.2g} of "
+                "a number"
+            )
     if missing := sum(not shard.path.exists() for shard in all_shards):
-        return f"{out}: this process is done, {missing} of {len(all_shards)} files are missing"
-    return (
-        f"{out} is complete: latents of {augmentations} augmentations of {images['train']} images, "
-        f"and of {images['held_out']} held out"
-    )
+        said = f"{out}: this process is done, {missing} of {len(all_shards)} files are missing"
+    else:
+        said = (
+            f"{out} is complete: latents of {augmentations} augmentations of {images['train']} "
+            f"images, and of {images['held_out']} held out"
+        )
+    return "\n".join([*lines, said])
 
 
 def _encoder(tokenizer: LatentEncoder, params: Any) -> EncodeBatch:
@@ -172,6 +188,7 @@ def main(arguments: list[str]) -> int:
     add("--augmentations", type=int, default=1, help="of each training image (1)")
     add("--batch_size", type=int, default=0, help="images at a time (the config's, shared)")
     add("--shards", type=int, default=0, help="files of the training split (one per 4,096 images)")
+    add("--dtype", choices=get_args(FloatDtype), help="that stores floats (the tokenizer's)")
     add_process_flags(parser)
 
     def action() -> None:
@@ -186,6 +203,7 @@ def main(arguments: list[str]) -> int:
             flags.augmentations,
             flags.shards,
             process,
+            flags.dtype,
         )
         print(summary)
 

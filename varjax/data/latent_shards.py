@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.core import files
+from varjax.core.errors import InputError
 from varjax.data.loader import BrokenImageCounter, Loader, read_ahead
 from varjax.data.stream import ExampleStream, Split
 
@@ -52,10 +53,48 @@ class ArraySpec:
         return np.int32 if np.issubdtype(self.dtype, np.integer) else np.float32
 
 
-def spec_to_json(spec: Mapping[str, ShapeAndDtype]) -> dict[str, Any]:
-    """Returns a `latent_spec` as JSON data, {name: {"shape", "dtype"}}."""
+@dataclasses.dataclass(frozen=True)
+class RoundingError:
+    """Tells how far stored floats are from those that were computed, at most.
+
+    Attributes:
+        absolute: the largest difference.
+        relative: the largest one as a share of its number.
+    """
+
+    absolute: float = 0.0
+    relative: float = 0.0
+
+    @classmethod
+    def of(cls, array: np.ndarray, stored: np.ndarray) -> "RoundingError":
+        """Measures an array against its stored form."""
+        errors, sizes = np.abs(stored.astype(array.dtype) - array), np.abs(array)
+        # Where a number is 0, so is what is stored.
+        shares = errors / np.maximum(sizes, np.finfo(array.dtype).tiny)
+        return cls(float(errors.max(initial=0)), float(shares.max(initial=0)))
+
+    def __or__(self, other: "RoundingError") -> "RoundingError":
+        """Returns the larger one of each."""
+        absolute = max(self.absolute, other.absolute)
+        return RoundingError(absolute, max(self.relative, other.relative))
+
+
+RoundingErrors = dict[str, RoundingError]  # by the names in `latent_spec`
+
+
+def spec_to_json(spec: Mapping[str, ShapeAndDtype], floats: str | None = None) -> dict[str, Any]:
+    """Returns a `latent_spec` as JSON data, {name: {"shape", "dtype"}}.
+
+    Args:
+        spec: of the tokenizer.
+        floats: dtype that stores arrays of floats; None for the one in `spec`.
+    """
+    dtypes = {name: np.dtype(array.dtype) for name, array in spec.items()}
+    if floats is not None:
+        wanted = np.dtype(floats)
+        dtypes = {n: wanted if np.issubdtype(d, np.floating) else d for n, d in dtypes.items()}
     return {
-        name: {"shape": list(array.shape), "dtype": np.dtype(array.dtype).name}
+        name: {"shape": list(array.shape), "dtype": dtypes[name].name}
         for name, array in spec.items()
     }
 
@@ -122,27 +161,47 @@ class LatentShard:
         start, stop = starts[self.number : self.number + 2]
         return range(start * self.augmentations, stop * self.augmentations)
 
-    def write(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Writes the file from the latents, "label_B" and "valid_B" of all its rows."""
+    def write(self, rows: Mapping[str, np.ndarray]) -> RoundingErrors:
+        """Writes the file from the latents, "label_B" and "valid_B" of all its rows.
+
+        Returns what storing has changed; raises InputError where numbers are too large for it.
+        """
         U, valid_B = self.augmentations, rows["valid_B"]
         arrays = {"label_N": rows["label_B"][::U], "valid_N": valid_B[::U]}
+        errors = {}
         for name, spec in read_spec(self.about).items():
-            array = rows[name].astype(spec.dtype)
+            with np.errstate(over="ignore"):  # it is told below
+                array = rows[name].astype(spec.dtype)
+            if np.issubdtype(spec.dtype, np.floating) and spec.dtype != rows[name].dtype:
+                computed, stored = rows[name][valid_B], array[valid_B]
+                if not np.isfinite(stored).all():
+                    largest = np.abs(computed).max()
+                    raise InputError(
+                        f"{name}: {largest:g} cannot be stored as {spec.dtype}, whose largest "
+                        f"number is {np.finfo(spec.dtype).max:g}; give another folder and "
+                        "--dtype=float32"
+                    )
+                errors[name] = RoundingError.of(computed, stored)
             array[~valid_B] = 0
             arrays[stored_name(name)] = array.reshape(-1, U, *spec.shape)
         for left_by_a_kill in self.out.glob(f".{self.path.name}.*.tmp"):
             left_by_a_kill.unlink()
         files.write_tensors(self.path, arrays, {})
+        return errors
 
 
-def write_shards(shards: list[LatentShard], loader: Loader, encode: EncodeBatch) -> None:
+def write_shards(shards: list[LatentShard], loader: Loader, encode: EncodeBatch) -> RoundingErrors:
     """Encodes the images of `shards` and writes their files, with a progress bar.
 
     Args:
         shards: of either split.
         loader: of the images; its batch size is that of `encode`.
         encode: the tokenizer, over all devices of this process.
+
+    Returns:
+        What storing has changed, over all of them.
     """
+    errors: RoundingErrors = {}
     total = sum(len(shard.rows) for shard in shards)
     pause = 0.1 if sys.stderr.isatty() else 10
     with tqdm(total=total, unit="image", smoothing=0.05, mininterval=pause) as bar:
@@ -158,8 +217,11 @@ def write_shards(shards: list[LatentShard], loader: Loader, encode: EncodeBatch)
                 made.append({name: np.asarray(array)[:count] for name, array in rows.items()})
                 bar.update(count)
                 if last:
-                    shard.write({name: np.concatenate([m[name] for m in made]) for name in rows})
+                    whole = {name: np.concatenate([m[name] for m in made]) for name in rows}
+                    for name, error in shard.write(whole).items():
+                        errors[name] = errors.get(name, RoundingError()) | error
                     made = []
+    return errors
 
 
 def _encoded(
