@@ -1,4 +1,4 @@
-"""The official KL tokenizer (`AutoencoderKL` of LDM, and of LTH14/mar) and ours."""
+"""The official KL tokenizer (`AutoencoderKL` of LTH14/mar, which is LDM's) and ours."""
 
 import math
 
