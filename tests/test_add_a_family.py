@@ -18,13 +18,13 @@ from varjax.cli import sample as command
 from varjax.convert import export_run
 from varjax.core.errors import InputError
 from varjax.data.sources import Digits
+from varjax.tokenizers.load import read_frozen_tokenizer
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training import loop
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan
 from varjax.training.train_step import accumulated_gradients, apply_gradients, create_state
-from varjax.var.warm_start import read_frozen_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -15,6 +15,7 @@ LAYER = {
     "training": 2,
     "data": 2,
     "tokenizers": 3,
+    "mar": 4,
     "var": 4,
     "sampling": 3,
     "families": 5,
@@ -68,12 +69,24 @@ def test_no_two_files_import_one_another():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
 
 
-def test_inference_imports_little_and_no_training():
-    """Loading and sampling, in a process of its own: files of the project besides `core`."""
-    script = "import sys, varjax; varjax.load; print(*sys.modules)"
+def imported_by(statement: str) -> set[str]:
+    """The files of the project besides `core` that a process imports for a statement."""
+    script = f"import sys; {statement}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     used = {name for name in done.stdout.split() if name.startswith("varjax.")}
+    assert used, done.stderr
     files = {name for name in used if FILES[name].name != "__init__.py"}
-    assert "varjax.var.pipeline" in files, done.stderr
+    return {name for name in files if name.split(".")[1] != "core"}
+
+
+def test_inference_imports_no_training():
+    files = imported_by("import varjax; varjax.load")
+    assert {"varjax.var.pipeline", "varjax.mar.pipeline"} <= files
     assert not {name for name in files if name.split(".")[1] in ("training", "data", "convert")}
-    assert len({name for name in files if name.split(".")[1] != "core"}) <= 16, sorted(files)
+
+
+def test_inference_imports_little():
+    """What VAR needs; another family or tokenizer comes with a few files of its own."""
+    files = imported_by("import varjax.tokenizers.load, varjax.var.pipeline")
+    files = {name for name in files if not name.startswith("varjax.tokenizers.kl.")}
+    assert len(files | {"varjax.families"}) <= 16, sorted(files)

@@ -1,13 +1,14 @@
-"""Image generation by next-scale prediction (VAR, arXiv 2404.02905) in JAX.
+"""Image generation in JAX: VAR and MAR (arXiv 2404.02905 and 2406.11838).
 
     import varjax
     model = varjax.load("runs/digits")
     images = model.sample([3, 1, 4], seed=0)
 
 An array's name ends in its shape, in the same letters throughout: B batch, N items, L tokens of
-all scales, l tokens of one scale, K scales, C width or channels, A attention heads, D head size,
-S stacked layers, U augmentations, V vocabulary, Z latent channels, h w token map, H W image height
-and width, P φ convolutions, E any wider layer. A digit is that length.
+an image, l those of one scale, n known ones, m new ones, K scales, C width or channels, A attention
+heads, D head size, S stacked layers, U draws (augmentations, noise levels), V vocabulary, Z latent
+channels, h w token map, H W image height and width, J diffusion steps, P φ convolutions, E any
+wider layer, F frequencies. A digit is that length.
 """
 
 import importlib
@@ -16,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from varjax.core.image_io import read_image
     from varjax.families import load
+    from varjax.mar.model import MARConfig
+    from varjax.mar.options import MAROptions
+    from varjax.mar.pipeline import MARPipeline
     from varjax.nn.compute import Compute
     from varjax.tokenizers.kl.model import KLConfig
     from varjax.tokenizers.load import load_tokenizer
@@ -33,6 +37,9 @@ _WHERE = {
     "SCALES_512": "tokenizers.vq.pyramid",
     "SCALES_1024": "tokenizers.vq.pyramid",
     "Compute": "nn.compute",
+    "MARConfig": "mar.model",
+    "MAROptions": "mar.options",
+    "MARPipeline": "mar.pipeline",
     "KLConfig": "tokenizers.kl.model",
     "VAROptions": "var.sample",
     "VARPipeline": "var.pipeline",
@@ -49,6 +56,9 @@ __all__ = [
     "SCALES_1024",
     "Compute",
     "KLConfig",
+    "MARConfig",
+    "MAROptions",
+    "MARPipeline",
     "VAROptions",
     "VARPipeline",
     "VARConfig",

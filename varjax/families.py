@@ -11,6 +11,9 @@ from typing import Any, Literal, get_args
 from varjax.core.errors import InputError
 from varjax.core.model_files import find_model, read_generator, read_model_config
 from varjax.core.trees import PyTree
+from varjax.mar.model import MARConfig
+from varjax.mar.options import MAROptions
+from varjax.mar.pipeline import MARPipeline
 from varjax.nn.compute import Compute
 from varjax.sampling.sampler import Sampler
 from varjax.tokenizers.load import read_tokenizer
@@ -33,6 +36,8 @@ class Family:
         config: the model's config, a frozen dataclass with a method `init(key) -> params`.
         pipeline: (tokenizer config, config, {"tokenizer": params, name: params}, options, compute,
             devices) -> Sampler.
+        needs_tokenizer: whether its pipeline is of no use without one; else the tokenizer's config
+            may be None.
     """
 
     name: str
@@ -40,9 +45,13 @@ class Family:
     config: type
     options: type
     pipeline: Callable[..., Sampler]
+    needs_tokenizer: bool = True
 
 
-FAMILIES = (Family("var", "VARTask", VARConfig, VAROptions, VARPipeline),)
+FAMILIES = (
+    Family("var", "VARTask", VARConfig, VAROptions, VARPipeline),
+    Family("mar", "MARTask", MARConfig, MAROptions, MARPipeline, needs_tokenizer=False),
+)
 
 
 def option_classes() -> tuple[type, ...]:
@@ -103,7 +112,7 @@ def load(
         compute: for more than the dtype, instead of it.
 
     Returns:
-        The family's pipeline: `varjax.VARPipeline` for VAR.
+        The family's pipeline: `varjax.VARPipeline` or `varjax.MARPipeline`.
 
     Raises:
         InputError: `location` lacks something, or an argument is not allowed.
@@ -113,6 +122,9 @@ def load(
     if compute is not None and dtype != "auto":
         raise InputError(f"dtype={dtype!r} and compute={compute}: give the dtype within compute")
     family, config, params, options = read_model(location)
-    tokenizer, tokenizer_params = read_tokenizer(location)
+    tokenizer, tokenizer_params = None, {}
+    there = read_model_config(find_model(location)).keys()
+    if family.needs_tokenizer or there & {"task", "tokenizer"}:
+        tokenizer, tokenizer_params = read_tokenizer(location)
     weights = {"tokenizer": tokenizer_params, family.name: params}
     return family.pipeline(tokenizer, config, weights, options, compute or Compute(dtype), devices)

@@ -12,7 +12,8 @@ from varjax.cli.edit import edit_image
 from varjax.core import image_io
 from varjax.data.sources import Digits
 from varjax.sampling.edit_masks import box_mask, read_mask
-from varjax.var.sample import KeptTokens, VAROptions, image_keys, keep_at_every_scale, sample_tokens
+from varjax.sampling.sampler import image_keys
+from varjax.var.sample import KeptTokens, VAROptions, keep_at_every_scale, sample_tokens
 
 pytestmark = pytest.mark.slow
 

@@ -13,8 +13,9 @@ from varjax.core import trees
 from varjax.core.errors import InputError
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
-from varjax.mar.sample import KnownTokens, draw_orders, image_keys, sample_tokens
+from varjax.mar.sample import KnownTokens, draw_orders, sample_tokens
 from varjax.mar.schedule import UnmaskingSchedule, diffusion_steps_by_step
+from varjax.sampling.sampler import image_keys
 
 KEY_B = image_keys(0, jnp.arange(2))
 LABEL_B = jnp.array([1, 9], jnp.int32)

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 
 from tests.helpers import golden_cases as golden
+from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQTokenizer
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.var.model import VAR
@@ -18,7 +19,6 @@ from varjax.var.sample import (
     filter_top_k_top_p,
     gumbel_noise,
     gumbel_softmax_weights,
-    image_keys,
     keep_at_every_scale,
     sample_tokens,
 )

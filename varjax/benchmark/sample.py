@@ -14,9 +14,10 @@ from varjax.core import flops
 from varjax.core.hardware import fastest_seconds, memory_usage
 from varjax.nn.compute import Compute
 from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
+from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQConfig, decode_images
 from varjax.var.model import VARConfig
-from varjax.var.sample import VAROptions, image_keys, sample_images, sample_tokens
+from varjax.var.sample import VAROptions, sample_images, sample_tokens
 
 
 def main(arguments: list[str]) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.mar.model import DECODER, MAR
-from varjax.nn.dropout import Dropout
+from varjax.nn.attention import Dropout
 from varjax.nn.vit import KeyValues, run_vit_blocks
 
 

@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
 from varjax.mar.denoiser import DenoisingMLP
-from varjax.nn.attention import dense
+from varjax.nn.attention import Dropout, dense
 from varjax.nn.compute import Compute, shard_batch
-from varjax.nn.dropout import Dropout
 from varjax.nn.vit import ViTBlock, init_vit_blocks, layer_norm, run_vit_blocks
 
 DECODER = 1 << 16  # folded into dropout's keys, so that its layers draw other masks

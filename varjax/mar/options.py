@@ -1,7 +1,7 @@
 """How a MAR model is sampled: its options, and what follows from them before any compilation."""
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import flax.struct
 import numpy as np
@@ -9,12 +9,9 @@ import numpy as np
 from varjax.core.errors import InputError, check_setting
 from varjax.mar.model import MARConfig
 from varjax.mar.schedule import Bucket, UnmaskingSchedule, diffusion_steps_by_step
+from varjax.sampling.sampler import option_field
 
 GuidanceSchedule = Literal["linear", "constant"]
-
-
-def _option(default: Any, about: str, pytree_node: bool = True) -> Any:
-    return flax.struct.field(pytree_node, default=default, metadata={"help": about})
 
 
 @flax.struct.dataclass
@@ -35,14 +32,16 @@ class MAROptions:
             latents; 0 for no limit, as the official weights want it (docs/mar.md: when it helps).
     """
 
-    cfg: float = _option(2.9, "guidance scale; 1 turns it off")
-    cfg_schedule: GuidanceSchedule = _option(
-        "linear", "guidance grows with the share of known tokens, or is constant", False
+    cfg: float = option_field(2.9, "guidance scale; 1 turns it off")
+    cfg_schedule: GuidanceSchedule = option_field(
+        "linear", "guidance grows with the share of known tokens, or is constant", static=True
     )
-    steps: int = _option(64, "steps in which all tokens are drawn", False)
-    temperature: float = _option(1.0, "factor on the noise of each draw", True)
-    diffusion_steps: str = _option("100", "denoising steps of a token, or FIRST:LAST", False)
-    clip_denoised: float = _option(0.0, "bound on denoised tokens, in deviations; 0: none")
+    steps: int = option_field(64, "steps in which all tokens are drawn", static=True)
+    temperature: float = option_field(1.0, "factor on the noise of each draw")
+    diffusion_steps: str = option_field(
+        "100", "denoising steps of a token, or FIRST:LAST", static=True
+    )
+    clip_denoised: float = option_field(0.0, "bound on denoised tokens, in deviations; 0: none")
 
     def check(self) -> "MAROptions":
         """Returns the options in plain Python types, so that equal ones share a compilation.

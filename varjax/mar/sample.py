@@ -38,11 +38,6 @@ class KnownTokens:
     keep_BL: jax.Array
 
 
-def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Array:
-    """Derives a key (B,) for each image from the seed and its number, not its place in a batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B)
-
-
 def draw_orders(config: MARConfig, key_B: jax.Array, keep_BL: jax.Array | None = None) -> jax.Array:
     """Draws the order in which places become known, (B, L) int32.
 

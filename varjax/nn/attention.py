@@ -4,14 +4,46 @@ import functools
 
 import einops
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from varjax.nn import compute
-from varjax.nn.dropout import Dropout, drop
 
 MAX_LOG_SCALE = float(np.log(100))
+
+
+@flax.struct.dataclass
+class Dropout:
+    """Sets a share of numbers to 0 and divides the others by what is left (Srivastava et al. 2014).
+
+    Each example has a key of its own, so that no batch size or mesh changes what is dropped.
+
+        dropout = Dropout(key_B, rate=0.1)
+        y_BlC = dropout.fold_in(layer)(x_BlC)
+
+    Attributes:
+        key_B: a random key for each example.
+        rate: the share; 0 leaves everything as it is.
+    """
+
+    key_B: jax.Array
+    rate: float = flax.struct.field(pytree_node=False)
+
+    def fold_in(self, number: int | jax.Array) -> "Dropout":
+        """Returns the dropout of another place in the network, which draws other masks."""
+        return self.replace(key_B=jax.vmap(jax.random.fold_in, (0, None))(self.key_B, number))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Drops numbers of x, whose first axis is that of the keys."""
+        return jax.vmap(_drop, (0, 0, None))(self.key_B, x, self.rate) if self.rate else x
+
+
+def _drop(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
+    """Drops numbers of x with a single key."""
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
 
 
 def dot_product_attention(
@@ -82,7 +114,7 @@ def _head_by_head(q_lAD, k_LAD, v_LAD, key_mask_L, key, rate, mask_lL, scale):
         )
         weights_lL = _softmax(logits_lL * scale, mask_lL)
         if rate:
-            weights_lL = drop(jax.random.fold_in(key, h), weights_lL, rate)
+            weights_lL = _drop(jax.random.fold_in(key, h), weights_lL, rate)
         weights_lL = weights_lL.astype(v_LAD.dtype)
         heads.append(jnp.matmul(weights_lL, v_LAD[:, h], precision=precision))
     return jnp.stack(heads, axis=1)
@@ -91,7 +123,7 @@ def _head_by_head(q_lAD, k_LAD, v_LAD, key_mask_L, key, rate, mask_lL, scale):
 def _drop_by_head(key, weights_AlL, rate):
     """Drops weights of one image as `_head_by_head` does."""
     key_A = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(weights_AlL)))
-    return jax.vmap(drop, (0, 0, None))(key_A, weights_AlL, rate)
+    return jax.vmap(_drop, (0, 0, None))(key_A, weights_AlL, rate)
 
 
 def _joint_mask(mask_lL, key_mask_BL, queries):

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core.trees import PyTree
-from varjax.nn.attention import MultiHeadAttention
+from varjax.nn.attention import Dropout, MultiHeadAttention
 from varjax.nn.compute import Compute, checkpoint_layer, shard_batch
-from varjax.nn.dropout import Dropout
 from varjax.nn.transformer import MLP
 
 EPSILON = 1e-6  # of every layer norm

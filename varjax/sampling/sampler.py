@@ -10,7 +10,9 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from varjax.core.errors import InputError
@@ -89,6 +91,43 @@ class Sampler(Protocol):
         ...
 
 
+def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Array:
+    """Derives a key (B,) for each image from the seed and its number, not its place in a batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B)
+
+
+def checked_labels(labels: Any, classes: int, batch: int | None = None) -> jax.Array:
+    """Returns labels as (B,) int32.
+
+    Args:
+        labels: numbers of classes; `classes` itself means "no class".
+        classes: how many there are.
+        batch: B, where it is given by something else.
+
+    Raises:
+        InputError: another number of labels, or one out of range.
+    """
+    label_B = np.atleast_1d(np.asarray(labels))
+    if label_B.ndim != 1 or (batch is not None and len(label_B) != batch):
+        raise InputError(f"labels have shape {label_B.shape}; needed is ({batch or 'B'},)")
+    if bad := [x for x in label_B.tolist() if x != int(x) or not 0 <= x <= classes]:
+        raise InputError(
+            f"labels {bad[:5]}: allowed are 0 … {classes - 1}, and {classes} for no class"
+        )
+    return jnp.asarray(label_B, jnp.int32)
+
+
+def option_field(default: Any, help: str, static: bool = False) -> Any:
+    """Makes a field of an options dataclass (flax.struct), which becomes a keyword and a flag.
+
+    Args:
+        default: its value where nothing is given.
+        help: of the flag.
+        static: whether another value needs another compilation.
+    """
+    return flax.struct.field(not static, default=default, metadata={"help": help})
+
+
 def replace_options(options: T, given: Mapping[str, Any]) -> T:
     """Returns `options`, a dataclass, with the fields in `given` replaced, except by None.
 
@@ -105,23 +144,26 @@ def replace_options(options: T, given: Mapping[str, Any]) -> T:
 def add_option_flags(parser: argparse._ActionsContainer, kinds: Iterable[type]) -> None:
     """Adds a flag for each field of these option classes; without it, the value is None.
 
-    A field's "help" in its metadata is the flag's help. A name that several classes share must
-    have one type in all of them.
+    A field's "help" in its metadata is the flag's help, with the class that it is of. A name that
+    several classes share must have one type in all of them.
     """
     types: dict[str, Any] = {}
+    helps: dict[str, list[str]] = {}
     for kind in kinds:
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
-            hint, about = hints[field.name], field.metadata["help"]
+            hint = hints[field.name]
             assert types.setdefault(field.name, hint) == hint, (kind, field.name)
-            if f"--{field.name}" in parser._option_string_actions:
-                continue
-            if hint is bool:
-                parser.add_argument(
-                    f"--{field.name}", action="store_true", default=None, help=about
-                )
-            else:
-                parser.add_argument(f"--{field.name}", type=hint, help=about)
+            family = kind.__name__.removesuffix("Options")
+            helps.setdefault(field.name, []).append(f"{family}: {field.metadata['help']}")
+    for name, hint in types.items():
+        about = "; ".join(helps[name])
+        if hint is bool:
+            parser.add_argument(f"--{name}", action="store_true", default=None, help=about)
+        elif typing.get_origin(hint) is typing.Literal:
+            parser.add_argument(f"--{name}", choices=typing.get_args(hint), help=about)
+        else:
+            parser.add_argument(f"--{name}", type=hint, help=about)
 
 
 def given_options(flags: argparse.Namespace, kinds: Iterable[type]) -> dict[str, Any]:

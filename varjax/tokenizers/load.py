@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ from varjax.core.trees import PyTree
 from varjax.tokenizers.contract import Latents, Tokenizer, checked_images
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
+
+RANDOM = "random"  # in place of the location of weights
 
 # The one table of kinds: class name of the task that trains it -> its config. A name and not the
 # task itself, for using a tokenizer should not import training.
@@ -108,6 +111,17 @@ def read_expected_tokenizer(location: str | pathlib.Path, expected: Tokenizer) -
     if lines := [f"{name}: {a.get(name)} there, {b.get(name)} here" for name in names]:
         raise InputError(f"{location} holds another tokenizer:\n  " + "\n  ".join(lines))
     return params
+
+
+def read_frozen_tokenizer(location: str, tokenizer: Tokenizer) -> PyTree:
+    """Reads the parameters of `tokenizer` at `location`; draws fresh ones for "random".
+
+    Raises InputError where there are none, or those of another tokenizer.
+    """
+    if location != RANDOM:
+        return read_expected_tokenizer(location, tokenizer)
+    print("the tokenizer is RANDOM: good for measuring speed, not for images", file=sys.stderr)
+    return jax.device_get(jax.jit(tokenizer.init)(jax.random.key(0)))
 
 
 def _config_class(data: dict[str, Any]) -> type[Tokenizer]:

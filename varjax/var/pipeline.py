@@ -13,14 +13,13 @@ from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import Compute
 from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
-from varjax.sampling.sampler import replace_options
+from varjax.sampling.sampler import checked_labels, image_keys, replace_options
 from varjax.tokenizers.contract import checked_images
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.var.model import VAR, VARConfig
 from varjax.var.sample import (
     KeptTokens,
     VAROptions,
-    image_keys,
     keep_at_every_scale,
     sample_images,
 )
@@ -139,7 +138,7 @@ class VARPipeline:
     def logits(self, tokens_BL: Array, labels: Labels) -> jax.Array:
         """Predicts every token from all coarser scales (teacher forcing): (B, L, V) float32."""
         tokens_BL = self._checked_tokens(tokens_BL)
-        label_B = self._checked_labels(labels, len(tokens_BL))
+        label_B = checked_labels(labels, self.classes, len(tokens_BL))
         return self._logits(self.params, None, tokens_BL, label_B)
 
     def sample(
@@ -167,7 +166,7 @@ class VARPipeline:
         Raises:
             InputError: labels or options out of range.
         """
-        label_B = self._checked_labels(labels)
+        label_B = checked_labels(labels, self.classes)
         index_B = np.arange(len(label_B)) if index is None else np.asarray(index)
         chosen = self.options(**options)
         return self._sample(self.params, chosen, label_B, image_keys(seed, index_B))
@@ -204,7 +203,7 @@ class VARPipeline:
             raise InputError(f"keep has shape {keep.shape}; allowed are {finest}, {(B, *finest)}")
         keep_Bhw = np.broadcast_to(keep.astype(bool), (B, *finest))
         no_class_B = np.full(B, self.var.classes)
-        label_B = self._checked_labels(no_class_B if labels is None else labels, B)
+        label_B = checked_labels(no_class_B if labels is None else labels, self.classes, B)
         chosen = self.options(**options)
         tokens_BL = self._encode(self.params, None, images_BHWC)
         tokens_BL = jnp.broadcast_to(tokens_BL, (B, self.var.pyramid.length))
@@ -224,14 +223,3 @@ class VARPipeline:
         if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < vocab:
             raise InputError(f"tokens lie outside of 0 … {vocab - 1}")
         return jnp.asarray(tokens_BL, jnp.int32)
-
-    def _checked_labels(self, labels, batch=None):
-        label_B = np.atleast_1d(np.asarray(labels))
-        if label_B.ndim != 1 or (batch is not None and len(label_B) != batch):
-            raise InputError(f"labels have shape {label_B.shape}; needed is ({batch or 'B'},)")
-        if bad := [x for x in label_B.tolist() if x != int(x) or not 0 <= x <= self.var.classes]:
-            raise InputError(
-                f"labels {bad[:5]}: allowed are 0 … {self.var.classes - 1},"
-                f" and {self.var.classes} for no class"
-            )
-        return jnp.asarray(label_B, jnp.int32)

@@ -4,7 +4,6 @@ Zero-shot editing (VAR, section 5.3) is the same loop with the image's own token
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
@@ -16,13 +15,10 @@ from varjax.nn import resize
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import Cache
+from varjax.sampling.sampler import option_field
 from varjax.tokenizers.vq.model import VQConfig, decode_images, make_quantizer
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.var.model import VAR, VARConfig
-
-
-def _option(default: Any, about: str, pytree_node: bool = True) -> Any:
-    return flax.struct.field(pytree_node, default=default, metadata={"help": about})
 
 
 @flax.struct.dataclass
@@ -40,10 +36,10 @@ class VAROptions:
             benchmarks (the reference's `more_smooth`).
     """
 
-    cfg: float = _option(1.5, "guidance at the last scale; 0 turns it off")
-    top_k: int = _option(900, "draw from the likeliest codes only; 0: from all")
-    top_p: float = _option(0.96, "draw from this much of the mass; 0: from all")
-    smooth: bool = _option(False, "mix codes: smoother pictures", pytree_node=False)
+    cfg: float = option_field(1.5, "guidance at the last scale; 0 turns it off")
+    top_k: int = option_field(900, "draw from the likeliest codes only; 0: from all")
+    top_p: float = option_field(0.96, "draw from this much of the mass; 0: from all")
+    smooth: bool = option_field(False, "mix codes: smoother pictures", static=True)
 
     def check(self) -> "VAROptions":
         """Returns the options in plain Python types, so that equal ones share a compilation.
@@ -171,11 +167,6 @@ def sample_images(
     _, f_hat_BhwZ = sample_tokens(tokenizer, var, params, label_B, key_B, options, known, compute)
     image_BHWC = decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute.jax_dtype)
     return to_unit_range(image_BHWC)
-
-
-def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Array:
-    """Derives a key (B,) for each image from the seed and its number, not its place in a batch."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B)
 
 
 def classifier_free_guidance(logits_2BlV: jax.Array, t: float | jax.Array) -> jax.Array:

@@ -13,7 +13,9 @@ from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import drop_path
+from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.contract import check_image_shape
+from varjax.tokenizers.load import read_frozen_tokenizer
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
 from varjax.training.optimizer import AdamW
@@ -26,8 +28,8 @@ from varjax.training.train_step import (
 )
 from varjax.var import teacher_forcing
 from varjax.var.model import VAR, VARConfig, check_fit
-from varjax.var.sample import VAROptions, image_keys, sample_images
-from varjax.var.warm_start import read_frozen_tokenizer, read_pretrained
+from varjax.var.sample import VAROptions, sample_images
+from varjax.var.warm_start import read_pretrained
 
 # What the reference does not decay: biases, positions, levels, AdaLN tables, attention scales.
 DECAYED = ((r"(kernel|class_embed)$", True), (r"", False))

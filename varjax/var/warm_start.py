@@ -1,30 +1,12 @@
-"""Reads what training starts from: a frozen tokenizer, and weights of another transformer."""
+"""Reads weights of another transformer, from which training may start."""
 
 import pathlib
-import sys
-
-import jax
 
 from varjax.core.model_files import read_generator
 from varjax.core.trees import PyTree
-from varjax.tokenizers.load import read_expected_tokenizer
-from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.task import MatchingRows
 from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions
-
-RANDOM = "random"
-
-
-def read_frozen_tokenizer(location: str, tokenizer: VQConfig) -> PyTree:
-    """Reads the parameters of `tokenizer` at `location`; draws fresh ones for "random".
-
-    Raises InputError where there are none, or those of another tokenizer.
-    """
-    if location != RANDOM:
-        return read_expected_tokenizer(location, tokenizer)
-    print("the tokenizer is RANDOM: good for measuring speed, not for images", file=sys.stderr)
-    return jax.device_get(jax.jit(tokenizer.init)(jax.random.key(0)))
 
 
 def read_pretrained(location: str | pathlib.Path, model: VARConfig) -> tuple[PyTree, MatchingRows]:

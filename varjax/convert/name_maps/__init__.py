@@ -3,11 +3,12 @@
 from typing import Any
 
 from varjax.convert.name_maps.kl import KL
+from varjax.convert.name_maps.mar import MAR
 from varjax.convert.name_maps.name_map import NameMap
 from varjax.convert.name_maps.var import VAR
 from varjax.convert.name_maps.vq import VQ
 
-NAME_MAPS = (VQ, KL, VAR)  # a tensor in `known_by` decides; the first that is found wins
+NAME_MAPS = (VQ, KL, MAR, VAR)  # a tensor in `known_by` decides; the first that is found wins
 
 
 def name_map_of(config: Any) -> NameMap:

@@ -1,0 +1,292 @@
+"""The task against one official optimizer step, and what no microbatch may change."""
+
+import dataclasses
+import functools
+import zlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.golden import weights
+from tests.mar import golden
+from varjax.convert import apply_map
+from varjax.core import trees
+from varjax.core.errors import InputError
+from varjax.mar.losses import (
+    LossDraws,
+    content_keys,
+    draw_losses,
+    known_count,
+    masked_mean,
+    masked_share,
+    token_losses,
+)
+from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
+from varjax.mar.options import MAROptions
+from varjax.mar.task import DECAYED, MARTask, matching_mar_rows
+from varjax.nn.compute import Compute
+from varjax.tokenizers.kl.model import KLConfig
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.training.optimizer import AdamW
+from varjax.training.task import Plan
+from varjax.training.train_step import apply_gradients
+
+KL = KLConfig(
+    image_size=8, image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4,
+    latent_channels=3,
+)  # fmt: skip
+VQ = VQConfig(
+    scales=(4,), image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4, vocab=7,
+    code_channels=4,
+)  # fmt: skip
+MODEL = MARConfig(
+    width=24, encoder_depth=1, decoder_depth=2, encoder_heads=2, decoder_heads=2,
+    head=DiffusionHead(channels=3, depth=1, width=16), classes=10, latent_map=(4, 4), buffer=2,
+)  # fmt: skip
+FAST = MAROptions(cfg=1.5, steps=2, diffusion_steps="3", clip_denoised=3.0)
+TASK = MARTask(
+    MODEL, KL, "random", AdamW(base_lr=1e-2, schedule="constant", clip=3.0), ema=0.5,
+    sampling=FAST, plan=Plan(4, 8),
+)  # fmt: skip
+DISCRETE = dataclasses.replace(
+    TASK, model=dataclasses.replace(MODEL, head=CategoricalHead(7)), tokenizer=VQ
+)
+CAUSAL = dataclasses.replace(TASK, model=dataclasses.replace(MODEL, attention="causal"))
+KEY = jax.random.key(3)
+
+
+def quick(function):
+    """Compiled without optimization, which takes a third of the time."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def batch(rows=8):
+    rng = np.random.default_rng(0)
+    return {
+        "image_BHWC": rng.integers(0, 256, (rows, 8, 8, 1), np.uint8),
+        "label_B": rng.integers(0, 10, rows).astype(np.int32),
+    }
+
+
+@functools.cache
+def frozen(tokenizer):
+    return quick(tokenizer.init)(KEY)
+
+
+@functools.cache
+def start(task):
+    return quick(task.init)(KEY)
+
+
+def official_draws(case):
+    """The masks, noise levels and noise of the official loss."""
+    shape = 2, case.config.length, 1
+    return LossDraws(
+        order_BL=jnp.asarray(case.out["orders"][:, ::-1].astype(np.int32)),
+        known_B=jnp.full(2, case.known),
+        timestep_BLU=jnp.asarray(case.out["loss.t"].astype(np.int32).reshape(shape)),
+        noise_BLUZ=jnp.asarray(case.out["loss.noise"].reshape(*shape, -1)),
+    )
+
+
+def official_loss(case, params):
+    token_BLZ = jnp.asarray(case.config.patchify(case.latents_BhwZ))
+    labels, draws = jnp.asarray(case.label_B), official_draws(case)
+    of = token_losses(case.config, params, token_BLZ, labels, draws, case.known + 1)
+    loss_BL = (of["mse_BLU"] + of["vlb_BLU"])[..., 0]
+    return masked_mean(loss_BL, of["masked_BL"])
+
+
+@functools.cache
+def official_grads(name):
+    case = golden.case(name)
+    return quick(jax.value_and_grad(functools.partial(official_loss, case)))(case.params)
+
+
+@pytest.mark.parametrize("name", golden.CASES)
+def test_loss_and_gradients_are_the_official_ones(name):
+    case = golden.case(name)
+    loss, grads = official_grads(name)
+    assert loss == pytest.approx(float(case.out["loss.masked_mean"]), rel=1e-4)
+    official = apply_map.to_official(case.config, jax.device_get(grads))
+    for key in case.out:
+        if not key.startswith("grad_norm."):
+            continue
+        tensor = key.removeprefix("grad_norm.")
+        grad = np.asarray(official[tensor])
+        norm = float(case.out[key])
+        assert np.linalg.norm(grad) == pytest.approx(norm, rel=1e-3), tensor
+        rng = np.random.RandomState(zlib.crc32(f"probe/{tensor}".encode()))
+        probe = np.sum(grad * rng.standard_normal(grad.shape).astype(np.float32))
+        scale = norm * grad.size**0.5
+        assert abs(probe - float(case.out[f"grad_probe.{tensor}"])) < 1e-4 * scale, tensor
+
+
+def test_one_step_is_the_official_one():
+    case, about = golden.case("mar_base"), weights.case("mar_base_step")
+    out = weights.outputs("mar_base_step")
+    (b1, b2), lr = about["betas"], about["lr"]
+    optimizer = AdamW(
+        base_lr=lr, b1=b1, b2=b2, eps=about["eps"], weight_decay=about["weight_decay"],
+        clip=about["clip"], schedule="constant", warmup=0.0,
+    )  # fmt: skip
+    task = dataclasses.replace(TASK, optimizer=optimizer, plan=Plan(2, 256))
+    params = jax.tree.map(jnp.asarray, case.params)
+    tx = task.transformation(params)
+    state = dataclasses.replace(start(task), params=params, ema=params, opt_state=tx.init(params))
+    state, norms = apply_gradients(state, official_grads("mar_base")[1], tx, 0.5)
+    assert float(norms["grad_norm"]) == pytest.approx(float(out["grad_norm"]), rel=1e-3)
+    after = apply_map.to_official(case.config, jax.device_get(state.params))
+    before = weights.state_dict("mar_base", "mar")
+    checked = 0
+    for name in before:
+        if name == "fake_latent":  # no label was dropped; PyTorch leaves what has no gradient
+            continue
+        flat = np.asarray(after[name]).reshape(-1)
+        stride = max(1, flat.size // 64)
+        moved = out[f"after_one_step.{name}"] - before[name].reshape(-1)[::stride]
+        ours = flat[::stride] - before[name].reshape(-1)[::stride]
+        if name.endswith("qkv.bias"):  # a bias of all keys changes nothing: its gradient is noise
+            kind = np.arange(0, flat.size, stride) * 3 // flat.size
+            ours, moved = ours[kind != 1], moved[kind != 1]
+        np.testing.assert_allclose(ours, moved, atol=0.05 * lr, err_msg=name)
+        checked += 1
+    assert checked == len(before) - 1
+
+
+def test_what_decays_is_what_the_reference_decays():
+    about, case = weights.case("mar_base_step"), golden.case("mar_base")
+    decays = trees.map_with_path(
+        lambda path, leaf: np.full(leaf.shape, trees.first_match(DECAYED, path), np.float32),
+        case.params,
+    )
+    official = apply_map.to_official(case.config, decays)
+    for name, tensor in official.items():
+        assert (np.asarray(tensor) == (name not in about["no_weight_decay"])).all(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [TASK, DISCRETE], ids=["masked", "codes"])
+def test_accumulation_changes_nothing_but_rounding(task):
+    state, weights_ = start(task), frozen(task.tokenizer)
+    results = []
+    for accumulate in (1, 4):
+        step = quick(dataclasses.replace(task, accumulate=accumulate).train_step)
+        results.append(step(state, weights_, batch(), KEY))
+    chex.assert_trees_all_close(results[0][1], results[1][1], rtol=1e-3, atol=1e-5)
+    moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), results[0][0].params, state.params)
+    apart = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max()), results[0][0].opt_state, results[1][0].opt_state
+    )
+    assert max(jax.tree.leaves(apart)) < 1e-4 and max(jax.tree.leaves(moved)) > 1e-4
+
+
+@pytest.mark.parametrize("rate", ["dropout", "attention_dropout"])
+def test_dropout_is_each_example_s_own(rate):
+    params, KEY_B = trained_state().params, jax.random.split(KEY, 4)
+    token_BLZ = jax.random.normal(KEY, (4, 16, 3))
+
+    @quick
+    def loss(key_B):
+        draws = draw_losses(MODEL, KEY_B, jnp.full(4, 3), 1, **{rate: 0.5})
+        draws = draws.replace(**{rate: draws.__dict__[rate].replace(key_B=key_B)})
+        label_B = jnp.zeros(4, jnp.int32)
+        of = token_losses(MODEL, params, token_BLZ, label_B, draws, 4)
+        return jnp.sum(of["mse_BLU"], axis=(1, 2))
+
+    one_B, swapped_B = loss(KEY_B), loss(KEY_B[jnp.array([1, 0, 2, 3])])
+    assert (one_B[:2] != swapped_B[:2]).all()
+    np.testing.assert_array_equal(one_B[2:], swapped_B[2:])
+
+
+def test_labels_are_dropped_and_more_than_one_share_is_masked():
+    step = quick(dataclasses.replace(TASK, class_dropout=1.0).train_step)
+    state, shares = trained_state(), set()
+    for number in range(4):
+        after, metrics = step(state.replace(step=jnp.int32(number)), frozen(KL), batch(), KEY)
+        shares.add(float(metrics["masked"]))
+        decay = 1 - float(TASK.optimizer.wd(0, TASK.plan)) * float(metrics["lr"])
+        moved = after.params["class_embed"] - state.params["class_embed"] * decay
+        assert jnp.abs(moved).max() < 1e-6  # no class was seen
+        assert (after.params["fake_latent"] != state.params["fake_latent"]).all()
+    assert len(shares) > 1 and min(shares) >= 0.7
+
+
+def trained_state():
+    """A state whose denoising MLP is not closed, so that everything has a gradient."""
+    state, rng = start(TASK), np.random.default_rng(4)
+    fill = lambda x: x + jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32)  # noqa: E731
+    return state.replace(params=jax.tree.map(fill, state.params))
+
+
+@pytest.mark.parametrize("task", [TASK, DISCRETE, CAUSAL], ids=["masked", "codes", "causal"])
+def test_evaluation_does_not_depend_on_the_batch_and_ignores_padding(task):
+    state, weights_ = start(task), frozen(task.tokenizer)
+    rows = batch(6) | {"valid_B": np.ones(6, bool)}
+    step = quick(task.eval_step)
+    padded = {k: np.concatenate([x[:4], np.zeros_like(x[:1])]) for k, x in rows.items()}
+    rest = {k: np.concatenate([x[4:], np.zeros_like(x[:3])]) for k, x in rows.items()}
+    whole = task.eval_metrics(dict(step(state, weights_, rows)))
+    parts = [step(state, weights_, part) for part in (padded, rest)]
+    summed = task.eval_metrics(dict(jax.tree.map(jnp.add, *parts)))
+    assert whole.keys() == summed.keys() and "loss_by_known" in whole
+    for name in whole:
+        np.testing.assert_allclose(whole[name], summed[name], rtol=2e-4, err_msg=name)
+
+
+def test_keys_of_examples_follow_their_numbers():
+    keys = jax.random.key_data(content_keys(batch(8)))
+    assert len(np.unique(np.asarray(keys), axis=0)) == 8
+    some = {name: x[3:5] for name, x in batch(8).items()}
+    np.testing.assert_array_equal(jax.random.key_data(content_keys(some)), keys[3:5])
+
+
+def test_masks_are_a_truncated_normal_of_shares():
+    share_N = jax.vmap(masked_share, (0, None))(jax.random.split(KEY, 4000), 0.7)
+    assert 0.7 <= share_N.min() and share_N.max() <= 1
+    expected = 1 - 0.25 * 0.3989423 * (1 - np.exp(-0.72)) / 0.3849303
+    assert np.mean(share_N) == pytest.approx(expected, abs=0.003)
+    assert int(known_count(256, jnp.float32(0.7001))) == 76
+    assert int(known_count(256, 1.0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (dict(tokenizer=VQ), "takes a KL tokenizer, but the tokenizer is a VQConfig"),
+        (dict(tokenizer=dataclasses.replace(KL, latent_channels=4)), "channels: tokenizer 4, tr"),
+        (dict(tokenizer=dataclasses.replace(KL, image_size=16)), r"latent_map: tokenizer \(8, 8\)"),
+        (dict(sampling=MAROptions(steps=17)), "steps=17: must be at most 16"),
+        (dict(least_masked=0.0), r"least_masked=0.0: must be in \(0, 1\)"),
+        (dict(diffusion_repeats=0), "diffusion_repeats=0: must be 1 or more"),
+        (dict(attention_dropout=1.0), "attention_dropout=1.0: must be at least 0 and below 1"),
+        (dict(compute=Compute(attention="cudnn")), "cuDNN's attention has none"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(change, says):
+    with pytest.raises(InputError, match=says):
+        dataclasses.replace(TASK, **change)
+
+
+def test_codes_need_a_single_scale():
+    with pytest.raises(InputError, match="has 2 scales"):
+        dataclasses.replace(DISCRETE, tokenizer=dataclasses.replace(VQ, scales=(1, 4)))
+
+
+def test_rows_of_other_sizes():
+    larger = dataclasses.replace(MODEL, latent_map=(8, 8), classes=3)
+    rows = matching_mar_rows(larger, MODEL)
+    assert rows["class_embed"] == ([], []) and rows["encoder_pos_embed"] == ([0, 1], [0, 1])
+    assert not matching_mar_rows(MODEL, MODEL)
+
+
+@pytest.mark.parametrize("task", [TASK, DISCRETE], ids=["masked", "codes"])
+def test_previews_are_images(task):
+    images = quick(task.preview)(start(task), frozen(task.tokenizer), batch())
+    assert images["samples"].shape == (16, 8, 8, 1)
+    assert images["reconstructions"].shape == (8, 8, 8, 1)
+    for image_NHWC in images.values():
+        assert 0 <= image_NHWC.min() < image_NHWC.max() <= 1

@@ -1,0 +1,91 @@
+"""Between tokenizers and the transformer: latents in its units, and what fits what."""
+
+import jax
+import jax.numpy as jnp
+
+from varjax.core.errors import InputError
+from varjax.core.trees import PyTree
+from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
+from varjax.tokenizers.contract import Latents
+from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig, sample_posterior
+from varjax.tokenizers.vq.model import VQConfig
+
+TokenizerConfig = KLConfig | VQConfig
+
+
+def check_latents_fit(tokenizer: TokenizerConfig, config: MARConfig) -> None:
+    """Raises InputError, with all differences, where a transformer cannot read these latents."""
+    head = config.head
+    if isinstance(tokenizer, KLConfig) != isinstance(head, DiffusionHead):
+        allowed = "a KL tokenizer" if isinstance(head, DiffusionHead) else "a VQ tokenizer"
+        raise InputError(
+            f"a transformer with a {type(head).__name__} takes {allowed}, but the tokenizer is a "
+            f"{type(tokenizer).__name__}"
+        )
+    if isinstance(tokenizer, KLConfig) and isinstance(head, DiffusionHead):
+        h, w, channels = tokenizer.latent_shape
+        pairs = {"latent_map": ((h, w), config.latent_map)}
+        pairs["channels"] = channels, head.channels
+    else:
+        assert isinstance(tokenizer, VQConfig) and isinstance(head, CategoricalHead)
+        if len(tokenizer.pyramid) > 1:
+            raise InputError(
+                f"the tokenizer has {len(tokenizer.pyramid)} scales; a transformer with a "
+                "CategoricalHead takes one of a single scale"
+            )
+        pairs = {"latent_map": (tokenizer.pyramid.finest, tuple(config.latent_map))}
+        pairs["vocab"] = tokenizer.vocab, head.vocab
+    if lines := [f"{n}: tokenizer {a}, transformer {b}" for n, (a, b) in pairs.items() if a != b]:
+        raise InputError("tokenizer and transformer do not fit:\n  " + "\n  ".join(lines))
+
+
+def encode_tokens(
+    tokenizer: TokenizerConfig,
+    config: MARConfig,
+    params: PyTree,
+    batch: Latents,
+    key_B: jax.Array | None = None,
+) -> jax.Array:
+    """Makes tokens of images, or of latents that were made of them before.
+
+    Args:
+        tokenizer: config of the tokenizer.
+        config: of the transformer.
+        params: of the tokenizer.
+        batch: "image_BHWC", or the arrays of `tokenizer.latent_spec`.
+        key_B: one key an image, to draw from the posterior of a KL tokenizer; None for its mean.
+
+    Returns:
+        (B, L, Z) float32 of a standard deviation of about 1, or codes (B, L) int32.
+    """
+    spec = tokenizer.latent_spec
+    latents = (
+        batch if spec.keys() <= batch.keys() else tokenizer.encode(params, batch["image_BHWC"])
+    )
+    if isinstance(tokenizer, VQConfig):
+        return latents["tokens_BL"]
+    z_BhwZ = latents["mean_BhwZ"]
+    if key_B is not None:
+        draw = jax.vmap(lambda key: jax.random.normal(key, tokenizer.latent_shape))
+        z_BhwZ = sample_posterior(latents, draw(key_B))
+    return config.patchify(to_model_units(params, z_BhwZ))
+
+
+def decode_tokens(
+    tokenizer: TokenizerConfig, config: MARConfig, params: PyTree, tokens_BL: jax.Array
+) -> jax.Array:
+    """Decodes tokens, (B, L, Z) or (B, L), into images (B, H, W, channels) in [0, 1]."""
+    if isinstance(tokenizer, VQConfig):
+        return tokenizer.decode(params, {"tokens_BL": tokens_BL})
+    z_BhwZ = from_model_units(params, config.unpatchify(tokens_BL))
+    return tokenizer.decode(params, {"mean_BhwZ": z_BhwZ})
+
+
+def to_model_units(params: PyTree, z_BhwZ: jax.Array) -> jax.Array:
+    """Divides latents by the standard deviation that their tokenizer measured."""
+    return z_BhwZ / params[LATENT_STD_PATH]
+
+
+def from_model_units(params: PyTree, z_BhwZ: jax.Array) -> jax.Array:
+    """Undoes `to_model_units`."""
+    return z_BhwZ * jnp.asarray(params[LATENT_STD_PATH])

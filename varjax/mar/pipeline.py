@@ -1,0 +1,348 @@
+"""A MAR transformer with its tokenizer: the family's `Sampler`, for commands and notebooks."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varjax.core import config_tree, trees
+from varjax.core.errors import InputError
+from varjax.core.trees import PyTree
+from varjax.mar.latents import (
+    TokenizerConfig,
+    check_latents_fit,
+    decode_tokens,
+    encode_tokens,
+)
+from varjax.mar.model import MAR, CategoricalHead, DiffusionHead, MARConfig
+from varjax.mar.options import MAROptions, check_sampling, make_plan
+from varjax.mar.sample import KnownTokens, sample_tokens
+from varjax.nn.compute import Compute
+from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
+from varjax.sampling.sampler import checked_labels, image_keys, replace_options
+from varjax.tokenizers.contract import checked_images
+
+Array = np.ndarray | jax.Array
+Labels = Sequence[int] | np.ndarray | jax.Array
+
+
+class MARPipeline:
+    """Samples, edits, encodes and decodes; `varjax.load` makes it from weights.
+
+        model = varjax.load("runs/digits_mar")
+        images_BHWC = model.sample([3, 1, 4], seed=0, cfg=1.5)
+        latents_BhwZ = model.encode(images_BHWC)
+
+    Images in are uint8 or float in [0, 1], (B, H, W, channels); images out are float32 in [0, 1].
+    Latents are in the transformer's units, with a standard deviation of about 1: (B, h, w, Z), or
+    codes (B, L) with a categorical head. Each method compiles once per shape and kind of options.
+    Every device holds all parameters, and a batch is shared out among the devices.
+
+    Attributes:
+        tokenizer: config of the tokenizer; None without one, and then nothing that has to do with
+            images is there.
+        mar: config of the transformer.
+        params: {"tokenizer": …, "mar": …}.
+        sampling: the options that `sample` and `edit` take by default.
+        compute: number format and execution. Images become latents, and latents images, in float32
+            whatever it says.
+        devices: the devices that share out a batch.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TokenizerConfig | None,
+        mar: MARConfig,
+        params: PyTree,
+        sampling: MAROptions = MAROptions(),  # noqa: B008  (frozen)
+        compute: Compute = Compute(),  # noqa: B008  (frozen)
+        devices: Sequence[Any] | None = None,
+    ):
+        if tokenizer is not None:
+            check_latents_fit(tokenizer, mar)
+        self.tokenizer, self.mar, self.sampling, self.compute = tokenizer, mar, sampling, compute
+        mesh = batch_mesh(devices)
+        self.devices: tuple[Any, ...] = tuple(mesh.devices)
+        self.params = replicate(params, mesh)
+        model = MAR(mar, compute)
+
+        def sampled_tokens(params, plan, label_B, key_B, known=None):
+            return sample_tokens(mar, params["mar"], label_B, key_B, plan, known, compute)
+
+        def sampled(params, plan, label_B, key_B, known=None):
+            tokens = sampled_tokens(params, plan, label_B, key_B, known)
+            return decode_tokens(tokenizer, mar, params["tokenizer"], tokens)
+
+        def encoded(params, _, image_BHWC):
+            batch = {"image_BHWC": image_BHWC}
+            return encode_tokens(tokenizer, mar, params["tokenizer"], batch)
+
+        def hidden(params, _, token_BL, order_BL, known_BL, label_B):
+            apply = functools.partial(model.apply, {"params": params["mar"]})
+            class_BC = apply(label_B, method="class_vectors")
+            return apply(token_BL, order_BL, known_BL, class_BC, method="hidden")
+
+        def denoised(params, _, xt_NZ, t_N, z_NC):
+            return model.apply({"params": params["mar"]}, xt_NZ, t_N, z_NC, method="denoise")
+
+        def logits(params, _, z_BLC):
+            return model.apply({"params": params["mar"]}, z_BLC, method="logits")
+
+        self._tokens, self._sample = (data_parallel(f, mesh) for f in (sampled_tokens, sampled))
+        self._encode = data_parallel(encoded, mesh)
+        self._decode = data_parallel(
+            lambda params, _, x: decode_tokens(tokenizer, mar, params["tokenizer"], x), mesh
+        )
+        self._hidden, self._logits = data_parallel(hidden, mesh), data_parallel(logits, mesh)
+        self._denoise = data_parallel(denoised, mesh)
+
+    @property
+    def config(self) -> dict[str, TokenizerConfig | MARConfig | None]:
+        """{"tokenizer": …, "mar": …}, the configs of the two models."""
+        return {"tokenizer": self.tokenizer, "mar": self.mar}
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; the label of that number means "no class"."""
+        return self.mar.classes
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, channels) of an image."""
+        return self._needed_tokenizer.image_shape
+
+    @property
+    def edit_shape(self) -> tuple[int, int]:
+        """(h, w) of the token map, on which an edit says what to keep."""
+        return self.mar.grid
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """(h, w, Z) of an image's latents, or (L,) of its codes."""
+        head = self.mar.head
+        if isinstance(head, CategoricalHead):
+            return (self.mar.length,)
+        return *self.mar.latent_map, head.channels
+
+    def identity(self) -> dict[str, Any]:
+        """Returns all that images depend on besides labels, seed and options, as JSON data."""
+        compute = config_tree.to_dict(self.compute) | {"dtype": str(self.compute.jax_dtype)}
+        return {"compute": compute, "weights": trees.digest(self.params)[:16]}
+
+    def options(self, **given: Any) -> MAROptions:
+        """Returns the model's own `sampling` with what is given, and not None, replaced.
+
+        Raises InputError for an unknown name and for a value out of range.
+        """
+        return check_sampling(self.mar, replace_options(self.sampling, given))
+
+    def encode(self, images_BHWC: Array) -> jax.Array:
+        """Encodes images into latents: the posterior's mean in the transformer's units, or codes.
+
+        Returns:
+            (B, h, w, Z) float32 or (B, L) int32.
+        """
+        images_BHWC = checked_images(images_BHWC, self.image_shape)
+        return self.mar.unpatchify(self._encode(self.params, None, images_BHWC))
+
+    def decode(self, latents: Array) -> jax.Array:
+        """Decodes latents as `encode` gives them into images (B, H, W, channels)."""
+        _ = self._needed_tokenizer
+        return self._decode(self.params, None, self._checked_tokens(latents))
+
+    def hidden(self, latents: Array, known: Array, labels: Labels | None = None) -> jax.Array:
+        """Computes the vectors z of all places from the tokens that are known.
+
+        Args:
+            latents: (B, h, w, Z) or codes (B, L); read only where they are known.
+            known: (h, w) or (B, h, w) bool on the map of `edit_shape`.
+            labels: (B,) classes; None for no class.
+
+        Returns:
+            (B, L, width) float32.
+
+        Raises:
+            InputError: a wrong shape, or a model with causal attention, which knows tokens in an
+                order and not in any set.
+        """
+        if self.mar.attention == "causal":
+            raise InputError("hidden: this model's attention is causal; it has no vector of a set")
+        token_BL = self._checked_tokens(latents)
+        known_BL = self._checked_map(known, len(token_BL), "known")
+        label_B = self._labels_or_none(labels, len(token_BL))
+        order_BL = np.argsort(~known_BL, axis=1, kind="stable").astype(np.int32)
+        token_BL = jax.vmap(lambda token_L, order_L: token_L[order_L])(token_BL, order_BL)
+        known_BL = np.take_along_axis(known_BL, order_BL, axis=1)
+        return self._hidden(self.params, None, token_BL, order_BL, known_BL, label_B)
+
+    def denoise(self, xt_NZ: Array, t_N: Array, z_NC: Array) -> jax.Array:
+        """Predicts the noise in noisy tokens (MAR, section 3.2).
+
+        Args:
+            xt_NZ: noisy tokens, in the transformer's units.
+            t_N: their timesteps, integers 0 … 999.
+            z_NC: their vectors, by `hidden`.
+
+        Returns:
+            (N, 2 Z): the noise, and a value that interpolates between the smallest and the largest
+            log variance of a step.
+
+        Raises:
+            InputError: a wrong shape, or a model whose tokens are codes.
+        """
+        if not isinstance(self.mar.head, DiffusionHead):
+            raise InputError("denoise: this model's tokens are codes; it has `logits` instead")
+        Z, C = self.mar.head.token_shape[0], self.mar.width
+        shapes = tuple(np.shape(x) for x in (xt_NZ, t_N, z_NC))
+        N = shapes[1][0] if len(shapes[1]) == 1 else "N"
+        if shapes != ((N, Z), (N,), (N, C)):
+            raise InputError(
+                f"x_t, t and z have shapes {shapes}; needed are (N, {Z}), (N,), (N, {C})"
+            )
+        arrays = (
+            jnp.asarray(x, d) for x, d in ((xt_NZ, "float32"), (t_N, "int32"), (z_NC, "float32"))
+        )
+        return self._denoise(self.params, None, *arrays)
+
+    def logits(self, z_BLC: Array) -> jax.Array:
+        """Computes the logits of all codes (B, L, V) from vectors by `hidden`.
+
+        Raises InputError for a model whose tokens are continuous.
+        """
+        if not isinstance(self.mar.head, CategoricalHead):
+            raise InputError("logits: this model's tokens are continuous; it has `denoise` instead")
+        return self._logits(self.params, None, jnp.asarray(z_BLC))
+
+    def sample(
+        self,
+        labels: Labels,
+        seed: int = 0,
+        *,
+        index: Sequence[int] | np.ndarray | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Samples one image for each label.
+
+        Image i is a function of (seed, index[i], labels[i], options) alone, whatever else is in the
+        batch.
+
+        Args:
+            labels: (B,) classes; `classes` means "no class".
+            seed: another one gives other images.
+            index: (B,) numbers of the images; None for 0 … B-1.
+            options: fields of `MAROptions`, in place of those of `sampling`.
+
+        Returns:
+            (B, H, W, channels) float32 in [0, 1].
+
+        Raises:
+            InputError: labels or options out of range.
+        """
+        _ = self._needed_tokenizer
+        return self._sample(self.params, *self._request(labels, seed, index, options))
+
+    def sample_latents(
+        self,
+        labels: Labels,
+        seed: int = 0,
+        *,
+        index: Sequence[int] | np.ndarray | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Samples latents (B, h, w, Z) or codes (B, L), those of `sample`; arguments as there."""
+        tokens = self._tokens(self.params, *self._request(labels, seed, index, options))
+        return self.mar.unpatchify(tokens)
+
+    def edit(
+        self,
+        images_BHWC: Array,
+        keep: np.ndarray,
+        labels: Labels | None = None,
+        seed: int = 0,
+        *,
+        index: Sequence[int] | np.ndarray | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Draws everything outside of `keep` anew, without further training; the rest as `sample`.
+
+        Args:
+            images_BHWC: one image for each of `index`, or one for all of them.
+            keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; its tokens stay as they are.
+            labels: (B,) classes; None for no class.
+            seed: another one gives other images.
+            index: (B,) numbers of the results; None for one of each image.
+            options: fields of `MAROptions`, in place of those of `sampling`.
+        """
+        latents = self.encode(images_BHWC)
+        return self.decode(self.edit_latents(latents, keep, labels, seed, index=index, **options))
+
+    def edit_latents(
+        self,
+        latents: Array,
+        keep: np.ndarray,
+        labels: Labels | None = None,
+        seed: int = 0,
+        *,
+        index: Sequence[int] | np.ndarray | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Draws latents outside of `keep` anew; those inside stay the same to the bit.
+
+        latents: by `encode`, one for each of `index`, or one for all of them; the rest as `edit`.
+        """
+        token_BL = self._checked_tokens(latents)
+        index_B = np.arange(len(token_BL)) if index is None else np.asarray(index)
+        B = len(index_B)
+        if len(token_BL) not in (1, B):
+            raise InputError(
+                f"{len(token_BL)} images and {B} of index; give one image, or one per index"
+            )
+        keep_BL = self._checked_map(keep, B, "keep")
+        label_B = self._labels_or_none(labels, B)
+        plan = make_plan(self.mar, self.options(**options), keep_BL)
+        known = KnownTokens(jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:])), keep_BL)
+        tokens = self._tokens(self.params, plan, label_B, image_keys(seed, index_B), known)
+        return self.mar.unpatchify(tokens)
+
+    @property
+    def _needed_tokenizer(self) -> TokenizerConfig:
+        if self.tokenizer is None:
+            raise InputError(
+                "this model has no tokenizer, so it samples latents only (sample_latents); convert "
+                "it again with --kl as well"
+            )
+        return self.tokenizer
+
+    def _request(self, labels, seed, index, options):
+        """What the compiled samplers take: (plan, label_B, key_B)."""
+        label_B = checked_labels(labels, self.classes)
+        index_B = np.arange(len(label_B)) if index is None else np.asarray(index)
+        return make_plan(self.mar, self.options(**options)), label_B, image_keys(seed, index_B)
+
+    def _labels_or_none(self, labels, batch):
+        labels = np.full(batch, self.classes) if labels is None else labels
+        return checked_labels(labels, self.classes, batch)
+
+    def _checked_map(self, where, batch, name):
+        """(B, L) bool of a map (h, w) or (B, h, w)."""
+        where, grid = np.asarray(where), self.mar.grid
+        if where.shape not in (grid, (batch, *grid)):
+            raise InputError(
+                f"{name} has shape {where.shape}; allowed are {grid}, {(batch, *grid)}"
+            )
+        where_Bhw = np.broadcast_to(where.astype(bool), (batch, *grid))
+        return where_Bhw.reshape(batch, self.mar.length)
+
+    def _checked_tokens(self, latents):
+        shape, head = np.shape(latents), self.mar.head
+        if shape[1:] != self.latent_shape:
+            raise InputError(f"latents have shape {shape}; needed is (B, *{self.latent_shape})")
+        latents = jnp.asarray(latents)
+        if isinstance(head, CategoricalHead):
+            if latents.size and not 0 <= latents.min() <= latents.max() < head.vocab:
+                raise InputError(f"codes lie outside of 0 … {head.vocab - 1}")
+            return latents.astype(jnp.int32)
+        return self.mar.patchify(latents.astype(jnp.float32))

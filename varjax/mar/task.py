@@ -1,0 +1,276 @@
+"""Training a MAR transformer: the loss of masked tokens given the known ones."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from varjax.core import flops, trees
+from varjax.core.errors import InputError, check_setting
+from varjax.core.model_files import read_generator
+from varjax.core.trees import PyTree
+from varjax.mar.latents import TokenizerConfig, check_latents_fit, decode_tokens, encode_tokens
+from varjax.mar.losses import (
+    content_keys,
+    draw_losses,
+    known_count,
+    masked_mean,
+    masked_share,
+    token_losses,
+)
+from varjax.mar.model import DiffusionHead, MARConfig
+from varjax.mar.options import MAROptions, check_sampling, make_plan
+from varjax.mar.sample import sample_tokens
+from varjax.nn.compute import Compute
+from varjax.nn.diffusion import TRAINING_STEPS
+from varjax.sampling.sampler import image_keys
+from varjax.tokenizers.contract import check_image_shape
+from varjax.tokenizers.load import read_frozen_tokenizer
+from varjax.training.optimizer import AdamW
+from varjax.training.task import Batch, MatchingRows, Plan, TrainState
+from varjax.training.train_step import (
+    accumulated_gradients,
+    apply_gradients,
+    check_microbatches,
+    create_state,
+)
+
+# What the reference decays: matrices and tables outside of the denoising MLP.
+DECAYED = (
+    (r"^head/", False),
+    (r"(kernel|embedding|_embed|mask_token|fake_latent)$", True),
+    (r"", False),
+)
+LABEL_KEY, POSTERIOR_KEY, SHARE_KEY = 6, 7, 8  # folded into an image's key, beside the losses'
+NOISE_LEVELS, SHARES = 10, 4  # bins of losses in evaluation
+PREVIEW_IMAGES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class MARTask:
+    """Trains a transformer to predict masked tokens (MAR, section 3).
+
+    The state's average is what samples are drawn from. Raises InputError for a value out of range.
+
+    Attributes:
+        model: the transformer.
+        tokenizer: the tokenizer, frozen: of KL for a diffusion head, of VQ with one scale for a
+            categorical one.
+        tokenizer_weights: a tokenizer's run or a converted directory, which must hold `tokenizer`;
+            or "random" for an untrained one, whose latents mean nothing.
+        optimizer: AdamW and its schedule.
+        class_dropout: share of images whose label becomes "no class".
+        attention_dropout: share of the attention's weights to drop; fused kernels cannot.
+        dropout: share of what attention and MLP give to drop.
+        least_masked: least share of tokens that is masked.
+        diffusion_repeats: noise levels for each token in a step.
+        ema: decay of the parameters' exponential moving average; 0 for none.
+        accumulate: microbatches whose gradients are averaged in a step.
+        compute: number format and execution.
+        sampling: options that suit the model, for previews and as the default after loading.
+        plan: length of the run; the loop fills it in.
+    """
+
+    model: MARConfig
+    tokenizer: TokenizerConfig
+    tokenizer_weights: str
+    optimizer: AdamW = AdamW()
+    class_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    dropout: float = 0.1
+    least_masked: float = 0.7
+    diffusion_repeats: int = 4
+    ema: float = 0.9999
+    accumulate: int = 1
+    compute: Compute = Compute()
+    sampling: MAROptions = MAROptions()
+    plan: Plan = Plan()
+
+    def __post_init__(self):
+        check_latents_fit(self.tokenizer, self.model)
+        check_sampling(self.model, self.sampling)
+        for name in ("class_dropout", "ema"):
+            value = getattr(self, name)
+            check_setting(name, value, 0 <= value <= 1, "in [0, 1]")
+        for name in ("attention_dropout", "dropout"):
+            value = getattr(self, name)
+            check_setting(name, value, 0 <= value < 1, "at least 0 and below 1")
+        check_setting("least_masked", self.least_masked, 0 < self.least_masked < 1, "in (0, 1)")
+        repeats = self.diffusion_repeats
+        check_setting("diffusion_repeats", repeats, repeats >= 1, "1 or more")
+        if self.compute.attention == "cudnn" and self.attention_dropout:
+            raise InputError(
+                f"attention_dropout={self.attention_dropout}: cuDNN's attention has none; set "
+                "task.attention_dropout=0 or task.compute.attention=xla"
+            )
+
+    def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
+        check_image_shape(self.tokenizer, image_shape)
+        check_microbatches(self.plan.batch_size, self.accumulate)
+        if classes != self.model.classes:
+            raise InputError(
+                f"the data has {classes} classes, but the model {self.model.classes}; "
+                f"set task.model.classes={classes}, or train on other data"
+            )
+
+    def init(self, key: jax.Array) -> TrainState:
+        params = self.model.init(key)
+        return create_state(params, self.transformation(params), self.ema)
+
+    def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
+        there, params, _ = read_generator(location, "mar", "MARTask", MARConfig, MAROptions)
+        return params, matching_mar_rows(self.model, there)
+
+    def frozen(self) -> PyTree:
+        """Reads the tokenizer's parameters; raises InputError where they are another's."""
+        return read_frozen_tokenizer(self.tokenizer_weights, self.tokenizer)
+
+    def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
+        return self.tokenizer.identity(frozen)
+
+    def train_step(
+        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Makes one update, with one share of masked tokens for the whole batch."""
+        share_key, key = jax.random.split(jax.random.fold_in(key, state.step))
+        known = known_count(self.model.length, masked_share(share_key, self.least_masked))
+        key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(batch["label_B"])))
+        batch = batch | {"key_B": key_B}
+
+        def loss_fn(params, batch):
+            key_B, label_B = batch["key_B"], batch["label_B"]
+            label_key_B = _fold_in(key_B, LABEL_KEY)
+            dropped_B = jax.vmap(jax.random.bernoulli, (0, None))(label_key_B, self.class_dropout)
+            label_B = jnp.where(dropped_B, self.model.classes, label_B)
+            known_B = jnp.broadcast_to(known, label_B.shape)
+            draws = draw_losses(
+                self.model,
+                key_B,
+                known_B,
+                self.diffusion_repeats,
+                self.attention_dropout,
+                self.dropout,
+            )
+            of = self._token_losses(params, frozen, batch, label_B, draws)
+            means = {
+                name: masked_mean(of[f"{name}_BL"], of["masked_BL"]) for name in self._loss_names
+            }
+            return means["loss"], means | {"masked": jnp.mean(of["masked_BL"].astype(jnp.float32))}
+
+        grads, metrics = accumulated_gradients(loss_fn, state.params, batch, self.accumulate)
+        state, norms = apply_gradients(state, grads, self.transformation(state.params), self.ema)
+        return state, metrics | norms | {"lr": self.optimizer.lr(state.step - 1, self.plan)}
+
+    def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
+        # Fused kernels hide their products, and what is recomputed is no work of the model's.
+        compute = dataclasses.replace(self.compute, remat="none", attention="xla")
+        plain = dataclasses.replace(self, compute=compute)
+        return flops.count(plain.train_step, state, frozen, batch, jax.random.key(0))
+
+    def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
+        """Draws masks, noise levels and noise by each image's own numbers, always the same."""
+        key_B, L = content_keys(batch), self.model.length
+        share_B = jax.vmap(masked_share, (0, None))(_fold_in(key_B, SHARE_KEY), self.least_masked)
+        known_B = known_count(L, share_B)
+        draws = draw_losses(self.model, key_B, known_B, self.diffusion_repeats)
+        of = self._token_losses(
+            state.params, frozen, batch | {"key_B": key_B}, batch["label_B"], draws
+        )
+        weight_BL = of["masked_BL"] & batch["valid_B"][:, None]
+        weight_BL = weight_BL.astype(jnp.float32)
+        images_B = batch["valid_B"].astype(jnp.float32)
+        count_B1 = jnp.sum(of["masked_BL"].astype(jnp.float32), axis=1, keepdims=True)
+        by_image_BL = weight_BL / count_B1
+        sums = {name: jnp.sum(of[f"{name}_BL"] * by_image_BL) for name in self._loss_names}
+        most = L - math.ceil(L * self.least_masked) + 1
+        share_bin_B = jnp.minimum(known_B * SHARES // most, SHARES - 1)
+        loss_B = jnp.sum(of["loss_BL"] * by_image_BL, axis=1)
+        sums["loss_by_known"] = _binned(share_bin_B, loss_B * images_B, images_B, SHARES)
+        if "loss_BLU" in of:
+            level_BLU = draws.timestep_BLU * NOISE_LEVELS // TRAINING_STEPS
+            weight_BLU = jnp.broadcast_to(weight_BL[..., None], level_BLU.shape)
+            loss_BLU = of["loss_BLU"] * weight_BLU
+            sums["loss_by_noise"] = _binned(level_BLU, loss_BLU, weight_BLU, NOISE_LEVELS)
+        return sums | {"images": jnp.sum(images_B)}
+
+    def eval_metrics(self, sums: PyTree) -> dict[str, Any]:
+        """Returns means over images, and means by noise level and by share of known tokens.
+
+        `loss_by_noise` has ten equal ranges of timesteps, least noise first; `loss_by_known` four
+        of the number of known tokens, fewest first. A range that holds nothing is NaN.
+        """
+        images, arrays = sums.pop("images"), {}
+        for name in ("loss_by_known", "loss_by_noise"):
+            if name in sums:
+                total, count = sums.pop(name)
+                arrays[name] = np.where(count > 0, total / np.maximum(count, 1), np.nan)
+        return {name: total / images for name, total in sums.items()} | arrays
+
+    def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        """Samples the first classes, from the same seeds always, and reconstructs images."""
+        label_B = jnp.arange(PREVIEW_IMAGES) % self.model.classes
+        plan = make_plan(self.model, check_sampling(self.model, self.sampling))
+        key_B = image_keys(0, jnp.arange(PREVIEW_IMAGES))
+        tokens = sample_tokens(self.model, state.params, label_B, key_B, plan, None, self.compute)
+        first = {name: x[:PREVIEW_IMAGES] for name, x in batch.items()}
+        kept = encode_tokens(self.tokenizer, self.model, frozen, first)
+        images = (decode_tokens(self.tokenizer, self.model, frozen, x) for x in (tokens, kept))
+        return dict(zip(("samples", "reconstructions"), images, strict=True))
+
+    def transformation(self, params: PyTree) -> optax.GradientTransformation:
+        """Makes the optimizer."""
+        decay = trees.map_with_path(lambda path, _: trees.first_match(DECAYED, path), params)
+        return self.optimizer.make(self.plan, decay)
+
+    @property
+    def _loss_names(self) -> tuple[str, ...]:
+        diffusion = isinstance(self.model.head, DiffusionHead)
+        return ("loss", "mse", "vlb") if diffusion else ("loss", "accuracy")
+
+    def _token_losses(self, params, frozen, batch, label_B, draws) -> dict[str, jax.Array]:
+        """`token_losses` of a batch of images or latents, as "loss_BL" and its parts."""
+        posterior_key_B = _fold_in(batch["key_B"], POSTERIOR_KEY)
+        data = {name: x for name, x in batch.items() if name != "key_B"}
+        token_BL = encode_tokens(self.tokenizer, self.model, frozen, data, posterior_key_B)
+        L = self.model.length
+        most_known = L - math.ceil(L * self.least_masked)
+        token_BL = jax.lax.stop_gradient(token_BL)
+        of = token_losses(self.model, params, token_BL, label_B, draws, most_known, self.compute)
+        if not isinstance(self.model.head, DiffusionHead):
+            names = {"loss_BL": "cross_entropy_BL", "accuracy_BL": "correct_BL"}
+            return of | {ours: of[name] for ours, name in names.items()}
+        of["loss_BLU"] = of["mse_BLU"] + of["vlb_BLU"]
+        return of | {f"{n}_BL": jnp.mean(of[f"{n}_BLU"], axis=-1) for n in self._loss_names}
+
+
+def matching_mar_rows(here: MARConfig, there: MARConfig) -> MatchingRows:
+    """Finds rows of the embeddings that mean the same in both, where the whole tables do not.
+
+    With other classes that is none of them; with another map of tokens or another buffer, the
+    positions of the buffer's tokens that both have, and no place of the map.
+
+    Returns:
+        {parameter: (rows here, rows there)}.
+    """
+    rows: MatchingRows = {}
+    if here.classes != there.classes:
+        rows["class_embed"] = [], []
+    if (here.grid, here.buffer) != (there.grid, there.buffer):
+        both = list(range(min(here.buffer, there.buffer)))
+        rows["encoder_pos_embed"] = rows["decoder_pos_embed"] = both, both
+        rows["diffusion_pos_embed"] = [], []
+    return rows
+
+
+def _fold_in(key_B: jax.Array, number: int) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, (0, None))(key_B, number)
+
+
+def _binned(number, total, count, bins):
+    """Sums (total, count) of each bin, (bins,) each."""
+    chosen = jax.nn.one_hot(number.reshape(-1), bins)
+    return total.reshape(-1) @ chosen, count.reshape(-1) @ chosen
