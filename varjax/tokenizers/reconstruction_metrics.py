@@ -27,7 +27,7 @@ from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, put, replicated
 from varjax.training.task import Batch
 
-EPSILON = 1e-12  # below any real mean square
+LEAST_GRADIENT = 1e-12  # below that of any image that is not of one color
 SHARED = {"psnr": "{:.2f} dB", "ssim": "{:.4f}", "l1": "{:.4f}", "lpips": "{:.4f}"}
 
 
@@ -144,7 +144,9 @@ class SplitMeasures:
             "images": images,
             "tokenizer": type(self.config).__name__,
             **{name: float(mean[f"{name}_B"]) for name in SHARED if f"{name}_B" in mean},
-            "sharpness": float(mean["gradient_B"] / max(mean["gradient_of_original_B"], EPSILON)),
+            "sharpness": float(
+                mean["gradient_B"] / max(mean["gradient_of_original_B"], LEAST_GRADIENT)
+            ),
             **summarize(self.config, self.params, mean, self.added, images),
             "worst": [{"image": x.number, "psnr": x.psnr} for x in self.worst],
         }

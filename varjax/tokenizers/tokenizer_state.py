@@ -2,6 +2,11 @@
 
 A train state's `params` are those of the tokenizer alone, so that whoever reads them, and their
 average, finds a tokenizer like any other. The discriminator and all else lie in `opt_state`.
+
+    state, others = split_state(state)
+    ...
+    others["discriminator"] = updated
+    state = join_state(state, others)
 """
 
 import dataclasses
@@ -17,7 +22,8 @@ def join_state(state: TrainState, others: dict[str, PyTree]) -> TrainState:
 
     Args:
         state: the tokenizer's.
-        others: by name; None for what this run does without.
+        others: by name; None for what this run does without. Where it does without all of them,
+            the state stays as it is.
     """
     others = {name: x for name, x in others.items() if x is not None}
     if not others:

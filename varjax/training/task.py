@@ -10,6 +10,8 @@ import jax
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 
+PREVIEW_IMAGES = 8  # columns of a preview
+
 # By name: "image_BHWC" uint8 (or latents such as "tokens_BL" int32), "label_B" int32 and, in
 # evaluation, "valid_B" bool, False for rows that only fill up the last batch.
 Batch = dict[str, jax.Array]

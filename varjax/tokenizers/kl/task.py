@@ -26,7 +26,7 @@ from varjax.tokenizers.losses.image_losses import (
     ImageGradientsFn,
     LossGradients,
     check_image_losses,
-    image_keys,
+    example_keys,
     image_losses,
     init_discriminator,
     load_frozen_losses,
@@ -38,10 +38,9 @@ from varjax.tokenizers.losses.image_losses import (
 from varjax.tokenizers.losses.lpips import LPIPSConfig
 from varjax.tokenizers.tokenizer_state import join_state, split_state
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Batch, MatchingRows, Plan, TrainState
+from varjax.training.task import PREVIEW_IMAGES, Batch, MatchingRows, Plan, TrainState
 from varjax.training.train_step import apply_gradients, create_state
 
-PREVIEW_IMAGES = 8
 LATENT_STD_DECAY = 0.99  # of the moving average that becomes the tokenizer's "latent_std"
 POSTERIOR_KEY = 102  # folded into an image's key; `diffaugment` folds small numbers
 
@@ -121,7 +120,7 @@ class KLTask:
         state, others = split_state(state)
         key, step = jax.random.fold_in(key, state.step), state.step
         image_BHWC = batch["image_BHWC"]
-        batch = {"image_BHWC": image_BHWC, "key_B": image_keys(key, len(image_BHWC))}
+        batch = {"image_BHWC": image_BHWC, "key_B": example_keys(key, len(image_BHWC))}
         discriminator = others.get("discriminator")
         gradients = functools.partial(_gradients, self, state.params)
         found = loss_gradients(self, discriminator, frozen, batch, step, gradients)

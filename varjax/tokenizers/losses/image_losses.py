@@ -161,7 +161,7 @@ def reconstruct(
     return outputs, last_BHWC
 
 
-def image_keys(key: jax.Array, count: int) -> jax.Array:
+def example_keys(key: jax.Array, count: int) -> jax.Array:
     """Makes a random key for each image of a batch, so that no result depends on microbatches."""
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
 
@@ -180,7 +180,7 @@ def loss_gradients(
         config: the task.
         discriminator: its state; None without one.
         frozen: as `load_frozen_losses` gives it.
-        batch: {"image_BHWC": uint8, "key_B": as `image_keys` gives them}.
+        batch: {"image_BHWC": uint8, "key_B": as `example_keys` gives them}.
         step: number of the update, from 0.
         microbatch_gradients: runs a microbatch through the tokenizer and back.
     """

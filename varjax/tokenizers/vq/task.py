@@ -17,7 +17,7 @@ from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.losses.gan import GANConfig
 from varjax.tokenizers.losses.image_losses import (
     check_image_losses,
-    image_keys,
+    example_keys,
     image_losses,
     init_discriminator,
     load_frozen_losses,
@@ -39,10 +39,8 @@ from varjax.tokenizers.vq.gradients import vq_gradients
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity, quantizer_loss
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Batch, MatchingRows, Plan, TrainState
+from varjax.training.task import PREVIEW_IMAGES, Batch, MatchingRows, Plan, TrainState
 from varjax.training.train_step import apply_gradients, create_state
-
-PREVIEW_IMAGES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +122,7 @@ class VQTask:
         state, others = split_state(state)
         key, step = jax.random.fold_in(key, state.step), state.step
         image_BHWC = batch["image_BHWC"]
-        batch = {"image_BHWC": image_BHWC, "key_B": image_keys(key, len(image_BHWC))}
+        batch = {"image_BHWC": image_BHWC, "key_B": example_keys(key, len(image_BHWC))}
         inputs_fn = functools.partial(quantizer_inputs, self.model, image_BHWC, self.accumulate)
 
         state = kmeans_init(self.codebook, pyramid, state, inputs_fn, key)
