@@ -10,6 +10,7 @@ import numpy as np
 from tests.helpers import runs, tiny
 from varjax.data.loader import make_loader
 from varjax.data.sources.digits import Digits
+from varjax.mar.task import MARTask
 from varjax.nn.compute import Compute
 from varjax.training import sharding
 from varjax.training.optimizer import AdamW
@@ -33,6 +34,10 @@ TRANSFORMER = VARTask(
     compute=Compute(remat="block"),
     plan=PLAN,
 )
+MAR = MARTask(
+    runs.MAR, runs.KL, "", OPTIMIZER, diffusion_repeats=1, ema=0.9, sampling=runs.MAR_SAMPLING,
+    plan=PLAN,
+)  # fmt: skip
 
 
 def main() -> None:
@@ -51,6 +56,12 @@ def main() -> None:
     check_layout(shape, state, "blocks", "attn", "q")
     jax.tree.map(close, (state, metrics), whole[:2])
     assert not (found := full_batch(compiled)), found
+
+    frozen = numbers(jax.eval_shape(runs.KL.init, jax.random.key(0)))
+    whole = train(MAR, frozen, MeshShape(), jax.devices()[:1])
+    state, metrics, _ = train(MAR, frozen, shape)
+    check_layout(shape, state, "decoder_blocks", "attn", "q")
+    jax.tree.map(close, (state, metrics), whole[:2])
 
 
 def train(task, frozen, shape: MeshShape, devices=None):

@@ -1,4 +1,4 @@
-"""Tiny runs of both stages on the digits, a few steps long, made once for all tests."""
+"""Tiny runs of both stages of both families on the digits, made once for all tests."""
 
 import functools
 import os
@@ -7,6 +7,11 @@ import tempfile
 
 from varjax.core import files
 from varjax.data.sources import Digits
+from varjax.mar.model import DiffusionHead, MARConfig
+from varjax.mar.options import MAROptions
+from varjax.mar.task import MARTask
+from varjax.tokenizers.kl.model import KLConfig
+from varjax.tokenizers.kl.task import KLTask
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training import loop
@@ -20,6 +25,15 @@ TOKENIZER = VQConfig(
     code_channels=4,
 )  # fmt: skip
 VAR = VARConfig(depth=2, width=16, heads=2, classes=10, scales=(1, 2, 4), vocab=16, code_channels=4)
+KL = KLConfig(
+    image_size=8, image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4,
+    latent_channels=3,
+)  # fmt: skip
+MAR = MARConfig(
+    width=16, encoder_depth=1, decoder_depth=1, encoder_heads=2, decoder_heads=2,
+    head=DiffusionHead(channels=3, depth=1, width=16), classes=10, latent_map=(4, 4), buffer=2,
+)  # fmt: skip
+MAR_SAMPLING = MAROptions(cfg=1.5, steps=2, diffusion_steps="3", clip_denoised=3.0)
 
 
 @functools.cache
@@ -40,6 +54,20 @@ def var() -> pathlib.Path:
     run = root() / "var"
     task = VARTask(VAR, TOKENIZER, str(tokenizer()), ema=0.5, sampling=VAROptions(cfg=0.5, top_k=7))
     _train(task, run, keep_best="eval_ema/loss")
+    return run
+
+
+@functools.cache
+def kl() -> pathlib.Path:
+    run = root() / "kl"
+    _train(KLTask(KL), run)
+    return run
+
+
+@functools.cache
+def mar() -> pathlib.Path:
+    run = root() / "mar"
+    _train(MARTask(MAR, KL, str(kl()), ema=0.5, sampling=MAR_SAMPLING), run)
     return run
 
 

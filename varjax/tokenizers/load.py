@@ -125,9 +125,9 @@ def read_frozen_tokenizer(location: str, tokenizer: Tokenizer) -> PyTree:
 
 
 def _config_class(data: dict[str, Any]) -> type[Tokenizer]:
-    """The kind of tokenizer whose fields these are; config.json does not name it."""
+    """The kind of tokenizer whose fields these are; config.json names it only in some tasks."""
     kinds: list[Any] = list(TOKENIZERS.values())
     for kind in kinds:
-        if data.keys() <= {field.name for field in dataclasses.fields(kind)}:
+        if data.keys() - {"_type"} <= {field.name for field in dataclasses.fields(kind)}:
             return kind
     return kinds[0]  # whose reader says what is unknown

@@ -1,0 +1,97 @@
+"""The Python face of a MAR model, over a tiny run."""
+
+import functools
+
+import numpy as np
+import pytest
+
+import varjax
+from tests.helpers import runs
+from varjax.core.errors import InputError
+from varjax.families import family_of
+
+KEEP = np.arange(16).reshape(4, 4) % 3 == 0
+
+
+@functools.cache
+def loaded() -> varjax.MARPipeline:
+    model = varjax.load(runs.mar())
+    assert isinstance(model, varjax.MARPipeline)
+    return model
+
+
+def images(count=2):
+    return np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), np.uint8)
+
+
+def test_what_a_run_says_of_itself():
+    model = loaded()
+    assert family_of(runs.mar()).name == "mar"
+    assert model.config == {"tokenizer": runs.KL, "mar": runs.MAR}
+    assert (model.classes, model.image_shape, model.edit_shape) == (10, (8, 8, 1), (4, 4))
+    assert model.options() == runs.MAR_SAMPLING and model.options(cfg=3).cfg == 3.0
+
+
+def test_samples_are_those_of_their_latents_and_of_their_index():
+    model = loaded()
+    images_BHWC = np.asarray(model.sample([3, 1, 4], seed=5))
+    assert images_BHWC.shape == (3, 8, 8, 1) and images_BHWC.std() > 0
+    latents_BhwZ = model.sample_latents([3, 1, 4], seed=5)
+    assert latents_BhwZ.shape == (3, 4, 4, 3)
+    np.testing.assert_allclose(model.decode(latents_BhwZ), images_BHWC, atol=1e-5)
+    again = model.sample_latents([4, 3, 1], seed=5, index=[2, 0, 1])
+    np.testing.assert_allclose(again, latents_BhwZ[np.array([2, 0, 1])], rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_and_its_latents():
+    model = loaded()
+    latents_BhwZ = model.encode(images())
+    tokenizer = varjax.load_tokenizer(runs.kl())
+    scale = np.asarray(tokenizer.params["latent_std"])
+    mean_BhwZ = tokenizer.encode(images())["mean_BhwZ"]
+    np.testing.assert_allclose(latents_BhwZ, mean_BhwZ / scale, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(model.decode(latents_BhwZ), tokenizer.decode(mean_BhwZ), atol=1e-5)
+
+
+def test_an_edit_keeps_latents_to_the_bit():
+    model = loaded()
+    latents_BhwZ = np.asarray(model.encode(images()))
+    edited_BhwZ = np.asarray(model.edit_latents(latents_BhwZ, KEEP, [1, 2], seed=3))
+    np.testing.assert_array_equal(edited_BhwZ[:, KEEP], latents_BhwZ[:, KEEP])
+    assert (edited_BhwZ[:, ~KEEP] != latents_BhwZ[:, ~KEEP]).all()
+    results = model.edit(images(1), KEEP, seed=3, index=[0, 1, 2])
+    assert results.shape == (3, 8, 8, 1) and (results[0] != results[1]).any()
+
+
+def test_vectors_depend_on_known_tokens_alone():
+    model, rng = loaded(), np.random.default_rng(1)
+    latents_BhwZ = rng.normal(size=(2, 4, 4, 3)).astype(np.float32)
+    z_BLC = model.hidden(latents_BhwZ, KEEP, [1, 2])
+    assert z_BLC.shape == (2, 16, 16)
+    other = np.where(KEEP[None, :, :, None], latents_BhwZ, 9.0)
+    np.testing.assert_allclose(model.hidden(other, KEEP, [1, 2]), z_BLC, rtol=1e-5, atol=1e-6)
+    assert (model.hidden(latents_BhwZ, KEEP) != z_BLC).any()  # no class
+    out_N2Z = model.denoise(latents_BhwZ.reshape(-1, 3)[:16], np.arange(16) * 60, z_BLC[0])
+    assert out_N2Z.shape == (16, 6)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m: m.sample([10, 11]), "labels .11.: allowed are 0 … 9, and 10 for no class"),
+        (lambda m: m.sample([1], steps=17), "steps=17: must be at most 16"),
+        (lambda m: m.sample([1], top_k=3), "top_k: no option of this model; it has cfg"),
+        (lambda m: m.sample([1], diffusion_steps=1), "diffusion_steps=1: give one number"),
+        (lambda m: m.decode(np.zeros((2, 4, 4, 4))), "needed is .B, .*4, 4, 3"),
+        (lambda m: m.hidden(np.zeros((2, 4, 4, 3)), np.ones((4, 3))), "known has shape .4, 3."),
+        (lambda m: m.hidden(np.zeros((2, 4, 4, 3)), KEEP, [1]), "labels have shape .1,.; needed"),
+        (lambda m: m.edit(images(), np.ones(16)), "keep has shape .16,.; allowed are"),
+        (lambda m: m.edit(images(2), KEEP, index=[0, 1, 2]), "2 images and 3 of index"),
+        (lambda m: m.denoise(np.zeros((2, 3)), np.zeros(3), np.zeros((2, 16))), "x_t, t and z"),
+        (lambda m: m.encode(np.zeros((1, 8, 9, 1))), "images have shape .1, 8, 9, 1."),
+        (lambda m: m.logits(np.zeros((1, 16, 16))), "this model's tokens are continuous"),
+    ],
+)
+def test_what_cannot_be_is_refused(call, says):
+    with pytest.raises(InputError, match=says):
+        call(loaded())
