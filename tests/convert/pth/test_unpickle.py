@@ -1,3 +1,4 @@
+import argparse
 import os
 import pickle
 import time
@@ -6,10 +7,21 @@ import zipfile
 import numpy as np
 import pytest
 
-from tests.helpers.checkpoint_files import DATA, archive, entries, plain, refusal, stored, tensor
+from tests.helpers.checkpoint_files import (
+    DATA,
+    archive,
+    entries,
+    mapping,
+    plain,
+    refusal,
+    stored,
+    tensor,
+)
 from varjax.convert.pth.read import read_checkpoint
 
 RNG = np.random.default_rng(0)
+NAMESPACE = b"cargparse\nNamespace\n"
+NEW_NAMESPACE = NAMESPACE + b")\x81"
 
 
 def test_views_equal_index_arithmetic_and_never_leave_their_storage(tmp_path):
@@ -58,6 +70,31 @@ def test_plain_data_and_numpy_scalars_of_a_trainer_checkpoint(tmp_path, protocol
     assert read_checkpoint(path) == saved
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_settings_in_a_namespace_are_plain_data(tmp_path, protocol):
+    args = argparse.Namespace(img_size=256, blr=1e-4, resume="", gpu=None, betas=(0.9, 0.95))
+    args.nested = argparse.Namespace(deep=[args.betas])
+    both = {"args": args, "again": args, "empty": argparse.Namespace()}
+    back = read_checkpoint(archive(tmp_path / "x.pth", pickle.dumps(both, protocol)))
+    assert back["args"] == vars(args) | {"nested": {"deep": [args.betas]}}
+    assert back["again"] is back["args"] and back["empty"] == {}
+
+
+def test_strange_namespaces_do_no_harm(tmp_path):
+    names = {"__class__": "Touch", "__dict__": 3, "update": None, "__reduce__": (1, 2), "keys": 4}
+    odd = NEW_NAMESPACE + plain(names) + b"b"
+    itself = argparse.Namespace()
+    itself.me, itself.both = itself, [itself, itself]
+    pickled = entries(odd=odd, itself=plain(itself))
+    back = read_checkpoint(archive(tmp_path / "x.pth", pickled))
+    assert dict(back["odd"]) == names and callable(back["odd"].update)
+    assert back["itself"]["me"] is back["itself"] and back["itself"]["both"][1] is back["itself"]
+    # Twice built: the later values count, as for a real one.
+    twice = NEW_NAMESPACE + plain({"a": 1, "b": 2}) + b"b" + plain({"b": 3}) + b"b"
+    back = read_checkpoint(archive(tmp_path / "x.pth", entries(x=twice)))
+    assert back["x"] == {"a": 1, "b": 3}
+
+
 class Touch:
     def __init__(self, path):
         self.path = path
@@ -83,8 +120,25 @@ def test_a_pickle_that_acts_is_refused_and_does_not_act(tmp_path, protocol):
         (b"ctorch\nQInt8Storage\n", "QInt8Storage"),
         (b"cbuiltins\neval\n", "builtins.eval"),
         (b"ctorch\nfloat32\n)R", "calls a"),
-        (b"ccollections\nOrderedDict\n)\x81", "opcode NEWOBJ"),
+        (b"ccollections\nOrderedDict\n)\x81", "no plain argparse.Namespace"),
         (b"ctorch\nSize\n}b", "sets the state of a function"),
+        (NAMESPACE + b")R", "calls a type"),
+        (NAMESPACE + b"}\x81", "no plain argparse.Namespace"),
+        (NAMESPACE + plain((1,)) + b"\x81", "no plain argparse.Namespace"),
+        (NAMESPACE + b"]K\x01a\x81", "no plain argparse.Namespace"),
+        (NAMESPACE + b")}\x92", "opcode NEWOBJ_EX"),
+        (b"carg\nNamespace\n)\x81", "asks for 'arg.Namespace'"),
+        (b"cargparse\nArgumentParser\n)\x81", "asks for 'argparse.ArgumentParser'"),
+        (b"cargparse\n_sys.exit\n)\x81", "asks for 'argparse._sys.exit'"),
+        (NAMESPACE + b"b", "pickle is damaged"),
+        (NAMESPACE + b"}b", "sets the state of a type"),
+        (NEW_NAMESPACE + plain([("a", 1)]) + b"b", "Namespace to a list"),
+        (NEW_NAMESPACE + plain((None, {"a": 1})) + b"b", "Namespace to a tuple"),
+        (NEW_NAMESPACE + plain({1: 2}) + b"b", "Namespace to a dict"),
+        (NEW_NAMESPACE + NAMESPACE + b"b", "Namespace to a type"),
+        (NEW_NAMESPACE + mapping({"a": b"cos\nsystem\n"}) + b"b", "asks for 'os.system'"),
+        (NEW_NAMESPACE + mapping({"a": b"cpathlib\nPosixPath\n)R"}) + b"b", "pathlib.PosixPath"),
+        (NEW_NAMESPACE + b"K\x01a", "items added to a Namespace"),
         (tensor((2,), (1,), storage=stored(count=10**18)), "should hold 1000000000000000000"),
         (tensor((2,), (1,), storage=stored(count=-1)), "has -1 elements"),
         (tensor((2,), (1,), storage=stored(key="9")), "which the file lacks"),
@@ -114,6 +168,10 @@ def test_nested_bombs_end_at_once(tmp_path):
     for last in (b"}h\x00K\x01s.", b"ctorch\ndevice\nh\x00\x85R.", b"ctorch\nSize\nh\x00\x93."):
         refusal(archive(tmp_path / "x.pth", doubling + last))
     assert time.monotonic() - start < 5
+    # As attributes they are not hashed.
+    read_checkpoint(
+        archive(tmp_path / "x.pth", doubling + NEW_NAMESPACE + b"}" + plain("x") + b"h\x00sb.")
+    )
     zeros = np.zeros(2**20, np.uint8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("varjax.convert.pth.read.MAX_UNPACKED_BYTES", 2**19)

@@ -54,6 +54,10 @@ class Storage:
     dtype: np.dtype
 
 
+class Namespace(dict):
+    """Holds the attributes of an argparse.Namespace: a trainer's settings, as plain data."""
+
+
 def strided_view(
     data: np.ndarray, dtype: np.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> np.ndarray:
@@ -164,6 +168,7 @@ def _numpy_scalar(dtype, data) -> np.generic:
 
 
 ALLOWED: dict[str, Any] = {
+    "argparse.Namespace": Namespace,
     "collections.OrderedDict": _ordered_dict,
     "builtins.set": _set,
     "__builtin__.set": _set,

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from varjax.convert.pth.allowed import ALLOWED, REFUSED, Storage, check_key
+from varjax.convert.pth.allowed import ALLOWED, REFUSED, Namespace, Storage, check_key
 from varjax.core.errors import InputError
 
 LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
@@ -34,7 +34,8 @@ def unpickle(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage]) ->
 
     Returns:
         Plain data, with tensors as read-only NumPy views of what `storage` returned. OrderedDict
-        becomes dict, torch.Size tuple, torch.device str and torch.dtype np.dtype.
+        and argparse.Namespace become dict, torch.Size tuple, torch.device str and torch.dtype
+        np.dtype.
 
     Raises:
         InputError: it asks for anything that is not on the allow-list, or is damaged.
@@ -110,9 +111,11 @@ def _run(
                 if not isinstance(function, FunctionType):  # a type of number, or plain data
                     raise InputError(f"its pickle calls a {type(function).__name__}; {REFUSED}")
                 stack.append(function(*args))
+            case "NEWOBJ":
+                stack.append(_new_object(*pop(2)))
             case "BUILD":
                 (state,) = pop(1)
-                _check_state(stack[-1], state)
+                _set_state(stack[-1], state)
             case "BINPERSID":
                 (reference,) = pop(1)
                 stack.append(_storage(reference, storage))
@@ -159,9 +162,28 @@ def _set_items(target: Any, items: list[Any]) -> None:
     target.update(zip(map(check_key, items[::2]), items[1::2], strict=True))
 
 
-def _check_state(target: Any, state: Any) -> None:
-    """Refuses state that would change anything; OrderedDict's is versions, dtype's a byte order."""
-    if isinstance(target, np.dtype):
+def _new_object(kind: Any, args: Any) -> Namespace:
+    # Of all classes that a pickle may name, only this one is not made by a call.
+    if kind is not Namespace or not isinstance(args, tuple) or args:
+        raise InputError(
+            f"its pickle makes an object that is no plain argparse.Namespace; {REFUSED}"
+        )
+    return Namespace()
+
+
+def _set_state(target: Any, state: Any) -> None:
+    """Fills a Namespace. Other state is left out, and refused if it would change anything.
+
+    OrderedDict's is versions, dtype's a byte order.
+    """
+    if isinstance(target, Namespace):
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+            raise InputError(
+                f"its pickle sets the attributes of a Namespace to a {type(state).__name__} "
+                f"instead of values by name; {REFUSED}"
+            )
+        target.update(state)
+    elif isinstance(target, np.dtype):
         if state[1] not in ("<", "|"):
             raise InputError("it holds big-endian numbers; save it on a little-endian machine")
     elif not isinstance(target, dict):
