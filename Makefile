@@ -6,7 +6,7 @@ PY = $(VENV)/bin/python
 JOBS ?= 2
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: setup demo quick test lint soak clean
+.PHONY: setup demo demo-mar quick test lint soak clean
 
 setup: $(VENV)/ready
 
@@ -22,10 +22,17 @@ demo: setup
 	@$(MAKE) --no-print-directory runs/digits/samples.npz
 	$(PY) -m varjax.evaluation.digits_report --run=runs/digits --samples=runs/digits/samples.npz
 
+demo-mar: setup
+	$(PY) train.py --config=configs/digits_kl_tokenizer.py
+	$(PY) train.py --config=configs/digits_mar.py
+	@$(MAKE) --no-print-directory runs/digits_mar/samples.npz
+	$(PY) -m varjax.evaluation.digits_report --run=runs/digits_mar --tokenizer=runs/digits_kl_tokenizer \
+		--samples=runs/digits_mar/samples.npz --beside=runs/digits
+
 # Anew only after training went on: metrics.jsonl is younger then.
-runs/digits/samples.npz: runs/digits/metrics.jsonl
+runs/%/samples.npz: runs/%/metrics.jsonl
 	@rm -f $@
-	$(PY) sample.py --weights=runs/digits --labels=all --count=100 --batch_size=250 --out=$@
+	$(PY) sample.py --weights=$(@D) --labels=all --count=100 --batch_size=250 --out=$@
 
 quick: setup
 	$(PYTEST) -m "not slow"

@@ -1,4 +1,4 @@
-"""Reports how good the digits of `make demo` are, with pictures.
+"""Reports how good the digits of `make demo` and `make demo-mar` are, with pictures.
 
 python -m varjax.evaluation.digits_report --run=runs/digits --samples=runs/digits/samples.npz
 """
@@ -97,20 +97,26 @@ def samples_beside_real(samples_NHWC: np.ndarray, label_N: np.ndarray) -> np.nda
     return np.concatenate([halves[0], gap, halves[1]], axis=1)
 
 
-def write_report(run: pathlib.Path, tokenizer: pathlib.Path, samples: pathlib.Path) -> None:
+def write_report(
+    run: pathlib.Path,
+    tokenizer: pathlib.Path,
+    samples: pathlib.Path,
+    beside: pathlib.Path | None = None,
+) -> None:
     """Prints the report, and writes it and its pictures into the runs.
 
     Args:
         run: of the transformer.
         tokenizer: run of the tokenizer.
         samples: an .npz of `varjax sample`.
+        beside: another run, whose report is printed as well if there is one.
 
     Raises:
-        InputError: one of them is not there yet.
+        InputError: one of the first three is not there yet.
     """
     for path in (samples, run / "metrics.jsonl", tokenizer / "metrics.jsonl"):
         if not path.is_file():
-            raise InputError(f"{path} does not exist; run make demo")
+            raise InputError(f"{path} does not exist; run make demo or make demo-mar")
     with np.load(samples) as arrays:
         images_NHWC, label_N = arrays["arr_0"][..., :1], arrays["labels"]
     table = digits_report(images_NHWC, label_N)
@@ -119,13 +125,17 @@ def write_report(run: pathlib.Path, tokenizer: pathlib.Path, samples: pathlib.Pa
     for directory in (tokenizer, run):
         draw_curves([read_run_log(directory)], directory / "curves.png")
 
-    print(f"\n{'':18}{'samples':>10}{'real':>10}")
+    columns = {run.name: table["samples"]}
+    if beside is not None and (other := beside / "report.json").is_file():
+        columns[beside.name] = files.read_json(other)["samples"]
+    columns["real"] = table["real held-out digits"]
+    print("\n" + " " * 18 + "".join(f"{name:>12}" for name in columns))
     for name, meaning in MEANINGS.items():
-        values = [table[column][name] for column in table]
-        print(f"{name:18}{values[0]:10.3f}{values[1]:10.3f}   {meaning}")
+        cells = "".join(f"{column[name]:12.3f}" for column in columns.values())
+        print(f"{name:18}{cells}   {meaning}")
     previews = sorted((tokenizer / "previews").glob("*.png"))
     print(f"\nsamples (left) beside real digits: {run / 'samples.png'}")
-    print(f"reconstructions, scale by scale:   {previews[-1] if previews else 'none'}")
+    print(f"reconstructions of held-out digits: {previews[-1] if previews else 'none'}")
     print(f"loss curves: {tokenizer / 'curves.png'}, {run / 'curves.png'}")
     print(f"this report: {run / 'report.json'}")
 
@@ -152,6 +162,7 @@ def main(arguments: list[str]) -> int:
         default=folder / "samples.npz",
         help="drawn by varjax sample (runs/digits/samples.npz)",
     )
+    add("--beside", type=pathlib.Path, help="a run whose report is printed too, if it has one")
     flags = parser.parse_args(arguments)
     return run_command("digits_report", lambda: write_report(**vars(flags)))
 

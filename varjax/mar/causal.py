@@ -6,6 +6,8 @@ at the decoder's entrance which place it predicts; so the last of the buffer pre
 token.
 """
 
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -87,7 +89,9 @@ def causal_next(
     return z_B1C[:, 0], cache
 
 
-def _run(model, x_BlC, target_Bn, cache, seen, attention_dropout=None, dropout=None):
+def _run(
+    model, x_BlC, target_Bn, cache, seen, attention_dropout=None, dropout=None
+) -> tuple[jax.Array, Any]:
     """Runs both stacks; the last n positions predict the places `target_Bn`.
 
     seen: positions that the cache holds.
@@ -113,6 +117,8 @@ def _run(model, x_BlC, target_Bn, cache, seen, attention_dropout=None, dropout=N
         )
 
     caches = (None, None) if cache is None else (cache.encoder, cache.decoder)
+    encoder: Any
+    decoder: Any
     x_BlC, encoder = run(
         model.encoder_block, model.encoder_blocks, x_BlC, caches[0], attention_dropout, dropout
     )
@@ -129,8 +135,9 @@ def _run(model, x_BlC, target_Bn, cache, seen, attention_dropout=None, dropout=N
     z_BnC = model.decoder_norm(x_BlC[:, length - targets :]) + model.diffusion_pos_embed[target_Bn]
     if cache is None:
         return z_BnC, None
-    written = (old.write(new, seen) for old, new in zip(caches, (encoder, decoder), strict=True))
-    return z_BnC, CausalCache(*written)
+    return z_BnC, CausalCache(
+        cache.encoder.write(encoder, seen), cache.decoder.write(decoder, seen)
+    )
 
 
 def _empty_cache(model: MAR, batch: int) -> CausalCache:

@@ -24,8 +24,10 @@ def check_latents_fit(tokenizer: TokenizerConfig, config: MARConfig) -> None:
         )
     if isinstance(tokenizer, KLConfig) and isinstance(head, DiffusionHead):
         h, w, channels = tokenizer.latent_shape
-        pairs = {"latent_map": ((h, w), config.latent_map)}
-        pairs["channels"] = channels, head.channels
+        pairs = {
+            "latent_map": ((h, w), tuple(config.latent_map)),
+            "channels": (channels, head.channels),
+        }
     else:
         assert isinstance(tokenizer, VQConfig) and isinstance(head, CategoricalHead)
         if len(tokenizer.pyramid) > 1:
@@ -33,8 +35,10 @@ def check_latents_fit(tokenizer: TokenizerConfig, config: MARConfig) -> None:
                 f"the tokenizer has {len(tokenizer.pyramid)} scales; a transformer with a "
                 "CategoricalHead takes one of a single scale"
             )
-        pairs = {"latent_map": (tokenizer.pyramid.finest, tuple(config.latent_map))}
-        pairs["vocab"] = tokenizer.vocab, head.vocab
+        pairs = {
+            "latent_map": (tokenizer.pyramid.finest, tuple(config.latent_map)),
+            "vocab": (tokenizer.vocab, head.vocab),
+        }
     if lines := [f"{n}: tokenizer {a}, transformer {b}" for n, (a, b) in pairs.items() if a != b]:
         raise InputError("tokenizer and transformer do not fit:\n  " + "\n  ".join(lines))
 

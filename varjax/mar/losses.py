@@ -1,6 +1,6 @@
 """The losses of MAR's training: random masks, and the loss of each token that is masked."""
 
-import functools
+import dataclasses
 
 import flax.struct
 import jax
@@ -9,7 +9,7 @@ import optax
 
 from varjax.core.trees import PyTree
 from varjax.mar.causal import causal_hidden
-from varjax.mar.model import MAR, DiffusionHead, MARConfig, make_denoiser
+from varjax.mar.model import DiffusionHead, MARConfig, bind_denoiser, bind_mar
 from varjax.mar.sample import draw_orders
 from varjax.nn.attention import Dropout
 from varjax.nn.compute import Compute
@@ -82,7 +82,8 @@ def draw_losses(
     shape, Z = (config.length, repeats), config.head.token_shape[0]
     timesteps = jax.vmap(lambda key: jax.random.randint(key, shape, 0, TRAINING_STEPS))
     noise = jax.vmap(lambda key: jax.random.normal(key, (*shape, Z)))
-    return draws.replace(
+    return dataclasses.replace(
+        draws,
         timestep_BLU=timesteps(fold_in(key_B, TIMESTEP_KEY)),
         noise_BLUZ=noise(fold_in(key_B, DIFFUSION_NOISE_KEY)),
     )
@@ -113,7 +114,7 @@ def token_losses(
         a diffusion head "mse_BLU" and "vlb_BLU", the two terms of `diffusion_loss`; with a
         categorical one "cross_entropy_BL" and "correct_BL", 1 where the likeliest code is right.
     """
-    apply = functools.partial(MAR(config, compute).apply, {"params": params})
+    apply = bind_mar(config, params, compute)
     class_BC = apply(label_B, method="class_vectors")
     dropouts = draws.attention_dropout, draws.dropout
     B, L = token_BL.shape[:2]
@@ -136,13 +137,13 @@ def token_losses(
             "correct_BL": (jnp.argmax(logits_BLV, axis=-1) == token_BL).astype(jnp.float32),
         }
     assert draws.timestep_BLU is not None and draws.noise_BLUZ is not None
-    mlp, variables = make_denoiser(config.head, compute), {"params": params["head"]}
+    mlp = bind_denoiser(config.head, params, compute)
     U, Z = draws.noise_BLUZ.shape[2:]
-    cond_BLE = mlp.apply(variables, z_BLC, method="condition")
+    cond_BLE = mlp(z_BLC, method="condition")
     repeat = lambda x_BLC: jnp.repeat(x_BLC[:, :, None], U, axis=2).reshape(B * L * U, -1)  # noqa: E731
     cond_NE = repeat(cond_BLE)
     mse_N, vlb_N = diffusion_loss(
-        lambda xt_NZ, t_N: mlp.apply(variables, xt_NZ, t_N, cond_NE),
+        lambda xt_NZ, t_N: mlp(xt_NZ, t_N, cond_NE),
         repeat(token_BL),
         draws.timestep_BLU.reshape(-1),
         draws.noise_BLUZ.reshape(-1, Z),

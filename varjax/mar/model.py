@@ -5,7 +5,9 @@ by a softmax where they are codes of a VQ tokenizer.
 """
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import einops
@@ -177,6 +179,19 @@ def make_denoiser(head: DiffusionHead, compute: Compute) -> DenoisingMLP:
     return DenoisingMLP(head.token_shape[0], head.depth, head.width, compute)
 
 
+def bind_mar(config: MARConfig, params: PyTree, compute: Compute) -> Callable[..., Any]:
+    """Returns `MAR.apply` on these parameters, which loops of JAX may call.
+
+    hidden = bind_mar(config, params, compute)(token_Bn, …, method="hidden")
+    """
+    return functools.partial(MAR(config, compute).apply, {"params": params})
+
+
+def bind_denoiser(head: DiffusionHead, params: PyTree, compute: Compute) -> Callable[..., Any]:
+    """Returns `DenoisingMLP.apply` on the parameters of a transformer."""
+    return functools.partial(make_denoiser(head, compute).apply, {"params": params["head"]})
+
+
 class MAR(nn.Module):
     """The encoder over known tokens, the decoder over all places, and the head's network.
 
@@ -205,6 +220,7 @@ class MAR(nn.Module):
         self.encoder_pos_embed = table("encoder_pos_embed", places, C)
         self.decoder_pos_embed = table("decoder_pos_embed", places, C)
         self.diffusion_pos_embed = table("diffusion_pos_embed", c.length, C)
+        self.head: Any
         if isinstance(c.head, DiffusionHead):
             self.z_proj = dense(C, self.dtype, xavier, None)
             self.head = make_denoiser(c.head, self.compute)
@@ -318,7 +334,7 @@ class MAR(nn.Module):
             jnp.repeat(class_BC[:, None], buffer, axis=1) + self.encoder_pos_embed[None, :buffer]
         )
         x_BlC = self.z_proj_norm(x_BlC).astype(self.dtype)
-        if token_Bn is None:
+        if token_Bn is None or place_Bn is None:
             return x_BlC
         return jnp.concatenate([x_BlC, self.embed_tokens(token_Bn, place_Bn)], axis=1)
 

@@ -61,7 +61,7 @@ class MAROptions:
         diffusion_steps_by_step(str(self.diffusion_steps), 1)
         return MAROptions(
             float(self.cfg),
-            str(self.cfg_schedule),
+            self.cfg_schedule,
             int(self.steps),
             float(self.temperature),
             str(self.diffusion_steps),

@@ -1,6 +1,5 @@
 """A MAR transformer with its tokenizer: the family's `Sampler`, for commands and notebooks."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from varjax.mar.latents import (
     decode_tokens,
     encode_tokens,
 )
-from varjax.mar.model import MAR, CategoricalHead, DiffusionHead, MARConfig
+from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig, bind_mar
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import KnownTokens, sample_tokens
 from varjax.nn.compute import Compute
@@ -67,35 +66,35 @@ class MARPipeline:
         mesh = batch_mesh(devices)
         self.devices: tuple[Any, ...] = tuple(mesh.devices)
         self.params = replicate(params, mesh)
-        model = MAR(mar, compute)
 
         def sampled_tokens(params, plan, label_B, key_B, known=None):
             return sample_tokens(mar, params["mar"], label_B, key_B, plan, known, compute)
 
         def sampled(params, plan, label_B, key_B, known=None):
             tokens = sampled_tokens(params, plan, label_B, key_B, known)
-            return decode_tokens(tokenizer, mar, params["tokenizer"], tokens)
+            return decode_tokens(self._needed_tokenizer, mar, params["tokenizer"], tokens)
 
         def encoded(params, _, image_BHWC):
             batch = {"image_BHWC": image_BHWC}
-            return encode_tokens(tokenizer, mar, params["tokenizer"], batch)
+            return encode_tokens(self._needed_tokenizer, mar, params["tokenizer"], batch)
+
+        def decoded(params, _, token_BL):
+            return decode_tokens(self._needed_tokenizer, mar, params["tokenizer"], token_BL)
 
         def hidden(params, _, token_BL, order_BL, known_BL, label_B):
-            apply = functools.partial(model.apply, {"params": params["mar"]})
+            apply = bind_mar(mar, params["mar"], compute)
             class_BC = apply(label_B, method="class_vectors")
             return apply(token_BL, order_BL, known_BL, class_BC, method="hidden")
 
         def denoised(params, _, xt_NZ, t_N, z_NC):
-            return model.apply({"params": params["mar"]}, xt_NZ, t_N, z_NC, method="denoise")
+            return bind_mar(mar, params["mar"], compute)(xt_NZ, t_N, z_NC, method="denoise")
 
         def logits(params, _, z_BLC):
-            return model.apply({"params": params["mar"]}, z_BLC, method="logits")
+            return bind_mar(mar, params["mar"], compute)(z_BLC, method="logits")
 
         self._tokens, self._sample = (data_parallel(f, mesh) for f in (sampled_tokens, sampled))
         self._encode = data_parallel(encoded, mesh)
-        self._decode = data_parallel(
-            lambda params, _, x: decode_tokens(tokenizer, mar, params["tokenizer"], x), mesh
-        )
+        self._decode = data_parallel(decoded, mesh)
         self._hidden, self._logits = data_parallel(hidden, mesh), data_parallel(logits, mesh)
         self._denoise = data_parallel(denoised, mesh)
 
@@ -303,7 +302,9 @@ class MARPipeline:
         keep_BL = self._checked_map(keep, B, "keep")
         label_B = self._labels_or_none(labels, B)
         plan = make_plan(self.mar, self.options(**options), keep_BL)
-        known = KnownTokens(jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:])), keep_BL)
+        known = KnownTokens(
+            jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:])), jnp.asarray(keep_BL)
+        )
         tokens = self._tokens(self.params, plan, label_B, image_keys(seed, index_B), known)
         return self.mar.unpatchify(tokens)
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from varjax.core.trees import PyTree
 from varjax.mar.causal import causal_next, causal_start
-from varjax.mar.model import MAR, DiffusionHead, MARConfig, make_denoiser
+from varjax.mar.model import DiffusionHead, MARConfig, bind_denoiser, bind_mar
 from varjax.mar.options import SamplingPlan
 from varjax.nn.compute import Compute
 from varjax.nn.diffusion import NoiseSchedule, reverse_diffusion
@@ -120,7 +120,7 @@ def sample_tokens(
 
 def _masked_loop(config, params, label_B, order_BL, plan, known, compute, draw):
     """Masked autoregression: several tokens a step, of which all see all known ones."""
-    apply = functools.partial(MAR(config, compute).apply, {"params": params})
+    apply = bind_mar(config, params, compute)
     class_BC = apply(label_B, method="class_vectors")
     L, streams = config.length, len(label_B) // len(order_BL)
     kept_B1 = jnp.sum(known.keep_BL, axis=1, keepdims=True)
@@ -158,8 +158,7 @@ def _masked_loop(config, params, label_B, order_BL, plan, known, compute, draw):
 
 def _causal_loop(config, params, label_B, order_BL, plan, known, compute, draw):
     """Autoregression: one token a step, which sees those before it in the order."""
-    model = MAR(config, compute)
-    apply = functools.partial(model.apply, {"params": params})
+    apply = bind_mar(config, params, compute)
     streams = len(label_B) // len(order_BL)
 
     def choose(z_BC, token_BL, place_B, number):
@@ -193,14 +192,14 @@ def _causal_loop(config, params, label_B, order_BL, plan, known, compute, draw):
 def _draw_continuous(config, params, plan, noise, key_B, compute, z_BmC, place_Bm, number):
     """Draws tokens (B, m, Z) by undoing diffusion; `number` is that of the step."""
     (B, m), options, (Z,) = place_Bm.shape, plan.options, config.head.token_shape
-    mlp, variables = make_denoiser(config.head, compute), {"params": params["head"]}
-    cond_NE = mlp.apply(variables, z_BmC.reshape(-1, config.width), method="condition")
+    mlp = bind_denoiser(config.head, params, compute)
+    cond_NE = mlp(z_BmC.reshape(-1, config.width), method="condition")
     scale = _guidance(plan, number)
 
     def denoise(xt_NZ, t_1):
         if not plan.guided:
-            return mlp.apply(variables, xt_NZ, t_1, cond_NE)
-        out_N2Z = mlp.apply(variables, jnp.concatenate([xt_NZ, xt_NZ]), t_1, cond_NE)
+            return mlp(xt_NZ, t_1, cond_NE)
+        out_N2Z = mlp(jnp.concatenate([xt_NZ, xt_NZ]), t_1, cond_NE)
         noise_NZ, value_NZ = jnp.split(out_N2Z, 2, axis=-1)
         return jnp.concatenate([_guide(noise_NZ, scale), value_NZ[: B * m]], axis=-1)
 
@@ -228,7 +227,7 @@ def _draw_continuous(config, params, plan, noise, key_B, compute, z_BmC, place_B
 
 def _draw_categorical(config, params, plan, _, key_B, compute, z_BmC, place_Bm, number):
     """Draws codes (B, m) from the softmax of guided logits."""
-    logits_BmV = MAR(config, compute).apply({"params": params}, z_BmC, method="logits")
+    logits_BmV = bind_mar(config, params, compute)(z_BmC, method="logits")
     if plan.guided:
         logits_BmV = _guide(logits_BmV, _guidance(plan, number))
     noise_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, NOISE_KEY)

@@ -185,12 +185,14 @@ class MARTask:
         images_B = batch["valid_B"].astype(jnp.float32)
         count_B1 = jnp.sum(of["masked_BL"].astype(jnp.float32), axis=1, keepdims=True)
         by_image_BL = weight_BL / count_B1
-        sums = {name: jnp.sum(of[f"{name}_BL"] * by_image_BL) for name in self._loss_names}
+        sums: dict[str, Any] = {
+            name: jnp.sum(of[f"{name}_BL"] * by_image_BL) for name in self._loss_names
+        }
         most = L - math.ceil(L * self.least_masked) + 1
         share_bin_B = jnp.minimum(known_B * SHARES // most, SHARES - 1)
         loss_B = jnp.sum(of["loss_BL"] * by_image_BL, axis=1)
         sums["loss_by_known"] = _binned(share_bin_B, loss_B * images_B, images_B, SHARES)
-        if "loss_BLU" in of:
+        if draws.timestep_BLU is not None:
             level_BLU = draws.timestep_BLU * NOISE_LEVELS // TRAINING_STEPS
             weight_BLU = jnp.broadcast_to(weight_BL[..., None], level_BLU.shape)
             loss_BLU = of["loss_BLU"] * weight_BLU

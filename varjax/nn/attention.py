@@ -33,7 +33,8 @@ class Dropout:
 
     def fold_in(self, number: int | jax.Array) -> "Dropout":
         """Returns the dropout of another place in the network, which draws other masks."""
-        return self.replace(key_B=jax.vmap(jax.random.fold_in, (0, None))(self.key_B, number))
+        key_B = jax.vmap(jax.random.fold_in, (0, None))(self.key_B, number)
+        return Dropout(key_B, self.rate)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Drops numbers of x, whose first axis is that of the keys."""
@@ -82,7 +83,8 @@ def dot_product_attention(
     if implementation == "loop":
         # Computing the (l, L) matrices again is cheaper here than to keep them for the gradient.
         key_B, rate = (None, 0.0) if dropout is None else (dropout.key_B, dropout.rate)
-        image = jax.checkpoint(lambda x: _head_by_head(*x, rate, mask_lL, scale))
+        head_by_head = functools.partial(_head_by_head, rate=rate, mask_lL=mask_lL, scale=scale)
+        image = jax.checkpoint(lambda x: head_by_head(*x))
         return jax.lax.map(image, (q_BlAD, k_BLAD, v_BLAD, key_mask_BL, key_B))
     precision = compute.matmul_precision(q_BlAD.dtype)
     logits_BAlL = jnp.einsum(

@@ -23,6 +23,7 @@ MAX_BETA = 0.999
 HALF_LEVEL, LEVEL_LIMIT = 1 / 255, 0.999
 LOG_FLOOR = 1e-12
 
+Table = np.ndarray | jax.Array
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -134,15 +135,15 @@ class Coefficients:
         noise: the other factor.
     """
 
-    timestep: jax.Array
-    x0_of_xt: jax.Array
-    x0_of_noise: jax.Array
-    mean_of_x0: jax.Array
-    mean_of_xt: jax.Array
-    least_log_variance: jax.Array
-    most_log_variance: jax.Array
-    signal: jax.Array
-    noise: jax.Array
+    timestep: Table
+    x0_of_xt: Table
+    x0_of_noise: Table
+    mean_of_x0: Table
+    mean_of_xt: Table
+    least_log_variance: Table
+    most_log_variance: Table
+    signal: Table
+    noise: Table
 
     def at(self, j: jax.Array | int) -> "Coefficients":
         """Returns those of timestep number j, an integer or an array of them."""
@@ -169,7 +170,7 @@ def diffusion_loss(
         (N,) each: the mean square of the noise's error, and the variational bound in bits a number,
         whose gradient reaches the variance alone.
     """
-    at = jax.tree.map(lambda table_N: table_N[:, None], NoiseSchedule().coefficients().at(t_N))
+    at = jax.tree.map(lambda x_N: jnp.expand_dims(x_N, 1), NoiseSchedule().coefficients().at(t_N))
     xt_NZ = at.signal * x0_NZ + at.noise * noise_NZ
     predicted_NZ, value_NZ = jnp.split(denoise(xt_NZ, t_N).astype(jnp.float32), 2, axis=-1)
     mse_N = jnp.mean(jnp.square(noise_NZ - predicted_NZ), axis=-1)

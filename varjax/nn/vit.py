@@ -113,7 +113,8 @@ def run_vit_blocks(
 
     def layer(x_BlC, scanned):
         number, p, past = scanned
-        x_BlC, (k_BlAD, v_BlAD) = block.apply(
+        new: Any
+        x_BlC, new = block.apply(
             {"params": p},
             shard_batch(x_BlC),
             ((), ()) if past is None else ((past.keys_SBLAD,), (past.values_SBLAD,)),
@@ -122,7 +123,7 @@ def run_vit_blocks(
             None if attention_dropout is None else attention_dropout.fold_in(number),
             None if dropout is None else dropout.fold_in(number),
         )
-        return x_BlC, None if past is None else KeyValues(k_BlAD, v_BlAD)
+        return x_BlC, None if past is None else KeyValues(*new)
 
     depth = jax.tree.leaves(params)[0].shape[0]
     new: Any

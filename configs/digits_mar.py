@@ -1,0 +1,88 @@
+"""A masked autoregressive transformer for handwritten digits, over configs/digits_kl_tokenizer.py.
+
+    python train.py --config=configs/digits_mar.py
+
+The tokenizer must be trained first. After the colon, with commas between, one of the first three
+and one of the last two: the rows of docs/mar.md's comparison.
+
+    masked       several tokens a step, in a random order (MAR; the default)
+    random       one token a step, in a random order, causal attention
+    raster       one token a step, row by row, causal attention
+    continuous   tokens are latents of the KL tokenizer, drawn by diffusion (the default)
+    codes        tokens are codes of configs/digits_tokenizer.py:single_scale, drawn from a softmax
+"""
+
+import dataclasses
+
+from varjax.core.errors import InputError
+from varjax.data.sources import Digits
+from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
+from varjax.mar.options import MAROptions
+from varjax.mar.task import MARTask
+from varjax.nn.compute import Compute
+from varjax.tokenizers.kl.task import KLTask
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.tokenizers.vq.task import VQTask
+from varjax.training.experiment import Experiment
+from varjax.training.optimizer import AdamW
+
+from . import digits_kl_tokenizer, digits_tokenizer
+
+ORDERS = {
+    "masked": {},
+    "random": {"attention": "causal"},
+    "raster": {"attention": "causal", "order": "raster"},
+}
+TOKENS = "continuous", "codes"
+
+
+def get_config(arg: str = "masked,continuous") -> Experiment:
+    words = arg.split(",")
+    if unknown := [word for word in words if word not in (*ORDERS, *TOKENS)]:
+        raise InputError(f"cannot read {unknown}; allowed are {', '.join((*ORDERS, *TOKENS))}")
+    order = next((word for word in words if word in ORDERS), "masked")
+    codes = "codes" in words
+    tokenizer_run = (
+        digits_tokenizer.get_config("single_scale") if codes else digits_kl_tokenizer.get_config()
+    )
+    assert isinstance(tokenizer_run.task, KLTask | VQTask)
+    tokenizer = tokenizer_run.task.model
+    sampling = MAROptions(cfg=1.5, steps=8, diffusion_steps="50", clip_denoised=3.0)
+    if isinstance(tokenizer, VQConfig):
+        head, latent_map = CategoricalHead(tokenizer.vocab), tokenizer.pyramid.finest
+    else:
+        h, w, channels = tokenizer.latent_shape
+        latent_map, head = (h, w), DiffusionHead(channels=channels, depth=3, width=192)
+    model = MARConfig(
+        width=96,
+        encoder_depth=3,
+        decoder_depth=3,
+        encoder_heads=4,
+        decoder_heads=4,
+        head=head,
+        classes=10,
+        latent_map=latent_map,
+        buffer=4,
+    )
+    parts = ["runs/digits_mar", *[order] * (order != "masked"), *["codes"] * codes]
+    return Experiment(
+        task=MARTask(
+            model=dataclasses.replace(model, **ORDERS[order]),
+            tokenizer=tokenizer,
+            tokenizer_weights=tokenizer_run.run_dir,
+            optimizer=AdamW(base_lr=8e-3, weight_decay=0.02, clip=3.0, schedule="cos", warmup=0.05),
+            attention_dropout=0.0,
+            dropout=0.0,
+            diffusion_repeats=2,
+            ema=0.99,
+            compute=Compute(attention="xla", unroll=True),
+            sampling=sampling,
+        ),
+        data=Digits(shift=0.3, rotate=6.0, zoom=0.06),
+        run_dir="_".join(parts),
+        batch_size=64,
+        steps=1500,
+        eval_every=250,
+        save_every=500,
+        preview_every=500,
+    )
