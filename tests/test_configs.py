@@ -111,6 +111,58 @@ def test_the_kl_tokenizer_s_recipe_is_ldm_s():
     np.testing.assert_allclose(task.gan.first_step(plan), 50_000, rtol=0.02)
 
 
+@pytest.mark.parametrize(
+    ("size", "cfg", "millions"), [("b", 2.9, 208), ("l", 3.0, 478), ("h", 3.2, 942)]
+)
+def test_mar_s_recipes_are_the_official_ones(size, cfg, millions):
+    e = load(f"mar.py:{size},data=random")
+    e.check()
+    e.task.check(e.data.image_shape, e.data.classes)
+    assert (e.batch_size, e.epochs, e.task.ema, e.task.diffusion_repeats) == (2048, 800, 0.9999, 4)
+    assert e.task.attention_dropout == e.task.dropout == e.task.class_dropout == 0.1
+    assert e.task.sampling.cfg == cfg and e.task.sampling.clip_denoised == 0
+    optimizer, plan = e.task.optimizer, e.plan(IMAGES)
+    epoch = plan.steps // 800
+    lr = optimizer.lr(np.array([0, 50 * epoch, 100 * epoch + 1, plan.steps - 1]), plan)
+    np.testing.assert_allclose(lr, [0, 4e-4, 8e-4, 8e-4], rtol=1e-2)
+    assert (optimizer.b1, optimizer.b2, optimizer.clip) == (0.9, 0.95, 3.0)
+    np.testing.assert_allclose(optimizer.wd(np.array([0, plan.steps - 1]), plan), 0.02)
+    key = jax.random.key(0)
+    state = jax.eval_shape(e.task.init, key)
+    assert round(sum(x.size for x in jax.tree.leaves(state.params)) / 1e6) == millions
+
+
+@pytest.mark.slow
+def test_a_step_of_a_full_mar_changes_no_shape():
+    e = load("mar.py:l,data=random")
+    key = jax.random.key(0)
+    state = jax.eval_shape(e.task.init, key)
+    frozen = jax.eval_shape(e.task.tokenizer.init, key)
+    batch = e.data.make(2, seed=0).train_batch(0)
+    after, metrics = jax.eval_shape(e.task.train_step, state, frozen, batch, key)
+    assert not trees.difference(state, after)
+    assert metrics["mse"].shape == metrics["vlb"].shape == ()
+
+
+@pytest.mark.parametrize("tokens", ["continuous", "codes"])
+@pytest.mark.parametrize("order", ["masked", "random", "raster"])
+def test_the_six_digits_configs_differ_in_what_they_say(order, tokens):
+    e = load(f"digits_mar.py:{order},{tokens}")
+    e.check()
+    e.task.check(e.data.image_shape, e.data.classes)
+    model = e.task.model
+    assert model.attention == ("bidirectional" if order == "masked" else "causal")
+    assert model.order == ("raster" if order == "raster" else "random")
+    assert hasattr(model.head, "vocab") == (tokens == "codes") and model.length == 16
+    others = {
+        load(f"digits_mar.py:{o},{t}").run_dir for o, t in OTHERS if (o, t) != (order, tokens)
+    }
+    assert e.run_dir not in others and len(others) == 5
+
+
+OTHERS = [(o, t) for o in ("masked", "random", "raster") for t in ("continuous", "codes")]
+
+
 def test_the_tokenizer_s_recipe_is_written_with_its_run_and_can_be_changed():
     e = load("tokenizer.py:no_lpips,256")
     e = config_tree.override(e, ["task.gan.start=0.5", "task.gan.optimizer.clip=3.0"])
@@ -135,6 +187,9 @@ def test_data_are_chosen_after_the_size():
         ("var_512.py:d16", "cannot read 'd16'; allowed are d36 and data="),
         ("var.py:d16,date=random", "cannot read 'date=random'; allowed are d16, "),
         ("tokenizer.py:256,no_lpip", "cannot read 'no_lpip'; allowed are 256, 512, no_lpips and"),
+        ("mar.py:d16", "cannot read 'd16'; allowed are b, l, h and data="),
+        ("digits_mar.py:diagonal", "cannot read .'diagonal'.; allowed are masked, random"),
+        ("digits_tokenizer.py:two", "cannot read 'two'; allowed is single_scale"),
         ("var.py:d16,data=imagenet", "data is 'imagenet'; give folder:PATH"),
     ],
 )

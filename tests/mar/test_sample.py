@@ -13,7 +13,7 @@ from varjax.core import trees
 from varjax.core.errors import InputError
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
-from varjax.mar.sample import KnownTokens, draw_orders, sample_tokens
+from varjax.mar.sample import KnownTokens, draw_orders, sample_mar_tokens
 from varjax.mar.schedule import UnmaskingSchedule, diffusion_steps_by_step
 from varjax.sampling.sampler import image_keys
 
@@ -70,7 +70,7 @@ def test_whole_generations_are_the_official_ones(name, generation, options):
     def noise(place_Bm, j):
         return jax.vmap(lambda noise_LJZ, place_m: noise_LJZ[place_m, j])(noise_BLJZ, place_Bm)
 
-    sample = functools.partial(sample_tokens, case.config, noise=noise)
+    sample = functools.partial(sample_mar_tokens, case.config, noise=noise)
     plan = make_plan(case.config, options)
     token_BLZ = jax.jit(sample)(case.params, LABEL_B, KEY_B, plan, order_BL=order_BL)
     latents_BhwZ = case.config.unpatchify(token_BLZ)
@@ -91,7 +91,7 @@ def params(config):
 
 @functools.cache
 def compiled(config):
-    sample = functools.partial(sample_tokens, config)
+    sample = functools.partial(sample_mar_tokens, config)
     return jax.jit(sample, compiler_options={"xla_backend_optimization_level": 0})
 
 

@@ -50,7 +50,7 @@ def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--preset", default="d16", help="size of the model: d16, d20, d24, d30 or d36 (d16)")
+    add("--preset", default="d16", help="d16, d20, d24, d30, d36, mar_b, mar_l or mar_h (d16)")
     add("--batch_size", type=int, default=8, help="images at a time (8)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in Compute")
     add("--attention", choices=get_args(Attention), default="auto", help="as in Compute")

@@ -1,10 +1,13 @@
 """Measures how fast a transformer of a released size draws images; its weights are random.
 
 varjax benchmark sample --preset=d16 --batch_size=8
+varjax benchmark sample --preset=mar_b --batch_size=8 --steps=64
 """
 
 import dataclasses
 import time
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +15,15 @@ import jax.numpy as jnp
 from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
 from varjax.core import flops
 from varjax.core.hardware import fastest_seconds, memory_usage
+from varjax.core.trees import PyTree
+from varjax.mar.latents import decode_tokens
+from varjax.mar.model import MARConfig
+from varjax.mar.options import MAROptions, check_sampling, make_plan
+from varjax.mar.sample import sample_mar_tokens
 from varjax.nn.compute import Compute
 from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import image_keys
+from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig, decode_images
 from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions, sample_images, sample_tokens
@@ -24,42 +33,111 @@ def main(arguments: list[str]) -> None:
     """Reads the command line and prints the figures; raises InputError."""
     parser = model_parser("sample", __doc__)
     parser.add_argument("--compile_only", action="store_true", help="where memory is short")
+    parser.add_argument("--steps", type=int, default=64, help="in which MAR draws its tokens (64)")
     flags = parser.parse_args(arguments)
-    compute = compute_from_flags(flags)
-    measure_sampling(flags.preset, flags.batch_size, compute, flags.repeats, flags.compile_only)
+    compute, sizes = compute_from_flags(flags), (flags.preset, flags.batch_size, flags.steps)
+    measure_sampling(*sizes, compute, flags.repeats, flags.compile_only)
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingParts:
+    """Holds the programs of a pipeline that are measured, without their weights.
+
+    Attributes:
+        classes: of the model.
+        init: key -> params of tokenizer and transformer.
+        options: what the programs take as their second argument.
+        latent_shape: what the decoder takes of an image.
+        sample: (params, options, label_B, key_B, compute) -> latents or tokens.
+        decode: (params, latents, compute) -> images.
+        whole: like `sample`, to images.
+    """
+
+    classes: int
+    init: Callable[[jax.Array], PyTree]
+    options: Any
+    latent_shape: tuple[int, ...]
+    sample: Callable[..., jax.Array]
+    decode: Callable[..., jax.Array]
+    whole: Callable[..., jax.Array]
+
+
+def var_parts(preset: str, steps: int) -> SamplingParts:
+    """Returns the programs of `VARPipeline`; `steps` are the model's own."""
+    var = VARConfig.preset(preset)
+    tokenizer = VQConfig(scales=var.scales)
+
+    def sample(params, options, label_B, key_B, compute):
+        return sample_tokens(tokenizer, var, params, label_B, key_B, options, compute=compute)[0]
+
+    def decode(params, f_hat_BhwZ, compute):
+        return decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute.jax_dtype)
+
+    def whole(params, options, label_B, key_B, compute):
+        return sample_images(tokenizer, var, params, label_B, key_B, options, compute=compute)
+
+    return SamplingParts(
+        var.classes,
+        lambda key: {"tokenizer": tokenizer.init(key), "model": var.init(key)},
+        VAROptions(),
+        (*tokenizer.pyramid.finest, tokenizer.code_channels),
+        _with_model("var", sample),
+        decode,
+        _with_model("var", whole),
+    )
+
+
+def mar_parts(preset: str, steps: int) -> SamplingParts:
+    """Returns the programs of `MARPipeline` for so many steps of 100 diffusion steps each."""
+    mar, tokenizer = MARConfig.preset(preset), KLConfig()
+    plan = make_plan(mar, check_sampling(mar, MAROptions(steps=steps)))
+
+    def sample(params, plan, label_B, key_B, compute):
+        return sample_mar_tokens(mar, params["mar"], label_B, key_B, plan, None, compute)
+
+    def decode(params, z_BhwZ, compute):
+        return decode_tokens(tokenizer, mar, params["tokenizer"], mar.patchify(z_BhwZ))
+
+    def whole(params, plan, label_B, key_B, compute):
+        token_BLZ = sample(params, plan, label_B, key_B, compute)
+        return decode_tokens(tokenizer, mar, params["tokenizer"], token_BLZ)
+
+    return SamplingParts(
+        mar.classes,
+        lambda key: {"tokenizer": tokenizer.init(key), "model": mar.init(key)},
+        plan,
+        tokenizer.latent_shape,
+        _with_model("mar", sample),
+        decode,
+        _with_model("mar", whole),
+    )
+
+
+def _with_model(name: str, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Takes the transformer's parameters under "model", whatever the family calls them."""
+    return lambda params, *rest: function(params | {name: params["model"]}, *rest)
 
 
 def measure_sampling(
-    preset: str, batch_size: int, compute: Compute, repeats: int, compile_only: bool
+    preset: str, batch_size: int, steps: int, compute: Compute, repeats: int, compile_only: bool
 ) -> None:
     """Prints a line for the transformer, one for the decoder, and one for the whole.
 
-    They are the programs that `VARPipeline` runs. efficiency: model FLOP ÷ (seconds × FLOP/s of a
+    They are the programs that the pipelines run. efficiency: model FLOP ÷ (seconds × FLOP/s of a
     large matrix product, same run, same dtype). Raises InputError for an unknown preset.
     """
-    var = VARConfig.preset(preset)
-    tokenizer = VQConfig(scales=var.scales)
-    dtype, options, mesh = compute.jax_dtype, VAROptions(), batch_mesh()
+    of = (mar_parts if preset.startswith("mar") else var_parts)(preset, steps)
+    dtype, mesh = compute.jax_dtype, batch_mesh()
     index_B = jnp.arange(batch_size)
-    label_B, key_B = index_B % var.classes, image_keys(0, index_B)
+    label_B, key_B = index_B % of.classes, image_keys(0, index_B)
 
-    def init(key):
-        return {"tokenizer": tokenizer.init(key), "var": var.init(key)}
+    def decode(params, _, latents, compute):
+        return of.decode(params, latents, compute)
 
-    def tokens(params, options, label_B, key_B, compute=compute):
-        return sample_tokens(tokenizer, var, params, label_B, key_B, options, compute=compute)[0]
-
-    def decoded(params, _, f_hat_BhwZ, compute=compute):
-        return decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute.jax_dtype)
-
-    def whole(params, options, label_B, key_B, compute=compute):
-        return sample_images(tokenizer, var, params, label_B, key_B, options, compute=compute)
-
-    f_hat_BhwZ = jnp.zeros((batch_size, *tokenizer.pyramid.finest, tokenizer.code_channels))
     parts = {
-        "transformer": (tokens, (label_B, key_B)),
-        "decoder": (decoded, (f_hat_BhwZ,)),
-        "whole": (whole, (label_B, key_B)),
+        "transformer": (of.sample, (label_B, key_B)),
+        "decoder": (decode, (jnp.zeros((batch_size, *of.latent_shape)),)),
+        "whole": (of.whole, (label_B, key_B)),
     }
     setting = {
         "benchmark": "sample",
@@ -68,21 +146,21 @@ def measure_sampling(
         "dtype": str(dtype),
         "attention": compute.attention_implementation,
     }
-    abstract = jax.eval_shape(init, jax.random.key(0))
-    params = None if compile_only else replicate(jax.jit(init)(jax.random.key(0)), mesh)
+    if preset.startswith("mar"):
+        setting["steps"] = steps
+    abstract = jax.eval_shape(of.init, jax.random.key(0))
+    params = None if compile_only else replicate(jax.jit(of.init)(jax.random.key(0)), mesh)
     peak = MatmulPeak(dtype)
+    # What a fused attention kernel computes cannot be seen in the program: count without.
+    plain = dataclasses.replace(compute, attention="xla")
     for name, (function, batch) in parts.items():
         begin = time.perf_counter()
-        compiled = data_parallel(function, mesh).lower(abstract, options, *batch).compile()
+        program = data_parallel(lambda *a, f=function: f(*a, compute), mesh)
+        compiled = program.lower(abstract, of.options, *batch).compile()
         figures = {"part": name, "compile_seconds": time.perf_counter() - begin}
         if params is not None:
-            took = fastest_seconds(lambda: compiled(params, options, *batch), repeats)  # noqa: B023
-            # What a fused attention kernel computes cannot be seen in the program: count without.
-            plain = dataclasses.replace(compute, attention="xla")
-            work = flops.count(
-                lambda params, *rest: function(params, *rest, compute=plain),  # noqa: B023
-                abstract, options, *batch,
-            )  # fmt: skip
+            took = fastest_seconds(lambda: compiled(params, of.options, *batch), repeats)  # noqa: B023
+            work = flops.count(lambda *a, f=function: f(*a, plain), abstract, of.options, *batch)
             speed = peak.measure()
             figures |= {
                 "seconds": took,

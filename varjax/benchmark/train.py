@@ -1,6 +1,7 @@
 """Measures how fast a transformer of a released size trains on one device, on random images.
 
 varjax benchmark train --preset=d16 --batch_size=8 --remat=dots
+varjax benchmark train --preset=mar_b --batch_size=8
 """
 
 import time
@@ -13,10 +14,13 @@ import jax.numpy as jnp
 from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
 from varjax.core import flops
 from varjax.core.hardware import fastest_seconds, memory_usage
+from varjax.mar.model import MARConfig
+from varjax.mar.task import MARTask
 from varjax.nn.compute import Compute, Remat
+from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.task import Plan, TrainState
-from varjax.training.train_step import apply_gradients
+from varjax.training.train_step import apply_gradients, example_keys
 from varjax.var.model import VARConfig
 from varjax.var.task import VARTask
 
@@ -36,16 +40,9 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
     efficiency: model FLOP ÷ (seconds × FLOP/s of a large matrix product, same run, same dtype).
     FLOP that a remat policy spends again do not count. Raises InputError for an unknown preset.
     """
-    model = VARConfig.preset(preset)
-    tokenizer = VQConfig(scales=model.scales)
-    task = VARTask(
-        model=model,
-        tokenizer=tokenizer,
-        tokenizer_weights="random",
-        drop_path=0.1 * model.depth / 24,
-        compute=compute,
-        plan=Plan(1000, batch_size),
-    )
+    plan = Plan(1000, batch_size)
+    task = (_mar_task if preset.startswith("mar") else _var_task)(preset, compute, plan)
+    tokenizer = task.tokenizer
     dtype, peak = compute.jax_dtype, MatmulPeak(compute.jax_dtype)
     setting = {
         "benchmark": "train",
@@ -55,7 +52,7 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
         "attention": compute.attention_implementation,
         "remat": compute.remat,
     }
-    key, label_B = jax.random.key(0), jnp.arange(batch_size) % model.classes
+    key, label_B = jax.random.key(0), jnp.arange(batch_size) % task.model.classes
     shape = (batch_size, *tokenizer.image_shape)
     image_BHWC = jax.random.randint(key, shape, 0, 256, jnp.uint8)
     frozen = jax.device_put(task.frozen())
@@ -81,7 +78,11 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
     encoded = encode(frozen, image_BHWC) | {"label_B": label_B}
 
     def loss(params, frozen, batch):
-        return jnp.mean(task.token_losses(params, frozen, batch)["smooth_BL"])
+        if isinstance(task, VARTask):
+            return jnp.mean(task.token_losses(params, frozen, batch)["smooth_BL"])
+        known_B = jnp.zeros(batch_size, jnp.int32)
+        draws = {"key_B": example_keys(key, batch_size), "known_B": known_B}
+        return task.loss(params, frozen, batch | draws)[0]
 
     gradient, waited = _compiled(jax.grad(loss), state.params, frozen, encoded)
     work = task.train_flops(state, frozen, encoded)
@@ -109,6 +110,31 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
 
     stepped, waited = _compiled(task.train_step, state, frozen, batch, key)
     report("step", step, waited, work + work_encode)
+
+
+def _var_task(preset: str, compute: Compute, plan: Plan) -> VARTask:
+    model = VARConfig.preset(preset)
+    return VARTask(
+        model=model,
+        tokenizer=VQConfig(scales=model.scales),
+        tokenizer_weights="random",
+        drop_path=0.1 * model.depth / 24,
+        compute=compute,
+        plan=plan,
+    )
+
+
+def _mar_task(preset: str, compute: Compute, plan: Plan) -> MARTask:
+    # A fused kernel has no dropout of its weights.
+    dropout = 0.0 if compute.attention_implementation == "cudnn" else 0.1
+    return MARTask(
+        model=MARConfig.preset(preset),
+        tokenizer=KLConfig(),
+        tokenizer_weights="random",
+        attention_dropout=dropout,
+        compute=compute,
+        plan=plan,
+    )
 
 
 def _compiled(function: Callable, *args: Any) -> tuple[Callable, float]:

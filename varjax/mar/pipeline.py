@@ -18,7 +18,7 @@ from varjax.mar.latents import (
 )
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig, bind_mar
 from varjax.mar.options import MAROptions, check_sampling, make_plan
-from varjax.mar.sample import KnownTokens, sample_tokens
+from varjax.mar.sample import KnownTokens, sample_mar_tokens
 from varjax.nn.compute import Compute
 from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import checked_labels, image_keys, replace_options
@@ -68,7 +68,7 @@ class MARPipeline:
         self.params = replicate(params, mesh)
 
         def sampled_tokens(params, plan, label_B, key_B, known=None):
-            return sample_tokens(mar, params["mar"], label_B, key_B, plan, known, compute)
+            return sample_mar_tokens(mar, params["mar"], label_B, key_B, plan, known, compute)
 
         def sampled(params, plan, label_B, key_B, known=None):
             tokens = sampled_tokens(params, plan, label_B, key_B, known)

@@ -74,7 +74,7 @@ def draw_noise(config: MARConfig, key_B: jax.Array) -> Noise:
     return noise
 
 
-def sample_tokens(
+def sample_mar_tokens(
     config: MARConfig,
     params: PyTree,
     label_B: jax.Array,

@@ -24,7 +24,7 @@ from varjax.mar.losses import (
 )
 from varjax.mar.model import DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
-from varjax.mar.sample import sample_tokens
+from varjax.mar.sample import sample_mar_tokens
 from varjax.nn.compute import Compute
 from varjax.nn.diffusion import TRAINING_STEPS
 from varjax.sampling.sampler import image_keys
@@ -37,6 +37,7 @@ from varjax.training.train_step import (
     apply_gradients,
     check_microbatches,
     create_state,
+    example_keys,
 )
 
 # What the reference decays: matrices and tables outside of the denoising MLP.
@@ -47,7 +48,7 @@ DECAYED = (
 )
 LABEL_KEY, POSTERIOR_KEY, SHARE_KEY = 6, 7, 8  # folded into an image's key, beside the losses'
 NOISE_LEVELS, SHARES = 10, 4  # bins of losses in evaluation
-PREVIEW_IMAGES = 16
+PREVIEW_SAMPLES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,32 +139,36 @@ class MARTask:
         """Makes one update, with one share of masked tokens for the whole batch."""
         share_key, key = jax.random.split(jax.random.fold_in(key, state.step))
         known = known_count(self.model.length, masked_share(share_key, self.least_masked))
-        key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(batch["label_B"])))
-        batch = batch | {"key_B": key_B}
+        batch = batch | {
+            "key_B": example_keys(key, len(batch["label_B"])),
+            "known_B": jnp.broadcast_to(known, batch["label_B"].shape),
+        }
 
         def loss_fn(params, batch):
-            key_B, label_B = batch["key_B"], batch["label_B"]
-            label_key_B = _fold_in(key_B, LABEL_KEY)
-            dropped_B = jax.vmap(jax.random.bernoulli, (0, None))(label_key_B, self.class_dropout)
-            label_B = jnp.where(dropped_B, self.model.classes, label_B)
-            known_B = jnp.broadcast_to(known, label_B.shape)
-            draws = draw_losses(
-                self.model,
-                key_B,
-                known_B,
-                self.diffusion_repeats,
-                self.attention_dropout,
-                self.dropout,
-            )
-            of = self._token_losses(params, frozen, batch, label_B, draws)
-            means = {
-                name: masked_mean(of[f"{name}_BL"], of["masked_BL"]) for name in self._loss_names
-            }
-            return means["loss"], means | {"masked": jnp.mean(of["masked_BL"].astype(jnp.float32))}
+            return self.loss(params, frozen, batch)
 
         grads, metrics = accumulated_gradients(loss_fn, state.params, batch, self.accumulate)
         state, norms = apply_gradients(state, grads, self.transformation(state.params), self.ema)
         return state, metrics | norms | {"lr": self.optimizer.lr(state.step - 1, self.plan)}
+
+    def loss(
+        self, params: PyTree, frozen: PyTree, batch: Batch
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Computes the mean loss of masked tokens, and its parts.
+
+        batch: with "key_B", a random key for each image, and "known_B", how many tokens of each
+        are not masked.
+        """
+        key_B, label_B = batch["key_B"], batch["label_B"]
+        label_key_B = _fold_in(key_B, LABEL_KEY)
+        dropped_B = jax.vmap(jax.random.bernoulli, (0, None))(label_key_B, self.class_dropout)
+        label_B = jnp.where(dropped_B, self.model.classes, label_B)
+        rates = self.diffusion_repeats, self.attention_dropout, self.dropout
+        draws = draw_losses(self.model, key_B, batch["known_B"], *rates)
+        of = self._token_losses(params, frozen, batch, label_B, draws)
+        masked_BL = of["masked_BL"]
+        means = {name: masked_mean(of[f"{name}_BL"], masked_BL) for name in self._loss_names}
+        return means["loss"], means | {"masked": jnp.mean(masked_BL.astype(jnp.float32))}
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
         # Fused kernels hide their products, and what is recomputed is no work of the model's.
@@ -214,11 +219,13 @@ class MARTask:
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Samples the first classes, from the same seeds always, and reconstructs images."""
-        label_B = jnp.arange(PREVIEW_IMAGES) % self.model.classes
+        label_B = jnp.arange(PREVIEW_SAMPLES) % self.model.classes
         plan = make_plan(self.model, check_sampling(self.model, self.sampling))
-        key_B = image_keys(0, jnp.arange(PREVIEW_IMAGES))
-        tokens = sample_tokens(self.model, state.params, label_B, key_B, plan, None, self.compute)
-        first = {name: x[:PREVIEW_IMAGES] for name, x in batch.items()}
+        key_B = image_keys(0, jnp.arange(PREVIEW_SAMPLES))
+        tokens = sample_mar_tokens(
+            self.model, state.params, label_B, key_B, plan, None, self.compute
+        )
+        first = {name: x[:PREVIEW_SAMPLES] for name, x in batch.items()}
         kept = encode_tokens(self.tokenizer, self.model, frozen, first)
         images = (decode_tokens(self.tokenizer, self.model, frozen, x) for x in (tokens, kept))
         return dict(zip(("samples", "reconstructions"), images, strict=True))
@@ -236,8 +243,7 @@ class MARTask:
     def _token_losses(self, params, frozen, batch, label_B, draws) -> dict[str, jax.Array]:
         """`token_losses` of a batch of images or latents, as "loss_BL" and its parts."""
         posterior_key_B = _fold_in(batch["key_B"], POSTERIOR_KEY)
-        data = {name: x for name, x in batch.items() if name != "key_B"}
-        token_BL = encode_tokens(self.tokenizer, self.model, frozen, data, posterior_key_B)
+        token_BL = encode_tokens(self.tokenizer, self.model, frozen, batch, posterior_key_B)
         L = self.model.length
         most_known = L - math.ceil(L * self.least_masked)
         token_BL = jax.lax.stop_gradient(token_BL)

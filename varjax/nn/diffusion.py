@@ -211,7 +211,7 @@ def reverse_diffusion(
     def step(i, xt_NZ):
         j = steps - 1 - i
         at = coefficients.at(j)
-        noise_NZ, value_NZ = jnp.split(denoise(xt_NZ, at.timestep[None]), 2, axis=-1)
+        noise_NZ, value_NZ = jnp.split(denoise(xt_NZ, jnp.asarray(at.timestep)[None]), 2, axis=-1)
         x0_NZ = at.x0_of_xt * xt_NZ - at.x0_of_noise * noise_NZ.astype(jnp.float32)
         if clip_denoised is not None:
             bound = jnp.where(jnp.equal(clip_denoised, 0), jnp.inf, clip_denoised)

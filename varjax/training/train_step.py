@@ -78,6 +78,11 @@ def mean_over_microbatches(
     return jax.tree.map(lambda x: x / accumulate, total)
 
 
+def example_keys(key: jax.Array, count: int) -> jax.Array:
+    """Makes a random key for each example of a batch, so that no result depends on microbatches."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
+
+
 def check_microbatches(batch_size: int, accumulate: int) -> None:
     """Raises InputError unless `accumulate` microbatches divide a batch equally."""
     if accumulate < 1 or batch_size % accumulate:

@@ -26,7 +26,6 @@ from varjax.tokenizers.losses.image_losses import (
     ImageGradientsFn,
     LossGradients,
     check_image_losses,
-    example_keys,
     image_losses,
     init_discriminator,
     load_frozen_losses,
@@ -39,7 +38,7 @@ from varjax.tokenizers.losses.lpips import LPIPSConfig
 from varjax.tokenizers.tokenizer_state import join_state, split_state
 from varjax.training.optimizer import AdamW
 from varjax.training.task import PREVIEW_IMAGES, Batch, MatchingRows, Plan, TrainState
-from varjax.training.train_step import apply_gradients, create_state
+from varjax.training.train_step import apply_gradients, create_state, example_keys
 
 LATENT_STD_DECAY = 0.99  # of the moving average that becomes the tokenizer's "latent_std"
 POSTERIOR_KEY = 102  # folded into an image's key; `diffaugment` folds small numbers

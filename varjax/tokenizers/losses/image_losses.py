@@ -161,11 +161,6 @@ def reconstruct(
     return outputs, last_BHWC
 
 
-def example_keys(key: jax.Array, count: int) -> jax.Array:
-    """Makes a random key for each image of a batch, so that no result depends on microbatches."""
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(count))
-
-
 def loss_gradients(
     config: ImageLossConfig,
     discriminator: DiscriminatorState | None,

@@ -17,7 +17,6 @@ from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.losses.gan import GANConfig
 from varjax.tokenizers.losses.image_losses import (
     check_image_losses,
-    example_keys,
     image_losses,
     init_discriminator,
     load_frozen_losses,
@@ -40,7 +39,7 @@ from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity, quantizer_loss
 from varjax.training.optimizer import AdamW
 from varjax.training.task import PREVIEW_IMAGES, Batch, MatchingRows, Plan, TrainState
-from varjax.training.train_step import apply_gradients, create_state
+from varjax.training.train_step import apply_gradients, create_state, example_keys
 
 
 @dataclasses.dataclass(frozen=True)
