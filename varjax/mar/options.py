@@ -106,15 +106,14 @@ def make_plan(
         config: the transformer.
         options: checked ones.
         keep_BL: what each image of an edit keeps; None for whole images.
-        buckets_wanted: loops that the steps are computed in; 0 for one for each step.
+        buckets_wanted: see `UnmaskingSchedule`.
 
     Raises:
         InputError: `options.steps` is more than there are tokens.
     """
     L = config.length
     steps = L if config.attention == "causal" else options.steps
-    wanted = {} if buckets_wanted is None else {"buckets_wanted": buckets_wanted}
-    schedule = UnmaskingSchedule(L, steps, **wanted)
+    schedule = UnmaskingSchedule(L, steps, buckets_wanted)
     kept_B = np.zeros(1, int) if keep_BL is None else np.sum(keep_BL, axis=1)
     buckets = schedule.buckets(int(kept_B.min()), int(kept_B.max()))
     return SamplingPlan(options, schedule, buckets, options.cfg != 1)

@@ -12,7 +12,8 @@ import numpy as np
 
 from varjax.core.errors import InputError
 
-BUCKETS = 8  # loops of their own that a sampling program has
+BUCKETS = 8  # loops of their own that a sampling program has, at most
+STEPS_OF_A_BUCKET = 4  # at least: with fewer, compiling takes longer than the padding costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +43,13 @@ class UnmaskingSchedule:
     Attributes:
         length: L, the number of tokens.
         steps: of sampling, 1 … L.
-        buckets_wanted: most loops that the steps are computed in; 0 for one for each step.
+        buckets_wanted: loops that the steps are computed in; 0 for one for each step, None for as
+            many as suit their number.
     """
 
     length: int
     steps: int
-    buckets_wanted: int = BUCKETS
+    buckets_wanted: int | None = None
 
     def __post_init__(self):
         if not 1 <= self.steps <= self.length or self.steps != int(self.steps):
@@ -85,7 +87,10 @@ class UnmaskingSchedule:
                 buckets in which no more than these are drawn are left out.
             most_kept: those of the image that has the most.
         """
-        count = min(self.buckets_wanted or self.steps, self.steps)
+        wanted = self.buckets_wanted
+        if wanted is None:
+            wanted = min(BUCKETS, math.ceil(self.steps / STEPS_OF_A_BUCKET))
+        count = min(wanted or self.steps, self.steps)
         edges = [i * self.steps // count for i in range(count + 1)]
         found = []
         for start, stop in itertools.pairwise(edges):
