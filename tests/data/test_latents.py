@@ -8,6 +8,7 @@ import einops
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers import runs
 from tests.helpers.fake_data import FakeImages
@@ -18,6 +19,7 @@ from varjax.data.cache_latents import cache_latents
 from varjax.data.latents import CachedLatents
 from varjax.data.sources import parse_dataset
 from varjax.data.sources.digits import Digits
+from varjax.data.sources.folder import Folder
 from varjax.data.sources.noise import Noise
 from varjax.data.workers import ReadOptions
 from varjax.tokenizers.vq.task import VQTask
@@ -257,6 +259,54 @@ def test_latents_may_be_any_arrays(tmp_path, capsys):
             assert not batch[name][~valid_B].any()
     assert latents.tokenizer_identity == {"kind": "KL", "scale": 1 / 256}
     assert "image_7.jpg" in capsys.readouterr().err
+
+
+def write_noise(folder, count):
+    for i in range(count):
+        noise_HW = np.random.default_rng(i).integers(0, 256, (9, 16), np.uint8)
+        path = folder / f"{'train' if i % 10 else 'val'}/{i:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise_HW).save(path)
+
+
+def test_two_augmentations_of_center_crops_are_both_flips_of_every_image(tmp_path):
+    """Training on images sees them in the same epochs, in place of broken images too."""
+    write_noise(tmp_path / "x", 150)
+    (tmp_path / "x/train/077.png").write_bytes(b"")
+    (tmp_path / "config.py").write_text(CENTER_CROPS)
+    flags = ["--config=config.py", "--config.data.crop=center", "--config.data.flip=true"]
+    assert command.main([*flags, "--out=out", "--augmentations=2"]) == 0
+
+    data = Folder("x", size=(4, 6), channels=1, crop="center", flip=True)
+    source, stored = data.source("train"), CachedLatents("out").source("train")
+    firsts = []
+    for i in range(len(source)):
+        if "077" in source.listing.paths[i]:
+            continue
+        crop_HWC = data.preprocess(source[i]["image"])
+        crop_2HWC = np.stack([crop_HWC, crop_HWC[:, ::-1]])
+        expected = FakeKL().encode(FakeKLTask().frozen(), crop_2HWC)["mean_BhwZ"]
+        found = stored[i]["latents"]["mean_BhwZ"].astype(np.float32)
+        firsts.append(np.array_equal(found[0], expected[1]))
+        np.testing.assert_array_equal(found, expected[::-1] if firsts[-1] else expected)
+    assert 0.4 < np.mean(firsts) < 0.6  # an epoch does not mirror all images at once
+
+    images, latents = data.make(45, seed=3), CachedLatents("out").make(45, seed=3)
+    for number in range(12):  # four epochs of 135 images
+        a, b = images.train_batch(number), latents.train_batch(number)
+        expected = FakeKL().encode(FakeKLTask().frozen(), a["image_BHWC"])
+        chex.assert_trees_all_equal(b, expected | {"label_B": a["label_B"]})
+
+
+CENTER_CROPS = """
+from tests.data.test_latents import FakeKLTask
+from varjax.data.sources.folder import Folder
+from varjax.training.experiment import Experiment
+
+def get_config():
+    data = Folder("x", size=(4, 6), channels=1)
+    return Experiment(FakeKLTask(), data, "run", batch_size=32, steps=1, seed=3)
+"""
 
 
 @dataclasses.dataclass(frozen=True)

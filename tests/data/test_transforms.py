@@ -76,7 +76,81 @@ def test_the_numbers_drawn_do_not_depend_on_the_image():
     assert all(state == states[0] for state in states)
 
 
+def adm_code(image_HWC, size):
+    """`center_crop_arr` of the guided-diffusion repository, in its own words."""
+    pil_image = Image.fromarray(image_HWC)
+    while min(*pil_image.size) >= 2 * size:
+        pil_image = pil_image.resize(tuple(x // 2 for x in pil_image.size), resample=Image.BOX)
+    scale = size / min(*pil_image.size)
+    pil_image = pil_image.resize(
+        tuple(round(x * scale) for x in pil_image.size), resample=Image.BICUBIC
+    )
+    arr = np.array(pil_image)
+    crop_y, crop_x = (arr.shape[0] - size) // 2, (arr.shape[1] - size) // 2
+    return arr[crop_y : crop_y + size, crop_x : crop_x + size]
+
+
+SHAPES = [(300, 517), (64, 64), (129, 128), (128, 127), (517, 128), (50, 83), (9, 40), (40, 9)]
+
+
+@pytest.mark.parametrize("size", [64, 31])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_center_crops_are_those_of_adm(shape, size):
+    alpha_HWC = RNG.integers(0, 256, (*shape, 4), np.uint8)
+    for image_HWC in (alpha_HWC, alpha_HWC[..., :3]):
+        np.testing.assert_array_equal(
+            transforms.adm_center_crop(image_HWC, (size, size)), adm_code(image_HWC, size)
+        )
+    gray_HWC = image_HWC[..., :1]
+    found = transforms.adm_center_crop(gray_HWC, (size, size))
+    np.testing.assert_array_equal(found, adm_code(gray_HWC[..., 0], size)[..., None])
+
+
+def test_center_crops_that_are_not_square_cover_both_sides():
+    image_HWC = RNG.integers(0, 256, (64, 64, 3), np.uint8)
+    half_HWC = np.asarray(Image.fromarray(image_HWC).resize((32, 32), Image.Resampling.BOX))
+    wide, high = (transforms.adm_center_crop(image_HWC, size) for size in ((16, 32), (32, 16)))
+    np.testing.assert_array_equal(wide, half_HWC[8:24])
+    np.testing.assert_array_equal(high, half_HWC[:, 8:24])
+    for shape in SHAPES:
+        for size in ((7, 31), (31, 7), (13, 11)):
+            gray_HWC = np.full((*shape, 1), 255, np.uint8)  # beyond the border would be black
+            assert np.array_equal(
+                transforms.adm_center_crop(gray_HWC, size), np.full((*size, 1), 255)
+            )
+
+
+def test_center_crops_are_mirrored_in_every_second_view():
+    state = RNG.bit_generator.state
+    for flip in (False, True):
+        views = [
+            transforms.training_crop(NOISE_HWC, view, RNG, (16, 12), "center", flip)
+            for view in range(7, 11)
+        ]
+        plain = transforms.evaluation_crop(NOISE_HWC, (16, 12), "center")
+        for view, found in zip(range(7, 11), views, strict=True):
+            mirrored = flip and view % 2 == 1
+            np.testing.assert_array_equal(found, plain[:, ::-1] if mirrored else plain)
+    assert RNG.bit_generator.state == state
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_random_crops_do_not_depend_on_the_number_of_the_view(flip):
+    plain, viewed = np.random.default_rng(4), np.random.default_rng(4)
+    for view in range(6):
+        expected = transforms.random_crop(NOISE_HWC, plain, (16, 12), flip)
+        found = transforms.training_crop(NOISE_HWC, view, viewed, (16, 12), "random", flip)
+        np.testing.assert_array_equal(found, expected)
+    assert plain.bit_generator.state == viewed.bit_generator.state
+    np.testing.assert_array_equal(
+        transforms.evaluation_crop(NOISE_HWC, (16, 12), "random"),
+        transforms.center_crop(NOISE_HWC, (16, 12)),
+    )
+
+
 def test_settings_of_a_view_are_checked():
+    with pytest.raises(ValueError, match="crop=centre: must be random or center"):
+        transforms.check_crop("centre")
     assert transforms.height_width(5) == (5, 5) and transforms.height_width((4, 6)) == (4, 6)
     for size, channels in ((0, 3), ((4, -1), 3), (8, 2)):
         with pytest.raises(ValueError, match="size is|channels is 2"):

@@ -30,7 +30,7 @@ class FakeImages:
     def source(self, split):
         return FakeSource(self)
 
-    def augment(self, image_HWC, rng):
+    def augment(self, image_HWC, view, rng):
         image_HWC = image_HWC.copy()
         image_HWC[0, 2] = rng.integers(256)
         return image_HWC

@@ -96,7 +96,7 @@ class LatentTransform:
 
     spec: Mapping[str, ArraySpec]
 
-    def train(self, example: dict, epoch: int, rng: np.random.Generator) -> Example:
+    def train(self, example: dict, index: int, epoch: int, rng: np.random.Generator) -> Example:
         return self._row({n: x[epoch % len(x)] for n, x in example["latents"].items()}, example)
 
     def held_out(self, example: dict) -> Example:

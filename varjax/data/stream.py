@@ -60,8 +60,16 @@ class Dataset(Protocol):
 class ImageDataset(Dataset, Protocol):
     """A dataset of images that are augmented anew in each epoch."""
 
-    def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Makes a training image of `image_shape`, always drawing as many numbers."""
+    def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
+        """Makes a training image of `image_shape`, always drawing as many numbers.
+
+        Args:
+            image_HWC: as stored.
+            view: counts this image's views, one more in each epoch. Views can alternate by it, as
+                they cannot by `rng`, which knows nothing of other epochs. The first one's number
+                is the image's index, so that what alternates is mixed within an epoch.
+            rng: of this image in this epoch.
+        """
         ...
 
     def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
@@ -72,8 +80,15 @@ class ImageDataset(Dataset, Protocol):
 class ExampleTransform(Protocol):
     """Makes rows of a batch out of stored examples."""
 
-    def train(self, example: dict, epoch: int, rng: np.random.Generator) -> Example:
-        """Makes a training row, as this epoch shows the example."""
+    def train(self, example: dict, index: int, epoch: int, rng: np.random.Generator) -> Example:
+        """Makes a training row.
+
+        Args:
+            example: as the source gives it.
+            index: of the example in the source.
+            epoch: that shows it.
+            rng: of this example in this epoch.
+        """
         ...
 
     def held_out(self, example: dict) -> Example:
@@ -91,8 +106,9 @@ class ImageTransform:
 
     data: ImageDataset
 
-    def train(self, example: dict, epoch: int, rng: np.random.Generator) -> Example:
-        return _image_row(self.data.augment(example["image"], rng), example["label"])
+    def train(self, example: dict, index: int, epoch: int, rng: np.random.Generator) -> Example:
+        image_HWC = self.data.augment(example["image"], index + epoch, rng)
+        return _image_row(image_HWC, example["label"])
 
     def held_out(self, example: dict) -> Example:
         return _image_row(self.data.preprocess(example["image"]), example["label"])
@@ -189,7 +205,7 @@ class ExampleStream:
             for position in same:
                 epoch = position % augmentations
                 place = int(_places(self.seed, epoch, len(self.train_source))[image])
-                row = self._transformed(example, epoch, place)
+                row = self._transformed(example, image, epoch, place)
                 rows.append(row | {"valid_B": np.bool_(True)})
         return _stack(rows, read, broken)
 
@@ -199,15 +215,16 @@ class ExampleStream:
         order_N = _order(self.seed, epoch, size)
         for step in range(min(size, MAX_BROKEN_IN_A_ROW)):
             there = (place + step) % size
+            index = int(order_N[there])
             try:
-                return self._transformed(self.train_source[int(order_N[there])], epoch, there)
+                return self._transformed(self.train_source[index], index, epoch, there)
             except BrokenImage as error:
                 broken.append(error)
         raise InputError(f"{step + 1} images in a row are broken; the last one: {broken[-1]}")
 
-    def _transformed(self, example: dict, epoch: int, place: int) -> Example:
+    def _transformed(self, example: dict, index: int, epoch: int, place: int) -> Example:
         rng = np.random.default_rng((self.seed, 1, epoch * len(self.train_source) + place))
-        return self.transform.train(example, epoch, rng)
+        return self.transform.train(example, index, epoch, rng)
 
 
 @functools.lru_cache(maxsize=4)  # batches being made at the same time may lie in two epochs

@@ -1,15 +1,47 @@
 """Resizes, crops and distorts NumPy images, at random by an explicit Generator."""
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting
 
+Crop = Literal["random", "center"]  # of photographs: VAR's recipe, or ADM's, which is MAR's
 RESIZE_RATIO = 1.125  # images are resized to so many times the size that is cut out of them
+
+
+def training_crop(
+    image_HWC: np.ndarray,
+    view: int,
+    rng: np.random.Generator,
+    size: tuple[int, int],
+    crop: Crop,
+    flip: bool,
+) -> np.ndarray:
+    """Augments a photograph as VAR ("random") or as MAR ("center") does.
+
+    Center crops are mirrored in every second view and not at random, so that two views, all that a
+    cache of latents has to hold, are exactly the two orientations of an image.
+
+    Args:
+        image_HWC: uint8 with 1, 3 or 4 channels.
+        view: as `varjax.data.stream.ImageDataset.augment` gets it.
+        rng: random crops draw three numbers from it, center crops none.
+        size: (height, width) of the result.
+        crop: the recipe.
+        flip: whether half of the views are mirrored left to right.
+    """
+    if crop == "random":
+        return random_crop(image_HWC, rng, size, flip)
+    return _mirrored(adm_center_crop(image_HWC, size), flip and view % 2 == 1)
+
+
+def evaluation_crop(image_HWC: np.ndarray, size: tuple[int, int], crop: Crop) -> np.ndarray:
+    """Cuts the middle out of a photograph, resized as `training_crop` with this `crop` does it."""
+    return (center_crop if crop == "random" else adm_center_crop)(image_HWC, size)
 
 
 def random_crop(
@@ -27,7 +59,7 @@ def random_crop(
     y, x, mirror = rng.random(3)
     top, left = int(y * (len(resized) - h + 1)), int(x * (resized.shape[1] - w + 1))
     cropped = resized[top : top + h, left : left + w]
-    return np.ascontiguousarray(cropped[:, ::-1] if flip and mirror < 0.5 else cropped)
+    return _mirrored(cropped, flip and mirror < 0.5)
 
 
 def center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -36,6 +68,29 @@ def center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     # Half to even, as the reference's framework rounds.
     top, left = round((len(resized) - h) / 2), round((resized.shape[1] - w) / 2)
     return np.ascontiguousarray(resized[top : top + h, left : left + w])
+
+
+def adm_center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Cuts the middle out as ADM does (Dhariwal and Nichol 2021; `center_crop_arr` in its code).
+
+    Halves by a box filter while the image stays at least as large as `size`, resizes by bicubic
+    interpolation until it just covers `size`, and cuts off what is beyond. ADM's sizes are square;
+    of others both sides are covered.
+
+    Args:
+        image_HWC: uint8 with 1, 3 or 4 channels, of which the fourth is alpha.
+        size: (height, width) of the result.
+    """
+    (h, w), picture = size, _picture(image_HWC)
+    while picture.height >= 2 * h and picture.width >= 2 * w:
+        half = picture.width // 2, picture.height // 2
+        picture = picture.resize(half, Image.Resampling.BOX)
+    scale = max(h / picture.height, w / picture.width)
+    covering = round(picture.width * scale), round(picture.height * scale)
+    picture = picture.resize(covering, Image.Resampling.BICUBIC)
+    left, top = (picture.width - w) // 2, (picture.height - h) // 2
+    cropped = np.asarray(picture.crop((left, top, left + w, top + h)))
+    return cropped.reshape(h, w, image_HWC.shape[-1])
 
 
 def resize_to_cover(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -55,9 +110,16 @@ def resize_to_cover(image_HWC: np.ndarray, height: int, width: int) -> np.ndarra
         height = width * H // W
     if (height, width) == (H, W):
         return image_HWC
-    picture = Image.fromarray(image_HWC[..., 0] if channels == 1 else image_HWC)
-    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    resized = _picture(image_HWC).resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(resized).reshape(height, width, channels)
+
+
+def _picture(image_HWC: np.ndarray) -> Image.Image:
+    return Image.fromarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC)
+
+
+def _mirrored(image_HWC: np.ndarray, mirror: bool) -> np.ndarray:
+    return np.ascontiguousarray(image_HWC[:, ::-1] if mirror else image_HWC)
 
 
 def _resized(size: tuple[int, int]) -> tuple[int, int]:
@@ -121,3 +183,8 @@ def check_image_size(size: int | tuple[int, int], channels: int) -> None:
         raise InputError(f"size is {size}, but must be at least 1 pixel")
     if channels not in (1, 3, 4):
         raise InputError(f"channels is {channels}, but image files give 1, 3 or 4 (with alpha)")
+
+
+def check_crop(crop: str) -> None:
+    """Raises InputError unless `crop` is one of `Crop`."""
+    check_setting("crop", crop, crop in get_args(Crop), " or ".join(get_args(Crop)))

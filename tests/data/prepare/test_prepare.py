@@ -85,10 +85,12 @@ def test_a_packed_folder_holds_the_same_images_in_the_same_order(folder, packed)
     assert name == "train/china/empty.jpg" and reason == "it is empty"
 
 
-def test_training_sees_the_same_batches_from_either(tmp_path, in_this_process):
+@pytest.mark.parametrize("crop", ["random", "center"])
+def test_training_sees_the_same_batches_from_either(tmp_path, in_this_process, crop):
     photos.write_photos("x", size=16, train=4, val=2)
     prepare("x", "packed")
-    ours, theirs = Folder("x", size=(12, 8), flip=True), TFDS("packed", size=(12, 8), flip=True)
+    settings = {"size": (12, 8), "crop": crop, "flip": True}
+    ours, theirs = Folder("x", **settings), TFDS("packed", **settings)
     a, b = ours.make(8, seed=1).train_batch(2), theirs.make(8, seed=1).train_batch(2)
     assert all(np.array_equal(a[name], b[name]) for name in a)
     a, b = next(ours.make(8, 1).held_out()), next(theirs.make(8, 1).held_out())

@@ -57,7 +57,7 @@ class Digits:
         chosen_N = (rank_N % 5 == 4) == (split == "held_out")
         return ArraySource(images_NHWC[chosen_N], labels_N[chosen_N])
 
-    def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
         """Moves, rotates and scales an image at random."""
         return random_affine(image_HWC, rng, self.shift, self.rotate, self.zoom)
 

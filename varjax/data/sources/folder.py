@@ -32,7 +32,10 @@ class Folder:
         root: the folder.
         size: pixels of both sides, or (height, width).
         channels: 1 (gray), 3 (RGB) or 4 (with alpha).
-        flip: whether to mirror every second training image.
+        crop: "random" resizes and cuts as VAR does, in training at a random place; "center" as ADM
+            and MAR do, always the middle.
+        flip: whether to mirror half of the training images: random crops at random, center crops
+            each in every second epoch.
         held_out: the folder beside train/, or the share of images to hold out, chosen by a hash of
             each path, so that a new file moves no other one to the other side. None means "val"
             where there is one, else 0.05.
@@ -43,6 +46,7 @@ class Folder:
     root: str
     size: int | tuple[int, int] = 256
     channels: int = 3
+    crop: transforms.Crop = "random"
     flip: bool = False
     held_out: str | float | None = None
     unconditional: bool = False
@@ -52,6 +56,7 @@ class Folder:
 
     def __post_init__(self):
         transforms.check_image_size(self.size, self.channels)
+        transforms.check_crop(self.crop)
         if not isinstance(self.held_out, str | None):
             fits = 0 < self.held_out < 1
             check_setting("held_out", self.held_out, fits, "a folder, or a share between 0 and 1")
@@ -82,13 +87,14 @@ class Folder:
         """Opens a split, in the order of the paths."""
         return FolderSource(self.listings[split], self.channels)
 
-    def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Cuts a random part out, as the reference does."""
-        return transforms.random_crop(image_HWC, rng, self.image_shape[:2], self.flip)
+    def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
+        """Resizes and crops an image by the recipe `crop`."""
+        size = self.image_shape[:2]
+        return transforms.training_crop(image_HWC, view, rng, size, self.crop, self.flip)
 
     def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Cuts the middle out, as the reference does."""
-        return transforms.center_crop(image_HWC, self.image_shape[:2])
+        """Cuts the middle out, by the same recipe."""
+        return transforms.evaluation_crop(image_HWC, self.image_shape[:2], self.crop)
 
     def describe(self) -> dict[str, Any]:
         """Returns class names, and what tells whether the images are still the same ones."""

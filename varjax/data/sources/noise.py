@@ -55,7 +55,7 @@ class Noise:
         count = self.images if split == "train" else self.held_out_images
         return NoiseSource(self, split, count)
 
-    def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
         """Returns the image itself."""
         return image_HWC
 

@@ -85,7 +85,7 @@ class Photos:
             labels += [label] * (len(crops) - len(labels))
         return ArraySource(np.stack(crops), np.array(labels))
 
-    def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
         """Cuts a random part out, at the photograph's own resolution."""
         h, w, _ = self.image_shape
         top = rng.integers(image_HWC.shape[0] - h, endpoint=True)

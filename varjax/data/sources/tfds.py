@@ -37,7 +37,10 @@ class TFDS:
         held_out: another one.
         size: pixels of both sides, or (height, width).
         channels: 1 (gray), 3 (RGB) or 4 (with alpha).
-        flip: whether to mirror every second training image.
+        crop: "random" resizes and cuts as VAR does, in training at a random place; "center" as ADM
+            and MAR do, always the middle.
+        flip: whether to mirror half of the training images: random crops at random, center crops
+            each in every second epoch.
         image_key: the feature with the image.
         label_key: the feature with the class; "" takes all images as one class.
         reading: threads or worker processes.
@@ -49,6 +52,7 @@ class TFDS:
     held_out: str = "validation"
     size: int | tuple[int, int] = 256
     channels: int = 3
+    crop: transforms.Crop = "random"
     flip: bool = False
     image_key: str = "image"
     label_key: str = "label"
@@ -58,6 +62,7 @@ class TFDS:
 
     def __post_init__(self):
         transforms.check_image_size(self.size, self.channels)
+        transforms.check_crop(self.crop)
 
     @property
     def classes(self) -> int:
@@ -77,13 +82,14 @@ class TFDS:
         """Opens a split, in the dataset's order."""
         return TFDSSource(self, self.train if split == "train" else self.held_out)
 
-    def augment(self, image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Cuts a random part out, as the reference does."""
-        return transforms.random_crop(image_HWC, rng, self.image_shape[:2], self.flip)
+    def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
+        """Resizes and crops an image by the recipe `crop`."""
+        size = self.image_shape[:2]
+        return transforms.training_crop(image_HWC, view, rng, size, self.crop, self.flip)
 
     def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Cuts the middle out, as the reference does."""
-        return transforms.center_crop(image_HWC, self.image_shape[:2])
+        """Cuts the middle out, by the same recipe."""
+        return transforms.evaluation_crop(image_HWC, self.image_shape[:2], self.crop)
 
     def describe(self) -> dict[str, Any]:
         """Returns class names, and what tells whether the images are still the same ones."""
