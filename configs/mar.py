@@ -30,7 +30,9 @@ Hardware: 16 GPUs or TPU chips and more. Whoever trains on fewer devices keeps t
 (--config.task.compute.attention=cudnn) set --config.task.attention_dropout=0, another recipe.
 """
 
-from varjax.data.sources import parse_dataset
+import dataclasses
+
+from varjax.data.sources import TFDS, Folder, parse_dataset
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions
 from varjax.mar.task import MARTask
@@ -50,6 +52,8 @@ def get_config(arg: str = "b") -> Experiment:
     size, where, _ = read_argument(arg, GUIDANCE)
     tokenizer = KLConfig()
     data = parse_dataset(where, tokenizer.image_shape[0])
+    if isinstance(data, Folder | TFDS):
+        data = dataclasses.replace(data, crop="center", flip=True)
     optimizer = AdamW(
         base_lr=1e-4,
         b1=0.9,

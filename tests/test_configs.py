@@ -177,6 +177,9 @@ def test_the_tokenizer_s_recipe_is_written_with_its_run_and_can_be_changed():
 def test_data_are_chosen_after_the_size():
     data = load("var.py:d20,data=folder:/data/imagenet").data
     assert data == Folder("/data/imagenet", size=256)
+    assert load("mar.py:l,data=folder:/data/imagenet").data == Folder(
+        "/data/imagenet", crop="center", flip=True
+    )
     assert load("var_512.py:d36,data=tfds:/data/packed").data == TFDS("/data/packed", size=512)
 
 
