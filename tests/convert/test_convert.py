@@ -10,16 +10,16 @@ import types
 import numpy as np
 import pytest
 from ml_dtypes import bfloat16
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import varjax
 from tests.golden import weights
 from tests.helpers import golden_cases as golden
 from tests.helpers.checkpoint_files import write_trainer
+from tests.helpers.conversion import assert_official_files, refused
 from varjax.convert import ConvertOptions, apply_map, convert, export_torch, weights_dir
 from varjax.convert.__main__ import main
 from varjax.convert.infer_config import find_kind
-from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.core import trees
 from varjax.families import read_model
@@ -71,15 +71,7 @@ def test_official_files_reproduce_the_reference_and_go_back_to_the_bit(name, tmp
 
     export_torch(tmp_path / "out", tmp_path / "torch")
     for ours, part in (("tokenizer", "vae"), ("var", "var")):
-        original = official(name, part)
-        for read in (
-            read_checkpoint(tmp_path / f"torch/{ours}.pth"),
-            load_file(tmp_path / f"torch/{ours}.safetensors"),
-        ):
-            assert read.keys() == original.keys()
-            for key, x in original.items():
-                assert (read[key].dtype, read[key].shape) == (x.dtype, x.shape), key
-                assert np.array_equal(read[key], x), key
+        assert_official_files(tmp_path / "torch", ours, official(name, part))
 
 
 @pytest.mark.slow
@@ -186,16 +178,6 @@ def test_what_tensors_do_not_tell_is_asked_for():
     )
 
 
-def refused(capsys, tmp_path, *flags) -> str:
-    """What the command says, in its one message; nothing may be left behind."""
-    before = sorted(tmp_path.rglob("*"))
-    assert main([*flags, f"--out={tmp_path / 'out'}"]) == 1
-    out, err = capsys.readouterr()
-    assert not out and err.count("varjax convert: ") == 1 and "Traceback" not in err
-    assert sorted(tmp_path.rglob("*")) == before
-    return err
-
-
 def test_wrong_files_are_named_with_what_to_do(base, tmp_path, capsys):
     vae, var = base
     refuse = functools.partial(refused, capsys, tmp_path)
@@ -254,7 +236,7 @@ def test_a_full_disk_leaves_nothing(base, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(weights_dir.safetensors_io, "write_safetensors", fill_up)
         text = refused(capsys, tmp_path, *flags)
-        assert "out could not be written" in text and "No space left on device" in text
+        assert "refused could not be written" in text and "No space left on device" in text
     usage = types.SimpleNamespace(free=1000)
     monkeypatch.setattr(weights_dir.shutil, "disk_usage", lambda path: usage)
     assert "needs 0.018 GB; free are 0.000 GB" in refused(capsys, tmp_path, *flags)

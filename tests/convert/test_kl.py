@@ -6,17 +6,16 @@ import json
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 import varjax
 from tests.golden import weights
 from tests.helpers import golden_cases
 from tests.helpers import golden_kl as golden
 from tests.helpers.checkpoint_files import write_nested
+from tests.helpers.conversion import assert_official_files, refused
 from varjax.convert import ConvertOptions, apply_map, convert, export_torch
 from varjax.convert.__main__ import main
 from varjax.convert.infer_config import find_kind
-from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.core.model_files import abstract_params
 from varjax.tokenizers.kl.model import KLConfig
@@ -51,14 +50,7 @@ def test_official_files_go_there_and_back_to_the_bit(kl, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, golden.params())
     np.testing.assert_allclose(params["latent_std"], 1 / 0.2325, rtol=1e-6)
     export_torch(tmp_path / "out", tmp_path / "torch")
-    for read in (
-        read_checkpoint(tmp_path / "torch/tokenizer.pth"),
-        load_file(tmp_path / "torch/tokenizer.safetensors"),
-    ):
-        assert read.keys() == golden.official().keys()
-        for name, x in golden.official().items():
-            assert (read[name].dtype, read[name].shape) == (x.dtype, x.shape), name
-            assert np.array_equal(read[name], x), name
+    assert_official_files(tmp_path / "torch", "tokenizer", golden.official())
 
 
 def test_queries_keys_and_values_come_to_lie_in_one_kernel():
@@ -87,12 +79,6 @@ def test_checkpoints_of_a_larger_system_are_read_too(tmp_path, capsys):
 
 def said(capsys):
     return capsys.readouterr().err
-
-
-def refused(capsys, tmp_path, *flags) -> str:
-    assert main([*flags, f"--out={tmp_path / 'out'}"]) == 1
-    assert not (tmp_path / "out").exists()
-    return said(capsys)
 
 
 def test_wrong_kinds_and_settings_are_refused_with_the_reason(kl, tmp_path, capsys):
