@@ -119,13 +119,41 @@ def test_names_and_paths_that_are_not_there(hub):
 
 
 def test_all_released_models_have_a_name():
-    assert set(pretrained.RELEASES) == {
-        "vae_ch160v4096z32",
-        *(f"var_d{depth}" for depth in (16, 20, 24, 30, 36)),
-    }
-    for name, release in pretrained.RELEASES.items():
+    of_var = {"vae_ch160v4096z32", *(f"var_d{depth}" for depth in (16, 20, 24, 30, 36))}
+    of_mar = {"kl16", "mar_b", "mar_l", "mar_h"}
+    assert set(pretrained.RELEASES) == of_var | of_mar
+    for name in of_var:
+        release = pretrained.RELEASES[name]
         assert release.repo == "FoundationVision/var" and f"{name}.pth" in release.files.values()
         assert release.files["tokenizer"] == "vae_ch160v4096z32.pth"
+
+
+def test_mar_is_fetched_at_the_commit_that_holds_the_official_files(hub, tmp_path):
+    hub.broken = True
+    for name, first, flags in (
+        ("mar_b", "checkpoint-last.pth", "--mar=checkpoint-last.pth --kl=kl16.ckpt"),
+        ("kl16", "kl16.ckpt", "--kl=kl16.ckpt"),
+    ):
+        with pytest.raises(InputError) as error:
+            varjax.load(name)
+        assert hub.asked[-1][:2] == ("jadechoghari/mar", first) and len(hub.asked[-1][2]) == 40
+        text = str(error.value)
+        assert f"{first} " in text and " from https://github.com/LTH14/mar" in text
+        assert text.endswith(f"varjax.convert {flags} --out={tmp_path / 'cache' / name}")
+
+
+@pytest.mark.parametrize("name, model", [("mar_l", "MAR-L"), ("mar_h", "MAR-H")])
+def test_models_that_no_hub_has_are_asked_for_with_their_page(hub, tmp_path, name, model):
+    with pytest.raises(InputError) as error:
+        varjax.load(name)
+    assert not hub.asked and not (tmp_path / "cache" / name).exists()
+    text = str(error.value)
+    assert f"{name} is neither here nor in" in text and "no hub is known to have its files" in text
+    assert f"https://github.com/LTH14/mar (the links of {model} and KL-16) and run" in text
+    assert text.endswith(
+        "python -m varjax.convert --mar=checkpoint-last.pth --kl=kl16.ckpt "
+        f"--out={tmp_path / 'cache' / name}"
+    )
 
 
 def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):

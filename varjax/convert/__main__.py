@@ -1,7 +1,7 @@
 """Converts weights: official PyTorch files <-> varjax, training runs, and LPIPS.
 
 python -m varjax.convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights/d16
-python -m varjax.convert --kl=kl16.ckpt --out=weights/kl16
+python -m varjax.convert --mar=checkpoint-last.pth --kl=kl16.ckpt --out=weights/mar_b
 python -m varjax.convert --repo=FoundationVision/var --tokenizer=… --var=… --out=weights/d16
 python -m varjax.convert --run=runs/x --out=weights/x
 python -m varjax.convert --to_torch --weights=weights/x --out=for_pytorch
@@ -55,8 +55,11 @@ def _run(flags: argparse.Namespace) -> None:
             groups=flags.groups,
             phi_ratio=flags.phi_ratio,
             cosine_codes=flags.cosine_codes,
+            latent_channels=flags.latent_channels,
             image_size=_parse_size(flags.image_size),
             latent_scale=flags.latent_scale,
+            mar_heads=_parse_heads(flags.mar_heads),
+            ema=flags.ema,
         )
         for part, config in convert(flags.out, options, **files).items():
             print(f"{part}: {config}")
@@ -73,12 +76,25 @@ def _parse_scales(text: str | None) -> tuple[Scale, ...] | None:
         raise InputError(f"scales={text}: give side lengths like 1,2,4 or 1x1,2x4") from None
 
 
-def _parse_size(text: str) -> Scale:
+def _parse_size(text: str | None) -> Scale | None:
     """ "256" -> 256; "256x384" -> (256, 384)."""
+    if text is None:
+        return None
     try:
         return _parse_side(text)
     except ValueError:
         raise InputError(f"image_size={text}: give pixels like 256, or 256x384") from None
+
+
+def _parse_heads(text: str | None) -> tuple[int, int] | None:
+    """ "12,16" -> (12, 16)."""
+    if text is None:
+        return None
+    try:
+        encoder, decoder = map(int, text.split(","))
+    except ValueError:
+        raise InputError(f"mar_heads={text}: give the encoder's and decoder's, 12,12") from None
+    return encoder, decoder
 
 
 def _parse_side(text: str) -> Scale:
@@ -106,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--groups", type=int, default=32, help="groups of the tokenizer's group norms (32)")
     add("--phi_ratio", type=float, default=0.5, help="weight of the φ convolutions (0.5)")
     add("--cosine_codes", action="store_true", help="codes are looked up by angle")
-    add("--image_size", default="256", help="of a KL tokenizer's images: 512 or 256x384 (256)")
+    add("--image_size", help="of a KL tokenizer's or a MAR's images: 512 or 256x384 (as in them)")
+    add("--latent_channels", type=int, help="of the KL tokenizer under a MAR (its file's, else 16)")
+    add("--mar_heads", metavar="E,D", help="attention heads of a MAR's encoder and decoder")
     add(
         "--latent_scale",
         type=float,
@@ -121,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--ema",
         action=argparse.BooleanOptionalAction,
-        help="averaged weights of a run, or not (default: averaged if it has them)",
+        help="averaged weights of a run or a checkpoint, or not (default: if it has them)",
     )
     add("--debug", action="store_true", help="show mistakes with their traceback, too")
     return parser

@@ -11,8 +11,14 @@ from varjax.convert.infer_config import Source, find_kind, infer_configs
 from varjax.convert.name_maps import NAME_MAPS
 from varjax.convert.name_maps.name_map import ConvertOptions, Tensors
 from varjax.convert.pth.read import read_checkpoint
-from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
-from varjax.convert.state_dicts import TRAINER_KEYS, find_state_dicts, own_tensors
+from varjax.convert.sources import Problems, errors_naming, sha256_of, warn_not_finite
+from varjax.convert.state_dicts import (
+    AVERAGED,
+    TRAINER_KEYS,
+    find_state_dicts,
+    has_averaged_weights,
+    own_tensors,
+)
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_converted
 from varjax.core.errors import InputError
 
@@ -27,6 +33,7 @@ def convert(
     """Writes a directory of weights from official .pth or .safetensors files.
 
         convert("weights/d16", tokenizer="vae_ch160v4096z32.pth", var="var_d16.pth")
+        convert("weights/mar_b", kl="kl16.ckpt", mar="checkpoint-last.pth")
 
     Weights of any floating-point format become float32. Those that are not finite are named on
     stderr. If anything fails or the disk fills up, nothing is left at `out`.
@@ -34,55 +41,71 @@ def convert(
     Args:
         out: the directory. An existing one of the same models is replaced, nothing else ever is.
         options: tells what tensors cannot.
-        files: by flag: a tokenizer, `tokenizer` or `kl`, and a model of its latents, `var`; either
-            may be left out. A checkpoint of VAR's trainer given as `var` serves as both.
+        files: by flag: a tokenizer, `tokenizer` or `kl`, and a model of its latents, `var` or
+            `mar`; either may be left out. A checkpoint of VAR's trainer given as `var` serves as
+            both.
 
     Returns:
         The config found for each part.
 
     Raises:
-        InputError: names the file that is damaged or of something else, all tensors that do not fit
-            their model, or how the models do not fit each other.
+        InputError: names every file that is damaged or of something else, all tensors that do not
+            fit their model, or how the models do not fit each other.
     """
     if unknown := files.keys() - KINDS.keys():
         raise InputError(f"no part is called {', '.join(unknown)}; known are {', '.join(KINDS)}")
     out = pathlib.Path(out)
-    sources = _read_sources({flag: pathlib.Path(f) for flag, f in files.items() if f is not None})
+    given = {flag: pathlib.Path(file) for flag, file in files.items() if file is not None}
+    sources = _read_sources(given, options.ema)
     check_weights_dir(out, converted_files(sources))
     configs = infer_configs(sources, options)
-    models = {}
+    models, problems, sampling = {}, Problems(), None
     for part, config in configs.items():
         source = sources[part]
-        with errors_naming(source.path):
+        with problems.collected(), errors_naming(source.path):
             models[part] = config, lazy_leaves(config, source.tensors, options)
+        if source.kind.sampling:
+            sampling = source.kind.sampling(config)
+    problems.check()
+    for source in sources.values():
         weights = {name: x for name, x in source.tensors.items() if is_weight(name)}
         warn_not_finite(source.path, weights)
     paths = dict.fromkeys(source.path for source in sources.values())
-    write_converted(out, models, sha256_of(paths))
+    write_converted(out, models, sha256_of(paths), sampling)
     return configs
 
 
-def _read_sources(files: Mapping[str, pathlib.Path]) -> dict[str, Source]:
+def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[str, Source]:
     """Reads the source of each part; files of models may hold a tokenizer too."""
+    if not files:
+        raise InputError("there is nothing to convert; give a tokenizer, a transformer or both")
     parts = [KINDS[flag].part for flag in files]
     if twice := [flag for flag in files if parts.count(KINDS[flag].part) > 1]:
         flags = " and ".join(f"--{flag}" for flag in twice)
         raise InputError(f"{flags} are both the {KINDS[twice[0]].part}; give one of them")
+    if len(models := [flag for flag in files if KINDS[flag].reads]) > 1:
+        flags = " and ".join(f"--{flag}" for flag in models)
+        raise InputError(f"{flags} are both models of latents; a directory holds one of them")
     sources: dict[str, Source] = {}
-    # As in `infer_configs`, so that of two files that were swapped the model's is complained of.
+    problems, averaged = Problems(), False
+    # As in `infer_configs`, so that the model's file is complained of first.
     for flag in sorted(files, key=lambda flag: KINDS[flag].part == "tokenizer"):
         path = files[flag]
-        checkpoint = read_checkpoint(path)
-        with errors_naming(path):
-            found = find_state_dicts(checkpoint)
-            if not found.keys() & {"", flag}:
-                inside = ", ".join(TRAINER_KEYS[other] for other in found)
-                raise InputError(f"is a trainer's checkpoint that holds only {inside}")
-            sources[KINDS[flag].part] = _source(path, flag, found.get(flag) or found[""])
-            if "tokenizer" in found and "tokenizer" not in parts:
-                sources["tokenizer"] = _source(path, "tokenizer", found["tokenizer"])
-    if not sources:
-        raise InputError("there is nothing to convert; give a tokenizer, a transformer or both")
+        with problems.collected():
+            checkpoint = read_checkpoint(path)
+            averaged |= has_averaged_weights(checkpoint)
+            with errors_naming(path):
+                found = find_state_dicts(checkpoint, ema)
+                if not found.keys() & {"", flag}:
+                    inside = ", ".join(TRAINER_KEYS[other] for other in found)
+                    raise InputError(f"is a trainer's checkpoint that holds only {inside}")
+                sources[KINDS[flag].part] = _source(path, flag, found.get(flag) or found[""])
+                if "tokenizer" in found and "tokenizer" not in parts:
+                    sources["tokenizer"] = _source(path, "tokenizer", found["tokenizer"])
+    problems.check()
+    if ema and not averaged:
+        names = ", ".join(map(str, files.values()))
+        raise InputError(f"ema=True: there are no averaged weights ({AVERAGED}) in {names}")
     return sources
 
 

@@ -30,7 +30,7 @@ def infer_configs(sources: Mapping[str, Source], options: ConvertOptions) -> dic
     """Infers the configs of models that belong together.
 
     Args:
-        sources: of each part: "tokenizer", "var".
+        sources: of each part: "tokenizer", "var" or "mar".
         options: tells what tensors cannot.
 
     Returns:
@@ -50,7 +50,11 @@ def infer_configs(sources: Mapping[str, Source], options: ConvertOptions) -> dic
                 f"{tokenizer.kind.description}, which {tokenizer.path} holds"
             )
     configs = {}
-    # A model of latents comes first: of its tokenizer it knows more than the tokenizer's file.
+    # A model of latents comes first: of its tokenizer it knows more than the tokenizer's file. But
+    # what the latents are, only that file knows.
+    if tokenizer:
+        with errors_naming(tokenizer.path):
+            options = tokenizer.kind.model_options(tokenizer.tensors, options)
     for part in sorted(sources, key=lambda part: part == "tokenizer"):
         source = sources[part]
         with errors_naming(source.path):

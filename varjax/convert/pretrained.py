@@ -103,15 +103,20 @@ def _hub_file(repo: str, name: str, revision: str = "main") -> pathlib.Path:
 def _fetch(name: str, directory: pathlib.Path) -> None:
     """Downloads and converts a published model into `directory`."""
     release = RELEASES[name]
-    print(f"{name}: from https://huggingface.co/{release.repo} to {directory}", file=sys.stderr)
     try:
-        sources = {flag: _hub_file(release.repo, file) for flag, file in release.files.items()}
+        if release.repo is None:
+            raise InputError("no hub is known to have its files")
+        origin = f"https://huggingface.co/{release.repo}"
+        print(f"{name}: from {origin} to {directory}", file=sys.stderr)
+        sources = {
+            flag: _hub_file(release.repo, file, release.revision)
+            for flag, file in release.files.items()
+        }
     except InputError as error:
         flags = " ".join(f"--{flag}={file}" for flag, file in release.files.items())
         raise InputError(
             f"{name} is neither here nor in {directory.parent}, and {error}. To do it by hand, "
-            f"download {' and '.join(release.files.values())} from "
-            f"https://huggingface.co/{release.repo} and run\n"
+            f"download {' and '.join(release.files.values())} from {release.address} and run\n"
             f"  python -m varjax.convert {flags} --out={shlex.quote(str(directory))}"
         ) from error
     convert(directory, ConvertOptions(), **sources)

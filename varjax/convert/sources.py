@@ -24,6 +24,33 @@ def errors_naming(path: str | pathlib.Path) -> Iterator[None]:
         raise InputError(f"{path}: {error}") from error
 
 
+class Problems:
+    """Collects users' mistakes, so that one message lists them all.
+
+    problems = Problems()
+    for path in paths:
+        with problems.collected():
+            read(path)
+    problems.check()
+    """
+
+    def __init__(self):
+        self._messages: list[str] = []
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keeps the message of an InputError instead of raising it."""
+        try:
+            yield
+        except InputError as error:
+            self._messages.append(str(error))
+
+    def check(self) -> None:
+        """Raises one InputError with all messages, if there are any."""
+        if self._messages:
+            raise InputError("\n".join(self._messages))
+
+
 def warn_not_finite(path: pathlib.Path, tensors: Tensors) -> None:
     """Names on stderr the tensors with NaN or infinite numbers; they are converted all the same."""
     if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:

@@ -10,18 +10,23 @@ from varjax.convert.name_maps.name_map import NameMap, Tensors
 from varjax.core.errors import InputError
 
 TRAINER_KEYS = {kind.flag: kind.trainer_key for kind in NAME_MAPS if kind.trainer_key}
+AVERAGED = "model_ema"  # where trainers keep the averaged weights beside "model"
 WRAPPERS = ("state_dict", "model")
 
 
-def find_state_dicts(checkpoint: Any) -> dict[str, dict[str, np.ndarray]]:
+def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict[str, np.ndarray]]:
     """Finds the weights in what `read_checkpoint` returned.
 
     Prefixes that torch's DistributedDataParallel ("module.") and compile ("_orig_mod.") add to
     names are removed.
 
+    Args:
+        checkpoint: what was read.
+        ema: False to leave averaged weights aside; else they are taken if there are any.
+
     Returns:
-        {flag: {name: array}}; the flag is "tokenizer" or "var" for a checkpoint of the official
-        trainer, and "" for a plain state dict, also one under "state_dict" or "model".
+        {flag: {name: array}}; the flag is "tokenizer" or "var" for a checkpoint of VAR's trainer,
+        and "" for a plain state dict, also one under "model_ema", "state_dict" or "model".
 
     Raises:
         InputError: there are no weights, or anything else lies among them.
@@ -35,10 +40,15 @@ def find_state_dicts(checkpoint: Any) -> dict[str, dict[str, np.ndarray]]:
         found = {flag: trainer[key] for flag, key in TRAINER_KEYS.items() if trainer.get(key)}
         if found:
             return {flag: _clean(weights) for flag, weights in found.items()}
-    for key in WRAPPERS:
+    for key in WRAPPERS if ema is False else (AVERAGED, *WRAPPERS):
         if isinstance(checkpoint.get(key), dict):
             return {"": _clean(checkpoint[key])}
     return {"": _clean(checkpoint)}
+
+
+def has_averaged_weights(checkpoint: Any) -> bool:
+    """Tells whether what `read_checkpoint` returned holds averaged weights beside others."""
+    return isinstance(checkpoint, dict) and isinstance(checkpoint.get(AVERAGED), dict)
 
 
 def own_tensors(kind: NameMap, tensors: Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -65,7 +75,7 @@ def _clean(weights: Any) -> dict[str, np.ndarray]:
     if strange := [key for key, x in weights.items() if not isinstance(x, np.ndarray)]:
         raise InputError(
             f"{len(strange)} of {len(weights)} entries are no arrays: {short(strange)}; weights "
-            f"are looked for at the top, in {', '.join(WRAPPERS)} and in trainer/"
+            f"are looked for at the top, in {', '.join((AVERAGED, *WRAPPERS))} and in trainer/"
             f"{', '.join(TRAINER_KEYS.values())}; pass the part that holds them"
         )
     named = {_without_prefixes(str(key)): x for key, x in weights.items()}

@@ -3,11 +3,15 @@
 import hashlib
 import os
 import pathlib
+import sys
 from typing import Any
 
 import jax
+import numpy as np
 
 from varjax.convert.apply_map import official_buffers, to_official
+from varjax.convert.name_maps import name_map_of
+from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.pretrained import resolve_weights
 from varjax.convert.weights_dir import new_directory, write_converted, write_files
 from varjax.core import trees
@@ -47,7 +51,8 @@ def export_torch(
     """Writes weights for the official code: per model a .pth and a .safetensors of equal content.
 
     Names are the official ones and all buffers are there, so that
-    `load_state_dict(torch.load(path, weights_only=True), strict=True)` takes them.
+    `load_state_dict(torch.load(path, weights_only=True), strict=True)` takes them. Parameters that
+    official files lack are named on stderr where the official code has other values.
 
     Args:
         weights: a training run, a directory of weights, or the name of a published model.
@@ -55,7 +60,8 @@ def export_torch(
         ema: of a run, the averaged weights or not; None for them if there are any.
 
     Raises:
-        InputError: `weights` holds none, or `out` holds files or cannot be written.
+        InputError: `weights` holds none or a model without official counterpart, or `out` holds
+            files or cannot be written.
     """
     weights, out = resolve_weights(weights), pathlib.Path(out)
     models, _ = _read_models(weights, ema)
@@ -63,6 +69,13 @@ def export_torch(
     for part, (config, params) in models.items():
         tensors = {**to_official(config, params), **official_buffers(config)}
         contents |= {f"{part}.pth": tensors, f"{part}.safetensors": tensors}
+        for path, official in name_map_of(config).constants(ConvertOptions()).items():
+            if not np.allclose(value := trees.paths(params)[path], official):
+                print(
+                    f"note: {part}: {path} is {value:.6g}, which official files do not hold; "
+                    f"the official code has {official:.6g}",
+                    file=sys.stderr,
+                )
     with new_directory(out, contents) as temporary:
         write_files(temporary, contents)
 

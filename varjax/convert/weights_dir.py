@@ -28,7 +28,7 @@ def write_converted(
 
     Args:
         out: the directory; see `new_directory`.
-        models: config and parameters by path of each part: "tokenizer", "var".
+        models: config and parameters by path of each part: "tokenizer", "var", "mar".
         sources: SHA-256 of each file that the weights come from, by its name.
         sampling: default sampling options; None for the defaults of the family, if one is there.
 

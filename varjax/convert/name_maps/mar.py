@@ -1,40 +1,53 @@
 """The official transformer (`MAR` of LTH14/mar) and ours."""
 
+import dataclasses
 import math
 
+from varjax.convert.name_maps.kl import KL_FILE, MAR_PAGE, MAR_REPO, MAR_REVISION
 from varjax.convert.name_maps.link import Link, linear_links, norm_links
 from varjax.convert.name_maps.name_map import (
     ConvertOptions,
     NameMap,
+    Release,
     Tensors,
     count_numbers,
     tensor_shape,
 )
 from varjax.core.errors import InputError
+from varjax.mar.latents import check_latents_fit
 from varjax.mar.model import DiffusionHead, MARConfig
+from varjax.mar.options import MAROptions
+from varjax.tokenizers.kl.model import KLConfig
 
-HEADS = {768: 12, 1024: 16, 1280: 16}  # by width; else one for each 64 channels
+HEADS = {768: 12, 1024: 16, 1280: 16}  # of the official models, by width
+HEAD_SIZE = 64  # of others
+GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}  # of the published results, by width
+LATENT_CHANNELS = KLConfig.latent_channels  # of every official model
+CHECKPOINT = "checkpoint-last.pth"
 MLP = "diffloss.net"
 
 
 def infer_mar(tensors: Tensors, options: ConvertOptions) -> MARConfig:
-    """Tells the transformer's sizes; raises InputError where the tensors contradict themselves."""
+    """Infers the config of an official `MAR`.
+
+    Raises InputError for tensors that are missing or contradict each other or `options`.
+    """
     classes, width = tensor_shape(tensors, "class_emb.weight", 2)
     _, places, _ = tensor_shape(tensors, "encoder_pos_embed_learned", 3)
     _, length, decoder_width = tensor_shape(tensors, "diffusion_pos_embed_learned", 3)
     if decoder_width != width:
         raise InputError(f"its encoder is {width} wide and its decoder {decoder_width}; must agree")
     _, token = tensor_shape(tensors, "z_proj.weight", 2)
-    channels = options.latent_channels
+    channels = options.latent_channels or LATENT_CHANNELS
     patch = math.isqrt(token // channels)
-    if channels * patch**2 != token:
+    if not patch or channels * patch**2 != token:
         raise InputError(
-            f"a token has {token} numbers, which is no square of patches of {channels} channels"
+            f"a token has {token} numbers, which are no square patch of latents of {channels} "
+            "channels; give its KL tokenizer as --kl, or --latent_channels"
         )
-    side = math.isqrt(length)
-    if side**2 != length:
-        raise InputError(f"it has {length} tokens, which is no square")
-    default = HEADS.get(width, max(width // 64, 1))
+    default = HEADS.get(width) or (0 if width % HEAD_SIZE else width // HEAD_SIZE)
+    if not (options.mar_heads or default):
+        raise InputError(f"a width of {width} does not tell the number of heads; give --mar_heads")
     encoder_heads, decoder_heads = options.mar_heads or (default, default)
     return MARConfig(
         width=width,
@@ -49,14 +62,21 @@ def infer_mar(tensors: Tensors, options: ConvertOptions) -> MARConfig:
             width=tensor_shape(tensors, f"{MLP}.input_proj.weight", 2)[0],
         ),
         classes=classes,
-        latent_map=(side * patch, side * patch),
+        latent_map=_infer_latent_map(length, patch, options),
         buffer=places - length,
     )
 
 
 def mar_table(config: MARConfig) -> list[Link]:
-    """Lists where each tensor's numbers are here."""
-    assert isinstance(config.head, DiffusionHead)
+    """Lists all tensors of the official `MAR`.
+
+    Raises InputError for variants that the official code does not have.
+    """
+    if config.attention != "bidirectional" or not isinstance(config.head, DiffusionHead):
+        raise InputError(
+            f"a MAR with attention={config.attention!r} and a {type(config.head).__name__} has no "
+            "official counterpart; that has attention='bidirectional' and a DiffusionHead"
+        )
     links = [
         Link("class_emb.weight", ("class_embed",)),
         Link("fake_latent", ("fake_latent",)),
@@ -101,6 +121,42 @@ def _vit_block_links(theirs: str, ours: str, i: int) -> list[Link]:
     ]
 
 
+def mar_tokenizer_options(config: MARConfig, options: ConvertOptions) -> ConvertOptions:
+    """Tells the tokenizer how large images are, which its own file does not say."""
+    H, W = (side * options.downsampling for side in config.latent_map)
+    return dataclasses.replace(options, image_size=options.image_size or (H if H == W else (H, W)))
+
+
+def mar_sampling(config: MARConfig) -> MAROptions:
+    """Returns the guidance of the published results, in no more steps than there are tokens."""
+    default = MAROptions()
+    return MAROptions(
+        cfg=GUIDANCE.get(config.width, default.cfg), steps=min(default.steps, config.length)
+    )
+
+
+def _infer_latent_map(length: int, patch: int, options: ConvertOptions) -> tuple[int, int]:
+    size, token_pixels = options.image_size, patch * options.downsampling
+    if size is None:
+        side = math.isqrt(length)
+        if side**2 != length:
+            raise InputError(f"its {length} tokens make no square; give --image_size=HxW")
+        return side * patch, side * patch
+    H, W = (size, size) if isinstance(size, int) else size
+    h, w = H // token_pixels, W // token_pixels
+    if min(H, W) < 1 or (h * token_pixels, w * token_pixels, h * w) != (H, W, length):
+        raise InputError(
+            f"image_size={H}x{W}: the transformer has {length} tokens of "
+            f"{token_pixels}x{token_pixels} pixels, which do not make such an image"
+        )
+    return h * patch, w * patch
+
+
+def _release(name: str, repo: str | None = None) -> Release:
+    files = {"mar": CHECKPOINT, "kl": KL_FILE}
+    return Release(repo, files, MAR_REVISION, f"{MAR_PAGE} (the links of {name} and KL-16)")
+
+
 MAR = NameMap(
     part="mar",
     flag="mar",
@@ -109,4 +165,14 @@ MAR = NameMap(
     config=MARConfig,
     infer=infer_mar,
     table=mar_table,
+    tokenizer_options=mar_tokenizer_options,
+    sampling=mar_sampling,
+    reads=KLConfig,
+    check_fit=check_latents_fit,
+    # Of the larger ones no hub is known to have the averaged weights.
+    releases={
+        "mar_b": _release("MAR-B", MAR_REPO),
+        "mar_l": _release("MAR-L"),
+        "mar_h": _release("MAR-H"),
+    },
 )

@@ -23,11 +23,15 @@ class ConvertOptions:
         groups: groups of a tokenizer's group norms.
         phi_ratio: weight in [0, 1] of the φ convolutions against the identity.
         cosine_codes: whether a tokenizer looks up codes by angle instead of by distance.
-        latent_channels: of the KL tokenizer under a MAR transformer; the rest of a token's numbers
-            is its patch.
-        image_size: pixels of both sides, or (height, width), of a KL tokenizer's images.
+        latent_channels: of the KL tokenizer under a MAR transformer, as its file says if it is
+            given, else 16; the rest of a token's numbers is its patch.
+        downsampling: pixels of that tokenizer per latent along one side, as its file says if given.
+        image_size: pixels of both sides, or (height, width), of a KL tokenizer's images; None as
+            the MAR transformer over it says, whose map is then square, else 256.
         latent_scale: what a KL tokenizer's latents are multiplied by: 1 / standard deviation.
-        mar_heads: attention heads of a MAR transformer's encoder and of its decoder.
+        mar_heads: attention heads of a MAR transformer's encoder and of its decoder; None as in
+            the official model of that width, else one for each 64 channels.
+        ema: the averaged weights of a checkpoint or not; None for them if there are any.
     """
 
     scales: tuple[int | tuple[int, int], ...] | None = None
@@ -35,10 +39,12 @@ class ConvertOptions:
     groups: int = 32
     phi_ratio: float = 0.5
     cosine_codes: bool = False
-    latent_channels: int = 16
-    image_size: int | tuple[int, int] = 256
+    latent_channels: int | None = None
+    downsampling: int = 16
+    image_size: int | tuple[int, int] | None = None
     latent_scale: float = 0.2325  # of the released KL-16, in MAR's code
     mar_heads: tuple[int, int] | None = None
+    ema: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +52,21 @@ class Release:
     """Names published checkpoints that together make one directory of weights.
 
     Attributes:
-        repo: repository on the Hugging Face Hub.
+        repo: repository on the Hugging Face Hub; None where no hub has the files.
         files: file there, by the flag that takes it: {"tokenizer": "vae.pth", "var": "d16.pth"}.
+        revision: branch, tag or commit of the repository.
+        page: where a person finds the files, if not in the repository.
     """
 
-    repo: str
+    repo: str | None
     files: Mapping[str, str]
+    revision: str = "main"
+    page: str = ""
+
+    @property
+    def address(self) -> str:
+        """The page to download the files from by hand."""
+        return self.page or f"https://huggingface.co/{self.repo}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +90,10 @@ class NameMap:
         ignored: beginnings of names of tensors that its files may hold besides.
         trainer_key: where the official trainer's checkpoints hold it, or None.
         tokenizer_options: (config, options) -> options for its tokenizer, which it knows more of.
+        model_options: (official tensors, options) -> the reverse: of a tokenizer, options for the
+            model of its latents, which is inferred first.
+        sampling: config -> the sampling options that published samples were drawn with; None for
+            the defaults of the family.
         reads: class of the configs of tokenizers whose latents it reads; None for a tokenizer.
         check_fit: (tokenizer config, config) -> None; raises InputError where it cannot read that
             tokenizer's latents. None for a tokenizer.
@@ -95,6 +114,8 @@ class NameMap:
     ignored: tuple[str, ...] = ()
     trainer_key: str | None = None
     tokenizer_options: Callable[[Any, ConvertOptions], ConvertOptions] = lambda config, o: o
+    model_options: Callable[[Tensors, ConvertOptions], ConvertOptions] = lambda tensors, o: o
+    sampling: Callable[[Any], Any] | None = None
     reads: type | None = None
     check_fit: Callable[[Any, Any], None] | None = None
     releases: Mapping[str, Release] = dataclasses.field(default_factory=dict)

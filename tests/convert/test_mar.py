@@ -1,0 +1,319 @@
+"""MAR's official files: in, through the public face, refused, and back."""
+
+import argparse
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import varjax
+from tests.golden import weights
+from tests.helpers import runs
+from tests.helpers.checkpoint_files import write_nested
+from tests.helpers.conversion import assert_official_files, refused
+from tests.mar import golden
+from varjax.convert import ConvertOptions, apply_map, convert, export_torch
+from varjax.convert.__main__ import main
+from varjax.convert.infer_config import Source, find_kind, infer_configs
+from varjax.convert.name_maps import MAR
+from varjax.convert.pth.read import read_checkpoint
+from varjax.convert.pth.write import write_pth
+from varjax.core import config_tree
+from varjax.core.errors import InputError
+from varjax.families import read_model
+from varjax.mar.model import CategoricalHead, MARConfig
+from varjax.mar.options import MAROptions
+from varjax.tokenizers.kl.model import KLConfig
+from varjax.tokenizers.load import read_tokenizer
+
+OFFICIAL = json.loads((weights.HERE / "official_mar_state_dicts.json").read_text())
+RELEASED = {"mar_base": ("mar_b", 2.9), "mar_large": ("mar_l", 3.0), "mar_huge": ("mar_h", 3.2)}
+KL = KLConfig(8, width=8, multipliers=(1, 2), blocks=1, groups=4, latent_channels=4)
+FLAGS = ("--mar_heads=3,3", "--groups=4")  # what these tensors cannot tell
+OPTIONS = ConvertOptions(mar_heads=(3, 3), groups=4)
+
+
+@functools.cache
+def official(name="mar_base"):
+    """The weights of a golden case by their official names. Not to be changed."""
+    return weights.state_dict(name, "mar")
+
+
+@functools.cache
+def official_kl():
+    """Those of a tiny tokenizer, whose latents are the golden cases'."""
+    return {n: np.asarray(x) for n, x in apply_map.to_official(KL, kl_params()).items()}
+
+
+@functools.cache
+def kl_params():
+    return jax.device_get(jax.jit(KL.init)(jax.random.key(3)))
+
+
+def released(name):
+    """Tensors of the shapes of a released model, which take no memory."""
+    return {n: np.broadcast_to(np.float32(0), shape) for n, shape in OFFICIAL[name].items()}
+
+
+def write_official_trainer(path, averaged, **changes):
+    """A checkpoint as MAR's trainer saves it; the weights that are not averaged are 1 larger."""
+    checkpoint = {
+        "model": {name: x + 1 for name, x in averaged.items()},
+        "model_ema": averaged,
+        "optimizer": {
+            "state": {0: {"step": np.ones((), np.float32), "exp_avg": np.zeros((2, 3))}},
+            "param_groups": [{"params": [0, 1], "betas": (0.9, 0.95), "weight_decay": 0.02}],
+        },
+        "epoch": 399,
+        "scaler": {"scale": 65536.0, "_growth_tracker": 3},
+        "args": argparse.Namespace(model="mar_large", img_size=256, lr=None, distributed=True),
+    }
+    write_nested(path, checkpoint | changes)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """(checkpoint-last.pth, kl.ckpt)."""
+    folder = tmp_path_factory.mktemp("official")
+    write_nested(folder / "kl.ckpt", {"model": official_kl()})
+    return write_official_trainer(folder / "checkpoint-last.pth", official()), folder / "kl.ckpt"
+
+
+@pytest.fixture(scope="module")
+def directory(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("converted") / "mar"
+    assert main([f"--mar={files[0]}", f"--kl={files[1]}", *FLAGS, f"--out={out}"]) == 0
+    return out
+
+
+def assert_close(ours, theirs):
+    """To 1e-4 of the largest number."""
+    scale = np.abs(theirs).max()
+    np.testing.assert_allclose(np.asarray(ours) / scale, theirs / scale, atol=1e-4, rtol=0)
+
+
+def check_golden_numbers(model):
+    """What the official code computed, by the public face."""
+    case = golden.case("mar_base")
+    known_Bhw = case.out["mask"].reshape(2, *model.edit_shape) == 0
+    z_BLC = model.hidden(case.latents_BhwZ, known_Bhw, case.label_B)
+    assert_close(z_BLC, case.out["decoder_output"])
+    z_NC = case.out["decoder_output"].reshape(-1, case.config.width)
+    assert_close(
+        model.denoise(case.out["loss.noise"], case.out["loss.t"], z_NC), case.out["net.output"]
+    )
+
+
+@pytest.mark.slow
+def test_official_files_compute_the_official_numbers_and_sample(directory):
+    model = varjax.load(directory)
+    assert (model.tokenizer, model.mar) == (KL, golden.case("mar_base").config)
+    check_golden_numbers(model)
+    asked = dict(seed=2, steps=2, diffusion_steps="3", clip_denoised=3.0)
+    images_BHWC = np.asarray(model.sample([1, 9], **asked))
+    assert images_BHWC.shape == (2, 8, 8, 3) and 0 <= images_BHWC.min() < images_BHWC.max() <= 1
+    latents_BhwZ = model.sample_latents([1, 9], **asked)
+    np.testing.assert_allclose(model.decode(latents_BhwZ), images_BHWC, atol=1e-5)
+    # The scale of the released tokenizer lies between the two.
+    mean_BhwZ = varjax.load_tokenizer(directory).encode(images_BHWC)["mean_BhwZ"]
+    np.testing.assert_allclose(model.encode(images_BHWC), mean_BhwZ * 0.2325, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_without_a_tokenizer_all_is_there_but_images(files, tmp_path):
+    options = ["--mar_heads=3,3", "--latent_channels=4"]
+    assert main([f"--mar={files[0]}", *options, f"--out={tmp_path / 'out'}"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "mar.safetensors",
+    ]
+    model = varjax.load(tmp_path / "out")
+    check_golden_numbers(model)
+    asked = dict(steps=2, diffusion_steps="3", clip_denoised=3.0)
+    latents_BhwZ = np.asarray(model.sample_latents([1, 9], **asked))
+    assert latents_BhwZ.shape == (2, 4, 4, 4) and np.isfinite(latents_BhwZ).all()
+    for needs_images in (
+        lambda: model.sample([1, 9], **asked),
+        lambda: model.decode(latents_BhwZ),
+        lambda: model.encode(np.zeros((1, 8, 8, 3))),
+        lambda: model.image_shape,
+    ):
+        with pytest.raises(InputError, match="has no tokenizer, .* convert it again with --kl"):
+            needs_images()
+
+
+def test_back_to_pytorch_is_exact_to_the_bit(directory, tmp_path):
+    export_torch(directory, tmp_path / "torch")
+    assert_official_files(tmp_path / "torch", "mar", official())
+    assert_official_files(tmp_path / "torch", "tokenizer", official_kl())
+
+
+@pytest.mark.slow
+def test_a_run_goes_to_pytorch_and_comes_back(tmp_path, capsys):
+    export_torch(runs.mar(), tmp_path / "torch", ema=False)
+    _, tokenizer_params = read_tokenizer(runs.mar())
+    std = float(tokenizer_params["latent_std"])
+    note = f"note: tokenizer: latent_std is {std:.6g}, which official files do not hold; "
+    assert note + "the official code has 4.30108\n" in capsys.readouterr().err
+    tensors = read_checkpoint(tmp_path / "torch/mar.pth")
+    shapes = {name: x.shape for name, x in tensors.items()}
+    assert shapes == apply_map.official_shapes(runs.MAR)
+    convert(
+        tmp_path / "back",
+        ConvertOptions(mar_heads=(2, 2), groups=4, latent_scale=1 / std),
+        mar=tmp_path / "torch/mar.pth",
+        kl=tmp_path / "torch/tokenizer.pth",
+    )
+    _, config, params, _ = read_model(tmp_path / "back")
+    assert config == runs.MAR and read_tokenizer(tmp_path / "back")[0] == runs.KL
+    jax.tree.map(np.testing.assert_array_equal, params, read_model(runs.mar(), ema=False)[2])
+    averaged = read_model(runs.mar())[2]["class_embed"]
+    assert not np.array_equal(params["class_embed"], averaged)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(head=CategoricalHead(7)), "attention='bidirectional' and a CategoricalHead has no"),
+        (dict(attention="causal"), "attention='causal' and a DiffusionHead has no official"),
+    ],
+)
+def test_variants_without_official_counterpart_are_refused(change, says):
+    config = MARConfig(16, 1, 1, 2, 2, latent_map=(4, 4), classes=3, buffer=2, **change)
+    with pytest.raises(InputError, match=says):
+        apply_map.to_official(config, {})
+
+
+def test_averaged_weights_are_preferred(files, tmp_path, capsys):
+    def class_embed(path, *flags):
+        flags = (*flags, "--mar_heads=3,3", "--latent_channels=4", f"--out={tmp_path / 'out'}")
+        assert main([f"--mar={path}", *flags]) == 0, capsys.readouterr().err
+        return read_model(tmp_path / "out")[2]["class_embed"]
+
+    averaged = official()["class_emb.weight"]
+    np.testing.assert_array_equal(class_embed(files[0]), averaged)
+    np.testing.assert_array_equal(class_embed(files[0], "--ema"), averaged)
+    np.testing.assert_array_equal(class_embed(files[0], "--no-ema"), averaged + 1)
+    none = write_official_trainer(tmp_path / "none.pth", official(), model_ema=None)
+    np.testing.assert_array_equal(class_embed(none), averaged + 1)
+    write_pth(tmp_path / "plain.pth", official())
+    np.testing.assert_array_equal(class_embed(tmp_path / "plain.pth"), averaged)
+    text = refused(capsys, tmp_path, f"--mar={none}", "--ema")
+    assert f"there are no averaged weights (model_ema) in {none}" in text
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_sizes_and_guidance_of_the_released_models(name):
+    preset, guidance = RELEASED[name]
+    config = MAR.infer(released(name), ConvertOptions())
+    assert config == MARConfig.preset(preset)
+    assert MAR.sampling is not None
+    assert MAR.sampling(config) == MAROptions(cfg=guidance)
+
+
+def test_sampling_defaults_are_written_and_suit_the_model(directory):
+    sampling = json.loads((directory / "config.json").read_text())["sampling"]
+    # Of 16 tokens, in no more than 16 steps.
+    assert config_tree.from_dict(MAROptions, sampling) == MAROptions(steps=16)
+    assert varjax.load(directory).options().steps == 16
+
+
+def together(mar, kl, tmp_path, **options):
+    sources = {
+        "tokenizer": Source(tmp_path / "kl", find_kind(kl, "kl"), kl),
+        "mar": Source(tmp_path / "mar", find_kind(mar, "mar"), mar),
+    }
+    configs = infer_configs(sources, ConvertOptions(**options))
+    return configs["tokenizer"], configs["mar"]
+
+
+def test_the_transformer_says_the_size_of_images_and_the_tokenizer_that_of_latents(tmp_path):
+    kl16, mar = released("kl16"), released("mar_base")
+    assert together(mar, kl16, tmp_path) == (KLConfig(), MARConfig())
+    kl, wide = together(mar, kl16, tmp_path, image_size=(128, 512))
+    assert (kl.image_size, wide.latent_map) == ((128, 512), (8, 32))
+    # The same tensors over latents of 4 channels are patches of 2x2; over 8x8 pixels, smaller.
+    small = {n: np.broadcast_to(np.float32(0), x.shape) for n, x in official_kl().items()}
+    kl, patches = together(mar, small, tmp_path, groups=4)
+    assert (patches.head.patch, patches.head.channels) == (2, 4)
+    assert (patches.latent_map, kl.image_size) == ((32, 32), 64)
+    case = golden.case("mar_patch2").config
+    options = dict(mar_heads=(3, 3), groups=4)
+    kl, config = together(official("mar_patch2"), small, tmp_path, **options)
+    assert config == case and kl.image_size == tuple(2 * n for n in case.latent_map)[0]
+
+
+def test_a_transformer_alone_takes_the_size_of_images():
+    mar = released("mar_base")
+    assert MAR.infer(mar, ConvertOptions(image_size=(512, 128))).latent_map == (32, 8)
+    wanted = "the transformer has 256 tokens of 16x16 pixels"
+    for size in (512, (256, 384), (256, 250), (0, 0), (-256, -256)):
+        with pytest.raises(InputError, match=rf"image_size=.*: {wanted}, which do not make"):
+            MAR.infer(mar, ConvertOptions(image_size=size))
+    mar = {n: np.broadcast_to(np.float32(0), _longer(x.shape)) for n, x in mar.items()}
+    with pytest.raises(InputError, match="its 288 tokens make no square; give --image_size=HxW"):
+        MAR.infer(mar, ConvertOptions())
+    assert MAR.infer(mar, ConvertOptions(image_size=(256, 288))).latent_map == (16, 18)
+
+
+def _longer(shape):
+    """288 tokens in place of 256, and as many places beside the buffer."""
+    return tuple({256: 288, 320: 352}.get(n, n) if len(shape) == 3 else n for n in shape)
+
+
+def test_what_tensors_do_not_tell_is_asked_for():
+    mar = official()
+    with pytest.raises(InputError, match="4 numbers, .* 16 channels; .* or --latent_channels"):
+        MAR.infer(mar, ConvertOptions(mar_heads=(3, 3)))
+    with pytest.raises(InputError, match="4 numbers, .* of 3 channels"):
+        MAR.infer(mar, ConvertOptions(mar_heads=(3, 3), latent_channels=3))
+    with pytest.raises(InputError, match="a width of 48 does not tell .* give --mar_heads"):
+        MAR.infer(mar, ConvertOptions(latent_channels=4))
+    with pytest.raises(InputError, match="decoder_heads=5: must be a divisor of width=48"):
+        MAR.infer(mar, ConvertOptions(latent_channels=4, mar_heads=(3, 5)))
+    config = MAR.infer(mar, ConvertOptions(latent_channels=4, mar_heads=(3, 2)))
+    assert (config.encoder_heads, config.decoder_heads) == (3, 2)
+
+
+def test_swapped_files_are_refused_with_the_reason(files, tmp_path, capsys):
+    mar, kl = files
+    refuse = functools.partial(refused, capsys, tmp_path)
+    write_pth(tmp_path / "vq.pth", weights.state_dict("base", "vae"))
+    write_pth(tmp_path / "var.pth", weights.state_dict("base", "var"))
+    vq, var = tmp_path / "vq.pth", tmp_path / "var.pth"
+    text = refuse(f"--mar={kl}", f"--kl={mar}", *FLAGS)
+    assert f"{kl}: holds a KL tokenizer (AutoencoderKL), not a transformer (MAR); give it" in text
+    assert f"{mar}: holds a transformer (MAR), not a KL tokenizer (AutoencoderKL); give it" in text
+    text = refuse(f"--mar={var}")
+    assert f"{var}: holds a transformer (VAR), not a transformer (MAR); give it as --var" in text
+    text = refuse(f"--var={mar}")
+    assert f"{mar}: holds a transformer (MAR), not a transformer (VAR); give it as --mar" in text
+    text = refuse(f"--mar={mar}", f"--tokenizer={vq}", *FLAGS)
+    assert f"{mar}: a transformer (MAR) does not read the latents of a tokenizer (VQVAE)" in text
+    text = refuse(f"--mar={mar}", f"--var={var}")
+    assert "--mar and --var are both models of latents" in text
+    text = refuse(f"--mar={mar}", f"--kl={kl}", *FLAGS, "--latent_channels=2")
+    assert f"{kl}: latent_channels=2, but its latents have 4; leave --latent_channels out" in text
+    text = refuse(f"--mar={mar}", f"--kl={kl}", *FLAGS, "--image_size=8x16")
+    assert f"{mar}: image_size=8x16: the transformer has 16 tokens of 2x2 pixels" in text
+    for heads in ("3", "3,3,3", "a,b"):
+        text = refuse(f"--mar={mar}", f"--mar_heads={heads}")
+        assert f"mar_heads={heads}: give the encoder's and decoder's" in text
+
+
+def test_one_message_lists_the_problems_of_both_files(tmp_path, capsys):
+    mar, kl = dict(official()), dict(official_kl())
+    del mar["mask_token"], kl["decoder.mid.attn_1.k.bias"]
+    mar["fake_latent"] = np.zeros((2, 48), np.float32)
+    write_official_trainer(tmp_path / "mar.pth", mar)
+    write_pth(tmp_path / "kl.pth", kl)
+    text = refused(capsys, tmp_path, f"--mar={tmp_path}/mar.pth", f"--kl={tmp_path}/kl.pth", *FLAGS)
+    assert "mar.pth: the tensors do not fit" in text and "missing: mask_token (1, 1, 48)" in text
+    assert "misshapen: fake_latent is (2, 48), needed is (1, 48)" in text
+    assert "kl.pth: the tensors do not fit" in text and "decoder.mid.attn_1.k.bias (16,)" in text
+    (tmp_path / "kl.pth").write_bytes(b"<html>")
+    text = refused(capsys, tmp_path, f"--mar={tmp_path}/none", f"--kl={tmp_path}/kl.pth")
+    assert "none: does not exist" in text and "kl.pth: this is a web page" in text
