@@ -270,6 +270,9 @@ def test_what_tensors_do_not_tell_is_asked_for():
         MAR.infer(mar, ConvertOptions(mar_heads=(3, 3)))
     with pytest.raises(InputError, match="4 numbers, .* of 3 channels"):
         MAR.infer(mar, ConvertOptions(mar_heads=(3, 3), latent_channels=3))
+    for channels in (0, -1):
+        with pytest.raises(InputError, match=f"latent_channels={channels}: must be 1 or more"):
+            MAR.infer(mar, ConvertOptions(latent_channels=channels))
     with pytest.raises(InputError, match="a width of 48 does not tell .* give --mar_heads"):
         MAR.infer(mar, ConvertOptions(latent_channels=4))
     with pytest.raises(InputError, match="decoder_heads=5: must be a divisor of width=48"):

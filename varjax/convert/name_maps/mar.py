@@ -13,7 +13,7 @@ from varjax.convert.name_maps.name_map import (
     count_numbers,
     tensor_shape,
 )
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting
 from varjax.mar.latents import check_latents_fit
 from varjax.mar.model import DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions
@@ -38,7 +38,8 @@ def infer_mar(tensors: Tensors, options: ConvertOptions) -> MARConfig:
     if decoder_width != width:
         raise InputError(f"its encoder is {width} wide and its decoder {decoder_width}; must agree")
     _, token = tensor_shape(tensors, "z_proj.weight", 2)
-    channels = options.latent_channels or LATENT_CHANNELS
+    channels = LATENT_CHANNELS if options.latent_channels is None else options.latent_channels
+    check_setting("latent_channels", channels, channels >= 1, "1 or more")
     patch = math.isqrt(token // channels)
     if not patch or channels * patch**2 != token:
         raise InputError(
