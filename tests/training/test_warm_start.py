@@ -17,8 +17,7 @@ from varjax.training import loop
 from varjax.training.sharding import MeshShape, make_mesh, shardings
 from varjax.training.warm_start import warm_start_state
 from varjax.var.model import VARConfig
-from varjax.var.task import VARTask
-from varjax.var.warm_start import matching_rows
+from varjax.var.task import VARTask, matching_rows
 
 KEY = jax.random.key(3)
 

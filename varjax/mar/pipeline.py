@@ -21,7 +21,13 @@ from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import KnownTokens, sample_mar_tokens
 from varjax.nn.compute import Compute
 from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
-from varjax.sampling.sampler import checked_labels, image_keys, replace_options
+from varjax.sampling.sampler import (
+    checked_edit,
+    checked_labels,
+    checked_mask,
+    image_keys,
+    replace_options,
+)
 from varjax.tokenizers.contract import checked_images
 
 Array = np.ndarray | jax.Array
@@ -170,8 +176,10 @@ class MARPipeline:
         if self.mar.attention == "causal":
             raise InputError("hidden: this model's attention is causal; it has no vector of a set")
         token_BL = self._checked_tokens(latents)
-        known_BL = self._checked_map(known, len(token_BL), "known")
-        label_B = self._labels_or_none(labels, len(token_BL))
+        B = len(token_BL)
+        known_BL = checked_mask(known, B, self.edit_shape, "known").reshape(B, self.mar.length)
+        labels = np.full(B, self.classes) if labels is None else labels
+        label_B = checked_labels(labels, self.classes, B)
         order_BL = np.argsort(~known_BL, axis=1, kind="stable").astype(np.int32)
         token_BL = jax.vmap(lambda token_L, order_L: token_L[order_L])(token_BL, order_BL)
         known_BL = np.take_along_axis(known_BL, order_BL, axis=1)
@@ -293,14 +301,11 @@ class MARPipeline:
         latents: by `encode`, one for each of `index`, or one for all of them; the rest as `edit`.
         """
         token_BL = self._checked_tokens(latents)
-        index_B = np.arange(len(token_BL)) if index is None else np.asarray(index)
+        index_B, keep_Bhw, label_B = checked_edit(
+            len(token_BL), keep, labels, index, self.edit_shape, self.classes
+        )
         B = len(index_B)
-        if len(token_BL) not in (1, B):
-            raise InputError(
-                f"{len(token_BL)} images and {B} of index; give one image, or one per index"
-            )
-        keep_BL = self._checked_map(keep, B, "keep")
-        label_B = self._labels_or_none(labels, B)
+        keep_BL = keep_Bhw.reshape(B, self.mar.length)
         plan = make_plan(self.mar, self.options(**options), keep_BL)
         known = KnownTokens(
             jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:])), jnp.asarray(keep_BL)
@@ -322,20 +327,6 @@ class MARPipeline:
         label_B = checked_labels(labels, self.classes)
         index_B = np.arange(len(label_B)) if index is None else np.asarray(index)
         return make_plan(self.mar, self.options(**options)), label_B, image_keys(seed, index_B)
-
-    def _labels_or_none(self, labels, batch):
-        labels = np.full(batch, self.classes) if labels is None else labels
-        return checked_labels(labels, self.classes, batch)
-
-    def _checked_map(self, where, batch, name):
-        """(B, L) bool of a map (h, w) or (B, h, w)."""
-        where, grid = np.asarray(where), self.mar.grid
-        if where.shape not in (grid, (batch, *grid)):
-            raise InputError(
-                f"{name} has shape {where.shape}; allowed are {grid}, {(batch, *grid)}"
-            )
-        where_Bhw = np.broadcast_to(where.astype(bool), (batch, *grid))
-        return where_Bhw.reshape(batch, self.mar.length)
 
     def _checked_tokens(self, latents):
         shape, head = np.shape(latents), self.mar.head

@@ -31,7 +31,7 @@ from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.load import read_frozen_tokenizer
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Batch, MatchingRows, Plan, TrainState
+from varjax.training.task import Batch, MatchingRows, Plan, TrainState, check_classes
 from varjax.training.train_step import (
     accumulated_gradients,
     apply_gradients,
@@ -112,11 +112,7 @@ class MARTask:
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_image_shape(self.tokenizer, image_shape)
         check_microbatches(self.plan.batch_size, self.accumulate)
-        if classes != self.model.classes:
-            raise InputError(
-                f"the data has {classes} classes, but the model {self.model.classes}; "
-                f"set task.model.classes={classes}, or train on other data"
-            )
+        check_classes(classes, self.model.classes)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)

@@ -117,6 +117,44 @@ def checked_labels(labels: Any, classes: int, batch: int | None = None) -> jax.A
     return jnp.asarray(label_B, jnp.int32)
 
 
+def checked_mask(where: Any, batch: int, shape: tuple[int, int], name: str = "keep") -> np.ndarray:
+    """Returns a mask (h, w), or one for each image, as (batch, h, w) bool.
+
+    Raises InputError, which calls it `name`, for another shape.
+    """
+    where = np.asarray(where)
+    if where.shape not in (shape, (batch, *shape)):
+        raise InputError(f"{name} has shape {where.shape}; allowed are {shape}, {(batch, *shape)}")
+    return np.broadcast_to(where.astype(bool), (batch, *shape))
+
+
+def checked_edit(
+    images: int, keep: Any, labels: Any, index: Any, shape: tuple[int, int], classes: int
+) -> tuple[np.ndarray, np.ndarray, jax.Array]:
+    """Checks what `Sampler.edit` is given.
+
+    Args:
+        images: how many there are.
+        keep: as `Sampler.edit` takes it.
+        labels: the same.
+        index: the same.
+        shape: the model's `edit_shape`.
+        classes: how many there are.
+
+    Returns:
+        (index (B,), keep (B, h, w), labels (B,)).
+
+    Raises:
+        InputError: a wrong shape or number, or labels out of range.
+    """
+    index_B = np.arange(images) if index is None else np.asarray(index)
+    B = len(index_B)
+    if images not in (1, B):
+        raise InputError(f"{images} images and {B} of index; give one image, or one per index")
+    labels = np.full(B, classes) if labels is None else labels
+    return index_B, checked_mask(keep, B, shape), checked_labels(labels, classes, B)
+
+
 def option_field(default: Any, help: str, static: bool = False) -> Any:
     """Makes a field of an options dataclass (flax.struct), which becomes a keyword and a flag.
 

@@ -143,6 +143,15 @@ class Task(Protocol):
         ...
 
 
+def check_classes(data: int, model: int) -> None:
+    """Raises InputError where data have another number of classes than the model of a task."""
+    if data != model:
+        raise InputError(
+            f"the data has {data} classes, but the model {model}; set task.model.classes={data}, "
+            "or train on other data"
+        )
+
+
 def check_latents(task: Task, frozen: PyTree, tokenizer_identity: Mapping[str, Any] | None) -> None:
     """Checks that latents are those that a task trains on.
 

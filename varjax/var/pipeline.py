@@ -13,7 +13,7 @@ from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import Compute
 from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
-from varjax.sampling.sampler import checked_labels, image_keys, replace_options
+from varjax.sampling.sampler import checked_edit, checked_labels, image_keys, replace_options
 from varjax.tokenizers.contract import checked_images
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.var.model import VAR, VARConfig
@@ -192,21 +192,12 @@ class VARPipeline:
             options: fields of `VAROptions`, in place of those of `sampling`.
         """
         images_BHWC = checked_images(images_BHWC, self.image_shape)
-        index_B = np.arange(len(images_BHWC)) if index is None else np.asarray(index)
-        B, finest = len(index_B), self.var.pyramid.finest
-        if len(images_BHWC) not in (1, B):
-            raise InputError(
-                f"{len(images_BHWC)} images and {B} of index; give one image, or one per index"
-            )
-        keep = np.asarray(keep)
-        if keep.shape not in (finest, (B, *finest)):
-            raise InputError(f"keep has shape {keep.shape}; allowed are {finest}, {(B, *finest)}")
-        keep_Bhw = np.broadcast_to(keep.astype(bool), (B, *finest))
-        no_class_B = np.full(B, self.var.classes)
-        label_B = checked_labels(no_class_B if labels is None else labels, self.classes, B)
+        index_B, keep_Bhw, label_B = checked_edit(
+            len(images_BHWC), keep, labels, index, self.edit_shape, self.classes
+        )
         chosen = self.options(**options)
         tokens_BL = self._encode(self.params, None, images_BHWC)
-        tokens_BL = jnp.broadcast_to(tokens_BL, (B, self.var.pyramid.length))
+        tokens_BL = jnp.broadcast_to(tokens_BL, (len(index_B), self.var.pyramid.length))
         known = KeptTokens(tokens_BL, keep_at_every_scale(self.var.pyramid, keep_Bhw))
         return self._sample(self.params, chosen, label_B, image_keys(seed, index_B), known)
 

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 
 from varjax.core import flops, trees
-from varjax.core.errors import InputError, check_setting
+from varjax.core.errors import check_setting
+from varjax.core.model_files import read_generator
 from varjax.core.trees import PyTree
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import drop_path
@@ -19,7 +20,7 @@ from varjax.tokenizers.load import read_frozen_tokenizer
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Batch, MatchingRows, Plan, TrainState
+from varjax.training.task import Batch, MatchingRows, Plan, TrainState, check_classes
 from varjax.training.train_step import (
     accumulated_gradients,
     apply_gradients,
@@ -29,7 +30,6 @@ from varjax.training.train_step import (
 from varjax.var import teacher_forcing
 from varjax.var.model import VAR, VARConfig, check_fit
 from varjax.var.sample import VAROptions, sample_images
-from varjax.var.warm_start import read_pretrained
 
 # What the reference does not decay: biases, positions, levels, AdaLN tables, attention scales.
 DECAYED = ((r"(kernel|class_embed)$", True), (r"", False))
@@ -78,18 +78,15 @@ class VARTask:
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_image_shape(self.tokenizer, image_shape)
         check_microbatches(self.plan.batch_size, self.accumulate)
-        if classes != self.model.classes:
-            raise InputError(
-                f"the data has {classes} classes, but the model {self.model.classes}; "
-                f"set task.model.classes={classes}, or train on other data"
-            )
+        check_classes(classes, self.model.classes)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)
         return create_state(params, self.transformation(params), self.ema)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
-        return read_pretrained(location, self.model)
+        there, params, _ = read_generator(location, "var", "VARTask", VARConfig, VAROptions)
+        return params, matching_rows(self.model, there)
 
     def frozen(self) -> PyTree:
         """Reads the tokenizer's parameters; raises InputError where they are another's."""
@@ -212,3 +209,26 @@ class VARTask:
         """Makes the optimizer."""
         decay = trees.map_with_path(lambda path, _: trees.first_match(DECAYED, path), params)
         return self.optimizer.make(self.plan, decay)
+
+
+def matching_rows(here: VARConfig, there: VARConfig) -> MatchingRows:
+    """Finds rows of the embeddings that mean the same in both, where the whole tables do not.
+
+    With other classes that is "no class" alone; with other scales, levels and positions of the
+    token maps whose height and width are in both lists.
+
+    Returns:
+        {parameter: (rows here, rows there)}.
+    """
+    rows: MatchingRows = {}
+    if here.classes != there.classes:
+        rows["class_embed"] = [here.classes], [there.classes]
+    a, b = here.pyramid, there.pyramid
+    if a.shapes != b.shapes:
+        levels = [(a.shapes.index(s), b.shapes.index(s)) for s in a.shapes if s in b.shapes]
+        rows["level_embed"] = [i for i, _ in levels], [j for _, j in levels]
+        rows["pos_embed"] = (
+            [row for i, _ in levels for row in range(a.slices[i].start, a.slices[i].stop)],
+            [row for _, j in levels for row in range(b.slices[j].start, b.slices[j].stop)],
+        )
+    return rows
