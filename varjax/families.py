@@ -72,7 +72,9 @@ def family_of(location: str | pathlib.Path) -> Family:
             return family
     if task is not None:
         allowed = ", ".join(family.task for family in FAMILIES)
-        raise InputError(f"{location} is a run of {task}, not of a transformer ({allowed})")
+        raise InputError(
+            f"{location} is a run of {task}, not of a transformer ({allowed}), such as runs/digits"
+        )
     files_there = sorted(path.stem for path in location.glob("*.safetensors"))
     found = ", ".join(files_there) or "no weights"
     names = " or ".join(f"--{family.name}" for family in FAMILIES)

@@ -1,5 +1,6 @@
 """A tokenizer alone, wherever it lies, and the contract that it keeps."""
 
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,10 @@ import varjax
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
 from varjax.core import config_tree, files
+from varjax.core.errors import InputError
 from varjax.tokenizers.contract import Tokenizer
 from varjax.tokenizers.kl.model import KLConfig
-from varjax.tokenizers.load import LoadedTokenizer
+from varjax.tokenizers.load import LoadedTokenizer, read_frozen_tokenizer
 from varjax.tokenizers.vq.model import VQTokenizer
 
 CONFIG: Tokenizer = runs.TOKENIZER
@@ -133,3 +135,26 @@ def test_training_is_not_imported_for_it():
     names = found.split()
     assert "varjax.tokenizers.vq.model" in names
     assert not [n for n in names if n.startswith(("varjax.training", "varjax.tokenizers.vq.task"))]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path):
+    shutil.copytree(runs.tokenizer(), tmp_path / "run")
+    large = [path for path in (tmp_path / "run/checkpoints").rglob("d/*") if path.is_file()]
+    assert large
+    for path in large:
+        path.write_bytes(path.read_bytes()[:9])
+    with pytest.raises(InputError, match="checkpoints/2 cannot be read: .* delete it, and another"):
+        varjax.load_tokenizer(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_building_on_an_unfinished_run_is_told(tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(runs.tokenizer(), run)
+    read_frozen_tokenizer(str(run), runs.TOKENIZER)
+    assert not capsys.readouterr().err
+    config = files.read_json(run / "config.json")
+    files.write_json(run / "config.json", config | {"steps": 40})
+    read_frozen_tokenizer(str(run), runs.TOKENIZER)
+    assert "stands at step 2 of 40" in capsys.readouterr().err

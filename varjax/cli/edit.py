@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--box",
         help="y0,x0,y1,x1 in pixels of the image as the model sees it, or, if none is above 1, in "
-        "fractions of its height and width",
+        "fractions of its height and width; rounded to whole tokens, as the picture shows in red",
     )
     add("--mask", help="instead of a box, an image of the same size: white is drawn anew")
     add(

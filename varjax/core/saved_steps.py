@@ -81,8 +81,19 @@ class SavedSteps:
             step: the checkpoint.
             ema: True for their average, False for themselves, None for the average if there is one.
 
-        Raises InputError where there is no average.
+        Raises InputError where there is no average, or files are damaged or missing.
         """
+        try:
+            return self._params(step, ema)
+        except InputError:
+            raise
+        except READ_ERRORS as error:
+            raise InputError(
+                f"{self.directory / str(step)} cannot be read: files are damaged or missing; "
+                "delete it, and another checkpoint is used"
+            ) from error
+
+    def _params(self, step: int, ema: bool | None) -> PyTree:
         saved = self._saved_arrays(step)
         averaged = saved.get("ema") is not None
         if ema and not averaged:

@@ -1,5 +1,6 @@
 """How a MAR model is sampled: its options, and what follows from them before any compilation."""
 
+import dataclasses
 import math
 from typing import Literal
 
@@ -59,13 +60,13 @@ class MAROptions:
         ok = 0 <= self.clip_denoised < math.inf
         check_setting("clip_denoised", self.clip_denoised, ok, "a finite number, 0 (off) or more")
         diffusion_steps_by_step(str(self.diffusion_steps), 1)
-        return MAROptions(
-            float(self.cfg),
-            self.cfg_schedule,
-            int(self.steps),
-            float(self.temperature),
-            str(self.diffusion_steps),
-            float(self.clip_denoised),
+        return dataclasses.replace(
+            self,
+            cfg=float(self.cfg),
+            steps=int(self.steps),
+            temperature=float(self.temperature),
+            diffusion_steps=str(self.diffusion_steps),
+            clip_denoised=float(self.clip_denoised),
         )
 
 

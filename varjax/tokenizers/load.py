@@ -13,7 +13,7 @@ import numpy as np
 from varjax.core import config_tree, files
 from varjax.core.errors import InputError
 from varjax.core.model_files import find_model, read_converted, read_model_config
-from varjax.core.saved_steps import restore_weights
+from varjax.core.saved_steps import SavedSteps, restore_weights
 from varjax.core.trees import PyTree
 from varjax.tokenizers.contract import Latents, Tokenizer, checked_images
 from varjax.tokenizers.kl.model import KLConfig
@@ -119,9 +119,24 @@ def read_frozen_tokenizer(location: str, tokenizer: Tokenizer) -> PyTree:
     Raises InputError where there are none, or those of another tokenizer.
     """
     if location != RANDOM:
-        return read_expected_tokenizer(location, tokenizer)
+        params = read_expected_tokenizer(location, tokenizer)
+        warn_unfinished(location)
+        return params
     print("the tokenizer is RANDOM: good for measuring speed, not for images", file=sys.stderr)
     return jax.device_get(jax.jit(tokenizer.init)(jax.random.key(0)))
+
+
+def warn_unfinished(location: str | pathlib.Path) -> None:
+    """Prints a note where `location` is a run that has not come to the number of steps it plans."""
+    directory = find_model(location)
+    steps = read_model_config(directory).get("steps", 0)
+    saved = SavedSteps(directory / "checkpoints").steps() if steps else []
+    if saved and saved[-1] < steps:
+        print(
+            f"note: {directory} stands at step {saved[-1]} of {steps}; if it did not stop by "
+            "itself, let it finish before anything is built on it",
+            file=sys.stderr,
+        )
 
 
 def _config_class(data: dict[str, Any]) -> type[Tokenizer]:

@@ -161,6 +161,8 @@ def _train(
             numbers = flatten_metrics(jax.device_get(metrics))
             checkpoints.check()
             _check_finite(step, numbers, checkpoints)
+            if step == start + 1:
+                progress.say(f"step {step} is done: loss {numbers.get('loss', math.nan):.4g}")
             if step % e.log_every == 0 or step == steps:
                 numbers |= throughput.measure(step, batches.waited)
                 writer.write(step, numbers)
@@ -188,6 +190,10 @@ def _train(
 
         if start:
             progress.say(f"continuing {run_dir} after step {start}")
+        progress.say(
+            f"{len(loader.train_source):,} examples of {e.data.classes} classes, {steps:,} steps; "
+            "the first one compiles the program, which may take minutes"
+        )
         if loop_state.evaluation_due and evaluate():  # made up for, after a signal
             loop_state.evaluation_due = False
             best.wait()

@@ -3,6 +3,7 @@
 Zero-shot editing (VAR, section 5.3) is the same loop with the image's own tokens kept.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -52,7 +53,13 @@ class VAROptions:
             raise InputError(f"top_p={self.top_p}: must lie in [0, 1]; 0 turns it off")
         if not 0 <= self.cfg < float("inf"):
             raise InputError(f"cfg={self.cfg}: must be a finite number, 0 (off) or more")
-        return VAROptions(float(self.cfg), int(self.top_k), float(self.top_p), bool(self.smooth))
+        return dataclasses.replace(
+            self,
+            cfg=float(self.cfg),
+            top_k=int(self.top_k),
+            top_p=float(self.top_p),
+            smooth=bool(self.smooth),
+        )
 
 
 @flax.struct.dataclass
