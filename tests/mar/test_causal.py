@@ -13,6 +13,9 @@ from varjax.mar.model import MAR
 from varjax.mar.sample import draw_orders
 
 
+pytestmark = pytest.mark.slow
+
+
 def tokens(config):
     shape, rng = (2, config.length, *config.head.token_shape), np.random.default_rng(3)
     numbers = rng.normal(size=shape) if shape[2:] else rng.integers(0, 7, shape)

@@ -59,6 +59,7 @@ def test_tokens_encoder_and_decoder_are_the_official_ones(name):
     assert_close(m.decode(x_BlC, case.place_Bn, known_Bn), case.out["decoder_output"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["xla", "loop"])
 def test_padding_changes_nothing_and_gets_no_gradient(attention):
     case = golden.case("mar_base")
@@ -97,6 +98,7 @@ def test_the_head_and_its_loss_are_the_official_ones(name):
     assert_close(mean, case.out["loss.masked_mean"])
 
 
+@pytest.mark.slow
 def test_initial_parameters_are_spread_as_the_official_ones():
     config = MARConfig(
         width=96, encoder_depth=2, decoder_depth=2, encoder_heads=3, decoder_heads=3,

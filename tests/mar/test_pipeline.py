@@ -10,6 +10,8 @@ from tests.helpers import runs
 from varjax.core.errors import InputError
 from varjax.families import family_of
 
+pytestmark = pytest.mark.slow
+
 KEEP = np.arange(16).reshape(4, 4) % 3 == 0
 
 

@@ -52,6 +52,7 @@ def test_official_draws_are_read_in_their_order():
     assert (noise_BLJZ[:, :, 1:] != 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 @pytest.mark.parametrize(
     ("generation", "options"),
@@ -110,6 +111,7 @@ def tiny(changes) -> MARConfig:
     return MARConfig(**{**{f: getattr(TINY, f) for f in TINY.__dataclass_fields__}, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", KINDS)
 def test_an_image_depends_on_its_own_key_and_label_alone(changes):
     config = tiny(changes)
@@ -122,6 +124,7 @@ def test_an_image_depends_on_its_own_key_and_label_alone(changes):
     assert (sampled(config, FEW, key_B=image_keys(1, jnp.arange(2)))[0] != both[0]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, CATEGORICAL])
 def test_buckets_change_nothing(changes):
     config, options = tiny(changes), FEW.replace(steps=7, diffusion_steps="5:3")
@@ -131,6 +134,7 @@ def test_buckets_change_nothing(changes):
         np.testing.assert_allclose(bucketed, by_step, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fewer_diffusion_steps_at_the_end_change_the_last_tokens_alone():
     config, key_B = TINY, KEY_B
     order_BL = np.asarray(draw_orders(config, key_B))
@@ -146,6 +150,7 @@ def test_fewer_diffusion_steps_at_the_end_change_the_last_tokens_alone():
         assert (annealed[b, rest] != all_alike[b, rest]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", KINDS)
 def test_kept_tokens_stay_to_the_bit_and_steer_the_others(changes):
     config, rng = tiny(changes), np.random.default_rng(1)
@@ -166,6 +171,7 @@ def test_kept_tokens_stay_to_the_bit_and_steer_the_others(changes):
     np.testing.assert_allclose(alone[0], edited[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_edit_that_keeps_everything_draws_nothing():
     token_BL = np.random.default_rng(2).normal(size=(2, 12, 3)).astype(np.float32)
     keep_BL = np.ones((2, 12), bool)
@@ -185,6 +191,7 @@ def test_orders(order, attention):
     assert (np.sort(kept) == [4, 9]).all() == ((order, attention) != ("raster", "causal"))
 
 
+@pytest.mark.slow
 def test_greedy_codes_are_those_of_the_largest_logit():
     config = tiny(CATEGORICAL)
     greedy = [

@@ -106,6 +106,7 @@ def official_grads(name):
     return quick(jax.value_and_grad(functools.partial(official_loss, case)))(case.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 def test_loss_and_gradients_are_the_official_ones(name):
     case = golden.case(name)
@@ -125,6 +126,7 @@ def test_loss_and_gradients_are_the_official_ones(name):
         assert abs(probe - float(case.out[f"grad_probe.{tensor}"])) < 1e-4 * scale, tensor
 
 
+@pytest.mark.slow
 def test_one_step_is_the_official_one():
     case, about = golden.case("mar_base"), weights.case("mar_base_step")
     out = weights.outputs("mar_base_step")
@@ -184,6 +186,7 @@ def test_accumulation_changes_nothing_but_rounding(task):
     assert max(jax.tree.leaves(apart)) < 1e-4 and max(jax.tree.leaves(moved)) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["dropout", "attention_dropout"])
 def test_dropout_is_each_example_s_own(rate):
     params, KEY_B = trained_state().params, jax.random.split(KEY, 4)
@@ -202,6 +205,7 @@ def test_dropout_is_each_example_s_own(rate):
     np.testing.assert_array_equal(one_B[2:], swapped_B[2:])
 
 
+@pytest.mark.slow
 def test_labels_are_dropped_and_more_than_one_share_is_masked():
     step = quick(dataclasses.replace(TASK, class_dropout=1.0).train_step)
     state, shares = trained_state(), set()
@@ -222,6 +226,7 @@ def trained_state():
     return state.replace(params=jax.tree.map(fill, state.params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [TASK, DISCRETE, CAUSAL], ids=["masked", "codes", "causal"])
 def test_evaluation_does_not_depend_on_the_batch_and_ignores_padding(task):
     state, weights_ = start(task), frozen(task.tokenizer)
@@ -283,6 +288,7 @@ def test_rows_of_other_sizes():
     assert not matching_mar_rows(MODEL, MODEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [TASK, DISCRETE], ids=["masked", "codes"])
 def test_previews_are_images(task):
     images = quick(task.preview)(start(task), frozen(task.tokenizer), batch())
