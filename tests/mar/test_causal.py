@@ -12,7 +12,6 @@ from varjax.mar.causal import causal_hidden, causal_next, causal_start
 from varjax.mar.model import MAR
 from varjax.mar.sample import draw_orders
 
-
 pytestmark = pytest.mark.slow
 
 
