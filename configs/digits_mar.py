@@ -47,12 +47,12 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
     )
     assert isinstance(tokenizer_run.task, KLTask | VQTask)
     tokenizer = tokenizer_run.task.model
-    sampling = MAROptions(cfg=1.5, steps=8, diffusion_steps="50", clip_denoised=3.0)
+    sampling = MAROptions(cfg=1.5, steps=8, diffusion_steps="50", clip_denoised=4.0)
     if isinstance(tokenizer, VQConfig):
         head, latent_map = CategoricalHead(tokenizer.vocab), tokenizer.pyramid.finest
     else:
         h, w, channels = tokenizer.latent_shape
-        latent_map, head = (h, w), DiffusionHead(channels=channels, depth=3, width=192)
+        latent_map, head = (h, w), DiffusionHead(channels=channels, depth=2, width=128)
     model = MARConfig(
         width=96,
         encoder_depth=3,
@@ -70,9 +70,10 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
             model=dataclasses.replace(model, **ORDERS[order]),
             tokenizer=tokenizer,
             tokenizer_weights=tokenizer_run.run_dir,
-            optimizer=AdamW(base_lr=8e-3, weight_decay=0.02, clip=3.0, schedule="cos", warmup=0.05),
+            optimizer=AdamW(base_lr=4e-3, weight_decay=0.02, clip=3.0, schedule="cos", warmup=0.05),
             attention_dropout=0.0,
             dropout=0.0,
+            least_masked=0.1,
             diffusion_repeats=2,
             ema=0.99,
             compute=Compute(attention="xla", unroll=True),
@@ -80,8 +81,8 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
         ),
         data=Digits(shift=0.3, rotate=6.0, zoom=0.06),
         run_dir="_".join(parts),
-        batch_size=64,
-        steps=1500,
+        batch_size=128,
+        steps=1200,
         eval_every=250,
         save_every=500,
         preview_every=500,
