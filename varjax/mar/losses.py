@@ -14,6 +14,7 @@ from varjax.mar.sample import draw_orders
 from varjax.nn.attention import Dropout
 from varjax.nn.compute import Compute
 from varjax.nn.diffusion import TRAINING_STEPS, diffusion_loss
+from varjax.sampling.sampler import fold_in_each
 
 # Folded into an image's key, beside those of sampling.
 TIMESTEP_KEY, DIFFUSION_NOISE_KEY, ATTENTION_KEY, DROPOUT_KEY = 2, 3, 4, 5
@@ -70,12 +71,11 @@ def draw_losses(
         attention_dropout: share of the attention's weights to drop.
         dropout: share of the layers' results to drop.
     """
-    fold_in = jax.vmap(jax.random.fold_in, (0, None))
     draws = LossDraws(
         draw_orders(config, key_B),
         known_B,
-        attention_dropout=_dropout(fold_in(key_B, ATTENTION_KEY), attention_dropout),
-        dropout=_dropout(fold_in(key_B, DROPOUT_KEY), dropout),
+        attention_dropout=_dropout(fold_in_each(key_B, ATTENTION_KEY), attention_dropout),
+        dropout=_dropout(fold_in_each(key_B, DROPOUT_KEY), dropout),
     )
     if not isinstance(config.head, DiffusionHead):
         return draws
@@ -84,8 +84,8 @@ def draw_losses(
     noise = jax.vmap(lambda key: jax.random.normal(key, (*shape, Z)))
     return dataclasses.replace(
         draws,
-        timestep_BLU=timesteps(fold_in(key_B, TIMESTEP_KEY)),
-        noise_BLUZ=noise(fold_in(key_B, DIFFUSION_NOISE_KEY)),
+        timestep_BLU=timesteps(fold_in_each(key_B, TIMESTEP_KEY)),
+        noise_BLUZ=noise(fold_in_each(key_B, DIFFUSION_NOISE_KEY)),
     )
 
 

@@ -18,6 +18,7 @@ from varjax.mar.model import DiffusionHead, MARConfig, bind_denoiser, bind_mar
 from varjax.mar.options import SamplingPlan
 from varjax.nn.compute import Compute
 from varjax.nn.diffusion import NoiseSchedule, reverse_diffusion
+from varjax.sampling.sampler import fold_in_each
 
 ORDER_KEY, NOISE_KEY = 0, 1  # folded into an image's key
 
@@ -49,7 +50,7 @@ def draw_orders(config: MARConfig, key_B: jax.Array, keep_BL: jax.Array | None =
     L = config.length
     order_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (len(key_B), L))
     if config.order == "random":
-        order_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, ORDER_KEY)
+        order_key_B = fold_in_each(key_B, ORDER_KEY)
         order_BL = jax.vmap(jax.random.permutation)(order_key_B, order_BL)
     elif config.attention == "causal":
         return order_BL
@@ -61,7 +62,7 @@ def draw_orders(config: MARConfig, key_B: jax.Array, keep_BL: jax.Array | None =
 
 def draw_noise(config: MARConfig, key_B: jax.Array) -> Noise:
     """Returns a source of normal noise: a function of an image's key, place and draw alone."""
-    noise_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, NOISE_KEY)
+    noise_key_B = fold_in_each(key_B, NOISE_KEY)
     fold_in = jax.random.fold_in
 
     def noise(place_Bm, number):
@@ -110,10 +111,11 @@ def sample_mar_tokens(
     if known is None:
         shape = B, L, *config.head.token_shape
         known = KnownTokens(jnp.zeros(shape, config.head.token_dtype), jnp.zeros((B, L), bool))
-    draw = _draw_continuous if isinstance(config.head, DiffusionHead) else _draw_categorical
-    if isinstance(config.head, DiffusionHead) and noise is None:
-        noise = draw_noise(config, key_B)
-    draw = functools.partial(draw, config, params, plan, noise, key_B, compute)
+    if isinstance(config.head, DiffusionHead):
+        draw = functools.partial(_draw_continuous, noise=noise or draw_noise(config, key_B))
+    else:
+        draw = functools.partial(_draw_categorical, key_B=key_B)
+    draw = functools.partial(draw, config, params, plan, compute)
     loop = _causal_loop if config.attention == "causal" else _masked_loop
     return loop(config, params, label_B, order_BL, plan, known, compute, draw)
 
@@ -189,7 +191,7 @@ def _causal_loop(config, params, label_B, order_BL, plan, known, compute, draw):
     return token_BL
 
 
-def _draw_continuous(config, params, plan, noise, key_B, compute, z_BmC, place_Bm, number):
+def _draw_continuous(config, params, plan, compute, z_BmC, place_Bm, number, *, noise):
     """Draws tokens (B, m, Z) by undoing diffusion; `number` is that of the step."""
     (B, m), options, (Z,) = place_Bm.shape, plan.options, config.head.token_shape
     mlp = bind_denoiser(config.head, params, compute)
@@ -225,12 +227,12 @@ def _draw_continuous(config, params, plan, noise, key_B, compute, z_BmC, place_B
     return token_NZ.reshape(B, m, Z)
 
 
-def _draw_categorical(config, params, plan, _, key_B, compute, z_BmC, place_Bm, number):
+def _draw_categorical(config, params, plan, compute, z_BmC, place_Bm, number, *, key_B):
     """Draws codes (B, m) from the softmax of guided logits."""
     logits_BmV = bind_mar(config, params, compute)(z_BmC, method="logits")
     if plan.guided:
         logits_BmV = _guide(logits_BmV, _guidance(plan, number))
-    noise_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, NOISE_KEY)
+    noise_key_B = fold_in_each(key_B, NOISE_KEY)
 
     def gumbel(key, place):
         return jax.random.gumbel(jax.random.fold_in(key, place), logits_BmV.shape[-1:])

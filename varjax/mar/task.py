@@ -27,7 +27,7 @@ from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import sample_mar_tokens
 from varjax.nn.compute import Compute
 from varjax.nn.diffusion import TRAINING_STEPS
-from varjax.sampling.sampler import image_keys
+from varjax.sampling.sampler import fold_in_each, image_keys
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.load import read_frozen_tokenizer
 from varjax.training.optimizer import AdamW
@@ -156,7 +156,7 @@ class MARTask:
         are not masked.
         """
         key_B, label_B = batch["key_B"], batch["label_B"]
-        label_key_B = _fold_in(key_B, LABEL_KEY)
+        label_key_B = fold_in_each(key_B, LABEL_KEY)
         dropped_B = jax.vmap(jax.random.bernoulli, (0, None))(label_key_B, self.class_dropout)
         label_B = jnp.where(dropped_B, self.model.classes, label_B)
         rates = self.diffusion_repeats, self.attention_dropout, self.dropout
@@ -175,7 +175,9 @@ class MARTask:
     def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
         """Draws masks, noise levels and noise by each image's own numbers, always the same."""
         key_B, L = content_keys(batch), self.model.length
-        share_B = jax.vmap(masked_share, (0, None))(_fold_in(key_B, SHARE_KEY), self.least_masked)
+        share_B = jax.vmap(masked_share, (0, None))(
+            fold_in_each(key_B, SHARE_KEY), self.least_masked
+        )
         known_B = known_count(L, share_B)
         draws = draw_losses(self.model, key_B, known_B, self.diffusion_repeats)
         of = self._token_losses(
@@ -238,7 +240,7 @@ class MARTask:
 
     def _token_losses(self, params, frozen, batch, label_B, draws) -> dict[str, jax.Array]:
         """`token_losses` of a batch of images or latents, as "loss_BL" and its parts."""
-        posterior_key_B = _fold_in(batch["key_B"], POSTERIOR_KEY)
+        posterior_key_B = fold_in_each(batch["key_B"], POSTERIOR_KEY)
         token_BL = encode_tokens(self.tokenizer, self.model, frozen, batch, posterior_key_B)
         L = self.model.length
         most_known = L - math.ceil(L * self.least_masked)
@@ -268,10 +270,6 @@ def matching_mar_rows(here: MARConfig, there: MARConfig) -> MatchingRows:
         rows["encoder_pos_embed"] = rows["decoder_pos_embed"] = both, both
         rows["diffusion_pos_embed"] = [], []
     return rows
-
-
-def _fold_in(key_B: jax.Array, number: int) -> jax.Array:
-    return jax.vmap(jax.random.fold_in, (0, None))(key_B, number)
 
 
 def _binned(number, total, count, bins):

@@ -16,7 +16,7 @@ from varjax.nn import resize
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import Cache
-from varjax.sampling.sampler import option_field
+from varjax.sampling.sampler import fold_in_each, option_field
 from varjax.tokenizers.vq.model import VQConfig, decode_images, make_quantizer
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.var.model import VAR, VARConfig
@@ -134,7 +134,7 @@ def sample_tokens(
         logits_2BlV, cache = model.predict(input_2BlZ, cond, k, cache)
         logits_BlV = classifier_free_guidance(logits_2BlV, options.cfg * pyramid.progress(k))
         logits_BlV = filter_top_k_top_p(logits_BlV, options.top_k, options.top_p)
-        key_B_k = jax.vmap(jax.random.fold_in, (0, None))(key_B, k)
+        key_B_k = fold_in_each(key_B, k)
         noise_BlV = gumbel_noise(key_B_k, logits_BlV)
         if options.smooth:
             weights_BlV = gumbel_softmax_weights(
