@@ -55,14 +55,15 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
         latent_map, head = (h, w), DiffusionHead(channels=channels, depth=2, width=128)
     model = MARConfig(
         width=96,
-        encoder_depth=3,
-        decoder_depth=3,
+        encoder_depth=2,
+        decoder_depth=2,
         encoder_heads=4,
         decoder_heads=4,
         head=head,
         classes=10,
         latent_map=latent_map,
         buffer=4,
+        embed_init=0.5,
     )
     parts = ["runs/digits_mar", *[order] * (order != "masked"), *["codes"] * codes]
     return Experiment(
@@ -79,7 +80,7 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
             compute=Compute(attention="xla", unroll=True),
             sampling=sampling,
         ),
-        data=Digits(shift=0.3, rotate=6.0, zoom=0.06),
+        data=Digits(shift=0.15, rotate=3.0, zoom=0.03),
         run_dir="_".join(parts),
         batch_size=128,
         steps=1200,
