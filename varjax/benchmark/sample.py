@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
 from varjax.core import flops
+from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.core.hardware import fastest_seconds, memory_usage
 from varjax.core.trees import PyTree
 from varjax.mar.latents import decode_tokens
@@ -21,7 +22,6 @@ from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import sample_mar_tokens
 from varjax.nn.compute import Compute
-from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig, decode_images

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core import config_tree, trees
+from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.mar.latents import (
@@ -20,7 +21,6 @@ from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig, bind_mar
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import KnownTokens, sample_mar_tokens
 from varjax.nn.compute import Compute
-from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import (
     checked_edit,
     checked_labels,

@@ -31,7 +31,14 @@ from varjax.sampling.sampler import fold_in_each, image_keys
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.load import read_frozen_tokenizer
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Batch, MatchingRows, Plan, TrainState, check_classes
+from varjax.training.task import (
+    Batch,
+    ImageSampler,
+    MatchingRows,
+    Plan,
+    TrainState,
+    check_classes,
+)
 from varjax.training.train_step import (
     accumulated_gradients,
     apply_gradients,
@@ -218,15 +225,22 @@ class MARTask:
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Samples the first classes, from the same seeds always, and reconstructs images."""
         label_B = jnp.arange(PREVIEW_SAMPLES) % self.model.classes
-        plan = make_plan(self.model, check_sampling(self.model, self.sampling))
         key_B = image_keys(0, jnp.arange(PREVIEW_SAMPLES))
-        tokens = sample_mar_tokens(
-            self.model, state.params, label_B, key_B, plan, None, self.compute
-        )
+        samples = self.sampler()(state.params, frozen, label_B, key_B)
         first = {name: x[:PREVIEW_SAMPLES] for name, x in batch.items()}
         kept = encode_tokens(self.tokenizer, self.model, frozen, first)
-        images = (decode_tokens(self.tokenizer, self.model, frozen, x) for x in (tokens, kept))
-        return dict(zip(("samples", "reconstructions"), images, strict=True))
+        rebuilt = decode_tokens(self.tokenizer, self.model, frozen, kept)
+        return {"samples": samples, "reconstructions": rebuilt}
+
+    def sampler(self) -> ImageSampler:
+        plan = make_plan(self.model, check_sampling(self.model, self.sampling))
+
+        def draw(params, frozen, label_B, key_B):
+            drawn = self.model, params, label_B, key_B, plan, None, self.compute
+            tokens = sample_mar_tokens(*drawn)
+            return decode_tokens(self.tokenizer, self.model, frozen, tokens)
+
+        return draw
 
     def transformation(self, params: PyTree) -> optax.GradientTransformation:
         """Makes the optimizer."""

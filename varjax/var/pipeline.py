@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core import config_tree, trees
+from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import Compute
-from varjax.sampling.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import checked_edit, checked_labels, image_keys, replace_options
 from varjax.tokenizers.contract import checked_images
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer

@@ -1,7 +1,7 @@
-"""Sampling on many devices: weights on each, batches shared out, nothing exchanged."""
+"""Computing batches on many devices: weights on each, rows shared out, nothing exchanged."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
+
+T = TypeVar("T")
 
 
 def batch_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -28,7 +30,7 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
-def data_parallel(f: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.Array]:
+def data_parallel(f: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
     """Jits `f` so that each device computes its part of the batch.
 
     As every device runs the program of a small batch by itself, an image comes out the same to the
@@ -36,7 +38,7 @@ def data_parallel(f: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.
     row, and the result cut to its length.
 
     Args:
-        f: (params, options, *batch) -> array; batch and result have a leading batch axis.
+        f: (params, options, *batch) -> arrays; batch and result have a leading batch axis.
         mesh: by `batch_mesh`.
     """
 
@@ -48,6 +50,6 @@ def data_parallel(f: Callable[..., jax.Array], mesh: Mesh) -> Callable[..., jax.
         specs = (P(), P(), *[P("batch")] * len(batch))
         # Nothing is exchanged between devices, so there is no replication to keep track of.
         sharded = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("batch"), check_vma=False)
-        return sharded(params, options, *batch)[:B]
+        return jax.tree.map(lambda x: x[:B], sharded(params, options, *batch))
 
     return jax.jit(on_every_device)

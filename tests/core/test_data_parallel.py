@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.helpers.paths import ROOT
+from varjax.core.data_parallel import batch_mesh, data_parallel
 from varjax.core.errors import InputError
-from varjax.sampling.data_parallel import batch_mesh, data_parallel
 
 SCRIPT = """
 import jax, numpy as np
-from varjax.sampling.data_parallel import batch_mesh, data_parallel
+from varjax.core.data_parallel import batch_mesh, data_parallel
 mesh, rows = batch_mesh(), []
 
 def double(params, _, key_B, x_BC):
