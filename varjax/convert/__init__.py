@@ -4,6 +4,7 @@ python -m varjax.convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --o
 """
 
 from varjax.convert.from_torch import convert
+from varjax.convert.inception import convert_inception
 from varjax.convert.lpips import convert_lpips
 from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.pretrained import resolve_weights
@@ -12,6 +13,7 @@ from varjax.convert.to_torch import export_run, export_torch
 __all__ = [
     "ConvertOptions",
     "convert",
+    "convert_inception",
     "convert_lpips",
     "export_run",
     "export_torch",

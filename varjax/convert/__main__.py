@@ -1,4 +1,4 @@
-"""Converts weights: official PyTorch files <-> varjax, training runs, and LPIPS.
+"""Converts weights: official PyTorch files <-> varjax, training runs, LPIPS, FID's Inception.
 
 python -m varjax.convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights/d16
 python -m varjax.convert --mar=checkpoint-last.pth --kl=kl16.ckpt --out=weights/mar_b
@@ -6,12 +6,20 @@ python -m varjax.convert --repo=FoundationVision/var --tokenizer=… --var=… -
 python -m varjax.convert --run=runs/x --out=weights/x
 python -m varjax.convert --to_torch --weights=weights/x --out=for_pytorch
 python -m varjax.convert --lpips_vgg=vgg16.pth --lpips_heads=vgg.pth --out=weights/lpips
+python -m varjax.convert --inception=classify_image_graph_def.pb --out=weights/inception
 """
 
 import argparse
 import sys
 
-from varjax.convert import ConvertOptions, convert, convert_lpips, export_run, export_torch
+from varjax.convert import (
+    ConvertOptions,
+    convert,
+    convert_inception,
+    convert_lpips,
+    export_run,
+    export_torch,
+)
 from varjax.convert.from_torch import KINDS
 from varjax.convert.pretrained import download
 from varjax.core.errors import InputError, run_command
@@ -31,15 +39,20 @@ def main(arguments: list[str]) -> int:
 def _run(flags: argparse.Namespace) -> None:
     files = {flag: getattr(flags, flag) for flag in KINDS if getattr(flags, flag) is not None}
     lpips = flags.lpips_vgg is not None or flags.lpips_heads is not None
-    if [bool(files), flags.run is not None, flags.to_torch, lpips].count(True) != 1:
+    inception = flags.inception is not None
+    if [bool(files), flags.run is not None, flags.to_torch, lpips, inception].count(True) != 1:
         official = ", ".join(f"--{flag}" for flag in KINDS)
-        raise InputError(f"give some of {official}; or --run, or --to_torch, or --lpips_vgg")
+        raise InputError(
+            f"give some of {official}; or --run, or --to_torch, or --lpips_vgg, or --inception"
+        )
     if flags.to_torch != (flags.weights is not None):
         raise InputError("--to_torch and --weights=DIRECTORY_OR_RUN belong together")
     if flags.to_torch:
         export_torch(flags.weights, flags.out, flags.ema)
     elif flags.run:
         export_run(flags.run, flags.out, flags.ema)
+    elif inception:
+        convert_inception(flags.out, flags.inception)
     elif lpips:
         if not (flags.lpips_vgg and flags.lpips_heads):
             raise InputError("--lpips_vgg and --lpips_heads belong together: LPIPS is made of both")
@@ -134,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--run", help="a training run, to be written as a directory of weights")
     add("--to_torch", action="store_true", help="write --weights for the official code")
     add("--weights", help="a converted directory, a training run, or a name like var_d16")
+    add("--inception", metavar="FILE", help="FID's Inception-v3, .pth or .pb (docs/evaluation.md)")
     add("--lpips_vgg", help="torchvision's vgg16, for the perceptual loss of a tokenizer")
     add("--lpips_heads", help="the lpips package's heads for it, weights/v0.1/vgg.pth")
     add(

@@ -37,7 +37,7 @@ def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(location)
     if path.exists() or str(location) not in RELEASES:
         return path
-    directory = cache_folder() / path
+    directory = files.cache_folder() / path
     if directory.exists():
         return directory
     try:
@@ -50,14 +50,6 @@ def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
         if not directory.exists():
             _fetch(str(location), directory)
     return directory
-
-
-def cache_folder() -> pathlib.Path:
-    """Returns the folder that keeps converted models; it need not exist."""
-    if chosen := os.environ.get("VARJAX_CACHE"):
-        return pathlib.Path(chosen).expanduser()
-    general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(general).expanduser() / "varjax"
 
 
 def download(repo: str, name: str, revision: str = "main") -> pathlib.Path:

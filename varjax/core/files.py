@@ -45,6 +45,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             _remove(temporary)
 
 
+def cache_folder() -> pathlib.Path:
+    """Returns the folder of what can be made again, $VARJAX_CACHE; it need not exist."""
+    if chosen := os.environ.get("VARJAX_CACHE"):
+        return pathlib.Path(chosen).expanduser()
+    general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(general).expanduser() / "varjax"
+
+
 @contextlib.contextmanager
 def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]:
     """Keeps other processes that ask for the same folder out of it, until this one is done or dead.

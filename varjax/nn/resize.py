@@ -1,7 +1,8 @@
-"""Resizing of maps as PyTorch does it: a constant (out, in) matrix per axis, two einsums.
+"""Resizing of maps: a constant (out, in) matrix per axis, two einsums.
 
-`area` is adaptive average pooling (not TensorFlow's area resize, which differs where sizes do not
-divide); `bicubic` and `bilinear` are half-pixel-centered, without antialiasing, edges clamped.
+As PyTorch does it: `area` is adaptive average pooling (not TensorFlow's area resize, which differs
+where sizes do not divide); `bicubic` and `bilinear` are half-pixel-centered, without antialiasing,
+edges clamped. `bilinear_tf1` is what TensorFlow 1 did, for networks that were trained with it.
 """
 
 import functools
@@ -47,6 +48,17 @@ def bilinear_matrix(size: int, out: int) -> np.ndarray:
     return _gather_matrix(size, start, np.stack([1 - t, t], axis=1))
 
 
+@functools.cache
+def bilinear_tf1_matrix(size: int, out: int) -> np.ndarray:
+    """Makes the (out, size) matrix of TensorFlow 1's bilinear resize.
+
+    Output i lies at input i·size/out: the corners' centers do not matter, and the last rows repeat.
+    """
+    position = np.arange(out, dtype=np.float32) * np.float32(size / out)  # rounded as there
+    start = np.floor(position).astype(int)
+    return _gather_matrix(size, start, np.stack([1 - (position - start), position - start], axis=1))
+
+
 def area(x_BhwC: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Area-averages (B, h, w, C) down to (B, *shape, C)."""
     return _resize(area_matrix, x_BhwC, shape)
@@ -60,6 +72,11 @@ def bicubic(x_BhwC: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def bilinear(x_BhwC: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Bilinearly resizes (B, h, w, C) to (B, *shape, C)."""
     return _resize(bilinear_matrix, x_BhwC, shape)
+
+
+def bilinear_tf1(x_BhwC: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Bilinearly resizes (B, h, w, C) to (B, *shape, C) as TensorFlow 1 does."""
+    return _resize(bilinear_tf1_matrix, x_BhwC, shape)
 
 
 def _resize(matrix, x_BhwC, shape):

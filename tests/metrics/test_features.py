@@ -1,0 +1,218 @@
+"""Features do not depend on batches or devices, sets of images are read alike, and kept."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.paths import ROOT
+from varjax.core.errors import InputError
+from varjax.data.sources import Digits
+from varjax.metrics import feature_store, references
+from varjax.metrics.features import (
+    FeatureExtractor,
+    FeatureNetwork,
+    feature_network,
+    feature_sizes,
+    pixel_network,
+)
+from varjax.metrics.fid import Moments
+from varjax.metrics.image_sets import DatasetImages, open_image_set
+
+IMAGES_NHWC = np.random.default_rng(0).integers(0, 256, (23, 12, 12, 3), np.uint8)
+DEVICES = """
+import jax, numpy as np, sys
+jax.config.update("jax_num_cpu_devices", 8)
+from tests.metrics.test_features import IMAGES_NHWC, convolution
+from varjax.metrics.features import FeatureExtractor
+for devices in (jax.devices(), jax.devices()[:1]):
+    print(FeatureExtractor(convolution(), devices)(IMAGES_NHWC)["pool_ND"].tobytes().hex())
+"""
+
+
+def convolution() -> FeatureNetwork:
+    """A small network whose sums a compiler may order by the size of the batch."""
+    kernel = np.random.default_rng(1).normal(size=(5, 5, 3, 16)).astype(np.float32)
+
+    def apply(params, image_BHWC):
+        x_BHWC = image_BHWC.astype(np.float32) / 255
+        layout = ("NHWC", "HWIO", "NHWC")
+        y_BHWC = jax.lax.conv_general_dilated(
+            x_BHWC, params, (1, 1), "SAME", dimension_numbers=layout
+        )
+        return {"pool_BD": jax.numpy.tanh(y_BHWC).mean(axis=(1, 2))}
+
+    return FeatureNetwork({"features": "convolution"}, kernel, apply)
+
+
+def test_every_batch_size_gives_the_same_bits():
+    extract = FeatureExtractor(convolution(), jax.devices()[:1])
+    whole = extract(IMAGES_NHWC)["pool_ND"]
+    for size in (1, 7, 64):
+        parts = [extract(IMAGES_NHWC[i : i + size])["pool_ND"] for i in range(0, 23, size)]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+@pytest.mark.slow
+def test_eight_devices_give_the_bits_of_one():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", DEVICES]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    eight, one = done.stdout.split()
+    assert eight == one and len(one) == 23 * 16 * 8, done.stderr
+
+
+def test_gray_counts_the_same_with_one_channel_or_three():
+    extract = FeatureExtractor(pixel_network())
+    gray = IMAGES_NHWC[..., :1]
+    one = extract(gray)["pool_ND"]
+    np.testing.assert_array_equal(one, extract(np.repeat(gray, 3, axis=-1))["pool_ND"])
+    flat = gray.reshape(23, -1) / 255
+    distance = np.sum(np.square(one[0] - one[1]))
+    assert distance == pytest.approx(np.sum(np.square(flat[0] - flat[1])), rel=1e-5)
+    assert feature_sizes(extract.network, (12, 12, 1)) == {"pool_ND": 432}
+
+
+def test_networks_and_images_that_do_not_do_are_refused():
+    for arguments, message in (
+        (("vgg", ""), "features=vgg: allowed are inception, pixels"),
+        (("pixels", "somewhere"), "features=pixels needs no weights"),
+        (("inception", ""), "inception is missing: .*--inception=FILE"),
+    ):
+        with pytest.raises(InputError, match=message):
+            feature_network(*arguments)
+    extract = FeatureExtractor(pixel_network())
+    for images in (IMAGES_NHWC / 255, IMAGES_NHWC[0], IMAGES_NHWC[..., :2]):
+        with pytest.raises(InputError, match="needed are uint8"):
+            extract(images)
+
+
+def write_folder(folder, images_NHWC, names):
+    for image_HWC, name in zip(images_NHWC, names, strict=True):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image_HWC).save(path)
+
+
+def read_all(images, size=10):
+    N = images.shape[0]
+    parts = [range(i, min(i + size, N)) for i in range(0, N, size)]
+    return np.concatenate([x for _, x in images.parts(parts)])
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_an_npz_is_read_part_by_part(tmp_path, compressed):
+    label_N = np.arange(23) % 5
+    save = np.savez_compressed if compressed else np.savez
+    save(tmp_path / "x.npz", arr_0=IMAGES_NHWC, labels=label_N)
+    images = open_image_set(tmp_path / "x.npz")
+    assert images.shape == (23, 12, 12, 3)
+    np.testing.assert_array_equal(images.label_N, label_N)
+    np.testing.assert_array_equal(read_all(images), IMAGES_NHWC)
+    later = dict(images.parts([range(5, 6), range(20, 23)]))  # after a kill
+    np.testing.assert_array_equal(later[range(20, 23)], IMAGES_NHWC[20:])
+    np.savez(tmp_path / "y.npz", arr_0=IMAGES_NHWC[::-1])
+    assert open_image_set(tmp_path / "y.npz").digest != images.digest
+
+
+def test_a_folder_is_read_in_order_with_its_classes(tmp_path):
+    write_folder(
+        tmp_path / "a", IMAGES_NHWC[:3], [f"{i:06d}_label{7 - i:04d}.png" for i in range(3)]
+    )
+    images = open_image_set(tmp_path / "a")
+    assert images.label_N.tolist() == [7, 6, 5]
+    np.testing.assert_array_equal(read_all(images), IMAGES_NHWC[:3])
+    write_folder(tmp_path / "b", IMAGES_NHWC[:3], ["cat/1.png", "dog/1.png", "cat/0.png"])
+    images = open_image_set(tmp_path / "b")
+    assert images.label_N.tolist() == [0, 0, 1]
+    np.testing.assert_array_equal(read_all(images), IMAGES_NHWC[[2, 0, 1]])
+    write_folder(tmp_path / "c", IMAGES_NHWC[:2, ..., 0], ["0.png", "1.png"])
+    images = open_image_set(tmp_path / "c")
+    assert images.shape == (2, 12, 12, 1) and images.label_N is None
+
+
+def test_what_holds_no_images_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "floats.npz", arr_0=np.zeros((2, 4, 4, 3)))
+    np.savez(tmp_path / "other.npz", images=IMAGES_NHWC)
+    (tmp_path / "text.npz").write_text("no zip")
+    np.savez(tmp_path / "short.npz", arr_0=IMAGES_NHWC)
+    short = (tmp_path / "short.npz").read_bytes()[:-5000]
+    (tmp_path / "short.npz").write_bytes(short)
+    (tmp_path / "text.txt").write_text("x")
+    write_folder(tmp_path / "mixed", IMAGES_NHWC[:1], ["0.png"])
+    write_folder(tmp_path / "mixed", IMAGES_NHWC[:1, :6], ["1.png"])
+    for name, message in (
+        ("absent", "does not exist"),
+        ("empty", "holds no images"),
+        ("floats.npz", "float64 of shape"),
+        ("other.npz", "there is no arr_0 in it, but images"),
+        ("text.npz", "cannot be read as an .npz"),
+        ("short.npz", "cannot be read as an .npz"),
+        ("text.txt", "give an .npz with images under arr_0, or a folder"),
+        ("mixed", r"several sizes: 12x12 \(0.png\), 12x6 \(1.png\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_image_set(tmp_path / name)
+
+
+def test_statistics_of_images_are_kept_and_go_on_after_a_kill(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_store, "PART", 10)
+    np.savez(tmp_path / "x.npz", arr_0=IMAGES_NHWC)
+    images, cache = open_image_set(tmp_path / "x.npz"), tmp_path / "cache"
+    extract = FeatureExtractor(pixel_network())
+    calls = []
+
+    def failing(images_NHWC, progress):
+        calls.append(len(images_NHWC))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return extract(images_NHWC, progress)
+
+    failing.network = extract.network
+    with pytest.raises(KeyboardInterrupt):
+        references.reference_of_images(images, failing, cache)
+    reference = references.reference_of_images(images, failing, cache)
+    assert calls == [10, 10, 10, 3]
+    expected = Moments.of(extract(IMAGES_NHWC)["pool_ND"])
+    found = reference.moments["pool_ND"]
+    np.testing.assert_allclose(found.mean_D, expected.mean_D, rtol=1e-12)
+    np.testing.assert_allclose(found.covariance_DD, expected.covariance_DD, atol=1e-15)
+    np.testing.assert_array_equal(reference.pool_MD, extract(IMAGES_NHWC)["pool_ND"])
+    again = references.reference_of_images(images, failing, cache)
+    assert len(calls) == 4 and again.images == 23
+    assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
+
+
+def test_statistics_in_a_file_are_taken_as_they_are(tmp_path):
+    extract = FeatureExtractor(pixel_network())
+    moments = Moments.of(extract(IMAGES_NHWC[..., :1])["pool_ND"])
+    arrays = {"mu": moments.mean_D, "sigma": moments.covariance_DD}
+    sizes = {"pool_ND": moments.mean_D.size}
+    np.savez(tmp_path / "statistics.npz", **arrays)
+    found = references.read_reference(tmp_path / "statistics.npz", extract, tmp_path, sizes)
+    np.testing.assert_array_equal(found.moments["pool_ND"].mean_D, moments.mean_D)
+    assert found.pool_MD is None and found.images is None
+    np.savez(tmp_path / "with_images.npz", arr_0=IMAGES_NHWC[:5], **arrays)
+    found = references.read_reference(tmp_path / "with_images.npz", extract, tmp_path, sizes)
+    np.testing.assert_array_equal(found.moments["pool_ND"].mean_D, moments.mean_D)
+    np.testing.assert_array_equal(found.pool_MD, extract(IMAGES_NHWC[:5])["pool_ND"])
+    with pytest.raises(InputError, match="432 numbers an image, but these features have 7"):
+        references.read_reference(tmp_path / "statistics.npz", extract, tmp_path, {"pool_ND": 7})
+    np.savez(tmp_path / "half.npz", mu=moments.mean_D)
+    with pytest.raises(InputError, match="holds mu but no sigma"):
+        references.read_reference(tmp_path / "half.npz", extract, tmp_path, sizes)
+    np.savez(tmp_path / "small.npz", arr_0=IMAGES_NHWC[:, :6])
+    with pytest.raises(InputError, match="give images of the samples' size"):
+        references.read_reference(tmp_path / "small.npz", extract, tmp_path, sizes)
+
+
+def test_a_dataset_is_read_as_for_its_evaluation():
+    images = DatasetImages(Digits(), "held_out")
+    source = Digits().source("held_out")
+    np.testing.assert_array_equal(read_all(images, 100), source.images_NHWC)
+    assert images.digest != DatasetImages(Digits(), "train").digest

@@ -1,0 +1,183 @@
+"""Converts FID's Inception-v3: torch-fidelity's or pytorch-fid's .pth, or TensorFlow's .pb."""
+
+import os
+import pathlib
+import re
+
+import jax
+import numpy as np
+from google.protobuf.message import DecodeError
+
+# TensorBoard's copies of TensorFlow's messages, without TensorFlow.
+from tensorboardX.proto.graph_pb2 import GraphDef  # type: ignore[attr-defined]
+from tensorboardX.proto.tensor_pb2 import TensorProto  # type: ignore[attr-defined]
+from tensorboardX.proto.types_pb2 import DT_FLOAT  # type: ignore[attr-defined]
+
+from varjax.convert.apply_map import leaves_by_table
+from varjax.convert.name_maps.link import Link, norm_links
+from varjax.convert.pth.read import read_checkpoint
+from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
+from varjax.convert.state_dicts import find_state_dicts
+from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
+from varjax.core import trees
+from varjax.core.errors import InputError
+from varjax.metrics.inception import init_inception
+
+KNOWN_BY = "Mixed_7c.branch_pool.conv.weight"
+IGNORED = re.compile(r"AuxLogits\.|.*\.num_batches_tracked")  # no part of the network here
+TF_STEM = {
+    "Conv2d_1a_3x3": "conv",
+    "Conv2d_2a_3x3": "conv_1",
+    "Conv2d_2b_3x3": "conv_2",
+    "Conv2d_3b_1x1": "conv_3",
+    "Conv2d_4a_3x3": "conv_4",
+}
+TF_MIXED = {
+    name: f"mixed_{i}" if i else "mixed"
+    for i, name in enumerate("5b 5c 5d 6a 6b 6c 6d 6e 7a 7b 7c".split())
+}
+# TensorFlow's towers by our branches; a branch of one convolution at the start has none.
+TF_TOWERS = {
+    **dict.fromkeys(("6a",), {"branch3x3": "", "branch3x3dbl": "tower/"}),
+    **dict.fromkeys(("7a",), {"branch3x3": "tower/", "branch7x7x3": "tower_1/"}),
+}
+TF_OTHER_TOWERS = {
+    "branch1x1": "",
+    "branch5x5": "tower/",
+    "branch7x7": "tower/",
+    "branch3x3": "tower/",
+    "branch3x3dbl": "tower_1/",
+    "branch7x7dbl": "tower_1/",
+    "branch_pool": "tower_2/",
+}
+
+
+def convert_inception(out: str | os.PathLike, file: str | os.PathLike) -> None:
+    """Writes the directory of FID's Inception-v3 that `load_inception` reads.
+
+    Args:
+        out: the directory; see `convert`.
+        file: torch-fidelity's weights-inception-2015-12-05-*.pth, pytorch-fid's
+            pt_inception-2015-12-05-*.pth, or TensorFlow's classify_image_graph_def.pb.
+
+    Raises:
+        InputError: like `convert`.
+    """
+    out, path = pathlib.Path(out), pathlib.Path(file)
+    check_weights_dir(out, converted_files(["inception"]))
+    if path.suffix == ".pb":
+        tensors = read_graph(path)
+    else:
+        tensors = find_state_dicts(read_checkpoint(path)).get("", {})
+    with errors_naming(path):
+        if KNOWN_BY not in tensors:
+            raise InputError(f"this is not FID's Inception-v3: there is no {KNOWN_BY} in it")
+        tensors = {name: x for name, x in tensors.items() if not IGNORED.match(name)}
+        params = jax.eval_shape(init_inception, jax.random.key(0))
+        leaves = leaves_by_table(inception_table(), params, tensors)
+    warn_not_finite(path, tensors)
+    config = {"inception": {"network": "inception-v3", "version": "2015-12-05"}}
+    write_weights(out, config, {"inception": leaves}, sha256_of([path]))
+
+
+def inception_table() -> list[Link]:
+    """Lists all tensors of FID's Inception-v3, by the names that the .pth files share."""
+    links = [Link("fc.weight", ("fc_kernel",), "linear"), Link("fc.bias", ("fc_bias",))]
+    for module in _convolutions():
+        ours = module.replace(".", "/")
+        links.append(Link(f"{module}.conv.weight", (f"{ours}/kernel",), "conv"))
+        links += norm_links(f"{module}.bn", ours)
+        links.append(Link(f"{module}.bn.running_mean", (f"{ours}/mean",)))
+        links.append(Link(f"{module}.bn.running_var", (f"{ours}/variance",)))
+    return links
+
+
+def read_graph(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Reads the constants of TensorFlow's classify_image_graph_def.pb.
+
+    Returns:
+        {name that the .pth files give it: float32 array in their order of axes}.
+
+    Raises:
+        InputError: the file is missing or another one.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
+    try:
+        graph = GraphDef.FromString(path.read_bytes())
+    except DecodeError as error:
+        raise InputError(f"{path} is no graph of TensorFlow, or cut short ({error})") from error
+    constants = {
+        node.name: node.attr["value"].tensor
+        for node in graph.node
+        if node.op == "Const" and node.attr["value"].tensor.dtype == DT_FLOAT
+    }
+    scaled = {
+        node.name.removesuffix("/batchnorm"): node.attr["scale_after_normalization"].b
+        for node in graph.node
+        if node.op == "BatchNormWithGlobalNormalization"
+    }
+    sources = {"fc.weight": "softmax/weights", "fc.bias": "softmax/biases"}
+    for module in _convolutions():
+        theirs = tensorflow_name(module)
+        sources[f"{module}.conv.weight"] = f"{theirs}/conv2d_params"
+        for ours, name in {
+            "weight": "gamma",
+            "bias": "beta",
+            "running_mean": "moving_mean",
+            "running_var": "moving_variance",
+        }.items():
+            sources[f"{module}.bn.{ours}"] = f"{theirs}/batchnorm/{name}"
+    if absent := [name for name in sources.values() if name not in constants]:
+        raise InputError(
+            f"{path} is not FID's Inception-v3: of its {len(sources)} constants {len(absent)} are "
+            f"missing, {', '.join(absent[:3])} …"
+        )
+    tensors = {}
+    for name, source in sources.items():
+        tensor = _array(path, source, constants[source])
+        if name.endswith("conv.weight") and tensor.ndim == 4:
+            tensor = tensor.transpose(3, 2, 0, 1)
+        elif name == "fc.weight" and tensor.ndim == 2:
+            tensor = tensor.T
+        elif name.endswith("bn.weight") and not scaled.get(
+            tensorflow_name(name[: -len(".bn.weight")]), True
+        ):
+            tensor = np.ones_like(tensor)
+        tensors[name] = tensor
+    return tensors
+
+
+def tensorflow_name(module: str) -> str:
+    """Returns TensorFlow's name of a convolution: "Mixed_7c.branch3x3_2a" -> "mixed_10/tower/…"."""
+    if module in TF_STEM:
+        return TF_STEM[module]
+    mixed, branch = module.removeprefix("Mixed_").split(".")
+    parts = re.fullmatch(r"(branch_?\w+?)(?:_(\d)([ab]?))?", branch)
+    assert parts, module
+    name, number, fork = parts.groups()
+    tower = TF_TOWERS.get(mixed, TF_OTHER_TOWERS)[name]
+    if fork:
+        conv = "mixed/conv" if fork == "a" else "mixed/conv_1"
+    else:
+        conv = "conv" if number in (None, "1") else f"conv_{int(number) - 1}"
+    return f"{TF_MIXED[mixed]}/{tower}{conv}"
+
+
+def _convolutions() -> list[str]:
+    """Names of all convolutions, "Mixed_5b.branch1x1"."""
+    paths = trees.paths(jax.eval_shape(init_inception, jax.random.key(0)))
+    return [p.removesuffix("/kernel").replace("/", ".") for p in paths if p.endswith("/kernel")]
+
+
+def _array(path: pathlib.Path, name: str, tensor: TensorProto) -> np.ndarray:
+    """The numbers of a constant: as bytes, as a list, or one number for all."""
+    shape = [dim.size for dim in tensor.tensor_shape.dim]
+    if tensor.tensor_content:
+        flat = np.frombuffer(tensor.tensor_content, "<f4")
+    else:
+        flat = np.array(tensor.float_val, np.float32)
+        flat = np.full(np.prod(shape, dtype=int), flat[0]) if flat.size == 1 else flat
+    if flat.size != np.prod(shape, dtype=int):
+        raise InputError(f"{path}: {name} has {flat.size} numbers for the shape {shape}")
+    return flat.reshape(shape)

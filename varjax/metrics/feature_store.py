@@ -1,0 +1,77 @@
+"""Features on disk, part by part, so that a long extraction goes on after a kill."""
+
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from varjax.core import files
+from varjax.core.errors import InputError
+from varjax.metrics.features import FeatureExtractor, Features
+from varjax.metrics.image_sets import ImageSet
+
+PART = 500  # images of a part
+REQUEST = "request.json"
+
+
+class FeatureStore:
+    """A folder with the features of some images, each part of them whole or absent.
+
+    Args:
+        folder: absent, or begun for an equal request.
+        request: JSON data, all that the features depend on.
+
+    Raises:
+        InputError: the folder holds anything else.
+    """
+
+    def __init__(self, folder: pathlib.Path, request: Mapping[str, Any], write: bool = True):
+        files.claim_folder(folder, REQUEST, request, write)
+        self._folder = folder
+
+    def has(self, part: range) -> bool:
+        return self._file(part).exists()
+
+    def add(self, part: range, features: Features) -> None:
+        """Writes the features of a part."""
+        files.write_tensors(self._file(part), features, {})
+
+    def read(self, part: range) -> Features:
+        """Reads the features of a part; raises InputError where the file is damaged."""
+        path = self._file(part)
+        found, _ = files.read_tensors(path)
+        if any(len(x) != len(part) for x in found.values()):
+            raise InputError(f"{path} holds other images; delete it and go on")
+        return found
+
+    def join(self, parts: list[range]) -> Features:
+        """Reads all parts, into one array of each kind."""
+        read = [self.read(part) for part in parts]
+        return {name: np.concatenate([x[name] for x in read]) for name in read[0]}
+
+    def delete(self) -> None:
+        """Removes the folder."""
+        shutil.rmtree(self._folder)
+
+    def _file(self, part: range) -> pathlib.Path:
+        return self._folder / f"{part.start:09d}.safetensors"
+
+
+def parts_of(count: int) -> list[range]:
+    """Shares out images to parts."""
+    return [range(i, min(i + PART, count)) for i in range(0, count, PART)]
+
+
+def extract_features(
+    images: ImageSet, extract: FeatureExtractor, store: FeatureStore, what: str
+) -> None:
+    """Computes the features that `store` lacks, with a progress bar that calls them `what`."""
+    count = images.shape[0]
+    missing = [part for part in parts_of(count) if not store.has(part)]
+    left = sum(map(len, missing))
+    with tqdm(total=count, initial=count - left, unit=" images", desc=what) as bar:
+        for part, images_NHWC in images.parts(missing):
+            store.add(part, extract(images_NHWC, bar.update))

@@ -1,0 +1,149 @@
+"""Features of images for FID and its kin: of Inception, or the pixels themselves."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varjax.core import trees
+from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
+from varjax.core.errors import InputError
+from varjax.core.trees import PyTree
+from varjax.metrics.inception import Inception, load_inception
+
+Features = dict[str, np.ndarray]  # "pool_ND", and of Inception "spatial_ND" and "logits_NV"
+# Images that a device computes at once. Always as many, padded if need be: for another number the
+# compiler may sum in another order, and features would depend on the batch size.
+CPU_BLOCK, ACCELERATOR_BLOCK = 8, 64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureNetwork:
+    """Makes features of images: a pure function and its parameters.
+
+    Attributes:
+        identity: what tells it from others, as JSON data.
+        params: its parameters.
+        apply: (params, images (B, H, W, 3) uint8) -> {"pool_BD": …}, float32.
+    """
+
+    identity: dict[str, Any]
+    params: PyTree
+    apply: Callable[[PyTree, jax.Array], dict[str, jax.Array]]
+
+
+def inception_network(location: str) -> FeatureNetwork:
+    """Makes FID's network from a directory of its weights; InputError as `load_inception`."""
+    params = load_inception(location)
+    identity = {"features": "inception-v3 2015-12-05", "weights": trees.digest(params)}
+    return FeatureNetwork(identity, params, _inception_features)
+
+
+def pixel_network() -> FeatureNetwork:
+    """Makes the network that does without weights: its features are pixels.
+
+    For images so small that Inception says nothing of them; there are no logits, so no Inception
+    Score, and no sFID. A squared distance is the sum over places of the mean over the channels of
+    pixels in [0, 1], so that a gray image counts the same with one channel or three.
+    """
+    return FeatureNetwork({"features": "pixels"}, {}, _pixel_features)
+
+
+def feature_network(features: str, inception: str) -> FeatureNetwork:
+    """Makes the network that a command line asks for.
+
+    Args:
+        features: "inception" or "pixels".
+        inception: directory of Inception's weights; "" where pixels are the features.
+
+    Raises:
+        InputError: the two do not fit, or there are no such weights.
+    """
+    if features not in ("inception", "pixels"):
+        raise InputError(f"features={features}: allowed are inception, pixels")
+    if features == "pixels":
+        if inception:
+            raise InputError("features=pixels needs no weights; leave inception out")
+        return pixel_network()
+    if not inception:
+        raise InputError(
+            "inception is missing: the directory that python -m varjax.convert --inception=FILE "
+            "wrote; or compare pixels alone with features=pixels (tiny images)"
+        )
+    return inception_network(inception)
+
+
+class FeatureExtractor:
+    """Computes features on all devices of this process, the same to the bit on one or on many.
+
+        extract = FeatureExtractor(network)
+        features = extract(images_NHWC)
+
+    Args:
+        network: makes the features.
+        devices: None for all of this process.
+    """
+
+    def __init__(self, network: FeatureNetwork, devices: Sequence[Any] | None = None):
+        mesh = batch_mesh(devices)
+        block = CPU_BLOCK if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR_BLOCK
+        self.network, self._at_once = network, block * mesh.size
+        self._params = replicate(network.params, mesh)
+        self._apply = data_parallel(
+            lambda params, _, image_BHWC: network.apply(params, image_BHWC), mesh
+        )
+
+    def __call__(
+        self, images_NHWC: np.ndarray, progress: Callable[[int], Any] = lambda count: None
+    ) -> Features:
+        """Computes features, float32.
+
+        Args:
+            images_NHWC: (N, H, W, 1 or 3) uint8; gray ones become RGB.
+            progress: told how many images more are done.
+
+        Raises:
+            InputError: images of another kind.
+        """
+        N, *shape = images_NHWC.shape
+        if len(shape) != 3 or shape[-1] not in (1, 3) or images_NHWC.dtype != np.uint8:
+            raise InputError(
+                f"images are {images_NHWC.dtype} of shape {images_NHWC.shape}; needed are uint8, "
+                "(N, height, width, 1 or 3)"
+            )
+        parts, pending = [], None
+        for start in range(0, N, self._at_once):
+            block_BHWC = images_NHWC[start : start + self._at_once]
+            padding = self._at_once - len(block_BHWC)
+            block_BHWC = np.pad(block_BHWC, ((0, padding), *[(0, 0)] * 3), mode="edge")
+            block_BHWC = np.broadcast_to(block_BHWC, (*block_BHWC.shape[:-1], 3))
+            found = self._apply(self._params, None, block_BHWC)
+            if pending is not None:  # the devices work on this block while that one is fetched
+                parts.append(jax.device_get(pending))
+            pending = found
+            progress(self._at_once - padding)
+        parts.append(jax.device_get(pending))
+        names = {name: name.replace("_B", "_N") for name in parts[0]}
+        return {ours: np.concatenate([p[name] for p in parts])[:N] for name, ours in names.items()}
+
+
+def feature_sizes(network: FeatureNetwork, image_shape: Sequence[int]) -> dict[str, int]:
+    """Returns how many numbers an image of (H, W, channels) has of each kind: "pool_ND" …"""
+    images = jax.ShapeDtypeStruct((1, *image_shape[:2], 3), jnp.uint8)
+    found = jax.eval_shape(network.apply, network.params, images)
+    return {name.replace("_B", "_N"): x.shape[1] for name, x in found.items()}
+
+
+def _inception_features(params, image_BHWC):
+    taps = Inception().apply({"params": params}, image_BHWC)
+    assert isinstance(taps, dict)
+    return {name: taps[name] for name in ("pool_BD", "spatial_BD", "logits_BV")}
+
+
+def _pixel_features(params, image_BHWC):
+    flat_BD = image_BHWC.reshape(len(image_BHWC), -1).astype(jnp.float32)
+    return {"pool_BD": flat_BD / (255 * math.sqrt(3))}

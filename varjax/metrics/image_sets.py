@@ -1,0 +1,255 @@
+"""Sets of images to be measured: an .npz as evaluators write it, or a folder of image files."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from varjax.core import image_io
+from varjax.core.errors import InputError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+LOSSY = {".jpg", ".jpeg"}
+LABEL_KEYS = "labels", "arr_1"  # of varjax sample, and of ADM's samplers
+CHUNK_BYTES = 2**24
+
+
+class ImageSet(Protocol):
+    """Images that are read part by part, so that they need not fit into memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, H, W, channels)."""
+        ...
+
+    @property
+    def label_N(self) -> np.ndarray | None:
+        """Classes, where they are known."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Tells the images from any others."""
+        ...
+
+    def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
+        """Yields each part of the images, uint8; `parts` are in order and do not overlap."""
+        ...
+
+
+def open_image_set(location: str | os.PathLike) -> ImageSet:
+    """Opens an .npz with uint8 images under "arr_0", or a folder of images of one size.
+
+    Raises InputError for anything else, with what is allowed.
+    """
+    path = pathlib.Path(location)
+    if path.is_dir():
+        return FolderImages(path)
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give an .npz of images or a folder of them")
+    if path.suffix != ".npz":
+        raise InputError(f"{path}: give an .npz with images under arr_0, or a folder of them")
+    return NpzImages(path)
+
+
+class NpzImages:
+    """Reads "arr_0", uint8 (N, H, W, channels), of an .npz.
+
+    Raises InputError where there is none.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        with npz_errors(path), zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if "arr_0.npy" not in names:
+                raise InputError(
+                    f"{path} holds no images: there is no arr_0 in it, but "
+                    f"{', '.join(n.removesuffix('.npy') for n in names[:8])}"
+                )
+            with archive.open("arr_0.npy") as member:
+                shape, dtype = _read_header(member)
+            if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
+                raise InputError(
+                    f"arr_0 of {path} is {dtype} of shape {shape}; images are uint8, "
+                    "(N, height, width, 1 or 3)"
+                )
+            self.shape: tuple[int, ...] = shape
+            self.label_N: np.ndarray | None = None
+            for key in LABEL_KEYS:
+                if f"{key}.npy" in names:
+                    with archive.open(f"{key}.npy") as member:
+                        label_N = np.lib.format.read_array(member, allow_pickle=False)
+                    if label_N.shape == shape[:1] and np.issubdtype(label_N.dtype, np.integer):
+                        self.label_N = label_N
+
+    @property
+    def digest(self) -> str:
+        return file_digest(self._path)
+
+    def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
+        image_shape = self.shape[1:]
+        size = int(np.prod(image_shape))
+        with npz_errors(self._path), zipfile.ZipFile(self._path) as archive:
+            with archive.open("arr_0.npy") as member:
+                _read_header(member)
+                place = 0
+                for part in parts:
+                    _skip(member, (part.start - place) * size)
+                    place = part.stop
+                    data = member.read(len(part) * size)
+                    if len(data) != len(part) * size:
+                        raise InputError(f"{self._path} is cut short; make or copy it again")
+                    yield part, np.frombuffer(data, np.uint8).reshape(-1, *image_shape)
+
+
+class FolderImages:
+    """Reads all image files below a folder, in the order of their paths.
+
+    Files that `varjax sample` wrote tell their classes by their names, others by their folders if
+    there are several. Raises InputError for a folder without images or with several sizes.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+        self._files = sorted(
+            file
+            for file in path.rglob("*")
+            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
+        )
+        if not self._files:
+            raise InputError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
+        sizes: dict[tuple[int, int], pathlib.Path] = {}
+        for file in self._files:
+            sizes.setdefault(_image_size(file), file)
+        if len(sizes) > 1:
+            found = ", ".join(f"{w}x{h} ({file.name})" for (w, h), file in list(sizes.items())[:4])
+            raise InputError(
+                f"the images in {path} have several sizes: {found}; resize them all alike first, "
+                "or give folder:PATH, which crops them"
+            )
+        self.lossy = any(file.suffix.lower() in LOSSY for file in self._files)
+        (W, H), first = next(iter(sizes)), image_io.open_image(self._files[0])
+        self._mode = first.mode
+        self.shape = len(self._files), H, W, 1 if first.mode == "L" else 3
+        self.label_N = self._labels()
+
+    @property
+    def digest(self) -> str:
+        sha256 = hashlib.sha256()
+        for file in self._files:
+            sha256.update(f"{file.relative_to(self._path)} {file_digest(file)}\n".encode())
+        return sha256.hexdigest()
+
+    def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
+        for part in parts:
+            images = [self._read(self._files[i]) for i in part]
+            yield part, np.stack(images)
+
+    def _read(self, file):
+        picture = image_io.open_image(file).convert(self._mode)
+        return np.asarray(picture).reshape(self.shape[1:])
+
+    def _labels(self) -> np.ndarray | None:
+        stems = [file.stem.rpartition("_label")[2] for file in self._files]
+        if all("_label" in file.stem for file in self._files) and all(s.isdigit() for s in stems):
+            return np.array(stems, np.int64)
+        folders = sorted({file.parent for file in self._files})
+        if len(folders) < 2:
+            return None
+        number = {folder: i for i, folder in enumerate(folders)}
+        return np.array([number[file.parent] for file in self._files])
+
+
+class StoredImages(Protocol):
+    """A dataset of images, as `varjax.data.stream.ImageDataset` is one."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    def source(self, split: Any) -> Any: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def preprocess(self, image_HWC: np.ndarray) -> np.ndarray: ...
+
+
+class DatasetImages:
+    """All images of a split of a dataset, cropped as for its evaluation.
+
+    Args:
+        data: the dataset.
+        split: "train" or "held_out".
+    """
+
+    label_N = None
+
+    def __init__(self, data: StoredImages, split: str):
+        self._data, self._split, self._source = data, split, data.source(split)
+        self.shape = len(self._source), *data.image_shape
+
+    @property
+    def digest(self) -> str:
+        described = [self._data.describe()[self._split], self.shape]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
+        for part in parts:
+            images = [self._data.preprocess(self._source[i]["image"]) for i in part]
+            yield part, np.stack(images)
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def npz_errors(path: pathlib.Path) -> Iterator[None]:
+    """Turns what a damaged .npz raises into an InputError that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read as an .npz ({error}); make or copy it again"
+        ) from error
+
+
+def _read_header(member: IO[bytes]) -> tuple[Any, np.dtype]:
+    """Shape and dtype of a .npy file, which is then at its first number."""
+    version = np.lib.format.read_magic(member)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in read:
+        raise InputError(f"arr_0 has version {version} of the .npy format, which is not known")
+    shape, fortran, dtype = read[version](member)
+    if fortran:
+        raise InputError("arr_0 lies in Fortran's order; save it in C's")
+    return shape, dtype
+
+
+def _skip(member: IO[bytes], count: int) -> None:
+    while count > 0:
+        count -= len(member.read(min(count, CHUNK_BYTES))) or count
+
+
+def _image_size(file: pathlib.Path) -> tuple[int, int]:
+    """(width, height), from the file's header alone."""
+    try:
+        with Image.open(file) as picture:
+            return picture.size
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{file} is not an image that can be read ({error})") from error

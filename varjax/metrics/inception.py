@@ -1,0 +1,230 @@
+"""FID's Inception-v3 (TensorFlow, 2015-12-05), for inference.
+
+It differs from later ones: 1,008 logits, average pools that leave padding out, a max pool in
+Mixed_7c, and a resize of TensorFlow 1, which is neither half-pixel-centered nor antialiased.
+"""
+
+import pathlib
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from varjax.core import files, trees
+from varjax.core.errors import InputError
+from varjax.core.trees import PyTree
+from varjax.nn.resize import bilinear_tf1
+
+IMAGE_SIZE = 299
+CLASSES = 1008
+FEATURES = 2048  # of the last pool
+SPATIAL_CHANNELS = 7  # of the map that sFID looks at, 17 · 17 · 7 = 2,023 numbers
+BATCH_NORM_EPSILON = 1e-3
+CONVERT_HELP = (
+    "make them with: python -m varjax.convert --inception=FILE --out=DIRECTORY "
+    "(docs/evaluation.md says where that file is)"
+)
+
+
+class Inception(nn.Module):
+    """Computes what metrics need of images, and the other features that the field uses.
+
+    taps = Inception().apply({"params": params}, image_BHWC)
+    """
+
+    @nn.compact
+    def __call__(self, image_BHWC: jax.Array) -> dict[str, jax.Array]:
+        """Computes features of images (B, H, W, 3), 0 … 255 of any number format.
+
+        Returns:
+            Float32 arrays: "pool_BD" (B, 2048), for FID; "spatial_BD" (B, 2023), for sFID, in the
+            order h, w, channel; "logits_BV" (B, 1008) without bias, for the Inception Score;
+            "biased_logits_BV" with it; and "64_BD", "192_BD", "768_BD", means of earlier maps.
+        """
+        x_BHWC = bilinear_tf1(image_BHWC.astype(jnp.float32), (IMAGE_SIZE, IMAGE_SIZE))
+        x_BHWC = (x_BHWC - 128) / 128
+        x_BHWC = ConvNorm(32, (3, 3), 2, name="Conv2d_1a_3x3")(x_BHWC)
+        x_BHWC = ConvNorm(32, (3, 3), padding="VALID", name="Conv2d_2a_3x3")(x_BHWC)
+        x_BHWC = _max_pool(ConvNorm(64, (3, 3), name="Conv2d_2b_3x3")(x_BHWC))
+        taps = {"64_BD": _mean(x_BHWC)}
+        x_BHWC = ConvNorm(80, name="Conv2d_3b_1x1")(x_BHWC)
+        x_BHWC = ConvNorm(192, (3, 3), padding="VALID", name="Conv2d_4a_3x3")(x_BHWC)
+        x_BHWC = _max_pool(x_BHWC)
+        taps["192_BD"] = _mean(x_BHWC)
+        x_BHWC = MixedA(32, name="Mixed_5b")(x_BHWC)
+        x_BHWC = MixedA(64, name="Mixed_5c")(x_BHWC)
+        x_BHWC = MixedA(64, name="Mixed_5d")(x_BHWC)
+        x_BHWC = MixedB(name="Mixed_6a")(x_BHWC)
+        x_BHWC = MixedC(128, name="Mixed_6b")(x_BHWC)
+        x_BHWC = MixedC(160, name="Mixed_6c")(x_BHWC)
+        x_BHWC = MixedC(160, name="Mixed_6d")(x_BHWC)
+        # Its first branch comes first: TensorFlow's "mixed_6/conv".
+        taps["spatial_BD"] = x_BHWC[..., :SPATIAL_CHANNELS].reshape(len(x_BHWC), -1)
+        x_BHWC = MixedC(192, name="Mixed_6e")(x_BHWC)
+        taps["768_BD"] = _mean(x_BHWC)
+        x_BHWC = MixedD(name="Mixed_7a")(x_BHWC)
+        x_BHWC = MixedE(_average_pool, name="Mixed_7b")(x_BHWC)
+        x_BHWC = MixedE(_max_pool_same, name="Mixed_7c")(x_BHWC)
+        taps["pool_BD"] = _mean(x_BHWC)
+        kernel_DV = self.param("fc_kernel", nn.initializers.lecun_normal(), (FEATURES, CLASSES))
+        bias_V = self.param("fc_bias", nn.initializers.zeros, (CLASSES,))
+        taps["logits_BV"] = jnp.matmul(taps["pool_BD"], kernel_DV, precision="highest")
+        taps["biased_logits_BV"] = taps["logits_BV"] + bias_V[None]
+        return taps
+
+
+class ConvNorm(nn.Module):
+    """A convolution, batch normalization by stored statistics, and ReLU.
+
+    Attributes:
+        width: channels that come out.
+        kernel: height and width.
+        stride: of both.
+        padding: "SAME" or "VALID"; None for the first with stride 1 and else the second.
+    """
+
+    width: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: str | None = None
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        shape = *self.kernel, x_BHWC.shape[-1], self.width
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        scale_C, variance_C = (self.param(n, ones, self.width) for n in ("scale", "variance"))
+        bias_C, mean_C = (self.param(n, zeros, self.width) for n in ("bias", "mean"))
+        y_BHWC = jax.lax.conv_general_dilated(
+            x_BHWC,
+            kernel,
+            (self.stride, self.stride),
+            self.padding or ("SAME" if self.stride == 1 else "VALID"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision="highest",  # TF32 or bfloat16 change FID in its second digit
+        )
+        factor_C = scale_C * jax.lax.rsqrt(variance_C + BATCH_NORM_EPSILON)
+        y_BHWC = (y_BHWC - mean_C[None, None, None]) * factor_C[None, None, None]
+        return nn.relu(y_BHWC + bias_C[None, None, None])
+
+
+class MixedA(nn.Module):
+    """Four branches: 1×1, 5×5, two 3×3, and an average pool with `pool_width` channels."""
+
+    pool_width: int
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        b1 = ConvNorm(64, name="branch1x1")(x_BHWC)
+        b5 = ConvNorm(48, name="branch5x5_1")(x_BHWC)
+        b5 = ConvNorm(64, (5, 5), name="branch5x5_2")(b5)
+        b3 = ConvNorm(64, name="branch3x3dbl_1")(x_BHWC)
+        b3 = ConvNorm(96, (3, 3), name="branch3x3dbl_2")(b3)
+        b3 = ConvNorm(96, (3, 3), name="branch3x3dbl_3")(b3)
+        pool = ConvNorm(self.pool_width, name="branch_pool")(_average_pool(x_BHWC))
+        return jnp.concatenate([b1, b5, b3, pool], axis=-1)
+
+
+class MixedB(nn.Module):
+    """Halves the map: 3×3, two 3×3, and a max pool."""
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        b3 = ConvNorm(384, (3, 3), 2, name="branch3x3")(x_BHWC)
+        b3dbl = ConvNorm(64, name="branch3x3dbl_1")(x_BHWC)
+        b3dbl = ConvNorm(96, (3, 3), name="branch3x3dbl_2")(b3dbl)
+        b3dbl = ConvNorm(96, (3, 3), 2, name="branch3x3dbl_3")(b3dbl)
+        return jnp.concatenate([b3, b3dbl, _max_pool(x_BHWC)], axis=-1)
+
+
+class MixedC(nn.Module):
+    """Four branches with 7×7 convolutions in two parts, of `width` channels inside."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        inner, row, column = self.width, (1, 7), (7, 1)
+        b1 = ConvNorm(192, name="branch1x1")(x_BHWC)
+        b7 = ConvNorm(inner, name="branch7x7_1")(x_BHWC)
+        b7 = ConvNorm(inner, row, name="branch7x7_2")(b7)
+        b7 = ConvNorm(192, column, name="branch7x7_3")(b7)
+        b7dbl = ConvNorm(inner, name="branch7x7dbl_1")(x_BHWC)
+        b7dbl = ConvNorm(inner, column, name="branch7x7dbl_2")(b7dbl)
+        b7dbl = ConvNorm(inner, row, name="branch7x7dbl_3")(b7dbl)
+        b7dbl = ConvNorm(inner, column, name="branch7x7dbl_4")(b7dbl)
+        b7dbl = ConvNorm(192, row, name="branch7x7dbl_5")(b7dbl)
+        pool = ConvNorm(192, name="branch_pool")(_average_pool(x_BHWC))
+        return jnp.concatenate([b1, b7, b7dbl, pool], axis=-1)
+
+
+class MixedD(nn.Module):
+    """Halves the map: 3×3, 7×7 and 3×3, and a max pool."""
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        b3 = ConvNorm(192, name="branch3x3_1")(x_BHWC)
+        b3 = ConvNorm(320, (3, 3), 2, name="branch3x3_2")(b3)
+        b7 = ConvNorm(192, name="branch7x7x3_1")(x_BHWC)
+        b7 = ConvNorm(192, (1, 7), name="branch7x7x3_2")(b7)
+        b7 = ConvNorm(192, (7, 1), name="branch7x7x3_3")(b7)
+        b7 = ConvNorm(192, (3, 3), 2, name="branch7x7x3_4")(b7)
+        return jnp.concatenate([b3, b7, _max_pool(x_BHWC)], axis=-1)
+
+
+class MixedE(nn.Module):
+    """Four branches whose 3×3 convolutions fork into 1×3 and 3×1; `pool` begins the last."""
+
+    pool: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        row, column = (1, 3), (3, 1)
+        b1 = ConvNorm(320, name="branch1x1")(x_BHWC)
+        b3 = ConvNorm(384, name="branch3x3_1")(x_BHWC)
+        b3a = ConvNorm(384, row, name="branch3x3_2a")(b3)
+        b3b = ConvNorm(384, column, name="branch3x3_2b")(b3)
+        b3dbl = ConvNorm(448, name="branch3x3dbl_1")(x_BHWC)
+        b3dbl = ConvNorm(384, (3, 3), name="branch3x3dbl_2")(b3dbl)
+        b3dbl_a = ConvNorm(384, row, name="branch3x3dbl_3a")(b3dbl)
+        b3dbl_b = ConvNorm(384, column, name="branch3x3dbl_3b")(b3dbl)
+        pool = ConvNorm(192, name="branch_pool")(self.pool(x_BHWC))
+        return jnp.concatenate([b1, b3a, b3b, b3dbl_a, b3dbl_b, pool], axis=-1)
+
+
+def init_inception(key: jax.Array) -> PyTree:
+    """Draws parameters, for their shapes and for trials without the real ones."""
+    return Inception().init(key, jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3)))["params"]
+
+
+def load_inception(location: str | pathlib.Path) -> PyTree:
+    """Reads the parameters that `python -m varjax.convert --inception=…` wrote.
+
+    Raises:
+        InputError: there are none (and how to make them), or others.
+    """
+    path = pathlib.Path(location) / "inception.safetensors"
+    if not path.is_file():
+        raise InputError(f"there are no Inception weights in {location}; {CONVERT_HELP}")
+    params, _ = files.read_tensors(path)
+    expected = jax.eval_shape(init_inception, jax.random.key(0))
+    if report := trees.difference(expected, params):
+        raise InputError(f"{path} is not FID's Inception-v3:\n{report}")
+    return params
+
+
+def _mean(x_BHWC):
+    return jnp.mean(x_BHWC, axis=(1, 2))
+
+
+def _max_pool(x_BHWC):
+    return nn.max_pool(x_BHWC, (3, 3), (2, 2))
+
+
+def _max_pool_same(x_BHWC):
+    return nn.max_pool(x_BHWC, (3, 3), (1, 1), "SAME")
+
+
+def _average_pool(x_BHWC):
+    return nn.avg_pool(x_BHWC, (3, 3), (1, 1), "SAME", count_include_pad=False)

@@ -1,0 +1,158 @@
+"""What samples are measured against: an .npz of statistics, or images and their statistics."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+from collections.abc import Mapping
+
+import numpy as np
+
+from varjax.core import files
+from varjax.core.errors import InputError
+from varjax.metrics.feature_store import FeatureStore, extract_features, parts_of
+from varjax.metrics.features import FeatureExtractor, Features, feature_sizes
+from varjax.metrics.fid import Moments, MomentSums
+from varjax.metrics.image_sets import ImageSet, file_digest, npz_errors, open_image_set
+
+# ADM's names of the statistics: of Inception's last pool, and of the map that sFID looks at.
+STATISTICS = {"pool_ND": ("mu", "sigma"), "spatial_ND": ("mu_s", "sigma_s")}
+COMPARED_IMAGES = 10_000  # of the reference, for precision, recall and KID, as in ADM's files
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reference:
+    """Holds what metrics need of a reference.
+
+    Attributes:
+        digest: tells its content from any other.
+        moments: of "pool_ND", and of "spatial_ND" where they are known.
+        pool_MD: features of at most 10,000 of its images; None where it has none.
+        images: how many the moments are of; None where an .npz of statistics does not tell.
+    """
+
+    digest: str
+    moments: dict[str, Moments]
+    pool_MD: np.ndarray | None
+    images: int | None
+
+
+def default_cache() -> pathlib.Path:
+    """Returns where statistics of references are kept."""
+    return files.cache_folder() / "references"
+
+
+def read_reference(
+    location: str | os.PathLike,
+    extract: FeatureExtractor,
+    cache: pathlib.Path,
+    sizes: Mapping[str, int],
+) -> Reference:
+    """Reads a reference, and computes of its images what `cache` does not hold yet.
+
+    Args:
+        location: an .npz with "mu" and "sigma", perhaps "mu_s", "sigma_s" and images under "arr_0"
+            (as ADM's); an .npz of images; or a folder of images of one size.
+        extract: computes features; statistics in an .npz must be Inception's.
+        cache: folder for what was computed, by its content.
+        sizes: of the samples' features, by `feature_sizes`.
+
+    Raises:
+        InputError: it is none of these, or statistics of other features or images of another size.
+    """
+    path = pathlib.Path(location)
+    statistics = _read_statistics(path) if path.suffix == ".npz" and path.is_file() else {}
+    if not statistics:
+        images = open_image_set(path)
+        if feature_sizes(extract.network, images.shape[1:]) != sizes:
+            raise InputError(
+                f"{path} holds images of {images.shape[1:]}, which have other features than the "
+                "samples; give images of the samples' size"
+            )
+        return reference_of_images(images, extract, cache)
+    for kind, moments in statistics.items():
+        wanted = sizes.get(kind)
+        if moments.mean_D.shape != (wanted,):
+            raise InputError(
+                f"{path} holds statistics of {moments.mean_D.size} numbers an image, but these "
+                f"features have {wanted}; give statistics of Inception, or images"
+            )
+    images = (
+        reference_of_images(open_image_set(path), extract, cache) if _has_images(path) else None
+    )
+    pool_MD = None if images is None else images.pool_MD
+    return Reference(file_digest(path), statistics, pool_MD, None)
+
+
+def reference_of_features(features: Features) -> Reference:
+    """Makes a reference of features (N, …) in memory; InputError for fewer than two images."""
+    moments = {k: Moments.of(features[k]) for k in STATISTICS.keys() & features.keys()}
+    pool_ND = features["pool_ND"]
+    return Reference("", moments, pool_ND[compared_rows(len(pool_ND))], len(pool_ND))
+
+
+def compared_rows(count: int) -> np.ndarray:
+    """Chooses the images of a reference whose features are kept, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, COMPARED_IMAGES)).astype(int))
+
+
+def reference_of_images(
+    images: ImageSet, extract: FeatureExtractor, cache: pathlib.Path
+) -> Reference:
+    """Computes the statistics of images, or reads them from `cache`."""
+    request = {"images": images.digest, **extract.network.identity}
+    key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+    path = cache / f"{key}.safetensors"
+    if not path.exists():
+        count = images.shape[0]
+        store = FeatureStore(cache / key, request)
+        extract_features(images, extract, store, "reference")
+        chosen = compared_rows(count)
+        sums: dict[str, MomentSums] = {}
+        compared = []
+        for part in parts_of(count):
+            features = store.read(part)
+            for kind in STATISTICS.keys() & features.keys():
+                sums.setdefault(kind, MomentSums()).add(features[kind])
+            rows = chosen[(chosen >= part.start) & (chosen < part.stop)] - part.start
+            compared.append(features["pool_ND"][rows])
+        arrays = {"compared": np.concatenate(compared)}
+        for kind, total in sums.items():
+            mean, covariance = STATISTICS[kind]
+            moments = total.moments()
+            arrays |= {mean: moments.mean_D, covariance: moments.covariance_DD}
+        files.write_tensors(path, arrays, {})
+        store.delete()
+    arrays, _ = files.read_tensors(path)
+    moments = {
+        kind: Moments(arrays[mean], arrays[covariance])
+        for kind, (mean, covariance) in STATISTICS.items()
+        if mean in arrays
+    }
+    return Reference(request["images"], moments, arrays["compared"], images.shape[0])
+
+
+def _read_statistics(path: pathlib.Path) -> dict[str, Moments]:
+    """The moments in an .npz by kind of features, {} where it holds images alone."""
+    found = {}
+    with npz_errors(path), np.load(path) as arrays:
+        for kind, (mean, covariance) in STATISTICS.items():
+            if mean not in arrays.files:
+                continue
+            if covariance not in arrays.files:
+                raise InputError(f"{path} holds {mean} but no {covariance}")
+            mean_D, covariance_DD = (arrays[n].astype(np.float64) for n in (mean, covariance))
+            if mean_D.ndim != 1 or covariance_DD.shape != mean_D.shape * 2:
+                raise InputError(
+                    f"{path}: {mean} has shape {mean_D.shape} and {covariance} "
+                    f"{covariance_DD.shape}; needed are (D,) and (D, D)"
+                )
+            found[kind] = Moments(mean_D, covariance_DD)
+    return found
+
+
+def _has_images(path: pathlib.Path) -> bool:
+    with npz_errors(path), zipfile.ZipFile(path) as archive:
+        return "arr_0.npy" in archive.namelist()
