@@ -126,6 +126,9 @@ class HistogramTask:
     def preview(self, state, frozen, batch):
         return {}
 
+    def sampler(self):
+        return None
+
 
 # 4. Its line in the table.
 HISTOGRAM: Any = families.Family(

@@ -94,6 +94,15 @@ class Tiny:
     def preview(self, state, frozen, batch):
         return {"inputs": batch["image_BHWC"][:5].astype(jnp.float32) / 255}
 
+    def sampler(self):
+        """Images of random numbers, as bright as a parameter says."""
+
+        def draw(params, frozen, label_B, key_B):
+            noise_BHWC = jax.vmap(lambda key: jax.random.uniform(key, (8, 8, 1)))(key_B)
+            return noise_BHWC * jax.nn.sigmoid(jnp.mean(params["up"]["kernel"]))
+
+        return draw
+
     def _tx(self, params):
         return self.optimizer.make(self.plan, jax.tree.map(lambda x: x.ndim > 1, params))
 

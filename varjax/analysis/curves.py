@@ -12,6 +12,7 @@ from varjax.core.errors import InputError
 
 PREFIX_LABELS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
 SECOND_METRICS = ("accuracy", "psnr")  # beside the loss: the first that is there
+SAMPLE_METRICS = ("fid", "inception_score")  # and those of these that are there
 SCALE_METRICS = ("loss_at_scale", "perplexity")  # in the lower panels: the first that is there
 PANEL_COLUMNS = 5
 
@@ -36,6 +37,12 @@ def draw_curves(
     if not any(run.points(kind + "loss")[0].size for run in runs for kind in PREFIX_LABELS):
         raise InputError(f"nothing is logged yet in {', '.join(run.name for run in runs)}")
     second = _first(SECOND_METRICS, lambda name: any(run.points(name)[0].size for run in runs))
+    large = ["loss", *[second] * bool(second)]
+    large += [
+        name
+        for name in SAMPLE_METRICS
+        if any(run.points(kind + name)[0].size for run in runs for kind in PREFIX_LABELS)
+    ]
     by_scale = by_scale or _first(SCALE_METRICS, lambda name: any(run.scales(name) for run in runs))
     scales = max(run.scales(by_scale) for run in runs)
 
@@ -49,7 +56,7 @@ def draw_curves(
     ratios = (4.8, 2.3 * rows)[: 1 + bool(rows)]
     parts: Any = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)
     above, *below = parts[:, 0]
-    panels = _large(above, ["loss", second] if second else ["loss"])
+    panels = _large(above, large)
     for part in below:
         panels |= _small(part, by_scale, scales)
     for name, panel in panels.items():
@@ -74,7 +81,7 @@ def draw_curves(
 
 
 def _large(part: Any, names: list[str]) -> dict[str, Any]:
-    widths = (3, 2)[: len(names)]
+    widths = (3, *[2] * (len(names) - 1))
     axes = part.subplots(1, len(names), width_ratios=widths, squeeze=False)[0]
     for panel, name in zip(axes, names, strict=True):
         panel.set(title=name, xlabel="images seen")

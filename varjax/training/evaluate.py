@@ -13,7 +13,7 @@ from varjax.training.experiment import BatchLoader
 from varjax.training.metric_writers import flatten_metrics
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import on_mesh, replicated
-from varjax.training.task import Batch, Task, TrainState
+from varjax.training.task import Batch, Task, TrainState, evaluated_parameters
 
 
 class Evaluator:
@@ -59,7 +59,7 @@ class Evaluator:
                 return None
             placed, before = self._place(batch), sums
             sums = {}
-            for kind, params in _kinds(state).items():
+            for kind, params in evaluated_parameters(state).items():
                 part = self._step(dataclasses.replace(state, params=params), self._frozen, placed)
                 sums[kind] = self._add(before[kind], part) if before else part
             jax.block_until_ready(before)  # or else all batches could pile up on the devices
@@ -75,7 +75,7 @@ class Evaluator:
         sums = jax.eval_shape(self._step, state, self._frozen, self._first_batch())
         ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), sums)  # not 0: they may divide
         names = flatten_metrics(self._task.eval_metrics(ones))
-        return [f"{kind}/{name}" for kind in _kinds(state) for name in names]
+        return [f"{kind}/{name}" for kind in evaluated_parameters(state) for name in names]
 
     def preview(self, state: TrainState) -> dict[str, np.ndarray]:
         """Returns previews of the first held-out batch by name, of the average if there is one."""
@@ -88,8 +88,3 @@ class Evaluator:
 
     def _place(self, batch: Mapping[str, np.ndarray]) -> Batch:
         return put_batch(batch, self._mesh, self._batch_size)
-
-
-def _kinds(state: TrainState) -> dict[str, PyTree]:
-    """Returns the parameters to evaluate, by the first part of their metrics' names."""
-    return {"eval": state.params} | ({} if state.ema is None else {"eval_ema": state.ema})

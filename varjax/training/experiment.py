@@ -11,6 +11,7 @@ import numpy as np
 
 from varjax.core import config_tree, files
 from varjax.core.errors import InputError, check_setting
+from varjax.training.sample_quality import FIDConfig
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan, Task
 
@@ -100,6 +101,7 @@ class Experiment:
             are kept in <run_dir>/best. Lower is better but for accuracy, psnr, ssim, usage and
             perplexity (of codes); "max:NAME" or "min:NAME" says it for any metric. "" for none.
         patience: evaluations in a row without a better one that end the run; 0 for no such end.
+        fid: FID and Inception Score of samples as the run goes.
     """
 
     task: Task
@@ -118,6 +120,7 @@ class Experiment:
     keep: int = 2
     keep_best: str = ""
     patience: int = 0
+    fid: FIDConfig = FIDConfig()
 
     def check(self) -> None:
         """Raises InputError for the first field that makes no sense."""
@@ -137,6 +140,7 @@ class Experiment:
             raise InputError("keep_best and patience need evaluations; set eval_every above 0")
         if self.patience and not self.keep_best:
             raise InputError(f"patience is {self.patience}, but keep_best names no metric")
+        self.fid.check()
         if self.task.plan != Plan():
             raise InputError(
                 f"task.plan is {self.task.plan}, but it follows from the rest; "
@@ -173,6 +177,7 @@ CHANGEABLE_FIELDS = (
     "keep_best",
     "patience",
     "init_from",
+    "fid",
     "data.reading",
     "data.root",  # images may move: data.json tells whether they are the same
     "data.name",

@@ -26,6 +26,7 @@ from varjax.training.loop_state import LoopState, parse_keep_best
 from varjax.training.metric_writers import MetricWriter, ProgressReporter, flatten_metrics
 from varjax.training.preemption import PreemptionGuard
 from varjax.training.prefetch import Prefetcher
+from varjax.training.sample_quality import SampleQuality
 from varjax.training.sharding import (
     make_mesh,
     on_mesh,
@@ -131,8 +132,14 @@ def _train(
     check_latents(task, frozen, loader.tokenizer_identity)
     frozen = put(frozen, shardings(frozen, mesh))
     evaluator = Evaluator(task, loader, frozen, mesh, e.batch_size)
+    quality = None
+    if e.fid.every:
+        on_latents = loader.tokenizer_identity is not None
+        quality = SampleQuality(e.fid, task, e.data, frozen, mesh, e.batch_size, on_latents)
     if e.keep_best:
         names = evaluator.metric_names(abstract)
+        if quality is not None and e.fid.every == e.eval_every:
+            names += quality.metric_names(abstract)
         if parse_keep_best(e.keep_best)[0] not in names:
             raise InputError(f"keep_best is {e.keep_best!r}, but an evaluation gives {names}")
 
@@ -176,12 +183,19 @@ def _train(
 
         def evaluate() -> bool:
             """Evaluates and previews where this step is due; returns whether it came to the end."""
-            if step == steps or due(e.eval_every):
-                metrics = evaluator.metrics(state, preemption.should_stop)
-                if metrics is None:
+            found: dict[str, float] = {}
+            if evaluating := step == steps or due(e.eval_every):
+                if (metrics := evaluator.metrics(state, preemption.should_stop)) is None:
                     return False
-                writer.write(step, metrics)
-                if loop_state.update(metrics):
+                found |= metrics
+            if quality is not None and (step == steps or due(e.fid.every)):
+                if (metrics := quality.metrics(state, preemption.should_stop)) is None:
+                    return False
+                found |= metrics
+            if found:
+                writer.write(step, found)
+            if evaluating:
+                if loop_state.update(found):
                     weights = dataclasses.replace(state, opt_state=None)
                     best.save(step, weights, {"keep_best": e.keep_best})
             for name, images in evaluator.preview(state).items() if due(e.preview_every) else ():
@@ -209,7 +223,9 @@ def _train(
             unlogged = step, metrics
 
             stop = preemption.should_stop()
-            evaluating = step == steps or due(e.eval_every) or due(e.preview_every)
+            evaluating = step == steps or any(
+                due(every) for every in (e.eval_every, e.preview_every, e.fid.every)
+            )
             if not (stop or evaluating or due(e.save_every)):
                 continue
             log(*unlogged)  # raises before anything that is not finite can be saved

@@ -6,7 +6,9 @@ import re
 
 # Parts of metrics' names of which more is better, unless the user says otherwise. Perplexity is a
 # tokenizer's, of its codes; a transformer's own, "perplexity_at_scale", should fall.
-HIGHER_IS_BETTER = re.compile(r"accuracy|psnr|ssim|usage|code_perplexity|perplexity(?!_at_scale)")
+HIGHER_IS_BETTER = re.compile(
+    r"accuracy|psnr|ssim|usage|code_perplexity|perplexity(?!_at_scale)|inception_score"
+)
 
 
 def parse_keep_best(keep_best: str) -> tuple[str, bool]:

@@ -1,7 +1,7 @@
 """The contract between a model family and the training loop."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import flax.struct
@@ -48,6 +48,10 @@ class TrainState:
     params: PyTree
     ema: PyTree
     opt_state: PyTree
+
+
+# (params, frozen, label_B, key_B) -> images (B, H, W, C) in [0, 1], each from its own key.
+ImageSampler = Callable[[PyTree, PyTree, jax.Array, jax.Array], jax.Array]
 
 
 class Task(Protocol):
@@ -141,6 +145,15 @@ class Task(Protocol):
         Each is (N, H, W, C), or (rows, columns, H, W, C) where the arrangement says something.
         """
         ...
+
+    def sampler(self) -> ImageSampler | None:
+        """Returns what draws images of given classes, for FID; None for a task that draws none."""
+        ...
+
+
+def evaluated_parameters(state: TrainState) -> dict[str, PyTree]:
+    """Returns the parameters to evaluate, by the first part of their metrics' names."""
+    return {"eval": state.params} | ({} if state.ema is None else {"eval_ema": state.ema})
 
 
 def check_classes(data: int, model: int) -> None:

@@ -20,7 +20,14 @@ from varjax.tokenizers.load import read_frozen_tokenizer
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Batch, MatchingRows, Plan, TrainState, check_classes
+from varjax.training.task import (
+    Batch,
+    ImageSampler,
+    MatchingRows,
+    Plan,
+    TrainState,
+    check_classes,
+)
 from varjax.training.train_step import (
     accumulated_gradients,
     apply_gradients,
@@ -33,6 +40,7 @@ from varjax.var.sample import VAROptions, sample_images
 
 # What the reference does not decay: biases, positions, levels, AdaLN tables, attention scales.
 DECAYED = ((r"(kernel|class_embed)$", True), (r"", False))
+PREVIEW_SAMPLES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,18 +182,25 @@ class VARTask:
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Samples the first classes, from the same seeds always, and reconstructs images."""
-        label_B = jnp.arange(16) % self.model.classes
-        images_BHWC = sample_images(
-            self.tokenizer,
-            self.model,
-            {"tokenizer": frozen, "var": state.params},
-            label_B,
-            image_keys(0, jnp.arange(16)),
-            self.sampling,
-            compute=self.compute,
-        )
+        label_B = jnp.arange(PREVIEW_SAMPLES) % self.model.classes
+        key_B = image_keys(0, jnp.arange(PREVIEW_SAMPLES))
+        images_BHWC = self.sampler()(state.params, frozen, label_B, key_B)
         kept = teacher_forcing.reconstructions(self.tokenizer, frozen, batch)
         return {"samples": images_BHWC, "reconstructions": kept}
+
+    def sampler(self) -> ImageSampler:
+        def draw(params, frozen, label_B, key_B):
+            return sample_images(
+                self.tokenizer,
+                self.model,
+                {"tokenizer": frozen, "var": params},
+                label_B,
+                key_B,
+                self.sampling,
+                compute=self.compute,
+            )
+
+        return draw
 
     def _by_scale(self, x_BL):
         """Averages over the tokens of each scale, (K,)."""

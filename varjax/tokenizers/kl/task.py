@@ -179,6 +179,9 @@ class KLTask:
         x_BHWC = to_unit_range(to_model_range(images_BHWC))
         return {"reconstructions": jnp.stack([x_BHWC, y_BHWC])}
 
+    def sampler(self) -> None:
+        return None  # a tokenizer draws nothing
+
     @property
     def jax_dtype(self) -> jnp.dtype:
         """The number format that `dtype` stands for on this machine."""

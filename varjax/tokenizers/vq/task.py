@@ -188,6 +188,9 @@ class VQTask:
         y_KBHWC = model.decode_every_scale(model.encode(x_BHWC))
         return {"reconstructions": to_unit_range(jnp.concatenate([x_BHWC[None], y_KBHWC]))}
 
+    def sampler(self) -> None:
+        return None  # a tokenizer draws nothing
+
     @property
     def jax_dtype(self) -> jnp.dtype:
         """The number format that `dtype` stands for on this machine."""

@@ -1,0 +1,91 @@
+"""FID as a run goes: by fixed seeds, of parameters and their average, in the run's own files."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers import runs, tiny
+from varjax.core.errors import InputError
+from varjax.data.sources import Digits
+from varjax.metrics.features import FeatureExtractor, pixel_network
+from varjax.metrics.fid import Moments, frechet_distance
+from varjax.tokenizers.vq.task import VQTask
+from varjax.training import loop
+from varjax.training.sample_quality import FIDConfig, SampleQuality
+from varjax.training.sharding import MeshShape, make_mesh
+from varjax.training.task import Plan
+
+FID = FIDConfig(every=10, images=40, features="pixels")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VARJAX_CACHE", str(tmp_path / "cache"))
+
+
+def quality(config=FID, batch_size=16, task=None):
+    task = task or tiny.Tiny(plan=Plan(1, batch_size))
+    mesh = make_mesh(MeshShape())
+    return SampleQuality(config, task, Digits(), {}, mesh, batch_size, False)
+
+
+def state():
+    return tiny.Tiny().init(jax.random.key(3))
+
+
+def test_it_is_the_distance_of_the_images_that_are_drawn():
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(40))
+    images = tiny.Tiny().sampler()(state().params, {}, None, key_B)
+    images = np.rint(np.asarray(images) * 255).astype(np.uint8)
+    extract = FeatureExtractor(pixel_network())
+    samples, real = (
+        Moments.of(extract(x)["pool_ND"]) for x in (images, Digits().source("held_out").images_NHWC)
+    )
+    found = quality().metrics(state())
+    assert found["eval/fid"] == pytest.approx(frechet_distance(samples, real), rel=1e-5)
+    assert list(found) == quality().metric_names(state())
+
+
+def test_batches_change_nothing_and_another_seed_does():
+    first, other = (quality(batch_size=size).metrics(state()) for size in (16, 40))
+    assert first["eval/fid"] == pytest.approx(other["eval/fid"], rel=1e-6)
+    again = quality(dataclasses.replace(FID, seed=1)).metrics(state())
+    assert again["eval/fid"] != pytest.approx(first["eval/fid"], rel=1e-6)
+
+
+def test_it_can_be_stopped():
+    assert quality().metrics(state(), stop=lambda: True) is None
+
+
+def test_a_run_logs_it_and_keeps_the_best_by_it(tmp_path):
+    e = tiny.experiment(
+        tmp_path / "run", steps=20, eval_every=10, keep_best="eval_ema/fid", fid=FID, save_every=10
+    )
+    metrics = loop.train(e)
+    assert {"eval/fid", "eval_ema/fid", "eval_ema/loss"} <= metrics.keys()
+    lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    logged = {line["step"]: line["eval_ema/fid"] for line in lines if "eval_ema/fid" in line}
+    assert list(logged) == [10, 20] and logged[10] != logged[20]
+    best = min(logged, key=logged.__getitem__)
+    assert (tmp_path / "run/best" / str(best)).is_dir()
+
+
+def test_what_cannot_be_measured_is_refused_before_the_run(tmp_path):
+    with pytest.raises(InputError, match="a tokenizer draws no images"):
+        quality(task=VQTask(runs.TOKENIZER))
+    with pytest.raises(InputError, match="inception is missing"):
+        quality(dataclasses.replace(FID, features="inception"))
+    with pytest.raises(InputError, match="absent.npz does not exist"):
+        quality(dataclasses.replace(FID, reference=str(tmp_path / "absent.npz")))
+    mesh = make_mesh(MeshShape())
+    with pytest.raises(InputError, match="this run's data are latents"):
+        SampleQuality(FID, tiny.Tiny(), Digits(), {}, mesh, 16, on_latents=True)
+    for wrong in ({"every": -1}, {"images": 1}, {"seed": -1}):
+        with pytest.raises(InputError, match="fid"):
+            tiny.experiment(tmp_path, fid=dataclasses.replace(FID, **wrong)).check()
+    e = tiny.experiment(tmp_path / "run", eval_every=5, keep_best="eval/fid", fid=FID)
+    with pytest.raises(InputError, match="keep_best is 'eval/fid', but an evaluation gives"):
+        loop.train(e)  # not at every evaluation

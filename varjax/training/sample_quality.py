@@ -1,0 +1,177 @@
+"""FID and Inception Score of a run as it goes: images drawn by fixed seeds, on all devices."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from varjax.core.distributed import on_first_process
+from varjax.core.errors import InputError, check_setting
+from varjax.core.trees import PyTree
+from varjax.metrics import fid
+from varjax.metrics.features import FeatureExtractor, feature_network, feature_sizes
+from varjax.metrics.image_sets import DatasetImages
+from varjax.metrics.references import (
+    Reference,
+    default_cache,
+    read_reference,
+    reference_of_images,
+)
+from varjax.training.prefetch import put_batch
+from varjax.training.sharding import on_mesh, put, replicated, rows_of_process
+from varjax.training.task import Task, TrainState, evaluated_parameters
+
+HELD_OUT = "held_out"  # a reference: the run's own images
+
+
+@dataclasses.dataclass(frozen=True)
+class FIDConfig:
+    """Configures the FID of samples that are drawn during training.
+
+    Attributes:
+        every: steps between two, 0 for never; at the end of the run, too.
+        images: samples that are drawn, equally many of each class; published values are of 50,000,
+            and fewer give a larger FID.
+        reference: an .npz of statistics (ADM's) or of images, a folder of images of the samples'
+            size, or "held_out" for the run's own held-out images.
+        inception: directory that `python -m varjax.convert --inception=FILE` wrote.
+        features: "inception", or "pixels" for tiny images, which need no weights.
+        seed: of the samples.
+    """
+
+    every: int = 0
+    images: int = 10_000
+    reference: str = HELD_OUT
+    inception: str = ""
+    features: str = "inception"
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises InputError for a number out of range."""
+        check_setting("fid.every", self.every, self.every >= 0, "0 or more")
+        check_setting("fid.images", self.images, self.images >= 2, "2 or more")
+        check_setting("fid.seed", self.seed, 0 <= self.seed < 2**31, f"0 … {2**31 - 1}")
+
+
+class SampleQuality:
+    """Draws images from a task's parameters and compares them with a reference.
+
+        quality = SampleQuality(config, task, data, frozen, mesh, batch_size, on_latents)
+        metrics = quality.metrics(state)  # {"eval/fid": …, "eval_ema/inception_score": …}
+
+    Args:
+        config: what is measured.
+        task: draws the images, by `Task.sampler`.
+        data: the run's dataset.
+        frozen: the task's pretrained weights, on the mesh.
+        mesh: over all devices.
+        batch_size: images at a time, over all processes.
+        on_latents: whether the run's data are latents, which are no reference.
+
+    Raises:
+        InputError: before anything is drawn, for what cannot be done.
+    """
+
+    def __init__(
+        self,
+        config: FIDConfig,
+        task: Task,
+        data: Any,
+        frozen: PyTree,
+        mesh: Mesh,
+        batch_size: int,
+        on_latents: bool,
+    ):
+        draw = task.sampler()
+        if draw is None:
+            raise InputError(
+                "fid.every is set, but a tokenizer draws no images; set it to 0 and use "
+                "varjax evaluate-tokenizer --inception=DIR"
+            )
+        if config.reference == HELD_OUT and on_latents:
+            raise InputError(
+                "fid.reference is held_out, but this run's data are latents; give an .npz or a "
+                "folder of images"
+            )
+        self._config, self._classes = config, data.classes
+        self._frozen, self._mesh, self._batch_size = frozen, mesh, batch_size
+        network = feature_network(config.features, config.inception)
+        everywhere = replicated(mesh)
+        self._network_params = put(
+            network.params, jax.tree.map(lambda _: everywhere, network.params)
+        )
+
+        def features(params, frozen, network_params, batch):
+            key = jax.random.key(config.seed)
+            key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index_B"])
+            images_BHWC = draw(params, frozen, batch["label_B"], key_B)
+            images_BHWC = jnp.rint(jnp.clip(images_BHWC, 0, 1) * 255).astype(jnp.uint8)
+            images_BHWC = jnp.broadcast_to(images_BHWC, (*images_BHWC.shape[:-1], 3))
+            found = network.apply(network_params, images_BHWC)
+            return {name: x for name, x in found.items() if name in ("pool_BD", "logits_BV")}
+
+        self._features = jax.jit(on_mesh(features, mesh), out_shardings=everywhere)
+        self._reference: Reference | None = None
+
+        def read() -> None:
+            extract, cache = FeatureExtractor(network), default_cache()
+            if config.reference == HELD_OUT:
+                images = DatasetImages(data, "held_out")
+                self._reference = reference_of_images(images, extract, cache)
+            else:
+                sizes = feature_sizes(network, data.image_shape)
+                self._reference = read_reference(config.reference, extract, cache, sizes)
+
+        on_first_process(read)
+
+    def metrics(
+        self, state: TrainState, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """Draws the images and measures them, always from the same seeds.
+
+        Args:
+            state: whose parameters, and their average if there is one, are measured.
+            stop: asked before each batch; once it returns True, the evaluation ends.
+
+        Returns:
+            "eval/fid", "eval/inception_score" and the same of "eval_ema"; None where it was
+            stopped.
+        """
+        found: dict[str, float] = {}
+        for kind, params in evaluated_parameters(state).items():
+            parts: list[dict[str, np.ndarray]] = []
+            for start in range(0, self._config.images, self._batch_size):
+                if stop():
+                    return None
+                parts.append(jax.device_get(self._batch_features(params, start)))
+            joined = {
+                name: np.concatenate([part[name] for part in parts])[: self._config.images]
+                for name in parts[0]
+            }
+            metrics = on_first_process(lambda joined=joined: self._measure(joined))
+            found |= {f"{kind}/{name}": value for name, value in metrics.items()}
+        return found
+
+    def metric_names(self, state: TrainState) -> list[str]:
+        """Returns the names that `metrics` gives; of `state` only shapes are needed."""
+        names = ["fid"] + ["inception_score"] * (self._config.features == "inception")
+        return [f"{kind}/{name}" for kind in evaluated_parameters(state) for name in names]
+
+    def _batch_features(self, params: PyTree, start: int) -> dict[str, jax.Array]:
+        rows = rows_of_process(self._mesh, self._batch_size)
+        index_B = start + np.arange(rows.start, rows.stop)
+        batch = {"index_B": index_B, "label_B": (index_B % self._classes).astype(np.int32)}
+        placed = put_batch(batch, self._mesh, self._batch_size)
+        return self._features(params, self._frozen, self._network_params, placed)
+
+    def _measure(self, features: dict[str, np.ndarray]) -> dict[str, float]:
+        assert self._reference is not None
+        moments = fid.Moments.of(features["pool_BD"])
+        found = {"fid": fid.frechet_distance(moments, self._reference.moments["pool_ND"])}
+        if "logits_BV" in features:
+            found["inception_score"], _ = fid.inception_score(features["logits_BV"])
+        return found
