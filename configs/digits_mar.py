@@ -47,7 +47,11 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
     )
     assert isinstance(tokenizer_run.task, KLTask | VQTask)
     tokenizer = tokenizer_run.task.model
-    sampling = MAROptions(cfg=1.5, steps=8, diffusion_steps="50", clip_denoised=4.0)
+    # Of tokens drawn by diffusion, each by itself, a temperature above 1 restores some diversity.
+    temperature = 1.0 if codes else 1.1
+    sampling = MAROptions(
+        cfg=1.5, temperature=temperature, steps=8, diffusion_steps="100", clip_denoised=4.0
+    )
     if isinstance(tokenizer, VQConfig):
         head, latent_map = CategoricalHead(tokenizer.vocab), tokenizer.pyramid.finest
     else:
@@ -55,8 +59,8 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
         latent_map, head = (h, w), DiffusionHead(channels=channels, depth=2, width=128)
     model = MARConfig(
         width=96,
-        encoder_depth=2,
-        decoder_depth=2,
+        encoder_depth=1,
+        decoder_depth=1,
         encoder_heads=4,
         decoder_heads=4,
         head=head,
@@ -83,7 +87,7 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
         data=Digits(shift=0.15, rotate=3.0, zoom=0.03),
         run_dir="_".join(parts),
         batch_size=128,
-        steps=1200,
+        steps=2000,
         eval_every=250,
         save_every=500,
         preview_every=500,

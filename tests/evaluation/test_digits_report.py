@@ -28,14 +28,6 @@ def test_copies_and_sameness_show():
     )
 
 
-def test_frechet_distance_of_two_gaussians():
-    rng = np.random.default_rng(0)
-    a_NC, b_NC = rng.normal(size=(50_000, 2)), 3 * rng.normal(size=(50_000, 2)) + [1, 0]
-    np.testing.assert_allclose(
-        digits_report.pixel_frechet_distance(a_NC, b_NC), 1 + 2 * (3 - 1) ** 2, rtol=0.03
-    )
-
-
 def test_samples_stand_left_of_real_digits():
     held_out = Digits().source("held_out")
     picture_HWC = digits_report.samples_beside_real(held_out.images_NHWC, held_out.labels_N)

@@ -11,6 +11,7 @@ COMMANDS = {
     "sample": ("varjax.cli.sample", "draw images from a trained or converted model"),
     "edit": ("varjax.cli.edit", "draw parts of an image anew"),
     "convert": ("varjax.convert.__main__", "official PyTorch weights to varjax's, and back"),
+    "evaluate": ("varjax.evaluation.__main__", "measure samples: FID, Inception Score, recall …"),
     "evaluate-tokenizer": ("varjax.tokenizers.evaluate", "measure what a tokenizer keeps"),
     "prepare": ("varjax.data.prepare.prepare", "pack a folder of images into few large files"),
     "cache-latents": ("varjax.data.cache_latents", "run a tokenizer over its images once"),

@@ -21,17 +21,22 @@ from varjax.sampling.outputs import check_out, open_output
 from varjax.sampling.sampler import add_option_flags, given_options
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser, out: str, out_help: str) -> None:
-    """Adds the flags that `varjax sample` and `varjax edit` share.
+def add_sampling_flags(
+    parser: argparse.ArgumentParser, out: str, out_help: str, weights_required: bool = True
+) -> None:
+    """Adds the flags that `varjax sample`, `varjax edit` and `varjax evaluate` share.
 
     Args:
         parser: of the command.
         out: the default of --out.
         out_help: what --out may be.
+        weights_required: whether there is nothing to do without --weights.
     """
     add = parser.add_argument
-    add("--weights", required=True, help="a training run, what convert wrote, or var_d16 …")
-    add("--count", type=int, default=4, help="images of each class, or variations (4)")
+    about = "a training run, what convert wrote, or var_d16 …"
+    add("--weights", required=weights_required, help=about)
+    about = "images of each class, or variations (%(default)s)"
+    add("--count", type=int, default=4, help=about)
     add("--seed", type=int, default=0, help="another seed, other images (0)")
     add("--batch_size", type=int, default=32, help="images at a time on each device (32)")
     add("--dtype", default="auto", help="auto, float32 or bfloat16")

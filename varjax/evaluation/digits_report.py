@@ -16,6 +16,7 @@ from varjax.analysis.run_log import read_run_log
 from varjax.core import files, image_io
 from varjax.core.errors import InputError, run_command
 from varjax.data.sources import Digits
+from varjax.metrics.fid import Moments, frechet_distance
 
 
 def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, dict[str, float]]:
@@ -40,13 +41,13 @@ def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, di
             "label accuracy": float(classifier.score(x_NC, label_N)),
             "diversity": class_diversity(x_NC, label_N) / spread,
             "copying": copying_share(x_NC, train_NC),
-            "Fréchet distance": pixel_frechet_distance(x_NC, held_NC),
+            "Fréchet distance": frechet_distance(Moments.of(x_NC), Moments.of(held_NC)),
         },
         "real held-out digits": {
             "label accuracy": float(classifier.score(held_NC, held_out.labels_N)),
             "diversity": class_diversity(held_NC, held_out.labels_N) / spread,
             "copying": copying_share(held_NC, train_NC),
-            "Fréchet distance": pixel_frechet_distance(train_NC, held_NC),
+            "Fréchet distance": frechet_distance(Moments.of(train_NC), Moments.of(held_NC)),
         },
     }
 
@@ -71,19 +72,6 @@ def copying_share(x_NC: np.ndarray, train_NC: np.ndarray) -> float:
     to_train_NN = cdist(x_NC, train_NC)
     nearest_N = to_train_NN.argmin(axis=1)
     return float(np.mean(to_train_NN.min(axis=1) < within_NN.min(axis=1)[nearest_N]))
-
-
-def pixel_frechet_distance(a_NC: np.ndarray, b_NC: np.ndarray) -> float:
-    """Computes the Fréchet distance of two Gaussians, |μa-μb|² + tr(Σa + Σb - 2 (Σa Σb)^½).
-
-    Each is that of the rows of (N, C) vectors.
-    """
-    covariance_a, covariance_b = np.cov(a_NC.T), np.cov(b_NC.T)
-    # The eigenvalues of Σa Σb are real and not negative; some pixels are always black, so 0.
-    eigenvalues = np.linalg.eigvals(covariance_a @ covariance_b).real
-    root = np.sqrt(np.clip(eigenvalues, 0, None)).sum()
-    mean = np.sum((a_NC.mean(axis=0) - b_NC.mean(axis=0)) ** 2)
-    return float(mean + np.trace(covariance_a) + np.trace(covariance_b) - 2 * root)
 
 
 def samples_beside_real(samples_NHWC: np.ndarray, label_N: np.ndarray) -> np.ndarray:

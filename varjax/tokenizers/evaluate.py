@@ -1,12 +1,15 @@
 """Measures a tokenizer's reconstructions of held-out images: figures and pictures.
 
-varjax evaluate-tokenizer --weights=DIR --data=folder:/data/images [--out=DIR]
+varjax evaluate-tokenizer --weights=DIR --data=folder:/data/images [--inception=DIR] [--out=DIR]
 
 Over the whole held-out split, whatever the batch size:
 
 psnr        dB, mean over images            sharpness   mean gradient of the reconstructions, where
 ssim        11×11 Gaussian window                       that of the originals is 1
 l1          of values that span 1           lpips       with --lpips=DIR (docs/convert.md)
+
+with --inception=DIR (docs/evaluation.md) rFID, sFID, Inception Score, precision, recall and KID of
+the reconstructions, against the same held-out images, cropped as the tokenizer sees them
 
 of a VQ tokenizer    same_in_bfloat16, the share of tokens that an encoder in bfloat16 would leave
 as they are, and after each scale psnr; rest, the share of the features' squares that is still
@@ -33,6 +36,9 @@ from tqdm import tqdm
 from varjax.core import files, image_io
 from varjax.core.errors import InputError, run_command
 from varjax.data.sources import CachedLatents, parse_dataset
+from varjax.metrics.features import FeatureExtractor, Features, inception_network
+from varjax.metrics.references import reference_of_features
+from varjax.metrics.report import Measured, measure, metrics_table
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.losses.lpips import check_lpips_images, load_lpips
@@ -52,6 +58,7 @@ def evaluate_tokenizer(
     batch_size: int = 32,
     ema: bool | None = None,
     lpips: str = "",
+    inception: str = "",
 ) -> dict[str, Any]:
     """Measures all held-out images, and writes evaluation.json, scales.png and worst.png.
 
@@ -62,6 +69,7 @@ def evaluate_tokenizer(
         batch_size: images at a time, of all devices.
         ema: of a run, the averaged weights or not; None for them if there are any.
         lpips: directory of LPIPS's weights; "" to do without.
+        inception: directory of Inception's weights, for FID; "" to do without.
 
     Returns:
         The data of evaluation.json.
@@ -78,6 +86,7 @@ def evaluate_tokenizer(
     if lpips:
         check_lpips_images(config.image_shape)
         lpips_params = load_lpips(lpips)
+    pairs = FeaturePairs(FeatureExtractor(inception_network(inception))) if inception else None
     loader = images.make(batch_size, 0)
     count = len(loader.held_out_source)
     with tqdm(total=count, unit=" images", file=sys.stderr, disable=None) as bar:
@@ -88,13 +97,38 @@ def evaluate_tokenizer(
                 bar.update(int(batch["valid_B"].sum()))
 
         show = set(np.linspace(0, count - 1, min(PICTURES, count)).astype(int).tolist())
-        split = measure_split(config, params, loader, lpips_params, show, PICTURES, progress)
+        add = None if pairs is None else pairs.add
+        split = measure_split(config, params, loader, lpips_params, show, PICTURES, progress, add)
     report = {"weights": str(weights), "data": data} | split.summary()
+    if pairs is not None:
+        measured = pairs.measure()
+        report |= {"reconstructions": measured.metrics, "notices": measured.notices}
+        report["reconstructions_against"] = "the same held-out images, cropped alike"
     folder = pathlib.Path(out)
     files.write_json(folder / "evaluation.json", report)
     image_io.write_png(folder / "scales.png", scales_picture(split.shown))
     image_io.write_png(folder / "worst.png", worst_picture(split.worst))
     return report
+
+
+class FeaturePairs:
+    """Keeps the features of images and of their reconstructions, to compare them as sets."""
+
+    def __init__(self, extract: FeatureExtractor):
+        self._extract = extract
+        self._pairs: list[tuple[Features, Features]] = []
+
+    def add(self, images_NHWC: np.ndarray, rebuilt_NHWC: np.ndarray) -> None:
+        """Adds uint8 images and their reconstructions."""
+        self._pairs.append((self._extract(images_NHWC), self._extract(rebuilt_NHWC)))
+
+    def measure(self) -> Measured:
+        """Measures the reconstructions against the images; InputError for fewer than two."""
+        originals, rebuilt = (
+            {name: np.concatenate([features[name] for features in side]) for name in side[0]}
+            for side in zip(*self._pairs, strict=True)
+        )
+        return measure(rebuilt, reference_of_features(originals))
 
 
 def scales_picture(shown: Sequence[Reconstruction]) -> np.ndarray:
@@ -115,7 +149,11 @@ def worst_picture(shown: Sequence[Reconstruction]) -> np.ndarray:
 def report_table(report: dict[str, Any]) -> str:
     """Formats the report as text."""
     first = f"{report['images']:,} held-out images of {report['data']}"
-    return "\n".join([first, *report_lines(report)])
+    lines = [first, *report_lines(report)]
+    if "reconstructions" in report:
+        lines += ["", f"reconstructions against {report['reconstructions_against']}:"]
+        lines.append(metrics_table(Measured(report["reconstructions"], {}, report["notices"])))
+    return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
@@ -133,6 +171,7 @@ def main(arguments: list[str]) -> int:
     add("--batch_size", type=int, default=32, help="images at a time, of all devices (32)")
     add("--ema", action=argparse.BooleanOptionalAction, help="a run's averaged weights, or not")
     add("--lpips", default="", metavar="DIR", help="LPIPS's weights, by varjax.convert")
+    add("--inception", default="", metavar="DIR", help="Inception's, for FID and its kin")
     flags = parser.parse_args(arguments)
 
     def action():

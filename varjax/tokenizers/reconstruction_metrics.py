@@ -160,6 +160,7 @@ def measure_split(
     show: Collection[int] = (),
     worst: int = 8,
     progress: Callable[[Iterable], Iterable] = iter,
+    each: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> SplitMeasures:
     """Measures all held-out images; batch size and devices change nothing but rounding.
 
@@ -171,6 +172,7 @@ def measure_split(
         show: numbers of images whose reconstructions are kept.
         worst: number of the worst reconstructions that are kept.
         progress: wraps the batches, to show how far it is.
+        each: given images and their reconstructions, (n, H, W, C) uint8 both, batch by batch.
 
     Raises:
         InputError: there is no image at all.
@@ -188,6 +190,8 @@ def measure_split(
         totals = {name: x + totals.get(name, np.float64(0)) for name, x in added.items()}
         rows = np.flatnonzero(batch["valid_B"])
         parts.append({name: x[..., rows] for name, x in measures.items()})
+        if each is not None and rows.size:
+            each(batch["image_BHWC"][rows], np.asarray(rebuilt_KBHWC[-1])[rows])
         for row in rows.tolist():
             number, psnr = batch_number * loader.batch_size + row, float(measures["psnr_B"][row])
             low = worst and (len(lowest) < worst or psnr < lowest[-1].psnr)

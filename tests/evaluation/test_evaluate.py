@@ -1,0 +1,201 @@
+"""`varjax evaluate`: of files and of models, going on after a kill, and what it refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.helpers import inception, runs
+from varjax.cli import main
+from varjax.cli import sample as sample_command
+from varjax.core import files
+from varjax.data.sources import Digits
+from varjax.evaluation import __main__ as command
+from varjax.evaluation import evaluate
+from varjax.evaluation.published import PUBLISHED, published_model
+from varjax.evaluation.sweep import parse_sweep
+from varjax.mar.model import MARConfig
+from varjax.metrics import feature_store, report
+from varjax.metrics.features import FeatureExtractor
+from varjax.var.model import VARConfig
+from varjax.var.sample import VAROptions
+
+PIXELS = ["--features=pixels", "--reference=digits", "--cache=cache"]
+
+
+def run(*arguments: str) -> int:
+    return command.main(list(arguments))
+
+
+def digits_npz(path, split="held_out", order=slice(None)):
+    source = Digits().source(split)
+    images, labels = source.images_NHWC[order], source.labels_N[order]
+    np.savez(path, arr_0=np.repeat(images, 3, axis=-1), labels=labels)
+
+
+def test_real_digits_are_near_and_noise_is_far(tmp_path, capsys):
+    digits_npz("real.npz")
+    assert run("real.npz", *PIXELS, "--out=real.json") == 0
+    real = json.loads((tmp_path / "real.json").read_text())
+    assert "held-out" not in real and real["images"] == 355 and real["reference_images"] == 1442
+    noise = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 3), np.uint8)
+    np.savez("noise.npz", arr_0=noise)
+    assert run("noise.npz", *PIXELS, "--out=noise.json") == 0
+    noise = json.loads((tmp_path / "noise.json").read_text())
+    assert real["fid"] < 0.2 < 5 < noise["fid"] and real["kid"] < 0.01 < noise["kid"]
+    assert real["precision"] > 0.8 and real["recall"] > 0.8
+    assert noise["precision"] == noise["recall"] == 0
+    printed = capsys.readouterr().out
+    assert "355 samples against 1,442 images of digits" in printed
+    assert "Inception Score              –   left out: pixels have no logits" in printed
+    assert "FID is larger the fewer they are" in printed
+
+
+def test_the_same_command_returns_the_report_and_another_is_refused(tmp_path, capsys, monkeypatch):
+    digits_npz("real.npz")
+    assert run("real.npz", *PIXELS) == 0
+    monkeypatch.setattr(FeatureExtractor, "__call__", None)  # nothing is computed again
+    assert run("real.npz", *PIXELS) == 0
+    digits_npz("real.npz", "train")
+    assert run("real.npz", *PIXELS) == 1
+    assert "report.json was made for another request" in capsys.readouterr().err
+
+
+def test_a_killed_evaluation_ends_with_the_same_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_store, "PART", 100)
+    digits_npz("real.npz")
+    assert run("real.npz", *PIXELS, "--out=whole.json") == 0
+    compute, calls = FeatureExtractor.__call__, []
+
+    def failing(self, images_NHWC, *rest):
+        calls.append(len(images_NHWC))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compute(self, images_NHWC, *rest)
+
+    monkeypatch.setattr(FeatureExtractor, "__call__", failing)
+    assert run("real.npz", *PIXELS, "--out=killed.json") == 130
+    assert run("real.npz", *PIXELS, "--out=killed.json") == 0
+    assert calls == [100, 100, 100, 100, 55]
+    whole, killed = (files.read_json(tmp_path / f"{name}.json") for name in ("whole", "killed"))
+    assert whole == killed
+    assert not list(tmp_path.glob(".*parts"))
+
+
+def test_classes_in_order_and_unequal_classes_are_said():
+    rng = np.random.default_rng(0)
+    label_N = np.repeat(np.arange(10), 30)
+    logits_NV = 8 * np.eye(10)[label_N] + rng.normal(size=(300, 10))
+    features = {"pool_ND": rng.normal(size=(300, 4)), "logits_NV": logits_NV}
+    reference = evaluate.Reference(
+        "", {"pool_ND": report.fid.Moments.of(features["pool_ND"])}, None, 9
+    )
+    measured = report.measure(features, reference, label_N)
+    assert any("ordered by class" in notice for notice in measured.notices)
+    assert set(measured.left_out) == {"sfid", "precision", "recall", "kid"}
+    assert any("ordered" in n for n in report.measure(features, reference).notices)  # by logits
+    order_N = rng.permutation(300)
+    shuffled = {name: x[order_N] for name, x in features.items()}
+    notices = report.measure(shuffled, reference, label_N[order_N]).notices
+    assert len(notices) == 1 and "300 samples" in notices[0]
+    few = {name: x[:299] for name, x in shuffled.items()}
+    notices = report.measure(few, reference, label_N[order_N][:299]).notices
+    assert any("classes have 29 to 30 samples" in notice for notice in notices)
+
+
+@pytest.mark.slow
+def test_a_model_is_measured_as_the_samples_it_writes(tmp_path):
+    flags = [f"--weights={runs.var()}", "--count=3", "--seed=5", "--top_k=3"]
+    assert run(*flags, *PIXELS, "--batch_size=8", "--out=drawn.json") == 0
+    sample_command.main([*flags, "--labels=all", "--batch_size=8", "--out=samples.npz"])
+    assert run("samples.npz", *PIXELS, "--out=file.json") == 0
+    drawn, file = (files.read_json(tmp_path / f"{name}.json") for name in ("drawn", "file"))
+    assert drawn["images"] == 30
+    assert drawn["metrics"] == file["metrics"]
+    assert drawn["request"]["top_k"] == 3 and drawn["published_model"] is None
+
+
+@pytest.mark.slow
+def test_a_sweep_measures_every_point_once(tmp_path, capsys):
+    arguments = [
+        f"--weights={runs.mar()}", "--count=2", "--diffusion_steps=2", *PIXELS,
+        "--sweep", "cfg=1,2", "steps=1,2", "--out=sweep.json",
+    ]  # fmt: skip
+    assert run(*arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("lowest FID") == 1 and "sweep.png" in printed
+    points = files.read_json(tmp_path / "sweep.json")
+    assert [point["options"] for point in points] == [
+        {"cfg": cfg, "steps": steps} for cfg in (1.0, 2.0) for steps in (1, 2)
+    ]
+    assert len({point["fid"] for point in points}) == 4
+    assert (tmp_path / "sweep.cfg=2.0,steps=1.json").is_file()
+    written = (tmp_path / "sweep.cfg=1.0,steps=1.json").stat().st_mtime_ns
+    assert run(*arguments) == 0
+    assert (tmp_path / "sweep.cfg=1.0,steps=1.json").stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_inception_gives_every_metric(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.savez("samples.npz", arr_0=rng.integers(0, 256, (8, 16, 16, 3), np.uint8))
+    np.savez("reference.npz", arr_0=rng.integers(0, 256, (8, 16, 16, 3), np.uint8))
+    arguments = [f"--inception={inception.converted()}", "--reference=reference.npz"]
+    assert run("samples.npz", *arguments, "--cache=cache") == 0
+    found = files.read_json(tmp_path / "report.json")
+    assert {key for key, *_ in report.ROWS} <= found.keys() and not found["left_out"]
+    assert found["fid"] > 0 and found["sfid"] > 0 and 1 <= found["inception_score"] < 8
+
+
+def test_the_sweep_is_read_by_the_options_types():
+    points = parse_sweep(["cfg=0,1.5", "top_k=5"], VAROptions())
+    assert points == [{"cfg": 0.0, "top_k": 5}, {"cfg": 1.5, "top_k": 5}]
+    for text, message in (
+        ("cfg", "give OPTION=VALUE"),
+        ("heads=1,2", "options of this model are cfg"),
+        ("top_k=a", "sweep top_k=a: give a int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_sweep([text], VAROptions())
+    with pytest.raises(ValueError, match="cfg is swept twice"):
+        parse_sweep(["cfg=1", "cfg=2"], VAROptions())
+
+
+def test_released_models_are_known_by_their_sizes():
+    assert published_model(VARConfig.preset("d16")) == "var_d16"
+    assert published_model(VARConfig.preset("d36")) == "var_d36"
+    assert published_model(MARConfig.preset("mar_l")) == "mar_l"
+    assert published_model(runs.VAR) is None and published_model(runs.MAR) is None
+    assert "281.7" in report.metrics_table(
+        report.Measured({"fid": 2.5, "inception_score": 280.0}, {}, []), PUBLISHED["mar_b"], "mar_b"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give SAMPLES .* or --weights"),
+        (["a.npz", "--weights=b"], "give SAMPLES .* or --weights"),
+        (["a.npz", "--out=report.txt"], "ends in .json"),
+        (["a.npz", "--cfg=2"], "--cfg: only with --weights"),
+        (["a.npz", "--sweep", "cfg=1"], "--sweep: only with --weights"),
+        (["absent.npz"], "absent.npz does not exist"),
+        (["one.npz"], "one.npz holds 1 images; two or more"),
+        (["large.npz"], "digits are 8 by 8 pixels"),
+        (["two.npz", "--reference=absent"], "absent does not exist"),
+        (["two.npz", "--out=other.json"], "other.json exists and is no report"),
+    ],
+)
+def test_wrong_command_lines(tmp_path, capsys, arguments, message):
+    for name, shape in (("one", (1, 8, 8, 3)), ("two", (2, 8, 8, 3)), ("large", (2, 9, 9, 3))):
+        np.savez(f"{name}.npz", arr_0=np.zeros(shape, np.uint8))
+    (tmp_path / "other.json").write_text("[]")
+    assert run(*PIXELS, *arguments) == 1
+    error = capsys.readouterr().err
+    import re
+
+    assert re.search(message, error), error
+
+
+def test_it_is_a_command():
+    assert main.COMMANDS["evaluate"][0] == "varjax.evaluation.__main__"

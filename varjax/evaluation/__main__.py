@@ -1,0 +1,122 @@
+"""Measures samples: FID, sFID, Inception Score, precision, recall, KID.
+
+varjax evaluate samples.npz --reference=REF.npz --inception=weights/inception
+varjax evaluate --weights=var_d16 --count=50 --reference=REF.npz --inception=weights/inception
+varjax evaluate --weights=var_d16 --sweep cfg=0,1,1.5,2 --reference=REF.npz --inception=…
+varjax evaluate --weights=runs/digits --count=100 --features=pixels --reference=digits
+
+SAMPLES is an .npz (arr_0) or a folder of images; with --weights they are drawn on the way, --count
+of each class, with the model's own options or the given ones. --reference is an .npz of statistics
+(ADM's) or of images, a folder of images, or folder:PATH, tfds:NAME, digits, photos, whose images
+are cropped to the samples' size. The same command goes on after a kill. docs/evaluation.md tells
+the protocol of the published numbers.
+"""
+
+import argparse
+import dataclasses
+import logging
+import pathlib
+import sys
+import traceback
+
+import jax
+
+from varjax.cli.sample import add_sampling_flags, check_sampling_flags
+from varjax.core.distributed import add_process_flags, connect_by_flags, end_process
+from varjax.core.errors import InputError, run_command
+from varjax.evaluation.evaluate import Measuring, evaluate_images, evaluate_model, print_report
+from varjax.evaluation.sweep import (
+    SweepPoint,
+    parse_sweep,
+    point_path,
+    sweep_table,
+    write_sweep,
+)
+from varjax.families import load, option_classes
+from varjax.metrics.features import feature_network
+from varjax.metrics.image_sets import open_image_set
+from varjax.metrics.references import default_cache
+from varjax.sampling.job import SamplingJob
+from varjax.sampling.sampler import given_options
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Reads the command line, measures, writes and prints.
+
+    Raises InputError, before any long work, for what cannot be done.
+    """
+    parser = _parser()
+    flags = parser.parse_args(arguments)
+    check_sampling_flags(flags)
+    out = pathlib.Path(flags.out)
+    if (flags.samples is None) == (flags.weights is None):
+        raise InputError("give SAMPLES (an .npz or a folder), or --weights to draw them")
+    if out.suffix != ".json":
+        raise InputError(f"out={flags.out}: give a name that ends in .json")
+    given = given_options(flags, option_classes())
+    if flags.weights is None and (flags.sweep or given):
+        wrong = ["--sweep"] * bool(flags.sweep) + [f"--{name}" for name in given]
+        raise InputError(f"{', '.join(wrong)}: only with --weights, which draws the samples")
+    connect_by_flags(flags)
+    network = feature_network(flags.features, flags.inception)
+    measuring = Measuring(network, flags.reference, flags.split, pathlib.Path(flags.cache))
+    if flags.weights is None:
+        images = open_image_set(flags.samples)
+        print_report(evaluate_images(measuring, images, flags.samples, out))
+        return
+    model = load(flags.weights, flags.dtype)
+    options = model.options(**given)
+    job = SamplingJob(
+        tuple(range(model.classes)), flags.count, flags.seed, options, flags.batch_size
+    )
+    if not flags.sweep:
+        print_report(evaluate_model(measuring, model, job, out))
+        return
+    # All of them are checked before the first one is drawn.
+    chosen = [(p, model.options(**{**given, **p})) for p in parse_sweep(flags.sweep, options)]
+    points = []
+    for point, options in chosen:
+        print(", ".join(f"{name}={value}" for name, value in point.items()), file=sys.stderr)
+        job = dataclasses.replace(job, options=options)
+        report = evaluate_model(measuring, model, job, point_path(out, point))
+        points.append(SweepPoint(point, report))
+    if jax.process_index() == 0:
+        picture = write_sweep(points, out)
+        print(f"\n{sweep_table(points)}\n\nthe curve: {picture}\nall points: {out}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "varjax evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("samples", nargs="?", metavar="SAMPLES", help="an .npz of images, or a folder of them")
+    add("--reference", required=True, help="what they are compared with")
+    add("--inception", default="", metavar="DIR", help="Inception's weights, by varjax.convert")
+    add("--features", default="inception", help="inception, or pixels (tiny images, no weights)")
+    add("--split", default="train", choices=("train", "held_out"), help="of a dataset (train)")
+    add("--cache", default=str(default_cache()), help="folder for statistics of references")
+    add("--sweep", nargs="+", default=[], metavar="OPTION=V,V", help="all combinations of these")
+    help = "the report, .json; with --sweep the points' reports and a picture lie beside it"
+    add_sampling_flags(parser, "report.json", help, weights_required=False)
+    parser.set_defaults(count=50)
+    add_process_flags(parser)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
+    try:
+        code = run_command("varjax evaluate", lambda: evaluate(arguments))
+    except Exception as error:
+        traceback.print_exception(error)
+        code = 1
+    return end_process(code) if code else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

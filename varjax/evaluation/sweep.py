@@ -1,0 +1,121 @@
+"""Evaluations of one model under several sampling options: a table, and FID against score."""
+
+import dataclasses
+import itertools
+import pathlib
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from varjax.core import files
+from varjax.core.errors import InputError
+
+PRINTED = ("fid", "inception_score", "precision", "recall")
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepPoint:
+    """One combination of options, and the report it led to.
+
+    Attributes:
+        options: the swept options by name.
+        report: as `evaluate_model` returns it.
+    """
+
+    options: dict[str, Any]
+    report: dict[str, Any]
+
+
+def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
+    """Reads "cfg=0,0.5,1" and the like: all combinations, each as options by name.
+
+    Args:
+        texts: NAME=VALUE,VALUE… each.
+        options: the model's, whose fields they may name.
+
+    Raises:
+        InputError: a name that is no option, or a value that is none of it.
+    """
+    types = typing.get_type_hints(type(options))
+    names = [field.name for field in dataclasses.fields(options)]
+    axes = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if not equals or not values or name not in names:
+            raise InputError(
+                f"sweep {text}: give OPTION=VALUE,VALUE…; options of this model are "
+                f"{', '.join(names)}"
+            )
+        if name in axes:
+            raise InputError(f"sweep {text}: {name} is swept twice")
+        axes[name] = [_parse(name, types[name], value) for value in values.split(",")]
+    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def point_path(out: pathlib.Path, options: Mapping[str, Any]) -> pathlib.Path:
+    """Returns where the report of a point lies: "report.json" -> "report.cfg=1.5.json"."""
+    name = ",".join(f"{key}={value}" for key, value in options.items())
+    return out.with_name(f"{out.stem}.{name}{out.suffix}")
+
+
+def sweep_table(points: Sequence[SweepPoint]) -> str:
+    """Formats the metrics of all points, a line each, the lowest FID marked."""
+    names = [name for name in PRINTED if any(name in p.report["metrics"] for p in points)]
+    lowest = min(points, key=lambda p: p.report["metrics"]["fid"])
+    lines = ["".join(f"{name:>18}" for name in (*points[0].options, *names))]
+    for point in points:
+        cells = [f"{value!s:>18}" for value in point.options.values()]
+        cells += [f"{point.report['metrics'][name]:18.4f}" for name in names]
+        lines.append("".join(cells) + ("   lowest FID" if point is lowest else ""))
+    return "\n".join(lines)
+
+
+def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path:
+    """Writes all points to `out`, and beside it a picture, whose path is returned.
+
+    The picture shows FID against the Inception Score; where there is none, against the first
+    option's values. Points of equal other options are joined.
+    """
+    files.write_json(out, [{"options": p.options} | p.report["metrics"] for p in points])
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
+    first, *others = points[0].options
+    scored = all("inception_score" in point.report["metrics"] for point in points)
+
+    def rest(point: SweepPoint) -> tuple:
+        return tuple(point.options[name] for name in others)
+
+    for values, group in itertools.groupby(sorted(points, key=lambda p: str(rest(p))), key=rest):
+        line = list(group)
+        x = [p.report["metrics"]["inception_score"] if scored else p.options[first] for p in line]
+        y = [point.report["metrics"]["fid"] for point in line]
+        label = ", ".join(f"{n} {v}" for n, v in zip(others, values, strict=True)) or None
+        axes.plot(x, y, "o-", label=label)
+        for point, right, up in zip(line, x, y, strict=True):
+            text, shift = f"{first} {point.options[first]}", (5, 5)
+            axes.annotate(text, (right, up), shift, textcoords="offset points", fontsize=8)
+    axes.set_xlabel("Inception Score (higher is better)" if scored else first)
+    axes.set_ylabel("FID (lower is better)")
+    axes.grid(alpha=0.3)
+    if others:
+        axes.legend()
+    picture = out.with_suffix(".png")
+    with files.atomic_path(picture) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+    pyplot.close(figure)
+    return picture
+
+
+def _parse(name: str, hint: Any, text: str) -> Any:
+    if typing.get_origin(hint) is typing.Literal:
+        return text  # the options check it themselves
+    try:
+        if hint is bool:
+            return {"true": True, "false": False}[text.lower()]
+        return hint(text)
+    except (ValueError, KeyError):
+        raise InputError(f"sweep {name}={text}: give a {hint.__name__}") from None
