@@ -20,7 +20,7 @@ def get_config() -> Experiment:
     model = KLConfig(
         image_size=8,
         image_channels=1,
-        width=32,
+        width=24,
         multipliers=(1, 2),
         blocks=1,
         groups=8,

@@ -47,7 +47,7 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
     )
     assert isinstance(tokenizer_run.task, KLTask | VQTask)
     tokenizer = tokenizer_run.task.model
-    # Of tokens drawn by diffusion, each by itself, a temperature above 1 restores some diversity.
+    # After a short run, samples are too alike; a temperature above 1 makes up for some of it.
     temperature = 1.0 if codes else 1.1
     sampling = MAROptions(
         cfg=1.5, temperature=temperature, steps=8, diffusion_steps="100", clip_denoised=4.0
@@ -87,7 +87,7 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
         data=Digits(shift=0.15, rotate=3.0, zoom=0.03),
         run_dir="_".join(parts),
         batch_size=128,
-        steps=2000,
+        steps=1800,
         eval_every=250,
         save_every=500,
         preview_every=500,
