@@ -1,22 +1,23 @@
 """`varjax evaluate`: of files and of models, going on after a kill, and what it refuses."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 
-from tests.helpers import inception, runs
+from tests.helpers import runs
 from varjax.cli import main
 from varjax.cli import sample as sample_command
 from varjax.core import files
 from varjax.data.sources import Digits
 from varjax.evaluation import __main__ as command
 from varjax.evaluation import evaluate
-from varjax.evaluation.published import PUBLISHED, published_model
+from varjax.evaluation.evaluate import PUBLISHED, published_model
 from varjax.evaluation.sweep import parse_sweep
 from varjax.mar.model import MARConfig
 from varjax.metrics import feature_store, report
-from varjax.metrics.features import FeatureExtractor
+from varjax.metrics.features import FeatureExtractor, FeatureNetwork
 from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions
 
@@ -118,33 +119,37 @@ def test_a_model_is_measured_as_the_samples_it_writes(tmp_path):
 @pytest.mark.slow
 def test_a_sweep_measures_every_point_once(tmp_path, capsys):
     arguments = [
-        f"--weights={runs.mar()}", "--count=2", "--diffusion_steps=2", *PIXELS,
-        "--sweep", "cfg=1,2", "steps=1,2", "--out=sweep.json",
+        f"--weights={runs.var()}", "--count=2", *PIXELS,
+        "--sweep", "cfg=0,2", "top_k=1,9", "--out=sweep.json",
     ]  # fmt: skip
     assert run(*arguments) == 0
     printed = capsys.readouterr().out
     assert printed.count("lowest FID") == 1 and "sweep.png" in printed
     points = files.read_json(tmp_path / "sweep.json")
     assert [point["options"] for point in points] == [
-        {"cfg": cfg, "steps": steps} for cfg in (1.0, 2.0) for steps in (1, 2)
+        {"cfg": cfg, "top_k": top_k} for cfg in (0.0, 2.0) for top_k in (1, 9)
     ]
-    assert len({point["fid"] for point in points}) == 4
-    assert (tmp_path / "sweep.cfg=2.0,steps=1.json").is_file()
-    written = (tmp_path / "sweep.cfg=1.0,steps=1.json").stat().st_mtime_ns
+    assert points[0]["fid"] != points[1]["fid"]
+    assert (tmp_path / "sweep.cfg=2.0,top_k=1.json").is_file()
+    written = (tmp_path / "sweep.cfg=0.0,top_k=1.json").stat().st_mtime_ns
     assert run(*arguments) == 0
-    assert (tmp_path / "sweep.cfg=1.0,steps=1.json").stat().st_mtime_ns == written
+    assert (tmp_path / "sweep.cfg=0.0,top_k=1.json").stat().st_mtime_ns == written
 
 
-@pytest.mark.slow
-def test_inception_gives_every_metric(tmp_path, capsys):
+def test_a_network_with_all_features_gives_every_metric(tmp_path, monkeypatch):
+    def apply(params, image_BHWC):
+        x_BC = image_BHWC.reshape(len(image_BHWC), -1).astype("float32") / 255
+        return {"pool_BD": x_BC[:, :9], "spatial_BD": x_BC[:, 9:16], "logits_BV": x_BC[:, 16:20]}
+
+    network = FeatureNetwork({"features": "parts"}, {}, apply)
+    monkeypatch.setattr(command, "feature_network", lambda features, inception: network)
     rng = np.random.default_rng(0)
-    np.savez("samples.npz", arr_0=rng.integers(0, 256, (8, 16, 16, 3), np.uint8))
-    np.savez("reference.npz", arr_0=rng.integers(0, 256, (8, 16, 16, 3), np.uint8))
-    arguments = [f"--inception={inception.converted()}", "--reference=reference.npz"]
-    assert run("samples.npz", *arguments, "--cache=cache") == 0
+    for name in ("samples", "reference"):
+        np.savez(f"{name}.npz", arr_0=rng.integers(0, 256, (30, 8, 8, 3), np.uint8))
+    assert run("samples.npz", "--reference=reference.npz", "--cache=cache") == 0
     found = files.read_json(tmp_path / "report.json")
     assert {key for key, *_ in report.ROWS} <= found.keys() and not found["left_out"]
-    assert found["fid"] > 0 and found["sfid"] > 0 and 1 <= found["inception_score"] < 8
+    assert found["fid"] > 0 and found["sfid"] > 0 and 1 <= found["inception_score"] < 4
 
 
 def test_the_sweep_is_read_by_the_options_types():
@@ -192,8 +197,6 @@ def test_wrong_command_lines(tmp_path, capsys, arguments, message):
     (tmp_path / "other.json").write_text("[]")
     assert run(*PIXELS, *arguments) == 1
     error = capsys.readouterr().err
-    import re
-
     assert re.search(message, error), error
 
 

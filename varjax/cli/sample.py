@@ -8,13 +8,11 @@ kill. Options that are not given are the model's own.
 """
 
 import argparse
-import logging
-import traceback
 
 import numpy as np
 
-from varjax.core.distributed import add_process_flags, connect_by_flags, end_process
-from varjax.core.errors import InputError, run_command
+from varjax.core.distributed import add_process_flags, connect_by_flags, run_on_processes
+from varjax.core.errors import InputError
 from varjax.families import load, option_classes
 from varjax.sampling.job import SamplingJob, run_job
 from varjax.sampling.outputs import check_out, open_output
@@ -105,10 +103,4 @@ def choose_labels(text: str | None, classes: int) -> tuple[int, ...]:
 
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
-    try:
-        code = run_command("varjax sample", lambda: draw_samples(arguments))
-    except Exception as error:
-        traceback.print_exception(error)
-        code = 1
-    return end_process(code) if code else 0
+    return run_on_processes("varjax sample", lambda: draw_samples(arguments))

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import logging
 import os
 import pathlib
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from varjax.core.errors import InputError, StorageError
+from varjax.core.errors import InputError, StorageError, run_command
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead, and the others end
 NETWORK_SECONDS = 10  # until a file that one machine wrote is seen by another
@@ -116,6 +118,22 @@ def end_process(code: int) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def run_on_processes(name: str, action: Callable[[], object]) -> int:
+    """Runs a command that may be one of several processes; returns its exit code.
+
+    Args:
+        name: of the command, which begins its messages.
+        action: does everything; see `run_command`.
+    """
+    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
+    try:
+        code = run_command(name, action)
+    except Exception as error:
+        traceback.print_exception(error)
+        code = 1
+    return end_process(code) if code else 0
 
 
 def gather_json(value: Any) -> list[Any]:

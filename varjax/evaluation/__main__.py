@@ -14,16 +14,14 @@ the protocol of the published numbers.
 
 import argparse
 import dataclasses
-import logging
 import pathlib
 import sys
-import traceback
 
 import jax
 
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags
-from varjax.core.distributed import add_process_flags, connect_by_flags, end_process
-from varjax.core.errors import InputError, run_command
+from varjax.core.distributed import add_process_flags, connect_by_flags, run_on_processes
+from varjax.core.errors import InputError
 from varjax.evaluation.evaluate import Measuring, evaluate_images, evaluate_model, print_report
 from varjax.evaluation.sweep import (
     SweepPoint,
@@ -109,13 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
-    try:
-        code = run_command("varjax evaluate", lambda: evaluate(arguments))
-    except Exception as error:
-        traceback.print_exception(error)
-        code = 1
-    return end_process(code) if code else 0
+    return run_on_processes("varjax evaluate", lambda: evaluate(arguments))
 
 
 if __name__ == "__main__":

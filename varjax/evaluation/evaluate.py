@@ -13,19 +13,29 @@ import varjax
 from varjax.core import files
 from varjax.core.errors import InputError
 from varjax.data.sources import CachedLatents, parse_dataset
-from varjax.evaluation.published import PUBLISHED, published_model
+from varjax.mar.model import MARConfig
 from varjax.metrics.feature_store import FeatureStore, extract_features, parts_of
-from varjax.metrics.features import (
-    FeatureExtractor,
-    FeatureNetwork,
-    feature_sizes,
-)
+from varjax.metrics.features import FeatureExtractor, FeatureNetwork, feature_sizes
 from varjax.metrics.image_sets import DatasetImages, FolderImages, ImageSet
 from varjax.metrics.references import Reference, read_reference, reference_of_images
 from varjax.metrics.report import Measured, measure, metrics_table
 from varjax.sampling.job import SamplingJob, run_job
 from varjax.sampling.sampler import Sampler
+from varjax.var.model import VARConfig
 
+# What the authors report of released models, at 50 samples a class, against the statistics of
+# ImageNet's training set (ADM's files). VAR: arXiv 2404.02905, its first version, cfg 1.5, top-k
+# 900, top-p 0.96; MAR: arXiv 2406.11838, 256 steps.
+PUBLISHED: dict[str, dict[str, float]] = {
+    "var_d16": {"fid": 3.55},
+    "var_d20": {"fid": 2.95},
+    "var_d24": {"fid": 2.33},
+    "var_d30": {"fid": 1.97},
+    "var_d36": {"fid": 2.63},
+    "mar_b": {"fid": 2.31, "inception_score": 281.7},
+    "mar_l": {"fid": 1.78, "inception_score": 296.0},
+    "mar_h": {"fid": 1.55, "inception_score": 303.7},
+}
 DATASETS = "folder:", "tfds:", "digits", "photos"  # what a reference may be besides files
 LEAST_SAMPLES = 2
 
@@ -149,6 +159,19 @@ def print_report(report: dict) -> None:
     against = f"{of:,} images" if of else "statistics"
     print(f"\n{count:,} samples against {against} of {report['request']['reference']}")
     print(metrics_table(measured, PUBLISHED.get(name or ""), name or ""))
+
+
+def published_model(config: Any) -> str | None:
+    """Returns the name of the released model of these sizes; None where there is none."""
+    for name in PUBLISHED:
+        kind, _, size = name.partition("_")
+        preset = VARConfig.preset(size) if kind == "var" else MARConfig.preset(name)
+        compared = "width", "classes", *(("scales",) if kind == "var" else ("head", "latent_map"))
+        if type(config) is type(preset) and all(
+            getattr(config, field) == getattr(preset, field) for field in compared
+        ):
+            return name
+    return None
 
 
 def _settings(measuring: Measuring) -> dict[str, Any]:
