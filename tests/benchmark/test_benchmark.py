@@ -7,7 +7,8 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from varjax.benchmark import __main__ as benchmark
-from varjax.benchmark import measure, sample, train
+from varjax.benchmark import evaluate, measure, sample, train
+from varjax.metrics.features import pixel_network
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.var.model import VARConfig
 
@@ -49,9 +50,22 @@ def test_train_times_the_parts_of_a_step(capsys):
     assert parts["step"]["remat"] == "block"
 
 
+def test_evaluate_times_features_and_metrics(capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "random_inception_network", pixel_network)
+    monkeypatch.setattr(evaluate, "FEATURES", 12)
+    monkeypatch.setattr(evaluate, "COMPARED_IMAGES", 30)
+    assert benchmark.main(["evaluate", "--images=20", "--side=4", "--repeats=1"]) == 0
+    features, *metrics = lines(capsys)
+    assert features["part"] == "features" and features["images_at_once"] > 0
+    names = ["fid", "inception_score", "precision_recall", "kid"]
+    assert [part["part"] for part in metrics] == names
+    assert benchmark.main(["evaluate", "--images=3"]) == 1
+    assert "images=3: must be 4 or more" in capsys.readouterr().err
+
+
 def test_wrong_commands_are_refused(capsys):
     assert benchmark.main(["paint"]) == 2
-    assert "sample|train|data|partitioning" in capsys.readouterr().err
+    assert "sample|train|evaluate|data|partitioning" in capsys.readouterr().err
     assert benchmark.main(["sample", "--batch_size=0"]) == 1
     assert "1 or more" in capsys.readouterr().err
 

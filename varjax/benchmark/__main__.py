@@ -4,6 +4,7 @@ varjax benchmark COMMAND --help
 
   sample        how fast a transformer of a released size draws images
   train         how fast it trains on one device
+  evaluate      how fast samples are measured: Inception's features, and metrics of them
   data          how fast a config's images are read, decoded and augmented
   partitioning  what a training step sends and holds on many devices, without having them
 """
@@ -13,7 +14,7 @@ import sys
 
 from varjax.core.errors import run_command
 
-NAMES = ("sample", "train", "data", "partitioning")
+NAMES = ("sample", "train", "evaluate", "data", "partitioning")
 
 
 def main(arguments: list[str]) -> int:

@@ -13,7 +13,7 @@ from varjax.core import trees
 from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
-from varjax.metrics.inception import Inception, load_inception
+from varjax.metrics.inception import Inception, init_inception, load_inception
 
 Features = dict[str, np.ndarray]  # "pool_ND", and of Inception "spatial_ND" and "logits_NV"
 # Images that a device computes at once. Always as many, padded if need be: for another number the
@@ -41,6 +41,12 @@ def inception_network(location: str) -> FeatureNetwork:
     params = load_inception(location)
     identity = {"features": "inception-v3 2015-12-05", "weights": trees.digest(params)}
     return FeatureNetwork(identity, params, _inception_features)
+
+
+def random_inception_network() -> FeatureNetwork:
+    """Makes Inception with random weights, to try and to time; its metrics mean nothing."""
+    params = jax.jit(init_inception)(jax.random.key(0))
+    return FeatureNetwork({"features": "random inception-v3"}, params, _inception_features)
 
 
 def pixel_network() -> FeatureNetwork:
@@ -86,12 +92,16 @@ class FeatureExtractor:
     Args:
         network: makes the features.
         devices: None for all of this process.
+
+    Attributes:
+        network: the same.
+        at_once: images of a call of the compiled program; others are padded to so many.
     """
 
     def __init__(self, network: FeatureNetwork, devices: Sequence[Any] | None = None):
         mesh = batch_mesh(devices)
         block = CPU_BLOCK if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR_BLOCK
-        self.network, self._at_once = network, block * mesh.size
+        self.network, self.at_once = network, block * mesh.size
         self._params = replicate(network.params, mesh)
         self._apply = data_parallel(
             lambda params, _, image_BHWC: network.apply(params, image_BHWC), mesh
@@ -116,16 +126,16 @@ class FeatureExtractor:
                 "(N, height, width, 1 or 3)"
             )
         parts, pending = [], None
-        for start in range(0, N, self._at_once):
-            block_BHWC = images_NHWC[start : start + self._at_once]
-            padding = self._at_once - len(block_BHWC)
+        for start in range(0, N, self.at_once):
+            block_BHWC = images_NHWC[start : start + self.at_once]
+            padding = self.at_once - len(block_BHWC)
             block_BHWC = np.pad(block_BHWC, ((0, padding), *[(0, 0)] * 3), mode="edge")
             block_BHWC = np.broadcast_to(block_BHWC, (*block_BHWC.shape[:-1], 3))
             found = self._apply(self._params, None, block_BHWC)
             if pending is not None:  # the devices work on this block while that one is fetched
                 parts.append(jax.device_get(pending))
             pending = found
-            progress(self._at_once - padding)
+            progress(self.at_once - padding)
         parts.append(jax.device_get(pending))
         names = {name: name.replace("_B", "_N") for name in parts[0]}
         return {ours: np.concatenate([p[name] for p in parts])[:N] for name, ours in names.items()}

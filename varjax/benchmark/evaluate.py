@@ -1,0 +1,89 @@
+"""Measures how fast samples are evaluated: Inception's features, and the metrics of them.
+
+varjax benchmark evaluate --images=10000
+
+A JSON line for the features, by random weights, and one for each metric of so many made-up
+features. efficiency: model FLOP ÷ (seconds × FLOP/s of a large matrix product in the same run).
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varjax.benchmark.measure import MatmulPeak, print_figures
+from varjax.core import flops
+from varjax.core.errors import InputError
+from varjax.core.hardware import fastest_seconds, memory_usage
+from varjax.metrics import fid
+from varjax.metrics.features import FeatureExtractor, random_inception_network
+from varjax.metrics.inception import FEATURES
+from varjax.metrics.references import COMPARED_IMAGES
+
+
+def measure_features(side: int, repeats: int) -> None:
+    """Prints how fast images of `side` pixels become features, after one call to compile."""
+    extract = FeatureExtractor(random_inception_network())
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (extract.at_once, side, side, 3))
+    images_NHWC = images_NHWC.astype(np.uint8)
+    begin = time.perf_counter()
+    extract(images_NHWC)
+    compile_seconds = time.perf_counter() - begin
+    took = fastest_seconds(lambda: extract(images_NHWC), repeats)
+    network = extract.network
+    abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, network.params))
+    work = flops.count(network.apply, abstract, images_NHWC)
+    speed = MatmulPeak(jnp.float32).measure()
+    print_figures(
+        benchmark="evaluate",
+        part="features",
+        pixels=side,
+        images_at_once=extract.at_once,
+        compile_seconds=compile_seconds - took,
+        images_per_second=extract.at_once / took,
+        model_gflop_per_image=work / extract.at_once / 1e9,
+        efficiency=work / took / speed / len(jax.local_devices()),
+        matmul_gflops=speed / 1e9,
+        peak_memory_gb=memory_usage()["memory_peak_gb"],
+    )
+
+
+def measure_metrics(images: int) -> None:
+    """Prints the seconds of each metric of `images` made-up samples and 10,000 real ones."""
+    rng = np.random.default_rng(0)
+    sample_ND = rng.normal(size=(images, FEATURES)).astype(np.float32)
+    reference_MD = rng.normal(size=(COMPARED_IMAGES, FEATURES)).astype(np.float32)
+    reference = fid.Moments.of(reference_MD)
+    for name, metric in {
+        "fid": lambda: fid.frechet_distance(fid.Moments.of(sample_ND), reference),
+        "inception_score": lambda: fid.inception_score(sample_ND[:, :1008]),
+        "precision_recall": lambda: fid.precision_recall(sample_ND, reference_MD),
+        "kid": lambda: fid.kernel_inception_distance(sample_ND, reference_MD),
+    }.items():
+        begin = time.perf_counter()
+        metric()
+        took = time.perf_counter() - begin
+        print_figures(benchmark="evaluate", part=name, images=images, seconds=took)
+
+
+def main(arguments: list[str]) -> int:
+    """Returns 0; raises InputError for a number below its least."""
+    parser = argparse.ArgumentParser(
+        "varjax benchmark evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--images", type=int, default=10_000, help="of which metrics are computed (10000)")
+    add("--side", type=int, default=256, help="pixels of an image's side (256)")
+    add("--repeats", type=int, default=3, help="the fastest of so many calls counts (3)")
+    flags = parser.parse_args(arguments)
+    for name, least in (("images", 4), ("side", 1), ("repeats", 1)):
+        if getattr(flags, name) < least:
+            raise InputError(f"{name}={getattr(flags, name)}: must be {least} or more")
+    measure_features(flags.side, flags.repeats)
+    measure_metrics(flags.images)
+    return 0
