@@ -10,6 +10,8 @@ import pytest
 from tests.helpers import runs
 from varjax.core import files, image_io
 from varjax.data.sources.digits import Digits
+from varjax.metrics.features import FeatureExtractor, pixel_network
+from varjax.metrics.fid import Moments, frechet_distance
 from varjax.nn.autoencoder import to_model_range
 from varjax.tokenizers import evaluate as command
 from varjax.tokenizers import reconstruction_metrics
@@ -161,3 +163,21 @@ def test_a_split_without_an_image_is_refused(params):
 
     with pytest.raises(ValueError, match="there is no image to measure"):
         measure_split(CONFIG, params, Broken(10))
+
+
+def test_reconstructions_are_compared_with_the_same_images(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "inception_network", lambda location: pixel_network())
+    arguments = [f"--weights={runs.tokenizer()}", "--data=digits", f"--out={tmp_path}"]
+    assert command.main([*arguments, "--inception=anywhere"]) == 0
+    report = files.read_json(tmp_path / "evaluation.json")
+    config, params = read_tokenizer(runs.tokenizer())
+    images = Digits().source("held_out").images_NHWC
+    model = VQTokenizer(config).bind({"params": params})
+    rebuilt = jax.jit(lambda x: model.decode(model.encode(x)))(to_model_range(images))
+    rebuilt = np.rint((np.asarray(rebuilt) + 1) * 127.5).astype(np.uint8)
+    extract = FeatureExtractor(pixel_network())
+    moments = [Moments.of(extract(x)["pool_ND"]) for x in (rebuilt, images)]
+    found = report["reconstructions"]
+    np.testing.assert_allclose(found["fid"], frechet_distance(*moments), rtol=1e-4)
+    assert {"precision", "recall", "kid"} < found.keys()
+    assert "against the same held-out images, cropped alike" in capsys.readouterr().out

@@ -5,6 +5,7 @@ in blocks of a fixed size; so no number depends on batches or devices.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,12 @@ class Moments:
 
     mean_D: np.ndarray
     covariance_DD: np.ndarray
+
+    @functools.cached_property
+    def root_DD(self) -> np.ndarray:
+        """Symmetric square root of the covariance; eigenvalues below 0 are rounding errors."""
+        value_D, vector_DD = np.linalg.eigh(self.covariance_DD)
+        return (vector_DD * np.sqrt(np.maximum(value_D, 0))) @ vector_DD.T
 
     @classmethod
     def of(cls, feature_ND: np.ndarray) -> "Moments":
@@ -73,8 +80,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     # tr (Σa Σb)^½ is the sum of the singular values of √Σa √Σb: always real, and exact where
     # covariances are singular, unlike a general matrix square root.
-    product_DD = _matrix_root(a.covariance_DD) @ _matrix_root(b.covariance_DD)
-    root_trace = np.linalg.svd(product_DD, compute_uv=False).sum()
+    root_trace = np.linalg.svd(a.root_DD @ b.root_DD, compute_uv=False).sum()
     trace = np.trace(a.covariance_DD) + np.trace(b.covariance_DD)
     return float(np.sum(np.square(a.mean_D - b.mean_D)) + trace - 2 * root_trace)
 
@@ -184,12 +190,6 @@ def _squared_mmd(x_ND, y_ND):
 def _kernel(x_ND, y_ND):
     k_NN = x_ND @ y_ND.T / x_ND.shape[1] + 1
     return k_NN * k_NN * k_NN  # much faster than a power
-
-
-def _matrix_root(covariance_DD):
-    """Symmetric square root of a covariance, whose eigenvalues are not negative but by rounding."""
-    value_D, vector_DD = np.linalg.eigh(covariance_DD)
-    return (vector_DD * np.sqrt(np.maximum(value_D, 0))) @ vector_DD.T
 
 
 def _manifold_radii(feature_ND: np.ndarray, neighbors: int) -> np.ndarray:
