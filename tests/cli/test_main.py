@@ -14,7 +14,12 @@ from tests.helpers.paths import ROOT
 from varjax.cli.main import COMMANDS, main
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-IMPORTED_AS = {"PIL": "pillow", "sklearn": "scikit-learn", "orbax": "orbax-checkpoint"}
+IMPORTED_AS = {
+    "google": "protobuf",
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "orbax": "orbax-checkpoint",
+}
 
 
 def names(requirements):

@@ -47,7 +47,7 @@ def test_real_digits_are_near_and_noise_is_far(tmp_path, capsys):
     assert real["precision"] > 0.8 and real["recall"] > 0.8
     assert noise["precision"] == noise["recall"] == 0
     printed = capsys.readouterr().out
-    assert "355 samples against 1,442 images of digits" in printed
+    assert "355 samples of real.npz against 1,442 images of digits" in printed
     assert "Inception Score              –   left out: pixels have no logits" in printed
     assert "FID is larger the fewer they are" in printed
 
@@ -63,7 +63,7 @@ def test_the_same_command_returns_the_report_and_another_is_refused(tmp_path, ca
 
 
 def test_a_killed_evaluation_ends_with_the_same_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_store, "PART", 100)
+    monkeypatch.setattr(feature_store, "IMAGES_PER_PART", 100)
     digits_npz("real.npz")
     assert run("real.npz", *PIXELS, "--out=whole.json") == 0
     compute, calls = FeatureExtractor.__call__, []
@@ -113,7 +113,7 @@ def test_a_model_is_measured_as_the_samples_it_writes(tmp_path):
     drawn, file = (files.read_json(tmp_path / f"{name}.json") for name in ("drawn", "file"))
     assert drawn["images"] == 30
     assert drawn["metrics"] == file["metrics"]
-    assert drawn["request"]["top_k"] == 3 and drawn["published_model"] is None
+    assert drawn["request"]["samples"]["top_k"] == 3 and drawn["published_model"] is None
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_a_sweep_measures_every_point_once(tmp_path, capsys):
     assert run(*arguments) == 0
     printed = capsys.readouterr().out
     assert printed.count("lowest FID") == 1 and "sweep.png" in printed
-    points = files.read_json(tmp_path / "sweep.json")
+    points = files.read_json(tmp_path / "sweep.json")["points"]
     assert [point["options"] for point in points] == [
         {"cfg": cfg, "top_k": top_k} for cfg in (0.0, 2.0) for top_k in (1, 9)
     ]
@@ -172,7 +172,9 @@ def test_released_models_are_known_by_their_sizes():
     assert published_model(MARConfig.preset("mar_l")) == "mar_l"
     assert published_model(runs.VAR) is None and published_model(runs.MAR) is None
     assert "281.7" in report.metrics_table(
-        report.Measured({"fid": 2.5, "inception_score": 280.0}, {}, []), PUBLISHED["mar_b"], "mar_b"
+        report.SampleMetrics({"fid": 2.5, "inception_score": 280.0}, {}, []),
+        PUBLISHED["mar_b"],
+        "mar_b",
     )
 
 

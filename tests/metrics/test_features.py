@@ -132,7 +132,8 @@ def test_a_folder_is_read_in_order_with_its_classes(tmp_path):
     np.testing.assert_array_equal(read_all(images), IMAGES_NHWC[[2, 0, 1]])
     write_folder(tmp_path / "c", IMAGES_NHWC[:2, ..., 0], ["0.png", "1.png"])
     images = open_image_set(tmp_path / "c")
-    assert images.shape == (2, 12, 12, 1) and images.label_N is None
+    assert images.shape == (2, 12, 12, 3) and images.label_N is None
+    np.testing.assert_array_equal(read_all(images)[..., 1], IMAGES_NHWC[:2, ..., 0])
 
 
 def test_what_holds_no_images_is_refused(tmp_path):
@@ -161,7 +162,7 @@ def test_what_holds_no_images_is_refused(tmp_path):
 
 
 def test_statistics_of_images_are_kept_and_go_on_after_a_kill(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_store, "PART", 10)
+    monkeypatch.setattr(feature_store, "IMAGES_PER_PART", 10)
     np.savez(tmp_path / "x.npz", arr_0=IMAGES_NHWC)
     images, cache = open_image_set(tmp_path / "x.npz"), tmp_path / "cache"
     extract = FeatureExtractor(pixel_network())
@@ -175,15 +176,15 @@ def test_statistics_of_images_are_kept_and_go_on_after_a_kill(tmp_path, monkeypa
 
     failing.network = extract.network
     with pytest.raises(KeyboardInterrupt):
-        references.reference_of_images(images, failing, cache)
-    reference = references.reference_of_images(images, failing, cache)
+        references.reference_of_images(images, images.digest, failing, cache)
+    reference = references.reference_of_images(images, images.digest, failing, cache)
     assert calls == [10, 10, 10, 3]
     expected = Moments.of(extract(IMAGES_NHWC)["pool_ND"])
     found = reference.moments["pool_ND"]
     np.testing.assert_allclose(found.mean_D, expected.mean_D, rtol=1e-12)
     np.testing.assert_allclose(found.covariance_DD, expected.covariance_DD, atol=1e-15)
     np.testing.assert_array_equal(reference.pool_MD, extract(IMAGES_NHWC)["pool_ND"])
-    again = references.reference_of_images(images, failing, cache)
+    again = references.reference_of_images(images, images.digest, failing, cache)
     assert len(calls) == 4 and again.images == 23
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
 

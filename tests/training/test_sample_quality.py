@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ def own_cache(tmp_path, monkeypatch):
 def quality(config=FID, batch_size=16, task=None):
     task = task or tiny.Tiny(plan=Plan(1, batch_size))
     mesh = make_mesh(MeshShape())
-    return SampleQuality(config, task, Digits(), {}, mesh, batch_size, False)
+    return SampleQuality(config, task, Digits(), {}, mesh, batch_size, pathlib.Path("run"), False)
 
 
 def state():
@@ -82,7 +83,7 @@ def test_what_cannot_be_measured_is_refused_before_the_run(tmp_path):
         quality(dataclasses.replace(FID, reference=str(tmp_path / "absent.npz")))
     mesh = make_mesh(MeshShape())
     with pytest.raises(InputError, match="this run's data are latents"):
-        SampleQuality(FID, tiny.Tiny(), Digits(), {}, mesh, 16, on_latents=True)
+        SampleQuality(FID, tiny.Tiny(), Digits(), {}, mesh, 16, tmp_path, on_latents=True)
     for wrong in ({"every": -1}, {"images": 1}, {"seed": -1}):
         with pytest.raises(InputError, match="fid"):
             tiny.experiment(tmp_path, fid=dataclasses.replace(FID, **wrong)).check()

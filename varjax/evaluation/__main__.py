@@ -20,18 +20,29 @@ import sys
 import jax
 
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags
-from varjax.core.distributed import add_process_flags, connect_by_flags, run_on_processes
+from varjax.core.distributed import (
+    add_process_flags,
+    connect_by_flags,
+    on_first_process,
+    run_on_processes,
+)
 from varjax.core.errors import InputError
-from varjax.evaluation.evaluate import Measuring, evaluate_images, evaluate_model, print_report
+from varjax.evaluation.evaluate import (
+    EvaluationSettings,
+    evaluate_images,
+    evaluate_model,
+    print_report,
+)
 from varjax.evaluation.sweep import (
     SweepPoint,
+    check_sweep_output,
     parse_sweep,
     point_path,
     sweep_table,
     write_sweep,
 )
 from varjax.families import load, option_classes
-from varjax.metrics.features import feature_network
+from varjax.metrics.features import FeatureExtractor, feature_network
 from varjax.metrics.image_sets import open_image_set
 from varjax.metrics.references import default_cache
 from varjax.sampling.job import SamplingJob
@@ -56,11 +67,17 @@ def evaluate(arguments: list[str]) -> None:
         wrong = ["--sweep"] * bool(flags.sweep) + [f"--{name}" for name in given]
         raise InputError(f"{', '.join(wrong)}: only with --weights, which draws the samples")
     connect_by_flags(flags)
-    network = feature_network(flags.features, flags.inception)
-    measuring = Measuring(network, flags.reference, flags.split, pathlib.Path(flags.cache))
+    extract = FeatureExtractor(feature_network(flags.features, flags.inception))
+    cache = pathlib.Path(flags.cache)
+    settings = EvaluationSettings(extract, flags.reference, flags.split, cache)
+    first = jax.process_index() == 0
     if flags.weights is None:
-        images = open_image_set(flags.samples)
-        print_report(evaluate_images(measuring, images, flags.samples, out))
+        samples = flags.samples
+        report = on_first_process(
+            lambda: evaluate_images(settings, open_image_set(samples), samples, out)
+        )
+        if first:
+            print_report(report)
         return
     model = load(flags.weights, flags.dtype)
     options = model.options(**given)
@@ -68,17 +85,20 @@ def evaluate(arguments: list[str]) -> None:
         tuple(range(model.classes)), flags.count, flags.seed, options, flags.batch_size
     )
     if not flags.sweep:
-        print_report(evaluate_model(measuring, model, job, out))
+        report = evaluate_model(settings, model, flags.weights, job, out)
+        if first:
+            print_report(report)
         return
+    check_sweep_output(out)
     # All of them are checked before the first one is drawn.
     chosen = [(p, model.options(**{**given, **p})) for p in parse_sweep(flags.sweep, options)]
     points = []
     for point, options in chosen:
         print(", ".join(f"{name}={value}" for name, value in point.items()), file=sys.stderr)
         job = dataclasses.replace(job, options=options)
-        report = evaluate_model(measuring, model, job, point_path(out, point))
+        report = evaluate_model(settings, model, flags.weights, job, point_path(out, point))
         points.append(SweepPoint(point, report))
-    if jax.process_index() == 0:
+    if first:
         picture = write_sweep(points, out)
         print(f"\n{sweep_table(points)}\n\nthe curve: {picture}\nall points: {out}")
 

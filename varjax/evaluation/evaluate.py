@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,14 +11,15 @@ import numpy as np
 
 import varjax
 from varjax.core import files
+from varjax.core.distributed import on_first_process
 from varjax.core.errors import InputError
 from varjax.data.sources import CachedLatents, parse_dataset
 from varjax.mar.model import MARConfig
 from varjax.metrics.feature_store import FeatureStore, extract_features, parts_of
-from varjax.metrics.features import FeatureExtractor, FeatureNetwork, feature_sizes
+from varjax.metrics.features import FeatureExtractor, feature_sizes
 from varjax.metrics.image_sets import DatasetImages, FolderImages, ImageSet
 from varjax.metrics.references import Reference, read_reference, reference_of_images
-from varjax.metrics.report import Measured, measure, metrics_table
+from varjax.metrics.report import SampleMetrics, measure, metrics_table
 from varjax.sampling.job import SamplingJob, run_job
 from varjax.sampling.sampler import Sampler
 from varjax.var.model import VARConfig
@@ -36,23 +37,24 @@ PUBLISHED: dict[str, dict[str, float]] = {
     "mar_l": {"fid": 1.78, "inception_score": 296.0},
     "mar_h": {"fid": 1.55, "inception_score": 303.7},
 }
+PUBLISHED_COUNT = 50  # samples of a class
 DATASETS = "folder:", "tfds:", "digits", "photos"  # what a reference may be besides files
 LEAST_SAMPLES = 2
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Measuring:
-    """What all evaluations of a command share.
+class EvaluationSettings:
+    """Holds what all evaluations of a command share.
 
     Attributes:
-        network: makes features.
+        extract: makes features.
         reference: an .npz, a folder, or a dataset as `parse_dataset` names it, whose images are
             then cropped to the samples' size.
         split: of that dataset.
         cache: folder for statistics of references.
     """
 
-    network: FeatureNetwork
+    extract: FeatureExtractor
     reference: str
     split: str
     cache: pathlib.Path
@@ -78,13 +80,15 @@ class FeatureOutput:
         return ""
 
 
-def evaluate_images(measuring: Measuring, images: ImageSet, name: str, out: pathlib.Path) -> dict:
+def evaluate_images(
+    settings: EvaluationSettings, images: ImageSet, name: str, out: pathlib.Path
+) -> dict[str, Any]:
     """Measures a set of images, and writes and returns the report.
 
-    Goes on where a killed one was; a report that is there already is returned.
+    Goes on where a killed one was; a report of the same that is there already is returned.
 
     Args:
-        measuring: how.
+        settings: how.
         images: the samples, in the order in which they are scored.
         name: of the samples, for the report.
         out: the report's file; features lie beside it until it is written.
@@ -94,45 +98,55 @@ def evaluate_images(measuring: Measuring, images: ImageSet, name: str, out: path
     """
     if images.shape[0] < LEAST_SAMPLES:
         raise InputError(f"{name} holds {images.shape[0]} images; two or more are needed")
-    request = {"samples": name, "images": images.digest, "count": images.shape[0]}
-    request |= _settings(measuring)
+    samples = {"images": images.digest, **settings.extract.network.identity}
+    reference = _read_reference(settings, images.shape[1:])
+    request = {"samples": samples, "reference": reference.digest}
     if (done := finished_report(out, request)) is not None:
         return done
-    extract = FeatureExtractor(measuring.network)
-    reference = _read_reference(measuring, extract, images.shape[1:])
-    store = FeatureStore(_parts_folder(out), request)
-    extract_features(images, extract, store, "samples")
+    store = FeatureStore(_parts_folder(out), samples)
+    extract_features(images, settings.extract, store, "samples")
     features = store.join(parts_of(images.shape[0]))
     measured = measure(features, reference, images.label_N)
     if isinstance(images, FolderImages) and images.lossy:
-        notice = "some samples are JPEG, which changes FID; keep PNG or .npz"
-        measured.notices.append(notice)
-    return _write_report(out, request, measured, reference, store, images.shape[0])
+        measured.notices.append("some samples are JPEG, which changes FID; keep PNG or .npz")
+    return _write_report(out, request, measured, store, _about(settings, reference, name, images))
 
 
 def evaluate_model(
-    measuring: Measuring, model: Sampler, job: SamplingJob, out: pathlib.Path
-) -> dict:
+    settings: EvaluationSettings, model: Sampler, name: str, job: SamplingJob, out: pathlib.Path
+) -> dict[str, Any]:
     """Draws samples from a model and measures them; else like `evaluate_images`.
 
     All devices and processes draw; the first process measures, and writes the report.
     """
     if len(job.label_N) < LEAST_SAMPLES:
         raise InputError(f"{len(job.label_N)} samples are asked for; two or more are needed")
-    request = json.loads(json.dumps(job.request(model) | _settings(measuring)))
-    if (done := finished_report(out, request)) is not None:
+    asked, network = job.request(model), settings.extract.network.identity
+    assert not asked.keys() & network.keys()
+    samples = json.loads(json.dumps(asked | network))
+    reference: Reference
+
+    def begin() -> dict[str, Any] | None:
+        nonlocal reference
+        reference = _read_reference(settings, model.image_shape)
+        return finished_report(out, {"samples": samples, "reference": reference.digest})
+
+    if (done := on_first_process(begin)) is not None:
         return done
-    extract, first = FeatureExtractor(measuring.network), jax.process_index() == 0
-    reference = _read_reference(measuring, extract, model.image_shape) if first else None
-    output = FeatureOutput(_parts_folder(out), request, extract)
+    output = FeatureOutput(_parts_folder(out), samples, settings.extract)
     run_job(model, job, output)
-    if reference is None:
-        return {}
-    order_N = np.random.default_rng(job.seed).permutation(len(job.label_N))  # as in an .npz
-    features = {n: x[order_N] for n, x in output.store.join(list(job.parts)).items()}
-    measured = measure(features, reference, job.label_N[order_N])
-    name = published_model(_config_of(model))
-    return _write_report(out, request, measured, reference, output.store, len(job.label_N), name)
+
+    def finish() -> dict[str, Any]:
+        order_N = np.random.default_rng(job.seed).permutation(len(job.label_N))  # as in an .npz
+        features = {n: x[order_N] for n, x in output.store.join(list(job.parts)).items()}
+        measured = measure(features, reference, job.label_N[order_N])
+        about = _about(settings, reference, name, None) | {"images": len(job.label_N)}
+        if job.count == PUBLISHED_COUNT:
+            about["published_model"] = published_model(_config_of(model))
+        request = {"samples": samples, "reference": reference.digest}
+        return _write_report(out, request, measured, output.store, about)
+
+    return on_first_process(finish)
 
 
 def finished_report(out: pathlib.Path, request: Mapping[str, Any]) -> dict | None:
@@ -149,15 +163,13 @@ def finished_report(out: pathlib.Path, request: Mapping[str, Any]) -> dict | Non
     return report
 
 
-def print_report(report: dict) -> None:
+def print_report(report: Mapping[str, Any]) -> None:
     """Prints a report as a table."""
-    if not report:
-        return
-    measured = Measured(report["metrics"], report["left_out"], report["notices"])
+    measured = SampleMetrics(report["metrics"], report["left_out"], report["notices"])
     name = report["published_model"]
     count, of = report["images"], report["reference_images"]
     against = f"{of:,} images" if of else "statistics"
-    print(f"\n{count:,} samples against {against} of {report['request']['reference']}")
+    print(f"\n{count:,} samples of {report['name']} against {against} of {report['reference']}")
     print(metrics_table(measured, PUBLISHED.get(name or ""), name or ""))
 
 
@@ -166,7 +178,8 @@ def published_model(config: Any) -> str | None:
     for name in PUBLISHED:
         kind, _, size = name.partition("_")
         preset = VARConfig.preset(size) if kind == "var" else MARConfig.preset(name)
-        compared = "width", "classes", *(("scales",) if kind == "var" else ("head", "latent_map"))
+        family = ("depth", "scales") if kind == "var" else ("encoder_depth", "head", "latent_map")
+        compared = "width", "classes", *family
         if type(config) is type(preset) and all(
             getattr(config, field) == getattr(preset, field) for field in compared
         ):
@@ -174,30 +187,20 @@ def published_model(config: Any) -> str | None:
     return None
 
 
-def _settings(measuring: Measuring) -> dict[str, Any]:
-    """What the metrics depend on besides the samples."""
-    reference: dict[str, Any] = {"reference": measuring.reference}
-    if measuring.reference.startswith(DATASETS):
-        reference["split"] = measuring.split
-    return reference | measuring.network.identity
-
-
 def _parts_folder(out: pathlib.Path) -> pathlib.Path:
     return out.with_name(f".{out.name}.parts")
 
 
-def _read_reference(
-    measuring: Measuring, extract: FeatureExtractor, image_shape: tuple[int, ...]
-) -> Reference:
-    text = measuring.reference
-    if text.startswith(DATASETS) and not pathlib.Path(text).exists():
-        images = dataset_images(text, measuring.split, image_shape)
-        return reference_of_images(images, extract, measuring.cache)
-    sizes = feature_sizes(extract.network, image_shape)
-    return read_reference(text, extract, measuring.cache, sizes)
+def _read_reference(settings: EvaluationSettings, image_shape: Sequence[int]) -> Reference:
+    text, extract = settings.reference, settings.extract
+    sizes = feature_sizes(extract.network, image_shape)  # refuses what cannot be done
+    if text.startswith(DATASETS):
+        images = dataset_images(text, settings.split, image_shape)
+        return reference_of_images(images, images.digest, extract, settings.cache)
+    return read_reference(text, extract, settings.cache, sizes)
 
 
-def dataset_images(text: str, split: str, image_shape: tuple[int, ...]) -> ImageSet:
+def dataset_images(text: str, split: str, image_shape: Sequence[int]) -> ImageSet:
     """Opens a split of a dataset with images of a size; InputError as `parse_dataset`."""
     H, W, channels = image_shape
     data = parse_dataset(text, (H, W), channels)
@@ -212,24 +215,32 @@ def _config_of(model: Sampler) -> Any:
     return next((config for name, config in configs.items() if name != "tokenizer"), None)
 
 
+def _about(
+    settings: EvaluationSettings, reference: Reference, name: str, images: ImageSet | None
+) -> dict[str, Any]:
+    """What a report says besides its metrics and what they depend on."""
+    return {
+        "name": name,
+        "images": None if images is None else images.shape[0],
+        "reference": settings.reference,
+        "reference_images": reference.images,
+        "published_model": None,
+    }
+
+
 def _write_report(
     out: pathlib.Path,
     request: Mapping[str, Any],
-    measured: Measured,
-    reference: Reference,
+    measured: SampleMetrics,
     store: FeatureStore,
-    images: int,
-    name: str | None = None,
-) -> dict:
+    about: Mapping[str, Any],
+) -> dict[str, Any]:
     report = {
         **measured.metrics,
-        "images": images,
-        "reference_images": reference.images,
-        "reference_digest": reference.digest,
+        **about,
         "left_out": measured.left_out,
         "notices": measured.notices,
         "metrics": measured.metrics,
-        "published_model": name,
         "request": dict(request),
         "versions": {"varjax": varjax.__version__, "jax": jax.__version__},
         "device": jax.devices()[0].device_kind,

@@ -58,6 +58,14 @@ def point_path(out: pathlib.Path, options: Mapping[str, Any]) -> pathlib.Path:
     return out.with_name(f"{out.stem}.{name}{out.suffix}")
 
 
+def check_sweep_output(out: pathlib.Path) -> None:
+    """Raises InputError where `out` is anything but the points of a sweep."""
+    if out.exists():
+        there = files.read_json(out)
+        if not isinstance(there, dict) or "points" not in there:
+            raise InputError(f"{out} exists and is no sweep; delete it or choose another out")
+
+
 def sweep_table(points: Sequence[SweepPoint]) -> str:
     """Formats the metrics of all points, a line each, the lowest FID marked."""
     names = [name for name in PRINTED if any(name in p.report["metrics"] for p in points)]
@@ -76,7 +84,9 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
     The picture shows FID against the Inception Score; where there is none, against the first
     option's values. Points of equal other options are joined.
     """
-    files.write_json(out, [{"options": p.options} | p.report["metrics"] for p in points])
+    files.write_json(
+        out, {"points": [{"options": p.options} | p.report["metrics"] for p in points]}
+    )
     import matplotlib
 
     matplotlib.use("Agg")

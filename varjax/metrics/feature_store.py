@@ -13,8 +13,8 @@ from varjax.core.errors import InputError
 from varjax.metrics.features import FeatureExtractor, Features
 from varjax.metrics.image_sets import ImageSet
 
-PART = 500  # images of a part
-REQUEST = "request.json"
+IMAGES_PER_PART = 500  # images of a part
+REQUEST_FILE = "request.json"
 
 
 class FeatureStore:
@@ -29,7 +29,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: pathlib.Path, request: Mapping[str, Any], write: bool = True):
-        files.claim_folder(folder, REQUEST, request, write)
+        files.claim_folder(folder, REQUEST_FILE, request, write)
         self._folder = folder
 
     def has(self, part: range) -> bool:
@@ -62,16 +62,16 @@ class FeatureStore:
 
 def parts_of(count: int) -> list[range]:
     """Shares out images to parts."""
-    return [range(i, min(i + PART, count)) for i in range(0, count, PART)]
+    return [range(i, min(i + IMAGES_PER_PART, count)) for i in range(0, count, IMAGES_PER_PART)]
 
 
 def extract_features(
-    images: ImageSet, extract: FeatureExtractor, store: FeatureStore, what: str
+    images: ImageSet, extract: FeatureExtractor, store: FeatureStore, description: str
 ) -> None:
-    """Computes the features that `store` lacks, with a progress bar that calls them `what`."""
+    """Computes the features that `store` lacks, with a progress bar that has this `description`."""
     count = images.shape[0]
     missing = [part for part in parts_of(count) if not store.has(part)]
     left = sum(map(len, missing))
-    with tqdm(total=count, initial=count - left, unit=" images", desc=what) as bar:
+    with tqdm(total=count, initial=count - left, unit=" images", desc=description) as bar:
         for part, images_NHWC in images.parts(missing):
             store.add(part, extract(images_NHWC, bar.update))

@@ -19,6 +19,7 @@ Features = dict[str, np.ndarray]  # "pool_ND", and of Inception "spatial_ND" and
 # Images that a device computes at once. Always as many, padded if need be: for another number the
 # compiler may sum in another order, and features would depend on the batch size.
 CPU_BLOCK, ACCELERATOR_BLOCK = 8, 64
+MAX_PIXELS = 32 * 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,7 +40,10 @@ class FeatureNetwork:
 def inception_network(location: str) -> FeatureNetwork:
     """Makes FID's network from a directory of its weights; InputError as `load_inception`."""
     params = load_inception(location)
-    identity = {"features": "inception-v3 2015-12-05", "weights": trees.digest(params)}
+    identity = {
+        "features": "inception-v3 2015-12-05",
+        "inception_weights": trees.digest(params),
+    }
     return FeatureNetwork(identity, params, _inception_features)
 
 
@@ -155,5 +159,11 @@ def _inception_features(params, image_BHWC):
 
 
 def _pixel_features(params, image_BHWC):
+    H, W = image_BHWC.shape[1:3]
+    if H * W > MAX_PIXELS:  # a covariance of all pixels would not fit into memory
+        raise InputError(
+            f"features=pixels with images of {H}x{W}: allowed are up to {MAX_PIXELS} pixels; "
+            "use features=inception"
+        )
     flat_BD = image_BHWC.reshape(len(image_BHWC), -1).astype(jnp.float32)
     return {"pool_BD": flat_BD / (255 * math.sqrt(3))}

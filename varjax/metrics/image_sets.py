@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import os
 import pathlib
 import zipfile
@@ -12,6 +11,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from varjax.core import image_io
 from varjax.core.errors import InputError
@@ -112,7 +112,7 @@ class NpzImages:
 
 
 class FolderImages:
-    """Reads all image files below a folder, in the order of their paths.
+    """Reads all image files below a folder as RGB, in the order of their paths.
 
     Files that `varjax sample` wrote tell their classes by their names, others by their folders if
     there are several. Raises InputError for a folder without images or with several sizes.
@@ -133,13 +133,12 @@ class FolderImages:
         if len(sizes) > 1:
             found = ", ".join(f"{w}x{h} ({file.name})" for (w, h), file in list(sizes.items())[:4])
             raise InputError(
-                f"the images in {path} have several sizes: {found}; resize them all alike first, "
-                "or give folder:PATH, which crops them"
+                f"the images in {path} have several sizes: {found}; resize them all alike first "
+                "(varjax evaluate --reference=folder:PATH crops them)"
             )
         self.lossy = any(file.suffix.lower() in LOSSY for file in self._files)
-        (W, H), first = next(iter(sizes)), image_io.open_image(self._files[0])
-        self._mode = first.mode
-        self.shape = len(self._files), H, W, 1 if first.mode == "L" else 3
+        W, H = next(iter(sizes))
+        self.shape = len(self._files), H, W, 3
         self.label_N = self._labels()
 
     @property
@@ -155,8 +154,14 @@ class FolderImages:
             yield part, np.stack(images)
 
     def _read(self, file):
-        picture = image_io.open_image(file).convert(self._mode)
-        return np.asarray(picture).reshape(self.shape[1:])
+        picture = image_io.open_image(file)
+        _, H, W, _ = self.shape
+        if picture.size != (W, H):
+            raise InputError(
+                f"{file} is turned by its EXIF data to {picture.width}x{picture.height}, but the "
+                f"others have {W}x{H}; save it upright"
+            )
+        return np.asarray(picture.convert("RGB"))
 
     def _labels(self) -> np.ndarray | None:
         stems = [file.stem.rpartition("_label")[2] for file in self._files]
@@ -177,8 +182,6 @@ class StoredImages(Protocol):
 
     def source(self, split: Any) -> Any: ...
 
-    def describe(self) -> dict[str, Any]: ...
-
     def preprocess(self, image_HWC: np.ndarray) -> np.ndarray: ...
 
 
@@ -198,13 +201,19 @@ class DatasetImages:
 
     @property
     def digest(self) -> str:
-        described = [self._data.describe()[self._split], self.shape]
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        sha256 = hashlib.sha256(str(self.shape).encode())  # of the pixels: names may stay the same
+        with tqdm(total=self.shape[0], unit=" images", desc="hashing the reference") as bar:
+            for i in range(self.shape[0]):
+                sha256.update(self._read(i).tobytes())
+                bar.update()
+        return sha256.hexdigest()
 
     def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
         for part in parts:
-            images = [self._data.preprocess(self._source[i]["image"]) for i in part]
-            yield part, np.stack(images)
+            yield part, np.stack([self._read(i) for i in part])
+
+    def _read(self, i):
+        return self._data.preprocess(self._source[i]["image"])
 
 
 def file_digest(path: pathlib.Path) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import zipfile
 from collections.abc import Mapping
 
@@ -71,7 +72,7 @@ def read_reference(
                 f"{path} holds images of {images.shape[1:]}, which have other features than the "
                 "samples; give images of the samples' size"
             )
-        return reference_of_images(images, extract, cache)
+        return reference_of_images(images, images.digest, extract, cache)
     for kind, moments in statistics.items():
         wanted = sizes.get(kind)
         if moments.mean_D.shape != (wanted,):
@@ -79,11 +80,10 @@ def read_reference(
                 f"{path} holds statistics of {moments.mean_D.size} numbers an image, but these "
                 f"features have {wanted}; give statistics of Inception, or images"
             )
-    images = (
-        reference_of_images(open_image_set(path), extract, cache) if _has_images(path) else None
-    )
-    pool_MD = None if images is None else images.pool_MD
-    return Reference(file_digest(path), statistics, pool_MD, None)
+    digest, pool_MD = file_digest(path), None
+    if _has_images(path):
+        pool_MD = reference_of_images(open_image_set(path), digest, extract, cache).pool_MD
+    return Reference(digest, statistics, pool_MD, None)
 
 
 def reference_of_features(features: Features) -> Reference:
@@ -99,32 +99,32 @@ def compared_rows(count: int) -> np.ndarray:
 
 
 def reference_of_images(
-    images: ImageSet, extract: FeatureExtractor, cache: pathlib.Path
+    images: ImageSet, digest: str, extract: FeatureExtractor, cache: pathlib.Path
 ) -> Reference:
-    """Computes the statistics of images, or reads them from `cache`."""
-    request = {"images": images.digest, **extract.network.identity}
+    """Computes the statistics of images, or reads them from `cache`.
+
+    Args:
+        images: two or more.
+        digest: under which `cache` keeps them, say `images.digest`.
+        extract: computes features.
+        cache: a folder.
+
+    Raises:
+        InputError: fewer than two images.
+    """
+    if images.shape[0] < 2:
+        raise InputError(f"the reference holds {images.shape[0]} images; two or more are needed")
+    request = {"images": digest, **extract.network.identity}
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
-    path = cache / f"{key}.safetensors"
+    path, folder = cache / f"{key}.safetensors", cache / key
     if not path.exists():
-        count = images.shape[0]
-        store = FeatureStore(cache / key, request)
-        extract_features(images, extract, store, "reference")
-        chosen = compared_rows(count)
-        sums: dict[str, MomentSums] = {}
-        compared = []
-        for part in parts_of(count):
-            features = store.read(part)
-            for kind in STATISTICS.keys() & features.keys():
-                sums.setdefault(kind, MomentSums()).add(features[kind])
-            rows = chosen[(chosen >= part.start) & (chosen < part.stop)] - part.start
-            compared.append(features["pool_ND"][rows])
-        arrays = {"compared": np.concatenate(compared)}
-        for kind, total in sums.items():
-            mean, covariance = STATISTICS[kind]
-            moments = total.moments()
-            arrays |= {mean: moments.mean_D, covariance: moments.covariance_DD}
-        files.write_tensors(path, arrays, {})
-        store.delete()
+        folder.mkdir(parents=True, exist_ok=True)
+        with files.lock_folder(folder, wait=True):  # of several commands one computes
+            if not path.exists():
+                store = FeatureStore(folder, request)
+                extract_features(images, extract, store, "reference")
+                files.write_tensors(path, _summarize(store, images.shape[0]), {})
+            shutil.rmtree(folder, ignore_errors=True)
     arrays, _ = files.read_tensors(path)
     moments = {
         kind: Moments(arrays[mean], arrays[covariance])
@@ -134,10 +134,33 @@ def reference_of_images(
     return Reference(request["images"], moments, arrays["compared"], images.shape[0])
 
 
+def _summarize(store: FeatureStore, count: int) -> dict[str, np.ndarray]:
+    """Moments of `count` images by ADM's names, and features of those to compare with."""
+    chosen = compared_rows(count)
+    sums: dict[str, MomentSums] = {}
+    compared = []
+    for part in parts_of(count):
+        features = store.read(part)
+        for kind in STATISTICS.keys() & features.keys():
+            sums.setdefault(kind, MomentSums()).add(features[kind])
+        rows = chosen[(chosen >= part.start) & (chosen < part.stop)] - part.start
+        compared.append(features["pool_ND"][rows])
+    arrays = {"compared": np.concatenate(compared)}
+    for kind, total in sums.items():
+        mean, covariance = STATISTICS[kind]
+        moments = total.moments()
+        arrays |= {mean: moments.mean_D, covariance: moments.covariance_DD}
+    return arrays
+
+
 def _read_statistics(path: pathlib.Path) -> dict[str, Moments]:
     """The moments in an .npz by kind of features, {} where it holds images alone."""
     found = {}
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path} cannot be read as an .npz; make or copy it again")
     with npz_errors(path), np.load(path) as arrays:
+        if "mu_s" in arrays.files and "mu" not in arrays.files:
+            raise InputError(f"{path} holds mu_s but no mu")
         for kind, (mean, covariance) in STATISTICS.items():
             if mean not in arrays.files:
                 continue

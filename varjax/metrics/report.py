@@ -22,7 +22,7 @@ ORDERED = 0.25  # neighbors of one class more often than by chance, by this shar
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class SampleMetrics:
     """Holds the metrics of a set of samples.
 
     Attributes:
@@ -38,7 +38,7 @@ class Measured:
 
 def measure(
     features: Features, reference: Reference, label_N: np.ndarray | None = None
-) -> Measured:
+) -> SampleMetrics:
     """Computes all metrics that features and reference allow.
 
     Args:
@@ -74,11 +74,11 @@ def measure(
     else:
         metrics["precision"], metrics["recall"] = fid.precision_recall(pool_ND, pool_MD)
         metrics["kid"], metrics["kid_std"] = fid.kernel_inception_distance(pool_ND, pool_MD)
-    return Measured(metrics, left_out, _notices(features, label_N))
+    return SampleMetrics(metrics, left_out, _notices(features, label_N))
 
 
 def metrics_table(
-    measured: Measured, published: dict[str, float] | None = None, name: str = ""
+    measured: SampleMetrics, published: dict[str, float] | None = None, name: str = ""
 ) -> str:
     """Formats metrics as text, beside the published ones of the model `name` where given."""
     head = f"{'':18}{'here':>12}" + (f"{'published':>12}   ({name})" if published else "")

@@ -38,7 +38,7 @@ from varjax.core.errors import InputError, run_command
 from varjax.data.sources import CachedLatents, parse_dataset
 from varjax.metrics.features import FeatureExtractor, Features, inception_network
 from varjax.metrics.references import reference_of_features
-from varjax.metrics.report import Measured, measure, metrics_table
+from varjax.metrics.report import SampleMetrics, measure, metrics_table
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.losses.lpips import check_lpips_images, load_lpips
@@ -89,6 +89,8 @@ def evaluate_tokenizer(
     pairs = FeaturePairs(FeatureExtractor(inception_network(inception))) if inception else None
     loader = images.make(batch_size, 0)
     count = len(loader.held_out_source)
+    if pairs is not None and count < 2:
+        raise InputError(f"{data} holds {count} held-out images; FID needs two or more")
     with tqdm(total=count, unit=" images", file=sys.stderr, disable=None) as bar:
 
         def progress(batches):
@@ -102,7 +104,8 @@ def evaluate_tokenizer(
     report = {"weights": str(weights), "data": data} | split.summary()
     if pairs is not None:
         measured = pairs.measure()
-        report |= {"reconstructions": measured.metrics, "notices": measured.notices}
+        report |= {"reconstructions": measured.metrics, "left_out": measured.left_out}
+        report |= {"notices": measured.notices}
         report["reconstructions_against"] = "the same held-out images, cropped alike"
     folder = pathlib.Path(out)
     files.write_json(folder / "evaluation.json", report)
@@ -122,12 +125,15 @@ class FeaturePairs:
         """Adds uint8 images and their reconstructions."""
         self._pairs.append((self._extract(images_NHWC), self._extract(rebuilt_NHWC)))
 
-    def measure(self) -> Measured:
+    def measure(self) -> SampleMetrics:
         """Measures the reconstructions against the images; InputError for fewer than two."""
         originals, rebuilt = (
             {name: np.concatenate([features[name] for features in side]) for name in side[0]}
             for side in zip(*self._pairs, strict=True)
         )
+        # Held-out images come class by class, and the Inception Score needs them mixed.
+        order_N = np.random.default_rng(0).permutation(len(rebuilt["pool_ND"]))
+        rebuilt = {name: x[order_N] for name, x in rebuilt.items()}
         return measure(rebuilt, reference_of_features(originals))
 
 
@@ -152,7 +158,11 @@ def report_table(report: dict[str, Any]) -> str:
     lines = [first, *report_lines(report)]
     if "reconstructions" in report:
         lines += ["", f"reconstructions against {report['reconstructions_against']}:"]
-        lines.append(metrics_table(Measured(report["reconstructions"], {}, report["notices"])))
+        lines.append(
+            metrics_table(
+                SampleMetrics(report["reconstructions"], report["left_out"], report["notices"])
+            )
+        )
     return "\n".join(lines)
 
 

@@ -135,7 +135,9 @@ def _train(
     quality = None
     if e.fid.every:
         on_latents = loader.tokenizer_identity is not None
-        quality = SampleQuality(e.fid, task, e.data, frozen, mesh, e.batch_size, on_latents)
+        quality = SampleQuality(
+            e.fid, task, e.data, frozen, mesh, e.batch_size, run_dir, on_latents
+        )
     if e.keep_best:
         names = evaluator.metric_names(abstract)
         if quality is not None and e.fid.every == e.eval_every:

@@ -1,6 +1,7 @@
 """FID and Inception Score of a run as it goes: images drawn by fixed seeds, on all devices."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,13 @@ from varjax.metrics.references import (
     reference_of_images,
 )
 from varjax.training.prefetch import put_batch
-from varjax.training.sharding import on_mesh, put, replicated, rows_of_process
+from varjax.training.sharding import (
+    check_batch_size,
+    on_mesh,
+    put,
+    replicated,
+    rows_of_process,
+)
 from varjax.training.task import Task, TrainState, evaluated_parameters
 
 HELD_OUT = "held_out"  # a reference: the run's own images
@@ -41,6 +48,7 @@ class FIDConfig:
         inception: directory that `python -m varjax.convert --inception=FILE` wrote.
         features: "inception", or "pixels" for tiny images, which need no weights.
         seed: of the samples.
+        batch_size: images at a time, over all devices; 0 for the run's.
     """
 
     every: int = 0
@@ -49,18 +57,20 @@ class FIDConfig:
     inception: str = ""
     features: str = "inception"
     seed: int = 0
+    batch_size: int = 0
 
     def check(self) -> None:
         """Raises InputError for a number out of range."""
         check_setting("fid.every", self.every, self.every >= 0, "0 or more")
         check_setting("fid.images", self.images, self.images >= 2, "2 or more")
+        check_setting("fid.batch_size", self.batch_size, self.batch_size >= 0, "0 or more")
         check_setting("fid.seed", self.seed, 0 <= self.seed < 2**31, f"0 … {2**31 - 1}")
 
 
 class SampleQuality:
     """Draws images from a task's parameters and compares them with a reference.
 
-        quality = SampleQuality(config, task, data, frozen, mesh, batch_size, on_latents)
+        quality = SampleQuality(config, task, data, frozen, mesh, batch_size, run_dir, on_latents)
         metrics = quality.metrics(state)  # {"eval/fid": …, "eval_ema/inception_score": …}
 
     Args:
@@ -69,7 +79,8 @@ class SampleQuality:
         data: the run's dataset.
         frozen: the task's pretrained weights, on the mesh.
         mesh: over all devices.
-        batch_size: images at a time, over all processes.
+        batch_size: images at a time, over all processes, where the config names no other.
+        run_dir: the run, which keeps the statistics of its own held-out images.
         on_latents: whether the run's data are latents, which are no reference.
 
     Raises:
@@ -84,6 +95,7 @@ class SampleQuality:
         frozen: PyTree,
         mesh: Mesh,
         batch_size: int,
+        run_dir: pathlib.Path,
         on_latents: bool,
     ):
         draw = task.sampler()
@@ -98,8 +110,11 @@ class SampleQuality:
                 "folder of images"
             )
         self._config, self._classes = config, data.classes
-        self._frozen, self._mesh, self._batch_size = frozen, mesh, batch_size
+        self._frozen, self._mesh = frozen, mesh
+        self._batch_size = config.batch_size or batch_size
+        check_batch_size(mesh, self._batch_size)
         network = feature_network(config.features, config.inception)
+        sizes = feature_sizes(network, data.image_shape)
         everywhere = replicated(mesh)
         self._network_params = put(
             network.params, jax.tree.map(lambda _: everywhere, network.params)
@@ -118,13 +133,13 @@ class SampleQuality:
         self._reference: Reference | None = None
 
         def read() -> None:
-            extract, cache = FeatureExtractor(network), default_cache()
+            extract = FeatureExtractor(network)
             if config.reference == HELD_OUT:
-                images = DatasetImages(data, "held_out")
-                self._reference = reference_of_images(images, extract, cache)
+                images, cache = DatasetImages(data, HELD_OUT), run_dir / "fid_reference"
+                about = f"held-out images of {data.describe()[HELD_OUT]}"  # as in data.json
+                self._reference = reference_of_images(images, about, extract, cache)
             else:
-                sizes = feature_sizes(network, data.image_shape)
-                self._reference = read_reference(config.reference, extract, cache, sizes)
+                self._reference = read_reference(config.reference, extract, default_cache(), sizes)
 
         on_first_process(read)
 
