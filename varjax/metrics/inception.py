@@ -10,6 +10,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from varjax.core import files, trees
 from varjax.core.errors import InputError
@@ -218,13 +219,41 @@ def _mean(x_BHWC):
     return jnp.mean(x_BHWC, axis=(1, 2))
 
 
+# Pools of 3×3 as elementwise operations on shifted maps, axis by axis: several times faster on CPUs
+# than XLA's windows.
 def _max_pool(x_BHWC):
-    return nn.max_pool(x_BHWC, (3, 3), (2, 2))
+    for axis in (1, 2):
+        a, b, c = _shifted(x_BHWC, axis, 2)
+        x_BHWC = jnp.maximum(jnp.maximum(a, b), c)
+    return x_BHWC
 
 
 def _max_pool_same(x_BHWC):
-    return nn.max_pool(x_BHWC, (3, 3), (1, 1), "SAME")
+    for axis in (1, 2):
+        a, b, c = _shifted(_padded(x_BHWC, axis, -jnp.inf), axis, 1)
+        x_BHWC = jnp.maximum(jnp.maximum(a, b), c)
+    return x_BHWC
 
 
 def _average_pool(x_BHWC):
-    return nn.avg_pool(x_BHWC, (3, 3), (1, 1), "SAME", count_include_pad=False)
+    """Means of what lies inside: padding does not count."""
+    for axis in (1, 2):
+        a, b, c = _shifted(_padded(x_BHWC, axis, 0), axis, 1)
+        count = np.full(x_BHWC.shape[axis], 3, np.float32)
+        count[[0, -1]] = 2
+        x_BHWC = (a + b + c) / jnp.expand_dims(count, [i for i in range(4) if i != axis])
+    return x_BHWC
+
+
+def _shifted(x_BHWC, axis, stride):
+    """The first, second and third entry of every window of three."""
+    size = x_BHWC.shape[axis]
+    return [
+        jax.lax.slice_in_dim(x_BHWC, start, size - 2 + start, stride, axis) for start in range(3)
+    ]
+
+
+def _padded(x_BHWC, axis, value):
+    padding = [(0, 0)] * 4
+    padding[axis] = (1, 1)
+    return jnp.pad(x_BHWC, padding, constant_values=value)
