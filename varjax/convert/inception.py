@@ -1,5 +1,6 @@
 """Converts FID's Inception-v3: torch-fidelity's or pytorch-fid's .pth, or TensorFlow's .pb."""
 
+import functools
 import os
 import pathlib
 import re
@@ -38,8 +39,8 @@ TF_MIXED = {
 }
 # TensorFlow's towers by our branches; a branch of one convolution at the start has none.
 TF_TOWERS = {
-    **dict.fromkeys(("6a",), {"branch3x3": "", "branch3x3dbl": "tower/"}),
-    **dict.fromkeys(("7a",), {"branch3x3": "tower/", "branch7x7x3": "tower_1/"}),
+    "6a": {"branch3x3": "", "branch3x3dbl": "tower/"},
+    "7a": {"branch3x3": "tower/", "branch7x7x3": "tower_1/"},
 }
 TF_OTHER_TOWERS = {
     "branch1x1": "",
@@ -164,6 +165,7 @@ def tensorflow_name(module: str) -> str:
     return f"{TF_MIXED[mixed]}/{tower}{conv}"
 
 
+@functools.cache
 def _convolutions() -> list[str]:
     """Names of all convolutions, "Mixed_5b.branch1x1"."""
     paths = trees.paths(jax.eval_shape(init_inception, jax.random.key(0)))

@@ -7,6 +7,7 @@ config for each NAME.safetensors beside it, and the "sources" that they were mad
 import functools
 import importlib
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,6 +56,23 @@ def read_model_config(location: str | pathlib.Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not config.keys() & {"task", "sources"}:
         raise InputError(f"{path} is neither of a training run nor of a converted directory")
     return config
+
+
+def read_fixed_params(path: pathlib.Path, init: Callable[[jax.Array], PyTree], name: str) -> PyTree:
+    """Reads the parameters of a network that has one size only.
+
+    Args:
+        path: a .safetensors file.
+        init: draws such parameters from a key; of them only shapes count.
+        name: of the network, for the message.
+
+    Raises:
+        InputError: the file is damaged, or holds parameters of something else.
+    """
+    params, _ = files.read_tensors(path)
+    if report := trees.difference(jax.eval_shape(init, jax.random.key(0)), params):
+        raise InputError(f"{path} is not {name}:\n{report}")
+    return params
 
 
 def read_converted(directory: pathlib.Path, name: str, config_class: type) -> tuple[Any, PyTree]:

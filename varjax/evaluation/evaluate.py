@@ -109,7 +109,8 @@ def evaluate_images(
     measured = measure(features, reference, images.label_N)
     if isinstance(images, FolderImages) and images.lossy:
         measured.notices.append("some samples are JPEG, which changes FID; keep PNG or .npz")
-    return _write_report(out, request, measured, store, _about(settings, reference, name, images))
+    about = _about(settings, reference, name, images.shape[0])
+    return _write_report(out, request, measured, store, about)
 
 
 def evaluate_model(
@@ -140,7 +141,7 @@ def evaluate_model(
         order_N = np.random.default_rng(job.seed).permutation(len(job.label_N))  # as in an .npz
         features = {n: x[order_N] for n, x in output.store.join(list(job.parts)).items()}
         measured = measure(features, reference, job.label_N[order_N])
-        about = _about(settings, reference, name, None) | {"images": len(job.label_N)}
+        about = _about(settings, reference, name, len(job.label_N))
         if job.count == PUBLISHED_COUNT:
             about["published_model"] = published_model(_config_of(model))
         request = {"samples": samples, "reference": reference.digest}
@@ -216,12 +217,12 @@ def _config_of(model: Sampler) -> Any:
 
 
 def _about(
-    settings: EvaluationSettings, reference: Reference, name: str, images: ImageSet | None
+    settings: EvaluationSettings, reference: Reference, name: str, images: int
 ) -> dict[str, Any]:
     """What a report says besides its metrics and what they depend on."""
     return {
         "name": name,
-        "images": None if images is None else images.shape[0],
+        "images": images,
         "reference": settings.reference,
         "reference_images": reference.images,
         "published_model": None,

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import files, trees
 from varjax.core.errors import InputError
+from varjax.core.model_files import read_fixed_params
 from varjax.core.trees import PyTree
 from varjax.nn.resize import bilinear_tf1
 
@@ -208,11 +208,7 @@ def load_inception(location: str | pathlib.Path) -> PyTree:
     path = pathlib.Path(location) / "inception.safetensors"
     if not path.is_file():
         raise InputError(f"there are no Inception weights in {location}; {CONVERT_HELP}")
-    params, _ = files.read_tensors(path)
-    expected = jax.eval_shape(init_inception, jax.random.key(0))
-    if report := trees.difference(expected, params):
-        raise InputError(f"{path} is not FID's Inception-v3:\n{report}")
-    return params
+    return read_fixed_params(path, init_inception, "FID's Inception-v3")
 
 
 def _mean(x_BHWC):

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import files, trees
 from varjax.core.errors import InputError, check_setting
+from varjax.core.model_files import read_fixed_params
 from varjax.core.trees import PyTree
 from varjax.nn.compute import matmul_precision
 
@@ -105,11 +105,7 @@ def load_lpips(location: str | pathlib.Path) -> PyTree:
     path = pathlib.Path(location) / "lpips.safetensors"
     if not path.is_file():
         raise InputError(f"there are no LPIPS weights in {location}; {CONVERT_HELP}")
-    params, _ = files.read_tensors(path)
-    expected = jax.eval_shape(init_lpips, jax.random.key(0))
-    if report := trees.difference(expected, params):
-        raise InputError(f"{path} is not LPIPS on VGG16:\n{report}")
-    return params
+    return read_fixed_params(path, init_lpips, "LPIPS on VGG16")
 
 
 def init_lpips(key: jax.Array, widths: Sequence[Sequence[int]] = VGG16) -> PyTree:
