@@ -77,7 +77,7 @@ def get_config(arg: str = "b") -> Experiment:
         run_dir=f"runs/mar_{size}",
         batch_size=2048,
         epochs=EPOCHS,
-        mesh=MeshShape(data=1, fsdp=-1) if size == "h" else MeshShape(),
+        mesh=MeshShape(fsdp=0) if size == "h" else MeshShape(),
         log_every=50,
         eval_every=5000,
         save_every=1000,

@@ -62,7 +62,7 @@ class Recipe:
     mesh: MeshShape  # large models lie spread over the devices, small ones on each
 
 
-EACH, SPREAD = MeshShape(data=-1), MeshShape(data=1, fsdp=-1)
+EACH, SPREAD = MeshShape(), MeshShape(fsdp=0)
 RECIPES = {
     "d16": Recipe(768, 200, 1e-4, 0.1, 0.05, "dots", EACH),
     "d20": Recipe(768, 250, 1e-4, 0.1, 0.05, "dots", EACH),

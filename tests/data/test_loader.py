@@ -83,9 +83,17 @@ def test_the_held_out_split_is_seen_once_and_padding_is_marked():
     np.testing.assert_array_equal(images, Digits().source("held_out").images_NHWC)
 
 
-@pytest.mark.parametrize("rows", [range(0), range(4, 7), range(-1, 3), range(0, 6, 2)])
+def test_a_process_reads_its_own_rows_and_no_others():
+    whole = make_loader(FakeImages(size=100), 16).train_batch(7)
+    data, rows = FakeImages(size=100), [1, 4, 5, 12]
+    batch = make_loader(data, 16, rows=rows).train_batch(7)
+    chex.assert_trees_all_equal(batch, {name: x[rows] for name, x in whole.items()})
+    assert len(fake_data.reads_of(data)) == len(rows)
+
+
+@pytest.mark.parametrize("rows", [range(0), range(4, 7), range(-1, 3), range(4, 0, -1), [2, 2]])
 def test_rows_outside_of_the_batch_are_refused(rows):
-    with pytest.raises(ValueError, match=r"rows is range.* some of range\(0, 6\)"):
+    with pytest.raises(ValueError, match=r"rows is .* some of range\(0, 6\)"):
         make_loader(DATA, 6, rows=rows)
 
 

@@ -1,4 +1,6 @@
+import argparse
 import os
+import re
 import subprocess
 import sys
 
@@ -9,7 +11,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from tests.helpers.paths import ROOT
+from tests.helpers.topologies import CLUSTERS
 from varjax.core import trees
+from varjax.core.config_flags import add_config_flags, config_from_flags
+from varjax.core.distributed import add_process_flags
+from varjax.core.errors import InputError
 from varjax.nn.compute import BATCH_AXES, shard_batch
 from varjax.training import sharding
 from varjax.training.sharding import MeshShape, make_mesh, rows_of_process, shardings
@@ -95,6 +101,97 @@ def test_a_mesh_takes_all_devices_and_refuses_what_does_not_fit():
 
 
 def test_a_batch_that_the_devices_do_not_divide_is_refused():
-    assert rows_of_process(make_mesh(MeshShape()), 6) == range(6)
+    assert rows_of_process(make_mesh(MeshShape()), 6).tolist() == [*range(6)]
     with pytest.raises(ValueError, match="batch_size 12 does not divide over 8 .*data 2, fsdp 4"):
         sharding.check_batch_size(mesh(data=2, fsdp=4, tensor=2), 12)
+    sharding.check_batch_size(mesh(data=2, fsdp=4), 32, accumulate=4)
+    with pytest.raises(ValueError, match="32 in 8 microbatches does not divide over 8 devices"):
+        sharding.check_batch_size(mesh(data=2, fsdp=4), 32, accumulate=8)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "shape"),
+    [
+        ("v4-512", MeshShape(fsdp=128)),
+        ("v6e-256", MeshShape(fsdp=128)),
+        ("v4-128", MeshShape(8, 8)),
+        ("v5p-128", MeshShape(8, 8)),
+        ("v6e-256", MeshShape(32, 8)),
+        ("two v5e-64", MeshShape(2, 64)),
+        ("two v4-128", MeshShape(1, -1)),
+        ("32 GPUs", MeshShape(fsdp=8)),
+        ("16 GPUs", MeshShape(fsdp=4, tensor=2)),
+    ],
+)
+def test_a_mesh_is_laid_out_on_every_cluster(cluster, shape):
+    devices = CLUSTERS[cluster]
+    laid_out = make_mesh(shape, devices)
+    assert set(laid_out.devices.flat) == set(devices)
+    # a copy of the model lies in as few slices or machines as can hold it
+    copies = laid_out.devices.reshape(laid_out.shape["data"], -1)
+    slice_size = sum(device.slice_index == 0 for device in devices)
+    for copy in copies:
+        fewest = -(-len(copy) // slice_size)
+        assert len({device.slice_index for device in copy}) == fewest
+
+
+@pytest.mark.parametrize(
+    ("cluster", "fsdp"),
+    [("8 GPUs", 8), ("32 GPUs", 8), ("v4-32", 16), ("v6e-256", 64), ("two v5e-64", 64)],
+)
+def test_by_choice_a_copy_of_the_model_is_spread_over_the_devices_with_fast_connections(
+    cluster, fsdp
+):
+    laid_out = make_mesh(MeshShape(fsdp=0), CLUSTERS[cluster])
+    assert laid_out.shape["fsdp"] == fsdp
+    for copy in laid_out.devices.reshape(laid_out.shape["data"], -1):
+        assert len({device.slice_index for device in copy}) == 1
+    assert make_mesh(MeshShape(fsdp=0, tensor=2), CLUSTERS["8 GPUs"]).shape["fsdp"] == 4
+
+
+def test_what_cannot_be_laid_out_is_refused_with_a_reason():
+    uneven = CLUSTERS["two v5e-64"][:-4]
+    with pytest.raises(InputError, match="data=31, fsdp=4, tensor=1 cannot be laid out on 124"):
+        make_mesh(MeshShape(fsdp=4), uneven)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_a_process_gets_the_rows_of_its_devices_and_no_others(cluster):
+    devices = CLUSTERS[cluster]
+    processes = {device.process_index for device in devices}
+    for shape in MeshShape(), MeshShape(fsdp=0), MeshShape(fsdp=4, tensor=2):
+        laid_out = make_mesh(shape, devices)
+        groups = laid_out.devices.reshape(-1, laid_out.shape["tensor"])
+        count = 3 * len(groups)
+        found = {p: rows_of_process(laid_out, count, p).tolist() for p in processes}
+        for process, rows in found.items():
+            mine = [any(device.process_index == process for device in group) for group in groups]
+            assert rows == [row for row in range(count) if mine[row // 3]]
+        if shape.tensor == 1:  # each row is decoded once in all
+            assert sorted(sum(found.values(), [])) == [*range(count)]
+
+
+TRAIN_COMMAND = re.compile(r"train\.py((?: --[\w.]+(?:=[^\s`'#]+)?)*)")
+TRAIN_COMMANDS = [
+    (path.relative_to(ROOT).as_posix(), words)
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for words in TRAIN_COMMAND.findall(re.sub(r" *\\\n *", " ", path.read_text()))
+    if "--config=configs/" in words and not {"ROW", "DIR"} & set(re.findall("[A-Z]+", words))
+]
+
+
+def test_the_mesh_of_every_training_command_in_the_documentation_exists(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert len(TRAIN_COMMANDS) > 20
+    for path, words in TRAIN_COMMANDS:
+        parser = argparse.ArgumentParser()
+        add_config_flags(parser)
+        add_process_flags(parser)
+        _, experiment = config_from_flags(parser, words.split())
+        for cluster, devices in CLUSTERS.items():
+            if len(devices) < max(experiment.mesh.fsdp, 1):
+                continue
+            laid_out = make_mesh(experiment.mesh, devices)
+            assert laid_out.size == len(devices), (path, words, cluster)
+            if experiment.batch_size in (768, 1024):  # of ImageNet's recipes, made for clusters
+                sharding.check_batch_size(laid_out, experiment.batch_size)

@@ -96,7 +96,7 @@ def measure_step(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str
     frozen = _placed(jax.eval_shape(task.tokenizer.init, key), mesh)
     rows = sharding.batch_sharding(mesh)
     B = task.plan.batch_size
-    sharding.check_batch_size(mesh, B)
+    sharding.check_batch_size(mesh, B, task.accumulate)
     figures = {
         "compiled_for": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,

@@ -4,7 +4,7 @@ import bisect
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class CachedLatents:
         """Shape and storage dtype of one image's latents, by their names in a batch."""
         return read_spec(self.about)
 
-    def make(self, batch_size: int, seed: int = 0, rows: range | None = None) -> Loader:
+    def make(self, batch_size: int, seed: int = 0, rows: Sequence[int] | None = None) -> Loader:
         """Makes batches of the latents and "label_B"; see `make_loader`."""
         transform, identity = LatentTransform(self.latent_spec), self.about["tokenizer_identity"]
         loader = Loader(self, transform, batch_size, seed, rows, identity)

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class Loader:
         transform: makes rows of what `data.source` gives.
         batch_size: of all processes together.
         seed: of shuffling and augmentation.
-        rows: this process's part of each batch, consecutive; None is all of it.
+        rows: the numbers of this process's rows of each batch, rising; None is all of them.
         tokenizer_identity: `Task.tokenizer_identity` of what made the latents that batches hold
             instead of images; None for images.
     """
@@ -57,17 +57,23 @@ class Loader:
     transform: ExampleTransform
     batch_size: int
     seed: int = 0
-    rows: range | None = None
+    rows: Sequence[int] | None = None
     tokenizer_identity: Mapping[str, Any] | None = None
 
     def __post_init__(self):
-        rows = self.rows
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}, but must be at least 1")
-        if rows is not None and (
-            not rows or rows.step != 1 or rows.start < 0 or rows.stop > self.batch_size
-        ):
-            raise InputError(f"rows is {rows}; give some of range(0, {self.batch_size})")
+        if self.rows is not None:
+            rows = np.asarray(self.rows)
+            if (
+                not rows.size
+                or rows[0] < 0
+                or rows[-1] >= self.batch_size
+                or any(rows[1:] <= rows[:-1])
+            ):
+                raise InputError(
+                    f"rows is {self.rows}; give some of range(0, {self.batch_size}), rising"
+                )
 
     @property
     def train_source(self) -> ExampleSource:
@@ -121,13 +127,13 @@ class Loader:
         batches = (self._positions(number) for number in numbers)
         return read_ahead(self.readers, self._held_out_counter, batches, ExampleStream.held_out)
 
-    def _positions(self, number: int) -> range:
-        rows, start = self.rows or range(self.batch_size), number * self.batch_size
-        return range(start + rows.start, start + rows.stop)
+    def _positions(self, number: int) -> list[int]:
+        rows = range(self.batch_size) if self.rows is None else self.rows
+        return [number * self.batch_size + int(row) for row in rows]
 
 
 def make_loader(
-    data: ImageDataset, batch_size: int, seed: int = 0, rows: range | None = None
+    data: ImageDataset, batch_size: int, seed: int = 0, rows: Sequence[int] | None = None
 ) -> Loader:
     """Makes the batches of a dataset of images; as `make`, a method of each such dataset.
 
@@ -135,7 +141,7 @@ def make_loader(
         data: as `varjax.data.sources` has them.
         batch_size: of all processes together.
         seed: of shuffling and augmentation.
-        rows: this process's part of each batch; None is all of it.
+        rows: the numbers of this process's rows of each batch, rising; None is all of them.
     """
     return Loader(data, ImageTransform(data), batch_size, seed, rows)
 
@@ -170,7 +176,7 @@ class BrokenImageCounter:
 def read_ahead(
     readers: ReaderPool,
     counter: BrokenImageCounter,
-    batches: Iterable[range],
+    batches: Iterable[Sequence[int]],
     function: Callable[..., StreamRows],
     *arguments: Any,
 ) -> Iterator[BatchArrays]:

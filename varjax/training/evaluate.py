@@ -1,6 +1,7 @@
 """Evaluation over the held-out split, and previews."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -14,10 +15,14 @@ from varjax.training.metric_writers import flatten_metrics
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import on_mesh, replicated
 from varjax.training.task import Batch, Task, TrainState, evaluated_parameters
+from varjax.training.train_step import sum_over_microbatches
 
 
 class Evaluator:
     """Computes a task's metrics and previews over held-out batches, each compiled at its first use.
+
+    A batch is worked off in as many microbatches as in training (`Task.accumulate`), so that what
+    fits in training fits here.
 
         evaluator = Evaluator(task, loader, frozen, mesh, batch_size)
         metrics = evaluator.metrics(state)  # {"eval/loss": …, "eval_ema/loss": …}
@@ -36,7 +41,12 @@ class Evaluator:
         self._task, self._loader, self._frozen = task, loader, frozen
         self._mesh, self._batch_size = mesh, batch_size
         everywhere = replicated(mesh)
-        self._step = jax.jit(on_mesh(task.eval_step, mesh), out_shardings=everywhere)
+
+        def step(state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
+            sums = functools.partial(task.eval_step, state, frozen)
+            return sum_over_microbatches(sums, batch, task.accumulate)
+
+        self._step = jax.jit(on_mesh(step, mesh), out_shardings=everywhere)
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
         self._preview = jax.jit(on_mesh(task.preview, mesh), out_shardings=everywhere)
 

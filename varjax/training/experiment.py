@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
 import numpy as np
@@ -62,13 +62,13 @@ class DatasetConfig(Protocol):
         """Returns JSON data: "class_names", and what identifies the images of each split."""
         ...
 
-    def make(self, batch_size: int, seed: int, rows: range | None = None) -> BatchLoader:
+    def make(self, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> BatchLoader:
         """Makes the loader of its batches.
 
         Args:
             batch_size: rows of a batch, over all processes.
             seed: of shuffling and augmentation.
-            rows: of each batch that this process gets; None for all.
+            rows: the numbers of this process's rows of each batch, rising; None for all.
         """
         ...
 
@@ -165,7 +165,8 @@ MIN_VALUES = {
 }
 
 # What may change when a run is continued, because training takes the same steps all the same
-# (another mesh or way to compute changes them by rounding; the tokenizer's weights were copied).
+# (another mesh, accumulation or way to compute changes them by rounding; the tokenizer's weights
+# were copied).
 CHANGEABLE_FIELDS = (
     "run_dir",
     "mesh",
@@ -182,6 +183,7 @@ CHANGEABLE_FIELDS = (
     "data.root",  # images may move: data.json tells whether they are the same
     "data.name",
     "data.data_dir",
+    "task.accumulate",
     "task.tokenizer_weights",
     "task.sampling",
     "task.compute",

@@ -28,6 +28,7 @@ from varjax.training.preemption import PreemptionGuard
 from varjax.training.prefetch import Prefetcher
 from varjax.training.sample_quality import SampleQuality
 from varjax.training.sharding import (
+    check_batch_size,
     make_mesh,
     on_mesh,
     put,
@@ -64,11 +65,12 @@ def train(experiment: Experiment) -> dict[str, float]:
     experiment.check()
     run_dir = pathlib.Path(experiment.run_dir)
     mesh = make_mesh(experiment.mesh)
-    rows = rows_of_process(mesh, experiment.batch_size)
+    rows = rows_of_process(mesh, experiment.batch_size).tolist()
     loader = experiment.data.make(experiment.batch_size, experiment.seed, rows)
     plan = experiment.plan(len(loader.train_source))
     task: Task = dataclasses.replace(experiment.task, plan=plan)  # type: ignore[type-var]
     task.check(experiment.data.image_shape, experiment.data.classes)
+    check_batch_size(mesh, experiment.batch_size, task.accumulate)
     on_first_process(lambda: check_or_write_config(experiment))
     check_shared_file(run_dir / "config.json")
     on_first_process(lambda: check_or_write_data(experiment))

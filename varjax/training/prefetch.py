@@ -23,12 +23,13 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int) -> Batch:
         mesh: over all devices of all processes.
         size: rows of the whole batch, over all processes.
     """
-    first = rows_of_process(mesh, size).start
+    mine_N = rows_of_process(mesh, size)
 
     def put(x: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(size)
-            return x[start - first : stop - first]
+            start, stop, _ = index[0].indices(size)  # all of one device's rows lie side by side
+            first = np.searchsorted(mine_N, start)
+            return x[first : first + stop - start]
 
         return jax.make_array_from_callback((size, *x.shape[1:]), batch_sharding(mesh), part)
 

@@ -48,7 +48,7 @@ class FIDConfig:
         inception: directory that `python -m varjax.convert --inception=FILE` wrote.
         features: "inception", or "pixels" for tiny images, which need no weights.
         seed: of the samples.
-        batch_size: images at a time, over all devices; 0 for the run's.
+        batch_size: images at a time, over all devices; 0 for the run's microbatch.
     """
 
     every: int = 0
@@ -79,7 +79,7 @@ class SampleQuality:
         data: the run's dataset.
         frozen: the task's pretrained weights, on the mesh.
         mesh: over all devices.
-        batch_size: images at a time, over all processes, where the config names no other.
+        batch_size: of training; its microbatch is drawn at a time where the config says no other.
         run_dir: the run, which keeps the statistics of its own held-out images.
         on_latents: whether the run's data are latents, which are no reference.
 
@@ -111,7 +111,7 @@ class SampleQuality:
             )
         self._config, self._classes = config, data.classes
         self._frozen, self._mesh = frozen, mesh
-        self._batch_size = config.batch_size or batch_size
+        self._batch_size = config.batch_size or batch_size // task.accumulate
         check_batch_size(mesh, self._batch_size)
         network = feature_network(config.features, config.inception)
         sizes = feature_sizes(network, data.image_shape)
@@ -177,8 +177,7 @@ class SampleQuality:
         return [f"{kind}/{name}" for kind in evaluated_parameters(state) for name in names]
 
     def _batch_features(self, params: PyTree, start: int) -> dict[str, jax.Array]:
-        rows = rows_of_process(self._mesh, self._batch_size)
-        index_B = start + np.arange(rows.start, rows.stop)
+        index_B = start + rows_of_process(self._mesh, self._batch_size)
         batch = {"index_B": index_B, "label_B": (index_B % self._classes).astype(np.int32)}
         placed = put_batch(batch, self._mesh, self._batch_size)
         return self._features(params, self._frozen, self._network_params, placed)

@@ -1,5 +1,6 @@
 """Partitioning of arrays over devices: one mesh, one ordered table of rules over tree paths."""
 
+import collections
 import dataclasses
 import functools
 import math
@@ -8,6 +9,7 @@ from typing import Any, cast
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -29,13 +31,18 @@ SHARDING_RULES = (
 MAX_REPLICATED_FRACTION = 0.1  # of the parameters; above it the user is told
 
 
+MAX_LOCAL_FSDP = 64  # widths of the presets are multiples of it, and it leaves little to save
+AXES = ("data", "fsdp", "tensor")
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
     """Sets the size of each axis of the mesh, in devices; one may be -1: all that the others leave.
 
     Attributes:
         data: copies of the model, each with its share of the batch.
-        fsdp: parts of each array; shares of the batch too.
+        fsdp: parts of each array; shares of the batch too. 0 is as many as have fast connections:
+            the GPUs of a machine or the devices of a TPU slice, and no more than 64 (HSDP).
         tensor: parts of the layers' width, with the same share of the batch.
     """
 
@@ -47,21 +54,58 @@ class MeshShape:
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """Makes a mesh with axes data, fsdp and tensor over all devices.
 
-    Raises InputError where the sizes are no numbers of devices or do not multiply to all of them.
+    Devices that are neighbours along `tensor`, then along `fsdp`, have the fastest connections.
+    Between machines of GPUs and slices of TPUs lies `data`, as far as it divides over them.
+
+    Raises InputError where the sizes are no numbers of devices, do not multiply to all of them, or
+    cannot be laid out on them.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = _sizes(shape, devices)
+    slices = len({_slice_of(device) for device in devices})
+    between, left = [], slices
+    for size in sizes:
+        between.append(math.gcd(size, left))
+        left //= between[-1]
+    within = [size // parts for size, parts in zip(sizes, between, strict=True)]
+    try:
+        if slices == 1:
+            grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        else:
+            grid = mesh_utils.create_hybrid_device_mesh(
+                within, between, devices, allow_split_physical_axes=True
+            )
+    except (ValueError, NotImplementedError, AssertionError) as error:
+        named = ", ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
+        raise InputError(
+            f"mesh {named} cannot be laid out on {len(devices)} devices of kind "
+            f"{devices[0].device_kind!r} in {slices} slice{'s' * (slices > 1)} ({error}); choose "
+            "sizes that are products of the sides of a slice"
+        ) from error
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _sizes(shape: MeshShape, devices: Sequence[Any]) -> list[int]:
+    """The sizes of all three axes, which multiply to the number of devices."""
     sizes = [shape.data, shape.fsdp, shape.tensor]
+    if shape.fsdp == 0:
+        counts = collections.Counter(map(_slice_of, devices))
+        local = math.gcd(*counts.values()) // max(shape.tensor, 1)
+        sizes[1] = max(math.gcd(local, MAX_LOCAL_FSDP), 1)
     product = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(f"{shape}: give positive numbers of devices, at most one of them -1")
     if len(devices) % product or (-1 not in sizes and len(devices) != product):
         raise InputError(
             f"{shape} asks for {product} devices{' or a multiple' if -1 in sizes else ''}, "
-            f"but there are {len(devices)}"
+            f"but there are {len(devices)}; leave data=-1, which takes what the others leave"
         )
-    sizes = [len(devices) // product if size == -1 else size for size in sizes]
-    names = ("data", "fsdp", "tensor")
-    return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return [len(devices) // product if size == -1 else size for size in sizes]
+
+
+def _slice_of(device: Any) -> int:
+    """The TPU slice or the machine of GPUs that a device is in; devices of CPUs do not tell."""
+    return getattr(device, "slice_index", 0) or 0
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
@@ -141,25 +185,39 @@ def put(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(place, tree, shardings)
 
 
-def rows_of_process(mesh: Mesh, batch_size: int) -> range:
-    """Returns the rows of a batch that this process's devices hold, from the first to the last.
+def rows_of_process(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
+    """Returns the numbers of the rows of a batch that a process's devices hold, in order.
 
     Processes that differ along `tensor` alone hold the same rows. Where the mesh interleaves the
-    devices of processes, as on TPU pods, rows of others lie between.
+    devices of processes, as on TPU slices, rows of others lie between.
+
+    Args:
+        mesh: over all devices of all processes.
+        batch_size: rows of the whole batch.
+        process: None for this one.
 
     Raises InputError as `check_batch_size` does.
     """
     check_batch_size(mesh, batch_size)
-    held = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
-    bounds = [rows[0].indices(batch_size) for rows in held if rows is not None]
-    return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+    process = jax.process_index() if process is None else process
+    device_PT = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    held_P = np.array([any(d.process_index == process for d in row) for row in device_PT])
+    return np.arange(batch_size).reshape(len(held_P), -1)[held_P].reshape(-1)
 
 
-def check_batch_size(mesh: Mesh, batch_size: int) -> None:
-    """Raises InputError where the mesh axes data and fsdp do not divide the batch."""
-    if batch_size % (parts := mesh.shape["data"] * mesh.shape["fsdp"]):
+def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
+    """Raises InputError where the mesh axes data and fsdp do not divide each microbatch.
+
+    Args:
+        mesh: over all devices.
+        batch_size: of an update.
+        accumulate: microbatches in it.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (parts * accumulate):
         sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+        many = f" in {accumulate} microbatches" if accumulate > 1 else ""
         raise InputError(
-            f"batch_size {batch_size} does not divide over {parts} devices (mesh: {sizes}); "
-            "choose a multiple"
+            f"batch_size {batch_size}{many} does not divide over {parts} devices (mesh: {sizes}); "
+            f"choose a multiple of {parts * accumulate}{', or another accumulate' if many else ''}"
         )

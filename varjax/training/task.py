@@ -66,6 +66,14 @@ class Task(Protocol):
         """A field `plan: Plan = Plan()`, which the loop replaces by the run's own."""
         ...
 
+    @property
+    def accumulate(self) -> int:
+        """A field: the number of microbatches that a batch is worked off in.
+
+        `train_step` does so by itself; the loop gives `eval_step` one microbatch at a time.
+        """
+        ...
+
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         """Raises InputError where a dataset or `plan` does not suit, before any long work.
 

@@ -59,6 +59,17 @@ def mean_over_microbatches(
 
     Raises InputError where `accumulate` does not divide the batch.
     """
+    total = sum_over_microbatches(function, batch, accumulate)
+    return total if accumulate == 1 else jax.tree.map(lambda x: x / accumulate, total)
+
+
+def sum_over_microbatches(
+    function: Callable[[PyTree], PyTree], batch: PyTree, accumulate: int = 1
+) -> PyTree:
+    """Adds `function(microbatch)` over `accumulate` microbatches of a batch, in a scan.
+
+    Raises InputError where `accumulate` does not divide the batch.
+    """
     if accumulate == 1:
         return function(batch)
     size = jax.tree.leaves(batch)[0].shape[0]
@@ -74,8 +85,7 @@ def mean_over_microbatches(
     microbatches = jax.tree.map(split, batch)
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], microbatches))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, microbatches)
-    return jax.tree.map(lambda x: x / accumulate, total)
+    return jax.lax.scan(add, zeros, microbatches)[0]
 
 
 def example_keys(key: jax.Array, count: int) -> jax.Array:
