@@ -52,6 +52,10 @@ def count_traffic(hlo: str) -> dict[str, Traffic]:
                     kind = "reduce-scatter"
                 devices = group_size(rest)
                 factor = RINGS[kind] * (devices - 1) / devices
+                if (
+                    operation == "reduce-scatter"
+                ):  # its shape is that of a part, unlike a start's largest
+                    factor *= devices
                 found[kind].calls += times
                 found[kind].bytes += times * factor * _bytes(shape, largest="-start" in operation)
             elif kind == "collective-permute":
