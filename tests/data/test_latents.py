@@ -117,8 +117,9 @@ from varjax.var.task import VARTask
 write = latent_shards.files.write_tensors
 def killed(path, *rest):
     if "train-00001" in path.name:
-        path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
-        os.kill(os.getpid(), 9)
+        with latent_shards.files.atomic_path(path) as temporary:
+            temporary.write_bytes(b"half")
+            os.kill(os.getpid(), 9)
     write(path, *rest)
 latent_shards.files.write_tensors = killed
 cache_latents(VARTask(runs.VAR, runs.TOKENIZER, sys.argv[1]), DATA, out=sys.argv[2], **SETTINGS)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from varjax.core import config_tree, files
+from varjax.core import config_tree, folders
 from varjax.core.config_flags import add_config_flags, config_from_flags
 from varjax.core.distributed import add_process_flags, connect_by_flags
 from varjax.core.errors import InputError, check_setting, run_command
@@ -141,7 +141,7 @@ def cache_latents(
         "shards": {split: _shards(images, split, shards) for split in images},
     }
     path = pathlib.Path(out)
-    files.claim_folder(path, ABOUT_FILE, about)
+    folders.claim_folder(path, ABOUT_FILE, about)
     all_shards = LatentShard.all(path, about)
     lines = []
     if mine := [shard for shard in all_shards[index::count] if not shard.path.exists()]:

@@ -9,7 +9,7 @@ import sys
 import jax
 from jax.sharding import Mesh
 
-from varjax.core import files
+from varjax.core import files, folders
 from varjax.core.distributed import check_shared_file, on_first_process
 from varjax.core.errors import InputError, traceback_file
 from varjax.core.saved_steps import READ_ERRORS
@@ -75,7 +75,7 @@ def train(experiment: Experiment) -> dict[str, float]:
     check_shared_file(run_dir / "config.json")
     on_first_process(lambda: check_or_write_data(experiment))
     with contextlib.ExitStack() as held:
-        on_first_process(lambda: held.enter_context(files.lock_folder(run_dir)))
+        on_first_process(lambda: held.enter_context(folders.lock_folder(run_dir)))
         index = jax.process_index()
         held.enter_context(
             traceback_file(run_dir / (f"error-{index}.txt" if index else "error.txt"))

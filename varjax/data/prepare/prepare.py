@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from varjax.core import files
+from varjax.core import files, folders
 from varjax.core.errors import InputError, check_setting, run_command
 from varjax.data.prepare import array_record, process_pool
 from varjax.data.sources.folder import Folder
@@ -72,15 +72,17 @@ def prepare(
         | {"folder": os.path.realpath(folder), "unconditional": unconditional}
         | {"size": size, "quality": quality, "shards": shards}
     )
-    files.claim_folder(path, REQUEST_FILE, request)
-    with files.lock_folder(path):
-        if not (path / array_record.INFO_FILE).exists():
-            parts = []
-            for split, listing in listings.items():
-                count = -(-len(listing.paths) * shards // images)
-                parts += _share_out(path, split, listing, count, data.class_names, encoding)
-            _pack(parts, workers or os.cpu_count() or 1)
-            _finish(path, data.class_names, parts)
+    folders.claim_folder(path, REQUEST_FILE, request)
+    finished = path / array_record.INFO_FILE
+    if not finished.exists():
+        with folders.lock_folder(path):
+            if not finished.exists():  # another process may just have done it
+                parts = []
+                for split, listing in listings.items():
+                    count = -(-len(listing.paths) * shards // images)
+                    parts += _share_out(path, split, listing, count, data.class_names, encoding)
+                _pack(parts, workers or os.cpu_count() or 1)
+                _finish(path, data.class_names, parts)
     report = files.read_json(path / REPORT_FILE)
     counts = " + ".join(f"{report[split]['images']} {split}" for split in listings)
     broken = sum(len(report[split]["broken"]) for split in listings)
@@ -149,8 +151,6 @@ def _finish(
     files.write_json(path / REPORT_FILE, whole)
     array_record.write_dataset_info(path, class_names, reports)
     shutil.rmtree(parts[0].report_path.parent)
-    for left_by_a_kill in path.glob(".*.tmp"):
-        left_by_a_kill.unlink()
 
 
 def main(arguments: list[str]) -> int:
