@@ -8,7 +8,7 @@ epoch; --dtype=float16 halves them, and what that changes is printed.
 `data=latents:DIR` (or CachedLatents("DIR") in a config) then trains on them. Fields of the config
 are changed by --config.FIELD=VALUE, as for train.py. The same command goes on after a kill, and
 does nothing when all is done. Several processes share the work: --distributed where JAX finds them
-by itself, else --processes=COUNT --process=NUMBER; they need not talk to one another.
+by itself, else --processes=COUNT --process=NUMBER; they do not talk to one another.
 """
 
 import argparse
@@ -38,6 +38,7 @@ from varjax.data.loader import make_loader
 from varjax.data.stream import ImageDataset
 
 IMAGES_PER_SHARD = 4096
+IMAGES_PER_DEVICE = 32  # at a time
 # Fields of a dataset that do not tell which images there are.
 LOCATION_FIELDS = ("reading", "root", "name", "data_dir")
 FloatDtype = Literal["float16", "float32"]
@@ -186,7 +187,7 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="the folder for the latents")
     add("--augmentations", type=int, default=1, help="of each training image (1)")
-    add("--batch_size", type=int, default=0, help="images at a time (the config's, shared)")
+    add("--batch_size", type=int, default=0, help="images at a time (32 a device)")
     add("--shards", type=int, default=0, help="files of the training split (one per 4,096 images)")
     add("--dtype", choices=get_args(FloatDtype), help="that stores floats (the tokenizer's)")
     add_process_flags(parser)
@@ -198,7 +199,7 @@ def main(arguments: list[str]) -> int:
             experiment.task,
             experiment.data,
             experiment.seed,
-            flags.batch_size or experiment.batch_size // process[1],
+            flags.batch_size or IMAGES_PER_DEVICE * len(jax.local_devices()),
             flags.out,
             flags.augmentations,
             flags.shards,
