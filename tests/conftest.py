@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from tests.helpers import tiny
+from varjax.core import folders, saved_steps
 from varjax.training import loop
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -22,6 +23,10 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     + " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
 )
+
+
+# No test's files lie behind a network, which would have to be waited for.
+folders.LISTING_SECONDS, saved_steps.READ_PAUSES = 0.0, (0.0,)
 
 
 def pytest_configure(config):

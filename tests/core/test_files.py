@@ -1,5 +1,8 @@
+import errno
+import os
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from varjax.core import files
-from varjax.core.errors import InputError, StorageError
+from varjax.core.errors import StorageError
 
 
 def test_a_failure_leaves_the_old_content_and_no_temporary(tmp_path):
@@ -58,58 +61,6 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         files.read_json(path)
 
 
-def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
-    lock = f"with files.lock_folder({str(tmp_path)!r}): print(); input()"
-    code = f"from varjax.core import files\n{lock}"
-    command = [sys.executable, "-c", code]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
-        other.stdout.readline()
-        with (
-            pytest.raises(ValueError, match="another process is at work in"),
-            files.lock_folder(tmp_path),
-        ):
-            pass
-        other.kill()
-    for _ in range(2):
-        with files.lock_folder(tmp_path):
-            pass
-
-
-def test_a_folder_that_would_be_replaced_may_hold_nothing_of_others(tmp_path):
-    out = tmp_path / "out"
-    files.check_replaceable(out)
-    out.mkdir()
-    files.check_replaceable(out)
-    for name in ("config.json", ".git"):
-        (out / name).touch()
-    files.check_replaceable(out, {"config.json", ".git", "absent"})
-    with pytest.raises(InputError, match=r"holds .git, which would be lost; choose another"):
-        files.check_replaceable(out, {"config.json"})
-    with pytest.raises(InputError, match=r"holds config.json, which would be lost"):
-        files.check_replaceable(out / "config.json")
-
-
-def test_a_folder_is_gone_on_with_for_the_same_request_only(tmp_path):
-    out, request = tmp_path / "out", {"size": (3, 4), "seed": 0}
-    out.mkdir()
-    (out / ".hidden").touch()
-    files.claim_folder(out, "request.json", request, write=False)
-    assert not (out / "request.json").exists()
-    for _ in range(2):
-        files.claim_folder(out, "request.json", request)
-        (out / "0.png").touch()
-    with pytest.raises(InputError, match="seed: 0 there, 1 asked for") as caught:
-        files.claim_folder(out, "request.json", {"size": [3, 4], "seed": 1})
-    assert "size" not in str(caught.value)
-    with pytest.raises(InputError, match="cfg: None there, 2 asked for"):
-        files.claim_folder(out, "request.json", request | {"cfg": 2})
-    with pytest.raises(InputError, match="holds files and no other.json"):
-        files.claim_folder(out, "other.json", request)
-    with pytest.raises(InputError, match="request.json is a file; choose another out"):
-        files.claim_folder(out / "request.json", "request.json", request)
-
-
 def test_what_cannot_be_written_is_a_storage_error_that_names_it(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file/a.json could not be written: .*File exists"):
@@ -122,3 +73,128 @@ def test_what_cannot_be_written_is_a_storage_error_that_names_it(tmp_path):
         temporary.write_text("half")
         raise full
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+LEFT_BY_A_KILL = """
+import os, sys
+from varjax.core import files
+with files.atomic_path(sys.argv[1]) as temporary:
+    temporary.mkdir()
+    (temporary / "half").touch()
+    os._exit(9)
+"""
+
+
+def test_processes_of_equal_number_leave_one_another_s_temporaries_alone(tmp_path):
+    path = tmp_path / "a"
+    with files.atomic_path(path) as one, files.atomic_path(path) as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_temporaries_are_removed_once_nobody_can_finish_them(tmp_path):
+    command = [sys.executable, "-c", LEFT_BY_A_KILL, str(tmp_path / "a")]
+    assert subprocess.run(command, cwd=ROOT).returncode == 9
+    (dead,) = tmp_path.iterdir()
+    _, name, own, _ = dead.name.split(".")
+    machine, number, rest = own.split("-")
+    elsewhere = "0" * len(machine)
+    alive, fresh, old, written_to = (
+        tmp_path / f".{name}.{who}-{rest}.tmp"
+        for who in (f"{machine}-{os.getpid()}", *(f"{elsewhere}-{i}" for i in range(3)))
+    )
+    others = tmp_path / ".mine.tmp"
+    for path in (alive, fresh, old, others):
+        path.touch()
+    written_to.mkdir()
+    (written_to / "half").touch()
+    long_ago = time.time() - 2 * files.ABANDONED_SECONDS
+    for path in (old, written_to, others):
+        os.utime(path, (long_ago, long_ago))
+    files.write_json(tmp_path / "b", {})
+    kept = {path.name for path in (alive, fresh, written_to, others)}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"b"}
+
+
+def write_folder(path, content):
+    with files.atomic_path(path) as temporary:
+        temporary.mkdir()
+        files.write_json(temporary / "content.json", content)
+
+
+@pytest.mark.parametrize("reader", [True, False])
+def test_a_kill_between_the_renames_that_replace_a_folder_loses_nothing(
+    tmp_path, monkeypatch, reader
+):
+    path, rename, left = tmp_path / "d", os.rename, [1]
+    monkeypatch.setattr(files, "REPLACED_SECONDS", 0.0)
+    write_folder(path, "old")
+    with monkeypatch.context() as patch:
+
+        def rename_or_die(source, target):
+            if not left:
+                raise SystemExit
+            rename(source, target)
+            left.pop()
+
+        patch.setattr(os, "rename", rename_or_die)
+        with pytest.raises(SystemExit):
+            write_folder(path, "new")
+    assert not path.exists()
+    if reader:
+        assert files.read_json(path / "content.json") == "old" and files.exists(path)
+    write_folder(path, "newest")
+    write_folder(path, "last")
+    assert files.read_json(path / "content.json") == "last"
+    assert list(tmp_path.iterdir()) == [path]
+    assert not files.exists(tmp_path / "absent") and not files.exists("absent")
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    write_folder(tmp_path / "d", "old")
+    rename = os.rename
+
+    def no_new_one(source, target):
+        if str(source).endswith(".tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", no_new_one)
+    with pytest.raises(StorageError, match="d could not be written: .*Input/output"):
+        write_folder(tmp_path / "d", "new")
+    with pytest.raises(StorageError, match="d could not be written: .*directory"):
+        files.write_json(tmp_path / "d", "a file")
+    assert files.read_json(tmp_path / "d" / "content.json") == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+
+
+def test_links_stay_and_what_they_name_is_replaced(tmp_path):
+    disk, here = tmp_path / "disk", tmp_path / "here"
+    disk.mkdir()
+    here.mkdir()
+    for name in ("file", "folder", "absent"):
+        (here / name).symlink_to(disk / name)
+    files.write_json(disk / "file", "old")
+    write_folder(disk / "folder", "old")
+    for name in ("file", "absent"):
+        files.write_json(here / name, "new")
+        assert files.read_json(disk / name) == "new"
+    write_folder(here / "folder", "new")
+    assert files.read_json(disk / "folder" / "content.json") == "new"
+    assert all(path.is_symlink() for path in here.iterdir())
+    assert len(list(disk.iterdir())) == len(list(here.iterdir())) == 3
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_created_once(tmp_path, monkeypatch, links):
+    def no_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    assert files.create_json(tmp_path / "a", 1)
+    if links:
+        assert not files.create_json(tmp_path / "a", 2)
+    assert files.read_json(tmp_path / "a") == 1 and len(list(tmp_path.iterdir())) == 1

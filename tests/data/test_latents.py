@@ -117,8 +117,9 @@ from varjax.var.task import VARTask
 write = latent_shards.files.write_tensors
 def killed(path, *rest):
     if "train-00001" in path.name:
-        path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
-        os.kill(os.getpid(), 9)
+        with latent_shards.files.atomic_path(path) as temporary:
+            temporary.write_bytes(b"half")
+            os.kill(os.getpid(), 9)
     write(path, *rest)
 latent_shards.files.write_tensors = killed
 cache_latents(VARTask(runs.VAR, runs.TOKENIZER, sys.argv[1]), DATA, out=sys.argv[2], **SETTINGS)
@@ -391,14 +392,23 @@ def test_the_command(task, tmp_path, capsys):
         parse_dataset("latents:nowhere", 8).make(4, 0)
 
 
-def test_processes_of_the_command_need_not_talk_to_one_another(task, tmp_path, monkeypatch):
+@pytest.mark.parametrize("shared", [["--processes=2", "--process=1"], ["--distributed"]])
+def test_processes_of_the_command_do_not_talk_to_one_another(task, tmp_path, monkeypatch, shared):
+    """One ends as if there were no other; those of a cluster know their numbers by themselves."""
+    for name, value in SLURM.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
     (tmp_path / "config.py").write_text(CONFIG.format(task.tokenizer_weights))
     calls = []
     monkeypatch.setattr(command, "cache_latents", lambda *arguments: calls.append(arguments))
-    flags = ["--config=config.py", "--out=out", "--processes=2", "--process=1"]
-    assert command.main(flags) == 0
+    assert command.main(["--config=config.py", "--out=out", *shared]) == 0
     ((*_, batch_size, out, _, _, process, _),) = calls
-    assert (batch_size, out, process) == (25, "out", (1, 2))
+    # Of training's 50, or what these leave for each process, nothing follows for encoding.
+    assert (batch_size, out, process) == (32 * len(jax.local_devices()), "out", (1, 2))
+    assert not jax.distributed.is_initialized()
+
+
+SLURM = {"JOB_ID": "7", "STEP_NODELIST": "n1", "NTASKS": "2", "PROCID": "1", "LOCALID": "1"}
 
 
 CONFIG = """

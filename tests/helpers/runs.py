@@ -5,7 +5,7 @@ import os
 import pathlib
 import tempfile
 
-from varjax.core import files
+from varjax.core import folders
 from varjax.data.sources import Digits
 from varjax.mar.model import DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions
@@ -73,5 +73,5 @@ def mar() -> pathlib.Path:
 
 def _train(task, run, **settings) -> None:
     short = dict(batch_size=32, steps=2, eval_every=1)
-    with files.lock_folder(root(), wait=True):  # another process may have made it, or does so now
+    with folders.lock_folder(root(), wait=True):  # another process may have made it, or does so now
         loop.train(Experiment(task, Digits(), str(run), **short, **settings))

@@ -5,8 +5,10 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,7 +17,10 @@ import varjax
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
 from varjax.cli.sample import draw_samples
-from varjax.core import trees
+from varjax.core import distributed, files, trees
+from varjax.core.errors import InputError, StorageError
+from varjax.sampling.job import SamplingJob, run_job
+from varjax.sampling.outputs import FolderOutput, GridOutput
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +132,42 @@ def test_two_processes_draw_the_same_together(whole, tmp_path):
         for process in both:
             process.kill()
     assert out.read_bytes() == whole[0].read_bytes()
+
+
+def in_process(number, answers, monkeypatch):
+    """Makes this process one of two; `answers` give what both gather, one after another."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: number)
+    monkeypatch.setattr(distributed, "gather_json", lambda mine: answers.pop(0)(mine))
+
+
+NOTHING = {"value": None}
+MODEL = types.SimpleNamespace(devices=[0])
+EMPTY = SamplingJob((), 0, 0, None, 1)
+
+
+def test_what_one_process_cannot_write_is_told_in_all(tmp_path, monkeypatch):
+    refused = {"kind": "InputError", "error": "a grid is drawn by one process"}
+    in_process(0, [lambda mine: [mine, None], lambda mine: [mine, refused]], monkeypatch)
+    with pytest.raises(InputError, match="process 1: a grid is drawn by one process"):
+        run_job(MODEL, EMPTY, GridOutput(tmp_path / "a.png", None))
+    full = [{"kind": "StorageError", "error": "the disk is full"}, None]
+    both = [NOTHING, NOTHING]
+    in_process(1, [lambda _: both, lambda _: both, lambda _: both, lambda _: full], monkeypatch)
+    with pytest.raises(StorageError, match="the disk is full"):
+        run_job(MODEL, EMPTY, FolderOutput(tmp_path, np.zeros(0, int), {}))
+
+
+def test_all_processes_compare_their_request_with_that_of_the_first(tmp_path, monkeypatch):
+    """Weights on another machine may be others."""
+
+    def begin_there(_):
+        files.write_json(tmp_path / "request.json", {"weights": "theirs"})
+        return [NOTHING, None]
+
+    in_process(1, [begin_there, lambda mine: [NOTHING, mine]], monkeypatch)
+    with pytest.raises(InputError, match="process 1: .*\n *weights: theirs there, mine asked for"):
+        run_job(MODEL, EMPTY, FolderOutput(tmp_path, np.zeros(0, int), {"weights": "mine"}))
 
 
 def test_a_finished_output_is_recognized_and_another_request_refused(whole, monkeypatch):

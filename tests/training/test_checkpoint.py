@@ -1,15 +1,21 @@
+import errno
+import os
 import pathlib
+import resource
 import shutil
 
 import chex
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
 from tests.helpers import tiny
 from varjax.core import files
+from varjax.core.errors import StorageError
 from varjax.core.saved_steps import restore_weights
+from varjax.training import checkpoint
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.task import TrainState
 
@@ -78,6 +84,74 @@ def test_a_damaged_last_step_falls_back_to_the_one_before(tmp_path, damage, caps
     if damage != "temporary":
         assert "checkpoint 2 cannot be read" in capsys.readouterr().err
         assert (tmp_path / "unreadable" / "2").is_dir()
+
+
+def failing(monkeypatch, times, *errors):
+    """The next reads fail, so many times with each of the errors."""
+    restore, left = ocp.Checkpointer.restore, [error for error in errors for _ in range(times)]
+
+    def restore_or_fail(*arguments, **options):
+        if left:
+            raise left.pop(0)
+        return restore(*arguments, **options)
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", restore_or_fail)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_read_that_fails_once_is_tried_again(tmp_path, monkeypatch, code, capsys):
+    saved(tmp_path / "checkpoints", 1, 2)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        failing(monkeypatch, 1, OSError(code, os.strerror(code)))
+        equal(checkpoints.restore(ABSTRACT, PLACEMENT)[0], state(2))
+        assert checkpoints.steps() == [1, 2] and not capsys.readouterr().err
+        failing(monkeypatch, 1, OSError(code, os.strerror(code)))
+        equal(restore_weights(tmp_path, ema=False), state(2).params)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EACCES, "Permission denied"),
+        ValueError("RESOURCE_EXHAUSTED: Failed to open: Too many open files [os_error_code='24']"),
+    ],
+)
+def test_what_the_machine_lacks_costs_no_checkpoint(tmp_path, monkeypatch, error):
+    saved(tmp_path / "checkpoints", 1, 2)
+    wrapped = KeyError("in between")
+    wrapped.__cause__ = error
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for raised in (error, wrapped):
+            failing(monkeypatch, 2, raised)
+            with pytest.raises(StorageError, match="checkpoints/2 cannot be read now: .*leave"):
+                checkpoints.restore(ABSTRACT, PLACEMENT)
+            failing(monkeypatch, 2, raised)
+            with pytest.raises(StorageError, match="checkpoints/2 cannot be read now: .*leave"):
+                restore_weights(tmp_path)
+        assert checkpoints.steps() == [1, 2] and not (tmp_path / "unreadable").exists()
+        equal(checkpoints.restore(ABSTRACT, PLACEMENT)[0], state(2))
+
+
+def test_without_file_descriptors_no_checkpoint_is_lost(tmp_path):
+    with Checkpoints(saved(tmp_path / "checkpoints", 1, 2)) as checkpoints:
+        checkpoints.restore(ABSTRACT, PLACEMENT)
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            with pytest.raises(StorageError, match="Too many open files"):
+                checkpoints.restore(ABSTRACT, PLACEMENT)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert checkpoints.steps() == [1, 2] and not (tmp_path / "unreadable").exists()
+
+
+def test_what_another_process_lacks_ends_all_of_them(tmp_path, monkeypatch):
+    with Checkpoints(saved(tmp_path / "checkpoints", 1, 2)) as checkpoints:
+        there = ["StorageError", "2 cannot be read now"]
+        monkeypatch.setattr(checkpoint, "gather_json", lambda mine: [mine, there])
+        with pytest.raises(StorageError, match="2 cannot be read now"):
+            checkpoints.restore(ABSTRACT, PLACEMENT)
+        assert checkpoints.steps() == [1, 2]
 
 
 def test_when_no_step_can_be_read_nothing_is_thrown_away(tmp_path):

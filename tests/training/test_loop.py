@@ -1,5 +1,7 @@
 import dataclasses
+import json
 import os
+import threading
 
 import chex
 import jax
@@ -9,8 +11,10 @@ from PIL import Image
 
 from tests.helpers import tiny
 from tests.helpers.tiny import lines, weights
+from varjax.core import files, folders
 from varjax.core.errors import InputError
 from varjax.core.saved_steps import restore_weights
+from varjax.training import experiment as settings
 from varjax.training import loop
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.loop_state import LoopState, parse_keep_best
@@ -178,6 +182,67 @@ def test_a_best_is_on_the_disk_before_the_checkpoint_that_knows_of_it(tmp_path, 
     loop.train(tiny.experiment(tmp_path, steps=1, keep_best="eval/loss"))
     best, checkpoint = events.index(("best", "save")), events.index(("checkpoints", "save"))
     assert ("best", "wait") in events[best + 2 : checkpoint]  # the first belongs to the save
+
+
+@pytest.mark.slow
+def test_all_lines_are_on_the_disk_before_the_checkpoint_that_knows_of_them(tmp_path, monkeypatch):
+    synced, checked, fsync, save = {}, [], os.fsync, Checkpoints.save
+    path = tmp_path / "metrics.jsonl"
+
+    def noted_fsync(descriptor):
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = os.fstat(descriptor).st_size
+
+    def checked_save(self, step, *args):
+        if self.directory.name == "checkpoints":
+            last = json.loads(path.read_text().splitlines()[-1])
+            assert last["step"] == step and synced.get(path.stat().st_ino) == path.stat().st_size
+            checked.append(step)
+        return save(self, step, *args)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Checkpoints, "save", checked_save)
+    loop.train(tiny.experiment(tmp_path, steps=4, log_every=1, save_every=2))
+    assert checked == [2, 4]
+
+
+def test_a_run_is_not_touched_while_another_process_trains_it(tmp_path):
+    with folders.lock_folder(tmp_path):
+        with pytest.raises(InputError, match="another process .* is at work in"):
+            loop.train(tiny.experiment(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_frozen_weights_of_the_first_process_are_waited_for(tmp_path, monkeypatch):
+    """Another one that does not see the file yet would train without them."""
+    path = tmp_path / "frozen.safetensors"
+    write = lambda: files.write_tensors(path, {"offset": np.float32(3)}, {})  # noqa: E731
+    monkeypatch.setattr(loop, "on_first_process", lambda _: True)
+    timer = threading.Timer(0.3, write)
+    timer.start()
+    assert loop.frozen_weights(tiny.Tiny(), tmp_path) == {"offset": 3}
+    timer.join()
+    monkeypatch.setattr(loop, "on_first_process", lambda _: False)
+    path.unlink()
+    assert loop.frozen_weights(tiny.Tiny(), tmp_path) == {}
+
+
+def test_processes_that_see_other_data_are_refused_before_anything_else(tmp_path, monkeypatch):
+    def one_image_less_there(mine):
+        there = json.loads(json.dumps(mine))
+        there["seen"]["train"] = {"digest": "another", "images": 1441}
+        there["seen"]["held_out"]["digest"] = "another"
+        return [mine, json.loads(json.dumps(mine)), there | {"host": "node2"}]
+
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    monkeypatch.setattr(settings, "gather_json", one_image_less_there)
+    with pytest.raises(
+        InputError, match="process 2 on node2: train has 1441 images instead of 1442"
+    ):
+        loop.train(tiny.experiment(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(settings, "gather_json", lambda mine: [mine, mine])
+    settings.check_same_data(tiny.experiment(tmp_path), 1442)
 
 
 @pytest.mark.parametrize(

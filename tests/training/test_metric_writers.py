@@ -36,4 +36,5 @@ def test_an_inactive_writer_leaves_nothing(tmp_path):
     with MetricWriter(tmp_path, 0, active=False) as writer:
         writer.write(1, {"loss": 1.0})
         writer.images(1, "a", np.zeros((1, 8, 8, 3)))
+        writer.sync()
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]

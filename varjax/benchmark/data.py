@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import itertools
-import os
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -26,7 +25,7 @@ from varjax.core.hardware import process_peak_gb
 from varjax.data.decoding import BrokenImage
 from varjax.data.loader import BATCHES_AHEAD, Loader
 from varjax.data.stream import ExampleStream
-from varjax.data.workers import ReaderPool, ReadOptions
+from varjax.data.workers import ReaderPool, ReadOptions, available_cpus
 
 
 def main(arguments: list[str]) -> None:
@@ -36,7 +35,7 @@ def main(arguments: list[str]) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    cpus = os.cpu_count() or 1
+    cpus = available_cpus()
     add_config_flags(parser)
     parser.add_argument("--batches", type=int, default=20, help="to measure, of each kind")
     parser.add_argument("--threads", default=f"1,{cpus}", help="numbers of threads")
@@ -79,7 +78,7 @@ def measure_reading(
                 batch_size=batch_size,
                 threads=0 if reading.workers else reading.threads,
                 workers=reading.workers,
-                cpus=os.cpu_count(),
+                cpus=available_cpus(),
                 seconds=took / batches,
                 images_per_second=batches * batch_size / took,
                 batch_mb=sum(x.nbytes for x in loader.train_batch(0).values()) / 1e6,

@@ -14,7 +14,7 @@ import sys
 from varjax.convert.from_torch import convert
 from varjax.convert.name_maps import NAME_MAPS
 from varjax.convert.name_maps.name_map import ConvertOptions
-from varjax.core import files
+from varjax.core import files, folders
 from varjax.core.errors import InputError
 
 RELEASES = {name: release for kind in NAME_MAPS for name, release in kind.releases.items()}
@@ -35,10 +35,10 @@ def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
             command that does it by hand.
     """
     path = pathlib.Path(location)
-    if path.exists() or str(location) not in RELEASES:
+    if files.exists(path) or str(location) not in RELEASES:
         return path
     directory = files.cache_folder() / path
-    if directory.exists():
+    if files.exists(directory):
         return directory
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
         raise InputError(
             f"{directory.parent} cannot be written ({error}); set VARJAX_CACHE to another folder"
         ) from error
-    with files.lock_folder(directory.parent, wait=True):
+    with folders.lock_folder(directory.parent, wait=True):
         if not directory.exists():
             _fetch(str(location), directory)
     return directory

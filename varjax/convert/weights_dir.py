@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from varjax.convert.pth.write import write_pth
 from varjax.convert.sources import byte_progress
-from varjax.core import config_tree, files, safetensors_io
+from varjax.core import config_tree, files, folders, safetensors_io
 from varjax.core.errors import StorageError
 from varjax.core.safetensors_io import LazyArray, Tensor
 from varjax.families import FAMILIES
@@ -100,7 +100,7 @@ def check_weights_dir(out: pathlib.Path, replaces: Set[str] = frozenset()) -> No
     """Raises InputError if `out` exists and `new_directory` would not replace it."""
     config = out / "config.json"
     converted = config.is_file() and "sources" in files.read_json(config)
-    files.check_replaceable(out, replaces if converted else frozenset())
+    folders.check_replaceable(out, replaces if converted else frozenset())
 
 
 def write_files(directory: pathlib.Path, contents: Contents) -> None:

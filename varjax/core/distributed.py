@@ -18,7 +18,9 @@ from jax.experimental import multihost_utils
 from varjax.core.errors import InputError, StorageError, run_command
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead, and the others end
-NETWORK_SECONDS = 10  # until a file that one machine wrote is seen by another
+# Until a file that one machine wrote is seen by another: an NFS client keeps what it knows of a
+# folder for up to a minute (acdirmax).
+NETWORK_SECONDS = 65
 # Errors of the first process that reach all; the most special first, for `isinstance` to find.
 SHARED_ERRORS = {e.__name__: e for e in (StorageError, InputError, ValueError, KeyError, OSError)}
 
@@ -46,7 +48,7 @@ def connect_by_flags(flags: argparse.Namespace, communicate: bool = True) -> tup
     Args:
         flags: the parsed command line.
         communicate: False where the processes only share out work, without exchanging anything;
-            --processes and --process are then enough, and nothing is connected by them.
+            then nothing is connected, and --processes and --process are enough.
 
     Returns:
         The number of this process and how many there are: (0, 1) without such flags.
@@ -57,7 +59,9 @@ def connect_by_flags(flags: argparse.Namespace, communicate: bool = True) -> tup
     numbers = flags.coordinator, flags.processes, flags.process
     if not flags.distributed and numbers == (None, None, None):
         return 0, 1
-    if not communicate and numbers[0] is None and numbers[1:] != (None, None):
+    if not communicate:
+        if numbers == (None, None, None):
+            return _number_in_cluster()
         return _check_number(flags.processes, flags.process)
     connect(*numbers)
     return jax.process_index(), jax.process_count()
@@ -93,6 +97,35 @@ def connect(
         )
     except ValueError as error:
         raise InputError(f"no cluster was found ({error}); {USAGE}") from error
+
+
+def _number_in_cluster() -> tuple[int, int]:
+    """Asks the cluster which process this is, and how many there are, without connecting to them.
+
+    Those that are connected must end together: the first to be done waits for the others at a
+    barrier of five minutes, and then all are killed, as they are where one dies or is late to
+    start. Connecting, then parting, would leave devices that JAX takes for parts of a larger whole.
+    JAX has no public function that tells only the numbers; this is the interface that its clusters
+    implement, and where it changes there are still the flags.
+    """
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        clusters = [c for c in ClusterEnv._cluster_types if not c.opt_in_only_method]
+        cluster = next((c for c in clusters if c.is_env_present()), None)
+        if cluster is None:
+            raise InputError(f"no cluster was found; {USAGE}")
+        index, count = cluster.get_process_id(), cluster.get_process_count()
+        device = os.environ.get("JAX_LOCAL_DEVICE_IDS") or cluster.get_local_process_id()
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"this version of JAX does not tell the number of a process alone ({error}); give each "
+            "--processes=COUNT and --process=NUMBER (from 0)"
+        ) from error
+    if device is not None:  # as `jax.distributed.initialize`: one GPU for each process
+        for platform in ("cuda", "rocm"):
+            jax.config.update(f"jax_{platform}_visible_devices", str(device))
+    return _check_number(count, index)
 
 
 def _check_number(count: int | None, index: int | None, *missing: str) -> tuple[int, int]:
@@ -166,14 +199,30 @@ def on_first_process(action: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return action()
-    outcome = None
-    if jax.process_index() == 0:
-        try:
-            outcome = {"value": action()}
-        except tuple(SHARED_ERRORS.values()) as error:
-            kind = next(name for name, known in SHARED_ERRORS.items() if isinstance(error, known))
-            outcome = {"kind": kind, "error": str(error)}
-    outcome = gather_json(outcome)[0]
+    outcome = gather_json(_outcome(action) if jax.process_index() == 0 else None)[0]
     if "error" in outcome:
         raise SHARED_ERRORS[outcome["kind"]](outcome["error"])
     return outcome["value"]
+
+
+def on_all_processes(action: Callable[[], Any]) -> list[Any]:
+    """Calls `action` in every process; returns what it returned in each, as JSON data.
+
+    A ValueError, KeyError or OSError (InputError among them) in any of them is raised in all.
+    """
+    if jax.process_count() == 1:
+        return [action()]
+    outcomes = gather_json(_outcome(action))
+    for number, outcome in enumerate(outcomes):
+        if "error" in outcome:
+            raise SHARED_ERRORS[outcome["kind"]](f"process {number}: {outcome['error']}")
+    return [outcome["value"] for outcome in outcomes]
+
+
+def _outcome(action: Callable[[], Any]) -> dict[str, Any]:
+    """What `action` returned or raised, as JSON data."""
+    try:
+        return {"value": action()}
+    except tuple(SHARED_ERRORS.values()) as error:
+        kind = next(name for name, known in SHARED_ERRORS.items() if isinstance(error, known))
+        return {"kind": kind, "error": str(error)}

@@ -1,12 +1,17 @@
 """Files that are either whole or absent: atomic replacement, JSON, and trees of arrays."""
 
 import contextlib
-import fcntl
+import functools
+import hashlib
 import json
 import os
 import pathlib
+import re
+import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Set
+import socket
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,35 +19,48 @@ import numpy as np
 from varjax.core import safetensors_io
 from varjax.core.errors import InputError, StorageError
 
+# Of a name, at most as much goes into that of a temporary; 255 bytes are allowed, of 4 a letter.
+NAME_LETTERS = 50
+TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.tmp")
+ABANDONED_SECONDS = 24 * 60 * 60  # a temporary that nobody has written to for so long is nobody's
+REPLACED_SECONDS = 1.0  # more than there is between the two renames that replace a folder
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a sibling path to write a file or a directory to; on success it becomes `path`.
 
     The content reaches the disk before the name does, so a reader sees the old content or all of
-    the new one. On an exception the temporary is removed and `path` stays as it was. Raises
-    StorageError where it cannot be written.
+    the new one (a folder by `exists`). On an exception the temporary is removed and `path` stays as
+    it was. Where `path` is a link, it stays one, and what it names is replaced. What kills left in
+    the same folder is removed. Raises StorageError where it cannot be written.
     """
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
+    with _written_beside(path) as (temporary, target):
         yield temporary
         inside = temporary.rglob("*") if temporary.is_dir() else ()
         for entry in (*inside, temporary):
             _fsync(entry)
-        if path.is_dir():  # os.replace refuses a directory that is not empty
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    except InputError:  # a StorageError among them
-        raise
-    except OSError as error:
-        raise StorageError(f"{path} could not be written: {error}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            _remove(temporary)
+        if temporary.is_dir() and target.is_dir():
+            _replace_folder(temporary, target)
+        else:
+            os.replace(temporary, target)
+        _fsync(target.parent)
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Tells whether there is such a file or folder, also where `atomic_path` was killed.
+
+    A folder cannot be replaced in one step on all file systems: after a kill between two renames
+    the old one lies aside, and is put back here.
+    """
+    path = pathlib.Path(path)
+    for folder in (path, path.parent):
+        if path.exists() or folder.exists() or not (aside := _aside(folder)).exists():
+            continue
+        time.sleep(REPLACED_SECONDS)  # perhaps nobody was killed, and the new one comes now
+        with contextlib.suppress(OSError):  # it came, or somebody else was faster
+            os.rename(aside, folder)
+    return path.exists()
 
 
 def cache_folder() -> pathlib.Path:
@@ -53,102 +71,28 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(general).expanduser() / "varjax"
 
 
-@contextlib.contextmanager
-def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]:
-    """Keeps other processes that ask for the same folder out of it, until this one is done or dead.
-
-    A file system without locks keeps nobody out.
-
-    Args:
-        folder: an existing one.
-        wait: for another process to be done, instead of raising.
-
-    Raises:
-        InputError: another process is there now.
-    """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise InputError(
-                f"another process is at work in {folder}; wait for it, stop it, or choose another"
-            ) from None
-        except OSError:  # no locks here
-            pass
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def check_replaceable(folder: str | os.PathLike, own: Set[str] = frozenset()) -> None:
-    """Raises InputError where writing `folder` as a whole would lose anybody else's files.
-
-    Args:
-        folder: may be absent, empty, or hold nothing but files named in `own`.
-        own: names of files that the same command wrote, and would write again.
-    """
-    folder = pathlib.Path(folder)
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    if folder.exists() and (foreign := sorted(present - own)):
-        raise InputError(
-            f"{folder} exists and holds {', '.join(foreign[:5])}, which would be lost; "
-            "choose another out, or remove it first"
-        )
-
-
-def claim_folder(
-    folder: str | os.PathLike, request_file: str, request: Mapping[str, Any], write: bool = True
-) -> None:
-    """Makes `folder` this request's own, so that the same command can go on in it after a kill.
-
-    Args:
-        folder: absent, empty (hidden files do not count), or begun for an equal request.
-        request_file: name of the JSON file in it that keeps the request.
-        request: JSON data, all that decides what will lie in the folder.
-        write: whether to write the file where it is missing; of several processes the first does.
-
-    Raises:
-        InputError: the folder holds other files, or was begun for another request; then all
-            differences are listed.
-    """
-    folder = pathlib.Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; choose another out")
-    # One listing, for other processes may be at work in the folder already.
-    listing = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if request_file in listing:
-        check_same_request(folder, read_json(folder / request_file), request)
-    elif any(not name.startswith(".") for name in listing):
-        raise InputError(
-            f"{folder} holds files and no {request_file}; empty it or choose another out"
-        )
-    elif write:
-        write_json(folder / request_file, request)
-
-
-def check_same_request(
-    path: str | os.PathLike, there: Mapping[str, Any], asked: Mapping[str, Any]
-) -> None:
-    """Raises InputError, with all differences, unless `path` was made for the request `asked`."""
-    asked = json.loads(json.dumps(asked))  # as `there` was: tuples become lists
-    lines = [
-        f"{name}: {there.get(name)} there, {asked.get(name)} asked for"
-        for name in dict.fromkeys((*there, *asked))
-        if there.get(name) != asked.get(name)
-    ]
-    if lines:
-        raise InputError(
-            f"{path} was made for another request, or of files that have changed since:\n  "
-            + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
-            + "\nask for the same to go on, delete it, or choose another out"
-        )
-
-
 def write_json(path: str | os.PathLike, data: Any) -> None:
     """Writes `data` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(data, indent=2) + "\n")
+        temporary.write_text(_json_text(data))
+
+
+def create_json(path: str | os.PathLike, data: Any) -> bool:
+    """Writes a JSON file unless it exists, and tells whether it did.
+
+    Of several processes at once, on any machines, one does.
+    """
+    with _written_beside(path) as (temporary, target):
+        temporary.write_text(_json_text(data))
+        _fsync(temporary)
+        try:
+            os.link(temporary, target)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            os.replace(temporary, target)
+        _fsync(target.parent)
+    return True
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -209,9 +153,87 @@ def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 def _existing(path: str | os.PathLike) -> pathlib.Path:
     path = pathlib.Path(path)
-    if not path.is_file():
+    if not exists(path) or not path.is_file():
         raise InputError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}")
     return path
+
+
+def _json_text(data: Any) -> str:
+    return json.dumps(data, indent=2) + "\n"
+
+
+@contextlib.contextmanager
+def _written_beside(path: str | os.PathLike) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+    """Yields (a path that nobody else uses, what it is to become); nothing stays of the first."""
+    temporary = None
+    try:
+        target = pathlib.Path(os.path.realpath(path))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent)
+        # Processes of two containers may have one number, and write to one disk.
+        own = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+        temporary = target.with_name(f".{target.name[:NAME_LETTERS]}.{own}.tmp")
+        yield temporary, target
+    except InputError:  # a StorageError among them
+        raise
+    except OSError as error:
+        raise StorageError(f"{path} could not be written: {error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            if temporary is not None:
+                _remove(temporary)
+
+
+def _replace_folder(temporary: pathlib.Path, target: pathlib.Path) -> None:
+    """Puts a folder in the place of another; a kill leaves the new, or the old for `exists`."""
+    aside = _aside(target)
+    _remove(aside)  # older than what is there: of a kill just before the end
+    os.rename(target, aside)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(aside, target)
+        raise
+    os.rename(aside, temporary)  # which is removed, now or, while others read it, later
+
+
+def _aside(folder: pathlib.Path) -> pathlib.Path:
+    """Names the place where a folder lies while another one takes its own."""
+    return folder.with_name(f".{folder.name}.replaced") if folder.name else folder
+
+
+@functools.cache
+def _sweep(folder: pathlib.Path) -> None:
+    """Removes temporaries that nobody will finish; once in a process, for folders may be large."""
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            if (name := TEMPORARY.fullmatch(path.name)) is not None:
+                with contextlib.suppress(OSError):  # others may do the same
+                    if _is_abandoned(path, name["machine"], int(name["process"])):
+                        _remove(path)
+
+
+def _is_abandoned(temporary: pathlib.Path, machine: str, process: int) -> bool:
+    if machine == _machine():
+        try:
+            os.kill(process, 0)  # does nothing, but for asking whether there is such a process
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            pass
+    entries = [temporary, *(temporary.rglob("*") if temporary.is_dir() else ())]
+    return time.time() - max(entry.stat().st_mtime for entry in entries) > ABANDONED_SECONDS
+
+
+@functools.cache
+def _machine() -> str:
+    """Names whatever counts its processes together: this container, since this machine's start."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
+        about = socket.gethostname() + boot + os.readlink("/proc/self/ns/pid")
+    except OSError:  # not Linux: no process is known by its number alone
+        return secrets.token_hex(4)
+    return hashlib.sha256(about.encode()).hexdigest()[:8]
 
 
 def _remove(path: pathlib.Path) -> None:

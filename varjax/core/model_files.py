@@ -27,7 +27,7 @@ def find_model(location: str | pathlib.Path) -> pathlib.Path:
         InputError: it could not be; says what to do by hand.
     """
     path = pathlib.Path(location)
-    if path.exists() or len(path.parts) != 1:
+    if files.exists(path) or len(path.parts) != 1:
         return path
     # By name, for convert stands above everything that reads models, and few of them need it.
     return importlib.import_module("varjax.convert.pretrained").resolve_weights(path)
@@ -46,7 +46,7 @@ def read_model_config(location: str | pathlib.Path) -> dict[str, Any]:
     """
     directory = pathlib.Path(location)
     path = directory / "config.json"
-    if not path.is_file():
+    if not files.exists(path):
         raise InputError(
             f"{directory} {'holds no config.json' if directory.is_dir() else 'does not exist'}; "
             "give a run's directory, one that python -m varjax.convert wrote, or the name of a "

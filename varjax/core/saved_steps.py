@@ -1,17 +1,28 @@
 """Checkpoints on the disk, read by one process without waiting for any other."""
 
+import errno
+import os
 import pathlib
+import re
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from varjax.core import files, trees
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, StorageError
 from varjax.core.trees import PyTree
 
 STATE_TREES = ("params", "ema", "opt_state")
 READ_ERRORS = (ValueError, KeyError, OSError)  # what Orbax raises for files that are not all there
+READ_PAUSES = (0.1, 0.5, 2.0)  # seconds until a read that failed is tried again
+# They tell of the machine or the network, not of the files, which may be good.
+ENVIRONMENT_ERRORS = frozenset(
+    (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
+)
+TENSORSTORE_CODE = re.compile(r"os_error_code='(\d+)'")  # in the words of its ValueErrors
 
 
 class MismatchError(InputError):
@@ -63,6 +74,7 @@ class SavedSteps:
 
         Raises:
             MismatchError: the arrays saved are not those of `abstract`.
+            StorageError: they cannot be read now, through no fault of the files.
             ValueError, KeyError or OSError: files are damaged or missing (READ_ERRORS).
         """
         self._check(step, abstract)
@@ -81,7 +93,8 @@ class SavedSteps:
             step: the checkpoint.
             ema: True for their average, False for themselves, None for the average if there is one.
 
-        Raises InputError where there is no average, or files are damaged or missing.
+        Raises InputError where there is no average, or files are damaged or missing, or
+        (StorageError) cannot be read now.
         """
         try:
             return self._params(step, ema)
@@ -105,8 +118,6 @@ class SavedSteps:
 
     def _check(self, step: int, abstract: dict[str, PyTree]) -> None:
         saved = self._saved_arrays(step)
-        if saved.get("params") is None:
-            raise InputError("the description of its parameters is missing")
         for name in ("params", "ema"):
             tree = saved[name].tree if saved.get(name) is not None else {}
             if report := trees.difference(abstract[name], tree):
@@ -115,12 +126,39 @@ class SavedSteps:
 
     def _saved_arrays(self, step: int) -> Any:
         """Reads names, shapes and dtypes of what was saved."""
-        return self._checkpointer.metadata(self.directory / str(step)).item_metadata
+
+        def read() -> Any:
+            saved = self._checkpointer.metadata(self.directory / str(step)).item_metadata
+            if saved is None or saved.get("params") is None:
+                raise ValueError("the description of its parameters is missing")
+            return saved
+
+        return self._repeated(step, read)
 
     def _restore(self, step: int, items: dict[str, Any]) -> Any:
-        return self._checkpointer.restore(
-            self.directory / str(step), args=ocp.args.Composite(**items)
-        )
+        path, composite = self.directory / str(step), ocp.args.Composite(**items)
+        return self._repeated(step, lambda: self._checkpointer.restore(path, args=composite))
+
+    def _repeated(self, step: int, read: Callable[[], Any]) -> Any:
+        """Reads, and reads again where that fails: disks behind a network fail now and then."""
+        for pause in READ_PAUSES:
+            try:
+                return read()
+            except READ_ERRORS:
+                time.sleep(pause)
+        try:
+            return read()
+        except READ_ERRORS as error:
+            path = self.directory / str(step)
+            # Orbax only logs some errors, and does as if files were missing: the files tell more.
+            if (
+                code := _environment_code(error) or _environment_code(_opening_error(path))
+            ) is None:
+                raise
+            raise StorageError(
+                f"{path} cannot be read now: {os.strerror(code)}. This does "
+                "not tell of damaged files, so leave them; start again once it is mended"
+            ) from error
 
 
 def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyTree:
@@ -147,6 +185,31 @@ def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyT
     if steps := (last := SavedSteps(run_dir / "checkpoints")).steps():
         return last.params(steps[-1], ema)
     raise InputError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
+
+
+def _environment_code(error: BaseException | None) -> int | None:
+    """Finds the ENVIRONMENT_ERRORS that led to an exception; None where it was anything else."""
+    while error is not None:
+        codes = [getattr(error, "errno", None), *map(int, TENSORSTORE_CODE.findall(str(error)))]
+        if found := ENVIRONMENT_ERRORS.intersection(codes):
+            return next(iter(found))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _opening_error(directory: pathlib.Path) -> OSError | None:
+    """Opens the files in a directory; returns the first error, None where there is none."""
+
+    def reraise(error: OSError) -> None:
+        raise error
+
+    try:
+        for folder, _, names in os.walk(directory, onerror=reraise):
+            for name in names:
+                os.close(os.open(os.path.join(folder, name), os.O_RDONLY))
+    except OSError as error:
+        return error
+    return None
 
 
 def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

@@ -8,7 +8,7 @@ epoch; --dtype=float16 halves them, and what that changes is printed.
 `data=latents:DIR` (or CachedLatents("DIR") in a config) then trains on them. Fields of the config
 are changed by --config.FIELD=VALUE, as for train.py. The same command goes on after a kill, and
 does nothing when all is done. Several processes share the work: --distributed where JAX finds them
-by itself, else --processes=COUNT --process=NUMBER; they need not talk to one another.
+by itself, else --processes=COUNT --process=NUMBER; they do not talk to one another.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from varjax.core import config_tree, files
+from varjax.core import config_tree, folders
 from varjax.core.config_flags import add_config_flags, config_from_flags
 from varjax.core.distributed import add_process_flags, connect_by_flags
 from varjax.core.errors import InputError, check_setting, run_command
@@ -38,6 +38,7 @@ from varjax.data.loader import make_loader
 from varjax.data.stream import ImageDataset
 
 IMAGES_PER_SHARD = 4096
+IMAGES_PER_DEVICE = 32  # at a time
 # Fields of a dataset that do not tell which images there are.
 LOCATION_FIELDS = ("reading", "root", "name", "data_dir")
 FloatDtype = Literal["float16", "float32"]
@@ -141,7 +142,7 @@ def cache_latents(
         "shards": {split: _shards(images, split, shards) for split in images},
     }
     path = pathlib.Path(out)
-    files.claim_folder(path, ABOUT_FILE, about)
+    folders.claim_folder(path, ABOUT_FILE, about)
     all_shards = LatentShard.all(path, about)
     lines = []
     if mine := [shard for shard in all_shards[index::count] if not shard.path.exists()]:
@@ -186,7 +187,7 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="the folder for the latents")
     add("--augmentations", type=int, default=1, help="of each training image (1)")
-    add("--batch_size", type=int, default=0, help="images at a time (the config's, shared)")
+    add("--batch_size", type=int, default=0, help="images at a time (32 a device)")
     add("--shards", type=int, default=0, help="files of the training split (one per 4,096 images)")
     add("--dtype", choices=get_args(FloatDtype), help="that stores floats (the tokenizer's)")
     add_process_flags(parser)
@@ -198,7 +199,7 @@ def main(arguments: list[str]) -> int:
             experiment.task,
             experiment.data,
             experiment.seed,
-            flags.batch_size or experiment.batch_size // process[1],
+            flags.batch_size or IMAGES_PER_DEVICE * len(jax.local_devices()),
             flags.out,
             flags.augmentations,
             flags.shards,

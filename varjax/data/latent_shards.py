@@ -184,8 +184,6 @@ class LatentShard:
                 errors[name] = RoundingError.of(computed, stored)
             array[~valid_B] = 0
             arrays[stored_name(name)] = array.reshape(-1, U, *spec.shape)
-        for left_by_a_kill in self.out.glob(f".{self.path.name}.*.tmp"):
-            left_by_a_kill.unlink()
         files.write_tensors(self.path, arrays, {})
         return errors
 

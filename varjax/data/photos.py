@@ -12,7 +12,7 @@ import sys
 import numpy as np
 from PIL import Image
 
-from varjax.core import files
+from varjax.core import files, folders
 from varjax.core.errors import check_setting, run_command
 from varjax.data.sources.photos import HELD_OUT_WIDTH, PHOTO_NAMES, photo_parts
 from varjax.data.stream import Split
@@ -36,7 +36,7 @@ def write_photos(out: str, size: int = 64, train: int = 200, val: int = 40) -> s
         InputError: `out` holds anything, or the size does not fit.
     """
     check_setting("size", size, MIN_SIZE <= size <= MAX_SIZE, f"from {MIN_SIZE} to {MAX_SIZE}")
-    files.check_replaceable(out)
+    folders.check_replaceable(out)
     rng = np.random.default_rng(0)
     with files.atomic_path(out) as temporary:
         splits: dict[str, tuple[Split, int]] = {"train": ("train", train), "val": ("held_out", val)}

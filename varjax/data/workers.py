@@ -25,7 +25,7 @@ class ReadOptions:
     """How examples are read; which examples does not depend on it.
 
     Attributes:
-        threads: 0 is one for each CPU, at most 16.
+        threads: 0 is one for each CPU that this process may use, at most 16.
         workers: processes that decode and augment instead of the threads; 0 is none. They are worth
             their start and their copies only where augmentation holds Python's lock.
     """
@@ -37,6 +37,13 @@ class ReadOptions:
         for name in ("threads", "workers"):
             if (value := getattr(self, name)) < 0:
                 raise InputError(f"reading.{name} is {value}, but must be 0 or more")
+
+
+def available_cpus() -> int:
+    """Counts the CPUs that this process may use: a cluster seldom gives a job all of a machine."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class ReaderPool:
@@ -54,7 +61,7 @@ class ReaderPool:
             subject: the first argument of every function; pickled for worker processes.
             options: how many of which.
         """
-        cpus = min(os.cpu_count() or 1, MAX_DEFAULT_THREADS)
+        cpus = min(available_cpus(), MAX_DEFAULT_THREADS)
         self._count = options.workers or options.threads or cpus
         self._call: Callable[..., Any] = lambda f, *arguments: f(subject, *arguments)
         if options.workers:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import varjax
-from varjax.core import files
+from varjax.core import files, folders
 from varjax.core.distributed import on_first_process
 from varjax.core.errors import InputError
 from varjax.data.sources import CachedLatents, parse_dataset
@@ -160,7 +160,7 @@ def finished_report(out: pathlib.Path, request: Mapping[str, Any]) -> dict | Non
     report = files.read_json(out)
     if not isinstance(report, dict) or "request" not in report:
         raise InputError(f"{out} exists and is no report; delete it or choose another out")
-    files.check_same_request(out, report["request"], request)
+    folders.check_same_request(out, report["request"], request)
     return report
 
 

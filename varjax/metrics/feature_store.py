@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from varjax.core import files
+from varjax.core import files, folders
 from varjax.core.errors import InputError
 from varjax.metrics.features import FeatureExtractor, Features
 from varjax.metrics.image_sets import ImageSet
@@ -29,7 +29,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: pathlib.Path, request: Mapping[str, Any], write: bool = True):
-        files.claim_folder(folder, REQUEST_FILE, request, write)
+        folders.claim_folder(folder, REQUEST_FILE, request, write)
         self._folder = folder
 
     def has(self, part: range) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from varjax.core import files
+from varjax.core import files, folders
 from varjax.core.errors import InputError
 from varjax.metrics.feature_store import FeatureStore, extract_features, parts_of
 from varjax.metrics.features import FeatureExtractor, Features, feature_sizes
@@ -118,8 +118,7 @@ def reference_of_images(
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     path, folder = cache / f"{key}.safetensors", cache / key
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with files.lock_folder(folder, wait=True):  # of several commands one computes
+        with folders.lock_folder(folder, wait=True):  # of several commands one computes
             if not path.exists():
                 store = FeatureStore(folder, request)
                 extract_features(images, extract, store, "reference")

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from varjax.core import image_io
+from varjax.core.distributed import on_all_processes, on_first_process
 from varjax.sampling.outputs import Output
 from varjax.sampling.sampler import Sampler
 
@@ -64,11 +64,13 @@ def run_job(model: Sampler, job: SamplingJob, output: Output) -> str:
     """Samples what `output` does not have yet and finishes it; returns its message.
 
     Of several processes each samples its share of the parts on its own devices; the first one
-    finishes. Raises InputError, before anything is computed, where the output holds something else.
+    finishes. Raises InputError in all, before anything is computed, where the output holds
+    something else.
     """
     process, processes = jax.process_index(), jax.process_count()
-    output.begin(write=process == 0)
-    _wait_for_all("begun")
+    on_first_process(lambda: output.begin(write=True))
+    # The others compare with what it began: weights of another machine may be others.
+    on_all_processes(lambda: output.begin(write=False) if process else None)
     mine = job.parts[process::processes]
     missing = [part for part in mine if not output.has(part)]
     total, left = sum(map(len, mine)), sum(map(len, missing))
@@ -78,10 +80,9 @@ def run_job(model: Sampler, job: SamplingJob, output: Output) -> str:
         for part, images_NHWC in sample_parts(model, job, missing):
             output.add(part, images_NHWC)
             bar.update(len(part))
-    _wait_for_all("drawn")
-    message = output.finish() if process == 0 else ""
-    _wait_for_all("finished")
-    return message
+    on_all_processes(lambda: None)  # all is drawn
+    message = on_first_process(output.finish)
+    return message if process == 0 else ""
 
 
 def sample_parts(
@@ -113,8 +114,3 @@ def _split(parts, images_BHWC, size):
     images_BHWC = image_io.to_uint8(np.asarray(images_BHWC))
     for i, part in enumerate(parts):
         yield part, images_BHWC[i * size : i * size + len(part)]
-
-
-def _wait_for_all(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"varjax {name}")

@@ -4,11 +4,10 @@ The folder and the .npz survive a kill. Both hold the request they were made for
 on where it was killed or finds everything done, another one is refused.
 """
 
-import contextlib
 import json
-import os
 import pathlib
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from varjax.core import files, image_io
+from varjax.core import files, folders, image_io
 from varjax.core.errors import InputError
 
 REQUEST = "request.json"
@@ -101,7 +100,7 @@ class FolderOutput:
         self._present: set[str] = set()
 
     def begin(self, write: bool) -> None:
-        files.claim_folder(self._path, REQUEST, self._request, write)
+        folders.claim_folder(self._path, REQUEST, self._request, write)
         self._present = {path.name for path in self._path.iterdir()}
 
     def has(self, part: range) -> bool:
@@ -112,8 +111,6 @@ class FolderOutput:
             image_io.write_png(self._path / self._name(i), image_HWC)
 
     def finish(self) -> str:
-        for left_by_a_kill in self._path.glob(".*.tmp"):
-            left_by_a_kill.unlink()
         return f"{self._path}/: {len(self._label_N)} images"
 
     def _name(self, i):
@@ -139,9 +136,9 @@ class NpzOutput:
 
     def begin(self, write: bool) -> None:
         if self._path.exists():
-            files.check_same_request(self._path, _request_in(self._path), self._request)
+            folders.check_same_request(self._path, _request_in(self._path), self._request)
         else:
-            files.claim_folder(self._parts, REQUEST, self._request, write)
+            folders.claim_folder(self._parts, REQUEST, self._request, write)
 
     def has(self, part: range) -> bool:
         return self._path.exists() or self._file(part.start).exists()
@@ -152,12 +149,8 @@ class NpzOutput:
 
     def finish(self) -> str:
         if not self._path.exists():
-            whole = self._parts / "whole.npz"
-            with open(whole, "wb") as file:
+            with files.atomic_path(self._path) as temporary, open(temporary, "wb") as file:
                 self._assemble(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(whole, self._path)
         if self._parts.exists():
             shutil.rmtree(self._parts)
         return f"{self._path}: {len(self._label_N)} images, shuffled (arr_0), and their labels"
@@ -183,17 +176,14 @@ class NpzOutput:
 
 def _check_writable(folder: pathlib.Path) -> None:
     """Makes the folder and one file in it, which is gone again, or raises InputError."""
-    probe = folder / f".varjax.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise InputError(
             f"cannot write to {folder} ({error.strerror}); choose another out"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
 
 
 def _member(archive, name):

@@ -16,6 +16,9 @@ from varjax.core.errors import InputError, StorageError
 from varjax.core.saved_steps import READ_ERRORS, STATE_TREES, MismatchError, SavedSteps
 from varjax.training.task import TrainState
 
+# Errors at reading that tell of no damage, so that there is no going back to the step before.
+REFUSALS = {error.__name__: error for error in (MismatchError, StorageError)}
+
 
 class Checkpoints:
     """Keeps the last checkpoints of a run in a directory, each written in the background.
@@ -128,6 +131,7 @@ class Checkpoints:
 
         Raises:
             MismatchError: the arrays saved are not those of `abstract`.
+            StorageError: a step cannot be read now, though its files may be good.
             InputError: none of the steps that are there can be read.
         """
         steps = self.steps() if step is None else [step]
@@ -136,14 +140,15 @@ class Checkpoints:
             try:
                 found = self._read(candidate, abstract, shardings)
             except READ_ERRORS as error:
-                problem = isinstance(error, MismatchError), str(error)
+                problem = type(error).__name__, str(error)
             problems = [p for p in gather_json(problem) if p is not None]
             if not problems:
                 self._move_aside([late for late in steps if late > candidate])
                 return found
-            mismatch, words = problems[0]
-            if mismatch:
-                raise MismatchError(words)
+            for kind, words in problems:
+                if kind in REFUSALS:
+                    raise REFUSALS[kind](words)
+            words = problems[0][1]
             on_first_process(lambda: _report(candidate, words))  # noqa: B023  (called at once)
         if steps:
             raise InputError(f"no checkpoint of {steps} in {self.directory} can be read")

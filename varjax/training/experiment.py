@@ -2,14 +2,19 @@
 
 import copy
 import dataclasses
+import hashlib
+import json
 import math
 import pathlib
+import socket
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from varjax.core import config_tree, files
+from varjax.core.distributed import gather_json
 from varjax.core.errors import InputError, check_setting
 from varjax.training.sample_quality import FIDConfig
 from varjax.training.sharding import MeshShape
@@ -233,6 +238,55 @@ def check_or_write_data(experiment: Experiment) -> None:
                 + "\ngive this run another run_dir, or bring back the images to continue"
             )
     files.write_json(path, now)
+
+
+def check_same_data(experiment: Experiment, train_images: int) -> None:
+    """Compares the data that processes see, for each may read a copy of its own.
+
+    The order of the images and the length of the run follow from the data: with others, processes
+    would put together batches that no single process sees, and not equally many.
+
+    Args:
+        experiment: the run.
+        train_images: that this process sees.
+
+    Raises:
+        InputError: in all processes, where some see other data than the first; tells which, and in
+            what they differ.
+    """
+    if jax.process_count() == 1:
+        return
+    described = experiment.data.describe()
+    parts = described | {"train": described["train"] | {"images": train_images}}
+    seen = {
+        name: {
+            "digest": hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest(),
+            "images": part.get("images") if isinstance(part, Mapping) else None,
+        }
+        for name, part in parts.items()
+    }
+    first, *others = gather_json({"host": socket.gethostname(), "seen": seen})
+    lines = []
+    for number, other in enumerate(others, 1):
+        if words := _data_differences(first["seen"], other["seen"]):
+            lines.append(f"process {number} on {other['host']}: {', '.join(words)}")
+    if lines:
+        raise InputError(
+            f"processes see other data than process 0 on {first['host']}:\n  "
+            + "\n  ".join(lines)
+            + "\ngive all of them the same files"
+        )
+
+
+def _data_differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    words = []
+    for name in dict.fromkeys((*first, *other)):
+        a, b = first.get(name), other.get(name)
+        if a and b and a["images"] != b["images"]:
+            words.append(f"{name} has {b['images']} images instead of {a['images']}")
+        elif a != b:
+            words.append(f"{name} is another one")
+    return words
 
 
 def _drop_new_defaults(now: dict[str, Any], fields_of: Any, before: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import sys
 import jax
 from jax.sharding import Mesh
 
-from varjax.core import files
+from varjax.core import files, folders
 from varjax.core.distributed import check_shared_file, on_first_process
 from varjax.core.errors import InputError, traceback_file
 from varjax.core.saved_steps import READ_ERRORS
@@ -21,6 +21,7 @@ from varjax.training.experiment import (
     Experiment,
     check_or_write_config,
     check_or_write_data,
+    check_same_data,
 )
 from varjax.training.loop_state import LoopState, parse_keep_best
 from varjax.training.metric_writers import MetricWriter, ProgressReporter, flatten_metrics
@@ -67,15 +68,16 @@ def train(experiment: Experiment) -> dict[str, float]:
     mesh = make_mesh(experiment.mesh)
     rows = rows_of_process(mesh, experiment.batch_size).tolist()
     loader = experiment.data.make(experiment.batch_size, experiment.seed, rows)
+    check_same_data(experiment, len(loader.train_source))
     plan = experiment.plan(len(loader.train_source))
     task: Task = dataclasses.replace(experiment.task, plan=plan)  # type: ignore[type-var]
     task.check(experiment.data.image_shape, experiment.data.classes)
     check_batch_size(mesh, experiment.batch_size, task.accumulate)
-    on_first_process(lambda: check_or_write_config(experiment))
-    check_shared_file(run_dir / "config.json")
-    on_first_process(lambda: check_or_write_data(experiment))
     with contextlib.ExitStack() as held:
-        on_first_process(lambda: held.enter_context(files.lock_folder(run_dir)))
+        on_first_process(lambda: held.enter_context(folders.lock_folder(run_dir)))
+        on_first_process(lambda: check_or_write_config(experiment))
+        check_shared_file(run_dir / "config.json")
+        on_first_process(lambda: check_or_write_data(experiment))
         index = jax.process_index()
         held.enter_context(
             traceback_file(run_dir / (f"error-{index}.txt" if index else "error.txt"))
@@ -112,12 +114,15 @@ def frozen_weights(task: Task, run_dir: pathlib.Path) -> PyTree:
     """Reads the run's own copy of the task's pretrained weights, which the first process makes."""
     path = run_dir / "frozen.safetensors"
 
-    def copy() -> None:
+    def copy() -> bool:
         if not path.exists() and jax.tree.leaves(tree := task.frozen()):
             files.write_tensors(path, tree, {})
+        return path.exists()
 
-    on_first_process(copy)
-    return files.read_tensors(path)[0] if path.exists() else {}
+    if not on_first_process(copy):
+        return {}
+    check_shared_file(path)
+    return files.read_tensors(path)[0]
 
 
 def _train(
@@ -215,6 +220,7 @@ def _train(
         if loop_state.evaluation_due and evaluate():  # made up for, after a signal
             loop_state.evaluation_due = False
             best.wait()
+            writer.sync()
             checkpoints.rewrite_meta(step, dataclasses.asdict(loop_state))
         unlogged, stop = None, preemption.signalled()
         while not (stop or finished()):
@@ -238,7 +244,9 @@ def _train(
                 loop_state.evaluation_due = evaluating and (stop or not evaluate())
                 stop = preemption.signalled()
                 if stop or due(e.save_every) or finished():
-                    best.wait()  # a checkpoint that knows of a best one must not be there before it
+                    # What a checkpoint knows of must be there before it: lines, and a best one.
+                    writer.sync()
+                    best.wait()
                     checkpoints.save(step, state, dataclasses.asdict(loop_state))
         if not finished():
             checkpoints.wait()

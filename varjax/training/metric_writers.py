@@ -83,6 +83,19 @@ class MetricWriter:
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 
+    def sync(self) -> None:
+        """Returns when all lines are on the disk, where they survive the machine's end.
+
+        Raises StorageError where the disk takes no more.
+        """
+        if not self._active:
+            return
+        try:
+            self._lines.flush()
+            os.fsync(self._lines.fileno())
+        except OSError as error:
+            raise StorageError(f"writing {self._run_dir}/metrics.jsonl failed: {error}") from error
+
     def images(self, step: int, name: str, images: np.ndarray) -> None:
         """Writes a grid of images as previews/step_<step>_<name>.png and to TensorBoard.
 

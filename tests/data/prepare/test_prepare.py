@@ -110,13 +110,13 @@ def test_a_flat_folder_is_split_by_a_share(in_this_process):
 
 def test_what_is_done_is_not_done_again(folder, packed, capsys, monkeypatch):
     monkeypatch.setattr(process_pool, "map_unordered", None)
-    before = {path: path.stat().st_mtime_ns for path in packed.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in packed.glob("[!.]*")}
     arguments = [f"--folder={folder}", f"--out={packed}"]
     assert main([*arguments, "--shards=3", "--workers=7"]) == 0
     assert "packed is complete: 12 train + 4 validation images in 2 classes; 2 broken" in (
         capsys.readouterr().out
     )
-    assert before == {path: path.stat().st_mtime_ns for path in packed.iterdir()}
+    assert before == {path: path.stat().st_mtime_ns for path in packed.glob("[!.]*")}
     assert main([*arguments, "--shards=3", "--unconditional"]) == 1
     assert "unconditional: False there, True asked for" in capsys.readouterr().err
     assert main([*arguments, "--shards=2"]) == 1

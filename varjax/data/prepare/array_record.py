@@ -159,7 +159,7 @@ def write_dataset_info(
     from etils import epath
     from tensorflow_datasets.core.splits import SplitDict
 
-    with tempfile.TemporaryDirectory(dir=out, prefix=".info", suffix=".tmp") as temporary:
+    with tempfile.TemporaryDirectory() as temporary:
         identity = tfds.core.DatasetIdentity(
             name=DATASET_NAME,
             version=tfds.core.Version(DATASET_VERSION),

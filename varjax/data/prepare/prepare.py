@@ -18,11 +18,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from varjax.core import files
+from varjax.core import files, folders
 from varjax.core.errors import InputError, check_setting, run_command
 from varjax.data.prepare import array_record, process_pool
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.folder_layout import ImageListing
+from varjax.data.workers import available_cpus
 
 IMAGES_PER_SHARD, MAX_SHARDS = 1000, 256  # readers keep all shards open: not too many
 MAX_NAMED = 20  # broken images on the screen; all of them are in REPORT_FILE
@@ -51,7 +52,7 @@ def prepare(
         unconditional: as in `Folder`.
         size: pixels, as in `array_record.ImageEncoding`.
         quality: of JPEGs, as there.
-        workers: processes, 0 for one per core.
+        workers: processes, 0 for one per CPU that this one may use.
         shards: files of the training split, 0 for one per 1,000 images, up to 256.
 
     Returns:
@@ -72,15 +73,17 @@ def prepare(
         | {"folder": os.path.realpath(folder), "unconditional": unconditional}
         | {"size": size, "quality": quality, "shards": shards}
     )
-    files.claim_folder(path, REQUEST_FILE, request)
-    with files.lock_folder(path):
-        if not (path / array_record.INFO_FILE).exists():
-            parts = []
-            for split, listing in listings.items():
-                count = -(-len(listing.paths) * shards // images)
-                parts += _share_out(path, split, listing, count, data.class_names, encoding)
-            _pack(parts, workers or os.cpu_count() or 1)
-            _finish(path, data.class_names, parts)
+    folders.claim_folder(path, REQUEST_FILE, request)
+    finished = path / array_record.INFO_FILE
+    if not finished.exists():
+        with folders.lock_folder(path):
+            if not finished.exists():  # another process may just have done it
+                parts = []
+                for split, listing in listings.items():
+                    count = -(-len(listing.paths) * shards // images)
+                    parts += _share_out(path, split, listing, count, data.class_names, encoding)
+                _pack(parts, workers or available_cpus())
+                _finish(path, data.class_names, parts)
     report = files.read_json(path / REPORT_FILE)
     counts = " + ".join(f"{report[split]['images']} {split}" for split in listings)
     broken = sum(len(report[split]["broken"]) for split in listings)
@@ -149,8 +152,6 @@ def _finish(
     files.write_json(path / REPORT_FILE, whole)
     array_record.write_dataset_info(path, class_names, reports)
     shutil.rmtree(parts[0].report_path.parent)
-    for left_by_a_kill in path.glob(".*.tmp"):
-        left_by_a_kill.unlink()
 
 
 def main(arguments: list[str]) -> int:
@@ -168,7 +169,7 @@ def main(arguments: list[str]) -> int:
     add("--unconditional", action="store_true", help="one class, whatever the subfolders")
     add("--size", type=int, default=0, help="shrink shorter sides to so many pixels (keep all)")
     add("--quality", type=int, default=95, help="of the JPEGs that shrunk images become (95)")
-    add("--workers", type=int, default=0, help="processes (one per core)")
+    add("--workers", type=int, default=0, help="processes (one per CPU)")
     add("--shards", type=int, default=0, help="files of the training split (one per 1,000 images)")
     flags = parser.parse_args(arguments)
     return run_command(

@@ -1,0 +1,162 @@
+"""Folders that several processes may want: who may write where, and who is there now."""
+
+import contextlib
+import fcntl
+import functools
+import json
+import os
+import pathlib
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+from varjax.core.errors import InputError, StorageError
+from varjax.core.files import create_json, read_json
+
+LOCK_FILE = ".lock"
+LISTING_SECONDS = 5.0  # until a listing shows what another machine wrote
+
+
+@contextlib.contextmanager
+def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]:
+    """Keeps other processes that ask for the same folder out of it, until this one is done or dead.
+
+    A file system without locks keeps nobody out; then a line on stderr says so.
+
+    Args:
+        folder: made where it is missing. Its file .lock stays behind, empty.
+        wait: for another process to be done, instead of raising.
+
+    Raises:
+        InputError: another process is there now.
+        StorageError: the folder cannot be written.
+    """
+    try:
+        descriptor = _open_locked(pathlib.Path(folder), wait)
+    except InputError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{folder} cannot be locked: {error}") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
+        os.close(descriptor)
+
+
+def check_replaceable(folder: str | os.PathLike, own: Set[str] = frozenset()) -> None:
+    """Raises InputError where writing `folder` as a whole would lose anybody else's files.
+
+    Args:
+        folder: may be absent, empty, or hold nothing but files named in `own` and a lock.
+        own: names of files that the same command wrote, and would write again.
+    """
+    folder = pathlib.Path(folder)
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    if folder.exists() and (foreign := sorted(present - own - {LOCK_FILE})):
+        raise InputError(
+            f"{folder} exists and holds {', '.join(foreign[:5])}, which would be lost; "
+            "choose another out, or remove it first"
+        )
+
+
+def claim_folder(
+    folder: str | os.PathLike, request_file: str, request: Mapping[str, Any], write: bool = True
+) -> None:
+    """Makes `folder` this request's own, so that the same command can go on in it after a kill.
+
+    Args:
+        folder: absent, empty (hidden files do not count), or begun for an equal request.
+        request_file: name of the JSON file in it that keeps the request.
+        request: JSON data, all that decides what will lie in the folder.
+        write: whether to write the file where it is missing; of several processes that begin at
+            once one does, and the others compare.
+
+    Raises:
+        InputError: the folder holds other files, or was begun for another request; then all
+            differences are listed.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; choose another out")
+    request_path = folder / request_file
+    deadline = time.monotonic() + LISTING_SECONDS
+    while True:
+        # One listing, for other processes may be at work in the folder already; and repeated, for
+        # on a network's disk it may show what these have made, but not yet what began it.
+        listing = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        begun = request_file in listing or request_path.exists()
+        foreign = not begun and any(not name.startswith(".") for name in listing)
+        if not foreign or time.monotonic() >= deadline:
+            break
+        time.sleep(0.1)
+    if foreign:
+        raise InputError(
+            f"{folder} holds files and no {request_file}; empty it or choose another out"
+        )
+    if begun or (write and not create_json(request_path, request)):
+        check_same_request(folder, read_json(request_path), request)
+
+
+def check_same_request(
+    path: str | os.PathLike, there: Mapping[str, Any], asked: Mapping[str, Any]
+) -> None:
+    """Raises InputError, with all differences, unless `path` was made for the request `asked`."""
+    asked = json.loads(json.dumps(asked))  # as `there` was: tuples become lists
+    lines = [
+        f"{name}: {there.get(name)} there, {asked.get(name)} asked for"
+        for name in dict.fromkeys((*there, *asked))
+        if there.get(name) != asked.get(name)
+    ]
+    if lines:
+        raise InputError(
+            f"{path} was made for another request, or of files that have changed since:\n  "
+            + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
+            + "\nask for the same to go on, delete it, or choose another out"
+        )
+
+
+def _open_locked(folder: pathlib.Path, wait: bool) -> int:
+    """Opens the folder's lock, for as long as it is open; InputError where another holds it."""
+    path = folder / LOCK_FILE
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        # For writing, and a file: NFS locks nothing else.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with contextlib.suppress(OSError):  # whoever may write to the folder may lock it
+                os.fchmod(descriptor, folder.stat().st_mode & 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except (BlockingIOError, PermissionError):
+                who = os.read(descriptor, 200).decode(errors="replace")
+                raise InputError(
+                    f"another process {f'({who}) ' if who else ''}is at work in {folder}; wait for "
+                    "it, stop it, or choose another"
+                ) from None
+            except OSError as error:
+                _say_unlocked(folder, str(error))
+                return descriptor
+            # The one that held it may have removed the folder: then others lock another file.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    with contextlib.suppress(OSError):  # a full disk can be locked as well
+                        os.ftruncate(descriptor, 0)
+                        os.write(descriptor, f"{socket.gethostname()}, {os.getpid()}".encode())
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+@functools.cache
+def _say_unlocked(folder: pathlib.Path, reason: str) -> None:
+    print(
+        f"note: nothing can be locked in {folder} ({reason}): take care that no other process "
+        "works there at the same time",
+        file=sys.stderr,
+    )
