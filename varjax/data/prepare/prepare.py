@@ -9,6 +9,7 @@ when all is done. More in docs/data.md.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import shutil
@@ -20,9 +21,10 @@ from tqdm import tqdm
 
 from varjax.core import files
 from varjax.core.errors import InputError, check_setting, run_command
-from varjax.data.prepare import array_record, process_pool
+from varjax.data.prepare import array_record
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.folder_layout import ImageListing
+from varjax.data.workers import WorkerProcesses
 
 IMAGES_PER_SHARD, MAX_SHARDS = 1000, 256  # readers keep all shards open: not too many
 MAX_NAMED = 20  # broken images on the screen; all of them are in REPORT_FILE
@@ -78,9 +80,12 @@ def prepare(
             parts = []
             for split, listing in listings.items():
                 count = -(-len(listing.paths) * shards // images)
-                parts += _share_out(path, split, listing, count, data.class_names, encoding)
-            _pack(parts, workers or os.cpu_count() or 1)
-            _finish(path, data.class_names, parts)
+                parts += _share_out(path, split, listing, count, data.class_names)
+            try:
+                _pack(parts, encoding, workers or os.cpu_count() or 1)
+                _finish(path, data.class_names, parts)
+            finally:
+                _remove_temporaries(path)
     report = files.read_json(path / REPORT_FILE)
     counts = " + ".join(f"{report[split]['images']} {split}" for split in listings)
     broken = sum(len(report[split]["broken"]) for split in listings)
@@ -94,36 +99,35 @@ def _share_out(
     listing: ImageListing,
     count: int,
     class_names: tuple[str, ...],
-    encoding: array_record.ImageEncoding,
 ) -> list[array_record.RecordShard]:
     """A split as `count` shards of consecutive images, as equal as it goes."""
     items = list(zip(listing.paths, listing.labels_N.tolist(), strict=True))
     bounds = [len(items) * i // count for i in range(count + 1)]
     return [
         array_record.RecordShard(
-            out, split, i, count, listing.root, tuple(items[start:stop]), class_names, encoding
+            out, split, i, count, listing.root, tuple(items[start:stop]), class_names
         )
         for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
     ]
 
 
-def _pack(parts: Sequence[array_record.RecordShard], workers: int) -> None:
+def _pack(
+    parts: Sequence[array_record.RecordShard], encoding: array_record.ImageEncoding, workers: int
+) -> None:
     """Writes the shards that are not there yet, with a progress bar."""
     left = [part for part in parts if not part.report_path.exists()]
     images, to_do = (sum(len(part.items) for part in some) for some in (parts, left))
     named = 0
-    with tqdm(total=images, initial=images - to_do, unit="image", smoothing=0.05) as bar:
-
-        def show(done: int) -> None:
-            bar.update(images - to_do + done - bar.n)
-
-        for report in process_pool.map_unordered(
-            array_record.write_record_shard, left, min(workers, len(left)), show
-        ):
-            for name, reason in report["broken"]:
+    with (
+        tqdm(total=images, initial=images - to_do, unit="image", smoothing=0.05) as bar,
+        contextlib.closing(WorkerProcesses(encoding, min(workers, len(left)))) as processes,
+    ):
+        for broken in processes.stream(array_record.write_record_shard, left):
+            bar.update()
+            if broken is not None:
                 named += 1
                 if named <= MAX_NAMED:
-                    bar.write(f"left out: {name}: {reason}", file=sys.stderr)
+                    bar.write(f"left out: {broken.name}: {broken.reason}", file=sys.stderr)
                 elif named == MAX_NAMED + 1:
                     bar.write(f"left out: more, all of them in {REPORT_FILE}", file=sys.stderr)
 
@@ -149,8 +153,15 @@ def _finish(
     files.write_json(path / REPORT_FILE, whole)
     array_record.write_dataset_info(path, class_names, reports)
     shutil.rmtree(parts[0].report_path.parent)
+
+
+def _remove_temporaries(path: pathlib.Path) -> None:
+    """Removes what killed processes have left: files, or the folder of a dataset's description."""
     for left_by_a_kill in path.glob(".*.tmp"):
-        left_by_a_kill.unlink()
+        if left_by_a_kill.is_dir():
+            shutil.rmtree(left_by_a_kill)
+        else:
+            left_by_a_kill.unlink()
 
 
 def main(arguments: list[str]) -> int:
