@@ -189,7 +189,7 @@ def test_a_killed_worker_is_an_error_and_not_a_hang():
     next(loader.train())
     for process in set(multiprocessing.active_children()) - others:
         os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(ChildProcessError, match=r"died \(exit code -9; .* fewer reading.workers"):
+    with pytest.raises(ChildProcessError, match=r"died \(exit code -9; .* fewer workers"):
         take(loader, 10)
 
 

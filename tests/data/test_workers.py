@@ -1,7 +1,71 @@
 import os
+import signal
+import time
+from contextlib import closing
+
+import pytest
 
 from varjax.data import workers
-from varjax.data.workers import ReaderPool, ReadOptions
+from varjax.data.workers import ReaderPool, ReadOptions, WorkerProcesses
+
+
+def numbers(subject, job):
+    for i in range(job):
+        yield subject, job, i, os.getpid()
+
+
+def sleep(subject, job):
+    yield os.getpid()
+    time.sleep(job)
+
+
+def divide(subject, job):
+    yield 1 / job
+
+
+def test_jobs_are_shared_out_and_what_they_yield_comes_as_it_is_made():
+    with closing(WorkerProcesses("a", 2)) as processes:
+        # One worker sleeps, so the other one has all the other jobs.
+        stream = processes.stream(sleep, [60, 0])
+        sleeper, other = next(stream), next(stream)
+        assert sleeper != other
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 10  # busy, and ended all the same
+    for pid in (sleeper, other):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    with closing(WorkerProcesses("a", 2)) as processes:
+        yield processes
+
+
+def test_every_job_is_done_once(processes):
+    jobs = [3, 0, 5, 1, 200]
+    found = list(processes.stream(numbers, jobs))
+    assert sorted(item[:3] for item in found) == sorted(
+        ("a", job, i) for job in jobs for i in range(job)
+    )
+    assert len({pid for *_, pid in found}) == 2
+    assert list(processes.stream(numbers, [])) == []
+    assert len(list(processes.stream(numbers, [7]))) == 7  # all are free again
+
+
+def test_an_error_keeps_its_type_and_tells_where_it_was_raised():
+    with closing(WorkerProcesses("a", 1)) as processes:
+        with pytest.raises(ZeroDivisionError) as raised:
+            list(processes.stream(divide, [1, 0]))
+    assert "yield 1 / job" in "".join(raised.value.__notes__)
+
+
+def test_a_killed_worker_ends_a_stream():
+    with closing(WorkerProcesses("a", 1)) as processes:
+        stream = processes.stream(sleep, [60])
+        os.kill(next(stream), signal.SIGKILL)
+        with pytest.raises(ChildProcessError, match="exit code -9"):
+            next(stream)
 
 
 def test_there_are_as_many_threads_as_cpus_that_may_be_used(monkeypatch):

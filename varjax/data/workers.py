@@ -1,23 +1,28 @@
-"""Reads examples ahead, in threads and worker processes."""
+"""Threads and worker processes that read examples ahead, and processes that share out jobs."""
 
 import atexit
+import collections
+import contextlib
 import dataclasses
+import inspect
 import multiprocessing
 import os
 import pickle
 import queue
 import signal
+import traceback
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from varjax.core.errors import InputError
 
 MAX_DEFAULT_THREADS = 16
 CHUNKS_PER_THREAD = 4  # of a batch, so that all threads end at about the same time
+Worker = tuple[Any, Connection]  # a process, and this end of the pipe to it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +120,22 @@ class WorkerProcesses:
     """Processes that call functions of a copy of `subject`. They end with this object or process.
 
     Signals meant for the run do not reach them. Started anew rather than forked, for a fork copies
-    JAX's threads in whatever state they are.
+    JAX's threads in whatever state they are. One that has died raises ChildProcessError.
+
+        with contextlib.closing(WorkerProcesses(encoding, 16)) as processes:
+            for step in processes.stream(write_record_shard, shards):
+                bar.update()
 
     Raises InputError where `subject` cannot be pickled.
     """
 
     def __init__(self, subject: Any, count: int):
+        """Starts the processes.
+
+        Args:
+            subject: the first argument of every function.
+            count: of processes.
+        """
         try:
             subject = pickle.dumps(subject)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -129,11 +144,11 @@ class WorkerProcesses:
                 "installed module, or read in threads: reading.workers=0"
             ) from error
         context = multiprocessing.get_context("spawn")
-        self._idle: queue.SimpleQueue[tuple[Any, Connection]] = queue.SimpleQueue()
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         processes = []
-        close = weakref.finalize(self, _kill, processes)
-        close.atexit = False
-        atexit.register(close)  # thus before multiprocessing waits for its children
+        self.close = weakref.finalize(self, _kill, processes)  # whatever they are at
+        self.close.atexit = False
+        atexit.register(self.close)  # thus before multiprocessing waits for its children
         resource_tracker.ensure_running()  # its own start would unblock the signals again
         # What is blocked here is so in the new processes, from their first instruction on.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
@@ -149,25 +164,61 @@ class WorkerProcesses:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def call(self, function: Callable, *arguments: Any) -> Any:
-        """Calls `function(subject, *arguments)` in the next process that is free.
+        """Returns `function(subject, *arguments)` from the next process that is free.
 
-        Raises what the function raises, and ChildProcessError where the process has died.
+        Raises what the function raises, with a note of where.
         """
-        process, connection = worker = self._idle.get()
+        worker = self._idle.get()
         try:
-            connection.send((function, arguments))
-            answer = connection.recv()
-        except (EOFError, OSError) as error:
-            process.join(1)
-            raise ChildProcessError(
-                f"a worker process that reads data died (exit code {process.exitcode}; -9 often "
-                "means that memory ran out: try fewer reading.workers)"
-            ) from error
+            _send(worker, function, arguments)
+            kind, answer = _receive(worker)
         finally:
             self._idle.put(worker)
-        if isinstance(answer, Exception):
+        if kind == "raise":
             raise answer
         return answer
+
+    def stream(self, function: Callable, jobs: Iterable) -> Iterator[Any]:
+        """Yields what the generators `function(subject, job)` of all jobs yield, as it comes.
+
+        Raises what one of them raises. Left before the end, it closes the processes.
+        """
+        left, busy = collections.deque(jobs), {}
+        try:
+            while left or busy:
+                while left and not self._idle.empty():
+                    worker = self._idle.get()
+                    _send(worker, function, (left.popleft(),))
+                    busy[worker[1]] = worker
+                for connection in wait(list(busy)):
+                    kind, item = _receive(busy[connection])
+                    if kind == "raise":
+                        raise item
+                    if kind == "yield":
+                        yield item
+                    else:
+                        self._idle.put(busy.pop(connection))
+        finally:
+            if busy:
+                self.close()
+
+
+def _send(worker: Worker, function: Callable, arguments: Sequence) -> None:
+    with contextlib.suppress(OSError):  # a process that died says so when its answer is received
+        worker[1].send((function, arguments))
+
+
+def _receive(worker: Worker) -> tuple[str, Any]:
+    """Returns ("yield", "return" or "raise", what)."""
+    process, connection = worker
+    try:
+        return connection.recv()
+    except (EOFError, OSError) as error:
+        process.join(1)
+        raise ChildProcessError(
+            f"a worker process died (exit code {process.exitcode}; -9 often means that memory ran "
+            "out: try fewer workers)"
+        ) from error
 
 
 def _serve(connection: Connection, subject: Any) -> None:
@@ -177,10 +228,15 @@ def _serve(connection: Connection, subject: Any) -> None:
             try:
                 if isinstance(subject, bytes):
                     subject = pickle.loads(subject)
-                answer = function(subject, *arguments)
+                kind, answer = "return", function(subject, *arguments)
+                if inspect.isgenerator(answer):
+                    for item in answer:
+                        connection.send(("yield", item))
+                    answer = None
             except Exception as error:
-                answer = error
-            connection.send(answer)
+                error.add_note(f"in a worker process:\n{traceback.format_exc()}")
+                kind, answer = "raise", error
+            connection.send((kind, answer))
     except (EOFError, OSError):  # the run is over
         pass
 

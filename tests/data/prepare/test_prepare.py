@@ -1,3 +1,4 @@
+import contextlib
 import io
 import json
 import os
@@ -13,7 +14,8 @@ from PIL import Image
 
 from varjax.data import photos
 from varjax.data.decoding import BrokenImage
-from varjax.data.prepare import array_record, process_pool
+from varjax.data.prepare import array_record
+from varjax.data.prepare import prepare as prepare_module
 from varjax.data.prepare.prepare import main, prepare
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.tfds import TFDS
@@ -42,22 +44,27 @@ def packed(folder):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Runs jobs without starting processes; they stop where the test says."""
+    """Does the jobs without starting processes; they stop where the test says."""
     told = {"steps": 0, "stop_after": 10**9}
 
-    def count_step():
-        if told["steps"] == told["stop_after"]:
-            raise KeyboardInterrupt
-        told["steps"] += 1
+    class NoProcesses:
+        def __init__(self, subject, count):
+            self.subject = subject
 
-    def map_unordered(function, jobs, workers, progress):
-        told["steps"] = 0
-        for job in jobs:
-            yield function(job)
-            progress(told["steps"])
+        def close(self):
+            pass
 
-    monkeypatch.setattr(process_pool, "count_step", count_step)
-    monkeypatch.setattr(process_pool, "map_unordered", map_unordered)
+        def stream(self, function, jobs):
+            told["steps"] = 0
+            for job in jobs:
+                with contextlib.closing(function(self.subject, job)) as steps:
+                    for step in steps:
+                        if told["steps"] == told["stop_after"]:
+                            raise KeyboardInterrupt
+                        told["steps"] += 1
+                        yield step
+
+    monkeypatch.setattr(prepare_module, "WorkerProcesses", NoProcesses)
     return told
 
 
@@ -109,7 +116,7 @@ def test_a_flat_folder_is_split_by_a_share(in_this_process):
 
 
 def test_what_is_done_is_not_done_again(folder, packed, capsys, monkeypatch):
-    monkeypatch.setattr(process_pool, "map_unordered", None)
+    monkeypatch.setattr(prepare_module, "WorkerProcesses", None)
     before = {path: path.stat().st_mtime_ns for path in packed.glob("[!.]*")}
     arguments = [f"--folder={folder}", f"--out={packed}"]
     assert main([*arguments, "--shards=3", "--workers=7"]) == 0
@@ -130,6 +137,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_end(folder, packed, capsys,
     for stop_after in (2, 5, 5, 6):  # of shards with 4, 4, 5, 2 and 3 images
         in_this_process["stop_after"] = stop_after
         assert main(arguments) == 130 and "the same command goes on" in capsys.readouterr().err
+        assert not list(pathlib.Path("out").glob(".*.tmp"))
     assert not pathlib.Path("out/dataset_info.json").exists()
     with pytest.raises(ValueError, match="no prepared dataset"):
         TFDS("out").describe()
@@ -195,26 +203,27 @@ print(batch["image_BHWC"].shape, "jax" in sys.modules)
 
 
 @pytest.mark.slow
-def test_a_killed_command_leaves_no_process_and_goes_on_without_tensorflow(tmp_path):
+def test_a_stopped_command_leaves_no_process_and_goes_on_without_tensorflow(tmp_path):
     photos.write_photos("x", size=8, train=150, val=2)
     (tmp_path / "fake/tensorflow").mkdir(parents=True)
     (tmp_path / "fake/tensorflow/__init__.py").write_text("raise RuntimeError('imported')")
     environment = os.environ | {"PYTHONPATH": f"{PACKAGE}:{tmp_path}/fake"}
     command = [sys.executable, "-m", "varjax.data.prepare", "--folder=x", "--out=out"]
     command += ["--workers=1", "--shards=100"]
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    reports = pathlib.Path("out/unfinished")
-    while len(list(reports.glob("*.json"))) < 3:
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    workers = _children(process.pid)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 20
-    while any(_runs(worker) for worker in workers):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert workers and not pathlib.Path("out/dataset_info.json").exists()
+    for done, kill, number, code in (3, os.killpg, signal.SIGINT, 130), (6, os.kill, 9, -9):
+        quiet = {"stderr": subprocess.DEVNULL, "start_new_session": True}
+        process = subprocess.Popen(command, env=environment, **quiet)
+        while len(list(pathlib.Path("out/unfinished").glob("*.json"))) < done:
+            assert process.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        workers = _children(process.pid)
+        kill(process.pid, number)
+        assert process.wait() == code
+        deadline = time.monotonic() + 20
+        while any(_runs(worker) for worker in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert workers and not pathlib.Path("out/dataset_info.json").exists()
     subprocess.run(command, env=environment, check=True, capture_output=True)
     read = [sys.executable, "-c", READ]
     read = subprocess.run(read, env=environment, check=True, capture_output=True, text=True)

@@ -14,7 +14,7 @@ from PIL import Image
 from varjax.core import files
 from varjax.core.errors import StorageError, check_setting
 from varjax.data import decoding, transforms
-from varjax.data.prepare import process_pool
+from varjax.data.decoding import BrokenImage
 
 DATASET_NAME, DATASET_VERSION = "images", "1.0.0"  # of every dataset packed here
 INFO_FILE = "dataset_info.json"  # is there if and only if a dataset is complete
@@ -61,7 +61,6 @@ class RecordShard:
         root: the folder of the images.
         items: (path below `root`, label) of each image.
         class_names: in the order of their numbers.
-        encoding: how images are stored.
     """
 
     out: pathlib.Path
@@ -71,7 +70,6 @@ class RecordShard:
     root: str
     items: tuple[tuple[str, int], ...]
     class_names: tuple[str, ...]
-    encoding: ImageEncoding
 
     @property
     def path(self) -> pathlib.Path:
@@ -84,11 +82,17 @@ class RecordShard:
         return self.out / "unfinished" / f"{self.split}-{self.index:05d}.json"
 
 
-def write_record_shard(shard: RecordShard) -> dict[str, Any]:
-    """Writes a shard and its report; to be run by `process_pool.map_unordered`, a step an image.
+def write_record_shard(encoding: ImageEncoding, shard: RecordShard) -> Iterator[BrokenImage | None]:
+    """Writes a shard and its report.
 
-    Returns:
-        The report: the numbers of "images" and "bytes", and the "broken" ones, [path, reason].
+    The report has the numbers of "images" and "bytes", and the "broken" ones, [path, reason].
+
+    Args:
+        encoding: how images are stored.
+        shard: which ones, and where.
+
+    Yields:
+        After each image None, or what it was left out for.
 
     Raises:
         StorageError: the file could not be written.
@@ -103,10 +107,11 @@ def write_record_shard(shard: RecordShard) -> dict[str, Any]:
         # One record per read; images are compressed already.
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for path, label in shard.items:
-            name = decoding.printable_path(path)
+            name, broken = decoding.printable_path(path), None
             try:
-                image = shard.encoding.encode_file(os.path.join(shard.root, path))
-            except decoding.BrokenImage as error:
+                image = encoding.encode_file(os.path.join(shard.root, path))
+            except BrokenImage as error:
+                broken = BrokenImage(name, error.reason)  # by its path in the folder
                 report["broken"].append([name, error.reason])
             else:
                 example = {"image": image, "label": label, "file_name": name}
@@ -115,10 +120,9 @@ def write_record_shard(shard: RecordShard) -> dict[str, Any]:
                 writer.write(record)
                 report["images"] += 1
                 report["bytes"] += len(record)
-            process_pool.count_step()
+            yield broken
         writer.close()
     files.write_json(shard.report_path, report)
-    return report
 
 
 @contextlib.contextmanager

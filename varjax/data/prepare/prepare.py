@@ -9,6 +9,7 @@ when all is done. More in docs/data.md.
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import shutil
@@ -20,10 +21,10 @@ from tqdm import tqdm
 
 from varjax.core import files, folders
 from varjax.core.errors import InputError, check_setting, run_command
-from varjax.data.prepare import array_record, process_pool
+from varjax.data.prepare import array_record
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.folder_layout import ImageListing
-from varjax.data.workers import available_cpus
+from varjax.data.workers import WorkerProcesses, available_cpus
 
 IMAGES_PER_SHARD, MAX_SHARDS = 1000, 256  # readers keep all shards open: not too many
 MAX_NAMED = 20  # broken images on the screen; all of them are in REPORT_FILE
@@ -81,8 +82,8 @@ def prepare(
                 parts = []
                 for split, listing in listings.items():
                     count = -(-len(listing.paths) * shards // images)
-                    parts += _share_out(path, split, listing, count, data.class_names, encoding)
-                _pack(parts, workers or available_cpus())
+                    parts += _share_out(path, split, listing, count, data.class_names)
+                _pack(parts, encoding, workers or available_cpus())
                 _finish(path, data.class_names, parts)
     report = files.read_json(path / REPORT_FILE)
     counts = " + ".join(f"{report[split]['images']} {split}" for split in listings)
@@ -97,36 +98,35 @@ def _share_out(
     listing: ImageListing,
     count: int,
     class_names: tuple[str, ...],
-    encoding: array_record.ImageEncoding,
 ) -> list[array_record.RecordShard]:
     """A split as `count` shards of consecutive images, as equal as it goes."""
     items = list(zip(listing.paths, listing.labels_N.tolist(), strict=True))
     bounds = [len(items) * i // count for i in range(count + 1)]
     return [
         array_record.RecordShard(
-            out, split, i, count, listing.root, tuple(items[start:stop]), class_names, encoding
+            out, split, i, count, listing.root, tuple(items[start:stop]), class_names
         )
         for i, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
     ]
 
 
-def _pack(parts: Sequence[array_record.RecordShard], workers: int) -> None:
+def _pack(
+    parts: Sequence[array_record.RecordShard], encoding: array_record.ImageEncoding, workers: int
+) -> None:
     """Writes the shards that are not there yet, with a progress bar."""
     left = [part for part in parts if not part.report_path.exists()]
     images, to_do = (sum(len(part.items) for part in some) for some in (parts, left))
     named = 0
-    with tqdm(total=images, initial=images - to_do, unit="image", smoothing=0.05) as bar:
-
-        def show(done: int) -> None:
-            bar.update(images - to_do + done - bar.n)
-
-        for report in process_pool.map_unordered(
-            array_record.write_record_shard, left, min(workers, len(left)), show
-        ):
-            for name, reason in report["broken"]:
+    with (
+        tqdm(total=images, initial=images - to_do, unit="image", smoothing=0.05) as bar,
+        contextlib.closing(WorkerProcesses(encoding, min(workers, len(left)))) as processes,
+    ):
+        for broken in processes.stream(array_record.write_record_shard, left):
+            bar.update()
+            if broken is not None:
                 named += 1
                 if named <= MAX_NAMED:
-                    bar.write(f"left out: {name}: {reason}", file=sys.stderr)
+                    bar.write(f"left out: {broken.name}: {broken.reason}", file=sys.stderr)
                 elif named == MAX_NAMED + 1:
                     bar.write(f"left out: more, all of them in {REPORT_FILE}", file=sys.stderr)
 
