@@ -32,6 +32,7 @@ folders.LISTING_SECONDS, saved_steps.READ_PAUSES = 0.0, (0.0,)
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # of one process, or of the one that starts the others
         os.environ["VARJAX_TEST_RUNS"] = tempfile.mkdtemp(prefix="varjax_runs_")
+        os.environ["VARJAX_CACHE"] = os.environ["VARJAX_TEST_RUNS"] + "/cache"
 
 
 def pytest_unconfigure(config):

@@ -52,6 +52,13 @@ def test_the_last_steps_come_back_whole(tmp_path):
         equal(checkpoints.restore(ABSTRACT, PLACEMENT, step=2)[0], state(2))
 
 
+def test_milestones_stay(tmp_path):
+    with Checkpoints(tmp_path, keep=1, keep_every=4) as checkpoints:
+        for step in range(1, 8):
+            checkpoints.save(step, state(step))
+        assert checkpoints.steps() == [4, 7]
+
+
 def test_nothing_saved_is_none_and_a_state_without_average_stays_without(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.restore(ABSTRACT, PLACEMENT) is None

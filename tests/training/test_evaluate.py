@@ -4,7 +4,6 @@ import pytest
 from tests.helpers.tiny import Tiny
 from varjax.data.sources import Digits
 from varjax.training.evaluate import Evaluator
-from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape, make_mesh
 
 WIDTH, BATCH = 512, 64
@@ -14,22 +13,18 @@ def evaluator(accumulate):
     task, mesh = Tiny(width=WIDTH, accumulate=accumulate), make_mesh(MeshShape())
     loader = Digits().make(BATCH, seed=0)
     state = task.init(jax.random.key(0))
-    return (
-        Evaluator(task, loader, {}, mesh, BATCH),
-        state,
-        put_batch(loader.held_out_batch(0), mesh, BATCH),
-    )
+    return Evaluator(task, loader, {}, mesh, BATCH), state
 
 
 def test_what_fits_in_training_by_microbatches_fits_in_evaluation():
     def temporaries(accumulate):
-        found, state, batch = evaluator(accumulate)
-        return found._step.lower(state, {}, batch).compile().memory_analysis().temp_size_in_bytes
+        found, state = evaluator(accumulate)
+        return found.compile(state).memory_analysis().temp_size_in_bytes
 
     assert temporaries(8) < temporaries(1) / 4
 
 
 def test_microbatches_change_no_metric():
-    found = [e.metrics(state) for e, state, _ in map(evaluator, (1, 8))]
+    found = [e.metrics(state) for e, state in map(evaluator, (1, 8))]
     assert found[1] == pytest.approx(found[0], rel=1e-5)
     assert {"eval/loss", "eval_ema/accuracy"} <= found[0].keys()

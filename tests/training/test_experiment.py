@@ -7,7 +7,7 @@ from PIL import Image
 from tests.helpers import tiny
 from varjax.core import files
 from varjax.data.sources.folder import Folder
-from varjax.training.experiment import check_or_write_config, check_or_write_data
+from varjax.training.run_dir import check_or_write_config, check_or_write_data
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,11 @@ import pytest
 from tests.helpers import runs, tiny
 from tests.helpers.paths import ROOT
 from varjax.core import files, trees
+from varjax.core.errors import InputError
 from varjax.core.saved_steps import restore_weights
 from varjax.families import read_model
 from varjax.training import loop
+from varjax.training.checkpoint import Checkpoints
 from varjax.training.sharding import MeshShape, make_mesh, shardings
 from varjax.training.warm_start import warm_start_state
 from varjax.var.model import VARConfig
@@ -146,3 +148,43 @@ def test_a_sharded_state_starts_from_the_same_numbers(saved, tmp_path):
     kernel, bias = (np.load(path) for path in paths)
     np.testing.assert_array_equal(kernel, tree["up"]["kernel"])
     np.testing.assert_array_equal(bias[:2], tree["up"]["bias"][[1, 3]])
+
+
+@pytest.mark.slow
+def test_a_fork_goes_on_as_the_run_itself_and_under_other_settings(whole, tmp_path):
+    run_dir, _ = whole
+    loop.train(tiny.experiment(tmp_path / "same", fork_from=f"{run_dir}@20", keep_best="eval/loss"))
+    for ema in (False, True):
+        both = [tiny.weights(directory, ema) for directory in (run_dir, tmp_path / "same")]
+        chex.assert_trees_all_equal(*both)
+    assert tiny.lines(tmp_path / "same") == [
+        line for line in tiny.lines(run_dir) if line["step"] > 20
+    ]
+    loop.train(
+        tiny.experiment(tmp_path / "longer", fork_from=str(run_dir), steps=34, batch_size=32)
+    )
+    assert tiny.weights(tmp_path / "longer")[0] == 34
+
+
+def test_what_cannot_be_forked_is_refused(tmp_path):
+    e = tiny.experiment(tmp_path / "other", fork_from=str(tmp_path))
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        loop.train(e)
+    task = tiny.Tiny()
+    state = task.init(KEY)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(7, state)
+    for location, message in (
+        (f"{tmp_path}@8", r"has checkpoints of steps \[7\]"),
+        (f"{tmp_path}@last", r"has checkpoints of steps \[7\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            loop.train(dataclasses.replace(e, fork_from=location))
+    with pytest.raises(InputError, match="has 7 steps, but this run ends at 5"):
+        short = dataclasses.replace(e, steps=5, run_dir=str(tmp_path / "short"))
+        loop.train(dataclasses.replace(short, fork_from=str(tmp_path)))
+    wider = dataclasses.replace(e, task=tiny.Tiny(width=4), run_dir=str(tmp_path / "wider"))
+    with pytest.raises(InputError, match="does not hold the params of this config"):
+        loop.train(dataclasses.replace(wider, fork_from=str(tmp_path)))
+    with pytest.raises(InputError, match="give one of them"):
+        dataclasses.replace(e, init_from="a").check()

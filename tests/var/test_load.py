@@ -20,7 +20,8 @@ from varjax.families import read_model
 from varjax.tokenizers.load import read_expected_tokenizer, read_tokenizer
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.checkpoint import Checkpoints
-from varjax.training.experiment import Experiment, check_or_write_config
+from varjax.training.experiment import Experiment
+from varjax.training.run_dir import check_or_write_config
 from varjax.training.task import TrainState
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask

@@ -52,11 +52,13 @@ class RunLog:
         name: the run's directory.
         batch_size: images of a step.
         lines: those of metrics.jsonl, each with its "step".
+        steps: the run's length; None where it is not known.
     """
 
     name: str
     batch_size: int
     lines: list[dict[str, Any]]
+    steps: int | None = None
 
     def points(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns images seen and values, both (N,), wherever `metric` was logged as a number."""
@@ -87,7 +89,9 @@ def read_run_log(directory: str | pathlib.Path) -> RunLog:
     log = path / "metrics.jsonl"
     text = log.read_text() if log.is_file() else ""
     lines = [_parse(line) for line in text.splitlines()]
-    return RunLog(str(directory), config["batch_size"], [line for line in lines if "step" in line])
+    steps = config.get("plan", {}).get("steps") or config.get("steps") or None
+    lines = [line for line in lines if "step" in line]
+    return RunLog(str(directory), config["batch_size"], lines, steps)
 
 
 def _parse(line: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags
 from varjax.core import image_io
+from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.errors import InputError, run_command
 from varjax.families import load, option_classes
 from varjax.sampling.edit_masks import box_mask, read_mask
@@ -136,4 +137,5 @@ def _check_combination(flags: argparse.Namespace) -> None:
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
+    use_compilation_cache()
     return run_command("varjax edit", lambda: edit_image(arguments))

@@ -11,6 +11,7 @@ import argparse
 
 import numpy as np
 
+from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.distributed import add_process_flags, connect_by_flags, run_on_processes
 from varjax.core.errors import InputError
 from varjax.families import load, option_classes
@@ -71,6 +72,7 @@ def draw_samples(arguments: list[str]) -> None:
     check_sampling_flags(flags)
     check_out(flags.out)
     connect_by_flags(flags)
+    use_compilation_cache()
     model = load(flags.weights, flags.dtype)
     labels = choose_labels(flags.labels, model.classes)
     options = model.options(**given_options(flags, option_classes()))

@@ -5,6 +5,8 @@ python train.py --config=configs/FILE.py[:ARGUMENT] [--config.FIELD.FIELD=VALUE 
 For example, with some fields of the file changed:
 
 python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 --config.steps=200
+
+--dry_run says beforehand what a run takes: mesh, memory, data, and the first step.
 """
 
 import argparse
@@ -19,8 +21,10 @@ from varjax.core.errors import InputError, run_command
 def main(arguments: list[str]) -> int:
     """Returns 0 when the run is finished, 1 when it failed, 2 for a wrong command line."""
     # Imported here: a worker process that reads data imports this module, and needs no JAX.
+    from varjax.core.compilation_cache import use_compilation_cache
     from varjax.core.distributed import add_process_flags, connect_by_flags, end_process
     from varjax.training import loop
+    from varjax.training.dry_run import dry_run
 
     parser = argparse.ArgumentParser(
         "varjax train",
@@ -30,6 +34,15 @@ def main(arguments: list[str]) -> int:
     )
     add_config_flags(parser)
     parser.add_argument("--debug", action="store_true", help="mistakes with their traceback, too")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check all, take one step, write nothing"
+    )
+    parser.add_argument(
+        "--profile",
+        default="",
+        metavar="START:STOP",
+        help="trace these steps, counted from this start, into RUN/profile",
+    )
     add_process_flags(parser)
     if not arguments:
         parser.print_help(sys.stderr)
@@ -42,9 +55,17 @@ def main(arguments: list[str]) -> int:
             raise
         print(f"varjax train: {error}", file=sys.stderr)
         return 2
+
+    def action() -> None:
+        if flags.dry_run:
+            dry_run(experiment)
+        else:
+            loop.train(experiment, flags.profile)
+
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
     try:
-        code = run_command("varjax train", lambda: loop.train(experiment), flags.debug)
+        use_compilation_cache()
+        code = run_command("varjax train", action, flags.debug)
     except Exception as error:
         traceback.print_exception(error)
         code = 1

@@ -47,6 +47,23 @@ def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]
         os.close(descriptor)
 
 
+def is_locked(folder: str | os.PathLike) -> bool:
+    """Tells whether a process is in `lock_folder` of this folder now; False where none can tell."""
+    try:
+        descriptor = os.open(pathlib.Path(folder) / LOCK_FILE, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def check_replaceable(folder: str | os.PathLike, own: Set[str] = frozenset()) -> None:
     """Raises InputError where writing `folder` as a whole would lose anybody else's files.
 

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from varjax.core import config_tree, folders
+from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.config_flags import add_config_flags, config_from_flags
 from varjax.core.distributed import add_process_flags, connect_by_flags
 from varjax.core.errors import InputError, check_setting, run_command
@@ -195,6 +196,7 @@ def main(arguments: list[str]) -> int:
     def action() -> None:
         flags, experiment = config_from_flags(parser, arguments)
         process = connect_by_flags(flags, communicate=False)
+        use_compilation_cache()
         summary = cache_latents(
             experiment.task,
             experiment.data,

@@ -20,6 +20,7 @@ import sys
 import jax
 
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags
+from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.distributed import (
     add_process_flags,
     connect_by_flags,
@@ -67,6 +68,7 @@ def evaluate(arguments: list[str]) -> None:
         wrong = ["--sweep"] * bool(flags.sweep) + [f"--{name}" for name in given]
         raise InputError(f"{', '.join(wrong)}: only with --weights, which draws the samples")
     connect_by_flags(flags)
+    use_compilation_cache()
     extract = FeatureExtractor(feature_network(flags.features, flags.inception))
     cache = pathlib.Path(flags.cache)
     settings = EvaluationSettings(extract, flags.reference, flags.split, cache)

@@ -34,6 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.core import files, image_io
+from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.errors import InputError, run_command
 from varjax.data.sources import CachedLatents, parse_dataset
 from varjax.metrics.features import FeatureExtractor, Features, inception_network
@@ -188,6 +189,7 @@ def main(arguments: list[str]) -> int:
         print(report_table(evaluate_tokenizer(**vars(flags))))
 
     stopped = "stopped; nothing is written"
+    use_compilation_cache()
     return run_command("varjax evaluate-tokenizer", action, interrupted=stopped)
 
 

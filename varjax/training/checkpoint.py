@@ -20,6 +20,32 @@ from varjax.training.task import TrainState
 REFUSALS = {error.__name__: error for error in (MismatchError, StorageError)}
 
 
+def read_state(
+    saved: SavedSteps, step: int, abstract: TrainState, shardings: Any
+) -> tuple[TrainState, dict]:
+    """Reads the whole state of a step, each process its part.
+
+    Args:
+        saved: the checkpoints of a run.
+        step: one of them.
+        abstract: shapes and dtypes of the state.
+        shardings: where its arrays shall lie; need not be as they were saved.
+
+    Returns:
+        (state, the `meta` saved with it).
+
+    Raises:
+        MismatchError: the arrays saved are not those of `abstract`.
+        ValueError, KeyError or OSError: files are damaged or missing (READ_ERRORS).
+    """
+    trees, where = (
+        {name: getattr(state, name) for name in STATE_TREES} for state in (abstract, shardings)
+    )
+    read, meta = saved.arrays(step, trees, where)
+    count = jax.make_array_from_callback((), shardings.step, lambda _: np.int32(step))
+    return TrainState(count, read["params"], read.get("ema"), read["opt_state"]), meta
+
+
 class Checkpoints:
     """Keeps the last checkpoints of a run in a directory, each written in the background.
 
@@ -32,15 +58,17 @@ class Checkpoints:
 
     Args:
         directory: of the checkpoints <directory>/<step>.
-        keep: how many stay.
+        keep: how many of the last stay.
+        keep_every: those of steps that are its multiples stay for good; 0 for none.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int = 2):
+    def __init__(self, directory: pathlib.Path, keep: int = 2, keep_every: int = 0):
         self.directory, self._keep = directory.absolute(), keep
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in STATE_TREES}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
+            keep_period=keep_every or None,
             cleanup_tmp_directories=True,
             # or else the processes confuse two directories that are written at the same time
             multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -138,7 +166,7 @@ class Checkpoints:
         for candidate in reversed(steps):
             found, problem = None, None
             try:
-                found = self._read(candidate, abstract, shardings)
+                found = read_state(self._saved, candidate, abstract, shardings)
             except READ_ERRORS as error:
                 problem = type(error).__name__, str(error)
             problems = [p for p in gather_json(problem) if p is not None]
@@ -153,14 +181,6 @@ class Checkpoints:
         if steps:
             raise InputError(f"no checkpoint of {steps} in {self.directory} can be read")
         return None
-
-    def _read(self, step: int, abstract: TrainState, shardings: Any) -> tuple[TrainState, dict]:
-        trees, where = (
-            {n: getattr(state, n) for n in STATE_TREES} for state in (abstract, shardings)
-        )
-        read, meta = self._saved.arrays(step, trees, where)
-        count = jax.make_array_from_callback((), shardings.step, lambda _: np.int32(step))
-        return TrainState(count, read["params"], read.get("ema"), read["opt_state"]), meta
 
     def _reporting_failure(self, action: Callable[[], Any]) -> None:
         try:

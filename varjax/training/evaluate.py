@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,10 @@ class Evaluator:
             metrics = flatten_metrics(self._task.eval_metrics(total))
             found |= {f"{kind}/{name}": x for name, x in metrics.items()}
         return found
+
+    def compile(self, state: TrainState) -> Any:
+        """Compiles the evaluation of a batch, and returns the program; of `state` shapes count."""
+        return self._step.lower(state, self._frozen, self._first_batch()).compile()
 
     def metric_names(self, state: TrainState) -> list[str]:
         """Returns the names that `metrics` gives; of `state` only shapes are needed."""

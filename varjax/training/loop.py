@@ -5,6 +5,8 @@ import dataclasses
 import math
 import pathlib
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -16,17 +18,13 @@ from varjax.core.saved_steps import READ_ERRORS
 from varjax.core.trees import PyTree
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.evaluate import Evaluator
-from varjax.training.experiment import (
-    BatchLoader,
-    Experiment,
-    check_or_write_config,
-    check_or_write_data,
-    check_same_data,
-)
+from varjax.training.experiment import BatchLoader, Experiment
 from varjax.training.loop_state import LoopState, parse_keep_best
-from varjax.training.metric_writers import MetricWriter, ProgressReporter, flatten_metrics
+from varjax.training.metric_writers import MetricWriter, flatten_metrics
 from varjax.training.preemption import PreemptionGuard
 from varjax.training.prefetch import Prefetcher
+from varjax.training.progress import ProgressReporter
+from varjax.training.run_dir import check_or_write_config, check_or_write_data, check_same_data
 from varjax.training.sample_quality import SampleQuality
 from varjax.training.sharding import (
     check_batch_size,
@@ -38,22 +36,74 @@ from varjax.training.sharding import (
     rows_of_process,
     shardings,
 )
-from varjax.training.task import Task, check_latents
+from varjax.training.step_profiler import StepProfiler
+from varjax.training.task import Task, TrainState, check_latents
 from varjax.training.throughput import ThroughputMeter
-from varjax.training.warm_start import warm_start_state
+from varjax.training.warm_start import forked_state, warm_start_state
 
 
 class NonFiniteMetricError(InputError, FloatingPointError):
     """Reports training that diverged; the user can choose other settings."""
 
 
-def train(experiment: Experiment) -> dict[str, float]:
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Holds what a run consists of, all of it checked, before anything is computed.
+
+    Attributes:
+        task: with its plan filled in.
+        loader: of this process's rows.
+        mesh: over all devices.
+    """
+
+    task: Task
+    loader: BatchLoader
+    mesh: Mesh
+
+
+def set_up(experiment: Experiment) -> Setup:
+    """Lays out the mesh and opens the data of a run; writes nothing.
+
+    Raises InputError for settings that make no sense or do not fit one another.
+    """
+    experiment.check()
+    mesh = make_mesh(experiment.mesh)
+    rows = rows_of_process(mesh, experiment.batch_size).tolist()
+    loader = experiment.data.make(experiment.batch_size, experiment.seed, rows)
+    check_same_data(experiment, len(loader.train_source))
+    plan = experiment.plan(len(loader.train_source))
+    task: Task = dataclasses.replace(experiment.task, plan=plan)  # type: ignore[type-var]
+    task.check(experiment.data.image_shape, experiment.data.classes)
+    check_batch_size(mesh, experiment.batch_size, task.accumulate)
+    return Setup(task, loader, mesh)
+
+
+def jit_train_step(task: Task, mesh: Mesh, placement: TrainState) -> Callable[..., Any]:
+    """Jits a task's step so that the state stays where it lies and is updated in place.
+
+    Args:
+        task: of the run.
+        mesh: over all devices.
+        placement: a sharding for each array of the state.
+    """
+    return jax.jit(
+        on_mesh(task.train_step, mesh),
+        out_shardings=(placement, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
     """Trains, or continues what is in `run_dir`.
 
     The same command continues a run after any kind of end, and then takes exactly the steps that
     an uninterrupted run takes. SIGINT and SIGTERM (with several processes only SIGTERM) save at
     once and exit with 128 + the signal's number; an evaluation that was due is made up for. The
     traceback of an unexpected error is also written to <run_dir>/error.txt.
+
+    Args:
+        experiment: the run.
+        profile: steps to trace, for `StepProfiler`; "" for none.
 
     Returns:
         The metrics of the last evaluation.
@@ -63,31 +113,27 @@ def train(experiment: Experiment) -> dict[str, float]:
         NonFiniteMetricError: a metric is not finite; nothing of that step is saved.
         StorageError: the run's files cannot be written.
     """
-    experiment.check()
     run_dir = pathlib.Path(experiment.run_dir)
-    mesh = make_mesh(experiment.mesh)
-    rows = rows_of_process(mesh, experiment.batch_size).tolist()
-    loader = experiment.data.make(experiment.batch_size, experiment.seed, rows)
-    check_same_data(experiment, len(loader.train_source))
-    plan = experiment.plan(len(loader.train_source))
-    task: Task = dataclasses.replace(experiment.task, plan=plan)  # type: ignore[type-var]
-    task.check(experiment.data.image_shape, experiment.data.classes)
-    check_batch_size(mesh, experiment.batch_size, task.accumulate)
+    profiler = StepProfiler(profile, run_dir)
+    setup = set_up(experiment)
+    plan = setup.task.plan
     with contextlib.ExitStack() as held:
         on_first_process(lambda: held.enter_context(folders.lock_folder(run_dir)))
-        on_first_process(lambda: check_or_write_config(experiment))
+        on_first_process(lambda: check_or_write_config(experiment, plan))
         check_shared_file(run_dir / "config.json")
         on_first_process(lambda: check_or_write_data(experiment))
         index = jax.process_index()
         held.enter_context(
             traceback_file(run_dir / (f"error-{index}.txt" if index else "error.txt"))
         )
-        checkpoints = held.enter_context(Checkpoints(run_dir / "checkpoints", experiment.keep))
+        checkpoints = held.enter_context(
+            Checkpoints(run_dir / "checkpoints", experiment.keep, experiment.keep_every)
+        )
         if (found := finished_state(checkpoints, experiment, plan.steps)) is not None:
             if index == 0:
                 print(f"{run_dir} is finished; its results:", found.metrics, file=sys.stderr)
             return found.metrics
-        return _train(experiment, task, loader, mesh, checkpoints)
+        return _train(experiment, setup, checkpoints, held.enter_context(profiler))
 
 
 def finished_state(
@@ -126,8 +172,9 @@ def frozen_weights(task: Task, run_dir: pathlib.Path) -> PyTree:
 
 
 def _train(
-    e: Experiment, task: Task, loader: BatchLoader, mesh: Mesh, checkpoints: Checkpoints
+    e: Experiment, setup: Setup, checkpoints: Checkpoints, profiler: StepProfiler
 ) -> dict[str, float]:
+    task, loader, mesh = setup.task, setup.loader, setup.mesh
     run_dir, steps, main = pathlib.Path(e.run_dir), task.plan.steps, jax.process_index() == 0
     init_key, train_key = jax.random.split(jax.random.key(e.seed))
 
@@ -152,23 +199,23 @@ def _train(
         if parse_keep_best(e.keep_best)[0] not in names:
             raise InputError(f"keep_best is {e.keep_best!r}, but an evaluation gives {names}")
 
-    if (restored := checkpoints.restore(abstract, placement)) is None:
-        state = warm_start_state(task, e.init_from, init_key, placement)
-        loop_state = LoopState(e.keep_best)
-    else:
+    loop_state = LoopState(e.keep_best)
+    if (restored := checkpoints.restore(abstract, placement)) is not None:
         state, loop_state = restored[0], LoopState.from_meta(restored[1], e.keep_best)
+    elif e.fork_from:
+        state = forked_state(e.fork_from, abstract, placement)
+    else:
+        state = warm_start_state(task, e.init_from, init_key, placement)
     start = step = int(state.step)
-    train_step = jax.jit(
-        on_mesh(task.train_step, mesh),
-        out_shardings=(placement, replicated(mesh)),
-        donate_argnums=0,
-    )
+    if step > steps:
+        raise InputError(f"fork_from={e.fork_from}: has {step} steps, but this run ends at {steps}")
+    train_step = jit_train_step(task, mesh, placement)
     batches = Prefetcher(loader.train(start), mesh, e.batch_size)
     throughput = ThroughputMeter(e.batch_size)
 
     with (
         Checkpoints(run_dir / "best", keep=1) as best,
-        MetricWriter(run_dir, start, not loop_state.evaluation_due, active=main) as writer,
+        MetricWriter(run_dir, start, not loop_state.evaluation_due, main, e.wandb) as writer,
         ProgressReporter(start, steps, active=main) as progress,
         PreemptionGuard() as preemption,
     ):
@@ -225,7 +272,9 @@ def _train(
         unlogged, stop = None, preemption.signalled()
         while not (stop or finished()):
             step += 1
+            profiler.begin_step()
             state, metrics = train_step(state, frozen, batch := next(batches), train_key)
+            profiler.end_step(metrics)
             if not throughput.step_flops:  # counted while the devices work
                 throughput.step_flops = task.train_flops(abstract, frozen, batch)
             if unlogged:  # one step late, so that the devices are never without work
@@ -236,14 +285,15 @@ def _train(
             evaluating = step == steps or any(
                 due(every) for every in (e.eval_every, e.preview_every, e.fid.every)
             )
-            if not (stop or evaluating or due(e.save_every)):
+            saving = due(e.save_every) or due(e.keep_every)
+            if not (stop or evaluating or saving):
                 continue
             log(*unlogged)  # raises before anything that is not finite can be saved
             unlogged = None
             with throughput.paused():
                 loop_state.evaluation_due = evaluating and (stop or not evaluate())
                 stop = preemption.signalled()
-                if stop or due(e.save_every) or finished():
+                if stop or saving or finished():
                     # What a checkpoint knows of must be there before it: lines, and a best one.
                     writer.sync()
                     best.wait()

@@ -1,22 +1,18 @@
-"""Writers of a run's numbers and pictures: metrics.jsonl, TensorBoard, and the terminal."""
+"""Writers of a run's numbers and pictures: metrics.jsonl, TensorBoard, and others beside them."""
 
 import json
 import math
 import os
 import pathlib
-import sys
-import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from varjax.core import files, image_io
 from varjax.core.errors import StorageError
-
-PLAIN_LINE_SECONDS = 10.0  # between two lines where nobody watches a bar
+from varjax.training.wandb_writer import WandbWriter
 
 
 def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -32,24 +28,69 @@ def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
+class RunWriter(Protocol):
+    """Takes what a run logs to one more place, as `TensorBoardWriter` does."""
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes numbers by name."""
+        ...
+
+    def picture(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        """Writes a uint8 picture."""
+        ...
+
+    def close(self) -> None:
+        """Returns when all is written."""
+        ...
+
+
+class TensorBoardWriter:
+    """Writes files for TensorBoard, without it.
+
+    Args:
+        run_dir: the files come into its folder tensorboard.
+        step: the one that the run continues after; what was written of later ones is hidden.
+    """
+
+    def __init__(self, run_dir: pathlib.Path, step: int):
+        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        self._board.add_image(name, picture_HWC, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._board.close()
+
+
 class MetricWriter:
-    """Writes to metrics.jsonl (one object a line, with "step") and to TensorBoard files.
+    """Writes metrics.jsonl (one object a line, with "step") and previews, and tells other writers.
 
         with MetricWriter(run_dir, step=0) as writer:
             writer.write(50, {"loss": 1.5})
 
     Args:
-        run_dir: the folder of both.
+        run_dir: the folder of the files.
         step: the one that the run continues after; lines about later ones are dropped.
         evaluated: whether that step's evaluation is done; else its lines are dropped too.
         active: False for a process that writes nothing at all.
+        wandb: a project of Weights & Biases that gets everything as well; "" for none.
     """
 
     def __init__(
-        self, run_dir: pathlib.Path, step: int, evaluated: bool = True, active: bool = True
+        self,
+        run_dir: pathlib.Path,
+        step: int,
+        evaluated: bool = True,
+        active: bool = True,
+        wandb: str = "",
     ):
         self._run_dir, self._active = run_dir, active
         path = run_dir / "metrics.jsonl" if active else pathlib.Path(os.devnull)
+        self._others: list[RunWriter] = []
         try:
             if path.is_file():
                 lines = path.read_text().splitlines()
@@ -57,18 +98,20 @@ class MetricWriter:
                 with files.atomic_path(path) as temporary:
                     temporary.write_text("".join(line + "\n" for line in kept))
             self._lines = open(path, "a", buffering=1)
-            self._board = SummaryWriter(
-                str(run_dir / "tensorboard"), purge_step=step + 1, write_to_disk=active
-            )
+            if active:
+                self._others.append(TensorBoardWriter(run_dir, step))
         except OSError as error:
             raise StorageError(f"metrics cannot be written to {run_dir}: {error}") from error
+        if active and wandb:
+            self._others.append(WandbWriter(wandb, run_dir))
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._lines.close()
-        self._board.close()
+        for writer in self._others:
+            writer.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a line; numbers that are not finite become null, which is what JSON has for them.
@@ -80,8 +123,8 @@ class MetricWriter:
             self._lines.write(json.dumps({"step": step} | line) + "\n")
         except OSError as error:
             raise StorageError(f"writing {self._run_dir}/metrics.jsonl failed: {error}") from error
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        for writer in self._others:
+            writer.scalars(step, metrics)
 
     def sync(self) -> None:
         """Returns when all lines are on the disk, where they survive the machine's end.
@@ -97,7 +140,7 @@ class MetricWriter:
             raise StorageError(f"writing {self._run_dir}/metrics.jsonl failed: {error}") from error
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Writes a grid of images as previews/step_<step>_<name>.png and to TensorBoard.
+        """Writes a grid of images as previews/step_<step>_<name>.png, and to the other writers.
 
         Args:
             step: updates done.
@@ -110,56 +153,8 @@ class MetricWriter:
         picture_HWC = image_io.image_grid(images.reshape(-1, *images.shape[-3:]), columns)
         path = self._run_dir / "previews" / f"step_{step:08d}_{name.replace('/', '_')}.png"
         image_io.write_png(path, picture_HWC)
-        self._board.add_image(name, picture_HWC, step, dataformats="HWC")
-
-
-class ProgressReporter:
-    """Shows a bar where somebody watches the terminal; else a plain line every ten seconds or so.
-
-        with ProgressReporter(0, steps) as progress:
-            progress.show(1, {"loss": 1.5})
-            progress.say("a line for the user")
-
-    Args:
-        step: the one that the run continues after.
-        steps: the length of the run.
-        active: False for a process that shows nothing.
-    """
-
-    def __init__(self, step: int, steps: int, active: bool = True):
-        self._active, self._watched = active, sys.stderr.isatty()
-        self._bar = tqdm(initial=step, total=steps, unit="step", disable=not self.watched)
-        self._steps, self._start, self._begin = steps, step, time.monotonic()
-        self._said = -math.inf
-
-    @property
-    def watched(self) -> bool:
-        """Tells whether there is a bar."""
-        return self._active and self._watched
-
-    def __enter__(self) -> "ProgressReporter":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._bar.close()
-
-    def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Moves on to `step`, with the loss and the speed."""
-        shown = {k: f"{metrics[k]:.4g}" for k in ("loss", "images_per_second") if k in metrics}
-        if self.watched:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif time.monotonic() - self._said > PLAIN_LINE_SECONDS or step == self._steps:
-            self._said = time.monotonic()
-            pace = (self._said - self._begin) / max(step - self._start, 1)
-            left = round(pace * (self._steps - step))
-            words = ", ".join(f"{name} {value}" for name, value in shown.items())
-            self.say(f"step {step}/{self._steps}: {words}, {left} s left")
-
-    def say(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
-        if self._active:
-            tqdm.write(text, file=sys.stderr)
+        for writer in self._others:
+            writer.picture(step, name, picture_HWC)
 
 
 def _position(line: str) -> tuple[float, bool]:

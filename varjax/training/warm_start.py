@@ -1,6 +1,7 @@
-"""Warm start: the first state of a run, with parameters that another run trained."""
+"""The first state of a run that begins with what another run trained."""
 
 import math
+import pathlib
 import sys
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 
 from varjax.core import trees
 from varjax.core.errors import InputError
+from varjax.core.saved_steps import READ_ERRORS, SavedSteps
 from varjax.core.trees import PyTree
+from varjax.training.checkpoint import read_state
 from varjax.training.task import MatchingRows, Task, TrainState
 
 MIN_SHARED_FRACTION = 0.01  # of all numbers; below it is another model, whose biases may fit
@@ -46,6 +49,42 @@ def warm_start_state(
         params=trees.map_with_path(source.take, state.params),
         ema=trees.map_with_path(source.take, state.ema),
     )
+
+
+def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) -> TrainState:
+    """Reads the whole state of another run, to go on from there under other settings.
+
+    Its step counts on, and with it the learning rate's schedule, which follows this run's length.
+
+    Args:
+        fork_from: RUN for its last checkpoint, RUN@STEP for another one.
+        abstract: shapes and dtypes of the state.
+        placement: a sharding for each array of it.
+
+    Raises:
+        InputError: no such run or step, another model or optimizer, or damaged files.
+    """
+    run, _, number = fork_from.partition("@")
+    saved = SavedSteps(pathlib.Path(run) / "checkpoints")
+    steps = saved.steps()
+    if not steps:
+        raise InputError(f"fork_from={fork_from}: {run} holds no checkpoint")
+    if number and (not number.isdigit() or int(number) not in steps):
+        raise InputError(f"fork_from={fork_from}: {run} has checkpoints of steps {steps}")
+    step = int(number or steps[-1])
+    try:
+        state, _ = read_state(saved, step, abstract, placement)
+    except InputError:
+        raise
+    except READ_ERRORS as error:
+        raise InputError(
+            f"fork_from={fork_from}: step {step} cannot be read as the state of this run: its "
+            f"optimizer is another one, or files are damaged ({str(error)[:500]}). init_from takes "
+            "its parameters alone"
+        ) from error
+    if jax.process_index() == 0:
+        print(f"going on from step {step} of {run}", file=sys.stderr)
+    return state
 
 
 class _PretrainedParameters:

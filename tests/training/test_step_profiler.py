@@ -1,0 +1,29 @@
+import jax.numpy as jnp
+import pytest
+
+from varjax.core.errors import InputError
+from varjax.training.step_profiler import StepProfiler
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_early", [False, True])
+def test_the_steps_asked_for_are_traced(tmp_path, stop_early):
+    with StepProfiler("2:3", tmp_path) as profiler:
+        for step in range(1, 3 if stop_early else 6):
+            profiler.begin_step()
+            assert (tmp_path / "profile").exists() == (step > 3)
+            profiler.end_step(jnp.ones(3) * step)
+    assert len(list(tmp_path.rglob("*.xplane.pb"))) == 1
+
+
+def test_no_steps_are_no_trace(tmp_path):
+    with StepProfiler("", tmp_path) as profiler:
+        profiler.begin_step()
+        profiler.end_step(jnp.ones(3))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps", ["3", "0:2", "5:4", "a:b", "1:2:3"])
+def test_anything_but_two_steps_in_order_is_refused(steps, tmp_path):
+    with pytest.raises(InputError, match=f"profile={steps}: must be START:STOP"):
+        StepProfiler(steps, tmp_path)

@@ -1,0 +1,117 @@
+"""Lists training runs: how far each has come, how fast, and whether it is still going on."""
+
+import dataclasses
+import math
+import pathlib
+import time
+from typing import Literal
+
+from varjax.analysis.run_log import read_run_log
+from varjax.core import folders
+from varjax.core.errors import InputError
+
+State = Literal["running", "finished", "failed", "stopped"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunStatus:
+    """Tells where a run stands.
+
+    Attributes:
+        directory: of the run.
+        state: "running" while a process holds its lock; "finished" at its last step; "failed"
+            where the last start ended with an error that nobody expected; else "stopped".
+        step: updates that its metrics tell of.
+        steps: its length; None where it is not known yet.
+        loss: of the last line of training metrics, NaN before the first.
+        eval_loss: of the last evaluation, of the average if there is one.
+        images_per_second: at the last line that tells it.
+        age: seconds since the run last wrote metrics or was begun.
+    """
+
+    directory: pathlib.Path
+    state: State
+    step: int
+    steps: int | None
+    loss: float
+    eval_loss: float
+    images_per_second: float
+    age: float
+
+
+def find_runs(root: str | pathlib.Path) -> list[pathlib.Path]:
+    """Finds the directories of runs in a folder, itself included, in alphabetical order.
+
+    Raises InputError where there are none.
+    """
+    root = pathlib.Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root} is no folder; give one that holds runs")
+    found = sorted(path.parent for path in root.rglob("data.json"))
+    if not (found := [run for run in found if (run / "config.json").is_file()]):
+        raise InputError(f"{root} holds no training run; each has a config.json and a data.json")
+    return found
+
+
+def run_status(directory: pathlib.Path) -> RunStatus:
+    """Reads where a run stands; it may be going on.
+
+    Raises InputError for a directory that is no run's.
+    """
+    log = read_run_log(directory)
+    steps = log.steps
+    step = max((line["step"] for line in log.lines), default=0)
+    metrics = directory / "metrics.jsonl"
+    newest = metrics if metrics.is_file() else directory / "config.json"
+    errors = any(directory.glob("error*.txt"))
+    if folders.is_locked(directory):
+        state: State = "running"
+    elif steps is not None and step >= steps:
+        state = "finished"
+    else:
+        state = "failed" if errors else "stopped"
+
+    def last(*names: str) -> float:
+        for line in reversed(log.lines):
+            for name in names:
+                if line.get(name) is not None:
+                    return line[name]
+        return math.nan
+
+    return RunStatus(
+        directory,
+        state,
+        step,
+        steps,
+        last("loss"),
+        last("eval_ema/loss", "eval/loss"),
+        last("images_per_second"),
+        time.time() - newest.stat().st_mtime,
+    )
+
+
+def status_table(runs: list[RunStatus]) -> str:
+    """Formats runs as a table of text, a line each."""
+    rows: list[tuple[str, ...]] = [
+        ("run", "state", "step", "loss", "eval loss", "images/s", "last written")
+    ]
+    for run in runs:
+        of = "" if run.steps is None else f" / {run.steps:,}"
+        numbers = (run.loss, run.eval_loss, run.images_per_second)
+        shown = ["" if math.isnan(x) else f"{x:,.4g}" for x in numbers]
+        rows.append((str(run.directory), run.state, f"{run.step:,}{of}", *shown, _ago(run.age)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in ("d", 86400), ("h", 3600), ("min", 60):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{max(seconds, 0):.0f} s ago"

@@ -1,0 +1,118 @@
+"""Tries a run without writing anything: its settings, data, memory, and one step."""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from varjax.core.trees import PyTree
+from varjax.training.evaluate import Evaluator
+from varjax.training.experiment import Experiment
+from varjax.training.loop import jit_train_step, set_up
+from varjax.training.metric_writers import flatten_metrics
+from varjax.training.prefetch import put_batch
+from varjax.training.run_dir import check_config
+from varjax.training.sharding import put, shardings
+from varjax.training.task import check_latents
+
+
+def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) -> None:
+    """Checks a run as far as the end of its first step, and says what it takes.
+
+    It checks the settings, also against those of a run that is in run_dir already; lays out the
+    mesh; reads the first batch; compiles the step and the evaluation, and tells the memory that
+    they need on a device; takes one step with fresh parameters, and evaluates one batch. Nothing is
+    written.
+
+    Args:
+        experiment: the run.
+        say: gets each line; None prints them in the first process.
+
+    Raises:
+        InputError: what `train` would raise as well.
+    """
+    if say is None:
+        say = print if jax.process_index() == 0 else lambda text: None
+    setup = set_up(experiment)
+    task, loader, mesh = setup.task, setup.loader, setup.mesh
+    check_config(experiment)
+    devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    say(f"mesh: {axes} on {devices}, {jax.process_count()} processes")
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    share = experiment.batch_size // parts
+    say(
+        f"batch: {experiment.batch_size:,} images, {share:,} on a device, "
+        f"{share // task.accumulate:,} at a time"
+    )
+    steps, images = task.plan.steps, len(loader.train_source)
+    say(
+        f"length: {steps:,} steps, {steps * experiment.batch_size / images:,.1f} passes over "
+        f"{images:,} images of {experiment.data.classes:,} classes"
+    )
+
+    begin = time.monotonic()
+    numbers = next(loader.train(0))
+    say(f"data: the first batch was read in {time.monotonic() - begin:.1f} s")
+    init_key, train_key = jax.random.split(jax.random.key(experiment.seed))
+    abstract = jax.eval_shape(task.init, init_key)
+    placement = shardings(abstract, mesh)
+    whole, held = _bytes(abstract, placement)
+    parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
+    say(f"state: {parameters:,} parameters; {_gb(whole)} in all, {_gb(held)} on a device")
+    frozen = task.frozen()
+    check_latents(task, frozen, loader.tokenizer_identity)
+    frozen = put(frozen, shardings(frozen, mesh))
+    if jax.tree.leaves(frozen):
+        whole, held = _bytes(frozen, jax.tree.map(lambda x: x.sharding, frozen))
+        say(f"pretrained weights: {_gb(whole)} in all, {_gb(held)} on a device")
+
+    state = jax.jit(task.init, out_shardings=placement)(init_key)
+    batch = put_batch(numbers, mesh, experiment.batch_size)
+    begin = time.monotonic()
+    lowered = jit_train_step(task, mesh, placement).lower(state, frozen, batch, train_key)
+    step = lowered.compile()
+    say(f"step: compiled in {time.monotonic() - begin:.0f} s, {_needs(step, mesh)}")
+    begin = time.monotonic()
+    state, metrics = jax.block_until_ready(step(state, frozen, batch, train_key))
+    seconds = time.monotonic() - begin
+    loss = flatten_metrics(jax.device_get(metrics)).get("loss")
+    say(
+        f"step: loss {loss:.4g} in {seconds:.2f} s, {experiment.batch_size / seconds:,.1f} images/s"
+    )
+    evaluator = Evaluator(task, loader, frozen, mesh, experiment.batch_size)
+    begin = time.monotonic()
+    program = evaluator.compile(state)
+    say(f"evaluation: compiled in {time.monotonic() - begin:.0f} s, {_needs(program, mesh)}")
+    say(f"all is well; nothing was written to {pathlib.Path(experiment.run_dir)}")
+
+
+def _bytes(tree: PyTree, placement: PyTree) -> tuple[int, int]:
+    """Bytes of a tree in all, and on one device."""
+    whole = held = 0
+    for x, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(placement), strict=True):
+        whole += x.size * x.dtype.itemsize
+        shape = sharding.shard_shape(x.shape)
+        held += jax.ShapeDtypeStruct(shape, x.dtype).size * x.dtype.itemsize
+    return whole, held
+
+
+def _needs(program: Any, mesh: Any) -> str:
+    """What a compiled program needs on a device, and how much that has, where it tells."""
+    memory = program.memory_analysis()
+    if memory is None:
+        return "which does not tell its memory"
+    need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    words = (
+        f"needs {_gb(need)} on a device ({_gb(memory.temp_size_in_bytes)} besides its arguments)"
+    )
+    statistics = mesh.local_devices[0].memory_stats() if mesh.local_devices else None
+    if statistics and "bytes_limit" in statistics:
+        words += f" of {_gb(statistics['bytes_limit'])}"
+    return words
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB"

@@ -1,0 +1,60 @@
+"""How far a run has come, on the terminal."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+PLAIN_LINE_SECONDS = 10.0  # between two lines where nobody watches a bar
+
+
+class ProgressReporter:
+    """Shows a bar where somebody watches the terminal; else a plain line every ten seconds or so.
+
+        with ProgressReporter(0, steps) as progress:
+            progress.show(1, {"loss": 1.5})
+            progress.say("a line for the user")
+
+    Args:
+        step: the one that the run continues after.
+        steps: the length of the run.
+        active: False for a process that shows nothing.
+    """
+
+    def __init__(self, step: int, steps: int, active: bool = True):
+        self._active, self._watched = active, sys.stderr.isatty()
+        self._bar = tqdm(initial=step, total=steps, unit="step", disable=not self.watched)
+        self._steps, self._start, self._begin = steps, step, time.monotonic()
+        self._said = -math.inf
+
+    @property
+    def watched(self) -> bool:
+        """Tells whether there is a bar."""
+        return self._active and self._watched
+
+    def __enter__(self) -> "ProgressReporter":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._bar.close()
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Moves on to `step`, with the loss and the speed."""
+        shown = {k: f"{metrics[k]:.4g}" for k in ("loss", "images_per_second") if k in metrics}
+        if self.watched:
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._said > PLAIN_LINE_SECONDS or step == self._steps:
+            self._said = time.monotonic()
+            pace = (self._said - self._begin) / max(step - self._start, 1)
+            left = round(pace * (self._steps - step))
+            words = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(f"step {step}/{self._steps}: {words}, {left} s left")
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._active:
+            tqdm.write(text, file=sys.stderr)

@@ -1,0 +1,64 @@
+"""Records what devices and host do during some steps, for xprof and TensorBoard."""
+
+import pathlib
+import re
+from typing import Any
+
+import jax
+
+from varjax.core.errors import InputError
+
+
+class StepProfiler:
+    """Traces steps START to STOP of this start of a run, into <run_dir>/profile.
+
+        with StepProfiler("10:13", run_dir) as profiler:
+            for step in steps:
+                profiler.begin_step()
+                state = train_step(state)
+                profiler.end_step(state)
+
+    Each process writes its own trace. `tensorboard --logdir=RUN/profile` shows them, with
+    tensorboard and xprof installed.
+
+    Args:
+        steps: "START:STOP", counted from 1 at this start of the run, both of them traced; "" for
+            none. The first step compiles the program, so START is better above 2.
+        run_dir: the run.
+
+    Raises:
+        InputError: `steps` is not START:STOP with 1 <= START <= STOP.
+    """
+
+    def __init__(self, steps: str, run_dir: pathlib.Path):
+        match = re.fullmatch(r"(\d+):(\d+)", steps)
+        self._first, self._last = (int(match[1]), int(match[2])) if match else (0, 0)
+        if steps and not 1 <= self._first <= self._last:
+            raise InputError(
+                f"profile={steps}: must be START:STOP, steps counted from 1, such as 10:13"
+            )
+        self._folder, self._step, self._tracing = run_dir / "profile", 0, False
+
+    def __enter__(self) -> "StepProfiler":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stop()
+
+    def begin_step(self) -> None:
+        """Starts the trace where this is the first step of it."""
+        self._step += 1
+        if self._step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+
+    def end_step(self, result: Any) -> None:
+        """Ends the trace after the last step of it, once `result` is computed."""
+        if self._step == self._last and self._tracing:
+            jax.block_until_ready(result)
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
