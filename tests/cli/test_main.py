@@ -15,7 +15,6 @@ from varjax.cli.main import COMMANDS, main
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORTED_AS = {
-    "google": "protobuf",
     "PIL": "pillow",
     "sklearn": "scikit-learn",
     "orbax": "orbax-checkpoint",

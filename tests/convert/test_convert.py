@@ -36,7 +36,8 @@ HEADS = {"no_qk_norm": ["--heads=3"]}  # what these tensors cannot tell
 def official(name, part):
     """A golden case as the official code saves it: weights and buffers. Not to be changed."""
     config = golden.configs(name)[("vae", "var").index(part)]
-    return weights.state_dict(name, part) | apply_map.official_buffers(config)
+    buffers = apply_map.official_buffers(config)
+    return weights.state_dict(name, part) | {n: np.asarray(x) for n, x in buffers.items()}
 
 
 @pytest.fixture
@@ -170,6 +171,18 @@ def test_what_tensors_do_not_tell_is_asked_for():
     var["lvl_1L"] = np.repeat([0, 1], [2, 37])[None]
     with pytest.raises(ValueError, match=r"scales of \[2, 37\] tokens are not square"):
         infer_config(var, "var", ConvertOptions(heads=3))
+    for problem, levels in {
+        "int64 .1, 1.; needed are integers .1, 39.": [[200000000]],
+        r"levels from 0 to 2e.08; there are 4": [[0] * 38 + [200000000]],
+        "levels from -1 to 0; there are 4": [[-1] + [0] * 38],
+        "levels from nan to nan": [[np.nan] * 39],
+        "complex128 .1, 39.; needed are integers": [[0j] * 39],
+    }.items():
+        var["lvl_1L"] = np.array(levels)
+        with pytest.raises(ValueError, match=problem):
+            infer_config(var, "var", ConvertOptions(heads=3))
+    var["lvl_1L"] = np.repeat([0, 1, 2, 3], [1, 4, 9, 25])[None].astype(bfloat16)
+    assert infer_config(var, "var", ConvertOptions(heads=3)).scales == (1, 2, 3, 5)
     with pytest.raises(ValueError, match="the tensors have 3; leave --heads out"):
         infer_config(official("base", "var"), "var", ConvertOptions(heads=4))
     options = ConvertOptions(scales=(1, 2, 3, 4), groups=8, phi_ratio=0.25, cosine_codes=True)

@@ -7,6 +7,7 @@ import pytest
 from tests.golden import weights
 from tests.helpers import golden_cases as golden
 from varjax.convert import apply_map
+from varjax.convert.name_maps.name_map import count_numbers, tensor_shape
 from varjax.core.model_files import abstract_params
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.var.model import VARConfig
@@ -64,3 +65,34 @@ def test_one_error_lists_every_problem():
     assert "misshapen: pos_start is (1, 2, 48), needed is (1, 1, 48)" in text
     assert "mistyped: word_embed.bias is int64" in text
     assert "lvl_1L" not in text
+
+
+def test_sizes_and_layers_are_those_of_a_model():
+    shapes = {"none": (0, 3), "many": (2**20 + 1, 3), "row": (3,)}
+    tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    for name, problem in {
+        "none": "sizes are from 1",
+        "many": "to 1048576",
+        "row": "must have 2",
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} has shape .*{problem}"):
+            tensor_shape(tensors, name, 2)
+    names = [f"blocks.{i}.x" for i in range(257)]
+    assert count_numbers(names[:256], r"blocks\.(\d+)\.") == 256
+    with pytest.raises(ValueError, match="it has 257 layers"):
+        count_numbers(names, r"blocks\.(\d+)\.")
+
+
+@pytest.mark.parametrize("levels, blocks", [(11, 1), (8, 6)])
+def test_tokenizers_that_take_long_to_describe_are_refused(levels, blocks):
+    with pytest.raises(ValueError, match="allowed are 10 levels with 40 blocks together"):
+        VQConfig(multipliers=(1,) * levels, blocks=blocks)
+
+
+def test_a_long_list_of_problems_is_cut():
+    _, config = golden.configs("base")
+    tensors = weights.state_dict("base", "var")
+    tensors |= {f"extra.{i}": np.zeros((1,) * 64) for i in range(10**4)}
+    with pytest.raises(ValueError, match="… and 9950 more") as error:
+        apply_map.lazy_leaves(config, tensors)
+    assert len(str(error.value)) < 4000

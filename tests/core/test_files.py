@@ -10,7 +10,8 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from varjax.core import files
-from varjax.core.errors import StorageError
+from varjax.core.errors import InputError, StorageError
+from varjax.core.safetensors_io import write_safetensors
 
 
 def test_a_failure_leaves_the_old_content_and_no_temporary(tmp_path):
@@ -59,6 +60,13 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="t.safetensors is not valid JSON"):
         files.read_json(path)
+    path.write_text("[" * 10**5)
+    with pytest.raises(ValueError, match="t.safetensors is not valid JSON"):
+        files.read_json(path)
+    for names in (("a", "a/b"), ("a/b", "a/b/c"), ("a/b/c", "a/b")):
+        write_safetensors(path, {name: np.ones(1) for name in names}, {})
+        with pytest.raises(InputError, match="one inside the other"):
+            files.read_tensors(path)
 
 
 def test_what_cannot_be_written_is_a_storage_error_that_names_it(tmp_path):

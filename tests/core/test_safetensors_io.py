@@ -6,6 +6,7 @@ from ml_dtypes import bfloat16, float8_e4m3fn
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from varjax.core import safetensors_io
 from varjax.core.errors import InputError
 from varjax.core.safetensors_io import LazyArray, read_safetensors, write_safetensors
 
@@ -109,6 +110,40 @@ def with_header(path, header: bytes, size=16):
 def test_wrong_headers_are_refused(tmp_path, header):
     with pytest.raises(InputError, match="x: truncated or not a safetensors file"):
         read_safetensors(with_header(tmp_path / "x", header))
+
+
+@pytest.mark.parametrize(
+    "shape, end, problem",
+    [
+        ("1," * 79999 + "4", 16, "at most 64 integers"),
+        ("1," * 64 + "4", 16, "at most 64 integers"),
+        (f"0,{2**62}", 0, "non-negative integers"),
+        (f"0,{2**47},{2**47}", 0, "more than any memory"),
+    ],
+)
+def test_shapes_that_numpy_lacks_are_refused(tmp_path, shape, end, problem):
+    header = f'{{"x":{{"dtype":"F32","shape":[{shape}],"data_offsets":[0,{end}]}}}}'
+    with pytest.raises(InputError, match=f"x: a tensor has size .*{problem}"):
+        read_safetensors(with_header(tmp_path / "x", header.encode(), end))
+
+
+def test_headers_are_bounded_and_their_errors_short(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    one = '{"%s":{"dtype":"%s","shape":[4],"data_offsets":[0,16]}}'
+    for name in ("x" * 600, "\\u001b[2J"):
+        with pytest.raises(InputError, match="names are at most 512 printable characters"):
+            read_safetensors(with_header(path, (one % (name, "F32")).encode()))
+    for dtype in ("F" * 10**5, "\\u001b[2J"):
+        with pytest.raises(InputError, match="x: truncated or not") as error:
+            read_safetensors(with_header(path, (one % ("x", dtype)).encode()))
+        assert len(str(error.value)) < 500 and str(error.value).isprintable()
+    write_safetensors(path, ARRAYS, {})
+    monkeypatch.setattr(safetensors_io, "MAX_TENSORS", len(ARRAYS) - 1)
+    with pytest.raises(InputError, match="x: has 7 tensors; allowed are 6"):
+        read_safetensors(path)
+    monkeypatch.setattr(safetensors_io, "MAX_HEADER_BYTES", 100)
+    with pytest.raises(InputError, match=r"x: truncated or not .*\(a header of \d+ bytes"):
+        read_safetensors(path)
 
 
 @pytest.mark.parametrize("dtype, count", [("F4", 32), ("F8_E8M0", 16)])

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from varjax.convert.pth import write
+from varjax.convert.pth.legacy import MAGIC
 from varjax.convert.pth.read import read_checkpoint
 
 DATA = np.arange(24, dtype=np.float32)
+MACHINE = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"long": 4}}
 
 
 def plain(value) -> bytes:
@@ -43,6 +45,13 @@ def archive(path, pickled: bytes, data=DATA, method=zipfile.ZIP_STORED, byteorde
         file.writestr("net/byteorder", byteorder)
         file.writestr("net/data/0", data.tobytes())
     return path
+
+
+def legacy_file(content: bytes, keys, *storages, machine=MACHINE) -> bytes:
+    """A file of PyTorch before 1.6: `content` is opcodes, `keys` are of the storages."""
+    blobs = b"".join(len(x).to_bytes(8, "little") + x.tobytes() for x in storages)
+    head = MAGIC + pickle.dumps(1001, 2) + pickle.dumps(machine, 2)
+    return head + b"\x80\x02" + content + b"." + pickle.dumps(keys, 2) + blobs
 
 
 def refusal(path) -> str:

@@ -36,6 +36,13 @@ INPUT_BlZ = jax.random.normal(jax.random.key(2), (2, 13, 4))
 LABEL_B = jnp.array([2, 0])
 
 
+def test_a_large_model_is_described_without_its_mask_and_its_weights():
+    wide = dataclasses.replace(SMALL, width=2**18, heads=2, scales=(1, 255))
+    shapes = jax.eval_shape(wide.init, jax.random.key(0))
+    assert shapes["pos_embed"].shape == (1 + 255**2, 2**18)
+    assert shapes["blocks"]["adaln"]["linear"]["kernel"].shape == (2, 2**18, 6 * 2**18)
+
+
 @pytest.mark.parametrize("name", golden.CASES)
 def test_teacher_forced_logits_are_the_reference_s(name):
     _, config = golden.configs(name)

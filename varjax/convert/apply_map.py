@@ -16,6 +16,7 @@ from varjax.core.errors import InputError
 from varjax.core.model_files import abstract_params
 from varjax.core.safetensors_io import LazyArray, Tensor
 from varjax.core.trees import PyTree
+from varjax.core.untrusted import abridged, shown
 
 BUFFER_NAMES = frozenset(name for name_map in NAME_MAPS for name in name_map.buffer_names)
 FLOAT32 = np.dtype(np.float32)
@@ -115,7 +116,7 @@ def to_official(config: Any, params: PyTree) -> dict[str, LazyArray]:
     }
 
 
-def official_buffers(config: Any) -> dict[str, np.ndarray]:
+def official_buffers(config: Any) -> dict[str, Tensor]:
     """Returns what official state dicts hold besides weights, as it is when a model is built."""
     return name_map_of(config).buffers(config)
 
@@ -130,11 +131,11 @@ def _shapes(table: list[Link], leaves: Mapping[str, Any]) -> dict[str, tuple[int
 
 def _check_shapes(wanted: Mapping[str, tuple[int, ...]], given: Tensors) -> None:
     problems = [f"missing: {n} {shape}" for n, shape in wanted.items() if n not in given]
-    problems += [f"unexpected: {n} {tuple(given[n].shape)}" for n in given if n not in wanted]
+    problems += [f"unexpected: {n} {shown(given[n].shape)}" for n in given if n not in wanted]
     for n in (n for n in wanted if n in given):
         if given[n].shape != wanted[n]:
-            problems.append(f"misshapen: {n} is {given[n].shape}, needed is {wanted[n]}")
+            problems.append(f"misshapen: {n} is {shown(given[n].shape)}, needed is {wanted[n]}")
         if not jnp.issubdtype(given[n].dtype, jnp.floating):
             problems.append(f"mistyped: {n} is {given[n].dtype}, needed are floating-point numbers")
     if problems:
-        raise InputError("the tensors do not fit the model:\n  " + "\n  ".join(problems))
+        raise InputError("the tensors do not fit the model:\n  " + "\n  ".join(abridged(problems)))

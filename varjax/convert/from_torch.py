@@ -21,6 +21,7 @@ from varjax.convert.state_dicts import (
 )
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_converted
 from varjax.core.errors import InputError
+from varjax.core.untrusted import abridged
 
 KINDS = {name_map.flag: name_map for name_map in NAME_MAPS}
 
@@ -113,6 +114,6 @@ def _source(path: pathlib.Path, flag: str, tensors: Tensors) -> Source:
     kind = find_kind(tensors, flag)
     own, others = own_tensors(kind, tensors)
     if others:
-        left_out = ", ".join(others)
+        left_out = ", ".join(abridged(others))
         print(f"note: {path}: not of {kind.description}, left out: {left_out}", file=sys.stderr)
     return Source(path, kind, own)

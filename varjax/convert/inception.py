@@ -7,18 +7,13 @@ import re
 
 import jax
 import numpy as np
-from google.protobuf.message import DecodeError
-
-# TensorBoard's copies of TensorFlow's messages, without TensorFlow.
-from tensorboardX.proto.graph_pb2 import GraphDef  # type: ignore[attr-defined]
-from tensorboardX.proto.tensor_pb2 import TensorProto  # type: ignore[attr-defined]
-from tensorboardX.proto.types_pb2 import DT_FLOAT  # type: ignore[attr-defined]
 
 from varjax.convert.apply_map import leaves_by_table
 from varjax.convert.name_maps.link import Link, norm_links
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
 from varjax.convert.state_dicts import find_state_dicts
+from varjax.convert.tensorflow_graph import TensorFlowGraph
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
 from varjax.core import trees
 from varjax.core.errors import InputError
@@ -104,20 +99,14 @@ def read_graph(path: pathlib.Path) -> dict[str, np.ndarray]:
     """
     if not path.is_file():
         raise InputError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
-    try:
-        graph = GraphDef.FromString(path.read_bytes())
-    except DecodeError as error:
-        raise InputError(f"{path} is no graph of TensorFlow, or cut short ({error})") from error
-    constants = {
-        node.name: node.attr["value"].tensor
-        for node in graph.node
-        if node.op == "Const" and node.attr["value"].tensor.dtype == DT_FLOAT
-    }
-    scaled = {
-        node.name.removesuffix("/batchnorm"): node.attr["scale_after_normalization"].b
-        for node in graph.node
-        if node.op == "BatchNormWithGlobalNormalization"
-    }
+    graph, constants, scaled = TensorFlowGraph(path), {}, {}
+    with errors_naming(path):
+        for node in graph.nodes():
+            if node.operation == "Const" and (array := graph.constant(node)) is not None:
+                constants[node.name] = array
+            elif node.operation == "BatchNormWithGlobalNormalization":
+                scale = graph.flag(node, "scale_after_normalization")
+                scaled[node.name.removesuffix("/batchnorm")] = scale
     sources = {"fc.weight": "softmax/weights", "fc.bias": "softmax/biases"}
     for module in _convolutions():
         theirs = tensorflow_name(module)
@@ -136,7 +125,7 @@ def read_graph(path: pathlib.Path) -> dict[str, np.ndarray]:
         )
     tensors = {}
     for name, source in sources.items():
-        tensor = _array(path, source, constants[source])
+        tensor = constants[source]
         if name.endswith("conv.weight") and tensor.ndim == 4:
             tensor = tensor.transpose(3, 2, 0, 1)
         elif name == "fc.weight" and tensor.ndim == 2:
@@ -144,7 +133,7 @@ def read_graph(path: pathlib.Path) -> dict[str, np.ndarray]:
         elif name.endswith("bn.weight") and not scaled.get(
             tensorflow_name(name[: -len(".bn.weight")]), True
         ):
-            tensor = np.ones_like(tensor)
+            tensor = np.broadcast_to(np.float32(1), tensor.shape)
         tensors[name] = tensor
     return tensors
 
@@ -170,16 +159,3 @@ def _convolutions() -> list[str]:
     """Names of all convolutions, "Mixed_5b.branch1x1"."""
     paths = trees.paths(jax.eval_shape(init_inception, jax.random.key(0)))
     return [p.removesuffix("/kernel").replace("/", ".") for p in paths if p.endswith("/kernel")]
-
-
-def _array(path: pathlib.Path, name: str, tensor: TensorProto) -> np.ndarray:
-    """The numbers of a constant: as bytes, as a list, or one number for all."""
-    shape = [dim.size for dim in tensor.tensor_shape.dim]
-    if tensor.tensor_content:
-        flat = np.frombuffer(tensor.tensor_content, "<f4")
-    else:
-        flat = np.array(tensor.float_val, np.float32)
-        flat = np.full(np.prod(shape, dtype=int), flat[0]) if flat.size == 1 else flat
-    if flat.size != np.prod(shape, dtype=int):
-        raise InputError(f"{path}: {name} has {flat.size} numbers for the shape {shape}")
-    return flat.reshape(shape)

@@ -13,6 +13,7 @@ from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
 from varjax.convert.state_dicts import find_state_dicts
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
 from varjax.core.errors import InputError
+from varjax.core.untrusted import abridged
 from varjax.tokenizers.losses.lpips import VGG16, init_lpips
 
 # For each file, a tensor it is known by, and what it holds. A loss is no kind of model, so this
@@ -43,7 +44,8 @@ def convert_lpips(out: str | os.PathLike, vgg: str | os.PathLike, heads: str | o
                 raise InputError(f"these are not {SOURCES[known_by]}: there is no {known_by} in it")
             found = {n: x for n, x in found.items() if not n.startswith("classifier.")}
             if negative := [n for n, x in found.items() if n.startswith("lin") and np.any(x < 0)]:
-                raise InputError(f"{', '.join(negative)}: a distance has no negative weights")
+                names = ", ".join(abridged(negative))
+                raise InputError(f"{names}: a distance has no negative weights")
         warn_not_finite(path, found)
         tensors |= found
     with errors_naming(f"{vgg}, {heads}"):

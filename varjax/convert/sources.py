@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from varjax.convert.name_maps.name_map import Tensors
 from varjax.core.errors import InputError
+from varjax.core.untrusted import abridged
 
 CHUNK_BYTES = 2**24
 
@@ -55,7 +56,8 @@ def warn_not_finite(path: pathlib.Path, tensors: Tensors) -> None:
     """Names on stderr the tensors with NaN or infinite numbers; they are converted all the same."""
     if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
         print(
-            f"warning: {path}: NaN or infinite numbers in {len(bad)} tensors: {', '.join(bad)}",
+            f"warning: {path}: NaN or infinite numbers in {len(bad)} tensors: "
+            + ", ".join(abridged(bad)),
             file=sys.stderr,
         )
 

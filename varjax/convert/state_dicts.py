@@ -1,6 +1,5 @@
 """Finds the weights in a PyTorch checkpoint: a plain state dict, a wrapped one, a trainer's."""
 
-from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy as np
 from varjax.convert.name_maps import NAME_MAPS
 from varjax.convert.name_maps.name_map import NameMap, Tensors
 from varjax.core.errors import InputError
+from varjax.core.untrusted import check_name, shown
 
 TRAINER_KEYS = {kind.flag: kind.trainer_key for kind in NAME_MAPS if kind.trainer_key}
 AVERAGED = "model_ema"  # where trainers keep the averaged weights beside "model"
@@ -37,7 +37,11 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
         )
     trainer = checkpoint.get("trainer", checkpoint)
     if isinstance(trainer, dict):
-        found = {flag: trainer[key] for flag, key in TRAINER_KEYS.items() if trainer.get(key)}
+        found = {
+            flag: weights
+            for flag, key in TRAINER_KEYS.items()
+            if isinstance(weights := trainer.get(key), dict) and weights
+        }
         if found:
             return {flag: _clean(weights) for flag, weights in found.items()}
     for key in WRAPPERS if ema is False else (AVERAGED, *WRAPPERS):
@@ -74,11 +78,11 @@ def _clean(weights: Any) -> dict[str, np.ndarray]:
         raise InputError("the checkpoint holds no weights")
     if strange := [key for key, x in weights.items() if not isinstance(x, np.ndarray)]:
         raise InputError(
-            f"{len(strange)} of {len(weights)} entries are no arrays: {short(strange)}; weights "
+            f"{len(strange)} of {len(weights)} entries are no arrays: {shown(strange)}; weights "
             f"are looked for at the top, in {', '.join((AVERAGED, *WRAPPERS))} and in trainer/"
             f"{', '.join(TRAINER_KEYS.values())}; pass the part that holds them"
         )
-    named = {_without_prefixes(str(key)): x for key, x in weights.items()}
+    named = {_without_prefixes(check_name(key)): x for key, x in weights.items()}
     if len(named) < len(weights):
         raise InputError("two names in the checkpoint differ only in module. or _orig_mod.")
     return named

@@ -100,7 +100,7 @@ def read_json(path: str | os.PathLike) -> Any:
     path = _existing(path)
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); restore or delete it") from error
 
 
@@ -136,6 +136,10 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or last in node:
+            raise InputError(f"{path}: {name} and another tensor are one inside the other")
         node[last] = leaf
     return tree, metadata
 

@@ -20,8 +20,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from varjax.core.errors import InputError
+from varjax.core.untrusted import check_name, check_shape, reason
 
-MAX_HEADER_BYTES = 100 * 10**6  # the limit of the format itself
+# The format allows 100 MB, but those of models have less than 1 MB, and the library needs up to 20
+# times as much memory as a header has bytes.
+MAX_HEADER_BYTES, MAX_TENSORS = 2**23, 2**16
 ALIGNMENT = 64  # bytes; XLA uses memory in place, without a copy, where it starts on such a line
 DTYPES = {
     name: np.dtype(dtype)
@@ -135,15 +138,25 @@ def read_safetensors(
     Raises:
         InputError: the file is damaged, cut short, or holds a type that NumPy lacks.
     """
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
     try:
+        if header_bytes > MAX_HEADER_BYTES:
+            raise SafetensorError(
+                f"a header of {header_bytes} bytes; allowed are {MAX_HEADER_BYTES}"
+            )
         with safe_open(path, framework="numpy") as file:
             # The library has checked that the tensors fill the file without gaps, in this order.
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            kinds = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+            names = file.offset_keys()
+            if len(names) > MAX_TENSORS:
+                raise InputError(f"{path}: has {len(names)} tensors; allowed are {MAX_TENSORS}")
+            slices = {name: file.get_slice(name) for name in names}
+            kinds = {name: (x.get_dtype(), x.get_shape()) for name, x in slices.items()}
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise InputError(
-            f"{path}: truncated or not a safetensors file ({error}); write or download it again"
+            f"{path}: truncated or not a safetensors file ({reason(error)}); "
+            "write or download it again"
         ) from error
     if foreign := sorted({dtype for dtype, _ in kinds.values()} - DTYPES.keys()):
         raise InputError(
@@ -151,10 +164,14 @@ def read_safetensors(
             "Save them as one of these"
         )
     file = np.memmap(path, np.uint8, "r")
-    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
+    start = 8 + header_bytes
     tensors = {}
-    for name, (dtype, shape) in kinds.items():
-        tensors[name] = np.ndarray(shape, DTYPES[dtype], file, start)
-        start += tensors[name].nbytes
+    try:
+        for name, (dtype, shape) in kinds.items():
+            shape = check_shape(shape, DTYPES[dtype].itemsize)
+            tensors[check_name(name)] = np.ndarray(shape, DTYPES[dtype], file, start)
+            start += tensors[name].nbytes
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     assert start == len(file), (start, len(file))
     return tensors, metadata

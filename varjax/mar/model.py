@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
 from varjax.mar.denoiser import DenoisingMLP
-from varjax.nn.attention import Dropout, dense
+from varjax.nn.attention import MAX_HEADS, Dropout, dense
 from varjax.nn.compute import Compute, shard_batch
 from varjax.nn.vit import ViTBlock, init_vit_blocks, layer_norm, run_vit_blocks
 
@@ -125,9 +125,9 @@ class MARConfig:
         for name in ("width", "encoder_depth", "decoder_depth", *heads, "classes", "buffer"):
             check_setting(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in heads:
-            if self.width % getattr(self, name):
-                allowed = f"a divisor of width={self.width}"
-                check_setting(name, getattr(self, name), False, allowed)
+            value = getattr(self, name)
+            check_setting(name, value, value <= MAX_HEADS, f"at most {MAX_HEADS}")
+            check_setting(name, value, not self.width % value, f"a divisor of width={self.width}")
         check_setting("embed_init", self.embed_init, self.embed_init > 0, "above 0")
         patch = self.head.patch
         if any(side < 1 or side % patch for side in self.latent_map):

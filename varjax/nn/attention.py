@@ -12,6 +12,7 @@ import numpy as np
 from varjax.nn import compute
 
 MAX_LOG_SCALE = float(np.log(100))
+MAX_HEADS = 128  # on CPUs each is a part of the program; the official models have up to 30
 
 
 @flax.struct.dataclass

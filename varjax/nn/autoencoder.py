@@ -10,6 +10,9 @@ from varjax.core.errors import InputError, check_setting
 from varjax.nn.attention import dot_product_attention
 from varjax.nn.compute import is_single_cpu_device, matmul_precision
 
+# The official ones have 5 levels of 2 blocks. Whatever a file says, it is described in seconds.
+MAX_LEVELS, MAX_BLOCKS = 10, 40  # the latter of all levels together
+
 
 class Encoder(nn.Module):
     """Maps images (B, H, W, channels) to features (B, H/f, W/f, feature_channels).
@@ -198,6 +201,12 @@ def to_unit_range(image_BHWC: jax.Array) -> jax.Array:
 
 def check_sizes(width: int, multipliers: Sequence[int], blocks: int, groups: int) -> None:
     """Raises InputError for sizes that no encoder and decoder can have."""
+    levels = len(multipliers)
+    if levels > MAX_LEVELS or levels * blocks > MAX_BLOCKS:
+        raise InputError(
+            f"multipliers of {levels} levels and blocks={blocks}; allowed are {MAX_LEVELS} levels "
+            f"with {MAX_BLOCKS} blocks together"
+        )
     for name, value in (("width", width), ("blocks", blocks), ("groups", groups)):
         check_setting(name, value, value >= 1, "1 or more")
     if not multipliers or min(multipliers) < 1:

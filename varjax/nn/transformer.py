@@ -242,6 +242,9 @@ def scaled_normal_init(std):
     """Makes a normal initializer with a standard deviation per column, or what else broadcasts."""
 
     def init(key, shape, dtype=jnp.float32):
-        return np.broadcast_to(std, shape) * jax.random.normal(key, shape, dtype)
+        rows = np.broadcast_to(std, (*np.shape(std)[:-1], shape[-1]))
+        if rows.shape != shape:  # not by NumPy, which makes an array as large as the parameter
+            rows = jnp.broadcast_to(rows, shape)
+        return rows * jax.random.normal(key, shape, dtype)
 
     return init

@@ -7,9 +7,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
-from varjax.nn.attention import dense
+from varjax.nn.attention import MAX_HEADS, dense
 from varjax.nn.compute import Compute, shard_batch
 from varjax.nn.transformer import (
     SIGNALS,
@@ -58,6 +58,7 @@ class VARConfig:
         for name in ("depth", "width", "heads", "classes", "vocab", "code_channels"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be 1 or more")
+        check_setting("heads", self.heads, self.heads <= MAX_HEADS, f"at most {MAX_HEADS}")
         if self.width % self.heads:
             raise InputError(f"width={self.width} is not a multiple of heads={self.heads}")
 
@@ -78,9 +79,7 @@ class VARConfig:
 
     def init(self, key: jax.Array) -> PyTree:
         """Draws untrained parameters, all float32, as the reference does."""
-        rest = self.pyramid.length - self.pyramid.lengths[0]
-        input_BlZ = jnp.zeros((1, rest, self.code_channels))
-        return VAR(self).init(key, input_BlZ, jnp.zeros(1, jnp.int32))["params"]
+        return VAR(self).init(key, method="touch")["params"]
 
 
 def check_fit(tokenizer: VQConfig, var: VARConfig) -> None:
@@ -194,6 +193,12 @@ class VAR(nn.Module):
             self.block, self.blocks, x_BlC, signals_SB6C=cond.signals_SB6C, cache=cache
         )
         return self._logits(x_BlC, cond.head_B2C), cache
+
+    def touch(self):
+        """Runs everything once, so that `init` makes every parameter; without the mask of L x L."""
+        cond = self.condition(jnp.zeros(1, jnp.int32))
+        self._words(jnp.zeros((1, 1, self.config.code_channels)))
+        return self.predict(None, cond, 0, Cache())
 
     def _start(self, label_B):
         return shard_batch(jnp.take(self.class_embed, label_B, axis=0, mode="clip"))

@@ -1,17 +1,13 @@
 """Files of PyTorch before 1.6, made by hand as Python 3 and, like VGG16 of 2017, Python 2 did."""
 
-import pickle
-
 import numpy as np
 import pytest
 
-from tests.helpers.checkpoint_files import DATA, plain, refusal, stored, tensor
+from tests.helpers.checkpoint_files import DATA, legacy_file, plain, refusal, stored, tensor
 from varjax.convert.pth.legacy import MAGIC
 from varjax.convert.pth.read import read_checkpoint
 
 HALF = np.arange(6, dtype=np.float16)
-MACHINE = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"long": 4}}
-END = b"."
 
 
 def short(text: str) -> bytes:
@@ -37,13 +33,7 @@ def old_ordered_dict(values) -> bytes:
     return b"ccollections\nOrderedDict\n](" + pairs + b"e\x85R" + versions
 
 
-def file_of(content: bytes, keys, *storages, machine=MACHINE) -> bytes:
-    blobs = b"".join(len(x).to_bytes(8, "little") + x.tobytes() for x in storages)
-    head = MAGIC + pickle.dumps(1001, 2) + pickle.dumps(machine, 2)
-    return head + b"\x80\x02" + content + END + pickle.dumps(keys, 2) + blobs
-
-
-PYTHON_2 = file_of(
+PYTHON_2 = legacy_file(
     old_ordered_dict(
         {
             "features.0.weight": old_tensor((4, 6), (6, 1), old_stored("FloatStorage", "94", 24)),
@@ -69,7 +59,7 @@ def test_python_3_s_state_dicts_and_shared_storages(tmp_path):
     storage = stored()[:-2] + b"NtQ"
     content = b"}(" + plain("x") + tensor((4, 6), (6, 1), 0, storage)
     content += plain("t") + tensor((6, 4), (1, 6), 0, storage) + plain("epoch") + plain(3) + b"u"
-    (tmp_path / "x.pth").write_bytes(file_of(content, ["0"], DATA))
+    (tmp_path / "x.pth").write_bytes(legacy_file(content, ["0"], DATA))
     back = read_checkpoint(tmp_path / "x.pth")
     np.testing.assert_array_equal(back["t"], DATA.reshape(4, 6).T)
     assert np.shares_memory(back["x"], back["t"]) and back["epoch"] == 3
@@ -85,31 +75,43 @@ def test_cut_files_are_refused(tmp_path, end):
 @pytest.mark.parametrize(
     "content, problem",
     [
-        (file_of(plain({}), ["7"]), "its storages are not those"),
-        (file_of(plain({}), "7"), "its storages are not those"),
-        (file_of(plain({}), [], machine={}), "big-endian"),
-        (file_of(plain({}), [], machine=3), "big-endian"),
+        (legacy_file(plain({}), ["7"]), "its storages are not those"),
+        (legacy_file(plain({}), "7"), "its storages are not those"),
+        (legacy_file(plain({}), [], machine={}), "big-endian"),
+        (legacy_file(plain({}), [], machine=3), "big-endian"),
         (
-            file_of(old_tensor((2,), (1,), old_stored("FloatStorage", "1", 2)), [1], DATA),
+            legacy_file(old_tensor((2,), (1,), old_stored("FloatStorage", "1", 2)), [1], DATA),
             "not those",
         ),
         (
-            file_of(old_tensor((2,), (1,), old_stored("FloatStorage", "1", 2)), ["1"], DATA),
+            legacy_file(old_tensor((2,), (1,), old_stored("FloatStorage", "1", 2)), ["1"], DATA),
             "storage '1' is not where it should be",
         ),
         (
-            file_of(old_tensor((25,), (1,), old_stored("FloatStorage", "1", 24)), ["1"], DATA),
+            legacy_file(old_tensor((25,), (1,), old_stored("FloatStorage", "1", 24)), ["1"], DATA),
             "needs 25 elements",
         ),
         (
-            file_of(
+            legacy_file(
                 old_tensor((2,), (1,), old_stored("FloatStorage", "1", 24, plain(("2", 0, 2)))),
                 ["1"],
                 DATA,
             ),
             "share storages in an old way",
         ),
-        (file_of(b"cos\nsystem\n" + plain("true") + b"\x85R", []), "asks for 'os.system'"),
+        (
+            legacy_file(old_tensor((2,), (1,), old_stored("FloatStorage", "1", 2**70)), ["1"]),
+            "has about 10^21 elements",
+        ),
+        (
+            legacy_file(old_tensor((2,), (1,), old_stored("FloatStorage", "1", 2**62)), ["1"]),
+            "more than the file has bytes",
+        ),
+        (
+            legacy_file(old_tensor((2,), (1,), old_stored("FloatStorage", "1", 2)), ["1", "1"]),
+            "its storages are not those",
+        ),
+        (legacy_file(b"cos\nsystem\n" + plain("true") + b"\x85R", []), "asks for 'os.system'"),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, content, problem):

@@ -110,9 +110,9 @@ def test_damaged_and_cut_files(tmp_path):
     assert "Bad CRC" in refusal(path)
     at = whole.index(b"PK\x03\x04", whole.index(b"archive/byteorder"))  # local header of data/0
     path.write_bytes(whole[:at] + b"XX" + whole[at + 2 :])
-    assert "damaged at archive/data/0" in refusal(path)
+    assert "damaged at 'archive/data/0'" in refusal(path)
     path.write_bytes(whole[: at + 28] + b"\xff\xff" + whole[at + 30 :])
-    assert "ends inside archive/data/0" in refusal(path)
+    assert "ends inside 'archive/data/0'" in refusal(path)
 
 
 def test_safetensors_of_another_writer(tmp_path):

@@ -95,6 +95,31 @@ def test_strange_namespaces_do_no_harm(tmp_path):
     assert back["x"] == {"a": 1, "b": 3}
 
 
+def rebuild(arguments: bytes) -> bytes:
+    return b"ctorch._utils\n_rebuild_tensor\n(" + stored() + arguments + b"tR"
+
+
+def test_few_bytes_can_not_ask_for_many_copies(tmp_path):
+    """Of a long list that lies in the memo, by a call of two bytes; once or twice it may be."""
+    function, pairs = b"ccollections\nOrderedDict\nq\xf0", plain([[i, i] for i in range(60)])
+    for calls, whole in ((2, True), (20000, False)):
+        copies = b"](" + b"h\xf0h\xf1\x85R" * calls + b"e"
+        path = archive(
+            tmp_path / "x.pth", b"\x80\x02" + function + pairs + b"q\xf1" + copies + b"."
+        )
+        if whole:
+            assert read_checkpoint(path) == [{i: i for i in range(60)}] * calls
+        else:
+            assert "copies the same data again and again" in refusal(path)
+
+
+def test_operations_are_counted(tmp_path, monkeypatch):
+    path = archive(tmp_path / "x.pth", b"\x80\x02" + b"]" * 50 + b".")
+    assert read_checkpoint(path) == []
+    monkeypatch.setattr("varjax.convert.pth.unpickle.MAX_OPCODES", 50)
+    assert "more than 50 operations" in refusal(path)
+
+
 class Touch:
     def __init__(self, path):
         self.path = path
@@ -146,6 +171,18 @@ def test_a_pickle_that_acts_is_refused_and_does_not_act(tmp_path, protocol):
         (tensor((2.0,), (1,)), "non-negative integers"),
         (tensor((2, 2), (1,)), "one stride per dimension"),
         (tensor((10**9,), (0,)), "more than is plausible"),
+        (b"](" + tensor((2**17,), (0,)) * 3 + b"e", "more than is plausible"),
+        (b"ctorch\nSize\n" + tensor((24,), (0,)) + b"\x85R", "size or stride a ndarray"),
+        (rebuild(plain(0) + tensor((2,), (0,)) + plain((1,))), "size or stride a ndarray"),
+        (rebuild(plain(0) + plain((1,)) + tensor((2,), (0,))), "size or stride a ndarray"),
+        (rebuild(plain(0) + plain((1,) * 65) + plain((1,) * 65)), "at most 64 integers"),
+        (tensor((2**47, 2**47, 0), (1, 1, 1)), "more than any memory"),
+        (tensor((1,), (1,), storage=stored(count=2**70)), "has about 10^21 elements"),
+        (b"ctorch\nSize\n" + tensor((1,), (0,)) + b"R", "a call with a ndarray of arguments"),
+        (b"cbuiltins\nset\n" + tensor((1,), (0,)) + b"\x85R", "where a list of items belongs"),
+        (tensor((5,), (1,)) + b"Q", "a storage called by a ndarray"),
+        (plain({2**61 - 1: 0}), "has the key 2305843009213693951"),
+        (plain({-(2**61): 0}), "has the key -2305843009213693952"),
         (tensor((2,), (1,), storage=tensor((24,), (0,))), "a tensor over a ndarray"),
         (b"cnumpy\ndtype\n" + plain(("O8", False, True)) + b"R", "NumPy scalar of type 'O8'"),
         (b"}" + plain(((1, 2), 3)) + b"s", "pickle is damaged"),
@@ -172,8 +209,6 @@ def test_nested_bombs_end_at_once(tmp_path):
     read_checkpoint(
         archive(tmp_path / "x.pth", doubling + NEW_NAMESPACE + b"}" + plain("x") + b"h\x00sb.")
     )
-    zeros = np.zeros(2**20, np.uint8)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("varjax.convert.pth.read.MAX_UNPACKED_BYTES", 2**19)
-        path = archive(tmp_path / "x.pth", entries(), zeros, zipfile.ZIP_DEFLATED)
-        assert "more than weights can" in refusal(path)
+    zeros = np.zeros(2**21, np.uint8)
+    path = archive(tmp_path / "x.pth", entries(), zeros, zipfile.ZIP_DEFLATED)
+    assert "more than weights can" in refusal(path)

@@ -30,7 +30,9 @@ def test_slices_levels_and_mask_describe_the_same_pyramid():
         assert pyramid.mask_LL[i, j] == (pyramid.level_L[j] <= pyramid.level_L[i])
 
 
-@pytest.mark.parametrize("scales", [(), (0, 1), (2, 1), ((2, 3), (3, 2))])
+@pytest.mark.parametrize(
+    "scales", [(), (0, 1), (2, 1), ((2, 3), (3, 2)), (1,) * 65, (257,), (1, 2**40)]
+)
 def test_scales_that_make_no_pyramid_are_refused(scales):
     with pytest.raises(ValueError, match="scales"):
         Pyramid(scales)

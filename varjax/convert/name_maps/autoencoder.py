@@ -6,6 +6,7 @@ from typing import Any, Protocol
 from varjax.convert.name_maps.link import Link, conv_links, norm_links
 from varjax.convert.name_maps.name_map import Tensors, count_numbers, tensor_shape
 from varjax.core.errors import InputError
+from varjax.core.untrusted import shown
 
 
 class AutoencoderSizes(Protocol):
@@ -30,7 +31,9 @@ def infer_autoencoder(tensors: Tensors) -> dict[str, Any]:
         tensor_shape(tensors, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in levels
     ]
     if odd := [n for n in outputs if n % width]:
-        raise InputError(f"the encoder's levels have {odd} channels, no multiples of {width}")
+        raise InputError(
+            f"the encoder's levels have {shown(odd)} channels, no multiples of {width}"
+        )
     return {
         "image_channels": image_channels,
         "width": width,

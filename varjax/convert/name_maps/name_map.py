@@ -9,7 +9,11 @@ import numpy as np
 
 from varjax.convert.name_maps.link import Link
 from varjax.core.errors import InputError
+from varjax.core.safetensors_io import Tensor
+from varjax.core.untrusted import shown
 
+# Describing a model takes time and memory by its sizes, and a small file can claim any.
+MAX_MODEL_SIZE, MAX_LAYERS = 2**20, 2**8
 Tensors = Mapping[str, np.ndarray]  # official tensors by name
 
 
@@ -107,7 +111,7 @@ class NameMap:
     config: type
     infer: Callable[[Tensors, ConvertOptions], Any]
     table: Callable[[Any], list[Link]]
-    buffers: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
+    buffers: Callable[[Any], dict[str, Tensor]] = lambda config: {}
     buffer_names: tuple[str, ...] = ()
     constants: Callable[[ConvertOptions], dict[str, np.ndarray]] = lambda options: {}
     prefix: str = ""
@@ -122,15 +126,26 @@ class NameMap:
 
 
 def tensor_shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
-    """Returns the shape of a tensor; raises InputError if it is missing or has not `ndim` axes."""
+    """Returns the shape of a tensor, to be the sizes of a model.
+
+    Raises InputError if it is missing, has not `ndim` axes, or one that no model has.
+    """
     if name not in tensors:
         raise InputError(f"{name} is missing, so the model's sizes cannot be told")
     shape = tuple(tensors[name].shape)
     if len(shape) != ndim:
-        raise InputError(f"{name} has shape {shape}, but must have {ndim} dimensions")
+        raise InputError(f"{name} has shape {shown(shape)}, but must have {ndim} dimensions")
+    if not all(1 <= n <= MAX_MODEL_SIZE for n in shape):
+        raise InputError(f"{name} has shape {shape}; sizes are from 1 to {MAX_MODEL_SIZE}")
     return shape
 
 
 def count_numbers(names: Iterable[str], pattern: str) -> int:
-    """Counts the different numbers that the group of `pattern` takes at the start of names."""
-    return len({match[1] for name in names if (match := re.match(pattern, name))})
+    """Counts the different numbers that the group of `pattern` takes at the start of names.
+
+    Raises InputError for more layers than any model has.
+    """
+    count = len({match[1] for name in names if (match := re.match(pattern, name))})
+    if count > MAX_LAYERS:
+        raise InputError(f"it has {count} layers called {pattern}; allowed are {MAX_LAYERS}")
+    return count

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -16,11 +17,14 @@ from varjax.convert.name_maps.name_map import (
 )
 from varjax.convert.name_maps.vq import REPO, TOKENIZER_FILE
 from varjax.core.errors import InputError
+from varjax.core.safetensors_io import LazyArray, Tensor
+from varjax.core.untrusted import shown
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024, Pyramid, Scale
 from varjax.var.model import VARConfig, check_fit
 
 HEAD_SIZE = 64  # of every official transformer
+HEAD_SCALES = "blocks.0.attn.scale_mul_1H11"
 RELEASED_DEPTHS = (16, 20, 24, 30, 36)  # for 256 pixels, the last for 512
 
 
@@ -30,8 +34,8 @@ def infer_var(tensors: Tensors, options: ConvertOptions) -> VARConfig:
     Raises InputError for tensors that are missing or contradict each other or `options`.
     """
     width, code_channels = tensor_shape(tensors, "word_embed.weight", 2)
-    scale_mul = tensors.get("blocks.0.attn.scale_mul_1H11")
-    heads = None if scale_mul is None else scale_mul.size
+    cosine = HEAD_SCALES in tensors
+    heads = tensor_shape(tensors, HEAD_SCALES, 4)[1] if cosine else None
     if heads and options.heads not in (None, heads):
         raise InputError(f"heads={options.heads}, but the tensors have {heads}; leave --heads out")
     heads = heads or options.heads or width // HEAD_SIZE
@@ -46,7 +50,7 @@ def infer_var(tensors: Tensors, options: ConvertOptions) -> VARConfig:
         vocab=tensor_shape(tensors, "head.weight", 2)[0],
         code_channels=code_channels,
         shared_adaln="shared_ada_lin.1.weight" in tensors,
-        cosine_attention=scale_mul is not None,
+        cosine_attention=cosine,
     )
 
 
@@ -85,16 +89,21 @@ def var_table(config: VARConfig) -> list[Link]:
     return links
 
 
-def var_buffers(config: VARConfig) -> dict[str, np.ndarray]:
+def var_buffers(config: VARConfig) -> dict[str, Tensor]:
     """Returns the buffers of an official `VAR` of these sizes."""
-    bias_LL = np.where(config.pyramid.mask_LL, np.float32(0), np.float32(-np.inf))
+    level_L, length = config.pyramid.level_L, config.pyramid.length
+
+    def bias_rows() -> Iterator[np.ndarray]:  # in pieces, for all of them together are many
+        for level in level_L:
+            yield np.where(level >= level_L, np.float32(0), np.float32(-np.inf))
+
     zeros = {
         f"blocks.{i}.attn.zero_k_bias": np.zeros(config.width, np.float32)
         for i in range(config.depth)
     }
     return {
-        "lvl_1L": config.pyramid.level_L[None].astype(np.int64),
-        "attn_bias_for_masking": bias_LL[None, None],
+        "lvl_1L": level_L[None].astype(np.int64),
+        "attn_bias_for_masking": LazyArray((1, 1, length, length), np.dtype(np.float32), bias_rows),
         **zeros,
     }
 
@@ -102,14 +111,13 @@ def var_buffers(config: VARConfig) -> dict[str, np.ndarray]:
 def _infer_scales(tensors: Tensors, chosen: tuple[Scale, ...] | None) -> tuple[Scale, ...]:
     _, length, _ = tensor_shape(tensors, "pos_1LC", 3)
     count, _ = tensor_shape(tensors, "lvl_embed.weight", 2)
-    level_1L = tensors.get("lvl_1L")
-    if level_1L is not None:
-        counts = np.bincount(np.asarray(level_1L, np.int64).ravel()).tolist()
+    if "lvl_1L" in tensors:
+        counts = _tokens_per_level(tensors["lvl_1L"], count, length)
         found = tuple(math.isqrt(n) for n in counts)
         if chosen is None and [side**2 for side in found] != counts:
-            raise InputError(f"its scales of {counts} tokens are not square; give --scales")
+            raise InputError(f"its scales of {shown(counts)} tokens are not square; give --scales")
         if chosen and list(Pyramid(chosen).lengths) != counts:
-            raise InputError(f"scales are {chosen}, but its scales have {counts} tokens")
+            raise InputError(f"scales are {chosen}, but its scales have {shown(counts)} tokens")
         return chosen or found
     for scales in [chosen] if chosen else [SCALES_256, SCALES_512, SCALES_1024]:
         pyramid = Pyramid(scales)
@@ -120,6 +128,20 @@ def _infer_scales(tensors: Tensors, chosen: tuple[Scale, ...] | None) -> tuple[S
         + (f"which is not {chosen}; " if chosen else "and no lvl_1L to tell their sizes; ")
         + "give the right --scales"
     )
+
+
+def _tokens_per_level(level_1L: np.ndarray, count: int, length: int) -> list[int]:
+    """Counts the tokens of each of `count` levels; raises InputError unless they fit `length`."""
+    if level_1L.shape != (1, length) or np.iscomplexobj(level_1L):
+        raise InputError(
+            f"lvl_1L is {level_1L.dtype} {shown(level_1L.shape)}; needed are integers (1, {length})"
+        )
+    level_L = level_1L[0].astype(np.float64)  # in files of half precision they may be anything
+    if not (level_L.min() >= 0 and level_L.max() < count):
+        raise InputError(
+            f"lvl_1L holds levels from {level_L.min():g} to {level_L.max():g}; there are {count}"
+        )
+    return np.bincount(level_L.astype(np.int64)).tolist()
 
 
 VAR = NameMap(

@@ -13,6 +13,7 @@ from varjax.convert.name_maps.name_map import (
     tensor_shape,
 )
 from varjax.core.errors import InputError
+from varjax.core.safetensors_io import Tensor
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256
 
@@ -30,8 +31,7 @@ def infer_vq(tensors: Tensors, options: ConvertOptions) -> VQConfig:
     own_phis = count_numbers(tensors, r"quantize\.quant_resi\.(\d+)\.weight")
     shared_phis = count_numbers(tensors, r"quantize\.quant_resi\.qresi_ls\.(\d+)\.weight")
     scales = options.scales or SCALES_256
-    hits_SV = tensors.get(HITS)
-    for count in (own_phis, 0 if hits_SV is None else len(hits_SV)):
+    for count in (own_phis, tensor_shape(tensors, HITS, 2)[0] if HITS in tensors else 0):
         if count not in (0, len(scales)):
             raise InputError(
                 f"the tokenizer has {count} scales, but the transformer, or --scales, or without "
@@ -65,7 +65,7 @@ def vq_table(config: VQConfig) -> list[Link]:
     return links
 
 
-def vq_buffers(config: VQConfig) -> dict[str, np.ndarray]:
+def vq_buffers(config: VQConfig) -> dict[str, Tensor]:
     """Returns the buffer of a fresh official `VQVAE`."""
     return {HITS: np.zeros((len(config.pyramid), config.vocab), np.float32)}
 

@@ -1,15 +1,14 @@
 """The names that a PyTorch checkpoint may use, and their meaning here: arrays and plain data."""
 
 import dataclasses
-import math
 import re
-from reprlib import repr as short  # bounded: the full repr of a hostile object may never end
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from varjax.core.errors import InputError
+from varjax.core.untrusted import MAX_SIDE, check_integers, check_shape, shown
 
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
@@ -33,8 +32,7 @@ DTYPES = {
         *map(np.dtype, (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)),
     )
 }
-# A tensor of stride 0 can claim any size; beyond this it must be in proportion to its storage.
-MAX_BROADCAST_BYTES = 2**26
+MAX_INT_KEY = 2**60  # beyond it, unequal integers can have equal hashes, and many make a dict slow
 REFUSED = (
     "a checkpoint of weights needs no such thing, so it was refused and nothing was executed. "
     "If you trust the file, save only its weights: torch.save(model.state_dict(), path)"
@@ -73,25 +71,20 @@ def strided_view(
     Raises:
         InputError: an element would lie outside `data`, or the numbers are not plausible.
     """
-    numbers = (offset, *size, *stride)
-    if any(type(n) is not int or not 0 <= n < 2**48 for n in numbers) or len(size) != len(stride):
+    size, stride = check_shape(size, dtype.itemsize), check_integers(stride)
+    if len(size) != len(stride) or type(offset) is not int or not 0 <= offset < MAX_SIDE:
         raise InputError(
-            f"a tensor has offset {short(offset)}, size {short(size)} and stride {short(stride)}; "
+            f"a tensor has offset {shown(offset)}, size {shown(size)} and stride {shown(stride)}; "
             "these must be non-negative integers, one stride per dimension: the file is damaged"
         )
-    reach = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if 0 in size:
         return np.empty(size, dtype)
+    reach = offset + 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if reach > len(data) // dtype.itemsize:
         raise InputError(
-            f"a tensor of size {short(size)}, stride {short(stride)} and offset {offset} needs "
+            f"a tensor of size {shown(size)}, stride {shown(stride)} and offset {offset} needs "
             f"{reach} elements, but its storage has {len(data) // dtype.itemsize}: "
             "the file is damaged"
-        )
-    if math.prod(size) * dtype.itemsize > max(MAX_BROADCAST_BYTES, 16 * len(data)):
-        raise InputError(
-            f"a storage of {len(data)} bytes is spread over a tensor of size {short(size)}, "
-            "more than is plausible; save tensor.contiguous() if it is meant"
         )
     steps = tuple(step * dtype.itemsize for step in stride)
     return np.ndarray(size, dtype, data, offset * dtype.itemsize, steps)
@@ -102,6 +95,8 @@ def check_key(key: Any) -> Any:
     # Hashing nested tuples can take exponential time, and no checkpoint is keyed by them.
     if not isinstance(key, str | int | float | bytes | None):
         raise InputError(f"its pickle has a key of type {type(key).__name__}; {REFUSED}")
+    if isinstance(key, int) and abs(key) > MAX_INT_KEY:
+        raise InputError(f"its pickle has the key {shown(key)}; {REFUSED}")
     return key
 
 
@@ -125,8 +120,8 @@ def _rebuild_tensor_v3(
             "save tensor.resolve_conj().resolve_neg()"
         )
     if not isinstance(dtype, np.dtype):
-        raise TypeError(f"a tensor of type {short(dtype)}")
-    return strided_view(storage.data, dtype, offset, tuple(size), tuple(stride))
+        raise TypeError(f"a tensor of type {shown(dtype)}")
+    return strided_view(storage.data, dtype, offset, size, stride)
 
 
 def _rebuild_parameter(tensor, _grad, _hooks, _state=None) -> np.ndarray:
@@ -134,37 +129,48 @@ def _rebuild_parameter(tensor, _grad, _hooks, _state=None) -> np.ndarray:
 
 
 def _ordered_dict(items=()) -> dict:
-    return {check_key(key): value for key, value in items}
+    return {check_key(key): value for key, value in map(_checked, _checked(items))}
 
 
 def _size(dimensions) -> tuple:
-    return tuple(dimensions)
+    return check_integers(dimensions)
 
 
 def _device(kind, index=None) -> str:
+    if type(kind) is not str or len(kind) > 32:
+        raise TypeError(f"a device called {shown(kind)}")
     return ":".join([kind] if index is None else [kind, format(index, "d")])
 
 
 def _set(items=()) -> set:
-    return set(map(check_key, items))
+    return set(map(check_key, _checked(items)))
 
 
 def _encode(text, encoding) -> bytes:
-    if encoding != "latin1":
-        raise InputError(f"its pickle encodes text as {short(encoding)}; {REFUSED}")
+    if not isinstance(encoding, str) or encoding != "latin1":
+        raise InputError(f"its pickle encodes text as {shown(encoding)}; {REFUSED}")
     return text.encode("latin1")
 
 
 def _numpy_dtype(code, _align, _copy) -> np.dtype:
     if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d{1,2}", code):
-        raise InputError(f"its pickle holds a NumPy scalar of type {short(code)}; {REFUSED}")
+        raise InputError(f"its pickle holds a NumPy scalar of type {shown(code)}; {REFUSED}")
     return np.dtype(code)
 
 
 def _numpy_scalar(dtype, data) -> np.generic:
-    if not isinstance(dtype, np.dtype) or dtype.itemsize != len(data):
-        raise TypeError(f"a NumPy scalar of type {short(dtype)} in {len(data)} bytes")
+    if not isinstance(dtype, np.dtype) or not isinstance(data, bytes):
+        raise TypeError(f"a NumPy scalar of type {shown(dtype)} made of a {type(data).__name__}")
+    if dtype.itemsize != len(data):
+        raise TypeError(f"a NumPy scalar of type {dtype} in {len(data)} bytes")
     return np.frombuffer(data, dtype)[0]
+
+
+def _checked(items) -> list | tuple:
+    # A tensor could be iterated too, and of stride 0 it has any length.
+    if not isinstance(items, list | tuple):
+        raise TypeError(f"a {type(items).__name__} where a list of items belongs")
+    return items
 
 
 ALLOWED: dict[str, Any] = {

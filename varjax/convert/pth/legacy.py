@@ -7,6 +7,7 @@ import numpy as np
 from varjax.convert.pth.allowed import Storage
 from varjax.convert.pth.unpickle import pickle_size, unpickle
 from varjax.core.errors import InputError
+from varjax.core.untrusted import shown
 
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how each such file starts
 VERSION = 1001
@@ -36,7 +37,7 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
         return window[:size]
 
     if (version := unpickle(next_pickle(), _none)) != VERSION:
-        raise InputError(f"it has version {version} of an old format; known is {VERSION}")
+        raise InputError(f"it has version {shown(version)} of an old format; known is {VERSION}")
     machine = unpickle(next_pickle(), _none)
     if not (isinstance(machine, dict) and machine.get("little_endian")):
         raise InputError("it was saved on a big-endian machine; save it on a little-endian one")
@@ -45,11 +46,21 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
     sizes: dict[str, tuple[int, int]] = {}  # elements and their bytes: only the content knows
 
     def note(dtype: np.dtype, key: str, count: int) -> Storage:
+        if count * dtype.itemsize > len(file):
+            raise InputError(
+                f"storage {shown(key)} should hold {count} elements of {dtype.name}, more than "
+                f"the file has bytes: {CUT}"
+            )
         sizes[key] = count, dtype.itemsize
         return Storage(file[: count * dtype.itemsize], dtype)  # any numbers: it is thrown away
 
-    unpickle(content, note)
-    if not isinstance(keys, list) or set(map(repr, keys)) != set(map(repr, sizes)):
+    unpickle(content, note, len(file))
+    if not (
+        isinstance(keys, list)
+        and all(isinstance(key, str) for key in keys)
+        and len(keys) == len(sizes)
+        and set(keys) == sizes.keys()
+    ):
         raise InputError(f"its storages are not those that its tensors need: {CUT}")
     data: dict[str, np.ndarray] = {}
     for key in keys:
@@ -57,8 +68,8 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
         start, position = position + 8, position + 8 + count * itemsize
         data[key] = file[start:position]
         if file[start - 8 : start].tobytes() != count.to_bytes(8, "little") or position > len(file):
-            raise InputError(f"storage {key!r} is not where it should be: {CUT}")
-    return unpickle(content, lambda dtype, key, count: Storage(data[key], dtype))
+            raise InputError(f"storage {shown(key)} is not where it should be: {CUT}")
+    return unpickle(content, lambda dtype, key, count: Storage(data[key], dtype), len(file))
 
 
 def _none(dtype: np.dtype, key: str, count: int) -> Storage:

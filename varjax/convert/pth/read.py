@@ -1,7 +1,9 @@
 """Reads PyTorch (.pth, .pt, .ckpt) and .safetensors files as memory-mapped NumPy arrays."""
 
 import functools
+import io
 import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -14,14 +16,15 @@ from varjax.convert.pth.legacy import MAGIC, read_legacy
 from varjax.convert.pth.unpickle import unpickle
 from varjax.core import safetensors_io
 from varjax.core.errors import InputError
+from varjax.core.untrusted import plausible_bytes, reason, shown
 
 MAX_PICKLE_BYTES = 2**24  # a full trainer checkpoint of the largest VAR needs about 2**19
-# Compressed members are unpacked into memory, and real weights shrink by no more than a tenth.
-MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO = 2**30, 16
+MAX_DIRECTORY_BYTES = 2**22  # of a zip file's list of members, some 100 bytes for each
 # zipfile raises these; OSError is a seek to a place that cannot be.
 DAMAGED_ZIP = (
     zipfile.BadZipFile,
     zlib.error,
+    struct.error,
     EOFError,
     NotImplementedError,
     UnicodeDecodeError,
@@ -51,6 +54,13 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
             tensors and plain data.
     """
     path = Path(path)
+    try:
+        return _read(path)
+    except MemoryError as error:
+        raise InputError(f"{path}: there is too little memory to read it") from error
+
+
+def _read(path: Path) -> Any:
     if not path.is_file():
         problem = "is a folder; give the file in it" if path.is_dir() else "does not exist"
         raise InputError(f"{path}: {problem}")
@@ -62,7 +72,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"{path}: cannot be read ({error})") from error
     head = file[:512].tobytes()
     header_bytes = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and header_bytes <= safetensors_io.MAX_HEADER_BYTES:
+    if head[8:9] == b"{" and header_bytes < 2**32:  # that the header is short, is checked there
         return safetensors_io.read_safetensors(path)[0]
     try:
         if head.startswith(b"PK\x03\x04"):
@@ -75,23 +85,35 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
         if head[257:262] == b"ustar":
             raise InputError(f"this is a tar file, as PyTorch wrote before 0.1.10; {RESAVE}")
         raise InputError(
-            f"this is no PyTorch or safetensors file (it starts with {head[:16]!r}); {AGAIN}"
+            f"this is no PyTorch or safetensors file (it starts with {shown(head[:16])}); {AGAIN}"
         )
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+class _DirectoryFile(io.FileIO):
+    """A zip file of which zipfile reads the list of members, which takes 10 times its size."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is not None and size > MAX_DIRECTORY_BYTES:
+            raise InputError(f"its list of members has {size} bytes; is it a checkpoint?")
+        return super().read(MAX_DIRECTORY_BYTES if size is None or size < 0 else size)
 
 
 def _read_zip(path: Path, file: np.ndarray) -> Any:
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _read_archive(archive, file)
+        with _DirectoryFile(path) as directory, zipfile.ZipFile(directory) as archive:
+            return _read_members(archive.infolist(), file)
     except DAMAGED_ZIP as error:
-        raise InputError(f"the zip file is cut short or damaged ({error}); {AGAIN}") from error
+        problem = f"cut short or damaged ({reason(error)})"
+        raise InputError(f"the zip file is {problem}; {AGAIN}") from error
 
 
-def _read_archive(archive: zipfile.ZipFile, file: np.ndarray) -> Any:
-    members = {member.filename: member for member in archive.infolist()}
-    _check_members(members.values(), len(file))
+def _read_members(listed: list[zipfile.ZipInfo], file: np.ndarray) -> Any:
+    members = {member.filename: member for member in listed}
+    if len(members) < len(listed):
+        raise InputError(f"two members of the zip file have the same name; {AGAIN}")
+    _check_compression(listed, len(file))
     pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
         raise InputError("this is a zip file that torch.save did not write: it has no data.pkl")
@@ -100,50 +122,63 @@ def _read_archive(archive: zipfile.ZipFile, file: np.ndarray) -> Any:
         raise InputError(
             f"its pickle has {members[pickles[0]].file_size} bytes; is it a checkpoint?"
         )
-    if root + "byteorder" in members and archive.read(root + "byteorder") != b"little":
+    order = members.get(root + "byteorder")
+    if order and (order.file_size > 6 or _content(order, file).tobytes() != b"little"):
         raise InputError("it was saved on a big-endian machine; save it on a little-endian one")
 
     @functools.cache  # tied tensors share their storage, compressed or not
     def content(name: str) -> np.ndarray:
-        if members[name].compress_type == zipfile.ZIP_STORED:
-            return _stored(members[name], file)
-        return np.frombuffer(archive.read(name), np.uint8)
+        return _content(members[name], file)
 
     def storage(dtype: np.dtype, key: str, count: int) -> Storage:
         name = f"{root}data/{key}"
         if name not in members:
-            raise InputError(f"a tensor refers to {name}, which the file lacks; {AGAIN}")
+            raise InputError(f"a tensor refers to {shown(name)}, which the file lacks; {AGAIN}")
         if members[name].file_size != count * dtype.itemsize:
             raise InputError(
-                f"{name} should hold {count} elements of {dtype.name} but has "
+                f"{shown(name)} should hold {count} elements of {dtype.name} but has "
                 f"{members[name].file_size} bytes; {AGAIN}"
             )
         return Storage(content(name), dtype)
 
-    return unpickle(archive.read(pickles[0]), storage)
+    pickle = _content(members[pickles[0]], file).tobytes()
+    if zlib.crc32(pickle) != members[pickles[0]].CRC:
+        raise zipfile.BadZipFile("Bad CRC-32 of its pickle")
+    return unpickle(pickle, storage, len(file))
 
 
-def _check_members(members, file_bytes: int) -> None:
+def _check_compression(members: list[zipfile.ZipInfo], file_bytes: int) -> None:
     compressed = [m for m in members if m.compress_type != zipfile.ZIP_STORED]
     if any(m.flag_bits & 1 for m in members):
         raise InputError("the zip file is encrypted; unpack it and zip it without a password")
     if any(m.compress_type != zipfile.ZIP_DEFLATED for m in compressed):
         raise InputError(f"the zip file is compressed by a method other than deflate; {RESAVE}")
     unpacked = sum(m.file_size for m in compressed)
-    if unpacked > max(MAX_UNPACKED_BYTES, MAX_UNPACKED_RATIO * file_bytes):
+    if unpacked > plausible_bytes(file_bytes):  # for that goes into memory
         raise InputError(
             f"the zip file unpacks from {file_bytes} to {unpacked} bytes, more than weights can; "
             f"if you trust it, {RESAVE}"
         )
 
 
-def _stored(member: zipfile.ZipInfo, file: np.ndarray) -> np.ndarray:
+def _content(member: zipfile.ZipInfo, file: np.ndarray) -> np.ndarray:
+    """The bytes of a member: a view of the file if it is not compressed."""
+    name = shown(member.filename)
     # The central directory gives the local header; its two lengths say where the content starts.
     header = file[member.header_offset : member.header_offset + 30].tobytes()
-    if len(header) < 30 or not header.startswith(b"PK\x03\x04"):
-        raise InputError(f"the zip file is damaged at {member.filename}; {AGAIN}")
+    if member.header_offset < 0 or len(header) < 30 or not header.startswith(b"PK\x03\x04"):
+        raise InputError(f"the zip file is damaged at {name}; {AGAIN}")
     lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     start = member.header_offset + 30 + lengths
-    if start + member.file_size > len(file):
-        raise InputError(f"the file ends inside {member.filename}; {AGAIN}")
-    return file[start : start + member.file_size]
+    stored = member.compress_type == zipfile.ZIP_STORED
+    size = member.file_size if stored else member.compress_size
+    if start + size > len(file):
+        raise InputError(f"the file ends inside {name}; {AGAIN}")
+    packed = file[start : start + size]
+    if stored:
+        return packed
+    # One byte more than promised is enough to tell that there are more.
+    unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed.data, member.file_size + 1)
+    if len(unpacked) != member.file_size or zlib.crc32(unpacked) != member.CRC:
+        raise zipfile.BadZipFile(f"{name} unpacks to something else than was packed")
+    return np.frombuffer(unpacked, np.uint8)

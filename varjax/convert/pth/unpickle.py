@@ -2,12 +2,12 @@
 
 Python's unpickler calls whatever a file names. This one walks the opcodes itself: a name means what
 `ALLOWED` says and nothing else, so a file can at most produce a wrong array, and no file can reach
-outside its own storages.
+outside its own storages. Nor can it take more than seconds or more than some 200 MB: operations are
+counted, and so is what they copy and how large their tensors are.
 """
 
 import pickletools
 from collections.abc import Callable, Iterator
-from reprlib import repr as short  # bounded: the full repr of a hostile object may never end
 from types import FunctionType
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from varjax.convert.pth.allowed import ALLOWED, REFUSED, Namespace, Storage, check_key
 from varjax.core.errors import InputError
+from varjax.core.untrusted import MAX_BYTES, plausible_bytes, reason, shown
 
 LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 FRESH = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
@@ -23,14 +24,19 @@ VALUES = frozenset(
     "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES "
     "BINSTRING SHORT_BINSTRING".split()  # of Python 2
 )
+MAX_OPCODES = 2**19  # some 45 a tensor, and a full trainer checkpoint of MAR-H has 3000 tensors
+MAX_COPIED_BYTES, ELEMENT_BYTES = 2**22, 16  # by calls, besides twice the pickle's size
 
 
-def unpickle(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage]) -> Any:
+def unpickle(
+    pickle: bytes, storage: Callable[[np.dtype, str, int], Storage], file_bytes: int = 0
+) -> Any:
     """Builds the object that a pickle describes, executing nothing.
 
     Args:
         pickle: its bytes.
         storage: (element type, key, number of elements) -> the storage of that key.
+        file_bytes: size of the file, to which that of all tensors together must be in proportion.
 
     Returns:
         Plain data, with tensors as read-only NumPy views of what `storage` returned. OrderedDict
@@ -38,13 +44,17 @@ def unpickle(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage]) ->
         np.dtype.
 
     Raises:
-        InputError: it asks for anything that is not on the allow-list, or is damaged.
+        InputError: it asks for anything that is not on the allow-list, for more than is plausible,
+            or is damaged.
     """
     try:
-        return _run(_opcodes(pickle), storage)
-    except (IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        return _run(pickle, storage, file_bytes)
+    except InputError:
+        raise
+    except (IndexError, KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
         # A machine without checks at every pop runs into these when the opcodes make no sense.
-        raise InputError(f"its pickle is damaged ({error!r}); download or save it again") from error
+        problem = f"{type(error).__name__}: {reason(error)}"
+        raise InputError(f"its pickle is damaged ({problem}); download or save it again") from error
 
 
 def pickle_size(data: bytes) -> int:
@@ -54,15 +64,22 @@ def pickle_size(data: bytes) -> int:
 
 def _opcodes(pickle: bytes) -> Iterator[tuple[str, Any, int]]:
     try:
-        yield from ((opcode.name, arg, at or 0) for opcode, arg, at in pickletools.genops(pickle))
+        for i, (opcode, arg, position) in enumerate(pickletools.genops(pickle)):
+            if i == MAX_OPCODES:
+                raise InputError(f"its pickle has more than {i} operations; is it a checkpoint?")
+            yield opcode.name, arg, position or 0
+    except InputError:
+        raise
     except ValueError as error:
-        raise InputError(f"its pickle is damaged ({error}); download or save it again") from error
+        raise InputError(
+            f"its pickle is damaged ({reason(error)}); download or save it again"
+        ) from error
 
 
-def _run(
-    opcodes: Iterator[tuple[str, Any, int]], storage: Callable[[np.dtype, str, int], Storage]
-) -> Any:
+def _run(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage], file_bytes: int) -> Any:
     stack, marks, memo = [], [], {}
+    copied_bytes, max_copied_bytes = 0, MAX_COPIED_BYTES + 2 * len(pickle)
+    tensor_bytes = 0
 
     def pop(count: int) -> list[Any]:
         if len(stack) < count:
@@ -74,7 +91,27 @@ def _run(
     def since_mark() -> list[Any]:
         return pop(len(stack) - marks.pop())
 
-    for opcode, arg, _ in opcodes:
+    def count_copies(values) -> None:
+        # Few bytes can ask a thousand times for a copy of the same long list.
+        nonlocal copied_bytes
+        for x in values:
+            if isinstance(x, str | bytes):
+                copied_bytes += len(x)
+            elif isinstance(x, list | tuple | dict | set):
+                copied_bytes += ELEMENT_BYTES * len(x)
+        if copied_bytes > max_copied_bytes:
+            raise InputError(f"its pickle copies the same data again and again; {REFUSED}")
+
+    def count_bytes(tensor: np.ndarray) -> None:
+        nonlocal tensor_bytes
+        tensor_bytes += tensor.nbytes
+        if tensor_bytes > plausible_bytes(file_bytes):
+            raise InputError(
+                f"its tensors have {tensor_bytes} bytes or more, which is more than is plausible "
+                f"in a file of {file_bytes}; save tensor.contiguous() if they are expanded"
+            )
+
+    for opcode, arg, _ in _opcodes(pickle):
         match opcode:
             case "PROTO" | "FRAME":
                 pass
@@ -105,16 +142,23 @@ def _run(
             case "GLOBAL":
                 stack.append(_allowed(arg.replace(" ", ".")))
             case "STACK_GLOBAL":
-                stack.append(_allowed(".".join(pop(2))))
+                stack.append(_allowed(".".join(map(_short_name, pop(2)))))
             case "REDUCE":
                 function, args = pop(2)
                 if not isinstance(function, FunctionType):  # a type of number, or plain data
                     raise InputError(f"its pickle calls a {type(function).__name__}; {REFUSED}")
-                stack.append(function(*args))
+                if not isinstance(args, tuple):
+                    raise TypeError(f"a call with a {type(args).__name__} of arguments")
+                count_copies(args)
+                made = function(*args)
+                if isinstance(made, np.ndarray) and made is not args[0]:  # as a Parameter is
+                    count_bytes(made)
+                stack.append(made)
             case "NEWOBJ":
                 stack.append(_new_object(*pop(2)))
             case "BUILD":
                 (state,) = pop(1)
+                count_copies([state])
                 _set_state(stack[-1], state)
             case "BINPERSID":
                 (reference,) = pop(1)
@@ -130,20 +174,33 @@ def _run(
     return stack.pop()
 
 
+def _short_name(name: Any) -> str:
+    if not isinstance(name, str) or len(name) > 200:
+        raise InputError(f"its pickle asks for {shown(name)}; {REFUSED}")
+    return name
+
+
 def _allowed(name: str) -> Any:
     if name not in ALLOWED:
-        raise InputError(f"its pickle asks for {name[:200]!r}; {REFUSED}")
+        raise InputError(f"its pickle asks for {shown(name)}; {REFUSED}")
     return ALLOWED[name]
 
 
 def _storage(reference: Any, storage: Callable[[np.dtype, str, int], Storage]) -> Storage:
+    if not isinstance(reference, tuple):
+        raise TypeError(f"a storage called by a {type(reference).__name__}")
     kind, dtype, key, _location, count, *part = reference
-    if part not in ([], [None]):  # what PyTorch before 1.6 adds: which part of another storage
+    if len(part) > 1 or part and part[0] is not None:
+        # What PyTorch before 1.6 adds: which part of another storage.
         raise InputError("its tensors share storages in an old way; re-save it in a recent PyTorch")
-    if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
-        raise InputError(f"its pickle refers to a storage of unknown kind {short(kind)}; {REFUSED}")
-    if type(count) is not int or count < 0:
-        raise InputError(f"storage {short(key)} has {short(count)} elements: the file is damaged")
+    if not isinstance(kind, str) or kind != "storage":
+        raise InputError(f"its pickle refers to a storage of unknown kind {shown(kind)}; {REFUSED}")
+    if not isinstance(dtype, np.dtype) or not isinstance(key, str):
+        raise InputError(
+            f"its pickle refers to a storage {shown(key)} of {shown(dtype)}; {REFUSED}"
+        )
+    if type(count) is not int or not 0 <= count < MAX_BYTES:
+        raise InputError(f"storage {shown(key)} has {shown(count)} elements: the file is damaged")
     return storage(dtype, key, count)
 
 
@@ -184,6 +241,8 @@ def _set_state(target: Any, state: Any) -> None:
             )
         target.update(state)
     elif isinstance(target, np.dtype):
+        if not isinstance(state, tuple) or not isinstance(state[1], str):
+            raise TypeError(f"a state of a dtype that is a {type(state).__name__}")
         if state[1] not in ("<", "|"):
             raise InputError("it holds big-endian numbers; save it on a little-endian machine")
     elif not isinstance(target, dict):

@@ -13,6 +13,8 @@ Scale = int | tuple[int, int]
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+# What a file says may be anything, and describing a model takes time and memory by its scales.
+MAX_SCALES, MAX_LENGTH = 64, 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Pyramid:
         Pyramid((1, 2, (3, 4))).slices  # (slice(0, 1), slice(1, 5), slice(5, 17))
 
     Hashable, so that it can be closed over or passed as a static argument. Raises InputError if
-    there is no scale, a side is below 1, or a map is smaller than the one before it.
+    there is no scale, a side is below 1, a map is smaller than the one before it, or there are more
+    scales or tokens than any model has.
 
     Attributes:
         scales: of each map, the side length if it is square, or (h, w).
@@ -33,6 +36,8 @@ class Pyramid:
     def __post_init__(self):
         if not self.scales:
             raise InputError("scales is empty: give at least one side length, such as (1, 2, 4)")
+        if len(self.scales) > MAX_SCALES:
+            raise InputError(f"there are {len(self.scales)} scales; allowed are {MAX_SCALES}")
         for side in (side for shape in self.shapes for side in shape):
             if side < 1:
                 raise InputError(f"scales={self.scales}: a side of {side}; sides are 1 or more")
@@ -42,6 +47,10 @@ class Pyramid:
                     f"scales={self.scales}: {next_h}x{next_w} comes after {h}x{w}; "
                     "list the scales from coarse to fine"
                 )
+        if self.length > MAX_LENGTH:
+            raise InputError(
+                f"scales={self.scales}: {self.length} tokens together; allowed are {MAX_LENGTH}"
+            )
 
     @functools.cached_property
     def shapes(self) -> tuple[tuple[int, int], ...]:

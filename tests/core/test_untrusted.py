@@ -1,0 +1,60 @@
+import time
+
+import numpy as np
+import pytest
+
+from varjax.core.errors import InputError
+from varjax.core.untrusted import abridged, check_integers, check_name, check_shape, reason, shown
+
+
+def test_values_are_shown_short_whatever_they_are():
+    pairs, itself = [], []
+    for _ in range(60):
+        pairs = (pairs, pairs)
+    itself.append(itself)
+    dense = np.broadcast_to(np.float32(0), (2,) * 26)  # NumPy would print every number of it
+    start = time.monotonic()
+    for value, text in {
+        "x": "'x'",
+        2.5: "2.5",
+        True: "True",
+        None: "None",
+        (1, "a"): "(1, 'a')",
+        (3,): "(3,)",
+        tuple(range(9)): "(0, 1, 2, 3, 4, 5, …)",
+        -(2**70): "about -10^21",
+        2**100000: "about 10^30103",
+        b"\x1b[2J" * 50: repr(b"\x1b[2J" * 20) + " … (200 in all)",
+    }.items():
+        assert shown(value) == text
+    text = shown([pairs, dense, {}, itself])  # not in the assertion, which may print all of it
+    assert text == "[a tuple, a ndarray, a dict, a list]"
+    assert time.monotonic() - start < 1
+    assert len(shown(["x" * 1000] * 1000)) < 1000
+
+
+def test_shapes_are_what_numpy_can_hold():
+    for shape in ((), [0, 3], (1,) * 64, (2**40, 0)):
+        assert np.zeros(check_shape(shape, 4), np.float32).shape == tuple(shape)
+    for shape in ((1,) * 65, ("4",), (2.0,), (-1,), (True,), (2**2000,), 3, "12", np.ones(2, int)):
+        with pytest.raises(InputError, match="size or stride"):
+            check_shape(shape, 4)
+    for shape in ((2**47, 2**47, 0), (2**31, 2**30)):
+        assert check_integers(shape) == shape
+        with pytest.raises(InputError, match="more than any memory"):
+            check_shape(shape, 4)
+
+
+def test_names_fit_into_messages():
+    assert check_name("é.weight") == "é.weight"
+    for name in ("x" * 513, "\x1b[2J", "a\nb", "\u202e", 3, b"x"):
+        with pytest.raises(InputError, match="name"):
+            check_name(name)
+
+
+def test_long_messages_are_cut():
+    assert abridged(["a", "b"]) == ["a", "b"]
+    lines = abridged([str(i) for i in range(1000)])
+    assert len(lines) == 51 and lines[-1] == "… and 950 more"
+    assert reason(ValueError("bad")) == "bad"
+    assert reason(ValueError("\x1b" + "x" * 1000)) == repr("\x1b" + "x" * 199)

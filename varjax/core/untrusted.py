@@ -1,0 +1,106 @@
+"""Files of unknown origin: what they may claim, and how to tell of it in a short message.
+
+A file's numbers are looked at before anything is allocated by them, so that reading takes memory
+and time in proportion to the file, whatever it says.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from varjax.core.errors import InputError
+
+MAX_RANK = 64  # NumPy's
+MAX_SIDE, MAX_BYTES = 2**48, 2**63  # what addresses can be, and NumPy's sizes
+MAX_NAME_LENGTH = 512  # those of real tensors have less than 100 characters
+# What is compressed, shared or expanded may be more than the file, but real weights shrink by no
+# more than a tenth, and are tied once or twice.
+MAX_RATIO, SMALL_BYTES = 8, 2**20
+SHOWN_LENGTH, SHOWN_ITEMS, SHOWN_LINES, REASON_LENGTH = 80, 6, 50, 200
+
+
+def plausible_bytes(file_bytes: int) -> int:
+    """Returns how many bytes a file may at most unpack to, and its tensors have together."""
+    return max(SMALL_BYTES, MAX_RATIO * file_bytes)
+
+
+def check_integers(numbers: Any) -> tuple[int, ...]:
+    """Returns a size or strides as a tuple.
+
+    Raises InputError unless they are a list or tuple of at most 64 integers of 0 or more.
+    """
+    if not isinstance(numbers, list | tuple) or len(numbers) > MAX_RANK:
+        raise InputError(
+            f"a tensor has size or stride {shown(numbers)}; allowed are at most {MAX_RANK} integers"
+        )
+    if any(type(n) is not int or not 0 <= n < MAX_SIDE for n in numbers):
+        raise InputError(
+            f"a tensor has size or stride {shown(numbers)}, where non-negative integers belong: "
+            "the file is damaged"
+        )
+    return tuple(numbers)
+
+
+def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
+    """Returns a shape as a tuple; raises InputError unless NumPy can have such arrays.
+
+    Args:
+        shape: of any type.
+        itemsize: bytes of an element.
+    """
+    shape = check_integers(shape)
+    # Like NumPy, which wants room for the other axes where one has length 0.
+    if math.prod(n or 1 for n in shape) * itemsize >= MAX_BYTES:
+        raise InputError(f"a tensor has size {shown(shape)}, more than any memory")
+    return shape
+
+
+def check_name(name: Any) -> str:
+    """Returns the name of a tensor; raises InputError if it is no string fit for a message."""
+    if not isinstance(name, str):
+        raise InputError(f"the name {shown(name)} is {_kind(name)}, not a string")
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise InputError(
+            f"a tensor is called {shown(name)}; names are at most {MAX_NAME_LENGTH} printable "
+            "characters"
+        )
+    return name
+
+
+def shown(value: Any) -> str:
+    """Returns a value for a message: itself if it is short and plain, else its kind and size.
+
+    The repr of a hostile object may take exponential time, and so may that of an array.
+    """
+    if isinstance(value, str | bytes):
+        start = repr(value[:SHOWN_LENGTH])
+        return start if len(value) <= SHOWN_LENGTH else f"{start} … ({len(value)} in all)"
+    if isinstance(value, int) and abs(value) >= MAX_BYTES:
+        return f"about {'-' * (value < 0)}10^{int(value.bit_length() * math.log10(2))}"
+    if isinstance(value, int | float | complex | None):
+        return repr(value)
+    if type(value) in (tuple, list):
+        items = [_kind(x) if type(x) in (tuple, list) else shown(x) for x in value[:SHOWN_ITEMS]]
+        more = ["…"] if len(value) > SHOWN_ITEMS else []
+        text = ", ".join(items + more)
+        if type(value) is list:
+            return f"[{text}]"
+        return f"({text},)" if len(value) == 1 else f"({text})"
+    return _kind(value)
+
+
+def reason(error: Exception) -> str:
+    """Returns what an exception says for a message: short and printable, whatever file it is of."""
+    text = str(error)[:REASON_LENGTH]
+    return text if text.isprintable() else repr(text)
+
+
+def abridged(lines: Sequence[str]) -> list[str]:
+    """Returns the first lines of a message, and how many more there are if these are many."""
+    left = len(lines) - SHOWN_LINES
+    return [*lines[:SHOWN_LINES], f"… and {left} more"] if left > 0 else list(lines)
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
