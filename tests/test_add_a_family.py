@@ -77,6 +77,7 @@ class HistogramTask:
     tokenizer_weights: str
     optimizer: AdamW = AdamW(base_lr=4.0)
     sampling: HistogramOptions = HistogramOptions()
+    accumulate: int = 1
     plan: Plan = Plan()
 
     def check(self, image_shape, classes):

@@ -2,8 +2,7 @@ import os
 
 import pytest
 
-from varjax.analysis.runs import find_runs, run_status, status_table
-from varjax.cli import runs as command
+from varjax.analysis.runs import find_runs, main, run_status, status_table
 from varjax.core import files, folders
 from varjax.core.errors import InputError
 
@@ -49,7 +48,7 @@ def test_a_run_at_its_last_step_is_finished(run):
 def test_runs_are_found_below_a_folder(run, tmp_path, capsys):
     files.write_json(tmp_path / "data" / "data.json", {})  # no run's
     assert find_runs(tmp_path) == find_runs(run) == [run]
-    assert command.main([str(tmp_path)]) == 0
+    assert main([str(tmp_path)]) == 0
     assert str(run) in capsys.readouterr().out
     with pytest.raises(InputError, match="holds no training run"):
         find_runs(tmp_path / "data")

@@ -1,12 +1,15 @@
 import dataclasses
 import pathlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tests.helpers import tiny
 from varjax.core import files
+from varjax.core.errors import InputError
 from varjax.data.sources.folder import Folder
+from varjax.training import run_dir as checks
 from varjax.training.run_dir import check_or_write_config, check_or_write_data
 
 
@@ -73,3 +76,13 @@ def test_a_run_remembers_its_images_which_may_move_but_not_change(tmp_path):
     pathlib.Path("moved/val/dog").rename("moved/val/wolf")
     with pytest.raises(ValueError, match="class_names.*dog.*wolf"):
         run_on("moved")
+
+
+def test_a_numpy_that_draws_other_numbers_is_refused(tmp_path, monkeypatch):
+    e = tiny.experiment(tmp_path)
+    check_or_write_data(e)
+    monkeypatch.setattr(np, "__version__", "9.0")  # another one that draws the same
+    check_or_write_data(e)
+    monkeypatch.setattr(checks, "random_numbers_digest", lambda: "0123")
+    with pytest.raises(InputError, match="NumPy 9.0, which draws other random numbers than 9.0"):
+        check_or_write_data(e)

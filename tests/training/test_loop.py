@@ -14,8 +14,8 @@ from tests.helpers.tiny import lines, weights
 from varjax.core import files, folders
 from varjax.core.errors import InputError
 from varjax.core.saved_steps import restore_weights
-from varjax.training import experiment as settings
 from varjax.training import loop
+from varjax.training import run_dir as checks
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.loop_state import LoopState, parse_keep_best
 from varjax.training.task import Plan
@@ -235,14 +235,14 @@ def test_processes_that_see_other_data_are_refused_before_anything_else(tmp_path
         return [mine, json.loads(json.dumps(mine)), there | {"host": "node2"}]
 
     monkeypatch.setattr(jax, "process_count", lambda: 3)
-    monkeypatch.setattr(settings, "gather_json", one_image_less_there)
+    monkeypatch.setattr(checks, "gather_json", one_image_less_there)
     with pytest.raises(
         InputError, match="process 2 on node2: train has 1441 images instead of 1442"
     ):
         loop.train(tiny.experiment(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(settings, "gather_json", lambda mine: [mine, mine])
-    settings.check_same_data(tiny.experiment(tmp_path), 1442)
+    monkeypatch.setattr(checks, "gather_json", lambda mine: [mine, mine])
+    checks.check_same_data(tiny.experiment(tmp_path), 1442)
 
 
 @pytest.mark.parametrize(

@@ -187,6 +187,7 @@ def test_the_mesh_of_every_training_command_in_the_documentation_exists(monkeypa
         parser = argparse.ArgumentParser()
         add_config_flags(parser)
         add_process_flags(parser)
+        parser.add_argument("--dry_run", action="store_true")
         _, experiment = config_from_flags(parser, words.split())
         for cluster, devices in CLUSTERS.items():
             if len(devices) < max(experiment.mesh.fsdp, 1):

@@ -1,14 +1,23 @@
-"""Lists training runs: how far each has come, how fast, and whether it is still going on."""
+"""Lists the training runs in a folder: state, step, loss, speed, and when each last wrote.
 
+varjax runs runs
+varjax runs /shared/runs --watch=30
+
+A run counts as running while a process holds its lock, on this machine or another one that shares
+the folder and its locks.
+"""
+
+import argparse
 import dataclasses
 import math
 import pathlib
+import sys
 import time
 from typing import Literal
 
 from varjax.analysis.run_log import read_run_log
 from varjax.core import folders
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting, run_command
 
 State = Literal["running", "finished", "failed", "stopped"]
 
@@ -115,3 +124,32 @@ def _ago(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit} ago"
     return f"{max(seconds, 0):.0f} s ago"
+
+
+def main(arguments: list[str]) -> int:
+    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(
+        "varjax runs",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("folder", nargs="?", default="runs", metavar="DIR", help="holds runs (runs)")
+    add("--watch", type=float, default=0.0, metavar="SECONDS", help="print it again and again")
+    flags = parser.parse_args(arguments)
+
+    def show() -> None:
+        check_setting("watch", flags.watch, flags.watch >= 0, "0 or more seconds")
+        while True:
+            print(status_table([run_status(run) for run in find_runs(flags.folder)]), flush=True)
+            if not flags.watch:
+                break
+            time.sleep(flags.watch)
+            print()
+
+    return run_command("varjax runs", show)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

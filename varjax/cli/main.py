@@ -15,7 +15,10 @@ COMMANDS = {
     "evaluate-tokenizer": ("varjax.tokenizers.evaluate", "measure what a tokenizer keeps"),
     "prepare": ("varjax.data.prepare.prepare", "pack a folder of images into few large files"),
     "cache-latents": ("varjax.data.cache_latents", "run a tokenizer over its images once"),
-    "runs": ("varjax.cli.runs", "list training runs: how far, how fast, whether still going on"),
+    "runs": (
+        "varjax.analysis.runs",
+        "list training runs: how far and how fast, and if they go on",
+    ),
     "plot": ("varjax.plot.__main__", "draw the curves of training runs"),
     "benchmark": ("varjax.benchmark.__main__", "measure speed, memory and communication"),
 }

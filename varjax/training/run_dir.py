@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from varjax.core import config_tree, files
 from varjax.core.distributed import gather_json
@@ -96,12 +97,21 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 def check_or_write_data(experiment: Experiment) -> None:
     """Writes <run_dir>/data.json: the names of the classes, and what identifies the images.
 
-    Raises InputError where the run there was trained on other images, wherever they lie now; the
-    held-out ones may change.
+    Raises InputError where the run there was trained on other images, wherever they lie now, or in
+    an order that this NumPy does not draw; the held-out ones may change.
     """
     now, path = experiment.data.describe(), pathlib.Path(experiment.run_dir) / "data.json"
+    now["numpy"] = {"version": np.__version__, "random_numbers": random_numbers_digest()}
     if path.exists():
         before = files.read_json(path) | {"held_out": now["held_out"]}
+        numpy = before.setdefault("numpy", now["numpy"])
+        if numpy["random_numbers"] != now["numpy"]["random_numbers"]:
+            raise InputError(
+                f"{experiment.run_dir} was trained with NumPy {numpy['version']}, which draws "
+                f"other random numbers than {np.__version__}: order and augmentation of its images "
+                f"would change; pip install numpy=={numpy['version']} to continue, or fork_from it"
+            )
+        before["numpy"] = now["numpy"]
         if lines := config_tree.differences(before, now):
             raise InputError(
                 f"{experiment.run_dir} was trained on other images:\n  "
@@ -128,7 +138,10 @@ def check_same_data(experiment: Experiment, train_images: int) -> None:
     if jax.process_count() == 1:
         return
     described = experiment.data.describe()
-    parts = described | {"train": described["train"] | {"images": train_images}}
+    parts = described | {
+        "train": described["train"] | {"images": train_images},
+        "NumPy's random numbers": random_numbers_digest(),
+    }
     seen = {
         name: {
             "digest": hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest(),
@@ -147,6 +160,23 @@ def check_same_data(experiment: Experiment, train_images: int) -> None:
             + "\n  ".join(lines)
             + "\ngive all of them the same files"
         )
+
+
+def random_numbers_digest() -> str:
+    """Returns a digest of what NumPy draws for one seed in all ways that order and augment images.
+
+    NumPy promises equal numbers for as long as nobody finds a better way to draw them.
+    """
+    rng = np.random.default_rng((0, 1, 2))
+    drawn = (
+        rng.permutation(100),
+        rng.integers(1 << 40, size=100),
+        rng.integers(7, size=100),
+        rng.random(100),
+        rng.uniform(-1, 1, 100),
+        rng.standard_normal(100),
+    )
+    return hashlib.sha256(b"".join(x.tobytes() for x in drawn)).hexdigest()[:16]
 
 
 def _data_differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -204,12 +204,12 @@ print(batch["image_BHWC"].shape, "jax" in sys.modules)
 
 @pytest.mark.slow
 def test_a_stopped_command_leaves_no_process_and_goes_on_without_tensorflow(tmp_path):
-    photos.write_photos("x", size=8, train=150, val=2)
+    photos.write_photos("x", size=8, train=400, val=2)
     (tmp_path / "fake/tensorflow").mkdir(parents=True)
     (tmp_path / "fake/tensorflow/__init__.py").write_text("raise RuntimeError('imported')")
     environment = os.environ | {"PYTHONPATH": f"{PACKAGE}:{tmp_path}/fake"}
     command = [sys.executable, "-m", "varjax.data.prepare", "--folder=x", "--out=out"]
-    command += ["--workers=1", "--shards=100"]
+    command += ["--workers=1", "--shards=300"]
     for done, kill, number, code in (3, os.killpg, signal.SIGINT, 130), (6, os.kill, 9, -9):
         quiet = {"stderr": subprocess.DEVNULL, "start_new_session": True}
         process = subprocess.Popen(command, env=environment, **quiet)
@@ -228,7 +228,7 @@ def test_a_stopped_command_leaves_no_process_and_goes_on_without_tensorflow(tmp_
     read = [sys.executable, "-c", READ]
     read = subprocess.run(read, env=environment, check=True, capture_output=True, text=True)
     assert read.stdout == "(4, 8, 8, 3) False\n"
-    assert len(TFDS("out").source("train")) == 300
+    assert len(TFDS("out").source("train")) == 800
 
 
 def _children(pid):
