@@ -33,7 +33,7 @@ def get_config() -> Experiment:
         run_dir="runs/digits_kl_tokenizer",
         batch_size=64,
         steps=700,
-        eval_every=250,
+        eval_every=350,
         save_every=250,
-        preview_every=250,
+        preview_every=350,
     )

@@ -89,7 +89,7 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
         run_dir="_".join(parts),
         batch_size=128,
         steps=1500,
-        eval_every=250,
+        eval_every=500,
         save_every=500,
-        preview_every=500,
+        preview_every=750,
     )
