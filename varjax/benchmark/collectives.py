@@ -52,9 +52,7 @@ def count_traffic(hlo: str) -> dict[str, Traffic]:
                     kind = "reduce-scatter"
                 devices = group_size(rest)
                 factor = RINGS[kind] * (devices - 1) / devices
-                if (
-                    operation == "reduce-scatter"
-                ):  # its shape is that of a part, unlike a start's largest
+                if operation == "reduce-scatter":  # its shape is a part's, unlike a start's
                     factor *= devices
                 found[kind].calls += times
                 found[kind].bytes += times * factor * _bytes(shape, largest="-start" in operation)

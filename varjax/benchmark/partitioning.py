@@ -106,8 +106,8 @@ def measure_step(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str
         "dtype": str(task.compute.jax_dtype),
         "remat": task.compute.remat,
         "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-        "state_gb": _held(state),
-        "frozen_gb": _held(frozen),
+        "state_gb": _held_gb(state),
+        "frozen_gb": _held_gb(frozen),
     }
     if sizes_only:
         return figures
@@ -161,15 +161,9 @@ def _abstract(shape: tuple[int, ...], dtype: Any, where: Any) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
 
-def _held(tree: Any) -> float:
+def _held_gb(tree: Any) -> float:
     """Adds up abstract arrays on each device, in 1e9 bytes."""
-    return (
-        sum(
-            math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-            for x in jax.tree.leaves(tree)
-        )
-        / 1e9
-    )
+    return sharding.bytes_on_device(tree, jax.tree.map(lambda x: x.sharding, tree)) / 1e9
 
 
 def _compile(lowered: Any) -> tuple[Any, str]:

@@ -10,19 +10,17 @@ python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 
 """
 
 import argparse
-import logging
 import sys
-import traceback
 
 from varjax.core.config_flags import add_config_flags, config_from_flags
-from varjax.core.errors import InputError, run_command
+from varjax.core.errors import InputError
 
 
 def main(arguments: list[str]) -> int:
     """Returns 0 when the run is finished, 1 when it failed, 2 for a wrong command line."""
     # Imported here: a worker process that reads data imports this module, and needs no JAX.
     from varjax.core.compilation_cache import use_compilation_cache
-    from varjax.core.distributed import add_process_flags, connect_by_flags, end_process
+    from varjax.core.distributed import add_process_flags, connect_by_flags, run_on_processes
     from varjax.training import loop
     from varjax.training.dry_run import dry_run
 
@@ -57,16 +55,10 @@ def main(arguments: list[str]) -> int:
         return 2
 
     def action() -> None:
+        use_compilation_cache()
         if flags.dry_run:
             dry_run(experiment)
         else:
             loop.train(experiment, flags.profile)
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
-    try:
-        use_compilation_cache()
-        code = run_command("varjax train", action, flags.debug)
-    except Exception as error:
-        traceback.print_exception(error)
-        code = 1
-    return end_process(code) if code else 0
+    return run_on_processes("varjax train", action, flags.debug)

@@ -153,16 +153,17 @@ def end_process(code: int) -> int:
     return code
 
 
-def run_on_processes(name: str, action: Callable[[], object]) -> int:
+def run_on_processes(name: str, action: Callable[[], object], debug: bool = False) -> int:
     """Runs a command that may be one of several processes; returns its exit code.
 
     Args:
         name: of the command, which begins its messages.
         action: does everything; see `run_command`.
+        debug: whether users' mistakes are shown with their traceback too.
     """
     logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
     try:
-        code = run_command(name, action)
+        code = run_command(name, action, debug)
     except Exception as error:
         traceback.print_exception(error)
         code = 1

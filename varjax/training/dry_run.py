@@ -14,7 +14,7 @@ from varjax.training.loop import jit_train_step, set_up
 from varjax.training.metric_writers import flatten_metrics
 from varjax.training.prefetch import put_batch
 from varjax.training.run_dir import check_config
-from varjax.training.sharding import put, shardings
+from varjax.training.sharding import bytes_on_device, put, shardings
 from varjax.training.task import check_latents
 
 
@@ -23,8 +23,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
 
     It checks the settings, also against those of a run that is in run_dir already; lays out the
     mesh; reads the first batch; compiles the step and the evaluation, and tells the memory that
-    they need on a device; takes one step with fresh parameters, and evaluates one batch. Nothing is
-    written.
+    they need on a device; takes one step with fresh parameters. Nothing is written.
 
     Args:
         experiment: the run.
@@ -59,15 +58,14 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     init_key, train_key = jax.random.split(jax.random.key(experiment.seed))
     abstract = jax.eval_shape(task.init, init_key)
     placement = shardings(abstract, mesh)
-    whole, held = _bytes(abstract, placement)
     parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
-    say(f"state: {parameters:,} parameters; {_gb(whole)} in all, {_gb(held)} on a device")
+    say(f"state: {parameters:,} parameters; {_sizes(abstract, placement)}")
     frozen = task.frozen()
     check_latents(task, frozen, loader.tokenizer_identity)
-    frozen = put(frozen, shardings(frozen, mesh))
+    where = shardings(frozen, mesh)
     if jax.tree.leaves(frozen):
-        whole, held = _bytes(frozen, jax.tree.map(lambda x: x.sharding, frozen))
-        say(f"pretrained weights: {_gb(whole)} in all, {_gb(held)} on a device")
+        say(f"pretrained weights: {_sizes(frozen, where)}")
+    frozen = put(frozen, where)
 
     state = jax.jit(task.init, out_shardings=placement)(init_key)
     batch = put_batch(numbers, mesh, experiment.batch_size)
@@ -89,14 +87,9 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     say(f"all is well; nothing was written to {pathlib.Path(experiment.run_dir)}")
 
 
-def _bytes(tree: PyTree, placement: PyTree) -> tuple[int, int]:
-    """Bytes of a tree in all, and on one device."""
-    whole = held = 0
-    for x, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(placement), strict=True):
-        whole += x.size * x.dtype.itemsize
-        shape = sharding.shard_shape(x.shape)
-        held += jax.ShapeDtypeStruct(shape, x.dtype).size * x.dtype.itemsize
-    return whole, held
+def _sizes(tree: PyTree, placement: PyTree) -> str:
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    return f"{_gb(whole)} in all, {_gb(bytes_on_device(tree, placement))} on a device"
 
 
 def _needs(program: Any, mesh: Any) -> str:

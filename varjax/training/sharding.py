@@ -146,6 +146,17 @@ def replicated_parameters_note(tree: Any, mesh: Mesh) -> str:
     )
 
 
+def bytes_on_device(tree: Any, placement: Any) -> int:
+    """Adds up the bytes of a tree that lie on one device.
+
+    Args:
+        tree: arrays or their shapes and dtypes.
+        placement: a sharding for each.
+    """
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(placement), strict=True)
+    return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of everything with a leading batch axis."""
     return NamedSharding(mesh, P(("data", "fsdp")))
