@@ -47,7 +47,7 @@ lint: setup
 
 # 50 kills of a run at random moments; about 20 minutes, so no part of the tests.
 soak: setup
-	$(PY) -m tests.helpers.soak --folder=runs/soak --kills=50
+	$(PY) -m tests.helpers.soak --folder=runs/soak --events=100
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -5,9 +5,11 @@ import json
 
 import pytest
 
+from tests.helpers import runs
 from tests.helpers.paths import ROOT
 from varjax.benchmark import __main__ as benchmark
 from varjax.benchmark import evaluate, measure, sample, train
+from varjax.mar.model import MARConfig
 from varjax.metrics.features import pixel_network
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.var.model import VARConfig
@@ -21,6 +23,10 @@ def tiny(monkeypatch):
     small = functools.partial(VQConfig, width=8, multipliers=(1, 1), blocks=1, groups=4)
     monkeypatch.setattr(sample, "VQConfig", small)
     monkeypatch.setattr(train, "VQConfig", small)
+    monkeypatch.setattr(MARConfig, "preset", lambda name: runs.MAR)
+    monkeypatch.setattr(train, "KLConfig", lambda: runs.KL)
+    short = functools.partial(train.MARTask, sampling=runs.MAR_SAMPLING)
+    monkeypatch.setattr(train, "MARTask", short)
     monkeypatch.setattr(measure.MatmulPeak, "measure", lambda self: 1e9)
 
 
@@ -41,8 +47,10 @@ def test_sample_times_the_transformer_the_decoder_and_the_whole(capsys):
 
 
 @pytest.mark.slow
-def test_train_times_the_parts_of_a_step(capsys):
-    assert benchmark.main(["train", "--batch_size=2", "--repeats=1", "--remat=block"]) == 0
+@pytest.mark.parametrize("preset", ["d16", "mar_b"])
+def test_train_times_the_parts_of_a_step(capsys, preset):
+    flags = [f"--preset={preset}", "--batch_size=2", "--repeats=1", "--remat=block"]
+    assert benchmark.main(["train", *flags]) == 0
     parts = {part["part"]: part for part in lines(capsys)}
     assert list(parts) == ["tokenize", "gradient", "update", "step"]
     work = {name: part["model_gflop_per_image"] for name, part in parts.items()}

@@ -1,10 +1,19 @@
+import math
 import time
 
 import numpy as np
 import pytest
 
 from varjax.core.errors import InputError
-from varjax.core.untrusted import abridged, check_integers, check_name, check_shape, reason, shown
+from varjax.core.untrusted import (
+    abridged,
+    check_integers,
+    check_name,
+    check_settings,
+    check_shape,
+    reason,
+    shown,
+)
 
 
 def test_values_are_shown_short_whatever_they_are():
@@ -50,6 +59,13 @@ def test_names_fit_into_messages():
     for name in ("x" * 513, "\x1b[2J", "a\nb", "\u202e", 3, b"x"):
         with pytest.raises(InputError, match="name"):
             check_name(name)
+
+
+def test_settings_are_of_real_sizes():
+    check_settings({"width": 1024, "scales": [1, 2], "a": {"b": None, "c": "x" * 999}}, "var")
+    for bad in (2**70, -(2**21), math.inf, math.nan, [0] * 257, [[2**30]]):
+        with pytest.raises(InputError, match=r"^var\.a\.b.* allowed are"):
+            check_settings({"a": {"b": bad}}, "var")
 
 
 def test_long_messages_are_cut():

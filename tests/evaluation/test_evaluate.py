@@ -1,12 +1,17 @@
 """`varjax evaluate`: of files and of models, going on after a kill, and what it refuses."""
 
 import json
+import os
 import re
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from tests.helpers import runs
+from tests.helpers.paths import ROOT
 from varjax.cli import main
 from varjax.cli import sample as sample_command
 from varjax.core import files
@@ -204,3 +209,27 @@ def test_wrong_command_lines(tmp_path, capsys, arguments, message):
 
 def test_it_is_a_command():
     assert main.COMMANDS["evaluate"][0] == "varjax.evaluation.__main__"
+
+
+@pytest.mark.slow
+def test_two_processes_draw_together_what_one_draws(tmp_path):
+    flags = [f"--weights={runs.var()}", "--count=3", "--batch_size=4", *PIXELS]
+    assert run(*flags, "--out=one.json") == 0
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"--coordinator=localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "varjax.evaluation", *flags, "--out=two.json", address]
+    processes = [
+        subprocess.Popen(
+            [*command, "--processes=2", f"--process={number}"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "30 samples" in said[0] and not said[1]  # one measures and speaks
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one == two

@@ -1,11 +1,16 @@
-"""Kills a run of the digits at random moments, and compares its end with a run left alone.
+"""Does to a run of the digits what may happen to one, and compares its end with a run left alone.
 
-python -m tests.helpers.soak --folder=DIR [--kills=50] [--processes=1] [--seed=0]
+python -m tests.helpers.soak --folder=DIR [--events=50] [--processes=1] [--kills_only] [--seed=0]
 
-`make soak` does it. Every kill is a SIGKILL, at any moment from the start of the interpreter on;
-with several processes it hits one of them, and the others have to end by themselves. The last line
-is a report; the exit code is 1 where more was lost than the steps since the last save, or where the
-ends differ by a bit.
+`make soak` does it. An event comes at any moment from the start of the interpreter on:
+
+kill       SIGKILL of one process or of all; where one is left, it has to end by itself
+pause      SIGSTOP of one process, for 5 seconds
+full       no process can make a file longer, as on a full disk, until the run has ended by itself
+read_only  nothing can be written to <run>/checkpoints, until the run has ended by itself
+
+The last line is a report; the exit code is 1 where more was lost than the steps since the last
+save, where an end was not as it should be, or where the final states differ by a bit.
 """
 
 import argparse
@@ -14,10 +19,13 @@ import os
 import pathlib
 import random
 import re
+import resource
+import signal
 import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,6 +37,17 @@ from tests.helpers.tiny import lines
 SMALL = {"task.model.depth": 2, "task.model.width": 64, "task.tokenizer_weights": "tokenizer"}
 OFTEN = {"save_every": 5, "eval_every": 50, "preview_every": 200, "log_every": 1}
 SURVIVORS_END = 60  # seconds: twice the heartbeat after which they take a process for dead
+PAUSE = 5.0  # seconds
+FAILURE_SEEN = 180  # seconds until a run that cannot write has found out and ended
+# Root may write to folders that are read-only, but for this.
+RIGHTS = "-dac_override,-dac_read_search"
+OBEYING = ["setpriv", f"--inh-caps={RIGHTS}", f"--bounding-set={RIGHTS}"] * (os.geteuid() == 0)
+WEIGHTS = {
+    "kill": 7,
+    "pause": 1,
+    "full": 1,
+    "read_only": 1,
+}  # of a hundred events seventy are kills
 
 
 class Run:
@@ -36,7 +55,7 @@ class Run:
 
     def __init__(self, folder: pathlib.Path, name: str, config: str, processes: int, **settings):
         self.path, self.log = folder / name, folder / f"{name}.log"
-        self._folder, self._processes = folder, processes
+        self._folder, self._processes, self.steps = folder, processes, settings["steps"]
         self._command = [sys.executable, str(ROOT / "train.py")]
         self._command += [f"--config={ROOT}/configs/{config}", f"--config.run_dir={name}"]
         self._command += [f"--config.{key}={value}" for key, value in settings.items()]
@@ -46,6 +65,7 @@ class Run:
             "PYTHONPATH": str(ROOT),
             "JAX_NUM_CPU_DEVICES": "1" if self._processes == 1 else "2",
             "JAX_COMPILATION_CACHE_DIR": str(self._folder / "cache"),
+            "VARJAX_CACHE": str(self._folder / "varjax_cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         commands = [self._command]
@@ -55,11 +75,14 @@ class Run:
                 address = f"--coordinator=localhost:{free.getsockname()[1]}"
             flags = [address, f"--processes={self._processes}"]
             commands = [[*self._command, *flags, f"--process={i}"] for i in range(self._processes)]
+        # By a pipe, for a limit on the size of files would hold for the log as well.
         with open(self.log, "w") as log:
-            return [
-                subprocess.Popen(command, cwd=self._folder, env=environment, stdout=log, stderr=log)
-                for command in commands
-            ]
+            logger = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
+        assert logger.stdin is not None
+        shared: dict[str, Any] = dict(cwd=self._folder, env=environment)
+        shared |= dict(stdout=logger.stdin, stderr=logger.stdin)
+        with logger.stdin:
+            return [subprocess.Popen(OBEYING + command, **shared) for command in commands]
 
     def finish(self) -> None:
         for process in self.start():
@@ -92,59 +115,117 @@ class Run:
         return found
 
 
-def soak(folder: pathlib.Path, kills: int, processes: int, seed: int, steps: int) -> dict:
+class Events:
+    """Does things to a run, and notes what should not have come of it."""
+
+    def __init__(self, run: Run, seed: int, kinds: dict[str, int]):
+        self.run, self.rng, self.kinds = run, random.Random(seed), kinds
+        self.done: dict[str, int] = dict.fromkeys(kinds, 0)
+        self.failures: list[str] = []
+        self.lost: list[int] = []
+        self.in_save, self._startup = 0, 15.0
+
+    def start_and_disturb(self, limit: int) -> None:
+        """Starts the run, and lets events come until it has ended, or `limit` of them have come."""
+        saved, reached, started = self.run.saved(), self.run.reached(), time.monotonic()
+        alive = self.run.start()
+        while sum(self.done.values()) < limit:
+            moment = time.monotonic() + self.rng.uniform(0, 1.6 * self._startup)
+            while time.monotonic() < moment and alive[0].poll() is None:
+                time.sleep(0.02)
+                if self._startup == 15.0 and self.run.reached() != reached:
+                    self._startup = time.monotonic() - started
+            if alive[0].poll() is not None:
+                break
+            (kind,) = self.rng.choices(list(self.kinds), list(self.kinds.values()))
+            if kind == "read_only" and not (self.run.path / "checkpoints").is_dir():
+                kind = "kill"
+            self.done[kind] += 1
+            getattr(self, f"_{kind}")(alive)
+            print(f"{kind}: reached {self.run.reached()}, saved {self.run.saved()}")
+            if kind != "pause":
+                break
+        codes = [process.wait(FAILURE_SEEN) for process in alive]
+        if self.run.continued_from() not in (None, saved):
+            went_on = self.run.continued_from()
+            self.failures.append(f"{saved} was saved, but it went on from {went_on}")
+        self.lost.append(self.run.reached() - self.run.saved())
+        self.in_save += any(self.run.path.glob("*/*.orbax-checkpoint-tmp*"))
+        # With several processes, those that lose another one show where they were.
+        if len(alive) == 1 and "Traceback" in (text := self.run.log.read_text()):
+            self.failures.append(f"exit codes {codes}: {text[-3000:]}")
+
+    def _kill(self, alive: list[subprocess.Popen]) -> None:
+        chosen = alive if self.rng.random() < 0.3 else [self.rng.choice(alive)]
+        for process in chosen:
+            process.kill()
+        for process in alive:
+            process.wait(SURVIVORS_END)
+
+    def _pause(self, alive: list[subprocess.Popen]) -> None:
+        process = self.rng.choice(alive)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(PAUSE)
+        process.send_signal(signal.SIGCONT)
+
+    def _full(self, alive: list[subprocess.Popen]) -> None:
+        for process in alive:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, 0))
+        self._expect_an_end(alive, "a full disk")
+
+    def _read_only(self, alive: list[subprocess.Popen]) -> None:
+        folder = self.run.path / "checkpoints"
+        folder.chmod(0o555)
+        self._expect_an_end(alive, "a folder that cannot be written")
+        folder.chmod(0o755)
+
+    def _expect_an_end(self, alive: list[subprocess.Popen], reason: str) -> None:
+        codes = [process.wait(FAILURE_SEEN) for process in alive]
+        if not any(codes) and self.run.saved() < self.run.steps:
+            self.failures.append(f"{reason}: exit codes {codes}")
+
+
+def soak(
+    folder: pathlib.Path, events: int, processes: int, kinds: dict[str, int], seed: int, steps: int
+) -> dict:
     """The report, "failures" among it."""
-    rng, begin, failures = random.Random(seed), time.monotonic(), []
+    begin = time.monotonic()
     Run(folder, "tokenizer", "digits_tokenizer.py", 1, steps=20, eval_every=0).finish()
     settings = SMALL | OFTEN | {"steps": steps}
     whole = Run(folder, "whole", "digits.py", processes, **settings)
-    killed = Run(folder, "killed", "digits.py", processes, **settings)
+    disturbed = Events(Run(folder, "disturbed", "digits.py", processes, **settings), seed, kinds)
     whole.finish()
-
-    lost, in_save, done, startup = [], 0, 0, 15.0
-    while done < kills and killed.reached() < steps:
-        saved, reached, started = killed.saved(), killed.reached(), time.monotonic()
-        alive, moment = killed.start(), rng.uniform(0, 1.6 * startup)
-        while (seconds := time.monotonic() - started) < moment and alive[0].poll() is None:
-            time.sleep(0.02)
-            if startup == 15.0 and killed.reached() != reached:
-                startup = seconds
-        rng.choice(alive).kill()
-        done += 1
-        for process in alive:
-            process.wait(SURVIVORS_END)
-        if killed.continued_from() not in (None, saved):
-            failures.append(f"{saved} was saved, but it went on from {killed.continued_from()}")
-        lost.append(killed.reached() - killed.saved())
-        in_save += any(killed.path.glob("*/*.orbax-checkpoint-tmp*"))
-        print(f"kill {done} after {seconds:.1f} s: {killed.reached()=}, {killed.saved()=}")
-    killed.finish()
-    for a, b in zip(whole.end(), killed.end(), strict=True):
+    while sum(disturbed.done.values()) < events and disturbed.run.reached() < steps:
+        disturbed.start_and_disturb(events)
+    disturbed.run.finish()
+    for a, b in zip(whole.end(), disturbed.run.end(), strict=True):
         if not jax.tree.all(jax.tree.map(np.array_equal, a, b)):
-            failures.append("the ends differ")
+            disturbed.failures.append("the ends differ")
     return {
-        "kills": done,
+        "events": disturbed.done,
         "processes": processes,
         "seed": seed,
-        "in_a_save": in_save,
-        "steps_lost_most": max(lost),
-        "steps_lost_mean": float(np.mean(lost)),
+        "in_a_save": disturbed.in_save,
+        "steps_lost_most": max(disturbed.lost),
+        "steps_lost_mean": float(np.mean(disturbed.lost)),
         "seconds": round(time.monotonic() - begin),
-        "failures": failures,
+        "failures": disturbed.failures,
     }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser("tests.helpers.soak", description=__doc__)
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="a new one")
-    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--events", type=int, default=50)
+    parser.add_argument("--kills_only", action="store_true")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=1000)
     flags = parser.parse_args()
     flags.folder.mkdir(parents=True)
     folder = flags.folder.absolute()
-    report = soak(folder, flags.kills, flags.processes, flags.seed, flags.steps)
+    kinds = {"kill": 1} if flags.kills_only else WEIGHTS
+    report = soak(folder, flags.events, flags.processes, kinds, flags.seed, flags.steps)
     print(json.dumps(report))
     return 1 if report["failures"] else 0
 

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core import files, flops
+from varjax.core.buckets import as_path
 from varjax.core.saved_steps import SavedSteps
 from varjax.data.sources import Digits
 from varjax.training import train_step
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
+from varjax.training.sample_quality import FIDConfig
 from varjax.training.task import Plan, TrainState
 
 
@@ -120,6 +122,8 @@ def _cross_entropy(logits_BV, label_B):
 
 def experiment(run_dir, **changes):
     task = Tiny(**{k: changes.pop(k) for k in list(changes) if k in Tiny.__dataclass_fields__})
+    if isinstance(fid := changes.get("fid"), dict):  # as other processes are told
+        changes["fid"] = FIDConfig(**fid)
     defaults = dict(steps=30, batch_size=64, log_every=5, eval_every=10, save_every=10)
     return Experiment(task, Digits(shift=1.0), str(run_dir), **(defaults | changes))
 
@@ -130,14 +134,14 @@ TIMING |= {"data_wait", "data_wait_share", "memory_gb", "memory_peak_gb"}
 
 def lines(run_dir):
     """What metrics.jsonl says apart from time."""
-    text = (pathlib.Path(run_dir) / "metrics.jsonl").read_text()
+    text = (as_path(run_dir) / "metrics.jsonl").read_text()
     parsed = [json.loads(line) for line in text.splitlines()]
     return [{k: v for k, v in line.items() if k not in TIMING} for line in parsed]
 
 
 def weights(run_dir, ema=False, kind="checkpoints"):
     """The step and the parameters or their average of the newest checkpoint of a kind."""
-    saved = SavedSteps(pathlib.Path(run_dir) / kind)
+    saved = SavedSteps(as_path(run_dir) / kind)
     step = saved.steps()[-1]
     return step, saved.params(step, ema)
 

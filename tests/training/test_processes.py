@@ -24,7 +24,8 @@ pytestmark = pytest.mark.slow
 
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 DEADLINE = 300  # seconds; 20 on two free cores, but machines are shared
-SETTINGS = {"keep_best": "eval/loss", "eval_every": 15, "mesh": [2, 4, 1]}
+FID = {"every": 15, "images": 20, "features": "pixels"}
+SETTINGS = {"keep_best": "eval/loss", "eval_every": 15, "mesh": [2, 4, 1], "fid": FID}
 ACROSS = SETTINGS | {"mesh": [1, 1, 8]}  # both processes hold all rows of the batch
 
 
@@ -120,7 +121,7 @@ def test_one_signal_stops_both_and_one_device_continues(runs):
     step = SavedSteps(folder / "stopped" / "checkpoints").steps()[-1]
     assert 17 <= step <= 19
     assert f"saved after step {step}" in said[0]
-    loop.train(tiny.experiment(folder / "stopped", keep_best="eval/loss", eval_every=15))
+    loop.train(tiny.experiment(folder / "stopped", keep_best="eval/loss", eval_every=15, fid=FID))
     assert_same_but_for_rounding(folder / "whole", folder / "stopped")
 
 
@@ -136,5 +137,6 @@ def assert_same_but_for_rounding(a, b):
     close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-6)
     close(last_checkpoint(a)[0], last_checkpoint(b)[0])
     assert len(lines(a)) == 8  # six of training, two of evaluation
+    assert sum("eval/fid" in line for line in lines(a)) == 2
     for one, other in zip(lines(a), lines(b), strict=True):
         close(one, other)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from varjax.core import files
+from varjax.core.buckets import as_path
 from varjax.core.errors import InputError
 
 
@@ -78,7 +79,7 @@ def read_run_log(directory: str | pathlib.Path) -> RunLog:
 
     Raises InputError for a directory that is no run's.
     """
-    path = pathlib.Path(directory)
+    path = as_path(directory)
     if not path.is_dir():
         raise InputError(f"{directory} does not exist; give directories of runs")
     if not (path / "config.json").is_file():

@@ -4,7 +4,8 @@ varjax runs runs
 varjax runs /shared/runs --watch=30
 
 A run counts as running while a process holds its lock, on this machine or another one that shares
-the folder and its locks.
+the folder and its locks. In a bucket, where nothing can be locked, it is one that wrote within the
+last ten minutes.
 """
 
 import argparse
@@ -16,9 +17,11 @@ import time
 from typing import Literal
 
 from varjax.analysis.run_log import read_run_log
-from varjax.core import folders
+from varjax.core import buckets, files, folders
+from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError, check_setting, run_command
 
+RECENT_SECONDS = 600.0
 State = Literal["running", "finished", "failed", "stopped"]
 
 
@@ -28,8 +31,9 @@ class RunStatus:
 
     Attributes:
         directory: of the run.
-        state: "running" while a process holds its lock; "finished" at its last step; "failed"
-            where the last start ended with an error that nobody expected; else "stopped".
+        state: "running" while a process holds its lock, in a bucket while it writes; "finished" at
+            its last step; "failed" where the last start ended with an error that nobody expected;
+            else "stopped".
         step: updates that its metrics tell of.
         steps: its length; None where it is not known yet.
         loss: of the last line of training metrics, NaN before the first.
@@ -53,10 +57,14 @@ def find_runs(root: str | pathlib.Path) -> list[pathlib.Path]:
 
     Raises InputError where there are none.
     """
-    root = pathlib.Path(root)
+    root = as_path(root)
     if not root.is_dir():
         raise InputError(f"{root} is no folder; give one that holds runs")
-    found = sorted(path.parent for path in root.rglob("data.json"))
+    if in_bucket(root):
+        paths = [root / name for name in buckets.contents(root)]
+    else:
+        paths = root.rglob("data.json")
+    found = sorted(path.parent for path in paths if path.name == "data.json")
     if not (found := [run for run in found if (run / "config.json").is_file()]):
         raise InputError(f"{root} holds no training run; each has a config.json and a data.json")
     return found
@@ -73,7 +81,8 @@ def run_status(directory: pathlib.Path) -> RunStatus:
     metrics = directory / "metrics.jsonl"
     newest = metrics if metrics.is_file() else directory / "config.json"
     errors = any(directory.glob("error*.txt"))
-    if folders.is_locked(directory):
+    age = time.time() - files.modified(newest)
+    if folders.is_locked(directory) or (in_bucket(directory) and age < RECENT_SECONDS):
         state: State = "running"
     elif steps is not None and step >= steps:
         state = "finished"
@@ -95,7 +104,7 @@ def run_status(directory: pathlib.Path) -> RunStatus:
         last("loss"),
         last("eval_ema/loss", "eval/loss"),
         last("images_per_second"),
-        time.time() - newest.stat().st_mtime,
+        age,
     )
 
 

@@ -5,8 +5,9 @@ import dataclasses
 import math
 import re
 
+from varjax.benchmark.hlo_text import executed
+
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "c64": 64, "c128": 128}
-INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z\-]+)\(([^)]*)\)(.*)")
 # Bytes that each of g devices sends on a ring: (g - 1)/g × the larger of input and output, × this.
 RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 2}
 
@@ -30,37 +31,22 @@ def count_traffic(hlo: str) -> dict[str, Traffic]:
     All-reduces of which each device keeps a slice only count as "reduce-scatter": TPUs and GPUs
     compile them to that.
     """
-    computations, entry = _computations(hlo)
     found = collections.defaultdict(Traffic)
-
-    def walk(name: str, times: int) -> None:
-        for line in computations[name]:
-            if not (match := INSTRUCTION.match(line)):
-                continue
-            result, shape, operation, _, rest = match.groups()
-            if operation == "while":
-                body, condition = (
-                    re.findall(rf"{k}=%?([\w.\-]+)", rest)[0] for k in ("body", "condition")
-                )
-                walk(body, times * _trips(rest, computations[condition]))
-            elif operation in ("call", "fusion", "conditional", "async-start"):
-                called = re.findall(r"(?:calls|to_apply|branch_computations)=\{?([^,}]*)", rest)
-                for inner in re.findall(r"%([\w.\-]+)", " ".join(called)):
-                    walk(inner, times)
-            elif (kind := operation.removesuffix("-start")) in RINGS:
-                if kind == "all-reduce" and _is_sliced(result, computations[name]):
-                    kind = "reduce-scatter"
-                devices = group_size(rest)
-                factor = RINGS[kind] * (devices - 1) / devices
-                if operation == "reduce-scatter":  # its shape is a part's, unlike a start's
-                    factor *= devices
-                found[kind].calls += times
-                found[kind].bytes += times * factor * _bytes(shape, largest="-start" in operation)
-            elif kind == "collective-permute":
-                found[kind].calls += times
-                found[kind].bytes += times * _bytes(shape, largest="-start" in operation)
-
-    walk(entry, 1)
+    for of in executed(hlo, inside_fusions=True):
+        kind, started = of.operation.removesuffix("-start"), "-start" in of.operation
+        if kind in RINGS:
+            if kind == "all-reduce" and _is_sliced(of.name, of.computation):
+                kind = "reduce-scatter"
+            devices = group_size(of.attributes)
+            factor = RINGS[kind] * (devices - 1) / devices
+            if of.operation == "reduce-scatter":  # its shape is a part's, unlike a start's
+                factor *= devices
+        elif kind == "collective-permute":
+            factor = 1
+        else:
+            continue
+        found[kind].calls += of.times
+        found[kind].bytes += of.times * factor * _bytes(of.shape, largest=started)
     return dict(found)
 
 
@@ -78,26 +64,6 @@ def group_size(attributes: str) -> int:
     # Part of an axis is written 'name':(before)size.
     parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match[2])
     return math.prod(int(part or sizes[name]) for name, part in parts)
-
-
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Splits the text into each computation's lines; also returns the entry computation's name."""
-    found, lines, entry = {}, [], ""
-    for line in hlo.splitlines():
-        if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{", line):
-            lines = found.setdefault(match[2], [])
-            entry = match[2] if match[1] else entry
-        else:
-            lines.append(line)
-    return found, entry
-
-
-def _trips(attributes: str, condition: list[str]) -> int:
-    """Reads how often a loop runs: as XLA found out, or what its counter is compared with."""
-    if match := re.search(r"known_trip_count\W+n\W+(\d+)", attributes):
-        return int(match[1])
-    numbers = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
-    return max(map(int, numbers), default=1)
 
 
 def _is_sliced(name: str, lines: list[str]) -> bool:

@@ -96,7 +96,7 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
         return norms
 
     updated, waited = _compiled(
-        lambda state, grads: apply_gradients(state, grads, tx), state, grads[0]
+        lambda state, grads: apply_gradients(state, grads, tx, task.ema), state, grads[0]
     )
     report("update", update, waited, 0)
     grads.clear()

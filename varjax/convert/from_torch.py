@@ -21,6 +21,7 @@ from varjax.convert.state_dicts import (
 )
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_converted
 from varjax.core.errors import InputError
+from varjax.core.files import as_path, local_copy
 from varjax.core.untrusted import abridged
 
 KINDS = {name_map.flag: name_map for name_map in NAME_MAPS}
@@ -55,8 +56,8 @@ def convert(
     """
     if unknown := files.keys() - KINDS.keys():
         raise InputError(f"no part is called {', '.join(unknown)}; known are {', '.join(KINDS)}")
-    out = pathlib.Path(out)
-    given = {flag: pathlib.Path(file) for flag, file in files.items() if file is not None}
+    out = as_path(out)
+    given = {flag: local_copy(file) for flag, file in files.items() if file is not None}
     sources = _read_sources(given, options.ema)
     check_weights_dir(out, converted_files(sources))
     configs = infer_configs(sources, options)

@@ -17,6 +17,7 @@ from varjax.convert.tensorflow_graph import TensorFlowGraph
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
 from varjax.core import trees
 from varjax.core.errors import InputError
+from varjax.core.files import as_path, local_copy
 from varjax.metrics.inception import init_inception
 
 KNOWN_BY = "Mixed_7c.branch_pool.conv.weight"
@@ -59,7 +60,7 @@ def convert_inception(out: str | os.PathLike, file: str | os.PathLike) -> None:
     Raises:
         InputError: like `convert`.
     """
-    out, path = pathlib.Path(out), pathlib.Path(file)
+    out, path = as_path(out), local_copy(file)
     check_weights_dir(out, converted_files(["inception"]))
     if path.suffix == ".pb":
         tensors = read_graph(path)

@@ -1,7 +1,6 @@
 """Converts LPIPS: torchvision's VGG16 and the lpips package's heads -> a directory of weights."""
 
 import os
-import pathlib
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
 from varjax.convert.state_dicts import find_state_dicts
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
+from varjax.core import files
 from varjax.core.errors import InputError
 from varjax.core.untrusted import abridged
 from varjax.tokenizers.losses.lpips import VGG16, init_lpips
@@ -32,11 +32,11 @@ def convert_lpips(out: str | os.PathLike, vgg: str | os.PathLike, heads: str | o
     Raises:
         InputError: like `convert`, and for heads with negative weights.
     """
-    out = pathlib.Path(out)
+    out = files.as_path(out)
     check_weights_dir(out, converted_files(["lpips"]))
     tensors = {}
     for location, known_by in zip((vgg, heads), SOURCES, strict=True):
-        path = pathlib.Path(location)
+        path = files.local_copy(location)
         checkpoint = read_checkpoint(path)
         with errors_naming(path):
             found = find_state_dicts(checkpoint).get("", {})
@@ -52,7 +52,7 @@ def convert_lpips(out: str | os.PathLike, vgg: str | os.PathLike, heads: str | o
         params = jax.eval_shape(init_lpips, jax.random.key(0))
         leaves = leaves_by_table(lpips_table(), params, tensors)
     config = {"lpips": {"network": "vgg16", "version": "0.1"}}
-    sources = sha256_of([pathlib.Path(vgg), pathlib.Path(heads)])
+    sources = sha256_of([files.local_copy(vgg), files.local_copy(heads)])
     write_weights(out, config, {"lpips": leaves}, sources)
 
 

@@ -15,6 +15,7 @@ from varjax.convert.from_torch import convert
 from varjax.convert.name_maps import NAME_MAPS
 from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.core import files, folders
+from varjax.core.buckets import as_path
 from varjax.core.errors import InputError
 
 RELEASES = {name: release for kind in NAME_MAPS for name, release in kind.releases.items()}
@@ -34,7 +35,7 @@ def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
         InputError: the model could not be downloaded, converted or stored; names the files and the
             command that does it by hand.
     """
-    path = pathlib.Path(location)
+    path = as_path(location)
     if files.exists(path) or str(location) not in RELEASES:
         return path
     directory = files.cache_folder() / path

@@ -15,6 +15,7 @@ from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.pretrained import resolve_weights
 from varjax.convert.weights_dir import new_directory, write_converted, write_files
 from varjax.core import trees
+from varjax.core.buckets import as_path
 from varjax.core.errors import InputError
 from varjax.core.model_files import read_model_config
 from varjax.core.trees import PyTree
@@ -36,7 +37,7 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None 
     Raises:
         InputError: `run` is no run, or `out` cannot be written.
     """
-    run, out = pathlib.Path(run), pathlib.Path(out)
+    run, out = as_path(run), as_path(out)
     if "task" not in read_model_config(run):
         raise InputError(f"{run} is a converted directory already, not a training run")
     models, sampling = _read_models(run, ema)
@@ -63,7 +64,7 @@ def export_torch(
         InputError: `weights` holds none or a model without official counterpart, or `out` holds
             files or cannot be written.
     """
-    weights, out = resolve_weights(weights), pathlib.Path(out)
+    weights, out = resolve_weights(weights), as_path(out)
     models, _ = _read_models(weights, ema)
     contents = {}
     for part, (config, params) in models.items():

@@ -1,4 +1,7 @@
-"""Files that are either whole or absent: atomic replacement, JSON, and trees of arrays."""
+"""Files that are either whole or absent: atomic replacement, JSON, and trees of arrays.
+
+Paths are those of `as_path`, on a disk or in a bucket (`varjax.core.buckets`).
+"""
 
 import contextlib
 import functools
@@ -10,19 +13,25 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from etils.epath.stat_utils import StatResult
+from tqdm import tqdm
 
-from varjax.core import safetensors_io
+from varjax.core import buckets, safetensors_io
+from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError, StorageError
 
 # Of a name, at most as much goes into that of a temporary; 255 bytes are allowed, of 4 a letter.
 NAME_LETTERS = 50
 TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.tmp")
 ABANDONED_SECONDS = 24 * 60 * 60  # a temporary that nobody has written to for so long is nobody's
+DOWNLOADS = 16  # of a folder in a bucket, at a time
 REPLACED_SECONDS = 1.0  # more than there is between the two renames that replace a folder
 
 
@@ -34,9 +43,13 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     the new one (a folder by `exists`). On an exception the temporary is removed and `path` stays as
     it was. Where `path` is a link, it stays one, and what it names is replaced. What kills left in
     the same folder is removed. Raises StorageError where it cannot be written.
+
+    What goes to a bucket is written to this machine's disk first, and uploaded on success.
     """
     with _written_beside(path) as (temporary, target):
         yield temporary
+        if in_bucket(target):
+            return buckets.upload(temporary, target)
         inside = temporary.rglob("*") if temporary.is_dir() else ()
         for entry in (*inside, temporary):
             _fsync(entry)
@@ -53,8 +66,8 @@ def exists(path: str | os.PathLike) -> bool:
     A folder cannot be replaced in one step on all file systems: after a kill between two renames
     the old one lies aside, and is put back here.
     """
-    path = pathlib.Path(path)
-    for folder in (path, path.parent):
+    path = as_path(path)
+    for folder in () if in_bucket(path) else (path, path.parent):
         if path.exists() or folder.exists() or not (aside := _aside(folder)).exists():
             continue
         time.sleep(REPLACED_SECONDS)  # perhaps nobody was killed, and the new one comes now
@@ -64,11 +77,65 @@ def exists(path: str | os.PathLike) -> bool:
 
 
 def cache_folder() -> pathlib.Path:
-    """Returns the folder of what can be made again, $VARJAX_CACHE; it need not exist."""
+    """Returns the local folder of what can be made again, $VARJAX_CACHE; it need not exist."""
     if chosen := os.environ.get("VARJAX_CACHE"):
+        if in_bucket(chosen):
+            raise InputError(f"VARJAX_CACHE={chosen}: must be a folder on a disk")
         return pathlib.Path(chosen).expanduser()
     general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(general).expanduser() / "varjax"
+
+
+def local_copy(path: str | os.PathLike) -> pathlib.Path:
+    """Returns a file or folder on this machine's disk, for readers that need one there.
+
+    It is `path` itself, or a copy of what lies in a bucket now, kept in `cache_folder` until that
+    changes. Where nothing is there, `path` comes back: its reader knows best what is missing.
+    Raises StorageError where it cannot be read.
+    """
+    if not in_bucket(path := as_path(path)) or not (found := buckets.contents(path)):
+        return path
+    key = hashlib.sha256(json.dumps([str(path), found]).encode()).hexdigest()[:16]
+    copy = cache_folder() / "buckets" / key / path.name
+
+    def fetch(name: str) -> None:
+        with atomic_path(copy / name if name else copy) as temporary:
+            buckets.download(path / name if name else path, temporary)
+
+    missing = [name for name in found if not (copy / name if name else copy).exists()]
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        done = pool.map(fetch, missing)
+        for _ in tqdm(done, f"copying {path}", len(missing), disable=len(missing) < 2):
+            pass
+    return copy
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
+    if in_bucket(path):
+        buckets.remove(path)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def move(path: pathlib.Path, to: pathlib.Path) -> None:
+    """Moves a folder to a place where nothing is, on the same disk or in the same bucket.
+
+    A kill leaves it at one of them, but in a bucket in parts at both.
+    """
+    if in_bucket(path):
+        buckets.move(path, to)
+    else:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(to)
+
+
+def modified(path: pathlib.Path) -> float:
+    """Returns when a file was last written, in seconds since 1970; 0 where nobody knows."""
+    stat = path.stat()
+    return float(stat.mtime) if isinstance(stat, StatResult) else stat.st_mtime
 
 
 def write_json(path: str | os.PathLike, data: Any) -> None:
@@ -83,6 +150,8 @@ def create_json(path: str | os.PathLike, data: Any) -> bool:
     Of several processes at once, on any machines, one does.
     """
     with _written_beside(path) as (temporary, target):
+        if in_bucket(target):
+            return buckets.create(target, _json_text(data).encode())
         temporary.write_text(_json_text(data))
         _fsync(temporary)
         try:
@@ -130,7 +199,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str
         InputError: the file is missing, damaged or cut short.
     """
     tree: dict[str, Any] = {}
-    flat, metadata = safetensors_io.read_safetensors(_existing(path))
+    flat, metadata = safetensors_io.read_safetensors(local_copy(_existing(path)))
     for name, leaf in flat.items():
         *parents, last = name.split("/")
         node = tree
@@ -156,7 +225,7 @@ def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def _existing(path: str | os.PathLike) -> pathlib.Path:
-    path = pathlib.Path(path)
+    path = as_path(path)
     if not exists(path) or not path.is_file():
         raise InputError(f"{path} {'is a directory' if path.is_dir() else 'does not exist'}")
     return path
@@ -171,6 +240,10 @@ def _written_beside(path: str | os.PathLike) -> Iterator[tuple[pathlib.Path, pat
     """Yields (a path that nobody else uses, what it is to become); nothing stays of the first."""
     temporary = None
     try:
+        if in_bucket(target := as_path(path)):
+            with tempfile.TemporaryDirectory(prefix="varjax_") as folder:
+                yield pathlib.Path(folder) / target.name, target
+            return
         target = pathlib.Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target.parent)
@@ -185,13 +258,13 @@ def _written_beside(path: str | os.PathLike) -> Iterator[tuple[pathlib.Path, pat
     finally:
         with contextlib.suppress(OSError):
             if temporary is not None:
-                _remove(temporary)
+                remove(temporary)
 
 
 def _replace_folder(temporary: pathlib.Path, target: pathlib.Path) -> None:
     """Puts a folder in the place of another; a kill leaves the new, or the old for `exists`."""
     aside = _aside(target)
-    _remove(aside)  # older than what is there: of a kill just before the end
+    remove(aside)  # older than what is there: of a kill just before the end
     os.rename(target, aside)
     try:
         os.rename(temporary, target)
@@ -214,7 +287,7 @@ def _sweep(folder: pathlib.Path) -> None:
             if (name := TEMPORARY.fullmatch(path.name)) is not None:
                 with contextlib.suppress(OSError):  # others may do the same
                     if _is_abandoned(path, name["machine"], int(name["process"])):
-                        _remove(path)
+                        remove(path)
 
 
 def _is_abandoned(temporary: pathlib.Path, machine: str, process: int) -> bool:
@@ -238,13 +311,6 @@ def _machine() -> str:
     except OSError:  # not Linux: no process is known by its number alone
         return secrets.token_hex(4)
     return hashlib.sha256(about.encode()).hexdigest()[:8]
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _fsync(path: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
+from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError, StorageError
 from varjax.core.files import create_json, read_json
 
@@ -23,7 +24,7 @@ LISTING_SECONDS = 5.0  # until a listing shows what another machine wrote
 def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]:
     """Keeps other processes that ask for the same folder out of it, until this one is done or dead.
 
-    A file system without locks keeps nobody out; then a line on stderr says so.
+    A file system without locks, or a bucket, keeps nobody out; then a line on stderr says so.
 
     Args:
         folder: made where it is missing. Its file .lock stays behind, empty.
@@ -33,8 +34,13 @@ def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]
         InputError: another process is there now.
         StorageError: the folder cannot be written.
     """
+    folder = as_path(folder)
+    if in_bucket(folder):
+        _say_unlocked(folder, "a bucket has no locks")
+        yield
+        return
     try:
-        descriptor = _open_locked(pathlib.Path(folder), wait)
+        descriptor = _open_locked(folder, wait)
     except InputError:
         raise
     except OSError as error:
@@ -49,8 +55,10 @@ def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]
 
 def is_locked(folder: str | os.PathLike) -> bool:
     """Tells whether a process is in `lock_folder` of this folder now; False where none can tell."""
+    if in_bucket(folder):
+        return False
     try:
-        descriptor = os.open(pathlib.Path(folder) / LOCK_FILE, os.O_RDWR)
+        descriptor = os.open(as_path(folder) / LOCK_FILE, os.O_RDWR)
     except OSError:
         return False
     try:
@@ -71,7 +79,7 @@ def check_replaceable(folder: str | os.PathLike, own: Set[str] = frozenset()) ->
         folder: may be absent, empty, or hold nothing but files named in `own` and a lock.
         own: names of files that the same command wrote, and would write again.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     present = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
     if folder.exists() and (foreign := sorted(present - own - {LOCK_FILE})):
         raise InputError(
@@ -96,7 +104,7 @@ def claim_folder(
         InputError: the folder holds other files, or was begun for another request; then all
             differences are listed.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; choose another out")
     request_path = folder / request_file

@@ -56,6 +56,7 @@ def open_image(path: str | os.PathLike) -> Image.Image:
 
     Raises InputError for a file that is missing, damaged or no image.
     """
+    path = files.local_copy(path)
     if not os.path.isfile(path):
         raise InputError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}")
     try:

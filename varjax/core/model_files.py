@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from varjax.core import config_tree, files, trees
+from varjax.core import config_tree, files, trees, untrusted
+from varjax.core.buckets import as_path
 from varjax.core.errors import InputError
 from varjax.core.saved_steps import restore_weights
 from varjax.core.trees import PyTree
@@ -26,7 +27,7 @@ def find_model(location: str | pathlib.Path) -> pathlib.Path:
     Raises:
         InputError: it could not be; says what to do by hand.
     """
-    path = pathlib.Path(location)
+    path = as_path(location)
     if files.exists(path) or len(path.parts) != 1:
         return path
     # By name, for convert stands above everything that reads models, and few of them need it.
@@ -44,7 +45,7 @@ def read_model_config(location: str | pathlib.Path) -> dict[str, Any]:
 
     Raises InputError where `location` is neither.
     """
-    directory = pathlib.Path(location)
+    directory = as_path(location)
     path = directory / "config.json"
     if not files.exists(path):
         raise InputError(
@@ -96,6 +97,7 @@ def read_converted(directory: pathlib.Path, name: str, config_class: type) -> tu
             f"{directory} holds only {there or 'no weights'}; "
             f"convert it again with --{name} as well"
         )
+    untrusted.check_settings(data[name], f"{name} in {directory / 'config.json'}")
     config = config_tree.from_dict(config_class, data[name])
     params, _ = files.read_tensors(directory / f"{name}.safetensors")
     if report := trees.difference(abstract_params(config), params):
@@ -131,7 +133,7 @@ def read_generator(
     config = read_model_config(directory)
     if "task" not in config:
         model, params = read_converted(directory, name, config_class)
-        return model, params, config_tree.from_dict(options_class, config["sampling"])
+        return model, params, config_tree.from_dict(options_class, config.get("sampling", {}))
     settings = config["task"]
     if settings["_type"] != task:
         raise InputError(

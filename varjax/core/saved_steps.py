@@ -12,6 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from varjax.core import files, trees
+from varjax.core.buckets import absolute, as_path, in_bucket
 from varjax.core.errors import InputError, StorageError
 from varjax.core.trees import PyTree
 
@@ -37,7 +38,7 @@ class SavedSteps:
     """
 
     def __init__(self, directory: pathlib.Path):
-        self.directory = directory.absolute()
+        self.directory = absolute(directory)
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
         handlers: dict[str, Any] = {
@@ -53,7 +54,10 @@ class SavedSteps:
 
     def steps(self) -> list[int]:
         """Lists the steps that are there now, oldest first."""
-        return sorted(int(path.name) for path in self.directory.glob("*") if path.name.isdigit())
+        found = [path for path in self.directory.glob("*") if path.name.isdigit()]
+        if in_bucket(self.directory):  # they have their names while they are being written
+            found = [path for path in found if ocp.utils.is_checkpoint_finalized(path)]
+        return sorted(int(path.name) for path in found)
 
     def meta(self, step: int) -> dict:
         """Reads the `meta` saved with a step."""
@@ -174,7 +178,7 @@ def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyT
     Raises:
         InputError: nothing was saved yet, or no average.
     """
-    run_dir = pathlib.Path(run_dir)
+    run_dir = as_path(run_dir)
     if steps := (best := SavedSteps(run_dir / "best")).steps():
         # Best by an earlier setting of keep_best is not what the run asks for now.
         chosen_by = best.meta(steps[-1]).get("keep_best", "")
@@ -199,6 +203,8 @@ def _environment_code(error: BaseException | None) -> int | None:
 
 def _opening_error(directory: pathlib.Path) -> OSError | None:
     """Opens the files in a directory; returns the first error, None where there is none."""
+    if in_bucket(directory):
+        return None
 
     def reraise(error: OSError) -> None:
         raise error

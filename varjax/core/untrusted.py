@@ -16,6 +16,7 @@ MAX_NAME_LENGTH = 512  # those of real tensors have less than 100 characters
 # What is compressed, shared or expanded may be more than the file, but real weights shrink by no
 # more than a tenth, and are tied once or twice.
 MAX_RATIO, SMALL_BYTES = 8, 2**20
+MAX_SETTING, MAX_SETTINGS_LENGTH = 2**20, 256  # of a config; real ones stay below 10,000 and 20
 SHOWN_LENGTH, SHOWN_ITEMS, SHOWN_LINES, REASON_LENGTH = 80, 6, 50, 200
 
 
@@ -65,6 +66,25 @@ def check_name(name: Any) -> str:
             "characters"
         )
     return name
+
+
+def check_settings(settings: Any, path: str) -> None:
+    """Raises InputError where JSON data hold a number or a list that no model's config has.
+
+    Args:
+        settings: of a config, from a file.
+        path: of the settings, for the message.
+    """
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            check_settings(value, f"{path}.{name}")
+    elif isinstance(settings, list):
+        if len(settings) > MAX_SETTINGS_LENGTH:
+            raise InputError(f"{path} has {len(settings)} items; allowed are {MAX_SETTINGS_LENGTH}")
+        for i, value in enumerate(settings):
+            check_settings(value, f"{path}[{i}]")
+    elif isinstance(settings, int | float) and not abs(settings) <= MAX_SETTING:
+        raise InputError(f"{path} is {shown(settings)}; allowed are numbers up to {MAX_SETTING:,}")
 
 
 def shown(value: Any) -> str:

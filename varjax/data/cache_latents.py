@@ -12,7 +12,6 @@ by itself, else --processes=COUNT --process=NUMBER; they do not talk to one anot
 """
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol, get_args
@@ -22,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from varjax.core import config_tree, folders
+from varjax.core.buckets import as_path
 from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.config_flags import add_config_flags, config_from_flags
 from varjax.core.distributed import add_process_flags, connect_by_flags
@@ -142,7 +142,7 @@ def cache_latents(
         "augmentations": {"train": augmentations, "held_out": 1},
         "shards": {split: _shards(images, split, shards) for split in images},
     }
-    path = pathlib.Path(out)
+    path = as_path(out)
     folders.claim_folder(path, ABOUT_FILE, about)
     all_shards = LatentShard.all(path, about)
     lines = []

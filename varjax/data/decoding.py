@@ -2,12 +2,12 @@
 
 import io
 import os
-import pathlib
 
 import numpy as np
 from PIL import UnidentifiedImageError
 
 from varjax.core import image_io
+from varjax.core.buckets import as_path
 from varjax.core.errors import InputError
 
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
@@ -32,7 +32,7 @@ class BrokenImage(InputError):
 def read_file(path: str | os.PathLike) -> bytes:
     """Returns the content of a file; raises BrokenImage where it cannot be read."""
     try:
-        return pathlib.Path(path).read_bytes()
+        return as_path(path).read_bytes()
     except OSError as error:
         raise BrokenImage(printable_path(path), error.strerror or str(error)) from error
 

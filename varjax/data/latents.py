@@ -3,13 +3,13 @@
 import bisect
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from varjax.core import files
+from varjax.core.buckets import as_path
 from varjax.core.errors import InputError
 from varjax.data.decoding import BrokenImage
 from varjax.data.latent_shards import (
@@ -47,7 +47,7 @@ class CachedLatents:
     @functools.cached_property
     def about(self) -> dict[str, Any]:
         """All that the command was asked for, as it wrote it down."""
-        if not (path := pathlib.Path(self.root) / ABOUT_FILE).is_file():
+        if not (path := as_path(self.root) / ABOUT_FILE).is_file():
             raise InputError(
                 f"{self.root} holds no latents: {path} is missing; make some by "
                 "python -m varjax.data.cache_latents"
@@ -143,7 +143,7 @@ class LatentSource:
     @functools.cached_property
     def arrays(self) -> list[dict[str, np.ndarray]]:
         """The stored arrays of each shard."""
-        root = pathlib.Path(self.root)
+        root = as_path(self.root)
         paths = [root / shard_name(self.split, i, self.shards) for i in range(self.shards)]
         if missing := sum(not path.is_file() for path in paths):
             raise InputError(

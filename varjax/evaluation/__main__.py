@@ -14,12 +14,12 @@ the protocol of the published numbers.
 
 import argparse
 import dataclasses
-import pathlib
 import sys
 
 import jax
 
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags
+from varjax.core.buckets import as_path
 from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.distributed import (
     add_process_flags,
@@ -58,7 +58,7 @@ def evaluate(arguments: list[str]) -> None:
     parser = _parser()
     flags = parser.parse_args(arguments)
     check_sampling_flags(flags)
-    out = pathlib.Path(flags.out)
+    out = as_path(flags.out)
     if (flags.samples is None) == (flags.weights is None):
         raise InputError("give SAMPLES (an .npz or a folder), or --weights to draw them")
     if out.suffix != ".json":
@@ -70,7 +70,7 @@ def evaluate(arguments: list[str]) -> None:
     connect_by_flags(flags)
     use_compilation_cache()
     extract = FeatureExtractor(feature_network(flags.features, flags.inception))
-    cache = pathlib.Path(flags.cache)
+    cache = as_path(flags.cache)
     settings = EvaluationSettings(extract, flags.reference, flags.split, cache)
     first = jax.process_index() == 0
     if flags.weights is None:

@@ -1,7 +1,6 @@
 """Features on disk, part by part, so that a long extraction goes on after a kill."""
 
 import pathlib
-import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +53,7 @@ class FeatureStore:
 
     def delete(self) -> None:
         """Removes the folder."""
-        shutil.rmtree(self._folder)
+        files.remove(self._folder)
 
     def _file(self, part: range) -> pathlib.Path:
         return self._folder / f"{part.start:09d}.safetensors"

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from varjax.core import image_io
+from varjax.core import files, image_io
 from varjax.core.errors import InputError
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -50,7 +50,7 @@ def open_image_set(location: str | os.PathLike) -> ImageSet:
 
     Raises InputError for anything else, with what is allowed.
     """
-    path = pathlib.Path(location)
+    path = files.local_copy(location)
     if path.is_dir():
         return FolderImages(path)
     if not path.exists():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core import files
+from varjax.core.buckets import as_path
 from varjax.core.errors import InputError
 from varjax.core.model_files import read_fixed_params
 from varjax.core.trees import PyTree
@@ -206,7 +207,7 @@ def load_inception(location: str | pathlib.Path) -> PyTree:
     Raises:
         InputError: there are none (and how to make them), or others.
     """
-    path = pathlib.Path(location) / "inception.safetensors"
+    path = as_path(location) / "inception.safetensors"
     if not files.exists(path):
         raise InputError(f"there are no Inception weights in {location}; {CONVERT_HELP}")
     return read_fixed_params(path, init_inception, "FID's Inception-v3")

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
 import zipfile
 from collections.abc import Mapping
 
@@ -63,7 +62,7 @@ def read_reference(
     Raises:
         InputError: it is none of these, or statistics of other features or images of another size.
     """
-    path = pathlib.Path(location)
+    path = files.local_copy(location)
     statistics = _read_statistics(path) if path.suffix == ".npz" and path.is_file() else {}
     if not statistics:
         images = open_image_set(path)
@@ -123,7 +122,7 @@ def reference_of_images(
                 store = FeatureStore(folder, request)
                 extract_features(images, extract, store, "reference")
                 files.write_tensors(path, _summarize(store, images.shape[0]), {})
-            shutil.rmtree(folder, ignore_errors=True)
+            files.remove(folder)
     arrays, _ = files.read_tensors(path)
     moments = {
         kind: Moments(arrays[mean], arrays[covariance])

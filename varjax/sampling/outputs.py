@@ -4,9 +4,10 @@ The folder and the .npz survive a kill. Both hold the request they were made for
 on where it was killed or finds everything done, another one is refused.
 """
 
+import functools
 import json
 import pathlib
-import shutil
+import secrets
 import tempfile
 import zipfile
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from varjax.core import files, folders, image_io
+from varjax.core import buckets, files, folders, image_io
+from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError
 
 REQUEST = "request.json"
@@ -43,7 +45,7 @@ class Output(Protocol):
 
 def check_out(location: str) -> None:
     """Raises InputError if `location` is nothing that can be written."""
-    path = pathlib.Path(location)
+    path = as_path(location)
     if not location:
         raise InputError("out is empty; give FILE.png (a grid), FILE.npz, or a folder")
     if path.suffix in (".png", ".npz"):
@@ -61,7 +63,7 @@ def open_output(
     location: str, label_N: np.ndarray, columns: int | None, seed: int, request: Mapping[str, Any]
 ) -> Output:
     """The output for "x.png" (a grid with `columns`), "x.npz", or any other name (a folder)."""
-    path = pathlib.Path(location)
+    path = as_path(location)
     if path.suffix == ".png":
         return GridOutput(path, columns)
     if path.suffix == ".npz":
@@ -151,19 +153,23 @@ class NpzOutput:
         if not self._path.exists():
             with files.atomic_path(self._path) as temporary, open(temporary, "wb") as file:
                 self._assemble(file)
-        if self._parts.exists():
-            shutil.rmtree(self._parts)
+        files.remove(self._parts)
         return f"{self._path}: {len(self._label_N)} images, shuffled (arr_0), and their labels"
 
     def _assemble(self, file):
         order_N = np.random.default_rng(self._seed).permutation(len(self._label_N))
-        size, H, W, _ = np.load(self._file(0), mmap_mode="r").shape
+
+        @functools.lru_cache(maxsize=1024)  # files that are open at a time
+        def part_NHWC(start: int) -> np.ndarray:
+            return np.load(files.local_copy(self._file(start)), mmap_mode="r")
+
+        size, H, W, _ = part_NHWC(0).shape
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(order_N), H, W, 3)}
         with zipfile.ZipFile(file, "w") as archive:
             with _member(archive, "arr_0.npy") as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for i in tqdm(order_N, "writing", unit="image"):
-                    image_HWC = np.load(self._file(i - i % size), mmap_mode="r")[i % size]
+                    image_HWC = part_NHWC(i - i % size)[i % size]
                     member.write(np.broadcast_to(image_HWC, (H, W, 3)).tobytes())
             with _member(archive, "labels.npy") as member:
                 np.lib.format.write_array(member, self._label_N[order_N])
@@ -176,6 +182,10 @@ class NpzOutput:
 
 def _check_writable(folder: pathlib.Path) -> None:
     """Makes the folder and one file in it, which is gone again, or raises InputError."""
+    if in_bucket(folder):
+        probe = folder / f".{secrets.token_hex(8)}.tmp"
+        buckets.create(probe, b"")
+        return files.remove(probe)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -194,7 +204,7 @@ def _member(archive, name):
 def _request_in(path):
     """The request that a finished .npz was made for."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return json.loads(archive.read(REQUEST))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise InputError(

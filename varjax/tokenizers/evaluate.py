@@ -25,7 +25,6 @@ first 1 … K scales give) and worst.png (lowest PSNR: original, reconstruction,
 """
 
 import argparse
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.core import files, image_io
+from varjax.core.buckets import as_path
 from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.errors import InputError, run_command
 from varjax.data.sources import CachedLatents, parse_dataset
@@ -108,7 +108,7 @@ def evaluate_tokenizer(
         report |= {"reconstructions": measured.metrics, "left_out": measured.left_out}
         report |= {"notices": measured.notices}
         report["reconstructions_against"] = "the same held-out images, cropped alike"
-    folder = pathlib.Path(out)
+    folder = as_path(out)
     files.write_json(folder / "evaluation.json", report)
     image_io.write_png(folder / "scales.png", scales_picture(split.shown))
     image_io.write_png(folder / "worst.png", worst_picture(split.worst))

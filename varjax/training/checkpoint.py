@@ -1,7 +1,6 @@
 """Checkpoints of a run: <run>/checkpoints/<step> and, where wanted, <run>/best/<step>."""
 
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from varjax.core import files
+from varjax.core.buckets import absolute
 from varjax.core.distributed import gather_json, on_first_process
 from varjax.core.errors import InputError, StorageError
 from varjax.core.saved_steps import READ_ERRORS, STATE_TREES, MismatchError, SavedSteps
@@ -63,7 +63,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: pathlib.Path, keep: int = 2, keep_every: int = 0):
-        self.directory, self._keep = directory.absolute(), keep
+        self.directory, self._keep = absolute(directory), keep
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in STATE_TREES}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         options = ocp.CheckpointManagerOptions(
@@ -199,9 +199,8 @@ class Checkpoints:
         def move() -> None:
             for step in broken:
                 aside = self.directory.parent / "unreadable" / str(step)
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.parent.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(aside)
+                files.remove(aside)
+                files.move(self.directory / str(step), aside)
 
         if broken:
             on_first_process(move)

@@ -1,12 +1,12 @@
 """Tries a run without writing anything: its settings, data, memory, and one step."""
 
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
+from varjax.core.buckets import as_path
 from varjax.core.trees import PyTree
 from varjax.training.evaluate import Evaluator
 from varjax.training.experiment import Experiment
@@ -84,7 +84,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     begin = time.monotonic()
     program = evaluator.compile(state)
     say(f"evaluation: compiled in {time.monotonic() - begin:.0f} s, {_needs(program, mesh)}")
-    say(f"all is well; nothing was written to {pathlib.Path(experiment.run_dir)}")
+    say(f"all is well; nothing was written to {as_path(experiment.run_dir)}")
 
 
 def _sizes(tree: PyTree, placement: PyTree) -> str:

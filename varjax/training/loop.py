@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from varjax.core import files, folders
+from varjax.core.buckets import as_path
 from varjax.core.distributed import check_shared_file, on_first_process
 from varjax.core.errors import InputError, traceback_file
 from varjax.core.saved_steps import READ_ERRORS
@@ -113,7 +114,7 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
         NonFiniteMetricError: a metric is not finite; nothing of that step is saved.
         StorageError: the run's files cannot be written.
     """
-    run_dir = pathlib.Path(experiment.run_dir)
+    run_dir = as_path(experiment.run_dir)
     profiler = StepProfiler(profile, run_dir)
     setup = set_up(experiment)
     plan = setup.task.plan
@@ -175,7 +176,7 @@ def _train(
     e: Experiment, setup: Setup, checkpoints: Checkpoints, profiler: StepProfiler
 ) -> dict[str, float]:
     task, loader, mesh = setup.task, setup.loader, setup.mesh
-    run_dir, steps, main = pathlib.Path(e.run_dir), task.plan.steps, jax.process_index() == 0
+    run_dir, steps, main = as_path(e.run_dir), task.plan.steps, jax.process_index() == 0
     init_key, train_key = jax.random.split(jax.random.key(e.seed))
 
     abstract = jax.eval_shape(task.init, init_key)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -11,8 +12,12 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from varjax.core import files, image_io
+from varjax.core.buckets import LocalMirror
 from varjax.core.errors import StorageError
 from varjax.training.wandb_writer import WandbWriter
+
+METRICS_FILE = "metrics.jsonl"
+UPLOAD_SECONDS = 60.0  # at least, between two uploads to a bucket
 
 
 def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -48,12 +53,12 @@ class TensorBoardWriter:
     """Writes files for TensorBoard, without it.
 
     Args:
-        run_dir: the files come into its folder tensorboard.
+        folder: the files come into its folder tensorboard.
         step: the one that the run continues after; what was written of later ones is hidden.
     """
 
-    def __init__(self, run_dir: pathlib.Path, step: int):
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+    def __init__(self, folder: pathlib.Path, step: int):
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
@@ -72,6 +77,8 @@ class MetricWriter:
         with MetricWriter(run_dir, step=0) as writer:
             writer.write(50, {"loss": 1.5})
 
+    In a bucket, lines arrive once a minute and with each checkpoint.
+
     Args:
         run_dir: the folder of the files.
         step: the one that the run continues after; lines about later ones are dropped.
@@ -89,9 +96,11 @@ class MetricWriter:
         wandb: str = "",
     ):
         self._run_dir, self._active = run_dir, active
-        path = run_dir / "metrics.jsonl" if active else pathlib.Path(os.devnull)
         self._others: list[RunWriter] = []
+        self._uploaded = time.monotonic()
         try:
+            self._mirror = LocalMirror(run_dir, (METRICS_FILE,) if active else ())
+            path = self._mirror.folder / METRICS_FILE if active else pathlib.Path(os.devnull)
             if path.is_file():
                 lines = path.read_text().splitlines()
                 kept = [line for line in lines if _position(line) <= (step, evaluated)]
@@ -99,11 +108,11 @@ class MetricWriter:
                     temporary.write_text("".join(line + "\n" for line in kept))
             self._lines = open(path, "a", buffering=1)
             if active:
-                self._others.append(TensorBoardWriter(run_dir, step))
+                self._others.append(TensorBoardWriter(self._mirror.folder, step))
         except OSError as error:
             raise StorageError(f"metrics cannot be written to {run_dir}: {error}") from error
         if active and wandb:
-            self._others.append(WandbWriter(wandb, run_dir))
+            self._others.append(WandbWriter(wandb, run_dir, self._mirror.folder))
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -112,6 +121,7 @@ class MetricWriter:
         self._lines.close()
         for writer in self._others:
             writer.close()
+        self._mirror.close()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a line; numbers that are not finite become null, which is what JSON has for them.
@@ -125,6 +135,8 @@ class MetricWriter:
             raise StorageError(f"writing {self._run_dir}/metrics.jsonl failed: {error}") from error
         for writer in self._others:
             writer.scalars(step, metrics)
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self._upload()
 
     def sync(self) -> None:
         """Returns when all lines are on the disk, where they survive the machine's end.
@@ -138,6 +150,7 @@ class MetricWriter:
             os.fsync(self._lines.fileno())
         except OSError as error:
             raise StorageError(f"writing {self._run_dir}/metrics.jsonl failed: {error}") from error
+        self._upload()
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
         """Writes a grid of images as previews/step_<step>_<name>.png, and to the other writers.
@@ -155,6 +168,10 @@ class MetricWriter:
         image_io.write_png(path, picture_HWC)
         for writer in self._others:
             writer.picture(step, name, picture_HWC)
+
+    def _upload(self) -> None:
+        self._mirror.upload()
+        self._uploaded = time.monotonic()
 
 
 def _position(line: str) -> tuple[float, bool]:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import pathlib
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 import numpy as np
 
 from varjax.core import config_tree, files
+from varjax.core.buckets import as_path
 from varjax.core.distributed import gather_json
 from varjax.core.errors import InputError
 from varjax.training.experiment import Experiment
@@ -61,7 +61,7 @@ def check_or_write_config(experiment: Experiment, plan: Plan | None = None) -> N
     config = _settings(experiment)
     if plan is not None:
         config["plan"] = dataclasses.asdict(plan)
-    files.write_json(pathlib.Path(experiment.run_dir) / "config.json", config)
+    files.write_json(as_path(experiment.run_dir) / "config.json", config)
 
 
 def check_config(experiment: Experiment) -> None:
@@ -71,7 +71,7 @@ def check_config(experiment: Experiment) -> None:
 
     Raises InputError that lists every difference outside CHANGEABLE_FIELDS.
     """
-    path = pathlib.Path(experiment.run_dir) / "config.json"
+    path = as_path(experiment.run_dir) / "config.json"
     if not path.exists():
         return
     before, now = files.read_json(path), _settings(experiment)
@@ -100,7 +100,7 @@ def check_or_write_data(experiment: Experiment) -> None:
     Raises InputError where the run there was trained on other images, wherever they lie now, or in
     an order that this NumPy does not draw; the held-out ones may change.
     """
-    now, path = experiment.data.describe(), pathlib.Path(experiment.run_dir) / "data.json"
+    now, path = experiment.data.describe(), as_path(experiment.run_dir) / "data.json"
     now["numpy"] = {"version": np.__version__, "random_numbers": random_numbers_digest()}
     if path.exists():
         before = files.read_json(path) | {"held_out": now["held_out"]}

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from varjax.core.buckets import LocalMirror
 from varjax.core.errors import InputError
 
 
@@ -37,7 +38,7 @@ class StepProfiler:
             raise InputError(
                 f"profile={steps}: must be START:STOP, steps counted from 1, such as 10:13"
             )
-        self._folder, self._step, self._tracing = run_dir / "profile", 0, False
+        self._trace, self._step, self._tracing = LocalMirror(run_dir / "profile"), 0, False
 
     def __enter__(self) -> "StepProfiler":
         return self
@@ -49,7 +50,7 @@ class StepProfiler:
         """Starts the trace where this is the first step of it."""
         self._step += 1
         if self._step == self._first:
-            jax.profiler.start_trace(str(self._folder))
+            jax.profiler.start_trace(str(self._trace.folder))
             self._tracing = True
 
     def end_step(self, result: Any) -> None:
@@ -62,3 +63,4 @@ class StepProfiler:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
+            self._trace.close()

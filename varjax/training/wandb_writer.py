@@ -28,9 +28,10 @@ class WandbWriter:
     Args:
         project: NAME or ENTITY/NAME.
         run_dir: the run, whose path names it there, and which keeps its number there.
+        folder: for the package's own files; None for the run.
     """
 
-    def __init__(self, project: str, run_dir: pathlib.Path):
+    def __init__(self, project: str, run_dir: pathlib.Path, folder: pathlib.Path | None = None):
         entity, _, name = project.rpartition("/")
         path, config = run_dir / ID_FILE, run_dir / "config.json"
         self._package = _package()
@@ -40,7 +41,7 @@ class WandbWriter:
             name=str(run_dir),
             id=files.read_json(path)["id"] if path.exists() else None,
             resume="allow",
-            dir=str(run_dir),
+            dir=str(folder or run_dir),
             config=files.read_json(config) if config.exists() else None,
         )
         files.write_json(path, {"project": project, "id": self._run.id})

@@ -1,7 +1,6 @@
 """The first state of a run that begins with what another run trained."""
 
 import math
-import pathlib
 import sys
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import numpy as np
 
 from varjax.core import trees
+from varjax.core.buckets import as_path
 from varjax.core.errors import InputError
 from varjax.core.saved_steps import READ_ERRORS, SavedSteps
 from varjax.core.trees import PyTree
@@ -65,7 +65,7 @@ def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) ->
         InputError: no such run or step, another model or optimizer, or damaged files.
     """
     run, _, number = fork_from.partition("@")
-    saved = SavedSteps(pathlib.Path(run) / "checkpoints")
+    saved = SavedSteps(as_path(run) / "checkpoints")
     steps = saved.steps()
     if not steps:
         raise InputError(f"fork_from={fork_from}: {run} holds no checkpoint")

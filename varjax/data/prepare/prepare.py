@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import os
 import pathlib
-import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from varjax.core import files, folders
+from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError, check_setting, run_command
 from varjax.data.prepare import array_record
 from varjax.data.sources.folder import Folder
@@ -64,14 +64,15 @@ def prepare(
     """
     for name, value in ("workers", workers), ("shards", shards):
         check_setting(name, value, value >= 0, "1 or more, or 0 to choose")
-    path, encoding = pathlib.Path(out), array_record.ImageEncoding(size, quality)
+    path, encoding = as_path(out), array_record.ImageEncoding(size, quality)
     data = Folder(folder, held_out=held_out, unconditional=unconditional)
     listings = {"train": data.listings["train"], "validation": data.listings["held_out"]}
     images = len(listings["train"].paths)
     shards = min(images, shards or min(MAX_SHARDS, -(-images // IMAGES_PER_SHARD)))
     request = (
         {split: listing.describe() for split, listing in listings.items()}
-        | {"folder": os.path.realpath(folder), "unconditional": unconditional}
+        | {"folder": folder if in_bucket(folder) else os.path.realpath(folder)}
+        | {"unconditional": unconditional}
         | {"size": size, "quality": quality, "shards": shards}
     )
     folders.claim_folder(path, REQUEST_FILE, request)
@@ -151,7 +152,7 @@ def _finish(
     }
     files.write_json(path / REPORT_FILE, whole)
     array_record.write_dataset_info(path, class_names, reports)
-    shutil.rmtree(parts[0].report_path.parent)
+    files.remove(parts[0].report_path.parent)
 
 
 def main(arguments: list[str]) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from varjax.core import buckets
+from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -143,19 +145,23 @@ class FolderLayout:
 
 def _scan(folder: str) -> tuple[list[str], list[str]]:
     """(subfolders, image files), sorted, links followed."""
-    folders, files = [], []
     try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(entry.name)
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
-                    files.append(entry.name)
+        folders, files = _list_folder(folder)
     except OSError as error:
         raise InputError(f"cannot list the images in {folder!r}: {error.strerror}") from error
-    return sorted(folders), sorted(files)
+    images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    folders, images = ([n for n in names if not n.startswith(".")] for names in (folders, images))
+    return sorted(folders), sorted(images)
+
+
+def _list_folder(folder: str) -> tuple[list[str], list[str]]:
+    if in_bucket(folder):
+        return buckets.list_folder(as_path(folder))
+    folders, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            (folders if entry.is_dir() else files).append(entry.name)
+    return folders, files
 
 
 def _images(root: str, folder: str, above: tuple[str, ...]) -> Iterator[str]:

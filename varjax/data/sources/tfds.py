@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from varjax.core import files
+from varjax.core.buckets import in_bucket
 from varjax.core.errors import InputError
 from varjax.data import decoding, transforms
 from varjax.data.loader import make_loader
@@ -187,9 +189,11 @@ def _open(name: str, data_dir: str) -> Any:
     from tensorflow_datasets.core import read_only_builder
 
     directory = os.path.expanduser(name)
+    if in_bucket(name):  # readers of array_record files map them
+        directory = str(files.local_copy(name))
     if os.path.isfile(os.path.join(directory, "dataset_info.json")):
         return tfds.builder_from_directory(directory)
-    if os.path.isdir(directory) or name.startswith(("/", ".", "~")):
+    if os.path.isdir(directory) or in_bucket(name) or name.startswith(("/", ".", "~")):
         raise InputError(
             f"{name} holds no prepared dataset: there is no dataset_info.json in it. Pack a folder "
             "of images by python -m varjax.data.prepare, or read it as it is (folder:PATH)"

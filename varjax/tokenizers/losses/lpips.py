@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core import files
+from varjax.core.buckets import as_path
 from varjax.core.errors import InputError, check_setting
 from varjax.core.model_files import read_fixed_params
 from varjax.core.trees import PyTree
@@ -103,7 +104,7 @@ def load_lpips(location: str | pathlib.Path) -> PyTree:
     Raises:
         InputError: there are none (and how to make them), or others.
     """
-    path = pathlib.Path(location) / "lpips.safetensors"
+    path = as_path(location) / "lpips.safetensors"
     if not files.exists(path):
         raise InputError(f"there are no LPIPS weights in {location}; {CONVERT_HELP}")
     return read_fixed_params(path, init_lpips, "LPIPS on VGG16")

@@ -1,0 +1,220 @@
+"""Paths in buckets, over fsspec's file system in memory; other tests have a server's."""
+
+import importlib
+import pathlib
+
+import fsspec
+import numpy as np
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from varjax.core import buckets, files, folders
+from varjax.core.errors import InputError, StorageError
+
+REGISTRY = importlib.import_module("fsspec.registry")  # in fsspec it is the name of a part of it
+
+
+class MemoryBuckets(MemoryFileSystem):
+    """All buckets of both services; notes what is written and read, and fails when asked to."""
+
+    protocol = ("gs", "gcs", "s3")
+    store, pseudo_dirs = {}, [""]
+    calls: list[tuple[str, str]] = []
+    failing = ""  # the end of a name that cannot be written
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).partition("://")[2].strip("/") if "://" in str(path) else str(path)
+
+    def put_file(self, lpath, rpath, **kwargs):
+        if self.failing and str(rpath).endswith(self.failing):
+            raise ConnectionError("the line is cut")
+        self.calls.append(("put", str(rpath)))
+        super().put_file(lpath, rpath, **kwargs)
+
+    def get_file(self, rpath, lpath, **kwargs):
+        self.calls.append(("get", str(rpath)))
+        super().get_file(rpath, lpath, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch, tmp_path):
+    for scheme in MemoryBuckets.protocol:
+        monkeypatch.setitem(REGISTRY._registry, scheme, MemoryBuckets)
+    # epath keeps the file systems that it has made
+    monkeypatch.setattr(
+        "etils.epath.backend._FileSystemSpecBackend._get_filesystem",
+        lambda _, scheme: MemoryBuckets(),
+    )
+    monkeypatch.setattr(MemoryBuckets, "store", {})
+    monkeypatch.setattr(MemoryBuckets, "pseudo_dirs", [""])
+    monkeypatch.setattr(MemoryBuckets, "calls", [])
+    monkeypatch.setenv("VARJAX_CACHE", str(tmp_path / "cache"))
+    return MemoryBuckets
+
+
+BOTH = pytest.mark.parametrize("root", ["gs://b/x", "s3://b/x"])
+
+
+def names():
+    return sorted(MemoryBuckets.store)
+
+
+def test_paths_of_disks_and_buckets():
+    for text in "runs/a", "/data", "a:b", "~/x":
+        path = buckets.as_path(text)
+        assert path == pathlib.Path(text) and not buckets.in_bucket(path)
+    path = buckets.as_path("gs://b/x/")
+    assert str(path / "y.png") == "gs://b/x/y.png" and buckets.in_bucket(path / "y.png")
+    assert str(buckets.as_path(pathlib.Path("s3://b/x"))) == "s3://b/x"  # which lost a slash
+
+
+@pytest.mark.parametrize("text", ["http://a/b", "gs://", "file:///a", "GS://b/x"])
+def test_other_addresses_are_refused(text):
+    with pytest.raises(InputError, match="gs://BUCKET/"):
+        buckets.as_path(text)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    def missing(_):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    buckets._set_up.cache_clear()
+    with pytest.raises(InputError, match="pip install s3fs"):
+        buckets.as_path("s3://b/x")
+    buckets._set_up.cache_clear()
+
+
+@BOTH
+def test_a_file_appears_whole_or_not_at_all(root, memory):
+    path = f"{root}/a/b.json"
+    files.write_json(path, {"a": 1})
+    assert files.read_json(path) == {"a": 1} and names() == ["/b/x/a/b.json"]
+    with pytest.raises(KeyError), files.atomic_path(path) as temporary:
+        temporary.write_text("half of i")
+        raise KeyError
+    memory.failing = "b.json"
+    with pytest.raises(StorageError, match="ConnectionError: the line is cut"):
+        files.write_json(path, {"a": 2})
+    memory.failing = ""
+    assert files.read_json(path) == {"a": 1} and names() == ["/b/x/a/b.json"]
+    with pytest.raises(InputError, match="does not exist"):
+        files.read_json(f"{root}/c.json")
+
+
+def write_folder(path, **texts):
+    with files.atomic_path(path) as temporary:
+        temporary.mkdir()
+        for name, text in texts.items():
+            (temporary / name.replace("_", ".")).write_text(text)
+
+
+@BOTH
+def test_what_a_folder_holds_is_told_last(root, memory):
+    write_folder(f"{root}/w", config_json="1", a_bin="1", z_bin="1")
+    assert [name for _, name in memory.calls] == [f"{root}/w/{n}" for n in ("a.bin", "z.bin")] + [
+        f"{root}/w/config.json"
+    ]
+    # Replaced by another one, and killed in the middle of that: it tells of nothing.
+    memory.failing = "z.bin"
+    with pytest.raises(StorageError):
+        write_folder(f"{root}/w", config_json="2", a_bin="2", z_bin="2")
+    assert names() == ["/b/x/w/a.bin", "/b/x/w/z.bin"]
+    memory.failing = ""
+    write_folder(f"{root}/w", config_json="3", a_bin="3")
+    assert names() == ["/b/x/w/a.bin", "/b/x/w/config.json"]
+    assert {(buckets.as_path(root) / "w" / n).read_text() for n in ("a.bin", "config.json")} == {
+        "3"
+    }
+
+
+@BOTH
+def test_of_several_writers_one_creates_a_file(root):
+    assert files.create_json(f"{root}/r.json", {"a": 1})
+    assert not files.create_json(f"{root}/r.json", {"a": 2})
+    assert files.read_json(f"{root}/r.json") == {"a": 1}
+
+
+@BOTH
+def test_a_local_copy_is_made_once_for_each_content(root, memory):
+    path = buckets.as_path(root) / "t.safetensors"
+    assert files.local_copy(path) == path  # nothing is there
+    assert files.local_copy("here.txt") == pathlib.Path("here.txt")
+    for number in 1, 2:
+        files.write_tensors(path, {"a": np.full(3, number)}, {})
+        for _ in range(2):
+            tree, _ = files.read_tensors(path)
+            np.testing.assert_array_equal(tree["a"], number)
+        assert [kind for kind, _ in memory.calls].count("get") == number
+    assert files.local_copy(path).name == path.name
+
+
+@BOTH
+def test_a_local_copy_of_a_folder_goes_on_where_it_was_cut_off(root, memory, monkeypatch):
+    for name in "a/1.txt", "a/2.txt", "b/3.txt":
+        with files.atomic_path(f"{root}/d/{name}") as temporary:
+            temporary.write_text(name)
+    (copy := files.local_copy(f"{root}/d")).joinpath("a/2.txt").unlink()
+    memory.calls.clear()
+    assert files.local_copy(f"{root}/d") == copy
+    assert memory.calls == [("get", f"{root}/d/a/2.txt")]
+    found = {str(p.relative_to(copy)): p.read_text() for p in copy.rglob("*.txt")}
+    assert found == {name: name for name in ("a/1.txt", "a/2.txt", "b/3.txt")}
+
+
+@BOTH
+def test_a_mirror_uploads_what_has_changed(root, memory):
+    path = buckets.as_path(root) / "run"
+    with files.atomic_path(path / "log") as temporary:
+        temporary.write_text("1\n")
+    mirror = buckets.LocalMirror(path, ("log", "missing"))
+    with open(mirror.folder / "log", "a") as file:
+        file.write("2\n")
+    (mirror.folder / "board").mkdir()
+    (mirror.folder / "board" / "events").write_text("e")
+    memory.calls.clear()
+    for _ in range(2):
+        mirror.upload()
+        assert sorted(name for _, name in memory.calls) == [f"{path}/board/events", f"{path}/log"]
+    assert (path / "log").read_text() == "1\n2\n"
+    mirror.close()
+    assert not mirror.folder.exists()
+
+
+def test_a_mirror_of_a_disk_is_the_folder_itself(tmp_path):
+    mirror = buckets.LocalMirror(tmp_path)
+    mirror.close()
+    assert mirror.folder == tmp_path and tmp_path.is_dir()
+
+
+@BOTH
+def test_listing_moving_and_removing(root):
+    path = buckets.as_path(root)
+    for name in "a/1.txt", "a/2.txt", "3.txt":
+        with files.atomic_path(path / name) as temporary:
+            temporary.write_text(name)
+    found, objects = buckets.list_folder(path)
+    assert (found, objects) == (["a"], ["3.txt"]) and buckets.list_folder(path / "c") == ([], [])
+    assert list(buckets.contents(path)) == ["3.txt", "a/1.txt", "a/2.txt"]
+    files.move(path / "a", path / "c")
+    assert names() == ["/b/x/3.txt", "/b/x/c/1.txt", "/b/x/c/2.txt"]
+    for _ in range(2):
+        files.remove(path / "c")
+    assert names() == ["/b/x/3.txt"] and files.modified(path / "3.txt") >= 0
+
+
+@BOTH
+def test_a_folder_is_claimed_and_nobody_is_locked_out_of_it(root, capsys):
+    folders.claim_folder(buckets.as_path(root) / "o", "request.json", {"a": 1})
+    with pytest.raises(InputError, match="another request"):
+        folders.claim_folder(buckets.as_path(root) / "o", "request.json", {"a": 2})
+    with folders.lock_folder(root), folders.lock_folder(root):
+        assert not folders.is_locked(root)
+    assert "a bucket has no locks" in capsys.readouterr().err
+
+
+def test_the_cache_lies_on_a_disk(monkeypatch):
+    monkeypatch.setenv("VARJAX_CACHE", "gs://b/cache")
+    with pytest.raises(InputError, match="must be a folder on a disk"):
+        files.cache_folder()

@@ -1,0 +1,85 @@
+"""Reads compiled programs as text (HLO): which instructions run, and how often."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+
+INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(([^)]*)\)(.*)")
+CALLED = "calls|to_apply|branch_computations|true_computation|false_computation"
+CALLERS = "call", "conditional", "async-start"  # what they call is a part of the program
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """Holds an instruction of a program.
+
+    Attributes:
+        name: its result's, without %.
+        shape: of the result, as it stands there.
+        operation: such as "fusion".
+        operands: what stands in its parentheses.
+        attributes: what stands behind them.
+        computation: the lines of the computation that it is a part of.
+        times: how often it runs in one run of the program.
+    """
+
+    name: str
+    shape: str
+    operation: str
+    operands: str
+    attributes: str
+    computation: list[str]
+    times: int
+
+
+def executed(hlo: str, inside_fusions: bool = False) -> Iterator[Instruction]:
+    """Yields the instructions of a program with how often each runs: in loops, as often as these.
+
+    Of a conditional all branches count as if they ran.
+
+    Args:
+        hlo: the text of the program.
+        inside_fusions: whether to yield what fusions are made of as well.
+    """
+    computations, entry = _computations(hlo)
+    callers = (*CALLERS, "fusion") if inside_fusions else CALLERS
+
+    def walk(name: str, times: int) -> Iterator[Instruction]:
+        for line in computations[name]:
+            if not (match := INSTRUCTION.match(line)):
+                continue
+            yield (found := Instruction(*match.groups(), computations[name], times))
+            if found.operation == "while":
+                body, condition = (
+                    re.findall(rf"{k}=%?([\w.\-]+)", found.attributes)[0]
+                    for k in ("body", "condition")
+                )
+                trips = _trips(found.attributes, computations[condition])
+                yield from walk(body, times * trips)
+                yield from walk(condition, times * trips)
+            elif found.operation in callers:
+                called = re.findall(rf"(?:{CALLED})=(\{{[^}}]*\}}|[^,\s]*)", found.attributes)
+                for inner in re.findall(r"%([\w.\-]+)", " ".join(called)):
+                    yield from walk(inner, times)
+
+    yield from walk(entry, 1)
+
+
+def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
+    """Splits the text into each computation's lines; also returns the entry computation's name."""
+    found, lines, entry = {}, [], ""
+    for line in hlo.splitlines():
+        if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{", line):
+            lines = found.setdefault(match[2], [])
+            entry = match[2] if match[1] else entry
+        else:
+            lines.append(line)
+    return found, entry
+
+
+def _trips(attributes: str, condition: list[str]) -> int:
+    """Reads how often a loop runs: as XLA found out, or what its counter is compared with."""
+    if match := re.search(r"known_trip_count\W+n\W+(\d+)", attributes):
+        return int(match[1])
+    numbers = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+    return max(map(int, numbers), default=1)

@@ -1,0 +1,214 @@
+"""Object storage as folders: paths gs://BUCKET/… and s3://BUCKET/…, uploads, and local mirrors.
+
+An object appears under its name whole or not at all, whoever writes it and whenever they are
+killed. That is all there is: objects cannot be appended to, renamed in one step, or locked. So
+files are made here and uploaded when they are complete (`varjax.core.files.atomic_path`).
+
+epath has the methods of pathlib.Path for such paths, fsspec moves the bytes, and gcsfs or s3fs,
+which are not among varjax's dependencies, speak with the service.
+"""
+
+import contextlib
+import functools
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any, cast
+
+import fsspec
+from etils import epath
+from fsspec import config as fsspec_config
+
+from varjax.core.errors import InputError, StorageError
+
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # by the scheme of an address
+# pathlib.Path("gs://bucket") has one slash less.
+ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):/(?P<slash>/?)(?P<rest>.*)", re.DOTALL)
+# Whatever tells one content of an object from another; each service has some of them.
+VERSION_FIELDS = "size", "generation", "etag", "ETag", "mtime", "LastModified", "created"
+# Files that say what the others in their folder are: readers begin with them, so they come last.
+INDEX_FILES = "config.json", "dataset_info.json"
+
+
+def as_path(location: str | os.PathLike) -> pathlib.Path:
+    """Returns a path on a disk or in a bucket; both have the methods of pathlib.Path.
+
+    Of those, a path in a bucket lacks the ones that a bucket cannot do, and its `stat` gives
+    `length` and `mtime`.
+
+    Raises:
+        InputError: an address that is neither gs://… nor s3://…, or the package for it is missing.
+    """
+    text = os.fspath(location)
+    match = ADDRESS.match(text)
+    if match is None or not (match["slash"] or match["scheme"] in PACKAGES):
+        return pathlib.Path(location)
+    scheme, rest = match["scheme"], match["rest"].strip("/")
+    if scheme not in PACKAGES or not rest:
+        raise InputError(
+            f"{text} is no address that can be used; give a folder or file, "
+            "gs://BUCKET/… or s3://BUCKET/…"
+        )
+    _set_up(scheme)
+    return cast(pathlib.Path, epath.Path(f"{scheme}://{rest}"))
+
+
+def in_bucket(path: str | os.PathLike) -> bool:
+    """Tells whether a path of `as_path` lies in a bucket."""
+    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in PACKAGES))
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+    """Returns the path from the root on; one in a bucket is so already."""
+    return path if in_bucket(path) else path.absolute()
+
+
+def upload(local: pathlib.Path, path: pathlib.Path) -> None:
+    """Writes a local file or folder to a bucket; each file appears whole.
+
+    Of a folder that replaces another one, what says what it holds (INDEX_FILES) goes first and
+    comes back last, so that it is never there beside files of both. Raises StorageError where the
+    service takes it not.
+    """
+    fs = _file_system(path)
+    with _storage_errors(path, "written"):
+        if local.is_file():
+            fs.put_file(str(local), str(path))
+            return
+        names = [str(file.relative_to(local)) for file in local.rglob("*") if file.is_file()]
+        before = set(contents(path)) if path.is_dir() else set()
+        for name in before & set(INDEX_FILES):
+            fs.rm_file(str(path / name))
+        for name in sorted(names, key=lambda name: (name in INDEX_FILES, name)):
+            fs.put_file(str(local / name), str(path / name))
+        for name in before - set(names) - set(INDEX_FILES):
+            fs.rm_file(str(path / name))
+
+
+def create(path: pathlib.Path, data: bytes) -> bool:
+    """Writes an object unless it exists, and tells whether it did; of several writers one does."""
+    with _storage_errors(path, "written"):
+        try:
+            _file_system(path).pipe_file(str(path), data, mode="create")
+        except FileExistsError:
+            return False
+    return True
+
+
+def contents(path: pathlib.Path) -> dict[str, str]:
+    """Lists the objects below a folder, or the object at `path`, under "".
+
+    Returns {path below `path`: text that changes with the content}; {} where there is nothing.
+    """
+    with _storage_errors(path, "read"):
+        fs = _file_system(path)
+        root = fs._strip_protocol(str(path))
+        found = fs.find(str(path), detail=True)
+    return {
+        name[len(root) :].lstrip("/"): repr([info.get(field) for field in VERSION_FIELDS])
+        for name, info in sorted(cast("dict[str, dict[str, Any]]", found).items())
+        if info["type"] == "file" and not name.endswith("/")  # which some make for empty folders
+    }
+
+
+def remove(path: pathlib.Path) -> None:
+    """Removes an object, or all below a folder; nothing happens where there is none."""
+    with _storage_errors(path, "removed"):
+        if path.exists():
+            _file_system(path).rm(str(path), recursive=True)
+
+
+def move(path: pathlib.Path, to: pathlib.Path) -> None:
+    """Moves all objects below a folder, one after the other."""
+    with _storage_errors(path, "moved"):
+        _file_system(path).mv(str(path), str(to), recursive=True)
+
+
+def list_folder(path: pathlib.Path) -> tuple[list[str], list[str]]:
+    """Returns the names of the folders and of the objects in a folder, as far as they are there."""
+    folders, objects = [], []
+    with _storage_errors(path, "read"), contextlib.suppress(FileNotFoundError):
+        for entry in _file_system(path).ls(str(path), detail=True):
+            name = entry["name"].rstrip("/").rpartition("/")[2]
+            (folders if entry["type"] == "directory" else objects).append(name)
+    return folders, objects
+
+
+def download(path: pathlib.Path, local: pathlib.Path) -> None:
+    """Copies an object to a local file; raises StorageError where it cannot be read."""
+    options = {"desc": f"copying {path.name}", "unit": "B", "unit_scale": True, "delay": 2}
+    with _storage_errors(path, "read"):
+        bar = fsspec.callbacks.TqdmCallback(tqdm_kwargs=options)
+        _file_system(path).get_file(str(path), str(local), callback=bar)
+
+
+class LocalMirror:
+    """A local folder for what grows line by line, uploaded now and then: logs of a run, a trace.
+
+        mirror = LocalMirror(run_dir)
+        open(mirror.folder / "metrics.jsonl", "a").write("…")
+        mirror.upload()
+        mirror.close()
+
+    Where the path is on a disk, `folder` is the path itself, and neither does anything.
+
+    Args:
+        path: the folder that it stands for.
+        names: files of it to begin with, where they are there.
+
+    Attributes:
+        folder: the local folder.
+    """
+
+    def __init__(self, path: pathlib.Path, names: tuple[str, ...] = ()):
+        self._path, self._sent = path, {}
+        self.folder = path
+        if in_bucket(path):
+            self.folder = pathlib.Path(tempfile.mkdtemp(prefix="varjax_"))
+            for name in names:
+                if (path / name).exists():
+                    download(path / name, self.folder / name)
+
+    def upload(self) -> None:
+        """Writes to the bucket whatever has changed; raises StorageError where that fails."""
+        if self.folder == self._path:
+            return
+        for file in sorted(self.folder.rglob("*")):
+            stat = file.stat()
+            if file.is_file() and self._sent.get(file) != (state := (stat.st_size, stat.st_mtime)):
+                upload(file, self._path / file.relative_to(self.folder))
+                self._sent[file] = state
+
+    def close(self) -> None:
+        """Uploads, and removes the local folder."""
+        self.upload()
+        if self.folder != self._path:
+            shutil.rmtree(self.folder)
+
+
+@functools.cache
+def _set_up(scheme: str) -> None:
+    # Other processes write to a bucket, too: what was listed before says nothing.
+    fsspec_config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        package = PACKAGES[scheme]
+        raise InputError(f"{scheme}:// needs {package} (pip install {package}): {error}") from error
+
+
+def _file_system(path: pathlib.Path) -> Any:
+    return fsspec.filesystem(str(path).partition("://")[0])
+
+
+@contextlib.contextmanager
+def _storage_errors(path: pathlib.Path, verb: str) -> Iterator[None]:
+    """The services' packages have exceptions of all kinds for a missing right or network."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:500]
+        raise StorageError(f"{path} could not be {verb}: {reason}") from error
