@@ -59,7 +59,7 @@ def test_a_run_goes_on_where_it_was_killed(whole, work, capsys):
     run, settings = f"{ROOT}/runs/a", dict(keep_best="eval/loss", preview_every=20, keep=3)
     loop.train(tiny.experiment(run, **settings))
     tiny.assert_same_run(run, whole[0])
-    # The last checkpoint as a kill leaves it, there by name but not complete; the one before, damaged.
+    # The last checkpoint is as a kill leaves it, there but not complete; the one before is damaged.
     checkpoints = as_path(run) / "checkpoints"
     (checkpoints / "30" / "commit_success.txt").unlink()
     for name in buckets.contents(checkpoints / "20"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from tests.helpers.paths import ROOT
 from varjax.core import buckets, files, folders
 from varjax.core.errors import InputError, StorageError
 
@@ -218,3 +219,21 @@ def test_the_cache_lies_on_a_disk(monkeypatch):
     monkeypatch.setenv("VARJAX_CACHE", "gs://b/cache")
     with pytest.raises(InputError, match="must be a folder on a disk"):
         files.cache_folder()
+
+
+def test_no_module_takes_paths_for_those_of_a_disk():
+    """pathlib.Path would make a local folder "gs:" of an address."""
+    local = {
+        "core/buckets.py",
+        "core/files.py",
+        "core/config_flags.py",
+        "training/metric_writers.py",
+    }
+    local |= {"convert/pretrained.py", "data/prepare/array_record.py"}  # of the Hub; temporaries
+    local |= {"benchmark/partitioning.py", "evaluation/digits_report.py"}
+    found = {
+        str(file.relative_to(ROOT / "varjax"))
+        for file in (ROOT / "varjax").rglob("*.py")
+        if "pathlib.Path(" in file.read_text()
+    }
+    assert found <= local

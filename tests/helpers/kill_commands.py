@@ -34,10 +34,10 @@ def command(name: str, out: str) -> list[str]:
     module = "-m", f"varjax.data.{name.replace('-', '_')}"
     drawn = ["--weights=run", "--count=100", "--batch_size=50", "--features=pixels"]
     return {
-        "cache-latents": [*module, DATASET, TOKENIZER, "--augmentations=40", "--shards=30"],
+        "cache-latents": [*module, DATASET, TOKENIZER, "--augmentations=6", "--shards=20"],
         "prepare": [*module, "--folder=photos", "--workers=2", "--shards=60"],
         "sample": [*sample, "--count=100"],
-        "sample_npz": [*sample, "--count=300"],
+        "sample_npz": [*sample, "--count=150"],
         "evaluate": ["-m", "varjax.evaluation", *drawn, "--reference=digits"],
     }[name] + [f"--out={out}"]
 

@@ -48,7 +48,11 @@ def executed(hlo: str, inside_fusions: bool = False) -> Iterator[Instruction]:
         for line in computations[name]:
             if not (match := INSTRUCTION.match(line)):
                 continue
-            yield (found := Instruction(*match.groups(), computations[name], times))
+            result, shape, operation, operands, attributes = match.groups()
+            found = Instruction(
+                result, shape, operation, operands, attributes, computations[name], times
+            )
+            yield found
             if found.operation == "while":
                 body, condition = (
                     re.findall(rf"{k}=%?([\w.\-]+)", found.attributes)[0]
