@@ -114,14 +114,14 @@ def contents(path: pathlib.Path) -> dict[str, str]:
     }
 
 
-def remove(path: pathlib.Path) -> None:
+def remove_objects(path: pathlib.Path) -> None:
     """Removes an object, or all below a folder; nothing happens where there is none."""
     with _storage_errors(path, "removed"):
         if path.exists():
             _file_system(path).rm(str(path), recursive=True)
 
 
-def move(path: pathlib.Path, to: pathlib.Path) -> None:
+def move_objects(path: pathlib.Path, to: pathlib.Path) -> None:
     """Moves all objects below a folder, one after the other."""
     with _storage_errors(path, "moved"):
         _file_system(path).mv(str(path), str(to), recursive=True)
@@ -137,7 +137,7 @@ def list_folder(path: pathlib.Path) -> tuple[list[str], list[str]]:
     return folders, objects
 
 
-def download(path: pathlib.Path, local: pathlib.Path) -> None:
+def download_object(path: pathlib.Path, local: pathlib.Path) -> None:
     """Copies an object to a local file; raises StorageError where it cannot be read."""
     options = {"desc": f"copying {path.name}", "unit": "B", "unit_scale": True, "delay": 2}
     with _storage_errors(path, "read"):
@@ -170,7 +170,7 @@ class LocalMirror:
             self.folder = pathlib.Path(tempfile.mkdtemp(prefix="varjax_"))
             for name in names:
                 if (path / name).exists():
-                    download(path / name, self.folder / name)
+                    download_object(path / name, self.folder / name)
 
     def upload(self) -> None:
         """Writes to the bucket whatever has changed; raises StorageError where that fails."""

@@ -100,7 +100,7 @@ def local_copy(path: str | os.PathLike) -> pathlib.Path:
 
     def fetch(name: str) -> None:
         with atomic_path(copy / name if name else copy) as temporary:
-            buckets.download(path / name if name else path, temporary)
+            buckets.download_object(path / name if name else path, temporary)
 
     missing = [name for name in found if not (copy / name if name else copy).exists()]
     with ThreadPoolExecutor(DOWNLOADS) as pool:
@@ -113,7 +113,7 @@ def local_copy(path: str | os.PathLike) -> pathlib.Path:
 def remove(path: pathlib.Path) -> None:
     """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
     if in_bucket(path):
-        buckets.remove(path)
+        buckets.remove_objects(path)
     elif path.is_dir():
         shutil.rmtree(path)
     else:
@@ -126,7 +126,7 @@ def move(path: pathlib.Path, to: pathlib.Path) -> None:
     A kill leaves it at one of them, but in a bucket in parts at both.
     """
     if in_bucket(path):
-        buckets.move(path, to)
+        buckets.move_objects(path, to)
     else:
         to.parent.mkdir(parents=True, exist_ok=True)
         path.rename(to)
