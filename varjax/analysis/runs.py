@@ -8,7 +8,6 @@ the folder and its locks. In a bucket, where nothing can be locked, it is one th
 last ten minutes.
 """
 
-import argparse
 import dataclasses
 import math
 import pathlib
@@ -19,7 +18,8 @@ from typing import Literal
 from varjax.analysis.run_log import read_run_log
 from varjax.core import buckets, files, folders
 from varjax.core.buckets import as_path, in_bucket
-from varjax.core.errors import InputError, check_setting, run_command
+from varjax.core.commands import command_parser, run_command
+from varjax.core.errors import InputError, check_setting
 
 RECENT_SECONDS = 600.0
 State = Literal["running", "finished", "failed", "stopped"]
@@ -137,12 +137,7 @@ def _ago(seconds: float) -> str:
 
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        "varjax runs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("varjax runs", __doc__)
     add = parser.add_argument
     add("folder", nargs="?", default="runs", metavar="DIR", help="holds runs (runs)")
     add("--watch", type=float, default=0.0, metavar="SECONDS", help="print it again and again")

@@ -12,7 +12,7 @@ varjax benchmark COMMAND --help
 import importlib
 import sys
 
-from varjax.core.errors import run_command
+from varjax.core.commands import run_command
 
 NAMES = ("sample", "train", "evaluate", "data", "partitioning")
 

@@ -10,7 +10,6 @@ augment   and augmented
 loader    whole batches, as training gets them
 """
 
-import argparse
 import contextlib
 import dataclasses
 import itertools
@@ -19,6 +18,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from varjax.benchmark.measure import print_figures
+from varjax.core.commands import command_parser
 from varjax.core.config_flags import add_config_flags, config_from_flags
 from varjax.core.errors import InputError, check_setting
 from varjax.core.hardware import process_peak_gb
@@ -30,11 +30,7 @@ from varjax.data.workers import ReaderPool, ReadOptions, available_cpus
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = argparse.ArgumentParser(
-        "varjax.benchmark data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("varjax.benchmark data", __doc__)
     cpus = available_cpus()
     add_config_flags(parser)
     parser.add_argument("--batches", type=int, default=20, help="to measure, of each kind")

@@ -6,7 +6,6 @@ A JSON line for the features, by random weights, and one for each metric of so m
 features. efficiency: model FLOP ÷ (seconds × FLOP/s of a large matrix product in the same run).
 """
 
-import argparse
 import time
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 from varjax.benchmark.measure import MatmulPeak, print_figures
 from varjax.core import flops
+from varjax.core.commands import command_parser
 from varjax.core.errors import InputError
 from varjax.core.hardware import fastest_seconds, memory_usage
 from varjax.metrics import fid
@@ -70,12 +70,7 @@ def measure_metrics(images: int) -> None:
 
 def main(arguments: list[str]) -> int:
     """Returns 0; raises InputError for a number below its least."""
-    parser = argparse.ArgumentParser(
-        "varjax benchmark evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("varjax benchmark evaluate", __doc__)
     add = parser.add_argument
     add("--images", type=int, default=10_000, help="of which metrics are computed (10000)")
     add("--side", type=int, default=256, help="pixels of an image's side (256)")

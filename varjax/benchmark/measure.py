@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from varjax.core import hardware
+from varjax.core.commands import command_parser
 from varjax.core.errors import InputError
 from varjax.nn.compute import Attention, Compute, matmul_precision
 
@@ -43,12 +44,7 @@ def print_figures(**figures: Any) -> None:
 
 def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     """Makes the parser of `varjax benchmark NAME`, with the flags that models' benchmarks share."""
-    parser = argparse.ArgumentParser(
-        f"varjax benchmark {name}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser(f"varjax benchmark {name}", description)
     add = parser.add_argument
     add("--preset", default="d16", help="d16, d20, d24, d30, d36, mar_b, mar_l or mar_h (d16)")
     add("--batch_size", type=int, default=8, help="images at a time (8)")

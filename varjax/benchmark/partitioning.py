@@ -8,7 +8,6 @@ float32 and fuses otherwise. --topology=v5e:2x4,v5e:8x8 (of TPUs; needs `pip ins
 compiles with the TPUs' own compiler; "fits" is false where it refuses for lack of memory.
 """
 
-import argparse
 import math
 import pathlib
 import tempfile
@@ -21,6 +20,7 @@ from jax.experimental import topologies
 
 from varjax.benchmark.collectives import count_traffic
 from varjax.benchmark.measure import print_figures
+from varjax.core.commands import command_parser
 from varjax.core.errors import InputError
 from varjax.nn.compute import Compute, Remat
 from varjax.tokenizers.vq.model import VQConfig
@@ -34,12 +34,7 @@ BATCH_SIZES = {"d16": 768, "d20": 768, "d24": 768, "d30": 1024, "d36": 768}  # t
 
 def main(arguments: list[str]) -> None:
     """Reads the command line and prints a line for each number of devices; raises InputError."""
-    parser = argparse.ArgumentParser(
-        "varjax benchmark partitioning",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("varjax benchmark partitioning", __doc__)
     add = parser.add_argument
     add("--preset", default="d16", choices=BATCH_SIZES, help="size of the model (d16)")
     add("--devices", type=_numbers, default="8", help="numbers of CPU devices to play: 8,64 (8)")

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags
 from varjax.core import image_io
+from varjax.core.commands import command_parser, run_command
 from varjax.core.compilation_cache import use_compilation_cache
-from varjax.core.errors import InputError, run_command
+from varjax.core.errors import InputError
 from varjax.families import load, option_classes
 from varjax.sampling.edit_masks import box_mask, read_mask
 from varjax.sampling.outputs import check_out
@@ -97,12 +98,7 @@ def side_by_side(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "varjax edit",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("varjax edit", __doc__)
     add = parser.add_argument
     add("--image", required=True, help="any image file; resized and center-cropped for the model")
     add(

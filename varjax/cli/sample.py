@@ -11,6 +11,7 @@ import argparse
 
 import numpy as np
 
+from varjax.core.commands import command_parser
 from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.distributed import add_process_flags, connect_by_flags, run_on_processes
 from varjax.core.errors import InputError
@@ -58,12 +59,7 @@ def draw_samples(arguments: list[str]) -> None:
 
     Raises InputError, before any long work, for what cannot be done.
     """
-    parser = argparse.ArgumentParser(
-        "varjax sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("varjax sample", __doc__)
     parser.add_argument("--labels", help="classes, 0,1,2 or all (default: some, evenly spread)")
     out_help = "FILE.png (a grid), FILE.npz or FOLDER (samples.png)"
     add_sampling_flags(parser, "samples.png", out_help)

@@ -9,9 +9,9 @@ python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 
 --dry_run says beforehand what a run takes: mesh, memory, data, and the first step.
 """
 
-import argparse
 import sys
 
+from varjax.core.commands import command_parser
 from varjax.core.config_flags import add_config_flags, config_from_flags
 from varjax.core.errors import InputError
 
@@ -24,12 +24,7 @@ def main(arguments: list[str]) -> int:
     from varjax.training import loop
     from varjax.training.dry_run import dry_run
 
-    parser = argparse.ArgumentParser(
-        "varjax train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("varjax train", __doc__)
     add_config_flags(parser)
     parser.add_argument("--debug", action="store_true", help="mistakes with their traceback, too")
     parser.add_argument(

@@ -22,7 +22,8 @@ from varjax.convert import (
 )
 from varjax.convert.from_torch import KINDS
 from varjax.convert.pretrained import download
-from varjax.core.errors import InputError, run_command
+from varjax.core.commands import command_parser, run_command
+from varjax.core.errors import InputError
 from varjax.tokenizers.vq.pyramid import Scale
 
 
@@ -118,12 +119,7 @@ def _parse_side(text: str) -> Scale:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "varjax convert",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("varjax convert", __doc__)
     add = parser.add_argument
     add("--out", required=True, help="the directory to write")
     for flag, kind in KINDS.items():

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from varjax.core.errors import InputError, StorageError, run_command
+from varjax.core.commands import run_command
+from varjax.core.errors import InputError, StorageError
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead, and the others end
 # Until a file that one machine wrote is seen by another: an NFS client keeps what it knows of a

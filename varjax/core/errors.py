@@ -1,10 +1,9 @@
-"""Users' mistakes, told apart from our own: what a command prints and how it ends."""
+"""Users' mistakes, told apart from our own, which keep their traceback."""
 
 import contextlib
 import pathlib
-import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 
 class InputError(ValueError):
@@ -47,34 +46,3 @@ def traceback_file(path: pathlib.Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
         raise
     path.unlink(missing_ok=True)
-
-
-def run_command(
-    name: str,
-    action: Callable[[], object],
-    debug: bool = False,
-    interrupted: str = "interrupted",
-) -> int:
-    """Runs a command and returns its exit code.
-
-    Args:
-        name: of the command, which begins its messages.
-        action: does everything; what it returns is ignored, but for an int, which is the exit code.
-        debug: whether users' mistakes are shown with their traceback too.
-        interrupted: printed after Ctrl-C.
-
-    Returns:
-        0 if `action` returned no int, 1 after an InputError, 130 after Ctrl-C.
-    """
-    try:
-        code = action()
-    except InputError as error:
-        if debug:
-            traceback.print_exception(error)
-        else:
-            print(f"{name}: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{name}: {interrupted}", file=sys.stderr)
-        return 130
-    return code if isinstance(code, int) else 0

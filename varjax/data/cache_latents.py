@@ -11,7 +11,6 @@ does nothing when all is done. Several processes share the work: --distributed w
 by itself, else --processes=COUNT --process=NUMBER; they do not talk to one another.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol, get_args
@@ -22,10 +21,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from varjax.core import config_tree, folders
 from varjax.core.buckets import as_path
+from varjax.core.commands import command_parser, run_command
 from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.config_flags import add_config_flags, config_from_flags
 from varjax.core.distributed import add_process_flags, connect_by_flags
-from varjax.core.errors import InputError, check_setting, run_command
+from varjax.core.errors import InputError, check_setting
 from varjax.data.latent_shards import (
     ABOUT_FILE,
     EncodeBatch,
@@ -179,11 +179,7 @@ def _shards(images: Mapping[str, int], split: str, asked: int) -> int:
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        "varjax cache-latents",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("varjax cache-latents", __doc__)
     add_config_flags(parser)
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="the folder for the latents")

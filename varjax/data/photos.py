@@ -6,14 +6,14 @@ Two classes, china and flower, in train/ and val/, cut from parts of the photogr
 touch. To try things out: two photographs teach a model nothing.
 """
 
-import argparse
 import sys
 
 import numpy as np
 from PIL import Image
 
 from varjax.core import files, folders
-from varjax.core.errors import check_setting, run_command
+from varjax.core.commands import command_parser, run_command
+from varjax.core.errors import check_setting
 from varjax.data.sources.photos import HELD_OUT_WIDTH, PHOTO_NAMES, photo_parts
 from varjax.data.stream import Split
 
@@ -60,12 +60,7 @@ def _random_crop(part_HWC: np.ndarray, size: int, rng: np.random.Generator) -> n
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        "python -m varjax.data.photos",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("python -m varjax.data.photos", __doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
     parser.add_argument("--size", type=int, default=64, help="the shortest side of a crop, pixels")
     parser.add_argument("--train", type=int, default=200, help="training images of each class")

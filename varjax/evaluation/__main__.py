@@ -20,6 +20,7 @@ import jax
 
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags
 from varjax.core.buckets import as_path
+from varjax.core.commands import command_parser
 from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.distributed import (
     add_process_flags,
@@ -106,12 +107,7 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "varjax evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("varjax evaluate", __doc__)
     add = parser.add_argument
     add("samples", nargs="?", metavar="SAMPLES", help="an .npz of images, or a folder of them")
     add("--reference", required=True, help="what they are compared with")

@@ -3,7 +3,6 @@
 python -m varjax.evaluation.digits_report --run=runs/digits --samples=runs/digits/samples.npz
 """
 
-import argparse
 import pathlib
 import sys
 
@@ -14,7 +13,8 @@ from sklearn.svm import SVC
 from varjax.analysis.curves import draw_curves
 from varjax.analysis.run_log import read_run_log
 from varjax.core import files, image_io
-from varjax.core.errors import InputError, run_command
+from varjax.core.commands import command_parser, run_command
+from varjax.core.errors import InputError
 from varjax.data.sources import Digits
 from varjax.metrics.fid import Moments, frechet_distance
 
@@ -130,12 +130,7 @@ def write_report(
 
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        "python -m varjax.evaluation.digits_report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("python -m varjax.evaluation.digits_report", __doc__)
     add, folder = parser.add_argument, pathlib.Path("runs/digits")
     add("--run", type=pathlib.Path, default=folder, help="of the transformer (runs/digits)")
     add(

@@ -8,22 +8,16 @@ batches compare. Below: one panel for each scale. Lines are training (the thick 
 dots held-out images. Runs may still be going on.
 """
 
-import argparse
 import sys
 
 from varjax.analysis.curves import draw_curves
 from varjax.analysis.run_log import PUBLISHED_LOGS, read_run_log
-from varjax.core.errors import run_command
+from varjax.core.commands import command_parser, run_command
 
 
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        "varjax plot",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("varjax plot", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
     parser.add_argument("--out", default="plot.png", help="the picture to write (plot.png)")
     parser.add_argument(

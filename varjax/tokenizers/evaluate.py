@@ -34,8 +34,9 @@ from tqdm import tqdm
 
 from varjax.core import files, image_io
 from varjax.core.buckets import as_path
+from varjax.core.commands import command_parser, run_command
 from varjax.core.compilation_cache import use_compilation_cache
-from varjax.core.errors import InputError, run_command
+from varjax.core.errors import InputError
 from varjax.data.sources import CachedLatents, parse_dataset
 from varjax.metrics.features import FeatureExtractor, Features, inception_network
 from varjax.metrics.references import reference_of_features
@@ -169,12 +170,7 @@ def report_table(report: dict[str, Any]) -> str:
 
 def main(arguments: list[str]) -> int:
     """Exit code 0, 1 with one message for what cannot be done, 2 for a wrong command line."""
-    parser = argparse.ArgumentParser(
-        "varjax evaluate-tokenizer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("varjax evaluate-tokenizer", __doc__)
     add = parser.add_argument
     add("--weights", required=True, help="a training run, or what varjax.convert wrote")
     add("--data", required=True, help="folder:PATH, tfds:NAME, photos, digits or random")

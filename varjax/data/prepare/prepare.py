@@ -8,7 +8,6 @@ only, or flat. What comes out is a TensorFlow Datasets directory with the splits
 when all is done. More in docs/data.md.
 """
 
-import argparse
 import contextlib
 import os
 import pathlib
@@ -20,7 +19,8 @@ from tqdm import tqdm
 
 from varjax.core import files, folders
 from varjax.core.buckets import as_path, in_bucket
-from varjax.core.errors import InputError, check_setting, run_command
+from varjax.core.commands import command_parser, run_command
+from varjax.core.errors import InputError, check_setting
 from varjax.data.prepare import array_record
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.folder_layout import ImageListing
@@ -157,12 +157,7 @@ def _finish(
 
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        "varjax prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_parser("varjax prepare", __doc__)
     add = parser.add_argument
     add("--folder", required=True, metavar="DIR", help="the images")
     add("--out", required=True, metavar="DIR", help="a new folder for the result")

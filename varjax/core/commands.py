@@ -1,0 +1,54 @@
+"""What all commands share: how they read a command line, and how they end."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable
+
+from varjax.core.errors import InputError
+
+
+def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Makes the parser of a command's flags, which have to be spelled out.
+
+    Args:
+        name: of the command.
+        description: shown by --help as it stands, say the module's docstring.
+    """
+    return argparse.ArgumentParser(
+        name,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def run_command(
+    name: str,
+    action: Callable[[], object],
+    debug: bool = False,
+    interrupted: str = "interrupted",
+) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+        name: of the command, which begins its messages.
+        action: does everything; what it returns is ignored, but for an int, which is the exit code.
+        debug: whether users' mistakes are shown with their traceback too.
+        interrupted: printed after Ctrl-C.
+
+    Returns:
+        0 if `action` returned no int, 1 after an InputError, 130 after Ctrl-C.
+    """
+    try:
+        code = action()
+    except InputError as error:
+        if debug:
+            traceback.print_exception(error)
+        else:
+            print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: {interrupted}", file=sys.stderr)
+        return 130
+    return code if isinstance(code, int) else 0
