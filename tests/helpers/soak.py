@@ -151,7 +151,7 @@ class Events:
             self.failures.append(f"{saved} was saved, but it went on from {went_on}")
         self.lost.append(self.run.reached() - self.run.saved())
         self.in_save += any(self.run.path.glob("*/*.orbax-checkpoint-tmp*"))
-        # With several processes, those that lose another one show where they were.
+        # Of several processes, those that lose another one show where they were.
         if len(alive) == 1 and "Traceback" in (text := self.run.log.read_text()):
             self.failures.append(f"exit codes {codes}: {text[-3000:]}")
 

@@ -5,6 +5,7 @@ import gc
 import itertools
 import json
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -126,6 +127,31 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
     assert final.returncode == 0, final.stderr
     assert (f"after step {reached}" in final.stderr) == (0 < reached < 150), (seed, final.stderr)
     assert_same_run(tmp_path / "whole", run_dir)
+
+
+FAILING_SAVE = """
+import errno, os, sys
+from tests.helpers import tiny
+from varjax.core.distributed import run_on_processes
+from varjax.training import loop
+
+def makedirs(path, *arguments, make=os.makedirs, **options):
+    if str(path).endswith("20.orbax-checkpoint-tmp"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+    make(path, *arguments, **options)
+
+os.makedirs = makedirs
+sys.exit(run_on_processes("train", lambda: loop.train(tiny.experiment(sys.argv[1]))))
+"""
+
+
+def test_a_folder_that_cannot_be_written_ends_the_process_with_a_message(tmp_path):
+    """At once: Orbax's threads that wait for the folder would keep it for ten minutes."""
+    command = [sys.executable, "-c", FAILING_SAVE, str(tmp_path / "run")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert re.search(r"train: saving to .* failed: .*Permission denied", ended.stderr)
+    assert "are good: [10]" in ended.stderr
 
 
 # Of the writes that Orbax began together, it waits for the first to fail.

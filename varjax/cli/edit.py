@@ -132,6 +132,6 @@ def _check_combination(flags: argparse.Namespace) -> None:
 
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax speaks of its own workings
     use_compilation_cache()
     return run_command("varjax edit", lambda: edit_image(arguments))

@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -148,10 +149,14 @@ def end_process(code: int) -> int:
     if jax.process_count() > 1:
         number = jax.process_index()
         print(f"process {number} ends; if another died before, that one says why", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _end_at_once(code)
     return code
+
+
+def _end_at_once(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run_on_processes(name: str, action: Callable[[], object], debug: bool = False) -> int:
@@ -162,13 +167,21 @@ def run_on_processes(name: str, action: Callable[[], object], debug: bool = Fals
         action: does everything; see `run_command`.
         debug: whether users' mistakes are shown with their traceback too.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax speaks of its own workings
+    # Orbax speaks of its own workings, and shows errors that it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    before = set(threading.enumerate())
     try:
         code = run_command(name, action, debug)
     except Exception as error:
         traceback.print_exception(error)
         code = 1
-    return end_process(code) if code else 0
+    if not code:
+        return 0
+    left = set(threading.enumerate()) - before
+    if any(type(thread).__module__.startswith("orbax.") for thread in left):
+        # After a save that failed they wait for one another, and a regular end for them: minutes.
+        _end_at_once(code)
+    return end_process(code)
 
 
 def gather_json(value: Any) -> list[Any]:
