@@ -253,7 +253,7 @@ def test_processes_that_see_other_data_are_refused_before_anything_else(tmp_path
         ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
         ({"log_every": 0}, "log_every=0: must be 1 or more"),
         ({"run_dir": ""}, "run_dir is empty"),
-        ({"run_dir": "gs://bucket/run"}, "run_dir is gs://bucket/run: an address; mount it"),
+        ({"run_dir": "s3://bucket/run"}, "run_dir is s3://bucket/run: .* mount the bucket"),
         ({"eval_every": 0, "keep_best": "eval/loss"}, "set eval_every above 0"),
         ({"eval_every": 1, "patience": 2}, "patience is 2, but keep_best names no metric"),
         ({"task": tiny.Tiny(plan=Plan(5))}, "task.plan is Plan.steps=5.*set steps, epochs"),

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from varjax.core.buckets import as_path, in_bucket
+from varjax.core.buckets import in_bucket
 from varjax.core.errors import InputError, check_setting
 from varjax.training.sample_quality import FIDConfig
 from varjax.training.sharding import MeshShape
@@ -142,7 +142,7 @@ class Experiment:
             check_setting(name, value, value >= lowest, f"{lowest} or more")
         if not self.run_dir:
             raise InputError("run_dir is empty; name a directory for this run, say runs/first")
-        if in_bucket(as_path(self.run_dir)) and not self.run_dir.startswith("gs:"):
+        if in_bucket(self.run_dir) and not self.run_dir.startswith("gs:"):
             raise InputError(
                 f"run_dir is {self.run_dir}: Orbax writes checkpoints to disks and to gs:// alone; "
                 "mount the bucket and name the folder"
