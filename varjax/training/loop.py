@@ -114,9 +114,9 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
         NonFiniteMetricError: a metric is not finite; nothing of that step is saved.
         StorageError: the run's files cannot be written.
     """
+    setup = set_up(experiment)
     run_dir = as_path(experiment.run_dir)
     profiler = StepProfiler(profile, run_dir)
-    setup = set_up(experiment)
     plan = setup.task.plan
     with contextlib.ExitStack() as held:
         on_first_process(lambda: held.enter_context(folders.lock_folder(run_dir)))
