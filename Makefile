@@ -45,7 +45,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
-# 50 kills of a run at random moments; about 20 minutes, so no part of the tests.
+# 100 events at random moments of a run; about half an hour, so no part of the tests.
 soak: setup
 	$(PY) -m tests.helpers.soak --folder=runs/soak --events=100
 

@@ -63,7 +63,7 @@ def test_a_run_goes_on_where_it_was_killed(whole, work, capsys):
     # The last checkpoint is as a kill leaves it, there but not complete; the one before is damaged.
     checkpoints = as_path(run) / "checkpoints"
     (checkpoints / "30" / "commit_success.txt").unlink()
-    for name in buckets.contents(checkpoints / "20"):
+    for name in buckets.object_versions(checkpoints / "20"):
         if name.startswith("params"):
             (checkpoints / "20" / name).unlink()
     loop.train(tiny.experiment(run, **settings))
@@ -73,8 +73,8 @@ def test_a_run_goes_on_where_it_was_killed(whole, work, capsys):
 
     assert find_runs(ROOT) == [as_path(run)]
     status = run_status(as_path(run))
-    assert (status.step, status.state) == (30, "running")  # it wrote a moment ago
-    names = list(buckets.contents(as_path(run)))
+    assert (status.step, status.state) == (30, "finished")
+    names = list(buckets.object_versions(as_path(run)))
     assert any(name.startswith("tensorboard/") for name in names)
     assert sum(name.startswith("previews/") for name in names) == 1
     draw_curves([read_run_log(run)], f"{ROOT}/curves.png")
@@ -103,7 +103,7 @@ def test_samples_are_drawn_and_measured(work, capsys):
     for out in "grid.png", "folder", "samples.npz":
         for _ in range(2):  # the second one finds all done
             assert sample_main([*flags, f"--out={ROOT}/samples/{out}"]) == 0
-    names = list(buckets.contents(as_path(f"{ROOT}/samples")))
+    names = list(buckets.object_versions(as_path(f"{ROOT}/samples")))
     assert len([n for n in names if n.startswith("folder/") and n.endswith(".png")]) == 8
     assert {"grid.png", "samples.npz"} < set(names) and not any(".parts" in n for n in names)
     samples, out = f"{ROOT}/samples/samples.npz", f"{ROOT}/report.json"

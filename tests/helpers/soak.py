@@ -42,12 +42,7 @@ FAILURE_SEEN = 180  # seconds until a run that cannot write has found out and en
 # Root may write to folders that are read-only, but for this.
 RIGHTS = "-dac_override,-dac_read_search"
 OBEYING = ["setpriv", f"--inh-caps={RIGHTS}", f"--bounding-set={RIGHTS}"] * (os.geteuid() == 0)
-WEIGHTS = {
-    "kill": 7,
-    "pause": 1,
-    "full": 1,
-    "read_only": 1,
-}  # of a hundred events seventy are kills
+EVENT_SHARES = {"kill": 7, "pause": 1, "full": 1, "read_only": 1}
 
 
 class Run:
@@ -77,7 +72,7 @@ class Run:
             commands = [[*self._command, *flags, f"--process={i}"] for i in range(self._processes)]
         # By a pipe, for a limit on the size of files would hold for the log as well.
         with open(self.log, "w") as log:
-            logger = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
+            self.logger = logger = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
         assert logger.stdin is not None
         shared: dict[str, Any] = dict(cwd=self._folder, env=environment)
         shared |= dict(stdout=logger.stdin, stderr=logger.stdin)
@@ -145,7 +140,8 @@ class Events:
             print(f"{kind}: reached {self.run.reached()}, saved {self.run.saved()}")
             if kind != "pause":
                 break
-        codes = [process.wait(FAILURE_SEEN) for process in alive]
+        codes = [process.wait() for process in alive]  # after a pause it goes on to its end
+        self.run.logger.wait()
         if self.run.continued_from() not in (None, saved):
             went_on = self.run.continued_from()
             self.failures.append(f"{saved} was saved, but it went on from {went_on}")
@@ -185,7 +181,7 @@ class Events:
             self.failures.append(f"{reason}: exit codes {codes}")
 
 
-def soak(
+def soak_run(
     folder: pathlib.Path, events: int, processes: int, kinds: dict[str, int], seed: int, steps: int
 ) -> dict:
     """The report, "failures" among it."""
@@ -224,8 +220,8 @@ def main() -> int:
     flags = parser.parse_args()
     flags.folder.mkdir(parents=True)
     folder = flags.folder.absolute()
-    kinds = {"kill": 1} if flags.kills_only else WEIGHTS
-    report = soak(folder, flags.events, flags.processes, kinds, flags.seed, flags.steps)
+    kinds = {"kill": 1} if flags.kills_only else EVENT_SHARES
+    report = soak_run(folder, flags.events, flags.processes, kinds, flags.seed, flags.steps)
     print(json.dumps(report))
     return 1 if report["failures"] else 0
 

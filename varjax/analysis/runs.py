@@ -39,7 +39,7 @@ class RunStatus:
         loss: of the last line of training metrics, NaN before the first.
         eval_loss: of the last evaluation, of the average if there is one.
         images_per_second: at the last line that tells it.
-        age: seconds since the run last wrote metrics or was begun.
+        age: seconds since the run last wrote metrics or was begun; NaN where nobody knows.
     """
 
     directory: pathlib.Path
@@ -61,7 +61,7 @@ def find_runs(root: str | pathlib.Path) -> list[pathlib.Path]:
     if not root.is_dir():
         raise InputError(f"{root} is no folder; give one that holds runs")
     if in_bucket(root):
-        paths = [root / name for name in buckets.contents(root)]
+        paths = [root / name for name in buckets.object_versions(root)]
     else:
         paths = root.rglob("data.json")
     found = sorted(path.parent for path in paths if path.name == "data.json")
@@ -82,12 +82,14 @@ def run_status(directory: pathlib.Path) -> RunStatus:
     newest = metrics if metrics.is_file() else directory / "config.json"
     errors = any(directory.glob("error*.txt"))
     age = time.time() - files.modified(newest)
-    if folders.is_locked(directory) or (in_bucket(directory) and age < RECENT_SECONDS):
-        state: State = "running"
-    elif steps is not None and step >= steps:
-        state = "finished"
+    finished = steps is not None and step >= steps
+    if in_bucket(directory):
+        running = age < RECENT_SECONDS and not (finished or errors)
     else:
-        state = "failed" if errors else "stopped"
+        running = folders.is_locked(directory)
+    state: State = "running" if running else "finished" if finished else "failed"
+    if state == "failed" and not errors:
+        state = "stopped"
 
     def last(*names: str) -> float:
         for line in reversed(log.lines):
@@ -129,6 +131,8 @@ def status_table(runs: list[RunStatus]) -> str:
 
 
 def _ago(seconds: float) -> str:
+    if math.isnan(seconds):
+        return ""
     for unit, size in ("d", 86400), ("h", 3600), ("min", 60):
         if seconds >= size:
             return f"{seconds / size:.0f} {unit} ago"

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 
-from varjax.benchmark.hlo_text import executed
+from varjax.benchmark.hlo_text import executed_instructions
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "c64": 64, "c128": 128}
 # Bytes that each of g devices sends on a ring: (g - 1)/g × the larger of input and output, × this.
@@ -32,21 +32,22 @@ def count_traffic(hlo: str) -> dict[str, Traffic]:
     compile them to that.
     """
     found = collections.defaultdict(Traffic)
-    for of in executed(hlo, inside_fusions=True):
-        kind, started = of.operation.removesuffix("-start"), "-start" in of.operation
+    for instruction in executed_instructions(hlo):
+        operation = instruction.operation
+        kind, started = operation.removesuffix("-start"), "-start" in operation
         if kind in RINGS:
-            if kind == "all-reduce" and _is_sliced(of.name, of.computation):
+            if kind == "all-reduce" and _is_sliced(instruction.name, instruction.computation):
                 kind = "reduce-scatter"
-            devices = group_size(of.attributes)
+            devices = group_size(instruction.attributes)
             factor = RINGS[kind] * (devices - 1) / devices
-            if of.operation == "reduce-scatter":  # its shape is a part's, unlike a start's
+            if operation == "reduce-scatter":  # its shape is a part's, unlike a start's
                 factor *= devices
         elif kind == "collective-permute":
             factor = 1
         else:
             continue
-        found[kind].calls += of.times
-        found[kind].bytes += of.times * factor * _bytes(of.shape, largest=started)
+        found[kind].calls += instruction.times
+        found[kind].bytes += instruction.times * factor * _bytes(instruction.shape, largest=started)
     return dict(found)
 
 

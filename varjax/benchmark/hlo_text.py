@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\(([^)]*)\)(.*)")
 CALLED = "calls|to_apply|branch_computations|true_computation|false_computation"
-CALLERS = "call", "conditional", "async-start"  # what they call is a part of the program
+CALLERS = "call", "fusion", "conditional", "async-start"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +32,14 @@ class Instruction:
     times: int
 
 
-def executed(hlo: str, inside_fusions: bool = False) -> Iterator[Instruction]:
-    """Yields the instructions of a program with how often each runs: in loops, as often as these.
+def executed_instructions(hlo: str) -> Iterator[Instruction]:
+    """Yields the instructions of a program, those inside of fusions and calls too.
 
-    Of a conditional all branches count as if they ran.
+    An instruction in a loop counts once per iteration; of a conditional all branches count.
 
-    Args:
-        hlo: the text of the program.
-        inside_fusions: whether to yield what fusions are made of as well.
+    hlo: the text of the program.
     """
     computations, entry = _computations(hlo)
-    callers = (*CALLERS, "fusion") if inside_fusions else CALLERS
 
     def walk(name: str, times: int) -> Iterator[Instruction]:
         for line in computations[name]:
@@ -61,7 +58,7 @@ def executed(hlo: str, inside_fusions: bool = False) -> Iterator[Instruction]:
                 trips = _trips(found.attributes, computations[condition])
                 yield from walk(body, times * trips)
                 yield from walk(condition, times * trips)
-            elif found.operation in callers:
+            elif found.operation in CALLERS:
                 called = re.findall(rf"(?:{CALLED})=(\{{[^}}]*\}}|[^,\s]*)", found.attributes)
                 for inner in re.findall(r"%([\w.\-]+)", " ".join(called)):
                     yield from walk(inner, times)

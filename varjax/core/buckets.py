@@ -27,7 +27,7 @@ from varjax.core.errors import InputError, StorageError
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # by the scheme of an address
 # pathlib.Path("gs://bucket") has one slash less.
 ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):/(?P<slash>/?)(?P<rest>.*)", re.DOTALL)
-# Whatever tells one content of an object from another; each service has some of them.
+# Fields of which at least one changes with an object's content; each service has some of them.
 VERSION_FIELDS = "size", "generation", "etag", "ETag", "mtime", "LastModified", "created"
 # Files that say what the others in their folder are: readers begin with them, so they come last.
 INDEX_FILES = "config.json", "dataset_info.json"
@@ -67,30 +67,33 @@ def absolute(path: pathlib.Path) -> pathlib.Path:
 
 
 def upload(local: pathlib.Path, path: pathlib.Path) -> None:
-    """Writes a local file or folder to a bucket; each file appears whole.
+    """Uploads a file or folder; each object appears whole.
 
-    Of a folder that replaces another one, what says what it holds (INDEX_FILES) goes first and
-    comes back last, so that it is never there beside files of both. Raises StorageError where the
-    service takes it not.
+    When a folder is replaced, its INDEX_FILES are removed first and uploaded last, so that nobody
+    takes a mixture of both for a whole one. Raises StorageError where the service refuses; of a
+    folder nothing is left then.
     """
     fs = _file_system(path)
-    with _storage_errors(path, "written"):
+    with storage_errors(path, "written"):
         if local.is_file():
             fs.put_file(str(local), str(path))
             return
         names = [str(file.relative_to(local)) for file in local.rglob("*") if file.is_file()]
-        before = set(contents(path)) if path.is_dir() else set()
-        for name in before & set(INDEX_FILES):
+        before = set(object_versions(path)) if path.is_dir() else set()
+        for name in sorted(before - set(names) | before & set(INDEX_FILES), key=_index_first):
             fs.rm_file(str(path / name))
-        for name in sorted(names, key=lambda name: (name in INDEX_FILES, name)):
-            fs.put_file(str(local / name), str(path / name))
-        for name in before - set(names) - set(INDEX_FILES):
-            fs.rm_file(str(path / name))
+        try:
+            for name in sorted(names, key=lambda name: (name in INDEX_FILES, name)):
+                fs.put_file(str(local / name), str(path / name))
+        except Exception:
+            with contextlib.suppress(Exception):  # the network may be what failed
+                fs.rm(str(path), recursive=True)
+            raise
 
 
-def create(path: pathlib.Path, data: bytes) -> bool:
+def create_object(path: pathlib.Path, data: bytes) -> bool:
     """Writes an object unless it exists, and tells whether it did; of several writers one does."""
-    with _storage_errors(path, "written"):
+    with storage_errors(path, "written"):
         try:
             _file_system(path).pipe_file(str(path), data, mode="create")
         except FileExistsError:
@@ -98,12 +101,12 @@ def create(path: pathlib.Path, data: bytes) -> bool:
     return True
 
 
-def contents(path: pathlib.Path) -> dict[str, str]:
+def object_versions(path: pathlib.Path) -> dict[str, str]:
     """Lists the objects below a folder, or the object at `path`, under "".
 
     Returns {path below `path`: text that changes with the content}; {} where there is nothing.
     """
-    with _storage_errors(path, "read"):
+    with storage_errors(path, "read"):
         fs = _file_system(path)
         root = fs._strip_protocol(str(path))
         found = fs.find(str(path), detail=True)
@@ -116,23 +119,27 @@ def contents(path: pathlib.Path) -> dict[str, str]:
 
 def remove_objects(path: pathlib.Path) -> None:
     """Removes an object, or all below a folder; nothing happens where there is none."""
-    with _storage_errors(path, "removed"):
+    with storage_errors(path, "removed"):
         if path.exists():
             _file_system(path).rm(str(path), recursive=True)
 
 
 def move_objects(path: pathlib.Path, to: pathlib.Path) -> None:
     """Moves all objects below a folder, one after the other."""
-    with _storage_errors(path, "moved"):
+    with storage_errors(path, "moved"):
         _file_system(path).mv(str(path), str(to), recursive=True)
 
 
 def list_folder(path: pathlib.Path) -> tuple[list[str], list[str]]:
     """Returns the names of the folders and of the objects in a folder, as far as they are there."""
     folders, objects = [], []
-    with _storage_errors(path, "read"), contextlib.suppress(FileNotFoundError):
-        for entry in _file_system(path).ls(str(path), detail=True):
-            name = entry["name"].rstrip("/").rpartition("/")[2]
+    with storage_errors(path, "read"), contextlib.suppress(FileNotFoundError):
+        fs = _file_system(path)
+        for entry in fs.ls(str(path), detail=True):
+            place = entry["name"].strip("/")
+            if place == fs._strip_protocol(str(path)).strip("/"):
+                continue  # an empty object that some make for the folder itself
+            name = place.rpartition("/")[2]
             (folders if entry["type"] == "directory" else objects).append(name)
     return folders, objects
 
@@ -140,13 +147,13 @@ def list_folder(path: pathlib.Path) -> tuple[list[str], list[str]]:
 def download_object(path: pathlib.Path, local: pathlib.Path) -> None:
     """Copies an object to a local file; raises StorageError where it cannot be read."""
     options = {"desc": f"copying {path.name}", "unit": "B", "unit_scale": True, "delay": 2}
-    with _storage_errors(path, "read"):
+    with storage_errors(path, "read"):
         bar = fsspec.callbacks.TqdmCallback(tqdm_kwargs=options)
         _file_system(path).get_file(str(path), str(local), callback=bar)
 
 
 class LocalMirror:
-    """A local folder for what grows line by line, uploaded now and then: logs of a run, a trace.
+    """Mirrors a folder of a bucket on this machine's disk, for files that grow.
 
         mirror = LocalMirror(run_dir)
         open(mirror.folder / "metrics.jsonl", "a").write("…")
@@ -157,7 +164,7 @@ class LocalMirror:
 
     Args:
         path: the folder that it stands for.
-        names: files of it to begin with, where they are there.
+        names: files to download first, where they are there.
 
     Attributes:
         folder: the local folder.
@@ -189,8 +196,14 @@ class LocalMirror:
             shutil.rmtree(self.folder)
 
 
+def _index_first(name: str) -> tuple[bool, str]:
+    return name not in INDEX_FILES, name
+
+
 @functools.cache
 def _set_up(scheme: str) -> None:
+    # One client for all: epath would take TensorFlow's where that is installed.
+    os.environ.setdefault("EPATH_USE_TF", "false")
     # Other processes write to a bucket, too: what was listed before says nothing.
     fsspec_config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     try:
@@ -205,10 +218,19 @@ def _file_system(path: pathlib.Path) -> Any:
 
 
 @contextlib.contextmanager
-def _storage_errors(path: pathlib.Path, verb: str) -> Iterator[None]:
-    """The services' packages have exceptions of all kinds for a missing right or network."""
+def storage_errors(path: pathlib.Path, verb: str) -> Iterator[None]:
+    """Raises StorageError where a bucket cannot be reached; a path on a disk is left alone.
+
+    The services' packages have exceptions of all kinds for a missing right or network.
+
+    Args:
+        path: what is worked on.
+        verb: for the message, "read" or "written".
+    """
     try:
         yield
     except Exception as error:
+        if isinstance(error, InputError) or not in_bucket(path):
+            raise
         reason = f"{type(error).__name__}: {error}"[:500]
         raise StorageError(f"{path} could not be {verb}: {reason}") from error

@@ -1,4 +1,4 @@
-"""What all commands share: how they read a command line, and how they end."""
+"""Makes the parser of a command, and turns its exceptions into messages and exit codes."""
 
 import argparse
 import sys

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -66,8 +67,10 @@ def exists(path: str | os.PathLike) -> bool:
     A folder cannot be replaced in one step on all file systems: after a kill between two renames
     the old one lies aside, and is put back here.
     """
-    path = as_path(path)
-    for folder in () if in_bucket(path) else (path, path.parent):
+    if in_bucket(path := as_path(path)):
+        with buckets.storage_errors(path, "read"):
+            return path.exists()
+    for folder in (path, path.parent):
         if path.exists() or folder.exists() or not (aside := _aside(folder)).exists():
             continue
         time.sleep(REPLACED_SECONDS)  # perhaps nobody was killed, and the new one comes now
@@ -93,7 +96,7 @@ def local_copy(path: str | os.PathLike) -> pathlib.Path:
     changes. Where nothing is there, `path` comes back: its reader knows best what is missing.
     Raises StorageError where it cannot be read.
     """
-    if not in_bucket(path := as_path(path)) or not (found := buckets.contents(path)):
+    if not in_bucket(path := as_path(path)) or not (found := buckets.object_versions(path)):
         return path
     key = hashlib.sha256(json.dumps([str(path), found]).encode()).hexdigest()[:16]
     copy = cache_folder() / "buckets" / key / path.name
@@ -133,9 +136,9 @@ def move(path: pathlib.Path, to: pathlib.Path) -> None:
 
 
 def modified(path: pathlib.Path) -> float:
-    """Returns when a file was last written, in seconds since 1970; 0 where nobody knows."""
+    """Returns when a file was last written, in seconds since 1970; NaN where nobody knows."""
     stat = path.stat()
-    return float(stat.mtime) if isinstance(stat, StatResult) else stat.st_mtime
+    return float(stat.mtime or math.nan) if isinstance(stat, StatResult) else stat.st_mtime
 
 
 def write_json(path: str | os.PathLike, data: Any) -> None:
@@ -151,7 +154,7 @@ def create_json(path: str | os.PathLike, data: Any) -> bool:
     """
     with _written_beside(path) as (temporary, target):
         if in_bucket(target):
-            return buckets.create(target, _json_text(data).encode())
+            return buckets.create_object(target, _json_text(data).encode())
         temporary.write_text(_json_text(data))
         _fsync(temporary)
         try:
@@ -168,7 +171,11 @@ def read_json(path: str | os.PathLike) -> Any:
     """The content of a JSON file; ValueError when it is missing or not JSON."""
     path = _existing(path)
     try:
-        return json.loads(path.read_text())
+        with buckets.storage_errors(path, "read"):
+            text = path.read_text()
+        return json.loads(text)
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}); restore or delete it") from error
 

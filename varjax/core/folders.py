@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
+from varjax.core import buckets
 from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError, StorageError
 from varjax.core.files import create_json, read_json
@@ -80,7 +81,7 @@ def check_replaceable(folder: str | os.PathLike, own: Set[str] = frozenset()) ->
         own: names of files that the same command wrote, and would write again.
     """
     folder = as_path(folder)
-    present = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    present = names_in(folder) if folder.is_dir() else {folder.name}
     if folder.exists() and (foreign := sorted(present - own - {LOCK_FILE})):
         raise InputError(
             f"{folder} exists and holds {', '.join(foreign[:5])}, which would be lost; "
@@ -112,7 +113,7 @@ def claim_folder(
     while True:
         # One listing, for other processes may be at work in the folder already; and repeated, for
         # on a network's disk it may show what these have made, but not yet what began it.
-        listing = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        listing = names_in(folder)
         begun = request_file in listing or request_path.exists()
         foreign = not begun and any(not name.startswith(".") for name in listing)
         if not foreign or time.monotonic() >= deadline:
@@ -124,6 +125,13 @@ def claim_folder(
         )
     if begun or (write and not create_json(request_path, request)):
         check_same_request(folder, read_json(request_path), request)
+
+
+def names_in(folder: pathlib.Path) -> set[str]:
+    """Returns the names of all that lies in a folder; none where there is none."""
+    if in_bucket(folder):
+        return set().union(*buckets.list_folder(folder))
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def check_same_request(

@@ -23,6 +23,7 @@ READ_PAUSES = (0.1, 0.5, 2.0)  # seconds until a read that failed is tried again
 ENVIRONMENT_ERRORS = frozenset(
     (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 )
+DAMAGE = re.compile(r"NOT_FOUND|DATA_LOSS|FAILED_PRECONDITION|missing|[Mm]etadata")
 TENSORSTORE_CODE = re.compile(r"os_error_code='(\d+)'")  # in the words of its ValueErrors
 
 
@@ -38,6 +39,11 @@ class SavedSteps:
     """
 
     def __init__(self, directory: pathlib.Path):
+        if in_bucket(directory) and not os.fspath(directory).startswith("gs:"):
+            raise InputError(
+                f"{directory}: Orbax reads checkpoints from disks and from gs:// alone; copy the "
+                "run to a disk, or convert its weights there"
+            )
         self.directory = absolute(directory)
         me = jax.process_index()
         alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
@@ -145,15 +151,22 @@ class SavedSteps:
 
     def _repeated(self, step: int, read: Callable[[], Any]) -> Any:
         """Reads, and reads again where that fails: disks behind a network fail now and then."""
+        # Of a bucket, the services' packages tell by exceptions of all kinds.
+        errors = (Exception,) if in_bucket(self.directory) else READ_ERRORS
         for pause in READ_PAUSES:
             try:
                 return read()
-            except READ_ERRORS:
+            except errors:
                 time.sleep(pause)
         try:
             return read()
-        except READ_ERRORS as error:
+        except errors as error:
             path = self.directory / str(step)
+            if in_bucket(path) and not _tells_of_damage(error):
+                raise StorageError(
+                    f"{path} cannot be read now: {str(error)[:500]}. This does not tell of damaged "
+                    "files, so leave them; start again once the bucket can be reached"
+                ) from error
             # Orbax only logs some errors, and does as if files were missing: the files tell more.
             if (
                 code := _environment_code(error) or _environment_code(_opening_error(path))
@@ -189,6 +202,15 @@ def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyT
     if steps := (last := SavedSteps(run_dir / "checkpoints")).steps():
         return last.params(steps[-1], ema)
     raise InputError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
+
+
+def _tells_of_damage(error: BaseException | None) -> bool:
+    """Tells whether an exception says that objects of a bucket are missing or not as written."""
+    while error is not None:
+        if isinstance(error, FileNotFoundError | KeyError) or DAMAGE.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _environment_code(error: BaseException | None) -> int | None:

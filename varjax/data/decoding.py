@@ -1,13 +1,14 @@
 """Decodes image files to uint8 arrays; an error names the file and the reason."""
 
+import contextlib
 import io
 import os
 
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from varjax.core import image_io
-from varjax.core.buckets import as_path
+from varjax.core import buckets, image_io
+from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError
 
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
@@ -30,9 +31,19 @@ class BrokenImage(InputError):
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-    """Returns the content of a file; raises BrokenImage where it cannot be read."""
+    """Returns the content of a file.
+
+    Raises BrokenImage where it cannot be read, or StorageError where its bucket cannot be reached.
+    """
     try:
-        return as_path(path).read_bytes()
+        path = as_path(path)
+        if not in_bucket(path):
+            return path.read_bytes()
+        with buckets.storage_errors(path, "read"), contextlib.suppress(FileNotFoundError):
+            return path.read_bytes()
+        raise BrokenImage(str(path), "it is missing")
+    except InputError:  # a network that fails tells nothing of the image
+        raise
     except OSError as error:
         raise BrokenImage(printable_path(path), error.strerror or str(error)) from error
 

@@ -4,7 +4,6 @@ The folder and the .npz survive a kill. Both hold the request they were made for
 on where it was killed or finds everything done, another one is refused.
 """
 
-import functools
 import json
 import pathlib
 import secrets
@@ -103,7 +102,7 @@ class FolderOutput:
 
     def begin(self, write: bool) -> None:
         folders.claim_folder(self._path, REQUEST, self._request, write)
-        self._present = {path.name for path in self._path.iterdir()}
+        self._present = folders.names_in(self._path)
 
     def has(self, part: range) -> bool:
         return all(self._name(i) in self._present for i in part)
@@ -159,9 +158,10 @@ class NpzOutput:
     def _assemble(self, file):
         order_N = np.random.default_rng(self._seed).permutation(len(self._label_N))
 
-        @functools.lru_cache(maxsize=1024)  # files that are open at a time
+        parts = files.local_copy(self._parts)
+
         def part_NHWC(start: int) -> np.ndarray:
-            return np.load(files.local_copy(self._file(start)), mmap_mode="r")
+            return np.load(parts / self._file(start).name, mmap_mode="r")
 
         size, H, W, _ = part_NHWC(0).shape
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(order_N), H, W, 3)}
@@ -184,7 +184,7 @@ def _check_writable(folder: pathlib.Path) -> None:
     """Makes the folder and one file in it, which is gone again, or raises InputError."""
     if in_bucket(folder):
         probe = folder / f".{secrets.token_hex(8)}.tmp"
-        buckets.create(probe, b"")
+        buckets.create_object(probe, b"")
         return files.remove(probe)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
 """Checkpoints of a run: <run>/checkpoints/<step> and, where wanted, <run>/best/<step>."""
 
+import contextlib
 import pathlib
 import sys
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from varjax.core import files
-from varjax.core.buckets import absolute
+from varjax.core.buckets import absolute, in_bucket
 from varjax.core.distributed import gather_json, on_first_process
 from varjax.core.errors import InputError, StorageError
 from varjax.core.saved_steps import READ_ERRORS, STATE_TREES, MismatchError, SavedSteps
@@ -111,6 +113,7 @@ class Checkpoints:
             StorageError: an earlier save failed, or this one at once.
         """
         self.wait()
+        self._reporting_failure(lambda: on_first_process(self._check_writable))
         if step in (steps := self.steps()) and self.meta(step) == (meta or {}):
             return
         for late in steps:
@@ -188,12 +191,21 @@ class Checkpoints:
         except jax.errors.JaxRuntimeError:  # not the files: a device, or another process
             raise
         except Exception as error:  # of many kinds, RESOURCE_EXHAUSTED as a ValueError among them
-            good = [path.name for path in self.directory.iterdir() if path.name.isdigit()]
+            good = []
+            with contextlib.suppress(Exception):  # the disk may be what failed
+                good = self._saved.steps()
             raise StorageError(
                 f"saving to {self.directory} failed: {str(error)[:1000]}\nThe steps saved before "
-                f"are good: {sorted(map(int, good))}. Once the file system works again and has "
+                f"are good: {good}. Once the file system works again and has "
                 f"room for {self._keep + 1} checkpoints, the same command continues"
             ) from error
+
+    def _check_writable(self) -> None:
+        """Raises OSError where nothing can be written: Orbax's processes would wait for minutes."""
+        if not in_bucket(self.directory):
+            with tempfile.TemporaryFile(dir=self.directory) as file:
+                file.write(b"0")
+                file.flush()
 
     def _move_aside(self, broken: list[int]) -> None:
         def move() -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -136,7 +137,11 @@ class MetricWriter:
         for writer in self._others:
             writer.scalars(step, metrics)
         if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
-            self._upload()
+            try:
+                self._upload()
+            except StorageError as error:  # the next upload has these lines, too
+                self._uploaded = time.monotonic()
+                print(f"note: {error}", file=sys.stderr)
 
     def sync(self) -> None:
         """Returns when all lines are on the disk, where they survive the machine's end.

@@ -38,7 +38,7 @@ class StepProfiler:
             raise InputError(
                 f"profile={steps}: must be START:STOP, steps counted from 1, such as 10:13"
             )
-        self._trace, self._step, self._tracing = LocalMirror(run_dir / "profile"), 0, False
+        self._folder, self._step, self._tracing = run_dir / "profile", 0, False
 
     def __enter__(self) -> "StepProfiler":
         return self
@@ -50,6 +50,7 @@ class StepProfiler:
         """Starts the trace where this is the first step of it."""
         self._step += 1
         if self._step == self._first:
+            self._trace = LocalMirror(self._folder)
             jax.profiler.start_trace(str(self._trace.folder))
             self._tracing = True
 

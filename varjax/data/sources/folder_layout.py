@@ -147,6 +147,8 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
     """(subfolders, image files), sorted, links followed."""
     try:
         folders, files = _list_folder(folder)
+    except InputError:
+        raise
     except OSError as error:
         raise InputError(f"cannot list the images in {folder!r}: {error.strerror}") from error
     images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]

@@ -200,7 +200,10 @@ def _open(name: str, data_dir: str) -> Any:
         )
     options = {"data_dir": os.path.expanduser(data_dir)} if data_dir else {}
     try:
-        return read_only_builder.builder_from_files(name, **options)
+        builder = read_only_builder.builder_from_files(name, **options)
+        if in_bucket(data_dir):
+            builder = tfds.builder_from_directory(str(files.local_copy(builder.data_dir)))
+        return builder
     except tfds.core.DatasetNotFoundError as error:
         raise InputError(
             f"{name} is not prepared in {data_dir or '~/tensorflow_datasets'}: set data_dir, or "
