@@ -38,6 +38,7 @@ SMALL = {"task.model.depth": 2, "task.model.width": 64, "task.tokenizer_weights"
 OFTEN = {"save_every": 5, "eval_every": 50, "preview_every": 200, "log_every": 1}
 SURVIVORS_END = 60  # seconds: twice the heartbeat after which they take a process for dead
 PAUSE = 5.0  # seconds
+CONNECTED = "[Gloo]"  # begins a line of the log once all processes have found one another
 FAILURE_SEEN = 180  # seconds until a run that cannot write has found out and ended
 # Root may write to folders that are read-only, but for this.
 RIGHTS = "-dac_override,-dac_read_search"
@@ -113,23 +114,21 @@ class Run:
 class Events:
     """Does things to a run, and notes what should not have come of it."""
 
-    def __init__(self, run: Run, seed: int, kinds: dict[str, int]):
+    def __init__(self, run: Run, seed: int, kinds: dict[str, int], startup: float):
         self.run, self.rng, self.kinds = run, random.Random(seed), kinds
         self.done: dict[str, int] = dict.fromkeys(kinds, 0)
         self.failures: list[str] = []
         self.lost: list[int] = []
-        self.in_save, self._startup = 0, 15.0
+        self.in_save, self._startup = 0, startup
 
     def start_and_disturb(self, limit: int) -> None:
         """Starts the run, and lets events come until it has ended, or `limit` of them have come."""
-        saved, reached, started = self.run.saved(), self.run.reached(), time.monotonic()
+        saved = self.run.saved()
         alive = self.run.start()
         while sum(self.done.values()) < limit:
             moment = time.monotonic() + self.rng.uniform(0, 1.6 * self._startup)
             while time.monotonic() < moment and alive[0].poll() is None:
                 time.sleep(0.02)
-                if self._startup == 15.0 and self.run.reached() != reached:
-                    self._startup = time.monotonic() - started
             if alive[0].poll() is not None:
                 break
             (kind,) = self.rng.choices(list(self.kinds), list(self.kinds.values()))
@@ -155,6 +154,11 @@ class Events:
         chosen = alive if self.rng.random() < 0.3 else [self.rng.choice(alive)]
         for process in chosen:
             process.kill()
+        # One that waits for others to connect does so for five minutes, as slow machines need;
+        # there launchers end it (srun --kill-on-bad-exit).
+        if len(alive) > 1 and CONNECTED not in self.run.log.read_text():
+            for process in alive:
+                process.kill()
         for process in alive:
             process.wait(SURVIVORS_END)
 
@@ -189,8 +193,15 @@ def soak_run(
     Run(folder, "tokenizer", "digits_tokenizer.py", 1, steps=20, eval_every=0).finish()
     settings = SMALL | OFTEN | {"steps": steps}
     whole = Run(folder, "whole", "digits.py", processes, **settings)
-    disturbed = Events(Run(folder, "disturbed", "digits.py", processes, **settings), seed, kinds)
-    whole.finish()
+    started = time.monotonic()
+    alive = whole.start()
+    while not whole.reached() and alive[0].poll() is None:
+        time.sleep(0.02)
+    startup = time.monotonic() - started  # longer than of the others, for it compiles
+    if any(process.wait() for process in alive):
+        raise SystemExit(whole.log.read_text())
+    run = Run(folder, "disturbed", "digits.py", processes, **settings)
+    disturbed = Events(run, seed, kinds, startup)
     while sum(disturbed.done.values()) < events and disturbed.run.reached() < steps:
         disturbed.start_and_disturb(events)
     disturbed.run.finish()
