@@ -107,8 +107,16 @@ class Run:
         for kind in ("checkpoints", "best"):
             step = max((self.path / kind).iterdir(), key=lambda path: int(path.name))
             items = [step / name for name in ("params", "ema", "opt_state")]
-            found += [ocp.StandardCheckpointer().restore(x) for x in items if x.is_dir()]
+            found += [read_arrays(x) for x in items if x.is_dir()]
         return found
+
+
+def read_arrays(path: pathlib.Path) -> dict:
+    """Reads a tree of arrays that any number of processes saved."""
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    tree = checkpointer.metadata(path).item_metadata.tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
 
 
 class Events:
