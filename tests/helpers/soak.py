@@ -134,7 +134,7 @@ class Events:
         saved = self.run.saved()
         alive = self.run.start()
         while sum(self.done.values()) < limit:
-            moment = time.monotonic() + self.rng.uniform(0, 1.6 * self._startup)
+            moment = time.monotonic() + self.rng.uniform(0, self._startup)
             while time.monotonic() < moment and alive[0].poll() is None:
                 time.sleep(0.02)
             if alive[0].poll() is not None:
