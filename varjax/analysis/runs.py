@@ -87,9 +87,12 @@ def run_status(directory: pathlib.Path) -> RunStatus:
         running = age < RECENT_SECONDS and not (finished or errors)
     else:
         running = folders.is_locked(directory)
-    state: State = "running" if running else "finished" if finished else "failed"
-    if state == "failed" and not errors:
-        state = "stopped"
+    if running:
+        state: State = "running"
+    elif finished:
+        state = "finished"
+    else:
+        state = "failed" if errors else "stopped"
 
     def last(*names: str) -> float:
         for line in reversed(log.lines):

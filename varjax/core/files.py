@@ -113,6 +113,18 @@ def local_copy(path: str | os.PathLike) -> pathlib.Path:
     return copy
 
 
+def probe_writable(folder: pathlib.Path) -> None:
+    """Makes a file in a folder that is there, and removes it; raises OSError where that fails."""
+    if in_bucket(folder):
+        probe = folder / f".{secrets.token_hex(8)}.tmp"
+        buckets.create_object(probe, b"")
+        remove(probe)
+    else:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+            file.flush()
+
+
 def remove(path: pathlib.Path) -> None:
     """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
     if in_bucket(path):

@@ -6,8 +6,6 @@ on where it was killed or finds everything done, another one is refused.
 
 import json
 import pathlib
-import secrets
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -15,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from varjax.core import buckets, files, folders, image_io
+from varjax.core import files, folders, image_io
 from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError
 
@@ -182,14 +180,12 @@ class NpzOutput:
 
 def _check_writable(folder: pathlib.Path) -> None:
     """Makes the folder and one file in it, which is gone again, or raises InputError."""
-    if in_bucket(folder):
-        probe = folder / f".{secrets.token_hex(8)}.tmp"
-        buckets.create_object(probe, b"")
-        return files.remove(probe)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        if not in_bucket(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        files.probe_writable(folder)
+    except InputError:  # says all that is known of a bucket
+        raise
     except OSError as error:
         raise InputError(
             f"cannot write to {folder} ({error.strerror}); choose another out"

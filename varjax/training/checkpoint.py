@@ -3,7 +3,6 @@
 import contextlib
 import pathlib
 import sys
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -203,9 +202,7 @@ class Checkpoints:
     def _check_writable(self) -> None:
         """Raises OSError where nothing can be written: Orbax's processes would wait for minutes."""
         if not in_bucket(self.directory):
-            with tempfile.TemporaryFile(dir=self.directory) as file:
-                file.write(b"0")
-                file.flush()
+            files.probe_writable(self.directory)
 
     def _move_aside(self, broken: list[int]) -> None:
         def move() -> None:
