@@ -140,7 +140,8 @@ def test_what_is_no_model_is_named(var_run, tokenizer_dir, tmp_path):
     with pytest.raises(ValueError, match="frozen.safetensors does not exist"):
         varjax.load(var_run)
     path = tokenizer_dir / "config.json"
-    config = json.loads(path.read_text())
+    intact = path.read_text()
+    config = json.loads(intact)
     config["tokenizer"]["vocab"] = 128
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="(?s)does not fit config.json.*quantizer/codebook"):
@@ -149,6 +150,7 @@ def test_what_is_no_model_is_named(var_run, tokenizer_dir, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"tokenizer in .*code_channels is about 10\^30; allowed"):
         read_tokenizer(tokenizer_dir)
+    path.write_text(intact)
     (tokenizer_dir / "tokenizer.safetensors").write_bytes(b"12345678")
     with pytest.raises(ValueError, match="tokenizer.safetensors: truncated"):
         read_tokenizer(tokenizer_dir)
