@@ -1,13 +1,15 @@
 """Runs of tiny.py in one of several processes, which may be told to die: for test_processes.py.
 
 python -m tests.helpers.one_of_several HOST:PORT COUNT NUMBER JOBS, where JOBS is a JSON list of
-{"run": directory, "settings": {...}, "die_in_save": step, "terminate_in": step}.
+{"run": directory, "settings": {...}, "die_in_save": step, "terminate_in": step,
+"fail_in_save": step}.
 """
 
 import asyncio
 import json
 import logging
 import os
+import pathlib
 import signal
 import sys
 
@@ -16,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from tests.helpers import tiny
 from varjax.core import distributed
+from varjax.core.errors import StorageError
 from varjax.training import loop, prefetch
 from varjax.training.sharding import MeshShape
 
@@ -31,8 +34,13 @@ def main(address: str, count: str, number: str, jobs: str) -> None:
         mesh = MeshShape(*job["settings"].pop("mesh"))
         if jax.process_index() == LAST:
             inject_faults(job.get("die_in_save"), job.get("terminate_in"))
+        elif "fail_in_save" in job:
+            fail_in_save(job["fail_in_save"])
         try:
             loop.train(tiny.experiment(job["run"], mesh=mesh, **job["settings"]))
+        except StorageError as error:
+            print("failed:", error, flush=True)
+            distributed.end_process(1)
         except ValueError as error:
             print("refused:", error, flush=True)
         except Exception as error:
@@ -68,6 +76,18 @@ def inject_faults(die_in_save: int | None, terminate_in: int | None) -> None:
 
     ocp.CheckpointManager.save = note_step
     prefetch.Prefetcher.__next__ = take_and_terminate
+
+
+def fail_in_save(step: int) -> None:
+    """Refuses the first process, which names the directories of steps, the name of that one."""
+    rename = os.rename
+
+    def refuse(source, target):
+        if pathlib.Path(target).name == str(step):
+            raise PermissionError(f"{target} cannot be written")
+        rename(source, target)
+
+    os.rename = refuse
 
 
 if __name__ == "__main__":

@@ -132,6 +132,14 @@ def test_one_process_with_as_many_devices_trains_and_evaluates_the_same(runs):
     assert_same_but_for_rounding(folder / "whole", folder / "one")
 
 
+def test_a_save_that_one_process_cannot_finish_ends_both(tmp_path):
+    codes, said = together(2, job(tmp_path / "run", fail_in_save=20))
+    # JAX aborts a process whose coordinator, the first one, is gone; `together` would kill it.
+    assert codes[0] == 1 and codes[1] in (1, -signal.SIGABRT), said
+    assert "failed: saving to" in said[0] and "good: [10]" in said[0], said
+    assert SavedSteps(tmp_path / "run" / "checkpoints").steps() == [10]
+
+
 def assert_same_but_for_rounding(a, b):
     """From data to weights: the last states, and all that was logged on the way."""
     close = functools.partial(chex.assert_trees_all_close, rtol=1e-4, atol=1e-6)

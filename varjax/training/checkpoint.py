@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,18 @@ from varjax.training.task import TrainState
 
 # Errors at reading that tell of no damage, so that there is no going back to the step before.
 REFUSALS = {error.__name__: error for error in (MismatchError, StorageError)}
+
+
+def _wait_for_processes(*, key: str, timeout_ms: int) -> None:
+    """Waits at a barrier of Orbax's, unless this process has failed to save.
+
+    Where a thread has failed, Orbax waits for the others all the same, ten minutes long, and they
+    for it. It ends at once instead, and with it the process, which ends the others.
+    """
+    error = sys.exception()
+    if error is not None and threading.current_thread() is not threading.main_thread():
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def read_state(
@@ -71,6 +84,7 @@ class Checkpoints:
             max_to_keep=keep,
             keep_period=keep_every or None,
             cleanup_tmp_directories=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_for_processes),
             # or else the processes confuse two directories that are written at the same time
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 barrier_sync_key_prefix=directory.name
