@@ -13,6 +13,7 @@ from varjax.data.sources.digits import Digits
 from varjax.metrics.features import FeatureExtractor, pixel_network
 from varjax.metrics.fid import Moments, frechet_distance
 from varjax.nn.autoencoder import to_model_range
+from varjax.nn.compute import EXACT
 from varjax.tokenizers import evaluate as command
 from varjax.tokenizers import reconstruction_metrics
 from varjax.tokenizers.load import read_tokenizer
@@ -66,7 +67,7 @@ def test_the_batch_size_and_broken_images_change_nothing(split, params):
     assert a["images"] == 9 and [x.number for x in split.shown] == [0, 9]  # 3 is broken
     assert [x.number for x in split.worst] == [x.number for x in other.worst]
     assert a.keys() == b.keys() and "ssim" in a and "lpips" not in a
-    for name in a.keys() - {"worst", "same_in_bfloat16", "tokenizer"}:
+    for name in {n for n in a if not n.startswith("same_in")} - {"worst", "tokenizer"}:
         np.testing.assert_allclose(b[name], a[name], rtol=1e-4, err_msg=name)
 
 
@@ -79,7 +80,8 @@ def test_figures_are_those_of_the_images_decoded_one_by_one(split, params):
         tokens_BL = model.encode(x_BHWC)
         f_hats = model.quantizer.accumulated_scales(tokens_BL)
         rebuilt, f_BhwZ = model.decode_every_scale(tokens_BL), model.features(x_BHWC)
-        coarse = VQTokenizer(CONFIG, encoder_dtype=jnp.bfloat16).bind({"params": params})
+        by_halves = dataclasses.replace(EXACT, encoder_precision="bfloat16")
+        coarse = VQTokenizer(CONFIG, by_halves).bind({"params": params})
         coarse_BL = coarse.quantizer(coarse.features(x_BHWC)).tokens_BL
         return tokens_BL, rebuilt, f_BhwZ, f_hats, coarse_BL
 
@@ -97,6 +99,8 @@ def test_figures_are_those_of_the_images_decoded_one_by_one(split, params):
     same = np.mean(tokens_BL == coarse_BL)  # which tokens flip depends on what XLA fuses
     assert 0.5 < same < 1
     np.testing.assert_allclose(report["same_in_bfloat16"], same, atol=0.03)
+    shares = [report[f"same_in_{precision}"] for precision in ("bfloat16", "tf32", "tf32_3x")]
+    assert shares == sorted(shares) and report["same_in_bfloat16_3x"] >= 0.99 < shares[-1]
     lowest = np.argsort(psnr_KB[-1])[:2]
     assert [x.number for x in split.worst] == np.flatnonzero(np.arange(10) != 3)[lowest].tolist()
     shown = split.shown[1].rows

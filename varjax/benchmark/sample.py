@@ -71,7 +71,7 @@ def var_parts(preset: str, steps: int) -> SamplingParts:
         return sample_tokens(tokenizer, var, params, label_B, key_B, options, compute=compute)[0]
 
     def decode(params, f_hat_BhwZ, compute):
-        return decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute.jax_dtype)
+        return decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute)
 
     def whole(params, options, label_B, key_B, compute):
         return sample_images(tokenizer, var, params, label_B, key_B, options, compute=compute)
@@ -96,11 +96,11 @@ def mar_parts(preset: str, steps: int) -> SamplingParts:
         return sample_mar_tokens(mar, params["mar"], label_B, key_B, plan, None, compute)
 
     def decode(params, z_BhwZ, compute):
-        return decode_tokens(tokenizer, mar, params["tokenizer"], mar.patchify(z_BhwZ))
+        return decode_tokens(tokenizer, mar, params["tokenizer"], mar.patchify(z_BhwZ), compute)
 
     def whole(params, plan, label_B, key_B, compute):
         token_BLZ = sample(params, plan, label_B, key_B, compute)
-        return decode_tokens(tokenizer, mar, params["tokenizer"], token_BLZ)
+        return decode_tokens(tokenizer, mar, params["tokenizer"], token_BLZ, compute)
 
     return SamplingParts(
         mar.classes,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
+from varjax.nn.compute import EXACT, Compute
 from varjax.tokenizers.contract import Latents
 from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig, sample_posterior
 from varjax.tokenizers.vq.model import VQConfig
@@ -49,6 +50,7 @@ def encode_tokens(
     params: PyTree,
     batch: Latents,
     key_B: jax.Array | None = None,
+    compute: Compute = EXACT,
 ) -> jax.Array:
     """Makes tokens of images, or of latents that were made of them before.
 
@@ -58,13 +60,16 @@ def encode_tokens(
         params: of the tokenizer.
         batch: "image_BHWC", or the arrays of `tokenizer.latent_spec`.
         key_B: one key an image, to draw from the posterior of a KL tokenizer; None for its mean.
+        compute: as `Tokenizer.encode` takes it.
 
     Returns:
         (B, L, Z) float32 of a standard deviation of about 1, or codes (B, L) int32.
     """
     spec = tokenizer.latent_spec
     latents = (
-        batch if spec.keys() <= batch.keys() else tokenizer.encode(params, batch["image_BHWC"])
+        batch
+        if spec.keys() <= batch.keys()
+        else tokenizer.encode(params, batch["image_BHWC"], compute)
     )
     if isinstance(tokenizer, VQConfig):
         return latents["tokens_BL"]
@@ -76,13 +81,17 @@ def encode_tokens(
 
 
 def decode_tokens(
-    tokenizer: TokenizerConfig, config: MARConfig, params: PyTree, tokens_BL: jax.Array
+    tokenizer: TokenizerConfig,
+    config: MARConfig,
+    params: PyTree,
+    tokens_BL: jax.Array,
+    compute: Compute = EXACT,
 ) -> jax.Array:
     """Decodes tokens, (B, L, Z) or (B, L), into images (B, H, W, channels) in [0, 1]."""
     if isinstance(tokenizer, VQConfig):
-        return tokenizer.decode(params, {"tokens_BL": tokens_BL})
+        return tokenizer.decode(params, {"tokens_BL": tokens_BL}, compute)
     z_BhwZ = from_model_units(params, config.unpatchify(tokens_BL))
-    return tokenizer.decode(params, {"mean_BhwZ": z_BhwZ})
+    return tokenizer.decode(params, {"mean_BhwZ": z_BhwZ}, compute)
 
 
 def to_model_units(params: PyTree, z_BhwZ: jax.Array) -> jax.Array:

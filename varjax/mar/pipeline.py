@@ -1,5 +1,6 @@
 """A MAR transformer with its tokenizer: the family's `Sampler`, for commands and notebooks."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import config_tree, trees
+from varjax.core import trees
 from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
@@ -52,8 +53,7 @@ class MARPipeline:
         mar: config of the transformer.
         params: {"tokenizer": …, "mar": …}.
         sampling: the options that `sample` and `edit` take by default.
-        compute: number format and execution. Images become latents, and latents images, in float32
-            whatever it says.
+        compute: number format and execution. Images become latents in float32 whatever it says.
         devices: the devices that share out a batch.
     """
 
@@ -72,20 +72,23 @@ class MARPipeline:
         mesh = batch_mesh(devices)
         self.devices: tuple[Any, ...] = tuple(mesh.devices)
         self.params = replicate(params, mesh)
+        exact = dataclasses.replace(compute, encoder_precision="highest")
 
         def sampled_tokens(params, plan, label_B, key_B, known=None):
             return sample_mar_tokens(mar, params["mar"], label_B, key_B, plan, known, compute)
 
         def sampled(params, plan, label_B, key_B, known=None):
             tokens = sampled_tokens(params, plan, label_B, key_B, known)
-            return decode_tokens(self._needed_tokenizer, mar, params["tokenizer"], tokens)
+            return decode_tokens(self._needed_tokenizer, mar, params["tokenizer"], tokens, compute)
 
         def encoded(params, _, image_BHWC):
-            batch = {"image_BHWC": image_BHWC}
-            return encode_tokens(self._needed_tokenizer, mar, params["tokenizer"], batch)
+            given = params["tokenizer"], {"image_BHWC": image_BHWC}
+            return encode_tokens(self._needed_tokenizer, mar, *given, compute=exact)
 
         def decoded(params, _, token_BL):
-            return decode_tokens(self._needed_tokenizer, mar, params["tokenizer"], token_BL)
+            return decode_tokens(
+                self._needed_tokenizer, mar, params["tokenizer"], token_BL, compute
+            )
 
         def hidden(params, _, token_BL, order_BL, known_BL, label_B):
             apply = bind_mar(mar, params["mar"], compute)
@@ -134,8 +137,7 @@ class MARPipeline:
 
     def identity(self) -> dict[str, Any]:
         """Returns all that images depend on besides labels, seed and options, as JSON data."""
-        compute = config_tree.to_dict(self.compute) | {"dtype": str(self.compute.jax_dtype)}
-        return {"compute": compute, "weights": trees.digest(self.params)[:16]}
+        return {"compute": self.compute.identity(), "weights": trees.digest(self.params)[:16]}
 
     def options(self, **given: Any) -> MAROptions:
         """Returns the model's own `sampling` with what is given, and not None, replaced.

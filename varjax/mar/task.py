@@ -228,8 +228,8 @@ class MARTask:
         key_B = image_keys(0, jnp.arange(PREVIEW_SAMPLES))
         samples = self.sampler()(state.params, frozen, label_B, key_B)
         first = {name: x[:PREVIEW_SAMPLES] for name, x in batch.items()}
-        kept = encode_tokens(self.tokenizer, self.model, frozen, first)
-        rebuilt = decode_tokens(self.tokenizer, self.model, frozen, kept)
+        kept = encode_tokens(self.tokenizer, self.model, frozen, first, compute=self.compute)
+        rebuilt = decode_tokens(self.tokenizer, self.model, frozen, kept, self.compute)
         return {"samples": samples, "reconstructions": rebuilt}
 
     def sampler(self) -> ImageSampler:
@@ -238,7 +238,7 @@ class MARTask:
         def draw(params, frozen, label_B, key_B):
             drawn = self.model, params, label_B, key_B, plan, None, self.compute
             tokens = sample_mar_tokens(*drawn)
-            return decode_tokens(self.tokenizer, self.model, frozen, tokens)
+            return decode_tokens(self.tokenizer, self.model, frozen, tokens, self.compute)
 
         return draw
 
@@ -255,7 +255,8 @@ class MARTask:
     def _token_losses(self, params, frozen, batch, label_B, draws) -> dict[str, jax.Array]:
         """`token_losses` of a batch of images or latents, as "loss_BL" and its parts."""
         posterior_key_B = fold_in_each(batch["key_B"], POSTERIOR_KEY)
-        token_BL = encode_tokens(self.tokenizer, self.model, frozen, batch, posterior_key_B)
+        drawn = batch, posterior_key_B, self.compute
+        token_BL = encode_tokens(self.tokenizer, self.model, frozen, *drawn)
         L = self.model.length
         most_known = L - math.ceil(L * self.least_masked)
         token_BL = jax.lax.stop_gradient(token_BL)

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from varjax.core.errors import InputError, check_setting
 from varjax.nn.attention import dot_product_attention
-from varjax.nn.compute import is_single_cpu_device, matmul_precision
+from varjax.nn.compute import Compute
+from varjax.nn.precision import ConvFormat
 
 # The official ones have 5 levels of 2 blocks. Whatever a file says, it is described in seconds.
 MAX_LEVELS, MAX_BLOCKS = 10, 40  # the latter of all levels together
@@ -25,7 +26,7 @@ class Encoder(nn.Module):
         blocks: residual blocks of a level.
         groups: of the group norms.
         feature_channels: channels of the features.
-        dtype: format of the convolutions.
+        format: of the convolutions.
     """
 
     width: int
@@ -33,19 +34,19 @@ class Encoder(nn.Module):
     blocks: int
     groups: int
     feature_channels: int
-    dtype: jnp.dtype = jnp.float32
+    format: ConvFormat = ConvFormat()
 
     @nn.compact
     def __call__(self, image_BHWC: jax.Array) -> jax.Array:
         last = len(self.multipliers) - 1
-        x_BhwC = conv(self.width, self.dtype, "conv_in")(image_BHWC)
+        x_BhwC = conv(self.width, self.format, "conv_in")(image_BHWC)
         for i, multiplier in enumerate(self.multipliers):
             for j in range(self.blocks):
                 x_BhwC = _residual(self, multiplier, f"down_{i}_block_{j}")(x_BhwC)
                 if i == last:
                     x_BhwC = _attention(self, f"down_{i}_attn_{j}")(x_BhwC)
             if i < last:
-                x_BhwC = Downsample(self.dtype, name=f"down_{i}_downsample")(x_BhwC)
+                x_BhwC = Downsample(self.format, name=f"down_{i}_downsample")(x_BhwC)
         return _project(self, _middle(self, x_BhwC), self.feature_channels)
 
 
@@ -53,13 +54,13 @@ class Decoder(nn.Module):
     """Maps features (B, h, w, Z) to images (B, f·h, f·w, image_channels), not clipped.
 
     Attributes:
-        width: as the encoder's, like `multipliers`, `groups` and `dtype`.
+        width: as the encoder's, like `multipliers`, `groups` and `format`.
         multipliers: of the width at each level.
         blocks: residual blocks of a level of the encoder; a level here has one more.
         groups: of the group norms.
         image_channels: of the images.
         level_attention: whether the lowest level has attention, besides the middle.
-        dtype: format of the convolutions.
+        format: of the convolutions.
     """
 
     width: int
@@ -68,12 +69,12 @@ class Decoder(nn.Module):
     groups: int
     image_channels: int
     level_attention: bool = True
-    dtype: jnp.dtype = jnp.float32
+    format: ConvFormat = ConvFormat()
 
     @nn.compact
     def __call__(self, f_BhwZ: jax.Array) -> jax.Array:
         last = len(self.multipliers) - 1
-        x_BhwC = conv(self.width * self.multipliers[-1], self.dtype, "conv_in")(f_BhwZ)
+        x_BhwC = conv(self.width * self.multipliers[-1], self.format, "conv_in")(f_BhwZ)
         x_BhwC = _middle(self, x_BhwC)
         for i, multiplier in reversed(list(enumerate(self.multipliers))):
             for j in range(self.blocks + 1):
@@ -81,16 +82,16 @@ class Decoder(nn.Module):
                 if i == last and self.level_attention:
                     x_BhwC = _attention(self, f"up_{i}_attn_{j}")(x_BhwC)
             if i > 0:
-                x_BhwC = Upsample(self.dtype, name=f"up_{i}_upsample")(x_BhwC)
+                x_BhwC = Upsample(self.format, name=f"up_{i}_upsample")(x_BhwC)
         return _project(self, x_BhwC, self.image_channels)
 
 
 def _residual(coder: Encoder | Decoder, multiplier: int, name: str) -> "ResidualBlock":
-    return ResidualBlock(coder.width * multiplier, coder.groups, coder.dtype, name=name)
+    return ResidualBlock(coder.width * multiplier, coder.groups, coder.format, name=name)
 
 
 def _attention(coder: Encoder | Decoder, name: str) -> "SpatialAttention":
-    return SpatialAttention(coder.groups, coder.dtype, name=name)
+    return SpatialAttention(coder.groups, coder.format, name=name)
 
 
 def _middle(coder: Encoder | Decoder, x_BhwC):
@@ -102,9 +103,9 @@ def _middle(coder: Encoder | Decoder, x_BhwC):
 
 def _project(coder: Encoder | Decoder, x_BhwC, channels: int):
     """The last layers: norm, swish, convolution."""
-    x_BhwC = nn.silu(norm(coder.groups, coder.dtype, "norm_out")(x_BhwC))
+    x_BhwC = nn.silu(norm(coder.groups, coder.format, "norm_out")(x_BhwC))
     coder.sow("intermediates", "last", x_BhwC)  # for whoever wants the last kernel's gradient
-    return conv(channels, coder.dtype, "conv_out")(x_BhwC)
+    return conv(channels, coder.format, "conv_out")(x_BhwC)
 
 
 class ResidualBlock(nn.Module):
@@ -112,16 +113,16 @@ class ResidualBlock(nn.Module):
 
     width: int
     groups: int
-    dtype: jnp.dtype
+    format: ConvFormat
 
     @nn.compact
     def __call__(self, x_BhwC):
-        y_BhwC = nn.silu(norm(self.groups, self.dtype, "norm1")(x_BhwC))
-        y_BhwC = conv(self.width, self.dtype, "conv1")(y_BhwC)
-        y_BhwC = nn.silu(norm(self.groups, self.dtype, "norm2")(y_BhwC))
-        y_BhwC = conv(self.width, self.dtype, "conv2")(y_BhwC)
+        y_BhwC = nn.silu(norm(self.groups, self.format, "norm1")(x_BhwC))
+        y_BhwC = conv(self.width, self.format, "conv1")(y_BhwC)
+        y_BhwC = nn.silu(norm(self.groups, self.format, "norm2")(y_BhwC))
+        y_BhwC = conv(self.width, self.format, "conv2")(y_BhwC)
         if x_BhwC.shape[-1] != self.width:
-            x_BhwC = conv(self.width, self.dtype, "shortcut", size=1)(x_BhwC)
+            x_BhwC = conv(self.width, self.format, "shortcut", size=1)(x_BhwC)
         return x_BhwC + y_BhwC
 
 
@@ -129,42 +130,42 @@ class SpatialAttention(nn.Module):
     """One head of attention over all positions of the map."""
 
     groups: int
-    dtype: jnp.dtype
+    format: ConvFormat
 
     @nn.compact
     def __call__(self, x_BhwC):
         B, h, w, C = x_BhwC.shape
-        y_BhwC = norm(self.groups, self.dtype, "norm")(x_BhwC)
-        qkv_Bhw3C = conv(3 * C, self.dtype, "qkv", size=1)(y_BhwC)
+        y_BhwC = norm(self.groups, self.format, "norm")(x_BhwC)
+        qkv_Bhw3C = conv(3 * C, self.format, "qkv", size=1)(y_BhwC)
         q_BLAD, k_BLAD, v_BLAD = jnp.split(qkv_Bhw3C.reshape(B, h * w, 1, 3 * C), 3, axis=-1)
         y_BhwC = dot_product_attention(q_BLAD, k_BLAD, v_BLAD, scale=C**-0.5).reshape(B, h, w, C)
-        return x_BhwC + conv(C, self.dtype, "proj", size=1)(y_BhwC)
+        return x_BhwC + conv(C, self.format, "proj", size=1)(y_BhwC)
 
 
 class Downsample(nn.Module):
     """Halves height and width with a strided convolution that pads below and right only."""
 
-    dtype: jnp.dtype
+    format: ConvFormat
 
     @nn.compact
     def __call__(self, x_BhwC):
         padding = ((0, 1), (0, 1))
-        return conv(x_BhwC.shape[-1], self.dtype, "conv", strides=2, padding=padding)(x_BhwC)
+        return conv(x_BhwC.shape[-1], self.format, "conv", strides=2, padding=padding)(x_BhwC)
 
 
 class Upsample(nn.Module):
     """Doubles height and width: nearest neighbor, then a convolution."""
 
-    dtype: jnp.dtype
+    format: ConvFormat
 
     @nn.compact
     def __call__(self, x_BhwC):
         x_BhwC = jnp.repeat(jnp.repeat(x_BhwC, 2, axis=1), 2, axis=2)
-        return conv(x_BhwC.shape[-1], self.dtype, "conv")(x_BhwC)
+        return conv(x_BhwC.shape[-1], self.format, "conv")(x_BhwC)
 
 
 def conv(
-    features, dtype, name=None, *, size=3, strides=1, padding: str | tuple = "SAME"
+    features, format: ConvFormat, name=None, *, size=3, strides=1, padding: str | tuple = "SAME"
 ) -> nn.Conv:
     """Makes a square convolution with PyTorch's default scale of initialization."""
     return nn.Conv(
@@ -172,19 +173,19 @@ def conv(
         (size, size),
         strides,
         padding,
-        dtype=dtype,
-        precision=matmul_precision(dtype),
+        dtype=format.dtype,
         kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+        conv_general_dilated=format.convolution,
         name=name,
     )
 
 
-def norm(groups, dtype, name) -> Callable[[jax.Array], jax.Array]:
+def norm(groups, format: ConvFormat, name) -> Callable[[jax.Array], jax.Array]:
     """Makes a group norm, computed in float32: the fast variance E[x²]-E[x]² flips tokens."""
     module = nn.GroupNorm(
         groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name
     )
-    return lambda x_BhwC: module(x_BhwC.astype(jnp.float32)).astype(dtype)
+    return lambda x_BhwC: module(x_BhwC.astype(jnp.float32)).astype(format.dtype)
 
 
 def to_model_range(image_BHWC: jax.Array) -> jax.Array:
@@ -221,17 +222,21 @@ def downsampling(multipliers: Sequence[int]) -> int:
 
 
 def map_images(
-    function: Callable[[jax.Array], jax.Array], x: jax.Array, image_shape: tuple[int, int, int]
+    function: Callable[[jax.Array], jax.Array],
+    x: jax.Array,
+    image_shape: tuple[int, int, int],
+    compute: Compute,
 ) -> jax.Array:
-    """Applies a function to a batch, image by image where that is faster; not for training.
+    """Applies a function to a batch, piece by piece where that is better; not for training.
 
     Args:
         function: of arrays with a leading batch axis, whose rows do not depend on each other.
         x: the batch.
         image_shape: (H, W, channels) of the images that go in or come out.
+        compute: tells what the program is compiled for.
     """
     H, W, _ = image_shape
-    if is_single_cpu_device() and H * W >= 64**2:
+    if compute.loops_over_images and H * W >= 64**2:
         # A CPU's convolutions of large images are 1.4 times faster one by one: docs/benchmarks.md.
         return jax.lax.map(lambda x: function(x[None])[0], x)
     return function(x)

@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from varjax.nn.precision import Precision
+
 Attention = Literal["auto", "xla", "loop", "cudnn"]
 Remat = Literal["none", "block", "dots"]
+Platform = Literal["auto", "cpu", "gpu", "tpu"]
+ENCODER_PRECISIONS: dict[str, Precision] = {"tpu": "bfloat16_3x", "gpu": "tf32_3x"}
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that share out a batch: training/sharding.py
 
 
 @dataclasses.dataclass(frozen=True)
 class Compute:
-    """Number format and execution of a transformer; changes how, not what it computes.
+    """Number format and execution of a model; changes how, not what it computes.
 
     Attributes:
         dtype: format of matrix products and of the residual stream. "auto" is bfloat16 on an
@@ -24,31 +28,69 @@ class Compute:
             float32.
         attention: "xla" runs anywhere; "cudnn" is the fused kernel (NVIDIA, bfloat16); "loop" goes
             over images and heads, which suits a CPU. "auto" is "loop" on a CPU, unless it plays
-            several devices: a loop over images cannot be spread; and "xla" elsewhere.
+            several devices: a loop over images cannot be spread; "cudnn" on NVIDIA in bfloat16,
+            where it is faster; and "xla" elsewhere.
         remat: what the backward pass recomputes: "none", all of a "block", or all but matrix
             products ("dots").
         unroll: unroll the layers instead of scanning them: slower to compile, faster for tiny
             models.
+        encoder_precision: products of a frozen tokenizer's encoder, whose numbers are float32; see
+            `nn/precision.py`. "auto" is "bfloat16_3x" on TPUs, "tf32_3x" on GPUs, and "highest" on
+            a CPU. Pipelines and evaluation use "highest" whatever it says.
+        platform: what programs are compiled for: "cpu" (a single device), "gpu" (NVIDIA) or "tpu";
+            "auto" is the machine that this is.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Attention = "auto"
     remat: Remat = "none"
     unroll: bool = False
+    encoder_precision: Literal["auto", Precision] = "auto"
+    platform: Platform = "auto"
+
+    @property
+    def target(self) -> str:
+        """The platform, with "auto" decided for this machine."""
+        return jax.default_backend() if self.platform == "auto" else self.platform
 
     @property
     def jax_dtype(self) -> jnp.dtype:
-        """The number format, with "auto" decided for this machine."""
+        """The number format, with "auto" decided for the platform."""
         if self.dtype == "auto":
-            return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+            return jnp.dtype("float32" if self.target == "cpu" else "bfloat16")
         return jnp.dtype(self.dtype)
 
     @property
     def attention_implementation(self) -> Attention:
-        """The implementation of attention, with "auto" decided for this machine."""
-        if self.attention == "auto":
-            return "loop" if is_single_cpu_device() else "xla"
-        return self.attention
+        """The implementation of attention, with "auto" decided for the platform."""
+        if self.attention != "auto":
+            return self.attention
+        return "loop" if self.loops_over_images else "xla"
+
+    @property
+    def loops_over_images(self) -> bool:
+        """Whether a loop over a batch pays: on a CPU, and not where devices share it out."""
+        return self.target == "cpu" and (self.platform == "cpu" or jax.device_count() == 1)
+
+    @property
+    def frozen_encoder(self) -> Precision:
+        """The precision of a frozen tokenizer's encoder, with "auto" decided for the platform."""
+        if self.encoder_precision != "auto":
+            return self.encoder_precision
+        return ENCODER_PRECISIONS.get(self.target, "highest")
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what sampled images depend on, as JSON data."""
+        return {
+            "dtype": str(self.jax_dtype),
+            "attention": self.attention,
+            "remat": self.remat,
+            "unroll": self.unroll,
+        }
+
+
+# What a tokenizer is evaluated with, and what pipelines and caches encode images with.
+EXACT = Compute(dtype="float32", encoder_precision="highest")
 
 
 def matmul_precision(dtype) -> str | None:
@@ -75,8 +117,3 @@ def shard_batch(x: jax.Array) -> jax.Array:
     if x.shape[0] % math.prod(mesh.shape[name] for name in axes):
         return x
     return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
-
-
-def is_single_cpu_device() -> bool:
-    """Tells whether a loop over a batch pays: on a CPU, and not where devices share it out."""
-    return jax.default_backend() == "cpu" and jax.device_count() == 1

@@ -9,6 +9,7 @@ import numpy as np
 
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
+from varjax.nn.compute import EXACT, Compute
 
 Latents = Mapping[str, jax.Array]
 
@@ -45,22 +46,28 @@ class Tokenizer(Protocol):
         """Draws untrained parameters, all float32."""
         ...
 
-    def encode(self, params: PyTree, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+    def encode(
+        self, params: PyTree, images_BHWC: jax.Array, compute: Compute = EXACT
+    ) -> dict[str, jax.Array]:
         """Encodes images into latents that training may read instead of them.
 
         Args:
             params: as `init` gives them.
             images_BHWC: uint8, or floats in [0, 1].
+            compute: its `encoder_precision`, and what to compile for.
 
         Returns:
             The arrays of `latent_spec`, each with a leading batch axis, int32 or float32.
         """
         ...
 
-    def decode(self, params: PyTree, latents: Latents) -> jax.Array:
+    def decode(self, params: PyTree, latents: Latents, compute: Compute = EXACT) -> jax.Array:
         """Decodes what `encode` returns into images (B, H, W, channels), float32 in [0, 1].
 
-        All but the first array of `latent_spec` may be left out.
+        Args:
+            params: as `init` gives them.
+            latents: of which all but the first array of `latent_spec` may be left out.
+            compute: the decoder's number format, and what to compile for.
         """
         ...
 

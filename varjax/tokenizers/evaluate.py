@@ -11,8 +11,8 @@ l1          of values that span 1           lpips       with --lpips=DIR (docs/c
 with --inception=DIR (docs/evaluation.md) rFID, sFID, Inception Score, precision, recall and KID of
 the reconstructions, against the same held-out images, cropped as the tokenizer sees them
 
-of a VQ tokenizer    same_in_bfloat16, the share of tokens that an encoder in bfloat16 would leave
-as they are, and after each scale psnr; rest, the share of the features' squares that is still
+of a VQ tokenizer    same_in_bfloat16, _tf32, _bfloat16_3x and _tf32_3x, the share of tokens that
+stay as they are where the encoder multiplies like that; and after each scale psnr; rest, the share of the features' squares that is still
 missing; the perplexity of the codes, their number, and that over the most there could be (the
 vocabulary, or one for each token)
 

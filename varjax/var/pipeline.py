@@ -1,5 +1,6 @@
 """A VAR transformer with its tokenizer: the family's `Sampler`, for commands and notebooks."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import config_tree, trees
+from varjax.core import trees
 from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
@@ -65,7 +66,8 @@ class VARPipeline:
         self.params = replicate(params, mesh)
 
         def with_tokenizer(method):
-            module = VQTokenizer(tokenizer, compute.jax_dtype)
+            exact = dataclasses.replace(compute, encoder_precision="highest")
+            module = VQTokenizer(tokenizer, exact)
             return data_parallel(
                 lambda params, _, x: method(module.bind({"params": params["tokenizer"]}), x), mesh
             )
@@ -106,8 +108,7 @@ class VARPipeline:
 
     def identity(self) -> dict[str, Any]:
         """Returns all that images depend on besides labels, seed and options, as JSON data."""
-        compute = config_tree.to_dict(self.compute) | {"dtype": str(self.compute.jax_dtype)}
-        return {"compute": compute, "weights": trees.digest(self.params)[:16]}
+        return {"compute": self.compute.identity(), "weights": trees.digest(self.params)[:16]}
 
     def options(self, **given: Any) -> VAROptions:
         """Returns the model's own `sampling` with what is given, and not None, replaced.

@@ -172,7 +172,7 @@ def sample_images(
     Takes what `sample_tokens` takes; returns images (B, H, W, channels) float32 in [0, 1].
     """
     _, f_hat_BhwZ = sample_tokens(tokenizer, var, params, label_B, key_B, options, known, compute)
-    image_BHWC = decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute.jax_dtype)
+    image_BHWC = decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute)
     return to_unit_range(image_BHWC)
 
 

@@ -140,7 +140,8 @@ class VARTask:
             -log p over all codes), with ε the label smoothing.
         """
         model = VAR(self.model, self.compute).bind({"params": params})
-        tokens_BL, input_BlZ = teacher_forcing.targets_and_inputs(self.tokenizer, frozen, batch)
+        given = self.tokenizer, frozen, batch, self.compute
+        tokens_BL, input_BlZ = teacher_forcing.targets_and_inputs(*given)
         keep_S2B = None if "keep_BS2" not in batch else jnp.moveaxis(batch["keep_BS2"], 0, -1)
         logits_BLV = model(input_BlZ, batch["label_B"], keep_S2B)
         loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens_BL)
@@ -185,7 +186,7 @@ class VARTask:
         label_B = jnp.arange(PREVIEW_SAMPLES) % self.model.classes
         key_B = image_keys(0, jnp.arange(PREVIEW_SAMPLES))
         images_BHWC = self.sampler()(state.params, frozen, label_B, key_B)
-        kept = teacher_forcing.reconstructions(self.tokenizer, frozen, batch)
+        kept = teacher_forcing.reconstructions(self.tokenizer, frozen, batch, self.compute)
         return {"samples": images_BHWC, "reconstructions": kept}
 
     def sampler(self) -> ImageSampler:

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 
 from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range, to_unit_range
+from varjax.nn.compute import EXACT, Compute
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.training.task import Batch
 
 
 def targets_and_inputs(
-    config: VQConfig, frozen: PyTree, batch: Batch
+    config: VQConfig, frozen: PyTree, batch: Batch, compute: Compute = EXACT
 ) -> tuple[jax.Array, jax.Array]:
     """Computes what the transformer predicts, and what it reads to predict it.
 
@@ -18,25 +19,28 @@ def targets_and_inputs(
         config: of the tokenizer.
         frozen: parameters of the tokenizer.
         batch: with "tokens_BL", or else with "image_BHWC".
+        compute: its `encoder_precision`, and what to compile for.
 
     Returns:
         Targets (B, L) int32, and inputs (B, l, Z): what the coarser scales add up to, for all
         scales but the first.
     """
-    tokenizer = VQTokenizer(config).bind({"params": frozen})
+    tokenizer = VQTokenizer(config, compute).bind({"params": frozen})
     if "tokens_BL" in batch:
         return batch["tokens_BL"], tokenizer.teacher_forcing_input(batch["tokens_BL"])
     return tokenizer.encode_for_teacher_forcing(to_model_range(batch["image_BHWC"]))
 
 
-def reconstructions(config: VQConfig, frozen: PyTree, batch: Batch) -> jax.Array:
+def reconstructions(
+    config: VQConfig, frozen: PyTree, batch: Batch, compute: Compute = EXACT
+) -> jax.Array:
     """Reconstructs the first 8 images of a batch from their tokens, for a preview.
 
     Returns:
         (rows, 8, H, W, channels) in [0, 1]; above the reconstructions stand the images themselves,
         where the batch has them.
     """
-    tokenizer = VQTokenizer(config).bind({"params": frozen})
+    tokenizer = VQTokenizer(config, compute).bind({"params": frozen})
     if "tokens_BL" in batch:
         rows = [tokenizer.decode(batch["tokens_BL"][:8])]
     else:

@@ -21,6 +21,8 @@ from varjax.nn.autoencoder import (
     to_model_range,
     to_unit_range,
 )
+from varjax.nn.compute import EXACT, Compute
+from varjax.nn.precision import ConvFormat
 from varjax.tokenizers.contract import Latents
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # LDM's
@@ -93,21 +95,22 @@ class KLConfig:
         """Draws untrained parameters; "latent_std" is 1."""
         return KLTokenizer(self).init(key, jnp.zeros((1, *self.image_shape)))["params"]
 
-    def encode(self, params: PyTree, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+    def encode(
+        self, params: PyTree, images_BHWC: jax.Array, compute: Compute = EXACT
+    ) -> dict[str, jax.Array]:
         """Encodes images, uint8 or floats in [0, 1], into the posterior's moments, not scaled."""
-        model = KLTokenizer(self).bind({"params": params})
-        x_BHWC = to_model_range(images_BHWC)
-        return split_moments(map_images(model.moments, x_BHWC, self.image_shape))
+        return encode_posteriors(self, params, to_model_range(images_BHWC), compute)
 
-    def decode(self, params: PyTree, latents: Latents) -> jax.Array:
+    def decode(self, params: PyTree, latents: Latents, compute: Compute = EXACT) -> jax.Array:
         """Decodes latents into images (B, H, W, channels) in [0, 1].
 
         Args:
             params: as `init` gives them.
             latents: of which only "mean_BhwZ" counts, for it is the likeliest latent; whoever
                 wants another one gives that in its place.
+            compute: the decoder's number format, and what to compile for.
         """
-        return to_unit_range(decode_latents(self, params, latents["mean_BhwZ"]))
+        return to_unit_range(decode_latents(self, params, latents["mean_BhwZ"], compute))
 
     def identity(self, params: PyTree) -> dict[str, Any]:
         """Returns the config and the weights' digest, which tell this tokenizer from any other."""
@@ -124,19 +127,23 @@ class KLTokenizer(nn.Module):
 
     Attributes:
         config: its sizes.
-        dtype: format of the convolutions; moments are float32 always.
+        compute: number format of the decoder, precision of the encoder, and execution.
+        encoder_dtype: number format of the encoder; moments are float32 always.
     """
 
     config: KLConfig
-    dtype: jnp.dtype = jnp.float32
+    compute: Compute = EXACT
+    encoder_dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        c, dtype = self.config, self.dtype
+        c, compute = self.config, self.compute
         sizes = c.width, c.multipliers, c.blocks, c.groups
-        self.encoder = Encoder(*sizes, 2 * c.latent_channels, dtype)
-        self.quant_conv = conv(2 * c.latent_channels, jnp.float32, size=1)
-        self.post_quant_conv = conv(c.latent_channels, dtype, size=1)
-        self.decoder = Decoder(*sizes, c.image_channels, level_attention=False, dtype=dtype)
+        inward = ConvFormat(self.encoder_dtype, compute.frozen_encoder, compute.target)
+        outward = ConvFormat(compute.jax_dtype)
+        self.encoder = Encoder(*sizes, 2 * c.latent_channels, inward)
+        self.quant_conv = conv(2 * c.latent_channels, ConvFormat(), size=1)
+        self.post_quant_conv = conv(c.latent_channels, outward, size=1)
+        self.decoder = Decoder(*sizes, c.image_channels, level_attention=False, format=outward)
         self.latent_std = self.param(LATENT_STD_PATH, nn.initializers.ones, ())
 
     def __call__(
@@ -159,12 +166,12 @@ class KLTokenizer(nn.Module):
 
     def moments(self, image_BHWC: jax.Array) -> jax.Array:
         """Computes the posterior's means and log variances, (B, h, w, 2 Z)."""
-        f_BhwC = self.encoder(image_BHWC.astype(self.dtype))
+        f_BhwC = self.encoder(image_BHWC.astype(self.encoder_dtype))
         return self.quant_conv(f_BhwC.astype(jnp.float32))
 
     def decode(self, z_BhwZ: jax.Array) -> jax.Array:
         """Decodes latents into images, not clipped."""
-        image_BHWC = self.decoder(self.post_quant_conv(z_BhwZ.astype(self.dtype)))
+        image_BHWC = self.decoder(self.post_quant_conv(z_BhwZ.astype(self.compute.jax_dtype)))
         return image_BHWC.astype(jnp.float32)
 
 
@@ -197,10 +204,18 @@ def latent_moments(latents: Latents) -> dict[str, jax.Array]:
     }
 
 
+def encode_posteriors(
+    config: KLConfig, params: PyTree, image_BHWC: jax.Array, compute: Compute = EXACT
+) -> dict[str, jax.Array]:
+    """Encodes images in [-1, 1] into {"mean_BhwZ", "std_BhwZ"}, not scaled; not for training."""
+    model = KLTokenizer(config, compute).bind({"params": params})
+    return split_moments(map_images(model.moments, image_BHWC, config.image_shape, compute))
+
+
 def decode_latents(
-    config: KLConfig, params: PyTree, z_BhwZ: jax.Array, dtype: Any = jnp.float32
+    config: KLConfig, params: PyTree, z_BhwZ: jax.Array, compute: Compute = EXACT
 ) -> jax.Array:
-    """Decodes latents, not scaled, into images clipped to [-1, 1], in `dtype`; not for training."""
-    model = KLTokenizer(config, dtype).bind({"params": params})
+    """Decodes latents, not scaled, into images clipped to [-1, 1]; not for training."""
+    model = KLTokenizer(config, compute).bind({"params": params})
     decode = lambda z_BhwZ: jnp.clip(model.decode(z_BhwZ), -1, 1)  # noqa: E731
-    return map_images(decode, z_BhwZ, config.image_shape)
+    return map_images(decode, z_BhwZ, config.image_shape, compute)

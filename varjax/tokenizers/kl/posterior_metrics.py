@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.core.trees import PyTree
-from varjax.nn.autoencoder import map_images
 from varjax.tokenizers.kl.model import (
     LATENT_STD_PATH,
     KLConfig,
-    KLTokenizer,
     decode_latents,
+    encode_posteriors,
     kl_divergence,
     latent_moments,
-    split_moments,
 )
 
 FORMS = {"kl": "{:.2f} nats", "posterior_std": "{:.4f}", "latent_std": "{:.4f}"}
@@ -32,8 +30,7 @@ def measure_posteriors(
         The images, (1, B, H, W, C) in [-1, 1]; of each image its KL, the moments of its latents
         and the mean of their standard deviations; and nothing that adds.
     """
-    model = KLTokenizer(config).bind({"params": params})
-    latents = split_moments(map_images(model.moments, x_BHWC, config.image_shape))
+    latents = encode_posteriors(config, params, x_BHWC)
     y_BHWC = decode_latents(config, params, latents["mean_BhwZ"])
     measures = {
         "kl_B": kl_divergence(latents),

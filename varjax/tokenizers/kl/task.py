@@ -185,7 +185,12 @@ class KLTask:
     @property
     def jax_dtype(self) -> jnp.dtype:
         """The number format that `dtype` stands for on this machine."""
-        return Compute(self.dtype).jax_dtype
+        return self.compute.jax_dtype
+
+    @property
+    def compute(self) -> Compute:
+        """How a tokenizer in training is computed."""
+        return Compute(self.dtype, encoder_precision="highest")
 
     @property
     def kl_weight(self) -> float:
@@ -203,7 +208,7 @@ def _gradients(
 ) -> LossGradients:
     """Computes the gradients of all losses on a microbatch, and the latents' moments over it."""
     x_BHWC, key_B = to_model_range(batch["image_BHWC"]), batch["key_B"]
-    model = KLTokenizer(task.model, task.jax_dtype)
+    model = KLTokenizer(task.model, task.compute, task.jax_dtype)
 
     def draw(key):
         return jax.random.normal(jax.random.fold_in(key, POSTERIOR_KEY), task.model.latent_shape)

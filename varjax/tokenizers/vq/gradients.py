@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range
+from varjax.nn.compute import Compute
 from varjax.tokenizers.losses.image_losses import ImageGradientsFn, LossGradients, reconstruct
 from varjax.tokenizers.vq.codebook import (
     CodebookConfig,
@@ -30,7 +31,7 @@ class QuantizerLossConfig(Protocol):
     @property
     def beta(self) -> float: ...
     @property
-    def jax_dtype(self) -> jnp.dtype: ...
+    def compute(self) -> Compute: ...
 
 
 def vq_gradients(
@@ -48,7 +49,7 @@ def vq_gradients(
         Gradients, with {"frequency_KV": how often each scale uses each code in an image}.
     """
     x_BHWC, key_B = to_model_range(batch["image_BHWC"]), batch["key_B"]
-    model = VQTokenizer(config.model, config.jax_dtype, config.jax_dtype)
+    model = VQTokenizer(config.model, config.compute, config.compute.jax_dtype)
     pyramid = config.model.pyramid
     kept_B = sample_scale_dropout(config.codebook, pyramid, key_B)
 

@@ -21,6 +21,8 @@ from varjax.nn.autoencoder import (
     to_model_range,
     to_unit_range,
 )
+from varjax.nn.compute import EXACT, Compute
+from varjax.nn.precision import ConvFormat
 from varjax.tokenizers.contract import Latents
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid, Scale
 from varjax.tokenizers.vq.quantizer import Quantized, Quantizer
@@ -95,14 +97,16 @@ class VQConfig:
         """Draws untrained parameters."""
         return VQTokenizer(self).init(key, jnp.zeros((1, *self.image_shape)))["params"]
 
-    def encode(self, params: PyTree, images_BHWC: jax.Array) -> dict[str, jax.Array]:
+    def encode(
+        self, params: PyTree, images_BHWC: jax.Array, compute: Compute = EXACT
+    ) -> dict[str, jax.Array]:
         """Encodes images, uint8 or floats in [0, 1], into {"tokens_BL": int32}."""
-        model = VQTokenizer(self).bind({"params": params})
+        model = VQTokenizer(self, compute).bind({"params": params})
         return {"tokens_BL": model.encode(to_model_range(images_BHWC))}
 
-    def decode(self, params: PyTree, latents: Latents) -> jax.Array:
+    def decode(self, params: PyTree, latents: Latents, compute: Compute = EXACT) -> jax.Array:
         """Decodes {"tokens_BL": integers} into images (B, H, W, channels) in [0, 1]."""
-        model = VQTokenizer(self).bind({"params": params})
+        model = VQTokenizer(self, compute).bind({"params": params})
         return to_unit_range(model.decode(latents["tokens_BL"].astype(jnp.int32)))
 
     def identity(self, params: PyTree) -> dict[str, Any]:
@@ -120,31 +124,25 @@ class VQTokenizer(nn.Module):
 
     Attributes:
         config: its sizes.
-        decoder_dtype: number format of the decoder.
-        encoder_dtype: that of the encoder, other than float32 in training only: it flips tokens.
-            The quantizer is float32 always.
+        compute: number format of the decoder, precision of the encoder, and execution.
+        encoder_dtype: number format of the encoder, other than float32 in its own training only:
+            it flips tokens. The quantizer is float32 always.
     """
 
     config: VQConfig
-    decoder_dtype: jnp.dtype = jnp.float32
+    compute: Compute = EXACT
     encoder_dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        c = self.config
-        self.encoder = Encoder(
-            c.width, c.multipliers, c.blocks, c.groups, c.code_channels, self.encoder_dtype
-        )
-        self.quant_conv = conv(c.code_channels, jnp.float32)
+        c, compute = self.config, self.compute
+        sizes = c.width, c.multipliers, c.blocks, c.groups
+        inward = ConvFormat(self.encoder_dtype, compute.frozen_encoder, compute.target)
+        outward = ConvFormat(compute.jax_dtype)
+        self.encoder = Encoder(*sizes, c.code_channels, inward)
+        self.quant_conv = conv(c.code_channels, ConvFormat())
         self.quantizer = make_quantizer(c)
-        self.post_quant_conv = conv(c.code_channels, self.decoder_dtype)
-        self.decoder = Decoder(
-            c.width,
-            c.multipliers,
-            c.blocks,
-            c.groups,
-            c.image_channels,
-            dtype=self.decoder_dtype,
-        )
+        self.post_quant_conv = conv(c.code_channels, outward)
+        self.decoder = Decoder(*sizes, c.image_channels, format=outward)
 
     def __call__(
         self, image_BHWC: jax.Array, kept_B: jax.Array | None = None
@@ -172,11 +170,11 @@ class VQTokenizer(nn.Module):
 
     def encode(self, image_BHWC: jax.Array) -> jax.Array:
         """Encodes images in [-1, 1] into tokens (B, L)."""
-        return self.quantizer(encode_images(self.config, self._params, image_BHWC)).tokens_BL
+        return self.quantizer(self._frozen_features(image_BHWC)).tokens_BL
 
     def encode_for_teacher_forcing(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Encodes images into (tokens (B, L), transformer input (B, L - l of scale 0, Z))."""
-        quantized = self.quantizer(encode_images(self.config, self._params, image_BHWC))
+        quantized = self.quantizer(self._frozen_features(image_BHWC))
         return quantized.tokens_BL, self.quantizer.teacher_forcing_input(quantized.f_hats)
 
     def teacher_forcing_input(self, tokens_BL: jax.Array) -> jax.Array:
@@ -195,32 +193,34 @@ class VQTokenizer(nn.Module):
 
     def decode_features(self, f_hat_BhwZ: jax.Array) -> jax.Array:
         """Decodes f_hat (B, h, w, Z) into images clipped to [-1, 1]."""
-        return decode_images(self.config, self._params, f_hat_BhwZ, self.decoder_dtype)
+        return decode_images(self.config, self.variables["params"], f_hat_BhwZ, self.compute)
 
-    @property
-    def _params(self):
-        return self.variables["params"]
+    def _frozen_features(self, image_BHWC):
+        return encode_images(self.config, self.variables["params"], image_BHWC, self.compute)
 
     def _decode(self, f_hat_BhwZ):
-        image_BHWC = self.decoder(self.post_quant_conv(f_hat_BhwZ.astype(self.decoder_dtype)))
-        return image_BHWC.astype(jnp.float32)
+        f_hat_BhwZ = f_hat_BhwZ.astype(self.compute.jax_dtype)
+        return self.decoder(self.post_quant_conv(f_hat_BhwZ)).astype(jnp.float32)
 
 
 def encode_images(
-    config: VQConfig, params, image_BHWC: jax.Array, dtype: Any = jnp.float32
+    config: VQConfig,
+    params: PyTree,
+    image_BHWC: jax.Array,
+    compute: Compute = EXACT,
 ) -> jax.Array:
-    """Computes features (B, h, w, Z) of images in [-1, 1], in `dtype`; not for training."""
-    model = VQTokenizer(config, encoder_dtype=dtype, parent=None).bind({"params": params})
-    return map_images(model.features, image_BHWC, config.image_shape)
+    """Computes features (B, h, w, Z) of images in [-1, 1]; not for training."""
+    model = VQTokenizer(config, compute, parent=None).bind({"params": params})
+    return map_images(model.features, image_BHWC, config.image_shape, compute)
 
 
 def decode_images(
-    config: VQConfig, params, f_hat_BhwZ: jax.Array, dtype: Any = jnp.float32
+    config: VQConfig, params: PyTree, f_hat_BhwZ: jax.Array, compute: Compute = EXACT
 ) -> jax.Array:
-    """Decodes f_hat (B, h, w, Z) into images clipped to [-1, 1], in `dtype`; not for training."""
-    model = VQTokenizer(config, dtype, parent=None).bind({"params": params})
+    """Decodes f_hat (B, h, w, Z) into images clipped to [-1, 1]; not for training."""
+    model = VQTokenizer(config, compute, parent=None).bind({"params": params})
     decode = lambda f_hat_BhwZ: jnp.clip(model._decode(f_hat_BhwZ), -1, 1)  # noqa: E731
-    return map_images(decode, f_hat_BhwZ, config.image_shape)
+    return map_images(decode, f_hat_BhwZ, config.image_shape, compute)
 
 
 def make_quantizer(config: VQConfig) -> Quantizer:

@@ -194,7 +194,12 @@ class VQTask:
     @property
     def jax_dtype(self) -> jnp.dtype:
         """The number format that `dtype` stands for on this machine."""
-        return Compute(self.dtype).jax_dtype
+        return self.compute.jax_dtype
+
+    @property
+    def compute(self) -> Compute:
+        """How a tokenizer in training is computed."""
+        return Compute(self.dtype, encoder_precision="highest")
 
     def _tx(self, params):
         decay = trees.map_with_path(lambda path, _: path.endswith("kernel"), params)

@@ -1,5 +1,6 @@
 """What is measured of a VQ tokenizer besides its reconstructions: its scales and its codes."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,14 @@ import numpy as np
 
 from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_unit_range
+from varjax.nn.compute import EXACT
+from varjax.nn.precision import Precision
 from varjax.tokenizers import image_metrics
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, encode_images
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
 
+SHORTER: tuple[Precision, ...] = ("bfloat16", "tf32", "bfloat16_3x", "tf32_3x")
+SAME = tuple(f"same_in_{precision}" for precision in SHORTER)
 LEAST_POWER = 1e-12  # below any real mean square
 COLUMNS = {"psnr": "{:.2f}", "rest": "{:.3f}", "perplexity": "{:.1f}", "codes": "{}"}
 COLUMNS |= {"usage": "{:.2f}"}
@@ -26,8 +31,8 @@ def measure_tokens(
     Returns:
         The images after each scale, (K, B, H, W, C) in [-1, 1]. Of each image psnr_KB and rest_KB
         after each scale, rest_KB being the mean square of the features' residual and power_B that
-        of the features; same_B, the share of tokens that an encoder in bfloat16 leaves as they
-        are. And counts_KV, of codes in valid images.
+        of the features; same_in_<precision>_B, the share of tokens that stay as they are where the
+        encoder multiplies less exactly. And counts_KV, of codes in valid images.
     """
     model = VQTokenizer(config).bind({"params": params})
     f_BhwZ = encode_images(config, params, x_BHWC)
@@ -35,15 +40,17 @@ def measure_tokens(
     f_hat_KBhwZ = jnp.stack(quantized.f_hats)
     # Scale by scale: all of them at once would need K times the memory.
     y_KBHWC = jax.lax.map(model.decode_features, f_hat_KBhwZ)
-    bfloat16_BhwZ = encode_images(config, params, x_BHWC, jnp.bfloat16)
-    same_BL = model.quantizer(bfloat16_BhwZ).tokens_BL == quantized.tokens_BL
     a_BHWC = to_unit_range(x_BHWC)
     measures = {
         "psnr_KB": jax.vmap(lambda y: image_metrics.psnr(a_BHWC, to_unit_range(y)))(y_KBHWC),
         "rest_KB": jnp.mean(jnp.square(f_hat_KBhwZ - f_BhwZ[None]), axis=(2, 3, 4)),
         "power_B": jnp.mean(jnp.square(f_BhwZ), axis=(1, 2, 3)),
-        "same_B": jnp.mean(same_BL.astype(jnp.float32), axis=1),
     }
+    for precision in SHORTER:
+        compute = dataclasses.replace(EXACT, encoder_precision=precision)
+        tokens_BL = model.quantizer(encode_images(config, params, x_BHWC, compute)).tokens_BL
+        same_BL = (tokens_BL == quantized.tokens_BL).astype(jnp.float32)
+        measures[f"same_in_{precision}_B"] = jnp.mean(same_BL, axis=1)
     counts_KV = code_counts(config.pyramid, config.vocab, quantized.tokens_BL, valid_B)
     return y_KBHWC, measures, {"counts_KV": counts_KV}
 
@@ -60,7 +67,7 @@ def summarize_tokens(
     used_K = np.sum(counts_KV > 0, axis=1)
     could_K = np.minimum(config.vocab, images * np.array(pyramid.lengths))
     return {
-        "same_in_bfloat16": float(mean["same_B"]),
+        **{name: float(mean[f"{name}_B"]) for name in SAME},
         "scales": [list(shape) for shape in pyramid.shapes],
         "scale_psnr": mean["psnr_KB"].tolist(),
         "scale_rest": (mean["rest_KB"] / max(mean["power_B"], LEAST_POWER)).tolist(),
@@ -72,7 +79,7 @@ def summarize_tokens(
 
 def token_lines(report: Mapping[str, Any]) -> list[str]:
     """Formats what `summarize_tokens` returned as lines of text."""
-    lines = [f"{'same_in_bfloat16':<18}{report['same_in_bfloat16']:.4f}"]
+    lines = [f"{name:<20}{report[name]:.4f}" for name in SAME]
     lines.append("".join(f"{name:>12}" for name in ("scale", *COLUMNS)))
     for k, (h, w) in enumerate(report["scales"]):
         cells = [form.format(report[f"scale_{name}"][k]) for name, form in COLUMNS.items()]
