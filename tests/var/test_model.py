@@ -13,7 +13,7 @@ from tests.helpers import golden_cases as golden
 from varjax.convert.apply_map import to_official
 from varjax.core import trees
 from varjax.nn.compute import Compute
-from varjax.nn.transformer import Cache, drop_path
+from varjax.nn.transformer import drop_path
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan, TrainState
 from varjax.var.model import VAR, VARConfig, check_fit
@@ -181,7 +181,7 @@ def test_later_scales_do_not_reach_earlier_logits(k):
 def test_scale_by_scale_with_a_cache_equals_all_at_once(shared, cosine):
     config = dataclasses.replace(SMALL, shared_adaln=shared, cosine_attention=cosine)
     model = VAR(config).bind(small_params(config))
-    cond, cache, logits = model.condition(LABEL_B), Cache(), []
+    cond, cache, logits = model.condition(LABEL_B), model.empty_cache(len(LABEL_B)), []
     for k, scale in enumerate(config.pyramid.slices):
         input_BlZ = None if k == 0 else INPUT_BlZ[:, scale.start - 1 : scale.stop - 1]
         logits_BlV, cache = model.predict(input_BlZ, cond, k, cache)

@@ -6,6 +6,7 @@ varjax benchmark COMMAND --help
   train         how fast it trains on one device
   evaluate      how fast samples are measured: Inception's features, and metrics of them
   data          how fast a config's images are read, decoded and augmented
+  tpu           what the TPU's compiler estimates for sampling and training, without a TPU
   partitioning  what a training step sends and holds on many devices, without having them
 """
 
@@ -14,7 +15,7 @@ import sys
 
 from varjax.core.commands import run_command
 
-NAMES = ("sample", "train", "evaluate", "data", "partitioning")
+NAMES = ("sample", "train", "evaluate", "data", "tpu", "partitioning")
 
 
 def main(arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from varjax.core.errors import InputError
@@ -25,6 +26,17 @@ def paths(tree: Any) -> dict[str, Any]:
 def map_with_path(f: Callable[[str, Any], Any], tree: Any) -> Any:
     """Makes a tree of the same structure with `f(path, leaf)` at each leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: f(_name(path), leaf), tree)
+
+
+def cast(pattern: str, tree: Any, dtype: Any) -> Any:
+    """Returns the tree with the leaves whose path has the pattern in `dtype`."""
+
+    def convert(path: str, leaf: Any) -> Any:
+        if not re.search(pattern, path) or leaf.dtype == dtype:
+            return leaf
+        return jnp.asarray(leaf).astype(dtype)
+
+    return map_with_path(convert, tree)
 
 
 def first_match(rules: Sequence[tuple[str, T]], path: str) -> T:

@@ -15,7 +15,8 @@ import numpy as np
 
 from varjax.mar.model import DECODER, MAR
 from varjax.nn.attention import Dropout
-from varjax.nn.vit import KeyValues, run_vit_blocks
+from varjax.nn.kv_cache import KeyValues
+from varjax.nn.vit import run_vit_blocks
 
 
 @flax.struct.dataclass
@@ -99,10 +100,10 @@ def _run(
     (B, length, _), targets = x_BlC.shape, target_Bn.shape[1]
     mask_lL, key_mask_BL = np.tri(length, dtype=bool), None
     if cache is not None:
-        size = cache.encoder.keys_SBLAD.shape[2]
-        mask_lL = np.concatenate([np.ones((length, size), bool), mask_lL], axis=1)
-        key_mask_L = jnp.concatenate([jnp.arange(size) < seen, jnp.ones(length, bool)])
-        key_mask_BL = jnp.broadcast_to(key_mask_L, (B, size + length))
+        size = cache.encoder.keys_SBLC.shape[2]
+        # Several new tokens are the first ones; a single one sees all that there are.
+        mask_lL = np.tri(length, size, dtype=bool) if length > 1 else None
+        key_mask_BL = jnp.broadcast_to(jnp.arange(size) < seen + length, (B, size))
 
     def run(block, blocks, x_BlC, cache, attention_dropout, dropout):
         return run_vit_blocks(
@@ -112,6 +113,7 @@ def _run(
             mask_lL=mask_lL,
             key_mask_BL=key_mask_BL,
             cache=cache,
+            start=seen,
             attention_dropout=attention_dropout,
             dropout=dropout,
         )
@@ -133,21 +135,15 @@ def _run(
         model.decoder_block, model.decoder_blocks, x_BlC + pos_BlC, caches[1], *further
     )
     z_BnC = model.decoder_norm(x_BlC[:, length - targets :]) + model.diffusion_pos_embed[target_Bn]
-    if cache is None:
-        return z_BnC, None
-    return z_BnC, CausalCache(
-        cache.encoder.write(encoder, seen), cache.decoder.write(decoder, seen)
-    )
+    return z_BnC, None if cache is None else CausalCache(encoder, decoder)
 
 
 def _empty_cache(model: MAR, batch: int) -> CausalCache:
     c = model.config
     positions = c.buffer + c.length - 1  # nothing follows the last token
 
-    def empty(depth, heads):
-        shape = depth, batch, positions, heads, c.width // heads
-        return KeyValues(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
-
-    return CausalCache(
-        empty(c.encoder_depth, c.encoder_heads), empty(c.decoder_depth, c.decoder_heads)
+    encoder, decoder = (
+        KeyValues.empty(depth, batch, positions, c.width, model.dtype)
+        for depth in (c.encoder_depth, c.decoder_depth)
     )
+    return CausalCache(encoder, decoder)

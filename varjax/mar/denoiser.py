@@ -68,7 +68,7 @@ class DenoisingMLP(nn.Module):
             params = jax.tree.map(lambda p: p[i], self.blocks)  # noqa: B023  (used at once)
             x_NE = self.block.apply({"params": params}, x_NE, signal_NE)
         shift_NE, scale_NE = jnp.split(self.adaln(signal_NE), 2, axis=-1)
-        return self.out(modulate(x_NE, scale_NE, shift_NE)).astype(jnp.float32)
+        return self.out(modulate(x_NE, scale_NE, shift_NE, dtype)).astype(jnp.float32)
 
     def _init_blocks(self, key):
         x_NE = jnp.zeros((1, self.width), self.compute.jax_dtype)
@@ -87,7 +87,9 @@ class DenoisingBlock(nn.Module):
         xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
         signals_NE = dense(3 * self.width, self.dtype, zeros, "adaln")(signal_NE)
         shift_NE, scale_NE, gate_NE = jnp.split(signals_NE, 3, axis=-1)
-        h_NE = layer_norm("norm")(x_NE).astype(self.dtype) * (1 + scale_NE) + shift_NE
+        scale_NE, shift_NE = (x.astype(jnp.float32) for x in (scale_NE, shift_NE))
+        h_NE = layer_norm("norm")(x_NE) * (1 + scale_NE) + shift_NE
+        h_NE = h_NE.astype(self.dtype)
         h_NE = nn.silu(dense(self.width, self.dtype, xavier, "up")(h_NE))
         return x_NE + gate_NE * dense(self.width, self.dtype, xavier, "down")(h_NE)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
 from varjax.mar.denoiser import DenoisingMLP
-from varjax.nn.attention import MAX_HEADS, Dropout, dense
+from varjax.nn.attention import MAX_HEADS, Dropout, OutputHead, dense
 from varjax.nn.compute import Compute, shard_batch
 from varjax.nn.vit import ViTBlock, init_vit_blocks, layer_norm, run_vit_blocks
 
@@ -231,7 +231,7 @@ class MAR(nn.Module):
             self.head = make_denoiser(c.head, self.compute)
         else:
             self.z_proj = nn.Embed(c.head.vocab, C, embedding_init=normal, dtype=self.dtype)
-            self.head = dense(c.head.vocab, jnp.float32, xavier, None)
+            self.head = OutputHead(c.head.vocab, self.dtype, xavier)
         self.z_proj_norm = layer_norm()
         self.encoder_block = ViTBlock(c.encoder_heads, self.compute, parent=None)
         self.encoder_blocks = self.param("encoder_blocks", self._init_encoder_blocks)

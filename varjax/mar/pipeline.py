@@ -35,6 +35,13 @@ Array = np.ndarray | jax.Array
 Labels = Sequence[int] | np.ndarray | jax.Array
 
 
+# What is multiplied in `compute.dtype` only, and so is held in it.
+CAST_KERNELS = (
+    r"^mar/(encoder_blocks|decoder_blocks|decoder_embed|z_proj|head)/(.*/)?kernel$|"
+    r"^tokenizer/(decoder/.*|post_quant_conv)/kernel$"
+)
+
+
 class MARPipeline:
     """Samples, edits, encodes and decodes; `varjax.load` makes it from weights.
 
@@ -71,7 +78,8 @@ class MARPipeline:
         self.tokenizer, self.mar, self.sampling, self.compute = tokenizer, mar, sampling, compute
         mesh = batch_mesh(devices)
         self.devices: tuple[Any, ...] = tuple(mesh.devices)
-        self.params = replicate(params, mesh)
+        self.params = params
+        self._held = replicate(trees.cast(CAST_KERNELS, params, compute.jax_dtype), mesh)
         exact = dataclasses.replace(compute, encoder_precision="highest")
 
         def sampled_tokens(params, plan, label_B, key_B, known=None):
@@ -153,12 +161,12 @@ class MARPipeline:
             (B, h, w, Z) float32 or (B, L) int32.
         """
         images_BHWC = checked_images(images_BHWC, self.image_shape)
-        return self.mar.unpatchify(self._encode(self.params, None, images_BHWC))
+        return self.mar.unpatchify(self._encode(self._held, None, images_BHWC))
 
     def decode(self, latents: Array) -> jax.Array:
         """Decodes latents as `encode` gives them into images (B, H, W, channels)."""
         _ = self._needed_tokenizer
-        return self._decode(self.params, None, self._checked_tokens(latents))
+        return self._decode(self._held, None, self._checked_tokens(latents))
 
     def hidden(self, latents: Array, known: Array, labels: Labels | None = None) -> jax.Array:
         """Computes the vectors z of all places from the tokens that are known.
@@ -185,7 +193,7 @@ class MARPipeline:
         order_BL = np.argsort(~known_BL, axis=1, kind="stable").astype(np.int32)
         token_BL = jax.vmap(lambda token_L, order_L: token_L[order_L])(token_BL, order_BL)
         known_BL = np.take_along_axis(known_BL, order_BL, axis=1)
-        return self._hidden(self.params, None, token_BL, order_BL, known_BL, label_B)
+        return self._hidden(self._held, None, token_BL, order_BL, known_BL, label_B)
 
     def denoise(self, xt_NZ: Array, t_N: Array, z_NC: Array) -> jax.Array:
         """Predicts the noise in noisy tokens (MAR, section 3.2).
@@ -214,7 +222,7 @@ class MARPipeline:
         arrays = (
             jnp.asarray(x, d) for x, d in ((xt_NZ, "float32"), (t_N, "int32"), (z_NC, "float32"))
         )
-        return self._denoise(self.params, None, *arrays)
+        return self._denoise(self._held, None, *arrays)
 
     def logits(self, z_BLC: Array) -> jax.Array:
         """Computes the logits of all codes (B, L, V) from vectors by `hidden`.
@@ -223,7 +231,7 @@ class MARPipeline:
         """
         if not isinstance(self.mar.head, CategoricalHead):
             raise InputError("logits: this model's tokens are continuous; it has `denoise` instead")
-        return self._logits(self.params, None, jnp.asarray(z_BLC))
+        return self._logits(self._held, None, jnp.asarray(z_BLC))
 
     def sample(
         self,
@@ -251,7 +259,7 @@ class MARPipeline:
             InputError: labels or options out of range.
         """
         _ = self._needed_tokenizer
-        return self._sample(self.params, *self._request(labels, seed, index, options))
+        return self._sample(self._held, *self._request(labels, seed, index, options))
 
     def sample_latents(
         self,
@@ -262,7 +270,7 @@ class MARPipeline:
         **options: Any,
     ) -> jax.Array:
         """Samples latents (B, h, w, Z) or codes (B, L), those of `sample`; arguments as there."""
-        tokens = self._tokens(self.params, *self._request(labels, seed, index, options))
+        tokens = self._tokens(self._held, *self._request(labels, seed, index, options))
         return self.mar.unpatchify(tokens)
 
     def edit(
@@ -312,7 +320,7 @@ class MARPipeline:
         known = KnownTokens(
             jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:])), jnp.asarray(keep_BL)
         )
-        tokens = self._tokens(self.params, plan, label_B, image_keys(seed, index_B), known)
+        tokens = self._tokens(self._held, plan, label_B, image_keys(seed, index_B), known)
         return self.mar.unpatchify(tokens)
 
     @property

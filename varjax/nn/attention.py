@@ -1,6 +1,7 @@
 """Attention: one seam for its implementations, and the transformer's multi-head layer."""
 
 import functools
+from collections.abc import Callable
 
 import einops
 import flax.linen as nn
@@ -10,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.nn import compute
+from varjax.nn.kv_cache import KeyValues, LayerCache
 
 MAX_LOG_SCALE = float(np.log(100))
+SHORTEST = 65  # queries that are worth products of their own
+FEWEST_QUERIES = 64  # for which cuDNN's kernel is faster than two products
+FAST_MEMORY = 2**25  # bytes of logits that fit into what lies next to a TPU's matrix units
 MAX_HEADS = 128  # on CPUs each is a part of the program; the official models have up to 30
 
 
@@ -67,26 +72,29 @@ def dot_product_attention(
         v_BLAD: values.
         mask_lL: where it is False nothing is seen; None for everything.
         scale: factor on the products of queries and keys.
-        implementation: "xla", "loop" or "cudnn"; see `Compute`. "cudnn" needs bfloat16 and a head
-            size D that is a multiple of 8; for a gradient with a mask, also even l and L.
+        implementation: "xla", "grouped", "loop" or "cudnn"; see `Compute`. "cudnn" is "xla" where
+            its kernel does not fit: with dropout, for other formats than bfloat16, for head sizes D
+            over 128 or no multiple of 8, and for fewer than 64 queries.
         key_mask_BL: the keys of each example that may be seen, one at least; None for all.
-        dropout: of the softmax's weights, which "cudnn" does not have; None for none.
+        dropout: of the softmax's weights; None for none.
 
     Returns:
         (B, l, A, D) in the format of `v_BLAD`.
     """
-    if implementation == "cudnn":
-        assert dropout is None
-        mask_B1lL = _joint_mask(mask_lL, key_mask_BL, q_BlAD.shape[1])
-        return jax.nn.dot_product_attention(
-            q_BlAD, k_BLAD, v_BLAD, mask=mask_B1lL, scale=scale, implementation="cudnn"
-        )
-    if implementation == "loop":
-        # Computing the (l, L) matrices again is cheaper here than to keep them for the gradient.
-        key_B, rate = (None, 0.0) if dropout is None else (dropout.key_B, dropout.rate)
-        head_by_head = functools.partial(_head_by_head, rate=rate, mask_lL=mask_lL, scale=scale)
-        image = jax.checkpoint(lambda x: head_by_head(*x))
-        return jax.lax.map(image, (q_BlAD, k_BLAD, v_BLAD, key_mask_BL, key_B))
+    attend = functools.partial(_IMPLEMENTATIONS[implementation], dropout=dropout, scale=scale)
+    with jax.named_scope("attention"):  # its name in profiles and in `varjax benchmark tpu`
+        if mask_lL is None or dropout is not None:  # which draws for the whole (l, L)
+            return attend(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL)
+        parts = []
+        for rows, seen, mask in mask_segments(mask_lL):
+            key_mask = None if key_mask_BL is None else key_mask_BL[:, :seen]
+            q, k, v = q_BlAD[:, rows], k_BLAD[:, :seen], v_BLAD[:, :seen]
+            parts.append(attend(q, k, v, mask, key_mask))
+        return jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _at_once(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
+    """Attends by two products for the whole batch."""
     precision = compute.matmul_precision(q_BlAD.dtype)
     logits_BAlL = jnp.einsum(
         "BlAD,BLAD->BAlL",
@@ -103,6 +111,92 @@ def dot_product_attention(
         )
     weights_BAlL = weights_BAlL.astype(v_BLAD.dtype)
     return jnp.einsum("BAlL,BLAD->BlAD", weights_BAlL, v_BLAD, precision=precision)
+
+
+def _in_groups(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
+    """Attends in so few images at a time that their logits stay in fast memory."""
+    B, queries, heads, _ = q_BlAD.shape
+    images = max(1, FAST_MEMORY // (4 * heads * queries * k_BLAD.shape[1]))
+    if dropout is not None or images >= B:
+        whole = q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL
+        return _at_once(*whole, dropout=dropout, scale=scale)
+    while B % images:
+        images -= 1
+
+    def attend(x):
+        q_BlAD, k_BLAD, v_BLAD, key_mask_BL = x
+        group = q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL
+        return _at_once(*group, dropout=None, scale=scale)
+
+    split = lambda x: x.reshape(B // images, images, *x.shape[1:])  # noqa: E731
+    groups = jax.tree.map(split, (q_BlAD, k_BLAD, v_BLAD, key_mask_BL))
+    return jax.lax.map(attend, groups).reshape(q_BlAD.shape)
+
+
+def _by_fused_kernel(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
+    """Attends by cuDNN's kernel, where it can and pays."""
+    _, queries, _, D = q_BlAD.shape
+    pays = queries >= FEWEST_QUERIES and q_BlAD.dtype == jnp.bfloat16
+    if dropout is not None or not pays or D % 8 or D > 128:
+        whole = q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL
+        return _at_once(*whole, dropout=dropout, scale=scale)
+    mask_B1lL = _joint_mask(mask_lL, key_mask_BL, queries)
+    if mask_B1lL is not None:  # with a mask, odd lengths have no gradient
+        q_BlAD, k_BLAD, v_BLAD = (
+            jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+            for x in (q_BlAD, k_BLAD, v_BLAD)
+        )
+        rows, keys = queries % 2, mask_B1lL.shape[-1] % 2
+        mask_B1lL = jnp.pad(mask_B1lL, ((0, 0), (0, 0), (0, rows), (0, 0)), mode="edge")
+        mask_B1lL = jnp.pad(mask_B1lL, ((0, 0), (0, 0), (0, 0), (0, keys)))
+    y_BlAD = jax.nn.dot_product_attention(
+        q_BlAD, k_BLAD, v_BLAD, mask=mask_B1lL, scale=scale, implementation="cudnn"
+    )
+    return y_BlAD[:, :queries]
+
+
+def _image_by_image(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
+    """Attends in one image and head after another: plain products are faster on a CPU."""
+    # Computing the (l, L) matrices again is cheaper here than to keep them for the gradient.
+    key_B, rate = (None, 0.0) if dropout is None else (dropout.key_B, dropout.rate)
+    head_by_head = functools.partial(_head_by_head, rate=rate, mask_lL=mask_lL, scale=scale)
+    image = jax.checkpoint(lambda x: head_by_head(*x))
+    return jax.lax.map(image, (q_BlAD, k_BLAD, v_BLAD, key_mask_BL, key_B))
+
+
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": _at_once,
+    "grouped": _in_groups,
+    "cudnn": _by_fused_kernel,
+    "loop": _image_by_image,
+}
+
+
+def mask_segments(mask_lL: np.ndarray) -> list[tuple[slice, int, np.ndarray | None]]:
+    """Cuts a mask into segments of queries that see as many of the first keys, and no others.
+
+    With the block-causal mask of VAR these are the scales: each sees all tokens up to its own end.
+
+    Returns:
+        [(queries, number of keys, what they see of these: None for all)]. Neighbors with fewer than
+        SHORTEST queries are one segment, which needs a mask.
+    """
+    length = mask_lL.shape[1]
+    seen_l = np.where(mask_lL, np.arange(1, length + 1), 0).max(axis=1)
+    starts = [0, *(np.flatnonzero(np.diff(seen_l)) + 1).tolist(), len(seen_l)]
+    cuts: list[list[int]] = []  # [start, stop] of the queries
+    for start, stop in zip(starts, starts[1:], strict=False):
+        short = stop - start < SHORTEST
+        if short and cuts and cuts[-1][2]:
+            cuts[-1][1] = stop
+        else:
+            cuts.append([start, stop, int(short)])
+    segments = []
+    for start, stop, _ in cuts:
+        seen = int(seen_l[start:stop].max())
+        mask = mask_lL[start:stop, :seen]
+        segments.append((slice(start, stop), seen, None if mask.all() else mask))
+    return segments
 
 
 def _head_by_head(q_lAD, k_LAD, v_LAD, key_mask_L, key, rate, mask_lL, scale):
@@ -166,16 +260,25 @@ class MultiHeadAttention(nn.Module):
     out_init: nn.initializers.Initializer
 
     @nn.compact
-    def __call__(self, x_BlC, past=((), ()), mask_lL=None, key_mask_BL=None, dropout=None):
-        """Returns (y_BlC, (k_BlAD, v_BlAD)).
+    def __call__(
+        self,
+        x_BlC: jax.Array,
+        past: LayerCache | None = None,
+        mask_lL: np.ndarray | None = None,
+        key_mask_BL: jax.Array | None = None,
+        dropout: Dropout | None = None,
+    ) -> tuple[jax.Array, KeyValues | None]:
+        """Returns y (B, l, C), and the cache with the new tokens (None without `past`).
 
-        past: tuples of earlier keys and of values; the rest as in `dot_product_attention`.
+        past: earlier tokens; masks are over them and the new ones. The rest as in
+            `dot_product_attention`.
         """
         width = x_BlC.shape[-1]
 
         def project(name, use_bias):
-            y_BlC = dense(width, self.dtype, self.kernel_init, name, use_bias=use_bias)(x_BlC)
-            return einops.rearrange(y_BlC, "B l (A D) -> B l A D", A=self.heads)
+            return self._split_heads(
+                dense(width, self.dtype, self.kernel_init, name, use_bias=use_bias)(x_BlC)
+            )
 
         q_BlAD, v_BlAD = project("q", True), project("v", True)
         k_BlAD = project("k", self.key_bias)
@@ -189,9 +292,11 @@ class MultiHeadAttention(nn.Module):
             scale = 1.0
         else:
             scale = self.scale / (width // self.heads) ** 0.5
-        keys, values = past
-        k_BLAD = jnp.concatenate([*keys, k_BlAD], axis=1)
-        v_BLAD = jnp.concatenate([*values, v_BlAD], axis=1)
+        if past is None:
+            k_BLAD, v_BLAD, cache = k_BlAD, v_BlAD, None
+        else:
+            k_BLC, v_BLC, cache = past.extend(*(_join_heads(x) for x in (k_BlAD, v_BlAD)))
+            k_BLAD, v_BLAD = (self._split_heads(x) for x in (k_BLC, v_BLC))
         y_BlAD = dot_product_attention(
             q_BlAD,
             k_BLAD,
@@ -202,8 +307,14 @@ class MultiHeadAttention(nn.Module):
             key_mask_BL=key_mask_BL,
             dropout=dropout,
         )
-        y_BlC = einops.rearrange(y_BlAD, "B l A D -> B l (A D)")
-        return dense(width, self.dtype, self.out_init, "proj")(y_BlC), (k_BlAD, v_BlAD)
+        return dense(width, self.dtype, self.out_init, "proj")(_join_heads(y_BlAD)), cache
+
+    def _split_heads(self, x_BlC):
+        return einops.rearrange(x_BlC, "B l (A D) -> B l A D", A=self.heads)
+
+
+def _join_heads(x_BlAD):
+    return einops.rearrange(x_BlAD, "B l A D -> B l (A D)")
 
 
 def l2_normalize(x_BlAD: jax.Array) -> jax.Array:
@@ -224,6 +335,35 @@ def dense(features, dtype, init, name, *, use_bias=True) -> nn.Dense:
         name=name,
         dot_general=_flat,
     )
+
+
+class OutputHead(nn.Module):
+    """A linear layer whose results are float32, exact sums of products of `dtype`.
+
+    Attributes:
+        features: number of results.
+        dtype: format of what is multiplied.
+        kernel_init: initializer of the kernel; the bias is 0 at first.
+    """
+
+    features: int
+    dtype: jnp.dtype
+    kernel_init: nn.initializers.Initializer
+
+    @nn.compact
+    def __call__(self, x_BlC: jax.Array) -> jax.Array:
+        """Returns (B, l, features) float32."""
+        shape = x_BlC.shape[-1], self.features
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32)
+        y = _flat(
+            x_BlC.astype(self.dtype),
+            kernel.astype(self.dtype),
+            None,
+            precision=compute.matmul_precision(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        return y + jnp.broadcast_to(bias, y.shape)
 
 
 def _flat(x, kernel, _, **options):

@@ -1,9 +1,6 @@
 """A plain pre-norm transformer (ViT, Dosovitskiy et al. 2020), layers stacked and scanned."""
 
-from typing import Any
-
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,30 +8,10 @@ import numpy as np
 from varjax.core.trees import PyTree
 from varjax.nn.attention import Dropout, MultiHeadAttention
 from varjax.nn.compute import Compute, checkpoint_layer, shard_batch
+from varjax.nn.kv_cache import KeyValues, LayerCache
 from varjax.nn.transformer import MLP
 
 EPSILON = 1e-6  # of every layer norm
-
-
-@flax.struct.dataclass
-class KeyValues:
-    """Holds keys and values of all layers (a KV cache), for tokens that come one after another.
-
-    Attributes:
-        keys_SBLAD: of every token that there will be.
-        values_SBLAD: the same.
-    """
-
-    keys_SBLAD: jax.Array
-    values_SBLAD: jax.Array
-
-    def write(self, new: "KeyValues", place: jax.Array) -> "KeyValues":
-        """Returns a cache in which the tokens of `new` stand at `place` and after it."""
-
-        def put(all_SBLAD, new_SBlAD):
-            return jax.lax.dynamic_update_slice_in_dim(all_SBLAD, new_SBlAD, place, axis=2)
-
-        return jax.tree.map(put, self, new)
 
 
 class ViTBlock(nn.Module):
@@ -62,20 +39,20 @@ class ViTBlock(nn.Module):
     def __call__(
         self,
         x_BlC,
-        past=((), ()),
+        past: LayerCache | None = None,
         mask_lL=None,
         key_mask_BL=None,
         attention_dropout: Dropout | None = None,
         dropout: Dropout | None = None,
     ):
-        """Returns (x_BlC, (k_BlAD, v_BlAD)); the arguments are those of `run_vit_blocks`."""
+        """Returns (x_BlC, cache); the arguments are those of `run_vit_blocks`."""
         h_BlC = self.norm1(x_BlC).astype(x_BlC.dtype)
-        y_BlC, new = self.attn(h_BlC, past, mask_lL, key_mask_BL, attention_dropout)
+        y_BlC, cache = self.attn(h_BlC, past, mask_lL, key_mask_BL, attention_dropout)
         if dropout is not None:
             y_BlC = dropout.fold_in(0)(y_BlC)
         x_BlC = x_BlC + y_BlC
         h_BlC = self.norm2(x_BlC).astype(x_BlC.dtype)
-        return x_BlC + self.mlp(h_BlC, None if dropout is None else dropout.fold_in(1)), new
+        return x_BlC + self.mlp(h_BlC, None if dropout is None else dropout.fold_in(1)), cache
 
 
 def init_vit_blocks(block: ViTBlock, key: jax.Array, depth: int, width: int) -> PyTree:
@@ -92,6 +69,7 @@ def run_vit_blocks(
     mask_lL: np.ndarray | None = None,
     key_mask_BL: jax.Array | None = None,
     cache: KeyValues | None = None,
+    start: int | jax.Array = 0,
     attention_dropout: Dropout | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[jax.Array, KeyValues | None]:
@@ -102,38 +80,41 @@ def run_vit_blocks(
         params: of all blocks, stacked, by `init_vit_blocks`.
         x_BlC: the tokens.
         mask_lL: which tokens see which; None for all.
-        key_mask_BL: the tokens of each example that may be seen; of the cache's, then of `x_BlC`.
-        cache: earlier tokens, which are seen as well.
+        key_mask_BL: the tokens of each example that may be seen: all of the cache's places.
+        cache: of earlier tokens, to which these are added.
+        start: the first one's place there.
         attention_dropout: of the attention's weights; None for none.
         dropout: of what attention and each layer of the MLP give; None for none.
 
     Returns:
-        The tokens (B, l, C), and their keys and values (None without `cache`).
+        The tokens (B, l, C), and the cache with them (None without one).
     """
 
-    def layer(x_BlC, scanned):
-        number, p, past = scanned
-        new: Any
-        x_BlC, new = block.apply(
+    def layer(carry, scanned):
+        x_BlC, cache = carry
+        number, p = scanned
+        past = None
+        if cache is not None:
+            past = LayerCache(cache, number, start, cache.keys_SBLC.shape[2])
+        carry = block.apply(
             {"params": p},
             shard_batch(x_BlC),
-            ((), ()) if past is None else ((past.keys_SBLAD,), (past.values_SBLAD,)),
+            past,
             mask_lL,
             key_mask_BL,
             None if attention_dropout is None else attention_dropout.fold_in(number),
             None if dropout is None else dropout.fold_in(number),
         )
-        return x_BlC, None if past is None else KeyValues(*new)
+        return carry, None
 
     depth = jax.tree.leaves(params)[0].shape[0]
-    new: Any
-    x_BlC, new = jax.lax.scan(
+    carry, _ = jax.lax.scan(
         checkpoint_layer(layer, block.compute),
-        x_BlC,
-        (jnp.arange(depth), params, cache),
+        (x_BlC, cache),
+        (jnp.arange(depth), params),
         unroll=depth if block.compute.unroll else 1,
     )
-    return x_BlC, new
+    return carry
 
 
 def layer_norm(name: str | None = None, affine: bool = True) -> nn.LayerNorm:

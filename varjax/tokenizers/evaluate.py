@@ -12,9 +12,9 @@ with --inception=DIR (docs/evaluation.md) rFID, sFID, Inception Score, precision
 the reconstructions, against the same held-out images, cropped as the tokenizer sees them
 
 of a VQ tokenizer    same_in_bfloat16, _tf32, _bfloat16_3x and _tf32_3x, the share of tokens that
-stay as they are where the encoder multiplies like that; and after each scale psnr; rest, the share of the features' squares that is still
-missing; the perplexity of the codes, their number, and that over the most there could be (the
-vocabulary, or one for each token)
+stay as they are where the encoder multiplies like that; and after each scale psnr; rest, the share
+of the features' squares that is still missing; the perplexity of the codes, their number, and that
+over the most there could be (the vocabulary, or one for each token)
 
 of a KL tokenizer    kl, of an image's latents; posterior_std, the mean of their standard
 deviations; latent_std, that of all latents' samples; latent_scale, 1 / latent_std;

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
-from varjax.nn.attention import MAX_HEADS, dense
+from varjax.nn.attention import MAX_HEADS, OutputHead, dense
 from varjax.nn.compute import Compute, shard_batch
+from varjax.nn.kv_cache import KeyValues
 from varjax.nn.transformer import (
     SIGNALS,
     Block,
-    Cache,
     adaln_signals,
     init_blocks,
     modulate,
@@ -138,7 +138,7 @@ class VAR(nn.Module):
         cond = jnp.zeros((1, SIGNALS, C) if c.shared_adaln else (1, C))
         self.blocks = self.param("blocks", lambda key: init_blocks(self.block, key, cond))
         self.head_ada = dense(2 * C, jnp.float32, nn.initializers.normal(std / 2), None)
-        self.head = dense(c.vocab, jnp.float32, nn.initializers.normal(std * 0.02), None)
+        self.head = OutputHead(c.vocab, self.dtype, nn.initializers.normal(std * 0.02))
 
     def __call__(
         self, input_BlZ: jax.Array, label_B: jax.Array, keep_S2B: jax.Array | None = None
@@ -173,32 +173,44 @@ class VAR(nn.Module):
         return Condition(start_BC, signals_SB6C, self._head_signals(start_BC))
 
     def predict(
-        self, input_BlZ: jax.Array | None, cond: Condition, k: int, cache: Cache
-    ) -> tuple[jax.Array, Cache]:
+        self, input_BlZ: jax.Array | None, cond: Condition, k: int, cache: KeyValues
+    ) -> tuple[jax.Array, KeyValues]:
         """Predicts scale k.
 
         Args:
             input_BlZ: `Quantizer.next_input` after scale k-1; None for k = 0.
             cond: by `condition`.
             k: the scale.
-            cache: keys and values of scales 0 … k-1.
+            cache: with keys and values of scales 0 … k-1; `empty_cache` before the first.
 
         Returns:
             Logits (B, l, V) float32, and the cache with scale k.
         """
-        assert (input_BlZ is None) == (k == 0) and len(cache.keys) == k
+        assert (input_BlZ is None) == (k == 0)
+        scale = self.config.pyramid.slices[k]
         x_BlC = self._first(cond.start_BC) if input_BlZ is None else self._words(input_BlZ)
-        x_BlC = (x_BlC + self._places(self.config.pyramid.slices[k])[None]).astype(self.dtype)
-        x_BlC, cache = run_blocks(
-            self.block, self.blocks, x_BlC, signals_SB6C=cond.signals_SB6C, cache=cache
+        # The residual stream stays float32: in bfloat16 nearly twice the logits' error.
+        x_BlC, after = run_blocks(
+            self.block,
+            self.blocks,
+            x_BlC + self._places(scale)[None],
+            signals_SB6C=cond.signals_SB6C,
+            cache=cache,
+            start=scale.start,
         )
-        return self._logits(x_BlC, cond.head_B2C), cache
+        assert after is not None
+        return self._logits(x_BlC, cond.head_B2C), after
+
+    def empty_cache(self, batch: int) -> KeyValues:
+        """Makes the cache of `predict` for so many sequences."""
+        c = self.config
+        return KeyValues.empty(c.depth, batch, c.pyramid.length, c.width, self.dtype)
 
     def touch(self):
         """Runs everything once, so that `init` makes every parameter; without the mask of L x L."""
         cond = self.condition(jnp.zeros(1, jnp.int32))
         self._words(jnp.zeros((1, 1, self.config.code_channels)))
-        return self.predict(None, cond, 0, Cache())
+        return self.predict(None, cond, 0, self.empty_cache(1))
 
     def _start(self, label_B):
         return shard_batch(jnp.take(self.class_embed, label_B, axis=0, mode="clip"))
@@ -222,4 +234,4 @@ class VAR(nn.Module):
 
     def _logits(self, x_BlC, head_B2C):
         scale_B1C, shift_B1C = jnp.split(head_B2C, 2, axis=1)
-        return self.head(modulate(x_BlC.astype(jnp.float32), scale_B1C, shift_B1C))
+        return self.head(modulate(x_BlC, scale_B1C, shift_B1C, self.dtype))

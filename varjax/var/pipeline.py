@@ -1,6 +1,7 @@
 """A VAR transformer with its tokenizer: the family's `Sampler`, for commands and notebooks."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,11 @@ from varjax.var.sample import (
 )
 
 Array = np.ndarray | jax.Array
+# What is multiplied in `compute.dtype` only, and so may be held in it.
+CAST_KERNELS = (
+    r"^var/(blocks/.*|word|shared_ada|head)/kernel$|"
+    r"^tokenizer/(decoder/.*|post_quant_conv)/kernel$"
+)
 Labels = Sequence[int] | np.ndarray | jax.Array
 
 
@@ -44,7 +50,8 @@ class VARPipeline:
     Attributes:
         tokenizer: config of the tokenizer.
         var: config of the transformer.
-        params: {"tokenizer": …, "var": …}.
+        params: {"tokenizer": …, "var": …}, as they were given. The devices hold kernels in
+            `compute.dtype`.
         sampling: the options that `sample` and `edit` take by default.
         compute: number format and execution. Images become tokens in float32 whatever it says, for
             another format flips some.
@@ -63,7 +70,8 @@ class VARPipeline:
         self.tokenizer, self.var, self.sampling, self.compute = tokenizer, var, sampling, compute
         mesh = batch_mesh(devices)
         self.devices: tuple[Any, ...] = tuple(mesh.devices)
-        self.params = replicate(params, mesh)
+        self.params = params
+        self._held = replicate(trees.cast(CAST_KERNELS, params, compute.jax_dtype), mesh)
 
         def with_tokenizer(method):
             exact = dataclasses.replace(compute, encoder_precision="highest")
@@ -72,10 +80,9 @@ class VARPipeline:
                 lambda params, _, x: method(module.bind({"params": params["tokenizer"]}), x), mesh
             )
 
-        def sampled(params, options, label_B, key_B, known=None):
-            return sample_images(
-                tokenizer, var, params, label_B, key_B, options, known, compute=compute
-            )
+        def sampled(guided, params, options, label_B, key_B, known=None):
+            given = label_B, key_B, options, known, compute, guided
+            return sample_images(tokenizer, var, params, *given)
 
         def every_scale(model, tokens_BL):
             return jnp.moveaxis(to_unit_range(model.decode_every_scale(tokens_BL)), 0, 1)
@@ -83,7 +90,9 @@ class VARPipeline:
         self._encode = with_tokenizer(lambda m, image_BHWC: m.encode(to_model_range(image_BHWC)))
         self._decode = with_tokenizer(lambda m, tokens_BL: to_unit_range(m.decode(tokens_BL)))
         self._decode_every = with_tokenizer(every_scale)
-        self._sample = data_parallel(sampled, mesh)
+        self._with_guidance, self._without_guidance = (
+            data_parallel(functools.partial(sampled, guided), mesh) for guided in (True, False)
+        )
         self._logits = data_parallel(self._teacher_forced, mesh)
 
     @property
@@ -119,7 +128,7 @@ class VARPipeline:
 
     def encode(self, images_BHWC: Array) -> jax.Array:
         """Encodes images into tokens (B, L) int32, the scales concatenated."""
-        return self._encode(self.params, None, checked_images(images_BHWC, self.image_shape))
+        return self._encode(self._held, None, checked_images(images_BHWC, self.image_shape))
 
     def decode(self, tokens_BL: Array, every_scale: bool = False) -> jax.Array:
         """Decodes tokens into images, in `compute.dtype`.
@@ -133,14 +142,14 @@ class VARPipeline:
         """
         tokens_BL = self._checked_tokens(tokens_BL)
         if every_scale:
-            return jnp.moveaxis(self._decode_every(self.params, None, tokens_BL), 1, 0)
-        return self._decode(self.params, None, tokens_BL)
+            return jnp.moveaxis(self._decode_every(self._held, None, tokens_BL), 1, 0)
+        return self._decode(self._held, None, tokens_BL)
 
     def logits(self, tokens_BL: Array, labels: Labels) -> jax.Array:
         """Predicts every token from all coarser scales (teacher forcing): (B, L, V) float32."""
         tokens_BL = self._checked_tokens(tokens_BL)
         label_B = checked_labels(labels, self.classes, len(tokens_BL))
-        return self._logits(self.params, None, tokens_BL, label_B)
+        return self._logits(self._held, None, tokens_BL, label_B)
 
     def sample(
         self,
@@ -170,7 +179,7 @@ class VARPipeline:
         label_B = checked_labels(labels, self.classes)
         index_B = np.arange(len(label_B)) if index is None else np.asarray(index)
         chosen = self.options(**options)
-        return self._sample(self.params, chosen, label_B, image_keys(seed, index_B))
+        return self._sample(chosen, label_B, image_keys(seed, index_B))
 
     def edit(
         self,
@@ -197,10 +206,14 @@ class VARPipeline:
             len(images_BHWC), keep, labels, index, self.edit_shape, self.classes
         )
         chosen = self.options(**options)
-        tokens_BL = self._encode(self.params, None, images_BHWC)
+        tokens_BL = self._encode(self._held, None, images_BHWC)
         tokens_BL = jnp.broadcast_to(tokens_BL, (len(index_B), self.var.pyramid.length))
         known = KeptTokens(tokens_BL, keep_at_every_scale(self.var.pyramid, keep_Bhw))
-        return self._sample(self.params, chosen, label_B, image_keys(seed, index_B), known)
+        return self._sample(chosen, label_B, image_keys(seed, index_B), known)
+
+    def _sample(self, options, *batch):
+        sample = self._with_guidance if options.cfg else self._without_guidance
+        return sample(self._held, options, *batch)
 
     def _teacher_forced(self, params, _, tokens_BL, label_B):
         tokenizer = VQTokenizer(self.tokenizer).bind({"params": params["tokenizer"]})

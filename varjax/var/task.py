@@ -199,6 +199,7 @@ class VARTask:
                 key_B,
                 self.sampling,
                 compute=self.compute,
+                guided=self.sampling.cfg > 0,
             )
 
         return draw

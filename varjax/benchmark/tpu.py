@@ -1,0 +1,194 @@
+"""Prints what the TPU's compiler estimates for a model of a released size, without having a TPU.
+
+varjax benchmark tpu --preset=d16 --what=sample --batch_size=16
+varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --topology=v6e:1x1
+
+Needs `pip install libtpu`. The compiler writes into each instruction how many cycles it expects;
+these are added up, loops as often as they run, and divided by the chip's clock. It is an estimate:
+good for comparing two programs, not for promising a speed (docs/benchmarks.md says what it leaves
+out). One line for each category, and the last one for the total.
+
+--parts compiles the program in pieces, each with a line of its own: where the whole takes too long
+or too much memory, or to see which scale the time goes to.
+"""
+
+import collections
+import dataclasses
+import os
+import re
+import time
+from collections.abc import Iterator
+from typing import Any, Literal, get_args
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from varjax.benchmark.hlo_text import executed_instructions
+from varjax.benchmark.measure import compute_from_flags, model_parser, print_figures
+from varjax.benchmark.pieces import Program, decoding, encoding, sampling, training
+from varjax.core import flops
+from varjax.core.errors import InputError
+from varjax.core.hardware import published_peak_flops
+from varjax.nn.compute import Remat
+
+# GHz, by what begins `device_kind`.
+CLOCKS = {"TPU v4": 1.05, "TPU v5 lite": 1.5, "TPU v5": 1.75, "TPU v6": 1.75}
+# The first whose pattern is in an instruction's path counts; what matches none is "rest".
+CATEGORIES = (
+    ("encoder", r"\bencoder\b|encode_images"),
+    ("decoder", r"\bdecoder\b"),
+    ("quantizer", r"Quantizer|\bquantizer\b"),
+    ("cache", r"\bcache\b"),
+    ("filters", r"\bfilters\b"),
+    ("casts", r"convert_element_type$|^$"),
+    ("attention", r"\battention\b"),
+    ("head", r"\bhead\b|_logits"),
+    ("optimizer", r"\boptimizer\b"),
+    ("GEMMs", r"dot_general"),
+    ("norms", r"\bmodulate\b|/(norm|encoder_norm|decoder_norm)\w*\b"),
+)
+What = Literal["sample", "train", "encode", "decode"]
+
+
+def main(arguments: list[str]) -> None:
+    """Reads the command line and prints the figures; raises InputError."""
+    parser = model_parser("tpu", __doc__)
+    add = parser.add_argument
+    add("--what", choices=get_args(What), default="sample")
+    add(
+        "--topology", default="v5e:1x1", help="kind and grid of chips, of which one is compiled for"
+    )
+    add("--remat", choices=get_args(Remat), default="none", help="as in Compute, for training")
+    add("--cached", action="store_true", help="train on tokens, not on images")
+    add("--unguided", action="store_true", help="sample without guidance")
+    add("--steps", type=int, default=64, help="in which MAR draws its tokens (64)")
+    add("--parts", action="store_true", help="compile piece by piece")
+    flags = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")
+    compute = compute_from_flags(flags, remat=flags.remat, platform="tpu")
+    device = tpu_device(flags.topology)
+    size = flags.preset, flags.batch_size, compute
+    if flags.what == "sample":
+        programs = sampling(*size, flags.steps, not flags.unguided, flags.parts)
+    elif flags.what == "train":
+        programs = training(*size, flags.cached, flags.parts)
+    else:
+        programs = (encoding if flags.what == "encode" else decoding)(*size)
+    setting = {
+        "benchmark": "tpu",
+        "what": flags.what,
+        "preset": flags.preset,
+        "batch_size": flags.batch_size,
+        "dtype": str(compute.jax_dtype),
+        "compiled_for": device.device_kind,
+    }
+    total, by_category = 0.0, collections.Counter()
+    for program in programs:
+        estimate = estimate_program(program, device)
+        total += estimate.ms
+        by_category.update(estimate.by_category)
+        figures = estimate.figures() | {"ms_per_image": estimate.ms / flags.batch_size}
+        print_figures(**setting, part=program.name, **figures)
+    for category, ms in by_category.most_common():
+        print_figures(**setting, part=category, ms=ms, share=ms / total)
+    print_figures(**setting, part="total", ms=total, ms_per_image=total / flags.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Holds what the compiler expects of one program.
+
+    Attributes:
+        by_category: milliseconds, by the names of CATEGORIES and "rest".
+        flop: of its matrix products and convolutions.
+        peak: FLOP/s of the chip.
+        temporaries: bytes.
+        arguments: bytes.
+        compile_seconds: how long the compilation took here.
+    """
+
+    by_category: dict[str, float]
+    flop: int
+    peak: float
+    temporaries: int
+    arguments: int
+    compile_seconds: float
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds of one run."""
+        return sum(self.by_category.values())
+
+    def figures(self) -> dict[str, float]:
+        """Returns what is printed of it."""
+        return {
+            "ms": self.ms,
+            "peak_share": self.flop / (self.ms / 1e3) / self.peak,
+            "temporaries_gb": self.temporaries / 1e9,
+            "arguments_gb": self.arguments / 1e9,
+            "compile_seconds": self.compile_seconds,
+        }
+
+
+def tpu_device(topology: str) -> Any:
+    """Returns a TPU that need not be here, to compile for; raises InputError for unknown ones."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # which would ask Google's cloud for minutes
+    try:
+        device = topologies.get_topology_desc(topology, "tpu").devices[0]
+    except Exception as error:  # of many kinds
+        raise InputError(
+            f"--topology={topology} cannot be compiled for: {str(error)[:300]}. It needs "
+            "`pip install libtpu`, and a TPU kind with its grid, as in v5e:1x1 or v4:1x1x1"
+        ) from error
+    _clock(device)
+    return device
+
+
+def estimate_program(program: Program, device: Any) -> Estimate:
+    """Compiles a program for a device and adds up the cycles that the compiler expects."""
+    where = SingleDeviceSharding(device)
+    args = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), program.arguments
+    )
+    begin = time.perf_counter()
+    jitted = jax.jit(program.function, donate_argnums=program.donated)
+    compiled = jitted.lower(*args).compile()
+    seconds = time.perf_counter() - begin
+    memory = compiled.memory_analysis()
+    clock, text = _clock(device), compiled.as_text()
+    by_category = collections.Counter()
+    for path, cycles in estimated_cycles(text):
+        by_category[category(path)] += cycles / clock / 1e6
+    return Estimate(
+        dict(by_category),
+        flops.count(program.counted, *program.arguments),
+        published_peak_flops(device.device_kind) or float("nan"),
+        memory.temp_size_in_bytes,
+        memory.argument_size_in_bytes,
+        seconds,
+    )
+
+
+def estimated_cycles(hlo: str) -> Iterator[tuple[str, int]]:
+    """Yields (path in the program that JAX traced, cycles) of each instruction that has some.
+
+    hlo: text of a program that was compiled for a TPU.
+    """
+    for instruction in executed_instructions(hlo):
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
+        if cycles:
+            path = re.search(r'op_name="([^"]*)"', instruction.attributes)
+            yield path[1] if path else "", int(cycles[1]) * instruction.times
+
+
+def category(path: str) -> str:
+    """Returns the category of an instruction by its path in the program."""
+    return next((name for name, pattern in CATEGORIES if re.search(pattern, path)), "rest")
+
+
+def _clock(device: Any) -> float:
+    for kind, ghz in CLOCKS.items():
+        if device.device_kind.startswith(kind):
+            return ghz
+    raise InputError(f"the clock of {device.device_kind} is not known; known are {list(CLOCKS)}")

@@ -1,0 +1,69 @@
+"""Keys and values of the tokens seen so far (a KV cache), in one array for all layers."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+
+@flax.struct.dataclass
+class KeyValues:
+    """Holds keys and values of all layers, for tokens that come one after another.
+
+    All heads lie side by side in one axis, C = A·D: with axes A and D a TPU would pad D to 128.
+
+    Attributes:
+        keys_SBLC: of every token that there will be.
+        values_SBLC: the same.
+    """
+
+    keys_SBLC: jax.Array
+    values_SBLC: jax.Array
+
+    @classmethod
+    def empty(cls, depth: int, batch: int, length: int, width: int, dtype: Any) -> "KeyValues":
+        """Makes a cache of zeros.
+
+        Args:
+            depth: number of layers S.
+            batch: number of examples B.
+            length: of the whole sequence, L.
+            width: C, of all heads together.
+            dtype: number format.
+        """
+        shape = depth, batch, length, width
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+@flax.struct.dataclass
+class LayerCache:
+    """Gives one layer its part of a cache, and takes what the layer adds.
+
+    Attributes:
+        cache: of all layers.
+        number: of the layer, from 0.
+        start: place of the first new token in the sequence.
+        stop: how many tokens are read, from the first; static.
+    """
+
+    cache: KeyValues
+    number: int | jax.Array
+    start: int | jax.Array
+    stop: int = flax.struct.field(pytree_node=False)
+
+    @jax.named_scope("cache")
+    def extend(self, k_BlC: jax.Array, v_BlC: jax.Array) -> tuple[jax.Array, jax.Array, KeyValues]:
+        """Writes new tokens; returns all keys and values to attend to, (B, L, C), and the cache."""
+
+        def put(all_SBLC, new_BlC):
+            place = (self.number, 0, self.start, 0)
+            return jax.lax.dynamic_update_slice(all_SBLC, new_BlC[None], place)
+
+        def read(all_SBLC):
+            _, B, _, C = all_SBLC.shape
+            return jax.lax.dynamic_slice(all_SBLC, (self.number, 0, 0, 0), (1, B, self.stop, C))[0]
+
+        keys_SBLC = put(self.cache.keys_SBLC, k_BlC)
+        values_SBLC = put(self.cache.values_SBLC, v_BlC)
+        return read(keys_SBLC), read(values_SBLC), KeyValues(keys_SBLC, values_SBLC)
