@@ -11,16 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from varjax.benchmark.sample import mar_parts, var_parts
-from varjax.benchmark.train import example_loss, make_task
+from varjax.benchmark.sample import SamplingParts, mar_parts, var_parts
+from varjax.benchmark.train import make_task, training_loss
 from varjax.core import trees
 from varjax.core.trees import PyTree
 from varjax.nn.compute import Compute
 from varjax.sampling.sampler import image_keys
-from varjax.tokenizers.vq.model import decode_images, make_quantizer
+from varjax.tokenizers.vq.model import VQConfig, make_quantizer
+from varjax.training.task import Plan
 from varjax.training.train_step import apply_gradients
-from varjax.var.model import VAR
-from varjax.var.sample import VAROptions, choose_tokens
+from varjax.var.model import VAR, VARConfig
+from varjax.var.sample import choose_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +30,14 @@ class Program:
 
     Attributes:
         name: in a report.
-        function: to compile.
+        function: (*arguments, compute) -> arrays.
         arguments: arrays' shapes.
-        counted: the same function, whose products can be counted; None for `function` itself.
         donated: numbers of the arguments whose memory the result may take.
     """
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[PyTree, ...]
-    counted: Callable[..., Any] | None = None
     donated: tuple[int, ...] = ()
 
 
@@ -50,30 +49,137 @@ def sampling(
     Args:
         preset: of a released model.
         batch_size: number of images.
-        compute: how it is computed.
+        compute: tells in which format weights are held.
         steps: in which MAR draws its tokens.
         guided: whether there is guidance.
-        pieces: of VAR each scale's transformer and its choice of tokens; the decoder.
+        pieces: the decoder; of VAR each scale's transformer and its choice of tokens.
     """
+    of, params = _parts_and_params(preset, compute, steps, guided)
+    label_B, key_B = jax.eval_shape(
+        lambda: (jnp.zeros(batch_size, jnp.int32), image_keys(0, jnp.arange(batch_size)))
+    )
+    options = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, of.options))
+    arguments = params, options, label_B, key_B
+    if not pieces:
+        return [Program("whole", of.whole, arguments)]
+    if preset.startswith("mar"):
+        transformer = [Program("transformer", of.sample, arguments)]
+    else:
+        var = VARConfig.preset(preset)
+        transformer = _scales(var, params, batch_size, key_B, options, guided)
+    return [*transformer, *decoding(preset, batch_size, compute)]
+
+
+def decoding(preset: str, batch_size: int, compute: Compute) -> list[Program]:
+    """Returns what decodes a batch of latents into images."""
+    of, params = _parts_and_params(preset, compute, 1, True)
+    latents = jax.ShapeDtypeStruct((batch_size, *of.latent_shape), jnp.float32)
+    return [Program("decoder", of.decode, (params, latents))]
+
+
+def encoding(preset: str, batch_size: int, compute: Compute) -> list[Program]:
+    """Returns what encodes a batch of images into latents."""
+    task = make_task(preset, compute, Plan(1000, batch_size))
+    frozen = jax.eval_shape(task.tokenizer.init, jax.random.key(0))
+    return [Program("encoder", task.tokenizer.encode, (frozen, _images(task, batch_size)))]
+
+
+def training(
+    preset: str, batch_size: int, compute: Compute, cached: bool, pieces: bool
+) -> list[Program]:
+    """Returns what makes a training step: one program, or encoder, gradient and update.
+
+    Args:
+        preset: of a released model.
+        batch_size: number of images.
+        compute: how it is computed.
+        cached: whether latents come from a cache, and no encoder runs.
+        pieces: whether to return them one by one.
+    """
+    task = make_task(preset, compute, Plan(1000, batch_size))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    frozen, state = (jax.eval_shape(f, key) for f in (task.tokenizer.init, task.init))
+    image_BHWC = _images(task, batch_size)
+    encoder = Program("encoder", task.tokenizer.encode, (frozen, image_BHWC))
+    label_B = {"label_B": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
+    latents = jax.eval_shape(task.tokenizer.encode, frozen, image_BHWC) | label_B
+
+    def at(compute):
+        return dataclasses.replace(task, compute=compute)
+
+    if not pieces:
+        batch = latents if cached else {"image_BHWC": image_BHWC} | label_B
+        return [
+            Program(
+                "step",
+                lambda *args: at(args[-1]).train_step(*args[:-1]),
+                (state, frozen, batch, key),
+                donated=(0,),
+            )
+        ]
+    tx = task.transformation(state.params)
+    gradient = Program(
+        "gradient",
+        lambda *args: jax.grad(training_loss(at(args[-1])))(*args[:-1]),
+        (state.params, frozen, latents),
+    )
+    update = Program(
+        "update",
+        lambda state, grads, _: apply_gradients(state, grads, tx, task.ema),
+        (state, state.params),
+        donated=(0, 1),
+    )
+    return [gradient, update] if cached else [encoder, gradient, update]
+
+
+def _parts_and_params(preset, compute, steps, guided) -> tuple[SamplingParts, PyTree]:
     of = (mar_parts if preset.startswith("mar") else var_parts)(preset, steps, guided)
     params = jax.eval_shape(of.init, jax.random.key(0))
-    params = jax.eval_shape(lambda tree: trees.cast(of.cast, tree, compute.jax_dtype), params)
-    label_B, key_B = jax.eval_shape(lambda: _labels_and_keys(batch_size, of.classes))
-    options = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, of.options))
-    plain = dataclasses.replace(compute, attention="xla")
+    return of, jax.eval_shape(lambda p: trees.cast(of.cast, p, compute.jax_dtype), params)
 
-    def whole(compute, *args):
-        return of.whole(*args, compute)
 
-    functions = (functools.partial(whole, c) for c in (compute, plain))
-    function, counted = functions
-    if not pieces:
-        return [Program("whole", function, (params, options, label_B, key_B), counted)]
-    latents = jax.ShapeDtypeStruct((batch_size, *of.latent_shape), jnp.float32)
-    decoder = Program("decoder", lambda p, z: of.decode(p, z, compute), (params, latents))
-    if preset.startswith("mar"):
-        tokens, tokens_counted = (lambda *args, c=c: of.sample(*args, c) for c in (compute, plain))
-        arguments = params, options, label_B, key_B
-        return [Program("transformer", tokens, arguments, tokens_counted), decoder]
-    scales = _var_scales(preset, batch_size, compute, plain, guided, params, key_B)
-    return [*scales, decoder]
+def _images(task: Any, batch_size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((batch_size, *task.tokenizer.image_shape), jnp.uint8)
+
+
+def _scales(
+    var: VARConfig, params: PyTree, batch_size: int, key_B: Any, options: Any, guided: bool
+) -> list[Program]:
+    """Returns the condition, and of each scale the transformer and the choice of tokens."""
+    tokenizer = VQConfig(scales=var.scales)
+    rows = batch_size * (2 if guided else 1)
+    quantizer = make_quantizer(tokenizer)
+
+    def bound(params, compute):
+        return VAR(var, compute).bind({"params": params})
+
+    def condition(params, label_B, compute):
+        model = bound(params, compute)
+        return model.condition(label_B), model.empty_cache(len(label_B))
+
+    def predict(params, input_BlZ, cond, cache, compute, k):
+        return bound(params, compute).predict(input_BlZ, cond, k, cache)
+
+    def choose(params, logits_BlV, f_hat_BhwZ, key_B, options, compute, k):
+        of = quantizer.bind({"params": params})
+        given = logits_BlV, k, key_B, options, None, guided
+        _, codes_BlZ = choose_tokens(of, *given)
+        f_hat_BhwZ = of.add_scale(f_hat_BhwZ, codes_BlZ, k)
+        return f_hat_BhwZ, of.next_input(f_hat_BhwZ, k) if k + 1 < len(var.pyramid) else None
+
+    label_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    cond, cache = jax.eval_shape(
+        functools.partial(condition, compute=Compute("bfloat16")), params["var"], label_B
+    )
+    f_hat_BhwZ = jax.eval_shape(lambda: quantizer.initial_f_hat(batch_size))
+    programs = [Program("condition", condition, (params["var"], label_B))]
+    for k, (h, w) in enumerate(var.pyramid.shapes):
+        input_BlZ = jax.ShapeDtypeStruct((rows, h * w, var.code_channels), jnp.float32)
+        logits_BlV = jax.ShapeDtypeStruct((rows, h * w, var.vocab), jnp.float32)
+        given = params["var"], input_BlZ if k else None, cond, cache
+        programs.append(
+            Program(f"transformer {h}x{w}", functools.partial(predict, k=k), given, donated=(3,))
+        )
+        given = params["tokenizer"]["quantizer"], logits_BlV, f_hat_BhwZ, key_B, options
+        programs.append(Program(f"tokens {h}x{w}", functools.partial(choose, k=k), given))
+    return programs

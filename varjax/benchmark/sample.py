@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
-from varjax.core import flops
+from varjax.core import flops, trees
 from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.core.hardware import fastest_seconds, memory_usage
 from varjax.core.trees import PyTree
+from varjax.mar import pipeline as mar_pipeline
 from varjax.mar.latents import decode_tokens
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
@@ -25,6 +26,7 @@ from varjax.nn.compute import Compute
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig, decode_images
+from varjax.var import pipeline as var_pipeline
 from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions, sample_images, sample_tokens
 
@@ -46,6 +48,7 @@ class SamplingParts:
     Attributes:
         classes: of the model.
         init: key -> params of tokenizer and transformer.
+        cast: a pattern of the parameters that a pipeline holds in `compute.dtype`.
         options: what the programs take as their second argument.
         latent_shape: what the decoder takes of an image.
         sample: (params, options, label_B, key_B, compute) -> latents or tokens.
@@ -55,6 +58,7 @@ class SamplingParts:
 
     classes: int
     init: Callable[[jax.Array], PyTree]
+    cast: str
     options: Any
     latent_shape: tuple[int, ...]
     sample: Callable[..., jax.Array]
@@ -62,35 +66,39 @@ class SamplingParts:
     whole: Callable[..., jax.Array]
 
 
-def var_parts(preset: str, steps: int) -> SamplingParts:
+def var_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
     """Returns the programs of `VARPipeline`; `steps` are the model's own."""
     var = VARConfig.preset(preset)
     tokenizer = VQConfig(scales=var.scales)
 
     def sample(params, options, label_B, key_B, compute):
-        return sample_tokens(tokenizer, var, params, label_B, key_B, options, compute=compute)[0]
+        given = label_B, key_B, options, None, compute, guided
+        return sample_tokens(tokenizer, var, params, *given)[0]
 
     def decode(params, f_hat_BhwZ, compute):
         return decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute)
 
     def whole(params, options, label_B, key_B, compute):
-        return sample_images(tokenizer, var, params, label_B, key_B, options, compute=compute)
+        given = label_B, key_B, options, None, compute, guided
+        return sample_images(tokenizer, var, params, *given)
 
     return SamplingParts(
         var.classes,
-        lambda key: {"tokenizer": tokenizer.init(key), "model": var.init(key)},
+        lambda key: {"tokenizer": tokenizer.init(key), "var": var.init(key)},
+        var_pipeline.CAST_KERNELS,
         VAROptions(),
         (*tokenizer.pyramid.finest, tokenizer.code_channels),
-        _with_model("var", sample),
+        sample,
         decode,
-        _with_model("var", whole),
+        whole,
     )
 
 
-def mar_parts(preset: str, steps: int) -> SamplingParts:
+def mar_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
     """Returns the programs of `MARPipeline` for so many steps of 100 diffusion steps each."""
     mar, tokenizer = MARConfig.preset(preset), KLConfig()
-    plan = make_plan(mar, check_sampling(mar, MAROptions(steps=steps)))
+    options = MAROptions(steps=steps) if guided else MAROptions(steps=steps, cfg=1.0)
+    plan = make_plan(mar, check_sampling(mar, options))
 
     def sample(params, plan, label_B, key_B, compute):
         return sample_mar_tokens(mar, params["mar"], label_B, key_B, plan, None, compute)
@@ -104,18 +112,14 @@ def mar_parts(preset: str, steps: int) -> SamplingParts:
 
     return SamplingParts(
         mar.classes,
-        lambda key: {"tokenizer": tokenizer.init(key), "model": mar.init(key)},
+        lambda key: {"tokenizer": tokenizer.init(key), "mar": mar.init(key)},
+        mar_pipeline.CAST_KERNELS,
         plan,
         tokenizer.latent_shape,
-        _with_model("mar", sample),
+        sample,
         decode,
-        _with_model("mar", whole),
+        whole,
     )
-
-
-def _with_model(name: str, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Takes the transformer's parameters under "model", whatever the family calls them."""
-    return lambda params, *rest: function(params | {name: params["model"]}, *rest)
 
 
 def measure_sampling(
@@ -148,8 +152,12 @@ def measure_sampling(
     }
     if preset.startswith("mar"):
         setting["steps"] = steps
-    abstract = jax.eval_shape(of.init, jax.random.key(0))
-    params = None if compile_only else replicate(jax.jit(of.init)(jax.random.key(0)), mesh)
+
+    def init(key):
+        return trees.cast(of.cast, of.init(key), dtype)
+
+    abstract = jax.eval_shape(init, jax.random.key(0))
+    params = None if compile_only else replicate(jax.jit(init)(jax.random.key(0)), mesh)
     peak = MatmulPeak(dtype)
     # What a fused attention kernel computes cannot be seen in the program: count without.
     plain = dataclasses.replace(compute, attention="xla")

@@ -30,7 +30,8 @@ from varjax.benchmark.pieces import Program, decoding, encoding, sampling, train
 from varjax.core import flops
 from varjax.core.errors import InputError
 from varjax.core.hardware import published_peak_flops
-from varjax.nn.compute import Remat
+from varjax.nn.compute import Compute, Remat
+from varjax.nn.precision import Precision
 
 # GHz, by what begins `device_kind`.
 CLOCKS = {"TPU v4": 1.05, "TPU v5 lite": 1.5, "TPU v5": 1.75, "TPU v6": 1.75}
@@ -56,9 +57,8 @@ def main(arguments: list[str]) -> None:
     parser = model_parser("tpu", __doc__)
     add = parser.add_argument
     add("--what", choices=get_args(What), default="sample")
-    add(
-        "--topology", default="v5e:1x1", help="kind and grid of chips, of which one is compiled for"
-    )
+    add("--topology", default="v5e:1x1", help="kind and grid of chips; compiles for one (v5e:1x1)")
+    add("--encoder_precision", choices=("auto", *get_args(Precision)), default="auto")
     add("--remat", choices=get_args(Remat), default="none", help="as in Compute, for training")
     add("--cached", action="store_true", help="train on tokens, not on images")
     add("--unguided", action="store_true", help="sample without guidance")
@@ -66,7 +66,9 @@ def main(arguments: list[str]) -> None:
     add("--parts", action="store_true", help="compile piece by piece")
     flags = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
-    compute = compute_from_flags(flags, remat=flags.remat, platform="tpu")
+    compute = compute_from_flags(
+        flags, remat=flags.remat, platform="tpu", encoder_precision=flags.encoder_precision
+    )
     device = tpu_device(flags.topology)
     size = flags.preset, flags.batch_size, compute
     if flags.what == "sample":
@@ -83,15 +85,16 @@ def main(arguments: list[str]) -> None:
         "dtype": str(compute.jax_dtype),
         "compiled_for": device.device_kind,
     }
-    total, by_category = 0.0, collections.Counter()
+    total, by_category = 0.0, collections.defaultdict(float)
     for program in programs:
-        estimate = estimate_program(program, device)
+        estimate = estimate_program(program, compute, device)
         total += estimate.ms
-        by_category.update(estimate.by_category)
+        for name, ms in estimate.by_category.items():
+            by_category[name] += ms
         figures = estimate.figures() | {"ms_per_image": estimate.ms / flags.batch_size}
         print_figures(**setting, part=program.name, **figures)
-    for category, ms in by_category.most_common():
-        print_figures(**setting, part=category, ms=ms, share=ms / total)
+    for name, ms in sorted(by_category.items(), key=lambda item: -item[1]):
+        print_figures(**setting, part=name, ms=ms, share=ms / total)
     print_figures(**setting, part="total", ms=total, ms_per_image=total / flags.batch_size)
 
 
@@ -145,24 +148,25 @@ def tpu_device(topology: str) -> Any:
     return device
 
 
-def estimate_program(program: Program, device: Any) -> Estimate:
+def estimate_program(program: Program, compute: Compute, device: Any) -> Estimate:
     """Compiles a program for a device and adds up the cycles that the compiler expects."""
     where = SingleDeviceSharding(device)
-    args = jax.tree.map(
+    arguments = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), program.arguments
     )
     begin = time.perf_counter()
-    jitted = jax.jit(program.function, donate_argnums=program.donated)
-    compiled = jitted.lower(*args).compile()
+    jitted = jax.jit(lambda *a: program.function(*a, compute), donate_argnums=program.donated)
+    compiled = jitted.lower(*arguments).compile()
     seconds = time.perf_counter() - begin
-    memory = compiled.memory_analysis()
-    clock, text = _clock(device), compiled.as_text()
-    by_category = collections.Counter()
-    for path, cycles in estimated_cycles(text):
+    memory, clock = compiled.memory_analysis(), _clock(device)
+    assert memory is not None
+    by_category = collections.defaultdict(float)
+    for path, cycles in estimated_cycles(compiled.as_text() or ""):
         by_category[category(path)] += cycles / clock / 1e6
+    plain = dataclasses.replace(compute, attention="xla", remat="none")
     return Estimate(
         dict(by_category),
-        flops.count(program.counted, *program.arguments),
+        flops.count(lambda *a: program.function(*a, plain), *program.arguments),
         published_peak_flops(device.device_kind) or float("nan"),
         memory.temp_size_in_bytes,
         memory.argument_size_in_bytes,

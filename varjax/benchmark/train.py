@@ -41,7 +41,7 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
     FLOP that a remat policy spends again do not count. Raises InputError for an unknown preset.
     """
     plan = Plan(1000, batch_size)
-    task = (_mar_task if preset.startswith("mar") else _var_task)(preset, compute, plan)
+    task = make_task(preset, compute, plan)
     tokenizer = task.tokenizer
     dtype, peak = compute.jax_dtype, MatmulPeak(compute.jax_dtype)
     setting = {
@@ -71,19 +71,16 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
         }
         print_figures(**setting, part=part, **figures)
 
-    encode, waited = _compiled(tokenizer.encode, frozen, image_BHWC)
+    def encoded_by_task(params, image_BHWC):
+        return tokenizer.encode(params, image_BHWC, compute)
+
+    encode, waited = _compiled(encoded_by_task, frozen, image_BHWC)
     work_encode = flops.count(tokenizer.encode, frozen, image_BHWC)
     report("tokenize", lambda: encode(frozen, image_BHWC), waited, work_encode)
 
     encoded = encode(frozen, image_BHWC) | {"label_B": label_B}
 
-    def loss(params, frozen, batch):
-        if isinstance(task, VARTask):
-            return jnp.mean(task.token_losses(params, frozen, batch)["smooth_BL"])
-        known_B = jnp.zeros(batch_size, jnp.int32)
-        draws = {"key_B": example_keys(key, batch_size), "known_B": known_B}
-        return task.loss(params, frozen, batch | draws)[0]
-
+    loss = training_loss(task)
     gradient, waited = _compiled(jax.grad(loss), state.params, frozen, encoded)
     work = task.train_flops(state, frozen, encoded)
     report("gradient", lambda: gradient(state.params, frozen, encoded), waited, work)
@@ -110,6 +107,25 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
 
     stepped, waited = _compiled(task.train_step, state, frozen, batch, key)
     report("step", step, waited, work + work_encode)
+
+
+def make_task(preset: str, compute: Compute, plan: Plan) -> VARTask | MARTask:
+    """Returns the task that trains a model of a released size; raises InputError for others."""
+    return (_mar_task if preset.startswith("mar") else _var_task)(preset, compute, plan)
+
+
+def training_loss(task: VARTask | MARTask) -> Callable[..., jax.Array]:
+    """Returns (params, frozen, batch of latents and labels) -> the loss to train on."""
+
+    def loss(params, frozen, batch):
+        if isinstance(task, VARTask):
+            return jnp.mean(task.token_losses(params, frozen, batch)["smooth_BL"])
+        count = len(batch["label_B"])
+        known_B = jnp.zeros(count, jnp.int32)
+        draws = {"key_B": example_keys(jax.random.key(0), count), "known_B": known_B}
+        return task.loss(params, frozen, batch | draws)[0]
+
+    return loss
 
 
 def _var_task(preset: str, compute: Compute, plan: Plan) -> VARTask:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from varjax.nn.precision import Precision
 
-Attention = Literal["auto", "xla", "loop", "cudnn"]
+Attention = Literal["auto", "xla", "grouped", "loop", "cudnn"]
 Remat = Literal["none", "block", "dots"]
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
 ENCODER_PRECISIONS: dict[str, Precision] = {"tpu": "bfloat16_3x", "gpu": "tf32_3x"}
