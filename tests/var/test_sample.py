@@ -8,6 +8,8 @@ import pytest
 import scipy.stats
 
 from tests.helpers import golden_cases as golden
+from varjax.core import flops
+from varjax.nn.compute import Compute
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQTokenizer
 from varjax.tokenizers.vq.pyramid import Pyramid
@@ -116,6 +118,26 @@ def test_filters_keep_what_the_reference_keeps(name):
     assert np.array_equal(kept_lV, LOGITS_BlV[0] >= least_l1)
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.7), (5, 0.0), (9, 0.85), (1, 0.5), (3, 1.0)])
+@pytest.mark.parametrize("values", [3, 12, 10**6])
+def test_filters_are_those_of_a_sort_whatever_is_equal(values, top_k, top_p):
+    rng = np.random.default_rng(values)
+    logits_lV = (rng.integers(-values, values, (40, 50)) / values * 6).astype(np.float32)
+    kept_lV = filter_top_k_top_p(jnp.asarray(logits_lV)[None], top_k, top_p)[0] > -jnp.inf
+    for logits_V, kept_V in zip(logits_lV.astype(np.float64), np.asarray(kept_lV), strict=True):
+        kth = np.sort(logits_V)[-(top_k or 50)]
+        p_V = np.where(logits_V >= kth, np.exp(logits_V), 0)
+        p_V /= p_V.sum()
+        below_V = np.array([p_V[logits_V < x].sum() for x in logits_V])
+        # A code goes where it and its equals, with all that is less likely, hold at most 1 - p.
+        through_V = np.array([p_V[logits_V <= x].sum() for x in logits_V])
+        expected_V = logits_V >= kth
+        if top_p:
+            expected_V &= (through_V > 1 - top_p) | (logits_V == logits_V.max())
+        clear_V = abs(through_V - (1 - top_p)) > 1e-6  # rounding decides where it is equal
+        assert np.array_equal(kept_V[clear_V], expected_V[clear_V]), (below_V, through_V)
+
+
 @pytest.mark.parametrize("k", [0, 4, 9])
 def test_smooth_weights_are_the_reference_s(k):
     weights = gumbel_softmax_weights(LOGITS_BlV[0], jnp.asarray(FUNCTIONS["smooth.gumbel"]), k / 9)
@@ -159,6 +181,24 @@ def test_new_numbers_and_labels_do_not_compile_again():
     key_B = image_keys(1, jnp.arange(1))
     second, _ = run(np.array([2], np.int32), key_B, VAROptions(cfg=0.0, top_k=0, top_p=0.9))
     assert run.func._cache_size() == compiled and not np.array_equal(first, second)
+
+
+@pytest.mark.slow
+def test_without_guidance_one_stream_gives_what_guidance_of_0_gives():
+    tokenizer, var = golden.configs("base")
+    options, compute = VAROptions(cfg=0.0, top_k=20, top_p=0.9), Compute(attention="xla")
+    label_B, key_B = np.array([3, 1], np.int32), image_keys(7, jnp.arange(2))
+    args = tokenizer, var, params("base"), label_B, key_B, options, None, compute
+    (one, _), (two, _) = (
+        jax.jit(sample_tokens, static_argnums=(0, 1, 6, 7, 8))(*args, guided)
+        for guided in (False, True)
+    )
+    assert np.array_equal(one, two)
+    work = [
+        flops.count(lambda p, g=g: sample_tokens(tokenizer, var, p, *args[3:], g), args[2])
+        for g in (False, True)
+    ]
+    assert work[0] < 0.6 * work[1]
 
 
 @pytest.mark.slow

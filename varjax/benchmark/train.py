@@ -141,8 +141,8 @@ def _var_task(preset: str, compute: Compute, plan: Plan) -> VARTask:
 
 
 def _mar_task(preset: str, compute: Compute, plan: Plan) -> MARTask:
-    # A fused kernel has no dropout of its weights.
-    dropout = 0.0 if compute.attention_implementation == "cudnn" else 0.1
+    # The fused kernel has no dropout of its weights, so that the task refuses both.
+    dropout = 0.0 if compute.attention == "cudnn" else 0.1
     return MARTask(
         model=MARConfig.preset(preset),
         tokenizer=KLConfig(),

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import einops
 import flax.linen as nn
@@ -140,17 +141,31 @@ def _by_fused_kernel(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, s
     if dropout is not None or not pays or D % 8 or D > 128:
         whole = q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL
         return _at_once(*whole, dropout=dropout, scale=scale)
+    B, keys = len(k_BLAD), k_BLAD.shape[1]
     mask_B1lL = _joint_mask(mask_lL, key_mask_BL, queries)
-    if mask_B1lL is not None:  # with a mask, odd lengths have no gradient
+    lengths: dict[str, Any] = {}
+    if queries % 2 or keys % 2:  # odd lengths have no gradient
         q_BlAD, k_BLAD, v_BLAD = (
             jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
             for x in (q_BlAD, k_BLAD, v_BLAD)
         )
-        rows, keys = queries % 2, mask_B1lL.shape[-1] % 2
-        mask_B1lL = jnp.pad(mask_B1lL, ((0, 0), (0, 0), (0, rows), (0, 0)), mode="edge")
-        mask_B1lL = jnp.pad(mask_B1lL, ((0, 0), (0, 0), (0, 0), (0, keys)))
+        if mask_B1lL is None:
+            lengths = {
+                "query_seq_lengths": jnp.full(B, queries, jnp.int32),
+                "key_value_seq_lengths": jnp.full(B, keys, jnp.int32),
+            }
+        else:
+            rows = (0, 0), (0, 0), (0, queries % 2), (0, 0)
+            mask_B1lL = jnp.pad(mask_B1lL, rows, mode="edge")
+            mask_B1lL = jnp.pad(mask_B1lL, ((0, 0), (0, 0), (0, 0), (0, keys % 2)))
     y_BlAD = jax.nn.dot_product_attention(
-        q_BlAD, k_BLAD, v_BLAD, mask=mask_B1lL, scale=scale, implementation="cudnn"
+        q_BlAD,
+        k_BLAD,
+        v_BLAD,
+        mask=mask_B1lL,
+        scale=scale,
+        implementation="cudnn",
+        **lengths,
     )
     return y_BlAD[:, :queries]
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.extend import backend
 from jax.sharding import PartitionSpec as P
 
 from varjax.nn.precision import Precision
@@ -26,10 +27,11 @@ class Compute:
         dtype: format of matrix products and of the residual stream. "auto" is bfloat16 on an
             accelerator and float32 on a CPU. Softmax, norms, logits and parameters are always
             float32.
-        attention: "xla" runs anywhere; "cudnn" is the fused kernel (NVIDIA, bfloat16); "loop" goes
-            over images and heads, which suits a CPU. "auto" is "loop" on a CPU, unless it plays
-            several devices: a loop over images cannot be spread; "cudnn" on NVIDIA in bfloat16,
-            where it is faster; and "xla" elsewhere.
+        attention: "xla" runs anywhere; "grouped" is "xla" for so few images at a time that their
+            logits stay in a TPU's fast memory; "cudnn" is the fused kernel, for 64 queries or more
+            (NVIDIA, bfloat16); "loop" goes over images and heads, which suits a CPU. "auto" is
+            "loop" on a CPU, unless it plays several devices: a loop over images cannot be spread;
+            "cudnn" on NVIDIA in bfloat16; and "xla" elsewhere.
         remat: what the backward pass recomputes: "none", all of a "block", or all but matrix
             products ("dots").
         unroll: unroll the layers instead of scanning them: slower to compile, faster for tiny
@@ -65,7 +67,10 @@ class Compute:
         """The implementation of attention, with "auto" decided for the platform."""
         if self.attention != "auto":
             return self.attention
-        return "loop" if self.loops_over_images else "xla"
+        if self.loops_over_images:
+            return "loop"
+        nvidia = self.target == "gpu" and (self.platform == "gpu" or not _is_rocm())
+        return "cudnn" if nvidia and self.jax_dtype == jnp.bfloat16 else "xla"
 
     @property
     def loops_over_images(self) -> bool:
@@ -96,6 +101,11 @@ EXACT = Compute(dtype="float32", encoder_precision="highest")
 def matmul_precision(dtype) -> str | None:
     """Returns the `precision` of products: else GPUs use TF32 for float32, TPUs bfloat16."""
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def _is_rocm() -> bool:
+    """Tells AMD's GPUs from NVIDIA's, which JAX calls by one name."""
+    return "rocm" in backend.get_backend().platform_version
 
 
 def checkpoint_layer(layer: Callable[..., Any], compute: Compute) -> Callable[..., Any]:

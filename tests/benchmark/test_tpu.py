@@ -1,0 +1,134 @@
+"""Estimates for TPUs: reading the compiler's cycles, and, where libtpu is, compiling."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from varjax.benchmark import pieces, tpu
+from varjax.core import flops
+from varjax.nn.compute import Compute
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.var.model import VARConfig
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+HLO = """
+HloModule m
+
+%fused.1 (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %tanh.1 = f32[8]{0} tanh(%p)
+}
+
+%body.1 (x: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %x = (s32[], f32[8]{0}) parameter(0)
+  %g = f32[8]{0} get-tuple-element(%x), index=1
+  %f.1 = f32[8]{0} fusion(%g), kind=kLoop, calls=%fused.1, metadata={op_name="jit(f)/while/body/attention/exp"}, backend_config={"estimated_cycles":"3000"}
+  ROOT %t = (s32[], f32[8]{0}) tuple(%g, %f.1)
+}
+
+%condition.1 (y: (s32[], f32[8])) -> pred[] {
+  %y = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%y), index=0
+  %limit = s32[] constant(10)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %c.1 = bf16[8]{0} convert(%a), backend_config={"estimated_cycles":"1000"}
+  %w = (s32[], f32[8]{0}) while(%a), condition=%condition.1, body=%body.1
+  ROOT %r = f32[8]{0} get-tuple-element(%w), index=1
+}
+"""  # noqa: E501  (as the compiler writes it)
+
+
+def test_cycles_count_as_often_as_they_run_and_keep_their_path():
+    assert sorted(tpu.estimated_cycles(HLO)) == [
+        ("", 1000), ("jit(f)/while/body/attention/exp", 30_000)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("", "casts"),
+        ("jit(f)/VAR/while/body/block/attn/attention/dot_general", "attention"),
+        ("jit(f)/transpose(jvp(attention))/dot_general", "attention"),
+        ("jit(f)/VAR/while/body/block/attn/cache/dynamic_update_slice", "cache"),
+        ("jit(f)/VAR/while/body/block/attn/q/dot_general", "GEMMs"),
+        ("jit(f)/VAR/while/body/block/attn/q/convert_element_type", "casts"),
+        ("jit(f)/VAR/VAR._logits/head/dot_general", "head"),
+        ("jit(f)/filters/while/body/reduce_sum", "filters"),
+        ("jit(f)/VQTokenizer.features/encoder/conv_in/conv_general_dilated", "encoder"),
+        ("jit(f)/VQTokenizer._decode/decoder/mid_attn_1/attention/dot_general", "decoder"),
+        ("jit(f)/Quantizer.add_scale/conv_general_dilated", "quantizer"),
+        ("jit(f)/VAR/while/body/block/modulate/rsqrt", "norms"),
+        ("jit(f)/VAR/while/body/dynamic_slice", "rest"),
+    ],
+)
+def test_an_instruction_s_path_tells_its_category(path, expected):
+    assert tpu.category(path) == expected
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A transformer of two layers in place of d16."""
+    small = VARConfig(2, 256, 4, classes=10, scales=(1, 8, 16))
+    monkeypatch.setattr(VARConfig, "preset", lambda name: small)
+    return small
+
+
+def test_pieces_of_sampling_and_training_do_the_work_of_the_whole(small):
+    """The FLOP of the pieces, compiled for nothing, are those of the whole."""
+    compute = Compute("bfloat16", attention="xla", platform="tpu")
+
+    def work(programs):
+        return sum(
+            flops.count(lambda *a, p=p: p.function(*a, compute), *p.arguments) for p in programs
+        )
+
+    sampling = [pieces.sampling("d16", 2, compute, 1, True, parts) for parts in (False, True)]
+    assert [p.name for p in sampling[1]][:3] == ["condition", "transformer 1x1", "tokens 1x1"]
+    assert work(sampling[0]) == work(sampling[1])
+    training = [pieces.training("d16", 2, compute, False, parts) for parts in (False, True)]
+    assert [p.name for p in training[1]] == ["encoder", "gradient", "update"]
+    # From tokens the pieces rebuild what the encoder of the whole gives at once: a hundredth.
+    assert work(training[0]) == pytest.approx(work(training[1]), rel=0.02)
+    cached = pieces.training("d16", 2, compute, True, False)
+    assert work(cached) == pytest.approx(work(training[1][1:]), rel=1e-6)
+    unguided = pieces.sampling("d16", 2, compute, 1, False, False)
+    decoder = work(pieces.decoding("d16", 2, compute))
+    assert work(unguided) - decoder == pytest.approx((work(sampling[0]) - decoder) / 2, rel=0.05)
+    assert work(pieces.encoding("d16", 2, compute)) == work(training[1][:1])
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_pieces_take_as_long_as_the_whole(small, monkeypatch, capsys):
+    tiny = VQConfig(scales=small.scales, width=32)
+    monkeypatch.setattr("varjax.benchmark.sample.VQConfig", lambda scales: tiny)
+    monkeypatch.setattr("varjax.benchmark.pieces.VQConfig", lambda scales: tiny)
+    totals = []
+    for more in ([], ["--parts"]):
+        tpu.main(["--preset=d16", "--what=sample", "--batch_size=8", *more])
+        lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert lines[-1]["part"] == "total" and lines[-1]["compiled_for"] == "TPU v5 lite"
+        assert lines[-1]["ms_per_image"] == pytest.approx(lines[-1]["ms"] / 8, rel=1e-3)
+        assert all(0 < line["peak_share"] < 1 for line in lines if "peak_share" in line)
+        totals.append(lines[-1]["ms"])
+    assert totals[1] == pytest.approx(totals[0], rel=0.15)
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    def missing(*_):
+        raise RuntimeError("JAX TPU support not installed")
+
+    monkeypatch.setattr(tpu.topologies, "get_topology_desc", missing)
+    with pytest.raises(ValueError, match="v5e:1x1 cannot be compiled for: JAX TPU .*pip install l"):
+        tpu.tpu_device("v5e:1x1")
+    assert jax.default_backend() == "cpu"

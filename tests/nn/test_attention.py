@@ -1,0 +1,149 @@
+"""Attention: every implementation against plain products of the whole, and what GPUs get."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from varjax.nn import attention
+from varjax.nn.attention import dot_product_attention, mask_segments
+from varjax.nn.compute import Compute
+from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid
+
+SCALES = 1, 4, 7, 9  # the last two are segments of their own
+MASK_LL = Pyramid(SCALES).mask_LL
+LENGTH = len(MASK_LL)
+KEYS = jax.random.split(jax.random.key(0), 4)
+Q, K, V = (jax.random.normal(key, (3, LENGTH, 2, 8)) for key in KEYS[:3])
+KEY_MASK_BL = jax.random.bernoulli(KEYS[3], 0.7, (3, LENGTH)).at[:, 0].set(True)
+
+
+def by_hand(q, k, v, mask_lL, key_mask_BL=None):
+    logits_BAlL = jnp.einsum("BlAD,BLAD->BAlL", q, k, precision="highest") * 0.3
+    mask_BAlL = jnp.broadcast_to(mask_lL, logits_BAlL.shape)
+    if key_mask_BL is not None:
+        mask_BAlL = mask_BAlL & key_mask_BL[:, None, None]
+    weights = jax.nn.softmax(jnp.where(mask_BAlL, logits_BAlL, -jnp.inf))
+    return jnp.einsum("BAlL,BLAD->BlAD", weights, v, precision="highest")
+
+
+def test_segments_are_the_scales_and_short_ones_are_one():
+    segments = mask_segments(Pyramid(SCALES_256).mask_LL)
+    assert [(rows.stop - rows.start, seen) for rows, seen, _ in segments] == [
+        (155, 155), (100, 255), (169, 424), (256, 680)
+    ]  # fmt: skip
+    assert [mask is None for _, _, mask in segments] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("mask_lL", [np.tri(70, dtype=bool), np.tri(90, 130, 40) > 0, MASK_LL])
+def test_segments_leave_no_key_out_and_none_in(mask_lL):
+    again_lL = np.zeros_like(mask_lL)
+    for rows, seen, mask in mask_segments(mask_lL):
+        again_lL[rows, :seen] = True if mask is None else mask
+    np.testing.assert_array_equal(again_lL, mask_lL)
+
+
+@pytest.mark.parametrize("key_mask_BL", [None, KEY_MASK_BL])
+@pytest.mark.parametrize("implementation", ["xla", "grouped", "loop"])
+def test_every_implementation_is_the_masked_product_with_its_gradient(
+    implementation, key_mask_BL, monkeypatch
+):
+    monkeypatch.setattr(attention, "SHORTEST", 49)
+    monkeypatch.setattr(attention, "FAST_MEMORY", 4 * 2 * 81 * LENGTH)  # one image at a time
+    assert len(mask_segments(MASK_LL)) == 3
+    attend = functools.partial(dot_product_attention, scale=0.3, implementation=implementation)
+
+    def total(f, q, k, v):
+        y = f(q, k, v, MASK_LL, key_mask_BL=key_mask_BL)
+        return jnp.sum(y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)), y
+
+    def run(f):
+        differentiate = jax.value_and_grad(functools.partial(total, f), (0, 1, 2), has_aux=True)
+        return jax.jit(differentiate)(Q, K, V)
+
+    (_, found), grads = run(attend)
+    (_, expected), expected_grads = run(by_hand)
+    np.testing.assert_allclose(found, expected, atol=5e-7)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, expected_grad, atol=3e-6)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """cuDNN's kernel played by XLA, which notes the lengths that it gets."""
+    calls = []
+
+    def play(q, k, v, *, mask, scale, implementation, **lengths):
+        assert implementation == "cudnn" and q.dtype == jnp.bfloat16
+        calls.append((q.shape[1], k.shape[1], mask is not None))
+        return kernel(q, k, v, mask=mask, scale=scale, implementation="xla", **lengths)
+
+    kernel = jax.nn.dot_product_attention
+    monkeypatch.setattr(jax.nn, "dot_product_attention", play)
+    return calls
+
+
+@pytest.mark.parametrize("key_mask_BL", [None, KEY_MASK_BL])
+def test_the_fused_kernel_gets_even_lengths_and_gives_the_same(stand_in, key_mask_BL):
+    half = [x.astype(jnp.bfloat16) for x in (Q, K, V)]
+
+    def total(implementation, q, k, v):
+        y = dot_product_attention(
+            q, k, v, MASK_LL, scale=0.3, implementation=implementation, key_mask_BL=key_mask_BL
+        )
+        return jnp.sum(y.astype(jnp.float32) * jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+
+    with jax.numpy_dtype_promotion("standard"):  # which JAX's own functions need
+        results = [jax.value_and_grad(total, (1, 2, 3))(i, *half) for i in ("cudnn", "xla")]
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        scale = np.abs(np.asarray(b, np.float32)).max()
+        np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), atol=0.02 * scale)
+    # The first scales together, with their mask, and the last one, which sees everything.
+    assert stand_in == [(66, 66, True), (82, 148, key_mask_BL is not None)]
+
+
+def test_what_the_fused_kernel_cannot_do_goes_to_xla(stand_in):
+    half = [x.astype(jnp.bfloat16) for x in (Q, K, V)]
+    few = [x[:, :63] for x in half]
+    odd_head = [jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, 1))) for x in half]
+    for arrays in ((Q, K, V), few, odd_head):
+        dot_product_attention(*arrays, scale=0.3, implementation="cudnn")
+    assert stand_in == []
+
+
+def lowered_for_cuda(f, *arrays):
+    return jax.jit(f).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(("queries", "keys"), [(100, 255), (169, 424), (155, 155)])
+def test_gpus_get_the_kernel_by_default(queries, keys, gradient, monkeypatch):
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)  # as of JAX's CUDA wheels
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+    implementation = Compute(platform="gpu").attention_implementation
+    mask = np.tri(queries, keys, dtype=bool) if queries == keys else None
+
+    def attend(q, k, v):
+        y = dot_product_attention(q, k, v, mask, scale=1.0, implementation=implementation)
+        return jnp.sum(y.astype(jnp.float32))
+
+    shapes = [(2, n, 4, 64) for n in (queries, keys, keys)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    f = jax.grad(attend, (0, 1, 2)) if gradient else attend
+    text = lowered_for_cuda(f, *arrays)
+    assert "__cudnn$fmha" in text and ("Backward" in text) == gradient
+    assert f"x{queries}x{keys}xf32" not in text  # no logits in memory
+
+
+def test_the_implementation_is_the_platform_s():
+    assert Compute(platform="gpu", dtype="float32").attention_implementation == "xla"
+    assert Compute(platform="tpu").attention_implementation == "xla"
+    assert Compute(platform="cpu").attention_implementation == "loop"
+    assert Compute(platform="tpu").jax_dtype == jnp.bfloat16
+    assert [Compute(platform=p).frozen_encoder for p in ("cpu", "gpu", "tpu")] == [
+        "highest", "tf32_3x", "bfloat16_3x"
+    ]  # fmt: skip

@@ -1,0 +1,105 @@
+"""How exactly the products of programs are computed: read off the programs, run nowhere."""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.extend import core
+
+from tests.helpers import runs
+from varjax.metrics.inception import Inception, init_inception
+from varjax.nn.attention import mask_segments
+from varjax.nn.compute import EXACT, Compute
+from varjax.tokenizers.vq.model import VQTokenizer, encode_images, make_quantizer
+from varjax.var.model import VAR
+
+
+def products(function, *args):
+    """Counts the products of a function by (dtype of the operands, dtype of the result, precision).
+
+    precision: "HIGH" and so on; None where none is asked for.
+    """
+    found = collections.Counter()
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+                asked = equation.params["precision"]
+                asked = asked[0] if isinstance(asked, tuple) else asked
+                name = None if asked is None else asked.name
+                operand, result = equation.invars[0].aval.dtype, equation.outvars[0].aval.dtype
+                found[operand.name, result.name, name] += 1
+            for value in equation.params.values():
+                for item in value if isinstance(value, tuple | list) else (value,):
+                    if isinstance(item, core.ClosedJaxpr | core.Jaxpr):
+                        walk(getattr(item, "jaxpr", item))
+
+    walk(jax.make_jaxpr(function)(*args).jaxpr)
+    return found
+
+
+CONFIG = runs.TOKENIZER
+PARAMS = jax.eval_shape(CONFIG.init, jax.random.key(0))
+IMAGE_BHWC = jax.ShapeDtypeStruct((2, *CONFIG.image_shape), jnp.float32)
+EXACTLY = ("float32", "float32", "HIGHEST")
+
+
+def tokens(compute):
+    def encode(params, image_BHWC):
+        model = VQTokenizer(CONFIG, compute).bind({"params": params})
+        return model.encode_for_teacher_forcing(image_BHWC)
+
+    return encode
+
+
+def test_tokens_are_made_in_float32_where_they_are_to_be_exact():
+    assert products(tokens(EXACT), PARAMS, IMAGE_BHWC).keys() == {EXACTLY}
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "times"), [("tpu", "HIGH", 1), ("gpu", "DEFAULT", 3)]
+)
+def test_in_training_the_frozen_encoder_s_convolutions_take_three_passes(platform, asked, times):
+    compute = Compute(platform=platform)
+    found = products(tokens(compute), PARAMS, IMAGE_BHWC)
+    exact = products(tokens(EXACT), PARAMS, IMAGE_BHWC)
+    encoder = products(lambda p, x: encode_images(CONFIG, p, x, EXACT), PARAMS, IMAGE_BHWC)
+    fast = ("float32", "float32", asked)
+    assert found.keys() == {EXACTLY, fast}
+    # All of the encoder but its attention and its last convolution; the quantizer is exact.
+    assert found[fast] / times == exact[EXACTLY] - found[EXACTLY] < encoder[EXACTLY]
+    assert found[EXACTLY] > exact[EXACTLY] - encoder[EXACTLY]
+
+
+def test_codes_are_looked_for_in_float32():
+    quantizer = make_quantizer(CONFIG)
+    f_BhwZ = jax.ShapeDtypeStruct((2, *CONFIG.pyramid.finest, CONFIG.code_channels), jnp.float32)
+    params = {"params": PARAMS["quantizer"]}
+    assert products(quantizer.apply, params, f_BhwZ).keys() == {EXACTLY}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_transformer_multiplies_in_its_format_and_the_head_adds_in_float32(dtype):
+    model = VAR(runs.VAR, Compute(dtype, attention="xla"))
+    params = jax.eval_shape(runs.VAR.init, jax.random.key(0))
+
+    def logits(params, input_BlZ, label_B):
+        return model.apply({"params": params}, input_BlZ, label_B)
+
+    input_BlZ = jax.ShapeDtypeStruct((2, 20, runs.VAR.code_channels), jnp.float32)
+    found = products(logits, params, input_BlZ, jax.ShapeDtypeStruct((2,), jnp.int32))
+    if dtype == "float32":
+        assert found.keys() == {EXACTLY}
+        return
+    # In float32 only the head's AdaLN, which is one row an image.
+    assert found.pop(EXACTLY) == 1
+    assert found.keys() == {("bfloat16", "bfloat16", None), ("bfloat16", "float32", None)}
+    assert found["bfloat16", "float32", None] == 1 + len(mask_segments(runs.VAR.pyramid.mask_LL))
+
+
+def test_inception_is_exact():
+    params = jax.eval_shape(init_inception, jax.random.key(0))
+    image_BHWC = jax.ShapeDtypeStruct((1, 299, 299, 3), jnp.float32)
+    found = products(lambda p, x: Inception().apply({"params": p}, x), params, image_BHWC)
+    assert found.keys() == {EXACTLY}
