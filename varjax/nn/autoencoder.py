@@ -8,9 +8,10 @@ import jax.numpy as jnp
 
 from varjax.core.errors import InputError, check_setting
 from varjax.nn.attention import dot_product_attention
-from varjax.nn.compute import Compute
+from varjax.nn.compute import Compute, batch_devices
 from varjax.nn.precision import ConvFormat
 
+IMAGES_AT_ONCE = 16  # on a device: 256-pixel maps of 160 channels take 42 MB each in float32
 # The official ones have 5 levels of 2 blocks. Whatever a file says, it is described in seconds.
 MAX_LEVELS, MAX_BLOCKS = 10, 40  # the latter of all levels together
 
@@ -239,4 +240,18 @@ def map_images(
     if compute.loops_over_images and H * W >= 64**2:
         # A CPU's convolutions of large images are 1.4 times faster one by one: docs/benchmarks.md.
         return jax.lax.map(lambda x: function(x[None])[0], x)
-    return function(x)
+    pieces = _pieces(len(x), batch_devices()) if H * W >= 64**2 else 1
+    if pieces == 1:
+        return function(x)
+    # A piece takes every so many-th row, so that each device keeps the rows it has.
+    x = x.reshape(len(x) // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+    y = jax.lax.map(function, x).swapaxes(0, 1)
+    return y.reshape(-1, *y.shape[2:])
+
+
+def _pieces(rows: int, devices: int) -> int:
+    """Returns into how many equal pieces a batch is cut, so that a device has few rows at once."""
+    for pieces in range(1, rows + 1):
+        if rows % pieces == 0 and rows // pieces <= IMAGES_AT_ONCE * devices:
+            return pieces if rows // pieces % devices == 0 else 1
+    return 1

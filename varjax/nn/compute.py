@@ -122,8 +122,18 @@ def shard_batch(x: jax.Array) -> jax.Array:
     Left alone, XLA may follow the weights and split the width of the activations instead, so that
     every device computes the whole batch. The gradient of x is held to the same.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(name for name in mesh.auto_axes if name in BATCH_AXES)
-    if x.shape[0] % math.prod(mesh.shape[name] for name in axes):
+    axes = _batch_axes()
+    if not axes or x.shape[0] % batch_devices():
         return x
-    return jax.lax.with_sharding_constraint(x, P(axes)) if axes else x
+    return jax.lax.with_sharding_constraint(x, P(axes))
+
+
+def batch_devices() -> int:
+    """Returns how many devices share out a batch, by the mesh that is set; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return math.prod(mesh.shape[name] for name in _batch_axes())
+
+
+def _batch_axes() -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in mesh.auto_axes if name in BATCH_AXES)

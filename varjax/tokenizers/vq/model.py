@@ -187,9 +187,9 @@ class VQTokenizer(nn.Module):
 
     def decode_every_scale(self, tokens_BL: jax.Array) -> jax.Array:
         """Decodes tokens (B, L) into the image after each scale, (K, B, H, W, channels)."""
-        f_hats = self.quantizer.accumulated_scales(tokens_BL)
-        image_NHWC = self.decode_features(jnp.concatenate(f_hats))
-        return image_NHWC.reshape(len(f_hats), -1, *image_NHWC.shape[1:])
+        f_hat_KBhwZ = jnp.stack(self.quantizer.accumulated_scales(tokens_BL))
+        # Scale by scale: all of them at once would need K times the memory.
+        return jax.lax.map(self.decode_features, f_hat_KBhwZ)
 
     def decode_features(self, f_hat_BhwZ: jax.Array) -> jax.Array:
         """Decodes f_hat (B, h, w, Z) into images clipped to [-1, 1]."""

@@ -38,8 +38,7 @@ def measure_tokens(
     f_BhwZ = encode_images(config, params, x_BHWC)
     quantized = model.quantizer(f_BhwZ)
     f_hat_KBhwZ = jnp.stack(quantized.f_hats)
-    # Scale by scale: all of them at once would need K times the memory.
-    y_KBHWC = jax.lax.map(model.decode_features, f_hat_KBhwZ)
+    y_KBHWC = jax.lax.map(model.decode_features, f_hat_KBhwZ)  # as in `decode_every_scale`
     a_BHWC = to_unit_range(x_BHWC)
     measures = {
         "psnr_KB": jax.vmap(lambda y: image_metrics.psnr(a_BHWC, to_unit_range(y)))(y_KBHWC),

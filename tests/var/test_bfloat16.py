@@ -1,0 +1,83 @@
+"""bfloat16 beside float32, on the golden model; each bound is three times what was measured."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import golden_cases as golden
+from varjax.nn.compute import Compute
+from varjax.sampling.sampler import image_keys
+from varjax.tokenizers.vq.model import VQTokenizer, decode_images
+from varjax.training.optimizer import AdamW
+from varjax.training.task import Plan
+from varjax.var.model import VAR
+from varjax.var.sample import VAROptions, sample_tokens
+from varjax.var.task import VARTask
+
+pytestmark = pytest.mark.slow
+
+TOKENIZER, CONFIG = golden.configs("base")
+PARAMS = {"tokenizer": golden.tokenizer_params("base"), "var": golden.var_params("base")}
+LABEL_B = jnp.arange(16) % CONFIG.classes
+BOTH = [Compute(dtype, attention="xla") for dtype in ("float32", "bfloat16")]
+TOKENS_BL = jax.random.randint(
+    jax.random.key(1), (16, CONFIG.pyramid.length), 0, CONFIG.vocab, jnp.int32
+)
+
+
+def in_both(function):
+    return [jax.device_get(jax.jit(lambda c=c: function(c))()) for c in BOTH]
+
+
+def test_logits_scale_by_scale():
+    tokenizer = VQTokenizer(TOKENIZER).bind({"params": PARAMS["tokenizer"]})
+    input_BlZ = tokenizer.teacher_forcing_input(TOKENS_BL)
+
+    def logits(compute):
+        model = VAR(CONFIG, compute).bind({"params": PARAMS["var"]})
+        cond, cache, found = model.condition(LABEL_B), model.empty_cache(len(LABEL_B)), []
+        for k, scale in enumerate(CONFIG.pyramid.slices):
+            now = input_BlZ[:, scale.start - 1 : scale.stop - 1] if k else None
+            logits_BlV, cache = model.predict(now, cond, k, cache)
+            found.append(logits_BlV)
+        return jnp.concatenate(found, axis=1)
+
+    exact, half = in_both(logits)
+    error = np.std(half - exact) / np.std(exact)
+    assert 0 < error < 0.0105, error
+
+
+def test_tokens_and_images():
+    options, key_B = VAROptions(cfg=1.5, top_k=20, top_p=0.9), image_keys(0, jnp.arange(16))
+
+    def sampled(compute):
+        given = LABEL_B, key_B, options, None, compute
+        return sample_tokens(TOKENIZER, CONFIG, PARAMS, *given)
+
+    (exact, f_hat_BhwZ), (half, _) = in_both(sampled)
+    # From the first token that differs on, everything may: what counts is how many keep to it.
+    same_L = (exact == half).mean(axis=0)
+    assert 1 - same_L.mean() < 0.06, same_L
+    a, b = in_both(
+        lambda compute: decode_images(TOKENIZER, PARAMS["tokenizer"], f_hat_BhwZ, compute)
+    )
+    assert 0 < np.abs(a - b).max() < 0.4 and np.abs(a - b).mean() < 0.033
+
+
+def test_a_training_step():
+    def step(compute):
+        task = VARTask(CONFIG, TOKENIZER, "none", AdamW(), compute=compute, plan=Plan(10, 16))
+        state = dataclasses.replace(task.init(jax.random.key(0)), params=PARAMS["var"])
+        batch = {"tokens_BL": TOKENS_BL, "label_B": LABEL_B}
+        after, metrics = task.train_step(state, PARAMS["tokenizer"], batch, jax.random.key(2))
+        return metrics["loss"], metrics["grad_norm"], metrics["lr"], after.params
+
+    (loss, norm, lr, params), (half_loss, half_norm, _, half_params) = in_both(step)
+    assert 0 < abs(half_loss / loss - 1) < 1e-4
+    assert abs(half_norm / norm - 1) < 1.2e-3
+    for a, b in zip(*map(jax.tree.leaves, (params, half_params)), strict=True):
+        assert a.dtype == b.dtype == np.float32
+        assert np.abs(a - b).max() <= 2.01 * lr  # a step of Adam is at most lr
