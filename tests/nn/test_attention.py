@@ -124,7 +124,7 @@ def test_gpus_get_the_kernel_by_default(queries, keys, gradient, monkeypatch):
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)  # as of JAX's CUDA wheels
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
-    implementation = Compute(platform="gpu").attention_implementation
+    implementation = Compute(platform="gpu").attention_implementation()
     mask = np.tri(queries, keys, dtype=bool) if queries == keys else None
 
     def attend(q, k, v):
@@ -140,9 +140,10 @@ def test_gpus_get_the_kernel_by_default(queries, keys, gradient, monkeypatch):
 
 
 def test_the_implementation_is_the_platform_s():
-    assert Compute(platform="gpu", dtype="float32").attention_implementation == "xla"
-    assert Compute(platform="tpu").attention_implementation == "xla"
-    assert Compute(platform="cpu").attention_implementation == "loop"
+    assert Compute(platform="gpu", dtype="float32").attention_implementation() == "xla"
+    assert Compute(platform="tpu").attention_implementation() == "xla"
+    assert Compute(platform="tpu").attention_implementation(cached=True) == "grouped"
+    assert Compute(platform="cpu").attention_implementation() == "loop"
     assert Compute(platform="tpu").jax_dtype == jnp.bfloat16
     assert [Compute(platform=p).frozen_encoder for p in ("cpu", "gpu", "tpu")] == [
         "highest", "tf32_3x", "bfloat16_3x"

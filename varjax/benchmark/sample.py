@@ -148,7 +148,7 @@ def measure_sampling(
         "preset": preset,
         "batch_size": batch_size,
         "dtype": str(dtype),
-        "attention": compute.attention_implementation,
+        "attention": compute.attention_implementation(cached=True),
     }
     if preset.startswith("mar"):
         setting["steps"] = steps

@@ -22,6 +22,7 @@ from typing import Any, Literal, get_args
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from varjax.benchmark.hlo_text import executed_instructions
@@ -150,13 +151,16 @@ def tpu_device(topology: str) -> Any:
 
 def estimate_program(program: Program, compute: Compute, device: Any) -> Estimate:
     """Compiles a program for a device and adds up the cycles that the compiler expects."""
-    where = SingleDeviceSharding(device)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), program.arguments
-    )
+    # Layouts of the compiler's own choice, for a piece gets what another piece left that way.
+    chosen = Format(Layout.AUTO, SingleDeviceSharding(device))
     begin = time.perf_counter()
-    jitted = jax.jit(lambda *a: program.function(*a, compute), donate_argnums=program.donated)
-    compiled = jitted.lower(*arguments).compile()
+    jitted = jax.jit(
+        lambda *a: program.function(*a, compute),
+        in_shardings=chosen,
+        out_shardings=chosen,
+        donate_argnums=program.donated,
+    )
+    compiled = jitted.lower(*program.arguments).compile()
     seconds = time.perf_counter() - begin
     memory, clock = compiled.memory_analysis(), _clock(device)
     assert memory is not None

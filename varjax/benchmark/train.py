@@ -49,7 +49,7 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
         "preset": preset,
         "batch_size": batch_size,
         "dtype": str(dtype),
-        "attention": compute.attention_implementation,
+        "attention": compute.attention_implementation(),
         "remat": compute.remat,
     }
     key, label_B = jax.random.key(0), jnp.arange(batch_size) % task.model.classes

@@ -260,8 +260,7 @@ class MultiHeadAttention(nn.Module):
         scale: factor f in f·q·k/√D; None for q and k that are L2-normalized, with a temperature (at
             most 100) that each head learns.
         key_bias: whether keys have a bias, as queries and values always do.
-        dtype: format of the matrix products.
-        implementation: see `Compute`.
+        compute: number format and implementation.
         kernel_init: initializer of q, k and v.
         out_init: initializer of the output projection.
     """
@@ -269,8 +268,7 @@ class MultiHeadAttention(nn.Module):
     heads: int
     scale: float | None
     key_bias: bool
-    dtype: jnp.dtype
-    implementation: compute.Attention
+    compute: compute.Compute
     kernel_init: nn.initializers.Initializer
     out_init: nn.initializers.Initializer
 
@@ -288,11 +286,11 @@ class MultiHeadAttention(nn.Module):
         past: earlier tokens; masks are over them and the new ones. The rest as in
             `dot_product_attention`.
         """
-        width = x_BlC.shape[-1]
+        width, dtype = x_BlC.shape[-1], self.compute.jax_dtype
 
         def project(name, use_bias):
             return self._split_heads(
-                dense(width, self.dtype, self.kernel_init, name, use_bias=use_bias)(x_BlC)
+                dense(width, dtype, self.kernel_init, name, use_bias=use_bias)(x_BlC)
             )
 
         q_BlAD, v_BlAD = project("q", True), project("v", True)
@@ -302,8 +300,8 @@ class MultiHeadAttention(nn.Module):
                 "log_scale", nn.initializers.constant(np.log(4)), (self.heads,), jnp.float32
             )
             temperature_11A1 = jnp.exp(jnp.minimum(log_scale_A, MAX_LOG_SCALE))[None, None, :, None]
-            q_BlAD = (l2_normalize(q_BlAD) * temperature_11A1).astype(self.dtype)
-            k_BlAD = l2_normalize(k_BlAD).astype(self.dtype)
+            q_BlAD = (l2_normalize(q_BlAD) * temperature_11A1).astype(dtype)
+            k_BlAD = l2_normalize(k_BlAD).astype(dtype)
             scale = 1.0
         else:
             scale = self.scale / (width // self.heads) ** 0.5
@@ -318,11 +316,11 @@ class MultiHeadAttention(nn.Module):
             v_BLAD,
             mask_lL,
             scale=scale,
-            implementation=self.implementation,
+            implementation=self.compute.attention_implementation(cached=past is not None),
             key_mask_BL=key_mask_BL,
             dropout=dropout,
         )
-        return dense(width, self.dtype, self.out_init, "proj")(_join_heads(y_BlAD)), cache
+        return dense(width, dtype, self.out_init, "proj")(_join_heads(y_BlAD)), cache
 
     def _split_heads(self, x_BlC):
         return einops.rearrange(x_BlC, "B l (A D) -> B l A D", A=self.heads)

@@ -31,7 +31,8 @@ class Compute:
             logits stay in a TPU's fast memory; "cudnn" is the fused kernel, for 64 queries or more
             (NVIDIA, bfloat16); "loop" goes over images and heads, which suits a CPU. "auto" is
             "loop" on a CPU, unless it plays several devices: a loop over images cannot be spread;
-            "cudnn" on NVIDIA in bfloat16; and "xla" elsewhere.
+            "cudnn" on NVIDIA in bfloat16; "grouped" on TPUs where there is a key-value cache; and
+            "xla" elsewhere.
         remat: what the backward pass recomputes: "none", all of a "block", or all but matrix
             products ("dots").
         unroll: unroll the layers instead of scanning them: slower to compile, faster for tiny
@@ -62,13 +63,17 @@ class Compute:
             return jnp.dtype("float32" if self.target == "cpu" else "bfloat16")
         return jnp.dtype(self.dtype)
 
-    @property
-    def attention_implementation(self) -> Attention:
-        """The implementation of attention, with "auto" decided for the platform."""
+    def attention_implementation(self, cached: bool = False) -> Attention:
+        """Returns the implementation of attention, with "auto" decided for the platform.
+
+        cached: whether earlier keys come from a cache, so that there is no gradient.
+        """
         if self.attention != "auto":
             return self.attention
         if self.loops_over_images:
             return "loop"
+        if self.target == "tpu" and cached:
+            return "grouped"
         nvidia = self.target == "gpu" and (self.platform == "gpu" or not _is_rocm())
         return "cudnn" if nvidia and self.jax_dtype == jnp.bfloat16 else "xla"
 

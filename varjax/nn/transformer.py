@@ -46,8 +46,7 @@ class Block(nn.Module):
             self.heads,
             None if self.cosine else 0.25,
             False,
-            dtype,
-            self.compute.attention_implementation,
+            self.compute,
             normal,
             normal_out,
         )

@@ -30,9 +30,8 @@ class ViTBlock(nn.Module):
         xavier = nn.initializers.xavier_uniform()
         # The reference draws q, k and v as one matrix of three times the width.
         qkv_init = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
-        attention = self.compute.attention_implementation
         self.norm1 = layer_norm()
-        self.attn = MultiHeadAttention(self.heads, 1.0, True, dtype, attention, qkv_init, xavier)
+        self.attn = MultiHeadAttention(self.heads, 1.0, True, self.compute, qkv_init, xavier)
         self.norm2 = layer_norm()
         self.mlp = MLP(dtype, xavier, xavier, tanh_gelu=False)
 

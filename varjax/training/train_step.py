@@ -102,6 +102,7 @@ def check_microbatches(batch_size: int, accumulate: int) -> None:
         )
 
 
+@jax.named_scope("optimizer")  # its name in profiles and in `varjax benchmark tpu`
 def apply_gradients(
     state: TrainState, grads: PyTree, tx: optax.GradientTransformation, ema_decay: float = 0.0
 ) -> tuple[TrainState, Metrics]:
