@@ -138,6 +138,7 @@ class Estimate:
 def tpu_device(topology: str) -> Any:
     """Returns a TPU that need not be here, to compile for; raises InputError for unknown ones."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # which would ask Google's cloud for minutes
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody uses a TPU here
     try:
         device = topologies.get_topology_desc(topology, "tpu").devices[0]
     except Exception as error:  # of many kinds

@@ -22,8 +22,10 @@ class KeyValues:
     values_SBLC: jax.Array
 
     @classmethod
-    def empty(cls, depth: int, batch: int, length: int, width: int, dtype: Any) -> "KeyValues":
-        """Makes a cache of zeros.
+    def allocate(
+        cls, depth: int, batch: int, length: int, width: int, dtype: Any, zeros: bool = True
+    ) -> "KeyValues":
+        """Makes a cache in which nothing is written yet.
 
         Args:
             depth: number of layers S.
@@ -31,9 +33,12 @@ class KeyValues:
             length: of the whole sequence, L.
             width: C, of all heads together.
             dtype: number format.
+            zeros: whether it is zeros, as it must be where what is not written is read, and masked;
+                False leaves what is in memory, which saves writing it.
         """
+        make = jnp.zeros if zeros else jax.lax.empty
         shape = depth, batch, length, width
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return cls(make(shape, dtype), make(shape, dtype))
 
 
 @flax.struct.dataclass

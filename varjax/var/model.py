@@ -204,7 +204,9 @@ class VAR(nn.Module):
     def empty_cache(self, batch: int) -> KeyValues:
         """Makes the cache of `predict` for so many sequences."""
         c = self.config
-        return KeyValues.empty(c.depth, batch, c.pyramid.length, c.width, self.dtype)
+        return KeyValues.allocate(
+            c.depth, batch, c.pyramid.length, c.width, self.dtype, zeros=False
+        )
 
     def touch(self):
         """Runs everything once, so that `init` makes every parameter; without the mask of L x L."""
