@@ -252,6 +252,7 @@ def map_images(
 def _pieces(rows: int, devices: int) -> int:
     """Returns into how many equal pieces a batch is cut, so that a device has few rows at once."""
     for pieces in range(1, rows + 1):
-        if rows % pieces == 0 and rows // pieces <= IMAGES_AT_ONCE * devices:
-            return pieces if rows // pieces % devices == 0 else 1
-    return 1
+        size = rows / pieces / devices
+        if size.is_integer() and IMAGES_AT_ONCE // 2 <= size <= IMAGES_AT_ONCE:
+            return pieces
+    return 1  # few images on each device, or a number with no divisor that suits

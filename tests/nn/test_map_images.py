@@ -1,0 +1,36 @@
+"""Encoding and decoding of batches in pieces."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from varjax.nn.autoencoder import map_images
+from varjax.nn.compute import Compute
+
+
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(48, [16]), (24, [12]), (16, [16]), (17, [17]), (3, [3]), (34, [34])]
+)
+def test_large_batches_go_in_equal_pieces_whatever_that_gives_is_the_same(rows, sizes):
+    seen = []
+
+    def function(x):
+        seen.append(len(x))
+        return x * 2 + jnp.arange(3.0)[None]
+
+    x = jnp.arange(rows * 3.0).reshape(rows, 3)
+    y = map_images(function, x, (64, 64, 3), Compute(platform="tpu"))
+    np.testing.assert_array_equal(y, x * 2 + np.arange(3))
+    assert seen == sizes
+
+
+def test_a_cpu_goes_image_by_image_but_not_for_small_ones():
+    seen = []
+
+    def function(x):
+        seen.append(len(x))
+        return x
+
+    for shape in ((64, 64, 3), (32, 32, 3)):
+        map_images(function, jnp.ones((20, 2)), shape, Compute(platform="cpu"))
+    assert seen == [1, 20]
