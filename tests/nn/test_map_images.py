@@ -20,7 +20,7 @@ def test_large_batches_go_in_equal_pieces_whatever_that_gives_is_the_same(rows, 
 
     x = jnp.arange(rows * 3.0).reshape(rows, 3)
     y = map_images(function, x, (64, 64, 3), Compute(platform="tpu"))
-    np.testing.assert_array_equal(y, x * 2 + np.arange(3))
+    np.testing.assert_array_equal(y, np.asarray(x) * 2 + np.arange(3))
     assert seen == sizes
 
 
