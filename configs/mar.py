@@ -26,8 +26,8 @@ What the authors published for these settings (800 epochs, 50,000 samples, 256 s
     h        942 M     3.2   1.55   2.35
 
 Hardware: 16 GPUs or TPU chips and more. Whoever trains on fewer devices keeps the batch and sets
---config.task.accumulate. On NVIDIA GPUs, fused attention has no dropout of its weights: to use it
-(--config.task.compute.attention=cudnn) set --config.task.attention_dropout=0, another recipe.
+--config.task.accumulate. On NVIDIA GPUs, fused attention has no dropout of its weights: with
+--config.task.attention_dropout=0, another recipe, it is used.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from varjax.nn.precision import float32_convolution
+from varjax.nn.compute import float32_convolution
 
 KEYS = jax.random.split(jax.random.key(0))
 X_BHWC = jax.random.normal(KEYS[0], (2, 6, 5, 16))

@@ -66,7 +66,12 @@ def main(arguments: list[str]) -> None:
             drop_path=0.1 * model.depth / 24,
             ema=flags.ema,
             accumulate=flags.accumulate,
-            compute=Compute(dtype=flags.dtype, attention="xla", remat=flags.remat),
+            compute=Compute(
+                dtype=flags.dtype,
+                attention="xla",
+                remat=flags.remat,
+                platform="tpu" if flags.topology else "auto",
+            ),
             plan=Plan(1000, flags.batch_size or BATCH_SIZES[flags.preset]),
         )
         mesh = sharding.make_mesh(shape, devices)

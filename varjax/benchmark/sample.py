@@ -22,7 +22,7 @@ from varjax.mar.latents import decode_tokens
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import sample_mar_tokens
-from varjax.nn.compute import Compute
+from varjax.nn.compute import Compute, without_repeated_work
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig, decode_images
@@ -148,7 +148,7 @@ def measure_sampling(
         "preset": preset,
         "batch_size": batch_size,
         "dtype": str(dtype),
-        "attention": compute.attention_implementation(cached=True),
+        "attention": compute.attention_implementation(cached=not preset.startswith("mar")),
     }
     if preset.startswith("mar"):
         setting["steps"] = steps
@@ -159,8 +159,7 @@ def measure_sampling(
     abstract = jax.eval_shape(init, jax.random.key(0))
     params = None if compile_only else replicate(jax.jit(init)(jax.random.key(0)), mesh)
     peak = MatmulPeak(dtype)
-    # What a fused attention kernel computes cannot be seen in the program: count without.
-    plain = dataclasses.replace(compute, attention="xla")
+    plain = without_repeated_work(compute)
     for name, (function, batch) in parts.items():
         begin = time.perf_counter()
         program = data_parallel(lambda *a, f=function: f(*a, compute), mesh)

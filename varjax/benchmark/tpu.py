@@ -31,8 +31,7 @@ from varjax.benchmark.pieces import Program, decoding, encoding, sampling, train
 from varjax.core import flops
 from varjax.core.errors import InputError
 from varjax.core.hardware import published_peak_flops
-from varjax.nn.compute import Compute, Remat
-from varjax.nn.precision import Precision
+from varjax.nn.compute import Compute, Precision, Remat, without_repeated_work
 
 # GHz, by what begins `device_kind`.
 CLOCKS = {"TPU v4": 1.05, "TPU v5 lite": 1.5, "TPU v5": 1.75, "TPU v6": 1.75}
@@ -168,7 +167,7 @@ def estimate_program(program: Program, compute: Compute, device: Any) -> Estimat
     by_category = collections.defaultdict(float)
     for path, cycles in estimated_cycles(compiled.as_text() or ""):
         by_category[category(path)] += cycles / clock / 1e6
-    plain = dataclasses.replace(compute, attention="xla", remat="none")
+    plain = without_repeated_work(compute)
     return Estimate(
         dict(by_category),
         flops.count(lambda *a: program.function(*a, plain), *program.arguments),

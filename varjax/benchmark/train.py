@@ -42,14 +42,14 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
     """
     plan = Plan(1000, batch_size)
     task = make_task(preset, compute, plan)
-    tokenizer = task.tokenizer
+    tokenizer, dropout = task.tokenizer, getattr(task, "attention_dropout", 0)
     dtype, peak = compute.jax_dtype, MatmulPeak(compute.jax_dtype)
     setting = {
         "benchmark": "train",
         "preset": preset,
         "batch_size": batch_size,
         "dtype": str(dtype),
-        "attention": compute.attention_implementation(),
+        "attention": "xla" if dropout else compute.attention_implementation(),
         "remat": compute.remat,
     }
     key, label_B = jax.random.key(0), jnp.arange(batch_size) % task.model.classes

@@ -16,14 +16,13 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, get_args
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from varjax.core import config_tree, folders
 from varjax.core.buckets import as_path
 from varjax.core.commands import command_parser, run_command
 from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.config_flags import add_config_flags, config_from_flags
+from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.core.distributed import add_process_flags, connect_by_flags
 from varjax.core.errors import InputError, check_setting
 from varjax.data.latent_shards import (
@@ -165,11 +164,10 @@ def cache_latents(
 
 def _encoder(tokenizer: LatentEncoder, params: Any) -> EncodeBatch:
     """Encodes uint8 images over all devices of this process."""
-    mesh = Mesh(np.array(jax.local_devices()), ("data",))
-    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*a)) for a in (("data",), ()))
-    params = jax.device_put(params, everywhere)
-    encode = jax.jit(tokenizer.encode, in_shardings=(everywhere, rows), out_shardings=rows)
-    return lambda image_BHWC: encode(params, image_BHWC)
+    mesh = batch_mesh()
+    params = replicate(params, mesh)
+    encode = data_parallel(lambda params, _, images: tokenizer.encode(params, images), mesh)
+    return lambda image_BHWC: encode(params, None, image_BHWC)
 
 
 def _shards(images: Mapping[str, int], split: str, asked: int) -> int:

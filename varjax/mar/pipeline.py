@@ -78,8 +78,10 @@ class MARPipeline:
         self.tokenizer, self.mar, self.sampling, self.compute = tokenizer, mar, sampling, compute
         mesh = batch_mesh(devices)
         self.devices: tuple[Any, ...] = tuple(mesh.devices)
-        self.params = params
-        self._held = replicate(trees.cast(CAST_KERNELS, params, compute.jax_dtype), mesh)
+        self.params = jax.device_get(params)  # devices hold but one copy, in `compute.dtype`
+        with jax.default_device(self.devices[0]):
+            held = trees.cast(CAST_KERNELS, self.params, compute.jax_dtype)
+        self._held = replicate(held, mesh)
         exact = dataclasses.replace(compute, encoder_precision="highest")
 
         def sampled_tokens(params, plan, label_B, key_B, known=None):

@@ -25,7 +25,7 @@ from varjax.mar.losses import (
 from varjax.mar.model import DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import sample_mar_tokens
-from varjax.nn.compute import Compute
+from varjax.nn.compute import Compute, without_repeated_work
 from varjax.nn.diffusion import TRAINING_STEPS
 from varjax.sampling.sampler import fold_in_each, image_keys
 from varjax.tokenizers.contract import check_image_shape
@@ -174,8 +174,7 @@ class MARTask:
         return means["loss"], means | {"masked": jnp.mean(masked_BL.astype(jnp.float32))}
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
-        # Fused kernels hide their products, and what is recomputed is no work of the model's.
-        compute = dataclasses.replace(self.compute, remat="none", attention="xla")
+        compute = without_repeated_work(self.compute)
         plain = dataclasses.replace(self, compute=compute)
         return flops.count(plain.train_step, state, frozen, batch, jax.random.key(0))
 

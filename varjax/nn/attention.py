@@ -118,7 +118,8 @@ def _in_groups(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
     """Attends in so few images at a time that their logits stay in fast memory."""
     B, queries, heads, _ = q_BlAD.shape
     images = max(1, FAST_MEMORY // (4 * heads * queries * k_BLAD.shape[1]))
-    if dropout is not None or images >= B:
+    # On a mesh a loop over images would gather them.
+    if dropout is not None or images >= B or compute.batch_devices() > 1:
         whole = q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL
         return _at_once(*whole, dropout=dropout, scale=scale)
     while B % images:
@@ -141,6 +142,8 @@ def _by_fused_kernel(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, s
     if dropout is not None or not pays or D % 8 or D > 128:
         whole = q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL
         return _at_once(*whole, dropout=dropout, scale=scale)
+    # JAX's kernel wants all three to lie on a mesh in the same way.
+    q_BlAD, k_BLAD, v_BLAD = (compute.shard_batch(x) for x in (q_BlAD, k_BLAD, v_BLAD))
     B, keys = len(k_BLAD), k_BLAD.shape[1]
     mask_B1lL = _joint_mask(mask_lL, key_mask_BL, queries)
     lengths: dict[str, Any] = {}

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from varjax.core.errors import InputError, check_setting
 from varjax.nn.attention import dot_product_attention
-from varjax.nn.compute import Compute, batch_devices
-from varjax.nn.precision import ConvFormat
+from varjax.nn.compute import Compute, ConvFormat, batch_devices
 
 IMAGES_AT_ONCE = 16  # on a device: 256-pixel maps of 160 channels take 42 MB each in float32
 # The official ones have 5 levels of 2 blocks. Whatever a file says, it is described in seconds.

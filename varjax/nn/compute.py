@@ -10,10 +10,16 @@ import jax.numpy as jnp
 from jax.extend import backend
 from jax.sharding import PartitionSpec as P
 
-from varjax.nn.precision import Precision
-
 Attention = Literal["auto", "xla", "grouped", "loop", "cudnn"]
 Remat = Literal["none", "block", "dots"]
+Precision = Literal["highest", "bfloat16_3x", "tf32_3x", "tf32", "bfloat16"]
+MANTISSA_BITS = {"bfloat16": 7, "tf32": 10}
+# What a machine does by itself, by XLA's names; TPUs multiply bfloat16, NVIDIA's GPUs TF32.
+NATIVE = {
+    ("tpu", "bfloat16_3x"): "high",
+    ("tpu", "bfloat16"): "default",
+    ("gpu", "tf32"): "default",
+}
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
 ENCODER_PRECISIONS: dict[str, Precision] = {"tpu": "bfloat16_3x", "gpu": "tf32_3x"}
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that share out a batch: training/sharding.py
@@ -24,24 +30,24 @@ class Compute:
     """Number format and execution of a model; changes how, not what it computes.
 
     Attributes:
-        dtype: format of matrix products and of the residual stream. "auto" is bfloat16 on an
-            accelerator and float32 on a CPU. Softmax, norms, logits and parameters are always
-            float32.
+        dtype: format of matrix products, and in training of the residual stream. "auto" is bfloat16
+            on an accelerator and float32 on a CPU. Softmax, norms, logits and the parameters of a
+            training are always float32.
         attention: "xla" runs anywhere; "grouped" is "xla" for so few images at a time that their
             logits stay in a TPU's fast memory; "cudnn" is the fused kernel, for 64 queries or more
             (NVIDIA, bfloat16); "loop" goes over images and heads, which suits a CPU. "auto" is
             "loop" on a CPU, unless it plays several devices: a loop over images cannot be spread;
-            "cudnn" on NVIDIA in bfloat16; "grouped" on TPUs where there is a key-value cache; and
-            "xla" elsewhere.
+            "cudnn" on NVIDIA (Ampere or later) in bfloat16; "grouped" on TPUs where there is a
+            key-value cache; and "xla" elsewhere.
         remat: what the backward pass recomputes: "none", all of a "block", or all but matrix
             products ("dots").
         unroll: unroll the layers instead of scanning them: slower to compile, faster for tiny
             models.
-        encoder_precision: products of a frozen tokenizer's encoder, whose numbers are float32; see
-            `nn/precision.py`. "auto" is "bfloat16_3x" on TPUs, "tf32_3x" on GPUs, and "highest" on
-            a CPU. Pipelines and evaluation use "highest" whatever it says.
+        encoder_precision: products of a frozen tokenizer's encoder, whose numbers are float32, as
+            `float32_convolution` takes it. "auto" is "bfloat16_3x" on TPUs, "tf32_3x" on GPUs, and
+            "highest" on a CPU. Pipelines and evaluation use "highest" whatever it says.
         platform: what programs are compiled for: "cpu" (a single device), "gpu" (NVIDIA) or "tpu";
-            "auto" is the machine that this is.
+            "auto" is the machine that this is. "gpu" is Ampere or later.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -74,8 +80,8 @@ class Compute:
             return "loop"
         if self.target == "tpu" and cached:
             return "grouped"
-        nvidia = self.target == "gpu" and (self.platform == "gpu" or not _is_rocm())
-        return "cudnn" if nvidia and self.jax_dtype == jnp.bfloat16 else "xla"
+        fused = self.target == "gpu" and (self.platform == "gpu" or _has_fused_attention())
+        return "cudnn" if fused and self.jax_dtype == jnp.bfloat16 else "xla"
 
     @property
     def loops_over_images(self) -> bool:
@@ -103,14 +109,25 @@ class Compute:
 EXACT = Compute(dtype="float32", encoder_precision="highest")
 
 
+def without_repeated_work(compute: Compute) -> Compute:
+    """Returns a way to compute in which each product of a model is there once, to be counted.
+
+    Fused kernels hide products; what is recomputed, or multiplied in three passes, is no work of
+    the model's.
+    """
+    return dataclasses.replace(compute, remat="none", attention="xla", encoder_precision="highest")
+
+
 def matmul_precision(dtype) -> str | None:
     """Returns the `precision` of products: else GPUs use TF32 for float32, TPUs bfloat16."""
     return "highest" if jnp.dtype(dtype) == jnp.float32 else None
 
 
-def _is_rocm() -> bool:
-    """Tells AMD's GPUs from NVIDIA's, which JAX calls by one name."""
-    return "rocm" in backend.get_backend().platform_version
+def _has_fused_attention() -> bool:
+    """Tells whether the GPU here is NVIDIA's, of Ampere or later: older ones have no kernel."""
+    if "rocm" in backend.get_backend().platform_version:
+        return False
+    return float(jax.local_devices()[0].compute_capability) >= 8.0
 
 
 def checkpoint_layer(layer: Callable[..., Any], compute: Compute) -> Callable[..., Any]:
@@ -142,3 +159,61 @@ def batch_devices() -> int:
 def _batch_axes() -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name in mesh.auto_axes if name in BATCH_AXES)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvFormat:
+    """How convolutions compute.
+
+    Attributes:
+        dtype: of what goes in and comes out.
+        precision: of products, where `dtype` is float32; as `float32_convolution` takes it.
+        platform: the same.
+    """
+
+    dtype: Any = jnp.float32
+    precision: Precision = "highest"
+    platform: str = "cpu"
+
+    @property
+    def convolution(self) -> Callable[..., jax.Array] | None:
+        """What `nn.Conv` takes as its convolution; None for its own."""
+        if jnp.dtype(self.dtype) != jnp.float32:
+            return None
+        return float32_convolution(self.precision, self.platform)
+
+
+def float32_convolution(precision: Precision, platform: str) -> Callable[..., jax.Array]:
+    """Returns `jax.lax.conv_general_dilated` of float32 numbers with products of a precision.
+
+    Args:
+        precision: "highest" is float32; "bfloat16" and "tf32" round both operands; with "_3x" three
+            products of such numbers make one, all but the product of the rests.
+        platform: "cpu", "gpu" or "tpu". Where the machine does not multiply like that by itself,
+            operands are rounded first: the same numbers, but no faster.
+    """
+
+    def convolution(lhs: jax.Array, rhs: jax.Array, *args: Any, **options: Any) -> jax.Array:
+        def product(a: jax.Array, b: jax.Array, by: str) -> jax.Array:
+            return jax.lax.conv_general_dilated(a, b, *args, **(options | {"precision": by}))
+
+        if precision == "highest":
+            return product(lhs, rhs, "highest")
+        if (platform, precision) in NATIVE:
+            return product(lhs, rhs, NATIVE[platform, precision])
+        short, three, _ = precision.partition("_3x")
+        # Operands that are rounded already lose nothing in the machine's own short format.
+        by = NATIVE.get((platform, short), "highest")
+        lhs_high, rhs_high = (_rounded(x, short) for x in (lhs, rhs))
+        y = product(lhs_high, rhs_high, by)
+        if three:
+            lhs_low, rhs_low = _rounded(lhs - lhs_high, short), _rounded(rhs - rhs_high, short)
+            y = y + (product(lhs_low, rhs_high, by) + product(lhs_high, rhs_low, by))
+        return y
+
+    return convolution
+
+
+def _rounded(x: jax.Array, short: str) -> jax.Array:
+    """Rounds float32 numbers to a shorter format; they stay float32."""
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=MANTISSA_BITS[short])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
 from varjax.nn.attention import MAX_HEADS, OutputHead, dense
-from varjax.nn.compute import Compute, shard_batch
+from varjax.nn.compute import Compute, batch_devices, shard_batch
 from varjax.nn.kv_cache import KeyValues
 from varjax.nn.transformer import (
     SIGNALS,
@@ -204,9 +204,9 @@ class VAR(nn.Module):
     def empty_cache(self, batch: int) -> KeyValues:
         """Makes the cache of `predict` for so many sequences."""
         c = self.config
-        return KeyValues.allocate(
-            c.depth, batch, c.pyramid.length, c.width, self.dtype, zeros=False
-        )
+        sizes = c.depth, batch, c.pyramid.length, c.width
+        # On a mesh the partitioner would not know how to share out what is only allocated.
+        return KeyValues.allocate(*sizes, self.dtype, zeros=batch_devices() > 1)
 
     def touch(self):
         """Runs everything once, so that `init` makes every parameter; without the mask of L x L."""

@@ -43,14 +43,15 @@ class VARPipeline:
         tokens_BL = model.encode(images_BHWC)
 
     Images in are uint8 or float in [0, 1], (B, H, W, channels); images out are float32 in [0, 1].
-    Each method compiles once per shape: not for a new seed, label, guidance or top-k. The pure
-    functions underneath are `VQTokenizer`, `VAR` and `varjax.var.sample`. Every device holds all
-    parameters, and a batch is shared out among the devices.
+    Each method compiles once per shape: not for a new seed, label or top-k, and for guidance once
+    without and once with it. The pure functions underneath are `VQTokenizer`, `VAR` and
+    `varjax.var.sample`. Every device holds all parameters, and a batch is shared out among the
+    devices.
 
     Attributes:
         tokenizer: config of the tokenizer.
         var: config of the transformer.
-        params: {"tokenizer": …, "var": …}, as they were given. The devices hold kernels in
+        params: {"tokenizer": …, "var": …}, on the host. The devices hold kernels in
             `compute.dtype`.
         sampling: the options that `sample` and `edit` take by default.
         compute: number format and execution. Images become tokens in float32 whatever it says, for
@@ -70,8 +71,10 @@ class VARPipeline:
         self.tokenizer, self.var, self.sampling, self.compute = tokenizer, var, sampling, compute
         mesh = batch_mesh(devices)
         self.devices: tuple[Any, ...] = tuple(mesh.devices)
-        self.params = params
-        self._held = replicate(trees.cast(CAST_KERNELS, params, compute.jax_dtype), mesh)
+        self.params = jax.device_get(params)  # devices hold but one copy, in `compute.dtype`
+        with jax.default_device(self.devices[0]):
+            held = trees.cast(CAST_KERNELS, self.params, compute.jax_dtype)
+        self._held = replicate(held, mesh)
 
         def with_tokenizer(method):
             exact = dataclasses.replace(compute, encoder_precision="highest")

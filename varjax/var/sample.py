@@ -27,7 +27,8 @@ from varjax.var.model import VAR, VARConfig
 class VAROptions:
     """Sampling options: how tokens are chosen.
 
-    Numbers may change without a new compilation; `smooth` may not.
+    Numbers may change without a new compilation, but for guidance that is turned on or off;
+    `smooth` may not.
 
     Attributes:
         cfg: classifier-free guidance at the last scale, growing linearly from 0 at the first; 0

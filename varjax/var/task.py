@@ -12,7 +12,7 @@ from varjax.core import flops, trees
 from varjax.core.errors import check_setting
 from varjax.core.model_files import read_generator
 from varjax.core.trees import PyTree
-from varjax.nn.compute import Compute
+from varjax.nn.compute import Compute, without_repeated_work
 from varjax.nn.transformer import drop_path
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.contract import check_image_shape
@@ -126,8 +126,7 @@ class VARTask:
         return state, metrics | norms | {"lr": self.optimizer.lr(state.step - 1, self.plan)}
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
-        # Fused kernels hide their products, and what is recomputed is no work of the model's.
-        compute = dataclasses.replace(self.compute, remat="none", attention="xla")
+        compute = without_repeated_work(self.compute)
         plain = dataclasses.replace(self, compute=compute)
         return flops.count(plain.train_step, state, frozen, batch, jax.random.key(0))
 

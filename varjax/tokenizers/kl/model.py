@@ -21,8 +21,7 @@ from varjax.nn.autoencoder import (
     to_model_range,
     to_unit_range,
 )
-from varjax.nn.compute import EXACT, Compute
-from varjax.nn.precision import ConvFormat
+from varjax.nn.compute import EXACT, Compute, ConvFormat
 from varjax.tokenizers.contract import Latents
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # LDM's

@@ -21,8 +21,7 @@ from varjax.nn.autoencoder import (
     to_model_range,
     to_unit_range,
 )
-from varjax.nn.compute import EXACT, Compute
-from varjax.nn.precision import ConvFormat
+from varjax.nn.compute import EXACT, Compute, ConvFormat
 from varjax.tokenizers.contract import Latents
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid, Scale
 from varjax.tokenizers.vq.quantizer import Quantized, Quantizer

@@ -10,8 +10,7 @@ import numpy as np
 
 from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_unit_range
-from varjax.nn.compute import EXACT
-from varjax.nn.precision import Precision
+from varjax.nn.compute import EXACT, Precision
 from varjax.tokenizers import image_metrics
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, encode_images
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
