@@ -73,7 +73,7 @@ def test_evaluate_times_features_and_metrics(capsys, monkeypatch):
 
 def test_wrong_commands_are_refused(capsys):
     assert benchmark.main(["paint"]) == 2
-    assert "sample|train|evaluate|data|partitioning" in capsys.readouterr().err
+    assert "sample|train|evaluate|data|tpu|partitioning" in capsys.readouterr().err
     assert benchmark.main(["sample", "--batch_size=0"]) == 1
     assert "1 or more" in capsys.readouterr().err
 
