@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from tests.helpers.paths import ROOT
-from varjax.benchmark import pieces, tpu
+from varjax.benchmark import measure, pieces, tpu
 from varjax.core import flops
 from varjax.nn.compute import Compute
 from varjax.var.model import VARConfig
@@ -145,7 +145,7 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     def missing(*_):
         raise RuntimeError("JAX TPU support not installed")
 
-    monkeypatch.setattr(tpu.topologies, "get_topology_desc", missing)
+    monkeypatch.setattr(measure.topologies, "get_topology_desc", missing)
     with pytest.raises(ValueError, match="v5e:1x1 cannot be compiled for: JAX TPU .*pip install l"):
-        tpu.tpu_device("v5e:1x1")
+        measure.tpu_devices("v5e:1x1")
     assert jax.default_backend() == "cpu"

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import os
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import topologies
 
 from varjax.core import hardware
 from varjax.core.commands import command_parser
@@ -66,3 +68,19 @@ def compute_from_flags(flags: argparse.Namespace, **others: Any) -> Compute:
         jax.config.update("jax_compilation_cache_dir", flags.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return Compute(dtype=flags.dtype, attention=flags.attention, **others)
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """Returns TPUs that need not be here, to compile for.
+
+    Raises InputError for an unknown topology, and where libtpu is missing.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # which would ask Google's cloud for minutes
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody uses a TPU here
+    try:
+        return list(topologies.get_topology_desc(topology, "tpu").devices)
+    except Exception as error:  # of many kinds
+        raise InputError(
+            f"--topology={topology} cannot be compiled for: {str(error)[:300]}. It needs "
+            "`pip install libtpu`, and a TPU kind with its grid, as in v5e:2x4 or v4:2x2x2"
+        ) from error

@@ -16,12 +16,10 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from varjax.benchmark.collectives import count_traffic
-from varjax.benchmark.measure import print_figures
+from varjax.benchmark.measure import print_figures, tpu_devices
 from varjax.core.commands import command_parser
-from varjax.core.errors import InputError
 from varjax.nn.compute import Compute, Remat
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training import sharding
@@ -54,7 +52,7 @@ def main(arguments: list[str]) -> None:
     jax.config.update("jax_num_cpu_devices", max([2, *counts]))
     for target in flags.topology.split(",") if flags.topology else counts:
         model = VARConfig.preset(flags.preset)
-        devices = _devices(target)
+        devices = jax.devices()[:target] if isinstance(target, int) else tpu_devices(target)
         shape = sharding.MeshShape(
             fsdp=flags.fsdp or math.gcd(len(devices) // flags.tensor, model.width),
             tensor=flags.tensor,
@@ -138,18 +136,6 @@ def measure_step(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str
 
 def _numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
-
-
-def _devices(target: int | str) -> list[Any]:
-    if isinstance(target, int):
-        return jax.devices()[:target]
-    try:
-        return list(topologies.get_topology_desc(target, "tpu").devices)
-    except Exception as error:  # of many kinds
-        raise InputError(
-            f"--topology={target} cannot be compiled for: {str(error)[:300]}. It needs "
-            "`pip install libtpu`, and a TPU kind with its grid, as in v5e:2x4 or v4:2x2x2"
-        ) from error
 
 
 def _placed(tree: Any, mesh: Any) -> Any:

@@ -14,19 +14,22 @@ or too much memory, or to see which scale the time goes to.
 
 import collections
 import dataclasses
-import os
 import re
 import time
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import jax
-from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import SingleDeviceSharding
 
 from varjax.benchmark.hlo_text import executed_instructions
-from varjax.benchmark.measure import compute_from_flags, model_parser, print_figures
+from varjax.benchmark.measure import (
+    compute_from_flags,
+    model_parser,
+    print_figures,
+    tpu_devices,
+)
 from varjax.benchmark.pieces import Program, decoding, encoding, sampling, training
 from varjax.core import flops
 from varjax.core.errors import InputError
@@ -69,7 +72,7 @@ def main(arguments: list[str]) -> None:
     compute = compute_from_flags(
         flags, remat=flags.remat, platform="tpu", encoder_precision=flags.encoder_precision
     )
-    device = tpu_device(flags.topology)
+    device = tpu_devices(flags.topology)[0]
     size = flags.preset, flags.batch_size, compute
     if flags.what == "sample":
         programs = sampling(*size, flags.steps, not flags.unguided, flags.parts)
@@ -134,25 +137,10 @@ class Estimate:
         }
 
 
-def tpu_device(topology: str) -> Any:
-    """Returns a TPU that need not be here, to compile for; raises InputError for unknown ones."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # which would ask Google's cloud for minutes
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody uses a TPU here
-    try:
-        device = topologies.get_topology_desc(topology, "tpu").devices[0]
-    except Exception as error:  # of many kinds
-        raise InputError(
-            f"--topology={topology} cannot be compiled for: {str(error)[:300]}. It needs "
-            "`pip install libtpu`, and a TPU kind with its grid, as in v5e:1x1 or v4:1x1x1"
-        ) from error
-    _clock(device)
-    return device
-
-
 def estimate_program(program: Program, compute: Compute, device: Any) -> Estimate:
     """Compiles a program for a device and adds up the cycles that the compiler expects."""
     # Layouts of the compiler's own choice, for a piece gets what another piece left that way.
-    chosen = Format(Layout.AUTO, SingleDeviceSharding(device))
+    chosen, clock = Format(Layout.AUTO, SingleDeviceSharding(device)), _clock(device)
     begin = time.perf_counter()
     jitted = jax.jit(
         lambda *a: program.function(*a, compute),
@@ -162,7 +150,7 @@ def estimate_program(program: Program, compute: Compute, device: Any) -> Estimat
     )
     compiled = jitted.lower(*program.arguments).compile()
     seconds = time.perf_counter() - begin
-    memory, clock = compiled.memory_analysis(), _clock(device)
+    memory = compiled.memory_analysis()
     assert memory is not None
     by_category = collections.defaultdict(float)
     for path, cycles in estimated_cycles(compiled.as_text() or ""):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from varjax.core.errors import InputError, check_setting
 from varjax.nn.attention import dot_product_attention
-from varjax.nn.compute import Compute, ConvFormat, batch_devices
+from varjax.nn.compute import Compute, ConvFormat, batch_devices, split_batch
 
 IMAGES_AT_ONCE = 16  # on a device: 256-pixel maps of 160 channels take 42 MB each in float32
 # The official ones have 5 levels of 2 blocks. Whatever a file says, it is described in seconds.
@@ -242,9 +242,7 @@ def map_images(
     pieces = _pieces(len(x), batch_devices()) if H * W >= 64**2 else 1
     if pieces == 1:
         return function(x)
-    # A piece takes every so many-th row, so that each device keeps the rows it has.
-    x = x.reshape(len(x) // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
-    y = jax.lax.map(function, x).swapaxes(0, 1)
+    y = jax.lax.map(function, split_batch(x, pieces)).swapaxes(0, 1)
     return y.reshape(-1, *y.shape[2:])
 
 

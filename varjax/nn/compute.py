@@ -150,6 +150,14 @@ def shard_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(axes))
 
 
+def split_batch(x: jax.Array, pieces: int) -> jax.Array:
+    """Cuts a batch (B, …) into (pieces, B/pieces, …).
+
+    A piece takes every so many-th row, so that each device of a mesh keeps the rows it has.
+    """
+    return x.reshape(len(x) // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
+
+
 def batch_devices() -> int:
     """Returns how many devices share out a batch, by the mesh that is set; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()

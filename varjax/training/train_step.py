@@ -10,6 +10,7 @@ import optax
 
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
+from varjax.nn.compute import split_batch
 from varjax.training.task import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -75,14 +76,10 @@ def sum_over_microbatches(
     size = jax.tree.leaves(batch)[0].shape[0]
     check_microbatches(size, accumulate)
 
-    def split(x: jax.Array) -> jax.Array:
-        # Microbatch i takes every accumulate-th row, so that each device keeps the rows it has.
-        return x.reshape(size // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1)
-
     def add(total: Any, microbatch: PyTree) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(microbatch)), None
 
-    microbatches = jax.tree.map(split, batch)
+    microbatches = jax.tree.map(lambda x: split_batch(x, accumulate), batch)
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], microbatches))
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return jax.lax.scan(add, zeros, microbatches)[0]
