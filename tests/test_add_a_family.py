@@ -59,6 +59,9 @@ class HistogramPipeline:
     def identity(self):
         return self.tokenizer.identity(self.params["tokenizer"])
 
+    def sampling_bytes(self, batch_size, options):
+        return 4 * batch_size * self.config.length * self.config.vocab
+
     def sample(self, labels, seed=0, *, index=None, **options):
         logits_BLV = self.params["histogram"]["histogram"]["kernel"][np.asarray(labels)]
         index_B = np.arange(len(labels)) if index is None else index

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from varjax.benchmark.sample import SamplingParts, mar_parts, var_parts
+from varjax.benchmark.sample import SamplingParts, model_parts
 from varjax.benchmark.train import make_task, training_loss
 from varjax.core import trees
 from varjax.core.trees import PyTree
@@ -133,7 +133,7 @@ def training(
 
 
 def _parts_and_params(preset, compute, steps, guided) -> tuple[SamplingParts, PyTree]:
-    of = (mar_parts if preset.startswith("mar") else var_parts)(preset, steps, guided)
+    of = model_parts(preset, steps, guided)
     params = jax.eval_shape(of.init, jax.random.key(0))
     return of, jax.eval_shape(lambda p: trees.cast(of.cast, p, compute.jax_dtype), params)
 

@@ -2,11 +2,13 @@
 
 varjax benchmark sample --preset=d16 --batch_size=8
 varjax benchmark sample --preset=mar_b --batch_size=8 --steps=64
+varjax benchmark sample --preset=d30 --fits=16,24,40,80
 """
 
+import argparse
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -21,23 +23,29 @@ from varjax.mar import pipeline as mar_pipeline
 from varjax.mar.latents import decode_tokens
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
-from varjax.mar.sample import sample_mar_tokens
+from varjax.mar.sample import mar_sampling_bytes, sample_mar_tokens
 from varjax.nn.compute import Compute, without_repeated_work
+from varjax.sampling.batch_size import SIZES, fitting_batch_size
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig, decode_images
 from varjax.var import pipeline as var_pipeline
 from varjax.var.model import VARConfig
-from varjax.var.sample import VAROptions, sample_images, sample_tokens
+from varjax.var.sample import VAROptions, sample_images, sample_tokens, var_sampling_bytes
 
 
 def main(arguments: list[str]) -> None:
     """Reads the command line and prints the figures; raises InputError."""
     parser = model_parser("sample", __doc__)
     parser.add_argument("--compile_only", action="store_true", help="where memory is short")
+    help = "print only what --batch_size=auto is for memories of so many GB, as in 16,24,40,80"
+    parser.add_argument("--fits", type=_gigabytes, metavar="GB,GB", help=help)
     parser.add_argument("--steps", type=int, default=64, help="in which MAR draws its tokens (64)")
     flags = parser.parse_args(arguments)
     compute, sizes = compute_from_flags(flags), (flags.preset, flags.batch_size, flags.steps)
+    if flags.fits:
+        print_fitting_batch_sizes(flags.preset, flags.steps, compute, flags.fits)
+        return
     measure_sampling(*sizes, compute, flags.repeats, flags.compile_only)
 
 
@@ -54,6 +62,7 @@ class SamplingParts:
         sample: (params, options, label_B, key_B, compute) -> latents or tokens.
         decode: (params, latents, compute) -> images.
         whole: like `sample`, to images.
+        bytes_needed: (batch size, dtype) -> what a device holds beside the weights.
     """
 
     classes: int
@@ -64,6 +73,7 @@ class SamplingParts:
     sample: Callable[..., jax.Array]
     decode: Callable[..., jax.Array]
     whole: Callable[..., jax.Array]
+    bytes_needed: Callable[[int, Any], int]
 
 
 def var_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
@@ -91,6 +101,7 @@ def var_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
         sample,
         decode,
         whole,
+        lambda batch, dtype: var_sampling_bytes(tokenizer, var, batch, dtype, guided),
     )
 
 
@@ -119,7 +130,37 @@ def mar_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
         sample,
         decode,
         whole,
+        lambda batch, dtype: mar_sampling_bytes(tokenizer, mar, batch, dtype, plan),
     )
+
+
+def print_fitting_batch_sizes(
+    preset: str, steps: int, compute: Compute, gigabytes: Sequence[float]
+) -> None:
+    """Prints what --batch_size=auto is on devices of so much memory, by arithmetic."""
+    of, dtype = model_parts(preset, steps), compute.jax_dtype
+    params = jax.eval_shape(of.init, jax.random.key(0))
+    weights = trees.nbytes(jax.eval_shape(lambda p: trees.cast(of.cast, p, dtype), params))
+
+    def needed(size: int) -> int:
+        return weights + of.bytes_needed(size, dtype)
+
+    for memory in gigabytes:
+        size = fitting_batch_size(needed, int(memory * 1e9), max(SIZES))
+        print_figures(
+            benchmark="sample",
+            preset=preset,
+            dtype=str(dtype),
+            memory_gb=memory,
+            batch_size=size,
+            weights_gb=weights / 1e9,
+            needed_gb=needed(size) / 1e9,
+        )
+
+
+def model_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
+    """Returns the programs of a released model's pipeline; raises InputError for others."""
+    return (mar_parts if preset.startswith("mar") else var_parts)(preset, steps, guided)
 
 
 def measure_sampling(
@@ -130,7 +171,7 @@ def measure_sampling(
     They are the programs that the pipelines run. efficiency: model FLOP ÷ (seconds × FLOP/s of a
     large matrix product, same run, same dtype). Raises InputError for an unknown preset.
     """
-    of = (mar_parts if preset.startswith("mar") else var_parts)(preset, steps)
+    of = model_parts(preset, steps)
     dtype, mesh = compute.jax_dtype, batch_mesh()
     index_B = jnp.arange(batch_size)
     label_B, key_B = index_B % of.classes, image_keys(0, index_B)
@@ -178,3 +219,13 @@ def measure_sampling(
                 "peak_memory_gb": memory_usage()["memory_peak_gb"],
             }
         print_figures(**setting, **figures)
+
+
+def _gigabytes(text: str) -> tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: give numbers, as in 16,24,40,80") from None
+    if not all(0 < value < float("inf") for value in values):
+        raise argparse.ArgumentTypeError(f"{text}: give numbers above 0")
+    return values

@@ -21,6 +21,7 @@ from varjax.core.commands import command_parser, run_command
 from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.errors import InputError
 from varjax.families import load, option_classes
+from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.edit_masks import box_mask, read_mask
 from varjax.sampling.outputs import check_out
 from varjax.sampling.sampler import given_options
@@ -58,7 +59,8 @@ def edit_image(arguments: list[str]) -> None:
             f"center-cropped to {shape[1]}x{shape[0]}"
         )
     label = classes if flags.label is None else flags.label
-    batch = min(flags.count, flags.batch_size * len(model.devices))
+    batch_size = choose_batch_size(flags.batch_size, model, [options])
+    batch = min(flags.count, batch_size * len(model.devices))
     results = []
     for start in tqdm(range(0, flags.count, batch), "editing", unit="batch"):
         images_BHWC = model.edit(

@@ -16,6 +16,7 @@ from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.distributed import add_process_flags, connect_by_flags, run_on_processes
 from varjax.core.errors import InputError
 from varjax.families import load, option_classes
+from varjax.sampling.batch_size import add_batch_size_flag, choose_batch_size
 from varjax.sampling.job import SamplingJob, run_job
 from varjax.sampling.outputs import check_out, open_output
 from varjax.sampling.sampler import add_option_flags, given_options
@@ -38,7 +39,7 @@ def add_sampling_flags(
     about = "images of each class, or variations (%(default)s)"
     add("--count", type=int, default=4, help=about)
     add("--seed", type=int, default=0, help="another seed, other images (0)")
-    add("--batch_size", type=int, default=32, help="images at a time on each device (32)")
+    add_batch_size_flag(parser)
     add("--dtype", default="auto", help="auto, float32 or bfloat16")
     add("--out", default=out, help=out_help)
     # Those of every family: which of them a model takes is known once it is loaded.
@@ -48,8 +49,9 @@ def add_sampling_flags(
 def check_sampling_flags(flags: argparse.Namespace) -> None:
     """Raises InputError for a number of `add_sampling_flags` that is out of range."""
     for name in ("count", "batch_size"):
-        if getattr(flags, name) < 1:
-            raise InputError(f"{name}={getattr(flags, name)}: must be 1 or more")
+        value = getattr(flags, name)
+        if value != "auto" and value < 1:
+            raise InputError(f"{name}={value}: must be 1 or more")
     if not 0 <= flags.seed < 2**31:
         raise InputError(f"seed={flags.seed}: must lie in 0 … {2**31 - 1}")
 
@@ -72,7 +74,8 @@ def draw_samples(arguments: list[str]) -> None:
     model = load(flags.weights, flags.dtype)
     labels = choose_labels(flags.labels, model.classes)
     options = model.options(**given_options(flags, option_classes()))
-    batch_size = min(flags.batch_size, len(labels) * flags.count)
+    batch_size = choose_batch_size(flags.batch_size, model, [options])
+    batch_size = min(batch_size, len(labels) * flags.count)
     job = SamplingJob(labels, flags.count, flags.seed, options, batch_size)
     columns = flags.count if flags.count > 1 else None
     output = open_output(flags.out, job.label_N, columns, job.seed, job.request(model))

@@ -1,6 +1,7 @@
 """Speed and memory of the devices here."""
 
 import functools
+import os
 import re
 import resource
 import sys
@@ -104,6 +105,14 @@ def memory_usage() -> dict[str, float]:
             name: max(s.get(field, 0) for s in statistics) / 1e9 for name, field in names.items()
         }
     return {"memory_peak_gb": process_peak_gb()}
+
+
+def device_memory(device: Any) -> int:
+    """Returns the bytes that JAX may use on a device; of a CPU, its share of the machine's."""
+    statistics = device.memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return statistics["bytes_limit"]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
 
 
 def process_peak_gb() -> float:

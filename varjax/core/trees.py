@@ -62,6 +62,11 @@ def difference(expected: Any, actual: Any) -> str:
     return "\n".join(lines)
 
 
+def nbytes(tree: Any) -> int:
+    """Returns how many bytes all leaves have together, arrays or `jax.ShapeDtypeStruct`."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def digest(tree: Any) -> str:
     """Returns the sha256 of all leaves' paths, types, shapes and bytes, in hexadecimal digits."""
     total = hashlib.sha256()

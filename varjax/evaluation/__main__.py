@@ -47,6 +47,7 @@ from varjax.families import load, option_classes
 from varjax.metrics.features import FeatureExtractor, feature_network
 from varjax.metrics.image_sets import open_image_set
 from varjax.metrics.references import default_cache
+from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.job import SamplingJob
 from varjax.sampling.sampler import given_options
 
@@ -84,26 +85,26 @@ def evaluate(arguments: list[str]) -> None:
         return
     model = load(flags.weights, flags.dtype)
     options = model.options(**given)
-    job = SamplingJob(
-        tuple(range(model.classes)), flags.count, flags.seed, options, flags.batch_size
-    )
+    # All of them are checked before the first one is drawn.
+    points = parse_sweep(flags.sweep, options) if flags.sweep else [{}]
+    chosen = [(point, model.options(**{**given, **point})) for point in points]
+    batch_size = choose_batch_size(flags.batch_size, model, [each for _, each in chosen])
+    job = SamplingJob(tuple(range(model.classes)), flags.count, flags.seed, options, batch_size)
     if not flags.sweep:
         report = evaluate_model(settings, model, flags.weights, job, out)
         if first:
             print_report(report)
         return
     check_sweep_output(out)
-    # All of them are checked before the first one is drawn.
-    chosen = [(p, model.options(**{**given, **p})) for p in parse_sweep(flags.sweep, options)]
-    points = []
+    measured = []
     for point, options in chosen:
         print(", ".join(f"{name}={value}" for name, value in point.items()), file=sys.stderr)
         job = dataclasses.replace(job, options=options)
         report = evaluate_model(settings, model, flags.weights, job, point_path(out, point))
-        points.append(SweepPoint(point, report))
+        measured.append(SweepPoint(point, report))
     if first:
-        picture = write_sweep(points, out)
-        print(f"\n{sweep_table(points)}\n\nthe curve: {picture}\nall points: {out}")
+        picture = write_sweep(measured, out)
+        print(f"\n{sweep_table(measured)}\n\nthe curve: {picture}\nall points: {out}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,7 +20,7 @@ from varjax.mar.latents import (
 )
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig, bind_mar
 from varjax.mar.options import MAROptions, check_sampling, make_plan
-from varjax.mar.sample import KnownTokens, sample_mar_tokens
+from varjax.mar.sample import KnownTokens, mar_sampling_bytes, sample_mar_tokens
 from varjax.nn.compute import Compute
 from varjax.sampling.sampler import (
     checked_edit,
@@ -155,6 +155,12 @@ class MARPipeline:
         Raises InputError for an unknown name and for a value out of range.
         """
         return check_sampling(self.mar, replace_options(self.sampling, given))
+
+    def sampling_bytes(self, batch_size: int, options: MAROptions) -> int:
+        """Reckons how much memory a device needs to sample so many images at a time."""
+        given = self.tokenizer, self.mar, batch_size, self.compute.jax_dtype
+        beside = mar_sampling_bytes(*given, make_plan(self.mar, options))
+        return trees.nbytes(self._held) + beside
 
     def encode(self, images_BHWC: Array) -> jax.Array:
         """Encodes images into latents: the posterior's mean in the transformer's units, or codes.

@@ -14,8 +14,10 @@ import numpy as np
 
 from varjax.core.trees import PyTree
 from varjax.mar.causal import causal_next, causal_start
+from varjax.mar.latents import TokenizerConfig
 from varjax.mar.model import DiffusionHead, MARConfig, bind_denoiser, bind_mar
 from varjax.mar.options import SamplingPlan
+from varjax.nn.autoencoder import decoding_bytes
 from varjax.nn.compute import Compute
 from varjax.nn.diffusion import NoiseSchedule, reverse_diffusion
 from varjax.sampling.sampler import fold_in_each
@@ -262,3 +264,42 @@ def _take(x_BL, place_Bn):
 def _repeat(x_B, streams):
     """The same batch for each stream of guidance."""
     return jnp.concatenate([x_B] * streams)
+
+
+def mar_sampling_bytes(
+    tokenizer: TokenizerConfig | None,
+    config: MARConfig,
+    batch: int,
+    dtype: Any,
+    plan: SamplingPlan,
+) -> int:
+    """Reckons how much memory a device needs, beside the weights, to sample a batch.
+
+    It is that of the transformer, of the head or of the decoder, whichever is the most.
+
+    Args:
+        tokenizer: config of the tokenizer, if there is one.
+        config: of the transformer.
+        batch: number of images on the device.
+        dtype: of matrix products.
+        plan: of sampling.
+    """
+    rows, item = batch * (2 if plan.guided else 1), jnp.dtype(dtype).itemsize
+    tokens, C = config.buffer + config.length, config.width
+    new = max(bucket.new for bucket in plan.buckets)
+    if config.attention == "causal":
+        layers = config.encoder_depth + config.decoder_depth
+        transformer, new = 2 * (layers + 1) * rows * tokens * C * item, 1
+    else:
+        # Residual stream and norm in float32; q, k, v, and twice the MLP's inner width; and the
+        # attention matrices of a layer with their softmax.
+        heads = max(config.encoder_heads, config.decoder_heads)
+        transformer = rows * tokens * (C * (2 * 4 + 11 * item) + heads * tokens * 2 * 4)
+    if isinstance(config.head, DiffusionHead):  # three signals a block; as compiled, 20 more
+        head = rows * new * config.head.width * (3 * config.head.depth + 20) * item
+    else:
+        head = rows * new * config.head.vocab * 3 * 4
+    decoder = 0
+    if tokenizer is not None:
+        decoder = decoding_bytes(batch, tokenizer.image_shape, tokenizer.width)
+    return max(transformer, head, decoder)

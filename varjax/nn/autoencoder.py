@@ -246,6 +246,18 @@ def map_images(
     return y.reshape(-1, *y.shape[2:])
 
 
+def decoding_bytes(batch: int, image_shape: tuple[int, int, int], width: int) -> int:
+    """Reckons how much memory a decoder needs beside its weights, for a batch on one device.
+
+    Args:
+        batch: number of images.
+        image_shape: (H, W, channels) of an image.
+        width: of the decoder at full resolution, where three float32 maps are there at once.
+    """
+    H, W, channels = image_shape
+    return 4 * H * W * (3 * width * min(batch, IMAGES_AT_ONCE) + 2 * channels * batch)
+
+
 def _pieces(rows: int, devices: int) -> int:
     """Returns into how many equal pieces a batch is cut, so that a device has few rows at once."""
     for pieces in range(1, rows + 1):

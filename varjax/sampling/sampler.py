@@ -53,6 +53,13 @@ class Sampler(Protocol):
         """Returns all that images depend on besides labels, seed and options, as JSON data."""
         ...
 
+    def sampling_bytes(self, batch_size: int, options: Any) -> int:
+        """Reckons how much memory a device needs to sample so many images at a time.
+
+        options: as `options()` returns them.
+        """
+        ...
+
     def sample(
         self,
         labels: Any,

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from varjax.core import trees
 from varjax.core.buckets import as_path
 from varjax.core.trees import PyTree
 from varjax.training.evaluate import Evaluator
@@ -88,7 +89,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
 
 
 def _sizes(tree: PyTree, placement: PyTree) -> str:
-    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+    whole = trees.nbytes(tree)
     return f"{_gb(whole)} in all, {_gb(bytes_on_device(tree, placement))} on a device"
 
 

@@ -24,6 +24,7 @@ from varjax.var.sample import (
     VAROptions,
     keep_at_every_scale,
     sample_images,
+    var_sampling_bytes,
 )
 
 Array = np.ndarray | jax.Array
@@ -128,6 +129,11 @@ class VARPipeline:
         Raises InputError for an unknown name and for a value out of range.
         """
         return replace_options(self.sampling, given).check()
+
+    def sampling_bytes(self, batch_size: int, options: VAROptions) -> int:
+        """Reckons how much memory a device needs to sample so many images at a time."""
+        given = self.tokenizer, self.var, batch_size, self.compute.jax_dtype, bool(options.cfg)
+        return trees.nbytes(self._held) + var_sampling_bytes(*given)
 
     def encode(self, images_BHWC: Array) -> jax.Array:
         """Encodes images into tokens (B, L) int32, the scales concatenated."""

@@ -5,6 +5,7 @@ Zero-shot editing (VAR, section 5.3) is the same loop with the image's own token
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -14,7 +15,7 @@ import numpy as np
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.nn import resize
-from varjax.nn.autoencoder import to_unit_range
+from varjax.nn.autoencoder import decoding_bytes, to_unit_range
 from varjax.nn.compute import Compute
 from varjax.sampling.sampler import fold_in_each, option_field
 from varjax.tokenizers.vq.model import VQConfig, decode_images, make_quantizer
@@ -292,3 +293,28 @@ def gumbel_noise(key_B: jax.Array, like_BlV: jax.Array) -> jax.Array:
     The argmax of logits and noise is a draw from the softmax of the logits.
     """
     return jax.vmap(lambda key: jax.random.gumbel(key, like_BlV.shape[1:]))(key_B)
+
+
+def var_sampling_bytes(
+    tokenizer: VQConfig, var: VARConfig, batch: int, dtype: Any, guided: bool
+) -> int:
+    """Reckons how much memory a device needs, beside the weights, to sample a batch.
+
+    It is that of the transformer at the last scale or that of the decoder, whichever is more.
+
+    Args:
+        tokenizer: config of the tokenizer.
+        var: of the transformer.
+        batch: number of images on the device.
+        dtype: of matrix products.
+        guided: whether there is a second stream, for guidance.
+    """
+    rows, item = batch * (2 if guided else 1), jnp.dtype(dtype).itemsize
+    L, l, C = var.pyramid.length, var.pyramid.lengths[-1], var.width  # noqa: E741
+    cache = 2 * (var.depth + 1) * rows * L * C * item  # and what one layer reads of it
+    # Residual stream and norm in float32; q, k, v, and twice the MLP's inner width.
+    layer = rows * l * C * (2 * 4 + 11 * item)
+    logits = (rows + 2 * batch) * l * var.vocab * 4  # and, of the guided ones, filters and noise
+    return max(
+        cache + layer + logits, decoding_bytes(batch, tokenizer.image_shape, tokenizer.width)
+    )
