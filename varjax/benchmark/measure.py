@@ -12,7 +12,7 @@ from jax.experimental import topologies
 from varjax.core import hardware
 from varjax.core.commands import command_parser
 from varjax.core.errors import InputError
-from varjax.nn.compute import Attention, Compute, matmul_precision
+from varjax.nn.compute import Attention, Compute, Remat, matmul_precision
 
 
 class MatmulPeak:
@@ -55,6 +55,13 @@ def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     add("--repeats", type=int, default=3, help="the fastest of so many calls counts (3)")
     add("--cache", help="a folder for compiled programs, for the next run to use")
     return parser
+
+
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a training's `Compute`."""
+    about = "as in Compute, for training"
+    parser.add_argument("--remat", choices=get_args(Remat), default="none", help=about)
+    parser.add_argument("--unroll", action="store_true", help=about)
 
 
 def compute_from_flags(flags: argparse.Namespace, **others: Any) -> Compute:

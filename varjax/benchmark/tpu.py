@@ -2,6 +2,7 @@
 
 varjax benchmark tpu --preset=d16 --what=sample --batch_size=16
 varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --topology=v6e:1x1
+varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --remat=dots --unroll
 
 Needs `pip install libtpu`. The compiler writes into each instruction how many cycles it expects;
 these are added up, loops as often as they run, and divided by the chip's clock. It is an estimate:
@@ -25,6 +26,7 @@ from jax.sharding import SingleDeviceSharding
 
 from varjax.benchmark.hlo_text import executed_instructions
 from varjax.benchmark.measure import (
+    add_training_flags,
     compute_from_flags,
     model_parser,
     print_figures,
@@ -34,7 +36,7 @@ from varjax.benchmark.pieces import Program, decoding, encoding, sampling, train
 from varjax.core import flops
 from varjax.core.errors import InputError
 from varjax.core.hardware import published_peak_flops
-from varjax.nn.compute import Compute, Precision, Remat, without_repeated_work
+from varjax.nn.compute import Compute, Precision, without_repeated_work
 
 # GHz, by what begins `device_kind`.
 CLOCKS = {"TPU v4": 1.05, "TPU v5 lite": 1.5, "TPU v5": 1.75, "TPU v6": 1.75}
@@ -62,7 +64,7 @@ def main(arguments: list[str]) -> None:
     add("--what", choices=get_args(What), default="sample")
     add("--topology", default="v5e:1x1", help="kind and grid of chips; compiles for one (v5e:1x1)")
     add("--encoder_precision", choices=("auto", *get_args(Precision)), default="auto")
-    add("--remat", choices=get_args(Remat), default="none", help="as in Compute, for training")
+    add_training_flags(parser)
     add("--cached", action="store_true", help="train on tokens, not on images")
     add("--unguided", action="store_true", help="sample without guidance")
     add("--steps", type=int, default=64, help="in which MAR draws its tokens (64)")
@@ -70,7 +72,11 @@ def main(arguments: list[str]) -> None:
     flags = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     compute = compute_from_flags(
-        flags, remat=flags.remat, platform="tpu", encoder_precision=flags.encoder_precision
+        flags,
+        remat=flags.remat,
+        unroll=flags.unroll,
+        platform="tpu",
+        encoder_precision=flags.encoder_precision,
     )
     device = tpu_devices(flags.topology)[0]
     size = flags.preset, flags.batch_size, compute

@@ -6,17 +6,23 @@ varjax benchmark train --preset=mar_b --batch_size=8
 
 import time
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
+from varjax.benchmark.measure import (
+    MatmulPeak,
+    add_training_flags,
+    compute_from_flags,
+    model_parser,
+    print_figures,
+)
 from varjax.core import flops
 from varjax.core.hardware import fastest_seconds, memory_usage
 from varjax.mar.model import MARConfig
 from varjax.mar.task import MARTask
-from varjax.nn.compute import Compute, Remat
+from varjax.nn.compute import Compute
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.task import Plan, TrainState
@@ -28,9 +34,9 @@ from varjax.var.task import VARTask
 def main(arguments: list[str]) -> None:
     """Reads the command line and prints the figures; raises InputError."""
     parser = model_parser("train", __doc__)
-    parser.add_argument("--remat", choices=get_args(Remat), default="none")
+    add_training_flags(parser)
     flags = parser.parse_args(arguments)
-    compute = compute_from_flags(flags, remat=flags.remat)
+    compute = compute_from_flags(flags, remat=flags.remat, unroll=flags.unroll)
     measure_training(flags.preset, flags.batch_size, compute, flags.repeats)
 
 
@@ -51,6 +57,7 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
         "dtype": str(dtype),
         "attention": "xla" if dropout else compute.attention_implementation(),
         "remat": compute.remat,
+        "unroll": compute.unroll,
     }
     key, label_B = jax.random.key(0), jnp.arange(batch_size) % task.model.classes
     shape = (batch_size, *tokenizer.image_shape)

@@ -41,8 +41,8 @@ class Compute:
             key-value cache; and "xla" elsewhere.
         remat: what the backward pass recomputes: "none", all of a "block", or all but matrix
             products ("dots").
-        unroll: unroll the layers instead of scanning them: slower to compile, faster for tiny
-            models.
+        unroll: unroll the layers instead of scanning them: slower to compile, but a scan copies
+            what the backward pass needs (docs/benchmarks.md), and tiny models are faster.
         encoder_precision: products of a frozen tokenizer's encoder, whose numbers are float32, as
             `float32_convolution` takes it. "auto" is "bfloat16_3x" on TPUs, "tf32_3x" on GPUs, and
             "highest" on a CPU. Pipelines and evaluation use "highest" whatever it says.
