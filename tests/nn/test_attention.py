@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from varjax.nn import attention
-from varjax.nn.attention import dot_product_attention, mask_segments
+from varjax.nn.attention import cached_attention, dot_product_attention, mask_segments
 from varjax.nn.compute import Compute
+from varjax.nn.kv_cache import KeyValues, LayerCache
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid
 
 SCALES = 1, 4, 7, 9  # the last two are segments of their own
@@ -46,12 +47,11 @@ def test_segments_leave_no_key_out_and_none_in(mask_lL):
 
 
 @pytest.mark.parametrize("key_mask_BL", [None, KEY_MASK_BL])
-@pytest.mark.parametrize("implementation", ["xla", "grouped", "loop"])
+@pytest.mark.parametrize("implementation", ["xla", "loop"])
 def test_every_implementation_is_the_masked_product_with_its_gradient(
     implementation, key_mask_BL, monkeypatch
 ):
     monkeypatch.setattr(attention, "SHORTEST", 49)
-    monkeypatch.setattr(attention, "FAST_MEMORY", 4 * 2 * 81 * LENGTH)  # one image at a time
     assert len(mask_segments(MASK_LL)) == 3
     attend = functools.partial(dot_product_attention, scale=0.3, implementation=implementation)
 
@@ -68,6 +68,31 @@ def test_every_implementation_is_the_masked_product_with_its_gradient(
     np.testing.assert_allclose(found, expected, atol=5e-7)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(grad, expected_grad, atol=3e-6)
+
+
+@pytest.mark.parametrize("batch", [6, 7])
+@pytest.mark.parametrize("key_mask", [False, True])
+def test_groups_of_images_read_the_cache_by_themselves(batch, key_mask, monkeypatch):
+    key_KB = jax.random.split(jax.random.key(3), 4)
+    cache = KeyValues(*(jax.random.normal(k, (2, batch, 9, 8)) for k in key_KB[:2]))
+    q_BlAD = jax.random.normal(key_KB[2], (batch, 3, 2, 4))
+    new_BlC = jax.random.normal(key_KB[3], (batch, 3, 8))
+    past = LayerCache(cache, 1, 4, 7).write(new_BlC, -new_BlC)
+    key_mask_BL = jnp.arange(7)[None] < 1 + jnp.arange(batch)[:, None] if key_mask else None
+
+    def attend(implementation):
+        return lambda q_BlAD: cached_attention(
+            q_BlAD, past, scale=0.5, implementation=implementation, key_mask_BL=key_mask_BL
+        )
+
+    monkeypatch.setattr(attention, "FAST_MEMORY", 4 * 2 * 3 * 7 * 3)  # of three images
+    found, expected = (jax.jit(attend(i))(q_BlAD) for i in ("grouped", "xla"))
+    np.testing.assert_allclose(found, expected, atol=5e-7)
+    np.testing.assert_array_equal(past.read()[1][:, 4:], -new_BlC)
+    loops = str(jax.make_jaxpr(attend("grouped"))(q_BlAD)).count("scan[")
+    assert loops == (0 if key_mask else 1)
+    monkeypatch.setattr(attention, "FAST_MEMORY", 2**25)
+    assert "scan[" not in str(jax.make_jaxpr(attend("grouped"))(q_BlAD))
 
 
 @pytest.fixture

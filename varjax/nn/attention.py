@@ -114,27 +114,6 @@ def _at_once(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
     return jnp.einsum("BAlL,BLAD->BlAD", weights_BAlL, v_BLAD, precision=precision)
 
 
-def _in_groups(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
-    """Attends in so few images at a time that their logits stay in fast memory."""
-    B, queries, heads, _ = q_BlAD.shape
-    images = max(1, FAST_MEMORY // (4 * heads * queries * k_BLAD.shape[1]))
-    # On a mesh a loop over images would gather them.
-    if dropout is not None or images >= B or compute.batch_devices() > 1:
-        whole = q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL
-        return _at_once(*whole, dropout=dropout, scale=scale)
-    while B % images:
-        images -= 1
-
-    def attend(x):
-        q_BlAD, k_BLAD, v_BLAD, key_mask_BL = x
-        group = q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL
-        return _at_once(*group, dropout=None, scale=scale)
-
-    split = lambda x: x.reshape(B // images, images, *x.shape[1:])  # noqa: E731
-    groups = jax.tree.map(split, (q_BlAD, k_BLAD, v_BLAD, key_mask_BL))
-    return jax.lax.map(attend, groups).reshape(q_BlAD.shape)
-
-
 def _by_fused_kernel(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
     """Attends by cuDNN's kernel, where it can and pays."""
     _, queries, _, D = q_BlAD.shape
@@ -184,10 +163,50 @@ def _image_by_image(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, sc
 
 _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": _at_once,
-    "grouped": _in_groups,
+    "grouped": _at_once,  # groups are those of `cached_attention`
     "cudnn": _by_fused_kernel,
     "loop": _image_by_image,
 }
+
+
+def cached_attention(
+    q_BlAD: jax.Array,
+    past: LayerCache,
+    mask_lL: np.ndarray | None = None,
+    *,
+    implementation: compute.Attention = "xla",
+    key_mask_BL: jax.Array | None = None,
+    **options: Any,
+) -> jax.Array:
+    """Attends to the keys and values of a cache; arguments as in `dot_product_attention`.
+
+    "grouped" takes so few images at a time that their logits stay in fast memory, and reads them
+    from the cache without a copy of all.
+    """
+    B, queries, heads, _ = q_BlAD.shape
+
+    def attend(q_BlAD, number, count):
+        k_BLAD, v_BLAD = (_split_heads(x, heads) for x in past.read(number * count, count))
+        return dot_product_attention(
+            q_BlAD,
+            k_BLAD,
+            v_BLAD,
+            mask_lL,
+            implementation=implementation,
+            key_mask_BL=key_mask_BL,
+            **options,
+        )
+
+    images = max(1, FAST_MEMORY // (4 * heads * queries * past.stop))
+    # On a mesh a loop over images would gather them. What has a key mask has few queries.
+    masked = key_mask_BL is not None
+    if implementation != "grouped" or masked or images >= B or compute.batch_devices() > 1:
+        return attend(q_BlAD, 0, B)
+    while B % images:
+        images -= 1
+    groups = q_BlAD.reshape(B // images, images, *q_BlAD.shape[1:])
+    numbered = jnp.arange(len(groups)), groups
+    return jax.lax.map(lambda x: attend(x[1], x[0], images), numbered).reshape(q_BlAD.shape)
 
 
 def mask_segments(mask_lL: np.ndarray) -> list[tuple[slice, int, np.ndarray | None]]:
@@ -292,9 +311,8 @@ class MultiHeadAttention(nn.Module):
         width, dtype = x_BlC.shape[-1], self.compute.jax_dtype
 
         def project(name, use_bias):
-            return self._split_heads(
-                dense(width, dtype, self.kernel_init, name, use_bias=use_bias)(x_BlC)
-            )
+            layer = dense(width, dtype, self.kernel_init, name, use_bias=use_bias)
+            return _split_heads(layer(x_BlC), self.heads)
 
         q_BlAD, v_BlAD = project("q", True), project("v", True)
         k_BlAD = project("k", self.key_bias)
@@ -308,25 +326,23 @@ class MultiHeadAttention(nn.Module):
             scale = 1.0
         else:
             scale = self.scale / (width // self.heads) ** 0.5
+        options: dict[str, Any] = {
+            "scale": scale,
+            "implementation": self.compute.attention_implementation(cached=past is not None),
+            "key_mask_BL": key_mask_BL,
+            "dropout": dropout,
+        }
         if past is None:
-            k_BLAD, v_BLAD, cache = k_BlAD, v_BlAD, None
+            y_BlAD = dot_product_attention(q_BlAD, k_BlAD, v_BlAD, mask_lL, **options)
         else:
-            k_BLC, v_BLC, cache = past.extend(*(_join_heads(x) for x in (k_BlAD, v_BlAD)))
-            k_BLAD, v_BLAD = (self._split_heads(x) for x in (k_BLC, v_BLC))
-        y_BlAD = dot_product_attention(
-            q_BlAD,
-            k_BLAD,
-            v_BLAD,
-            mask_lL,
-            scale=scale,
-            implementation=self.compute.attention_implementation(cached=past is not None),
-            key_mask_BL=key_mask_BL,
-            dropout=dropout,
-        )
+            past = past.write(_join_heads(k_BlAD), _join_heads(v_BlAD))
+            y_BlAD = cached_attention(q_BlAD, past, mask_lL, **options)
+        cache = None if past is None else past.cache
         return dense(width, dtype, self.out_init, "proj")(_join_heads(y_BlAD)), cache
 
-    def _split_heads(self, x_BlC):
-        return einops.rearrange(x_BlC, "B l (A D) -> B l A D", A=self.heads)
+
+def _split_heads(x_BlC, heads):
+    return einops.rearrange(x_BlC, "B l (A D) -> B l A D", A=heads)
 
 
 def _join_heads(x_BlAD):

@@ -33,12 +33,12 @@ class Compute:
         dtype: format of matrix products, and in training of the residual stream. "auto" is bfloat16
             on an accelerator and float32 on a CPU. Softmax, norms, logits and the parameters of a
             training are always float32.
-        attention: "xla" runs anywhere; "grouped" is "xla" for so few images at a time that their
-            logits stay in a TPU's fast memory; "cudnn" is the fused kernel, for 64 queries or more
-            (NVIDIA, bfloat16); "loop" goes over images and heads, which suits a CPU. "auto" is
-            "loop" on a CPU, unless it plays several devices: a loop over images cannot be spread;
-            "cudnn" on NVIDIA (Ampere or later) in bfloat16; "grouped" on TPUs where there is a
-            key-value cache; and "xla" elsewhere.
+        attention: "xla" runs anywhere; "grouped" is "xla", but with a key-value cache for so few
+            images at a time that their logits stay in a TPU's fast memory; "cudnn" is the fused
+            kernel, for 64 queries or more (NVIDIA, bfloat16); "loop" goes over images and heads,
+            which suits a CPU. "auto" is "loop" on a CPU, unless it plays several devices: a loop
+            over images cannot be spread; "cudnn" on NVIDIA (Ampere or later) in bfloat16; "grouped"
+            on TPUs where there is a key-value cache; and "xla" elsewhere.
         remat: what the backward pass recomputes: "none", all of a "block", or all but matrix
             products ("dots").
         unroll: unroll the layers instead of scanning them: slower to compile, but a scan copies

@@ -58,17 +58,31 @@ class LayerCache:
     stop: int = flax.struct.field(pytree_node=False)
 
     @jax.named_scope("cache")
-    def extend(self, k_BlC: jax.Array, v_BlC: jax.Array) -> tuple[jax.Array, jax.Array, KeyValues]:
-        """Writes new tokens; returns all keys and values to attend to, (B, L, C), and the cache."""
+    def write(self, k_BlC: jax.Array, v_BlC: jax.Array) -> "LayerCache":
+        """Writes new tokens; returns the cache with them."""
 
         def put(all_SBLC, new_BlC):
             place = (self.number, 0, self.start, 0)
             return jax.lax.dynamic_update_slice(all_SBLC, new_BlC[None], place)
 
-        def read(all_SBLC):
-            _, B, _, C = all_SBLC.shape
-            return jax.lax.dynamic_slice(all_SBLC, (self.number, 0, 0, 0), (1, B, self.stop, C))[0]
-
         keys_SBLC = put(self.cache.keys_SBLC, k_BlC)
         values_SBLC = put(self.cache.values_SBLC, v_BlC)
-        return read(keys_SBLC), read(values_SBLC), KeyValues(keys_SBLC, values_SBLC)
+        return self.replace(cache=KeyValues(keys_SBLC, values_SBLC))
+
+    @jax.named_scope("cache")
+    def read(
+        self, first: int | jax.Array = 0, count: int | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns keys and values to attend to, (count, stop, C), of some examples.
+
+        Args:
+            first: number of the first example.
+            count: how many; None for all.
+        """
+
+        def some(all_SBLC):
+            _, B, _, C = all_SBLC.shape
+            sizes = 1, count or B, self.stop, C
+            return jax.lax.dynamic_slice(all_SBLC, (self.number, first, 0, 0), sizes)[0]
+
+        return some(self.cache.keys_SBLC), some(self.cache.values_SBLC)
