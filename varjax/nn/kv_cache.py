@@ -67,7 +67,8 @@ class LayerCache:
 
         keys_SBLC = put(self.cache.keys_SBLC, k_BlC)
         values_SBLC = put(self.cache.values_SBLC, v_BlC)
-        return self.replace(cache=KeyValues(keys_SBLC, values_SBLC))
+        cache = KeyValues(keys_SBLC, values_SBLC)
+        return LayerCache(cache, self.number, self.start, self.stop)
 
     @jax.named_scope("cache")
     def read(
