@@ -61,7 +61,7 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a training's `Compute`."""
     about = "as in Compute, for training"
     parser.add_argument("--remat", choices=get_args(Remat), default="none", help=about)
-    parser.add_argument("--unroll", action="store_true", help=about)
+    parser.add_argument("--unroll", action="store_true", help="as in Compute")
 
 
 def compute_from_flags(flags: argparse.Namespace, **others: Any) -> Compute:

@@ -2,7 +2,7 @@
 
 varjax benchmark sample --preset=d16 --batch_size=8
 varjax benchmark sample --preset=mar_b --batch_size=8 --steps=64
-varjax benchmark sample --preset=d30 --fits=16,24,40,80
+varjax benchmark sample --preset=d30 --dtype=bfloat16 --fits=16,24,40,80
 """
 
 import argparse
@@ -62,7 +62,7 @@ class SamplingParts:
         sample: (params, options, label_B, key_B, compute) -> latents or tokens.
         decode: (params, latents, compute) -> images.
         whole: like `sample`, to images.
-        bytes_needed: (batch size, dtype) -> what a device holds beside the weights.
+        bytes_needed: (batch size, compute) -> what a device holds beside the weights.
     """
 
     classes: int
@@ -73,7 +73,7 @@ class SamplingParts:
     sample: Callable[..., jax.Array]
     decode: Callable[..., jax.Array]
     whole: Callable[..., jax.Array]
-    bytes_needed: Callable[[int, Any], int]
+    bytes_needed: Callable[[int, Compute], int]
 
 
 def var_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
@@ -101,7 +101,7 @@ def var_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
         sample,
         decode,
         whole,
-        lambda batch, dtype: var_sampling_bytes(tokenizer, var, batch, dtype, guided),
+        lambda batch, compute: var_sampling_bytes(tokenizer, var, batch, compute, guided),
     )
 
 
@@ -130,7 +130,7 @@ def mar_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
         sample,
         decode,
         whole,
-        lambda batch, dtype: mar_sampling_bytes(tokenizer, mar, batch, dtype, plan),
+        lambda batch, compute: mar_sampling_bytes(tokenizer, mar, batch, compute, plan),
     )
 
 
@@ -143,7 +143,7 @@ def print_fitting_batch_sizes(
     weights = trees.nbytes(jax.eval_shape(lambda p: trees.cast(of.cast, p, dtype), params))
 
     def needed(size: int) -> int:
-        return weights + of.bytes_needed(size, dtype)
+        return weights + of.bytes_needed(size, compute)
 
     for memory in gigabytes:
         size = fitting_batch_size(needed, int(memory * 1e9), max(SIZES))

@@ -92,6 +92,8 @@ def main(arguments: list[str]) -> None:
         "preset": flags.preset,
         "batch_size": flags.batch_size,
         "dtype": str(compute.jax_dtype),
+        "remat": compute.remat,
+        "unroll": compute.unroll,
         "compiled_for": device.device_kind,
     }
     total, by_category = 0.0, collections.defaultdict(float)

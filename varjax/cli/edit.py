@@ -59,7 +59,7 @@ def edit_image(arguments: list[str]) -> None:
             f"center-cropped to {shape[1]}x{shape[0]}"
         )
     label = classes if flags.label is None else flags.label
-    batch_size = choose_batch_size(flags.batch_size, model, [options])
+    batch_size = choose_batch_size(flags.batch_size, model, options, flags.count)
     batch = min(flags.count, batch_size * len(model.devices))
     results = []
     for start in tqdm(range(0, flags.count, batch), "editing", unit="batch"):

@@ -18,7 +18,7 @@ from varjax.core.errors import InputError
 from varjax.families import load, option_classes
 from varjax.sampling.batch_size import add_batch_size_flag, choose_batch_size
 from varjax.sampling.job import SamplingJob, run_job
-from varjax.sampling.outputs import check_out, open_output
+from varjax.sampling.outputs import begun_batch_size, check_out, open_output
 from varjax.sampling.sampler import add_option_flags, given_options
 
 
@@ -74,8 +74,13 @@ def draw_samples(arguments: list[str]) -> None:
     model = load(flags.weights, flags.dtype)
     labels = choose_labels(flags.labels, model.classes)
     options = model.options(**given_options(flags, option_classes()))
-    batch_size = choose_batch_size(flags.batch_size, model, [options])
-    batch_size = min(batch_size, len(labels) * flags.count)
+    batch_size = choose_batch_size(
+        flags.batch_size,
+        model,
+        options,
+        len(labels) * flags.count,
+        lambda: begun_batch_size(flags.out),
+    )
     job = SamplingJob(labels, flags.count, flags.seed, options, batch_size)
     columns = flags.count if flags.count > 1 else None
     output = open_output(flags.out, job.label_N, columns, job.seed, job.request(model))

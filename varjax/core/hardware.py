@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 import re
 import resource
 import sys
@@ -12,6 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+# Of Linux's control groups, of version 2 and 1; the former holds "max" where there is no limit.
+CONTAINER_LIMITS = (
+    pathlib.Path("/sys/fs/cgroup/memory.max"),
+    pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 # Published TFLOP/s of dense matrix products in bfloat16 (T4, V100: float16), of what JAX calls one
 # device: half a chip for TPU v2, v3 and 7x and for MI250. The first match in `device_kind` counts.
 PUBLISHED_TFLOPS = (
@@ -107,12 +113,18 @@ def memory_usage() -> dict[str, float]:
     return {"memory_peak_gb": process_peak_gb()}
 
 
-def device_memory(device: Any) -> int:
-    """Returns the bytes that JAX may use on a device; of a CPU, its share of the machine's."""
-    statistics = device.memory_stats() or {}
-    if "bytes_limit" in statistics:
-        return statistics["bytes_limit"]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // jax.local_device_count()
+def device_memory(device: Any) -> int | None:
+    """Returns the bytes that JAX may use on a device; None where it does not tell.
+
+    A CPU has its share of the machine's memory, or of what a container may use.
+    """
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CONTAINER_LIMITS:
+        text = path.read_text().strip() if path.exists() else ""
+        memory = min(memory, int(text)) if text.isdigit() else memory
+    return memory // jax.local_device_count()
 
 
 def process_peak_gb() -> float:

@@ -13,8 +13,9 @@ the protocol of the published numbers.
 """
 
 import argparse
-import dataclasses
+import pathlib
 import sys
+from typing import Any
 
 import jax
 
@@ -31,6 +32,7 @@ from varjax.core.distributed import (
 from varjax.core.errors import InputError
 from varjax.evaluation.evaluate import (
     EvaluationSettings,
+    begun_batch_size_of_report,
     evaluate_images,
     evaluate_model,
     print_report,
@@ -85,26 +87,31 @@ def evaluate(arguments: list[str]) -> None:
         return
     model = load(flags.weights, flags.dtype)
     options = model.options(**given)
-    # All of them are checked before the first one is drawn.
-    points = parse_sweep(flags.sweep, options) if flags.sweep else [{}]
-    chosen = [(point, model.options(**{**given, **point})) for point in points]
-    batch_size = choose_batch_size(flags.batch_size, model, [each for _, each in chosen])
-    job = SamplingJob(tuple(range(model.classes)), flags.count, flags.seed, options, batch_size)
+    labels = tuple(range(model.classes))
+
+    def report_at(out: pathlib.Path, options: Any) -> dict[str, Any]:
+        images = len(labels) * flags.count
+        size = choose_batch_size(
+            flags.batch_size, model, options, images, lambda: begun_batch_size_of_report(out)
+        )
+        job = SamplingJob(labels, flags.count, flags.seed, options, size)
+        return evaluate_model(settings, model, flags.weights, job, out)
+
     if not flags.sweep:
-        report = evaluate_model(settings, model, flags.weights, job, out)
+        report = report_at(out, options)
         if first:
             print_report(report)
         return
     check_sweep_output(out)
-    measured = []
+    # All of them are checked before the first one is drawn.
+    chosen = [(p, model.options(**{**given, **p})) for p in parse_sweep(flags.sweep, options)]
+    points = []
     for point, options in chosen:
         print(", ".join(f"{name}={value}" for name, value in point.items()), file=sys.stderr)
-        job = dataclasses.replace(job, options=options)
-        report = evaluate_model(settings, model, flags.weights, job, point_path(out, point))
-        measured.append(SweepPoint(point, report))
+        points.append(SweepPoint(point, report_at(point_path(out, point), options)))
     if first:
-        picture = write_sweep(measured, out)
-        print(f"\n{sweep_table(measured)}\n\nthe curve: {picture}\nall points: {out}")
+        picture = write_sweep(points, out)
+        print(f"\n{sweep_table(points)}\n\nthe curve: {picture}\nall points: {out}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ from varjax.metrics.image_sets import DatasetImages, FolderImages, ImageSet
 from varjax.metrics.references import Reference, read_reference, reference_of_images
 from varjax.metrics.report import SampleMetrics, measure, metrics_table
 from varjax.sampling.job import SamplingJob, run_job
+from varjax.sampling.outputs import begun_batch_size
 from varjax.sampling.sampler import Sampler
 from varjax.var.model import VARConfig
 
@@ -148,6 +149,16 @@ def evaluate_model(
         return _write_report(out, request, measured, output.store, about)
 
     return on_first_process(finish)
+
+
+def begun_batch_size_of_report(out: pathlib.Path) -> int | None:
+    """Returns the batch size that a report's samples were begun with; None without a beginning."""
+    if not out.exists():
+        return begun_batch_size(out)
+    try:
+        return files.read_json(out)["request"]["samples"].get("batch_size")
+    except (InputError, OSError, KeyError, TypeError, AttributeError):
+        return None  # no report, which `finished_report` refuses
 
 
 def finished_report(out: pathlib.Path, request: Mapping[str, Any]) -> dict | None:

@@ -158,7 +158,7 @@ class MARPipeline:
 
     def sampling_bytes(self, batch_size: int, options: MAROptions) -> int:
         """Reckons how much memory a device needs to sample so many images at a time."""
-        given = self.tokenizer, self.mar, batch_size, self.compute.jax_dtype
+        given = self.tokenizer, self.mar, batch_size, self.compute
         beside = mar_sampling_bytes(*given, make_plan(self.mar, options))
         return trees.nbytes(self._held) + beside
 

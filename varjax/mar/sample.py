@@ -270,7 +270,7 @@ def mar_sampling_bytes(
     tokenizer: TokenizerConfig | None,
     config: MARConfig,
     batch: int,
-    dtype: Any,
+    compute: Compute,
     plan: SamplingPlan,
 ) -> int:
     """Reckons how much memory a device needs, beside the weights, to sample a batch.
@@ -281,22 +281,24 @@ def mar_sampling_bytes(
         tokenizer: config of the tokenizer, if there is one.
         config: of the transformer.
         batch: number of images on the device.
-        dtype: of matrix products.
+        compute: how the transformer is computed.
         plan: of sampling.
     """
-    rows, item = batch * (2 if plan.guided else 1), jnp.dtype(dtype).itemsize
+    rows, item = batch * (2 if plan.guided else 1), compute.jax_dtype.itemsize
     tokens, C = config.buffer + config.length, config.width
     new = max(bucket.new for bucket in plan.buckets)
-    if config.attention == "causal":
-        layers = config.encoder_depth + config.decoder_depth
-        transformer, new = 2 * (layers + 1) * rows * tokens * C * item, 1
+    # Of a token in a layer: residual stream and norm in float32; q, k, v, and twice the MLP's inner
+    # width; and the attention matrix with its softmax.
+    heads = max(config.encoder_heads, config.decoder_heads)
+    of_token = C * (2 * 4 + 11 * item) + heads * tokens * 2 * 4
+    if config.attention == "causal":  # both stacks' caches, and what a layer of each reads
+        layers = config.encoder_depth + config.decoder_depth + 2
+        cache, new = 2 * layers * rows * tokens * C * item, 1
+        transformer = cache + rows * config.buffer * of_token
     else:
-        # Residual stream and norm in float32; q, k, v, and twice the MLP's inner width; and the
-        # attention matrices of a layer with their softmax.
-        heads = max(config.encoder_heads, config.decoder_heads)
-        transformer = rows * tokens * (C * (2 * 4 + 11 * item) + heads * tokens * 2 * 4)
-    if isinstance(config.head, DiffusionHead):  # three signals a block; as compiled, 20 more
-        head = rows * new * config.head.width * (3 * config.head.depth + 20) * item
+        transformer = rows * tokens * of_token
+    if isinstance(config.head, DiffusionHead):  # three signals a block; as compiled, 22 more
+        head = rows * new * config.head.width * (3 * config.head.depth + 22) * item
     else:
         head = rows * new * config.head.vocab * 3 * 4
     decoder = 0

@@ -73,7 +73,7 @@ def dot_product_attention(
         v_BLAD: values.
         mask_lL: where it is False nothing is seen; None for everything.
         scale: factor on the products of queries and keys.
-        implementation: "xla", "grouped", "loop" or "cudnn"; see `Compute`. "cudnn" is "xla" where
+        implementation: "xla", "loop" or "cudnn"; see `Compute`. "cudnn" is "xla" where
             its kernel does not fit: with dropout, for other formats than bfloat16, for head sizes D
             over 128 or no multiple of 8, and for fewer than 64 queries.
         key_mask_BL: the keys of each example that may be seen, one at least; None for all.
@@ -163,7 +163,6 @@ def _image_by_image(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, sc
 
 _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": _at_once,
-    "grouped": _at_once,  # groups are those of `cached_attention`
     "cudnn": _by_fused_kernel,
     "loop": _image_by_image,
 }
@@ -174,14 +173,23 @@ def cached_attention(
     past: LayerCache,
     mask_lL: np.ndarray | None = None,
     *,
+    scale: float,
     implementation: compute.Attention = "xla",
     key_mask_BL: jax.Array | None = None,
-    **options: Any,
+    dropout: Dropout | None = None,
 ) -> jax.Array:
-    """Attends to the keys and values of a cache; arguments as in `dot_product_attention`.
+    """Attends to the keys and values of a cache; (B, l, A, D), as `dot_product_attention`.
 
-    "grouped" takes so few images at a time that their logits stay in fast memory, and reads them
-    from the cache without a copy of all.
+    Args:
+        q_BlAD: queries.
+        past: the cache, which holds the keys and values of these tokens, too.
+        mask_lL: as in `dot_product_attention`.
+        scale: the same.
+        implementation: as there, or "grouped": "xla" for so few images at a time that their logits
+            stay in fast memory, and whose keys and values are read from the cache without a copy
+            of all.
+        key_mask_BL: as there.
+        dropout: the same.
     """
     B, queries, heads, _ = q_BlAD.shape
 
@@ -192,15 +200,16 @@ def cached_attention(
             k_BLAD,
             v_BLAD,
             mask_lL,
-            implementation=implementation,
+            scale=scale,
+            implementation="xla" if implementation == "grouped" else implementation,
             key_mask_BL=key_mask_BL,
-            **options,
+            dropout=dropout,
         )
 
     images = max(1, FAST_MEMORY // (4 * heads * queries * past.stop))
-    # On a mesh a loop over images would gather them. What has a key mask has few queries.
-    masked = key_mask_BL is not None
-    if implementation != "grouped" or masked or images >= B or compute.batch_devices() > 1:
+    # On a mesh a loop over images would gather them.
+    whole = images >= B or compute.batch_devices() > 1
+    if implementation != "grouped" or whole or key_mask_BL is not None or dropout is not None:
         return attend(q_BlAD, 0, B)
     while B % images:
         images -= 1

@@ -255,7 +255,8 @@ def decoding_bytes(batch: int, image_shape: tuple[int, int, int], width: int) ->
         width: of the decoder at full resolution, where three float32 maps are there at once.
     """
     H, W, channels = image_shape
-    return 4 * H * W * (3 * width * min(batch, IMAGES_AT_ONCE) + 2 * channels * batch)
+    at_once = batch // _pieces(batch, 1) if H * W >= 64**2 else batch
+    return 4 * H * W * (3 * width * at_once + 2 * channels * batch)
 
 
 def _pieces(rows: int, devices: int) -> int:

@@ -74,6 +74,8 @@ class Compute:
 
         cached: whether earlier keys come from a cache, so that there is no gradient.
         """
+        if self.attention == "grouped" and not cached:
+            return "xla"
         if self.attention != "auto":
             return self.attention
         if self.loops_over_images:

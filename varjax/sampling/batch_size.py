@@ -2,15 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
-from varjax.core.distributed import on_first_process
+import jax
+
+from varjax.core.distributed import on_all_processes, on_first_process
 from varjax.core.hardware import device_memory
 from varjax.sampling.sampler import Sampler
 
-SIZES = (128, 64, 32, 16, 8, 4, 2)  # more images at a time are hardly faster
+SIZES = (128, 64, 32, 16, 8, 4, 2, 1)  # more images at a time are hardly faster
 LARGEST_ON_CPU = 32  # a CPU computes image by image; fewer at a time show progress earlier
+WITHOUT_MEMORY = 32  # where a device does not tell its memory
 USABLE = 0.8  # of a memory, for arithmetic leaves out buffers that the compiler adds
 
 
@@ -20,30 +23,46 @@ def add_batch_size_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", default="auto", type=_size_or_auto, help=help)
 
 
-def choose_batch_size(asked: int | str, model: Sampler, options: Iterable[Any]) -> int:
-    """Returns the number that is asked for, or for "auto" one that fits, and says which.
+def choose_batch_size(
+    asked: int | str,
+    model: Sampler,
+    options: Any,
+    images: int,
+    begun: Callable[[], int | None] = lambda: None,
+) -> int:
+    """Returns how many images each device samples at a time; says so where it is "auto".
 
-    All processes get that of the first one.
+    That is what is asked for. "auto" is the size that the output was begun with, or the largest
+    of SIZES that fits into the memory of all devices and leaves none of them without work.
 
     Args:
         asked: a number or "auto".
         model: that samples.
-        options: the model's own, of all that it will sample.
+        options: the model's own.
+        images: how many there will be, on all devices of all processes.
+        begun: returns the size that the output was begun with, if it was.
     """
     if isinstance(asked, int):
-        return asked
-    device, needed = model.devices[0], list(options)
-
-    def bytes_needed(size: int) -> int:
-        return max(model.sampling_bytes(size, each) for each in needed)
+        return min(asked, images)
+    cpu = model.devices[0].platform == "cpu"
+    here = [device_memory(device) for device in model.devices]
+    told = on_all_processes(lambda: None if None in here else min(x for x in here if x))
 
     def choose() -> int:
-        memory = device_memory(device)
-        largest = LARGEST_ON_CPU if device.platform == "cpu" else max(SIZES)
-        size = fitting_batch_size(bytes_needed, memory, largest)
+        if (size := begun()) is not None:
+            print(f"batch_size=auto: {size}, as in what is there", file=sys.stderr)
+            return size
+        share = -(-images // (len(model.devices) * jax.process_count()))
+        if None in told:
+            size = min(WITHOUT_MEMORY, share)
+            print(f"batch_size=auto: {size}, for the device tells no memory", file=sys.stderr)
+            return size
+        memory = min(told)
+        largest = min(share, LARGEST_ON_CPU if cpu else max(SIZES))
+        size = fitting_batch_size(lambda n: model.sampling_bytes(n, options), memory, largest)
         print(
-            f"batch_size=auto: {size} images at a time on each device, "
-            f"{bytes_needed(size) / 1e9:.1f} of {memory / 1e9:.1f} GB",
+            f"batch_size=auto: {size} at a time on each device, for which it needs "
+            f"{model.sampling_bytes(size, options) / 1e9:.1f} of {memory / 1e9:.1f} GB",
             file=sys.stderr,
         )
         return size
@@ -52,15 +71,15 @@ def choose_batch_size(asked: int | str, model: Sampler, options: Iterable[Any]) 
 
 
 def fitting_batch_size(bytes_needed: Callable[[int], int], memory: int, largest: int) -> int:
-    """Returns the largest of SIZES, up to `largest`, that fits into a memory; 1 if none does.
+    """Returns the largest of SIZES, cut to `largest`, that fits into a memory; 1 if none does.
 
     Args:
         bytes_needed: by a number of images.
         memory: of a device, in bytes; USABLE of it are there for sampling.
         largest: the most images.
     """
-    fit = (n for n in SIZES if n <= largest and bytes_needed(n) <= USABLE * memory)
-    return next(fit, 1)
+    sizes = (min(size, largest) for size in SIZES)
+    return next((n for n in sizes if bytes_needed(n) <= USABLE * memory), 1)
 
 
 def _size_or_auto(text: str) -> int | str:

@@ -132,7 +132,7 @@ class VARPipeline:
 
     def sampling_bytes(self, batch_size: int, options: VAROptions) -> int:
         """Reckons how much memory a device needs to sample so many images at a time."""
-        given = self.tokenizer, self.var, batch_size, self.compute.jax_dtype, bool(options.cfg)
+        given = self.tokenizer, self.var, batch_size, self.compute, bool(options.cfg)
         return trees.nbytes(self._held) + var_sampling_bytes(*given)
 
     def encode(self, images_BHWC: Array) -> jax.Array:

@@ -5,7 +5,6 @@ Zero-shot editing (VAR, section 5.3) is the same loop with the image's own token
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import flax.struct
 import jax
@@ -296,7 +295,7 @@ def gumbel_noise(key_B: jax.Array, like_BlV: jax.Array) -> jax.Array:
 
 
 def var_sampling_bytes(
-    tokenizer: VQConfig, var: VARConfig, batch: int, dtype: Any, guided: bool
+    tokenizer: VQConfig, var: VARConfig, batch: int, compute: Compute, guided: bool
 ) -> int:
     """Reckons how much memory a device needs, beside the weights, to sample a batch.
 
@@ -306,15 +305,18 @@ def var_sampling_bytes(
         tokenizer: config of the tokenizer.
         var: of the transformer.
         batch: number of images on the device.
-        dtype: of matrix products.
+        compute: how the transformer is computed.
         guided: whether there is a second stream, for guidance.
     """
-    rows, item = batch * (2 if guided else 1), jnp.dtype(dtype).itemsize
+    rows, item = batch * (2 if guided else 1), compute.jax_dtype.itemsize
     L, l, C = var.pyramid.length, var.pyramid.lengths[-1], var.width  # noqa: E741
     cache = 2 * (var.depth + 1) * rows * L * C * item  # and what one layer reads of it
     # Residual stream and norm in float32; q, k, v, and twice the MLP's inner width.
     layer = rows * l * C * (2 * 4 + 11 * item)
-    logits = (rows + 2 * batch) * l * var.vocab * 4  # and, of the guided ones, filters and noise
+    if compute.attention_implementation(cached=True) == "xla":  # its matrices and their softmax
+        layer += rows * var.heads * l * L * 2 * 4
+    # And, of the guided ones, those for the filters, noise, and a mixture of codes.
+    logits = (rows + 3 * batch) * l * var.vocab * 4
     return max(
         cache + layer + logits, decoding_bytes(batch, tokenizer.image_shape, tokenizer.width)
     )
