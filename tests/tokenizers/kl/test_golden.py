@@ -20,13 +20,13 @@ def test_the_posterior_and_its_mode_decoded_are_the_reference_s():
     images_BHWC = (golden.image() + 1) / 2
 
     @jax.jit
-    def everything(images_BHWC):
+    def everything(params, images_BHWC):
         latents = config.encode(params, images_BHWC)
         model = KLTokenizer(config).bind({"params": params})
         y_BHWC = model.decode(latents["mean_BhwZ"])
         return latents, kl_divergence(latents), y_BHWC, config.decode(params, latents)
 
-    latents, kl_B, y_BHWC, decoded_BHWC = everything(images_BHWC)
+    latents, kl_B, y_BHWC, decoded_BHWC = everything(params, images_BHWC)
     assert_close(latents["mean_BhwZ"], expected["mean"])
     assert_close(latents["std_BhwZ"], expected["std"])
     assert_close(kl_B, expected["kl"])
