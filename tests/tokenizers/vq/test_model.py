@@ -18,7 +18,7 @@ def test_tokenizer_computes_what_the_reference_computes(name):
     model = VQTokenizer(config)
 
     @jax.jit
-    def everything(image_BHWC):
+    def everything(params, image_BHWC):
         f_BhwZ = model.apply(params, image_BHWC, method=VQTokenizer.features)
         quantized = model.apply(params, f_BhwZ, method=lambda m, f: m.quantizer(f))
         tokens_BL, input_BlZ = model.apply(
@@ -28,7 +28,7 @@ def test_tokenizer_computes_what_the_reference_computes(name):
         loss = jnp.mean(quantizer_loss(f_BhwZ, quantized.f_hats, 0.25))
         return f_BhwZ, quantized, tokens_BL, input_BlZ, decoded, loss
 
-    found = everything(golden.images(name))
+    found = everything(params, golden.images(name))
     f_BhwZ, quantized, tokens_BL, input_BlZ, decoded_KBHWC, loss = found
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-4)
     close(f_BhwZ.transpose(0, 3, 1, 2), expected["features"])
