@@ -88,7 +88,7 @@ def test_groups_of_images_read_the_cache_by_themselves(batch, key_mask, monkeypa
     monkeypatch.setattr(attention, "FAST_MEMORY", 4 * 2 * 3 * 7 * 3)  # of three images
     found, expected = (jax.jit(attend(i))(q_BlAD) for i in ("grouped", "xla"))
     np.testing.assert_allclose(found, expected, atol=5e-7)
-    np.testing.assert_array_equal(past.read()[1][:, 4:], -new_BlC)
+    np.testing.assert_array_equal(past.read(0, batch)[1][:, 4:], -new_BlC)
     loops = str(jax.make_jaxpr(attend("grouped"))(q_BlAD)).count("scan[")
     assert loops == (0 if key_mask else 1)
     monkeypatch.setattr(attention, "FAST_MEMORY", 2**25)

@@ -21,7 +21,7 @@ from varjax.metrics.image_sets import DatasetImages, FolderImages, ImageSet
 from varjax.metrics.references import Reference, read_reference, reference_of_images
 from varjax.metrics.report import SampleMetrics, measure, metrics_table
 from varjax.sampling.job import SamplingJob, run_job
-from varjax.sampling.outputs import begun_batch_size
+from varjax.sampling.outputs import begun_batch_size, parts_folder
 from varjax.sampling.sampler import Sampler
 from varjax.var.model import VARConfig
 
@@ -104,7 +104,7 @@ def evaluate_images(
     request = {"samples": samples, "reference": reference.digest}
     if (done := finished_report(out, request)) is not None:
         return done
-    store = FeatureStore(_parts_folder(out), samples)
+    store = FeatureStore(parts_folder(out), samples)
     extract_features(images, settings.extract, store, "samples")
     features = store.join(parts_of(images.shape[0]))
     measured = measure(features, reference, images.label_N)
@@ -135,7 +135,7 @@ def evaluate_model(
 
     if (done := on_first_process(begin)) is not None:
         return done
-    output = FeatureOutput(_parts_folder(out), samples, settings.extract)
+    output = FeatureOutput(parts_folder(out), samples, settings.extract)
     run_job(model, job, output)
 
     def finish() -> dict[str, Any]:
@@ -197,10 +197,6 @@ def published_model(config: Any) -> str | None:
         ):
             return name
     return None
-
-
-def _parts_folder(out: pathlib.Path) -> pathlib.Path:
-    return out.with_name(f".{out.name}.parts")
 
 
 def _read_reference(settings: EvaluationSettings, image_shape: Sequence[int]) -> Reference:

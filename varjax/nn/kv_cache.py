@@ -71,19 +71,16 @@ class LayerCache:
         return LayerCache(cache, self.number, self.start, self.stop)
 
     @jax.named_scope("cache")
-    def read(
-        self, first: int | jax.Array = 0, count: int | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+    def read(self, first: int | jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
         """Returns keys and values to attend to, (count, stop, C), of some examples.
 
         Args:
             first: number of the first example.
-            count: how many; None for all.
+            count: how many.
         """
 
         def some(all_SBLC):
-            _, B, _, C = all_SBLC.shape
-            sizes = 1, count or B, self.stop, C
+            sizes = 1, count, self.stop, all_SBLC.shape[-1]
             return jax.lax.dynamic_slice(all_SBLC, (self.number, first, 0, 0), sizes)[0]
 
         return some(self.cache.keys_SBLC), some(self.cache.values_SBLC)

@@ -68,13 +68,18 @@ def open_output(
     return FolderOutput(path, label_N, request)
 
 
+def parts_folder(path: pathlib.Path) -> pathlib.Path:
+    """Returns the folder beside a file where its parts lie until all are there."""
+    return path.with_name(f".{path.name}.parts")
+
+
 def begun_batch_size(location: str | pathlib.Path) -> int | None:
     """Returns the batch size that an output was begun with; None where there is no such output."""
     path = as_path(location)
     try:
         if path.suffix == ".npz" and path.exists():
             return _request_in(path).get("batch_size")
-        folder = _parts_folder(path) if path.suffix else path
+        folder = parts_folder(path) if path.suffix else path
         return files.read_json(folder / REQUEST).get("batch_size")
     except (InputError, OSError, AttributeError):
         return None  # nothing there, or something else, which `begin` refuses
@@ -143,7 +148,7 @@ class NpzOutput:
         self, path: pathlib.Path, label_N: np.ndarray, seed: int, request: Mapping[str, Any]
     ):
         self._path, self._label_N, self._seed, self._request = path, label_N, seed, request
-        self._parts = _parts_folder(path)
+        self._parts = parts_folder(path)
 
     def begin(self, write: bool) -> None:
         if self._path.exists():
@@ -207,10 +212,6 @@ def _check_writable(folder: pathlib.Path) -> None:
 def _member(archive, name):
     """Opens a new member of a zip file; it bears no date, so equal content is equal bytes."""
     return archive.open(zipfile.ZipInfo(name), "w", force_zip64=True)
-
-
-def _parts_folder(path):
-    return path.with_name(f".{path.name}.parts")
 
 
 def _request_in(path):
