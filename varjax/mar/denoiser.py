@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from varjax.nn.attention import dense
 from varjax.nn.compute import Compute
+from varjax.nn.linear import dense
 from varjax.nn.transformer import modulate
 from varjax.nn.vit import layer_norm
 

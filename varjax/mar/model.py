@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
 from varjax.mar.denoiser import DenoisingMLP
-from varjax.nn.attention import MAX_HEADS, Dropout, OutputHead, dense
+from varjax.nn.attention import MAX_HEADS, Dropout
 from varjax.nn.compute import Compute, shard_batch
+from varjax.nn.linear import OutputHead, dense
 from varjax.nn.vit import ViTBlock, init_vit_blocks, layer_norm, run_vit_blocks
 
 DECODER = 1 << 16  # folded into dropout's keys, so that its layers draw other masks

@@ -13,6 +13,7 @@ import numpy as np
 
 from varjax.nn import compute
 from varjax.nn.kv_cache import KeyValues, LayerCache
+from varjax.nn.linear import dense
 
 MAX_LOG_SCALE = float(np.log(100))
 SHORTEST = 65  # queries that are worth products of their own
@@ -363,51 +364,3 @@ def l2_normalize(x_BlAD: jax.Array) -> jax.Array:
     x_BlAD = x_BlAD.astype(jnp.float32)
     square_BlA1 = jnp.sum(jnp.square(x_BlAD), axis=-1, keepdims=True)
     return x_BlAD * jax.lax.rsqrt(jnp.maximum(square_BlA1, 1e-24))
-
-
-def dense(features, dtype, init, name, *, use_bias=True) -> nn.Dense:
-    """Makes a linear layer in `dtype` with float32 parameters and a zero bias."""
-    return nn.Dense(
-        features,
-        use_bias=use_bias,
-        dtype=dtype,
-        precision=compute.matmul_precision(dtype),
-        kernel_init=init,
-        name=name,
-        dot_general=_flat,
-    )
-
-
-class OutputHead(nn.Module):
-    """A linear layer whose results are float32, exact sums of products of `dtype`.
-
-    Attributes:
-        features: number of results.
-        dtype: format of what is multiplied.
-        kernel_init: initializer of the kernel; the bias is 0 at first.
-    """
-
-    features: int
-    dtype: jnp.dtype
-    kernel_init: nn.initializers.Initializer
-
-    @nn.compact
-    def __call__(self, x_BlC: jax.Array) -> jax.Array:
-        """Returns (B, l, features) float32."""
-        shape = x_BlC.shape[-1], self.features
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape[1:], jnp.float32)
-        y = _flat(
-            x_BlC.astype(self.dtype),
-            kernel.astype(self.dtype),
-            None,
-            precision=compute.matmul_precision(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
-        return y + jnp.broadcast_to(bias, y.shape)
-
-
-def _flat(x, kernel, _, **options):
-    """x @ kernel over one long axis: of two, the kernel's gradient is a third slower on a CPU."""
-    y = jax.lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])

@@ -5,9 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.nn.attention import MultiHeadAttention, dense
+from varjax.nn.attention import MultiHeadAttention
 from varjax.nn.compute import Compute, checkpoint_layer, shard_batch
 from varjax.nn.kv_cache import KeyValues, LayerCache
+from varjax.nn.linear import dense
 
 SIGNALS = 6  # gate1, gate2, scale1, scale2, shift1, shift2: the order of the reference
 MLP_RATIO = 4

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
-from varjax.nn.attention import MAX_HEADS, OutputHead, dense
+from varjax.nn.attention import MAX_HEADS
 from varjax.nn.compute import Compute, batch_devices, shard_batch
 from varjax.nn.kv_cache import KeyValues
+from varjax.nn.linear import OutputHead, dense
 from varjax.nn.transformer import (
     SIGNALS,
     Block,
