@@ -59,8 +59,8 @@ def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a training's `Compute`."""
-    about = "as in Compute, for training"
-    parser.add_argument("--remat", choices=get_args(Remat), default="none", help=about)
+    about = "as in Compute, for training; the default is what most recipes train with (dots)"
+    parser.add_argument("--remat", choices=get_args(Remat), default="dots", help=about)
     parser.add_argument("--unroll", action="store_true", help="as in Compute")
 
 

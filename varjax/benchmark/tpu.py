@@ -2,7 +2,7 @@
 
 varjax benchmark tpu --preset=d16 --what=sample --batch_size=16
 varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --topology=v6e:1x1
-varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --remat=dots --unroll
+varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --unroll
 
 Needs `pip install libtpu`. The compiler writes into each instruction how many cycles it expects;
 these are added up, loops as often as they run, and divided by the chip's clock. It is an estimate:

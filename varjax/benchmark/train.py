@@ -1,6 +1,6 @@
 """Measures how fast a transformer of a released size trains on one device, on random images.
 
-varjax benchmark train --preset=d16 --batch_size=8 --remat=dots
+varjax benchmark train --preset=d16 --batch_size=8
 varjax benchmark train --preset=mar_b --batch_size=8
 """
 

@@ -40,7 +40,8 @@ class Compute:
             over images cannot be spread; "cudnn" on NVIDIA (Ampere or later) in bfloat16; "grouped"
             on TPUs where there is a key-value cache; and "xla" elsewhere.
         remat: what the backward pass recomputes: "none", all of a "block", or all but matrix
-            products ("dots").
+            products ("dots"), which is faster than "none" for large models, too: a scan over layers
+            copies what it keeps.
         unroll: unroll the layers instead of scanning them: slower to compile, but a scan copies
             what the backward pass needs (docs/benchmarks.md), and tiny models are faster.
         encoder_precision: products of a frozen tokenizer's encoder, whose numbers are float32, as

@@ -11,7 +11,7 @@ def dense(
     features: int,
     dtype: jnp.dtype,
     init: nn.initializers.Initializer,
-    name: str,
+    name: str | None,
     *,
     use_bias: bool = True,
 ) -> nn.Dense:
@@ -21,7 +21,7 @@ def dense(
         features: number of results.
         dtype: format of what is multiplied, and of the results.
         init: initializer of the kernel.
-        name: of the layer among the parameters.
+        name: of the layer among the parameters; None for that of the attribute that holds it.
         use_bias: whether it has a bias.
     """
     return nn.Dense(
