@@ -10,6 +10,7 @@ from varjax.core.errors import InputError, check_setting
 from varjax.nn.attention import dot_product_attention
 from varjax.nn.compute import Compute, ConvFormat, batch_devices, split_batch
 
+PIXELS_OF_LARGE_IMAGES = 64**2  # from here on a few at a time are better
 IMAGES_AT_ONCE = 16  # on a device: 256-pixel maps of 160 channels take 42 MB each in float32
 # The official ones have 5 levels of 2 blocks. Whatever a file says, it is described in seconds.
 MAX_LEVELS, MAX_BLOCKS = 10, 40  # the latter of all levels together
@@ -236,10 +237,10 @@ def map_images(
         compute: tells what the program is compiled for.
     """
     H, W, _ = image_shape
-    if compute.loops_over_images and H * W >= 64**2:
+    if compute.loops_over_images and H * W >= PIXELS_OF_LARGE_IMAGES:
         # A CPU's convolutions of large images are 1.4 times faster one by one: docs/benchmarks.md.
         return jax.lax.map(lambda x: function(x[None])[0], x)
-    pieces = _pieces(len(x), batch_devices()) if H * W >= 64**2 else 1
+    pieces = _pieces(len(x), batch_devices(), H * W)
     if pieces == 1:
         return function(x)
     y = jax.lax.map(function, split_batch(x, pieces)).swapaxes(0, 1)
@@ -255,12 +256,14 @@ def decoding_bytes(batch: int, image_shape: tuple[int, int, int], width: int) ->
         width: of the decoder at full resolution, where three float32 maps are there at once.
     """
     H, W, channels = image_shape
-    at_once = batch // _pieces(batch, 1) if H * W >= 64**2 else batch
+    at_once = batch // _pieces(batch, 1, H * W)
     return 4 * H * W * (3 * width * at_once + 2 * channels * batch)
 
 
-def _pieces(rows: int, devices: int) -> int:
+def _pieces(rows: int, devices: int, pixels: int) -> int:
     """Returns into how many equal pieces a batch is cut, so that a device has few rows at once."""
+    if pixels < PIXELS_OF_LARGE_IMAGES:
+        return 1
     for pieces in range(1, rows + 1):
         size = rows / pieces / devices
         if size.is_integer() and IMAGES_AT_ONCE // 2 <= size <= IMAGES_AT_ONCE:
