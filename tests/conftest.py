@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from tests.helpers import tiny
-from varjax.core import folders, saved_steps
+from varjax.core import folders, read_errors
 from varjax.training import loop
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -26,7 +26,7 @@ os.environ["XLA_FLAGS"] = (
 
 
 # No test's files lie behind a network, which would have to be waited for.
-folders.LISTING_SECONDS, saved_steps.READ_PAUSES = 0.0, (0.0,)
+folders.LISTING_SECONDS, read_errors.READ_PAUSES = 0.0, (0.0,)
 
 
 def pytest_configure(config):

@@ -1,6 +1,5 @@
 """Checkpoints on the disk, read by one process without waiting for any other."""
 
-import errno
 import os
 import pathlib
 import re
@@ -11,20 +10,15 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from varjax.core import files, trees
+from varjax.core import files, read_errors, trees
 from varjax.core.buckets import absolute, as_path, in_bucket
 from varjax.core.errors import InputError, StorageError
+from varjax.core.read_errors import machine_errno
 from varjax.core.trees import PyTree
 
 STATE_TREES = ("params", "ema", "opt_state")
 READ_ERRORS = (ValueError, KeyError, OSError)  # what Orbax raises for files that are not all there
-READ_PAUSES = (0.1, 0.5, 2.0)  # seconds until a read that failed is tried again
-# They tell of the machine or the network, not of the files, which may be good.
-ENVIRONMENT_ERRORS = frozenset(
-    (errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
-)
 DAMAGE = re.compile(r"NOT_FOUND|DATA_LOSS|FAILED_PRECONDITION|missing|[Mm]etadata")
-TENSORSTORE_CODE = re.compile(r"os_error_code='(\d+)'")  # in the words of its ValueErrors
 
 
 class MismatchError(InputError):
@@ -153,7 +147,7 @@ class SavedSteps:
         """Reads, and reads again where that fails: disks behind a network fail now and then."""
         # Of a bucket, the services' packages tell by exceptions of all kinds.
         errors = (Exception,) if in_bucket(self.directory) else READ_ERRORS
-        for pause in READ_PAUSES:
+        for pause in read_errors.READ_PAUSES:
             try:
                 return read()
             except errors:
@@ -168,9 +162,7 @@ class SavedSteps:
                     "files, so leave them; start again once the bucket can be reached"
                 ) from error
             # Orbax only logs some errors, and does as if files were missing: the files tell more.
-            if (
-                code := _environment_code(error) or _environment_code(_opening_error(path))
-            ) is None:
+            if (code := machine_errno(error) or machine_errno(_opening_error(path))) is None:
                 raise
             raise StorageError(
                 f"{path} cannot be read now: {os.strerror(code)}. This does "
@@ -211,16 +203,6 @@ def _tells_of_damage(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _environment_code(error: BaseException | None) -> int | None:
-    """Finds the ENVIRONMENT_ERRORS that led to an exception; None where it was anything else."""
-    while error is not None:
-        codes = [getattr(error, "errno", None), *map(int, TENSORSTORE_CODE.findall(str(error)))]
-        if found := ENVIRONMENT_ERRORS.intersection(codes):
-            return next(iter(found))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _opening_error(directory: pathlib.Path) -> OSError | None:

@@ -1,0 +1,71 @@
+"""Tells errors of a machine or network, which may pass, from damaged files; retries the former.
+
+data = retry_read(path.read_bytes, path)
+"""
+
+import errno
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from varjax.core.errors import StorageError
+
+READ_PAUSES = (0.1, 0.5, 2.0)  # seconds before each further attempt
+# None of them says anything about the content of the file.
+MACHINE_ERRNOS = frozenset(
+    (
+        errno.EACCES,
+        errno.EIO,
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+    )
+)
+T = TypeVar("T")
+TENSORSTORE_CODE = re.compile(r"os_error_code='(\d+)'")  # in the text of its exceptions
+
+
+def machine_errno(error: BaseException | None) -> int | None:
+    """Returns the number in MACHINE_ERRNOS that led to an exception, None for any other cause.
+
+    Looks at the exception and at everything it was raised from; a MemoryError counts as ENOMEM.
+    """
+    while error is not None:
+        codes = [getattr(error, "errno", None), *map(int, TENSORSTORE_CODE.findall(str(error)))]
+        if isinstance(error, MemoryError):
+            codes.append(errno.ENOMEM)
+        if found := MACHINE_ERRNOS.intersection(codes):
+            return next(iter(found))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def retry_read(read: Callable[[], T], name: str | os.PathLike) -> T:
+    """Returns `read()`, called again after a pause where the machine or network failed.
+
+    Args:
+        read: may be called several times.
+        name: the file, for the message.
+
+    Raises:
+        StorageError: the machine still fails after the last attempt.
+        Exception: anything else that `read` raises, at once.
+    """
+    for pause in (*READ_PAUSES, None):
+        try:
+            return read()
+        except (OSError, MemoryError) as error:
+            code = machine_errno(error)
+            if code is None or isinstance(error, StorageError):
+                raise
+            if pause is None:
+                raise StorageError(
+                    f"{os.fspath(name)} cannot be read now: {os.strerror(code)}. This does not "
+                    "mean that the file is damaged; start again once the machine works"
+                ) from error
+        time.sleep(pause)
+    raise AssertionError
