@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.golden import weights
 from tests.mar import golden
 from tests.mar.test_model import assert_close
 from varjax.core import trees
@@ -14,7 +15,8 @@ from varjax.core.errors import InputError
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import KnownTokens, draw_orders, sample_mar_tokens
-from varjax.mar.schedule import UnmaskingSchedule, diffusion_steps_by_step
+from varjax.mar.schedule import UnmaskingSchedule, denoising_schedules
+from varjax.nn.diffusion import NoiseSchedule
 from varjax.sampling.sampler import image_keys
 
 KEY_B = image_keys(0, jnp.arange(2))
@@ -139,11 +141,10 @@ def test_fewer_diffusion_steps_at_the_end_change_the_last_tokens_alone():
     config, key_B = TINY, KEY_B
     order_BL = np.asarray(draw_orders(config, key_B))
     options = FEW.replace(cfg=1.0, steps=12)
-    all_alike = sampled(config, options)
-    # With 12 tokens, one a step: 4, 4, 4, 4, 4, 4, 3, … by rounding.
-    counts = diffusion_steps_by_step("4:3", 12)
-    annealed = sampled(config, options.replace(diffusion_steps="4:3"))
-    before = counts.index(3)
+    all_alike = sampled(config, options.replace(diffusion_steps="4:4"))  # to 950, too
+    # With 12 tokens, one a step: 4, 4, 4, 4, 4, 4, 3, … for the other half.
+    annealed = sampled(config, options.replace(diffusion_steps="4:3:two_stage"))
+    before = 6
     for b in range(2):
         first, rest = order_BL[b, :before], order_BL[b, before:]
         np.testing.assert_allclose(annealed[b, first], all_alike[b, first], rtol=1e-4, atol=1e-5)
@@ -231,11 +232,28 @@ def test_schedules_draw_every_token_once():
         (dict(diffusion_steps="1"), "diffusion_steps=1: give one number, 2 … 1000"),
         (dict(diffusion_steps="50:x"), "diffusion_steps=50:x: give one number"),
         (dict(diffusion_steps="5:1001"), "diffusion_steps=5:1001: give one number"),
+        (dict(diffusion_steps="50:5:sine"), "schedules are linear, cosine, two_stage"),
+        (dict(diffusion_steps="50:5:cosine:"), "diffusion_steps=50:5:cosine:: give one number"),
     ],
 )
 def test_options_out_of_range_are_refused(options, says):
     with pytest.raises(InputError, match=says):
         check_sampling(TINY, MAROptions(**options))
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "two_stage"])
+def test_annealed_numbers_of_steps_are_the_official_ones(kind):
+    expected = weights.case("disa")[f"counts.64.{kind}.50.5"]
+    schedules = denoising_schedules(f"50:5:{kind}", 64)
+    assert [schedule.steps for schedule in schedules] == expected
+    assert {schedule.timestep_J[-1] for schedule in schedules} == {950}
+    assert kind != "linear" or schedules == denoising_schedules("50:5", 64)
+    assert [schedule.steps for schedule in denoising_schedules(f"50:5:{kind}", 1)][0] == 50
+
+
+def test_a_single_number_of_steps_ends_at_999():
+    schedules = denoising_schedules("50", 3)
+    assert schedules == (NoiseSchedule(50),) * 3 and schedules[0].timestep_J[-1] == 999
 
 
 def test_whole_numbers_share_a_compilation_with_floats():

@@ -29,6 +29,40 @@ def test_schedules_are_the_official_ones(case, steps):
             np.testing.assert_allclose(table, out[f"schedule.{kind}.{name}"], rtol=1e-7)
 
 
+DISA = weights.case("disa")
+DISA_STEPS = [int(name.partition(".")[2]) for name in DISA if name.startswith("timesteps.")]
+
+
+@pytest.mark.parametrize("steps", DISA_STEPS)
+def test_schedules_that_end_at_950_are_the_official_ones(steps):
+    schedule = NoiseSchedule(steps, last=950)
+    np.testing.assert_array_equal(schedule.timestep_J, DISA[f"timesteps.{steps}"])
+    np.testing.assert_allclose(schedule.beta_J, DISA[f"betas.{steps}"], rtol=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.9])
+@pytest.mark.parametrize("steps", DISA_STEPS)
+def test_the_reverse_loop_from_950_is_the_official_one(steps, temperature):
+    """With the denoiser and the draws that the note in disa.json describes."""
+    schedule = NoiseSchedule(steps, last=950)
+    J = len(schedule.timestep_J)
+
+    def denoise(xt_NZ, t_1):
+        noise_NZ = xt_NZ * (0.5 + 0.4 * jnp.cos(t_1[:, None].astype(jnp.float32) / 300))
+        return jnp.concatenate([noise_NZ, 0.3 * jnp.tanh(xt_NZ)], axis=-1)
+
+    def draws(seed):
+        return np.random.RandomState(seed).standard_normal((5, 3)).astype(np.float32)
+
+    # Draw number J is the start; the loop's steps then take J-1 … 1, which are 0, 1, … there.
+    draw_JNZ = jnp.asarray([draws(1000 + J - 1 - j) for j in range(J)] + [draws(77)])
+    found_NZ = reverse_diffusion(
+        denoise, schedule.coefficients(), J, lambda j: draw_JNZ[j], temperature
+    )
+    expected_NZ = DISA[f"sample.{steps}.t{temperature}"]
+    np.testing.assert_allclose(found_NZ, expected_NZ, rtol=1e-4, atol=2e-4)
+
+
 @pytest.mark.parametrize("steps", [1, 1001, 2.5])
 def test_numbers_of_steps_that_there_cannot_be_are_refused(steps):
     with pytest.raises(InputError, match=f"diffusion_steps={steps}: must be a whole number, 2"):

@@ -9,7 +9,8 @@ import numpy as np
 
 from varjax.core.errors import InputError, check_setting
 from varjax.mar.model import MARConfig
-from varjax.mar.schedule import Bucket, UnmaskingSchedule, diffusion_steps_by_step
+from varjax.mar.schedule import Bucket, UnmaskingSchedule, denoising_schedules
+from varjax.nn.diffusion import NoiseSchedule
 from varjax.sampling.sampler import option_field
 
 GuidanceSchedule = Literal["linear", "constant"]
@@ -27,8 +28,9 @@ class MAROptions:
         steps: in which all tokens are drawn, by a cosine; a causal model takes as many as it has
             tokens, whatever this says.
         temperature: factor on the noise of each diffusion step, or of a categorical head's choice.
-        diffusion_steps: denoising steps of a token, or FIRST:LAST for a number that falls over the
-            steps (DiSA, arXiv 2505.20297).
+        diffusion_steps: denoising steps of a token, or FIRST:LAST or FIRST:LAST:SCHEDULE for a
+            number that falls over the steps (DiSA, arXiv 2505.20297); SCHEDULE is "linear" (the
+            default), "cosine" or "two_stage".
         clip_denoised: largest |x_0| a denoising step may aim at, in standard deviations of the
             latents; 0 for no limit, as the official weights want it (docs/mar.md: when it helps).
     """
@@ -40,7 +42,7 @@ class MAROptions:
     steps: int = option_field(64, "steps in which all tokens are drawn", static=True)
     temperature: float = option_field(1.0, "factor on the noise of each draw")
     diffusion_steps: str = option_field(
-        "100", "denoising steps of a token, or FIRST:LAST", static=True
+        "100", "denoising steps of a token, or DiSA's FIRST:LAST[:SCHEDULE]", static=True
     )
     clip_denoised: float = option_field(0.0, "bound on denoised tokens, in deviations; 0: none")
 
@@ -59,7 +61,7 @@ class MAROptions:
         check_setting("temperature", self.temperature, ok, "a finite number, 0 or more")
         ok = 0 <= self.clip_denoised < math.inf
         check_setting("clip_denoised", self.clip_denoised, ok, "a finite number, 0 (off) or more")
-        diffusion_steps_by_step(str(self.diffusion_steps), 1)
+        denoising_schedules(str(self.diffusion_steps), 1)
         return dataclasses.replace(
             self,
             cfg=float(self.cfg),
@@ -87,9 +89,9 @@ class SamplingPlan:
     guided: bool = flax.struct.field(pytree_node=False)
 
     @property
-    def diffusion_steps(self) -> tuple[int, ...]:
-        """Diffusion steps of each step."""
-        return diffusion_steps_by_step(self.options.diffusion_steps, self.schedule.steps)
+    def noise_schedules(self) -> tuple[NoiseSchedule, ...]:
+        """The noise schedule that the tokens of each step are denoised by."""
+        return denoising_schedules(self.options.diffusion_steps, self.schedule.steps)
 
 
 def make_plan(

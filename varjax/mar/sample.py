@@ -19,7 +19,7 @@ from varjax.mar.model import DiffusionHead, MARConfig, bind_denoiser, bind_mar
 from varjax.mar.options import SamplingPlan
 from varjax.nn.autoencoder import decoding_bytes
 from varjax.nn.compute import Compute
-from varjax.nn.diffusion import NoiseSchedule, reverse_diffusion
+from varjax.nn.diffusion import reverse_diffusion
 from varjax.sampling.sampler import fold_in_each
 
 ORDER_KEY, NOISE_KEY = 0, 1  # folded into an image's key
@@ -207,15 +207,15 @@ def _draw_continuous(config, params, plan, compute, z_BmC, place_Bm, number, *, 
         noise_NZ, value_NZ = jnp.split(out_N2Z, 2, axis=-1)
         return jnp.concatenate([_guide(noise_NZ, scale), value_NZ[: B * m]], axis=-1)
 
-    counts = plan.diffusion_steps
-    steps: Any = counts[0]
-    coefficients = NoiseSchedule(counts[0]).coefficients()
-    if len(set(counts)) > 1:
+    schedules = plan.noise_schedules
+    steps: Any = len(schedules[0].timestep_J)
+    coefficients = schedules[0].coefficients()
+    if len(set(schedules)) > 1:
+        counts = [len(schedule.timestep_J) for schedule in schedules]
         steps = jnp.asarray(counts)[number]
-        rows = [NoiseSchedule(count).coefficients() for count in counts]
-        wide = max(counts)
         tables = jax.tree.map(
-            lambda *row: np.stack([np.pad(x, (0, wide - len(x))) for x in row]), *rows
+            lambda *row: np.stack([np.pad(x, (0, max(counts) - len(x))) for x in row]),
+            *(schedule.coefficients() for schedule in schedules),
         )
         coefficients = tables.at(number)
     token_NZ = reverse_diffusion(

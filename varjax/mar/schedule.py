@@ -7,13 +7,23 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from varjax.core.errors import InputError
+from varjax.nn.diffusion import TRAINING_STEPS, NoiseSchedule
 
 BUCKETS = 8  # loops of their own that a sampling program has, at most
 STEPS_OF_A_BUCKET = 4  # at least: with fewer, compiling takes longer than the padding costs
+# DiSA's last timestep. The signal is almost gone after it, so a step from 999 divides by almost 0.
+DISA_LAST_TIMESTEP = 950
+# DiSA's schedules: the share of FIRST - LAST that step k of 0 … end has beyond LAST.
+ANNEALING: dict[str, Callable[[int, int], float]] = {
+    "linear": lambda k, end: (end - k) / end,
+    "cosine": lambda k, end: (math.cos(math.pi * k / end) + 1) / 2,
+    "two_stage": lambda k, end: float(k < end / 2),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,26 +117,33 @@ class UnmaskingSchedule:
         return min(math.ceil(tokens / part) * part, self.length)
 
 
-def diffusion_steps_by_step(text: str, steps: int) -> tuple[int, ...]:
-    """Reads "100", or "50:5" for a number that falls linearly from the first step to the last.
+def denoising_schedules(text: str, steps: int) -> tuple[NoiseSchedule, ...]:
+    """Reads how many denoising steps each sampling step takes.
 
-    Fewer denoising steps suffice the more tokens are known (DiSA, Zhao et al. 2025).
+    "100" is MAR's own: evenly spaced timesteps from 0 to 999. "50:5" is DiSA (Zhao et al. 2025,
+    arXiv 2505.20297): later tokens depend more on known ones, so fewer steps suffice. Its timesteps
+    end at 950. "50:5:cosine" and "50:5:two_stage" are the paper's other schedules.
 
     Args:
-        text: one number or two.
+        text: one number, or FIRST:LAST, or FIRST:LAST:SCHEDULE.
         steps: of sampling.
 
     Returns:
-        Diffusion steps of each step.
+        The noise schedule of each sampling step.
 
     Raises:
-        InputError: `text` is neither, or a number is below 2 or above 1,000.
+        InputError: `text` is none of these, or a number is below 2 or above 1,000.
     """
-    first, colon, last = text.partition(":")
-    numbers = [first, last] if colon else [first, first]
-    if not all(n.isdigit() and 2 <= int(n) <= 1000 for n in numbers):
+    first, *rest = text.split(":")
+    last, kind = (*rest, "linear")[:2] if rest else (first, "linear")
+    numbers = all(n.isdecimal() and 2 <= int(n) <= TRAINING_STEPS for n in (first, last))
+    if not numbers or len(rest) > 2 or kind not in ANNEALING:
         raise InputError(
-            f"diffusion_steps={text}: give one number, 2 … 1000, or FIRST:LAST like 50:5"
+            f"diffusion_steps={text}: give one number, 2 … {TRAINING_STEPS}, or FIRST:LAST like "
+            f"50:5, or with a schedule, FIRST:LAST:SCHEDULE; schedules are {', '.join(ANNEALING)}"
         )
-    a, b = map(int, numbers)
-    return tuple(round(a + (b - a) * i / max(steps - 1, 1)) for i in range(steps))
+    if not rest:
+        return (NoiseSchedule(int(first)),) * steps
+    most, least, end = int(first), int(last), max(steps - 1, 1)
+    counts = [least + math.floor(ANNEALING[kind](k, end) * (most - least)) for k in range(steps)]
+    return tuple(NoiseSchedule(count, last=DISA_LAST_TIMESTEP) for count in counts)

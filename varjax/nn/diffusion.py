@@ -35,25 +35,30 @@ class NoiseSchedule:
     a number of steps that is out of range.
 
         NoiseSchedule(100).timestep_J  # 0, 10, 20, … 999
+        NoiseSchedule(5, last=950).timestep_J  # 0, 250, 500, 749, 950
 
     Attributes:
-        steps: number of timesteps, 2 … 1000.
+        steps: number of timesteps from 0 to 999, 2 … 1000.
+        last: largest timestep that is kept. Larger ones become this one, and equal ones are merged,
+            so J may be smaller than `steps`.
     """
 
     steps: int = TRAINING_STEPS
+    last: int = TRAINING_STEPS - 1
 
     def __post_init__(self):
         ok = 2 <= self.steps <= TRAINING_STEPS and self.steps == int(self.steps)
         check_setting("diffusion_steps", self.steps, ok, f"a whole number, 2 … {TRAINING_STEPS}")
+        assert 1 <= self.last < TRAINING_STEPS
 
     @functools.cached_property
     def timestep_J(self) -> np.ndarray:
-        """The chosen timesteps, from 0 to 999 by a rounded stride; int."""
+        """The chosen timesteps, from 0 by a rounded stride to 999 or `last`; int."""
         stride, place, taken = (TRAINING_STEPS - 1) / (self.steps - 1), 0.0, []
         for _ in range(self.steps):  # summed up as the reference does, so that it rounds alike
             taken.append(round(place))
             place += stride
-        return np.array(taken)
+        return np.unique(np.minimum(taken, self.last))
 
     @functools.cached_property
     def alpha_bar_J(self) -> np.ndarray:
