@@ -17,11 +17,13 @@ MAR's authors never released their recipe. These numbers are
 
     of LDM's autoencoder_kl_16x16x16   L1 1, LPIPS 1, KL 1e-6; Adam (0.5, 0.9) at 4.5e-6 for each
                                        image of the batch, constant, no clipping; PatchGAN with the
-                                       hinge loss, 64 channels, 3 layers, 0.5 × adaptive, from
-                                       update 50,001 on: after 10 % of this run on ImageNet
+                                       hinge loss, 64 channels, 3 layers, 0.5 × adaptive (at most
+                                       0.05 at 256 px, as LDM's code bounds it), from update
+                                       50,001 on: after 10 % of this run on ImageNet
     ours                               batch 96, 38 epochs (507,000 updates), EMA 0.999
 
-Left out: LDM's learned log variance (see `KLTask`), and BatchNorm in the discriminator.
+Left out: BatchNorm in the discriminator. LDM's log variance is not optimized there (see `KLTask`),
+so nothing is missing without it.
 
 66.5 M parameters, and 2.8 M of the discriminator. Convolutions are bfloat16 on accelerators; the
 posterior, evaluation and everything that uses the tokenizer later are float32. The standard

@@ -1,10 +1,12 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers.adversarial import QUICKLY
 from tests.tokenizers.kl.test_model import small_config
 from varjax.core import trees
 from varjax.core.errors import InputError
@@ -134,17 +136,74 @@ def test_training_learns_to_reconstruct_and_averages(state, train_step):
     assert all(moved.values()), [path for path, m in moved.items() if not m]
 
 
+GAN_TASK = dataclasses.replace(
+    TASK, gan=GANConfig("patch", 8, 1, start=0.0, ramp=0.0), ema=0.0, plan=Plan(8, 6)
+)
+
+
+@pytest.fixture(scope="module")
+def gan_step():
+    return jax.jit(GAN_TASK.train_step, compiler_options=QUICKLY)
+
+
+def gan_state(state, logit_factor):
+    """The tokenizer's state with a discriminator whose logits are multiplied by a factor."""
+    fresh = jax.eval_shape(GAN_TASK.init, KEY)
+    rng = np.random.default_rng(3)
+
+    def fill(path, leaf):
+        if not path.startswith("opt_state/discriminator/train_state/params"):
+            return np.zeros(leaf.shape, leaf.dtype)
+        factor = logit_factor if "conv_out" in path else 1
+        return (factor * rng.normal(path.endswith("scale"), 0.2, leaf.shape)).astype(leaf.dtype)
+
+    return dataclasses.replace(trees.map_with_path(fill, fresh), params=state.params)
+
+
+@functools.partial(jax.jit, compiler_options=QUICKLY)
+def ldm_gradients(params, discriminator, noise_BhwZ):
+    """Gradients of all terms, summed over an image's values and weighted as in LDM's code.
+
+    Returns:
+        The gradients and the adversarial loss's weight, as of means, and the ratio that is bounded.
+    """
+    x_BHWC = jnp.asarray(IMAGE_BHWC.astype(np.float32) / 127.5 - 1)
+
+    def terms(params):
+        y_BHWC, latents = KLTokenizer(CONFIG).apply({"params": params}, x_BHWC, noise_BhwZ)
+        mean, std = latents["mean_BhwZ"], latents["std_BhwZ"]
+        kl = 0.5 * jnp.sum(mean**2 + std**2 - 1 - 2 * jnp.log(std)) / 6
+        logits = GAN_TASK.gan.discriminator().apply({"params": discriminator}, y_BHWC)
+        return jnp.sum(jnp.abs(y_BHWC - x_BHWC)) / 6, kl, -jnp.mean(logits)
+
+    pixels, kl, adversarial = jax.jacrev(terms)(params)
+    norms = [jnp.linalg.norm(g["decoder"]["conv_out"]["kernel"]) for g in (pixels, adversarial)]
+    ratio = norms[0] / (norms[1] + 1e-4)
+    weight = 0.5 * jnp.clip(ratio, 0, 1e4)
+    total = jax.tree.map(lambda p, k, a: p + 1e-2 * k + weight * a, pixels, kl, adversarial)
+    return jax.tree.map(lambda g: g / 64, total), weight / 64, ratio
+
+
 @pytest.mark.slow
-def test_the_adversary_s_loss_joins_and_its_state_stays_apart():
-    gan = GANConfig("patch", 8, 1, start=0.0, ramp=0.0)
-    task = dataclasses.replace(TASK, gan=gan, plan=Plan(8, 6))
-    task.check(CONFIG.image_shape, 10)
-    before = jax.eval_shape(task.init, KEY)
-    assert before.params.keys() == jax.eval_shape(TASK.init, KEY).params.keys()
-    after, metrics = jax.eval_shape(task.train_step, before, {}, BATCH, KEY)
-    assert not trees.difference(before, after)
-    expected = {"adversarial", "adversarial_weight", "kl", "latent_std", "discriminator/loss"}
-    assert expected <= metrics.keys()
+@pytest.mark.parametrize(("logit_factor", "bounded"), [(1.0, False), (1e-4, True)])
+def test_a_step_with_an_adversary_follows_the_whole_loss(state, gan_step, logit_factor, bounded):
+    before = gan_state(state, logit_factor)
+    discriminator = before.opt_state["discriminator"].train_state.params
+    keys = [jax.random.fold_in(jax.random.fold_in(KEY, 0), i) for i in range(6)]
+    noise_BhwZ = jnp.stack(
+        [jax.random.normal(jax.random.fold_in(key, 102), CONFIG.latent_shape) for key in keys]
+    )
+    grads, weight, ratio = ldm_gradients(state.params, discriminator, noise_BhwZ)
+    assert (ratio > 1e4) == bounded
+    after, metrics = gan_step(before, {}, BATCH, KEY)
+    np.testing.assert_allclose(metrics["adversarial_weight"], weight, rtol=1e-3)
+    clip = min(1, 2.0 / metrics["grad_norm"])
+    mu = jax.tree.map(lambda x: x / (0.1 * clip), after.opt_state["tokenizer"][1].mu)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-5), mu, grads)
+    assert after.params.keys() == state.params.keys()  # the discriminator stays apart
+    trained = after.opt_state["discriminator"].train_state.params
+    moved = trees.paths(jax.tree.map(lambda a, b: bool(jnp.any(a != b)), trained, discriminator))
+    assert all(moved[path] for path in moved if path.endswith("kernel"))
 
 
 def test_previews_show_the_images_and_their_reconstructions(state):

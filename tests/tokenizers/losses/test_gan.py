@@ -8,6 +8,8 @@ import pytest
 
 from tests.helpers.adversarial import QUICKLY
 from varjax.core import config_tree
+from varjax.tokenizers.kl.model import KLConfig
+from varjax.tokenizers.kl.task import KLTask
 from varjax.tokenizers.losses import gan
 from varjax.tokenizers.losses.diffaugment import diffaugment
 from varjax.tokenizers.losses.gan import (
@@ -21,6 +23,8 @@ from varjax.tokenizers.losses.gan import (
     lecam_loss,
     update_discriminator,
 )
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.tokenizers.vq.task import VQTask
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan
 
@@ -48,12 +52,33 @@ def test_losses_equal_what_is_computed_by_hand():
     np.testing.assert_allclose(found, 7.5 / 4 + (20.25 + 1 + 2.25 + 4) / 4, rtol=1e-6)
 
 
-def test_the_adaptive_weight_divides_norms_and_is_bounded():
+@pytest.mark.parametrize(
+    ("adversarial", "expected"),
+    [
+        (0.5, 5 / (0.5 + 1e-4)),  # the norms' quotient, with the reference's epsilon
+        (1e-3, 5 / (1e-3 + 1e-4)),
+        (5e-4 - 1e-4 + 1e-7, 5 / (5e-4 + 1e-7)),  # just below the bound
+        (5e-4 - 1e-4 - 1e-7, 1e4),  # just above it
+        (0.0, 1e4),
+    ],
+)
+def test_the_adaptive_weight_divides_norms_and_is_bounded(adversarial, expected):
     three_four = jnp.array([[3.0, 0.0], [0.0, 4.0]])
-    found = adaptive_weight(three_four, jnp.full((2, 2), 0.25))
-    np.testing.assert_allclose(found, 5 / (0.5 + 1e-4), rtol=1e-6)
-    assert adaptive_weight(three_four, jnp.zeros(3)) == 1e4
+    found = adaptive_weight(three_four, jnp.full((2, 2), adversarial / 2))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert adaptive_weight(jnp.zeros(3), three_four) == 0
+
+
+@pytest.mark.parametrize("adversarial", [1e3, 2.0, 0.1, 1e-3])
+def test_a_bound_for_means_is_ldm_s_for_sums(adversarial):
+    """LDM's loss is a sum over an image's values, as is the KL and all but the adversarial term."""
+    task = KLTask(KLConfig(image_size=256))
+    values, mean_grad = 256 * 256 * 3, jnp.array([0.03, 0.04])
+    ldm = np.clip(values * 0.05 / (adversarial + 1e-4), 0, 1e4)
+    found = adaptive_weight(mean_grad, jnp.array([adversarial]), task.max_adaptive_weight)
+    np.testing.assert_allclose(found, ldm / values, rtol=1e-5)
+    assert (ldm == 1e4) == (adversarial < 1)
+    assert VQTask(VQConfig()).max_adaptive_weight == 1e4
 
 
 def test_the_weight_starts_and_rises_as_told():

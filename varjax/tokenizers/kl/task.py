@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, Literal
 
 import jax
@@ -21,7 +22,7 @@ from varjax.tokenizers.kl.model import (
     latent_moments,
 )
 from varjax.tokenizers.load import read_tokenizer
-from varjax.tokenizers.losses.gan import GANConfig
+from varjax.tokenizers.losses.gan import MAX_ADAPTIVE_WEIGHT, GANConfig
 from varjax.tokenizers.losses.image_losses import (
     ImageGradientsFn,
     LossGradients,
@@ -51,10 +52,10 @@ class KLTask:
         KLTask(KLConfig(), perceptual=LPIPSConfig(), gan=GANConfig(), ema=0.9999)
 
     LDM's loss (arXiv 2112.10752, section 3.1), as a mean over an image's values where theirs is a
-    sum, so that settings hold for any image size. Theirs also learns a scalar log variance that
-    weighs pixels and LPIPS against the KL; it is left out: near its optimum it does no more than
-    rescale both. The state's `params` are the tokenizer's alone, "latent_std" among them; the
-    discriminator lies beside the moments in `opt_state`. Raises InputError for a value out of
+    sum, so that settings hold for any image size. LDM's code also has a scalar log variance that
+    weighs pixels and LPIPS, but gives it to no optimizer, so it stays 0 there; here it does not
+    exist. The state's `params` are the tokenizer's alone, "latent_std" among them; the
+    discriminator is kept with the moments in `opt_state`. Raises InputError for a value out of
     range.
 
     Attributes:
@@ -195,8 +196,16 @@ class KLTask:
     @property
     def kl_weight(self) -> float:
         """The weight of an image's KL, summed over its latents, in the loss."""
-        H, W, channels = self.model.image_shape
-        return self.kl / (H * W * channels)
+        return self.kl / math.prod(self.model.image_shape)
+
+    @property
+    def max_adaptive_weight(self) -> float:
+        """The bound of the adversarial loss's adaptive weight: 0.05 for 256 px in color.
+
+        LDM bounds the ratio by the same number as VQGAN, but its reconstruction loss is a sum over
+        an image's values, H·W·C times the mean that it is here.
+        """
+        return MAX_ADAPTIVE_WEIGHT / math.prod(self.model.image_shape)
 
     def _tx(self, params):
         decay = trees.map_with_path(lambda path, _: path.endswith("kernel"), params)

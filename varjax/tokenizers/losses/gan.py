@@ -153,15 +153,22 @@ def r1_loss(logits_fn, params: PyTree, image_BHWC: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(jax.grad(total)(image_BHWC))) / len(image_BHWC)
 
 
-def adaptive_weight(reconstruction: jax.Array, adversarial: jax.Array) -> jax.Array:
-    """Computes |∇ reconstruction| / |∇ adversarial|, at most 10⁴ (VQGAN's eq. 7).
+def adaptive_weight(
+    reconstruction: jax.Array, adversarial: jax.Array, largest: float = MAX_ADAPTIVE_WEIGHT
+) -> jax.Array:
+    """Computes |∇ reconstruction| / |∇ adversarial|, at most `largest` (VQGAN's eq. 7).
 
-    The adversarial loss, so multiplied, pulls as hard as pixels and LPIPS. Both arguments are
-    gradients by the decoder's last kernel: `last_layer_grads`.
+    Below the bound, the adversarial loss multiplied by it pulls as hard as pixels and LPIPS.
+
+    Args:
+        reconstruction: gradient of pixels and LPIPS by the decoder's last kernel, by
+            `last_layer_grads`.
+        adversarial: that of the adversarial loss.
+        largest: the bound.
     """
     ratio = optax.tree.norm(reconstruction)
     ratio = ratio / (optax.tree.norm(adversarial) + ADAPTIVE_WEIGHT_EPSILON)
-    return jnp.clip(ratio, 0, MAX_ADAPTIVE_WEIGHT)
+    return jnp.clip(ratio, 0, largest)
 
 
 def last_layer_grads(last_BHWC: jax.Array, image_grad_BHWC: jax.Array) -> jax.Array:

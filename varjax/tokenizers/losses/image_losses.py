@@ -47,6 +47,8 @@ class ImageLossConfig(Protocol):
     @property
     def gan(self) -> GANConfig | None: ...
     @property
+    def max_adaptive_weight(self) -> float: ...
+    @property
     def accumulate(self) -> int: ...
     @property
     def plan(self) -> Plan: ...
@@ -192,7 +194,7 @@ def loss_gradients(
         reconstruction, adversarial = mean_over_microbatches(
             lambda microbatch: gradients(1.0, microbatch).last_layer, batch, config.accumulate
         )
-        ratio = adaptive_weight(reconstruction, adversarial)
+        ratio = adaptive_weight(reconstruction, adversarial, config.max_adaptive_weight)
     return mean_over_microbatches(functools.partial(gradients, ratio), batch, config.accumulate)
 
 
@@ -238,7 +240,9 @@ def image_gradients(
         last_layer_grads(last_BHWC, adversarial.image_grad_BHWC),
     )
     if ratio is None:
-        ratio = adaptive_weight(*last_layer) if config.gan.adaptive else 1.0
+        ratio = jnp.float32(1)
+        if config.gan.adaptive:
+            ratio = adaptive_weight(*last_layer, config.max_adaptive_weight)
     weight = ramp_factor * config.gan.weight * ratio
     image_grad_BHWC = image_grad_BHWC + weight * adversarial.image_grad_BHWC
     metrics |= adversarial.metrics | {"adversarial_weight": weight}

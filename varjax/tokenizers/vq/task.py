@@ -14,7 +14,7 @@ from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import Compute
 from varjax.tokenizers.load import read_tokenizer
-from varjax.tokenizers.losses.gan import GANConfig
+from varjax.tokenizers.losses.gan import MAX_ADAPTIVE_WEIGHT, GANConfig
 from varjax.tokenizers.losses.image_losses import (
     check_image_losses,
     image_losses,
@@ -190,6 +190,11 @@ class VQTask:
 
     def sampler(self) -> None:
         return None  # a tokenizer draws nothing
+
+    @property
+    def max_adaptive_weight(self) -> float:
+        """The bound of the adversarial loss's adaptive weight, VQGAN's: its losses are means."""
+        return MAX_ADAPTIVE_WEIGHT
 
     @property
     def jax_dtype(self) -> jnp.dtype:
