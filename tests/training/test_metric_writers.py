@@ -1,8 +1,18 @@
+import errno
 import json
+import struct
+import threading
+import time
 
 import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import masked_crc32c
 
+from varjax.core.errors import StorageError
+from varjax.training import background_writer
 from varjax.training.metric_writers import MetricWriter, flatten_metrics
+from varjax.training.run_writers import TensorBoardWriter
 
 
 def test_arrays_become_one_number_a_name():
@@ -38,3 +48,98 @@ def test_an_inactive_writer_leaves_nothing(tmp_path):
         writer.images(1, "a", np.zeros((1, 8, 8, 3)))
         writer.sync()
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def scalars_of_tensorboard(folder):
+    """(step, name, value) of all its files, oldest first, and the steps from which they purge."""
+    found, purged = [], []
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:  # records: length, its checksum, event, its checksum
+            (length,) = struct.unpack("<Q", data[:8])
+            for part, end in ((data[:8], 12), (data[12 : 12 + length], 16 + length)):
+                assert struct.unpack("<I", data[end - 4 : end]) == (masked_crc32c(part),)
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            if event.session_log.status == SessionLog.START:
+                purged.append(event.step)
+            for value in event.summary.value:
+                found.append((event.step, value.tag, value.simple_value))
+    return found, purged
+
+
+def test_tensorboard_gets_numbers_and_pictures_and_hides_what_is_done_again(tmp_path):
+    for step in (2, 1):
+        with MetricWriter(tmp_path, step) as writer:
+            writer.write(step + 1, {"loss": 0.5, "eval/nothing": float("nan")})
+            writer.images(step + 1, "a/b", np.zeros((1, 8, 8, 3)))
+    found, purged = scalars_of_tensorboard(tmp_path / "tensorboard")
+    assert purged == [3, 2]
+    assert [(step, name) for step, name, _ in found[3:]] == [
+        (2, "loss"),
+        (2, "eval/nothing"),
+        (2, "a/b"),
+    ]
+    assert found[0] == (3, "loss", 0.5)
+    assert (tmp_path / "previews" / "step_00000002_a_b.png").is_file()
+
+
+def test_a_disk_that_is_full_for_a_while_costs_tensorboard_some_entries_only(
+    tmp_path, monkeypatch, capfd
+):
+    """tensorboardX's own thread ended here, and the eleventh entry waited for ever."""
+    monkeypatch.setattr(background_writer, "RETRY_SECONDS", 0.05)
+    full, write = threading.Event(), TensorBoardWriter._write
+
+    def write_on_a_full_disk(board, event):
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(board, event)
+
+    monkeypatch.setattr(TensorBoardWriter, "_write", write_on_a_full_disk)
+    with MetricWriter(tmp_path, 0) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.sync()
+        full.set()
+        for step in range(2, 40):
+            writer.write(step, {"loss": 1.0})
+            time.sleep(0.005)
+        full.clear()
+        time.sleep(0.5)
+        writer.write(40, {"loss": 1.0})
+    found, purged = scalars_of_tensorboard(tmp_path / "tensorboard")
+    steps = [step for step, _, _ in found]
+    assert purged == [1], "what was written before the error stays visible"
+    assert {1, 40} <= set(steps) and len(steps) > 30
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 40
+    first, second = capfd.readouterr().err.splitlines()
+    assert "TensorBoard failed" in first and "TensorBoard works again" in second
+
+
+def test_without_room_for_metrics_the_run_is_told(tmp_path):
+    """They belong to the run; its end must not hide the error behind another one."""
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match="writing .*metrics.jsonl failed"):
+        with MetricWriter(tmp_path, 0) as writer:
+            writer.write(1, {"loss": 1.0})
+
+
+@pytest.mark.parametrize("where", ["previews", "tensorboard"])
+def test_folders_that_cannot_be_made_do_not_end_a_run(tmp_path, where, capfd):
+    (tmp_path / where).write_text("")
+    with MetricWriter(tmp_path, 0) as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.images(1, "a", np.zeros((1, 8, 8, 3)))
+        writer.write(2, {"loss": 1.0})
+        writer.images(2, "a", np.zeros((1, 8, 8, 3)))
+        writer.images(1, "b", np.zeros((1, 8)))  # no images
+        writer.sync()
+    said = capfd.readouterr().err
+    assert said.count("failed, training continues") == 1 and "no preview b of step 1" in said
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_lines_that_are_no_objects_are_dropped(tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'5\n[1]\n\xff\n{"step": "a"}\n{"step": 1}\n{}\n')
+    with MetricWriter(tmp_path, 1):
+        assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'

@@ -1,7 +1,11 @@
+import time
+
+import jax
 import jax.numpy as jnp
 import pytest
 
 from varjax.core.errors import InputError
+from varjax.training import step_profiler
 from varjax.training.step_profiler import StepProfiler
 
 
@@ -27,3 +31,30 @@ def test_no_steps_are_no_trace(tmp_path):
 def test_anything_but_two_steps_in_order_is_refused(steps, tmp_path):
     with pytest.raises(InputError, match=f"profile={steps}: must be START:STOP"):
         StepProfiler(steps, tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["start_trace", "stop_trace"])
+def test_a_trace_that_cannot_be_made_does_not_end_the_run(tmp_path, monkeypatch, broken, capfd):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, name, fail if name == broken else lambda *_: None)
+    with StepProfiler("1:2", tmp_path) as profiler:
+        for _ in range(3):
+            profiler.begin_step()
+            profiler.end_step(jnp.ones(3))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "no trace of the steps" in line and "No space left" in line
+
+
+def test_the_upload_of_a_trace_is_not_waited_for(tmp_path, monkeypatch):
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, name, lambda *_: None)
+    monkeypatch.setattr(step_profiler, "CLOSE_SECONDS", 0.05)
+    monkeypatch.setattr(step_profiler.LocalMirror, "close", lambda _: time.sleep(3))
+    begin = time.monotonic()
+    with StepProfiler("1:1", tmp_path) as profiler:
+        profiler.begin_step()
+        profiler.end_step(jnp.ones(3))
+    assert time.monotonic() - begin < 2

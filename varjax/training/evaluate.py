@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from varjax.core.distributed import on_all_processes
 from varjax.core.trees import PyTree
 from varjax.training.experiment import BatchLoader
 from varjax.training.metric_writers import flatten_metrics
@@ -93,10 +94,16 @@ class Evaluator:
         return [f"{kind}/{name}" for kind in evaluated_parameters(state) for name in names]
 
     def preview(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Returns previews of the first held-out batch by name, of the average if there is one."""
+        """Returns previews of the first held-out batch by name, of the average if there is one.
+
+        Raises OSError (StorageError) in all processes where one of them cannot read the batch.
+        """
         if state.ema is not None:
             state = dataclasses.replace(state, params=state.ema)
-        return jax.device_get(self._preview(state, self._frozen, self._first_batch()))
+        batch: dict[str, np.ndarray] = {}
+        # All know that all have it: one that is missing would keep the others for ever.
+        on_all_processes(lambda: batch.update(self._loader.held_out_batch(0)))
+        return jax.device_get(self._preview(state, self._frozen, self._place(batch)))
 
     def _first_batch(self) -> Batch:
         return self._place(self._loader.held_out_batch(0))

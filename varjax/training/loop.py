@@ -255,9 +255,18 @@ def _train(
                 if loop_state.update(found):
                     weights = dataclasses.replace(state, opt_state=None)
                     best.save(step, weights, {"keep_best": e.keep_best})
-            for name, images in evaluator.preview(state).items() if due(e.preview_every) else ():
-                writer.images(step, name, images)
+            if due(e.preview_every):
+                preview()
             return True
+
+        def preview() -> None:
+            try:
+                pictures = evaluator.preview(state)
+            except OSError as error:  # only for watching, so that the run needs none
+                progress.say(f"note: no preview after step {step}: {error}")
+                return
+            for name, images in pictures.items():
+                writer.images(step, name, images)
 
         if start:
             progress.say(f"continuing {run_dir} after step {start}")

@@ -1,24 +1,31 @@
-"""Writers of a run's numbers and pictures: metrics.jsonl, TensorBoard, and others beside them."""
+"""Writes a run's numbers and pictures: metrics.jsonl, and whatever else is for watching it."""
 
 import json
 import math
 import os
 import pathlib
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from varjax.core import files, image_io
-from varjax.core.buckets import LocalMirror
+from varjax.core.buckets import LocalMirror, in_bucket
 from varjax.core.errors import StorageError
+from varjax.training.background_writer import BackgroundWriter
+from varjax.training.run_writers import (
+    UPLOAD_SECONDS,
+    PreviewWriter,
+    TensorBoardWriter,
+)
 from varjax.training.wandb_writer import WandbWriter
 
 METRICS_FILE = "metrics.jsonl"
-UPLOAD_SECONDS = 60.0  # at least, between two uploads to a bucket
+DRAIN_SECONDS = 1.0  # that a checkpoint waits for the writers in the background, at most
+CLOSE_SECONDS = 5.0  # that the end of a run waits for them, at most
 
 
 def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -34,49 +41,15 @@ def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-class RunWriter(Protocol):
-    """Takes what a run logs to one more place, as `TensorBoardWriter` does."""
-
-    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes numbers by name."""
-        ...
-
-    def picture(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
-        """Writes a uint8 picture."""
-        ...
-
-    def close(self) -> None:
-        """Returns when all is written."""
-        ...
-
-
-class TensorBoardWriter:
-    """Writes files for TensorBoard, without it.
-
-    Args:
-        folder: the files come into its folder tensorboard.
-        step: the one that the run continues after; what was written of later ones is hidden.
-    """
-
-    def __init__(self, folder: pathlib.Path, step: int):
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-
-    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
-
-    def picture(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
-        self._board.add_image(name, picture_HWC, step, dataformats="HWC")
-
-    def close(self) -> None:
-        self._board.close()
-
-
 class MetricWriter:
-    """Writes metrics.jsonl (one object a line, with "step") and previews, and tells other writers.
+    """Writes metrics.jsonl, one object a line with "step", and passes all to writers for watching.
 
         with MetricWriter(run_dir, step=0) as writer:
             writer.write(50, {"loss": 1.5})
+
+    metrics.jsonl belongs to the run: where it cannot be written, StorageError ends the run. What is
+    only for watching (TensorBoard, previews, Weights & Biases, uploads between two checkpoints)
+    runs in threads (`BackgroundWriter`), which can neither stop nor end it.
 
     In a bucket, lines arrive once a minute and with each checkpoint.
 
@@ -97,32 +70,57 @@ class MetricWriter:
         wandb: str = "",
     ):
         self._run_dir, self._active = run_dir, active
-        self._others: list[RunWriter] = []
-        self._uploaded = time.monotonic()
+        self._scalar_writers: list[BackgroundWriter] = []
+        self._picture_writers: list[BackgroundWriter] = []
+        self._upload_lock = threading.Lock()
         try:
             self._mirror = LocalMirror(run_dir, (METRICS_FILE,) if active else ())
             path = self._mirror.folder / METRICS_FILE if active else pathlib.Path(os.devnull)
             if path.is_file():
-                lines = path.read_text().splitlines()
+                lines = path.read_text(errors="replace").splitlines()
                 kept = [line for line in lines if _position(line) <= (step, evaluated)]
                 with files.atomic_path(path) as temporary:
                     temporary.write_text("".join(line + "\n" for line in kept))
             self._lines = open(path, "a", buffering=1)
-            if active:
-                self._others.append(TensorBoardWriter(self._mirror.folder, step))
         except OSError as error:
             raise StorageError(f"metrics cannot be written to {run_dir}: {error}") from error
-        if active and wandb:
-            self._others.append(WandbWriter(wandb, run_dir, self._mirror.folder))
+        if active:
+            board = BackgroundWriter(
+                "TensorBoard",
+                lambda again: TensorBoardWriter(run_dir, None if again else step + 1),
+            )
+            previews = BackgroundWriter("previews", lambda _: PreviewWriter(run_dir))
+            self._scalar_writers, self._picture_writers = [board], [board, previews]
+            if in_bucket(run_dir):
+                uploads = BackgroundWriter(
+                    f"the upload of {METRICS_FILE}", lambda _: _Uploads(self._upload)
+                )
+                self._scalar_writers.append(uploads)
+            if wandb:
+                sender = BackgroundWriter("Weights & Biases", lambda _: WandbWriter(wandb, run_dir))
+                self._scalar_writers.append(sender)
+                self._picture_writers.append(sender)
+
+    @property
+    def _watchers(self) -> set[BackgroundWriter]:
+        return {*self._scalar_writers, *self._picture_writers}
 
     def __enter__(self) -> "MetricWriter":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._lines.close()
-        for writer in self._others:
-            writer.close()
-        self._mirror.close()
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for watcher in self._watchers:
+            watcher.begin_close()
+        for watcher in self._watchers:
+            watcher.close(deadline)
+        try:
+            self._lines.close()
+            with self._upload_lock:
+                self._mirror.close()
+        except OSError as error:
+            if kind is None:  # else another error says more
+                raise self._failure(error) from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a line; numbers that are not finite become null, which is what JSON has for them.
@@ -133,15 +131,9 @@ class MetricWriter:
         try:
             self._lines.write(json.dumps({"step": step} | line) + "\n")
         except OSError as error:
-            raise StorageError(f"writing {self._run_dir}/metrics.jsonl failed: {error}") from error
-        for writer in self._others:
-            writer.scalars(step, metrics)
-        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
-            try:
-                self._upload()
-            except StorageError as error:  # the next upload has these lines, too
-                self._uploaded = time.monotonic()
-                print(f"note: {error}", file=sys.stderr)
+            raise self._failure(error) from error
+        for watcher in self._scalar_writers:
+            watcher.scalars(step, metrics)
 
     def sync(self) -> None:
         """Returns when all lines are on the disk, where they survive the machine's end.
@@ -153,12 +145,15 @@ class MetricWriter:
         try:
             self._lines.flush()
             os.fsync(self._lines.fileno())
+            self._upload()
         except OSError as error:
-            raise StorageError(f"writing {self._run_dir}/metrics.jsonl failed: {error}") from error
-        self._upload()
+            raise self._failure(error) from error
+        deadline = time.monotonic() + DRAIN_SECONDS
+        for watcher in self._watchers:
+            watcher.drain(deadline)
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Writes a grid of images as previews/step_<step>_<name>.png, and to the other writers.
+        """Passes a grid of images to the writers, as previews/step_<step>_<name>.png to one.
 
         Args:
             step: updates done.
@@ -167,22 +162,45 @@ class MetricWriter:
         """
         if not self._active:
             return
-        columns = images.shape[1] if images.ndim == 5 else None
-        picture_HWC = image_io.image_grid(images.reshape(-1, *images.shape[-3:]), columns)
-        path = self._run_dir / "previews" / f"step_{step:08d}_{name.replace('/', '_')}.png"
-        image_io.write_png(path, picture_HWC)
-        for writer in self._others:
-            writer.picture(step, name, picture_HWC)
+        try:
+            columns = images.shape[1] if images.ndim == 5 else None
+            picture_HWC = image_io.image_grid(images.reshape(-1, *images.shape[-3:]), columns)
+        except ValueError as error:  # values that are no image: only for watching, as all of this
+            print(f"note: no preview {name} of step {step}: {error}", file=sys.stderr)
+            return
+        for watcher in self._picture_writers:
+            watcher.picture(step, name, picture_HWC)
 
     def _upload(self) -> None:
-        self._mirror.upload()
-        self._uploaded = time.monotonic()
+        with self._upload_lock:
+            self._mirror.upload()
+
+    def _failure(self, error: OSError) -> StorageError:
+        return StorageError(f"writing {self._run_dir}/{METRICS_FILE} failed: {error}")
+
+
+class _Uploads:
+    """Uploads metrics.jsonl to a bucket, once a minute."""
+
+    def __init__(self, upload: Callable[[], None]):
+        self._upload, self._uploaded = upload, time.monotonic()
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self._upload()
+            self._uploaded = time.monotonic()
+
+    def picture(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def _position(line: str) -> tuple[float, bool]:
     """Returns a line's step and whether it tells of an evaluation; infinity if it is cut off."""
     try:
         metrics = json.loads(line)
-        return metrics["step"], any(name.startswith("eval") for name in metrics)
-    except ValueError:
+        return float(metrics["step"]), any(name.startswith("eval") for name in metrics)
+    except (ValueError, TypeError, KeyError):
         return math.inf, True

@@ -1,5 +1,6 @@
 """How far a run has come, on the terminal."""
 
+import contextlib
 import math
 import sys
 import time
@@ -14,6 +15,8 @@ PLAIN_LINE_SECONDS = 10.0  # between two lines where nobody watches a bar
 class ProgressReporter:
     """Shows a bar where somebody watches the terminal; else a plain line every ten seconds or so.
 
+    What stderr does not take, say because it is a file on a full disk, is left out.
+
         with ProgressReporter(0, steps) as progress:
             progress.show(1, {"loss": 1.5})
             progress.say("a line for the user")
@@ -26,7 +29,10 @@ class ProgressReporter:
 
     def __init__(self, step: int, steps: int, active: bool = True):
         self._active, self._watched = active, sys.stderr.isatty()
-        self._bar = tqdm(initial=step, total=steps, unit="step", disable=not self.watched)
+        self._stderr: Any = _LossyStderr()
+        self._bar = tqdm(
+            initial=step, total=steps, unit="step", disable=not self.watched, file=self._stderr
+        )
         self._steps, self._start, self._begin = steps, step, time.monotonic()
         self._said = -math.inf
 
@@ -57,4 +63,19 @@ class ProgressReporter:
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""
         if self._active:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(text, file=self._stderr)
+
+
+class _LossyStderr:
+    """Writes to stderr what it takes."""
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)

@@ -1,13 +1,19 @@
 """Records what devices and host do during some steps, for xprof and TensorBoard."""
 
+import contextlib
 import pathlib
 import re
+import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from varjax.core.buckets import LocalMirror
 from varjax.core.errors import InputError
+
+CLOSE_SECONDS = 5.0  # that the end of a run waits for the upload of a trace, at most
 
 
 class StepProfiler:
@@ -20,7 +26,7 @@ class StepProfiler:
                 profiler.end_step(state)
 
     Each process writes its own trace. `tensorboard --logdir=RUN/profile` shows them, with
-    tensorboard and xprof installed.
+    tensorboard and xprof installed. One that cannot be written is reported, and the run continues.
 
     Args:
         steps: "START:STOP", counted from 1 at this start of the run, both of them traced; "" for
@@ -39,20 +45,24 @@ class StepProfiler:
                 f"profile={steps}: must be START:STOP, steps counted from 1, such as 10:13"
             )
         self._folder, self._step, self._tracing = run_dir / "profile", 0, False
+        self._upload: threading.Thread | None = None
 
     def __enter__(self) -> "StepProfiler":
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._stop()
+        if self._upload is not None:
+            self._upload.join(CLOSE_SECONDS)
 
     def begin_step(self) -> None:
         """Starts the trace where this is the first step of it."""
         self._step += 1
         if self._step == self._first:
-            self._trace = LocalMirror(self._folder)
-            jax.profiler.start_trace(str(self._trace.folder))
-            self._tracing = True
+            with self._reporting_failure():
+                self._trace = LocalMirror(self._folder)
+                jax.profiler.start_trace(str(self._trace.folder))
+                self._tracing = True
 
     def end_step(self, result: Any) -> None:
         """Ends the trace after the last step of it, once `result` is computed."""
@@ -62,6 +72,21 @@ class StepProfiler:
 
     def _stop(self) -> None:
         if self._tracing:
-            jax.profiler.stop_trace()
             self._tracing = False
+            with self._reporting_failure():
+                jax.profiler.stop_trace()
+            self._upload = threading.Thread(target=self._close_trace, daemon=True)
+            self._upload.start()  # to a bucket it may take as long as the network likes
+
+    def _close_trace(self) -> None:
+        with self._reporting_failure():
             self._trace.close()
+
+    @contextlib.contextmanager
+    def _reporting_failure(self) -> Iterator[None]:
+        """Turns any error into a line on stderr: a trace is only for watching the run."""
+        try:
+            yield
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                print(f"note: no trace of the steps: {error}"[:500], file=sys.stderr)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from varjax.core import files
+from varjax.core.buckets import LocalMirror
 from varjax.core.errors import InputError
 
 ID_FILE = "wandb.json"  # which run of Weights & Biases this run goes on in
@@ -27,21 +28,21 @@ class WandbWriter:
 
     Args:
         project: NAME or ENTITY/NAME.
-        run_dir: the run, whose path names it there, and which keeps its number there.
-        folder: for the package's own files; None for the run.
+        run_dir: the run, whose path names it there, and which keeps its number there and the
+            package's own files.
     """
 
-    def __init__(self, project: str, run_dir: pathlib.Path, folder: pathlib.Path | None = None):
+    def __init__(self, project: str, run_dir: pathlib.Path):
         entity, _, name = project.rpartition("/")
         path, config = run_dir / ID_FILE, run_dir / "config.json"
-        self._package = _package()
+        self._package, self._mirror = _package(), LocalMirror(run_dir)
         self._run = self._package.init(
             project=name,
             entity=entity or None,
             name=str(run_dir),
             id=files.read_json(path)["id"] if path.exists() else None,
             resume="allow",
-            dir=str(folder or run_dir),
+            dir=str(self._mirror.folder),
             config=files.read_json(config) if config.exists() else None,
         )
         files.write_json(path, {"project": project, "id": self._run.id})
@@ -61,6 +62,7 @@ class WandbWriter:
     def close(self) -> None:
         """Ends the connection once all is sent."""
         self._run.finish()
+        self._mirror.close()
 
 
 def _package() -> Any:

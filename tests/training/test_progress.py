@@ -1,0 +1,46 @@
+import errno
+import io
+import sys
+
+import pytest
+
+from varjax.training.progress import ProgressReporter
+
+
+class Full(io.StringIO):
+    """A stream that takes nothing, as a file on a full disk."""
+
+    def __init__(self, terminal):
+        super().__init__()
+        self.isatty = lambda: terminal
+        self.attempts = 0
+
+    def write(self, text):
+        self.attempts += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_log_that_takes_nothing_does_not_end_a_run(monkeypatch, terminal):
+    """As with `train.py 2> FILE` on a disk that is full."""
+    full = Full(terminal)
+    monkeypatch.setattr(sys, "stderr", full)
+    with ProgressReporter(0, 10) as progress:
+        progress.say("a line")
+        progress.show(10, {"loss": 1.5})
+    monkeypatch.undo()
+    assert full.attempts
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_lines_and_the_bar_reach_stderr(monkeypatch, terminal):
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ProgressReporter(0, 10) as progress:
+        progress.say("a line")
+        progress.show(10, {"loss": 1.5})
+    monkeypatch.undo()
+    said = stream.getvalue()
+    assert "a line\n" in said
+    assert ("10/10" in said) if terminal else ("step 10/10: loss 1.5" in said)

@@ -1,0 +1,181 @@
+"""Runs the writers of what is only for watching in threads, where they cannot stop a run."""
+
+import collections
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from varjax.training.run_writers import RunWriter
+
+QUEUED_ENTRIES = 1000  # that wait for a writer, and their bytes: pictures may be large
+QUEUED_BYTES = 2**27
+RETRY_SECONDS = 10.0  # until a writer that failed is opened again; doubles with each failure
+MAX_RETRY_SECONDS = 600.0
+
+
+class BackgroundWriter:
+    """Passes what a run logs to a writer in a thread; the caller never waits and sees no error.
+
+        board = BackgroundWriter("TensorBoard", lambda _: TensorBoardWriter(run_dir, 1))
+        board.scalars(50, {"loss": 1.5})
+        board.close(time.monotonic() + 5)
+
+    After an error the thread opens the writer again, later each time. Entries wait in a bounded
+    queue, of which the oldest are dropped when it is full. One line on stderr tells of the first
+    error, and one of the return, not one for each entry.
+
+    Args:
+        name: for those lines.
+        open_writer: makes the writer; gets False at the first time, and True once one was made.
+    """
+
+    def __init__(self, name: str, open_writer: Callable[[bool], RunWriter]):
+        self._name, self._open_writer = name, open_writer
+        self._queue: collections.deque[tuple[Callable[[RunWriter], None], int]] = (
+            collections.deque()
+        )
+        self._queued_bytes = 0
+        self._lost = 0  # entries since the last line about them
+        self._busy = False  # an entry is with the writer
+        self._failures = 0  # in a row
+        self._overdue = False  # a drain came to its deadline, and not all is written since
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name=f"write {name}", daemon=True)
+        self._thread.start()
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Queues numbers by name."""
+        copied = dict(metrics)
+        self._put(lambda writer: writer.scalars(step, copied), 0)
+
+    def picture(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        """Queues a uint8 picture."""
+        self._put(lambda writer: writer.picture(step, name, picture_HWC), picture_HWC.nbytes)
+
+    def drain(self, deadline: float) -> None:
+        """Waits until all is written, unless the writer fails or has been behind ever since.
+
+        Args:
+            deadline: by `time.monotonic`, when the wait ends in any case.
+        """
+        with self._changed:
+            if not self._overdue:
+                self._changed.wait_for(self._is_drained, max(0.0, deadline - time.monotonic()))
+                self._overdue = self._is_behind()
+
+    def begin_close(self) -> None:
+        """Has the thread write what is queued, close the writer and end."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+
+    def close(self, deadline: float) -> None:
+        """Waits for the end of the thread until `deadline` (`time.monotonic`), and no longer."""
+        self.begin_close()
+        self._thread.join(max(0.0, deadline - time.monotonic()))
+        with self._changed:
+            left = self._lost + len(self._queue) + self._busy
+        if left:
+            _say(f"{self._name}: {left} entries were not written before the run ended")
+
+    def _put(self, entry: Callable[[RunWriter], None], size: int) -> None:
+        dropped = False
+        with self._changed:
+            self._queue.append((entry, size))
+            self._queued_bytes += size
+            while len(self._queue) > QUEUED_ENTRIES or (
+                self._queued_bytes > QUEUED_BYTES and len(self._queue) > 1
+            ):
+                self._queued_bytes -= self._queue.popleft()[1]
+                dropped = not (self._lost or self._failures)
+                self._lost += 1
+            self._changed.notify_all()
+        if dropped:
+            _say(f"{self._name} cannot keep up; its oldest entries are dropped, training continues")
+
+    def _is_behind(self) -> bool:
+        return bool(self._queue) or self._busy
+
+    def _is_drained(self) -> bool:
+        return not self._is_behind() or self._failures > 0 or not self._thread.is_alive()
+
+    def _run(self) -> None:
+        writer: RunWriter | None = None
+        opened = False
+        while (entry := self._next_entry(writer is None)) is not None:
+            try:
+                if writer is None:
+                    writer, opened = self._open_writer(opened), True
+                entry(writer)
+            except Exception as error:  # of any kind: what is written is nobody's but this writer's
+                if writer is not None:
+                    with contextlib.suppress(Exception):
+                        writer.close()
+                writer = None
+                self._failed(error)
+            else:
+                self._succeeded()
+        try:
+            if writer is not None:
+                writer.close()
+        except Exception as error:
+            _say(f"{self._name}: the last entries may be missing: {_describe(error)}")
+
+    def _next_entry(self, closed: bool) -> Callable[[RunWriter], None] | None:
+        """Waits for an entry, and first for the time of another attempt; None to end.
+
+        Args:
+            closed: whether the writer has to be opened.
+        """
+        with self._changed:
+            if closed and self._failures:
+                pause = min(RETRY_SECONDS * 2.0 ** (self._failures - 1), MAX_RETRY_SECONDS)
+                self._changed.wait_for(lambda: self._closing, pause)
+                if self._closing and self._failures > 1:
+                    return None
+            self._changed.wait_for(lambda: self._queue or self._closing)
+            if not self._queue:
+                return None
+            entry, size = self._queue.popleft()
+            self._queued_bytes -= size
+            self._busy = True
+            return entry
+
+    def _failed(self, error: Exception) -> None:
+        with self._changed:
+            self._busy, self._lost = False, self._lost + 1
+            self._failures += 1
+            first = self._failures == 1
+            self._changed.notify_all()
+        if first:
+            _say(
+                f"{self._name} failed, training continues without it until it works again: "
+                + _describe(error)
+            )
+
+    def _succeeded(self) -> None:
+        with self._changed:
+            self._busy = False
+            lost, failed, caught_up = self._lost, self._failures, not self._queue
+            self._failures = 0
+            if failed or caught_up:
+                self._lost = 0
+            if caught_up:
+                self._overdue = False
+            self._changed.notify_all()
+        if failed or (lost and caught_up):
+            _say(f"{self._name} works again; {lost} entries were lost")
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # stderr may be what failed, or be closed
+        print(f"note: {text}", file=sys.stderr)
