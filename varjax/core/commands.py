@@ -1,11 +1,13 @@
 """Makes the parser of a command, and turns its exceptions into messages and exit codes."""
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Callable
 
 from varjax.core.errors import InputError
+from varjax.core.read_errors import FULL_ERRNOS, MACHINE_ERRNOS, machine_errno
 
 
 def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -38,7 +40,8 @@ def run_command(
         interrupted: printed after Ctrl-C.
 
     Returns:
-        0 if `action` returned no int, 1 after an InputError, 130 after Ctrl-C.
+        0 if `action` returned no int, 1 after an InputError, or where the machine or its file
+        system failed, 130 after Ctrl-C. Any other exception is a bug, and raised.
     """
     try:
         code = action()
@@ -47,6 +50,15 @@ def run_command(
             traceback.print_exception(error)
         else:
             print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        if debug or (code := machine_errno(error, MACHINE_ERRNOS | FULL_ERRNOS)) is None:
+            raise
+        print(
+            f"{name}: {os.strerror(code)}: {str(error)[:500]}\nThe machine or its file system "
+            "failed. Start the same command again once it works",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)

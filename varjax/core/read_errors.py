@@ -25,12 +25,16 @@ MACHINE_ERRNOS = frozenset(
         errno.ETIMEDOUT,
     )
 )
+# Those of writing, which retrying at once does not help; EFBIG is a limit on the size of files.
+FULL_ERRNOS = frozenset((errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS))
 T = TypeVar("T")
 TENSORSTORE_CODE = re.compile(r"os_error_code='(\d+)'")  # in the text of its exceptions
 
 
-def machine_errno(error: BaseException | None) -> int | None:
-    """Returns the number in MACHINE_ERRNOS that led to an exception, None for any other cause.
+def machine_errno(
+    error: BaseException | None, errnos: frozenset[int] = MACHINE_ERRNOS
+) -> int | None:
+    """Returns the number in `errnos` that led to an exception, None for any other cause.
 
     Looks at the exception and at everything it was raised from; a MemoryError counts as ENOMEM.
     """
@@ -38,7 +42,7 @@ def machine_errno(error: BaseException | None) -> int | None:
         codes = [getattr(error, "errno", None), *map(int, TENSORSTORE_CODE.findall(str(error)))]
         if isinstance(error, MemoryError):
             codes.append(errno.ENOMEM)
-        if found := MACHINE_ERRNOS.intersection(codes):
+        if found := errnos.intersection(codes):
             return next(iter(found))
         error = error.__cause__ or error.__context__
     return None

@@ -1,0 +1,57 @@
+"""Exit codes and messages of commands."""
+
+import errno
+
+import pytest
+
+from varjax.core.commands import run_command
+from varjax.core.errors import InputError
+
+
+def fail(*errors):
+    """An action that raises the first error, from the second, and so on."""
+
+    def action():
+        for error, cause in zip(errors, (*errors[1:], None), strict=True):
+            error.__cause__ = cause
+        raise errors[0]
+
+    return action
+
+
+FULL = "RESOURCE_EXHAUSTED: Error writing local file \"x/d\" [os_error_code='28']"
+FAILURES = {
+    "disk": [OSError(errno.EIO, "Input/output error", "run/config.json")],
+    "full": [OSError(errno.ENOSPC, "No space left on device", "run/config.json")],
+    "wrapped": [RuntimeError("run/config.json"), OSError(errno.EMFILE, "Too many open files")],
+    "tensorstore": [ValueError(FULL.replace("x/d", "run/config.json"))],
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failing_machine_ends_a_command_with_a_message(name, capsys):
+    assert run_command("varjax sample", fail(*FAILURES[name])) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("varjax sample: ") and "run/config.json" in said
+    assert "again" in said and "Traceback" not in said
+
+
+def test_with_debug_it_has_a_traceback():
+    with pytest.raises(OSError):
+        run_command("varjax sample", fail(*FAILURES["disk"]), debug=True)
+
+
+@pytest.mark.parametrize(
+    "bug", [KeyError("x"), FileNotFoundError(errno.ENOENT, "x"), ValueError("28"), AssertionError()]
+)
+def test_a_bug_is_raised(bug):
+    with pytest.raises(type(bug)):
+        run_command("varjax sample", fail(bug))
+
+
+def test_exit_codes(capsys):
+    assert run_command("x", lambda: None) == 0
+    assert run_command("x", lambda: 3) == 3
+    assert run_command("x", fail(InputError("a=1: must be 2"))) == 1
+    assert run_command("x", fail(KeyboardInterrupt()), interrupted="stopped") == 130
+    assert capsys.readouterr().err == "x: a=1: must be 2\nx: stopped\n"
