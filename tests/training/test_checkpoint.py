@@ -152,6 +152,22 @@ def test_without_file_descriptors_no_checkpoint_is_lost(tmp_path):
         assert checkpoints.steps() == [1, 2] and not (tmp_path / "unreadable").exists()
 
 
+def test_a_last_save_that_fails_is_said_with_what_is_good(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def refuse(source, target):
+        if pathlib.Path(target).name == "2":
+            raise OSError(errno.EIO, "Input/output error", str(target))
+        rename(source, target)
+
+    with pytest.raises(StorageError, match=r"saving to .*Input/output error.*\n.* are good: \[1\]"):
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, state(1))
+            checkpoints.wait()
+            monkeypatch.setattr(os, "rename", refuse)
+            checkpoints.save(2, state(2))
+
+
 def test_what_another_process_lacks_ends_all_of_them(tmp_path, monkeypatch):
     with Checkpoints(saved(tmp_path / "checkpoints", 1, 2)) as checkpoints:
         there = ["StorageError", "2 cannot be read now"]

@@ -104,7 +104,7 @@ class Checkpoints:
     def __exit__(self, kind: type | None, *_: Any) -> None:
         # Closing waits for the others, who may be dead if the devices failed.
         if kind is None or not issubclass(kind, jax.errors.JaxRuntimeError):
-            self._manager.close()
+            self._reporting_failure(self._manager.close)
 
     def steps(self) -> list[int]:
         """Lists the saved steps, oldest first."""
