@@ -17,7 +17,6 @@ from varjax.convert import pretrained
 from varjax.convert.apply_map import official_buffers
 from varjax.convert.name_maps.name_map import Release
 from varjax.convert.pth.write import write_pth
-from varjax.core import files
 from varjax.core.errors import InputError
 from varjax.families import read_model
 from varjax.tokenizers.load import read_tokenizer
@@ -155,17 +154,6 @@ def test_models_that_no_hub_has_are_asked_for_with_their_page(hub, tmp_path, nam
         "python -m varjax.convert --mar=checkpoint-last.pth --kl=kl16.ckpt "
         f"--out={tmp_path / 'cache' / name}"
     )
-
-
-def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
-    for name in ("VARJAX_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert files.cache_folder() == tmp_path / ".cache/varjax"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert files.cache_folder() == tmp_path / "xdg/varjax"
-    monkeypatch.setenv("VARJAX_CACHE", "~/own")
-    assert files.cache_folder() == tmp_path / "own"
 
 
 def test_of_several_that_ask_at_once_one_converts_and_the_others_wait(hub, monkeypatch):

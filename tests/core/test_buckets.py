@@ -1,7 +1,11 @@
 """Paths in buckets, over fsspec's file system in memory; other tests have a server's."""
 
 import importlib
+import os
 import pathlib
+import subprocess
+import sys
+import time
 
 import fsspec
 import numpy as np
@@ -9,7 +13,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from tests.helpers.paths import ROOT
-from varjax.core import buckets, files, folders
+from varjax.core import buckets, cache_dir, files, folders
+from varjax.core.cache_dir import cache_folder
 from varjax.core.errors import InputError, StorageError
 
 REGISTRY = importlib.import_module("fsspec.registry")  # in fsspec it is the name of a part of it
@@ -220,10 +225,64 @@ def test_a_folder_is_claimed_and_nobody_is_locked_out_of_it(root, capsys):
     assert "a bucket has no locks" in capsys.readouterr().err
 
 
+@BOTH
+@pytest.mark.parametrize(
+    "name", ["../../../.bashrc", "a/../../b", "./a", "/etc/passwd", "a//b", "a\0b", "\ud800"]
+)
+def test_an_object_whose_name_leads_elsewhere_is_not_copied(root, memory, tmp_path, name):
+    (tmp_path / "cache").mkdir()
+    memory().pipe_file(f"{root}/d/good.txt", b"good")
+    place = f"/b/x/d/{name}"
+    memory.store[place] = memory.store["/b/x/d/good.txt"]
+    with pytest.raises(InputError, match="names a file .*names must be relative") as caught:
+        files.local_copy(f"{root}/d")
+    assert str(caught.value).isprintable() and not memory.calls
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    with pytest.raises(InputError, match="is no address"):
+        files.local_copy(f"{root}/d/../e")
+
+
+@BOTH
+def test_only_copies_that_no_process_uses_are_removed(root, tmp_path, monkeypatch):
+    """The oldest go where all are too many; this process, and another one, use two of them."""
+    for name in "abcd":
+        with files.atomic_path(f"{root}/{name}") as temporary:
+            temporary.write_bytes(bytes(100))
+    copies = [files.local_copy(f"{root}/{name}") for name in "abc"]
+    for age, copy in zip((3, 2, 1), copies, strict=True):
+        os.utime(copy.parent, (time.time() - age * 86400,) * 2)
+    monkeypatch.setattr(cache_dir, "MAX_COPY_BYTES", 150)
+    files.local_copy(f"{root}/d")
+    assert all(copy.exists() for copy in copies)  # this process used them
+
+    users = tmp_path / "cache/buckets/.users"
+    for place, descriptor in list(cache_dir._lists.items()):
+        os.close(descriptor)  # as if it had ended
+        del cache_dir._lists[place]
+    cache_dir._used.clear()
+    used = f"import time; from varjax.core import cache_dir; cache_dir.use_copy({copies[1].parent.name!r}); print(1, flush=True); time.sleep(60)"  # noqa: E501
+    other = subprocess.Popen([sys.executable, "-c", used], cwd=ROOT, stdout=subprocess.PIPE)
+    try:
+        assert other.stdout.readline()
+        os.utime(copies[1].parent, (time.time() - 2 * 86400,) * 2)
+        cache_dir.prune_copies()
+        assert [copy.exists() for copy in copies] == [False, True, False]
+        assert len(list(users.iterdir())) == 2  # the other's list, and the lock
+    finally:
+        other.kill()
+        other.wait()
+        other.stdout.close()
+    monkeypatch.setattr(cache_dir, "COPY_DAYS", 1)
+    cache_dir.prune_copies()
+    assert [copy.exists() for copy in copies] == [False, False, False]
+    left = {path.name for path in (tmp_path / "cache/buckets").iterdir()}
+    assert len(left) == 2  # that of d, which is the youngest, and the lists
+
+
 def test_the_cache_lies_on_a_disk(monkeypatch):
     monkeypatch.setenv("VARJAX_CACHE", "gs://b/cache")
     with pytest.raises(InputError, match="must be a folder on a disk"):
-        files.cache_folder()
+        cache_folder()
 
 
 def test_no_module_takes_paths_for_those_of_a_disk():
@@ -231,6 +290,7 @@ def test_no_module_takes_paths_for_those_of_a_disk():
     local = {
         "core/buckets.py",
         "core/files.py",
+        "core/cache_dir.py",
         "core/config_flags.py",
         "training/metric_writers.py",
     }

@@ -1,5 +1,6 @@
 import errno
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -81,6 +82,47 @@ def test_what_cannot_be_written_is_a_storage_error_that_names_it(tmp_path):
         temporary.write_text("half")
         raise full
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def fail_fsync(monkeypatch, code, folders):
+    """Lets fsync of folders, or of files, raise an error."""
+    fsync = os.fsync
+
+    def fail(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == folders:
+            raise OSError(code, os.strerror(code))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_folders_is_written_to(tmp_path, monkeypatch, code):
+    fail_fsync(monkeypatch, code, folders=True)
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    assert files.create_json(tmp_path / "b.json", {"b": 1})
+    write_folder(tmp_path / "d", "new")
+    assert (tmp_path / "d/content.json").exists() and files.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("code, folders", [(errno.EIO, True), (errno.EINVAL, False)])
+def test_other_errors_of_flushing_are_told(tmp_path, monkeypatch, code, folders):
+    fail_fsync(monkeypatch, code, folders)
+    with pytest.raises(StorageError, match=os.strerror(code)):
+        files.write_json(tmp_path / "a.json", {"a": 1})
+
+
+def test_what_is_replaced_keeps_its_permissions(tmp_path):
+    path, folder = tmp_path / "a.json", tmp_path / "d"
+    for mode in (0o600, 0o664):
+        for written in (path, folder):
+            files.write_json(path, {"a": 1})
+            write_folder(folder, "old")
+            os.chmod(written, mode | 0o100)
+            files.write_json(path, {"a": 2})
+            write_folder(folder, "new")
+            assert stat.S_IMODE(written.stat().st_mode) == mode | 0o100
+    assert files.read_json(path) == {"a": 2}
 
 
 LEFT_BY_A_KILL = """

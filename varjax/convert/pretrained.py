@@ -16,6 +16,7 @@ from varjax.convert.name_maps import NAME_MAPS
 from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.core import files, folders
 from varjax.core.buckets import as_path
+from varjax.core.cache_dir import cache_folder
 from varjax.core.errors import InputError
 
 RELEASES = {name: release for kind in NAME_MAPS for name, release in kind.releases.items()}
@@ -38,7 +39,7 @@ def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
     path = as_path(location)
     if files.exists(path) or str(location) not in RELEASES:
         return path
-    directory = files.cache_folder() / path
+    directory = cache_folder() / path
     if files.exists(directory):
         return directory
     try:

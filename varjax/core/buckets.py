@@ -23,6 +23,7 @@ from etils import epath
 from fsspec import config as fsspec_config
 
 from varjax.core.errors import InputError, StorageError
+from varjax.core.untrusted import check_relative_name
 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # by the scheme of an address
 # pathlib.Path("gs://bucket") has one slash less.
@@ -47,7 +48,8 @@ def as_path(location: str | os.PathLike) -> pathlib.Path:
     if match is None or not (match["slash"] or match["scheme"] in PACKAGES):
         return pathlib.Path(location)
     scheme, rest = match["scheme"], match["rest"].strip("/")
-    if scheme not in PACKAGES or not rest:
+    # A copy on this disk is named after the last part.
+    if scheme not in PACKAGES or not rest or {".", ".."} & set(rest.split("/")):
         raise InputError(
             f"{text} is no address that can be used; give a folder or file, "
             "gs://BUCKET/… or s3://BUCKET/…"
@@ -104,17 +106,26 @@ def create_object(path: pathlib.Path, data: bytes) -> bool:
 def object_versions(path: pathlib.Path) -> dict[str, str]:
     """Lists the objects below a folder, or the object at `path`, under "".
 
-    Returns {path below `path`: text that changes with the content}; {} where there is nothing.
+    Returns:
+        {path below `path`: text that changes with the content}; {} where there is nothing.
+
+    Raises:
+        InputError: an object's name would lead out of the folder on a disk; see
+            `untrusted.check_relative_name`.
+        StorageError: the bucket cannot be read.
     """
     with storage_errors(path, "read"):
         fs = _file_system(path)
         root = fs._strip_protocol(str(path))
         found = fs.find(str(path), detail=True)
-    return {
-        name[len(root) :].lstrip("/"): repr([info.get(field) for field in VERSION_FIELDS])
-        for name, info in sorted(cast("dict[str, dict[str, Any]]", found).items())
-        if info["type"] == "file" and not name.endswith("/")  # which some make for empty folders
-    }
+    versions = {}
+    for place, info in sorted(cast("dict[str, dict[str, Any]]", found).items()):
+        if info["type"] != "file" or place.endswith("/"):  # which some make for empty folders
+            continue
+        if name := place[len(root) :].removeprefix("/"):
+            check_relative_name(name, path)
+        versions[name] = repr([info.get(field) for field in VERSION_FIELDS])
+    return versions
 
 
 def remove_objects(path: pathlib.Path) -> None:

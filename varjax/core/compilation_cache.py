@@ -13,7 +13,7 @@ import os
 
 import jax
 
-from varjax.core import files
+from varjax.core.cache_dir import cache_folder
 
 MAX_BYTES = 4 * 10**9  # of all programs; those that were not used for the longest time go first
 
@@ -28,7 +28,7 @@ def use_compilation_cache() -> None:
     values = jax.config.values
     if values["jax_compilation_cache_dir"] or not values["jax_enable_compilation_cache"]:
         return
-    folder = files.cache_folder() / "xla"
+    folder = cache_folder() / "xla"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     if os.access(folder, os.W_OK):

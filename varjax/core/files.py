@@ -4,6 +4,7 @@ Paths are those of `as_path`, on a disk or in a bucket (`varjax.core.buckets`).
 """
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -26,7 +27,9 @@ from tqdm import tqdm
 
 from varjax.core import buckets, safetensors_io
 from varjax.core.buckets import as_path, in_bucket
+from varjax.core.cache_dir import prune_copies, use_copy
 from varjax.core.errors import InputError, StorageError
+from varjax.core.untrusted import path_inside
 
 # Of a name, at most as much goes into that of a temporary; 255 bytes are allowed, of 4 a letter.
 NAME_LETTERS = 50
@@ -42,8 +45,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     The content reaches the disk before the name does, so a reader sees the old content or all of
     the new one (a folder by `exists`). On an exception the temporary is removed and `path` stays as
-    it was. Where `path` is a link, it stays one, and what it names is replaced. What kills left in
-    the same folder is removed. Raises StorageError where it cannot be written.
+    it was. Where `path` is a link, it stays one, and what it names is replaced; permissions stay as
+    they were. What kills left in the same folder is removed. Raises StorageError where it cannot be
+    written.
 
     What goes to a bucket is written to this machine's disk first, and uploaded on success.
     """
@@ -54,6 +58,9 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         inside = temporary.rglob("*") if temporary.is_dir() else ()
         for entry in (*inside, temporary):
             _fsync(entry)
+        if target.exists():
+            with contextlib.suppress(OSError):  # a file system without permissions
+                shutil.copymode(target, temporary)
         if temporary.is_dir() and target.is_dir():
             _replace_folder(temporary, target)
         else:
@@ -79,30 +86,23 @@ def exists(path: str | os.PathLike) -> bool:
     return path.exists()
 
 
-def cache_folder() -> pathlib.Path:
-    """Returns the local folder of what can be made again, $VARJAX_CACHE; it need not exist."""
-    if chosen := os.environ.get("VARJAX_CACHE"):
-        if in_bucket(chosen):
-            raise InputError(f"VARJAX_CACHE={chosen}: must be a folder on a disk")
-        return pathlib.Path(chosen).expanduser()
-    general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(general).expanduser() / "varjax"
-
-
 def local_copy(path: str | os.PathLike) -> pathlib.Path:
     """Returns a file or folder on this machine's disk, for readers that need one there.
 
     It is `path` itself, or a copy of what lies in a bucket now, kept in `cache_folder` until that
     changes. Where nothing is there, `path` comes back: its reader knows best what is missing.
-    Raises StorageError where it cannot be read.
+
+    Raises:
+        StorageError: it cannot be read.
+        InputError: an object has a name that leads out of the folder.
     """
     if not in_bucket(path := as_path(path)) or not (found := buckets.object_versions(path)):
         return path
     key = hashlib.sha256(json.dumps([str(path), found]).encode()).hexdigest()[:16]
-    copy = cache_folder() / "buckets" / key / path.name
+    copy = use_copy(key) / path.name
 
     def fetch(name: str) -> None:
-        with atomic_path(copy / name if name else copy) as temporary:
+        with atomic_path(path_inside(copy, name, path) if name else copy) as temporary:
             buckets.download_object(path / name if name else path, temporary)
 
     missing = [name for name in found if not (copy / name if name else copy).exists()]
@@ -110,6 +110,8 @@ def local_copy(path: str | os.PathLike) -> pathlib.Path:
         done = pool.map(fetch, missing)
         for _ in tqdm(done, f"copying {path}", len(missing), disable=len(missing) < 2):
             pass
+    if missing:
+        prune_copies()
     return copy
 
 
@@ -336,5 +338,9 @@ def _fsync(path: pathlib.Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # CIFS and some FUSE file systems cannot do this with a folder; names are safe there or not.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

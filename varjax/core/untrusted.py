@@ -5,6 +5,8 @@ and time in proportion to the file, whatever it says.
 """
 
 import math
+import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,6 +70,39 @@ def check_name(name: Any) -> str:
     return name
 
 
+def check_relative_name(name: Any, place: object) -> str:
+    """Returns a name of a file below a folder, if it leads to no other place.
+
+    Args:
+        name: with "/" between its parts, of any type.
+        place: where the name was found, for the message.
+
+    Raises:
+        InputError: the name is no string, is absolute, has empty parts, "." or "..", or characters
+            that no file name has.
+    """
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if any(part in ("", ".", "..") or "\0" in part or not _encodable(part) for part in parts):
+        raise InputError(
+            f"{place} names a file {shown(name)}; names must be relative, without empty parts, "
+            '"." and ".."; rename it or remove it there'
+        )
+    return name
+
+
+def path_inside(folder: pathlib.Path, name: Any, place: object) -> pathlib.Path:
+    """Returns the path of a file in a folder on a disk, by a name that somebody else chose.
+
+    Every path that is made from a foreign name (in a listing, an index, an archive) goes through
+    here. Arguments and errors are those of `check_relative_name`; a link in the folder that leads
+    out of it is an InputError, too.
+    """
+    path = folder / check_relative_name(name, place)
+    if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
+        raise InputError(f"{path} leads out of {folder} by a link; remove the link")
+    return path
+
+
 def check_settings(settings: Any, path: str) -> None:
     """Raises InputError where JSON data hold a number or a list that no model's config has.
 
@@ -119,6 +154,14 @@ def abridged(lines: Sequence[str]) -> list[str]:
     """Returns the first lines of a message, and how many more there are if these are many."""
     left = len(lines) - SHOWN_LINES
     return [*lines[:SHOWN_LINES], f"… and {left} more"] if left > 0 else list(lines)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _kind(value: Any) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from varjax.core import files, folders
+from varjax.core.cache_dir import cache_folder
 from varjax.core.errors import InputError
 from varjax.metrics.feature_store import FeatureStore, extract_features, parts_of
 from varjax.metrics.features import FeatureExtractor, Features, feature_sizes
@@ -41,7 +42,7 @@ class Reference:
 
 def default_cache() -> pathlib.Path:
     """Returns where statistics of references are kept."""
-    return files.cache_folder() / "references"
+    return cache_folder() / "references"
 
 
 def read_reference(
