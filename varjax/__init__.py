@@ -12,7 +12,13 @@ wider layer, F frequencies. A digit is that length.
 """
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+if sys.platform == "win32":  # it lacks modules of Python that lock files and count memory
+    raise ImportError(
+        "varjax does not run on Windows itself; use it in WSL (https://learn.microsoft.com/windows/wsl)"
+    )
 
 if TYPE_CHECKING:
     from varjax.core.image_io import read_image

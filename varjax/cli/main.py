@@ -4,6 +4,7 @@ import importlib
 import sys
 
 import varjax
+from varjax.core.commands import escape_unprintable
 
 # Modules are imported only when asked for: some commands do without JAX, or set it up themselves.
 COMMANDS = {
@@ -40,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     if name == "--version":
         print(f"varjax {varjax.__version__}")
         return 0
+    escape_unprintable()
     wanted = name in ("-h", "--help")
     print(_usage(name if not wanted else ""), file=sys.stdout if wanted else sys.stderr)
     return 0 if wanted else 2

@@ -1,6 +1,7 @@
 """Makes the parser of a command, and turns its exceptions into messages and exit codes."""
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -17,12 +18,19 @@ def command_parser(name: str, description: str | None) -> argparse.ArgumentParse
         name: of the command.
         description: shown by --help as it stands, say the module's docstring.
     """
+    escape_unprintable()
     return argparse.ArgumentParser(
         name,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
+
+def escape_unprintable() -> None:
+    """Makes stdout escape what its encoding lacks, such as "…" in ASCII, instead of failing."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def run_command(
