@@ -5,16 +5,40 @@ PY = $(VENV)/bin/python
 # Two processes share the files of tests: one a core, of about 2 GB. JOBS=4 make test …
 JOBS ?= 2
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check
+# One lock file for each Python that is tested: exact versions of all packages, with their hashes.
+LOCKED = 3.11 3.12
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+LOCK := $(wildcard requirements/lock-$(VERSION).txt)
 
-.PHONY: setup demo demo-mar quick test lint soak clean
+.PHONY: setup lock demo demo-mar quick test lint soak clean
 
 setup: $(VENV)/ready
 
-$(VENV)/ready: pyproject.toml setup.py constraints.txt
+# Nothing is installed whose hash is not known: also what builds packages comes from a lock file.
+$(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit("varjax needs Python 3.11 or newer, $(PYTHON) is %s; set PYTHON=…" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[dev]" -c constraints.txt
+ifdef LOCK
+	$(PIP) --require-hashes -r requirements/lock-build.txt
+	$(PIP) --require-hashes --no-build-isolation -r $(LOCK)
+	$(PIP) --no-build-isolation --no-deps -e .
+else
+	@echo "note: no lock file for Python $(VERSION): versions as in constraints.txt, hashes unchecked"
+	$(PIP) -e ".[dev]" -c constraints.txt
+endif
 	@touch $@
+
+# Needs uv (pip install uv). Versions stay as they are where they still fit pyproject.toml and
+# constraints.txt; UPGRADE=--upgrade make lock takes the newest.
+lock:
+	echo setuptools | uv pip compile --quiet --no-header - --generate-hashes $(UPGRADE) \
+		--python-version 3.11 --python-platform linux -o requirements/lock-build.txt
+	for version in $(LOCKED); do \
+		uv pip compile --quiet --no-header pyproject.toml --extra dev --generate-hashes $(UPGRADE) \
+			-c constraints.txt -c requirements/lock-build.txt --python-version $$version \
+			--python-platform linux -o requirements/lock-$$version.txt || exit 1; \
+	done
 
 demo: setup
 	$(PY) train.py --config=configs/digits_tokenizer.py

@@ -1,6 +1,7 @@
 """The command `varjax`, and what its package declares."""
 
 import ast
+import os
 import pathlib
 import re
 import subprocess
@@ -41,7 +42,7 @@ def test_everything_imported_is_declared():
     used = {name for folder in ("varjax", "configs") for file in (ROOT / folder).rglob("*.py")
             for name in imports(file)} - sys.stdlib_module_names - {"varjax"}  # fmt: skip
     used = {IMPORTED_AS.get(name, name).replace("-", "_") for name in used}
-    assert used == declared
+    assert used | {"xxhash"} == declared
 
 
 def test_requirements_list_all_that_runs_with_the_same_versions():
@@ -52,6 +53,35 @@ def test_requirements_list_all_that_runs_with_the_same_versions():
     assert names(PROJECT["dependencies"]) <= constrained
 
 
+def locked(file):
+    """Versions by package in a lock file, each of which must have a hash."""
+    entries = re.split(r"\n(?=\S)", file.read_text())
+    assert all("--hash=sha256:" in entry for entry in entries)
+    pins = [entry.split()[0].partition("==") for entry in entries]
+    return {name.replace("-", "_").lower(): version for name, _, version in pins}
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_lock_files_have_all_packages_with_hashes_in_the_tested_versions(python):
+    versions = locked(ROOT / f"requirements/lock-{python}.txt")
+    needed = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    assert {name.lower() for name in names(needed)} <= versions.keys() and len(versions) > 100
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        pin, _, marker = line.partition("; python_version ")
+        sign, _, bound = marker.partition(" ")
+        if line.startswith("#") or (marker and (sign == "<") == (python >= bound.strip('"'))):
+            continue
+        name, _, version = pin.partition("==")
+        assert versions[name.replace("-", "_").lower()] == version, name
+    assert locked(ROOT / "requirements/lock-build.txt").items() <= versions.items()
+
+
+def test_actions_of_ci_are_named_by_their_commits():
+    for file in (ROOT / ".github/workflows").iterdir():
+        used = re.findall(r"uses: (\S+)", file.read_text())
+        assert used and all(re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action) for action in used)
+
+
 def test_help_has_a_line_for_each_command(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
@@ -59,6 +89,34 @@ def test_help_has_a_line_for_each_command(capsys):
         assert re.search(rf"^  {name} +{re.escape(about)}$", out, re.MULTILINE)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"varjax {varjax.__version__}\n"
+
+
+def test_windows_is_pointed_to_wsl():
+    code = "import sys; sys.platform = 'win32'; import varjax"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ImportError: varjax does not run on Windows")
+    assert "WSL" in done.stderr
+
+
+@pytest.mark.parametrize("command", [["--help"], ["plot", "--help"], ["runs", "PATH"]])
+def test_a_terminal_that_knows_only_ascii_shows_the_rest_escaped(tmp_path, command):
+    run = tmp_path / "läufe"
+    run.mkdir()
+    (run / "data.json").write_text("{}")
+    (run / "config.json").write_text('{"batch_size": 1}')
+    command = [str(tmp_path) if word == "PATH" else word for word in command]
+    done = subprocess.run(
+        [sys.executable, "-m", "varjax", *command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+        encoding="ascii",
+    )
+    assert done.returncode == 0, done.stderr
+    assert command[0] != "runs" or "l\\xe4ufe" in done.stdout
+    assert command[0] == "plot" or "\\" in done.stdout
 
 
 def test_an_unknown_command_is_told_which_there_are(capsys):
