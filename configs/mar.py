@@ -12,7 +12,15 @@ Images become latents by the released KL tokenizer, which is converted once (doc
 
     python -m varjax.convert --kl=kl16.ckpt --out=weights/kl16
 
-or by any other of the same sizes: --config.task.tokenizer_weights=runs/kl_tokenizer_256. As each
+or by any other of the same sizes: --config.task.tokenizer_weights=runs/kl_tokenizer_256. Other
+sizes follow the colon; a token then holds 16 pixels a side, or what a latent does where that is
+more:
+
+    configs/mar.py:b,tokenizer=kl_f8          weights/kl_f8: f8's sizes, Stable Diffusion's too
+    configs/mar.py:b,tokenizer=weights/sdxl   a converted directory, or a run of a tokenizer
+
+Names are kl16 (the default), kl_f4, kl_f8, kl_f16 and kl_f32; patch size, number of tokens and
+--config.task.tokenizer_weights follow from them. As each
 epoch samples the posterior anew, the cache holds its moments, of both flips of each image:
 
     python -m varjax.data.cache_latents --config=configs/mar.py:b --augmentations=2 \
@@ -32,12 +40,15 @@ Hardware: 16 GPUs or TPU chips and more. Whoever trains on fewer devices keeps t
 
 import dataclasses
 
+from varjax.core.buckets import as_path
+from varjax.core.errors import InputError
 from varjax.data.sources import TFDS, Folder, parse_dataset
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions
 from varjax.mar.task import MARTask
 from varjax.nn.compute import Compute
-from varjax.tokenizers.kl.model import KLConfig
+from varjax.tokenizers.kl.model import PRESETS, KLConfig
+from varjax.tokenizers.load import read_tokenizer
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 from varjax.training.sharding import MeshShape
@@ -46,14 +57,46 @@ from ._arguments import read_argument
 
 GUIDANCE = {"b": 2.9, "l": 3.0, "h": 3.2}
 EPOCHS, WARMUP_EPOCHS = 800, 100
+TOKENIZER, IMAGE_SIZE = "tokenizer=", 256
+TOKEN_PIXELS = 16  # a side, as MAR's with KL-16
+
+
+def find_tokenizer(name: str) -> tuple[KLConfig, str]:
+    """Finds (config, location of its weights) of a preset, or of a tokenizer that lies somewhere.
+
+    Raises InputError where `name` is neither, or no KL tokenizer.
+    """
+    if name in PRESETS:
+        return KLConfig.preset(name, IMAGE_SIZE), f"weights/{name}"
+    if not as_path(name).exists():
+        raise InputError(
+            f"tokenizer={name}: no such directory, and none of {', '.join(PRESETS)}; convert it "
+            "first, or train it"
+        )
+    tokenizer, _ = read_tokenizer(name)
+    if not isinstance(tokenizer, KLConfig):
+        raise InputError(f"tokenizer={name}: is a {type(tokenizer).__name__}; give a KL tokenizer")
+    return tokenizer, name
+
+
+def fitted_model(model: MARConfig, tokenizer: KLConfig) -> MARConfig:
+    """Returns the transformer for these latents: their channels, map, and patches of them."""
+    h, w, channels = tokenizer.latent_shape
+    patch = max(1, TOKEN_PIXELS // tokenizer.downsampling)
+    head = dataclasses.replace(model.head, channels=channels, patch=patch)
+    return dataclasses.replace(model, head=head, latent_map=(h, w))
 
 
 def get_config(arg: str = "b") -> Experiment:
-    size, where, _ = read_argument(arg, GUIDANCE)
-    tokenizer = KLConfig()
-    data = parse_dataset(where, tokenizer.image_shape[0])
+    words = arg.split(",")
+    chosen = [word.removeprefix(TOKENIZER) for word in words if word.startswith(TOKENIZER)]
+    others = ",".join(word for word in words if not word.startswith(TOKENIZER))
+    size, where, _ = read_argument(others or next(iter(GUIDANCE)), GUIDANCE)
+    tokenizer, weights = find_tokenizer(chosen[-1] if chosen else "kl16")
+    data = parse_dataset(where, tokenizer.image_size)
     if isinstance(data, Folder | TFDS):
         data = dataclasses.replace(data, crop="center", flip=True)
+    model = fitted_model(MARConfig.preset(f"mar_{size}"), tokenizer)
     optimizer = AdamW(
         base_lr=1e-4,
         b1=0.9,
@@ -66,12 +109,12 @@ def get_config(arg: str = "b") -> Experiment:
     )
     return Experiment(
         task=MARTask(
-            model=MARConfig.preset(f"mar_{size}"),
+            model=model,
             tokenizer=tokenizer,
-            tokenizer_weights="weights/kl16",
+            tokenizer_weights=weights,
             optimizer=optimizer,
             compute=Compute(remat="dots" if size == "b" else "block"),
-            sampling=MAROptions(cfg=GUIDANCE[size]),
+            sampling=MAROptions(cfg=GUIDANCE[size], steps=min(MAROptions().steps, model.length)),
         ),
         data=data,
         run_dir=f"runs/mar_{size}",

@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from varjax.convert.weights_dir import write_converted
 from varjax.core import config_flags, config_tree, trees
+from varjax.core.errors import InputError
+from varjax.core.model_files import abstract_params
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.tfds import TFDS
+from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.losses.lpips import init_lpips
 from varjax.tokenizers.vq.task import VQTask
 
@@ -305,3 +309,45 @@ def test_every_field_has_its_line_of_documentation(name):
     alone = [line for line, after in zip(lines, [*lines[1:], "  "], strict=True)
              if line[2] != " " and after[2] != " "]  # fmt: skip
     assert not alone
+
+
+@pytest.mark.parametrize(
+    "name, token, map, patch, length",
+    [
+        ("kl16", 16, (16, 16), 1, 256),
+        ("kl_f4", 48, (64, 64), 4, 256),
+        ("kl_f8", 16, (32, 32), 2, 256),
+        ("kl_f16", 16, (16, 16), 1, 256),
+        ("kl_f32", 64, (8, 8), 1, 64),
+    ],
+)
+def test_mar_takes_any_kl_tokenizer(name, token, map, patch, length):
+    e = load(f"mar.py:l,tokenizer={name},data=random")
+    e.check()
+    model, tokenizer = e.task.model, e.task.tokenizer
+    assert e.task.tokenizer_weights == f"weights/{name}"
+    assert e.data.image_shape == tokenizer.image_shape == (256, 256, 3)
+    assert (model.latent_map, model.head.patch, model.length) == (map, patch, length)
+    assert model.head.token_shape == (token,) and (model.width, model.head.width) == (1024, 1280)
+    assert e.task.sampling.steps == 64
+    if name == "kl16":
+        assert e == load("mar.py:data=random,l")
+
+
+def test_mar_takes_a_tokenizer_that_was_converted(tmp_path):
+    tokenizer = KLConfig(
+        (64, 32), width=8, multipliers=(1, 2, 2), groups=4, latent_channels=5, latent_shift=0.5
+    )
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(tokenizer))
+    leaves = {"tokenizer": (tokenizer, trees.paths(params))}
+    write_converted(tmp_path / "vae", leaves, {})
+    task = load(f"mar.py:tokenizer={tmp_path / 'vae'},data=random").task
+    assert task.tokenizer == tokenizer and task.tokenizer_weights == str(tmp_path / "vae")
+    assert (task.model.head.patch, task.model.grid, task.model.head.channels) == (4, (4, 2), 5)
+    assert task.sampling.steps == 8 and task.model.width == 768
+    for wrong, message in (
+        ("kl_f64", "tokenizer=kl_f64: no such directory, and none of kl16, kl_f4"),
+        (tmp_path, "neither of a training run|holds no config.json"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load(f"mar.py:tokenizer={wrong}")

@@ -40,3 +40,65 @@ def outputs() -> dict[str, np.ndarray]:
         name: x.transpose(0, 2, 3, 1) if x.ndim == 4 else x
         for name, x in weights.outputs(NAME).items()
     }
+
+
+# Latent diffusion's own code at 32 channels: attention on the coarsest level of both halves (f16),
+# and in the middle blocks alone (f4).
+LAYOUTS = {
+    "kl_f16_decoder_attention": KLConfig(
+        (64, 48), width=32, latent_channels=8, decoder_attention=(-1,)
+    ),
+    "kl_f4_no_attention": KLConfig(
+        (32, 40), width=32, multipliers=(1, 2, 4), latent_channels=3, encoder_attention=()
+    ),
+}
+
+
+@functools.cache
+def layout_official(name: str) -> dict[str, np.ndarray]:
+    """The weights of one of LAYOUTS by their official names. Not to be changed."""
+    return weights.state_dict(name, PART)
+
+
+def layout_images(name: str) -> np.ndarray:
+    """(2, H, W, 3) in [-1, 1]."""
+    H, W, _ = LAYOUTS[name].image_shape
+    image_BCHW = np.tanh(np.random.RandomState(4).standard_normal((2, 3, H, W)))
+    return image_BCHW.astype(np.float32).transpose(0, 2, 3, 1)
+
+
+def layout_outputs(name: str) -> dict[str, np.ndarray]:
+    """What latent diffusion's code computed: mean, std and decoded, as NHWC."""
+    return {key: x.transpose(0, 2, 3, 1) for key, x in weights.outputs(name).items()}
+
+
+def diffusers_names(official: dict[str, np.ndarray], levels: int) -> dict[str, np.ndarray]:
+    """The same tensors as diffusers' `AutoencoderKL` calls and shapes them."""
+    return {_diffusers_name(name, levels): _linear(name, x) for name, x in official.items()}
+
+
+def _linear(name: str, x: np.ndarray) -> np.ndarray:
+    return x[:, :, 0, 0] if ".attn" in name and x.ndim == 4 else x
+
+
+def _diffusers_name(name: str, levels: int) -> str:
+    parts = name.split(".")
+    layers = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+    if len(parts) > 3 and parts[1] in ("down", "up"):
+        way, level = parts[1], int(parts[2])
+        parts[1] = f"{way}_blocks"
+        parts[2] = str(level if way == "down" else levels - 1 - level)
+        if parts[3] in ("block", "attn"):
+            if parts[3] == "attn":
+                parts[5] = layers[parts[5]]
+            parts[3] = {"block": "resnets", "attn": "attentions"}[parts[3]]
+        else:
+            parts[3] += "rs.0"  # of downsample, upsample
+    elif parts[1] == "mid":
+        if parts[2] == "attn_1":
+            parts[3] = layers[parts[3]]
+        blocks = {"block_1": "resnets.0", "block_2": "resnets.1", "attn_1": "attentions.0"}
+        parts[1:3] = ["mid_block", blocks[parts[2]]]
+    elif parts[1] == "norm_out":
+        parts[1] = "conv_norm_out"
+    return ".".join("conv_shortcut" if part == "nin_shortcut" else part for part in parts)

@@ -4,13 +4,14 @@ python -m varjax.convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --o
 python -m varjax.convert --mar=checkpoint-last.pth --kl=kl16.ckpt --out=weights/mar_b
 python -m varjax.convert --repo=FoundationVision/var --tokenizer=… --var=… --out=weights/d16
 python -m varjax.convert --run=runs/x --out=weights/x
-python -m varjax.convert --to_torch --weights=weights/x --out=for_pytorch
+python -m varjax.convert --to_torch --weights=weights/x --out=for_pytorch [--layout=diffusers]
 python -m varjax.convert --lpips_vgg=vgg16.pth --lpips_heads=vgg.pth --out=weights/lpips
 python -m varjax.convert --inception=classify_image_graph_def.pb --out=weights/inception
 """
 
 import argparse
 import sys
+from typing import get_args
 
 from varjax.convert import (
     ConvertOptions,
@@ -22,6 +23,7 @@ from varjax.convert import (
 )
 from varjax.convert.from_torch import KINDS
 from varjax.convert.pretrained import download
+from varjax.convert.to_torch import Layout
 from varjax.core.commands import command_parser, run_command
 from varjax.core.errors import InputError
 from varjax.tokenizers.vq.pyramid import Scale
@@ -49,7 +51,7 @@ def _run(flags: argparse.Namespace) -> None:
     if flags.to_torch != (flags.weights is not None):
         raise InputError("--to_torch and --weights=DIRECTORY_OR_RUN belong together")
     if flags.to_torch:
-        export_torch(flags.weights, flags.out, flags.ema)
+        export_torch(flags.weights, flags.out, flags.ema, flags.layout)
     elif flags.run:
         export_run(flags.run, flags.out, flags.ema)
     elif inception:
@@ -72,6 +74,7 @@ def _run(flags: argparse.Namespace) -> None:
             latent_channels=flags.latent_channels,
             image_size=_parse_size(flags.image_size),
             latent_scale=flags.latent_scale,
+            latent_shift=flags.latent_shift,
             mar_heads=_parse_heads(flags.mar_heads),
             ema=flags.ema,
         )
@@ -137,11 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--latent_scale",
         type=float,
-        default=ConvertOptions.latent_scale,
-        help="what a KL tokenizer's latents are multiplied by (that of kl16.ckpt, 0.2325)",
+        help="what a KL tokenizer's latents are multiplied by (by its file; of kl16.ckpt 0.2325)",
     )
+    add("--latent_shift", type=float, help="what is subtracted from them first (by its file, or 0)")
     add("--run", help="a training run, to be written as a directory of weights")
     add("--to_torch", action="store_true", help="write --weights for the official code")
+    add("--layout", choices=get_args(Layout), default="official", help="of a KL tokenizer's names")
     add("--weights", help="a converted directory, a training run, or a name like var_d16")
     add("--inception", metavar="FILE", help="FID's Inception-v3, .pth or .pb (docs/evaluation.md)")
     add("--lpips_vgg", help="torchvision's vgg16, for the perceptual loss of a tokenizer")

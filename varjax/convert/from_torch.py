@@ -3,26 +3,29 @@
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from varjax.convert.apply_map import is_weight, lazy_leaves
+from varjax.convert.diffusers_layout import with_official_names
 from varjax.convert.infer_config import Source, find_kind, infer_configs
+from varjax.convert.latent_units import with_latent_units
 from varjax.convert.name_maps import NAME_MAPS
 from varjax.convert.name_maps.name_map import ConvertOptions, Tensors
-from varjax.convert.pth.read import read_checkpoint
+from varjax.convert.shards import local_files, read_files
 from varjax.convert.sources import Problems, errors_naming, sha256_of, warn_not_finite
 from varjax.convert.state_dicts import (
     AVERAGED,
     TRAINER_KEYS,
+    averaged_key,
     find_state_dicts,
-    has_averaged_weights,
     own_tensors,
 )
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_converted
 from varjax.core.errors import InputError
-from varjax.core.files import as_path, local_copy
+from varjax.core.files import as_path
 from varjax.core.untrusted import abridged
+from varjax.tokenizers.kl.model import KLConfig
 
 KINDS = {name_map.flag: name_map for name_map in NAME_MAPS}
 
@@ -45,7 +48,7 @@ def convert(
         options: tells what tensors cannot.
         files: by flag: a tokenizer, `tokenizer` or `kl`, and a model of its latents, `var` or
             `mar`; either may be left out. A checkpoint of VAR's trainer given as `var` serves as
-            both.
+            both. Of one in several parts, the index that names them, MODEL.safetensors.index.json.
 
     Returns:
         The config found for each part.
@@ -57,9 +60,13 @@ def convert(
     if unknown := files.keys() - KINDS.keys():
         raise InputError(f"no part is called {', '.join(unknown)}; known are {', '.join(KINDS)}")
     out = as_path(out)
-    given = {flag: local_copy(file) for flag, file in files.items() if file is not None}
+    given = {flag: as_path(file) for flag, file in files.items() if file is not None}
     sources = _read_sources(given, options.ema)
     check_weights_dir(out, converted_files(sources))
+    if (tokenizer := sources.get("tokenizer")) and tokenizer.kind.config is KLConfig:
+        location = given.get(tokenizer.kind.flag, tokenizer.path)
+        with errors_naming(location):
+            options = with_latent_units(tokenizer, location, options)
     configs = infer_configs(sources, options)
     models, problems, sampling = {}, Problems(), None
     for part, config in configs.items():
@@ -72,7 +79,7 @@ def convert(
     for source in sources.values():
         weights = {name: x for name, x in source.tensors.items() if is_weight(name)}
         warn_not_finite(source.path, weights)
-    paths = dict.fromkeys(source.path for source in sources.values())
+    paths = dict.fromkeys(path for source in sources.values() for path in source.files)
     write_converted(out, models, sha256_of(paths), sampling)
     return configs
 
@@ -94,27 +101,37 @@ def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[s
     for flag in sorted(files, key=lambda flag: KINDS[flag].part == "tokenizer"):
         path = files[flag]
         with problems.collected():
-            checkpoint = read_checkpoint(path)
-            averaged |= has_averaged_weights(checkpoint)
+            local = local_files(path)
+            checkpoint = read_files(local)
+            if key := averaged_key(checkpoint):
+                averaged = True
+                if ema is None:
+                    print(
+                        f"note: {path}: the averaged weights are taken ({key}); --no-ema takes "
+                        "the others",
+                        file=sys.stderr,
+                    )
             with errors_naming(path):
                 found = find_state_dicts(checkpoint, ema)
                 if not found.keys() & {"", flag}:
                     inside = ", ".join(TRAINER_KEYS[other] for other in found)
                     raise InputError(f"is a trainer's checkpoint that holds only {inside}")
-                sources[KINDS[flag].part] = _source(path, flag, found.get(flag) or found[""])
+                sources[KINDS[flag].part] = _source(local, flag, found.get(flag) or found[""])
                 if "tokenizer" in found and "tokenizer" not in parts:
-                    sources["tokenizer"] = _source(path, "tokenizer", found["tokenizer"])
+                    sources["tokenizer"] = _source(local, "tokenizer", found["tokenizer"])
     problems.check()
     if ema and not averaged:
         names = ", ".join(map(str, files.values()))
-        raise InputError(f"ema=True: there are no averaged weights ({AVERAGED}) in {names}")
+        keys = ", ".join(AVERAGED)
+        raise InputError(f"ema=True: there are no averaged weights ({keys}) in {names}")
     return sources
 
 
-def _source(path: pathlib.Path, flag: str, tensors: Tensors) -> Source:
+def _source(files: Sequence[pathlib.Path], flag: str, held: Tensors) -> Source:
+    path, tensors = files[0], with_official_names(held)
     kind = find_kind(tensors, flag)
     own, others = own_tensors(kind, tensors)
     if others:
         left_out = ", ".join(abridged(others))
         print(f"note: {path}: not of {kind.description}, left out: {left_out}", file=sys.stderr)
-    return Source(path, kind, own)
+    return Source(path, kind, own, held, tuple(files))

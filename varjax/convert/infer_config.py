@@ -10,20 +10,28 @@ from varjax.convert.name_maps.name_map import ConvertOptions, NameMap, Tensors
 from varjax.convert.sources import errors_naming
 from varjax.core.errors import InputError
 
+# What only HMAR's models have: they share `word_embed.weight` with VAR's.
+HMAR_NAMES = ("ns_blocks.", "ns_head", "mask_blocks.", "mask_head", "mask_embed.", "base_blocks.")
+HMAR = "an HMAR model (NVlabs/HMAR, arXiv 2506.04421), another architecture than VAR"
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """Holds what was read for one part of a directory of weights.
 
     Attributes:
-        path: the file.
+        path: the file, or the index of its parts.
         kind: of model.
         tensors: official ones, all of that model.
+        held: all tensors of the file, by its own names.
+        files: `path`, and the parts.
     """
 
     path: pathlib.Path
     kind: NameMap
     tensors: Tensors
+    held: Tensors = dataclasses.field(default_factory=dict)
+    files: tuple[pathlib.Path, ...] = ()
 
 
 def infer_configs(sources: Mapping[str, Source], options: ConvertOptions) -> dict[str, Any]:
@@ -68,6 +76,8 @@ def infer_configs(sources: Mapping[str, Source], options: ConvertOptions) -> dic
 
 def find_kind(tensors: Tensors, flag: str) -> NameMap:
     """Finds the name map of official tensors; raises InputError if `flag` does not take them."""
+    if foreign := [n for n in tensors if n.startswith(HMAR_NAMES)]:
+        raise InputError(f"holds {HMAR}, by its {foreign[0]}, which varjax does not have")
     found = next(
         (kind for kind in NAME_MAPS if {kind.known_by, kind.prefix + kind.known_by} & set(tensors)),
         None,

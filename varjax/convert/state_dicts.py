@@ -4,14 +4,17 @@ from typing import Any
 
 import numpy as np
 
+from varjax.convert.infer_config import HMAR
 from varjax.convert.name_maps import NAME_MAPS
 from varjax.convert.name_maps.name_map import NameMap, Tensors
 from varjax.core.errors import InputError
 from varjax.core.untrusted import check_name, shown
 
 TRAINER_KEYS = {kind.flag: kind.trainer_key for kind in NAME_MAPS if kind.trainer_key}
-AVERAGED = "model_ema"  # where trainers keep the averaged weights beside "model"
+# Where trainers keep the averaged weights beside "model": MAR's, and DeiT's and those after it.
+AVERAGED = ("model_ema", "ema")
 WRAPPERS = ("state_dict", "model")
+HMAR_TRAINER = "transformer_wo_ddp"  # where HMAR's trainer keeps its transformer
 
 
 def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict[str, np.ndarray]]:
@@ -26,7 +29,8 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
 
     Returns:
         {flag: {name: array}}; the flag is "tokenizer" or "var" for a checkpoint of VAR's trainer,
-        and "" for a plain state dict, also one under "model_ema", "state_dict" or "model".
+        and "" for a plain state dict, also one under "model_ema", "ema", "state_dict", "model", or
+        under "trainer", where CCA's fine-tuning of VAR keeps it.
 
     Raises:
         InputError: there are no weights, or anything else lies among them.
@@ -37,6 +41,8 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
         )
     trainer = checkpoint.get("trainer", checkpoint)
     if isinstance(trainer, dict):
+        if HMAR_TRAINER in trainer:
+            raise InputError(f"holds {HMAR}, by its {HMAR_TRAINER}, which varjax does not have")
         found = {
             flag: weights
             for flag, key in TRAINER_KEYS.items()
@@ -44,15 +50,21 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
         }
         if found:
             return {flag: _clean(weights) for flag, weights in found.items()}
-    for key in WRAPPERS if ema is False else (AVERAGED, *WRAPPERS):
+        if _is_state_dict(checkpoint.get("trainer")):
+            return {"": _clean(trainer)}
+    if ema is not False and (averaged := averaged_key(checkpoint)):
+        return {"": _clean(checkpoint[averaged])}
+    for key in WRAPPERS:
         if isinstance(checkpoint.get(key), dict):
             return {"": _clean(checkpoint[key])}
     return {"": _clean(checkpoint)}
 
 
-def has_averaged_weights(checkpoint: Any) -> bool:
-    """Tells whether what `read_checkpoint` returned holds averaged weights beside others."""
-    return isinstance(checkpoint, dict) and isinstance(checkpoint.get(AVERAGED), dict)
+def averaged_key(checkpoint: Any) -> str | None:
+    """Returns where what `read_checkpoint` returned holds averaged weights; None without them."""
+    if not isinstance(checkpoint, dict):
+        return None
+    return next((key for key in AVERAGED if _is_state_dict(checkpoint.get(key))), None)
 
 
 def own_tensors(kind: NameMap, tensors: Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -72,6 +84,10 @@ def own_tensors(kind: NameMap, tensors: Tensors) -> tuple[dict[str, np.ndarray],
     return own, list(dict.fromkeys(others))
 
 
+def _is_state_dict(held: Any) -> bool:
+    return isinstance(held, dict) and any(isinstance(x, np.ndarray) for x in held.values())
+
+
 def _clean(weights: Any) -> dict[str, np.ndarray]:
     """Checks that these are weights, and removes prefixes of their names."""
     if not isinstance(weights, dict) or not weights:
@@ -79,7 +95,7 @@ def _clean(weights: Any) -> dict[str, np.ndarray]:
     if strange := [key for key, x in weights.items() if not isinstance(x, np.ndarray)]:
         raise InputError(
             f"{len(strange)} of {len(weights)} entries are no arrays: {shown(strange)}; weights "
-            f"are looked for at the top, in {', '.join((AVERAGED, *WRAPPERS))} and in trainer/"
+            f"are looked for at the top, in {', '.join((*AVERAGED, *WRAPPERS))} and in trainer/"
             f"{', '.join(TRAINER_KEYS.values())}; pass the part that holds them"
         )
     named = {_without_prefixes(check_name(key)): x for key, x in weights.items()}

@@ -4,23 +4,28 @@ import hashlib
 import os
 import pathlib
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 
 from varjax.convert.apply_map import official_buffers, to_official
+from varjax.convert.diffusers_layout import diffusers_config, with_diffusers_names
 from varjax.convert.name_maps import name_map_of
 from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.pretrained import resolve_weights
 from varjax.convert.weights_dir import new_directory, write_converted, write_files
-from varjax.core import trees
+from varjax.core import files, trees
 from varjax.core.buckets import as_path
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, check_setting
 from varjax.core.model_files import read_model_config
 from varjax.core.trees import PyTree
 from varjax.families import FAMILIES, read_model
+from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig
 from varjax.tokenizers.load import read_tokenizer
+
+Layout = Literal["official", "diffusers"]
 
 
 def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None = None) -> None:
@@ -47,7 +52,10 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None 
 
 
 def export_torch(
-    weights: str | os.PathLike, out: str | os.PathLike, ema: bool | None = None
+    weights: str | os.PathLike,
+    out: str | os.PathLike,
+    ema: bool | None = None,
+    layout: Layout = "official",
 ) -> None:
     """Writes weights for the official code: per model a .pth and a .safetensors of equal content.
 
@@ -59,25 +67,49 @@ def export_torch(
         weights: a training run, a directory of weights, or the name of a published model.
         out: the directory to write, which must not exist or be empty.
         ema: of a run, the averaged weights or not; None for them if there are any.
+        layout: "diffusers" writes a KL tokenizer alone, as the folder that diffusers'
+            `AutoencoderKL.from_pretrained` reads.
 
     Raises:
-        InputError: `weights` holds none or a model without official counterpart, or `out` holds
-            files or cannot be written.
+        InputError: `weights` holds none or a model without counterpart, or `out` holds files or
+            cannot be written.
     """
+    check_setting("layout", layout, layout in get_args(Layout), " or ".join(get_args(Layout)))
     weights, out = resolve_weights(weights), as_path(out)
     models, _ = _read_models(weights, ema)
+    if layout == "diffusers":
+        return _export_diffusers(weights, out, *models.get("tokenizer", (None, None)))
     contents = {}
     for part, (config, params) in models.items():
         tensors = {**to_official(config, params), **official_buffers(config)}
         contents |= {f"{part}.pth": tensors, f"{part}.safetensors": tensors}
-        for path, official in name_map_of(config).constants(ConvertOptions()).items():
-            if not np.allclose(value := trees.paths(params)[path], official):
-                print(
-                    f"note: {part}: {path} is {value:.6g}, which official files do not hold; "
-                    f"the official code has {official:.6g}",
-                    file=sys.stderr,
-                )
+        _note_constants(part, config, trees.paths(params))
     with new_directory(out, contents) as temporary:
+        write_files(temporary, contents)
+
+
+def _note_constants(part: str, config: Any, leaves: Mapping[str, Any]) -> None:
+    """Says which parameters official files do not hold, unless the official code has them so."""
+    name_map = name_map_of(config)
+    official = name_map.official_constants(config)
+    for path in name_map.constants(ConvertOptions()):
+        if path in official and np.allclose(leaves[path], official[path]):
+            continue
+        code = f"; the official code has {official[path]:.6g}" if path in official else ""
+        print(
+            f"note: {part}: {path} is {leaves[path]:.6g}, which official files do not hold{code}",
+            file=sys.stderr,
+        )
+
+
+def _export_diffusers(weights: pathlib.Path, out: pathlib.Path, config: Any, params: Any) -> None:
+    if not isinstance(config, KLConfig):
+        raise InputError(f"layout=diffusers: {weights} has no KL tokenizer; leave --layout out")
+    tensors = with_diffusers_names(config, to_official(config, params))
+    contents = {"diffusion_pytorch_model.safetensors": tensors}
+    with new_directory(out, contents) as temporary:
+        about = diffusers_config(config, float(params[LATENT_STD_PATH]))
+        files.write_json(temporary / "config.json", about)
         write_files(temporary, contents)
 
 

@@ -77,7 +77,7 @@ def encode_tokens(
     if key_B is not None:
         draw = jax.vmap(lambda key: jax.random.normal(key, tokenizer.latent_shape))
         z_BhwZ = sample_posterior(latents, draw(key_B))
-    return config.patchify(to_model_units(params, z_BhwZ))
+    return config.patchify(to_model_units(tokenizer, params, z_BhwZ))
 
 
 def decode_tokens(
@@ -90,15 +90,15 @@ def decode_tokens(
     """Decodes tokens, (B, L, Z) or (B, L), into images (B, H, W, channels) in [0, 1]."""
     if isinstance(tokenizer, VQConfig):
         return tokenizer.decode(params, {"tokens_BL": tokens_BL}, compute)
-    z_BhwZ = from_model_units(params, config.unpatchify(tokens_BL))
+    z_BhwZ = from_model_units(tokenizer, params, config.unpatchify(tokens_BL))
     return tokenizer.decode(params, {"mean_BhwZ": z_BhwZ}, compute)
 
 
-def to_model_units(params: PyTree, z_BhwZ: jax.Array) -> jax.Array:
-    """Divides latents by the standard deviation that their tokenizer measured."""
-    return z_BhwZ / params[LATENT_STD_PATH]
+def to_model_units(tokenizer: KLConfig, params: PyTree, z_BhwZ: jax.Array) -> jax.Array:
+    """Shifts latents, and divides them by the standard deviation that their tokenizer measured."""
+    return (z_BhwZ - tokenizer.latent_shift) / params[LATENT_STD_PATH]
 
 
-def from_model_units(params: PyTree, z_BhwZ: jax.Array) -> jax.Array:
+def from_model_units(tokenizer: KLConfig, params: PyTree, z_BhwZ: jax.Array) -> jax.Array:
     """Undoes `to_model_units`."""
-    return z_BhwZ * jnp.asarray(params[LATENT_STD_PATH])
+    return z_BhwZ * jnp.asarray(params[LATENT_STD_PATH]) + tokenizer.latent_shift

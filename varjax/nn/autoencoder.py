@@ -14,12 +14,13 @@ PIXELS_OF_LARGE_IMAGES = 64**2  # from here on a few at a time are better
 IMAGES_AT_ONCE = 16  # on a device: 256-pixel maps of 160 channels take 42 MB each in float32
 # The official ones have 5 levels of 2 blocks. Whatever a file says, it is described in seconds.
 MAX_LEVELS, MAX_BLOCKS = 10, 40  # the latter of all levels together
+COARSEST = (-1,)  # levels with attention: the last one alone, as in VQGAN at 256 pixels
 
 
 class Encoder(nn.Module):
     """Maps images (B, H, W, channels) to features (B, H/f, W/f, feature_channels).
 
-    f is `downsampling`. The lowest level has attention.
+    f is `downsampling`.
 
     Attributes:
         width: channels of the first level.
@@ -27,6 +28,7 @@ class Encoder(nn.Module):
         blocks: residual blocks of a level.
         groups: of the group norms.
         feature_channels: channels of the features.
+        attention: levels with attention after each block, -1 for the coarsest; besides the middle.
         format: of the convolutions.
     """
 
@@ -35,6 +37,7 @@ class Encoder(nn.Module):
     blocks: int
     groups: int
     feature_channels: int
+    attention: Sequence[int] = COARSEST
     format: ConvFormat = ConvFormat()
 
     @nn.compact
@@ -44,7 +47,7 @@ class Encoder(nn.Module):
         for i, multiplier in enumerate(self.multipliers):
             for j in range(self.blocks):
                 x_BhwC = _residual(self, multiplier, f"down_{i}_block_{j}")(x_BhwC)
-                if i == last:
+                if i - len(self.multipliers) in self.attention:
                     x_BhwC = _attention(self, f"down_{i}_attn_{j}")(x_BhwC)
             if i < last:
                 x_BhwC = Downsample(self.format, name=f"down_{i}_downsample")(x_BhwC)
@@ -60,7 +63,7 @@ class Decoder(nn.Module):
         blocks: residual blocks of a level of the encoder; a level here has one more.
         groups: of the group norms.
         image_channels: of the images.
-        level_attention: whether the lowest level has attention, besides the middle.
+        attention: as the encoder's; the coarsest level is the first one here.
         format: of the convolutions.
     """
 
@@ -69,18 +72,17 @@ class Decoder(nn.Module):
     blocks: int
     groups: int
     image_channels: int
-    level_attention: bool = True
+    attention: Sequence[int] = COARSEST
     format: ConvFormat = ConvFormat()
 
     @nn.compact
     def __call__(self, f_BhwZ: jax.Array) -> jax.Array:
-        last = len(self.multipliers) - 1
         x_BhwC = conv(self.width * self.multipliers[-1], self.format, "conv_in")(f_BhwZ)
         x_BhwC = _middle(self, x_BhwC)
         for i, multiplier in reversed(list(enumerate(self.multipliers))):
             for j in range(self.blocks + 1):
                 x_BhwC = _residual(self, multiplier, f"up_{i}_block_{j}")(x_BhwC)
-                if i == last and self.level_attention:
+                if i - len(self.multipliers) in self.attention:
                     x_BhwC = _attention(self, f"up_{i}_attn_{j}")(x_BhwC)
             if i > 0:
                 x_BhwC = Upsample(self.format, name=f"up_{i}_upsample")(x_BhwC)
@@ -215,6 +217,14 @@ def check_sizes(width: int, multipliers: Sequence[int], blocks: int, groups: int
         raise InputError(f"multipliers={multipliers}: give one per level, each 1 or more")
     if width % groups:
         raise InputError(f"width={width} is not a multiple of groups={groups}")
+
+
+def check_attention(name: str, attention: Sequence[int], multipliers: Sequence[int]) -> None:
+    """Raises InputError unless `attention` names levels, each once, the finest first."""
+    levels = len(multipliers)
+    fits = list(attention) == sorted(set(attention)) and all(-levels <= i < 0 for i in attention)
+    allowed = f"levels from {-levels} (full resolution) to -1 (the coarsest), ascending, each once"
+    check_setting(name, tuple(attention), fits, allowed)
 
 
 def downsampling(multipliers: Sequence[int]) -> int:

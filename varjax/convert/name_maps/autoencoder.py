@@ -1,6 +1,7 @@
 """The encoder and decoder that the official tokenizers share (VQGAN's and LDM's modules)."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from varjax.convert.name_maps.link import Link, conv_links, norm_links
@@ -42,20 +43,36 @@ def infer_autoencoder(tensors: Tensors) -> dict[str, Any]:
     }
 
 
+def infer_attention(tensors: Tensors, half: str, levels: int) -> tuple[int, ...]:
+    """Finds the levels of a half, "encoder" or "decoder", that have attention: -1 is the coarsest.
+
+    Raises InputError for a level that the encoder does not have.
+    """
+    matches = (re.match(rf"{half}\.(?:down|up)\.(\d+)\.attn\.", name) for name in tensors)
+    found = sorted({int(match[1]) for match in matches if match})
+    if found and found[-1] >= levels:
+        raise InputError(f"the {half} has attention at level {found[-1]}; there are {levels}")
+    return tuple(i - levels for i in found)
+
+
 def autoencoder_links(
-    config: AutoencoderSizes, split_qkv: bool, decoder_attention: bool
+    config: AutoencoderSizes,
+    split_qkv: bool,
+    encoder_attention: Sequence[int],
+    decoder_attention: Sequence[int],
 ) -> Iterator[Link]:
     """Yields the links of encoder and decoder.
 
     Args:
         config: their sizes.
         split_qkv: whether an official attention layer has a convolution each for q, k and v.
-        decoder_attention: whether the decoder's lowest level has attention.
+        encoder_attention: levels with attention, -1 for the coarsest.
+        decoder_attention: the same of the decoder.
     """
-    last = len(config.multipliers) - 1
-    for half, way, blocks, resample in (
-        ("encoder", "down", config.blocks, "downsample"),
-        ("decoder", "up", config.blocks + 1, "upsample"),
+    count = len(config.multipliers)
+    for half, way, blocks, resample, attention in (
+        ("encoder", "down", config.blocks, "downsample", encoder_attention),
+        ("decoder", "up", config.blocks + 1, "upsample", decoder_attention),
     ):
         yield from conv_links(f"{half}.conv_in", f"{half}/conv_in")
         yield from conv_links(f"{half}.conv_out", f"{half}/conv_out")
@@ -70,10 +87,10 @@ def autoencoder_links(
                 official, ours = f"{half}.{way}.{i}.block.{j}", f"{half}/{way}_{i}_block_{j}"
                 yield from _residual(official, ours, shortcut=width != config.width * multiplier)
                 width = config.width * multiplier
-                if i == last and (half == "encoder" or decoder_attention):
+                if i - count in attention:
                     official, ours = f"{half}.{way}.{i}.attn.{j}", f"{half}/{way}_{i}_attn_{j}"
                     yield from _attention(official, ours, split_qkv)
-            if i != (last if half == "encoder" else 0):
+            if i != (count - 1 if half == "encoder" else 0):
                 official = f"{half}.{way}.{i}.{resample}.conv"
                 yield from conv_links(official, f"{half}/{way}_{i}_{resample}/conv")
 

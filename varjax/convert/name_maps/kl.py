@@ -1,11 +1,15 @@
-"""The official KL tokenizer (`AutoencoderKL` of LTH14/mar, which is LDM's) and ours."""
+"""The official KL tokenizers (`AutoencoderKL` of latent diffusion, which MAR uses) and ours."""
 
 import dataclasses
 import math
 
 import numpy as np
 
-from varjax.convert.name_maps.autoencoder import autoencoder_links, infer_autoencoder
+from varjax.convert.name_maps.autoencoder import (
+    autoencoder_links,
+    infer_attention,
+    infer_autoencoder,
+)
 from varjax.convert.name_maps.link import Link, conv_links
 from varjax.convert.name_maps.name_map import (
     ConvertOptions,
@@ -15,7 +19,7 @@ from varjax.convert.name_maps.name_map import (
     tensor_shape,
 )
 from varjax.core.errors import InputError, check_setting
-from varjax.nn.autoencoder import downsampling
+from varjax.nn.autoencoder import COARSEST, downsampling
 from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig
 
 # A copy of the official files. At this commit they are as they were published; later ones have
@@ -23,21 +27,30 @@ from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig
 MAR_REPO, MAR_REVISION = "jadechoghari/mar", "3cb89bbc254335e7b25ed806e3f00a3dc0c1359c"
 MAR_PAGE = "https://github.com/LTH14/mar"
 KL_FILE = "kl16.ckpt"
+KL16_SCALE = 0.2325  # of the released KL-16, in MAR's code
 
 
 def infer_kl(tensors: Tensors, options: ConvertOptions) -> KLConfig:
-    """Infers the config of an official `AutoencoderKL`, whose tensors do not tell the image size.
+    """Infers the config of an `AutoencoderKL`, whose tensors do not tell the image size.
 
     Raises InputError for tensors that are missing or contradict each other.
     """
-    scale = options.latent_scale
-    valid = scale > 0 and math.isfinite(scale)
-    check_setting("latent_scale", scale, valid, "above 0: 1 / standard deviation of the latents")
+    scale, sizes = options.latent_scale, infer_autoencoder(tensors)
+    levels = len(sizes["multipliers"])
+    if scale is not None:
+        valid = scale > 0 and math.isfinite(scale)
+        check_setting("latent_scale", scale, valid, "above 0: 1 / standard deviation of latents")
+    features, latent_channels = _features(tensors), _latent_channels(tensors)
     return KLConfig(
         image_size=options.image_size or KLConfig.image_size,
         groups=options.groups,
-        latent_channels=_latent_channels(tensors),
-        **infer_autoencoder(tensors),
+        latent_channels=latent_channels,
+        encoder_attention=infer_attention(tensors, "encoder", levels),
+        decoder_attention=infer_attention(tensors, "decoder", levels),
+        feature_channels=None if features == latent_channels else features,
+        quant_convs=_has_quant_convs(tensors),
+        latent_shift=options.latent_shift or 0.0,
+        **sizes,
     )
 
 
@@ -60,20 +73,45 @@ def kl_model_options(tensors: Tensors, options: ConvertOptions) -> ConvertOption
 
 def kl_table(config: KLConfig) -> list[Link]:
     """Lists all tensors of the official `AutoencoderKL`."""
-    return [
-        *conv_links("quant_conv", "quant_conv"),
-        *conv_links("post_quant_conv", "post_quant_conv"),
-        *autoencoder_links(config, split_qkv=True, decoder_attention=False),
-    ]
+    attention = config.encoder_attention, config.decoder_attention
+    links = list(autoencoder_links(config, True, *attention))
+    if config.quant_convs:
+        links += conv_links("quant_conv", "quant_conv")
+        links += conv_links("post_quant_conv", "post_quant_conv")
+    return links
 
 
 def kl_constants(options: ConvertOptions) -> dict[str, np.ndarray]:
     """Returns the parameter that official files lack: the code that uses them knows the scale."""
-    return {LATENT_STD_PATH: np.array(1 / options.latent_scale, np.float32)}
+    scale = KL16_SCALE if options.latent_scale is None else options.latent_scale
+    return {LATENT_STD_PATH: np.array(1 / scale, np.float32)}
+
+
+def kl_official_constants(config: KLConfig) -> dict[str, np.ndarray]:
+    """Returns the scale in the official code, which only MAR's of KL-16 has."""
+    return kl_constants(ConvertOptions()) if is_kl16(config) else {}
+
+
+def is_kl16(config: KLConfig) -> bool:
+    """Tells whether a tokenizer has attention where MAR's KL-16 has it, and no other known one."""
+    return (config.encoder_attention, config.decoder_attention) == (COARSEST, ())
 
 
 def _latent_channels(tensors: Tensors) -> int:
-    return tensor_shape(tensors, "post_quant_conv.weight", 4)[1]
+    if _has_quant_convs(tensors):
+        return tensor_shape(tensors, "post_quant_conv.weight", 4)[1]
+    return _features(tensors)
+
+
+def _features(tensors: Tensors) -> int:
+    both = tensor_shape(tensors, "encoder.conv_out.weight", 4)[0]
+    if both % 2:
+        raise InputError(f"encoder.conv_out.weight has {both} outputs: no means and log variances")
+    return both // 2
+
+
+def _has_quant_convs(tensors: Tensors) -> bool:
+    return bool({"quant_conv.weight", "post_quant_conv.weight"} & tensors.keys())
 
 
 KL = NameMap(
@@ -85,6 +123,7 @@ KL = NameMap(
     infer=infer_kl,
     table=kl_table,
     constants=kl_constants,
+    official_constants=kl_official_constants,
     model_options=kl_model_options,
     prefix="first_stage_model.",  # in a checkpoint of a whole latent diffusion model
     ignored=("loss.",),  # LPIPS and the discriminator, in one of the tokenizer's own training

@@ -32,7 +32,9 @@ class ConvertOptions:
         downsampling: pixels of that tokenizer per latent along one side, as its file says if given.
         image_size: pixels of both sides, or (height, width), of a KL tokenizer's images; None as
             the MAR transformer over it says, whose map is then square, else 256.
-        latent_scale: what a KL tokenizer's latents are multiplied by: 1 / standard deviation.
+        latent_scale: what a KL tokenizer's latents are multiplied by: 1 / standard deviation. None
+            as its file says, or as is known of that file; see `varjax.convert.latent_units`.
+        latent_shift: what is subtracted from them before; None as for the scale, else 0.
         mar_heads: attention heads of a MAR transformer's encoder and of its decoder; None as in
             the official model of that width, else one for each 64 channels.
         ema: the averaged weights of a checkpoint or not; None for them if there are any.
@@ -46,7 +48,8 @@ class ConvertOptions:
     latent_channels: int | None = None
     downsampling: int = 16
     image_size: int | tuple[int, int] | None = None
-    latent_scale: float = 0.2325  # of the released KL-16, in MAR's code
+    latent_scale: float | None = None
+    latent_shift: float | None = None
     mar_heads: tuple[int, int] | None = None
     ema: bool | None = None
 
@@ -93,6 +96,7 @@ class NameMap:
         prefix: of all its names in checkpoints of a larger model, of which nothing else is read.
         ignored: beginnings of names of tensors that its files may hold besides.
         trainer_key: where the official trainer's checkpoints hold it, or None.
+        official_constants: config -> those that the official code of such a model has.
         tokenizer_options: (config, options) -> options for its tokenizer, which it knows more of.
         model_options: (official tensors, options) -> the reverse: of a tokenizer, options for the
             model of its latents, which is inferred first.
@@ -114,6 +118,7 @@ class NameMap:
     buffers: Callable[[Any], dict[str, Tensor]] = lambda config: {}
     buffer_names: tuple[str, ...] = ()
     constants: Callable[[ConvertOptions], dict[str, np.ndarray]] = lambda options: {}
+    official_constants: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     trainer_key: str | None = None

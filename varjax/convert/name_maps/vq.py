@@ -14,6 +14,7 @@ from varjax.convert.name_maps.name_map import (
 )
 from varjax.core.errors import InputError
 from varjax.core.safetensors_io import Tensor
+from varjax.nn.autoencoder import COARSEST
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256
 
@@ -61,7 +62,7 @@ def vq_table(config: VQConfig) -> list[Link]:
         name = f"quantize.quant_resi.{phi_names.format(p)}"
         links.append(Link(f"{name}.weight", ("quantizer/phi_kernel",), "conv", p))
         links.append(Link(f"{name}.bias", ("quantizer/phi_bias",), index=p))
-    links += autoencoder_links(config, split_qkv=False, decoder_attention=True)
+    links += autoencoder_links(config, False, COARSEST, COARSEST)
     return links
 
 

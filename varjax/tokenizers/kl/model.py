@@ -1,6 +1,7 @@
 """The KL tokenizer: image <-> map of Gaussian latents (LDM's AutoencoderKL; MAR's KL-16)."""
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -12,8 +13,10 @@ from varjax.core import config_tree, trees
 from varjax.core.errors import InputError, check_setting
 from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import (
+    COARSEST,
     Decoder,
     Encoder,
+    check_attention,
     check_sizes,
     conv,
     downsampling,
@@ -26,6 +29,35 @@ from varjax.tokenizers.contract import Latents
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # LDM's
 LATENT_STD_PATH = "latent_std"  # where parameters and their average keep it
+LATER_FIELDS = (
+    "encoder_attention",
+    "decoder_attention",
+    "feature_channels",
+    "quant_convs",
+    "latent_shift",
+)
+# Latent diffusion's released autoencoders (arXiv 2112.10752, models/first_stage_models), whose f8
+# is Stable Diffusion's too, and MAR's. The number in a name is the downsampling.
+PRESETS: dict[str, dict[str, Any]] = {
+    "kl16": {},
+    "kl_f4": {
+        "multipliers": (1, 2, 4),
+        "latent_channels": 3,
+        "encoder_attention": (),
+    },
+    "kl_f8": {
+        "multipliers": (1, 2, 4, 4),
+        "latent_channels": 4,
+        "encoder_attention": (),
+    },
+    "kl_f16": {"decoder_attention": (-1,)},
+    "kl_f32": {
+        "multipliers": (1, 1, 2, 2, 4, 4),
+        "latent_channels": 64,
+        "encoder_attention": (-2, -1),
+        "decoder_attention": (-2, -1),
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +78,13 @@ class KLConfig:
         blocks: residual blocks per level of the encoder; the decoder has one more.
         groups: of the group norms.
         latent_channels: size Z of a latent.
+        encoder_attention: levels with attention besides the middle, counted from the coarsest,
+            which is -1; ascending.
+        decoder_attention: the same of the decoder.
+        feature_channels: between encoder and `quant_conv`, and `post_quant_conv` and decoder; none
+            for `latent_channels`.
+        quant_convs: whether there are these two convolutions.
+        latent_shift: what a model of latents subtracts from them before it divides.
     """
 
     image_size: int | tuple[int, int] = 256
@@ -55,17 +94,44 @@ class KLConfig:
     blocks: int = 2
     groups: int = 32
     latent_channels: int = 16
+    encoder_attention: tuple[int, ...] = COARSEST
+    decoder_attention: tuple[int, ...] = ()
+    feature_channels: int | None = None
+    quant_convs: bool = True
+    latent_shift: float = 0.0
 
     def __post_init__(self):
         check_sizes(self.width, self.multipliers, self.blocks, self.groups)
+        for name in ("encoder_attention", "decoder_attention"):
+            check_attention(name, getattr(self, name), self.multipliers)
         for name in ("image_channels", "latent_channels"):
             check_setting(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        check_setting("feature_channels", self.features, self.features >= 1, "1 or more")
+        if not self.quant_convs and self.features != self.latent_channels:
+            raise InputError(
+                f"feature_channels={self.features}: without quant_convs the encoder's features "
+                f"are the latents, of latent_channels={self.latent_channels}; leave it out"
+            )
+        finite = math.isfinite(self.latent_shift)
+        check_setting("latent_shift", self.latent_shift, finite, "a finite number")
         H, W, _ = self.image_shape
         if min(H, W) < 1 or H % self.downsampling or W % self.downsampling:
             raise InputError(
                 f"image_size={self.image_size}: {len(self.multipliers)} levels halve an image to "
                 f"a map, so its sides must be multiples of {self.downsampling}"
             )
+
+    @classmethod
+    def preset(cls, name: str, image_size: int | tuple[int, int] = 256) -> "KLConfig":
+        """Returns a released autoencoder's; raises InputError for a name not in PRESETS."""
+        if name not in PRESETS:
+            raise InputError(f"preset {name!r}: allowed are {', '.join(PRESETS)}")
+        return cls(image_size=image_size, **PRESETS[name])
+
+    @property
+    def features(self) -> int:
+        """Channels of the encoder's features, of which there are two sets, and the decoder's."""
+        return self.latent_channels if self.feature_channels is None else self.feature_channels
 
     @property
     def downsampling(self) -> int:
@@ -112,8 +178,14 @@ class KLConfig:
         return to_unit_range(decode_latents(self, params, latents["mean_BhwZ"], compute))
 
     def identity(self, params: PyTree) -> dict[str, Any]:
-        """Returns the config and the weights' digest, which tell this tokenizer from any other."""
-        return config_tree.to_dict(self) | {"weights": trees.digest(params)}
+        """Returns the config and the weights' digest, which tell this tokenizer from any other.
+
+        Caches of latents keep it, older ones without LATER_FIELDS, so their defaults are left out.
+        """
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        old = {n for n in LATER_FIELDS if getattr(self, n) == defaults[n]}
+        config = {n: x for n, x in config_tree.to_dict(self).items() if n not in old}
+        return config | {"weights": trees.digest(params)}
 
 
 class KLTokenizer(nn.Module):
@@ -139,10 +211,11 @@ class KLTokenizer(nn.Module):
         sizes = c.width, c.multipliers, c.blocks, c.groups
         inward = ConvFormat(self.encoder_dtype, compute.frozen_encoder, compute.target)
         outward = ConvFormat(compute.jax_dtype)
-        self.encoder = Encoder(*sizes, 2 * c.latent_channels, inward)
-        self.quant_conv = conv(2 * c.latent_channels, ConvFormat(), size=1)
-        self.post_quant_conv = conv(c.latent_channels, outward, size=1)
-        self.decoder = Decoder(*sizes, c.image_channels, level_attention=False, format=outward)
+        self.encoder = Encoder(*sizes, 2 * c.features, c.encoder_attention, inward)
+        if c.quant_convs:
+            self.quant_conv = conv(2 * c.latent_channels, ConvFormat(), size=1)
+            self.post_quant_conv = conv(c.features, outward, size=1)
+        self.decoder = Decoder(*sizes, c.image_channels, c.decoder_attention, outward)
         self.latent_std = self.param(LATENT_STD_PATH, nn.initializers.ones, ())
 
     def __call__(
@@ -165,13 +238,15 @@ class KLTokenizer(nn.Module):
 
     def moments(self, image_BHWC: jax.Array) -> jax.Array:
         """Computes the posterior's means and log variances, (B, h, w, 2 Z)."""
-        f_BhwC = self.encoder(image_BHWC.astype(self.encoder_dtype))
-        return self.quant_conv(f_BhwC.astype(jnp.float32))
+        f_BhwC = self.encoder(image_BHWC.astype(self.encoder_dtype)).astype(jnp.float32)
+        return self.quant_conv(f_BhwC) if self.config.quant_convs else f_BhwC
 
     def decode(self, z_BhwZ: jax.Array) -> jax.Array:
         """Decodes latents into images, not clipped."""
-        image_BHWC = self.decoder(self.post_quant_conv(z_BhwZ.astype(self.compute.jax_dtype)))
-        return image_BHWC.astype(jnp.float32)
+        f_BhwC = z_BhwZ.astype(self.compute.jax_dtype)
+        if self.config.quant_convs:
+            f_BhwC = self.post_quant_conv(f_BhwC)
+        return self.decoder(f_BhwC).astype(jnp.float32)
 
 
 def split_moments(moments_BhwC: jax.Array) -> dict[str, jax.Array]:

@@ -137,7 +137,7 @@ class VQTokenizer(nn.Module):
         sizes = c.width, c.multipliers, c.blocks, c.groups
         inward = ConvFormat(self.encoder_dtype, compute.frozen_encoder, compute.target)
         outward = ConvFormat(compute.jax_dtype)
-        self.encoder = Encoder(*sizes, c.code_channels, inward)
+        self.encoder = Encoder(*sizes, c.code_channels, format=inward)
         self.quant_conv = conv(c.code_channels, ConvFormat())
         self.quantizer = make_quantizer(c)
         self.post_quant_conv = conv(c.code_channels, outward)
