@@ -15,7 +15,6 @@ from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.sources import sha256_of
 from varjax.core import files
 from varjax.core.errors import InputError
-from varjax.tokenizers.kl.model import KLConfig
 
 SCALE_FACTOR = "scale_factor"  # a tensor of latent diffusion models that measured it
 SD, SDXL, FLUX = (0.18215, 0.0), (0.13025, 0.0), (0.3611, 0.1159)
@@ -61,13 +60,11 @@ def with_latent_units(
         found, origin = (_scale_factor(source.held[SCALE_FACTOR]), 0.0), f"by its {SCALE_FACTOR}"
     elif is_diffusers(source.held) and (beside := _config_beside(location)):
         found, origin = beside, f"by {location.parent / 'config.json'}"
+    elif is_kl16(source.kind.infer(source.tensors, options)):
+        return dataclasses.replace(options, latent_scale=KL16_SCALE)
     else:
         (digest,) = sha256_of(source.files[:1]).values()
         found, origin = KNOWN_FILES.get(digest), "as is known of this file"
-    config = source.kind.infer(source.tensors, options)
-    assert isinstance(config, KLConfig)
-    if found is None and is_kl16(config):
-        return dataclasses.replace(options, latent_scale=KL16_SCALE)
     if found is None:
         raise InputError(
             "neither this file nor its SHA-256 tells what its latents are multiplied by; give "
