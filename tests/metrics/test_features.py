@@ -11,6 +11,7 @@ from PIL import Image
 
 from tests.helpers.paths import ROOT
 from varjax.core.errors import InputError
+from varjax.core.npz import NpzArchive
 from varjax.data.sources import Digits
 from varjax.metrics import feature_store, references
 from varjax.metrics.features import (
@@ -210,6 +211,32 @@ def test_statistics_in_a_file_are_taken_as_they_are(tmp_path):
     np.savez(tmp_path / "small.npz", arr_0=IMAGES_NHWC[:, :6])
     with pytest.raises(InputError, match="give images of the samples' size"):
         references.read_reference(tmp_path / "small.npz", extract, tmp_path, sizes)
+
+
+@pytest.mark.parametrize("name", ["mu", "sigma"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_statistics_that_are_not_finite_are_refused_before_any_sampling(tmp_path, name, value):
+    arrays = {"mu": np.zeros(3), "sigma": np.eye(3)}
+    arrays[name].flat[-1] = value
+    path, sizes = tmp_path / "x.npz", {"pool_ND": 3}
+    np.savez(path, **arrays)
+    extract = FeatureExtractor(pixel_network())
+    with pytest.raises(InputError, match=f"x.npz: 1 of . numbers in {name} are NaN or infinite"):
+        references.read_reference(path, extract, tmp_path, sizes)
+
+
+def test_large_members_that_are_not_needed_are_never_read(tmp_path, monkeypatch):
+    """Statistics of other features, and labels of another number of images."""
+    reads = []
+    read = NpzArchive.read
+    monkeypatch.setattr(NpzArchive, "read", lambda self, n: reads.append(n) or read(self, n))
+    path, extract = tmp_path / "x.npz", FeatureExtractor(pixel_network())
+    np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
+    with pytest.raises(InputError, match="holds statistics of 4 numbers an image"):
+        references.read_reference(path, extract, tmp_path, {"pool_ND": 3})
+    np.savez(path, arr_0=IMAGES_NHWC, labels=np.zeros(10**5, int), arr_1=np.zeros(len(IMAGES_NHWC)))
+    assert open_image_set(path).label_N is None
+    assert not reads
 
 
 def test_a_dataset_is_read_as_for_its_evaluation():

@@ -15,6 +15,7 @@ from varjax.analysis.run_log import read_run_log
 from varjax.core import files, image_io
 from varjax.core.commands import command_parser, run_command
 from varjax.core.errors import InputError
+from varjax.core.npz import NpzArchive
 from varjax.data.sources import Digits
 from varjax.metrics.fid import Moments, frechet_distance
 
@@ -105,8 +106,8 @@ def write_report(
     for path in (samples, run / "metrics.jsonl", tokenizer / "metrics.jsonl"):
         if not path.is_file():
             raise InputError(f"{path} does not exist; run make demo or make demo-mar")
-    with np.load(samples) as arrays:
-        images_NHWC, label_N = arrays["arr_0"][..., :1], arrays["labels"]
+    archive = NpzArchive(samples)
+    images_NHWC, label_N = archive.read("arr_0")[..., :1], archive.read("labels")
     table = digits_report(images_NHWC, label_N)
     files.write_json(run / "report.json", table)
     image_io.write_png(run / "samples.png", samples_beside_real(images_NHWC, label_N))

@@ -1,13 +1,10 @@
 """Sets of images to be measured: an .npz as evaluators write it, or a folder of image files."""
 
-import contextlib
 import hashlib
 import os
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -15,11 +12,11 @@ from tqdm import tqdm
 
 from varjax.core import files, image_io
 from varjax.core.errors import InputError
+from varjax.core.npz import NpzArchive
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 LOSSY = {".jpg", ".jpeg"}
 LABEL_KEYS = "labels", "arr_1"  # of varjax sample, and of ADM's samplers
-CHUNK_BYTES = 2**24
 
 
 class ImageSet(Protocol):
@@ -67,48 +64,32 @@ class NpzImages:
     """
 
     def __init__(self, path: pathlib.Path):
-        self._path = path
-        with npz_errors(path), zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            if "arr_0.npy" not in names:
-                raise InputError(
-                    f"{path} holds no images: there is no arr_0 in it, but "
-                    f"{', '.join(n.removesuffix('.npy') for n in names[:8])}"
-                )
-            with archive.open("arr_0.npy") as member:
-                shape, dtype = _read_header(member)
-            if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
-                raise InputError(
-                    f"arr_0 of {path} is {dtype} of shape {shape}; images are uint8, "
-                    "(N, height, width, 1 or 3)"
-                )
-            self.shape: tuple[int, ...] = shape
-            self.label_N: np.ndarray | None = None
-            for key in LABEL_KEYS:
-                if f"{key}.npy" in names:
-                    with archive.open(f"{key}.npy") as member:
-                        label_N = np.lib.format.read_array(member, allow_pickle=False)
-                    if label_N.shape == shape[:1] and np.issubdtype(label_N.dtype, np.integer):
-                        self.label_N = label_N
+        self._path, self._archive = path, NpzArchive(path)
+        if "arr_0" not in self._archive.names:
+            raise InputError(
+                f"{path} holds no images: there is no arr_0 in it, but "
+                f"{', '.join(self._archive.names[:8])}"
+            )
+        shape, dtype = self._archive.header("arr_0")
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
+            raise InputError(
+                f"arr_0 of {path} is {dtype} of shape {shape}; images are uint8, "
+                "(N, height, width, 1 or 3)"
+            )
+        self.shape: tuple[int, ...] = shape
+        self.label_N: np.ndarray | None = None
+        for key in LABEL_KEYS:
+            if key in self._archive.names:
+                label_shape, label_dtype = self._archive.header(key)
+                if label_shape == shape[:1] and np.issubdtype(label_dtype, np.integer):
+                    self.label_N = self._archive.read(key)
 
     @property
     def digest(self) -> str:
         return file_digest(self._path)
 
     def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
-        image_shape = self.shape[1:]
-        size = int(np.prod(image_shape))
-        with npz_errors(self._path), zipfile.ZipFile(self._path) as archive:
-            with archive.open("arr_0.npy") as member:
-                _read_header(member)
-                place = 0
-                for part in parts:
-                    _skip(member, (part.start - place) * size)
-                    place = part.stop
-                    data = member.read(len(part) * size)
-                    if len(data) != len(part) * size:
-                        raise InputError(f"{self._path} is cut short; make or copy it again")
-                    yield part, np.frombuffer(data, np.uint8).reshape(-1, *image_shape)
+        yield from zip(parts, self._archive.rows("arr_0", parts), strict=True)
 
 
 class FolderImages:
@@ -220,39 +201,6 @@ def file_digest(path: pathlib.Path) -> str:
     """Returns the SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def npz_errors(path: pathlib.Path) -> Iterator[None]:
-    """Turns what a damaged .npz raises into an InputError that names the file."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError) as error:
-        raise InputError(
-            f"{path} cannot be read as an .npz ({error}); make or copy it again"
-        ) from error
-
-
-def _read_header(member: IO[bytes]) -> tuple[Any, np.dtype]:
-    """Shape and dtype of a .npy file, which is then at its first number."""
-    version = np.lib.format.read_magic(member)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in read:
-        raise InputError(f"arr_0 has version {version} of the .npy format, which is not known")
-    shape, fortran, dtype = read[version](member)
-    if fortran:
-        raise InputError("arr_0 lies in Fortran's order; save it in C's")
-    return shape, dtype
-
-
-def _skip(member: IO[bytes], count: int) -> None:
-    while count > 0:
-        count -= len(member.read(min(count, CHUNK_BYTES))) or count
 
 
 def _image_size(file: pathlib.Path) -> tuple[int, int]:

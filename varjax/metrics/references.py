@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pathlib
-import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,10 +12,11 @@ import numpy as np
 from varjax.core import files, folders
 from varjax.core.cache_dir import cache_folder
 from varjax.core.errors import InputError
+from varjax.core.npz import NpzArchive
 from varjax.metrics.feature_store import FeatureStore, extract_features, parts_of
 from varjax.metrics.features import FeatureExtractor, Features, feature_sizes
 from varjax.metrics.fid import Moments, MomentSums
-from varjax.metrics.image_sets import ImageSet, file_digest, npz_errors, open_image_set
+from varjax.metrics.image_sets import ImageSet, file_digest, open_image_set
 
 # ADM's names of the statistics: of Inception's last pool, and of the map that sFID looks at.
 STATISTICS = {"pool_ND": ("mu", "sigma"), "spatial_ND": ("mu_s", "sigma_s")}
@@ -61,29 +61,25 @@ def read_reference(
         sizes: of the samples' features, by `feature_sizes`.
 
     Raises:
-        InputError: it is none of these, or statistics of other features or images of another size.
+        InputError: it is none of these, statistics of other features or with NaN, or images of
+            another size.
     """
     path = files.local_copy(location)
-    statistics = _read_statistics(path) if path.suffix == ".npz" and path.is_file() else {}
-    if not statistics:
-        images = open_image_set(path)
-        if feature_sizes(extract.network, images.shape[1:]) != sizes:
-            raise InputError(
-                f"{path} holds images of {images.shape[1:]}, which have other features than the "
-                "samples; give images of the samples' size"
-            )
-        return reference_of_images(images, images.digest, extract, cache)
-    for kind, moments in statistics.items():
-        wanted = sizes.get(kind)
-        if moments.mean_D.shape != (wanted,):
-            raise InputError(
-                f"{path} holds statistics of {moments.mean_D.size} numbers an image, but these "
-                f"features have {wanted}; give statistics of Inception, or images"
-            )
-    digest, pool_MD = file_digest(path), None
-    if _has_images(path):
-        pool_MD = reference_of_images(open_image_set(path), digest, extract, cache).pool_MD
-    return Reference(digest, statistics, pool_MD, None)
+    if path.suffix == ".npz" and path.is_file():
+        archive = NpzArchive(path)
+        if statistics := _read_statistics(path, archive, sizes):
+            digest, pool_MD = file_digest(path), None
+            if "arr_0" in archive.names:
+                images = open_image_set(path)
+                pool_MD = reference_of_images(images, digest, extract, cache).pool_MD
+            return Reference(digest, statistics, pool_MD, None)
+    images = open_image_set(path)
+    if feature_sizes(extract.network, images.shape[1:]) != sizes:
+        raise InputError(
+            f"{path} holds images of {images.shape[1:]}, which have other features than the "
+            "samples; give images of the samples' size"
+        )
+    return reference_of_images(images, images.digest, extract, cache)
 
 
 def reference_of_features(features: Features) -> Reference:
@@ -152,29 +148,38 @@ def _summarize(store: FeatureStore, count: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _read_statistics(path: pathlib.Path) -> dict[str, Moments]:
+def _read_statistics(
+    path: pathlib.Path, archive: NpzArchive, sizes: Mapping[str, int]
+) -> dict[str, Moments]:
     """The moments in an .npz by kind of features, {} where it holds images alone."""
     found = {}
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path} cannot be read as an .npz; make or copy it again")
-    with npz_errors(path), np.load(path) as arrays:
-        if "mu_s" in arrays.files and "mu" not in arrays.files:
-            raise InputError(f"{path} holds mu_s but no mu")
-        for kind, (mean, covariance) in STATISTICS.items():
-            if mean not in arrays.files:
-                continue
-            if covariance not in arrays.files:
-                raise InputError(f"{path} holds {mean} but no {covariance}")
-            mean_D, covariance_DD = (arrays[n].astype(np.float64) for n in (mean, covariance))
-            if mean_D.ndim != 1 or covariance_DD.shape != mean_D.shape * 2:
+    if "mu_s" in archive.names and "mu" not in archive.names:
+        raise InputError(f"{path} holds mu_s but no mu")
+    for kind, (mean, covariance) in STATISTICS.items():
+        if mean not in archive.names:
+            continue
+        if covariance not in archive.names:
+            raise InputError(f"{path} holds {mean} but no {covariance}")
+        # Both are checked before they are read, for they may be of any size.
+        (shape, mean_dtype), (shape_DD, dtype) = map(archive.header, (mean, covariance))
+        if len(shape) != 1 or shape_DD != shape * 2:
+            raise InputError(
+                f"{path}: {mean} has shape {shape} and {covariance} {shape_DD}; needed are (D,) "
+                "and (D, D)"
+            )
+        if shape != (wanted := sizes.get(kind),):
+            raise InputError(
+                f"{path} holds statistics of {shape[0]} numbers an image, but these features have "
+                f"{wanted}; give statistics of Inception, or images"
+            )
+        if "c" in (mean_dtype.kind, dtype.kind):
+            raise InputError(f"{path}: {mean} or {covariance} are complex numbers")
+        mean_D, covariance_DD = (archive.read(n).astype(np.float64) for n in (mean, covariance))
+        for name, array in ((mean, mean_D), (covariance, covariance_DD)):
+            if bad := int((~np.isfinite(array)).sum()):
                 raise InputError(
-                    f"{path}: {mean} has shape {mean_D.shape} and {covariance} "
-                    f"{covariance_DD.shape}; needed are (D,) and (D, D)"
+                    f"{path}: {bad} of {array.size} numbers in {name} are NaN or infinite; make or "
+                    "copy it again"
                 )
-            found[kind] = Moments(mean_D, covariance_DD)
+        found[kind] = Moments(mean_D, covariance_DD)
     return found
-
-
-def _has_images(path: pathlib.Path) -> bool:
-    with npz_errors(path), zipfile.ZipFile(path) as archive:
-        return "arr_0.npy" in archive.namelist()

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from varjax.core import files, folders, image_io
 from varjax.core.buckets import as_path, in_bucket
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, StorageError
+from varjax.core.npz import map_npy, read_zip_text
 
 REQUEST = "request.json"
 
@@ -176,7 +177,7 @@ class NpzOutput:
         parts = files.local_copy(self._parts)
 
         def part_NHWC(start: int) -> np.ndarray:
-            return np.load(parts / self._file(start).name, mmap_mode="r")
+            return map_npy(parts / self._file(start).name)
 
         size, H, W, _ = part_NHWC(0).shape
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(order_N), H, W, 3)}
@@ -217,9 +218,14 @@ def _member(archive, name):
 def _request_in(path):
     """The request that a finished .npz was made for."""
     try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            return json.loads(archive.read(REQUEST))
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"{path} exists and is no file of this command; delete it or choose another out"
-        ) from error
+        with path.open("rb") as file:
+            request = json.loads(read_zip_text(file, REQUEST))
+        if isinstance(request, dict):
+            return request
+    except StorageError:
+        raise
+    except (InputError, OSError, ValueError, RecursionError):
+        pass
+    raise InputError(
+        f"{path} exists and is no file of this command; delete it or choose another out"
+    )
