@@ -1,6 +1,7 @@
 """MAR's official files: in, through the public face, refused, and back."""
 
 import argparse
+import dataclasses
 import functools
 import json
 
@@ -25,6 +26,7 @@ from varjax.core.errors import InputError
 from varjax.families import read_model
 from varjax.mar.model import CategoricalHead, MARConfig
 from varjax.mar.options import MAROptions
+from varjax.mar.pipeline import MARPipeline
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.load import read_tokenizer
 
@@ -279,6 +281,73 @@ def test_what_tensors_do_not_tell_is_asked_for():
         MAR.infer(mar, ConvertOptions(latent_channels=4, mar_heads=(3, 5)))
     config = MAR.infer(mar, ConvertOptions(latent_channels=4, mar_heads=(3, 2)))
     assert (config.encoder_heads, config.decoder_heads) == (3, 2)
+
+
+def twice_as_wide_encoder(official):
+    """The same function by an encoder of twice the width, whose halves are both the official one.
+
+    Layer norms of [x, x] are those of x; products get a half of each.
+    """
+    ahead = ("z_proj.", "class_emb.", "fake_latent", "encoder_", "z_proj_ln.", "decoder_embed.")
+    wide = {}
+    for name, x in official.items():
+        if not name.startswith(ahead) or name == "decoder_embed.bias":
+            wide[name] = x
+        elif name == "z_proj.weight":  # (out, in) of tokens
+            wide[name] = np.tile(x, (2, 1))
+        elif name == "decoder_embed.weight":
+            wide[name] = np.tile(x, (1, 2)) / 2
+        elif ".attn.qkv." in name:
+            tiles = (2, 2) if x.ndim == 2 else 2
+            parts = [np.tile(part, tiles) for part in np.split(x, 3)]
+            wide[name] = np.concatenate(parts) / (x.ndim)  # a bias has one axis, and stays
+        elif x.ndim == 2 and name.startswith("encoder_blocks."):
+            wide[name] = np.tile(x, (2, 2)) / 2
+        else:  # tables, positions, norms and biases, by their last axis
+            wide[name] = np.tile(x, (*[1] * (x.ndim - 1), 2))
+    return wide
+
+
+def test_encoder_and_decoder_may_differ_in_width_depth_and_heads(tmp_path):
+    case = golden.case("mar_base")
+    wide = twice_as_wide_encoder(official())
+    # Two more layers, which add nothing.
+    more = {n: x for n, x in wide.items() if n.startswith("encoder_blocks.0.")}
+    depth = case.config.encoder_depth
+    for i in (depth, depth + 1):
+        for name, x in more.items():
+            last = name.endswith(("attn.proj.weight", "attn.proj.bias", "fc2.weight", "fc2.bias"))
+            wide[name.replace("blocks.0.", f"blocks.{i}.")] = 0 * x if last else x
+    options = ConvertOptions(mar_heads=(6, 3), latent_channels=4)
+    config = MAR.infer(wide, options)
+    assert config == dataclasses.replace(
+        case.config, width=96, decoder_width=48, encoder_heads=6, encoder_depth=depth + 2
+    )
+    params = apply_map.from_official(config, wide)
+    back = apply_map.to_official(config, params)
+    assert back.keys() == wide.keys()
+    for name, x in wide.items():
+        np.testing.assert_array_equal(np.asarray(back[name]), x, err_msg=name)
+    model = MARPipeline(None, config, {"tokenizer": {}, "mar": params}, MAROptions(steps=2))
+    known_Bhw = case.out["mask"].reshape(2, *model.edit_shape) == 0
+    z_BLC = model.hidden(case.latents_BhwZ, known_Bhw, case.label_B)
+    assert_close(z_BLC, case.out["decoder_output"])
+
+
+def test_each_half_of_a_released_width_has_its_own_heads():
+    mar = released("mar_large") | {
+        name: np.broadcast_to(np.float32(0), (*shape[:-1], 1280))
+        for name, shape in OFFICIAL["mar_large"].items()
+        if name == "diffusion_pos_embed_learned"
+    }
+    config = MAR.infer(mar, ConvertOptions())
+    assert (config.width, config.hidden_width) == (1024, 1280)
+    assert (config.encoder_heads, config.decoder_heads) == (16, 16)
+    mar["diffusion_pos_embed_learned"] = np.broadcast_to(np.float32(0), (1, 256, 512))
+    assert MAR.infer(mar, ConvertOptions()).decoder_heads == 8
+    mar["diffusion_pos_embed_learned"] = np.broadcast_to(np.float32(0), (1, 256, 500))
+    with pytest.raises(InputError, match="a width of 500 does not tell .* give --mar_heads"):
+        MAR.infer(mar, ConvertOptions())
 
 
 def test_swapped_files_are_refused_with_the_reason(files, tmp_path, capsys):

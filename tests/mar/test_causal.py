@@ -21,7 +21,7 @@ def tokens(config):
     return jnp.asarray(numbers.astype(config.head.token_dtype))
 
 
-@pytest.mark.parametrize("changes", [{}, CATEGORICAL, dict(order="raster")])
+@pytest.mark.parametrize("changes", [dict(decoder_width=36), CATEGORICAL, dict(order="raster")])
 def test_the_cache_gives_what_teacher_forcing_gives(changes):
     config = tiny(changes | dict(attention="causal"))
     order_BL, token_BL = draw_orders(config, KEY_B), tokens(config)

@@ -124,6 +124,8 @@ def test_initial_parameters_are_spread_as_the_official_ones():
     ("change", "says"),
     [
         (dict(encoder_heads=5), "encoder_heads=5: must be a divisor of width=768"),
+        (dict(decoder_width=40), "decoder_heads=12: must be a divisor of width=40"),
+        (dict(decoder_width=0), "decoder_width=0: must be 1 or more"),
         (dict(buffer=0), "buffer=0: must be 1 or more"),
         (dict(latent_map=(16, 15), head=DiffusionHead(patch=2)), "multiples of head.patch=2"),
         (dict(head=lambda: CategoricalHead(0)), "head.vocab=0: must be 1 or more"),

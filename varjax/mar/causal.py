@@ -143,7 +143,7 @@ def _empty_cache(model: MAR, batch: int) -> CausalCache:
     positions = c.buffer + c.length - 1  # nothing follows the last token
 
     encoder, decoder = (
-        KeyValues.allocate(depth, batch, positions, c.width, model.dtype)
-        for depth in (c.encoder_depth, c.decoder_depth)
+        KeyValues.allocate(depth, batch, positions, width, model.dtype)
+        for depth, width in ((c.encoder_depth, c.width), (c.decoder_depth, c.hidden_width))
     )
     return CausalCache(encoder, decoder)

@@ -91,11 +91,11 @@ class MARConfig:
     """Settings of the transformer. Raises InputError where sizes do not fit one another.
 
     Attributes:
-        width: C, channels of a token.
+        width: channels of a token in the encoder, and of the class embedding.
         encoder_depth: layers over the known tokens.
         decoder_depth: layers over all places.
         encoder_heads: attention heads there, which divide the width.
-        decoder_heads: attention heads there, the same.
+        decoder_heads: attention heads there, which divide the decoder's width.
         head: what the tokens are, and how one is drawn from its vector.
         classes: number of classes; the class of that number means "no class" (for guidance).
         latent_map: (h, w) of the tokenizer's latents.
@@ -106,6 +106,7 @@ class MARConfig:
         embed_init: standard deviation of new embeddings. At the reference's 0.02, positions are
             faint beside tokens, which are near 1: a short run then learns the classes and hardly
             what known tokens tell.
+        decoder_width: channels of a token in the decoder; none for `width`.
     """
 
     width: int = 768
@@ -120,15 +121,17 @@ class MARConfig:
     order: Order = "random"
     attention: Attention = "bidirectional"
     embed_init: float = 0.02
+    decoder_width: int | None = None
 
     def __post_init__(self):
         heads = "encoder_heads", "decoder_heads"
         for name in ("width", "encoder_depth", "decoder_depth", *heads, "classes", "buffer"):
             check_setting(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in heads:
+        check_setting("decoder_width", self.hidden_width, self.hidden_width >= 1, "1 or more")
+        for name, width in zip(heads, (self.width, self.hidden_width), strict=True):
             value = getattr(self, name)
             check_setting(name, value, value <= MAX_HEADS, f"at most {MAX_HEADS}")
-            check_setting(name, value, not self.width % value, f"a divisor of width={self.width}")
+            check_setting(name, value, not width % value, f"a divisor of width={width}")
         check_setting("embed_init", self.embed_init, self.embed_init > 0, "above 0")
         patch = self.head.patch
         if any(side < 1 or side % patch for side in self.latent_map):
@@ -149,6 +152,11 @@ class MARConfig:
             raise InputError(f"preset {name!r}: allowed are {', '.join(sizes)}")
         width, depth, heads, head = sizes[name]
         return cls(width, depth, depth, heads, heads, head)
+
+    @property
+    def hidden_width(self) -> int:
+        """C, channels of the decoder, and so of the vectors z."""
+        return self.width if self.decoder_width is None else self.decoder_width
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -212,7 +220,7 @@ class MAR(nn.Module):
     compute: Compute = Compute()
 
     def setup(self):
-        c, C = self.config, self.config.width
+        c, E, C = self.config, self.config.width, self.config.hidden_width
         self.dtype = self.compute.jax_dtype
         normal, xavier = nn.initializers.normal(c.embed_init), nn.initializers.xavier_uniform()
         places = c.buffer + c.length
@@ -220,18 +228,18 @@ class MAR(nn.Module):
         def table(name, *shape):
             return self.param(name, normal, shape, jnp.float32)
 
-        self.class_embed = table("class_embed", c.classes, C)
-        self.fake_latent = table("fake_latent", 1, C)  # stands for "no class"
+        self.class_embed = table("class_embed", c.classes, E)
+        self.fake_latent = table("fake_latent", 1, E)  # stands for "no class"
         self.mask_token = table("mask_token", C)
-        self.encoder_pos_embed = table("encoder_pos_embed", places, C)
+        self.encoder_pos_embed = table("encoder_pos_embed", places, E)
         self.decoder_pos_embed = table("decoder_pos_embed", places, C)
         self.diffusion_pos_embed = table("diffusion_pos_embed", c.length, C)
         self.head: Any
         if isinstance(c.head, DiffusionHead):
-            self.z_proj = dense(C, self.dtype, xavier, None)
+            self.z_proj = dense(E, self.dtype, xavier, None)
             self.head = make_denoiser(c.head, self.compute)
         else:
-            self.z_proj = nn.Embed(c.head.vocab, C, embedding_init=normal, dtype=self.dtype)
+            self.z_proj = nn.Embed(c.head.vocab, E, embedding_init=normal, dtype=self.dtype)
             self.head = OutputHead(c.head.vocab, self.dtype, xavier)
         self.z_proj_norm = layer_norm()
         self.encoder_block = ViTBlock(c.encoder_heads, self.compute, parent=None)
@@ -359,7 +367,7 @@ class MAR(nn.Module):
 
     def _init_decoder_blocks(self, key):
         return init_vit_blocks(
-            self.decoder_block, key, self.config.decoder_depth, self.config.width
+            self.decoder_block, key, self.config.decoder_depth, self.config.hidden_width
         )
 
     def _with_buffer(self, known_Bn):

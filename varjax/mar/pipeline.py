@@ -185,7 +185,7 @@ class MARPipeline:
             labels: (B,) classes; None for no class.
 
         Returns:
-            (B, L, width) float32.
+            (B, L, C) float32, C the decoder's width.
 
         Raises:
             InputError: a wrong shape, or a model with causal attention, which knows tokens in an
@@ -220,7 +220,7 @@ class MARPipeline:
         """
         if not isinstance(self.mar.head, DiffusionHead):
             raise InputError("denoise: this model's tokens are codes; it has `logits` instead")
-        Z, C = self.mar.head.token_shape[0], self.mar.width
+        Z, C = self.mar.head.token_shape[0], self.mar.hidden_width
         shapes = tuple(np.shape(x) for x in (xt_NZ, t_N, z_NC))
         N = shapes[1][0] if len(shapes[1]) == 1 else "N"
         if shapes != ((N, Z), (N,), (N, C)):

@@ -197,7 +197,7 @@ def _draw_continuous(config, params, plan, compute, z_BmC, place_Bm, number, *, 
     """Draws tokens (B, m, Z) by undoing diffusion; `number` is that of the step."""
     (B, m), options, (Z,) = place_Bm.shape, plan.options, config.head.token_shape
     mlp = bind_denoiser(config.head, params, compute)
-    cond_NE = mlp(z_BmC.reshape(-1, config.width), method="condition")
+    cond_NE = mlp(z_BmC.reshape(-1, config.hidden_width), method="condition")
     scale = _guidance(plan, number)
 
     def denoise(xt_NZ, t_1):
@@ -285,15 +285,17 @@ def mar_sampling_bytes(
         plan: of sampling.
     """
     rows, item = batch * (2 if plan.guided else 1), compute.jax_dtype.itemsize
-    tokens, C = config.buffer + config.length, config.width
+    tokens, C = config.buffer + config.length, max(config.width, config.hidden_width)
     new = max(bucket.new for bucket in plan.buckets)
     # Of a token in a layer: residual stream and norm in float32; q, k, v, and twice the MLP's inner
     # width; and the attention matrix with its softmax.
     heads = max(config.encoder_heads, config.decoder_heads)
     of_token = C * (2 * 4 + 11 * item) + heads * tokens * 2 * 4
     if config.attention == "causal":  # both stacks' caches, and what a layer of each reads
-        layers = config.encoder_depth + config.decoder_depth + 2
-        cache, new = 2 * layers * rows * tokens * C * item, 1
+        widths = config.width, config.hidden_width
+        layers = config.encoder_depth + 1, config.decoder_depth + 1
+        channels = sum(n * width for n, width in zip(layers, widths, strict=True))
+        cache, new = 2 * channels * rows * tokens * item, 1
         transformer = cache + rows * config.buffer * of_token
     else:
         transformer = rows * tokens * of_token

@@ -35,8 +35,6 @@ def infer_mar(tensors: Tensors, options: ConvertOptions) -> MARConfig:
     classes, width = tensor_shape(tensors, "class_emb.weight", 2)
     _, places, _ = tensor_shape(tensors, "encoder_pos_embed_learned", 3)
     _, length, decoder_width = tensor_shape(tensors, "diffusion_pos_embed_learned", 3)
-    if decoder_width != width:
-        raise InputError(f"its encoder is {width} wide and its decoder {decoder_width}; must agree")
     _, token = tensor_shape(tensors, "z_proj.weight", 2)
     channels = LATENT_CHANNELS if options.latent_channels is None else options.latent_channels
     check_setting("latent_channels", channels, channels >= 1, "1 or more")
@@ -46,10 +44,7 @@ def infer_mar(tensors: Tensors, options: ConvertOptions) -> MARConfig:
             f"a token has {token} numbers, which are no square patch of latents of {channels} "
             "channels; give its KL tokenizer as --kl, or --latent_channels"
         )
-    default = HEADS.get(width) or (0 if width % HEAD_SIZE else width // HEAD_SIZE)
-    if not (options.mar_heads or default):
-        raise InputError(f"a width of {width} does not tell the number of heads; give --mar_heads")
-    encoder_heads, decoder_heads = options.mar_heads or (default, default)
+    encoder_heads, decoder_heads = options.mar_heads or map(_heads, (width, decoder_width))
     return MARConfig(
         width=width,
         encoder_depth=count_numbers(tensors, r"encoder_blocks\.(\d+)\."),
@@ -65,6 +60,7 @@ def infer_mar(tensors: Tensors, options: ConvertOptions) -> MARConfig:
         classes=classes,
         latent_map=_infer_latent_map(length, patch, options),
         buffer=places - length,
+        decoder_width=None if decoder_width == width else decoder_width,
     )
 
 
@@ -134,6 +130,12 @@ def mar_sampling(config: MARConfig) -> MAROptions:
     return MAROptions(
         cfg=GUIDANCE.get(config.width, default.cfg), steps=min(default.steps, config.length)
     )
+
+
+def _heads(width: int) -> int:
+    if (heads := HEADS.get(width)) is None and width % HEAD_SIZE:
+        raise InputError(f"a width of {width} does not tell the number of heads; give --mar_heads")
+    return heads or width // HEAD_SIZE
 
 
 def _infer_latent_map(length: int, patch: int, options: ConvertOptions) -> tuple[int, int]:
