@@ -2,6 +2,7 @@ import os
 
 import pytest
 
+from varjax.analysis.run_log import read_run_log
 from varjax.analysis.runs import find_runs, main, run_status, status_table
 from varjax.core import files, folders
 from varjax.core.errors import InputError
@@ -38,6 +39,39 @@ def test_a_run_tells_where_it_stands(run, tmp_path):
     header, line = status_table([run_status(run)]).splitlines()
     assert "first  failed  200 / 300   2.5       3.25" in line and line.endswith(" d ago")
     assert header.startswith("run ")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"5", b"[1]", b'"step"', b"\xff\xfe{", b'{"step": "x"}', b'{"step": [1]}', b"{", b"[" * 10**5,
+     b'{"step": 1, "loss": ' + b"9" * 5000 + b"}"],
+)  # fmt: skip
+def test_lines_that_are_no_metrics_are_counted_and_left_out(run, capsys, line):
+    good = b'{"step": 200, "loss": 2.5, "eval/loss": [1], "images_per_second": "x"}'
+    (run / "metrics.jsonl").write_bytes(b"\n".join((b'{"note": 1}', line, line, good, b"")))
+    status = run_status(run)
+    assert (status.step, status.loss) == (200, 2.5)
+    assert status.eval_loss != status.eval_loss  # no number is no metric
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("metrics.jsonl: 2 of 4 lines are no metrics and are left out; the first "
+                         "is line 2")  # fmt: skip
+    assert read_run_log(run).points("loss")[1].tolist() == [2.5]
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["5", "[1]", '{"batch_size": "x"}', '{"batch_size": 1, "steps": [1]}', "\udcff", "[" * 10**5],
+)
+def test_a_damaged_config_leaves_the_other_runs_in_the_list(run, tmp_path, capsys, config):
+    bad = tmp_path / "a" / "bad"
+    files.write_json(bad / "data.json", {})
+    (bad / "config.json").write_text(config, errors="surrogateescape")
+    assert main([str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert str(run) in out and str(bad) not in out
+    assert f"note: {bad} is left out: {bad}" in err.replace("/config.json", "")
+    assert main([str(bad)]) == 1  # alone it is an error
+    assert capsys.readouterr().err.startswith(f"varjax runs: {bad}")
 
 
 def test_a_run_at_its_last_step_is_finished(run):

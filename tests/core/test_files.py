@@ -61,6 +61,13 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     path.write_text("{")
     with pytest.raises(ValueError, match="t.safetensors is not valid JSON"):
         files.read_json(path)
+    for text in ("5", "[1]", "null", '"a"'):
+        path.write_text(text)
+        with pytest.raises(InputError, match="t.safetensors holds .*, not an object of JSON"):
+            files.read_json(path)
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(InputError, match="t.safetensors is not valid JSON"):
+        files.read_json(path)
     path.write_text("[" * 10**5)
     with pytest.raises(ValueError, match="t.safetensors is not valid JSON"):
         files.read_json(path)
@@ -171,7 +178,7 @@ def test_temporaries_are_removed_once_nobody_can_finish_them(tmp_path):
 def write_folder(path, content):
     with files.atomic_path(path) as temporary:
         temporary.mkdir()
-        files.write_json(temporary / "content.json", content)
+        files.write_json(temporary / "content.json", {"is": content})
 
 
 @pytest.mark.parametrize("reader", [True, False])
@@ -194,10 +201,10 @@ def test_a_kill_between_the_renames_that_replace_a_folder_loses_nothing(
             write_folder(path, "new")
     assert not path.exists()
     if reader:
-        assert files.read_json(path / "content.json") == "old" and files.exists(path)
+        assert files.read_json(path / "content.json") == {"is": "old"} and files.exists(path)
     write_folder(path, "newest")
     write_folder(path, "last")
-    assert files.read_json(path / "content.json") == "last"
+    assert files.read_json(path / "content.json") == {"is": "last"}
     assert list(tmp_path.iterdir()) == [path]
     assert not files.exists(tmp_path / "absent") and not files.exists("absent")
 
@@ -215,8 +222,8 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="d could not be written: .*Input/output"):
         write_folder(tmp_path / "d", "new")
     with pytest.raises(StorageError, match="d could not be written: .*directory"):
-        files.write_json(tmp_path / "d", "a file")
-    assert files.read_json(tmp_path / "d" / "content.json") == "old"
+        files.write_json(tmp_path / "d", {"is": "a file"})
+    assert files.read_json(tmp_path / "d" / "content.json") == {"is": "old"}
     assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
@@ -226,13 +233,13 @@ def test_links_stay_and_what_they_name_is_replaced(tmp_path):
     here.mkdir()
     for name in ("file", "folder", "absent"):
         (here / name).symlink_to(disk / name)
-    files.write_json(disk / "file", "old")
+    files.write_json(disk / "file", {"is": "old"})
     write_folder(disk / "folder", "old")
     for name in ("file", "absent"):
-        files.write_json(here / name, "new")
-        assert files.read_json(disk / name) == "new"
+        files.write_json(here / name, {"is": "new"})
+        assert files.read_json(disk / name) == {"is": "new"}
     write_folder(here / "folder", "new")
-    assert files.read_json(disk / "folder" / "content.json") == "new"
+    assert files.read_json(disk / "folder" / "content.json") == {"is": "new"}
     assert all(path.is_symlink() for path in here.iterdir())
     assert len(list(disk.iterdir())) == len(list(here.iterdir())) == 3
 
@@ -244,7 +251,7 @@ def test_a_file_is_created_once(tmp_path, monkeypatch, links):
 
     if not links:
         monkeypatch.setattr(os, "link", no_links)
-    assert files.create_json(tmp_path / "a", 1)
+    assert files.create_json(tmp_path / "a", {"is": 1})
     if links:
-        assert not files.create_json(tmp_path / "a", 2)
-    assert files.read_json(tmp_path / "a") == 1 and len(list(tmp_path.iterdir())) == 1
+        assert not files.create_json(tmp_path / "a", {"is": 2})
+    assert files.read_json(tmp_path / "a") == {"is": 1} and len(list(tmp_path.iterdir())) == 1

@@ -11,6 +11,8 @@ from varjax.core.untrusted import (
     check_name,
     check_settings,
     check_shape,
+    parse_json,
+    path_inside,
     reason,
     shown,
 )
@@ -74,3 +76,44 @@ def test_long_messages_are_cut():
     assert len(lines) == 51 and lines[-1] == "… and 950 more"
     assert reason(ValueError("bad")) == "bad"
     assert reason(ValueError("\x1b" + "x" * 1000)) == repr("\x1b" + "x" * 199)
+
+
+@pytest.mark.parametrize(
+    "text", [b"\xff", "", "{", "[" * 10**6, "[" * 65 + "]" * 65, '{"a":' * 65 + "1" + "}" * 65,
+             str(2**64), "-" + str(2**64), "9" * 5000]
+)  # fmt: skip
+def test_json_that_nobody_writes_is_a_value_error(text):
+    with pytest.raises(ValueError) as caught:
+        parse_json(text)
+    assert len(str(caught.value)) < 200 or not text.isprintable()
+
+
+def test_json_is_parsed():
+    text = '{"a": [1, -2.5, true, null, "x"], "b": {"c": 18446744073709551615}}'
+    assert parse_json(text) == {"a": [1, -2.5, True, None, "x"], "b": {"c": 2**64 - 1}}
+    assert parse_json("[" * 63 + "1" + "]" * 63)
+
+
+@pytest.mark.parametrize("name", ["a", "a/b", "a b", "...", ".hidden", "ä/ß", "a\\b", "c:d"])
+def test_names_of_files_below_a_folder(tmp_path, name):
+    assert path_inside(tmp_path, name, "x") == tmp_path / name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "/", "/a", "a/", "a//b", ".", "..", "a/..", "../a", "a/./b", "a\0", "\ud800", 5, None],
+)
+def test_names_that_lead_elsewhere_are_refused(tmp_path, name):
+    with pytest.raises(InputError, match="the index names a file .*must be relative") as caught:
+        path_inside(tmp_path, name, "the index")
+    assert str(caught.value).isprintable()
+
+
+def test_a_link_leads_out_of_no_folder(tmp_path):
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "out").symlink_to(tmp_path)
+    (inside / "in").symlink_to(inside)
+    assert path_inside(inside, "in/a", "x") == inside / "in/a"
+    with pytest.raises(InputError, match="leads out of .*inside by a link"):
+        path_inside(inside, "out/a", "x")

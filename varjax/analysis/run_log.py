@@ -1,9 +1,9 @@
 """Reads the logs of runs; holds a log that others have published."""
 
 import dataclasses
-import json
 import pathlib
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import numpy as np
 from varjax.core import files
 from varjax.core.buckets import as_path
 from varjax.core.errors import InputError
+from varjax.core.read_errors import retry_read
+from varjax.core.untrusted import parse_json, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,8 @@ class RunLog:
 def read_run_log(directory: str | pathlib.Path) -> RunLog:
     """Reads the log of a run, without the last line where that is only half written.
 
-    Raises InputError for a directory that is no run's.
+    Other lines that are no metrics are left out, and counted on stderr. Raises InputError for a
+    directory that is no run's.
     """
     path = as_path(directory)
     if not path.is_dir():
@@ -85,18 +88,37 @@ def read_run_log(directory: str | pathlib.Path) -> RunLog:
     if not (path / "config.json").is_file():
         raise InputError(f"{directory} is no run: it holds no config.json")
     config = files.read_json(path / "config.json")
-    if not isinstance(config, dict) or "batch_size" not in config:
+    if type(batch_size := config.get("batch_size")) is not int:
         raise InputError(f"{directory} is no training run: its config.json has no batch_size")
-    log = path / "metrics.jsonl"
-    text = log.read_text() if log.is_file() else ""
-    lines = [_parse(line) for line in text.splitlines()]
-    steps = config.get("plan", {}).get("steps") or config.get("steps") or None
-    lines = [line for line in lines if "step" in line]
-    return RunLog(str(directory), config["batch_size"], lines, steps)
+    plan = config["plan"] if isinstance(config.get("plan"), dict) else {}
+    steps = plan.get("steps") or config.get("steps") or None
+    if type(steps) not in (int, type(None)):
+        raise InputError(f"{path / 'config.json'}: steps is {shown(steps)}, not a number")
+    return RunLog(str(directory), batch_size, _read_lines(path / "metrics.jsonl"), steps)
 
 
-def _parse(line: str) -> dict[str, Any]:
+def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    text = retry_read(path.read_bytes, path) if path.is_file() else b""
+    *whole, last = text.split(b"\n")
+    lines = [_parse(line) for line in whole]
+    if bad := [i for i, line in enumerate(lines, 1) if line is None]:
+        print(
+            f"note: {path}: {len(bad)} of {len(lines)} lines are no metrics and are left out; the "
+            f"first is line {bad[0]}",
+            file=sys.stderr,
+        )
+    return [line for line in (*lines, _parse(last)) if line]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Returns the numbers of a line with a step, {} for one without; None for what is no line."""
     try:
-        return json.loads(line)
+        data = parse_json(line)
     except ValueError:
-        return {}
+        return None
+    if not isinstance(data, dict):
+        return None
+    if "step" in data and type(data["step"]) is not int:
+        return None
+    numbers = {name: x for name, x in data.items() if type(x) in (int, float, type(None))}
+    return numbers if "step" in data else {}

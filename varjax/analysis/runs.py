@@ -113,6 +113,22 @@ def run_status(directory: pathlib.Path) -> RunStatus:
     )
 
 
+def read_statuses(root: str | pathlib.Path) -> list[RunStatus]:
+    """Reads where all runs in a folder stand; a damaged one is told on stderr and left out.
+
+    Raises InputError where there is none, or no run that can be read.
+    """
+    found, statuses = find_runs(root), []
+    for run in found:
+        try:
+            statuses.append(run_status(run))
+        except (InputError, OSError) as error:
+            if len(found) == 1:
+                raise
+            print(f"note: {run} is left out: {error}", file=sys.stderr)
+    return statuses
+
+
 def status_table(runs: list[RunStatus]) -> str:
     """Formats runs as a table of text, a line each."""
     rows: list[tuple[str, ...]] = [
@@ -153,7 +169,7 @@ def main(arguments: list[str]) -> int:
     def show() -> None:
         check_setting("watch", flags.watch, flags.watch >= 0, "0 or more seconds")
         while True:
-            print(status_table([run_status(run) for run in find_runs(flags.folder)]), flush=True)
+            print(status_table(read_statuses(flags.folder)), flush=True)
             if not flags.watch:
                 break
             time.sleep(flags.watch)

@@ -1,6 +1,5 @@
 """Checkpoints in several files: an index, MODEL.safetensors.index.json, and the parts it names."""
 
-import json
 import os
 import pathlib
 import re
@@ -11,7 +10,7 @@ from varjax.convert.pth.read import read_checkpoint
 from varjax.core.buckets import as_path
 from varjax.core.errors import InputError
 from varjax.core.files import local_copy
-from varjax.core.untrusted import abridged, shown
+from varjax.core.untrusted import abridged, check_relative_name, parse_json, shown
 
 INDEX = ".index.json"
 MAX_INDEX_BYTES, MAX_SHARDS = 2**24, 2**10
@@ -59,8 +58,8 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     if index.stat().st_size > MAX_INDEX_BYTES:
         raise InputError(f"{problem}: it has more than {MAX_INDEX_BYTES} bytes")
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        weight_map = parse_json(index.read_bytes())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{problem} ({type(error).__name__}); download it again") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{problem}: its weight_map is empty")
@@ -70,4 +69,6 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     # A name with a path in it could lead to any file of the machine.
     if strange := [n for n in names if n != pathlib.PurePath(n).name or n in ("", "..")]:
         raise InputError(f"{problem}: {shown(strange)} are no names of files beside it")
+    for name in names:
+        check_relative_name(name, index)
     return {str(name): str(part) for name, part in weight_map.items()}

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, Union
 
 from varjax.core.errors import InputError
+from varjax.core.untrusted import shown
 
 T = TypeVar("T")
 WORDS = {"true": True, "false": False, "none": None, "null": None}
@@ -130,17 +131,18 @@ def _build(kind: Any, data: Any, path: str) -> Any:
         return data
     if getattr(kind, "_is_protocol", False):
         raise InputError(f"{path} is an interface, which names no class; read it as its own class")
-    raise InputError(f"{path} must be {_spell(kind)}, not {data!r}")
+    raise InputError(f"{path} must be {_spell(kind)}, not {shown(data)}")
 
 
 def _build_dataclass(cls: type, data: dict[str, Any], path: str) -> Any:
     if data.get("_type", cls.__name__) != cls.__name__:
-        raise InputError(f"{path} holds a {data['_type']}, not a {cls.__name__}")
+        label = shown(data["_type"]).strip("'")
+        raise InputError(f"{path} holds a {label}, not a {cls.__name__}")
     hints = typing.get_type_hints(cls)
     known = {field.name for field in dataclasses.fields(cls)}
     values = {name: value for name, value in data.items() if name != "_type"}
     if unknown := sorted(values.keys() - known):
-        raise InputError(f"{path} has no field {unknown}; its fields are {sorted(known)}")
+        raise InputError(f"{path} has no field {shown(unknown)}; its fields are {sorted(known)}")
     built = {name: _build(hints[name], value, f"{path}.{name}") for name, value in values.items()}
     try:
         return cls(**built)

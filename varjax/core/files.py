@@ -29,7 +29,8 @@ from varjax.core import buckets, safetensors_io
 from varjax.core.buckets import as_path, in_bucket
 from varjax.core.cache_dir import prune_copies, use_copy
 from varjax.core.errors import InputError, StorageError
-from varjax.core.untrusted import path_inside
+from varjax.core.read_errors import retry_read
+from varjax.core.untrusted import parse_json, path_inside, reason, shown
 
 # Of a name, at most as much goes into that of a temporary; 255 bytes are allowed, of 4 a letter.
 NAME_LETTERS = 50
@@ -181,17 +182,25 @@ def create_json(path: str | os.PathLike, data: Any) -> bool:
     return True
 
 
-def read_json(path: str | os.PathLike) -> Any:
-    """The content of a JSON file; ValueError when it is missing or not JSON."""
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads an object from a JSON file.
+
+    Raises:
+        InputError: the file is missing, no JSON, or holds anything but an object.
+        StorageError: it cannot be read now.
+    """
     path = _existing(path)
+    with buckets.storage_errors(path, "read"):
+        text = retry_read(path.read_bytes, path)
     try:
-        with buckets.storage_errors(path, "read"):
-            text = path.read_text()
-        return json.loads(text)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON ({error}); restore or delete it") from error
+        data = parse_json(text)
+    except ValueError as error:
+        raise InputError(
+            f"{path} is not valid JSON ({reason(error)}); restore or delete it"
+        ) from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds {shown(data)}, not an object of JSON; restore or delete it")
+    return data
 
 
 def write_tensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str, str]) -> None:

@@ -17,6 +17,9 @@ from varjax.core.buckets import as_path
 from varjax.core.errors import InputError
 from varjax.core.saved_steps import restore_weights
 from varjax.core.trees import PyTree
+from varjax.core.untrusted import shown
+
+PARTS = {"model", "sampling", "tokenizer", "sources"}  # of a task, or of a converted directory
 
 
 def find_model(location: str | pathlib.Path) -> pathlib.Path:
@@ -54,9 +57,38 @@ def read_model_config(location: str | pathlib.Path) -> dict[str, Any]:
             "published model such as var_d16"
         )
     config = files.read_json(path)
-    if not isinstance(config, dict) or not config.keys() & {"task", "sources"}:
+    if not config.keys() & {"task", "sources"}:
         raise InputError(f"{path} is neither of a training run nor of a converted directory")
+    if "task" in config:
+        task = config["task"]
+        if not isinstance(task, dict) or not isinstance(task.get("_type"), str):
+            raise InputError(f"task in {path} is {shown(task)}, not the settings of a task")
+        if type(config.get("steps")) not in (int, type(None)):
+            raise InputError(f"steps in {path} is {shown(config['steps'])}, not a number of steps")
+    parts = config.get("task", config)
+    for name in PARTS & parts.keys():
+        if not isinstance(parts[name], dict):
+            raise InputError(f"{name} in {path} is {shown(parts[name])}, not a group of settings")
     return config
+
+
+def read_task_part(
+    config: dict[str, Any], part: str, config_class: type, path: pathlib.Path
+) -> Any:
+    """Builds a part of the task in a run's config, say its "model".
+
+    Args:
+        config: of `read_model_config`.
+        part: name of the part.
+        config_class: of the part.
+        path: of the run, for the message.
+
+    Raises:
+        InputError: the task has no such part, or one of other settings.
+    """
+    if part not in config["task"]:
+        raise InputError(f"task in {path / 'config.json'} has no {part}")
+    return config_tree.from_dict(config_class, config["task"][part])
 
 
 def read_fixed_params(path: pathlib.Path, init: Callable[[jax.Array], PyTree], name: str) -> PyTree:
@@ -139,6 +171,6 @@ def read_generator(
         raise InputError(
             f"{directory} is a run of {settings['_type']}, not of a transformer ({task})"
         )
-    model = config_tree.from_dict(config_class, settings["model"])
-    options = config_tree.from_dict(options_class, settings["sampling"])
+    model = read_task_part(config, "model", config_class, directory)
+    options = read_task_part(config, "sampling", options_class, directory)
     return model, restore_weights(directory, ema), options

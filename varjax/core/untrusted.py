@@ -4,6 +4,7 @@ A file's numbers are looked at before anything is allocated by them, so that rea
 and time in proportion to the file, whatever it says.
 """
 
+import json
 import math
 import os
 import pathlib
@@ -19,6 +20,7 @@ MAX_NAME_LENGTH = 512  # those of real tensors have less than 100 characters
 # more than a tenth, and are tied once or twice.
 MAX_RATIO, SMALL_BYTES = 8, 2**20
 MAX_SETTING, MAX_SETTINGS_LENGTH = 2**20, 256  # of a config; real ones stay below 10,000 and 20
+MAX_DEPTH, MAX_INTEGER = 64, 2**64  # of JSON data; deeper ones would end functions that recurse
 SHOWN_LENGTH, SHOWN_ITEMS, SHOWN_LINES, REASON_LENGTH = 80, 6, 50, 200
 
 
@@ -103,6 +105,26 @@ def path_inside(folder: pathlib.Path, name: Any, place: object) -> pathlib.Path:
     return path
 
 
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON of unknown origin.
+
+    Raises ValueError for what is no JSON or no UTF-8, is nested more than 64 deep, or has an
+    integer of more than 64 bits, which no float holds.
+    """
+    try:
+        data = json.loads(text, parse_int=_parse_integer)
+    except RecursionError as error:
+        raise ValueError(f"more than {MAX_DEPTH} lists or objects in one another") from error
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        inner = [
+            x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)
+        ]
+        if not (level := [value for values in inner for value in values]):
+            return data
+    raise ValueError(f"more than {MAX_DEPTH} lists or objects in one another")
+
+
 def check_settings(settings: Any, path: str) -> None:
     """Raises InputError where JSON data hold a number or a list that no model's config has.
 
@@ -154,6 +176,12 @@ def abridged(lines: Sequence[str]) -> list[str]:
     """Returns the first lines of a message, and how many more there are if these are many."""
     left = len(lines) - SHOWN_LINES
     return [*lines[:SHOWN_LINES], f"… and {left} more"] if left > 0 else list(lines)
+
+
+def _parse_integer(text: str) -> int:
+    if len(text) > 21 or abs(value := int(text)) >= MAX_INTEGER:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return value
 
 
 def _encodable(text: str) -> bool:

@@ -41,6 +41,7 @@ PUBLISHED: dict[str, dict[str, float]] = {
 PUBLISHED_COUNT = 50  # samples of a class
 DATASETS = "folder:", "tfds:", "digits", "photos"  # what a reference may be besides files
 LEAST_SAMPLES = 2
+REPORT_FIELDS = {"metrics", "left_out", "notices"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -169,7 +170,7 @@ def finished_report(out: pathlib.Path, request: Mapping[str, Any]) -> dict | Non
     if not out.exists():
         return None
     report = files.read_json(out)
-    if not isinstance(report, dict) or "request" not in report:
+    if not isinstance(report.get("request"), dict) or not report.keys() >= REPORT_FIELDS:
         raise InputError(f"{out} exists and is no report; delete it or choose another out")
     folders.check_same_request(out, report["request"], request)
     return report

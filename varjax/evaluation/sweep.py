@@ -62,7 +62,7 @@ def check_sweep_output(out: pathlib.Path) -> None:
     """Raises InputError where `out` is anything but the points of a sweep."""
     if out.exists():
         there = files.read_json(out)
-        if not isinstance(there, dict) or "points" not in there:
+        if "points" not in there:
             raise InputError(f"{out} exists and is no sweep; delete it or choose another out")
 
 

@@ -17,6 +17,7 @@ from varjax.core import files, folders, image_io
 from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError, StorageError
 from varjax.core.npz import map_npy, read_zip_text
+from varjax.core.untrusted import parse_json
 
 REQUEST = "request.json"
 
@@ -219,12 +220,12 @@ def _request_in(path):
     """The request that a finished .npz was made for."""
     try:
         with path.open("rb") as file:
-            request = json.loads(read_zip_text(file, REQUEST))
+            request = parse_json(read_zip_text(file, REQUEST))
         if isinstance(request, dict):
             return request
     except StorageError:
         raise
-    except (InputError, OSError, ValueError, RecursionError):
+    except (InputError, OSError, ValueError):
         pass
     raise InputError(
         f"{path} exists and is no file of this command; delete it or choose another out"

@@ -12,7 +12,12 @@ import numpy as np
 
 from varjax.core import config_tree, files
 from varjax.core.errors import InputError
-from varjax.core.model_files import find_model, read_converted, read_model_config
+from varjax.core.model_files import (
+    find_model,
+    read_converted,
+    read_model_config,
+    read_task_part,
+)
 from varjax.core.saved_steps import SavedSteps, restore_weights
 from varjax.core.trees import PyTree
 from varjax.tokenizers.contract import Latents, Tokenizer, checked_images
@@ -90,7 +95,7 @@ def read_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> tup
         return read_converted(directory, "tokenizer", _config_class(data.get("tokenizer", {})))
     task = data["task"]
     if config_class := TOKENIZERS.get(task["_type"]):
-        config = config_tree.from_dict(config_class, task["model"])
+        config = read_task_part(data, "model", config_class, directory)
         return config, restore_weights(directory, ema)
     if "tokenizer" not in task:
         raise InputError(f"{directory} is a run of {task['_type']}, which holds no tokenizer")
@@ -129,7 +134,7 @@ def read_frozen_tokenizer(location: str, tokenizer: Tokenizer) -> PyTree:
 def warn_unfinished(location: str | pathlib.Path) -> None:
     """Prints a note where `location` is a run that has not come to the number of steps it plans."""
     directory = find_model(location)
-    steps = read_model_config(directory).get("steps", 0)
+    steps = read_model_config(directory).get("steps") or 0
     saved = SavedSteps(directory / "checkpoints").steps() if steps else []
     if saved and saved[-1] < steps:
         print(

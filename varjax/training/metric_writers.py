@@ -15,6 +15,7 @@ import numpy as np
 from varjax.core import files, image_io
 from varjax.core.buckets import LocalMirror, in_bucket
 from varjax.core.errors import StorageError
+from varjax.core.untrusted import parse_json
 from varjax.training.background_writer import BackgroundWriter
 from varjax.training.run_writers import (
     UPLOAD_SECONDS,
@@ -200,7 +201,7 @@ class _Uploads:
 def _position(line: str) -> tuple[float, bool]:
     """Returns a line's step and whether it tells of an evaluation; infinity if it is cut off."""
     try:
-        metrics = json.loads(line)
+        metrics = parse_json(line)
         return float(metrics["step"]), any(name.startswith("eval") for name in metrics)
     except (ValueError, TypeError, KeyError):
         return math.inf, True

@@ -202,5 +202,6 @@ def _drop_new_defaults(now: dict[str, Any], fields_of: Any, before: dict[str, An
 def _drop(config: dict[str, Any], path: str) -> None:
     *parents, last = path.split(".")
     for parent in parents:
-        config = config.get(parent) or {}  # a part may be None
+        inner = config.get(parent)
+        config = inner if isinstance(inner, dict) else {}  # a part may be None
     config.pop(last, None)
