@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from varjax.core.broken_images import BrokenImage
 from varjax.core.errors import InputError
-from varjax.data.decoding import BrokenImage
 from varjax.data.sources import parse_dataset
 from varjax.nn.compute import Compute
 from varjax.tokenizers.vq.codebook import CodebookConfig

@@ -84,3 +84,49 @@ def test_what_is_no_image_is_named(tmp_path):
             image_io.read_image(tmp_path / name, shape)
     with pytest.raises(ValueError, match="2 channels"):
         image_io.read_image(tmp_path / "a.png", (8, 8, 2))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_a_part_of_a_resized_image_is_the_crop_of_the_whole(mode, monkeypatch):
+    rng = np.random.default_rng(0)
+    filters = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC
+    parts = []
+    for i in range(60):
+        W, H, width, height = rng.integers(1, 90, 4).tolist()
+        if i % 5 == 0:
+            width, height = W, H
+        pixels = rng.integers(0, 256, (H, W, len(mode)), np.uint8)
+        picture = Image.fromarray(pixels[..., 0] if mode == "L" else pixels)
+        left, top = int(rng.integers(width)), int(rng.integers(height))
+        box = left, top, int(rng.integers(left, width)) + 1, int(rng.integers(top, height)) + 1
+        resampling = filters[i % 2]
+        whole = np.asarray(picture.resize((width, height), resampling).crop(box))
+        found = image_io.resized_part(picture, (width, height), box, resampling)
+        np.testing.assert_array_equal(np.asarray(found), whole)
+        if mode != "RGBA" and width >= W and height >= H:
+            parts.append((picture, (width, height), box, resampling, whole))
+    monkeypatch.setattr(image_io, "MAX_RESIZED_PIXELS", 0)
+    for *arguments, whole in parts:  # enlarged by parts: off by rounding at most
+        found = np.asarray(image_io.resized_part(*arguments))
+        assert found.shape == whole.shape
+        off = np.abs(found.astype(int) - whole)
+        assert off.max() <= 1 and off.mean() < 0.01
+    assert len(parts) > 10 or mode == "RGBA"
+
+
+def test_a_thin_image_is_cropped_before_it_is_enlarged(monkeypatch):
+    made, whole = [], Image.Image.resize
+
+    def resize(self, size, *arguments, **options):
+        made.append(size[0] * size[1])
+        return whole(self, size, *arguments, **options)
+
+    ramp_HW = np.linspace(0, 255, 900).astype(np.uint8)[:, None].repeat(9, axis=1)
+    picture = Image.fromarray(ramp_HW)
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    for H, W in ((512, 512), (300, 450)):  # else 26 million pixels
+        middle_HWC = image_io.resize_and_crop(picture, (H, W, 1))
+        assert max(made) <= 512 * 900
+        assert 120 <= middle_HWC.min() <= middle_HWC.max() <= 135
+    turned_HWC = image_io.resize_and_crop(Image.fromarray(ramp_HW.T.copy()), (512, 512, 1))
+    assert max(made) <= 512 * 900 and 120 <= turned_HWC.min() <= turned_HWC.max() <= 135

@@ -15,6 +15,7 @@ import pytest
 from tests.helpers import fake_data
 from tests.helpers.fake_data import FakeImages
 from tests.helpers.paths import ROOT
+from varjax.core.errors import StorageError
 from varjax.data.loader import make_loader
 from varjax.data.sources.digits import Digits
 from varjax.data.workers import ReadOptions
@@ -198,6 +199,10 @@ def test_errors_of_the_data_reach_the_run(tmp_path):
         with pytest.raises(ZeroDivisionError, match="image 5"):
             take(make_loader(FakeImages(10, bug_at=5, reading=reading), 4), 5)
 
+        with pytest.raises(StorageError) as caught:
+            take(make_loader(FakeImages(10, fails_at=5, reading=reading), 4), 5)
+        assert str(caught.value) == "image 5 cannot be read now"
+
     class Local(FakeImages):
         pass
 
@@ -233,3 +238,19 @@ def test_workers_end_with_the_run(tmp_path, end):
     )
     assert process.stdout == b"ready\n" and process.returncode in (3, -9)
     assert time.monotonic() - begin < 60
+
+
+class Unaugmented(FakeImages):
+    """Its values are up to size - 1."""
+
+    def augment(self, image_HWC, view, rng):
+        return image_HWC
+
+
+@pytest.mark.parametrize(("size", "times"), [(26, 1), (27, 0)])
+def test_images_that_use_less_than_a_tenth_of_their_range_are_said_once(size, times, capsys):
+    loader = make_loader(Unaugmented(size), 16)
+    for _ in range(2):
+        take(loader, 8)
+    said = capsys.readouterr().err
+    assert said.count("the first 64 images only use values from 0 to 25 of 0 … 255") == times

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from varjax.data.decoding import BrokenImage
+from varjax.core.broken_images import BrokenImage
+from varjax.core.errors import StorageError
 from varjax.data.loader import make_loader
 from varjax.data.workers import ReadOptions
 
@@ -18,6 +19,7 @@ class FakeImages:
     size: int = 100
     broken: tuple[int, ...] = ()
     bug_at: int = -1
+    fails_at: int = -1
     reading: ReadOptions = ReadOptions(threads=3)
     classes: int = 10
     image_shape: tuple[int, int, int] = (1, 3, 1)
@@ -55,6 +57,8 @@ class FakeSource:
         reads.append((self.data, index))
         if index == self.data.bug_at:
             raise ZeroDivisionError(f"image {index}")
+        if index == self.data.fails_at:
+            raise StorageError(f"image {index} cannot be read now")
         if index in self.data.broken:
             raise BrokenImage(f"image_{index}.jpg", "it is cut off")
         image_HWC = np.zeros(self.data.image_shape, np.uint8)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from tests.helpers import hostile_pickles
+from tests.helpers import hostile_images, hostile_pickles
 from tests.helpers.checkpoint_files import (
     DATA,
     archive,
@@ -339,5 +339,7 @@ def write_corpus(folder: pathlib.Path) -> None:
     path.unlink()
     for name, content in legacy_files():
         (folder / f"var.legacy.{name}").write_bytes(content)
+    for name, content in hostile_images.images():
+        (folder / f"image.{name}").write_bytes(content)
     for name, content in graphs():
         (folder / f"inception.graph.{name}.pb").write_bytes(content)

@@ -17,6 +17,10 @@ from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.state_dicts import find_state_dicts, own_tensors
 from varjax.core.errors import InputError
+from varjax.core.image_files import MAX_DECODING_BYTES
+from varjax.core.image_io import read_image
+from varjax.data import transforms
+from varjax.data.decoding import decode_file
 
 ROOM, RATIO = 2**27, 16  # bytes that reading may take, and for each byte of the file
 OPTIONS = {
@@ -31,9 +35,19 @@ class OvertimeError(BaseException):
     """Is no Exception, which a reader could take for a fault of the file."""
 
 
+class ExecutionError(BaseException):
+    """Is no Exception either."""
+
+
 def describe(path: pathlib.Path) -> None:
-    """Does what `convert` does before it writes."""
+    """Does what `convert` does before it writes; reads and crops an image."""
     flag = path.name.partition(".")[0]
+    if flag == "image":
+        image_HWC = decode_file(path)
+        transforms.center_crop(image_HWC, (256, 256))
+        transforms.adm_center_crop(image_HWC, (256, 256))
+        read_image(path, (256, 256, 3))
+        return
     if flag == "inception":
         read_graph(path)
         return
@@ -56,12 +70,19 @@ def main(folder: str, seconds: str = "10") -> None:
     def stop(*_):
         raise OvertimeError(f"after {seconds} s")
 
+    def forbid(event: str, arguments: tuple) -> None:
+        if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"):
+            raise ExecutionError(f"{event} {arguments}"[:300])
+
+    sys.addaudithook(forbid)
     signal.signal(signal.SIGALRM, stop)
     paths = pathlib.Path(folder).iterdir()
     for path in sorted(paths, key=lambda path: (not path.name.startswith("good."), path)):
         room = resource.RLIM_INFINITY
         if not path.name.startswith("good."):
             room = memory_used() + ROOM + RATIO * path.stat().st_size
+            if path.name.startswith("image."):  # an image of 8192x8192 may have any file
+                room += MAX_DECODING_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
         start, outcome, message = time.monotonic(), "read", ""
         signal.alarm(int(seconds))
@@ -69,7 +90,7 @@ def main(folder: str, seconds: str = "10") -> None:
             describe(path)
         except InputError as error:
             outcome, message = "refused", str(error)
-        except (Exception, OvertimeError) as error:
+        except (Exception, OvertimeError, ExecutionError) as error:
             outcome, message = type(error).__name__, str(error)
         signal.alarm(0)
         spent = time.monotonic() - start

@@ -2,20 +2,20 @@
 
 import math
 import os
-from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from varjax.core import files
+from varjax.core.broken_images import BrokenImage
 from varjax.core.errors import InputError
+from varjax.core.image_files import decode_picture, read_file, to_uint8
 
 MIN_TILE_SIDE = 64  # pixels; smaller images are enlarged in a grid, or nobody could see them
-
-
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Turns values in [0, 1] into 0 … 255, rounded."""
-    return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
+# A thin image is cropped before it is enlarged to more pixels than this. No other image is, because
+# Pillow rounds positions in a part otherwise than in the whole, which changes a few pixels by 1.
+MAX_RESIZED_PIXELS = 2**24
+KERNEL_RADIUS = 3  # pixels of Pillow's widest filter, Lanczos
 
 
 def image_grid(images_NHWC: np.ndarray, columns: int | None = None) -> np.ndarray:
@@ -51,42 +51,34 @@ def read_image(path: str | os.PathLike, shape: tuple[int, int, int]) -> np.ndarr
     return resize_and_crop(open_image(path), shape)
 
 
-def open_image(path: str | os.PathLike) -> Image.Image:
-    """Opens an image file as 8-bit gray ("L") or "RGB", on white where it is transparent.
+def open_image(path: str | os.PathLike, background: str = "white") -> Image.Image:
+    """Opens an image file as 8-bit gray ("L") or "RGB".
 
-    Raises InputError for a file that is missing, damaged or no image.
+    Args:
+        path: of any format that the data may have.
+        background: color of what is transparent.
+
+    Raises:
+        InputError: the file is missing, damaged or no image.
+        StorageError: the machine or the bucket cannot read it now.
     """
     path = files.local_copy(path)
-    if not os.path.isfile(path):
-        raise InputError(f"{path} {'is a folder' if os.path.isdir(path) else 'does not exist'}")
     try:
-        picture = decode_image(path)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        data = read_file(path)
+    except BrokenImage as error:
+        is_folder = isinstance(error.__cause__, IsADirectoryError)
+        problem = "is a folder" if is_folder else f"does not exist ({error.reason})"
+        raise InputError(f"{path} {problem}") from error
+    try:
+        picture = decode_picture(data, path)
+    except BrokenImage as error:
         raise InputError(
-            f"{path} is not an image that can be read ({error}); give a PNG, JPEG, WebP …"
+            f"{path} is not an image that can be read ({error.reason}); give a PNG, JPEG, WebP …"
         ) from error
-    except ValueError as error:
-        raise InputError(f"{path} {error}") from error
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
     return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
-
-
-def decode_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
-    """Decodes a picture in its own mode but with 8 bits, upright as its EXIF data say.
-
-    16 bits are scaled to 8; the first frame of an animation is taken. Whatever Pillow raises passes
-    through; raises InputError for floats, whose range is unknown.
-    """
-    with Image.open(file) as picture:
-        picture.load()
-        ImageOps.exif_transpose(picture, in_place=True)
-    if picture.mode == "F":
-        raise InputError("holds floats, whose range is unknown; save it with 8 or 16 bits")
-    if picture.mode.startswith("I"):  # Pillow would clip, not scale, 16 bits
-        return Image.fromarray(to_uint8(np.asarray(picture) / 65535))
-    return picture
 
 
 def resize_and_crop(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
@@ -107,11 +99,51 @@ def resize_and_crop(picture: Image.Image, shape: tuple[int, int, int]) -> np.nda
     width, height = picture.size
     scale = max(H / height, W / width)
     size = max(W, round(width * scale)), max(H, round(height * scale))
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
     left, top = (size[0] - W) // 2, (size[1] - H) // 2
-    picture = picture.crop((left, top, left + W, top + H))
+    box = left, top, left + W, top + H
+    picture = resized_part(picture, size, box, Image.Resampling.LANCZOS)
     return np.asarray(picture.convert("L" if channels == 1 else "RGB")).reshape(shape)
+
+
+def resized_part(
+    picture: Image.Image,
+    size: tuple[int, int],
+    box: tuple[int, int, int, int],
+    resampling: Image.Resampling,
+) -> Image.Image:
+    """Returns `picture.resize(size, resampling).crop(box)`, in memory that is bounded.
+
+    It is equal to the pixel unless `size` has more than MAX_RESIZED_PIXELS and more than `picture`.
+
+    Args:
+        picture: of any size.
+        size: (width, height) of the whole.
+        box: (left, top, right, bottom), within `size`.
+        resampling: the filter.
+    """
+    if size == picture.size:
+        return picture.crop(box)
+    if math.prod(size) <= max(MAX_RESIZED_PIXELS, math.prod(picture.size)):
+        return picture.resize(size, resampling).crop(box)
+    # One axis after the other, or else Pillow chooses their order by the box.
+    turn = Image.Transpose.TRANSPOSE
+    columns = _resized_columns(picture, size[0], box[0], box[2], resampling)
+    return _resized_columns(columns.transpose(turn), size[1], box[1], box[3], resampling).transpose(
+        turn
+    )
+
+
+def _resized_columns(
+    picture: Image.Image, width: int, left: int, right: int, resampling: Image.Resampling
+) -> Image.Image:
+    """The columns from `left` to `right` of a picture whose width is resized."""
+    scale = picture.width / width
+    margin = math.ceil(KERNEL_RADIUS * max(1, scale)) + 1
+    start = max(0, math.floor(left * scale) - margin)
+    stop = min(picture.width, math.ceil(right * scale) + margin)
+    part = picture.crop((start, 0, stop, picture.height))  # few columns: boxes are float32
+    inner = left * scale - start, 0, min(right * scale, stop) - start, picture.height
+    return part.resize((right - left, picture.height), resampling, inner)
 
 
 def write_png(path: str | os.PathLike, image_HWC: np.ndarray) -> None:

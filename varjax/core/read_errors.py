@@ -17,16 +17,20 @@ READ_PAUSES = (0.1, 0.5, 2.0)  # seconds before each further attempt
 MACHINE_ERRNOS = frozenset(
     (
         errno.EACCES,
+        errno.EBUSY,
         errno.EIO,
         errno.EMFILE,
         errno.ENFILE,
+        errno.ENODEV,
         errno.ENOMEM,
+        errno.ENOTCONN,
         errno.ESTALE,
         errno.ETIMEDOUT,
     )
 )
 # Those of writing, which retrying at once does not help; EFBIG is a limit on the size of files.
 FULL_ERRNOS = frozenset((errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS))
+MACHINE_MESSAGES = {os.strerror(code): code for code in MACHINE_ERRNOS}
 T = TypeVar("T")
 TENSORSTORE_CODE = re.compile(r"os_error_code='(\d+)'")  # in the text of its exceptions
 
@@ -42,6 +46,8 @@ def machine_errno(
         codes = [getattr(error, "errno", None), *map(int, TENSORSTORE_CODE.findall(str(error)))]
         if isinstance(error, MemoryError):
             codes.append(errno.ENOMEM)
+        if isinstance(error, RuntimeError):  # C++ readers quote the system's message
+            codes += [code for text, code in MACHINE_MESSAGES.items() if text in str(error)]
         if found := errnos.intersection(codes):
             return next(iter(found))
         error = error.__cause__ or error.__context__
@@ -62,7 +68,7 @@ def retry_read(read: Callable[[], T], name: str | os.PathLike) -> T:
     for pause in (*READ_PAUSES, None):
         try:
             return read()
-        except (OSError, MemoryError) as error:
+        except (OSError, MemoryError, RuntimeError) as error:
             code = machine_errno(error)
             if code is None or isinstance(error, StorageError):
                 raise

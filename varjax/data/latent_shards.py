@@ -16,8 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.core import files
+from varjax.core.broken_images import BrokenImageCounter
 from varjax.core.errors import InputError
-from varjax.data.loader import BrokenImageCounter, Loader, read_ahead
+from varjax.data.loader import Loader, read_ahead
 from varjax.data.stream import ExampleStream, Split
 
 ABOUT_FILE = "latents.json"  # says what a folder's latents are
@@ -232,6 +233,7 @@ def _encoded(
     if shards[0].split == "train":
         counter, U = BrokenImageCounter(len(loader.train_source)), shards[0].augmentations
         read = read_ahead(loader.readers, counter, positions, ExampleStream.augmented, U)
+        read = loader.range_check.watch(read)
     else:
         counter = BrokenImageCounter(len(loader.held_out_source))
         read = read_ahead(loader.readers, counter, positions, ExampleStream.held_out)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from varjax.core import files
+from varjax.core.broken_images import BrokenImage
 from varjax.core.buckets import as_path
 from varjax.core.errors import InputError
-from varjax.data.decoding import BrokenImage
 from varjax.data.latent_shards import (
     ABOUT_FILE,
     ArraySpec,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from varjax.core.broken_images import BrokenImageCounter
 from varjax.core.errors import InputError
 from varjax.data.stream import (
     Dataset,
@@ -25,8 +26,8 @@ from varjax.data.workers import ReaderPool
 
 BatchArrays = dict[str, np.ndarray]
 BATCHES_AHEAD = 2  # in the making while another one is used
-MAX_BROKEN_SHARE = 0.01
-TOLERATED_BROKEN = 10  # do not stop a run, however early they come
+RANGE_IMAGES = 64  # are looked at
+SMALL_RANGE = 26  # a tenth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +113,22 @@ class Loader:
         return ReaderPool(self.stream, self.data.reading)
 
     @functools.cached_property
-    def _train_counter(self) -> "BrokenImageCounter":
+    def range_check(self) -> "RangeCheck":
+        """Looks at the first training images."""
+        return RangeCheck()
+
+    @functools.cached_property
+    def _train_counter(self) -> BrokenImageCounter:
         return BrokenImageCounter(len(self.train_source))
 
     @functools.cached_property
-    def _held_out_counter(self) -> "BrokenImageCounter":
+    def _held_out_counter(self) -> BrokenImageCounter:
         return BrokenImageCounter(len(self.held_out_source))
 
     def _train(self, numbers: Iterable[int]) -> Iterator[BatchArrays]:
         batches = (self._positions(number) for number in numbers)
-        return read_ahead(self.readers, self._train_counter, batches, ExampleStream.train)
+        read = read_ahead(self.readers, self._train_counter, batches, ExampleStream.train)
+        return self.range_check.watch(read)
 
     def _held_out(self, numbers: Iterable[int]) -> Iterator[BatchArrays]:
         batches = (self._positions(number) for number in numbers)
@@ -146,30 +153,32 @@ def make_loader(
     return Loader(data, ImageTransform(data), batch_size, seed, rows)
 
 
-class BrokenImageCounter:
-    """Counts the images of a split that were read and those that are broken, and names these."""
+class RangeCheck:
+    """Says once when the first images of a split together use little of the range 0 … 255."""
 
-    def __init__(self, size: int):
-        self._size, self._read = size, 0
-        self._names: dict[str, None] = {}  # in the order in which they came
+    def __init__(self):
+        self._left = RANGE_IMAGES
+        self._low, self._high = 255, 0
 
-    def add(self, rows: StreamRows) -> None:
-        """Raises InputError where more than 1 % of those read so far are broken.
+    def watch(self, batches: Iterator[BatchArrays]) -> Iterator[BatchArrays]:
+        """Yields the batches; looks at their images until there were enough."""
+        for batch in batches:
+            if self._left > 0 and "image_BHWC" in batch:
+                self._look(batch)
+            yield batch
 
-        The first few do not count, for a broken image may be among the first ones read.
-        """
-        self._read += rows.read
-        for error in rows.broken:
-            if error.name not in self._names:
-                self._names[error.name] = None
-                tqdm.write(f"skipped: {error}", file=sys.stderr)
-        read, broken = min(self._read, self._size), len(self._names)
-        tolerated = min(TOLERATED_BROKEN, MAX_BROKEN_SHARE * self._size)
-        if broken > max(MAX_BROKEN_SHARE * read, tolerated):
-            some = "\n  ".join(itertools.islice(self._names, TOLERATED_BROKEN))
-            raise InputError(
-                f"{broken} of the {read} images read so far are broken, more than "
-                f"{MAX_BROKEN_SHARE:.0%}; repair or remove them, the first ones are\n  {some}"
+    def _look(self, batch: BatchArrays) -> None:
+        valid_B = batch.get("valid_B", np.ones(len(batch["image_BHWC"]), bool))
+        image_BHWC = batch["image_BHWC"][valid_B]
+        self._left -= len(image_BHWC)
+        self._low = min(self._low, int(image_BHWC.min(initial=255)))
+        self._high = max(self._high, int(image_BHWC.max(initial=0)))
+        if self._left <= 0 and self._high - self._low < SMALL_RANGE:
+            tqdm.write(
+                f"the first {RANGE_IMAGES - self._left} images only use values from {self._low} to "
+                f"{self._high} of 0 … 255. If their files hold fewer bits than their format (12 "
+                "bits in 16), scale the files to the format's range",
+                file=sys.stderr,
             )
 
 
@@ -203,7 +212,7 @@ def read_ahead(
 
 
 def _counted(rows: StreamRows, counter: BrokenImageCounter) -> BatchArrays:
-    counter.add(rows)
+    counter.add(rows.read, rows.broken)
     return rows.arrays
 
 

@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from varjax.core.broken_images import BrokenImage
 from varjax.core.errors import InputError
-from varjax.data.decoding import BrokenImage
 from varjax.data.workers import ReadOptions
 
 Split = Literal["train", "held_out"]
@@ -21,7 +21,8 @@ class ExampleSource(Protocol):
     """Examples by index, as they are stored.
 
     An example is {"image": uint8 (H, W, C), "label": int}, or what the dataset's own
-    `ExampleTransform` takes. Reading one may raise BrokenImage.
+    `ExampleTransform` takes. Reading one may raise BrokenImage, which is skipped, or StorageError,
+    which says nothing about the image and ends the run.
     """
 
     def __len__(self) -> int: ...

@@ -8,6 +8,7 @@ from PIL import Image
 from scipy import ndimage
 
 from varjax.core.errors import InputError, check_setting
+from varjax.core.image_io import resized_part
 
 Crop = Literal["random", "center"]  # of photographs: VAR's recipe, or ADM's, which is MAR's
 RESIZE_RATIO = 1.125  # images are resized to so many times the size that is cut out of them
@@ -55,19 +56,19 @@ def random_crop(
         size: (height, width) of the result.
         flip: whether to mirror every second image left to right.
     """
-    (h, w), resized = size, resize_to_cover(image_HWC, *_resized(size))
+    (h, w), (height, width) = size, _covering(image_HWC.shape, *_resized(size))
     y, x, mirror = rng.random(3)
-    top, left = int(y * (len(resized) - h + 1)), int(x * (resized.shape[1] - w + 1))
-    cropped = resized[top : top + h, left : left + w]
-    return _mirrored(cropped, flip and mirror < 0.5)
+    top, left = int(y * (height - h + 1)), int(x * (width - w + 1))
+    cropped_HWC = _resized_part(image_HWC, (height, width), (top, left), size)
+    return _mirrored(cropped_HWC, flip and mirror < 0.5)
 
 
 def center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resizes as for training and cuts the middle out, (height, width) = `size`: for evaluation."""
-    (h, w), resized = size, resize_to_cover(image_HWC, *_resized(size))
+    (h, w), (height, width) = size, _covering(image_HWC.shape, *_resized(size))
     # Half to even, as the reference's framework rounds.
-    top, left = round((len(resized) - h) / 2), round((resized.shape[1] - w) / 2)
-    return np.ascontiguousarray(resized[top : top + h, left : left + w])
+    corner = round((height - h) / 2), round((width - w) / 2)
+    return np.ascontiguousarray(_resized_part(image_HWC, (height, width), corner, size))
 
 
 def adm_center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -87,10 +88,10 @@ def adm_center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         picture = picture.resize(half, Image.Resampling.BOX)
     scale = max(h / picture.height, w / picture.width)
     covering = round(picture.width * scale), round(picture.height * scale)
-    picture = picture.resize(covering, Image.Resampling.BICUBIC)
-    left, top = (picture.width - w) // 2, (picture.height - h) // 2
-    cropped = np.asarray(picture.crop((left, top, left + w, top + h)))
-    return cropped.reshape(h, w, image_HWC.shape[-1])
+    left, top = (covering[0] - w) // 2, (covering[1] - h) // 2
+    box = left, top, left + w, top + h
+    cropped = resized_part(picture, covering, box, Image.Resampling.BICUBIC)
+    return np.asarray(cropped).reshape(h, w, image_HWC.shape[-1])
 
 
 def resize_to_cover(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -103,15 +104,30 @@ def resize_to_cover(image_HWC: np.ndarray, height: int, width: int) -> np.ndarra
         height: pixels.
         width: pixels.
     """
-    H, W, channels = image_HWC.shape
-    if height * W >= width * H:
-        width = height * W // H
-    else:
-        height = width * H // W
-    if (height, width) == (H, W):
+    size = _covering(image_HWC.shape, height, width)
+    if size == image_HWC.shape[:2]:
         return image_HWC
-    resized = _picture(image_HWC).resize((width, height), Image.Resampling.LANCZOS)
-    return np.asarray(resized).reshape(height, width, channels)
+    return _resized_part(image_HWC, size, (0, 0), size)
+
+
+def _covering(shape: tuple[int, ...], height: int, width: int) -> tuple[int, int]:
+    """(height, width) of an image of `shape` that is resized until it just covers a size."""
+    H, W, _ = shape
+    if height * W >= width * H:
+        return height, height * W // H
+    return width * H // W, width
+
+
+def _resized_part(
+    image_HWC: np.ndarray, whole: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """The part at `corner`, (top, left), of an image that is resized to `whole` by Lanczos."""
+    (top, left), (h, w) = corner, size
+    if whole == image_HWC.shape[:2]:
+        return image_HWC[top : top + h, left : left + w]
+    box = left, top, left + w, top + h
+    picture = resized_part(_picture(image_HWC), (whole[1], whole[0]), box, Image.Resampling.LANCZOS)
+    return np.asarray(picture).reshape(h, w, image_HWC.shape[-1])
 
 
 def _picture(image_HWC: np.ndarray) -> Image.Image:

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from varjax.core.broken_images import BrokenImage
 from varjax.data import photos
-from varjax.data.decoding import BrokenImage
 from varjax.data.prepare import array_record
 from varjax.data.prepare import prepare as prepare_module
 from varjax.data.prepare.prepare import main, prepare

@@ -1,6 +1,8 @@
+import errno
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 
@@ -9,8 +11,9 @@ import pytest
 from PIL import Image
 
 from tests.helpers.paths import ROOT
+from varjax.core.broken_images import BrokenImage
+from varjax.core.errors import StorageError
 from varjax.data import photos
-from varjax.data.decoding import BrokenImage
 from varjax.data.sources import TFDS, Digits, parse_dataset
 from varjax.data.sources.folder import Folder
 
@@ -143,6 +146,11 @@ def test_folders_that_make_no_sense_are_refused(official):
     refused("has a folder train, but no val beside it: bus, train", "vehicles")
     put("few/1.png", "few/2.png")
     refused("no images to hold out: held_out=0.05 chose none", "few")
+    with pytest.raises(ValueError) as caught:
+        Folder("few").source("train")
+    share = re.search(r"--config.data.held_out=(0\.\d+)", str(caught.value))
+    assert share is not None
+    assert len(Folder("few", held_out=float(share[1])).source("held_out")) == 1
 
 
 def test_a_description_changes_with_the_images_and_not_with_their_place(official):
@@ -198,3 +206,39 @@ def test_a_folder_is_read_without_the_libraries_of_other_datasets(official):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(run, env=environment, check=True, capture_output=True, text=True)
     assert done.stdout == "False False False False\n"
+
+
+def test_a_machine_that_fails_says_nothing_of_images_or_folders(tmp_path, monkeypatch):
+    """Not one image takes the place of another, with threads and with worker processes."""
+    for i in range(300):
+        path = tmp_path / f"{'train' if i else 'val'}/{i:03d}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (4, 4), i % 256).save(path)
+    data, whole, failing = Folder(str(tmp_path), 4), os.open, [True]
+
+    def fail_once(path, *arguments, **options):
+        if str(path).endswith("007.png") and failing:
+            failing.pop()
+            raise OSError(errno.EIO, "made to fail")
+        return whole(path, *arguments, **options)
+
+    expected = data.make(299).train_batch(0)["image_BHWC"]
+    monkeypatch.setattr(os, "open", fail_once)
+    np.testing.assert_array_equal(data.make(299).train_batch(0)["image_BHWC"], expected)
+    assert not failing
+    failing[:] = [True] * 9
+    with pytest.raises(StorageError, match="007.png cannot be read now: Input/output error"):
+        data.make(299).train_batch(0)
+    monkeypatch.undo()
+    listed, left = os.scandir, [errno.EMFILE] * 2
+
+    def scandir(path):
+        if left:
+            raise OSError(left.pop(), "made to fail", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(StorageError, match="cannot be read now: Too many open files"):
+        Folder(str(tmp_path), 4).source("train")
+    left[:] = [errno.EMFILE]
+    assert len(Folder(str(tmp_path), 4).source("train")) == 299

@@ -12,9 +12,10 @@ from typing import Any
 from PIL import Image
 
 from varjax.core import files
+from varjax.core.broken_images import BrokenImage
 from varjax.core.errors import StorageError, check_setting
+from varjax.core.image_files import printable_path, read_file
 from varjax.data import decoding, transforms
-from varjax.data.decoding import BrokenImage
 
 DATASET_NAME, DATASET_VERSION = "images", "1.0.0"  # of every dataset packed here
 INFO_FILE = "dataset_info.json"  # is there if and only if a dataset is complete
@@ -38,9 +39,14 @@ class ImageEncoding:
         check_setting("quality", self.quality, 1 <= self.quality <= 100, "from 1 to 100")
 
     def encode_file(self, path: str) -> bytes:
-        """Encodes the image in a file; raises BrokenImage where it cannot be decoded."""
-        data = decoding.read_file(path)
-        image_HWC = decoding.decode_file(data, name=decoding.printable_path(path))
+        """Encodes the image in a file.
+
+        Raises:
+            BrokenImage: there is no such file, or the decoder refuses it.
+            StorageError: the machine or the bucket cannot read it now.
+        """
+        data = read_file(path)
+        image_HWC = decoding.decode_file(data, name=path)
         if not 0 < self.size < min(image_HWC.shape[:2]):
             return data
         buffer = io.BytesIO()
@@ -95,7 +101,7 @@ def write_record_shard(encoding: ImageEncoding, shard: RecordShard) -> Iterator[
         After each image None, or what it was left out for.
 
     Raises:
-        StorageError: the file could not be written.
+        StorageError: the file could not be written, or an image cannot be read now.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
@@ -107,7 +113,7 @@ def write_record_shard(encoding: ImageEncoding, shard: RecordShard) -> Iterator[
         # One record per read; images are compressed already.
         writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")
         for path, label in shard.items:
-            name, broken = decoding.printable_path(path), None
+            name, broken = printable_path(path), None
             try:
                 image = encoding.encode_file(os.path.join(shard.root, path))
             except BrokenImage as error:

@@ -104,7 +104,7 @@ class Folder:
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
-    """Decodes a file when asked for one; raises BrokenImage where that fails."""
+    """Decodes a file when asked for one; raises BrokenImage or StorageError as `decode_file`."""
 
     listing: ImageListing
     channels: int

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 from varjax.core import buckets
 from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError
+from varjax.core.image_files import IMAGE_FORMATS
+from varjax.core.read_errors import retry_read
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-IMAGE_SUFFIXES += (".jp2", ".avif")
+IMAGE_SUFFIXES = tuple(IMAGE_FORMATS)
 ONE_CLASS_NAMES = ("image",)  # of images without classes
 DEFAULT_HELD_OUT_SHARE = 0.05
 
@@ -107,9 +109,13 @@ class FolderLayout:
             train, held_out = _choose(train, ~out_N), _choose(train, out_N)
         where = _below(self.root, self.train)
         if not held_out.paths:
+            assert isinstance(self.held_out, float)
+            smallest = min(map(_number, train.paths))  # a larger share holds this one out
+            enough = min(0.99, math.floor(smallest * 100 + 1) / 100)
             raise InputError(
                 f"{where} has no images to hold out: held_out={self.held_out} chose none of "
-                f"{len(train.paths)}; set a larger share"
+                f"{len(train.paths)} by the hash of their paths. Give a share of {enough} or more, "
+                f"such as --config.data.held_out={enough}, or sort the images into train/ and val/"
             )
         counts = np.bincount(train.labels_N, minlength=len(self.class_names))
         if not counts.all():
@@ -146,8 +152,8 @@ class FolderLayout:
 def _scan(folder: str) -> tuple[list[str], list[str]]:
     """(subfolders, image files), sorted, links followed."""
     try:
-        folders, files = _list_folder(folder)
-    except InputError:
+        folders, files = retry_read(lambda: _list_folder(folder), folder)
+    except InputError:  # a StorageError among them
         raise
     except OSError as error:
         raise InputError(f"cannot list the images in {folder!r}: {error.strerror}") from error
