@@ -4,13 +4,15 @@ import json
 import pickle
 import resource
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from varjax.data.decoding import BrokenImage
+from varjax.core.broken_images import BrokenImage
+from varjax.core.errors import InputError, StorageError
 from varjax.data.sources.tfds import TFDS
 
 
@@ -150,6 +152,74 @@ def test_what_is_missing_is_told_with_what_to_do(data_dir, tmp_path):
         "stored as tfrecord, which cannot be read in any order; prepare it again",
         str(tmp_path / "old"),
     )
+
+
+def test_only_classes_of_tfds_are_imported(data_dir, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    whole, folder = data_dir / "stripes/1.2.3", tmp_path / "bad"
+    shutil.copytree(whole, folder)
+    features = json.loads((whole / "features.json").read_text())
+    text = {"pythonClassName": "evil.Text", "text": {}}
+    nested = {"feature": {"type": "evil.Text", "content": {}}, "length": None}
+    hidden = {"jsonFeature": {"json": json.dumps(nested)}}
+    hidden["pythonClassName"] = "tensorflow_datasets.core.features.dataset_feature.Dataset"
+    legacy = {"type": "tensorflow_datasets.core.features.features_dict.FeaturesDict"}
+    legacy["content"] = {"image": {"type": "evil.Image", "content": {}}}
+    for name, bad in {
+        "other": features | {"pythonClassName": "evil.Features"},
+        "inner": {**features, "featuresDict": {"features": {"image": text}}},
+        "snake case": {
+            **features,
+            "featuresDict": {"features": {"x": {"python_class_name": "evil.X"}}},
+        },
+        "text": {**features, "featuresDict": {"features": {"x": hidden}}},
+        "legacy": legacy,
+        "other module of TFDS": features | {"pythonClassName": "tensorflow_datasets.scripts.x.Y"},
+    }.items():
+        (folder / "features.json").write_text(json.dumps(bad).replace("pythonC", "\\u0070ythonC"))
+        with pytest.raises(InputError, match="names the class .*which TFDS would import; allowed"):
+            TFDS(str(folder), held_out="test").describe()
+        assert "evil" not in sys.modules, name
+        shutil.copytree(folder, tmp_path / "root/stripes/1.2.3", dirs_exist_ok=True)
+        with pytest.raises(InputError, match="which TFDS would import"):
+            TFDS("stripes", str(tmp_path / "root"), held_out="test").describe()
+    (folder / "features.json").write_text("[" * 10**5)
+    with pytest.raises(InputError, match="not valid JSON|nested too deeply"):
+        TFDS(str(folder), held_out="test").describe()
+
+
+def test_a_machine_that_fails_is_told_from_damaged_records(data_dir, tmp_path):
+    folder = tmp_path / "root/stripes/1.2.3"
+    shutil.copytree(data_dir / "stripes/1.2.3", folder)
+    data = TFDS("stripes", str(tmp_path / "root"), held_out="test", size=8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    source, train = data.source("held_out"), data.source("train")
+    assert len(source) == 4 and len(train) == 20  # files of records are opened by the first read
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        with pytest.raises(
+            StorageError, match=r"test\[0\] cannot be read now: Too many open files"
+        ):
+            source[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert source[0]["image"].shape == (10, 12, 3)  # once it works
+    (file,) = folder.glob("*train*record*")
+    content = bytearray(file.read_bytes())
+    content[content.index(b"PNG") + 40] ^= 0xFF
+    file.write_bytes(content)
+    found = []
+    for i in range(20):
+        try:
+            train[i]
+        except BrokenImage as error:
+            found.append(error)
+    (error,) = found
+    assert "stripes train[" in error.name and "hash mismatch" in error.reason
+    file.unlink()
+    with pytest.raises(InputError, match="No such file.*; copy or prepare the dataset again"):
+        data.source("train")[0]
 
 
 def test_as_many_files_may_be_open_as_there_are_shards(data):

@@ -1,16 +1,22 @@
 """Reads datasets that TensorFlow Datasets prepared as array_record, without TensorFlow."""
 
+import contextlib
 import dataclasses
 import functools
+import json
 import os
 import resource
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from varjax.core import files
+from varjax.core.broken_images import BrokenImage
 from varjax.core.buckets import in_bucket
 from varjax.core.errors import InputError
+from varjax.core.read_errors import machine_errno, retry_read
+from varjax.core.untrusted import shown
 from varjax.data import decoding, transforms
 from varjax.data.loader import make_loader
 from varjax.data.sources.folder_layout import ONE_CLASS_NAMES
@@ -21,6 +27,10 @@ from varjax.data.workers import ReadOptions
 PREPARE_HINT = (
     'tfds.builder("{}", file_format="array_record").download_and_prepare(), see docs/data.md'
 )
+CORRUPTED = "Corrupted Riegeli/records file"  # where the checksum of a record is another one
+# Files of a dataset name the classes that TFDS imports to read them; only its own are allowed.
+FEATURES_FILE, FEATURE_MODULES = "features.json", "tensorflow_datasets.core.features."
+CLASS_KEYS = "pythonClassName", "python_class_name", "type"  # the last one in older files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,9 +134,9 @@ class TFDS:
 
 @dataclasses.dataclass(frozen=True)
 class TFDSSource:
-    """Decodes a record when asked for one; raises BrokenImage where that fails.
+    """Decodes a record when asked for one; raises BrokenImage or StorageError as `decode_file`.
 
-    Files are opened at the first use, and anew after unpickling; threads may share them.
+    Files are opened at the first use, and again after unpickling; threads may share them.
     """
 
     data: TFDS
@@ -159,7 +169,7 @@ class TFDSSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        data, example = self.data, self.records[index]
+        data, example = self.data, self._record(index)
         file = example.get("file_name", b"")  # where datasets usually store it
         file = f" ({file.decode('utf-8', 'replace')})" if isinstance(file, bytes) and file else ""
         name = f"{data.name} {self.split}[{index}]{file}"
@@ -170,6 +180,27 @@ class TFDSSource:
             "image": decoding.decode_file(example[data.image_key], data.channels, name),
             "label": label,
         }
+
+    def _record(self, index: int) -> dict:
+        name = f"{self.data.name} {self.split}[{index}]"
+        try:
+            return retry_read(lambda: self._read(index), name)
+        except InputError:
+            raise
+        except RuntimeError as error:
+            if CORRUPTED in str(error):
+                raise BrokenImage(name, str(error)) from error
+            raise InputError(
+                f"{name} cannot be read: {error}; copy or prepare the dataset again"
+            ) from error
+
+    def _read(self, index: int) -> dict:
+        try:
+            return self.records[index]
+        except Exception as error:
+            if machine_errno(error) is not None:  # after which a reader fails for ever
+                self.__dict__.pop("records", None)
+            raise
 
     def __getstate__(self) -> dict[str, Any]:
         return {"data": self.data, "split": self.split}
@@ -185,27 +216,61 @@ def _allow_open_files(shards: int) -> None:
 
 
 def _open(name: str, data_dir: str) -> Any:
-    import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
+    from tensorflow_datasets.core.utils import error_utils
 
     directory = os.path.expanduser(name)
     if in_bucket(name):  # readers of array_record files map them
         directory = str(files.local_copy(name))
     if os.path.isfile(os.path.join(directory, "dataset_info.json")):
-        return tfds.builder_from_directory(directory)
+        return _open_directory(directory)
     if os.path.isdir(directory) or in_bucket(name) or name.startswith(("/", ".", "~")):
         raise InputError(
             f"{name} holds no prepared dataset: there is no dataset_info.json in it. Pack a folder "
             "of images by python -m varjax.data.prepare, or read it as it is (folder:PATH)"
         )
     options = {"data_dir": os.path.expanduser(data_dir)} if data_dir else {}
-    try:
-        builder = read_only_builder.builder_from_files(name, **options)
-        if in_bucket(data_dir):
-            builder = tfds.builder_from_directory(str(files.local_copy(builder.data_dir)))
-        return builder
-    except tfds.core.DatasetNotFoundError as error:
+    # builder_from_files finds the directory in the same way, but opens it at once.
+    with error_utils.record_error_context():
+        found = read_only_builder._find_builder_dir(name, **options)
+    if found is None:
         raise InputError(
             f"{name} is not prepared in {data_dir or '~/tensorflow_datasets'}: set data_dir, or "
             f"prepare it once, where TensorFlow is installed, by {PREPARE_HINT.format(name)}"
-        ) from error
+        )
+    return _open_directory(str(files.local_copy(found) if in_bucket(data_dir) else found))
+
+
+def _open_directory(directory: str) -> Any:
+    import tensorflow_datasets as tfds
+
+    path = os.path.join(directory, FEATURES_FILE)
+    if os.path.lexists(path):
+        try:
+            names = list(_class_names(retry_read(lambda: files.read_json(path), path)))
+        except RecursionError as error:
+            raise InputError(f"{path} is nested too deeply; copy or prepare it again") from error
+        if strange := [name for name in names if not name.startswith(FEATURE_MODULES)]:
+            raise InputError(
+                f"{path} names the class {shown(strange[0])}, which TFDS would import; allowed are "
+                f"those of {FEATURE_MODULES.rstrip('.')}. Prepare the dataset without features of "
+                "other classes"
+            )
+    return retry_read(lambda: tfds.builder_from_directory(directory), directory)
+
+
+def _class_names(data: Any) -> Iterator[str]:
+    """Names of classes anywhere in the content of features.json, and in JSON text within it."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            if key in CLASS_KEYS and isinstance(value, str):
+                yield value
+            yield from _class_names(value)
+    elif isinstance(data, list):
+        for value in data:
+            yield from _class_names(value)
+    elif isinstance(data, str):
+        inner = None
+        with contextlib.suppress(ValueError):
+            inner = json.loads(data)
+        yield from _class_names(inner)
