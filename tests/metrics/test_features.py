@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.fake_data import FakeImages
 from tests.helpers.paths import ROOT
 from varjax.core.errors import InputError
 from varjax.core.npz import NpzArchive
@@ -244,3 +245,37 @@ def test_a_dataset_is_read_as_for_its_evaluation():
     source = Digits().source("held_out")
     np.testing.assert_array_equal(read_all(images, 100), source.images_NHWC)
     assert images.digest != DatasetImages(Digits(), "train").digest
+
+
+def test_a_broken_image_of_a_dataset_is_skipped_as_in_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(feature_store, "IMAGES_PER_PART", 50)
+    shape = 4, 4, 3
+    data = FakeImages(size=201, broken=(7, 200), image_shape=shape)  # the last part has one image
+    images, extract = DatasetImages(data, "held_out"), FeatureExtractor(pixel_network())
+    reference = references.reference_of_images(images, "x", extract, tmp_path)
+    good = [i for i in range(201) if i not in data.broken]
+    good_NHWC = np.stack([data.source("train")[i]["image"] for i in good])
+    expected = Moments.of(extract(good_NHWC)["pool_ND"])
+    found = reference.moments["pool_ND"]
+    np.testing.assert_allclose(found.mean_D, expected.mean_D, rtol=1e-12)
+    np.testing.assert_allclose(found.covariance_DD, expected.covariance_DD, atol=1e-15)
+    assert reference.images == 199
+    assert len(images.digest) == 64
+    again = references.reference_of_images(DatasetImages(data, "held_out"), "x", extract, tmp_path)
+    assert again.images == 199
+    said = capsys.readouterr().err
+    assert said.count("skipped: image_7.jpg") == said.count("skipped: image_200.jpg") == 1
+    bad = DatasetImages(FakeImages(size=201, broken=(1, 2, 3), image_shape=shape), "held_out")
+    with pytest.raises(InputError, match="3 of the 4 images read so far are broken"):
+        read_all(bad, 50)
+
+
+def test_hidden_folders_of_samples_do_not_count_and_are_said(tmp_path, capsys):
+    for name in ("a.png", "b/c.png", ".ipynb_checkpoints/a.png", "b/.old/x/d.png", "b/.e.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(IMAGES_NHWC[0]).save(tmp_path / name)
+    assert open_image_set(tmp_path).shape[0] == 2
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/.ipynb_checkpoints does not count: it is hidden (images: 1)" in said
+    assert f"{tmp_path}/b/.old does not count" in said and said.count("does not count") == 2
+    assert open_image_set(tmp_path / ".ipynb_checkpoints").shape[0] == 1  # asked for by name

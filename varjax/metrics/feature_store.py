@@ -38,11 +38,20 @@ class FeatureStore:
         """Writes the features of a part."""
         files.write_tensors(self._file(part), features, {})
 
-    def read(self, part: range) -> Features:
-        """Reads the features of a part; raises InputError where the file is damaged."""
+    def read(self, part: range, fewer: bool = False) -> Features:
+        """Reads the features of a part.
+
+        Args:
+            part: of the images.
+            fewer: whether broken images may have been left out.
+
+        Raises:
+            InputError: the file is damaged.
+        """
         path = self._file(part)
         found, _ = files.read_tensors(path)
-        if any(len(x) != len(part) for x in found.values()):
+        lengths = {len(x) for x in found.values()}
+        if len(lengths) != 1 or max(lengths) > len(part) or min(lengths) < len(part) and not fewer:
             raise InputError(f"{path} holds other images; delete it and go on")
         return found
 
@@ -73,4 +82,7 @@ def extract_features(
     left = sum(map(len, missing))
     with tqdm(total=count, initial=count - left, unit=" images", desc=description) as bar:
         for part, images_NHWC in images.parts(missing):
-            store.add(part, extract(images_NHWC, bar.update))
+            count = len(images_NHWC)  # 0 where all are broken, which no program is compiled for
+            padded_NHWC = images_NHWC if count else np.zeros((1, *images.shape[1:]), np.uint8)
+            features = extract(padded_NHWC, bar.update)
+            store.add(part, {name: x[:count] for name, x in features.items()})

@@ -1,18 +1,22 @@
 """Sets of images to be measured: an .npz as evaluators write it, or a folder of image files."""
 
+import collections
 import hashlib
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from varjax.core import files, image_io
+from varjax.core.broken_images import BrokenImage, BrokenImageCounter
 from varjax.core.errors import InputError
+from varjax.core.image_files import read_size
 from varjax.core.npz import NpzArchive
+from varjax.core.read_errors import retry_read
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 LOSSY = {".jpg", ".jpeg"}
@@ -38,7 +42,10 @@ class ImageSet(Protocol):
         ...
 
     def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
-        """Yields each part of the images, uint8; `parts` are in order and do not overlap."""
+        """Yields each part of the images, uint8; `parts` are in order and do not overlap.
+
+        Of a dataset broken images are left out, so that a part may have fewer.
+        """
         ...
 
 
@@ -95,22 +102,19 @@ class NpzImages:
 class FolderImages:
     """Reads all image files below a folder as RGB, in the order of their paths.
 
-    Files that `varjax sample` wrote tell their classes by their names, others by their folders if
-    there are several. Raises InputError for a folder without images or with several sizes.
+    What is hidden does not count; hidden folders of images are named on stderr. Files that `varjax
+    sample` wrote tell their classes by their names, others by their folders if there are several.
+    Raises InputError for a folder without images or with several sizes.
     """
 
     def __init__(self, path: pathlib.Path):
         self._path = path
-        self._files = sorted(
-            file
-            for file in path.rglob("*")
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-        )
+        self._files = _visible_images(path)
         if not self._files:
             raise InputError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
         sizes: dict[tuple[int, int], pathlib.Path] = {}
         for file in self._files:
-            sizes.setdefault(_image_size(file), file)
+            sizes.setdefault(read_size(file), file)
         if len(sizes) > 1:
             found = ", ".join(f"{w}x{h} ({file.name})" for (w, h), file in list(sizes.items())[:4])
             raise InputError(
@@ -169,6 +173,8 @@ class StoredImages(Protocol):
 class DatasetImages:
     """All images of a split of a dataset, cropped as for its evaluation.
 
+    Broken ones are left out of `parts` and named, up to 1 % of them, as in training.
+
     Args:
         data: the dataset.
         split: "train" or "held_out".
@@ -179,34 +185,54 @@ class DatasetImages:
     def __init__(self, data: StoredImages, split: str):
         self._data, self._split, self._source = data, split, data.source(split)
         self.shape = len(self._source), *data.image_shape
+        self._counter = BrokenImageCounter(len(self._source))
 
     @property
     def digest(self) -> str:
         sha256 = hashlib.sha256(str(self.shape).encode())  # of the pixels: names may stay the same
         with tqdm(total=self.shape[0], unit=" images", desc="hashing the reference") as bar:
             for i in range(self.shape[0]):
-                sha256.update(self._read(i).tobytes())
+                image_HWC = self._read(i)
+                sha256.update(b"broken" if image_HWC is None else image_HWC.tobytes())
                 bar.update()
         return sha256.hexdigest()
 
     def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
         for part in parts:
-            yield part, np.stack([self._read(i) for i in part])
+            images = [image_HWC for i in part if (image_HWC := self._read(i)) is not None]
+            yield part, np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
 
-    def _read(self, i):
-        return self._data.preprocess(self._source[i]["image"])
+    def _read(self, i: int) -> np.ndarray | None:
+        """Image `i`, or None where it is broken."""
+        try:
+            image_HWC, broken = self._data.preprocess(self._source[i]["image"]), []
+        except BrokenImage as error:
+            image_HWC, broken = None, [error]
+        self._counter.add(1, broken)
+        return image_HWC
 
 
 def file_digest(path: pathlib.Path) -> str:
-    """Returns the SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Returns the SHA-256 of a file; StorageError where the machine cannot read it now."""
+
+    def digest() -> str:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return retry_read(digest, path)
 
 
-def _image_size(file: pathlib.Path) -> tuple[int, int]:
-    """(width, height), from the file's header alone."""
-    try:
-        with Image.open(file) as picture:
-            return picture.size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{file} is not an image that can be read ({error})") from error
+def _visible_images(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Image files at any depth, sorted; says which hidden folders have some that do not count."""
+    found, hidden = [], collections.Counter()
+    for file in retry_read(lambda: list(folder.rglob("*")), folder):
+        if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
+            continue
+        parts = file.relative_to(folder).parts[:-1]
+        if depth := next((i for i, name in enumerate(parts, 1) if name.startswith(".")), 0):
+            hidden[folder.joinpath(*parts[:depth])] += 1
+        else:
+            found.append(file)
+    for place, count in sorted(hidden.items()):
+        tqdm.write(f"{place} does not count: it is hidden (images: {count})", file=sys.stderr)
+    return sorted(found)

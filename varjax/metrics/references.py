@@ -20,6 +20,7 @@ from varjax.metrics.image_sets import ImageSet, file_digest, open_image_set
 
 # ADM's names of the statistics: of Inception's last pool, and of the map that sFID looks at.
 STATISTICS = {"pool_ND": ("mu", "sigma"), "spatial_ND": ("mu_s", "sigma_s")}
+COUNT = "images"  # in the metadata of kept statistics
 COMPARED_IMAGES = 10_000  # of the reference, for precision, recall and KID, as in ADM's files
 
 
@@ -118,34 +119,43 @@ def reference_of_images(
             if not path.exists():
                 store = FeatureStore(folder, request)
                 extract_features(images, extract, store, "reference")
-                files.write_tensors(path, _summarize(store, images.shape[0]), {})
+                arrays, count = _summarize(store, images.shape[0])
+                files.write_tensors(path, arrays, {COUNT: str(count)})
             files.remove(folder)
-    arrays, _ = files.read_tensors(path)
+    arrays, metadata = files.read_tensors(path)
     moments = {
         kind: Moments(arrays[mean], arrays[covariance])
         for kind, (mean, covariance) in STATISTICS.items()
         if mean in arrays
     }
-    return Reference(request["images"], moments, arrays["compared"], images.shape[0])
+    count = int(metadata.get(COUNT, images.shape[0]))  # older files have none
+    return Reference(request["images"], moments, arrays["compared"], count)
 
 
-def _summarize(store: FeatureStore, count: int) -> dict[str, np.ndarray]:
-    """Moments of `count` images by ADM's names, and features of those to compare with."""
+def _summarize(store: FeatureStore, count: int) -> tuple[dict[str, np.ndarray], int]:
+    """Moments of images by ADM's names with features of those to compare with; how many there are.
+
+    Of `count` images broken ones have no features.
+    """
     chosen = compared_rows(count)
     sums: dict[str, MomentSums] = {}
     compared = []
+    whole = 0
     for part in parts_of(count):
-        features = store.read(part)
+        features = store.read(part, fewer=True)
+        if not (length := len(features["pool_ND"])):
+            continue
+        whole += length
         for kind in STATISTICS.keys() & features.keys():
             sums.setdefault(kind, MomentSums()).add(features[kind])
         rows = chosen[(chosen >= part.start) & (chosen < part.stop)] - part.start
-        compared.append(features["pool_ND"][rows])
+        compared.append(features["pool_ND"][rows[rows < length]])
     arrays = {"compared": np.concatenate(compared)}
     for kind, total in sums.items():
         mean, covariance = STATISTICS[kind]
         moments = total.moments()
         arrays |= {mean: moments.mean_D, covariance: moments.covariance_DD}
-    return arrays
+    return arrays, whole
 
 
 def _read_statistics(
