@@ -1,6 +1,9 @@
 """Published models by name, with a stand-in for the Hugging Face Hub."""
 
 import concurrent.futures
+import dataclasses
+import hashlib
+import re
 import shutil
 import sys
 import threading
@@ -17,11 +20,13 @@ from varjax.convert import pretrained
 from varjax.convert.apply_map import official_buffers
 from varjax.convert.name_maps.name_map import Release
 from varjax.convert.pth.write import write_pth
+from varjax.core import files
 from varjax.core.errors import InputError
 from varjax.families import read_model
 from varjax.tokenizers.load import read_tokenizer
 
-RELEASE = Release("someone/models", {"tokenizer": "vae.pth", "var": "tiny.pth"})
+COMMIT = "0123456789" * 4
+RELEASE = Release("someone/models", {"tokenizer": "vae.pth", "var": "tiny.pth"}, COMMIT, {})
 
 
 class Hub:
@@ -63,13 +68,13 @@ def test_the_first_use_downloads_and_converts_and_later_ones_are_offline(hub, tm
     _, config, params, _ = read_model("tiny")
     assert config == golden.configs("base")[1]
     np.testing.assert_array_equal(params["head"]["bias"], golden.var_params("base")["head"]["bias"])
-    assert hub.asked == [("someone/models", name, "main") for name in ("vae.pth", "tiny.pth")]
+    assert hub.asked == [("someone/models", name, COMMIT) for name in ("vae.pth", "tiny.pth")]
     hub.broken = True
     assert read_tokenizer("tiny")[0] == varjax.load_tokenizer("tiny").config
     model = varjax.load("tiny")
     assert (model.tokenizer, model.var) == golden.configs("base")
     assert len(hub.asked) == 2
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"tiny", ".lock"}
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"tiny", ".lock", "downloads"}
 
 
 def test_a_local_path_of_that_name_wins(hub, tmp_path):
@@ -80,6 +85,57 @@ def test_a_local_path_of_that_name_wins(hub, tmp_path):
     assert len(hub.asked) == 2 and not (tmp_path / "cache").exists()
 
 
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[-5000] ^= 1  # a bit of a weight, which no reader sees
+    path.write_bytes(content)
+
+
+def test_a_file_with_another_hash_than_the_published_is_not_converted(hub, tmp_path, monkeypatch):
+    hub.folder = shutil.copytree(hub.folder, tmp_path / "hub")
+    known = {name: sha256(hub.folder / name) for name in ("vae.pth", "tiny.pth")}
+    release = dataclasses.replace(RELEASE, sha256=known)
+    monkeypatch.setitem(pretrained.RELEASES, "tiny", release)
+    damage(hub.folder / "tiny.pth")
+    with pytest.raises(InputError) as error:
+        varjax.load("tiny")
+    text = str(error.value)
+    assert known["tiny.pth"] in text and sha256(hub.folder / "tiny.pth") in text
+    assert f"tiny.pth of https://huggingface.co/someone/models at {COMMIT}" in text
+    assert f"Delete {hub.folder / 'tiny.pth'} and try again" in text
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    with pytest.raises(InputError, match="instead of\n  " + known["tiny.pth"]):
+        pretrained.download("someone/models", "tiny.pth")
+    damage(hub.folder / "tiny.pth")  # the bit is as it was
+    read_model("tiny")
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"tiny", ".lock"}
+
+
+def test_without_a_published_hash_that_of_the_first_download_counts(hub, tmp_path):
+    hub.folder = shutil.copytree(hub.folder, tmp_path / "hub")
+    first = sha256(hub.folder / "vae.pth")
+    for _ in range(2):
+        assert pretrained.download("someone/models", "vae.pth") == hub.folder / "vae.pth"
+    assert pretrained.download("other/models", "vae.pth") == hub.folder / "vae.pth"
+    assert hub.asked[-1] == ("other/models", "vae.pth", "main")  # which may change
+    record = tmp_path / "cache/downloads/someone/models" / COMMIT / "vae.pth.json"
+    assert files.read_json(record) == {"sha256": first}
+    damage(hub.folder / "vae.pth")
+    pretrained.download("other/models", "vae.pth")
+    with pytest.raises(InputError, match=f"instead of\n  {first}\nkept in {record}"):
+        pretrained.download("someone/models", "vae.pth")
+    with pytest.raises(InputError, match=f"instead of\n  {first}"):
+        varjax.load("tiny")
+    assert not (tmp_path / "cache/tiny").exists()
+    with pytest.raises(InputError, match="names must be relative"):
+        pretrained.download("..", "vae.pth", COMMIT)
+    assert [path.name for path in (tmp_path / "cache/downloads").iterdir()] == ["someone"]
+
+
 def test_a_conversion_that_fails_leaves_nothing_and_can_be_repeated(hub, tmp_path, monkeypatch):
     def fill_up(*_):
         raise OSError("No space left on device")
@@ -88,7 +144,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_can_be_repeated(hub, tmp_pat
         patch.setattr("varjax.core.safetensors_io.write_safetensors", fill_up)
         with pytest.raises(InputError, match="cache/tiny could not be written: No space left"):
             varjax.load("tiny")
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {".lock", "downloads"}
     read_model("tiny")
 
 
@@ -126,6 +182,15 @@ def test_all_released_models_have_a_name():
         release = pretrained.RELEASES[name]
         assert release.repo == "FoundationVision/var" and f"{name}.pth" in release.files.values()
         assert release.files["tokenizer"] == "vae_ch160v4096z32.pth"
+    for name, release in pretrained.RELEASES.items():
+        assert pretrained.COMMIT.fullmatch(release.commit)
+        unknown = set(release.files.values()) - release.sha256.keys()
+        assert unknown == ({"var_d36.pth"} if name == "var_d36" else {"checkpoint-last.pth"}
+                           if release.repo is None else set())  # fmt: skip
+        assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in release.sha256.values())
+    digests = {digest for r in pretrained.RELEASES.values() for digest in r.sha256.values()}
+    names = {name for r in pretrained.RELEASES.values() for name in r.sha256}
+    assert len(digests) == len(names) == 7
 
 
 def test_mar_is_fetched_at_the_commit_that_holds_the_official_files(hub, tmp_path):

@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     for flag, kind in KINDS.items():
         add(f"--{flag}", metavar="FILE", help=f"official weights of {kind.description}")
     add("--repo", help="download them from this Hugging Face repository")
-    add("--revision", default="main", help="branch, tag or commit there (main)")
+    add("--revision", help="branch, tag or commit there (the known commit, else main)")
     add("--scales", help="side lengths 1,2,3 or 1x1,2x4 (default: as in the file, else 256 px)")
     add("--heads", type=int, help="attention heads where attention is not cosine (width / 64)")
     add("--groups", type=int, default=32, help="groups of the tokenizer's group norms (32)")

@@ -4,21 +4,28 @@
 
 The names are the `releases` of `varjax.convert.name_maps`. The cache folder is $VARJAX_CACHE, else
 varjax in $XDG_CACHE_HOME or ~/.cache. A folder in it appears whole or not at all.
+
+Files are downloaded by commit, and converted only if their SHA-256 is the known one. Where none is
+known, that of the first download is kept in the folder "downloads" of the cache, and counts.
 """
 
 import os
 import pathlib
+import re
 import shlex
 import sys
 
 from varjax.convert.from_torch import convert
 from varjax.convert.name_maps import NAME_MAPS
 from varjax.convert.name_maps.name_map import ConvertOptions
+from varjax.convert.sources import sha256_of
 from varjax.core import files, folders
 from varjax.core.buckets import as_path
 from varjax.core.cache_dir import cache_folder
 from varjax.core.errors import InputError
+from varjax.core.untrusted import path_inside
 
+COMMIT = re.compile("[0-9a-f]{40}")
 RELEASES = {name: release for kind in NAME_MAPS for name, release in kind.releases.items()}
 
 
@@ -54,30 +61,55 @@ def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
     return directory
 
 
-def download(repo: str, name: str, revision: str = "main") -> pathlib.Path:
+def download(repo: str, name: str, revision: str | None = None) -> pathlib.Path:
     """Downloads a file of the Hugging Face Hub, unless the Hub's own cache has it already.
 
     Args:
         repo: such as "FoundationVision/var".
         name: of the file in it.
-        revision: a branch, a tag, or, to get the same file forever, a commit.
+        revision: a branch, a tag, or, to get the same file forever, a commit. None for the commit
+            of RELEASES, in other repositories for "main".
 
     Returns:
         The local copy, which belongs to huggingface_hub.
 
     Raises:
-        InputError: says what to do without the library, the network, the repository or the file.
+        InputError: the file is another one than is known at this commit, or says what to do without
+            the library, the network, the repository or the file.
     """
+    known = [release for release in RELEASES.values() if release.repo == repo]
+    revision = revision or (known[0].commit if known else "main")
     try:
-        return _hub_file(repo, name, revision)
+        path = _hub_file(repo, name, revision)
     except InputError as error:
         raise InputError(
             f"{error}; check the names and the network, or download {name} by hand from "
             f"https://huggingface.co/{repo}"
         ) from error
+    hashes = [x.sha256[name] for x in known if x.commit == revision and name in x.sha256]
+    if COMMIT.fullmatch(revision):  # else the file may change
+        _check_digest(path, repo, revision, name, hashes[0] if hashes else None)
+    return path
 
 
-def _hub_file(repo: str, name: str, revision: str = "main") -> pathlib.Path:
+def _check_digest(
+    path: pathlib.Path, repo: str, commit: str, name: str, published: str | None
+) -> None:
+    """Raises InputError unless the SHA-256 is the published one, else that of the first download."""
+    (found,) = sha256_of([path]).values()
+    record = path_inside(cache_folder() / "downloads", f"{repo}/{commit}/{name}.json", "the Hub")
+    expected, origin = published, "which is known of that file"
+    if expected is None and not files.create_json(record, {"sha256": found}):
+        expected, origin = files.read_json(record).get("sha256"), f"kept in {record}"
+    if expected not in (None, found):
+        raise InputError(
+            f"{name} of https://huggingface.co/{repo} at {commit} has SHA-256\n  {found}\n"
+            f"instead of\n  {expected}\n{origin}, so it was damaged or replaced and is not "
+            f"converted. Delete {os.path.realpath(path)} and try again"
+        )
+
+
+def _hub_file(repo: str, name: str, revision: str) -> pathlib.Path:
     try:
         # Only those who download need it.
         from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
@@ -103,7 +135,7 @@ def _fetch(name: str, directory: pathlib.Path) -> None:
         origin = f"https://huggingface.co/{release.repo}"
         print(f"{name}: from {origin} to {directory}", file=sys.stderr)
         sources = {
-            flag: _hub_file(release.repo, file, release.revision)
+            flag: _hub_file(release.repo, file, release.commit)
             for flag, file in release.files.items()
         }
     except InputError as error:
@@ -113,4 +145,7 @@ def _fetch(name: str, directory: pathlib.Path) -> None:
             f"download {' and '.join(release.files.values())} from {release.address} and run\n"
             f"  python -m varjax.convert {flags} --out={shlex.quote(str(directory))}"
         ) from error
+    for flag, path in sources.items():
+        file = release.files[flag]
+        _check_digest(path, release.repo, release.commit, file, release.sha256.get(file))
     convert(directory, ConvertOptions(), **sources)

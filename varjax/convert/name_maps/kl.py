@@ -24,9 +24,11 @@ from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig
 
 # A copy of the official files. At this commit they are as they were published; later ones have
 # .safetensors in their place, of which that of MAR-B is reported to be weights without averaging.
-MAR_REPO, MAR_REVISION = "jadechoghari/mar", "3cb89bbc254335e7b25ed806e3f00a3dc0c1359c"
+# Hashes are those of downloads at this commit; KL-16's is that of the file on MAR's own page, too.
+MAR_REPO, MAR_COMMIT = "jadechoghari/mar", "773c9bdcd98740c7b876ce0d66f684a0e2468990"
 MAR_PAGE = "https://github.com/LTH14/mar"
 KL_FILE = "kl16.ckpt"
+KL_SHA256 = {KL_FILE: "34ce001bcfffb7af67ec8af1e683a30d7bd45760855ddc7deedc1330f2cfd38f"}
 KL16_SCALE = 0.2325  # of the released KL-16, in MAR's code
 
 
@@ -127,5 +129,5 @@ KL = NameMap(
     model_options=kl_model_options,
     prefix="first_stage_model.",  # in a checkpoint of a whole latent diffusion model
     ignored=("loss.",),  # LPIPS and the discriminator, in one of the tokenizer's own training
-    releases={"kl16": Release(MAR_REPO, {"kl": KL_FILE}, MAR_REVISION, MAR_PAGE)},
+    releases={"kl16": Release(MAR_REPO, {"kl": KL_FILE}, MAR_COMMIT, KL_SHA256, MAR_PAGE)},
 )

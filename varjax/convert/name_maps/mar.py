@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from varjax.convert.name_maps.kl import KL_FILE, MAR_PAGE, MAR_REPO, MAR_REVISION
+from varjax.convert.name_maps.kl import KL_FILE, KL_SHA256, MAR_COMMIT, MAR_PAGE, MAR_REPO
 from varjax.convert.name_maps.link import Link, linear_links, norm_links
 from varjax.convert.name_maps.name_map import (
     ConvertOptions,
@@ -24,6 +24,9 @@ HEAD_SIZE = 64  # of others
 GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}  # of the published results, by width
 LATENT_CHANNELS = KLConfig.latent_channels  # of every official model
 CHECKPOINT = "checkpoint-last.pth"
+CHECKPOINT_SHA256 = {  # MAR-B's; the larger ones' are not known
+    CHECKPOINT: "7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c"
+}
 MLP = "diffloss.net"
 
 
@@ -157,7 +160,8 @@ def _infer_latent_map(length: int, patch: int, options: ConvertOptions) -> tuple
 
 def _release(name: str, repo: str | None = None) -> Release:
     files = {"mar": CHECKPOINT, "kl": KL_FILE}
-    return Release(repo, files, MAR_REVISION, f"{MAR_PAGE} (the links of {name} and KL-16)")
+    sha256 = KL_SHA256 | (CHECKPOINT_SHA256 if repo else {})
+    return Release(repo, files, MAR_COMMIT, sha256, f"{MAR_PAGE} (the links of {name} and KL-16)")
 
 
 MAR = NameMap(

@@ -61,13 +61,15 @@ class Release:
     Attributes:
         repo: repository on the Hugging Face Hub; None where no hub has the files.
         files: file there, by the flag that takes it: {"tokenizer": "vae.pth", "var": "d16.pth"}.
-        revision: branch, tag or commit of the repository.
+        commit: of the repository, for branches move.
+        sha256: of each file at that commit, by its name, as far as they are known.
         page: where a person finds the files, if not in the repository.
     """
 
     repo: str | None
     files: Mapping[str, str]
-    revision: str = "main"
+    commit: str
+    sha256: Mapping[str, str]
     page: str = ""
 
     @property

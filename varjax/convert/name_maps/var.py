@@ -15,7 +15,7 @@ from varjax.convert.name_maps.name_map import (
     count_numbers,
     tensor_shape,
 )
-from varjax.convert.name_maps.vq import REPO, TOKENIZER_FILE
+from varjax.convert.name_maps.vq import COMMIT, REPO, TOKENIZER_FILE, TOKENIZER_SHA256
 from varjax.core.errors import InputError
 from varjax.core.safetensors_io import LazyArray, Tensor
 from varjax.core.untrusted import shown
@@ -26,6 +26,15 @@ from varjax.var.model import VARConfig, check_fit
 HEAD_SIZE = 64  # of every official transformer
 HEAD_SCALES = "blocks.0.attn.scale_mul_1H11"
 RELEASED_DEPTHS = (16, 20, 24, 30, 36)  # for 256 pixels, the last for 512
+
+# Of the files at COMMIT, as public projects that downloaded them have recorded. Nobody has recorded
+# that of var_d36.pth.
+SHA256 = {
+    "var_d16.pth": "4f6151aad91c94e03e224dd7358d8389fa05301c0c291279566998efb54b0ecb",
+    "var_d20.pth": "f7d232978e6fe82a4f2e0f5d82b012e01b1aa5abfe93ce2b56104ec0e878a10f",
+    "var_d24.pth": "12c03619b2d3906ed19fe59539a90aadf60d72287dbaa31cf540435e76ddf789",
+    "var_d30.pth": "7b11551dd4d794c7d6ed10b3d2822d42efe609a86128171b646e543dd2633b56",
+}
 
 
 def infer_var(tensors: Tensors, options: ConvertOptions) -> VARConfig:
@@ -159,7 +168,12 @@ VAR = NameMap(
     reads=VQConfig,
     check_fit=check_fit,
     releases={
-        f"var_d{depth}": Release(REPO, {"tokenizer": TOKENIZER_FILE, "var": f"var_d{depth}.pth"})
+        f"var_d{depth}": Release(
+            REPO,
+            {"tokenizer": TOKENIZER_FILE, "var": f"var_d{depth}.pth"},
+            COMMIT,
+            TOKENIZER_SHA256 | SHA256,
+        )
         for depth in RELEASED_DEPTHS
     },
 )

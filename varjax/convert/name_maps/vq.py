@@ -18,8 +18,12 @@ from varjax.nn.autoencoder import COARSEST
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256
 
-REPO = "FoundationVision/var"
+REPO, COMMIT = "FoundationVision/var", "6d0ee6598a42f75079aa79e58b012b57b284c91b"
 TOKENIZER_FILE = "vae_ch160v4096z32.pth"
+# As in the Git LFS pointer at that commit.
+TOKENIZER_SHA256 = {
+    TOKENIZER_FILE: "7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c"
+}
 HITS = "quantize.ema_vocab_hit_SV"  # the buffer: how often each scale used each code
 
 
@@ -82,5 +86,7 @@ VQ = NameMap(
     buffers=vq_buffers,
     buffer_names=("ema_vocab_hit_SV",),
     trainer_key="vae_local",
-    releases={"vae_ch160v4096z32": Release(REPO, {"tokenizer": TOKENIZER_FILE})},
+    releases={
+        "vae_ch160v4096z32": Release(REPO, {"tokenizer": TOKENIZER_FILE}, COMMIT, TOKENIZER_SHA256)
+    },
 )
