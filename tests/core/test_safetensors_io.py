@@ -1,4 +1,8 @@
+import os
+import signal
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -6,6 +10,7 @@ from ml_dtypes import bfloat16, float8_e4m3fn
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from tests.helpers.paths import ROOT
 from varjax.core import safetensors_io
 from varjax.core.errors import InputError
 from varjax.core.safetensors_io import LazyArray, read_safetensors, write_safetensors
@@ -169,3 +174,37 @@ def test_lazy_tensors_are_made_one_piece_at_a_time(tmp_path):
     np.testing.assert_array_equal(np.asarray(lazy), x)
     with pytest.raises(AssertionError):  # fewer pieces than promised
         write_safetensors(tmp_path / "x", {"x": LazyArray((4, 2), lazy.dtype, chunks)}, {})
+
+
+def test_a_file_that_changes_while_its_header_is_read_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": np.zeros(1000)}, {})
+    memmap = np.memmap
+
+    def replace_and_map(*arguments):
+        (tmp_path / "other").write_bytes(path.read_bytes())
+        os.replace(tmp_path / "other", path)
+        return memmap(*arguments)
+
+    monkeypatch.setattr(np, "memmap", replace_and_map)
+    with pytest.raises(InputError, match="x.safetensors: was cut or replaced while it was read"):
+        read_safetensors(path)
+
+
+def test_a_file_that_is_cut_while_it_is_mapped_ends_a_command_with_its_stack(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": np.zeros(10**6)}, {})
+    code = f"""
+import os
+from varjax.core.commands import run_command
+from varjax.core.safetensors_io import read_safetensors
+def use_weights():
+    tensors, _ = read_safetensors({str(path)!r})
+    os.truncate({str(path)!r}, 4096)
+    tensors["a"].sum()
+run_command("x", use_weights)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in done.stderr and "in use_weights" in done.stderr

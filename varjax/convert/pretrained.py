@@ -95,7 +95,7 @@ def download(repo: str, name: str, revision: str | None = None) -> pathlib.Path:
 def _check_digest(
     path: pathlib.Path, repo: str, commit: str, name: str, published: str | None
 ) -> None:
-    """Raises InputError unless the SHA-256 is the published one, else that of the first download."""
+    """Raises InputError for another SHA-256 than the published one, else the first download's."""
     (found,) = sha256_of([path]).values()
     record = path_inside(cache_folder() / "downloads", f"{repo}/{commit}/{name}.json", "the Hub")
     expected, origin = published, "which is known of that file"

@@ -1,6 +1,8 @@
 """Makes the parser of a command, and turns its exceptions into messages and exit codes."""
 
 import argparse
+import contextlib
+import faulthandler
 import io
 import os
 import sys
@@ -49,8 +51,12 @@ def run_command(
 
     Returns:
         0 if `action` returned no int, 1 after an InputError, or where the machine or its file
-        system failed, 130 after Ctrl-C. Any other exception is a bug, and raised.
+        system failed, 130 after Ctrl-C. Any other exception is a bug, and raised. After a signal
+        that ends the process, such as SIGBUS where a mapped file was cut, the stack is printed.
     """
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr of no file
+            faulthandler.enable()
     try:
         code = action()
     except InputError as error:

@@ -132,6 +132,11 @@ def read_safetensors(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Reads the header of a .safetensors file and maps its tensors, which are read when used.
 
+    Files must not be cut while they are mapped. That one was cut or replaced is noticed up to the
+    end of this function. Later, whoever uses what is missing gets SIGBUS, which ends the process;
+    commands then print the Python stack (`core.commands.run_command`), and nothing else can be
+    done. A file that is replaced by `files.atomic_path` stays mapped as it was.
+
     Returns:
         ({name: read-only view of the file}, {name: text of the metadata}).
 
@@ -139,6 +144,7 @@ def read_safetensors(
         InputError: the file is damaged, cut short, or holds a type that NumPy lacks.
     """
     with open(path, "rb") as file:
+        before = os.fstat(file.fileno())
         header_bytes = int.from_bytes(file.read(8), "little")
     try:
         if header_bytes > MAX_HEADER_BYTES:
@@ -173,5 +179,10 @@ def read_safetensors(
             start += tensors[name].nbytes
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-    assert start == len(file), (start, len(file))
+    if start != len(file) or _identity(before) != _identity(os.stat(path)):
+        raise InputError(f"{path}: was cut or replaced while it was read; try again")
     return tensors, metadata
+
+
+def _identity(about: os.stat_result) -> tuple[int, ...]:
+    return about.st_ino, about.st_size, about.st_mtime_ns
