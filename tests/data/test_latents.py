@@ -349,6 +349,20 @@ def test_floats_are_stored_as_asked_for_and_the_error_is_told(dtype, tmp_path):
         cache_latents(task, data, seed=3, batch_size=8, out=str(out), dtype="float32")
 
 
+def test_flips_that_alternate_need_both(tmp_path):
+    """With one augmentation, odd images would be mirrored for ever."""
+    write_noise(tmp_path / "x", 20)
+    data = Folder("x", size=(4, 6), channels=1, crop="center", flip=True)
+    given = dict(task=FakeKLTask(), data=data, seed=0, batch_size=8)
+    for count in (0, 1, 3):
+        with pytest.raises(ValueError, match=f"augmentations={count}: must be a multiple of 2"):
+            cache_latents(**given, out="refused", augmentations=count)
+    assert "latents of 2 augmentations" in cache_latents(**given, out="both")
+    for name, changes in (("random", {"crop": "random"}), ("plain", {"flip": False})):
+        given["data"] = dataclasses.replace(data, **changes)
+        assert "latents of 1 augmentations" in cache_latents(**given, out=name)
+
+
 def test_what_16_bits_do_not_hold_is_refused(tmp_path):
     data = FakeImages(20, image_shape=(4, 6, 1), reading=ReadOptions())
     with pytest.raises(ValueError, match="mean_BhwZ: .* cannot be stored as float16, .* 65504"):

@@ -25,6 +25,7 @@ class FakeImages:
     image_shape: tuple[int, int, int] = (1, 3, 1)
 
     make = make_loader
+    alternating_views = 1
 
     def describe(self):
         return {"class_names": [], "train": {}, "held_out": {}}

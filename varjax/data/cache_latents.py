@@ -81,7 +81,7 @@ def cache_latents(
     seed: int,
     batch_size: int,
     out: str,
-    augmentations: int = 1,
+    augmentations: int | None = None,
     shards: int = 0,
     process: tuple[int, int] = (0, 1),
     dtype: FloatDtype | None = None,
@@ -96,7 +96,8 @@ def cache_latents(
         seed: augmentation e of an image is the one that epoch e of a run with this seed shows.
         batch_size: images at a time on all devices of this process.
         out: a folder, for `CachedLatents`.
-        augmentations: of each training image; of the held-out images there is one view.
+        augmentations: of each training image, None for as few as show all that alternates (both
+            flips of a center crop), else one; of the held-out images there is one view.
         shards: files of the training split, 0 for one per 4,096 images.
         process: (number, count) of those that share the work.
         dtype: that stores arrays of floats; None for the tokenizer's own.
@@ -108,13 +109,17 @@ def cache_latents(
         InputError: settings without sense, or `out` was begun for another request.
     """
     index, count = process
-    check_setting("augmentations", augmentations, augmentations >= 1, "1 or more")
     check_setting("shards", shards, shards >= 0, "1 or more, or 0 to choose")
     allowed = get_args(FloatDtype)
     check_setting("dtype", dtype, dtype in (None, *allowed), " or ".join(allowed))
     check_setting("process", index, 0 <= index < count, f"from 0 to {count - 1}")
     if isinstance(data, CachedLatents):
         raise InputError(f"the config's data are latents already, in {data.root}; give its images")
+    views = data.alternating_views
+    augmentations = views if augmentations is None else augmentations
+    fits = augmentations >= 1 and augmentations % views == 0
+    allowed = "1 or more" if views == 1 else f"a multiple of {views}, for flips alternate by epoch"
+    check_setting("augmentations", augmentations, fits, allowed)
     devices = len(jax.local_devices())
     fits = batch_size > 0 and batch_size % devices == 0
     check_setting("batch_size", batch_size, fits, f"a multiple of this process's {devices} devices")
@@ -181,7 +186,8 @@ def main(arguments: list[str]) -> int:
     add_config_flags(parser)
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="the folder for the latents")
-    add("--augmentations", type=int, default=1, help="of each training image (1)")
+    help = "of each training image (1; 2 where center crops are flipped)"
+    add("--augmentations", type=int, help=help)
     add("--batch_size", type=int, default=0, help="images at a time (32 a device)")
     add("--shards", type=int, default=0, help="files of the training split (one per 4,096 images)")
     add("--dtype", choices=get_args(FloatDtype), help="that stores floats (the tokenizer's)")

@@ -61,6 +61,11 @@ class Dataset(Protocol):
 class ImageDataset(Dataset, Protocol):
     """A dataset of images that are augmented anew in each epoch."""
 
+    @property
+    def alternating_views(self) -> int:
+        """Number of views by which `augment` alternates: 2 for flips in turn, 1 for none."""
+        ...
+
     def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
         """Makes a training image of `image_shape`, always drawing as many numbers.
 

@@ -40,6 +40,11 @@ def training_crop(
     return _mirrored(adm_center_crop(image_HWC, size), flip and view % 2 == 1)
 
 
+def alternating_views(crop: Crop, flip: bool) -> int:
+    """Returns how many views `training_crop` alternates between."""
+    return 2 if flip and crop == "center" else 1
+
+
 def evaluation_crop(image_HWC: np.ndarray, size: tuple[int, int], crop: Crop) -> np.ndarray:
     """Cuts the middle out of a photograph, resized as `training_crop` with this `crop` does it."""
     return (center_crop if crop == "random" else adm_center_crop)(image_HWC, size)

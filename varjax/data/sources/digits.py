@@ -30,6 +30,10 @@ class Digits:
     make = make_loader
 
     @property
+    def alternating_views(self) -> int:
+        return 1
+
+    @property
     def classes(self) -> int:
         return 10
 

@@ -87,6 +87,10 @@ class Folder:
         """Opens a split, in the order of the paths."""
         return FolderSource(self.listings[split], self.channels)
 
+    @property
+    def alternating_views(self) -> int:
+        return transforms.alternating_views(self.crop, self.flip)
+
     def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
         """Resizes and crops an image by the recipe `crop`."""
         size = self.image_shape[:2]

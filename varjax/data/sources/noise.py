@@ -55,6 +55,10 @@ class Noise:
         count = self.images if split == "train" else self.held_out_images
         return NoiseSource(self, split, count)
 
+    @property
+    def alternating_views(self) -> int:
+        return 1
+
     def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
         """Returns the image itself."""
         return image_HWC

@@ -51,6 +51,10 @@ class Photos:
         check_setting("images", self.images, self.images >= 1, "at least 1")
 
     @property
+    def alternating_views(self) -> int:
+        return 1
+
+    @property
     def classes(self) -> int:
         return len(PHOTO_NAMES)
 

@@ -94,6 +94,10 @@ class TFDS:
         """Opens a split, in the dataset's order."""
         return TFDSSource(self, self.train if split == "train" else self.held_out)
 
+    @property
+    def alternating_views(self) -> int:
+        return transforms.alternating_views(self.crop, self.flip)
+
     def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
         """Resizes and crops an image by the recipe `crop`."""
         size = self.image_shape[:2]
