@@ -120,7 +120,7 @@ def test_official_files_compute_the_official_numbers_and_sample(directory):
     latents_BhwZ = model.sample_latents([1, 9], **asked)
     np.testing.assert_allclose(model.decode(latents_BhwZ), images_BHWC, atol=1e-5)
     # The scale of the released tokenizer lies between the two.
-    mean_BhwZ = varjax.load_tokenizer(directory).encode(images_BHWC)["mean_BhwZ"]
+    mean_BhwZ = varjax.load_tokenizer(directory).encode(images_BHWC)["mean"]
     np.testing.assert_allclose(model.encode(images_BHWC), mean_BhwZ * 0.2325, rtol=1e-4, atol=1e-6)
 
 

@@ -50,7 +50,7 @@ def test_an_image_and_its_latents():
     latents_BhwZ = model.encode(images())
     tokenizer = varjax.load_tokenizer(runs.kl())
     scale = np.asarray(tokenizer.params["latent_std"])
-    mean_BhwZ = tokenizer.encode(images())["mean_BhwZ"]
+    mean_BhwZ = tokenizer.encode(images())["mean"]
     np.testing.assert_allclose(latents_BhwZ, mean_BhwZ / scale, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(model.decode(latents_BhwZ), tokenizer.decode(mean_BhwZ), atol=1e-5)
 

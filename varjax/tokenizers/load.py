@@ -35,7 +35,7 @@ class LoadedTokenizer:
     """Encodes and decodes images with a tokenizer and its weights; compiled once per shape.
 
         tokenizer = varjax.load_tokenizer("runs/digits_tokenizer")
-        latents = tokenizer.encode(images_BHWC)  # {"tokens_BL": (B, L) int32}
+        latents = tokenizer.encode(images_BHWC)  # {"tokens": (B, L) int32}
         images_BHWC = tokenizer.decode(latents)
 
     Attributes:
@@ -45,14 +45,22 @@ class LoadedTokenizer:
 
     def __init__(self, config: Tokenizer, params: PyTree):
         self.config, self.params = config, jax.device_put(params)
+        # Shapes in names are for inside, where they are read beside the code.
+        self._names = {name.rpartition("_")[0]: name for name in config.latent_spec}
         self._encode, self._decode = jax.jit(config.encode), jax.jit(config.decode)
 
     def encode(self, images_BHWC: np.ndarray | jax.Array) -> dict[str, jax.Array]:
-        """Encodes images, uint8 or floats in [0, 1], into the arrays of `config.latent_spec`.
+        """Encodes images, uint8 or floats in [0, 1].
 
-        Raises InputError for images of another shape or type.
+        Returns:
+            {"tokens": (B, L) int32}, or {"mean", "std"}: (B, h, w, Z) float32, not scaled, of a KL
+            tokenizer.
+
+        Raises:
+            InputError: images of another shape or type.
         """
-        return self._encode(self.params, checked_images(images_BHWC, self.config.image_shape))
+        latents = self._encode(self.params, checked_images(images_BHWC, self.config.image_shape))
+        return {name: latents[inside] for name, inside in self._names.items()}
 
     def decode(self, latents: Latents | np.ndarray | jax.Array) -> jax.Array:
         """Decodes latents into images (B, H, W, channels), float32 in [0, 1].
@@ -63,14 +71,16 @@ class LoadedTokenizer:
         Raises:
             InputError: arrays of other names or shapes.
         """
-        needed = {name: array.shape for name, array in self.config.latent_spec.items()}
+        spec = self.config.latent_spec
+        needed = {name: spec[inside].shape for name, inside in self._names.items()}
         first = next(iter(needed))
         given = latents if isinstance(latents, Mapping) else {first: latents}
         shapes = {name: np.shape(x)[1:] for name, x in given.items()}
         fits = first in shapes and shapes.items() <= needed.items()
         if not fits or len({len(x) for x in given.values()}) > 1:
             raise InputError(f"latents have shapes (B, …) of {shapes}; needed are {needed}")
-        return self._decode(self.params, {name: jnp.asarray(x) for name, x in given.items()})
+        arrays = {self._names[name]: jnp.asarray(x) for name, x in given.items()}
+        return self._decode(self.params, arrays)
 
 
 def load_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> LoadedTokenizer:
