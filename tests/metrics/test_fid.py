@@ -47,11 +47,11 @@ def test_precision_and_recall_are_the_official_ones(monkeypatch):
     assert fid.precision_recall(SAMPLES, REFERENCE) == found
 
 
-def test_kid_agrees_with_the_official_one():
-    # The golden number does not tell its subsets; it lies within the error of the mean of any.
+def test_kid_is_the_official_one():
+    """With the subsets of the recipe in metrics.json, drawn in its order."""
     kid, std = fid.kernel_inception_distance(SAMPLES, REFERENCE, subset_size=500)
-    assert kid == pytest.approx(OUTPUTS["kid"]["kernel_inception_distance_mean"], rel=0.01)
-    assert std == pytest.approx(OUTPUTS["kid"]["kernel_inception_distance_std"], rel=0.2)
+    assert kid == pytest.approx(OUTPUTS["kid"]["kernel_inception_distance_mean"], rel=1e-6)
+    assert std == pytest.approx(OUTPUTS["kid"]["kernel_inception_distance_std"], rel=1e-6)
 
 
 def test_kid_is_its_definition():

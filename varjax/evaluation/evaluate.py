@@ -142,7 +142,7 @@ def evaluate_model(
     def finish() -> dict[str, Any]:
         order_N = np.random.default_rng(job.seed).permutation(len(job.label_N))  # as in an .npz
         features = {n: x[order_N] for n, x in output.store.join(list(job.parts)).items()}
-        measured = measure(features, reference, job.label_N[order_N])
+        measured = measure(features, reference, job.label_N[order_N], model.classes)
         about = _about(settings, reference, name, len(job.label_N))
         if job.count == PUBLISHED_COUNT:
             about["published_model"] = published_model(_config_of(model))

@@ -18,7 +18,9 @@ ROWS = (
     ("kid", "KID", 6, "lower"),
 )
 PUBLISHED_IMAGES = 50_000
-ORDERED = 0.25  # neighbors of one class more often than by chance, by this share, mean an order
+NAMED_CLASSES = 5  # of those without samples
+MAX_CLASSES = 100_000  # larger labels in a stranger's file number no classes
+ORDERED = 6.0  # standard deviations by which neighbors are alike beyond chance in an ordered set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +39,10 @@ class SampleMetrics:
 
 
 def measure(
-    features: Features, reference: Reference, label_N: np.ndarray | None = None
+    features: Features,
+    reference: Reference,
+    label_N: np.ndarray | None = None,
+    classes: int | None = None,
 ) -> SampleMetrics:
     """Computes all metrics that features and reference allow.
 
@@ -45,6 +50,7 @@ def measure(
         features: of the samples, in the order in which they are scored.
         reference: what they are compared with.
         label_N: classes of the samples, where they are known.
+        classes: how many there are; None for as many as the largest label says.
 
     Raises:
         InputError: fewer than two samples.
@@ -74,7 +80,7 @@ def measure(
     else:
         metrics["precision"], metrics["recall"] = fid.precision_recall(pool_ND, pool_MD)
         metrics["kid"], metrics["kid_std"] = fid.kernel_inception_distance(pool_ND, pool_MD)
-    return SampleMetrics(metrics, left_out, _notices(features, label_N))
+    return SampleMetrics(metrics, left_out, _notices(features, label_N, classes))
 
 
 def metrics_table(
@@ -94,16 +100,27 @@ def metrics_table(
     return "\n".join([*lines, *(f"note: {notice}" for notice in measured.notices)])
 
 
-def looks_ordered(label_N: np.ndarray) -> bool:
-    """Tells whether neighbors are of one class far more often than in a random order."""
-    if len(label_N) < 2:
+def looks_ordered(share_NV: np.ndarray) -> bool:
+    """Tells whether neighbors are alike more often than they would be in a random order.
+
+    Works for samples of poor quality, too: what counts is not how alike they are, but whether
+    chance explains it.
+
+    Args:
+        share_NV: the classes of each sample: probabilities, or 1 for its class and 0 elsewhere.
+    """
+    if len(share_NV) < 2:
         return False
-    _, count_V = np.unique(label_N, return_counts=True)
-    by_chance = np.sum(np.square(count_V / len(label_N)))
-    return bool(np.mean(label_N[1:] == label_N[:-1]) > by_chance + ORDERED)
+    share_NV = share_NV - share_NV.mean(axis=0)
+    alike = float(np.einsum("NV,NV->", share_NV[1:], share_NV[:-1], dtype=np.float64))
+    # In a random order the sum is near 0. Its terms, products of two independent rows, have the
+    # variance tr(C²), C being the covariance of a row.
+    covariance_VV = share_NV.T @ share_NV / len(share_NV)
+    spread = float(np.linalg.norm(covariance_VV)) * (len(share_NV) - 1) ** 0.5
+    return alike > ORDERED * spread
 
 
-def _notices(features: Features, label_N: np.ndarray | None) -> list[str]:
+def _notices(features: Features, label_N: np.ndarray | None, classes: int | None) -> list[str]:
     N, notices = len(features["pool_ND"]), []
     if N < PUBLISHED_IMAGES:
         notices.append(
@@ -111,19 +128,42 @@ def _notices(features: Features, label_N: np.ndarray | None) -> list[str]:
             f"{PUBLISHED_IMAGES:,}"
         )
     if "logits_NV" in features:
-        classes_N = features["logits_NV"].argmax(axis=1) if label_N is None else label_N
-        if looks_ordered(classes_N):
-            shuffled = np.random.default_rng(0).permutation(N)
-            score, _ = fid.inception_score(features["logits_NV"][shuffled])
+        logits_NV = features["logits_NV"]
+        if looks_ordered(_probabilities(logits_NV) if label_N is None else _one_hot(label_N)):
+            score, _ = fid.inception_score(logits_NV[np.random.default_rng(0).permutation(N)])
             notices.append(
                 "the samples are ordered by class, so the Inception Score's splits hold few "
                 f"classes each; shuffled, it is {score:.3f}"
             )
     if label_N is not None:
-        _, count_V = np.unique(label_N, return_counts=True)
-        if count_V.min() != count_V.max():
-            notices.append(
-                f"classes have {count_V.min()} to {count_V.max()} samples each; published values "
-                "are of equally many"
-            )
+        notices += _class_notices(label_N, classes)
     return notices
+
+
+def _class_notices(label_N: np.ndarray, classes: int | None) -> list[str]:
+    """What is wrong with the numbers of samples of each class."""
+    numbered_N = label_N[(label_N >= 0) & (label_N < (classes or MAX_CLASSES))]
+    if not len(numbered_N):
+        return []
+    count_V = np.bincount(numbered_N, minlength=classes or 0)
+    equally = "published values are of equally many"
+    if missing := np.flatnonzero(count_V == 0).tolist():
+        names = ", ".join(map(str, missing[:NAMED_CLASSES]))
+        more = f" and {len(missing) - NAMED_CLASSES:,} more" * (len(missing) > NAMED_CLASSES)
+        return [
+            f"{len(missing):,} of {len(count_V):,} classes have no samples ({names}{more}), the "
+            f"others up to {count_V.max()} each; {equally}"
+        ]
+    if count_V.min() != count_V.max():
+        return [f"classes have {count_V.min()} to {count_V.max()} samples each; {equally}"]
+    return []
+
+
+def _probabilities(logits_NV):
+    share_NV = np.exp(logits_NV - logits_NV.max(axis=1, keepdims=True), dtype=np.float32)
+    return share_NV / share_NV.sum(axis=1, keepdims=True)
+
+
+def _one_hot(label_N):
+    classes, number_N = np.unique(label_N, return_inverse=True)
+    return np.eye(len(classes), dtype=np.float32)[number_N]

@@ -1,0 +1,74 @@
+"""What a report says about the order and the classes of samples."""
+
+import numpy as np
+import pytest
+
+from varjax.metrics import report
+from varjax.metrics.fid import Moments
+from varjax.metrics.references import Reference
+
+RNG = np.random.default_rng(0)
+CLASSES, EACH = 50, 40
+LABEL_N = np.repeat(np.arange(CLASSES), EACH)
+
+
+def notices(label_N, logits_NV=None, classes=None):
+    features = {"pool_ND": RNG.normal(size=(LABEL_N.size, 2))}
+    if logits_NV is not None:
+        features["logits_NV"] = logits_NV
+    reference = Reference("", {"pool_ND": Moments.of(features["pool_ND"])}, None, 9)
+    found = report.measure(features, reference, label_N, classes).notices
+    return [notice for notice in found if "FID is larger" not in notice]
+
+
+def poor_logits(signal):
+    """Logits of samples that a classifier mostly reads as something else than their class."""
+    return signal * np.eye(CLASSES)[LABEL_N] + RNG.normal(size=(LABEL_N.size, CLASSES))
+
+
+def test_poor_samples_in_order_are_noticed_without_labels():
+    logits_NV = poor_logits(signal=1.5)
+    right = np.mean(logits_NV.argmax(axis=1) == LABEL_N)
+    assert right < 0.3  # so that neighbors seldom agree
+    (notice,) = notices(None, logits_NV)
+    assert "ordered by class" in notice
+    shuffled = float(notice.rpartition(" ")[2])
+    assert shuffled > 1
+    assert not notices(None, RNG.permutation(logits_NV))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_random_order_is_none(seed):
+    rng = np.random.default_rng(seed)
+    classes = int(rng.integers(2, 60))
+    label_N = rng.integers(0, classes, int(rng.integers(2, 300)))
+    assert not report.looks_ordered(np.eye(classes, dtype=np.float32)[label_N])
+    probability_NV = rng.dirichlet(np.full(classes, 0.1), 300).astype(np.float32)
+    assert not report.looks_ordered(probability_NV)
+
+
+@pytest.mark.parametrize("label_N", [[3], [3, 3], [1] * 50])
+def test_one_class_is_in_any_order(label_N):
+    assert not report.looks_ordered(np.eye(5, dtype=np.float32)[label_N])
+
+
+def test_samples_that_know_no_class_have_no_order():
+    assert not notices(None, RNG.normal(size=(LABEL_N.size, CLASSES)))
+
+
+def test_missing_classes_are_noticed():
+    shuffled_N = RNG.permutation(LABEL_N)
+    assert not notices(shuffled_N) and not notices(shuffled_N, classes=CLASSES)
+    (notice,) = notices(shuffled_N, classes=CLASSES + 2)
+    assert "2 of 52 classes have no samples (50, 51)" in notice
+    without = np.where(np.isin(shuffled_N, [3, 4, 5, 6, 7, 8, 9]), 0, shuffled_N)
+    (notice,) = notices(without)  # nobody says how many classes there are
+    assert "7 of 50 classes have no samples (3, 4, 5, 6, 7 and 2 more)" in notice
+    assert "the others up to 320 each" in notice
+
+
+def test_labels_that_number_no_classes_are_left_alone():
+    assert not notices(np.full(LABEL_N.size, -1)) and not notices(np.full(LABEL_N.size, 10**12))
+    no_class_N = np.concatenate([RNG.permutation(LABEL_N)[:-1], [CLASSES]])
+    (notice,) = notices(no_class_N, classes=CLASSES)
+    assert "classes have 39 to 40 samples" in notice
