@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import struct
@@ -12,8 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers.paths import ROOT
 from varjax.core import safetensors_io
-from varjax.core.errors import InputError
-from varjax.core.safetensors_io import LazyArray, read_safetensors, write_safetensors
+from varjax.core.errors import DamagedFileError, InputError
+from varjax.core.safetensors_io import (
+    LazyArray,
+    check_tensors,
+    read_safetensors,
+    write_safetensors,
+)
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
@@ -25,6 +31,7 @@ ARRAYS = {
     "none": np.zeros((0, 4), np.float32),
     "next": RNG.standard_normal(16).astype(np.float32),
 }
+LAZY = LazyArray((2, 3), np.dtype(np.float32), lambda: iter(np.ones((2, 3), np.float32)))
 
 
 def check_arrays(read):
@@ -37,15 +44,45 @@ def check_arrays(read):
 def test_the_library_reads_what_is_written(tmp_path):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, ARRAYS, {"from": "here"})
-    with safe_open(path, "np") as file:
-        assert file.metadata() == {"from": "here"}
-    check_arrays(load_file(path))
     ours, metadata = read_safetensors(path)
+    with safe_open(path, "np") as file:
+        assert file.metadata() == metadata
+    check_arrays(load_file(path))
+    assert json.loads(metadata.pop("xxh3_128")).keys() == ARRAYS.keys()
     assert metadata == {"from": "here"}
     check_arrays(ours)
     # Whole lines lie on lines, so that a device on the host can use them where they are.
     for name in ("large", "next"):
         assert ours[name].ctypes.data % 64 == 0 and not ours[name].flags.writeable
+
+
+def test_each_flipped_bit_is_detected_or_changes_nothing(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, ARRAYS | {"lazy": LAZY}, {})
+    content, detected = path.read_bytes(), 0
+    for bit in range(0, 8 * len(content), 61):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        try:
+            tensors, metadata = read_safetensors(path)
+            check_tensors(path, tensors, metadata)
+        except InputError:
+            detected += 1
+            continue
+        np.testing.assert_array_equal(tensors.pop("lazy"), np.asarray(LAZY))
+        check_arrays(tensors)
+    assert detected > 0.8 * 8 * len(content) / 61
+
+
+def test_damage_is_told_with_the_tensor_s_name(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, ARRAYS, {})
+    content = bytearray(path.read_bytes())
+    content[content.index(ARRAYS["next"].tobytes())] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedFileError, match="x.safetensors is damaged: .* 1 of 7 .*'next'"):
+        check_tensors(path, *read_safetensors(path))
 
 
 def test_what_the_library_writes_is_read(tmp_path):
@@ -54,6 +91,7 @@ def test_what_the_library_writes_is_read(tmp_path):
     read, metadata = read_safetensors(path)
     check_arrays(read)
     assert metadata == {}
+    check_tensors(path, read, metadata)  # it has no checksums to compare
 
 
 def test_empty_files_and_types_that_the_library_cannot_give_to_numpy(tmp_path):

@@ -17,15 +17,32 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from varjax.core.commands import run_command
-from varjax.core.errors import InputError, StorageError
+from varjax.core.errors import (
+    DamagedFileError,
+    DiskReadError,
+    InputError,
+    MismatchError,
+    StorageError,
+)
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead, and the others end
 # Until a file that one machine wrote is seen by another: an NFS client keeps what it knows of a
 # folder for up to a minute (acdirmax).
 NETWORK_SECONDS = 65
 # Errors of the first process that reach all; the most special first, for `isinstance` to find.
-SHARED_ERRORS = {e.__name__: e for e in (StorageError, InputError, ValueError, KeyError, OSError)}
-
+SHARED_ERRORS: dict[str, type[Exception]] = {
+    error.__name__: error
+    for error in (
+        StorageError,
+        MismatchError,
+        DiskReadError,
+        DamagedFileError,
+        InputError,
+        ValueError,
+        KeyError,
+        OSError,
+    )
+}
 
 USAGE = (
     "--distributed alone works under Slurm, Cloud TPU, GKE and Open MPI; elsewhere give each "

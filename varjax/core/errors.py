@@ -18,6 +18,18 @@ class StorageError(InputError, OSError):
     """Reports files that the system does not let us write: a full disk, a missing permission."""
 
 
+class MismatchError(InputError):
+    """Reports a checkpoint that can be read, of another model."""
+
+
+class DamagedFileError(InputError):
+    """Reports a file that is missing in part, or does not hold what was written to it."""
+
+
+class DiskReadError(DamagedFileError):
+    """Reports a file that the disk does not return (EIO): a bad sector, or a failing disk."""
+
+
 def check_setting(name: str, value: object, valid: bool, allowed: str) -> None:
     """Raises InputError for a setting that is not `valid`: "name=value: must be allowed".
 

@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ import numpy as np
 from etils.epath.stat_utils import StatResult
 from tqdm import tqdm
 
-from varjax.core import buckets, safetensors_io
+from varjax.core import buckets, read_errors, safetensors_io
 from varjax.core.buckets import as_path, in_bucket
 from varjax.core.cache_dir import prune_copies, use_copy
 from varjax.core.errors import InputError, StorageError
@@ -219,17 +220,33 @@ def write_tensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str,
         safetensors_io.write_safetensors(temporary, arrays, metadata)
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+def read_tensors(
+    path: str | os.PathLike, check: bool = True
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads a file of `write_tensors`; the leaves are read-only views of a memory map.
 
+    Args:
+        path: the file.
+        check: whether to read all of it now and compare its checksums, if it has some.
+
     Returns:
-        (tree, metadata). A leaf is read from the disk when it is used.
+        (tree, metadata). Without `check`, a leaf is read from the disk when it is used.
 
     Raises:
         InputError: the file is missing, damaged or cut short.
+        StorageError: the machine or network fails.
     """
     tree: dict[str, Any] = {}
-    flat, metadata = safetensors_io.read_safetensors(local_copy(_existing(path)))
+
+    def read() -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        copy = local_copy(_existing(path))
+        flat, metadata = safetensors_io.read_safetensors(copy)
+        if check:
+            safetensors_io.check_tensors(path, flat, metadata)
+        return flat, metadata
+
+    flat, metadata = read_errors.retry_read(read, path)
+    metadata.pop(safetensors_io.CHECKSUMS, None)
     for name, leaf in flat.items():
         *parents, last = name.split("/")
         node = tree
@@ -241,6 +258,27 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str
             raise InputError(f"{path}: {name} and another tensor are one inside the other")
         node[last] = leaf
     return tree, metadata
+
+
+def read_or_remove(path: pathlib.Path) -> dict[str, Any] | None:
+    """Reads a file of `write_tensors` that can be made again.
+
+    Returns:
+        Its tree; None where there is no such file. A damaged one is reported and removed.
+
+    Raises:
+        StorageError: the machine or network fails; the file may be good.
+    """
+    if not exists(path):
+        return None
+    try:
+        return read_tensors(path)[0]
+    except StorageError:
+        raise
+    except InputError as error:
+        print(f"{error}\n{path} is deleted and made again", file=sys.stderr)
+        remove(path)
+        return None
 
 
 def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,8 @@ The safetensors library reads and checks headers. Its own way to the numbers is 
 every tensor, while a memory map leaves on the disk what is not used, and XLA on a CPU computes with
 the mapped pages themselves. Its writer needs all tensors in memory at once, so files are written
 here, one piece of one tensor at a time.
+
+A checksum of each tensor is kept in the header's metadata. Files that have none are read without.
 """
 
 import dataclasses
@@ -19,12 +21,14 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from varjax.core.errors import InputError
-from varjax.core.untrusted import check_name, check_shape, reason
+from varjax.core.checksums import array_checksum, contiguous_bytes
+from varjax.core.errors import DamagedFileError, InputError
+from varjax.core.untrusted import check_name, check_shape, reason, shown
 
 # The format allows 100 MB, but those of models have less than 1 MB, and the library needs up to 20
 # times as much memory as a header has bytes.
 MAX_HEADER_BYTES, MAX_TENSORS = 2**23, 2**16
+CHECKSUMS = "xxh3_128"  # in the metadata; JSON, by the tensors' names
 ALIGNMENT = 64  # bytes; XLA uses memory in place, without a copy, where it starts on such a line
 DTYPES = {
     name: np.dtype(dtype)
@@ -97,6 +101,7 @@ def write_safetensors(
         tensors: arrays by name, of the types in DTYPES.
         metadata: text by name, stored in the header.
     """
+    assert CHECKSUMS not in metadata
     # Tensors that fill whole lines of memory come first, so that each of them starts on a line.
     names = sorted(
         tensors,
@@ -106,7 +111,7 @@ def write_safetensors(
             name,
         ),
     )
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {}
     end = 0
     for name in names:
         tensor = tensors[name]
@@ -116,15 +121,36 @@ def write_safetensors(
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(header).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    # They are known once all is written; until then, zeros fill as many bytes of the header.
+    checksums = dict.fromkeys(names, "0" * 32)
     with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        text = _header_text(header, metadata, checksums)
+        file.write(text)
         for name in names:
-            before = file.tell()
-            for chunk in tensor_chunks(tensors[name]):
-                file.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
-            assert file.tell() - before == tensors[name].nbytes, name
+            tensor, before = tensors[name], file.tell()
+
+            def written(chunks: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
+                for chunk in chunks:
+                    file.write(contiguous_bytes(chunk))
+                    yield chunk
+
+            chunks = written(tensor_chunks(tensor))
+            checksums[name] = array_checksum(tensor.dtype, tensor.shape, chunks)
+            assert file.tell() - before == tensor.nbytes, name
+        file.seek(0)
+        assert len(final := _header_text(header, metadata, checksums)) == len(text)
+        file.write(final)
+
+
+def _header_text(
+    header: Mapping[str, object], metadata: Mapping[str, str], checksums: Mapping[str, str]
+) -> bytes:
+    """Returns the start of a file, padded so that the first tensor starts on a line of memory."""
+    entries = {CHECKSUMS: json.dumps(checksums, separators=(",", ":"))} if checksums else {}
+    entries = {**metadata, **entries}
+    text = json.dumps({"__metadata__": entries} | dict(header) if entries else header).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_safetensors(
@@ -136,6 +162,8 @@ def read_safetensors(
     end of this function. Later, whoever uses what is missing gets SIGBUS, which ends the process;
     commands then print the Python stack (`core.commands.run_command`), and nothing else can be
     done. A file that is replaced by `files.atomic_path` stays mapped as it was.
+
+    Checksums are compared by `check_tensors` alone, for that reads all of the file.
 
     Returns:
         ({name: read-only view of the file}, {name: text of the metadata}).
@@ -182,6 +210,37 @@ def read_safetensors(
     if start != len(file) or _identity(before) != _identity(os.stat(path)):
         raise InputError(f"{path}: was cut or replaced while it was read; try again")
     return tensors, metadata
+
+
+def check_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Reads all tensors and compares their checksums; does nothing for a file without them.
+
+    Args:
+        path: the file, for the message.
+        tensors: what `read_safetensors` returned.
+        metadata: the same.
+
+    Raises:
+        DamagedFileError: names tensors that are not as they were written.
+    """
+    if CHECKSUMS not in metadata:
+        return
+    try:
+        expected = dict(json.loads(metadata[CHECKSUMS]))
+    except (ValueError, TypeError, RecursionError):
+        expected = {}
+    changed = tensors.keys() ^ expected.keys()
+    for name in tensors.keys() - changed:
+        array = tensors[name]
+        if array_checksum(array.dtype, array.shape, (array,)) != expected[name]:
+            changed.add(name)
+    if changed:
+        raise DamagedFileError(
+            f"{path} is damaged: the checksums of {len(changed)} of {len(tensors)} tensors do not "
+            f"match, among them {shown(min(changed))}; write or download it again"
+        )
 
 
 def _identity(about: os.stat_result) -> tuple[int, ...]:
