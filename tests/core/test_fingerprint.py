@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from varjax.core import fingerprint
-from varjax.core.fingerprint import describe, fingerprints
+from varjax.core.fingerprint import dtype_and_shape, fingerprints
 
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((4, 6, 8)).astype(np.float32)
@@ -105,5 +105,9 @@ OF_X = of(X)
 
 
 def test_descriptions():
-    assert describe(X) == describe(jax.ShapeDtypeStruct(X.shape, X.dtype)) == "float32[4,6,8]"
+    assert (
+        dtype_and_shape(X)
+        == dtype_and_shape(jax.ShapeDtypeStruct(X.shape, X.dtype))
+        == "float32[4,6,8]"
+    )
     assert fingerprints({}) == {}

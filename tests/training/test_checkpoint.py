@@ -7,15 +7,15 @@ import shutil
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
 from tests.helpers import tiny
-from varjax.core import files
-from varjax.core.errors import StorageError
-from varjax.core.saved_steps import restore_weights
-from varjax.training import checkpoint
+from varjax.core import checksums, distributed, files, saved_steps
+from varjax.core.errors import DamagedFileError, InputError, StorageError
+from varjax.core.saved_steps import STATE_TREES, restore_weights
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.task import TrainState
 
@@ -93,12 +93,162 @@ def test_a_damaged_last_step_falls_back_to_the_one_before(tmp_path, damage, caps
         assert (tmp_path / "unreadable" / "2").is_dir()
 
 
-def failing(monkeypatch, times, *errors):
+def replace_arrays(monkeypatch, change):
+    """Has Orbax return other arrays than it was given, as flipped bits on the disk do."""
+    restore = ocp.Checkpointer.restore
+
+    def restore_changed(*arguments, **options):
+        read = restore(*arguments, **options)
+        return {name: change(arguments[1], name, read[name]) for name in read}
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", restore_changed)
+
+
+def flip_bit(tree):
+    """The tree with the lowest bit of one number flipped."""
+    leaves, structure = jax.tree.flatten(tree)
+    largest = max(range(len(leaves)), key=lambda i: leaves[i].size)
+    bits = np.array(leaves[largest])
+    bits.reshape(-1).view(np.uint8)[-4] ^= 1
+    leaves[largest] = jnp.asarray(bits)
+    return jax.tree.unflatten(structure, leaves)
+
+
+@pytest.mark.parametrize("damaged", STATE_TREES)
+def test_a_flipped_bit_is_damage(tmp_path, monkeypatch, damaged, capsys):
+    def change(path, name, tree):
+        return flip_bit(tree) if (path.name, name) == ("2", damaged) else tree
+
+    saved(tmp_path / "checkpoints", 1, 2)
+    replace_arrays(monkeypatch, change)
+    if damaged != "opt_state":  # weights alone come from the step before, and nothing is moved
+        weights = restore_weights(tmp_path, ema=damaged == "ema")
+        equal(weights, getattr(state(1), damaged))
+        said = capsys.readouterr().err
+        assert f"2/{damaged} is damaged: the checksums of 1 of 3 arrays do not match" in said
+        assert said.endswith("; using 1\n")
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert checkpoints.steps() == [1, 2]
+        with pytest.raises(InputError, match=r"no checkpoint of \[2\].*\n.* do not match"):
+            checkpoints.restore(ABSTRACT, PLACEMENT, step=2)
+        read, meta = checkpoints.restore(ABSTRACT, PLACEMENT)
+        equal(read, state(1))
+        assert checkpoints.steps() == [1] and meta == {"best": 0.5}
+    assert (tmp_path / "unreadable" / "2").is_dir()
+    assert "checkpoint 2 cannot be read: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", ["other", "of the step before", "another step's number"])
+def test_other_data_than_were_saved_with_a_step_are_damage(tmp_path, change):
+    saved(tmp_path / "checkpoints", 1, 2)
+    path = tmp_path / "checkpoints" / "2" / "meta" / "metadata"
+    record = files.read_json(path)
+    if change == "other":
+        files.write_json(path, record | {"meta": {"best": 7.0}})
+    elif change == "another step's number":
+        files.write_json(path, checksums.seal(checksums.unseal(record, path) | {"step": 1}))
+    else:
+        shutil.copy(tmp_path / "checkpoints" / "1" / "meta" / "metadata", path)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        with pytest.raises(DamagedFileError, match="meta"):
+            checkpoints.meta(2)
+        equal(checkpoints.restore(ABSTRACT, PLACEMENT)[0], state(1))
+        checkpoints.save(2, state(2), {"best": 1.0})
+
+
+def test_a_step_whose_data_are_damaged_is_saved_again(tmp_path):
+    """As when the same best one comes again after a restart."""
+    saved(tmp_path, 1, 2)
+    (tmp_path / "2" / "meta" / "metadata").write_text("")
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(2, state(3), {"best": 1.0})
+        checkpoints.wait()
+        equal(checkpoints.restore(ABSTRACT, PLACEMENT)[0].params, state(3).params)
+
+
+def test_steps_of_older_versions_are_read_without_a_check(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("varjax.training.checkpoint.make_record", lambda step, meta, state: meta)
+        saved(tmp_path / "checkpoints", 1, 2)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        read, meta = checkpoints.restore(ABSTRACT, PLACEMENT)
+        equal(read, state(2))
+        checkpoints.rewrite_meta(2, {"best": 3.0})
+        assert (meta, checkpoints.meta(2)) == ({"best": 1.0}, {"best": 3.0})
+    equal(restore_weights(tmp_path), state(2).ema)
+
+
+def bare(cause):
+    """What Orbax raises where arrays cannot be read."""
+    error = Exception("Failed to restore")
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        bare(ValueError("DATA_LOSS: Error decoding zstd")),
+        bare(ValueError("NOT_FOUND: Error reading d/0 [os_error_code='2']")),
+        bare(OSError(errno.EIO, "Input/output error")),
+        OSError(errno.EIO, "Input/output error"),
+    ],
+)
+def test_bare_exceptions_and_bad_sectors_cost_one_checkpoint(tmp_path, monkeypatch, error):
+    saved(tmp_path / "checkpoints", 1, 2)
+    arrays_of_2 = lambda path, options: path.name == "2" and "meta" not in options["args"].keys()  # noqa: E731
+    with monkeypatch.context() as patch:
+        failing(patch, 2, error, where=arrays_of_2)
+        equal(restore_weights(tmp_path, ema=False), state(1).params)
+        failing(patch, 2, error, where=arrays_of_2)
+        with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+            equal(checkpoints.restore(ABSTRACT, PLACEMENT)[0], state(1))
+    files.move(tmp_path / "unreadable" / "2", tmp_path / "checkpoints" / "2")  # the disk works
+    equal(restore_weights(tmp_path, ema=False), state(2).params)
+
+
+def test_a_disk_that_fails_for_all_steps_is_no_damage(tmp_path, monkeypatch):
+    saved(tmp_path / "checkpoints", 1, 2)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        failing(monkeypatch, 8, OSError(errno.EIO, "Input/output error"))
+        with pytest.raises(StorageError, match="Input/output error(.|\n)*nothing was moved"):
+            checkpoints.restore(ABSTRACT, PLACEMENT)
+        with pytest.raises(StorageError, match="Start again once the disk works"):
+            restore_weights(tmp_path)
+        assert checkpoints.steps() == [1, 2] and not (tmp_path / "unreadable").exists()
+
+
+def test_errors_of_devices_stay_what_they_are(tmp_path, monkeypatch):
+    saved(tmp_path / "checkpoints", 1, 2)
+    lost = jax.errors.JaxRuntimeError("INTERNAL: a peer has gone")
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        for error in (lost, bare(lost)):
+            failing(monkeypatch, 1, error)
+            with pytest.raises(jax.errors.JaxRuntimeError, match="a peer has gone"):
+                checkpoints.restore(ABSTRACT, PLACEMENT)
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_weights_are_read_beside_a_run_that_deletes_the_step_first(tmp_path, monkeypatch):
+    """The step that was listed is gone, three times in a row; then the newest one is read."""
+    saved(tmp_path / "checkpoints", 1)
+    restore, steps = ocp.Checkpointer.restore, iter((2, 3, 4))
+
+    def restore_late(*arguments, **options):
+        if (step := next(steps, None)) is not None:
+            saved(tmp_path / "checkpoints", step, keep=1)
+        return restore(*arguments, **options)
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", restore_late)
+    equal(restore_weights(tmp_path, ema=False), state(4).params)
+
+
+def failing(monkeypatch, times, *errors, where=lambda *_: True):
     """The next reads fail, so many times with each of the errors."""
     restore, left = ocp.Checkpointer.restore, [error for error in errors for _ in range(times)]
 
     def restore_or_fail(*arguments, **options):
-        if left:
+        if left and where(arguments[1], options):
             raise left.pop(0)
         return restore(*arguments, **options)
 
@@ -168,11 +318,32 @@ def test_a_last_save_that_fails_is_said_with_what_is_good(tmp_path, monkeypatch)
             checkpoints.save(2, state(2))
 
 
+def with_another_process(monkeypatch, outcome):
+    """What this process reads is read well; what another one reads has this outcome."""
+
+    def on_both(action):
+        mine = distributed._outcome(action)
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "gather_json", lambda _: [mine, outcome])
+            patch.setattr(jax, "process_count", lambda: 2)
+            return distributed.on_all_processes(lambda: None)
+
+    monkeypatch.setattr(saved_steps, "on_all_processes", on_both)
+
+
 def test_what_another_process_lacks_ends_all_of_them(tmp_path, monkeypatch):
     with Checkpoints(saved(tmp_path / "checkpoints", 1, 2)) as checkpoints:
-        there = ["StorageError", "2 cannot be read now"]
-        monkeypatch.setattr(checkpoint, "gather_json", lambda mine: [mine, there])
-        with pytest.raises(StorageError, match="2 cannot be read now"):
+        lacks = {"kind": "StorageError", "error": "2 cannot be read now"}
+        with_another_process(monkeypatch, lacks)
+        with pytest.raises(StorageError, match="process 1: 2 cannot be read now"):
+            checkpoints.restore(ABSTRACT, PLACEMENT)
+        assert checkpoints.steps() == [1, 2]
+
+
+def test_damage_that_only_another_process_sees_is_damage_for_all(tmp_path, monkeypatch):
+    with Checkpoints(saved(tmp_path / "checkpoints", 1, 2)) as checkpoints:
+        with_another_process(monkeypatch, {"kind": "DamagedFileError", "error": "a bit"})
+        with pytest.raises(InputError, match=r"no checkpoint of \[1, 2\] (.|\n)*process 1: a bit"):
             checkpoints.restore(ABSTRACT, PLACEMENT)
         assert checkpoints.steps() == [1, 2]
 

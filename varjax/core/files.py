@@ -15,7 +15,6 @@ import re
 import secrets
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -258,27 +257,6 @@ def read_tensors(
             raise InputError(f"{path}: {name} and another tensor are one inside the other")
         node[last] = leaf
     return tree, metadata
-
-
-def read_or_remove(path: pathlib.Path) -> dict[str, Any] | None:
-    """Reads a file of `write_tensors` that can be made again.
-
-    Returns:
-        Its tree; None where there is no such file. A damaged one is reported and removed.
-
-    Raises:
-        StorageError: the machine or network fails; the file may be good.
-    """
-    if not exists(path):
-        return None
-    try:
-        return read_tensors(path)[0]
-    except StorageError:
-        raise
-    except InputError as error:
-        print(f"{error}\n{path} is deleted and made again", file=sys.stderr)
-        remove(path)
-        return None
 
 
 def _flatten(tree: Mapping, prefix: str = "") -> dict[str, Any]:

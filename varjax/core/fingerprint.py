@@ -44,7 +44,7 @@ def fingerprints(tree: PyTree) -> dict[str, str]:
     return {path: _text(leaf, [one[path] for one in everyone]) for path, leaf in leaves.items()}
 
 
-def describe(leaf: Any) -> str:
+def dtype_and_shape(leaf: Any) -> str:
     """Returns dtype and shape, such as "float32[64,64]", of an array or its description."""
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
@@ -57,7 +57,7 @@ def _text(leaf: Any, everyone: list[dict[str, list[int]]]) -> str:
             if parts.setdefault(start, pair) != pair:
                 return ""
     high, low = (sum(pair[i] for pair in parts.values()) % 2**32 for i in (0, 1))
-    return f"{describe(leaf)} {high:08x}{low:08x}"
+    return f"{dtype_and_shape(leaf)} {high:08x}{low:08x}"
 
 
 def _shard_sums(array: jax.Array) -> dict[str, tuple[Any, Any]]:

@@ -1,35 +1,61 @@
-"""Checkpoints on the disk, read by one process without waiting for any other."""
+"""Checkpoints on the disk: which there are, and reading them with a check of what was read.
+
+With each step a record is saved, as the item "meta": the caller's own JSON data, the number of the
+step, and a fingerprint of each array, made from what was in memory. Steps of older versions have
+none of this but the caller's data; they are read without a check.
+"""
 
 import os
 import pathlib
-import re
+import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
-from varjax.core import files, read_errors, trees
+from varjax.core import checksums, files, read_errors, trees
 from varjax.core.buckets import absolute, as_path, in_bucket
-from varjax.core.errors import InputError, StorageError
-from varjax.core.read_errors import machine_errno
+from varjax.core.checkpoint_errors import checkpoint_error, device_error
+from varjax.core.distributed import on_all_processes
+from varjax.core.errors import (
+    DamagedFileError,
+    DiskReadError,
+    InputError,
+    MismatchError,
+    StorageError,
+)
+from varjax.core.fingerprint import dtype_and_shape, fingerprints
 from varjax.core.trees import PyTree
 
 STATE_TREES = ("params", "ema", "opt_state")
-READ_ERRORS = (ValueError, KeyError, OSError)  # what Orbax raises for files that are not all there
-DAMAGE = re.compile(r"NOT_FOUND|DATA_LOSS|FAILED_PRECONDITION|missing|[Mm]etadata")
+RECORD_KEYS = {"step", "meta", "arrays", checksums.SEAL}
+MAX_ATTEMPTS = 20  # to read the newest step of a run that goes on, and deletes its older ones
+T = TypeVar("T")
 
 
-class MismatchError(InputError):
-    """Reports a checkpoint that can be read, of another model."""
+def make_record(step: int, meta: Mapping[str, Any], state: Mapping[str, PyTree]) -> dict[str, Any]:
+    """Returns the record to save with a step; all processes that hold its arrays must call this.
+
+    Args:
+        step: its number.
+        meta: the caller's JSON data.
+        state: the arrays by their names in STATE_TREES.
+    """
+    arrays = {name: fingerprints(tree) for name, tree in state.items()}
+    return checksums.seal({"step": step, "meta": dict(meta), "arrays": arrays})
 
 
 class SavedSteps:
     """Reads the checkpoints <directory>/<step>; one that is being written has another name.
 
     saved = SavedSteps(run_dir / "checkpoints")
-    params = saved.params(saved.steps()[-1])
+    params = saved.newest(saved.params)
+
+    Its methods raise:
+        StorageError: the machine or network cannot read a step now; its files may be good.
+        DamagedFileError: files are missing or do not hold what was saved.
     """
 
     def __init__(self, directory: pathlib.Path):
@@ -59,74 +85,168 @@ class SavedSteps:
             found = [path for path in found if ocp.utils.is_checkpoint_finalized(path)]
         return sorted(int(path.name) for path in found)
 
+    def newest(
+        self, read: Callable[[int], T], steps: Callable[[], list[int]] | None = None
+    ) -> T | None:
+        """Returns `read(step)` for the newest step that can be read; None where there is no step.
+
+        A run that goes on may delete a step before it is read; then the steps are listed again.
+        A step that is damaged is reported, and the one before it is read; nothing is moved.
+
+        Args:
+            read: reads a step.
+            steps: lists them; None for this object's own method.
+
+        Raises:
+            InputError: no step can be read.
+            StorageError: the disk cannot read any step.
+        """
+        list_steps, failed = steps or self.steps, dict[int, DamagedFileError]()
+        while candidates := [step for step in list_steps() if step not in failed]:
+            try:
+                found = read(candidates[-1])
+            except DamagedFileError as error:
+                failed[candidates[-1]] = error
+                if len(failed) == MAX_ATTEMPTS:
+                    break
+                continue
+            for step in set(list_steps()) & failed.keys():
+                print(f"{unreadable(step, failed[step])}; using {candidates[-1]}", file=sys.stderr)
+            return found
+        if failed:
+            raise none_readable(self.directory, failed)
+        return None
+
     def meta(self, step: int) -> dict:
-        """Reads the `meta` saved with a step."""
-        return self._restore(step, {"meta": ocp.args.JsonRestore()})["meta"]
+        """Reads the caller's data saved with a step."""
+        return self._record(step)["meta"]
+
+    def record(self, step: int, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the content of a step's file `meta/metadata` with other data of the caller's."""
+        old = self._record(step)
+        if not old["arrays"]:  # of an older version
+            return dict(meta)
+        return checksums.seal(old | {"meta": dict(meta)})
 
     def arrays(
         self, step: int, abstract: dict[str, PyTree], shardings: dict[str, Any]
     ) -> tuple[dict[str, PyTree], dict]:
-        """Reads trees of arrays and `meta`; of each array a process reads its part.
+        """Reads trees of arrays, and the caller's data; of each array a process reads its part.
+
+        All processes must call it, and an error in one is raised in all.
 
         Args:
             step: the checkpoint.
             abstract: shapes and dtypes of the trees, by their names in STATE_TREES; None for none.
-            shardings: of the same structure.
+            shardings: of the same structure; need not be those of the arrays that were saved.
 
         Returns:
-            (trees by name, meta).
+            (trees by name, the caller's data).
 
         Raises:
             MismatchError: the arrays saved are not those of `abstract`.
-            StorageError: they cannot be read now, through no fault of the files.
-            ValueError, KeyError or OSError: files are damaged or missing (READ_ERRORS).
         """
-        self._check(step, abstract)
-        items: dict[str, Any] = {"meta": ocp.args.JsonRestore()}
-        for name, tree in abstract.items():
-            if tree is not None:
-                targets = jax.tree.map(_abstract, tree, shardings[name])
-                items[name] = ocp.args.StandardRestore(targets)
-        read = self._restore(step, items)
-        return {name: read[name] for name in items if name != "meta"}, read["meta"]
+        read, record = {}, {}
+
+        def read_my_parts() -> None:
+            saved = self._saved_arrays(step)
+            record.update(self._record(step))
+            self._check(step, abstract, saved, record["arrays"])
+            items: dict[str, Any] = {}
+            for name, tree in abstract.items():
+                if tree is not None:
+                    targets = jax.tree.map(_abstract, tree, shardings[name])
+                    items[name] = ocp.args.StandardRestore(targets)
+            restored = self._restore(step, items)
+            read.update({name: restored[name] for name in items})
+
+        on_all_processes(read_my_parts)
+        found = {name: fingerprints(tree) for name, tree in read.items()}
+        on_all_processes(lambda: self._compare(step, found, record["arrays"]))
+        return read, record["meta"]
 
     def params(self, step: int, ema: bool | None = None) -> PyTree:
         """Reads parameters alone to this process's first device, with shapes from the files.
+
+        No other process is waited for.
 
         Args:
             step: the checkpoint.
             ema: True for their average, False for themselves, None for the average if there is one.
 
-        Raises InputError where there is no average, or files are damaged or missing, or
-        (StorageError) cannot be read now.
+        Raises:
+            InputError: there is no average.
         """
-        try:
-            return self._params(step, ema)
-        except InputError:
-            raise
-        except READ_ERRORS as error:
-            raise InputError(
-                f"{self.directory / str(step)} cannot be read: files are damaged or missing; "
-                "delete it, and another checkpoint is used"
-            ) from error
-
-    def _params(self, step: int, ema: bool | None) -> PyTree:
-        saved = self._saved_arrays(step)
+        saved, record = self._saved_arrays(step), self._record(step)
         averaged = saved.get("ema") is not None
         if ema and not averaged:
             raise InputError(f"step {step} in {self.directory} keeps no average; ask for params")
         name = "ema" if averaged and ema is not False else "params"
+        self._check_description(step, name, saved[name].tree, record["arrays"])
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda x: _abstract(x, sharding), saved[name].tree)
-        return self._restore(step, {name: ocp.args.StandardRestore(target)})[name]
+        read = self._restore(step, {name: ocp.args.StandardRestore(target)})[name]
+        self._compare(step, {name: fingerprints(read)}, record["arrays"])
+        return read
 
-    def _check(self, step: int, abstract: dict[str, PyTree]) -> None:
-        saved = self._saved_arrays(step)
+    def _record(self, step: int) -> dict[str, Any]:
+        """Reads {"meta", "arrays"}, the latter empty for a step of an older version."""
+
+        def read() -> dict[str, Any]:
+            path = self.directory / str(step)
+            items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            record = self._checkpointer.restore(path, args=items)["meta"]
+            if not isinstance(record, dict) or not RECORD_KEYS & record.keys():
+                return {"meta": record, "arrays": {}}
+            record = checksums.unseal(record, path / "meta")
+            if record["step"] != step:
+                raise DamagedFileError(f"{path / 'meta'} belongs to step {record['step']}")
+            return record
+
+        return self._repeated(step, read)
+
+    def _check(
+        self, step: int, abstract: dict[str, PyTree], saved: Any, recorded: dict[str, Any]
+    ) -> None:
+        """Raises MismatchError where the arrays that were saved are not those of `abstract`."""
+        where = self.directory / str(step)
         for name in ("params", "ema"):
             tree = saved[name].tree if saved.get(name) is not None else {}
+            self._check_description(step, name, tree, recorded)
             if report := trees.difference(abstract[name], tree):
-                where = self.directory / str(step)
                 raise MismatchError(f"{where} does not hold the {name} of this config:\n{report}")
+        if recorded and abstract["opt_state"] is not None:
+            wanted = {
+                path: dtype_and_shape(x) for path, x in trees.paths(abstract["opt_state"]).items()
+            }
+            found = {p: text.split()[0] for p, text in recorded.get("opt_state", {}).items()}
+            if wanted != found:
+                differing = sorted(dict(wanted.items() ^ found.items()))
+                raise MismatchError(
+                    f"{where} does not hold the opt_state of this config; {len(differing)} arrays "
+                    f"differ: {', '.join(differing[:10])}"
+                )
+
+    def _check_description(
+        self, step: int, name: str, tree: PyTree, recorded: dict[str, Any]
+    ) -> None:
+        """Raises DamagedFileError where Orbax describes other arrays than the record."""
+        described = {path: dtype_and_shape(leaf) for path, leaf in trees.paths(tree).items()}
+        saved = {path: text.split()[0] for path, text in recorded.get(name, {}).items()}
+        if recorded and described != saved:
+            raise DamagedFileError(
+                f"{self.directory / str(step) / name} is damaged: its metadata do not match"
+            )
+
+    def _compare(self, step: int, found: dict[str, Any], recorded: dict[str, Any]) -> None:
+        """Raises DamagedFileError where arrays are not those of the record, if there is one."""
+        for name in found if recorded else ():
+            saved = recorded.get(name, {})
+            if changed := sorted(p for p, text in found[name].items() if saved.get(p) != text):
+                raise DamagedFileError(
+                    f"{self.directory / str(step) / name} is damaged: the checksums of "
+                    f"{len(changed)} of {len(saved)} arrays do not match, among them {changed[0]}"
+                )
 
     def _saved_arrays(self, step: int) -> Any:
         """Reads names, shapes and dtypes of what was saved."""
@@ -143,31 +263,35 @@ class SavedSteps:
         path, composite = self.directory / str(step), ocp.args.Composite(**items)
         return self._repeated(step, lambda: self._checkpointer.restore(path, args=composite))
 
-    def _repeated(self, step: int, read: Callable[[], Any]) -> Any:
+    def _repeated(self, step: int, read: Callable[[], T]) -> T:
         """Reads, and reads again where that fails: disks behind a network fail now and then."""
-        # Of a bucket, the services' packages tell by exceptions of all kinds.
-        errors = (Exception,) if in_bucket(self.directory) else READ_ERRORS
-        for pause in read_errors.READ_PAUSES:
+        path = self.directory / str(step)
+        for pause in (*read_errors.READ_PAUSES, None):
             try:
                 return read()
-            except errors:
-                time.sleep(pause)
-        try:
-            return read()
-        except errors as error:
-            path = self.directory / str(step)
-            if in_bucket(path) and not _tells_of_damage(error):
-                raise StorageError(
-                    f"{path} cannot be read now: {str(error)[:500]}. This does not tell of damaged "
-                    "files, so leave them; start again once the bucket can be reached"
-                ) from error
-            # Orbax only logs some errors, and does as if files were missing: the files tell more.
-            if (code := machine_errno(error) or machine_errno(_opening_error(path))) is None:
-                raise
-            raise StorageError(
-                f"{path} cannot be read now: {os.strerror(code)}. This does "
-                "not tell of damaged files, so leave them; start again once it is mended"
-            ) from error
+            # Orbax raises exceptions of all kinds, a bare Exception for damaged arrays among them.
+            except Exception as error:
+                if (failed := device_error(error)) is not None:
+                    raise failed from None
+                if pause is None or not path.exists():
+                    raise checkpoint_error(path, error) from error
+            time.sleep(pause)
+        raise AssertionError
+
+
+def unreadable(step: int, error: Exception) -> str:
+    """Returns one line that says why a step cannot be read."""
+    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    return f"checkpoint {step} cannot be read: {reason}"
+
+
+def none_readable(directory: pathlib.Path, errors: Mapping[int, DamagedFileError]) -> InputError:
+    """Returns the error to raise where no step can be read: a StorageError if the disk fails."""
+    lines = "\n  ".join(unreadable(step, errors[step]) for step in sorted(errors))
+    text = f"no checkpoint of {sorted(errors)} in {directory} can be read:\n  {lines}\n"
+    if any(isinstance(error, DiskReadError) for error in errors.values()):
+        return StorageError(f"{text}Start again once the disk works; nothing was moved")
+    return InputError(f"{text}Restore them from a copy, or delete {directory} to go on without")
 
 
 def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyTree:
@@ -181,45 +305,25 @@ def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyT
             unless the best was chosen by the parameters' own metric ("eval/...").
 
     Raises:
-        InputError: nothing was saved yet, or no average.
+        InputError: nothing was saved yet, or no average, or no step can be read.
+        StorageError: they cannot be read now, through no fault of the files.
     """
     run_dir = as_path(run_dir)
-    if steps := (best := SavedSteps(run_dir / "best")).steps():
+    best, last = SavedSteps(run_dir / "best"), SavedSteps(run_dir / "checkpoints")
+
+    def read_best(step: int) -> PyTree:
         # Best by an earlier setting of keep_best is not what the run asks for now.
-        chosen_by = best.meta(steps[-1]).get("keep_best", "")
-        if chosen_by == files.read_json(run_dir / "config.json").get("keep_best"):
-            if ema is None and chosen_by.rpartition(":")[2].startswith("eval/"):
-                ema = False
-            return best.params(steps[-1], ema)
-    if steps := (last := SavedSteps(run_dir / "checkpoints")).steps():
-        return last.params(steps[-1], ema)
-    raise InputError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
+        chosen_by = best.meta(step).get("keep_best", "")
+        if chosen_by != files.read_json(run_dir / "config.json").get("keep_best"):
+            return None
+        of_params = ema is None and chosen_by.rpartition(":")[2].startswith("eval/")
+        return best.params(step, False if of_params else ema)
 
-
-def _tells_of_damage(error: BaseException | None) -> bool:
-    """Tells whether an exception says that objects of a bucket are missing or not as written."""
-    while error is not None:
-        if isinstance(error, FileNotFoundError | KeyError) or DAMAGE.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _opening_error(directory: pathlib.Path) -> OSError | None:
-    """Opens the files in a directory; returns the first error, None where there is none."""
-    if in_bucket(directory):
-        return None
-
-    def reraise(error: OSError) -> None:
-        raise error
-
-    try:
-        for folder, _, names in os.walk(directory, onerror=reraise):
-            for name in names:
-                os.close(os.open(os.path.join(folder, name), os.O_RDONLY))
-    except OSError as error:
-        return error
-    return None
+    if (params := best.newest(read_best)) is None:
+        params = last.newest(lambda step: last.params(step, ema))
+    if params is None:
+        raise InputError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
+    return params
 
 
 def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

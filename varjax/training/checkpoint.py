@@ -13,13 +13,16 @@ import orbax.checkpoint as ocp
 
 from varjax.core import files
 from varjax.core.buckets import absolute, in_bucket
-from varjax.core.distributed import gather_json, on_first_process
-from varjax.core.errors import InputError, StorageError
-from varjax.core.saved_steps import READ_ERRORS, STATE_TREES, MismatchError, SavedSteps
+from varjax.core.distributed import on_first_process
+from varjax.core.errors import DamagedFileError, StorageError
+from varjax.core.saved_steps import (
+    STATE_TREES,
+    SavedSteps,
+    make_record,
+    none_readable,
+    unreadable,
+)
 from varjax.training.task import TrainState
-
-# Errors at reading that tell of no damage, so that there is no going back to the step before.
-REFUSALS = {error.__name__: error for error in (MismatchError, StorageError)}
 
 
 def _wait_for_processes(*, key: str, timeout_ms: int) -> None:
@@ -37,7 +40,7 @@ def _wait_for_processes(*, key: str, timeout_ms: int) -> None:
 def read_state(
     saved: SavedSteps, step: int, abstract: TrainState, shardings: Any
 ) -> tuple[TrainState, dict]:
-    """Reads the whole state of a step, each process its part.
+    """Reads the whole state of a step, each process its part; all processes must call it.
 
     Args:
         saved: the checkpoints of a run.
@@ -50,7 +53,8 @@ def read_state(
 
     Raises:
         MismatchError: the arrays saved are not those of `abstract`.
-        ValueError, KeyError or OSError: files are damaged or missing (READ_ERRORS).
+        DamagedFileError: files are missing or do not hold what was saved.
+        StorageError: they cannot be read now, through no fault of the files.
     """
     trees, where = (
         {name: getattr(state, name) for name in STATE_TREES} for state in (abstract, shardings)
@@ -127,15 +131,15 @@ class Checkpoints:
         """
         self.wait()
         self._reporting_failure(lambda: on_first_process(self._check_writable))
-        if step in (steps := self.steps()) and self.meta(step) == (meta or {}):
+        if step in (steps := self.steps()) and self._has_meta(step, meta or {}):
             return
         for late in steps:
             if late >= step:
                 self._manager.delete(late)
-        items: dict[str, Any] = {"meta": ocp.args.JsonSave(meta or {})}
-        for name in STATE_TREES:
-            if (tree := getattr(state, name)) is not None:
-                items[name] = ocp.args.StandardSave(tree)
+        saved = {name: getattr(state, name) for name in STATE_TREES}
+        saved = {name: tree for name, tree in saved.items() if tree is not None}
+        items: dict[str, Any] = {n: ocp.args.StandardSave(tree) for n, tree in saved.items()}
+        items["meta"] = ocp.args.JsonSave(make_record(step, meta or {}, saved))
         self._reporting_failure(
             lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         )
@@ -144,7 +148,7 @@ class Checkpoints:
         """Replaces the `meta` of a saved step, atomically, without writing its arrays again."""
         self.wait()
         path = self.directory / str(step) / "meta" / "metadata"  # as JsonCheckpointHandler names it
-        on_first_process(lambda: files.write_json(path, meta))
+        on_first_process(lambda: files.write_json(path, self._saved.record(step, meta)))
 
     def wait(self) -> None:
         """Returns when everything saved is on the disk; raises StorageError where that failed."""
@@ -163,7 +167,7 @@ class Checkpoints:
     ) -> tuple[TrainState, dict] | None:
         """Reads the newest step that all processes can read.
 
-        Steps that cannot be read are reported and moved to <run>/unreadable.
+        Steps that are damaged are reported and moved to <run>/unreadable once an older one is read.
 
         Args:
             abstract: shapes and dtypes of the state.
@@ -179,23 +183,19 @@ class Checkpoints:
             InputError: none of the steps that are there can be read.
         """
         steps = self.steps() if step is None else [step]
+        damaged: dict[int, DamagedFileError] = {}
         for candidate in reversed(steps):
-            found, problem = None, None
             try:
                 found = read_state(self._saved, candidate, abstract, shardings)
-            except READ_ERRORS as error:
-                problem = type(error).__name__, str(error)
-            problems = [p for p in gather_json(problem) if p is not None]
-            if not problems:
-                self._move_aside([late for late in steps if late > candidate])
-                return found
-            for kind, words in problems:
-                if kind in REFUSALS:
-                    raise REFUSALS[kind](words)
-            words = problems[0][1]
-            on_first_process(lambda: _report(candidate, words))  # noqa: B023  (called at once)
-        if steps:
-            raise InputError(f"no checkpoint of {steps} in {self.directory} can be read")
+            except DamagedFileError as error:
+                damaged[candidate] = error
+                words = unreadable(candidate, error)
+                on_first_process(lambda: print(words, file=sys.stderr))  # noqa: B023  (now)
+                continue
+            self._move_aside(sorted(damaged))
+            return found
+        if damaged:
+            raise none_readable(self.directory, damaged)
         return None
 
     def _reporting_failure(self, action: Callable[[], Any]) -> None:
@@ -213,6 +213,12 @@ class Checkpoints:
                 f"room for {self._keep + 1} checkpoints, the same command continues"
             ) from error
 
+    def _has_meta(self, step: int, meta: dict) -> bool:
+        try:
+            return self.meta(step) == meta
+        except DamagedFileError:  # it is replaced
+            return False
+
     def _check_writable(self) -> None:
         """Raises OSError where nothing can be written: Orbax's processes would wait for minutes."""
         if not in_bucket(self.directory):
@@ -228,8 +234,3 @@ class Checkpoints:
         if broken:
             on_first_process(move)
             self._manager.reload()
-
-
-def _report(step: int, words: str) -> None:
-    reason = words.splitlines()[0][:200] if words else "no reason given"
-    print(f"checkpoint {step} cannot be read: {reason}", file=sys.stderr)

@@ -15,7 +15,6 @@ from varjax.core import files, folders
 from varjax.core.buckets import as_path
 from varjax.core.distributed import check_shared_file, on_first_process
 from varjax.core.errors import InputError, traceback_file
-from varjax.core.saved_steps import READ_ERRORS
 from varjax.core.trees import PyTree
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.evaluate import Evaluator
@@ -152,7 +151,7 @@ def finished_state(
         return None
     try:
         state = LoopState.from_meta(checkpoints.meta(saved[-1]), experiment.keep_best)
-    except READ_ERRORS:  # half a checkpoint; restoring falls back
+    except InputError:  # half a checkpoint; restoring falls back
         return None
     return state if state.is_finished(saved[-1], steps, experiment.patience) else None
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from varjax.core import trees
 from varjax.core.buckets import as_path
-from varjax.core.errors import InputError
-from varjax.core.saved_steps import READ_ERRORS, SavedSteps
+from varjax.core.distributed import on_first_process
+from varjax.core.errors import DamagedFileError, InputError, MismatchError
+from varjax.core.saved_steps import SavedSteps
 from varjax.core.trees import PyTree
 from varjax.training.checkpoint import read_state
 from varjax.training.task import MatchingRows, Task, TrainState
@@ -66,22 +67,29 @@ def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) ->
     """
     run, _, number = fork_from.partition("@")
     saved = SavedSteps(as_path(run) / "checkpoints")
-    steps = saved.steps()
-    if not steps:
+
+    def read(step: int) -> tuple[int, TrainState]:
+        try:
+            return step, read_state(saved, step, abstract, placement)[0]
+        except (MismatchError, DamagedFileError) as error:
+            raise type(error)(
+                f"fork_from={fork_from}: step {step} cannot be read as the state of this run: its "
+                f"optimizer is another one, or files are damaged ({str(error)[:500]}). init_from "
+                "takes its parameters alone"
+            ) from error
+
+    def list_steps() -> list[int]:
+        return on_first_process(saved.steps)  # the run may be going on
+
+    if number:
+        steps = list_steps()
+        if not number.isdigit() or int(number) not in steps:
+            raise InputError(f"fork_from={fork_from}: {run} has checkpoints of steps {steps}")
+        step, state = read(int(number))
+    elif (found := saved.newest(read, list_steps)) is None:
         raise InputError(f"fork_from={fork_from}: {run} holds no checkpoint")
-    if number and (not number.isdigit() or int(number) not in steps):
-        raise InputError(f"fork_from={fork_from}: {run} has checkpoints of steps {steps}")
-    step = int(number or steps[-1])
-    try:
-        state, _ = read_state(saved, step, abstract, placement)
-    except InputError:
-        raise
-    except READ_ERRORS as error:
-        raise InputError(
-            f"fork_from={fork_from}: step {step} cannot be read as the state of this run: its "
-            f"optimizer is another one, or files are damaged ({str(error)[:500]}). init_from takes "
-            "its parameters alone"
-        ) from error
+    else:
+        step, state = found
     if jax.process_index() == 0:
         print(f"going on from step {step} of {run}", file=sys.stderr)
     return state
