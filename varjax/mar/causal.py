@@ -124,8 +124,8 @@ def _run(
     x_BlC, encoder = run(
         model.encoder_block, model.encoder_blocks, x_BlC, caches[0], attention_dropout, dropout
     )
-    x_BlC = model.decoder_embed(model.encoder_norm(x_BlC).astype(model.dtype))
-    pos_LC = model.decoder_pos_embed.astype(model.dtype)
+    x_BlC = model.decoder_embed(model.encoder_norm(x_BlC)).astype(jnp.float32)
+    pos_LC = model.decoder_pos_embed
     own_BlC = jnp.broadcast_to(
         pos_LC[None, : length - targets], (B, length - targets, x_BlC.shape[-1])
     )

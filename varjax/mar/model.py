@@ -209,7 +209,8 @@ def bind_denoiser(head: DiffusionHead, params: PyTree, compute: Compute) -> Call
 class MAR(nn.Module):
     """The encoder over known tokens, the decoder over all places, and the head's network.
 
-    Tokens are (B, n, Z), or with a categorical head integers (B, n). What it gives is float32.
+    Tokens are (B, n, Z), or with a categorical head integers (B, n). The residual stream and what
+    it gives are float32 whatever `compute.dtype` says.
 
     Attributes:
         config: sizes.
@@ -236,10 +237,10 @@ class MAR(nn.Module):
         self.diffusion_pos_embed = table("diffusion_pos_embed", c.length, C)
         self.head: Any
         if isinstance(c.head, DiffusionHead):
-            self.z_proj = dense(E, self.dtype, xavier, None)
+            self.z_proj = dense(E, jnp.float32, xavier, None)
             self.head = make_denoiser(c.head, self.compute)
         else:
-            self.z_proj = nn.Embed(c.head.vocab, E, embedding_init=normal, dtype=self.dtype)
+            self.z_proj = nn.Embed(c.head.vocab, E, embedding_init=normal, dtype=jnp.float32)
             self.head = OutputHead(c.head.vocab, self.dtype, xavier)
         self.z_proj_norm = layer_norm()
         self.encoder_block = ViTBlock(c.encoder_heads, self.compute, parent=None)
@@ -299,16 +300,14 @@ class MAR(nn.Module):
     def decode(self, x_BlC, place_Bn, known_Bn, attention_dropout=None, dropout=None) -> jax.Array:
         """Runs the decoder on what `encode` gave, with mask tokens at all other places."""
         B, buffer, length = len(place_Bn), self.config.buffer, self.config.length
-        x_BlC = self.decoder_embed(x_BlC.astype(self.dtype))
-        mask_BLC = jnp.broadcast_to(
-            self.mask_token.astype(self.dtype), (B, length, x_BlC.shape[-1])
-        )
+        x_BlC = self.decoder_embed(x_BlC).astype(jnp.float32)
+        mask_BLC = jnp.broadcast_to(self.mask_token, (B, length, x_BlC.shape[-1]))
         # Padding goes to a place behind the last one, where it is dropped.
         target_Bn = jnp.where(known_Bn, place_Bn, length)
         put = jax.vmap(lambda all_LC, place_n, x_nC: all_LC.at[place_n].set(x_nC, mode="drop"))
         x_BLC = put(mask_BLC, target_Bn, x_BlC[:, buffer:])
         x_BLC = jnp.concatenate([x_BlC[:, :buffer], x_BLC], axis=1)
-        x_BLC = x_BLC + self.decoder_pos_embed.astype(self.dtype)[None]
+        x_BLC = x_BLC + self.decoder_pos_embed[None]
         x_BLC, _ = run_vit_blocks(
             self.decoder_block,
             self.decoder_blocks,
@@ -347,18 +346,15 @@ class MAR(nn.Module):
         x_BlC = (
             jnp.repeat(class_BC[:, None], buffer, axis=1) + self.encoder_pos_embed[None, :buffer]
         )
-        x_BlC = self.z_proj_norm(x_BlC).astype(self.dtype)
+        x_BlC = self.z_proj_norm(x_BlC)
         if token_Bn is None or place_Bn is None:
             return x_BlC
         return jnp.concatenate([x_BlC, self.embed_tokens(token_Bn, place_Bn)], axis=1)
 
     def embed_tokens(self, token_Bn: jax.Array, place_Bn: jax.Array) -> jax.Array:
         """Embeds tokens at places for the encoder, (B, n, C)."""
-        if isinstance(self.config.head, DiffusionHead):
-            token_Bn = token_Bn.astype(self.dtype)
-        x_BnC = self.z_proj(token_Bn).astype(jnp.float32)
-        x_BnC = x_BnC + self.encoder_pos_embed[self.config.buffer + place_Bn]
-        return self.z_proj_norm(x_BnC).astype(self.dtype)
+        x_BnC = self.z_proj(token_Bn) + self.encoder_pos_embed[self.config.buffer + place_Bn]
+        return self.z_proj_norm(x_BnC)
 
     def _init_encoder_blocks(self, key):
         return init_vit_blocks(

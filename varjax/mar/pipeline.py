@@ -37,7 +37,8 @@ Labels = Sequence[int] | np.ndarray | jax.Array
 
 # What is multiplied in `compute.dtype` only, and so is held in it.
 CAST_KERNELS = (
-    r"^mar/(encoder_blocks|decoder_blocks|decoder_embed|z_proj|head)/(.*/)?kernel$|"
+    r"^mar/(encoder_blocks|decoder_blocks|decoder_embed)/(.*/)?kernel$|"
+    r"^mar/head/(?!(input_proj|out)/)(.*/)?kernel$|"
     r"^tokenizer/(decoder/.*|post_quant_conv)/kernel$"
 )
 

@@ -300,7 +300,7 @@ def mar_sampling_bytes(
     else:
         transformer = rows * tokens * of_token
     if isinstance(config.head, DiffusionHead):  # three signals a block; as compiled, 22 more
-        head = rows * new * config.head.width * (3 * config.head.depth + 22) * item
+        head = rows * new * config.head.width * (3 * config.head.depth + 22) * 4
     else:
         head = rows * new * config.head.vocab * 3 * 4
     decoder = 0

@@ -30,9 +30,9 @@ class Compute:
     """Number format and execution of a model; changes how, not what it computes.
 
     Attributes:
-        dtype: format of matrix products, and in training of the residual stream. "auto" is bfloat16
-            on an accelerator and float32 on a CPU. Softmax, norms, logits and the parameters of a
-            training are always float32.
+        dtype: format of matrix products, and in VAR's training of the residual stream. "auto" is
+            bfloat16 on an accelerator and float32 on a CPU. Softmax, norms, logits, the parameters
+            of a training, and MAR's residual streams are always float32.
         attention: "xla" runs anywhere; "grouped" is "xla", but with a key-value cache for so few
             images at a time that their logits stay in a TPU's fast memory; "cudnn" is the fused
             kernel, for 64 queries or more (NVIDIA, bfloat16); "loop" goes over images and heads,

@@ -15,7 +15,7 @@ EPSILON = 1e-6  # of every layer norm
 
 
 class ViTBlock(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)); norms and softmax in float32.
+    """x + attention(norm(x)), then x + mlp(norm(x)); x, norms and softmax are float32.
 
     Attributes:
         heads: number of attention heads.
@@ -45,18 +45,20 @@ class ViTBlock(nn.Module):
         dropout: Dropout | None = None,
     ):
         """Returns (x_BlC, cache); the arguments are those of `run_vit_blocks`."""
-        h_BlC = self.norm1(x_BlC).astype(x_BlC.dtype)
+        dtype = self.compute.jax_dtype
+        h_BlC = self.norm1(x_BlC).astype(dtype)
         y_BlC, cache = self.attn(h_BlC, past, mask_lL, key_mask_BL, attention_dropout)
         if dropout is not None:
             y_BlC = dropout.fold_in(0)(y_BlC)
-        x_BlC = x_BlC + y_BlC
-        h_BlC = self.norm2(x_BlC).astype(x_BlC.dtype)
-        return x_BlC + self.mlp(h_BlC, None if dropout is None else dropout.fold_in(1)), cache
+        x_BlC = x_BlC + y_BlC.astype(jnp.float32)
+        h_BlC = self.norm2(x_BlC).astype(dtype)
+        y_BlC = self.mlp(h_BlC, None if dropout is None else dropout.fold_in(1))
+        return x_BlC + y_BlC.astype(jnp.float32), cache
 
 
 def init_vit_blocks(block: ViTBlock, key: jax.Array, depth: int, width: int) -> PyTree:
     """Draws parameters of `depth` blocks, stacked along a leading axis S."""
-    x_BlC = jnp.zeros((1, 1, width), block.compute.jax_dtype)
+    x_BlC = jnp.zeros((1, 1, width), jnp.float32)
     return jax.vmap(lambda key: block.init(key, x_BlC)["params"])(jax.random.split(key, depth))
 
 
@@ -77,7 +79,7 @@ def run_vit_blocks(
     Args:
         block: the module of one block.
         params: of all blocks, stacked, by `init_vit_blocks`.
-        x_BlC: the tokens.
+        x_BlC: the tokens, float32.
         mask_lL: which tokens see which; None for all.
         key_mask_BL: the tokens of each example that may be seen: all of the cache's places.
         cache: of earlier tokens, to which these are added.

@@ -1,0 +1,172 @@
+"""bfloat16 beside float32: products alone are shorter, and what a sampler amplifies is not."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.nn.test_product_precision import EXACTLY, products
+from varjax.core import trees
+from varjax.mar.causal import causal_hidden
+from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig, bind_mar, make_denoiser
+from varjax.mar.pipeline import CAST_KERNELS
+from varjax.nn.compute import Compute
+from varjax.nn.diffusion import NoiseSchedule
+
+CONFIG = MARConfig(
+    width=256, encoder_depth=12, decoder_depth=12, encoder_heads=4, decoder_heads=4,
+    head=DiffusionHead(depth=1, width=16), classes=10, latent_map=(8, 8), buffer=8,
+)  # fmt: skip
+HALF = ("bfloat16", "bfloat16", None)
+LOGITS, LOGITS_GRADIENTS = ("bfloat16", "float32", None), 2  # of attention, before its softmax
+
+
+def random_params(init):
+    """Parameters of which none is closed: the variances of Xavier, embeddings of 0.5."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        std = 0.02 if path.endswith(("bias", "scale")) else 0.5
+        if path.endswith("kernel"):
+            std = (2 / sum(leaf.shape[-2:])) ** 0.5 * (0.5 if "adaln" in path else 1)
+        return jnp.asarray(rng.normal(path.endswith("scale"), std, leaf.shape), jnp.float32)
+
+    return trees.map_with_path(fill, jax.eval_shape(init, jax.random.key(0)))
+
+
+def relative_error(half, exact):
+    assert half.dtype == exact.dtype == np.float32
+    return np.linalg.norm(half - exact) / np.linalg.norm(exact)
+
+
+def in_both(function):
+    """What a function of `Compute` gives in bfloat16 and in float32."""
+    computes = (Compute(dtype, attention="xla") for dtype in ("bfloat16", "float32"))
+    return [jax.device_get(jax.jit(functools.partial(function, c))()) for c in computes]
+
+
+@functools.cache
+def deep_head():
+    """A head of MAR-B's depth on tokens at t = 999: (config, parameters, x_t, z)."""
+    head, rng = DiffusionHead(depth=6, width=256), np.random.default_rng(1)
+    config = dataclasses.replace(CONFIG, head=head, encoder_depth=1, decoder_depth=1)
+    params = random_params(config.init)["head"]
+    xt_NZ, z_NC = (rng.normal(size=(128, n)).astype(np.float32) for n in (16, CONFIG.width))
+    return head, params, jnp.asarray(xt_NZ), jnp.asarray(z_NC)
+
+
+def predicted_noise(params):
+    """ε at t = 999, (bfloat16, float32)."""
+    head, _, xt_NZ, z_NC = deep_head()
+
+    def noise(compute):
+        apply = functools.partial(make_denoiser(head, compute).apply, {"params": params})
+        cond_NE = apply(z_NC, method="condition")
+        return apply(xt_NZ, jnp.array([999]), cond_NE)[:, : head.channels]
+
+    return in_both(noise)
+
+
+@pytest.mark.slow
+def test_the_noise_of_a_random_head():
+    # Measured 0.0061; with x_t, the residual stream and the output in bfloat16 it was 0.0094.
+    assert 1e-4 < relative_error(*predicted_noise(deep_head()[1])) < 0.0076
+
+
+@pytest.mark.slow
+def test_the_noise_of_a_head_that_finds_it():
+    """Near t = 999, x_t is noise, and a trained head returns it almost as it is."""
+    params = deep_head()[1]
+    first, last = params["input_proj"]["kernel"], params["out"]["kernel"]
+    # The last norm divides by the stream's standard deviation, which is about that of the first.
+    find = jnp.linalg.pinv(first) * jnp.sqrt(jnp.mean(jnp.sum(first**2, axis=0)))
+    params = params | {"out": params["out"] | {"kernel": last.at[:, :16].set(find)}}
+    half, exact = predicted_noise(params)
+    assert np.corrcoef(exact.ravel(), np.asarray(deep_head()[2]).ravel())[0, 1] > 0.9
+    # Measured 0.0024; with x_t, the residual stream and the output in bfloat16 it was 0.0042.
+    assert 1e-5 < relative_error(half, exact) < 0.0032
+    # What the first of 100 steps makes of it in the next x_t, whose own spread is about 1.
+    table = NoiseSchedule(100).coefficients()
+    factor = table.mean_of_x0[-1] * table.x0_of_noise[-1]
+    assert factor * np.std(half - exact) < 0.75  # measured 0.55; 0.97 before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    # Measured 0.0056 and 0.0068; with a residual stream in bfloat16 it was 0.0085 and 0.0107.
+    ("attention", "bound"),
+    [("bidirectional", 0.007), ("causal", 0.0085)],
+)
+def test_z_after_all_layers(attention, bound):
+    config = dataclasses.replace(CONFIG, attention=attention)
+    params, rng = random_params(config.init), np.random.default_rng(2)
+    place_BL = jnp.asarray([rng.permutation(64) for _ in range(2)], jnp.int32)
+    token_BLZ = jnp.asarray(rng.normal(size=(2, 64, 16)), jnp.float32)
+
+    def hidden(compute):
+        apply = bind_mar(config, params, compute)
+        class_BC = apply(jnp.array([1, 2]), method="class_vectors")
+        if attention == "causal":
+            return apply(token_BLZ, place_BL, class_BC, method=causal_hidden)
+        known_Bn = jnp.ones((2, 20), bool)
+        return apply(token_BLZ[:, :20], place_BL[:, :20], known_Bn, class_BC, method="hidden")
+
+    assert 1e-3 < relative_error(*in_both(hidden)) < bound
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", [DiffusionHead(depth=2, width=16), CategoricalHead(7)])
+def test_what_a_pipeline_holds_in_bfloat16_is_multiplied_in_it(head):
+    """Casting kernels beforehand changes no bit."""
+    config = dataclasses.replace(
+        CONFIG, width=16, encoder_depth=1, decoder_depth=1, head=head, latent_map=(2, 2)
+    )
+    params = random_params(config.init)
+    cast = trees.cast(CAST_KERNELS, {"mar": params}, jnp.bfloat16)["mar"]
+    changed = {path for path, x in trees.paths(cast).items() if x.dtype == jnp.bfloat16}
+    assert len(changed) > 12
+
+    @jax.jit
+    def run(params):
+        apply = bind_mar(config, params, Compute("bfloat16", attention="xla"))
+        class_BC = apply(jnp.array([1]), method="class_vectors")
+        place_Bn = jnp.array([[2, 0]])
+        token_Bn = jnp.linspace(-1, 1, 32).reshape(1, 2, 16)
+        if not head.token_shape:
+            token_Bn = jnp.array([[3, 4]])
+        z_BLC = apply(token_Bn, place_Bn, place_Bn >= 0, class_BC, method="hidden")
+        if not head.token_shape:
+            return z_BLC, apply(z_BLC, method="logits")
+        return z_BLC, apply(token_Bn[0], jnp.array([999]), z_BLC[0, :2], method="denoise")
+
+    for a, b in zip(run(params), run(cast), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_all_products_but_the_first_and_the_last_are_bfloat16_in_training_too():
+    head = DiffusionHead(depth=2, width=16)
+    config = dataclasses.replace(
+        CONFIG, width=16, encoder_depth=1, decoder_depth=1, head=head, latent_map=(2, 2)
+    )
+    params = jax.eval_shape(config.init, jax.random.key(0))
+    token_BnZ, place_Bn = jnp.zeros((1, 2, 16)), jnp.array([[2, 0]])
+
+    def total(params):
+        apply = bind_mar(config, params, Compute("bfloat16", attention="xla"))
+        class_BC = apply(jnp.array([1]), method="class_vectors")
+        z_BLC = apply(token_BnZ, place_Bn, place_Bn >= 0, class_BC, method="hidden")
+        return jnp.sum(apply(token_BnZ[0], jnp.array([9]), z_BLC[0, :2], method="denoise"))
+
+    assert products(total, params) == {
+        EXACTLY: 3,  # z_proj, and the head's first and last layer
+        HALF: 2 * 7 + 1 + (2 + 1 + 2 * 3 + 1),  # of both stacks, between them, and of the head
+        LOGITS: 2,
+    }
+    found = products(jax.grad(total), params)
+    # Gradients of the three kernels, and by what the last layer gets.
+    assert found[EXACTLY] == 3 + 3 + 1
+    assert found["float32", "float32", None] == 2 * LOGITS_GRADIENTS
+    assert found[HALF] > 70 and set(found) == {EXACTLY, HALF, LOGITS, ("float32", "float32", None)}
