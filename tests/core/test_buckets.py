@@ -1,6 +1,5 @@
 """Paths in buckets, over fsspec's file system in memory; other tests have a server's."""
 
-import importlib
 import os
 import pathlib
 import subprocess
@@ -10,51 +9,17 @@ import time
 import fsspec
 import numpy as np
 import pytest
-from fsspec.implementations.memory import MemoryFileSystem
 
+from tests.helpers.memory_buckets import MemoryBuckets, use_memory_buckets
 from tests.helpers.paths import ROOT
 from varjax.core import buckets, cache_dir, files, folders
 from varjax.core.cache_dir import cache_folder
 from varjax.core.errors import InputError, StorageError
 
-REGISTRY = importlib.import_module("fsspec.registry")  # in fsspec it is the name of a part of it
-
-
-class MemoryBuckets(MemoryFileSystem):
-    """All buckets of both services; notes what is written and read, and fails when asked to."""
-
-    protocol = ("gs", "gcs", "s3")
-    store, pseudo_dirs = {}, [""]
-    calls: list[tuple[str, str]] = []
-    failing = ""  # the end of a name that cannot be written
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return "/" + str(path).partition("://")[2].strip("/") if "://" in str(path) else str(path)
-
-    def put_file(self, lpath, rpath, **kwargs):
-        if self.failing and str(rpath).endswith(self.failing):
-            raise ConnectionError("the line is cut")
-        self.calls.append(("put", str(rpath)))
-        super().put_file(lpath, rpath, **kwargs)
-
-    def get_file(self, rpath, lpath, **kwargs):
-        self.calls.append(("get", str(rpath)))
-        super().get_file(rpath, lpath, **kwargs)
-
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch, tmp_path):
-    for scheme in MemoryBuckets.protocol:
-        monkeypatch.setitem(REGISTRY._registry, scheme, MemoryBuckets)
-    # epath keeps the file systems that it has made
-    monkeypatch.setattr(
-        "etils.epath.backend._FileSystemSpecBackend._get_filesystem",
-        lambda _, scheme: MemoryBuckets(),
-    )
-    monkeypatch.setattr(MemoryBuckets, "store", {})
-    monkeypatch.setattr(MemoryBuckets, "pseudo_dirs", [""])
-    monkeypatch.setattr(MemoryBuckets, "calls", [])
+    use_memory_buckets(monkeypatch.setitem, monkeypatch.setattr)
     monkeypatch.setenv("VARJAX_CACHE", str(tmp_path / "cache"))
     return MemoryBuckets
 

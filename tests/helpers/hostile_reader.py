@@ -3,26 +3,47 @@
 python -m tests.helpers.hostile_reader FOLDER [SECONDS]: FOLDER/good.* are read first.
 """
 
+import atexit
 import json
+import operator
+import os
 import pathlib
 import resource
+import shutil
 import signal
 import sys
+import tempfile
 import time
+import typing
 
+from tests.helpers.memory_buckets import MemoryBuckets, use_memory_buckets
+from varjax.analysis.run_log import read_run_log
 from varjax.convert.apply_map import lazy_leaves
 from varjax.convert.inception import read_graph
 from varjax.convert.infer_config import Source, find_kind, infer_configs
 from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.state_dicts import find_state_dicts, own_tensors
+from varjax.core import files, read_errors
 from varjax.core.errors import InputError
 from varjax.core.image_files import MAX_DECODING_BYTES
 from varjax.core.image_io import read_image
+from varjax.core.model_files import read_model_config
+from varjax.core.npz import NpzArchive, map_npy
+from varjax.core.saved_steps import SavedSteps
 from varjax.data import transforms
 from varjax.data.decoding import decode_file
+from varjax.metrics import references
+from varjax.metrics.feature_store import parts_of
+from varjax.metrics.image_sets import open_image_set
 
 ROOM, RATIO = 2**27, 16  # bytes that reading may take, and for each byte of the file
+DATA = {"npz", "npy", "json", "run", "bucket", "orbax"}
+EXECUTION = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn"}
+EXECUTION |= {"socket.connect", "ctypes.dlopen"}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGES = {f"os.{name}" for name in ("rename", "remove", "rmdir", "mkdir", "link", "symlink")}
+CHANGES |= {"os.truncate", "os.chmod", "os.chown", "os.utime"}
 OPTIONS = {
     "var": ConvertOptions(),
     "tokenizer": ConvertOptions(groups=4, scales=(1, 2)),
@@ -35,13 +56,82 @@ class OvertimeError(BaseException):
     """Is no Exception, which a reader could take for a fault of the file."""
 
 
-class ExecutionError(BaseException):
+class ForbiddenError(BaseException):
     """Is no Exception either."""
+
+
+class Guard:
+    """Forbids what no reader has to do: to run programs, import more code, or write elsewhere.
+
+    Args:
+        target: the folder that may be written to.
+
+    Attributes:
+        complete: whether all that reading needs is imported, so that more is forbidden.
+        broken: what was done all the same, though a reader may have caught the exception.
+    """
+
+    def __init__(self, target: pathlib.Path):
+        self._target = os.path.realpath(target)
+        self.complete, self.broken = False, []
+        sys.addaudithook(self._audit)
+
+    def _audit(self, event: str, arguments: tuple) -> None:
+        forbidden = event in EXECUTION or event == "import" and self.complete
+        if event == "open":
+            path, _, flags = arguments
+            forbidden = flags & WRITING and not isinstance(path, int) and not self._allows(path)
+        elif event in CHANGES:
+            paths = [x for x in arguments if isinstance(x, str | bytes | os.PathLike)]
+            forbidden = not all(map(self._allows, paths))
+        if forbidden:
+            self.broken.append(f"{event} {arguments}"[:300])
+            raise ForbiddenError(self.broken[-1])
+
+    def _allows(self, path: str | bytes | os.PathLike) -> bool:
+        path = os.path.realpath(os.fsdecode(path))
+        return path == os.devnull or path.startswith(self._target + os.sep)
+
+
+def read_data(kind: str, path: pathlib.Path) -> None:
+    """Reads data of strangers: all of what commands would read."""
+    match kind:
+        case "npz":
+            archive = NpzArchive(path)
+            if "mu" in archive.names:
+                nothing = typing.cast(typing.Any, None)  # statistics need no network
+                references.read_reference(path, nothing, path, {"pool_ND": 8})
+                return
+            images = open_image_set(path)
+            for _ in images.parts(parts_of(images.shape[0])):
+                pass
+        case "npy":
+            map_npy(path).sum()
+        case "json":
+            files.read_json(path)
+        case "run":
+            read_run_log(path)
+            read_model_config(path)
+        case "bucket":
+            for name in json.loads(path.read_text()):
+                MemoryBuckets().pipe_file("gs://b/d/good", b"x")
+                MemoryBuckets.store[f"/b/d/{name}"] = MemoryBuckets.store.pop("/b/d/good")
+            try:
+                files.local_copy("gs://b/d")
+            finally:
+                MemoryBuckets.store.clear()
+        case "orbax":
+            saved = SavedSteps(path)
+            saved.params(saved.steps()[-1])
+            saved.meta(saved.steps()[-1])
 
 
 def describe(path: pathlib.Path) -> None:
     """Does what `convert` does before it writes; reads and crops an image."""
-    flag = path.name.partition(".")[0]
+    flag, kind, *_ = path.name.split(".")
+    if (kind := kind if flag == "good" else flag) in DATA:
+        read_data(kind, path)
+        return
     if flag == "image":
         image_HWC = decode_file(path)
         transforms.center_crop(image_HWC, (256, 256))
@@ -60,6 +150,12 @@ def describe(path: pathlib.Path) -> None:
     lazy_leaves(config, own, OPTIONS[flag])
 
 
+def file_bytes(path: pathlib.Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    paths = path.rglob("*") if path.is_dir() else (path,)
+    return sum(path.stat().st_size for path in paths)
+
+
 def memory_used() -> int:
     """Bytes of addresses that the process has."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
@@ -70,17 +166,19 @@ def main(folder: str, seconds: str = "10") -> None:
     def stop(*_):
         raise OvertimeError(f"after {seconds} s")
 
-    def forbid(event: str, arguments: tuple) -> None:
-        if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"):
-            raise ExecutionError(f"{event} {arguments}"[:300])
-
-    sys.addaudithook(forbid)
+    read_errors.READ_PAUSES = (0.0,)
+    use_memory_buckets(operator.setitem, setattr)
+    target = tempfile.mkdtemp(prefix="varjax_hostile_")
+    atexit.register(shutil.rmtree, target)
+    os.environ["VARJAX_CACHE"] = target
+    guard = Guard(pathlib.Path(target))
     signal.signal(signal.SIGALRM, stop)
     paths = pathlib.Path(folder).iterdir()
     for path in sorted(paths, key=lambda path: (not path.name.startswith("good."), path)):
         room = resource.RLIM_INFINITY
         if not path.name.startswith("good."):
-            room = memory_used() + ROOM + RATIO * path.stat().st_size
+            guard.complete = True
+            room = memory_used() + ROOM + RATIO * file_bytes(path)
             if path.name.startswith("image."):  # an image of 8192x8192 may have any file
                 room += MAX_DECODING_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
@@ -90,8 +188,11 @@ def main(folder: str, seconds: str = "10") -> None:
             describe(path)
         except InputError as error:
             outcome, message = "refused", str(error)
-        except (Exception, OvertimeError, ExecutionError) as error:
+        except (Exception, OvertimeError, ForbiddenError) as error:
             outcome, message = type(error).__name__, str(error)
+        if guard.broken:
+            outcome, message = "forbidden", "\n".join(guard.broken)
+            guard.broken = []
         signal.alarm(0)
         spent = time.monotonic() - start
         line = {"name": path.name, "outcome": outcome, "seconds": spent, "length": len(message)}

@@ -1,0 +1,42 @@
+"""Buckets of both services in this process's memory, over fsspec's own file system there."""
+
+import importlib
+
+from etils.epath import backend
+from fsspec.implementations.memory import MemoryFileSystem
+
+REGISTRY = importlib.import_module("fsspec.registry")  # in fsspec it is the name of a part of it
+
+
+class MemoryBuckets(MemoryFileSystem):
+    """All buckets of both services; notes what is written and read, and fails when asked to."""
+
+    protocol = ("gs", "gcs", "s3")
+    store, pseudo_dirs = {}, [""]
+    calls: list[tuple[str, str]] = []
+    failing = ""  # the end of a name that cannot be written
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + str(path).partition("://")[2].strip("/") if "://" in str(path) else str(path)
+
+    def put_file(self, lpath, rpath, **kwargs):
+        if self.failing and str(rpath).endswith(self.failing):
+            raise ConnectionError("the line is cut")
+        self.calls.append(("put", str(rpath)))
+        super().put_file(lpath, rpath, **kwargs)
+
+    def get_file(self, rpath, lpath, **kwargs):
+        self.calls.append(("get", str(rpath)))
+        super().get_file(rpath, lpath, **kwargs)
+
+
+def use_memory_buckets(setitem, setattr) -> None:
+    """Puts MemoryBuckets in the place of both services, by functions like monkeypatch's."""
+    for scheme in MemoryBuckets.protocol:
+        setitem(REGISTRY._registry, scheme, MemoryBuckets)
+    # epath keeps the file systems that it has made
+    setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda *_: MemoryBuckets())
+    setattr(MemoryBuckets, "store", {})
+    setattr(MemoryBuckets, "pseudo_dirs", [""])
+    setattr(MemoryBuckets, "calls", [])
