@@ -16,6 +16,9 @@ import tempfile
 import time
 import typing
 
+from PIL import Image
+
+from tests.helpers.guard import ForbiddenError, Guard
 from tests.helpers.memory_buckets import MemoryBuckets, use_memory_buckets
 from varjax.analysis.run_log import read_run_log
 from varjax.convert.apply_map import lazy_leaves
@@ -31,6 +34,7 @@ from varjax.core.image_io import read_image
 from varjax.core.model_files import read_model_config
 from varjax.core.npz import NpzArchive, map_npy
 from varjax.core.saved_steps import SavedSteps
+from varjax.core.untrusted import bytes_on_disk
 from varjax.data import transforms
 from varjax.data.decoding import decode_file
 from varjax.metrics import references
@@ -39,11 +43,6 @@ from varjax.metrics.image_sets import open_image_set
 
 ROOM, RATIO = 2**27, 16  # bytes that reading may take, and for each byte of the file
 DATA = {"npz", "npy", "json", "run", "bucket", "orbax"}
-EXECUTION = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn"}
-EXECUTION |= {"socket.connect", "ctypes.dlopen"}
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CHANGES = {f"os.{name}" for name in ("rename", "remove", "rmdir", "mkdir", "link", "symlink")}
-CHANGES |= {"os.truncate", "os.chmod", "os.chown", "os.utime"}
 OPTIONS = {
     "var": ConvertOptions(),
     "tokenizer": ConvertOptions(groups=4, scales=(1, 2)),
@@ -54,43 +53,6 @@ OPTIONS = {
 
 class OvertimeError(BaseException):
     """Is no Exception, which a reader could take for a fault of the file."""
-
-
-class ForbiddenError(BaseException):
-    """Is no Exception either."""
-
-
-class Guard:
-    """Forbids what no reader has to do: to run programs, import more code, or write elsewhere.
-
-    Args:
-        target: the folder that may be written to.
-
-    Attributes:
-        complete: whether all that reading needs is imported, so that more is forbidden.
-        broken: what was done all the same, though a reader may have caught the exception.
-    """
-
-    def __init__(self, target: pathlib.Path):
-        self._target = os.path.realpath(target)
-        self.complete, self.broken = False, []
-        sys.addaudithook(self._audit)
-
-    def _audit(self, event: str, arguments: tuple) -> None:
-        forbidden = event in EXECUTION or event == "import" and self.complete
-        if event == "open":
-            path, _, flags = arguments
-            forbidden = flags & WRITING and not isinstance(path, int) and not self._allows(path)
-        elif event in CHANGES:
-            paths = [x for x in arguments if isinstance(x, str | bytes | os.PathLike)]
-            forbidden = not all(map(self._allows, paths))
-        if forbidden:
-            self.broken.append(f"{event} {arguments}"[:300])
-            raise ForbiddenError(self.broken[-1])
-
-    def _allows(self, path: str | bytes | os.PathLike) -> bool:
-        path = os.path.realpath(os.fsdecode(path))
-        return path == os.devnull or path.startswith(self._target + os.sep)
 
 
 def read_data(kind: str, path: pathlib.Path) -> None:
@@ -150,12 +112,6 @@ def describe(path: pathlib.Path) -> None:
     lazy_leaves(config, own, OPTIONS[flag])
 
 
-def file_bytes(path: pathlib.Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
-    paths = path.rglob("*") if path.is_dir() else (path,)
-    return sum(path.stat().st_size for path in paths)
-
-
 def memory_used() -> int:
     """Bytes of addresses that the process has."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
@@ -171,6 +127,7 @@ def main(folder: str, seconds: str = "10") -> None:
     target = tempfile.mkdtemp(prefix="varjax_hostile_")
     atexit.register(shutil.rmtree, target)
     os.environ["VARJAX_CACHE"] = target
+    Image.init()  # else Pillow imports the reader of a format when it first sees one
     guard = Guard(pathlib.Path(target))
     signal.signal(signal.SIGALRM, stop)
     paths = pathlib.Path(folder).iterdir()
@@ -178,7 +135,7 @@ def main(folder: str, seconds: str = "10") -> None:
         room = resource.RLIM_INFINITY
         if not path.name.startswith("good."):
             guard.complete = True
-            room = memory_used() + ROOM + RATIO * file_bytes(path)
+            room = memory_used() + ROOM + RATIO * bytes_on_disk(path)
             if path.name.startswith("image."):  # an image of 8192x8192 may have any file
                 room += MAX_DECODING_BYTES
         resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))

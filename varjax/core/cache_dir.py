@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 from varjax.core.buckets import in_bucket
 from varjax.core.errors import InputError, StorageError
+from varjax.core.untrusted import bytes_on_disk
 
 COPIES = "buckets"  # the folder of the copies
 USERS, REMOVED = ".users", ".removed-"  # in that folder
@@ -109,7 +110,7 @@ def _unneeded(root: pathlib.Path) -> list[pathlib.Path]:
     copies = [path for path in root.iterdir() if not path.name.startswith(".")]
     unneeded = []
     for used, folder in sorted(((path.stat().st_mtime, path) for path in copies), reverse=True):
-        size = _bytes_in(folder)
+        size = bytes_on_disk(folder)
         if folder.name in in_use or used > oldest and kept_bytes + size <= MAX_COPY_BYTES:
             kept_bytes += size
         else:
@@ -157,12 +158,3 @@ def _keys_in_use(root: pathlib.Path) -> set[str]:
             else:
                 path.unlink(missing_ok=True)
     return keys
-
-
-def _bytes_in(folder: pathlib.Path) -> int:
-    total = 0
-    for place, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(OSError):
-                total += os.lstat(os.path.join(place, name)).st_size
-    return total

@@ -5,6 +5,7 @@ step, and a fingerprint of each array, made from what was in memory. Steps of ol
 none of this but the caller's data; they are read without a check.
 """
 
+import math
 import os
 import pathlib
 import sys
@@ -13,9 +14,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from varjax.core import checksums, files, read_errors, trees
+from varjax.core import checksums, files, read_errors, trees, untrusted
 from varjax.core.buckets import absolute, as_path, in_bucket
 from varjax.core.checkpoint_errors import checkpoint_error, device_error
 from varjax.core.distributed import on_all_processes
@@ -183,6 +185,7 @@ class SavedSteps:
             raise InputError(f"step {step} in {self.directory} keeps no average; ask for params")
         name = "ema" if averaged and ema is not False else "params"
         self._check_description(step, name, saved[name].tree, record["arrays"])
+        self._check_claims(step, name, saved[name].tree)
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda x: _abstract(x, sharding), saved[name].tree)
         read = self._restore(step, {name: ocp.args.StandardRestore(target)})[name]
@@ -236,6 +239,21 @@ class SavedSteps:
         if recorded and described != saved:
             raise DamagedFileError(
                 f"{self.directory / str(step) / name} is damaged: its metadata do not match"
+            )
+
+    def _check_claims(self, step: int, name: str, tree: PyTree) -> None:
+        """Raises DamagedFileError where arrays claim much more bytes than their files have."""
+        folder, claimed = self.directory / str(step) / name, 0
+        try:
+            for leaf in jax.tree.leaves(tree):
+                itemsize = np.dtype(leaf.dtype).itemsize
+                claimed += math.prod(untrusted.check_shape(leaf.shape, itemsize)) * itemsize
+        except (InputError, TypeError) as error:
+            raise DamagedFileError(f"{folder} is damaged: {error}") from error
+        held = 0 if in_bucket(folder) else untrusted.bytes_on_disk(folder)
+        if held and claimed > untrusted.plausible_bytes(held):
+            raise DamagedFileError(
+                f"{folder} is damaged: its arrays have {claimed} bytes, but its files {held}"
             )
 
     def _compare(self, step: int, found: dict[str, Any], recorded: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ A file's numbers are looked at before anything is allocated by them, so that rea
 and time in proportion to the file, whatever it says.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -27,6 +28,16 @@ SHOWN_LENGTH, SHOWN_ITEMS, SHOWN_LINES, REASON_LENGTH = 80, 6, 50, 200
 def plausible_bytes(file_bytes: int) -> int:
     """Returns how many bytes a file may at most unpack to, and its tensors have together."""
     return max(SMALL_BYTES, MAX_RATIO * file_bytes)
+
+
+def bytes_on_disk(path: pathlib.Path) -> int:
+    """Returns the bytes of a file, or of all files below a folder that are there."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):  # it may just be removed
+                total += os.lstat(os.path.join(folder, name)).st_size
+    return total if path.is_dir() else path.stat().st_size
 
 
 def check_integers(numbers: Any) -> tuple[int, ...]:
