@@ -48,7 +48,7 @@ def test_the_library_reads_what_is_written(tmp_path):
     with safe_open(path, "np") as file:
         assert file.metadata() == metadata
     check_arrays(load_file(path))
-    assert json.loads(metadata.pop("xxh3_128")).keys() == ARRAYS.keys()
+    assert json.loads(metadata.pop("xxh3_128")).keys() == {"__metadata__", *ARRAYS}
     assert metadata == {"from": "here"}
     check_arrays(ours)
     # Whole lines lie on lines, so that a device on the host can use them where they are.
@@ -58,7 +58,7 @@ def test_the_library_reads_what_is_written(tmp_path):
 
 def test_each_flipped_bit_is_detected_or_changes_nothing(tmp_path):
     path = tmp_path / "x.safetensors"
-    write_safetensors(path, ARRAYS | {"lazy": LAZY}, {})
+    write_safetensors(path, ARRAYS | {"lazy": LAZY}, {"from": "here"})
     content, detected = path.read_bytes(), 0
     for bit in range(0, 8 * len(content), 61):
         flipped = bytearray(content)
@@ -72,6 +72,7 @@ def test_each_flipped_bit_is_detected_or_changes_nothing(tmp_path):
             continue
         np.testing.assert_array_equal(tensors.pop("lazy"), np.asarray(LAZY))
         check_arrays(tensors)
+        assert metadata["from"] == "here"
     assert detected > 0.8 * 8 * len(content) / 61
 
 

@@ -191,6 +191,40 @@ def test_statistics_of_images_are_kept_and_go_on_after_a_kill(tmp_path, monkeypa
     assert [path.suffix for path in cache.iterdir()] == [".safetensors"]
 
 
+def test_damaged_features_and_statistics_are_made_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(feature_store, "IMAGES_PER_PART", 10)
+    np.savez(tmp_path / "x.npz", arr_0=IMAGES_NHWC)
+    images, cache = open_image_set(tmp_path / "x.npz"), tmp_path / "cache"
+    compute, calls = FeatureExtractor(pixel_network()), []
+
+    def extract(images_NHWC, progress):
+        calls.append(len(images_NHWC))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compute(images_NHWC, progress)
+
+    def flip(path):
+        content = bytearray(path.read_bytes())
+        content[-8] ^= 1
+        path.write_bytes(content)
+
+    extract.network = compute.network
+    with pytest.raises(KeyboardInterrupt):
+        references.reference_of_images(images, images.digest, extract, cache)
+    (first, _) = sorted(cache.rglob("*.safetensors"))
+    flip(first)
+    reference = references.reference_of_images(images, images.digest, extract, cache)
+    assert calls == [10, 10, 3, 10, 3]
+    assert f"{first} is deleted and made again" in capsys.readouterr().err
+    (statistics,) = cache.iterdir()
+    content, pool_MD = statistics.read_bytes(), np.array(reference.pool_MD)  # it is a memory map
+    flip(statistics)
+    again = references.reference_of_images(images, images.digest, extract, cache)
+    assert calls[5:] == [10, 10, 3] and statistics.read_bytes() == content
+    assert "is damaged: the checksums of 1 of " in capsys.readouterr().err
+    np.testing.assert_array_equal(again.pool_MD, pool_MD)
+
+
 def test_statistics_in_a_file_are_taken_as_they_are(tmp_path):
     extract = FeatureExtractor(pixel_network())
     moments = Moments.of(extract(IMAGES_NHWC[..., :1])["pool_ND"])

@@ -15,7 +15,7 @@ from typing import Any
 from varjax.core import buckets
 from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError, StorageError
-from varjax.core.files import create_json, read_json
+from varjax.core.files import create_json, exists, read_json, read_tensors, remove
 
 LOCK_FILE = ".lock"
 LISTING_SECONDS = 5.0  # until a listing shows what another machine wrote
@@ -193,3 +193,24 @@ def _say_unlocked(folder: pathlib.Path, reason: str) -> None:
         "works there at the same time",
         file=sys.stderr,
     )
+
+
+def read_or_remove(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]] | None:
+    """Reads a file of `files.write_tensors` that can be made again.
+
+    Returns:
+        (tree, metadata); None where there is no such file. A damaged one is reported and removed.
+
+    Raises:
+        StorageError: the machine or network fails; the file may be good.
+    """
+    if not exists(path):
+        return None
+    try:
+        return read_tensors(path)
+    except StorageError:
+        raise
+    except InputError as error:
+        print(f"{error}\n{path} is deleted and made again", file=sys.stderr)
+        remove(path)
+        return None

@@ -29,6 +29,7 @@ from varjax.core.untrusted import check_name, check_shape, reason, shown
 # times as much memory as a header has bytes.
 MAX_HEADER_BYTES, MAX_TENSORS = 2**23, 2**16
 CHECKSUMS = "xxh3_128"  # in the metadata; JSON, by the tensors' names
+METADATA = "__metadata__"  # which is no tensor's name
 ALIGNMENT = 64  # bytes; XLA uses memory in place, without a copy, where it starts on such a line
 DTYPES = {
     name: np.dtype(dtype)
@@ -122,7 +123,7 @@ def write_safetensors(
             "data_offsets": [start, end],
         }
     # They are known once all is written; until then, zeros fill as many bytes of the header.
-    checksums = dict.fromkeys(names, "0" * 32)
+    checksums = {METADATA: _metadata_checksum(metadata)} | dict.fromkeys(names, "0" * 32)
     with open(path, "wb") as file:
         text = _header_text(header, metadata, checksums)
         file.write(text)
@@ -146,11 +147,17 @@ def _header_text(
     header: Mapping[str, object], metadata: Mapping[str, str], checksums: Mapping[str, str]
 ) -> bytes:
     """Returns the start of a file, padded so that the first tensor starts on a line of memory."""
-    entries = {CHECKSUMS: json.dumps(checksums, separators=(",", ":"))} if checksums else {}
-    entries = {**metadata, **entries}
-    text = json.dumps({"__metadata__": entries} | dict(header) if entries else header).encode()
+    entries = {**metadata, CHECKSUMS: json.dumps(checksums, separators=(",", ":"))}
+    text = json.dumps({METADATA: entries, **header}).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def _metadata_checksum(metadata: Mapping[str, str]) -> str:
+    others = sorted((name, text) for name, text in metadata.items() if name != CHECKSUMS)
+    return array_checksum(
+        np.dtype(np.uint8), (), (np.frombuffer(json.dumps(others).encode(), "u1"),)
+    )
 
 
 def read_safetensors(
@@ -231,7 +238,9 @@ def check_tensors(
         expected = dict(json.loads(metadata[CHECKSUMS]))
     except (ValueError, TypeError, RecursionError):
         expected = {}
-    changed = tensors.keys() ^ expected.keys()
+    changed = (tensors.keys() | {METADATA}) ^ expected.keys()
+    if expected.get(METADATA) != _metadata_checksum(metadata):
+        changed.add(METADATA)
     for name in tensors.keys() - changed:
         array = tensors[name]
         if array_checksum(array.dtype, array.shape, (array,)) != expected[name]:

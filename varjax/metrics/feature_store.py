@@ -32,7 +32,8 @@ class FeatureStore:
         self._folder = folder
 
     def has(self, part: range) -> bool:
-        return self._file(part).exists()
+        """Tells whether a part can be read; a damaged one is reported and removed."""
+        return folders.read_or_remove(self._file(part)) is not None
 
     def add(self, part: range, features: Features) -> None:
         """Writes the features of a part."""

@@ -114,7 +114,7 @@ def reference_of_images(
     request = {"images": digest, **extract.network.identity}
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     path, folder = cache / f"{key}.safetensors", cache / key
-    if not path.exists():
+    if (found := folders.read_or_remove(path)) is None:
         with folders.lock_folder(folder, wait=True):  # of several commands one computes
             if not path.exists():
                 store = FeatureStore(folder, request)
@@ -122,7 +122,8 @@ def reference_of_images(
                 arrays, count = _summarize(store, images.shape[0])
                 files.write_tensors(path, arrays, {COUNT: str(count)})
             files.remove(folder)
-    arrays, metadata = files.read_tensors(path)
+        found = files.read_tensors(path)
+    arrays, metadata = found
     moments = {
         kind: Moments(arrays[mean], arrays[covariance])
         for kind, (mean, covariance) in STATISTICS.items()
