@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import os
-import threading
 
 import chex
 import jax
@@ -11,7 +10,7 @@ from PIL import Image
 
 from tests.helpers import tiny
 from tests.helpers.tiny import lines, weights
-from varjax.core import files, folders
+from varjax.core import folders
 from varjax.core.errors import InputError
 from varjax.core.saved_steps import restore_weights
 from varjax.training import loop
@@ -211,20 +210,6 @@ def test_a_run_is_not_touched_while_another_process_trains_it(tmp_path):
         with pytest.raises(InputError, match="another process .* is at work in"):
             loop.train(tiny.experiment(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_frozen_weights_of_the_first_process_are_waited_for(tmp_path, monkeypatch):
-    """Another one that does not see the file yet would train without them."""
-    path = tmp_path / "frozen.safetensors"
-    write = lambda: files.write_tensors(path, {"offset": np.float32(3)}, {})  # noqa: E731
-    monkeypatch.setattr(loop, "on_first_process", lambda _: True)
-    timer = threading.Timer(0.3, write)
-    timer.start()
-    assert loop.frozen_weights(tiny.Tiny(), tmp_path) == {"offset": 3}
-    timer.join()
-    monkeypatch.setattr(loop, "on_first_process", lambda _: False)
-    path.unlink()
-    assert loop.frozen_weights(tiny.Tiny(), tmp_path) == {}
 
 
 def test_processes_that_see_other_data_are_refused_before_anything_else(tmp_path, monkeypatch):

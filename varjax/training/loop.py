@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +10,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from varjax.core import files, folders
+from varjax.core import folders
 from varjax.core.buckets import as_path
 from varjax.core.distributed import check_shared_file, on_first_process
 from varjax.core.errors import InputError, traceback_file
-from varjax.core.trees import PyTree
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.evaluate import Evaluator
 from varjax.training.experiment import BatchLoader, Experiment
+from varjax.training.frozen_weights import frozen_weights
 from varjax.training.loop_state import LoopState, parse_keep_best
 from varjax.training.metric_writers import MetricWriter, flatten_metrics
 from varjax.training.preemption import PreemptionGuard
@@ -154,21 +153,6 @@ def finished_state(
     except InputError:  # half a checkpoint; restoring falls back
         return None
     return state if state.is_finished(saved[-1], steps, experiment.patience) else None
-
-
-def frozen_weights(task: Task, run_dir: pathlib.Path) -> PyTree:
-    """Reads the run's own copy of the task's pretrained weights, which the first process makes."""
-    path = run_dir / "frozen.safetensors"
-
-    def copy() -> bool:
-        if not path.exists() and jax.tree.leaves(tree := task.frozen()):
-            files.write_tensors(path, tree, {})
-        return path.exists()
-
-    if not on_first_process(copy):
-        return {}
-    check_shared_file(path)
-    return files.read_tensors(path)[0]
 
 
 def _train(
