@@ -2,14 +2,16 @@
 
 A folder holds latents.json, and for each split some .safetensors files with the latents of
 consecutive images: per array of the `latent_spec` one of shape (N, U, ...) in its storage dtype,
-for N images and U augmentations of each, besides "label_N" and "valid_N" (False for broken images).
+for N images and U augmentations of each, besides "label_N" and "valid_N" (False for broken images),
+and "checksum_NU" of all that belongs to an augmentation of an image, which is compared when it is
+read. To compare a checksum of the whole file, all of it would have to be read first.
 """
 
 import dataclasses
 import itertools
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,10 +19,12 @@ from tqdm import tqdm
 
 from varjax.core import files
 from varjax.core.broken_images import BrokenImageCounter
+from varjax.core.checksums import row_checksum
 from varjax.core.errors import InputError
 from varjax.data.loader import Loader, read_ahead
 from varjax.data.stream import ExampleStream, Split
 
+CHECKSUM_NAME = "checksum_NU"  # of an array in files
 ABOUT_FILE = "latents.json"  # says what a folder's latents are
 
 # uint8 images (B, H, W, C) -> latents by name, (B, ...), perhaps still being computed.
@@ -185,8 +189,44 @@ class LatentShard:
                 errors[name] = RoundingError.of(computed, stored)
             array[~valid_B] = 0
             arrays[stored_name(name)] = array.reshape(-1, U, *spec.shape)
+        arrays[CHECKSUM_NAME] = self._checksums(arrays)
         files.write_tensors(self.path, arrays, {})
         return errors
+
+    def _checksums(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+        first, U, names = self.rows.start // self.augmentations, self.augmentations, self._stored
+        checksum_NU = np.empty((len(arrays["label_N"]), U), np.uint64)
+        for n, u in np.ndindex(checksum_NU.shape):
+            label, valid = arrays["label_N"][n], arrays["valid_N"][n]
+            latents = [arrays[name][n, u] for name in names]
+            checksum_NU[n, u] = latents_checksum(self.split, first + n, u, label, valid, latents)
+        return checksum_NU
+
+    @property
+    def _stored(self) -> list[str]:
+        return [stored_name(name) for name in read_spec(self.about)]
+
+
+def latents_checksum(
+    split: Split,
+    image: int,
+    augmentation: int,
+    label: int,
+    valid: bool,
+    latents: Sequence[np.ndarray],
+) -> int:
+    """Returns the checksum of an augmentation of an image.
+
+    Args:
+        split: of the image.
+        image: its number in the split, from 0.
+        augmentation: its number, from 0.
+        label: of the image.
+        valid: False for a broken image.
+        latents: the arrays as they are stored, in the order of `latent_spec`.
+    """
+    about = np.array([split == "train", image, augmentation, label, valid], np.int64)
+    return row_checksum((about, *latents))
 
 
 def write_shards(shards: list[LatentShard], loader: Loader, encode: EncodeBatch) -> RoundingErrors:

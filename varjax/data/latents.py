@@ -11,10 +11,12 @@ import numpy as np
 from varjax.core import files
 from varjax.core.broken_images import BrokenImage
 from varjax.core.buckets import as_path
-from varjax.core.errors import InputError
+from varjax.core.errors import DamagedFileError, InputError
 from varjax.data.latent_shards import (
     ABOUT_FILE,
+    CHECKSUM_NAME,
     ArraySpec,
+    latents_checksum,
     read_spec,
     shard_name,
     shard_starts,
@@ -97,14 +99,18 @@ class LatentTransform:
     spec: Mapping[str, ArraySpec]
 
     def train(self, example: dict, index: int, epoch: int, rng: np.random.Generator) -> Example:
-        return self._row({n: x[epoch % len(x)] for n, x in example["latents"].items()}, example)
+        return self._augmentation(example, epoch % example["augmentations"])
 
     def held_out(self, example: dict) -> Example:
-        return self._row({name: x[0] for name, x in example["latents"].items()}, example)
+        return self._augmentation(example, 0)
 
     def blank(self) -> Example:
         zeros = {name: np.zeros(spec.shape, spec.dtype) for name, spec in self.spec.items()}
         return self._row(zeros, {"label": 0})
+
+    def _augmentation(self, example: dict, number: int) -> Example:
+        example["check"](number)
+        return self._row({name: x[number] for name, x in example["latents"].items()}, example)
 
     def _row(self, latents, example):
         arrays = {name: x.astype(self.spec[name].batch_dtype) for name, x in latents.items()}
@@ -113,7 +119,10 @@ class LatentTransform:
 
 @dataclasses.dataclass(frozen=True)
 class LatentSource:
-    """{"latents": {name: (U, ...)}, "label"} of each image, read from memory-mapped files.
+    """{"latents": {name: (U, ...)}, "label", …} of each image, read from memory-mapped files.
+
+    "augmentations" is U, and "check" a function of an augmentation's number; it raises InputError
+    where its latents are not those that were written.
 
     Attributes:
         root: the folder.
@@ -150,15 +159,24 @@ class LatentSource:
                 f"{self.root} lacks {missing} of {self.shards} {self.split} files of latents; run "
                 "python -m varjax.data.cache_latents to its end"
             )
-        shards = [files.read_tensors(path)[0] for path in paths]
+        shards = [files.read_tensors(path, check=False)[0] for path in paths]
         for i, (path, found) in enumerate(zip(paths, shards, strict=True)):
-            for name, spec in self.spec.items():
-                count = self.starts[i + 1] - self.starts[i]
-                shape, array = (count, self.augmentations, *spec.shape), found[stored_name(name)]
-                if (array.shape, array.dtype) != (shape, spec.dtype):
+            count, U = self.starts[i + 1] - self.starts[i], self.augmentations
+            expected = {
+                stored_name(name): ((count, U, *spec.shape), spec.dtype)
+                for name, spec in self.spec.items()
+            }
+            expected |= {"valid_N": ((count,), np.dtype(bool))}
+            expected |= {"label_N": ((count,), found.get("label_N", np.zeros(0, int)).dtype)}
+            if CHECKSUM_NAME in found:  # files of older versions have none
+                expected |= {CHECKSUM_NAME: ((count, U), np.dtype(np.uint64))}
+            kinds = {name: (array.shape, array.dtype) for name, array in found.items()}
+            for name, (shape, dtype) in expected.items():
+                if kinds.get(name) != (shape, dtype):
+                    there = "{} {}".format(*kinds[name]) if name in kinds else "nothing"
                     raise InputError(
-                        f"{path} holds {stored_name(name)} of {array.shape} {array.dtype}, but "
-                        f"{shape} {spec.dtype} belong there; delete it and make it again"
+                        f"{path} holds {name} of {there}, but {shape} {dtype} belong there; "
+                        "delete it and make it again"
                     )
         return shards
 
@@ -168,10 +186,26 @@ class LatentSource:
     def __getitem__(self, index: int) -> dict:
         shard = bisect.bisect(self.starts, index) - 1
         row, arrays = index - self.starts[shard], self.arrays[shard]
-        if not arrays["valid_N"][row]:
-            raise BrokenImage(f"{self.root} {self.split}[{index}]", "it has no latents")
+        label, valid = int(arrays["label_N"][row]), bool(arrays["valid_N"][row])
         latents = {name: arrays[stored_name(name)][row] for name in self.spec}
-        return {"latents": latents, "label": int(arrays["label_N"][row])}
+
+        def check(u: int) -> None:
+            if CHECKSUM_NAME not in arrays:
+                return
+            stored = [array[u] for array in latents.values()]
+            checksum = latents_checksum(self.split, index, u, label, valid, stored)
+            if checksum != arrays[CHECKSUM_NAME][row, u]:
+                name = shard_name(self.split, shard, self.shards)
+                raise DamagedFileError(
+                    f"{as_path(self.root) / name} is damaged: the checksum of image {row} in it "
+                    "does not match; delete it and run python -m varjax.data.cache_latents again"
+                )
+
+        if not valid:
+            check(0)
+            raise BrokenImage(f"{self.root} {self.split}[{index}]", "it has no latents")
+        about = {"label": label, "augmentations": self.augmentations, "check": check}
+        return {"latents": latents, **about}
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
