@@ -24,7 +24,8 @@ def test_a_run_tells_where_it_stands(run, tmp_path):
     assert run_status(run).state == "stopped"
     log(
         run,
-        '{"step": 100, "loss": 2.5, "images_per_second": 1234.5}',
+        '{"step": 100, "loss": 2.5, "images_per_second": 1234.5, "goodput/share": 0.5}',
+        '{"step": 150, "goodput/share": 0.874}',
         '{"step": 200, "eval/loss": 3.5, "eval_ema/loss": 3.25}',
         '{"step": 250, "loss": nul',
     )
@@ -32,13 +33,15 @@ def test_a_run_tells_where_it_stands(run, tmp_path):
     status = run_status(run)
     assert (status.state, status.step, status.steps) == ("stopped", 200, 300)
     assert (status.loss, status.eval_loss, status.images_per_second) == (2.5, 3.25, 1234.5)
+    assert status.productive == 0.874
     with folders.lock_folder(run):
         assert run_status(run).state == "running"
     (run / "error-1.txt").write_text("Traceback")
     assert run_status(run).state == "failed"
     header, line = status_table([run_status(run)]).splitlines()
     assert "first  failed  200 / 300   2.5       3.25" in line and line.endswith(" d ago")
-    assert header.startswith("run ")
+    assert "1,234 87%" in " ".join(line.split())
+    assert header.startswith("run ") and "productive" in header
 
 
 @pytest.mark.parametrize(

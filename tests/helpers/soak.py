@@ -33,6 +33,7 @@ import orbax.checkpoint as ocp
 
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import lines
+from varjax.training.goodput import PREFIX, STEPS_LOST
 
 SMALL = {"task.model.depth": 2, "task.model.width": 64, "task.tokenizer_weights": "tokenizer"}
 OFTEN = {"save_every": 5, "eval_every": 50, "preview_every": 200, "log_every": 1}
@@ -43,6 +44,8 @@ FAILURE_SEEN = 180  # seconds until a run that cannot write has found out and en
 # Root may write to folders that are read-only, but for this.
 RIGHTS = "-dac_override,-dac_read_search"
 OBEYING = ["setpriv", f"--inh-caps={RIGHTS}", f"--bounding-set={RIGHTS}"] * (os.geteuid() == 0)
+MIN_GOODPUT = 0.1  # of time since train.py began, with an end every few seconds
+MISCOUNTED = 1  # steps at most that a start lost without knowing, for its last line was cut off
 EVENT_SHARES = {"kill": 7, "pause": 1, "full": 1, "read_only": 1}
 
 
@@ -100,6 +103,12 @@ class Run:
         """The step from which the last start went on; None where it did not come so far."""
         found = re.search(r"continuing .* after step (\d+)", self.log.read_text())
         return int(found[1]) if found else None
+
+    def goodput(self) -> dict[str, float]:
+        """Sums over all starts, by the last line that has them."""
+        found = [json.loads(x) for x in (self.path / "metrics.jsonl").read_text().splitlines()]
+        last = next(line for line in reversed(found) if PREFIX + "share" in line)
+        return {name: x for name, x in last.items() if name.startswith(PREFIX)}
 
     def end(self) -> list:
         """All that it ended with: metrics, and every array of the last and of the best step."""
@@ -216,6 +225,12 @@ def soak_run(
     for a, b in zip(whole.end(), disturbed.run.end(), strict=True):
         if not jax.tree.all(jax.tree.map(np.array_equal, a, b)):
             disturbed.failures.append("the ends differ")
+    goodput = disturbed.run.goodput()
+    if (share := goodput[PREFIX + "share"]) < MIN_GOODPUT:
+        disturbed.failures.append(f"only {share:.0%} of the time was productive: {goodput}")
+    # Its own account, and what was seen from outside after each start.
+    if not 0 <= sum(disturbed.lost) - goodput[STEPS_LOST] <= MISCOUNTED * len(disturbed.lost):
+        disturbed.failures.append(f"lost {disturbed.lost}, but it counted {goodput[STEPS_LOST]}")
     return {
         "events": disturbed.done,
         "processes": processes,
@@ -223,6 +238,8 @@ def soak_run(
         "in_a_save": disturbed.in_save,
         "steps_lost_most": max(disturbed.lost),
         "steps_lost_mean": float(np.mean(disturbed.lost)),
+        "goodput": round(share, 3),
+        "goodput_undisturbed": round(whole.goodput()[PREFIX + "share"], 3),
         "seconds": round(time.monotonic() - begin),
         "failures": disturbed.failures,
     }

@@ -13,7 +13,7 @@ from varjax.core import files, flops
 from varjax.core.buckets import as_path
 from varjax.core.saved_steps import SavedSteps
 from varjax.data.sources import Digits
-from varjax.training import train_step
+from varjax.training import goodput, train_step
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 from varjax.training.sample_quality import FIDConfig
@@ -27,7 +27,8 @@ class Tiny:
     ema_decay: float = 0.9
     accumulate: int = 1
     optimizer: AdamW = AdamW(base_lr=0.1)
-    explode_at: int = -1  # the step that gives NaN
+    explode_at: int = -1  # the first step that gives NaN
+    explode_steps: int = 1  # how many of them do
     offset_file: str = ""  # a file with a number: the "pretrained weight"
     plan: Plan = Plan()
 
@@ -69,7 +70,9 @@ class Tiny:
         grads, metrics = train_step.accumulated_gradients(
             loss_fn, state.params, batch, self.accumulate
         )
-        grads = jax.tree.map(lambda g: jnp.where(state.step == self.explode_at, jnp.nan, g), grads)
+        since = state.step - self.explode_at
+        explodes = (self.explode_at >= 0) & (since >= 0) & (since < self.explode_steps)
+        grads = jax.tree.map(lambda g: jnp.where(explodes, jnp.nan, g), grads)
         metrics["lr"] = self.optimizer.lr(state.step, self.plan)
         state, norms = train_step.apply_gradients(
             state, grads, self._tx(state.params), self.ema_decay
@@ -133,10 +136,14 @@ TIMING |= {"data_wait", "data_wait_share", "memory_gb", "memory_peak_gb"}
 
 
 def lines(run_dir):
-    """What metrics.jsonl says apart from time."""
+    """What metrics.jsonl says apart from time; some lines are of time alone."""
     text = (as_path(run_dir) / "metrics.jsonl").read_text()
     parsed = [json.loads(line) for line in text.splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in parsed]
+    timeless = [
+        {k: v for k, v in line.items() if k not in TIMING and not k.startswith(goodput.PREFIX)}
+        for line in parsed
+    ]
+    return [line for line in timeless if line.keys() != {"step"}]
 
 
 def weights(run_dir, ema=False, kind="checkpoints"):

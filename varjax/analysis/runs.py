@@ -1,5 +1,8 @@
 """Lists the training runs in a folder: state, step, loss, speed, and when each last wrote.
 
+"productive" is the share of time in steps that lasted, over all starts of a run: not in compiling,
+restoring, waiting for data, evaluating, saving, or steps that were done again after a kill.
+
 varjax runs runs
 varjax runs /shared/runs --watch=30
 
@@ -39,6 +42,7 @@ class RunStatus:
         loss: of the last line of training metrics, NaN before the first.
         eval_loss: of the last evaluation, of the average if there is one.
         images_per_second: at the last line that tells it.
+        productive: share of all its time, over all starts, in steps that lasted, 0 … 1.
         age: seconds since the run last wrote metrics or was begun; NaN where nobody knows.
     """
 
@@ -49,6 +53,7 @@ class RunStatus:
     loss: float
     eval_loss: float
     images_per_second: float
+    productive: float
     age: float
 
 
@@ -109,6 +114,7 @@ def run_status(directory: pathlib.Path) -> RunStatus:
         last("loss"),
         last("eval_ema/loss", "eval/loss"),
         last("images_per_second"),
+        last("goodput/share"),
         age,
     )
 
@@ -132,12 +138,13 @@ def read_statuses(root: str | pathlib.Path) -> list[RunStatus]:
 def status_table(runs: list[RunStatus]) -> str:
     """Formats runs as a table of text, a line each."""
     rows: list[tuple[str, ...]] = [
-        ("run", "state", "step", "loss", "eval loss", "images/s", "last written")
+        ("run", "state", "step", "loss", "eval loss", "images/s", "productive", "last written")
     ]
     for run in runs:
         of = "" if run.steps is None else f" / {run.steps:,}"
         numbers = (run.loss, run.eval_loss, run.images_per_second)
         shown = ["" if math.isnan(x) else f"{x:,.4g}" for x in numbers]
+        shown.append("" if math.isnan(run.productive) else f"{run.productive:.0%}")
         rows.append((str(run.directory), run.state, f"{run.step:,}{of}", *shown, _ago(run.age)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(

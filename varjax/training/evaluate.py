@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from varjax.core.distributed import on_all_processes
 from varjax.core.trees import PyTree
 from varjax.training.experiment import BatchLoader
+from varjax.training.goodput import FirstCall
 from varjax.training.metric_writers import flatten_metrics
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import on_mesh, replicated
@@ -35,10 +37,17 @@ class Evaluator:
         frozen: the task's pretrained weights, on the mesh.
         mesh: over all devices.
         batch_size: rows of a batch, over all processes.
+        compiling: makes a context for the first use of each computation.
     """
 
     def __init__(
-        self, task: Task, loader: BatchLoader, frozen: PyTree, mesh: Mesh, batch_size: int
+        self,
+        task: Task,
+        loader: BatchLoader,
+        frozen: PyTree,
+        mesh: Mesh,
+        batch_size: int,
+        compiling: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._task, self._loader, self._frozen = task, loader, frozen
         self._mesh, self._batch_size = mesh, batch_size
@@ -50,7 +59,9 @@ class Evaluator:
 
         self._step = jax.jit(on_mesh(step, mesh), out_shardings=everywhere)
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
-        self._preview = jax.jit(on_mesh(task.preview, mesh), out_shardings=everywhere)
+        preview = jax.jit(on_mesh(task.preview, mesh), out_shardings=everywhere)
+        self._run_step = FirstCall(self._step, compiling)
+        self._run_preview = FirstCall(preview, compiling)
 
     def metrics(
         self, state: TrainState, stop: Callable[[], bool] = lambda: False
@@ -72,7 +83,9 @@ class Evaluator:
             placed, before = self._place(batch), sums
             sums = {}
             for kind, params in evaluated_parameters(state).items():
-                part = self._step(dataclasses.replace(state, params=params), self._frozen, placed)
+                part = self._run_step(
+                    dataclasses.replace(state, params=params), self._frozen, placed
+                )
                 sums[kind] = self._add(before[kind], part) if before else part
             jax.block_until_ready(before)  # or else all batches could pile up on the devices
         assert sums, "the held-out split is empty"
@@ -103,7 +116,7 @@ class Evaluator:
         batch: dict[str, np.ndarray] = {}
         # All know that all have it: one that is missing would keep the others for ever.
         on_all_processes(lambda: batch.update(self._loader.held_out_batch(0)))
-        return jax.device_get(self._preview(state, self._frozen, self._place(batch)))
+        return jax.device_get(self._run_preview(state, self._frozen, self._place(batch)))
 
     def _first_batch(self) -> Batch:
         return self._place(self._loader.held_out_batch(0))

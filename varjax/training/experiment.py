@@ -107,6 +107,9 @@ class Experiment:
         fid: FID and Inception Score of samples as the run goes.
         wandb: project of Weights & Biases, NAME or ENTITY/NAME, that also gets what the run logs;
             "" for none. Needs the package wandb.
+        stalled_minutes: without progress (a step, a batch of an evaluation, a save) after which the
+            process ends with exit code 75, so that a scheduler starts it again; 0 for never.
+            Compiling does not count.
     """
 
     task: Task
@@ -129,6 +132,7 @@ class Experiment:
     patience: int = 0
     fid: FIDConfig = FIDConfig()
     wandb: str = ""
+    stalled_minutes: float = 30.0
 
     def check(self) -> None:
         """Raises InputError for the first field that makes no sense."""
@@ -179,4 +183,5 @@ MIN_VALUES = {
     "keep": 1,
     "keep_every": 0,
     "patience": 0,
+    "stalled_minutes": 0,
 }

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from varjax.training.checkpoint import Checkpoints
 from varjax.training.evaluate import Evaluator
 from varjax.training.experiment import BatchLoader, Experiment
 from varjax.training.frozen_weights import frozen_weights
+from varjax.training.goodput import FirstCall, Goodput
 from varjax.training.loop_state import LoopState, parse_keep_best
 from varjax.training.metric_writers import MetricWriter, flatten_metrics
 from varjax.training.preemption import PreemptionGuard
@@ -39,6 +40,7 @@ from varjax.training.step_profiler import StepProfiler
 from varjax.training.task import Task, TrainState, check_latents
 from varjax.training.throughput import ThroughputMeter
 from varjax.training.warm_start import forked_state, warm_start_state
+from varjax.training.watchdog import Watchdog
 
 
 class NonFiniteMetricError(InputError, FloatingPointError):
@@ -98,7 +100,8 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
     The same command continues a run after any kind of end, and then takes exactly the steps that
     an uninterrupted run takes. SIGINT and SIGTERM (with several processes only SIGTERM) save at
     once and exit with 128 + the signal's number; an evaluation that was due is made up for. The
-    traceback of an unexpected error is also written to <run_dir>/error.txt.
+    traceback of an unexpected error is also written to <run_dir>/error.txt. A run without progress
+    for `stalled_minutes` ends the process (`Watchdog`).
 
     Args:
         experiment: the run.
@@ -112,6 +115,7 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
         NonFiniteMetricError: a metric is not finite; nothing of that step is saved.
         StorageError: the run's files cannot be written.
     """
+    goodput = Goodput()
     setup = set_up(experiment)
     run_dir = as_path(experiment.run_dir)
     profiler = StepProfiler(profile, run_dir)
@@ -122,9 +126,9 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
         check_shared_file(run_dir / "config.json")
         on_first_process(lambda: check_or_write_data(experiment))
         index = jax.process_index()
-        held.enter_context(
-            traceback_file(run_dir / (f"error-{index}.txt" if index else "error.txt"))
-        )
+        report = run_dir / (f"error-{index}.txt" if index else "error.txt")
+        held.enter_context(traceback_file(report))
+        watchdog = held.enter_context(Watchdog(experiment.stalled_minutes, report))
         checkpoints = held.enter_context(
             Checkpoints(run_dir / "checkpoints", experiment.keep, experiment.keep_every)
         )
@@ -132,7 +136,8 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
             if index == 0:
                 print(f"{run_dir} is finished; its results:", found.metrics, file=sys.stderr)
             return found.metrics
-        return _train(experiment, setup, checkpoints, held.enter_context(profiler))
+        held.enter_context(profiler)
+        return _train(experiment, setup, checkpoints, profiler, goodput, watchdog)
 
 
 def finished_state(
@@ -156,8 +161,18 @@ def finished_state(
 
 
 def _train(
-    e: Experiment, setup: Setup, checkpoints: Checkpoints, profiler: StepProfiler
+    e: Experiment,
+    setup: Setup,
+    checkpoints: Checkpoints,
+    profiler: StepProfiler,
+    goodput: Goodput,
+    watchdog: Watchdog,
 ) -> dict[str, float]:
+    @contextlib.contextmanager
+    def compiling() -> Iterator[None]:
+        with goodput.measure("compile"), watchdog.paused():
+            yield
+
     task, loader, mesh = setup.task, setup.loader, setup.mesh
     run_dir, steps, main = as_path(e.run_dir), task.plan.steps, jax.process_index() == 0
     init_key, train_key = jax.random.split(jax.random.key(e.seed))
@@ -169,12 +184,12 @@ def _train(
     frozen = frozen_weights(task, run_dir)
     check_latents(task, frozen, loader.tokenizer_identity)
     frozen = put(frozen, shardings(frozen, mesh))
-    evaluator = Evaluator(task, loader, frozen, mesh, e.batch_size)
+    evaluator = Evaluator(task, loader, frozen, mesh, e.batch_size, compiling)
     quality = None
     if e.fid.every:
         on_latents = loader.tokenizer_identity is not None
         quality = SampleQuality(
-            e.fid, task, e.data, frozen, mesh, e.batch_size, run_dir, on_latents
+            e.fid, task, e.data, frozen, mesh, e.batch_size, run_dir, on_latents, compiling
         )
     if e.keep_best:
         names = evaluator.metric_names(abstract)
@@ -193,7 +208,7 @@ def _train(
     start = step = int(state.step)
     if step > steps:
         raise InputError(f"fork_from={e.fork_from}: has {step} steps, but this run ends at {steps}")
-    train_step = jit_train_step(task, mesh, placement)
+    train_step = FirstCall(jit_train_step(task, mesh, placement), compiling)
     batches = Prefetcher(loader.train(start), mesh, e.batch_size)
     throughput = ThroughputMeter(e.batch_size)
 
@@ -206,14 +221,21 @@ def _train(
 
         def log(step: int, metrics: dict[str, jax.Array]) -> None:
             numbers = flatten_metrics(jax.device_get(metrics))
+            watchdog.progress()
             checkpoints.check()
             _check_finite(step, numbers, checkpoints)
             if step == start + 1:
                 progress.say(f"step {step} is done: loss {numbers.get('loss', math.nan):.4g}")
             if step % e.log_every == 0 or step == steps:
                 numbers |= throughput.measure(step, batches.waited)
-                writer.write(step, numbers)
+                writer.write(step, numbers | goodput.metrics())
                 progress.show(step, numbers)
+            elif step == start + 1:  # what the start took, should a kill come soon
+                writer.write(step, goodput.metrics())
+
+        def should_stop() -> bool:
+            watchdog.progress()  # a batch was evaluated
+            return preemption.should_stop()
 
         def due(every: int) -> bool:
             return every > 0 and step % every == 0
@@ -225,15 +247,15 @@ def _train(
             """Evaluates and previews where this step is due; returns whether it came to the end."""
             found: dict[str, float] = {}
             if evaluating := step == steps or due(e.eval_every):
-                if (metrics := evaluator.metrics(state, preemption.should_stop)) is None:
+                if (metrics := evaluator.metrics(state, should_stop)) is None:
                     return False
                 found |= metrics
             if quality is not None and (step == steps or due(e.fid.every)):
-                if (metrics := quality.metrics(state, preemption.should_stop)) is None:
+                if (metrics := quality.metrics(state, should_stop)) is None:
                     return False
                 found |= metrics
             if found:
-                writer.write(step, found)
+                writer.write(step, found | goodput.metrics())
             if evaluating:
                 if loop_state.update(found):
                     weights = dataclasses.replace(state, opt_state=None)
@@ -257,16 +279,24 @@ def _train(
             f"{len(loader.train_source):,} examples of {e.data.classes} classes, {steps:,} steps; "
             "the first one compiles the program, which may take minutes"
         )
+        goodput.add(writer.earlier_goodput)
+        if writer.earlier_goodput:  # those of lines that were dropped
+            writer.write(start, goodput.metrics())
+        watchdog.progress()
+        goodput.begin("evaluate")
         if loop_state.evaluation_due and evaluate():  # made up for, after a signal
             loop_state.evaluation_due = False
             best.wait()
             writer.sync()
             checkpoints.rewrite_meta(step, dataclasses.asdict(loop_state))
+        goodput.begin("step")
         unlogged, stop = None, preemption.signalled()
         while not (stop or finished()):
             step += 1
             profiler.begin_step()
-            state, metrics = train_step(state, frozen, batch := next(batches), train_key)
+            with goodput.measure("data"):
+                batch = next(batches)
+            state, metrics = train_step(state, frozen, batch, train_key)
             profiler.end_step(metrics)
             if not throughput.step_flops:  # counted while the devices work
                 throughput.step_flops = task.train_flops(abstract, frozen, batch)
@@ -283,14 +313,17 @@ def _train(
                 continue
             log(*unlogged)  # raises before anything that is not finite can be saved
             unlogged = None
-            with throughput.paused():
+            with throughput.paused(), goodput.measure("evaluate"):
                 loop_state.evaluation_due = evaluating and (stop or not evaluate())
-                stop = preemption.signalled()
-                if stop or saving or finished():
+            watchdog.progress()
+            stop = preemption.signalled()
+            if stop or saving or finished():
+                with throughput.paused(), goodput.measure("save"):
                     # What a checkpoint knows of must be there before it: lines, and a best one.
                     writer.sync()
                     best.wait()
                     checkpoints.save(step, state, dataclasses.asdict(loop_state))
+                watchdog.progress()
         if not finished():
             checkpoints.wait()
             progress.say(f"saved after step {step}; the same command continues from there")

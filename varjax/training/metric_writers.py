@@ -17,6 +17,7 @@ from varjax.core.buckets import LocalMirror, in_bucket
 from varjax.core.errors import StorageError
 from varjax.core.untrusted import parse_json
 from varjax.training.background_writer import BackgroundWriter
+from varjax.training.goodput import earlier_goodput
 from varjax.training.run_writers import (
     UPLOAD_SECONDS,
     PreviewWriter,
@@ -60,6 +61,9 @@ class MetricWriter:
         evaluated: whether that step's evaluation is done; else its lines are dropped too.
         active: False for a process that writes nothing at all.
         wandb: a project of Weights & Biases that gets everything as well; "" for none.
+
+    Attributes:
+        earlier_goodput: what earlier starts of the run took (`goodput.earlier_goodput`).
     """
 
     def __init__(
@@ -74,12 +78,19 @@ class MetricWriter:
         self._scalar_writers: list[BackgroundWriter] = []
         self._picture_writers: list[BackgroundWriter] = []
         self._upload_lock = threading.Lock()
+        self.earlier_goodput: dict[str, float] = {}
         try:
             self._mirror = LocalMirror(run_dir, (METRICS_FILE,) if active else ())
             path = self._mirror.folder / METRICS_FILE if active else pathlib.Path(os.devnull)
             if path.is_file():
                 lines = path.read_text(errors="replace").splitlines()
-                kept = [line for line in lines if _position(line) <= (step, evaluated)]
+                parsed = [_parse(line) for line in lines]
+                self.earlier_goodput = earlier_goodput([x for x in parsed if x], step)
+                kept = [
+                    line
+                    for line, metrics in zip(lines, parsed, strict=True)
+                    if metrics and _position(metrics) <= (step, evaluated)
+                ]
                 with files.atomic_path(path) as temporary:
                     temporary.write_text("".join(line + "\n" for line in kept))
             self._lines = open(path, "a", buffering=1)
@@ -198,10 +209,16 @@ class _Uploads:
         pass
 
 
-def _position(line: str) -> tuple[float, bool]:
-    """Returns a line's step and whether it tells of an evaluation; infinity if it is cut off."""
+def _parse(line: str) -> dict[str, Any]:
+    """Returns what a line says; {} for one that is cut off or none of ours."""
     try:
         metrics = parse_json(line)
-        return float(metrics["step"]), any(name.startswith("eval") for name in metrics)
-    except (ValueError, TypeError, KeyError):
-        return math.inf, True
+    except ValueError:
+        return {}
+    known = isinstance(metrics, dict) and isinstance(metrics.get("step"), int)
+    return metrics if known else {}
+
+
+def _position(metrics: dict[str, Any]) -> tuple[int, bool]:
+    """Returns a line's step and whether it tells of an evaluation."""
+    return metrics["step"], any(name.startswith("eval") for name in metrics)

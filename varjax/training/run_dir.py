@@ -34,6 +34,7 @@ CHANGEABLE_FIELDS = (
     "init_from",
     "fork_from",
     "wandb",
+    "stalled_minutes",
     "fid",
     "data.reading",
     "data.root",  # images may move: data.json tells whether they are the same

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from varjax.metrics.references import (
     read_reference,
     reference_of_images,
 )
+from varjax.training.goodput import FirstCall
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import (
     check_batch_size,
@@ -82,6 +84,7 @@ class SampleQuality:
         batch_size: of training; its microbatch is drawn at a time where the config says no other.
         run_dir: the run, which keeps the statistics of its own held-out images.
         on_latents: whether the run's data are latents, which are no reference.
+        compiling: makes a context for the first batch, whose program is compiled.
 
     Raises:
         InputError: before anything is drawn, for what cannot be done.
@@ -97,6 +100,7 @@ class SampleQuality:
         batch_size: int,
         run_dir: pathlib.Path,
         on_latents: bool,
+        compiling: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         draw = task.sampler()
         if draw is None:
@@ -129,7 +133,8 @@ class SampleQuality:
             found = network.apply(network_params, images_BHWC)
             return {name: x for name, x in found.items() if name in ("pool_BD", "logits_BV")}
 
-        self._features = jax.jit(on_mesh(features, mesh), out_shardings=everywhere)
+        drawn = jax.jit(on_mesh(features, mesh), out_shardings=everywhere)
+        self._features = FirstCall(drawn, compiling)
         self._reference: Reference | None = None
 
         def read() -> None:
