@@ -13,10 +13,12 @@ from varjax.data.sources.digits import Digits
 from varjax.mar.task import MARTask
 from varjax.nn.compute import Compute
 from varjax.training import sharding
+from varjax.training.loop import jit_train_step
 from varjax.training.optimizer import AdamW
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan
+from varjax.training.train_step import SKIPPED
 from varjax.var.task import VARTask
 
 BATCH = 24  # in the transformer no width is as long, nor as its 24 · 21 tokens
@@ -45,9 +47,11 @@ def main() -> None:
     whole = train(SMALL, {}, MeshShape(), jax.devices()[:1])
     for sizes, accumulate in ((8, 1, 1), 3), ((1, 8, 1), 1), ((2, 2, 2), 3):
         task, shape = dataclasses.replace(SMALL, accumulate=accumulate), MeshShape(*sizes)
-        state, metrics, _ = train(task, {}, shape)
+        state, metrics, compiled = train(task, {}, shape, skip=True)
+        assert metrics.pop(SKIPPED) == 0
         check_layout(shape, state, "up")
         jax.tree.map(close, (state, metrics), whole[:2])
+        check_skipping(compiled, state)
 
     tokenizer = jax.eval_shape(runs.TOKENIZER.init, jax.random.key(0))
     frozen, shape = numbers(tokenizer), MeshShape(1, 4, 2)
@@ -64,7 +68,7 @@ def main() -> None:
     jax.tree.map(close, (state, metrics), whole[:2])
 
 
-def train(task, frozen, shape: MeshShape, devices=None):
+def train(task, frozen, shape: MeshShape, devices=None, skip=False):
     """The state and metrics after three steps, and the compiled step."""
     key = jax.random.key(0)
     mesh, loader = sharding.make_mesh(shape, devices), make_loader(Digits(), BATCH)
@@ -75,15 +79,23 @@ def train(task, frozen, shape: MeshShape, devices=None):
     state = sharding.put(zeros.replace(params=params, ema=params), placement)
     frozen = sharding.put(frozen, sharding.shardings(frozen, mesh))
     batches = [put_batch(loader.train_batch(n), mesh, BATCH) for n in range(3)]
-    step = jax.jit(
-        sharding.on_mesh(task.train_step, mesh),
-        out_shardings=(placement, sharding.replicated(mesh)),
-        donate_argnums=0,
-    )
+    step = jit_train_step(task, mesh, placement, skip)
     compiled = step.lower(state, frozen, batches[0], key).compile()
     for batch in batches:
         state, metrics = compiled(state, frozen, batch, key)
     return state, metrics, compiled
+
+
+def check_skipping(compiled, state) -> None:
+    """One number of one device that is not finite leaves the step out on all of them."""
+    mesh, bias_C = state.step.sharding.mesh, np.array(state.params["up"]["bias"])
+    bias_C[-1] = np.nan
+    state.params["up"]["bias"] = jax.device_put(bias_C, state.params["up"]["bias"].sharding)
+    before = jax.device_get(state)
+    batch = put_batch(make_loader(Digits(), BATCH).train_batch(3), mesh, BATCH)
+    after, metrics = compiled(state, {}, batch, jax.random.key(0))
+    assert metrics[SKIPPED] == 1 and after.step == before.step + 1
+    jax.tree.map(np.testing.assert_array_equal, after.replace(step=before.step), before)
 
 
 def numbers(tree):

@@ -110,6 +110,8 @@ class Experiment:
         stalled_minutes: without progress (a step, a batch of an evaluation, a save) after which the
             process ends with exit code 75, so that a scheduler starts it again; 0 for never.
             Compiling does not count.
+        skip_nonfinite: how many steps in a row may be left out because a gradient is not finite;
+            one more ends the run. 0 leaves none out.
     """
 
     task: Task
@@ -133,6 +135,7 @@ class Experiment:
     fid: FIDConfig = FIDConfig()
     wandb: str = ""
     stalled_minutes: float = 30.0
+    skip_nonfinite: int = 0
 
     def check(self) -> None:
         """Raises InputError for the first field that makes no sense."""
@@ -184,4 +187,5 @@ MIN_VALUES = {
     "keep_every": 0,
     "patience": 0,
     "stalled_minutes": 0,
+    "skip_nonfinite": 0,
 }

@@ -39,6 +39,7 @@ from varjax.training.sharding import (
 from varjax.training.step_profiler import StepProfiler
 from varjax.training.task import Task, TrainState, check_latents
 from varjax.training.throughput import ThroughputMeter
+from varjax.training.train_step import SKIPPED, skip_nonfinite_updates
 from varjax.training.warm_start import forked_state, warm_start_state
 from varjax.training.watchdog import Watchdog
 
@@ -79,16 +80,20 @@ def set_up(experiment: Experiment) -> Setup:
     return Setup(task, loader, mesh)
 
 
-def jit_train_step(task: Task, mesh: Mesh, placement: TrainState) -> Callable[..., Any]:
+def jit_train_step(
+    task: Task, mesh: Mesh, placement: TrainState, skip_nonfinite: bool = False
+) -> Callable[..., Any]:
     """Jits a task's step so that the state stays where it lies and is updated in place.
 
     Args:
         task: of the run.
         mesh: over all devices.
         placement: a sharding for each array of the state.
+        skip_nonfinite: whether to leave updates out as `skip_nonfinite_updates` does.
     """
+    step = skip_nonfinite_updates(task.train_step) if skip_nonfinite else task.train_step
     return jax.jit(
-        on_mesh(task.train_step, mesh),
+        on_mesh(step, mesh),
         out_shardings=(placement, replicated(mesh)),
         donate_argnums=0,
     )
@@ -112,7 +117,8 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
 
     Raises:
         InputError: settings that make no sense or differ from the run's.
-        NonFiniteMetricError: a metric is not finite; nothing of that step is saved.
+        NonFiniteMetricError: a metric is not finite, and not in a step that `skip_nonfinite` leaves
+            out; nothing of that step is saved.
         StorageError: the run's files cannot be written.
     """
     goodput = Goodput()
@@ -208,7 +214,8 @@ def _train(
     start = step = int(state.step)
     if step > steps:
         raise InputError(f"fork_from={e.fork_from}: has {step} steps, but this run ends at {steps}")
-    train_step = FirstCall(jit_train_step(task, mesh, placement), compiling)
+    jitted = jit_train_step(task, mesh, placement, e.skip_nonfinite > 0)
+    train_step = FirstCall(jitted, compiling)
     batches = Prefetcher(loader.train(start), mesh, e.batch_size)
     throughput = ThroughputMeter(e.batch_size)
 
@@ -223,7 +230,13 @@ def _train(
             numbers = flatten_metrics(jax.device_get(metrics))
             watchdog.progress()
             checkpoints.check()
-            _check_finite(step, numbers, checkpoints)
+            loop_state.count_step(skipped=numbers.pop(SKIPPED, 0.0) > 0)
+            if loop_state.skipped_in_row == 1:
+                progress.say(f"step {step} is left out, for its gradient is not finite")
+            if not 0 < loop_state.skipped_in_row <= e.skip_nonfinite:
+                _check_finite(step, numbers, checkpoints)
+            if e.skip_nonfinite:
+                numbers["skipped_steps"] = loop_state.skipped_steps
             if step == start + 1:
                 progress.say(f"step {step} is done: loss {numbers.get('loss', math.nan):.4g}")
             if step % e.log_every == 0 or step == steps:
@@ -288,7 +301,7 @@ def _train(
             loop_state.evaluation_due = False
             best.wait()
             writer.sync()
-            checkpoints.rewrite_meta(step, dataclasses.asdict(loop_state))
+            checkpoints.rewrite_meta(step, loop_state.to_meta())
         goodput.begin("step")
         unlogged, stop = None, preemption.signalled()
         while not (stop or finished()):
@@ -322,7 +335,7 @@ def _train(
                     # What a checkpoint knows of must be there before it: lines, and a best one.
                     writer.sync()
                     best.wait()
-                    checkpoints.save(step, state, dataclasses.asdict(loop_state))
+                    checkpoints.save(step, state, loop_state.to_meta())
                 watchdog.progress()
         if not finished():
             checkpoints.wait()
@@ -338,5 +351,6 @@ def _check_finite(step: int, numbers: dict[str, float], checkpoints: Checkpoints
         after = f"the checkpoint of step {saved[-1]} is good" if saved else "nothing was saved yet"
         raise NonFiniteMetricError(
             f"after step {step}, {bad} are not finite; {after}. "
-            "Try a lower learning rate, a longer warm-up or stronger clipping in a new run_dir"
+            "Try a lower learning rate, a longer warm-up or stronger clipping in a new run_dir; "
+            "where single steps do this, skip_nonfinite leaves them out"
         )

@@ -29,6 +29,8 @@ class LoopState:
         evaluations_since_best: how many brought nothing better.
         metrics: all of the last evaluation.
         evaluation_due: whether a signal came before this step's evaluation and previews.
+        skipped_steps: how many were left out, for their gradients were not finite.
+        skipped_in_row: how many of them are the last ones.
     """
 
     keep_best: str = ""
@@ -36,6 +38,13 @@ class LoopState:
     evaluations_since_best: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     evaluation_due: bool = False
+    skipped_steps: int = 0
+    skipped_in_row: int = 0
+
+    def to_meta(self) -> dict:
+        """Returns what `from_meta` reads, as JSON data; without skipped steps they are left out."""
+        meta = dataclasses.asdict(self)
+        return {k: v for k, v in meta.items() if v or not k.startswith("skipped_")}
 
     @classmethod
     def from_meta(cls, meta: dict, keep_best: str) -> "LoopState":
@@ -60,6 +69,11 @@ class LoopState:
             return True
         self.evaluations_since_best += 1
         return False
+
+    def count_step(self, skipped: bool) -> None:
+        """Counts a step that was left out, or was not."""
+        self.skipped_steps += skipped
+        self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
 
     def is_finished(self, step: int, steps: int, patience: int) -> bool:
         """Returns whether the run ends with this step, all that belongs to it done.

@@ -35,6 +35,7 @@ CHANGEABLE_FIELDS = (
     "fork_from",
     "wandb",
     "stalled_minutes",
+    "skip_nonfinite",
     "fid",
     "data.reading",
     "data.root",  # images may move: data.json tells whether they are the same

@@ -128,7 +128,7 @@ class Task(Protocol):
 
         Returns:
             The state after it, and metrics: scalars or 1-D arrays, of which one that is not finite
-            stops the run.
+            stops the run. The norms of gradients are called "grad_norm" or ".../grad_norm".
         """
         ...
 

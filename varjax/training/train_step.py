@@ -11,10 +11,15 @@ import optax
 from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.nn.compute import split_batch
-from varjax.training.task import TrainState
+from varjax.training.task import Batch, TrainState
 
 Metrics = dict[str, jax.Array]
+StepFn = Callable[[TrainState, PyTree, Batch, jax.Array], tuple[TrainState, Metrics]]
 LossFn = Callable[[PyTree, PyTree], tuple[jax.Array, Metrics]]
+
+
+SKIPPED = "skipped"  # a metric: whether this step was left out
+DECISIVE_METRICS = ("loss", "grad_norm")
 
 
 def create_state(
@@ -125,3 +130,33 @@ def apply_gradients(
         "param_norm": optax.tree.norm(params),
     }
     return TrainState(state.step + 1, params, ema, opt_state), norms
+
+
+def skip_nonfinite_updates(train_step: StepFn) -> StepFn:
+    """Wraps a `Task.train_step` so that updates by gradients that are not finite are left out.
+
+    Then parameters, optimizers, averages and whatever else the state holds stay as they were; only
+    `state.step` counts on. What decides are the metrics "loss" and "grad_norm", of every optimizer
+    ("discriminator/grad_norm"). They do not depend on the new state, so that most of it still takes
+    the memory of the old one; on a CPU up to two more copies of the parameters are needed.
+
+    The first step is never left out: what a task does in it, such as k-means of a tokenizer's
+    codes, is not done again.
+
+    Returns:
+        The step, whose metrics have SKIPPED as well: 1 where it was left out, else 0.
+    """
+
+    def step(state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array):
+        updated, metrics = train_step(state, frozen, batch, key)
+        by_name = {name: name.rpartition("/")[2] for name in metrics}
+        if "grad_norm" not in by_name.values():
+            raise InputError("skip_nonfinite is set, but this task has no metric grad_norm")
+        checked = [metrics[name] for name, last in by_name.items() if last in DECISIVE_METRICS]
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in checked]))
+        finite = finite | (state.step == 0)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+        skipped = 1 - finite.astype(jnp.float32)
+        return kept.replace(step=updated.step), metrics | {SKIPPED: skipped}
+
+    return step
