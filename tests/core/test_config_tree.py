@@ -122,3 +122,24 @@ def test_differences_name_every_path():
         "a: 1 in the run, absent in the config",
         "b: absent in the run, 2 in the config",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("leaf.rate=1e999", "leaf.rate must be a finite number, at most 3.40282e.38, not inf"),
+        ("leaf.rate=1e39", "leaf.rate must be a finite number"),
+        ("leaf.rate=nan", "leaf.rate must be float"),
+        ("leaf.sizes=1,5000000000", r"leaf.sizes\[1\] must be a number -2147483647 … 4294967295"),
+        ("part.depth=18446744073709551616", "part.depth must be a number"),
+    ],
+)
+def test_numbers_that_jax_would_cut_off_are_refused(text, says):
+    with pytest.raises(ValueError, match=says):
+        config_tree.override(Root(), [text])
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("-inf"), 1e39, 10**400])
+def test_so_are_those_in_files(rate):
+    with pytest.raises(ValueError, match="Leaf.rate must be a finite number"):
+        config_tree.from_dict(Leaf, {"rate": rate})

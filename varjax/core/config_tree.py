@@ -13,10 +13,15 @@ from collections.abc import Iterable
 from typing import Any, Literal, TypeVar, Union
 
 from varjax.core.errors import InputError
+from varjax.core.numbers import FLOAT32_MAX, INT32_MAX, UINT32_MAX
 from varjax.core.untrusted import shown
 
 T = TypeVar("T")
 WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+
+class _OutOfBounds(InputError):
+    """A number of the right type, but one that JAX would cut off."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -126,8 +131,16 @@ def _build(kind: Any, data: Any, path: str) -> Any:
                 for i, (k, v) in enumerate(zip(kinds, data, strict=True))
             )
     elif kind is float and type(data) in (int, float):
+        if not abs(data) <= FLOAT32_MAX:  # nor is NaN
+            raise _OutOfBounds(
+                f"{path} must be a finite number, at most {FLOAT32_MAX:g}, not {data}"
+            )
         return float(data)
-    elif kind in (int, str, bool, type(None)) and type(data) is kind or kind is Any:
+    elif kind is int and type(data) is int:
+        if not -INT32_MAX <= data <= UINT32_MAX:
+            raise _OutOfBounds(f"{path} must be a number {-INT32_MAX} … {UINT32_MAX}, not {data}")
+        return data
+    elif kind in (str, bool, type(None)) and type(data) is kind or kind is Any:
         return data
     if getattr(kind, "_is_protocol", False):
         raise InputError(f"{path} is an interface, which names no class; read it as its own class")
@@ -177,6 +190,8 @@ def _parse(kind: Any, text: str, path: str) -> Any:
     try:
         literal = WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
         return _build(kind, literal, path)
+    except _OutOfBounds:
+        raise
     except (ValueError, SyntaxError, TypeError):
         return _build(kind, text, path)
 

@@ -1,13 +1,13 @@
 """How a MAR model is sampled: its options, and what follows from them before any compilation."""
 
 import dataclasses
-import math
 from typing import Literal
 
 import flax.struct
 import numpy as np
 
 from varjax.core.errors import InputError, check_setting
+from varjax.core.numbers import finite_number, whole_number
 from varjax.mar.model import MARConfig
 from varjax.mar.schedule import Bucket, UnmaskingSchedule, denoising_schedules
 from varjax.nn.diffusion import NoiseSchedule
@@ -51,24 +51,19 @@ class MAROptions:
 
         Raises InputError for a value out of range.
         """
-        check_setting("cfg", self.cfg, 0 <= self.cfg < math.inf, "0 or more; 1 turns it off")
+        cfg = finite_number("cfg", self.cfg, 0, allowed="0 or more; 1 turns it off")
         allowed = GuidanceSchedule.__args__
         known = self.cfg_schedule in allowed
         check_setting("cfg_schedule", self.cfg_schedule, known, " or ".join(allowed))
-        ok = self.steps >= 1 and self.steps == int(self.steps)
-        check_setting("steps", self.steps, ok, "a whole number, 1 or more")
-        ok = 0 <= self.temperature < math.inf
-        check_setting("temperature", self.temperature, ok, "a finite number, 0 or more")
-        ok = 0 <= self.clip_denoised < math.inf
-        check_setting("clip_denoised", self.clip_denoised, ok, "a finite number, 0 (off) or more")
+        limit = "a finite number, 0 (off) or more"
         denoising_schedules(str(self.diffusion_steps), 1)
         return dataclasses.replace(
             self,
-            cfg=float(self.cfg),
-            steps=int(self.steps),
-            temperature=float(self.temperature),
+            cfg=cfg,
+            steps=whole_number("steps", self.steps, 1, allowed="a whole number, 1 or more"),
+            temperature=finite_number("temperature", self.temperature, 0),
             diffusion_steps=str(self.diffusion_steps),
-            clip_denoised=float(self.clip_denoised),
+            clip_denoised=finite_number("clip_denoised", self.clip_denoised, 0, allowed=limit),
         )
 
 

@@ -136,7 +136,9 @@ def denoising_schedules(text: str, steps: int) -> tuple[NoiseSchedule, ...]:
     """
     first, *rest = text.split(":")
     last, kind = (*rest, "linear")[:2] if rest else (first, "linear")
-    numbers = all(n.isdecimal() and 2 <= int(n) <= TRAINING_STEPS for n in (first, last))
+    numbers = all(
+        n.isdecimal() and len(n) < 5 and 2 <= int(n) <= TRAINING_STEPS for n in (first, last)
+    )
     if not numbers or len(rest) > 2 or kind not in ANNEALING:
         raise InputError(
             f"diffusion_steps={text}: give one number, 2 … {TRAINING_STEPS}, or FIRST:LAST like "

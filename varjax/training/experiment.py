@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from varjax.core.buckets import in_bucket
-from varjax.core.errors import InputError, check_setting
+from varjax.core.errors import InputError
+from varjax.core.numbers import seed_number, whole_number
 from varjax.training.sample_quality import FIDConfig
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan, Task
@@ -144,9 +145,10 @@ class Experiment:
                 f"give the length as steps or as epochs, one of them above 0 and the other 0; "
                 f"steps is {self.steps}, epochs {self.epochs}"
             )
+        seed_number("seed", self.seed)
+        whole_number("steps", self.steps, 0)
         for name, lowest in MIN_VALUES.items():
-            value = getattr(self, name)
-            check_setting(name, value, value >= lowest, f"{lowest} or more")
+            whole_number(name, getattr(self, name), lowest)
         if not self.run_dir:
             raise InputError("run_dir is empty; name a directory for this run, say runs/first")
         if in_bucket(self.run_dir) and not self.run_dir.startswith("gs:"):
@@ -173,12 +175,11 @@ class Experiment:
     def plan(self, train_size: int) -> Plan:
         """Returns the length of the run with so many training images."""
         steps = self.steps or math.ceil(self.epochs * train_size / self.batch_size)
-        return Plan(steps, self.batch_size)
+        return Plan(whole_number("steps", steps, 1), self.batch_size)
 
 
 MIN_VALUES = {
     "batch_size": 1,
-    "seed": 0,
     "log_every": 1,
     "eval_every": 0,
     "save_every": 0,
