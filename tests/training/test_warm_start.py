@@ -12,12 +12,12 @@ from tests.helpers import runs, tiny
 from tests.helpers.paths import ROOT
 from varjax.core import files, trees
 from varjax.core.errors import InputError
-from varjax.core.saved_steps import restore_weights
+from varjax.core.saved_steps import SavedSteps, restore_weights
 from varjax.families import read_model
 from varjax.training import loop
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.sharding import MeshShape, make_mesh, shardings
-from varjax.training.warm_start import warm_start_state
+from varjax.training.warm_start import _run_and_step, warm_start_state
 from varjax.var.model import VARConfig
 from varjax.var.task import VARTask, matching_rows
 
@@ -188,3 +188,17 @@ def test_what_cannot_be_forked_is_refused(tmp_path):
         loop.train(dataclasses.replace(wider, fork_from=str(tmp_path)))
     with pytest.raises(InputError, match="give one of them"):
         dataclasses.replace(e, init_from="a").check()
+
+
+def test_a_run_s_name_may_hold_an_at_sign(whole, tmp_path):
+    """Its step is what follows the last one, unless that belongs to the name of a run."""
+    run_dir, _ = whole
+    step = SavedSteps(run_dir / "checkpoints").steps()[0]
+    for name in ("me@host/run", "run@3", f"run@{step}"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(run_dir)
+        assert _run_and_step(f"{tmp_path}/{name}") == (f"{tmp_path}/{name}", None)
+        assert _run_and_step(f"{tmp_path}/{name}@{step}") == (f"{tmp_path}/{name}", step)
+    assert _run_and_step("me@host/run") == ("me@host/run", None)  # as it is named in the message
+    assert _run_and_step("runs/a@²") == ("runs/a@²", None)
+    assert _run_and_step("@5") == ("@5", None)

@@ -58,14 +58,14 @@ def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) ->
     Its step counts on, and with it the learning rate's schedule, which follows this run's length.
 
     Args:
-        fork_from: RUN for its last checkpoint, RUN@STEP for another one.
+        fork_from: RUN for its last checkpoint, RUN@STEP for another one; RUN may hold more @.
         abstract: shapes and dtypes of the state.
         placement: a sharding for each array of it.
 
     Raises:
         InputError: no such run or step, another model or optimizer, or damaged files.
     """
-    run, _, number = fork_from.partition("@")
+    run, number = on_first_process(lambda: _run_and_step(fork_from))
     saved = SavedSteps(as_path(run) / "checkpoints")
 
     def read(step: int) -> tuple[int, TrainState]:
@@ -81,18 +81,26 @@ def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) ->
     def list_steps() -> list[int]:
         return on_first_process(saved.steps)  # the run may be going on
 
-    if number:
+    if number is not None:
         steps = list_steps()
-        if not number.isdigit() or int(number) not in steps:
+        if number not in steps:
             raise InputError(f"fork_from={fork_from}: {run} has checkpoints of steps {steps}")
-        step, state = read(int(number))
+        step, state = read(number)
     elif (found := saved.newest(read, list_steps)) is None:
-        raise InputError(f"fork_from={fork_from}: {run} holds no checkpoint")
+        raise InputError(f"fork_from={fork_from}: {run} holds no checkpoint; give RUN or RUN@STEP")
     else:
         step, state = found
     if jax.process_index() == 0:
         print(f"going on from step {step} of {run}", file=sys.stderr)
     return state
+
+
+def _run_and_step(text: str) -> tuple[str, int | None]:
+    """Reads RUN or RUN@STEP; a directory's own name may hold @, even at its end."""
+    run, _, number = text.rpartition("@")
+    if not run or not number.isdecimal() or SavedSteps(as_path(text) / "checkpoints").steps():
+        return text, None
+    return run, int(number)
 
 
 class _PretrainedParameters:
