@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from varjax.core import files, folders
 from varjax.core.errors import InputError
+from varjax.core.work_folders import remove_work_folder
 from varjax.metrics.features import FeatureExtractor, Features
 from varjax.metrics.image_sets import ImageSet
 
@@ -63,7 +64,7 @@ class FeatureStore:
 
     def delete(self) -> None:
         """Removes the folder."""
-        files.remove(self._folder)
+        remove_work_folder(self._folder)
 
     def _file(self, part: range) -> pathlib.Path:
         return self._folder / f"{part.start:09d}.safetensors"
