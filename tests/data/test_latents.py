@@ -14,8 +14,10 @@ from tests.helpers import runs
 from tests.helpers.fake_data import FakeImages
 from tests.helpers.paths import ROOT
 from varjax.core import config_tree, files
+from varjax.core.errors import InputError
 from varjax.data import cache_latents as command
 from varjax.data.cache_latents import cache_latents
+from varjax.data.latent_shards import LatentShard
 from varjax.data.latents import CachedLatents
 from varjax.data.sources import parse_dataset
 from varjax.data.sources.digits import Digits
@@ -435,3 +437,31 @@ def get_config():
     data = fake_data.FakeImages(image_shape=(8, 8, 1))
     return Experiment(task, data, "run", batch_size=50, steps=1)
 """
+
+
+def test_latents_that_are_nan_are_refused_by_the_image_s_number(tmp_path):
+    """Those of a broken image do not count."""
+    about = {
+        "images": {"train": 4}, "augmentations": {"train": 2}, "shards": {"train": 2},
+        "latent_spec": {"mean_BhwZ": {"shape": [3], "dtype": "float32"}},
+    }  # fmt: skip
+    shard = LatentShard(tmp_path, "train", 1, about)  # images 2 and 3
+    mean_BZ = np.ones((4, 3), np.float32)
+    valid_B = np.array([False, False, True, True])
+    mean_BZ[0], mean_BZ[3, 1] = np.nan, np.inf
+    rows = {"mean_BhwZ": mean_BZ, "label_B": np.arange(4), "valid_B": valid_B}
+    with pytest.raises(
+        InputError, match=r"train image 3 \(from 0, label 3, augmentation 1\) holds"
+    ):
+        shard.write(rows)
+    assert not list(tmp_path.iterdir())
+    mean_BZ[3] = 1
+    shard.write(rows)
+    assert shard.path.is_file()
+
+
+def test_a_tokenizer_whose_weights_are_nan_caches_nothing(tmp_path):
+    data = FakeImages(20, image_shape=(4, 6, 1), reading=ReadOptions())
+    with pytest.raises(ValueError, match="weights hold NaN or infinite numbers .scale.; take an"):
+        cache_latents(Scaled(np.nan), data, seed=0, batch_size=8, out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -67,6 +67,12 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def nonfinite(tree: Any) -> list[str]:
+    """Lists the paths of leaves of floats that hold NaN or infinite numbers."""
+    floats = {p: x for p, x in paths(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    return [path for path, x in floats.items() if not np.isfinite(np.asarray(x, np.float32)).all()]
+
+
 def digest(tree: Any) -> str:
     """Returns the sha256 of all leaves' paths, types, shapes and bytes, in hexadecimal digits."""
     total = hashlib.sha256()

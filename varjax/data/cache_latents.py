@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import jax
 
-from varjax.core import config_tree, folders
+from varjax.core import config_tree, folders, trees
 from varjax.core.buckets import as_path
 from varjax.core.commands import command_parser, run_command
 from varjax.core.compilation_cache import use_compilation_cache
@@ -126,6 +126,11 @@ def cache_latents(
     frozen = task.frozen()
     if not (tokenizer_identity := task.tokenizer_identity(frozen)):
         raise InputError(f"a {type(task).__name__} trains on images; give a transformer's config")
+    if bad := trees.nonfinite(frozen):  # integers made by such weights would not show it
+        raise InputError(
+            f"the tokenizer's weights hold NaN or infinite numbers ({', '.join(bad[:3])}); take an "
+            "earlier checkpoint of it, or train or convert it again"
+        )
     if data.image_shape != task.tokenizer.image_shape:
         raise InputError(
             f"the data's images are {data.image_shape}, but the tokenizer takes "

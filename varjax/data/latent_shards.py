@@ -169,12 +169,13 @@ class LatentShard:
     def write(self, rows: Mapping[str, np.ndarray]) -> RoundingErrors:
         """Writes the file from the latents, "label_B" and "valid_B" of all its rows.
 
-        Returns what storing has changed; raises InputError where numbers are too large for it.
+        Returns what storing has changed; raises InputError for NaN and for too large numbers.
         """
         U, valid_B = self.augmentations, rows["valid_B"]
         arrays = {"label_N": rows["label_B"][::U], "valid_N": valid_B[::U]}
         errors = {}
         for name, spec in read_spec(self.about).items():
+            self._check_finite(name, rows)
             with np.errstate(over="ignore"):  # it is told below
                 array = rows[name].astype(spec.dtype)
             if np.issubdtype(spec.dtype, np.floating) and spec.dtype != rows[name].dtype:
@@ -192,6 +193,19 @@ class LatentShard:
         arrays[CHECKSUM_NAME] = self._checksums(arrays)
         files.write_tensors(self.path, arrays, {})
         return errors
+
+    def _check_finite(self, name: str, rows: Mapping[str, np.ndarray]) -> None:
+        """Raises InputError where an array of latents of an image that was read is not finite."""
+        finite_B = np.isfinite(rows[name]).reshape(len(rows[name]), -1).all(axis=1)
+        if (bad := np.flatnonzero(rows["valid_B"] & ~finite_B)).size:
+            row = self.rows.start + int(bad[0])
+            image, augmentation = divmod(row, self.augmentations)
+            raise InputError(
+                f"{name} of {self.split} image {image} (from 0, label {rows['label_B'][bad[0]]}, "
+                f"augmentation {augmentation}) holds NaN or infinite numbers, and {bad.size} of "
+                f"{len(finite_B)} rows do; this file is not written. Look at the image and at its "
+                "reconstruction (varjax evaluate-tokenizer), or give a tokenizer of an earlier step"
+            )
 
     def _checksums(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         first, U, names = self.rows.start // self.augmentations, self.augmentations, self._stored
