@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -313,3 +314,18 @@ def test_hidden_folders_of_samples_do_not_count_and_are_said(tmp_path, capsys):
     assert f"{tmp_path}/.ipynb_checkpoints does not count: it is hidden (images: 1)" in said
     assert f"{tmp_path}/b/.old does not count" in said and said.count("does not count") == 2
     assert open_image_set(tmp_path / ".ipynb_checkpoints").shape[0] == 1  # asked for by name
+
+
+def test_features_that_are_not_finite_are_refused():
+    def broken(params, image_BHWC):
+        dark_B1 = jnp.sum(image_BHWC.astype(jnp.float32), axis=(1, 2, 3))[:, None] == 0
+        return {"pool_BD": jnp.where(dark_B1, jnp.nan, jnp.ones((len(image_BHWC), 2)))}
+
+    images_NHWC = IMAGES_NHWC.copy()
+    images_NHWC[[3, 11]] = 0
+    with pytest.raises(
+        InputError, match="pool_ND of 2 of 23 images hold NaN .* convert them again"
+    ):
+        FeatureExtractor(FeatureNetwork({}, {}, broken))(images_NHWC)
+    with pytest.raises(InputError, match="images have 4 channels; gray .1. and RGB .3."):
+        feature_sizes(pixel_network(), (8, 8, 4))

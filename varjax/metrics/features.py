@@ -121,7 +121,7 @@ class FeatureExtractor:
             progress: told how many images more are done.
 
         Raises:
-            InputError: images of another kind.
+            InputError: images of another kind, or features that are not finite.
         """
         N, *shape = images_NHWC.shape
         if len(shape) != 3 or shape[-1] not in (1, 3) or images_NHWC.dtype != np.uint8:
@@ -142,11 +142,25 @@ class FeatureExtractor:
             progress(self.at_once - padding)
         parts.append(jax.device_get(pending))
         names = {name: name.replace("_B", "_N") for name in parts[0]}
-        return {ours: np.concatenate([p[name] for p in parts])[:N] for name, ours in names.items()}
+        joined = {o: np.concatenate([p[name] for p in parts])[:N] for name, o in names.items()}
+        for name, x_ND in joined.items():
+            if not (finite_N := np.isfinite(x_ND).all(axis=1)).all():
+                raise InputError(
+                    f"{name} of {N - finite_N.sum()} of {N} images hold NaN or infinite numbers, "
+                    "which only damaged weights of the network make; convert them again (inception)"
+                )
+        return joined
 
 
 def feature_sizes(network: FeatureNetwork, image_shape: Sequence[int]) -> dict[str, int]:
-    """Returns how many numbers an image of (H, W, channels) has of each kind: "pool_ND" …"""
+    """Returns how many numbers an image of (H, W, channels) has of each kind: "pool_ND" …
+
+    Raises InputError for images that have no features: neither gray nor RGB.
+    """
+    if image_shape[2] not in (1, 3):
+        raise InputError(
+            f"images have {image_shape[2]} channels; gray (1) and RGB (3) have features"
+        )
     images = jax.ShapeDtypeStruct((1, *image_shape[:2], 3), jnp.uint8)
     found = jax.eval_shape(network.apply, network.params, images)
     return {name.replace("_B", "_N"): x.shape[1] for name, x in found.items()}
