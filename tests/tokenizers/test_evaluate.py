@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers import runs
 from varjax.core import files, image_io
+from varjax.core.errors import InputError
 from varjax.data.sources.digits import Digits
 from varjax.metrics.features import FeatureExtractor, pixel_network
 from varjax.metrics.fid import Moments, frechet_distance
@@ -185,3 +186,10 @@ def test_reconstructions_are_compared_with_the_same_images(tmp_path, monkeypatch
     np.testing.assert_allclose(found["fid"], frechet_distance(*moments), rtol=1e-4)
     assert {"precision", "recall", "kid"} < found.keys()
     assert "against the same held-out images, cropped alike" in capsys.readouterr().out
+
+
+def test_a_reconstruction_that_is_nan_is_refused_by_the_image_s_number(params):
+    bad = jax.tree.map(lambda x: x, params)
+    bad["decoder"]["conv_out"]["bias"] = np.full_like(bad["decoder"]["conv_out"]["bias"], np.nan)
+    with pytest.raises(InputError, match="image 0 .from 0., and 4 of the 4 images .* psnr.* not f"):
+        measure_split(CONFIG, bad, Ten(5))

@@ -86,10 +86,14 @@ def checked_images(
     images_BHWC = jnp.asarray(images_BHWC)
     if images_BHWC.ndim != 4 or images_BHWC.shape[1:] != image_shape:
         raise InputError(f"images have shape {images_BHWC.shape}; needed is (B, *{image_shape})")
+    if not len(images_BHWC):
+        raise InputError("there are no images; give one or more")
     if images_BHWC.dtype == jnp.uint8:
         return images_BHWC
     if not jnp.issubdtype(images_BHWC.dtype, jnp.floating):
         raise InputError(f"images are {images_BHWC.dtype}; give uint8 or floats in [0, 1]")
+    if not jnp.isfinite(images_BHWC).all():
+        raise InputError("images hold NaN or infinite numbers; give floats in [0, 1]")
     return images_BHWC.astype(jnp.float32)
 
 

@@ -175,7 +175,7 @@ def measure_split(
         each: given images and their reconstructions, (n, H, W, C) uint8 both, batch by batch.
 
     Raises:
-        InputError: there is no image at all.
+        InputError: there is no image at all, or a reconstruction is NaN.
     """
     mesh = make_mesh(MeshShape())
     weights = params, lpips_params
@@ -190,6 +190,7 @@ def measure_split(
         totals = {name: x + totals.get(name, np.float64(0)) for name, x in added.items()}
         rows = np.flatnonzero(batch["valid_B"])
         parts.append({name: x[..., rows] for name, x in measures.items()})
+        _check_finite(parts[-1], rows + batch_number * loader.batch_size)
         if each is not None and rows.size:
             each(batch["image_BHWC"][rows], np.asarray(rebuilt_KBHWC[-1])[rows])
         for row in rows.tolist():
@@ -206,6 +207,23 @@ def measure_split(
         raise InputError("there is no image to measure in the held-out split")
     by_image = {k: np.concatenate([part[k] for part in parts], axis=-1) for k in parts[0]}
     return SplitMeasures(config, params, by_image, totals, shown, lowest)
+
+
+def _check_finite(measures: Mapping[str, np.ndarray], number_N: np.ndarray) -> None:
+    """Raises InputError where an image's measures, whose last axis are images, are not finite."""
+    if not len(number_N):
+        return
+    finite = {
+        name.rpartition("_")[0]: np.isfinite(x).reshape(-1, len(number_N)).all(axis=0)
+        for name, x in measures.items()
+    }
+    if not (good_N := np.all(list(finite.values()), axis=0)).all():
+        names = ", ".join(name for name, good in finite.items() if not good.all())
+        raise InputError(
+            f"held-out image {number_N[~good_N][0]} (from 0), and {(~good_N).sum()} of the "
+            f"{len(good_N)} images of its batch: {names} are not finite, so the tokenizer computes "
+            "NaN there; take an earlier checkpoint of it"
+        )
 
 
 def report_lines(report: Mapping[str, Any]) -> list[str]:
