@@ -17,6 +17,7 @@ from varjax.training import loop
 from varjax.training import run_dir as checks
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.loop_state import LoopState, parse_keep_best
+from varjax.training.sample_quality import FIDConfig
 from varjax.training.task import Plan
 
 
@@ -237,6 +238,13 @@ def test_processes_that_see_other_data_are_refused_before_anything_else(tmp_path
         ({"steps": 0}, "steps is 0, epochs 0.0"),
         ({"batch_size": 0}, "batch_size=0: must be 1 or more"),
         ({"log_every": 0}, "log_every=0: must be 1 or more"),
+        ({"keep": 2**31}, "keep=2147483648: must be 1 or more, a whole number up to 2147483647"),
+        ({"seed": 2**32}, "seed=4294967296: must be 0 or more, a whole number up to 4294967295"),
+        ({"seed": -1}, "seed=-1: must be 0 or more"),
+        ({"steps": 2**31}, "steps=2147483648: must be 0 or more"),
+        ({"steps": 0, "epochs": 1e12}, "steps=.*: must be 1 or more"),
+        ({"fid": FIDConfig(seed=2**32)}, "fid.seed=4294967296: must be 0 or more"),
+        ({"fid": FIDConfig(images=1)}, "fid.images=1: must be 2 or more"),
         ({"run_dir": ""}, "run_dir is empty"),
         ({"run_dir": "s3://bucket/run"}, "run_dir is s3://bucket/run: .* mount the bucket"),
         ({"eval_every": 0, "keep_best": "eval/loss"}, "set eval_every above 0"),

@@ -143,3 +143,15 @@ def test_lines_that_are_no_objects_are_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'5\n[1]\n\xff\n{"step": "a"}\n{"step": 1}\n{}\n')
     with MetricWriter(tmp_path, 1):
         assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_preview_that_is_nan_is_said_and_not_drawn(tmp_path, capfd):
+    image_NHWC = np.full((1, 64, 64, 1), 0.5, np.float32)
+    with MetricWriter(tmp_path, 0) as writer:
+        writer.images(2, "samples", image_NHWC)
+        image_NHWC[0, 0, 0, 0] = np.nan
+        writer.images(3, "samples", image_NHWC)
+    assert "no preview samples of step 3: images hold NaN" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "previews").iterdir()] == [
+        "step_00000002_samples.png"
+    ]

@@ -5,6 +5,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -90,3 +91,21 @@ def test_what_cannot_be_measured_is_refused_before_the_run(tmp_path):
     e = tiny.experiment(tmp_path / "run", eval_every=5, keep_best="eval/fid", fid=FID)
     with pytest.raises(InputError, match="keep_best is 'eval/fid', but an evaluation gives"):
         loop.train(e)  # not at every evaluation
+
+
+def test_samples_that_are_nan_have_no_distance(capsys):
+    """As uint8 they would be black, and have one."""
+
+    class Broken(tiny.Tiny):
+        def sampler(self):
+            draw = super().sampler()
+
+            def broken(params, frozen, label_B, key_B):
+                images_BHWC = draw(params, frozen, label_B, key_B)
+                return jnp.where((label_B == 3)[:, None, None, None], jnp.nan, images_BHWC)
+
+            return broken
+
+    found = quality(task=Broken(plan=Plan(1, 16))).metrics(state())
+    assert found.keys() == {"eval/fid", "eval_ema/fid"} and np.isnan([*found.values()]).all()
+    assert "eval/fid is NaN: 4 of 40 samples are NaN" in capsys.readouterr().err

@@ -136,7 +136,9 @@ def picture_array(picture: Image.Image, mode: str) -> np.ndarray:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Turns values in [0, 1] into 0 … 255, rounded."""
+    """Turns values in [0, 1] into 0 … 255, rounded; raises InputError for NaN and infinity."""
+    if not np.isfinite(images).all():
+        raise InputError("images hold NaN or infinite numbers, which no picture can show")
     return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 

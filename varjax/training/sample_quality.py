@@ -1,7 +1,9 @@
 """FID and Inception Score of a run as it goes: images drawn by fixed seeds, on all devices."""
 
 import dataclasses
+import math
 import pathlib
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from varjax.core.distributed import on_first_process
-from varjax.core.errors import InputError, check_setting
+from varjax.core.errors import InputError
+from varjax.core.numbers import seed_number, whole_number
 from varjax.core.trees import PyTree
 from varjax.metrics import fid
 from varjax.metrics.features import FeatureExtractor, feature_network, feature_sizes
@@ -63,10 +66,9 @@ class FIDConfig:
 
     def check(self) -> None:
         """Raises InputError for a number out of range."""
-        check_setting("fid.every", self.every, self.every >= 0, "0 or more")
-        check_setting("fid.images", self.images, self.images >= 2, "2 or more")
-        check_setting("fid.batch_size", self.batch_size, self.batch_size >= 0, "0 or more")
-        check_setting("fid.seed", self.seed, 0 <= self.seed < 2**31, f"0 … {2**31 - 1}")
+        for name, lowest in (("every", 0), ("images", 2), ("batch_size", 0)):
+            whole_number(f"fid.{name}", getattr(self, name), lowest)
+        seed_number("fid.seed", self.seed)
 
 
 class SampleQuality:
@@ -128,10 +130,12 @@ class SampleQuality:
             key = jax.random.key(config.seed)
             key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index_B"])
             images_BHWC = draw(params, frozen, batch["label_B"], key_B)
+            finite_B1 = jnp.all(jnp.isfinite(images_BHWC), axis=(1, 2, 3))[:, None]
             images_BHWC = jnp.rint(jnp.clip(images_BHWC, 0, 1) * 255).astype(jnp.uint8)
             images_BHWC = jnp.broadcast_to(images_BHWC, (*images_BHWC.shape[:-1], 3))
             found = network.apply(network_params, images_BHWC)
-            return {name: x for name, x in found.items() if name in ("pool_BD", "logits_BV")}
+            found = {name: x for name, x in found.items() if name in ("pool_BD", "logits_BV")}
+            return {name: jnp.where(finite_B1, x, jnp.nan) for name, x in found.items()}
 
         drawn = jax.jit(on_mesh(features, mesh), out_shardings=everywhere)
         self._features = FirstCall(drawn, compiling)
@@ -158,8 +162,8 @@ class SampleQuality:
             stop: asked before each batch; once it returns True, the evaluation ends.
 
         Returns:
-            "eval/fid", "eval/inception_score" and the same of "eval_ema"; None where it was
-            stopped.
+            "eval/fid", "eval/inception_score" and the same of "eval_ema", NaN where samples are;
+            None where it was stopped.
         """
         found: dict[str, float] = {}
         for kind, params in evaluated_parameters(state).items():
@@ -172,7 +176,7 @@ class SampleQuality:
                 name: np.concatenate([part[name] for part in parts])[: self._config.images]
                 for name in parts[0]
             }
-            metrics = on_first_process(lambda joined=joined: self._measure(joined))
+            metrics = on_first_process(lambda kind=kind, joined=joined: self._measure(kind, joined))
             found |= {f"{kind}/{name}": value for name, value in metrics.items()}
         return found
 
@@ -187,8 +191,16 @@ class SampleQuality:
         placed = put_batch(batch, self._mesh, self._batch_size)
         return self._features(params, self._frozen, self._network_params, placed)
 
-    def _measure(self, features: dict[str, np.ndarray]) -> dict[str, float]:
+    def _measure(self, kind: str, features: dict[str, np.ndarray]) -> dict[str, float]:
         assert self._reference is not None
+        bad = int((~np.isfinite(features["pool_BD"]).all(axis=1)).sum())
+        if bad:  # a young model may draw such images, and training still mends it
+            print(
+                f"{kind}/fid is NaN: {bad} of {len(features['pool_BD'])} samples are NaN",
+                file=sys.stderr,
+            )
+            names = ("fid", "inception_score") if "logits_BV" in features else ("fid",)
+            return dict.fromkeys(names, math.nan)
         moments = fid.Moments.of(features["pool_BD"])
         found = {"fid": fid.frechet_distance(moments, self._reference.moments["pool_ND"])}
         if "logits_BV" in features:
