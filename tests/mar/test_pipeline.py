@@ -81,6 +81,12 @@ def test_vectors_depend_on_known_tokens_alone():
     ("call", "says"),
     [
         (lambda m: m.sample([10, 11]), "labels .11.: allowed are 0 … 9, and 10 for no class"),
+        (lambda m: m.sample([]), "labels are empty: allowed are 0 … 9"),
+        (lambda m: m.sample([True]), "labels .True.: allowed"),
+        (lambda m: m.sample([1], seed=-1), "seed=-1: must be 0 or more"),
+        (lambda m: m.sample_latents([1], index=[2**32]), "index .4294967296.: allowed"),
+        (lambda m: m.edit(images(), KEEP, seed=2**32), "seed=4294967296: must be"),
+        (lambda m: m.decode(np.zeros((0, 4, 4, 3))), "needed is .B, .*4, 4, 3"),
         (lambda m: m.sample([1], steps=17), "steps=17: must be at most 16"),
         (lambda m: m.sample([1], top_k=3), "top_k: no option of this model; it has cfg"),
         (lambda m: m.sample([1], diffusion_steps=1), "diffusion_steps=1: give one number"),

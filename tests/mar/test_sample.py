@@ -12,12 +12,14 @@ from tests.mar import golden
 from tests.mar.test_model import assert_close
 from varjax.core import trees
 from varjax.core.errors import InputError
+from varjax.mar.latents import NOT_FINITE, decode_tokens
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import KnownTokens, draw_orders, sample_mar_tokens
 from varjax.mar.schedule import UnmaskingSchedule, denoising_schedules
 from varjax.nn.diffusion import NoiseSchedule
 from varjax.sampling.sampler import image_keys
+from varjax.tokenizers.vq.model import VQConfig
 
 KEY_B = image_keys(0, jnp.arange(2))
 LABEL_B = jnp.array([1, 9], jnp.int32)
@@ -260,3 +262,23 @@ def test_whole_numbers_share_a_compilation_with_floats():
     plan = make_plan(TINY, MAROptions(cfg=3, steps=4.0, diffusion_steps=10).check())
     same = make_plan(TINY, MAROptions(cfg=3.0, steps=4, diffusion_steps="10").check())
     assert jax.tree.structure(plan) == jax.tree.structure(same)
+
+
+@pytest.mark.slow
+def test_codes_from_logits_that_are_nan_show_it():
+    """An argmax would choose one, and the picture would look like any other."""
+    config = tiny(CATEGORICAL)
+    bad = jax.tree.map(lambda x: np.full_like(x, np.nan), params(config)["head"])
+    plan = make_plan(config, FEW.check(), None, 2)
+    tokens_BL = compiled(config)(params(config) | {"head": bad}, LABEL_B, KEY_B, plan, None)
+    assert (np.asarray(tokens_BL) == NOT_FINITE).all()
+
+
+def test_an_image_with_a_code_that_is_none_is_nan():
+    class Gray(VQConfig):
+        def decode(self, params, latents, compute):
+            return jnp.ones((len(latents["tokens_BL"]), 2, 2, 1))
+
+    tokens_BL = jnp.array([[0, 5, 6], [0, NOT_FINITE, 6]])
+    images_BHWC = np.asarray(decode_tokens(Gray(), tiny(CATEGORICAL), {}, tokens_BL))
+    assert (images_BHWC[0] == 1).all() and np.isnan(images_BHWC[1]).all()

@@ -114,6 +114,14 @@ def test_dtype_and_devices_are_arguments_of_load(model):
         (lambda m: m.edit(IMAGES, np.ones((4, 4), bool), index=[1]), "3 images and 1 of index"),
         (lambda m: m.edit(IMAGES, np.ones((4, 4), bool), labels=[1, 2, 11]), "11"),
         (lambda m: m.logits(np.zeros((2, 21), int), [1]), r"\(2,\)"),
+        (lambda m: m.sample([]), "labels are empty: allowed are 0 … 9"),
+        (lambda m: m.sample(["cat"]), "labels .'cat'.: allowed are 0 … 9"),
+        (lambda m: m.sample([1], seed=2**32), "seed=4294967296: must be"),
+        (lambda m: m.sample([1, 2], index=[1]), "index has 1 numbers; needed are 2"),
+        (lambda m: m.edit(IMAGES, np.ones((4, 4), bool), seed=-1), "seed=-1: must be"),
+        (lambda m: m.encode(np.full((1, 8, 8, 1), np.nan)), "images hold NaN"),
+        (lambda m: m.encode(IMAGES[:0]), "there are no images"),
+        (lambda m: m.decode(np.zeros((1, 21))), "tokens are float64; give integers"),
     ],
 )
 def test_bad_input_says_what_is_allowed(model, call, message):

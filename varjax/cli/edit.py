@@ -23,7 +23,8 @@ from varjax.core.errors import InputError
 from varjax.families import load, option_classes
 from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.edit_masks import box_mask, read_mask
-from varjax.sampling.outputs import check_out
+from varjax.sampling.finite_images import check_finite_images
+from varjax.sampling.outputs import check_out, check_out_holds, file_suffix
 from varjax.sampling.sampler import given_options
 
 Mode = Literal["inpaint", "outpaint", "class"]
@@ -44,6 +45,7 @@ def edit_image(arguments: list[str]) -> None:
     classes, shape = model.classes, model.image_shape
     if flags.label is not None and not 0 <= flags.label < classes:
         raise InputError(f"label={flags.label}: allowed are 0 … {classes - 1}")
+    check_out_holds(flags.out, flags.count + 2, shape)
     image_HWC = image_io.resize_and_crop(picture, shape)
     finest = model.edit_shape
     if flags.box is not None:
@@ -63,15 +65,20 @@ def edit_image(arguments: list[str]) -> None:
     batch = min(flags.count, batch_size * len(model.devices))
     results = []
     for start in tqdm(range(0, flags.count, batch), "editing", unit="batch"):
+        index_B, label_B = np.arange(start, start + batch), np.full(batch, label)
         images_BHWC = model.edit(
             image_HWC[None],
             ~redraw_hw,
-            np.full(batch, label),
+            label_B,
             flags.seed,
-            index=np.arange(start, start + batch),
+            index=index_B,
             **dataclasses.asdict(options),
         )
-        results.append(image_io.to_uint8(np.asarray(images_BHWC)))
+        images_BHWC = np.asarray(images_BHWC)
+        check_finite_images(
+            images_BHWC, index_B, label_B, flags.seed, lambda: model.advise_on_nan(options)
+        )
+        results.append(image_io.to_uint8(images_BHWC))
     results_NHWC = np.concatenate(results)[: flags.count]
     image_io.write_png(flags.out, side_by_side(image_HWC, redraw_hw, results_NHWC))
     print(f"{flags.out}: original, what is drawn anew (red), {flags.count} results")
@@ -128,7 +135,7 @@ def _check_combination(flags: argparse.Namespace) -> None:
         raise InputError("mode=outpaint needs a --box; a --mask is white where to draw already")
     if flags.mode == "class" and flags.label is None:
         raise InputError("mode=class needs --label: the class that the inside of the box becomes")
-    if not flags.out.endswith(".png"):
+    if file_suffix(flags.out) != ".png":
         raise InputError(f"out={flags.out}: an edit is one picture; give FILE.png")
 
 

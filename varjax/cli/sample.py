@@ -8,6 +8,7 @@ kill. Options that are not given are the model's own.
 """
 
 import argparse
+import functools
 
 import numpy as np
 
@@ -15,10 +16,17 @@ from varjax.core.commands import command_parser
 from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.distributed import add_process_flags, connect_by_flags, run_on_processes
 from varjax.core.errors import InputError
+from varjax.core.numbers import seed_number, whole_number
 from varjax.families import load, option_classes
 from varjax.sampling.batch_size import add_batch_size_flag, choose_batch_size
-from varjax.sampling.job import SamplingJob, run_job
-from varjax.sampling.outputs import begun_batch_size, check_out, open_output
+from varjax.sampling.job import SamplingJob, locked_for_job, run_job
+from varjax.sampling.outputs import (
+    begun_batch_size,
+    check_out,
+    check_out_holds,
+    open_output,
+    work_folder,
+)
 from varjax.sampling.sampler import add_option_flags, given_options
 
 
@@ -49,11 +57,9 @@ def add_sampling_flags(
 def check_sampling_flags(flags: argparse.Namespace) -> None:
     """Raises InputError for a number of `add_sampling_flags` that is out of range."""
     for name in ("count", "batch_size"):
-        value = getattr(flags, name)
-        if value != "auto" and value < 1:
-            raise InputError(f"{name}={value}: must be 1 or more")
-    if not 0 <= flags.seed < 2**31:
-        raise InputError(f"seed={flags.seed}: must lie in 0 … {2**31 - 1}")
+        if (value := getattr(flags, name)) != "auto":
+            whole_number(name, value, 1)
+    seed_number("seed", flags.seed)
 
 
 def draw_samples(arguments: list[str]) -> None:
@@ -74,17 +80,16 @@ def draw_samples(arguments: list[str]) -> None:
     model = load(flags.weights, flags.dtype)
     labels = choose_labels(flags.labels, model.classes)
     options = model.options(**given_options(flags, option_classes()))
-    batch_size = choose_batch_size(
-        flags.batch_size,
-        model,
-        options,
-        len(labels) * flags.count,
-        lambda: begun_batch_size(flags.out),
-    )
+    images = len(labels) * flags.count
+    check_out_holds(flags.out, images, model.image_shape)
+    begun = functools.partial(begun_batch_size, flags.out)
+    batch_size = choose_batch_size(flags.batch_size, model, options, images, begun)
     job = SamplingJob(labels, flags.count, flags.seed, options, batch_size)
     columns = flags.count if flags.count > 1 else None
     output = open_output(flags.out, job.label_N, columns, job.seed, job.request(model))
-    if message := run_job(model, job, output):
+    with locked_for_job(lambda: work_folder(flags.out)):
+        message = run_job(model, job, output)
+    if message:
         print(message)
 
 

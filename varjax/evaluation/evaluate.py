@@ -13,6 +13,7 @@ import varjax
 from varjax.core import files, folders
 from varjax.core.distributed import on_first_process
 from varjax.core.errors import InputError
+from varjax.core.work_folders import locked_work_folder
 from varjax.data.sources import CachedLatents, parse_dataset
 from varjax.mar.model import MARConfig
 from varjax.metrics.feature_store import FeatureStore, extract_features, parts_of
@@ -20,7 +21,7 @@ from varjax.metrics.features import FeatureExtractor, feature_sizes
 from varjax.metrics.image_sets import DatasetImages, FolderImages, ImageSet
 from varjax.metrics.references import Reference, read_reference, reference_of_images
 from varjax.metrics.report import SampleMetrics, measure, metrics_table
-from varjax.sampling.job import SamplingJob, run_job
+from varjax.sampling.job import SamplingJob, locked_for_job, run_job
 from varjax.sampling.outputs import begun_batch_size, parts_folder
 from varjax.sampling.sampler import Sampler
 from varjax.var.model import VARConfig
@@ -105,14 +106,15 @@ def evaluate_images(
     request = {"samples": samples, "reference": reference.digest}
     if (done := finished_report(out, request)) is not None:
         return done
-    store = FeatureStore(parts_folder(out), samples)
-    extract_features(images, settings.extract, store, "samples")
-    features = store.join(parts_of(images.shape[0]))
-    measured = measure(features, reference, images.label_N)
-    if isinstance(images, FolderImages) and images.lossy:
-        measured.notices.append("some samples are JPEG, which changes FID; keep PNG or .npz")
-    about = _about(settings, reference, name, images.shape[0])
-    return _write_report(out, request, measured, store, about)
+    with locked_work_folder(parts_folder(out)):
+        store = FeatureStore(parts_folder(out), samples)
+        extract_features(images, settings.extract, store, "samples")
+        features = store.join(parts_of(images.shape[0]))
+        measured = measure(features, reference, images.label_N)
+        if isinstance(images, FolderImages) and images.lossy:
+            measured.notices.append("some samples are JPEG, which changes FID; keep PNG or .npz")
+        about = _about(settings, reference, name, images.shape[0])
+        return _write_report(out, request, measured, store, about)
 
 
 def evaluate_model(
@@ -137,7 +139,6 @@ def evaluate_model(
     if (done := on_first_process(begin)) is not None:
         return done
     output = FeatureOutput(parts_folder(out), samples, settings.extract)
-    run_job(model, job, output)
 
     def finish() -> dict[str, Any]:
         order_N = np.random.default_rng(job.seed).permutation(len(job.label_N))  # as in an .npz
@@ -149,13 +150,15 @@ def evaluate_model(
         request = {"samples": samples, "reference": reference.digest}
         return _write_report(out, request, measured, output.store, about)
 
-    return on_first_process(finish)
+    with locked_for_job(lambda: parts_folder(out)):
+        run_job(model, job, output)
+        return on_first_process(finish)
 
 
 def begun_batch_size_of_report(out: pathlib.Path) -> int | None:
     """Returns the batch size that a report's samples were begun with; None without a beginning."""
     if not out.exists():
-        return begun_batch_size(out)
+        return begun_batch_size(parts_folder(out))
     try:
         return files.read_json(out)["request"]["samples"].get("batch_size")
     except (InputError, OSError, KeyError, TypeError, AttributeError):

@@ -12,6 +12,7 @@ from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig, sample_posteri
 from varjax.tokenizers.vq.model import VQConfig
 
 TokenizerConfig = KLConfig | VQConfig
+NOT_FINITE = -1  # stands for a code that was to be drawn from logits with NaN
 
 
 def check_latents_fit(tokenizer: TokenizerConfig, config: MARConfig) -> None:
@@ -87,9 +88,14 @@ def decode_tokens(
     tokens_BL: jax.Array,
     compute: Compute = EXACT,
 ) -> jax.Array:
-    """Decodes tokens, (B, L, Z) or (B, L), into images (B, H, W, channels) in [0, 1]."""
+    """Decodes tokens, (B, L, Z) or (B, L), into images (B, H, W, channels) in [0, 1].
+
+    An image with a code that is NOT_FINITE is NaN.
+    """
     if isinstance(tokenizer, VQConfig):
-        return tokenizer.decode(params, {"tokens_BL": tokens_BL}, compute)
+        images_BHWC = tokenizer.decode(params, {"tokens_BL": tokens_BL}, compute)
+        finite_B = jnp.all(tokens_BL != NOT_FINITE, axis=1)
+        return jnp.where(finite_B[:, None, None, None], images_BHWC, jnp.nan)
     z_BhwZ = from_model_units(tokenizer, params, config.unpatchify(tokens_BL))
     return tokenizer.decode(params, {"mean_BhwZ": z_BhwZ}, compute)
 

@@ -24,9 +24,11 @@ from varjax.mar.sample import KnownTokens, mar_sampling_bytes, sample_mar_tokens
 from varjax.nn.compute import Compute
 from varjax.sampling.sampler import (
     checked_edit,
+    checked_keys,
     checked_labels,
     checked_mask,
-    image_keys,
+    checked_tokens,
+    nan_advice,
     replace_options,
 )
 from varjax.tokenizers.contract import checked_images
@@ -162,6 +164,12 @@ class MARPipeline:
         given = self.tokenizer, self.mar, batch_size, self.compute
         beside = mar_sampling_bytes(*given, make_plan(self.mar, options))
         return trees.nbytes(self._held) + beside
+
+    def advise_on_nan(self, options: MAROptions) -> str:
+        """Says what to try where an image that was sampled holds NaN or infinite numbers."""
+        unbounded = isinstance(self.mar.head, DiffusionHead) and not options.clip_denoised
+        bound = "--clip_denoised=3, which bounds denoised tokens (docs/mar.md)" * unbounded
+        return nan_advice(self.params, self.compute.jax_dtype, bound)
 
     def encode(self, images_BHWC: Array) -> jax.Array:
         """Encodes images into latents: the posterior's mean in the transformer's units, or codes.
@@ -324,12 +332,13 @@ class MARPipeline:
             len(token_BL), keep, labels, index, self.edit_shape, self.classes
         )
         B = len(index_B)
+        key_B = checked_keys(seed, index_B, B)
         keep_BL = keep_Bhw.reshape(B, self.mar.length)
         plan = make_plan(self.mar, self.options(**options), keep_BL)
         known = KnownTokens(
             jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:])), jnp.asarray(keep_BL)
         )
-        tokens = self._tokens(self._held, plan, label_B, image_keys(seed, index_B), known)
+        tokens = self._tokens(self._held, plan, label_B, key_B, known)
         return self.mar.unpatchify(tokens)
 
     @property
@@ -344,16 +353,13 @@ class MARPipeline:
     def _request(self, labels, seed, index, options):
         """What the compiled samplers take: (plan, label_B, key_B)."""
         label_B = checked_labels(labels, self.classes)
-        index_B = np.arange(len(label_B)) if index is None else np.asarray(index)
-        return make_plan(self.mar, self.options(**options)), label_B, image_keys(seed, index_B)
+        key_B = checked_keys(seed, index, len(label_B))
+        return make_plan(self.mar, self.options(**options)), label_B, key_B
 
     def _checked_tokens(self, latents):
         shape, head = np.shape(latents), self.mar.head
-        if shape[1:] != self.latent_shape:
-            raise InputError(f"latents have shape {shape}; needed is (B, *{self.latent_shape})")
-        latents = jnp.asarray(latents)
         if isinstance(head, CategoricalHead):
-            if latents.size and not 0 <= latents.min() <= latents.max() < head.vocab:
-                raise InputError(f"codes lie outside of 0 … {head.vocab - 1}")
-            return latents.astype(jnp.int32)
-        return self.mar.patchify(latents.astype(jnp.float32))
+            return checked_tokens(latents, self.latent_shape, head.vocab)
+        if shape[1:] != self.latent_shape or not shape[0]:
+            raise InputError(f"latents have shape {shape}; needed is (B, *{self.latent_shape})")
+        return self.mar.patchify(jnp.asarray(latents).astype(jnp.float32))

@@ -14,7 +14,7 @@ import numpy as np
 
 from varjax.core.trees import PyTree
 from varjax.mar.causal import causal_next, causal_start
-from varjax.mar.latents import TokenizerConfig
+from varjax.mar.latents import NOT_FINITE, TokenizerConfig
 from varjax.mar.model import DiffusionHead, MARConfig, bind_denoiser, bind_mar
 from varjax.mar.options import SamplingPlan
 from varjax.nn.autoencoder import decoding_bytes
@@ -241,7 +241,10 @@ def _draw_categorical(config, params, plan, compute, z_BmC, place_Bm, number, *,
 
     gumbel_BmV = jax.vmap(jax.vmap(gumbel, (None, 0)))(noise_key_B, place_Bm)
     # The argmax of logits and noise is a draw from the softmax of logits / temperature.
-    return jnp.argmax(logits_BmV + plan.options.temperature * gumbel_BmV, axis=-1).astype(jnp.int32)
+    code_Bm = jnp.argmax(logits_BmV + plan.options.temperature * gumbel_BmV, axis=-1)
+    # An argmax hides NaN: a code that is none shows it.
+    finite_Bm = jnp.all(jnp.isfinite(logits_BmV), axis=-1)
+    return jnp.where(finite_Bm, code_Bm, NOT_FINITE).astype(jnp.int32)
 
 
 def _guidance(plan, number):

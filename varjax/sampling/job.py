@@ -1,8 +1,10 @@
 """Many images: in parts, over all devices and processes, going on after a kill."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,8 +13,13 @@ from tqdm import tqdm
 
 from varjax.core import image_io
 from varjax.core.distributed import on_all_processes, on_first_process
+from varjax.core.errors import InputError
+from varjax.core.work_folders import locked_work_folder
+from varjax.sampling.finite_images import check_finite_images
 from varjax.sampling.outputs import Output
 from varjax.sampling.sampler import Sampler
+
+MOST_IMAGES = 10**8  # a list of more does not fit into memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +27,7 @@ class SamplingJob:
     """Lists the images to sample: `count` of each label, in this order.
 
     `batch_size` consecutive images are a part, which one device computes at a time, so images do
-    not depend on how many devices there are.
+    not depend on how many devices there are. Raises InputError for too many images.
 
     Attributes:
         labels: classes.
@@ -35,6 +42,13 @@ class SamplingJob:
     seed: int
     options: Any
     batch_size: int
+
+    def __post_init__(self) -> None:
+        if (images := len(self.labels) * self.count) > MOST_IMAGES:
+            raise InputError(
+                f"count={self.count} of {len(self.labels)} classes are {images:,} images; at most "
+                f"{MOST_IMAGES:,} are drawn at once"
+            )
 
     @functools.cached_property
     def label_N(self) -> np.ndarray:
@@ -64,8 +78,11 @@ def run_job(model: Sampler, job: SamplingJob, output: Output) -> str:
     """Samples what `output` does not have yet and finishes it; returns its message.
 
     Of several processes each samples its share of the parts on its own devices; the first one
-    finishes. Raises InputError in all, before anything is computed, where the output holds
-    something else.
+    finishes. The caller keeps other jobs out of the output, by `locked_for_job`.
+
+    Raises:
+        InputError: in all processes, before anything is computed, where the output holds something
+            else; in one of them, where an image is NaN. Then all good parts before it are written.
     """
     process, processes = jax.process_index(), jax.process_count()
     on_first_process(lambda: output.begin(write=True))
@@ -85,12 +102,34 @@ def run_job(model: Sampler, job: SamplingJob, output: Output) -> str:
     return message if process == 0 else ""
 
 
+@contextlib.contextmanager
+def locked_for_job(folder: Callable[[], pathlib.Path | None]) -> Iterator[None]:
+    """Keeps other commands out of a folder until this job is done or dead.
+
+    Of several processes of a job the first one holds the lock.
+
+    Args:
+        folder: called in the first process; returns None where no lock is needed.
+
+    Raises:
+        InputError: in all processes, where another command is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            if (found := folder()) is not None:
+                stack.enter_context(locked_work_folder(found))
+
+        on_first_process(lock)
+        yield
+
+
 def sample_parts(
     model: Sampler, job: SamplingJob, parts: Sequence[range]
 ) -> Iterator[tuple[range, np.ndarray]]:
     """Yields each part with its images (N, H, W, channels) uint8.
 
-    As many parts are computed at once as there are devices.
+    As many parts are computed at once as there are devices. Raises InputError for NaN in an image.
     """
     devices, N = len(model.devices), len(job.label_N)
     pending = None
@@ -104,13 +143,18 @@ def sample_parts(
         )
         # The devices work on this batch while the one before it is written.
         if pending is not None:
-            yield from _split(*pending, job.batch_size)
+            yield from _split(model, job, *pending)
         pending = group, images_BHWC
     if pending is not None:
-        yield from _split(*pending, job.batch_size)
+        yield from _split(model, job, *pending)
 
 
-def _split(parts, images_BHWC, size):
-    images_BHWC = image_io.to_uint8(np.asarray(images_BHWC))
+def _split(model, job, parts, images_BHWC):
+    images_BHWC, size = np.asarray(images_BHWC), job.batch_size
     for i, part in enumerate(parts):
-        yield part, images_BHWC[i * size : i * size + len(part)]
+        images_NHWC = images_BHWC[i * size : i * size + len(part)]
+        label_N = job.label_N[part.start : part.stop]
+        check_finite_images(
+            images_NHWC, part, label_N, job.seed, lambda: model.advise_on_nan(job.options)
+        )
+        yield part, image_io.to_uint8(images_NHWC)

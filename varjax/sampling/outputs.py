@@ -7,7 +7,7 @@ on where it was killed or finds everything done, another one is refused.
 import json
 import pathlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,8 +18,12 @@ from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError, StorageError
 from varjax.core.npz import map_npy, read_zip_text
 from varjax.core.untrusted import parse_json
+from varjax.core.work_folders import remove_work_folder
 
 REQUEST = "request.json"
+FILE_SUFFIXES = (".png", ".npz")  # a grid, and images
+REFUSED_SUFFIXES = (".jpg", ".jpeg", ".gif", ".webp", ".npy", ".json")
+MOST_GRID_PIXELS = 178_956_970  # Pillow, and who uses it, opens no larger pictures
 
 
 class Output(Protocol):
@@ -42,30 +46,71 @@ class Output(Protocol):
         ...
 
 
+def file_suffix(location: str | pathlib.Path) -> str:
+    """Returns ".png" or ".npz" for an output that is such a file; "" for a folder.
+
+    What follows another dot belongs to a folder's name: "d16_cfg1.5".
+    """
+    suffix = as_path(location).suffix.lower()
+    return suffix if suffix in FILE_SUFFIXES else ""
+
+
 def check_out(location: str) -> None:
     """Raises InputError if `location` is nothing that can be written."""
-    path = as_path(location)
-    if not location:
+    if not location.strip():
         raise InputError("out is empty; give FILE.png (a grid), FILE.npz, or a folder")
-    if path.suffix in (".png", ".npz"):
-        if path.is_dir():
+    path = as_path(location)
+    if path.name.lower() in (*FILE_SUFFIXES, *REFUSED_SUFFIXES):
+        raise InputError(f"out={location} has no name before {path.name}; give one")
+    if suffix := file_suffix(path):
+        try:
+            taken = path.is_dir()
+        except OSError as error:  # such as a name that is too long
+            raise InputError(f"cannot write to {path} ({error.strerror})") from error
+        if taken:
             raise InputError(
-                f"out={location} is a folder; give a file name, or a folder without {path.suffix}"
+                f"out={location} is a folder; give a file name, or a folder without {suffix}"
             )
         return _check_writable(path.parent)
-    if path.suffix in (".jpg", ".jpeg", ".gif", ".webp", ".npy"):
+    if path.suffix.lower() in REFUSED_SUFFIXES:
         raise InputError(f"out={location}: cannot write {path.suffix}; .png, .npz or a folder")
     _check_writable(path)
+
+
+def check_out_holds(location: str, images: int, image_shape: Sequence[int]) -> None:
+    """Checks, before they are drawn, that an output can hold images.
+
+    Args:
+        location: as `check_out` takes it.
+        images: how many.
+        image_shape: (H, W, channels).
+
+    Raises:
+        InputError: too many images for a grid, or channels that such a file does not have.
+    """
+    (H, W, channels), suffix = image_shape, file_suffix(location)
+    allowed = (1, 3) if suffix == ".npz" else (1, 3, 4)
+    if channels not in allowed:
+        kind, other = suffix or ".png", "; give FILE.png or a folder" if channels == 4 else ""
+        raise InputError(
+            f"out={location}: the model's images have {channels} channels; {kind} files hold "
+            f"{', '.join(map(str, allowed))}{other}"
+        )
+    if suffix == ".png" and images * H * W > MOST_GRID_PIXELS:
+        raise InputError(
+            f"out={location}: a grid of {images:,} images is too large; give at most "
+            f"{MOST_GRID_PIXELS // (H * W):,}, or FILE.npz or a folder"
+        )
 
 
 def open_output(
     location: str, label_N: np.ndarray, columns: int | None, seed: int, request: Mapping[str, Any]
 ) -> Output:
     """The output for "x.png" (a grid with `columns`), "x.npz", or any other name (a folder)."""
-    path = as_path(location)
-    if path.suffix == ".png":
+    path, suffix = as_path(location), file_suffix(location)
+    if suffix == ".png":
         return GridOutput(path, columns)
-    if path.suffix == ".npz":
+    if suffix == ".npz":
         return NpzOutput(path, label_N, seed, request)
     return FolderOutput(path, label_N, request)
 
@@ -75,13 +120,21 @@ def parts_folder(path: pathlib.Path) -> pathlib.Path:
     return path.with_name(f".{path.name}.parts")
 
 
+def work_folder(location: str | pathlib.Path) -> pathlib.Path | None:
+    """Returns the folder that a job fills step by step; None for a grid or where all is done."""
+    path = as_path(location)
+    if not (suffix := file_suffix(path)):
+        return path
+    return None if suffix == ".png" or path.exists() else parts_folder(path)
+
+
 def begun_batch_size(location: str | pathlib.Path) -> int | None:
     """Returns the batch size that an output was begun with; None where there is no such output."""
     path = as_path(location)
     try:
-        if path.suffix == ".npz" and path.exists():
+        if file_suffix(path) == ".npz" and path.exists():
             return _request_in(path).get("batch_size")
-        folder = parts_folder(path) if path.suffix else path
+        folder = parts_folder(path) if file_suffix(path) else path
         return files.read_json(folder / REQUEST).get("batch_size")
     except (InputError, OSError, AttributeError):
         return None  # nothing there, or something else, which `begin` refuses
@@ -169,7 +222,7 @@ class NpzOutput:
         if not self._path.exists():
             with files.atomic_path(self._path) as temporary, open(temporary, "wb") as file:
                 self._assemble(file)
-        files.remove(self._parts)
+        remove_work_folder(self._parts)
         return f"{self._path}: {len(self._label_N)} images, shuffled (arr_0), and their labels"
 
     def _assemble(self, file):

@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax.core import trees
 from varjax.core.errors import InputError
+from varjax.core.numbers import UINT32_MAX, seed_number
+from varjax.core.trees import PyTree
 
 T = TypeVar("T")
 
@@ -55,6 +58,13 @@ class Sampler(Protocol):
 
     def sampling_bytes(self, batch_size: int, options: Any) -> int:
         """Reckons how much memory a device needs to sample so many images at a time.
+
+        options: as `options()` returns them.
+        """
+        ...
+
+    def advise_on_nan(self, options: Any) -> str:
+        """Says what to try where an image that was sampled holds NaN or infinite numbers.
 
         options: as `options()` returns them.
         """
@@ -117,16 +127,41 @@ def checked_labels(labels: Any, classes: int, batch: int | None = None) -> jax.A
         batch: B, where it is given by something else.
 
     Raises:
-        InputError: another number of labels, or one out of range.
+        InputError: another number of labels, none at all, or one that is no class.
     """
-    label_B = np.atleast_1d(np.asarray(labels))
-    if label_B.ndim != 1 or (batch is not None and len(label_B) != batch):
-        raise InputError(f"labels have shape {label_B.shape}; needed is ({batch or 'B'},)")
-    if bad := [x for x in label_B.tolist() if x != int(x) or not 0 <= x <= classes]:
-        raise InputError(
-            f"labels {bad[:5]}: allowed are 0 … {classes - 1}, and {classes} for no class"
-        )
+    allowed = f"allowed are 0 … {classes - 1}, and {classes} for no class"
+    label_B = _numbers("labels", labels, allowed)
+    if batch is not None and len(label_B) != batch:
+        raise InputError(f"labels have shape {label_B.shape}; needed is ({batch},)")
+    if bad := label_B[(label_B < 0) | (label_B > classes)].tolist():
+        raise InputError(f"labels {bad[:5]}: {allowed}")
     return jnp.asarray(label_B, jnp.int32)
+
+
+def checked_keys(seed: Any, index: Any, batch: int) -> jax.Array:
+    """Returns the key of each image, (B,), as `image_keys`.
+
+    Args:
+        seed: of all images.
+        index: their numbers; None for 0 … B-1.
+        batch: B.
+
+    Raises:
+        InputError: a seed or a number that JAX would cut off, or another number of images.
+    """
+    index_B = np.arange(batch) if index is None else checked_index(index)
+    if len(index_B) != batch:
+        raise InputError(f"index has {len(index_B)} numbers; needed are {batch}, one per image")
+    return image_keys(seed_number("seed", seed), index_B.astype(np.uint32))
+
+
+def checked_index(index: Any) -> np.ndarray:
+    """Returns numbers of images as (B,) int64; raises InputError for others than 0 … 2³²-1."""
+    allowed = f"allowed are 0 … {UINT32_MAX}"
+    index_B = _numbers("index", index, allowed)
+    if bad := index_B[(index_B < 0) | (index_B > UINT32_MAX)].tolist():
+        raise InputError(f"index {bad[:5]}: {allowed}")
+    return index_B
 
 
 def checked_mask(where: Any, batch: int, shape: tuple[int, int], name: str = "keep") -> np.ndarray:
@@ -159,12 +194,45 @@ def checked_edit(
     Raises:
         InputError: a wrong shape or number, or labels out of range.
     """
-    index_B = np.arange(images) if index is None else np.asarray(index)
+    index_B = np.arange(images) if index is None else checked_index(index)
     B = len(index_B)
-    if images not in (1, B):
+    if not images or images not in (1, B):
         raise InputError(f"{images} images and {B} of index; give one image, or one per index")
     labels = np.full(B, classes) if labels is None else labels
     return index_B, checked_mask(keep, B, shape), checked_labels(labels, classes, B)
+
+
+def checked_tokens(tokens: Any, shape: tuple[int, ...], vocab: int) -> jax.Array:
+    """Returns tokens as (B, *shape) int32; raises InputError for another shape or other numbers."""
+    tokens = np.asarray(tokens)
+    if tokens.shape[1:] != shape or not tokens.ndim or not len(tokens):
+        raise InputError(
+            f"tokens have shape {tokens.shape}; needed is (B, {', '.join(map(str, shape))})"
+        )
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise InputError(f"tokens are {tokens.dtype}; give integers")
+    if not 0 <= tokens.min() <= tokens.max() < vocab:
+        raise InputError(f"tokens lie outside of 0 … {vocab - 1}")
+    return jnp.asarray(tokens, jnp.int32)
+
+
+def nan_advice(params: PyTree, dtype: Any, *others: str) -> str:
+    """Says what may help where a model's images are NaN.
+
+    Args:
+        params: the model's weights, on the host.
+        dtype: of its matrix products.
+        others: further advice, "" for none.
+    """
+    if bad := trees.nonfinite(params):
+        return (
+            f"The weights hold NaN or infinite numbers themselves ({', '.join(bad[:3])}): take an "
+            "earlier checkpoint, or train or convert them again"
+        )
+    lower = np.dtype(dtype) != np.float32
+    tries = ["--dtype=float32"] * lower + [other for other in others if other]
+    tries.append("weaker guidance (--cfg), or weights that are trained for longer")
+    return f"Try {'; or '.join(tries)}"
 
 
 def option_field(default: Any, help: str, static: bool = False) -> Any:
@@ -220,3 +288,20 @@ def given_options(flags: argparse.Namespace, kinds: Iterable[type]) -> dict[str,
     """Returns the options that the command line names, by field."""
     names = dict.fromkeys(field.name for kind in kinds for field in dataclasses.fields(kind))
     return {name: value for name in names if (value := getattr(flags, name)) is not None}
+
+
+def _numbers(name: str, values: Any, allowed: str) -> np.ndarray:
+    """Whole numbers, one or (B,) of any type, as (B,) int64."""
+    try:
+        array_B = np.atleast_1d(np.asarray(values))
+    except ValueError as error:  # rows of unequal lengths
+        raise InputError(f"{name} have no shape (B,): {error}") from error
+    if array_B.ndim != 1:
+        raise InputError(f"{name} have shape {array_B.shape}; needed is (B,)")
+    if not len(array_B):
+        raise InputError(f"{name} are empty: {allowed}")
+    if array_B.dtype.kind not in "iuf":
+        raise InputError(f"{name} {array_B[:5].tolist()}: {allowed}")
+    if bad := [x for x in array_B.tolist() if x % 1 != 0 or abs(x) > UINT32_MAX]:  # NaN as well
+        raise InputError(f"{name} {bad[:5]}: {allowed}")
+    return array_B.astype(np.int64)

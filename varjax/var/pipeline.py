@@ -11,11 +11,17 @@ import numpy as np
 
 from varjax.core import trees
 from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
-from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import Compute
-from varjax.sampling.sampler import checked_edit, checked_labels, image_keys, replace_options
+from varjax.sampling.sampler import (
+    checked_edit,
+    checked_keys,
+    checked_labels,
+    checked_tokens,
+    nan_advice,
+    replace_options,
+)
 from varjax.tokenizers.contract import checked_images
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.var.model import VAR, VARConfig
@@ -135,6 +141,10 @@ class VARPipeline:
         given = self.tokenizer, self.var, batch_size, self.compute, bool(options.cfg)
         return trees.nbytes(self._held) + var_sampling_bytes(*given)
 
+    def advise_on_nan(self, options: VAROptions) -> str:
+        """Says what to try where an image that was sampled holds NaN or infinite numbers."""
+        return nan_advice(self.params, self.compute.jax_dtype)
+
     def encode(self, images_BHWC: Array) -> jax.Array:
         """Encodes images into tokens (B, L) int32, the scales concatenated."""
         return self._encode(self._held, None, checked_images(images_BHWC, self.image_shape))
@@ -186,9 +196,8 @@ class VARPipeline:
             InputError: labels or options out of range.
         """
         label_B = checked_labels(labels, self.classes)
-        index_B = np.arange(len(label_B)) if index is None else np.asarray(index)
-        chosen = self.options(**options)
-        return self._sample(chosen, label_B, image_keys(seed, index_B))
+        key_B = checked_keys(seed, index, len(label_B))
+        return self._sample(self.options(**options), label_B, key_B)
 
     def edit(
         self,
@@ -214,11 +223,11 @@ class VARPipeline:
         index_B, keep_Bhw, label_B = checked_edit(
             len(images_BHWC), keep, labels, index, self.edit_shape, self.classes
         )
-        chosen = self.options(**options)
+        chosen, key_B = self.options(**options), checked_keys(seed, index_B, len(index_B))
         tokens_BL = self._encode(self._held, None, images_BHWC)
         tokens_BL = jnp.broadcast_to(tokens_BL, (len(index_B), self.var.pyramid.length))
         known = KeptTokens(tokens_BL, keep_at_every_scale(self.var.pyramid, keep_Bhw))
-        return self._sample(chosen, label_B, image_keys(seed, index_B), known)
+        return self._sample(chosen, label_B, key_B, known)
 
     def _sample(self, options, *batch):
         sample = self._with_guidance if options.cfg else self._without_guidance
@@ -230,10 +239,4 @@ class VARPipeline:
         return model(tokenizer.teacher_forcing_input(tokens_BL), label_B)
 
     def _checked_tokens(self, tokens_BL):
-        tokens_BL = np.asarray(tokens_BL)
-        length, vocab = self.var.pyramid.length, self.var.vocab
-        if tokens_BL.ndim != 2 or tokens_BL.shape[1] != length:
-            raise InputError(f"tokens have shape {tokens_BL.shape}; needed is (B, {length})")
-        if tokens_BL.size and not 0 <= tokens_BL.min() <= tokens_BL.max() < vocab:
-            raise InputError(f"tokens lie outside of 0 … {vocab - 1}")
-        return jnp.asarray(tokens_BL, jnp.int32)
+        return checked_tokens(tokens_BL, (self.var.pyramid.length,), self.var.vocab)

@@ -11,7 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core.errors import InputError
+from varjax.core.numbers import (
+    FLOAT32_MAX,
+    INT32_MAX,
+    finite_number,
+    true_or_false,
+    whole_number,
+)
 from varjax.core.trees import PyTree
 from varjax.nn import resize
 from varjax.nn.autoencoder import decoding_bytes, to_unit_range
@@ -49,18 +55,15 @@ class VAROptions:
 
         Raises InputError for a value out of range.
         """
-        if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise InputError(f"top_k={self.top_k}: must be a whole number, 0 (off) or more")
-        if not 0 <= self.top_p <= 1:
-            raise InputError(f"top_p={self.top_p}: must lie in [0, 1]; 0 turns it off")
-        if not 0 <= self.cfg < float("inf"):
-            raise InputError(f"cfg={self.cfg}: must be a finite number, 0 (off) or more")
+        codes = f"a whole number, 0 (off) … {INT32_MAX}"
+        share = "in [0, 1]; 0 turns it off"
+        strength = f"a finite number, 0 (off) … {FLOAT32_MAX:g}"
         return dataclasses.replace(
             self,
-            cfg=float(self.cfg),
-            top_k=int(self.top_k),
-            top_p=float(self.top_p),
-            smooth=bool(self.smooth),
+            cfg=finite_number("cfg", self.cfg, 0, allowed=strength),
+            top_k=whole_number("top_k", self.top_k, 0, allowed=codes),
+            top_p=finite_number("top_p", self.top_p, 0, 1, allowed=share),
+            smooth=true_or_false("smooth", self.smooth),
         )
 
 
@@ -176,6 +179,8 @@ def choose_tokens(
     pyramid = quantizer.pyramid
     if guided:
         logits_BlV = classifier_free_guidance(logits_BlV, options.cfg * pyramid.progress(k))
+    # An argmax hides NaN: so that the image shows it, the code of such a token is NaN.
+    finite_Bl1 = jnp.all(jnp.isfinite(logits_BlV), axis=-1, keepdims=True)
     logits_BlV = filter_top_k_top_p(logits_BlV, options.top_k, options.top_p)
     noise_BlV = gumbel_noise(fold_in_each(key_B, k), logits_BlV)
     if options.smooth:
@@ -185,6 +190,7 @@ def choose_tokens(
     else:
         tokens_Bl = jnp.argmax(logits_BlV + noise_BlV, axis=-1)
         codes_BlZ = quantizer.look_up(tokens_Bl)
+    codes_BlZ = jnp.where(finite_Bl1, codes_BlZ, jnp.nan)
     if known is not None:
         scale = pyramid.slices[k]
         keep_Bl, known_Bl = known.keep_BL[:, scale], known.tokens_BL[:, scale]

@@ -1,0 +1,45 @@
+"""A `Sampler` that computes nothing: each image is of one gray, which its number decides."""
+
+import dataclasses
+
+import numpy as np
+
+from varjax.sampling.sampler import checked_keys, checked_labels, replace_options
+from varjax.var.sample import VAROptions
+
+
+@dataclasses.dataclass
+class FakeSampler:
+    nan: frozenset = frozenset()  # numbers of the images that are NaN
+    image_shape: tuple = (8, 8, 1)
+    devices: tuple = (0,)
+    classes: int = 10
+    edit_shape: tuple = (4, 4)
+    calls: int = 0
+
+    def options(self, **given):
+        return replace_options(VAROptions(), given).check()
+
+    def identity(self):
+        return {"weights": "fake"}
+
+    def sampling_bytes(self, batch_size, options):
+        return 0
+
+    def advise_on_nan(self, options):
+        return f"Try top_k={options.top_k + 1}"
+
+    def sample(self, labels, seed=0, *, index=None, **options):
+        label_B = checked_labels(labels, self.classes)
+        checked_keys(seed, index, len(label_B))
+        return self._images(np.arange(len(label_B)) if index is None else np.asarray(index))
+
+    def edit(self, images_BHWC, keep, labels=None, seed=0, *, index=None, **options):
+        return self._images(np.asarray(index))
+
+    def _images(self, index_B):
+        self.calls += 1
+        gray_B = np.where(np.isin(index_B, list(self.nan)), np.nan, index_B % 256 / 255)
+        return np.broadcast_to(
+            gray_B[:, None, None, None].astype(np.float32), (len(index_B), *self.image_shape)
+        )

@@ -1,0 +1,128 @@
+"""Where samples go: which names are files, what a file can hold, and one job at a time."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.fake_sampler import FakeSampler
+from varjax.cli import sample
+from varjax.core import files
+from varjax.core.errors import InputError
+from varjax.core.work_folders import locked_work_folder
+from varjax.evaluation import __main__ as evaluation
+from varjax.evaluation.evaluate import begun_batch_size_of_report
+from varjax.sampling.job import SamplingJob
+from varjax.sampling.outputs import (
+    FolderOutput,
+    begun_batch_size,
+    check_out,
+    check_out_holds,
+    file_suffix,
+    open_output,
+    parts_folder,
+    work_folder,
+)
+
+SAMPLE = ["--weights=fake", "--labels=3,7", "--count=2", "--batch_size=2"]
+EVALUATE = ["--weights=fake", "--count=1", "--batch_size=2", "--reference=real.npz"]
+EVALUATE += ["--features=pixels", "--cache=cache"]
+
+
+@pytest.fixture
+def model(monkeypatch):
+    found = FakeSampler()
+    for module in (sample, evaluation):
+        monkeypatch.setattr(module, "load", lambda *_: found)
+        monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
+    return found
+
+
+@pytest.mark.parametrize("name", ["d16_cfg1.5", "v1.0", "a.b.c", "images.parts", "x.5", "run@3.2"])
+def test_a_dot_in_a_folder_s_name_is_no_suffix(name, model, tmp_path):
+    check_out(name)
+    assert isinstance(open_output(name, np.zeros(1, int), None, 0, {}), FolderOutput)
+    assert work_folder(name).name == name
+    for _ in range(2):  # the second one finds all
+        assert sample.main([*SAMPLE, f"--out={name}"]) == 0
+    assert model.calls == 2
+    assert begun_batch_size(name) == 2
+    assert len(list((tmp_path / name).glob("*.png"))) == 4
+
+
+def test_suffixes_of_files_are_known_in_capitals_too(model, tmp_path):
+    assert [file_suffix(n) for n in ("a.png", "A.PNG", "a.b.NPZ", "a.jpg")] == [
+        ".png", ".png", ".npz", "",
+    ]  # fmt: skip
+    assert sample.main([*SAMPLE, "--out=A.PNG"]) == 0 and (tmp_path / "A.PNG").is_file()
+    for name in ("a.jpg", "a.JPG", "a.npy", "a.json"):
+        with pytest.raises(InputError, match=f"out={name}: cannot write"):
+            check_out(name)
+
+
+@pytest.mark.parametrize("name", ["", " ", ".png", ".npz", "folder/.png", "x" * 300 + ".npz"])
+def test_a_name_that_is_none_is_refused(name):
+    with pytest.raises(InputError, match="is empty|has no name before|cannot write"):
+        check_out(name)
+
+
+def test_what_a_file_cannot_hold_is_said_before_anything_is_drawn(model, tmp_path, capsys):
+    for channels, name, says in (
+        (4, "a.npz", "have 4 channels; .npz files hold 1, 3; give FILE.png or a folder"),
+        (2, "a.npz", "have 2 channels; .npz files hold 1, 3"),
+        (2, "images", "have 2 channels; .png files hold 1, 3, 4"),
+    ):
+        model.image_shape = (8, 8, channels)
+        assert sample.main([*SAMPLE, f"--out={name}"]) == 1
+        assert says in capsys.readouterr().err
+    np.savez("real.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+    assert evaluation.main([*EVALUATE, "--out=a.json"]) == 1
+    assert "images have 2 channels" in capsys.readouterr().err
+    model.image_shape = (256, 256, 3)
+    assert sample.main([*SAMPLE, "--count=2000", "--out=a.png"]) == 1
+    assert "a grid of 4,000 images is too large; give at most 2,730" in capsys.readouterr().err
+    assert model.calls == 0
+    check_out_holds("a.png", 2730, (256, 256, 3))
+    check_out_holds("a.npz", 10**7, (256, 256, 3))
+    model.image_shape = (8, 8, 4)
+    assert sample.main([*SAMPLE, "--out=rgba"]) == 0
+    with Image.open(next((tmp_path / "rgba").glob("*.png"))) as picture:
+        assert picture.mode == "RGBA"
+
+
+def test_more_images_than_a_list_holds_are_refused(model, capsys):
+    with pytest.raises(InputError, match="count=50000001 of 2 classes are 100,000,002 images"):
+        SamplingJob((0, 1), 50_000_001, 0, None, 8)
+    assert sample.main([*SAMPLE, "--count=2000000000", "--out=a.npz"]) == 1
+    assert "at most 100,000,000" in capsys.readouterr().err
+    for flag in ("count", "batch_size", "seed"):
+        assert sample.main([*SAMPLE, f"--{flag}={2**40}", "--out=a.npz"]) == 1
+        assert f"{flag}={2**40}: must be" in capsys.readouterr().err
+
+
+def test_a_second_command_at_the_same_output_is_told(model, tmp_path, capsys):
+    for name, folder in (("a.npz", ".a.npz.parts"), ("images", "images")):
+        with locked_work_folder(tmp_path / folder):
+            assert sample.main([*SAMPLE, f"--out={name}"]) == 1
+            assert f"is at work in {folder}" in capsys.readouterr().err
+            assert sample.main([*SAMPLE, "--out=other.npz"]) == 0
+        assert sample.main([*SAMPLE, f"--out={name}"]) == 0
+        assert sample.main([*SAMPLE, f"--out={name}"]) == 0  # done before
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob(".*")}
+    assert not left  # neither locks nor parts
+
+
+def test_a_second_evaluation_is_told(model, tmp_path, capsys):
+    np.savez("real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8))
+    for arguments in (EVALUATE, ["real.npz", *EVALUATE[3:]]):  # samples of a model, of a file
+        out = tmp_path / f"{len(arguments)}.json"
+        with locked_work_folder(parts_folder(out)):
+            assert evaluation.main([*arguments, f"--out={out}"]) == 1
+        assert f"is at work in {parts_folder(out)}" in capsys.readouterr().err
+        assert evaluation.main([*arguments, f"--out={out}"]) == 0
+        assert not parts_folder(out).exists()
+
+
+def test_a_report_s_batch_size_is_found_beside_it(tmp_path):
+    out = tmp_path / "a.cfg=1.5.json"
+    files.write_json(parts_folder(out) / "request.json", {"batch_size": 7})
+    assert begun_batch_size_of_report(out) == 7

@@ -1,0 +1,110 @@
+"""What users give a sampler from Python: labels, seeds, numbers of images and options."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from varjax.core.errors import InputError
+from varjax.mar.options import MAROptions
+from varjax.sampling.sampler import (
+    checked_edit,
+    checked_keys,
+    checked_labels,
+    checked_tokens,
+    image_keys,
+)
+from varjax.var.sample import VAROptions
+
+
+@pytest.mark.parametrize(
+    "labels", [[3, 10], (3, 10), np.array([3, 10], np.uint8), jnp.array([3, 10]), [3.0, 10.0]]
+)
+def test_labels_of_any_integer_type(labels):
+    found_B = checked_labels(labels, 10)
+    assert found_B.tolist() == [3, 10] and found_B.dtype == jnp.int32
+    assert checked_labels(7, 10).tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["cat"], "cat", "3", [b"3"], [True, False], np.array([True]), [3.5], [math.nan], [math.inf],
+        [-1], [11], [2**40], [2**70], [], (), np.zeros((0,), int), [None], None, [[1], [2, 3]],
+        [[1, 2]], {1: 2}, object(),
+    ],
+)  # fmt: skip
+def test_labels_that_are_none_are_refused(labels):
+    with pytest.raises(InputError, match="labels.*(allowed are 0 … 9|shape)"):
+        checked_labels(labels, 10)
+
+
+def test_one_label_for_each_image():
+    with pytest.raises(InputError, match="labels have shape .2,.; needed is .3,."):
+        checked_labels([1, 2], 10, 3)
+
+
+def test_keys_are_those_of_the_seed_and_the_numbers():
+    expected = jax.random.key_data(image_keys(5, jnp.arange(3)))
+    for seed in (5, np.int64(5), np.uint8(5), 5.0, jnp.int32(5)):
+        for index in (None, range(3), [0, 1, 2], np.arange(3, dtype=np.uint8), jnp.arange(3)):
+            found = jax.random.key_data(checked_keys(seed, index, 3))
+            np.testing.assert_array_equal(found, expected)
+    last = [jax.random.key_data(checked_keys(0, [i], 1)).tolist() for i in (0, 2**31, 2**32 - 1)]
+    assert len({str(key) for key in last}) == 3
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**64, 0.5, math.nan, "0", None, True, [0]])
+def test_a_seed_that_jax_would_cut_off_is_refused(seed):
+    with pytest.raises(
+        InputError, match="seed=.*: must be 0 or more, a whole number up to 4294967"
+    ):
+        checked_keys(seed, None, 1)
+
+
+@pytest.mark.parametrize("index", [[-1], [2**32], [0.5], [True], ["0"], [], [[0]], [0, 1]])
+def test_numbers_of_images_that_are_none_are_refused(index):
+    with pytest.raises(InputError, match="index .*(allowed are 0|shape|needed are 1)"):
+        checked_keys(0, index, 1)
+
+
+def test_an_edit_of_no_image_is_refused():
+    keep = np.ones((2, 2), bool)
+    with pytest.raises(InputError, match="0 images and 0 of index"):
+        checked_edit(0, keep, None, None, (2, 2), 10)
+    with pytest.raises(InputError, match="index .-1.: allowed"):
+        checked_edit(1, keep, None, [-1], (2, 2), 10)
+
+
+def test_tokens_are_whole_numbers_below_the_vocabulary():
+    assert checked_tokens([[0, 15]], (2,), 16).dtype == jnp.int32
+    for tokens, message in (
+        ([[0.0, 1.5]], "tokens are float64; give integers"),
+        ([[math.nan, 0]], "give integers"),
+        ([[0, 16]], "outside of 0 … 15"),
+        ([[-1, 0]], "outside of 0 … 15"),
+        ([0, 1], r"shape \(2,\); needed is \(B, 2\)"),
+        (np.zeros((0, 2), int), r"shape \(0, 2\)"),
+        (3, r"shape \(\)"),
+    ):
+        with pytest.raises(InputError, match=message):
+            checked_tokens(tokens, (2,), 16)
+
+
+NUMBERS = [math.nan, math.inf, -1, 1e39, "1", True, [1]]
+
+
+@pytest.mark.parametrize("options", [VAROptions(), MAROptions()])
+def test_every_option_refuses_what_is_no_number_of_its_own(options):
+    """What float32 or int32 would make something else of, too: 5e9 codes, or 1e39 as guidance."""
+    for field in dataclasses.fields(options):
+        wrong = {"bool": ["no", 2], "str": ["x", "1", "2:²", ""], "int": [*NUMBERS, 5_000_000_000]}
+        kind = type(getattr(options, field.name)).__name__
+        for value in wrong.get(kind, NUMBERS):
+            with pytest.raises(InputError, match=f"{field.name}="):
+                dataclasses.replace(options, **{field.name: value}).check()
+    found = dataclasses.replace(options, cfg=np.float32(2)).check()
+    assert type(found.cfg) is float and hash(found) is not None

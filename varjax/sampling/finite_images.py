@@ -1,0 +1,42 @@
+"""Checks images for NaN and infinite numbers before they are written, and says which hold them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from varjax.core.errors import InputError
+
+
+def finite_rows(images_BHWC: np.ndarray) -> np.ndarray:
+    """Tells which images hold finite numbers alone, (B,) bool."""
+    return np.isfinite(images_BHWC).reshape(len(images_BHWC), -1).all(axis=1)
+
+
+def check_finite_images(
+    images_BHWC: np.ndarray,
+    index_B: Any,
+    label_B: Any,
+    seed: int,
+    advice: Callable[[], str],
+) -> None:
+    """Checks images that are about to be written, where NaN would be black.
+
+    Args:
+        images_BHWC: floats.
+        index_B: their numbers.
+        label_B: their classes.
+        seed: of all of them.
+        advice: returns what to try, by `Sampler.advise_on_nan`.
+
+    Raises:
+        InputError: an image holds NaN or infinite numbers; names the first one.
+    """
+    bad = np.flatnonzero(~finite_rows(images_BHWC))
+    if bad.size:
+        i = bad[0]
+        raise InputError(
+            f"image {int(index_B[i])} (label {int(label_B[i])}, seed {seed}) holds NaN or infinite "
+            f"numbers, as do {bad.size} of the {len(images_BHWC)} images of its batch, and "
+            f"is not written. {advice()}"
+        )
