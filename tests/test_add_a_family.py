@@ -62,6 +62,9 @@ class HistogramPipeline:
     def sampling_bytes(self, batch_size, options):
         return 4 * batch_size * self.config.length * self.config.vocab
 
+    def advise_on_nan(self, options):
+        return "Try a lower temperature"
+
     def sample(self, labels, seed=0, *, index=None, **options):
         logits_BLV = self.params["histogram"]["histogram"]["kernel"][np.asarray(labels)]
         index_B = np.arange(len(labels)) if index is None else index

@@ -68,6 +68,8 @@ def test_in_a_cluster_work_is_shared_out_without_connecting(connected, monkeypat
         ("--processes=2", "--coordinator and --process missing"),
         ("--coordinator=host:1", "--processes and --process missing"),
         ("--coordinator=host --processes=2 --process=1", "--coordinator=host is not HOST:PORT"),
+        ("--coordinator=host:99999 --processes=2 --process=1", "host:99999 is not HOST:PORT"),
+        ("--coordinator=host:² --processes=2 --process=1", "host:² is not HOST:PORT"),
         ("--coordinator=a:1 --processes=2 --process=2", "--process=2 is none of the 2"),
     ],
 )

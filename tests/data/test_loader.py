@@ -254,3 +254,11 @@ def test_images_that_use_less_than_a_tenth_of_their_range_are_said_once(size, ti
         take(loader, 8)
     said = capsys.readouterr().err
     assert said.count("the first 64 images only use values from 0 to 25 of 0 … 255") == times
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2**20 + 1, 5_000_000_000])
+def test_a_batch_that_is_none_or_fits_nowhere_is_refused(batch_size):
+    with pytest.raises(
+        ValueError, match="batch_size is .*, but must be at (least 1|most 1,048,576)"
+    ):
+        make_loader(FakeImages(4), batch_size)

@@ -79,7 +79,10 @@ def test_what_a_file_cannot_hold_is_said_before_anything_is_drawn(model, tmp_pat
     assert "images have 2 channels" in capsys.readouterr().err
     model.image_shape = (256, 256, 3)
     assert sample.main([*SAMPLE, "--count=2000", "--out=a.png"]) == 1
-    assert "a grid of 4,000 images is too large; give at most 2,730" in capsys.readouterr().err
+    assert (
+        "a picture of 4,000 images of 256x256 is too large; draw at most 2,730"
+        in capsys.readouterr().err
+    )
     assert model.calls == 0
     check_out_holds("a.png", 2730, (256, 256, 3))
     check_out_holds("a.npz", 10**7, (256, 256, 3))

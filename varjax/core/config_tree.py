@@ -133,12 +133,14 @@ def _build(kind: Any, data: Any, path: str) -> Any:
     elif kind is float and type(data) in (int, float):
         if not abs(data) <= FLOAT32_MAX:  # nor is NaN
             raise _OutOfBounds(
-                f"{path} must be a finite number, at most {FLOAT32_MAX:g}, not {data}"
+                f"{path} must be a finite number, at most {FLOAT32_MAX:g}, not {shown(data)}"
             )
         return float(data)
     elif kind is int and type(data) is int:
         if not -INT32_MAX <= data <= UINT32_MAX:
-            raise _OutOfBounds(f"{path} must be a number {-INT32_MAX} … {UINT32_MAX}, not {data}")
+            raise _OutOfBounds(
+                f"{path} must be a number {-INT32_MAX} … {UINT32_MAX}, not {shown(data)}"
+            )
         return data
     elif kind in (str, bool, type(None)) and type(data) is kind or kind is Any:
         return data

@@ -106,7 +106,7 @@ def connect(
     if (coordinator, count, index) != (None, None, None):
         _check_number(count, index, *(() if coordinator else ("--coordinator",)))
         host, _, port = str(coordinator).rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdecimal() or not 0 < int(port[:6]) < 2**16:
             raise InputError(f"--coordinator={coordinator} is not HOST:PORT; {USAGE}")
     # It would take SIGTERM for itself; `training.preemption` handles it.
     jax.config.update("jax_enable_preemption_service", False)

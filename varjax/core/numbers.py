@@ -33,6 +33,8 @@ def whole_number(name: str, value: Any, low: int, high: int = INT32_MAX, allowed
     """
     number = _converted(int, value)
     valid = number is not None and low <= number <= high and bool(number == value)
+    if number is not None and number > high:
+        allowed = f"at most {high}"
     check_setting(name, value, valid, allowed or f"{low} or more, a whole number up to {high}")
     return int(value)
 

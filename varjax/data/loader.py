@@ -28,6 +28,7 @@ BatchArrays = dict[str, np.ndarray]
 BATCHES_AHEAD = 2  # in the making while another one is used
 RANGE_IMAGES = 64  # are looked at
 SMALL_RANGE = 26  # a tenth
+MOST_ROWS = 2**20  # of a batch, which is listed and held in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Loader:
     def __post_init__(self):
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}, but must be at least 1")
+        if self.batch_size > MOST_ROWS:
+            raise InputError(f"batch_size is {self.batch_size}, but must be at most {MOST_ROWS:,}")
         if self.rows is not None:
             rows = np.asarray(self.rows)
             if (

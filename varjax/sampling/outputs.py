@@ -98,8 +98,8 @@ def check_out_holds(location: str, images: int, image_shape: Sequence[int]) -> N
         )
     if suffix == ".png" and images * H * W > MOST_GRID_PIXELS:
         raise InputError(
-            f"out={location}: a grid of {images:,} images is too large; give at most "
-            f"{MOST_GRID_PIXELS // (H * W):,}, or FILE.npz or a folder"
+            f"out={location}: a picture of {images:,} images of {H}x{W} is too large; draw at most "
+            f"{MOST_GRID_PIXELS // (H * W):,}, or, by varjax sample, into FILE.npz or a folder"
         )
 
 
