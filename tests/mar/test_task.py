@@ -26,6 +26,7 @@ from varjax.mar.losses import (
 )
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions
+from varjax.mar.pipeline import MARPipeline
 from varjax.mar.task import DECAYED, MARTask, matching_mar_rows
 from varjax.nn.compute import Compute
 from varjax.tokenizers.kl.model import KLConfig
@@ -219,11 +220,16 @@ def test_labels_are_dropped_and_more_than_one_share_is_masked():
     assert len(shares) > 1 and min(shares) >= 0.7
 
 
-def trained_state():
-    """A state whose denoising MLP is not closed, so that everything has a gradient."""
-    state, rng = start(TASK), np.random.default_rng(4)
+def filled(params):
+    """Parameters of which none is 0, so that the denoising MLP is not closed."""
+    rng = np.random.default_rng(4)
     fill = lambda x: x + jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32)  # noqa: E731
-    return state.replace(params=jax.tree.map(fill, state.params))
+    return jax.tree.map(fill, params)
+
+
+def trained_state():
+    """A state in which everything has a gradient."""
+    return start(TASK).replace(params=filled(start(TASK).params))
 
 
 @pytest.mark.slow
@@ -290,9 +296,21 @@ def test_rows_of_other_sizes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [TASK, DISCRETE], ids=["masked", "codes"])
-def test_previews_are_images(task):
-    images = quick(task.preview)(start(task), frozen(task.tokenizer), batch())
-    assert images["samples"].shape == (16, 8, 8, 1)
-    assert images["reconstructions"].shape == (8, 8, 8, 1)
-    for image_NHWC in images.values():
-        assert 0 <= image_NHWC.min() < image_NHWC.max() <= 1
+def test_previews_are_samples_of_the_first_classes_and_reconstructions(task):
+    tokenizer, state = task.tokenizer, start(task)
+    weights_, params = frozen(tokenizer), filled(state.params)
+    images = quick(task.preview)(state.replace(params=params), weights_, batch())
+    samples = np.asarray(images["samples"])
+    assert samples.shape == (16, 8, 8, 1) and 0 <= samples.min() and samples.max() <= 1
+    if task is TASK:  # by the pipeline: the first ten classes, and again the first six
+        model = MARPipeline(tokenizer, task.model, {"tokenizer": weights_, "mar": params}, FAST)
+        labels = np.arange(16) % 10
+        np.testing.assert_allclose(samples, model.sample(labels, seed=0), atol=2e-3)
+        # So that this is a comparison of labels and of seeds.
+        for others in (model.sample(labels[::-1], seed=0), model.sample(labels, seed=1)):
+            assert np.abs(others - samples).max() > 0.02
+    rebuilt = quick(lambda x_BHWC: tokenizer.decode(weights_, tokenizer.encode(weights_, x_BHWC)))(
+        batch()["image_BHWC"]
+    )
+    np.testing.assert_allclose(images["reconstructions"], rebuilt, atol=1e-4)
+    assert np.std(rebuilt, axis=0).max() > 1e-3  # images differ

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 import varjax
 from tests.helpers import runs
@@ -64,6 +65,53 @@ def test_var_needs_what_the_arithmetic_says(labels, guided, scales):
     small = dataclasses.replace(tokenizer, width=32)
     reckoned = var_sampling_bytes(small, var, BATCH, COMPUTE, guided)
     assert 0.95 < reckoned / needed < 2
+
+
+def attention_matrices(jaxpr, shape):
+    """Bytes of the largest array of a traced program whose last axes are `shape`; 0 without one."""
+    largest = 0
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            if variable.aval.shape[-2:] == shape and len(variable.aval.shape) == 4:
+                largest = max(largest, variable.aval.size * variable.aval.dtype.itemsize)
+        for value in jax.tree.leaves(equation.params, is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                inner = getattr(value, "jaxpr", value)
+                largest = max(largest, attention_matrices(inner, shape))
+    return largest
+
+
+def is_jaxpr(value):
+    return isinstance(value, core.ClosedJaxpr | core.Jaxpr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guided", [True, False])
+def test_var_s_plain_attention_needs_its_matrices_beside_the_rest(labels, guided):
+    """Read off the traced program: a CPU's compiler never holds them as a GPU's does."""
+    vocab = 2**14  # so many logits that the decoder does not count
+    var = VARConfig(depth=1, width=64, heads=2, scales=(1, 2, 16), vocab=vocab)
+    tokenizer = VQConfig(scales=var.scales, width=32, vocab=vocab)
+    params = jax.eval_shape(
+        lambda key: {"tokenizer": tokenizer.init(key), "var": var.init(key)}, jax.random.key(0)
+    )
+
+    def matrices(compute):
+        def tokens(params, label_B, key_B):
+            given = label_B, key_B, VAROptions(), None, compute, guided
+            return sample_tokens(tokenizer, var, params, *given)[0]
+
+        return attention_matrices(jax.make_jaxpr(tokens)(params, *labels).jaxpr, (256, 261))
+
+    plain, grouped = (
+        dataclasses.replace(COMPUTE, dtype="bfloat16", attention=kind)
+        for kind in ("xla", "grouped")
+    )
+    rows = BATCH * (2 if guided else 1)
+    assert matrices(plain) == rows * 2 * 256 * 261 * 4  # two heads, the last scale, float32
+    needed = [var_sampling_bytes(tokenizer, var, BATCH, c, guided) for c in (plain, grouped)]
+    # The products of queries and keys, and their softmax.
+    assert needed[0] - needed[1] == 2 * matrices(plain)
 
 
 def test_a_decoder_needs_what_the_arithmetic_says(labels):

@@ -1,0 +1,131 @@
+"""MAR's samples against the distribution that an exact network would have.
+
+The network is replaced by the exact one of tokens that are normal with variance 1 around a mean of
+the class and of the known tokens. Of these the noise, and the variance β of each step, have closed
+forms, so that the loop draws them exactly with any number of denoising steps.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from varjax.mar import sample
+from varjax.mar.model import DiffusionHead, MARConfig
+from varjax.mar.options import MAROptions, make_plan
+from varjax.nn.diffusion import NoiseSchedule
+from varjax.sampling.sampler import image_keys
+
+pytestmark = pytest.mark.slow
+
+CONFIG = MARConfig(
+    width=2, encoder_depth=1, decoder_depth=1, encoder_heads=1, decoder_heads=1,
+    head=DiffusionHead(channels=1, depth=1, width=2), classes=2, latent_map=(2, 2), buffer=1,
+)  # fmt: skip
+IMAGES, TOKENS = 2500, 4
+CLASS_MEANS, KNOWN_SHARE = np.array([1.5, -2.0, 0.5], np.float32), 0.5  # the last: no class
+# The mean of the image's known tokens counts half. With four steps one token is known after each,
+# and guidance counts tokens that are masked after a step, at least one.
+LINEAR_SHARES = (1 / 4, 2 / 4, 3 / 4, 3 / 4)
+
+
+def exact_transformer(config, params, compute):
+    """In place of `bind_mar`: z is the mean of a token to draw."""
+
+    def hidden(token_BnZ, place_Bn, known_Bn, class_BC):
+        known_Bn1 = known_Bn[..., None].astype(jnp.float32)
+        count_B1 = jnp.maximum(jnp.sum(known_Bn1, axis=1), 1)
+        mean_B1 = class_BC[:, :1] + KNOWN_SHARE * jnp.sum(token_BnZ * known_Bn1, axis=1) / count_B1
+        return jnp.broadcast_to(mean_B1[:, None], (len(mean_B1), TOKENS, config.width))
+
+    def class_vectors(label_B):
+        return jnp.broadcast_to(jnp.asarray(CLASS_MEANS)[label_B][:, None], (len(label_B), 2))
+
+    methods = {"hidden": hidden, "class_vectors": class_vectors}
+    return lambda *args, method: methods[method](*args)
+
+
+def exact_denoiser(head, params, compute):
+    """In place of `bind_denoiser`: the noise in x_t and +1, which stands for the variance β."""
+    alpha_bar_T = jnp.asarray(NoiseSchedule().alpha_bar_J, jnp.float32)
+
+    def apply(*args, method=None):
+        if method == "condition":
+            return args[0][:, :1]
+        xt_N1, t_1, mean_N1 = args
+        alpha_bar_11 = alpha_bar_T[t_1][:, None]
+        noise_N1 = jnp.sqrt(1 - alpha_bar_11) * (xt_N1 - jnp.sqrt(alpha_bar_11) * mean_N1)
+        return jnp.concatenate([noise_N1, jnp.ones_like(noise_N1)], axis=-1)
+
+    return apply
+
+
+def residuals(options, shares, monkeypatch):
+    """What is left of tokens by step, (images, steps), once the target's mean is taken away."""
+    monkeypatch.setattr(sample, "bind_mar", exact_transformer)
+    monkeypatch.setattr(sample, "bind_denoiser", exact_denoiser)
+    key_B, label_B = image_keys(0, jnp.arange(IMAGES)), jnp.arange(IMAGES) % 2
+    order_BL = sample.draw_orders(CONFIG, key_B)
+    plan = make_plan(CONFIG, options.check())
+    draw = jax.jit(functools.partial(sample.sample_mar_tokens, CONFIG, {}, order_BL=order_BL))
+    token_BL = np.asarray(draw(label_B, key_B, plan))[..., 0]
+    drawn_BS = np.take_along_axis(token_BL, np.asarray(order_BL), axis=1)
+    found = []
+    for step, share in enumerate(shares):
+        scale = 1 + (options.cfg - 1) * share
+        class_B = CLASS_MEANS[np.asarray(label_B)]
+        mean_B = CLASS_MEANS[2] + scale * (class_B - CLASS_MEANS[2])
+        if step:  # both halves of guidance see the same known tokens
+            mean_B = mean_B + KNOWN_SHARE * drawn_BS[:, :step].mean(axis=1)
+        # From x_T ~ N(0, 1), without the signal that is left in it.
+        left = NoiseSchedule().alpha_bar_J[plan.noise_schedules[step].timestep_J[-1]]
+        found.append(drawn_BS[:, step] - (1 - left) * mean_B)
+    return np.stack(found, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "shares"),
+    [
+        (dict(cfg=1.0), LINEAR_SHARES),
+        (dict(cfg=1.0, temperature=0.9), LINEAR_SHARES),
+        (dict(cfg=3.0, cfg_schedule="linear"), LINEAR_SHARES),
+        (dict(cfg=3.0, cfg_schedule="constant"), (1,) * 4),
+        (dict(cfg=3.0, diffusion_steps="12:3"), LINEAR_SHARES),
+    ],
+    ids=["plain", "temperature", "linear", "constant", "DiSA"],
+)
+def test_tokens_have_the_mean_the_variance_and_the_quantiles_of_the_target(
+    options, shares, monkeypatch
+):
+    options = MAROptions(**{"steps": TOKENS, "diffusion_steps": "20"} | options)
+    residual_BS = residuals(options, shares, monkeypatch)
+    draws, variance = residual_BS.size, cooled_variance(options)
+    assert draws == 10_000
+    # Four standard errors each, of a step and of all together.
+    np.testing.assert_allclose(residual_BS.mean(axis=0), 0, atol=4 / IMAGES**0.5)
+    np.testing.assert_allclose(residual_BS.var(axis=0), variance, rtol=4 * (2 / IMAGES) ** 0.5)
+    assert abs(residual_BS.mean()) < 4 / draws**0.5
+    assert residual_BS.var() == pytest.approx(variance, rel=4 * (2 / draws) ** 0.5)
+    for p in (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99):
+        expected = stats.norm.ppf(p)
+        error = (p * (1 - p) / draws) ** 0.5 / stats.norm.pdf(expected)
+        found = np.quantile(residual_BS, p) / variance**0.5
+        assert found == pytest.approx(expected, abs=4 * error), p
+    # No two draws are the same, and those of one image tell nothing of one another.
+    assert len(np.unique(residual_BS)) == draws
+    correlation_SS = np.corrcoef(residual_BS.T) - np.eye(TOKENS)
+    assert np.abs(correlation_SS).max() < 4.5 / IMAGES**0.5
+
+
+def cooled_variance(options):
+    """The variance of tokens: 1, or less where the temperature shrinks the noise of each step."""
+    schedule, variance = NoiseSchedule(int(options.diffusion_steps.partition(":")[0])), 1.0
+    if options.temperature == 1:
+        return variance
+    for j in reversed(range(20)):
+        added = options.temperature**2 * schedule.beta_J[j] if j else 0
+        variance = (1 - schedule.beta_J[j]) * variance + added
+    return variance
