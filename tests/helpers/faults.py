@@ -1,0 +1,117 @@
+"""Lets file operations of other processes fail, by a library in C that they load before all others.
+
+faults = Faults(folder, [folder / "run"])
+process = subprocess.Popen(command, env=os.environ | faults.environment())
+faults.arm({"write"}, errno.ENOSPC)  # from now on the disk is full
+faults.disarm()                      # and now it is not
+
+It reaches calls of any language, but for those that C's library makes itself (fread, fwrite) and
+reading through memory maps.
+"""
+
+import ctypes
+import mmap
+import pathlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+
+CALLS = ("write", "fsync", "rename", "open", "create", "read", "stat", "mkdir", "unlink")
+SOURCE = pathlib.Path(__file__).with_name("fault_shim.c")
+COMPILER = shutil.which("cc")
+FOR_GOOD = 2**31 - 1
+# Parts of names that differ from one run to the next; "#7 (deleted)" is a file without a name.
+VOLATILE = re.compile(
+    r"(?<![a-z])(?:[0-9a-f]{8,}|\d+)(?![a-z])|(?<=/tmp)[a-z0-9_]{8}|#\d+ \(deleted\)"
+)
+
+
+def path_pattern(path: str) -> str:
+    """A pattern for `Faults.arm` that equal files of other runs match as well."""
+    return VOLATILE.sub("*", path)
+
+
+class Control(ctypes.Structure):
+    """The struct `control` of the library."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_int32)
+            for name in ("calls", "error", "first", "last", "every", "logging")
+        ),
+        *((name, ctypes.c_int32) for name in ("number", "shortened")),
+        ("pattern", ctypes.c_char * 4000),
+    ]
+
+
+class Faults:
+    """Switches faults on and off, for all processes that were started with `environment`.
+
+    Args:
+        folder: that library, control file and log are put into; exists.
+        concerned: folders; what is outside of them never fails.
+    """
+
+    def __init__(self, folder: pathlib.Path, concerned: Iterable[pathlib.Path]):
+        assert COMPILER is not None
+        self._library, self._path = folder / "faults.so", folder / "faults.control"
+        self.log = folder / "faults.log"
+        self._concerned = ":".join(str(path.absolute()) for path in concerned)
+        if not self._library.exists():
+            flags = ("-O1", "-shared", "-fPIC", "-o", str(self._library))
+            subprocess.run([COMPILER, *flags, str(SOURCE), "-ldl"], check=True)
+        if not self._path.exists():
+            self._path.write_bytes(bytes(ctypes.sizeof(Control)))
+        with open(self._path, "r+b") as file:
+            self._control = Control.from_buffer(mmap.mmap(file.fileno(), 0))
+
+    def environment(self) -> dict[str, str]:
+        """What a process needs to be disturbed."""
+        return {
+            "LD_PRELOAD": str(self._library),
+            "FAULT_CONTROL": str(self._path),
+            "FAULT_FOLDERS": self._concerned,
+            "FAULT_LOG": str(self.log),
+        }
+
+    def arm(
+        self,
+        calls: Iterable[str],
+        error: int,
+        first: int = 0,
+        count: int = FOR_GOOD,
+        pattern: str = "",
+        every: int = 1,
+    ) -> None:
+        """Lets the calls with the numbers `first` to `first + count - 1` fail, from 0 at this call.
+
+        Args:
+            calls: of CALLS, those that are counted.
+            error: the errno that they fail with; of a write, ENOSPC takes one half first.
+            pattern: that a call's whole path has to match to be counted, "*" within names; "" for
+                any path.
+            every: 3 for the first, the fourth, … of these alone.
+        """
+        self.disarm()
+        self._control.error, self._control.pattern = error, pattern.encode()
+        self._control.first, self._control.last = first, min(first + count, FOR_GOOD)
+        self._control.every, self._control.number, self._control.shortened = every, 0, 0
+        self._control.calls = sum(1 << CALLS.index(call) for call in calls)
+
+    def disarm(self) -> None:
+        """Lets nothing fail any more."""
+        self._control.calls = 0
+
+    def record(self, on: bool) -> None:
+        """Logs all calls, or only those that fail."""
+        self._control.logging = int(on)
+
+    def clear_log(self) -> None:
+        self.log.write_bytes(b"")  # processes hold it open, and write to its end
+
+    def logged(self, what: str) -> list[tuple[str, str]]:
+        """(call, path) of those that "fail" or "pass" since the log was cleared."""
+        text = self.log.read_text() if self.log.exists() else ""
+        lines = (line.split(" ", 2) for line in text.splitlines())
+        return [(call, path) for outcome, call, path in lines if outcome == what]
