@@ -7,13 +7,19 @@ python -m tests.helpers.soak --folder=DIR [--events=50] [--processes=1] [--kills
 kill       SIGKILL of one process or of all; where one is left, it has to end by itself
 pause      SIGSTOP of one process, for 5 seconds
 full       no process can make a file longer, as on a full disk, until the run has ended by itself
+full_once  nothing can be written to the run's folder for 20 seconds, as on a disk that is full
+eio        some of the next file operations in the run's folder fail with EIO, once
 read_only  nothing can be written to <run>/checkpoints, until the run has ended by itself
+
+After "pause", "full_once" and "eio" the run has to take further steps, or to end by itself with a
+message. "full_once" and "eio" need a C compiler.
 
 The last line is a report; the exit code is 1 where more was lost than the steps since the last
 save, where an end was not as it should be, or where the final states differ by a bit.
 """
 
 import argparse
+import errno
 import json
 import os
 import pathlib
@@ -31,6 +37,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tests.helpers import faults
+from tests.helpers.faults import Faults
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import lines
 from varjax.training.goodput import PREFIX, STEPS_LOST
@@ -46,7 +54,10 @@ RIGHTS = "-dac_override,-dac_read_search"
 OBEYING = ["setpriv", f"--inh-caps={RIGHTS}", f"--bounding-set={RIGHTS}"] * (os.geteuid() == 0)
 MIN_GOODPUT = 0.1  # of time since train.py began, with an end every few seconds
 MISCOUNTED = 1  # steps at most that a start lost without knowing, for its last line was cut off
-EVENT_SHARES = {"kill": 7, "pause": 1, "full": 1, "read_only": 1}
+FULL_SECONDS = 20.0
+FAILING_CALLS = 30  # at most, of one passing EIO
+PASSING = ("pause", "full_once", "eio")
+EVENT_SHARES = {"kill": 7, "pause": 1, "full": 1, "read_only": 1, "full_once": 1, "eio": 2}
 
 
 class Run:
@@ -55,6 +66,7 @@ class Run:
     def __init__(self, folder: pathlib.Path, name: str, config: str, processes: int, **settings):
         self.path, self.log = folder / name, folder / f"{name}.log"
         self._folder, self._processes, self.steps = folder, processes, settings["steps"]
+        self.faults = Faults(folder, [self.path]) if faults.COMPILER else None
         self._command = [sys.executable, str(ROOT / "train.py")]
         self._command += [f"--config={ROOT}/configs/{config}", f"--config.run_dir={name}"]
         self._command += [f"--config.{key}={value}" for key, value in settings.items()]
@@ -67,6 +79,9 @@ class Run:
             "VARJAX_CACHE": str(self._folder / "varjax_cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
+        if self.faults is not None:
+            self.faults.disarm()
+            environment |= self.faults.environment()
         commands = [self._command]
         if self._processes > 1:
             with socket.socket() as free:
@@ -154,8 +169,12 @@ class Events:
             self.done[kind] += 1
             getattr(self, f"_{kind}")(alive)
             print(f"{kind}: reached {self.run.reached()}, saved {self.run.saved()}")
-            if kind != "pause":
+            if kind not in PASSING:
                 break
+            self._expect_progress(alive, kind)
+            if any(process.poll() not in (None, 0, 1) for process in alive):
+                codes = [process.poll() for process in alive]
+                self.failures.append(f"{kind}: exit codes {codes}: {self.run.log.read_text()}")
         codes = [process.wait() for process in alive]  # after a pause it goes on to its end
         self.run.logger.wait()
         if self.run.continued_from() not in (None, saved):
@@ -184,6 +203,33 @@ class Events:
         process.send_signal(signal.SIGSTOP)
         time.sleep(PAUSE)
         process.send_signal(signal.SIGCONT)
+
+    def _full_once(self, alive: list[subprocess.Popen]) -> None:
+        assert self.run.faults is not None
+        self.run.faults.arm(("write", "create", "mkdir"), errno.ENOSPC)
+        until = time.monotonic() + FULL_SECONDS
+        while time.monotonic() < until and any(process.poll() is None for process in alive):
+            time.sleep(0.02)
+        self.run.faults.disarm()
+
+    def _eio(self, alive: list[subprocess.Popen]) -> None:
+        assert self.run.faults is not None
+        count, every = self.rng.randint(1, FAILING_CALLS), self.rng.choice((1, 1, 5))
+        calls = self.rng.choice((faults.CALLS, ("write", "fsync"), ("open", "read", "stat")))
+        self.run.faults.arm(calls, errno.EIO, count=count, every=every)
+
+    def _expect_progress(self, alive: list[subprocess.Popen], kind: str) -> None:
+        """Notes where a run neither ends nor takes further steps."""
+        reached, until = self.run.reached(), time.monotonic() + FAILURE_SEEN
+        while time.monotonic() < until:
+            if any(process.poll() is not None for process in alive):
+                return
+            if self.run.reached() > reached:
+                return
+            time.sleep(0.1)
+        self.failures.append(f"{kind}: no step and no end in {FAILURE_SEEN} seconds")
+        for process in alive:
+            process.kill()
 
     def _full(self, alive: list[subprocess.Popen]) -> None:
         for process in alive:
@@ -257,6 +303,9 @@ def main() -> int:
     flags.folder.mkdir(parents=True)
     folder = flags.folder.absolute()
     kinds = {"kill": 1} if flags.kills_only else EVENT_SHARES
+    if faults.COMPILER is None:
+        print("no C compiler: neither full_once nor eio", file=sys.stderr)
+        kinds = {kind: share for kind, share in kinds.items() if kind not in ("full_once", "eio")}
     report = soak_run(folder, flags.events, flags.processes, kinds, flags.seed, flags.steps)
     print(json.dumps(report))
     return 1 if report["failures"] else 0
