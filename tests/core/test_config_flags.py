@@ -1,5 +1,7 @@
 import argparse
 import dataclasses
+import errno
+import importlib.machinery
 import json
 from typing import Literal, Protocol
 
@@ -12,6 +14,7 @@ from varjax.core.config_flags import (
     field_docs,
     load_config,
 )
+from varjax.core.errors import StorageError
 
 CONFIG = """
 from __future__ import annotations
@@ -58,6 +61,25 @@ def test_config_files_are_loaded_with_their_argument(tmp_path):
         load_config(f"{file}:d20")
     with pytest.raises(ValueError, match="no config file"):
         load_config(str(tmp_path / "none.py"))
+
+
+@pytest.mark.parametrize("failures", [1, 100])
+def test_a_config_file_that_cannot_be_read_now_is_tried_again(tmp_path, monkeypatch, failures):
+    (tmp_path / "failing.py").write_text("def get_config(): return 1")
+    read, left = importlib.machinery.SourceFileLoader.get_data, [failures]
+
+    def fail(loader, path):
+        if path.endswith("failing.py") and left[0]:
+            left[0] -= 1
+            raise OSError(errno.EIO, "Input/output error", path)
+        return read(loader, path)
+
+    monkeypatch.setattr(importlib.machinery.SourceFileLoader, "get_data", fail)
+    if failures == 1:
+        assert load_config(str(tmp_path / "failing.py")) == 1
+    else:
+        with pytest.raises(StorageError, match="failing.py cannot be read now"):
+            load_config(str(tmp_path / "failing.py"))
 
 
 def test_shipped_configs_are_found_by_name():

@@ -26,6 +26,7 @@ from typing import Any
 
 from varjax.core import config_tree
 from varjax.core.errors import InputError
+from varjax.core.read_errors import retry_read
 
 # "name: text", "a, b: text" or "name (int): text"; further lines of the text follow.
 ENTRY = re.compile(r"\s*(\w+(?:, \w+)*)(?: \([^)]*\))?:\s+(\S.*)")
@@ -101,13 +102,15 @@ def load_config(location: str) -> Any:
     A name without ".py" is a config that comes with varjax, as "digits" or "var:d16". Files of the
     same folder import one another as `from .other import …`.
 
-    Raises InputError where there is no such file or function.
+    Raises:
+        InputError: there is no such file or function.
+        StorageError: the file cannot be read now.
     """
     name, _, argument = location.partition(":")
     path = pathlib.Path(name)
     if path.suffix != ".py" and not path.exists():
         path = SHIPPED / f"{name}.py"
-    if path.suffix != ".py" or not path.is_file():
+    if path.suffix != ".py" or not retry_read(path.is_file, path):
         names = ", ".join(sorted(path.stem for path in SHIPPED.glob("[a-z]*.py")))
         raise InputError(f"there is no config file {name!r}; give FILE.py, or one of {names}")
     folder = path.resolve().parent
@@ -119,7 +122,8 @@ def load_config(location: str) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up annotations that are strings
-    spec.loader.exec_module(module)
+    load = spec.loader.exec_module
+    retry_read(lambda: load(module), path)
     if not hasattr(module, "get_config"):
         raise InputError(f"{name} defines no function get_config(arg)")
     if argument and not inspect.signature(module.get_config).parameters:
