@@ -90,6 +90,9 @@ class HistogramTask:
         if classes != self.model.classes:
             raise InputError(f"classes={classes}: the model has {self.model.classes}")
 
+    def notes(self):
+        return []
+
     def _transformation(self, params):
         return self.optimizer.make(self.plan, jax.tree.map(lambda _: False, params))  # no decay
 

@@ -38,6 +38,8 @@ from varjax.training.task import (
     Plan,
     TrainState,
     check_classes,
+    class_dropout_notes,
+    ema_notes,
 )
 from varjax.training.train_step import (
     accumulated_gradients,
@@ -120,6 +122,11 @@ class MARTask:
         check_image_shape(self.tokenizer, image_shape)
         check_microbatches(self.plan.batch_size, self.accumulate)
         check_classes(classes, self.model.classes)
+
+    def notes(self) -> list[str]:
+        dropout, cfg = self.class_dropout, self.sampling.cfg
+        notes = class_dropout_notes(dropout, self.model.classes, cfg, off=1)
+        return notes + ema_notes(self.ema, self.plan)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)

@@ -64,7 +64,7 @@ class Setup:
 
 
 def set_up(experiment: Experiment) -> Setup:
-    """Lays out the mesh and opens the data of a run; writes nothing.
+    """Lays out the mesh and opens the data of a run; writes nothing but notes on stderr.
 
     Raises InputError for settings that make no sense or do not fit one another.
     """
@@ -77,6 +77,8 @@ def set_up(experiment: Experiment) -> Setup:
     task: Task = dataclasses.replace(experiment.task, plan=plan)  # type: ignore[type-var]
     task.check(experiment.data.image_shape, experiment.data.classes)
     check_batch_size(mesh, experiment.batch_size, task.accumulate)
+    for note in task.notes() if jax.process_index() == 0 else ():
+        print(f"note: {note}", file=sys.stderr)
     return Setup(task, loader, mesh)
 
 

@@ -11,6 +11,7 @@ from varjax.core.errors import InputError
 from varjax.core.trees import PyTree
 
 PREVIEW_IMAGES = 8  # columns of a preview
+MAX_FIRST_SHARE = 0.1  # of the first parameters in the last average, without a note
 
 # By name: "image_BHWC" uint8 (or latents such as "tokens_BL" int32), "label_B" int32 and, in
 # evaluation, "valid_B" bool, False for rows that only fill up the last batch.
@@ -80,6 +81,13 @@ class Task(Protocol):
         Args:
             image_shape: (H, W, channels).
             classes: labels are below it.
+        """
+        ...
+
+    def notes(self) -> list[str]:
+        """Returns a line for each setting that is allowed but can hardly be meant.
+
+        The loop prints them at the start; `plan` is filled in.
         """
         ...
 
@@ -171,6 +179,46 @@ def check_classes(data: int, model: int) -> None:
             f"the data has {data} classes, but the model {model}; set task.model.classes={data}, "
             "or train on other data"
         )
+
+
+def class_dropout_notes(class_dropout: float, classes: int, cfg: float, off: float) -> list[str]:
+    """Returns notes on labels and "no class" that a run never trains, for `Task.notes`.
+
+    Args:
+        class_dropout: share of labels that become "no class".
+        classes: that there are.
+        cfg: the guidance scale that the run samples with.
+        off: the guidance scale that means no guidance.
+    """
+    if class_dropout == 0 and cfg != off:
+        return [
+            f"class_dropout is 0, but sampling.cfg is {cfg:g}: guidance uses "
+            '"no class", which this run does not train, so samples will be bad unless init_from '
+            "has trained it. Set task.class_dropout=0.1, or "
+            f"task.sampling.cfg={off:g} for no guidance"
+        ]
+    if class_dropout == 1 and classes > 1:
+        return [
+            f'class_dropout is 1: every label becomes "no class", so none of the {classes} classes '
+            "is trained. Set task.class_dropout=0.1"
+        ]
+    return []
+
+
+def ema_notes(ema: float, plan: Plan) -> list[str]:
+    """Returns a note on an average that a run is too short for, for `Task.notes`.
+
+    Args:
+        ema: its decay; 0 for no average.
+        plan: the length of the run.
+    """
+    if (first := ema**plan.steps) < MAX_FIRST_SHARE:
+        return []
+    return [
+        f"ema is {ema:g}, but the run has {plan.steps:,} steps: in the end {first:.0%} of the "
+        "average are still the parameters that the run began with, and samples come from the "
+        f"average. Set task.ema={max(1 - 5 / plan.steps, 0):.4g}"
+    ]
 
 
 def check_latents(task: Task, frozen: PyTree, tokenizer_identity: Mapping[str, Any] | None) -> None:

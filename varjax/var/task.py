@@ -27,6 +27,8 @@ from varjax.training.task import (
     Plan,
     TrainState,
     check_classes,
+    class_dropout_notes,
+    ema_notes,
 )
 from varjax.training.train_step import (
     accumulated_gradients,
@@ -79,14 +81,22 @@ class VARTask:
     def __post_init__(self):
         check_fit(self.tokenizer, self.model)
         self.sampling.check()
-        for name in ("class_dropout", "drop_path", "label_smoothing", "ema"):
+        for name in ("class_dropout", "label_smoothing", "ema"):
             value = getattr(self, name)
             check_setting(name, value, 0 <= value <= 1, "in [0, 1]")
+        # What is kept is divided by the share that is kept.
+        rate = self.drop_path
+        check_setting("drop_path", rate, 0 <= rate < 1, "at least 0 and below 1")
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_image_shape(self.tokenizer, image_shape)
         check_microbatches(self.plan.batch_size, self.accumulate)
         check_classes(classes, self.model.classes)
+
+    def notes(self) -> list[str]:
+        dropout, cfg = self.class_dropout, self.sampling.cfg
+        notes = class_dropout_notes(dropout, self.model.classes, cfg, off=0)
+        return notes + ema_notes(self.ema, self.plan)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)

@@ -38,7 +38,14 @@ from varjax.tokenizers.losses.image_losses import (
 from varjax.tokenizers.losses.lpips import LPIPSConfig
 from varjax.tokenizers.tokenizer_state import join_state, split_state
 from varjax.training.optimizer import AdamW
-from varjax.training.task import PREVIEW_IMAGES, Batch, MatchingRows, Plan, TrainState
+from varjax.training.task import (
+    PREVIEW_IMAGES,
+    Batch,
+    MatchingRows,
+    Plan,
+    TrainState,
+    ema_notes,
+)
 from varjax.training.train_step import apply_gradients, create_state, example_keys
 
 LATENT_STD_DECAY = 0.99  # of the moving average that becomes the tokenizer's "latent_std"
@@ -93,6 +100,9 @@ class KLTask:
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_image_losses(self, image_shape)
+
+    def notes(self) -> list[str]:
+        return ema_notes(self.ema, self.plan)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)

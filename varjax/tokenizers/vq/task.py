@@ -38,7 +38,14 @@ from varjax.tokenizers.vq.gradients import vq_gradients
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity, quantizer_loss
 from varjax.training.optimizer import AdamW
-from varjax.training.task import PREVIEW_IMAGES, Batch, MatchingRows, Plan, TrainState
+from varjax.training.task import (
+    PREVIEW_IMAGES,
+    Batch,
+    MatchingRows,
+    Plan,
+    TrainState,
+    ema_notes,
+)
 from varjax.training.train_step import apply_gradients, create_state, example_keys
 
 
@@ -89,6 +96,9 @@ class VQTask:
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_image_losses(self, image_shape)
+
+    def notes(self) -> list[str]:
+        return ema_notes(self.ema, self.plan)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)

@@ -1,0 +1,62 @@
+"""Settings that are allowed but can hardly be meant are said at the start."""
+
+import dataclasses
+
+import pytest
+
+from tests.helpers import adversarial, runs, tiny
+from varjax.core.errors import InputError
+from varjax.mar.options import MAROptions
+from varjax.mar.task import MARTask
+from varjax.tokenizers.kl.task import KLTask
+from varjax.training import loop
+from varjax.training.task import Plan
+from varjax.var.sample import VAROptions
+from varjax.var.task import VARTask
+
+PLAN = Plan(steps=10_000)
+VAR = VARTask(runs.VAR, runs.TOKENIZER, "random", plan=PLAN)
+MAR = MARTask(runs.MAR, runs.KL, "random", ema=0.999, sampling=MAROptions(steps=2), plan=PLAN)
+
+
+@pytest.mark.parametrize(
+    ("task", "guided", "off"),
+    [(VAR, VAROptions(cfg=1.5), 0), (MAR, MAROptions(cfg=1.5, steps=2), 1)],
+    ids=["VAR", "MAR"],
+)
+def test_guidance_by_a_class_that_is_never_trained(task, guided, off):
+    unguided = dataclasses.replace(guided, cfg=float(off))
+    for dropout, sampling, said in (
+        (0.1, guided, False),
+        (0.0, unguided, False),
+        (0.0, guided, True),
+    ):
+        changed = dataclasses.replace(task, class_dropout=dropout, sampling=sampling)
+        notes = changed.notes()
+        assert len(notes) == said
+        if said:
+            assert "class_dropout is 0, but sampling.cfg is 1.5" in notes[0]
+            assert f"task.sampling.cfg={off} for no guidance" in notes[0]
+    (note,) = dataclasses.replace(task, class_dropout=1.0, sampling=unguided).notes()
+    assert "none of the 10 classes is trained" in note
+
+
+@pytest.mark.parametrize("task", [VAR, MAR, KLTask(runs.KL), adversarial.TASK])
+def test_an_average_that_the_run_is_too_short_for(task):
+    (note,) = dataclasses.replace(task, ema=0.9999, plan=Plan(steps=1000)).notes()
+    assert "90% of the average are still the parameters" in note and "task.ema=0.995" in note
+    for ema, steps in ((0.9999, 40_000), (0.995, 1000), (0.0, 1)):
+        assert not dataclasses.replace(task, ema=ema, plan=Plan(steps=steps)).notes()
+
+
+def test_notes_are_said_before_anything_is_done(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(tiny.Tiny, "notes", lambda task: [f"{task.plan.steps} steps"])
+    loop.set_up(tiny.experiment(tmp_path / "run"))
+    assert capfd.readouterr().err == "note: 30 steps\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_drop_path_that_keeps_nothing_is_refused():
+    """It divided by zero."""
+    with pytest.raises(InputError, match="drop_path=1.0: must be at least 0 and below 1"):
+        dataclasses.replace(VAR, drop_path=1.0)
