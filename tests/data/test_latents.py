@@ -19,7 +19,7 @@ from varjax.data import cache_latents as command
 from varjax.data.cache_latents import cache_latents
 from varjax.data.latent_shards import LatentShard
 from varjax.data.latents import CachedLatents
-from varjax.data.sources import parse_dataset
+from varjax.data.sources import folder, parse_dataset
 from varjax.data.sources.digits import Digits
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.noise import Noise
@@ -272,13 +272,22 @@ def write_noise(folder, count):
         Image.fromarray(noise_HW).save(path)
 
 
-def test_two_augmentations_of_center_crops_are_both_flips_of_every_image(tmp_path):
+def test_two_augmentations_of_center_crops_are_both_flips_of_every_image(
+    tmp_path, monkeypatch, capsys
+):
     """Training on images sees them in the same epochs, in place of broken images too."""
     write_noise(tmp_path / "x", 150)
     (tmp_path / "x/train/077.png").write_bytes(b"")
     (tmp_path / "config.py").write_text(CENTER_CROPS)
     flags = ["--config=config.py", "--config.data.crop=center", "--config.data.flip=true"]
-    assert command.main([*flags, "--out=out", "--augmentations=2"]) == 0
+    make = [*flags, "--out=out", "--augmentations=2"]
+    assert command.main(make) == 0
+    monkeypatch.setattr(folder, "pixels_digest", lambda: "another Pillow")
+    assert command.main(make) == 1 and "pixels: " in capsys.readouterr().err
+    about = files.read_json("out/latents.json")
+    del about["pixels"]
+    files.write_json("out/latents.json", about)  # as older versions wrote it
+    assert command.main(make) == 0
 
     data = Folder("x", size=(4, 6), channels=1, crop="center", flip=True)
     source, stored = data.source("train"), CachedLatents("out").source("train")

@@ -1,13 +1,15 @@
 import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.helpers import tiny
-from varjax.core import files
+from varjax.core import files, reproducibility
 from varjax.core.errors import InputError
+from varjax.data.sources import folder
 from varjax.data.sources.folder import Folder
 from varjax.training import run_dir as checks
 from varjax.training.run_dir import check_or_write_config, check_or_write_data
@@ -86,3 +88,47 @@ def test_a_numpy_that_draws_other_numbers_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "random_numbers_digest", lambda: "0123")
     with pytest.raises(InputError, match="NumPy 9.0, which draws other random numbers than 9.0"):
         check_or_write_data(e)
+
+
+def test_a_pillow_that_makes_other_pixels_is_refused(tmp_path, monkeypatch):
+    for path in ("x/train/cat/1.png", "x/val/cat/1.png"):
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8)).save(path)
+    e = dataclasses.replace(experiment(tmp_path / "run"), data=Folder("x"))
+    check_or_write_data(e)
+    path = tmp_path / "run/data.json"
+    whole = files.read_json(path)
+    assert whole["pixels"] == reproducibility.pixels_digest()
+    monkeypatch.setattr(folder, "pixels_digest", lambda: "0123")
+    version = reproducibility.versions()["pillow"]
+    with pytest.raises(
+        InputError, match=f"Pillow {version}, which decodes or resizes images to ot"
+    ):
+        check_or_write_data(e)
+    old = {k: v for k, v in whole.items() if k not in ("pixels", "starts", "jax", "numpy")}
+    files.write_json(path, old)  # of an older version of varjax
+    check_or_write_data(e)
+    assert files.read_json(path)["pixels"] == "0123"
+
+
+def test_other_draws_of_jax_are_said_and_versions_recorded(tmp_path, monkeypatch, capsys):
+    e = tiny.experiment(tmp_path)
+    check_or_write_data(e)
+    check_or_write_data(e)
+    assert "JAX" not in capsys.readouterr().err
+    with jax.threefry_partitionable(False):
+        check_or_write_data(e)
+        said = capsys.readouterr().err
+        assert (
+            "JAX draws other random numbers" in said and "partitionable True before, False" in said
+        )
+        check_or_write_data(e)
+        assert "JAX" not in capsys.readouterr().err
+    monkeypatch.setattr(checks, "MAX_STARTS", 3)
+    monkeypatch.setattr(checks, "versions", lambda: {"python": "3.99"})
+    first, *_ = files.read_json(tmp_path / "data.json")["starts"]
+    assert first.keys() == {"time", "python", "jax", "jaxlib", "numpy", "pillow"}
+    for _ in range(5):
+        check_or_write_data(e)
+    starts = files.read_json(tmp_path / "data.json")["starts"]
+    assert starts[0] == first and [s["python"] for s in starts[1:]] == ["3.99"] * 4

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import jax
 
-from varjax.core import config_tree, folders, trees
+from varjax.core import config_tree, files, folders, trees
 from varjax.core.buckets import as_path
 from varjax.core.commands import command_parser, run_command
 from varjax.core.compilation_cache import use_compilation_cache
@@ -139,10 +139,12 @@ def cache_latents(
     loader = make_loader(data, batch_size, seed)
     images = {"train": len(loader.train_source), "held_out": len(loader.held_out_source)}
     fields = {k: v for k, v in config_tree.to_dict(data).items() if k not in LOCATION_FIELDS}
+    described = data.describe()
+    pixels = described.pop("pixels", None)
     about = {
         "tokenizer_identity": tokenizer_identity,
         "latent_spec": spec_to_json(task.tokenizer.latent_spec, dtype),
-        "data": data.describe(),
+        "data": described,
         "settings": {"kind": type(data).__name__} | fields,
         "classes": data.classes,
         "image_shape": list(data.image_shape),
@@ -152,6 +154,9 @@ def cache_latents(
         "shards": {split: _shards(images, split, shards) for split in images},
     }
     path = as_path(out)
+    # Older versions did not record it.
+    if not (path / ABOUT_FILE).exists() or "pixels" in files.read_json(path / ABOUT_FILE):
+        about["pixels"] = pixels
     folders.claim_folder(path, ABOUT_FILE, about)
     all_shards = LatentShard.all(path, about)
     lines = []

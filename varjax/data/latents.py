@@ -88,8 +88,8 @@ class CachedLatents:
 
     def describe(self) -> dict[str, Any]:
         """Returns JSON data of the images, and of what tells whether the latents are the same."""
-        names = "tokenizer_identity", "augmentations", "seed"
-        return self.about["data"] | {name: self.about[name] for name in names}
+        names = {"tokenizer_identity", "augmentations", "seed", "pixels"}
+        return self.about["data"] | {name: x for name, x in self.about.items() if name in names}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,10 @@ class Dataset(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Returns JSON data: "class_names", and what identifies "train" and "held_out"."""
+        """Returns JSON data: "class_names", and what identifies "train" and "held_out".
+
+        Also "pixels", `pixels_digest`, where Pillow decodes images.
+        """
         ...
 
 

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import socket
+import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +16,13 @@ from varjax.core import config_tree, files
 from varjax.core.buckets import as_path
 from varjax.core.distributed import gather_json
 from varjax.core.errors import InputError
+from varjax.core.jax_draws import jax_draws
+from varjax.core.reproducibility import random_numbers_digest, versions
 from varjax.training.experiment import Experiment
 from varjax.training.task import Plan
 
+PIXELS = "pixels"  # of `describe`: a digest of how Pillow makes them, where it does
+MAX_STARTS = 100  # are kept, besides the first one
 # What may change when a run is continued, because training takes the same steps all the same
 # (another mesh, accumulation or way to compute changes them by rounding; the tokenizer's weights
 # were copied).
@@ -97,30 +103,67 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 
 def check_or_write_data(experiment: Experiment) -> None:
-    """Writes <run_dir>/data.json: the names of the classes, and what identifies the images.
+    """Writes <run_dir>/data.json: names of classes, what identifies the images, and versions.
+
+    Says on stderr where JAX draws other random numbers than in the run so far.
 
     Raises InputError where the run there was trained on other images, wherever they lie now, or in
-    an order that this NumPy does not draw; the held-out ones may change.
+    an order that this NumPy does not draw, or with pixels that this Pillow does not make; the
+    held-out images may change.
     """
     now, path = experiment.data.describe(), as_path(experiment.run_dir) / "data.json"
     now["numpy"] = {"version": np.__version__, "random_numbers": random_numbers_digest()}
+    now["jax"] = jax_draws()
+    start = {"time": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime()), **versions()}
+    starts = []
     if path.exists():
         before = files.read_json(path) | {"held_out": now["held_out"]}
-        numpy = before.setdefault("numpy", now["numpy"])
+        starts = before.pop("starts", [])
+        last = starts[-1] if starts else {}
+        numpy, pixels = before.get("numpy", now["numpy"]), now.get(PIXELS)
         if numpy["random_numbers"] != now["numpy"]["random_numbers"]:
             raise InputError(
                 f"{experiment.run_dir} was trained with NumPy {numpy['version']}, which draws "
                 f"other random numbers than {np.__version__}: order and augmentation of its images "
                 f"would change; pip install numpy=={numpy['version']} to continue, or fork_from it"
             )
-        before["numpy"] = now["numpy"]
-        if lines := config_tree.differences(before, now):
+        if before.get(PIXELS, pixels) != pixels:
+            known = last.get("pillow", "of another version")
+            raise InputError(
+                f"{experiment.run_dir} was trained with Pillow {known}, which decodes or resizes "
+                f"images to other pixels than {start['pillow']}: its batches would change; install "
+                "that version and build of Pillow to continue, or fork_from it"
+            )
+        _say_other_draws(experiment.run_dir, before.get("jax", now["jax"]), now["jax"])
+        images_before, images_now = (
+            {name: part for name, part in data.items() if name not in ("numpy", "jax", PIXELS)}
+            for data in (before, now)
+        )
+        if lines := config_tree.differences(images_before, images_now):
             raise InputError(
                 f"{experiment.run_dir} was trained on other images:\n  "
                 + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
                 + "\ngive this run another run_dir, or bring back the images to continue"
             )
-    files.write_json(path, now)
+    files.write_json(path, now | {"starts": [*starts[:1], *starts[1:][-MAX_STARTS:], start]})
+
+
+def _say_other_draws(run_dir: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Says what changed; batches stay the same, so the run may continue."""
+    if before["random_numbers"] == now["random_numbers"]:
+        return
+    changes = [
+        f"{name} {before[name]} before, {now[name]} now"
+        for name in now
+        if name != "random_numbers" and before.get(name) != now[name]
+    ]
+    print(
+        f"{run_dir}: JAX draws other random numbers than in this run so far ("
+        + (", ".join(changes) or "with the same version and flags")
+        + "). Its images stay the same, but dropout, masks and noise do not, so the result is not "
+        "that of a run without this change; go back to the former version and flags to avoid it",
+        file=sys.stderr,
+    )
 
 
 def check_same_data(experiment: Experiment, train_images: int) -> None:
@@ -143,6 +186,7 @@ def check_same_data(experiment: Experiment, train_images: int) -> None:
     parts = described | {
         "train": described["train"] | {"images": train_images},
         "NumPy's random numbers": random_numbers_digest(),
+        "JAX's random numbers": jax_draws()["random_numbers"],
     }
     seen = {
         name: {
@@ -164,29 +208,14 @@ def check_same_data(experiment: Experiment, train_images: int) -> None:
         )
 
 
-def random_numbers_digest() -> str:
-    """Returns a digest of what NumPy draws for one seed in all ways that order and augment images.
-
-    NumPy promises equal numbers for as long as nobody finds a better way to draw them.
-    """
-    rng = np.random.default_rng((0, 1, 2))
-    drawn = (
-        rng.permutation(100),
-        rng.integers(1 << 40, size=100),
-        rng.integers(7, size=100),
-        rng.random(100),
-        rng.uniform(-1, 1, 100),
-        rng.standard_normal(100),
-    )
-    return hashlib.sha256(b"".join(x.tobytes() for x in drawn)).hexdigest()[:16]
-
-
 def _data_differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]:
     words = []
     for name in dict.fromkeys((*first, *other)):
         a, b = first.get(name), other.get(name)
         if a and b and a["images"] != b["images"]:
             words.append(f"{name} has {b['images']} images instead of {a['images']}")
+        elif a != b and name == PIXELS:
+            words.append("its Pillow decodes or resizes images to other pixels")
         elif a != b:
             words.append(f"{name} is another one")
     return words

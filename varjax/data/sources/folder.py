@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from varjax.core.errors import check_setting
+from varjax.core.reproducibility import pixels_digest
 from varjax.data import decoding, transforms
 from varjax.data.loader import make_loader
 from varjax.data.sources.folder_layout import FolderLayout, ImageListing
@@ -103,7 +104,7 @@ class Folder:
     def describe(self) -> dict[str, Any]:
         """Returns class names, and what tells whether the images are still the same ones."""
         listings = {split: listing.describe() for split, listing in self.listings.items()}
-        return {"class_names": list(self.class_names)} | listings
+        return {"class_names": list(self.class_names), "pixels": pixels_digest()} | listings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -101,7 +101,7 @@ class FolderLayout:
         Raises InputError where one of them has none, where a class has none to train on, and where
         the held-out folder has other classes.
         """
-        train = self._folder(self.train)
+        train = self.training_folder()
         if isinstance(self.held_out, str):
             held_out = self._folder(self.held_out)
         else:
@@ -125,6 +125,10 @@ class FolderLayout:
                 f"some or remove the folders (held_out is {self.held_out})"
             )
         return {"train": train, "held_out": held_out}
+
+    def training_folder(self) -> ImageListing:
+        """Lists the images to train on, with those that a share holds out."""
+        return self._folder(self.train)
 
     def _folder(self, folder: str) -> ImageListing:
         where = _below(self.root, folder)

@@ -16,6 +16,7 @@ from varjax.core.broken_images import BrokenImage
 from varjax.core.buckets import in_bucket
 from varjax.core.errors import InputError
 from varjax.core.read_errors import machine_errno, retry_read
+from varjax.core.reproducibility import pixels_digest
 from varjax.core.untrusted import shown
 from varjax.data import decoding, transforms
 from varjax.data.loader import make_loader
@@ -115,7 +116,8 @@ class TFDS:
             | {"bytes": int(info.dataset_size)}
             for split in splits
         )
-        return {"class_names": list(self.class_names), "train": train, "held_out": held_out}
+        names, pixels = list(self.class_names), pixels_digest()
+        return {"class_names": names, "pixels": pixels, "train": train, "held_out": held_out}
 
     def builder(self) -> Any:
         """Opens the dataset as a tfds.core.DatasetBuilder, checked to hold images and labels."""
