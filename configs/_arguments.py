@@ -1,20 +1,28 @@
 """What may stand after the colon of --config=configs/FILE.py:…"""
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Sequence
 
 from varjax.core.errors import InputError
 
+COMMA_HINT = "; write \\, for a comma within a path"
+
+
+def split_argument(arg: str) -> list[str]:
+    """Splits "a,b,c" at its commas; "\\," stands for a comma within a word."""
+    return [word.replace("\\,", ",") for word in re.split(r"(?<!\\),", arg)]
+
 
 def read_argument(
-    arg: str, sizes: Collection[str], options: Collection[str] = ()
+    words: Sequence[str], sizes: Collection[str], options: Collection[str] = ()
 ) -> tuple[str, str, set[str]]:
-    """(size, data, options) of "SIZE,data=WHERE,OPTION,…" in any order.
+    """(size, data, options) of the words of "SIZE,data=WHERE,OPTION,…" in any order.
 
     The first of `sizes`, and ImageNet of TFDS, where they are not said. Raises InputError that says
     what is allowed.
     """
     size, data, chosen = next(iter(sizes)), "tfds:imagenet2012", set()
-    for word in arg.split(","):
+    for word in words:
         name, _, where = word.partition("=")
         if word in sizes:
             size = word
@@ -24,5 +32,8 @@ def read_argument(
             data = where
         else:
             allowed = ", ".join([*sizes, *options])
-            raise InputError(f"cannot read {word!r}; allowed are {allowed} and data=KIND:WHERE")
+            hint = COMMA_HINT if any(word.startswith("data=") for word in words) else ""
+            raise InputError(
+                f"cannot read {word!r}; allowed are {allowed} and data=KIND:WHERE{hint}"
+            )
     return size, data, chosen

@@ -10,7 +10,8 @@ import numpy as np
 
 from varjax.core.broken_images import BrokenImage
 from varjax.core.errors import InputError
-from varjax.data.sources import parse_dataset
+from varjax.data.sources import TFDS, Folder, parse_dataset
+from varjax.data.sources.folder import FolderSource
 from varjax.nn.compute import Compute
 from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.model import VQConfig
@@ -20,6 +21,8 @@ from varjax.training.optimizer import AdamW
 from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
+
+from ._arguments import COMMA_HINT, split_argument
 
 SMALLEST, LARGEST = 8, 64  # pixels of a side
 SCALES = {  # by the side of the finest token map
@@ -128,7 +131,7 @@ def small_var(data: Any, tokenizer_run: Experiment, run_dir: str) -> Experiment:
 
 
 def small_dataset(arg: str) -> tuple[Any, str]:
-    """Reads "data=WHERE,size=PIXELS".
+    """Reads "data=WHERE,size=PIXELS", and perhaps "held_out=SHARE" (or the name of a split).
 
     Returns:
         The dataset, gray where its images are, and a name for its runs.
@@ -137,19 +140,24 @@ def small_dataset(arg: str) -> tuple[Any, str]:
         InputError: anything else in `arg`, or a dataset that cannot be read.
     """
     given: dict[str, str] = {}
-    for word in filter(None, arg.split(",")):
+    for word in filter(None, split_argument(arg)):
         name, _, given[name] = word.partition("=")
-    if given.keys() - {"data", "size"} or not given.get("data"):
+    if given.keys() - {"data", "size", "held_out"} or not given.get("data"):
         read = f"cannot read {arg!r}" if arg else "this config needs its data"
-        raise InputError(f"{read}; give data=folder:DIR,size=28 after the colon")
+        hint = COMMA_HINT if "data" in given else ""
+        raise InputError(
+            f"{read}; give data=folder:DIR,size=28 after the colon, perhaps with held_out=0.1{hint}"
+        )
     text = given.get("size", "")
     if not text.isdigit():
         raise InputError(f"size is {text!r}; give the side of the images in pixels, say size=28")
     size = int(text)
     _choose((size, size, 3))
     data = parse_dataset(given["data"], size)
-    if data.image_shape[-1] == 3 and _is_gray(data.source("train")):
-        data = parse_dataset(given["data"], size, channels=1)
+    if "held_out" in given:
+        data = _with_held_out(data, given["held_out"])
+    if isinstance(data, Folder | TFDS) and _is_gray(_some_source(data)):
+        data = dataclasses.replace(data, channels=1)
     where = os.path.normpath(given["data"].partition(":")[2] or given["data"])
     name = re.sub(r"\W+", "_", os.path.basename(where)).strip("_").lower()
     return data, f"{name or 'images'}_{size}"
@@ -173,6 +181,27 @@ def _choose(image_shape: tuple[int, int, int]) -> tuple[Recipe, tuple[int, ...],
         )
     recipe = UP_TO_8 if height <= 8 else LARGER
     return recipe, (1, *[2] * levels), height // 2**levels
+
+
+def _with_held_out(data: Any, text: str) -> Any:
+    if not isinstance(data, Folder | TFDS):
+        kind = type(data).__name__
+        raise InputError(f"held_out={text}: {kind} always holds out the same images; leave it out")
+    if isinstance(data, TFDS):
+        return dataclasses.replace(data, held_out=text)
+    try:
+        return dataclasses.replace(data, held_out=float(text))
+    except InputError:
+        raise
+    except ValueError:
+        return dataclasses.replace(data, held_out=text)
+
+
+def _some_source(data: Folder | TFDS) -> Any:
+    """Images that need not be split: flags may still change what is held out."""
+    if isinstance(data, Folder):
+        return FolderSource(data.layout.training_folder(), data.channels)
+    return data.source("train")
 
 
 def _is_gray(source: Any) -> bool:

@@ -53,7 +53,7 @@ from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 from varjax.training.sharding import MeshShape
 
-from ._arguments import read_argument
+from ._arguments import read_argument, split_argument
 
 GUIDANCE = {"b": 2.9, "l": 3.0, "h": 3.2}
 EPOCHS, WARMUP_EPOCHS = 800, 100
@@ -88,10 +88,10 @@ def fitted_model(model: MARConfig, tokenizer: KLConfig) -> MARConfig:
 
 
 def get_config(arg: str = "b") -> Experiment:
-    words = arg.split(",")
+    words = split_argument(arg)
     chosen = [word.removeprefix(TOKENIZER) for word in words if word.startswith(TOKENIZER)]
-    others = ",".join(word for word in words if not word.startswith(TOKENIZER))
-    size, where, _ = read_argument(others or next(iter(GUIDANCE)), GUIDANCE)
+    others = [word for word in words if not word.startswith(TOKENIZER)]
+    size, where, _ = read_argument(others, GUIDANCE)
     tokenizer, weights = find_tokenizer(chosen[-1] if chosen else "kl16")
     data = parse_dataset(where, tokenizer.image_size)
     if isinstance(data, Folder | TFDS):

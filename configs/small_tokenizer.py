@@ -7,6 +7,8 @@ DIR holds images in a folder for each class, or without classes; docs/data.md ha
 data. They are resized to `size` pixels a side: even up to 16, a multiple of 4 up to 32, of 8 up to
 64. Whether they are gray is told from the files. Scales, codebook and length follow from the size
 by the rules of configs/_small.py: 28 pixels become 104 tokens at 6 scales in 1,200 steps.
+`,held_out=0.3` holds out more than 5 % of a small folder without val/. A comma within a path is
+written `\\,`.
 
 Two CPU cores, 28 pixels: about 10 minutes, 2 GB. 4,500 handwritten digits: eval/psnr 26.6.
 """

@@ -46,7 +46,7 @@ from varjax.training.sharding import MeshShape
 from varjax.var.model import VARConfig
 from varjax.var.task import VARTask
 
-from ._arguments import read_argument
+from ._arguments import read_argument, split_argument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ RECIPES = {
 
 
 def get_config(arg: str = "d16") -> Experiment:
-    size, data, _ = read_argument(arg, RECIPES)
+    size, data, _ = read_argument(split_argument(arg), RECIPES)
     return experiment(size, RECIPES[size], data, tokenizer_weights="weights/tokenizer")
 
 

@@ -14,12 +14,12 @@ after 350 epochs of batch 768, and no time.
 
 from varjax.training.experiment import Experiment
 
-from ._arguments import read_argument
+from ._arguments import read_argument, split_argument
 from .var import SPREAD, Recipe, experiment
 
 RECIPES = {"d36": Recipe(768, 350, 8e-5, 0.01, 0.08, "block", SPREAD)}
 
 
 def get_config(arg: str = "d36") -> Experiment:
-    size, data, _ = read_argument(arg, RECIPES)
+    size, data, _ = read_argument(split_argument(arg), RECIPES)
     return experiment(size, RECIPES[size], data, tokenizer_weights="weights/tokenizer_512")

@@ -1,5 +1,6 @@
 """The large recipes, as far as they can be looked at without their machines."""
 
+import argparse
 import pathlib
 import re
 
@@ -291,6 +292,42 @@ def test_a_step_of_both_stages_on_own_images_changes_no_shape(make_folder):
 def test_a_wrong_argument_of_small_is_told_what_is_allowed(arg, message):
     with pytest.raises(ValueError, match=message):
         load(f"small.py:{arg}")
+
+
+def test_a_tiny_folder_holds_out_what_is_asked_for(tmp_path):
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    arg = f"data=folder:{tmp_path},size=8"
+    with pytest.raises(InputError, match=r"chose none of 3 .*--config.data.held_out=0\.\d"):
+        load(f"small.py:{arg}").data.source("train")
+    shares = {0.9: load(f"small.py:{arg},held_out=0.9").data}
+    flags = [f"--config=small_tokenizer:{arg}", "--config.data.held_out=0.6"]
+    parser = argparse.ArgumentParser()
+    config_flags.add_config_flags(parser)
+    shares[0.6] = config_flags.config_from_flags(parser, flags)[1].data
+    for share, data in shares.items():
+        assert data.held_out == share and data.channels == 3
+    for name in ("train", "test"):
+        (tmp_path / "split" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "split" / name / "a.png")
+    named = load(f"small.py:data=folder:{tmp_path}/split,size=8,held_out=test").data
+    assert named.held_out == "test"
+    with pytest.raises(InputError, match="held_out=2.0: must be a folder, or a share"):
+        load(f"small.py:{arg},held_out=2")
+    with pytest.raises(InputError, match="held_out=0.3: Digits always holds out the same"):
+        load("small.py:data=digits,size=8,held_out=0.3")
+
+
+def test_a_comma_of_a_path_is_escaped(make_folder):
+    where = make_folder("gray")
+    moved = pathlib.Path(where.removeprefix("data=folder:")).rename("a,b")
+    for config, others in (("var.py", "d16"), ("mar.py", "b"), ("tokenizer.py", "256")):
+        assert load(f"{config}:{others},data=folder:a\\,b").data.root == str(moved)
+        with pytest.raises(InputError, match=r"cannot read 'c'.*; write \\, for a comma within a"):
+            load(f"{config}:data=folder:a,c,{others}")
+    assert load("small.py:data=folder:a\\,b,size=8").data.root == "a,b"
+    with pytest.raises(InputError, match=r"write \\, for a comma within a path"):
+        load("small.py:data=folder:a,b,size=8")
 
 
 @pytest.mark.parametrize(
