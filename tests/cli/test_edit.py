@@ -64,6 +64,24 @@ def test_white_is_drawn_anew(tmp_path):
     assert np.array_equal(white_hw, np.arange(4)[:, None].repeat(4, axis=1) < 2)
 
 
+def test_what_is_transparent_in_a_mask_is_kept(tmp_path, capsys):
+    strokes_HWC = np.full((8, 8, 4), 255, np.uint8)
+    strokes_HWC[:, 4:, 3] = 0  # as a drawing program exports a layer
+    path = tmp_path / "mask.png"
+    Image.fromarray(strokes_HWC).save(path)
+    white_hw = read_mask(path, (8, 8), (8, 8), (4, 4))
+    assert np.array_equal(white_hw, np.arange(4)[None].repeat(4, axis=0) < 2)
+    assert not capsys.readouterr().err
+    strokes_HWC[..., 3] = 0
+    Image.fromarray(strokes_HWC).save(path)
+    with pytest.raises(ValueError, match="leaves nothing to draw: paint white, and opaque,"):
+        read_mask(path, (8, 8), (8, 8), (4, 4))
+    strokes_HWC[..., 3] = 255
+    Image.fromarray(strokes_HWC).save(path)
+    assert read_mask(path, (8, 8), (8, 8), (4, 4)).all()
+    assert "mask.png is white everywhere: nothing of the image is kept" in capsys.readouterr().err
+
+
 def test_the_picture_shows_original_mask_and_results(photo, capsys):
     shown = edit(photo, "--box=0,0,4,8", "--count=3", "--batch_size=2", "--cfg=1")
     assert shown.shape == (65, 5 * 65, 3)

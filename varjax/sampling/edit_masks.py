@@ -1,6 +1,7 @@
 """Which tokens an edit draws anew: from a box, or from a mask image."""
 
 import pathlib
+import sys
 
 import numpy as np
 
@@ -48,9 +49,11 @@ def read_mask(
     """Whether each token (h, w) is white in the mask, by more than half of its pixels.
 
     The mask has the image's own size (width, height) and is resized and cropped as the image is.
+    What is transparent counts as black. Says on stderr if all tokens are white.
+
     Raises InputError for another size or if no token is white.
     """
-    picture = image_io.open_image(path)
+    picture = image_io.open_image(path, background="black")
     if picture.size != image_size:
         raise InputError(
             f"{path} has {picture.width}x{picture.height} pixels, but the image has "
@@ -60,5 +63,13 @@ def read_mask(
     (H, W), (h, w) = size, finest
     white_hw = white_HW.reshape(h, H // h, w, W // w).mean(axis=(1, 3)) > 0.5
     if not white_hw.any():
-        raise InputError(f"{path} leaves nothing to draw: paint white what is to be drawn anew")
+        raise InputError(
+            f"{path} leaves nothing to draw: paint white, and opaque, what is to be drawn again"
+        )
+    if white_hw.all():
+        print(
+            f"{path} is white everywhere: nothing of the image is kept. Paint black, or make "
+            "transparent, what is to be kept",
+            file=sys.stderr,
+        )
     return white_hw
