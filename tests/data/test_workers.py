@@ -1,10 +1,13 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 from contextlib import closing
 
 import pytest
 
+from tests.helpers.paths import ROOT
 from varjax.data import workers
 from varjax.data.workers import ReaderPool, ReadOptions, WorkerProcesses
 
@@ -63,6 +66,21 @@ def test_a_killed_worker_ends_a_stream():
         os.kill(next(stream), signal.SIGKILL)
         with pytest.raises(ChildProcessError, match="exit code -9"):
             next(stream)
+
+
+UNGUARDED = """
+from varjax.data.workers import WorkerProcesses
+print(WorkerProcesses("a", 1).call(str.upper))
+"""
+
+
+def test_a_script_without_a_main_guard_is_told(tmp_path):
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    command = [sys.executable, str(tmp_path / "script.py")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert 'put what starts workers under `if __name__ == "__main__":`' in done.stderr
 
 
 def test_there_are_as_many_threads_as_cpus_that_may_be_used(monkeypatch):

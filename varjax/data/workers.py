@@ -120,7 +120,8 @@ class WorkerProcesses:
     """Processes that call functions of a copy of `subject`. They end with this object or process.
 
     Signals meant for the run do not reach them. Started anew rather than forked, for a fork copies
-    JAX's threads in whatever state they are. One that has died raises ChildProcessError.
+    JAX's threads in whatever state they are. One that has died raises ChildProcessError, or
+    InputError where it ended with an error, as those of a script without a `__main__` guard do.
 
         with contextlib.closing(WorkerProcesses(encoding, 16)) as processes:
             for step in processes.stream(write_record_shard, shards):
@@ -215,6 +216,12 @@ def _receive(worker: Worker) -> tuple[str, Any]:
         return connection.recv()
     except (EOFError, OSError) as error:
         process.join(1)
+        if process.exitcode == 1:  # Python's for an exception; those of jobs are sent instead
+            raise InputError(
+                "a worker process ended with the error above. If that names your script: put what "
+                'starts workers under `if __name__ == "__main__":`, because each worker imports '
+                "the script"
+            ) from error
         raise ChildProcessError(
             f"a worker process died (exit code {process.exitcode}; -9 often means that memory ran "
             "out: try fewer workers)"
