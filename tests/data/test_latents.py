@@ -374,6 +374,48 @@ def test_flips_that_alternate_need_both(tmp_path):
         assert "latents of 1 augmentations" in cache_latents(**given, out=name)
 
 
+ABOUT = {
+    "tokenizer_identity": {"weights": "x"},
+    "latent_spec": {"tokens_BL": {"shape": [4], "dtype": "uint16"}},
+    "data": {},
+    "classes": 3,
+    "image_shape": [8, 8, 1],
+    "seed": 0,
+    "images": {"train": 4, "held_out": 0},
+    "augmentations": {"train": 2, "held_out": 1},
+    "shards": {"train": 2, "held_out": 0},
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({name: None} for name in ABOUT if name != "seed"),
+        *({name: [1]} for name in ABOUT if name != "seed"),
+        {"classes": 0},
+        {"classes": "3"},
+        {"image_shape": [8, -8, 1]},
+        {"image_shape": [8, 8]},
+        {"latent_spec": {"tokens_BL": {"shape": [2**60, 2**60], "dtype": "uint16"}}},
+        {"latent_spec": {"tokens_BL": {"shape": [4], "dtype": "O"}}},
+        {"latent_spec": {"tokens_BL": {"shape": [4], "dtype": "os.system"}}},
+        {"latent_spec": {"tokens_BL": [4]}},
+        {"images": {"train": 2**50}},
+        {"shards": {"train": 2**40, "held_out": 0}},
+        {"shards": {"train": -1, "held_out": 0}},
+        {"shards": {}},
+        {"augmentations": {"train": 0, "held_out": 1}},
+        {"augmentations": {"train": 1.5, "held_out": 1}},
+    ],
+)
+def test_a_description_of_anything_is_refused(tmp_path, change):
+    files.write_json(tmp_path / "latents.json", ABOUT)
+    assert CachedLatents(str(tmp_path)).about == ABOUT
+    files.write_json(tmp_path / "latents.json", ABOUT | change)
+    with pytest.raises(InputError, match="latents.json does not describe latents"):
+        _ = CachedLatents(str(tmp_path)).about
+
+
 def test_what_16_bits_do_not_hold_is_refused(tmp_path):
     data = FakeImages(20, image_shape=(4, 6, 1), reading=ReadOptions())
     with pytest.raises(ValueError, match="mean_BhwZ: .* cannot be stored as float16, .* 65504"):

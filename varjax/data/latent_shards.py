@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from varjax.core import files
+from varjax.core import files, untrusted
 from varjax.core.broken_images import BrokenImageCounter
 from varjax.core.checksums import row_checksum
 from varjax.core.errors import InputError
@@ -26,6 +26,8 @@ from varjax.data.stream import ExampleStream, Split
 
 CHECKSUM_NAME = "checksum_NU"  # of an array in files
 ABOUT_FILE = "latents.json"  # says what a folder's latents are
+MAX_IMAGES, MAX_SHARDS = 2**40, 2**20
+FLOATS = {"bfloat16", "float8_e4m3fn", "float8_e5m2"}  # NumPy has no letter for their kind
 
 # uint8 images (B, H, W, C) -> latents by name, (B, ...), perhaps still being computed.
 EncodeBatch = Callable[[np.ndarray], Mapping[str, Any]]
@@ -102,6 +104,34 @@ def spec_to_json(spec: Mapping[str, ShapeAndDtype], floats: str | None = None) -
         name: {"shape": list(array.shape), "dtype": dtypes[name].name}
         for name, array in spec.items()
     }
+
+
+def read_about(path: pathlib.Path) -> dict[str, Any]:
+    """Reads latents.json.
+
+    Raises InputError where it is missing, or lacks or claims what no folder of latents does.
+    """
+    about = files.read_json(path)
+    try:
+        classes, sides = about["classes"], about["image_shape"]
+        good = type(classes) is int and classes > 0 and isinstance(about["data"], dict)
+        good &= isinstance(about["tokenizer_identity"], dict) and "seed" in about
+        good &= len(untrusted.check_shape(sides, 1)) == 3
+        for split, images in about["images"].items():
+            shards, augmentations = about["shards"][split], about["augmentations"][split]
+            good &= {type(images), type(shards), type(augmentations)} == {int}
+            good &= 0 <= shards <= MAX_SHARDS and 0 <= images <= MAX_IMAGES and augmentations >= 1
+        for spec in read_spec(about).values():
+            untrusted.check_shape(spec.shape, spec.dtype.itemsize)
+            good &= spec.dtype.kind in "iuf" or spec.dtype.name in FLOATS
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {untrusted.reason(error)}"
+        raise InputError(
+            f"{path} does not describe latents ({reason}); restore it, or make the latents again"
+        ) from error
+    if not good:
+        raise InputError(f"{path} does not describe latents; restore it, or make the latents again")
+    return about
 
 
 def read_spec(about: Mapping[str, Any]) -> dict[str, ArraySpec]:

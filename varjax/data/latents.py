@@ -17,6 +17,7 @@ from varjax.data.latent_shards import (
     CHECKSUM_NAME,
     ArraySpec,
     latents_checksum,
+    read_about,
     read_spec,
     shard_name,
     shard_starts,
@@ -54,7 +55,7 @@ class CachedLatents:
                 f"{self.root} holds no latents: {path} is missing; make some by "
                 "python -m varjax.data.cache_latents"
             )
-        return files.read_json(path)
+        return read_about(path)
 
     @property
     def classes(self) -> int:
