@@ -240,9 +240,8 @@ def image_gradients(
         last_layer_grads(last_BHWC, adversarial.image_grad_BHWC),
     )
     if ratio is None:
-        ratio = jnp.float32(1)
-        if config.gan.adaptive:
-            ratio = adaptive_weight(*last_layer, config.max_adaptive_weight)
+        largest = config.max_adaptive_weight
+        ratio = adaptive_weight(*last_layer, largest) if config.gan.adaptive else 1.0
     weight = ramp_factor * config.gan.weight * ratio
     image_grad_BHWC = image_grad_BHWC + weight * adversarial.image_grad_BHWC
     metrics |= adversarial.metrics | {"adversarial_weight": weight}
