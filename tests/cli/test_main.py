@@ -42,7 +42,7 @@ def test_everything_imported_is_declared():
     used = {name for folder in ("varjax", "configs") for file in (ROOT / folder).rglob("*.py")
             for name in imports(file)} - sys.stdlib_module_names - {"varjax"}  # fmt: skip
     used = {IMPORTED_AS.get(name, name).replace("-", "_") for name in used}
-    assert used | {"xxhash"} == declared
+    assert used == declared
 
 
 def test_requirements_list_all_that_runs_with_the_same_versions():

@@ -195,8 +195,9 @@ def _member(
         names = [n.removesuffix(".npy") for n in archive.namelist()[:SHOWN_NAMES]]
         raise InputError(f"there is no {name} in it, but {', '.join(names) or 'nothing'}")
     with archive.open(file_name) as member:
-        start, *about = _read_header(member, name)
-        yield member, *_checked(name, archive.getinfo(file_name).file_size - start, *about)
+        start, shape, fortran, dtype = _read_header(member, name)
+        size = archive.getinfo(file_name).file_size - start
+        yield member, *_checked(name, size, shape, fortran, dtype)
 
 
 def _read_header(file: IO[bytes], name: str) -> tuple[int, Any, bool, np.dtype]:
