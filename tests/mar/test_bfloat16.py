@@ -146,6 +146,7 @@ def test_what_a_pipeline_holds_in_bfloat16_is_multiplied_in_it(head):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_all_products_but_the_first_and_the_last_are_bfloat16_in_training_too():
     head = DiffusionHead(depth=2, width=16)
     config = dataclasses.replace(
