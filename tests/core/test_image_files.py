@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import pathlib
 import subprocess
@@ -175,3 +176,26 @@ def test_a_name_that_is_no_text_can_be_told(tmp_path):
     with pytest.raises(BrokenImage) as caught:
         read_file(pathlib.Path(os.fsdecode(b"\xff.png")))
     str(caught.value).encode()
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+def test_each_flipped_bit_of_a_png_is_detected_or_changes_nothing(smooth):
+    """Pillow alone reads other pixels for some bits of a smooth image."""
+    y_HWC, x_HWC = np.mgrid[:16, :16][..., None]
+    image_HWC = (y_HWC * 10 + x_HWC * 3).astype(np.uint8) if smooth else NOISE_HWC
+    file = io.BytesIO()
+    Image.fromarray(np.broadcast_to(image_HWC, (16, 16, 3)).copy()).save(file, "PNG")
+    content, detected = file.getvalue(), 0
+    for bit in range(0, 8 * len(content), 1 if smooth else 13):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        try:
+            found = decode_picture(bytes(flipped), "x.png", lambda x: np.asarray(x.convert("RGB")))
+        except BrokenImage:
+            detected += 1
+            continue
+        np.testing.assert_array_equal(found, np.broadcast_to(image_HWC, found.shape))
+    assert detected > 100
+
+
+NOISE_HWC = np.random.default_rng(0).integers(0, 256, (16, 16, 1), np.uint8)

@@ -99,10 +99,10 @@ def test_an_npz_is_shuffled_and_each_image_keeps_its_label(whole):
 
 def test_an_npz_killed_twice_and_on_other_devices_has_the_same_bytes(whole, tmp_path):
     out, parts = tmp_path / "a.npz", tmp_path / ".a.npz.parts"
-    kill(out, ".npy", 3)
-    assert len(list(parts.glob("0*.npy"))) == 2 and not out.exists()
+    kill(out, ".safetensors", 3)
+    assert len(list(parts.glob("0*.safetensors"))) == 2 and not out.exists()
     kill(out, ".npz", 1, devices=4)
-    assert len(list(parts.glob("0*.npy"))) == 13 and not out.exists()
+    assert len(list(parts.glob("0*.safetensors"))) == 13 and not out.exists()
     draw(out)
     assert out.read_bytes() == whole[0].read_bytes()
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

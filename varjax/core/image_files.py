@@ -10,6 +10,7 @@ import errno
 import io
 import os
 import stat
+import zlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar
 
@@ -193,12 +194,26 @@ def _decode(data: bytes) -> Image.Image:
         with open_picture(io.BytesIO(data)) as picture:
             largest = _largest_value(picture)
             picture.load()
+            if picture.format == "PNG":
+                _check_png_data(data)
             ImageOps.exif_transpose(picture, in_place=True)
     except OSError as error:
         if any(text in str(error) for text in OUT_OF_MEMORY):
             raise MemoryError(str(error)) from error
         raise
     return picture if largest is None else _scaled(picture, largest)
+
+
+def _check_png_data(data: bytes) -> None:
+    """Raises InputError where pixels of a PNG are damaged; Pillow skips these checksums alone."""
+    position, kind = 8, b""
+    while position < len(data) and kind != b"IEND":
+        end = position + 8 + int.from_bytes(data[position : position + 4], "big")
+        kind = data[position + 4 : position + 8]
+        checksum = zlib.crc32(memoryview(data)[position + 4 : end])
+        if kind == b"IDAT" and checksum != int.from_bytes(data[end : end + 4], "big"):
+            raise InputError("its pixels are damaged: a checksum does not match")
+        position = end + 4
 
 
 def _largest_value(picture: Image.Image) -> int | None:

@@ -17,10 +17,12 @@ from varjax.core import files, folders, image_io
 from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError, StorageError
 from varjax.core.npz import map_npy, read_zip_text
+from varjax.core.safetensors_io import read_safetensors
 from varjax.core.untrusted import parse_json
 from varjax.core.work_folders import remove_work_folder
 
-REQUEST = "request.json"
+REQUEST, PART_SUFFIX = "request.json", ".safetensors"
+OLD_SUFFIX = ".npy"  # of parts that an older version wrote, without checksums
 FILE_SUFFIXES = (".png", ".npz")  # a grid, and images
 REFUSED_SUFFIXES = (".jpg", ".jpeg", ".gif", ".webp", ".npy", ".json")
 MOST_GRID_PIXELS = 178_956_970  # Pillow, and who uses it, opens no larger pictures
@@ -212,11 +214,16 @@ class NpzOutput:
             folders.claim_folder(self._parts, REQUEST, self._request, write)
 
     def has(self, part: range) -> bool:
-        return self._path.exists() or self._file(part.start).exists()
+        if self._path.exists():
+            return True
+        file = self._file(part.start)
+        if file.with_suffix(OLD_SUFFIX).exists():
+            return True
+        # What was written to a bucket is not read again before all is there.
+        return file.exists() if in_bucket(file) else folders.read_or_remove(file) is not None
 
     def add(self, part: range, images_NHWC: np.ndarray) -> None:
-        with files.atomic_path(self._file(part.start)) as temporary, open(temporary, "wb") as file:
-            np.save(file, images_NHWC)
+        files.write_tensors(self._file(part.start), {"image_NHWC": images_NHWC}, {})
 
     def finish(self) -> str:
         if not self._path.exists():
@@ -229,9 +236,13 @@ class NpzOutput:
         order_N = np.random.default_rng(self._seed).permutation(len(self._label_N))
 
         parts = files.local_copy(self._parts)
+        self._check_parts(parts)
 
         def part_NHWC(start: int) -> np.ndarray:
-            return map_npy(parts / self._file(start).name)
+            path = parts / self._file(start).name
+            if (old := path.with_suffix(OLD_SUFFIX)).exists():
+                return map_npy(old)
+            return read_safetensors(path)[0]["image_NHWC"]
 
         size, H, W, _ = part_NHWC(0).shape
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(order_N), H, W, 3)}
@@ -246,8 +257,21 @@ class NpzOutput:
             with _member(archive, REQUEST) as member:
                 member.write(json.dumps(self._request).encode())
 
+    def _check_parts(self, parts: pathlib.Path) -> None:
+        """Raises InputError where parts are damaged, which are removed."""
+        damaged = 0
+        for path in sorted(parts.glob(f"*{PART_SUFFIX}")):
+            if folders.read_or_remove(path) is None:
+                files.remove(self._parts / path.name)  # which may be in a bucket
+                damaged += 1
+        if damaged:
+            raise InputError(
+                f"{damaged} parts of {self._path} were damaged and are deleted; run the same "
+                "command again, which makes them again"
+            )
+
     def _file(self, start):
-        return self._parts / f"{start:09d}.npy"
+        return self._parts / f"{start:09d}{PART_SUFFIX}"
 
 
 def _check_writable(folder: pathlib.Path) -> None:
