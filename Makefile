@@ -11,7 +11,7 @@ LOCKED = 3.11 3.12
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK := $(wildcard requirements/lock-$(VERSION).txt)
 
-.PHONY: setup lock demo demo-mar quick test lint soak clean
+.PHONY: setup lock demo demo-mar quick test lint soak damage clean
 
 setup: $(VENV)/ready
 
@@ -72,6 +72,12 @@ lint: setup
 # 100 events at random moments of a run; about half an hour, so no part of the tests.
 soak: setup
 	$(PY) -m tests.helpers.soak --folder=runs/soak --events=100
+
+# Damages each file of a run in every way: over an hour, so tests take a sample of it.
+damage: setup
+	$(PY) -m tests.helpers.damage_sweep --folder=runs/damage/bits
+	$(PY) -m tests.helpers.damage_sweep --folder=runs/damage/one --processes=1
+	$(PY) -m tests.helpers.damage_sweep --folder=runs/damage/two --processes=2
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -71,9 +71,22 @@ def test_evaluate_times_features_and_metrics(capsys, monkeypatch):
     assert "images=3: must be 4 or more" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_checksums_are_timed_beside_what_they_check(capsys, tmp_path):
+    assert benchmark.main(["checksum", "--gigabytes=0.01", f"--folder={tmp_path}"]) == 0
+    found = lines(capsys)
+    assert [line["part"] for line in found] == ["checkpoint", "safetensors"]
+    for line in found:
+        assert line["gigabytes"] == pytest.approx(0.0168, rel=1e-2)
+        assert line["ratio"] == pytest.approx(
+            line["checksum_seconds"] / line["read_seconds"], rel=1e-2
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_wrong_commands_are_refused(capsys):
     assert benchmark.main(["paint"]) == 2
-    assert "sample|train|evaluate|data|tpu|partitioning" in capsys.readouterr().err
+    assert "sample|train|evaluate|data|tpu|checksum|partitioning" in capsys.readouterr().err
     assert benchmark.main(["sample", "--batch_size=0"]) == 1
     assert "1 or more" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ varjax benchmark COMMAND --help
   evaluate      how fast samples are measured: Inception's features, and metrics of them
   data          how fast a config's images are read, decoded and augmented
   tpu           what the TPU's compiler estimates for sampling and training, without a TPU
+  checksum      what comparing checksums adds to reading a checkpoint
   partitioning  what a training step sends and holds on many devices, without having them
 """
 
@@ -15,7 +16,7 @@ import sys
 
 from varjax.core.commands import run_command
 
-NAMES = ("sample", "train", "evaluate", "data", "tpu", "partitioning")
+NAMES = ("sample", "train", "evaluate", "data", "tpu", "checksum", "partitioning")
 
 
 def main(arguments: list[str]) -> int:
