@@ -1,5 +1,6 @@
 """`varjax evaluate`: of files and of models, going on after a kill, and what it refuses."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
@@ -18,12 +20,11 @@ from varjax.core import files
 from varjax.data.sources import Digits
 from varjax.evaluation import __main__ as command
 from varjax.evaluation import evaluate
-from varjax.evaluation.evaluate import PUBLISHED, published_model
 from varjax.evaluation.sweep import parse_sweep
 from varjax.mar.model import MARConfig
+from varjax.mar.options import MAROptions
 from varjax.metrics import feature_store, report
 from varjax.metrics.features import FeatureExtractor, FeatureNetwork
-from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions
 
 PIXELS = ["--features=pixels", "--reference=digits", "--cache=cache"]
@@ -118,7 +119,7 @@ def test_a_model_is_measured_as_the_samples_it_writes(tmp_path):
     drawn, file = (files.read_json(tmp_path / f"{name}.json") for name in ("drawn", "file"))
     assert drawn["images"] == 30
     assert drawn["metrics"] == file["metrics"]
-    assert drawn["request"]["samples"]["top_k"] == 3 and drawn["published_model"] is None
+    assert drawn["request"]["samples"]["top_k"] == 3 and drawn["published"] is None
 
 
 @pytest.mark.slow
@@ -171,18 +172,6 @@ def test_the_sweep_is_read_by_the_options_types():
         parse_sweep(["cfg=1", "cfg=2"], VAROptions())
 
 
-def test_released_models_are_known_by_their_sizes():
-    assert published_model(VARConfig.preset("d16")) == "var_d16"
-    assert published_model(VARConfig.preset("d36")) == "var_d36"
-    assert published_model(MARConfig.preset("mar_l")) == "mar_l"
-    assert published_model(runs.VAR) is None and published_model(runs.MAR) is None
-    assert "281.7" in report.metrics_table(
-        report.SampleMetrics({"fid": 2.5, "inception_score": 280.0}, {}, []),
-        PUBLISHED["mar_b"],
-        "mar_b",
-    )
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -205,6 +194,57 @@ def test_wrong_command_lines(tmp_path, capsys, arguments, message):
     assert run(*PIXELS, *arguments) == 1
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+def write_photographs(folder):
+    """Images of two classes, of other sizes than the samples."""
+    for i in range(40):
+        path = folder / f"train/{i % 2}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (12, 20, 3), np.uint8)
+        Image.fromarray(noise).resize((40, 24)).save(path)
+
+
+def test_references_are_cropped_by_the_models_recipe_or_the_flag(tmp_path, capsys, monkeypatch):
+    write_photographs(tmp_path / "photographs")
+    digits_npz("real.npz", order=slice(40))
+    against = ["real.npz", "--features=pixels", "--cache=cache", "--reference=folder:photographs"]
+    found = {}
+    for crop in ("auto", "var", "adm"):
+        assert run(*against, f"--crop={crop}", f"--out={crop}.json") == 0
+        found[crop] = files.read_json(tmp_path / f"{crop}.json")
+        assert f"(--crop={'adm' if crop == 'adm' else 'var'})" in capsys.readouterr().out
+    assert found["var"]["fid"] == found["auto"]["fid"] != found["adm"]["fid"]
+    assert found["adm"]["reference_crop"].startswith("cropped as by ADM")
+    assert run("real.npz", *PIXELS, "--out=digits.json") == 0
+    assert "(--crop" not in capsys.readouterr().out  # there is nothing to crop
+    # A model's own recipe, where nothing is said.
+    asked = []
+    monkeypatch.setattr(command, "choose_crop", lambda *given: asked.append(given) or "center")
+    monkeypatch.setattr(command, "load", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    run("--weights=runs/x", *against[1:])
+    assert asked == [("auto", "runs/x")]
+
+
+class FakeModel:
+    """As much of a released MAR as the command asks for before it draws."""
+
+    classes, image_shape = 1000, (256, 256, 3)
+    config = {"tokenizer": None, "mar": MARConfig.preset("mar_b")}
+
+    def options(self, **given):
+        return dataclasses.replace(MAROptions(steps=64), **given)
+
+
+def test_a_released_mar_is_evaluated_in_256_steps(monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "load", lambda *given: FakeModel())
+    monkeypatch.setattr(command, "evaluate_model", lambda *given: asked.append(given[3]) or {})
+    monkeypatch.setattr(command, "print_report", lambda report: None)
+    flags = ["--weights=mar_b", "--batch_size=8", "--features=pixels", "--reference=adm.npz"]
+    for more, steps in (([], 256), (["--steps=32"], 32)):
+        assert run(*flags, *more) == 0
+        assert asked[-1].options == MAROptions(steps=steps)
 
 
 def test_it_is_a_command():

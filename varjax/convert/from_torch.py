@@ -1,5 +1,6 @@
 """Converts official PyTorch weights into a directory of weights."""
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -21,7 +22,12 @@ from varjax.convert.state_dicts import (
     find_state_dicts,
     own_tensors,
 )
-from varjax.convert.weights_dir import check_weights_dir, converted_files, write_converted
+from varjax.convert.weights_dir import (
+    CONVERT_OPTIONS,
+    check_weights_dir,
+    converted_files,
+    write_converted,
+)
 from varjax.core.errors import InputError
 from varjax.core.files import as_path
 from varjax.core.untrusted import abridged
@@ -61,7 +67,7 @@ def convert(
         raise InputError(f"no part is called {', '.join(unknown)}; known are {', '.join(KINDS)}")
     out = as_path(out)
     given = {flag: as_path(file) for flag, file in files.items() if file is not None}
-    sources = _read_sources(given, options.ema)
+    sources, chosen = _read_sources(given, options.ema), _chosen(options)
     check_weights_dir(out, converted_files(sources))
     if (tokenizer := sources.get("tokenizer")) and tokenizer.kind.config is KLConfig:
         location = given.get(tokenizer.kind.flag, tokenizer.path)
@@ -80,8 +86,14 @@ def convert(
         weights = {name: x for name, x in source.tensors.items() if is_weight(name)}
         warn_not_finite(source.path, weights)
     paths = dict.fromkeys(path for source in sources.values() for path in source.files)
-    write_converted(out, models, sha256_of(paths), sampling)
+    write_converted(out, models, sha256_of(paths), sampling, {CONVERT_OPTIONS: chosen})
     return configs
+
+
+def _chosen(options: ConvertOptions) -> dict[str, Any]:
+    """The options that are not the default, as JSON data."""
+    fields = dataclasses.fields(options)
+    return {f.name: value for f in fields if (value := getattr(options, f.name)) != f.default}
 
 
 def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[str, Source]:

@@ -43,12 +43,18 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None 
         InputError: `run` is no run, or `out` cannot be written.
     """
     run, out = as_path(run), as_path(out)
-    if "task" not in read_model_config(run):
+    # Datasets are not imported by those who only load weights.
+    from varjax.tokenizers.image_crop import run_crop
+
+    config = read_model_config(run)
+    if "task" not in config:
         raise InputError(f"{run} is a converted directory already, not a training run")
     models, sampling = _read_models(run, ema)
     leaves = {part: (config, trees.paths(params)) for part, (config, params) in models.items()}
     digest = hashlib.sha256((run / "config.json").read_bytes()).hexdigest()
-    write_converted(out, leaves, {f"{run.name}/config.json": digest}, sampling)
+    crop = run_crop(config)
+    about = {"crop": crop} if crop else {}
+    write_converted(out, leaves, {f"{run.name}/config.json": digest}, sampling, about)
 
 
 def export_torch(

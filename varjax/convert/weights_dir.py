@@ -15,6 +15,7 @@ from varjax.core.errors import StorageError
 from varjax.core.safetensors_io import LazyArray, Tensor
 from varjax.families import FAMILIES
 
+CONVERT_OPTIONS = "convert_options"  # in config.json: those that were given
 Contents = Mapping[str, Mapping[str, Tensor]]  # {name of a file: {name of a tensor: tensor}}
 
 
@@ -23,6 +24,7 @@ def write_converted(
     models: Mapping[str, tuple[Any, Mapping[str, Tensor]]],
     sources: Mapping[str, str],
     sampling: Any = None,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a directory of weights that `varjax.load` reads.
 
@@ -31,6 +33,7 @@ def write_converted(
         models: config and parameters by path of each part: "tokenizer", "var", "mar".
         sources: SHA-256 of each file that the weights come from, by its name.
         sampling: default sampling options; None for the defaults of the family, if one is there.
+        about: more JSON data for config.json: CONVERT_OPTIONS, or the "crop" of a run's images.
 
     Raises:
         InputError: `out` holds anything that this would not write again, or cannot be written.
@@ -40,6 +43,7 @@ def write_converted(
         sampling = next((family.options() for family in FAMILIES if family.name in models), None)
     if sampling is not None:
         config |= {"sampling": config_tree.to_dict(sampling)}
+    config |= about or {}
     write_weights(out, config, {part: leaves for part, (_, leaves) in models.items()}, sources)
 
 

@@ -6,9 +6,10 @@ varjax evaluate --weights=var_d16 --sweep cfg=0,1,1.5,2 --reference=REF.npz --in
 varjax evaluate --weights=runs/digits --count=100 --features=pixels --reference=digits
 
 SAMPLES is an .npz (arr_0) or a folder of images; with --weights they are drawn on the way, --count
-of each class, with the model's own options or the given ones. --reference is an .npz of statistics
-(ADM's) or of images, a folder of images, or folder:PATH, tfds:NAME, digits, photos, whose images
-are cropped to the samples' size. The same command goes on after a kill. docs/evaluation.md tells
+of each class, with the model's own options or the given ones; a MAR of a released size in 256
+steps, as published. --reference is an .npz of statistics (ADM's) or of images, a folder of images,
+or folder:PATH, tfds:NAME, digits, photos, whose images are cropped to the samples' size as in the
+model's recipe, or as --crop says. The same command goes on after a kill. docs/evaluation.md tells
 the protocol of the published numbers.
 """
 
@@ -35,8 +36,11 @@ from varjax.evaluation.evaluate import (
     begun_batch_size_of_report,
     evaluate_images,
     evaluate_model,
+    is_dataset,
     print_report,
+    transformer_config,
 )
+from varjax.evaluation.published import evaluation_options
 from varjax.evaluation.sweep import (
     SweepPoint,
     check_sweep_output,
@@ -52,6 +56,7 @@ from varjax.metrics.references import default_cache
 from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.job import SamplingJob
 from varjax.sampling.sampler import given_options
+from varjax.tokenizers.image_crop import AUTO, CROP_HELP, CROPS, choose_crop
 
 
 def evaluate(arguments: list[str]) -> None:
@@ -78,7 +83,8 @@ def evaluate(arguments: list[str]) -> None:
     use_compilation_cache()
     extract = FeatureExtractor(feature_network(flags.features, flags.inception))
     cache = as_path(flags.cache)
-    settings = EvaluationSettings(extract, flags.reference, flags.split, cache)
+    crop = choose_crop(flags.crop, flags.weights) if is_dataset(flags.reference) else "random"
+    settings = EvaluationSettings(extract, flags.reference, flags.split, cache, crop)
     first = jax.process_index() == 0
     if flags.weights is None:
         samples = flags.samples
@@ -89,6 +95,7 @@ def evaluate(arguments: list[str]) -> None:
             print_report(report)
         return
     model = load(flags.weights, flags.dtype)
+    given = evaluation_options(transformer_config(model), given)
     options = model.options(**given)
     labels = tuple(range(model.classes))
 
@@ -125,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--inception", default="", metavar="DIR", help="Inception's weights, by varjax.convert")
     add("--features", default="inception", help="inception, or pixels (tiny images, no weights)")
     add("--split", default="train", choices=("train", "held_out"), help="of a dataset (train)")
+    add("--crop", default=AUTO, choices=(AUTO, *CROPS), help=CROP_HELP)
     add("--cache", default=str(default_cache()), help="folder for statistics of references")
     add("--sweep", nargs="+", default=[], metavar="OPTION=V,V", help="all combinations of these")
     help = "the report, .json; with --sweep the points' reports and a picture lie beside it"

@@ -15,7 +15,8 @@ from varjax.core.distributed import on_first_process
 from varjax.core.errors import InputError
 from varjax.core.work_folders import locked_work_folder
 from varjax.data.sources import CachedLatents, parse_dataset
-from varjax.mar.model import MARConfig
+from varjax.data.transforms import Crop
+from varjax.evaluation.published import Measurement, compare_settings
 from varjax.metrics.feature_store import FeatureStore, extract_features, parts_of
 from varjax.metrics.features import FeatureExtractor, feature_sizes
 from varjax.metrics.image_sets import DatasetImages, FolderImages, ImageSet
@@ -24,22 +25,8 @@ from varjax.metrics.report import SampleMetrics, measure, metrics_table
 from varjax.sampling.job import SamplingJob, locked_for_job, run_job
 from varjax.sampling.outputs import begun_batch_size, parts_folder
 from varjax.sampling.sampler import Sampler
-from varjax.var.model import VARConfig
+from varjax.tokenizers.image_crop import describe_crop
 
-# What the authors report of released models, at 50 samples a class, against the statistics of
-# ImageNet's training set (ADM's files). VAR: arXiv 2404.02905, its first version, cfg 1.5, top-k
-# 900, top-p 0.96; MAR: arXiv 2406.11838, 256 steps.
-PUBLISHED: dict[str, dict[str, float]] = {
-    "var_d16": {"fid": 3.55},
-    "var_d20": {"fid": 2.95},
-    "var_d24": {"fid": 2.33},
-    "var_d30": {"fid": 1.97},
-    "var_d36": {"fid": 2.63},
-    "mar_b": {"fid": 2.31, "inception_score": 281.7},
-    "mar_l": {"fid": 1.78, "inception_score": 296.0},
-    "mar_h": {"fid": 1.55, "inception_score": 303.7},
-}
-PUBLISHED_COUNT = 50  # samples of a class
 DATASETS = "folder:", "tfds:", "digits", "photos"  # what a reference may be besides files
 LEAST_SAMPLES = 2
 REPORT_FIELDS = {"metrics", "left_out", "notices"}
@@ -55,12 +42,14 @@ class EvaluationSettings:
             then cropped to the samples' size.
         split: of that dataset.
         cache: folder for statistics of references.
+        crop: of that dataset's photographs.
     """
 
     extract: FeatureExtractor
     reference: str
     split: str
     cache: pathlib.Path
+    crop: Crop = "random"
 
 
 class FeatureOutput:
@@ -145,8 +134,7 @@ def evaluate_model(
         features = {n: x[order_N] for n, x in output.store.join(list(job.parts)).items()}
         measured = measure(features, reference, job.label_N[order_N], model.classes)
         about = _about(settings, reference, name, len(job.label_N))
-        if job.count == PUBLISHED_COUNT:
-            about["published_model"] = published_model(_config_of(model))
+        about["published"] = _published(settings, model, name, job)
         request = {"samples": samples, "reference": reference.digest}
         return _write_report(out, request, measured, output.store, about)
 
@@ -182,49 +170,68 @@ def finished_report(out: pathlib.Path, request: Mapping[str, Any]) -> dict | Non
 def print_report(report: Mapping[str, Any]) -> None:
     """Prints a report as a table."""
     measured = SampleMetrics(report["metrics"], report["left_out"], report["notices"])
-    name = report["published_model"]
+    published = report.get("published")
     count, of = report["images"], report["reference_images"]
     against = f"{of:,} images" if of else "statistics"
     print(f"\n{count:,} samples of {report['name']} against {against} of {report['reference']}")
-    print(metrics_table(measured, PUBLISHED.get(name or ""), name or ""))
-
-
-def published_model(config: Any) -> str | None:
-    """Returns the name of the released model of these sizes; None where there is none."""
-    for name in PUBLISHED:
-        kind, _, size = name.partition("_")
-        preset = VARConfig.preset(size) if kind == "var" else MARConfig.preset(name)
-        family = ("depth", "scales") if kind == "var" else ("encoder_depth", "head", "latent_map")
-        compared = "width", "classes", *family
-        if type(config) is type(preset) and all(
-            getattr(config, field) == getattr(preset, field) for field in compared
-        ):
-            return name
-    return None
+    if crop := report.get("reference_crop"):
+        print(f"the reference is {crop}")
+    if published and not published["differences"]:
+        print(metrics_table(measured, published["metrics"], published["weights"]))
+        return
+    print(metrics_table(measured))
+    if published:
+        lines = "\n  ".join(published["differences"])
+        name = published["weights"]
+        print(f"note: no published value of {name} is shown, for these differ:\n  {lines}")
 
 
 def _read_reference(settings: EvaluationSettings, image_shape: Sequence[int]) -> Reference:
     text, extract = settings.reference, settings.extract
     sizes = feature_sizes(extract.network, image_shape)  # refuses what cannot be done
-    if text.startswith(DATASETS):
-        images = dataset_images(text, settings.split, image_shape)
+    if is_dataset(text):
+        images = DatasetImages(dataset_of(settings, image_shape), settings.split)
         return reference_of_images(images, images.digest, extract, settings.cache)
     return read_reference(text, extract, settings.cache, sizes)
 
 
-def dataset_images(text: str, split: str, image_shape: Sequence[int]) -> ImageSet:
-    """Opens a split of a dataset with images of a size; InputError as `parse_dataset`."""
+def is_dataset(reference: str) -> bool:
+    """Tells whether a reference names a dataset, not a file or a folder of images."""
+    return reference.startswith(DATASETS)
+
+
+def dataset_of(settings: EvaluationSettings, image_shape: Sequence[int]) -> Any:
+    """Returns the reference's dataset with images of a size; InputError as `parse_dataset`."""
     H, W, channels = image_shape
-    data = parse_dataset(text, (H, W), channels)
+    data = parse_dataset(settings.reference, (H, W), channels, settings.crop)
     if isinstance(data, CachedLatents):
-        raise InputError(f"reference={text} holds latents; give images")
-    return DatasetImages(data, split)
+        raise InputError(f"reference={settings.reference} holds latents; give images")
+    return data
 
 
-def _config_of(model: Sampler) -> Any:
-    """The transformer's config, by which a released model is known."""
+def transformer_config(model: Sampler) -> Any:
+    """Returns the transformer's config, by which a released model is known; None without one."""
     configs = getattr(model, "config", {})
     return next((config for name, config in configs.items() if name != "tokenizer"), None)
+
+
+def _published(
+    settings: EvaluationSettings, model: Sampler, name: str, job: SamplingJob
+) -> dict[str, Any] | None:
+    """What is published of a model of these sizes, or what differs from it here, as JSON data."""
+    measurement = Measurement(
+        name,
+        transformer_config(model),
+        job.options,
+        job.count,
+        settings.reference,
+        settings.extract.network.identity["features"],
+    )
+    result, differences = compare_settings(measurement)
+    if result is None:
+        return None
+    metrics = {} if differences else dict(result.metrics)
+    return {"weights": result.weights, "metrics": metrics, "differences": differences}
 
 
 def _about(
@@ -236,7 +243,8 @@ def _about(
         "images": images,
         "reference": settings.reference,
         "reference_images": reference.images,
-        "published_model": None,
+        "reference_crop": describe_crop(settings.reference, settings.crop),
+        "published": None,
     }
 
 

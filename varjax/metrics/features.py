@@ -20,6 +20,7 @@ Features = dict[str, np.ndarray]  # "pool_ND", and of Inception "spatial_ND" and
 # compiler may sum in another order, and features would depend on the batch size.
 CPU_BLOCK, ACCELERATOR_BLOCK = 8, 64
 MAX_PIXELS = 32 * 32
+INCEPTION = "inception-v3 2015-12-05"  # FID's, in an identity
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ def inception_network(location: str) -> FeatureNetwork:
     """Makes FID's network from a directory of its weights; InputError as `load_inception`."""
     params = load_inception(location)
     identity = {
-        "features": "inception-v3 2015-12-05",
+        "features": INCEPTION,
         "inception_weights": trees.digest(params),
     }
     return FeatureNetwork(identity, params, _inception_features)

@@ -42,6 +42,13 @@ from varjax.metrics.features import FeatureExtractor, Features, inception_networ
 from varjax.metrics.references import reference_of_features
 from varjax.metrics.report import SampleMetrics, measure, metrics_table
 from varjax.tokenizers.contract import check_image_shape
+from varjax.tokenizers.image_crop import (
+    AUTO,
+    CROP_HELP,
+    CROPS,
+    choose_crop,
+    describe_crop,
+)
 from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.losses.lpips import check_lpips_images, load_lpips
 from varjax.tokenizers.reconstruction_metrics import (
@@ -61,6 +68,7 @@ def evaluate_tokenizer(
     ema: bool | None = None,
     lpips: str = "",
     inception: str = "",
+    crop: str = AUTO,
 ) -> dict[str, Any]:
     """Measures all held-out images, and writes evaluation.json, scales.png and worst.png.
 
@@ -72,6 +80,7 @@ def evaluate_tokenizer(
         ema: of a run, the averaged weights or not; None for them if there are any.
         lpips: directory of LPIPS's weights; "" to do without.
         inception: directory of Inception's weights, for FID; "" to do without.
+        crop: of photographs, as `choose_crop` takes it.
 
     Returns:
         The data of evaluation.json.
@@ -80,7 +89,8 @@ def evaluate_tokenizer(
         InputError: before any long work, for what cannot be done.
     """
     config, params = read_tokenizer(weights, ema)
-    images = parse_dataset(data, config.image_shape[:2], config.image_channels)
+    chosen = choose_crop(crop, weights)
+    images = parse_dataset(data, config.image_shape[:2], config.image_channels, chosen)
     if isinstance(images, CachedLatents):
         raise InputError(f"{data} holds latents, but images are needed; give folder:… or tfds:…")
     check_image_shape(config, images.image_shape)
@@ -103,7 +113,8 @@ def evaluate_tokenizer(
         show = set(np.linspace(0, count - 1, min(PICTURES, count)).astype(int).tolist())
         add = None if pairs is None else pairs.add
         split = measure_split(config, params, loader, lpips_params, show, PICTURES, progress, add)
-    report = {"weights": str(weights), "data": data} | split.summary()
+    report = {"weights": str(weights), "data": data, "crop": describe_crop(data, chosen)}
+    report |= split.summary()
     if pairs is not None:
         measured = pairs.measure()
         report |= {"reconstructions": measured.metrics, "left_out": measured.left_out}
@@ -156,7 +167,8 @@ def worst_picture(shown: Sequence[Reconstruction]) -> np.ndarray:
 
 def report_table(report: dict[str, Any]) -> str:
     """Formats the report as text."""
-    first = f"{report['images']:,} held-out images of {report['data']}"
+    cropped = f", {report['crop']}" if report["crop"] else ""
+    first = f"{report['images']:,} held-out images of {report['data']}{cropped}"
     lines = [first, *report_lines(report)]
     if "reconstructions" in report:
         lines += ["", f"reconstructions against {report['reconstructions_against']}:"]
@@ -179,6 +191,7 @@ def main(arguments: list[str]) -> int:
     add("--ema", action=argparse.BooleanOptionalAction, help="a run's averaged weights, or not")
     add("--lpips", default="", metavar="DIR", help="LPIPS's weights, by varjax.convert")
     add("--inception", default="", metavar="DIR", help="Inception's, for FID and its kin")
+    add("--crop", default=AUTO, choices=(AUTO, *CROPS), help=CROP_HELP)
     flags = parser.parse_args(arguments)
 
     def action():

@@ -7,12 +7,13 @@ from varjax.data.sources.folder import Folder
 from varjax.data.sources.noise import Noise
 from varjax.data.sources.photos import Photos
 from varjax.data.sources.tfds import TFDS
+from varjax.data.transforms import Crop
 
 __all__ = ["TFDS", "CachedLatents", "Digits", "Folder", "Noise", "Photos", "parse_dataset"]
 
 
 def parse_dataset(
-    text: str, size: int | tuple[int, int], channels: int = 3
+    text: str, size: int | tuple[int, int], channels: int = 3, crop: Crop = "random"
 ) -> CachedLatents | Digits | Folder | Noise | Photos | TFDS:
     """Makes the dataset that a command line names.
 
@@ -21,15 +22,16 @@ def parse_dataset(
             "digits", "photos" or "random".
         size: pixels of both sides of its images, or (height, width).
         channels: of its images, where there is a choice.
+        crop: of photographs of other sizes, as `Folder` and `TFDS` take it.
 
     Raises:
         InputError: anything else, or a size that the dataset does not have.
     """
     kind, colon, where = text.partition(":")
     if kind == "folder" and where:
-        return Folder(where, size, channels)
+        return Folder(where, size, channels, crop)
     if kind == "tfds" and where:
-        return TFDS(where, size=size, channels=channels)
+        return TFDS(where, size=size, channels=channels, crop=crop)
     if kind in ("latents", "tokens") and where:
         return CachedLatents(where)
     if kind == "digits" and not colon:

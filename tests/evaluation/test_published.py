@@ -1,0 +1,159 @@
+"""Published values stand only beside equal settings and the published weights."""
+
+import dataclasses
+
+import pytest
+
+from tests.helpers import runs
+from varjax.convert.pretrained import RELEASES
+from varjax.core import files
+from varjax.evaluation import published
+from varjax.evaluation.evaluate import print_report
+from varjax.evaluation.published import (
+    RESULTS,
+    Measurement,
+    compare_settings,
+    evaluation_options,
+    released_sizes,
+)
+from varjax.mar.model import MARConfig
+from varjax.mar.options import MAROptions
+from varjax.metrics.features import INCEPTION
+from varjax.var.model import VARConfig
+from varjax.var.sample import VAROptions
+
+ADM = "somewhere/VIRTUAL_imagenet256_labeled.npz"
+
+
+@pytest.fixture
+def converted(tmp_path):
+    """Writes the config.json of a directory that was converted from the files of a release."""
+
+    def write(name, **changes):
+        release = RELEASES[name]
+        digests = {f"a/{file}": release.sha256[file] for file in release.files.values()}
+        config = {"sources": digests, "convert_options": {}} | changes
+        files.write_json(tmp_path / name / "config.json", config)
+        return str(tmp_path / name)
+
+    return write
+
+
+def var_d16(location, **changes):
+    measurement = Measurement(
+        location, VARConfig.preset("d16"), VAROptions(1.5, 900, 0.96), 50, ADM, INCEPTION
+    )
+    return dataclasses.replace(measurement, **changes)
+
+
+def mar_b(location, **changes):
+    options = MAROptions(cfg=2.9, steps=256)
+    measurement = Measurement(
+        location, MARConfig.preset("mar_b"), options, 50, "adm_in256_stats.npz", INCEPTION
+    )
+    return dataclasses.replace(measurement, **changes)
+
+
+def test_equal_settings_of_published_weights_are_compared(converted):
+    result, differences = compare_settings(var_d16(converted("var_d16")))
+    assert result is not None and result.metrics == {"fid": 3.55} and not differences
+    result, differences = compare_settings(mar_b(converted("mar_b")))
+    assert result is not None and not differences
+    assert result.metrics == {"fid": 2.31, "inception_score": 281.7}
+    unguided = MAROptions(cfg=1.0, temperature=0.95, steps=256)
+    result, differences = compare_settings(mar_b(converted("mar_b"), options=unguided))
+    assert result is not None and result.metrics == {"fid": 3.48} and not differences
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (dict(options=VAROptions(2.0, 900, 0.96)), "cfg is 2.0, published 1.5"),
+        (dict(options=VAROptions(1.5, 0, 0.96)), "top_k is 0, published 900"),
+        (dict(options=VAROptions(1.5, 900, 0.9)), "top_p is 0.9, published 0.96"),
+        (dict(options=VAROptions(smooth=True)), "smooth is True, published False"),
+        (dict(count=5), "5 samples of each class, published 50"),
+        (dict(reference="folder:/data/imagenet"), "the reference is folder:/data/imagenet"),
+        (dict(reference="x/VIRTUAL_imagenet512.npz"), "published VIRTUAL_imagenet256_labeled.npz"),
+        (dict(features="pixels"), "features are pixels, published inception"),
+    ],
+)
+def test_each_setting_that_differs_is_said(changes, says, converted):
+    result, differences = compare_settings(var_d16(converted("var_d16"), **changes))
+    assert result is not None and len(differences) == 1 and says in differences[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (MAROptions(cfg=2.9, steps=64), "steps is 64, published 256"),
+        (MAROptions(2.9, "constant", 256), "cfg_schedule is constant, published linear"),
+        (MAROptions(2.9, "linear", 256, 0.95), "temperature is 0.95, published 1.0"),
+        (MAROptions(steps=256, diffusion_steps="50:5"), "diffusion_steps is 50:5, published 100"),
+        (MAROptions(steps=256, clip_denoised=3.0), "clip_denoised is 3.0, published 0.0"),
+        (MAROptions(cfg=3.2, steps=256), "cfg is 3.2, published 2.9"),
+    ],
+)
+def test_each_option_of_mar_counts(options, says, converted):
+    _, differences = compare_settings(mar_b(converted("mar_b"), options=options))
+    assert differences == [says]
+
+
+def test_weights_are_known_by_the_digests_of_their_files_and_not_by_their_size(converted, tmp_path):
+    def said(location, **changes):
+        _, differences = compare_settings(var_d16(location, **changes))
+        return differences[0] if differences else ""
+
+    assert not said(converted("var_d16"))
+    other = dict.fromkeys(("vae.pth", "var_d16.pth"), "0" * 64)
+    assert "is not made of the published files of var_d16" in said(
+        converted("var_d16", sources=other)
+    )
+    # Of d20's files only the tokenizer is d16's too.
+    assert "is not made of the published files of var_d16" in said(converted("var_d20"))
+    options = {"convert_options": {"phi_ratio": 0.25}}
+    assert "converted with options of its own, phi_ratio" in said(converted("var_d16", **options))
+    # A run that was fine-tuned from them.
+    files.write_json(tmp_path / "run/config.json", {"task": {"_type": "VARTask"}, "steps": 1})
+    assert "is not made of the published files" in said(str(tmp_path / "run"))
+    # Nobody knows the digests of some files.
+    _, differences = compare_settings(
+        Measurement(
+            converted("var_d16"), VARConfig.preset("d36"), VAROptions(), 50,
+            "VIRTUAL_imagenet512.npz", INCEPTION,
+        )
+    )  # fmt: skip
+    assert differences == ["the SHA-256 of the published var_d36.pth of var_d36 is not known"]
+
+
+def test_sizes_of_released_models_and_mars_steps():
+    assert released_sizes(VARConfig.preset("d16")) == "var_d16"
+    assert released_sizes(VARConfig.preset("d36")) == "var_d36"
+    assert released_sizes(MARConfig.preset("mar_l")) == "mar_l"
+    assert released_sizes(runs.VAR) is None and released_sizes(runs.MAR) is None
+    assert {result.weights for result in RESULTS} <= RELEASES.keys()
+    assert compare_settings(var_d16("absent", config=runs.VAR)) == (None, [])
+    assert evaluation_options(MARConfig.preset("mar_b"), {}) == {"steps": 256}
+    assert evaluation_options(MARConfig.preset("mar_b"), {"steps": 64}) == {"steps": 64}
+    assert evaluation_options(runs.MAR, {"cfg": 2.0}) == {"cfg": 2.0}
+    assert evaluation_options(VARConfig.preset("d16"), {}) == {}
+
+
+def test_a_report_shows_what_is_published_or_what_differs(capsys):
+    report = {
+        "name": "x", "images": 50_000, "reference": ADM, "reference_images": None,
+        "metrics": {"fid": 2.5, "inception_score": 280.0}, "left_out": {}, "notices": [],
+    }  # fmt: skip
+    mar = {"weights": "mar_b", "metrics": {"fid": 2.31, "inception_score": 281.7}}
+    print_report(report | {"published": mar | {"differences": []}})
+    said = capsys.readouterr().out
+    assert "281.70" in said and "2.31" in said and "(mar_b)" in said and "note" not in said
+    lines = ["steps is 64, published 256", "5 samples of each class, published 50"]
+    print_report(report | {"published": {"weights": "mar_b", "metrics": {}, "differences": lines}})
+    said = capsys.readouterr().out
+    assert "281.70" not in said and "2.31" not in said
+    assert "no published value of mar_b is shown, for these differ:\n  steps is 64" in said
+    print_report(report | {"published": None})
+    assert "published" not in capsys.readouterr().out
+    print_report(report)  # one that an earlier version wrote
+    assert published.COUNT == 50
