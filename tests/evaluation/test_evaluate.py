@@ -190,7 +190,7 @@ def test_the_sweep_is_read_by_the_options_types():
 def test_wrong_command_lines(tmp_path, capsys, arguments, message):
     for name, shape in (("one", (1, 8, 8, 3)), ("two", (2, 8, 8, 3)), ("large", (2, 9, 9, 3))):
         np.savez(f"{name}.npz", arr_0=np.zeros(shape, np.uint8))
-    (tmp_path / "other.json").write_text("[]")
+    (tmp_path / "other.json").write_text("{}")
     assert run(*PIXELS, *arguments) == 1
     error = capsys.readouterr().err
     assert re.search(message, error), error

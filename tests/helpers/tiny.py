@@ -103,11 +103,14 @@ class Tiny:
         return {"inputs": batch["image_BHWC"][:5].astype(jnp.float32) / 255}
 
     def sampler(self):
-        """Images of random numbers, as bright as a parameter says."""
+        """Images of random numbers, as bright as a parameter says, with white rows by label."""
 
         def draw(params, frozen, label_B, key_B):
             noise_BHWC = jax.vmap(lambda key: jax.random.uniform(key, (8, 8, 1)))(key_B)
-            return noise_BHWC * jax.nn.sigmoid(jnp.mean(params["up"]["kernel"]))
+            dark_BHWC = noise_BHWC * jax.nn.sigmoid(jnp.mean(params["up"]["kernel"]))
+            # Row 0 for label 0, rows 0 and 1 for label 1, …, and of the last ones all.
+            white_BH = jnp.arange(8)[None] <= label_B[:, None]
+            return jnp.where(white_BH[..., None, None], 1.0, dark_BHWC)
 
         return draw
 

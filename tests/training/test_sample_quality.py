@@ -40,14 +40,19 @@ def state():
 
 def test_it_is_the_distance_of_the_images_that_are_drawn():
     key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(40))
-    images = tiny.Tiny().sampler()(state().params, {}, None, key_B)
-    images = np.rint(np.asarray(images) * 255).astype(np.uint8)
-    extract = FeatureExtractor(pixel_network())
-    samples, real = (
-        Moments.of(extract(x)["pool_ND"]) for x in (images, Digits().source("held_out").images_NHWC)
-    )
+    extract, draw = FeatureExtractor(pixel_network()), tiny.Tiny().sampler()
+    real = Moments.of(extract(Digits().source("held_out").images_NHWC)["pool_ND"])
+
+    def distance(label_B):
+        images = np.asarray(draw(state().params, {}, label_B, key_B))
+        features = extract(np.rint(images * 255).astype(np.uint8))
+        return frechet_distance(Moments.of(features["pool_ND"]), real)
+
     found = quality().metrics(state())
-    assert found["eval/fid"] == pytest.approx(frechet_distance(samples, real), rel=1e-5)
+    # Equally many of each class, one after the other; with other labels it is another distance.
+    assert found["eval/fid"] == pytest.approx(distance(np.arange(40) % 10), rel=1e-5)
+    for wrong_B in (np.zeros(40, int), np.arange(40) // 4, np.arange(40) % 9):
+        assert found["eval/fid"] != pytest.approx(distance(wrong_B), rel=1e-4)
     assert list(found) == quality().metric_names(state())
 
 
