@@ -1,13 +1,14 @@
 """Lets every n-th file operation of short commands fail, and looks at what comes of it.
 
 python -m tests.helpers.fault_sweep --folder=DIR [--calls=write,fsync,rename,open,create,read]
-    [--errors=ENOSPC,EIO,ESTALE,EMFILE] [--each=1] [--cases=N] [--seed=0] [SCENARIO …]
+    [--errors=ENOSPC,EIO,ESTALE,EMFILE] [--each=1] [--cases=N] [--minutes=M] [--seed=0] [SCENARIO …]
 
 The operations of each command of fault_scenarios.py are counted first, by the kind of call and the
 kind of file. Then the command runs once for each of them and each error that the call can give: one
 call fails, or all of its kind from there on. It may end as if nothing had been. Or it ends with a
 message, and then the same command without faults must end so. --each=1 lets only the first call of
-each kind of file fail, --each=0 every one. --cases=N draws so many at random.
+each kind of file fail, --each=0 every one. --cases=N draws so many at random; after --minutes=M no
+further one begins.
 
 A line of JSON tells of each case; the last line sums up. The exit code is 1 where a command hung,
 died, ended without a message, or left something from which it cannot continue.
@@ -276,13 +277,20 @@ def sweep(flags: argparse.Namespace, faults: Faults) -> int:
     outcomes: collections.Counter = collections.Counter()
     reached = 0
     for case in cases:
+        if flags.minutes and time.monotonic() > begin + 60 * flags.minutes:
+            break
         report = swept.case(case)
         outcomes[report["outcome"]] += 1
         reached += report["failed"] > 0
         print(json.dumps(report), flush=True)
     bad = sum(n for outcome, n in outcomes.items() if outcome not in GOOD)
     minutes = round((time.monotonic() - begin) / 60, 1)
-    report = {"cases": len(cases), "reached": reached, "outcomes": outcomes, "minutes": minutes}
+    report = {
+        "cases": outcomes.total(),
+        "reached": reached,
+        "outcomes": outcomes,
+        "minutes": minutes,
+    }
     print(json.dumps(report))
     return 1 if bad else 0
 
@@ -295,6 +303,7 @@ def main() -> int:
     parser.add_argument("--errors", default=USUAL_ERRORS)
     parser.add_argument("--each", type=int, default=1)
     parser.add_argument("--cases", type=int, default=0, help="0 for all")
+    parser.add_argument("--minutes", type=float, default=0, help="0 for no limit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("scenarios", nargs="*", metavar="SCENARIO")
     flags = parser.parse_args()
