@@ -1,6 +1,8 @@
 import concurrent.futures
+import errno
 import io
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -189,11 +191,22 @@ def test_only_classes_of_tfds_are_imported(data_dir, tmp_path, monkeypatch):
         TFDS(str(folder), held_out="test").describe()
 
 
-def test_a_machine_that_fails_is_told_from_damaged_records(data_dir, tmp_path):
+def test_a_machine_that_fails_is_told_from_damaged_records(data_dir, tmp_path, monkeypatch):
     folder = tmp_path / "root/stripes/1.2.3"
     shutil.copytree(data_dir / "stripes/1.2.3", folder)
     data = TFDS("stripes", str(tmp_path / "root"), held_out="test", size=8)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    whole = os.stat
+    with monkeypatch.context() as patched:
+
+        def stale(path, *arguments, **options):
+            if str(path).endswith("dataset_info.json"):
+                raise OSError(errno.ESTALE, "made to fail", path)
+            return whole(path, *arguments, **options)
+
+        patched.setattr(os, "stat", stale)
+        with pytest.raises(StorageError, match="1.2.3 cannot be read now: Stale file handle"):
+            TFDS(str(folder)).builder()
     source, train = data.source("held_out"), data.source("train")
     assert len(source) == 4 and len(train) == 20  # files of records are opened by the first read
     try:

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import resource
 from collections.abc import Iterator
 from typing import Any
@@ -228,9 +229,11 @@ def _open(name: str, data_dir: str) -> Any:
     directory = os.path.expanduser(name)
     if in_bucket(name):  # readers of array_record files map them
         directory = str(files.local_copy(name))
-    if os.path.isfile(os.path.join(directory, "dataset_info.json")):
+    # Unlike os.path, pathlib passes errors of the machine on.
+    path = pathlib.Path(directory)
+    if retry_read((path / "dataset_info.json").is_file, path):
         return _open_directory(directory)
-    if os.path.isdir(directory) or in_bucket(name) or name.startswith(("/", ".", "~")):
+    if retry_read(path.is_dir, path) or in_bucket(name) or name.startswith(("/", ".", "~")):
         raise InputError(
             f"{name} holds no prepared dataset: there is no dataset_info.json in it. Pack a folder "
             "of images by python -m varjax.data.prepare, or read it as it is (folder:PATH)"
