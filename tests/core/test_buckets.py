@@ -268,3 +268,11 @@ def test_no_module_takes_paths_for_those_of_a_disk():
         if "pathlib.Path(" in file.read_text()
     }
     assert found <= local
+
+
+@pytest.mark.parametrize("text", ["", " "])
+def test_an_empty_name_is_no_folder(text):
+    """pathlib.Path would take the one in which a command is called."""
+    with pytest.raises(InputError, match="name of a file or folder is empty; give one, or ."):
+        buckets.as_path(text)
+    assert buckets.as_path(".") == pathlib.Path()

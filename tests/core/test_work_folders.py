@@ -2,12 +2,13 @@
 
 import errno
 import os
+import pathlib
 
 import pytest
 
 from varjax.core import files
 from varjax.core.errors import InputError
-from varjax.core.work_folders import locked_work_folder, remove_work_folder
+from varjax.core.work_folders import check_writable, locked_work_folder, remove_work_folder
 
 
 def test_a_second_one_is_told_and_nothing_of_the_lock_stays(tmp_path):
@@ -48,3 +49,11 @@ def test_a_folder_is_removed_with_the_lock_in_it(tmp_path, monkeypatch):
         remove_work_folder(folder)
         assert folder.exists()
     assert not folder.exists()
+
+
+def test_where_nothing_can_be_written_is_said_beforehand(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "x", pathlib.Path("/proc/varjax")):
+        with pytest.raises(InputError, match=f"cannot write to {folder} .*; choose another out"):
+            check_writable(folder)

@@ -41,9 +41,12 @@ def as_path(location: str | os.PathLike) -> pathlib.Path:
     `length` and `mtime`.
 
     Raises:
-        InputError: an address that is neither gs://… nor s3://…, or the package for it is missing.
+        InputError: an empty name, an address that is neither gs://… nor s3://…, or the package for
+            it is missing.
     """
     text = os.fspath(location)
+    if not text.strip():  # pathlib would take the folder that the command is called in
+        raise InputError("the name of a file or folder is empty; give one, or . for this folder")
     match = ADDRESS.match(text)
     if match is None or not (match["slash"] or match["scheme"] in PACKAGES):
         return pathlib.Path(location)

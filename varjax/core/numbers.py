@@ -47,8 +47,11 @@ def finite_number(
     Arguments are those of `whole_number`; raises InputError for anything else, such as NaN.
     """
     number = _converted(float, value)
-    valid = number is not None and low <= number <= high  # which NaN is not
-    valid = valid and (number == 0 or abs(number) >= FLOAT32_TINY)
+    valid = (
+        number is not None
+        and low <= number <= high  # which NaN is not
+        and (number == 0 or abs(number) >= FLOAT32_TINY)
+    )
     check_setting(name, value, valid, allowed or f"a finite number, {low:g} or more")
     return float(value)
 

@@ -1,4 +1,4 @@
-"""Folders that a command fills step by step: one command at a time, and no trace of the lock.
+"""Folders that a command fills: checked beforehand, one command at a time, no trace of the lock.
 
 with locked_work_folder(folder):
     ...  # parts are written, and what they make
@@ -8,10 +8,12 @@ with locked_work_folder(folder):
 import contextlib
 import errno
 import os
+import pathlib
 from collections.abc import Iterator
 
 from varjax.core import files, folders
 from varjax.core.buckets import as_path, in_bucket
+from varjax.core.errors import InputError
 
 
 @contextlib.contextmanager
@@ -47,3 +49,17 @@ def remove_work_folder(folder: str | os.PathLike) -> None:
         # NFS keeps a file that is open, under another name: `locked_work_folder` comes later.
         if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
             raise
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Makes the folder and one file in it, which is gone again, or raises InputError."""
+    try:
+        if not in_bucket(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        files.probe_writable(folder)
+    except InputError:  # says all that is known of a bucket
+        raise
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder} ({error.strerror}); choose another out"
+        ) from error

@@ -25,6 +25,7 @@ from varjax.core.config_flags import add_config_flags, config_from_flags
 from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.core.distributed import add_process_flags, connect_by_flags
 from varjax.core.errors import InputError, check_setting
+from varjax.core.numbers import whole_number
 from varjax.data.latent_shards import (
     ABOUT_FILE,
     EncodeBatch,
@@ -38,6 +39,7 @@ from varjax.data.loader import make_loader
 from varjax.data.stream import ImageDataset
 
 IMAGES_PER_SHARD = 4096
+MOST_AUGMENTATIONS = 10_000  # of which all rows are listed; no run has more epochs
 IMAGES_PER_DEVICE = 32  # at a time
 # Fields of a dataset that do not tell which images there are.
 LOCATION_FIELDS = ("reading", "root", "name", "data_dir")
@@ -109,7 +111,7 @@ def cache_latents(
         InputError: settings without sense, or `out` was begun for another request.
     """
     index, count = process
-    check_setting("shards", shards, shards >= 0, "1 or more, or 0 to choose")
+    whole_number("shards", shards, 0, allowed="1 or more, or 0 to choose")
     allowed = get_args(FloatDtype)
     check_setting("dtype", dtype, dtype in (None, *allowed), " or ".join(allowed))
     check_setting("process", index, 0 <= index < count, f"from 0 to {count - 1}")
@@ -119,6 +121,7 @@ def cache_latents(
     augmentations = views if augmentations is None else augmentations
     fits = augmentations >= 1 and augmentations % views == 0
     allowed = "1 or more" if views == 1 else f"a multiple of {views}, for flips alternate by epoch"
+    whole_number("augmentations", augmentations, 1, MOST_AUGMENTATIONS, allowed)
     check_setting("augmentations", augmentations, fits, allowed)
     devices = len(jax.local_devices())
     fits = batch_size > 0 and batch_size % devices == 0

@@ -226,7 +226,7 @@ class LatentShard:
 
     def _check_finite(self, name: str, rows: Mapping[str, np.ndarray]) -> None:
         """Raises InputError where an array of latents of an image that was read is not finite."""
-        finite_B = np.isfinite(rows[name]).reshape(len(rows[name]), -1).all(axis=1)
+        finite_B = np.asarray(np.isfinite(rows[name]).reshape(len(rows[name]), -1).all(axis=1))
         if (bad := np.flatnonzero(rows["valid_B"] & ~finite_B)).size:
             row = self.rows.start + int(bad[0])
             image, augmentation = divmod(row, self.augmentations)

@@ -31,6 +31,7 @@ from varjax.core.distributed import (
     run_on_processes,
 )
 from varjax.core.errors import InputError
+from varjax.core.work_folders import check_writable
 from varjax.evaluation.evaluate import (
     EvaluationSettings,
     begun_batch_size_of_report,
@@ -72,9 +73,7 @@ def evaluate(arguments: list[str]) -> None:
         raise InputError("give SAMPLES (an .npz or a folder), or --weights to draw them")
     if out.suffix != ".json":
         raise InputError(f"out={flags.out}: give a name that ends in .json")
-    for name in ("samples", "weights", "reference", "cache"):
-        if getattr(flags, name) == "":  # which would be the folder that the command is called in
-            raise InputError(f"{name} is empty; give its name, or . for this folder")
+    check_writable(out.parent)
     given = given_options(flags, option_classes())
     if flags.weights is None and (flags.sweep or given):
         wrong = ["--sweep"] * bool(flags.sweep) + [f"--{name}" for name in given]

@@ -12,7 +12,7 @@ import numpy as np
 import varjax
 from varjax.core import files, folders
 from varjax.core.distributed import on_first_process
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, StorageError
 from varjax.core.work_folders import locked_work_folder
 from varjax.data.sources import CachedLatents, parse_dataset
 from varjax.data.transforms import Crop
@@ -160,9 +160,15 @@ def finished_report(out: pathlib.Path, request: Mapping[str, Any]) -> dict | Non
     """
     if not out.exists():
         return None
-    report = files.read_json(out)
+    no_report = f"{out} exists and is no report; delete it or choose another out"
+    try:
+        report = files.read_json(out)
+    except StorageError:
+        raise
+    except InputError as error:
+        raise InputError(no_report) from error
     if not isinstance(report.get("request"), dict) or not report.keys() >= REPORT_FIELDS:
-        raise InputError(f"{out} exists and is no report; delete it or choose another out")
+        raise InputError(no_report)
     folders.check_same_request(out, report["request"], request)
     return report
 

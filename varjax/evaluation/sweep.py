@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from varjax.core import files
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, StorageError
 
 PRINTED = ("fid", "inception_score", "precision", "recall")
 
@@ -61,8 +61,13 @@ def point_path(out: pathlib.Path, options: Mapping[str, Any]) -> pathlib.Path:
 def check_sweep_output(out: pathlib.Path) -> None:
     """Raises InputError where `out` is anything but the points of a sweep."""
     if out.exists():
-        there = files.read_json(out)
-        if "points" not in there:
+        try:
+            sweep = "points" in files.read_json(out)
+        except StorageError:
+            raise
+        except InputError:
+            sweep = False
+        if not sweep:
             raise InputError(f"{out} exists and is no sweep; delete it or choose another out")
 
 

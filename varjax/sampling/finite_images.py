@@ -10,7 +10,7 @@ from varjax.core.errors import InputError
 
 def finite_rows(images_BHWC: np.ndarray) -> np.ndarray:
     """Tells which images hold finite numbers alone, (B,) bool."""
-    return np.isfinite(images_BHWC).reshape(len(images_BHWC), -1).all(axis=1)
+    return np.all(np.isfinite(images_BHWC), axis=(1, 2, 3))
 
 
 def check_finite_images(

@@ -14,12 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.core import files, folders, image_io
-from varjax.core.buckets import as_path, in_bucket
+from varjax.core.buckets import as_path
 from varjax.core.errors import InputError, StorageError
 from varjax.core.npz import map_npy, read_zip_text
 from varjax.core.safetensors_io import read_safetensors
 from varjax.core.untrusted import parse_json
-from varjax.core.work_folders import remove_work_folder
+from varjax.core.work_folders import check_writable, remove_work_folder
 
 REQUEST, PART_SUFFIX = "request.json", ".safetensors"
 OLD_SUFFIX = ".npy"  # of parts that an older version wrote, without checksums
@@ -73,10 +73,10 @@ def check_out(location: str) -> None:
             raise InputError(
                 f"out={location} is a folder; give a file name, or a folder without {suffix}"
             )
-        return _check_writable(path.parent)
+        return check_writable(path.parent)
     if path.suffix.lower() in REFUSED_SUFFIXES:
         raise InputError(f"out={location}: cannot write {path.suffix}; .png, .npz or a folder")
-    _check_writable(path)
+    check_writable(path)
 
 
 def check_out_holds(location: str, images: int, image_shape: Sequence[int]) -> None:
@@ -272,20 +272,6 @@ class NpzOutput:
 
     def _file(self, start):
         return self._parts / f"{start:09d}{PART_SUFFIX}"
-
-
-def _check_writable(folder: pathlib.Path) -> None:
-    """Makes the folder and one file in it, which is gone again, or raises InputError."""
-    try:
-        if not in_bucket(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        files.probe_writable(folder)
-    except InputError:  # says all that is known of a bucket
-        raise
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {folder} ({error.strerror}); choose another out"
-        ) from error
 
 
 def _member(archive, name):

@@ -37,6 +37,7 @@ from varjax.core.buckets import as_path
 from varjax.core.commands import command_parser, run_command
 from varjax.core.compilation_cache import use_compilation_cache
 from varjax.core.errors import InputError
+from varjax.core.work_folders import check_writable
 from varjax.data.sources import CachedLatents, parse_dataset
 from varjax.metrics.features import FeatureExtractor, Features, inception_network
 from varjax.metrics.references import reference_of_features
@@ -88,6 +89,7 @@ def evaluate_tokenizer(
     Raises:
         InputError: before any long work, for what cannot be done.
     """
+    check_writable(as_path(out))
     config, params = read_tokenizer(weights, ema)
     chosen = choose_crop(crop, weights)
     images = parse_dataset(data, config.image_shape[:2], config.image_channels, chosen)
