@@ -91,3 +91,9 @@ def test_the_reference_ends_after_200_epochs_of_imagenet():
     d16 = PUBLISHED_LOGS["d16"]
     assert d16.images[-1] == 200 * 1_281_167 and d16.loss[-1] == 6.046
     assert (np.diff(d16.loss) < 0).all() and (np.diff(d16.loss_last) < 0).all()
+
+
+def test_a_metric_that_no_run_has_for_its_scales_is_told(tmp_path, capsys):
+    assert main([make(tmp_path / "a", log(3)), "--by_scale=nothing", "--out=a.png"]) == 1
+    assert "by_scale=nothing: no run has logged it for each scale" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()

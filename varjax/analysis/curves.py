@@ -32,7 +32,7 @@ def draw_curves(
         by_scale: the metric of the lower panels; "" for the first of SCALE_METRICS that is there.
 
     Raises:
-        InputError: no run has logged anything yet.
+        InputError: no run has logged anything yet, or `by_scale`.
     """
     if not any(run.points(kind + "loss")[0].size for run in runs for kind in PREFIX_LABELS):
         raise InputError(f"nothing is logged yet in {', '.join(run.name for run in runs)}")
@@ -43,6 +43,11 @@ def draw_curves(
         for name in SAMPLE_METRICS
         if any(run.points(kind + name)[0].size for run in runs for kind in PREFIX_LABELS)
     ]
+    if by_scale and not any(run.scales(by_scale) for run in runs):
+        raise InputError(
+            f"by_scale={by_scale}: no run has logged it for each scale; such metrics are "
+            f"{', '.join(SCALE_METRICS)}"
+        )
     by_scale = by_scale or _first(SCALE_METRICS, lambda name: any(run.scales(name) for run in runs))
     scales = max(run.scales(by_scale) for run in runs)
 

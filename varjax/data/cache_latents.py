@@ -25,7 +25,7 @@ from varjax.core.config_flags import add_config_flags, config_from_flags
 from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.core.distributed import add_process_flags, connect_by_flags
 from varjax.core.errors import InputError, check_setting
-from varjax.core.numbers import whole_number
+from varjax.core.numbers import seed_number, whole_number
 from varjax.data.latent_shards import (
     ABOUT_FILE,
     EncodeBatch,
@@ -111,6 +111,7 @@ def cache_latents(
         InputError: settings without sense, or `out` was begun for another request.
     """
     index, count = process
+    seed_number("seed", seed)
     whole_number("shards", shards, 0, allowed="1 or more, or 0 to choose")
     allowed = get_args(FloatDtype)
     check_setting("dtype", dtype, dtype in (None, *allowed), " or ".join(allowed))

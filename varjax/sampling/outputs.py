@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.core import files, folders, image_io
-from varjax.core.buckets import as_path
+from varjax.core.buckets import as_path, in_bucket
 from varjax.core.errors import InputError, StorageError
 from varjax.core.npz import map_npy, read_zip_text
 from varjax.core.safetensors_io import read_safetensors
