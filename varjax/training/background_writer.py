@@ -81,7 +81,7 @@ class BackgroundWriter:
         with self._changed:
             left = self._lost + len(self._queue) + self._busy
         if left:
-            _say(f"{self._name}: {left} entries were not written before the run ended")
+            say_note(f"{self._name}: {left} entries were not written before the run ended")
 
     def _put(self, entry: Callable[[RunWriter], None], size: int) -> None:
         dropped = False
@@ -96,7 +96,9 @@ class BackgroundWriter:
                 self._lost += 1
             self._changed.notify_all()
         if dropped:
-            _say(f"{self._name} cannot keep up; its oldest entries are dropped, training continues")
+            say_note(
+                f"{self._name} cannot keep up; its oldest entries are dropped, training continues"
+            )
 
     def _is_behind(self) -> bool:
         return bool(self._queue) or self._busy
@@ -124,7 +126,7 @@ class BackgroundWriter:
             if writer is not None:
                 writer.close()
         except Exception as error:
-            _say(f"{self._name}: the last entries may be missing: {_describe(error)}")
+            say_note(f"{self._name}: the last entries may be missing: {_describe(error)}")
 
     def _next_entry(self, closed: bool) -> Callable[[RunWriter], None] | None:
         """Waits for an entry, and first for the time of another attempt; None to end.
@@ -153,7 +155,7 @@ class BackgroundWriter:
             first = self._failures == 1
             self._changed.notify_all()
         if first:
-            _say(
+            say_note(
                 f"{self._name} failed, training continues without it until it works again: "
                 + _describe(error)
             )
@@ -169,13 +171,14 @@ class BackgroundWriter:
                 self._overdue = False
             self._changed.notify_all()
         if failed or (lost and caught_up):
-            _say(f"{self._name} works again; {lost} entries were lost")
+            say_note(f"{self._name} works again; {lost} entries were lost")
 
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:300]
 
 
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # stderr may be what failed, or be closed
+def say_note(text: str) -> None:
+    """Prints a line to stderr, unless stderr is what failed."""
+    with contextlib.suppress(OSError, ValueError):  # of one that is closed
         print(f"note: {text}", file=sys.stderr)

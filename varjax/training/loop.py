@@ -280,6 +280,7 @@ def _train(
             return True
 
         def preview() -> None:
+            watchdog.progress()
             try:
                 pictures = evaluator.preview(state)
             except OSError as error:  # only for watching, so that the run needs none

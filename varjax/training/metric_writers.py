@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pathlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from varjax.core import files, image_io
 from varjax.core.buckets import LocalMirror, in_bucket
 from varjax.core.errors import StorageError
 from varjax.core.untrusted import parse_json
-from varjax.training.background_writer import BackgroundWriter
+from varjax.training.background_writer import BackgroundWriter, say_note
 from varjax.training.goodput import earlier_goodput
 from varjax.training.run_writers import (
     UPLOAD_SECONDS,
@@ -178,7 +177,7 @@ class MetricWriter:
             columns = images.shape[1] if images.ndim == 5 else None
             picture_HWC = image_io.image_grid(images.reshape(-1, *images.shape[-3:]), columns)
         except ValueError as error:  # values that are no image: only for watching, as all of this
-            print(f"note: no preview {name} of step {step}: {error}", file=sys.stderr)
+            say_note(f"no preview {name} of step {step}: {error}")
             return
         for watcher in self._picture_writers:
             watcher.picture(step, name, picture_HWC)

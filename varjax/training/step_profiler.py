@@ -3,7 +3,6 @@
 import contextlib
 import pathlib
 import re
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +11,7 @@ import jax
 
 from varjax.core.buckets import LocalMirror
 from varjax.core.errors import InputError
+from varjax.training.background_writer import say_note
 
 CLOSE_SECONDS = 5.0  # that the end of a run waits for the upload of a trace, at most
 
@@ -88,5 +88,4 @@ class StepProfiler:
         try:
             yield
         except Exception as error:
-            with contextlib.suppress(OSError):
-                print(f"note: no trace of the steps: {error}"[:500], file=sys.stderr)
+            say_note(f"no trace of the steps: {error}"[:500])
