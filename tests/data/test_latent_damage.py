@@ -12,6 +12,11 @@ from varjax.data.latents import CachedLatents, LatentTransform
 
 N, U = 4, 2
 ABOUT = {
+    "tokenizer_identity": {},
+    "data": {},
+    "classes": N,
+    "image_shape": [8, 8, 1],
+    "seed": 0,
     "latent_spec": {
         "mean_BhwZ": {"shape": [2, 2, 3], "dtype": "float16"},
         "tokens_BL": {"shape": [5], "dtype": "uint16"},

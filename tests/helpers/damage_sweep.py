@@ -160,20 +160,20 @@ def sweep_checkpoint(folder: pathlib.Path, every: int, limit: int) -> bool:
 
     names = [p.relative_to(good) for p in sorted((good / "checkpoints" / str(newest)).rglob("*"))]
     names = [name for name in names if (good / name).is_file()]
-    whole, bits = Report("checkpoint, files"), Report("checkpoint, bits")
+    whole = Report("checkpoint, files")
     pairs = paired_files(fresh(), run / "checkpoints" / str(older))
     for name, kind in spread(list(itertools.product(names, KINDS)), limit):
         fresh()
         if damage(run / name, kind, pairs.get(run / name)):
             whole.case(f"{name} {kind}", read)
-    start = 0
+    good_files, bits, start = whole.finish(), Report("checkpoint, bits"), 0
     for name in names:
         for flipped in flips((good / name).read_bytes(), every, start):
             fresh()
             (run / name).write_bytes(flipped)
             bits.case(f"{name} at {start}", read)
         start = (start + 31) % every
-    return all([whole.finish(), bits.finish()])
+    return all([good_files, bits.finish()])
 
 
 def paired_files(newest: pathlib.Path, older: pathlib.Path) -> dict[pathlib.Path, pathlib.Path]:
