@@ -52,7 +52,9 @@ FAILURE_SEEN = 180  # seconds until a run that cannot write has found out and en
 # Root may write to folders that are read-only, but for this.
 RIGHTS = "-dac_override,-dac_read_search"
 OBEYING = ["setpriv", f"--inh-caps={RIGHTS}", f"--bounding-set={RIGHTS}"] * (os.geteuid() == 0)
-MIN_GOODPUT = 0.1  # of time since train.py began, with an end every few seconds
+MIN_GOODPUT = (
+    0.03  # of the time after imports; with an end every few seconds most of it is starting
+)
 MISCOUNTED = 1  # steps of a start at most, killed within a line or between reading and writing
 FULL_SECONDS = 20.0
 FAILING_CALLS = 30  # at most, of one passing EIO
