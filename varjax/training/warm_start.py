@@ -97,10 +97,18 @@ def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) ->
 
 def _run_and_step(text: str) -> tuple[str, int | None]:
     """Reads RUN or RUN@STEP; a directory's own name may hold @, even at its end."""
+
+    def steps(run: str) -> list[int]:
+        return SavedSteps(as_path(run) / "checkpoints").steps()
+
     run, _, number = text.rpartition("@")
-    if not run or not number.isdecimal() or SavedSteps(as_path(text) / "checkpoints").steps():
+    if not run or steps(text):
         return text, None
-    return run, int(number)
+    if number.isdecimal():
+        return run, int(number)
+    if found := steps(run):
+        raise InputError(f"fork_from={text}: {run} has checkpoints of steps {found}")
+    return text, None
 
 
 class _PretrainedParameters:
