@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -52,6 +53,13 @@ def imported(file: pathlib.Path, inside_functions: bool):
 
 def test_every_folder_has_a_layer():
     assert {name.split(".")[1] for name in FILES if "." in name} == LAYER.keys() - {"__init__"}
+
+
+def test_contributing_has_the_same_layers():
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("\n## Layers\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", section, re.M)
+    names = [(name, int(layer)) for layer, cell in rows for name in re.findall(r"`(\w+)/?`", cell)]
+    assert sorted(names) == sorted(LAYER.items())
 
 
 def test_imports_only_go_down():
