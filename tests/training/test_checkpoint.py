@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from tests.helpers import tiny
-from varjax.core import checksums, distributed, files, saved_steps
+from varjax.core import checksums, distributed, files, saved_steps, untrusted
 from varjax.core.errors import DamagedFileError, InputError, StorageError
 from varjax.core.saved_steps import STATE_TREES, restore_weights
 from varjax.training.checkpoint import Checkpoints
@@ -229,18 +229,28 @@ def test_errors_of_devices_stay_what_they_are(tmp_path, monkeypatch):
         assert checkpoints.steps() == [1, 2]
 
 
-def test_weights_are_read_beside_a_run_that_deletes_the_step_first(tmp_path, monkeypatch):
-    """The step that was listed is gone, three times in a row; then the newest one is read."""
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (ocp.Checkpointer, "metadata"),
+        (ocp.Checkpointer, "restore"),
+        (untrusted, "bytes_on_disk"),
+    ],
+)
+def test_weights_are_read_beside_a_run_that_deletes_the_step_first(
+    tmp_path, monkeypatch, owner, name
+):
+    """The step that was listed is gone, twice in a row; then the newest one is read."""
     saved(tmp_path / "checkpoints", 1)
-    restore, steps = ocp.Checkpointer.restore, iter((2, 3, 4))
+    whole, steps = getattr(owner, name), iter((2, 3))
 
-    def restore_late(*arguments, **options):
+    def late(*arguments, **options):
         if (step := next(steps, None)) is not None:
             saved(tmp_path / "checkpoints", step, keep=1)
-        return restore(*arguments, **options)
+        return whole(*arguments, **options)
 
-    monkeypatch.setattr(ocp.Checkpointer, "restore", restore_late)
-    equal(restore_weights(tmp_path, ema=False), state(4).params)
+    monkeypatch.setattr(owner, name, late)
+    equal(restore_weights(tmp_path, ema=False), state(3).params)
 
 
 def failing(monkeypatch, times, *errors, where=lambda *_: True):

@@ -185,7 +185,7 @@ class SavedSteps:
             raise InputError(f"step {step} in {self.directory} keeps no average; ask for params")
         name = "ema" if averaged and ema is not False else "params"
         self._check_description(step, name, saved[name].tree, record["arrays"])
-        self._check_claims(step, name, saved[name].tree)
+        self._repeated(step, lambda: self._check_claims(step, name, saved[name].tree))
         sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         target = jax.tree.map(lambda x: _abstract(x, sharding), saved[name].tree)
         read = self._restore(step, {name: ocp.args.StandardRestore(target)})[name]

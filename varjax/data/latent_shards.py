@@ -241,7 +241,7 @@ class LatentShard:
         first, U, names = self.rows.start // self.augmentations, self.augmentations, self._stored
         checksum_NU = np.empty((len(arrays["label_N"]), U), np.uint64)
         for n, u in np.ndindex(checksum_NU.shape):
-            label, valid = arrays["label_N"][n], arrays["valid_N"][n]
+            label, valid = int(arrays["label_N"][n]), bool(arrays["valid_N"][n])
             latents = [arrays[name][n, u] for name in names]
             checksum_NU[n, u] = latents_checksum(self.split, first + n, u, label, valid, latents)
         return checksum_NU
