@@ -36,7 +36,7 @@ CONFIG = """from tests.helpers import fault_scenarios
 def get_config(name):
     return fault_scenarios.experiment(name)
 """
-VERSIONS = {"numpy", "versions", "device"}  # of data.json and of reports
+VERSIONS = {"numpy", "jax", "starts", "versions", "device"}  # of data.json and of reports
 
 
 def experiment(name: str) -> Experiment:

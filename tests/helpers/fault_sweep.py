@@ -128,7 +128,8 @@ class Sweep:
         report |= {"failed": len(failed), "seconds": round(time.monotonic() - begin, 1)}
         report["noise"] = "Traceback" in text
         messages = [x for x in text.splitlines() if x.startswith(("varjax ", "note: "))]
-        report["message"] = text[-6000:] if outcome not in GOOD else "\n".join(messages)[:400]
+        whole = outcome not in GOOD or report["noise"]
+        report["message"] = text[-6000:] if whole else "\n".join(messages)[:400]
         return report
 
     def _outcome(self, name: str, code: int, hung: bool, text: str) -> str:
