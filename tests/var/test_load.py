@@ -40,7 +40,8 @@ def run_of(task, directory, params, ema=None, frozen=None):
     """What training leaves behind."""
     check_or_write_config(Experiment(task, Digits(), str(directory), batch_size=1, steps=1))
     with Checkpoints(directory / "checkpoints") as checkpoints:
-        checkpoints.save(1, TrainState(np.int32(1), params, ema, {"count": np.int32(1)}))
+        state = TrainState(np.int32(1), params, ema, {"count": np.int32(1)})
+        checkpoints.save(1, jax.device_put(state))
         checkpoints.wait()
     if frozen is not None:
         files.write_tensors(directory / "frozen.safetensors", frozen, {})
@@ -129,9 +130,13 @@ def test_what_is_no_model_is_named(var_run, tokenizer_dir, tmp_path):
         varjax.load(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="holds no config.json"):
         varjax.load(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match="neither of a training run nor of a converted"):
-        varjax.load(tmp_path)
+    for text, message in {
+        "[]": r"holds \[\], not an object of JSON",
+        "{}": "neither of a training run nor of a converted",
+    }.items():
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            varjax.load(tmp_path)
     check_or_write_config(experiment(tmp_path / "tiny"))
     for read in (varjax.load, read_tokenizer):
         with pytest.raises(ValueError, match="run of Tiny"):
