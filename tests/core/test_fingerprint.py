@@ -41,6 +41,13 @@ def test_devices_and_numpy_give_the_same(monkeypatch):
     assert of(np.arange(6, dtype=np.int32)) == "int32[6] e154d13c7c6dfc64"
 
 
+def test_arrays_of_one_process_need_no_other(monkeypatch):
+    """The first of several processes reads a tokenizer's weights while the others wait for it."""
+    expected = of(X)
+    monkeypatch.setattr(fingerprint, "gather_json", lambda parts: pytest.fail("waits for others"))
+    assert of(X) == expected
+
+
 @pytest.mark.parametrize("name", ARRAYS)
 def test_each_bit_of_each_element_counts(name):
     x = np.array(ARRAYS[name])
@@ -66,7 +73,7 @@ def test_order_shape_and_type_count(either):
 
 
 def spread(parts_of_axes, copies=1):
-    """An array on many devices: each axis cut into some parts, each part there more than once."""
+    """An array of several processes: each axis cut into parts, each part there more than once."""
     cuts = []
     for length, parts in zip(X.shape, parts_of_axes, strict=True):
         step = length // parts
@@ -77,7 +84,8 @@ def spread(parts_of_axes, copies=1):
         for index in itertools.product(*cuts)
     ]
     about = {"shape": X.shape, "ndim": X.ndim, "dtype": X.dtype}
-    return types.SimpleNamespace(**about, addressable_shards=copies * shards)
+    about |= {"addressable_shards": copies * shards, "is_fully_addressable": False}
+    return types.SimpleNamespace(**about)
 
 
 @pytest.mark.parametrize("parts", [(1, 1, 1), (2, 1, 4), (4, 3, 2), (1, 6, 1)])
