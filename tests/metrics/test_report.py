@@ -42,14 +42,23 @@ def test_a_random_order_is_none(seed):
     rng = np.random.default_rng(seed)
     classes = int(rng.integers(2, 60))
     label_N = rng.integers(0, classes, int(rng.integers(2, 300)))
-    assert not report.looks_ordered(np.eye(classes, dtype=np.float32)[label_N])
+    for order_N in (label_N, np.sort(label_N), np.sort(label_N)[::-1]):
+        one_hot_NV = np.eye(classes, dtype=np.float32)[order_N]
+        assert report.labels_look_ordered(order_N) == report.looks_ordered(one_hot_NV)
+    assert not report.labels_look_ordered(label_N)
     probability_NV = rng.dirichlet(np.full(classes, 0.1), 300).astype(np.float32)
     assert not report.looks_ordered(probability_NV)
 
 
 @pytest.mark.parametrize("label_N", [[3], [3, 3], [1] * 50])
 def test_one_class_is_in_any_order(label_N):
-    assert not report.looks_ordered(np.eye(5, dtype=np.float32)[label_N])
+    assert not report.labels_look_ordered(np.array(label_N))
+
+
+def test_labels_may_all_differ():
+    number_N = np.arange(100_000)  # of which a matrix with a column each has 40 GB
+    assert not report.labels_look_ordered(number_N)
+    assert report.labels_look_ordered(number_N // 2)
 
 
 def test_samples_that_know_no_class_have_no_order():

@@ -107,17 +107,42 @@ def looks_ordered(share_NV: np.ndarray) -> bool:
     chance explains it.
 
     Args:
-        share_NV: the classes of each sample: probabilities, or 1 for its class and 0 elsewhere.
+        share_NV: the probabilities of the classes of each sample.
     """
     if len(share_NV) < 2:
         return False
     share_NV = share_NV - share_NV.mean(axis=0)
     alike = float(np.einsum("NV,NV->", share_NV[1:], share_NV[:-1], dtype=np.float64))
-    # In a random order the sum is near 0. Its terms, products of two independent rows, have the
-    # variance tr(C²), C being the covariance of a row.
     covariance_VV = share_NV.T @ share_NV / len(share_NV)
-    spread = float(np.linalg.norm(covariance_VV)) * (len(share_NV) - 1) ** 0.5
-    return alike > ORDERED * spread
+    return _beyond_chance(alike, float(np.linalg.norm(covariance_VV)), len(share_NV))
+
+
+def labels_look_ordered(label_N: np.ndarray) -> bool:
+    """Does what `looks_ordered` does with 1 for the class of each sample and 0 elsewhere.
+
+    Memory does not depend on the number of classes: a file's labels may all differ.
+    """
+    N = len(label_N)
+    if N < 2:
+        return False
+    _, number_N, count_V = np.unique(label_N, return_inverse=True, return_counts=True)
+    p_V = count_V / N
+    p_N = p_V[number_N]
+    squares = np.sum(p_V**2)
+    # Rows are unit vectors minus p; the covariance is diag(p) - p pᵀ.
+    same = np.sum(number_N[1:] == number_N[:-1])
+    alike = same - p_N[1:].sum() - p_N[:-1].sum() + (N - 1) * squares
+    norm = max(squares - 2 * np.sum(p_V**3) + squares**2, 0.0) ** 0.5
+    return _beyond_chance(float(alike), float(norm), N)
+
+
+def _beyond_chance(alike: float, norm: float, count: int) -> bool:
+    """Judges the sum of products of neighbors, whose mean is 0.
+
+    In a random order the sum is near 0. Its terms, products of two independent rows, have the
+    variance tr(C²), C being the covariance of a row and `norm` its Frobenius norm.
+    """
+    return alike > ORDERED * norm * (count - 1) ** 0.5
 
 
 def _notices(features: Features, label_N: np.ndarray | None, classes: int | None) -> list[str]:
@@ -129,7 +154,11 @@ def _notices(features: Features, label_N: np.ndarray | None, classes: int | None
         )
     if "logits_NV" in features:
         logits_NV = features["logits_NV"]
-        if looks_ordered(_probabilities(logits_NV) if label_N is None else _one_hot(label_N)):
+        if label_N is not None:
+            ordered = labels_look_ordered(label_N)
+        else:
+            ordered = looks_ordered(_probabilities(logits_NV))
+        if ordered:
             score, _ = fid.inception_score(logits_NV[np.random.default_rng(0).permutation(N)])
             notices.append(
                 "the samples are ordered by class, so the Inception Score's splits hold few "
@@ -162,8 +191,3 @@ def _class_notices(label_N: np.ndarray, classes: int | None) -> list[str]:
 def _probabilities(logits_NV):
     share_NV = np.exp(logits_NV - logits_NV.max(axis=1, keepdims=True), dtype=np.float32)
     return share_NV / share_NV.sum(axis=1, keepdims=True)
-
-
-def _one_hot(label_N):
-    classes, number_N = np.unique(label_N, return_inverse=True)
-    return np.eye(len(classes), dtype=np.float32)[number_N]
