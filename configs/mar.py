@@ -48,7 +48,7 @@ from varjax.mar.options import MAROptions
 from varjax.mar.task import MARTask
 from varjax.nn.compute import Compute
 from varjax.tokenizers.kl.model import PRESETS, KLConfig
-from varjax.tokenizers.load import read_tokenizer
+from varjax.tokenizers.load import read_tokenizer_config
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 from varjax.training.sharding import MeshShape
@@ -73,7 +73,7 @@ def find_tokenizer(name: str) -> tuple[KLConfig, str]:
             f"tokenizer={name}: no such directory, and none of {', '.join(PRESETS)}; convert it "
             "first, or train it"
         )
-    tokenizer, _ = read_tokenizer(name)
+    tokenizer = read_tokenizer_config(name)
     if not isinstance(tokenizer, KLConfig):
         raise InputError(f"tokenizer={name}: is a {type(tokenizer).__name__}; give a KL tokenizer")
     return tokenizer, name

@@ -382,6 +382,9 @@ def test_mar_takes_a_tokenizer_that_was_converted(tmp_path):
     assert task.tokenizer == tokenizer and task.tokenizer_weights == str(tmp_path / "vae")
     assert (task.model.head.patch, task.model.grid, task.model.head.channels) == (4, (4, 2), 5)
     assert task.sampling.steps == 8 and task.model.width == 768
+    # Reading weights would use the devices before several processes are connected.
+    (tmp_path / "vae/tokenizer.safetensors").unlink()
+    assert load(f"mar.py:tokenizer={tmp_path / 'vae'},data=random").task == task
     for wrong, message in (
         ("kl_f64", "tokenizer=kl_f64: no such directory, and none of kl16, kl_f4"),
         (tmp_path, "neither of a training run|holds no config.json"),

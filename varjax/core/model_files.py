@@ -108,6 +108,19 @@ def read_fixed_params(path: pathlib.Path, init: Callable[[jax.Array], PyTree], n
     return params
 
 
+def read_converted_config(directory: pathlib.Path, name: str, config_class: type) -> Any:
+    """Reads the config of one model of a converted directory; else as `read_converted`."""
+    data = read_model_config(directory)
+    if name not in data:
+        there = ", ".join(sorted(path.stem for path in directory.glob("*.safetensors")))
+        raise InputError(
+            f"{directory} holds only {there or 'no weights'}; "
+            f"convert it again with --{name} as well"
+        )
+    untrusted.check_settings(data[name], f"{name} in {directory / 'config.json'}")
+    return config_tree.from_dict(config_class, data[name])
+
+
 def read_converted(directory: pathlib.Path, name: str, config_class: type) -> tuple[Any, PyTree]:
     """Reads one model of a converted directory.
 
@@ -117,20 +130,12 @@ def read_converted(directory: pathlib.Path, name: str, config_class: type) -> tu
         config_class: a dataclass with a method `init(key) -> params`.
 
     Returns:
-        (config, params); the parameters are mapped, not yet read.
+        (config, params), the latter read-only views of the file.
 
     Raises:
         InputError: the directory lacks the model, or the parameters do not fit the config.
     """
-    data = read_model_config(directory)
-    if name not in data:
-        there = ", ".join(sorted(path.stem for path in directory.glob("*.safetensors")))
-        raise InputError(
-            f"{directory} holds only {there or 'no weights'}; "
-            f"convert it again with --{name} as well"
-        )
-    untrusted.check_settings(data[name], f"{name} in {directory / 'config.json'}")
-    config = config_tree.from_dict(config_class, data[name])
+    config = read_converted_config(directory, name, config_class)
     params, _ = files.read_tensors(directory / f"{name}.safetensors")
     if report := trees.difference(abstract_params(config), params):
         raise InputError(f"{directory}/{name}.safetensors does not fit config.json:\n{report}")

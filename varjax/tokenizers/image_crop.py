@@ -14,7 +14,7 @@ from varjax.core.model_files import find_model, read_model_config
 from varjax.data.latent_shards import ABOUT_FILE
 from varjax.data.transforms import Crop
 from varjax.tokenizers.kl.model import KLConfig
-from varjax.tokenizers.load import read_tokenizer
+from varjax.tokenizers.load import read_tokenizer_config
 
 AUTO = "auto"
 CROPPED = "folder:", "tfds:"  # the datasets whose images may have any size
@@ -54,8 +54,7 @@ def recipe_crop(location: str | pathlib.Path) -> Crop:
     for known in get_args(Crop):
         if crop == known:
             return known
-    tokenizer, _ = read_tokenizer(location)
-    return "center" if isinstance(tokenizer, KLConfig) else "random"
+    return "center" if isinstance(read_tokenizer_config(location), KLConfig) else "random"
 
 
 def run_crop(config: dict[str, Any]) -> Any:

@@ -15,6 +15,7 @@ from varjax.core.errors import InputError
 from varjax.core.model_files import (
     find_model,
     read_converted,
+    read_converted_config,
     read_model_config,
     read_task_part,
 )
@@ -103,15 +104,28 @@ def read_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> tup
     data = read_model_config(directory)
     if "task" not in data:
         return read_converted(directory, "tokenizer", _config_class(data.get("tokenizer", {})))
+    config = read_tokenizer_config(directory)
+    if data["task"]["_type"] in TOKENIZERS:
+        return config, restore_weights(directory, ema)
+    return config, files.read_tensors(directory / "frozen.safetensors")[0]
+
+
+def read_tokenizer_config(location: str | pathlib.Path) -> Any:
+    """Reads the config of a tokenizer alone, as `load_tokenizer` finds it.
+
+    No device is used, so a config file may call it before processes are connected.
+    """
+    directory = find_model(location)
+    data = read_model_config(directory)
+    if "task" not in data:
+        kind = _config_class(data.get("tokenizer", {}))
+        return read_converted_config(directory, "tokenizer", kind)
     task = data["task"]
     if config_class := TOKENIZERS.get(task["_type"]):
-        config = read_task_part(data, "model", config_class, directory)
-        return config, restore_weights(directory, ema)
+        return read_task_part(data, "model", config_class, directory)
     if "tokenizer" not in task:
         raise InputError(f"{directory} is a run of {task['_type']}, which holds no tokenizer")
-    config = config_tree.from_dict(_config_class(task["tokenizer"]), task["tokenizer"])
-    params, _ = files.read_tensors(directory / "frozen.safetensors")
-    return config, params
+    return config_tree.from_dict(_config_class(task["tokenizer"]), task["tokenizer"])
 
 
 def read_expected_tokenizer(location: str | pathlib.Path, expected: Tokenizer) -> PyTree:
