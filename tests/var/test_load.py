@@ -151,10 +151,14 @@ def test_what_is_no_model_is_named(var_run, tokenizer_dir, tmp_path):
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="(?s)does not fit config.json.*quantizer/codebook"):
         read_tokenizer(tokenizer_dir)
-    config["tokenizer"]["code_channels"] = 10**30
-    path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"tokenizer in .*code_channels is about 10\^30; allowed"):
-        read_tokenizer(tokenizer_dir)
+    for number, message in {
+        2**63: r"tokenizer in .*code_channels is about 10\^19; allowed",
+        10**30: "not valid JSON .an integer of 31 digits",
+    }.items():
+        config["tokenizer"]["code_channels"] = number
+        path.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            read_tokenizer(tokenizer_dir)
     path.write_text(intact)
     (tokenizer_dir / "tokenizer.safetensors").write_bytes(b"12345678")
     with pytest.raises(ValueError, match="tokenizer.safetensors: truncated"):
