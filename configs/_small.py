@@ -42,10 +42,10 @@ class Recipe:
     Attributes:
         vocab: number of codes.
         codebook: how codes start and stay in use.
-        width: of the transformer.
-        base_lr: of both stages, for 256 images.
-        tokenizer_steps: length of the tokenizer's run, in batches of 64.
-        steps: length of the transformer's run.
+        width: channels of the transformer.
+        base_lr: peak learning rate of both stages, for each 256 images of a batch.
+        tokenizer_steps: updates of the tokenizer's run, in batches of 64.
+        steps: updates of the transformer's run.
         cfg: guidance when sampling.
     """
 

@@ -26,10 +26,11 @@ def draw_curves(
     """Draws the curves of runs, over images seen, into a PNG file.
 
     Args:
-        runs: the logs, a color each.
-        out: the file.
-        reference: a published log to draw as well.
-        by_scale: the metric of the lower panels; "" for the first of SCALE_METRICS that is there.
+        runs: logs to draw, each in a color.
+        out: PNG file to write.
+        reference: published log to draw as well.
+        by_scale: metric of the lower panels; "" for the first of SCALE_METRICS that the logs
+            contain.
 
     Raises:
         InputError: no run has logged anything yet, or `by_scale`.

@@ -31,7 +31,7 @@ def sample_std(schedule: NoiseSchedule, error: float) -> float:
     """Computes the standard deviation of samples of a standard normal.
 
     Args:
-        schedule: of the reverse loop, whose steps add the least variance, β̃.
+        schedule: noise schedule of the reverse loop, whose steps add the smallest variance, β̃.
         error: the predicted noise is 1 + error times the best guess.
     """
     variance, s = 1.0, schedule

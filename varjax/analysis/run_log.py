@@ -20,7 +20,7 @@ class PublishedLog:
     """Holds losses that others have published, N of them.
 
     Attributes:
-        name: for the legend.
+        name: label in the legend.
         images: (N,) images seen so far.
         loss: (N,) mean over the tokens of all scales.
         loss_last: (N,) mean over the tokens of the last scale.
@@ -53,9 +53,9 @@ class RunLog:
 
     Attributes:
         name: the run's directory.
-        batch_size: images of a step.
-        lines: those of metrics.jsonl, each with its "step".
-        steps: the run's length; None where it is not known.
+        batch_size: images in a step.
+        lines: lines of metrics.jsonl, each with its "step".
+        steps: length of the run in updates; None if it is not known.
     """
 
     name: str

@@ -33,17 +33,18 @@ class RunStatus:
     """Tells where a run stands.
 
     Attributes:
-        directory: of the run.
-        state: "running" while a process holds its lock, in a bucket while it writes; "finished" at
-            its last step; "failed" where the last start ended with an error that nobody expected;
-            else "stopped".
-        step: updates that its metrics tell of.
-        steps: its length; None where it is not known yet.
-        loss: of the last line of training metrics, NaN before the first.
-        eval_loss: of the last evaluation, of the average if there is one.
-        images_per_second: at the last line that tells it.
-        productive: share of all its time, over all starts, in steps that lasted, 0 … 1.
-        age: seconds since the run last wrote metrics or was begun; NaN where nobody knows.
+        directory: path of the run.
+        state: "running" while a process holds the run's lock (in a bucket: while it writes);
+            "finished" after the last step; "failed" if the last start ended with an unexpected
+            error; else "stopped".
+        step: last update in the run's metrics.
+        steps: length of the run in updates; None if it is not known yet.
+        loss: loss in the last line of training metrics; NaN before the first.
+        eval_loss: loss of the last evaluation, of the averaged weights if there are any.
+        images_per_second: training speed in the last line that has one.
+        productive: fraction of the run's total time, over all starts, spent on steps that were
+            kept, 0 … 1.
+        age: seconds since the run was started or last wrote metrics; NaN if that is not known.
     """
 
     directory: pathlib.Path

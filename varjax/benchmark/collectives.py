@@ -17,8 +17,8 @@ class Traffic:
     """Counts one kind of collective in one run of a program.
 
     Attributes:
-        calls: how often it runs.
-        bytes: sent by one device.
+        calls: number of times the collective runs.
+        bytes: number of bytes sent by one device.
     """
 
     calls: int = 0

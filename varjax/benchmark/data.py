@@ -57,11 +57,11 @@ def measure_reading(
     """Prints a line for each part and each way to read.
 
     Args:
-        data: a dataset.
+        data: dataset to read.
         batch_size: examples in a batch.
-        seed: of shuffling and augmentation.
+        seed: random seed of shuffling and augmentation.
         ways: numbers of threads or processes to compare.
-        batches: to measure, of each kind.
+        batches: number of batches to time for each way.
     """
     for reading in ways:
         loader = dataclasses.replace(data, reading=reading).make(batch_size, seed)

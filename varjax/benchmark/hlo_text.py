@@ -14,13 +14,13 @@ class Instruction:
     """Holds an instruction of a program.
 
     Attributes:
-        name: its result's, without %.
-        shape: of the result, as it stands there.
-        operation: such as "fusion".
-        operands: what stands in its parentheses.
-        attributes: what stands behind them.
-        computation: the lines of the computation that it is a part of.
-        times: how often it runs in one run of the program.
+        name: name of the result, without %.
+        shape: type and shape of the result, as written in the text.
+        operation: name of the operation, such as "fusion".
+        operands: text between the parentheses.
+        attributes: text after the parentheses.
+        computation: lines of the computation that contains the instruction.
+        times: number of times it runs in one run of the program.
     """
 
     name: str

@@ -81,9 +81,9 @@ def measure_step(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str
     """Compiles one training step and measures what each device holds and sends, in 1e9 bytes.
 
     Args:
-        task: what is trained.
-        mesh: of devices that need not be here.
-        sizes_only: False compiles; True only adds up the arrays between the steps.
+        task: training task to measure.
+        mesh: mesh of devices, which need not exist on this machine.
+        sizes_only: True adds up the arrays held between steps; False also compiles the step.
 
     Returns:
         state_gb and frozen_gb, between the steps; arguments_gb, with the batch; temporaries_gb,

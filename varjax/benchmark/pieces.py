@@ -29,10 +29,10 @@ class Program:
     """Holds a function and the shapes of its arguments.
 
     Attributes:
-        name: in a report.
+        name: name in the report.
         function: (*arguments, compute) -> arrays.
-        arguments: arrays' shapes.
-        donated: numbers of the arguments whose memory the result may take.
+        arguments: shapes of the arguments' arrays.
+        donated: indices of the arguments whose memory the result may reuse.
     """
 
     name: str
@@ -47,12 +47,13 @@ def sampling(
     """Returns what draws a batch of images: one program, or pieces that do the same one by one.
 
     Args:
-        preset: of a released model.
+        preset: name of a released model's size.
         batch_size: number of images.
-        compute: tells in which format weights are held.
-        steps: in which MAR draws its tokens.
-        guided: whether there is guidance.
-        pieces: the decoder; of VAR each scale's transformer and its choice of tokens.
+        compute: number format of the weights and execution.
+        steps: number of steps in which MAR draws its tokens.
+        guided: whether to use classifier-free guidance.
+        pieces: whether to return the pieces instead of the whole: the decoder and, for VAR, each
+            scale's transformer and choice of tokens.
     """
     of, params = _parts_and_params(preset, compute, steps, guided)
     label_B, key_B = jax.eval_shape(
@@ -90,11 +91,11 @@ def training(
     """Returns what makes a training step: one program, or encoder, gradient and update.
 
     Args:
-        preset: of a released model.
+        preset: name of a released model's size.
         batch_size: number of images.
-        compute: how it is computed.
-        cached: whether latents come from a cache, and no encoder runs.
-        pieces: whether to return them one by one.
+        compute: number format and execution.
+        cached: whether latents come from a cache, so that no encoder runs.
+        pieces: whether to return the pieces instead of the whole step.
     """
     task = make_task(preset, compute, Plan(1000, batch_size))
     key = jax.eval_shape(lambda: jax.random.key(0))

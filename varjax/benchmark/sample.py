@@ -54,15 +54,15 @@ class SamplingParts:
     """Holds the programs of a pipeline that are measured, without their weights.
 
     Attributes:
-        classes: of the model.
+        classes: number of the model's classes.
         init: key -> params of tokenizer and transformer.
         cast: a pattern of the parameters that a pipeline holds in `compute.dtype`.
-        options: what the programs take as their second argument.
-        latent_shape: what the decoder takes of an image.
+        options: second argument of the programs.
+        latent_shape: shape of one image's latents, as the decoder takes them.
         sample: (params, options, label_B, key_B, compute) -> latents or tokens.
         decode: (params, latents, compute) -> images.
-        whole: like `sample`, to images.
-        bytes_needed: (batch size, compute) -> what a device holds beside the weights.
+        whole: same arguments as `sample`; returns images.
+        bytes_needed: (batch size, compute) -> bytes that a device needs in addition to the weights.
     """
 
     classes: int

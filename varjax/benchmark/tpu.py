@@ -114,12 +114,12 @@ class Estimate:
     """Holds what the compiler expects of one program.
 
     Attributes:
-        by_category: milliseconds, by the names of CATEGORIES and "rest".
-        flop: of its matrix products and convolutions.
+        by_category: milliseconds for each name in CATEGORIES, and for "rest".
+        flop: FLOP of matrix products and convolutions.
         peak: FLOP/s of the chip.
-        temporaries: bytes.
-        arguments: bytes.
-        compile_seconds: how long the compilation took here.
+        temporaries: bytes of temporary arrays.
+        arguments: bytes of the program's arguments.
+        compile_seconds: seconds that the compilation took on this machine.
     """
 
     by_category: dict[str, float]

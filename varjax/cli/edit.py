@@ -91,7 +91,7 @@ def side_by_side(
 
     Args:
         image_HWC: uint8, gray or RGB.
-        redraw_hw: bool, a whole number of pixels for each entry.
+        redraw_hw: bool, True where tokens are redrawn; each entry covers a whole number of pixels.
         results_NHWC: uint8, of the image's size.
 
     Returns:

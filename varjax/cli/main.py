@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code.
 
     Args:
-        arguments: the command's name and its own arguments; None for those of this process.
+        arguments: name of the command and its arguments; None for those of this process.
 
     Returns:
         0 when all is done, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C.

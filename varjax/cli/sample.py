@@ -36,10 +36,10 @@ def add_sampling_flags(
     """Adds the flags that `varjax sample`, `varjax edit` and `varjax evaluate` share.
 
     Args:
-        parser: of the command.
-        out: the default of --out.
-        out_help: what --out may be.
-        weights_required: whether there is nothing to do without --weights.
+        parser: parser of the command, which gets the flags.
+        out: default value of --out.
+        out_help: help text of --out.
+        weights_required: whether --weights must be given.
     """
     add = parser.add_argument
     about = "a training run, what convert wrote, or var_d16 …"

@@ -53,9 +53,9 @@ def lazy_leaves(
     """Converts official tensors into our parameters by path, each computed when it is used.
 
     Args:
-        config: of the model, a config of one of NAME_MAPS.
-        tensors: of any floating-point format, buffers among them or not.
-        options: tells parameters that no tensor holds.
+        config: config of the model, of one of the classes in NAME_MAPS.
+        tensors: official tensors of any floating-point format, with or without buffers.
+        options: conversion options, which supply parameters that no tensor holds.
 
     Returns:
         Float32 arrays by path, "blocks/attn/q/kernel".
@@ -74,9 +74,9 @@ def leaves_by_table(table: list[Link], params: PyTree, tensors: Tensors) -> dict
     """Does what `lazy_leaves` does, for parameters of any tree and a table that fills them.
 
     Args:
-        table: a link for every tensor; together they name every leaf of `params`.
+        table: one link for each tensor; together they name every leaf of `params`.
         params: arrays or jax.ShapeDtypeStruct, of which only shapes count.
-        tensors: those of the table and no others, of any floating-point format.
+        tensors: exactly the tensors that the table names, of any floating-point format.
     """
     leaves = trees.paths(params)
     _check_shapes(_shapes(table, leaves), tensors)

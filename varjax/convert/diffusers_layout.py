@@ -94,8 +94,8 @@ def diffusers_config(config: KLConfig, latent_std: float) -> dict[str, Any]:
     """Returns the config.json by which `AutoencoderKL.from_pretrained` builds the model.
 
     Args:
-        config: of the tokenizer.
-        latent_std: the scalar among its parameters.
+        config: config of the tokenizer.
+        latent_std: standard deviation of the latents, the scalar among the parameters.
     """
     H, W, channels = config.image_shape
     levels = range(-len(config.multipliers), 0)

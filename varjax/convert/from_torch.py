@@ -50,11 +50,12 @@ def convert(
     stderr. If anything fails or the disk fills up, nothing is left at `out`.
 
     Args:
-        out: the directory. An existing one of the same models is replaced, nothing else ever is.
-        options: tells what tensors cannot.
-        files: by flag: a tokenizer, `tokenizer` or `kl`, and a model of its latents, `var` or
-            `mar`; either may be left out. A checkpoint of VAR's trainer given as `var` serves as
-            both. Of one in several parts, the index that names them, MODEL.safetensors.index.json.
+        out: directory to write. An existing one is replaced only if it holds the same models.
+        options: settings of the models that the files do not contain.
+        files: official files by flag: a tokenizer (`tokenizer` or `kl`), a model of its latents
+            (`var` or `mar`), or both. A checkpoint of VAR's trainer given as `var` serves as both.
+            For a checkpoint in several parts, give the index that names them,
+            MODEL.safetensors.index.json.
 
     Returns:
         The config found for each part.

@@ -53,7 +53,7 @@ def convert_inception(out: str | os.PathLike, file: str | os.PathLike) -> None:
     """Writes the directory of FID's Inception-v3 that `load_inception` reads.
 
     Args:
-        out: the directory; see `convert`.
+        out: directory to write; see `convert`.
         file: torch-fidelity's weights-inception-2015-12-05-*.pth, pytorch-fid's
             pt_inception-2015-12-05-*.pth, or TensorFlow's classify_image_graph_def.pb.
 

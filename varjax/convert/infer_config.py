@@ -20,11 +20,11 @@ class Source:
     """Holds what was read for one part of a directory of weights.
 
     Attributes:
-        path: the file, or the index of its parts.
-        kind: of model.
-        tensors: official ones, all of that model.
-        held: all tensors of the file, by its own names.
-        files: `path`, and the parts.
+        path: path of the file, or of the index of its parts.
+        kind: kind of model that the file holds.
+        tensors: official tensors, all from that model.
+        held: all tensors of the file, by the names used in it.
+        files: `path` and the paths of its parts.
     """
 
     path: pathlib.Path
@@ -38,8 +38,8 @@ def infer_configs(sources: Mapping[str, Source], options: ConvertOptions) -> dic
     """Infers the configs of models that belong together.
 
     Args:
-        sources: of each part: "tokenizer", "var" or "mar".
-        options: tells what tensors cannot.
+        sources: source of each part: "tokenizer", "var" or "mar".
+        options: settings of the models that the files do not contain.
 
     Returns:
         The config of each part.

@@ -46,9 +46,9 @@ def with_latent_units(
     Says on stderr where they come from, if not from the flag or from being MAR's KL-16.
 
     Args:
-        source: the tokenizer.
-        location: the file as it was given, beside which there may be a config.json.
-        options: of the conversion; what they say wins.
+        source: file of the tokenizer.
+        location: file as the user gave it, whose folder may contain a config.json.
+        options: options of the conversion, which take precedence.
 
     Raises:
         InputError: neither the flag, nor the file, nor its digest tells the scale.

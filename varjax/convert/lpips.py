@@ -25,9 +25,9 @@ def convert_lpips(out: str | os.PathLike, vgg: str | os.PathLike, heads: str | o
     """Writes the directory of LPIPS on VGG16 that `load_lpips` reads.
 
     Args:
-        out: the directory; see `convert`.
-        vgg: torchvision's vgg16, of which the classifier is left out.
-        heads: the lpips package's weights/v0.1/vgg.pth.
+        out: directory to write; see `convert`.
+        vgg: torchvision's vgg16, whose classifier is left out.
+        heads: weights/v0.1/vgg.pth of the lpips package.
 
     Raises:
         InputError: like `convert`, and for heads with negative weights.

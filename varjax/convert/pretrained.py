@@ -36,8 +36,8 @@ def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
     No collective operation is used, for processes of one machine share a cache, others may not.
 
     Args:
-        location: a path or a name of RELEASES. A path that is neither comes back as it is, for its
-            reader knows best what should have been there.
+        location: a path or a name of RELEASES. A path to nothing is returned unchanged, because its
+            reader raises the clearer error.
 
     Raises:
         InputError: the model could not be downloaded, converted or stored; names the files and the
@@ -65,10 +65,10 @@ def download(repo: str, name: str, revision: str | None = None) -> pathlib.Path:
     """Downloads a file of the Hugging Face Hub, unless the Hub's own cache has it already.
 
     Args:
-        repo: such as "FoundationVision/var".
-        name: of the file in it.
-        revision: a branch, a tag, or, to get the same file forever, a commit. None for the commit
-            of RELEASES, in other repositories for "main".
+        repo: name of the repository, such as "FoundationVision/var".
+        name: name of the file in the repository.
+        revision: branch, tag or commit; a commit always gives the same file. None for the commit in
+            RELEASES, and for "main" in other repositories.
 
     Returns:
         The local copy, which belongs to huggingface_hub.

@@ -24,8 +24,8 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
     names are removed.
 
     Args:
-        checkpoint: what was read.
-        ema: False to leave averaged weights aside; else they are taken if there are any.
+        checkpoint: content of the checkpoint.
+        ema: False ignores averaged weights; else they are used if there are any.
 
     Returns:
         {flag: {name: array}}; the flag is "tokenizer" or "var" for a checkpoint of VAR's trainer,

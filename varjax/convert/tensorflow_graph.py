@@ -26,8 +26,8 @@ class GraphNode:
     """Holds a node of a graph.
 
     Attributes:
-        name: of the node.
-        operation: "Const", for instance.
+        name: name of the node.
+        operation: name of the operation, such as "Const".
         attributes: encoded messages by name.
     """
 

@@ -35,9 +35,10 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None 
     directory of the tokenizer alone.
 
     Args:
-        run: the run's directory.
-        out: the directory; see `convert`.
-        ema: the averaged weights or not; None for them if there are any.
+        run: directory of the run.
+        out: directory to write; see `convert`.
+        ema: True writes the averaged weights, False the others; None writes the averaged weights if
+            there are any.
 
     Raises:
         InputError: `run` is no run, or `out` cannot be written.
@@ -70,9 +71,10 @@ def export_torch(
     official files lack are named on stderr where the official code has other values.
 
     Args:
-        weights: a training run, a directory of weights, or the name of a published model.
+        weights: training run, directory of weights, or name of a published model.
         out: the directory to write, which must not exist or be empty.
-        ema: of a run, the averaged weights or not; None for them if there are any.
+        ema: True writes a run's averaged weights, False the others; None writes the averaged
+            weights if there are any.
         layout: "diffusers" writes a KL tokenizer alone, as the folder that diffusers'
             `AutoencoderKL.from_pretrained` reads.
 

@@ -29,11 +29,11 @@ def write_converted(
     """Writes a directory of weights that `varjax.load` reads.
 
     Args:
-        out: the directory; see `new_directory`.
+        out: directory to write; see `new_directory`.
         models: config and parameters by path of each part: "tokenizer", "var", "mar".
-        sources: SHA-256 of each file that the weights come from, by its name.
-        sampling: default sampling options; None for the defaults of the family, if one is there.
-        about: more JSON data for config.json: CONVERT_OPTIONS, or the "crop" of a run's images.
+        sources: SHA-256 of each source file of the weights, by file name.
+        sampling: default sampling options; None for the defaults of the model's family.
+        about: further JSON data for config.json: CONVERT_OPTIONS, or the "crop" of a run's images.
 
     Raises:
         InputError: `out` holds anything that this would not write again, or cannot be written.
@@ -56,10 +56,10 @@ def write_weights(
     """Writes a directory of weights of any kind.
 
     Args:
-        out: the directory; see `new_directory`.
+        out: directory to write; see `new_directory`.
         config: JSON data for config.json.
         models: parameters by path, for each {part}.safetensors.
-        sources: SHA-256 of each file that the weights come from, also for config.json.
+        sources: SHA-256 of each source file of the weights, also for config.json.
 
     Raises:
         InputError: like `write_converted`.
@@ -82,9 +82,10 @@ def new_directory(
     """Yields an empty directory that becomes `out` when all went well, and vanishes otherwise.
 
     Args:
-        out: absent, empty, or a converted directory of no other files than `replaces`.
-        contents: tensors that will be written, of which only sizes are read here.
-        replaces: names of files.
+        out: directory that is absent, empty, or a converted directory with no other files than
+            `replaces`.
+        contents: tensors that will be written; only their sizes are read here.
+        replaces: names of files that may be replaced.
 
     Raises:
         InputError: `out` is anything else.

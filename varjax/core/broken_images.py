@@ -16,8 +16,8 @@ class BrokenImage(InputError):
     """Reports an image that cannot be decoded.
 
     Attributes:
-        name: its file or record.
-        reason: why, as Pillow or the operating system puts it.
+        name: name of the file or record.
+        reason: reason, in the words of Pillow or the operating system.
     """
 
     def __init__(self, name: str, reason: str):
@@ -45,8 +45,8 @@ class BrokenImageCounter:
         The first few never stop a run, because a broken image may be among the first ones read.
 
         Args:
-            read: the number of images read since the last call.
-            broken: those of them that are broken.
+            read: number of images read since the last call.
+            broken: images among them that are broken.
 
         Raises:
             InputError: more than 1 % of the images read so far are broken.

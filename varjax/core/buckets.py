@@ -177,11 +177,11 @@ class LocalMirror:
     Where the path is on a disk, `folder` is the path itself, and neither does anything.
 
     Args:
-        path: the folder that it stands for.
-        names: files to download first, where they are there.
+        path: remote folder that the local folder mirrors.
+        names: files to download first, if they exist.
 
     Attributes:
-        folder: the local folder.
+        folder: path of the local folder.
     """
 
     def __init__(self, path: pathlib.Path, names: tuple[str, ...] = ()):
@@ -238,8 +238,8 @@ def storage_errors(path: pathlib.Path, verb: str) -> Iterator[None]:
     The services' packages have exceptions of all kinds for a missing right or network.
 
     Args:
-        path: what is worked on.
-        verb: for the message, "read" or "written".
+        path: file or folder being accessed.
+        verb: word for the message, "read" or "written".
     """
     try:
         yield

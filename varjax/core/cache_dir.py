@@ -73,7 +73,7 @@ def use_copy(key: str) -> pathlib.Path:
     """Returns the folder of a copy, and keeps it from being removed while this process runs.
 
     Args:
-        key: of the bucket's objects and their versions, fit for a file name.
+        key: identifier of the bucket's objects and their versions, valid as a file name.
 
     Raises:
         StorageError: it does not exist and cannot be made.

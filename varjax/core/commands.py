@@ -17,8 +17,8 @@ def command_parser(name: str, description: str | None) -> argparse.ArgumentParse
     """Makes the parser of a command's flags, which have to be spelled out.
 
     Args:
-        name: of the command.
-        description: shown by --help as it stands, say the module's docstring.
+        name: name of the command.
+        description: text that --help prints unchanged, usually the module's docstring.
     """
     escape_unprintable()
     return argparse.ArgumentParser(
@@ -44,10 +44,10 @@ def run_command(
     """Runs a command and returns its exit code.
 
     Args:
-        name: of the command, which begins its messages.
-        action: does everything; what it returns is ignored, but for an int, which is the exit code.
-        debug: whether users' mistakes are shown with their traceback too.
-        interrupted: printed after Ctrl-C.
+        name: name of the command, which its messages begin with.
+        action: function that does the work; an int that it returns becomes the exit code.
+        debug: whether users' mistakes are shown with their traceback, too.
+        interrupted: text printed after Ctrl-C.
 
     Returns:
         0 if `action` returned no int, 1 after an InputError, or where the machine or its file

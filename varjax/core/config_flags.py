@@ -63,7 +63,7 @@ def config_from_flags(
     With --help or --print_config it prints, and exits with code 0.
 
     Args:
-        parser: of the command, with the flags of `add_config_flags`.
+        parser: parser of the command, with the flags of `add_config_flags`.
         arguments: the command line without the command's name.
 
     Returns:

@@ -39,7 +39,7 @@ def data_parallel(f: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
 
     Args:
         f: (params, options, *batch) -> arrays; batch and result have a leading batch axis.
-        mesh: by `batch_mesh`.
+        mesh: mesh of devices, made by `batch_mesh`.
     """
 
     def on_every_device(params, options, *batch):

@@ -66,8 +66,8 @@ def connect_by_flags(flags: argparse.Namespace, communicate: bool = True) -> tup
 
     Args:
         flags: the parsed command line.
-        communicate: False where the processes only share out work, without exchanging anything;
-            then nothing is connected, and --processes and --process are enough.
+        communicate: False if the processes only divide the work and exchange nothing; then they are
+            not connected, and --processes and --process are enough.
 
     Returns:
         The number of this process and how many there are: (0, 1) without such flags.
@@ -96,8 +96,8 @@ def connect(
 
     Args:
         coordinator: HOST:PORT at which the first process listens.
-        count: the number of processes.
-        index: the number of this process, from 0.
+        count: total number of processes.
+        index: index of this process, from 0.
 
     Raises:
         InputError: some arguments are missing or out of range, or no cluster was found.
@@ -180,9 +180,9 @@ def run_on_processes(name: str, action: Callable[[], object], debug: bool = Fals
     """Runs a command that may be one of several processes; returns its exit code.
 
     Args:
-        name: of the command, which begins its messages.
-        action: does everything; see `run_command`.
-        debug: whether users' mistakes are shown with their traceback too.
+        name: name of the command, which its messages begin with.
+        action: function that does the work; see `run_command`.
+        debug: whether users' mistakes are shown with their traceback, too.
     """
     # Orbax speaks of its own workings, and shows errors that it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)

@@ -207,8 +207,9 @@ def write_tensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str,
     """Writes nested dicts of arrays as one .safetensors file, keys joined by "/", atomically.
 
     Args:
-        path: the file.
-        tree: its leaves may be `safetensors_io.LazyArray`; empty dicts leave no trace in the file.
+        path: file to write.
+        tree: nested dict whose leaves are arrays or `safetensors_io.LazyArray`; empty dicts leave
+            no trace in the file.
         metadata: text by name.
     """
     arrays = {
@@ -225,8 +226,8 @@ def read_tensors(
     """Reads a file of `write_tensors`; the leaves are read-only views of a memory map.
 
     Args:
-        path: the file.
-        check: whether to read all of it now and compare its checksums, if it has some.
+        path: file to read.
+        check: whether to read the whole file now and compare its checksums, if it has any.
 
     Returns:
         (tree, metadata). Without `check`, a leaf is read from the disk when it is used.

@@ -12,8 +12,8 @@ def count(function: Callable, *args: Any) -> int:
     """Counts 2 × the multiply-adds of all matrix products and convolutions, and nothing else.
 
     Args:
-        function: to trace; nothing is computed.
-        args: its arguments, arrays or ShapeDtypeStructs.
+        function: function to trace; nothing is computed.
+        args: arguments of the function, arrays or ShapeDtypeStructs.
     """
     return _count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 

@@ -28,8 +28,8 @@ def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]
     A file system without locks, or a bucket, keeps nobody out; then a line on stderr says so.
 
     Args:
-        folder: made where it is missing. Its file .lock stays behind, empty.
-        wait: for another process to be done, instead of raising.
+        folder: folder to lock, created if it is missing. An empty file .lock stays behind in it.
+        wait: whether to wait for another process that holds the lock, instead of raising.
 
     Raises:
         InputError: another process is there now.
@@ -77,8 +77,9 @@ def check_replaceable(folder: str | os.PathLike, own: Set[str] = frozenset()) ->
     """Raises InputError where writing `folder` as a whole would lose anybody else's files.
 
     Args:
-        folder: may be absent, empty, or hold nothing but files named in `own` and a lock.
-        own: names of files that the same command wrote, and would write again.
+        folder: folder that may be absent, empty, or hold nothing but a lock and files named in
+            `own`.
+        own: names of files that the same command wrote and would write again.
     """
     folder = as_path(folder)
     present = names_in(folder) if folder.is_dir() else {folder.name}
@@ -95,11 +96,12 @@ def claim_folder(
     """Makes `folder` this request's own, so that the same command can go on in it after a kill.
 
     Args:
-        folder: absent, empty (hidden files do not count), or begun for an equal request.
-        request_file: name of the JSON file in it that keeps the request.
-        request: JSON data, all that decides what will lie in the folder.
-        write: whether to write the file where it is missing; of several processes that begin at
-            once one does, and the others compare.
+        folder: folder that is absent, empty (except for hidden files), or already claimed by an
+            equal request.
+        request_file: name of the JSON file in the folder that records the request.
+        request: JSON data that determines the whole content of the folder.
+        write: whether to write the request file if it is missing; of several processes that start
+            at once, one writes it and the others compare.
 
     Raises:
         InputError: the folder holds other files, or was begun for another request; then all

@@ -76,10 +76,10 @@ def matmul_flops(size: int, dtype: Any, precision: Any = None, repeats: int = 3)
     """Measures the FLOP/s of a product of two (size, size) matrices on one device.
 
     Args:
-        size: of both axes.
-        dtype: of both matrices.
-        precision: as `jnp.matmul` takes it.
-        repeats: the fastest of so many products counts.
+        size: rows and columns of each square matrix.
+        dtype: number format of both matrices.
+        precision: precision of the product, as `jnp.matmul` takes it.
+        repeats: number of products to time; the fastest one counts.
     """
     keys = jax.random.split(jax.random.key(0))
     a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)

@@ -85,9 +85,9 @@ def decode_picture(
     More bits are scaled to 8; the first frame of an animation is taken.
 
     Args:
-        data: the content of the file.
-        name: for messages.
-        convert: makes the result of the picture; its errors count as the decoder's.
+        data: content of the image file.
+        name: name of the file, for messages.
+        convert: function of the picture that makes the result; its errors count as the decoder's.
 
     Raises:
         BrokenImage: the decoder cannot read the data, or they are too large or of unknown range.

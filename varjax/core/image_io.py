@@ -23,7 +23,7 @@ def image_grid(images_NHWC: np.ndarray, columns: int | None = None) -> np.ndarra
 
     Args:
         images_NHWC: uint8, or floats in [0, 1].
-        columns: images in a row; None for a grid as square as it goes.
+        columns: images in a row; None for a grid that is as square as possible.
 
     Returns:
         A uint8 image (height, width, C).
@@ -55,8 +55,8 @@ def open_image(path: str | os.PathLike, background: str = "white") -> Image.Imag
     """Opens an image file as 8-bit gray ("L") or "RGB".
 
     Args:
-        path: of any format that the data may have.
-        background: color of what is transparent.
+        path: image file, in any format that training data may have.
+        background: color shown behind transparent pixels.
 
     Raises:
         InputError: the file is missing, damaged or no image.
@@ -87,7 +87,7 @@ def resize_and_crop(picture: Image.Image, shape: tuple[int, int, int]) -> np.nda
     One that has this size already is not touched.
 
     Args:
-        picture: of any size.
+        picture: picture of any size.
         shape: (H, W, channels), with 1 or 3 channels; InputError for others.
 
     Returns:
@@ -116,10 +116,10 @@ def resized_part(
     It is equal to the pixel unless `size` has more than MAX_RESIZED_PIXELS and more than `picture`.
 
     Args:
-        picture: of any size.
-        size: (width, height) of the whole.
+        picture: picture of any size.
+        size: (width, height) that the whole picture is resized to.
         box: (left, top, right, bottom), within `size`.
-        resampling: the filter.
+        resampling: Pillow's resampling filter.
     """
     if size == picture.size:
         return picture.crop(box)

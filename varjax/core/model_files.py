@@ -78,10 +78,10 @@ def read_task_part(
     """Builds a part of the task in a run's config, say its "model".
 
     Args:
-        config: of `read_model_config`.
-        part: name of the part.
-        config_class: of the part.
-        path: of the run, for the message.
+        config: config of the run, read by `read_model_config`.
+        part: name of the part to read.
+        config_class: dataclass of the part's config.
+        path: path of the run, for the message.
 
     Raises:
         InputError: the task has no such part, or one of other settings.
@@ -96,8 +96,8 @@ def read_fixed_params(path: pathlib.Path, init: Callable[[jax.Array], PyTree], n
 
     Args:
         path: a .safetensors file.
-        init: draws such parameters from a key; of them only shapes count.
-        name: of the network, for the message.
+        init: function of a key that draws such parameters; only their shapes are used.
+        name: name of the network, for the message.
 
     Raises:
         InputError: the file is damaged, or holds parameters of something else.
@@ -125,8 +125,8 @@ def read_converted(directory: pathlib.Path, name: str, config_class: type) -> tu
     """Reads one model of a converted directory.
 
     Args:
-        directory: the directory.
-        name: of the model's entry in config.json and of its file.
+        directory: converted directory to read.
+        name: name of the model's entry in config.json and of its file.
         config_class: a dataclass with a method `init(key) -> params`.
 
     Returns:
@@ -153,12 +153,13 @@ def read_generator(
     """Reads a model that samples: what a run has learned, or one of a converted directory.
 
     Args:
-        location: the run or the directory, or the name of a published model.
-        name: of the model in a converted directory.
+        location: training run, converted directory, or name of a published model.
+        name: name of the model in a converted directory.
         task: class name of the task that trains such models.
-        config_class: the model's config, with a method `init(key) -> params`.
-        options_class: the model's sampling options.
-        ema: of a run, the averaged weights or not; None for them if there are any.
+        config_class: dataclass of the model's config, with a method `init(key) -> params`.
+        options_class: dataclass of the model's sampling options.
+        ema: True reads a run's averaged weights, False the others; None reads the averaged weights
+            if there are any.
 
     Returns:
         (config, params, the recommended options).

@@ -48,10 +48,10 @@ class NpzArchive:
     """Reads the arrays of an .npz on a disk, which is opened for each call.
 
     Args:
-        path: the file.
+        path: .npz file to read.
 
     Attributes:
-        names: of the arrays, without ".npy".
+        names: names of the arrays, without ".npy".
 
     Raises:
         InputError: in each method too, for a file that is damaged, that is no .npz, or whose claims
@@ -86,8 +86,8 @@ class NpzArchive:
         """Yields some rows of an array after others, with no more than them in memory.
 
         Args:
-            name: of an array in C order.
-            parts: numbers of consecutive rows; in order, without overlap.
+            name: name of an array in C order.
+            parts: numbers of consecutive rows, in order and without overlap.
         """
         with self._opened() as archive, _member(archive, name) as (member, shape, dtype, fortran):
             if fortran:

@@ -22,11 +22,11 @@ def whole_number(name: str, value: Any, low: int, high: int = INT32_MAX, allowed
     """Returns a whole number of any type as a Python int.
 
     Args:
-        name: of the setting, for the message.
-        value: an int, a number of NumPy or JAX, or a float like 3.0; no bool.
-        low: the smallest one.
-        high: the largest one.
-        allowed: for the message; "" to give the bounds.
+        name: name of the setting, for the message.
+        value: an int, a NumPy or JAX integer, or a float like 3.0; not a bool.
+        low: smallest value that is allowed.
+        high: largest value that is allowed.
+        allowed: description of the allowed values, for the message; "" to state the bounds.
 
     Raises:
         InputError: anything else.

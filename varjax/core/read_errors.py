@@ -58,8 +58,8 @@ def retry_read(read: Callable[[], T], name: str | os.PathLike) -> T:
     """Returns `read()`, called again after a pause where the machine or network failed.
 
     Args:
-        read: may be called several times.
-        name: the file, for the message.
+        read: function that reads, and may be called several times.
+        name: name of the file, for the message.
 
     Raises:
         StorageError: the machine still fails after the last attempt.

@@ -62,9 +62,10 @@ class LazyArray:
         LazyArray((2, 3), np.dtype(np.float32), lambda: (row_3 for row_3 in rows_23))
 
     Attributes:
-        shape: of the whole array.
-        dtype: of every chunk.
-        chunks: returns the elements in C order, as arrays of any shape; called once per use.
+        shape: shape of the whole array.
+        dtype: number format of every chunk.
+        chunks: function that returns the elements in C order, as arrays of any shape; called once
+            per use.
     """
 
     shape: tuple[int, ...]
@@ -225,9 +226,9 @@ def check_tensors(
     """Reads all tensors and compares their checksums; does nothing for a file without them.
 
     Args:
-        path: the file, for the message.
-        tensors: what `read_safetensors` returned.
-        metadata: the same.
+        path: name of the file, for the message.
+        tensors: tensors returned by `read_safetensors`.
+        metadata: metadata returned by `read_safetensors`.
 
     Raises:
         DamagedFileError: names tensors that are not as they were written.

@@ -41,9 +41,9 @@ def make_record(step: int, meta: Mapping[str, Any], state: Mapping[str, PyTree])
     """Returns the record to save with a step; all processes that hold its arrays must call this.
 
     Args:
-        step: its number.
-        meta: the caller's JSON data.
-        state: the arrays by their names in STATE_TREES.
+        step: number of updates done.
+        meta: JSON data of the caller.
+        state: arrays by their names in STATE_TREES.
     """
     arrays = {name: fingerprints(tree) for name, tree in state.items()}
     return checksums.seal({"step": step, "meta": dict(meta), "arrays": arrays})
@@ -96,8 +96,8 @@ class SavedSteps:
         A step that is damaged is reported, and the one before it is read; nothing is moved.
 
         Args:
-            read: reads a step.
-            steps: lists them; None for this object's own method.
+            read: function that reads one step.
+            steps: function that lists the steps; None for this object's own method.
 
         Raises:
             InputError: no step can be read.
@@ -138,9 +138,10 @@ class SavedSteps:
         All processes must call it, and an error in one is raised in all.
 
         Args:
-            step: the checkpoint.
+            step: step number of the checkpoint.
             abstract: shapes and dtypes of the trees, by their names in STATE_TREES; None for none.
-            shardings: of the same structure; need not be those of the arrays that were saved.
+            shardings: shardings with the structure of `abstract`; they may differ from those of the
+                saved arrays.
 
         Returns:
             (trees by name, the caller's data).
@@ -173,8 +174,9 @@ class SavedSteps:
         No other process is waited for.
 
         Args:
-            step: the checkpoint.
-            ema: True for their average, False for themselves, None for the average if there is one.
+            step: step number of the checkpoint.
+            ema: True reads the averaged parameters, False the others; None reads the average if
+                there is one.
 
         Raises:
             InputError: there is no average.
@@ -318,9 +320,10 @@ def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyT
     They are the best ones by the run's `keep_best`, else the last ones. The run may be going on.
 
     Args:
-        run_dir: of the run.
-        ema: True for their average, False for themselves. None for the average if there is one,
-            unless the best was chosen by the parameters' own metric ("eval/...").
+        run_dir: directory of the run.
+        ema: True reads the averaged parameters, False the others. None reads the average if there
+            is one, unless the best step was chosen by a metric of the parameters themselves
+            ("eval/...").
 
     Raises:
         InputError: nothing was saved yet, or no average, or no step can be read.

@@ -61,8 +61,8 @@ def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
     """Returns a shape as a tuple; raises InputError unless NumPy can have such arrays.
 
     Args:
-        shape: of any type.
-        itemsize: bytes of an element.
+        shape: value to check, of any type.
+        itemsize: bytes per element.
     """
     shape = check_integers(shape)
     # Like NumPy, which wants room for the other axes where one has length 0.
@@ -87,7 +87,7 @@ def check_relative_name(name: Any, place: object) -> str:
     """Returns a name of a file below a folder, if it leads to no other place.
 
     Args:
-        name: with "/" between its parts, of any type.
+        name: value to check, of any type; a path with "/" between its parts.
         place: where the name was found, for the message.
 
     Raises:
@@ -140,8 +140,8 @@ def check_settings(settings: Any, path: str) -> None:
     """Raises InputError where JSON data hold a number or a list that no model's config has.
 
     Args:
-        settings: of a config, from a file.
-        path: of the settings, for the message.
+        settings: settings of a config, read from a file.
+        path: dotted path of the settings, for the message.
     """
     if isinstance(settings, dict):
         for name, value in settings.items():

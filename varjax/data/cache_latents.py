@@ -93,16 +93,18 @@ def cache_latents(
     They depend on nothing but task, data, seed and, by rounding, batch_size and devices.
 
     Args:
-        task: whose tokenizer encodes.
-        data: the images.
-        seed: augmentation e of an image is the one that epoch e of a run with this seed shows.
+        task: task whose tokenizer encodes the images.
+        data: dataset of the images.
+        seed: random seed. Augmentation e of an image is the one that epoch e of a run with this
+            seed shows.
         batch_size: images at a time on all devices of this process.
-        out: a folder, for `CachedLatents`.
-        augmentations: of each training image, None for as few as show all that alternates (both
-            flips of a center crop), else one; of the held-out images there is one view.
-        shards: files of the training split, 0 for one per 4,096 images.
-        process: (number, count) of those that share the work.
-        dtype: that stores arrays of floats; None for the tokenizer's own.
+        out: folder to write, for `CachedLatents`.
+        augmentations: number of augmentations of each training image. None for the fewest that show
+            both flips of a center crop, or 1 if flips do not alternate. Held-out images have one
+            view.
+        shards: number of files of the training split; 0 for one per 4,096 images.
+        process: (number, count) of the processes that divide the work.
+        dtype: number format in which floats are stored; None for the tokenizer's.
 
     Returns:
         Lines that sum it up, with the error that `dtype` makes.

@@ -17,8 +17,8 @@ def decode_file(file: bytes | str | os.PathLike, channels: int = 3, name: str = 
 
     Args:
         file: the encoded image, or the path of its file.
-        channels: 1 gray, 3 RGB, 4 RGBA.
-        name: for messages; needed where `file` is bytes.
+        channels: number of channels: 1 gray, 3 RGB, 4 RGBA.
+        name: name for messages, needed if `file` is bytes.
 
     Returns:
         uint8 (H, W, channels).

@@ -48,8 +48,8 @@ class ArraySpec:
     """Shape and storage dtype of one array of an image's latents; without JAX, unlike its own.
 
     Attributes:
-        shape: of one image's array, without batch axis.
-        dtype: in files; integers of any kind become int32 in a batch, floats float32.
+        shape: shape of one image's array, without the batch axis.
+        dtype: number format in files; integers of any kind become int32 in a batch, floats float32.
     """
 
     shape: tuple[int, ...]
@@ -65,8 +65,8 @@ class RoundingError:
     """Tells how far stored floats are from those that were computed, at most.
 
     Attributes:
-        absolute: the largest difference.
-        relative: the largest one as a share of its number.
+        absolute: largest absolute difference.
+        relative: largest difference as a fraction of its number.
     """
 
     absolute: float = 0.0
@@ -93,8 +93,8 @@ def spec_to_json(spec: Mapping[str, ShapeAndDtype], floats: str | None = None) -
     """Returns a `latent_spec` as JSON data, {name: {"shape", "dtype"}}.
 
     Args:
-        spec: of the tokenizer.
-        floats: dtype that stores arrays of floats; None for the one in `spec`.
+        spec: latent spec of the tokenizer.
+        floats: number format in which floats are stored; None for the one in `spec`.
     """
     dtypes = {name: np.dtype(array.dtype) for name, array in spec.items()}
     if floats is not None:
@@ -163,10 +163,10 @@ class LatentShard:
     """A file to be written, of the latents of some consecutive images of a split.
 
     Attributes:
-        out: the folder.
-        split: "train" or "held_out".
-        number: of the shard, from 0.
-        about: the content of latents.json.
+        out: folder of the shards.
+        split: name of the split, "train" or "held_out".
+        number: number of the shard, from 0.
+        about: content of latents.json.
     """
 
     out: pathlib.Path
@@ -262,10 +262,10 @@ def latents_checksum(
     """Returns the checksum of an augmentation of an image.
 
     Args:
-        split: of the image.
-        image: its number in the split, from 0.
-        augmentation: its number, from 0.
-        label: of the image.
+        split: name of the image's split.
+        image: number of the image in the split, from 0.
+        augmentation: number of the augmentation, from 0.
+        label: class of the image.
         valid: False for a broken image.
         latents: the arrays as they are stored, in the order of `latent_spec`.
     """
@@ -277,9 +277,9 @@ def write_shards(shards: list[LatentShard], loader: Loader, encode: EncodeBatch)
     """Encodes the images of `shards` and writes their files, with a progress bar.
 
     Args:
-        shards: of either split.
-        loader: of the images; its batch size is that of `encode`.
-        encode: the tokenizer, over all devices of this process.
+        shards: shards of either split.
+        loader: loader of the images; its batch size is that of `encode`.
+        encode: function that encodes a batch, over all devices of this process.
 
     Returns:
         What storing has changed, over all of them.

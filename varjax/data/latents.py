@@ -40,8 +40,8 @@ class CachedLatents:
         batch = data.make(batch_size=64, seed=0).train_batch(0)  # {"tokens_BL", "label_B"}
 
     Attributes:
-        root: the folder.
-        reading: threads or worker processes.
+        root: folder of the cached latents.
+        reading: numbers of threads and worker processes that read.
     """
 
     root: str
@@ -126,12 +126,12 @@ class LatentSource:
     where its latents are not those that were written.
 
     Attributes:
-        root: the folder.
-        split: "train" or "held_out".
-        images: of the split.
-        augmentations: U, of each image.
-        shards: files of the split.
-        spec: of one image's latents.
+        root: folder of the cached latents.
+        split: name of the split, "train" or "held_out".
+        images: number of images in the split.
+        augmentations: number U of augmentations of each image.
+        shards: number of files of the split.
+        spec: spec of one image's latents.
     """
 
     root: str

@@ -46,13 +46,13 @@ class Loader:
             ...
 
     Attributes:
-        data: read by `data.source`, in the way of `data.reading`.
-        transform: makes rows of what `data.source` gives.
-        batch_size: of all processes together.
-        seed: of shuffling and augmentation.
-        rows: the numbers of this process's rows of each batch, rising; None is all of them.
-        tokenizer_identity: `Task.tokenizer_identity` of what made the latents that batches hold
-            instead of images; None for images.
+        data: stream of examples, read from `data.source` as `data.reading` says.
+        transform: function that makes rows from the examples of `data.source`.
+        batch_size: rows of a batch, over all processes.
+        seed: random seed of shuffling and augmentation.
+        rows: indices of this process's rows in each batch, ascending; None for all.
+        tokenizer_identity: `Task.tokenizer_identity` of the tokenizer that made the latents in the
+            batches; None for batches of images.
     """
 
     data: Dataset
@@ -148,10 +148,10 @@ def make_loader(
     """Makes the batches of a dataset of images; as `make`, a method of each such dataset.
 
     Args:
-        data: as `varjax.data.sources` has them.
-        batch_size: of all processes together.
-        seed: of shuffling and augmentation.
-        rows: the numbers of this process's rows of each batch, rising; None is all of them.
+        data: dataset, as defined in `varjax.data.sources`.
+        batch_size: rows of a batch, over all processes.
+        seed: random seed of shuffling and augmentation.
+        rows: indices of this process's rows in each batch, ascending; None for all.
     """
     return Loader(data, ImageTransform(data), batch_size, seed, rows)
 
@@ -195,11 +195,11 @@ def read_ahead(
     """Yields batches, two of them in the making while another one is used.
 
     Args:
-        readers: of an `ExampleStream`.
-        counter: told of all that was read.
-        batches: the positions of each batch's rows.
+        readers: readers of an `ExampleStream`.
+        counter: counter of the images read and broken.
+        batches: positions of each batch's rows.
         function: a method of `ExampleStream` that makes rows at positions.
-        arguments: further ones of `function`.
+        arguments: further arguments of `function`.
     """
     pending = collections.deque()
     try:

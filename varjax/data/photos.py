@@ -25,9 +25,9 @@ def write_photos(out: str, size: int = 64, train: int = 200, val: int = 40) -> s
 
     Args:
         out: a new folder, or an empty one.
-        size: pixels, 8 to 64.
-        train: images of each class in train/.
-        val: images of each class in val/.
+        size: pixels of both sides, 8 to 64.
+        train: number of images of each class in train/.
+        val: number of images of each class in val/.
 
     Returns:
         A line that says what was written.

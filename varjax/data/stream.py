@@ -73,11 +73,11 @@ class ImageDataset(Dataset, Protocol):
         """Makes a training image of `image_shape`, always drawing as many numbers.
 
         Args:
-            image_HWC: as stored.
-            view: counts this image's views, one more in each epoch. Views can alternate by it, as
-                they cannot by `rng`, which knows nothing of other epochs. The first one's number
-                is the image's index, so that what alternates is mixed within an epoch.
-            rng: of this image in this epoch.
+            image_HWC: image as the source stores it.
+            view: number of the image's view, one more in each epoch. It is for augmentations that
+                alternate between epochs; `rng` knows nothing of other epochs. The first view's
+                number is the image's index, so that both alternatives occur in each epoch.
+            rng: random generator of this image in this epoch.
         """
         ...
 
@@ -145,9 +145,9 @@ class StreamRows:
     """Consecutive rows of a batch, and what came of reading them.
 
     Attributes:
-        arrays: by name, each with a leading axis of the rows.
-        read: the number of images read for them.
-        broken: the images among these that could not be decoded.
+        arrays: arrays by name, whose leading axis counts the rows.
+        read: number of images read for them.
+        broken: images among these that could not be decoded.
     """
 
     arrays: dict[str, np.ndarray]

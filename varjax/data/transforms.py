@@ -29,10 +29,10 @@ def training_crop(
 
     Args:
         image_HWC: uint8 with 1, 3 or 4 channels.
-        view: as `varjax.data.stream.ImageDataset.augment` gets it.
-        rng: random crops draw three numbers from it, center crops none.
+        view: number of the view, as `varjax.data.stream.ImageDataset.augment` gets it.
+        rng: random generator; random crops draw three numbers from it, center crops none.
         size: (height, width) of the result.
-        crop: the recipe.
+        crop: kind of crop, "random" or "center".
         flip: whether half of the views are mirrored left to right.
     """
     if crop == "random":
@@ -57,7 +57,7 @@ def random_crop(
 
     Args:
         image_HWC: uint8 with 1, 3 or 4 channels.
-        rng: three numbers are drawn from it, always.
+        rng: random generator, from which three numbers are always drawn.
         size: (height, width) of the result.
         flip: whether to mirror every second image left to right.
     """
@@ -84,7 +84,7 @@ def adm_center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     of others both sides are covered.
 
     Args:
-        image_HWC: uint8 with 1, 3 or 4 channels, of which the fourth is alpha.
+        image_HWC: uint8 with 1, 3 or 4 channels; the fourth is alpha.
         size: (height, width) of the result.
     """
     (h, w), picture = size, _picture(image_HWC)
@@ -105,9 +105,9 @@ def resize_to_cover(image_HWC: np.ndarray, height: int, width: int) -> np.ndarra
     For a square that is "the shorter side to so many pixels"; the longer one is rounded down.
 
     Args:
-        image_HWC: uint8 with 1, 3 or 4 channels, of which the fourth is alpha.
-        height: pixels.
-        width: pixels.
+        image_HWC: uint8 with 1, 3 or 4 channels; the fourth is alpha.
+        height: height to cover, in pixels.
+        width: width to cover, in pixels.
     """
     size = _covering(image_HWC.shape, height, width)
     if size == image_HWC.shape[:2]:
@@ -158,11 +158,11 @@ def random_affine(
     """Moves, rotates and scales at random, each uniform in its range, in one resampling.
 
     Args:
-        image_HWC: uint8.
-        rng: four numbers are drawn from it, always.
-        shift: pixels, at most, up or down and left or right.
-        rotate: degrees, at most, either way.
-        zoom: the scale is 1 ± `zoom`, at most.
+        image_HWC: uint8 image of any size.
+        rng: random generator, from which four numbers are always drawn.
+        shift: largest shift in pixels, vertically and horizontally.
+        rotate: largest rotation in degrees, in both directions.
+        zoom: largest change of the scale, which is 1 ± `zoom`.
     """
     y, x, turn, scale = rng.uniform(-1, 1, size=4)
     return affine(image_HWC, (shift * y, shift * x), rotate * turn, 1 + zoom * scale)
@@ -174,10 +174,10 @@ def affine(
     """Scales and rotates about the center, then moves; by cubic splines, which keep it sharp.
 
     Args:
-        image_HWC: uint8; beyond its border all is zero.
+        image_HWC: uint8 image; everything beyond its border is zero.
         shift: pixels down and right.
-        degrees: counter-clockwise.
-        scale: above 1 enlarges.
+        degrees: rotation in degrees, counter-clockwise.
+        scale: factor on the size; above 1 enlarges.
     """
     cos, sin = math.cos(math.radians(degrees)) / scale, math.sin(math.radians(degrees)) / scale
     matrix = np.array([[cos, sin], [-sin, cos]])

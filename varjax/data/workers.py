@@ -30,9 +30,9 @@ class ReadOptions:
     """How examples are read; which examples does not depend on it.
 
     Attributes:
-        threads: 0 is one for each CPU that this process may use, at most 16.
-        workers: processes that decode and augment instead of the threads; 0 is none. They are worth
-            their start and their copies only where augmentation holds Python's lock.
+        threads: number of threads; 0 for one per CPU that this process may use, at most 16.
+        workers: number of processes that decode and augment instead of the threads; 0 for none.
+            Their start and copies pay off only if augmentation holds Python's lock.
     """
 
     threads: int = 0
@@ -63,8 +63,8 @@ class ReaderPool:
         """Starts the threads or processes.
 
         Args:
-            subject: the first argument of every function; pickled for worker processes.
-            options: how many of which.
+            subject: first argument of every function; pickled for worker processes.
+            options: numbers of threads and worker processes.
         """
         cpus = min(available_cpus(), MAX_DEFAULT_THREADS)
         self._count = options.workers or options.threads or cpus
@@ -80,10 +80,10 @@ class ReaderPool:
         """Starts `join([function(subject, chunk of items, *arguments), …])` in the background.
 
         Args:
-            join: puts the chunks' results together, in order.
+            join: function that joins the chunks' results, in order.
             function: importable by name where there are worker processes.
-            items: split into chunks.
-            arguments: further ones of `function`.
+            items: arguments that are split into chunks.
+            arguments: further arguments of `function`.
         """
         size = -(-len(items) // (self._count * CHUNKS_PER_THREAD))
         chunks = [
@@ -134,8 +134,8 @@ class WorkerProcesses:
         """Starts the processes.
 
         Args:
-            subject: the first argument of every function.
-            count: of processes.
+            subject: first argument of every function.
+            count: number of worker processes.
         """
         try:
             subject = pickle.dumps(subject)

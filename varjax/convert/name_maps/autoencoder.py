@@ -64,10 +64,10 @@ def autoencoder_links(
     """Yields the links of encoder and decoder.
 
     Args:
-        config: their sizes.
-        split_qkv: whether an official attention layer has a convolution each for q, k and v.
-        encoder_attention: levels with attention, -1 for the coarsest.
-        decoder_attention: the same of the decoder.
+        config: sizes of the encoder and the decoder.
+        split_qkv: whether an official attention layer has separate convolutions for q, k and v.
+        encoder_attention: levels of the encoder with attention, -1 for the coarsest.
+        decoder_attention: levels of the decoder with attention, -1 for the coarsest.
     """
     count = len(config.multipliers)
     for half, way, blocks, resample, attention in (

@@ -20,14 +20,15 @@ class Link:
         Link("attn.k.weight", ("qkv/kernel",), "conv", part=(1, 3))
 
     Attributes:
-        official: name of the tensor.
-        ours: paths of our parameters; several share the tensor in equal parts of its first axis.
-        layout: "linear" (out, in) <-> (in, out); "conv" OIHW <-> HWIO; "plain" the same but for
+        official: name of the official tensor.
+        ours: paths of our parameters; if there are several, they divide the tensor's first axis
+            equally.
+        layout: "linear" (out, in) <-> (in, out); "conv" OIHW <-> HWIO; "plain" equal except for
             axes of length 1.
         index: position along the leading (stacked) axis of our parameter, or None.
-        ones: for "plain", where the official shape has axes of length 1.
-        part: (i, n) where the tensor is number i of the n that share our parameter in equal parts
-            of its last axis; None where the parameter is not shared.
+        ones: for "plain", the official shape's axes of length 1.
+        part: (i, n) if the tensor is number i of n that divide the last axis of our parameter
+            equally; None if the parameter is not divided.
     """
 
     official: str

@@ -24,20 +24,23 @@ class ConvertOptions:
     Attributes:
         scales: side length or (h, w) of each token map, coarse to fine.
         heads: attention heads of a transformer without cosine attention.
-        groups: groups of a tokenizer's group norms.
+        groups: number of groups in each group norm of a tokenizer.
         phi_ratio: weight in [0, 1] of the φ convolutions against the identity.
         cosine_codes: whether a tokenizer looks up codes by angle instead of by distance.
-        latent_channels: of the KL tokenizer under a MAR transformer, as its file says if it is
-            given, else 16; the rest of a token's numbers is its patch.
-        downsampling: pixels of that tokenizer per latent along one side, as its file says if given.
-        image_size: pixels of both sides, or (height, width), of a KL tokenizer's images; None as
-            the MAR transformer over it says, whose map is then square, else 256.
-        latent_scale: what a KL tokenizer's latents are multiplied by: 1 / standard deviation. None
-            as its file says, or as is known of that file; see `varjax.convert.latent_units`.
-        latent_shift: what is subtracted from them before; None as for the scale, else 0.
-        mar_heads: attention heads of a MAR transformer's encoder and of its decoder; None as in
-            the official model of that width, else one for each 64 channels.
-        ema: the averaged weights of a checkpoint or not; None for them if there are any.
+        latent_channels: channels of the KL tokenizer of a MAR transformer; a token's other numbers
+            are its patch. None for those of the tokenizer's file if it is given, else 16.
+        downsampling: pixels per latent of that tokenizer along one side; None for those of its
+            file.
+        image_size: pixels of both sides, or (height, width), of a KL tokenizer's images. None for
+            the size of the MAR transformer's square map if there is one, else 256.
+        latent_scale: factor on a KL tokenizer's latents, 1 / standard deviation. None for the value
+            in its file, or the known value for that file; see `varjax.convert.latent_units`.
+        latent_shift: number subtracted from the latents before scaling. None as for the scale, else
+            0.
+        mar_heads: attention heads of a MAR transformer's encoder and decoder. None for those of the
+            official model of that width, else one for each 64 channels.
+        ema: True reads a checkpoint's averaged weights, False the others; None reads the averaged
+            weights if there are any.
     """
 
     scales: tuple[int | tuple[int, int], ...] | None = None
@@ -59,11 +62,12 @@ class Release:
     """Names published checkpoints that together make one directory of weights.
 
     Attributes:
-        repo: repository on the Hugging Face Hub; None where no hub has the files.
-        files: file there, by the flag that takes it: {"tokenizer": "vae.pth", "var": "d16.pth"}.
-        commit: of the repository, for branches move.
-        sha256: of each file at that commit, by its name, as far as they are known.
-        page: where a person finds the files, if not in the repository.
+        repo: repository on the Hugging Face Hub; None if no hub has the files.
+        files: name of each file in the repository, by the flag that takes it: {"tokenizer":
+            "vae.pth", "var": "d16.pth"}.
+        commit: commit of the repository, since branches move.
+        sha256: known SHA-256 of each file at that commit, by file name.
+        page: page from which a person downloads the files, if they are not in the repository.
     """
 
     repo: str | None
@@ -83,31 +87,32 @@ class NameMap:
     """Describes one kind of official model: how to tell it, its sizes and its tensors' places.
 
     Attributes:
-        part: its place in a directory of weights, which its file is called after: "tokenizer", or
-            the name of the family.
-        flag: the one that takes its official file.
-        description: for messages, with article: "a transformer (VAR)".
-        known_by: a tensor that tells it from the kinds before it in NAME_MAPS.
-        config: class of its config, which has `init(key)`.
-        infer: (official tensors, options) -> config; raises InputError for tensors that are missing
-            or contradict each other.
-        table: config -> one link for every official tensor that is no buffer.
+        part: name of the part and of its file in a directory of weights: "tokenizer", or the name
+            of the family.
+        flag: flag that takes the official file.
+        description: name for messages, with article: "a transformer (VAR)".
+        known_by: tensor that distinguishes it from the kinds before it in NAME_MAPS.
+        config: class of the config, which has `init(key)`.
+        infer: (official tensors, options) -> config; raises InputError if tensors are missing or
+            contradict each other.
+        table: config -> one link for every official tensor except buffers.
         buffers: config -> the buffers, tensors that official modules derive from their sizes.
-        buffer_names: last parts of the buffers' names, by which they are left out on reading.
-        constants: options -> by path, the parameters that no official tensor holds.
-        prefix: of all its names in checkpoints of a larger model, of which nothing else is read.
-        ignored: beginnings of names of tensors that its files may hold besides.
-        trainer_key: where the official trainer's checkpoints hold it, or None.
-        official_constants: config -> those that the official code of such a model has.
-        tokenizer_options: (config, options) -> options for its tokenizer, which it knows more of.
-        model_options: (official tensors, options) -> the reverse: of a tokenizer, options for the
+        buffer_names: last parts of the buffers' names, which are skipped when a file is read.
+        constants: options -> the parameters that no official tensor holds, by path.
+        prefix: prefix of the names in checkpoints of a larger model; nothing else in them is read.
+        ignored: prefixes of other tensors that the files may hold.
+        trainer_key: key of the model in the official trainer's checkpoints, or None.
+        official_constants: config -> the constants in the official code of such a model.
+        tokenizer_options: (config, options) -> options for the tokenizer, completed by what the
+            model knows about it.
+        model_options: (official tensors, options) -> the reverse, for a tokenizer: options for the
             model of its latents, which is inferred first.
-        sampling: config -> the sampling options that published samples were drawn with; None for
-            the defaults of the family.
+        sampling: config -> the sampling options of published samples; None for the defaults of the
+            family.
         reads: class of the configs of tokenizers whose latents it reads; None for a tokenizer.
-        check_fit: (tokenizer config, config) -> None; raises InputError where it cannot read that
-            tokenizer's latents. None for a tokenizer.
-        releases: published models by the name that `varjax.load` takes.
+        check_fit: (tokenizer config, config) -> None; raises InputError if the model cannot read
+            that tokenizer's latents. None for a tokenizer.
+        releases: published models, by the names that `varjax.load` takes.
     """
 
     part: str

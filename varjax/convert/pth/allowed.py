@@ -45,7 +45,7 @@ class Storage:
 
     Attributes:
         data: 1-D uint8, usually a memory map.
-        dtype: type of the elements.
+        dtype: number format of the elements.
     """
 
     data: np.ndarray
@@ -63,8 +63,8 @@ def strided_view(
 
     Args:
         data: the storage, 1-D uint8.
-        dtype: type of the elements.
-        offset: of the first element, in elements.
+        dtype: number format of the elements.
+        offset: position of the first element, in elements.
         size: shape of the array.
         stride: distance between neighbours along each axis, in elements.
 

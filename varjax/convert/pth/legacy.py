@@ -18,8 +18,8 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
     """Reads such a file.
 
     Args:
-        file: its bytes, 1-D uint8, usually a memory map.
-        max_pickle_bytes: size that no pickle in it may have.
+        file: content of the file, 1-D uint8, usually a memory map.
+        max_pickle_bytes: size that each pickle in it must be below.
 
     Returns:
         Its content, as `unpickle` gives it; the tensors are views of `file`.

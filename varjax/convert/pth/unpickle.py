@@ -34,9 +34,9 @@ def unpickle(
     """Builds the object that a pickle describes, executing nothing.
 
     Args:
-        pickle: its bytes.
+        pickle: bytes of the pickle.
         storage: (element type, key, number of elements) -> the storage of that key.
-        file_bytes: size of the file, to which that of all tensors together must be in proportion.
+        file_bytes: size of the file; the total size of all tensors must be in proportion to it.
 
     Returns:
         Plain data, with tensors as read-only NumPy views of what `storage` returned. OrderedDict

@@ -27,7 +27,7 @@ def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) ->
     The file appears complete or not at all, with one array in memory at a time.
 
     Args:
-        path: the file, in a folder that exists.
+        path: file to write, in an existing folder.
         state_dict: arrays by name, lazy or not.
 
     Raises:

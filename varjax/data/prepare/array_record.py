@@ -26,9 +26,9 @@ class ImageEncoding:
     """How images are stored: as the bytes of their files, or resized.
 
     Attributes:
-        size: pixels; images whose shorter side is longer are resized to it and become RGB in JPEG,
-            colors not subsampled. 0 keeps all as they are.
-        quality: of these JPEGs, 1 to 100.
+        size: pixels of the shorter side; larger images are resized to it and stored as RGB JPEGs
+            without chroma subsampling. 0 stores all files unchanged.
+        quality: quality of these JPEGs, 1 to 100.
     """
 
     size: int = 0
@@ -61,12 +61,12 @@ class RecordShard:
 
     Attributes:
         out: the folder of the dataset.
-        split: "train" or "validation".
-        index: of the shard, from 0.
-        count: of the split's shards.
+        split: name of the split, "train" or "validation".
+        index: number of the shard, from 0.
+        count: number of shards in the split.
         root: the folder of the images.
         items: (path below `root`, label) of each image.
-        class_names: in the order of their numbers.
+        class_names: names of the classes, in the order of their numbers.
     """
 
     out: pathlib.Path
@@ -95,7 +95,7 @@ def write_record_shard(encoding: ImageEncoding, shard: RecordShard) -> Iterator[
 
     Args:
         encoding: how images are stored.
-        shard: which ones, and where.
+        shard: shard to write, with its images.
 
     Yields:
         After each image None, or what it was left out for.
@@ -162,8 +162,8 @@ def write_dataset_info(
 
     Args:
         out: the folder of the shards.
-        class_names: in the order of their numbers.
-        reports: by split, those of `write_record_shard` in the order of the shards.
+        class_names: names of the classes, in the order of their numbers.
+        reports: by split, the reports of `write_record_shard` in the order of the shards.
     """
     import tensorflow_datasets as tfds
     from etils import epath

@@ -47,14 +47,14 @@ def prepare(
     Broken images are left out, and named in report.json.
 
     Args:
-        folder: of images, for `Folder`.
-        out: the folder of the dataset, for `TFDS`.
-        held_out: as in `Folder`.
-        unconditional: as in `Folder`.
-        size: pixels, as in `array_record.ImageEncoding`.
-        quality: of JPEGs, as there.
-        workers: processes, 0 for one per CPU that this one may use.
-        shards: files of the training split, 0 for one per 1,000 images, up to 256.
+        folder: folder of images, for `Folder`.
+        out: folder of the dataset, for `TFDS`.
+        held_out: subfolder or fraction of the held-out images; see `Folder`.
+        unconditional: whether all images are of one class; see `Folder`.
+        size: pixels of the shorter side; see `array_record.ImageEncoding`.
+        quality: quality of JPEGs, 1 to 100; see `array_record.ImageEncoding`.
+        workers: number of processes; 0 for one per CPU that this process may use.
+        shards: number of files of the training split; 0 for one per 1,000 images, up to 256.
 
     Returns:
         A line that sums it up.

@@ -20,9 +20,9 @@ def parse_dataset(
     Args:
         text: "folder:PATH", "tfds:NAME", "tfds:DIRECTORY", "latents:PATH" (or "tokens:PATH"),
             "digits", "photos" or "random".
-        size: pixels of both sides of its images, or (height, width).
-        channels: of its images, where there is a choice.
-        crop: of photographs of other sizes, as `Folder` and `TFDS` take it.
+        size: pixels of both sides of the images, or (height, width).
+        channels: channels of the images, if the dataset has a choice.
+        crop: how photographs of other sizes are cropped, as `Folder` and `TFDS` take it.
 
     Raises:
         InputError: anything else, or a size that the dataset does not have.

@@ -16,10 +16,10 @@ class Digits:
     """1,797 handwritten digits, 8 by 8 gray, of which every fifth of each class is held out.
 
     Attributes:
-        shift: training images are moved by up to so many pixels,
-        rotate: rotated by up to so many degrees,
-        zoom: and scaled by 1 ± `zoom`.
-        reading: threads or worker processes.
+        shift: largest shift of a training image, in pixels.
+        rotate: largest rotation of a training image, in degrees.
+        zoom: largest change of a training image's scale, which is 1 ± `zoom`.
+        reading: numbers of threads and worker processes that read.
     """
 
     shift: float = 0.0

@@ -30,18 +30,18 @@ class Folder:
         batch = data.make(batch_size=64, seed=0).train_batch(0)  # {"image_BHWC", "label_B"}
 
     Attributes:
-        root: the folder.
+        root: folder of the images.
         size: pixels of both sides, or (height, width).
         channels: 1 (gray), 3 (RGB) or 4 (with alpha).
-        crop: "random" resizes and cuts as VAR does, in training at a random place; "center" as ADM
-            and MAR do, always the middle.
-        flip: whether to mirror half of the training images: random crops at random, center crops
-            each in every second epoch.
-        held_out: the folder beside train/, or the share of images to hold out, chosen by a hash of
-            each path, so that a new file moves no other one to the other side. None means "val"
-            where there is one, else 0.05.
-        unconditional: whether all images are of one class, whatever the subfolders.
-        reading: threads or worker processes.
+        crop: "random" resizes and crops as VAR does, at a random position in training; "center"
+            resizes and crops the middle, as ADM and MAR do.
+        flip: whether to mirror half of the training images: random crops at random, center crops in
+            every second epoch.
+        held_out: folder next to train/, or the fraction of images to hold out, chosen by a hash of
+            each path, so that a new file never moves another one to the other split. None for "val"
+            if it exists, else 0.05.
+        unconditional: whether all images are of one class, whatever their subfolders.
+        reading: numbers of threads and worker processes that read.
     """
 
     root: str

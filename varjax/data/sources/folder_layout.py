@@ -25,9 +25,9 @@ class ImageListing:
     """The images of a split.
 
     Attributes:
-        root: the folder.
-        paths: below `root`.
-        labels_N: int32, the class of each.
+        root: folder of the images.
+        paths: paths of the images below `root`.
+        labels_N: int32, the class of each image.
     """
 
     root: str
@@ -45,11 +45,11 @@ class FolderLayout:
     """How a folder of images is laid out: the subfolders of the splits, and the classes.
 
     Attributes:
-        root: the folder.
-        train: the subfolder of the training images, "" without splits.
-        held_out: a subfolder, or the share of the images in `train` that are held out.
-        class_names: in the order of their numbers.
-        flat: whether there is no folder for each class.
+        root: folder of the images.
+        train: subfolder of the training images; "" if there are no splits.
+        held_out: a subfolder, or the fraction of the images in `train` that are held out.
+        class_names: names of the classes, in the order of their numbers.
+        flat: whether images are not in a folder for each class.
     """
 
     root: str

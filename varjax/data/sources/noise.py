@@ -18,11 +18,11 @@ class Noise:
 
     Attributes:
         size: pixels of both sides, or (height, width).
-        channels: 1, 3 or 4.
-        classes: labels are below this number.
-        images: of the training split.
-        held_out_images: of the held-out split.
-        reading: threads or worker processes.
+        channels: number of channels: 1, 3 or 4.
+        classes: number of classes; labels are below it.
+        images: number of images in the training split.
+        held_out_images: number of images in the held-out split.
+        reading: numbers of threads and worker processes that read.
     """
 
     size: int | tuple[int, int] = 256

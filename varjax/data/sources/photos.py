@@ -30,9 +30,9 @@ class Photos:
 
     Attributes:
         size: pixels of both sides, or (height, width).
-        images: that make an epoch.
+        images: number of images in an epoch.
         flip: whether to mirror every second training crop.
-        reading: threads or worker processes.
+        reading: numbers of threads and worker processes that read.
     """
 
     size: int | tuple[int, int] = 64
@@ -108,8 +108,8 @@ class PhotoSides:
     """The parts of the photographs to crop from, uncut.
 
     Attributes:
-        parts: (image, label) of each.
-        part_N: the part that each of N examples shows.
+        parts: (image, label) of each part.
+        part_N: index of the part that each of N examples shows.
     """
 
     parts: tuple[tuple[np.ndarray, int], ...]

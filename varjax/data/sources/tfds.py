@@ -44,20 +44,20 @@ class TFDS:
         data = TFDS("cifar10", held_out="test", size=32)
 
     Attributes:
-        name: say, "imagenet2012", "cifar10:3.0.2" or "lsun/church"; or a directory with
-            dataset_info.json in it, as `python -m varjax.data.prepare` writes it.
-        data_dir: where datasets lie; "" is where TFDS puts them by itself.
-        train: a split or a part of one, "train[:95%]".
-        held_out: another one.
+        name: name of the dataset, such as "imagenet2012", "cifar10:3.0.2" or "lsun/church"; or a
+            directory with dataset_info.json, as `python -m varjax.data.prepare` writes it.
+        data_dir: folder of the datasets; "" for the default of TFDS.
+        train: split of the training images, or a part of one, "train[:95%]".
+        held_out: split of the held-out images, or a part of one.
         size: pixels of both sides, or (height, width).
         channels: 1 (gray), 3 (RGB) or 4 (with alpha).
-        crop: "random" resizes and cuts as VAR does, in training at a random place; "center" as ADM
-            and MAR do, always the middle.
-        flip: whether to mirror half of the training images: random crops at random, center crops
-            each in every second epoch.
-        image_key: the feature with the image.
-        label_key: the feature with the class; "" takes all images as one class.
-        reading: threads or worker processes.
+        crop: "random" resizes and crops as VAR does, at a random position in training; "center"
+            resizes and crops the middle, as ADM and MAR do.
+        flip: whether to mirror half of the training images: random crops at random, center crops in
+            every second epoch.
+        image_key: name of the feature with the image.
+        label_key: name of the feature with the class; "" to treat all images as one class.
+        reading: numbers of threads and worker processes that read.
     """
 
     name: str
