@@ -3,6 +3,7 @@ import io
 import sys
 
 import pytest
+from tqdm import tqdm
 
 from varjax.training.progress import ProgressReporter
 
@@ -44,3 +45,14 @@ def test_lines_and_the_bar_reach_stderr(monkeypatch, terminal):
     said = stream.getvalue()
     assert "a line\n" in said
     assert ("10/10" in said) if terminal else ("step 10/10: loss 1.5" in said)
+
+
+def test_lines_of_others_clear_the_bar(monkeypatch):
+    """Such as those about broken images, which are written by tqdm."""
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", stream)
+    with ProgressReporter(0, 10):
+        tqdm.write("skipped: x", file=sys.stderr)
+    monkeypatch.undo()
+    assert "\rskipped: x\n" in stream.getvalue()

@@ -15,7 +15,10 @@ class InputError(ValueError):
 
 
 class StorageError(InputError, OSError):
-    """Reports files that the system does not let us write: a full disk, a missing permission."""
+    """Reports files that cannot be read or written now: a full disk, a missing permission.
+
+    It says nothing about their content.
+    """
 
 
 class MismatchError(InputError):

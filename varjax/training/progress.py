@@ -67,7 +67,13 @@ class ProgressReporter:
 
 
 class _LossyStderr:
-    """Writes to stderr what it takes."""
+    """Writes to stderr what it takes; equal to it, so that lines by `tqdm.write` clear the bar."""
+
+    def __eq__(self, other: object) -> bool:
+        return other is sys.stderr or isinstance(other, _LossyStderr)
+
+    def __hash__(self) -> int:
+        return hash(sys.stderr)
 
     def write(self, text: str) -> None:
         with contextlib.suppress(OSError):
