@@ -7,6 +7,7 @@ import pytest
 from varjax.core.errors import InputError
 from varjax.core.untrusted import (
     abridged,
+    bytes_on_disk,
     check_integers,
     check_name,
     check_settings,
@@ -117,3 +118,13 @@ def test_a_link_leads_out_of_no_folder(tmp_path):
     assert path_inside(inside, "in/a", "x") == inside / "in/a"
     with pytest.raises(InputError, match="leads out of .*inside by a link"):
         path_inside(inside, "out/a", "x")
+
+
+def test_a_linked_file_has_the_bytes_of_what_it_names(tmp_path):
+    """As in a snapshot of the Hugging Face Hub, whose checkpoints would else look damaged."""
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot/d").mkdir(parents=True)
+    (tmp_path / "blobs/x").write_bytes(bytes(5000))
+    (tmp_path / "snapshot/d/x").symlink_to(tmp_path / "blobs/x")
+    (tmp_path / "snapshot/gone").symlink_to(tmp_path / "nothing")
+    assert bytes_on_disk(tmp_path / "snapshot") == 5000

@@ -31,12 +31,15 @@ def plausible_bytes(file_bytes: int) -> int:
 
 
 def bytes_on_disk(path: pathlib.Path) -> int:
-    """Returns the bytes of a file, or of all files below a folder that are there."""
+    """Returns the bytes of a file, or of all files below a folder that are there.
+
+    Links count as the files that they name: tools that keep data elsewhere link each file.
+    """
     total = 0
     for folder, _, names in os.walk(path):
         for name in names:
             with contextlib.suppress(OSError):  # it may just be removed
-                total += os.lstat(os.path.join(folder, name)).st_size
+                total += os.stat(os.path.join(folder, name)).st_size
     return total if path.is_dir() else path.stat().st_size
 
 
