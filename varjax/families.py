@@ -29,14 +29,15 @@ class Family:
     """Describes one kind of generative model.
 
     Attributes:
-        name: of its entry in a converted directory's config.json, and of its file there.
-        task: class name of its training task, as a run's config.json has it. A name and not the
+        name: name of the model's entry in a converted directory's config.json, and of its file.
+        task: class name of the training task, as in a run's config.json. A name instead of the
             class, so that sampling does not import training.
-        options: its sampling options, a frozen dataclass; the command line's flags are its fields.
-        config: the model's config, a frozen dataclass with a method `init(key) -> params`.
+        options: class of the sampling options, a frozen dataclass; its fields become command-line
+            flags.
+        config: class of the model's config, a frozen dataclass with a method `init(key) -> params`.
         pipeline: (tokenizer config, config, {"tokenizer": params, name: params}, options, compute,
             devices) -> Sampler.
-        needs_tokenizer: whether its pipeline is of no use without one; else the tokenizer's config
+        needs_tokenizer: whether the pipeline requires a tokenizer; if not, the tokenizer's config
             may be None.
     """
 
@@ -105,13 +106,13 @@ def load(
         images_BHWC = model.sample([3, 1, 4], seed=0)
 
     Args:
-        location: a training run, a directory that `python -m varjax.convert` wrote, or the name of
-            a published model, "var_d16", which is downloaded and converted at its first use. Of a
-            run, the best weights if it kept them, averaged if it averaged them.
-        dtype: of the transformer's matrix products and of the decoder; "auto" is float32 on a CPU,
-            else bfloat16.
-        devices: which share each batch out among them; None for all of this process.
-        compute: for more than the dtype, instead of it.
+        location: training run, directory written by `python -m varjax.convert`, or name of a
+            published model, "var_d16", which is downloaded and converted at its first use. A run's
+            best weights are loaded if it kept them, and the averaged ones if it averaged them.
+        dtype: number format of the transformer's matrix products and of the decoder; "auto" is
+            float32 on a CPU, else bfloat16.
+        devices: devices that share each batch; None for all of this process.
+        compute: replaces `dtype`, to set more than the number format.
 
     Returns:
         The family's pipeline: `varjax.VARPipeline` or `varjax.MARPipeline`.

@@ -93,10 +93,10 @@ class ExampleTransform(Protocol):
         """Makes a training row.
 
         Args:
-            example: as the source gives it.
-            index: of the example in the source.
-            epoch: that shows it.
-            rng: of this example in this epoch.
+            example: example as the source returns it.
+            index: index of the example in the source.
+            epoch: number of the epoch that shows the example.
+            rng: random generator of this example in this epoch.
         """
         ...
 

@@ -25,7 +25,7 @@ def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, di
 
     Args:
         samples_NHWC: uint8, 8 by 8 gray.
-        label_N: the classes that were asked for.
+        label_N: classes that the samples were drawn for.
 
     Returns:
         {"samples": {name: figure}, "real held-out digits": {name: figure}}, names as in MEANINGS.
@@ -95,10 +95,10 @@ def write_report(
     """Prints the report, and writes it and its pictures into the runs.
 
     Args:
-        run: of the transformer.
-        tokenizer: run of the tokenizer.
-        samples: an .npz of `varjax sample`.
-        beside: another run, whose report is printed as well if there is one.
+        run: directory of the transformer's run.
+        tokenizer: directory of the tokenizer's run.
+        samples: .npz file written by `varjax sample`.
+        beside: another run to compare with, whose report is printed as well if there is one.
 
     Raises:
         InputError: one of the first three is not there yet.

@@ -37,12 +37,12 @@ class EvaluationSettings:
     """Holds what all evaluations of a command share.
 
     Attributes:
-        extract: makes features.
+        extract: extractor of the features.
         reference: an .npz, a folder, or a dataset as `parse_dataset` names it, whose images are
-            then cropped to the samples' size.
-        split: of that dataset.
+            cropped to the samples' size.
+        split: split of the reference dataset, "train" or "held_out".
         cache: folder for statistics of references.
-        crop: of that dataset's photographs.
+        crop: kind of crop of the reference dataset's photographs.
     """
 
     extract: FeatureExtractor
@@ -80,10 +80,10 @@ def evaluate_images(
     Goes on where a killed one was; a report of the same that is there already is returned.
 
     Args:
-        settings: how.
-        images: the samples, in the order in which they are scored.
-        name: of the samples, for the report.
-        out: the report's file; features lie beside it until it is written.
+        settings: settings of the evaluation.
+        images: samples, in the order in which they are scored.
+        name: name of the samples, for the report.
+        out: path of the report; features are kept next to it until it is written.
 
     Raises:
         InputError: `out` holds another report, or samples and reference do not fit.

@@ -27,10 +27,10 @@ class PublishedResult:
     """Holds metrics that authors report, and the settings that they were measured with.
 
     Attributes:
-        weights: the released model, a name of `varjax.convert.pretrained.RELEASES`.
-        metrics: by key, as in `varjax.metrics.report.ROWS`.
-        options: all sampling options.
-        references: names of the file with the reference's statistics.
+        weights: name of the released model in `varjax.convert.pretrained.RELEASES`.
+        metrics: published values by key, as in `varjax.metrics.report.ROWS`.
+        options: values of all sampling options.
+        references: names of files with the reference's statistics.
     """
 
     weights: str
@@ -70,11 +70,11 @@ class Measurement:
     """Describes how samples of a model were measured, as far as a published result fixes it.
 
     Attributes:
-        location: of the weights.
-        config: of the transformer.
-        options: of sampling.
-        count: samples of each class.
-        reference: as the command line has it.
+        location: location of the weights.
+        config: config of the transformer.
+        options: sampling options used.
+        count: number of samples of each class.
+        reference: reference as given on the command line.
         features: name of the feature network.
     """
 

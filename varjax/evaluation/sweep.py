@@ -18,8 +18,8 @@ class SweepPoint:
     """One combination of options, and the report it led to.
 
     Attributes:
-        options: the swept options by name.
-        report: as `evaluate_model` returns it.
+        options: values of the swept options by name.
+        report: report returned by `evaluate_model`.
     """
 
     options: dict[str, Any]
@@ -30,8 +30,8 @@ def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
     """Reads "cfg=0,0.5,1" and the like: all combinations, each as options by name.
 
     Args:
-        texts: NAME=VALUE,VALUE… each.
-        options: the model's, whose fields they may name.
+        texts: options and their values, NAME=VALUE,VALUE… each.
+        options: sampling options of the model, whose fields may be named.
 
     Raises:
         InputError: a name that is no option, or a value that is none of it.

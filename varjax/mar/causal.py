@@ -38,12 +38,12 @@ def causal_hidden(
     """Computes a vector for every token from those before it in an order (teacher forcing).
 
     Args:
-        model: bound to its parameters.
-        token_BL: all tokens, (B, L, Z) or (B, L), by place.
-        order_BL: places, in the order in which they become known.
-        class_BC: by `MAR.class_vectors`.
-        attention_dropout: of the attention's weights, in training.
-        dropout: of the layers' results, in training.
+        model: model bound to its parameters.
+        token_BL: all tokens by position, (B, L, Z) or (B, L).
+        order_BL: positions, in the order in which they become known.
+        class_BC: class vectors, from `MAR.class_vectors`.
+        attention_dropout: dropout of the attention weights, in training.
+        dropout: dropout of the layers' results, in training.
 
     Returns:
         z (B, L, C) float32, by place.
@@ -75,12 +75,12 @@ def causal_next(
     """Computes z of the next token from the last one and the cache.
 
     Args:
-        model: bound to its parameters.
+        model: model bound to its parameters.
         token_B: the last token, (B, Z) or (B,).
-        place_B: where it is.
-        next_B: the place of the next one.
-        number: of the last token in the order, from 0.
-        cache: of everything before it.
+        place_B: position of the last token.
+        next_B: position of the next token.
+        number: index of the last token in the order, from 0.
+        cache: keys and values of all earlier tokens.
 
     Returns:
         z (B, C) float32 of the next token, and the cache with the last one.

@@ -22,12 +22,12 @@ class DenoisingMLP(nn.Module):
         out_N2Z = mlp.apply(params, xt_NZ, t_N, cond_NE)
 
     Attributes:
-        channels: Z of a token.
-        depth: residual blocks.
-        width: E, their channels.
-        compute: number format of products inside. What goes in and out, the first and the last
+        channels: number of channels Z of a token.
+        depth: number of residual blocks.
+        width: number of channels E of the residual blocks.
+        compute: number format of the products inside. Inputs and outputs, the first and the last
             layer, the residual stream, its norms and all sums are float32: near t = 999 a sampler
-            multiplies an error of the noise by hundreds.
+            multiplies an error in the noise by hundreds.
     """
 
     channels: int
@@ -54,9 +54,9 @@ class DenoisingMLP(nn.Module):
         """Predicts the noise in tokens.
 
         Args:
-            xt_NZ: noisy tokens.
-            t_N: their timesteps, 0 … 999; or one for all.
-            cond_NE: by `condition`.
+            xt_NZ: noisy tokens x_t.
+            t_N: timesteps of the tokens, 0 … 999; or one for all.
+            cond_NE: conditioning vectors, from `condition`.
 
         Returns:
             (N, 2 Z) float32: the noise, and the variance's values in about [-1, 1].

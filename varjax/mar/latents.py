@@ -57,11 +57,11 @@ def encode_tokens(
 
     Args:
         tokenizer: config of the tokenizer.
-        config: of the transformer.
-        params: of the tokenizer.
+        config: config of the transformer.
+        params: parameters of the tokenizer.
         batch: "image_BHWC", or the arrays of `tokenizer.latent_spec`.
-        key_B: one key an image, to draw from the posterior of a KL tokenizer; None for its mean.
-        compute: as `Tokenizer.encode` takes it.
+        key_B: one key per image, to draw from the posterior of a KL tokenizer; None for its mean.
+        compute: number format and execution, as `Tokenizer.encode` takes it.
 
     Returns:
         (B, L, Z) float32 of a standard deviation of about 1, or codes (B, L) int32.

@@ -26,12 +26,12 @@ class LossDraws:
     """Holds all that is random in the loss of a batch.
 
     Attributes:
-        order_BL: places in the order in which they become known.
-        known_B: how many are.
-        timestep_BLU: noise levels of each token, for U draws of it; None with a categorical head.
-        noise_BLUZ: their normal noise; None the same.
-        attention_dropout: of the attention's weights; None for none.
-        dropout: of the layers' results; None for none.
+        order_BL: positions, in the order in which they become known.
+        known_B: number of known tokens in each image.
+        timestep_BLU: noise levels of each token, U draws of each; None with a categorical head.
+        noise_BLUZ: normal noise at these levels; None with a categorical head.
+        attention_dropout: dropout of the attention weights; None for none.
+        dropout: dropout of the layers' results; None for none.
     """
 
     order_BL: jax.Array
@@ -64,12 +64,12 @@ def draw_losses(
     """Draws masks, noise and dropout, each image's by its own key.
 
     Args:
-        config: the transformer.
-        key_B: one key an image.
-        known_B: how many tokens of each image are known.
-        repeats: U, noise levels for each token.
-        attention_dropout: share of the attention's weights to drop.
-        dropout: share of the layers' results to drop.
+        config: config of the transformer.
+        key_B: one key per image.
+        known_B: number of known tokens in each image.
+        repeats: number U of noise levels for each token.
+        attention_dropout: fraction of the attention weights to drop.
+        dropout: fraction of the layers' results to drop.
     """
     draws = LossDraws(
         draw_orders(config, key_B),
@@ -101,13 +101,13 @@ def token_losses(
     """Computes the losses of all tokens of a batch.
 
     Args:
-        config: the transformer.
-        params: its parameters.
-        token_BL: tokens by place, (B, L, Z) or (B, L).
+        config: config of the transformer.
+        params: parameters of the transformer.
+        token_BL: tokens by position, (B, L, Z) or (B, L).
         label_B: classes; `config.classes` means "no class".
-        draws: by `draw_losses`.
-        most_known: no image knows more tokens than so many.
-        compute: how the transformer is computed.
+        draws: random numbers from `draw_losses`.
+        most_known: upper bound on the number of known tokens in an image.
+        compute: number format and execution of the transformer.
 
     Returns:
         "masked_BL", True where a token is to be predicted: with causal attention, everywhere. With

@@ -33,10 +33,10 @@ class DiffusionHead:
     """Continuous tokens, each drawn by a denoising MLP. Raises InputError for a size below 1.
 
     Attributes:
-        channels: of the tokenizer's latents.
+        channels: channels of the tokenizer's latents.
         patch: side of the square of latents that is one token.
-        depth: residual blocks of the MLP.
-        width: their channels.
+        depth: number of residual blocks of the MLP.
+        width: channels of the residual blocks.
     """
 
     channels: int = 16
@@ -67,7 +67,7 @@ class CategoricalHead:
 
     Attributes:
         vocab: number of codes.
-        patch: 1, for a code is a token.
+        patch: always 1, since each code is a token.
     """
 
     vocab: int
@@ -92,20 +92,20 @@ class MARConfig:
 
     Attributes:
         width: channels of a token in the encoder, and of the class embedding.
-        encoder_depth: layers over the known tokens.
-        decoder_depth: layers over all places.
-        encoder_heads: attention heads there, which divide the width.
-        decoder_heads: attention heads there, which divide the decoder's width.
-        head: what the tokens are, and how one is drawn from its vector.
+        encoder_depth: number of layers over the known tokens.
+        decoder_depth: number of layers over all positions.
+        encoder_heads: attention heads of the encoder, which divide its width.
+        decoder_heads: attention heads of the decoder, which divide its width.
+        head: kind of tokens, and how one is drawn from its vector.
         classes: number of classes; the class of that number means "no class" (for guidance).
         latent_map: (h, w) of the tokenizer's latents.
-        buffer: tokens in front that hold the class.
-        order: in which tokens become known: "random", another one for each image, or "raster".
+        buffer: number of tokens in front that hold the class.
+        order: order in which tokens become known: "random", drawn for each image, or "raster".
         attention: "bidirectional" predicts any set of tokens from all known ones (masked
-            autoregression); "causal" one token after another, by a key-value cache.
+            autoregression); "causal" predicts one token after another, with a key-value cache.
         embed_init: standard deviation of new embeddings. At the reference's 0.02, positions are
-            faint beside tokens, which are near 1: a short run then learns the classes and hardly
-            what known tokens tell.
+            faint compared with tokens, which are near 1: a short run then learns the classes but
+            hardly uses the known tokens.
         decoder_width: channels of a token in the decoder; none for `width`.
     """
 
@@ -213,7 +213,7 @@ class MAR(nn.Module):
     it gives are float32 whatever `compute.dtype` says.
 
     Attributes:
-        config: sizes.
+        config: config of the transformer.
         compute: number format and execution.
     """
 
@@ -270,11 +270,11 @@ class MAR(nn.Module):
 
         Args:
             token_Bn: tokens, (B, n, Z) or (B, n).
-            place_Bn: their places, 0 … L-1.
-            known_Bn: False for padding, which nothing sees.
-            class_BC: by `class_vectors`.
-            attention_dropout: of the attention's weights, in training.
-            dropout: of the layers' results, in training.
+            place_Bn: positions of the tokens, 0 … L-1.
+            known_Bn: False for padding, which no token attends to.
+            class_BC: class vectors, from `class_vectors`.
+            attention_dropout: dropout of the attention weights, in training.
+            dropout: dropout of the layers' results, in training.
 
         Returns:
             z (B, L, C) float32.

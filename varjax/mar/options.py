@@ -72,10 +72,10 @@ class SamplingPlan:
     """Holds the options, and what a program for them is compiled from.
 
     Attributes:
-        options: of sampling.
-        schedule: which step draws how many tokens.
-        buckets: loops over the steps.
-        guided: whether there is guidance: without it, half of the work.
+        options: checked sampling options.
+        schedule: number of tokens that each step draws.
+        buckets: groups of steps, each computed in one loop.
+        guided: whether there is guidance; without it, half as much is computed.
     """
 
     options: MAROptions
@@ -101,10 +101,10 @@ def make_plan(
     its quality are those of the last steps of a whole image.
 
     Args:
-        config: the transformer.
-        options: checked ones.
-        keep_BL: what each image of an edit keeps; None for whole images.
-        buckets_wanted: see `UnmaskingSchedule`.
+        config: config of the transformer.
+        options: checked sampling options.
+        keep_BL: True where an image of an edit keeps its token; None for whole images.
+        buckets_wanted: number of loops; see `UnmaskingSchedule`.
 
     Raises:
         InputError: `options.steps` is more than there are tokens.

@@ -58,13 +58,13 @@ class MARPipeline:
     Every device holds all parameters, and a batch is shared out among the devices.
 
     Attributes:
-        tokenizer: config of the tokenizer; None without one, and then nothing that has to do with
-            images is there.
+        tokenizer: config of the tokenizer; None without one, and then methods that take or return
+            images are not available.
         mar: config of the transformer.
-        params: {"tokenizer": …, "mar": …}.
-        sampling: the options that `sample` and `edit` take by default.
-        compute: number format and execution. Images become latents in float32 whatever it says.
-        devices: the devices that share out a batch.
+        params: parameters, {"tokenizer": …, "mar": …}.
+        sampling: default options of `sample` and `edit`.
+        compute: number format and execution. Images always become latents in float32.
+        devices: devices that share each batch.
     """
 
     def __init__(
@@ -189,7 +189,7 @@ class MARPipeline:
         """Computes the vectors z of all places from the tokens that are known.
 
         Args:
-            latents: (B, h, w, Z) or codes (B, L); read only where they are known.
+            latents: (B, h, w, Z), or codes (B, L); only the known ones are read.
             known: (h, w) or (B, h, w) bool on the map of `edit_shape`.
             labels: (B,) classes; None for no class.
 
@@ -217,8 +217,8 @@ class MARPipeline:
 
         Args:
             xt_NZ: noisy tokens, in the transformer's units.
-            t_N: their timesteps, integers 0 … 999.
-            z_NC: their vectors, by `hidden`.
+            t_N: timesteps of the tokens, integers 0 … 999.
+            z_NC: vectors of the tokens, from `hidden`.
 
         Returns:
             (N, 2 Z): the noise, and a value that interpolates between the smallest and the largest
@@ -265,9 +265,9 @@ class MARPipeline:
 
         Args:
             labels: (B,) classes; `classes` means "no class".
-            seed: another one gives other images.
+            seed: random seed; each gives other images.
             index: (B,) numbers of the images; None for 0 … B-1.
-            options: fields of `MAROptions`, in place of those of `sampling`.
+            options: fields of `MAROptions` that replace those of `sampling`.
 
         Returns:
             (B, H, W, channels) float32 in [0, 1].
@@ -304,11 +304,11 @@ class MARPipeline:
 
         Args:
             images_BHWC: one image for each of `index`, or one for all of them.
-            keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; its tokens stay as they are.
+            keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; True keeps the tokens there.
             labels: (B,) classes; None for no class.
-            seed: another one gives other images.
-            index: (B,) numbers of the results; None for one of each image.
-            options: fields of `MAROptions`, in place of those of `sampling`.
+            seed: random seed; each gives other images.
+            index: (B,) numbers of the results; None for one result per image.
+            options: fields of `MAROptions` that replace those of `sampling`.
         """
         latents = self.encode(images_BHWC)
         return self.decode(self.edit_latents(latents, keep, labels, seed, index=index, **options))

@@ -34,7 +34,7 @@ class KnownTokens:
 
     Attributes:
         token_BL: the tokens of an image, (B, L, Z) or (B, L).
-        keep_BL: True where they stand, False where new ones are drawn.
+        keep_BL: True where tokens are kept, False where new ones are drawn.
     """
 
     token_BL: jax.Array
@@ -45,9 +45,9 @@ def draw_orders(config: MARConfig, key_B: jax.Array, keep_BL: jax.Array | None =
     """Draws the order in which places become known, (B, L) int32.
 
     Args:
-        config: the transformer, whose `order` decides.
-        key_B: one key an image.
-        keep_BL: places that come first; with raster order and causal attention nothing does.
+        config: config of the transformer, whose `order` decides.
+        key_B: one key per image.
+        keep_BL: True at positions that come first; ignored with raster order and causal attention.
     """
     L = config.length
     order_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (len(key_B), L))
@@ -92,14 +92,15 @@ def sample_mar_tokens(
     """Samples all tokens of images; meant to be jitted as a whole.
 
     Args:
-        config: the transformer.
-        params: its parameters.
+        config: config of the transformer.
+        params: parameters of the transformer.
         label_B: classes; `config.classes` means "no class".
-        key_B: one key an image, see `image_keys`.
-        plan: by `make_plan`; of an edit, for no fewer kept tokens than `known` has.
-        known: tokens to keep.
-        compute: how the transformer is computed.
-        order_BL: places in the order in which they become known; None to draw it.
+        key_B: one key per image, see `image_keys`.
+        plan: plan from `make_plan`; for an edit, made for at least as many kept tokens as `known`
+            has.
+        known: tokens to keep; None for whole images.
+        compute: number format and execution of the transformer.
+        order_BL: positions in the order in which they become known; None to draw it.
         noise: source of the normal noise; None to draw it.
 
     Returns:
@@ -282,10 +283,10 @@ def mar_sampling_bytes(
 
     Args:
         tokenizer: config of the tokenizer, if there is one.
-        config: of the transformer.
+        config: config of the transformer.
         batch: number of images on the device.
-        compute: how the transformer is computed.
-        plan: of sampling.
+        compute: number format and execution of the transformer.
+        plan: plan of the sampling steps.
     """
     rows, item = batch * (2 if plan.guided else 1), compute.jax_dtype.itemsize
     tokens, C = config.buffer + config.length, max(config.width, config.hidden_width)

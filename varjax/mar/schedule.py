@@ -31,9 +31,9 @@ class Bucket:
     """Some consecutive steps, computed in arrays of one size.
 
     Attributes:
-        steps: their numbers.
-        known: tokens that the encoder sees, at most.
-        new: tokens that a step draws, at most.
+        steps: numbers of the steps.
+        known: largest number of tokens that the encoder sees.
+        new: largest number of tokens that a step draws.
     """
 
     steps: range
@@ -51,10 +51,10 @@ class UnmaskingSchedule:
         schedule.known  # (0, 1, 2, …, 256)
 
     Attributes:
-        length: L, the number of tokens.
-        steps: of sampling, 1 … L.
-        buckets_wanted: loops that the steps are computed in; 0 for one for each step, None for as
-            many as suit their number.
+        length: number of tokens L.
+        steps: number of sampling steps, 1 … L.
+        buckets_wanted: number of loops that compute the steps; 0 for one per step, None for a
+            number that suits them.
     """
 
     length: int
@@ -93,9 +93,9 @@ class UnmaskingSchedule:
         """Groups the steps into loops.
 
         Args:
-            least_kept: known tokens to begin with, in the image of a batch that has the fewest;
-                buckets in which no more than these are drawn are left out.
-            most_kept: those of the image that has the most.
+            least_kept: smallest number of tokens known at the start, over the images of a batch;
+                groups that draw no token after these are left out.
+            most_kept: largest number of tokens known at the start, over the images of a batch.
         """
         wanted = self.buckets_wanted
         if wanted is None:
@@ -126,7 +126,7 @@ def denoising_schedules(text: str, steps: int) -> tuple[NoiseSchedule, ...]:
 
     Args:
         text: one number, or FIRST:LAST, or FIRST:LAST:SCHEDULE.
-        steps: of sampling.
+        steps: number of sampling steps.
 
     Returns:
         The noise schedule of each sampling step.

@@ -67,21 +67,23 @@ class MARTask:
     The state's average is what samples are drawn from. Raises InputError for a value out of range.
 
     Attributes:
-        model: the transformer.
-        tokenizer: the tokenizer, frozen: of KL for a diffusion head, of VQ with one scale for a
+        model: config of the transformer.
+        tokenizer: config of the frozen tokenizer: KL for a diffusion head, VQ with one scale for a
             categorical one.
-        tokenizer_weights: a tokenizer's run or a converted directory, which must hold `tokenizer`;
-            or "random" for an untrained one, whose latents mean nothing.
+        tokenizer_weights: tokenizer's run or converted directory, whose config must equal
+            `tokenizer`; or "random" for an untrained tokenizer, whose latents mean nothing.
         optimizer: AdamW and its schedule.
-        class_dropout: share of images whose label becomes "no class".
-        attention_dropout: share of the attention's weights to drop; fused kernels cannot.
-        dropout: share of what attention and MLP give to drop.
-        least_masked: least share of tokens that is masked.
-        diffusion_repeats: noise levels for each token in a step.
+        class_dropout: fraction of images whose label becomes "no class".
+        attention_dropout: fraction of the attention weights to drop; fused kernels do not support
+            it.
+        dropout: fraction of the outputs of attention and MLP to drop.
+        least_masked: smallest fraction of tokens that is masked.
+        diffusion_repeats: number of noise levels for each token in a step.
         ema: decay of the parameters' exponential moving average; 0 for none.
-        accumulate: microbatches whose gradients are averaged in a step.
+        accumulate: number of microbatches whose gradients are averaged in a step.
         compute: number format and execution.
-        sampling: options that suit the model, for previews and as the default after loading.
+        sampling: sampling options that suit the model, for previews and as the default after
+            loading.
         plan: length of the run; the loop fills it in.
     """
 

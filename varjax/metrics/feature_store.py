@@ -21,8 +21,8 @@ class FeatureStore:
     """A folder with the features of some images, each part of them whole or absent.
 
     Args:
-        folder: absent, or begun for an equal request.
-        request: JSON data, all that the features depend on.
+        folder: folder that is absent, or was started for an equal request.
+        request: JSON data that determines the features.
 
     Raises:
         InputError: the folder holds anything else.
@@ -44,7 +44,7 @@ class FeatureStore:
         """Reads the features of a part.
 
         Args:
-            part: of the images.
+            part: numbers of the images.
             fewer: whether broken images may have been left out.
 
         Raises:

@@ -28,8 +28,8 @@ class FeatureNetwork:
     """Makes features of images: a pure function and its parameters.
 
     Attributes:
-        identity: what tells it from others, as JSON data.
-        params: its parameters.
+        identity: JSON data that distinguishes it from other networks.
+        params: parameters of the network.
         apply: (params, images (B, H, W, 3) uint8) -> {"pool_BD": …}, float32.
     """
 
@@ -68,8 +68,8 @@ def feature_network(features: str, inception: str) -> FeatureNetwork:
     """Makes the network that a command line asks for.
 
     Args:
-        features: "inception" or "pixels".
-        inception: directory of Inception's weights; "" where pixels are the features.
+        features: kind of features, "inception" or "pixels".
+        inception: directory of Inception's weights; "" for pixels.
 
     Raises:
         InputError: the two do not fit, or there are no such weights.
@@ -95,12 +95,12 @@ class FeatureExtractor:
         features = extract(images_NHWC)
 
     Args:
-        network: makes the features.
-        devices: None for all of this process.
+        network: network that computes the features.
+        devices: devices to use; None for all of this process.
 
     Attributes:
-        network: the same.
-        at_once: images of a call of the compiled program; others are padded to so many.
+        network: network that computes the features.
+        at_once: images in a call of the compiled program; smaller batches are padded.
     """
 
     def __init__(self, network: FeatureNetwork, devices: Sequence[Any] | None = None):
@@ -119,7 +119,7 @@ class FeatureExtractor:
 
         Args:
             images_NHWC: (N, H, W, 1 or 3) uint8; gray ones become RGB.
-            progress: told how many images more are done.
+            progress: function called with the number of further images done.
 
         Raises:
             InputError: images of another kind, or features that are not finite.

@@ -89,8 +89,8 @@ def inception_score(logits_NV: np.ndarray, split: int = SCORE_SPLIT) -> tuple[fl
     """Computes the Inception Score, exp E KL(p(y|x) ‖ p(y)), over splits of consecutive images.
 
     Args:
-        logits_NV: Inception's, without bias. Images must be in random order.
-        split: images of a split; what is left over makes one of its own.
+        logits_NV: Inception's logits, without bias, of images in random order.
+        split: images in a split; the remainder makes another split.
 
     Returns:
         Mean and standard deviation over the splits (Salimans et al., arXiv 1606.03498, section 4).
@@ -117,7 +117,7 @@ def precision_recall(
     Args:
         sample_ND: features of samples.
         reference_MD: features of real images.
-        neighbors: k.
+        neighbors: number k of nearest neighbors.
 
     Returns:
         Share of samples in the reference's manifold; share of the reference in the samples'.
@@ -160,7 +160,7 @@ def kernel_inception_distance(
         sample_ND: features of samples.
         reference_MD: features of real images.
         subsets: number of pairs of subsets.
-        subset_size: images of one; all that there are where they are fewer.
+        subset_size: images in a subset; all images if there are fewer.
 
     Returns:
         Mean and standard deviation over the subsets (Bińkowski et al., arXiv 1801.01401, eq. 4).

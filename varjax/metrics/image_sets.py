@@ -176,8 +176,8 @@ class DatasetImages:
     Broken ones are left out of `parts` and named, up to 1 % of them, as in training.
 
     Args:
-        data: the dataset.
-        split: "train" or "held_out".
+        data: dataset of the images.
+        split: name of the split, "train" or "held_out".
     """
 
     label_N = None

@@ -81,10 +81,10 @@ class ConvNorm(nn.Module):
     """A convolution, batch normalization by stored statistics, and ReLU.
 
     Attributes:
-        width: channels that come out.
-        kernel: height and width.
-        stride: of both.
-        padding: "SAME" or "VALID"; None for the first with stride 1 and else the second.
+        width: number of output channels.
+        kernel: height and width of the kernel.
+        stride: stride along both axes.
+        padding: "SAME" or "VALID"; None for "SAME" with stride 1, else "VALID".
     """
 
     width: int

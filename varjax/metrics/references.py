@@ -29,10 +29,11 @@ class Reference:
     """Holds what metrics need of a reference.
 
     Attributes:
-        digest: tells its content from any other.
-        moments: of "pool_ND", and of "spatial_ND" where they are known.
-        pool_MD: features of at most 10,000 of its images; None where it has none.
-        images: how many the moments are of; None where an .npz of statistics does not tell.
+        digest: identifier of the content.
+        moments: moments of "pool_ND", and of "spatial_ND" if they are known.
+        pool_MD: features of at most 10,000 images; None if only statistics are known.
+        images: number of images that the moments were computed from; None if an .npz of statistics
+            does not say.
     """
 
     digest: str
@@ -57,9 +58,9 @@ def read_reference(
     Args:
         location: an .npz with "mu" and "sigma", perhaps "mu_s", "sigma_s" and images under "arr_0"
             (as ADM's); an .npz of images; or a folder of images of one size.
-        extract: computes features; statistics in an .npz must be Inception's.
-        cache: folder for what was computed, by its content.
-        sizes: of the samples' features, by `feature_sizes`.
+        extract: extractor of the features; statistics in an .npz must be Inception's.
+        cache: folder for computed statistics, keyed by content.
+        sizes: sizes of the samples' features, from `feature_sizes`.
 
     Raises:
         InputError: it is none of these, statistics of other features or with NaN, or images of
@@ -101,10 +102,10 @@ def reference_of_images(
     """Computes the statistics of images, or reads them from `cache`.
 
     Args:
-        images: two or more.
-        digest: under which `cache` keeps them, say `images.digest`.
-        extract: computes features.
-        cache: a folder.
+        images: set of two or more images.
+        digest: identifier of the images in `cache`, usually `images.digest`.
+        extract: extractor of the features.
+        cache: folder for computed statistics.
 
     Raises:
         InputError: fewer than two images.

@@ -28,9 +28,9 @@ class SampleMetrics:
     """Holds the metrics of a set of samples.
 
     Attributes:
-        metrics: by key, as in ROWS; "inception_score_std" and "kid_std" among them.
-        left_out: why a metric is not there, by key.
-        notices: what a reader of the metrics should know, a sentence each.
+        metrics: values by key, as in ROWS, with "inception_score_std" and "kid_std".
+        left_out: reason why a metric is missing, by its key.
+        notices: remarks for readers of the metrics, one sentence each.
     """
 
     metrics: dict[str, float]
@@ -47,10 +47,10 @@ def measure(
     """Computes all metrics that features and reference allow.
 
     Args:
-        features: of the samples, in the order in which they are scored.
-        reference: what they are compared with.
-        label_N: classes of the samples, where they are known.
-        classes: how many there are; None for as many as the largest label says.
+        features: features of the samples, in the order in which they are scored.
+        reference: reference that the samples are compared with.
+        label_N: classes of the samples; None if they are not known.
+        classes: number of classes; None to take it from the largest label.
 
     Raises:
         InputError: fewer than two samples.
@@ -107,7 +107,7 @@ def looks_ordered(share_NV: np.ndarray) -> bool:
     chance explains it.
 
     Args:
-        share_NV: the probabilities of the classes of each sample.
+        share_NV: probabilities of the classes for each sample, or 1 for its class and 0 elsewhere.
     """
     if len(share_NV) < 2:
         return False

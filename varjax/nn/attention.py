@@ -33,7 +33,7 @@ class Dropout:
 
     Attributes:
         key_B: a random key for each example.
-        rate: the share; 0 leaves everything as it is.
+        rate: fraction to drop; 0 changes nothing.
     """
 
     key_B: jax.Array
@@ -69,16 +69,17 @@ def dot_product_attention(
     """Computes softmax(scale · q kᵀ) v, the softmax in float32.
 
     Args:
-        q_BlAD: queries.
-        k_BLAD: keys.
-        v_BLAD: values.
-        mask_lL: where it is False nothing is seen; None for everything.
+        q_BlAD: queries of l tokens.
+        k_BLAD: keys of L tokens.
+        v_BLAD: values of L tokens.
+        mask_lL: True where a query may attend to a key; None for everywhere.
         scale: factor on the products of queries and keys.
-        implementation: "xla", "loop" or "cudnn"; see `Compute`. "cudnn" is "xla" where
-            its kernel does not fit: with dropout, for other formats than bfloat16, for head sizes D
-            over 128 or no multiple of 8, and for fewer than 64 queries.
-        key_mask_BL: the keys of each example that may be seen, one at least; None for all.
-        dropout: of the softmax's weights; None for none.
+        implementation: "xla", "loop" or "cudnn"; see `Compute`. "xla" replaces "cudnn" if its
+            kernel does not fit: with dropout, in formats other than bfloat16, for head sizes D
+            above 128 or not a multiple of 8, and for fewer than 64 queries.
+        key_mask_BL: True for keys of each example that may be attended to, at least one; None for
+            all.
+        dropout: dropout of the softmax weights; None for none.
 
     Returns:
         (B, l, A, D) in the format of `v_BLAD`.
@@ -182,15 +183,16 @@ def cached_attention(
     """Attends to the keys and values of a cache; (B, l, A, D), as `dot_product_attention`.
 
     Args:
-        q_BlAD: queries.
-        past: the cache, which holds the keys and values of these tokens, too.
-        mask_lL: as in `dot_product_attention`.
-        scale: the same.
-        implementation: as there, or "grouped": "xla" for so few images at a time that their logits
-            stay in fast memory, and whose keys and values are read from the cache without a copy
-            of all.
-        key_mask_BL: as there.
-        dropout: the same.
+        q_BlAD: queries of l tokens.
+        past: cache, which already holds the keys and values of these tokens.
+        mask_lL: True where a query may attend to a key; None for everywhere.
+        scale: factor on the products of queries and keys.
+        implementation: an implementation of `dot_product_attention`, or "grouped": "xla" for as
+            many images at a time as keep their logits in fast memory, with keys and values read
+            from the cache without copying all of it.
+        key_mask_BL: True for keys of each example that may be attended to, at least one; None for
+            all.
+        dropout: dropout of the softmax weights; None for none.
     """
     B, queries, heads, _ = q_BlAD.shape
 
@@ -288,10 +290,10 @@ class MultiHeadAttention(nn.Module):
     """Self-attention of the l new tokens over everything in `past` and themselves.
 
     Attributes:
-        heads: number of heads.
-        scale: factor f in f·q·k/√D; None for q and k that are L2-normalized, with a temperature (at
-            most 100) that each head learns.
-        key_bias: whether keys have a bias, as queries and values always do.
+        heads: number of attention heads.
+        scale: factor f in f·q·k/√D; None for L2-normalized q and k, with a temperature (at most
+            100) that each head learns.
+        key_bias: whether keys have a bias; queries and values always do.
         compute: number format and implementation.
         kernel_init: initializer of q, k and v.
         out_init: initializer of the output projection.

@@ -24,12 +24,13 @@ class Encoder(nn.Module):
 
     Attributes:
         width: channels of the first level.
-        multipliers: of the width at each level; each level after the first halves the map.
-        blocks: residual blocks of a level.
-        groups: of the group norms.
+        multipliers: factors on `width`, one per level; each level after the first halves the map.
+        blocks: number of residual blocks in each level.
+        groups: number of groups in each group norm.
         feature_channels: channels of the features.
-        attention: levels with attention after each block, -1 for the coarsest; besides the middle.
-        format: of the convolutions.
+        attention: levels with attention after each block, -1 for the coarsest, in addition to the
+            middle.
+        format: number format of the convolutions.
     """
 
     width: int
@@ -58,13 +59,14 @@ class Decoder(nn.Module):
     """Maps features (B, h, w, Z) to images (B, f·h, f·w, image_channels), not clipped.
 
     Attributes:
-        width: as the encoder's, like `multipliers`, `groups` and `format`.
-        multipliers: of the width at each level.
-        blocks: residual blocks of a level of the encoder; a level here has one more.
-        groups: of the group norms.
-        image_channels: of the images.
-        attention: as the encoder's; the coarsest level is the first one here.
-        format: of the convolutions.
+        width: channels of the encoder's first level, which is the last one here.
+        multipliers: factors on `width`, one per level, in the encoder's order.
+        blocks: number of residual blocks in each level of the encoder; a level here has one more.
+        groups: number of groups in each group norm.
+        image_channels: number of image channels.
+        attention: levels with attention, numbered as in the encoder: -1 is the coarsest, the first
+            one here.
+        format: number format of the convolutions.
     """
 
     width: int
@@ -241,10 +243,11 @@ def map_images(
     """Applies a function to a batch, piece by piece where that is better; not for training.
 
     Args:
-        function: of arrays with a leading batch axis, whose rows do not depend on each other.
-        x: the batch.
-        image_shape: (H, W, channels) of the images that go in or come out.
-        compute: tells what the program is compiled for.
+        function: function of arrays with a leading batch axis, whose rows do not depend on each
+            other.
+        x: batch of images or features.
+        image_shape: (H, W, channels) of the input or output images.
+        compute: execution settings, which name the platform to compile for.
     """
     H, W, _ = image_shape
     if compute.loops_over_images and H * W >= PIXELS_OF_LARGE_IMAGES:
@@ -263,7 +266,7 @@ def decoding_bytes(batch: int, image_shape: tuple[int, int, int], width: int) ->
     Args:
         batch: number of images.
         image_shape: (H, W, channels) of an image.
-        width: of the decoder at full resolution, where three float32 maps are there at once.
+        width: channels of the decoder at full resolution, where three float32 maps exist at once.
     """
     H, W, channels = image_shape
     at_once = batch // _pieces(batch, 1, H * W)

@@ -30,25 +30,26 @@ class Compute:
     """Number format and execution of a model; changes how, not what it computes.
 
     Attributes:
-        dtype: format of matrix products, and in VAR's training of the residual stream. "auto" is
-            bfloat16 on an accelerator and float32 on a CPU. Softmax, norms, logits, the parameters
-            of a training, and MAR's residual streams are always float32.
-        attention: "xla" runs anywhere; "grouped" is "xla", but with a key-value cache for so few
-            images at a time that their logits stay in a TPU's fast memory; "cudnn" is the fused
-            kernel, for 64 queries or more (NVIDIA, bfloat16); "loop" goes over images and heads,
-            which suits a CPU. "auto" is "loop" on a CPU, unless it plays several devices: a loop
-            over images cannot be spread; "cudnn" on NVIDIA (Ampere or later) in bfloat16; "grouped"
-            on TPUs where there is a key-value cache; and "xla" elsewhere.
+        dtype: number format of matrix products and, in VAR's training, of the residual stream.
+            "auto" is bfloat16 on an accelerator and float32 on a CPU. Softmax, norms, logits,
+            parameters in training, and MAR's residual streams are always float32.
+        attention: implementation of attention. "xla" runs anywhere; "grouped" is "xla", but with a
+            key-value cache it takes as many images at a time as keep their logits in a TPU's fast
+            memory; "cudnn" is the fused kernel, for 64 queries or more (NVIDIA, bfloat16); "loop"
+            loops over images and heads, which suits a CPU. "auto" is "loop" on a CPU with one
+            device (a loop over images cannot be spread over several); "cudnn" on NVIDIA (Ampere or
+            later) in bfloat16; "grouped" on TPUs with a key-value cache; and "xla" elsewhere.
         remat: what the backward pass recomputes: "none", all of a "block", or all but matrix
-            products ("dots"), which is faster than "none" for large models, too: a scan over layers
-            copies what it keeps.
-        unroll: unroll the layers instead of scanning them: slower to compile, but a scan copies
-            what the backward pass needs (docs/benchmarks.md), and tiny models are faster.
-        encoder_precision: products of a frozen tokenizer's encoder, whose numbers are float32, as
-            `float32_convolution` takes it. "auto" is "bfloat16_3x" on TPUs, "tf32_3x" on GPUs, and
-            "highest" on a CPU. Pipelines and evaluation use "highest" whatever it says.
-        platform: what programs are compiled for: "cpu" (a single device), "gpu" (NVIDIA) or "tpu";
-            "auto" is the machine that this is. "gpu" is Ampere or later.
+            products ("dots"). "dots" is faster than "none" even for large models, because a scan
+            over layers copies what it keeps.
+        unroll: whether to unroll the layers instead of scanning them. Unrolling is slower to
+            compile, but avoids the copies that a scan makes for the backward pass
+            (docs/benchmarks.md), and makes tiny models faster.
+        encoder_precision: precision of the products in a frozen tokenizer's encoder, whose numbers
+            are float32; see `float32_convolution`. "auto" is "bfloat16_3x" on TPUs, "tf32_3x" on
+            GPUs, and "highest" on a CPU. Pipelines and evaluation always use "highest".
+        platform: platform to compile for: "cpu" (a single device), "gpu" (NVIDIA, Ampere or later)
+            or "tpu"; "auto" for this machine's.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -177,9 +178,9 @@ class ConvFormat:
     """How convolutions compute.
 
     Attributes:
-        dtype: of what goes in and comes out.
-        precision: of products, where `dtype` is float32; as `float32_convolution` takes it.
-        platform: the same.
+        dtype: number format of inputs and outputs.
+        precision: precision of the products if `dtype` is float32; see `float32_convolution`.
+        platform: platform to compile for; see `float32_convolution`.
     """
 
     dtype: Any = jnp.float32
@@ -198,10 +199,11 @@ def float32_convolution(precision: Precision, platform: str) -> Callable[..., ja
     """Returns `jax.lax.conv_general_dilated` of float32 numbers with products of a precision.
 
     Args:
-        precision: "highest" is float32; "bfloat16" and "tf32" round both operands; with "_3x" three
-            products of such numbers make one, all but the product of the rests.
-        platform: "cpu", "gpu" or "tpu". Where the machine does not multiply like that by itself,
-            operands are rounded first: the same numbers, but no faster.
+        precision: "highest" is float32; "bfloat16" and "tf32" round both operands; with "_3x",
+            three products of rounded numbers replace one and leave out only the product of the
+            rounding errors.
+        platform: "cpu", "gpu" or "tpu". If the machine does not support the precision, operands are
+            rounded first: the results are equal, but no faster.
     """
 
     def convolution(lhs: jax.Array, rhs: jax.Array, *args: Any, **options: Any) -> jax.Array:

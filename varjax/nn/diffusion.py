@@ -129,15 +129,15 @@ class Coefficients:
     """Holds what losses and steps need of a schedule, each array (J,) or of some of its timesteps.
 
     Attributes:
-        timestep: what the denoiser is told.
+        timestep: timestep passed to the denoiser.
         x0_of_xt: x_0 = x0_of_xt · x_t - x0_of_noise · noise.
-        x0_of_noise: the other factor.
+        x0_of_noise: factor on the noise in that equation.
         mean_of_x0: the mean of x_{t-1} is mean_of_x0 · x_0 + mean_of_xt · x_t.
-        mean_of_xt: the other factor.
-        least_log_variance: of x_{t-1} given x_t: that of the posterior, log β̃.
-        most_log_variance: log β.
+        mean_of_xt: factor on x_t in that equation.
+        least_log_variance: smallest log variance of x_{t-1} given x_t: the posterior's, log β̃.
+        most_log_variance: largest log variance of x_{t-1} given x_t: log β.
         signal: x_t = signal · x_0 + noise · normal noise.
-        noise: the other factor.
+        noise: factor on the noise in that equation.
     """
 
     timestep: Table
@@ -166,10 +166,10 @@ def diffusion_loss(
     """Computes the hybrid loss of iDDPM (its eq. 16, both terms of weight 1) of each vector.
 
     Args:
-        denoise: the denoiser.
+        denoise: function that predicts the noise and the variance.
         x0_NZ: vectors without noise.
-        t_N: their timesteps, 0 … 999.
-        noise_NZ: normal noise.
+        t_N: timesteps of the vectors, 0 … 999.
+        noise_NZ: standard normal noise.
 
     Returns:
         (N,) each: the mean square of the noise's error, and the variational bound in bits a number,
@@ -201,11 +201,12 @@ def reverse_diffusion(
     """Draws vectors by undoing the noise step by step (Ho et al. 2020, DDPM, algorithm 2).
 
     Args:
-        denoise: the denoiser; its t_N has one entry, for all vectors.
-        coefficients: of a schedule, J of them or more.
-        steps: J; may be traced, and then has no gradient.
-        draw: j -> normal noise (N, Z): for j = J the vectors to start from, and for j = J-1 … 1
-            what the step from timestep number j adds.
+        denoise: function that predicts the noise and the variance; its t_N has one entry, for all
+            vectors.
+        coefficients: coefficients of a schedule with at least J timesteps.
+        steps: number J of steps; may be traced, and then has no gradient.
+        draw: j -> normal noise (N, Z): for j = J the vectors to start from, and for j = J-1 … 1 the
+            noise added by the step from timestep number j.
         temperature: factor on the noise that steps add.
         clip_denoised: largest |x_0| that a step may aim at; None or 0 for no limit.
 

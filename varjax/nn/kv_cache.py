@@ -14,8 +14,8 @@ class KeyValues:
     All heads lie side by side in one axis, C = A·D: with axes A and D a TPU would pad D to 128.
 
     Attributes:
-        keys_SBLC: of every token that there will be.
-        values_SBLC: the same.
+        keys_SBLC: keys of all tokens, of every layer.
+        values_SBLC: values of all tokens, of every layer.
     """
 
     keys_SBLC: jax.Array
@@ -30,11 +30,11 @@ class KeyValues:
         Args:
             depth: number of layers S.
             batch: number of examples B.
-            length: of the whole sequence, L.
-            width: C, of all heads together.
-            dtype: number format.
-            zeros: whether it is zeros, as it must be where what is not written is read, and masked;
-                False leaves what is in memory, which saves writing it.
+            length: length L of the whole sequence.
+            width: total channels C of all heads.
+            dtype: number format of keys and values.
+            zeros: whether to fill it with zeros, which is required if unwritten entries are read,
+                and masked; False leaves the memory as it is, which is faster.
         """
         make = jnp.zeros if zeros else jax.lax.empty
         shape = depth, batch, length, width
@@ -46,10 +46,10 @@ class LayerCache:
     """Gives one layer its part of a cache, and takes what the layer adds.
 
     Attributes:
-        cache: of all layers.
-        number: of the layer, from 0.
-        start: place of the first new token in the sequence.
-        stop: how many tokens are read, from the first; static.
+        cache: cache of all layers.
+        number: index of the layer, from 0.
+        start: position of the first new token in the sequence.
+        stop: number of tokens that are read, from the first; static.
     """
 
     cache: KeyValues
@@ -76,7 +76,7 @@ class LayerCache:
 
         Args:
             first: number of the first example.
-            count: how many.
+            count: number of examples.
         """
 
         def some(all_SBLC):

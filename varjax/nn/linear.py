@@ -18,11 +18,11 @@ def dense(
     """Makes a linear layer; its parameters are float32, its bias is 0 at first.
 
     Args:
-        features: number of results.
-        dtype: format of what is multiplied, and of the results.
+        features: number of output features.
+        dtype: number format of the operands and the results.
         init: initializer of the kernel.
-        name: of the layer among the parameters; None for that of the attribute that holds it.
-        use_bias: whether it has a bias.
+        name: name of the layer among the parameters; None for the attribute's name.
+        use_bias: whether the layer has a bias.
     """
     return nn.Dense(
         features,
@@ -39,9 +39,9 @@ class OutputHead(nn.Module):
     """A linear layer whose results are float32, exact sums of products of `dtype`.
 
     Attributes:
-        features: number of results.
-        dtype: format of what is multiplied.
-        kernel_init: initializer of the kernel; the bias is 0 at first.
+        features: number of output features.
+        dtype: number format of the operands.
+        kernel_init: initializer of the kernel; the bias starts at 0.
     """
 
     features: int

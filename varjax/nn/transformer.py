@@ -19,13 +19,14 @@ class Block(nn.Module):
 
     Attributes:
         heads: number of attention heads.
-        depth: number of such blocks, over which the residual branches add up.
-        cosine: L2-normalized queries and keys; without it, their products count a quarter of the
-            usual.
-        shared_adaln: the signals are a learned (6, C) table plus signals that all blocks share,
-            instead of a linear layer of the block's own.
+        depth: number of blocks in the stack, which determines the initial size of the residual
+            branches.
+        cosine: whether queries and keys are L2-normalized; if not, their products get a quarter of
+            the usual scale.
+        shared_adaln: whether the AdaLN signals are a learned (6, C) table plus signals shared by
+            all blocks, instead of the block's linear layer.
         init_std: standard deviation of all linear layers.
-        gate_init: factor on it for the gates.
+        gate_init: factor on `init_std` for the gates.
         compute: number format and execution.
     """
 
@@ -103,9 +104,9 @@ class MLP(nn.Module):
     """Linear, GELU, linear.
 
     Attributes:
-        dtype: format of the matrix products.
+        dtype: number format of the matrix products.
         kernel_init: initializer of the first layer.
-        out_init: initializer of the second one.
+        out_init: initializer of the second layer.
         tanh_gelu: whether GELU is approximated by tanh.
     """
 
@@ -157,14 +158,15 @@ def run_blocks(
 
     Args:
         block: the module of one block.
-        params: of all blocks, stacked.
-        x_BlC: the tokens.
-        cond: what the AdaLN signals are made from, layer by layer; or
-        signals_SB6C: the signals themselves, by `adaln_signals`.
-        cache: earlier tokens, which these also see; None in training.
-        start: how many of them there are.
-        mask_lL: which tokens see which; None for all.
-        keep_S2B: by `drop_path`; None keeps every branch.
+        params: parameters of all blocks, stacked.
+        x_BlC: tokens to process.
+        cond: input of the AdaLN signals, which are computed layer by layer; give it or
+            `signals_SB6C`.
+        signals_SB6C: AdaLN signals of all layers, from `adaln_signals`; give them or `cond`.
+        cache: earlier tokens, which these also attend to; None in training.
+        start: number of earlier tokens in the cache.
+        mask_lL: True where a token may attend to another; None for all.
+        keep_S2B: factors on the residual branches, from `drop_path`; None keeps every branch.
 
     Returns:
         The tokens (B, l, C), and the cache with them (None without one).
@@ -196,10 +198,10 @@ def drop_path(key: jax.Array, depth: int, batch: int, rate: float) -> jax.Array 
     """Draws which residual branches to drop (stochastic depth, Huang et al. 2016).
 
     Args:
-        key: of the step.
+        key: random key of the step.
         depth: number of layers S.
         batch: number of examples B.
-        rate: share that the last layer drops; it rises linearly from 0 at the first.
+        rate: fraction that the last layer drops; it rises linearly from 0 at the first.
 
     Returns:
         keep_S2B: 0 or 1/(1-p) per example and branch; None if `rate` is 0.

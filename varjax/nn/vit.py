@@ -78,14 +78,15 @@ def run_vit_blocks(
 
     Args:
         block: the module of one block.
-        params: of all blocks, stacked, by `init_vit_blocks`.
-        x_BlC: the tokens, float32.
-        mask_lL: which tokens see which; None for all.
-        key_mask_BL: the tokens of each example that may be seen: all of the cache's places.
-        cache: of earlier tokens, to which these are added.
-        start: the first one's place there.
-        attention_dropout: of the attention's weights; None for none.
-        dropout: of what attention and each layer of the MLP give; None for none.
+        params: parameters of all blocks, stacked by `init_vit_blocks`.
+        x_BlC: tokens to process, float32.
+        mask_lL: True where a token may attend to another; None for all.
+        key_mask_BL: True for tokens of each example that may be attended to; with a cache, over all
+            its positions.
+        cache: cache of earlier tokens, to which these are added.
+        start: position of the first new token in the cache.
+        attention_dropout: dropout of the attention weights; None for none.
+        dropout: dropout of the outputs of attention and of each MLP layer; None for none.
 
     Returns:
         The tokens (B, l, C), and the cache with them (None without one).

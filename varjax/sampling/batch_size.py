@@ -36,11 +36,11 @@ def choose_batch_size(
     of SIZES that fits into the memory of all devices and leaves none of them without work.
 
     Args:
-        asked: a number or "auto".
-        model: that samples.
-        options: the model's own.
-        images: how many there will be, on all devices of all processes.
-        begun: returns the size that the output was begun with, if it was.
+        asked: batch size, a number or "auto".
+        model: model that samples.
+        options: sampling options of the model.
+        images: total number of images, on all devices of all processes.
+        begun: function that returns the batch size with which the output was started, or None.
     """
     if isinstance(asked, int):
         return min(asked, images)
@@ -74,9 +74,9 @@ def fitting_batch_size(bytes_needed: Callable[[int], int], memory: int, largest:
     """Returns the largest of SIZES, cut to `largest`, that fits into a memory; 1 if none does.
 
     Args:
-        bytes_needed: by a number of images.
-        memory: of a device, in bytes; USABLE of it are there for sampling.
-        largest: the most images.
+        bytes_needed: number of images -> bytes needed.
+        memory: bytes of a device's memory, of which the fraction USABLE is available for sampling.
+        largest: largest number of images.
     """
     sizes = (min(size, largest) for size in SIZES)
     return next((n for n in sizes if bytes_needed(n) <= USABLE * memory), 1)

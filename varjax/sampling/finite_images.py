@@ -23,11 +23,11 @@ def check_finite_images(
     """Checks images that are about to be written, where NaN would be black.
 
     Args:
-        images_BHWC: floats.
-        index_B: their numbers.
-        label_B: their classes.
-        seed: of all of them.
-        advice: returns what to try, by `Sampler.advise_on_nan`.
+        images_BHWC: float images to check.
+        index_B: numbers of the images.
+        label_B: classes of the images.
+        seed: random seed of all images.
+        advice: function that returns what to try, usually `Sampler.advise_on_nan`.
 
     Raises:
         InputError: an image holds NaN or infinite numbers; names the first one.

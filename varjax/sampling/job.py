@@ -30,11 +30,11 @@ class SamplingJob:
     not depend on how many devices there are. Raises InputError for too many images.
 
     Attributes:
-        labels: classes.
-        count: images of each.
-        seed: the seed of all of them.
-        options: the model's own frozen dataclass.
-        batch_size: images of a part.
+        labels: classes to sample.
+        count: number of images of each class.
+        seed: random seed of all images.
+        options: sampling options of the model, a frozen dataclass.
+        batch_size: number of images in a part.
     """
 
     labels: tuple[int, ...]
@@ -109,7 +109,8 @@ def locked_for_job(folder: Callable[[], pathlib.Path | None]) -> Iterator[None]:
     Of several processes of a job the first one holds the lock.
 
     Args:
-        folder: called in the first process; returns None where no lock is needed.
+        folder: function that returns the folder, called in the first process; None means that no
+            lock is needed.
 
     Raises:
         InputError: in all processes, where another command is at work there.

@@ -83,9 +83,9 @@ def check_out_holds(location: str, images: int, image_shape: Sequence[int]) -> N
     """Checks, before they are drawn, that an output can hold images.
 
     Args:
-        location: as `check_out` takes it.
-        images: how many.
-        image_shape: (H, W, channels).
+        location: path of the output, as `check_out` takes it.
+        images: number of images.
+        image_shape: (H, W, channels) of an image.
 
     Raises:
         InputError: too many images for a grid, or channels that such a file does not have.

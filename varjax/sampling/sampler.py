@@ -29,8 +29,8 @@ class Sampler(Protocol):
     Attributes:
         classes: number of classes; the label `classes` itself means "no class".
         image_shape: (H, W, channels) of an image.
-        edit_shape: (h, w) of the map on which an edit says what to keep.
-        devices: the devices that share out a batch.
+        edit_shape: (h, w) of the map on which an edit marks what to keep.
+        devices: devices that share each batch.
     """
 
     @property
@@ -81,10 +81,10 @@ class Sampler(Protocol):
         """Samples one image for each label: (B, H, W, channels) float32 in [0, 1].
 
         Args:
-            labels: (B,) classes.
+            labels: (B,) classes to draw.
             seed: image i is a function of (seed, index[i], label, options) alone.
             index: (B,) numbers of the images; None for 0 … B-1.
-            options: fields of `options()` to replace.
+            options: fields of `options()` that are replaced.
         """
         ...
 
@@ -102,7 +102,7 @@ class Sampler(Protocol):
 
         Args:
             images_BHWC: uint8, or float in [0, 1]; one image, or one for each of `index`.
-            keep: (h, w) or (B, h, w) bool on a map of `edit_shape`.
+            keep: (h, w) or (B, h, w) bool on a map of `edit_shape`; True keeps what is there.
             labels: (B,) classes; None for no class.
         """
         ...
@@ -122,9 +122,9 @@ def checked_labels(labels: Any, classes: int, batch: int | None = None) -> jax.A
     """Returns labels as (B,) int32.
 
     Args:
-        labels: numbers of classes; `classes` itself means "no class".
-        classes: how many there are.
-        batch: B, where it is given by something else.
+        labels: class numbers; `classes` itself means "no class".
+        classes: number of classes.
+        batch: number of labels B if it is fixed by another argument, else None.
 
     Raises:
         InputError: another number of labels, none at all, or one that is no class.
@@ -142,9 +142,9 @@ def checked_keys(seed: Any, index: Any, batch: int) -> jax.Array:
     """Returns the key of each image, (B,), as `image_keys`.
 
     Args:
-        seed: of all images.
-        index: their numbers; None for 0 … B-1.
-        batch: B.
+        seed: random seed of all images.
+        index: numbers of the images; None for 0 … B-1.
+        batch: number of images B.
 
     Raises:
         InputError: a seed or a number that JAX would cut off, or another number of images.
@@ -181,12 +181,12 @@ def checked_edit(
     """Checks what `Sampler.edit` is given.
 
     Args:
-        images: how many there are.
-        keep: as `Sampler.edit` takes it.
-        labels: the same.
-        index: the same.
+        images: number of images given.
+        keep: tokens to keep, as `Sampler.edit` takes them.
+        labels: classes, as `Sampler.edit` takes them.
+        index: numbers of the results, as `Sampler.edit` takes them.
         shape: the model's `edit_shape`.
-        classes: how many there are.
+        classes: number of classes.
 
     Returns:
         (index (B,), keep (B, h, w), labels (B,)).
@@ -221,7 +221,7 @@ def nan_advice(params: PyTree, dtype: Any, *others: str) -> str:
 
     Args:
         params: the model's weights, on the host.
-        dtype: of its matrix products.
+        dtype: number format of the matrix products.
         others: further advice, "" for none.
     """
     if bad := trees.nonfinite(params):
@@ -239,9 +239,9 @@ def option_field(default: Any, help: str, static: bool = False) -> Any:
     """Makes a field of an options dataclass (flax.struct), which becomes a keyword and a flag.
 
     Args:
-        default: its value where nothing is given.
-        help: of the flag.
-        static: whether another value needs another compilation.
+        default: default value of the option.
+        help: help text of the flag.
+        static: whether a new value requires a new compilation.
     """
     return flax.struct.field(not static, default=default, metadata={"help": help})
 

@@ -52,9 +52,9 @@ class Tokenizer(Protocol):
         """Encodes images into latents that training may read instead of them.
 
         Args:
-            params: as `init` gives them.
+            params: parameters in the layout of `init`.
             images_BHWC: uint8, or floats in [0, 1].
-            compute: its `encoder_precision`, and what to compile for.
+            compute: execution settings: `encoder_precision`, and the platform to compile for.
 
         Returns:
             The arrays of `latent_spec`, each with a leading batch axis, int32 or float32.
@@ -65,9 +65,9 @@ class Tokenizer(Protocol):
         """Decodes what `encode` returns into images (B, H, W, channels), float32 in [0, 1].
 
         Args:
-            params: as `init` gives them.
-            latents: of which all but the first array of `latent_spec` may be left out.
-            compute: the decoder's number format, and what to compile for.
+            params: parameters in the layout of `init`.
+            latents: arrays of `latent_spec`, of which only the first is required.
+            compute: number format of the decoder, and the platform to compile for.
         """
         ...
 

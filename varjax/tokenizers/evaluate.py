@@ -74,14 +74,15 @@ def evaluate_tokenizer(
     """Measures all held-out images, and writes evaluation.json, scales.png and worst.png.
 
     Args:
-        weights: where the tokenizer lies; see `load_tokenizer`.
-        data: the images, as on the command line.
-        out: folder for the three files.
-        batch_size: images at a time, of all devices.
-        ema: of a run, the averaged weights or not; None for them if there are any.
-        lpips: directory of LPIPS's weights; "" to do without.
-        inception: directory of Inception's weights, for FID; "" to do without.
-        crop: of photographs, as `choose_crop` takes it.
+        weights: location of the tokenizer; see `load_tokenizer`.
+        data: dataset of the images, as on the command line.
+        out: folder of the three output files.
+        batch_size: images at a time, over all devices.
+        ema: True evaluates a run's averaged weights, False the others; None evaluates the averaged
+            weights if there are any.
+        lpips: directory of LPIPS's weights; "" to skip LPIPS.
+        inception: directory of Inception's weights, for FID; "" to skip FID.
+        crop: kind of crop of photographs, as `choose_crop` takes it.
 
     Returns:
         The data of evaluation.json.

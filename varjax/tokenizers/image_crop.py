@@ -31,8 +31,8 @@ def choose_crop(flag: str, location: str | pathlib.Path | None) -> Crop:
     """Returns the crop that a flag names.
 
     Args:
-        flag: "auto", "var" or "adm".
-        location: the model, whose recipe is "auto"; None for VAR's.
+        flag: kind of crop, "auto", "var" or "adm".
+        location: location of the model, whose recipe "auto" follows; None for VAR's.
 
     Raises:
         InputError: another flag, or no model is there.

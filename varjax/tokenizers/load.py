@@ -40,8 +40,8 @@ class LoadedTokenizer:
         images_BHWC = tokenizer.decode(latents)
 
     Attributes:
-        config: the tokenizer; see `varjax.tokenizers.contract.Tokenizer`.
-        params: its weights.
+        config: config of the tokenizer; see `varjax.tokenizers.contract.Tokenizer`.
+        params: parameters of the tokenizer.
     """
 
     def __init__(self, config: Tokenizer, params: PyTree):
@@ -67,7 +67,7 @@ class LoadedTokenizer:
         """Decodes latents into images (B, H, W, channels), float32 in [0, 1].
 
         Args:
-            latents: what `encode` returned, or its first array alone: tokens, or means.
+            latents: result of `encode`, or its first array alone: tokens, or means.
 
         Raises:
             InputError: arrays of other names or shapes.
@@ -88,9 +88,10 @@ def load_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> Loa
     """Loads a tokenizer alone, ready to encode and decode.
 
     Args:
-        location: a run of a tokenizer, a run that builds on one, a converted directory, or the
-            name of a published model: "vae_ch160v4096z32", "var_d16".
-        ema: of a tokenizer's run, the averaged weights or not; None for them if there are any.
+        location: run of a tokenizer, run that uses one, converted directory, or name of a published
+            model: "vae_ch160v4096z32", "var_d16".
+        ema: True reads the averaged weights of a tokenizer's run, False the others; None reads the
+            averaged weights if there are any.
 
     Raises:
         InputError: says what `location` lacks.

@@ -36,10 +36,10 @@ class LatentMetrics:
     """Holds what is measured of one kind of tokenizer besides its reconstructions.
 
     Attributes:
-        measure: (config, params, images in [-1, 1], valid_B) -> the reconstruction after each
-            scale, (K, B, H, W, C) in [-1, 1]; measures of each image, by names that end in their
-            shape, "rest_KB"; and by name, what adds over batches.
-        summary: (config, params, mean of each measure, the added, number of images) -> JSON data.
+        measure: (config, params, images in [-1, 1], valid_B) -> reconstructions after each scale,
+            (K, B, H, W, C) in [-1, 1]; measures of each image, by names that end in their shape,
+            such as "rest_KB"; and sums over the batch, by name.
+        summary: (config, params, mean of each measure, sums, number of images) -> JSON data.
         lines: report -> its lines of text.
     """
 
@@ -73,9 +73,9 @@ def measure_batch(
     """Measures the reconstructions of a batch of images.
 
     Args:
-        config: the tokenizer.
-        params: its parameters.
-        lpips_params: as `load_lpips` gives them; None to do without LPIPS.
+        config: config of the tokenizer.
+        params: parameters of the tokenizer.
+        lpips_params: parameters of LPIPS, from `load_lpips`; None to skip LPIPS.
         batch: {"image_BHWC": uint8, "valid_B"}.
 
     Returns:
@@ -105,8 +105,8 @@ class Reconstruction:
     """Holds a held-out image and its reconstructions.
 
     Attributes:
-        number: of the image in the split.
-        psnr: in dB.
+        number: number of the image in the split.
+        psnr: PSNR in dB.
         rows: (1+K, H, W, C) uint8, the image and its reconstruction after each scale.
     """
 
@@ -120,12 +120,12 @@ class SplitMeasures:
     """Holds all that was measured of a split.
 
     Attributes:
-        config: the tokenizer.
-        params: its parameters.
-        by_image: the measures, the last axis over the images that could be read.
-        added: what adds over images.
-        shown: the reconstructions asked for.
-        worst: those of the lowest PSNR, lowest first.
+        config: config of the tokenizer.
+        params: parameters of the tokenizer.
+        by_image: measures by name, whose last axis is over the images that could be read.
+        added: sums over images, by name.
+        shown: reconstructions that were asked for.
+        worst: reconstructions with the lowest PSNR, lowest first.
     """
 
     config: Tokenizer
@@ -165,14 +165,14 @@ def measure_split(
     """Measures all held-out images; batch size and devices change nothing but rounding.
 
     Args:
-        config: the tokenizer.
-        params: its parameters.
-        loader: gives the images.
-        lpips_params: as `load_lpips` gives them; None to do without LPIPS.
+        config: config of the tokenizer.
+        params: parameters of the tokenizer.
+        loader: loader of the images.
+        lpips_params: parameters of LPIPS, from `load_lpips`; None to skip LPIPS.
         show: numbers of images whose reconstructions are kept.
         worst: number of the worst reconstructions that are kept.
-        progress: wraps the batches, to show how far it is.
-        each: given images and their reconstructions, (n, H, W, C) uint8 both, batch by batch.
+        progress: function that wraps the batches to show progress.
+        each: function called with each batch's images and reconstructions, both (n, H, W, C) uint8.
 
     Raises:
         InputError: there is no image at all, or a reconstruction is NaN.

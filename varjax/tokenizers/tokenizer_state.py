@@ -21,9 +21,9 @@ def join_state(state: TrainState, others: dict[str, PyTree]) -> TrainState:
     """Puts what changes besides the tokenizer into its `opt_state`, if there is anything.
 
     Args:
-        state: the tokenizer's.
-        others: by name; None for what this run does without. Where it does without all of them,
-            the state stays as it is.
+        state: train state of the tokenizer.
+        others: further state by name; None for parts that this run does not have. Without any part,
+            the state is returned unchanged.
     """
     others = {name: x for name, x in others.items() if x is not None}
     if not others:

@@ -29,8 +29,9 @@ class BackgroundWriter:
     error, and one of the return, not one for each entry.
 
     Args:
-        name: for those lines.
-        open_writer: makes the writer; gets False at the first time, and True once one was made.
+        name: name of the writer in these lines.
+        open_writer: function that makes the writer. Its argument is False until a writer was made,
+            and True afterwards.
     """
 
     def __init__(self, name: str, open_writer: Callable[[bool], RunWriter]):
@@ -61,7 +62,7 @@ class BackgroundWriter:
         """Waits until all is written, unless the writer fails or has been behind ever since.
 
         Args:
-            deadline: by `time.monotonic`, when the wait ends in any case.
+            deadline: time at which the wait ends in any case, by `time.monotonic`.
         """
         with self._changed:
             if not self._overdue:
@@ -132,7 +133,7 @@ class BackgroundWriter:
         """Waits for an entry, and first for the time of another attempt; None to end.
 
         Args:
-            closed: whether the writer has to be opened.
+            closed: whether the writer must be opened first.
         """
         with self._changed:
             if closed and self._failures:

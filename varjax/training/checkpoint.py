@@ -43,10 +43,10 @@ def read_state(
     """Reads the whole state of a step, each process its part; all processes must call it.
 
     Args:
-        saved: the checkpoints of a run.
-        step: one of them.
+        saved: checkpoints of a run.
+        step: step number of the checkpoint.
         abstract: shapes and dtypes of the state.
-        shardings: where its arrays shall lie; need not be as they were saved.
+        shardings: shardings of the restored arrays, which may differ from those at saving.
 
     Returns:
         (state, the `meta` saved with it).
@@ -75,9 +75,9 @@ class Checkpoints:
     which the next start removes.
 
     Args:
-        directory: of the checkpoints <directory>/<step>.
-        keep: how many of the last stay.
-        keep_every: those of steps that are its multiples stay for good; 0 for none.
+        directory: directory of the checkpoints <directory>/<step>.
+        keep: number of most recent checkpoints to keep.
+        keep_every: checkpoints at multiples of this step are kept for good; 0 for none.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int = 2, keep_every: int = 0):
@@ -122,9 +122,9 @@ class Checkpoints:
         saved under settings that were since changed.
 
         Args:
-            step: updates done.
-            state: arrays spread over all processes.
-            meta: plain JSON data to keep with them.
+            step: number of updates done.
+            state: arrays sharded over all processes.
+            meta: plain JSON data to store with them.
 
         Raises:
             StorageError: an earlier save failed, or this one at once.
@@ -171,8 +171,8 @@ class Checkpoints:
 
         Args:
             abstract: shapes and dtypes of the state.
-            shardings: where its arrays shall lie; need not be as they were saved.
-            step: to read this one only.
+            shardings: shardings of the restored arrays, which may differ from those at saving.
+            step: step number to read; None for the newest checkpoint that can be read.
 
         Returns:
             (state, meta), or None where no step is there.

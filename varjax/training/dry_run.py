@@ -27,8 +27,8 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     they need on a device; takes one step with fresh parameters. Nothing is written.
 
     Args:
-        experiment: the run.
-        say: gets each line; None prints them in the first process.
+        experiment: settings of the run.
+        say: function that gets each line; None prints them in the first process.
 
     Raises:
         InputError: what `train` would raise as well.

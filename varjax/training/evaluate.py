@@ -32,12 +32,12 @@ class Evaluator:
         metrics = evaluator.metrics(state)  # {"eval/loss": …, "eval_ema/loss": …}
 
     Args:
-        task: gives the computations.
-        loader: gives the held-out batches.
+        task: task that defines the computations.
+        loader: loader of the held-out batches.
         frozen: the task's pretrained weights, on the mesh.
-        mesh: over all devices.
+        mesh: mesh of all devices.
         batch_size: rows of a batch, over all processes.
-        compiling: makes a context for the first use of each computation.
+        compiling: function that makes a context for the first use of each computation.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Evaluator:
         """Computes metrics over all held-out images, whatever the batch size and the processes.
 
         Args:
-            state: to evaluate.
-            stop: asked before each batch; once it returns True, the evaluation ends.
+            state: train state to evaluate.
+            stop: function asked before each batch; once it returns True, the evaluation ends.
 
         Returns:
             "eval/NAME" for the parameters and, where there is one, "eval_ema/NAME" for the average;

@@ -67,8 +67,8 @@ class DatasetConfig(Protocol):
 
         Args:
             batch_size: rows of a batch, over all processes.
-            seed: of shuffling and augmentation.
-            rows: the numbers of this process's rows of each batch, rising; None for all.
+            seed: random seed of shuffling and augmentation.
+            rows: indices of this process's rows in each batch, ascending; None for all.
         """
         ...
 
@@ -82,37 +82,41 @@ class Experiment:
     Counts named `*_every` are in steps, 0 means never; the run also evaluates and saves at its end.
 
     Attributes:
-        task: what is trained, and how.
-        data: what it is trained on.
-        run_dir: the folder for all that the run writes.
-        batch_size: images of a step, over all devices.
-        steps: the length of the run in updates, or 0 where `epochs` gives it.
-        epochs: the length in passes over the training images, or 0 where `steps` gives it.
-        seed: of parameters, data order, augmentation and dropout.
-        init_from: a run or a converted directory whose parameters this run starts with, as far as
-            they fit (`warm_start_state`); "" for fresh ones. Not used once there is a checkpoint.
-        fork_from: RUN or RUN@STEP whose whole state this run goes on with, optimizer and step
-            (`forked_state`): to make it longer, or go on with another batch, data or learning rate.
-            Not used once there is a checkpoint.
-        mesh: how arrays and batches are spread over the devices.
-        log_every: between two lines of training metrics.
-        eval_every: between two evaluations on held-out images.
-        save_every: between two checkpoints.
-        preview_every: between two previews, pictures of what the model does.
-        keep: how many of the last checkpoints stay.
-        keep_every: between two checkpoints that stay for good, besides those.
-        keep_best: an evaluation metric, say "eval/loss" or "eval_ema/loss"; the best weights by it
-            are kept in <run_dir>/best. Lower is better but for accuracy, psnr, ssim, usage and
-            perplexity (of codes); "max:NAME" or "min:NAME" says it for any metric. "" for none.
-        patience: evaluations in a row without a better one that end the run; 0 for no such end.
-        fid: FID and Inception Score of samples as the run goes.
-        wandb: project of Weights & Biases, NAME or ENTITY/NAME, that also gets what the run logs;
-            "" for none. Needs the package wandb.
-        stalled_minutes: without progress (a step, a batch of an evaluation, a save) after which the
-            process ends with exit code 75, so that a scheduler starts it again; 0 for never.
+        task: task to train, with its model and optimizer.
+        data: dataset to train on.
+        run_dir: folder for everything that the run writes.
+        batch_size: images in a step, over all devices.
+        steps: length of the run in updates; 0 if `epochs` gives it.
+        epochs: length of the run in passes over the training images; 0 if `steps` gives it.
+        seed: random seed of parameters, data order, augmentation and dropout.
+        init_from: run or converted directory whose parameters initialize this run, as far as they
+            fit (`warm_start_state`); "" for random parameters. Ignored once the run has a
+            checkpoint.
+        fork_from: RUN or RUN@STEP whose whole state this run continues, with optimizer and step
+            (`forked_state`): to make it longer, or to change the batch size, data or learning rate.
+            "" for none. Ignored once the run has a checkpoint.
+        mesh: how arrays and batches are sharded over the devices.
+        log_every: steps between two lines of training metrics.
+        eval_every: steps between two evaluations on held-out images.
+        save_every: steps between two checkpoints.
+        preview_every: steps between two previews, which are pictures of the model's output.
+        keep: number of most recent checkpoints to keep.
+        keep_every: steps between two checkpoints that are kept for good, in addition to those; 0
+            for none.
+        keep_best: evaluation metric such as "eval/loss" or "eval_ema/loss"; the weights with its
+            best value are kept in <run_dir>/best. Lower is better, except for accuracy, psnr, ssim,
+            usage and perplexity (of codes); "max:NAME" or "min:NAME" sets the direction for any
+            metric. "" for none.
+        patience: number of evaluations in a row without a better one that end the run; 0 for no
+            such end.
+        fid: FID and Inception Score of samples, measured during training.
+        wandb: project of Weights & Biases, NAME or ENTITY/NAME, that also gets the run's logs; ""
+            for none. Requires the package wandb.
+        stalled_minutes: minutes without progress (a step, a batch of an evaluation, a save) after
+            which the process exits with code 75, so that a scheduler starts it again; 0 for never.
             Compiling does not count.
-        skip_nonfinite: how many steps in a row may be left out because a gradient is not finite;
-            one more ends the run. 0 leaves none out.
+        skip_nonfinite: number of updates in a row that may be skipped because a gradient is not
+            finite; one more ends the run. 0 skips none.
     """
 
     task: Task

@@ -68,8 +68,8 @@ def earlier_goodput(lines: Sequence[Mapping[str, Any]], step: int) -> dict[str, 
     """Returns what earlier starts of a run took, of which the last may have been killed.
 
     Args:
-        lines: of metrics.jsonl, as the last start left it, in their order.
-        step: the one that the run continues after; the time of later ones is "lost".
+        lines: lines of metrics.jsonl after the last start, in order.
+        step: step that the run continues from; time spent on later ones is "lost".
 
     Returns:
         Sums as `Goodput.metrics` gives them; {} where no line has any.
@@ -105,8 +105,8 @@ class FirstCall(Generic[P, R]):
     step = FirstCall(jax.jit(step), lambda: goodput.measure("compile"))
 
     Args:
-        function: jitted.
-        context: makes the context; called once.
+        function: function that is jitted.
+        context: function that makes the context; called once.
     """
 
     def __init__(

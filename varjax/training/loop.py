@@ -53,9 +53,9 @@ class Setup:
     """Holds what a run consists of, all of it checked, before anything is computed.
 
     Attributes:
-        task: with its plan filled in.
-        loader: of this process's rows.
-        mesh: over all devices.
+        task: task with its plan filled in.
+        loader: loader of this process's rows.
+        mesh: mesh of all devices.
     """
 
     task: Task
@@ -88,10 +88,10 @@ def jit_train_step(
     """Jits a task's step so that the state stays where it lies and is updated in place.
 
     Args:
-        task: of the run.
-        mesh: over all devices.
+        task: task of the run.
+        mesh: mesh of all devices.
         placement: a sharding for each array of the state.
-        skip_nonfinite: whether to leave updates out as `skip_nonfinite_updates` does.
+        skip_nonfinite: whether to skip updates as `skip_nonfinite_updates` does.
     """
     step = skip_nonfinite_updates(task.train_step) if skip_nonfinite else task.train_step
     return jax.jit(
@@ -111,7 +111,7 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
     for `stalled_minutes` ends the process (`Watchdog`).
 
     Args:
-        experiment: the run.
+        experiment: settings of the run.
         profile: steps to trace, for `StepProfiler`; "" for none.
 
     Returns:
@@ -154,9 +154,9 @@ def finished_state(
     """Reads the last loop state of a run that came to its end; None for one that did not.
 
     Args:
-        checkpoints: of the run.
-        experiment: its settings now.
-        steps: its length by them.
+        checkpoints: checkpoints of the run.
+        experiment: current settings of the run.
+        steps: length of the run in these settings.
     """
     saved = checkpoints.steps()
     if not saved:

@@ -24,13 +24,13 @@ class LoopState:
     """Keeps the last evaluation, and the best one by the metric `keep_best`.
 
     Attributes:
-        keep_best: the experiment's setting, "" for none.
-        best: the best value of that metric, None before the first.
-        evaluations_since_best: how many brought nothing better.
-        metrics: all of the last evaluation.
-        evaluation_due: whether a signal came before this step's evaluation and previews.
-        skipped_steps: how many were left out, for their gradients were not finite.
-        skipped_in_row: how many of them are the last ones.
+        keep_best: setting of the experiment, "" for none.
+        best: best value of that metric, None before the first.
+        evaluations_since_best: number of evaluations since the best one.
+        metrics: all metrics of the last evaluation.
+        evaluation_due: whether a signal arrived before this step's evaluation and previews.
+        skipped_steps: number of steps skipped because their gradients were not finite.
+        skipped_in_row: number of these that are the most recent steps.
     """
 
     keep_best: str = ""
@@ -79,9 +79,9 @@ class LoopState:
         """Returns whether the run ends with this step, all that belongs to it done.
 
         Args:
-            step: updates done.
-            steps: the length of the run.
-            patience: evaluations without a better one that end it early; 0 for never.
+            step: number of updates done.
+            steps: length of the run in updates.
+            patience: number of evaluations without a better one that end it early; 0 for never.
         """
         if self.evaluation_due:
             return False

@@ -55,14 +55,14 @@ class MetricWriter:
     In a bucket, lines arrive once a minute and with each checkpoint.
 
     Args:
-        run_dir: the folder of the files.
-        step: the one that the run continues after; lines about later ones are dropped.
-        evaluated: whether that step's evaluation is done; else its lines are dropped too.
+        run_dir: folder of the files.
+        step: step that the run continues from; lines about later ones are dropped.
+        evaluated: whether the evaluation of that step is done; if not, its lines are dropped, too.
         active: False for a process that writes nothing at all.
-        wandb: a project of Weights & Biases that gets everything as well; "" for none.
+        wandb: project of Weights & Biases that also gets everything; "" for none.
 
     Attributes:
-        earlier_goodput: what earlier starts of the run took (`goodput.earlier_goodput`).
+        earlier_goodput: time spent by earlier starts of the run, from `goodput.earlier_goodput`.
     """
 
     def __init__(
@@ -167,8 +167,8 @@ class MetricWriter:
         """Passes a grid of images to the writers, as previews/step_<step>_<name>.png to one.
 
         Args:
-            step: updates done.
-            name: of the preview.
+            step: number of updates done.
+            name: name of the preview.
             images: values in [0, 1], (N, H, W, C) or (rows, columns, H, W, C).
         """
         if not self._active:

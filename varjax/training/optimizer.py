@@ -31,11 +31,11 @@ class AdamW:
         base_lr: peak learning rate for each 256 images of the batch.
         b1: decay of the first moment.
         b2: decay of the second moment.
-        eps: added to the root of the second moment.
-        weight_decay: at the first step.
-        weight_decay_end: at the last step; None for `weight_decay`.
+        eps: number added to the root of the second moment.
+        weight_decay: weight decay at the first step.
+        weight_decay_end: weight decay at the last step; None for `weight_decay`.
         clip: largest global norm of the gradients; 0 for no clipping.
-        schedule: the learning rate's course after the warm-up.
+        schedule: shape of the learning rate's course after the warm-up.
         warmup: fraction of the run in which the learning rate rises.
         warmup_start: learning rate at the first step, as a fraction of the peak.
         end: learning rate at the last step, as a fraction of the peak.

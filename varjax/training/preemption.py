@@ -22,7 +22,7 @@ class PreemptionGuard:
     any process gets stops all of them at the same call of `should_stop`.
 
     Attributes:
-        signum: the signal that asked to stop, None before.
+        signum: signal that asked the run to stop; None before.
     """
 
     def __init__(self):

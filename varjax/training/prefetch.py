@@ -20,8 +20,8 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int) -> Batch:
 
     Args:
         batch: arrays whose first axis is the `rows_of_process` of this process.
-        mesh: over all devices of all processes.
-        size: rows of the whole batch, over all processes.
+        mesh: mesh of all devices of all processes.
+        size: number of rows of the whole batch, over all processes.
     """
     mine_N = rows_of_process(mesh, size)
 

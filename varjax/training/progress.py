@@ -22,8 +22,8 @@ class ProgressReporter:
             progress.say("a line for the user")
 
     Args:
-        step: the one that the run continues after.
-        steps: the length of the run.
+        step: step that the run continues from.
+        steps: length of the run in updates.
         active: False for a process that shows nothing.
     """
 

@@ -60,8 +60,8 @@ def check_or_write_config(experiment: Experiment, plan: Plan | None = None) -> N
     """Writes <run_dir>/config.json, or checks that the run there has the same settings.
 
     Args:
-        experiment: the settings.
-        plan: the length that follows from them, which is written as well.
+        experiment: settings of the run.
+        plan: length of the run in these settings, which is written as well.
 
     Raises InputError as `check_config` does.
     """
@@ -173,8 +173,8 @@ def check_same_data(experiment: Experiment, train_images: int) -> None:
     would put together batches that no single process sees, and not equally many.
 
     Args:
-        experiment: the run.
-        train_images: that this process sees.
+        experiment: settings of the run.
+        train_images: number of training images that this process sees.
 
     Raises:
         InputError: in all processes, where some see other data than the first; tells which, and in

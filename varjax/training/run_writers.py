@@ -49,8 +49,9 @@ class TensorBoardWriter:
     whoever adds an event waits for ever.
 
     Args:
-        run_dir: the files come into its folder tensorboard, in a bucket once a minute.
-        purge_step: what earlier files hold of this step and later ones is hidden; None for nothing.
+        run_dir: directory of the run; the files are written to its folder tensorboard, in a bucket
+            once a minute.
+        purge_step: step from which on the content of earlier files is hidden; None hides nothing.
     """
 
     def __init__(self, run_dir: pathlib.Path, purge_step: int | None):

@@ -45,14 +45,14 @@ class FIDConfig:
     """Configures the FID of samples that are drawn during training.
 
     Attributes:
-        every: steps between two, 0 for never; at the end of the run, too.
-        images: samples that are drawn, equally many of each class; published values are of 50,000,
-            and fewer give a larger FID.
+        every: steps between two measurements; 0 for never. The end of the run is measured, too.
+        images: number of samples, equally many of each class. Published values use 50,000; fewer
+            samples give a larger FID.
         reference: an .npz of statistics (ADM's) or of images, a folder of images of the samples'
-            size, or "held_out" for the run's own held-out images.
+            size, or "held_out" for the run's held-out images.
         inception: directory that `python -m varjax.convert --inception=FILE` wrote.
         features: "inception", or "pixels" for tiny images, which need no weights.
-        seed: of the samples.
+        seed: random seed of the samples.
         batch_size: images at a time, over all devices; 0 for the run's microbatch.
     """
 
@@ -78,15 +78,16 @@ class SampleQuality:
         metrics = quality.metrics(state)  # {"eval/fid": …, "eval_ema/inception_score": …}
 
     Args:
-        config: what is measured.
-        task: draws the images, by `Task.sampler`.
-        data: the run's dataset.
-        frozen: the task's pretrained weights, on the mesh.
-        mesh: over all devices.
-        batch_size: of training; its microbatch is drawn at a time where the config says no other.
-        run_dir: the run, which keeps the statistics of its own held-out images.
-        on_latents: whether the run's data are latents, which are no reference.
-        compiling: makes a context for the first batch, whose program is compiled.
+        config: settings of the measurement.
+        task: task whose `sampler` draws the images.
+        data: dataset of the run.
+        frozen: pretrained weights of the task, on the mesh.
+        mesh: mesh of all devices.
+        batch_size: batch size of training; its microbatch is drawn at a time unless the config sets
+            another number.
+        run_dir: directory of the run, which keeps the statistics of its held-out images.
+        on_latents: whether the run's data are latents, which cannot be a reference.
+        compiling: function that makes a context for the first batch, whose program is compiled.
 
     Raises:
         InputError: before anything is drawn, for what cannot be done.
@@ -158,8 +159,8 @@ class SampleQuality:
         """Draws the images and measures them, always from the same seeds.
 
         Args:
-            state: whose parameters, and their average if there is one, are measured.
-            stop: asked before each batch; once it returns True, the evaluation ends.
+            state: train state, whose parameters, and their average if there is one, are measured.
+            stop: function asked before each batch; once it returns True, the evaluation ends.
 
         Returns:
             "eval/fid", "eval/inception_score" and the same of "eval_ema", NaN where samples are;

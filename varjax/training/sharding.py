@@ -40,10 +40,10 @@ class MeshShape:
     """Sets the size of each axis of the mesh, in devices; one may be -1: all that the others leave.
 
     Attributes:
-        data: copies of the model, each with its share of the batch.
-        fsdp: parts of each array; shares of the batch too. 0 is as many as have fast connections:
-            the GPUs of a machine or the devices of a TPU slice, and no more than 64 (HSDP).
-        tensor: parts of the layers' width, with the same share of the batch.
+        data: number of copies of the model; each gets an equal part of the batch.
+        fsdp: number of parts of each array, and of the batch. 0 for as many as have fast
+            connections: the GPUs of a machine or the devices of a TPU slice, at most 64 (HSDP).
+        tensor: number of parts of the layers' width, all with the same part of the batch.
     """
 
     data: int = -1
@@ -151,7 +151,7 @@ def bytes_on_device(tree: Any, placement: Any) -> int:
 
     Args:
         tree: arrays or their shapes and dtypes.
-        placement: a sharding for each.
+        placement: sharding of each array.
     """
     pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(placement), strict=True)
     return sum(math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize for x, s in pairs)
@@ -185,8 +185,8 @@ def put(tree: Any, shardings: Any) -> Any:
     """Copies arrays that every process has to the devices, each process what its own ones hold.
 
     Args:
-        tree: the same arrays in every process.
-        shardings: a NamedSharding for each.
+        tree: arrays, equal in every process.
+        shardings: a NamedSharding for each array.
     """
 
     def place(x: Any, sharding: NamedSharding) -> jax.Array:
@@ -203,9 +203,9 @@ def rows_of_process(mesh: Mesh, batch_size: int, process: int | None = None) -> 
     devices of processes, as on TPU slices, rows of others lie between.
 
     Args:
-        mesh: over all devices of all processes.
+        mesh: mesh of all devices of all processes.
         batch_size: rows of the whole batch.
-        process: None for this one.
+        process: index of a process; None for this one.
 
     Raises InputError as `check_batch_size` does.
     """
@@ -220,9 +220,9 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     """Raises InputError where the mesh axes data and fsdp do not divide each microbatch.
 
     Args:
-        mesh: over all devices.
-        batch_size: of an update.
-        accumulate: microbatches in it.
+        mesh: mesh of all devices.
+        batch_size: rows of a batch, over all processes.
+        accumulate: number of microbatches in a batch.
     """
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     if batch_size % (parts * accumulate):

@@ -29,9 +29,9 @@ class StepProfiler:
     tensorboard and xprof installed. One that cannot be written is reported, and the run continues.
 
     Args:
-        steps: "START:STOP", counted from 1 at this start of the run, both of them traced; "" for
-            none. The first step compiles the program, so START is better above 2.
-        run_dir: the run.
+        steps: "START:STOP", counted from 1 at this start of the run, inclusive; "" for none. The
+            first step compiles the program, so START should be above 2.
+        run_dir: directory of the run.
 
     Raises:
         InputError: `steps` is not START:STOP with 1 <= START <= STOP.

@@ -26,8 +26,8 @@ class Plan:
     """Tells the length of a run, which schedules need; the loop fills it in.
 
     Attributes:
-        steps: updates.
-        batch_size: images of an update.
+        steps: length of the run in updates.
+        batch_size: images in an update.
     """
 
     steps: int = 1
@@ -39,10 +39,10 @@ class TrainState:
     """Holds all arrays that a step changes.
 
     Attributes:
-        step: updates done, an int32 scalar.
-        params: parameters, float32.
-        ema: their exponential moving average, or None.
-        opt_state: of the optimizer, and whatever else a task keeps from step to step.
+        step: number of updates done, an int32 scalar.
+        params: parameters of the model, float32.
+        ema: exponential moving average of the parameters, or None.
+        opt_state: state of the optimizer, and whatever else a task keeps from step to step.
     """
 
     step: jax.Array
@@ -79,8 +79,8 @@ class Task(Protocol):
         """Raises InputError where a dataset or `plan` does not suit, before any long work.
 
         Args:
-            image_shape: (H, W, channels).
-            classes: labels are below it.
+            image_shape: (H, W, channels) of an image.
+            classes: number of classes; labels are below it.
         """
         ...
 
@@ -99,7 +99,7 @@ class Task(Protocol):
         """Reads parameters that a run may start from; they may be of other sizes than `init`'s.
 
         Args:
-            location: a run, whose average is read if it has one, or a converted directory.
+            location: run, whose average is read if it has one, or converted directory.
 
         Returns:
             The parameters, and for those of which only some rows mean the same here, which.
@@ -129,10 +129,10 @@ class Task(Protocol):
         """Makes one update.
 
         Args:
-            state: before it.
-            frozen: from `frozen`.
-            batch: of training examples.
-            key: the run's; fold `state.step` into it.
+            state: state before the step.
+            frozen: pretrained weights, from `frozen`.
+            batch: batch of training examples.
+            key: random key of the run; fold `state.step` into it.
 
         Returns:
             The state after it, and metrics: scalars or 1-D arrays, of which one that is not finite
@@ -185,10 +185,10 @@ def class_dropout_notes(class_dropout: float, classes: int, cfg: float, off: flo
     """Returns notes on labels and "no class" that a run never trains, for `Task.notes`.
 
     Args:
-        class_dropout: share of labels that become "no class".
-        classes: that there are.
-        cfg: the guidance scale that the run samples with.
-        off: the guidance scale that means no guidance.
+        class_dropout: fraction of labels that become "no class".
+        classes: number of classes.
+        cfg: guidance scale that the run samples with.
+        off: guidance scale that means no guidance.
     """
     if class_dropout == 0 and cfg != off:
         return [
@@ -209,8 +209,8 @@ def ema_notes(ema: float, plan: Plan) -> list[str]:
     """Returns a note on an average that a run is too short for, for `Task.notes`.
 
     Args:
-        ema: its decay; 0 for no average.
-        plan: the length of the run.
+        ema: decay of the average; 0 for no average.
+        plan: length of the run.
     """
     if (first := ema**plan.steps) < MAX_FIRST_SHARE:
         return []
@@ -225,9 +225,10 @@ def check_latents(task: Task, frozen: PyTree, tokenizer_identity: Mapping[str, A
     """Checks that latents are those that a task trains on.
 
     Args:
-        task: to train.
-        frozen: its pretrained weights.
-        tokenizer_identity: the `Task.tokenizer_identity` of what made them; None for images.
+        task: task to train.
+        frozen: pretrained weights of the task.
+        tokenizer_identity: `Task.tokenizer_identity` of the tokenizer that made the latents; None
+            for images.
 
     Raises:
         InputError: with all differences.

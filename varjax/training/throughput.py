@@ -15,7 +15,7 @@ class ThroughputMeter:
     It reads the host's clock and counters and never waits for a device.
 
     Attributes:
-        step_flops: the model's FLOP of a step (`Task.train_flops`), to be set when it is known.
+        step_flops: FLOP of the model in a step (`Task.train_flops`), to be set once it is known.
     """
 
     def __init__(self, batch_size: int):
@@ -37,7 +37,7 @@ class ThroughputMeter:
         """Returns figures about the steps since the last call; at the first call memory only.
 
         Args:
-            step: steps done so far.
+            step: number of steps done so far.
             waited: seconds spent waiting for data so far.
 
         Returns:

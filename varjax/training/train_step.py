@@ -28,9 +28,9 @@ def create_state(
     """Makes the state before the first step.
 
     Args:
-        params: initial parameters; the average (EMA) starts at them.
-        tx: the optimizer.
-        ema_decay: 0 for a state without an average.
+        params: initial parameters, with which the average (EMA) starts.
+        tx: optimizer of the parameters.
+        ema_decay: decay of the average; 0 for a state without an average.
     """
     ema = jax.tree.map(jnp.copy, params) if ema_decay else None
     return TrainState(jnp.int32(0), params, ema, tx.init(params))
@@ -43,8 +43,8 @@ def accumulated_gradients(
 
     Args:
         loss_fn: (params, batch) -> (loss, metrics), each the mean over the examples of the batch.
-        params: parameters to differentiate by.
-        batch: arrays with a leading axis B. What is random by example must lie in it: then the
+        params: parameters to differentiate with respect to.
+        batch: arrays with a leading axis B. Per-example randomness must be part of it, so that the
             result does not depend on `accumulate`.
         accumulate: the number of microbatches.
 
@@ -111,10 +111,10 @@ def apply_gradients(
     """Updates parameters, optimizer and average.
 
     Args:
-        state: before the update.
+        state: state before the update.
         grads: gradients, not yet clipped.
-        tx: the optimizer.
-        ema_decay: ema <- ema_decay ema + (1 - ema_decay) params; 0 where `state.ema` is None.
+        tx: optimizer of the parameters.
+        ema_decay: decay d in ema <- d·ema + (1-d)·params; 0 if `state.ema` is None.
 
     Returns:
         The state after the update, and the global norms "grad_norm" (not clipped), "update_norm"

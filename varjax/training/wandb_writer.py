@@ -27,9 +27,9 @@ class WandbWriter:
         writer.scalars(50, {"loss": 1.5})
 
     Args:
-        project: NAME or ENTITY/NAME.
-        run_dir: the run, whose path names it there, and which keeps its number there and the
-            package's own files.
+        project: name of the project, NAME or ENTITY/NAME.
+        run_dir: directory of the run, whose path is its name there. It keeps the run's id and the
+            files of the package.
     """
 
     def __init__(self, project: str, run_dir: pathlib.Path):

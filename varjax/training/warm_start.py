@@ -29,9 +29,9 @@ def warm_start_state(
     0 prints what was kept and everything that was not.
 
     Args:
-        task: names the parameters that there are (`init`) and those to take over (`pretrained`).
-        init_from: a run or a converted directory, "" for none.
-        key: for `task.init`.
+        task: task that defines the parameters (`init`) and those to take over (`pretrained`).
+        init_from: run or converted directory; "" for none.
+        key: random key for `task.init`.
         placement: a sharding for each array of the state.
 
     Raises:
@@ -58,9 +58,9 @@ def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) ->
     Its step counts on, and with it the learning rate's schedule, which follows this run's length.
 
     Args:
-        fork_from: RUN for its last checkpoint, RUN@STEP for another one; RUN may hold more @.
+        fork_from: RUN for its last checkpoint, RUN@STEP for another one; RUN may itself contain @.
         abstract: shapes and dtypes of the state.
-        placement: a sharding for each array of it.
+        placement: a sharding for each array of the state.
 
     Raises:
         InputError: no such run or step, another model or optimizer, or damaged files.

@@ -28,8 +28,8 @@ class Watchdog:
     gives Python's lock back stops the watchdog as well.
 
     Args:
-        minutes: without progress; 0 for no watchdog.
-        report: the file.
+        minutes: minutes without progress before the process ends; 0 for no watchdog.
+        report: file of the report.
     """
 
     def __init__(self, minutes: float, report: pathlib.Path):

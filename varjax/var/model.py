@@ -31,15 +31,15 @@ class VARConfig:
 
     Attributes:
         depth: number of layers.
-        width: channels of a token.
+        width: number of channels of a token.
         heads: attention heads, which divide the width.
         classes: number of classes; the class of that number means "no class" (for guidance and
             in-painting).
         scales: side length or (h, w) of each token map, coarse to fine.
-        vocab: codes of the tokenizer.
-        code_channels: channels of a code.
-        shared_adaln: one AdaLN layer for all blocks, as d36 has it.
-        cosine_attention: L2-normalized queries and keys, as all released models have them.
+        vocab: number of the tokenizer's codes.
+        code_channels: number of channels of a code.
+        shared_adaln: whether all blocks share one AdaLN layer, as in d36.
+        cosine_attention: whether queries and keys are L2-normalized, as in all released models.
         gate_init: factor on the initial spread of the AdaLN gates.
     """
 
@@ -97,7 +97,7 @@ class Condition:
 
     Attributes:
         start_BC: the class embedding, from which the first scale is predicted.
-        signals_SB6C: every layer's AdaLN signals.
+        signals_SB6C: AdaLN signals of every layer.
         head_B2C: scale and shift of the last norm.
     """
 
@@ -113,7 +113,7 @@ class VAR(nn.Module):
     `predict` one scale after another (sampling). Logits are float32 whatever the format.
 
     Attributes:
-        config: sizes.
+        config: config of the transformer.
         compute: number format and execution.
     """
 
@@ -147,9 +147,10 @@ class VAR(nn.Module):
         """Predicts all scales at once by teacher forcing.
 
         Args:
-            input_BlZ: all scales but the first, by `VQTokenizer.teacher_forcing_input`.
+            input_BlZ: inputs of all scales but the first, from `VQTokenizer.teacher_forcing_input`.
             label_B: classes; `config.classes` means "no class".
-            keep_S2B: what stays of each layer's two branches, by `drop_path`; None for all.
+            keep_S2B: factors on each layer's two branches, from `drop_path`; None keeps every
+                branch.
 
         Returns:
             Logits (B, L, V) float32.
@@ -179,10 +180,10 @@ class VAR(nn.Module):
         """Predicts scale k.
 
         Args:
-            input_BlZ: `Quantizer.next_input` after scale k-1; None for k = 0.
-            cond: by `condition`.
-            k: the scale.
-            cache: with keys and values of scales 0 … k-1; `empty_cache` before the first.
+            input_BlZ: result of `Quantizer.next_input` after scale k-1; None for k = 0.
+            cond: class conditioning, from `condition`.
+            k: index of the scale, from 0.
+            cache: cache with keys and values of scales 0 … k-1; `empty_cache` before the first.
 
         Returns:
             Logits (B, l, V) float32, and the cache with scale k.

@@ -60,10 +60,10 @@ class VARPipeline:
         var: config of the transformer.
         params: {"tokenizer": …, "var": …}, on the host. The devices hold kernels in
             `compute.dtype`.
-        sampling: the options that `sample` and `edit` take by default.
-        compute: number format and execution. Images become tokens in float32 whatever it says, for
-            another format flips some.
-        devices: the devices that share out a batch.
+        sampling: default options of `sample` and `edit`.
+        compute: number format and execution. Images always become tokens in float32, because other
+            formats flip some.
+        devices: devices that share each batch.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class VARPipeline:
 
         Args:
             tokens_BL: integers below the vocabulary.
-            every_scale: whether to decode what stands after each scale, not only after the last.
+            every_scale: whether to decode the image after each scale, not only after the last.
 
         Returns:
             (B, H, W, channels), or with `every_scale` (K, B, H, W, channels).
@@ -185,9 +185,9 @@ class VARPipeline:
 
         Args:
             labels: (B,) classes; `classes` means "no class".
-            seed: another one gives other images.
+            seed: random seed; each gives other images.
             index: (B,) numbers of the images; None for 0 … B-1.
-            options: fields of `VAROptions`, in place of those of `sampling`.
+            options: fields of `VAROptions` that replace those of `sampling`.
 
         Returns:
             (B, H, W, channels) float32 in [0, 1].
@@ -213,11 +213,11 @@ class VARPipeline:
 
         Args:
             images_BHWC: one image for each of `index`, or one for all of them.
-            keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; its tokens stay as they are.
+            keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; True keeps the tokens there.
             labels: (B,) classes; None for no class.
-            seed: another one gives other images.
-            index: (B,) numbers of the results; None for one of each image.
-            options: fields of `VAROptions`, in place of those of `sampling`.
+            seed: random seed; each gives other images.
+            index: (B,) numbers of the results; None for one result per image.
+            options: fields of `VAROptions` that replace those of `sampling`.
         """
         images_BHWC = checked_images(images_BHWC, self.image_shape)
         index_B, keep_Bhw, label_B = checked_edit(

@@ -39,10 +39,10 @@ class VAROptions:
     Attributes:
         cfg: classifier-free guidance at the last scale, growing linearly from 0 at the first; 0
             turns it off.
-        top_k: draw from so many likeliest codes; 0 for all, 1 is greedy.
-        top_p: draw from the likeliest codes that together hold this probability; 0 for all.
-        smooth: mix codes by a Gumbel softmax instead of drawing one. Pleasing pictures, but not for
-            benchmarks (the reference's `more_smooth`).
+        top_k: number of likeliest codes to draw from; 0 for all, 1 is greedy.
+        top_p: total probability of the likeliest codes to draw from; 0 for all.
+        smooth: whether to mix codes by a Gumbel softmax instead of drawing one. It gives smoother
+            pictures, but must not be used for benchmarks (the reference's `more_smooth`).
     """
 
     cfg: float = option_field(1.5, "guidance at the last scale; 0 turns it off")
@@ -73,7 +73,7 @@ class KeptTokens:
 
     Attributes:
         tokens_BL: the tokens of an image.
-        keep_BL: True where they stand, False where new ones are drawn.
+        keep_BL: True where tokens are kept, False where new ones are drawn.
     """
 
     tokens_BL: jax.Array
@@ -87,8 +87,8 @@ def keep_at_every_scale(pyramid: Pyramid, keep_Bhw: jax.Array | np.ndarray) -> j
     kept.
 
     Args:
-        pyramid: the scales.
-        keep_Bhw: bool, over the finest token map.
+        pyramid: the sizes of the scales.
+        keep_Bhw: bool, True on the finest token map where tokens are kept.
 
     Returns:
         (B, L) bool.
@@ -115,15 +115,15 @@ def sample_tokens(
     """Samples the tokens of all scales, coarse to fine (VAR, section 3.1).
 
     Args:
-        tokenizer: config of the tokenizer, whose quantizer adds the scales up.
+        tokenizer: config of the tokenizer, whose quantizer adds up the scales.
         var: config of the transformer.
         params: {"tokenizer": …, "var": …}.
         label_B: classes; `var.classes` means "no class".
-        key_B: one key an image, see `image_keys`.
+        key_B: one key per image, see `image_keys`.
         options: how tokens are chosen.
-        known: tokens to keep.
-        compute: how the transformer is computed.
-        guided: whether there is guidance; without it `options.cfg` is not read, and half as much is
+        known: tokens to keep; None for whole images.
+        compute: number format and execution of the transformer.
+        guided: whether there is guidance; without it, `options.cfg` is not read and half as much is
             computed.
 
     Returns:
@@ -165,12 +165,13 @@ def choose_tokens(
     """Draws the tokens of a scale from its logits.
 
     Args:
-        quantizer: bound to its parameters.
-        logits_BlV: by `VAR.predict`; with guidance of both streams, the conditional one first.
-        k: the scale.
-        key_B: one key an image.
-        options: as in `sample_tokens`, like `known` and `guided`.
-        known: tokens to keep.
+        quantizer: quantizer bound to its parameters.
+        logits_BlV: logits from `VAR.predict`; with guidance those of both streams, the conditional
+            one first.
+        k: index of the scale, from 0.
+        key_B: one key per image.
+        options: options that decide how tokens are chosen.
+        known: tokens to keep; None for whole images.
         guided: whether there is guidance.
 
     Returns:
@@ -224,7 +225,7 @@ def classifier_free_guidance(logits_2BlV: jax.Array, t: float | jax.Array) -> ja
 
     Args:
         logits_2BlV: the conditional ones, then the unconditional ones.
-        t: strength, 0 for none.
+        t: strength of the guidance, 0 for none.
     """
     conditional_BlV, unconditional_BlV = jnp.split(logits_2BlV, 2)
     return (1 + t) * conditional_BlV - t * unconditional_BlV
@@ -239,8 +240,8 @@ def filter_top_k_top_p(
     Equal logits stay or go together.
 
     Args:
-        logits_BlV: one row a token.
-        top_k: codes to keep, and those that equal the last of them; 0 for all.
+        logits_BlV: one row per token.
+        top_k: number of codes to keep, plus any that equal the last of them; 0 for all.
         top_p: drops the least likely codes that together hold at most 1-p; the best always stays
             (nucleus sampling, Holtzman et al. 2020); 0 for all.
     """
@@ -309,9 +310,9 @@ def var_sampling_bytes(
 
     Args:
         tokenizer: config of the tokenizer.
-        var: of the transformer.
+        var: config of the transformer.
         batch: number of images on the device.
-        compute: how the transformer is computed.
+        compute: number format and execution of the transformer.
         guided: whether there is a second stream, for guidance.
     """
     rows, item = batch * (2 if guided else 1), compute.jax_dtype.itemsize

@@ -50,18 +50,19 @@ class VARTask:
     """Trains a transformer to predict the tokens of the next scale (VAR, section 3.1).
 
     Attributes:
-        model: the transformer.
-        tokenizer: the tokenizer, frozen.
-        tokenizer_weights: a tokenizer's run or a converted directory, which must hold `tokenizer`;
-            or "random" for an untrained one, whose tokens mean nothing.
+        model: config of the transformer.
+        tokenizer: config of the frozen tokenizer.
+        tokenizer_weights: tokenizer's run or converted directory, whose config must equal
+            `tokenizer`; or "random" for an untrained tokenizer, whose tokens mean nothing.
         optimizer: AdamW and its schedule.
-        class_dropout: share of images whose label becomes "no class".
-        drop_path: share of residual branches that the last layer drops.
-        label_smoothing: share of the targets' mass that is spread over all codes.
+        class_dropout: fraction of images whose label becomes "no class".
+        drop_path: fraction of residual branches that the last layer drops.
+        label_smoothing: fraction of the targets' probability that is spread over all codes.
         ema: decay of the parameters' exponential moving average; 0 for none.
-        accumulate: microbatches whose gradients are averaged in a step.
+        accumulate: number of microbatches whose gradients are averaged in a step.
         compute: number format and execution.
-        sampling: options that suit the model, for previews and as the default after loading.
+        sampling: sampling options that suit the model, for previews and as the default after
+            loading.
         plan: length of the run; the loop fills it in.
     """
 

@@ -16,10 +16,10 @@ def targets_and_inputs(
     """Computes what the transformer predicts, and what it reads to predict it.
 
     Args:
-        config: of the tokenizer.
+        config: config of the tokenizer.
         frozen: parameters of the tokenizer.
-        batch: with "tokens_BL", or else with "image_BHWC".
-        compute: its `encoder_precision`, and what to compile for.
+        batch: batch with "tokens_BL" or else "image_BHWC".
+        compute: execution settings: `encoder_precision`, and the platform to compile for.
 
     Returns:
         Targets (B, L) int32, and inputs (B, l, Z): what the coarser scales add up to, for all

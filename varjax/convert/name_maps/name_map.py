@@ -27,8 +27,9 @@ class ConvertOptions:
         groups: number of groups in each group norm of a tokenizer.
         phi_ratio: weight in [0, 1] of the φ convolutions against the identity.
         cosine_codes: whether a tokenizer looks up codes by angle instead of by distance.
-        latent_channels: channels of the KL tokenizer of a MAR transformer; a token's other numbers
-            are its patch. None for those of the tokenizer's file if it is given, else 16.
+        latent_channels: channels of the KL tokenizer that a MAR transformer uses; the other factor
+            of a token's size is its patch. None for those of the tokenizer's file if it is given,
+            else 16.
         downsampling: pixels per latent of that tokenizer along one side; None for those of its
             file.
         image_size: pixels of both sides, or (height, width), of a KL tokenizer's images. None for

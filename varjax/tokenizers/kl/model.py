@@ -71,20 +71,21 @@ class KLConfig:
     of latents divides them. No gradient reaches it. Raises InputError where sizes do not fit.
 
     Attributes:
-        image_size: pixels of both sides, or (height, width); any that the levels divide.
+        image_size: pixels of both sides, or (height, width); any multiple of the downsampling.
         image_channels: 1 for gray, 3 for colors.
         width: channels of the convolutions at full resolution.
-        multipliers: of `width`, one per level; each level after the first halves the map.
-        blocks: residual blocks per level of the encoder; the decoder has one more.
-        groups: of the group norms.
-        latent_channels: size Z of a latent.
-        encoder_attention: levels with attention besides the middle, counted from the coarsest,
-            which is -1; ascending.
-        decoder_attention: the same of the decoder.
-        feature_channels: between encoder and `quant_conv`, and `post_quant_conv` and decoder; none
-            for `latent_channels`.
-        quant_convs: whether there are these two convolutions.
-        latent_shift: what a model of latents subtracts from them before it divides.
+        multipliers: factors on `width`, one per level; each level after the first halves the map.
+        blocks: number of residual blocks per level of the encoder; the decoder has one more.
+        groups: number of groups in each group norm.
+        latent_channels: number of channels Z of a latent.
+        encoder_attention: levels of the encoder with attention in addition to the middle,
+            ascending; -1 is the coarsest.
+        decoder_attention: levels of the decoder with attention in addition to the middle,
+            ascending; -1 is the coarsest.
+        feature_channels: channels between the encoder and `quant_conv`, and between
+            `post_quant_conv` and the decoder; none for `latent_channels`.
+        quant_convs: whether there are `quant_conv` and `post_quant_conv`.
+        latent_shift: number that a model of latents subtracts from them before it divides.
     """
 
     image_size: int | tuple[int, int] = 256
@@ -170,10 +171,10 @@ class KLConfig:
         """Decodes latents into images (B, H, W, channels) in [0, 1].
 
         Args:
-            params: as `init` gives them.
-            latents: of which only "mean_BhwZ" counts, for it is the likeliest latent; whoever
-                wants another one gives that in its place.
-            compute: the decoder's number format, and what to compile for.
+            params: parameters in the layout of `init`.
+            latents: arrays of `latent_spec`; only "mean_BhwZ", the likeliest latent, is read. Pass
+                another latent in its place to decode that one.
+            compute: number format of the decoder, and the platform to compile for.
         """
         return to_unit_range(decode_latents(self, params, latents["mean_BhwZ"], compute))
 
@@ -197,7 +198,7 @@ class KLTokenizer(nn.Module):
     Images are (B, H, W, channels) in [-1, 1] here, latents (B, h, w, Z), not scaled.
 
     Attributes:
-        config: its sizes.
+        config: config of the tokenizer.
         compute: number format of the decoder, precision of the encoder, and execution.
         encoder_dtype: number format of the encoder; moments are float32 always.
     """
@@ -225,7 +226,7 @@ class KLTokenizer(nn.Module):
 
         Args:
             image_BHWC: images in [-1, 1].
-            noise_BhwZ: standard normal; None for the posterior's mode.
+            noise_BhwZ: standard normal noise; None for the posterior's mode.
 
         Returns:
             (images not clipped, the posterior's moments).

@@ -66,18 +66,19 @@ class KLTask:
     range.
 
     Attributes:
-        model: the tokenizer.
-        optimizer: of the tokenizer's parameters.
+        model: config of the tokenizer.
+        optimizer: AdamW and its schedule, for the tokenizer.
         l1: weight of the mean absolute error of images in [-1, 1].
-        l2: weight of their mean squared error.
-        kl: weight of the latents' KL from a standard normal, in nats per value of the image.
-        perceptual: LPIPS; none for no perceptual loss.
-        gan: discriminator and adversarial loss; none for neither.
-        dtype: format of all convolutions in training; "auto" is bfloat16 on an accelerator and
-            float32 on a CPU. Evaluation and the posterior are float32 always.
+        l2: weight of the mean squared error of images in [-1, 1].
+        kl: weight of the KL divergence of the latents from a standard normal, in nats per value of
+            the image.
+        perceptual: LPIPS loss; none for no perceptual loss.
+        gan: discriminator and adversarial loss; none for no discriminator.
+        dtype: number format of all convolutions in training; "auto" is bfloat16 on an accelerator
+            and float32 on a CPU. Evaluation and the posterior are always float32.
         ema: decay of the parameters' moving average; 0 for none.
-        accumulate: number of microbatches that a batch is worked off in.
-        plan: filled in by the loop.
+        accumulate: number of microbatches that a batch is split into, to save memory.
+        plan: length of the run; the loop fills it in.
     """
 
     model: KLConfig
@@ -157,9 +158,9 @@ class KLTask:
         """Computes each image's losses without the adversarial one, which measures two networks.
 
         Args:
-            params: the tokenizer's.
-            frozen: `KLTask.frozen`.
-            image_BHWC: uint8; what is compared with them is the posterior's mode, decoded.
+            params: parameters of the tokenizer.
+            frozen: parameters of frozen loss networks, from `KLTask.frozen`.
+            image_BHWC: uint8 images, compared with the decoded mode of the posterior.
 
         Returns:
             (B,) each: every loss, "kl" in nats per image, their weighted sum "loss", and "psnr" in

@@ -23,7 +23,7 @@ def diffaugment(
     Args:
         image_BHWC: images in [-1, 1].
         key_B: random keys, one for each image.
-        augmentations: which ones, in this order.
+        augmentations: names of the augmentations, in the order of application.
 
     Returns:
         Images of the same shape, not clipped.

@@ -25,7 +25,7 @@ class PatchDiscriminator(nn.Module):
 
     Attributes:
         width: channels of the first convolution, half a multiple of 16.
-        layers: how often the image is halved.
+        layers: number of times that the image is halved.
         dtype: number format of the convolutions; logits are float32.
     """
 

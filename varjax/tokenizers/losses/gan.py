@@ -40,16 +40,16 @@ class GANConfig:
     Attributes:
         kind: "patch" (PatchGAN) or "style" (StyleGAN2's); see discriminator.py.
         width: channels of the first convolution.
-        layers: how often "patch" halves the image.
-        loss: "hinge" or "non_saturating".
-        weight: of the adversarial loss.
+        layers: number of times that "patch" halves the image.
+        loss: kind of loss, "hinge" or "non_saturating".
+        weight: weight of the adversarial loss.
         adaptive: whether `weight` is multiplied by `adaptive_weight`.
-        start: fraction of the run after which the discriminator begins to train.
+        start: fraction of the run after which the discriminator starts to train.
         ramp: fraction of the run, from `start`, over which the weight rises to its value.
         r1: weight of the discriminator's R1 gradient penalty; 0 for none.
-        lecam: weight of its LeCam regularizer; 0 for none.
-        diffaugment: augmentations of all images that it sees.
-        optimizer: its own, whose schedule begins at `start`.
+        lecam: weight of the discriminator's LeCam regularizer; 0 for none.
+        diffaugment: augmentations of all images that the discriminator sees.
+        optimizer: AdamW and its schedule for the discriminator, which begins at `start`.
     """
 
     kind: Literal["patch", "style"] = "patch"
@@ -112,7 +112,7 @@ def discriminator_loss(kind: GANLoss, real: jax.Array, fake: jax.Array) -> jax.A
     """Computes the discriminator's loss, half of it from images' and from reconstructions' logits.
 
     Args:
-        kind: "hinge" or "non_saturating".
+        kind: kind of loss, "hinge" or "non_saturating".
         real: logits of images, of any shape.
         fake: logits of reconstructions.
     """
@@ -143,8 +143,8 @@ def r1_loss(logits_fn, params: PyTree, image_BHWC: jax.Array) -> jax.Array:
 
     Args:
         logits_fn: (params, images) -> logits (B, h, w), of which each image's mean is D(x).
-        params: the discriminator's.
-        image_BHWC: real images.
+        params: parameters of the discriminator.
+        image_BHWC: real images in [-1, 1].
     """
 
     def total(image_BHWC):
@@ -161,10 +161,10 @@ def adaptive_weight(
     Below the bound, the adversarial loss multiplied by it pulls as hard as pixels and LPIPS.
 
     Args:
-        reconstruction: gradient of pixels and LPIPS by the decoder's last kernel, by
-            `last_layer_grads`.
-        adversarial: that of the adversarial loss.
-        largest: the bound.
+        reconstruction: gradient of the pixel losses and LPIPS with respect to the decoder's last
+            kernel, from `last_layer_grads`.
+        adversarial: gradient of the adversarial loss with respect to the decoder's last kernel.
+        largest: upper bound of the weight.
     """
     ratio = optax.tree.norm(reconstruction)
     ratio = ratio / (optax.tree.norm(adversarial) + ADAPTIVE_WEIGHT_EPSILON)
@@ -176,7 +176,7 @@ def last_layer_grads(last_BHWC: jax.Array, image_grad_BHWC: jax.Array) -> jax.Ar
 
     Args:
         last_BHWC: the input of the last convolution.
-        image_grad_BHWC: the loss's gradient by the convolution's output.
+        image_grad_BHWC: gradient of the loss with respect to the output of the convolution.
 
     Returns:
         (3, 3, C, channels), as the kernel.
@@ -210,9 +210,10 @@ class GanGradients:
     """Holds the gradients of both sides' losses, and what is logged; all are means over images.
 
     Attributes:
-        image_grad_BHWC: of the tokenizer's adversarial loss by the reconstructions.
-        discriminator_grads: of the discriminator's loss by its parameters.
-        metrics: "adversarial" and "discriminator/…", scalars.
+        image_grad_BHWC: gradient of the tokenizer's adversarial loss with respect to the
+            reconstructions.
+        discriminator_grads: gradients of the discriminator's loss with respect to its parameters.
+        metrics: scalars "adversarial" and "discriminator/…".
     """
 
     image_grad_BHWC: jax.Array
@@ -234,12 +235,12 @@ def gan_gradients(
     reconstruction can tell them apart. Neither side's gradient reaches the other's parameters.
 
     Args:
-        config: the losses and the discriminator.
-        discriminator: its state.
+        config: settings of the losses and the discriminator.
+        discriminator: state of the discriminator.
         real_BHWC: images in [-1, 1].
-        fake_BHWC: their reconstructions.
+        fake_BHWC: reconstructions of these images.
         key_B: random keys, one for each image.
-        dtype: the discriminator's number format.
+        dtype: number format of the discriminator.
     """
     module, kind = config.discriminator(dtype), config.loss
 
@@ -276,9 +277,9 @@ def create_discriminator(
     """Draws the discriminator's state before its first update.
 
     Args:
-        config: its kind and its optimizer.
-        image_shape: (H, W, channels).
-        plan: the whole run's.
+        config: settings, which hold its kind and optimizer.
+        image_shape: (H, W, channels) of an image.
+        plan: length of the whole run.
         key: random key of the parameters.
     """
     params = config.discriminator().init(key, jnp.zeros((1, *image_shape)))["params"]
@@ -297,12 +298,12 @@ def update_discriminator(
     """Updates the discriminator, unless the run has not yet come to `config.start`.
 
     Args:
-        config: its optimizer and its start.
-        discriminator: its state.
-        grads: `GanGradients.discriminator_grads`.
-        logit_means: means of its logits in this step, which LeCam's averages follow.
-        step: number of the run's update, from 0.
-        plan: the whole run's.
+        config: settings, which hold its optimizer and start.
+        discriminator: state of the discriminator.
+        grads: gradients of its loss, `GanGradients.discriminator_grads`.
+        logit_means: means of its logits in this step, for LeCam's moving averages.
+        step: number of the update, from 0.
+        plan: length of the whole run.
 
     Returns:
         The state after the update, and {"grad_norm", "lr"}.

@@ -61,11 +61,14 @@ class ImageGradients:
     """Holds gradients of the losses of reconstructions; all are means over images.
 
     Attributes:
-        image_grad_BHWC: of their weighted sum by the reconstructions.
-        metrics: scalars; "loss" leaves the adversarial loss out, for it measures two networks.
-        discriminator_grads: of the discriminator's loss by its parameters; None without one.
-        last_layer: gradients of the reconstruction loss and of the adversarial loss by the
-            decoder's last kernel; None without a discriminator.
+        image_grad_BHWC: gradient of the weighted sum of the losses with respect to the
+            reconstructions.
+        metrics: scalars by name; "loss" excludes the adversarial loss, because that measures two
+            networks.
+        discriminator_grads: gradients of the discriminator's loss with respect to its parameters;
+            None without a discriminator.
+        last_layer: gradients of the reconstruction loss and of the adversarial loss with respect to
+            the decoder's last kernel; None without a discriminator.
     """
 
     image_grad_BHWC: jax.Array
@@ -79,11 +82,13 @@ class LossGradients:
     """Holds gradients of all losses and what is logged; all are means over images.
 
     Attributes:
-        grads: of the tokenizer's losses by its parameters.
-        metrics: scalars.
-        statistics: what else the tokenizer's task asks of a batch.
-        discriminator_grads: as in `ImageGradients`, like `last_layer`.
-        last_layer: as in `ImageGradients`.
+        grads: gradients of the tokenizer's losses with respect to its parameters.
+        metrics: scalar metrics by name.
+        statistics: further statistics of a batch that the tokenizer's task needs.
+        discriminator_grads: gradients of the discriminator's loss with respect to its parameters;
+            None without a discriminator.
+        last_layer: gradients with respect to the decoder's last kernel, described in
+            `ImageGradients`.
     """
 
     grads: PyTree
@@ -131,8 +136,8 @@ def image_losses(
     """Computes `reconstruction_losses` with the weights of a task, (B,) each.
 
     Args:
-        config: the task.
-        frozen: as `load_frozen_losses` gives it.
+        config: task, which holds the weights of the losses.
+        frozen: parameters of frozen loss networks, from `load_frozen_losses`.
         x_BHWC: images in [-1, 1].
         y_BHWC: their reconstructions, not clipped.
         dtype: number format of LPIPS.
@@ -174,12 +179,13 @@ def loss_gradients(
     """Computes the gradients of all losses on a batch; they do not depend on `config.accumulate`.
 
     Args:
-        config: the task.
-        discriminator: its state; None without one.
-        frozen: as `load_frozen_losses` gives it.
-        batch: {"image_BHWC": uint8, "key_B": as `example_keys` gives them}.
+        config: task, which holds the weights of the losses.
+        discriminator: state of the discriminator; None without one.
+        frozen: parameters of frozen loss networks, from `load_frozen_losses`.
+        batch: {"image_BHWC": uint8 images, "key_B": keys from `example_keys`}.
         step: number of the update, from 0.
-        microbatch_gradients: runs a microbatch through the tokenizer and back.
+        microbatch_gradients: function that runs a microbatch forward and backward through the
+            tokenizer.
     """
     ramp_factor = config.gan.ramp_factor(step, config.plan) if config.gan else jnp.float32(0)
 
@@ -214,11 +220,11 @@ def image_gradients(
     They are taken by the image loss by loss, so that the adaptive weight computes nothing twice.
 
     Args:
-        config: the task.
-        discriminator: its state; None without one.
-        frozen: as `load_frozen_losses` gives it.
-        ramp_factor: the part of the adversarial loss's weight that counts, 0 … 1.
-        ratio: the adaptive weight; None to compute it from these images.
+        config: task, which holds the weights of the losses.
+        discriminator: state of the discriminator; None without one.
+        frozen: parameters of frozen loss networks, from `load_frozen_losses`.
+        ramp_factor: factor on the adversarial loss's weight at this step, 0 … 1.
+        ratio: adaptive weight; None to compute it from these images.
         x_BHWC: images in [-1, 1].
         y_BHWC: their reconstructions, not clipped.
         last_BHWC: the input of the decoder's last convolution.
@@ -257,9 +263,9 @@ def train_discriminator(
     """Updates the discriminator, if there is one.
 
     Args:
-        config: the task.
-        discriminator: its state; None without one.
-        found: the gradients of this step.
+        config: task, which holds the discriminator's settings.
+        discriminator: state of the discriminator; None without one.
+        found: gradients of this step.
         step: number of the update, from 0.
 
     Returns:

@@ -35,8 +35,8 @@ class LPIPSConfig:
     """Configures LPIPS as a perceptual loss.
 
     Attributes:
-        weights: the directory that `python -m varjax.convert --lpips_vgg=…` wrote.
-        weight: of the loss, above 0.
+        weights: directory that `python -m varjax.convert --lpips_vgg=…` wrote.
+        weight: weight of the loss, above 0.
     """
 
     weights: str = "weights/lpips"
@@ -59,10 +59,10 @@ def lpips_layers(params: PyTree, a_BHWC: jax.Array, b_BHWC: jax.Array, dtype=jnp
     weighted by channel and averaged over the positions.
 
     Args:
-        params: as `load_lpips` gives them.
+        params: parameters of LPIPS, from `load_lpips`.
         a_BHWC: images in [-1, 1] with one or three channels.
         b_BHWC: images of the same shape.
-        dtype: of the convolutions.
+        dtype: number format of the convolutions.
 
     Returns:
         (5, B) float32.

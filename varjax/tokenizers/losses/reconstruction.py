@@ -22,8 +22,8 @@ def reconstruction_losses(
     Args:
         x_BHWC: images in [-1, 1].
         y_BHWC: their reconstructions, not clipped.
-        weights: by loss, its weight in the sum.
-        lpips_params: as `load_lpips` gives them; None to do without LPIPS.
+        weights: weight of each loss in the sum, by name.
+        lpips_params: parameters of LPIPS, from `load_lpips`; None to skip LPIPS.
         dtype: number format of LPIPS.
 
     Returns:

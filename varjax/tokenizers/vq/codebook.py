@@ -37,13 +37,15 @@ class CodebookConfig:
     Raises InputError for a value out of range.
 
     Attributes:
-        init: how codes start. "uniform" in ±1/V; "normal" of about length 1; "kmeans" on the
-            quantizer's inputs in the first batch, each scale alike (replaces those of `init_from`).
-        restart_every: updates between restarts of dead codes, whose usage over the last 50 updates
-            or so is below a tenth of an even share; 0 for never.
-        scale_dropout: share of training images that keep a random number of their scales only.
-        scales_kept: least number of scales that they keep (XQ-GAN: 3, with a dropout of 0.1).
-        entropy: weight of `entropy_loss`; with `accumulate`, of each microbatch by itself.
+        init: how codes are initialized. "uniform" in ±1/V; "normal" with length about 1; "kmeans"
+            on the quantizer's inputs in the first batch, all scales weighted equally (replaces the
+            codes of `init_from`).
+        restart_every: updates between restarts of dead codes, whose usage over about the last 50
+            updates is below a tenth of an even share; 0 for never.
+        scale_dropout: fraction of training images that keep only a random number of their scales.
+        scales_kept: smallest number of scales that these images keep (XQ-GAN: 3, with a dropout of
+            0.1).
+        entropy: weight of `entropy_loss`, which is computed separately for each microbatch.
     """
 
     init: Literal["uniform", "normal", "kmeans"] = "uniform"
@@ -82,12 +84,12 @@ def quantizer_inputs(
     """Computes the vectors that codes are chosen for, at every scale.
 
     Args:
-        config: the tokenizer.
-        image_BHWC: uint8.
-        microbatches: number of equal parts that are worked off one by one, to save memory.
-        params: the tokenizer's.
+        config: config of the tokenizer.
+        image_BHWC: uint8 images to encode.
+        microbatches: number of equal parts that are processed one by one, to save memory.
+        params: parameters of the tokenizer.
         ideal: whether the coarser scales count as perfect up to their resolution, for a codebook
-            that is not yet of any use.
+            that is not trained yet.
 
     Returns:
         (B, L, Z) float32.
@@ -116,7 +118,7 @@ def scale_residuals(
 
     Args:
         pyramid: the sizes of the scales.
-        f_BhwZ: features.
+        f_BhwZ: features of the images.
         f_hats: K maps (B, h, w, Z), as in `Quantized`.
 
     Returns:
@@ -166,10 +168,10 @@ def kmeans_init(
     """Replaces the codes by k-means centers before the first update, if `config.init` says so.
 
     Args:
-        config: with `init`.
-        pyramid: the sizes of the scales, which count alike.
-        state: before an update.
-        inputs_fn: gives the quantizer's inputs.
+        config: settings of the codebook, whose `init` decides.
+        pyramid: the sizes of the scales, which are weighted equally.
+        state: train state before an update.
+        inputs_fn: function that returns the quantizer's inputs.
         key: the step's random key.
 
     Returns:
@@ -230,7 +232,7 @@ def average_usage(pyramid: Pyramid, usage_V: jax.Array, frequency_KV: jax.Array)
 
     Args:
         pyramid: the sizes of the scales.
-        usage_V: the average before.
+        usage_V: the average before this batch.
         frequency_KV: how often each scale used each code in an image, a mean over the batch.
     """
     length_K1 = jnp.array(pyramid.lengths, jnp.float32)[:, None]
@@ -252,12 +254,12 @@ def restart_dead_codes(
     average takes new codes as they are; their moments become zero.
 
     Args:
-        config: with `restart_every`, above 0.
+        config: settings of the codebook, with `restart_every` above 0.
         pyramid: the sizes of the scales.
-        state: after an update.
-        usage_V: moving average of the codes' share of the tokens.
+        state: train state after an update.
+        usage_V: moving average of the fraction of tokens that use each code.
         frequency_KV: how often each scale used each code in an image of this batch.
-        inputs_fn: gives the quantizer's inputs.
+        inputs_fn: function that returns the quantizer's inputs.
         key: the step's random key.
 
     Returns:
@@ -291,9 +293,9 @@ def entropy_loss(codebook_VZ: jax.Array, inputs: Sequence[jax.Array], cosine: bo
     Low where each vector is sure of its code, but all vectors together use many.
 
     Args:
-        codebook_VZ: the codes.
+        codebook_VZ: vectors of the codes.
         inputs: K arrays (B, l, Z) of vectors to choose codes for.
-        cosine: whether vectors and codes are compared at length 1.
+        cosine: whether vectors and codes are normalized to length 1 before they are compared.
     """
     losses = []
     for z_BlZ in inputs:

@@ -40,9 +40,9 @@ def vq_gradients(
     """Computes the gradients of all losses on a microbatch.
 
     Args:
-        config: the task.
-        params: the tokenizer's.
-        image_gradients: of the losses of reconstructions.
+        config: task to train.
+        params: parameters of the tokenizer.
+        image_gradients: function that computes the losses of reconstructions and their gradients.
         batch: {"image_BHWC": uint8, "key_B": random keys, one for each image}.
 
     Returns:

@@ -40,14 +40,15 @@ class VQConfig:
         scales: side length of each token map, or its (h, w), coarse to fine.
         image_channels: 1 for gray, 3 for colors.
         width: channels of the convolutions at full resolution.
-        multipliers: of `width`, one per level; each level after the first halves the map.
-        blocks: residual blocks per level of the encoder; the decoder has one more.
-        groups: of the group norms.
+        multipliers: factors on `width`, one per level; each level after the first halves the map.
+        blocks: number of residual blocks per level of the encoder; the decoder has one more.
+        groups: number of groups in each group norm.
         vocab: number of codes V.
-        code_channels: size Z of a code.
-        phis: φ convolutions that the scales share; 0 for one per scale.
+        code_channels: number of channels Z of a code.
+        phis: number of φ convolutions that the scales share; 0 for one per scale.
         phi_ratio: r in φ(x) = r·conv(x) + (1-r)·x.
-        cosine_codes: whether the nearest code is that of the largest cosine.
+        cosine_codes: whether the nearest code is the one with the largest cosine, instead of the
+            smallest distance.
     """
 
     scales: tuple[Scale, ...] = SCALES_256
@@ -122,10 +123,10 @@ class VQTokenizer(nn.Module):
     Images are (B, H, W, channels) in [-1, 1] here, tokens (B, L) int32, the scales concatenated.
 
     Attributes:
-        config: its sizes.
+        config: config of the tokenizer.
         compute: number format of the decoder, precision of the encoder, and execution.
-        encoder_dtype: number format of the encoder, other than float32 in its own training only:
-            it flips tokens. The quantizer is float32 always.
+        encoder_dtype: number format of the encoder, which may differ from float32 only in the
+            tokenizer's training, because it flips tokens. The quantizer is always float32.
     """
 
     config: VQConfig
@@ -152,7 +153,7 @@ class VQTokenizer(nn.Module):
 
         Args:
             image_BHWC: images in [-1, 1].
-            kept_B: number of scales that each image is made of; None for all.
+            kept_B: number of scales that each image is reconstructed from; None for all.
 
         Returns:
             (images not clipped, features (B, h, w, Z), what they were quantized to).

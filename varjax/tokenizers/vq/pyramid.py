@@ -28,7 +28,7 @@ class Pyramid:
     scales or tokens than any model has.
 
     Attributes:
-        scales: of each map, the side length if it is square, or (h, w).
+        scales: side length of each map if it is square, or (h, w).
     """
 
     scales: tuple[Scale, ...]

@@ -37,10 +37,11 @@ class Quantizer(nn.Module):
     Attributes:
         pyramid: the sizes of the K token maps.
         vocab: number of codes V.
-        code_channels: size Z of a code.
+        code_channels: number of channels Z of a code.
         phis: number of φ convolutions that the scales share; 0 for one per scale.
         phi_ratio: r in φ(x) = r·conv(x) + (1-r)·x.
-        cosine: whether the nearest code is that of the largest cosine instead of least distance.
+        cosine: whether the nearest code is the one with the largest cosine, instead of the smallest
+            distance.
     """
 
     pyramid: Pyramid
@@ -63,9 +64,9 @@ class Quantizer(nn.Module):
         Gradients reach the codebook and φ through f_hats; the choice of codes has none.
 
         Args:
-            f_BhwZ: features of the finest scale's size.
-            kept_B: number of scales that each image adds up; beyond them its f_hats stay as they
-                are. None for all.
+            f_BhwZ: features with the size of the finest scale.
+            kept_B: number of scales that are added up for each image; its further f_hats repeat the
+                last sum. None for all.
         """
         f_BhwZ = jax.lax.stop_gradient(f_BhwZ.astype(jnp.float32))
         tokens, f_hats = [], []
@@ -108,7 +109,7 @@ class Quantizer(nn.Module):
         Args:
             f_hat_BhwZ: the sum of the scales before k.
             codes_BlZ: scale k's codes, looked up or mixed.
-            k: the number of the scale, from 0.
+            k: index of the scale, from 0.
 
         Returns:
             The sum of scales 0 … k, (B, h, w, Z).
@@ -192,10 +193,10 @@ def code_counts(
     """Counts how often each scale uses each code.
 
     Args:
-        pyramid: tells which tokens are which scale's.
+        pyramid: the sizes of the scales.
         vocab: number of codes V.
         tokens_BL: code indices, the scales concatenated.
-        weight_B: how much an image counts: 1, or 0 for padding.
+        weight_B: weight of each image: 1, or 0 for padding.
 
     Returns:
         (K, V) float32 counts.

@@ -59,19 +59,19 @@ class VQTask:
     usage lie beside the moments in `opt_state`. Raises InputError for a value out of range.
 
     Attributes:
-        model: the tokenizer.
-        optimizer: of the tokenizer's parameters.
+        model: config of the tokenizer.
+        optimizer: AdamW and its schedule, for the tokenizer.
         l1: weight of the mean absolute error of images in [-1, 1].
-        l2: weight of their mean squared error.
+        l2: weight of the mean squared error of images in [-1, 1].
         beta: weight of the commitment loss.
-        codebook: remedies against unused codes.
-        perceptual: LPIPS; none for no perceptual loss.
-        gan: discriminator and adversarial loss; none for neither.
-        dtype: format of all convolutions in training; "auto" is bfloat16 on an accelerator and
-            float32 on a CPU. Evaluation and the quantizer are float32 always.
+        codebook: initialization of the codes and remedies against unused ones.
+        perceptual: LPIPS loss; none for no perceptual loss.
+        gan: discriminator and adversarial loss; none for no discriminator.
+        dtype: number format of all convolutions in training; "auto" is bfloat16 on an accelerator
+            and float32 on a CPU. Evaluation and the quantizer are always float32.
         ema: decay of the parameters' moving average; 0 for none.
-        accumulate: number of microbatches that a batch is worked off in.
-        plan: filled in by the loop.
+        accumulate: number of microbatches that a batch is split into, to save memory.
+        plan: length of the run; the loop fills it in.
     """
 
     model: VQConfig
@@ -162,9 +162,9 @@ class VQTask:
         """Computes each image's losses without the adversarial one, which measures two networks.
 
         Args:
-            params: the tokenizer's.
-            frozen: `VQTask.frozen`.
-            image_BHWC: uint8.
+            params: parameters of the tokenizer.
+            frozen: parameters of frozen loss networks, from `VQTask.frozen`.
+            image_BHWC: uint8 images to reconstruct.
 
         Returns:
             (B,) each: every loss, their weighted sum "loss", and "psnr" in dB; and tokens (B, L).
