@@ -11,7 +11,7 @@ LOCKED = 3.11 3.12
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK := $(wildcard requirements/lock-$(VERSION).txt)
 
-.PHONY: setup lock demo demo-mar quick test lint soak damage clean
+.PHONY: setup lock demo demo-mar quick test lint soak damage faults clean
 
 setup: $(VENV)/ready
 
@@ -78,6 +78,12 @@ damage: setup
 	$(PY) -m tests.helpers.damage_sweep --folder=runs/damage/bits
 	$(PY) -m tests.helpers.damage_sweep --folder=runs/damage/one --processes=1
 	$(PY) -m tests.helpers.damage_sweep --folder=runs/damage/two --processes=2
+
+# Each kind of file operation of each command fails once, with each error; hours. MINUTES=20 make
+# faults stops sooner; 0 is no limit.
+MINUTES ?= 0
+faults: setup
+	$(PY) -m tests.helpers.fault_sweep --folder=runs/faults --minutes=$(MINUTES)
 
 clean:
 	rm -rf $(VENV) build *.egg-info
