@@ -77,7 +77,7 @@ def test_without_network_the_digits_stand_in(monkeypatch, tmp_path, capsys):
     assert commands == [
         ["-m", "varjax", "train", f"--config={name}"] for name in ("digits_tokenizer", "digits")
     ]
-    assert "goes on with small digits" in capsys.readouterr().out
+    assert "Continuing with small digits instead" in capsys.readouterr().out
 
 
 def test_where_no_clone_is_an_address_is_asked_for(monkeypatch, tmp_path):
