@@ -1,4 +1,4 @@
-"""Draws images, or parts of an image anew: `varjax sample` and `varjax edit`, from a clone.
+"""Draws images, or redraws parts of one: `varjax sample` and `varjax edit`, from a clone.
 
 python sample.py --weights=runs/digits --labels=0,1,2 --count=8 --out=grid.png
 python sample.py edit --weights=weights/d16 --image=photo.png --box=64,64,192,192 --out=edit.png

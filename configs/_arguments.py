@@ -1,4 +1,4 @@
-"""What may stand after the colon of --config=configs/FILE.py:…"""
+"""Reads the text after the colon of --config=configs/FILE.py:…"""
 
 import re
 from collections.abc import Collection, Sequence

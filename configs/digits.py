@@ -3,8 +3,8 @@
     python train.py --config=configs/digits.py
 
 The tokenizer must be trained first. Two CPU cores: 3 minutes, 1.5 GB. Expected at the end:
-eval_ema/loss 3.31; `make demo` reports on the samples. All but the data follows from the size of
-the images, as in configs/small.py; --help lists it.
+eval_ema/loss 3.31; `make demo` reports on the samples. Everything except the data follows from
+the size of the images, as in configs/small.py; --help lists all settings.
 """
 
 from varjax.data.sources import Digits

@@ -5,8 +5,8 @@
 Two CPU cores: 2 minutes, 1.1 GB. Expected at the end: eval_ema/psnr 30.0, eval/kl 199,
 eval_ema/latent_std 1.13.
 
-The weight of the KL is far above LDM's 1e-6: with 1e-3 the latents come to have a standard
-deviation near 1, and the posterior's own is about a twentieth of it.
+The weight of the KL divergence is far above LDM's 1e-6: with 1e-3, the latents get a standard
+deviation near 1, and the posterior's standard deviation is about a twentieth of that.
 """
 
 from varjax.data.sources import Digits

@@ -2,10 +2,11 @@
 
     python train.py --config=configs/digits_tokenizer.py
 
-`:single_scale` after it makes one map of 16 tokens instead, for configs/digits_mar.py:codes.
+Append `:single_scale` for a single map of 16 tokens, which configs/digits_mar.py:codes needs.
 
-Two CPU cores: 1.5 minutes, 1 GB. Expected at the end: eval/psnr 27, eval/usage/3 0.99. All but the
-data follows from the size of the images, as in configs/small_tokenizer.py; --help lists it.
+Two CPU cores: 1.5 minutes, 1 GB. Expected at the end: eval/psnr 27, eval/usage/3 0.99. Everything
+except the data follows from the size of the images, as in configs/small_tokenizer.py; --help lists
+all settings.
 """
 
 import dataclasses

@@ -2,33 +2,33 @@
 
     python train.py --config=configs/kl_tokenizer.py:256
 
-after the colon, with commas between: 256 or 512 (pixels), no_lpips, and where the images are, as in
+After the colon, separated by commas: 256 or 512 (pixels), no_lpips, and where the images are, as in
 configs/var.py:
 
     configs/kl_tokenizer.py:256,data=folder:/data/images  folders train/… and val/…
     configs/kl_tokenizer.py:512,no_lpips                   without the perceptual loss
     configs/kl_tokenizer.py:256,data=random                noise, to try the recipe and its speed
 
-The perceptual loss needs two downloads (docs/convert.md); without them, no_lpips. Whoever has the
-released tokenizer starts from it with --config.init_from=weights/kl16 (docs/convert.md), and for
-512 pixels from one of 256 in the same way.
+The perceptual loss needs two downloads (docs/convert.md); without them, use no_lpips. To start from
+the released tokenizer, add --config.init_from=weights/kl16 (docs/convert.md). A run for 512 pixels
+can start from a tokenizer for 256 pixels in this way.
 
-MAR's authors never released their recipe. These numbers are
+MAR's authors never released their recipe. These numbers come from
 
-    of LDM's autoencoder_kl_16x16x16   L1 1, LPIPS 1, KL 1e-6; Adam (0.5, 0.9) at 4.5e-6 for each
+    LDM's autoencoder_kl_16x16x16      L1 1, LPIPS 1, KL 1e-6; Adam (0.5, 0.9) at 4.5e-6 for each
                                        image of the batch, constant, no clipping; PatchGAN with the
                                        hinge loss, 64 channels, 3 layers, 0.5 × adaptive (at most
                                        0.05 at 256 px, as LDM's code bounds it), from update
                                        50,001 on: after 10 % of this run on ImageNet
     ours                               batch 96, 38 epochs (507,000 updates), EMA 0.999
 
-Left out: BatchNorm in the discriminator. LDM's log variance is not optimized there (see `KLTask`),
-so nothing is missing without it.
+Two things are left out: BatchNorm in the discriminator, and LDM's log variance, which LDM does not
+optimize either (see `KLTask`).
 
-66.5 M parameters, and 2.8 M of the discriminator. Convolutions are bfloat16 on accelerators; the
-posterior, evaluation and everything that uses the tokenizer later are float32. The standard
-deviation of the latents, by which MAR divides them, is measured in training and lies with the
-weights ("latent_std" in metrics.jsonl).
+66.5 M parameters, and 2.8 M in the discriminator. Convolutions are bfloat16 on accelerators; the
+posterior, evaluation and all later uses of the tokenizer are float32. Training measures the
+standard deviation of the latents, by which MAR divides them, and stores it with the weights
+("latent_std" in metrics.jsonl).
 """
 
 from varjax.data.sources import parse_dataset

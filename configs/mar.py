@@ -2,40 +2,40 @@
 
     python train.py --config=configs/mar.py:b
 
-after the colon: b, l or h, and where the images are, as in configs/var.py:
+After the colon: b, l or h, and where the images are, as in configs/var.py:
 
     configs/mar.py:l,data=folder:/data/imagenet     folders train/<class>/… and val/<class>/…
-    configs/mar.py:l,data=latents:/data/latents     what python -m varjax.data.cache_latents wrote
+    configs/mar.py:l,data=latents:/data/latents     written by python -m varjax.data.cache_latents
     configs/mar.py:l,data=random                    noise, to try the recipe and its speed
 
 Images become latents by the released KL tokenizer, which is converted once (docs/convert.md):
 
     python -m varjax.convert --kl=kl16.ckpt --out=weights/kl16
 
-or by any other of the same sizes: --config.task.tokenizer_weights=runs/kl_tokenizer_256. Other
-sizes follow the colon; a token then holds 16 pixels a side, or what a latent does where that is
+Another tokenizer of equal sizes needs --config.task.tokenizer_weights=runs/kl_tokenizer_256. One of
+other sizes is named after the colon; a token then covers 16 pixels a side, or one latent if that is
 more:
 
-    configs/mar.py:b,tokenizer=kl_f8          weights/kl_f8: f8's sizes, Stable Diffusion's too
+    configs/mar.py:b,tokenizer=kl_f8          weights/kl_f8: sizes of f8, and of Stable Diffusion
     configs/mar.py:b,tokenizer=weights/sdxl   a converted directory, or a run of a tokenizer
 
 Names are kl16 (the default), kl_f4, kl_f8, kl_f16 and kl_f32; patch size, number of tokens and
---config.task.tokenizer_weights follow from them. As each
-epoch samples the posterior anew, the cache holds its moments, of both flips of each image:
+--config.task.tokenizer_weights follow from them. Each epoch draws new samples from the posterior,
+so the cache holds its mean and standard deviation, for both flips of each image:
 
     python -m varjax.data.cache_latents --config=configs/mar.py:b --augmentations=2 \
         --dtype=float16 --out=/data/latents
 
-What the authors published for these settings (800 epochs, 50,000 samples, 256 steps, cfg linear):
+Published by the authors for these settings (800 epochs, 50,000 samples, 256 steps, cfg linear):
 
     model  parameters  cfg   FID    without guidance, temperature 0.95
     b        208 M     2.9   2.31   3.48
     l        478 M     3.0   1.78   2.60
     h        942 M     3.2   1.55   2.35
 
-Hardware: 16 GPUs or TPU chips and more. Whoever trains on fewer devices keeps the batch and sets
---config.task.accumulate. On NVIDIA GPUs, fused attention has no dropout of its weights: with
---config.task.attention_dropout=0, another recipe, it is used.
+Hardware: 16 or more GPUs or TPU chips. To train on fewer devices, keep the batch size and set
+--config.task.accumulate. On NVIDIA GPUs, fused attention does not support dropout of its weights.
+It is used with --config.task.attention_dropout=0, which is another recipe.
 """
 
 import dataclasses

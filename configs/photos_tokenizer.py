@@ -1,19 +1,19 @@
-"""A small multi-scale tokenizer for crops of two photographs, and what helps its codebook.
+"""A small multi-scale tokenizer for crops of two photographs, with options for its codebook.
 
     python train.py --config=configs/photos_tokenizer.py
     python -m varjax.tokenizers.evaluate --weights=runs/photos_tokenizer --data=photos
 
-64 by 64 pixels become 341 tokens at 5 scales. After the colon one change to the plain recipe, or
-several with commas between:
+64 by 64 pixels become 341 tokens at 5 scales. After the colon, separated by commas, changes to the
+plain recipe:
 
     cosine           the nearest code by angle
     normal, kmeans   how the codes start, instead of uniform ±1/V
-    restart          dead codes become vectors that codes are looked for
-    scale_dropout    every tenth image keeps 3 to 5 scales only
+    restart          dead codes are replaced by inputs of the quantizer
+    scale_dropout    every tenth image keeps only 3 to 5 scales
     entropy          a loss that is low where all codes are used
     adversarial      a discriminator from 30 % of the run on
 
-docs/tokenizer.md tells what each of them does.
+docs/tokenizer.md describes what each of them does.
 """
 
 from varjax.core import config_tree

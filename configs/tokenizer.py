@@ -2,33 +2,33 @@
 
     python train.py --config=configs/tokenizer.py:256
 
-after the colon, with commas between: 256 or 512 (pixels), no_lpips, and where the images are, as in
+After the colon, separated by commas: 256 or 512 (pixels), no_lpips, and where the images are, as in
 configs/var.py:
 
     configs/tokenizer.py:256,data=folder:/data/images     folders train/… and val/…
     configs/tokenizer.py:512,no_lpips                      without the perceptual loss
     configs/tokenizer.py:256,data=random                   noise, to try the recipe and its speed
 
-The perceptual loss needs two downloads (docs/convert.md); without them, no_lpips. Whoever has the
-released tokenizer starts from it with --config.init_from=weights/tokenizer, and for 512 pixels from
-one of 256 in the same way: one tokenizer serves both, only the scales differ.
+The perceptual loss needs two downloads (docs/convert.md); without them, use no_lpips. To start from
+the released tokenizer, add --config.init_from=weights/tokenizer. A run for 512 pixels can start
+from a tokenizer for 256 pixels in this way: only the scales differ.
 
-The authors never released their recipe. These numbers are
+The authors never released their recipe. These numbers come from
 
-    of their single-scale trainer   L1 0.2, L2 1, LPIPS 1, β 0.25; AdamW (0.5, 0.9) at 3e-4 for a
+    their single-scale trainer      L1 0.2, L2 1, LPIPS 1, β 0.25; AdamW (0.5, 0.9) at 3e-4 for a
                                     batch of 768, 250 epochs, EMA 0.9999; the discriminator from
                                     20 % of the run on, over 2 %
-    of XQ-GAN                       adversarial weight 0.5 × adaptive, LeCam 0.001, DiffAugment
-    of taming-transformers          PatchGAN with the hinge loss, 64 channels, 3 layers
+    XQ-GAN                          adversarial weight 0.5 × adaptive, LeCam 0.001, DiffAugment
+    taming-transformers             PatchGAN with the hinge loss, 64 channels, 3 layers
     ours                            schedule (warm-up 1 %, then half a cosine to 1 %), clip 1, no
                                     weight decay, the discriminator's optimizer like the tokenizer's
 
-Both sources judge by a discriminator over frozen DINO features, which is not here. Published for
-multi-scale codes of this size: rFID 0.80 (XQ-GAN), 0.92 (the released VAR tokenizer).
+Both sources use a discriminator over frozen DINO features, which is not implemented here. Published
+for multi-scale codes of this size: rFID 0.80 (XQ-GAN), 0.92 (the released VAR tokenizer).
 
-109 M parameters, and 2.8 M of the discriminator. Convolutions are bfloat16 on accelerators; the
-quantizer, evaluation and everything that uses the tokenizer later are float32. Whoever has few
-devices keeps the batch and sets --config.task.accumulate: the result is the same.
+109 M parameters, and 2.8 M in the discriminator. Convolutions are bfloat16 on accelerators; the
+quantizer, evaluation and all later uses of the tokenizer are float32. To train on fewer devices,
+keep the batch size and set --config.task.accumulate: the result does not change.
 """
 
 from varjax.data.sources import parse_dataset

@@ -2,12 +2,12 @@
 
     python train.py --config=configs/var.py:d16
 
-after the colon: d16, d20, d24 or d30, and where the images are (docs/data.md):
+After the colon: d16, d20, d24 or d30, and where the images are (docs/data.md):
 
     configs/var.py:d16                                ImageNet as TFDS prepared it (imagenet2012)
     configs/var.py:d16,data=folder:/data/imagenet     folders train/<class>/… and val/<class>/…
-    configs/var.py:d16,data=tfds:/data/packed         what python -m varjax.data.prepare wrote
-    configs/var.py:d16,data=latents:/data/latents     what python -m varjax.data.cache_latents wrote
+    configs/var.py:d16,data=tfds:/data/packed         written by python -m varjax.data.prepare
+    configs/var.py:d16,data=latents:/data/latents     written by python -m varjax.data.cache_latents
     configs/var.py:d16,data=random                    noise, to try the recipe and its speed
 
 Images become tokens by the released tokenizer, which is converted once:
@@ -15,9 +15,9 @@ Images become tokens by the released tokenizer, which is converted once:
     python -m varjax.convert --repo=FoundationVision/var --tokenizer=vae_ch160v4096z32.pth \
         --out=weights/tokenizer
 
-or by any other of the same sizes: --config.task.tokenizer_weights=runs/my_tokenizer.
+Another tokenizer of equal sizes needs --config.task.tokenizer_weights=runs/my_tokenizer.
 
-What the authors published for these settings:
+Published by the authors for these settings:
 
     model  parameters  batch  epochs   FID (50,000 samples, cfg 1.5, top-k 900, top-p 0.96)
     d16        310 M     768     200   3.55   loss 6.046 at the end, 5.345 at the last scale
@@ -25,14 +25,14 @@ What the authors published for these settings:
     d24        1.0 B     768     350   2.33
     d30        2.0 B    1024     350   1.97
 
-Hardware: 8 GPUs or TPU chips and more. The authors' code took 1.25 s a step for d16 on 16 GPUs,
-116 hours in all. Whoever trains on fewer devices keeps the batch and sets --config.task.accumulate;
-a batch that the devices do not divide is refused, never changed. docs/training.md says how to watch
-a run, continue it, and start it from trained weights.
+Hardware: 8 or more GPUs or TPU chips. The authors' code took 1.25 s a step for d16 on 16 GPUs, 116
+hours in all. To train on fewer devices, keep the batch size and set --config.task.accumulate; a
+batch that the devices do not divide is refused, never changed. docs/training.md says how to watch a
+run, continue it, and start it from trained weights.
 
-Two things of the official trainer are left out. Its "progressive training" (fewer scales at first)
-is off in all released recipes, as are a moving average of the weights (--config.task.ema=0.9999
-turns ours on) and label smoothing (--config.task.label_smoothing).
+The "progressive training" of the official trainer (fewer scales at first) is left out; all released
+recipes turn it off. They also turn off a moving average of the weights (--config.task.ema=0.9999
+turns it on) and label smoothing (--config.task.label_smoothing).
 """
 
 import dataclasses
