@@ -1,10 +1,10 @@
-"""Prints what MAR's numbers of diffusion steps cost, and how they amplify a denoiser's error.
+"""Prints what each number of diffusion steps costs in MAR, and how it amplifies a denoiser's error.
 
 python -m varjax.analysis.diffusion_steps
 python -m varjax.analysis.diffusion_steps --error=0.01 --steps=64
 
-Nothing is drawn: the denoiser is the exact one of a standard normal with a relative error, so that
-every variance has a closed form. An exact sampler would give a standard deviation of 1.
+Nothing is sampled. The denoiser is the exact one for a standard normal with a relative error added,
+so every variance has a closed form. An exact sampler would give a standard deviation of 1.
 """
 
 import sys

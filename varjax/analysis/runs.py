@@ -1,14 +1,14 @@
 """Lists the training runs in a folder: state, step, loss, speed, and when each last wrote.
 
-"productive" is the share of time in steps that lasted, over all starts of a run: not in compiling,
-restoring, waiting for data, evaluating, saving, or steps that were done again after a kill.
+"productive" is the fraction of time, over all starts of a run, spent on steps that were kept. Time
+for compiling, restoring, waiting for data, evaluating, saving and repeated steps does not count.
 
 varjax runs runs
 varjax runs /shared/runs --watch=30
 
-A run counts as running while a process holds its lock, on this machine or another one that shares
-the folder and its locks. In a bucket, where nothing can be locked, it is one that wrote within the
-last ten minutes.
+A run counts as running while a process holds its lock, on this machine or on another one that
+shares the folder and its locks. A bucket has no locks: there, a run counts as running if it wrote
+something in the last ten minutes.
 """
 
 import dataclasses
@@ -170,8 +170,20 @@ def main(arguments: list[str]) -> int:
     """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
     parser = command_parser("varjax runs", __doc__)
     add = parser.add_argument
-    add("folder", nargs="?", default="runs", metavar="DIR", help="holds runs (runs)")
-    add("--watch", type=float, default=0.0, metavar="SECONDS", help="print it again and again")
+    add(
+        "folder",
+        nargs="?",
+        default="runs",
+        metavar="DIR",
+        help="folder that contains the runs (runs)",
+    )
+    add(
+        "--watch",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="print the list again at this interval",
+    )
     flags = parser.parse_args(arguments)
 
     def show() -> None:

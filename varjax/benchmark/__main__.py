@@ -6,9 +6,9 @@ varjax benchmark COMMAND --help
   train         how fast it trains on one device
   evaluate      how fast samples are measured: Inception's features, and metrics of them
   data          how fast a config's images are read, decoded and augmented
-  tpu           what the TPU's compiler estimates for sampling and training, without a TPU
+  tpu           what the TPU's compiler estimates for sampling and training; no TPU is needed
   checksum      what comparing checksums adds to reading a checkpoint
-  partitioning  what a training step sends and holds on many devices, without having them
+  partitioning  a training step's memory and communication on many devices, estimated
 """
 
 import importlib

@@ -2,8 +2,9 @@
 
 varjax benchmark checksum --gigabytes=2
 
-Prints a JSON line for each: seconds to read it, seconds for its checksums, and their ratio. The
-files come from the cache of the operating system, so disks make the ratio smaller.
+Prints a JSON line for each kind of file: seconds to read it, seconds to compare its checksums, and
+their ratio. The files are read from the operating system's cache; from a disk, the ratio is
+smaller.
 """
 
 import argparse
@@ -30,8 +31,10 @@ ARRAYS = 4  # of equal size
 def main(arguments: list[str]) -> None:
     """Runs the command; prints a line for each kind of file."""
     parser = command_parser("varjax benchmark checksum", __doc__)
-    parser.add_argument("--gigabytes", type=float, default=2.0, help="of float32 numbers (2)")
-    parser.add_argument("--folder", type=pathlib.Path, help="for the files, which are removed")
+    parser.add_argument(
+        "--gigabytes", type=float, default=2.0, help="gigabytes of float32 numbers (2)"
+    )
+    parser.add_argument("--folder", type=pathlib.Path, help="folder for temporary files")
     flags: argparse.Namespace = parser.parse_args(arguments)
     check_setting("gigabytes", flags.gigabytes, 0 < flags.gigabytes <= 1000, "in (0, 1000]")
     rows = max(1, round(flags.gigabytes * 1e9 / (4 * 2**20 * ARRAYS)))

@@ -1,13 +1,13 @@
-"""Measures how fast a config's data are read, by threads and worker processes.
+"""Measures how fast a config's data are read by threads and by worker processes.
 
 python -m varjax.benchmark data --config=configs/FILE.py[:ARGUMENT] [--batches=20]
     [--threads=1,16] [--workers=0,16] [--config.FIELD=VALUE ...]
 
-One line for each part and each way to read:
+Prints a line for each stage and each number of threads or processes:
 
-decode    images read and decoded, not augmented; latents where the data are latents
-augment   and augmented
-loader    whole batches, as training gets them
+decode    images are read and decoded (or latents are read)
+augment   they are augmented as well
+loader    whole batches are made, as in training
 """
 
 import contextlib
@@ -33,9 +33,9 @@ def main(arguments: list[str]) -> None:
     parser = command_parser("varjax.benchmark data", __doc__)
     cpus = available_cpus()
     add_config_flags(parser)
-    parser.add_argument("--batches", type=int, default=20, help="to measure, of each kind")
-    parser.add_argument("--threads", default=f"1,{cpus}", help="numbers of threads")
-    parser.add_argument("--workers", default=f"{cpus}", help="numbers of processes, 0 for none")
+    parser.add_argument("--batches", type=int, default=20, help="number of batches to measure (20)")
+    parser.add_argument("--threads", default=f"1,{cpus}", help="numbers of threads to compare")
+    parser.add_argument("--workers", default=f"{cpus}", help="numbers of processes to compare")
     flags, experiment = config_from_flags(parser, arguments)
     check_setting("batches", flags.batches, flags.batches >= 1, "at least 1")
     ways = [ReadOptions(threads=n) for n in parse_counts("threads", flags.threads) if n]

@@ -1,9 +1,9 @@
-"""Measures how fast samples are evaluated: Inception's features, and the metrics of them.
+"""Measures how fast samples are evaluated: Inception's features, and metrics of the features.
 
 varjax benchmark evaluate --images=10000
 
-A JSON line for the features, by random weights, and one for each metric of so many made-up
-features. efficiency: model FLOP ÷ (seconds × FLOP/s of a large matrix product in the same run).
+Prints a JSON line for the features, computed with random weights, and one for each metric of random
+features. efficiency is model FLOP ÷ (seconds × FLOP/s of a large matrix product in the same run).
 """
 
 import time
@@ -72,9 +72,9 @@ def main(arguments: list[str]) -> int:
     """Returns 0; raises InputError for a number below its least."""
     parser = command_parser("varjax benchmark evaluate", __doc__)
     add = parser.add_argument
-    add("--images", type=int, default=10_000, help="of which metrics are computed (10000)")
-    add("--side", type=int, default=256, help="pixels of an image's side (256)")
-    add("--repeats", type=int, default=3, help="the fastest of so many calls counts (3)")
+    add("--images", type=int, default=10_000, help="number of images in the metrics (10000)")
+    add("--side", type=int, default=256, help="side length of an image in pixels (256)")
+    add("--repeats", type=int, default=3, help="calls to time; the fastest one counts (3)")
     flags = parser.parse_args(arguments)
     for name, least in (("images", 4), ("side", 1), ("repeats", 1)):
         if getattr(flags, name) < least:

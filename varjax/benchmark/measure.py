@@ -50,18 +50,28 @@ def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", default="d16", help="d16, d20, d24, d30, d36, mar_b, mar_l or mar_h (d16)")
     add("--batch_size", type=int, default=8, help="images at a time (8)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as in Compute")
-    add("--attention", choices=get_args(Attention), default="auto", help="as in Compute")
-    add("--repeats", type=int, default=3, help="the fastest of so many calls counts (3)")
-    add("--cache", help="a folder for compiled programs, for the next run to use")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="number format (auto)",
+    )
+    add(
+        "--attention",
+        choices=get_args(Attention),
+        default="auto",
+        help="implementation of attention (auto)",
+    )
+    add("--repeats", type=int, default=3, help="calls to time; the fastest one counts (3)")
+    add("--cache", help="folder that keeps compiled programs for the next run")
     return parser
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a training's `Compute`."""
-    about = "as in Compute, for training; the default is what most recipes train with (dots)"
+    about = "what the backward pass recomputes (dots, as in most recipes)"
     parser.add_argument("--remat", choices=get_args(Remat), default="dots", help=about)
-    parser.add_argument("--unroll", action="store_true", help="as in Compute")
+    parser.add_argument("--unroll", action="store_true", help="unroll the layers")
 
 
 def compute_from_flags(flags: argparse.Namespace, **others: Any) -> Compute:

@@ -1,11 +1,12 @@
-"""Measures what a training step sends and holds on many devices, without having them.
+"""Estimates a training step's memory and communication on many devices, without the devices.
 
 varjax benchmark partitioning --preset=d16 --devices=8
 
---devices=8,64 plays these numbers of CPU devices. What they send is read from XLA's partitioned
-program, which is the same everywhere; their temporaries are a CPU's, which computes bfloat16 in
-float32 and fuses otherwise. --topology=v5e:2x4,v5e:8x8 (of TPUs; needs `pip install libtpu`)
-compiles with the TPUs' own compiler; "fits" is false where it refuses for lack of memory.
+--devices=8,64 simulates 8 and 64 CPU devices. The communication is read from XLA's partitioned
+program, which does not depend on the hardware. Temporary memory is that of a CPU, which computes
+bfloat16 in float32 and fuses operations differently. --topology=v5e:2x4,v5e:8x8 compiles for these
+TPUs with their compiler (`pip install libtpu`); "fits" is false if the program needs more memory
+than they have.
 """
 
 import math
@@ -35,16 +36,27 @@ def main(arguments: list[str]) -> None:
     parser = command_parser("varjax benchmark partitioning", __doc__)
     add = parser.add_argument
     add("--preset", default="d16", choices=BATCH_SIZES, help="size of the model (d16)")
-    add("--devices", type=_numbers, default="8", help="numbers of CPU devices to play: 8,64 (8)")
-    add("--topology", default="", help="instead, of TPUs: v5e:2x4,v5e:8x8")
-    add("--fsdp", type=int, default=0, help="the mesh's axis (as many as divide the width)")
-    add("--tensor", type=int, default=1, help="the mesh's axis (1)")
+    add(
+        "--devices", type=_numbers, default="8", help="numbers of CPU devices to simulate: 8,64 (8)"
+    )
+    add("--topology", default="", help="TPUs to compile for, instead: v5e:2x4,v5e:8x8")
+    add(
+        "--fsdp",
+        type=int,
+        default=0,
+        help="size of this mesh axis (largest that divides the width)",
+    )
+    add("--tensor", type=int, default=1, help="size of this mesh axis (1)")
     add("--batch_size", type=int, default=0, help="images in a batch (the official number)")
     add("--accumulate", type=int, default=1, help="microbatches in a step (1)")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="as in Compute")
-    add("--remat", choices=get_args(Remat), default="block", help="as in Compute (block)")
+    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="format of products")
+    add("--remat", choices=get_args(Remat), default="block", help="what to recompute (block)")
     add("--ema", type=float, default=0.0, help="decay of averaged weights, 0 for none (0)")
-    add("--sizes_only", action="store_true", help="compile nothing, print only what lies there")
+    add(
+        "--sizes_only",
+        action="store_true",
+        help="compile nothing; print only the sizes of stored arrays",
+    )
     flags = parser.parse_args(arguments)
     counts = [] if flags.topology else flags.devices
     jax.config.update("jax_platforms", "cpu")

@@ -37,10 +37,12 @@ from varjax.var.sample import VAROptions, sample_images, sample_tokens, var_samp
 def main(arguments: list[str]) -> None:
     """Reads the command line and prints the figures; raises InputError."""
     parser = model_parser("sample", __doc__)
-    parser.add_argument("--compile_only", action="store_true", help="where memory is short")
-    help = "print only what --batch_size=auto is for memories of so many GB, as in 16,24,40,80"
+    parser.add_argument(
+        "--compile_only", action="store_true", help="only compile, which needs less memory"
+    )
+    help = "print only the batch size that auto chooses for devices with 16,24,… GB of memory"
     parser.add_argument("--fits", type=_gigabytes, metavar="GB,GB", help=help)
-    parser.add_argument("--steps", type=int, default=64, help="in which MAR draws its tokens (64)")
+    parser.add_argument("--steps", type=int, default=64, help="number of MAR sampling steps (64)")
     flags = parser.parse_args(arguments)
     compute, sizes = compute_from_flags(flags), (flags.preset, flags.batch_size, flags.steps)
     if flags.fits:

@@ -1,16 +1,16 @@
-"""Prints what the TPU's compiler estimates for a model of a released size, without having a TPU.
+"""Prints what the TPU's compiler estimates for a model of a released size; no TPU is needed.
 
 varjax benchmark tpu --preset=d16 --what=sample --batch_size=16
 varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --topology=v6e:1x1
 varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --unroll
 
-Needs `pip install libtpu`. The compiler writes into each instruction how many cycles it expects;
-these are added up, loops as often as they run, and divided by the chip's clock. It is an estimate:
-good for comparing two programs, not for promising a speed (docs/benchmarks.md says what it leaves
-out). One line for each category, and the last one for the total.
+Requires `pip install libtpu`. The compiler annotates each instruction with the cycles it expects.
+They are added up, with loops counted as often as they run, and divided by the chip's clock. The sum
+is an estimate: good for comparing two programs, not for predicting a speed (docs/benchmarks.md says
+what it leaves out). There is a line for each category, and a last one for the total.
 
---parts compiles the program in pieces, each with a line of its own: where the whole takes too long
-or too much memory, or to see which scale the time goes to.
+--parts compiles the program in pieces and prints a line for each. Use it if the whole takes too
+much time or memory, or to see which scale takes the time.
 """
 
 import collections
@@ -62,13 +62,13 @@ def main(arguments: list[str]) -> None:
     parser = model_parser("tpu", __doc__)
     add = parser.add_argument
     add("--what", choices=get_args(What), default="sample")
-    add("--topology", default="v5e:1x1", help="kind and grid of chips; compiles for one (v5e:1x1)")
+    add("--topology", default="v5e:1x1", help="type and grid of the chips; one is used (v5e:1x1)")
     add("--encoder_precision", choices=("auto", *get_args(Precision)), default="auto")
     add_training_flags(parser)
-    add("--cached", action="store_true", help="train on tokens, not on images")
+    add("--cached", action="store_true", help="train on cached tokens instead of images")
     add("--unguided", action="store_true", help="sample without guidance")
-    add("--steps", type=int, default=64, help="in which MAR draws its tokens (64)")
-    add("--parts", action="store_true", help="compile piece by piece")
+    add("--steps", type=int, default=64, help="number of MAR sampling steps (64)")
+    add("--parts", action="store_true", help="compile the program in pieces")
     flags = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")
     compute = compute_from_flags(

@@ -1,10 +1,10 @@
-"""Draws parts of an image anew, several times, without further training.
+"""Redraws parts of an image, in several variations, without further training.
 
 varjax edit --weights=weights/d16 --image=photo.png --box=64,64,192,192 --out=edit.png
 varjax edit --weights=weights/d16 --image=photo.png --mask=mask.png --count=8
 
-The picture shows the original, what is drawn anew in red, and the results. Options that are not
-given are the model's own.
+The output shows the original, the redrawn parts in red, and the results. Options that are not given
+have the model's default values.
 """
 
 import argparse
@@ -81,13 +81,13 @@ def edit_image(arguments: list[str]) -> None:
         results.append(image_io.to_uint8(images_BHWC))
     results_NHWC = np.concatenate(results)[: flags.count]
     image_io.write_png(flags.out, side_by_side(image_HWC, redraw_hw, results_NHWC))
-    print(f"{flags.out}: original, what is drawn anew (red), {flags.count} results")
+    print(f"{flags.out}: original, redrawn parts (red), {flags.count} results")
 
 
 def side_by_side(
     image_HWC: np.ndarray, redraw_hw: np.ndarray, results_NHWC: np.ndarray
 ) -> np.ndarray:
-    """Returns one picture: the image, the same with what is drawn anew in red, the results.
+    """Returns one picture: the image, the image with redrawn parts in red, and the results.
 
     Args:
         image_HWC: uint8, gray or RGB.
@@ -109,22 +109,22 @@ def side_by_side(
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("varjax edit", __doc__)
     add = parser.add_argument
-    add("--image", required=True, help="any image file; resized and center-cropped for the model")
+    add("--image", required=True, help="image file; resized and center-cropped for the model")
     add(
         "--box",
-        help="y0,x0,y1,x1 in pixels of the image as the model sees it, or, if none is above 1, in "
-        "fractions of its height and width; rounded to whole tokens, as the picture shows in red",
+        help="y0,x0,y1,x1 in pixels of the cropped image, or, if none is above 1, in fractions of "
+        "its height and width; rounded to whole tokens",
     )
-    add("--mask", help="instead of a box, an image of the same size: white is drawn anew")
+    add("--mask", help="instead of a box, an image of equal size, where white is redrawn")
     add(
         "--mode",
         choices=get_args(Mode),
         default="inpaint",
-        help="draw the inside of the box anew (inpaint, the default); all but the inside; the "
-        "inside as --label",
+        help="inpaint redraws the inside of the box (the default), outpaint everything else; class "
+        "redraws the inside as --label",
     )
-    add("--label", type=int, help="class of what is drawn (default: none)")
-    add_sampling_flags(parser, "edit.png", "FILE.png (edit.png)")
+    add("--label", type=int, help="class to draw (default: no class)")
+    add_sampling_flags(parser, "edit.png", "output, FILE.png (edit.png)")
     return parser
 
 

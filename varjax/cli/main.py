@@ -10,15 +10,18 @@ from varjax.core.commands import escape_unprintable
 COMMANDS = {
     "train": ("varjax.cli.train", "train what a config file describes, or continue a run"),
     "sample": ("varjax.cli.sample", "draw images from a trained or converted model"),
-    "edit": ("varjax.cli.edit", "draw parts of an image anew"),
-    "convert": ("varjax.convert.__main__", "official PyTorch weights to varjax's, and back"),
+    "edit": ("varjax.cli.edit", "redraw parts of an image"),
+    "convert": (
+        "varjax.convert.__main__",
+        "convert official PyTorch weights to varjax's, and back",
+    ),
     "evaluate": ("varjax.evaluation.__main__", "measure samples: FID, Inception Score, recall …"),
     "evaluate-tokenizer": ("varjax.tokenizers.evaluate", "measure what a tokenizer keeps"),
-    "prepare": ("varjax.data.prepare.prepare", "pack a folder of images into few large files"),
+    "prepare": ("varjax.data.prepare.prepare", "pack a folder of images into a few large files"),
     "cache-latents": ("varjax.data.cache_latents", "run a tokenizer over its images once"),
     "runs": (
         "varjax.analysis.runs",
-        "list training runs: how far and how fast, and if they go on",
+        "list training runs: state, step, loss and speed",
     ),
     "plot": ("varjax.plot.__main__", "draw the curves of training runs"),
     "benchmark": ("varjax.benchmark.__main__", "measure speed, memory and communication"),

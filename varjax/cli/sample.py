@@ -3,8 +3,8 @@
 varjax sample --weights=runs/digits --labels=0,1,2 --count=8 --out=grid.png
 varjax sample --weights=runs/digits --labels=all --count=100 --out=digits.npz
 
-A folder or an .npz may be large: all devices share the work, and the same command goes on after a
-kill. Options that are not given are the model's own.
+A folder or an .npz may be large: all devices share the work, and the command continues where it was
+interrupted if you run it again. Options that are not given have the model's default values.
 """
 
 import argparse
@@ -42,13 +42,13 @@ def add_sampling_flags(
         weights_required: whether --weights must be given.
     """
     add = parser.add_argument
-    about = "a training run, what convert wrote, or var_d16 …"
+    about = "training run, converted directory, or published model: var_d16 …"
     add("--weights", required=weights_required, help=about)
-    about = "images of each class, or variations (%(default)s)"
+    about = "number of images of each class, or of variations (%(default)s)"
     add("--count", type=int, default=4, help=about)
-    add("--seed", type=int, default=0, help="another seed, other images (0)")
+    add("--seed", type=int, default=0, help="random seed; each gives other images (0)")
     add_batch_size_flag(parser)
-    add("--dtype", default="auto", help="auto, float32 or bfloat16")
+    add("--dtype", default="auto", help="number format: auto, float32 or bfloat16")
     add("--out", default=out, help=out_help)
     # Those of every family: which of them a model takes is known once it is loaded.
     add_option_flags(parser.add_argument_group("options of the model"), option_classes())
@@ -68,8 +68,10 @@ def draw_samples(arguments: list[str]) -> None:
     Raises InputError, before any long work, for what cannot be done.
     """
     parser = command_parser("varjax sample", __doc__)
-    parser.add_argument("--labels", help="classes, 0,1,2 or all (default: some, evenly spread)")
-    out_help = "FILE.png (a grid), FILE.npz or FOLDER (samples.png)"
+    parser.add_argument(
+        "--labels", help="classes to draw: 0,1,2 or all (default: a few, evenly spread)"
+    )
+    out_help = "output: FILE.png (a grid), FILE.npz or FOLDER (samples.png)"
     add_sampling_flags(parser, "samples.png", out_help)
     add_process_flags(parser)
     flags = parser.parse_args(arguments)

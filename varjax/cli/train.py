@@ -1,12 +1,12 @@
-"""Trains what a config file describes, or continues the run in its run_dir.
+"""Trains the model that a config file describes, or continues the run in its run_dir.
 
 python train.py --config=configs/FILE.py[:ARGUMENT] [--config.FIELD.FIELD=VALUE ...]
 
-For example, with some fields of the file changed:
+To change some fields of the file:
 
 python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 --config.steps=200
 
---dry_run says beforehand what a run takes: mesh, memory, data, and the first step.
+--dry_run reports in advance what a run needs: mesh, memory, data, and the first step.
 """
 
 import sys
@@ -26,15 +26,17 @@ def main(arguments: list[str]) -> int:
 
     parser = command_parser("varjax train", __doc__)
     add_config_flags(parser)
-    parser.add_argument("--debug", action="store_true", help="mistakes with their traceback, too")
     parser.add_argument(
-        "--dry_run", action="store_true", help="check all, take one step, write nothing"
+        "--debug", action="store_true", help="show mistakes with their traceback, too"
+    )
+    parser.add_argument(
+        "--dry_run", action="store_true", help="check everything, take one step, write nothing"
     )
     parser.add_argument(
         "--profile",
         default="",
         metavar="START:STOP",
-        help="trace these steps, counted from this start, into RUN/profile",
+        help="write a trace of these steps, counted from this start, to RUN/profile",
     )
     add_process_flags(parser)
     if not arguments:

@@ -124,36 +124,47 @@ def _parse_side(text: str) -> Scale:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("varjax convert", __doc__)
     add = parser.add_argument
-    add("--out", required=True, help="the directory to write")
+    add("--out", required=True, help="directory to write")
     for flag, kind in KINDS.items():
         add(f"--{flag}", metavar="FILE", help=f"official weights of {kind.description}")
-    add("--repo", help="download them from this Hugging Face repository")
-    add("--revision", help="branch, tag or commit there (the known commit, else main)")
-    add("--scales", help="side lengths 1,2,3 or 1x1,2x4 (default: as in the file, else 256 px)")
-    add("--heads", type=int, help="attention heads where attention is not cosine (width / 64)")
-    add("--groups", type=int, default=32, help="groups of the tokenizer's group norms (32)")
+    add("--repo", help="Hugging Face repository to download the files from")
+    add("--revision", help="branch, tag or commit of the repository (the known commit, else main)")
+    add("--scales", help="side lengths 1,2,3 or 1x1,2x4 (the file's, else those of 256 px)")
+    add("--heads", type=int, help="attention heads, if attention is not cosine (width / 64)")
+    add("--groups", type=int, default=32, help="groups in each group norm of the tokenizer (32)")
     add("--phi_ratio", type=float, default=0.5, help="weight of the φ convolutions (0.5)")
-    add("--cosine_codes", action="store_true", help="codes are looked up by angle")
-    add("--image_size", help="of a KL tokenizer's or a MAR's images: 512 or 256x384 (as in them)")
-    add("--latent_channels", type=int, help="of the KL tokenizer under a MAR (its file's, else 16)")
+    add("--cosine_codes", action="store_true", help="look up codes by angle")
+    add("--image_size", help="pixels of KL or MAR images: 512 or 256x384 (the file's)")
+    add("--latent_channels", type=int, help="channels of MAR's KL tokenizer (the file's, else 16)")
     add("--mar_heads", metavar="E,D", help="attention heads of a MAR's encoder and decoder")
     add(
         "--latent_scale",
         type=float,
-        help="what a KL tokenizer's latents are multiplied by (by its file; of kl16.ckpt 0.2325)",
+        help="factor on a KL tokenizer's latents (the file's; 0.2325 for kl16.ckpt)",
     )
-    add("--latent_shift", type=float, help="what is subtracted from them first (by its file, or 0)")
-    add("--run", help="a training run, to be written as a directory of weights")
-    add("--to_torch", action="store_true", help="write --weights for the official code")
-    add("--layout", choices=get_args(Layout), default="official", help="of a KL tokenizer's names")
-    add("--weights", help="a converted directory, a training run, or a name like var_d16")
-    add("--inception", metavar="FILE", help="FID's Inception-v3, .pth or .pb (docs/evaluation.md)")
-    add("--lpips_vgg", help="torchvision's vgg16, for the perceptual loss of a tokenizer")
-    add("--lpips_heads", help="the lpips package's heads for it, weights/v0.1/vgg.pth")
+    add(
+        "--latent_shift",
+        type=float,
+        help="number subtracted from the latents first (the file's, else 0)",
+    )
+    add("--run", help="training run to write as a directory of weights")
+    add("--to_torch", action="store_true", help="write --weights as files for the official code")
+    add(
+        "--layout",
+        choices=get_args(Layout),
+        default="official",
+        help="names in a KL tokenizer's file (official)",
+    )
+    add("--weights", help="converted directory, training run, or published model: var_d16 …")
+    add(
+        "--inception", metavar="FILE", help="Inception-v3 for FID, .pth or .pb (docs/evaluation.md)"
+    )
+    add("--lpips_vgg", help="vgg16 of torchvision, for the perceptual loss of a tokenizer")
+    add("--lpips_heads", help="heads of the lpips package for vgg16, weights/v0.1/vgg.pth")
     add(
         "--ema",
         action=argparse.BooleanOptionalAction,
-        help="averaged weights of a run or a checkpoint, or not (default: if it has them)",
+        help="use the averaged weights of a run or checkpoint (default: if it has any)",
     )
     add("--debug", action="store_true", help="show mistakes with their traceback, too")
     return parser

@@ -45,13 +45,13 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         "--config",
         required=True,
         metavar="FILE.py[:ARGUMENT]",
-        help="a Python file with a function get_config(), and its argument",
+        help="Python file with a function get_config(), and its argument",
     )
     group.add_argument(
-        "--config.FIELD", dest="_", metavar="VALUE", help="changes one field, as in --config.seed=1"
+        "--config.FIELD", dest="_", metavar="VALUE", help="change one field, as in --config.seed=1"
     )
     group.add_argument(
-        "--print_config", action="store_true", help="print the whole config as JSON, and do no more"
+        "--print_config", action="store_true", help="print the whole config as JSON and exit"
     )
 
 

@@ -53,10 +53,14 @@ USAGE = (
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --distributed, --coordinator, --processes and --process, for `connect_by_flags`."""
     group = parser.add_argument_group("several processes", USAGE)
-    group.add_argument("--distributed", action="store_true", help="this is one of several")
-    group.add_argument("--coordinator", metavar="HOST:PORT", help="where the first one listens")
-    group.add_argument("--processes", type=int, metavar="COUNT", help="how many there are")
-    group.add_argument("--process", type=int, metavar="NUMBER", help="which this one is, from 0")
+    group.add_argument("--distributed", action="store_true", help="this process is one of several")
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="address at which the first process listens"
+    )
+    group.add_argument("--processes", type=int, metavar="COUNT", help="total number of processes")
+    group.add_argument(
+        "--process", type=int, metavar="NUMBER", help="index of this process, from 0"
+    )
 
 
 def connect_by_flags(flags: argparse.Namespace, communicate: bool = True) -> tuple[int, int]:

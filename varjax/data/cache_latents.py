@@ -2,13 +2,14 @@
 
 python -m varjax.data.cache_latents --config=FILE.py[:ARGUMENT] --out=DIR [--augmentations=10]
 
-A KL tokenizer's latents are means and standard deviations, of which training draws anew in each
-epoch; --dtype=float16 halves them, and what that changes is printed.
+A KL tokenizer's latents are stored as means and standard deviations, from which training draws new
+samples in each epoch. --dtype=float16 halves their size, and the rounding errors are printed.
 
-`data=latents:DIR` (or CachedLatents("DIR") in a config) then trains on them. Fields of the config
-are changed by --config.FIELD=VALUE, as for train.py. The same command goes on after a kill, and
-does nothing when all is done. Several processes share the work: --distributed where JAX finds them
-by itself, else --processes=COUNT --process=NUMBER; they do not talk to one another.
+`data=latents:DIR` (or CachedLatents("DIR") in a config) then trains on them. --config.FIELD=VALUE
+changes fields of the config, as for train.py. The command continues where it was interrupted if you
+run it again, and does nothing when all is done. Several processes share the work, without
+exchanging data: --distributed if JAX finds them automatically, else --processes=COUNT
+--process=NUMBER.
 """
 
 import sys
@@ -201,12 +202,16 @@ def main(arguments: list[str]) -> int:
     parser = command_parser("varjax cache-latents", __doc__)
     add_config_flags(parser)
     add = parser.add_argument
-    add("--out", required=True, metavar="DIR", help="the folder for the latents")
-    help = "of each training image (1; 2 where center crops are flipped)"
+    add("--out", required=True, metavar="DIR", help="folder for the latents")
+    help = "views of each training image (1; 2 if center crops are flipped)"
     add("--augmentations", type=int, help=help)
-    add("--batch_size", type=int, default=0, help="images at a time (32 a device)")
-    add("--shards", type=int, default=0, help="files of the training split (one per 4,096 images)")
-    add("--dtype", choices=get_args(FloatDtype), help="that stores floats (the tokenizer's)")
+    add("--batch_size", type=int, default=0, help="images at a time (32 per device)")
+    add("--shards", type=int, default=0, help="number of training files (one per 4,096 images)")
+    add(
+        "--dtype",
+        choices=get_args(FloatDtype),
+        help="number format of stored floats (the tokenizer's)",
+    )
     add_process_flags(parser)
 
     def action() -> None:

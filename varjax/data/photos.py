@@ -2,8 +2,8 @@
 
 python -m varjax.data.photos --out=DIR [--size=64] [--train=200] [--val=40]
 
-Two classes, china and flower, in train/ and val/, cut from parts of the photographs that do not
-touch. To try things out: two photographs teach a model nothing.
+There are two classes, china and flower, in train/ and val/, which are cut from separate parts of
+the photographs. Use it only to try things out: a model learns nothing useful from two photographs.
 """
 
 import sys
@@ -61,8 +61,8 @@ def _random_crop(part_HWC: np.ndarray, size: int, rng: np.random.Generator) -> n
 def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit code."""
     parser = command_parser("python -m varjax.data.photos", __doc__)
-    parser.add_argument("--out", required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--size", type=int, default=64, help="the shortest side of a crop, pixels")
+    parser.add_argument("--out", required=True, metavar="DIR", help="new folder to write")
+    parser.add_argument("--size", type=int, default=64, help="shorter side of a crop, in pixels")
     parser.add_argument("--train", type=int, default=200, help="training images of each class")
     parser.add_argument("--val", type=int, default=40, help="held-out images of each class")
     flags = parser.parse_args(arguments)

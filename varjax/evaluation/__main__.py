@@ -5,12 +5,12 @@ varjax evaluate --weights=var_d16 --count=50 --reference=REF.npz --inception=wei
 varjax evaluate --weights=var_d16 --sweep cfg=0,1,1.5,2 --reference=REF.npz --inception=…
 varjax evaluate --weights=runs/digits --count=100 --features=pixels --reference=digits
 
-SAMPLES is an .npz (arr_0) or a folder of images; with --weights they are drawn on the way, --count
-of each class, with the model's own options or the given ones; a MAR of a released size in 256
-steps, as published. --reference is an .npz of statistics (ADM's) or of images, a folder of images,
-or folder:PATH, tfds:NAME, digits, photos, whose images are cropped to the samples' size as in the
-model's recipe, or as --crop says. The same command goes on after a kill. docs/evaluation.md tells
-the protocol of the published numbers.
+SAMPLES is an .npz (arr_0) or a folder of images. With --weights, the command draws the samples,
+--count of each class, with the model's default options unless you give others; a MAR of a released
+size takes 256 steps, as published. --reference is an .npz of statistics (ADM's) or of images, a
+folder of images, or a dataset (folder:PATH, tfds:NAME, digits, photos), whose images are cropped to
+the samples' size as in the model's recipe, or as --crop says. The command continues where it was
+interrupted if you run it again. docs/evaluation.md describes the protocol of the published numbers.
 """
 
 import argparse
@@ -126,15 +126,26 @@ def evaluate(arguments: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("varjax evaluate", __doc__)
     add = parser.add_argument
-    add("samples", nargs="?", metavar="SAMPLES", help="an .npz of images, or a folder of them")
-    add("--reference", required=True, help="what they are compared with")
-    add("--inception", default="", metavar="DIR", help="Inception's weights, by varjax.convert")
-    add("--features", default="inception", help="inception, or pixels (tiny images, no weights)")
-    add("--split", default="train", choices=("train", "held_out"), help="of a dataset (train)")
+    add("samples", nargs="?", metavar="SAMPLES", help="an .npz or a folder of images")
+    add("--reference", required=True, help="statistics or images to compare with")
+    add("--inception", default="", metavar="DIR", help="converted weights of Inception")
+    add("--features", default="inception", help="inception, or pixels for tiny images")
+    add(
+        "--split",
+        default="train",
+        choices=("train", "held_out"),
+        help="split of the dataset (train)",
+    )
     add("--crop", default=AUTO, choices=(AUTO, *CROPS), help=CROP_HELP)
     add("--cache", default=str(default_cache()), help="folder for statistics of references")
-    add("--sweep", nargs="+", default=[], metavar="OPTION=V,V", help="all combinations of these")
-    help = "the report, .json; with --sweep the points' reports and a picture lie beside it"
+    add(
+        "--sweep",
+        nargs="+",
+        default=[],
+        metavar="OPTION=V,V",
+        help="options to vary, in all combinations",
+    )
+    help = "report, .json; --sweep writes more reports and a picture next to it (report.json)"
     add_sampling_flags(parser, "report.json", help, weights_required=False)
     parser.set_defaults(count=50)
     add_process_flags(parser)

@@ -1,4 +1,4 @@
-"""Reports how good the digits of `make demo` and `make demo-mar` are, with pictures.
+"""Reports the quality of the digits of `make demo` and `make demo-mar`, with pictures.
 
 python -m varjax.evaluation.digits_report --run=runs/digits --samples=runs/digits/samples.npz
 """
@@ -21,7 +21,7 @@ from varjax.metrics.fid import Moments, frechet_distance
 
 
 def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, dict[str, float]]:
-    """Computes figures of samples, each beside the same of real digits that were held out.
+    """Computes figures of samples, each with that of held-out real digits.
 
     Args:
         samples_NHWC: uint8, 8 by 8 gray.
@@ -123,7 +123,7 @@ def write_report(
         cells = "".join(f"{column[name]:12.3f}" for column in columns.values())
         print(f"{name:18}{cells}   {meaning}")
     previews = sorted((tokenizer / "previews").glob("*.png"))
-    print(f"\nsamples (left) beside real digits: {run / 'samples.png'}")
+    print(f"\nsamples (left) and real digits (right): {run / 'samples.png'}")
     print(f"reconstructions of held-out digits: {previews[-1] if previews else 'none'}")
     print(f"loss curves: {tokenizer / 'curves.png'}, {run / 'curves.png'}")
     print(f"this report: {run / 'report.json'}")
@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> int:
     """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
     parser = command_parser("python -m varjax.evaluation.digits_report", __doc__)
     add, folder = parser.add_argument, pathlib.Path("runs/digits")
-    add("--run", type=pathlib.Path, default=folder, help="of the transformer (runs/digits)")
+    add("--run", type=pathlib.Path, default=folder, help="run of the transformer (runs/digits)")
     add(
         "--tokenizer",
         type=pathlib.Path,
@@ -144,9 +144,9 @@ def main(arguments: list[str]) -> int:
         "--samples",
         type=pathlib.Path,
         default=folder / "samples.npz",
-        help="drawn by varjax sample (runs/digits/samples.npz)",
+        help="output of varjax sample (runs/digits/samples.npz)",
     )
-    add("--beside", type=pathlib.Path, help="a run whose report is printed too, if it has one")
+    add("--beside", type=pathlib.Path, help="run to compare with, if it has a report")
     flags = parser.parse_args(arguments)
     return run_command("digits_report", lambda: write_report(**vars(flags)))
 

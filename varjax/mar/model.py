@@ -98,11 +98,12 @@ class MARConfig:
         decoder_heads: attention heads of the decoder, which divide its width.
         head: kind of tokens, and how one is drawn from its vector.
         classes: number of classes; the class of that number means "no class" (for guidance).
-        latent_map: (h, w) of the tokenizer's latents.
+        latent_map: (h, w), the size of the tokenizer's map of latents.
         buffer: number of tokens in front that hold the class.
         order: order in which tokens become known: "random", drawn for each image, or "raster".
-        attention: "bidirectional" predicts any set of tokens from all known ones (masked
-            autoregression); "causal" predicts one token after another, with a key-value cache.
+        attention: direction of attention. "bidirectional" predicts any set of tokens from all known
+            ones (masked autoregression); "causal" predicts one token after another, with a
+            key-value cache.
         embed_init: standard deviation of new embeddings. At the reference's 0.02, positions are
             faint compared with tokens, which are near 1: a short run then learns the classes but
             hardly uses the known tokens.

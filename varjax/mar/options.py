@@ -24,27 +24,30 @@ class MAROptions:
 
     Attributes:
         cfg: scale s of classifier-free guidance, ε_u + s·(ε_c - ε_u); 1 turns it off.
-        cfg_schedule: "linear" grows from 1 to s with the share of known tokens, "constant" is s.
-        steps: in which all tokens are drawn, by a cosine; a causal model takes as many as it has
-            tokens, whatever this says.
+        cfg_schedule: how guidance depends on the step: "linear" grows from 1 to s with the fraction
+            of known tokens, "constant" is s.
+        steps: number of steps that draw the tokens, by a cosine schedule; ignored by a causal
+            model, which takes one step per token.
         temperature: factor on the noise of each diffusion step, or of a categorical head's choice.
         diffusion_steps: denoising steps of a token, or FIRST:LAST or FIRST:LAST:SCHEDULE for a
             number that falls over the steps (DiSA, arXiv 2505.20297); SCHEDULE is "linear" (the
             default), "cosine" or "two_stage".
-        clip_denoised: largest |x_0| a denoising step may aim at, in standard deviations of the
-            latents; 0 for no limit, as the official weights want it (docs/mar.md: when it helps).
+        clip_denoised: largest |x_0| that a denoising step may aim at, in standard deviations of the
+            latents; 0 for no limit, as with the official weights (docs/mar.md says when it helps).
     """
 
     cfg: float = option_field(2.9, "guidance scale; 1 turns it off")
     cfg_schedule: GuidanceSchedule = option_field(
-        "linear", "guidance grows with the share of known tokens, or is constant", static=True
+        "linear", "linear grows with the fraction of known tokens; or constant", static=True
     )
-    steps: int = option_field(64, "steps in which all tokens are drawn", static=True)
+    steps: int = option_field(64, "number of steps that draw the tokens", static=True)
     temperature: float = option_field(1.0, "factor on the noise of each draw")
     diffusion_steps: str = option_field(
-        "100", "denoising steps of a token, or DiSA's FIRST:LAST[:SCHEDULE]", static=True
+        "100", "denoising steps of a token, or FIRST:LAST[:SCHEDULE] (DiSA)", static=True
     )
-    clip_denoised: float = option_field(0.0, "bound on denoised tokens, in deviations; 0: none")
+    clip_denoised: float = option_field(
+        0.0, "bound on denoised tokens, in standard deviations; 0: none"
+    )
 
     def check(self) -> "MAROptions":
         """Returns the options in plain Python types, so that equal ones share a compilation.

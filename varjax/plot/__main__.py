@@ -1,11 +1,11 @@
-"""Draws the curves of training runs beside one another, as a PNG.
+"""Draws the curves of several training runs into one PNG.
 
 varjax plot runs/a runs/b --out=plot.png
 varjax plot runs/var_d16 --reference=d16
 
-Above: loss, and accuracy (of tokenizers PSNR), over the images seen, so that runs of different
-batches compare. Below: one panel for each scale. Lines are training (the thick ones running means),
-dots held-out images. Runs may still be going on.
+The upper panels show loss and accuracy (PSNR for tokenizers) over the images seen, so that runs
+with different batch sizes can be compared. Below is one panel for each scale. Thin lines are
+training, thick lines its running means, dots held-out images. Runs may still be in progress.
 """
 
 import sys
@@ -18,10 +18,10 @@ from varjax.core.commands import command_parser, run_command
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
     parser = command_parser("varjax plot", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directory of a run")
-    parser.add_argument("--out", default="plot.png", help="the picture to write (plot.png)")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="directories of the runs")
+    parser.add_argument("--out", default="plot.png", help="picture to write (plot.png)")
     parser.add_argument(
-        "--reference", choices=tuple(PUBLISHED_LOGS), help="also draw a published log"
+        "--reference", choices=tuple(PUBLISHED_LOGS), help="published log to draw as well"
     )
     parser.add_argument(
         "--by_scale",

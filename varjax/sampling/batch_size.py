@@ -19,7 +19,7 @@ USABLE = 0.8  # of a memory, for arithmetic leaves out buffers that the compiler
 
 def add_batch_size_flag(parser: argparse.ArgumentParser) -> None:
     """Adds --batch_size, a number or "auto"."""
-    help = "images at a time on each device; auto is as many as fit into its memory (auto)"
+    help = "images at a time on each device; auto for as many as fit into its memory (auto)"
     parser.add_argument("--batch_size", default="auto", type=_size_or_auto, help=help)
 
 

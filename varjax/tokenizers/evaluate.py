@@ -2,26 +2,27 @@
 
 varjax evaluate-tokenizer --weights=DIR --data=folder:/data/images [--inception=DIR] [--out=DIR]
 
-Over the whole held-out split, whatever the batch size:
+Measured over the whole held-out split, independent of the batch size:
 
-psnr        dB, mean over images            sharpness   mean gradient of the reconstructions, where
-ssim        11×11 Gaussian window                       that of the originals is 1
-l1          of values that span 1           lpips       with --lpips=DIR (docs/convert.md)
+psnr        in dB, mean over images         sharpness   mean gradient of the reconstructions
+ssim        with an 11×11 Gaussian window               divided by that of the originals
+l1          for values in [0, 1]            lpips       with --lpips=DIR (docs/convert.md)
 
-with --inception=DIR (docs/evaluation.md) rFID, sFID, Inception Score, precision, recall and KID of
-the reconstructions, against the same held-out images, cropped as the tokenizer sees them
+With --inception=DIR (docs/evaluation.md): rFID, sFID, Inception Score, precision, recall and KID of
+the reconstructions, against the held-out images, cropped as for the tokenizer.
 
-of a VQ tokenizer    same_in_bfloat16, _tf32, _bfloat16_3x and _tf32_3x, the share of tokens that
-stay as they are where the encoder multiplies like that; and after each scale psnr; rest, the share
-of the features' squares that is still missing; the perplexity of the codes, their number, and that
-over the most there could be (the vocabulary, or one for each token)
+For a VQ tokenizer: same_in_bfloat16, _tf32, _bfloat16_3x and _tf32_3x, the fraction of tokens that
+do not change if the encoder multiplies in that precision. After each scale: psnr; rest, the
+fraction of the features' squares that is still missing; the perplexity of the codes; the number of
+codes used; and that number divided by the largest possible one (the vocabulary size or the number
+of tokens).
 
-of a KL tokenizer    kl, of an image's latents; posterior_std, the mean of their standard
-deviations; latent_std, that of all latents' samples; latent_scale, 1 / latent_std;
-stored_latent_std, the one that lies with the weights
+For a KL tokenizer: kl of an image's latents; posterior_std, the mean of their standard deviations;
+latent_std, the standard deviation of samples of all latents; latent_scale, 1 / latent_std;
+stored_latent_std, the value stored with the weights.
 
-DIR gets evaluation.json, scales.png (held-out images, below each its reconstruction, or what its
-first 1 … K scales give) and worst.png (lowest PSNR: original, reconstruction, difference).
+DIR gets evaluation.json, scales.png (held-out images, each above its reconstruction, or above those
+from its first 1 … K scales) and worst.png (lowest PSNR: original, reconstruction, difference).
 """
 
 import argparse
@@ -187,13 +188,13 @@ def main(arguments: list[str]) -> int:
     """Exit code 0, 1 with one message for what cannot be done, 2 for a wrong command line."""
     parser = command_parser("varjax evaluate-tokenizer", __doc__)
     add = parser.add_argument
-    add("--weights", required=True, help="a training run, or what varjax.convert wrote")
-    add("--data", required=True, help="folder:PATH, tfds:NAME, photos, digits or random")
-    add("--out", default="evaluation", help="a folder for the results (evaluation)")
-    add("--batch_size", type=int, default=32, help="images at a time, of all devices (32)")
-    add("--ema", action=argparse.BooleanOptionalAction, help="a run's averaged weights, or not")
-    add("--lpips", default="", metavar="DIR", help="LPIPS's weights, by varjax.convert")
-    add("--inception", default="", metavar="DIR", help="Inception's, for FID and its kin")
+    add("--weights", required=True, help="training run or converted directory")
+    add("--data", required=True, help="dataset: folder:PATH, tfds:NAME, photos, digits or random")
+    add("--out", default="evaluation", help="folder for the results (evaluation)")
+    add("--batch_size", type=int, default=32, help="images at a time, over all devices (32)")
+    add("--ema", action=argparse.BooleanOptionalAction, help="use a run's averaged weights")
+    add("--lpips", default="", metavar="DIR", help="converted weights of LPIPS")
+    add("--inception", default="", metavar="DIR", help="converted weights of Inception")
     add("--crop", default=AUTO, choices=(AUTO, *CROPS), help=CROP_HELP)
     flags = parser.parse_args(arguments)
 

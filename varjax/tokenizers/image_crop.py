@@ -24,7 +24,7 @@ DESCRIPTIONS: dict[Crop, str] = {
     "center": "cropped as by ADM and MAR: box filter and bicubic to the size, then the middle "
     "(--crop=adm)",
 }
-CROP_HELP = "of a dataset's photographs: auto, as the model's recipe has it; var; or adm (auto)"
+CROP_HELP = "crop of a dataset's photographs: auto (the model's recipe), var or adm (auto)"
 
 
 def choose_crop(flag: str, location: str | pathlib.Path | None) -> Crop:

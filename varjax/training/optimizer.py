@@ -35,7 +35,7 @@ class AdamW:
         weight_decay: weight decay at the first step.
         weight_decay_end: weight decay at the last step; None for `weight_decay`.
         clip: largest global norm of the gradients; 0 for no clipping.
-        schedule: shape of the learning rate's course after the warm-up.
+        schedule: shape of the learning rate schedule after the warm-up.
         warmup: fraction of the run in which the learning rate rises.
         warmup_start: learning rate at the first step, as a fraction of the peak.
         end: learning rate at the last step, as a fraction of the peak.

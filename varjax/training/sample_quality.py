@@ -48,10 +48,10 @@ class FIDConfig:
         every: steps between two measurements; 0 for never. The end of the run is measured, too.
         images: number of samples, equally many of each class. Published values use 50,000; fewer
             samples give a larger FID.
-        reference: an .npz of statistics (ADM's) or of images, a folder of images of the samples'
-            size, or "held_out" for the run's held-out images.
+        reference: what samples are compared with: an .npz of statistics (ADM's) or of images, a
+            folder of images of the samples' size, or "held_out" for the run's held-out images.
         inception: directory that `python -m varjax.convert --inception=FILE` wrote.
-        features: "inception", or "pixels" for tiny images, which need no weights.
+        features: kind of features: "inception", or "pixels" for tiny images, which need no weights.
         seed: random seed of the samples.
         batch_size: images at a time, over all devices; 0 for the run's microbatch.
     """

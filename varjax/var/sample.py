@@ -46,8 +46,8 @@ class VAROptions:
     """
 
     cfg: float = option_field(1.5, "guidance at the last scale; 0 turns it off")
-    top_k: int = option_field(900, "draw from the likeliest codes only; 0: from all")
-    top_p: float = option_field(0.96, "draw from this much of the mass; 0: from all")
+    top_k: int = option_field(900, "number of likeliest codes to draw from; 0: all")
+    top_p: float = option_field(0.96, "probability of the codes to draw from; 0: all")
     smooth: bool = option_field(False, "mix codes: smoother pictures", static=True)
 
     def check(self) -> "VAROptions":

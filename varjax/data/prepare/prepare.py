@@ -1,11 +1,11 @@
-"""Packs a folder of images into array_record files, once: few large files, read fast anywhere.
+"""Packs a folder of images into a few large array_record files, which are fast to read anywhere.
 
 python -m varjax.data.prepare --folder=DIR --out=DIR [--size=288] [--workers=16] [--shards=256]
 
 The folder is read as `varjax.data.sources.Folder` describes: with train/ and val/, with classes
-only, or flat. What comes out is a TensorFlow Datasets directory with the splits "train" and
-"validation"; `data=tfds:OUT` trains on it. The same command goes on after a kill, and does nothing
-when all is done. More in docs/data.md.
+only, or flat. The output is a TensorFlow Datasets directory with the splits "train" and
+"validation"; `data=tfds:OUT` trains on it. The command continues where it was interrupted if you
+run it again, and does nothing when all is done. See docs/data.md.
 """
 
 import contextlib
@@ -159,14 +159,18 @@ def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit code."""
     parser = command_parser("varjax prepare", __doc__)
     add = parser.add_argument
-    add("--folder", required=True, metavar="DIR", help="the images")
-    add("--out", required=True, metavar="DIR", help="a new folder for the result")
-    add("--held_out", type=_share, help="the folder beside train/ (val), or a share (0.05)")
-    add("--unconditional", action="store_true", help="one class, whatever the subfolders")
-    add("--size", type=int, default=0, help="shrink shorter sides to so many pixels (keep all)")
-    add("--quality", type=int, default=95, help="of the JPEGs that shrunk images become (95)")
-    add("--workers", type=int, default=0, help="processes (one per CPU)")
-    add("--shards", type=int, default=0, help="files of the training split (one per 1,000 images)")
+    add("--folder", required=True, metavar="DIR", help="folder of the images")
+    add("--out", required=True, metavar="DIR", help="new folder for the result")
+    add("--held_out", type=_share, help="folder next to train/ (val), or a fraction (0.05)")
+    add(
+        "--unconditional",
+        action="store_true",
+        help="one class for all images, whatever the subfolders",
+    )
+    add("--size", type=int, default=0, help="largest shorter side in pixels (no limit)")
+    add("--quality", type=int, default=95, help="JPEG quality of images that are made smaller (95)")
+    add("--workers", type=int, default=0, help="number of processes (one per CPU)")
+    add("--shards", type=int, default=0, help="number of training files (one per 1,000 images)")
     flags = parser.parse_args(arguments)
     return run_command(
         "varjax prepare", lambda: print(prepare(**vars(flags))), interrupted=INTERRUPTED

@@ -32,9 +32,9 @@ class Folder:
     Attributes:
         root: folder of the images.
         size: pixels of both sides, or (height, width).
-        channels: 1 (gray), 3 (RGB) or 4 (with alpha).
-        crop: "random" resizes and crops as VAR does, at a random position in training; "center"
-            resizes and crops the middle, as ADM and MAR do.
+        channels: number of channels: 1 (gray), 3 (RGB) or 4 (with alpha).
+        crop: kind of crop: "random" resizes and crops as VAR does, at a random position in
+            training; "center" resizes and crops the middle, as ADM and MAR do.
         flip: whether to mirror half of the training images: random crops at random, center crops in
             every second epoch.
         held_out: folder next to train/, or the fraction of images to hold out, chosen by a hash of

@@ -50,9 +50,9 @@ class TFDS:
         train: split of the training images, or a part of one, "train[:95%]".
         held_out: split of the held-out images, or a part of one.
         size: pixels of both sides, or (height, width).
-        channels: 1 (gray), 3 (RGB) or 4 (with alpha).
-        crop: "random" resizes and crops as VAR does, at a random position in training; "center"
-            resizes and crops the middle, as ADM and MAR do.
+        channels: number of channels: 1 (gray), 3 (RGB) or 4 (with alpha).
+        crop: kind of crop: "random" resizes and crops as VAR does, at a random position in
+            training; "center" resizes and crops the middle, as ADM and MAR do.
         flip: whether to mirror half of the training images: random crops at random, center crops in
             every second epoch.
         image_key: name of the feature with the image.

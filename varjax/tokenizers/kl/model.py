@@ -72,7 +72,7 @@ class KLConfig:
 
     Attributes:
         image_size: pixels of both sides, or (height, width); any multiple of the downsampling.
-        image_channels: 1 for gray, 3 for colors.
+        image_channels: number of image channels: 1 for gray, 3 for colors.
         width: channels of the convolutions at full resolution.
         multipliers: factors on `width`, one per level; each level after the first halves the map.
         blocks: number of residual blocks per level of the encoder; the decoder has one more.

@@ -38,7 +38,8 @@ class GANConfig:
     Raises InputError for a value out of range.
 
     Attributes:
-        kind: "patch" (PatchGAN) or "style" (StyleGAN2's); see discriminator.py.
+        kind: kind of discriminator: "patch" (PatchGAN) or "style" (StyleGAN2's); see
+            discriminator.py.
         width: channels of the first convolution.
         layers: number of times that "patch" halves the image.
         loss: kind of loss, "hinge" or "non_saturating".

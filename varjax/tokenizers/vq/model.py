@@ -38,7 +38,7 @@ class VQConfig:
 
     Attributes:
         scales: side length of each token map, or its (h, w), coarse to fine.
-        image_channels: 1 for gray, 3 for colors.
+        image_channels: number of image channels: 1 for gray, 3 for colors.
         width: channels of the convolutions at full resolution.
         multipliers: factors on `width`, one per level; each level after the first halves the map.
         blocks: number of residual blocks per level of the encoder; the decoder has one more.
@@ -46,7 +46,7 @@ class VQConfig:
         vocab: number of codes V.
         code_channels: number of channels Z of a code.
         phis: number of φ convolutions that the scales share; 0 for one per scale.
-        phi_ratio: r in φ(x) = r·conv(x) + (1-r)·x.
+        phi_ratio: weight r of the convolution in φ(x) = r·conv(x) + (1-r)·x.
         cosine_codes: whether the nearest code is the one with the largest cosine, instead of the
             smallest distance.
     """

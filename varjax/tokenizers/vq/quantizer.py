@@ -39,7 +39,7 @@ class Quantizer(nn.Module):
         vocab: number of codes V.
         code_channels: number of channels Z of a code.
         phis: number of φ convolutions that the scales share; 0 for one per scale.
-        phi_ratio: r in φ(x) = r·conv(x) + (1-r)·x.
+        phi_ratio: weight r of the convolution in φ(x) = r·conv(x) + (1-r)·x.
         cosine: whether the nearest code is the one with the largest cosine, instead of the smallest
             distance.
     """
