@@ -62,7 +62,7 @@ TOKEN_PIXELS = 16  # a side, as MAR's with KL-16
 
 
 def find_tokenizer(name: str) -> tuple[KLConfig, str]:
-    """Finds (config, location of its weights) of a preset, or of a tokenizer that lies somewhere.
+    """Finds (config, location of its weights) of a preset, or of a tokenizer at any path.
 
     Raises InputError where `name` is neither, or no KL tokenizer.
     """

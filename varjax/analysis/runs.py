@@ -30,7 +30,7 @@ State = Literal["running", "finished", "failed", "stopped"]
 
 @dataclasses.dataclass(frozen=True)
 class RunStatus:
-    """Tells where a run stands.
+    """Holds the state of a run.
 
     Attributes:
         directory: path of the run.
@@ -121,7 +121,7 @@ def run_status(directory: pathlib.Path) -> RunStatus:
 
 
 def read_statuses(root: str | pathlib.Path) -> list[RunStatus]:
-    """Reads where all runs in a folder stand; a damaged one is told on stderr and left out.
+    """Reads the state of all runs in a folder; a damaged one is reported on stderr and left out.
 
     Raises InputError where there is none, or no run that can be read.
     """

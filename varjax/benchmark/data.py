@@ -104,7 +104,7 @@ def _augment(loader: Loader, batches: int) -> float:
 
 
 def _seconds(readers: ReaderPool, function: Any, size: int, batches: int) -> float:
-    """Times so many batches, all submitted at once."""
+    """Times a number of batches, all submitted at once."""
     parts = [range(i * size, (i + 1) * size) for i in range(batches + 1)]
     readers.submit(len, function, parts[0]).result()
     begin = time.perf_counter()

@@ -108,7 +108,7 @@ def var_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
 
 
 def mar_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
-    """Returns the programs of `MARPipeline` for so many steps of 100 diffusion steps each."""
+    """Returns the programs of `MARPipeline` for `steps` steps of 100 diffusion steps each."""
     mar, tokenizer = MARConfig.preset(preset), KLConfig()
     options = MAROptions(steps=steps) if guided else MAROptions(steps=steps, cfg=1.0)
     plan = make_plan(mar, check_sampling(mar, options))

@@ -28,7 +28,7 @@ def official_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def is_weight(name: str) -> bool:
-    """Tells whether an official name is of a weight, not of a buffer."""
+    """Returns whether an official name is of a weight, not of a buffer."""
     return name.rsplit(".", 1)[-1] not in BUFFER_NAMES
 
 

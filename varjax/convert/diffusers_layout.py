@@ -46,7 +46,7 @@ LAYERS = {
 
 
 def is_diffusers(tensors: Tensors) -> bool:
-    """Tells whether tensors have the names of diffusers' `AutoencoderKL`."""
+    """Returns whether tensors have the names of diffusers' `AutoencoderKL`."""
     return KNOWN_BY in tensors
 
 

@@ -1,4 +1,4 @@
-"""Tells the kind and the config of official models from their tensors."""
+"""Infers the kind and the config of official models from their tensors."""
 
 import dataclasses
 import pathlib

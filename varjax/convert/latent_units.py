@@ -51,7 +51,7 @@ def with_latent_units(
         options: options of the conversion, which take precedence.
 
     Raises:
-        InputError: neither the flag, nor the file, nor its digest tells the scale.
+        InputError: neither the flag, nor the file, nor its digest determines the scale.
     """
     if options.latent_scale is not None:
         return options
@@ -89,7 +89,7 @@ def _scale_factor(tensor: np.ndarray) -> float:
 
 
 def _config_beside(location: pathlib.Path) -> tuple[float, float] | None:
-    """(scale, shift) of the config.json that diffusers writes beside weights; None without one."""
+    """(scale, shift) of the config.json that diffusers writes next to weights; None without one."""
     path = location.parent / "config.json"
     config: Any = files.read_json(path) if files.exists(path) else None
     if not isinstance(config, dict) or not str(config.get("_class_name")).startswith("Autoencoder"):

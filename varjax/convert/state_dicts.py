@@ -33,7 +33,7 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
         under "trainer", where CCA's fine-tuning of VAR keeps it.
 
     Raises:
-        InputError: there are no weights, or anything else lies among them.
+        InputError: there are no weights, or something else is among them.
     """
     if not isinstance(checkpoint, dict):
         raise InputError(

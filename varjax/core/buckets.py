@@ -62,7 +62,7 @@ def as_path(location: str | os.PathLike) -> pathlib.Path:
 
 
 def in_bucket(path: str | os.PathLike) -> bool:
-    """Tells whether a path of `as_path` lies in a bucket."""
+    """Returns whether a path of `as_path` is in a bucket."""
     return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in PACKAGES))
 
 
@@ -97,7 +97,7 @@ def upload(local: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def create_object(path: pathlib.Path, data: bytes) -> bool:
-    """Writes an object unless it exists, and tells whether it did; of several writers one does."""
+    """Writes an object unless it exists; returns whether it did. Of several writers, one does."""
     with storage_errors(path, "written"):
         try:
             _file_system(path).pipe_file(str(path), data, mode="create")

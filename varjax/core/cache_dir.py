@@ -1,4 +1,4 @@
-"""The folder of what can be made or downloaded again, and its copies of what lies in buckets.
+"""The folder of what can be made or downloaded again, and its copies of files in buckets.
 
 Copies of buckets are bounded: those that no process has used for COPY_DAYS are removed, and, beyond
 MAX_COPY_BYTES, those whose last use is the longest ago. What a process uses now always stays.

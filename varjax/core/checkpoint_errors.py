@@ -57,7 +57,7 @@ def checkpoint_error(path: pathlib.Path, error: Exception) -> InputError:
 
 
 def _tells_of_damage(error: BaseException | None) -> bool:
-    """Tells whether an exception says that objects of a bucket are missing or not as written."""
+    """Returns whether an exception says that objects of a bucket are missing or not as written."""
     while error is not None:
         if isinstance(error, FileNotFoundError | KeyError) or DAMAGE.search(str(error)):
             return True

@@ -1,4 +1,4 @@
-"""Compiled programs kept on the disk: the second start of a command compiles nothing anew.
+"""Compiled programs kept on the disk: the second start of a command compiles nothing again.
 
 A training run that continues, and a sampler that is called again, need the programs that they had
 before; to compile those of a large model takes minutes. A program that was read from the disk is

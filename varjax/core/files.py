@@ -70,10 +70,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def exists(path: str | os.PathLike) -> bool:
-    """Tells whether there is such a file or folder, also where `atomic_path` was killed.
+    """Returns whether there is such a file or folder, also where `atomic_path` was killed.
 
     A folder cannot be replaced in one step on all file systems: after a kill between two renames
-    the old one lies aside, and is put back here.
+    the old one was moved aside, and is put back here.
     """
     if in_bucket(path := as_path(path)):
         with buckets.storage_errors(path, "read"):
@@ -90,7 +90,7 @@ def exists(path: str | os.PathLike) -> bool:
 def local_copy(path: str | os.PathLike) -> pathlib.Path:
     """Returns a file or folder on this machine's disk, for readers that need one there.
 
-    It is `path` itself, or a copy of what lies in a bucket now, kept in `cache_folder` until that
+    It is `path` itself, or a copy of what is in a bucket now, kept in `cache_folder` until that
     changes. Where nothing is there, `path` comes back: its reader knows best what is missing.
 
     Raises:
@@ -163,7 +163,7 @@ def write_json(path: str | os.PathLike, data: Any) -> None:
 
 
 def create_json(path: str | os.PathLike, data: Any) -> bool:
-    """Writes a JSON file unless it exists, and tells whether it did.
+    """Writes a JSON file unless it exists; returns whether it did.
 
     Of several processes at once, on any machines, one does.
     """
@@ -322,7 +322,7 @@ def _replace_folder(temporary: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _aside(folder: pathlib.Path) -> pathlib.Path:
-    """Names the place where a folder lies while another one takes its own."""
+    """Returns the path where a folder is kept while another one replaces it."""
     return folder.with_name(f".{folder.name}.replaced") if folder.name else folder
 
 

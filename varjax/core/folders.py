@@ -55,7 +55,7 @@ def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]
 
 
 def is_locked(folder: str | os.PathLike) -> bool:
-    """Tells whether a process is in `lock_folder` of this folder now; False where none can tell."""
+    """Returns whether a process holds `lock_folder` on this folder now; False if unknown."""
     if in_bucket(folder):
         return False
     try:
@@ -93,7 +93,7 @@ def check_replaceable(folder: str | os.PathLike, own: Set[str] = frozenset()) ->
 def claim_folder(
     folder: str | os.PathLike, request_file: str, request: Mapping[str, Any], write: bool = True
 ) -> None:
-    """Makes `folder` this request's own, so that the same command can go on in it after a kill.
+    """Claims `folder` for a request, so that an interrupted command can continue in it.
 
     Args:
         folder: folder that is absent, empty (except for hidden files), or already claimed by an
@@ -130,7 +130,7 @@ def claim_folder(
 
 
 def names_in(folder: pathlib.Path) -> set[str]:
-    """Returns the names of all that lies in a folder; none where there is none."""
+    """Returns the names of everything in a folder; none if it does not exist."""
     if in_bucket(folder):
         return set().union(*buckets.list_folder(folder))
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()

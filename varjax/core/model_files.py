@@ -1,4 +1,4 @@
-"""Reading models of any kind from where they lie: a training run, or a converted directory.
+"""Reads models of any kind from a training run or a converted directory.
 
 Both have a config.json. A run's holds the settings of its "task"; a converted directory's holds a
 config for each NAME.safetensors beside it, and the "sources" that they were made from.

@@ -1,4 +1,4 @@
-"""Tells errors of a machine or network, which may pass, from damaged files; retries the former.
+"""Distinguishes errors of a machine or network, which are retried, from damaged files.
 
 data = retry_read(path.read_bytes, path)
 """

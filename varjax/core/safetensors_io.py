@@ -167,7 +167,7 @@ def read_safetensors(
     """Reads the header of a .safetensors file and maps its tensors, which are read when used.
 
     Files must not be cut while they are mapped. That one was cut or replaced is noticed up to the
-    end of this function. Later, whoever uses what is missing gets SIGBUS, which ends the process;
+    end of this function. Later, using what is missing raises SIGBUS, which ends the process;
     commands then print the Python stack (`core.commands.run_command`), and nothing else can be
     done. A file that is replaced by `files.atomic_path` stays mapped as it was.
 

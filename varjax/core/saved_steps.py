@@ -92,7 +92,7 @@ class SavedSteps:
     ) -> T | None:
         """Returns `read(step)` for the newest step that can be read; None where there is no step.
 
-        A run that goes on may delete a step before it is read; then the steps are listed again.
+        A run in progress may delete a step before it is read; then the steps are listed again.
         A step that is damaged is reported, and the one before it is read; nothing is moved.
 
         Args:

@@ -1,4 +1,4 @@
-"""Writes latents to files, each whole or not at all, and says how they lie in them.
+"""Writes latents to files, each whole or not at all, and defines their layout.
 
 A folder holds latents.json, and for each split some .safetensors files with the latents of
 consecutive images: per array of the `latent_spec` one of shape (N, U, ...) in its storage dtype,
@@ -62,7 +62,7 @@ class ArraySpec:
 
 @dataclasses.dataclass(frozen=True)
 class RoundingError:
-    """Tells how far stored floats are from those that were computed, at most.
+    """Holds the largest differences between stored and computed floats.
 
     Attributes:
         absolute: largest absolute difference.

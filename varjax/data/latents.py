@@ -88,7 +88,7 @@ class CachedLatents:
         return source
 
     def describe(self) -> dict[str, Any]:
-        """Returns JSON data of the images, and of what tells whether the latents are the same."""
+        """Returns JSON data of the images, and data that reveal whether latents have changed."""
         names = {"tokenizer_identity", "augmentations", "seed", "pixels"}
         return self.about["data"] | {name: x for name, x in self.about.items() if name in names}
 

@@ -35,7 +35,7 @@ MOST_ROWS = 2**20  # of a batch, which is listed and held in memory
 class Loader:
     """Batches of a dataset, of which this process gets its rows.
 
-    The training stream runs on over the ends of epochs, shuffled anew for each. Its batch i is a
+    The training stream continues over the ends of epochs, shuffled again for each. Its batch i is a
     function of (seed, i) alone: not of where a run was resumed, nor of how its rows are shared out
     to processes. Examples are read in threads or worker processes (`data.reading`), no more than
     three batches of them at a time. Broken images are named once; InputError as soon as they are

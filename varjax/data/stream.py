@@ -62,7 +62,7 @@ class Dataset(Protocol):
 
 
 class ImageDataset(Dataset, Protocol):
-    """A dataset of images that are augmented anew in each epoch."""
+    """A dataset of images that are augmented differently in each epoch."""
 
     @property
     def alternating_views(self) -> int:

@@ -102,7 +102,7 @@ def adm_center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def resize_to_cover(image_HWC: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes by Lanczos, the aspect kept, until the image just covers (height, width).
 
-    For a square that is "the shorter side to so many pixels"; the longer one is rounded down.
+    For a square, the shorter side gets the wanted size; the longer one is rounded down.
 
     Args:
         image_HWC: uint8 with 1, 3 or 4 channels; the fourth is alpha.

@@ -111,7 +111,7 @@ class PendingResult:
         return self.joined.result()
 
     def cancel(self) -> None:
-        """Leaves undone whatever has not begun."""
+        """Cancels everything that has not started."""
         for future in (*self.chunks, self.joined):
             future.cancel()
 
@@ -119,7 +119,7 @@ class PendingResult:
 class WorkerProcesses:
     """Processes that call functions of a copy of `subject`. They end with this object or process.
 
-    Signals meant for the run do not reach them. Started anew rather than forked, for a fork copies
+    Signals meant for the run do not reach them. Spawned rather than forked, for a fork copies
     JAX's threads in whatever state they are. One that has died raises ChildProcessError, or
     InputError where it ended with an error, as those of a script without a `__main__` guard do.
 

@@ -77,7 +77,7 @@ def evaluate_images(
 ) -> dict[str, Any]:
     """Measures a set of images, and writes and returns the report.
 
-    Goes on where a killed one was; a report of the same that is there already is returned.
+    Continues where an interrupted evaluation stopped; an existing report of it is returned.
 
     Args:
         settings: settings of the evaluation.
@@ -202,7 +202,7 @@ def _read_reference(settings: EvaluationSettings, image_shape: Sequence[int]) ->
 
 
 def is_dataset(reference: str) -> bool:
-    """Tells whether a reference names a dataset, not a file or a folder of images."""
+    """Returns whether a reference names a dataset, not a file or a folder of images."""
     return reference.startswith(DATASETS)
 
 

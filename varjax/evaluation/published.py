@@ -1,4 +1,4 @@
-"""What the authors of released models report, and whether a measurement may stand beside it."""
+"""Holds what the authors of released models report, and checks what may be compared with it."""
 
 import dataclasses
 import pathlib
@@ -90,7 +90,7 @@ def compare_settings(measurement: Measurement) -> tuple[PublishedResult | None, 
     """Finds the published result that is nearest in its settings, and what differs.
 
     Returns:
-        (None, []) for a model that has not the sizes of a released one. A result stands beside a
+        (None, []) for a model that has not the sizes of a released one. A result is compared with a
         measurement only where nothing differs.
     """
     name = released_sizes(measurement.config)
@@ -123,7 +123,7 @@ def released_sizes(config: Any) -> str | None:
 
 
 def _weights_differ(location: str | pathlib.Path, name: str) -> list[str]:
-    """Says what tells weights from the released ones: files are known by their SHA-256."""
+    """Returns how weights differ from the released ones, whose files are known by SHA-256."""
     config, release = read_model_config(find_model(location)), RELEASES[name]
     files = list(release.files.values())
     if unknown := [file for file in files if file not in release.sha256]:

@@ -53,7 +53,7 @@ def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
 
 
 def point_path(out: pathlib.Path, options: Mapping[str, Any]) -> pathlib.Path:
-    """Returns where the report of a point lies: "report.json" -> "report.cfg=1.5.json"."""
+    """Returns the path of the report of a point: "report.json" -> "report.cfg=1.5.json"."""
     name = ",".join(f"{key}={value}" for key, value in options.items())
     return out.with_name(f"{out.stem}.{name}{out.suffix}")
 
@@ -84,7 +84,7 @@ def sweep_table(points: Sequence[SweepPoint]) -> str:
 
 
 def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path:
-    """Writes all points to `out`, and beside it a picture, whose path is returned.
+    """Writes all points to `out`, and a picture next to it, whose path is returned.
 
     The picture shows FID against the Inception Score; where there is none, against the first
     option's values. Points of equal other options are joined.

@@ -160,7 +160,7 @@ class MARPipeline:
         return check_sampling(self.mar, replace_options(self.sampling, given))
 
     def sampling_bytes(self, batch_size: int, options: MAROptions) -> int:
-        """Reckons how much memory a device needs to sample so many images at a time."""
+        """Estimates how much memory a device needs to sample a number of images at a time."""
         given = self.tokenizer, self.mar, batch_size, self.compute
         beside = mar_sampling_bytes(*given, make_plan(self.mar, options))
         return trees.nbytes(self._held) + beside
@@ -286,7 +286,7 @@ class MARPipeline:
         index: Sequence[int] | np.ndarray | None = None,
         **options: Any,
     ) -> jax.Array:
-        """Samples latents (B, h, w, Z) or codes (B, L), those of `sample`; arguments as there."""
+        """Samples latents (B, h, w, Z) or codes (B, L), those of `sample`, with its arguments."""
         tokens = self._tokens(self._held, *self._request(labels, seed, index, options))
         return self.mar.unpatchify(tokens)
 
@@ -300,7 +300,7 @@ class MARPipeline:
         index: Sequence[int] | np.ndarray | None = None,
         **options: Any,
     ) -> jax.Array:
-        """Draws everything outside of `keep` anew, without further training; the rest as `sample`.
+        """Redraws everything outside of `keep`, without further training; else like `sample`.
 
         Args:
             images_BHWC: one image for each of `index`, or one for all of them.
@@ -323,7 +323,7 @@ class MARPipeline:
         index: Sequence[int] | np.ndarray | None = None,
         **options: Any,
     ) -> jax.Array:
-        """Draws latents outside of `keep` anew; those inside stay the same to the bit.
+        """Redraws latents outside of `keep`; those inside stay equal to the bit.
 
         latents: by `encode`, one for each of `index`, or one for all of them; the rest as `edit`.
         """

@@ -277,7 +277,7 @@ def mar_sampling_bytes(
     compute: Compute,
     plan: SamplingPlan,
 ) -> int:
-    """Reckons how much memory a device needs, beside the weights, to sample a batch.
+    """Estimates how much memory a device needs, in addition to the weights, to sample a batch.
 
     It is that of the transformer, of the head or of the decoder, whichever is the most.
 

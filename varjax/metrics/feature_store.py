@@ -1,4 +1,4 @@
-"""Features on disk, part by part, so that a long extraction goes on after a kill."""
+"""Features on disk, part by part, so that an interrupted extraction can continue."""
 
 import pathlib
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ class FeatureStore:
         self._folder = folder
 
     def has(self, part: range) -> bool:
-        """Tells whether a part can be read; a damaged one is reported and removed."""
+        """Returns whether a part can be read; a damaged one is reported and removed."""
         return folders.read_or_remove(self._file(part)) is not None
 
     def add(self, part: range, features: Features) -> None:

@@ -38,7 +38,7 @@ class ImageSet(Protocol):
 
     @property
     def digest(self) -> str:
-        """Tells the images from any others."""
+        """Identifies the images."""
         ...
 
     def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:

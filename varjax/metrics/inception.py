@@ -234,7 +234,7 @@ def _max_pool_same(x_BHWC):
 
 
 def _average_pool(x_BHWC):
-    """Means of what lies inside: padding does not count."""
+    """Averages over what is inside: padding does not count."""
     for axis in (1, 2):
         a, b, c = _shifted(_padded(x_BHWC, axis, 0), axis, 1)
         count = np.full(x_BHWC.shape[axis], 3, np.float32)

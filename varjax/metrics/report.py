@@ -86,7 +86,7 @@ def measure(
 def metrics_table(
     measured: SampleMetrics, published: dict[str, float] | None = None, name: str = ""
 ) -> str:
-    """Formats metrics as text, beside the published ones of the model `name` where given."""
+    """Formats metrics as text, with the published ones of the model `name` if it is given."""
     head = f"{'':18}{'here':>12}" + (f"{'published':>12}   ({name})" if published else "")
     lines = [head]
     for key, title, digits, better in ROWS:
@@ -101,7 +101,7 @@ def metrics_table(
 
 
 def looks_ordered(share_NV: np.ndarray) -> bool:
-    """Tells whether neighbors are alike more often than they would be in a random order.
+    """Returns whether neighbors are alike more often than they would be in a random order.
 
     Works for samples of poor quality, too: what counts is not how alike they are, but whether
     chance explains it.

@@ -26,7 +26,7 @@ MAX_HEADS = 128  # on CPUs each is a part of the program; the official models ha
 class Dropout:
     """Sets a share of numbers to 0 and divides the others by what is left (Srivastava et al. 2014).
 
-    Each example has a key of its own, so that no batch size or mesh changes what is dropped.
+    Each example has its own key, so that no batch size or mesh changes what is dropped.
 
         dropout = Dropout(key_B, rate=0.1)
         y_BlC = dropout.fold_in(layer)(x_BlC)

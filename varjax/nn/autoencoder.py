@@ -114,7 +114,7 @@ def _project(coder: Encoder | Decoder, x_BhwC, channels: int):
 
 
 class ResidualBlock(nn.Module):
-    """Two pre-normalized 3×3 convolutions beside a skip (1×1 where the width changes)."""
+    """Two pre-normalized 3×3 convolutions and a skip (1×1 where the width changes)."""
 
     width: int
     groups: int
@@ -261,7 +261,7 @@ def map_images(
 
 
 def decoding_bytes(batch: int, image_shape: tuple[int, int, int], width: int) -> int:
-    """Reckons how much memory a decoder needs beside its weights, for a batch on one device.
+    """Estimates how much memory a decoder needs in addition to its weights, for one device's batch.
 
     Args:
         batch: number of images.

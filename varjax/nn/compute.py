@@ -128,7 +128,7 @@ def matmul_precision(dtype) -> str | None:
 
 
 def _has_fused_attention() -> bool:
-    """Tells whether the GPU here is NVIDIA's, of Ampere or later: older ones have no kernel."""
+    """Returns whether the GPU here is NVIDIA's, of Ampere or later: older ones have no kernel."""
     if "rocm" in backend.get_backend().platform_version:
         return False
     return float(jax.local_devices()[0].compute_capability) >= 8.0
@@ -157,7 +157,7 @@ def shard_batch(x: jax.Array) -> jax.Array:
 def split_batch(x: jax.Array, pieces: int) -> jax.Array:
     """Cuts a batch (B, …) into (pieces, B/pieces, …).
 
-    A piece takes every so many-th row, so that each device of a mesh keeps the rows it has.
+    A piece takes rows at equal distances, so that each device of a mesh keeps the rows it has.
     """
     return x.reshape(len(x) // pieces, pieces, *x.shape[1:]).swapaxes(0, 1)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 class KeyValues:
     """Holds keys and values of all layers, for tokens that come one after another.
 
-    All heads lie side by side in one axis, C = A·D: with axes A and D a TPU would pad D to 128.
+    All heads are concatenated along one axis, C = A·D: with axes A and D a TPU would pad D to 128.
 
     Attributes:
         keys_SBLC: keys of all tokens, of every layer.

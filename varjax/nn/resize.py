@@ -52,7 +52,7 @@ def bilinear_matrix(size: int, out: int) -> np.ndarray:
 def bilinear_tf1_matrix(size: int, out: int) -> np.ndarray:
     """Makes the (out, size) matrix of TensorFlow 1's bilinear resize.
 
-    Output i lies at input i·size/out: the corners' centers do not matter, and the last rows repeat.
+    Output i is at input i·size/out: the corners' centers do not matter, and the last rows repeat.
     """
     position = np.arange(out, dtype=np.float32) * np.float32(size / out)  # rounded as there
     start = np.floor(position).astype(int)

@@ -1,4 +1,4 @@
-"""Which tokens an edit draws anew: from a box, or from a mask image."""
+"""Computes which tokens an edit redraws, from a box or a mask image."""
 
 import pathlib
 import sys
@@ -10,7 +10,7 @@ from varjax.core.errors import InputError
 
 
 def box_mask(text: str, size: tuple[int, int], finest: tuple[int, int]) -> np.ndarray:
-    """Whether each token (h, w) lies in the box "y0,x0,y1,x1", its sides rounded to tokens.
+    """Returns whether each token (h, w) is in the box "y0,x0,y1,x1", its sides rounded to tokens.
 
     Numbers that are all at most 1 are fractions of height and width, others are whole pixels of an
     image of `size`. Raises InputError for a box that is none or holds no token.

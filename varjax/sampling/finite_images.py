@@ -9,7 +9,7 @@ from varjax.core.errors import InputError
 
 
 def finite_rows(images_BHWC: np.ndarray) -> np.ndarray:
-    """Tells which images hold finite numbers alone, (B,) bool."""
+    """Returns which images hold only finite numbers, (B,) bool."""
     return np.all(np.isfinite(images_BHWC), axis=(1, 2, 3))
 
 

@@ -1,4 +1,4 @@
-"""Many images: in parts, over all devices and processes, going on after a kill."""
+"""Samples many images in parts, over all devices and processes, and continues after a kill."""
 
 import contextlib
 import dataclasses

@@ -44,7 +44,7 @@ class Output(Protocol):
     def add(self, part: range, images_NHWC: np.ndarray) -> None: ...
 
     def finish(self) -> str:
-        """Gives everything its final form; returns a line that says what lies where."""
+        """Gives everything its final form; returns a line that says what was written where."""
         ...
 
 
@@ -118,7 +118,7 @@ def open_output(
 
 
 def parts_folder(path: pathlib.Path) -> pathlib.Path:
-    """Returns the folder beside a file where its parts lie until all are there."""
+    """Returns the folder next to a file that keeps its parts until all exist."""
     return path.with_name(f".{path.name}.parts")
 
 
@@ -197,8 +197,8 @@ class NpzOutput:
     a split would hold few of them and the score fall from some 298 to 62; so a permutation, fixed
     by the seed, is laid over the images.
 
-    Until all are there, parts lie in `.NAME.npz.parts` beside the file. Then they are streamed into
-    it, one image in memory at a time, which needs the disk space twice.
+    Until all exist, parts are kept in `.NAME.npz.parts` next to the file. Then they are streamed
+    into it, one image in memory at a time, which needs the disk space twice.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ class Sampler(Protocol):
         ...
 
     def sampling_bytes(self, batch_size: int, options: Any) -> int:
-        """Reckons how much memory a device needs to sample so many images at a time.
+        """Estimates how much memory a device needs to sample a number of images at a time.
 
         options: as `options()` returns them.
         """
@@ -98,7 +98,7 @@ class Sampler(Protocol):
         index: Sequence[int] | np.ndarray | None = None,
         **options: Any,
     ) -> jax.Array:
-        """Draws everything outside of `keep` anew; the rest as in `sample`.
+        """Redraws everything outside of `keep`; the rest is as in `sample`.
 
         Args:
             images_BHWC: uint8, or float in [0, 1]; one image, or one for each of `index`.

@@ -72,7 +72,7 @@ class Tokenizer(Protocol):
         ...
 
     def identity(self, params: PyTree) -> dict[str, Any]:
-        """Returns flat JSON data that tells this tokenizer and its weights from all others."""
+        """Returns flat JSON data that identifies this tokenizer and its weights."""
         ...
 
 

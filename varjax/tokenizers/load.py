@@ -1,4 +1,4 @@
-"""Loading a tokenizer from a run of its own, a run that builds on it, or a converted directory."""
+"""Loads a tokenizer from its run, a run that uses it, or a converted directory."""
 
 import dataclasses
 import pathlib

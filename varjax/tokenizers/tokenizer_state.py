@@ -1,7 +1,7 @@
 """Where a tokenizer's training keeps what changes besides the tokenizer.
 
 A train state's `params` are those of the tokenizer alone, so that whoever reads them, and their
-average, finds a tokenizer like any other. The discriminator and all else lie in `opt_state`.
+average, finds a tokenizer like any other. The discriminator and all else are in `opt_state`.
 
     state, others = split_state(state)
     ...

@@ -25,7 +25,7 @@ class BackgroundWriter:
         board.close(time.monotonic() + 5)
 
     After an error the thread opens the writer again, later each time. Entries wait in a bounded
-    queue, of which the oldest are dropped when it is full. One line on stderr tells of the first
+    queue, of which the oldest are dropped when it is full. One line on stderr reports the first
     error, and one of the return, not one for each entry.
 
     Args:

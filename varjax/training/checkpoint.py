@@ -118,7 +118,7 @@ class Checkpoints:
         """Copies what is not None of the state to the host and writes it in the background.
 
         A step that is there already is left alone: a resumed run comes to the same state again.
-        But with another `meta` it is replaced, and steps that lie ahead are removed: they were
+        But with another `meta` it is replaced, and later steps are removed: they were
         saved under settings that were since changed.
 
         Args:

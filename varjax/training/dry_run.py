@@ -23,7 +23,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     """Checks a run as far as the end of its first step, and says what it takes.
 
     It checks the settings, also against those of a run that is in run_dir already; lays out the
-    mesh; reads the first batch; compiles the step and the evaluation, and tells the memory that
+    mesh; reads the first batch; compiles the step and the evaluation, and reports the memory that
     they need on a device; takes one step with fresh parameters. Nothing is written.
 
     Args:
@@ -94,7 +94,7 @@ def _sizes(tree: PyTree, placement: PyTree) -> str:
 
 
 def _needs(program: Any, mesh: Any) -> str:
-    """What a compiled program needs on a device, and how much that has, where it tells."""
+    """What a compiled program needs on a device, and how much the device has, if that is known."""
     memory = program.memory_analysis()
     if memory is None:
         return "which does not tell its memory"

@@ -177,7 +177,7 @@ class Experiment:
             )
 
     def plan(self, train_size: int) -> Plan:
-        """Returns the length of the run with so many training images."""
+        """Returns the length of the run for a number of training images."""
         steps = self.steps or math.ceil(self.epochs * train_size / self.batch_size)
         return Plan(whole_number("steps", steps, 1), self.batch_size)
 

@@ -85,7 +85,7 @@ def set_up(experiment: Experiment) -> Setup:
 def jit_train_step(
     task: Task, mesh: Mesh, placement: TrainState, skip_nonfinite: bool = False
 ) -> Callable[..., Any]:
-    """Jits a task's step so that the state stays where it lies and is updated in place.
+    """Jits a task's step so that the state keeps its sharding and is updated in place.
 
     Args:
         task: task of the run.

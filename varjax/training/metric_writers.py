@@ -219,5 +219,5 @@ def _parse(line: str) -> dict[str, Any]:
 
 
 def _position(metrics: dict[str, Any]) -> tuple[int, bool]:
-    """Returns a line's step and whether it tells of an evaluation."""
+    """Returns a line's step and whether it is about an evaluation."""
     return metrics["step"], any(name.startswith("eval") for name in metrics)

@@ -64,7 +64,7 @@ class PreemptionGuard:
 
 
 class _SignalExchange:
-    """Tells all processes of a signal to any, by a collective that runs after the step before it.
+    """Informs all processes of a signal to any, by a collective that runs after the step before it.
 
     `multihost_utils.reached_preemption_sync_point` is not used: with JAX 0.10.2 a process that is
     one step ahead at the wrong moment does not stop when the others do, and all hang.

@@ -37,7 +37,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int) -> Batch:
 
 
 class Prefetcher:
-    """Yields batches that lie on the devices already, copied while earlier ones are worked on.
+    """Yields batches on the devices, copied while earlier ones are processed.
 
         batches = Prefetcher(loader.train(0), mesh, batch_size)
         state, metrics = train_step(state, frozen, next(batches), key)

@@ -38,7 +38,7 @@ class ProgressReporter:
 
     @property
     def watched(self) -> bool:
-        """Tells whether there is a bar."""
+        """Returns whether there is a bar."""
         return self._active and self._watched
 
     def __enter__(self) -> "ProgressReporter":

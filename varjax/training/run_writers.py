@@ -46,7 +46,7 @@ class TensorBoardWriter:
     """Writes files for TensorBoard, without it.
 
     Not by tensorboardX's `SummaryWriter`: an error of the disk ends its thread unseen, and then
-    whoever adds an event waits for ever.
+    adding an event waits for ever.
 
     Args:
         run_dir: directory of the run; the files are written to its folder tensorboard, in a bucket

@@ -147,7 +147,7 @@ def replicated_parameters_note(tree: Any, mesh: Mesh) -> str:
 
 
 def bytes_on_device(tree: Any, placement: Any) -> int:
-    """Adds up the bytes of a tree that lie on one device.
+    """Adds up the bytes of a tree on one device.
 
     Args:
         tree: arrays or their shapes and dtypes.
@@ -200,7 +200,7 @@ def rows_of_process(mesh: Mesh, batch_size: int, process: int | None = None) -> 
     """Returns the numbers of the rows of a batch that a process's devices hold, in order.
 
     Processes that differ along `tensor` alone hold the same rows. Where the mesh interleaves the
-    devices of processes, as on TPU slices, rows of others lie between.
+    devices of processes, as on TPU slices, rows of others are in between.
 
     Args:
         mesh: mesh of all devices of all processes.

@@ -23,7 +23,7 @@ MatchingRows = dict[str, tuple[Sequence[int], Sequence[int]]]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Tells the length of a run, which schedules need; the loop fills it in.
+    """Holds the length of a run, which schedules need; the loop fills it in.
 
     Attributes:
         steps: length of the run in updates.
@@ -117,7 +117,7 @@ class Task(Protocol):
         ...
 
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
-        """Returns what tells the tokenizer of its latents from any other, as flat JSON data.
+        """Returns flat JSON data that identify the tokenizer of its latents.
 
         {} for a task that takes images only.
         """

@@ -21,7 +21,7 @@ def check_wandb(project: str) -> None:
 
 
 class WandbWriter:
-    """Sends what a run logs to a project of Weights & Biases; a continued run goes on there.
+    """Sends what a run logs to a project of Weights & Biases; a continued run continues there.
 
         writer = WandbWriter("my-project", run_dir)
         writer.scalars(50, {"loss": 1.5})

@@ -53,7 +53,7 @@ def warm_start_state(
 
 
 def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) -> TrainState:
-    """Reads the whole state of another run, to go on from there under other settings.
+    """Reads the whole state of another run, to continue it with other settings.
 
     Its step counts on, and with it the learning rate's schedule, which follows this run's length.
 
@@ -147,7 +147,7 @@ class _PretrainedParameters:
         return "\n".join([f"starting from {self._location}: kept {kept_words}", *lines])
 
     def take(self, path: str, fresh: jax.Array) -> jax.Array:
-        """Returns `fresh` with what fits put in, on the devices where it lies."""
+        """Returns `fresh` with everything that fits put in, on its devices."""
         if not (taken := self._taken(path, fresh)):
             return fresh
         there = np.asarray(self._leaves[path], fresh.dtype)

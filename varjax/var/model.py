@@ -204,7 +204,7 @@ class VAR(nn.Module):
         return self._logits(x_BlC, cond.head_B2C), after
 
     def empty_cache(self, batch: int) -> KeyValues:
-        """Makes the cache of `predict` for so many sequences."""
+        """Makes the cache of `predict` for a number of sequences."""
         c = self.config
         sizes = c.depth, batch, c.pyramid.length, c.width
         # On a mesh the partitioner would not know how to share out what is only allocated.

@@ -137,7 +137,7 @@ class VARPipeline:
         return replace_options(self.sampling, given).check()
 
     def sampling_bytes(self, batch_size: int, options: VAROptions) -> int:
-        """Reckons how much memory a device needs to sample so many images at a time."""
+        """Estimates how much memory a device needs to sample a number of images at a time."""
         given = self.tokenizer, self.var, batch_size, self.compute, bool(options.cfg)
         return trees.nbytes(self._held) + var_sampling_bytes(*given)
 
@@ -209,7 +209,7 @@ class VARPipeline:
         index: Sequence[int] | np.ndarray | None = None,
         **options: Any,
     ) -> jax.Array:
-        """Draws everything outside of `keep` anew, without further training; the rest as `sample`.
+        """Redraws everything outside of `keep`, without further training; else like `sample`.
 
         Args:
             images_BHWC: one image for each of `index`, or one for all of them.

@@ -304,7 +304,7 @@ def gumbel_noise(key_B: jax.Array, like_BlV: jax.Array) -> jax.Array:
 def var_sampling_bytes(
     tokenizer: VQConfig, var: VARConfig, batch: int, compute: Compute, guided: bool
 ) -> int:
-    """Reckons how much memory a device needs, beside the weights, to sample a batch.
+    """Estimates how much memory a device needs, in addition to the weights, to sample a batch.
 
     It is that of the transformer at the last scale or that of the decoder, whichever is more.
 

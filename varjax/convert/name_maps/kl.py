@@ -57,7 +57,7 @@ def infer_kl(tensors: Tensors, options: ConvertOptions) -> KLConfig:
 
 
 def kl_model_options(tensors: Tensors, options: ConvertOptions) -> ConvertOptions:
-    """Tells a model of its latents what they are: their channels, and their pixels.
+    """Returns options for a model of its latents: their channels and pixels.
 
     Raises InputError where the tensors or `options` contradict that.
     """
@@ -95,7 +95,7 @@ def kl_official_constants(config: KLConfig) -> dict[str, np.ndarray]:
 
 
 def is_kl16(config: KLConfig) -> bool:
-    """Tells whether a tokenizer has attention where MAR's KL-16 has it, and no other known one."""
+    """Returns whether a tokenizer has attention where, of known ones, only MAR's KL-16 has it."""
     return (config.encoder_attention, config.decoder_attention) == (COARSEST, ())
 
 

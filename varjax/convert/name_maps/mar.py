@@ -122,7 +122,7 @@ def _vit_block_links(theirs: str, ours: str, i: int) -> list[Link]:
 
 
 def mar_tokenizer_options(config: MARConfig, options: ConvertOptions) -> ConvertOptions:
-    """Tells the tokenizer how large images are, which its own file does not say."""
+    """Returns options for the tokenizer: the size of images, which its file does not contain."""
     H, W = (side * options.downsampling for side in config.latent_map)
     return dataclasses.replace(options, image_size=options.image_size or (H if H == W else (H, W)))
 

@@ -19,7 +19,7 @@ Tensors = Mapping[str, np.ndarray]  # official tensors by name
 
 @dataclasses.dataclass(frozen=True)
 class ConvertOptions:
-    """Tells what tensors cannot; None means as the tensors say, else as in the official models.
+    """Holds what tensors do not say; None for the value in the tensors, else the official models'.
 
     Attributes:
         scales: side length or (h, w) of each token map, coarse to fine.

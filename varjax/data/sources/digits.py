@@ -42,7 +42,7 @@ class Digits:
         return 8, 8, 1
 
     def describe(self) -> dict[str, Any]:
-        """Returns class names, and what tells whether the images are still the same ones."""
+        """Returns class names, and data that reveal whether the images have changed."""
         train, held_out = ({"images": len(self.source(s))} for s in ("train", "held_out"))
         names = [str(digit) for digit in range(10)]
         return {"class_names": names, "train": train, "held_out": held_out}

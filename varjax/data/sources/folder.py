@@ -1,4 +1,4 @@
-"""Reads image files in folders, as they lie."""
+"""Reads image files in folders, as they are."""
 
 import dataclasses
 import functools
@@ -64,7 +64,7 @@ class Folder:
 
     @functools.cached_property
     def layout(self) -> FolderLayout:
-        """Where the images of each split lie."""
+        """The folders and files of each split's images."""
         return FolderLayout.detect(self.root, self.held_out, self.unconditional)
 
     @functools.cached_property
@@ -102,7 +102,7 @@ class Folder:
         return transforms.evaluation_crop(image_HWC, self.image_shape[:2], self.crop)
 
     def describe(self) -> dict[str, Any]:
-        """Returns class names, and what tells whether the images are still the same ones."""
+        """Returns class names, and data that reveal whether the images have changed."""
         listings = {split: listing.describe() for split, listing in self.listings.items()}
         return {"class_names": list(self.class_names), "pixels": pixels_digest()} | listings
 

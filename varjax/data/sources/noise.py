@@ -45,7 +45,7 @@ class Noise:
         return *transforms.height_width(self.size), self.channels
 
     def describe(self) -> dict[str, Any]:
-        """Returns class names, and what tells whether the images are still the same ones."""
+        """Returns class names, and data that reveal whether the images have changed."""
         train, held_out = {"images": self.images}, {"images": self.held_out_images}
         names = [str(label) for label in range(self.classes)]
         return {"class_names": names, "train": train, "held_out": held_out}

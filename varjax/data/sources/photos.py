@@ -24,7 +24,7 @@ class Photos:
     """Crops of two photographs, 427 by 640 pixels, a pagoda and a flower; each is a class.
 
     A strip of 128 columns is cut out of each first. From it come the held-out crops, which overlap
-    by half; from the two sides that are left, `images` random ones, anew in each epoch.
+    by half; from the two sides that are left, `images` random ones, drawn again in each epoch.
 
     Raises InputError for a size above 128.
 
@@ -63,7 +63,7 @@ class Photos:
         return *transforms.height_width(self.size), 3
 
     def describe(self) -> dict[str, Any]:
-        """Returns class names, and what tells whether the images are still the same ones."""
+        """Returns class names, and data that reveal whether the images have changed."""
         train, held_out = ({"images": len(self.source(s))} for s in ("train", "held_out"))
         return {"class_names": list(PHOTO_NAMES), "train": train, "held_out": held_out}
 
@@ -126,8 +126,8 @@ class PhotoSides:
 def photo_parts(split: Split) -> list[tuple[np.ndarray, int]]:
     """Returns (uint8 (427, W, 3), label) of the parts of the photographs that belong to a split.
 
-    The held-out part of each is a strip of columns, the training parts are what lies on its sides,
-    so that no pixel is in both splits.
+    The held-out part of each is a strip of columns. The training parts are to the left and right
+    of it, so that no pixel is in both splits.
     """
     strip = HELD_OUT_COLUMNS
     sides = slice(strip.start), slice(strip.stop, None)

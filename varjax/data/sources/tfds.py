@@ -110,7 +110,7 @@ class TFDS:
         return transforms.evaluation_crop(image_HWC, self.image_shape[:2], self.crop)
 
     def describe(self) -> dict[str, Any]:
-        """Returns class names, and what tells whether the images are still the same ones."""
+        """Returns class names, and data that reveal whether the images have changed."""
         info, splits = self.builder().info, (self.train, self.held_out)
         train, held_out = (
             {"images": len(TFDSSource(self, split)), "split": split, "dataset": info.full_name}

@@ -50,7 +50,7 @@ def summarize_posteriors(
     """Returns JSON data of what `measure_posteriors` measured of some images.
 
     "latent_std" is that of all samples of all latents, 1/"latent_scale"; "stored_latent_std" the
-    one that lies with the weights.
+    one stored with the weights.
     """
     std = float(np.sqrt(mean["latent_square_B"] - mean["latent_mean_B"] ** 2))
     return {

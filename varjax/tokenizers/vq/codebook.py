@@ -248,7 +248,7 @@ def restart_dead_codes(
     inputs_fn: InputsFn,
     key: jax.Array,
 ) -> tuple[TrainState, jax.Array, dict[str, jax.Array]]:
-    """Replaces codes that are hardly used by random inputs of the quantizer, every so many updates.
+    """Replaces codes that are hardly used by random inputs of the quantizer, at intervals.
 
     Like random restarts in Jukebox (Dhariwal et al. 2020, arXiv 2005.00341). The parameters'
     average takes new codes as they are; their moments become zero.

@@ -56,7 +56,7 @@ class VQTask:
         VQTask(VQConfig(), perceptual=LPIPSConfig(), gan=GANConfig(), ema=0.9999)
 
     VAR's eq. 5. The state's `params` are the tokenizer's alone: the discriminator and the codes'
-    usage lie beside the moments in `opt_state`. Raises InputError for a value out of range.
+    usage are next to the moments in `opt_state`. Raises InputError for a value out of range.
 
     Attributes:
         model: config of the tokenizer.
