@@ -37,7 +37,7 @@ LOOKED_AT = 64  # images, to tell gray from color
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What differs from size to size.
+    """Holds the settings that differ between sizes.
 
     Attributes:
         vocab: number of codes.

@@ -51,7 +51,7 @@ from ._arguments import read_argument, split_argument
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What differs from size to size."""
+    """Holds the settings that differ between sizes."""
 
     batch_size: int
     epochs: int

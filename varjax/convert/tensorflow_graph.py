@@ -65,7 +65,7 @@ class TensorFlowGraph:
     def constant(self, node: GraphNode) -> np.ndarray | None:
         """Returns the numbers of a constant, a view of the file; None if they are no float32.
 
-        TensorFlow writes one number where all are the same.
+        TensorFlow writes one number where all are equal.
         """
         dtype, shape, content, numbers = 0, [], None, bytearray()
         for number, tensor in self._fields(node.attributes.get("value", b"")):

@@ -1,4 +1,4 @@
-"""What led to an exception of Orbax's: damaged files, a machine that fails, or a device.
+"""Finds the cause of an exception from Orbax: damaged files, a machine, or a device.
 
 Orbax raises exceptions of all kinds, and a bare Exception for damaged arrays, so the chain of
 causes is looked at.

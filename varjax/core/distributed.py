@@ -256,7 +256,7 @@ def on_all_processes(action: Callable[[], Any]) -> list[Any]:
 
 
 def _outcome(action: Callable[[], Any]) -> dict[str, Any]:
-    """What `action` returned or raised, as JSON data."""
+    """Returns what `action` returned or raised, as JSON data."""
     try:
         return {"value": action()}
     except tuple(SHARED_ERRORS.values()) as error:

@@ -50,7 +50,7 @@ INTERRUPTED = "stopped; the same command goes on from here"
 
 
 class LatentEncoder(Protocol):
-    """As much of a tokenizer (`varjax.tokenizers.contract`) as a cache needs."""
+    """Describes the part of a tokenizer (`varjax.tokenizers.contract`) that a cache needs."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
@@ -64,7 +64,7 @@ class LatentEncoder(Protocol):
 
 
 class LatentTask(Protocol):
-    """As much of a task (`varjax.training.task`) that trains on latents as a cache needs."""
+    """Describes the part of a latents' task (`varjax.training.task`) that a cache needs."""
 
     @property
     def tokenizer(self) -> LatentEncoder: ...

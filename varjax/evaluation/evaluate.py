@@ -224,7 +224,7 @@ def transformer_config(model: Sampler) -> Any:
 def _published(
     settings: EvaluationSettings, model: Sampler, name: str, job: SamplingJob
 ) -> dict[str, Any] | None:
-    """What is published of a model of these sizes, or what differs from it here, as JSON data."""
+    """Returns the published values for a model of these sizes, or what differs, as JSON data."""
     measurement = Measurement(
         name,
         transformer_config(model),
@@ -243,7 +243,7 @@ def _published(
 def _about(
     settings: EvaluationSettings, reference: Reference, name: str, images: int
 ) -> dict[str, Any]:
-    """What a report says besides its metrics and what they depend on."""
+    """Returns a report's data other than its metrics and what they depend on."""
     return {
         "name": name,
         "images": images,

@@ -351,7 +351,7 @@ class MARPipeline:
         return self.tokenizer
 
     def _request(self, labels, seed, index, options):
-        """What the compiled samplers take: (plan, label_B, key_B)."""
+        """Returns the arguments of the compiled samplers: (plan, label_B, key_B)."""
         label_B = checked_labels(labels, self.classes)
         key_B = checked_keys(seed, index, len(label_B))
         return make_plan(self.mar, self.options(**options)), label_B, key_B

@@ -266,7 +266,7 @@ def _take(x_BL, place_Bn):
 
 
 def _repeat(x_B, streams):
-    """The same batch for each stream of guidance."""
+    """Repeats a batch for each stream of guidance."""
     return jnp.concatenate([x_B] * streams)
 
 

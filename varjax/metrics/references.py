@@ -1,4 +1,4 @@
-"""What samples are measured against: an .npz of statistics, or images and their statistics."""
+"""Reads references for samples: an .npz of statistics, or images and their statistics."""
 
 import dataclasses
 import hashlib

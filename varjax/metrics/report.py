@@ -170,7 +170,7 @@ def _notices(features: Features, label_N: np.ndarray | None, classes: int | None
 
 
 def _class_notices(label_N: np.ndarray, classes: int | None) -> list[str]:
-    """What is wrong with the numbers of samples of each class."""
+    """Returns what is wrong with the numbers of samples of each class."""
     numbered_N = label_N[(label_N >= 0) & (label_N < (classes or MAX_CLASSES))]
     if not len(numbered_N):
         return []

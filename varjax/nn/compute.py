@@ -189,7 +189,7 @@ class ConvFormat:
 
     @property
     def convolution(self) -> Callable[..., jax.Array] | None:
-        """What `nn.Conv` takes as its convolution; None for its own."""
+        """The convolution for `nn.Conv`; None for its default."""
         if jnp.dtype(self.dtype) != jnp.float32:
             return None
         return float32_convolution(self.precision, self.platform)

@@ -94,7 +94,7 @@ def _sizes(tree: PyTree, placement: PyTree) -> str:
 
 
 def _needs(program: Any, mesh: Any) -> str:
-    """What a compiled program needs on a device, and how much the device has, if that is known."""
+    """Returns what a compiled program needs on a device, and what it has, if known."""
     memory = program.memory_analysis()
     if memory is None:
         return "which does not tell its memory"

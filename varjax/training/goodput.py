@@ -1,4 +1,4 @@
-"""What the time of a run was spent on, summed over all of its starts."""
+"""Measures what the time of a run was spent on, summed over all of its starts."""
 
 import contextlib
 import time

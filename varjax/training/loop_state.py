@@ -1,4 +1,4 @@
-"""What the loop itself remembers over a restart, stored as a checkpoint's `meta`."""
+"""Holds what the loop remembers over a restart, stored as a checkpoint's `meta`."""
 
 import dataclasses
 import math

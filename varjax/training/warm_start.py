@@ -25,8 +25,8 @@ def warm_start_state(
     """Makes the state before the first step, with what fits of the parameters of `init_from`.
 
     A parameter is taken over whole where there is one with its path and shape, in part where the
-    task names rows that mean the same; the rest stays fresh. The average becomes the same. Process
-    0 prints what was kept and everything that was not.
+    task names rows that mean the same; the rest stays fresh. The average becomes equal to them.
+    Process 0 prints what was kept and everything that was not.
 
     Args:
         task: task that defines the parameters (`init`) and those to take over (`pretrained`).

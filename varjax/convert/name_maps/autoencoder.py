@@ -11,7 +11,7 @@ from varjax.core.untrusted import shown
 
 
 class AutoencoderSizes(Protocol):
-    """As much of a tokenizer's config as the names of its tensors depend on."""
+    """Describes the part of a tokenizer's config that determines the names of its tensors."""
 
     @property
     def width(self) -> int: ...

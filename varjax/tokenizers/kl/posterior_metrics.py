@@ -1,4 +1,4 @@
-"""What is measured of a KL tokenizer besides its reconstructions: its posteriors."""
+"""Measures the posteriors of a KL tokenizer, in addition to its reconstructions."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is measured of a VQ tokenizer besides its reconstructions: its scales and its codes."""
+"""Measures the scales and codes of a VQ tokenizer, in addition to its reconstructions."""
 
 import dataclasses
 from collections.abc import Mapping
