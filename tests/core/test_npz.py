@@ -66,6 +66,7 @@ def archive_of(path, method=zipfile.ZIP_STORED, **members):
         "records": (header("(9,)", "[('a', '|u1')]"), "needed are numbers"),
         "no type": (header("(9,)", "'|q9'"), "header that is none"),
         "nested": (header("(" * 300 + ")" * 300), "header that is none"),
+        "brackets that do not close": (header("(" * 300), "header that is none"),
         "a call": (header("__import__('os')"), "header that is none"),
         "version 9": (header("(9,)", version=9), "version .9, 0."),
         "a long header": (

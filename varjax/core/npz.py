@@ -13,6 +13,7 @@ import io
 import math
 import os
 import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,15 @@ NOT_READABLE = (
     ValueError,
     EOFError,
     OSError,  # a position that cannot be
+)
+# NumPy evaluates the header's text, and tokenizes what it cannot evaluate.
+NO_HEADER = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    tokenize.TokenError,
+    RecursionError,
+    MemoryError,
 )
 AGAIN = "make or copy it again"
 SHOWN_NAMES = 8
@@ -218,7 +228,7 @@ def _read_header(file: IO[bytes], name: str) -> tuple[int, Any, bool, np.dtype]:
     }[version]
     try:
         shape, fortran, dtype = read(io.BytesIO(length + file.read(count)))
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+    except NO_HEADER as error:
         raise InputError(f"{name} has a header that is none ({reason(error)}); {AGAIN}") from error
     return 8 + width + count, shape, fortran, dtype
 
