@@ -2,6 +2,7 @@ import errno
 import io
 import os
 import pathlib
+import socket
 import subprocess
 
 import numpy as np
@@ -48,7 +49,7 @@ def test_an_error_of_the_machine_is_retried_and_says_nothing_of_the_image(
 ):
     path = tmp_path / "a.png"
     PLAIN.save(path)
-    for code in (errno.EIO, errno.EMFILE, errno.ESTALE, errno.ENOMEM):
+    for code in (errno.EIO, errno.EMFILE, errno.ESTALE, errno.ENOMEM, errno.EHOSTDOWN):
         failing_open(code, 1)
         read(path)  # the second attempt is good
         failing_open(code, 2)
@@ -77,14 +78,18 @@ def test_a_lack_of_memory_is_no_fault_of_the_image(monkeypatch):
         decode_file(data, name="x.png")
 
 
-def test_what_is_no_regular_file_is_broken_and_never_waited_for(tmp_path):
+def test_what_is_no_regular_file_is_broken_and_never_waited_for(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zeros.png").symlink_to("/dev/zero")
     (tmp_path / "loop.png").symlink_to("loop.png")
+    monkeypatch.chdir(tmp_path)  # the address of a socket is short
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket.png")
     for name, reason in (
         ("pipe.png", "not a regular file"),
         ("zeros.png", "not a regular file"),
         ("loop.png", "symbolic links"),
+        ("socket.png", "No such device or address"),
         ("none.png", "No such file"),
         (".", "directory"),
     ):

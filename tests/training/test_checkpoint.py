@@ -280,6 +280,8 @@ def test_a_read_that_fails_once_is_tried_again(tmp_path, monkeypatch, code, caps
     "error",
     [
         OSError(errno.EACCES, "Permission denied"),
+        OSError(errno.EHOSTDOWN, "Host is down"),  # CIFS that connects again
+        OSError(errno.ESHUTDOWN, "Cannot send after transport endpoint shutdown"),  # Lustre
         ValueError("RESOURCE_EXHAUSTED: Failed to open: Too many open files [os_error_code='24']"),
     ],
 )

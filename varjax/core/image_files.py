@@ -43,7 +43,14 @@ MAX_PIXELS = 2**26
 MAX_ASPECT_RATIO = 100
 MAX_DECODING_BYTES = 16 * MAX_PIXELS  # more than any image of this size needs
 # Say something about the file's path, not about the machine.
-NO_FILE_ERRNOS = errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG
+NO_FILE_ERRNOS = (
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENXIO,  # a socket, or a device without hardware
+)
 OUT_OF_MEMORY = "out of memory error", "decoder error -9"  # in Pillow's OSErrors
 ROWS_AT_ONCE = 256
 T = TypeVar("T")

@@ -13,20 +13,19 @@ from typing import TypeVar
 from varjax.core.errors import StorageError
 
 READ_PAUSES = (0.1, 0.5, 2.0)  # seconds before each further attempt
-# None of them says anything about the content of the file.
+# None of them says anything about the content of the file. Besides those of a disk there are the
+# ones by which network file systems (NFS, CIFS, Lustre, AFS) report a server that is away, a client
+# that was evicted, or a ticket that has expired. Some are unknown outside of Linux.
 MACHINE_ERRNOS = frozenset(
-    (
-        errno.EACCES,
-        errno.EBUSY,
-        errno.EIO,
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENODEV,
-        errno.ENOMEM,
-        errno.ENOTCONN,
-        errno.ESTALE,
-        errno.ETIMEDOUT,
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EPERM", "EKEYEXPIRED", "EKEYREVOKED", "ENOKEY"),
+        *("EAGAIN", "EBUSY", "EIO", "EMFILE", "ENFILE", "ENOBUFS", "ENODEV", "ENOLCK", "ENOMEM"),
+        *("ECOMM", "EREMOTEIO", "ENOLINK", "ENOTCONN", "ESHUTDOWN", "ESTALE", "ETIMEDOUT"),
+        *("ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH"),
+        *("ENETDOWN", "ENETRESET", "ENETUNREACH"),
     )
+    if hasattr(errno, name)
 )
 # Those of writing, which retrying at once does not help; EFBIG is a limit on the size of files.
 FULL_ERRNOS = frozenset((errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS))
