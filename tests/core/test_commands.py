@@ -1,11 +1,13 @@
 """Exit codes and messages of commands."""
 
 import errno
+import os
 
 import pytest
 
 from varjax.core.commands import run_command
-from varjax.core.errors import InputError
+from varjax.core.errors import InputError, StorageError
+from varjax.core.read_errors import retry_read
 
 
 def fail(*errors):
@@ -47,6 +49,27 @@ def test_with_debug_it_has_a_traceback():
 def test_a_bug_is_raised(bug):
     with pytest.raises(type(bug)):
         run_command("varjax sample", fail(bug))
+
+
+def test_a_bug_while_an_error_of_the_machine_is_handled_is_raised():
+    def action():
+        try:
+            raise OSError(errno.EIO, "Input/output error")
+        except OSError:
+            {}["a bug"]
+
+    with pytest.raises(KeyError):
+        run_command("varjax sample", action)
+
+
+def test_what_to_do_follows_from_the_error():
+    def read(code):
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(StorageError, match="once you have permission to read it"):
+        retry_read(lambda: read(errno.EACCES), "cat.png")
+    with pytest.raises(StorageError, match="once the machine works"):
+        retry_read(lambda: read(errno.EIO), "cat.png")
 
 
 def test_exit_codes(capsys):

@@ -66,7 +66,8 @@ def run_command(
             print(f"{name}: {error}", file=sys.stderr)
         return 1
     except Exception as error:
-        if debug or (code := machine_errno(error, MACHINE_ERRNOS | FULL_ERRNOS)) is None:
+        code = machine_errno(error, MACHINE_ERRNOS | FULL_ERRNOS, context=False)
+        if debug or code is None:
             raise
         print(
             f"{name}: {os.strerror(code)}: {str(error)[:500]}\nThe machine or its file system "

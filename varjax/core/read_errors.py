@@ -35,11 +35,19 @@ TENSORSTORE_CODE = re.compile(r"os_error_code='(\d+)'")  # in the text of its ex
 
 
 def machine_errno(
-    error: BaseException | None, errnos: frozenset[int] = MACHINE_ERRNOS
+    error: BaseException | None,
+    errnos: frozenset[int] = MACHINE_ERRNOS,
+    context: bool = True,
 ) -> int | None:
     """Returns the number in `errnos` that led to an exception, None for any other cause.
 
-    Looks at the exception and at everything it was raised from; a MemoryError counts as ENOMEM.
+    A MemoryError counts as ENOMEM.
+
+    Args:
+        error: the exception; everything that it was raised from is looked at, too.
+        errnos: numbers to look for.
+        context: whether an exception that was being handled counts as a cause without "from". A
+            bug may happen while an error of the machine is handled.
     """
     while error is not None:
         codes = [getattr(error, "errno", None), *map(int, TENSORSTORE_CODE.findall(str(error)))]
@@ -49,7 +57,7 @@ def machine_errno(
             codes += [code for text, code in MACHINE_MESSAGES.items() if text in str(error)]
         if found := errnos.intersection(codes):
             return next(iter(found))
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (error.__context__ if context else None)
     return None
 
 
@@ -72,9 +80,11 @@ def retry_read(read: Callable[[], T], name: str | os.PathLike) -> T:
             if code is None or isinstance(error, StorageError):
                 raise
             if pause is None:
+                denied = code in (errno.EACCES, errno.EPERM)
+                advice = "you have permission to read it" if denied else "the machine works"
                 raise StorageError(
                     f"{os.fspath(name)} cannot be read now: {os.strerror(code)}. This does not "
-                    "mean that the file is damaged; start again once the machine works"
+                    f"mean that the file is damaged; start again once {advice}"
                 ) from error
         time.sleep(pause)
     raise AssertionError
