@@ -280,7 +280,7 @@ def fit(loss_fn, params, data, steps, lr, batch_size=64):
     data = jax.tree.map(jnp.asarray, data)
 
     @jax.jit
-    def step(params, ema, opt_state, i):
+    def step(params, ema, opt_state, data, i):
         batch_key, loss_key = jax.random.split(jax.random.fold_in(jax.random.key(0), i))
         index_B = jax.random.randint(batch_key, (batch_size,), 0, len(data["label"]))
         batch = jax.tree.map(lambda x_N: x_N[index_B], data)
@@ -291,7 +291,7 @@ def fit(loss_fn, params, data, steps, lr, batch_size=64):
 
     ema, opt_state, start = params, optimizer.init(params), time.time()
     for i in range(steps):
-        params, ema, opt_state, loss = step(params, ema, opt_state, i)
+        params, ema, opt_state, loss = step(params, ema, opt_state, data, i)
         if (i + 1) % 200 == 0:
             print(f"step {i + 1}: loss {loss:.3f}, {time.time() - start:.0f} s", flush=True)
     return ema
