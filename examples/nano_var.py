@@ -299,51 +299,51 @@ def fit(loss_fn, params, data, steps, lr, batch_size=64):
 
 def save_picture(name, rows):
     """Writes a grid of images, which are float, and of token maps, which are integers."""
-    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=(len(rows[0]), len(rows)))
-    for axis, image_hw in zip(axes.flat, [x_hw for row in rows for x_hw in row], strict=True):
-        gray = image_hw.dtype == np.float32
-        cmap, vmin, vmax = ("gray_r", -1, 1) if gray else ("nipy_spectral", 0, V - 1)
-        axis.imshow(image_hw, cmap=cmap, vmin=vmin, vmax=vmax)
-        axis.axis("off")
-    figure.tight_layout(pad=0.2)
-    figure.savefig(FOLDER / name, dpi=70)
+
+    def draw(x_hw):
+        is_image, size = x_hw.dtype == np.float32, 48 // len(x_hw)
+        cmap, x_hw = ("gray_r", (x_hw + 1) / 2) if is_image else ("jet", x_hw / V)
+        x_hw4 = np.kron(plt.get_cmap(cmap)(x_hw), np.ones((size, size, 1)))
+        return np.pad(x_hw4, ((3, 3), (3, 3), (0, 0)), constant_values=1)
+
+    picture = [np.concatenate([draw(x_hw) for x_hw in row], axis=1) for row in rows]
+    plt.imsave(FOLDER / name, np.concatenate(picture))
 
 
 def main():
     """Trains both stages, prints how good they are, and draws pictures."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     train, held_out = digits()
-    real_NHW1 = held_out["image"]
+    real_NHW1, decode = held_out["image"], jax.jit(lambda f_hat: tokenizer.decode(f_hat)[..., 0])
     classifier = SVC(C=10).fit(train["image"][:1438].reshape(-1, 64), train["label"][:1438])
     print("tokenizer")
-    params = Tokenizer().init(jax.random.key(1), real_NHW1[:1])["params"]
+    params = jax.jit(Tokenizer().init)(jax.random.key(1), real_NHW1[:1])["params"]
     frozen = fit(tokenizer_loss, params, train, steps=1000, lr=2e-3)
     tokenizer = Tokenizer().bind({"params": frozen})
-    decoded_NHW1, _, token_NL, f_hats = tokenizer(real_NHW1)
+    decoded_NHW1, _, token_NL, f_hats = jax.jit(lambda x: tokenizer(x))(real_NHW1)
     psnr = -10 * np.log10(np.mean(np.square(decoded_NHW1 - real_NHW1)) / 4)
     print(f"held out: PSNR {psnr:.1f} dB, {len(np.unique(token_NL))} of {V} codes in use")
     # One row per digit: the digit, then each scale's token map and the decoded sum up to it.
     columns = [real_NHW1[:3, :, :, 0]]
     for k, side in enumerate(SCALES):
         columns.append(np.array(token_NL[:3, ENDS[k] : ENDS[k + 1]]).reshape(3, side, side))
-        columns.append(np.array(tokenizer.decode(f_hats[k][:3])[..., 0]))
+        columns.append(np.array(decode(f_hats[k][:3])))
     save_picture("scales.png", [[column[n] for column in columns] for n in range(3)])
-
     print("transformer")
     for data in train, held_out:  # the tokenizer is frozen, so tokens are computed once
         data["token"], data["input"] = jax.jit(teacher_forcing)(frozen, data.pop("image"))
-    params = VAR().init(jax.random.key(2), held_out["input"], held_out["label"])["params"]
+    params = jax.jit(VAR().init)(jax.random.key(2), held_out["input"], held_out["label"])["params"]
     params = fit(var_loss, params, train, steps=1000, lr=2e-3)
-    print(f"held out: loss {var_loss(params, held_out, jax.random.key(3)):.3f}")
+    print(f"held out: loss {jax.jit(var_loss)(params, held_out, jax.random.key(3)):.3f}")
     label_N, key_N = np.tile(np.arange(CLASSES), 10), jax.random.split(jax.random.key(4), 100)
     _, f_hats = sample(params, frozen, label_N, key_N, guidance=1.5)
-    image_KNHW = np.stack([tokenizer.decode(f_hat)[..., 0] for f_hat in f_hats]).clip(-1, 1)
+    image_KNHW = np.stack([decode(f_hat) for f_hat in f_hats]).clip(-1, 1)
     right = classifier.score(image_KNHW[-1].reshape(-1, 64), label_N)
     real_right = classifier.score(real_NHW1.reshape(-1, 64), held_out["label"])
     print(f"a classifier reads {right:.0%} of 100 samples right, {real_right:.1%} of real digits")
     save_picture("sampling.png", image_KNHW[:, :10])  # the first ten after each scale
     save_picture("samples.png", image_KNHW[-1].reshape(10, 10, 8, 8))
-    plt.imsave(FOLDER / "mask.png", np.kron(MASK_LL, np.ones((8, 8))), cmap="gray")
+    plt.imsave(FOLDER / "mask.png", np.kron(MASK_LL, np.ones((8, 8))), cmap="Blues")
 
 
 if __name__ == "__main__":
