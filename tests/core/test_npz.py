@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import struct
 import zipfile
 
@@ -134,6 +135,13 @@ def test_a_machine_that_fails_is_no_damaged_file(tmp_path, monkeypatch):
     monkeypatch.setattr(npz._ZipBytes, "read", fail)
     with pytest.raises(StorageError, match="x.npz cannot be read now: Input/output error"):
         NpzArchive(tmp_path / "x.npz")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(path := tmp_path / "x.npz")
+    for read in (NpzArchive, npz.map_npy):
+        with pytest.raises(InputError, match="x.npz: it is not a regular file"):
+            read(path)
 
 
 def test_text_is_read_if_it_is_short():

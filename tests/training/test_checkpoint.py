@@ -276,6 +276,18 @@ def test_a_read_that_fails_once_is_tried_again(tmp_path, monkeypatch, code, caps
         equal(restore_weights(tmp_path, ema=False), state(2).params)
 
 
+@pytest.mark.parametrize("name", ["meta/metadata", "params/manifest.ocdbt"])
+def test_a_pipe_in_a_checkpoint_is_damage_and_not_waited_for(tmp_path, capsys, name):
+    saved(tmp_path / "checkpoints", 1, 2)
+    file = tmp_path / "checkpoints" / "2" / name
+    file.unlink()
+    os.mkfifo(file)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        equal(restore_weights(tmp_path, ema=False), state(1).params)
+        equal(checkpoints.restore(ABSTRACT, PLACEMENT)[0], state(1))
+    assert capsys.readouterr().err.count("is not a regular file") == 2
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -76,7 +76,7 @@ def _opening_error(directory: pathlib.Path) -> OSError | None:
     try:
         for folder, _, names in os.walk(directory, onerror=reraise):
             for name in names:
-                os.close(os.open(os.path.join(folder, name), os.O_RDONLY))
+                os.close(os.open(os.path.join(folder, name), os.O_RDONLY | os.O_NONBLOCK))
     except OSError as error:
         return error
     return None

@@ -23,7 +23,7 @@ import numpy as np
 
 from varjax.core.errors import InputError, StorageError
 from varjax.core.read_errors import machine_errno
-from varjax.core.untrusted import check_name, check_shape, reason, shown
+from varjax.core.untrusted import check_name, check_shape, open_regular_file, reason, shown
 
 # Deflate makes a thousandth of zeros. Real arrays shrink to a half, pictures of digits to a tenth.
 MAX_RATIO, SMALL_BYTES = 64, 2**20
@@ -116,7 +116,7 @@ class NpzArchive:
     def _opened(self) -> Iterator[zipfile.ZipFile]:
         with (
             _errors_naming(self._path, "an .npz"),
-            _ZipBytes(self._path) as file,
+            _ZipBytes(self._path, opener=open_regular_file) as file,
             zipfile.ZipFile(file) as archive,
         ):
             file.listing = False
@@ -126,7 +126,10 @@ class NpzArchive:
 
 def map_npy(path: str | os.PathLike) -> np.ndarray:
     """Maps an .npy, which is read when it is used; errors are those of `NpzArchive`."""
-    with _errors_naming(path, "an .npy"), open(path, "rb") as file:
+    with (
+        _errors_naming(path, "an .npy"),
+        open(path, "rb", opener=open_regular_file) as file,
+    ):
         start, shape, fortran, dtype = _read_header(file, "it")
         size = os.fstat(file.fileno()).st_size - start
         shape, dtype, fortran = _checked("it", size, shape, fortran, dtype)

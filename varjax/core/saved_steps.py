@@ -5,9 +5,11 @@ step, and a fingerprint of each array, made from what was in memory. Steps of ol
 none of this but the caller's data; they are read without a check.
 """
 
+import contextlib
 import math
 import os
 import pathlib
+import stat
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -283,9 +285,22 @@ class SavedSteps:
         path, composite = self.directory / str(step), ocp.args.Composite(**items)
         return self._repeated(step, lambda: self._checkpointer.restore(path, args=composite))
 
+    def _check_regular_files(self, path: pathlib.Path) -> None:
+        """Raises DamagedFileError for a pipe among the files, which would be waited for."""
+        if in_bucket(path):
+            return
+        for folder, _, names in os.walk(path):
+            for file in (os.path.join(folder, name) for name in names):
+                regular = True
+                with contextlib.suppress(OSError):  # whoever reads it says what is wrong
+                    regular = stat.S_ISREG(os.stat(file).st_mode)
+                if not regular:
+                    raise DamagedFileError(f"{file} is damaged: it is not a regular file")
+
     def _repeated(self, step: int, read: Callable[[], T]) -> T:
         """Reads, and reads again where that fails: disks behind a network fail now and then."""
         path = self.directory / str(step)
+        self._check_regular_files(path)
         for pause in (*read_errors.READ_PAUSES, None):
             try:
                 return read()

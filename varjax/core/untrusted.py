@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import stat
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,18 @@ def bytes_on_disk(path: pathlib.Path) -> int:
             with contextlib.suppress(OSError):  # it may just be removed
                 total += os.stat(os.path.join(folder, name)).st_size
     return total if path.is_dir() else path.stat().st_size
+
+
+def open_regular_file(path: str, flags: int) -> int:
+    """Opens a file for `open(path, "rb", opener=open_regular_file)`.
+
+    Raises InputError for a pipe or device, which would be waited for, or read without end.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # does not wait for the writer of a pipe
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError("it is not a regular file; copy its content into one")
+    return descriptor
 
 
 def check_integers(numbers: Any) -> tuple[int, ...]:
