@@ -156,6 +156,22 @@ def test_what_is_missing_is_told_with_what_to_do(data_dir, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("features.json", {"pythonClassName": "tensorflow_datasets.core.features.none.Such"}),
+        ("features.json", {}),
+        ("dataset_info.json", {"splits": 5}),
+        ("dataset_info.json", []),
+    ],
+)
+def test_a_description_that_tfds_refuses_is_told_in_one_message(data_dir, tmp_path, file, content):
+    shutil.copytree(data_dir / "stripes/1.2.3", folder := tmp_path / "bad")
+    (folder / file).write_text(json.dumps(content))
+    with pytest.raises(InputError, match="TFDS cannot open .*bad .*copy or prepare it again"):
+        TFDS(str(folder), held_out="test").describe()
+
+
 def test_only_classes_of_tfds_are_imported(data_dir, tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path)

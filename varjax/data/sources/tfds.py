@@ -18,7 +18,7 @@ from varjax.core.buckets import in_bucket
 from varjax.core.errors import InputError
 from varjax.core.read_errors import machine_errno, retry_read
 from varjax.core.reproducibility import pixels_digest
-from varjax.core.untrusted import shown
+from varjax.core.untrusted import reason, shown
 from varjax.data import decoding, transforms
 from varjax.data.loader import make_loader
 from varjax.data.sources.folder_layout import ONE_CLASS_NAMES
@@ -265,7 +265,15 @@ def _open_directory(directory: str) -> Any:
                 f"those of {FEATURE_MODULES.rstrip('.')}. Prepare the dataset without features of "
                 "other classes"
             )
-    return retry_read(lambda: tfds.builder_from_directory(directory), directory)
+    try:
+        return retry_read(lambda: tfds.builder_from_directory(directory), directory)
+    except InputError:  # a StorageError among them
+        raise
+    except Exception as error:  # of all kinds, for a foreign or damaged description
+        raise InputError(
+            f"TFDS cannot open {directory} ({type(error).__name__}: {reason(error)}); copy or "
+            "prepare it again"
+        ) from error
 
 
 def _class_names(data: Any) -> Iterator[str]:
