@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.helpers.paths import ROOT
 from varjax.core.broken_images import BrokenImage
-from varjax.core.errors import StorageError
+from varjax.core.errors import InputError, StorageError
 from varjax.data import photos
 from varjax.data.sources import TFDS, Digits, parse_dataset
 from varjax.data.sources.folder import Folder
@@ -109,6 +109,17 @@ def test_links_are_followed_but_not_in_circles(official):
     assert paths(linked)[-3:] == ["train/bee/2.JPEG", "train/bee/3.png", "train/cat/1.png"]
     pathlib.Path("x/train/cat/back").symlink_to(pathlib.Path("elsewhere").resolve())
     with pytest.raises(ValueError, match="cat/back/cat is a link to a folder that it lies in"):
+        paths(Folder("x"))
+
+
+def test_links_that_multiply_the_paths_of_an_image_are_refused(official):
+    for i in range(20):
+        put(f"levels/{i}/0.png")
+        for name in "ab":
+            pathlib.Path(f"levels/{i}/{name}").symlink_to(f"../{i + 1}")
+    put("levels/20/0.png")
+    pathlib.Path("x/train/bee/levels").symlink_to(pathlib.Path("levels/0").resolve())
+    with pytest.raises(InputError, match="reached by more than 64 ways through links"):
         paths(Folder("x"))
 
 

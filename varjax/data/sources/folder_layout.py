@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from varjax.core.read_errors import retry_read
 IMAGE_SUFFIXES = tuple(IMAGE_FORMATS)
 ONE_CLASS_NAMES = ("image",)  # of images without classes
 DEFAULT_HELD_OUT_SHARE = 0.05
+# Of a folder, through links. Twenty folders with two links to the next have a million paths.
+MAX_VISITS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +136,7 @@ class FolderLayout:
     def _folder(self, folder: str) -> ImageListing:
         where = _below(self.root, folder)
         if self.flat:
-            below = list(_images(where, "", ()))
+            below = list(_images(where, ""))
             classes = {self.class_names[0]: below}
         else:
             folders, files = _scan(where)
@@ -144,7 +147,7 @@ class FolderLayout:
                     f"{where} holds images, but no folders of classes like {self.train}; sort them "
                     "into folders of the same names"
                 )
-            classes = {name: list(_images(where, name, ())) for name in folders}
+            classes = {name: list(_images(where, name)) for name in folders}
         paths = [os.path.join(folder, path) for name in classes for path in classes[name]]
         numbers = {name: number for number, name in enumerate(self.class_names)}
         labels = [np.full(len(below), numbers[name]) for name, below in classes.items()]
@@ -176,16 +179,24 @@ def _list_folder(folder: str) -> tuple[list[str], list[str]]:
     return folders, files
 
 
-def _images(root: str, folder: str, above: tuple[str, ...]) -> Iterator[str]:
+def _images(
+    root: str, folder: str, above: tuple[str, ...] = (), visits: Counter[str] | None = None
+) -> Iterator[str]:
     """Paths below `root` of all images in `folder` and deeper."""
-    here = _below(root, folder)
+    here, visits = _below(root, folder), Counter() if visits is None else visits
     folders, files = _scan(here)
     yield from (os.path.join(folder, name) for name in files)
-    above = (*above, os.path.realpath(here)) if folders else above
+    if folders:
+        above = (*above, real := os.path.realpath(here))
+        visits[real] += 1
+        if visits[real] > MAX_VISITS:
+            raise InputError(
+                f"{here} is reached by more than {MAX_VISITS} ways through links; remove some"
+            )
     for name in folders:
         if os.path.realpath(os.path.join(here, name)) in above:
             raise InputError(f"{os.path.join(here, name)} is a link to a folder that it lies in")
-        yield from _images(root, os.path.join(folder, name), above)
+        yield from _images(root, os.path.join(folder, name), above, visits)
 
 
 def _below(root: str, folder: str) -> str:
