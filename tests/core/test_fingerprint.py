@@ -109,6 +109,20 @@ def test_parts_of_processes_are_added_once_and_copies_must_be_equal(monkeypatch)
     assert gathered(first | second, {start: [a, b ^ 1]}) == ""
 
 
+def test_only_the_copies_that_are_written_count_where_copies_differ():
+    """Replicas differ by rounding where a program is not deterministic; Orbax writes the first."""
+    x = spread((2, 1, 1))
+    others = [
+        types.SimpleNamespace(index=shard.index, data=shard.data + 1, replica_id=1)
+        for shard in x.addressable_shards
+    ]
+    for shard in x.addressable_shards:
+        shard.replica_id = 0
+    x.addressable_shards = [*others, *x.addressable_shards]
+    assert fingerprints({"x": x}, written=True)["x"] == OF_X
+    assert fingerprints({"x": x})["x"] != OF_X
+
+
 OF_X = of(X)
 
 

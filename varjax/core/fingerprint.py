@@ -28,14 +28,20 @@ POSITION_FACTOR = np.uint32(0x9E3779B9)  # 2^32 / golden ratio, as in Fibonacci 
 MIX_FACTORS = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 
 
-def fingerprints(tree: PyTree) -> dict[str, str]:
+def fingerprints(tree: PyTree, written: bool = False) -> dict[str, str]:
     """Returns dtype, shape and a fingerprint of 64 bits of each array, by path.
 
     All processes that hold parts of the arrays must call it; where one process holds all of them,
-    it waits for no other. Where copies of a part differ, the fingerprint is "" in all processes.
+    it waits for no other. Where processes hold different copies of a part, the fingerprint is ""
+    in all of them.
+
+    Args:
+        tree: arrays.
+        written: whether only the copies count that Orbax writes. Others may differ by rounding
+            where a program is not deterministic.
     """
     leaves = trees.paths(tree)
-    mine = jax.device_get({path: _shard_sums(leaf) for path, leaf in leaves.items()})
+    mine = jax.device_get({path: _shard_sums(leaf, written) for path, leaf in leaves.items()})
     parts = {
         path: {start: [int(x) for x in sums] for start, sums in shards.items()}
         for path, shards in mine.items()
@@ -62,11 +68,13 @@ def _text(leaf: Any, everyone: list[dict[str, list[int]]]) -> str:
     return f"{dtype_and_shape(leaf)} {high:08x}{low:08x}"
 
 
-def _shard_sums(array: jax.Array) -> dict[str, tuple[Any, Any]]:
+def _shard_sums(array: jax.Array, written: bool = False) -> dict[str, tuple[Any, Any]]:
     """Returns two sums for each part of the array that this process holds, by its start."""
     strides = [math.prod(array.shape[axis + 1 :]) % 2**32 for axis in range(array.ndim)]
     sums = {}
     for shard in array.addressable_shards:
+        if written and shard.replica_id != 0:
+            continue
         starts = [part.start or 0 for part in shard.index]
         if (name := ",".join(map(str, starts))) in sums:
             continue

@@ -47,7 +47,7 @@ def make_record(step: int, meta: Mapping[str, Any], state: Mapping[str, PyTree])
         meta: JSON data of the caller.
         state: arrays by their names in STATE_TREES.
     """
-    arrays = {name: fingerprints(tree) for name, tree in state.items()}
+    arrays = {name: fingerprints(tree, written=True) for name, tree in state.items()}
     return checksums.seal({"step": step, "meta": dict(meta), "arrays": arrays})
 
 
