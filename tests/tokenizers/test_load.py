@@ -151,7 +151,8 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path):
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert read.returncode
-    assert re.search("InputError: .*checkpoints/2 cannot be read: .* delete it, and", read.stderr)
+    said = r"InputError: no checkpoint .* can be read:\s+checkpoint 2 cannot be read: .+\n.*"
+    assert re.search(said + "or delete .*/checkpoints to", read.stderr)
 
 
 @pytest.mark.slow

@@ -91,7 +91,6 @@ def evaluate_tokenizer(
     Raises:
         InputError: before any long work, for what cannot be done.
     """
-    check_writable(as_path(out))
     config, params = read_tokenizer(weights, ema)
     chosen = choose_crop(crop, weights)
     images = parse_dataset(data, config.image_shape[:2], config.image_channels, chosen)
@@ -107,6 +106,7 @@ def evaluate_tokenizer(
     count = len(loader.held_out_source)
     if pairs is not None and count < 2:
         raise InputError(f"{data} holds {count} held-out images; FID needs two or more")
+    check_writable(as_path(out))
     with tqdm(total=count, unit=" images", file=sys.stderr, disable=None) as bar:
 
         def progress(batches):

@@ -9,7 +9,7 @@ import numpy as np
 
 from varjax.core.buckets import in_bucket
 from varjax.core.errors import InputError
-from varjax.core.numbers import seed_number, whole_number
+from varjax.core.numbers import finite_number, seed_number, whole_number
 from varjax.training.sample_quality import FIDConfig
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan, Task
@@ -153,6 +153,7 @@ class Experiment:
         whole_number("steps", self.steps, 0)
         for name, lowest in MIN_VALUES.items():
             whole_number(name, getattr(self, name), lowest)
+        finite_number("stalled_minutes", self.stalled_minutes, 0)
         if not self.run_dir:
             raise InputError("run_dir is empty; name a directory for this run, say runs/first")
         if in_bucket(self.run_dir) and not self.run_dir.startswith("gs:"):
@@ -191,6 +192,5 @@ MIN_VALUES = {
     "keep": 1,
     "keep_every": 0,
     "patience": 0,
-    "stalled_minutes": 0,
     "skip_nonfinite": 0,
 }
