@@ -36,7 +36,7 @@ def fingerprints(tree: PyTree, written: bool = False) -> dict[str, str]:
     in all of them.
 
     Args:
-        tree: arrays.
+        tree: nested dict of arrays.
         written: whether only the copies count that Orbax writes. Others may differ by rounding
             where a program is not deterministic.
     """
