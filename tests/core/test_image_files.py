@@ -144,6 +144,20 @@ def test_the_largest_images_are_read():
     assert image_files.MAX_PIXELS >= 64 * 10**6  # a photograph of a telephone
 
 
+def test_the_limits_can_be_set(monkeypatch):
+    thin, large = png(1, 101, rows=101), png(20, 20, rows=20)
+    monkeypatch.setenv("VARJAX_MAX_ASPECT_RATIO", "200")
+    assert decode_file(thin, name="x").shape == (101, 1, 3)
+    monkeypatch.setenv("VARJAX_MAX_PIXELS", "399")
+    with pytest.raises(InputError, match="allowed are 399 in all, .* or set VARJAX_MAX_PIXELS"):
+        decode_file(large, name="x")
+    monkeypatch.setenv("VARJAX_MAX_PIXELS", "400")
+    assert decode_file(large, name="x").shape == (20, 20, 3)
+    monkeypatch.setenv("VARJAX_MAX_PIXELS", "many")
+    with pytest.raises(InputError, match="VARJAX_MAX_PIXELS=many: must be a whole number"):
+        decode_file(large, name="x")
+
+
 def test_pixels_are_those_of_pillow_however_many_rows_there_are():
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (600, 7, 3), np.uint8))

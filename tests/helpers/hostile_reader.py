@@ -29,7 +29,7 @@ from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.state_dicts import find_state_dicts, own_tensors
 from varjax.core import files, read_errors
 from varjax.core.errors import InputError
-from varjax.core.image_files import MAX_DECODING_BYTES
+from varjax.core.image_files import DECODING_BYTES, MAX_PIXELS
 from varjax.core.image_io import read_image
 from varjax.core.model_files import read_model_config
 from varjax.core.npz import NpzArchive, map_npy
@@ -137,7 +137,7 @@ def main(folder: str, seconds: str = "10") -> None:
             guard.complete = True
             room = memory_used() + ROOM + RATIO * bytes_on_disk(path)
             if path.name.startswith("image."):  # an image of 8192x8192 may have any file
-                room += MAX_DECODING_BYTES
+                room += DECODING_BYTES * MAX_PIXELS
         resource.setrlimit(resource.RLIMIT_AS, (room, resource.RLIM_INFINITY))
         start, outcome, message = time.monotonic(), "read", ""
         signal.alarm(int(seconds))

@@ -39,9 +39,11 @@ IMAGE_FORMATS = {
     ".avif": "AVIF",
 }
 # Decoding takes up to 8 bytes a pixel, in each of up to 16 threads, whatever the file's bit depth.
+# The environment variables VARJAX_MAX_PIXELS and VARJAX_MAX_ASPECT_RATIO set other limits, for all
+# commands and their worker processes.
 MAX_PIXELS = 2**26
 MAX_ASPECT_RATIO = 100
-MAX_DECODING_BYTES = 16 * MAX_PIXELS  # more than any image of this size needs
+DECODING_BYTES = 16  # a pixel; more than any image needs
 # Say something about the file's path, not about the machine.
 NO_FILE_ERRNOS = (
     errno.ENOENT,
@@ -115,14 +117,16 @@ def open_picture(file: IO[bytes]) -> Image.Image:
     """
     picture = Image.open(file, formats=tuple(dict.fromkeys(IMAGE_FORMATS.values())))
     width, height = picture.size
-    if width * height > MAX_PIXELS:
+    if width * height > (pixels := _limit("VARJAX_MAX_PIXELS", MAX_PIXELS)):
         raise InputError(
-            f"it has {width}x{height} pixels; allowed are {MAX_PIXELS:,} in all, so resize it first"
+            f"it has {width}x{height} pixels; allowed are {pixels:,} in all, so resize it first, "
+            "or set VARJAX_MAX_PIXELS"
         )
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+    ratio = _limit("VARJAX_MAX_ASPECT_RATIO", MAX_ASPECT_RATIO)
+    if max(width, height) > ratio * min(width, height):
         raise InputError(
-            f"it has {width}x{height} pixels; allowed is an aspect ratio up to "
-            f"{MAX_ASPECT_RATIO}, so crop it first"
+            f"it has {width}x{height} pixels; allowed is an aspect ratio up to {ratio}, so crop it "
+            "first, or set VARJAX_MAX_ASPECT_RATIO"
         )
     return picture
 
@@ -252,10 +256,18 @@ def _scaled(picture: Image.Image, largest: int) -> Image.Image:
     return Image.fromarray(scaled_HW)
 
 
+def _limit(variable: str, default: int) -> int:
+    """Returns the number in an environment variable, the default where it is not set."""
+    text = os.environ.get(variable, "") or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{variable}={text}: must be a whole number, 1 or more")
+    return int(text)
+
+
 def _memory_is_left() -> bool:
     """Whether the machine gives more memory than decoding any image takes."""
     try:
-        np.empty(MAX_DECODING_BYTES, np.uint8)
+        np.empty(DECODING_BYTES * _limit("VARJAX_MAX_PIXELS", MAX_PIXELS), np.uint8)
     except MemoryError:
         return False
     return True
