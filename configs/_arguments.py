@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Sequence
 
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 
 COMMA_HINT = "; write \\, for a comma within a path"
 

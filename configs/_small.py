@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from varjax.core.broken_images import BrokenImage
-from varjax.core.errors import InputError
 from varjax.data.sources import TFDS, Folder, parse_dataset
 from varjax.data.sources.folder import FolderSource
+from varjax.errors import InputError
 from varjax.nn.compute import Compute
+from varjax.storage.broken_images import BrokenImage
 from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import VQTask

@@ -15,8 +15,8 @@ one of the first three and one of the last two, which are the rows of the compar
 
 import dataclasses
 
-from varjax.core.errors import InputError
 from varjax.data.sources import Digits
+from varjax.errors import InputError
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions
 from varjax.mar.task import MARTask

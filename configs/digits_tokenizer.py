@@ -11,8 +11,8 @@ all settings.
 
 import dataclasses
 
-from varjax.core.errors import InputError
 from varjax.data.sources import Digits
+from varjax.errors import InputError
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.experiment import Experiment
 

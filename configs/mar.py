@@ -5,7 +5,7 @@
 After the colon: b, l or h, and where the images are, as in configs/var.py:
 
     configs/mar.py:l,data=folder:/data/imagenet     folders train/<class>/… and val/<class>/…
-    configs/mar.py:l,data=latents:/data/latents     written by python -m varjax.data.cache_latents
+    configs/mar.py:l,data=latents:/data/latents     written by python -m varjax.cli.cache_latents
     configs/mar.py:l,data=random                    noise, to try the recipe and its speed
 
 Images become latents by the released KL tokenizer, which is converted once (docs/convert.md):
@@ -23,7 +23,7 @@ Names are kl16 (the default), kl_f4, kl_f8, kl_f16 and kl_f32; patch size, numbe
 --config.task.tokenizer_weights follow from them. Each epoch draws new samples from the posterior,
 so the cache holds its mean and standard deviation, for both flips of each image:
 
-    python -m varjax.data.cache_latents --config=configs/mar.py:b --augmentations=2 \
+    python -m varjax.cli.cache_latents --config=configs/mar.py:b --augmentations=2 \
         --dtype=float16 --out=/data/latents
 
 Published by the authors for these settings (800 epochs, 50,000 samples, 256 steps, cfg linear):
@@ -40,13 +40,13 @@ It is used with --config.task.attention_dropout=0, which is another recipe.
 
 import dataclasses
 
-from varjax.core.buckets import as_path
-from varjax.core.errors import InputError
 from varjax.data.sources import TFDS, Folder, parse_dataset
+from varjax.errors import InputError
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions
 from varjax.mar.task import MARTask
 from varjax.nn.compute import Compute
+from varjax.storage.buckets import as_path
 from varjax.tokenizers.kl.model import PRESETS, KLConfig
 from varjax.tokenizers.load import read_tokenizer_config
 from varjax.training.experiment import Experiment

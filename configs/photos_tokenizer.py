@@ -16,9 +16,9 @@ plain recipe:
 docs/tokenizer.md describes what each of them does.
 """
 
-from varjax.core import config_tree
-from varjax.core.errors import InputError
+from varjax.config import config_tree
 from varjax.data.sources import Photos
+from varjax.errors import InputError
 from varjax.tokenizers.losses.gan import GANConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import VQTask

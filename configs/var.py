@@ -7,7 +7,7 @@ After the colon: d16, d20, d24 or d30, and where the images are (docs/data.md):
     configs/var.py:d16                                ImageNet as TFDS prepared it (imagenet2012)
     configs/var.py:d16,data=folder:/data/imagenet     folders train/<class>/… and val/<class>/…
     configs/var.py:d16,data=tfds:/data/packed         written by python -m varjax.data.prepare
-    configs/var.py:d16,data=latents:/data/latents     written by python -m varjax.data.cache_latents
+    configs/var.py:d16,data=latents:/data/latents     written by python -m varjax.cli.cache_latents
     configs/var.py:d16,data=random                    noise, to try the recipe and its speed
 
 Images become tokens by the released tokenizer, which is converted once:

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from tests.helpers import tiny
-from varjax.core import folders, read_errors
+from varjax.storage import folders, read_errors
 from varjax.training import loop
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -16,8 +16,8 @@ from tests.helpers import runs
 from varjax import families
 from varjax.cli import sample as command
 from varjax.convert import export_run
-from varjax.core.errors import InputError
 from varjax.data.sources import Digits
+from varjax.errors import InputError
 from varjax.tokenizers.load import read_frozen_tokenizer
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training import loop

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from varjax import trees
+from varjax.checkpoints.model_files import abstract_params
+from varjax.config import config_flags, config_tree
 from varjax.convert.weights_dir import write_converted
-from varjax.core import config_flags, config_tree, trees
-from varjax.core.errors import InputError
-from varjax.core.model_files import abstract_params
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.tfds import TFDS
+from varjax.errors import InputError
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.losses.lpips import init_lpips
 from varjax.tokenizers.vq.task import VQTask

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.helpers.paths import ROOT
-from varjax.core.config_flags import describe, load_config
+from varjax.config.config_flags import describe, load_config
 
 FILES = sorted([*ROOT.glob("varjax/**/*.py"), *ROOT.glob("configs/*.py")])
 FRAGMENT = re.compile(r"(of|as|the same)\b", re.IGNORECASE)

@@ -21,12 +21,12 @@ if sys.platform == "win32":  # it lacks modules of Python that lock files and co
     )
 
 if TYPE_CHECKING:
-    from varjax.core.image_io import read_image
     from varjax.families import load
     from varjax.mar.model import MARConfig
     from varjax.mar.options import MAROptions
     from varjax.mar.pipeline import MARPipeline
     from varjax.nn.compute import Compute
+    from varjax.storage.image_io import read_image
     from varjax.tokenizers.kl.model import KLConfig
     from varjax.tokenizers.load import load_tokenizer
     from varjax.tokenizers.vq.model import VQConfig
@@ -53,7 +53,7 @@ _WHERE = {
     "VQConfig": "tokenizers.vq.model",
     "load": "families",
     "load_tokenizer": "tokenizers.load",
-    "read_image": "core.image_io",
+    "read_image": "storage.image_io",
 }
 
 __all__ = [

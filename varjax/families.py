@@ -8,15 +8,15 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
-from varjax.core.errors import InputError
-from varjax.core.model_files import find_model, read_generator, read_model_config
-from varjax.core.trees import PyTree
+from varjax.checkpoints.model_files import find_model, read_generator, read_model_config
+from varjax.errors import InputError
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions
 from varjax.mar.pipeline import MARPipeline
 from varjax.nn.compute import Compute
 from varjax.sampling.sampler import Sampler
 from varjax.tokenizers.load import read_tokenizer
+from varjax.trees import PyTree
 from varjax.var.model import VARConfig
 from varjax.var.pipeline import VARPipeline
 from varjax.var.sample import VAROptions

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from varjax.analysis.curves import _running_mean
+from varjax.analysis.plot import main
 from varjax.analysis.run_log import PUBLISHED_LOGS, read_run_log
-from varjax.plot.__main__ import main
 
 
 def make(run_dir, text, batch_size=10):

@@ -4,8 +4,8 @@ import pytest
 
 from varjax.analysis.run_log import read_run_log
 from varjax.analysis.runs import find_runs, main, run_status, status_table
-from varjax.core import files, folders
-from varjax.core.errors import InputError
+from varjax.errors import InputError
+from varjax.storage import files, folders
 
 
 @pytest.fixture

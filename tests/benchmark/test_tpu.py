@@ -11,8 +11,8 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from varjax.benchmark import measure, pieces, tpu
-from varjax.core import flops
 from varjax.nn.compute import Compute
+from varjax.runtime import flops
 from varjax.var.model import VARConfig
 
 needs_libtpu = pytest.mark.skipif(

@@ -9,10 +9,10 @@ from PIL import Image
 import varjax
 from tests.helpers import runs
 from varjax.cli.edit import edit_image
-from varjax.core import image_io
 from varjax.data.sources import Digits
 from varjax.sampling.edit_masks import box_mask, read_mask
 from varjax.sampling.sampler import image_keys
+from varjax.storage import image_io
 from varjax.var.sample import KeptTokens, VAROptions, keep_at_every_scale, sample_tokens
 
 pytestmark = pytest.mark.slow

@@ -14,8 +14,8 @@ from tests.helpers.checkpoint_files import write_nested
 from tests.helpers.conversion import refused
 from varjax.convert.infer_config import find_kind
 from varjax.convert.state_dicts import find_state_dicts
-from varjax.core.errors import InputError
-from varjax.core.safetensors_io import write_safetensors
+from varjax.errors import InputError
+from varjax.storage.safetensors_io import write_safetensors
 
 
 @functools.cache

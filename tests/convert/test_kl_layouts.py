@@ -14,15 +14,15 @@ import varjax
 from tests.helpers import golden_kl as golden
 from tests.helpers.checkpoint_files import write_nested
 from tests.helpers.conversion import assert_official_files
+from varjax.checkpoints.model_files import abstract_params
 from varjax.convert import ConvertOptions, apply_map, convert, export_torch, latent_units
 from varjax.convert.__main__ import main
 from varjax.convert.diffusers_layout import with_official_names
 from varjax.convert.infer_config import find_kind
 from varjax.convert.sources import sha256_of
-from varjax.core.errors import InputError
-from varjax.core.model_files import abstract_params
-from varjax.core.safetensors_io import read_safetensors
+from varjax.errors import InputError
 from varjax.mar.latents import from_model_units, to_model_units
+from varjax.storage.safetensors_io import read_safetensors
 from varjax.tokenizers.kl.model import PRESETS, KLConfig
 from varjax.tokenizers.load import read_tokenizer
 

@@ -15,14 +15,14 @@ from tests.helpers import runs
 from tests.helpers.checkpoint_files import write_nested
 from tests.helpers.conversion import assert_official_files, refused
 from tests.mar import golden
+from varjax.config import config_tree
 from varjax.convert import ConvertOptions, apply_map, convert, export_torch
 from varjax.convert.__main__ import main
 from varjax.convert.infer_config import Source, find_kind, infer_configs
 from varjax.convert.name_maps import MAR
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
-from varjax.core import config_tree
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.families import read_model
 from varjax.mar.model import CategoricalHead, MARConfig
 from varjax.mar.options import MAROptions

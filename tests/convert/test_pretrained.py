@@ -20,9 +20,9 @@ from varjax.convert import pretrained
 from varjax.convert.apply_map import official_buffers
 from varjax.convert.name_maps.name_map import Release
 from varjax.convert.pth.write import write_pth
-from varjax.core import files
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.families import read_model
+from varjax.storage import files
 from varjax.tokenizers.load import read_tokenizer
 
 COMMIT = "0123456789" * 4
@@ -141,7 +141,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_can_be_repeated(hub, tmp_pat
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("varjax.core.safetensors_io.write_safetensors", fill_up)
+        patch.setattr("varjax.storage.safetensors_io.write_safetensors", fill_up)
         with pytest.raises(InputError, match="cache/tiny could not be written: No space left"):
             varjax.load("tiny")
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {".lock", "downloads"}

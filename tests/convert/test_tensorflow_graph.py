@@ -6,7 +6,7 @@ from tensorboardX.proto.graph_pb2 import GraphDef
 
 from varjax.convert import tensorflow_graph
 from varjax.convert.tensorflow_graph import TensorFlowGraph
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 
 NUMBERS = np.arange(300, dtype=np.float32).reshape(2, 150)
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from varjax.core import files
-from varjax.core.broken_images import BrokenImage
-from varjax.core.errors import DamagedFileError, InputError
 from varjax.data import latents
 from varjax.data.latent_shards import CHECKSUM_NAME, LatentShard
 from varjax.data.latents import CachedLatents, LatentTransform
+from varjax.errors import DamagedFileError, InputError
+from varjax.storage import files
+from varjax.storage.broken_images import BrokenImage
 
 N, U = 4, 2
 ABOUT = {

@@ -13,10 +13,9 @@ from PIL import Image
 from tests.helpers import runs
 from tests.helpers.fake_data import FakeImages
 from tests.helpers.paths import ROOT
-from varjax.core import config_tree, files
-from varjax.core.errors import InputError
-from varjax.data import cache_latents as command
-from varjax.data.cache_latents import cache_latents
+from varjax.cli import cache_latents as command
+from varjax.cli.cache_latents import cache_latents
+from varjax.config import config_tree
 from varjax.data.latent_shards import LatentShard
 from varjax.data.latents import CachedLatents
 from varjax.data.sources import folder, parse_dataset
@@ -24,6 +23,8 @@ from varjax.data.sources.digits import Digits
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.noise import Noise
 from varjax.data.workers import ReadOptions
+from varjax.errors import InputError
+from varjax.storage import files
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training import loop
 from varjax.training.experiment import Experiment
@@ -114,7 +115,7 @@ import os, sys
 from tests.helpers import runs
 from varjax.data import latent_shards
 from tests.data.test_latents import DATA, SETTINGS
-from varjax.data.cache_latents import cache_latents
+from varjax.cli.cache_latents import cache_latents
 from varjax.var.task import VARTask
 write = latent_shards.files.write_tensors
 def killed(path, *rest):

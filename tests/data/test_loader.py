@@ -15,10 +15,10 @@ import pytest
 from tests.helpers import fake_data
 from tests.helpers.fake_data import FakeImages
 from tests.helpers.paths import ROOT
-from varjax.core.errors import StorageError
 from varjax.data.loader import make_loader
 from varjax.data.sources.digits import Digits
 from varjax.data.workers import ReadOptions
+from varjax.errors import StorageError
 
 DATA = Digits(shift=1.0, rotate=10.0, zoom=0.1)
 WORKERS = ReadOptions(workers=2)

@@ -16,7 +16,6 @@ from tests.helpers import runs
 from tests.helpers.paths import ROOT
 from varjax.cli import main
 from varjax.cli import sample as sample_command
-from varjax.core import files
 from varjax.data.sources import Digits
 from varjax.evaluation import __main__ as command
 from varjax.evaluation import evaluate
@@ -25,6 +24,7 @@ from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions
 from varjax.metrics import feature_store, report
 from varjax.metrics.features import FeatureExtractor, FeatureNetwork
+from varjax.storage import files
 from varjax.var.sample import VAROptions
 
 PIXELS = ["--features=pixels", "--reference=digits", "--cache=cache"]

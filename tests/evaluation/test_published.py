@@ -6,7 +6,6 @@ import pytest
 
 from tests.helpers import runs
 from varjax.convert.pretrained import RELEASES
-from varjax.core import files
 from varjax.evaluation import published
 from varjax.evaluation.evaluate import print_report
 from varjax.evaluation.published import (
@@ -19,6 +18,7 @@ from varjax.evaluation.published import (
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions
 from varjax.metrics.features import INCEPTION
+from varjax.storage import files
 from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions
 

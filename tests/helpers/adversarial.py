@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 
-from varjax.core import trees
+from varjax import trees
 from varjax.tokenizers.losses.gan import GANConfig
 from varjax.tokenizers.losses.lpips import init_lpips
 from varjax.tokenizers.vq.model import VQConfig

@@ -36,11 +36,11 @@ from jax.sharding import SingleDeviceSharding
 from tests.data import test_latent_damage
 from tests.helpers import tiny
 from tests.helpers.paths import ROOT
-from varjax.core import files, read_errors
-from varjax.core.errors import InputError
-from varjax.core.saved_steps import SavedSteps
+from varjax.checkpoints.saved_steps import SavedSteps
+from varjax.errors import InputError
 from varjax.metrics.feature_store import FeatureStore
 from varjax.sampling.outputs import NpzOutput
+from varjax.storage import files, read_errors
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.frozen_weights import frozen_weights
 

@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 
-from varjax.core.broken_images import BrokenImage
-from varjax.core.errors import StorageError
 from varjax.data.loader import make_loader
 from varjax.data.workers import ReadOptions
+from varjax.errors import StorageError
+from varjax.storage.broken_images import BrokenImage
 
 reads = []  # (data, index) of all that this process has read
 

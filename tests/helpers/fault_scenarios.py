@@ -20,9 +20,9 @@ from tests.helpers import runs, tiny
 from tests.helpers.kill_commands import digests
 from tests.helpers.soak import read_arrays
 from varjax.cli import main
-from varjax.core import folders, read_errors
 from varjax.data import latents
 from varjax.data.sources.folder import Folder
+from varjax.storage import folders, read_errors
 from varjax.training.experiment import Experiment
 from varjax.var.task import VARTask
 

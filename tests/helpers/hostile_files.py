@@ -21,12 +21,12 @@ from tests.helpers.checkpoint_files import (
     stored,
     tensor,
 )
+from varjax.checkpoints.model_files import abstract_params
 from varjax.convert.apply_map import official_buffers, to_official
 from varjax.convert.pth.legacy import MAGIC
 from varjax.convert.pth.write import write_pth
-from varjax.core.model_files import abstract_params
-from varjax.core.safetensors_io import write_safetensors
 from varjax.mar.model import DiffusionHead, MARConfig
+from varjax.storage.safetensors_io import write_safetensors
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.var.model import VARConfig

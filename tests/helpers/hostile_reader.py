@@ -21,25 +21,25 @@ from PIL import Image
 from tests.helpers.guard import ForbiddenError, Guard
 from tests.helpers.memory_buckets import MemoryBuckets, use_memory_buckets
 from varjax.analysis.run_log import read_run_log
+from varjax.checkpoints.model_files import read_model_config
+from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.convert.apply_map import lazy_leaves
 from varjax.convert.inception import read_graph
 from varjax.convert.infer_config import Source, find_kind, infer_configs
 from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.state_dicts import find_state_dicts, own_tensors
-from varjax.core import files, read_errors
-from varjax.core.errors import InputError
-from varjax.core.image_files import DECODING_BYTES, MAX_PIXELS
-from varjax.core.image_io import read_image
-from varjax.core.model_files import read_model_config
-from varjax.core.npz import NpzArchive, map_npy
-from varjax.core.saved_steps import SavedSteps
-from varjax.core.untrusted import bytes_on_disk
 from varjax.data import transforms
 from varjax.data.decoding import decode_file
+from varjax.errors import InputError
 from varjax.metrics import references
 from varjax.metrics.feature_store import parts_of
 from varjax.metrics.image_sets import open_image_set
+from varjax.storage import files, read_errors
+from varjax.storage.image_files import DECODING_BYTES, MAX_PIXELS
+from varjax.storage.image_io import read_image
+from varjax.storage.npz import NpzArchive, map_npy
+from varjax.storage.untrusted import bytes_on_disk
 
 ROOM, RATIO = 2**27, 16  # bytes that reading may take, and for each byte of the file
 DATA = {"npz", "npy", "json", "run", "bucket", "orbax"}

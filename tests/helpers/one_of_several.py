@@ -17,8 +17,9 @@ import jax
 import orbax.checkpoint as ocp
 
 from tests.helpers import tiny
-from varjax.core import distributed, read_errors
-from varjax.core.errors import StorageError
+from varjax.errors import StorageError
+from varjax.runtime import distributed
+from varjax.storage import read_errors
 from varjax.training import loop, prefetch
 from varjax.training.sharding import MeshShape
 

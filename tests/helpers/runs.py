@@ -5,11 +5,11 @@ import os
 import pathlib
 import tempfile
 
-from varjax.core import folders
 from varjax.data.sources import Digits
 from varjax.mar.model import DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions
 from varjax.mar.task import MARTask
+from varjax.storage import folders
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.kl.task import KLTask
 from varjax.tokenizers.vq.model import VQConfig

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import files, flops
-from varjax.core.buckets import as_path
-from varjax.core.saved_steps import SavedSteps
+from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.data.sources import Digits
+from varjax.runtime import flops
+from varjax.storage import files
+from varjax.storage.buckets import as_path
 from varjax.training import goodput, train_step
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW

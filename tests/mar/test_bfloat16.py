@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.nn.test_product_precision import EXACTLY, products
-from varjax.core import trees
+from varjax import trees
 from varjax.mar.causal import causal_hidden
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig, bind_mar, make_denoiser
 from varjax.mar.pipeline import CAST_KERNELS

@@ -10,10 +10,10 @@ import pytest
 
 from tests.golden import weights
 from tests.mar import golden
+from varjax import trees
+from varjax.checkpoints.model_files import abstract_params
 from varjax.convert import apply_map
-from varjax.core import trees
-from varjax.core.errors import InputError
-from varjax.core.model_files import abstract_params
+from varjax.errors import InputError
 from varjax.mar.model import MAR, CategoricalHead, DiffusionHead, MARConfig
 from varjax.nn.compute import Compute
 from varjax.nn.diffusion import diffusion_loss

@@ -7,7 +7,7 @@ import pytest
 
 import varjax
 from tests.helpers import runs
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.families import family_of
 
 pytestmark = pytest.mark.slow

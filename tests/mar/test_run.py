@@ -10,9 +10,9 @@ import pytest
 
 from tests.helpers import runs
 from tests.helpers.tiny import lines, weights
-from varjax.core.errors import InputError
-from varjax.data.cache_latents import cache_latents
+from varjax.cli.cache_latents import cache_latents
 from varjax.data.sources import CachedLatents, Digits
+from varjax.errors import InputError
 from varjax.mar.latents import encode_tokens
 from varjax.mar.task import MARTask
 from varjax.training import loop

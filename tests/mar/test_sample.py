@@ -10,8 +10,8 @@ import pytest
 from tests.golden import weights
 from tests.mar import golden
 from tests.mar.test_model import assert_close
-from varjax.core import trees
-from varjax.core.errors import InputError
+from varjax import trees
+from varjax.errors import InputError
 from varjax.mar.latents import NOT_FINITE, decode_tokens
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan

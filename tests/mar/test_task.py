@@ -12,9 +12,9 @@ import pytest
 
 from tests.golden import weights
 from tests.mar import golden
+from varjax import trees
 from varjax.convert import apply_map
-from varjax.core import trees
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.mar.losses import (
     LossDraws,
     content_keys,

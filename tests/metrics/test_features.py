@@ -12,9 +12,8 @@ from PIL import Image
 
 from tests.helpers.fake_data import FakeImages
 from tests.helpers.paths import ROOT
-from varjax.core.errors import InputError
-from varjax.core.npz import NpzArchive
 from varjax.data.sources import Digits
+from varjax.errors import InputError
 from varjax.metrics import feature_store, references
 from varjax.metrics.features import (
     FeatureExtractor,
@@ -25,6 +24,7 @@ from varjax.metrics.features import (
 )
 from varjax.metrics.fid import Moments
 from varjax.metrics.image_sets import DatasetImages, open_image_set
+from varjax.storage.npz import NpzArchive
 
 IMAGES_NHWC = np.random.default_rng(0).integers(0, 256, (23, 12, 12, 3), np.uint8)
 DEVICES = """

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.golden import weights
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.metrics import fid
 from varjax.metrics.fid import Moments, MomentSums, frechet_distance
 

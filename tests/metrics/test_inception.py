@@ -7,14 +7,15 @@ from tensorboardX.proto.graph_pb2 import GraphDef
 
 from tests.golden import weights
 from tests.helpers import inception
+from varjax import trees
 from varjax.convert import convert_inception
 from varjax.convert.inception import IGNORED, TF_STEM, inception_table, read_graph, tensorflow_name
 from varjax.convert.pth.write import write_pth
-from varjax.core import files, trees
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.metrics.features import FeatureExtractor, inception_network
 from varjax.metrics.inception import Inception, load_inception
 from varjax.nn.resize import bilinear_tf1
+from varjax.storage import files
 
 TAPS = {
     "64": "64_BD",

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.golden import weights
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.nn.diffusion import NoiseSchedule, diffusion_loss, reverse_diffusion
 
 

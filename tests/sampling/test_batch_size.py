@@ -12,15 +12,15 @@ from jax.extend import core
 
 import varjax
 from tests.helpers import runs
+from varjax import trees
 from varjax.benchmark import sample as benchmark
 from varjax.cli.sample import main
-from varjax.core import trees
-from varjax.core.hardware import device_memory
 from varjax.evaluation.evaluate import begun_batch_size_of_report
 from varjax.mar.model import CategoricalHead, MARConfig
 from varjax.mar.options import MAROptions, make_plan
 from varjax.mar.sample import mar_sampling_bytes, sample_mar_tokens
 from varjax.nn.compute import Compute
+from varjax.runtime.hardware import device_memory
 from varjax.sampling.batch_size import choose_batch_size, fitting_batch_size
 from varjax.sampling.outputs import begun_batch_size
 from varjax.sampling.sampler import image_keys
@@ -172,7 +172,7 @@ def test_a_device_tells_its_memory_and_a_cpu_has_the_machine_s(monkeypatch, tmp_
     assert device_memory(gpu(None)) is None
     cpu = jax.devices()[0]
     limits = tmp_path / "max", tmp_path / "limit", tmp_path / "missing"
-    monkeypatch.setattr("varjax.core.hardware.CONTAINER_LIMITS", limits)
+    monkeypatch.setattr("varjax.runtime.hardware.CONTAINER_LIMITS", limits)
     limits[0].write_text("max\n")
     limits[1].write_text(str(2**62))
     machine = device_memory(cpu)

@@ -9,15 +9,16 @@ from PIL import Image
 
 from tests.helpers import runs
 from tests.helpers.fake_sampler import FakeSampler
+from varjax import trees
 from varjax.cli import edit, sample
-from varjax.core import image_io, trees
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.evaluation import __main__ as evaluation
 from varjax.mar.options import MAROptions
 from varjax.mar.pipeline import MARPipeline
 from varjax.nn.compute import Compute
 from varjax.sampling.finite_images import check_finite_images
 from varjax.sampling.sampler import image_keys, nan_advice
+from varjax.storage import image_io
 from varjax.var.sample import VAROptions, choose_tokens
 
 SAMPLE = ["--weights=fake", "--labels=3,7", "--count=4", "--batch_size=2", "--seed=5"]

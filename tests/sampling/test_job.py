@@ -16,11 +16,13 @@ from PIL import Image
 import varjax
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
+from varjax import trees
 from varjax.cli.sample import draw_samples
-from varjax.core import distributed, files, trees
-from varjax.core.errors import InputError, StorageError
+from varjax.errors import InputError, StorageError
+from varjax.runtime import distributed
 from varjax.sampling.job import SamplingJob, run_job
 from varjax.sampling.outputs import FolderOutput, GridOutput
+from varjax.storage import files
 
 pytestmark = pytest.mark.slow
 

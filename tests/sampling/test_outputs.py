@@ -6,9 +6,7 @@ from PIL import Image
 
 from tests.helpers.fake_sampler import FakeSampler
 from varjax.cli import sample
-from varjax.core import files
-from varjax.core.errors import InputError
-from varjax.core.work_folders import locked_work_folder
+from varjax.errors import InputError
 from varjax.evaluation import __main__ as evaluation
 from varjax.evaluation.evaluate import begun_batch_size_of_report
 from varjax.sampling.job import SamplingJob
@@ -22,6 +20,8 @@ from varjax.sampling.outputs import (
     parts_folder,
     work_folder,
 )
+from varjax.storage import files
+from varjax.storage.work_folders import locked_work_folder
 
 SAMPLE = ["--weights=fake", "--labels=3,7", "--count=2", "--batch_size=2"]
 EVALUATE = ["--weights=fake", "--count=1", "--batch_size=2", "--reference=real.npz"]

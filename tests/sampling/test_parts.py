@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.sampling.outputs import NpzOutput, parts_folder
 
 LABEL_N = np.arange(10)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.mar.options import MAROptions
 from varjax.sampling.sampler import (
     checked_edit,

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from tests.helpers import runs
-from varjax.core import files, image_io
-from varjax.core.errors import InputError
 from varjax.data.sources.digits import Digits
+from varjax.errors import InputError
 from varjax.metrics.features import FeatureExtractor, pixel_network
 from varjax.metrics.fid import Moments, frechet_distance
 from varjax.nn.autoencoder import to_model_range
 from varjax.nn.compute import EXACT
+from varjax.storage import files, image_io
 from varjax.tokenizers import evaluate as command
 from varjax.tokenizers import reconstruction_metrics
 from varjax.tokenizers.load import read_tokenizer

@@ -12,7 +12,8 @@ import pytest
 import varjax
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
-from varjax.core import config_tree, files
+from varjax.config import config_tree
+from varjax.storage import files
 from varjax.tokenizers.contract import Tokenizer
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.load import LoadedTokenizer, read_frozen_tokenizer

@@ -13,9 +13,11 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from tests.helpers import tiny
-from varjax.core import checksums, distributed, files, saved_steps, untrusted
-from varjax.core.errors import DamagedFileError, InputError, StorageError
-from varjax.core.saved_steps import STATE_TREES, restore_weights
+from varjax.checkpoints import saved_steps
+from varjax.checkpoints.saved_steps import STATE_TREES, restore_weights
+from varjax.errors import DamagedFileError, InputError, StorageError
+from varjax.runtime import distributed
+from varjax.storage import checksums, files, untrusted
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.task import TrainState
 

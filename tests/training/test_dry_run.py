@@ -1,7 +1,7 @@
 import pytest
 
 from tests.helpers import tiny
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.training.dry_run import dry_run
 from varjax.training.run_dir import check_or_write_config
 

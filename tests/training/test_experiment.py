@@ -7,10 +7,11 @@ import pytest
 from PIL import Image
 
 from tests.helpers import tiny
-from varjax.core import files, reproducibility
-from varjax.core.errors import InputError
 from varjax.data.sources import folder
 from varjax.data.sources.folder import Folder
+from varjax.errors import InputError
+from varjax.runtime import reproducibility
+from varjax.storage import files
 from varjax.training import run_dir as checks
 from varjax.training.run_dir import check_or_write_config, check_or_write_data
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from tests.helpers import tiny
 from tests.helpers.tiny import lines, weights
-from varjax.core import folders
-from varjax.core.errors import InputError
-from varjax.core.saved_steps import restore_weights
+from varjax.checkpoints.saved_steps import restore_weights
+from varjax.errors import InputError
+from varjax.storage import folders
 from varjax.training import loop
 from varjax.training import run_dir as checks
 from varjax.training.checkpoint import Checkpoints

@@ -9,7 +9,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.record_writer import masked_crc32c
 
-from varjax.core.errors import StorageError
+from varjax.errors import StorageError
 from varjax.training import background_writer
 from varjax.training.metric_writers import MetricWriter, flatten_metrics
 from varjax.training.run_writers import TensorBoardWriter

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from tests.helpers import adversarial, runs, tiny
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.mar.options import MAROptions
 from varjax.mar.task import MARTask
 from varjax.tokenizers.kl.task import KLTask

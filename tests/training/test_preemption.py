@@ -132,7 +132,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
 FAILING_SAVE = """
 import errno, os, sys
 from tests.helpers import tiny
-from varjax.core.distributed import run_on_processes
+from varjax.runtime.distributed import run_on_processes
 from varjax.training import loop
 
 def makedirs(path, *arguments, make=os.makedirs, **options):

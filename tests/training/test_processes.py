@@ -17,7 +17,7 @@ import pytest
 from tests.helpers import tiny
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import lines, weights
-from varjax.core.saved_steps import SavedSteps
+from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.training import loop
 
 pytestmark = pytest.mark.slow

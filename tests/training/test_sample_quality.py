@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import runs, tiny
-from varjax.core.errors import InputError
 from varjax.data.sources import Digits
+from varjax.errors import InputError
 from varjax.metrics.features import FeatureExtractor, pixel_network
 from varjax.metrics.fid import Moments, frechet_distance
 from varjax.tokenizers.vq.task import VQTask

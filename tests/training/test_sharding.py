@@ -12,11 +12,11 @@ from jax.sharding import PartitionSpec as P
 
 from tests.helpers.paths import ROOT
 from tests.helpers.topologies import CLUSTERS
-from varjax.core import trees
-from varjax.core.config_flags import add_config_flags, config_from_flags
-from varjax.core.distributed import add_process_flags
-from varjax.core.errors import InputError
+from varjax import trees
+from varjax.config.config_flags import add_config_flags, config_from_flags
+from varjax.errors import InputError
 from varjax.nn.compute import BATCH_AXES, shard_batch
+from varjax.runtime.distributed import add_process_flags
 from varjax.training import sharding
 from varjax.training.sharding import MeshShape, make_mesh, rows_of_process, shardings
 from varjax.var.model import VARConfig

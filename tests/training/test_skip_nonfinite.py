@@ -12,11 +12,11 @@ import pytest
 
 from tests.helpers import adversarial, tiny
 from tests.helpers.tiny import assert_same_run, lines
-from varjax.core import trees
-from varjax.core.errors import InputError
-from varjax.core.saved_steps import STATE_TREES, SavedSteps
+from varjax import trees
+from varjax.checkpoints.saved_steps import STATE_TREES, SavedSteps
 from varjax.data.loader import make_loader
 from varjax.data.sources.digits import Digits
+from varjax.errors import InputError
 from varjax.training import loop
 from varjax.training.loop_state import LoopState
 from varjax.training.prefetch import Prefetcher

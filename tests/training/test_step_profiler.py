@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.training import step_profiler
 from varjax.training.step_profiler import StepProfiler
 

@@ -3,7 +3,7 @@ import time
 import jax
 import pytest
 
-from varjax.core import hardware
+from varjax.runtime import hardware
 from varjax.training.throughput import ThroughputMeter
 
 

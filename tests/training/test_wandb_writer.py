@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import tiny
-from varjax.core import files
-from varjax.core.errors import InputError
+from varjax.errors import InputError
+from varjax.storage import files
 from varjax.training.metric_writers import MetricWriter
 
 

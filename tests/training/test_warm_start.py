@@ -10,10 +10,11 @@ import pytest
 
 from tests.helpers import runs, tiny
 from tests.helpers.paths import ROOT
-from varjax.core import files, trees
-from varjax.core.errors import InputError
-from varjax.core.saved_steps import SavedSteps, restore_weights
+from varjax import trees
+from varjax.checkpoints.saved_steps import SavedSteps, restore_weights
+from varjax.errors import InputError
 from varjax.families import read_model
+from varjax.storage import files
 from varjax.training import loop
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.sharding import MeshShape, make_mesh, shardings

@@ -9,9 +9,9 @@ import pytest
 
 from tests.helpers import tiny
 from tests.helpers.paths import ROOT
-from varjax.core.errors import StorageError
-from varjax.core.saved_steps import SavedSteps
+from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.data.loader import Loader
+from varjax.errors import StorageError
 from varjax.training import loop
 
 pytestmark = pytest.mark.slow

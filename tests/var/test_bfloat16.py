@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import golden_cases as golden
-from varjax.core import trees
+from varjax import trees
 from varjax.nn.compute import Compute
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQTokenizer, decode_images

@@ -14,9 +14,9 @@ from tests.helpers.tiny import experiment
 from varjax.convert import convert, export_run, export_torch
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
-from varjax.core import files
 from varjax.data.sources import Digits
 from varjax.families import read_model
+from varjax.storage import files
 from varjax.tokenizers.load import read_expected_tokenizer, read_tokenizer
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.checkpoint import Checkpoints

@@ -10,8 +10,8 @@ import pytest
 
 from tests.golden import weights
 from tests.helpers import golden_cases as golden
+from varjax import trees
 from varjax.convert.apply_map import to_official
-from varjax.core import trees
 from varjax.nn.compute import Compute
 from varjax.nn.transformer import drop_path
 from varjax.training.optimizer import AdamW

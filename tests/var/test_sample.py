@@ -8,8 +8,8 @@ import pytest
 import scipy.stats
 
 from tests.helpers import golden_cases as golden
-from varjax.core import flops
 from varjax.nn.compute import Compute
+from varjax.runtime import flops
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQTokenizer
 from varjax.tokenizers.vq.pyramid import Pyramid

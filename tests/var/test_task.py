@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from tests.helpers import runs
-from varjax.core import flops
 from varjax.data.sources import Digits
 from varjax.nn.autoencoder import to_model_range
 from varjax.nn.compute import Compute
+from varjax.runtime import flops
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from varjax.analysis.run_log import PublishedLog, RunLog
-from varjax.core import files
-from varjax.core.errors import InputError
+from varjax.errors import InputError
+from varjax.storage import files
 
 PREFIX_LABELS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
 SECOND_METRICS = ("accuracy", "psnr")  # beside the loss: the first that is there

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from varjax.core.commands import command_parser, run_command
-from varjax.core.errors import check_setting
+from varjax.errors import check_setting
 from varjax.mar.schedule import DISA_LAST_TIMESTEP, UnmaskingSchedule, denoising_schedules
 from varjax.nn.diffusion import NoiseSchedule
+from varjax.runtime.commands import command_parser, run_command
 
 COUNTS = (5, 10, 25, 50, 100)
 SETTINGS = ("100", "50:5", "50:5:cosine", "50:5:two_stage")

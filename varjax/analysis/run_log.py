@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from varjax.core import files
-from varjax.core.buckets import as_path
-from varjax.core.errors import InputError
-from varjax.core.read_errors import retry_read
-from varjax.core.untrusted import parse_json, shown
+from varjax.errors import InputError
+from varjax.storage import files
+from varjax.storage.buckets import as_path
+from varjax.storage.read_errors import retry_read
+from varjax.storage.untrusted import parse_json, shown
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,10 @@ import time
 from typing import Literal
 
 from varjax.analysis.run_log import read_run_log
-from varjax.core import buckets, files, folders
-from varjax.core.buckets import as_path, in_bucket
-from varjax.core.commands import command_parser, run_command
-from varjax.core.errors import InputError, check_setting
+from varjax.errors import InputError, check_setting
+from varjax.runtime.commands import command_parser, run_command
+from varjax.storage import buckets, files, folders
+from varjax.storage.buckets import as_path, in_bucket
 
 RECENT_SECONDS = 600.0
 State = Literal["running", "finished", "failed", "stopped"]

@@ -14,7 +14,7 @@ varjax benchmark COMMAND --help
 import importlib
 import sys
 
-from varjax.core.commands import run_command
+from varjax.runtime.commands import run_command
 
 NAMES = ("sample", "train", "evaluate", "data", "tpu", "checksum", "partitioning")
 

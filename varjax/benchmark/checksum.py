@@ -14,16 +14,17 @@ import tempfile
 import jax
 import numpy as np
 
+from varjax import trees
 from varjax.benchmark.measure import print_figures
-from varjax.core import safetensors_io, trees
-from varjax.core.commands import command_parser
-from varjax.core.errors import check_setting
-from varjax.core.fingerprint import fingerprints
-from varjax.core.hardware import fastest_seconds
-from varjax.core.saved_steps import SavedSteps
-from varjax.core.trees import PyTree
+from varjax.checkpoints.fingerprint import fingerprints
+from varjax.checkpoints.saved_steps import SavedSteps
+from varjax.errors import check_setting
+from varjax.runtime.commands import command_parser
+from varjax.runtime.hardware import fastest_seconds
+from varjax.storage import safetensors_io
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.task import TrainState
+from varjax.trees import PyTree
 
 ARRAYS = 4  # of equal size
 

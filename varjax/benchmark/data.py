@@ -18,14 +18,14 @@ from collections.abc import Iterable
 from typing import Any
 
 from varjax.benchmark.measure import print_figures
-from varjax.core.broken_images import BrokenImage
-from varjax.core.commands import command_parser
-from varjax.core.config_flags import add_config_flags, config_from_flags
-from varjax.core.errors import InputError, check_setting
-from varjax.core.hardware import process_peak_gb
+from varjax.config.config_flags import add_config_flags, config_from_flags
 from varjax.data.loader import BATCHES_AHEAD, Loader
 from varjax.data.stream import ExampleStream
 from varjax.data.workers import ReaderPool, ReadOptions, available_cpus
+from varjax.errors import InputError, check_setting
+from varjax.runtime.commands import command_parser
+from varjax.runtime.hardware import process_peak_gb
+from varjax.storage.broken_images import BrokenImage
 
 
 def main(arguments: list[str]) -> None:

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.benchmark.measure import MatmulPeak, print_figures
-from varjax.core import flops
-from varjax.core.commands import command_parser
-from varjax.core.errors import InputError
-from varjax.core.hardware import fastest_seconds, memory_usage
+from varjax.errors import InputError
 from varjax.metrics import fid
 from varjax.metrics.features import FeatureExtractor, random_inception_network
 from varjax.metrics.inception import FEATURES
 from varjax.metrics.references import COMPARED_IMAGES
+from varjax.runtime import flops
+from varjax.runtime.commands import command_parser
+from varjax.runtime.hardware import fastest_seconds, memory_usage
 
 
 def measure_features(side: int, repeats: int) -> None:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from varjax.core import hardware
-from varjax.core.commands import command_parser
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.nn.compute import Attention, Compute, Remat, matmul_precision
+from varjax.runtime import hardware
+from varjax.runtime.commands import command_parser
 
 
 class MatmulPeak:

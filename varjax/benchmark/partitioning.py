@@ -20,8 +20,8 @@ import jax.numpy as jnp
 
 from varjax.benchmark.collectives import count_traffic
 from varjax.benchmark.measure import print_figures, tpu_devices
-from varjax.core.commands import command_parser
 from varjax.nn.compute import Compute, Remat
+from varjax.runtime.commands import command_parser
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training import sharding
 from varjax.training.task import Plan

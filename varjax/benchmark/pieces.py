@@ -11,15 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from varjax import trees
 from varjax.benchmark.sample import SamplingParts, model_parts
 from varjax.benchmark.train import make_task, training_loss
-from varjax.core import trees
-from varjax.core.trees import PyTree
 from varjax.nn.compute import Compute
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQConfig, make_quantizer
 from varjax.training.task import Plan
 from varjax.training.train_step import apply_gradients
+from varjax.trees import PyTree
 from varjax.var.model import VAR, VARConfig
 from varjax.var.sample import choose_tokens
 

@@ -14,21 +14,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from varjax import trees
 from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
-from varjax.core import flops, trees
-from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
-from varjax.core.hardware import fastest_seconds, memory_usage
-from varjax.core.trees import PyTree
 from varjax.mar import pipeline as mar_pipeline
 from varjax.mar.latents import decode_tokens
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import mar_sampling_bytes, sample_mar_tokens
 from varjax.nn.compute import Compute, without_repeated_work
+from varjax.runtime import flops
+from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
+from varjax.runtime.hardware import fastest_seconds, memory_usage
 from varjax.sampling.batch_size import SIZES, fitting_batch_size
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig, decode_images
+from varjax.trees import PyTree
 from varjax.var import pipeline as var_pipeline
 from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions, sample_images, sample_tokens, var_sampling_bytes

@@ -33,10 +33,10 @@ from varjax.benchmark.measure import (
     tpu_devices,
 )
 from varjax.benchmark.pieces import Program, decoding, encoding, sampling, training
-from varjax.core import flops
-from varjax.core.errors import InputError
-from varjax.core.hardware import published_peak_flops
+from varjax.errors import InputError
 from varjax.nn.compute import Compute, Precision, without_repeated_work
+from varjax.runtime import flops
+from varjax.runtime.hardware import published_peak_flops
 
 # GHz, by what begins `device_kind`.
 CLOCKS = {"TPU v4": 1.05, "TPU v5 lite": 1.5, "TPU v5": 1.75, "TPU v6": 1.75}

@@ -18,11 +18,11 @@ from varjax.benchmark.measure import (
     model_parser,
     print_figures,
 )
-from varjax.core import flops
-from varjax.core.hardware import fastest_seconds, memory_usage
 from varjax.mar.model import MARConfig
 from varjax.mar.task import MARTask
 from varjax.nn.compute import Compute
+from varjax.runtime import flops
+from varjax.runtime.hardware import fastest_seconds, memory_usage
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.task import Plan, TrainState

@@ -16,16 +16,16 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags
-from varjax.core import image_io
-from varjax.core.commands import command_parser, run_command
-from varjax.core.compilation_cache import use_compilation_cache
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.families import load, option_classes
+from varjax.runtime.commands import command_parser, run_command
+from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.edit_masks import box_mask, read_mask
 from varjax.sampling.finite_images import check_finite_images
 from varjax.sampling.outputs import check_out, check_out_holds, file_suffix
 from varjax.sampling.sampler import given_options
+from varjax.storage import image_io
 
 Mode = Literal["inpaint", "outpaint", "class"]
 

@@ -4,7 +4,7 @@ import importlib
 import sys
 
 import varjax
-from varjax.core.commands import escape_unprintable
+from varjax.runtime.commands import escape_unprintable
 
 # Modules are imported only when asked for: some commands do without JAX, or set it up themselves.
 COMMANDS = {
@@ -18,12 +18,12 @@ COMMANDS = {
     "evaluate": ("varjax.evaluation.__main__", "measure samples: FID, Inception Score, recall …"),
     "evaluate-tokenizer": ("varjax.tokenizers.evaluate", "measure a tokenizer's reconstructions"),
     "prepare": ("varjax.data.prepare.prepare", "pack a folder of images into a few large files"),
-    "cache-latents": ("varjax.data.cache_latents", "run a tokenizer over its images once"),
+    "cache-latents": ("varjax.cli.cache_latents", "run a tokenizer over its images once"),
     "runs": (
         "varjax.analysis.runs",
         "list training runs: state, step, loss and speed",
     ),
-    "plot": ("varjax.plot.__main__", "draw the curves of training runs"),
+    "plot": ("varjax.analysis.plot", "draw the curves of training runs"),
     "benchmark": ("varjax.benchmark.__main__", "measure speed, memory and communication"),
 }
 

@@ -12,12 +12,12 @@ import functools
 
 import numpy as np
 
-from varjax.core.commands import command_parser
-from varjax.core.compilation_cache import use_compilation_cache
-from varjax.core.distributed import add_process_flags, connect_by_flags, run_on_processes
-from varjax.core.errors import InputError
-from varjax.core.numbers import seed_number, whole_number
+from varjax.config.numbers import seed_number, whole_number
+from varjax.errors import InputError
 from varjax.families import load, option_classes
+from varjax.runtime.commands import command_parser
+from varjax.runtime.compilation_cache import use_compilation_cache
+from varjax.runtime.distributed import add_process_flags, connect_by_flags, run_on_processes
 from varjax.sampling.batch_size import add_batch_size_flag, choose_batch_size
 from varjax.sampling.job import SamplingJob, locked_for_job, run_job
 from varjax.sampling.outputs import (

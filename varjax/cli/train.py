@@ -11,16 +11,16 @@ python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 
 
 import sys
 
-from varjax.core.commands import command_parser
-from varjax.core.config_flags import add_config_flags, config_from_flags
-from varjax.core.errors import InputError
+from varjax.config.config_flags import add_config_flags, config_from_flags
+from varjax.errors import InputError
+from varjax.runtime.commands import command_parser
 
 
 def main(arguments: list[str]) -> int:
     """Returns 0 when the run is finished, 1 when it failed, 2 for a wrong command line."""
     # Imported here: a worker process that reads data imports this module, and needs no JAX.
-    from varjax.core.compilation_cache import use_compilation_cache
-    from varjax.core.distributed import add_process_flags, connect_by_flags, run_on_processes
+    from varjax.runtime.compilation_cache import use_compilation_cache
+    from varjax.runtime.distributed import add_process_flags, connect_by_flags, run_on_processes
     from varjax.training import loop
     from varjax.training.dry_run import dry_run
 

@@ -24,8 +24,8 @@ from varjax.convert import (
 from varjax.convert.from_torch import KINDS
 from varjax.convert.pretrained import download
 from varjax.convert.to_torch import Layout
-from varjax.core.commands import command_parser, run_command
-from varjax.core.errors import InputError
+from varjax.errors import InputError
+from varjax.runtime.commands import command_parser, run_command
 from varjax.tokenizers.vq.pyramid import Scale
 
 

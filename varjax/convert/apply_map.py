@@ -8,15 +8,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from varjax import trees
+from varjax.checkpoints.model_files import abstract_params
 from varjax.convert.name_maps import NAME_MAPS, name_map_of
 from varjax.convert.name_maps.link import Link
 from varjax.convert.name_maps.name_map import ConvertOptions, Tensors
-from varjax.core import trees
-from varjax.core.errors import InputError
-from varjax.core.model_files import abstract_params
-from varjax.core.safetensors_io import LazyArray, Tensor
-from varjax.core.trees import PyTree
-from varjax.core.untrusted import abridged, shown
+from varjax.errors import InputError
+from varjax.storage.safetensors_io import LazyArray, Tensor
+from varjax.storage.untrusted import abridged, shown
+from varjax.trees import PyTree
 
 BUFFER_NAMES = frozenset(name for name_map in NAME_MAPS for name in name_map.buffer_names)
 FLOAT32 = np.dtype(np.float32)

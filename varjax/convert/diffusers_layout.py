@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from varjax.convert.name_maps.name_map import MAX_LAYERS, Tensors
-from varjax.core.errors import InputError
-from varjax.core.safetensors_io import LazyArray, Tensor
+from varjax.errors import InputError
+from varjax.storage.safetensors_io import LazyArray, Tensor
 from varjax.tokenizers.kl.model import KLConfig
 
 KNOWN_BY = "encoder.mid_block.resnets.0.conv1.weight"

@@ -28,9 +28,9 @@ from varjax.convert.weights_dir import (
     converted_files,
     write_converted,
 )
-from varjax.core.errors import InputError
-from varjax.core.files import as_path
-from varjax.core.untrusted import abridged
+from varjax.errors import InputError
+from varjax.storage.files import as_path
+from varjax.storage.untrusted import abridged
 from varjax.tokenizers.kl.model import KLConfig
 
 KINDS = {name_map.flag: name_map for name_map in NAME_MAPS}

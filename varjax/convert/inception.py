@@ -8,6 +8,7 @@ import re
 import jax
 import numpy as np
 
+from varjax import trees
 from varjax.convert.apply_map import leaves_by_table
 from varjax.convert.name_maps.link import Link, norm_links
 from varjax.convert.pth.read import read_checkpoint
@@ -15,10 +16,9 @@ from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
 from varjax.convert.state_dicts import find_state_dicts
 from varjax.convert.tensorflow_graph import TensorFlowGraph
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
-from varjax.core import trees
-from varjax.core.errors import InputError
-from varjax.core.files import as_path, local_copy
+from varjax.errors import InputError
 from varjax.metrics.inception import init_inception
+from varjax.storage.files import as_path, local_copy
 
 KNOWN_BY = "Mixed_7c.branch_pool.conv.weight"
 IGNORED = re.compile(r"AuxLogits\.|.*\.num_batches_tracked")  # no part of the network here

@@ -8,7 +8,7 @@ from typing import Any
 from varjax.convert.name_maps import NAME_MAPS
 from varjax.convert.name_maps.name_map import ConvertOptions, NameMap, Tensors
 from varjax.convert.sources import errors_naming
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 
 # What only HMAR's models have: they share `word_embed.weight` with VAR's.
 HMAR_NAMES = ("ns_blocks.", "ns_head", "mask_blocks.", "mask_head", "mask_embed.", "base_blocks.")

@@ -13,8 +13,8 @@ from varjax.convert.infer_config import Source
 from varjax.convert.name_maps.kl import KL16_SCALE, is_kl16
 from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.sources import sha256_of
-from varjax.core import files
-from varjax.core.errors import InputError
+from varjax.errors import InputError
+from varjax.storage import files
 
 SCALE_FACTOR = "scale_factor"  # a tensor of latent diffusion models that measured it
 SD, SDXL, FLUX = (0.18215, 0.0), (0.13025, 0.0), (0.3611, 0.1159)

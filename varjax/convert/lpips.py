@@ -11,9 +11,9 @@ from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
 from varjax.convert.state_dicts import find_state_dicts
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
-from varjax.core import files
-from varjax.core.errors import InputError
-from varjax.core.untrusted import abridged
+from varjax.errors import InputError
+from varjax.storage import files
+from varjax.storage.untrusted import abridged
 from varjax.tokenizers.losses.lpips import VGG16, init_lpips
 
 # For each file, a tensor it is known by, and what it holds. A loss is no kind of model, so this

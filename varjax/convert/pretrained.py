@@ -19,11 +19,11 @@ from varjax.convert.from_torch import convert
 from varjax.convert.name_maps import NAME_MAPS
 from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.sources import sha256_of
-from varjax.core import files, folders
-from varjax.core.buckets import as_path
-from varjax.core.cache_dir import cache_folder
-from varjax.core.errors import InputError
-from varjax.core.untrusted import path_inside
+from varjax.errors import InputError
+from varjax.storage import files, folders
+from varjax.storage.buckets import as_path
+from varjax.storage.cache_dir import cache_folder
+from varjax.storage.untrusted import path_inside
 
 COMMIT = re.compile("[0-9a-f]{40}")
 RELEASES = {name: release for kind in NAME_MAPS for name, release in kind.releases.items()}

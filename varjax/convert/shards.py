@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from varjax.convert.pth.read import read_checkpoint
-from varjax.core.buckets import as_path
-from varjax.core.errors import InputError
-from varjax.core.files import local_copy
-from varjax.core.untrusted import abridged, check_relative_name, parse_json, shown
+from varjax.errors import InputError
+from varjax.storage.buckets import as_path
+from varjax.storage.files import local_copy
+from varjax.storage.untrusted import abridged, check_relative_name, parse_json, shown
 
 INDEX = ".index.json"
 MAX_INDEX_BYTES, MAX_SHARDS = 2**24, 2**10

@@ -10,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.convert.name_maps.name_map import Tensors
-from varjax.core.errors import InputError
-from varjax.core.untrusted import abridged
+from varjax.errors import InputError
+from varjax.storage.untrusted import abridged
 
 CHUNK_BYTES = 2**24
 

@@ -7,8 +7,8 @@ import numpy as np
 from varjax.convert.infer_config import HMAR
 from varjax.convert.name_maps import NAME_MAPS
 from varjax.convert.name_maps.name_map import NameMap, Tensors
-from varjax.core.errors import InputError
-from varjax.core.untrusted import check_name, shown
+from varjax.errors import InputError
+from varjax.storage.untrusted import check_name, shown
 
 TRAINER_KEYS = {kind.flag: kind.trainer_key for kind in NAME_MAPS if kind.trainer_key}
 # Where trainers keep the averaged weights beside "model": MAR's, and DeiT's and those after it.

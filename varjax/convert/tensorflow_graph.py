@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from varjax.core.errors import InputError
-from varjax.core.untrusted import check_shape, shown
+from varjax.errors import InputError
+from varjax.storage.untrusted import check_shape, shown
 
 MAX_FIELDS = 2**17  # the graph of Inception-v3 has a fifth of it
 VARINT, FIXED_64, BYTES, FIXED_32 = 0, 1, 2, 5

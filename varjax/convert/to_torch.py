@@ -10,20 +10,21 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
+from varjax import trees
+from varjax.checkpoints.model_files import read_model_config
 from varjax.convert.apply_map import official_buffers, to_official
 from varjax.convert.diffusers_layout import diffusers_config, with_diffusers_names
 from varjax.convert.name_maps import name_map_of
 from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.pretrained import resolve_weights
 from varjax.convert.weights_dir import new_directory, write_converted, write_files
-from varjax.core import files, trees
-from varjax.core.buckets import as_path
-from varjax.core.errors import InputError, check_setting
-from varjax.core.model_files import read_model_config
-from varjax.core.trees import PyTree
+from varjax.errors import InputError, check_setting
 from varjax.families import FAMILIES, read_model
+from varjax.storage import files
+from varjax.storage.buckets import as_path
 from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig
 from varjax.tokenizers.load import read_tokenizer
+from varjax.trees import PyTree
 
 Layout = Literal["official", "diffusers"]
 

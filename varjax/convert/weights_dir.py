@@ -8,12 +8,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from varjax.config import config_tree
 from varjax.convert.pth.write import write_pth
 from varjax.convert.sources import byte_progress
-from varjax.core import config_tree, files, folders, safetensors_io
-from varjax.core.errors import StorageError
-from varjax.core.safetensors_io import LazyArray, Tensor
+from varjax.errors import StorageError
 from varjax.families import FAMILIES
+from varjax.storage import files, folders, safetensors_io
+from varjax.storage.safetensors_io import LazyArray, Tensor
 
 CONVERT_OPTIONS = "convert_options"  # in config.json: those that were given
 Contents = Mapping[str, Mapping[str, Tensor]]  # {name of a file: {name of a tensor: tensor}}

@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 
-from varjax.core.image_files import decode_picture, picture_array, printable_path, read_file
+from varjax.storage.image_files import decode_picture, picture_array, printable_path, read_file
 
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 

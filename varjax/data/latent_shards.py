@@ -17,12 +17,12 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from varjax.core import files, untrusted
-from varjax.core.broken_images import BrokenImageCounter
-from varjax.core.checksums import row_checksum
-from varjax.core.errors import InputError
 from varjax.data.loader import Loader, read_ahead
 from varjax.data.stream import ExampleStream, Split
+from varjax.errors import InputError
+from varjax.storage import files, untrusted
+from varjax.storage.broken_images import BrokenImageCounter
+from varjax.storage.checksums import row_checksum
 
 CHECKSUM_NAME = "checksum_NU"  # of an array in files
 ABOUT_FILE = "latents.json"  # says what a folder's latents are

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from varjax.core.broken_images import BrokenImageCounter
-from varjax.core.errors import InputError
 from varjax.data.stream import (
     Dataset,
     ExampleSource,
@@ -23,6 +21,8 @@ from varjax.data.stream import (
     StreamRows,
 )
 from varjax.data.workers import ReaderPool
+from varjax.errors import InputError
+from varjax.storage.broken_images import BrokenImageCounter
 
 BatchArrays = dict[str, np.ndarray]
 BATCHES_AHEAD = 2  # in the making while another one is used

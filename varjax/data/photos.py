@@ -11,11 +11,11 @@ import sys
 import numpy as np
 from PIL import Image
 
-from varjax.core import files, folders
-from varjax.core.commands import command_parser, run_command
-from varjax.core.errors import check_setting
 from varjax.data.sources.photos import HELD_OUT_WIDTH, PHOTO_NAMES, photo_parts
 from varjax.data.stream import Split
+from varjax.errors import check_setting
+from varjax.runtime.commands import command_parser, run_command
+from varjax.storage import files, folders
 
 MIN_SIZE, MAX_SIZE = 8, HELD_OUT_WIDTH // 2  # crops are up to twice as wide
 

@@ -8,9 +8,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from varjax.core.broken_images import BrokenImage
-from varjax.core.errors import InputError
 from varjax.data.workers import ReadOptions
+from varjax.errors import InputError
+from varjax.storage.broken_images import BrokenImage
 
 Split = Literal["train", "held_out"]
 Example = dict[str, Any]  # one row of a batch, its arrays named like the batch's

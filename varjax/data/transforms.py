@@ -7,8 +7,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from varjax.core.errors import InputError, check_setting
-from varjax.core.image_io import resized_part
+from varjax.errors import InputError, check_setting
+from varjax.storage.image_io import resized_part
 
 Crop = Literal["random", "center"]  # of photographs: VAR's recipe, or ADM's, which is MAR's
 RESIZE_RATIO = 1.125  # images are resized to so many times the size that is cut out of them

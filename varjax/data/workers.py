@@ -18,7 +18,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 
 MAX_DEFAULT_THREADS = 16
 CHUNKS_PER_THREAD = 4  # of a batch, so that all threads end at about the same time

@@ -21,17 +21,7 @@ from typing import Any
 import jax
 
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags
-from varjax.core.buckets import as_path
-from varjax.core.commands import command_parser
-from varjax.core.compilation_cache import use_compilation_cache
-from varjax.core.distributed import (
-    add_process_flags,
-    connect_by_flags,
-    on_first_process,
-    run_on_processes,
-)
-from varjax.core.errors import InputError
-from varjax.core.work_folders import check_writable
+from varjax.errors import InputError
 from varjax.evaluation.evaluate import (
     EvaluationSettings,
     begun_batch_size_of_report,
@@ -54,9 +44,19 @@ from varjax.families import load, option_classes
 from varjax.metrics.features import FeatureExtractor, feature_network
 from varjax.metrics.image_sets import open_image_set
 from varjax.metrics.references import default_cache
+from varjax.runtime.commands import command_parser
+from varjax.runtime.compilation_cache import use_compilation_cache
+from varjax.runtime.distributed import (
+    add_process_flags,
+    connect_by_flags,
+    on_first_process,
+    run_on_processes,
+)
 from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.job import SamplingJob
 from varjax.sampling.sampler import given_options
+from varjax.storage.buckets import as_path
+from varjax.storage.work_folders import check_writable
 from varjax.tokenizers.image_crop import AUTO, CROP_HELP, CROPS, choose_crop
 
 

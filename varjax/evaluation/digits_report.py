@@ -12,12 +12,12 @@ from sklearn.svm import SVC
 
 from varjax.analysis.curves import draw_curves
 from varjax.analysis.run_log import read_run_log
-from varjax.core import files, image_io
-from varjax.core.commands import command_parser, run_command
-from varjax.core.errors import InputError
-from varjax.core.npz import NpzArchive
 from varjax.data.sources import Digits
+from varjax.errors import InputError
 from varjax.metrics.fid import Moments, frechet_distance
+from varjax.runtime.commands import command_parser, run_command
+from varjax.storage import files, image_io
+from varjax.storage.npz import NpzArchive
 
 
 def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, dict[str, float]]:

@@ -5,9 +5,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from varjax.checkpoints.model_files import find_model, read_model_config
 from varjax.convert.pretrained import RELEASES
 from varjax.convert.weights_dir import CONVERT_OPTIONS
-from varjax.core.model_files import find_model, read_model_config
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions
 from varjax.metrics.features import INCEPTION

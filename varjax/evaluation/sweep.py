@@ -7,8 +7,8 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from varjax.core import files
-from varjax.core.errors import InputError, StorageError
+from varjax.errors import InputError, StorageError
+from varjax.storage import files
 
 PRINTED = ("fid", "inception_score", "precision", "recall")
 

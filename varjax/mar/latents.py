@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from varjax.core.errors import InputError
-from varjax.core.trees import PyTree
+from varjax.errors import InputError
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
 from varjax.nn.compute import EXACT, Compute
 from varjax.tokenizers.contract import Latents
 from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig, sample_posterior
 from varjax.tokenizers.vq.model import VQConfig
+from varjax.trees import PyTree
 
 TokenizerConfig = KLConfig | VQConfig
 NOT_FINITE = -1  # stands for a code that was to be drawn from logits with NaN

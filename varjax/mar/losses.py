@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from varjax.core.trees import PyTree
 from varjax.mar.causal import causal_hidden
 from varjax.mar.model import DiffusionHead, MARConfig, bind_denoiser, bind_mar
 from varjax.mar.sample import draw_orders
@@ -15,6 +14,7 @@ from varjax.nn.attention import Dropout
 from varjax.nn.compute import Compute
 from varjax.nn.diffusion import TRAINING_STEPS, diffusion_loss
 from varjax.sampling.sampler import fold_in_each
+from varjax.trees import PyTree
 
 # Folded into an image's key, beside those of sampling.
 TIMESTEP_KEY, DIFFUSION_NOISE_KEY, ATTENTION_KEY, DROPOUT_KEY = 2, 3, 4, 5

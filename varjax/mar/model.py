@@ -15,13 +15,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from varjax.core.errors import InputError, check_setting
-from varjax.core.trees import PyTree
+from varjax.errors import InputError, check_setting
 from varjax.mar.denoiser import DenoisingMLP
 from varjax.nn.attention import MAX_HEADS, Dropout
 from varjax.nn.compute import Compute, shard_batch
 from varjax.nn.linear import OutputHead, dense
 from varjax.nn.vit import ViTBlock, init_vit_blocks, layer_norm, run_vit_blocks
+from varjax.trees import PyTree
 
 DECODER = 1 << 16  # folded into dropout's keys, so that its layers draw other masks
 Order = Literal["random", "raster"]

@@ -6,8 +6,8 @@ from typing import Literal
 import flax.struct
 import numpy as np
 
-from varjax.core.errors import InputError, check_setting
-from varjax.core.numbers import finite_number, whole_number
+from varjax.config.numbers import finite_number, whole_number
+from varjax.errors import InputError, check_setting
 from varjax.mar.model import MARConfig
 from varjax.mar.schedule import Bucket, UnmaskingSchedule, denoising_schedules
 from varjax.nn.diffusion import NoiseSchedule

@@ -8,10 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import trees
-from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
-from varjax.core.errors import InputError
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.errors import InputError
 from varjax.mar.latents import (
     TokenizerConfig,
     check_latents_fit,
@@ -22,6 +20,7 @@ from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig, bind_mar
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import KnownTokens, mar_sampling_bytes, sample_mar_tokens
 from varjax.nn.compute import Compute
+from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import (
     checked_edit,
     checked_keys,
@@ -32,6 +31,7 @@ from varjax.sampling.sampler import (
     replace_options,
 )
 from varjax.tokenizers.contract import checked_images
+from varjax.trees import PyTree
 
 Array = np.ndarray | jax.Array
 Labels = Sequence[int] | np.ndarray | jax.Array

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core.trees import PyTree
 from varjax.mar.causal import causal_next, causal_start
 from varjax.mar.latents import NOT_FINITE, TokenizerConfig
 from varjax.mar.model import DiffusionHead, MARConfig, bind_denoiser, bind_mar
@@ -21,6 +20,7 @@ from varjax.nn.autoencoder import decoding_bytes
 from varjax.nn.compute import Compute
 from varjax.nn.diffusion import reverse_diffusion
 from varjax.sampling.sampler import fold_in_each
+from varjax.trees import PyTree
 
 ORDER_KEY, NOISE_KEY = 0, 1  # folded into an image's key
 

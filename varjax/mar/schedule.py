@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 from varjax.nn.diffusion import TRAINING_STEPS, NoiseSchedule
 
 BUCKETS = 8  # loops of their own that a sampling program has, at most

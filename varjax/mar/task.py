@@ -9,10 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from varjax.core import flops, trees
-from varjax.core.errors import InputError, check_setting
-from varjax.core.model_files import read_generator
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.checkpoints.model_files import read_generator
+from varjax.errors import InputError, check_setting
 from varjax.mar.latents import TokenizerConfig, check_latents_fit, decode_tokens, encode_tokens
 from varjax.mar.losses import (
     content_keys,
@@ -27,6 +26,7 @@ from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import sample_mar_tokens
 from varjax.nn.compute import Compute, without_repeated_work
 from varjax.nn.diffusion import TRAINING_STEPS
+from varjax.runtime import flops
 from varjax.sampling.sampler import fold_in_each, image_keys
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.load import read_frozen_tokenizer
@@ -48,6 +48,7 @@ from varjax.training.train_step import (
     create_state,
     example_keys,
 )
+from varjax.trees import PyTree
 
 # What the reference decays: matrices and tables outside of the denoising MLP.
 DECAYED = (

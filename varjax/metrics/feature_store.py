@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from varjax.core import files, folders
-from varjax.core.errors import InputError
-from varjax.core.work_folders import remove_work_folder
+from varjax.errors import InputError
 from varjax.metrics.features import FeatureExtractor, Features
 from varjax.metrics.image_sets import ImageSet
+from varjax.storage import files, folders
+from varjax.storage.work_folders import remove_work_folder
 
 IMAGES_PER_PART = 500  # images of a part
 REQUEST_FILE = "request.json"

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import trees
-from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
-from varjax.core.errors import InputError
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.errors import InputError
 from varjax.metrics.inception import Inception, init_inception, load_inception
+from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
+from varjax.trees import PyTree
 
 Features = dict[str, np.ndarray]  # "pool_ND", and of Inception "spatial_ND" and "logits_NV"
 # Images that a device computes at once. Always as many, padded if need be: for another number the

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 
 SUM_BLOCK = 500  # rows that are summed at once
 DISTANCE_BLOCK = 2000  # rows and columns of distances that are computed at once

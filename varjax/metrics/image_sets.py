@@ -11,12 +11,12 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from varjax.core import files, image_io
-from varjax.core.broken_images import BrokenImage, BrokenImageCounter
-from varjax.core.errors import InputError
-from varjax.core.image_files import read_size
-from varjax.core.npz import NpzArchive
-from varjax.core.read_errors import retry_read
+from varjax.errors import InputError
+from varjax.storage import files, image_io
+from varjax.storage.broken_images import BrokenImage, BrokenImageCounter
+from varjax.storage.image_files import read_size
+from varjax.storage.npz import NpzArchive
+from varjax.storage.read_errors import retry_read
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 LOSSY = {".jpg", ".jpeg"}

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import files
-from varjax.core.buckets import as_path
-from varjax.core.errors import InputError
-from varjax.core.model_files import read_fixed_params
-from varjax.core.trees import PyTree
+from varjax.checkpoints.model_files import read_fixed_params
+from varjax.errors import InputError
 from varjax.nn.resize import bilinear_tf1
+from varjax.storage import files
+from varjax.storage.buckets import as_path
+from varjax.trees import PyTree
 
 IMAGE_SIZE = 299
 CLASSES = 1008

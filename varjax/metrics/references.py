@@ -9,14 +9,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from varjax.core import files, folders
-from varjax.core.cache_dir import cache_folder
-from varjax.core.errors import InputError
-from varjax.core.npz import NpzArchive
+from varjax.errors import InputError
 from varjax.metrics.feature_store import FeatureStore, extract_features, parts_of
 from varjax.metrics.features import FeatureExtractor, Features, feature_sizes
 from varjax.metrics.fid import Moments, MomentSums
 from varjax.metrics.image_sets import ImageSet, file_digest, open_image_set
+from varjax.storage import files, folders
+from varjax.storage.cache_dir import cache_folder
+from varjax.storage.npz import NpzArchive
 
 # ADM's names of the statistics: of Inception's last pool, and of the map that sFID looks at.
 STATISTICS = {"pool_ND": ("mu", "sigma"), "spatial_ND": ("mu_s", "sigma_s")}

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from varjax.core.errors import InputError, check_setting
+from varjax.errors import InputError, check_setting
 from varjax.nn.attention import dot_product_attention
 from varjax.nn.compute import Compute, ConvFormat, batch_devices, split_batch
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core.errors import check_setting
+from varjax.errors import check_setting
 
 TRAINING_STEPS = 1000
 MAX_BETA = 0.999

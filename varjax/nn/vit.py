@@ -5,11 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core.trees import PyTree
 from varjax.nn.attention import Dropout, MultiHeadAttention
 from varjax.nn.compute import Compute, checkpoint_layer, shard_batch
 from varjax.nn.kv_cache import KeyValues, LayerCache
 from varjax.nn.transformer import MLP
+from varjax.trees import PyTree
 
 EPSILON = 1e-6  # of every layer norm
 

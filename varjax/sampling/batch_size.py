@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from varjax.core.distributed import on_all_processes, on_first_process
-from varjax.core.hardware import device_memory
+from varjax.runtime.distributed import on_all_processes, on_first_process
+from varjax.runtime.hardware import device_memory
 from varjax.sampling.sampler import Sampler
 
 SIZES = (128, 64, 32, 16, 8, 4, 2, 1)  # more images at a time are hardly faster

@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 
-from varjax.core import image_io
-from varjax.core.errors import InputError
+from varjax.errors import InputError
+from varjax.storage import image_io
 
 
 def box_mask(text: str, size: tuple[int, int], finest: tuple[int, int]) -> np.ndarray:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 
 
 def finite_rows(images_BHWC: np.ndarray) -> np.ndarray:

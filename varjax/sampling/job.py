@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from varjax.core import image_io
-from varjax.core.distributed import on_all_processes, on_first_process
-from varjax.core.errors import InputError
-from varjax.core.work_folders import locked_work_folder
+from varjax.errors import InputError
+from varjax.runtime.distributed import on_all_processes, on_first_process
 from varjax.sampling.finite_images import check_finite_images
 from varjax.sampling.outputs import Output
 from varjax.sampling.sampler import Sampler
+from varjax.storage import image_io
+from varjax.storage.work_folders import locked_work_folder
 
 MOST_IMAGES = 10**8  # a list of more does not fit into memory
 

@@ -13,13 +13,13 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from varjax.core import files, folders, image_io
-from varjax.core.buckets import as_path, in_bucket
-from varjax.core.errors import InputError, StorageError
-from varjax.core.npz import map_npy, read_zip_text
-from varjax.core.safetensors_io import read_safetensors
-from varjax.core.untrusted import parse_json
-from varjax.core.work_folders import check_writable, remove_work_folder
+from varjax.errors import InputError, StorageError
+from varjax.storage import files, folders, image_io
+from varjax.storage.buckets import as_path, in_bucket
+from varjax.storage.npz import map_npy, read_zip_text
+from varjax.storage.safetensors_io import read_safetensors
+from varjax.storage.untrusted import parse_json
+from varjax.storage.work_folders import check_writable, remove_work_folder
 
 REQUEST, PART_SUFFIX = "request.json", ".safetensors"
 OLD_SUFFIX = ".npy"  # of parts that an older version wrote, without checksums

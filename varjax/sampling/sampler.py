@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import trees
-from varjax.core.errors import InputError
-from varjax.core.numbers import UINT32_MAX, seed_number
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.config.numbers import UINT32_MAX, seed_number
+from varjax.errors import InputError
+from varjax.trees import PyTree
 
 T = TypeVar("T")
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core.errors import InputError
-from varjax.core.trees import PyTree
+from varjax.errors import InputError
 from varjax.nn.compute import EXACT, Compute
+from varjax.trees import PyTree
 
 Latents = Mapping[str, jax.Array]
 

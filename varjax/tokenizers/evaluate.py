@@ -33,16 +33,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from varjax.core import files, image_io
-from varjax.core.buckets import as_path
-from varjax.core.commands import command_parser, run_command
-from varjax.core.compilation_cache import use_compilation_cache
-from varjax.core.errors import InputError
-from varjax.core.work_folders import check_writable
 from varjax.data.sources import CachedLatents, parse_dataset
+from varjax.errors import InputError
 from varjax.metrics.features import FeatureExtractor, Features, inception_network
 from varjax.metrics.references import reference_of_features
 from varjax.metrics.report import SampleMetrics, measure, metrics_table
+from varjax.runtime.commands import command_parser, run_command
+from varjax.runtime.compilation_cache import use_compilation_cache
+from varjax.storage import files, image_io
+from varjax.storage.buckets import as_path
+from varjax.storage.work_folders import check_writable
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.image_crop import (
     AUTO,

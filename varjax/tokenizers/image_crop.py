@@ -7,12 +7,12 @@ and FID, rFID and the scale of latents depend on it.
 import pathlib
 from typing import Any, get_args
 
-from varjax.core import files
-from varjax.core.buckets import as_path
-from varjax.core.errors import InputError
-from varjax.core.model_files import find_model, read_model_config
+from varjax.checkpoints.model_files import find_model, read_model_config
 from varjax.data.latent_shards import ABOUT_FILE
 from varjax.data.transforms import Crop
+from varjax.errors import InputError
+from varjax.storage import files
+from varjax.storage.buckets import as_path
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.load import read_tokenizer_config
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 
 SSIM_WINDOW = 11  # pixels a side
 SSIM_SIGMA = 1.5

@@ -10,20 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import config_tree, files
-from varjax.core.errors import InputError
-from varjax.core.model_files import (
+from varjax.checkpoints.model_files import (
     find_model,
     read_converted,
     read_converted_config,
     read_model_config,
     read_task_part,
 )
-from varjax.core.saved_steps import SavedSteps, restore_weights
-from varjax.core.trees import PyTree
+from varjax.checkpoints.saved_steps import SavedSteps, restore_weights
+from varjax.config import config_tree
+from varjax.errors import InputError
+from varjax.storage import files
 from varjax.tokenizers.contract import Latents, Tokenizer, checked_images
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
+from varjax.trees import PyTree
 
 RANDOM = "random"  # in place of the location of weights
 

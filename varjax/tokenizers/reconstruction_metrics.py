@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core.errors import InputError
-from varjax.core.trees import PyTree
+from varjax.errors import InputError
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.tokenizers import image_metrics
 from varjax.tokenizers.contract import Tokenizer
@@ -26,6 +25,7 @@ from varjax.tokenizers.vq.token_metrics import measure_tokens, summarize_tokens,
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, put, replicated
 from varjax.training.task import Batch
+from varjax.trees import PyTree
 
 LEAST_GRADIENT = 1e-12  # below that of any image that is not of one color
 SHARED = {"psnr": "{:.2f} dB", "ssim": "{:.4f}", "l1": "{:.4f}", "lpips": "{:.4f}"}

@@ -11,8 +11,8 @@ average, finds a tokenizer like any other. The discriminator and all else are in
 
 import dataclasses
 
-from varjax.core.trees import PyTree
 from varjax.training.task import TrainState
+from varjax.trees import PyTree
 
 OWN = "tokenizer"  # the name of the tokenizer's moments beside the others
 

@@ -11,17 +11,17 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from varjax.core import files
-from varjax.core.buckets import absolute, in_bucket
-from varjax.core.distributed import on_first_process
-from varjax.core.errors import DamagedFileError, StorageError
-from varjax.core.saved_steps import (
+from varjax.checkpoints.saved_steps import (
     STATE_TREES,
     SavedSteps,
     make_record,
     none_readable,
     unreadable,
 )
+from varjax.errors import DamagedFileError, StorageError
+from varjax.runtime.distributed import on_first_process
+from varjax.storage import files
+from varjax.storage.buckets import absolute, in_bucket
 from varjax.training.task import TrainState
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 
-from varjax.core import trees
-from varjax.core.buckets import as_path
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.storage.buckets import as_path
 from varjax.training.evaluate import Evaluator
 from varjax.training.experiment import Experiment
 from varjax.training.loop import jit_train_step, set_up
@@ -17,6 +16,7 @@ from varjax.training.prefetch import put_batch
 from varjax.training.run_dir import check_config
 from varjax.training.sharding import bytes_on_device, put, shardings
 from varjax.training.task import check_latents
+from varjax.trees import PyTree
 
 
 def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) -> None:

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from varjax.core.distributed import on_all_processes
-from varjax.core.trees import PyTree
+from varjax.runtime.distributed import on_all_processes
 from varjax.training.experiment import BatchLoader
 from varjax.training.goodput import FirstCall
 from varjax.training.metric_writers import flatten_metrics
@@ -20,6 +19,7 @@ from varjax.training.prefetch import put_batch
 from varjax.training.sharding import on_mesh, replicated
 from varjax.training.task import Batch, Task, TrainState, evaluated_parameters
 from varjax.training.train_step import sum_over_microbatches
+from varjax.trees import PyTree
 
 
 class Evaluator:

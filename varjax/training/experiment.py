@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from varjax.core.buckets import in_bucket
-from varjax.core.errors import InputError
-from varjax.core.numbers import finite_number, seed_number, whole_number
+from varjax.config.numbers import finite_number, seed_number, whole_number
+from varjax.errors import InputError
+from varjax.storage.buckets import in_bucket
 from varjax.training.sample_quality import FIDConfig
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan, Task

@@ -9,11 +9,12 @@ import sys
 
 import jax
 
-from varjax.core import files, trees
-from varjax.core.distributed import check_shared_file, on_first_process
-from varjax.core.errors import InputError, StorageError
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.errors import InputError, StorageError
+from varjax.runtime.distributed import check_shared_file, on_first_process
+from varjax.storage import files
 from varjax.training.task import Task
+from varjax.trees import PyTree
 
 
 def frozen_weights(task: Task, run_dir: pathlib.Path) -> PyTree:

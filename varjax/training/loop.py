@@ -10,10 +10,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from varjax.core import folders
-from varjax.core.buckets import as_path
-from varjax.core.distributed import check_shared_file, on_first_process
-from varjax.core.errors import InputError, traceback_file
+from varjax.errors import InputError, traceback_file
+from varjax.runtime.distributed import check_shared_file, on_first_process
+from varjax.storage import folders
+from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.evaluate import Evaluator
 from varjax.training.experiment import BatchLoader, Experiment

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from varjax.core import files, image_io
-from varjax.core.buckets import LocalMirror, in_bucket
-from varjax.core.errors import StorageError
-from varjax.core.untrusted import parse_json
+from varjax.errors import StorageError
+from varjax.storage import files, image_io
+from varjax.storage.buckets import LocalMirror, in_bucket
+from varjax.storage.untrusted import parse_json
 from varjax.training.background_writer import BackgroundWriter, say_note
 from varjax.training.goodput import earlier_goodput
 from varjax.training.run_writers import (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from varjax.core.errors import check_setting
+from varjax.errors import check_setting
 from varjax.training.task import Plan
 
 Schedule = Literal["constant", "cos", "lin", "lin0", "lin00", "lin0.5", "exp"]

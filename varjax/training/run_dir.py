@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from varjax.core import config_tree, files
-from varjax.core.buckets import as_path
-from varjax.core.distributed import gather_json
-from varjax.core.errors import InputError
-from varjax.core.jax_draws import jax_draws
-from varjax.core.reproducibility import random_numbers_digest, versions
+from varjax.config import config_tree
+from varjax.errors import InputError
+from varjax.runtime.distributed import gather_json
+from varjax.runtime.jax_draws import jax_draws
+from varjax.runtime.reproducibility import random_numbers_digest, versions
+from varjax.storage import files
+from varjax.storage.buckets import as_path
 from varjax.training.experiment import Experiment
 from varjax.training.task import Plan
 

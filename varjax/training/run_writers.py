@@ -18,8 +18,8 @@ from tensorboardX.proto.event_pb2 import (
 )
 from tensorboardX.record_writer import masked_crc32c
 
-from varjax.core import image_io
-from varjax.core.buckets import LocalMirror
+from varjax.storage import image_io
+from varjax.storage.buckets import LocalMirror
 
 UPLOAD_SECONDS = 60.0  # at least, between two uploads to a bucket
 

@@ -13,10 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from varjax.core.distributed import on_first_process
-from varjax.core.errors import InputError
-from varjax.core.numbers import seed_number, whole_number
-from varjax.core.trees import PyTree
+from varjax.config.numbers import seed_number, whole_number
+from varjax.errors import InputError
 from varjax.metrics import fid
 from varjax.metrics.features import FeatureExtractor, feature_network, feature_sizes
 from varjax.metrics.image_sets import DatasetImages
@@ -26,6 +24,7 @@ from varjax.metrics.references import (
     read_reference,
     reference_of_images,
 )
+from varjax.runtime.distributed import on_first_process
 from varjax.training.goodput import FirstCall
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import (
@@ -36,6 +35,7 @@ from varjax.training.sharding import (
     rows_of_process,
 )
 from varjax.training.task import Task, TrainState, evaluated_parameters
+from varjax.trees import PyTree
 
 HELD_OUT = "held_out"  # a reference: the run's own images
 

@@ -13,8 +13,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from varjax.core import trees
-from varjax.core.errors import InputError
+from varjax import trees
+from varjax.errors import InputError
 
 # A spec speaks of the last dimensions, so stacked layers stay whole; the first match wins. The
 # table covers optimizer moments and EMA too, for their paths end in the parameter's.

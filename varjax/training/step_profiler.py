@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from varjax.core.buckets import LocalMirror
-from varjax.core.errors import InputError
+from varjax.errors import InputError
+from varjax.storage.buckets import LocalMirror
 from varjax.training.background_writer import say_note
 
 CLOSE_SECONDS = 5.0  # that the end of a run waits for the upload of a trace, at most

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import flax.struct
 import jax
 
-from varjax.core.errors import InputError
-from varjax.core.trees import PyTree
+from varjax.errors import InputError
+from varjax.trees import PyTree
 
 PREVIEW_IMAGES = 8  # columns of a preview
 MAX_FIRST_SHARE = 0.1  # of the first parameters in the last average, without a note
@@ -242,5 +242,5 @@ def check_latents(task: Task, frozen: PyTree, tokenizer_identity: Mapping[str, A
         raise InputError(
             "the latents are another tokenizer's:\n  "
             + "\n  ".join(lines)
-            + "\nmake them anew by python -m varjax.data.cache_latents, or use that tokenizer"
+            + "\nmake them anew by python -m varjax.cli.cache_latents, or use that tokenizer"
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import jax
 
-from varjax.core import hardware
+from varjax.runtime import hardware
 
 
 class ThroughputMeter:

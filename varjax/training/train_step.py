@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from varjax.core.errors import InputError
-from varjax.core.trees import PyTree
+from varjax.errors import InputError
 from varjax.nn.compute import split_batch
 from varjax.training.task import Batch, TrainState
+from varjax.trees import PyTree
 
 Metrics = dict[str, jax.Array]
 StepFn = Callable[[TrainState, PyTree, Batch, jax.Array], tuple[TrainState, Metrics]]

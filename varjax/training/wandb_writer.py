@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from varjax.core import files
-from varjax.core.buckets import LocalMirror
-from varjax.core.errors import InputError
+from varjax.errors import InputError
+from varjax.storage import files
+from varjax.storage.buckets import LocalMirror
 
 ID_FILE = "wandb.json"  # which run of Weights & Biases this run goes on in
 

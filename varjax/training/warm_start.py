@@ -7,14 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from varjax.core import trees
-from varjax.core.buckets import as_path
-from varjax.core.distributed import on_first_process
-from varjax.core.errors import DamagedFileError, InputError, MismatchError
-from varjax.core.saved_steps import SavedSteps
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.checkpoints.saved_steps import SavedSteps
+from varjax.errors import DamagedFileError, InputError, MismatchError
+from varjax.runtime.distributed import on_first_process
+from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import read_state
 from varjax.training.task import MatchingRows, Task, TrainState
+from varjax.trees import PyTree
 
 MIN_SHARED_FRACTION = 0.01  # of all numbers; below it is another model, whose biases may fit
 

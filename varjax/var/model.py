@@ -7,8 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from varjax.core.errors import InputError, check_setting
-from varjax.core.trees import PyTree
+from varjax.errors import InputError, check_setting
 from varjax.nn.attention import MAX_HEADS
 from varjax.nn.compute import Compute, batch_devices, shard_batch
 from varjax.nn.kv_cache import KeyValues
@@ -23,6 +22,7 @@ from varjax.nn.transformer import (
 )
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, Pyramid, Scale
+from varjax.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import trees
-from varjax.core.data_parallel import batch_mesh, data_parallel, replicate
-from varjax.core.trees import PyTree
+from varjax import trees
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import Compute
+from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import (
     checked_edit,
     checked_keys,
@@ -24,6 +23,7 @@ from varjax.sampling.sampler import (
 )
 from varjax.tokenizers.contract import checked_images
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
+from varjax.trees import PyTree
 from varjax.var.model import VAR, VARConfig
 from varjax.var.sample import (
     KeptTokens,

@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core.numbers import (
+from varjax.config.numbers import (
     FLOAT32_MAX,
     INT32_MAX,
     finite_number,
     true_or_false,
     whole_number,
 )
-from varjax.core.trees import PyTree
 from varjax.nn import resize
 from varjax.nn.autoencoder import decoding_bytes, to_unit_range
 from varjax.nn.compute import Compute
@@ -26,6 +25,7 @@ from varjax.sampling.sampler import fold_in_each, option_field
 from varjax.tokenizers.vq.model import VQConfig, decode_images, make_quantizer
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import Quantizer
+from varjax.trees import PyTree
 from varjax.var.model import VAR, VARConfig
 
 

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from varjax.core import flops, trees
-from varjax.core.errors import check_setting
-from varjax.core.model_files import read_generator
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.checkpoints.model_files import read_generator
+from varjax.errors import check_setting
 from varjax.nn.compute import Compute, without_repeated_work
 from varjax.nn.transformer import drop_path
+from varjax.runtime import flops
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.load import read_frozen_tokenizer
@@ -36,6 +36,7 @@ from varjax.training.train_step import (
     check_microbatches,
     create_state,
 )
+from varjax.trees import PyTree
 from varjax.var import teacher_forcing
 from varjax.var.model import VAR, VARConfig, check_fit
 from varjax.var.sample import VAROptions, sample_images

@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import EXACT, Compute
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.training.task import Batch
+from varjax.trees import PyTree
 
 
 def targets_and_inputs(

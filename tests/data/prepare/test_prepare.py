@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varjax.core.broken_images import BrokenImage
 from varjax.data import photos
 from varjax.data.prepare import array_record
 from varjax.data.prepare import prepare as prepare_module
 from varjax.data.prepare.prepare import main, prepare
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.tfds import TFDS
+from varjax.storage.broken_images import BrokenImage
 
 PACKAGE = pathlib.Path(array_record.__file__).parents[3]
 

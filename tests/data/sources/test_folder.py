@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from tests.helpers.paths import ROOT
-from varjax.core.broken_images import BrokenImage
-from varjax.core.errors import InputError, StorageError
 from varjax.data import photos
 from varjax.data.sources import TFDS, Digits, parse_dataset
 from varjax.data.sources.folder import Folder
+from varjax.errors import InputError, StorageError
+from varjax.storage.broken_images import BrokenImage
 
 SHADE = {"ant": 10, "bee": 100, "cat": 200}
 

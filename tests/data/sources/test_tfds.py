@@ -13,9 +13,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from varjax.core.broken_images import BrokenImage
-from varjax.core.errors import InputError, StorageError
 from varjax.data.sources.tfds import TFDS
+from varjax.errors import InputError, StorageError
+from varjax.storage.broken_images import BrokenImage
 
 
 class Stripes(tfds.core.GeneratorBasedBuilder, skip_registration=True):

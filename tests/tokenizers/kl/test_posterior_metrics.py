@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from tests.tokenizers.kl.test_model import small_config
-from varjax.core import config_tree, files
+from varjax.config import config_tree
+from varjax.storage import files
 from varjax.tokenizers import evaluate as command
 from varjax.tokenizers.kl.model import kl_divergence, sample_posterior
 from varjax.tokenizers.reconstruction_metrics import measure_split

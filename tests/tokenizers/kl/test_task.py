@@ -8,8 +8,8 @@ import pytest
 
 from tests.helpers.adversarial import QUICKLY
 from tests.tokenizers.kl.test_model import small_config
-from varjax.core import trees
-from varjax.core.errors import InputError
+from varjax import trees
+from varjax.errors import InputError
 from varjax.tokenizers.kl.model import KLTokenizer, latent_moments, sample_posterior
 from varjax.tokenizers.kl.task import LATENT_STD_DECAY, KLTask
 from varjax.tokenizers.losses.gan import GANConfig

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.adversarial import QUICKLY
-from varjax.core import config_tree
+from varjax.config import config_tree
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.kl.task import KLTask
 from varjax.tokenizers.losses import gan

@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.golden import weights
+from varjax import trees
 from varjax.convert.__main__ import main
 from varjax.convert.pth.write import write_pth
-from varjax.core import trees
 from varjax.tokenizers.losses.lpips import (
     LPIPSConfig,
     check_lpips_images,

@@ -9,11 +9,11 @@ import pytest
 
 from tests.helpers import runs
 from tests.helpers.tiny import lines
+from varjax.checkpoints.saved_steps import STATE_TREES, SavedSteps
 from varjax.convert import export_run
-from varjax.core import files
-from varjax.core.saved_steps import STATE_TREES, SavedSteps
 from varjax.data.sources.noise import Noise
 from varjax.data.sources.photos import Photos
+from varjax.storage import files
 from varjax.tokenizers.load import read_expected_tokenizer
 from varjax.tokenizers.losses.gan import GANConfig
 from varjax.tokenizers.losses.lpips import LPIPSConfig

@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.adversarial import BATCH, GAN, KEY, QUICKLY, TASK, frozen, state
 from tests.helpers.paths import ROOT
-from varjax.core import trees
+from varjax import trees
 from varjax.nn.autoencoder import to_model_range
 from varjax.tokenizers.losses.gan import GANConfig, gan_gradients
 from varjax.tokenizers.losses.image_losses import image_losses
@@ -134,7 +134,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 import sys
 import numpy as np
 from tests.helpers.adversarial import BATCH, KEY, QUICKLY, TASK, state
-from varjax.core import trees
+from varjax import trees
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.tokenizers.vq.test_model import small_config
-from varjax.core import trees
+from varjax import trees
 from varjax.nn.autoencoder import to_model_range
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.optimizer import AdamW

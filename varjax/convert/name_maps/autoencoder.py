@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from varjax.convert.name_maps.link import Link, conv_links, norm_links
 from varjax.convert.name_maps.name_map import Tensors, count_numbers, tensor_shape
-from varjax.core.errors import InputError
-from varjax.core.untrusted import shown
+from varjax.errors import InputError
+from varjax.storage.untrusted import shown
 
 
 class AutoencoderSizes(Protocol):

@@ -18,7 +18,7 @@ from varjax.convert.name_maps.name_map import (
     Tensors,
     tensor_shape,
 )
-from varjax.core.errors import InputError, check_setting
+from varjax.errors import InputError, check_setting
 from varjax.nn.autoencoder import COARSEST, downsampling
 from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig
 

@@ -13,7 +13,7 @@ from varjax.convert.name_maps.name_map import (
     count_numbers,
     tensor_shape,
 )
-from varjax.core.errors import InputError, check_setting
+from varjax.errors import InputError, check_setting
 from varjax.mar.latents import check_latents_fit
 from varjax.mar.model import DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from varjax.convert.name_maps.link import Link
-from varjax.core.errors import InputError
-from varjax.core.safetensors_io import Tensor
-from varjax.core.untrusted import shown
+from varjax.errors import InputError
+from varjax.storage.safetensors_io import Tensor
+from varjax.storage.untrusted import shown
 
 # Describing a model takes time and memory by its sizes, and a small file can claim any.
 MAX_MODEL_SIZE, MAX_LAYERS = 2**20, 2**8

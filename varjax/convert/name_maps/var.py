@@ -16,9 +16,9 @@ from varjax.convert.name_maps.name_map import (
     tensor_shape,
 )
 from varjax.convert.name_maps.vq import COMMIT, REPO, TOKENIZER_FILE, TOKENIZER_SHA256
-from varjax.core.errors import InputError
-from varjax.core.safetensors_io import LazyArray, Tensor
-from varjax.core.untrusted import shown
+from varjax.errors import InputError
+from varjax.storage.safetensors_io import LazyArray, Tensor
+from varjax.storage.untrusted import shown
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024, Pyramid, Scale
 from varjax.var.model import VARConfig, check_fit

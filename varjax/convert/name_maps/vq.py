@@ -12,9 +12,9 @@ from varjax.convert.name_maps.name_map import (
     count_numbers,
     tensor_shape,
 )
-from varjax.core.errors import InputError
-from varjax.core.safetensors_io import Tensor
+from varjax.errors import InputError
 from varjax.nn.autoencoder import COARSEST
+from varjax.storage.safetensors_io import Tensor
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256
 

@@ -7,8 +7,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from varjax.core.errors import InputError
-from varjax.core.untrusted import MAX_SIDE, check_integers, check_shape, shown
+from varjax.errors import InputError
+from varjax.storage.untrusted import MAX_SIDE, check_integers, check_shape, shown
 
 STORAGES = {
     "DoubleStorage": np.dtype(np.float64),

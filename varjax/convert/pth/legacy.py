@@ -6,8 +6,8 @@ import numpy as np
 
 from varjax.convert.pth.allowed import Storage
 from varjax.convert.pth.unpickle import pickle_size, unpickle
-from varjax.core.errors import InputError
-from varjax.core.untrusted import shown
+from varjax.errors import InputError
+from varjax.storage.untrusted import shown
 
 MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how each such file starts
 VERSION = 1001

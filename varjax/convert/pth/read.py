@@ -14,9 +14,9 @@ import numpy as np
 from varjax.convert.pth.allowed import Storage
 from varjax.convert.pth.legacy import MAGIC, read_legacy
 from varjax.convert.pth.unpickle import unpickle
-from varjax.core import safetensors_io
-from varjax.core.errors import InputError
-from varjax.core.untrusted import plausible_bytes, reason, shown
+from varjax.errors import InputError
+from varjax.storage import safetensors_io
+from varjax.storage.untrusted import plausible_bytes, reason, shown
 
 MAX_PICKLE_BYTES = 2**24  # a full trainer checkpoint of the largest VAR needs about 2**19
 MAX_DIRECTORY_BYTES = 2**22  # of a zip file's list of members, some 100 bytes for each

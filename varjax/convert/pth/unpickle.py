@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from varjax.convert.pth.allowed import ALLOWED, REFUSED, Namespace, Storage, check_key
-from varjax.core.errors import InputError
-from varjax.core.untrusted import MAX_BYTES, plausible_bytes, reason, shown
+from varjax.errors import InputError
+from varjax.storage.untrusted import MAX_BYTES, plausible_bytes, reason, shown
 
 LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 FRESH = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from varjax.convert.pth.allowed import STORAGES
-from varjax.core import files
-from varjax.core.errors import InputError
-from varjax.core.safetensors_io import Tensor
+from varjax.errors import InputError
+from varjax.storage import files
+from varjax.storage.safetensors_io import Tensor
 
 ALIGNMENT = 64  # as torch.save does, so that a memory map of the file has aligned tensors
 ZIP64_BYTES = 2**30  # members above this get 64-bit sizes, well before zip's limit of 2**32

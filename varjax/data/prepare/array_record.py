@@ -11,11 +11,11 @@ from typing import Any
 
 from PIL import Image
 
-from varjax.core import files
-from varjax.core.broken_images import BrokenImage
-from varjax.core.errors import StorageError, check_setting
-from varjax.core.image_files import printable_path, read_file
 from varjax.data import decoding, transforms
+from varjax.errors import StorageError, check_setting
+from varjax.storage import files
+from varjax.storage.broken_images import BrokenImage
+from varjax.storage.image_files import printable_path, read_file
 
 DATASET_NAME, DATASET_VERSION = "images", "1.0.0"  # of every dataset packed here
 INFO_FILE = "dataset_info.json"  # is there if and only if a dataset is complete

@@ -17,14 +17,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from varjax.core import files, folders
-from varjax.core.buckets import as_path, in_bucket
-from varjax.core.commands import command_parser, run_command
-from varjax.core.errors import InputError, check_setting
 from varjax.data.prepare import array_record
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.folder_layout import ImageListing
 from varjax.data.workers import WorkerProcesses, available_cpus
+from varjax.errors import InputError, check_setting
+from varjax.runtime.commands import command_parser, run_command
+from varjax.storage import files, folders
+from varjax.storage.buckets import as_path, in_bucket
 
 IMAGES_PER_SHARD, MAX_SHARDS = 1000, 256  # readers keep all shards open: not too many
 MAX_NAMED = 20  # broken images on the screen; all of them are in REPORT_FILE

@@ -1,6 +1,5 @@
 """All datasets, and how a command line names them."""
 
-from varjax.core.errors import InputError
 from varjax.data.latents import CachedLatents
 from varjax.data.sources.digits import Digits
 from varjax.data.sources.folder import Folder
@@ -8,6 +7,7 @@ from varjax.data.sources.noise import Noise
 from varjax.data.sources.photos import Photos
 from varjax.data.sources.tfds import TFDS
 from varjax.data.transforms import Crop
+from varjax.errors import InputError
 
 __all__ = ["TFDS", "CachedLatents", "Digits", "Folder", "Noise", "Photos", "parse_dataset"]
 

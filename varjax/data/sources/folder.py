@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from varjax.core.errors import check_setting
-from varjax.core.reproducibility import pixels_digest
 from varjax.data import decoding, transforms
 from varjax.data.loader import make_loader
 from varjax.data.sources.folder_layout import FolderLayout, ImageListing
 from varjax.data.stream import Split
 from varjax.data.workers import ReadOptions
+from varjax.errors import check_setting
+from varjax.runtime.reproducibility import pixels_digest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from varjax.core import buckets
-from varjax.core.buckets import as_path, in_bucket
-from varjax.core.errors import InputError
-from varjax.core.image_files import IMAGE_FORMATS
-from varjax.core.read_errors import retry_read
+from varjax.errors import InputError
+from varjax.storage import buckets
+from varjax.storage.buckets import as_path, in_bucket
+from varjax.storage.image_files import IMAGE_FORMATS
+from varjax.storage.read_errors import retry_read
 
 IMAGE_SUFFIXES = tuple(IMAGE_FORMATS)
 ONE_CLASS_NAMES = ("image",)  # of images without classes

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from varjax.core.errors import check_setting
 from varjax.data import transforms
 from varjax.data.loader import make_loader
 from varjax.data.stream import Split
 from varjax.data.workers import ReadOptions
+from varjax.errors import check_setting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from varjax.core.errors import InputError, check_setting
 from varjax.data import transforms
 from varjax.data.loader import make_loader
 from varjax.data.stream import ArraySource, Split
 from varjax.data.workers import ReadOptions
+from varjax.errors import InputError, check_setting
 
 PHOTO_NAMES = ("china", "flower")
 # Columns, of 640: a strip through the middle of what the photographs show is held out.

@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from varjax.core import files
-from varjax.core.broken_images import BrokenImage
-from varjax.core.buckets import in_bucket
-from varjax.core.errors import InputError
-from varjax.core.read_errors import machine_errno, retry_read
-from varjax.core.reproducibility import pixels_digest
-from varjax.core.untrusted import reason, shown
 from varjax.data import decoding, transforms
 from varjax.data.loader import make_loader
 from varjax.data.sources.folder_layout import ONE_CLASS_NAMES
 from varjax.data.stream import Split
 from varjax.data.workers import ReadOptions
+from varjax.errors import InputError
+from varjax.runtime.reproducibility import pixels_digest
+from varjax.storage import files
+from varjax.storage.broken_images import BrokenImage
+from varjax.storage.buckets import in_bucket
+from varjax.storage.read_errors import machine_errno, retry_read
+from varjax.storage.untrusted import reason, shown
 
 # Prepares a dataset, once, where TensorFlow is installed.
 PREPARE_HINT = (

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import config_tree, trees
-from varjax.core.errors import InputError, check_setting
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.config import config_tree
+from varjax.errors import InputError, check_setting
 from varjax.nn.autoencoder import (
     COARSEST,
     Decoder,
@@ -26,6 +26,7 @@ from varjax.nn.autoencoder import (
 )
 from varjax.nn.compute import EXACT, Compute, ConvFormat
 from varjax.tokenizers.contract import Latents
+from varjax.trees import PyTree
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # LDM's
 LATENT_STD_PATH = "latent_std"  # where parameters and their average keep it

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core.trees import PyTree
 from varjax.tokenizers.kl.model import (
     LATENT_STD_PATH,
     KLConfig,
@@ -16,6 +15,7 @@ from varjax.tokenizers.kl.model import (
     kl_divergence,
     latent_moments,
 )
+from varjax.trees import PyTree
 
 FORMS = {"kl": "{:.2f} nats", "posterior_std": "{:.4f}", "latent_std": "{:.4f}"}
 FORMS |= {"latent_scale": "{:.4f}", "stored_latent_std": "{:.4f}"}

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import flops, trees
-from varjax.core.errors import check_setting
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.errors import check_setting
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import Compute
+from varjax.runtime import flops
 from varjax.tokenizers.kl.model import (
     LATENT_STD_PATH,
     KLConfig,
@@ -47,6 +47,7 @@ from varjax.training.task import (
     ema_notes,
 )
 from varjax.training.train_step import apply_gradients, create_state, example_keys
+from varjax.trees import PyTree
 
 LATENT_STD_DECAY = 0.99  # of the moving average that becomes the tokenizer's "latent_std"
 POSTERIOR_KEY = 102  # folded into an image's key; `diffaugment` folds small numbers

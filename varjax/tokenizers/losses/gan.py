@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from varjax.core import trees
-from varjax.core.errors import InputError, check_setting
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.errors import InputError, check_setting
 from varjax.tokenizers.losses.diffaugment import Augmentation, diffaugment
 from varjax.tokenizers.losses.discriminator import (
     CHANNELS_PER_NORM,
@@ -21,6 +20,7 @@ from varjax.tokenizers.losses.discriminator import (
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan, TrainState
 from varjax.training.train_step import Metrics, apply_gradients, create_state
+from varjax.trees import PyTree
 
 LECAM_DECAY = 0.999  # LeCam's own
 MAX_ADAPTIVE_WEIGHT = 1e4  # taming-transformers' bound and epsilon

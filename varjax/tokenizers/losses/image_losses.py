@@ -13,7 +13,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from varjax.core.trees import PyTree
 from varjax.tokenizers.contract import Tokenizer, check_image_shape
 from varjax.tokenizers.losses.gan import (
     DiscriminatorState,
@@ -29,6 +28,7 @@ from varjax.tokenizers.losses.lpips import LPIPSConfig, check_lpips_images, load
 from varjax.tokenizers.losses.reconstruction import reconstruction_losses
 from varjax.training.task import Batch, Plan
 from varjax.training.train_step import Metrics, check_microbatches, mean_over_microbatches
+from varjax.trees import PyTree
 
 GAN_KEY = 1  # folded into the key of a task's `init`
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import files
-from varjax.core.buckets import as_path
-from varjax.core.errors import InputError, check_setting
-from varjax.core.model_files import read_fixed_params
-from varjax.core.trees import PyTree
+from varjax.checkpoints.model_files import read_fixed_params
+from varjax.errors import InputError, check_setting
 from varjax.nn.compute import matmul_precision
+from varjax.storage import files
+from varjax.storage.buckets import as_path
+from varjax.trees import PyTree
 
 VGG16 = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)  # a pooling between any two
 MIN_SIDE = 2 ** (len(VGG16) - 1)  # pixels of which a last map is left

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from varjax.core.trees import PyTree
 from varjax.tokenizers.losses.lpips import lpips
+from varjax.trees import PyTree
 
 
 def reconstruction_losses(

@@ -7,15 +7,15 @@ from typing import Literal, Protocol
 import jax
 import jax.numpy as jnp
 
-from varjax.core import trees
-from varjax.core.errors import InputError, check_setting
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.errors import InputError, check_setting
 from varjax.nn import resize
 from varjax.nn.autoencoder import to_model_range
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import unit_vectors
 from varjax.training.task import TrainState
+from varjax.trees import PyTree
 
 CODEBOOK_PATH = "quantizer/codebook"  # where parameters, average and moments keep it
 KMEANS_ITERATIONS = 10

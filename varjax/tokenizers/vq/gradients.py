@@ -5,7 +5,6 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_model_range
 from varjax.nn.compute import Compute
 from varjax.tokenizers.losses.image_losses import ImageGradientsFn, LossGradients, reconstruct
@@ -19,6 +18,7 @@ from varjax.tokenizers.vq.codebook import (
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.quantizer import code_counts, quantizer_loss
 from varjax.training.task import Batch
+from varjax.trees import PyTree
 
 
 class QuantizerLossConfig(Protocol):

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import config_tree, trees
-from varjax.core.errors import check_setting
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.config import config_tree
+from varjax.errors import check_setting
 from varjax.nn.autoencoder import (
     Decoder,
     Encoder,
@@ -25,6 +25,7 @@ from varjax.nn.compute import EXACT, Compute, ConvFormat
 from varjax.tokenizers.contract import Latents
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid, Scale
 from varjax.tokenizers.vq.quantizer import Quantized, Quantizer
+from varjax.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import functools
 
 import numpy as np
 
-from varjax.core.errors import InputError
+from varjax.errors import InputError
 
 Scale = int | tuple[int, int]
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core import flops, trees
-from varjax.core.errors import check_setting
-from varjax.core.trees import PyTree
+from varjax import trees
+from varjax.errors import check_setting
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import Compute
+from varjax.runtime import flops
 from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.losses.gan import MAX_ADAPTIVE_WEIGHT, GANConfig
 from varjax.tokenizers.losses.image_losses import (
@@ -47,6 +47,7 @@ from varjax.training.task import (
     ema_notes,
 )
 from varjax.training.train_step import apply_gradients, create_state, example_keys
+from varjax.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)

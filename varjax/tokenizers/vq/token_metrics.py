@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.core.trees import PyTree
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import EXACT, Precision
 from varjax.tokenizers import image_metrics
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, encode_images
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
+from varjax.trees import PyTree
 
 SHORTER: tuple[Precision, ...] = ("bfloat16", "tf32", "bfloat16_3x", "tf32_3x")
 SAME = tuple(f"same_in_{precision}" for precision in SHORTER)

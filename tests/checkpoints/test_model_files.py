@@ -1,0 +1,49 @@
+"""config.json of strangers: one message that names it, whatever it holds."""
+
+import pytest
+
+import varjax
+from varjax.checkpoints.model_files import read_model_config
+from varjax.errors import InputError
+from varjax.families import family_of
+
+CONFIGS = [
+    "5",
+    "[1]",
+    "{}",
+    "{" * 10**5,
+    '{"task": [1]}',
+    '{"task": 5}',
+    '{"task": {}}',
+    '{"task": {"_type": []}}',
+    '{"task": {"_type": {"a": 1}}}',
+    '{"task": {"_type": "VARTask"}}',
+    '{"task": {"_type": "VARTask"}, "steps": "x"}',
+    '{"task": {"_type": "VARTask", "model": [1], "sampling": {}, "tokenizer": {}}}',
+    '{"task": {"_type": "VARTask", "model": {"depth": [1]}, "sampling": {}, "tokenizer": {}}}',
+    '{"task": {"_type": "VARTask", "model": {}, "sampling": 5, "tokenizer": {}}}',
+    '{"task": {"_type": "VQTask"}}',
+    '{"task": {"_type": "VQTask", "model": {"width": "x"}}}',
+    '{"task": {"_type": "MARTask", "model": {}, "tokenizer": 5}}',
+    '{"sources": 5}',
+    '{"sources": {}, "var": [1], "tokenizer": {}}',
+    '{"sources": {}, "var": {"depth": 1e30}, "tokenizer": {}}',
+    '{"sources": {}, "tokenizer": 5}',
+    '{"sources": {}, "tokenizer": {"scales": [[[[1]]]]}, "var": {}}',
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_config_of_anything_is_refused_by_all_that_read_models(tmp_path, config):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(config)
+    for read in (varjax.load, varjax.load_tokenizer):
+        with pytest.raises(InputError) as caught:
+            read(run)
+        assert len(str(caught.value)) < 1000
+    for read in (read_model_config, family_of):
+        try:
+            read(run)
+        except InputError as error:
+            assert str(run) in str(error)

@@ -1,0 +1,145 @@
+import dataclasses
+import json
+from typing import Literal, Protocol
+
+import pytest
+
+from varjax.config import config_tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    rate: float = 0.5
+    sizes: tuple[int, ...] = (1, 2)
+    pair: tuple[int, float] = (1, 2.0)
+    mode: Literal["fast", "slow"] = "fast"
+    limit: int | None = None
+    on: bool = False
+    name: str = "x"
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    depth: int = 3
+
+
+class Part(Protocol):
+    depth: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Root:
+    leaf: Leaf = Leaf()
+    choice: Leaf | Other | None = None
+    part: Part = Other()
+    leaves: tuple[Leaf, ...] = ()
+
+
+def test_json_there_and_back_is_the_same_settings():
+    root = Root(Leaf(rate=2, sizes=(), limit=4), Other(7), leaves=(Leaf(name="y"),))
+    data = json.loads(json.dumps(config_tree.to_dict(root)))
+    assert data["part"] == {"_type": "Other", "depth": 3}
+    data.pop("part")
+    assert config_tree.from_dict(Root, data) == root
+
+
+def test_an_interface_cannot_be_rebuilt_but_its_part_can():
+    data = config_tree.to_dict(Root(part=Other(9)))
+    with pytest.raises(ValueError, match="Root.part is an interface"):
+        config_tree.from_dict(Root, data)
+    assert config_tree.from_dict(Other, data["part"]) == Other(9)
+    with pytest.raises(ValueError, match="holds a Other, not a Leaf"):
+        config_tree.from_dict(Leaf, data["part"])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [{"rate": "1"}, {"rate": True}, {"limit": 1.5}, {"on": 1}, {"sizes": [1, "2"]}, {"sizes": 3}]
+    + [{"mode": "other"}, {"pair": [1]}, {"name": None}, {"speed": 1}],
+)
+def test_wrong_types_and_unknown_fields_are_refused_by_name(data):
+    with pytest.raises(ValueError, match=next(iter(data))):
+        config_tree.from_dict(Leaf, data)
+
+
+def test_a_float_accepts_an_integer_and_becomes_a_float():
+    assert type(config_tree.from_dict(Leaf, {"rate": 1}).rate) is float
+
+
+@pytest.mark.parametrize(
+    ("assignment", "field", "value"),
+    [
+        ("leaf.rate=3e-4", "rate", 3e-4),
+        ("leaf.sizes=(1,2,3)", "sizes", (1, 2, 3)),
+        ("leaf.sizes=1,2,3", "sizes", (1, 2, 3)),
+        ("leaf.mode=slow", "mode", "slow"),
+        ("leaf.limit=5", "limit", 5),
+        ("leaf.on=true", "on", True),
+        ("leaf.name=3", "name", "3"),
+        ("leaf.name=a=b", "name", "a=b"),
+        ("leaf.name=", "name", ""),
+    ],
+)
+def test_an_override_is_parsed_by_the_annotation(assignment, field, value):
+    changed = config_tree.override(Root(), [assignment])
+    assert getattr(changed.leaf, field) == value
+    assert changed == Root(dataclasses.replace(Leaf(), **{field: value}))
+
+
+def test_an_override_reaches_behind_an_interface_and_none():
+    assert config_tree.override(Root(), ["part.depth=8"]).part == Other(8)
+    assert config_tree.override(Root(Leaf(limit=1)), ["leaf.limit=none"]).leaf.limit is None
+    root = Root(choice=Other(9))
+    assert config_tree.override(root, ["choice.depth=8"]).choice == Other(8)
+    assert config_tree.override(root, ["choice=none"]).choice is None
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("leaf.rat=1", "its fields are .*'rate'"),
+        ("leaf.rate=fast", "leaf.rate must be float, not 'fast'"),
+        ("leaf.mode=other", "one of .'fast', 'slow'."),
+        ("leaf=1", "group of settings"),
+        ("leaf.rate", "no value"),
+        ("leaf.rate.x=1", "float has no field"),
+        ("choice.depth=1", "choice.depth: choice is none in this config"),
+    ],
+)
+def test_a_wrong_override_says_what_is_allowed(assignment, message):
+    with pytest.raises(ValueError, match=message):
+        config_tree.override(Root(), [assignment])
+
+
+def test_differences_name_every_path():
+    a, b = config_tree.to_dict(Root()), config_tree.to_dict(Root(Leaf(rate=1.0), part=Other(8)))
+    assert config_tree.differences(a, b) == [
+        "leaf.rate: 0.5 in the run, 1.0 in the config",
+        "part.depth: 3 in the run, 8 in the config",
+    ]
+    assert config_tree.differences(a, a) == []
+    assert config_tree.differences({"a": 1}, {"b": 2}) == [
+        "a: 1 in the run, absent in the config",
+        "b: absent in the run, 2 in the config",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("leaf.rate=1e999", "leaf.rate must be a finite number, at most 3.40282e.38, not inf"),
+        ("leaf.rate=1e39", "leaf.rate must be a finite number"),
+        ("leaf.rate=nan", "leaf.rate must be float"),
+        ("leaf.sizes=1,5000000000", r"leaf.sizes\[1\] must be a number -2147483647 … 4294967295"),
+        ("part.depth=18446744073709551616", "part.depth must be a number"),
+    ],
+)
+def test_numbers_that_jax_would_cut_off_are_refused(text, says):
+    with pytest.raises(ValueError, match=says):
+        config_tree.override(Root(), [text])
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("-inf"), 1e39, 10**400])
+def test_so_are_those_in_files(rate):
+    with pytest.raises(ValueError, match="Leaf.rate must be a finite number"):
+        config_tree.from_dict(Leaf, {"rate": rate})

@@ -1,0 +1,80 @@
+"""Exit codes and messages of commands."""
+
+import errno
+import os
+
+import pytest
+
+from varjax.errors import InputError, StorageError
+from varjax.runtime.commands import run_command
+from varjax.storage.read_errors import retry_read
+
+
+def fail(*errors):
+    """An action that raises the first error, from the second, and so on."""
+
+    def action():
+        for error, cause in zip(errors, (*errors[1:], None), strict=True):
+            error.__cause__ = cause
+        raise errors[0]
+
+    return action
+
+
+FULL = "RESOURCE_EXHAUSTED: Error writing local file \"x/d\" [os_error_code='28']"
+FAILURES = {
+    "disk": [OSError(errno.EIO, "Input/output error", "run/config.json")],
+    "full": [OSError(errno.ENOSPC, "No space left on device", "run/config.json")],
+    "wrapped": [RuntimeError("run/config.json"), OSError(errno.EMFILE, "Too many open files")],
+    "tensorstore": [ValueError(FULL.replace("x/d", "run/config.json"))],
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failing_machine_ends_a_command_with_a_message(name, capsys):
+    assert run_command("varjax sample", fail(*FAILURES[name])) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("varjax sample: ") and "run/config.json" in said
+    assert "again" in said and "Traceback" not in said
+
+
+def test_with_debug_it_has_a_traceback():
+    with pytest.raises(OSError):
+        run_command("varjax sample", fail(*FAILURES["disk"]), debug=True)
+
+
+@pytest.mark.parametrize(
+    "bug", [KeyError("x"), FileNotFoundError(errno.ENOENT, "x"), ValueError("28"), AssertionError()]
+)
+def test_a_bug_is_raised(bug):
+    with pytest.raises(type(bug)):
+        run_command("varjax sample", fail(bug))
+
+
+def test_a_bug_while_an_error_of_the_machine_is_handled_is_raised():
+    def action():
+        try:
+            raise OSError(errno.EIO, "Input/output error")
+        except OSError:
+            {}["a bug"]
+
+    with pytest.raises(KeyError):
+        run_command("varjax sample", action)
+
+
+def test_what_to_do_follows_from_the_error():
+    def read(code):
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(StorageError, match="once you have permission to read it"):
+        retry_read(lambda: read(errno.EACCES), "cat.png")
+    with pytest.raises(StorageError, match="once the machine works"):
+        retry_read(lambda: read(errno.EIO), "cat.png")
+
+
+def test_exit_codes(capsys):
+    assert run_command("x", lambda: None) == 0
+    assert run_command("x", lambda: 3) == 3
+    assert run_command("x", fail(InputError("a=1: must be 2"))) == 1
+    assert run_command("x", fail(KeyboardInterrupt()), interrupted="stopped") == 130
+    assert capsys.readouterr().err == "x: a=1: must be 2\nx: stopped\n"

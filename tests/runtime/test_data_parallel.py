@@ -1,0 +1,52 @@
+"""Batches on four devices that do not divide them, in a process of its own."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.helpers.paths import ROOT
+from varjax.errors import InputError
+from varjax.runtime.data_parallel import batch_mesh, data_parallel
+
+SCRIPT = """
+import jax, numpy as np
+from varjax.runtime.data_parallel import batch_mesh, data_parallel
+mesh, rows = batch_mesh(), []
+
+def double(params, _, key_B, x_BC):
+    rows.append(len(x_BC))  # as traced: of one device
+    return params * x_BC + jax.vmap(jax.random.uniform)(key_B)[:, None] * 0
+
+for B in (0, 1, 4, 5, 7):
+    x_BC = np.arange(2.0 * B, dtype=np.float32).reshape(B, 2)
+    key_B = jax.random.split(jax.random.key(0), B)
+    y_BC = data_parallel(double, mesh)(np.float32(2), None, key_B, x_BC)
+    np.testing.assert_array_equal(y_BC, 2 * x_BC)
+print(rows)
+"""
+
+
+@pytest.mark.slow
+def test_each_device_computes_its_share_of_a_padded_batch():
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split("\n")[0] == "[0, 1, 1, 2, 2]", done.stderr
+
+
+def test_no_device_is_refused():
+    with pytest.raises(InputError, match="devices is empty"):
+        batch_mesh([])
+
+
+def test_nothing_compiles_again_for_other_parameters():
+    double = data_parallel(lambda params, _, x_BC: params * x_BC, batch_mesh(jax.devices()[:1]))
+    for factor in (1.0, 2.0):
+        np.testing.assert_array_equal(
+            double(np.float32(factor), None, np.ones((3, 2), np.float32)), factor * np.ones((3, 2))
+        )
+    assert double._cache_size() == 1

@@ -1,0 +1,151 @@
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from tests.helpers.paths import ROOT
+from varjax.errors import InputError, StorageError
+from varjax.storage import files, folders
+
+
+def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
+    lock = f"with folders.lock_folder({str(tmp_path)!r}): print(); input()"
+    code = f"from varjax.storage import folders\n{lock}"
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
+        other.stdout.readline()
+        with (
+            pytest.raises(ValueError, match=r"another process \(.*, \d+\) is at work in"),
+            folders.lock_folder(tmp_path),
+        ):
+            pass
+        other.kill()
+    for _ in range(2):
+        with folders.lock_folder(tmp_path):
+            pass
+
+
+def test_a_folder_that_would_be_replaced_may_hold_nothing_of_others(tmp_path):
+    out = tmp_path / "out"
+    folders.check_replaceable(out)
+    out.mkdir()
+    folders.check_replaceable(out)
+    for name in ("config.json", ".git"):
+        (out / name).touch()
+    folders.check_replaceable(out, {"config.json", ".git", "absent"})
+    with pytest.raises(InputError, match=r"holds .git, which would be lost; choose another"):
+        folders.check_replaceable(out, {"config.json"})
+    with pytest.raises(InputError, match=r"holds config.json, which would be lost"):
+        folders.check_replaceable(out / "config.json")
+
+
+def test_a_folder_is_gone_on_with_for_the_same_request_only(tmp_path):
+    out, request = tmp_path / "out", {"size": (3, 4), "seed": 0}
+    out.mkdir()
+    (out / ".hidden").touch()
+    folders.claim_folder(out, "request.json", request, write=False)
+    assert not (out / "request.json").exists()
+    for _ in range(2):
+        folders.claim_folder(out, "request.json", request)
+        (out / "0.png").touch()
+    with pytest.raises(InputError, match="seed: 0 there, 1 asked for") as caught:
+        folders.claim_folder(out, "request.json", {"size": [3, 4], "seed": 1})
+    assert "size" not in str(caught.value)
+    with pytest.raises(InputError, match="cfg: None there, 2 asked for"):
+        folders.claim_folder(out, "request.json", request | {"cfg": 2})
+    with pytest.raises(InputError, match="holds files and no other.json"):
+        folders.claim_folder(out, "other.json", request)
+    with pytest.raises(InputError, match="request.json is a file; choose another out"):
+        folders.claim_folder(out / "request.json", "request.json", request)
+
+
+def test_a_request_that_is_not_listed_yet_is_waited_for(tmp_path, monkeypatch):
+    """A network's disk may show what others have made, but not yet what they began with."""
+    monkeypatch.setattr(folders, "LISTING_SECONDS", 10.0)
+    (tmp_path / "0.png").touch()
+    write = lambda: files.write_json(tmp_path / "request.json", {"seed": 0})  # noqa: E731
+    timer = threading.Timer(0.3, write)
+    timer.start()
+    begin = time.monotonic()
+    folders.claim_folder(tmp_path, "request.json", {"seed": 0})
+    assert 0.2 < time.monotonic() - begin < 5
+    timer.join()
+
+
+def test_of_several_that_claim_a_folder_at_once_one_wins(tmp_path, monkeypatch):
+    create = folders.create_json
+
+    def slower_than_another(path, request):
+        create(path, {"seed": 1})
+        return create(path, request)
+
+    monkeypatch.setattr(folders, "create_json", slower_than_another)
+    with pytest.raises(InputError, match="seed: 1 there, 0 asked for"):
+        folders.claim_folder(tmp_path, "request.json", {"seed": 0})
+    folders.claim_folder(tmp_path, "request.json", {"seed": 1})
+
+
+def test_a_lock_is_a_file_opened_for_writing(tmp_path, monkeypatch):
+    """Without that NFS locks nothing."""
+    flock, held = fcntl.flock, []
+
+    def flock_on_nfs(descriptor, operation):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(descriptor, operation)
+        held.append(descriptor)
+
+    monkeypatch.setattr(fcntl, "flock", flock_on_nfs)
+    with folders.lock_folder(tmp_path / "new"):
+        with pytest.raises(InputError, match="at work"), folders.lock_folder(tmp_path / "new"):
+            pass
+    assert held and [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+    folders.claim_folder(tmp_path / "new", "request.json", {})  # hidden files do not count
+    (tmp_path / "new" / "request.json").unlink()
+    folders.check_replaceable(tmp_path / "new")
+
+
+def test_where_nothing_can_be_locked_a_line_says_so(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    for _ in range(2):
+        with folders.lock_folder(tmp_path), folders.lock_folder(tmp_path):
+            pass
+    said = capsys.readouterr().err
+    assert said.count("nothing can be locked") == 1 and "No locks available" in said
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file cannot be locked"):
+        with folders.lock_folder(tmp_path / "file"):
+            pass
+
+
+def test_a_folder_that_went_while_it_was_waited_for_is_locked_anew(tmp_path):
+    """Else two would lock files of one name, of which one is gone."""
+    folder, came = tmp_path / "d", threading.Event()
+
+    def wait():
+        with folders.lock_folder(folder, wait=True):
+            came.set()
+            finish.wait(10)
+
+    finish, waiting = threading.Event(), threading.Thread(target=wait)
+    with folders.lock_folder(folder):
+        waiting.start()
+        assert not came.wait(0.2)
+        shutil.rmtree(folder)
+    try:
+        assert came.wait(10)
+        with pytest.raises(InputError, match="at work"), folders.lock_folder(folder):
+            pass
+    finally:
+        finish.set()
+        waiting.join()

@@ -1,0 +1,158 @@
+"""Arrays of strangers: claims are compared with the file's size before anything is allocated."""
+
+import errno
+import io
+import os
+import struct
+import zipfile
+
+import numpy as np
+import pytest
+
+from varjax.errors import InputError, StorageError
+from varjax.storage import npz
+from varjax.storage.npz import NpzArchive, map_npy, read_zip_text
+
+ARRAYS = {
+    "arr_0": np.arange(60, dtype=np.uint8).reshape(5, 2, 2, 3),
+    "sigma": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "nothing": np.zeros((0, 3), np.float32),
+    "number": np.array(3, np.int64),
+    "flags": np.array([True, False]),
+}
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_arrays_are_read_as_they_were_saved(tmp_path, save):
+    save(tmp_path / "x.npz", **ARRAYS)
+    archive = NpzArchive(tmp_path / "x.npz")
+    assert archive.names == list(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert archive.header(name) == (array.shape, array.dtype)
+        read = archive.read(name)
+        np.testing.assert_array_equal(read, array)
+        assert read.dtype == array.dtype
+    parts = [range(1, 3), range(4, 5)]
+    for part, rows in zip(parts, archive.rows("arr_0", parts), strict=True):
+        np.testing.assert_array_equal(rows, ARRAYS["arr_0"][part.start : part.stop])
+    with pytest.raises(InputError, match="x.npz: sigma is in Fortran's order"):
+        list(archive.rows("sigma", parts))
+    with pytest.raises(InputError, match="there is no mu in it, but arr_0, sigma"):
+        archive.read("mu")
+
+
+def header(shape: str, descr="'|u1'", order="False", version=1) -> bytes:
+    text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H", len(text)) + text
+
+
+def archive_of(path, method=zipfile.ZIP_STORED, **members):
+    with zipfile.ZipFile(path, "w", method) as file:
+        for name, content in members.items():
+            file.writestr(f"{name}.npy", content)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    {
+        "a shape of 2^40": (header(f"({2**40}, 1, 1, 3)"), "shape .1099511627776.*, but has 9"),
+        "a shape beyond all": (header(f"({2**62}, {2**62})"), "size or stride|size"),
+        "a negative shape": (header("(-1, 9)"), "non-negative"),
+        "a shape of floats": (header("(9.0,)"), "header that is none"),
+        "one byte less": (header("(8,)"), "8 bytes, but has 9"),
+        "one byte more": (header("(10,)"), "10 bytes, but has 9"),
+        "objects": (header("(9,)", "'|O'"), "needed are numbers"),
+        "text": (header("(9,)", "'<U1'"), "needed are numbers"),
+        "text of 2^30": (header("(9,)", "'<U1073741824'"), "header that is none"),
+        "records": (header("(9,)", "[('a', '|u1')]"), "needed are numbers"),
+        "no type": (header("(9,)", "'|q9'"), "header that is none"),
+        "nested": (header("(" * 300 + ")" * 300), "header that is none"),
+        "brackets that do not close": (header("(" * 300), "header that is none"),
+        "a call": (header("__import__('os')"), "header that is none"),
+        "version 9": (header("(9,)", version=9), "version .9, 0."),
+        "a long header": (
+            b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31) + b" " * 9,
+            "cut short or too long",
+        ),
+        "no array": (b"no array", "does not begin"),
+    }.values(),
+)
+def test_headers_that_do_not_fit_their_bytes_are_refused(tmp_path, content, message):
+    content += bytes(9)
+    archive_of(tmp_path / "x.npz", arr_0=content)
+    (tmp_path / "x.npy").write_bytes(content)
+    archive = NpzArchive(tmp_path / "x.npz")
+    with pytest.raises(InputError, match=f"x.npz: .*{message}"):
+        archive.header("arr_0")
+    with pytest.raises(InputError, match=f"x.npz: .*{message}"):
+        archive.read("arr_0")
+    with pytest.raises(InputError, match=f"x.npy: .*{message}"):
+        map_npy(tmp_path / "x.npy")
+
+
+def test_a_file_that_unpacks_to_a_thousand_times_its_size_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, arr_0=np.zeros((1000, 64, 64, 3), np.uint8))
+    with pytest.raises(InputError, match="x.npz: it unpacks from .* save it by np.savez"):
+        NpzArchive(path)
+    np.savez_compressed(path, labels=np.arange(100_000) // 1000)  # sorted, but a small array
+    assert NpzArchive(path).read("labels")[-1] == 99
+
+
+@pytest.mark.parametrize("field, value", [(20, 2**31), (24, 2**20)])
+def test_sizes_that_only_the_list_of_members_claims_are_refused(tmp_path, field, value):
+    """Claimed is what is packed (20), or unpacked (24), which is then missing."""
+    path, shape = tmp_path / "x.npz", (2**20 - 128,)
+    array = header(str(shape)).ljust(128, b" ")
+    array = b"\x93NUMPY\x01\x00" + struct.pack("<H", 118) + array[10:127] + b"\n"
+    archive_of(path, zipfile.ZIP_DEFLATED, arr_0=array + bytes(9))
+    content = bytearray(path.read_bytes())
+    at = content.index(b"PK\x01\x02") + field
+    content[at : at + 4] = struct.pack("<I", value)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="x.npz"):
+        NpzArchive(path).read("arr_0")
+
+
+def test_a_long_list_of_members_and_equal_names_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    archive_of(path, a=b"", b=b"")
+    path.write_bytes(path.read_bytes().replace(b"b.npy", b"a.npy"))
+    with pytest.raises(InputError, match="same name"):
+        NpzArchive(path)
+    monkeypatch.setattr(npz, "MAX_DIRECTORY_BYTES", 2**12)
+    archive_of(path, **{f"{i:09d}": b"" for i in range(1000)})
+    with pytest.raises(InputError, match="x.npz: its list of members"):
+        NpzArchive(path)
+
+
+def test_a_machine_that_fails_is_no_damaged_file(tmp_path, monkeypatch):
+    np.savez(tmp_path / "x.npz", **ARRAYS)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(npz._ZipBytes, "read", fail)
+    with pytest.raises(StorageError, match="x.npz cannot be read now: Input/output error"):
+        NpzArchive(tmp_path / "x.npz")
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(path := tmp_path / "x.npz")
+    for read in (NpzArchive, npz.map_npy):
+        with pytest.raises(InputError, match="x.npz: it is not a regular file"):
+            read(path)
+
+
+def test_text_is_read_if_it_is_short():
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("request.json", "{}")
+        archive.writestr("long.json", bytes(2**24))
+    assert read_zip_text(file, "request.json") == "{}"
+    with pytest.raises(InputError, match="long.json: it has 16777216 bytes"):
+        read_zip_text(file, "long.json")
+    with pytest.raises(InputError, match="x.json: there is none"):
+        read_zip_text(file, "x.json")
+    with pytest.raises(InputError, match="request.json cannot be read as text of a zip file"):
+        read_zip_text(io.BytesIO(b"no zip"), "request.json")

@@ -1,0 +1,367 @@
+"""Checkpoints on the disk: which there are, and reading them with a check of what was read.
+
+With each step a record is saved, as the item "meta": the caller's own JSON data, the number of the
+step, and a fingerprint of each array, made from what was in memory. Steps of older versions have
+none of this but the caller's data; they are read without a check.
+"""
+
+import contextlib
+import math
+import os
+import pathlib
+import stat
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from varjax import trees
+from varjax.checkpoints.checkpoint_errors import checkpoint_error, device_error
+from varjax.checkpoints.fingerprint import dtype_and_shape, fingerprints
+from varjax.errors import (
+    DamagedFileError,
+    DiskReadError,
+    InputError,
+    MismatchError,
+    StorageError,
+)
+from varjax.runtime.distributed import on_all_processes
+from varjax.storage import checksums, files, read_errors, untrusted
+from varjax.storage.buckets import absolute, as_path, in_bucket
+from varjax.trees import PyTree
+
+STATE_TREES = ("params", "ema", "opt_state")
+RECORD_KEYS = {"step", "meta", "arrays", checksums.SEAL}
+MAX_ATTEMPTS = 20  # to read the newest step of a run that goes on, and deletes its older ones
+T = TypeVar("T")
+
+
+def make_record(step: int, meta: Mapping[str, Any], state: Mapping[str, PyTree]) -> dict[str, Any]:
+    """Returns the record to save with a step; all processes that hold its arrays must call this.
+
+    Args:
+        step: number of updates done.
+        meta: JSON data of the caller.
+        state: arrays by their names in STATE_TREES.
+    """
+    arrays = {name: fingerprints(tree, written=True) for name, tree in state.items()}
+    return checksums.seal({"step": step, "meta": dict(meta), "arrays": arrays})
+
+
+class SavedSteps:
+    """Reads the checkpoints <directory>/<step>; one that is being written has another name.
+
+    saved = SavedSteps(run_dir / "checkpoints")
+    params = saved.newest(saved.params)
+
+    Its methods raise:
+        StorageError: the machine or network cannot read a step now; its files may be good.
+        DamagedFileError: files are missing or do not hold what was saved.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        if in_bucket(directory) and not os.fspath(directory).startswith("gs:"):
+            raise InputError(
+                f"{directory}: Orbax reads checkpoints from disks and from gs:// alone; copy the "
+                "run to a disk, or convert its weights there"
+            )
+        self.directory = absolute(directory)
+        me = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+        handlers: dict[str, Any] = {
+            name: ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+            for name in STATE_TREES
+        }
+        handlers["meta"] = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
+        options = ocp.CompositeOptions(multiprocessing_options=alone)
+        self._checkpointer = ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(composite_options=options, **handlers),
+            multiprocessing_options=alone,
+        )
+
+    def steps(self) -> list[int]:
+        """Lists the steps that are there now, oldest first."""
+        found = [path for path in self.directory.glob("*") if path.name.isdigit()]
+        if in_bucket(self.directory):  # they have their names while they are being written
+            found = [path for path in found if ocp.utils.is_checkpoint_finalized(path)]
+        return sorted(int(path.name) for path in found)
+
+    def newest(
+        self, read: Callable[[int], T], steps: Callable[[], list[int]] | None = None
+    ) -> T | None:
+        """Returns `read(step)` for the newest step that can be read; None where there is no step.
+
+        A run in progress may delete a step before it is read; then the steps are listed again.
+        A step that is damaged is reported, and the one before it is read; nothing is moved.
+
+        Args:
+            read: function that reads one step.
+            steps: function that lists the steps; None for this object's own method.
+
+        Raises:
+            InputError: no step can be read.
+            StorageError: the disk cannot read any step.
+        """
+        list_steps, failed = steps or self.steps, dict[int, DamagedFileError]()
+        while candidates := [step for step in list_steps() if step not in failed]:
+            try:
+                found = read(candidates[-1])
+            except DamagedFileError as error:
+                failed[candidates[-1]] = error
+                if len(failed) == MAX_ATTEMPTS:
+                    break
+                continue
+            for step in set(list_steps()) & failed.keys():
+                print(f"{unreadable(step, failed[step])}; using {candidates[-1]}", file=sys.stderr)
+            return found
+        if failed:
+            raise none_readable(self.directory, failed)
+        return None
+
+    def meta(self, step: int) -> dict:
+        """Reads the caller's data saved with a step."""
+        return self._record(step)["meta"]
+
+    def record(self, step: int, meta: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the content of a step's file `meta/metadata` with other data of the caller's."""
+        old = self._record(step)
+        if not old["arrays"]:  # of an older version
+            return dict(meta)
+        return checksums.seal(old | {"meta": dict(meta)})
+
+    def arrays(
+        self, step: int, abstract: dict[str, PyTree], shardings: dict[str, Any]
+    ) -> tuple[dict[str, PyTree], dict]:
+        """Reads trees of arrays, and the caller's data; of each array a process reads its part.
+
+        All processes must call it, and an error in one is raised in all.
+
+        Args:
+            step: step number of the checkpoint.
+            abstract: shapes and dtypes of the trees, by their names in STATE_TREES; None for none.
+            shardings: shardings with the structure of `abstract`; they may differ from those of the
+                saved arrays.
+
+        Returns:
+            (trees by name, the caller's data).
+
+        Raises:
+            MismatchError: the arrays saved are not those of `abstract`.
+        """
+        read, record = {}, {}
+
+        def read_my_parts() -> None:
+            saved = self._saved_arrays(step)
+            record.update(self._record(step))
+            self._check(step, abstract, saved, record["arrays"])
+            items: dict[str, Any] = {}
+            for name, tree in abstract.items():
+                if tree is not None:
+                    targets = jax.tree.map(_abstract, tree, shardings[name])
+                    items[name] = ocp.args.StandardRestore(targets)
+            restored = self._restore(step, items)
+            read.update({name: restored[name] for name in items})
+
+        on_all_processes(read_my_parts)
+        found = {name: fingerprints(tree) for name, tree in read.items()}
+        on_all_processes(lambda: self._compare(step, found, record["arrays"]))
+        return read, record["meta"]
+
+    def params(self, step: int, ema: bool | None = None) -> PyTree:
+        """Reads parameters alone to this process's first device, with shapes from the files.
+
+        No other process is waited for.
+
+        Args:
+            step: step number of the checkpoint.
+            ema: True reads the averaged parameters, False the others; None reads the average if
+                there is one.
+
+        Raises:
+            InputError: there is no average.
+        """
+        saved, record = self._saved_arrays(step), self._record(step)
+        averaged = saved.get("ema") is not None
+        if ema and not averaged:
+            raise InputError(f"step {step} in {self.directory} keeps no average; ask for params")
+        name = "ema" if averaged and ema is not False else "params"
+        self._check_description(step, name, saved[name].tree, record["arrays"])
+        self._repeated(step, lambda: self._check_claims(step, name, saved[name].tree))
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        target = jax.tree.map(lambda x: _abstract(x, sharding), saved[name].tree)
+        read = self._restore(step, {name: ocp.args.StandardRestore(target)})[name]
+        self._compare(step, {name: fingerprints(read)}, record["arrays"])
+        return read
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """Reads {"meta", "arrays"}, the latter empty for a step of an older version."""
+
+        def read() -> dict[str, Any]:
+            path = self.directory / str(step)
+            items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            record = self._checkpointer.restore(path, args=items)["meta"]
+            if not isinstance(record, dict) or not RECORD_KEYS & record.keys():
+                return {"meta": record, "arrays": {}}
+            record = checksums.unseal(record, path / "meta")
+            if record["step"] != step:
+                raise DamagedFileError(f"{path / 'meta'} belongs to step {record['step']}")
+            return record
+
+        return self._repeated(step, read)
+
+    def _check(
+        self, step: int, abstract: dict[str, PyTree], saved: Any, recorded: dict[str, Any]
+    ) -> None:
+        """Raises MismatchError where the arrays that were saved are not those of `abstract`."""
+        where = self.directory / str(step)
+        for name in ("params", "ema"):
+            tree = saved[name].tree if saved.get(name) is not None else {}
+            self._check_description(step, name, tree, recorded)
+            if report := trees.difference(abstract[name], tree):
+                raise MismatchError(f"{where} does not hold the {name} of this config:\n{report}")
+        if recorded and abstract["opt_state"] is not None:
+            wanted = {
+                path: dtype_and_shape(x) for path, x in trees.paths(abstract["opt_state"]).items()
+            }
+            found = {p: text.split()[0] for p, text in recorded.get("opt_state", {}).items()}
+            if wanted != found:
+                differing = sorted(dict(wanted.items() ^ found.items()))
+                raise MismatchError(
+                    f"{where} does not hold the opt_state of this config; {len(differing)} arrays "
+                    f"differ: {', '.join(differing[:10])}"
+                )
+
+    def _check_description(
+        self, step: int, name: str, tree: PyTree, recorded: dict[str, Any]
+    ) -> None:
+        """Raises DamagedFileError where Orbax describes other arrays than the record."""
+        described = {path: dtype_and_shape(leaf) for path, leaf in trees.paths(tree).items()}
+        saved = {path: text.split()[0] for path, text in recorded.get(name, {}).items()}
+        if recorded and described != saved:
+            raise DamagedFileError(
+                f"{self.directory / str(step) / name} is damaged: its metadata do not match"
+            )
+
+    def _check_claims(self, step: int, name: str, tree: PyTree) -> None:
+        """Raises DamagedFileError where arrays claim much more bytes than their files have."""
+        folder, claimed = self.directory / str(step) / name, 0
+        try:
+            for leaf in jax.tree.leaves(tree):
+                itemsize = np.dtype(leaf.dtype).itemsize
+                claimed += math.prod(untrusted.check_shape(leaf.shape, itemsize)) * itemsize
+        except (InputError, TypeError) as error:
+            raise DamagedFileError(f"{folder} is damaged: {error}") from error
+        held = 0 if in_bucket(folder) else untrusted.bytes_on_disk(folder)
+        if held and claimed > untrusted.plausible_bytes(held):
+            raise DamagedFileError(
+                f"{folder} is damaged: its arrays have {claimed} bytes, but its files {held}"
+            )
+
+    def _compare(self, step: int, found: dict[str, Any], recorded: dict[str, Any]) -> None:
+        """Raises DamagedFileError where arrays are not those of the record, if there is one."""
+        for name in found if recorded else ():
+            saved = recorded.get(name, {})
+            if changed := sorted(p for p, text in found[name].items() if saved.get(p) != text):
+                raise DamagedFileError(
+                    f"{self.directory / str(step) / name} is damaged: the checksums of "
+                    f"{len(changed)} of {len(saved)} arrays do not match, among them {changed[0]}"
+                )
+
+    def _saved_arrays(self, step: int) -> Any:
+        """Reads names, shapes and dtypes of what was saved."""
+
+        def read() -> Any:
+            saved = self._checkpointer.metadata(self.directory / str(step)).item_metadata
+            if saved is None or saved.get("params") is None:
+                raise ValueError("the description of its parameters is missing")
+            return saved
+
+        return self._repeated(step, read)
+
+    def _restore(self, step: int, items: dict[str, Any]) -> Any:
+        path, composite = self.directory / str(step), ocp.args.Composite(**items)
+        return self._repeated(step, lambda: self._checkpointer.restore(path, args=composite))
+
+    def _check_regular_files(self, path: pathlib.Path) -> None:
+        """Raises DamagedFileError for a pipe among the files, which would be waited for."""
+        if in_bucket(path):
+            return
+        for folder, _, names in os.walk(path):
+            for file in (os.path.join(folder, name) for name in names):
+                regular = True
+                with contextlib.suppress(OSError):  # whoever reads it says what is wrong
+                    regular = stat.S_ISREG(os.stat(file).st_mode)
+                if not regular:
+                    raise DamagedFileError(f"{file} is damaged: it is not a regular file")
+
+    def _repeated(self, step: int, read: Callable[[], T]) -> T:
+        """Reads, and reads again where that fails: disks behind a network fail now and then."""
+        path = self.directory / str(step)
+        self._check_regular_files(path)
+        for pause in (*read_errors.READ_PAUSES, None):
+            try:
+                return read()
+            # Orbax raises exceptions of all kinds, a bare Exception for damaged arrays among them.
+            except Exception as error:
+                if (failed := device_error(error)) is not None:
+                    raise failed from None
+                if pause is None or not path.exists():
+                    raise checkpoint_error(path, error) from error
+            time.sleep(pause)
+        raise AssertionError
+
+
+def unreadable(step: int, error: Exception) -> str:
+    """Returns one line that says why a step cannot be read."""
+    reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+    return f"checkpoint {step} cannot be read: {reason}"
+
+
+def none_readable(directory: pathlib.Path, errors: Mapping[int, DamagedFileError]) -> InputError:
+    """Returns the error to raise where no step can be read: a StorageError if the disk fails."""
+    lines = "\n  ".join(unreadable(step, errors[step]) for step in sorted(errors))
+    text = f"no checkpoint of {sorted(errors)} in {directory} can be read:\n  {lines}\n"
+    if any(isinstance(error, DiskReadError) for error in errors.values()):
+        return StorageError(f"{text}Start again once the disk works; nothing was moved")
+    return InputError(f"{text}Restore them from a copy, or delete {directory} to go on without")
+
+
+def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyTree:
+    """Reads the weights that a run is used with to the first device.
+
+    They are the best ones by the run's `keep_best`, else the last ones. The run may be going on.
+
+    Args:
+        run_dir: directory of the run.
+        ema: True reads the averaged parameters, False the others. None reads the average if there
+            is one, unless the best step was chosen by a metric of the parameters themselves
+            ("eval/...").
+
+    Raises:
+        InputError: nothing was saved yet, or no average, or no step can be read.
+        StorageError: they cannot be read now, through no fault of the files.
+    """
+    run_dir = as_path(run_dir)
+    best, last = SavedSteps(run_dir / "best"), SavedSteps(run_dir / "checkpoints")
+
+    def read_best(step: int) -> PyTree:
+        # Best by an earlier setting of keep_best is not what the run asks for now.
+        chosen_by = best.meta(step).get("keep_best", "")
+        if chosen_by != files.read_json(run_dir / "config.json").get("keep_best"):
+            return None
+        of_params = ema is None and chosen_by.rpartition(":")[2].startswith("eval/")
+        return best.params(step, False if of_params else ema)
+
+    if (params := best.newest(read_best)) is None:
+        params = last.newest(lambda step: last.params(step, ema))
+    if params is None:
+        raise InputError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
+    return params
+
+
+def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,0 +1,176 @@
+"""Reads --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE, alike for all commands.
+
+    parser = argparse.ArgumentParser("varjax train", description=__doc__)
+    add_config_flags(parser)
+    flags, experiment = config_from_flags(parser, arguments)
+
+Fields are documented by their class: the `Attributes:` section, or any line "name: text", of its
+docstring.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import inspect
+import json
+import os
+import pathlib
+import re
+import sys
+import textwrap
+import types
+import typing
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from varjax.config import config_tree
+from varjax.errors import InputError
+from varjax.storage.read_errors import retry_read
+
+# "name: text", "a, b: text" or "name (int): text"; further lines of the text follow.
+ENTRY = re.compile(r"\s*(\w+(?:, \w+)*)(?: \([^)]*\))?:\s+(\S.*)")
+PREFIX = "--config."
+_PACKAGE = pathlib.Path(__file__).resolve().parents[1]
+# Installed, the configs lie inside of the package; in a clone, beside it.
+SHIPPED = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds --config and --print_config, for `config_from_flags`."""
+    group = parser.add_argument_group(
+        "config", "with --help, --config=FILE.py also lists every field of that config"
+    )
+    group.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE.py[:ARGUMENT]",
+        help="Python file with a function get_config(), and its argument",
+    )
+    group.add_argument(
+        "--config.FIELD", dest="_", metavar="VALUE", help="change one field, as in --config.seed=1"
+    )
+    group.add_argument(
+        "--print_config", action="store_true", help="print the whole config as JSON and exit"
+    )
+
+
+def config_from_flags(
+    parser: argparse.ArgumentParser, arguments: list[str]
+) -> tuple[argparse.Namespace, Any]:
+    """Parses a command line, reads its config and applies the changed fields.
+
+    With --help or --print_config it prints, and exits with code 0.
+
+    Args:
+        parser: parser of the command, with the flags of `add_config_flags`.
+        arguments: the command line without the command's name.
+
+    Returns:
+        The parsed flags, and what the config's `get_config` returned with the changes.
+
+    Raises:
+        InputError: no such config file, or an unknown flag, field or value.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("-h", "--help", action="store_true")
+    first.add_argument("--config")
+    first.add_argument("--print_config", action="store_true")
+    asked, others = first.parse_known_args(arguments)
+    changes = [text.removeprefix(PREFIX) for text in others if text.startswith(PREFIX)]
+    if asked.config and (asked.help or asked.print_config):
+        config = config_tree.override(load_config(asked.config), changes)
+        text = json.dumps(config_tree.to_dict(config), indent=2)
+        if asked.help:
+            text = f"{parser.format_help()}\nfields of {asked.config}, as they are set now:\n\n"
+            text += describe(config)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # "| head" has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0)
+    known = [text for text in arguments if not text.startswith(PREFIX)]
+    flags, unknown = parser.parse_known_args(known)
+    if unknown:
+        raise InputError(f"cannot read {unknown}; settings are --config.FIELD=VALUE")
+    return flags, config_tree.override(load_config(flags.config), changes)
+
+
+def load_config(location: str) -> Any:
+    """Returns `get_config(argument)` of the Python file in "file.py" or "file.py:argument".
+
+    A name without ".py" is a config that comes with varjax, as "digits" or "var:d16". Files of the
+    same folder import one another as `from .other import …`.
+
+    Raises:
+        InputError: there is no such file or function.
+        StorageError: the file cannot be read now.
+    """
+    name, _, argument = location.partition(":")
+    path = pathlib.Path(name)
+    if path.suffix != ".py" and not path.exists():
+        path = SHIPPED / f"{name}.py"
+    if path.suffix != ".py" or not retry_read(path.is_file, path):
+        names = ", ".join(sorted(path.stem for path in SHIPPED.glob("[a-z]*.py")))
+        raise InputError(f"there is no config file {name!r}; give FILE.py, or one of {names}")
+    folder = path.resolve().parent
+    package = f"configs_{zlib.crc32(bytes(folder)):08x}"  # so that configs can import one another
+    if package not in sys.modules:
+        sys.modules[package] = types.ModuleType(package)
+        sys.modules[package].__path__ = [str(folder)]
+    spec = importlib.util.spec_from_file_location(f"{package}.{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up annotations that are strings
+    load = spec.loader.exec_module
+    retry_read(lambda: load(module), path)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"{name} defines no function get_config(arg)")
+    if argument and not inspect.signature(module.get_config).parameters:
+        raise InputError(f"{name} takes no argument, but {argument!r} was given after the colon")
+    return module.get_config(argument) if argument else module.get_config()
+
+
+def describe(config: Any) -> str:
+    """Lists every field of a dataclass tree: path, type, value and documentation."""
+    entries = []
+    for path, kind, value, text in _leaves(config, ""):
+        shown = json.dumps(value) if isinstance(value, str) else _shown(value)
+        entries.append(f"  {path}: {config_tree.type_name(kind)} = {shown}")
+        entries += textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(entries)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """Returns the line of documentation of each field that the docstring of `cls` has one for."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    docs: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        current: list[str] = []
+        for line in inspect.cleandoc(owner.__dict__.get("__doc__") or "").splitlines():
+            match = ENTRY.match(line)
+            if match and (found := match[1].split(", ")) and names.issuperset(found):
+                current = found
+                docs |= dict.fromkeys(current, match[2])
+            elif not line.strip() or line.endswith(":") and not line.startswith(" "):
+                current = []
+            else:
+                docs |= {name: f"{docs[name]} {line.strip()}" for name in current}
+    return docs
+
+
+def _leaves(config: Any, path: str) -> Iterator[tuple[str, Any, Any, str]]:
+    hints, docs = typing.get_type_hints(type(config)), field_docs(type(config))
+    for field in dataclasses.fields(config):
+        value, below = getattr(config, field.name), f"{path}{field.name}"
+        if dataclasses.is_dataclass(value):
+            yield from _leaves(value, f"{below}.")
+        else:
+            yield below, hints[field.name], value, docs.get(field.name, "")
+
+
+def _shown(value: Any) -> str:
+    """A value as one writes it on the command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(_shown, value)) or "()"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,0 +1,78 @@
+"""Bounds of numbers that users give, which are those of JAX's int32, uint32 and float32.
+
+JAX cuts off what is larger without a word: seed 2**32 would draw the images of seed 0.
+
+    steps = whole_number("steps", steps, 1)
+    cfg = finite_number("cfg", cfg, 0, allowed="0 or more; 1 turns it off")
+"""
+
+from typing import Any
+
+import numpy as np
+
+from varjax.errors import check_setting
+
+INT32_MAX = 2**31 - 1
+UINT32_MAX = 2**32 - 1
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_TINY = float(np.finfo(np.float32).tiny)  # smaller numbers may become 0
+
+
+def whole_number(name: str, value: Any, low: int, high: int = INT32_MAX, allowed: str = "") -> int:
+    """Returns a whole number of any type as a Python int.
+
+    Args:
+        name: name of the setting, for the message.
+        value: an int, a NumPy or JAX integer, or a float like 3.0; not a bool.
+        low: smallest value that is allowed.
+        high: largest value that is allowed.
+        allowed: description of the allowed values, for the message; "" to state the bounds.
+
+    Raises:
+        InputError: anything else.
+    """
+    number = _converted(int, value)
+    valid = number is not None and low <= number <= high and bool(number == value)
+    if number is not None and number > high:
+        allowed = f"at most {high}"
+    check_setting(name, value, valid, allowed or f"{low} or more, a whole number up to {high}")
+    return int(value)
+
+
+def finite_number(
+    name: str, value: Any, low: float, high: float = FLOAT32_MAX, allowed: str = ""
+) -> float:
+    """Returns a number of any type as a Python float, unless float32 makes it infinite or 0.
+
+    Arguments are those of `whole_number`; raises InputError for anything else, such as NaN.
+    """
+    number = _converted(float, value)
+    valid = (
+        number is not None
+        and low <= number <= high  # which NaN is not
+        and (number == 0 or abs(number) >= FLOAT32_TINY)
+    )
+    check_setting(name, value, valid, allowed or f"a finite number, {low:g} or more")
+    return float(value)
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    """Returns True or False as a Python bool; raises InputError for anything else, such as "no"."""
+    valid = isinstance(value, bool | np.bool_) or (np.ndim(value) == 0 and value in (0, 1))
+    check_setting(name, value, valid, "True or False")
+    return bool(value)
+
+
+def seed_number(name: str, value: Any) -> int:
+    """Returns a seed as a Python int; raises InputError for one that JAX would cut off."""
+    return whole_number(name, value, 0, UINT32_MAX)
+
+
+def _converted(kind: type, value: Any) -> Any:
+    """The value as an int or a float; None for texts, truth values, arrays and what fails."""
+    if isinstance(value, str | bytes | bool | np.bool_) or np.ndim(value):
+        return None
+    try:
+        return kind(value)
+    except (TypeError, ValueError, OverflowError):
+        return None

@@ -1,1 +1,0 @@
-"""Curves of training runs: `varjax plot --help`."""

@@ -1,0 +1,81 @@
+"""Makes the parser of a command, and turns its exceptions into messages and exit codes."""
+
+import argparse
+import contextlib
+import faulthandler
+import io
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from varjax.errors import InputError
+from varjax.storage.read_errors import FULL_ERRNOS, MACHINE_ERRNOS, machine_errno
+
+
+def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Makes the parser of a command's flags, which have to be spelled out.
+
+    Args:
+        name: name of the command.
+        description: text that --help prints unchanged, usually the module's docstring.
+    """
+    escape_unprintable()
+    return argparse.ArgumentParser(
+        name,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def escape_unprintable() -> None:
+    """Makes stdout escape what its encoding lacks, such as "…" in ASCII, instead of failing."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def run_command(
+    name: str,
+    action: Callable[[], object],
+    debug: bool = False,
+    interrupted: str = "interrupted",
+) -> int:
+    """Runs a command and returns its exit code.
+
+    Args:
+        name: name of the command, which its messages begin with.
+        action: function that does the work; an int that it returns becomes the exit code.
+        debug: whether users' mistakes are shown with their traceback, too.
+        interrupted: text printed after Ctrl-C.
+
+    Returns:
+        0 if `action` returned no int, 1 after an InputError, or where the machine or its file
+        system failed, 130 after Ctrl-C. Any other exception is a bug, and raised. After a signal
+        that ends the process, such as SIGBUS where a mapped file was cut, the stack is printed.
+    """
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr of no file
+            faulthandler.enable()
+    try:
+        code = action()
+    except InputError as error:
+        if debug:
+            traceback.print_exception(error)
+        else:
+            print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        code = machine_errno(error, MACHINE_ERRNOS | FULL_ERRNOS, context=False)
+        if debug or code is None:
+            raise
+        print(
+            f"{name}: {os.strerror(code)}: {str(error)[:500]}\nThe machine or its file system "
+            "failed. Start the same command again once it works",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: {interrupted}", file=sys.stderr)
+        return 130
+    return code if isinstance(code, int) else 0

@@ -1,0 +1,55 @@
+"""Computing batches on many devices: weights on each, rows shared out, nothing exchanged."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from varjax.errors import InputError
+from varjax.trees import PyTree
+
+T = TypeVar("T")
+
+
+def batch_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """Makes a mesh with the one axis "batch" over these devices; None for all of this process.
+
+    Raises InputError for an empty list.
+    """
+    devices = jax.local_devices() if devices is None else devices
+    if not devices:
+        raise InputError(f"devices is empty; give some of {jax.local_devices()}")
+    return jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
+
+
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Puts every array of the tree whole on each device of the mesh."""
+    return jax.device_put(tree, NamedSharding(mesh, P()))
+
+
+def data_parallel(f: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
+    """Jits `f` so that each device computes its part of the batch.
+
+    As every device runs the program of a small batch by itself, an image comes out the same to the
+    bit on one device or on many. A batch that the devices do not divide is padded with its last
+    row, and the result cut to its length.
+
+    Args:
+        f: (params, options, *batch) -> arrays; batch and result have a leading batch axis.
+        mesh: mesh of devices, made by `batch_mesh`.
+    """
+
+    def on_every_device(params, options, *batch):
+        B = len(jax.tree.leaves(batch)[0])
+        row_B = np.minimum(np.arange(B + -B % mesh.size), max(B - 1, 0))
+        if len(row_B) > B:
+            batch = jax.tree.map(lambda x: x[row_B], batch)
+        specs = (P(), P(), *[P("batch")] * len(batch))
+        # Nothing is exchanged between devices, so there is no replication to keep track of.
+        sharded = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("batch"), check_vma=False)
+        return jax.tree.map(lambda x: x[:B], sharded(params, options, *batch))
+
+    return jax.jit(on_every_device)

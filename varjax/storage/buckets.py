@@ -1,0 +1,250 @@
+"""Object storage as folders: paths gs://BUCKET/… and s3://BUCKET/…, uploads, and local mirrors.
+
+An object appears under its name whole or not at all, whoever writes it and whenever they are
+killed. That is all there is: objects cannot be appended to, renamed in one step, or locked. So
+files are made here and uploaded when they are complete (`varjax.storage.files.atomic_path`).
+
+epath has the methods of pathlib.Path for such paths, fsspec moves the bytes, and gcsfs or s3fs,
+which are not among varjax's dependencies, speak with the service.
+"""
+
+import contextlib
+import functools
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any, cast
+
+import fsspec
+from etils import epath
+from fsspec import config as fsspec_config
+
+from varjax.errors import InputError, StorageError
+from varjax.storage.untrusted import check_relative_name
+
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # by the scheme of an address
+# pathlib.Path("gs://bucket") has one slash less.
+ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):/(?P<slash>/?)(?P<rest>.*)", re.DOTALL)
+# Fields of which at least one changes with an object's content; each service has some of them.
+VERSION_FIELDS = "size", "generation", "etag", "ETag", "mtime", "LastModified", "created"
+# Files that say what the others in their folder are: readers begin with them, so they come last.
+INDEX_FILES = "config.json", "dataset_info.json"
+
+
+def as_path(location: str | os.PathLike) -> pathlib.Path:
+    """Returns a path on a disk or in a bucket; both have the methods of pathlib.Path.
+
+    Of those, a path in a bucket lacks the ones that a bucket cannot do, and its `stat` gives
+    `length` and `mtime`.
+
+    Raises:
+        InputError: an empty name, an address that is neither gs://… nor s3://…, or the package for
+            it is missing.
+    """
+    text = os.fspath(location)
+    if not text.strip():  # pathlib would take the folder that the command is called in
+        raise InputError("the name of a file or folder is empty; give one, or . for this folder")
+    match = ADDRESS.match(text)
+    if match is None or not (match["slash"] or match["scheme"] in PACKAGES):
+        return pathlib.Path(location)
+    scheme, rest = match["scheme"], match["rest"].strip("/")
+    # A copy on this disk is named after the last part.
+    if scheme not in PACKAGES or not rest or {".", ".."} & set(rest.split("/")):
+        raise InputError(
+            f"{text} is no address that can be used; give a folder or file, "
+            "gs://BUCKET/… or s3://BUCKET/…"
+        )
+    _set_up(scheme)
+    return cast(pathlib.Path, epath.Path(f"{scheme}://{rest}"))
+
+
+def in_bucket(path: str | os.PathLike) -> bool:
+    """Returns whether a path of `as_path` is in a bucket."""
+    return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in PACKAGES))
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+    """Returns the path from the root on; one in a bucket is so already."""
+    return path if in_bucket(path) else path.absolute()
+
+
+def upload(local: pathlib.Path, path: pathlib.Path) -> None:
+    """Uploads a file or folder; each object appears whole.
+
+    When a folder is replaced, its INDEX_FILES are removed first and uploaded last, so that nobody
+    takes a mixture of both for a whole one. Raises StorageError where the service refuses; of a
+    folder nothing is left then.
+    """
+    fs = _file_system(path)
+    with storage_errors(path, "written"):
+        if local.is_file():
+            fs.put_file(str(local), str(path))
+            return
+        names = [str(file.relative_to(local)) for file in local.rglob("*") if file.is_file()]
+        before = set(object_versions(path)) if path.is_dir() else set()
+        for name in sorted(before - set(names) | before & set(INDEX_FILES), key=_index_first):
+            fs.rm_file(str(path / name))
+        try:
+            for name in sorted(names, key=lambda name: (name in INDEX_FILES, name)):
+                fs.put_file(str(local / name), str(path / name))
+        except Exception:
+            with contextlib.suppress(Exception):  # the network may be what failed
+                fs.rm(str(path), recursive=True)
+            raise
+
+
+def create_object(path: pathlib.Path, data: bytes) -> bool:
+    """Writes an object unless it exists; returns whether it did. Of several writers, one does."""
+    with storage_errors(path, "written"):
+        try:
+            _file_system(path).pipe_file(str(path), data, mode="create")
+        except FileExistsError:
+            return False
+    return True
+
+
+def object_versions(path: pathlib.Path) -> dict[str, str]:
+    """Lists the objects below a folder, or the object at `path`, under "".
+
+    Returns:
+        {path below `path`: text that changes with the content}; {} where there is nothing.
+
+    Raises:
+        InputError: an object's name would lead out of the folder on a disk; see
+            `untrusted.check_relative_name`.
+        StorageError: the bucket cannot be read.
+    """
+    with storage_errors(path, "read"):
+        fs = _file_system(path)
+        root = fs._strip_protocol(str(path))
+        found = fs.find(str(path), detail=True)
+    versions = {}
+    for place, info in sorted(cast("dict[str, dict[str, Any]]", found).items()):
+        if info["type"] != "file" or place.endswith("/"):  # which some make for empty folders
+            continue
+        if name := place[len(root) :].removeprefix("/"):
+            check_relative_name(name, path)
+        versions[name] = repr([info.get(field) for field in VERSION_FIELDS])
+    return versions
+
+
+def remove_objects(path: pathlib.Path) -> None:
+    """Removes an object, or all below a folder; nothing happens where there is none."""
+    with storage_errors(path, "removed"):
+        if path.exists():
+            _file_system(path).rm(str(path), recursive=True)
+
+
+def move_objects(path: pathlib.Path, to: pathlib.Path) -> None:
+    """Moves all objects below a folder, one after the other."""
+    with storage_errors(path, "moved"):
+        _file_system(path).mv(str(path), str(to), recursive=True)
+
+
+def list_folder(path: pathlib.Path) -> tuple[list[str], list[str]]:
+    """Returns the names of the folders and of the objects in a folder, as far as they are there."""
+    folders, objects = [], []
+    with storage_errors(path, "read"), contextlib.suppress(FileNotFoundError):
+        fs = _file_system(path)
+        for entry in fs.ls(str(path), detail=True):
+            place = entry["name"].strip("/")
+            if place == fs._strip_protocol(str(path)).strip("/"):
+                continue  # an empty object that some make for the folder itself
+            name = place.rpartition("/")[2]
+            (folders if entry["type"] == "directory" else objects).append(name)
+    return folders, objects
+
+
+def download_object(path: pathlib.Path, local: pathlib.Path) -> None:
+    """Copies an object to a local file; raises StorageError where it cannot be read."""
+    options = {"desc": f"copying {path.name}", "unit": "B", "unit_scale": True, "delay": 2}
+    with storage_errors(path, "read"):
+        bar = fsspec.callbacks.TqdmCallback(tqdm_kwargs=options)
+        _file_system(path).get_file(str(path), str(local), callback=bar)
+
+
+class LocalMirror:
+    """Mirrors a folder of a bucket on this machine's disk, for files that grow.
+
+        mirror = LocalMirror(run_dir)
+        open(mirror.folder / "metrics.jsonl", "a").write("…")
+        mirror.upload()
+        mirror.close()
+
+    Where the path is on a disk, `folder` is the path itself, and neither does anything.
+
+    Args:
+        path: remote folder that the local folder mirrors.
+        names: files to download first, if they exist.
+
+    Attributes:
+        folder: path of the local folder.
+    """
+
+    def __init__(self, path: pathlib.Path, names: tuple[str, ...] = ()):
+        self._path, self._sent = path, {}
+        self.folder = path
+        if in_bucket(path):
+            self.folder = pathlib.Path(tempfile.mkdtemp(prefix="varjax_"))
+            for name in names:
+                if (path / name).exists():
+                    download_object(path / name, self.folder / name)
+
+    def upload(self) -> None:
+        """Writes to the bucket whatever has changed; raises StorageError where that fails."""
+        if self.folder == self._path:
+            return
+        for file in sorted(self.folder.rglob("*")):
+            stat = file.stat()
+            if file.is_file() and self._sent.get(file) != (state := (stat.st_size, stat.st_mtime)):
+                upload(file, self._path / file.relative_to(self.folder))
+                self._sent[file] = state
+
+    def close(self) -> None:
+        """Uploads, and removes the local folder."""
+        self.upload()
+        if self.folder != self._path:
+            shutil.rmtree(self.folder)
+
+
+def _index_first(name: str) -> tuple[bool, str]:
+    return name not in INDEX_FILES, name
+
+
+@functools.cache
+def _set_up(scheme: str) -> None:
+    # One client for all: epath would take TensorFlow's where that is installed.
+    os.environ.setdefault("EPATH_USE_TF", "false")
+    # Other processes write to a bucket, too: what was listed before says nothing.
+    fsspec_config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        package = PACKAGES[scheme]
+        raise InputError(f"{scheme}:// needs {package} (pip install {package}): {error}") from error
+
+
+def _file_system(path: pathlib.Path) -> Any:
+    return fsspec.filesystem(str(path).partition("://")[0])
+
+
+@contextlib.contextmanager
+def storage_errors(path: pathlib.Path, verb: str) -> Iterator[None]:
+    """Raises StorageError where a bucket cannot be reached; a path on a disk is left alone.
+
+    The services' packages have exceptions of all kinds for a missing right or network.
+
+    Args:
+        path: file or folder being accessed.
+        verb: word for the message, "read" or "written".
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or not in_bucket(path):
+            raise
+        reason = f"{type(error).__name__}: {error}"[:500]
+        raise StorageError(f"{path} could not be {verb}: {reason}") from error

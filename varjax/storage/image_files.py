@@ -1,0 +1,273 @@
+"""Reads image files of unknown origin: which formats, how large, with which range of values.
+
+picture = decode_picture(read_file(path), path)
+
+An error of the machine is a StorageError; a BrokenImage is a missing file or bad content.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from typing import IO, Any, TypeVar
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from varjax.errors import InputError, StorageError
+from varjax.storage import buckets
+from varjax.storage.broken_images import BrokenImage
+from varjax.storage.buckets import as_path, in_bucket
+from varjax.storage.read_errors import machine_errno, retry_read
+
+# Pillow's formats by suffix. It knows others, of which some run programs (PostScript).
+IMAGE_FORMATS = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".jp2": "JPEG2000",
+    ".avif": "AVIF",
+}
+# Decoding takes up to 8 bytes a pixel, in each of up to 16 threads, whatever the file's bit depth.
+# The environment variables VARJAX_MAX_PIXELS and VARJAX_MAX_ASPECT_RATIO set other limits, for all
+# commands and their worker processes.
+MAX_PIXELS = 2**26
+MAX_ASPECT_RATIO = 100
+DECODING_BYTES = 16  # a pixel; more than any image needs
+# Say something about the file's path, not about the machine.
+NO_FILE_ERRNOS = (
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENXIO,  # a socket, or a device without hardware
+)
+OUT_OF_MEMORY = "out of memory error", "decoder error -9"  # in Pillow's OSErrors
+ROWS_AT_ONCE = 256
+T = TypeVar("T")
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """Returns the content of a file.
+
+    Raises:
+        BrokenImage: there is no such regular file.
+        StorageError: the machine or the bucket cannot read it now.
+    """
+    path = as_path(path)
+    if in_bucket(path):
+        with buckets.storage_errors(path, "read"), contextlib.suppress(FileNotFoundError):
+            return path.read_bytes()
+        raise BrokenImage(str(path), "it is missing")
+    return _read_regular_file(path, lambda file: file.read())
+
+
+def read_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Returns (width, height) of an image on a disk from its header alone; raises as `read_file`.
+
+    BrokenImage also where the header claims what `open_picture` refuses.
+    """
+
+    def header(file: IO[bytes]) -> tuple[int, int]:
+        with _decoder_errors(printable_path(path)), open_picture(file) as picture:
+            return picture.size
+
+    return _read_regular_file(path, header)
+
+
+def decode_picture(
+    data: bytes, name: str | os.PathLike, convert: Callable[[Image.Image], Any] = lambda x: x
+) -> Any:
+    """Decodes a picture in its own mode but with 8 bits, upright as its EXIF data say.
+
+    More bits are scaled to 8; the first frame of an animation is taken.
+
+    Args:
+        data: content of the image file.
+        name: name of the file, for messages.
+        convert: function of the picture that makes the result; its errors count as the decoder's.
+
+    Raises:
+        BrokenImage: the decoder cannot read the data, or they are too large or of unknown range.
+        StorageError: the machine lacks memory.
+    """
+    name = printable_path(name)
+    with _decoder_errors(name):
+        if not data:
+            raise InputError("it is empty")
+        return retry_read(lambda: convert(_decode(data)), name)
+
+
+def open_picture(file: IO[bytes]) -> Image.Image:
+    """Opens an image of a known format whose pixels are not decoded yet.
+
+    Raises InputError where the header claims too many pixels or too thin an image. Whatever Pillow
+    raises passes through.
+    """
+    picture = Image.open(file, formats=tuple(dict.fromkeys(IMAGE_FORMATS.values())))
+    width, height = picture.size
+    if width * height > (pixels := _limit("VARJAX_MAX_PIXELS", MAX_PIXELS)):
+        raise InputError(
+            f"it has {width}x{height} pixels; allowed are {pixels:,} in all, so resize it first, "
+            "or set VARJAX_MAX_PIXELS"
+        )
+    ratio = _limit("VARJAX_MAX_ASPECT_RATIO", MAX_ASPECT_RATIO)
+    if max(width, height) > ratio * min(width, height):
+        raise InputError(
+            f"it has {width}x{height} pixels; allowed is an aspect ratio up to {ratio}, so crop it "
+            "first, or set VARJAX_MAX_ASPECT_RATIO"
+        )
+    return picture
+
+
+def picture_array(picture: Image.Image, mode: str) -> np.ndarray:
+    """Returns a picture's pixels in a mode of Pillow, as uint8 (H, W, channels).
+
+    Converts some rows at a time: the whole would take three times the memory.
+    """
+    width, height = picture.size
+    pixels_HWC = np.empty((height, width, len(mode)), np.uint8)
+    for top in range(0, height, ROWS_AT_ONCE):
+        rows = picture.crop((0, top, width, min(top + ROWS_AT_ONCE, height)))
+        if rows.mode == "P":  # by this detour Pillow does not warn of transparent palettes
+            rows = rows.convert("RGBA")
+        rows_HWC = np.asarray(rows.convert(mode))
+        pixels_HWC[top : top + ROWS_AT_ONCE] = rows_HWC.reshape(-1, width, len(mode))
+    return pixels_HWC
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Turns values in [0, 1] into 0 … 255, rounded; raises InputError for NaN and infinity."""
+    if not np.isfinite(images).all():
+        raise InputError("images hold NaN or infinite numbers, which no picture can show")
+    return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
+
+
+def printable_path(path: str | os.PathLike) -> str:
+    """Returns a path as text that any terminal and file takes, also where it is not UTF-8."""
+    return os.fspath(path).encode("utf-8", "replace").decode()
+
+
+def _read_regular_file(path: str | os.PathLike, read: Callable[[IO[bytes]], T]) -> T:
+    name = printable_path(path)
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # does not wait for the writer of a pipe
+
+    def attempt() -> T:
+        with open(path, "rb", opener=opener) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BrokenImage(name, "it is not a regular file")
+            return read(file)
+
+    try:
+        return retry_read(attempt, name)
+    except InputError:
+        raise
+    except OSError as error:
+        if error.errno in NO_FILE_ERRNOS:
+            raise BrokenImage(name, error.strerror or str(error)) from error
+        raise StorageError(f"{name} cannot be read now: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def _decoder_errors(name: str) -> Iterator[None]:
+    """Raises BrokenImage for what a decoder says, StorageError for a failing machine."""
+    try:
+        yield
+    except StorageError as error:
+        if machine_errno(error) == errno.ENOMEM and _memory_is_left():
+            reason = "it asks for more memory than an image of its size needs"
+            raise BrokenImage(name, reason) from error
+        raise
+    except UnidentifiedImageError as error:
+        raise BrokenImage(name, "it is of no known format") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+        if machine_errno(error) is not None:  # while the header is read from the disk
+            raise
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise BrokenImage(name, f"{kind}{error}") from error
+
+
+def _decode(data: bytes) -> Image.Image:
+    try:
+        with open_picture(io.BytesIO(data)) as picture:
+            largest = _largest_value(picture)
+            picture.load()
+            if picture.format == "PNG":
+                _check_png_data(data)
+            ImageOps.exif_transpose(picture, in_place=True)
+    except OSError as error:
+        if any(text in str(error) for text in OUT_OF_MEMORY):
+            raise MemoryError(str(error)) from error
+        raise
+    return picture if largest is None else _scaled(picture, largest)
+
+
+def _check_png_data(data: bytes) -> None:
+    """Raises InputError where pixels of a PNG are damaged; Pillow skips these checksums alone."""
+    position, kind = 8, b""
+    while position < len(data) and kind != b"IEND":
+        end = position + 8 + int.from_bytes(data[position : position + 4], "big")
+        kind = data[position + 4 : position + 8]
+        checksum = zlib.crc32(memoryview(data)[position + 4 : end])
+        if kind == b"IDAT" and checksum != int.from_bytes(data[end : end + 4], "big"):
+            raise InputError("its pixels are damaged: a checksum does not match")
+        position = end + 4
+
+
+def _largest_value(picture: Image.Image) -> int | None:
+    """The largest value of a picture of more than 8 bits; None where Pillow makes 8 of them.
+
+    Refuses numbers that files use in any range. Libraries disagree on them: some scale by the range
+    of the type, which makes most such images black, others by the values of the image.
+    """
+    if picture.mode == "F":
+        raise InputError("it holds floats, whose range is unknown; save it with 8 or 16 bits")
+    if not picture.mode.startswith("I"):
+        return None
+    if picture.format != "TIFF":
+        return 2**16 - 1  # Pillow has scaled PGM to it
+    if picture.mode == "I":
+        raise InputError(
+            "it holds signed or 32-bit integers, whose range is unknown; save it with 8 or 16 bits"
+        )
+    return 2 ** picture.tag_v2[258][0] - 1  # type: ignore[attr-defined]  # BitsPerSample
+
+
+def _scaled(picture: Image.Image, largest: int) -> Image.Image:
+    """Scales 0 … `largest` to 8 bits; some rows at a time, because floats take 8 bytes."""
+    values_HW = np.asarray(picture)
+    scaled_HW = np.empty(values_HW.shape, np.uint8)
+    for top in range(0, len(values_HW), ROWS_AT_ONCE):
+        rows = slice(top, top + ROWS_AT_ONCE)
+        scaled_HW[rows] = to_uint8(values_HW[rows] / largest)
+    return Image.fromarray(scaled_HW)
+
+
+def _limit(variable: str, default: int) -> int:
+    """Returns the number in an environment variable, the default where it is not set."""
+    text = os.environ.get(variable, "") or str(default)
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{variable}={text}: must be a whole number, 1 or more")
+    return int(text)
+
+
+def _memory_is_left() -> bool:
+    """Whether the machine gives more memory than decoding any image takes."""
+    try:
+        np.empty(DECODING_BYTES * _limit("VARJAX_MAX_PIXELS", MAX_PIXELS), np.uint8)
+    except MemoryError:
+        return False
+    return True

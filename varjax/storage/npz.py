@@ -1,0 +1,250 @@
+"""Reads .npz and .npy files of unknown origin: nothing is allocated by what a file only claims.
+
+    archive = NpzArchive("samples.npz")
+    shape, dtype = archive.header("arr_0")
+    label_N = archive.read("labels")
+
+An array's shape is compared with the size of its member, and that with the size of the file, before
+any memory is taken. Pickles are never read.
+"""
+
+import contextlib
+import io
+import math
+import os
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+import numpy as np
+
+from varjax.errors import InputError, StorageError
+from varjax.storage.read_errors import machine_errno
+from varjax.storage.untrusted import check_name, check_shape, open_regular_file, reason, shown
+
+# Deflate makes a thousandth of zeros. Real arrays shrink to a half, pictures of digits to a tenth.
+MAX_RATIO, SMALL_BYTES = 64, 2**20
+MAX_DIRECTORY_BYTES = 2**20  # of the list of members, some 60 bytes for each
+MAX_HEADER_BYTES = 10_000  # NumPy's own bound
+KINDS = "biufc"  # of dtypes: booleans, integers, floats, complex numbers
+CHUNK_BYTES = 2**20
+NOT_READABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    NotImplementedError,  # a method of compression that zipfile does not know
+    RuntimeError,  # an encrypted member
+    ValueError,
+    EOFError,
+    OSError,  # a position that cannot be
+)
+# NumPy evaluates the header's text, and tokenizes what it cannot evaluate.
+NO_HEADER = (
+    ValueError,
+    TypeError,
+    SyntaxError,
+    tokenize.TokenError,
+    RecursionError,
+    MemoryError,
+)
+AGAIN = "make or copy it again"
+SHOWN_NAMES = 8
+
+
+class NpzArchive:
+    """Reads the arrays of an .npz on a disk, which is opened for each call.
+
+    Args:
+        path: .npz file to read.
+
+    Attributes:
+        names: names of the arrays, without ".npy".
+
+    Raises:
+        InputError: in each method too, for a file that is damaged, that is no .npz, or whose claims
+            do not fit its size; names the file.
+        StorageError: the machine failed, which says nothing about the file.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self._path = path
+        with self._opened() as archive:
+            names = archive.namelist()
+        self.names = [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
+
+    def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        """Returns shape and dtype of an array, for which the file has just as many bytes."""
+        with self._opened() as archive, _member(archive, name) as (_, shape, dtype, _):
+            return shape, dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """Reads an array into memory; check its `header` first where it may be large."""
+        with self._opened() as archive, _member(archive, name) as (member, shape, dtype, fortran):
+            data_N = np.empty(math.prod(shape), dtype)
+            view, filled = data_N.view(np.uint8), 0
+            while filled < len(view) and (part := member.read(CHUNK_BYTES)):
+                view[filled : filled + len(part)] = np.frombuffer(part, np.uint8)
+                filled += len(part)
+            if filled < len(view):
+                raise InputError(f"{name} is cut short; {AGAIN}")
+        return data_N.reshape(shape, order="F" if fortran else "C")
+
+    def rows(self, name: str, parts: Sequence[range]) -> Iterator[np.ndarray]:
+        """Yields some rows of an array after others, with no more than them in memory.
+
+        Args:
+            name: name of an array in C order.
+            parts: numbers of consecutive rows, in order and without overlap.
+        """
+        with self._opened() as archive, _member(archive, name) as (member, shape, dtype, fortran):
+            if fortran:
+                raise InputError(f"{name} is in Fortran's order; save it in C's")
+            row_bytes, row = math.prod(shape[1:]) * dtype.itemsize, 0
+            for part in parts:
+                left = (part.start - row) * row_bytes
+                while left > 0 and (skipped := len(member.read(min(left, CHUNK_BYTES)))):
+                    left -= skipped
+                data, row = member.read(len(part) * row_bytes), part.stop
+                if len(data) < len(part) * row_bytes:
+                    raise InputError(f"{name} is cut short; {AGAIN}")
+                yield np.frombuffer(data, dtype).reshape(len(part), *shape[1:])
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[zipfile.ZipFile]:
+        with (
+            _errors_naming(self._path, "an .npz"),
+            _ZipBytes(self._path, opener=open_regular_file) as file,
+            zipfile.ZipFile(file) as archive,
+        ):
+            file.listing = False
+            _check_members(archive.infolist(), os.fstat(file.fileno()).st_size)
+            yield archive
+
+
+def map_npy(path: str | os.PathLike) -> np.ndarray:
+    """Maps an .npy, which is read when it is used; errors are those of `NpzArchive`."""
+    with (
+        _errors_naming(path, "an .npy"),
+        open(path, "rb", opener=open_regular_file) as file,
+    ):
+        start, shape, fortran, dtype = _read_header(file, "it")
+        size = os.fstat(file.fileno()).st_size - start
+        shape, dtype, fortran = _checked("it", size, shape, fortran, dtype)
+        return np.memmap(file, dtype, "r", start, shape, "F" if fortran else "C")
+
+
+def read_zip_text(file: IO[bytes], name: str) -> str:
+    """Reads a member of text of a zip file, which may be in a bucket.
+
+    Raises InputError where it is missing or has more than 1 MiB, or the file is damaged.
+    """
+    with _errors_naming(name, "text of a zip file"), zipfile.ZipFile(file) as archive:
+        if name not in archive.namelist():
+            raise InputError("there is none in the file")
+        if (size := archive.getinfo(name).file_size) > SMALL_BYTES:
+            raise InputError(f"it has {size} bytes; allowed are {SMALL_BYTES}")
+        return archive.read(name).decode()
+
+
+class _ZipBytes(io.FileIO):
+    """A zip file, of whose list of members little is read: zipfile needs 10 times its size."""
+
+    listing = True
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self.listing and size is not None and size > MAX_DIRECTORY_BYTES:
+            raise InputError(f"its list of members has {size} bytes; {AGAIN}")
+        if self.listing and (size is None or size < 0):
+            size = MAX_DIRECTORY_BYTES
+        return super().read(-1 if size is None else size)
+
+
+@contextlib.contextmanager
+def _errors_naming(path: str | os.PathLike, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except StorageError:
+        raise
+    except InputError as error:
+        raise InputError(f"{os.fspath(path)}: {error}") from error
+    except NOT_READABLE as error:
+        if code := machine_errno(error):
+            raise StorageError(f"{path} cannot be read now: {os.strerror(code)}") from error
+        raise InputError(f"{path} cannot be read as {kind} ({reason(error)}); {AGAIN}") from error
+
+
+def _check_members(members: list[zipfile.ZipInfo], file_bytes: int) -> None:
+    if len({member.filename for member in members}) < len(members):
+        raise InputError(f"two of its members have the same name; {AGAIN}")
+    for member in members:
+        check_name(member.filename)
+        known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        if member.flag_bits & 1 or not known:
+            raise InputError(
+                f"{member.filename} is encrypted, or compressed by another method than "
+                "deflate; save it by np.savez"
+            )
+    packed, unpacked = (
+        sum(getattr(member, size) for member in members) for size in ("compress_size", "file_size")
+    )
+    if packed > file_bytes:
+        raise InputError(f"its members have {packed} bytes, but the file {file_bytes}; {AGAIN}")
+    if unpacked > max(SMALL_BYTES, MAX_RATIO * file_bytes):
+        raise InputError(
+            f"it unpacks from {file_bytes} to {unpacked} bytes, more than real arrays do; if you "
+            "trust it, save it by np.savez, without compression"
+        )
+
+
+@contextlib.contextmanager
+def _member(
+    archive: zipfile.ZipFile, name: str
+) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype, bool]]:
+    """Opens an array at its first number; yields (bytes, shape, dtype, Fortran's order) of it."""
+    if (file_name := f"{name}.npy") not in archive.namelist():
+        names = [n.removesuffix(".npy") for n in archive.namelist()[:SHOWN_NAMES]]
+        raise InputError(f"there is no {name} in it, but {', '.join(names) or 'nothing'}")
+    with archive.open(file_name) as member:
+        start, shape, fortran, dtype = _read_header(member, name)
+        size = archive.getinfo(file_name).file_size - start
+        yield member, *_checked(name, size, shape, fortran, dtype)
+
+
+def _read_header(file: IO[bytes], name: str) -> tuple[int, Any, bool, np.dtype]:
+    """Returns (bytes of the header, shape, Fortran's order, dtype) as the file has them."""
+    start = file.read(8)
+    if len(start) < 8 or start[:6] != np.lib.format.MAGIC_PREFIX:
+        raise InputError(f"{name} does not begin as an array does; {AGAIN}")
+    version = start[6], start[7]
+    if version not in ((1, 0), (2, 0)):  # 3.0 has names of fields in other alphabets
+        raise InputError(f"{name} has version {version} of the .npy format, which is not known")
+    width = 2 if version == (1, 0) else 4
+    length = file.read(width)
+    if len(length) < width or (count := int.from_bytes(length, "little")) > MAX_HEADER_BYTES:
+        raise InputError(f"{name} has a header that is cut short or too long; {AGAIN}")
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    try:
+        shape, fortran, dtype = read(io.BytesIO(length + file.read(count)))
+    except NO_HEADER as error:
+        raise InputError(f"{name} has a header that is none ({reason(error)}); {AGAIN}") from error
+    return 8 + width + count, shape, fortran, dtype
+
+
+def _checked(
+    name: str, size: int, shape: Any, fortran: bool, dtype: np.dtype
+) -> tuple[tuple[int, ...], np.dtype, bool]:
+    if dtype.kind not in KINDS:
+        raise InputError(f"{name} has type {shown(str(dtype))}; needed are numbers")
+    shape = check_shape(shape, dtype.itemsize)
+    if (claimed := math.prod(shape) * dtype.itemsize) != size:
+        raise InputError(
+            f"{name} is {dtype} of shape {shown(shape)}, {shown(claimed)} bytes, but has "
+            f"{size}; {AGAIN}"
+        )
+    return shape, dtype, fortran

@@ -1,0 +1,257 @@
+"""Reads .safetensors files as memory-mapped arrays and writes them as a stream.
+
+    write_safetensors("model.safetensors", {"kernel": np.zeros((8, 16), np.float32)}, {})
+    tensors, metadata = read_safetensors("model.safetensors")
+
+The safetensors library reads and checks headers. Its own way to the numbers is not taken: it copies
+every tensor, while a memory map leaves on the disk what is not used, and XLA on a CPU computes with
+the mapped pages themselves. Its writer needs all tensors in memory at once, so files are written
+here, one piece of one tensor at a time.
+
+A checksum of each tensor is kept in the header's metadata. Files that have none are read without.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from varjax.errors import DamagedFileError, InputError
+from varjax.storage.checksums import array_checksum, contiguous_bytes
+from varjax.storage.untrusted import check_name, check_shape, reason, shown
+
+# The format allows 100 MB, but those of models have less than 1 MB, and the library needs up to 20
+# times as much memory as a header has bytes.
+MAX_HEADER_BYTES, MAX_TENSORS = 2**23, 2**16
+CHECKSUMS = "xxh3_128"  # in the metadata; JSON, by the tensors' names
+METADATA = "__metadata__"  # which is no tensor's name
+ALIGNMENT = 64  # bytes; XLA uses memory in place, without a copy, where it starts on such a line
+DTYPES = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "F64": np.float64,
+        "F32": np.float32,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "I64": np.int64,
+        "I32": np.int32,
+        "I16": np.int16,
+        "I8": np.int8,
+        "U64": np.uint64,
+        "U32": np.uint32,
+        "U16": np.uint16,
+        "U8": np.uint8,
+        "BOOL": np.bool_,
+        "C64": np.complex64,
+    }.items()
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyArray:
+    """An array that is computed while it is written, in pieces.
+
+        LazyArray((2, 3), np.dtype(np.float32), lambda: (row_3 for row_3 in rows_23))
+
+    Attributes:
+        shape: shape of the whole array.
+        dtype: number format of every chunk.
+        chunks: function that returns the elements in C order, as arrays of any shape; called once
+            per use.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        array, filled = np.empty(self.shape, self.dtype), 0
+        for chunk in self.chunks():
+            array.reshape(-1)[filled : filled + chunk.size] = chunk.reshape(-1)
+            filled += chunk.size
+        assert filled == array.size, (self.shape, filled)
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+Tensor = np.ndarray | LazyArray
+
+
+def tensor_chunks(tensor: Tensor) -> Iterable[np.ndarray]:
+    """Returns the pieces in which a tensor is written: one, if it is an array already."""
+    return tensor.chunks() if isinstance(tensor, LazyArray) else (tensor,)
+
+
+def write_safetensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Writes a .safetensors file with one chunk of one tensor in memory at a time.
+
+    Args:
+        path: the file; an existing one is overwritten in place, so see `files.write_tensors`.
+        tensors: arrays by name, of the types in DTYPES.
+        metadata: text by name, stored in the header.
+    """
+    assert CHECKSUMS not in metadata
+    # Tensors that fill whole lines of memory come first, so that each of them starts on a line.
+    names = sorted(
+        tensors,
+        key=lambda name: (
+            tensors[name].nbytes % ALIGNMENT > 0,
+            -tensors[name].dtype.itemsize,
+            name,
+        ),
+    )
+    header: dict[str, object] = {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    # They are known once all is written; until then, zeros fill as many bytes of the header.
+    checksums = {METADATA: _metadata_checksum(metadata)} | dict.fromkeys(names, "0" * 32)
+    with open(path, "wb") as file:
+        text = _header_text(header, metadata, checksums)
+        file.write(text)
+        for name in names:
+            tensor, before = tensors[name], file.tell()
+
+            def written(chunks: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
+                for chunk in chunks:
+                    file.write(contiguous_bytes(chunk))
+                    yield chunk
+
+            chunks = written(tensor_chunks(tensor))
+            checksums[name] = array_checksum(tensor.dtype, tensor.shape, chunks)
+            assert file.tell() - before == tensor.nbytes, name
+        file.seek(0)
+        assert len(final := _header_text(header, metadata, checksums)) == len(text)
+        file.write(final)
+
+
+def _header_text(
+    header: Mapping[str, object], metadata: Mapping[str, str], checksums: Mapping[str, str]
+) -> bytes:
+    """Returns the start of a file, padded so that the first tensor starts on a line of memory."""
+    entries = {**metadata, CHECKSUMS: json.dumps(checksums, separators=(",", ":"))}
+    text = json.dumps({METADATA: entries, **header}).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _metadata_checksum(metadata: Mapping[str, str]) -> str:
+    others = sorted((name, text) for name, text in metadata.items() if name != CHECKSUMS)
+    return array_checksum(
+        np.dtype(np.uint8), (), (np.frombuffer(json.dumps(others).encode(), "u1"),)
+    )
+
+
+def read_safetensors(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads the header of a .safetensors file and maps its tensors, which are read when used.
+
+    Files must not be cut while they are mapped. That one was cut or replaced is noticed up to the
+    end of this function. Later, using what is missing raises SIGBUS, which ends the process;
+    commands then print the Python stack (`core.commands.run_command`), and nothing else can be
+    done. A file that is replaced by `files.atomic_path` stays mapped as it was.
+
+    Checksums are compared by `check_tensors` alone, for that reads all of the file.
+
+    Returns:
+        ({name: read-only view of the file}, {name: text of the metadata}).
+
+    Raises:
+        InputError: the file is damaged, cut short, or holds a type that NumPy lacks.
+    """
+    with open(path, "rb") as file:
+        before = os.fstat(file.fileno())
+        header_bytes = int.from_bytes(file.read(8), "little")
+    try:
+        if header_bytes > MAX_HEADER_BYTES:
+            raise SafetensorError(
+                f"a header of {header_bytes} bytes; allowed are {MAX_HEADER_BYTES}"
+            )
+        with safe_open(path, framework="numpy") as file:
+            # The library has checked that the tensors fill the file without gaps, in this order.
+            names = file.offset_keys()
+            if len(names) > MAX_TENSORS:
+                raise InputError(f"{path}: has {len(names)} tensors; allowed are {MAX_TENSORS}")
+            slices = {name: file.get_slice(name) for name in names}
+            kinds = {name: (x.get_dtype(), x.get_shape()) for name, x in slices.items()}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise InputError(
+            f"{path}: truncated or not a safetensors file ({reason(error)}); "
+            "write or download it again"
+        ) from error
+    if foreign := sorted({dtype for dtype, _ in kinds.values()} - DTYPES.keys()):
+        raise InputError(
+            f"{path}: has tensors of type {', '.join(foreign)}; allowed: {', '.join(DTYPES)}. "
+            "Save them as one of these"
+        )
+    file = np.memmap(path, np.uint8, "r")
+    start = 8 + header_bytes
+    tensors = {}
+    try:
+        for name, (dtype, shape) in kinds.items():
+            shape = check_shape(shape, DTYPES[dtype].itemsize)
+            tensors[check_name(name)] = np.ndarray(shape, DTYPES[dtype], file, start)
+            start += tensors[name].nbytes
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if start != len(file) or _identity(before) != _identity(os.stat(path)):
+        raise InputError(f"{path}: was cut or replaced while it was read; try again")
+    return tensors, metadata
+
+
+def check_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Reads all tensors and compares their checksums; does nothing for a file without them.
+
+    Args:
+        path: name of the file, for the message.
+        tensors: tensors returned by `read_safetensors`.
+        metadata: metadata returned by `read_safetensors`.
+
+    Raises:
+        DamagedFileError: names tensors that are not as they were written.
+    """
+    if CHECKSUMS not in metadata:
+        return
+    try:
+        expected = dict(json.loads(metadata[CHECKSUMS]))
+    except (ValueError, TypeError, RecursionError):
+        expected = {}
+    changed = (tensors.keys() | {METADATA}) ^ expected.keys()
+    if expected.get(METADATA) != _metadata_checksum(metadata):
+        changed.add(METADATA)
+    for name in tensors.keys() - changed:
+        array = tensors[name]
+        if array_checksum(array.dtype, array.shape, (array,)) != expected[name]:
+            changed.add(name)
+    if changed:
+        raise DamagedFileError(
+            f"{path} is damaged: the checksums of {len(changed)} of {len(tensors)} tensors do not "
+            f"match, among them {shown(min(changed))}; write or download it again"
+        )
+
+
+def _identity(about: os.stat_result) -> tuple[int, ...]:
+    return about.st_ino, about.st_size, about.st_mtime_ns

@@ -1,0 +1,224 @@
+"""Files of unknown origin: what they may claim, and how to tell of it in a short message.
+
+A file's numbers are looked at before anything is allocated by them, so that reading takes memory
+and time in proportion to the file, whatever it says.
+"""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import stat
+from collections.abc import Sequence
+from typing import Any
+
+from varjax.errors import InputError
+
+MAX_RANK = 64  # NumPy's
+MAX_SIDE, MAX_BYTES = 2**48, 2**63  # what addresses can be, and NumPy's sizes
+MAX_NAME_LENGTH = 512  # those of real tensors have less than 100 characters
+# What is compressed, shared or expanded may be more than the file, but real weights shrink by no
+# more than a tenth, and are tied once or twice.
+MAX_RATIO, SMALL_BYTES = 8, 2**20
+MAX_SETTING, MAX_SETTINGS_LENGTH = 2**20, 256  # of a config; real ones stay below 10,000 and 20
+MAX_DEPTH, MAX_INTEGER = 64, 2**64  # of JSON data; deeper ones would end functions that recurse
+SHOWN_LENGTH, SHOWN_ITEMS, SHOWN_LINES, REASON_LENGTH = 80, 6, 50, 200
+
+
+def plausible_bytes(file_bytes: int) -> int:
+    """Returns how many bytes a file may at most unpack to, and its tensors have together."""
+    return max(SMALL_BYTES, MAX_RATIO * file_bytes)
+
+
+def bytes_on_disk(path: pathlib.Path) -> int:
+    """Returns the bytes of a file, or of all files below a folder that are there.
+
+    Links count as the files that they name: tools that keep data elsewhere link each file.
+    """
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):  # it may just be removed
+                total += os.stat(os.path.join(folder, name)).st_size
+    return total if path.is_dir() else path.stat().st_size
+
+
+def open_regular_file(path: str, flags: int) -> int:
+    """Opens a file for `open(path, "rb", opener=open_regular_file)`.
+
+    Raises InputError for a pipe or device, which would be waited for, or read without end.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # does not wait for the writer of a pipe
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError("it is not a regular file; copy its content into one")
+    return descriptor
+
+
+def check_integers(numbers: Any) -> tuple[int, ...]:
+    """Returns a size or strides as a tuple.
+
+    Raises InputError unless they are a list or tuple of at most 64 integers of 0 or more.
+    """
+    if not isinstance(numbers, list | tuple) or len(numbers) > MAX_RANK:
+        raise InputError(
+            f"a tensor has size or stride {shown(numbers)}; allowed are at most {MAX_RANK} integers"
+        )
+    if any(type(n) is not int or not 0 <= n < MAX_SIDE for n in numbers):
+        raise InputError(
+            f"a tensor has size or stride {shown(numbers)}, where non-negative integers belong: "
+            "the file is damaged"
+        )
+    return tuple(numbers)
+
+
+def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
+    """Returns a shape as a tuple; raises InputError unless NumPy can have such arrays.
+
+    Args:
+        shape: value to check, of any type.
+        itemsize: bytes per element.
+    """
+    shape = check_integers(shape)
+    # Like NumPy, which wants room for the other axes where one has length 0.
+    if math.prod(n or 1 for n in shape) * itemsize >= MAX_BYTES:
+        raise InputError(f"a tensor has size {shown(shape)}, more than any memory")
+    return shape
+
+
+def check_name(name: Any) -> str:
+    """Returns the name of a tensor; raises InputError if it is no string fit for a message."""
+    if not isinstance(name, str):
+        raise InputError(f"the name {shown(name)} is {_kind(name)}, not a string")
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise InputError(
+            f"a tensor is called {shown(name)}; names are at most {MAX_NAME_LENGTH} printable "
+            "characters"
+        )
+    return name
+
+
+def check_relative_name(name: Any, place: object) -> str:
+    """Returns a name of a file below a folder, if it leads to no other place.
+
+    Args:
+        name: value to check, of any type; a path with "/" between its parts.
+        place: where the name was found, for the message.
+
+    Raises:
+        InputError: the name is no string, is absolute, has empty parts, "." or "..", or characters
+            that no file name has.
+    """
+    parts = name.split("/") if isinstance(name, str) else [""]
+    if any(part in ("", ".", "..") or "\0" in part or not _encodable(part) for part in parts):
+        raise InputError(
+            f"{place} names a file {shown(name)}; names must be relative, without empty parts, "
+            '"." and ".."; rename it or remove it there'
+        )
+    return name
+
+
+def path_inside(folder: pathlib.Path, name: Any, place: object) -> pathlib.Path:
+    """Returns the path of a file in a folder on a disk, by a name that somebody else chose.
+
+    Every path that is made from a foreign name (in a listing, an index, an archive) goes through
+    here. Arguments and errors are those of `check_relative_name`; a link in the folder that leads
+    out of it is an InputError, too.
+    """
+    path = folder / check_relative_name(name, place)
+    if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
+        raise InputError(f"{path} leads out of {folder} by a link; remove the link")
+    return path
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parses JSON of unknown origin.
+
+    Raises ValueError for what is no JSON or no UTF-8, is nested more than 64 deep, or has an
+    integer of more than 64 bits, which no float holds.
+    """
+    try:
+        data = json.loads(text, parse_int=_parse_integer)
+    except RecursionError as error:
+        raise ValueError(f"more than {MAX_DEPTH} lists or objects in one another") from error
+    level = [data]
+    for _ in range(MAX_DEPTH):
+        inner = [
+            x.values() if isinstance(x, dict) else x for x in level if isinstance(x, dict | list)
+        ]
+        if not (level := [value for values in inner for value in values]):
+            return data
+    raise ValueError(f"more than {MAX_DEPTH} lists or objects in one another")
+
+
+def check_settings(settings: Any, path: str) -> None:
+    """Raises InputError where JSON data hold a number or a list that no model's config has.
+
+    Args:
+        settings: settings of a config, read from a file.
+        path: dotted path of the settings, for the message.
+    """
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            check_settings(value, f"{path}.{name}")
+    elif isinstance(settings, list):
+        if len(settings) > MAX_SETTINGS_LENGTH:
+            raise InputError(f"{path} has {len(settings)} items; allowed are {MAX_SETTINGS_LENGTH}")
+        for i, value in enumerate(settings):
+            check_settings(value, f"{path}[{i}]")
+    elif isinstance(settings, int | float) and not abs(settings) <= MAX_SETTING:
+        raise InputError(f"{path} is {shown(settings)}; allowed are numbers up to {MAX_SETTING:,}")
+
+
+def shown(value: Any) -> str:
+    """Returns a value for a message: itself if it is short and plain, else its kind and size.
+
+    The repr of a hostile object may take exponential time, and so may that of an array.
+    """
+    if isinstance(value, str | bytes):
+        start = repr(value[:SHOWN_LENGTH])
+        return start if len(value) <= SHOWN_LENGTH else f"{start} … ({len(value)} in all)"
+    if isinstance(value, int) and abs(value) >= MAX_BYTES:
+        return f"about {'-' * (value < 0)}10^{int(value.bit_length() * math.log10(2))}"
+    if isinstance(value, int | float | complex | None):
+        return repr(value)
+    if type(value) in (tuple, list):
+        items = [_kind(x) if type(x) in (tuple, list) else shown(x) for x in value[:SHOWN_ITEMS]]
+        more = ["…"] if len(value) > SHOWN_ITEMS else []
+        text = ", ".join(items + more)
+        if type(value) is list:
+            return f"[{text}]"
+        return f"({text},)" if len(value) == 1 else f"({text})"
+    return _kind(value)
+
+
+def reason(error: Exception) -> str:
+    """Returns what an exception says for a message: short and printable, whatever file it is of."""
+    text = str(error)[:REASON_LENGTH]
+    return text if text.isprintable() else repr(text)
+
+
+def abridged(lines: Sequence[str]) -> list[str]:
+    """Returns the first lines of a message, and how many more there are if these are many."""
+    left = len(lines) - SHOWN_LINES
+    return [*lines[:SHOWN_LINES], f"… and {left} more"] if left > 0 else list(lines)
+
+
+def _parse_integer(text: str) -> int:
+    if len(text) > 21 or abs(value := int(text)) >= MAX_INTEGER:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return value
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
