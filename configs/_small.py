@@ -11,7 +11,7 @@ import numpy as np
 from varjax.data.sources import TFDS, Folder, parse_dataset
 from varjax.data.sources.folder import FolderSource
 from varjax.errors import InputError
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.storage.broken_images import BrokenImage
 from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.model import VQConfig
@@ -68,12 +68,12 @@ def small_tokenizer(data: Any, run_dir: str) -> Experiment:
 
     Raises InputError for images of another size or shape.
     """
-    recipe, multipliers, finest = _choose(data.image_shape)
+    recipe, channel_mult, finest = _choose(data.image_shape)
     model = VQConfig(
         scales=SCALES[finest],
         image_channels=data.image_shape[-1],
         width=32,
-        multipliers=multipliers,
+        channel_mult=channel_mult,
         blocks=1,
         groups=8,
         vocab=recipe.vocab,
@@ -83,7 +83,7 @@ def small_tokenizer(data: Any, run_dir: str) -> Experiment:
         base_lr=recipe.base_lr, weight_decay=0.0, clip=1.0, schedule="cos", warmup=0.05
     )
     return Experiment(
-        task=VQTask(model=model, optimizer=optimizer, codebook=recipe.codebook, ema=0.99),
+        task=VQTask(model=model, optimizer=optimizer, codebook=recipe.codebook, ema_decay=0.99),
         data=data,
         run_dir=run_dir,
         batch_size=64,
@@ -115,8 +115,8 @@ def small_var(data: Any, tokenizer_run: Experiment, run_dir: str) -> Experiment:
             tokenizer=tokenizer,
             tokenizer_weights=tokenizer_run.run_dir,
             optimizer=AdamW(base_lr=recipe.base_lr, schedule="cos", warmup=0.05),
-            ema=0.99,
-            compute=Compute(unroll=True),
+            ema_decay=0.99,
+            compute=ComputeConfig(unroll=True),
             sampling=VAROptions(cfg=recipe.cfg, top_k=0, top_p=0.0),
         ),
         data=data,
@@ -164,7 +164,7 @@ def small_dataset(arg: str) -> tuple[Any, str]:
 
 
 def _choose(image_shape: tuple[int, int, int]) -> tuple[Recipe, tuple[int, ...], int]:
-    """Returns the recipe, the multipliers of the levels, and the side of the finest token map."""
+    """Returns the recipe, the channel_mult of the levels, and the side of the finest token map."""
     height, width, _ = image_shape
     if height != width or not SMALLEST <= height <= LARGEST:
         raise InputError(

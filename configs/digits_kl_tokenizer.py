@@ -21,14 +21,14 @@ def get_config() -> Experiment:
         image_size=8,
         image_channels=1,
         width=24,
-        multipliers=(1, 2),
+        channel_mult=(1, 2),
         blocks=1,
         groups=8,
         latent_channels=4,
     )
     optimizer = AdamW(base_lr=8e-3, weight_decay=0.0, clip=1.0, schedule="cos", warmup=0.05)
     return Experiment(
-        task=KLTask(model=model, optimizer=optimizer, l1=0.2, l2=1.0, kl=1e-3, ema=0.99),
+        task=KLTask(model=model, optimizer=optimizer, l1=0.2, l2=1.0, kl=1e-3, ema_decay=0.99),
         data=Digits(shift=0.15, rotate=3.0, zoom=0.03),
         run_dir="runs/digits_kl_tokenizer",
         batch_size=64,

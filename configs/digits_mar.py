@@ -20,7 +20,7 @@ from varjax.errors import InputError
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions
 from varjax.mar.task import MARTask
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.tokenizers.kl.task import KLTask
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import VQTask
@@ -67,7 +67,7 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
         head=head,
         classes=10,
         latent_map=latent_map,
-        buffer=4,
+        buffer_size=4,
         embed_init=0.5,
     )
     parts = ["runs/digits_mar", *[order] * (order != "masked"), *["codes"] * codes]
@@ -79,10 +79,10 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
             optimizer=AdamW(base_lr=4e-3, weight_decay=0.02, clip=3.0, schedule="cos", warmup=0.05),
             attention_dropout=0.0,
             dropout=0.0,
-            least_masked=0.1,
-            diffusion_repeats=2,
-            ema=0.99,
-            compute=Compute(attention="xla", unroll=True),
+            min_mask_ratio=0.1,
+            diffusion_batch_mul=2,
+            ema_decay=0.99,
+            compute=ComputeConfig(attention="xla", unroll=True),
             sampling=sampling,
         ),
         data=Digits(shift=0.15, rotate=3.0, zoom=0.03),

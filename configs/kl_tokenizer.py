@@ -67,7 +67,7 @@ def get_config(arg: str = "256") -> Experiment:
             perceptual=None if without else LPIPSConfig("weights/lpips", weight=1.0),
             gan=gan,
             dtype="auto",
-            ema=0.999,
+            ema_decay=0.999,
         ),
         data=parse_dataset(data, model.image_shape[0]),
         run_dir=f"runs/kl_tokenizer_{size}{without}",

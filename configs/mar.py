@@ -5,12 +5,12 @@
 After the colon: b, l or h, and where the images are, as in configs/var.py:
 
     configs/mar.py:l,data=folder:/data/imagenet     folders train/<class>/… and val/<class>/…
-    configs/mar.py:l,data=latents:/data/latents     written by python -m varjax.cli.cache_latents
+    configs/mar.py:l,data=latents:/data/latents     written by varjax cache-latents
     configs/mar.py:l,data=random                    noise, to try the recipe and its speed
 
 Images become latents by the released KL tokenizer, which is converted once (docs/convert.md):
 
-    python -m varjax.convert --kl=kl16.ckpt --out=weights/kl16
+    varjax convert --kl=kl16.ckpt --out=weights/kl16
 
 Another tokenizer of equal sizes needs --config.task.tokenizer_weights=runs/kl_tokenizer_256. One of
 other sizes is named after the colon; a token then covers 16 pixels a side, or one latent if that is
@@ -23,7 +23,7 @@ Names are kl16 (the default), kl_f4, kl_f8, kl_f16 and kl_f32; patch size, numbe
 --config.task.tokenizer_weights follow from them. Each epoch draws new samples from the posterior,
 so the cache holds its mean and standard deviation, for both flips of each image:
 
-    python -m varjax.cli.cache_latents --config=configs/mar.py:b --augmentations=2 \
+    varjax cache-latents --config=configs/mar.py:b --augmentations=2 \
         --dtype=float16 --out=/data/latents
 
 Published by the authors for these settings (800 epochs, 50,000 samples, 256 steps, cfg linear):
@@ -45,7 +45,7 @@ from varjax.errors import InputError
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions
 from varjax.mar.task import MARTask
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.storage.buckets import as_path
 from varjax.tokenizers.kl.model import PRESETS, KLConfig
 from varjax.tokenizers.load import read_tokenizer_config
@@ -113,7 +113,7 @@ def get_config(arg: str = "b") -> Experiment:
             tokenizer=tokenizer,
             tokenizer_weights=weights,
             optimizer=optimizer,
-            compute=Compute(remat="dots" if size == "b" else "block"),
+            compute=ComputeConfig(remat="dots" if size == "b" else "block"),
             sampling=MAROptions(cfg=GUIDANCE[size], steps=min(MAROptions().steps, model.length)),
         ),
         data=data,

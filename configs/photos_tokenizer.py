@@ -1,7 +1,7 @@
 """A small multi-scale tokenizer for crops of two photographs, with options for its codebook.
 
     python train.py --config=configs/photos_tokenizer.py
-    python -m varjax.tokenizers.evaluate --weights=runs/photos_tokenizer --data=photos
+    varjax evaluate-tokenizer --weights=runs/photos_tokenizer --data=photos
 
 64 by 64 pixels become 341 tokens at 5 scales. After the colon, separated by commas, changes to the
 plain recipe:
@@ -44,7 +44,7 @@ def get_config(arg: str = "plain") -> Experiment:
     model = VQConfig(
         scales=(1, 2, 4, 8, 16),
         width=16,
-        multipliers=(1, 2, 4),
+        channel_mult=(1, 2, 4),
         blocks=1,
         groups=8,
         vocab=512,
@@ -68,7 +68,7 @@ def get_config(arg: str = "plain") -> Experiment:
             l1=0.2,
             l2=1.0,
             beta=0.25,
-            ema=0.98,
+            ema_decay=0.98,
             gan=gan if "adversarial" in names else None,
         ),
         data=Photos(size=64, flip=True),

@@ -79,7 +79,7 @@ def get_config(arg: str = "256") -> Experiment:
             perceptual=None if without else LPIPSConfig("weights/lpips", weight=1.0),
             gan=gan,
             dtype="auto",
-            ema=0.9999,
+            ema_decay=0.9999,
         ),
         data=parse_dataset(data, model.image_shape[0]),
         run_dir=f"runs/tokenizer_{size}{without}",

@@ -6,13 +6,13 @@ After the colon: d16, d20, d24 or d30, and where the images are (docs/data.md):
 
     configs/var.py:d16                                ImageNet as TFDS prepared it (imagenet2012)
     configs/var.py:d16,data=folder:/data/imagenet     folders train/<class>/… and val/<class>/…
-    configs/var.py:d16,data=tfds:/data/packed         written by python -m varjax.data.prepare
-    configs/var.py:d16,data=latents:/data/latents     written by python -m varjax.cli.cache_latents
+    configs/var.py:d16,data=tfds:/data/packed         written by varjax prepare
+    configs/var.py:d16,data=latents:/data/latents     written by varjax cache-latents
     configs/var.py:d16,data=random                    noise, to try the recipe and its speed
 
 Images become tokens by the released tokenizer, which is converted once:
 
-    python -m varjax.convert --repo=FoundationVision/var --tokenizer=vae_ch160v4096z32.pth \
+    varjax convert --repo=FoundationVision/var --tokenizer=vae_ch160v4096z32.pth \
         --out=weights/tokenizer
 
 Another tokenizer of equal sizes needs --config.task.tokenizer_weights=runs/my_tokenizer.
@@ -31,14 +31,14 @@ batch that the devices do not divide is refused, never changed. docs/training.md
 run, continue it, and start it from trained weights.
 
 The "progressive training" of the official trainer (fewer scales at first) is left out; all released
-recipes turn it off. They also turn off a moving average of the weights (--config.task.ema=0.9999
-turns it on) and label smoothing (--config.task.label_smoothing).
+recipes turn it off. They also turn off a moving average of the weights
+(--config.task.ema_decay=0.9999 turns it on) and label smoothing (--config.task.label_smoothing).
 """
 
 import dataclasses
 
 from varjax.data.sources import parse_dataset
-from varjax.nn.compute import Compute, Remat
+from varjax.nn.compute import ComputeConfig, Remat
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
@@ -100,7 +100,7 @@ def experiment(size: str, recipe: Recipe, data: str, tokenizer_weights: str) -> 
             optimizer=optimizer,
             class_dropout=0.1,
             drop_path=0.1 * model.depth / 24,
-            compute=Compute(remat=recipe.remat),
+            compute=ComputeConfig(remat=recipe.remat),
         ),
         data=parse_dataset(data, tokenizer.image_shape[0]),
         run_dir=f"runs/var_{size}",

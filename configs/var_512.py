@@ -6,7 +6,7 @@ To train on images other than TFDS's ImageNet, name them as in configs/var.py
 (configs/var_512.py:d36,data=…). The released tokenizer serves both sizes; convert it with the
 scales for 512 pixels:
 
-    python -m varjax.convert --repo=FoundationVision/var --tokenizer=vae_ch160v4096z32.pth \
+    varjax convert --repo=FoundationVision/var --tokenizer=vae_ch160v4096z32.pth \
         --scales=1,2,3,4,6,9,13,18,24,32 --out=weights/tokenizer_512
 
 2.35 B parameters and 2,240 tokens per image. Hardware: 64 or more GPUs or TPU chips. Published: FID

@@ -51,7 +51,7 @@ def test_recipes_are_the_official_ones(name):
     assert (task.optimizer.b1, task.optimizer.b2, task.optimizer.clip) == (0.9, 0.95, 2.0)
     assert (task.model.gate_init, task.class_dropout, task.label_smoothing) == (gate, 0.1, 0)
     np.testing.assert_allclose(task.drop_path, drop)
-    assert task.model.shared_adaln == ("512" in name) and not task.ema and not e.data.flip
+    assert task.model.shared_adaln == ("512" in name) and not task.ema_decay and not e.data.flip
     size = 512 if "512" in name else 256
     assert isinstance(e.data, TFDS) and e.data.name == "imagenet2012"
     assert e.data.image_shape == task.tokenizer.image_shape == (size, size, 3)
@@ -124,7 +124,12 @@ def test_mar_s_recipes_are_the_official_ones(size, cfg, millions):
     e = load(f"mar.py:{size},data=random")
     e.check()
     e.task.check(e.data.image_shape, e.data.classes)
-    assert (e.batch_size, e.epochs, e.task.ema, e.task.diffusion_repeats) == (2048, 800, 0.9999, 4)
+    assert (e.batch_size, e.epochs, e.task.ema_decay, e.task.diffusion_batch_mul) == (
+        2048,
+        800,
+        0.9999,
+        4,
+    )
     assert e.task.attention_dropout == e.task.dropout == e.task.class_dropout == 0.1
     assert e.task.sampling.cfg == cfg and e.task.sampling.clip_denoised == 0
     optimizer, plan = e.task.optimizer, e.plan(IMAGES)
@@ -374,7 +379,7 @@ def test_mar_takes_any_kl_tokenizer(name, token, map, patch, length):
 
 def test_mar_takes_a_tokenizer_that_was_converted(tmp_path):
     tokenizer = KLConfig(
-        (64, 32), width=8, multipliers=(1, 2, 2), groups=4, latent_channels=5, latent_shift=0.5
+        (64, 32), width=8, channel_mult=(1, 2, 2), groups=4, latent_channels=5, latent_shift=0.5
     )
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(tokenizer))
     leaves = {"tokenizer": (tokenizer, trees.paths(params))}

@@ -103,7 +103,7 @@ def library_quantizer():
 
 
 def bound_quantizer():
-    module = Quantizer(PYRAMID, nano_var.V, nano_var.Z, phis=0, phi_ratio=0.5, cosine=False)
+    module = Quantizer(PYRAMID, nano_var.V, nano_var.Z, num_phi=0, phi_ratio=0.5, cosine=False)
     return module.bind({"params": library_quantizer()})
 
 
@@ -186,7 +186,7 @@ def var_params():
         "pos_start": np.zeros((1, nano_var.C), np.float32),
         "pos_embed": params["pos_embed"],
         "level_embed": params["level_embed"],
-        "word": params["token_embed"],
+        "token_proj": params["token_embed"],
         "blocks": {
             "adaln": {"linear": block["adaln"]},
             "attn": {
@@ -198,7 +198,7 @@ def var_params():
             },
             "mlp": {"up": block["up"], "down": block["down"]},
         },
-        "head_ada": params["head_adaln"],
+        "head_adaln": params["head_adaln"],
         "head": params["head"],
     }
     return params, library
@@ -250,11 +250,11 @@ def test_var_sampling_matches_library():
         scales=nano_var.SCALES,
         image_channels=1,
         width=8,
-        multipliers=(1, 2),
+        channel_mult=(1, 2),
         groups=8,
         vocab=nano_var.V,
         code_channels=nano_var.Z,
-        phis=0,
+        num_phi=0,
     )
     both = {"tokenizer": {"quantizer": library_quantizer()}, "var": library}
     draw = jax.jit(functools.partial(sample_tokens, tokenizer, var_config()))
@@ -278,7 +278,7 @@ def mar_config():
         head=head,
         classes=10,
         latent_map=(8, 8),
-        buffer=nano_mar.BUFFER,
+        buffer_size=nano_mar.BUFFER,
     )
 
 
@@ -315,7 +315,7 @@ def mar_params():
     library = {name: mar[name] for name in same} | {name: mar[name][0] for name in tables}
     return params, library | {
         "class_embed": mar["class_embed"]["embedding"][:10],
-        "fake_latent": mar["class_embed"]["embedding"][10:],
+        "no_class_embed": mar["class_embed"]["embedding"][10:],
         "mask_token": mar["mask_token"][0, 0],
         "encoder_blocks": blocks("encoder"),
         "decoder_blocks": blocks("decoder"),

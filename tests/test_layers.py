@@ -11,25 +11,30 @@ import varjax
 from tests.helpers.paths import ROOT
 
 LAYER = {
-    "core": 0,
-    "nn": 1,
-    "metrics": 2,
-    "training": 3,
-    "data": 3,
-    "tokenizers": 4,
-    "mar": 5,
-    "var": 5,
-    "sampling": 4,
-    "families": 6,
-    "convert": 7,
-    "analysis": 7,
-    "benchmark": 8,
-    "plot": 8,
-    "cli": 8,
-    "evaluation": 9,
-    "__init__": 10,
-    "__main__": 10,
+    "errors": 0,
+    "trees": 1,
+    "storage": 2,
+    "config": 3,
+    "runtime": 3,
+    "checkpoints": 4,
+    "nn": 4,
+    "metrics": 5,
+    "training": 6,
+    "data": 6,
+    "tokenizers": 7,
+    "sampling": 7,
+    "mar": 8,
+    "var": 8,
+    "families": 9,
+    "convert": 10,
+    "analysis": 10,
+    "benchmark": 11,
+    "cli": 11,
+    "evaluation": 12,
+    "__init__": 13,
+    "__main__": 13,
 }
+FOUNDATIONS = {"errors", "trees", "storage", "config", "runtime", "checkpoints"}
 PACKAGE = pathlib.Path(varjax.__file__).parent
 FILES = {
     ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): file
@@ -79,13 +84,13 @@ def test_no_two_files_import_one_another():
 
 
 def imported_by(statement: str) -> set[str]:
-    """The files of the project besides `core` that a process imports for a statement."""
+    """The files of the project above its foundations that a process imports for a statement."""
     script = f"import sys; {statement}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
     used = {name for name in done.stdout.split() if name.startswith("varjax.")}
     assert used, done.stderr
     files = {name for name in used if FILES[name].name != "__init__.py"}
-    return {name for name in files if name.split(".")[1] != "core"}
+    return {name for name in files if name.split(".")[1] not in FOUNDATIONS}
 
 
 def test_inference_imports_no_training():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from varjax.mar.model import MARConfig
     from varjax.mar.options import MAROptions
     from varjax.mar.pipeline import MARPipeline
-    from varjax.nn.compute import Compute
+    from varjax.nn.compute import ComputeConfig
     from varjax.storage.image_io import read_image
     from varjax.tokenizers.kl.model import KLConfig
     from varjax.tokenizers.load import load_tokenizer
@@ -42,7 +42,7 @@ _WHERE = {
     "SCALES_256": "tokenizers.vq.pyramid",
     "SCALES_512": "tokenizers.vq.pyramid",
     "SCALES_1024": "tokenizers.vq.pyramid",
-    "Compute": "nn.compute",
+    "ComputeConfig": "nn.compute",
     "MARConfig": "mar.model",
     "MAROptions": "mar.options",
     "MARPipeline": "mar.pipeline",
@@ -60,7 +60,7 @@ __all__ = [
     "SCALES_256",
     "SCALES_512",
     "SCALES_1024",
-    "Compute",
+    "ComputeConfig",
     "KLConfig",
     "MARConfig",
     "MAROptions",

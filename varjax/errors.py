@@ -36,7 +36,7 @@ class DiskReadError(DamagedFileError):
 def check_setting(name: str, value: object, valid: bool, allowed: str) -> None:
     """Raises InputError for a setting that is not `valid`: "name=value: must be allowed".
 
-    check_setting("ema", self.ema, 0 <= self.ema <= 1, "in [0, 1]")
+    check_setting("ema_decay", self.ema_decay, 0 <= self.ema_decay <= 1, "in [0, 1]")
     """
     if not valid:
         raise InputError(f"{name}={value}: must be {allowed}")

@@ -13,7 +13,7 @@ from varjax.errors import InputError
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions
 from varjax.mar.pipeline import MARPipeline
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.sampling.sampler import Sampler
 from varjax.tokenizers.load import read_tokenizer
 from varjax.trees import PyTree
@@ -98,7 +98,7 @@ def load(
     location: str | pathlib.Path,
     dtype: Dtype = "auto",
     devices: Sequence[Any] | None = None,
-    compute: Compute | None = None,
+    compute: ComputeConfig | None = None,
 ) -> Sampler:
     """Loads a model with its tokenizer, ready to sample.
 
@@ -106,7 +106,7 @@ def load(
         images_BHWC = model.sample([3, 1, 4], seed=0)
 
     Args:
-        location: training run, directory written by `python -m varjax.convert`, or name of a
+        location: training run, directory written by `varjax convert`, or name of a
             published model, "var_d16", which is downloaded and converted at its first use. A run's
             best weights are loaded if it kept them, and the averaged ones if it averaged them.
         dtype: number format of the transformer's matrix products and of the decoder; "auto" is
@@ -130,4 +130,6 @@ def load(
     if family.needs_tokenizer or there & {"task", "tokenizer"}:
         tokenizer, tokenizer_params = read_tokenizer(location)
     weights = {"tokenizer": tokenizer_params, family.name: params}
-    return family.pipeline(tokenizer, config, weights, options, compute or Compute(dtype), devices)
+    return family.pipeline(
+        tokenizer, config, weights, options, compute or ComputeConfig(dtype), devices
+    )

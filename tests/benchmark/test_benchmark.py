@@ -20,7 +20,7 @@ TINY = VARConfig(depth=1, width=32, heads=2, classes=3, scales=(1, 2))
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setattr(VARConfig, "preset", lambda name: TINY)
-    small = functools.partial(VQConfig, width=8, multipliers=(1, 1), blocks=1, groups=4)
+    small = functools.partial(VQConfig, width=8, channel_mult=(1, 1), blocks=1, groups=4)
     monkeypatch.setattr(sample, "VQConfig", small)
     monkeypatch.setattr(train, "VQConfig", small)
     monkeypatch.setattr(MARConfig, "preset", lambda name: runs.MAR)

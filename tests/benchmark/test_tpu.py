@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from varjax.benchmark import measure, pieces, tpu
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
 from varjax.var.model import VARConfig
 
@@ -88,7 +88,7 @@ def small(monkeypatch):
 
 def test_pieces_of_sampling_and_training_do_the_work_of_the_whole(small):
     """The FLOP of the pieces, compiled for nothing, are those of the whole."""
-    compute = Compute("bfloat16", attention="xla", platform="tpu")
+    compute = ComputeConfig("bfloat16", attention="xla", platform="tpu")
 
     def work(programs):
         return sum(

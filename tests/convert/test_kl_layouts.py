@@ -27,7 +27,7 @@ from varjax.tokenizers.kl.model import PRESETS, KLConfig
 from varjax.tokenizers.load import read_tokenizer
 
 TINY = KLConfig(
-    8, width=8, multipliers=(1, 2), blocks=1, groups=4, latent_channels=4, encoder_attention=()
+    8, width=8, channel_mult=(1, 2), blocks=1, groups=4, latent_channels=4, encoder_attention=()
 )
 VARIANTS = {
     "attention in the middle alone": {},
@@ -77,7 +77,7 @@ def test_the_tensors_tell_the_config(name):
 def test_latent_diffusions_own_numbers(name, tmp_path):
     config, official = golden.LAYOUTS[name], golden.layout_official(name)
     save_file(
-        golden.diffusers_names(official, len(config.multipliers)), tmp_path / "vae.safetensors"
+        golden.diffusers_names(official, len(config.channel_mult)), tmp_path / "vae.safetensors"
     )
     options = ConvertOptions(image_size=config.image_size, latent_scale=0.5)
     convert(tmp_path / "out", options, kl=tmp_path / "vae.safetensors")
@@ -130,7 +130,7 @@ def test_variants_go_in_and_back(variant, tmp_path):
     flags = [f"--weights={tmp_path / 'out'}", f"--out={tmp_path / 'diffusers'}"]
     assert main(["--to_torch", "--layout=diffusers", *flags]) == 0
     path = tmp_path / "diffusers/diffusion_pytorch_model.safetensors"
-    theirs = golden.diffusers_names(official, len(config.multipliers))
+    theirs = golden.diffusers_names(official, len(config.channel_mult))
     held, _ = read_safetensors(path)
     assert held.keys() == theirs.keys()
     for name, x in theirs.items():
@@ -238,6 +238,6 @@ def test_wrong_tensors_and_settings_are_refused():
 
 
 def test_caches_of_latents_from_before_there_were_other_layouts_still_fit():
-    fields = {"image_size", "image_channels", "width", "multipliers", "blocks", "groups"}
+    fields = {"image_size", "image_channels", "width", "channel_mult", "blocks", "groups"}
     assert KLConfig().identity({}).keys() == fields | {"latent_channels", "weights"}
     assert KLConfig.preset("kl_f16").identity({})["decoder_attention"] == [-1]

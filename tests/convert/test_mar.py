@@ -32,7 +32,7 @@ from varjax.tokenizers.load import read_tokenizer
 
 OFFICIAL = json.loads((weights.HERE / "official_mar_state_dicts.json").read_text())
 RELEASED = {"mar_base": ("mar_b", 2.9), "mar_large": ("mar_l", 3.0), "mar_huge": ("mar_h", 3.2)}
-KL = KLConfig(8, width=8, multipliers=(1, 2), blocks=1, groups=4, latent_channels=4)
+KL = KLConfig(8, width=8, channel_mult=(1, 2), blocks=1, groups=4, latent_channels=4)
 FLAGS = ("--mar_heads=3,3", "--groups=4")  # what these tensors cannot tell
 OPTIONS = ConvertOptions(mar_heads=(3, 3), groups=4)
 
@@ -184,7 +184,7 @@ def test_a_run_goes_to_pytorch_and_comes_back(tmp_path, capsys):
     ],
 )
 def test_variants_without_official_counterpart_are_refused(change, says):
-    config = MARConfig(16, 1, 1, 2, 2, latent_map=(4, 4), classes=3, buffer=2, **change)
+    config = MARConfig(16, 1, 1, 2, 2, latent_map=(4, 4), classes=3, buffer_size=2, **change)
     with pytest.raises(InputError, match=says):
         apply_map.to_official(config, {})
 

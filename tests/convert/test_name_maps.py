@@ -86,7 +86,7 @@ def test_sizes_and_layers_are_those_of_a_model():
 @pytest.mark.parametrize("levels, blocks", [(11, 1), (8, 6)])
 def test_tokenizers_that_take_long_to_describe_are_refused(levels, blocks):
     with pytest.raises(ValueError, match="allowed are 10 levels with 40 blocks together"):
-        VQConfig(multipliers=(1,) * levels, blocks=blocks)
+        VQConfig(channel_mult=(1,) * levels, blocks=blocks)
 
 
 def test_a_long_list_of_problems_is_cut():

@@ -149,10 +149,7 @@ def test_a_conversion_that_fails_leaves_nothing_and_can_be_repeated(hub, tmp_pat
 
 
 def test_without_network_or_library_the_files_and_the_command_are_named(hub, tmp_path, monkeypatch):
-    command = (
-        "python -m varjax.convert --tokenizer=vae.pth --var=tiny.pth "
-        f"--out={tmp_path / 'cache/tiny'}"
-    )
+    command = f"varjax convert --tokenizer=vae.pth --var=tiny.pth --out={tmp_path / 'cache/tiny'}"
     hub.broken = True
     with pytest.raises(InputError) as error:
         varjax.load("tiny")
@@ -204,7 +201,7 @@ def test_mar_is_fetched_at_the_commit_that_holds_the_official_files(hub, tmp_pat
         assert hub.asked[-1][:2] == ("jadechoghari/mar", first) and len(hub.asked[-1][2]) == 40
         text = str(error.value)
         assert f"{first} " in text and " from https://github.com/LTH14/mar" in text
-        assert text.endswith(f"varjax.convert {flags} --out={tmp_path / 'cache' / name}")
+        assert text.endswith(f"varjax convert {flags} --out={tmp_path / 'cache' / name}")
 
 
 @pytest.mark.parametrize("name, model", [("mar_l", "MAR-L"), ("mar_h", "MAR-H")])
@@ -216,8 +213,7 @@ def test_models_that_no_hub_has_are_asked_for_with_their_page(hub, tmp_path, nam
     assert f"{name} is neither here nor in" in text and "no hub is known to have its files" in text
     assert f"https://github.com/LTH14/mar (the links of {model} and KL-16) and run" in text
     assert text.endswith(
-        "python -m varjax.convert --mar=checkpoint-last.pth --kl=kl16.ckpt "
-        f"--out={tmp_path / 'cache' / name}"
+        f"varjax convert --mar=checkpoint-last.pth --kl=kl16.ckpt --out={tmp_path / 'cache' / name}"
     )
 
 

@@ -172,13 +172,15 @@ def test_a_transformer_trains_on_tokens(cache, task, tmp_path):
 
 def test_tokens_of_another_tokenizer_are_refused(cache, task, tmp_path):
     about = files.read_json(cache / "latents.json")
-    about["tokenizer_identity"] |= {"weights": "0" * 64, "phis": 1}
+    about["tokenizer_identity"] |= {"weights": "0" * 64, "num_phi": 1}
     other = tmp_path / "other"
     files.write_json(other / "latents.json", about)
     for path in cache.glob("*.safetensors"):
         (other / path.name).symlink_to(path)
     data = CachedLatents(str(other))
-    with pytest.raises(ValueError, match="(?s)another tokenizer's.*phis: 1 theirs.*weights: 0000"):
+    with pytest.raises(
+        ValueError, match="(?s)another tokenizer's.*num_phi: 1 theirs.*weights: 0000"
+    ):
         loop.train(Experiment(task, data, str(tmp_path / "run"), batch_size=8, steps=1))
     tokenizer = VQTask(runs.TOKENIZER)
     with pytest.raises(ValueError, match="VQTask trains on images, but the data are latents"):

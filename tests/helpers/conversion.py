@@ -1,4 +1,4 @@
-"""What tests of every kind of official weights ask of `python -m varjax.convert`."""
+"""What tests of every kind of official weights ask of `varjax convert`."""
 
 from collections.abc import Mapping
 from pathlib import Path

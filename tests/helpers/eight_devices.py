@@ -11,7 +11,7 @@ from tests.helpers import runs, tiny
 from varjax.data.loader import make_loader
 from varjax.data.sources.digits import Digits
 from varjax.mar.task import MARTask
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.training import sharding
 from varjax.training.loop import jit_train_step
 from varjax.training.optimizer import AdamW
@@ -32,13 +32,13 @@ TRANSFORMER = VARTask(
     tokenizer_weights="",
     optimizer=OPTIMIZER,
     drop_path=0.2,
-    ema=0.9,
-    compute=Compute(remat="block"),
+    ema_decay=0.9,
+    compute=ComputeConfig(remat="block"),
     plan=PLAN,
 )
 MAR = MARTask(
-    runs.MAR, runs.KL, "", OPTIMIZER, diffusion_repeats=1, ema=0.9, sampling=runs.MAR_SAMPLING,
-    plan=PLAN,
+    runs.MAR, runs.KL, "", OPTIMIZER, diffusion_batch_mul=1, ema_decay=0.9,
+    sampling=runs.MAR_SAMPLING, plan=PLAN,
 )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def experiment(name: str) -> Experiment:
     assert name in ("images", "latents"), name
     if name == "latents":
         data = latents.CachedLatents("latents")
-    task = VARTask(runs.VAR, runs.TOKENIZER, "tokenizer", ema=0.5)
+    task = VARTask(runs.VAR, runs.TOKENIZER, "tokenizer", ema_decay=0.5)
     return Experiment(task, data, "run", steps=2, **short)
 
 

@@ -20,7 +20,7 @@ def configs(name: str) -> tuple[VQConfig, VARConfig]:
         width=c["ch"],
         vocab=c["vocab_size"],
         code_channels=c["z_channels"],
-        phis=c["share_quant_resi"],
+        num_phi=c["share_quant_resi"],
     )
     var = VARConfig(
         depth=c["depth"],

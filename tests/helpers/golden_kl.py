@@ -13,8 +13,8 @@ NAME, PART = "kl_vae", "klvae"
 
 def config() -> KLConfig:
     settings = weights.case(NAME)["settings"]
-    multipliers = tuple(settings["ch_mult"])
-    return KLConfig(64, multipliers=multipliers, latent_channels=settings["embed_dim"])
+    channel_mult = tuple(settings["ch_mult"])
+    return KLConfig(64, channel_mult=channel_mult, latent_channels=settings["embed_dim"])
 
 
 @functools.cache
@@ -49,7 +49,7 @@ LAYOUTS = {
         (64, 48), width=32, latent_channels=8, decoder_attention=(-1,)
     ),
     "kl_f4_no_attention": KLConfig(
-        (32, 40), width=32, multipliers=(1, 2, 4), latent_channels=3, encoder_attention=()
+        (32, 40), width=32, channel_mult=(1, 2, 4), latent_channels=3, encoder_attention=()
     ),
 }
 

@@ -32,10 +32,10 @@ from varjax.tokenizers.vq.model import VQConfig
 from varjax.var.model import VARConfig
 
 VAR = VARConfig(2, 8, 2, classes=3, scales=(1, 2), vocab=8, code_channels=4)
-VQ = VQConfig((1, 2), width=8, multipliers=(1, 2), blocks=1, groups=4, vocab=8, code_channels=4)
-KL = KLConfig(8, width=8, multipliers=(1, 2), blocks=1, groups=4, latent_channels=4)
+VQ = VQConfig((1, 2), width=8, channel_mult=(1, 2), blocks=1, groups=4, vocab=8, code_channels=4)
+KL = KLConfig(8, width=8, channel_mult=(1, 2), blocks=1, groups=4, latent_channels=4)
 MAR = MARConfig(
-    8, 1, 1, 2, 2, DiffusionHead(channels=4, depth=1, width=8), 3, (2, 2), buffer=1
+    8, 1, 1, 2, 2, DiffusionHead(channels=4, depth=1, width=8), 3, (2, 2), buffer_size=1
 )  # fmt: skip
 
 

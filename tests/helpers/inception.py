@@ -17,7 +17,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 @functools.cache
 def converted() -> pathlib.Path:
-    """A directory of `python -m varjax.convert --inception`, made once for all tests."""
+    """A directory of `varjax convert --inception`, made once for all tests."""
     folder = runs.root() / "inception"
     file = folder.with_suffix(".pth")
     if not folder.exists():

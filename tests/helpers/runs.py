@@ -21,17 +21,17 @@ from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 
 TOKENIZER = VQConfig(
-    scales=(1, 2, 4), image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4, vocab=16,
+    scales=(1, 2, 4), image_channels=1, width=8, channel_mult=(1, 2), blocks=1, groups=4, vocab=16,
     code_channels=4,
 )  # fmt: skip
 VAR = VARConfig(depth=2, width=16, heads=2, classes=10, scales=(1, 2, 4), vocab=16, code_channels=4)
 KL = KLConfig(
-    image_size=8, image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4,
+    image_size=8, image_channels=1, width=8, channel_mult=(1, 2), blocks=1, groups=4,
     latent_channels=3,
 )  # fmt: skip
 MAR = MARConfig(
     width=16, encoder_depth=1, decoder_depth=1, encoder_heads=2, decoder_heads=2,
-    head=DiffusionHead(channels=3, depth=1, width=16), classes=10, latent_map=(4, 4), buffer=2,
+    head=DiffusionHead(channels=3, depth=1, width=16), classes=10, latent_map=(4, 4), buffer_size=2,
 )  # fmt: skip
 MAR_SAMPLING = MAROptions(cfg=1.5, steps=2, diffusion_steps="3", clip_denoised=3.0)
 
@@ -52,7 +52,8 @@ def tokenizer() -> pathlib.Path:
 @functools.cache
 def var() -> pathlib.Path:
     run = root() / "var"
-    task = VARTask(VAR, TOKENIZER, str(tokenizer()), ema=0.5, sampling=VAROptions(cfg=0.5, top_k=7))
+    options = VAROptions(cfg=0.5, top_k=7)
+    task = VARTask(VAR, TOKENIZER, str(tokenizer()), ema_decay=0.5, sampling=options)
     _train(task, run, keep_best="eval_ema/loss")
     return run
 
@@ -67,7 +68,7 @@ def kl() -> pathlib.Path:
 @functools.cache
 def mar() -> pathlib.Path:
     run = root() / "mar"
-    _train(MARTask(MAR, KL, str(kl()), ema=0.5, sampling=MAR_SAMPLING), run)
+    _train(MARTask(MAR, KL, str(kl()), ema_decay=0.5, sampling=MAR_SAMPLING), run)
     return run
 
 

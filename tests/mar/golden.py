@@ -32,7 +32,7 @@ def case(name: str) -> types.SimpleNamespace:
         ),
         classes=settings["class_num"],
         latent_map=(side, side),
-        buffer=settings["buffer_size"],
+        buffer_size=settings["buffer_size"],
     )
     out = weights.outputs(name)
     masked = int(out["mask"][0].sum())

@@ -13,12 +13,12 @@ from varjax import trees
 from varjax.mar.causal import causal_hidden
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig, bind_mar, make_denoiser
 from varjax.mar.pipeline import CAST_KERNELS
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import NoiseSchedule
 
 CONFIG = MARConfig(
     width=256, encoder_depth=12, decoder_depth=12, encoder_heads=4, decoder_heads=4,
-    head=DiffusionHead(depth=1, width=16), classes=10, latent_map=(8, 8), buffer=8,
+    head=DiffusionHead(depth=1, width=16), classes=10, latent_map=(8, 8), buffer_size=8,
 )  # fmt: skip
 HALF = ("bfloat16", "bfloat16", None)
 LOGITS, LOGITS_GRADIENTS = ("bfloat16", "float32", None), 2  # of attention, before its softmax
@@ -43,8 +43,8 @@ def relative_error(half, exact):
 
 
 def in_both(function):
-    """What a function of `Compute` gives in bfloat16 and in float32."""
-    computes = (Compute(dtype, attention="xla") for dtype in ("bfloat16", "float32"))
+    """What a function of `ComputeConfig` gives in bfloat16 and in float32."""
+    computes = (ComputeConfig(dtype, attention="xla") for dtype in ("bfloat16", "float32"))
     return [jax.device_get(jax.jit(functools.partial(function, c))()) for c in computes]
 
 
@@ -131,7 +131,7 @@ def test_what_a_pipeline_holds_in_bfloat16_is_multiplied_in_it(head):
 
     @jax.jit
     def run(params):
-        apply = bind_mar(config, params, Compute("bfloat16", attention="xla"))
+        apply = bind_mar(config, params, ComputeConfig("bfloat16", attention="xla"))
         class_BC = apply(jnp.array([1]), method="class_vectors")
         place_Bn = jnp.array([[2, 0]])
         token_Bn = jnp.linspace(-1, 1, 32).reshape(1, 2, 16)
@@ -156,7 +156,7 @@ def test_all_products_but_the_first_and_the_last_are_bfloat16_in_training_too():
     token_BnZ, place_Bn = jnp.zeros((1, 2, 16)), jnp.array([[2, 0]])
 
     def total(params):
-        apply = bind_mar(config, params, Compute("bfloat16", attention="xla"))
+        apply = bind_mar(config, params, ComputeConfig("bfloat16", attention="xla"))
         class_BC = apply(jnp.array([1]), method="class_vectors")
         z_BLC = apply(token_BnZ, place_Bn, place_Bn >= 0, class_BC, method="hidden")
         return jnp.sum(apply(token_BnZ[0], jnp.array([9]), z_BLC[0, :2], method="denoise"))

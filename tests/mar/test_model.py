@@ -15,7 +15,7 @@ from varjax.checkpoints.model_files import abstract_params
 from varjax.convert import apply_map
 from varjax.errors import InputError
 from varjax.mar.model import MAR, CategoricalHead, DiffusionHead, MARConfig
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import diffusion_loss
 
 SHAPES = json.loads((weights.HERE / "official_mar_state_dicts.json").read_text())
@@ -24,7 +24,7 @@ FILES = {"mar_b": "mar_base", "mar_l": "mar_large", "mar_h": "mar_huge"}
 
 
 def model(case, **compute) -> MAR:
-    return MAR(case.config, Compute(**compute)).bind({"params": case.params})
+    return MAR(case.config, ComputeConfig(**compute)).bind({"params": case.params})
 
 
 def known_tokens(case):
@@ -52,7 +52,7 @@ def test_tokens_encoder_and_decoder_are_the_official_ones(name):
     class_BC = m.class_vectors(jnp.asarray(case.label_B))
     x_BlC = m.encode(jnp.asarray(known_tokens(case)), case.place_Bn, known_Bn, class_BC)
     # The reference keeps known tokens in the order of their places.
-    buffer, row = case.config.buffer, np.argsort(case.place_Bn, axis=1)[..., None]
+    buffer, row = case.config.buffer_size, np.argsort(case.place_Bn, axis=1)[..., None]
     by_place_BlC = np.take_along_axis(np.asarray(x_BlC)[:, buffer:], row, axis=1)
     assert_close(x_BlC[:, :buffer], case.out["encoder_output"][:, :buffer])
     assert_close(by_place_BlC, case.out["encoder_output"][:, buffer:])
@@ -126,7 +126,7 @@ def test_initial_parameters_are_spread_as_the_official_ones():
         (dict(encoder_heads=5), "encoder_heads=5: must be a divisor of width=768"),
         (dict(decoder_width=40), "decoder_heads=12: must be a divisor of width=40"),
         (dict(decoder_width=0), "decoder_width=0: must be 1 or more"),
-        (dict(buffer=0), "buffer=0: must be 1 or more"),
+        (dict(buffer_size=0), "buffer_size=0: must be 1 or more"),
         (dict(latent_map=(16, 15), head=DiffusionHead(patch=2)), "multiples of head.patch=2"),
         (dict(head=lambda: CategoricalHead(0)), "head.vocab=0: must be 1 or more"),
     ],

@@ -25,7 +25,7 @@ DATA = Digits(shift=0.2)
 
 @pytest.fixture(scope="module")
 def task():
-    return MARTask(runs.MAR, runs.KL, str(runs.kl()), ema=0.5, sampling=runs.MAR_SAMPLING)
+    return MARTask(runs.MAR, runs.KL, str(runs.kl()), ema_decay=0.5, sampling=runs.MAR_SAMPLING)
 
 
 @pytest.fixture(scope="module")

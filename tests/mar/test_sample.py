@@ -25,7 +25,7 @@ KEY_B = image_keys(0, jnp.arange(2))
 LABEL_B = jnp.array([1, 9], jnp.int32)
 TINY = MARConfig(
     width=24, encoder_depth=1, decoder_depth=1, encoder_heads=2, decoder_heads=2,
-    head=DiffusionHead(channels=3, depth=1, width=16), classes=10, latent_map=(3, 4), buffer=2,
+    head=DiffusionHead(channels=3, depth=1, width=16), classes=10, latent_map=(3, 4), buffer_size=2,
 )  # fmt: skip
 FEW = MAROptions(cfg=2.0, steps=5, diffusion_steps="4", clip_denoised=2.0)
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 CONFIG = MARConfig(
     width=2, encoder_depth=1, decoder_depth=1, encoder_heads=1, decoder_heads=1,
-    head=DiffusionHead(channels=1, depth=1, width=2), classes=2, latent_map=(2, 2), buffer=1,
+    head=DiffusionHead(channels=1, depth=1, width=2), classes=2, latent_map=(2, 2), buffer_size=1,
 )  # fmt: skip
 IMAGES, TOKENS = 2500, 4
 CLASS_MEANS, KNOWN_SHARE = np.array([1.5, -2.0, 0.5], np.float32), 0.5  # the last: no class

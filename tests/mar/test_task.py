@@ -20,15 +20,15 @@ from varjax.mar.losses import (
     content_keys,
     draw_losses,
     known_count,
+    mask_ratio,
     masked_mean,
-    masked_share,
     token_losses,
 )
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions
 from varjax.mar.pipeline import MARPipeline
 from varjax.mar.task import DECAYED, MARTask, matching_mar_rows
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.optimizer import AdamW
@@ -36,20 +36,20 @@ from varjax.training.task import Plan
 from varjax.training.train_step import apply_gradients
 
 KL = KLConfig(
-    image_size=8, image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4,
+    image_size=8, image_channels=1, width=8, channel_mult=(1, 2), blocks=1, groups=4,
     latent_channels=3,
 )  # fmt: skip
 VQ = VQConfig(
-    scales=(4,), image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4, vocab=7,
+    scales=(4,), image_channels=1, width=8, channel_mult=(1, 2), blocks=1, groups=4, vocab=7,
     code_channels=4,
 )  # fmt: skip
 MODEL = MARConfig(
     width=24, encoder_depth=1, decoder_depth=2, encoder_heads=2, decoder_heads=2,
-    head=DiffusionHead(channels=3, depth=1, width=16), classes=10, latent_map=(4, 4), buffer=2,
+    head=DiffusionHead(channels=3, depth=1, width=16), classes=10, latent_map=(4, 4), buffer_size=2,
 )  # fmt: skip
 FAST = MAROptions(cfg=1.5, steps=2, diffusion_steps="3", clip_denoised=3.0)
 TASK = MARTask(
-    MODEL, KL, "random", AdamW(base_lr=1e-2, schedule="constant", clip=3.0), ema=0.5,
+    MODEL, KL, "random", AdamW(base_lr=1e-2, schedule="constant", clip=3.0), ema_decay=0.5,
     sampling=FAST, plan=Plan(4, 8),
 )  # fmt: skip
 DISCRETE = dataclasses.replace(
@@ -146,7 +146,7 @@ def test_one_step_is_the_official_one():
     before = weights.state_dict("mar_base", "mar")
     checked = 0
     for name in before:
-        if name == "fake_latent":  # no label was dropped; PyTorch leaves what has no gradient
+        if name == "no_class_embed":  # no label was dropped; PyTorch leaves what has no gradient
             continue
         flat = np.asarray(after[name]).reshape(-1)
         stride = max(1, flat.size // 64)
@@ -216,7 +216,7 @@ def test_labels_are_dropped_and_more_than_one_share_is_masked():
         decay = 1 - float(TASK.optimizer.wd(0, TASK.plan)) * float(metrics["lr"])
         moved = after.params["class_embed"] - state.params["class_embed"] * decay
         assert jnp.abs(moved).max() < 1e-6  # no class was seen
-        assert (after.params["fake_latent"] != state.params["fake_latent"]).all()
+        assert (after.params["no_class_embed"] != state.params["no_class_embed"]).all()
     assert len(shares) > 1 and min(shares) >= 0.7
 
 
@@ -256,7 +256,7 @@ def test_keys_of_examples_follow_their_numbers():
 
 
 def test_masks_are_a_truncated_normal_of_shares():
-    share_N = jax.vmap(masked_share, (0, None))(jax.random.split(KEY, 4000), 0.7)
+    share_N = jax.vmap(mask_ratio, (0, None))(jax.random.split(KEY, 4000), 0.7)
     assert 0.7 <= share_N.min() and share_N.max() <= 1
     expected = 1 - 0.25 * 0.3989423 * (1 - np.exp(-0.72)) / 0.3849303
     assert np.mean(share_N) == pytest.approx(expected, abs=0.003)
@@ -271,10 +271,10 @@ def test_masks_are_a_truncated_normal_of_shares():
         (dict(tokenizer=dataclasses.replace(KL, latent_channels=4)), "channels: tokenizer 4, tr"),
         (dict(tokenizer=dataclasses.replace(KL, image_size=16)), r"latent_map: tokenizer \(8, 8\)"),
         (dict(sampling=MAROptions(steps=17)), "steps=17: must be at most 16"),
-        (dict(least_masked=0.0), r"least_masked=0.0: must be in \(0, 1\)"),
-        (dict(diffusion_repeats=0), "diffusion_repeats=0: must be 1 or more"),
+        (dict(min_mask_ratio=0.0), r"min_mask_ratio=0.0: must be in \(0, 1\)"),
+        (dict(diffusion_batch_mul=0), "diffusion_batch_mul=0: must be 1 or more"),
         (dict(attention_dropout=1.0), "attention_dropout=1.0: must be at least 0 and below 1"),
-        (dict(compute=Compute(attention="cudnn")), "cuDNN's attention has none"),
+        (dict(compute=ComputeConfig(attention="cudnn")), "cuDNN's attention has none"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(change, says):

@@ -9,8 +9,8 @@ import pytest
 
 from varjax.nn import attention
 from varjax.nn.attention import cached_attention, dot_product_attention, mask_segments
-from varjax.nn.compute import Compute
-from varjax.nn.kv_cache import KeyValues, LayerCache
+from varjax.nn.compute import ComputeConfig
+from varjax.nn.kv_cache import KVCache, LayerCache
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid
 
 SCALES = 1, 4, 7, 9  # the last two are segments of their own
@@ -74,7 +74,7 @@ def test_every_implementation_is_the_masked_product_with_its_gradient(
 @pytest.mark.parametrize("key_mask", [False, True])
 def test_groups_of_images_read_the_cache_by_themselves(batch, key_mask, monkeypatch):
     key_KB = jax.random.split(jax.random.key(3), 4)
-    cache = KeyValues(*(jax.random.normal(k, (2, batch, 9, 8)) for k in key_KB[:2]))
+    cache = KVCache(*(jax.random.normal(k, (2, batch, 9, 8)) for k in key_KB[:2]))
     q_BlAD = jax.random.normal(key_KB[2], (batch, 3, 2, 4))
     new_BlC = jax.random.normal(key_KB[3], (batch, 3, 8))
     past = LayerCache(cache, 1, 4, 7).write(new_BlC, -new_BlC)
@@ -149,7 +149,7 @@ def test_gpus_get_the_kernel_by_default(queries, keys, gradient, monkeypatch):
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)  # as of JAX's CUDA wheels
     monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
-    implementation = Compute(platform="gpu").attention_implementation()
+    implementation = ComputeConfig(platform="gpu").attention_implementation()
     mask = np.tri(queries, keys, dtype=bool) if queries == keys else None
 
     def attend(q, k, v):
@@ -165,11 +165,11 @@ def test_gpus_get_the_kernel_by_default(queries, keys, gradient, monkeypatch):
 
 
 def test_the_implementation_is_the_platform_s():
-    assert Compute(platform="gpu", dtype="float32").attention_implementation() == "xla"
-    assert Compute(platform="tpu").attention_implementation() == "xla"
-    assert Compute(platform="tpu").attention_implementation(cached=True) == "grouped"
-    assert Compute(platform="cpu").attention_implementation() == "loop"
-    assert Compute(platform="tpu").jax_dtype == jnp.bfloat16
-    assert [Compute(platform=p).frozen_encoder for p in ("cpu", "gpu", "tpu")] == [
+    assert ComputeConfig(platform="gpu", dtype="float32").attention_implementation() == "xla"
+    assert ComputeConfig(platform="tpu").attention_implementation() == "xla"
+    assert ComputeConfig(platform="tpu").attention_implementation(cached=True) == "grouped"
+    assert ComputeConfig(platform="cpu").attention_implementation() == "loop"
+    assert ComputeConfig(platform="tpu").jax_dtype == jnp.bfloat16
+    assert [ComputeConfig(platform=p).frozen_encoder for p in ("cpu", "gpu", "tpu")] == [
         "highest", "tf32_3x", "bfloat16_3x"
     ]  # fmt: skip

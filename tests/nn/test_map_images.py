@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from varjax.nn.autoencoder import map_images
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ def test_large_batches_go_in_equal_pieces_whatever_that_gives_is_the_same(rows, 
         return x * 2 + jnp.arange(3.0)[None]
 
     x = jnp.arange(rows * 3.0).reshape(rows, 3)
-    y = map_images(function, x, (64, 64, 3), Compute(platform="tpu"))
+    y = map_images(function, x, (64, 64, 3), ComputeConfig(platform="tpu"))
     np.testing.assert_array_equal(y, np.asarray(x) * 2 + np.arange(3))
     assert seen == sizes
 
@@ -32,5 +32,5 @@ def test_a_cpu_goes_image_by_image_but_not_for_small_ones():
         return x
 
     for shape in ((64, 64, 3), (32, 32, 3)):
-        map_images(function, jnp.ones((20, 2)), shape, Compute(platform="cpu"))
+        map_images(function, jnp.ones((20, 2)), shape, ComputeConfig(platform="cpu"))
     assert seen == [1, 20]

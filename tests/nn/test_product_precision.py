@@ -10,7 +10,7 @@ from jax.extend import core
 from tests.helpers import runs
 from varjax.metrics.inception import Inception, init_inception
 from varjax.nn.attention import mask_segments
-from varjax.nn.compute import EXACT, Compute
+from varjax.nn.compute import EXACT, ComputeConfig
 from varjax.tokenizers.vq.model import VQTokenizer, encode_images, make_quantizer
 from varjax.var.model import VAR
 
@@ -61,7 +61,7 @@ def test_tokens_are_made_in_float32_where_they_are_to_be_exact():
     ("platform", "asked", "times"), [("tpu", "HIGH", 1), ("gpu", "DEFAULT", 3)]
 )
 def test_in_training_the_frozen_encoder_s_convolutions_take_three_passes(platform, asked, times):
-    compute = Compute(platform=platform)
+    compute = ComputeConfig(platform=platform)
     found = products(tokens(compute), PARAMS, IMAGE_BHWC)
     exact = products(tokens(EXACT), PARAMS, IMAGE_BHWC)
     encoder = products(lambda p, x: encode_images(CONFIG, p, x, EXACT), PARAMS, IMAGE_BHWC)
@@ -81,7 +81,7 @@ def test_codes_are_looked_for_in_float32():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_transformer_multiplies_in_its_format_and_the_head_adds_in_float32(dtype):
-    model = VAR(runs.VAR, Compute(dtype, attention="xla"))
+    model = VAR(runs.VAR, ComputeConfig(dtype, attention="xla"))
     params = jax.eval_shape(runs.VAR.init, jax.random.key(0))
 
     def logits(params, input_BlZ, label_B):

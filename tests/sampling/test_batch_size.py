@@ -19,7 +19,7 @@ from varjax.evaluation.evaluate import begun_batch_size_of_report
 from varjax.mar.model import CategoricalHead, MARConfig
 from varjax.mar.options import MAROptions, make_plan
 from varjax.mar.sample import mar_sampling_bytes, sample_mar_tokens
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.runtime.hardware import device_memory
 from varjax.sampling.batch_size import choose_batch_size, fitting_batch_size
 from varjax.sampling.outputs import begun_batch_size
@@ -31,7 +31,7 @@ from varjax.var.sample import VAROptions, sample_images, sample_tokens, var_samp
 
 # Batches are computed whole, as on accelerators, but attention in groups: a CPU's compiler does not
 # keep its matrices as a GPU's does.
-COMPUTE = Compute("float32", attention="grouped", platform="tpu")
+COMPUTE = ComputeConfig("float32", attention="grouped", platform="tpu")
 BATCH = 8
 
 

@@ -15,7 +15,7 @@ from varjax.errors import InputError
 from varjax.evaluation import __main__ as evaluation
 from varjax.mar.options import MAROptions
 from varjax.mar.pipeline import MARPipeline
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.sampling.finite_images import check_finite_images
 from varjax.sampling.sampler import image_keys, nan_advice
 from varjax.storage import image_io
@@ -93,7 +93,7 @@ def test_advice_names_what_may_help_this_model():
     assert "weights hold NaN or infinite numbers themselves (b)" in nan_advice(bad, "bfloat16")
     assert nan_advice(good, jnp.bfloat16).startswith("Try --dtype=float32; or weaker guidance")
     assert "--dtype" not in nan_advice(good, "float32")
-    mar = types.SimpleNamespace(params=good, compute=Compute("float32"), mar=runs.MAR)
+    mar = types.SimpleNamespace(params=good, compute=ComputeConfig("float32"), mar=runs.MAR)
     assert "--clip_denoised=3" in MARPipeline.advise_on_nan(mar, MAROptions())
     assert "--clip_denoised" not in MARPipeline.advise_on_nan(mar, MAROptions(clip_denoised=3.0))
 

@@ -26,7 +26,7 @@ from varjax.training.task import TrainState
 pytestmark = pytest.mark.slow
 
 CONFIG = VQConfig(
-    scales=(1, 2, (3, 4)), image_channels=3, width=8, multipliers=(1, 1, 1), blocks=1, groups=4,
+    scales=(1, 2, (3, 4)), image_channels=3, width=8, channel_mult=(1, 1, 1), blocks=1, groups=4,
     vocab=16, code_channels=4,
 )  # fmt: skip
 IMAGES = np.random.default_rng(0).integers(0, 256, (10, *CONFIG.image_shape), np.uint8)

@@ -14,8 +14,8 @@ from varjax.tokenizers.image_crop import choose_crop, describe_crop, recipe_crop
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
 
-KL = KLConfig(8, width=8, multipliers=(1, 2), blocks=1, groups=4, latent_channels=3)
-VQ = VQConfig((1, 2), width=8, multipliers=(1, 2), blocks=1, groups=4, vocab=7, code_channels=4)
+KL = KLConfig(8, width=8, channel_mult=(1, 2), blocks=1, groups=4, latent_channels=3)
+VQ = VQConfig((1, 2), width=8, channel_mult=(1, 2), blocks=1, groups=4, vocab=7, code_channels=4)
 
 
 def converted(folder, tokenizer, **about):

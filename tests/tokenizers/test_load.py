@@ -20,7 +20,7 @@ from varjax.tokenizers.load import LoadedTokenizer, read_frozen_tokenizer
 from varjax.tokenizers.vq.model import VQTokenizer
 
 CONFIG: Tokenizer = runs.TOKENIZER
-KL = KLConfig(8, 1, width=8, multipliers=(1, 2), blocks=1, groups=4, latent_channels=3)
+KL = KLConfig(8, 1, width=8, channel_mult=(1, 2), blocks=1, groups=4, latent_channels=3)
 IMAGES_BHWC = np.random.default_rng(0).integers(0, 256, (2, *CONFIG.image_shape), np.uint8)
 IMPORTED = """
 import sys

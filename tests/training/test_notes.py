@@ -16,7 +16,7 @@ from varjax.var.task import VARTask
 
 PLAN = Plan(steps=10_000)
 VAR = VARTask(runs.VAR, runs.TOKENIZER, "random", plan=PLAN)
-MAR = MARTask(runs.MAR, runs.KL, "random", ema=0.999, sampling=MAROptions(steps=2), plan=PLAN)
+MAR = MARTask(runs.MAR, runs.KL, "random", ema_decay=0.999, sampling=MAROptions(steps=2), plan=PLAN)
 
 
 @pytest.mark.parametrize(
@@ -43,10 +43,10 @@ def test_guidance_by_a_class_that_is_never_trained(task, guided, off):
 
 @pytest.mark.parametrize("task", [VAR, MAR, KLTask(runs.KL), adversarial.TASK])
 def test_an_average_that_the_run_is_too_short_for(task):
-    (note,) = dataclasses.replace(task, ema=0.9999, plan=Plan(steps=1000)).notes()
-    assert "90% of the average are still the parameters" in note and "task.ema=0.995" in note
+    (note,) = dataclasses.replace(task, ema_decay=0.9999, plan=Plan(steps=1000)).notes()
+    assert "90% of the average are still the parameters" in note and "task.ema_decay=0.995" in note
     for ema, steps in ((0.9999, 40_000), (0.995, 1000), (0.0, 1)):
-        assert not dataclasses.replace(task, ema=ema, plan=Plan(steps=steps)).notes()
+        assert not dataclasses.replace(task, ema_decay=ema, plan=Plan(steps=steps)).notes()
 
 
 def test_notes_are_said_before_anything_is_done(tmp_path, monkeypatch, capfd):

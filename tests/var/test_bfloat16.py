@@ -9,7 +9,7 @@ import pytest
 
 from tests.helpers import golden_cases as golden
 from varjax import trees
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQTokenizer, decode_images
 from varjax.training.optimizer import AdamW
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 TOKENIZER, CONFIG = golden.configs("base")
 PARAMS = {"tokenizer": golden.tokenizer_params("base"), "var": golden.var_params("base")}
 LABEL_B = jnp.arange(16) % CONFIG.classes
-BOTH = [Compute(dtype, attention="xla") for dtype in ("float32", "bfloat16")]
+BOTH = [ComputeConfig(dtype, attention="xla") for dtype in ("float32", "bfloat16")]
 TOKENS_BL = jax.random.randint(
     jax.random.key(1), (16, CONFIG.pyramid.length), 0, CONFIG.vocab, jnp.int32
 )

@@ -51,7 +51,7 @@ def run_of(task, directory, params, ema=None, frozen=None):
 @pytest.fixture
 def var_run(tmp_path):
     """A run of a transformer whose average is the golden case and whose parameters are not."""
-    task = VARTask(VAR, TOKENIZER, "nowhere", ema=0.9, sampling=SAMPLING)
+    task = VARTask(VAR, TOKENIZER, "nowhere", ema_decay=0.9, sampling=SAMPLING)
     ema = golden.var_params("shared_aln")
     params = jax.tree.map(lambda x: x + 1, ema)
     return run_of(task, tmp_path / "run", params, ema, golden.tokenizer_params("shared_aln"))

@@ -12,7 +12,7 @@ from tests.golden import weights
 from tests.helpers import golden_cases as golden
 from varjax import trees
 from varjax.convert.apply_map import to_official
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.nn.transformer import drop_path
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan, TrainState
@@ -202,7 +202,7 @@ def test_scale_by_scale_with_a_cache_equals_all_at_once(shared, cosine):
 )
 def test_ways_to_compute_give_the_same_logits_and_gradients(way, trace):
     keep_S2B = drop_path(jax.random.key(3), SMALL.depth, 2, 0.5)
-    plain = Compute(attention="xla")
+    plain = ComputeConfig(attention="xla")
     compute = dataclasses.replace(plain, **way)
 
     def total(params, compute):
@@ -223,7 +223,7 @@ def test_ways_to_compute_give_the_same_logits_and_gradients(way, trace):
 @pytest.mark.slow
 def test_bfloat16_stays_close_and_gives_float32_logits():
     expected, found = (
-        VAR(SMALL, Compute(dtype=dtype)).apply(small_params(), INPUT_BlZ, LABEL_B)
+        VAR(SMALL, ComputeConfig(dtype=dtype)).apply(small_params(), INPUT_BlZ, LABEL_B)
         for dtype in ("float32", "bfloat16")
     )
     assert found.dtype == jnp.float32

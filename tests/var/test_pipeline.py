@@ -84,7 +84,7 @@ def test_one_image_and_several_numbers_are_variations(model):
 
 def test_dtype_and_devices_are_arguments_of_load(model):
     half = varjax.load(runs.var(), dtype="bfloat16", devices=model.devices[:1])
-    assert half.compute == varjax.Compute("bfloat16") and half.devices == model.devices[:1]
+    assert half.compute == varjax.ComputeConfig("bfloat16") and half.devices == model.devices[:1]
     tokens_BL = model.encode(IMAGES)
     a, b = (np.asarray(m.logits(tokens_BL, [1, 2, 3])) for m in (model, half))
     assert 0 < np.abs(a - b).max() < 0.1
@@ -93,7 +93,7 @@ def test_dtype_and_devices_are_arguments_of_load(model):
     assert 0 < np.abs(a - b).max() < 0.1 and b.dtype == np.float32
     for arguments, message in (
         ({"dtype": "fp16"}, "auto, float32, bfloat16"),
-        ({"dtype": "float32", "compute": varjax.Compute()}, "within compute"),
+        ({"dtype": "float32", "compute": varjax.ComputeConfig()}, "within compute"),
         ({"devices": []}, "devices is empty"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from tests.helpers import golden_cases as golden
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQTokenizer
@@ -186,7 +186,7 @@ def test_new_numbers_and_labels_do_not_compile_again():
 @pytest.mark.slow
 def test_without_guidance_one_stream_gives_what_guidance_of_0_gives():
     tokenizer, var = golden.configs("base")
-    options, compute = VAROptions(cfg=0.0, top_k=20, top_p=0.9), Compute(attention="xla")
+    options, compute = VAROptions(cfg=0.0, top_k=20, top_p=0.9), ComputeConfig(attention="xla")
     label_B, key_B = np.array([3, 1], np.int32), image_keys(7, jnp.arange(2))
     args = tokenizer, var, params("base"), label_B, key_B, options, None, compute
     (one, _), (two, _) = (

@@ -8,7 +8,7 @@ import pytest
 from tests.helpers import runs
 from varjax.data.sources import Digits
 from varjax.nn.autoencoder import to_model_range
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.training.optimizer import AdamW
@@ -119,12 +119,12 @@ def test_data_and_batches_that_do_not_suit_are_refused():
 
 def test_recomputation_is_no_work_of_the_model(frozen, state):
     def flop(**changes):
-        task = dataclasses.replace(TASK, compute=Compute(**changes))
+        task = dataclasses.replace(TASK, compute=ComputeConfig(**changes))
         return flops.count(task.train_step, state, frozen, BATCH, jax.random.key(0))
 
     model = TASK.train_flops(state, frozen, BATCH)
     assert model == flop(remat="none", attention="xla") < flop(remat="block", attention="xla")
-    again = dataclasses.replace(TASK, compute=Compute(remat="block"))
+    again = dataclasses.replace(TASK, compute=ComputeConfig(remat="block"))
     assert again.train_flops(state, frozen, BATCH) == model
 
 

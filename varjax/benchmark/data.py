@@ -1,6 +1,6 @@
 """Measures how fast a config's data are read by threads and by worker processes.
 
-python -m varjax.benchmark data --config=configs/FILE.py[:ARGUMENT] [--batches=20]
+varjax benchmark data --config=configs/FILE.py[:ARGUMENT] [--batches=20]
     [--threads=1,16] [--workers=0,16] [--config.FIELD=VALUE ...]
 
 Prints a line for each stage and each number of threads or processes:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from varjax.errors import InputError
-from varjax.nn.compute import Attention, Compute, Remat, matmul_precision
+from varjax.nn.compute import Attention, ComputeConfig, Remat, matmul_precision
 from varjax.runtime import hardware
 from varjax.runtime.commands import command_parser
 
@@ -68,13 +68,13 @@ def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a training's `Compute`."""
+    """Adds the flags of a training's `ComputeConfig`."""
     about = "what the backward pass recomputes (dots, as in most recipes)"
     parser.add_argument("--remat", choices=get_args(Remat), default="dots", help=about)
     parser.add_argument("--unroll", action="store_true", help="unroll the layers")
 
 
-def compute_from_flags(flags: argparse.Namespace, **others: Any) -> Compute:
+def compute_from_flags(flags: argparse.Namespace, **others: Any) -> ComputeConfig:
     """Checks the flags of `model_parser`, turns the cache on, and returns how to compute.
 
     Raises InputError for a number below 1.
@@ -84,7 +84,7 @@ def compute_from_flags(flags: argparse.Namespace, **others: Any) -> Compute:
     if flags.cache:
         jax.config.update("jax_compilation_cache_dir", flags.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return Compute(dtype=flags.dtype, attention=flags.attention, **others)
+    return ComputeConfig(dtype=flags.dtype, attention=flags.attention, **others)
 
 
 def tpu_devices(topology: str) -> list[Any]:

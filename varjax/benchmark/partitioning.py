@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from varjax.benchmark.collectives import count_traffic
 from varjax.benchmark.measure import print_figures, tpu_devices
-from varjax.nn.compute import Compute, Remat
+from varjax.nn.compute import ComputeConfig, Remat
 from varjax.runtime.commands import command_parser
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training import sharding
@@ -74,9 +74,9 @@ def main(arguments: list[str]) -> None:
             VQConfig(scales=model.scales),
             tokenizer_weights="none",
             drop_path=0.1 * model.depth / 24,
-            ema=flags.ema,
+            ema_decay=flags.ema,
             accumulate=flags.accumulate,
-            compute=Compute(
+            compute=ComputeConfig(
                 dtype=flags.dtype,
                 attention="xla",
                 remat=flags.remat,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from varjax import trees
 from varjax.benchmark.sample import SamplingParts, model_parts
 from varjax.benchmark.train import make_task, training_loss
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQConfig, make_quantizer
 from varjax.training.task import Plan
@@ -42,7 +42,7 @@ class Program:
 
 
 def sampling(
-    preset: str, batch_size: int, compute: Compute, steps: int, guided: bool, pieces: bool
+    preset: str, batch_size: int, compute: ComputeConfig, steps: int, guided: bool, pieces: bool
 ) -> list[Program]:
     """Returns what draws a batch of images: one program, or pieces that do the same one by one.
 
@@ -71,14 +71,14 @@ def sampling(
     return [*transformer, *decoding(preset, batch_size, compute)]
 
 
-def decoding(preset: str, batch_size: int, compute: Compute) -> list[Program]:
+def decoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Program]:
     """Returns what decodes a batch of latents into images."""
     of, params = _parts_and_params(preset, compute, 1, True)
     latents = jax.ShapeDtypeStruct((batch_size, *of.latent_shape), jnp.float32)
     return [Program("decoder", of.decode, (params, latents))]
 
 
-def encoding(preset: str, batch_size: int, compute: Compute) -> list[Program]:
+def encoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Program]:
     """Returns what encodes a batch of images into latents."""
     task = make_task(preset, compute, Plan(1000, batch_size))
     frozen = jax.eval_shape(task.tokenizer.init, jax.random.key(0))
@@ -86,7 +86,7 @@ def encoding(preset: str, batch_size: int, compute: Compute) -> list[Program]:
 
 
 def training(
-    preset: str, batch_size: int, compute: Compute, cached: bool, pieces: bool
+    preset: str, batch_size: int, compute: ComputeConfig, cached: bool, pieces: bool
 ) -> list[Program]:
     """Returns what makes a training step: one program, or encoder, gradient and update.
 
@@ -126,7 +126,7 @@ def training(
     )
     update = Program(
         "update",
-        lambda state, grads, _: apply_gradients(state, grads, tx, task.ema),
+        lambda state, grads, _: apply_gradients(state, grads, tx, task.ema_decay),
         (state, state.params),
         donated=(0, 1),
     )
@@ -170,7 +170,7 @@ def _scales(
 
     label_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
     cond, cache = jax.eval_shape(
-        functools.partial(condition, compute=Compute("bfloat16")), params["var"], label_B
+        functools.partial(condition, compute=ComputeConfig("bfloat16")), params["var"], label_B
     )
     f_hat_BhwZ = jax.eval_shape(lambda: quantizer.initial_f_hat(batch_size))
     programs = [Program("condition", condition, (params["var"], label_B))]

@@ -21,7 +21,7 @@ from varjax.mar.latents import decode_tokens
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import mar_sampling_bytes, sample_mar_tokens
-from varjax.nn.compute import Compute, without_repeated_work
+from varjax.nn.compute import ComputeConfig, without_repeated_work
 from varjax.runtime import flops
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.runtime.hardware import fastest_seconds, memory_usage
@@ -76,7 +76,7 @@ class SamplingParts:
     sample: Callable[..., jax.Array]
     decode: Callable[..., jax.Array]
     whole: Callable[..., jax.Array]
-    bytes_needed: Callable[[int, Compute], int]
+    bytes_needed: Callable[[int, ComputeConfig], int]
 
 
 def var_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
@@ -138,7 +138,7 @@ def mar_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
 
 
 def print_fitting_batch_sizes(
-    preset: str, steps: int, compute: Compute, gigabytes: Sequence[float]
+    preset: str, steps: int, compute: ComputeConfig, gigabytes: Sequence[float]
 ) -> None:
     """Prints what --batch_size=auto is on devices of so much memory, by arithmetic."""
     of, dtype = model_parts(preset, steps), compute.jax_dtype
@@ -167,7 +167,12 @@ def model_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
 
 
 def measure_sampling(
-    preset: str, batch_size: int, steps: int, compute: Compute, repeats: int, compile_only: bool
+    preset: str,
+    batch_size: int,
+    steps: int,
+    compute: ComputeConfig,
+    repeats: int,
+    compile_only: bool,
 ) -> None:
     """Prints a line for the transformer, one for the decoder, and one for the whole.
 

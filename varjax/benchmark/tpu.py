@@ -34,7 +34,7 @@ from varjax.benchmark.measure import (
 )
 from varjax.benchmark.pieces import Program, decoding, encoding, sampling, training
 from varjax.errors import InputError
-from varjax.nn.compute import Compute, Precision, without_repeated_work
+from varjax.nn.compute import ComputeConfig, Precision, without_repeated_work
 from varjax.runtime import flops
 from varjax.runtime.hardware import published_peak_flops
 
@@ -145,7 +145,7 @@ class Estimate:
         }
 
 
-def estimate_program(program: Program, compute: Compute, device: Any) -> Estimate:
+def estimate_program(program: Program, compute: ComputeConfig, device: Any) -> Estimate:
     """Compiles a program for a device and adds up the cycles that the compiler expects."""
     # Layouts of the compiler's own choice, for a piece gets what another piece left that way.
     chosen, clock = Format(Layout.AUTO, SingleDeviceSharding(device)), _clock(device)

@@ -20,7 +20,7 @@ from varjax.benchmark.measure import (
 )
 from varjax.mar.model import MARConfig
 from varjax.mar.task import MARTask
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
 from varjax.runtime.hardware import fastest_seconds, memory_usage
 from varjax.tokenizers.kl.model import KLConfig
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     measure_training(flags.preset, flags.batch_size, compute, flags.repeats)
 
 
-def measure_training(preset: str, batch_size: int, compute: Compute, repeats: int) -> None:
+def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repeats: int) -> None:
     """Prints a line for the tokenizer's encoder, the gradient, the update, and the whole step.
 
     efficiency: model FLOP ÷ (seconds × FLOP/s of a large matrix product, same run, same dtype).
@@ -100,7 +100,7 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
         return norms
 
     updated, waited = _compiled(
-        lambda state, grads: apply_gradients(state, grads, tx, task.ema), state, grads[0]
+        lambda state, grads: apply_gradients(state, grads, tx, task.ema_decay), state, grads[0]
     )
     report("update", update, waited, 0)
     grads.clear()
@@ -116,7 +116,7 @@ def measure_training(preset: str, batch_size: int, compute: Compute, repeats: in
     report("step", step, waited, work + work_encode)
 
 
-def make_task(preset: str, compute: Compute, plan: Plan) -> VARTask | MARTask:
+def make_task(preset: str, compute: ComputeConfig, plan: Plan) -> VARTask | MARTask:
     """Returns the task that trains a model of a released size; raises InputError for others."""
     return (_mar_task if preset.startswith("mar") else _var_task)(preset, compute, plan)
 
@@ -135,7 +135,7 @@ def training_loss(task: VARTask | MARTask) -> Callable[..., jax.Array]:
     return loss
 
 
-def _var_task(preset: str, compute: Compute, plan: Plan) -> VARTask:
+def _var_task(preset: str, compute: ComputeConfig, plan: Plan) -> VARTask:
     model = VARConfig.preset(preset)
     return VARTask(
         model=model,
@@ -147,7 +147,7 @@ def _var_task(preset: str, compute: Compute, plan: Plan) -> VARTask:
     )
 
 
-def _mar_task(preset: str, compute: Compute, plan: Plan) -> MARTask:
+def _mar_task(preset: str, compute: ComputeConfig, plan: Plan) -> MARTask:
     # The fused kernel has no dropout of its weights, so that the task refuses both.
     dropout = 0.0 if compute.attention == "cudnn" else 0.1
     return MARTask(

@@ -55,7 +55,7 @@ def read_model_config(location: str | pathlib.Path) -> dict[str, Any]:
     if not files.exists(path):
         raise InputError(
             f"{directory} {'holds no config.json' if directory.is_dir() else 'does not exist'}; "
-            "give a run's directory, one that python -m varjax.convert wrote, or the name of a "
+            "give a run's directory, one that varjax convert wrote, or the name of a "
             "published model such as var_d16"
         )
     config = files.read_json(path)

@@ -1,6 +1,6 @@
 """Runs the tokenizer of a config over its images once, so that training reads latents instead.
 
-python -m varjax.cli.cache_latents --config=FILE.py[:ARGUMENT] --out=DIR [--augmentations=10]
+varjax cache-latents --config=FILE.py[:ARGUMENT] --out=DIR [--augmentations=10]
 
 A KL tokenizer's latents are stored as means and standard deviations, from which training draws new
 samples in each epoch. --dtype=float16 halves their size, and the rounding errors are printed.

@@ -1,6 +1,6 @@
 """Weights of the official PyTorch models: from there, and back.
 
-python -m varjax.convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights/d16
+varjax convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights/d16
 """
 
 from varjax.convert.from_torch import convert

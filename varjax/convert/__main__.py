@@ -1,12 +1,12 @@
 """Converts weights: official PyTorch files <-> varjax, training runs, LPIPS, FID's Inception.
 
-python -m varjax.convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights/d16
-python -m varjax.convert --mar=checkpoint-last.pth --kl=kl16.ckpt --out=weights/mar_b
-python -m varjax.convert --repo=FoundationVision/var --tokenizer=… --var=… --out=weights/d16
-python -m varjax.convert --run=runs/x --out=weights/x
-python -m varjax.convert --to_torch --weights=weights/x --out=for_pytorch [--layout=diffusers]
-python -m varjax.convert --lpips_vgg=vgg16.pth --lpips_heads=vgg.pth --out=weights/lpips
-python -m varjax.convert --inception=classify_image_graph_def.pb --out=weights/inception
+varjax convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights/d16
+varjax convert --mar=checkpoint-last.pth --kl=kl16.ckpt --out=weights/mar_b
+varjax convert --repo=FoundationVision/var --tokenizer=… --var=… --out=weights/d16
+varjax convert --run=runs/x --out=weights/x
+varjax convert --to_torch --weights=weights/x --out=for_pytorch [--layout=diffusers]
+varjax convert --lpips_vgg=vgg16.pth --lpips_heads=vgg.pth --out=weights/lpips
+varjax convert --inception=classify_image_graph_def.pb --out=weights/inception
 """
 
 import argparse

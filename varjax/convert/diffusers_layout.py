@@ -81,7 +81,7 @@ def with_diffusers_names(config: KLConfig, official: Mapping[str, LazyArray]) ->
             f"feature_channels={config.features} and latent_channels={config.latent_channels}: "
             "diffusers' AutoencoderKL has one number for both; leave --layout out"
         )
-    levels, renamed = len(config.multipliers), {}
+    levels, renamed = len(config.channel_mult), {}
     layers = {name: known[0] for name, known in LAYERS.items()}
     for name, x in official.items():
         shape = x.shape[:2] if IN_ATTENTION(name) else x.shape
@@ -98,13 +98,13 @@ def diffusers_config(config: KLConfig, latent_std: float) -> dict[str, Any]:
         latent_std: standard deviation of the latents, the scalar among the parameters.
     """
     H, W, channels = config.image_shape
-    levels = range(-len(config.multipliers), 0)
+    levels = range(-len(config.channel_mult), 0)
     down = ["AttnDown" if i in config.encoder_attention else "Down" for i in levels]
     up = ["AttnUp" if i in config.decoder_attention else "Up" for i in reversed(levels)]
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
-        "block_out_channels": [config.width * n for n in config.multipliers],
+        "block_out_channels": [config.width * n for n in config.channel_mult],
         "down_block_types": [f"{kind}EncoderBlock2D" for kind in down],
         "in_channels": channels,
         "latent_channels": config.latent_channels,

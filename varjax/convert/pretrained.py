@@ -143,7 +143,7 @@ def _fetch(name: str, directory: pathlib.Path) -> None:
         raise InputError(
             f"{name} is neither here nor in {directory.parent}, and {error}. To do it by hand, "
             f"download {' and '.join(release.files.values())} from {release.address} and run\n"
-            f"  python -m varjax.convert {flags} --out={shlex.quote(str(directory))}"
+            f"  varjax convert {flags} --out={shlex.quote(str(directory))}"
         ) from error
     for flag, path in sources.items():
         file = release.files[flag]

@@ -30,7 +30,7 @@ from varjax.storage.buckets import as_path
 
 @dataclasses.dataclass(frozen=True)
 class CachedLatents:
-    """A folder that `python -m varjax.cli.cache_latents` filled.
+    """A folder that `varjax cache-latents` filled.
 
     It holds the latents of U augmentations of each training image, of which epoch e shows number
     e mod U. With the seed that they were made with, the first U epochs are those of the images.
@@ -53,7 +53,7 @@ class CachedLatents:
         if not (path := as_path(self.root) / ABOUT_FILE).is_file():
             raise InputError(
                 f"{self.root} holds no latents: {path} is missing; make some by "
-                "python -m varjax.cli.cache_latents"
+                "varjax cache-latents"
             )
         return read_about(path)
 
@@ -158,7 +158,7 @@ class LatentSource:
         if missing := sum(not path.is_file() for path in paths):
             raise InputError(
                 f"{self.root} lacks {missing} of {self.shards} {self.split} files of latents; run "
-                "python -m varjax.cli.cache_latents to its end"
+                "varjax cache-latents to its end"
             )
         shards = [files.read_tensors(path, check=False)[0] for path in paths]
         for i, (path, found) in enumerate(zip(paths, shards, strict=True)):
@@ -199,7 +199,7 @@ class LatentSource:
                 name = shard_name(self.split, shard, self.shards)
                 raise DamagedFileError(
                     f"{as_path(self.root) / name} is damaged: the checksum of image {row} in it "
-                    "does not match; delete it and run python -m varjax.cli.cache_latents again"
+                    "does not match; delete it and run varjax cache-latents again"
                 )
 
         if not valid:

@@ -15,7 +15,7 @@ import numpy as np
 
 from varjax.mar.model import DECODER, MAR
 from varjax.nn.attention import Dropout
-from varjax.nn.kv_cache import KeyValues
+from varjax.nn.kv_cache import KVCache
 from varjax.nn.vit import run_vit_blocks
 
 
@@ -23,8 +23,8 @@ from varjax.nn.vit import run_vit_blocks
 class CausalCache:
     """Holds keys and values of both stacks of layers, for all positions."""
 
-    encoder: KeyValues
-    decoder: KeyValues
+    encoder: KVCache
+    decoder: KVCache
 
 
 def causal_hidden(
@@ -86,7 +86,7 @@ def causal_next(
         z (B, C) float32 of the next token, and the cache with the last one.
     """
     x_B1C = model.embed_tokens(token_B[:, None], place_B[:, None])
-    z_B1C, cache = _run(model, x_B1C, next_B[:, None], cache, model.config.buffer + number)
+    z_B1C, cache = _run(model, x_B1C, next_B[:, None], cache, model.config.buffer_size + number)
     return z_B1C[:, 0], cache
 
 
@@ -129,7 +129,7 @@ def _run(
     own_BlC = jnp.broadcast_to(
         pos_LC[None, : length - targets], (B, length - targets, x_BlC.shape[-1])
     )
-    pos_BlC = jnp.concatenate([own_BlC, pos_LC[model.config.buffer + target_Bn]], axis=1)
+    pos_BlC = jnp.concatenate([own_BlC, pos_LC[model.config.buffer_size + target_Bn]], axis=1)
     further = [None if d is None else d.fold_in(DECODER) for d in (attention_dropout, dropout)]
     x_BlC, decoder = run(
         model.decoder_block, model.decoder_blocks, x_BlC + pos_BlC, caches[1], *further
@@ -140,10 +140,10 @@ def _run(
 
 def _empty_cache(model: MAR, batch: int) -> CausalCache:
     c = model.config
-    positions = c.buffer + c.length - 1  # nothing follows the last token
+    positions = c.buffer_size + c.length - 1  # nothing follows the last token
 
     encoder, decoder = (
-        KeyValues.allocate(depth, batch, positions, width, model.dtype)
+        KVCache.allocate(depth, batch, positions, width, model.dtype)
         for depth, width in ((c.encoder_depth, c.width), (c.decoder_depth, c.hidden_width))
     )
     return CausalCache(encoder, decoder)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.nn.linear import dense
 from varjax.nn.transformer import modulate
 from varjax.nn.vit import layer_norm
@@ -33,7 +33,7 @@ class DenoisingMLP(nn.Module):
     channels: int
     depth: int
     width: int
-    compute: Compute
+    compute: ComputeConfig
 
     def setup(self):
         dtype, xavier = self.compute.jax_dtype, nn.initializers.xavier_uniform()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from varjax.errors import InputError
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
-from varjax.nn.compute import EXACT, Compute
+from varjax.nn.compute import EXACT, ComputeConfig
 from varjax.tokenizers.contract import Latents
 from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig, sample_posterior
 from varjax.tokenizers.vq.model import VQConfig
@@ -51,7 +51,7 @@ def encode_tokens(
     params: PyTree,
     batch: Latents,
     key_B: jax.Array | None = None,
-    compute: Compute = EXACT,
+    compute: ComputeConfig = EXACT,
 ) -> jax.Array:
     """Makes tokens of images, or of latents that were made of them before.
 
@@ -86,7 +86,7 @@ def decode_tokens(
     config: MARConfig,
     params: PyTree,
     tokens_BL: jax.Array,
-    compute: Compute = EXACT,
+    compute: ComputeConfig = EXACT,
 ) -> jax.Array:
     """Decodes tokens, (B, L, Z) or (B, L), into images (B, H, W, channels) in [0, 1].
 

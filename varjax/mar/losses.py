@@ -11,7 +11,7 @@ from varjax.mar.causal import causal_hidden
 from varjax.mar.model import DiffusionHead, MARConfig, bind_denoiser, bind_mar
 from varjax.mar.sample import draw_orders
 from varjax.nn.attention import Dropout
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS, diffusion_loss
 from varjax.sampling.sampler import fold_in_each
 from varjax.trees import PyTree
@@ -42,7 +42,7 @@ class LossDraws:
     dropout: Dropout | None = None
 
 
-def masked_share(key: jax.Array, least: float) -> jax.Array:
+def mask_ratio(key: jax.Array, least: float) -> jax.Array:
     """Draws the share of tokens to mask: normal around 1, truncated to [least, 1]."""
     lowest = (least - MASK_MEAN) / MASK_STD
     return MASK_MEAN + MASK_STD * jax.random.truncated_normal(key, lowest, 0.0)
@@ -96,7 +96,7 @@ def token_losses(
     label_B: jax.Array,
     draws: LossDraws,
     most_known: int,
-    compute: Compute = Compute(),  # noqa: B008  (frozen)
+    compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
 ) -> dict[str, jax.Array]:
     """Computes the losses of all tokens of a batch.
 

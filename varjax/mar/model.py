@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from varjax.errors import InputError, check_setting
 from varjax.mar.denoiser import DenoisingMLP
 from varjax.nn.attention import MAX_HEADS, Dropout
-from varjax.nn.compute import Compute, shard_batch
+from varjax.nn.compute import ComputeConfig, shard_batch
 from varjax.nn.linear import OutputHead, dense
 from varjax.nn.vit import ViTBlock, init_vit_blocks, layer_norm, run_vit_blocks
 from varjax.trees import PyTree
@@ -99,7 +99,7 @@ class MARConfig:
         head: kind of tokens, and how one is drawn from its vector.
         classes: number of classes; the class of that number means "no class" (for guidance).
         latent_map: (h, w), the size of the tokenizer's map of latents.
-        buffer: number of tokens in front that hold the class.
+        buffer_size: number of tokens in front that hold the class.
         order: order in which tokens become known: "random", drawn for each image, or "raster".
         attention: direction of attention. "bidirectional" predicts any set of tokens from all known
             ones (masked autoregression); "causal" predicts one token after another, with a
@@ -118,7 +118,7 @@ class MARConfig:
     head: DiffusionHead | CategoricalHead = DiffusionHead()
     classes: int = 1000
     latent_map: tuple[int, int] = (16, 16)
-    buffer: int = 64
+    buffer_size: int = 64
     order: Order = "random"
     attention: Attention = "bidirectional"
     embed_init: float = 0.02
@@ -126,7 +126,7 @@ class MARConfig:
 
     def __post_init__(self):
         heads = "encoder_heads", "decoder_heads"
-        for name in ("width", "encoder_depth", "decoder_depth", *heads, "classes", "buffer"):
+        for name in ("width", "encoder_depth", "decoder_depth", *heads, "classes", "buffer_size"):
             check_setting(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         check_setting("decoder_width", self.hidden_width, self.hidden_width >= 1, "1 or more")
         for name, width in zip(heads, (self.width, self.hidden_width), strict=True):
@@ -172,7 +172,7 @@ class MARConfig:
 
     def init(self, key: jax.Array) -> PyTree:
         """Draws untrained parameters, all float32, as the reference does."""
-        return MAR(self).init(key, method="touch")["params"]
+        return MAR(self).init(key, method="init_all")["params"]
 
     def patchify(self, latents: jax.Array) -> jax.Array:
         """Cuts latents (B, h, w, channels) into tokens (B, L, Z); codes (B, L) stay as they are."""
@@ -189,12 +189,12 @@ class MARConfig:
         return einops.rearrange(tokens, "B (h w) (c p q) -> B (h p) (w q) c", h=h, p=p, q=p)
 
 
-def make_denoiser(head: DiffusionHead, compute: Compute) -> DenoisingMLP:
+def make_denoiser(head: DiffusionHead, compute: ComputeConfig) -> DenoisingMLP:
     """Returns the head's network alone, whose parameters are the transformer's `params["head"]`."""
     return DenoisingMLP(head.token_shape[0], head.depth, head.width, compute)
 
 
-def bind_mar(config: MARConfig, params: PyTree, compute: Compute) -> Callable[..., Any]:
+def bind_mar(config: MARConfig, params: PyTree, compute: ComputeConfig) -> Callable[..., Any]:
     """Returns `MAR.apply` on these parameters, which loops of JAX may call.
 
     hidden = bind_mar(config, params, compute)(token_Bn, …, method="hidden")
@@ -202,7 +202,9 @@ def bind_mar(config: MARConfig, params: PyTree, compute: Compute) -> Callable[..
     return functools.partial(MAR(config, compute).apply, {"params": params})
 
 
-def bind_denoiser(head: DiffusionHead, params: PyTree, compute: Compute) -> Callable[..., Any]:
+def bind_denoiser(
+    head: DiffusionHead, params: PyTree, compute: ComputeConfig
+) -> Callable[..., Any]:
     """Returns `DenoisingMLP.apply` on the parameters of a transformer."""
     return functools.partial(make_denoiser(head, compute).apply, {"params": params["head"]})
 
@@ -219,19 +221,19 @@ class MAR(nn.Module):
     """
 
     config: MARConfig
-    compute: Compute = Compute()
+    compute: ComputeConfig = ComputeConfig()
 
     def setup(self):
         c, E, C = self.config, self.config.width, self.config.hidden_width
         self.dtype = self.compute.jax_dtype
         normal, xavier = nn.initializers.normal(c.embed_init), nn.initializers.xavier_uniform()
-        places = c.buffer + c.length
+        places = c.buffer_size + c.length
 
         def table(name, *shape):
             return self.param(name, normal, shape, jnp.float32)
 
         self.class_embed = table("class_embed", c.classes, E)
-        self.fake_latent = table("fake_latent", 1, E)  # stands for "no class"
+        self.no_class_embed = table("no_class_embed", 1, E)  # stands for "no class"
         self.mask_token = table("mask_token", C)
         self.encoder_pos_embed = table("encoder_pos_embed", places, E)
         self.decoder_pos_embed = table("decoder_pos_embed", places, C)
@@ -256,7 +258,7 @@ class MAR(nn.Module):
         """Looks up (B, C) of classes; `config.classes` means "no class"."""
         vector_BC = jnp.take(self.class_embed, label_B, axis=0, mode="clip")
         no_class_B1 = (label_B == self.config.classes)[:, None]
-        return shard_batch(jnp.where(no_class_B1, self.fake_latent, vector_BC))
+        return shard_batch(jnp.where(no_class_B1, self.no_class_embed, vector_BC))
 
     def hidden(
         self,
@@ -300,7 +302,7 @@ class MAR(nn.Module):
 
     def decode(self, x_BlC, place_Bn, known_Bn, attention_dropout=None, dropout=None) -> jax.Array:
         """Runs the decoder on what `encode` gave, with mask tokens at all other places."""
-        B, buffer, length = len(place_Bn), self.config.buffer, self.config.length
+        B, buffer, length = len(place_Bn), self.config.buffer_size, self.config.length
         x_BlC = self.decoder_embed(x_BlC).astype(jnp.float32)
         mask_BLC = jnp.broadcast_to(self.mask_token, (B, length, x_BlC.shape[-1]))
         # Padding goes to a place behind the last one, where it is dropped.
@@ -328,7 +330,7 @@ class MAR(nn.Module):
         """Computes the logits of all codes from z, by the categorical head."""
         return self.head(z_BlC)
 
-    def touch(self):
+    def init_all(self):
         """Runs everything once, so that `init` makes every parameter."""
         c = self.config
         token_Bn = jnp.zeros((1, 1, *c.head.token_shape), c.head.token_dtype)
@@ -343,7 +345,7 @@ class MAR(nn.Module):
         self, token_Bn: jax.Array | None, place_Bn: jax.Array | None, class_BC: jax.Array
     ) -> jax.Array:
         """Embeds the class buffer and, behind it, tokens at places: (B, buffer + n, C)."""
-        buffer = self.config.buffer
+        buffer = self.config.buffer_size
         x_BlC = (
             jnp.repeat(class_BC[:, None], buffer, axis=1) + self.encoder_pos_embed[None, :buffer]
         )
@@ -354,7 +356,7 @@ class MAR(nn.Module):
 
     def embed_tokens(self, token_Bn: jax.Array, place_Bn: jax.Array) -> jax.Array:
         """Embeds tokens at places for the encoder, (B, n, C)."""
-        x_BnC = self.z_proj(token_Bn) + self.encoder_pos_embed[self.config.buffer + place_Bn]
+        x_BnC = self.z_proj(token_Bn) + self.encoder_pos_embed[self.config.buffer_size + place_Bn]
         return self.z_proj_norm(x_BnC)
 
     def _init_encoder_blocks(self, key):
@@ -368,5 +370,5 @@ class MAR(nn.Module):
         )
 
     def _with_buffer(self, known_Bn):
-        buffer_Bl = jnp.ones((len(known_Bn), self.config.buffer), bool)
+        buffer_Bl = jnp.ones((len(known_Bn), self.config.buffer_size), bool)
         return jnp.concatenate([buffer_Bl, known_Bn], axis=1)

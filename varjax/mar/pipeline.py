@@ -19,7 +19,7 @@ from varjax.mar.latents import (
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig, bind_mar
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import KnownTokens, mar_sampling_bytes, sample_mar_tokens
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import (
     checked_edit,
@@ -73,7 +73,7 @@ class MARPipeline:
         mar: MARConfig,
         params: PyTree,
         sampling: MAROptions = MAROptions(),  # noqa: B008  (frozen)
-        compute: Compute = Compute(),  # noqa: B008  (frozen)
+        compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
         devices: Sequence[Any] | None = None,
     ):
         if tokenizer is not None:

@@ -17,7 +17,7 @@ from varjax.mar.latents import NOT_FINITE, TokenizerConfig
 from varjax.mar.model import DiffusionHead, MARConfig, bind_denoiser, bind_mar
 from varjax.mar.options import SamplingPlan
 from varjax.nn.autoencoder import decoding_bytes
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import reverse_diffusion
 from varjax.sampling.sampler import fold_in_each
 from varjax.trees import PyTree
@@ -84,7 +84,7 @@ def sample_mar_tokens(
     key_B: jax.Array,
     plan: SamplingPlan,
     known: KnownTokens | None = None,
-    compute: Compute = Compute(),  # noqa: B008  (frozen)
+    compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
     *,
     order_BL: jax.Array | None = None,
     noise: Noise | None = None,
@@ -274,7 +274,7 @@ def mar_sampling_bytes(
     tokenizer: TokenizerConfig | None,
     config: MARConfig,
     batch: int,
-    compute: Compute,
+    compute: ComputeConfig,
     plan: SamplingPlan,
 ) -> int:
     """Estimates how much memory a device needs, in addition to the weights, to sample a batch.
@@ -289,7 +289,7 @@ def mar_sampling_bytes(
         plan: plan of the sampling steps.
     """
     rows, item = batch * (2 if plan.guided else 1), compute.jax_dtype.itemsize
-    tokens, C = config.buffer + config.length, max(config.width, config.hidden_width)
+    tokens, C = config.buffer_size + config.length, max(config.width, config.hidden_width)
     new = max(bucket.new for bucket in plan.buckets)
     # Of a token in a layer: residual stream and norm in float32; q, k, v, and twice the MLP's inner
     # width; and the attention matrix with its softmax.
@@ -300,7 +300,7 @@ def mar_sampling_bytes(
         layers = config.encoder_depth + 1, config.decoder_depth + 1
         channels = sum(n * width for n, width in zip(layers, widths, strict=True))
         cache, new = 2 * channels * rows * tokens * item, 1
-        transformer = cache + rows * config.buffer * of_token
+        transformer = cache + rows * config.buffer_size * of_token
     else:
         transformer = rows * tokens * of_token
     if isinstance(config.head, DiffusionHead):  # three signals a block; as compiled, 22 more

@@ -17,14 +17,14 @@ from varjax.mar.losses import (
     content_keys,
     draw_losses,
     known_count,
+    mask_ratio,
     masked_mean,
-    masked_share,
     token_losses,
 )
 from varjax.mar.model import DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import sample_mar_tokens
-from varjax.nn.compute import Compute, without_repeated_work
+from varjax.nn.compute import ComputeConfig, without_repeated_work
 from varjax.nn.diffusion import TRAINING_STEPS
 from varjax.runtime import flops
 from varjax.sampling.sampler import fold_in_each, image_keys
@@ -53,7 +53,7 @@ from varjax.trees import PyTree
 # What the reference decays: matrices and tables outside of the denoising MLP.
 DECAYED = (
     (r"^head/", False),
-    (r"(kernel|embedding|_embed|mask_token|fake_latent)$", True),
+    (r"(kernel|embedding|_embed|mask_token|no_class_embed)$", True),
     (r"", False),
 )
 LABEL_KEY, POSTERIOR_KEY, SHARE_KEY = 6, 7, 8  # folded into an image's key, beside the losses'
@@ -78,9 +78,9 @@ class MARTask:
         attention_dropout: fraction of the attention weights to drop; fused kernels do not support
             it.
         dropout: fraction of the outputs of attention and MLP to drop.
-        least_masked: smallest fraction of tokens that is masked.
-        diffusion_repeats: number of noise levels for each token in a step.
-        ema: decay of the parameters' exponential moving average; 0 for none.
+        min_mask_ratio: smallest fraction of tokens that is masked.
+        diffusion_batch_mul: number of noise levels for each token in a step.
+        ema_decay: decay of the parameters' exponential moving average; 0 for none.
         accumulate: number of microbatches whose gradients are averaged in a step.
         compute: number format and execution.
         sampling: sampling options that suit the model, for previews and as the default after
@@ -95,26 +95,28 @@ class MARTask:
     class_dropout: float = 0.1
     attention_dropout: float = 0.1
     dropout: float = 0.1
-    least_masked: float = 0.7
-    diffusion_repeats: int = 4
-    ema: float = 0.9999
+    min_mask_ratio: float = 0.7
+    diffusion_batch_mul: int = 4
+    ema_decay: float = 0.9999
     accumulate: int = 1
-    compute: Compute = Compute()
+    compute: ComputeConfig = ComputeConfig()
     sampling: MAROptions = MAROptions()
     plan: Plan = Plan()
 
     def __post_init__(self):
         check_latents_fit(self.tokenizer, self.model)
         check_sampling(self.model, self.sampling)
-        for name in ("class_dropout", "ema"):
+        for name in ("class_dropout", "ema_decay"):
             value = getattr(self, name)
             check_setting(name, value, 0 <= value <= 1, "in [0, 1]")
         for name in ("attention_dropout", "dropout"):
             value = getattr(self, name)
             check_setting(name, value, 0 <= value < 1, "at least 0 and below 1")
-        check_setting("least_masked", self.least_masked, 0 < self.least_masked < 1, "in (0, 1)")
-        repeats = self.diffusion_repeats
-        check_setting("diffusion_repeats", repeats, repeats >= 1, "1 or more")
+        check_setting(
+            "min_mask_ratio", self.min_mask_ratio, 0 < self.min_mask_ratio < 1, "in (0, 1)"
+        )
+        repeats = self.diffusion_batch_mul
+        check_setting("diffusion_batch_mul", repeats, repeats >= 1, "1 or more")
         if self.compute.attention == "cudnn" and self.attention_dropout:
             raise InputError(
                 f"attention_dropout={self.attention_dropout}: cuDNN's attention has none; set "
@@ -129,11 +131,11 @@ class MARTask:
     def notes(self) -> list[str]:
         dropout, cfg = self.class_dropout, self.sampling.cfg
         notes = class_dropout_notes(dropout, self.model.classes, cfg, off=1)
-        return notes + ema_notes(self.ema, self.plan)
+        return notes + ema_notes(self.ema_decay, self.plan)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)
-        return create_state(params, self.transformation(params), self.ema)
+        return create_state(params, self.transformation(params), self.ema_decay)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
         there, params, _ = read_generator(location, "mar", "MARTask", MARConfig, MAROptions)
@@ -151,7 +153,7 @@ class MARTask:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Makes one update, with one share of masked tokens for the whole batch."""
         share_key, key = jax.random.split(jax.random.fold_in(key, state.step))
-        known = known_count(self.model.length, masked_share(share_key, self.least_masked))
+        known = known_count(self.model.length, mask_ratio(share_key, self.min_mask_ratio))
         batch = batch | {
             "key_B": example_keys(key, len(batch["label_B"])),
             "known_B": jnp.broadcast_to(known, batch["label_B"].shape),
@@ -161,7 +163,9 @@ class MARTask:
             return self.loss(params, frozen, batch)
 
         grads, metrics = accumulated_gradients(loss_fn, state.params, batch, self.accumulate)
-        state, norms = apply_gradients(state, grads, self.transformation(state.params), self.ema)
+        state, norms = apply_gradients(
+            state, grads, self.transformation(state.params), self.ema_decay
+        )
         return state, metrics | norms | {"lr": self.optimizer.lr(state.step - 1, self.plan)}
 
     def loss(
@@ -176,7 +180,7 @@ class MARTask:
         label_key_B = fold_in_each(key_B, LABEL_KEY)
         dropped_B = jax.vmap(jax.random.bernoulli, (0, None))(label_key_B, self.class_dropout)
         label_B = jnp.where(dropped_B, self.model.classes, label_B)
-        rates = self.diffusion_repeats, self.attention_dropout, self.dropout
+        rates = self.diffusion_batch_mul, self.attention_dropout, self.dropout
         draws = draw_losses(self.model, key_B, batch["known_B"], *rates)
         of = self._token_losses(params, frozen, batch, label_B, draws)
         masked_BL = of["masked_BL"]
@@ -191,11 +195,11 @@ class MARTask:
     def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
         """Draws masks, noise levels and noise by each image's own numbers, always the same."""
         key_B, L = content_keys(batch), self.model.length
-        share_B = jax.vmap(masked_share, (0, None))(
-            fold_in_each(key_B, SHARE_KEY), self.least_masked
+        share_B = jax.vmap(mask_ratio, (0, None))(
+            fold_in_each(key_B, SHARE_KEY), self.min_mask_ratio
         )
         known_B = known_count(L, share_B)
-        draws = draw_losses(self.model, key_B, known_B, self.diffusion_repeats)
+        draws = draw_losses(self.model, key_B, known_B, self.diffusion_batch_mul)
         of = self._token_losses(
             state.params, frozen, batch | {"key_B": key_B}, batch["label_B"], draws
         )
@@ -207,7 +211,7 @@ class MARTask:
         sums: dict[str, Any] = {
             name: jnp.sum(of[f"{name}_BL"] * by_image_BL) for name in self._loss_names
         }
-        most = L - math.ceil(L * self.least_masked) + 1
+        most = L - math.ceil(L * self.min_mask_ratio) + 1
         share_bin_B = jnp.minimum(known_B * SHARES // most, SHARES - 1)
         loss_B = jnp.sum(of["loss_BL"] * by_image_BL, axis=1)
         sums["loss_by_known"] = _binned(share_bin_B, loss_B * images_B, images_B, SHARES)
@@ -267,7 +271,7 @@ class MARTask:
         drawn = batch, posterior_key_B, self.compute
         token_BL = encode_tokens(self.tokenizer, self.model, frozen, *drawn)
         L = self.model.length
-        most_known = L - math.ceil(L * self.least_masked)
+        most_known = L - math.ceil(L * self.min_mask_ratio)
         token_BL = jax.lax.stop_gradient(token_BL)
         of = token_losses(self.model, params, token_BL, label_B, draws, most_known, self.compute)
         if not isinstance(self.model.head, DiffusionHead):
@@ -289,8 +293,8 @@ def matching_mar_rows(here: MARConfig, there: MARConfig) -> MatchingRows:
     rows: MatchingRows = {}
     if here.classes != there.classes:
         rows["class_embed"] = [], []
-    if (here.grid, here.buffer) != (there.grid, there.buffer):
-        both = list(range(min(here.buffer, there.buffer)))
+    if (here.grid, here.buffer_size) != (there.grid, there.buffer_size):
+        both = list(range(min(here.buffer_size, there.buffer_size)))
         rows["encoder_pos_embed"] = rows["decoder_pos_embed"] = both, both
         rows["diffusion_pos_embed"] = [], []
     return rows

@@ -82,7 +82,7 @@ def feature_network(features: str, inception: str) -> FeatureNetwork:
         return pixel_network()
     if not inception:
         raise InputError(
-            "inception is missing: the directory that python -m varjax.convert --inception=FILE "
+            "inception is missing: the directory that varjax convert --inception=FILE "
             "wrote; or compare pixels alone with features=pixels (tiny images)"
         )
     return inception_network(inception)

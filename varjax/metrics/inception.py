@@ -25,7 +25,7 @@ FEATURES = 2048  # of the last pool
 SPATIAL_CHANNELS = 7  # of the map that sFID looks at, 17 · 17 · 7 = 2,023 numbers
 BATCH_NORM_EPSILON = 1e-3
 CONVERT_HELP = (
-    "make them with: python -m varjax.convert --inception=FILE --out=DIRECTORY "
+    "make them with: varjax convert --inception=FILE --out=DIRECTORY "
     "(docs/evaluation.md says where that file is)"
 )
 
@@ -202,7 +202,7 @@ def init_inception(key: jax.Array) -> PyTree:
 
 
 def load_inception(location: str | pathlib.Path) -> PyTree:
-    """Reads the parameters that `python -m varjax.convert --inception=…` wrote.
+    """Reads the parameters that `varjax convert --inception=…` wrote.
 
     Raises:
         InputError: there are none (and how to make them), or others.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.nn import compute
-from varjax.nn.kv_cache import KeyValues, LayerCache
+from varjax.nn.kv_cache import KVCache, LayerCache
 from varjax.nn.linear import dense
 
 MAX_LOG_SCALE = float(np.log(100))
@@ -74,7 +74,7 @@ def dot_product_attention(
         v_BLAD: values of L tokens.
         mask_lL: True where a query may attend to a key; None for everywhere.
         scale: factor on the products of queries and keys.
-        implementation: "xla", "loop" or "cudnn"; see `Compute`. "xla" replaces "cudnn" if its
+        implementation: "xla", "loop" or "cudnn"; see `ComputeConfig`. "xla" replaces "cudnn" if its
             kernel does not fit: with dropout, in formats other than bfloat16, for head sizes D
             above 128 or not a multiple of 8, and for fewer than 64 queries.
         key_mask_BL: True for keys of each example that may be attended to, at least one; None for
@@ -302,7 +302,7 @@ class MultiHeadAttention(nn.Module):
     heads: int
     scale: float | None
     key_bias: bool
-    compute: compute.Compute
+    compute: compute.ComputeConfig
     kernel_init: nn.initializers.Initializer
     out_init: nn.initializers.Initializer
 
@@ -314,7 +314,7 @@ class MultiHeadAttention(nn.Module):
         mask_lL: np.ndarray | None = None,
         key_mask_BL: jax.Array | None = None,
         dropout: Dropout | None = None,
-    ) -> tuple[jax.Array, KeyValues | None]:
+    ) -> tuple[jax.Array, KVCache | None]:
         """Returns y (B, l, C), and the cache with the new tokens (None without `past`).
 
         past: earlier tokens; masks are over them and the new ones. The rest as in

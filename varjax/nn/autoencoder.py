@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from varjax.errors import InputError, check_setting
 from varjax.nn.attention import dot_product_attention
-from varjax.nn.compute import Compute, ConvFormat, batch_devices, split_batch
+from varjax.nn.compute import ComputeConfig, ConvFormat, batch_devices, split_batch
 
 PIXELS_OF_LARGE_IMAGES = 64**2  # from here on a few at a time are better
 IMAGES_AT_ONCE = 16  # on a device: 256-pixel maps of 160 channels take 42 MB each in float32
@@ -24,7 +24,7 @@ class Encoder(nn.Module):
 
     Attributes:
         width: channels of the first level.
-        multipliers: factors on `width`, one per level; each level after the first halves the map.
+        channel_mult: factors on `width`, one per level; each level after the first halves the map.
         blocks: number of residual blocks in each level.
         groups: number of groups in each group norm.
         feature_channels: channels of the features.
@@ -34,7 +34,7 @@ class Encoder(nn.Module):
     """
 
     width: int
-    multipliers: Sequence[int]
+    channel_mult: Sequence[int]
     blocks: int
     groups: int
     feature_channels: int
@@ -43,12 +43,12 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, image_BHWC: jax.Array) -> jax.Array:
-        last = len(self.multipliers) - 1
+        last = len(self.channel_mult) - 1
         x_BhwC = conv(self.width, self.format, "conv_in")(image_BHWC)
-        for i, multiplier in enumerate(self.multipliers):
+        for i, multiplier in enumerate(self.channel_mult):
             for j in range(self.blocks):
                 x_BhwC = _residual(self, multiplier, f"down_{i}_block_{j}")(x_BhwC)
-                if i - len(self.multipliers) in self.attention:
+                if i - len(self.channel_mult) in self.attention:
                     x_BhwC = _attention(self, f"down_{i}_attn_{j}")(x_BhwC)
             if i < last:
                 x_BhwC = Downsample(self.format, name=f"down_{i}_downsample")(x_BhwC)
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
 
     Attributes:
         width: channels of the encoder's first level, which is the last one here.
-        multipliers: factors on `width`, one per level, in the encoder's order.
+        channel_mult: factors on `width`, one per level, in the encoder's order.
         blocks: number of residual blocks in each level of the encoder; a level here has one more.
         groups: number of groups in each group norm.
         image_channels: number of image channels.
@@ -70,7 +70,7 @@ class Decoder(nn.Module):
     """
 
     width: int
-    multipliers: Sequence[int]
+    channel_mult: Sequence[int]
     blocks: int
     groups: int
     image_channels: int
@@ -79,12 +79,12 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, f_BhwZ: jax.Array) -> jax.Array:
-        x_BhwC = conv(self.width * self.multipliers[-1], self.format, "conv_in")(f_BhwZ)
+        x_BhwC = conv(self.width * self.channel_mult[-1], self.format, "conv_in")(f_BhwZ)
         x_BhwC = _middle(self, x_BhwC)
-        for i, multiplier in reversed(list(enumerate(self.multipliers))):
+        for i, multiplier in reversed(list(enumerate(self.channel_mult))):
             for j in range(self.blocks + 1):
                 x_BhwC = _residual(self, multiplier, f"up_{i}_block_{j}")(x_BhwC)
-                if i - len(self.multipliers) in self.attention:
+                if i - len(self.channel_mult) in self.attention:
                     x_BhwC = _attention(self, f"up_{i}_attn_{j}")(x_BhwC)
             if i > 0:
                 x_BhwC = Upsample(self.format, name=f"up_{i}_upsample")(x_BhwC)
@@ -101,9 +101,9 @@ def _attention(coder: Encoder | Decoder, name: str) -> "SpatialAttention":
 
 def _middle(coder: Encoder | Decoder, x_BhwC):
     """Block, attention, block at the lowest resolution."""
-    x_BhwC = _residual(coder, coder.multipliers[-1], "mid_block_1")(x_BhwC)
+    x_BhwC = _residual(coder, coder.channel_mult[-1], "mid_block_1")(x_BhwC)
     x_BhwC = _attention(coder, "mid_attn_1")(x_BhwC)
-    return _residual(coder, coder.multipliers[-1], "mid_block_2")(x_BhwC)
+    return _residual(coder, coder.channel_mult[-1], "mid_block_2")(x_BhwC)
 
 
 def _project(coder: Encoder | Decoder, x_BhwC, channels: int):
@@ -205,40 +205,40 @@ def to_unit_range(image_BHWC: jax.Array) -> jax.Array:
     return (image_BHWC + 1) / 2
 
 
-def check_sizes(width: int, multipliers: Sequence[int], blocks: int, groups: int) -> None:
+def check_sizes(width: int, channel_mult: Sequence[int], blocks: int, groups: int) -> None:
     """Raises InputError for sizes that no encoder and decoder can have."""
-    levels = len(multipliers)
+    levels = len(channel_mult)
     if levels > MAX_LEVELS or levels * blocks > MAX_BLOCKS:
         raise InputError(
-            f"multipliers of {levels} levels and blocks={blocks}; allowed are {MAX_LEVELS} levels "
+            f"channel_mult of {levels} levels and blocks={blocks}; allowed are {MAX_LEVELS} levels "
             f"with {MAX_BLOCKS} blocks together"
         )
     for name, value in (("width", width), ("blocks", blocks), ("groups", groups)):
         check_setting(name, value, value >= 1, "1 or more")
-    if not multipliers or min(multipliers) < 1:
-        raise InputError(f"multipliers={multipliers}: give one per level, each 1 or more")
+    if not channel_mult or min(channel_mult) < 1:
+        raise InputError(f"channel_mult={channel_mult}: give one per level, each 1 or more")
     if width % groups:
         raise InputError(f"width={width} is not a multiple of groups={groups}")
 
 
-def check_attention(name: str, attention: Sequence[int], multipliers: Sequence[int]) -> None:
+def check_attention(name: str, attention: Sequence[int], channel_mult: Sequence[int]) -> None:
     """Raises InputError unless `attention` names levels, each once, the finest first."""
-    levels = len(multipliers)
+    levels = len(channel_mult)
     fits = list(attention) == sorted(set(attention)) and all(-levels <= i < 0 for i in attention)
     allowed = f"levels from {-levels} (full resolution) to -1 (the coarsest), ascending, each once"
     check_setting(name, tuple(attention), fits, allowed)
 
 
-def downsampling(multipliers: Sequence[int]) -> int:
+def downsampling(channel_mult: Sequence[int]) -> int:
     """Returns the number of image pixels per feature along one side."""
-    return 2 ** (len(multipliers) - 1)
+    return 2 ** (len(channel_mult) - 1)
 
 
 def map_images(
     function: Callable[[jax.Array], jax.Array],
     x: jax.Array,
     image_shape: tuple[int, int, int],
-    compute: Compute,
+    compute: ComputeConfig,
 ) -> jax.Array:
     """Applies a function to a batch, piece by piece where that is better; not for training.
 

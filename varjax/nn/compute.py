@@ -26,7 +26,7 @@ BATCH_AXES = ("data", "fsdp")  # the mesh axes that share out a batch: training/
 
 
 @dataclasses.dataclass(frozen=True)
-class Compute:
+class ComputeConfig:
     """Number format and execution of a model; changes how, not what it computes.
 
     Attributes:
@@ -110,10 +110,10 @@ class Compute:
 
 
 # What a tokenizer is evaluated with, and what pipelines and caches encode images with.
-EXACT = Compute(dtype="float32", encoder_precision="highest")
+EXACT = ComputeConfig(dtype="float32", encoder_precision="highest")
 
 
-def without_repeated_work(compute: Compute) -> Compute:
+def without_repeated_work(compute: ComputeConfig) -> ComputeConfig:
     """Returns a way to compute in which each product of a model is there once, to be counted.
 
     Fused kernels hide products; what is recomputed, or multiplied in three passes, is no work of
@@ -134,7 +134,7 @@ def _has_fused_attention() -> bool:
     return float(jax.local_devices()[0].compute_capability) >= 8.0
 
 
-def checkpoint_layer(layer: Callable[..., Any], compute: Compute) -> Callable[..., Any]:
+def checkpoint_layer(layer: Callable[..., Any], compute: ComputeConfig) -> Callable[..., Any]:
     """Wraps a layer so that its backward pass recomputes what `compute.remat` says."""
     if compute.remat == "none":
         return layer

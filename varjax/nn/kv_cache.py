@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 
 @flax.struct.dataclass
-class KeyValues:
+class KVCache:
     """Holds keys and values of all layers, for tokens that come one after another.
 
     All heads are concatenated along one axis, C = A·D: with axes A and D a TPU would pad D to 128.
@@ -24,7 +24,7 @@ class KeyValues:
     @classmethod
     def allocate(
         cls, depth: int, batch: int, length: int, width: int, dtype: Any, zeros: bool = True
-    ) -> "KeyValues":
+    ) -> "KVCache":
         """Makes a cache in which nothing is written yet.
 
         Args:
@@ -52,7 +52,7 @@ class LayerCache:
         stop: number of tokens that are read, from the first; static.
     """
 
-    cache: KeyValues
+    cache: KVCache
     number: int | jax.Array
     start: int | jax.Array
     stop: int = flax.struct.field(pytree_node=False)
@@ -67,7 +67,7 @@ class LayerCache:
 
         keys_SBLC = put(self.cache.keys_SBLC, k_BlC)
         values_SBLC = put(self.cache.values_SBLC, v_BlC)
-        cache = KeyValues(keys_SBLC, values_SBLC)
+        cache = KVCache(keys_SBLC, values_SBLC)
         return LayerCache(cache, self.number, self.start, self.stop)
 
     @jax.named_scope("cache")

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.nn.attention import MultiHeadAttention
-from varjax.nn.compute import Compute, checkpoint_layer, shard_batch
-from varjax.nn.kv_cache import KeyValues, LayerCache
+from varjax.nn.compute import ComputeConfig, checkpoint_layer, shard_batch
+from varjax.nn.kv_cache import KVCache, LayerCache
 from varjax.nn.linear import dense
 
 SIGNALS = 6  # gate1, gate2, scale1, scale2, shift1, shift2: the order of the reference
@@ -36,7 +36,7 @@ class Block(nn.Module):
     shared_adaln: bool
     init_std: float
     gate_init: float
-    compute: Compute
+    compute: ComputeConfig
 
     def setup(self):
         dtype = self.compute.jax_dtype
@@ -73,7 +73,7 @@ class Block(nn.Module):
         y_BlC = self.mlp(modulate(x_BlC, scale2, shift2, dtype))
         return x_BlC + (gate2 * y_BlC).astype(x_BlC.dtype), cache
 
-    def touch(self, x_BlC, cond):
+    def init_all(self, x_BlC, cond):
         """Runs everything once, so that `init` makes every parameter."""
         return self(x_BlC, self.signals(cond))
 
@@ -132,7 +132,7 @@ def init_blocks(block: Block, key: jax.Array, cond: jax.Array):
     x_BlC = jnp.zeros((1, 1, cond.shape[-1]), block.compute.jax_dtype)
 
     def init(key):
-        return block.init(key, x_BlC, cond, method=Block.touch)["params"]
+        return block.init(key, x_BlC, cond, method=Block.init_all)["params"]
 
     return jax.vmap(init)(jax.random.split(key, block.depth))
 
@@ -149,11 +149,11 @@ def run_blocks(
     *,
     cond: jax.Array | None = None,
     signals_SB6C: jax.Array | None = None,
-    cache: KeyValues | None = None,
+    cache: KVCache | None = None,
     start: int = 0,
     mask_lL: np.ndarray | None = None,
     keep_S2B: jax.Array | None = None,
-) -> tuple[jax.Array, KeyValues | None]:
+) -> tuple[jax.Array, KVCache | None]:
     """Runs the stacked blocks.
 
     Args:

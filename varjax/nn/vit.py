@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.nn.attention import Dropout, MultiHeadAttention
-from varjax.nn.compute import Compute, checkpoint_layer, shard_batch
-from varjax.nn.kv_cache import KeyValues, LayerCache
+from varjax.nn.compute import ComputeConfig, checkpoint_layer, shard_batch
+from varjax.nn.kv_cache import KVCache, LayerCache
 from varjax.nn.transformer import MLP
 from varjax.trees import PyTree
 
@@ -23,7 +23,7 @@ class ViTBlock(nn.Module):
     """
 
     heads: int
-    compute: Compute
+    compute: ComputeConfig
 
     def setup(self):
         dtype = self.compute.jax_dtype
@@ -69,11 +69,11 @@ def run_vit_blocks(
     *,
     mask_lL: np.ndarray | None = None,
     key_mask_BL: jax.Array | None = None,
-    cache: KeyValues | None = None,
+    cache: KVCache | None = None,
     start: int | jax.Array = 0,
     attention_dropout: Dropout | None = None,
     dropout: Dropout | None = None,
-) -> tuple[jax.Array, KeyValues | None]:
+) -> tuple[jax.Array, KVCache | None]:
     """Runs stacked blocks.
 
     Args:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.errors import InputError
-from varjax.nn.compute import EXACT, Compute
+from varjax.nn.compute import EXACT, ComputeConfig
 from varjax.trees import PyTree
 
 Latents = Mapping[str, jax.Array]
@@ -47,7 +47,7 @@ class Tokenizer(Protocol):
         ...
 
     def encode(
-        self, params: PyTree, images_BHWC: jax.Array, compute: Compute = EXACT
+        self, params: PyTree, images_BHWC: jax.Array, compute: ComputeConfig = EXACT
     ) -> dict[str, jax.Array]:
         """Encodes images into latents that training may read instead of them.
 
@@ -61,7 +61,7 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def decode(self, params: PyTree, latents: Latents, compute: Compute = EXACT) -> jax.Array:
+    def decode(self, params: PyTree, latents: Latents, compute: ComputeConfig = EXACT) -> jax.Array:
         """Decodes what `encode` returns into images (B, H, W, channels), float32 in [0, 1].
 
         Args:

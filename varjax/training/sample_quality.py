@@ -50,7 +50,7 @@ class FIDConfig:
             samples give a larger FID.
         reference: what samples are compared with: an .npz of statistics (ADM's) or of images, a
             folder of images of the samples' size, or "held_out" for the run's held-out images.
-        inception: directory that `python -m varjax.convert --inception=FILE` wrote.
+        inception: directory that `varjax convert --inception=FILE` wrote.
         features: kind of features: "inception", or "pixels" for tiny images, which need no weights.
         seed: random seed of the samples.
         batch_size: images at a time, over all devices; 0 for the run's microbatch.

@@ -217,7 +217,7 @@ def ema_notes(ema: float, plan: Plan) -> list[str]:
     return [
         f"ema is {ema:g}, but the run has {plan.steps:,} steps: in the end {first:.0%} of the "
         "average are still the parameters that the run began with, and samples come from the "
-        f"average. Set task.ema={max(1 - 5 / plan.steps, 0):.4g}"
+        f"average. Set task.ema_decay={max(1 - 5 / plan.steps, 0):.4g}"
     ]
 
 
@@ -242,5 +242,5 @@ def check_latents(task: Task, frozen: PyTree, tokenizer_identity: Mapping[str, A
         raise InputError(
             "the latents are another tokenizer's:\n  "
             + "\n  ".join(lines)
-            + "\nmake them anew by python -m varjax.cli.cache_latents, or use that tokenizer"
+            + "\nmake them anew by varjax cache-latents, or use that tokenizer"
         )

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from varjax.errors import InputError, check_setting
 from varjax.nn.attention import MAX_HEADS
-from varjax.nn.compute import Compute, batch_devices, shard_batch
-from varjax.nn.kv_cache import KeyValues
+from varjax.nn.compute import ComputeConfig, batch_devices, shard_batch
+from varjax.nn.kv_cache import KVCache
 from varjax.nn.linear import OutputHead, dense
 from varjax.nn.transformer import (
     SIGNALS,
@@ -80,7 +80,7 @@ class VARConfig:
 
     def init(self, key: jax.Array) -> PyTree:
         """Draws untrained parameters, all float32, as the reference does."""
-        return VAR(self).init(key, method="touch")["params"]
+        return VAR(self).init(key, method="init_all")["params"]
 
 
 def check_fit(tokenizer: VQConfig, var: VARConfig) -> None:
@@ -118,7 +118,7 @@ class VAR(nn.Module):
     """
 
     config: VARConfig
-    compute: Compute = Compute()
+    compute: ComputeConfig = ComputeConfig()
 
     def setup(self):
         c, C = self.config, self.config.width
@@ -129,7 +129,7 @@ class VAR(nn.Module):
         self.start = self.param("pos_start", normal, (c.pyramid.lengths[0], C), jnp.float32)
         self.pos_LC = self.param("pos_embed", normal, (c.pyramid.length, C), jnp.float32)
         self.level_KC = self.param("level_embed", normal, (len(c.pyramid), C), jnp.float32)
-        self.word = dense(C, self.dtype, normal, None)
+        self.token_proj = dense(C, self.dtype, normal, None)
         if c.shared_adaln:
             self.shared_ada = dense(SIGNALS * C, self.dtype, normal, None)
         self.block = Block(
@@ -138,7 +138,7 @@ class VAR(nn.Module):
         )  # fmt: skip
         cond = jnp.zeros((1, SIGNALS, C) if c.shared_adaln else (1, C))
         self.blocks = self.param("blocks", lambda key: init_blocks(self.block, key, cond))
-        self.head_ada = dense(2 * C, jnp.float32, nn.initializers.normal(std / 2), None)
+        self.head_adaln = dense(2 * C, jnp.float32, nn.initializers.normal(std / 2), None)
         self.head = OutputHead(c.vocab, self.dtype, nn.initializers.normal(std * 0.02))
 
     def __call__(
@@ -175,8 +175,8 @@ class VAR(nn.Module):
         return Condition(start_BC, signals_SB6C, self._head_signals(start_BC))
 
     def predict(
-        self, input_BlZ: jax.Array | None, cond: Condition, k: int, cache: KeyValues
-    ) -> tuple[jax.Array, KeyValues]:
+        self, input_BlZ: jax.Array | None, cond: Condition, k: int, cache: KVCache
+    ) -> tuple[jax.Array, KVCache]:
         """Predicts scale k.
 
         Args:
@@ -203,14 +203,14 @@ class VAR(nn.Module):
         assert after is not None
         return self._logits(x_BlC, cond.head_B2C), after
 
-    def empty_cache(self, batch: int) -> KeyValues:
+    def empty_cache(self, batch: int) -> KVCache:
         """Makes the cache of `predict` for a number of sequences."""
         c = self.config
         sizes = c.depth, batch, c.pyramid.length, c.width
         # On a mesh the partitioner would not know how to share out what is only allocated.
-        return KeyValues.allocate(*sizes, self.dtype, zeros=batch_devices() > 1)
+        return KVCache.allocate(*sizes, self.dtype, zeros=batch_devices() > 1)
 
-    def touch(self):
+    def init_all(self):
         """Runs everything once, so that `init` makes every parameter; without the mask of L x L."""
         cond = self.condition(jnp.zeros(1, jnp.int32))
         self._words(jnp.zeros((1, 1, self.config.code_channels)))
@@ -223,7 +223,7 @@ class VAR(nn.Module):
         return start_BC[:, None] + self.start[None]
 
     def _words(self, input_BlZ):
-        return self.word(input_BlZ).astype(jnp.float32)
+        return self.token_proj(input_BlZ).astype(jnp.float32)
 
     def _places(self, tokens):
         return (self.level_KC[self.config.pyramid.level_L] + self.pos_LC)[tokens]
@@ -234,7 +234,7 @@ class VAR(nn.Module):
         return self.shared_ada(nn.silu(start_BC)).reshape(-1, SIGNALS, self.config.width)
 
     def _head_signals(self, start_BC):
-        return self.head_ada(nn.silu(start_BC)).reshape(-1, 2, self.config.width)
+        return self.head_adaln(nn.silu(start_BC)).reshape(-1, 2, self.config.width)
 
     def _logits(self, x_BlC, head_B2C):
         scale_B1C, shift_B1C = jnp.split(head_B2C, 2, axis=1)

@@ -11,7 +11,7 @@ import numpy as np
 
 from varjax import trees
 from varjax.nn.autoencoder import to_model_range, to_unit_range
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import (
     checked_edit,
@@ -36,7 +36,7 @@ from varjax.var.sample import (
 Array = np.ndarray | jax.Array
 # What is multiplied in `compute.dtype` only, and so may be held in it.
 CAST_KERNELS = (
-    r"^var/(blocks/.*|word|shared_ada|head)/kernel$|"
+    r"^var/(blocks/.*|token_proj|shared_ada|head)/kernel$|"
     r"^tokenizer/(decoder/.*|post_quant_conv)/kernel$"
 )
 Labels = Sequence[int] | np.ndarray | jax.Array
@@ -72,7 +72,7 @@ class VARPipeline:
         var: VARConfig,
         params: PyTree,
         sampling: VAROptions = VAROptions(),  # noqa: B008  (frozen)
-        compute: Compute = Compute(),  # noqa: B008  (frozen)
+        compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
         devices: Sequence[Any] | None = None,
     ):
         self.tokenizer, self.var, self.sampling, self.compute = tokenizer, var, sampling, compute

@@ -20,7 +20,7 @@ from varjax.config.numbers import (
 )
 from varjax.nn import resize
 from varjax.nn.autoencoder import decoding_bytes, to_unit_range
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.sampling.sampler import fold_in_each, option_field
 from varjax.tokenizers.vq.model import VQConfig, decode_images, make_quantizer
 from varjax.tokenizers.vq.pyramid import Pyramid
@@ -109,7 +109,7 @@ def sample_tokens(
     key_B: jax.Array,
     options: VAROptions,
     known: KeptTokens | None = None,
-    compute: Compute = Compute(),  # noqa: B008  (frozen)
+    compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
     guided: bool = True,
 ) -> tuple[jax.Array, jax.Array]:
     """Samples the tokens of all scales, coarse to fine (VAR, section 3.1).
@@ -208,7 +208,7 @@ def sample_images(
     key_B: jax.Array,
     options: VAROptions,
     known: KeptTokens | None = None,
-    compute: Compute = Compute(),  # noqa: B008  (frozen)
+    compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
     guided: bool = True,
 ) -> jax.Array:
     """Samples tokens and decodes them in `compute.dtype`; meant to be jitted as a whole.
@@ -302,7 +302,7 @@ def gumbel_noise(key_B: jax.Array, like_BlV: jax.Array) -> jax.Array:
 
 
 def var_sampling_bytes(
-    tokenizer: VQConfig, var: VARConfig, batch: int, compute: Compute, guided: bool
+    tokenizer: VQConfig, var: VARConfig, batch: int, compute: ComputeConfig, guided: bool
 ) -> int:
     """Estimates how much memory a device needs, in addition to the weights, to sample a batch.
 

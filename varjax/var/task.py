@@ -11,7 +11,7 @@ import optax
 from varjax import trees
 from varjax.checkpoints.model_files import read_generator
 from varjax.errors import check_setting
-from varjax.nn.compute import Compute, without_repeated_work
+from varjax.nn.compute import ComputeConfig, without_repeated_work
 from varjax.nn.transformer import drop_path
 from varjax.runtime import flops
 from varjax.sampling.sampler import image_keys
@@ -59,7 +59,7 @@ class VARTask:
         class_dropout: fraction of images whose label becomes "no class".
         drop_path: fraction of residual branches that the last layer drops.
         label_smoothing: fraction of the targets' probability that is spread over all codes.
-        ema: decay of the parameters' exponential moving average; 0 for none.
+        ema_decay: decay of the parameters' exponential moving average; 0 for none.
         accumulate: number of microbatches whose gradients are averaged in a step.
         compute: number format and execution.
         sampling: sampling options that suit the model, for previews and as the default after
@@ -74,16 +74,16 @@ class VARTask:
     class_dropout: float = 0.1
     drop_path: float = 0.0
     label_smoothing: float = 0.0
-    ema: float = 0.0
+    ema_decay: float = 0.0
     accumulate: int = 1
-    compute: Compute = Compute()
+    compute: ComputeConfig = ComputeConfig()
     sampling: VAROptions = VAROptions()
     plan: Plan = Plan()
 
     def __post_init__(self):
         check_fit(self.tokenizer, self.model)
         self.sampling.check()
-        for name in ("class_dropout", "label_smoothing", "ema"):
+        for name in ("class_dropout", "label_smoothing", "ema_decay"):
             value = getattr(self, name)
             check_setting(name, value, 0 <= value <= 1, "in [0, 1]")
         # What is kept is divided by the share that is kept.
@@ -98,11 +98,11 @@ class VARTask:
     def notes(self) -> list[str]:
         dropout, cfg = self.class_dropout, self.sampling.cfg
         notes = class_dropout_notes(dropout, self.model.classes, cfg, off=0)
-        return notes + ema_notes(self.ema, self.plan)
+        return notes + ema_notes(self.ema_decay, self.plan)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)
-        return create_state(params, self.transformation(params), self.ema)
+        return create_state(params, self.transformation(params), self.ema_decay)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
         there, params, _ = read_generator(location, "var", "VARTask", VARConfig, VAROptions)
@@ -134,7 +134,9 @@ class VARTask:
 
         grads, means = accumulated_gradients(loss_fn, state.params, batch, self.accumulate)
         metrics = self._metrics(means["loss"], means["correct"], xp=jnp)
-        state, norms = apply_gradients(state, grads, self.transformation(state.params), self.ema)
+        state, norms = apply_gradients(
+            state, grads, self.transformation(state.params), self.ema_decay
+        )
         return state, metrics | norms | {"lr": self.optimizer.lr(state.step - 1, self.plan)}
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:

@@ -4,14 +4,14 @@ import jax
 import jax.numpy as jnp
 
 from varjax.nn.autoencoder import to_model_range, to_unit_range
-from varjax.nn.compute import EXACT, Compute
+from varjax.nn.compute import EXACT, ComputeConfig
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.training.task import Batch
 from varjax.trees import PyTree
 
 
 def targets_and_inputs(
-    config: VQConfig, frozen: PyTree, batch: Batch, compute: Compute = EXACT
+    config: VQConfig, frozen: PyTree, batch: Batch, compute: ComputeConfig = EXACT
 ) -> tuple[jax.Array, jax.Array]:
     """Computes what the transformer predicts, and what it reads to predict it.
 
@@ -32,7 +32,7 @@ def targets_and_inputs(
 
 
 def reconstructions(
-    config: VQConfig, frozen: PyTree, batch: Batch, compute: Compute = EXACT
+    config: VQConfig, frozen: PyTree, batch: Batch, compute: ComputeConfig = EXACT
 ) -> jax.Array:
     """Reconstructs the first 8 images of a batch from their tokens, for a preview.
 

@@ -15,7 +15,7 @@ from varjax.tokenizers.kl.model import (
 )
 
 SMALL = dict(
-    image_size=(8, 12), image_channels=2, width=8, multipliers=(1, 2), blocks=1, groups=4,
+    image_size=(8, 12), image_channels=2, width=8, channel_mult=(1, 2), blocks=1, groups=4,
     latent_channels=3,
 )  # fmt: skip
 
@@ -107,7 +107,7 @@ def test_samples_are_mean_and_noise():
         ({"latent_channels": 0}, "latent_channels=0: must be 1 or more"),
         ({"width": 6}, "width=6 is not a multiple of groups=4"),
         ({"groups": 0}, "groups=0"),
-        ({"multipliers": ()}, "multipliers"),
+        ({"channel_mult": ()}, "channel_mult"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):

@@ -21,7 +21,7 @@ from varjax.training.experiment import Experiment
 pytestmark = pytest.mark.slow
 
 MODEL = small_config(image_size=8, image_channels=1)
-TASK = KLTask(MODEL, gan=GANConfig("patch", 8, 1, start=0.25), ema=0.9)
+TASK = KLTask(MODEL, gan=GANConfig("patch", 8, 1, start=0.25), ema_decay=0.9)
 
 
 def experiment(run_dir):

@@ -17,7 +17,7 @@ from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan
 
 CONFIG = small_config(image_size=(8, 8), image_channels=1)
-TASK = KLTask(CONFIG, AdamW(base_lr=2e-3, schedule="constant", warmup=0.0), ema=0.5, kl=1e-2)
+TASK = KLTask(CONFIG, AdamW(base_lr=2e-3, schedule="constant", warmup=0.0), ema_decay=0.5, kl=1e-2)
 IMAGE_BHWC = np.random.default_rng(0).integers(0, 256, (6, *CONFIG.image_shape), dtype=np.uint8)
 BATCH, KEY = {"image_BHWC": IMAGE_BHWC}, jax.random.key(1)
 
@@ -137,7 +137,7 @@ def test_training_learns_to_reconstruct_and_averages(state, train_step):
 
 
 GAN_TASK = dataclasses.replace(
-    TASK, gan=GANConfig("patch", 8, 1, start=0.0, ramp=0.0), ema=0.0, plan=Plan(8, 6)
+    TASK, gan=GANConfig("patch", 8, 1, start=0.0, ramp=0.0), ema_decay=0.0, plan=Plan(8, 6)
 )
 
 
@@ -214,7 +214,7 @@ def test_previews_show_the_images_and_their_reconstructions(state):
     np.testing.assert_allclose(rows[1], decoded, atol=1e-5)
 
 
-@pytest.mark.parametrize("field, value", [("ema", 1.5), ("l1", -1.0), ("kl", -0.1)])
+@pytest.mark.parametrize("field, value", [("ema_decay", 1.5), ("l1", -1.0), ("kl", -0.1)])
 def test_weights_out_of_range_are_refused(field, value):
     with pytest.raises(InputError, match=field):
         dataclasses.replace(TASK, **{field: value})

@@ -27,11 +27,11 @@ from varjax.training.task import Plan, TrainState
 pytestmark = pytest.mark.slow
 
 MODEL = dataclasses.replace(
-    runs.TOKENIZER, scales=(1, (2, 3), (8, 16)), multipliers=(1,), image_channels=3
+    runs.TOKENIZER, scales=(1, (2, 3), (8, 16)), channel_mult=(1,), image_channels=3
 )
 GAN = GANConfig("patch", 8, 1, start=0.25, ramp=0.5, diffaugment=("color", "translation"))
 CODEBOOK = CodebookConfig("kmeans", restart_every=3, scale_dropout=0.5, scales_kept=1, entropy=0.1)
-TASK = VQTask(MODEL, codebook=CODEBOOK, gan=GAN, ema=0.9)
+TASK = VQTask(MODEL, codebook=CODEBOOK, gan=GAN, ema_decay=0.9)
 PHOTOS = Photos((8, 16), images=64, flip=True)
 
 

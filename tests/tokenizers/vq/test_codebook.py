@@ -39,10 +39,10 @@ from varjax.tokenizers.vq.task import VQTask
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
 
-CONFIG = VQConfig(scales=(1, (2, 1), (4, 2)), image_channels=2, width=8, multipliers=(1, 1),
+CONFIG = VQConfig(scales=(1, (2, 1), (4, 2)), image_channels=2, width=8, channel_mult=(1, 1),
                          blocks=1, groups=4, vocab=16, code_channels=4)
 book = CodebookConfig("kmeans", restart_every=1, scale_dropout=0.5, scales_kept=1)
-TASK = VQTask(CONFIG, codebook=book, ema=0.5)
+TASK = VQTask(CONFIG, codebook=book, ema_decay=0.5)
 IMAGES = np.random.default_rng(0).integers(0, 256, (16, *CONFIG.image_shape), np.uint8)
 FIRST = jax.device_get(jax.jit(TASK.init)(jax.random.key(0)))
 FIRST.opt_state["usage_V"] = np.float32(np.where(np.arange(16) % 2, 1 / 16, -1))

@@ -45,7 +45,7 @@ def test_tokenizer_computes_what_the_reference_computes(name):
 
 def small_config(**changes) -> VQConfig:
     settings = dict(
-        scales=(1, 2, 4), image_channels=1, width=8, multipliers=(1, 2), blocks=1, groups=4,
+        scales=(1, 2, 4), image_channels=1, width=8, channel_mult=(1, 2), blocks=1, groups=4,
         vocab=16, code_channels=4,
     )  # fmt: skip
     return VQConfig(**settings | changes)
@@ -57,11 +57,13 @@ def small(**changes) -> tuple[VQConfig, dict]:
     return config, {"params": jax.jit(config.init)(jax.random.key(0))}
 
 
-ODD = {"scales": ((1, 3), (2, 3), (3, 5)), "multipliers": (1, 1, 2), "image_channels": 2}
+ODD = {"scales": ((1, 3), (2, 3), (3, 5)), "channel_mult": (1, 1, 2), "image_channels": 2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"scales": (1, (1, 2), (2, 3)), "multipliers": (2,)}, ODD])
+@pytest.mark.parametrize(
+    "changes", [{}, {"scales": (1, (1, 2), (2, 3)), "channel_mult": (2,)}, ODD]
+)
 def test_decoding_tokens_equals_decoding_what_was_quantized(changes):
     config, params = small(**changes)
     image_BHWC = jax.random.normal(jax.random.key(1), (2, *config.image_shape))
@@ -123,10 +125,10 @@ def test_quantizer_loss_by_hand():
 def test_nearest_code_by_distance_and_by_angle():
     codebook_VZ = jnp.array([[10.0, 0.0], [0.0, 1.0], [0.6, 0.6]])
     z_BlZ = jnp.array([[[2.0, 0.1], [0.1, 3.0], [-0.1, -0.2]]])
-    phis = {"phi_kernel": jnp.zeros((1, 3, 3, 2, 2)), "phi_bias": jnp.zeros((1, 2))}
+    phi_params = {"phi_kernel": jnp.zeros((1, 3, 3, 2, 2)), "phi_bias": jnp.zeros((1, 2))}
     for cosine, expected in ((False, [2, 1, 2]), (True, [0, 1, 0])):
-        config = VQConfig((1,), vocab=3, code_channels=2, phis=1, cosine_codes=cosine)
-        quantizer = make_quantizer(config).bind({"params": {"codebook": codebook_VZ} | phis})
+        config = VQConfig((1,), vocab=3, code_channels=2, num_phi=1, cosine_codes=cosine)
+        quantizer = make_quantizer(config).bind({"params": {"codebook": codebook_VZ} | phi_params})
         assert quantizer.nearest_codes(z_BlZ).tolist() == [expected], cosine
 
 
@@ -136,7 +138,7 @@ def test_a_code_of_zeros_is_never_nearest_by_angle_unless_all_others_point_away(
     z_BlZ = jnp.array([[[0.1, 3.0], [5.0, 0.1], [-1.0, -1.0]]])
     params = {"codebook": codebook_VZ, "phi_bias": jnp.zeros((1, 2))}
     params["phi_kernel"] = jnp.zeros((1, 3, 3, 2, 2))
-    config = VQConfig((1,), vocab=3, code_channels=2, phis=1, cosine_codes=True)
+    config = VQConfig((1,), vocab=3, code_channels=2, num_phi=1, cosine_codes=True)
     quantizer = make_quantizer(config).bind({"params": params})
     assert quantizer.nearest_codes(z_BlZ).tolist() == [[1, 2, 0]]
 
@@ -146,9 +148,9 @@ def test_a_code_of_zeros_is_never_nearest_by_angle_unless_all_others_point_away(
     [
         ({"width": 6}, "groups"),
         ({"phi_ratio": 1.5}, "phi_ratio"),
-        ({"multipliers": ()}, "multipliers"),
+        ({"channel_mult": ()}, "channel_mult"),
         ({"vocab": 0}, "vocab"),
-        ({"phis": -1}, "phis"),
+        ({"num_phi": -1}, "num_phi"),
         ({"scales": (4, 2)}, "scales"),
     ],
 )

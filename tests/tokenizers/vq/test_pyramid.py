@@ -17,8 +17,8 @@ def test_official_scale_lists_have_their_published_number_of_tokens(scales, leng
 def test_phi_index_is_the_reference_s_even_where_rounding_decides():
     cases = json.loads((weights.HERE / "phi_index.json").read_text())
     for name, expected in cases.items():
-        scales, phis = (int(part.split("=")[1]) for part in name.split())
-        assert list(Pyramid(tuple(range(1, scales + 1))).phi_index(phis)) == expected, name
+        scales, num_phi = (int(part.split("=")[1]) for part in name.split())
+        assert list(Pyramid(tuple(range(1, scales + 1))).phi_index(num_phi)) == expected, name
 
 
 def test_slices_levels_and_mask_describe_the_same_pyramid():

@@ -12,7 +12,7 @@ from varjax.tokenizers.vq.task import VQTask
 from varjax.training.optimizer import AdamW
 
 CONFIG = small_config()
-TASK = VQTask(CONFIG, AdamW(base_lr=2e-3, schedule="constant", warmup=0.0), ema=0.5)
+TASK = VQTask(CONFIG, AdamW(base_lr=2e-3, schedule="constant", warmup=0.0), ema_decay=0.5)
 IMAGE_BHWC = np.random.default_rng(0).integers(0, 256, (6, *CONFIG.image_shape), dtype=np.uint8)
 BATCH, KEY = {"image_BHWC": IMAGE_BHWC}, jax.random.key(1)
 
@@ -92,7 +92,7 @@ def test_the_average_follows_with_its_decay(state, train_step):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.ema, halfway)
 
 
-@pytest.mark.parametrize("field, value", [("ema", 1.5), ("l1", -1.0), ("beta", -0.1)])
+@pytest.mark.parametrize("field, value", [("ema_decay", 1.5), ("l1", -1.0), ("beta", -0.1)])
 def test_weights_out_of_range_are_refused(field, value):
     with pytest.raises(ValueError, match=field):
         dataclasses.replace(TASK, **{field: value})

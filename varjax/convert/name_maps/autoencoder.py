@@ -16,7 +16,7 @@ class AutoencoderSizes(Protocol):
     @property
     def width(self) -> int: ...
     @property
-    def multipliers(self) -> tuple[int, ...]: ...
+    def channel_mult(self) -> tuple[int, ...]: ...
     @property
     def blocks(self) -> int: ...
 
@@ -38,7 +38,7 @@ def infer_autoencoder(tensors: Tensors) -> dict[str, Any]:
     return {
         "image_channels": image_channels,
         "width": width,
-        "multipliers": tuple(n // width for n in outputs),
+        "channel_mult": tuple(n // width for n in outputs),
         "blocks": count_numbers(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
     }
 
@@ -69,7 +69,7 @@ def autoencoder_links(
         encoder_attention: levels of the encoder with attention, -1 for the coarsest.
         decoder_attention: levels of the decoder with attention, -1 for the coarsest.
     """
-    count = len(config.multipliers)
+    count = len(config.channel_mult)
     for half, way, blocks, resample, attention in (
         ("encoder", "down", config.blocks, "downsample", encoder_attention),
         ("decoder", "up", config.blocks + 1, "upsample", decoder_attention),
@@ -77,11 +77,11 @@ def autoencoder_links(
         yield from conv_links(f"{half}.conv_in", f"{half}/conv_in")
         yield from conv_links(f"{half}.conv_out", f"{half}/conv_out")
         yield from norm_links(f"{half}.norm_out", f"{half}/norm_out")
-        width = config.width * (config.multipliers[-1] if half == "decoder" else 1)
+        width = config.width * (config.channel_mult[-1] if half == "decoder" else 1)
         for j in (1, 2):
             yield from _residual(f"{half}.mid.block_{j}", f"{half}/mid_block_{j}", shortcut=False)
         yield from _attention(f"{half}.mid.attn_1", f"{half}/mid_attn_1", split_qkv)
-        levels = list(enumerate(config.multipliers))
+        levels = list(enumerate(config.channel_mult))
         for i, multiplier in levels if half == "encoder" else reversed(levels):
             for j in range(blocks):
                 official, ours = f"{half}.{way}.{i}.block.{j}", f"{half}/{way}_{i}_block_{j}"

@@ -38,7 +38,7 @@ def infer_kl(tensors: Tensors, options: ConvertOptions) -> KLConfig:
     Raises InputError for tensors that are missing or contradict each other.
     """
     scale, sizes = options.latent_scale, infer_autoencoder(tensors)
-    levels = len(sizes["multipliers"])
+    levels = len(sizes["channel_mult"])
     if scale is not None:
         valid = scale > 0 and math.isfinite(scale)
         check_setting("latent_scale", scale, valid, "above 0: 1 / standard deviation of latents")
@@ -67,9 +67,9 @@ def kl_model_options(tensors: Tensors, options: ConvertOptions) -> ConvertOption
             f"latent_channels={options.latent_channels}, but its latents have {found}; "
             "leave --latent_channels out"
         )
-    multipliers = infer_autoencoder(tensors)["multipliers"]
+    channel_mult = infer_autoencoder(tensors)["channel_mult"]
     return dataclasses.replace(
-        options, latent_channels=found, downsampling=downsampling(multipliers)
+        options, latent_channels=found, downsampling=downsampling(channel_mult)
     )
 
 

@@ -62,7 +62,7 @@ def infer_mar(tensors: Tensors, options: ConvertOptions) -> MARConfig:
         ),
         classes=classes,
         latent_map=_infer_latent_map(length, patch, options),
-        buffer=places - length,
+        buffer_size=places - length,
         decoder_width=None if decoder_width == width else decoder_width,
     )
 
@@ -79,7 +79,7 @@ def mar_table(config: MARConfig) -> list[Link]:
         )
     links = [
         Link("class_emb.weight", ("class_embed",)),
-        Link("fake_latent", ("fake_latent",)),
+        Link("fake_latent", ("no_class_embed",)),
         Link("mask_token", ("mask_token",), ones=(0, 1)),
         *linear_links("z_proj", "z_proj"),
         *norm_links("z_proj_ln", "z_proj_norm"),

@@ -70,8 +70,8 @@ def var_table(config: VARConfig) -> list[Link]:
         Link("pos_1LC", ("pos_embed",), ones=(0,)),
         Link("class_emb.weight", ("class_embed",)),
         Link("lvl_embed.weight", ("level_embed",)),
-        *linear_links("word_embed", "word"),
-        *linear_links("head_nm.ada_lin.1", "head_ada"),
+        *linear_links("word_embed", "token_proj"),
+        *linear_links("head_nm.ada_lin.1", "head_adaln"),
         *linear_links("head", "head"),
     ]
     if config.shared_adaln:

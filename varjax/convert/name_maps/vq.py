@@ -47,7 +47,7 @@ def infer_vq(tensors: Tensors, options: ConvertOptions) -> VQConfig:
         groups=options.groups,
         vocab=vocab,
         code_channels=code_channels,
-        phis=0 if own_phis else shared_phis or 1,
+        num_phi=0 if own_phis else shared_phis or 1,
         phi_ratio=options.phi_ratio,
         cosine_codes=options.cosine_codes,
         **infer_autoencoder(tensors),
@@ -61,8 +61,8 @@ def vq_table(config: VQConfig) -> list[Link]:
         *conv_links("quant_conv", "quant_conv"),
         *conv_links("post_quant_conv", "post_quant_conv"),
     ]
-    phi_names = {0: "{}", 1: "qresi"}.get(config.phis, "qresi_ls.{}")
-    for p in range(config.phis or len(config.scales)):
+    phi_names = {0: "{}", 1: "qresi"}.get(config.num_phi, "qresi_ls.{}")
+    for p in range(config.num_phi or len(config.scales)):
         name = f"quantize.quant_resi.{phi_names.format(p)}"
         links.append(Link(f"{name}.weight", ("quantizer/phi_kernel",), "conv", p))
         links.append(Link(f"{name}.bias", ("quantizer/phi_bias",), index=p))

@@ -1,6 +1,6 @@
 """Packs a folder of images into a few large array_record files, which are fast to read anywhere.
 
-python -m varjax.data.prepare --folder=DIR --out=DIR [--size=288] [--workers=16] [--shards=256]
+varjax prepare --folder=DIR --out=DIR [--size=288] [--workers=16] [--shards=256]
 
 The folder is read as `varjax.data.sources.Folder` describes: with train/ and val/, with classes
 only, or flat. The output is a TensorFlow Datasets directory with the splits "train" and

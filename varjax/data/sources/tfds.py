@@ -45,7 +45,7 @@ class TFDS:
 
     Attributes:
         name: name of the dataset, such as "imagenet2012", "cifar10:3.0.2" or "lsun/church"; or a
-            directory with dataset_info.json, as `python -m varjax.data.prepare` writes it.
+            directory with dataset_info.json, as `varjax prepare` writes it.
         data_dir: folder of the datasets; "" for the default of TFDS.
         train: split of the training images, or a part of one, "train[:95%]".
         held_out: split of the held-out images, or a part of one.
@@ -236,7 +236,7 @@ def _open(name: str, data_dir: str) -> Any:
     if retry_read(path.is_dir, path) or in_bucket(name) or name.startswith(("/", ".", "~")):
         raise InputError(
             f"{name} holds no prepared dataset: there is no dataset_info.json in it. Pack a folder "
-            "of images by python -m varjax.data.prepare, or read it as it is (folder:PATH)"
+            "of images by varjax prepare, or read it as it is (folder:PATH)"
         )
     options = {"data_dir": os.path.expanduser(data_dir)} if data_dir else {}
     # builder_from_files finds the directory in the same way, but opens it at once.

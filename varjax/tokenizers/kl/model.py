@@ -24,7 +24,7 @@ from varjax.nn.autoencoder import (
     to_model_range,
     to_unit_range,
 )
-from varjax.nn.compute import EXACT, Compute, ConvFormat
+from varjax.nn.compute import EXACT, ComputeConfig, ConvFormat
 from varjax.tokenizers.contract import Latents
 from varjax.trees import PyTree
 
@@ -42,18 +42,18 @@ LATER_FIELDS = (
 PRESETS: dict[str, dict[str, Any]] = {
     "kl16": {},
     "kl_f4": {
-        "multipliers": (1, 2, 4),
+        "channel_mult": (1, 2, 4),
         "latent_channels": 3,
         "encoder_attention": (),
     },
     "kl_f8": {
-        "multipliers": (1, 2, 4, 4),
+        "channel_mult": (1, 2, 4, 4),
         "latent_channels": 4,
         "encoder_attention": (),
     },
     "kl_f16": {"decoder_attention": (-1,)},
     "kl_f32": {
-        "multipliers": (1, 1, 2, 2, 4, 4),
+        "channel_mult": (1, 1, 2, 2, 4, 4),
         "latent_channels": 64,
         "encoder_attention": (-2, -1),
         "decoder_attention": (-2, -1),
@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class KLConfig:
     """Describes a KL tokenizer and implements the contract of tokenizers.
 
-        KLConfig(image_size=(8, 8), image_channels=1, width=32, multipliers=(1, 2), groups=8)
+        KLConfig(image_size=(8, 8), image_channels=1, width=32, channel_mult=(1, 2), groups=8)
 
     The defaults are the released KL-16 (`kl16.ckpt`). The parameters hold, besides the network,
     the scalar "latent_std": the standard deviation of the latents over the data, by which a model
@@ -75,7 +75,7 @@ class KLConfig:
         image_size: pixels of both sides, or (height, width); any multiple of the downsampling.
         image_channels: number of image channels: 1 for gray, 3 for colors.
         width: channels of the convolutions at full resolution.
-        multipliers: factors on `width`, one per level; each level after the first halves the map.
+        channel_mult: factors on `width`, one per level; each level after the first halves the map.
         blocks: number of residual blocks per level of the encoder; the decoder has one more.
         groups: number of groups in each group norm.
         latent_channels: number of channels Z of a latent.
@@ -92,7 +92,7 @@ class KLConfig:
     image_size: int | tuple[int, int] = 256
     image_channels: int = 3
     width: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     blocks: int = 2
     groups: int = 32
     latent_channels: int = 16
@@ -103,9 +103,9 @@ class KLConfig:
     latent_shift: float = 0.0
 
     def __post_init__(self):
-        check_sizes(self.width, self.multipliers, self.blocks, self.groups)
+        check_sizes(self.width, self.channel_mult, self.blocks, self.groups)
         for name in ("encoder_attention", "decoder_attention"):
-            check_attention(name, getattr(self, name), self.multipliers)
+            check_attention(name, getattr(self, name), self.channel_mult)
         for name in ("image_channels", "latent_channels"):
             check_setting(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         check_setting("feature_channels", self.features, self.features >= 1, "1 or more")
@@ -119,7 +119,7 @@ class KLConfig:
         H, W, _ = self.image_shape
         if min(H, W) < 1 or H % self.downsampling or W % self.downsampling:
             raise InputError(
-                f"image_size={self.image_size}: {len(self.multipliers)} levels halve an image to "
+                f"image_size={self.image_size}: {len(self.channel_mult)} levels halve an image to "
                 f"a map, so its sides must be multiples of {self.downsampling}"
             )
 
@@ -138,7 +138,7 @@ class KLConfig:
     @property
     def downsampling(self) -> int:
         """Number of image pixels per latent along one side."""
-        return downsampling(self.multipliers)
+        return downsampling(self.channel_mult)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -163,12 +163,12 @@ class KLConfig:
         return KLTokenizer(self).init(key, jnp.zeros((1, *self.image_shape)))["params"]
 
     def encode(
-        self, params: PyTree, images_BHWC: jax.Array, compute: Compute = EXACT
+        self, params: PyTree, images_BHWC: jax.Array, compute: ComputeConfig = EXACT
     ) -> dict[str, jax.Array]:
         """Encodes images, uint8 or floats in [0, 1], into the posterior's moments, not scaled."""
         return encode_posteriors(self, params, to_model_range(images_BHWC), compute)
 
-    def decode(self, params: PyTree, latents: Latents, compute: Compute = EXACT) -> jax.Array:
+    def decode(self, params: PyTree, latents: Latents, compute: ComputeConfig = EXACT) -> jax.Array:
         """Decodes latents into images (B, H, W, channels) in [0, 1].
 
         Args:
@@ -205,12 +205,12 @@ class KLTokenizer(nn.Module):
     """
 
     config: KLConfig
-    compute: Compute = EXACT
+    compute: ComputeConfig = EXACT
     encoder_dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         c, compute = self.config, self.compute
-        sizes = c.width, c.multipliers, c.blocks, c.groups
+        sizes = c.width, c.channel_mult, c.blocks, c.groups
         inward = ConvFormat(self.encoder_dtype, compute.frozen_encoder, compute.target)
         outward = ConvFormat(compute.jax_dtype)
         self.encoder = Encoder(*sizes, 2 * c.features, c.encoder_attention, inward)
@@ -281,7 +281,7 @@ def latent_moments(latents: Latents) -> dict[str, jax.Array]:
 
 
 def encode_posteriors(
-    config: KLConfig, params: PyTree, image_BHWC: jax.Array, compute: Compute = EXACT
+    config: KLConfig, params: PyTree, image_BHWC: jax.Array, compute: ComputeConfig = EXACT
 ) -> dict[str, jax.Array]:
     """Encodes images in [-1, 1] into {"mean_BhwZ", "std_BhwZ"}, not scaled; not for training."""
     model = KLTokenizer(config, compute).bind({"params": params})
@@ -289,7 +289,7 @@ def encode_posteriors(
 
 
 def decode_latents(
-    config: KLConfig, params: PyTree, z_BhwZ: jax.Array, compute: Compute = EXACT
+    config: KLConfig, params: PyTree, z_BhwZ: jax.Array, compute: ComputeConfig = EXACT
 ) -> jax.Array:
     """Decodes latents, not scaled, into images clipped to [-1, 1]; not for training."""
     model = KLTokenizer(config, compute).bind({"params": params})

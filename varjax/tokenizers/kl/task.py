@@ -12,7 +12,7 @@ import numpy as np
 from varjax import trees
 from varjax.errors import check_setting
 from varjax.nn.autoencoder import to_model_range, to_unit_range
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
 from varjax.tokenizers.kl.model import (
     LATENT_STD_PATH,
@@ -57,7 +57,7 @@ POSTERIOR_KEY = 102  # folded into an image's key; `diffaugment` folds small num
 class KLTask:
     """Trains a KL tokenizer: l1·|x̂-x| + l2·|x̂-x|² + LPIPS + the latents' KL + a GAN's loss.
 
-        KLTask(KLConfig(), perceptual=LPIPSConfig(), gan=GANConfig(), ema=0.9999)
+        KLTask(KLConfig(), perceptual=LPIPSConfig(), gan=GANConfig(), ema_decay=0.9999)
 
     LDM's loss (arXiv 2112.10752, section 3.1), as a mean over an image's values where theirs is a
     sum, so that settings hold for any image size. LDM's code also has a scalar log variance that
@@ -77,7 +77,7 @@ class KLTask:
         gan: discriminator and adversarial loss; none for no discriminator.
         dtype: number format of all convolutions in training; "auto" is bfloat16 on an accelerator
             and float32 on a CPU. Evaluation and the posterior are always float32.
-        ema: decay of the parameters' moving average; 0 for none.
+        ema_decay: decay of the parameters' moving average; 0 for none.
         accumulate: number of microbatches that a batch is split into, to save memory.
         plan: length of the run; the loop fills it in.
     """
@@ -90,12 +90,12 @@ class KLTask:
     perceptual: LPIPSConfig | None = None
     gan: GANConfig | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    ema: float = 0.0
+    ema_decay: float = 0.0
     accumulate: int = 1
     plan: Plan = Plan()
 
     def __post_init__(self):
-        check_setting("ema", self.ema, 0 <= self.ema <= 1, "in [0, 1]")
+        check_setting("ema_decay", self.ema_decay, 0 <= self.ema_decay <= 1, "in [0, 1]")
         for name in ("l1", "l2", "kl"):
             value = getattr(self, name)
             check_setting(name, value, value >= 0, "0 (off) or more")
@@ -104,11 +104,11 @@ class KLTask:
         check_image_losses(self, image_shape)
 
     def notes(self) -> list[str]:
-        return ema_notes(self.ema, self.plan)
+        return ema_notes(self.ema_decay, self.plan)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)
-        state = create_state(params, self._tx(params), self.ema)
+        state = create_state(params, self._tx(params), self.ema_decay)
         return join_state(state, {"discriminator": init_discriminator(self, key)})
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
@@ -137,13 +137,13 @@ class KLTask:
         gradients = functools.partial(_gradients, self, state.params)
         found = loss_gradients(self, discriminator, frozen, batch, step, gradients)
         before = state.params[LATENT_STD_PATH]
-        state, norms = apply_gradients(state, found.grads, self._tx(state.params), self.ema)
+        state, norms = apply_gradients(state, found.grads, self._tx(state.params), self.ema_decay)
         std = jnp.sqrt(_variance(found.statistics))
         std = jnp.where(step == 0, std, LATENT_STD_DECAY * before + (1 - LATENT_STD_DECAY) * std)
         state = dataclasses.replace(
             state,
             params=state.params | {LATENT_STD_PATH: std},
-            ema=state.ema | {LATENT_STD_PATH: std} if self.ema else None,
+            ema=state.ema | {LATENT_STD_PATH: std} if self.ema_decay else None,
         )
         metrics = found.metrics | norms | {"lr": self.optimizer.lr(step, self.plan)}
         others["discriminator"], gan_metrics = train_discriminator(self, discriminator, found, step)
@@ -201,9 +201,9 @@ class KLTask:
         return self.compute.jax_dtype
 
     @property
-    def compute(self) -> Compute:
+    def compute(self) -> ComputeConfig:
         """How a tokenizer in training is computed."""
-        return Compute(self.dtype, encoder_precision="highest")
+        return ComputeConfig(self.dtype, encoder_precision="highest")
 
     @property
     def kl_weight(self) -> float:

@@ -24,7 +24,7 @@ MIN_SIDE = 2 ** (len(VGG16) - 1)  # pixels of which a last map is left
 IMAGENET_MEAN = np.array([-0.030, -0.088, -0.188], np.float32)
 IMAGENET_STD = np.array([0.458, 0.448, 0.450], np.float32)
 CONVERT_HELP = (
-    "make them with: python -m varjax.convert --lpips_vgg=vgg16.pth --lpips_heads=vgg.pth "
+    "make them with: varjax convert --lpips_vgg=vgg16.pth --lpips_heads=vgg.pth "
     "--out=DIRECTORY (docs/convert.md says where those files are), or train without them: "
     "task.perceptual=none"
 )
@@ -35,7 +35,7 @@ class LPIPSConfig:
     """Configures LPIPS as a perceptual loss.
 
     Attributes:
-        weights: directory that `python -m varjax.convert --lpips_vgg=…` wrote.
+        weights: directory that `varjax convert --lpips_vgg=…` wrote.
         weight: weight of the loss, above 0.
     """
 
@@ -99,7 +99,7 @@ def check_lpips_images(image_shape: Sequence[int]) -> None:
 
 
 def load_lpips(location: str | pathlib.Path) -> PyTree:
-    """Reads the parameters that `python -m varjax.convert --lpips_vgg=…` wrote.
+    """Reads the parameters that `varjax convert --lpips_vgg=…` wrote.
 
     Raises:
         InputError: there are none (and how to make them), or others.

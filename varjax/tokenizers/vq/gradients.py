@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from varjax.nn.autoencoder import to_model_range
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.tokenizers.losses.image_losses import ImageGradientsFn, LossGradients, reconstruct
 from varjax.tokenizers.vq.codebook import (
     CodebookConfig,
@@ -31,7 +31,7 @@ class QuantizerLossConfig(Protocol):
     @property
     def beta(self) -> float: ...
     @property
-    def compute(self) -> Compute: ...
+    def compute(self) -> ComputeConfig: ...
 
 
 def vq_gradients(

@@ -21,7 +21,7 @@ from varjax.nn.autoencoder import (
     to_model_range,
     to_unit_range,
 )
-from varjax.nn.compute import EXACT, Compute, ConvFormat
+from varjax.nn.compute import EXACT, ComputeConfig, ConvFormat
 from varjax.tokenizers.contract import Latents
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid, Scale
 from varjax.tokenizers.vq.quantizer import Quantized, Quantizer
@@ -32,7 +32,7 @@ from varjax.trees import PyTree
 class VQConfig:
     """Describes a multi-scale VQ tokenizer and implements the contract of tokenizers.
 
-        VQConfig(scales=(1, 2, 4), image_channels=1, width=32, multipliers=(1, 2), vocab=256)
+        VQConfig(scales=(1, 2, 4), image_channels=1, width=32, channel_mult=(1, 2), vocab=256)
 
     The defaults are the released `vae_ch160v4096z32`. Raises InputError where sizes do not fit one
     another.
@@ -41,12 +41,12 @@ class VQConfig:
         scales: side length of each token map, or its (h, w), coarse to fine.
         image_channels: number of image channels: 1 for gray, 3 for colors.
         width: channels of the convolutions at full resolution.
-        multipliers: factors on `width`, one per level; each level after the first halves the map.
+        channel_mult: factors on `width`, one per level; each level after the first halves the map.
         blocks: number of residual blocks per level of the encoder; the decoder has one more.
         groups: number of groups in each group norm.
         vocab: number of codes V.
         code_channels: number of channels Z of a code.
-        phis: number of φ convolutions that the scales share; 0 for one per scale.
+        num_phi: number of φ convolutions that the scales share; 0 for one per scale.
         phi_ratio: weight r of the convolution in φ(x) = r·conv(x) + (1-r)·x.
         cosine_codes: whether the nearest code is the one with the largest cosine, instead of the
             smallest distance.
@@ -55,21 +55,21 @@ class VQConfig:
     scales: tuple[Scale, ...] = SCALES_256
     image_channels: int = 3
     width: int = 160
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
     blocks: int = 2
     groups: int = 32
     vocab: int = 4096
     code_channels: int = 32
-    phis: int = 4
+    num_phi: int = 4
     phi_ratio: float = 0.5
     cosine_codes: bool = False
 
     def __post_init__(self):
         self.pyramid  # noqa: B018  (its own checks)
-        check_sizes(self.width, self.multipliers, self.blocks, self.groups)
+        check_sizes(self.width, self.channel_mult, self.blocks, self.groups)
         for name in ("image_channels", "vocab", "code_channels"):
             check_setting(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        check_setting("phis", self.phis, self.phis >= 0, "0 (one per scale) or more")
+        check_setting("num_phi", self.num_phi, self.num_phi >= 0, "0 (one per scale) or more")
         check_setting("phi_ratio", self.phi_ratio, 0 <= self.phi_ratio <= 1, "in [0, 1]")
 
     @property
@@ -80,7 +80,7 @@ class VQConfig:
     @property
     def downsampling(self) -> int:
         """Number of image pixels per feature along one side."""
-        return downsampling(self.multipliers)
+        return downsampling(self.channel_mult)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -99,13 +99,13 @@ class VQConfig:
         return VQTokenizer(self).init(key, jnp.zeros((1, *self.image_shape)))["params"]
 
     def encode(
-        self, params: PyTree, images_BHWC: jax.Array, compute: Compute = EXACT
+        self, params: PyTree, images_BHWC: jax.Array, compute: ComputeConfig = EXACT
     ) -> dict[str, jax.Array]:
         """Encodes images, uint8 or floats in [0, 1], into {"tokens_BL": int32}."""
         model = VQTokenizer(self, compute).bind({"params": params})
         return {"tokens_BL": model.encode(to_model_range(images_BHWC))}
 
-    def decode(self, params: PyTree, latents: Latents, compute: Compute = EXACT) -> jax.Array:
+    def decode(self, params: PyTree, latents: Latents, compute: ComputeConfig = EXACT) -> jax.Array:
         """Decodes {"tokens_BL": integers} into images (B, H, W, channels) in [0, 1]."""
         model = VQTokenizer(self, compute).bind({"params": params})
         return to_unit_range(model.decode(latents["tokens_BL"].astype(jnp.int32)))
@@ -131,12 +131,12 @@ class VQTokenizer(nn.Module):
     """
 
     config: VQConfig
-    compute: Compute = EXACT
+    compute: ComputeConfig = EXACT
     encoder_dtype: jnp.dtype = jnp.float32
 
     def setup(self):
         c, compute = self.config, self.compute
-        sizes = c.width, c.multipliers, c.blocks, c.groups
+        sizes = c.width, c.channel_mult, c.blocks, c.groups
         inward = ConvFormat(self.encoder_dtype, compute.frozen_encoder, compute.target)
         outward = ConvFormat(compute.jax_dtype)
         self.encoder = Encoder(*sizes, c.code_channels, format=inward)
@@ -208,7 +208,7 @@ def encode_images(
     config: VQConfig,
     params: PyTree,
     image_BHWC: jax.Array,
-    compute: Compute = EXACT,
+    compute: ComputeConfig = EXACT,
 ) -> jax.Array:
     """Computes features (B, h, w, Z) of images in [-1, 1]; not for training."""
     model = VQTokenizer(config, compute, parent=None).bind({"params": params})
@@ -216,7 +216,7 @@ def encode_images(
 
 
 def decode_images(
-    config: VQConfig, params: PyTree, f_hat_BhwZ: jax.Array, compute: Compute = EXACT
+    config: VQConfig, params: PyTree, f_hat_BhwZ: jax.Array, compute: ComputeConfig = EXACT
 ) -> jax.Array:
     """Decodes f_hat (B, h, w, Z) into images clipped to [-1, 1]; not for training."""
     model = VQTokenizer(config, compute, parent=None).bind({"params": params})
@@ -230,7 +230,7 @@ def make_quantizer(config: VQConfig) -> Quantizer:
         config.pyramid,
         config.vocab,
         config.code_channels,
-        config.phis,
+        config.num_phi,
         config.phi_ratio,
         config.cosine_codes,
     )

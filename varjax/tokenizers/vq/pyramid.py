@@ -96,14 +96,14 @@ class Pyramid:
         """Returns scale k's place between the first (0) and the last (1); 0 for a single scale."""
         return k / max(len(self) - 1, 1)
 
-    def phi_index(self, phis: int) -> tuple[int, ...]:
-        """Returns which of `phis` shared φ convolutions each scale uses; 0 means one per scale.
+    def phi_index(self, num_phi: int) -> tuple[int, ...]:
+        """Returns which of `num_phi` shared φ convolutions each scale uses; 0 means one per scale.
 
         The nearest of the evenly spread ticks wins. With K = 10 and four φ, two scales lie exactly
         between ticks and the rounding of float64 decides, so this stays in NumPy's float64.
         """
-        if phis == 0:
+        if num_phi == 0:
             return tuple(range(len(self)))
-        inset = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
-        ticks = np.linspace(inset, 1 - inset, phis)
+        inset = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
+        ticks = np.linspace(inset, 1 - inset, num_phi)
         return tuple(int(np.argmin(np.abs(ticks - self.progress(k)))) for k in range(len(self)))

@@ -38,7 +38,7 @@ class Quantizer(nn.Module):
         pyramid: the sizes of the K token maps.
         vocab: number of codes V.
         code_channels: number of channels Z of a code.
-        phis: number of φ convolutions that the scales share; 0 for one per scale.
+        num_phi: number of φ convolutions that the scales share; 0 for one per scale.
         phi_ratio: weight r of the convolution in φ(x) = r·conv(x) + (1-r)·x.
         cosine: whether the nearest code is the one with the largest cosine, instead of the smallest
             distance.
@@ -47,12 +47,12 @@ class Quantizer(nn.Module):
     pyramid: Pyramid
     vocab: int
     code_channels: int
-    phis: int
+    num_phi: int
     phi_ratio: float
     cosine: bool
 
     def setup(self):
-        V, Z, P = self.vocab, self.code_channels, self.phis or len(self.pyramid)
+        V, Z, P = self.vocab, self.code_channels, self.num_phi or len(self.pyramid)
         self.codebook_VZ = self.param("codebook", _uniform(1 / V), (V, Z), jnp.float32)
         bound = (9 * Z) ** -0.5
         self.phi_kernel = self.param("phi_kernel", _uniform(bound), (P, 3, 3, Z, Z), jnp.float32)
@@ -117,7 +117,7 @@ class Quantizer(nn.Module):
         h, w = self.pyramid.shapes[k]
         codes_BhwZ = codes_BlZ.reshape(codes_BlZ.shape[0], h, w, self.code_channels)
         x_BhwZ = resize.bicubic(codes_BhwZ, self.pyramid.finest)
-        p = self.pyramid.phi_index(self.phis)[k]
+        p = self.pyramid.phi_index(self.num_phi)[k]
         conv_BhwZ = jax.lax.conv_general_dilated(
             x_BhwZ,
             self.phi_kernel[p],

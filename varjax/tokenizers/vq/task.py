@@ -11,7 +11,7 @@ import numpy as np
 from varjax import trees
 from varjax.errors import check_setting
 from varjax.nn.autoencoder import to_model_range, to_unit_range
-from varjax.nn.compute import Compute
+from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
 from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.losses.gan import MAX_ADAPTIVE_WEIGHT, GANConfig
@@ -54,7 +54,7 @@ from varjax.trees import PyTree
 class VQTask:
     """Trains a VQ tokenizer: l1·|x̂-x| + l2·|x̂-x|² + LPIPS + the quantizer's loss + a GAN's.
 
-        VQTask(VQConfig(), perceptual=LPIPSConfig(), gan=GANConfig(), ema=0.9999)
+        VQTask(VQConfig(), perceptual=LPIPSConfig(), gan=GANConfig(), ema_decay=0.9999)
 
     VAR's eq. 5. The state's `params` are the tokenizer's alone: the discriminator and the codes'
     usage are next to the moments in `opt_state`. Raises InputError for a value out of range.
@@ -70,7 +70,7 @@ class VQTask:
         gan: discriminator and adversarial loss; none for no discriminator.
         dtype: number format of all convolutions in training; "auto" is bfloat16 on an accelerator
             and float32 on a CPU. Evaluation and the quantizer are always float32.
-        ema: decay of the parameters' moving average; 0 for none.
+        ema_decay: decay of the parameters' moving average; 0 for none.
         accumulate: number of microbatches that a batch is split into, to save memory.
         plan: length of the run; the loop fills it in.
     """
@@ -84,12 +84,12 @@ class VQTask:
     perceptual: LPIPSConfig | None = None
     gan: GANConfig | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    ema: float = 0.0
+    ema_decay: float = 0.0
     accumulate: int = 1
     plan: Plan = Plan()
 
     def __post_init__(self):
-        check_setting("ema", self.ema, 0 <= self.ema <= 1, "in [0, 1]")
+        check_setting("ema_decay", self.ema_decay, 0 <= self.ema_decay <= 1, "in [0, 1]")
         for name in ("l1", "l2", "beta"):
             value = getattr(self, name)
             check_setting(name, value, value >= 0, "0 (off) or more")
@@ -99,12 +99,12 @@ class VQTask:
         check_image_losses(self, image_shape)
 
     def notes(self) -> list[str]:
-        return ema_notes(self.ema, self.plan)
+        return ema_notes(self.ema_decay, self.plan)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)
         params = init_codebook(self.codebook, self.model, params, jax.random.fold_in(key, 2))
-        state = create_state(params, self._tx(params), self.ema)
+        state = create_state(params, self._tx(params), self.ema_decay)
         others = {
             "discriminator": init_discriminator(self, key),
             "usage_V": init_usage(self.codebook, self.model.vocab),
@@ -140,7 +140,7 @@ class VQTask:
         gradients = functools.partial(vq_gradients, self, state.params)
         found = loss_gradients(self, discriminator, frozen, batch, step, gradients)
         frequency_KV = found.statistics["frequency_KV"]
-        state, norms = apply_gradients(state, found.grads, self._tx(state.params), self.ema)
+        state, norms = apply_gradients(state, found.grads, self._tx(state.params), self.ema_decay)
         metrics = found.metrics | norms | {"lr": self.optimizer.lr(step, self.plan)}
         metrics["perplexity"] = code_perplexity(frequency_KV, jnp)
         if self.codebook.restart_every:
@@ -213,9 +213,9 @@ class VQTask:
         return self.compute.jax_dtype
 
     @property
-    def compute(self) -> Compute:
+    def compute(self) -> ComputeConfig:
         """How a tokenizer in training is computed."""
-        return Compute(self.dtype, encoder_precision="highest")
+        return ComputeConfig(self.dtype, encoder_precision="highest")
 
     def _tx(self, params):
         decay = trees.map_with_path(lambda path, _: path.endswith("kernel"), params)
