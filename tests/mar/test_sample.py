@@ -15,10 +15,10 @@ from varjax.errors import InputError
 from varjax.mar.latents import NOT_FINITE, decode_tokens
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
-from varjax.mar.sample import KnownTokens, draw_orders, sample_mar_tokens
+from varjax.mar.sample import draw_orders, sample_mar_tokens
 from varjax.mar.schedule import UnmaskingSchedule, denoising_schedules
 from varjax.nn.diffusion import NoiseSchedule
-from varjax.sampling.sampler import image_keys
+from varjax.sampling.sampler import KnownTokens, image_keys
 from varjax.tokenizers.vq.model import VQConfig
 
 KEY_B = image_keys(0, jnp.arange(2))

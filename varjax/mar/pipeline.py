@@ -18,10 +18,11 @@ from varjax.mar.latents import (
 )
 from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig, bind_mar
 from varjax.mar.options import MAROptions, check_sampling, make_plan
-from varjax.mar.sample import KnownTokens, mar_sampling_bytes, sample_mar_tokens
+from varjax.mar.sample import mar_sampling_bytes, sample_mar_tokens
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import (
+    KnownTokens,
     checked_edit,
     checked_keys,
     checked_labels,

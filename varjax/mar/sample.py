@@ -7,7 +7,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,26 +18,13 @@ from varjax.mar.options import SamplingPlan
 from varjax.nn.autoencoder import decoding_bytes
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import reverse_diffusion
-from varjax.sampling.sampler import fold_in_each
+from varjax.sampling.sampler import KnownTokens, fold_in_each
 from varjax.trees import PyTree
 
 ORDER_KEY, NOISE_KEY = 0, 1  # folded into an image's key
 
 # (places (B, m), number of the draw) -> normal noise (B, m, Z)
 Noise = Callable[[jax.Array, jax.Array | int], jax.Array]
-
-
-@flax.struct.dataclass
-class KnownTokens:
-    """Holds tokens that sampling must keep, for editing.
-
-    Attributes:
-        token_BL: the tokens of an image, (B, L, Z) or (B, L).
-        keep_BL: True where tokens are kept, False where new ones are drawn.
-    """
-
-    token_BL: jax.Array
-    keep_BL: jax.Array
 
 
 def draw_orders(config: MARConfig, key_B: jax.Array, keep_BL: jax.Array | None = None) -> jax.Array:

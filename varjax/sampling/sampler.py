@@ -108,6 +108,19 @@ class Sampler(Protocol):
         ...
 
 
+@flax.struct.dataclass
+class KnownTokens:
+    """Holds tokens that sampling must keep, for editing.
+
+    Attributes:
+        token_BL: tokens of the images, (B, L) codes or (B, L, Z) vectors.
+        keep_BL: True where tokens are kept, False where new ones are drawn.
+    """
+
+    token_BL: jax.Array
+    keep_BL: jax.Array
+
+
 def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Array:
     """Derives a key (B,) for each image from the seed and its number, not its place in a batch."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B)
