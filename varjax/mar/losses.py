@@ -13,11 +13,9 @@ from varjax.mar.sample import draw_orders
 from varjax.nn.attention import Dropout
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS, diffusion_loss
-from varjax.sampling.sampler import fold_in_each
+from varjax.nn.rng import ImageStream, stream_keys
 from varjax.trees import PyTree
 
-# Folded into an image's key, beside those of sampling.
-TIMESTEP_KEY, DIFFUSION_NOISE_KEY, ATTENTION_KEY, DROPOUT_KEY = 2, 3, 4, 5
 MASK_MEAN, MASK_STD = 1.0, 0.25  # of the masked share, before it is truncated (MAR, section 3.3)
 
 
@@ -74,8 +72,10 @@ def draw_losses(
     draws = LossDraws(
         draw_orders(config, key_B),
         known_B,
-        attention_dropout=_dropout(fold_in_each(key_B, ATTENTION_KEY), attention_dropout),
-        dropout=_dropout(fold_in_each(key_B, DROPOUT_KEY), dropout),
+        attention_dropout=_dropout(
+            stream_keys(key_B, ImageStream.ATTENTION_DROPOUT), attention_dropout
+        ),
+        dropout=_dropout(stream_keys(key_B, ImageStream.DROPOUT), dropout),
     )
     if not isinstance(config.head, DiffusionHead):
         return draws
@@ -84,8 +84,8 @@ def draw_losses(
     noise = jax.vmap(lambda key: jax.random.normal(key, (*shape, Z)))
     return dataclasses.replace(
         draws,
-        timestep_BLU=timesteps(fold_in_each(key_B, TIMESTEP_KEY)),
-        noise_BLUZ=noise(fold_in_each(key_B, DIFFUSION_NOISE_KEY)),
+        timestep_BLU=timesteps(stream_keys(key_B, ImageStream.TIMESTEP)),
+        noise_BLUZ=noise(stream_keys(key_B, ImageStream.DIFFUSION_NOISE)),
     )
 
 

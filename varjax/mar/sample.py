@@ -18,10 +18,9 @@ from varjax.mar.options import SamplingPlan
 from varjax.nn.autoencoder import decoding_bytes
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import reverse_diffusion
-from varjax.sampling.sampler import KnownTokens, fold_in_each
+from varjax.nn.rng import ImageStream, stream_keys
+from varjax.sampling.sampler import KnownTokens
 from varjax.trees import PyTree
-
-ORDER_KEY, NOISE_KEY = 0, 1  # folded into an image's key
 
 # (places (B, m), number of the draw) -> normal noise (B, m, Z)
 Noise = Callable[[jax.Array, jax.Array | int], jax.Array]
@@ -38,7 +37,7 @@ def draw_orders(config: MARConfig, key_B: jax.Array, keep_BL: jax.Array | None =
     L = config.length
     order_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (len(key_B), L))
     if config.order == "random":
-        order_key_B = fold_in_each(key_B, ORDER_KEY)
+        order_key_B = stream_keys(key_B, ImageStream.ORDER)
         order_BL = jax.vmap(jax.random.permutation)(order_key_B, order_BL)
     elif config.attention == "causal":
         return order_BL
@@ -50,7 +49,7 @@ def draw_orders(config: MARConfig, key_B: jax.Array, keep_BL: jax.Array | None =
 
 def draw_noise(config: MARConfig, key_B: jax.Array) -> Noise:
     """Returns a source of normal noise: a function of an image's key, place and draw alone."""
-    noise_key_B = fold_in_each(key_B, NOISE_KEY)
+    noise_key_B = stream_keys(key_B, ImageStream.NOISE)
     fold_in = jax.random.fold_in
 
     def noise(place_Bm, number):
@@ -221,7 +220,7 @@ def _draw_categorical(config, params, plan, compute, z_BmC, place_Bm, number, *,
     logits_BmV = bind_mar(config, params, compute)(z_BmC, method="logits")
     if plan.guided:
         logits_BmV = _guide(logits_BmV, _guidance(plan, number))
-    noise_key_B = fold_in_each(key_B, NOISE_KEY)
+    noise_key_B = stream_keys(key_B, ImageStream.NOISE)
 
     def gumbel(key, place):
         return jax.random.gumbel(jax.random.fold_in(key, place), logits_BmV.shape[-1:])

@@ -26,8 +26,9 @@ from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import sample_mar_tokens
 from varjax.nn.compute import ComputeConfig, without_repeated_work
 from varjax.nn.diffusion import TRAINING_STEPS
+from varjax.nn.rng import ImageStream, stream_keys
 from varjax.runtime import flops
-from varjax.sampling.sampler import fold_in_each, image_keys
+from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.load import read_frozen_tokenizer
 from varjax.training.optimizer import AdamW
@@ -56,7 +57,6 @@ DECAYED = (
     (r"(kernel|embedding|_embed|mask_token|no_class_embed)$", True),
     (r"", False),
 )
-LABEL_KEY, POSTERIOR_KEY, SHARE_KEY = 6, 7, 8  # folded into an image's key, beside the losses'
 NOISE_LEVELS, SHARES = 10, 4  # bins of losses in evaluation
 PREVIEW_SAMPLES = 16
 
@@ -177,7 +177,7 @@ class MARTask:
         are not masked.
         """
         key_B, label_B = batch["key_B"], batch["label_B"]
-        label_key_B = fold_in_each(key_B, LABEL_KEY)
+        label_key_B = stream_keys(key_B, ImageStream.LABEL)
         dropped_B = jax.vmap(jax.random.bernoulli, (0, None))(label_key_B, self.class_dropout)
         label_B = jnp.where(dropped_B, self.model.classes, label_B)
         rates = self.diffusion_batch_mul, self.attention_dropout, self.dropout
@@ -196,7 +196,7 @@ class MARTask:
         """Draws masks, noise levels and noise by each image's own numbers, always the same."""
         key_B, L = content_keys(batch), self.model.length
         share_B = jax.vmap(mask_ratio, (0, None))(
-            fold_in_each(key_B, SHARE_KEY), self.min_mask_ratio
+            stream_keys(key_B, ImageStream.MASK_RATIO), self.min_mask_ratio
         )
         known_B = known_count(L, share_B)
         draws = draw_losses(self.model, key_B, known_B, self.diffusion_batch_mul)
@@ -267,7 +267,7 @@ class MARTask:
 
     def _token_losses(self, params, frozen, batch, label_B, draws) -> dict[str, jax.Array]:
         """`token_losses` of a batch of images or latents, as "loss_BL" and its parts."""
-        posterior_key_B = fold_in_each(batch["key_B"], POSTERIOR_KEY)
+        posterior_key_B = stream_keys(batch["key_B"], ImageStream.LATENT)
         drawn = batch, posterior_key_B, self.compute
         token_BL = encode_tokens(self.tokenizer, self.model, frozen, *drawn)
         L = self.model.length

@@ -13,6 +13,7 @@ from varjax import trees
 from varjax.errors import check_setting
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
+from varjax.nn.rng import ImageStream, stream_key
 from varjax.runtime import flops
 from varjax.tokenizers.kl.model import (
     LATENT_STD_PATH,
@@ -50,7 +51,6 @@ from varjax.training.train_step import apply_gradients, create_state, example_ke
 from varjax.trees import PyTree
 
 LATENT_STD_DECAY = 0.99  # of the moving average that becomes the tokenizer's "latent_std"
-POSTERIOR_KEY = 102  # folded into an image's key; `diffaugment` folds small numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _gradients(
     model = KLTokenizer(task.model, task.compute, task.jax_dtype)
 
     def draw(key):
-        return jax.random.normal(jax.random.fold_in(key, POSTERIOR_KEY), task.model.latent_shape)
+        return jax.random.normal(stream_key(key, ImageStream.POSTERIOR), task.model.latent_shape)
 
     def forward(params):
         (y_BHWC, latents), last_BHWC = reconstruct(model, params, x_BHWC, jax.vmap(draw)(key_B))

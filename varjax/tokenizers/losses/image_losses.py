@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from varjax.nn.rng import InitStream, stream_key
 from varjax.tokenizers.contract import Tokenizer, check_image_shape
 from varjax.tokenizers.losses.gan import (
     DiscriminatorState,
@@ -29,8 +30,6 @@ from varjax.tokenizers.losses.reconstruction import reconstruction_losses
 from varjax.training.task import Batch, Plan
 from varjax.training.train_step import Metrics, check_microbatches, mean_over_microbatches
 from varjax.trees import PyTree
-
-GAN_KEY = 1  # folded into the key of a task's `init`
 
 
 class ImageLossConfig(Protocol):
@@ -122,7 +121,7 @@ def init_discriminator(config: ImageLossConfig, key: jax.Array) -> Discriminator
     """Draws the discriminator before its first update, from the key of a task's `init`."""
     if config.gan is None:
         return None
-    key = jax.random.fold_in(key, GAN_KEY)
+    key = stream_key(key, InitStream.DISCRIMINATOR)
     return create_discriminator(config.gan, config.model.image_shape, config.plan, key)
 
 

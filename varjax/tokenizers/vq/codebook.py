@@ -11,6 +11,7 @@ from varjax import trees
 from varjax.errors import InputError, check_setting
 from varjax.nn import resize
 from varjax.nn.autoencoder import to_model_range
+from varjax.nn.rng import ImageStream, StepStream, stream_key
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import unit_vectors
@@ -24,8 +25,6 @@ KMEANS_NOISE = 0.01  # relative to the vectors' size, so that no two codes are e
 USAGE_DECAY = 0.98  # of the moving average of how often codes are used
 DEAD_CODE_SHARE = 0.1  # of an even share: codes used less are dead
 ENTROPY_SHARPNESS = 10.0  # soft choices fall by e for each tenth of the mean distance
-SCALE_DROPOUT_KEY = 101  # folded into an image's key; `diffaugment` folds small numbers
-CODEBOOK_KEY = 2**31 - 1  # folded into a step's key; images fold their numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +140,7 @@ def sample_scale_dropout(
     scales = len(pyramid)
 
     def kept_scales(key):
-        drop_key, count_key = jax.random.split(jax.random.fold_in(key, SCALE_DROPOUT_KEY))
+        drop_key, count_key = jax.random.split(stream_key(key, ImageStream.SCALE_DROPOUT))
         count = jax.random.randint(count_key, (), config.scales_kept, scales)
         return jnp.where(jax.random.bernoulli(drop_key, config.scale_dropout), count, scales)
 
@@ -182,7 +181,7 @@ def kmeans_init(
     before_VZ, is_first = state.params["quantizer"]["codebook"], state.step == 0
 
     def centers():
-        sample_key, kmeans_key = jax.random.split(jax.random.fold_in(key, CODEBOOK_KEY))
+        sample_key, kmeans_key = jax.random.split(stream_key(key, StepStream.CODEBOOK))
         z_BLZ, vocab = inputs_fn(state.params, ideal=True), len(before_VZ)
         z_NZ = sample_inputs(pyramid, z_BLZ, KMEANS_VECTORS * vocab, sample_key)
         return kmeans(z_NZ, vocab, kmeans_key)
@@ -272,7 +271,7 @@ def restart_dead_codes(
 
     def replacements():
         z_BLZ = inputs_fn(state.params, ideal=False)
-        return sample_inputs(pyramid, z_BLZ, vocab, jax.random.fold_in(key, CODEBOOK_KEY))
+        return sample_inputs(pyramid, z_BLZ, vocab, stream_key(key, StepStream.CODEBOOK))
 
     new_VZ = jax.lax.cond(jnp.any(is_dead_V), replacements, lambda: before_VZ)
 

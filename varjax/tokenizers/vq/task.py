@@ -12,6 +12,7 @@ from varjax import trees
 from varjax.errors import check_setting
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
+from varjax.nn.rng import InitStream, stream_key
 from varjax.runtime import flops
 from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.losses.gan import MAX_ADAPTIVE_WEIGHT, GANConfig
@@ -103,7 +104,9 @@ class VQTask:
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)
-        params = init_codebook(self.codebook, self.model, params, jax.random.fold_in(key, 2))
+        params = init_codebook(
+            self.codebook, self.model, params, stream_key(key, InitStream.CODEBOOK)
+        )
         state = create_state(params, self._tx(params), self.ema_decay)
         others = {
             "discriminator": init_discriminator(self, key),
