@@ -12,7 +12,7 @@ from varjax.data.sources import TFDS, Folder, parse_dataset
 from varjax.data.sources.folder import FolderSource
 from varjax.errors import InputError
 from varjax.nn.compute import ComputeConfig
-from varjax.storage.broken_images import BrokenImage
+from varjax.storage.image_files import BrokenImage
 from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import VQTask

@@ -8,7 +8,7 @@ from varjax.data.latent_shards import CHECKSUM_NAME, LatentShard
 from varjax.data.latents import CachedLatents, LatentTransform
 from varjax.errors import DamagedFileError, InputError
 from varjax.storage import files
-from varjax.storage.broken_images import BrokenImage
+from varjax.storage.image_files import BrokenImage
 
 N, U = 4, 2
 ABOUT = {

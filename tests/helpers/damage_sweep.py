@@ -38,7 +38,7 @@ from tests.helpers import tiny
 from tests.helpers.paths import ROOT
 from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.errors import InputError
-from varjax.metrics.feature_store import FeatureStore
+from varjax.metrics.features import FeatureStore
 from varjax.sampling.outputs import NpzOutput
 from varjax.storage import files, read_errors
 from varjax.training.checkpoint import Checkpoints

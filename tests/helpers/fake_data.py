@@ -7,7 +7,7 @@ import numpy as np
 from varjax.data.loader import make_loader
 from varjax.data.workers import ReadOptions
 from varjax.errors import StorageError
-from varjax.storage.broken_images import BrokenImage
+from varjax.storage.image_files import BrokenImage
 
 reads = []  # (data, index) of all that this process has read
 

@@ -30,13 +30,12 @@ from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.state_dicts import find_state_dicts, own_tensors
 from varjax.data import transforms
-from varjax.data.decoding import decode_file
 from varjax.errors import InputError
 from varjax.metrics import references
-from varjax.metrics.feature_store import parts_of
+from varjax.metrics.features import parts_of
 from varjax.metrics.image_sets import open_image_set
 from varjax.storage import files, read_errors
-from varjax.storage.image_files import DECODING_BYTES, MAX_PIXELS
+from varjax.storage.image_files import DECODING_BYTES, MAX_PIXELS, decode_file
 from varjax.storage.image_io import read_image
 from varjax.storage.npz import NpzArchive, map_npy
 from varjax.storage.untrusted import bytes_on_disk

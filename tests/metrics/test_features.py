@@ -14,7 +14,7 @@ from tests.helpers.fake_data import FakeImages
 from tests.helpers.paths import ROOT
 from varjax.data.sources import Digits
 from varjax.errors import InputError
-from varjax.metrics import feature_store, references
+from varjax.metrics import features, references
 from varjax.metrics.features import (
     FeatureExtractor,
     FeatureNetwork,
@@ -165,7 +165,7 @@ def test_what_holds_no_images_is_refused(tmp_path):
 
 
 def test_statistics_of_images_are_kept_and_go_on_after_a_kill(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_store, "IMAGES_PER_PART", 10)
+    monkeypatch.setattr(features, "IMAGES_PER_PART", 10)
     np.savez(tmp_path / "x.npz", arr_0=IMAGES_NHWC)
     images, cache = open_image_set(tmp_path / "x.npz"), tmp_path / "cache"
     extract = FeatureExtractor(pixel_network())
@@ -193,7 +193,7 @@ def test_statistics_of_images_are_kept_and_go_on_after_a_kill(tmp_path, monkeypa
 
 
 def test_damaged_features_and_statistics_are_made_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(feature_store, "IMAGES_PER_PART", 10)
+    monkeypatch.setattr(features, "IMAGES_PER_PART", 10)
     np.savez(tmp_path / "x.npz", arr_0=IMAGES_NHWC)
     images, cache = open_image_set(tmp_path / "x.npz"), tmp_path / "cache"
     compute, calls = FeatureExtractor(pixel_network()), []
@@ -283,7 +283,7 @@ def test_a_dataset_is_read_as_for_its_evaluation():
 
 
 def test_a_broken_image_of_a_dataset_is_skipped_as_in_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(feature_store, "IMAGES_PER_PART", 50)
+    monkeypatch.setattr(features, "IMAGES_PER_PART", 50)
     shape = 4, 4, 3
     data = FakeImages(size=201, broken=(7, 200), image_shape=shape)  # the last part has one image
     images, extract = DatasetImages(data, "held_out"), FeatureExtractor(pixel_network())

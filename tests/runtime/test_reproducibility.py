@@ -3,10 +3,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varjax.runtime import jax_draws as draws
 from varjax.runtime import reproducibility
-from varjax.runtime.jax_draws import jax_draws
-from varjax.runtime.reproducibility import pixels_digest
+from varjax.runtime.reproducibility import jax_draws, pixels_digest
 
 
 def test_digests_are_always_the_same():
@@ -27,7 +25,7 @@ def test_flags_of_jax_change_the_draws():
 
 
 def test_rounding_of_other_devices_does_not_change_the_draws():
-    drawn = np.asarray(draws._draws("threefry2x32")["normal"]) * 8
+    drawn = np.asarray(reproducibility._draw_with_jax("threefry2x32")["normal"]) * 8
     assert np.abs(drawn - np.floor(drawn) - 0.5).min() > 0.01  # thousands of times their errors
 
 

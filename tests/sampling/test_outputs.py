@@ -21,7 +21,7 @@ from varjax.sampling.outputs import (
     work_folder,
 )
 from varjax.storage import files
-from varjax.storage.work_folders import locked_work_folder
+from varjax.storage.folders import locked_work_folder
 
 SAMPLE = ["--weights=fake", "--labels=3,7", "--count=2", "--batch_size=2"]
 EVALUATE = ["--weights=fake", "--count=1", "--batch_size=2", "--reference=real.npz"]

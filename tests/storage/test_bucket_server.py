@@ -11,17 +11,17 @@ from tests.helpers import bucket_server, runs, tiny
 from tests.helpers import golden_cases as golden
 from tests.helpers.bucket_server import BUCKET
 from tests.helpers.fake_data import FakeImages
-from varjax.analysis.curves import draw_curves
+from varjax.analysis.plot import draw_curves
 from varjax.analysis.run_log import read_run_log
 from varjax.analysis.runs import find_runs, run_status
 from varjax.cli.cache_latents import cache_latents
+from varjax.cli.prepare import prepare
 from varjax.cli.sample import main as sample_main
 from varjax.convert import convert
 from varjax.convert.apply_map import official_buffers
 from varjax.convert.pth.write import write_pth
 from varjax.data import photos
 from varjax.data.latents import CachedLatents
-from varjax.data.prepare.prepare import prepare
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.tfds import TFDS
 from varjax.errors import InputError

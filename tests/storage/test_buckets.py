@@ -259,7 +259,7 @@ def test_no_module_takes_paths_for_those_of_a_disk():
         "config/config_flags.py",
         "training/metric_writers.py",
     }
-    local |= {"convert/pretrained.py", "data/prepare/array_record.py"}  # of the Hub; temporaries
+    local |= {"convert/pretrained.py", "data/array_record.py"}  # of the Hub; temporaries
     local |= {"benchmark/partitioning.py", "evaluation/digits_report.py"}
     local |= {"benchmark/checksum.py", "data/sources/tfds.py"}  # a temporary; a local copy
     local |= {"runtime/hardware.py"}  # a container's limits, as Linux tells them

@@ -10,13 +10,17 @@ import pytest
 from PIL import Image
 
 from tests.helpers.hostile_images import POSTSCRIPT, encoded, png, tiff
-from varjax.data.decoding import decode_file
-from varjax.data.prepare.array_record import ImageEncoding
+from varjax.data.array_record import ImageEncoding
 from varjax.errors import InputError, StorageError
 from varjax.metrics.image_sets import open_image_set
 from varjax.storage import image_files, image_io
-from varjax.storage.broken_images import BrokenImage
-from varjax.storage.image_files import decode_picture, picture_array, read_file
+from varjax.storage.image_files import (
+    BrokenImage,
+    decode_file,
+    decode_picture,
+    picture_array,
+    read_file,
+)
 
 PLAIN = Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
 

@@ -25,7 +25,7 @@ from varjax.data.workers import ReaderPool, ReadOptions, available_cpus
 from varjax.errors import InputError, check_setting
 from varjax.runtime.commands import command_parser
 from varjax.runtime.hardware import process_peak_gb
-from varjax.storage.broken_images import BrokenImage
+from varjax.storage.image_files import BrokenImage
 
 
 def main(arguments: list[str]) -> None:

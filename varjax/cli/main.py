@@ -17,7 +17,7 @@ COMMANDS = {
     ),
     "evaluate": ("varjax.evaluation.__main__", "measure samples: FID, Inception Score, recall …"),
     "evaluate-tokenizer": ("varjax.tokenizers.evaluate", "measure a tokenizer's reconstructions"),
-    "prepare": ("varjax.data.prepare.prepare", "pack a folder of images into a few large files"),
+    "prepare": ("varjax.cli.prepare", "pack a folder of images into a few large files"),
     "cache-latents": ("varjax.cli.cache_latents", "run a tokenizer over its images once"),
     "runs": (
         "varjax.analysis.runs",

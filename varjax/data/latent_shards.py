@@ -21,8 +21,8 @@ from varjax.data.loader import Loader, read_ahead
 from varjax.data.stream import ExampleStream, Split
 from varjax.errors import InputError
 from varjax.storage import files, untrusted
-from varjax.storage.broken_images import BrokenImageCounter
 from varjax.storage.checksums import row_checksum
+from varjax.storage.image_files import BrokenImageCounter
 
 CHECKSUM_NAME = "checksum_NU"  # of an array in files
 ABOUT_FILE = "latents.json"  # says what a folder's latents are

@@ -24,8 +24,8 @@ from varjax.data.stream import Example, Split
 from varjax.data.workers import ReadOptions
 from varjax.errors import DamagedFileError, InputError
 from varjax.storage import files
-from varjax.storage.broken_images import BrokenImage
 from varjax.storage.buckets import as_path
+from varjax.storage.image_files import BrokenImage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ from varjax.data.stream import (
 )
 from varjax.data.workers import ReaderPool
 from varjax.errors import InputError
-from varjax.storage.broken_images import BrokenImageCounter
+from varjax.storage.image_files import BrokenImageCounter
 
 BatchArrays = dict[str, np.ndarray]
 BATCHES_AHEAD = 2  # in the making while another one is used

@@ -10,7 +10,7 @@ import numpy as np
 
 from varjax.data.workers import ReadOptions
 from varjax.errors import InputError
-from varjax.storage.broken_images import BrokenImage
+from varjax.storage.image_files import BrokenImage
 
 Split = Literal["train", "held_out"]
 Example = dict[str, Any]  # one row of a batch, its arrays named like the batch's

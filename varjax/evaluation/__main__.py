@@ -56,7 +56,7 @@ from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.job import SamplingJob
 from varjax.sampling.sampler import given_options
 from varjax.storage.buckets import as_path
-from varjax.storage.work_folders import check_writable
+from varjax.storage.folders import check_writable
 from varjax.tokenizers.image_crop import AUTO, CROP_HELP, CROPS, choose_crop
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.spatial.distance import cdist, pdist
 from sklearn.svm import SVC
 
-from varjax.analysis.curves import draw_curves
+from varjax.analysis.plot import draw_curves
 from varjax.analysis.run_log import read_run_log
 from varjax.data.sources import Digits
 from varjax.errors import InputError

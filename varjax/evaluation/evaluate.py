@@ -14,8 +14,13 @@ from varjax.data.sources import CachedLatents, parse_dataset
 from varjax.data.transforms import Crop
 from varjax.errors import InputError, StorageError
 from varjax.evaluation.published import Measurement, compare_settings
-from varjax.metrics.feature_store import FeatureStore, extract_features, parts_of
-from varjax.metrics.features import FeatureExtractor, feature_sizes
+from varjax.metrics.features import (
+    FeatureExtractor,
+    FeatureStore,
+    extract_features,
+    feature_sizes,
+    parts_of,
+)
 from varjax.metrics.image_sets import DatasetImages, FolderImages, ImageSet
 from varjax.metrics.references import Reference, read_reference, reference_of_images
 from varjax.metrics.report import SampleMetrics, measure, metrics_table
@@ -24,7 +29,7 @@ from varjax.sampling.job import SamplingJob, locked_for_job, run_job
 from varjax.sampling.outputs import begun_batch_size, parts_folder
 from varjax.sampling.sampler import Sampler
 from varjax.storage import files, folders
-from varjax.storage.work_folders import locked_work_folder
+from varjax.storage.folders import locked_work_folder
 from varjax.tokenizers.image_crop import describe_crop
 
 DATASETS = "folder:", "tfds:", "digits", "photos"  # what a reference may be besides files

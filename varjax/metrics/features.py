@@ -2,17 +2,21 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from varjax import trees
 from varjax.errors import InputError
+from varjax.metrics.image_sets import ImageSet
 from varjax.metrics.inception import Inception, init_inception, load_inception
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
+from varjax.storage import files, folders
 from varjax.trees import PyTree
 
 Features = dict[str, np.ndarray]  # "pool_ND", and of Inception "spatial_ND" and "logits_NV"
@@ -21,6 +25,8 @@ Features = dict[str, np.ndarray]  # "pool_ND", and of Inception "spatial_ND" and
 CPU_BLOCK, ACCELERATOR_BLOCK = 8, 64
 MAX_PIXELS = 32 * 32
 INCEPTION = "inception-v3 2015-12-05"  # FID's, in an identity
+IMAGES_PER_PART = 500  # images of a part
+REQUEST_FILE = "request.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,6 +171,79 @@ def feature_sizes(network: FeatureNetwork, image_shape: Sequence[int]) -> dict[s
     images = jax.ShapeDtypeStruct((1, *image_shape[:2], 3), jnp.uint8)
     found = jax.eval_shape(network.apply, network.params, images)
     return {name.replace("_B", "_N"): x.shape[1] for name, x in found.items()}
+
+
+class FeatureStore:
+    """A folder with the features of some images, each part of them whole or absent.
+
+    Args:
+        folder: folder that is absent, or was started for an equal request.
+        request: JSON data that determines the features.
+
+    Raises:
+        InputError: the folder holds anything else.
+    """
+
+    def __init__(self, folder: pathlib.Path, request: Mapping[str, Any], write: bool = True):
+        folders.claim_folder(folder, REQUEST_FILE, request, write)
+        self._folder = folder
+
+    def has(self, part: range) -> bool:
+        """Returns whether a part can be read; a damaged one is reported and removed."""
+        return folders.read_or_remove(self._file(part)) is not None
+
+    def add(self, part: range, features: Features) -> None:
+        """Writes the features of a part."""
+        files.write_tensors(self._file(part), features, {})
+
+    def read(self, part: range, fewer: bool = False) -> Features:
+        """Reads the features of a part.
+
+        Args:
+            part: numbers of the images.
+            fewer: whether broken images may have been left out.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        path = self._file(part)
+        found, _ = files.read_tensors(path)
+        lengths = {len(x) for x in found.values()}
+        if len(lengths) != 1 or max(lengths) > len(part) or min(lengths) < len(part) and not fewer:
+            raise InputError(f"{path} holds other images; delete it and go on")
+        return found
+
+    def join(self, parts: list[range]) -> Features:
+        """Reads all parts, into one array of each kind."""
+        read = [self.read(part) for part in parts]
+        return {name: np.concatenate([x[name] for x in read]) for name in read[0]}
+
+    def delete(self) -> None:
+        """Removes the folder."""
+        folders.remove_work_folder(self._folder)
+
+    def _file(self, part: range) -> pathlib.Path:
+        return self._folder / f"{part.start:09d}.safetensors"
+
+
+def parts_of(count: int) -> list[range]:
+    """Shares out images to parts."""
+    return [range(i, min(i + IMAGES_PER_PART, count)) for i in range(0, count, IMAGES_PER_PART)]
+
+
+def extract_features(
+    images: ImageSet, extract: FeatureExtractor, store: FeatureStore, description: str
+) -> None:
+    """Computes the features that `store` lacks, with a progress bar that has this `description`."""
+    count = images.shape[0]
+    missing = [part for part in parts_of(count) if not store.has(part)]
+    left = sum(map(len, missing))
+    with tqdm(total=count, initial=count - left, unit=" images", desc=description) as bar:
+        for part, images_NHWC in images.parts(missing):
+            count = len(images_NHWC)  # 0 where all are broken, which no program is compiled for
+            padded_NHWC = images_NHWC if count else np.zeros((1, *images.shape[1:]), np.uint8)
+            features = extract(padded_NHWC, bar.update)
+            store.add(part, {name: x[:count] for name, x in features.items()})
 
 
 def _inception_features(params, image_BHWC):

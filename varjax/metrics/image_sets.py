@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from varjax.errors import InputError
 from varjax.storage import files, image_io
-from varjax.storage.broken_images import BrokenImage, BrokenImageCounter
-from varjax.storage.image_files import read_size
+from varjax.storage.image_files import BrokenImage, BrokenImageCounter, read_size
 from varjax.storage.npz import NpzArchive
 from varjax.storage.read_errors import retry_read
 

@@ -10,8 +10,14 @@ from collections.abc import Mapping
 import numpy as np
 
 from varjax.errors import InputError
-from varjax.metrics.feature_store import FeatureStore, extract_features, parts_of
-from varjax.metrics.features import FeatureExtractor, Features, feature_sizes
+from varjax.metrics.features import (
+    FeatureExtractor,
+    Features,
+    FeatureStore,
+    extract_features,
+    feature_sizes,
+    parts_of,
+)
 from varjax.metrics.fid import Moments, MomentSums
 from varjax.metrics.image_sets import ImageSet, file_digest, open_image_set
 from varjax.storage import files, folders

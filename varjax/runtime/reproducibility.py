@@ -1,7 +1,7 @@
-"""Digests of what a run's batches depend on besides its settings: NumPy's draws, Pillow's pixels.
+"""Digests of what a run's numbers depend on besides its settings: NumPy, Pillow and JAX.
 
-A run that is continued by other versions of them may get other batches; the digests tell whether it
-does. `varjax.runtime.jax_draws` has the same of JAX, which readers of images do without.
+A run that continues with other versions of them may get other batches; the digests show whether it
+does. JAX is imported only where it is needed, because processes that read images run without it.
 """
 
 import base64
@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.metadata
 import platform
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,6 +17,7 @@ from PIL import Image
 from varjax.storage.image_files import decode_picture, picture_array
 
 PACKAGES = "jax", "jaxlib", "numpy", "pillow"
+JAX_FLAGS = "jax_default_prng_impl", "jax_threefry_partitionable"
 DIGEST_LENGTH = 16
 # Both 20 by 17 pixels: RGB in JPEG with subsampled colors, and gray in PNG.
 JPEG = base64.b85decode(
@@ -69,6 +71,40 @@ def pixels_digest() -> str:
                 arrays.append(picture_array(resized, "RGB"))
         arrays.append(picture_array(picture.resize((10, 8), Image.Resampling.BOX), "RGB"))
     return arrays_digest(*arrays)
+
+
+def jax_draws() -> dict[str, Any]:
+    """Returns how JAX draws: a digest of some numbers, its version, and the flags that matter."""
+    import jax
+
+    flags = {name: getattr(jax.config, name) for name in JAX_FLAGS}
+    return {"version": jax.__version__, **flags, "random_numbers": _jax_digest(*flags.values())}
+
+
+@functools.cache
+def _jax_digest(implementation: str, partitionable: bool) -> str:
+    """Draws under the current flags; `partitionable` is one of them, for the cache."""
+    import jax
+
+    numbers = jax.device_get(jax.jit(lambda: _draw_with_jax(implementation))())
+    # Other devices round the normal distribution differently, but none of these near a half.
+    numbers["normal"] = np.rint(numbers["normal"] * 8).astype(np.int32)
+    return arrays_digest(*(numbers[name] for name in sorted(numbers)))
+
+
+def _draw_with_jax(implementation: str) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+
+    seed = jax.random.key(3, impl=implementation)
+    key, other = jax.random.split(seed)
+    return {
+        "bits": jax.random.bits(jax.random.fold_in(other, 5), (32,), jnp.uint32),
+        "keys": jax.random.key_data(jax.random.split(key, 3)),
+        "normal": jax.random.normal(seed, (32,), jnp.float32),
+        "order": jax.random.permutation(other, 32),
+        "uniform": jax.random.uniform(key, (32,), jnp.float32),
+    }
 
 
 def arrays_digest(*arrays: np.ndarray) -> str:

@@ -17,7 +17,7 @@ from varjax.sampling.finite_images import check_finite_images
 from varjax.sampling.outputs import Output
 from varjax.sampling.sampler import Sampler
 from varjax.storage import image_io
-from varjax.storage.work_folders import locked_work_folder
+from varjax.storage.folders import locked_work_folder
 
 MOST_IMAGES = 10**8  # a list of more does not fit into memory
 

@@ -16,10 +16,10 @@ from tqdm import tqdm
 from varjax.errors import InputError, StorageError
 from varjax.storage import files, folders, image_io
 from varjax.storage.buckets import as_path, in_bucket
+from varjax.storage.folders import check_writable, remove_work_folder
 from varjax.storage.npz import map_npy, read_zip_text
 from varjax.storage.safetensors_io import read_safetensors
 from varjax.storage.untrusted import parse_json
-from varjax.storage.work_folders import check_writable, remove_work_folder
 
 REQUEST, PART_SUFFIX = "request.json", ".safetensors"
 OLD_SUFFIX = ".npy"  # of parts that an older version wrote, without checksums

@@ -1,6 +1,7 @@
 """Folders that several processes may want: who may write where, and who is there now."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import json
@@ -15,7 +16,14 @@ from typing import Any
 from varjax.errors import InputError, StorageError
 from varjax.storage import buckets
 from varjax.storage.buckets import as_path, in_bucket
-from varjax.storage.files import create_json, exists, read_json, read_tensors, remove
+from varjax.storage.files import (
+    create_json,
+    exists,
+    probe_writable,
+    read_json,
+    read_tensors,
+    remove,
+)
 
 LOCK_FILE = ".lock"
 LISTING_SECONDS = 5.0  # until a listing shows what another machine wrote
@@ -52,6 +60,55 @@ def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]
         with contextlib.suppress(OSError):
             os.ftruncate(descriptor, 0)
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked_work_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """Keeps other processes out of a folder as `lock_folder`; afterwards the lock is removed.
+
+    A folder that is empty then is removed as well.
+
+    Raises:
+        InputError: another process is there now.
+        StorageError: the folder cannot be written.
+    """
+    folder = as_path(folder)
+    try:
+        with lock_folder(folder):
+            try:
+                yield
+            finally:
+                if not in_bucket(folder):
+                    with contextlib.suppress(OSError):
+                        (folder / LOCK_FILE).unlink()
+    finally:
+        if not in_bucket(folder):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def remove_work_folder(folder: str | os.PathLike) -> None:
+    """Removes a folder with all that is in it, also where this process holds its lock."""
+    try:
+        remove(as_path(folder))
+    except OSError as error:
+        # NFS keeps a file that is open, under another name: `locked_work_folder` comes later.
+        if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
+            raise
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Makes the folder and one file in it, which is gone again, or raises InputError."""
+    try:
+        if not in_bucket(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        probe_writable(folder)
+    except InputError:  # says all that is known of a bucket
+        raise
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {folder} ({error.strerror}); choose another out"
+        ) from error
 
 
 def is_locked(folder: str | os.PathLike) -> bool:

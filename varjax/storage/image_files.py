@@ -8,18 +8,20 @@ An error of the machine is a StorageError; a BrokenImage is a missing file or ba
 import contextlib
 import errno
 import io
+import itertools
 import os
 import stat
+import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 from varjax.errors import InputError, StorageError
 from varjax.storage import buckets
-from varjax.storage.broken_images import BrokenImage
 from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.read_errors import machine_errno, retry_read
 
@@ -55,7 +57,64 @@ NO_FILE_ERRNOS = (
 )
 OUT_OF_MEMORY = "out of memory error", "decoder error -9"  # in Pillow's OSErrors
 ROWS_AT_ONCE = 256
+PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+MAX_BROKEN_RATIO = 0.01
+TOLERATED_BROKEN = 10  # never stop a run, however early they come
 T = TypeVar("T")
+
+
+class BrokenImage(InputError):
+    """Reports an image that cannot be decoded.
+
+    Attributes:
+        name: name of the file or record.
+        reason: reason, in the words of Pillow or the operating system.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(name, reason)  # both, so that it survives pickling
+        self.name, self.reason = name, reason
+
+    def __str__(self) -> str:
+        return f"{self.name} cannot be read as an image: {self.reason}"
+
+
+class BrokenImageCounter:
+    """Counts the images of a split that were read and those that are broken, and names these.
+
+    counter = BrokenImageCounter(len(source))
+    counter.add(read=64, broken=[])
+    """
+
+    def __init__(self, size: int):
+        self._size, self._read = size, 0
+        self._names: dict[str, None] = {}  # in the order in which they came
+
+    def add(self, read: int, broken: Sequence[BrokenImage]) -> None:
+        """Names new broken images on stderr.
+
+        The first few never stop a run, because a broken image may be among the first ones read.
+
+        Args:
+            read: number of images read since the last call.
+            broken: images among them that are broken.
+
+        Raises:
+            InputError: more than 1 % of the images read so far are broken.
+        """
+        self._read += read
+        for error in broken:
+            if error.name not in self._names:
+                self._names[error.name] = None
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+        read, count = min(self._read, self._size), len(self._names)
+        tolerated = min(TOLERATED_BROKEN, MAX_BROKEN_RATIO * self._size)
+        if count > max(MAX_BROKEN_RATIO * read, tolerated):
+            some = "\n  ".join(itertools.islice(self._names, TOLERATED_BROKEN))
+            raise InputError(
+                f"{count} of the {read} images read so far are broken, more than "
+                f"{MAX_BROKEN_RATIO:.0%}; repair or remove them, the first ones are\n  {some}"
+            )
 
 
 def read_file(path: str | os.PathLike) -> bytes:
@@ -107,6 +166,33 @@ def decode_picture(
         if not data:
             raise InputError("it is empty")
         return retry_read(lambda: convert(_decode(data)), name)
+
+
+def decode_file(file: bytes | str | os.PathLike, channels: int = 3, name: str = "") -> np.ndarray:
+    """Decodes an image by Pillow, whatever it holds: gray, palettes, CMYK, 1 bit and 16 bits.
+
+    EXIF orientation is applied; of an animation the first frame counts. With 1 and 3 channels an
+    alpha channel is dropped, as by the reference's `convert("RGB")`.
+
+    Args:
+        file: the encoded image, or the path of its file.
+        channels: number of channels: 1 gray, 3 RGB, 4 RGBA.
+        name: name for messages, needed if `file` is bytes.
+
+    Returns:
+        uint8 (H, W, channels).
+
+    Raises:
+        BrokenImage: names `name`, or the path: there is no such file, or the decoder refuses it.
+        StorageError: the machine or the bucket cannot read it now.
+    """
+    if isinstance(file, bytes):
+        assert name, "bytes need a name"
+        data = file
+    else:
+        name, data = name or printable_path(file), read_file(file)
+    mode = PILLOW_MODES[channels]
+    return decode_picture(data, name, lambda picture: picture_array(picture, mode))
 
 
 def open_picture(file: IO[bytes]) -> Image.Image:

@@ -8,8 +8,7 @@ from PIL import Image
 
 from varjax.errors import InputError
 from varjax.storage import files
-from varjax.storage.broken_images import BrokenImage
-from varjax.storage.image_files import decode_picture, read_file, to_uint8
+from varjax.storage.image_files import BrokenImage, decode_picture, read_file, to_uint8
 
 MIN_TILE_SIDE = 64  # pixels; smaller images are enlarged in a grid, or nobody could see them
 # A thin image is cropped before it is enlarged to more pixels than this. No other image is, because

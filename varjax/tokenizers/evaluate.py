@@ -42,7 +42,7 @@ from varjax.runtime.commands import command_parser, run_command
 from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.storage import files, image_io
 from varjax.storage.buckets import as_path
-from varjax.storage.work_folders import check_writable
+from varjax.storage.folders import check_writable
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.image_crop import (
     AUTO,

@@ -15,8 +15,7 @@ import numpy as np
 from varjax.config import config_tree
 from varjax.errors import InputError
 from varjax.runtime.distributed import gather_json
-from varjax.runtime.jax_draws import jax_draws
-from varjax.runtime.reproducibility import random_numbers_digest, versions
+from varjax.runtime.reproducibility import jax_draws, random_numbers_digest, versions
 from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.training.experiment import Experiment

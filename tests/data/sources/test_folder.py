@@ -15,7 +15,7 @@ from varjax.data import photos
 from varjax.data.sources import TFDS, Digits, parse_dataset
 from varjax.data.sources.folder import Folder
 from varjax.errors import InputError, StorageError
-from varjax.storage.broken_images import BrokenImage
+from varjax.storage.image_files import BrokenImage
 
 SHADE = {"ant": 10, "bee": 100, "cat": 200}
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from varjax.data.sources.tfds import TFDS
 from varjax.errors import InputError, StorageError
-from varjax.storage.broken_images import BrokenImage
+from varjax.storage.image_files import BrokenImage
 
 
 class Stripes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -141,7 +141,7 @@ def test_what_is_missing_is_told_with_what_to_do(data_dir, tmp_path):
             TFDS(name, str(data_dir), **options).describe()
 
     refused("cifar10 is not prepared in .*builder..cifar10., file_format=", "cifar10")
-    refused("holds no prepared dataset: .* varjax.data.prepare", str(tmp_path))
+    refused("holds no prepared dataset: .* varjax prepare", str(tmp_path))
     refused("no split 'validation', but .'test', 'train', 'unlabeled'.", held_out="validation")
     refused("no split 'train.:5', but", train="train[:5")
     refused("split 'train.:0.' of stripes holds no images", train="train[:0]")

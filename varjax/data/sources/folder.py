@@ -1,19 +1,32 @@
-"""Reads image files in folders, as they are."""
+"""Reads image files in folders as they are, listed by class and split in a fixed order."""
 
 import dataclasses
 import functools
+import hashlib
+import math
 import os
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from varjax.data import decoding, transforms
+from varjax.data import transforms
 from varjax.data.loader import make_loader
-from varjax.data.sources.folder_layout import FolderLayout, ImageListing
 from varjax.data.stream import Split
 from varjax.data.workers import ReadOptions
-from varjax.errors import check_setting
+from varjax.errors import InputError, check_setting
 from varjax.runtime.reproducibility import pixels_digest
+from varjax.storage import buckets
+from varjax.storage.buckets import as_path, in_bucket
+from varjax.storage.image_files import IMAGE_FORMATS, decode_file
+from varjax.storage.read_errors import retry_read
+
+IMAGE_SUFFIXES = tuple(IMAGE_FORMATS)
+ONE_CLASS_NAMES = ("image",)  # of images without classes
+DEFAULT_HELD_OUT_SHARE = 0.05
+# Of a folder, through links. Twenty folders with two links to the next have a million paths.
+MAX_VISITS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +76,12 @@ class Folder:
             check_setting("held_out", self.held_out, fits, "a folder, or a share between 0 and 1")
 
     @functools.cached_property
-    def layout(self) -> FolderLayout:
+    def layout(self) -> "FolderLayout":
         """The folders and files of each split's images."""
         return FolderLayout.detect(self.root, self.held_out, self.unconditional)
 
     @functools.cached_property
-    def listings(self) -> dict[str, ImageListing]:
+    def listings(self) -> "dict[str, ImageListing]":
         """The images of both splits, as they were when first asked for."""
         return self.layout.listings()
 
@@ -111,7 +124,7 @@ class Folder:
 class FolderSource:
     """Decodes a file when asked for one; raises BrokenImage or StorageError as `decode_file`."""
 
-    listing: ImageListing
+    listing: "ImageListing"
     channels: int
 
     def __len__(self) -> int:
@@ -120,4 +133,199 @@ class FolderSource:
     def __getitem__(self, index: int) -> dict:
         path = os.path.join(self.listing.root, self.listing.paths[index])
         label = int(self.listing.labels_N[index])
-        return {"image": decoding.decode_file(path, self.channels), "label": label}
+        return {"image": decode_file(path, self.channels), "label": label}
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageListing:
+    """The images of a split.
+
+    Attributes:
+        root: folder of the images.
+        paths: paths of the images below `root`.
+        labels_N: int32, the class of each image.
+    """
+
+    root: str
+    paths: list[str]
+    labels_N: np.ndarray
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the number of images, and a hash of their paths in order."""
+        names = b"\0".join(os.fsencode(path) for path in self.paths)
+        return {"images": len(self.paths), "sha256": hashlib.sha256(names).hexdigest()}
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderLayout:
+    """How a folder of images is laid out: the subfolders of the splits, and the classes.
+
+    Attributes:
+        root: folder of the images.
+        train: subfolder of the training images; "" if there are no splits.
+        held_out: a subfolder, or the fraction of the images in `train` that are held out.
+        class_names: names of the classes, in the order of their numbers.
+        flat: whether images are not in a folder for each class.
+    """
+
+    root: str
+    train: str
+    held_out: str | float
+    class_names: tuple[str, ...]
+    flat: bool
+
+    @classmethod
+    def detect(cls, root: str, held_out: str | float | None, unconditional: bool) -> "FolderLayout":
+        """Detects the layout by the uppermost folders; raises InputError when they leave a doubt.
+
+        The arguments are those of `Folder`.
+        """
+        if not root:
+            raise InputError("root is empty; name the folder of the images")
+        folders, files = _scan(root)
+        train = ""
+        if isinstance(held_out, str) and not {"train", held_out} <= set(folders):
+            raise InputError(
+                f"held_out is {held_out!r}, but {root} has no folders train and {held_out}; its "
+                f"folders are {_few(folders)}. A share of the images, say 0.05, can be held out too"
+            )
+        if "train" in folders:
+            train, beside = "train", isinstance(held_out, str) or "val" in folders
+            if not beside and len(folders) > 1:
+                raise InputError(
+                    f"{root} has a folder train, but no val beside it: {_few(folders)}. Name the "
+                    "held-out folder (held_out=test), or if these are classes, rename train"
+                )
+            if held_out is None and beside:
+                held_out = "val"
+            folders, files = _scan(_below(root, train))
+        if not unconditional and folders and files:
+            raise InputError(
+                f"{_below(root, train)} holds images ({_few(files)}) and folders "
+                f"({_few(folders)}): sort them into one folder per class, or set "
+                "unconditional=True to take all of them as one class"
+            )
+        flat = unconditional or not folders
+        names = ONE_CLASS_NAMES if flat else tuple(folders)
+        return cls(
+            root, train, DEFAULT_HELD_OUT_SHARE if held_out is None else held_out, names, flat
+        )
+
+    def listings(self) -> dict[str, ImageListing]:
+        """Lists the images of "train" and "held_out", class by class, ordered by path.
+
+        Raises InputError where one of them has none, where a class has none to train on, and where
+        the held-out folder has other classes.
+        """
+        train = self.training_folder()
+        if isinstance(self.held_out, str):
+            held_out = self._folder(self.held_out)
+        else:
+            out_N = np.array([_number(path) < self.held_out for path in train.paths], bool)
+            train, held_out = _choose(train, ~out_N), _choose(train, out_N)
+        where = _below(self.root, self.train)
+        if not held_out.paths:
+            assert isinstance(self.held_out, float)
+            smallest = min(map(_number, train.paths))  # a larger share holds this one out
+            enough = min(0.99, math.floor(smallest * 100 + 1) / 100)
+            raise InputError(
+                f"{where} has no images to hold out: held_out={self.held_out} chose none of "
+                f"{len(train.paths)} by the hash of their paths. Give a share of {enough} or more, "
+                f"such as --config.data.held_out={enough}, or sort the images into train/ and val/"
+            )
+        counts = np.bincount(train.labels_N, minlength=len(self.class_names))
+        if not counts.all():
+            missing = [n for n, count in zip(self.class_names, counts, strict=True) if not count]
+            raise InputError(
+                f"{where} has no training images of {len(missing)} classes: {_few(missing)}; add "
+                f"some or remove the folders (held_out is {self.held_out})"
+            )
+        return {"train": train, "held_out": held_out}
+
+    def training_folder(self) -> ImageListing:
+        """Lists the images to train on, with those that a share holds out."""
+        return self._folder(self.train)
+
+    def _folder(self, folder: str) -> ImageListing:
+        where = _below(self.root, folder)
+        if self.flat:
+            below = list(_images(where, ""))
+            classes = {self.class_names[0]: below}
+        else:
+            folders, files = _scan(where)
+            if unknown := sorted(set(folders) - set(self.class_names)):
+                raise InputError(f"{where} has classes that {self.train} has not: {_few(unknown)}")
+            if not folders and files:
+                raise InputError(
+                    f"{where} holds images, but no folders of classes like {self.train}; sort them "
+                    "into folders of the same names"
+                )
+            classes = {name: list(_images(where, name)) for name in folders}
+        paths = [os.path.join(folder, path) for name in classes for path in classes[name]]
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        labels = [np.full(len(below), numbers[name]) for name, below in classes.items()]
+        if not paths:
+            raise InputError(f"{where} has no images; known are {' '.join(IMAGE_SUFFIXES)}")
+        return ImageListing(self.root, paths, np.concatenate(labels).astype(np.int32))
+
+
+def _scan(folder: str) -> tuple[list[str], list[str]]:
+    """(subfolders, image files), sorted, links followed."""
+    try:
+        folders, files = retry_read(lambda: _list_folder(folder), folder)
+    except InputError:  # a StorageError among them
+        raise
+    except OSError as error:
+        raise InputError(f"cannot list the images in {folder!r}: {error.strerror}") from error
+    images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    folders, images = ([n for n in names if not n.startswith(".")] for names in (folders, images))
+    return sorted(folders), sorted(images)
+
+
+def _list_folder(folder: str) -> tuple[list[str], list[str]]:
+    if in_bucket(folder):
+        return buckets.list_folder(as_path(folder))
+    folders, files = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            (folders if entry.is_dir() else files).append(entry.name)
+    return folders, files
+
+
+def _images(
+    root: str, folder: str, above: tuple[str, ...] = (), visits: Counter[str] | None = None
+) -> Iterator[str]:
+    """Paths below `root` of all images in `folder` and deeper."""
+    here, visits = _below(root, folder), Counter() if visits is None else visits
+    folders, files = _scan(here)
+    yield from (os.path.join(folder, name) for name in files)
+    if folders:
+        above = (*above, real := os.path.realpath(here))
+        visits[real] += 1
+        if visits[real] > MAX_VISITS:
+            raise InputError(
+                f"{here} is reached by more than {MAX_VISITS} ways through links; remove some"
+            )
+    for name in folders:
+        if os.path.realpath(os.path.join(here, name)) in above:
+            raise InputError(f"{os.path.join(here, name)} is a link to a folder that it lies in")
+        yield from _images(root, os.path.join(folder, name), above, visits)
+
+
+def _below(root: str, folder: str) -> str:
+    return os.path.join(root, folder) if folder else root
+
+
+def _choose(listing: ImageListing, chosen_N: np.ndarray) -> ImageListing:
+    paths = [path for path, chosen in zip(listing.paths, chosen_N, strict=True) if chosen]
+    return ImageListing(listing.root, paths, listing.labels_N[chosen_N])
+
+
+def _number(path: str) -> float:
+    """In [0, 1), evenly spread, the same forever."""
+    digest = hashlib.blake2b(os.fsencode(path), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" … ({len(names)})" if len(names) > 5 else "")

@@ -12,16 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from varjax.data import decoding, transforms
+from varjax.data import transforms
 from varjax.data.loader import make_loader
-from varjax.data.sources.folder_layout import ONE_CLASS_NAMES
+from varjax.data.sources.folder import ONE_CLASS_NAMES
 from varjax.data.stream import Split
 from varjax.data.workers import ReadOptions
 from varjax.errors import InputError
 from varjax.runtime.reproducibility import pixels_digest
 from varjax.storage import files
-from varjax.storage.broken_images import BrokenImage
 from varjax.storage.buckets import in_bucket
+from varjax.storage.image_files import BrokenImage, decode_file
 from varjax.storage.read_errors import machine_errno, retry_read
 from varjax.storage.untrusted import reason, shown
 
@@ -184,7 +184,7 @@ class TFDSSource:
         if label < 0:  # as test splits have it
             raise InputError(f"{name} has no label; choose another split than {self.split!r}")
         return {
-            "image": decoding.decode_file(example[data.image_key], data.channels, name),
+            "image": decode_file(example[data.image_key], data.channels, name),
             "label": label,
         }
 

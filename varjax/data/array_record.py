@@ -11,11 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from varjax.data import decoding, transforms
+from varjax.data import transforms
 from varjax.errors import StorageError, check_setting
 from varjax.storage import files
-from varjax.storage.broken_images import BrokenImage
-from varjax.storage.image_files import printable_path, read_file
+from varjax.storage.image_files import BrokenImage, decode_file, printable_path, read_file
 
 DATASET_NAME, DATASET_VERSION = "images", "1.0.0"  # of every dataset packed here
 INFO_FILE = "dataset_info.json"  # is there if and only if a dataset is complete
@@ -46,7 +45,7 @@ class ImageEncoding:
             StorageError: the machine or the bucket cannot read it now.
         """
         data = read_file(path)
-        image_HWC = decoding.decode_file(data, name=path)
+        image_HWC = decode_file(data, name=path)
         if not 0 < self.size < min(image_HWC.shape[:2]):
             return data
         buffer = io.BytesIO()

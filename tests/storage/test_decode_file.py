@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varjax.data.decoding import decode_file
-from varjax.storage.broken_images import BrokenImage
+from varjax.storage.image_files import BrokenImage, decode_file
 
 GRAY_HW = np.linspace(0, 255, 12, dtype=np.uint8).reshape(3, 4)
 RGB_HWC = np.stack([GRAY_HW, 255 - GRAY_HW, GRAY_HW // 2], axis=-1)

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varjax.analysis.curves import _running_mean
-from varjax.analysis.plot import main
+from varjax.analysis.plot import _running_mean, main
 from varjax.analysis.run_log import PUBLISHED_LOGS, read_run_log
 
 

@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from varjax.data import photos
-from varjax.data.prepare import array_record
-from varjax.data.prepare import prepare as prepare_module
-from varjax.data.prepare.prepare import main, prepare
+from varjax.cli import prepare as prepare_module
+from varjax.cli.prepare import main, prepare
+from varjax.data import array_record, photos
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.tfds import TFDS
-from varjax.storage.broken_images import BrokenImage
+from varjax.storage.image_files import BrokenImage
 
 PACKAGE = pathlib.Path(array_record.__file__).parents[3]
 
@@ -208,7 +207,7 @@ def test_a_stopped_command_leaves_no_process_and_goes_on_without_tensorflow(tmp_
     (tmp_path / "fake/tensorflow").mkdir(parents=True)
     (tmp_path / "fake/tensorflow/__init__.py").write_text("raise RuntimeError('imported')")
     environment = os.environ | {"PYTHONPATH": f"{PACKAGE}:{tmp_path}/fake"}
-    command = [sys.executable, "-m", "varjax.data.prepare", "--folder=x", "--out=out"]
+    command = [sys.executable, "-m", "varjax.cli.prepare", "--folder=x", "--out=out"]
     command += ["--workers=1", "--shards=300"]
     for done, kill, number, code in (3, os.killpg, signal.SIGINT, 130), (6, os.kill, 9, -9):
         quiet = {"stderr": subprocess.DEVNULL, "start_new_session": True}

@@ -17,9 +17,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from varjax.data.prepare import array_record
-from varjax.data.sources.folder import Folder
-from varjax.data.sources.folder_layout import ImageListing
+from varjax.data import array_record
+from varjax.data.sources.folder import Folder, ImageListing
 from varjax.data.workers import WorkerProcesses, available_cpus
 from varjax.errors import InputError, check_setting
 from varjax.runtime.commands import command_parser, run_command

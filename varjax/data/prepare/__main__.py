@@ -1,5 +1,0 @@
-import sys
-
-from varjax.data.prepare.prepare import main
-
-sys.exit(main(sys.argv[1:]))
