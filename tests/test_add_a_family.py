@@ -23,7 +23,6 @@ from varjax.tokenizers.vq.model import VQConfig
 from varjax.training import loop
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Plan
 from varjax.training.train_step import accumulated_gradients, apply_gradients, create_state
 
 pytestmark = pytest.mark.slow
@@ -81,24 +80,19 @@ class HistogramTask:
     model: HistogramConfig
     tokenizer: VQConfig
     tokenizer_weights: str
-    optimizer: AdamW = AdamW(base_lr=4.0)
+    optimizer: AdamW = AdamW(base_lr=4.0, weight_decay=0.0)
     sampling: HistogramOptions = HistogramOptions()
     accumulate: int = 1
-    plan: Plan = Plan()
 
     def check(self, image_shape, classes):
         if classes != self.model.classes:
             raise InputError(f"classes={classes}: the model has {self.model.classes}")
 
-    def notes(self):
+    def notes(self, plan):
         return []
 
-    def _transformation(self, params):
-        return self.optimizer.make(self.plan, jax.tree.map(lambda _: False, params))  # no decay
-
     def init(self, key):
-        params = self.model.init(key)
-        return create_state(params, self._transformation(params))
+        return create_state(self.model.init(key), self.optimizer)
 
     def frozen(self):
         return read_frozen_tokenizer(self.tokenizer_weights, self.tokenizer)
@@ -114,14 +108,14 @@ class HistogramTask:
         loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, latents["tokens_BL"])
         return jnp.mean(loss_BL, axis=1)
 
-    def train_step(self, state, frozen, batch, key):
+    def train_step(self, state, frozen, batch, key, plan):
         def loss_fn(params, batch):
             loss = jnp.mean(self._loss(params, frozen, batch))
             return loss, {"loss": loss}
 
         grads, metrics = accumulated_gradients(loss_fn, state.params, batch)
-        state, norms = apply_gradients(state, grads, self._transformation(state.params))
-        return state, metrics | norms
+        state, update_metrics = apply_gradients(state, grads, self.optimizer, plan)
+        return state, metrics | update_metrics
 
     def train_flops(self, state, frozen, batch):
         return 0

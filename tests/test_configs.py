@@ -1,6 +1,7 @@
 """The large recipes, as far as they can be looked at without their machines."""
 
 import argparse
+import functools
 import pathlib
 import re
 
@@ -19,6 +20,7 @@ from varjax.errors import InputError
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.losses.lpips import init_lpips
 from varjax.tokenizers.vq.task import VQTask
+from varjax.training.task import Plan
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 IMAGES = 1_281_167  # in ImageNet's training split
@@ -68,7 +70,9 @@ def test_a_step_of_full_size_changes_no_shape(name):
     state = jax.eval_shape(e.task.init, key)
     frozen = jax.eval_shape(e.task.tokenizer.init, key)
     batch = e.data.make(2, seed=0).train_batch(0)
-    after, metrics = jax.eval_shape(e.task.train_step, state, frozen, batch, key)
+    after, metrics = jax.eval_shape(
+        functools.partial(e.task.train_step, plan=Plan()), state, frozen, batch, key
+    )
     assert not trees.difference(state, after)
     assert metrics["loss_at_scale"].shape == (10,) and metrics["loss"].shape == ()
 
@@ -86,7 +90,9 @@ def test_a_step_of_the_full_tokenizer_changes_no_shape(name):
     assert sum(x.size for x in jax.tree.leaves(state.params)) == 108_948_355  # as released
     frozen = {"lpips": jax.eval_shape(init_lpips, key)} if e.task.perceptual else {}
     batch = e.data.make(2, seed=0).train_batch(0)
-    after, metrics = jax.eval_shape(e.task.train_step, state, frozen, batch, key)
+    after, metrics = jax.eval_shape(
+        functools.partial(e.task.train_step, plan=Plan()), state, frozen, batch, key
+    )
     assert not trees.difference(state, after)
     assert ("perceptual" in metrics) == ("no_lpips" not in name)
     assert metrics["perplexity"].shape == (10,) and metrics["adversarial_weight"].shape == ()
@@ -105,7 +111,9 @@ def test_a_step_of_the_full_kl_tokenizer_changes_no_shape(arg, h):
     assert sum(sizes) == 66_456_019 + 1  # as released, and the latents' spread
     frozen = {"lpips": jax.eval_shape(init_lpips, key)} if e.task.perceptual else {}
     batch = e.data.make(2, seed=0).train_batch(0)
-    after, metrics = jax.eval_shape(e.task.train_step, state, frozen, batch, key)
+    after, metrics = jax.eval_shape(
+        functools.partial(e.task.train_step, plan=Plan()), state, frozen, batch, key
+    )
     assert not trees.difference(state, after)
     assert ("perceptual" in metrics) == ("no_lpips" not in arg)
 
@@ -150,7 +158,9 @@ def test_a_step_of_a_full_mar_changes_no_shape():
     state = jax.eval_shape(e.task.init, key)
     frozen = jax.eval_shape(e.task.tokenizer.init, key)
     batch = e.data.make(2, seed=0).train_batch(0)
-    after, metrics = jax.eval_shape(e.task.train_step, state, frozen, batch, key)
+    after, metrics = jax.eval_shape(
+        functools.partial(e.task.train_step, plan=Plan()), state, frozen, batch, key
+    )
     assert not trees.difference(state, after)
     assert metrics["mse"].shape == metrics["vlb"].shape == ()
 
@@ -279,7 +289,9 @@ def test_a_step_of_both_stages_on_own_images_changes_no_shape(make_folder):
     weights = jax.eval_shape(tokenizer.task.model.init, key)
     for e, frozen in ((tokenizer, {}), (var, weights)):
         state = jax.eval_shape(e.task.init, key)
-        after, metrics = jax.eval_shape(e.task.train_step, state, frozen, batch, key)
+        after, metrics = jax.eval_shape(
+            functools.partial(e.task.train_step, plan=Plan()), state, frozen, batch, key
+        )
         assert not trees.difference(state, after)
         assert metrics["loss"].shape == ()
 

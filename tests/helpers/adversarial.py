@@ -22,7 +22,8 @@ OPTIMIZER = AdamW(base_lr=2e-3, schedule="constant", warmup=0.0)
 GAN = GANConfig(
     "patch", 8, 1, start=0.5, ramp=0.25, lecam=0.1, diffaugment=("cutout",), optimizer=OPTIMIZER
 )
-TASK = VQTask(CONFIG, OPTIMIZER, l1=0.0, gan=GAN, ema_decay=0.5, plan=Plan(steps=8, batch_size=256))
+TASK = VQTask(CONFIG, OPTIMIZER, l1=0.0, gan=GAN, ema_decay=0.5)
+PLAN = Plan(steps=8, batch_size=256)
 BATCH = {"image_BHWC": np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8)}
 KEY = jax.random.key(5)
 QUICKLY = {"xla_backend_optimization_level": 0}  # compiled in half the time

@@ -25,7 +25,7 @@ BATCH = 24  # in the transformer no width is as long, nor as its 24 · 21 tokens
 PLAN = Plan(9, BATCH)
 # An epsilon above rounding errors, for Adam makes whole steps of whatever is above it.
 OPTIMIZER = AdamW(base_lr=0.1, eps=1e-2)
-SMALL = tiny.Tiny(optimizer=OPTIMIZER, plan=PLAN)
+SMALL = tiny.Tiny(optimizer=OPTIMIZER)
 TRANSFORMER = VARTask(
     dataclasses.replace(runs.VAR, width=32, heads=4),
     runs.TOKENIZER,
@@ -34,11 +34,10 @@ TRANSFORMER = VARTask(
     drop_path=0.2,
     ema_decay=0.9,
     compute=ComputeConfig(remat="block"),
-    plan=PLAN,
 )
 MAR = MARTask(
     runs.MAR, runs.KL, "", OPTIMIZER, diffusion_batch_mul=1, ema_decay=0.9,
-    sampling=runs.MAR_SAMPLING, plan=PLAN,
+    sampling=runs.MAR_SAMPLING,
 )  # fmt: skip
 
 
@@ -79,7 +78,7 @@ def train(task, frozen, shape: MeshShape, devices=None, skip=False):
     state = sharding.put(zeros.replace(params=params, ema=params), placement)
     frozen = sharding.put(frozen, sharding.shardings(frozen, mesh))
     batches = [put_batch(loader.train_batch(n), mesh, BATCH) for n in range(3)]
-    step = jit_train_step(task, mesh, placement, skip)
+    step = jit_train_step(task, PLAN, mesh, placement, skip)
     compiled = step.lower(state, frozen, batches[0], key).compile()
     for batch in batches:
         state, metrics = compiled(state, frozen, batch, key)

@@ -18,7 +18,7 @@ from varjax.training import goodput, train_step
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 from varjax.training.sample_quality import FIDConfig
-from varjax.training.task import Plan, TrainState
+from varjax.training.task import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +31,11 @@ class Tiny:
     explode_at: int = -1  # the first step that gives NaN
     explode_steps: int = 1  # how many of them do
     offset_file: str = ""  # a file with a number: the "pretrained weight"
-    plan: Plan = Plan()
 
     def check(self, image_shape, classes):
         assert (image_shape, classes) == ((8, 8, 1), 10)
 
-    def notes(self):
+    def notes(self, plan):
         return []
 
     def init(self, key):
@@ -48,8 +47,7 @@ class Tiny:
             },
             "down": {"kernel": 0.1 * jax.random.normal(down, (self.width, 10))},
         }
-        ema = jax.tree.map(jnp.copy, params) if self.ema_decay else None
-        return TrainState(jnp.int32(0), params, ema, self._tx(params).init(params))
+        return train_step.create_state(params, self.optimizer, self.ema_decay)
 
     def pretrained(self, location):
         tree, _ = files.read_tensors(location)
@@ -60,7 +58,7 @@ class Tiny:
             return {}
         return {"offset": np.float32(pathlib.Path(self.offset_file).read_text())}
 
-    def train_step(self, state, frozen, batch, key):
+    def train_step(self, state, frozen, batch, key, plan):
         key = jax.random.fold_in(key, state.step)
         shape = (batch["label_B"].shape[0], self.width)
         keep_BC = jax.random.bernoulli(key, 1 - self.dropout, shape).astype(jnp.float32)
@@ -77,14 +75,13 @@ class Tiny:
         since = state.step - self.explode_at
         explodes = (self.explode_at >= 0) & (since >= 0) & (since < self.explode_steps)
         grads = jax.tree.map(lambda g: jnp.where(explodes, jnp.nan, g), grads)
-        metrics["lr"] = self.optimizer.lr(state.step, self.plan)
-        state, norms = train_step.apply_gradients(
-            state, grads, self._tx(state.params), self.ema_decay
+        state, update_metrics = train_step.apply_gradients(
+            state, grads, self.optimizer, plan, self.ema_decay
         )
-        return state, metrics | norms
+        return state, metrics | update_metrics
 
     def train_flops(self, state, frozen, batch):
-        return flops.count(self.train_step, state, frozen, batch, jax.random.key(0))
+        return flops.count(self.train_step, state, frozen, batch, jax.random.key(0), Plan())
 
     def eval_step(self, state, frozen, batch):
         valid_B = batch["valid_B"].astype(jnp.float32)
@@ -114,9 +111,6 @@ class Tiny:
             return jnp.where(white_BH[..., None, None], 1.0, dark_BHWC)
 
         return draw
-
-    def _tx(self, params):
-        return self.optimizer.make(self.plan, jax.tree.map(lambda x: x.ndim > 1, params))
 
 
 def _logits(params, frozen, batch, keep_BC):

@@ -15,8 +15,8 @@ from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 
 PLAN = Plan(steps=10_000)
-VAR = VARTask(runs.VAR, runs.TOKENIZER, "random", plan=PLAN)
-MAR = MARTask(runs.MAR, runs.KL, "random", ema_decay=0.999, sampling=MAROptions(steps=2), plan=PLAN)
+VAR = VARTask(runs.VAR, runs.TOKENIZER, "random")
+MAR = MARTask(runs.MAR, runs.KL, "random", ema_decay=0.999, sampling=MAROptions(steps=2))
 
 
 @pytest.mark.parametrize(
@@ -32,25 +32,28 @@ def test_guidance_by_a_class_that_is_never_trained(task, guided, off):
         (0.0, guided, True),
     ):
         changed = dataclasses.replace(task, class_dropout=dropout, sampling=sampling)
-        notes = changed.notes()
+        notes = changed.notes(PLAN)
         assert len(notes) == said
         if said:
             assert "class_dropout is 0, but sampling.cfg is 1.5" in notes[0]
             assert f"task.sampling.cfg={off} for no guidance" in notes[0]
-    (note,) = dataclasses.replace(task, class_dropout=1.0, sampling=unguided).notes()
+    (note,) = dataclasses.replace(task, class_dropout=1.0, sampling=unguided).notes(PLAN)
     assert "none of the 10 classes is trained" in note
 
 
 @pytest.mark.parametrize("task", [VAR, MAR, KLTask(runs.KL), adversarial.TASK])
 def test_an_average_that_the_run_is_too_short_for(task):
-    (note,) = dataclasses.replace(task, ema_decay=0.9999, plan=Plan(steps=1000)).notes()
-    assert "90% of the average are still the parameters" in note and "task.ema_decay=0.995" in note
+    (note,) = dataclasses.replace(task, ema_decay=0.9999).notes(Plan(steps=1000))
+    assert (
+        "90% of the average are still the initial parameters" in note
+        and "task.ema_decay=0.995" in note
+    )
     for ema, steps in ((0.9999, 40_000), (0.995, 1000), (0.0, 1)):
-        assert not dataclasses.replace(task, ema_decay=ema, plan=Plan(steps=steps)).notes()
+        assert not dataclasses.replace(task, ema_decay=ema).notes(Plan(steps=steps))
 
 
 def test_notes_are_said_before_anything_is_done(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(tiny.Tiny, "notes", lambda task: [f"{task.plan.steps} steps"])
+    monkeypatch.setattr(tiny.Tiny, "notes", lambda task, plan: [f"{plan.steps} steps"])
     loop.set_up(tiny.experiment(tmp_path / "run"))
     assert capfd.readouterr().err == "note: 30 steps\n"
     assert not (tmp_path / "run").exists()

@@ -42,7 +42,7 @@ def test_one_update_is_adamw_with_a_mask_after_clipping():
     plan = Plan(steps=10, batch_size=256)
     params = {"kernel": jnp.array([3.0]), "bias": jnp.array([5.0])}
     grads = {"kernel": jnp.array([6.0]), "bias": jnp.array([8.0])}
-    tx = optimizer.make(plan, {"kernel": True, "bias": False})
+    tx = optimizer.make(plan)
     updates, _ = tx.update(grads, tx.init(params), params)
     clipped = {"kernel": 0.6, "bias": 0.8}
     direction = {name: g / (g + 0.5) for name, g in clipped.items()}
@@ -56,7 +56,7 @@ def test_one_update_is_adamw_with_a_mask_after_clipping():
 def test_the_learning_rate_of_an_update_is_the_one_of_its_number():
     optimizer = AdamW(weight_decay=0.0, clip=0.0, warmup=0.5, eps=0.0)
     plan, params = Plan(steps=8), {"w": jnp.ones(1)}
-    tx = optimizer.make(plan, {"w": True})
+    tx = optimizer.make(plan, decayed="w")
     state = tx.init(params)
     for step in range(4):
         updates, state = tx.update({"w": jnp.ones(1)}, state, params)

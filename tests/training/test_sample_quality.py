@@ -18,7 +18,6 @@ from varjax.tokenizers.vq.task import VQTask
 from varjax.training import loop
 from varjax.training.sample_quality import FIDConfig, SampleQuality
 from varjax.training.sharding import MeshShape, make_mesh
-from varjax.training.task import Plan
 
 FID = FIDConfig(every=10, images=40, features="pixels")
 
@@ -29,7 +28,7 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def quality(config=FID, batch_size=16, task=None):
-    task = task or tiny.Tiny(plan=Plan(1, batch_size))
+    task = task or tiny.Tiny()
     mesh = make_mesh(MeshShape())
     return SampleQuality(config, task, Digits(), {}, mesh, batch_size, pathlib.Path("run"), False)
 
@@ -111,6 +110,6 @@ def test_samples_that_are_nan_have_no_distance(capsys):
 
             return broken
 
-    found = quality(task=Broken(plan=Plan(1, 16))).metrics(state())
+    found = quality(task=Broken()).metrics(state())
     assert found.keys() == {"eval/fid", "eval_ema/fid"} and np.isnan([*found.values()]).all()
     assert "eval/fid is NaN: 4 of 40 samples are NaN" in capsys.readouterr().err

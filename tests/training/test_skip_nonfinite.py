@@ -1,6 +1,7 @@
 """Steps whose gradient is not finite are left out, where a run asks for it."""
 
 import dataclasses
+import functools
 import itertools
 import signal
 
@@ -22,7 +23,7 @@ from varjax.training.loop_state import LoopState
 from varjax.training.prefetch import Prefetcher
 from varjax.training.run_dir import CHANGEABLE_FIELDS
 from varjax.training.sharding import make_mesh, shardings
-from varjax.training.task import TrainState
+from varjax.training.task import Plan, TrainState
 from varjax.training.train_step import DECISIVE_METRICS, SKIPPED, skip_nonfinite_updates
 
 OFTEN = dict(steps=8, log_every=1, eval_every=4, save_every=1, keep=99, keep_best="eval/loss")
@@ -115,7 +116,7 @@ def test_of_two_optimizers_both_leave_the_step_out_if_one_cannot_make_it(broken)
 def test_the_tokenizer_s_task_tells_both_gradients_norms():
     """By these names they are found."""
     task = adversarial.TASK
-    step = skip_nonfinite_updates(task.train_step)
+    step = skip_nonfinite_updates(functools.partial(task.train_step, plan=adversarial.PLAN))
     state = adversarial.state(task, 5)
     after, metrics = jax.eval_shape(step, state, {}, adversarial.BATCH, adversarial.KEY)
     decisive = {name for name in metrics if name.rpartition("/")[2] in DECISIVE_METRICS}
@@ -132,7 +133,7 @@ def test_it_takes_less_memory_than_a_second_state():
     mesh = make_mesh(tiny.experiment("x").mesh)
     placement = shardings(abstract, mesh)
     bytes_used = [
-        loop.jit_train_step(task, mesh, placement, skip)
+        loop.jit_train_step(task, Plan(), mesh, placement, skip)
         .lower(abstract, {}, batch, jax.random.key(0))
         .compile()
         .memory_analysis()

@@ -1,3 +1,6 @@
+from types import SimpleNamespace
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,7 @@ import optax
 import pytest
 
 from varjax.training import train_step
-from varjax.training.task import TrainState
+from varjax.training.task import Plan, TrainState
 
 PARAMS = {"w": jnp.array([[0.3, -0.2], [0.1, 0.4], [-0.5, 0.2]]), "b": jnp.zeros(2)}
 
@@ -43,12 +46,13 @@ def test_unequal_parts_are_refused():
 
 def test_apply_updates_params_ema_and_step_and_reports_norms():
     tx = optax.sgd(0.5)
+    sgd: Any = SimpleNamespace(make=lambda plan, decayed: tx, lr=lambda step, plan: 0.5)
     state = TrainState(jnp.int32(3), PARAMS, jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS))
     grads = {"w": jnp.ones((3, 2)), "b": jnp.full(2, 2.0)}
-    after, norms = train_step.apply_gradients(state, grads, tx, ema_decay=0.9)
+    after, norms = train_step.apply_gradients(state, grads, sgd, Plan(), ema_decay=0.9)
     assert after.step == 4
     np.testing.assert_allclose(after.params["b"], [-1, -1])
     np.testing.assert_allclose(after.ema["b"], [-0.1, -0.1], rtol=1e-6)
     np.testing.assert_allclose(norms["grad_norm"], np.sqrt(6 + 8), rtol=1e-6)
     np.testing.assert_allclose(norms["update_norm"], np.sqrt(6 + 8) / 2, rtol=1e-6)
-    assert train_step.apply_gradients(state.replace(ema=None), grads, tx)[0].ema is None
+    assert train_step.apply_gradients(state.replace(ema=None), grads, sgd, Plan())[0].ema is None

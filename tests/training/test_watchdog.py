@@ -115,9 +115,9 @@ def host_callback_that_hangs(step):
 
 train_step = tiny.Tiny.train_step
 
-def step_with_callback(task, state, frozen, batch, key):
+def step_with_callback(task, state, frozen, batch, key, plan):
     step = jax.pure_callback(host_callback_that_hangs, state.step, state.step)
-    return train_step(task, state.replace(step=step), frozen, batch, key)
+    return train_step(task, state.replace(step=step), frozen, batch, key, plan)
 
 tiny.Tiny.train_step = step_with_callback
 loop.train(

@@ -70,10 +70,12 @@ def test_tokens_and_images():
 
 def test_a_training_step():
     def step(compute):
-        task = VARTask(CONFIG, TOKENIZER, "none", AdamW(), compute=compute, plan=Plan(10, 16))
+        task = VARTask(CONFIG, TOKENIZER, "none", AdamW(), compute=compute)
         state = dataclasses.replace(task.init(jax.random.key(0)), params=PARAMS["var"])
         batch = {"tokens_BL": TOKENS_BL, "label_B": LABEL_B}
-        after, metrics = task.train_step(state, PARAMS["tokenizer"], batch, jax.random.key(2))
+        after, metrics = task.train_step(
+            state, PARAMS["tokenizer"], batch, jax.random.key(2), Plan(10, 16)
+        )
         moved = jax.tree.map(jnp.subtract, after.params, state.params)
         return metrics["loss"], metrics["grad_norm"], after.opt_state[1].mu, moved
 

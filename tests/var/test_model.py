@@ -15,7 +15,8 @@ from varjax.convert.apply_map import to_official
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.transformer import drop_path
 from varjax.training.optimizer import AdamW
-from varjax.training.task import Plan, TrainState
+from varjax.training.task import Plan
+from varjax.training.train_step import create_state
 from varjax.var.model import VAR, VARConfig, check_fit
 from varjax.var.task import VARTask
 
@@ -62,7 +63,7 @@ def golden_task(name, **changes) -> VARTask:
     tokenizer, config = golden.configs(name)
     # Peak 1e-3 for a batch of 256 and no schedule: what the golden step was taken with.
     optimizer = AdamW(base_lr=1e-3, clip=0.5, schedule="constant", warmup=0.0)
-    task = VARTask(config, tokenizer, "", optimizer, class_dropout=0.0, plan=Plan(batch_size=256))
+    task = VARTask(config, tokenizer, "", optimizer, class_dropout=0.0)
     return dataclasses.replace(task, **changes)
 
 
@@ -80,11 +81,10 @@ def test_loss_gradients_and_one_step_are_the_reference_s(name, monkeypatch):
     params = jax.tree.map(jnp.asarray, golden.var_params(name))
 
     def loss_fn(params):
-        of = task.token_losses(params, {}, golden_batch(name))
-        loss_BL, smooth_BL = of["loss_BL"], of["smooth_BL"]
-        return jnp.mean(loss_BL), jnp.mean(smooth_BL)
+        losses = task.token_losses(params, {}, golden_batch(name))
+        return jnp.mean(losses.cross_entropy_BL)
 
-    (loss, _), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(params)
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params)
     np.testing.assert_allclose(loss, expected["train.loss"], rtol=1e-5)
     for official, grad in official_arrays(task.model, grads):
         norm = expected[f"grad_norm.{official}"]
@@ -95,8 +95,9 @@ def test_loss_gradients_and_one_step_are_the_reference_s(name, monkeypatch):
             probe, expected[f"grad_probe.{official}"], rtol=2e-4, atol=2e-4 * max(norm, 1)
         )
 
-    state = TrainState(jnp.int32(0), params, None, task.transformation(params).init(params))
-    state, metrics = jax.jit(task.train_step)(state, {}, golden_batch(name), jax.random.key(0))
+    step = jax.jit(functools.partial(task.train_step, plan=Plan(batch_size=256)))
+    state = create_state(params, task.optimizer)
+    state, metrics = step(state, {}, golden_batch(name), jax.random.key(0))
     np.testing.assert_allclose(metrics["grad_norm"], expected["train.grad_norm"], rtol=1e-4)
     for official, parameter in official_arrays(task.model, state.params):
         flat = parameter.ravel()
@@ -112,10 +113,9 @@ def test_label_smoothing_is_pytorch_s(monkeypatch):
     expected = golden.outputs("base")
     _feed_golden_tokens(monkeypatch, expected)
     task = golden_task("base", label_smoothing=0.1)
-    of = task.token_losses(golden.var_params("base"), {}, golden_batch("base"))
-    smooth_BL = of["smooth_BL"]
+    losses = task.token_losses(golden.var_params("base"), {}, golden_batch("base"))
     np.testing.assert_allclose(
-        np.mean(smooth_BL), expected["train.loss_label_smoothing_0.1"], rtol=1e-5
+        np.mean(losses.objective_BL), expected["train.loss_label_smoothing_0.1"], rtol=1e-5
     )
 
 
@@ -131,7 +131,7 @@ def test_weight_decay_falls_where_the_reference_has_it():
     task = golden_task("base")
     params = golden.var_params("base")
     no_grads = jax.tree.map(jnp.zeros_like, params)
-    tx = task.transformation(params)
+    tx = task.optimizer.make(Plan(batch_size=256))
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = tx.update(no_grads, tx.init(params), params)
     for official, update in official_arrays(task.model, updates):

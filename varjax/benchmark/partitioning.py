@@ -9,6 +9,7 @@ TPUs with their compiler (`pip install libtpu`); "fits" is false if the program 
 than they have.
 """
 
+import functools
 import math
 import pathlib
 import tempfile
@@ -82,18 +83,19 @@ def main(arguments: list[str]) -> None:
                 remat=flags.remat,
                 platform="tpu" if flags.topology else "auto",
             ),
-            plan=Plan(1000, flags.batch_size or BATCH_SIZES[flags.preset]),
         )
         mesh = sharding.make_mesh(shape, devices)
-        figures = measure_step(task, mesh, flags.sizes_only)
+        plan = Plan(1000, flags.batch_size or BATCH_SIZES[flags.preset])
+        figures = measure_step(task, plan, mesh, flags.sizes_only)
         print_figures(benchmark="partitioning", preset=flags.preset, **figures)
 
 
-def measure_step(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str, Any]:
+def measure_step(task: VARTask, plan: Plan, mesh: Any, sizes_only: bool = False) -> dict[str, Any]:
     """Compiles one training step and measures what each device holds and sends, in 1e9 bytes.
 
     Args:
         task: training task to measure.
+        plan: length of the run, with the batch size.
         mesh: mesh of devices, which need not exist on this machine.
         sizes_only: True adds up the arrays held between steps; False also compiles the step.
 
@@ -105,7 +107,7 @@ def measure_step(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str
     state = _placed(jax.eval_shape(task.init, key), mesh)
     frozen = _placed(jax.eval_shape(task.tokenizer.init, key), mesh)
     rows = sharding.batch_sharding(mesh)
-    B = task.plan.batch_size
+    B = plan.batch_size
     sharding.check_batch_size(mesh, B, task.accumulate)
     figures = {
         "compiled_for": mesh.devices.flat[0].device_kind,
@@ -126,7 +128,7 @@ def measure_step(task: VARTask, mesh: Any, sizes_only: bool = False) -> dict[str
         "label_B": _abstract((B,), jnp.int32, rows),
     }
     step = jax.jit(
-        sharding.on_mesh(task.train_step, mesh),
+        sharding.on_mesh(functools.partial(task.train_step, plan=plan), mesh),
         out_shardings=(jax.tree.map(lambda x: x.sharding, state), sharding.replicated(mesh)),
         donate_argnums=0,
     )

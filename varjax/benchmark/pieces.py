@@ -18,7 +18,6 @@ from varjax.nn.compute import ComputeConfig
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQConfig, make_quantizer
 from varjax.training.task import Plan
-from varjax.training.train_step import apply_gradients
 from varjax.trees import PyTree
 from varjax.var.model import VAR, VARConfig
 from varjax.var.sample import choose_tokens
@@ -80,7 +79,7 @@ def decoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Progr
 
 def encoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Program]:
     """Returns what encodes a batch of images into latents."""
-    task = make_task(preset, compute, Plan(1000, batch_size))
+    task = make_task(preset, compute)
     frozen = jax.eval_shape(task.tokenizer.init, jax.random.key(0))
     return [Program("encoder", task.tokenizer.encode, (frozen, _images(task, batch_size)))]
 
@@ -97,7 +96,7 @@ def training(
         cached: whether latents come from a cache, so that no encoder runs.
         pieces: whether to return the pieces instead of the whole step.
     """
-    task = make_task(preset, compute, Plan(1000, batch_size))
+    task, plan = make_task(preset, compute), Plan(1000, batch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
     frozen, state = (jax.eval_shape(f, key) for f in (task.tokenizer.init, task.init))
     image_BHWC = _images(task, batch_size)
@@ -113,12 +112,11 @@ def training(
         return [
             Program(
                 "step",
-                lambda *args: at(args[-1]).train_step(*args[:-1]),
+                lambda *args: at(args[-1]).train_step(*args[:-1], plan=plan),
                 (state, frozen, batch, key),
                 donated=(0,),
             )
         ]
-    tx = task.transformation(state.params)
     gradient = Program(
         "gradient",
         lambda *args: jax.grad(training_loss(at(args[-1])))(*args[:-1]),
@@ -126,7 +124,7 @@ def training(
     )
     update = Program(
         "update",
-        lambda state, grads, _: apply_gradients(state, grads, tx, task.ema_decay),
+        lambda state, grads, _: task.update(state, grads, plan),
         (state, state.params),
         donated=(0, 1),
     )

@@ -4,6 +4,7 @@ varjax benchmark train --preset=d16 --batch_size=8
 varjax benchmark train --preset=mar_b --batch_size=8
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ from varjax.runtime.hardware import fastest_seconds, memory_usage
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.task import Plan, TrainState
-from varjax.training.train_step import apply_gradients, example_keys
+from varjax.training.train_step import example_keys
 from varjax.var.model import VARConfig
 from varjax.var.task import VARTask
 
@@ -47,7 +48,7 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
     FLOP that a remat policy spends again do not count. Raises InputError for an unknown preset.
     """
     plan = Plan(1000, batch_size)
-    task = make_task(preset, compute, plan)
+    task = make_task(preset, compute)
     tokenizer, dropout = task.tokenizer, getattr(task, "attention_dropout", 0)
     dtype, peak = compute.jax_dtype, MatmulPeak(compute.jax_dtype)
     setting = {
@@ -92,7 +93,7 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
     work = task.train_flops(state, frozen, encoded)
     report("gradient", lambda: gradient(state.params, frozen, encoded), waited, work)
 
-    tx, grads = task.transformation(state.params), [gradient(state.params, frozen, encoded)]
+    grads = [gradient(state.params, frozen, encoded)]
 
     def update():  # gives its memory to the next one, as in training
         nonlocal state
@@ -100,7 +101,7 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
         return norms
 
     updated, waited = _compiled(
-        lambda state, grads: apply_gradients(state, grads, tx, task.ema_decay), state, grads[0]
+        lambda state, grads: task.update(state, grads, plan), state, grads[0]
     )
     report("update", update, waited, 0)
     grads.clear()
@@ -112,13 +113,15 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
         state, metrics = stepped(state, frozen, batch, key)
         return metrics
 
-    stepped, waited = _compiled(task.train_step, state, frozen, batch, key)
+    stepped, waited = _compiled(
+        functools.partial(task.train_step, plan=plan), state, frozen, batch, key
+    )
     report("step", step, waited, work + work_encode)
 
 
-def make_task(preset: str, compute: ComputeConfig, plan: Plan) -> VARTask | MARTask:
+def make_task(preset: str, compute: ComputeConfig) -> VARTask | MARTask:
     """Returns the task that trains a model of a released size; raises InputError for others."""
-    return (_mar_task if preset.startswith("mar") else _var_task)(preset, compute, plan)
+    return (_mar_task if preset.startswith("mar") else _var_task)(preset, compute)
 
 
 def training_loss(task: VARTask | MARTask) -> Callable[..., jax.Array]:
@@ -126,7 +129,7 @@ def training_loss(task: VARTask | MARTask) -> Callable[..., jax.Array]:
 
     def loss(params, frozen, batch):
         if isinstance(task, VARTask):
-            return jnp.mean(task.token_losses(params, frozen, batch)["smooth_BL"])
+            return jnp.mean(task.token_losses(params, frozen, batch).objective_BL)
         count = len(batch["label_B"])
         known_B = jnp.zeros(count, jnp.int32)
         draws = {"key_B": example_keys(jax.random.key(0), count), "known_B": known_B}
@@ -135,7 +138,7 @@ def training_loss(task: VARTask | MARTask) -> Callable[..., jax.Array]:
     return loss
 
 
-def _var_task(preset: str, compute: ComputeConfig, plan: Plan) -> VARTask:
+def _var_task(preset: str, compute: ComputeConfig) -> VARTask:
     model = VARConfig.preset(preset)
     return VARTask(
         model=model,
@@ -143,11 +146,10 @@ def _var_task(preset: str, compute: ComputeConfig, plan: Plan) -> VARTask:
         tokenizer_weights="random",
         drop_path=0.1 * model.depth / 24,
         compute=compute,
-        plan=plan,
     )
 
 
-def _mar_task(preset: str, compute: ComputeConfig, plan: Plan) -> MARTask:
+def _mar_task(preset: str, compute: ComputeConfig) -> MARTask:
     # The fused kernel has no dropout of its weights, so that the task refuses both.
     dropout = 0.0 if compute.attention == "cudnn" else 0.1
     return MARTask(
@@ -156,7 +158,6 @@ def _mar_task(preset: str, compute: ComputeConfig, plan: Plan) -> MARTask:
         tokenizer_weights="random",
         attention_dropout=dropout,
         compute=compute,
-        plan=plan,
     )
 
 

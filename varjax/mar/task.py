@@ -7,9 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from varjax import trees
 from varjax.checkpoints.model_files import read_generator
 from varjax.errors import InputError, check_setting
 from varjax.mar.latents import TokenizerConfig, check_latents_fit, decode_tokens, encode_tokens
@@ -24,41 +22,33 @@ from varjax.mar.losses import (
 from varjax.mar.model import DiffusionHead, MARConfig
 from varjax.mar.options import MAROptions, check_sampling, make_plan
 from varjax.mar.sample import sample_mar_tokens
-from varjax.nn.compute import ComputeConfig, without_repeated_work
+from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS
 from varjax.nn.rng import ImageStream, stream_keys
-from varjax.runtime import flops
-from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.load import read_frozen_tokenizer
 from varjax.training.optimizer import AdamW
-from varjax.training.task import (
-    Batch,
-    ImageSampler,
-    MatchingRows,
-    Plan,
-    TrainState,
-    check_classes,
-    class_dropout_notes,
-    ema_notes,
-)
+from varjax.training.task import Batch, ImageSampler, MatchingRows, Plan, TrainState
 from varjax.training.train_step import (
+    Metrics,
     accumulated_gradients,
     apply_gradients,
-    check_microbatches,
     create_state,
     example_keys,
 )
+from varjax.training.transformer_task import (
+    PREVIEW_SAMPLES,
+    check_classes,
+    drop_labels,
+    preview_samples,
+    train_flops,
+    transformer_notes,
+)
 from varjax.trees import PyTree
 
-# What the reference decays: matrices and tables outside of the denoising MLP.
-DECAYED = (
-    (r"^head/", False),
-    (r"(kernel|embedding|_embed|mask_token|no_class_embed)$", True),
-    (r"", False),
-)
+# As the reference: matrices and all tables outside of the denoising MLP.
+DECAYED = r"^(?!head/).*(kernel|embedding|_embed|mask_token)$"
 NOISE_LEVELS, SHARES = 10, 4  # bins of losses in evaluation
-PREVIEW_SAMPLES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +75,6 @@ class MARTask:
         compute: number format and execution.
         sampling: sampling options that suit the model, for previews and as the default after
             loading.
-        plan: length of the run; the loop fills it in.
     """
 
     model: MARConfig
@@ -101,7 +90,6 @@ class MARTask:
     accumulate: int = 1
     compute: ComputeConfig = ComputeConfig()
     sampling: MAROptions = MAROptions()
-    plan: Plan = Plan()
 
     def __post_init__(self):
         check_latents_fit(self.tokenizer, self.model)
@@ -125,17 +113,13 @@ class MARTask:
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_image_shape(self.tokenizer, image_shape)
-        check_microbatches(self.plan.batch_size, self.accumulate)
         check_classes(classes, self.model.classes)
 
-    def notes(self) -> list[str]:
-        dropout, cfg = self.class_dropout, self.sampling.cfg
-        notes = class_dropout_notes(dropout, self.model.classes, cfg, off=1)
-        return notes + ema_notes(self.ema_decay, self.plan)
+    def notes(self, plan: Plan) -> list[str]:
+        return transformer_notes(self, plan, unguided=1)
 
     def init(self, key: jax.Array) -> TrainState:
-        params = self.model.init(key)
-        return create_state(params, self.transformation(params), self.ema_decay)
+        return create_state(self.model.init(key), self.optimizer, self.ema_decay)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
         there, params, _ = read_generator(location, "mar", "MARTask", MARConfig, MAROptions)
@@ -149,8 +133,8 @@ class MARTask:
         return self.tokenizer.identity(frozen)
 
     def train_step(
-        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array, plan: Plan
+    ) -> tuple[TrainState, Metrics]:
         """Makes one update, with one share of masked tokens for the whole batch."""
         share_key, key = jax.random.split(jax.random.fold_in(key, state.step))
         known = known_count(self.model.length, mask_ratio(share_key, self.min_mask_ratio))
@@ -163,10 +147,12 @@ class MARTask:
             return self.loss(params, frozen, batch)
 
         grads, metrics = accumulated_gradients(loss_fn, state.params, batch, self.accumulate)
-        state, norms = apply_gradients(
-            state, grads, self.transformation(state.params), self.ema_decay
-        )
-        return state, metrics | norms | {"lr": self.optimizer.lr(state.step - 1, self.plan)}
+        state, update_metrics = self.update(state, grads, plan)
+        return state, metrics | update_metrics
+
+    def update(self, state: TrainState, grads: PyTree, plan: Plan) -> tuple[TrainState, Metrics]:
+        """Applies gradients, as `apply_gradients` does with the settings of this task."""
+        return apply_gradients(state, grads, self.optimizer, plan, self.ema_decay, DECAYED)
 
     def loss(
         self, params: PyTree, frozen: PyTree, batch: Batch
@@ -178,8 +164,8 @@ class MARTask:
         """
         key_B, label_B = batch["key_B"], batch["label_B"]
         label_key_B = stream_keys(key_B, ImageStream.LABEL)
-        dropped_B = jax.vmap(jax.random.bernoulli, (0, None))(label_key_B, self.class_dropout)
-        label_B = jnp.where(dropped_B, self.model.classes, label_B)
+        drop = jax.vmap(drop_labels, (0, 0, None, None))
+        label_B = drop(label_key_B, label_B, self.class_dropout, self.model.classes)
         rates = self.diffusion_batch_mul, self.attention_dropout, self.dropout
         draws = draw_losses(self.model, key_B, batch["known_B"], *rates)
         of = self._token_losses(params, frozen, batch, label_B, draws)
@@ -188,9 +174,7 @@ class MARTask:
         return means["loss"], means | {"masked": jnp.mean(masked_BL.astype(jnp.float32))}
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
-        compute = without_repeated_work(self.compute)
-        plain = dataclasses.replace(self, compute=compute)
-        return flops.count(plain.train_step, state, frozen, batch, jax.random.key(0))
+        return train_flops(self, state, frozen, batch)
 
     def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
         """Draws masks, noise levels and noise by each image's own numbers, always the same."""
@@ -237,9 +221,7 @@ class MARTask:
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Samples the first classes, from the same seeds always, and reconstructs images."""
-        label_B = jnp.arange(PREVIEW_SAMPLES) % self.model.classes
-        key_B = image_keys(0, jnp.arange(PREVIEW_SAMPLES))
-        samples = self.sampler()(state.params, frozen, label_B, key_B)
+        samples = preview_samples(self.sampler(), state.params, frozen, self.model.classes)
         first = {name: x[:PREVIEW_SAMPLES] for name, x in batch.items()}
         kept = encode_tokens(self.tokenizer, self.model, frozen, first, compute=self.compute)
         rebuilt = decode_tokens(self.tokenizer, self.model, frozen, kept, self.compute)
@@ -254,11 +236,6 @@ class MARTask:
             return decode_tokens(self.tokenizer, self.model, frozen, tokens, self.compute)
 
         return draw
-
-    def transformation(self, params: PyTree) -> optax.GradientTransformation:
-        """Makes the optimizer."""
-        decay = trees.map_with_path(lambda path, _: trees.first_match(DECAYED, path), params)
-        return self.optimizer.make(self.plan, decay)
 
     @property
     def _loss_names(self) -> tuple[str, ...]:

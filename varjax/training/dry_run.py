@@ -47,7 +47,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
         f"batch: {experiment.batch_size:,} images, {share:,} on a device, "
         f"{share // task.accumulate:,} at a time"
     )
-    steps, images = task.plan.steps, len(loader.train_source)
+    steps, images = setup.plan.steps, len(loader.train_source)
     say(
         f"length: {steps:,} steps, {steps * experiment.batch_size / images:,.1f} passes over "
         f"{images:,} images of {experiment.data.classes:,} classes"
@@ -71,7 +71,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     state = jax.jit(task.init, out_shardings=placement)(init_key)
     batch = put_batch(numbers, mesh, experiment.batch_size)
     begin = time.monotonic()
-    jitted = jit_train_step(task, mesh, placement, experiment.skip_nonfinite > 0)
+    jitted = jit_train_step(task, setup.plan, mesh, placement, experiment.skip_nonfinite > 0)
     step = jitted.lower(state, frozen, batch, train_key).compile()
     say(f"step: compiled in {time.monotonic() - begin:.0f} s, {_needs(step, mesh)}")
     begin = time.monotonic()

@@ -13,6 +13,7 @@ from varjax.storage.buckets import in_bucket
 from varjax.training.sample_quality import FIDConfig
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan, Task
+from varjax.training.train_step import check_microbatches
 from varjax.training.wandb_writer import check_wandb
 
 
@@ -171,11 +172,7 @@ class Experiment:
             raise InputError(f"patience is {self.patience}, but keep_best names no metric")
         self.fid.check()
         check_wandb(self.wandb)
-        if self.task.plan != Plan():
-            raise InputError(
-                f"task.plan is {self.task.plan}, but it follows from the rest; "
-                "leave it alone and set steps, epochs and batch_size"
-            )
+        check_microbatches(self.batch_size, self.task.accumulate)
 
     def plan(self, train_size: int) -> Plan:
         """Returns the length of the run for a number of training images."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -37,7 +38,7 @@ from varjax.training.sharding import (
     shardings,
 )
 from varjax.training.step_profiler import StepProfiler
-from varjax.training.task import Task, TrainState, check_latents
+from varjax.training.task import Plan, Task, TrainState, check_latents
 from varjax.training.throughput import ThroughputMeter
 from varjax.training.train_step import SKIPPED, skip_nonfinite_updates
 from varjax.training.warm_start import forked_state, warm_start_state
@@ -53,12 +54,14 @@ class Setup:
     """Holds what a run consists of, all of it checked, before anything is computed.
 
     Attributes:
-        task: task with its plan filled in.
+        task: task to train.
+        plan: length of the run.
         loader: loader of this process's rows.
         mesh: mesh of all devices.
     """
 
     task: Task
+    plan: Plan
     loader: BatchLoader
     mesh: Mesh
 
@@ -74,26 +77,29 @@ def set_up(experiment: Experiment) -> Setup:
     loader = experiment.data.make(experiment.batch_size, experiment.seed, rows)
     check_same_data(experiment, len(loader.train_source))
     plan = experiment.plan(len(loader.train_source))
-    task: Task = dataclasses.replace(experiment.task, plan=plan)  # type: ignore[type-var]
+    task = experiment.task
     task.check(experiment.data.image_shape, experiment.data.classes)
     check_batch_size(mesh, experiment.batch_size, task.accumulate)
-    for note in task.notes() if jax.process_index() == 0 else ():
+    for note in task.notes(plan) if jax.process_index() == 0 else ():
         print(f"note: {note}", file=sys.stderr)
-    return Setup(task, loader, mesh)
+    return Setup(task, plan, loader, mesh)
 
 
 def jit_train_step(
-    task: Task, mesh: Mesh, placement: TrainState, skip_nonfinite: bool = False
+    task: Task, plan: Plan, mesh: Mesh, placement: TrainState, skip_nonfinite: bool = False
 ) -> Callable[..., Any]:
     """Jits a task's step so that the state keeps its sharding and is updated in place.
 
     Args:
         task: task of the run.
+        plan: length of the run.
         mesh: mesh of all devices.
         placement: a sharding for each array of the state.
         skip_nonfinite: whether to skip updates as `skip_nonfinite_updates` does.
     """
-    step = skip_nonfinite_updates(task.train_step) if skip_nonfinite else task.train_step
+    step = functools.partial(task.train_step, plan=plan)
+    if skip_nonfinite:
+        step = skip_nonfinite_updates(step)
     return jax.jit(
         on_mesh(step, mesh),
         out_shardings=(placement, replicated(mesh)),
@@ -127,7 +133,7 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
     setup = set_up(experiment)
     run_dir = as_path(experiment.run_dir)
     profiler = StepProfiler(profile, run_dir)
-    plan = setup.task.plan
+    plan = setup.plan
     with contextlib.ExitStack() as held:
         on_first_process(lambda: held.enter_context(folders.lock_folder(run_dir)))
         on_first_process(lambda: check_or_write_config(experiment, plan))
@@ -182,7 +188,7 @@ def _train(
             yield
 
     task, loader, mesh = setup.task, setup.loader, setup.mesh
-    run_dir, steps, main = as_path(e.run_dir), task.plan.steps, jax.process_index() == 0
+    run_dir, steps, main = as_path(e.run_dir), setup.plan.steps, jax.process_index() == 0
     init_key, train_key = jax.random.split(jax.random.key(e.seed))
 
     abstract = jax.eval_shape(task.init, init_key)
@@ -216,7 +222,7 @@ def _train(
     start = step = int(state.step)
     if step > steps:
         raise InputError(f"fork_from={e.fork_from}: has {step} steps, but this run ends at {steps}")
-    jitted = jit_train_step(task, mesh, placement, e.skip_nonfinite > 0)
+    jitted = jit_train_step(task, setup.plan, mesh, placement, e.skip_nonfinite > 0)
     train_step = FirstCall(jitted, compiling)
     batches = Prefetcher(loader.train(start), mesh, e.batch_size)
     throughput = ThroughputMeter(e.batch_size)

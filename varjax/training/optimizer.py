@@ -1,7 +1,8 @@
-"""AdamW with VAR's schedules of learning rate and weight decay (utils/lr_control.py there)."""
+"""AdamW with the learning rate schedules of VAR (its utils/lr_control.py), and what decays."""
 
 import dataclasses
 import math
+import re
 from typing import Any, Literal
 
 import jax
@@ -9,12 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from varjax import trees
 from varjax.errors import check_setting
 from varjax.training.task import Plan
+from varjax.trees import PyTree
 
-Schedule = Literal["constant", "cos", "lin", "lin0", "lin00", "lin0.5", "exp"]
+LRSchedule = Literal["constant", "cos", "lin", "lin0", "lin00", "lin0.5", "exp"]
 HOLD_FRACTION = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "lin0.5": 0.5, "exp": 0.15}
 Step = jax.typing.ArrayLike
+# A pattern for the paths of parameters with weight decay: matrices and the classes' table, but no
+# biases, norms, positions or codes. The references of VAR and of both tokenizers do the same.
+DECAYED = r"(kernel|class_embed)$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +31,7 @@ class AdamW:
     first to its last value on a half cosine. Raises InputError for a value out of range.
 
         optimizer = AdamW(base_lr=1e-4)
-        tx = optimizer.make(Plan(steps=1000, batch_size=768), decay_mask)
+        tx = optimizer.make(Plan(steps=1000, batch_size=768))
 
     Attributes:
         base_lr: peak learning rate for each 256 images of the batch.
@@ -48,7 +54,7 @@ class AdamW:
     weight_decay: float = 0.05
     weight_decay_end: float | None = None
     clip: float = 2.0
-    schedule: Schedule = "lin0"
+    schedule: LRSchedule = "lin0"
     warmup: float = 0.02
     warmup_start: float = 0.005
     end: float = 0.01
@@ -79,17 +85,30 @@ class AdamW:
         cosine = 0.5 + 0.5 * xp.cos(math.pi * n / max(plan.steps - 1, 1))
         return end + (self.weight_decay - end) * cosine
 
-    def make(self, plan: Plan, decay_mask: Any) -> optax.GradientTransformation:
-        """Makes the Optax transformation; `decay_mask`, a tree of bool, is True where to decay."""
+    def init(self, params: PyTree) -> optax.OptState:
+        """Makes the optimizer's state, which does not depend on the length of the run."""
+        return self.make(Plan()).init(params)
+
+    def make(self, plan: Plan, decayed: str = DECAYED) -> optax.GradientTransformation:
+        """Makes the Optax transformation.
+
+        Args:
+            plan: length of the run, for the schedules.
+            decayed: regular expression for the paths of parameters with weight decay.
+        """
+
+        def mask(params: PyTree) -> PyTree:
+            return trees.map_with_path(lambda path, _: bool(re.search(decayed, path)), params)
+
         return optax.chain(
             optax.clip_by_global_norm(self.clip) if self.clip else optax.identity(),
             optax.scale_by_adam(self.b1, self.b2, self.eps),
-            optax.add_decayed_weights(lambda count: self.wd(count, plan), mask=decay_mask),
+            optax.add_decayed_weights(lambda count: self.wd(count, plan), mask=mask),
             optax.scale_by_learning_rate(lambda count: self.lr(count, plan)),
         )
 
     def _decay(self, xp: Any, done: Any) -> Any:
-        """Returns the share of the peak after the fraction `done` of the time since the warm-up."""
+        """Returns the fraction of the peak when a fraction `done` of the decay is over."""
         end, rest = self.end, 1 - done
         if self.schedule == "constant":
             return xp.ones_like(done)

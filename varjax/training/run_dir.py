@@ -97,9 +97,7 @@ def check_config(experiment: Experiment) -> None:
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:
-    config: dict[str, Any] = config_tree.to_dict(experiment)
-    config["task"].pop("plan", None)  # follows from the rest
-    return config
+    return config_tree.to_dict(experiment)
 
 
 def check_or_write_data(experiment: Experiment) -> None:

@@ -11,7 +11,7 @@ from varjax.errors import InputError
 from varjax.trees import PyTree
 
 PREVIEW_IMAGES = 8  # columns of a preview
-MAX_FIRST_SHARE = 0.1  # of the first parameters in the last average, without a note
+MAX_INITIAL_FRACTION = 0.1  # of the initial parameters in the final average, without a note
 
 # By name: "image_BHWC" uint8 (or latents such as "tokens_BL" int32), "label_B" int32 and, in
 # evaluation, "valid_B" bool, False for rows that only fill up the last batch.
@@ -21,9 +21,10 @@ Batch = dict[str, jax.Array]
 MatchingRows = dict[str, tuple[Sequence[int], Sequence[int]]]
 
 
+@jax.tree_util.register_static  # so that jitted functions can take one: a constant to them
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Holds the length of a run, which schedules need; the loop fills it in.
+    """Holds the length of a run, which schedules depend on.
 
     Attributes:
         steps: length of the run in updates.
@@ -63,20 +64,15 @@ class Task(Protocol):
     """
 
     @property
-    def plan(self) -> Plan:
-        """A field `plan: Plan = Plan()`, which the loop replaces by the run's own."""
-        ...
-
-    @property
     def accumulate(self) -> int:
-        """A field: the number of microbatches that a batch is worked off in.
+        """A field: the number of microbatches that a batch is split into.
 
-        `train_step` does so by itself; the loop gives `eval_step` one microbatch at a time.
+        `train_step` splits its batch itself; the loop passes `eval_step` one microbatch at a time.
         """
         ...
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
-        """Raises InputError where a dataset or `plan` does not suit, before any long work.
+        """Raises InputError where a dataset does not suit, before any long work.
 
         Args:
             image_shape: (H, W, channels) of an image.
@@ -84,11 +80,8 @@ class Task(Protocol):
         """
         ...
 
-    def notes(self) -> list[str]:
-        """Returns a line for each setting that is allowed but can hardly be meant.
-
-        The loop prints them at the start; `plan` is filled in.
-        """
+    def notes(self, plan: Plan) -> list[str]:
+        """Returns a line for each setting that is allowed but probably a mistake in such a run."""
         ...
 
     def init(self, key: jax.Array) -> TrainState:
@@ -124,7 +117,7 @@ class Task(Protocol):
         ...
 
     def train_step(
-        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
+        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array, plan: Plan
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Makes one update.
 
@@ -133,10 +126,11 @@ class Task(Protocol):
             frozen: pretrained weights, from `frozen`.
             batch: batch of training examples.
             key: random key of the run; fold `state.step` into it.
+            plan: length of the run.
 
         Returns:
-            The state after it, and metrics: scalars or 1-D arrays, of which one that is not finite
-            stops the run. The norms of gradients are called "grad_norm" or ".../grad_norm".
+            The state after the update, and metrics: scalars or 1-D arrays. A metric that is not
+            finite stops the run. Norms of gradients are called "grad_norm" or ".../grad_norm".
         """
         ...
 
@@ -172,51 +166,18 @@ def evaluated_parameters(state: TrainState) -> dict[str, PyTree]:
     return {"eval": state.params} | ({} if state.ema is None else {"eval_ema": state.ema})
 
 
-def check_classes(data: int, model: int) -> None:
-    """Raises InputError where data have another number of classes than the model of a task."""
-    if data != model:
-        raise InputError(
-            f"the data has {data} classes, but the model {model}; set task.model.classes={data}, "
-            "or train on other data"
-        )
-
-
-def class_dropout_notes(class_dropout: float, classes: int, cfg: float, off: float) -> list[str]:
-    """Returns notes on labels and "no class" that a run never trains, for `Task.notes`.
-
-    Args:
-        class_dropout: fraction of labels that become "no class".
-        classes: number of classes.
-        cfg: guidance scale that the run samples with.
-        off: guidance scale that means no guidance.
-    """
-    if class_dropout == 0 and cfg != off:
-        return [
-            f"class_dropout is 0, but sampling.cfg is {cfg:g}: guidance uses "
-            '"no class", which this run does not train, so samples will be bad unless init_from '
-            "has trained it. Set task.class_dropout=0.1, or "
-            f"task.sampling.cfg={off:g} for no guidance"
-        ]
-    if class_dropout == 1 and classes > 1:
-        return [
-            f'class_dropout is 1: every label becomes "no class", so none of the {classes} classes '
-            "is trained. Set task.class_dropout=0.1"
-        ]
-    return []
-
-
-def ema_notes(ema: float, plan: Plan) -> list[str]:
+def ema_notes(ema_decay: float, plan: Plan) -> list[str]:
     """Returns a note on an average that a run is too short for, for `Task.notes`.
 
     Args:
-        ema: decay of the average; 0 for no average.
+        ema_decay: decay of the average; 0 for no average.
         plan: length of the run.
     """
-    if (first := ema**plan.steps) < MAX_FIRST_SHARE:
+    if (initial := ema_decay**plan.steps) < MAX_INITIAL_FRACTION:
         return []
     return [
-        f"ema is {ema:g}, but the run has {plan.steps:,} steps: in the end {first:.0%} of the "
-        "average are still the parameters that the run began with, and samples come from the "
+        f"ema_decay is {ema_decay:g}, but the run has {plan.steps:,} steps: at its end "
+        f"{initial:.0%} of the average are still the initial parameters, and samples come from the "
         f"average. Set task.ema_decay={max(1 - 5 / plan.steps, 0):.4g}"
     ]
 
@@ -233,14 +194,17 @@ def check_latents(task: Task, frozen: PyTree, tokenizer_identity: Mapping[str, A
     Raises:
         InputError: with all differences.
     """
-    if (there := tokenizer_identity) is None:
+    if tokenizer_identity is None:
         return
-    if not (here := task.tokenizer_identity(frozen)):
+    if not (expected := task.tokenizer_identity(frozen)):
         raise InputError(f"a {type(task).__name__} trains on images, but the data are latents")
-    names = [name for name in dict.fromkeys((*there, *here)) if there.get(name) != here.get(name)]
-    if lines := [f"{name}: {there.get(name)} theirs, {here.get(name)} here" for name in names]:
+    names = dict.fromkeys((*tokenizer_identity, *expected))
+    both = {name: (tokenizer_identity.get(name), expected.get(name)) for name in names}
+    if lines := [
+        f"{name}: {a} in the data, {b} in this task" for name, (a, b) in both.items() if a != b
+    ]:
         raise InputError(
-            "the latents are another tokenizer's:\n  "
+            "the latents were made by another tokenizer:\n  "
             + "\n  ".join(lines)
-            + "\nmake them anew by varjax cache-latents, or use that tokenizer"
+            + "\nmake them again with varjax cache-latents, or use that tokenizer"
         )

@@ -10,7 +10,8 @@ import optax
 
 from varjax.errors import InputError
 from varjax.nn.compute import split_batch
-from varjax.training.task import Batch, TrainState
+from varjax.training.optimizer import DECAYED, AdamW
+from varjax.training.task import Batch, Plan, TrainState
 from varjax.trees import PyTree
 
 Metrics = dict[str, jax.Array]
@@ -22,18 +23,16 @@ SKIPPED = "skipped"  # a metric: whether this step was left out
 DECISIVE_METRICS = ("loss", "grad_norm")
 
 
-def create_state(
-    params: PyTree, tx: optax.GradientTransformation, ema_decay: float = 0.0
-) -> TrainState:
+def create_state(params: PyTree, optimizer: AdamW, ema_decay: float = 0.0) -> TrainState:
     """Makes the state before the first step.
 
     Args:
         params: initial parameters, with which the average (EMA) starts.
-        tx: optimizer of the parameters.
+        optimizer: optimizer of the parameters.
         ema_decay: decay of the average; 0 for a state without an average.
     """
     ema = jax.tree.map(jnp.copy, params) if ema_decay else None
-    return TrainState(jnp.int32(0), params, ema, tx.init(params))
+    return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
 
 
 def accumulated_gradients(
@@ -106,30 +105,39 @@ def check_microbatches(batch_size: int, accumulate: int) -> None:
 
 @jax.named_scope("optimizer")  # its name in profiles and in `varjax benchmark tpu`
 def apply_gradients(
-    state: TrainState, grads: PyTree, tx: optax.GradientTransformation, ema_decay: float = 0.0
+    state: TrainState,
+    grads: PyTree,
+    optimizer: AdamW,
+    plan: Plan,
+    ema_decay: float = 0.0,
+    decayed: str = DECAYED,
 ) -> tuple[TrainState, Metrics]:
     """Updates parameters, optimizer and average.
 
     Args:
         state: state before the update.
         grads: gradients, not yet clipped.
-        tx: optimizer of the parameters.
+        optimizer: optimizer of the parameters.
+        plan: length of the run, for the optimizer's schedules.
         ema_decay: decay d in ema <- d·ema + (1-d)·params; 0 if `state.ema` is None.
+        decayed: regular expression for the paths of parameters with weight decay.
 
     Returns:
-        The state after the update, and the global norms "grad_norm" (not clipped), "update_norm"
-        and "param_norm".
+        The state after the update, and metrics: the learning rate "lr", and the global norms
+        "grad_norm" (before clipping), "update_norm" and "param_norm".
     """
+    tx = optimizer.make(plan, decayed)
     with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to integer powers
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = optax.incremental_update(params, state.ema, 1 - ema_decay) if ema_decay else None
-    norms = {
+    metrics = {
+        "lr": optimizer.lr(state.step, plan),
         "grad_norm": optax.tree.norm(grads),
         "update_norm": optax.tree.norm(updates),
         "param_norm": optax.tree.norm(params),
     }
-    return TrainState(state.step + 1, params, ema, opt_state), norms
+    return TrainState(state.step + 1, params, ema, opt_state), metrics
 
 
 def skip_nonfinite_updates(train_step: StepFn) -> StepFn:

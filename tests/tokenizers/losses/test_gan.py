@@ -96,7 +96,7 @@ def test_the_discriminator_rests_until_its_start_and_then_has_its_own_schedule()
     optimizer = AdamW(base_lr=0.1, warmup=0.0, schedule="lin00", end=0.0, weight_decay=0.1)
     config = GANConfig("patch", 8, 1, start=0.5, optimizer=optimizer)
     plan = Plan(steps=6, batch_size=256)
-    discriminator = jax.jit(lambda key: create_discriminator(config, (8, 8, 1), plan, key))(
+    discriminator = jax.jit(lambda key: create_discriminator(config, (8, 8, 1), key))(
         jax.random.key(0)
     )
     grads = jax.tree.map(jnp.ones_like, discriminator.train_state.params)
@@ -159,7 +159,7 @@ KEY_B = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(
 @functools.cache
 def discriminator():
     """Parameters so large that some logits go beyond 1, and averages between logits."""
-    init = functools.partial(create_discriminator, CONFIG, (8, 8, 1), Plan())
+    init = functools.partial(create_discriminator, CONFIG, (8, 8, 1))
     fresh, rng = jax.eval_shape(init, jax.random.key(0)), np.random.default_rng(1)
     fresh = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), fresh)
     return fresh.replace(lecam_ema=LecamEma(jnp.float32(0.3), jnp.float32(-0.2)))

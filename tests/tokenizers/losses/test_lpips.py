@@ -144,7 +144,9 @@ def test_wrong_files_are_named_and_leave_nothing(converted, tmp_path, capsys):
 
 
 def test_missing_weights_are_refused_with_the_way_to_get_them(tmp_path):
-    with pytest.raises(ValueError, match="no LPIPS weights in nowhere; make them with: python -m"):
+    with pytest.raises(
+        ValueError, match="no LPIPS weights in nowhere; make them with: varjax convert"
+    ):
         load_lpips("nowhere")
     save_file(trees.paths(small_params(1.0)), tmp_path / "lpips.safetensors")
     with pytest.raises(ValueError, match="(?s)is not LPIPS on VGG16.*misshapen:  conv_0_0/bias"):

@@ -32,12 +32,14 @@ EIGHT_DEVICES = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 import dataclasses
+import functools
 import numpy as np
 from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
+from varjax.training.task import Plan
 
 CONFIG = VQConfig(scales=(1, (2, 1), (4, 2)), image_channels=2, width=8, channel_mult=(1, 1),
                          blocks=1, groups=4, vocab=16, code_channels=4)
@@ -53,7 +55,8 @@ def train(accumulate, devices):
     task = dataclasses.replace(TASK, accumulate=accumulate)
     placement = shardings(FIRST, mesh)
     state = jax.device_put(FIRST, placement)
-    step = jax.jit(on_mesh(task.train_step, mesh), out_shardings=(placement, None))
+    step = on_mesh(functools.partial(task.train_step, plan=Plan()), mesh)
+    step = jax.jit(step, out_shardings=(placement, None))
     batch = put_batch({"image_BHWC": IMAGES}, mesh, 16)
     return jax.device_get(step(state, {}, batch, jax.random.key(1)))
 

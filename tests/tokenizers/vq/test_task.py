@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from varjax import trees
 from varjax.nn.autoencoder import to_model_range
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.optimizer import AdamW
+from varjax.training.task import Plan
 
 CONFIG = small_config()
 TASK = VQTask(CONFIG, AdamW(base_lr=2e-3, schedule="constant", warmup=0.0), ema_decay=0.5)
@@ -25,7 +27,7 @@ def state():
 @pytest.fixture(scope="module")
 def train_step():
     """Compiled once for the tests that share its settings."""
-    return jax.jit(TASK.train_step)
+    return jax.jit(functools.partial(TASK.train_step, plan=Plan()))
 
 
 def evaluate(state, batch_size):
@@ -67,7 +69,8 @@ def test_loss_is_the_weighted_sum_of_its_terms(state):
 @pytest.mark.slow
 def test_accumulation_changes_nothing_but_rounding(state, train_step):
     _, expected = train_step(state, {}, BATCH, KEY)
-    _, found = jax.jit(dataclasses.replace(TASK, accumulate=3).train_step)(state, {}, BATCH, KEY)
+    task = dataclasses.replace(TASK, accumulate=3)
+    _, found = jax.jit(functools.partial(task.train_step, plan=Plan()))(state, {}, BATCH, KEY)
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, err_msg=name)
 

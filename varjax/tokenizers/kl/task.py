@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax import trees
-from varjax.errors import check_setting
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import ImageStream, stream_key
@@ -27,17 +25,22 @@ from varjax.tokenizers.losses.gan import MAX_ADAPTIVE_WEIGHT, GANConfig
 from varjax.tokenizers.losses.image_losses import (
     ImageGradientsFn,
     LossGradients,
-    check_image_losses,
     image_losses,
-    init_discriminator,
-    load_frozen_losses,
-    loss_gradients,
     reconstruct,
-    train_discriminator,
     valid_sums,
 )
 from varjax.tokenizers.losses.lpips import LPIPSConfig
-from varjax.tokenizers.tokenizer_state import join_state, split_state
+from varjax.tokenizers.tokenizer_task import (
+    check_images,
+    check_settings,
+    init_state,
+    join_state,
+    load_frozen_losses,
+    split_state,
+    training_compute,
+    update_networks,
+    with_example_keys,
+)
 from varjax.training.optimizer import AdamW
 from varjax.training.task import (
     PREVIEW_IMAGES,
@@ -47,7 +50,7 @@ from varjax.training.task import (
     TrainState,
     ema_notes,
 )
-from varjax.training.train_step import apply_gradients, create_state, example_keys
+from varjax.training.train_step import Metrics
 from varjax.trees import PyTree
 
 LATENT_STD_DECAY = 0.99  # of the moving average that becomes the tokenizer's "latent_std"
@@ -79,7 +82,6 @@ class KLTask:
             and float32 on a CPU. Evaluation and the posterior are always float32.
         ema_decay: decay of the parameters' moving average; 0 for none.
         accumulate: number of microbatches that a batch is split into, to save memory.
-        plan: length of the run; the loop fills it in.
     """
 
     model: KLConfig
@@ -92,24 +94,18 @@ class KLTask:
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     ema_decay: float = 0.0
     accumulate: int = 1
-    plan: Plan = Plan()
 
     def __post_init__(self):
-        check_setting("ema_decay", self.ema_decay, 0 <= self.ema_decay <= 1, "in [0, 1]")
-        for name in ("l1", "l2", "kl"):
-            value = getattr(self, name)
-            check_setting(name, value, value >= 0, "0 (off) or more")
+        check_settings(self, "l1", "l2", "kl")
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
-        check_image_losses(self, image_shape)
+        check_images(self, image_shape)
 
-    def notes(self) -> list[str]:
-        return ema_notes(self.ema_decay, self.plan)
+    def notes(self, plan: Plan) -> list[str]:
+        return ema_notes(self.ema_decay, plan)
 
     def init(self, key: jax.Array) -> TrainState:
-        params = self.model.init(key)
-        state = create_state(params, self._tx(params), self.ema_decay)
-        return join_state(state, {"discriminator": init_discriminator(self, key)})
+        return init_state(self, self.model.init(key), key)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
         return read_tokenizer(location)[1], {}
@@ -122,36 +118,32 @@ class KLTask:
         return load_frozen_losses(self)
 
     def train_step(
-        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array, plan: Plan
+    ) -> tuple[TrainState, Metrics]:
         """Updates the tokenizer, and the discriminator on the same reconstructions.
 
         The metric "loss" leaves the adversarial loss out, as in evaluation. "latent_std" of the
         parameters, and of their average, follows the standard deviation of the batches' latents.
         """
         state, others = split_state(state)
-        key, step = jax.random.fold_in(key, state.step), state.step
-        image_BHWC = batch["image_BHWC"]
-        batch = {"image_BHWC": image_BHWC, "key_B": example_keys(key, len(image_BHWC))}
-        discriminator = others.get("discriminator")
+        step, old_std = state.step, state.params[LATENT_STD_PATH]
+        batch = with_example_keys(batch, jax.random.fold_in(key, step))
         gradients = functools.partial(_gradients, self, state.params)
-        found = loss_gradients(self, discriminator, frozen, batch, step, gradients)
-        before = state.params[LATENT_STD_PATH]
-        state, norms = apply_gradients(state, found.grads, self._tx(state.params), self.ema_decay)
-        std = jnp.sqrt(_variance(found.statistics))
-        std = jnp.where(step == 0, std, LATENT_STD_DECAY * before + (1 - LATENT_STD_DECAY) * std)
+        state, others["discriminator"], metrics, statistics = update_networks(
+            self, state, others.get("discriminator"), frozen, batch, plan, gradients
+        )
+        std = jnp.sqrt(_variance(statistics))
+        std = jnp.where(step == 0, std, LATENT_STD_DECAY * old_std + (1 - LATENT_STD_DECAY) * std)
         state = dataclasses.replace(
             state,
             params=state.params | {LATENT_STD_PATH: std},
             ema=state.ema | {LATENT_STD_PATH: std} if self.ema_decay else None,
         )
-        metrics = found.metrics | norms | {"lr": self.optimizer.lr(step, self.plan)}
-        others["discriminator"], gan_metrics = train_discriminator(self, discriminator, found, step)
-        return join_state(state, others), metrics | {LATENT_STD_PATH: std} | gan_metrics
+        return join_state(state, others), metrics | {LATENT_STD_PATH: std}
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
         whole = dataclasses.replace(self, accumulate=1)
-        return flops.count(whole.train_step, state, frozen, batch, jax.random.key(0))
+        return flops.count(whole.train_step, state, frozen, batch, jax.random.key(0), Plan())
 
     def losses(
         self, params: PyTree, frozen: PyTree, image_BHWC: jax.Array
@@ -203,7 +195,7 @@ class KLTask:
     @property
     def compute(self) -> ComputeConfig:
         """How a tokenizer in training is computed."""
-        return ComputeConfig(self.dtype, encoder_precision="highest")
+        return training_compute(self.dtype)
 
     @property
     def kl_weight(self) -> float:
@@ -218,10 +210,6 @@ class KLTask:
         an image's values, H·W·C times the mean that it is here.
         """
         return MAX_ADAPTIVE_WEIGHT / math.prod(self.model.image_shape)
-
-    def _tx(self, params):
-        decay = trees.map_with_path(lambda path, _: path.endswith("kernel"), params)
-        return self.optimizer.make(self.plan, decay)
 
 
 def _gradients(
@@ -243,13 +231,13 @@ def _gradients(
         return task.kl_weight * kl, kl
 
     (y_BHWC, latents), vjp, last_BHWC = jax.vjp(forward, params, has_aux=True)
-    of_images = image_gradients(x_BHWC, y_BHWC, last_BHWC, key_B)
+    from_images = image_gradients(x_BHWC, y_BHWC, last_BHWC, key_B)
     (loss, kl), latent_grads = jax.value_and_grad(latent_loss, has_aux=True)(latents)
-    (grads,) = vjp((of_images.image_grad_BHWC, latent_grads))
-    metrics = of_images.metrics | {"kl": kl, "loss": of_images.metrics["loss"] + loss}
+    (grads,) = vjp((from_images.image_grad_BHWC, latent_grads))
+    metrics = from_images.metrics | {"kl": kl, "loss": from_images.metrics["loss"] + loss}
     statistics = {name: jnp.mean(x_B) for name, x_B in latent_moments(latents).items()}
     return LossGradients(
-        grads, metrics, statistics, of_images.discriminator_grads, of_images.last_layer
+        grads, metrics, statistics, from_images.discriminator_grads, from_images.last_layer
     )
 
 

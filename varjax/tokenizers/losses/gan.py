@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from varjax import trees
 from varjax.errors import InputError, check_setting
 from varjax.tokenizers.losses.diffaugment import Augmentation, diffaugment
 from varjax.tokenizers.losses.discriminator import (
@@ -273,19 +272,18 @@ def gan_gradients(
 
 
 def create_discriminator(
-    config: GANConfig, image_shape: tuple[int, int, int], plan: Plan, key: jax.Array
+    config: GANConfig, image_shape: tuple[int, int, int], key: jax.Array
 ) -> DiscriminatorState:
     """Draws the discriminator's state before its first update.
 
     Args:
         config: settings, which hold its kind and optimizer.
         image_shape: (H, W, channels) of an image.
-        plan: length of the whole run.
         key: random key of the parameters.
     """
     params = config.discriminator().init(key, jnp.zeros((1, *image_shape)))["params"]
     ema = LecamEma(jnp.float32(0), jnp.float32(0))
-    return DiscriminatorState(create_state(params, _optimizer(config, params, plan)), ema)
+    return DiscriminatorState(create_state(params, config.optimizer), ema)
 
 
 def update_discriminator(
@@ -309,8 +307,10 @@ def update_discriminator(
     Returns:
         The state after the update, and {"grad_norm", "lr"}.
     """
-    before = discriminator.train_state
-    train_state, norms = apply_gradients(before, grads, _optimizer(config, before.params, plan))
+    own_plan = Plan(plan.steps - config.first_step(plan), plan.batch_size)
+    train_state, metrics = apply_gradients(
+        discriminator.train_state, grads, config.optimizer, own_plan
+    )
     ema = jax.tree.map(
         lambda mean, now: LECAM_DECAY * mean + (1 - LECAM_DECAY) * now,
         discriminator.lecam_ema,
@@ -322,15 +322,5 @@ def update_discriminator(
         DiscriminatorState(train_state, ema),
         discriminator,
     )
-    lr = jnp.where(started, config.optimizer.lr(before.step, _own_plan(config, plan)), 0)
-    return updated, {"grad_norm": norms["grad_norm"], "lr": lr}
-
-
-def _optimizer(config, params, plan):
-    decay = trees.map_with_path(lambda path, _: path.endswith("kernel"), params)
-    return config.optimizer.make(_own_plan(config, plan), decay)
-
-
-def _own_plan(config, plan):
-    """The part of the run in which the discriminator trains."""
-    return Plan(plan.steps - config.first_step(plan), plan.batch_size)
+    lr = jnp.where(started, metrics["lr"], 0)
+    return updated, {"grad_norm": metrics["grad_norm"], "lr": lr}

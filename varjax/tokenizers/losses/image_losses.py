@@ -1,7 +1,7 @@
 """The losses of reconstructions that both tokenizers train with, and their gradients.
 
-Pixels, LPIPS and a GAN's, as a tokenizer's task configures them; what a kind of tokenizer adds, its
-latents' losses, comes in as a function of a microbatch.
+These are the losses of pixels, LPIPS and a GAN, as a tokenizer's task configures them. A function
+of a microbatch adds the losses of the latents, which each kind of tokenizer has its own of.
 """
 
 import functools
@@ -13,22 +13,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from varjax.nn.rng import InitStream, stream_key
-from varjax.tokenizers.contract import Tokenizer, check_image_shape
+from varjax.tokenizers.contract import Tokenizer
 from varjax.tokenizers.losses.gan import (
     DiscriminatorState,
     GANConfig,
-    LecamEma,
     adaptive_weight,
-    create_discriminator,
     gan_gradients,
     last_layer_grads,
-    update_discriminator,
 )
-from varjax.tokenizers.losses.lpips import LPIPSConfig, check_lpips_images, load_lpips
+from varjax.tokenizers.losses.lpips import LPIPSConfig
 from varjax.tokenizers.losses.reconstruction import reconstruction_losses
 from varjax.training.task import Batch, Plan
-from varjax.training.train_step import Metrics, check_microbatches, mean_over_microbatches
+from varjax.training.train_step import Metrics, mean_over_microbatches
 from varjax.trees import PyTree
 
 
@@ -49,8 +45,6 @@ class ImageLossConfig(Protocol):
     def max_adaptive_weight(self) -> float: ...
     @property
     def accumulate(self) -> int: ...
-    @property
-    def plan(self) -> Plan: ...
     @property
     def jax_dtype(self) -> jnp.dtype: ...
 
@@ -102,29 +96,6 @@ class LossGradients:
 ImageGradientsFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], ImageGradients]
 
 
-def check_image_losses(config: ImageLossConfig, image_shape: tuple[int, int, int]) -> None:
-    """Raises InputError where images (H, W, channels) do not suit a task's model and losses."""
-    check_image_shape(config.model, image_shape)
-    check_microbatches(config.plan.batch_size, config.accumulate)
-    if config.perceptual:
-        check_lpips_images(image_shape)
-    if config.gan:
-        config.gan.check(image_shape)
-
-
-def load_frozen_losses(config: ImageLossConfig) -> PyTree:
-    """Reads {"lpips": parameters} where they are needed; InputError says how to get them."""
-    return {"lpips": load_lpips(config.perceptual.weights)} if config.perceptual else {}
-
-
-def init_discriminator(config: ImageLossConfig, key: jax.Array) -> DiscriminatorState | None:
-    """Draws the discriminator before its first update, from the key of a task's `init`."""
-    if config.gan is None:
-        return None
-    key = stream_key(key, InitStream.DISCRIMINATOR)
-    return create_discriminator(config.gan, config.model.image_shape, config.plan, key)
-
-
 def image_losses(
     config: ImageLossConfig,
     frozen: PyTree,
@@ -136,7 +107,7 @@ def image_losses(
 
     Args:
         config: task, which holds the weights of the losses.
-        frozen: parameters of frozen loss networks, from `load_frozen_losses`.
+        frozen: parameters of frozen loss networks, from `Task.frozen`.
         x_BHWC: images in [-1, 1].
         y_BHWC: their reconstructions, not clipped.
         dtype: number format of LPIPS.
@@ -173,6 +144,7 @@ def loss_gradients(
     frozen: PyTree,
     batch: Batch,
     step: jax.Array,
+    plan: Plan,
     microbatch_gradients: Callable[[ImageGradientsFn, Batch], LossGradients],
 ) -> LossGradients:
     """Computes the gradients of all losses on a batch; they do not depend on `config.accumulate`.
@@ -180,17 +152,20 @@ def loss_gradients(
     Args:
         config: task, which holds the weights of the losses.
         discriminator: state of the discriminator; None without one.
-        frozen: parameters of frozen loss networks, from `load_frozen_losses`.
+        frozen: parameters of frozen loss networks, from `Task.frozen`.
         batch: {"image_BHWC": uint8 images, "key_B": keys from `example_keys`}.
         step: number of the update, from 0.
+        plan: length of the run.
         microbatch_gradients: function that runs a microbatch forward and backward through the
             tokenizer.
     """
-    ramp_factor = config.gan.ramp_factor(step, config.plan) if config.gan else jnp.float32(0)
+    ramp_factor = config.gan.ramp_factor(step, plan) if config.gan else jnp.float32(0)
 
     def gradients(ratio, microbatch):
-        shared = config, discriminator, frozen, ramp_factor, ratio
-        return microbatch_gradients(functools.partial(image_gradients, *shared), microbatch)
+        image_gradients_fn = functools.partial(
+            image_gradients, config, discriminator, frozen, ramp_factor, ratio
+        )
+        return microbatch_gradients(image_gradients_fn, microbatch)
 
     ratio = None
     if config.gan is not None and config.gan.adaptive and config.accumulate > 1:
@@ -221,7 +196,7 @@ def image_gradients(
     Args:
         config: task, which holds the weights of the losses.
         discriminator: state of the discriminator; None without one.
-        frozen: parameters of frozen loss networks, from `load_frozen_losses`.
+        frozen: parameters of frozen loss networks, from `Task.frozen`.
         ramp_factor: factor on the adversarial loss's weight at this step, 0 … 1.
         ratio: adaptive weight; None to compute it from these images.
         x_BHWC: images in [-1, 1].
@@ -251,30 +226,3 @@ def image_gradients(
     image_grad_BHWC = image_grad_BHWC + weight * adversarial.image_grad_BHWC
     metrics |= adversarial.metrics | {"adversarial_weight": weight}
     return ImageGradients(image_grad_BHWC, metrics, adversarial.discriminator_grads, last_layer)
-
-
-def train_discriminator(
-    config: ImageLossConfig,
-    discriminator: DiscriminatorState | None,
-    found: LossGradients,
-    step: jax.Array,
-) -> tuple[DiscriminatorState | None, Metrics]:
-    """Updates the discriminator, if there is one.
-
-    Args:
-        config: task, which holds the discriminator's settings.
-        discriminator: state of the discriminator; None without one.
-        found: gradients of this step.
-        step: number of the update, from 0.
-
-    Returns:
-        Its state after the update, and "discriminator/…" metrics.
-    """
-    if config.gan is None:
-        return None, {}
-    assert discriminator is not None
-    means = LecamEma(found.metrics["discriminator/real"], found.metrics["discriminator/fake"])
-    discriminator, metrics = update_discriminator(
-        config.gan, discriminator, found.discriminator_grads, means, step, config.plan
-    )
-    return discriminator, {f"discriminator/{name}": x for name, x in metrics.items()}

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax import trees
-from varjax.errors import check_setting
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import InitStream, stream_key
@@ -17,25 +15,36 @@ from varjax.runtime import flops
 from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.losses.gan import MAX_ADAPTIVE_WEIGHT, GANConfig
 from varjax.tokenizers.losses.image_losses import (
-    check_image_losses,
+    ImageGradientsFn,
+    LossGradients,
     image_losses,
-    init_discriminator,
-    load_frozen_losses,
-    loss_gradients,
-    train_discriminator,
+    reconstruct,
     valid_sums,
 )
 from varjax.tokenizers.losses.lpips import LPIPSConfig
-from varjax.tokenizers.tokenizer_state import join_state, split_state
+from varjax.tokenizers.tokenizer_task import (
+    check_images,
+    check_settings,
+    init_state,
+    join_state,
+    load_frozen_losses,
+    split_state,
+    training_compute,
+    update_networks,
+    with_example_keys,
+)
 from varjax.tokenizers.vq.codebook import (
     CodebookConfig,
+    entropy_loss,
     init_codebook,
     init_usage,
     kmeans_init,
     quantizer_inputs,
+    replace_codebook,
     restart_dead_codes,
+    sample_scale_dropout,
+    scale_residuals,
 )
-from varjax.tokenizers.vq.gradients import vq_gradients
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity, quantizer_loss
 from varjax.training.optimizer import AdamW
@@ -47,7 +56,7 @@ from varjax.training.task import (
     TrainState,
     ema_notes,
 )
-from varjax.training.train_step import apply_gradients, create_state, example_keys
+from varjax.training.train_step import Metrics
 from varjax.trees import PyTree
 
 
@@ -73,7 +82,6 @@ class VQTask:
             and float32 on a CPU. Evaluation and the quantizer are always float32.
         ema_decay: decay of the parameters' moving average; 0 for none.
         accumulate: number of microbatches that a batch is split into, to save memory.
-        plan: length of the run; the loop fills it in.
     """
 
     model: VQConfig
@@ -87,32 +95,23 @@ class VQTask:
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     ema_decay: float = 0.0
     accumulate: int = 1
-    plan: Plan = Plan()
 
     def __post_init__(self):
-        check_setting("ema_decay", self.ema_decay, 0 <= self.ema_decay <= 1, "in [0, 1]")
-        for name in ("l1", "l2", "beta"):
-            value = getattr(self, name)
-            check_setting(name, value, value >= 0, "0 (off) or more")
+        check_settings(self, "l1", "l2", "beta")
         self.codebook.check(self.model.pyramid)
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
-        check_image_losses(self, image_shape)
+        check_images(self, image_shape)
 
-    def notes(self) -> list[str]:
-        return ema_notes(self.ema_decay, self.plan)
+    def notes(self, plan: Plan) -> list[str]:
+        return ema_notes(self.ema_decay, plan)
 
     def init(self, key: jax.Array) -> TrainState:
         params = self.model.init(key)
-        params = init_codebook(
-            self.codebook, self.model, params, stream_key(key, InitStream.CODEBOOK)
-        )
-        state = create_state(params, self._tx(params), self.ema_decay)
-        others = {
-            "discriminator": init_discriminator(self, key),
-            "usage_V": init_usage(self.codebook, self.model.vocab),
-        }
-        return join_state(state, others)
+        codebook_key = stream_key(key, InitStream.CODEBOOK)
+        params = init_codebook(self.codebook, self.model, params, codebook_key)
+        usage_V = init_usage(self.codebook, self.model.vocab)
+        return init_state(self, params, key, usage_V=usage_V)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
         return read_tokenizer(location)[1], {}
@@ -125,40 +124,38 @@ class VQTask:
         return load_frozen_losses(self)
 
     def train_step(
-        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array, plan: Plan
+    ) -> tuple[TrainState, Metrics]:
         """Updates the tokenizer, and the discriminator on the same reconstructions.
 
         The metric "loss" leaves the adversarial loss out, as in evaluation.
         """
-        pyramid = self.model.pyramid
+        pyramid, codebook = self.model.pyramid, self.codebook
         state, others = split_state(state)
-        key, step = jax.random.fold_in(key, state.step), state.step
-        image_BHWC = batch["image_BHWC"]
-        batch = {"image_BHWC": image_BHWC, "key_B": example_keys(key, len(image_BHWC))}
-        inputs_fn = functools.partial(quantizer_inputs, self.model, image_BHWC, self.accumulate)
-
-        state = kmeans_init(self.codebook, pyramid, state, inputs_fn, key)
-        discriminator = others.get("discriminator")
-        gradients = functools.partial(vq_gradients, self, state.params)
-        found = loss_gradients(self, discriminator, frozen, batch, step, gradients)
-        frequency_KV = found.statistics["frequency_KV"]
-        state, norms = apply_gradients(state, found.grads, self._tx(state.params), self.ema_decay)
-        metrics = found.metrics | norms | {"lr": self.optimizer.lr(step, self.plan)}
+        key = jax.random.fold_in(key, state.step)
+        batch = with_example_keys(batch, key)
+        inputs_fn = functools.partial(
+            quantizer_inputs, self.model, batch["image_BHWC"], self.accumulate
+        )
+        state = kmeans_init(codebook, pyramid, state, inputs_fn, key)
+        gradients = functools.partial(_gradients, self, state.params)
+        state, others["discriminator"], metrics, statistics = update_networks(
+            self, state, others.get("discriminator"), frozen, batch, plan, gradients
+        )
+        frequency_KV = statistics["frequency_KV"]
         metrics["perplexity"] = code_perplexity(frequency_KV, jnp)
-        if self.codebook.restart_every:
+        if codebook.restart_every:
             state, others["usage_V"], restarts = restart_dead_codes(
-                self.codebook, pyramid, state, others["usage_V"], frequency_KV, inputs_fn, key
+                codebook, pyramid, state, others["usage_V"], frequency_KV, inputs_fn, key
             )
             metrics |= restarts
-        others["discriminator"], gan_metrics = train_discriminator(self, discriminator, found, step)
-        return join_state(state, others), metrics | gan_metrics
+        return join_state(state, others), metrics
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
-        # k-means and restarts come once in a while only.
+        # Without k-means and restarts, which not every step does.
         codebook = dataclasses.replace(self.codebook, init="uniform", restart_every=0)
         every_step = dataclasses.replace(self, accumulate=1, codebook=codebook)
-        return flops.count(every_step.train_step, state, frozen, batch, jax.random.key(0))
+        return flops.count(every_step.train_step, state, frozen, batch, jax.random.key(0), Plan())
 
     def losses(
         self, params: PyTree, frozen: PyTree, image_BHWC: jax.Array
@@ -188,7 +185,7 @@ class VQTask:
         return valid_sums(losses, valid_B) | {"codes_KV": count_KV}
 
     def eval_metrics(self, sums: PyTree) -> dict[str, Any]:
-        """Returns means over images, and per scale: code perplexity, and share of codes in use."""
+        """Returns means over images, and for each scale the codes' perplexity and usage."""
         images, codes_KV = sums.pop("images"), sums.pop("codes_KV")
         metrics = {name: total / images for name, total in sums.items()}
         metrics["perplexity"] = code_perplexity(codes_KV / images, np)
@@ -218,8 +215,44 @@ class VQTask:
     @property
     def compute(self) -> ComputeConfig:
         """How a tokenizer in training is computed."""
-        return ComputeConfig(self.dtype, encoder_precision="highest")
+        return training_compute(self.dtype)
 
-    def _tx(self, params):
-        decay = trees.map_with_path(lambda path, _: path.endswith("kernel"), params)
-        return self.optimizer.make(self.plan, decay)
+
+def _gradients(
+    task: VQTask, params: PyTree, image_gradients: ImageGradientsFn, batch: Batch
+) -> LossGradients:
+    """Computes the gradients of all losses on a microbatch, and how often each code is used."""
+    x_BHWC, key_B = to_model_range(batch["image_BHWC"]), batch["key_B"]
+    model = VQTokenizer(task.model, task.compute, task.jax_dtype)
+    pyramid = task.model.pyramid
+    kept_B = sample_scale_dropout(task.codebook, pyramid, key_B)
+
+    def forward(params):
+        (y_BHWC, f_BhwZ, quantized), last_BHWC = reconstruct(model, params, x_BHWC, kept_B)
+        return (y_BHWC, f_BhwZ, quantized.f_hats), (quantized.tokens_BL, last_BHWC)
+
+    def codebook_loss(f_BhwZ, f_hats, codebook_VZ):
+        losses = {"quantizer": jnp.mean(quantizer_loss(f_BhwZ, f_hats, task.beta, kept_B))}
+        total = losses["quantizer"]
+        if task.codebook.entropy:
+            inputs = scale_residuals(pyramid, f_BhwZ, f_hats)
+            losses["entropy"] = entropy_loss(codebook_VZ, inputs, task.model.cosine_codes)
+            total = total + task.codebook.entropy * losses["entropy"]
+        return total, losses
+
+    (y_BHWC, f_BhwZ, f_hats), vjp, (tokens_BL, last_BHWC) = jax.vjp(forward, params, has_aux=True)
+    from_images = image_gradients(x_BHWC, y_BHWC, last_BHWC, key_B)
+    (*feature_grads, codebook_grad_VZ), codebook_losses = jax.grad(
+        codebook_loss, (0, 1, 2), has_aux=True
+    )(f_BhwZ, f_hats, params["quantizer"]["codebook"])
+    metrics = from_images.metrics | codebook_losses
+    metrics["loss"] = metrics["loss"] + metrics["quantizer"]
+    (grads,) = vjp((from_images.image_grad_BHWC, *feature_grads))
+    if task.codebook.entropy:
+        grads = replace_codebook(grads, grads["quantizer"]["codebook"] + codebook_grad_VZ)
+    B = len(x_BHWC)
+    count_KV = code_counts(pyramid, task.model.vocab, tokens_BL, jnp.ones(B))
+    statistics = {"frequency_KV": count_KV / B}
+    return LossGradients(
+        grads, metrics, statistics, from_images.discriminator_grads, from_images.last_layer
+    )

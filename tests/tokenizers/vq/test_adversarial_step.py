@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers.adversarial import BATCH, GAN, KEY, QUICKLY, TASK, frozen, state
+from tests.helpers.adversarial import BATCH, GAN, KEY, PLAN, QUICKLY, TASK, frozen, state
 from tests.helpers.paths import ROOT
 from varjax import trees
 from varjax.nn.autoencoder import to_model_range
@@ -24,7 +24,7 @@ EARLY, LATE = 1, 6  # numbers of updates: before the adversary's start, and when
 
 @functools.cache
 def compiled(task):
-    return jax.jit(task.train_step, compiler_options=QUICKLY)
+    return jax.jit(functools.partial(task.train_step, plan=PLAN), compiler_options=QUICKLY)
 
 
 def after(task, step=LATE):
@@ -106,7 +106,9 @@ def test_every_kind_of_adversary_leaves_the_state_in_its_shape(kind, accumulate)
     gan = GANConfig(kind, 8, 1, "non_saturating", adaptive=kind == "patch", r1=1.0)
     task = dataclasses.replace(TASK, gan=gan, accumulate=accumulate)
     before = jax.eval_shape(task.init, KEY)
-    new, metrics = jax.eval_shape(task.train_step, before, {}, BATCH, KEY)
+    new, metrics = jax.eval_shape(
+        functools.partial(task.train_step, plan=PLAN), before, {}, BATCH, KEY
+    )
     assert not trees.difference(before, new)
     assert all(x.dtype == jnp.float32 for x in metrics.values())
 
@@ -131,9 +133,10 @@ def test_accumulation_changes_nothing_but_rounding():
 EIGHT_DEVICES = """
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
+import functools
 import sys
 import numpy as np
-from tests.helpers.adversarial import BATCH, KEY, QUICKLY, TASK, state
+from tests.helpers.adversarial import BATCH, KEY, PLAN, QUICKLY, TASK, state
 from varjax import trees
 from varjax.training.prefetch import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
@@ -142,7 +145,8 @@ mesh = make_mesh(MeshShape(data=4, fsdp=2))
 before = state(TASK, 6)
 placement = shardings(before, mesh)
 step = jax.jit(
-    on_mesh(TASK.train_step, mesh), out_shardings=(placement, None), compiler_options=QUICKLY
+    on_mesh(functools.partial(TASK.train_step, plan=PLAN), mesh),
+    out_shardings=(placement, None), compiler_options=QUICKLY,
 )
 new, metrics = step(jax.device_put(before, placement), {}, put_batch(BATCH, mesh, 8), KEY)
 kernel = new.opt_state["discriminator"].train_state.params["conv_1"]["kernel"]

@@ -1,0 +1,72 @@
+"""What the tasks of all transformers share: dropped labels, checks, notes, FLOP, previews."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from varjax.errors import InputError
+from varjax.nn.compute import without_repeated_work
+from varjax.runtime import flops
+from varjax.training.task import Batch, ImageSampler, Plan, TrainState, ema_notes
+from varjax.trees import PyTree
+
+PREVIEW_SAMPLES = 16
+
+
+def drop_labels(key: jax.Array, label: jax.Array, rate: float, classes: int) -> jax.Array:
+    """Replaces labels, each with a probability of `rate`, by "no class", which is `classes`."""
+    dropped = jax.random.bernoulli(key, rate, label.shape)
+    return jnp.where(dropped, classes, label)
+
+
+def check_classes(data: int, model: int) -> None:
+    """Raises InputError where a dataset has another number of classes than a model."""
+    if data != model:
+        raise InputError(
+            f"the data has {data} classes, but the model {model}; set task.model.classes={data}, "
+            "or train on other data"
+        )
+
+
+def transformer_notes(task: Any, plan: Plan, unguided: float) -> list[str]:
+    """Returns notes on class dropout and on the average, for `Task.notes`.
+
+    Args:
+        task: task with `class_dropout`, `model.classes`, `sampling.cfg` and `ema_decay`.
+        plan: length of the run.
+        unguided: guidance scale that means no guidance.
+    """
+    notes, cfg, classes = [], task.sampling.cfg, task.model.classes
+    if task.class_dropout == 0 and cfg != unguided:
+        notes = [
+            f"class_dropout is 0, but sampling.cfg is {cfg:g}: guidance uses "
+            '"no class", which this run does not train, so samples will be bad unless init_from '
+            "has trained it. Set task.class_dropout=0.1, or "
+            f"task.sampling.cfg={unguided:g} for no guidance"
+        ]
+    elif task.class_dropout == 1 and classes > 1:
+        notes = [
+            f'class_dropout is 1: every label becomes "no class", so none of the {classes} classes '
+            "is trained. Set task.class_dropout=0.1"
+        ]
+    return notes + ema_notes(task.ema_decay, plan)
+
+
+def train_flops(task: Any, state: TrainState, frozen: PyTree, batch: Batch) -> int:
+    """Counts the model's FLOP in a step of a task with a field `compute`, for `Task.train_flops`.
+
+    Recomputation to save memory does not count.
+    """
+    plain = dataclasses.replace(task, compute=without_repeated_work(task.compute))
+    return flops.count(plain.train_step, state, frozen, batch, jax.random.key(0), Plan())
+
+
+def preview_samples(
+    sampler: ImageSampler, params: PyTree, frozen: PyTree, classes: int
+) -> jax.Array:
+    """Samples 16 images of the first classes, always from the same random keys."""
+    index_N = jnp.arange(PREVIEW_SAMPLES)
+    key_N = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index_N)
+    return sampler(params, frozen, index_N % classes, key_N)
