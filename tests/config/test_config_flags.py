@@ -82,6 +82,16 @@ def test_a_config_file_that_cannot_be_read_now_is_tried_again(tmp_path, monkeypa
             load_config(str(tmp_path / "failing.py"))
 
 
+def test_a_config_file_is_executed_once(tmp_path):
+    """An error of the machine in the config itself is no error in reading the config."""
+    file = tmp_path / "config.py"
+    file.write_text(
+        "import os\nos.mkdir(__file__ + '.executed')\nraise OSError(5, 'of the config')\n"
+    )
+    with pytest.raises(OSError, match="of the config"):  # a second time, mkdir would fail
+        load_config(str(file))
+
+
 def test_shipped_configs_are_found_by_name():
     assert load_config("digits").run_dir == "runs/digits"
     with pytest.raises(ValueError, match="no config file 'digit'; give FILE.py, or one of digits,"):

@@ -10,6 +10,7 @@ docstring.
 
 import argparse
 import dataclasses
+import importlib.machinery
 import importlib.util
 import inspect
 import json
@@ -118,17 +119,24 @@ def load_config(location: str) -> Any:
     if package not in sys.modules:
         sys.modules[package] = types.ModuleType(package)
         sys.modules[package].__path__ = [str(folder)]
-    spec = importlib.util.spec_from_file_location(f"{package}.{path.stem}", path)
-    assert spec is not None and spec.loader is not None
+    loader = _RetryingLoader(f"{package}.{path.stem}", str(path))
+    spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert spec is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up annotations that are strings
-    load = spec.loader.exec_module
-    retry_read(lambda: load(module), path)
+    loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise InputError(f"{name} defines no function get_config(arg)")
     if argument and not inspect.signature(module.get_config).parameters:
         raise InputError(f"{name} takes no argument, but {argument!r} was given after the colon")
     return module.get_config(argument) if argument else module.get_config()
+
+
+class _RetryingLoader(importlib.machinery.SourceFileLoader):
+    """Reads a file again where the machine or network failed, but executes it once."""
+
+    def get_data(self, path: str) -> bytes:
+        return retry_read(lambda: super(_RetryingLoader, self).get_data(path), path)
 
 
 def describe(config: Any) -> str:
