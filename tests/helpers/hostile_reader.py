@@ -35,10 +35,10 @@ from varjax.metrics import references
 from varjax.metrics.features import parts_of
 from varjax.metrics.image_sets import open_image_set
 from varjax.storage import files, read_errors
-from varjax.storage.image_files import DECODING_BYTES, MAX_PIXELS, decode_file
+from varjax.storage.image_files import DECODING_BYTES, decode_file
 from varjax.storage.image_io import read_image
 from varjax.storage.npz import NpzArchive, map_npy
-from varjax.storage.untrusted import bytes_on_disk
+from varjax.storage.untrusted import MAX_PIXELS, bytes_on_disk
 
 ROOM, RATIO = 2**27, 16  # bytes that reading may take, and for each byte of the file
 DATA = {"npz", "npy", "json", "run", "bucket", "orbax"}

@@ -78,3 +78,11 @@ def test_exit_codes(capsys):
     assert run_command("x", fail(InputError("a=1: must be 2"))) == 1
     assert run_command("x", fail(KeyboardInterrupt()), interrupted="stopped") == 130
     assert capsys.readouterr().err == "x: a=1: must be 2\nx: stopped\n"
+
+
+@pytest.mark.parametrize("name", ["VARJAX_MAX_PIXELS", "VARJAX_MAX_ASPECT_RATIO"])
+def test_a_wrong_image_limit_ends_a_command_before_it_begins(name, monkeypatch, capsys):
+    monkeypatch.setenv(name, "-1")
+    begun = []
+    assert run_command("varjax train", lambda: begun.append(1)) == 1 and not begun
+    assert f"varjax train: {name}=-1: must be a whole number" in capsys.readouterr().err

@@ -81,7 +81,7 @@ def test_infinity_counts_and_the_first_image_is_named():
 
 
 def test_no_picture_is_made_of_nan():
-    with pytest.raises(InputError, match="hold NaN or infinite numbers, which no picture"):
+    with pytest.raises(InputError, match="contain NaN or infinity, which no image file"):
         image_io.to_uint8(np.array([0.5, np.nan]))
     with pytest.raises(InputError, match="which no picture"):
         image_io.image_grid(np.full((1, 2, 2, 1), np.nan, np.float32))

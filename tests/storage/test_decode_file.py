@@ -87,7 +87,7 @@ def test_what_is_broken_is_named_with_the_reason(tmp_path):
     (tmp_path / "float.tif").write_bytes(encoded(Image.fromarray(np.eye(3, dtype="f4")), "tiff"))
     for name, reason in (
         ("cut.jpg", "truncated"),
-        ("text.jpg", "it is of no known format"),
+        ("text.jpg", "its format is unknown"),
         ("empty.jpg", "it is empty"),
         ("float.tif", "holds floats"),
         ("none.jpg", "No such file"),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from varjax.errors import InputError
 from varjax.storage.read_errors import FULL_ERRNOS, MACHINE_ERRNOS, machine_errno
+from varjax.storage.untrusted import image_limits
 
 
 def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -58,6 +59,7 @@ def run_command(
         with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr of no file
             faulthandler.enable()
     try:
+        image_limits()  # a wrong environment variable is an error now, not at the first image
         code = action()
     except InputError as error:
         if debug:

@@ -1,8 +1,9 @@
 """Reads image files of unknown origin: which formats, how large, with which range of values.
 
-picture = decode_picture(read_file(path), path)
+image_HWC = decode_file(path)
 
-An error of the machine is a StorageError; a BrokenImage is a missing file or bad content.
+Where an image cannot be read, a BrokenImage means that the file is missing or its content is bad;
+a StorageError means that the machine failed.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from varjax.errors import InputError, StorageError
 from varjax.storage import buckets
 from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.read_errors import machine_errno, retry_read
+from varjax.storage.untrusted import image_limits
 
 # Pillow's formats by suffix. It knows others, of which some run programs (PostScript).
 IMAGE_FORMATS = {
@@ -40,13 +42,8 @@ IMAGE_FORMATS = {
     ".jp2": "JPEG2000",
     ".avif": "AVIF",
 }
-# Decoding takes up to 8 bytes a pixel, in each of up to 16 threads, whatever the file's bit depth.
-# The environment variables VARJAX_MAX_PIXELS and VARJAX_MAX_ASPECT_RATIO set other limits, for all
-# commands and their worker processes.
-MAX_PIXELS = 2**26
-MAX_ASPECT_RATIO = 100
-DECODING_BYTES = 16  # a pixel; more than any image needs
-# Say something about the file's path, not about the machine.
+DECODING_BYTES = 16  # per pixel; more than any image needs
+# These errors mean a wrong path, not a failing machine.
 NO_FILE_ERRNOS = (
     errno.ENOENT,
     errno.EISDIR,
@@ -55,7 +52,7 @@ NO_FILE_ERRNOS = (
     errno.ENAMETOOLONG,
     errno.ENXIO,  # a socket, or a device without hardware
 )
-OUT_OF_MEMORY = "out of memory error", "decoder error -9"  # in Pillow's OSErrors
+OUT_OF_MEMORY = "out of memory error", "decoder error -9"  # texts of Pillow's OSErrors
 ROWS_AT_ONCE = 256
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 MAX_BROKEN_RATIO = 0.01
@@ -80,7 +77,7 @@ class BrokenImage(InputError):
 
 
 class BrokenImageCounter:
-    """Counts the images of a split that were read and those that are broken, and names these.
+    """Counts the images of a split that were read, and reports those that are broken.
 
     counter = BrokenImageCounter(len(source))
     counter.add(read=64, broken=[])
@@ -91,9 +88,7 @@ class BrokenImageCounter:
         self._names: dict[str, None] = {}  # in the order in which they came
 
     def add(self, read: int, broken: Sequence[BrokenImage]) -> None:
-        """Names new broken images on stderr.
-
-        The first few never stop a run, because a broken image may be among the first ones read.
+        """Reports newly found broken images on stderr.
 
         Args:
             read: number of images read since the last call.
@@ -113,7 +108,7 @@ class BrokenImageCounter:
             some = "\n  ".join(itertools.islice(self._names, TOLERATED_BROKEN))
             raise InputError(
                 f"{count} of the {read} images read so far are broken, more than "
-                f"{MAX_BROKEN_RATIO:.0%}; repair or remove them, the first ones are\n  {some}"
+                f"{MAX_BROKEN_RATIO:.0%}. Repair or remove them; the first ones are\n  {some}"
             )
 
 
@@ -133,13 +128,15 @@ def read_file(path: str | os.PathLike) -> bytes:
 
 
 def read_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Returns (width, height) of an image on a disk from its header alone; raises as `read_file`.
+    """Reads (width, height) of an image on a disk from its header alone.
 
-    BrokenImage also where the header claims what `open_picture` refuses.
+    Raises:
+        BrokenImage: there is no such regular file, or it is too large, too thin or no image.
+        StorageError: the machine cannot read it now.
     """
 
     def header(file: IO[bytes]) -> tuple[int, int]:
-        with _decoder_errors(printable_path(path)), open_picture(file) as picture:
+        with _decoder_errors(printable_path(path)), _open_picture(file) as picture:
             return picture.size
 
     return _read_regular_file(path, header)
@@ -148,18 +145,18 @@ def read_size(path: str | os.PathLike) -> tuple[int, int]:
 def decode_picture(
     data: bytes, name: str | os.PathLike, convert: Callable[[Image.Image], Any] = lambda x: x
 ) -> Any:
-    """Decodes a picture in its own mode but with 8 bits, upright as its EXIF data say.
+    """Decodes a picture in its own mode, with 8 bits per channel, rotated as its EXIF data say.
 
-    More bits are scaled to 8; the first frame of an animation is taken.
+    Values of more than 8 bits are scaled. Of an animation, only the first frame is decoded.
 
     Args:
         data: content of the image file.
         name: name of the file, for messages.
-        convert: function of the picture that makes the result; its errors count as the decoder's.
+        convert: function that makes the result from the picture; its errors count as the decoder's.
 
     Raises:
-        BrokenImage: the decoder cannot read the data, or they are too large or of unknown range.
-        StorageError: the machine lacks memory.
+        BrokenImage: the data are damaged, too large, or have an unknown range of values.
+        StorageError: the machine is out of memory.
     """
     name = printable_path(name)
     with _decoder_errors(name):
@@ -169,10 +166,10 @@ def decode_picture(
 
 
 def decode_file(file: bytes | str | os.PathLike, channels: int = 3, name: str = "") -> np.ndarray:
-    """Decodes an image by Pillow, whatever it holds: gray, palettes, CMYK, 1 bit and 16 bits.
+    """Decodes an image of any kind: gray, palette, CMYK, 1 bit, 16 bits.
 
-    EXIF orientation is applied; of an animation the first frame counts. With 1 and 3 channels an
-    alpha channel is dropped, as by the reference's `convert("RGB")`.
+    The image is rotated as its EXIF data say. With 1 and 3 channels, alpha is dropped, as by the
+    reference's `convert("RGB")`.
 
     Args:
         file: the encoded image, or the path of its file.
@@ -183,7 +180,7 @@ def decode_file(file: bytes | str | os.PathLike, channels: int = 3, name: str = 
         uint8 (H, W, channels).
 
     Raises:
-        BrokenImage: names `name`, or the path: there is no such file, or the decoder refuses it.
+        BrokenImage: there is no such file, or it cannot be decoded.
         StorageError: the machine or the bucket cannot read it now.
     """
     if isinstance(file, bytes):
@@ -195,38 +192,16 @@ def decode_file(file: bytes | str | os.PathLike, channels: int = 3, name: str = 
     return decode_picture(data, name, lambda picture: picture_array(picture, mode))
 
 
-def open_picture(file: IO[bytes]) -> Image.Image:
-    """Opens an image of a known format whose pixels are not decoded yet.
-
-    Raises InputError where the header claims too many pixels or too thin an image. Whatever Pillow
-    raises passes through.
-    """
-    picture = Image.open(file, formats=tuple(dict.fromkeys(IMAGE_FORMATS.values())))
-    width, height = picture.size
-    if width * height > (pixels := _limit("VARJAX_MAX_PIXELS", MAX_PIXELS)):
-        raise InputError(
-            f"it has {width}x{height} pixels; allowed are {pixels:,} in all, so resize it first, "
-            "or set VARJAX_MAX_PIXELS"
-        )
-    ratio = _limit("VARJAX_MAX_ASPECT_RATIO", MAX_ASPECT_RATIO)
-    if max(width, height) > ratio * min(width, height):
-        raise InputError(
-            f"it has {width}x{height} pixels; allowed is an aspect ratio up to {ratio}, so crop it "
-            "first, or set VARJAX_MAX_ASPECT_RATIO"
-        )
-    return picture
-
-
 def picture_array(picture: Image.Image, mode: str) -> np.ndarray:
     """Returns a picture's pixels in a mode of Pillow, as uint8 (H, W, channels).
 
-    Converts some rows at a time: the whole would take three times the memory.
+    Some rows are converted at a time, because the whole picture would take three times the memory.
     """
     width, height = picture.size
     pixels_HWC = np.empty((height, width, len(mode)), np.uint8)
     for top in range(0, height, ROWS_AT_ONCE):
         rows = picture.crop((0, top, width, min(top + ROWS_AT_ONCE, height)))
-        if rows.mode == "P":  # by this detour Pillow does not warn of transparent palettes
+        if rows.mode == "P":  # or else Pillow warns of transparent palettes
             rows = rows.convert("RGBA")
         rows_HWC = np.asarray(rows.convert(mode))
         pixels_HWC[top : top + ROWS_AT_ONCE] = rows_HWC.reshape(-1, width, len(mode))
@@ -234,14 +209,14 @@ def picture_array(picture: Image.Image, mode: str) -> np.ndarray:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Turns values in [0, 1] into 0 … 255, rounded; raises InputError for NaN and infinity."""
+    """Rounds values in [0, 1] to 0 … 255; raises InputError for NaN and infinity."""
     if not np.isfinite(images).all():
-        raise InputError("images hold NaN or infinite numbers, which no picture can show")
+        raise InputError("the images contain NaN or infinity, which no image file can store")
     return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
 def printable_path(path: str | os.PathLike) -> str:
-    """Returns a path as text that any terminal and file takes, also where it is not UTF-8."""
+    """Returns a path as text that can be printed and written, even if it is not UTF-8."""
     return os.fspath(path).encode("utf-8", "replace").decode()
 
 
@@ -249,7 +224,7 @@ def _read_regular_file(path: str | os.PathLike, read: Callable[[IO[bytes]], T]) 
     name = printable_path(path)
 
     def opener(name: str, flags: int) -> int:
-        return os.open(name, flags | os.O_NONBLOCK)  # does not wait for the writer of a pipe
+        return os.open(name, flags | os.O_NONBLOCK)  # a pipe would block until it is written
 
     def attempt() -> T:
         with open(path, "rb", opener=opener) as file:
@@ -269,16 +244,17 @@ def _read_regular_file(path: str | os.PathLike, read: Callable[[IO[bytes]], T]) 
 
 @contextlib.contextmanager
 def _decoder_errors(name: str) -> Iterator[None]:
-    """Raises BrokenImage for what a decoder says, StorageError for a failing machine."""
+    """Raises BrokenImage for a decoder's exceptions; those of a failing machine pass through."""
+    image_limits()  # before the try: a wrong limit is no fault of the image
     try:
         yield
     except StorageError as error:
         if machine_errno(error) == errno.ENOMEM and _memory_is_left():
-            reason = "it asks for more memory than an image of its size needs"
+            reason = "it requests more memory than an image of its size needs"
             raise BrokenImage(name, reason) from error
         raise
     except UnidentifiedImageError as error:
-        raise BrokenImage(name, "it is of no known format") from error
+        raise BrokenImage(name, "its format is unknown") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
         if machine_errno(error) is not None:  # while the header is read from the disk
             raise
@@ -286,9 +262,31 @@ def _decoder_errors(name: str) -> Iterator[None]:
         raise BrokenImage(name, f"{kind}{error}") from error
 
 
+def _open_picture(file: IO[bytes]) -> Image.Image:
+    """Opens an image of a known format without decoding its pixels.
+
+    Raises InputError if the header claims too many pixels or too thin an image. Exceptions of
+    Pillow pass through.
+    """
+    picture = Image.open(file, formats=tuple(dict.fromkeys(IMAGE_FORMATS.values())))
+    width, height = picture.size
+    pixels, ratio = image_limits()
+    if width * height > pixels:
+        raise InputError(
+            f"it has {width}x{height} pixels; allowed are {pixels:,} in all, so resize it first, "
+            "or set VARJAX_MAX_PIXELS"
+        )
+    if max(width, height) > ratio * min(width, height):
+        raise InputError(
+            f"it has {width}x{height} pixels; allowed is an aspect ratio up to {ratio}, so crop it "
+            "first, or set VARJAX_MAX_ASPECT_RATIO"
+        )
+    return picture
+
+
 def _decode(data: bytes) -> Image.Image:
     try:
-        with open_picture(io.BytesIO(data)) as picture:
+        with _open_picture(io.BytesIO(data)) as picture:
             largest = _largest_value(picture)
             picture.load()
             if picture.format == "PNG":
@@ -302,7 +300,7 @@ def _decode(data: bytes) -> Image.Image:
 
 
 def _check_png_data(data: bytes) -> None:
-    """Raises InputError where pixels of a PNG are damaged; Pillow skips these checksums alone."""
+    """Raises InputError if pixels of a PNG are damaged; Pillow does not check these checksums."""
     position, kind = 8, b""
     while position < len(data) and kind != b"IEND":
         end = position + 8 + int.from_bytes(data[position : position + 4], "big")
@@ -314,17 +312,18 @@ def _check_png_data(data: bytes) -> None:
 
 
 def _largest_value(picture: Image.Image) -> int | None:
-    """The largest value of a picture of more than 8 bits; None where Pillow makes 8 of them.
+    """Returns the largest value of a picture with more than 8 bits; None if Pillow decodes to 8.
 
-    Refuses numbers that files use in any range. Libraries disagree on them: some scale by the range
-    of the type, which makes most such images black, others by the values of the image.
+    Refuses floats and 32-bit integers, which files use in any range. Libraries disagree on them:
+    some scale by the range of the type, which makes most such images black, others by the values in
+    the image.
     """
     if picture.mode == "F":
         raise InputError("it holds floats, whose range is unknown; save it with 8 or 16 bits")
     if not picture.mode.startswith("I"):
         return None
     if picture.format != "TIFF":
-        return 2**16 - 1  # Pillow has scaled PGM to it
+        return 2**16 - 1  # Pillow scales PGM to this
     if picture.mode == "I":
         raise InputError(
             "it holds signed or 32-bit integers, whose range is unknown; save it with 8 or 16 bits"
@@ -333,7 +332,7 @@ def _largest_value(picture: Image.Image) -> int | None:
 
 
 def _scaled(picture: Image.Image, largest: int) -> Image.Image:
-    """Scales 0 … `largest` to 8 bits; some rows at a time, because floats take 8 bytes."""
+    """Scales 0 … `largest` to 8 bits, some rows at a time, because floats take 8 bytes."""
     values_HW = np.asarray(picture)
     scaled_HW = np.empty(values_HW.shape, np.uint8)
     for top in range(0, len(values_HW), ROWS_AT_ONCE):
@@ -342,18 +341,10 @@ def _scaled(picture: Image.Image, largest: int) -> Image.Image:
     return Image.fromarray(scaled_HW)
 
 
-def _limit(variable: str, default: int) -> int:
-    """Returns the number in an environment variable, the default where it is not set."""
-    text = os.environ.get(variable, "") or str(default)
-    if not text.isdecimal() or int(text) < 1:
-        raise InputError(f"{variable}={text}: must be a whole number, 1 or more")
-    return int(text)
-
-
 def _memory_is_left() -> bool:
-    """Whether the machine gives more memory than decoding any image takes."""
+    """Returns whether the machine has more memory left than decoding any image takes."""
     try:
-        np.empty(DECODING_BYTES * _limit("VARJAX_MAX_PIXELS", MAX_PIXELS), np.uint8)
+        np.empty(DECODING_BYTES * image_limits()[0], np.uint8)
     except MemoryError:
         return False
     return True

@@ -23,6 +23,8 @@ MAX_NAME_LENGTH = 512  # those of real tensors have less than 100 characters
 MAX_RATIO, SMALL_BYTES = 8, 2**20
 MAX_SETTING, MAX_SETTINGS_LENGTH = 2**20, 256  # of a config; real ones stay below 10,000 and 20
 MAX_DEPTH, MAX_INTEGER = 64, 2**64  # of JSON data; deeper ones would end functions that recurse
+# Decoding takes up to 8 bytes a pixel, in up to 16 threads, whatever an image file's bit depth.
+MAX_PIXELS, MAX_ASPECT_RATIO = 2**26, 100
 SHOWN_LENGTH, SHOWN_ITEMS, SHOWN_LINES, REASON_LENGTH = 80, 6, 50, 200
 
 
@@ -54,6 +56,24 @@ def open_regular_file(path: str, flags: int) -> int:
         os.close(descriptor)
         raise InputError("it is not a regular file; copy its content into one")
     return descriptor
+
+
+def image_limits() -> tuple[int, int]:
+    """Returns the most pixels and the largest aspect ratio that an image file may have.
+
+    The environment variables VARJAX_MAX_PIXELS and VARJAX_MAX_ASPECT_RATIO set other limits, for
+    all commands and their worker processes. Raises InputError if one is no positive integer.
+    """
+    limits = []
+    for name, default in (
+        ("VARJAX_MAX_PIXELS", MAX_PIXELS),
+        ("VARJAX_MAX_ASPECT_RATIO", MAX_ASPECT_RATIO),
+    ):
+        text = os.environ.get(name, "") or str(default)
+        if not text.isdecimal() or int(text) < 1:
+            raise InputError(f"{name}={text}: must be a whole number, 1 or more")
+        limits.append(int(text))
+    return limits[0], limits[1]
 
 
 def check_integers(numbers: Any) -> tuple[int, ...]:
