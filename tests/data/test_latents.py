@@ -56,7 +56,7 @@ def task(tmp_path_factory):
 def cache(task, tmp_path_factory):
     out = tmp_path_factory.mktemp("tokens") / "out"
     said = cache_latents(task, DATA, out=str(out), **SETTINGS)
-    assert "is complete: latents of 2 augmentations of 1442 images, and of 355 held out" in said
+    assert "complete: latents of 2 augmentations of 1442 images, and of 355 held-out images" in said
     return out
 
 
@@ -162,7 +162,7 @@ def test_losses_are_those_of_the_images(cache, task):
 
 @pytest.mark.slow
 def test_a_transformer_trains_on_tokens(cache, task, tmp_path):
-    data = parse_dataset(f"tokens:{cache}", 8)
+    data = parse_dataset(f"latents:{cache}", 8)
     experiment = Experiment(task, data, str(tmp_path), batch_size=64, steps=1)
     assert 0 < loop.train(experiment)["eval/loss"] < 2 * np.log(16)
     described = files.read_json(tmp_path / "data.json")
@@ -436,8 +436,8 @@ def test_what_16_bits_do_not_hold_is_refused(tmp_path):
         ({"shards": -1}, "shards=-1: must be"),
         ({"process": (2, 2)}, "process=2: must be from 0 to 1"),
         ({"batch_size": 0}, "batch_size=0: must be a multiple"),
-        ({"data": CachedLatents("there")}, "latents already, in there"),
-        ({"data": Noise(16, 1)}, r"images are \(16, 16, 1\), but the tokenizer takes \(8, 8, 1\)"),
+        ({"data": CachedLatents("there")}, "already latents, in there"),
+        ({"data": Noise(16, 1)}, r"images of \(16, 16, 1\), but the tokenizer needs \(8, 8, 1\)"),
         ({"task": VQTask(runs.TOKENIZER)}, "VQTask trains on images"),
         ({"seed": 4}, "(?s)made for another request.*seed: 3 there, 4 asked for"),
         ({"data": Digits()}, "settings: .* there, .* asked for"),
@@ -473,11 +473,12 @@ def test_processes_of_the_command_do_not_talk_to_one_another(task, tmp_path, mon
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     (tmp_path / "config.py").write_text(CONFIG.format(task.tokenizer_weights))
     calls = []
-    monkeypatch.setattr(command, "cache_latents", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(command, "cache_latents", lambda *_, **settings: calls.append(settings))
     assert command.main(["--config=config.py", "--out=out", *shared]) == 0
-    ((*_, batch_size, out, _, _, process, _),) = calls
+    (settings,) = calls
     # Of training's 50, or what these leave for each process, nothing follows for encoding.
-    assert (batch_size, out, process) == (32 * len(jax.local_devices()), "out", (1, 2))
+    assert settings["batch_size"] == 32 * len(jax.local_devices())
+    assert (settings["out"], settings["process"]) == ("out", (1, 2))
     assert not jax.distributed.is_initialized()
 
 
@@ -508,7 +509,7 @@ def test_latents_that_are_nan_are_refused_by_the_image_s_number(tmp_path):
     mean_BZ[0], mean_BZ[3, 1] = np.nan, np.inf
     rows = {"mean_BhwZ": mean_BZ, "label_B": np.arange(4), "valid_B": valid_B}
     with pytest.raises(
-        InputError, match=r"train image 3 \(from 0, label 3, augmentation 1\) holds"
+        InputError, match=r"train image 3 \(from 0, label 3, augmentation 1\) contains NaN"
     ):
         shard.write(rows)
     assert not list(tmp_path.iterdir())
@@ -519,6 +520,6 @@ def test_latents_that_are_nan_are_refused_by_the_image_s_number(tmp_path):
 
 def test_a_tokenizer_whose_weights_are_nan_caches_nothing(tmp_path):
     data = FakeImages(20, image_shape=(4, 6, 1), reading=ReadOptions())
-    with pytest.raises(ValueError, match="weights hold NaN or infinite numbers .scale.; take an"):
+    with pytest.raises(ValueError, match="weights contain NaN or infinity .scale.; use an"):
         cache_latents(Scaled(np.nan), data, seed=0, batch_size=8, out=str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()

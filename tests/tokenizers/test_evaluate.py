@@ -147,7 +147,7 @@ def _psnr_of_the_task(weights):
     ("flags", "message"),
     [
         ({"data": "photos:1"}, "give folder:PATH"),
-        ({"data": "tokens:nowhere"}, "holds latents, but images are needed"),
+        ({"data": "latents:nowhere"}, "holds latents, but images are needed"),
         ({"weights": "nowhere"}, "nowhere does not exist; give a run's directory"),
         ({"batch_size": "0"}, "batch_size is 0"),
         ({"lpips": "nowhere"}, "8×8 are too small for LPIPS"),

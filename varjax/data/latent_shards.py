@@ -1,10 +1,12 @@
-"""Writes latents to files, each whole or not at all, and defines their layout.
+"""Defines the files of cached latents, and writes them.
 
-A folder holds latents.json, and for each split some .safetensors files with the latents of
-consecutive images: per array of the `latent_spec` one of shape (N, U, ...) in its storage dtype,
-for N images and U augmentations of each, besides "label_N" and "valid_N" (False for broken images),
-and "checksum_NU" of all that belongs to an augmentation of an image, which is compared when it is
-read. To compare a checksum of the whole file, all of it would have to be read first.
+A folder holds latents.json, and for each split some .safetensors files. Each file has the latents
+of N consecutive images, with U augmentations each:
+
+- for each array of the `latent_spec`, an array (N, U, ...) in its storage dtype
+- "label_N", and "valid_N", which is False for broken images
+- "checksum_NU" of each augmentation of an image, which is checked when that is read. A checksum of
+  the whole file would require to read all of it first.
 """
 
 import dataclasses
@@ -12,7 +14,7 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -24,32 +26,22 @@ from varjax.storage import files, untrusted
 from varjax.storage.checksums import row_checksum
 from varjax.storage.image_files import BrokenImageCounter
 
-CHECKSUM_NAME = "checksum_NU"  # of an array in files
-ABOUT_FILE = "latents.json"  # says what a folder's latents are
+CHECKSUM_NAME = "checksum_NU"
+ABOUT_FILE = "latents.json"  # describes the latents in a folder
 MAX_IMAGES, MAX_SHARDS = 2**40, 2**20
 FLOATS = {"bfloat16", "float8_e4m3fn", "float8_e5m2"}  # NumPy has no letter for their kind
 
-# uint8 images (B, H, W, C) -> latents by name, (B, ...), perhaps still being computed.
+# uint8 images (B, H, W, C) -> latents (B, ...) by name; may return before they are computed.
 EncodeBatch = Callable[[np.ndarray], Mapping[str, Any]]
-
-
-class ShapeAndDtype(Protocol):
-    """Anything with a shape and a dtype, such as jax.ShapeDtypeStruct."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> Any: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """Shape and storage dtype of one array of an image's latents; without JAX, unlike its own.
+    """Shape and storage dtype of one array of an image's latents: jax.ShapeDtypeStruct without JAX.
 
     Attributes:
         shape: shape of one image's array, without the batch axis.
-        dtype: number format in files; integers of any kind become int32 in a batch, floats float32.
+        dtype: number format in files; in a batch, integers become int32 and floats float32.
     """
 
     shape: tuple[int, ...]
@@ -62,11 +54,11 @@ class ArraySpec:
 
 @dataclasses.dataclass(frozen=True)
 class RoundingError:
-    """Holds the largest differences between stored and computed floats.
+    """Holds the largest errors of stored floats.
 
     Attributes:
-        absolute: largest absolute difference.
-        relative: largest difference as a fraction of its number.
+        absolute: largest absolute error.
+        relative: largest error as a fraction of the number.
     """
 
     absolute: float = 0.0
@@ -76,12 +68,12 @@ class RoundingError:
     def of(cls, array: np.ndarray, stored: np.ndarray) -> "RoundingError":
         """Measures an array against its stored form."""
         errors, sizes = np.abs(stored.astype(array.dtype) - array), np.abs(array)
-        # Where a number is 0, so is what is stored.
-        shares = errors / np.maximum(sizes, np.finfo(array.dtype).tiny)
-        return cls(float(errors.max(initial=0)), float(shares.max(initial=0)))
+        # A number of 0 is stored as 0, so its error is 0.
+        ratios = errors / np.maximum(sizes, np.finfo(array.dtype).tiny)
+        return cls(float(errors.max(initial=0)), float(ratios.max(initial=0)))
 
     def __or__(self, other: "RoundingError") -> "RoundingError":
-        """Returns the larger one of each."""
+        """Returns the larger error of each kind."""
         absolute = max(self.absolute, other.absolute)
         return RoundingError(absolute, max(self.relative, other.relative))
 
@@ -89,11 +81,11 @@ class RoundingError:
 RoundingErrors = dict[str, RoundingError]  # by the names in `latent_spec`
 
 
-def spec_to_json(spec: Mapping[str, ShapeAndDtype], floats: str | None = None) -> dict[str, Any]:
+def spec_to_json(spec: Mapping[str, Any], floats: str | None = None) -> dict[str, Any]:
     """Returns a `latent_spec` as JSON data, {name: {"shape", "dtype"}}.
 
     Args:
-        spec: latent spec of the tokenizer.
+        spec: arrays by name, each with a shape and a dtype.
         floats: number format in which floats are stored; None for the one in `spec`.
     """
     dtypes = {name: np.dtype(array.dtype) for name, array in spec.items()}
@@ -109,7 +101,7 @@ def spec_to_json(spec: Mapping[str, ShapeAndDtype], floats: str | None = None) -
 def read_about(path: pathlib.Path) -> dict[str, Any]:
     """Reads latents.json.
 
-    Raises InputError where it is missing, or lacks or claims what no folder of latents does.
+    Raises InputError if it is missing, incomplete or contains impossible values.
     """
     about = files.read_json(path)
     try:
@@ -160,7 +152,7 @@ def shard_name(split: str, number: int, count: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LatentShard:
-    """A file to be written, of the latents of some consecutive images of a split.
+    """A file to write, with the latents of consecutive images of a split.
 
     Attributes:
         out: folder of the shards.
@@ -191,7 +183,7 @@ class LatentShard:
 
     @property
     def rows(self) -> range:
-        """Its rows, U of each image, numbered through the whole split."""
+        """Indices of its rows in the whole split, with U rows per image."""
         starts = shard_starts(self.about["images"][self.split], self.about["shards"][self.split])
         start, stop = starts[self.number : self.number + 2]
         return range(start * self.augmentations, stop * self.augmentations)
@@ -199,14 +191,14 @@ class LatentShard:
     def write(self, rows: Mapping[str, np.ndarray]) -> RoundingErrors:
         """Writes the file from the latents, "label_B" and "valid_B" of all its rows.
 
-        Returns what storing has changed; raises InputError for NaN and for too large numbers.
+        Returns the rounding errors; raises InputError for NaN and for numbers too large to store.
         """
         U, valid_B = self.augmentations, rows["valid_B"]
         arrays = {"label_N": rows["label_B"][::U], "valid_N": valid_B[::U]}
         errors = {}
         for name, spec in read_spec(self.about).items():
             self._check_finite(name, rows)
-            with np.errstate(over="ignore"):  # it is told below
+            with np.errstate(over="ignore"):  # reported below
                 array = rows[name].astype(spec.dtype)
             if np.issubdtype(spec.dtype, np.floating) and spec.dtype != rows[name].dtype:
                 computed, stored = rows[name][valid_B], array[valid_B]
@@ -214,8 +206,8 @@ class LatentShard:
                     largest = np.abs(computed).max()
                     raise InputError(
                         f"{name}: {largest:g} cannot be stored as {spec.dtype}, whose largest "
-                        f"number is {np.finfo(spec.dtype).max:g}; give another folder and "
-                        "--dtype=float32"
+                        f"number is {np.finfo(spec.dtype).max:g}; use --dtype=float32 with another "
+                        "folder"
                     )
                 errors[name] = RoundingError.of(computed, stored)
             array[~valid_B] = 0
@@ -225,16 +217,16 @@ class LatentShard:
         return errors
 
     def _check_finite(self, name: str, rows: Mapping[str, np.ndarray]) -> None:
-        """Raises InputError where an array of latents of an image that was read is not finite."""
+        """Raises InputError if latents of a valid image are not finite."""
         finite_B = np.asarray(np.isfinite(rows[name]).reshape(len(rows[name]), -1).all(axis=1))
         if (bad := np.flatnonzero(rows["valid_B"] & ~finite_B)).size:
             row = self.rows.start + int(bad[0])
             image, augmentation = divmod(row, self.augmentations)
             raise InputError(
                 f"{name} of {self.split} image {image} (from 0, label {rows['label_B'][bad[0]]}, "
-                f"augmentation {augmentation}) holds NaN or infinite numbers, and {bad.size} of "
-                f"{len(finite_B)} rows do; this file is not written. Look at the image and at its "
-                "reconstruction (varjax evaluate-tokenizer), or give a tokenizer of an earlier step"
+                f"augmentation {augmentation}) contains NaN or infinity, as do {bad.size} of "
+                f"{len(finite_B)} rows; this file is not written. Look at the image and its "
+                "reconstruction (varjax evaluate-tokenizer), or use an earlier tokenizer step"
             )
 
     def _checksums(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -263,8 +255,8 @@ def latents_checksum(
 
     Args:
         split: name of the image's split.
-        image: number of the image in the split, from 0.
-        augmentation: number of the augmentation, from 0.
+        image: index of the image in the split.
+        augmentation: index of the augmentation.
         label: class of the image.
         valid: False for a broken image.
         latents: the arrays as they are stored, in the order of `latent_spec`.
@@ -282,7 +274,7 @@ def write_shards(shards: list[LatentShard], loader: Loader, encode: EncodeBatch)
         encode: function that encodes a batch, over all devices of this process.
 
     Returns:
-        What storing has changed, over all of them.
+        The largest rounding errors, by name of the array.
     """
     errors: RoundingErrors = {}
     total = sum(len(shard.rows) for shard in shards)
@@ -292,7 +284,7 @@ def write_shards(shards: list[LatentShard], loader: Loader, encode: EncodeBatch)
             todo = [shard for shard in shards if shard.split == split]
             batches = itertools.chain(_encoded(todo, loader, encode) if todo else (), [None])
             made: list[Mapping[str, np.ndarray]] = []
-            # One late, so that the devices are never without work.
+            # Results are fetched one batch late, so that the devices always have work.
             for batch, _ in itertools.pairwise(batches):
                 assert batch is not None
                 shard, rows, last = batch
@@ -310,7 +302,7 @@ def write_shards(shards: list[LatentShard], loader: Loader, encode: EncodeBatch)
 def _encoded(
     shards: list[LatentShard], loader: Loader, encode: EncodeBatch
 ) -> Iterator[tuple[LatentShard, dict[str, Any], bool]]:
-    """Yields (shard, some of its rows, whether they are the last ones); all shards of one split."""
+    """Yields (shard, some of its rows, whether they are its last), for shards of one split."""
     size = loader.batch_size
     batches = [(s, s.rows[i : i + size]) for s in shards for i in range(0, len(s.rows), size)]
     positions = [rows for _, rows in batches]

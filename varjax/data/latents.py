@@ -32,9 +32,9 @@ from varjax.storage.image_files import BrokenImage
 class CachedLatents:
     """A folder that `varjax cache-latents` filled.
 
-    It holds the latents of U augmentations of each training image, of which epoch e shows number
-    e mod U. With the seed that they were made with, the first U epochs are those of the images.
-    Raises InputError where `root` holds none, or not yet all.
+    It holds the latents of U augmentations of each training image; epoch e shows augmentation
+    e mod U. A run with the seed of the latents has the same first U epochs as on the images. Raises
+    InputError if `root` holds no latents, or not all of them.
 
         data = CachedLatents("/data/tokens")
         batch = data.make(batch_size=64, seed=0).train_batch(0)  # {"tokens_BL", "label_B"}
@@ -49,10 +49,10 @@ class CachedLatents:
 
     @functools.cached_property
     def about(self) -> dict[str, Any]:
-        """All that the command was asked for, as it wrote it down."""
+        """The content of latents.json, which the command wrote."""
         if not (path := as_path(self.root) / ABOUT_FILE).is_file():
             raise InputError(
-                f"{self.root} holds no latents: {path} is missing; make some by "
+                f"{self.root} holds no latents: {path} is missing; make them with "
                 "varjax cache-latents"
             )
         return read_about(path)
@@ -63,7 +63,7 @@ class CachedLatents:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, channels) of the images that became latents."""
+        """(H, W, channels) of the encoded images."""
         H, W, C = self.about["image_shape"]
         return H, W, C
 
@@ -76,19 +76,25 @@ class CachedLatents:
         """Makes batches of the latents and "label_B"; see `make_loader`."""
         transform, identity = LatentTransform(self.latent_spec), self.about["tokenizer_identity"]
         loader = Loader(self, transform, batch_size, seed, rows, identity)
-        _ = loader.train_source, loader.held_out_source  # so that what is missing is told now
+        _ = loader.train_source, loader.held_out_source  # reports missing files now
         return loader
 
     def source(self, split: Split) -> "LatentSource":
         """Opens a split, in the order of the images."""
         about = self.about
-        counts = about["images"][split], about["augmentations"][split], about["shards"][split]
-        source = LatentSource(self.root, split, *counts, self.latent_spec)
-        source.open()
+        source = LatentSource(
+            self.root,
+            split,
+            images=about["images"][split],
+            augmentations=about["augmentations"][split],
+            shards=about["shards"][split],
+            spec=self.latent_spec,
+        )
+        _ = source.arrays  # reports missing and wrong files now
         return source
 
     def describe(self) -> dict[str, Any]:
-        """Returns JSON data of the images, and data that reveal whether latents have changed."""
+        """Returns JSON data that describe the images and reveal whether latents have changed."""
         names = {"tokenizer_identity", "augmentations", "seed", "pixels"}
         return self.about["data"] | {name: x for name, x in self.about.items() if name in names}
 
@@ -120,10 +126,10 @@ class LatentTransform:
 
 @dataclasses.dataclass(frozen=True)
 class LatentSource:
-    """{"latents": {name: (U, ...)}, "label", …} of each image, read from memory-mapped files.
+    """Reads {"latents": {name: (U, ...)}, "label", …} of each image from memory-mapped files.
 
-    "augmentations" is U, and "check" a function of an augmentation's number; it raises InputError
-    where its latents are not those that were written.
+    "augmentations" is U. "check" is a function of an augmentation's index, which raises
+    DamagedFileError if its latents are not those that were written.
 
     Attributes:
         root: folder of the cached latents.
@@ -146,38 +152,34 @@ class LatentSource:
         """The first image of each shard, and the number of images."""
         return shard_starts(self.images, self.shards)
 
-    def open(self) -> None:
-        """Maps the files; raises InputError where some are missing or of another shape."""
-        _ = self.arrays
-
     @functools.cached_property
     def arrays(self) -> list[dict[str, np.ndarray]]:
-        """The stored arrays of each shard."""
+        """The stored arrays of each shard; InputError if files are missing or have other shapes."""
         root = as_path(self.root)
         paths = [root / shard_name(self.split, i, self.shards) for i in range(self.shards)]
         if missing := sum(not path.is_file() for path in paths):
             raise InputError(
-                f"{self.root} lacks {missing} of {self.shards} {self.split} files of latents; run "
-                "varjax cache-latents to its end"
+                f"{self.root} lacks {missing} of {self.shards} {self.split} files of latents; let "
+                "varjax cache-latents finish"
             )
         shards = [files.read_tensors(path, check=False)[0] for path in paths]
-        for i, (path, found) in enumerate(zip(paths, shards, strict=True)):
+        for i, (path, shard) in enumerate(zip(paths, shards, strict=True)):
             count, U = self.starts[i + 1] - self.starts[i], self.augmentations
             expected = {
                 stored_name(name): ((count, U, *spec.shape), spec.dtype)
                 for name, spec in self.spec.items()
             }
             expected |= {"valid_N": ((count,), np.dtype(bool))}
-            expected |= {"label_N": ((count,), found.get("label_N", np.zeros(0, int)).dtype)}
-            if CHECKSUM_NAME in found:  # files of older versions have none
+            expected |= {"label_N": ((count,), shard.get("label_N", np.zeros(0, int)).dtype)}
+            if CHECKSUM_NAME in shard:  # files of older versions have none
                 expected |= {CHECKSUM_NAME: ((count, U), np.dtype(np.uint64))}
-            kinds = {name: (array.shape, array.dtype) for name, array in found.items()}
+            kinds = {name: (array.shape, array.dtype) for name, array in shard.items()}
             for name, (shape, dtype) in expected.items():
                 if kinds.get(name) != (shape, dtype):
-                    there = "{} {}".format(*kinds[name]) if name in kinds else "nothing"
+                    actual = "{} {}".format(*kinds[name]) if name in kinds else "missing"
                     raise InputError(
-                        f"{path} holds {name} of {there}, but {shape} {dtype} belong there; "
-                        "delete it and make it again"
+                        f"{path}: {name} is {actual}, but must be {shape} {dtype}; delete the file "
+                        "and make it again"
                     )
         return shards
 
@@ -205,8 +207,12 @@ class LatentSource:
         if not valid:
             check(0)
             raise BrokenImage(f"{self.root} {self.split}[{index}]", "it has no latents")
-        about = {"label": label, "augmentations": self.augmentations, "check": check}
-        return {"latents": latents, **about}
+        return {
+            "latents": latents,
+            "label": label,
+            "augmentations": self.augmentations,
+            "check": check,
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

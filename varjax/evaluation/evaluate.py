@@ -11,6 +11,7 @@ import numpy as np
 
 import varjax
 from varjax.data.sources import CachedLatents, parse_dataset
+from varjax.data.stream import Split
 from varjax.data.transforms import Crop
 from varjax.errors import InputError, StorageError
 from varjax.evaluation.published import Measurement, compare_settings
@@ -52,7 +53,7 @@ class EvaluationSettings:
 
     extract: FeatureExtractor
     reference: str
-    split: str
+    split: Split
     cache: pathlib.Path
     crop: Crop = "random"
 

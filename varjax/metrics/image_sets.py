@@ -6,11 +6,12 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
 
+from varjax.data.stream import ImageDataset, Split
 from varjax.errors import InputError
 from varjax.storage import files, image_io
 from varjax.storage.image_files import BrokenImage, BrokenImageCounter, read_size
@@ -158,17 +159,6 @@ class FolderImages:
         return np.array([number[file.parent] for file in self._files])
 
 
-class StoredImages(Protocol):
-    """A dataset of images, as `varjax.data.stream.ImageDataset` is one."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]: ...
-
-    def source(self, split: Any) -> Any: ...
-
-    def preprocess(self, image_HWC: np.ndarray) -> np.ndarray: ...
-
-
 class DatasetImages:
     """All images of a split of a dataset, cropped as for its evaluation.
 
@@ -181,7 +171,7 @@ class DatasetImages:
 
     label_N = None
 
-    def __init__(self, data: StoredImages, split: str):
+    def __init__(self, data: ImageDataset, split: Split):
         self._data, self._split, self._source = data, split, data.source(split)
         self.shape = len(self._source), *data.image_shape
         self._counter = BrokenImageCounter(len(self._source))

@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax.data.loader import Loader
 from varjax.errors import InputError
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.tokenizers import image_metrics
@@ -56,15 +57,6 @@ LATENT_METRICS: dict[type, LatentMetrics] = {
     VQConfig: LatentMetrics(measure_tokens, summarize_tokens, token_lines),
     KLConfig: LatentMetrics(measure_posteriors, summarize_posteriors, posterior_lines),
 }
-
-
-class HeldOutLoader(Protocol):
-    """Gives held-out batches {"image_BHWC": uint8, "valid_B"}; valid_B is False for padding."""
-
-    @property
-    def batch_size(self) -> int: ...
-
-    def held_out(self) -> Iterable[Mapping[str, np.ndarray]]: ...
 
 
 def measure_batch(
@@ -155,7 +147,7 @@ class SplitMeasures:
 def measure_split(
     config: Tokenizer,
     params: PyTree,
-    loader: HeldOutLoader,
+    loader: Loader,
     lpips_params: PyTree = None,
     show: Collection[int] = (),
     worst: int = 8,

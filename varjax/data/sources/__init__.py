@@ -18,7 +18,7 @@ def parse_dataset(
     """Makes the dataset that a command line names.
 
     Args:
-        text: "folder:PATH", "tfds:NAME", "tfds:DIRECTORY", "latents:PATH" (or "tokens:PATH"),
+        text: "folder:PATH", "tfds:NAME", "tfds:DIRECTORY", "latents:PATH",
             "digits", "photos" or "random".
         size: pixels of both sides of the images, or (height, width).
         channels: channels of the images, if the dataset has a choice.
@@ -32,7 +32,7 @@ def parse_dataset(
         return Folder(where, size, channels, crop)
     if kind == "tfds" and where:
         return TFDS(where, size=size, channels=channels, crop=crop)
-    if kind in ("latents", "tokens") and where:
+    if kind == "latents" and where:
         return CachedLatents(where)
     if kind == "digits" and not colon:
         if size not in (8, (8, 8)):
