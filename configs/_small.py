@@ -46,7 +46,7 @@ class Recipe:
         base_lr: peak learning rate of both stages, for each 256 images of a batch.
         tokenizer_steps: updates of the tokenizer's run, in batches of 64.
         steps: updates of the transformer's run.
-        cfg: guidance when sampling.
+        guidance: guidance scale when sampling.
     """
 
     vocab: int
@@ -55,12 +55,12 @@ class Recipe:
     base_lr: float
     tokenizer_steps: int
     steps: int
-    cfg: float
+    guidance: float
 
 
 # Found on scikit-learn's digits (8 pixels), and on 4,500 handwritten digits of 28 pixels.
-UP_TO_8 = Recipe(256, CodebookConfig(), 128, 8e-3, 1000, 1000, 0.25)
-LARGER = Recipe(512, CodebookConfig("kmeans", 50), 192, 6e-3, 1200, 1500, 3.0)
+UP_TO_8 = Recipe(256, CodebookConfig(), 128, 8e-3, 1000, 1000, 1.25)
+LARGER = Recipe(512, CodebookConfig("kmeans", 50), 192, 6e-3, 1200, 1500, 4.0)
 
 
 def small_tokenizer(data: Any, run_dir: str) -> Experiment:
@@ -117,7 +117,7 @@ def small_var(data: Any, tokenizer_run: Experiment, run_dir: str) -> Experiment:
             optimizer=AdamW(base_lr=recipe.base_lr, schedule="cos", warmup=0.05),
             ema_decay=0.99,
             compute=ComputeConfig(unroll=True),
-            sampling=VAROptions(cfg=recipe.cfg, top_k=0, top_p=0.0),
+            sampling=VAROptions(guidance=recipe.guidance, top_k=0, top_p=0.0),
         ),
         data=data,
         run_dir=run_dir,

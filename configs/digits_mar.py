@@ -51,7 +51,11 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
     # After a short run, samples are too alike; a temperature above 1 makes up for some of it.
     temperature = 1.0 if codes else 1.1
     sampling = MAROptions(
-        cfg=1.5, temperature=temperature, steps=8, diffusion_steps="100", clip_denoised=4.0
+        guidance=1.5,
+        temperature=temperature,
+        steps=8,
+        diffusion_steps="100",
+        clip_denoised=4.0,
     )
     if isinstance(tokenizer, VQConfig):
         head, latent_map = CategoricalHead(tokenizer.vocab), tokenizer.pyramid.finest

@@ -26,12 +26,12 @@ so the cache holds its mean and standard deviation, for both flips of each image
     varjax cache-latents --config=configs/mar.py:b --augmentations=2 \
         --dtype=float16 --out=/data/latents
 
-Published by the authors for these settings (800 epochs, 50,000 samples, 256 steps, cfg linear):
+Published by the authors (800 epochs, 50,000 samples in 256 steps, linear guidance):
 
-    model  parameters  cfg   FID    without guidance, temperature 0.95
-    b        208 M     2.9   2.31   3.48
-    l        478 M     3.0   1.78   2.60
-    h        942 M     3.2   1.55   2.35
+    model  parameters  guidance  FID    without guidance, temperature 0.95
+    b        208 M     2.9       2.31   3.48
+    l        478 M     3.0       1.78   2.60
+    h        942 M     3.2       1.55   2.35
 
 Hardware: 16 or more GPUs or TPU chips. To train on fewer devices, keep the batch size and set
 --config.task.accumulate. On NVIDIA GPUs, fused attention does not support dropout of its weights.
@@ -114,7 +114,9 @@ def get_config(arg: str = "b") -> Experiment:
             tokenizer_weights=weights,
             optimizer=optimizer,
             compute=ComputeConfig(remat="dots" if size == "b" else "block"),
-            sampling=MAROptions(cfg=GUIDANCE[size], steps=min(MAROptions().steps, model.length)),
+            sampling=MAROptions(
+                guidance=GUIDANCE[size], steps=min(MAROptions().steps, model.length)
+            ),
         ),
         data=data,
         run_dir=f"runs/mar_{size}",

@@ -17,9 +17,9 @@ Images become tokens by the released tokenizer, which is converted once:
 
 Another tokenizer of equal sizes needs --config.task.tokenizer_weights=runs/my_tokenizer.
 
-Published by the authors for these settings:
+Published by the authors for these settings (guidance 2.5 is the official cfg 1.5):
 
-    model  parameters  batch  epochs   FID (50,000 samples, cfg 1.5, top-k 900, top-p 0.96)
+    model  parameters  batch  epochs   FID (50,000 samples, guidance 2.5, top-k 900, top-p 0.96)
     d16        310 M     768     200   3.55   loss 6.046 at the end, 5.345 at the last scale
     d20        600 M     768     250   2.95
     d24        1.0 B     768     350   2.33

@@ -126,9 +126,9 @@ def test_the_kl_tokenizer_s_recipe_is_ldm_s():
 
 
 @pytest.mark.parametrize(
-    ("size", "cfg", "millions"), [("b", 2.9, 208), ("l", 3.0, 478), ("h", 3.2, 942)]
+    ("size", "guidance", "millions"), [("b", 2.9, 208), ("l", 3.0, 478), ("h", 3.2, 942)]
 )
-def test_mar_s_recipes_are_the_official_ones(size, cfg, millions):
+def test_mar_s_recipes_are_the_official_ones(size, guidance, millions):
     e = load(f"mar.py:{size},data=random")
     e.check()
     e.task.check(e.data.image_shape, e.data.classes)
@@ -139,7 +139,7 @@ def test_mar_s_recipes_are_the_official_ones(size, cfg, millions):
         4,
     )
     assert e.task.attention_dropout == e.task.dropout == e.task.class_dropout == 0.1
-    assert e.task.sampling.cfg == cfg and e.task.sampling.clip_denoised == 0
+    assert e.task.sampling.guidance == guidance and e.task.sampling.clip_denoised == 0
     optimizer, plan = e.task.optimizer, e.plan(IMAGES)
     epoch = plan.steps // 800
     lr = optimizer.lr(np.array([0, 50 * epoch, 100 * epoch + 1, plan.steps - 1]), plan)

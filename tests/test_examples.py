@@ -258,7 +258,7 @@ def test_var_sampling_matches_library():
     )
     both = {"tokenizer": {"quantizer": library_quantizer()}, "var": library}
     draw = jax.jit(functools.partial(sample_tokens, tokenizer, var_config()))
-    options = VAROptions(cfg=1.5, top_k=0, top_p=0.0)  # the library's 1.5 is a guidance of 2.5
+    options = VAROptions(guidance=2.5, top_k=0, top_p=0.0)
     expected_BL, f_hat_BhwZ = draw(both, label_B, key_B, options)
     np.testing.assert_array_equal(token_BL, expected_BL)
     close(f_hats[-1], f_hat_BhwZ)
@@ -456,8 +456,8 @@ def test_mar_sampling_matches_library(monkeypatch):
 
     config = mar_config()
     options = MAROptions(
-        cfg=2.0,
-        cfg_schedule="constant",
+        guidance=2.0,
+        guidance_schedule="constant",
         temperature=1.0,
         steps=nano_mar.STEPS,
         diffusion_steps=str(J),

@@ -83,7 +83,7 @@ def test_what_is_transparent_in_a_mask_is_kept(tmp_path, capsys):
 
 
 def test_the_picture_shows_original_mask_and_results(photo, capsys):
-    shown = edit(photo, "--box=0,0,4,8", "--count=3", "--batch_size=2", "--cfg=1")
+    shown = edit(photo, "--box=0,0,4,8", "--count=3", "--batch_size=2", "--guidance=2")
     assert shown.shape == (65, 5 * 65, 3)
     assert (
         "48x40 pixels, resized (shorter side) and center-cropped to 8x8" in capsys.readouterr().out
@@ -94,7 +94,7 @@ def test_the_picture_shows_original_mask_and_results(photo, capsys):
     assert np.array_equal(tile(shown, 1), np.concatenate([red_HWC, original_HWC[4:]]))
     model, upper = varjax.load(runs.var()), np.arange(4)[:, None].repeat(4, axis=1) < 2
     image_BHWC = image_io.read_image(photo, (8, 8, 1))[None]
-    results = model.edit(image_BHWC, ~upper, cfg=1.0, index=range(3))
+    results = model.edit(image_BHWC, ~upper, guidance=2.0, index=range(3))
     results_NHWC = image_io.to_uint8(np.asarray(results)).astype(int)
     for i in range(3):
         assert np.abs(tile(shown, 2 + i) - results_NHWC[i]).max() <= 1
@@ -110,7 +110,7 @@ def test_kept_tokens_stay_and_the_others_vary():
     )
     draw = jax.jit(functools.partial(sample_tokens, model.tokenizer, model.var))
     label_B, key_B = jnp.full(4, 3), image_keys(0, jnp.arange(4))
-    options = VAROptions(cfg=1.0, top_k=0, top_p=0.0)
+    options = VAROptions(guidance=2.0, top_k=0, top_p=0.0)
     found_BL, _ = draw(model.params, label_B, key_B, options, known)
     keep_BL, found_BL = np.asarray(known.keep_BL), np.asarray(found_BL)
     assert np.array_equal(found_BL[keep_BL], np.asarray(tokens_BL)[keep_BL])

@@ -65,7 +65,7 @@ def test_official_files_reproduce_the_reference_and_go_back_to_the_bit(name, tmp
     images_BHWC = (golden.images(name) + 1) / 2
     np.testing.assert_array_equal(model.encode(images_BHWC), tokens_BL)
     np.testing.assert_allclose(model.logits(tokens_BL, label_B), expected["logits"], atol=2e-4)
-    images_BHWC = model.sample(label_B, cfg=1.5, top_k=1, top_p=0.0)
+    images_BHWC = model.sample(label_B, guidance=2.5, top_k=1, top_p=0.0)
     np.testing.assert_allclose(
         golden.strided(name, images_BHWC), expected["generate.cfg1.5.image"], atol=2e-4
     )

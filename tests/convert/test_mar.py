@@ -213,7 +213,7 @@ def test_sizes_and_guidance_of_the_released_models(name):
     config = MAR.infer(released(name), ConvertOptions())
     assert config == MARConfig.preset(preset)
     assert MAR.sampling is not None
-    assert MAR.sampling(config) == MAROptions(cfg=guidance)
+    assert MAR.sampling(config) == MAROptions(guidance=guidance)
 
 
 def test_sampling_defaults_are_written_and_suit_the_model(directory):

@@ -126,20 +126,20 @@ def test_a_model_is_measured_as_the_samples_it_writes(tmp_path):
 def test_a_sweep_measures_every_point_once(tmp_path, capsys):
     arguments = [
         f"--weights={runs.var()}", "--count=2", *PIXELS,
-        "--sweep", "cfg=0,2", "top_k=1,9", "--out=sweep.json",
+        "--sweep", "guidance=1,3", "top_k=1,9", "--out=sweep.json",
     ]  # fmt: skip
     assert run(*arguments) == 0
     printed = capsys.readouterr().out
     assert printed.count("lowest FID") == 1 and "sweep.png" in printed
     points = files.read_json(tmp_path / "sweep.json")["points"]
     assert [point["options"] for point in points] == [
-        {"cfg": cfg, "top_k": top_k} for cfg in (0.0, 2.0) for top_k in (1, 9)
+        {"guidance": guidance, "top_k": top_k} for guidance in (1.0, 3.0) for top_k in (1, 9)
     ]
     assert points[0]["fid"] != points[1]["fid"]
-    assert (tmp_path / "sweep.cfg=2.0,top_k=1.json").is_file()
-    written = (tmp_path / "sweep.cfg=0.0,top_k=1.json").stat().st_mtime_ns
+    assert (tmp_path / "sweep.guidance=3.0,top_k=1.json").is_file()
+    written = (tmp_path / "sweep.guidance=1.0,top_k=1.json").stat().st_mtime_ns
     assert run(*arguments) == 0
-    assert (tmp_path / "sweep.cfg=0.0,top_k=1.json").stat().st_mtime_ns == written
+    assert (tmp_path / "sweep.guidance=1.0,top_k=1.json").stat().st_mtime_ns == written
 
 
 def test_a_network_with_all_features_gives_every_metric(tmp_path, monkeypatch):
@@ -159,17 +159,18 @@ def test_a_network_with_all_features_gives_every_metric(tmp_path, monkeypatch):
 
 
 def test_the_sweep_is_read_by_the_options_types():
-    points = parse_sweep(["cfg=0,1.5", "top_k=5"], VAROptions())
-    assert points == [{"cfg": 0.0, "top_k": 5}, {"cfg": 1.5, "top_k": 5}]
+    points = parse_sweep(["guidance=1,2.5", "top_k=5"], VAROptions())
+    assert points == [{"guidance": 1.0, "top_k": 5}, {"guidance": 2.5, "top_k": 5}]
     for text, message in (
-        ("cfg", "give OPTION=VALUE"),
-        ("heads=1,2", "options of this model are cfg"),
+        ("guidance", "give OPTION=VALUE"),
+        ("cfg=0,1.5", "sweep cfg=0,1.5: write guidance=1.0,2.5, for guidance is VAR's cfg"),
+        ("heads=1,2", "options of this model are guidance"),
         ("top_k=a", "sweep top_k=a: give a int"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_sweep([text], VAROptions())
-    with pytest.raises(ValueError, match="cfg is swept twice"):
-        parse_sweep(["cfg=1", "cfg=2"], VAROptions())
+    with pytest.raises(ValueError, match="guidance is swept twice"):
+        parse_sweep(["guidance=1", "guidance=2"], VAROptions())
 
 
 @pytest.mark.parametrize(
@@ -178,8 +179,8 @@ def test_the_sweep_is_read_by_the_options_types():
         ([], "give SAMPLES .* or --weights"),
         (["a.npz", "--weights=b"], "give SAMPLES .* or --weights"),
         (["a.npz", "--out=report.txt"], "ends in .json"),
-        (["a.npz", "--cfg=2"], "--cfg: only with --weights"),
-        (["a.npz", "--sweep", "cfg=1"], "--sweep: only with --weights"),
+        (["a.npz", "--guidance=2"], "--guidance: only with --weights"),
+        (["a.npz", "--sweep", "guidance=1"], "--sweep: only with --weights"),
         (["absent.npz"], "absent.npz does not exist"),
         (["one.npz"], "one.npz holds 1 images; two or more"),
         (["large.npz"], "digits are 8 by 8 pixels"),

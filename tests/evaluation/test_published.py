@@ -41,13 +41,13 @@ def converted(tmp_path):
 
 def var_d16(location, **changes):
     measurement = Measurement(
-        location, VARConfig.preset("d16"), VAROptions(1.5, 900, 0.96), 50, ADM, INCEPTION
+        location, VARConfig.preset("d16"), VAROptions(2.5, 900, 0.96), 50, ADM, INCEPTION
     )
     return dataclasses.replace(measurement, **changes)
 
 
 def mar_b(location, **changes):
-    options = MAROptions(cfg=2.9, steps=256)
+    options = MAROptions(guidance=2.9, steps=256)
     measurement = Measurement(
         location, MARConfig.preset("mar_b"), options, 50, "adm_in256_stats.npz", INCEPTION
     )
@@ -60,7 +60,7 @@ def test_equal_settings_of_published_weights_are_compared(converted):
     result, differences = compare_settings(mar_b(converted("mar_b")))
     assert result is not None and not differences
     assert result.metrics == {"fid": 2.31, "inception_score": 281.7}
-    unguided = MAROptions(cfg=1.0, temperature=0.95, steps=256)
+    unguided = MAROptions(guidance=1.0, temperature=0.95, steps=256)
     result, differences = compare_settings(mar_b(converted("mar_b"), options=unguided))
     assert result is not None and result.metrics == {"fid": 3.48} and not differences
 
@@ -68,9 +68,9 @@ def test_equal_settings_of_published_weights_are_compared(converted):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (dict(options=VAROptions(2.0, 900, 0.96)), "cfg is 2.0, published 1.5"),
-        (dict(options=VAROptions(1.5, 0, 0.96)), "top_k is 0, published 900"),
-        (dict(options=VAROptions(1.5, 900, 0.9)), "top_p is 0.9, published 0.96"),
+        (dict(options=VAROptions(3.0, 900, 0.96)), "guidance is 3.0, published 2.5"),
+        (dict(options=VAROptions(2.5, 0, 0.96)), "top_k is 0, published 900"),
+        (dict(options=VAROptions(2.5, 900, 0.9)), "top_p is 0.9, published 0.96"),
         (dict(options=VAROptions(smooth=True)), "smooth is True, published False"),
         (dict(count=5), "5 samples of each class, published 50"),
         (dict(reference="folder:/data/imagenet"), "the reference is folder:/data/imagenet"),
@@ -86,12 +86,12 @@ def test_each_setting_that_differs_is_said(changes, says, converted):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (MAROptions(cfg=2.9, steps=64), "steps is 64, published 256"),
-        (MAROptions(2.9, "constant", 256), "cfg_schedule is constant, published linear"),
+        (MAROptions(guidance=2.9, steps=64), "steps is 64, published 256"),
+        (MAROptions(2.9, "constant", 256), "guidance_schedule is constant, published linear"),
         (MAROptions(2.9, "linear", 256, 0.95), "temperature is 0.95, published 1.0"),
         (MAROptions(steps=256, diffusion_steps="50:5"), "diffusion_steps is 50:5, published 100"),
         (MAROptions(steps=256, clip_denoised=3.0), "clip_denoised is 3.0, published 0.0"),
-        (MAROptions(cfg=3.2, steps=256), "cfg is 3.2, published 2.9"),
+        (MAROptions(guidance=3.2, steps=256), "guidance is 3.2, published 2.9"),
     ],
 )
 def test_each_option_of_mar_counts(options, says, converted):
@@ -135,7 +135,7 @@ def test_sizes_of_released_models_and_mars_steps():
     assert compare_settings(var_d16("absent", config=runs.VAR)) == (None, [])
     assert evaluation_options(MARConfig.preset("mar_b"), {}) == {"steps": 256}
     assert evaluation_options(MARConfig.preset("mar_b"), {"steps": 64}) == {"steps": 64}
-    assert evaluation_options(runs.MAR, {"cfg": 2.0}) == {"cfg": 2.0}
+    assert evaluation_options(runs.MAR, {"guidance": 2.0}) == {"guidance": 2.0}
     assert evaluation_options(VARConfig.preset("d16"), {}) == {}
 
 

@@ -33,7 +33,7 @@ MAR = MARConfig(
     width=16, encoder_depth=1, decoder_depth=1, encoder_heads=2, decoder_heads=2,
     head=DiffusionHead(channels=3, depth=1, width=16), classes=10, latent_map=(4, 4), buffer_size=2,
 )  # fmt: skip
-MAR_SAMPLING = MAROptions(cfg=1.5, steps=2, diffusion_steps="3", clip_denoised=3.0)
+MAR_SAMPLING = MAROptions(guidance=1.5, steps=2, diffusion_steps="3", clip_denoised=3.0)
 
 
 @functools.cache
@@ -52,7 +52,7 @@ def tokenizer() -> pathlib.Path:
 @functools.cache
 def var() -> pathlib.Path:
     run = root() / "var"
-    options = VAROptions(cfg=0.5, top_k=7)
+    options = VAROptions(guidance=1.5, top_k=7)
     task = VARTask(VAR, TOKENIZER, str(tokenizer()), ema_decay=0.5, sampling=options)
     _train(task, run, keep_best="eval_ema/loss")
     return run

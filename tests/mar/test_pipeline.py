@@ -31,7 +31,7 @@ def test_what_a_run_says_of_itself():
     assert family_of(runs.mar()).name == "mar"
     assert model.config == {"tokenizer": runs.KL, "mar": runs.MAR}
     assert (model.classes, model.image_shape, model.edit_shape) == (10, (8, 8, 1), (4, 4))
-    assert model.options() == runs.MAR_SAMPLING and model.options(cfg=3).cfg == 3.0
+    assert model.options() == runs.MAR_SAMPLING and model.options(guidance=3).guidance == 3.0
 
 
 def test_samples_are_those_of_their_latents_and_of_their_index():
@@ -88,7 +88,7 @@ def test_vectors_depend_on_known_tokens_alone():
         (lambda m: m.edit(images(), KEEP, seed=2**32), "seed=4294967296: must be"),
         (lambda m: m.decode(np.zeros((0, 4, 4, 3))), "needed is .B, .*4, 4, 3"),
         (lambda m: m.sample([1], steps=17), "steps=17: must be at most 16"),
-        (lambda m: m.sample([1], top_k=3), "top_k: no option of this model; it has cfg"),
+        (lambda m: m.sample([1], top_k=3), "top_k: no option of this model; it has guidance"),
         (lambda m: m.sample([1], diffusion_steps=1), "diffusion_steps=1: give one number"),
         (lambda m: m.decode(np.zeros((2, 4, 4, 4))), "needed is .B, .*4, 4, 3"),
         (lambda m: m.hidden(np.zeros((2, 4, 4, 3)), np.ones((4, 3))), "known has shape .4, 3."),

@@ -27,7 +27,7 @@ TINY = MARConfig(
     width=24, encoder_depth=1, decoder_depth=1, encoder_heads=2, decoder_heads=2,
     head=DiffusionHead(channels=3, depth=1, width=16), classes=10, latent_map=(3, 4), buffer_size=2,
 )  # fmt: skip
-FEW = MAROptions(cfg=2.0, steps=5, diffusion_steps="4", clip_denoised=2.0)
+FEW = MAROptions(guidance=2.0, steps=5, diffusion_steps="4", clip_denoised=2.0)
 
 
 def official_noise(case, generation: str, steps: int):
@@ -61,9 +61,9 @@ def test_official_draws_are_read_in_their_order():
 @pytest.mark.parametrize(
     ("generation", "options"),
     [
-        ("generate.plain", dict(cfg=1.0, steps=4)),
-        ("generate.cfg3linear", dict(cfg=3.0, steps=4)),
-        ("generate.cfg2constant", dict(cfg=2.0, steps=3, cfg_schedule="constant")),
+        ("generate.plain", dict(guidance=1.0, steps=4)),
+        ("generate.cfg3linear", dict(guidance=3.0, steps=4)),
+        ("generate.cfg2constant", dict(guidance=2.0, steps=3, guidance_schedule="constant")),
     ],
 )
 def test_whole_generations_are_the_official_ones(name, generation, options):
@@ -142,7 +142,7 @@ def test_buckets_change_nothing(changes):
 def test_fewer_diffusion_steps_at_the_end_change_the_last_tokens_alone():
     config, key_B = TINY, KEY_B
     order_BL = np.asarray(draw_orders(config, key_B))
-    options = FEW.replace(cfg=1.0, steps=12)
+    options = FEW.replace(guidance=1.0, steps=12)
     all_alike = sampled(config, options.replace(diffusion_steps="4:4"))  # to 950, too
     # With 12 tokens, one a step: 4, 4, 4, 4, 4, 4, 3, … for the other half.
     annealed = sampled(config, options.replace(diffusion_steps="4:3:two_stage"))
@@ -200,7 +200,7 @@ def test_greedy_codes_are_those_of_the_largest_logit():
     greedy = [
         sampled(
             config,
-            MAROptions(cfg=1.0, steps=1, temperature=0.0),
+            MAROptions(guidance=1.0, steps=1, temperature=0.0),
             key_B=image_keys(s, jnp.arange(2)),
         )
         for s in (0, 1)
@@ -226,9 +226,9 @@ def test_schedules_draw_every_token_once():
     [
         (dict(steps=13), "steps=13: must be at most 12, the number of tokens"),
         (dict(steps=0), "steps=0: must be a whole number, 1 or more"),
-        (dict(cfg=-1.0), "cfg=-1.0: must be 0 or more; 1 turns it off"),
-        (dict(cfg=float("nan")), "cfg=nan: must be 0 or more"),
-        (dict(cfg_schedule="cosine"), "cfg_schedule=cosine: must be linear or constant"),
+        (dict(guidance=-1.0), "guidance=-1.0: must be a finite number, 1 (off)"),
+        (dict(guidance=float("nan")), "guidance=nan: must be a finite number, 1"),
+        (dict(guidance_schedule="cosine"), "guidance_schedule=cosine: must be linear or constant"),
         (dict(temperature=-0.1), "temperature=-0.1: must be a finite number, 0 or more"),
         (dict(clip_denoised=-1.0), "clip_denoised=-1.0: must be a finite number, 0"),
         (dict(diffusion_steps="1"), "diffusion_steps=1: give one number, 2 … 1000"),
@@ -259,8 +259,8 @@ def test_a_single_number_of_steps_ends_at_999():
 
 
 def test_whole_numbers_share_a_compilation_with_floats():
-    plan = make_plan(TINY, MAROptions(cfg=3, steps=4.0, diffusion_steps=10).check())
-    same = make_plan(TINY, MAROptions(cfg=3.0, steps=4, diffusion_steps="10").check())
+    plan = make_plan(TINY, MAROptions(guidance=3, steps=4.0, diffusion_steps=10).check())
+    same = make_plan(TINY, MAROptions(guidance=3.0, steps=4, diffusion_steps="10").check())
     assert jax.tree.structure(plan) == jax.tree.structure(same)
 
 

@@ -75,7 +75,7 @@ def residuals(options, shares, monkeypatch):
     drawn_BS = np.take_along_axis(token_BL, np.asarray(order_BL), axis=1)
     found = []
     for step, share in enumerate(shares):
-        scale = 1 + (options.cfg - 1) * share
+        scale = 1 + (options.guidance - 1) * share
         class_B = CLASS_MEANS[np.asarray(label_B)]
         mean_B = CLASS_MEANS[2] + scale * (class_B - CLASS_MEANS[2])
         if step:  # both halves of guidance see the same known tokens
@@ -89,11 +89,11 @@ def residuals(options, shares, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "shares"),
     [
-        (dict(cfg=1.0), LINEAR_SHARES),
-        (dict(cfg=1.0, temperature=0.9), LINEAR_SHARES),
-        (dict(cfg=3.0, cfg_schedule="linear"), LINEAR_SHARES),
-        (dict(cfg=3.0, cfg_schedule="constant"), (1,) * 4),
-        (dict(cfg=3.0, diffusion_steps="12:3"), LINEAR_SHARES),
+        (dict(guidance=1.0), LINEAR_SHARES),
+        (dict(guidance=1.0, temperature=0.9), LINEAR_SHARES),
+        (dict(guidance=3.0, guidance_schedule="linear"), LINEAR_SHARES),
+        (dict(guidance=3.0, guidance_schedule="constant"), (1,) * 4),
+        (dict(guidance=3.0, diffusion_steps="12:3"), LINEAR_SHARES),
     ],
     ids=["plain", "temperature", "linear", "constant", "DiSA"],
 )

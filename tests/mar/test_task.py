@@ -48,7 +48,7 @@ MODEL = MARConfig(
     width=24, encoder_depth=1, decoder_depth=2, encoder_heads=2, decoder_heads=2,
     head=DiffusionHead(channels=3, depth=1, width=16), classes=10, latent_map=(4, 4), buffer_size=2,
 )  # fmt: skip
-FAST = MAROptions(cfg=1.5, steps=2, diffusion_steps="3", clip_denoised=3.0)
+FAST = MAROptions(guidance=1.5, steps=2, diffusion_steps="3", clip_denoised=3.0)
 TASK = MARTask(
     MODEL, KL, "random", AdamW(base_lr=1e-2, schedule="constant", clip=3.0), ema_decay=0.5,
     sampling=FAST,

@@ -184,14 +184,14 @@ def test_a_device_tells_its_memory_and_a_cpu_has_the_machine_s(monkeypatch, tmp_
 def test_auto_looks_at_options_weights_and_images(capsys, monkeypatch):
     model = varjax.load(runs.var())
     weights = trees.nbytes(model.params)
-    assert model.sampling_bytes(1, model.options(cfg=0)) > weights
+    assert model.sampling_bytes(1, model.options(guidance=1)) > weights
     grows = [model.sampling_bytes(n, model.options()) for n in (1, 2, 3)]
     assert grows[2] - grows[1] == grows[1] - grows[0] > 0
-    unguided, guided = (model.sampling_bytes(16, model.options(cfg=cfg)) for cfg in (0, 2))
+    unguided, guided = (model.sampling_bytes(16, model.options(guidance=s)) for s in (1, 3))
     assert unguided < guided
     memory = int((unguided + guided) / 2 / 0.8)
     monkeypatch.setattr("varjax.sampling.batch_size.device_memory", lambda device: memory)
-    without, with_guidance = model.options(cfg=0), model.options(cfg=2)
+    without, with_guidance = model.options(guidance=1), model.options(guidance=3)
     assert choose_batch_size("auto", model, without, 1000) == 16
     assert choose_batch_size("auto", model, with_guidance, 1000) == 8
     assert "batch_size=auto: 8 at a time on each device" in capsys.readouterr().err

@@ -181,8 +181,10 @@ def test_a_finished_output_is_recognized_and_another_request_refused(whole, monk
         draw(out)
         with pytest.raises(ValueError, match="(?s)seed: 0 there, 1 asked.*delete it"):
             draw(out, "--seed=1")
-        with pytest.raises(ValueError, match="(?s)labels: all there, 1,2 .*cfg: 0.5 there, 3.0"):
-            draw(out, "--labels=1,2", "--cfg=3")
+        with pytest.raises(
+            ValueError, match="(?s)labels: all there, 1,2 .*guidance: 1.5 there, 4.0"
+        ):
+            draw(out, "--labels=1,2", "--guidance=4")
         with pytest.raises(ValueError, match="compute: .*float32.* there, .*bfloat16.* asked"):
             draw(out, "--dtype=bfloat16")
 

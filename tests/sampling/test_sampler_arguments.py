@@ -104,5 +104,5 @@ def test_every_option_refuses_what_is_no_number_of_its_own(options):
         for value in wrong.get(kind, NUMBERS):
             with pytest.raises(InputError, match=f"{field.name}="):
                 dataclasses.replace(options, **{field.name: value}).check()
-    found = dataclasses.replace(options, cfg=np.float32(2)).check()
-    assert type(found.cfg) is float and hash(found) is not None
+    found = dataclasses.replace(options, guidance=np.float32(2)).check()
+    assert type(found.guidance) is float and hash(found) is not None

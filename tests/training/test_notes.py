@@ -20,12 +20,12 @@ MAR = MARTask(runs.MAR, runs.KL, "random", ema_decay=0.999, sampling=MAROptions(
 
 
 @pytest.mark.parametrize(
-    ("task", "guided", "off"),
-    [(VAR, VAROptions(cfg=1.5), 0), (MAR, MAROptions(cfg=1.5, steps=2), 1)],
+    ("task", "guided"),
+    [(VAR, VAROptions(guidance=1.5)), (MAR, MAROptions(guidance=1.5, steps=2))],
     ids=["VAR", "MAR"],
 )
-def test_guidance_by_a_class_that_is_never_trained(task, guided, off):
-    unguided = dataclasses.replace(guided, cfg=float(off))
+def test_guidance_by_a_class_that_is_never_trained(task, guided):
+    unguided = dataclasses.replace(guided, guidance=1.0)
     for dropout, sampling, said in (
         (0.1, guided, False),
         (0.0, unguided, False),
@@ -35,8 +35,8 @@ def test_guidance_by_a_class_that_is_never_trained(task, guided, off):
         notes = changed.notes(PLAN)
         assert len(notes) == said
         if said:
-            assert "class_dropout is 0, but sampling.cfg is 1.5" in notes[0]
-            assert f"task.sampling.cfg={off} for no guidance" in notes[0]
+            assert "class_dropout is 0, but sampling.guidance is 1.5" in notes[0]
+            assert "task.sampling.guidance=1 for no guidance" in notes[0]
     (note,) = dataclasses.replace(task, class_dropout=1.0, sampling=unguided).notes(PLAN)
     assert "none of the 10 classes is trained" in note
 

@@ -52,7 +52,7 @@ def test_logits_scale_by_scale():
 
 
 def test_tokens_and_images():
-    options, key_B = VAROptions(cfg=1.5, top_k=20, top_p=0.9), image_keys(0, jnp.arange(16))
+    options, key_B = VAROptions(guidance=2.5, top_k=20, top_p=0.9), image_keys(0, jnp.arange(16))
 
     def sampled(compute):
         given = LABEL_B, key_B, options, None, compute

@@ -29,7 +29,7 @@ from varjax.var.task import VARTask
 pytestmark = pytest.mark.slow
 
 TOKENIZER, VAR = golden.configs("shared_aln")
-SAMPLING = VAROptions(cfg=0.5, top_k=7)
+SAMPLING = VAROptions(guidance=1.5, top_k=7)
 
 
 def equal(a, b):

@@ -17,7 +17,7 @@ def model():
 
 def test_a_run_brings_its_configs_weights_and_options(model):
     assert model.var == runs.VAR and model.tokenizer == runs.TOKENIZER
-    assert model.sampling == varjax.VAROptions(cfg=0.5, top_k=7)
+    assert model.sampling == varjax.VAROptions(guidance=1.5, top_k=7)
     assert model.config == {"tokenizer": runs.TOKENIZER, "var": runs.VAR}
     assert model.params.keys() == {"tokenizer", "var"}
 
@@ -55,11 +55,11 @@ def test_samples_follow_seed_and_index(model):
 
 
 def test_equal_options_of_any_number_type_share_a_compilation(model):
-    images = model.sample([1, 2, 3], seed=5, cfg=1.0, top_k=5)
+    images = model.sample([1, 2, 3], seed=5, guidance=2.0, top_k=5)
     compiled = model._with_guidance._cache_size()
-    for given in ({"cfg": 1, "top_k": 5.0}, {"cfg": np.float32(1), "top_k": np.int64(5)}):
+    for given in ({"guidance": 2, "top_k": 5.0}, {"guidance": np.float32(2), "top_k": np.int64(5)}):
         np.testing.assert_array_equal(model.sample([1, 2, 3], seed=5, **given), images)
-    model.sample([1, 2, 3], seed=6, cfg=2, top_k=7)
+    model.sample([1, 2, 3], seed=6, guidance=3, top_k=7)
     assert model._with_guidance._cache_size() == compiled
     with pytest.raises(ValueError, match="top_k=5.5: must be a whole number"):
         model.sample([1], top_k=5.5)

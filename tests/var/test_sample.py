@@ -10,6 +10,7 @@ import scipy.stats
 from tests.helpers import golden_cases as golden
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
+from varjax.sampling.guidance import guide
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQTokenizer
 from varjax.tokenizers.vq.pyramid import Pyramid
@@ -17,7 +18,6 @@ from varjax.var.model import VAR
 from varjax.var.sample import (
     KeptTokens,
     VAROptions,
-    classifier_free_guidance,
     filter_top_k_top_p,
     gumbel_noise,
     gumbel_softmax_weights,
@@ -53,11 +53,11 @@ def decoder(name):
 
 @functools.cache
 def teacher_forced(name):
-    """(tokens_BL, label_B, cfg) -> the guided logits of all scales, without a cache."""
+    """(tokens_BL, label_B, guidance) -> the guided logits of all scales, without a cache."""
     tokenizer, var = golden.configs(name)
 
     @jax.jit
-    def run(params, tokens_BL, label_B, cfg):
+    def run(params, tokens_BL, label_B, guidance):
         model = VQTokenizer(tokenizer).bind({"params": params["tokenizer"]})
         input_BlZ = model.teacher_forcing_input(tokens_BL)
         both_2BLV = VAR(var).apply(
@@ -66,7 +66,7 @@ def teacher_forced(name):
             jnp.concatenate([label_B, jnp.full_like(label_B, var.classes)]),
         )
         guided = [
-            classifier_free_guidance(both_2BLV[:, scale], cfg * var.pyramid.progress(k))
+            guide(both_2BLV[:, scale], 1 + (guidance - 1) * var.pyramid.progress(k))
             for k, scale in enumerate(var.pyramid.slices)
         ]
         return jnp.concatenate(guided, axis=1)
@@ -79,14 +79,15 @@ def teacher_forced(name):
 def test_greedy_generation_is_the_reference_s(name):
     expected, label_B = golden.outputs(name), golden.outputs(name)["label"].astype(np.int32)
     for cfg in ("0", "1.5", "4"):
-        options = GREEDY.replace(cfg=float(cfg))
+        guidance = float(cfg) + 1  # as the official code names it
+        options = GREEDY.replace(guidance=guidance)
         tokens_BL, f_hat_BhwZ = sampler(name)(label_B, image_keys(0, jnp.arange(2)), options)
         assert np.array_equal(tokens_BL, expected[f"generate.cfg{cfg}.tokens"])
         np.testing.assert_allclose(
             decoder(name)(f_hat_BhwZ), expected[f"generate.cfg{cfg}.image"], atol=2e-4
         )
         # The guided logits by teacher forcing: so the cached ones agree with it as well.
-        guided_BLV = teacher_forced(name)(tokens_BL, label_B, jnp.float32(cfg))
+        guided_BLV = teacher_forced(name)(tokens_BL, label_B, jnp.float32(guidance))
         np.testing.assert_allclose(guided_BLV, expected[f"generate.cfg{cfg}.logits"], atol=5e-4)
 
 
@@ -101,7 +102,7 @@ def test_editing_is_the_reference_s_and_keeps_what_it_must(name, mode):
     known = KeptTokens(jnp.asarray(tokens_BL), keep_at_every_scale(var.pyramid, keep_Bhw))
     label_B = expected["label"].astype(np.int32)
     found_BL, f_hat_BhwZ = sampler(name)(
-        label_B, image_keys(0, jnp.arange(2)), GREEDY.replace(cfg=1.5), known
+        label_B, image_keys(0, jnp.arange(2)), GREEDY.replace(guidance=2.5), known
     )
     keep_BL = np.asarray(known.keep_BL)
     assert np.array_equal(np.asarray(found_BL)[keep_BL], tokens_BL[keep_BL])
@@ -162,7 +163,7 @@ def test_draws_follow_the_filtered_distribution():
 @pytest.mark.slow
 def test_an_image_depends_on_its_number_seed_and_label_alone():
     draw = sampler("base")
-    options = VAROptions(cfg=1.5, top_k=20, top_p=0.9)
+    options = VAROptions(guidance=2.5, top_k=20, top_p=0.9)
     label_B = np.array([3, 1, 4, 1], np.int32)
     together, _ = draw(label_B, image_keys(7, jnp.arange(4)), options)
     for i in range(4):
@@ -176,17 +177,17 @@ def test_an_image_depends_on_its_number_seed_and_label_alone():
 @pytest.mark.slow
 def test_new_numbers_and_labels_do_not_compile_again():
     run, key_B = sampler("base"), image_keys(0, jnp.arange(1))
-    first, _ = run(np.array([1], np.int32), key_B, VAROptions(cfg=1.5, top_k=5, top_p=0.5))
+    first, _ = run(np.array([1], np.int32), key_B, VAROptions(guidance=2.5, top_k=5, top_p=0.5))
     compiled = run.func._cache_size()
     key_B = image_keys(1, jnp.arange(1))
-    second, _ = run(np.array([2], np.int32), key_B, VAROptions(cfg=0.0, top_k=0, top_p=0.9))
+    second, _ = run(np.array([2], np.int32), key_B, VAROptions(guidance=1.0, top_k=0, top_p=0.9))
     assert run.func._cache_size() == compiled and not np.array_equal(first, second)
 
 
 @pytest.mark.slow
-def test_without_guidance_one_stream_gives_what_guidance_of_0_gives():
+def test_without_guidance_one_stream_gives_what_guidance_of_1_gives():
     tokenizer, var = golden.configs("base")
-    options, compute = VAROptions(cfg=0.0, top_k=20, top_p=0.9), ComputeConfig(attention="xla")
+    options, compute = VAROptions(guidance=1.0, top_k=20, top_p=0.9), ComputeConfig(attention="xla")
     label_B, key_B = np.array([3, 1], np.int32), image_keys(7, jnp.arange(2))
     args = tokenizer, var, params("base"), label_B, key_B, options, None, compute
     (one, _), (two, _) = (
@@ -215,7 +216,9 @@ def test_smooth_features_are_mixed_and_known_tokens_are_not():
     np.testing.assert_allclose(kept_BhwZ, hard_BhwZ, atol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [{"top_k": -1}, {"top_p": 1.5}, {"cfg": -1.0}, {"top_k": 1.5}])
+@pytest.mark.parametrize(
+    "bad", [{"top_k": -1}, {"top_p": 1.5}, {"guidance": -1.0}, {"guidance": 0.0}, {"top_k": 1.5}]
+)
 def test_options_out_of_range_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         dataclasses.replace(VAROptions(), **bad).check()

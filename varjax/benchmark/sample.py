@@ -111,7 +111,7 @@ def var_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
 def mar_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
     """Returns the programs of `MARPipeline` for `steps` steps of 100 diffusion steps each."""
     mar, tokenizer = MARConfig.preset(preset), KLConfig()
-    options = MAROptions(steps=steps) if guided else MAROptions(steps=steps, cfg=1.0)
+    options = MAROptions(steps=steps) if guided else MAROptions(steps=steps, guidance=1.0)
     plan = make_plan(mar, check_sampling(mar, options))
 
     def sample(params, plan, label_B, key_B, compute):

@@ -3,7 +3,7 @@
 JAX cuts off what is larger without a word: seed 2**32 would draw the images of seed 0.
 
     steps = whole_number("steps", steps, 1)
-    cfg = finite_number("cfg", cfg, 0, allowed="0 or more; 1 turns it off")
+    guidance = finite_number("guidance", guidance, 1, allowed="1 (off) or more")
 """
 
 from typing import Any

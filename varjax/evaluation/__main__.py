@@ -2,7 +2,7 @@
 
 varjax evaluate samples.npz --reference=REF.npz --inception=weights/inception
 varjax evaluate --weights=var_d16 --count=50 --reference=REF.npz --inception=weights/inception
-varjax evaluate --weights=var_d16 --sweep cfg=0,1,1.5,2 --reference=REF.npz --inception=…
+varjax evaluate --weights=var_d16 --sweep guidance=1,2,2.5,3 --reference=REF.npz --inception=…
 varjax evaluate --weights=runs/digits --count=100 --features=pixels --reference=digits
 
 SAMPLES is an .npz (arr_0) or a folder of images. With --weights, the command draws the samples,

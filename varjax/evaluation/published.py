@@ -40,12 +40,12 @@ class PublishedResult:
 
 
 def _var(depth: int, fid: float, references: tuple[str, ...] = REFERENCE_256) -> PublishedResult:
-    options = VAROptions(cfg=1.5, top_k=900, top_p=0.96)
+    options = VAROptions(guidance=2.5, top_k=900, top_p=0.96)
     return PublishedResult(f"var_d{depth}", {"fid": fid}, options, references)
 
 
-def _mar(size: str, cfg: float, temperature: float, **metrics: float) -> PublishedResult:
-    options = MAROptions(cfg=cfg, temperature=temperature, steps=MAR_STEPS)
+def _mar(size: str, guidance: float, temperature: float, **metrics: float) -> PublishedResult:
+    options = MAROptions(guidance=guidance, temperature=temperature, steps=MAR_STEPS)
     return PublishedResult(f"mar_{size}", metrics, options)
 
 

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from varjax.config.renamed import renamed_message
 from varjax.errors import InputError, StorageError
 from varjax.storage import files
 
@@ -27,7 +28,7 @@ class SweepPoint:
 
 
 def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
-    """Reads "cfg=0,0.5,1" and the like: all combinations, each as options by name.
+    """Reads "guidance=1,1.5,2" and the like: all combinations, each as options by name.
 
     Args:
         texts: options and their values, NAME=VALUE,VALUE… each.
@@ -41,6 +42,8 @@ def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
     axes = {}
     for text in texts:
         name, equals, values = text.partition("=")
+        if values and (message := renamed_message(type(options), name, values)):
+            raise InputError(f"sweep {message}")
         if not equals or not values or name not in names:
             raise InputError(
                 f"sweep {text}: give OPTION=VALUE,VALUE…; options of this model are "
@@ -53,7 +56,7 @@ def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
 
 
 def point_path(out: pathlib.Path, options: Mapping[str, Any]) -> pathlib.Path:
-    """Returns the path of the report of a point: "report.json" -> "report.cfg=1.5.json"."""
+    """Returns the path of the report of a point: "report.json" -> "report.guidance=1.5.json"."""
     name = ",".join(f"{key}={value}" for key, value in options.items())
     return out.with_name(f"{out.stem}.{name}{out.suffix}")
 

@@ -7,10 +7,12 @@ import flax.struct
 import numpy as np
 
 from varjax.config.numbers import finite_number, whole_number
+from varjax.config.renamed import Renamed
 from varjax.errors import InputError, check_setting
 from varjax.mar.model import MARConfig
 from varjax.mar.schedule import Bucket, UnmaskingSchedule, denoising_schedules
 from varjax.nn.diffusion import NoiseSchedule
+from varjax.sampling.guidance import checked_guidance
 from varjax.sampling.sampler import option_field
 
 GuidanceSchedule = Literal["linear", "constant"]
@@ -20,12 +22,13 @@ GuidanceSchedule = Literal["linear", "constant"]
 class MAROptions:
     """Sampling options: how many tokens a step draws, and how.
 
-    `cfg`, `temperature` and `clip_denoised` may change without a new compilation, the others not.
+    A new `guidance`, `temperature` or `clip_denoised` compiles nothing again, unless guidance is
+    turned on or off.
 
     Attributes:
-        cfg: scale s of classifier-free guidance, ε_u + s·(ε_c - ε_u); 1 turns it off.
-        cfg_schedule: how guidance depends on the step: "linear" grows from 1 to s with the fraction
-            of known tokens, "constant" is s.
+        guidance: scale s of classifier-free guidance, u + s·(c - u); 1 turns it off.
+        guidance_schedule: how guidance depends on the step: "linear" grows from 1 to s with the
+            fraction of known tokens, "constant" is s.
         steps: number of steps that draw the tokens, by a cosine schedule; ignored by a causal
             model, which takes one step per token.
         temperature: factor on the noise of each diffusion step, or of a categorical head's choice.
@@ -36,9 +39,16 @@ class MAROptions:
             latents; 0 for no limit, as with the official weights (docs/mar.md says when it helps).
     """
 
-    cfg: float = option_field(2.9, "guidance scale; 1 turns it off")
-    cfg_schedule: GuidanceSchedule = option_field(
-        "linear", "linear grows with the fraction of known tokens; or constant", static=True
+    guidance: float = option_field(
+        2.9,
+        "guidance scale; 1 turns it off",
+        renamed=Renamed("cfg", reason=", for MAR's cfg is now called guidance (1 turns it off)"),
+    )
+    guidance_schedule: GuidanceSchedule = option_field(
+        "linear",
+        "linear grows with the fraction of known tokens; or constant",
+        static=True,
+        renamed=Renamed("cfg_schedule", reason=", its name now"),
     )
     steps: int = option_field(64, "number of steps that draw the tokens", static=True)
     temperature: float = option_field(1.0, "factor on the noise of each draw")
@@ -54,15 +64,14 @@ class MAROptions:
 
         Raises InputError for a value out of range.
         """
-        cfg = finite_number("cfg", self.cfg, 0, allowed="0 or more; 1 turns it off")
         allowed = GuidanceSchedule.__args__
-        known = self.cfg_schedule in allowed
-        check_setting("cfg_schedule", self.cfg_schedule, known, " or ".join(allowed))
+        known = self.guidance_schedule in allowed
+        check_setting("guidance_schedule", self.guidance_schedule, known, " or ".join(allowed))
         limit = "a finite number, 0 (off) or more"
         denoising_schedules(str(self.diffusion_steps), 1)
         return dataclasses.replace(
             self,
-            cfg=cfg,
+            guidance=checked_guidance(self.guidance),
             steps=whole_number("steps", self.steps, 1, allowed="a whole number, 1 or more"),
             temperature=finite_number("temperature", self.temperature, 0),
             diffusion_steps=str(self.diffusion_steps),
@@ -117,7 +126,7 @@ def make_plan(
     schedule = UnmaskingSchedule(L, steps, buckets_wanted)
     kept_B = np.zeros(1, int) if keep_BL is None else np.sum(keep_BL, axis=1)
     buckets = schedule.buckets(int(kept_B.min()), int(kept_B.max()))
-    return SamplingPlan(options, schedule, buckets, options.cfg != 1)
+    return SamplingPlan(options, schedule, buckets, options.guidance != 1)
 
 
 def check_sampling(config: MARConfig, options: MAROptions) -> MAROptions:

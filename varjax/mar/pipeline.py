@@ -50,7 +50,7 @@ class MARPipeline:
     """Samples, edits, encodes and decodes; `varjax.load` makes it from weights.
 
         model = varjax.load("runs/digits_mar")
-        images_BHWC = model.sample([3, 1, 4], seed=0, cfg=1.5)
+        images_BHWC = model.sample([3, 1, 4], seed=0, guidance=1.5)
         latents_BhwZ = model.encode(images_BHWC)
 
     Images in are uint8 or float in [0, 1], (B, H, W, channels); images out are float32 in [0, 1].

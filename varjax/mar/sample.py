@@ -19,6 +19,7 @@ from varjax.nn.autoencoder import decoding_bytes
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import reverse_diffusion
 from varjax.nn.rng import ImageStream, stream_keys
+from varjax.sampling.guidance import guide
 from varjax.sampling.sampler import KnownTokens
 from varjax.trees import PyTree
 
@@ -191,7 +192,7 @@ def _draw_continuous(config, params, plan, compute, z_BmC, place_Bm, number, *, 
             return mlp(xt_NZ, t_1, cond_NE)
         out_N2Z = mlp(jnp.concatenate([xt_NZ, xt_NZ]), t_1, cond_NE)
         noise_NZ, value_NZ = jnp.split(out_N2Z, 2, axis=-1)
-        return jnp.concatenate([_guide(noise_NZ, scale), value_NZ[: B * m]], axis=-1)
+        return jnp.concatenate([guide(noise_NZ, scale), value_NZ[: B * m]], axis=-1)
 
     schedules = plan.noise_schedules
     steps: Any = len(schedules[0].timestep_J)
@@ -219,7 +220,7 @@ def _draw_categorical(config, params, plan, compute, z_BmC, place_Bm, number, *,
     """Draws codes (B, m) from the softmax of guided logits."""
     logits_BmV = bind_mar(config, params, compute)(z_BmC, method="logits")
     if plan.guided:
-        logits_BmV = _guide(logits_BmV, _guidance(plan, number))
+        logits_BmV = guide(logits_BmV, _guidance(plan, number))
     noise_key_B = stream_keys(key_B, ImageStream.NOISE)
 
     def gumbel(key, place):
@@ -235,14 +236,8 @@ def _draw_categorical(config, params, plan, compute, z_BmC, place_Bm, number, *,
 
 def _guidance(plan, number):
     """The scale of guidance at a step: 1 is none."""
-    share = plan.schedule.guidance_share(plan.options.cfg_schedule)
-    return 1 + (plan.options.cfg - 1) * jnp.asarray(share)[number]
-
-
-def _guide(x, scale):
-    """Classifier-free guidance (Ho and Salimans 2022) of conditional and unconditional halves."""
-    conditional, unconditional = jnp.split(x, 2)
-    return unconditional + scale * (conditional - unconditional)
+    share = plan.schedule.guidance_share(plan.options.guidance_schedule)
+    return 1 + (plan.options.guidance - 1) * jnp.asarray(share)[number]
 
 
 def _take(x_BL, place_Bn):

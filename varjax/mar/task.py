@@ -116,7 +116,7 @@ class MARTask:
         check_classes(classes, self.model.classes)
 
     def notes(self, plan: Plan) -> list[str]:
-        return transformer_notes(self, plan, unguided=1)
+        return transformer_notes(self, plan)
 
     def init(self, key: jax.Array) -> TrainState:
         return create_state(self.model.init(key), self.optimizer, self.ema_decay)

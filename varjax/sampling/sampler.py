@@ -17,6 +17,7 @@ import numpy as np
 
 from varjax import trees
 from varjax.config.numbers import UINT32_MAX, seed_number
+from varjax.config.renamed import Renamed, renamed_message
 from varjax.errors import InputError
 from varjax.trees import PyTree
 
@@ -244,19 +245,23 @@ def nan_advice(params: PyTree, dtype: Any, *others: str) -> str:
         )
     lower = np.dtype(dtype) != np.float32
     tries = ["--dtype=float32"] * lower + [other for other in others if other]
-    tries.append("weaker guidance (--cfg), or weights that are trained for longer")
+    tries.append("weaker guidance (--guidance), or weights that are trained for longer")
     return f"Try {'; or '.join(tries)}"
 
 
-def option_field(default: Any, help: str, static: bool = False) -> Any:
+def option_field(
+    default: Any, help: str, static: bool = False, renamed: Renamed | None = None
+) -> Any:
     """Makes a field of an options dataclass (flax.struct), which becomes a keyword and a flag.
 
     Args:
         default: default value of the option.
         help: help text of the flag.
         static: whether a new value requires a new compilation.
+        renamed: former name of the option, which old configs have.
     """
-    return flax.struct.field(not static, default=default, metadata={"help": help})
+    metadata = {"help": help, "renamed": renamed}
+    return flax.struct.field(not static, default=default, metadata=metadata)
 
 
 def replace_options(options: T, given: Mapping[str, Any]) -> T:
@@ -264,6 +269,9 @@ def replace_options(options: T, given: Mapping[str, Any]) -> T:
 
     Raises InputError for a name that is no field.
     """
+    for name, value in given.items():
+        if value is not None and (message := renamed_message(type(options), name, value)):
+            raise InputError(message)
     names = [field.name for field in dataclasses.fields(typing.cast(Any, options))]
     chosen = {name: value for name, value in given.items() if value is not None}
     if unknown := sorted(chosen.keys() - names):
@@ -287,6 +295,8 @@ def add_option_flags(parser: argparse._ActionsContainer, kinds: Iterable[type]) 
             assert types.setdefault(field.name, hint) == hint, (kind, field.name)
             family = kind.__name__.removesuffix("Options")
             helps.setdefault(field.name, []).append(f"{family}: {field.metadata['help']}")
+    for name in former_names(kinds):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     for name, hint in types.items():
         about = "; ".join(helps[name])
         if hint is bool:
@@ -298,9 +308,17 @@ def add_option_flags(parser: argparse._ActionsContainer, kinds: Iterable[type]) 
 
 
 def given_options(flags: argparse.Namespace, kinds: Iterable[type]) -> dict[str, Any]:
-    """Returns the options that the command line names, by field."""
+    """Returns the options that the command line names, by field or by its former name."""
     names = dict.fromkeys(field.name for kind in kinds for field in dataclasses.fields(kind))
+    names |= dict.fromkeys(former_names(kinds))
     return {name: value for name in names if (value := getattr(flags, name)) is not None}
+
+
+def former_names(kinds: Iterable[type]) -> list[str]:
+    """Returns former names of options. They are accepted as flags, and refused by the model."""
+    fields = [field for kind in kinds for field in dataclasses.fields(kind)]
+    renamed = [field.metadata["renamed"] for field in fields]
+    return sorted({field.name for field in renamed if field})
 
 
 def _numbers(name: str, values: Any, allowed: str) -> np.ndarray:

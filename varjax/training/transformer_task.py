@@ -30,21 +30,20 @@ def check_classes(data: int, model: int) -> None:
         )
 
 
-def transformer_notes(task: Any, plan: Plan, unguided: float) -> list[str]:
+def transformer_notes(task: Any, plan: Plan) -> list[str]:
     """Returns notes on class dropout and on the average, for `Task.notes`.
 
     Args:
-        task: task with `class_dropout`, `model.classes`, `sampling.cfg` and `ema_decay`.
+        task: task with `class_dropout`, `model.classes`, `sampling.guidance` and `ema_decay`.
         plan: length of the run.
-        unguided: guidance scale that means no guidance.
     """
-    notes, cfg, classes = [], task.sampling.cfg, task.model.classes
-    if task.class_dropout == 0 and cfg != unguided:
+    notes, guidance, classes = [], task.sampling.guidance, task.model.classes
+    if task.class_dropout == 0 and guidance != 1:
         notes = [
-            f"class_dropout is 0, but sampling.cfg is {cfg:g}: guidance uses "
+            f"class_dropout is 0, but sampling.guidance is {guidance:g}: guidance uses "
             '"no class", which this run does not train, so samples will be bad unless init_from '
             "has trained it. Set task.class_dropout=0.1, or "
-            f"task.sampling.cfg={unguided:g} for no guidance"
+            "task.sampling.guidance=1 for no guidance"
         ]
     elif task.class_dropout == 1 and classes > 1:
         notes = [

@@ -46,7 +46,7 @@ class VARPipeline:
     """Samples, edits, encodes and decodes; `varjax.load` makes it from weights.
 
         model = varjax.load("runs/digits")
-        images_BHWC = model.sample([3, 1, 4], seed=0, cfg=2.0)
+        images_BHWC = model.sample([3, 1, 4], seed=0, guidance=3.0)
         tokens_BL = model.encode(images_BHWC)
 
     Images in are uint8 or float in [0, 1], (B, H, W, channels); images out are float32 in [0, 1].
@@ -138,7 +138,7 @@ class VARPipeline:
 
     def sampling_bytes(self, batch_size: int, options: VAROptions) -> int:
         """Estimates how much memory a device needs to sample a number of images at a time."""
-        given = self.tokenizer, self.var, batch_size, self.compute, bool(options.cfg)
+        given = self.tokenizer, self.var, batch_size, self.compute, options.guidance != 1
         return trees.nbytes(self._held) + var_sampling_bytes(*given)
 
     def advise_on_nan(self, options: VAROptions) -> str:
@@ -230,7 +230,7 @@ class VARPipeline:
         return self._sample(chosen, label_B, key_B, known)
 
     def _sample(self, options, *batch):
-        sample = self._with_guidance if options.cfg else self._without_guidance
+        sample = self._with_guidance if options.guidance != 1 else self._without_guidance
         return sample(self._held, options, *batch)
 
     def _teacher_forced(self, params, _, tokens_BL, label_B):

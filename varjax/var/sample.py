@@ -12,15 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.config.numbers import (
-    FLOAT32_MAX,
     INT32_MAX,
     finite_number,
     true_or_false,
     whole_number,
 )
+from varjax.config.renamed import Renamed
 from varjax.nn import resize
 from varjax.nn.autoencoder import decoding_bytes, to_unit_range
 from varjax.nn.compute import ComputeConfig
+from varjax.sampling.guidance import checked_guidance, guide
 from varjax.sampling.sampler import fold_in_each, option_field
 from varjax.tokenizers.vq.model import VQConfig, decode_images, make_quantizer
 from varjax.tokenizers.vq.pyramid import Pyramid
@@ -37,15 +38,19 @@ class VAROptions:
     `smooth` may not.
 
     Attributes:
-        cfg: classifier-free guidance at the last scale, growing linearly from 0 at the first; 0
-            turns it off.
+        guidance: scale s of classifier-free guidance at the last scale, u + s·(c - u), growing
+            linearly from 1 at the first; 1 turns it off. The official `cfg` is s - 1.
         top_k: number of likeliest codes to draw from; 0 for all, 1 is greedy.
         top_p: total probability of the likeliest codes to draw from; 0 for all.
         smooth: whether to mix codes by a Gumbel softmax instead of drawing one. It gives smoother
             pictures, but must not be used for benchmarks (the reference's `more_smooth`).
     """
 
-    cfg: float = option_field(1.5, "guidance at the last scale; 0 turns it off")
+    guidance: float = option_field(
+        2.5,
+        "guidance scale at the last scale, growing from 1 at the first; 1 turns it off",
+        renamed=Renamed("cfg", 1.0, ", for guidance is VAR's cfg + 1 (1 turns it off)"),
+    )
     top_k: int = option_field(900, "number of likeliest codes to draw from; 0: all")
     top_p: float = option_field(0.96, "probability of the codes to draw from; 0: all")
     smooth: bool = option_field(False, "mix codes: smoother pictures", static=True)
@@ -57,10 +62,9 @@ class VAROptions:
         """
         codes = f"a whole number, 0 (off) … {INT32_MAX}"
         share = "in [0, 1]; 0 turns it off"
-        strength = f"a finite number, 0 (off) … {FLOAT32_MAX:g}"
         return dataclasses.replace(
             self,
-            cfg=finite_number("cfg", self.cfg, 0, allowed=strength),
+            guidance=checked_guidance(self.guidance),
             top_k=whole_number("top_k", self.top_k, 0, allowed=codes),
             top_p=finite_number("top_p", self.top_p, 0, 1, allowed=share),
             smooth=true_or_false("smooth", self.smooth),
@@ -123,8 +127,8 @@ def sample_tokens(
         options: how tokens are chosen.
         known: tokens to keep; None for whole images.
         compute: number format and execution of the transformer.
-        guided: whether there is guidance; without it, `options.cfg` is not read and half as much is
-            computed.
+        guided: whether there is guidance; without it, `options.guidance` is not read and half as
+            much is computed.
 
     Returns:
         Tokens (B, L) int32 and what their codes add up to, f_hat (B, h, w, Z). With
@@ -135,7 +139,7 @@ def sample_tokens(
     quantizer = make_quantizer(tokenizer).bind({"params": params["tokenizer"]["quantizer"]})
     if guided:
         # Both streams of guidance as one batch. The second must run at the first scale, too, where
-        # guidance is 0: it fills its cache.
+        # guidance is 1: it fills its cache.
         label_B = jnp.concatenate([label_B, jnp.full_like(label_B, var.classes)])
     cond, cache = model.condition(label_B), model.empty_cache(len(label_B))
     tokens, input_BlZ = [], None
@@ -179,7 +183,7 @@ def choose_tokens(
     """
     pyramid = quantizer.pyramid
     if guided:
-        logits_BlV = classifier_free_guidance(logits_BlV, options.cfg * pyramid.progress(k))
+        logits_BlV = guide(logits_BlV, 1 + (options.guidance - 1) * pyramid.progress(k))
     # An argmax hides NaN: so that the image shows it, the code of such a token is NaN.
     finite_Bl1 = jnp.all(jnp.isfinite(logits_BlV), axis=-1, keepdims=True)
     logits_BlV = filter_top_k_top_p(logits_BlV, options.top_k, options.top_p)
@@ -218,17 +222,6 @@ def sample_images(
     given = label_B, key_B, options, known, compute, guided
     _, f_hat_BhwZ = sample_tokens(tokenizer, var, params, *given)
     return to_unit_range(decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute))
-
-
-def classifier_free_guidance(logits_2BlV: jax.Array, t: float | jax.Array) -> jax.Array:
-    """Guides by (1+t)·conditional - t·unconditional (Ho and Salimans 2022).
-
-    Args:
-        logits_2BlV: the conditional ones, then the unconditional ones.
-        t: strength of the guidance, 0 for none.
-    """
-    conditional_BlV, unconditional_BlV = jnp.split(logits_2BlV, 2)
-    return (1 + t) * conditional_BlV - t * unconditional_BlV
 
 
 @jax.named_scope("filters")  # its name in profiles and in `varjax benchmark tpu`

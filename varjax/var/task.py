@@ -100,7 +100,7 @@ class VARTask:
         check_classes(classes, self.model.classes)
 
     def notes(self, plan: Plan) -> list[str]:
-        return transformer_notes(self, plan, unguided=0)
+        return transformer_notes(self, plan)
 
     def init(self, key: jax.Array) -> TrainState:
         return create_state(self.model.init(key), self.optimizer, self.ema_decay)
@@ -203,7 +203,7 @@ class VARTask:
                 key_B,
                 self.sampling,
                 compute=self.compute,
-                guided=self.sampling.cfg > 0,
+                guided=self.sampling.guidance != 1,
             )
 
         return draw

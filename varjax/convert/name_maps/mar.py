@@ -131,7 +131,8 @@ def mar_sampling(config: MARConfig) -> MAROptions:
     """Returns the guidance of the published results, in no more steps than there are tokens."""
     default = MAROptions()
     return MAROptions(
-        cfg=GUIDANCE.get(config.width, default.cfg), steps=min(default.steps, config.length)
+        guidance=GUIDANCE.get(config.width, default.guidance),
+        steps=min(default.steps, config.length),
     )
 
 

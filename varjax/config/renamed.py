@@ -1,0 +1,65 @@
+"""Fields of configs that had another name: files of before are read, command lines are corrected.
+
+guidance: float = field(default=2.5, metadata={"renamed": Renamed("cfg", plus=1)})
+"""
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Renamed:
+    """Describes the former name of a dataclass field.
+
+    Attributes:
+        name: former name.
+        plus: number to add to a value of before.
+        reason: end of the message to those who use the former name.
+    """
+
+    name: str
+    plus: float = 0.0
+    reason: str = ""
+
+
+def current_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values of a dataclass's fields with former names replaced by today's."""
+    values = dict(values)
+    for new, renamed in _renamed_fields(cls).items():
+        if renamed.name in values and new not in values:
+            values[new] = _today(renamed, values.pop(renamed.name))
+    return values
+
+
+def renamed_message(cls: type, name: str, value: Any) -> str | None:
+    """Says what to write instead of a former name and its value; None for any other name.
+
+    Args:
+        cls: dataclass with the fields.
+        name: name of a field, or a path that ends in it.
+        value: value of the field, or the text of one or more, separated by commas.
+    """
+    *path, last = name.split(".")
+    for new, renamed in _renamed_fields(cls).items():
+        if renamed.name == last:
+            texts = str(value).split(",")
+            today = ",".join(str(_today(renamed, _number(text))) for text in texts)
+            return f"{name}={value}: write {'.'.join([*path, new])}={today}{renamed.reason}"
+    return None
+
+
+def _renamed_fields(cls: type) -> dict[str, Renamed]:
+    fields = {field.name: field.metadata.get("renamed") for field in dataclasses.fields(cls)}
+    return {name: renamed for name, renamed in fields.items() if renamed}
+
+
+def _today(renamed: Renamed, value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value + renamed.plus if is_number and renamed.plus else value
+
+
+def _number(text: str) -> Any:
+    try:
+        return float(text)
+    except ValueError:
+        return text
