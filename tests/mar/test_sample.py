@@ -226,7 +226,7 @@ def test_schedules_draw_every_token_once():
     [
         (dict(steps=13), "steps=13: must be at most 12, the number of tokens"),
         (dict(steps=0), "steps=0: must be a whole number, 1 or more"),
-        (dict(guidance=-1.0), "guidance=-1.0: must be a finite number, 1 (off)"),
+        (dict(guidance=-1.0), "guidance=-1.0: must be a finite number, 1 .off. … 3"),
         (dict(guidance=float("nan")), "guidance=nan: must be a finite number, 1"),
         (dict(guidance_schedule="cosine"), "guidance_schedule=cosine: must be linear or constant"),
         (dict(temperature=-0.1), "temperature=-0.1: must be a finite number, 0 or more"),

@@ -12,7 +12,7 @@ class Renamed:
     """Describes the former name of a dataclass field.
 
     Attributes:
-        name: former name.
+        name: name of the field before.
         plus: number to add to a value of before.
         reason: end of the message to those who use the former name.
     """
