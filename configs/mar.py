@@ -45,10 +45,10 @@ from varjax.errors import InputError
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions
 from varjax.mar.task import MARTask
+from varjax.models import read_tokenizer_config
 from varjax.nn.compute import ComputeConfig
 from varjax.storage.buckets import as_path
 from varjax.tokenizers.kl.model import PRESETS, KLConfig
-from varjax.tokenizers.load import read_tokenizer_config
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 from varjax.training.sharding import MeshShape

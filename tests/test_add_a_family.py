@@ -13,12 +13,12 @@ from PIL import Image
 
 import varjax
 from tests.helpers import runs
-from varjax import families
+from varjax import models
+from varjax.checkpoints.weights import read_frozen_tokenizer
 from varjax.cli import sample as command
-from varjax.convert import export_run
 from varjax.data.sources import Digits
 from varjax.errors import InputError
-from varjax.tokenizers.load import read_frozen_tokenizer
+from varjax.export import export_run
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training import loop
 from varjax.training.experiment import Experiment
@@ -135,14 +135,14 @@ class HistogramTask:
 
 
 # 4. Its line in the table.
-HISTOGRAM: Any = families.Family(
+HISTOGRAM: Any = models.Family(
     "histogram", "HistogramTask", HistogramConfig, HistogramOptions, HistogramPipeline
 )
 
 
 @pytest.fixture(autouse=True)
 def added(monkeypatch):
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, HISTOGRAM))
+    monkeypatch.setattr(models, "FAMILIES", (*models.FAMILIES, HISTOGRAM))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from varjax import trees
-from varjax.checkpoints.model_files import abstract_params
+from varjax.checkpoints.weights import abstract_params
 from varjax.config import config_flags, config_tree
 from varjax.convert.weights_dir import write_converted
 from varjax.data.sources.folder import Folder

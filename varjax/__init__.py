@@ -12,70 +12,28 @@ wider layer, F frequencies. A digit is that length.
 """
 
 import importlib
+import importlib.util
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if sys.platform == "win32":  # it lacks modules of Python that lock files and count memory
     raise ImportError(
         "varjax does not run on Windows itself; use it in WSL (https://learn.microsoft.com/windows/wsl)"
     )
 
-if TYPE_CHECKING:
-    from varjax.families import load
-    from varjax.mar.model import MARConfig
-    from varjax.mar.options import MAROptions
-    from varjax.mar.pipeline import MARPipeline
-    from varjax.nn.compute import ComputeConfig
-    from varjax.storage.image_io import read_image
-    from varjax.tokenizers.kl.model import KLConfig
-    from varjax.tokenizers.load import load_tokenizer
-    from varjax.tokenizers.vq.model import VQConfig
-    from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024
-    from varjax.var.model import VARConfig
-    from varjax.var.pipeline import VARPipeline
-    from varjax.var.sample import VAROptions
-
 __version__ = "0.1.0"
 
-# Imported when asked for: processes that only read data then do without JAX (0.2 GB each).
-_WHERE = {
-    "SCALES_256": "tokenizers.vq.pyramid",
-    "SCALES_512": "tokenizers.vq.pyramid",
-    "SCALES_1024": "tokenizers.vq.pyramid",
-    "ComputeConfig": "nn.compute",
-    "MARConfig": "mar.model",
-    "MAROptions": "mar.options",
-    "MARPipeline": "mar.pipeline",
-    "KLConfig": "tokenizers.kl.model",
-    "VAROptions": "var.sample",
-    "VARPipeline": "var.pipeline",
-    "VARConfig": "var.model",
-    "VQConfig": "tokenizers.vq.model",
-    "load": "families",
-    "load_tokenizer": "tokenizers.load",
-    "read_image": "storage.image_io",
-}
+if TYPE_CHECKING:
+    from varjax.api import *  # noqa: F403
+else:
 
-__all__ = [
-    "SCALES_256",
-    "SCALES_512",
-    "SCALES_1024",
-    "ComputeConfig",
-    "KLConfig",
-    "MARConfig",
-    "MAROptions",
-    "MARPipeline",
-    "VAROptions",
-    "VARPipeline",
-    "VARConfig",
-    "VQConfig",
-    "load",
-    "load_tokenizer",
-    "read_image",
-]
+    def __getattr__(name):
+        # The public names are imported when one is used: processes that only read data then do
+        # without JAX (0.2 GB each). Modules of the package are no such names.
+        if name.startswith("_") or importlib.util.find_spec(f"varjax.{name}"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module("varjax.api"), name)
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"varjax.{_WHERE[name]}"), name)
+    def __dir__():
+        names = vars(importlib.import_module("varjax.api"))
+        return [*globals(), *(name for name in names if not name.startswith("_"))]

@@ -18,12 +18,12 @@ from tests.helpers import golden_cases as golden
 from tests.helpers.checkpoint_files import write_trainer
 from tests.helpers.conversion import assert_official_files, refused
 from varjax import trees
-from varjax.convert import ConvertOptions, apply_map, convert, export_torch, weights_dir
+from varjax.convert import ConvertOptions, apply_map, convert, weights_dir
 from varjax.convert.__main__ import main
 from varjax.convert.infer_config import find_kind
 from varjax.convert.pth.write import write_pth
-from varjax.families import read_model
-from varjax.tokenizers.load import read_tokenizer
+from varjax.export import export_torch
+from varjax.models import read_model, read_tokenizer
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_512
 from varjax.var.model import VARConfig

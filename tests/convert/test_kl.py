@@ -13,13 +13,14 @@ from tests.helpers import golden_cases
 from tests.helpers import golden_kl as golden
 from tests.helpers.checkpoint_files import write_nested
 from tests.helpers.conversion import assert_official_files, refused
-from varjax.checkpoints.model_files import abstract_params
-from varjax.convert import ConvertOptions, apply_map, convert, export_torch
+from varjax.checkpoints.weights import abstract_params
+from varjax.convert import ConvertOptions, apply_map, convert
 from varjax.convert.__main__ import main
 from varjax.convert.infer_config import find_kind
 from varjax.convert.pth.write import write_pth
+from varjax.export import export_torch
+from varjax.models import read_tokenizer
 from varjax.tokenizers.kl.model import KLConfig
-from varjax.tokenizers.load import read_tokenizer
 
 KL16 = json.loads((weights.HERE / "official_mar_state_dicts.json").read_text())["kl16"]
 

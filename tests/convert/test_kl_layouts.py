@@ -14,17 +14,18 @@ import varjax
 from tests.helpers import golden_kl as golden
 from tests.helpers.checkpoint_files import write_nested
 from tests.helpers.conversion import assert_official_files
-from varjax.checkpoints.model_files import abstract_params
-from varjax.convert import ConvertOptions, apply_map, convert, export_torch, latent_units
+from varjax.checkpoints.weights import abstract_params
+from varjax.convert import ConvertOptions, apply_map, convert, latent_units
 from varjax.convert.__main__ import main
 from varjax.convert.diffusers_layout import with_official_names
 from varjax.convert.infer_config import find_kind
 from varjax.convert.sources import sha256_of
 from varjax.errors import InputError
+from varjax.export import export_torch
 from varjax.mar.latents import from_model_units, to_model_units
+from varjax.models import read_tokenizer
 from varjax.storage.safetensors_io import read_safetensors
 from varjax.tokenizers.kl.model import PRESETS, KLConfig
-from varjax.tokenizers.load import read_tokenizer
 
 TINY = KLConfig(
     8, width=8, channel_mult=(1, 2), blocks=1, groups=4, latent_channels=4, encoder_attention=()

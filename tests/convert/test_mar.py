@@ -16,19 +16,19 @@ from tests.helpers.checkpoint_files import write_nested
 from tests.helpers.conversion import assert_official_files, refused
 from tests.mar import golden
 from varjax.config import config_tree
-from varjax.convert import ConvertOptions, apply_map, convert, export_torch
+from varjax.convert import ConvertOptions, apply_map, convert
 from varjax.convert.__main__ import main
 from varjax.convert.infer_config import Source, find_kind, infer_configs
 from varjax.convert.name_maps import MAR
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.errors import InputError
-from varjax.families import read_model
+from varjax.export import export_torch
 from varjax.mar.model import CategoricalHead, MARConfig
 from varjax.mar.options import MAROptions
 from varjax.mar.pipeline import MARPipeline
+from varjax.models import read_model, read_tokenizer
 from varjax.tokenizers.kl.model import KLConfig
-from varjax.tokenizers.load import read_tokenizer
 
 OFFICIAL = json.loads((weights.HERE / "official_mar_state_dicts.json").read_text())
 RELEASED = {"mar_base": ("mar_b", 2.9), "mar_large": ("mar_l", 3.0), "mar_huge": ("mar_h", 3.2)}

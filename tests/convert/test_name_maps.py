@@ -6,7 +6,7 @@ import pytest
 
 from tests.golden import weights
 from tests.helpers import golden_cases as golden
-from varjax.checkpoints.model_files import abstract_params
+from varjax.checkpoints.weights import abstract_params
 from varjax.convert import apply_map
 from varjax.convert.name_maps.name_map import count_numbers, tensor_shape
 from varjax.tokenizers.vq.model import VQConfig

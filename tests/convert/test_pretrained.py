@@ -21,9 +21,8 @@ from varjax.convert.apply_map import official_buffers
 from varjax.convert.name_maps.name_map import Release
 from varjax.convert.pth.write import write_pth
 from varjax.errors import InputError
-from varjax.families import read_model
+from varjax.models import read_model, read_tokenizer
 from varjax.storage import files
-from varjax.tokenizers.load import read_tokenizer
 
 COMMIT = "0123456789" * 4
 RELEASE = Release("someone/models", {"tokenizer": "vae.pth", "var": "tiny.pth"}, COMMIT, {})

@@ -21,7 +21,7 @@ from tests.helpers.checkpoint_files import (
     stored,
     tensor,
 )
-from varjax.checkpoints.model_files import abstract_params
+from varjax.checkpoints.weights import abstract_params
 from varjax.convert.apply_map import official_buffers, to_official
 from varjax.convert.pth.legacy import MAGIC
 from varjax.convert.pth.write import write_pth

@@ -21,8 +21,8 @@ from PIL import Image
 from tests.helpers.guard import ForbiddenError, Guard
 from tests.helpers.memory_buckets import MemoryBuckets, use_memory_buckets
 from varjax.analysis.run_log import read_run_log
-from varjax.checkpoints.model_files import read_model_config
 from varjax.checkpoints.saved_steps import SavedSteps
+from varjax.checkpoints.weights import open_weights
 from varjax.convert.apply_map import lazy_leaves
 from varjax.convert.inception import read_graph
 from varjax.convert.infer_config import Source, find_kind, infer_configs
@@ -72,7 +72,7 @@ def read_data(kind: str, path: pathlib.Path) -> None:
             files.read_json(path)
         case "run":
             read_run_log(path)
-            read_model_config(path)
+            open_weights(path)
         case "bucket":
             for name in json.loads(path.read_text()):
                 MemoryBuckets().pipe_file("gs://b/d/good", b"x")

@@ -11,7 +11,7 @@ import pytest
 from tests.golden import weights
 from tests.mar import golden
 from varjax import trees
-from varjax.checkpoints.model_files import abstract_params
+from varjax.checkpoints.weights import abstract_params
 from varjax.convert import apply_map
 from varjax.errors import InputError
 from varjax.mar.model import MAR, CategoricalHead, DiffusionHead, MARConfig

@@ -8,7 +8,7 @@ import pytest
 import varjax
 from tests.helpers import runs
 from varjax.errors import InputError
-from varjax.families import family_of
+from varjax.models import read_model
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def images(count=2):
 
 def test_what_a_run_says_of_itself():
     model = loaded()
-    assert family_of(runs.mar()).name == "mar"
+    assert read_model(runs.mar())[0].name == "mar"
     assert model.config == {"tokenizer": runs.KL, "mar": runs.MAR}
     assert (model.classes, model.image_shape, model.edit_shape) == (10, (8, 8, 1), (4, 4))
     assert model.options() == runs.MAR_SAMPLING and model.options(guidance=3).guidance == 3.0

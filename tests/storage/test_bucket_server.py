@@ -26,7 +26,7 @@ from varjax.data.sources.folder import Folder
 from varjax.data.sources.tfds import TFDS
 from varjax.errors import InputError
 from varjax.evaluation.__main__ import main as evaluate_main
-from varjax.families import read_model
+from varjax.models import read_model
 from varjax.storage import buckets, files
 from varjax.storage.buckets import as_path
 from varjax.training import loop

@@ -14,7 +14,7 @@ from tests.helpers.paths import ROOT
 from varjax import trees
 from varjax.checkpoints.saved_steps import SavedSteps, restore_weights
 from varjax.errors import InputError
-from varjax.families import read_model
+from varjax.models import read_model
 from varjax.storage import files
 from varjax.training import loop
 from varjax.training.checkpoint import Checkpoints

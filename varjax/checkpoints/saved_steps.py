@@ -330,7 +330,11 @@ def none_readable(directory: pathlib.Path, errors: Mapping[int, DamagedFileError
     return InputError(f"{text}Restore them from a copy, or delete {directory} to go on without")
 
 
-def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyTree:
+def restore_weights(
+    run_dir: str | pathlib.Path,
+    ema: bool | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> PyTree:
     """Reads the weights that a run is used with to the first device.
 
     They are the best ones by the run's `keep_best`, else the last ones. The run may be going on.
@@ -340,6 +344,7 @@ def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyT
         ema: True reads the averaged parameters, False the others. None reads the average if there
             is one, unless the best step was chosen by a metric of the parameters themselves
             ("eval/...").
+        config: contents of the run's config.json; None reads it.
 
     Raises:
         InputError: nothing was saved yet, or no average, or no step can be read.
@@ -351,7 +356,7 @@ def restore_weights(run_dir: str | pathlib.Path, ema: bool | None = None) -> PyT
     def read_best(step: int) -> PyTree:
         # Best by an earlier setting of keep_best is not what the run asks for now.
         chosen_by = best.meta(step).get("keep_best", "")
-        if chosen_by != files.read_json(run_dir / "config.json").get("keep_best"):
+        if chosen_by != (config or files.read_json(run_dir / "config.json")).get("keep_best"):
             return None
         of_params = ema is None and chosen_by.rpartition(":")[2].startswith("eval/")
         return best.params(step, False if of_params else ema)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags
 from varjax.errors import InputError
-from varjax.families import load, option_classes
+from varjax.models import load, option_classes
 from varjax.runtime.commands import command_parser, run_command
 from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.sampling.batch_size import choose_batch_size

@@ -16,7 +16,7 @@ COMMANDS = {
         "convert official PyTorch weights to varjax's, and back",
     ),
     "evaluate": ("varjax.evaluation.__main__", "measure samples: FID, Inception Score, recall …"),
-    "evaluate-tokenizer": ("varjax.tokenizers.evaluate", "measure a tokenizer's reconstructions"),
+    "evaluate-tokenizer": ("varjax.evaluation.tokenizer", "measure a tokenizer's reconstructions"),
     "prepare": ("varjax.cli.prepare", "pack a folder of images into a few large files"),
     "cache-latents": ("varjax.cli.cache_latents", "run a tokenizer over its images once"),
     "runs": (

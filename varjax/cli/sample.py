@@ -14,7 +14,7 @@ import numpy as np
 
 from varjax.config.numbers import seed_number, whole_number
 from varjax.errors import InputError
-from varjax.families import load, option_classes
+from varjax.models import load, option_classes
 from varjax.runtime.commands import command_parser
 from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.runtime.distributed import add_process_flags, connect_by_flags, run_on_processes

@@ -1,4 +1,4 @@
-"""Weights of the official PyTorch models: from there, and back.
+"""Converts weights of the official PyTorch models; `varjax.export` writes them back.
 
 varjax convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights/d16
 """
@@ -8,14 +8,11 @@ from varjax.convert.inception import convert_inception
 from varjax.convert.lpips import convert_lpips
 from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.pretrained import resolve_weights
-from varjax.convert.to_torch import export_run, export_torch
 
 __all__ = [
     "ConvertOptions",
     "convert",
     "convert_inception",
     "convert_lpips",
-    "export_run",
-    "export_torch",
     "resolve_weights",
 ]

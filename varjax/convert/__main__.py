@@ -18,13 +18,11 @@ from varjax.convert import (
     convert,
     convert_inception,
     convert_lpips,
-    export_run,
-    export_torch,
 )
 from varjax.convert.from_torch import KINDS
 from varjax.convert.pretrained import download
-from varjax.convert.to_torch import Layout
 from varjax.errors import InputError
+from varjax.export import Layout, export_run, export_torch
 from varjax.runtime.commands import command_parser, run_command
 from varjax.tokenizers.vq.pyramid import Scale
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax import trees
-from varjax.checkpoints.model_files import abstract_params
+from varjax.checkpoints.weights import abstract_params
 from varjax.convert.name_maps import NAME_MAPS, name_map_of
 from varjax.convert.name_maps.link import Link
 from varjax.convert.name_maps.name_map import ConvertOptions, Tensors

@@ -12,7 +12,6 @@ from varjax.config import config_tree
 from varjax.convert.pth.write import write_pth
 from varjax.convert.sources import byte_progress
 from varjax.errors import StorageError
-from varjax.families import FAMILIES
 from varjax.storage import files, folders, safetensors_io
 from varjax.storage.safetensors_io import LazyArray, Tensor
 
@@ -33,15 +32,13 @@ def write_converted(
         out: directory to write; see `new_directory`.
         models: config and parameters by path of each part: "tokenizer", "var", "mar".
         sources: SHA-256 of each source file of the weights, by file name.
-        sampling: default sampling options; None for the defaults of the model's family.
+        sampling: default sampling options; None for a tokenizer alone.
         about: further JSON data for config.json: CONVERT_OPTIONS, or the "crop" of a run's images.
 
     Raises:
         InputError: `out` holds anything that this would not write again, or cannot be written.
     """
     config = {part: config_tree.to_dict(config) for part, (config, _) in models.items()}
-    if sampling is None:
-        sampling = next((family.options() for family in FAMILIES if family.name in models), None)
     if sampling is not None:
         config |= {"sampling": config_tree.to_dict(sampling)}
     config |= about or {}

@@ -31,6 +31,7 @@ from varjax.evaluation.evaluate import (
     print_report,
     transformer_config,
 )
+from varjax.evaluation.image_crop import AUTO, CROP_HELP, CROPS, choose_crop
 from varjax.evaluation.published import evaluation_options
 from varjax.evaluation.sweep import (
     SweepPoint,
@@ -40,10 +41,10 @@ from varjax.evaluation.sweep import (
     sweep_table,
     write_sweep,
 )
-from varjax.families import load, option_classes
 from varjax.metrics.features import FeatureExtractor, feature_network
 from varjax.metrics.image_sets import open_image_set
 from varjax.metrics.references import default_cache
+from varjax.models import load, option_classes
 from varjax.runtime.commands import command_parser
 from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.runtime.distributed import (
@@ -57,7 +58,6 @@ from varjax.sampling.job import SamplingJob
 from varjax.sampling.sampler import given_options
 from varjax.storage.buckets import as_path
 from varjax.storage.folders import check_writable
-from varjax.tokenizers.image_crop import AUTO, CROP_HELP, CROPS, choose_crop
 
 
 def evaluate(arguments: list[str]) -> None:

@@ -14,6 +14,7 @@ from varjax.data.sources import CachedLatents, parse_dataset
 from varjax.data.stream import Split
 from varjax.data.transforms import Crop
 from varjax.errors import InputError, StorageError
+from varjax.evaluation.image_crop import describe_crop
 from varjax.evaluation.published import Measurement, compare_settings
 from varjax.metrics.features import (
     FeatureExtractor,
@@ -31,7 +32,6 @@ from varjax.sampling.outputs import begun_batch_size, parts_folder
 from varjax.sampling.sampler import Sampler
 from varjax.storage import files, folders
 from varjax.storage.folders import locked_work_folder
-from varjax.tokenizers.image_crop import describe_crop
 
 DATASETS = "folder:", "tfds:", "digits", "photos"  # what a reference may be besides files
 LEAST_SAMPLES = 2

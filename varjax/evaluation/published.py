@@ -5,12 +5,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from varjax.checkpoints.model_files import find_model, read_model_config
 from varjax.convert.pretrained import RELEASES
 from varjax.convert.weights_dir import CONVERT_OPTIONS
 from varjax.mar.model import MARConfig
 from varjax.mar.options import MAROptions
 from varjax.metrics.features import INCEPTION
+from varjax.models import open_model
 from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions
 
@@ -124,7 +124,7 @@ def released_sizes(config: Any) -> str | None:
 
 def _weights_differ(location: str | pathlib.Path, name: str) -> list[str]:
     """Returns how weights differ from the released ones, whose files are known by SHA-256."""
-    config, release = read_model_config(find_model(location)), RELEASES[name]
+    config, release = open_model(location).config, RELEASES[name]
     files = list(release.files.values())
     if unknown := [file for file in files if file not in release.sha256]:
         return [f"the SHA-256 of the published {unknown[0]} of {name} is not known"]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.checkpoints.model_files import read_generator
+from varjax.checkpoints.weights import open_weights, read_frozen_tokenizer, read_generator
 from varjax.errors import InputError, check_setting
 from varjax.mar.latents import TokenizerConfig, check_latents_fit, decode_tokens, encode_tokens
 from varjax.mar.losses import (
@@ -26,7 +26,6 @@ from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS
 from varjax.nn.rng import ImageStream, stream_keys
 from varjax.tokenizers.contract import check_image_shape
-from varjax.tokenizers.load import read_frozen_tokenizer
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Batch, ImageSampler, MatchingRows, Plan, TrainState
 from varjax.training.train_step import (
@@ -122,7 +121,8 @@ class MARTask:
         return create_state(self.model.init(key), self.optimizer, self.ema_decay)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
-        there, params, _ = read_generator(location, "mar", "MARTask", MARConfig, MAROptions)
+        weights = open_weights(location)
+        there, params, _ = read_generator(weights, "mar", "MARTask", MARConfig, MAROptions)
         return params, matching_mar_rows(self.model, there)
 
     def frozen(self) -> PyTree:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.checkpoints.model_files import read_fixed_params
+from varjax.checkpoints.weights import read_fixed_params
 from varjax.errors import InputError
 from varjax.nn.resize import bilinear_tf1
 from varjax.storage import files

@@ -19,7 +19,7 @@ class Tokenizer(Protocol):
 
     Parameters are arguments, so that every method can be jitted, and config and parameters can be
     kept apart. The latent cache, the commands and the second stage know tokenizers only through
-    this contract; `varjax.tokenizers.load.TOKENIZERS` lists the kinds there are.
+    this contract; `varjax.models.TOKENIZERS` lists the kinds there are.
 
         config = VQConfig()
         params = config.init(jax.random.key(0))

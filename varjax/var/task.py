@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from varjax.checkpoints.model_files import read_generator
+from varjax.checkpoints.weights import open_weights, read_frozen_tokenizer, read_generator
 from varjax.errors import check_setting
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.transformer import drop_path
 from varjax.tokenizers.contract import check_image_shape
-from varjax.tokenizers.load import read_frozen_tokenizer
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
 from varjax.training.optimizer import AdamW
@@ -106,8 +105,9 @@ class VARTask:
         return create_state(self.model.init(key), self.optimizer, self.ema_decay)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
-        config, params, _ = read_generator(location, "var", "VARTask", VARConfig, VAROptions)
-        return params, matching_rows(self.model, config)
+        weights = open_weights(location)
+        there, params, _ = read_generator(weights, "var", "VARTask", VARConfig, VAROptions)
+        return params, matching_rows(self.model, there)
 
     def frozen(self) -> PyTree:
         """Reads the tokenizer's parameters; raises InputError where they are another's."""

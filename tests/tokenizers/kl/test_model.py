@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varjax.checkpoints.model_files import abstract_params
+from varjax.checkpoints.weights import abstract_params
 from varjax.tokenizers.kl.model import (
     KLConfig,
     KLTokenizer,

@@ -9,10 +9,10 @@ import pytest
 import varjax
 from tests.helpers.tiny import lines, weights
 from tests.tokenizers.kl.test_model import small_config
-from varjax.convert import export_run, export_torch
 from varjax.convert.pth.read import read_checkpoint
 from varjax.data.sources import Digits
 from varjax.errors import InputError
+from varjax.export import export_run, export_torch
 from varjax.tokenizers.kl.task import KLTask
 from varjax.tokenizers.losses.gan import GANConfig
 from varjax.training import loop

@@ -10,11 +10,11 @@ import pytest
 from tests.helpers import runs
 from tests.helpers.tiny import lines
 from varjax.checkpoints.saved_steps import STATE_TREES, SavedSteps
-from varjax.convert import export_run
+from varjax.checkpoints.weights import open_weights, read_expected_tokenizer
 from varjax.data.sources.noise import Noise
 from varjax.data.sources.photos import Photos
+from varjax.export import export_run
 from varjax.storage import files
-from varjax.tokenizers.load import read_expected_tokenizer
 from varjax.tokenizers.losses.gan import GANConfig
 from varjax.tokenizers.losses.lpips import LPIPSConfig
 from varjax.tokenizers.vq.codebook import CodebookConfig
@@ -74,7 +74,7 @@ def test_it_is_read_exported_and_built_upon_without_its_discriminator(whole, tmp
     average = last_state(whole).ema
     export_run(whole, tmp_path / "out")
     for location in (whole, tmp_path / "out"):
-        params = read_expected_tokenizer(location, MODEL)
+        params = read_expected_tokenizer(open_weights(location), MODEL)
         jax.tree.map(np.testing.assert_array_equal, params, average)
     plain = dataclasses.replace(TASK, gan=None)
     assert jax.tree.structure(plain.pretrained(str(whole))[0]) == jax.tree.structure(average)

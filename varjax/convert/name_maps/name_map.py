@@ -108,8 +108,7 @@ class NameMap:
             model knows about it.
         model_options: (official tensors, options) -> the reverse, for a tokenizer: options for the
             model of its latents, which is inferred first.
-        sampling: config -> the sampling options of published samples; None for the defaults of the
-            family.
+        sampling: config -> the sampling options of published samples; None for a tokenizer.
         reads: class of the configs of tokenizers whose latents it reads; None for a tokenizer.
         check_fit: (tokenizer config, config) -> None; raises InputError if the model cannot read
             that tokenizer's latents. None for a tokenizer.

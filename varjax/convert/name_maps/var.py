@@ -22,6 +22,7 @@ from varjax.storage.untrusted import shown
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024, Pyramid, Scale
 from varjax.var.model import VARConfig, check_fit
+from varjax.var.sample import VAROptions
 
 HEAD_SIZE = 64  # of every official transformer
 HEAD_SCALES = "blocks.0.attn.scale_mul_1H11"
@@ -167,6 +168,7 @@ VAR = NameMap(
     tokenizer_options=lambda config, o: dataclasses.replace(o, scales=config.scales),
     reads=VQConfig,
     check_fit=check_fit,
+    sampling=lambda config: VAROptions(),
     releases={
         f"var_d{depth}": Release(
             REPO,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax.checkpoints.weights import open_weights
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import ImageStream, stream_key
@@ -20,7 +21,6 @@ from varjax.tokenizers.kl.model import (
     kl_divergence,
     latent_moments,
 )
-from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.losses.gan import MAX_ADAPTIVE_WEIGHT, GANConfig
 from varjax.tokenizers.losses.image_losses import (
     ImageGradientsFn,
@@ -108,7 +108,7 @@ class KLTask:
         return init_state(self, self.model.init(key), key)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
-        return read_tokenizer(location)[1], {}
+        return open_weights(location).read_tokenizer_params(), {}
 
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
         return {}

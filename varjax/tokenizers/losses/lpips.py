@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.checkpoints.model_files import read_fixed_params
+from varjax.checkpoints.weights import read_fixed_params
 from varjax.errors import InputError, check_setting
 from varjax.nn.compute import matmul_precision
 from varjax.storage import files

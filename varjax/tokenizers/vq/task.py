@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax.checkpoints.weights import open_weights
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import InitStream, stream_key
 from varjax.runtime import flops
-from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.losses.gan import MAX_ADAPTIVE_WEIGHT, GANConfig
 from varjax.tokenizers.losses.image_losses import (
     ImageGradientsFn,
@@ -114,7 +114,7 @@ class VQTask:
         return init_state(self, params, key, usage_V=usage_V)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
-        return read_tokenizer(location)[1], {}
+        return open_weights(location).read_tokenizer_params(), {}
 
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
         return {}

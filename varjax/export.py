@@ -11,19 +11,17 @@ import jax
 import numpy as np
 
 from varjax import trees
-from varjax.checkpoints.model_files import read_model_config
+from varjax.checkpoints.weights import WeightsDir, open_weights
 from varjax.convert.apply_map import official_buffers, to_official
 from varjax.convert.diffusers_layout import diffusers_config, with_diffusers_names
 from varjax.convert.name_maps import name_map_of
 from varjax.convert.name_maps.name_map import ConvertOptions
-from varjax.convert.pretrained import resolve_weights
 from varjax.convert.weights_dir import new_directory, write_converted, write_files
 from varjax.errors import InputError, check_setting
-from varjax.families import FAMILIES, read_model
+from varjax.models import FAMILIES, open_model, read_model, read_tokenizer, run_crop
 from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig
-from varjax.tokenizers.load import read_tokenizer
 from varjax.trees import PyTree
 
 Layout = Literal["official", "diffusers"]
@@ -45,16 +43,13 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None 
         InputError: `run` is no run, or `out` cannot be written.
     """
     run, out = as_path(run), as_path(out)
-    # Datasets are not imported by those who only load weights.
-    from varjax.tokenizers.image_crop import run_crop
-
-    config = read_model_config(run)
-    if "task" not in config:
+    weights = open_weights(run)
+    if weights.task is None:
         raise InputError(f"{run} is a converted directory already, not a training run")
-    models, sampling = _read_models(run, ema)
+    models, sampling = _read_models(weights, ema)
     leaves = {part: (config, trees.paths(params)) for part, (config, params) in models.items()}
     digest = hashlib.sha256((run / "config.json").read_bytes()).hexdigest()
-    crop = run_crop(config)
+    crop = run_crop(weights)
     about = {"crop": crop} if crop else {}
     write_converted(out, leaves, {f"{run.name}/config.json": digest}, sampling, about)
 
@@ -84,10 +79,10 @@ def export_torch(
             cannot be written.
     """
     check_setting("layout", layout, layout in get_args(Layout), " or ".join(get_args(Layout)))
-    weights, out = resolve_weights(weights), as_path(out)
-    models, _ = _read_models(weights, ema)
+    directory, out = open_model(weights), as_path(out)
+    models, _ = _read_models(directory, ema)
     if layout == "diffusers":
-        return _export_diffusers(weights, out, *models.get("tokenizer", (None, None)))
+        return _export_diffusers(directory.path, out, *models.get("tokenizer", (None, None)))
     contents = {}
     for part, (config, params) in models.items():
         tensors = {**to_official(config, params), **official_buffers(config)}
@@ -123,11 +118,10 @@ def _export_diffusers(weights: pathlib.Path, out: pathlib.Path, config: Any, par
 
 
 def _read_models(
-    weights: pathlib.Path, ema: bool | None
+    weights: WeightsDir, ema: bool | None
 ) -> tuple[dict[str, tuple[Any, PyTree]], Any]:
     """Returns config and host parameters of each part, and the sampling options or None."""
-    config = read_model_config(weights)
-    task = config.get("task")
+    config, task = weights.config, weights.config.get("task")
     models, sampling = {}, None
     if task or "tokenizer" in config:
         models["tokenizer"] = read_tokenizer(weights, ema)

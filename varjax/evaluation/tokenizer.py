@@ -35,23 +35,23 @@ from tqdm import tqdm
 
 from varjax.data.sources import CachedLatents, parse_dataset
 from varjax.errors import InputError
-from varjax.metrics.features import FeatureExtractor, Features, inception_network
-from varjax.metrics.references import reference_of_features
-from varjax.metrics.report import SampleMetrics, measure, metrics_table
-from varjax.runtime.commands import command_parser, run_command
-from varjax.runtime.compilation_cache import use_compilation_cache
-from varjax.storage import files, image_io
-from varjax.storage.buckets import as_path
-from varjax.storage.folders import check_writable
-from varjax.tokenizers.contract import check_image_shape
-from varjax.tokenizers.image_crop import (
+from varjax.evaluation.image_crop import (
     AUTO,
     CROP_HELP,
     CROPS,
     choose_crop,
     describe_crop,
 )
-from varjax.tokenizers.load import read_tokenizer
+from varjax.metrics.features import FeatureExtractor, Features, inception_network
+from varjax.metrics.references import reference_of_features
+from varjax.metrics.report import SampleMetrics, measure, metrics_table
+from varjax.models import open_model, read_tokenizer
+from varjax.runtime.commands import command_parser, run_command
+from varjax.runtime.compilation_cache import use_compilation_cache
+from varjax.storage import files, image_io
+from varjax.storage.buckets import as_path
+from varjax.storage.folders import check_writable
+from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.losses.lpips import check_lpips_images, load_lpips
 from varjax.tokenizers.reconstruction_metrics import (
     Reconstruction,
@@ -91,8 +91,9 @@ def evaluate_tokenizer(
     Raises:
         InputError: before any long work, for what cannot be done.
     """
-    config, params = read_tokenizer(weights, ema)
-    chosen = choose_crop(crop, weights)
+    directory = open_model(weights)
+    config, params = read_tokenizer(directory, ema)
+    chosen = choose_crop(crop, directory)
     images = parse_dataset(data, config.image_shape[:2], config.image_channels, chosen)
     if isinstance(images, CachedLatents):
         raise InputError(f"{data} holds latents, but images are needed; give folder:… or tfds:…")

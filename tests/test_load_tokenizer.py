@@ -12,11 +12,12 @@ import pytest
 import varjax
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
+from varjax.checkpoints.weights import read_frozen_tokenizer
 from varjax.config import config_tree
+from varjax.models import LoadedTokenizer
 from varjax.storage import files
 from varjax.tokenizers.contract import Tokenizer
 from varjax.tokenizers.kl.model import KLConfig
-from varjax.tokenizers.load import LoadedTokenizer, read_frozen_tokenizer
 from varjax.tokenizers.vq.model import VQTokenizer
 
 CONFIG: Tokenizer = runs.TOKENIZER

@@ -12,12 +12,12 @@ from varjax.data.sources.digits import Digits
 from varjax.errors import InputError
 from varjax.metrics.features import FeatureExtractor, pixel_network
 from varjax.metrics.fid import Moments, frechet_distance
+from varjax.models import read_tokenizer
 from varjax.nn.autoencoder import to_model_range
 from varjax.nn.compute import EXACT
 from varjax.storage import files, image_io
 from varjax.tokenizers import evaluate as command
 from varjax.tokenizers import reconstruction_metrics
-from varjax.tokenizers.load import read_tokenizer
 from varjax.tokenizers.reconstruction_metrics import measure_split
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.tokenizers.vq.task import VQTask

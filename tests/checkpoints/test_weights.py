@@ -3,9 +3,9 @@
 import pytest
 
 import varjax
-from varjax.checkpoints.model_files import read_model_config
+from varjax.checkpoints.weights import open_weights
 from varjax.errors import InputError
-from varjax.families import family_of
+from varjax.models import read_model
 
 CONFIGS = [
     "5",
@@ -42,7 +42,7 @@ def test_a_config_of_anything_is_refused_by_all_that_read_models(tmp_path, confi
         with pytest.raises(InputError) as caught:
             read(run)
         assert len(str(caught.value)) < 1000
-    for read in (read_model_config, family_of):
+    for read in (open_weights, read_model):
         try:
             read(run)
         except InputError as error:

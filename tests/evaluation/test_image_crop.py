@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from varjax import trees
-from varjax.checkpoints.model_files import abstract_params
+from varjax.checkpoints.weights import abstract_params
 from varjax.config import config_tree
 from varjax.convert.weights_dir import write_converted
 from varjax.data.sources import CachedLatents, Digits, Folder
 from varjax.errors import InputError
+from varjax.evaluation.image_crop import choose_crop, describe_crop
+from varjax.models import recipe_crop
 from varjax.storage import files
-from varjax.tokenizers.image_crop import choose_crop, describe_crop, recipe_crop
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
 

@@ -11,13 +11,14 @@ import varjax
 from tests.golden import weights
 from tests.helpers import golden_cases as golden
 from tests.helpers.tiny import experiment
-from varjax.convert import convert, export_run, export_torch
+from varjax.checkpoints.weights import open_weights, read_expected_tokenizer
+from varjax.convert import convert
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.data.sources import Digits
-from varjax.families import read_model
+from varjax.export import export_run, export_torch
+from varjax.models import read_model, read_tokenizer
 from varjax.storage import files
-from varjax.tokenizers.load import read_expected_tokenizer, read_tokenizer
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.experiment import Experiment
@@ -98,7 +99,7 @@ def test_a_tokenizer_alone_serves_training_but_draws_nothing(tokenizer_dir, tmp_
         varjax.load(tokenizer_dir)
     other = dataclasses.replace(TOKENIZER, phi_ratio=0.25)
     with pytest.raises(ValueError, match="another tokenizer:\n  phi_ratio: 0.5 there, 0.25 here"):
-        read_expected_tokenizer(tokenizer_dir, other)
+        read_expected_tokenizer(open_weights(tokenizer_dir), other)
     export_torch(tokenizer_dir, tmp_path / "torch")
     names = sorted(path.name for path in (tmp_path / "torch").iterdir())
     assert names == ["tokenizer.pth", "tokenizer.safetensors"]

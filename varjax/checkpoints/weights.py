@@ -1,0 +1,284 @@
+"""Reads weights and their configs from a training run or a converted directory.
+
+Both have a config.json. A run's holds the settings of its "task"; a converted directory's holds a
+config for each NAME.safetensors, and the "sources" that they were made from.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from varjax import trees
+from varjax.checkpoints.saved_steps import SavedSteps, restore_weights
+from varjax.config import config_tree
+from varjax.errors import InputError
+from varjax.storage import files, untrusted
+from varjax.storage.buckets import as_path
+from varjax.storage.cache_dir import cache_folder
+from varjax.storage.untrusted import shown
+from varjax.trees import PyTree
+
+PARTS = {"model", "sampling", "tokenizer", "sources"}  # of a task, or of a converted directory
+RANDOM = "random"  # in place of the location of weights
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsDir:
+    """A training run or a converted directory, whose config.json was read and checked.
+
+    Attributes:
+        path: the directory.
+        config: contents of its config.json.
+    """
+
+    path: pathlib.Path
+    config: dict[str, Any]
+
+    @property
+    def task(self) -> str | None:
+        """Class name of the run's task; None for a converted directory."""
+        return self.config["task"]["_type"] if "task" in self.config else None
+
+    def read_task_part(self, part: str, config_class: type) -> Any:
+        """Builds the config of a part of the run's task, such as its "model".
+
+        Raises InputError if the task has no such part, or one with other settings.
+        """
+        if part not in self.config["task"]:
+            raise InputError(f"task in {self.path / 'config.json'} has no {part}")
+        return self._build(config_class, self.config["task"][part])
+
+    def read_converted_config(self, name: str, config_class: type) -> Any:
+        """Builds the config of one model of a converted directory; see `read_converted`."""
+        settings, source = self._converted_settings(name), self.path / "config.json"
+        untrusted.check_settings(settings, f"{name} in {source}")
+        return self._build(config_class, settings)
+
+    def read_converted(self, name: str, config_class: type) -> tuple[Any, PyTree]:
+        """Reads one model of a converted directory.
+
+        Args:
+            name: name of the model's entry in config.json and of its file.
+            config_class: a dataclass with a method `init(key) -> params`.
+
+        Returns:
+            (config, params), the latter read-only views of the file.
+
+        Raises:
+            InputError: the directory lacks the model, or its parameters do not fit its config.
+        """
+        config = self.read_converted_config(name, config_class)
+        params, _ = files.read_tensors(self.path / f"{name}.safetensors")
+        if report := trees.difference(abstract_params(config), params):
+            raise InputError(f"{self.path}/{name}.safetensors does not fit config.json:\n{report}")
+        return config, params
+
+    def read_options(self, options_class: type) -> Any:
+        """Builds the sampling options of a converted directory; those left out have defaults."""
+        return self._build(options_class, self.config.get("sampling", {}))
+
+    def restore(self, ema: bool | None = None) -> PyTree:
+        """Reads what the run has learned; see `restore_weights`."""
+        return restore_weights(self.path, ema, self.config)
+
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """Returns the settings of the tokenizer that is, or is used by, the model.
+
+        Raises InputError if there is none.
+        """
+        if self.task is None:
+            return self._converted_settings("tokenizer")
+        task = self.config["task"]
+        if (settings := task.get("tokenizer", task.get("model"))) is None:
+            raise InputError(f"{self.path} is a run of {self.task}, which holds no tokenizer")
+        return settings
+
+    def read_tokenizer_config(self, config_class: type) -> Any:
+        """Builds the tokenizer's config; raises InputError if it has other settings."""
+        if self.task is None:
+            return self.read_converted_config("tokenizer", config_class)
+        return self._build(config_class, self.tokenizer_settings())
+
+    def read_tokenizer_params(self, ema: bool | None = None) -> PyTree:
+        """Reads the tokenizer's parameters; raises InputError if there are none.
+
+        Args:
+            ema: of the tokenizer's own run, True reads the averaged weights, False the others; None
+                reads the averaged weights if there are any.
+        """
+        self.tokenizer_settings()  # says what is missing
+        if self.task is not None and "tokenizer" not in self.config["task"]:
+            return self.restore(ema)
+        name = "tokenizer" if self.task is None else "frozen"
+        return files.read_tensors(self.path / f"{name}.safetensors")[0]
+
+    def read_tokenizer(self, config_class: type, ema: bool | None = None) -> tuple[Any, PyTree]:
+        """Reads (config, params) of the tokenizer; raises InputError for what is missing."""
+        if self.task is None:
+            return self.read_converted("tokenizer", config_class)
+        return self.read_tokenizer_config(config_class), self.read_tokenizer_params(ema)
+
+    def _build(self, config_class: type, settings: dict[str, Any]) -> Any:
+        try:
+            return config_tree.from_dict(config_class, settings)
+        except InputError as error:
+            raise InputError(f"{self.path / 'config.json'}: {error}") from error
+
+    def _converted_settings(self, name: str) -> dict[str, Any]:
+        if name in self.config:
+            return self.config[name]
+        stems = ", ".join(sorted(path.stem for path in self.path.glob("*.safetensors")))
+        raise InputError(
+            f"{self.path} holds only {stems or 'no weights'}; "
+            f"convert it again with --{name} as well"
+        )
+
+
+def find_weights(location: str | os.PathLike) -> pathlib.Path:
+    """Returns `location`, or the published model of that name if the cache folder has it."""
+    path = as_path(location)
+    if files.exists(path) or len(path.parts) != 1:
+        return path
+    fetched = cache_folder() / path
+    return fetched if files.exists(fetched / "config.json") else path
+
+
+def open_weights(location: str | pathlib.Path) -> WeightsDir:
+    """Reads and checks the config.json of a training run or a converted directory.
+
+    Args:
+        location: directory, or the name of a published model that was fetched before.
+
+    Raises:
+        InputError: `location` is neither.
+    """
+    directory = find_weights(location)
+    path = directory / "config.json"
+    if not files.exists(path):
+        raise InputError(
+            f"{directory} {'holds no config.json' if directory.is_dir() else 'does not exist'}; "
+            "give a run's directory, one that varjax convert wrote, or the name of a "
+            "published model such as var_d16"
+        )
+    config = files.read_json(path)
+    if not config.keys() & {"task", "sources"}:
+        raise InputError(f"{path} is neither of a training run nor of a converted directory")
+    if "task" in config:
+        task = config["task"]
+        if not isinstance(task, dict) or not isinstance(task.get("_type"), str):
+            raise InputError(f"task in {path} is {shown(task)}, not the settings of a task")
+        if type(config.get("steps")) not in (int, type(None)):
+            raise InputError(f"steps in {path} is {shown(config['steps'])}, not a number of steps")
+    parts = config.get("task", config)
+    for name in PARTS & parts.keys():
+        if not isinstance(parts[name], dict):
+            raise InputError(f"{name} in {path} is {shown(parts[name])}, not a group of settings")
+    return WeightsDir(directory, config)
+
+
+@functools.cache  # tracing a model takes seconds, and a tokenizer is read as often as its users
+def abstract_params(config: Any) -> PyTree:
+    """Describes the parameters of a config with `init(key)`: jax.ShapeDtypeStruct, no arrays."""
+    return jax.eval_shape(config.init, jax.random.key(0))
+
+
+def read_fixed_params(path: pathlib.Path, init: Callable[[jax.Array], PyTree], name: str) -> PyTree:
+    """Reads the parameters of a network that has one size only.
+
+    Args:
+        path: a .safetensors file.
+        init: function of a key that draws such parameters; only their shapes are used.
+        name: name of the network, for the message.
+
+    Raises:
+        InputError: the file is damaged, or holds parameters of something else.
+    """
+    params, _ = files.read_tensors(path)
+    if report := trees.difference(jax.eval_shape(init, jax.random.key(0)), params):
+        raise InputError(f"{path} is not {name}:\n{report}")
+    return params
+
+
+def read_generator(
+    weights: WeightsDir,
+    name: str,
+    task: str,
+    config_class: type,
+    options_class: type,
+    ema: bool | None = None,
+) -> tuple[Any, PyTree, Any]:
+    """Reads a model that samples: what a run has learned, or one of a converted directory.
+
+    Args:
+        weights: training run or converted directory.
+        name: name of the model in a converted directory.
+        task: class name of the task that trains such models.
+        config_class: dataclass of the model's config, with a method `init(key) -> params`.
+        options_class: dataclass of the model's sampling options.
+        ema: True reads a run's averaged weights, False the others; None reads the averaged weights
+            if there are any.
+
+    Returns:
+        (config, params, the recommended options).
+
+    Raises:
+        InputError: says what `weights` lacks.
+    """
+    if weights.task is None:
+        model, params = weights.read_converted(name, config_class)
+        return model, params, weights.read_options(options_class)
+    if weights.task != task:
+        raise InputError(
+            f"{weights.path} is a run of {weights.task}, not of a transformer ({task})"
+        )
+    model = weights.read_task_part("model", config_class)
+    options = weights.read_task_part("sampling", options_class)
+    return model, weights.restore(ema), options
+
+
+def read_frozen_tokenizer(location: str, tokenizer: Any) -> PyTree:
+    """Reads the parameters of a tokenizer to build on; draws fresh ones for "random".
+
+    Prints a note if they come from a run that has not finished.
+
+    Args:
+        location: run of a tokenizer, run that uses one, or converted directory.
+        tokenizer: config of the tokenizer.
+
+    Raises:
+        InputError: there is no tokenizer, or another one (with all differences).
+    """
+    if location == RANDOM:
+        print("the tokenizer is RANDOM: good for measuring speed, not for images", file=sys.stderr)
+        return jax.device_get(jax.jit(tokenizer.init)(jax.random.key(0)))
+    weights = open_weights(location)
+    params = read_expected_tokenizer(weights, tokenizer)
+    steps = weights.config.get("steps") or 0
+    saved = SavedSteps(weights.path / "checkpoints").steps() if steps else []
+    if saved and saved[-1] < steps:
+        print(
+            f"note: {weights.path} stands at step {saved[-1]} of {steps}; if it did not stop by "
+            "itself, let it finish before anything is built on it",
+            file=sys.stderr,
+        )
+    return params
+
+
+def read_expected_tokenizer(weights: WeightsDir, expected: Any) -> PyTree:
+    """Reads a tokenizer's parameters.
+
+    Raises InputError if there is none, or one whose config is not `expected` (all differences).
+    """
+    needed, settings = config_tree.to_dict(expected), dict(weights.tokenizer_settings())
+    if settings.keys() <= needed.keys() | {"_type"}:  # the same kind: fields left out have defaults
+        settings = config_tree.to_dict(weights.read_tokenizer_config(type(expected)))
+    names = [n for n in dict.fromkeys((*settings, *needed)) if settings.get(n) != needed.get(n)]
+    if lines := [f"{n}: {settings.get(n)} there, {needed.get(n)} here" for n in names]:
+        raise InputError(f"{weights.path} holds another tokenizer:\n  " + "\n  ".join(lines))
+    return weights.read_tokenizer(type(expected))[1]

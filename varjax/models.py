@@ -1,0 +1,319 @@
+"""Finds, reads and loads models and tokenizers of every kind; holds the one table of kinds.
+
+docs/add_a_family.md says what a new family needs and what uses it.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varjax.checkpoints.weights import WeightsDir, find_weights, open_weights, read_generator
+from varjax.errors import InputError
+from varjax.mar.model import MARConfig
+from varjax.mar.options import MAROptions
+from varjax.mar.pipeline import MARPipeline
+from varjax.nn.compute import ComputeConfig
+from varjax.sampling.sampler import Sampler
+from varjax.storage import files
+from varjax.storage.buckets import as_path
+from varjax.tokenizers.contract import Latents, Tokenizer, checked_images
+from varjax.tokenizers.kl.model import KLConfig
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.trees import PyTree
+from varjax.var.model import VARConfig
+from varjax.var.pipeline import VARPipeline
+from varjax.var.sample import VAROptions
+
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Describes one kind of generative model.
+
+    Attributes:
+        name: name of the model's entry in a converted directory's config.json, and of its file.
+        task: class name of the training task, as in a run's config.json. A name instead of the
+            class, so that sampling does not import training.
+        config: class of the model's config, a frozen dataclass with a method `init(key) -> params`.
+        options: class of the sampling options, a frozen dataclass; its fields become command-line
+            flags.
+        pipeline: (tokenizer config, config, {"tokenizer": params, name: params}, options, compute,
+            devices) -> Sampler.
+        needs_tokenizer: whether the pipeline requires a tokenizer; if not, the tokenizer's config
+            may be None.
+    """
+
+    name: str
+    task: str
+    config: type
+    options: type
+    pipeline: Callable[..., Sampler]
+    needs_tokenizer: bool = True
+
+
+FAMILIES = (
+    Family("var", "VARTask", VARConfig, VAROptions, VARPipeline),
+    Family("mar", "MARTask", MARConfig, MAROptions, MARPipeline, needs_tokenizer=False),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerKind:
+    """Describes one kind of tokenizer.
+
+    Attributes:
+        task: class name of the training task, as in a run's config.json.
+        config: class of the tokenizer's config.
+        crop: crop of photographs in the published recipe.
+    """
+
+    task: str
+    config: type[Tokenizer]
+    crop: Literal["random", "center"]
+
+
+TOKENIZERS = (
+    TokenizerKind("VQTask", VQConfig, "random"),
+    TokenizerKind("KLTask", KLConfig, "center"),  # MAR's and latent diffusion's
+)
+
+
+def option_classes() -> tuple[type, ...]:
+    """Returns the sampling options of every family, from which command-line flags are made."""
+    return tuple(family.options for family in FAMILIES)
+
+
+def open_model(location: str | os.PathLike) -> WeightsDir:
+    """Opens a training run, a converted directory, or a published model such as "var_d16".
+
+    A published model is downloaded and converted at its first use; see `varjax.convert.pretrained`.
+
+    Raises:
+        InputError: there is no model, or it could not be downloaded; says what to do by hand.
+    """
+    path = find_weights(location)
+    if not files.exists(path):
+        from varjax.convert.pretrained import resolve_weights  # few need the converter
+
+        path = resolve_weights(path)
+    return open_weights(path)
+
+
+def family_of(weights: WeightsDir) -> Family:
+    """Finds the family of the model in a run or a converted directory.
+
+    Raises InputError if there is none, such as in a run of a tokenizer.
+    """
+    for family in FAMILIES:
+        if family.task == weights.task or (weights.task is None and family.name in weights.config):
+            return family
+    if weights.task is not None:
+        allowed = ", ".join(family.task for family in FAMILIES)
+        raise InputError(
+            f"{weights.path} is a run of {weights.task}, not of a transformer ({allowed}), such as "
+            "runs/digits"
+        )
+    stems = ", ".join(sorted(path.stem for path in weights.path.glob("*.safetensors")))
+    names = " or ".join(f"--{family.name}" for family in FAMILIES)
+    raise InputError(
+        f"{weights.path} holds only {stems or 'no weights'}; convert it again with {names} as well"
+    )
+
+
+def read_model(
+    location: str | pathlib.Path | WeightsDir, ema: bool | None = None
+) -> tuple[Family, Any, PyTree, Any]:
+    """Reads (family, config, params, sampling options) of the model at `location`.
+
+    Args:
+        location: like in `load`, or a directory that is open.
+        ema: True reads a run's averaged weights, False the others; None reads the averaged weights
+            if there are any.
+
+    Raises:
+        InputError: says what `location` lacks.
+    """
+    weights = location if isinstance(location, WeightsDir) else open_model(location)
+    f = family_of(weights)
+    return f, *read_generator(weights, f.name, f.task, f.config, f.options, ema)
+
+
+def tokenizer_kind(weights: WeightsDir) -> TokenizerKind:
+    """Finds the kind of tokenizer in a directory by its task or its settings.
+
+    Raises InputError if there is no tokenizer.
+    """
+    for kind in TOKENIZERS:
+        if kind.task == weights.task:
+            return kind
+    task = weights.config.get("task")
+    if task is not None and "tokenizer" not in task:
+        raise InputError(f"{weights.path} is a run of {weights.task}, which holds no tokenizer")
+    names = weights.tokenizer_settings().keys() - {"_type"}
+    for kind in TOKENIZERS:
+        config_class: Any = kind.config
+        if names <= {field.name for field in dataclasses.fields(config_class)}:
+            return kind
+    return TOKENIZERS[0]  # whose reader says what is unknown
+
+
+def read_tokenizer_config(location: str | pathlib.Path | WeightsDir) -> Any:
+    """Reads the config of a tokenizer alone, as `load_tokenizer` finds it.
+
+    No device is used, so a config file may call it before processes are connected.
+    """
+    weights = location if isinstance(location, WeightsDir) else open_model(location)
+    return weights.read_tokenizer_config(tokenizer_kind(weights).config)
+
+
+def read_tokenizer(
+    location: str | pathlib.Path | WeightsDir, ema: bool | None = None
+) -> tuple[Any, PyTree]:
+    """Reads (config, params) of a tokenizer; see `load_tokenizer` for arguments and errors."""
+    weights = location if isinstance(location, WeightsDir) else open_model(location)
+    return weights.read_tokenizer(tokenizer_kind(weights).config, ema)
+
+
+def recipe_crop(location: str | pathlib.Path | WeightsDir) -> Literal["random", "center"]:
+    """Finds how a model's photographs are cropped: as in its run, else as in the recipe."""
+    weights = location if isinstance(location, WeightsDir) else open_model(location)
+    crop = run_crop(weights) or weights.config.get("crop")
+    for known in ("random", "center"):
+        if crop == known:
+            return known
+    return tokenizer_kind(weights).crop
+
+
+def run_crop(weights: WeightsDir) -> Any:
+    """Returns the crop of the images in a run, or of those that its cached latents are made of.
+
+    None if there is no such setting: digits are not cropped.
+    """
+    from varjax.data.latent_shards import ABOUT_FILE  # loading weights needs no datasets
+
+    data = weights.config.get("data")
+    if not isinstance(data, dict):
+        return None
+    if data.get("_type") == "CachedLatents":
+        about = as_path(str(data.get("root"))) / ABOUT_FILE
+        data = files.read_json(about).get("settings") if about.exists() else None
+    return data.get("crop") if isinstance(data, dict) else None
+
+
+def load(
+    location: str | pathlib.Path,
+    dtype: Dtype = "auto",
+    devices: Sequence[Any] | None = None,
+    compute: ComputeConfig | None = None,
+) -> Sampler:
+    """Loads a model with its tokenizer, ready to sample.
+
+        model = varjax.load("runs/digits")
+        images_BHWC = model.sample([3, 1, 4], seed=0)
+
+    Args:
+        location: training run, directory written by `varjax convert`, or name of a
+            published model, "var_d16", which is downloaded and converted at its first use. A run's
+            best weights are loaded if it kept them, and the averaged ones if it averaged them.
+        dtype: number format of the transformer's matrix products and of the decoder; "auto" is
+            float32 on a CPU, else bfloat16.
+        devices: devices that share each batch; None for all of this process.
+        compute: replaces `dtype`, to set more than the number format.
+
+    Returns:
+        The family's pipeline: `varjax.VARPipeline` or `varjax.MARPipeline`.
+
+    Raises:
+        InputError: `location` lacks something, or an argument is not allowed.
+    """
+    if dtype not in get_args(Dtype):
+        raise InputError(f"dtype={dtype!r}: allowed are {', '.join(get_args(Dtype))}")
+    if compute is not None and dtype != "auto":
+        raise InputError(f"dtype={dtype!r} and compute={compute}: give the dtype within compute")
+    weights = open_model(location)
+    family, config, params, options = read_model(weights)
+    tokenizer, tokenizer_params = None, {}
+    if family.needs_tokenizer or weights.config.keys() & {"task", "tokenizer"}:
+        tokenizer, tokenizer_params = read_tokenizer(weights)
+    return family.pipeline(
+        tokenizer,
+        config,
+        {"tokenizer": tokenizer_params, family.name: params},
+        options,
+        compute or ComputeConfig(dtype),
+        devices,
+    )
+
+
+def load_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> "LoadedTokenizer":
+    """Loads a tokenizer alone, ready to encode and decode.
+
+    Args:
+        location: run of a tokenizer, run that uses one, converted directory, or name of a published
+            model: "vae_ch160v4096z32", "var_d16".
+        ema: True reads the averaged weights of a tokenizer's run, False the others; None reads the
+            averaged weights if there are any.
+
+    Raises:
+        InputError: says what `location` lacks.
+    """
+    return LoadedTokenizer(*read_tokenizer(location, ema))
+
+
+class LoadedTokenizer:
+    """Encodes and decodes images with a tokenizer and its weights; compiled once per shape.
+
+        tokenizer = varjax.load_tokenizer("runs/digits_tokenizer")
+        latents = tokenizer.encode(images_BHWC)  # {"tokens": (B, L) int32}
+        images_BHWC = tokenizer.decode(latents)
+
+    Attributes:
+        config: config of the tokenizer; see `varjax.tokenizers.contract.Tokenizer`.
+        params: parameters of the tokenizer.
+    """
+
+    def __init__(self, config: Tokenizer, params: PyTree):
+        self.config, self.params = config, jax.device_put(params)
+        # The library's own names end in shapes: {"tokens": "tokens_BL"}.
+        self._names = {name.rpartition("_")[0]: name for name in config.latent_spec}
+        self._encode, self._decode = jax.jit(config.encode), jax.jit(config.decode)
+
+    def encode(self, images_BHWC: np.ndarray | jax.Array) -> dict[str, jax.Array]:
+        """Encodes images, uint8 or floats in [0, 1].
+
+        Returns:
+            {"tokens": (B, L) int32}, or {"mean", "std"}: (B, h, w, Z) float32, not scaled, of a KL
+            tokenizer.
+
+        Raises:
+            InputError: images of another shape or type.
+        """
+        latents = self._encode(self.params, checked_images(images_BHWC, self.config.image_shape))
+        return {name: latents[own_name] for name, own_name in self._names.items()}
+
+    def decode(self, latents: Latents | np.ndarray | jax.Array) -> jax.Array:
+        """Decodes latents into images (B, H, W, channels), float32 in [0, 1].
+
+        Args:
+            latents: result of `encode`, or its first array alone: tokens, or means.
+
+        Raises:
+            InputError: arrays of other names or shapes.
+        """
+        spec = self.config.latent_spec
+        needed = {name: spec[own_name].shape for name, own_name in self._names.items()}
+        first = next(iter(needed))
+        arrays = latents if isinstance(latents, Mapping) else {first: latents}
+        shapes = {name: np.shape(x)[1:] for name, x in arrays.items()}
+        fits = first in shapes and shapes.items() <= needed.items()
+        if not fits or len({len(x) for x in arrays.values()}) > 1:
+            raise InputError(f"latents have shapes (B, …) of {shapes}; needed are {needed}")
+        named = {self._names[name]: jnp.asarray(x) for name, x in arrays.items()}
+        return self._decode(self.params, named)
