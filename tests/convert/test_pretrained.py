@@ -16,13 +16,17 @@ import pytest
 import varjax
 from tests.golden import weights
 from tests.helpers import golden_cases as golden
+from varjax.cli import train
 from varjax.convert import pretrained
 from varjax.convert.apply_map import official_buffers
 from varjax.convert.name_maps.name_map import Release
 from varjax.convert.pth.write import write_pth
+from varjax.data.sources import Digits
 from varjax.errors import InputError
 from varjax.models import read_model, read_tokenizer
 from varjax.storage import files
+from varjax.training.experiment import Experiment
+from varjax.var.task import VARTask
 
 COMMIT = "0123456789" * 4
 RELEASE = Release("someone/models", {"tokenizer": "vae.pth", "var": "tiny.pth"}, COMMIT, {})
@@ -82,6 +86,40 @@ def test_a_local_path_of_that_name_wins(hub, tmp_path):
     shutil.rmtree(tmp_path / "cache")
     assert read_model("tiny")[1] == golden.configs("base")[1]
     assert len(hub.asked) == 2 and not (tmp_path / "cache").exists()
+
+
+def test_a_load_reads_config_json_once(hub, monkeypatch):
+    varjax.load("tiny")
+    paths, read_json = [], files.read_json
+    monkeypatch.setattr(files, "read_json", lambda path: paths.append(path) or read_json(path))
+    varjax.load("tiny")
+    assert [path.name for path in paths] == ["config.json"]
+
+
+def test_training_fetches_what_a_new_run_starts_from_and_keeps_the_name(hub, tmp_path):
+    tokenizer, var = golden.configs("base")
+    task = VARTask(var, tokenizer, tokenizer_weights="tiny")
+    with pytest.raises(InputError, match="tiny does not exist; give .* varjax.load_tokenizer"):
+        task.frozen()
+    run = Experiment(task, Digits(), str(tmp_path / "run"), batch_size=1, steps=1, init_from="tiny")
+    train.fetch_weights(run)
+    assert len(hub.asked) == 2 and run.init_from == task.tokenizer_weights == "tiny"
+    shutil.rmtree(tmp_path / "cache/downloads")
+    np.testing.assert_array_equal(
+        task.frozen()["quantizer"]["codebook"],
+        golden.tokenizer_params("base")["quantizer"]["codebook"],
+    )
+    assert task.pretrained("tiny")[0]["head"]["bias"].shape == (tokenizer.vocab,)
+
+
+def test_a_run_that_has_begun_fetches_nothing(hub, tmp_path):
+    tokenizer, var = golden.configs("base")
+    task = VARTask(var, tokenizer, tokenizer_weights="tiny")
+    run = Experiment(task, Digits(), str(tmp_path / "run"), batch_size=1, steps=1, init_from="tiny")
+    (tmp_path / "run/checkpoints/1").mkdir(parents=True)
+    (tmp_path / "run/frozen.safetensors").touch()
+    train.fetch_weights(run)
+    assert not hub.asked
 
 
 def sha256(path):

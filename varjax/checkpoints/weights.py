@@ -33,7 +33,7 @@ class WeightsDir:
     """A training run or a converted directory, whose config.json was read and checked.
 
     Attributes:
-        path: the directory.
+        path: path of the directory.
         config: contents of its config.json.
     """
 
@@ -109,7 +109,7 @@ class WeightsDir:
         """Reads the tokenizer's parameters; raises InputError if there are none.
 
         Args:
-            ema: of the tokenizer's own run, True reads the averaged weights, False the others; None
+            ema: True reads the averaged weights of a tokenizer's own run, False the others; None
                 reads the averaged weights if there are any.
         """
         self.tokenizer_settings()  # says what is missing
@@ -164,7 +164,7 @@ def open_weights(location: str | pathlib.Path) -> WeightsDir:
         raise InputError(
             f"{directory} {'holds no config.json' if directory.is_dir() else 'does not exist'}; "
             "give a run's directory, one that varjax convert wrote, or the name of a "
-            "published model such as var_d16"
+            "published model such as var_d16 (fetched once by varjax.load_tokenizer or a command)"
         )
     config = files.read_json(path)
     if not config.keys() & {"task", "sources"}:

@@ -22,6 +22,7 @@ from varjax import trees
 from varjax.config import config_tree
 from varjax.config.config_flags import add_config_flags, config_from_flags
 from varjax.config.numbers import seed_number, whole_number
+from varjax.convert.pretrained import resolve_weights
 from varjax.data.latent_shards import (
     ABOUT_FILE,
     EncodeBatch,
@@ -201,6 +202,8 @@ def main(arguments: list[str]) -> int:
         flags, experiment = config_from_flags(parser, arguments)
         process = connect_by_flags(flags, communicate=False)
         use_compilation_cache()
+        if tokenizer := config_tree.to_dict(experiment.task).get("tokenizer_weights"):
+            resolve_weights(tokenizer)
         summary = cache_latents(
             experiment.task,
             experiment.data,

@@ -10,10 +10,33 @@ python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 
 """
 
 import sys
+from typing import Any
 
+from varjax.config import config_tree
 from varjax.config.config_flags import add_config_flags, config_from_flags
 from varjax.errors import InputError
 from varjax.runtime.commands import command_parser
+from varjax.storage import files
+from varjax.storage.buckets import as_path
+
+
+def fetch_weights(experiment: Any) -> None:
+    """Downloads the published models that a new run starts from; see `varjax.convert.pretrained`.
+
+    A run that has begun needs none: it keeps its tokenizer's weights, and its own.
+    """
+    from varjax.checkpoints.saved_steps import SavedSteps
+    from varjax.convert.pretrained import resolve_weights
+    from varjax.runtime.distributed import on_first_process
+
+    run_dir = as_path(experiment.run_dir)
+    tokenizer = config_tree.to_dict(experiment.task).get("tokenizer_weights")
+    if tokenizer and not files.exists(
+        run_dir / "frozen.safetensors"
+    ):  # only the first process reads them
+        on_first_process(lambda: str(resolve_weights(tokenizer)))
+    if experiment.init_from and not SavedSteps(run_dir / "checkpoints").steps():
+        resolve_weights(experiment.init_from)
 
 
 def main(arguments: list[str]) -> int:
@@ -53,6 +76,7 @@ def main(arguments: list[str]) -> int:
 
     def action() -> None:
         use_compilation_cache()
+        fetch_weights(experiment)
         if flags.dry_run:
             dry_run(experiment)
         else:
