@@ -106,8 +106,8 @@ class VARTask:
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
         weights = open_weights(location)
-        there, params, _ = read_generator(weights, "var", "VARTask", VARConfig, VAROptions)
-        return params, matching_rows(self.model, there)
+        config, params, _ = read_generator(weights, "var", "VARTask", VARConfig, VAROptions)
+        return params, matching_rows(self.model, config)
 
     def frozen(self) -> PyTree:
         """Reads the tokenizer's parameters; raises InputError where they are another's."""
