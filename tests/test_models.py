@@ -132,7 +132,7 @@ def test_what_is_no_model_is_named(var_run, tokenizer_dir, tmp_path):
     with pytest.raises(ValueError, match="holds no config.json"):
         varjax.load(tmp_path)
     for text, message in {
-        "[]": r"holds \[\], not an object of JSON",
+        "[]": r"holds \[\], not a JSON object",
         "{}": "neither of a training run nor of a converted",
     }.items():
         (tmp_path / "config.json").write_text(text)

@@ -124,11 +124,11 @@ def test_what_is_done_is_not_done_again(folder, packed, capsys, monkeypatch):
     )
     assert before == {path: path.stat().st_mtime_ns for path in packed.glob("[!.]*")}
     assert main([*arguments, "--shards=3", "--unconditional"]) == 1
-    assert "unconditional: False there, True asked for" in capsys.readouterr().err
+    assert "unconditional: False there, True requested" in capsys.readouterr().err
     assert main([*arguments, "--shards=2"]) == 1
-    assert "shards: 3 there, 2 asked for" in capsys.readouterr().err
+    assert "shards: 3 there, 2 requested" in capsys.readouterr().err
     assert main([*arguments, "--shards=3", "--size=20"]) == 1
-    assert "size: 0 there, 20 asked for" in capsys.readouterr().err
+    assert "size: 0 there, 20 requested" in capsys.readouterr().err
 
 
 def test_interrupted_anywhere_it_goes_on_to_the_same_end(folder, packed, capsys, in_this_process):
@@ -152,7 +152,7 @@ def test_another_folder_or_anything_else_in_out_is_refused(folder, packed, in_th
     photos.write_photos("x", size=16, train=2, val=1)
     pathlib.Path("used").mkdir()
     pathlib.Path("used/file").write_text("mine")
-    with pytest.raises(ValueError, match="made for another request(.|\n)*folder: .*photos"):
+    with pytest.raises(ValueError, match="made with other settings(.|\n)*folder: .*photos"):
         prepare("x", str(packed))
     with pytest.raises(ValueError, match="used holds files and no request.json"):
         prepare("x", "used")

@@ -86,10 +86,10 @@ def test_a_directory_says_what_it_was_made_of_and_is_replaced_whole(base, tmp_pa
     first = {path.name: path.read_bytes() for path in out.iterdir()}
     convert(out, tokenizer=base[0], var=base[1])
     assert {path.name: path.read_bytes() for path in out.iterdir()} == first
-    with pytest.raises(ValueError, match="holds tokenizer.safetensors, which would be lost"):
+    with pytest.raises(ValueError, match="contains tokenizer.safetensors, which would be lost"):
         convert(out, var=base[1])
     (out / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds notes.txt, which would be lost"):
+    with pytest.raises(ValueError, match="contains notes.txt, which would be lost"):
         convert(out, tokenizer=base[0], var=base[1])
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="file exists"):

@@ -359,7 +359,7 @@ def test_floats_are_stored_as_asked_for_and_the_error_is_told(dtype, tmp_path):
         line = next(line for line in said.splitlines() if line.startswith(name))
         found = float(line.partition("at most ")[2].partition(",")[0])
         assert 0 < 0.99 * error <= found < 1e-2
-    with pytest.raises(ValueError, match="latent_spec: .*float16.* there, .*float32.* asked for"):
+    with pytest.raises(ValueError, match="latent_spec: .*float16.* there, .*float32.* requested"):
         cache_latents(task, data, seed=3, batch_size=8, out=str(out), dtype="float32")
 
 
@@ -439,8 +439,8 @@ def test_what_16_bits_do_not_hold_is_refused(tmp_path):
         ({"data": CachedLatents("there")}, "already latents, in there"),
         ({"data": Noise(16, 1)}, r"images of \(16, 16, 1\), but the tokenizer needs \(8, 8, 1\)"),
         ({"task": VQTask(runs.TOKENIZER)}, "VQTask trains on images"),
-        ({"seed": 4}, "(?s)made for another request.*seed: 3 there, 4 asked for"),
-        ({"data": Digits()}, "settings: .* there, .* asked for"),
+        ({"seed": 4}, "(?s)made with other settings.*seed: 3 there, 4 requested"),
+        ({"data": Digits()}, "settings: .* there, .* requested"),
         ({"out": str(ROOT)}, "holds files and no latents.json"),
     ],
 )
@@ -458,7 +458,7 @@ def test_the_command(task, tmp_path, capsys):
     assert files.read_json("out/latents.json")["seed"] == 7
     assert len(CachedLatents("out").source("train")) == 60 and CachedLatents("out").classes == 10
     assert command.main(flags) == 1
-    assert "seed: 7 there, 0 asked for" in capsys.readouterr().err
+    assert "seed: 7 there, 0 requested" in capsys.readouterr().err
     assert command.main([*flags, "--seed=3"]) == 1
     assert "settings are --config.FIELD=VALUE" in capsys.readouterr().err
     with pytest.raises(ValueError, match="nowhere holds no latents"):

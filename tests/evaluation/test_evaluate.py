@@ -65,7 +65,7 @@ def test_the_same_command_returns_the_report_and_another_is_refused(tmp_path, ca
     assert run("real.npz", *PIXELS) == 0
     digits_npz("real.npz", "train")
     assert run("real.npz", *PIXELS) == 1
-    assert "report.json was made for another request" in capsys.readouterr().err
+    assert "report.json was made with other settings" in capsys.readouterr().err
 
 
 def test_a_killed_evaluation_ends_with_the_same_report(tmp_path, monkeypatch):

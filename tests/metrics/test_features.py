@@ -154,7 +154,7 @@ def test_what_holds_no_images_is_refused(tmp_path):
         ("absent", "does not exist"),
         ("empty", "holds no images"),
         ("floats.npz", "float64 of shape"),
-        ("other.npz", "there is no arr_0 in it, but images"),
+        ("other.npz", "it has no arr_0, but images"),
         ("text.npz", "cannot be read as an .npz"),
         ("short.npz", "cannot be read as an .npz"),
         ("text.txt", "give an .npz with images under arr_0, or a folder"),
@@ -216,7 +216,7 @@ def test_damaged_features_and_statistics_are_made_again(tmp_path, monkeypatch, c
     flip(first)
     reference = references.reference_of_images(images, images.digest, extract, cache)
     assert calls == [10, 10, 3, 10, 3]
-    assert f"{first} is deleted and made again" in capsys.readouterr().err
+    assert f"{first} is deleted, to be made again" in capsys.readouterr().err
     (statistics,) = cache.iterdir()
     content, pool_MD = statistics.read_bytes(), np.array(reference.pool_MD)  # it is a memory map
     flip(statistics)

@@ -66,9 +66,9 @@ def test_what_to_do_follows_from_the_error():
     def read(code):
         raise OSError(code, os.strerror(code))
 
-    with pytest.raises(StorageError, match="once you have permission to read it"):
+    with pytest.raises(StorageError, match="when you have permission to read it"):
         retry_read(lambda: read(errno.EACCES), "cat.png")
-    with pytest.raises(StorageError, match="once the machine works"):
+    with pytest.raises(StorageError, match="when the machine works"):
         retry_read(lambda: read(errno.EIO), "cat.png")
 
 

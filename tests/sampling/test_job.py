@@ -168,7 +168,7 @@ def test_all_processes_compare_their_request_with_that_of_the_first(tmp_path, mo
         return [NOTHING, None]
 
     in_process(1, [begin_there, lambda mine: [NOTHING, mine]], monkeypatch)
-    with pytest.raises(InputError, match="process 1: .*\n *weights: theirs there, mine asked for"):
+    with pytest.raises(InputError, match="process 1: .*\n *weights: theirs there, mine requested"):
         run_job(MODEL, EMPTY, FolderOutput(tmp_path, np.zeros(0, int), {"weights": "mine"}))
 
 
@@ -179,13 +179,13 @@ def test_a_finished_output_is_recognized_and_another_request_refused(whole, monk
     monkeypatch.setattr("varjax.var.pipeline.sample_images", never)
     for out in whole:
         draw(out)
-        with pytest.raises(ValueError, match="(?s)seed: 0 there, 1 asked.*delete it"):
+        with pytest.raises(ValueError, match="(?s)seed: 0 there, 1 requested.*delete it"):
             draw(out, "--seed=1")
         with pytest.raises(
             ValueError, match="(?s)labels: all there, 1,2 .*guidance: 1.5 there, 4.0"
         ):
             draw(out, "--labels=1,2", "--guidance=4")
-        with pytest.raises(ValueError, match="compute: .*float32.* there, .*bfloat16.* asked"):
+        with pytest.raises(ValueError, match="compute: .*float32.* there, .*bfloat16.* requested"):
             draw(out, "--dtype=bfloat16")
 
 

@@ -106,7 +106,7 @@ def test_a_second_command_at_the_same_output_is_told(model, tmp_path, capsys):
     for name, folder in (("a.npz", ".a.npz.parts"), ("images", "images")):
         with locked_work_folder(tmp_path / folder):
             assert sample.main([*SAMPLE, f"--out={name}"]) == 1
-            assert f"is at work in {folder}" in capsys.readouterr().err
+            assert f"is using {folder}" in capsys.readouterr().err
             assert sample.main([*SAMPLE, "--out=other.npz"]) == 0
         assert sample.main([*SAMPLE, f"--out={name}"]) == 0
         assert sample.main([*SAMPLE, f"--out={name}"]) == 0  # done before
@@ -120,7 +120,7 @@ def test_a_second_evaluation_is_told(model, tmp_path, capsys):
         out = tmp_path / f"{len(arguments)}.json"
         with locked_work_folder(parts_folder(out)):
             assert evaluation.main([*arguments, f"--out={out}"]) == 1
-        assert f"is at work in {parts_folder(out)}" in capsys.readouterr().err
+        assert f"is using {parts_folder(out)}" in capsys.readouterr().err
         assert evaluation.main([*arguments, f"--out={out}"]) == 0
         assert not parts_folder(out).exists()
 

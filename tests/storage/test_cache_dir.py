@@ -60,5 +60,5 @@ def test_a_temporary_folder_that_another_user_may_have_made_is_not_trusted(homel
 
 def test_a_cache_in_a_home_folder_that_does_not_exist_is_refused(homeless, monkeypatch):
     monkeypatch.setenv("VARJAX_CACHE", "~/cache")
-    with pytest.raises(InputError, match="VARJAX_CACHE=~/cache: .* Give the whole path"):
+    with pytest.raises(InputError, match="VARJAX_CACHE=~/cache: .* Write the whole path"):
         cache_dir.cache_folder()

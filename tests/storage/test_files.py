@@ -63,7 +63,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         files.read_json(path)
     for text in ("5", "[1]", "null", '"a"'):
         path.write_text(text)
-        with pytest.raises(InputError, match="t.safetensors holds .*, not an object of JSON"):
+        with pytest.raises(InputError, match="t.safetensors holds .*, not a JSON object"):
             files.read_json(path)
     path.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(InputError, match="t.safetensors is not valid JSON"):
@@ -73,7 +73,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         files.read_json(path)
     for names in (("a", "a/b"), ("a/b", "a/b/c"), ("a/b/c", "a/b")):
         write_safetensors(path, {name: np.ones(1) for name in names}, {})
-        with pytest.raises(InputError, match="one inside the other"):
+        with pytest.raises(InputError, match="name of a tensor and of a group"):
             files.read_tensors(path)
 
 

@@ -24,7 +24,7 @@ def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
     with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
         other.stdout.readline()
         with (
-            pytest.raises(ValueError, match=r"another process \(.*, \d+\) is at work in"),
+            pytest.raises(ValueError, match=r"another process \(.*, \d+\) is using"),
             folders.lock_folder(tmp_path),
         ):
             pass
@@ -42,9 +42,9 @@ def test_a_folder_that_would_be_replaced_may_hold_nothing_of_others(tmp_path):
     for name in ("config.json", ".git"):
         (out / name).touch()
     folders.check_replaceable(out, {"config.json", ".git", "absent"})
-    with pytest.raises(InputError, match=r"holds .git, which would be lost; choose another"):
+    with pytest.raises(InputError, match=r"contains .git, which would be lost; choose another"):
         folders.check_replaceable(out, {"config.json"})
-    with pytest.raises(InputError, match=r"holds config.json, which would be lost"):
+    with pytest.raises(InputError, match=r"contains config.json, which would be lost"):
         folders.check_replaceable(out / "config.json")
 
 
@@ -57,14 +57,14 @@ def test_a_folder_is_gone_on_with_for_the_same_request_only(tmp_path):
     for _ in range(2):
         folders.claim_folder(out, "request.json", request)
         (out / "0.png").touch()
-    with pytest.raises(InputError, match="seed: 0 there, 1 asked for") as caught:
+    with pytest.raises(InputError, match="seed: 0 there, 1 requested") as caught:
         folders.claim_folder(out, "request.json", {"size": [3, 4], "seed": 1})
     assert "size" not in str(caught.value)
-    with pytest.raises(InputError, match="cfg: None there, 2 asked for"):
+    with pytest.raises(InputError, match="cfg: None there, 2 requested"):
         folders.claim_folder(out, "request.json", request | {"cfg": 2})
     with pytest.raises(InputError, match="holds files and no other.json"):
         folders.claim_folder(out, "other.json", request)
-    with pytest.raises(InputError, match="request.json is a file; choose another out"):
+    with pytest.raises(InputError, match="request.json is a file; choose another folder"):
         folders.claim_folder(out / "request.json", "request.json", request)
 
 
@@ -89,7 +89,7 @@ def test_of_several_that_claim_a_folder_at_once_one_wins(tmp_path, monkeypatch):
         return create(path, request)
 
     monkeypatch.setattr(folders, "create_json", slower_than_another)
-    with pytest.raises(InputError, match="seed: 1 there, 0 asked for"):
+    with pytest.raises(InputError, match="seed: 1 there, 0 requested"):
         folders.claim_folder(tmp_path, "request.json", {"seed": 0})
     folders.claim_folder(tmp_path, "request.json", {"seed": 1})
 
@@ -106,7 +106,7 @@ def test_a_lock_is_a_file_opened_for_writing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock_on_nfs)
     with folders.lock_folder(tmp_path / "new"):
-        with pytest.raises(InputError, match="at work"), folders.lock_folder(tmp_path / "new"):
+        with pytest.raises(InputError, match="is using"), folders.lock_folder(tmp_path / "new"):
             pass
     assert held and [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
     folders.claim_folder(tmp_path / "new", "request.json", {})  # hidden files do not count
@@ -123,7 +123,7 @@ def test_where_nothing_can_be_locked_a_line_says_so(tmp_path, monkeypatch, capsy
         with folders.lock_folder(tmp_path), folders.lock_folder(tmp_path):
             pass
     said = capsys.readouterr().err
-    assert said.count("nothing can be locked") == 1 and "No locks available" in said
+    assert said.count("cannot be locked") == 1 and "No locks available" in said
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="file cannot be locked"):
         with folders.lock_folder(tmp_path / "file"):
@@ -146,7 +146,7 @@ def test_a_folder_that_went_while_it_was_waited_for_is_locked_anew(tmp_path):
         shutil.rmtree(folder)
     try:
         assert came.wait(10)
-        with pytest.raises(InputError, match="at work"), folders.lock_folder(folder):
+        with pytest.raises(InputError, match="is using"), folders.lock_folder(folder):
             pass
     finally:
         finish.set()
@@ -158,7 +158,7 @@ def test_a_second_one_is_told_and_nothing_of_the_lock_stays(tmp_path):
     with locked_work_folder(folder):
         (folder / "a.png").touch()
         with (
-            pytest.raises(InputError, match=rf"{os.getpid()}.* is at work in .*images"),
+            pytest.raises(InputError, match=rf"{os.getpid()}.* is using .*images"),
             locked_work_folder(folder),
         ):
             pass
@@ -197,5 +197,5 @@ def test_where_nothing_can_be_written_is_said_beforehand(tmp_path):
     check_writable(tmp_path / "a" / "b")
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "x", pathlib.Path("/proc/varjax")):
-        with pytest.raises(InputError, match=f"cannot write to {folder} .*; choose another out"):
+        with pytest.raises(InputError, match=f"cannot write to {folder} .*; choose another folder"):
             check_writable(folder)

@@ -162,7 +162,7 @@ def test_wrong_headers_are_refused(tmp_path, header):
         ("1," * 79999 + "4", 16, "at most 64 integers"),
         ("1," * 64 + "4", 16, "at most 64 integers"),
         (f"0,{2**62}", 0, "non-negative integers"),
-        (f"0,{2**47},{2**47}", 0, "more than any memory"),
+        (f"0,{2**47},{2**47}", 0, "larger than any memory"),
     ],
 )
 def test_shapes_that_numpy_lacks_are_refused(tmp_path, shape, end, problem):
@@ -175,7 +175,7 @@ def test_headers_are_bounded_and_their_errors_short(tmp_path, monkeypatch):
     path = tmp_path / "x"
     one = '{"%s":{"dtype":"%s","shape":[4],"data_offsets":[0,16]}}'
     for name in ("x" * 600, "\\u001b[2J"):
-        with pytest.raises(InputError, match="names are at most 512 printable characters"):
+        with pytest.raises(InputError, match="names have at most 512 printable characters"):
             read_safetensors(with_header(path, (one % (name, "F32")).encode()))
     for dtype in ("F" * 10**5, "\\u001b[2J"):
         with pytest.raises(InputError, match="x: truncated or not") as error:
@@ -226,7 +226,9 @@ def test_a_file_that_changes_while_its_header_is_read_is_refused(tmp_path, monke
         return memmap(*arguments)
 
     monkeypatch.setattr(np, "memmap", replace_and_map)
-    with pytest.raises(InputError, match="x.safetensors: was cut or replaced while it was read"):
+    with pytest.raises(
+        InputError, match="x.safetensors: was truncated or replaced while it was read"
+    ):
         read_safetensors(path)
 
 

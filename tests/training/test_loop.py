@@ -207,7 +207,7 @@ def test_all_lines_are_on_the_disk_before_the_checkpoint_that_knows_of_them(tmp_
 
 def test_a_run_is_not_touched_while_another_process_trains_it(tmp_path):
     with folders.lock_folder(tmp_path):
-        with pytest.raises(InputError, match="another process .* is at work in"):
+        with pytest.raises(InputError, match="another process .* is using"):
             loop.train(tiny.experiment(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 

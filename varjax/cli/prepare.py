@@ -59,7 +59,7 @@ def prepare(
         A line that sums it up.
 
     Raises:
-        InputError: a folder that makes no sense, or `out` was begun for another request.
+        InputError: a folder that makes no sense, or `out` was made with other settings.
     """
     for name, value in ("workers", workers), ("shards", shards):
         check_setting(name, value, value >= 0, "1 or more, or 0 to choose")

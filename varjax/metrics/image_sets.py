@@ -74,8 +74,7 @@ class NpzImages:
         self._path, self._archive = path, NpzArchive(path)
         if "arr_0" not in self._archive.names:
             raise InputError(
-                f"{path} holds no images: there is no arr_0 in it, but "
-                f"{', '.join(self._archive.names[:8])}"
+                f"{path} has no images: it has no arr_0, but {', '.join(self._archive.names[:8])}"
             )
         shape, dtype = self._archive.header("arr_0")
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):

@@ -1,11 +1,11 @@
 """Object storage as folders: paths gs://BUCKET/… and s3://BUCKET/…, uploads, and local mirrors.
 
-An object appears under its name whole or not at all, whoever writes it and whenever they are
-killed. That is all there is: objects cannot be appended to, renamed in one step, or locked. So
-files are made here and uploaded when they are complete (`varjax.storage.files.atomic_path`).
+A service shows an object whole or not at all, even if its writer is killed. Objects cannot be
+appended to, locked, or renamed in one step. Therefore files are made on the local disk and uploaded
+when they are complete (`varjax.storage.files.atomic_path`).
 
-epath has the methods of pathlib.Path for such paths, fsspec moves the bytes, and gcsfs or s3fs,
-which are not among varjax's dependencies, speak with the service.
+epath gives such paths the methods of pathlib.Path, and fsspec transfers the bytes. gcsfs or s3fs,
+which varjax does not depend on, talk to the service.
 """
 
 import contextlib
@@ -28,55 +28,55 @@ from varjax.storage.untrusted import check_relative_name
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # by the scheme of an address
 # pathlib.Path("gs://bucket") has one slash less.
 ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):/(?P<slash>/?)(?P<rest>.*)", re.DOTALL)
-# Fields of which at least one changes with an object's content; each service has some of them.
+# At least one of these fields changes with an object's content. Each service has some of them.
 VERSION_FIELDS = "size", "generation", "etag", "ETag", "mtime", "LastModified", "created"
-# Files that say what the others in their folder are: readers begin with them, so they come last.
+# Files that describe the others in their folder. Readers open them first, so they are written last.
 INDEX_FILES = "config.json", "dataset_info.json"
 
 
 def as_path(location: str | os.PathLike) -> pathlib.Path:
     """Returns a path on a disk or in a bucket; both have the methods of pathlib.Path.
 
-    Of those, a path in a bucket lacks the ones that a bucket cannot do, and its `stat` gives
+    A path in a bucket lacks the methods that a bucket does not support, and its `stat` returns
     `length` and `mtime`.
 
     Raises:
-        InputError: an empty name, an address that is neither gs://… nor s3://…, or the package for
+        InputError: the name is empty, the address is neither gs://… nor s3://…, or the package for
             it is missing.
     """
     text = os.fspath(location)
-    if not text.strip():  # pathlib would take the folder that the command is called in
-        raise InputError("the name of a file or folder is empty; give one, or . for this folder")
+    if not text.strip():  # pathlib would use the current folder
+        raise InputError("the name of a file or folder is empty; use . for the current folder")
     match = ADDRESS.match(text)
     if match is None or not (match["slash"] or match["scheme"] in PACKAGES):
         return pathlib.Path(location)
     scheme, rest = match["scheme"], match["rest"].strip("/")
-    # A copy on this disk is named after the last part.
+    # The last part becomes the name of a local copy.
     if scheme not in PACKAGES or not rest or {".", ".."} & set(rest.split("/")):
         raise InputError(
-            f"{text} is no address that can be used; give a folder or file, "
-            "gs://BUCKET/… or s3://BUCKET/…"
+            f"{text} is not a supported address; use a folder or file, gs://BUCKET/… or "
+            "s3://BUCKET/…"
         )
     _set_up(scheme)
     return cast(pathlib.Path, epath.Path(f"{scheme}://{rest}"))
 
 
 def in_bucket(path: str | os.PathLike) -> bool:
-    """Returns whether a path of `as_path` is in a bucket."""
+    """Returns whether a path is in a bucket."""
     return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in PACKAGES))
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:
-    """Returns the path from the root on; one in a bucket is so already."""
+    """Returns the absolute path; one in a bucket is absolute already."""
     return path if in_bucket(path) else path.absolute()
 
 
 def upload(local: pathlib.Path, path: pathlib.Path) -> None:
     """Uploads a file or folder; each object appears whole.
 
-    When a folder is replaced, its INDEX_FILES are removed first and uploaded last, so that nobody
-    takes a mixture of both for a whole one. Raises StorageError where the service refuses; of a
-    folder nothing is left then.
+    When a folder is replaced, its INDEX_FILES are removed first and uploaded last, so that a
+    mixture of old and new is never taken for complete. Raises StorageError if the service refuses;
+    then nothing is left of a folder.
     """
     fs = _file_system(path)
     with storage_errors(path, "written"):
@@ -91,13 +91,13 @@ def upload(local: pathlib.Path, path: pathlib.Path) -> None:
             for name in sorted(names, key=lambda name: (name in INDEX_FILES, name)):
                 fs.put_file(str(local / name), str(path / name))
         except Exception:
-            with contextlib.suppress(Exception):  # the network may be what failed
+            with contextlib.suppress(Exception):  # it may be the network that failed
                 fs.rm(str(path), recursive=True)
             raise
 
 
 def create_object(path: pathlib.Path, data: bytes) -> bool:
-    """Writes an object unless it exists; returns whether it did. Of several writers, one does."""
+    """Writes an object unless it exists; returns True to the one writer that created it."""
     with storage_errors(path, "written"):
         try:
             _file_system(path).pipe_file(str(path), data, mode="create")
@@ -107,59 +107,59 @@ def create_object(path: pathlib.Path, data: bytes) -> bool:
 
 
 def object_versions(path: pathlib.Path) -> dict[str, str]:
-    """Lists the objects below a folder, or the object at `path`, under "".
+    """Lists the objects below a folder; the object at `path` itself has the name "".
 
     Returns:
-        {path below `path`: text that changes with the content}; {} where there is nothing.
+        {path below `path`: text that changes with the content}; {} if nothing exists.
 
     Raises:
-        InputError: an object's name would lead out of the folder on a disk; see
+        InputError: an object's name would lead out of the folder on a disk, see
             `untrusted.check_relative_name`.
         StorageError: the bucket cannot be read.
     """
     with storage_errors(path, "read"):
         fs = _file_system(path)
         root = fs._strip_protocol(str(path))
-        found = fs.find(str(path), detail=True)
+        objects = fs.find(str(path), detail=True)
     versions = {}
-    for place, info in sorted(cast("dict[str, dict[str, Any]]", found).items()):
-        if info["type"] != "file" or place.endswith("/"):  # which some make for empty folders
+    for key, info in sorted(cast("dict[str, dict[str, Any]]", objects).items()):
+        if info["type"] != "file" or key.endswith("/"):  # placeholder of an empty folder
             continue
-        if name := place[len(root) :].removeprefix("/"):
+        if name := key[len(root) :].removeprefix("/"):
             check_relative_name(name, path)
         versions[name] = repr([info.get(field) for field in VERSION_FIELDS])
     return versions
 
 
 def remove_objects(path: pathlib.Path) -> None:
-    """Removes an object, or all below a folder; nothing happens where there is none."""
+    """Removes an object, or all objects below a folder, if any exist."""
     with storage_errors(path, "removed"):
         if path.exists():
             _file_system(path).rm(str(path), recursive=True)
 
 
 def move_objects(path: pathlib.Path, to: pathlib.Path) -> None:
-    """Moves all objects below a folder, one after the other."""
+    """Moves all objects below a folder, one by one."""
     with storage_errors(path, "moved"):
         _file_system(path).mv(str(path), str(to), recursive=True)
 
 
 def list_folder(path: pathlib.Path) -> tuple[list[str], list[str]]:
-    """Returns the names of the folders and of the objects in a folder, as far as they are there."""
+    """Returns the names of the folders and of the objects in a folder, which may not exist."""
     folders, objects = [], []
     with storage_errors(path, "read"), contextlib.suppress(FileNotFoundError):
         fs = _file_system(path)
         for entry in fs.ls(str(path), detail=True):
-            place = entry["name"].strip("/")
-            if place == fs._strip_protocol(str(path)).strip("/"):
-                continue  # an empty object that some make for the folder itself
-            name = place.rpartition("/")[2]
+            key = entry["name"].strip("/")
+            if key == fs._strip_protocol(str(path)).strip("/"):
+                continue  # placeholder of the folder itself
+            name = key.rpartition("/")[2]
             (folders if entry["type"] == "directory" else objects).append(name)
     return folders, objects
 
 
 def download_object(path: pathlib.Path, local: pathlib.Path) -> None:
-    """Copies an object to a local file; raises StorageError where it cannot be read."""
+    """Copies an object to a local file; raises StorageError if it cannot be read."""
     options = {"desc": f"copying {path.name}", "unit": "B", "unit_scale": True, "delay": 2}
     with storage_errors(path, "read"):
         bar = fsspec.callbacks.TqdmCallback(tqdm_kwargs=options)
@@ -167,14 +167,14 @@ def download_object(path: pathlib.Path, local: pathlib.Path) -> None:
 
 
 class LocalMirror:
-    """Mirrors a folder of a bucket on this machine's disk, for files that grow.
+    """Mirrors a folder of a bucket on the local disk, for files that grow.
 
         mirror = LocalMirror(run_dir)
         open(mirror.folder / "metrics.jsonl", "a").write("…")
         mirror.upload()
         mirror.close()
 
-    Where the path is on a disk, `folder` is the path itself, and neither does anything.
+    If the path is on a disk, `folder` is the path itself and the methods do nothing.
 
     Args:
         path: remote folder that the local folder mirrors.
@@ -194,7 +194,7 @@ class LocalMirror:
                     download_object(path / name, self.folder / name)
 
     def upload(self) -> None:
-        """Writes to the bucket whatever has changed; raises StorageError where that fails."""
+        """Uploads the files that have changed; raises StorageError if that fails."""
         if self.folder == self._path:
             return
         for file in sorted(self.folder.rglob("*")):
@@ -204,7 +204,7 @@ class LocalMirror:
                 self._sent[file] = state
 
     def close(self) -> None:
-        """Uploads, and removes the local folder."""
+        """Uploads the files and removes the local folder."""
         self.upload()
         if self.folder != self._path:
             shutil.rmtree(self.folder)
@@ -216,9 +216,9 @@ def _index_first(name: str) -> tuple[bool, str]:
 
 @functools.cache
 def _set_up(scheme: str) -> None:
-    # One client for all: epath would take TensorFlow's where that is installed.
+    # epath would use TensorFlow's client if that is installed.
     os.environ.setdefault("EPATH_USE_TF", "false")
-    # Other processes write to a bucket, too: what was listed before says nothing.
+    # Other processes write to the bucket, too, so listings must not be cached.
     fsspec_config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     try:
         fsspec.get_filesystem_class(scheme)
@@ -233,13 +233,13 @@ def _file_system(path: pathlib.Path) -> Any:
 
 @contextlib.contextmanager
 def storage_errors(path: pathlib.Path, verb: str) -> Iterator[None]:
-    """Raises StorageError where a bucket cannot be reached; a path on a disk is left alone.
+    """Turns exceptions of a bucket into StorageError; those of a path on a disk pass through.
 
-    The services' packages have exceptions of all kinds for a missing right or network.
+    The services' packages raise exceptions of many kinds for a missing permission or network.
 
     Args:
         path: file or folder being accessed.
-        verb: word for the message, "read" or "written".
+        verb: participle for the message, "read" or "written".
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""The folder of what can be made or downloaded again, and its copies of files in buckets.
+"""The cache: a folder of files that can be made or downloaded again, such as copies from buckets.
 
-Copies of buckets are bounded: those that no process has used for COPY_DAYS are removed, and, beyond
-MAX_COPY_BYTES, those whose last use is the longest ago. What a process uses now always stays.
+Copies from buckets are removed if no process has used them for COPY_DAYS, and the least recently
+used ones if all together exceed MAX_COPY_BYTES. Copies that a process is using are kept.
 """
 
 import contextlib
@@ -22,26 +22,26 @@ from varjax.errors import InputError, StorageError
 from varjax.storage.buckets import in_bucket
 from varjax.storage.untrusted import bytes_on_disk
 
-COPIES = "buckets"  # the folder of the copies
+COPIES = "buckets"  # folder of the copies
 USERS, REMOVED = ".users", ".removed-"  # in that folder
 COPY_DAYS, MAX_COPY_BYTES = 30, 200 * 10**9
-_lists: dict[pathlib.Path, int] = {}  # open files that list what this process uses, by folder
+_lists: dict[pathlib.Path, int] = {}  # open files that list the copies this process uses
 _used: set[pathlib.Path] = set()
 
 
 def cache_folder() -> pathlib.Path:
-    """Returns the local folder of what can be made again, $VARJAX_CACHE; it need not exist.
+    """Returns the local folder of the cache, $VARJAX_CACHE, which may not exist yet.
 
-    Without that variable it is varjax in $XDG_CACHE_HOME or ~/.cache, and, where there is no home
-    folder either, as in a container with an unknown user, one in the system's temporary folder.
+    Without that variable it is varjax in $XDG_CACHE_HOME or ~/.cache. If there is no home folder,
+    as in a container with an unknown user, it is in the system's temporary folder.
     """
     if chosen := os.environ.get("VARJAX_CACHE"):
         if in_bucket(chosen):
             raise InputError(f"VARJAX_CACHE={chosen}: must be a folder on a disk")
         try:
             return pathlib.Path(chosen).expanduser()
-        except RuntimeError as error:  # no home folder, or none of that user
-            raise InputError(f"VARJAX_CACHE={chosen}: {error} Give the whole path") from error
+        except RuntimeError as error:  # no home folder of this user
+            raise InputError(f"VARJAX_CACHE={chosen}: {error} Write the whole path") from error
     try:
         general = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
         return pathlib.Path(general).expanduser() / "varjax"
@@ -51,7 +51,7 @@ def cache_folder() -> pathlib.Path:
 
 @functools.cache
 def _temporary_cache() -> pathlib.Path:
-    """One folder for all processes of this user, if nobody else can write to it; else a new one."""
+    """Returns a folder shared by this user's processes, or a new one if others may write to it."""
     folder = pathlib.Path(tempfile.gettempdir()) / f"varjax-{os.getuid()}"
     try:
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -62,21 +62,21 @@ def _temporary_cache() -> pathlib.Path:
     except OSError:
         folder = pathlib.Path(tempfile.mkdtemp(prefix="varjax-"))
     print(
-        f"note: there is no home folder, so {folder} is the cache, which the system may empty; "
-        "set VARJAX_CACHE to a folder that lasts",
+        f"note: there is no home folder, so the cache is {folder}, which the system may empty; set "
+        "VARJAX_CACHE to a permanent folder",
         file=sys.stderr,
     )
     return folder
 
 
 def use_copy(key: str) -> pathlib.Path:
-    """Returns the folder of a copy, and keeps it from being removed while this process runs.
+    """Returns the folder of a copy, which is not removed while this process runs.
 
     Args:
         key: identifier of the bucket's objects and their versions, valid as a file name.
 
     Raises:
-        StorageError: it does not exist and cannot be made.
+        StorageError: the folder does not exist and cannot be made.
     """
     folder = cache_folder() / COPIES / key
     try:
@@ -84,9 +84,9 @@ def use_copy(key: str) -> pathlib.Path:
             folder.mkdir(exist_ok=True)
             if folder not in _used:
                 _list_as_used(folder)
-            os.utime(folder)  # the time of its last use
+            os.utime(folder)  # time of the last use
     except OSError as error:
-        if not folder.is_dir():  # else a cache that this process may only read
+        if not folder.is_dir():  # or else the cache is read-only for this process
             raise StorageError(
                 f"{folder} cannot be made ({error}); set VARJAX_CACHE to another folder"
             ) from error
@@ -94,13 +94,13 @@ def use_copy(key: str) -> pathlib.Path:
 
 
 def prune_copies() -> None:
-    """Removes copies of buckets that are too old or too many, but none that is in use."""
+    """Removes copies from buckets that are too old or too many, except those in use."""
     root, removed = cache_folder() / COPIES, []
     with contextlib.suppress(OSError), _pruning_blocked(root) as locked:
-        # Renamed at once and removed later, for others wait.
+        # They are only renamed under the lock, because other processes wait for it.
         for folder in _unneeded(root) if locked else ():
             removed.append(folder.rename(root / f"{REMOVED}{secrets.token_hex(8)}"))
-        removed += root.glob(f"{REMOVED}*")  # also of a process that was killed
+        removed += root.glob(f"{REMOVED}*")  # also those of a killed process
     for folder in removed:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -120,7 +120,7 @@ def _unneeded(root: pathlib.Path) -> list[pathlib.Path]:
 
 @contextlib.contextmanager
 def _pruning_blocked(root: pathlib.Path) -> Iterator[bool]:
-    """Keeps other processes out of both functions above; yields whether locks work here."""
+    """Makes other processes wait in `use_copy` and `prune_copies`; yields whether locks work."""
     (root / USERS).mkdir(parents=True, exist_ok=True)
     descriptor = os.open(root / USERS / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -135,19 +135,19 @@ def _pruning_blocked(root: pathlib.Path) -> Iterator[bool]:
 
 
 def _list_as_used(folder: pathlib.Path) -> None:
-    """Adds a copy to this process's list, a file that stays open and locked until the end."""
+    """Adds a copy to this process's list, a file that stays locked until the process ends."""
     users = folder.parent / USERS
     if users not in _lists:
         path = users / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         _lists[users] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        with contextlib.suppress(OSError):  # a file system without locks, where nothing is removed
+        with contextlib.suppress(OSError):  # without locks, nothing is ever removed
             fcntl.flock(_lists[users], fcntl.LOCK_EX)
     os.write(_lists[users], f"{folder.name}\n".encode())
     _used.add(folder)
 
 
 def _keys_in_use(root: pathlib.Path) -> set[str]:
-    """Reads the lists of all processes that are alive, and removes the others."""
+    """Reads the lists of all running processes, and removes the other lists."""
     keys: set[str] = set()
     for path in (root / USERS).iterdir():
         with open(path) as file:

@@ -1,8 +1,8 @@
-"""Checksums of bytes: of arrays in files, of rows in arrays, and of JSON data.
+"""Checksums of arrays in files, of rows in arrays, and of JSON data.
 
     seal({"best": 3.5})  # {"best": 3.5, "checksum": "…"}
 
-They tell damage (a flipped bit, a zeroed page), not forgery: anybody can make them.
+They detect damage (a flipped bit, a zeroed page), not forgery: anyone can compute them.
 """
 
 import json
@@ -18,7 +18,7 @@ SEAL = "checksum"  # the key in sealed JSON data
 
 
 def array_checksum(dtype: np.dtype, shape: Iterable[int], chunks: Iterable[np.ndarray]) -> str:
-    """Returns 32 hexadecimal digits for an array, given in pieces in C order."""
+    """Returns 32 hexadecimal digits for an array that comes in chunks in C order."""
     total = xxhash.xxh3_128(f"{dtype.name} {','.join(map(str, shape))}\n".encode())
     for chunk in chunks:
         total.update(contiguous_bytes(chunk))
@@ -26,7 +26,7 @@ def array_checksum(dtype: np.dtype, shape: Iterable[int], chunks: Iterable[np.nd
 
 
 def row_checksum(arrays: Iterable[np.ndarray]) -> int:
-    """Returns 64 bits for a few small arrays whose dtypes and shapes are known."""
+    """Returns a 64-bit checksum of a few small arrays whose dtypes and shapes are known."""
     total = xxhash.xxh3_64()
     for array in arrays:
         total.update(contiguous_bytes(array))
@@ -34,19 +34,19 @@ def row_checksum(arrays: Iterable[np.ndarray]) -> int:
 
 
 def contiguous_bytes(array: np.ndarray) -> memoryview:
-    """Returns the bytes of an array in C order, without a copy where it has that order."""
+    """Returns the bytes of an array in C order, without a copy if it already has that order."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def seal(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns JSON data with a checksum of it."""
+    """Adds a checksum to JSON data."""
     return {**data, SEAL: _json_checksum(data)}
 
 
 def unseal(data: Any, name: object) -> dict[str, Any]:
-    """Returns what `seal` was given; raises DamagedFileError where it is not that any more."""
+    """Removes the checksum that `seal` added; raises DamagedFileError if it does not match."""
     if not isinstance(data, dict):
-        raise DamagedFileError(f"{name} holds no JSON object")
+        raise DamagedFileError(f"{name} is not a JSON object")
     content = {key: value for key, value in data.items() if key != SEAL}
     if data.get(SEAL) != _json_checksum(content):
         raise DamagedFileError(f"{name} is damaged: its checksum does not match")

@@ -32,27 +32,27 @@ from varjax.storage.cache_dir import prune_copies, use_copy
 from varjax.storage.read_errors import retry_read
 from varjax.storage.untrusted import parse_json, path_inside, reason, shown
 
-# Of a name, at most as much goes into that of a temporary; 255 bytes are allowed, of 4 a letter.
+# Characters of a name that go into the name of its temporary: up to 4 bytes each, of 255 allowed.
 NAME_LETTERS = 50
 TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.tmp")
-ABANDONED_SECONDS = 24 * 60 * 60  # a temporary that nobody has written to for so long is nobody's
-DOWNLOADS = 16  # of a folder in a bucket, at a time
-REPLACED_SECONDS = 1.0  # more than there is between the two renames that replace a folder
+ABANDONED_SECONDS = 24 * 60 * 60  # without a write, after which a temporary is abandoned
+DOWNLOADS = 16  # files downloaded at the same time
+REPLACED_SECONDS = 1.0  # more than passes between the two renames that replace a folder
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a sibling path to write a file or a directory to; on success it becomes `path`.
+    """Yields a temporary path for a file or a folder, which becomes `path` on success.
 
     The content reaches the disk before the name does, so a reader sees the old content or all of
-    the new one (a folder by `exists`). On an exception the temporary is removed and `path` stays as
-    it was. Where `path` is a link, it stays one, and what it names is replaced; permissions stay as
-    they were. What kills left in the same folder is removed. Raises StorageError where it cannot be
-    written.
+    the new content (of a folder: after `exists`). On an exception, the temporary is removed and
+    `path` is unchanged. If `path` is a link, its target is replaced; permissions are kept.
+    Temporaries of killed processes in the same folder are removed. Raises StorageError if `path`
+    cannot be written.
 
-    What goes to a bucket is written to this machine's disk first, and uploaded on success.
+    Files for a bucket are written to the local disk first, and uploaded on success.
     """
-    with _written_beside(path) as (temporary, target):
+    with _temporary_path(path) as (temporary, target):
         yield temporary
         if in_bucket(target):
             return buckets.upload(temporary, target)
@@ -70,10 +70,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def exists(path: str | os.PathLike) -> bool:
-    """Returns whether there is such a file or folder, also where `atomic_path` was killed.
+    """Returns whether a file or folder exists, and repairs a folder if `atomic_path` was killed.
 
-    A folder cannot be replaced in one step on all file systems: after a kill between two renames
-    the old one was moved aside, and is put back here.
+    Not all file systems can replace a folder in one step. If a process was killed between its two
+    renames, the old folder is still at a temporary path and is moved back here.
     """
     if in_bucket(path := as_path(path)):
         with buckets.storage_errors(path, "read"):
@@ -81,32 +81,32 @@ def exists(path: str | os.PathLike) -> bool:
     for folder in (path, path.parent):
         if path.exists() or folder.exists() or not (aside := _aside(folder)).exists():
             continue
-        time.sleep(REPLACED_SECONDS)  # perhaps nobody was killed, and the new one comes now
-        with contextlib.suppress(OSError):  # it came, or somebody else was faster
+        time.sleep(REPLACED_SECONDS)  # perhaps no process was killed, and the new one appears now
+        with contextlib.suppress(OSError):  # it appeared, or another process was faster
             os.rename(aside, folder)
     return path.exists()
 
 
 def local_copy(path: str | os.PathLike) -> pathlib.Path:
-    """Returns a file or folder on this machine's disk, for readers that need one there.
+    """Returns a file or folder on the local disk, for readers that need one there.
 
-    It is `path` itself, or a copy of what is in a bucket now, kept in `cache_folder` until that
-    changes. Where nothing is there, `path` comes back: its reader knows best what is missing.
+    This is `path` itself, or a copy of the objects in a bucket, kept in `cache_folder` until they
+    change. If the bucket has no such objects, `path` is returned, so that its reader reports it.
 
     Raises:
         StorageError: it cannot be read.
         InputError: an object has a name that leads out of the folder.
     """
-    if not in_bucket(path := as_path(path)) or not (found := buckets.object_versions(path)):
+    if not in_bucket(path := as_path(path)) or not (versions := buckets.object_versions(path)):
         return path
-    key = hashlib.sha256(json.dumps([str(path), found]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([str(path), versions]).encode()).hexdigest()[:16]
     copy = use_copy(key) / path.name
 
     def fetch(name: str) -> None:
         with atomic_path(path_inside(copy, name, path) if name else copy) as temporary:
             buckets.download_object(path / name if name else path, temporary)
 
-    missing = [name for name in found if not (copy / name if name else copy).exists()]
+    missing = [name for name in versions if not (copy / name if name else copy).exists()]
     with ThreadPoolExecutor(DOWNLOADS) as pool:
         done = pool.map(fetch, missing)
         for _ in tqdm(done, f"copying {path}", len(missing), disable=len(missing) < 2):
@@ -117,7 +117,7 @@ def local_copy(path: str | os.PathLike) -> pathlib.Path:
 
 
 def probe_writable(folder: pathlib.Path) -> None:
-    """Makes a file in a folder that is there, and removes it; raises OSError where that fails."""
+    """Writes and removes a file in an existing folder; raises OSError if that fails."""
     if in_bucket(folder):
         probe = folder / f".{secrets.token_hex(8)}.tmp"
         buckets.create_object(probe, b"")
@@ -129,7 +129,7 @@ def probe_writable(folder: pathlib.Path) -> None:
 
 
 def remove(path: pathlib.Path) -> None:
-    """Removes a file, or a folder with all that is in it; nothing happens where there is none."""
+    """Removes a file, or a folder with its content, if it exists."""
     if in_bucket(path):
         buckets.remove_objects(path)
     elif path.is_dir():
@@ -139,9 +139,9 @@ def remove(path: pathlib.Path) -> None:
 
 
 def move(path: pathlib.Path, to: pathlib.Path) -> None:
-    """Moves a folder to a place where nothing is, on the same disk or in the same bucket.
+    """Moves a folder to a free path on the same disk or in the same bucket.
 
-    A kill leaves it at one of them, but in a bucket in parts at both.
+    If the process is killed, the folder is at one of the paths; in a bucket, it may be split.
     """
     if in_bucket(path):
         buckets.move_objects(path, to)
@@ -151,7 +151,7 @@ def move(path: pathlib.Path, to: pathlib.Path) -> None:
 
 
 def modified(path: pathlib.Path) -> float:
-    """Returns when a file was last written, in seconds since 1970; NaN where nobody knows."""
+    """Returns when a file was last written, in seconds since 1970; NaN if unknown."""
     stat = path.stat()
     return float(stat.mtime or math.nan) if isinstance(stat, StatResult) else stat.st_mtime
 
@@ -163,11 +163,11 @@ def write_json(path: str | os.PathLike, data: Any) -> None:
 
 
 def create_json(path: str | os.PathLike, data: Any) -> bool:
-    """Writes a JSON file unless it exists; returns whether it did.
+    """Writes a JSON file unless it exists; returns whether it was written.
 
-    Of several processes at once, on any machines, one does.
+    If several processes call this at once, on any machines, one of them writes the file.
     """
-    with _written_beside(path) as (temporary, target):
+    with _temporary_path(path) as (temporary, target):
         if in_bucket(target):
             return buckets.create_object(target, _json_text(data).encode())
         temporary.write_text(_json_text(data))
@@ -186,7 +186,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
     """Reads an object from a JSON file.
 
     Raises:
-        InputError: the file is missing, no JSON, or holds anything but an object.
+        InputError: the file is missing, or does not contain a JSON object.
         StorageError: it cannot be read now.
     """
     path = _existing(path)
@@ -199,7 +199,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
             f"{path} is not valid JSON ({reason(error)}); restore or delete it"
         ) from error
     if not isinstance(data, dict):
-        raise InputError(f"{path} holds {shown(data)}, not an object of JSON; restore or delete it")
+        raise InputError(f"{path} holds {shown(data)}, not a JSON object; restore or delete it")
     return data
 
 
@@ -208,8 +208,8 @@ def write_tensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str,
 
     Args:
         path: file to write.
-        tree: nested dict whose leaves are arrays or `safetensors_io.LazyArray`; empty dicts leave
-            no trace in the file.
+        tree: nested dict whose leaves are arrays or `safetensors_io.LazyArray`; empty dicts are
+            lost.
         metadata: text by name.
     """
     arrays = {
@@ -227,10 +227,10 @@ def read_tensors(
 
     Args:
         path: file to read.
-        check: whether to read the whole file now and compare its checksums, if it has any.
+        check: whether to read the whole file now and compare its checksums, if present.
 
     Returns:
-        (tree, metadata). Without `check`, a leaf is read from the disk when it is used.
+        (tree, metadata). Without `check`, leaves are read from the disk when they are used.
 
     Raises:
         InputError: the file is missing, damaged or cut short.
@@ -255,7 +255,7 @@ def read_tensors(
             if not isinstance(node, dict):
                 break
         if not isinstance(node, dict) or last in node:
-            raise InputError(f"{path}: {name} and another tensor are one inside the other")
+            raise InputError(f"{path}: {name} is the name of a tensor and of a group of tensors")
         node[last] = leaf
     return tree, metadata
 
@@ -283,8 +283,8 @@ def _json_text(data: Any) -> str:
 
 
 @contextlib.contextmanager
-def _written_beside(path: str | os.PathLike) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
-    """Yields (a path that nobody else uses, what it is to become); nothing stays of the first."""
+def _temporary_path(path: str | os.PathLike) -> Iterator[tuple[pathlib.Path, pathlib.Path]]:
+    """Yields (temporary path, final path); removes the temporary."""
     temporary = None
     try:
         if in_bucket(target := as_path(path)):
@@ -294,9 +294,9 @@ def _written_beside(path: str | os.PathLike) -> Iterator[tuple[pathlib.Path, pat
         target = pathlib.Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target.parent)
-        # Processes of two containers may have one number, and write to one disk.
-        own = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
-        temporary = target.with_name(f".{target.name[:NAME_LETTERS]}.{own}.tmp")
+        # Two containers that write to one disk may have processes of the same number.
+        writer = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
+        temporary = target.with_name(f".{target.name[:NAME_LETTERS]}.{writer}.tmp")
         yield temporary, target
     except InputError:  # a StorageError among them
         raise
@@ -309,30 +309,30 @@ def _written_beside(path: str | os.PathLike) -> Iterator[tuple[pathlib.Path, pat
 
 
 def _replace_folder(temporary: pathlib.Path, target: pathlib.Path) -> None:
-    """Puts a folder in the place of another; a kill leaves the new, or the old for `exists`."""
+    """Replaces a folder; after a kill, the new one exists or `exists` restores the old one."""
     aside = _aside(target)
-    remove(aside)  # older than what is there: of a kill just before the end
+    remove(aside)  # left by a process that was killed just before the end
     os.rename(target, aside)
     try:
         os.rename(temporary, target)
     except OSError:
         os.rename(aside, target)
         raise
-    os.rename(aside, temporary)  # which is removed, now or, while others read it, later
+    os.rename(aside, temporary)  # removed by the caller, or later if other processes read it
 
 
 def _aside(folder: pathlib.Path) -> pathlib.Path:
-    """Returns the path where a folder is kept while another one replaces it."""
+    """Returns the path where a folder is kept while it is being replaced."""
     return folder.with_name(f".{folder.name}.replaced") if folder.name else folder
 
 
 @functools.cache
 def _sweep(folder: pathlib.Path) -> None:
-    """Removes temporaries that nobody will finish; once in a process, for folders may be large."""
+    """Removes abandoned temporaries; once per process, because folders may be large."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if (name := TEMPORARY.fullmatch(path.name)) is not None:
-                with contextlib.suppress(OSError):  # others may do the same
+                with contextlib.suppress(OSError):  # another process may remove it, too
                     if _is_abandoned(path, name["machine"], int(name["process"])):
                         remove(path)
 
@@ -340,7 +340,7 @@ def _sweep(folder: pathlib.Path) -> None:
 def _is_abandoned(temporary: pathlib.Path, machine: str, process: int) -> bool:
     if machine == _machine():
         try:
-            os.kill(process, 0)  # does nothing, but for asking whether there is such a process
+            os.kill(process, 0)  # only checks that the process exists
         except ProcessLookupError:
             return True
         except PermissionError:
@@ -351,11 +351,11 @@ def _is_abandoned(temporary: pathlib.Path, machine: str, process: int) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    """Names whatever counts its processes together: this container, since this machine's start."""
+    """Identifies what numbers its processes together: this container, since the machine's boot."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
         about = socket.gethostname() + boot + os.readlink("/proc/self/ns/pid")
-    except OSError:  # not Linux: no process is known by its number alone
+    except OSError:  # not Linux: a number alone identifies no process
         return secrets.token_hex(4)
     return hashlib.sha256(about.encode()).hexdigest()[:8]
 
@@ -365,7 +365,7 @@ def _fsync(path: pathlib.Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # CIFS and some FUSE file systems cannot do this with a folder; names are safe there or not.
+        # CIFS and some FUSE file systems cannot sync a folder.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
             raise
     finally:

@@ -1,4 +1,4 @@
-"""Folders that several processes may want: who may write where, and who is there now."""
+"""Folders that several processes may want to write: locks, and checks before long work."""
 
 import contextlib
 import errno
@@ -26,21 +26,21 @@ from varjax.storage.files import (
 )
 
 LOCK_FILE = ".lock"
-LISTING_SECONDS = 5.0  # until a listing shows what another machine wrote
+LISTING_SECONDS = 5.0  # until a network disk lists what another machine wrote
 
 
 @contextlib.contextmanager
 def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]:
-    """Keeps other processes that ask for the same folder out of it, until this one is done or dead.
+    """Locks a folder against other processes, until this one has finished or died.
 
-    A file system without locks, or a bucket, keeps nobody out; then a line on stderr says so.
+    Buckets and some file systems have no locks; a line on stderr says so.
 
     Args:
-        folder: folder to lock, created if it is missing. An empty file .lock stays behind in it.
+        folder: folder to lock, created if it is missing. An empty file .lock is left in it.
         wait: whether to wait for another process that holds the lock, instead of raising.
 
     Raises:
-        InputError: another process is there now.
+        InputError: another process holds the lock.
         StorageError: the folder cannot be written.
     """
     folder = as_path(folder)
@@ -64,12 +64,12 @@ def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]
 
 @contextlib.contextmanager
 def locked_work_folder(folder: str | os.PathLike) -> Iterator[None]:
-    """Keeps other processes out of a folder as `lock_folder`; afterwards the lock is removed.
+    """Locks a folder as `lock_folder` does, and removes the lock file afterwards.
 
-    A folder that is empty then is removed as well.
+    If the folder is empty then, it is removed as well.
 
     Raises:
-        InputError: another process is there now.
+        InputError: another process holds the lock.
         StorageError: the folder cannot be written.
     """
     folder = as_path(folder)
@@ -88,26 +88,26 @@ def locked_work_folder(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def remove_work_folder(folder: str | os.PathLike) -> None:
-    """Removes a folder with all that is in it, also where this process holds its lock."""
+    """Removes a folder and its content, even if this process holds its lock."""
     try:
         remove(as_path(folder))
     except OSError as error:
-        # NFS keeps a file that is open, under another name: `locked_work_folder` comes later.
+        # NFS keeps the open lock file under another name until `locked_work_folder` removes it.
         if error.errno not in (errno.ENOTEMPTY, errno.EBUSY):
             raise
 
 
 def check_writable(folder: pathlib.Path) -> None:
-    """Makes the folder and one file in it, which is gone again, or raises InputError."""
+    """Makes the folder, and writes and removes a file in it; raises InputError if that fails."""
     try:
         if not in_bucket(folder):
             folder.mkdir(parents=True, exist_ok=True)
         probe_writable(folder)
-    except InputError:  # says all that is known of a bucket
+    except InputError:  # of a bucket, with its own message
         raise
     except OSError as error:
         raise InputError(
-            f"cannot write to {folder} ({error.strerror}); choose another out"
+            f"cannot write to {folder} ({error.strerror}); choose another folder"
         ) from error
 
 
@@ -131,19 +131,18 @@ def is_locked(folder: str | os.PathLike) -> bool:
 
 
 def check_replaceable(folder: str | os.PathLike, own: Set[str] = frozenset()) -> None:
-    """Raises InputError where writing `folder` as a whole would lose anybody else's files.
+    """Raises InputError if replacing `folder` would delete files of other origin.
 
     Args:
-        folder: folder that may be absent, empty, or hold nothing but a lock and files named in
-            `own`.
-        own: names of files that the same command wrote and would write again.
+        folder: folder that may be absent, empty, or contain only a lock and files named in `own`.
+        own: names of files that this command would write again.
     """
     folder = as_path(folder)
     present = names_in(folder) if folder.is_dir() else {folder.name}
     if folder.exists() and (foreign := sorted(present - own - {LOCK_FILE})):
         raise InputError(
-            f"{folder} exists and holds {', '.join(foreign[:5])}, which would be lost; "
-            "choose another out, or remove it first"
+            f"{folder} exists and contains {', '.join(foreign[:5])}, which would be lost; "
+            "choose another folder, or remove it first"
         )
 
 
@@ -157,85 +156,85 @@ def claim_folder(
             equal request.
         request_file: name of the JSON file in the folder that records the request.
         request: JSON data that determines the whole content of the folder.
-        write: whether to write the request file if it is missing; of several processes that start
-            at once, one writes it and the others compare.
+        write: whether to write the request file if it is missing. If several processes start at
+            once, one writes it and the others compare.
 
     Raises:
-        InputError: the folder holds other files, or was begun for another request; then all
-            differences are listed.
+        InputError: the folder holds other files, or was made for another request; the message lists
+            all differences.
     """
     folder = as_path(folder)
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; choose another out")
+        raise InputError(f"{folder} is a file; choose another folder")
     request_path = folder / request_file
     deadline = time.monotonic() + LISTING_SECONDS
     while True:
-        # One listing, for other processes may be at work in the folder already; and repeated, for
-        # on a network's disk it may show what these have made, but not yet what began it.
+        # One listing, because other processes may be writing here already. It is repeated because a
+        # network disk may list their files before it lists the request file.
         listing = names_in(folder)
-        begun = request_file in listing or request_path.exists()
-        foreign = not begun and any(not name.startswith(".") for name in listing)
+        claimed = request_file in listing or request_path.exists()
+        foreign = not claimed and any(not name.startswith(".") for name in listing)
         if not foreign or time.monotonic() >= deadline:
             break
         time.sleep(0.1)
     if foreign:
         raise InputError(
-            f"{folder} holds files and no {request_file}; empty it or choose another out"
+            f"{folder} holds files and no {request_file}; empty it or choose another folder"
         )
-    if begun or (write and not create_json(request_path, request)):
+    if claimed or (write and not create_json(request_path, request)):
         check_same_request(folder, read_json(request_path), request)
 
 
 def names_in(folder: pathlib.Path) -> set[str]:
-    """Returns the names of everything in a folder; none if it does not exist."""
+    """Returns the names of all files and folders in a folder; none if it does not exist."""
     if in_bucket(folder):
         return set().union(*buckets.list_folder(folder))
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def check_same_request(
-    path: str | os.PathLike, there: Mapping[str, Any], asked: Mapping[str, Any]
+    path: str | os.PathLike, existing: Mapping[str, Any], requested: Mapping[str, Any]
 ) -> None:
-    """Raises InputError, with all differences, unless `path` was made for the request `asked`."""
-    asked = json.loads(json.dumps(asked))  # as `there` was: tuples become lists
+    """Raises InputError with all differences if `path` was made for another request."""
+    requested = json.loads(json.dumps(requested))  # like `existing`, which was a file: no tuples
     lines = [
-        f"{name}: {there.get(name)} there, {asked.get(name)} asked for"
-        for name in dict.fromkeys((*there, *asked))
-        if there.get(name) != asked.get(name)
+        f"{name}: {existing.get(name)} there, {requested.get(name)} requested"
+        for name in dict.fromkeys((*existing, *requested))
+        if existing.get(name) != requested.get(name)
     ]
     if lines:
         raise InputError(
-            f"{path} was made for another request, or of files that have changed since:\n  "
+            f"{path} was made with other settings, or from files that have changed since:\n  "
             + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
-            + "\nask for the same to go on, delete it, or choose another out"
+            + "\nUse the same settings to continue, delete it, or choose another output"
         )
 
 
 def _open_locked(folder: pathlib.Path, wait: bool) -> int:
-    """Opens the folder's lock, for as long as it is open; InputError where another holds it."""
+    """Opens and locks the folder's lock file; InputError if another process holds the lock."""
     path = folder / LOCK_FILE
     while True:
         folder.mkdir(parents=True, exist_ok=True)
-        # For writing, and a file: NFS locks nothing else.
+        # NFS locks only files that are open for writing.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            with contextlib.suppress(OSError):  # whoever may write to the folder may lock it
+            with contextlib.suppress(OSError):  # all who may write here may lock
                 os.fchmod(descriptor, folder.stat().st_mode & 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except (BlockingIOError, PermissionError):
-                who = os.read(descriptor, 200).decode(errors="replace")
+                holder = os.read(descriptor, 200).decode(errors="replace")
                 raise InputError(
-                    f"another process {f'({who}) ' if who else ''}is at work in {folder}; wait for "
-                    "it, stop it, or choose another"
+                    f"another process {f'({holder}) ' if holder else ''}is using {folder}; wait "
+                    "for it, stop it, or choose another folder"
                 ) from None
             except OSError as error:
                 _say_unlocked(folder, str(error))
                 return descriptor
-            # The one that held it may have removed the folder: then others lock another file.
+            # The previous holder may have removed the folder; then others lock a new file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    with contextlib.suppress(OSError):  # a full disk can be locked as well
+                    with contextlib.suppress(OSError):  # the lock works on a full disk, too
                         os.ftruncate(descriptor, 0)
                         os.write(descriptor, f"{socket.gethostname()}, {os.getpid()}".encode())
                     return descriptor
@@ -248,8 +247,8 @@ def _open_locked(folder: pathlib.Path, wait: bool) -> int:
 @functools.cache
 def _say_unlocked(folder: pathlib.Path, reason: str) -> None:
     print(
-        f"note: nothing can be locked in {folder} ({reason}): take care that no other process "
-        "works there at the same time",
+        f"note: {folder} cannot be locked ({reason}); make sure that no other process writes there "
+        "at the same time",
         file=sys.stderr,
     )
 
@@ -258,7 +257,7 @@ def read_or_remove(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]] 
     """Reads a file of `files.write_tensors` that can be made again.
 
     Returns:
-        (tree, metadata); None where there is no such file. A damaged one is reported and removed.
+        (tree, metadata); None if there is no such file. A damaged file is reported and removed.
 
     Raises:
         StorageError: the machine or network fails; the file may be good.
@@ -270,6 +269,6 @@ def read_or_remove(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]] 
     except StorageError:
         raise
     except InputError as error:
-        print(f"{error}\n{path} is deleted and made again", file=sys.stderr)
+        print(f"{error}\n{path} is deleted, to be made again", file=sys.stderr)
         remove(path)
         return None

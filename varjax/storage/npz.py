@@ -1,11 +1,11 @@
-"""Reads .npz and .npy files of unknown origin: nothing is allocated by what a file only claims.
+"""Reads .npz and .npy files of unknown origin, and allocates no memory by a file's claims alone.
 
     archive = NpzArchive("samples.npz")
     shape, dtype = archive.header("arr_0")
     label_N = archive.read("labels")
 
-An array's shape is compared with the size of its member, and that with the size of the file, before
-any memory is taken. Pickles are never read.
+Before memory is allocated, an array's shape is compared with the size of its member, and that with
+the size of the file. Pickles are never read.
 """
 
 import contextlib
@@ -25,21 +25,21 @@ from varjax.errors import InputError, StorageError
 from varjax.storage.read_errors import machine_errno
 from varjax.storage.untrusted import check_name, check_shape, open_regular_file, reason, shown
 
-# Deflate makes a thousandth of zeros. Real arrays shrink to a half, pictures of digits to a tenth.
+# Deflate shrinks zeros to a thousandth, real arrays to a half, images of digits to a tenth.
 MAX_RATIO, SMALL_BYTES = 64, 2**20
-MAX_DIRECTORY_BYTES = 2**20  # of the list of members, some 60 bytes for each
-MAX_HEADER_BYTES = 10_000  # NumPy's own bound
+MAX_DIRECTORY_BYTES = 2**20  # of the list of members, about 60 bytes each
+MAX_HEADER_BYTES = 10_000  # NumPy's limit
 KINDS = "biufc"  # of dtypes: booleans, integers, floats, complex numbers
 CHUNK_BYTES = 2**20
 NOT_READABLE = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
-    NotImplementedError,  # a method of compression that zipfile does not know
+    NotImplementedError,  # an unknown compression method
     RuntimeError,  # an encrypted member
     ValueError,
     EOFError,
-    OSError,  # a position that cannot be
+    OSError,  # an impossible position
 )
 # NumPy evaluates the header's text, and tokenizes what it cannot evaluate.
 NO_HEADER = (
@@ -55,7 +55,7 @@ SHOWN_NAMES = 8
 
 
 class NpzArchive:
-    """Reads the arrays of an .npz on a disk, which is opened for each call.
+    """Reads the arrays of an .npz file on a disk, which is opened for each call.
 
     Args:
         path: .npz file to read.
@@ -64,9 +64,9 @@ class NpzArchive:
         names: names of the arrays, without ".npy".
 
     Raises:
-        InputError: in each method too, for a file that is damaged, that is no .npz, or whose claims
-            do not fit its size; names the file.
-        StorageError: the machine failed, which says nothing about the file.
+        InputError: the file is damaged, is not an .npz, or makes claims that do not fit its size.
+            Each method may raise this as well.
+        StorageError: the machine failed; the file may be good.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -76,12 +76,12 @@ class NpzArchive:
         self.names = [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        """Returns shape and dtype of an array, for which the file has just as many bytes."""
+        """Returns shape and dtype of an array, which the file has the right number of bytes for."""
         with self._opened() as archive, _member(archive, name) as (_, shape, dtype, _):
             return shape, dtype
 
     def read(self, name: str) -> np.ndarray:
-        """Reads an array into memory; check its `header` first where it may be large."""
+        """Reads an array into memory; check its `header` first if it may be large."""
         with self._opened() as archive, _member(archive, name) as (member, shape, dtype, fortran):
             data_N = np.empty(math.prod(shape), dtype)
             view, filled = data_N.view(np.uint8), 0
@@ -89,19 +89,19 @@ class NpzArchive:
                 view[filled : filled + len(part)] = np.frombuffer(part, np.uint8)
                 filled += len(part)
             if filled < len(view):
-                raise InputError(f"{name} is cut short; {AGAIN}")
+                raise InputError(f"{name} is truncated; {AGAIN}")
         return data_N.reshape(shape, order="F" if fortran else "C")
 
     def rows(self, name: str, parts: Sequence[range]) -> Iterator[np.ndarray]:
-        """Yields some rows of an array after others, with no more than them in memory.
+        """Yields parts of an array, with one part in memory at a time.
 
         Args:
             name: name of an array in C order.
-            parts: numbers of consecutive rows, in order and without overlap.
+            parts: ranges of rows, in order and without overlap.
         """
         with self._opened() as archive, _member(archive, name) as (member, shape, dtype, fortran):
             if fortran:
-                raise InputError(f"{name} is in Fortran's order; save it in C's")
+                raise InputError(f"{name} is in Fortran order; save it in C order")
             row_bytes, row = math.prod(shape[1:]) * dtype.itemsize, 0
             for part in parts:
                 left = (part.start - row) * row_bytes
@@ -109,7 +109,7 @@ class NpzArchive:
                     left -= skipped
                 data, row = member.read(len(part) * row_bytes), part.stop
                 if len(data) < len(part) * row_bytes:
-                    raise InputError(f"{name} is cut short; {AGAIN}")
+                    raise InputError(f"{name} is truncated; {AGAIN}")
                 yield np.frombuffer(data, dtype).reshape(len(part), *shape[1:])
 
     @contextlib.contextmanager
@@ -125,7 +125,7 @@ class NpzArchive:
 
 
 def map_npy(path: str | os.PathLike) -> np.ndarray:
-    """Maps an .npy, which is read when it is used; errors are those of `NpzArchive`."""
+    """Maps an .npy file, which is read when it is used; raises the errors of `NpzArchive`."""
     with (
         _errors_naming(path, "an .npy"),
         open(path, "rb", opener=open_regular_file) as file,
@@ -137,20 +137,20 @@ def map_npy(path: str | os.PathLike) -> np.ndarray:
 
 
 def read_zip_text(file: IO[bytes], name: str) -> str:
-    """Reads a member of text of a zip file, which may be in a bucket.
+    """Reads a text file in a zip file, which may be in a bucket.
 
-    Raises InputError where it is missing or has more than 1 MiB, or the file is damaged.
+    Raises InputError if it is missing or larger than 1 MiB, or the zip file is damaged.
     """
     with _errors_naming(name, "text of a zip file"), zipfile.ZipFile(file) as archive:
         if name not in archive.namelist():
-            raise InputError("there is none in the file")
+            raise InputError("the zip file does not contain it")
         if (size := archive.getinfo(name).file_size) > SMALL_BYTES:
             raise InputError(f"it has {size} bytes; allowed are {SMALL_BYTES}")
         return archive.read(name).decode()
 
 
 class _ZipBytes(io.FileIO):
-    """A zip file, of whose list of members little is read: zipfile needs 10 times its size."""
+    """A zip file with a limited list of members, because zipfile needs 10 times its size."""
 
     listing = True
 
@@ -184,8 +184,8 @@ def _check_members(members: list[zipfile.ZipInfo], file_bytes: int) -> None:
         known = member.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         if member.flag_bits & 1 or not known:
             raise InputError(
-                f"{member.filename} is encrypted, or compressed by another method than "
-                "deflate; save it by np.savez"
+                f"{member.filename} is encrypted, or not compressed with deflate; save it with "
+                "np.savez"
             )
     packed, unpacked = (
         sum(getattr(member, size) for member in members) for size in ("compress_size", "file_size")
@@ -195,7 +195,7 @@ def _check_members(members: list[zipfile.ZipInfo], file_bytes: int) -> None:
     if unpacked > max(SMALL_BYTES, MAX_RATIO * file_bytes):
         raise InputError(
             f"it unpacks from {file_bytes} to {unpacked} bytes, more than real arrays do; if you "
-            "trust it, save it by np.savez, without compression"
+            "trust it, save it with np.savez, which does not compress"
         )
 
 
@@ -203,10 +203,10 @@ def _check_members(members: list[zipfile.ZipInfo], file_bytes: int) -> None:
 def _member(
     archive: zipfile.ZipFile, name: str
 ) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype, bool]]:
-    """Opens an array at its first number; yields (bytes, shape, dtype, Fortran's order) of it."""
+    """Opens an array at its first number; yields (file, shape, dtype, Fortran order)."""
     if (file_name := f"{name}.npy") not in archive.namelist():
         names = [n.removesuffix(".npy") for n in archive.namelist()[:SHOWN_NAMES]]
-        raise InputError(f"there is no {name} in it, but {', '.join(names) or 'nothing'}")
+        raise InputError(f"it has no {name}, but {', '.join(names) or 'nothing'}")
     with archive.open(file_name) as member:
         start, shape, fortran, dtype = _read_header(member, name)
         size = archive.getinfo(file_name).file_size - start
@@ -214,17 +214,17 @@ def _member(
 
 
 def _read_header(file: IO[bytes], name: str) -> tuple[int, Any, bool, np.dtype]:
-    """Returns (bytes of the header, shape, Fortran's order, dtype) as the file has them."""
+    """Returns (bytes of the header, shape, Fortran order, dtype), unchecked."""
     start = file.read(8)
     if len(start) < 8 or start[:6] != np.lib.format.MAGIC_PREFIX:
-        raise InputError(f"{name} does not begin as an array does; {AGAIN}")
+        raise InputError(f"{name} does not start like an array; {AGAIN}")
     version = start[6], start[7]
-    if version not in ((1, 0), (2, 0)):  # 3.0 has names of fields in other alphabets
-        raise InputError(f"{name} has version {version} of the .npy format, which is not known")
+    if version not in ((1, 0), (2, 0)):  # 3.0 is for non-Latin names of fields
+        raise InputError(f"{name} has the unknown version {version} of the .npy format")
     width = 2 if version == (1, 0) else 4
     length = file.read(width)
     if len(length) < width or (count := int.from_bytes(length, "little")) > MAX_HEADER_BYTES:
-        raise InputError(f"{name} has a header that is cut short or too long; {AGAIN}")
+        raise InputError(f"{name} has a header that is truncated or too long; {AGAIN}")
     read = {
         (1, 0): np.lib.format.read_array_header_1_0,
         (2, 0): np.lib.format.read_array_header_2_0,
@@ -232,7 +232,7 @@ def _read_header(file: IO[bytes], name: str) -> tuple[int, Any, bool, np.dtype]:
     try:
         shape, fortran, dtype = read(io.BytesIO(length + file.read(count)))
     except NO_HEADER as error:
-        raise InputError(f"{name} has a header that is none ({reason(error)}); {AGAIN}") from error
+        raise InputError(f"{name} has an invalid header ({reason(error)}); {AGAIN}") from error
     return 8 + width + count, shape, fortran, dtype
 
 
@@ -240,7 +240,7 @@ def _checked(
     name: str, size: int, shape: Any, fortran: bool, dtype: np.dtype
 ) -> tuple[tuple[int, ...], np.dtype, bool]:
     if dtype.kind not in KINDS:
-        raise InputError(f"{name} has type {shown(str(dtype))}; needed are numbers")
+        raise InputError(f"{name} has type {shown(str(dtype))}; numbers are required")
     shape = check_shape(shape, dtype.itemsize)
     if (claimed := math.prod(shape) * dtype.itemsize) != size:
         raise InputError(

@@ -13,9 +13,9 @@ from typing import TypeVar
 from varjax.errors import StorageError
 
 READ_PAUSES = (0.1, 0.5, 2.0)  # seconds before each further attempt
-# None of them says anything about the content of the file. Besides those of a disk there are the
-# ones by which network file systems (NFS, CIFS, Lustre, AFS) report a server that is away, a client
-# that was evicted, or a ticket that has expired. Some are unknown outside of Linux.
+# These errors say nothing about the content of a file. They come from disks and from network file
+# systems (NFS, CIFS, Lustre, AFS), which report an absent server, an evicted client or an expired
+# ticket. Some exist on Linux only.
 MACHINE_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
@@ -27,7 +27,7 @@ MACHINE_ERRNOS = frozenset(
     )
     if hasattr(errno, name)
 )
-# Those of writing, which retrying at once does not help; EFBIG is a limit on the size of files.
+# Errors of writing, which a retry would not solve; EFBIG is a limit on the size of files.
 FULL_ERRNOS = frozenset((errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS))
 MACHINE_MESSAGES = {os.strerror(code): code for code in MACHINE_ERRNOS}
 T = TypeVar("T")
@@ -39,15 +39,15 @@ def machine_errno(
     errnos: frozenset[int] = MACHINE_ERRNOS,
     context: bool = True,
 ) -> int | None:
-    """Returns the number in `errnos` that led to an exception, None for any other cause.
+    """Returns the error number in `errnos` that caused an exception; None for other causes.
 
     A MemoryError counts as ENOMEM.
 
     Args:
-        error: the exception; everything that it was raised from is looked at, too.
+        error: the exception; the exceptions that it was raised from are searched as well.
         errnos: numbers to look for.
-        context: whether an exception that was being handled counts as a cause without "from". A
-            bug may happen while an error of the machine is handled.
+        context: whether an exception that was being handled counts as a cause without "from". False
+            keeps apart a bug that occurs while an error of the machine is handled.
     """
     while error is not None:
         codes = [getattr(error, "errno", None), *map(int, TENSORSTORE_CODE.findall(str(error)))]
@@ -55,22 +55,22 @@ def machine_errno(
             codes.append(errno.ENOMEM)
         if isinstance(error, RuntimeError):  # C++ readers quote the system's message
             codes += [code for text, code in MACHINE_MESSAGES.items() if text in str(error)]
-        if found := errnos.intersection(codes):
-            return next(iter(found))
+        if matches := errnos.intersection(codes):
+            return next(iter(matches))
         error = error.__cause__ or (error.__context__ if context else None)
     return None
 
 
 def retry_read(read: Callable[[], T], name: str | os.PathLike) -> T:
-    """Returns `read()`, called again after a pause where the machine or network failed.
+    """Calls `read`, and calls it again after a pause if the machine or network failed.
 
     Args:
-        read: function that reads, and may be called several times.
+        read: function without side effects; it may be called several times.
         name: name of the file, for the message.
 
     Raises:
         StorageError: the machine still fails after the last attempt.
-        Exception: anything else that `read` raises, at once.
+        Exception: any other exception of `read`, immediately.
     """
     for pause in (*READ_PAUSES, None):
         try:
@@ -84,7 +84,7 @@ def retry_read(read: Callable[[], T], name: str | os.PathLike) -> T:
                 advice = "you have permission to read it" if denied else "the machine works"
                 raise StorageError(
                     f"{os.fspath(name)} cannot be read now: {os.strerror(code)}. This does not "
-                    f"mean that the file is damaged; start again once {advice}"
+                    f"mean that the file is damaged; start again when {advice}"
                 ) from error
         time.sleep(pause)
     raise AssertionError

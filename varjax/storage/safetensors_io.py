@@ -3,12 +3,13 @@
     write_safetensors("model.safetensors", {"kernel": np.zeros((8, 16), np.float32)}, {})
     tensors, metadata = read_safetensors("model.safetensors")
 
-The safetensors library reads and checks headers. Its own way to the numbers is not taken: it copies
-every tensor, while a memory map leaves on the disk what is not used, and XLA on a CPU computes with
-the mapped pages themselves. Its writer needs all tensors in memory at once, so files are written
-here, one piece of one tensor at a time.
+The safetensors library reads and checks the headers. Tensors are read by a memory map instead,
+because the library copies each of them: a map leaves unused tensors on the disk, and XLA on a CPU
+computes with the mapped pages. The library's writer needs all tensors in memory at once, so files
+are written here, one chunk of one tensor at a time.
 
-A checksum of each tensor is kept in the header's metadata. Files that have none are read without.
+The header's metadata have a checksum of each tensor. Files without checksums are read without a
+check.
 """
 
 import dataclasses
@@ -25,12 +26,12 @@ from varjax.errors import DamagedFileError, InputError
 from varjax.storage.checksums import array_checksum, contiguous_bytes
 from varjax.storage.untrusted import check_name, check_shape, reason, shown
 
-# The format allows 100 MB, but those of models have less than 1 MB, and the library needs up to 20
-# times as much memory as a header has bytes.
+# The format allows headers of 100 MB. Those of models have less than 1 MB, and the library needs up
+# to 20 times a header's size in memory.
 MAX_HEADER_BYTES, MAX_TENSORS = 2**23, 2**16
-CHECKSUMS = "xxh3_128"  # in the metadata; JSON, by the tensors' names
-METADATA = "__metadata__"  # which is no tensor's name
-ALIGNMENT = 64  # bytes; XLA uses memory in place, without a copy, where it starts on such a line
+CHECKSUMS = "xxh3_128"  # entry of the metadata: JSON, by names of tensors
+METADATA = "__metadata__"  # never the name of a tensor
+ALIGNMENT = 64  # bytes; XLA uses memory that is aligned so without a copy
 DTYPES = {
     name: np.dtype(dtype)
     for name, dtype in {
@@ -57,15 +58,15 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array that is computed while it is written, in pieces.
+    """An array that is computed in chunks while it is written.
 
         LazyArray((2, 3), np.dtype(np.float32), lambda: (row_3 for row_3 in rows_23))
 
     Attributes:
         shape: shape of the whole array.
         dtype: number format of every chunk.
-        chunks: function that returns the elements in C order, as arrays of any shape; called once
-            per use.
+        chunks: function that returns the elements in C order, as arrays of any shape. Each use of
+            the array calls it once.
     """
 
     shape: tuple[int, ...]
@@ -89,7 +90,7 @@ Tensor = np.ndarray | LazyArray
 
 
 def tensor_chunks(tensor: Tensor) -> Iterable[np.ndarray]:
-    """Returns the pieces in which a tensor is written: one, if it is an array already."""
+    """Returns the chunks in which a tensor is written; a NumPy array is a single chunk."""
     return tensor.chunks() if isinstance(tensor, LazyArray) else (tensor,)
 
 
@@ -99,12 +100,12 @@ def write_safetensors(
     """Writes a .safetensors file with one chunk of one tensor in memory at a time.
 
     Args:
-        path: the file; an existing one is overwritten in place, so see `files.write_tensors`.
-        tensors: arrays by name, of the types in DTYPES.
+        path: file to write in place; `files.write_tensors` writes atomically.
+        tensors: arrays by name, of the dtypes in DTYPES.
         metadata: text by name, stored in the header.
     """
     assert CHECKSUMS not in metadata
-    # Tensors that fill whole lines of memory come first, so that each of them starts on a line.
+    # Tensors of a multiple of ALIGNMENT bytes come first, so that each of them is aligned.
     names = sorted(
         tensors,
         key=lambda name: (
@@ -123,7 +124,7 @@ def write_safetensors(
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    # They are known once all is written; until then, zeros fill as many bytes of the header.
+    # The checksums are known once all is written; until then, zeros take their place.
     checksums = {METADATA: _metadata_checksum(metadata)} | dict.fromkeys(names, "0" * 32)
     with open(path, "wb") as file:
         text = _header_text(header, metadata, checksums)
@@ -147,7 +148,7 @@ def write_safetensors(
 def _header_text(
     header: Mapping[str, object], metadata: Mapping[str, str], checksums: Mapping[str, str]
 ) -> bytes:
-    """Returns the start of a file, padded so that the first tensor starts on a line of memory."""
+    """Returns the start of a file, padded so that the first tensor is aligned."""
     entries = {**metadata, CHECKSUMS: json.dumps(checksums, separators=(",", ":"))}
     text = json.dumps({METADATA: entries, **header}).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
@@ -166,18 +167,18 @@ def read_safetensors(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Reads the header of a .safetensors file and maps its tensors, which are read when used.
 
-    Files must not be cut while they are mapped. That one was cut or replaced is noticed up to the
-    end of this function. Later, using what is missing raises SIGBUS, which ends the process;
-    commands then print the Python stack (`core.commands.run_command`), and nothing else can be
-    done. A file that is replaced by `files.atomic_path` stays mapped as it was.
+    A file must not be truncated while it is mapped. This function notices if it is truncated or
+    replaced meanwhile. Later, access to a missing part raises SIGBUS, which ends the process;
+    commands then print the Python stack (`runtime.commands.run_command`). A file that
+    `files.atomic_path` replaces stays mapped unchanged.
 
-    Checksums are compared by `check_tensors` alone, for that reads all of the file.
+    Checksums are compared by `check_tensors`, which reads the whole file.
 
     Returns:
         ({name: read-only view of the file}, {name: text of the metadata}).
 
     Raises:
-        InputError: the file is damaged, cut short, or holds a type that NumPy lacks.
+        InputError: the file is damaged, truncated, or has a type that NumPy lacks.
     """
     with open(path, "rb") as file:
         before = os.fstat(file.fileno())
@@ -188,7 +189,7 @@ def read_safetensors(
                 f"a header of {header_bytes} bytes; allowed are {MAX_HEADER_BYTES}"
             )
         with safe_open(path, framework="numpy") as file:
-            # The library has checked that the tensors fill the file without gaps, in this order.
+            # The library has checked that the tensors fill the file in this order, without gaps.
             names = file.offset_keys()
             if len(names) > MAX_TENSORS:
                 raise InputError(f"{path}: has {len(names)} tensors; allowed are {MAX_TENSORS}")
@@ -216,14 +217,14 @@ def read_safetensors(
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     if start != len(file) or _identity(before) != _identity(os.stat(path)):
-        raise InputError(f"{path}: was cut or replaced while it was read; try again")
+        raise InputError(f"{path}: was truncated or replaced while it was read; try again")
     return tensors, metadata
 
 
 def check_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Reads all tensors and compares their checksums; does nothing for a file without them.
+    """Reads all tensors and compares their checksums, if the file has any.
 
     Args:
         path: name of the file, for the message.
@@ -231,7 +232,7 @@ def check_tensors(
         metadata: metadata returned by `read_safetensors`.
 
     Raises:
-        DamagedFileError: names tensors that are not as they were written.
+        DamagedFileError: some tensors have changed.
     """
     if CHECKSUMS not in metadata:
         return

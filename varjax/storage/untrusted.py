@@ -1,7 +1,7 @@
-"""Files of unknown origin: what they may claim, and how to tell of it in a short message.
+"""Checks of files of unknown origin, and short messages about their content.
 
-A file's numbers are looked at before anything is allocated by them, so that reading takes memory
-and time in proportion to the file, whatever it says.
+A file's numbers are checked before memory is allocated by them. Thus reading a file takes memory
+and time in proportion to its size, whatever it claims.
 """
 
 import contextlib
@@ -16,32 +16,32 @@ from typing import Any
 from varjax.errors import InputError
 
 MAX_RANK = 64  # NumPy's
-MAX_SIDE, MAX_BYTES = 2**48, 2**63  # what addresses can be, and NumPy's sizes
-MAX_NAME_LENGTH = 512  # those of real tensors have less than 100 characters
-# What is compressed, shared or expanded may be more than the file, but real weights shrink by no
-# more than a tenth, and are tied once or twice.
+MAX_SIDE, MAX_BYTES = 2**48, 2**63  # limits of addresses and of NumPy's sizes
+MAX_NAME_LENGTH = 512  # names of real tensors have less than 100 characters
+# Compressed, shared or expanded tensors may be larger than the file, but real weights shrink by a
+# tenth at most, and are tied once or twice.
 MAX_RATIO, SMALL_BYTES = 8, 2**20
-MAX_SETTING, MAX_SETTINGS_LENGTH = 2**20, 256  # of a config; real ones stay below 10,000 and 20
-MAX_DEPTH, MAX_INTEGER = 64, 2**64  # of JSON data; deeper ones would end functions that recurse
+MAX_SETTING, MAX_SETTINGS_LENGTH = 2**20, 256  # real configs stay below 10,000 and 20
+MAX_DEPTH, MAX_INTEGER = 64, 2**64  # of JSON data; deeper data would overflow the stack
 # Decoding takes up to 8 bytes a pixel, in up to 16 threads, whatever an image file's bit depth.
 MAX_PIXELS, MAX_ASPECT_RATIO = 2**26, 100
 SHOWN_LENGTH, SHOWN_ITEMS, SHOWN_LINES, REASON_LENGTH = 80, 6, 50, 200
 
 
 def plausible_bytes(file_bytes: int) -> int:
-    """Returns how many bytes a file may at most unpack to, and its tensors have together."""
+    """Returns the most bytes that a file may unpack to, or its tensors may have in all."""
     return max(SMALL_BYTES, MAX_RATIO * file_bytes)
 
 
 def bytes_on_disk(path: pathlib.Path) -> int:
-    """Returns the bytes of a file, or of all files below a folder that are there.
+    """Returns the bytes of a file, or of all files below a folder.
 
-    Links count as the files that they name: tools that keep data elsewhere link each file.
+    Links count as their targets, because some tools store data elsewhere and link each file.
     """
     total = 0
     for folder, _, names in os.walk(path):
         for name in names:
-            with contextlib.suppress(OSError):  # it may just be removed
+            with contextlib.suppress(OSError):  # the file may just have been removed
                 total += os.stat(os.path.join(folder, name)).st_size
     return total if path.is_dir() else path.stat().st_size
 
@@ -49,12 +49,12 @@ def bytes_on_disk(path: pathlib.Path) -> int:
 def open_regular_file(path: str, flags: int) -> int:
     """Opens a file for `open(path, "rb", opener=open_regular_file)`.
 
-    Raises InputError for a pipe or device, which would be waited for, or read without end.
+    Raises InputError for a pipe or device, which may block or have no end.
     """
-    descriptor = os.open(path, flags | os.O_NONBLOCK)  # does not wait for the writer of a pipe
+    descriptor = os.open(path, flags | os.O_NONBLOCK)  # a pipe would block until it is written
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise InputError("it is not a regular file; copy its content into one")
+        raise InputError("it is not a regular file; copy its content to one")
     return descriptor
 
 
@@ -87,81 +87,81 @@ def check_integers(numbers: Any) -> tuple[int, ...]:
         )
     if any(type(n) is not int or not 0 <= n < MAX_SIDE for n in numbers):
         raise InputError(
-            f"a tensor has size or stride {shown(numbers)}, where non-negative integers belong: "
+            f"a tensor has size or stride {shown(numbers)}, which must be non-negative integers: "
             "the file is damaged"
         )
     return tuple(numbers)
 
 
 def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
-    """Returns a shape as a tuple; raises InputError unless NumPy can have such arrays.
+    """Returns a shape as a tuple; raises InputError unless NumPy supports it.
 
     Args:
         shape: value to check, of any type.
         itemsize: bytes per element.
     """
     shape = check_integers(shape)
-    # Like NumPy, which wants room for the other axes where one has length 0.
+    # Like NumPy, which limits the other axes even if one has length 0.
     if math.prod(n or 1 for n in shape) * itemsize >= MAX_BYTES:
-        raise InputError(f"a tensor has size {shown(shape)}, more than any memory")
+        raise InputError(f"a tensor has size {shown(shape)}, larger than any memory")
     return shape
 
 
 def check_name(name: Any) -> str:
-    """Returns the name of a tensor; raises InputError if it is no string fit for a message."""
+    """Returns the name of a tensor; raises InputError unless it is a short, printable string."""
     if not isinstance(name, str):
         raise InputError(f"the name {shown(name)} is {_kind(name)}, not a string")
     if len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise InputError(
-            f"a tensor is called {shown(name)}; names are at most {MAX_NAME_LENGTH} printable "
+            f"a tensor is called {shown(name)}; names have at most {MAX_NAME_LENGTH} printable "
             "characters"
         )
     return name
 
 
-def check_relative_name(name: Any, place: object) -> str:
-    """Returns a name of a file below a folder, if it leads to no other place.
+def check_relative_name(name: Any, source: object) -> str:
+    """Returns the name of a file below a folder, unless it leads out of the folder.
 
     Args:
         name: value to check, of any type; a path with "/" between its parts.
-        place: where the name was found, for the message.
+        source: where the name comes from, for the message.
 
     Raises:
-        InputError: the name is no string, is absolute, has empty parts, "." or "..", or characters
-            that no file name has.
+        InputError: the name is not a string, is absolute, has empty parts, "." or "..", or
+            characters that file names cannot have.
     """
     parts = name.split("/") if isinstance(name, str) else [""]
     if any(part in ("", ".", "..") or "\0" in part or not _encodable(part) for part in parts):
         raise InputError(
-            f"{place} names a file {shown(name)}; names must be relative, without empty parts, "
+            f"{source} names a file {shown(name)}; names must be relative, without empty parts, "
             '"." and ".."; rename it or remove it there'
         )
     return name
 
 
-def path_inside(folder: pathlib.Path, name: Any, place: object) -> pathlib.Path:
-    """Returns the path of a file in a folder on a disk, by a name that somebody else chose.
+def path_inside(folder: pathlib.Path, name: Any, source: object) -> pathlib.Path:
+    """Returns the path of a file in a folder on a disk, for a name of unknown origin.
 
-    Every path that is made from a foreign name (in a listing, an index, an archive) goes through
-    here. Arguments and errors are those of `check_relative_name`; a link in the folder that leads
-    out of it is an InputError, too.
+    Every path made from such a name (in a listing, an index, an archive) goes through here.
+    Arguments and errors are those of `check_relative_name`. A link that leads out of the folder is
+    an InputError, too.
     """
-    path = folder / check_relative_name(name, place)
+    path = folder / check_relative_name(name, source)
     if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
-        raise InputError(f"{path} leads out of {folder} by a link; remove the link")
+        raise InputError(f"{path} is a link that leads out of {folder}; remove the link")
     return path
 
 
 def parse_json(text: str | bytes) -> Any:
     """Parses JSON of unknown origin.
 
-    Raises ValueError for what is no JSON or no UTF-8, is nested more than 64 deep, or has an
-    integer of more than 64 bits, which no float holds.
+    Raises ValueError for data that are not JSON or not UTF-8, are nested more than 64 deep, or
+    have an integer of more than 64 bits.
     """
     try:
         data = json.loads(text, parse_int=_parse_integer)
     except RecursionError as error:
-        raise ValueError(f"more than {MAX_DEPTH} lists or objects in one another") from error
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from error
     level = [data]
     for _ in range(MAX_DEPTH):
         inner = [
@@ -169,11 +169,11 @@ def parse_json(text: str | bytes) -> Any:
         ]
         if not (level := [value for values in inner for value in values]):
             return data
-    raise ValueError(f"more than {MAX_DEPTH} lists or objects in one another")
+    raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
 def check_settings(settings: Any, path: str) -> None:
-    """Raises InputError where JSON data hold a number or a list that no model's config has.
+    """Raises InputError for a number or a list that is too large for a model's config.
 
     Args:
         settings: settings of a config, read from a file.
@@ -192,9 +192,9 @@ def check_settings(settings: Any, path: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """Returns a value for a message: itself if it is short and plain, else its kind and size.
+    """Formats a value for a message: the value if it is short and plain, else its type and size.
 
-    The repr of a hostile object may take exponential time, and so may that of an array.
+    The repr of a hostile object may take exponential time.
     """
     if isinstance(value, str | bytes):
         start = repr(value[:SHOWN_LENGTH])
@@ -214,13 +214,13 @@ def shown(value: Any) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Returns what an exception says for a message: short and printable, whatever file it is of."""
+    """Returns the text of an exception for a message, short and printable."""
     text = str(error)[:REASON_LENGTH]
     return text if text.isprintable() else repr(text)
 
 
 def abridged(lines: Sequence[str]) -> list[str]:
-    """Returns the first lines of a message, and how many more there are if these are many."""
+    """Returns the first lines of a message, and the number of the others."""
     left = len(lines) - SHOWN_LINES
     return [*lines[:SHOWN_LINES], f"… and {left} more"] if left > 0 else list(lines)
 

@@ -176,7 +176,7 @@ def test_a_pickle_that_acts_is_refused_and_does_not_act(tmp_path, protocol):
         (rebuild(plain(0) + tensor((2,), (0,)) + plain((1,))), "size or stride a ndarray"),
         (rebuild(plain(0) + plain((1,)) + tensor((2,), (0,))), "size or stride a ndarray"),
         (rebuild(plain(0) + plain((1,) * 65) + plain((1,) * 65)), "at most 64 integers"),
-        (tensor((2**47, 2**47, 0), (1, 1, 1)), "more than any memory"),
+        (tensor((2**47, 2**47, 0), (1, 1, 1)), "larger than any memory"),
         (tensor((1,), (1,), storage=stored(count=2**70)), "has about 10^21 elements"),
         (b"ctorch\nSize\n" + tensor((1,), (0,)) + b"R", "a call with a ndarray of arguments"),
         (b"cbuiltins\nset\n" + tensor((1,), (0,)) + b"\x85R", "where a list of items belongs"),

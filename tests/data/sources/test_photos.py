@@ -57,5 +57,5 @@ def test_the_folder_of_crops_keeps_the_same_columns_apart(monkeypatch):
             crops = [np.asarray(Image.open(path)) for path in paths]
             assert len(crops) == count and all((crop == brightness).all() for crop in crops)
             assert all(16 <= side <= 32 for crop in crops for side in crop.shape[:2])
-    with pytest.raises(ValueError, match="x exists and holds train, val, which would be lost"):
+    with pytest.raises(ValueError, match="x exists and contains train, val, which would be lost"):
         write_photos("x")
