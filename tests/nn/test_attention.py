@@ -10,7 +10,7 @@ import pytest
 from varjax.nn import attention
 from varjax.nn.attention import cached_attention, dot_product_attention, mask_segments
 from varjax.nn.compute import ComputeConfig
-from varjax.nn.kv_cache import KVCache, LayerCache
+from varjax.nn.stack import KVCache, LayerCache
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid
 
 SCALES = 1, 4, 7, 9  # the last two are segments of their own

@@ -201,12 +201,12 @@ def test_scale_by_scale_with_a_cache_equals_all_at_once(shared, cosine):
     ],
 )
 def test_ways_to_compute_give_the_same_logits_and_gradients(way, trace):
-    keep_S2B = drop_path(jax.random.key(3), SMALL.depth, 2, 0.5)
+    branch_scale_S2B = drop_path(jax.random.key(3), SMALL.depth, 2, 0.5)
     plain = ComputeConfig(attention="xla")
     compute = dataclasses.replace(plain, **way)
 
     def total(params, compute):
-        logits_BLV = VAR(SMALL, compute).apply(params, INPUT_BlZ, LABEL_B, keep_S2B)
+        logits_BLV = VAR(SMALL, compute).apply(params, INPUT_BlZ, LABEL_B, branch_scale_S2B)
         return jnp.mean(jnp.square(logits_BLV))
 
     before, after = (
@@ -231,22 +231,22 @@ def test_bfloat16_stays_close_and_gives_float32_logits():
 
 
 def test_drop_path_scales_what_it_keeps_and_spares_the_first_layer():
-    keep_S2B = drop_path(jax.random.key(0), 3, 4000, 0.4)
-    np.testing.assert_array_equal(keep_S2B[0], 1)
-    np.testing.assert_allclose(np.unique(keep_S2B[2]), [0, 1 / 0.6], rtol=1e-6)
-    np.testing.assert_allclose(keep_S2B[2].mean(), 1, atol=0.05)
+    branch_scale_S2B = drop_path(jax.random.key(0), 3, 4000, 0.4)
+    np.testing.assert_array_equal(branch_scale_S2B[0], 1)
+    np.testing.assert_allclose(np.unique(branch_scale_S2B[2]), [0, 1 / 0.6], rtol=1e-6)
+    np.testing.assert_allclose(branch_scale_S2B[2].mean(), 1, atol=0.05)
     assert drop_path(jax.random.key(0), 3, 4, 0.0) is None
 
 
 @pytest.mark.slow
 def test_a_dropped_branch_leaves_its_images_alone():
     model = VAR(SMALL)
-    keep_S2B = jnp.ones((2, 2, 2)).at[:, :, 0].set(0.0)
-    dropped, kept = model.apply(small_params(), INPUT_BlZ, LABEL_B, keep_S2B)
+    branch_scale_S2B = jnp.ones((2, 2, 2)).at[:, :, 0].set(0.0)
+    dropped, kept = model.apply(small_params(), INPUT_BlZ, LABEL_B, branch_scale_S2B)
     _, full = model.apply(small_params(), INPUT_BlZ, LABEL_B)
     np.testing.assert_allclose(kept, full, atol=1e-5)
     # With all branches gone the blocks are the identity: no token sees another.
-    other = model.apply(small_params(), INPUT_BlZ.at[:, 0].add(1.0), LABEL_B, keep_S2B)[0]
+    other = model.apply(small_params(), INPUT_BlZ.at[:, 0].add(1.0), LABEL_B, branch_scale_S2B)[0]
     np.testing.assert_array_equal(other[2:], dropped[2:])
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from varjax.mar.model import DECODER, MAR
 from varjax.nn.attention import Dropout
-from varjax.nn.kv_cache import KVCache
+from varjax.nn.stack import KVCache
 from varjax.nn.vit import run_vit_blocks
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.linear import dense
+from varjax.nn.stack import init_stack
 from varjax.nn.transformer import modulate
 from varjax.nn.vit import layer_norm
 
@@ -73,8 +74,7 @@ class DenoisingMLP(nn.Module):
 
     def _init_blocks(self, key):
         x_NE = jnp.zeros((1, self.width), jnp.float32)
-        keys = jax.random.split(key, self.depth)
-        return jax.vmap(lambda key: self.block.init(key, x_NE, x_NE)["params"])(keys)
+        return init_stack(lambda key: self.block.init(key, x_NE, x_NE), key, self.depth)
 
 
 class DenoisingBlock(nn.Module):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.nn import compute
-from varjax.nn.kv_cache import KVCache, LayerCache
 from varjax.nn.linear import dense
+from varjax.nn.stack import KVCache, LayerCache
 
 MAX_LOG_SCALE = float(np.log(100))
 SHORTEST = 65  # queries that are worth products of their own

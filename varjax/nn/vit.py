@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.nn.attention import Dropout, MultiHeadAttention
-from varjax.nn.compute import ComputeConfig, checkpoint_layer, shard_batch
-from varjax.nn.kv_cache import KVCache, LayerCache
+from varjax.nn.compute import ComputeConfig
+from varjax.nn.stack import KVCache, LayerCache, init_stack, run_stack
 from varjax.nn.transformer import MLP
 from varjax.trees import PyTree
 
@@ -59,7 +59,7 @@ class ViTBlock(nn.Module):
 def init_vit_blocks(block: ViTBlock, key: jax.Array, depth: int, width: int) -> PyTree:
     """Draws parameters of `depth` blocks, stacked along a leading axis S."""
     x_BlC = jnp.zeros((1, 1, width), jnp.float32)
-    return jax.vmap(lambda key: block.init(key, x_BlC)["params"])(jax.random.split(key, depth))
+    return init_stack(lambda key: block.init(key, x_BlC), key, depth)
 
 
 def run_vit_blocks(
@@ -92,31 +92,19 @@ def run_vit_blocks(
         The tokens (B, l, C), and the cache with them (None without one).
     """
 
-    def layer(carry, scanned):
-        x_BlC, cache = carry
-        number, p = scanned
-        past = None
-        if cache is not None:
-            past = LayerCache(cache, number, start, cache.keys_SBLC.shape[2])
-        carry = block.apply(
-            {"params": p},
-            shard_batch(x_BlC),
-            past,
-            mask_lL,
-            key_mask_BL,
-            None if attention_dropout is None else attention_dropout.fold_in(number),
-            None if dropout is None else dropout.fold_in(number),
-        )
-        return carry, None
-
-    depth = jax.tree.leaves(params)[0].shape[0]
-    carry, _ = jax.lax.scan(
-        checkpoint_layer(layer, block.compute),
-        (x_BlC, cache),
-        (jnp.arange(depth), params),
-        unroll=depth if block.compute.unroll else 1,
+    number_S = jnp.arange(len(jax.tree.leaves(params)[0]))
+    dropouts = {"attention_dropout": attention_dropout, "dropout": dropout}
+    return run_stack(
+        block,
+        params,
+        x_BlC,
+        block.compute,
+        cache=cache,
+        start=start,
+        by_layer={n: jax.vmap(d.fold_in)(number_S) for n, d in dropouts.items() if d is not None},
+        mask_lL=mask_lL,
+        key_mask_BL=key_mask_BL,
     )
-    return carry
 
 
 def layer_norm(name: str | None = None, affine: bool = True) -> nn.LayerNorm:

@@ -1,6 +1,7 @@
 """The VAR transformer: predicts every token of the next, finer scale at once (VAR, section 3.1)."""
 
 import dataclasses
+from typing import NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -10,16 +11,9 @@ import jax.numpy as jnp
 from varjax.errors import InputError, check_setting
 from varjax.nn.attention import MAX_HEADS
 from varjax.nn.compute import ComputeConfig, batch_devices, shard_batch
-from varjax.nn.kv_cache import KVCache
 from varjax.nn.linear import OutputHead, dense
-from varjax.nn.transformer import (
-    SIGNALS,
-    Block,
-    adaln_signals,
-    init_blocks,
-    modulate,
-    run_blocks,
-)
+from varjax.nn.stack import KVCache, init_stack, run_stack
+from varjax.nn.transformer import MODULATIONS, Block, modulate
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, Pyramid, Scale
 from varjax.trees import PyTree
@@ -65,17 +59,23 @@ class VARConfig:
 
     @classmethod
     def preset(cls, name: str) -> "VARConfig":
-        """Returns a released model's: d16, d20, d24, d30 (256 px) or d36 (512 px)."""
+        """Returns the config of a released model: d16, d20, d24, d30 (256 px) or d36 (512 px)."""
         gates = {"d16": 1e-3, "d20": 1e-3, "d24": 1e-4, "d30": 1e-5, "d36": 5e-6}
         if name not in gates:
             raise InputError(f"preset {name!r}: allowed are {', '.join(gates)}")
-        depth = int(name[1:])
-        large = {"scales": SCALES_512, "shared_adaln": True} if name == "d36" else {}
-        return cls(depth, 64 * depth, depth, gate_init=gates[name], **large)
+        depth, is_512 = int(name[1:]), name == "d36"
+        return cls(
+            depth=depth,
+            width=64 * depth,
+            heads=depth,
+            scales=SCALES_512 if is_512 else SCALES_256,
+            shared_adaln=is_512,
+            gate_init=gates[name],
+        )
 
     @property
     def pyramid(self) -> Pyramid:
-        """Sizes and places of the scales."""
+        """Sizes of the scales, and their positions in the sequence."""
         return Pyramid(self.scales)
 
     def init(self, key: jax.Array) -> PyTree:
@@ -96,21 +96,36 @@ class Condition:
     """Holds all that labels contribute; it depends on no token, so a sampler computes it once.
 
     Attributes:
-        start_BC: the class embedding, from which the first scale is predicted.
-        signals_SB6C: AdaLN signals of every layer.
+        class_BC: the class embedding, from which the first scale is predicted.
+        modulation_SB6C: AdaLN modulation of every block.
         head_B2C: scale and shift of the last norm.
     """
 
-    start_BC: jax.Array
-    signals_SB6C: jax.Array
+    class_BC: jax.Array
+    modulation_SB6C: jax.Array
     head_B2C: jax.Array
 
 
-class VAR(nn.Module):
-    """The block-causal transformer: a token sees its own scale and all coarser ones.
+class Prediction(NamedTuple):
+    """Holds the result of predicting one scale.
 
-    `__call__` predicts all scales at once from the tokens of an image (training); `condition` and
-    `predict` one scale after another (sampling). Logits are float32 whatever the format.
+    Attributes:
+        logits_BlV: logits of the scale's tokens, float32.
+        cache: keys and values of this scale and all coarser ones.
+    """
+
+    logits_BlV: jax.Array
+    cache: KVCache
+
+
+class VAR(nn.Module):
+    """The block-causal transformer: a token attends to its own scale and all coarser ones.
+
+        logits_BLV = model(input_BlZ, label_B)                 # training: all scales at once
+        cond, cache = model.condition(label_B), model.empty_cache(len(label_B))
+        logits_BlV, cache = model.predict(None, cond, 0, cache)  # sampling: scale by scale
+
+    Logits are float32 whatever the format.
 
     Attributes:
         config: config of the transformer.
@@ -126,115 +141,134 @@ class VAR(nn.Module):
         normal = nn.initializers.normal(std)
         self.dtype = self.compute.jax_dtype
         self.class_embed = self.param("class_embed", normal, (c.classes + 1, C), jnp.float32)
-        self.start = self.param("pos_start", normal, (c.pyramid.lengths[0], C), jnp.float32)
-        self.pos_LC = self.param("pos_embed", normal, (c.pyramid.length, C), jnp.float32)
-        self.level_KC = self.param("level_embed", normal, (len(c.pyramid), C), jnp.float32)
+        self.pos_start = self.param("pos_start", normal, (c.pyramid.lengths[0], C), jnp.float32)
+        self.pos_embed = self.param("pos_embed", normal, (c.pyramid.length, C), jnp.float32)
+        self.level_embed = self.param("level_embed", normal, (len(c.pyramid), C), jnp.float32)
         self.token_proj = dense(C, self.dtype, normal, None)
         if c.shared_adaln:
-            self.shared_ada = dense(SIGNALS * C, self.dtype, normal, None)
+            self.shared_adaln = dense(MODULATIONS * C, self.dtype, normal, None)
         self.block = Block(
-            c.heads, c.depth, c.cosine_attention, c.shared_adaln, std, c.gate_init, self.compute,
+            heads=c.heads,
+            depth=c.depth,
+            cosine=c.cosine_attention,
+            shared_adaln=c.shared_adaln,
+            init_std=std,
+            gate_init=c.gate_init,
+            compute=self.compute,
             parent=None,
-        )  # fmt: skip
-        cond = jnp.zeros((1, SIGNALS, C) if c.shared_adaln else (1, C))
-        self.blocks = self.param("blocks", lambda key: init_blocks(self.block, key, cond))
+        )
+        self.blocks = self.param("blocks", self._init_blocks)
         self.head_adaln = dense(2 * C, jnp.float32, nn.initializers.normal(std / 2), None)
         self.head = OutputHead(c.vocab, self.dtype, nn.initializers.normal(std * 0.02))
 
     def __call__(
-        self, input_BlZ: jax.Array, label_B: jax.Array, keep_S2B: jax.Array | None = None
+        self, input_BlZ: jax.Array, label_B: jax.Array, branch_scale_S2B: jax.Array | None = None
     ) -> jax.Array:
         """Predicts all scales at once by teacher forcing.
 
         Args:
             input_BlZ: inputs of all scales but the first, from `VQTokenizer.teacher_forcing_input`.
             label_B: classes; `config.classes` means "no class".
-            keep_S2B: factors on each layer's two branches, from `drop_path`; None keeps every
-                branch.
+            branch_scale_S2B: factors on each block's two residual branches, from `drop_path`; None
+                for 1.
 
         Returns:
             Logits (B, L, V) float32.
         """
-        start_BC = self._start(label_B)
-        x_BLC = jnp.concatenate([self._first(start_BC), self._words(input_BlZ)], axis=1)
-        x_BLC = (x_BLC + self._places(slice(None))[None]).astype(self.dtype)
-        x_BLC, _ = run_blocks(
+        class_BC, cond, head_B2C = self._embed_classes(label_B)
+        first_BlC = class_BC[:, None] + self.pos_start[None]  # scale 0 sees the class alone
+        x_BLC = jnp.concatenate([first_BlC, self._embed_tokens(input_BlZ)], axis=1)
+        x_BLC, _ = run_stack(
             self.block,
             self.blocks,
-            x_BLC,
-            cond=self._shared(start_BC),
+            (x_BLC + self._positions()[None]).astype(self.dtype),
+            self.compute,
+            by_layer={"branch_scale_2B": branch_scale_S2B},
+            cond=cond,
             mask_lL=self.config.pyramid.mask_LL,
-            keep_S2B=keep_S2B,
         )
-        return self._logits(x_BLC, self._head_signals(start_BC))
+        return self._logits(x_BLC, head_B2C)
 
     def condition(self, label_B: jax.Array) -> Condition:
-        """Computes what `predict` needs of the labels, for all scales."""
-        start_BC = self._start(label_B)
-        signals_SB6C = adaln_signals(self.block, self.blocks, self._shared(start_BC))
-        return Condition(start_BC, signals_SB6C, self._head_signals(start_BC))
+        """Computes what `predict` needs of the labels, once for all scales."""
+        class_BC, cond, head_B2C = self._embed_classes(label_B)
+        modulation_SB6C = jax.lax.map(
+            lambda params: self.block.apply({"params": params}, cond, method=Block.modulation),
+            self.blocks,
+        )
+        return Condition(class_BC, modulation_SB6C, head_B2C)
 
     def predict(
         self, input_BlZ: jax.Array | None, cond: Condition, k: int, cache: KVCache
-    ) -> tuple[jax.Array, KVCache]:
-        """Predicts scale k.
+    ) -> Prediction:
+        """Predicts scale k from the coarser scales in the cache.
 
         Args:
             input_BlZ: result of `Quantizer.next_input` after scale k-1; None for k = 0.
             cond: class conditioning, from `condition`.
             k: index of the scale, from 0.
-            cache: cache with keys and values of scales 0 … k-1; `empty_cache` before the first.
-
-        Returns:
-            Logits (B, l, V) float32, and the cache with scale k.
+            cache: keys and values of scales 0 … k-1; `empty_cache` before the first.
         """
         assert (input_BlZ is None) == (k == 0)
         scale = self.config.pyramid.slices[k]
-        x_BlC = self._first(cond.start_BC) if input_BlZ is None else self._words(input_BlZ)
+        if input_BlZ is None:
+            x_BlC = cond.class_BC[:, None] + self.pos_start[None]
+        else:
+            x_BlC = self._embed_tokens(input_BlZ)
         # The residual stream stays float32: in bfloat16 nearly twice the logits' error.
-        x_BlC, after = run_blocks(
+        x_BlC, new_cache = run_stack(
             self.block,
             self.blocks,
-            x_BlC + self._places(scale)[None],
-            signals_SB6C=cond.signals_SB6C,
+            x_BlC + self._positions()[scale][None],
+            self.compute,
             cache=cache,
             start=scale.start,
+            stop=scale.stop,
+            by_layer={"modulation_B6C": cond.modulation_SB6C},
         )
-        assert after is not None
-        return self._logits(x_BlC, cond.head_B2C), after
+        assert new_cache is not None
+        return Prediction(self._logits(x_BlC, cond.head_B2C), new_cache)
 
     def empty_cache(self, batch: int) -> KVCache:
         """Makes the cache of `predict` for a number of sequences."""
-        c = self.config
-        sizes = c.depth, batch, c.pyramid.length, c.width
-        # On a mesh the partitioner would not know how to share out what is only allocated.
-        return KVCache.allocate(*sizes, self.dtype, zeros=batch_devices() > 1)
+        return KVCache.allocate(
+            depth=self.config.depth,
+            batch=batch,
+            length=self.config.pyramid.length,
+            width=self.config.width,
+            dtype=self.dtype,
+            # On a mesh the partitioner would not know how to share out what is only allocated.
+            zeros=batch_devices() > 1,
+        )
 
     def init_all(self):
         """Runs everything once, so that `init` makes every parameter; without the mask of L x L."""
         cond = self.condition(jnp.zeros(1, jnp.int32))
-        self._words(jnp.zeros((1, 1, self.config.code_channels)))
+        self._embed_tokens(jnp.zeros((1, 1, self.config.code_channels)))
         return self.predict(None, cond, 0, self.empty_cache(1))
 
-    def _start(self, label_B):
-        return shard_batch(jnp.take(self.class_embed, label_B, axis=0, mode="clip"))
+    def _init_blocks(self, key):
+        C = self.config.width
+        x_BlC = jnp.zeros((1, 1, C), self.dtype)
+        cond = jnp.zeros((1, MODULATIONS, C) if self.config.shared_adaln else (1, C))
+        return init_stack(
+            lambda key: self.block.init(key, x_BlC, cond=cond), key, self.config.depth
+        )
 
-    def _first(self, start_BC):
-        return start_BC[:, None] + self.start[None]
+    def _embed_classes(self, label_B):
+        """Returns the class embedding, the blocks' condition, and the last norm's modulation."""
+        class_BC = shard_batch(jnp.take(self.class_embed, label_B, axis=0, mode="clip"))
+        silu_BC, C = nn.silu(class_BC), self.config.width
+        cond = class_BC
+        if self.config.shared_adaln:
+            cond = self.shared_adaln(silu_BC).reshape(-1, MODULATIONS, C)
+        return class_BC, cond, self.head_adaln(silu_BC).reshape(-1, 2, C)
 
-    def _words(self, input_BlZ):
+    def _embed_tokens(self, input_BlZ):
         return self.token_proj(input_BlZ).astype(jnp.float32)
 
-    def _places(self, tokens):
-        return (self.level_KC[self.config.pyramid.level_L] + self.pos_LC)[tokens]
-
-    def _shared(self, start_BC):
-        if not self.config.shared_adaln:
-            return start_BC
-        return self.shared_ada(nn.silu(start_BC)).reshape(-1, SIGNALS, self.config.width)
-
-    def _head_signals(self, start_BC):
-        return self.head_adaln(nn.silu(start_BC)).reshape(-1, 2, self.config.width)
+    def _positions(self):
+        return self.level_embed[self.config.pyramid.level_L] + self.pos_embed
 
     def _logits(self, x_BlC, head_B2C):
         scale_B1C, shift_B1C = jnp.split(head_B2C, 2, axis=1)

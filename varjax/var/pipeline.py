@@ -36,7 +36,7 @@ from varjax.var.sample import (
 Array = np.ndarray | jax.Array
 # What is multiplied in `compute.dtype` only, and so may be held in it.
 CAST_KERNELS = (
-    r"^var/(blocks/.*|token_proj|shared_ada|head)/kernel$|"
+    r"^var/(blocks/.*|token_proj|shared_adaln|head)/kernel$|"
     r"^tokenizer/(decoder/.*|post_quant_conv)/kernel$"
 )
 Labels = Sequence[int] | np.ndarray | jax.Array

@@ -76,7 +76,7 @@ def var_table(config: VARConfig) -> list[Link]:
         *linear_links("head", "head"),
     ]
     if config.shared_adaln:
-        links += linear_links("shared_ada_lin.1", "shared_ada")
+        links += linear_links("shared_ada_lin.1", "shared_adaln")
     for i in range(config.depth):
         official, ours = f"blocks.{i}", "blocks"
         qkv = tuple(f"{ours}/attn/{name}/kernel" for name in "qkv")
