@@ -16,7 +16,7 @@ from varjax.storage import folders
 from varjax.training import loop
 from varjax.training import run_dir as checks
 from varjax.training.checkpoint import Checkpoints
-from varjax.training.loop_state import LoopState, parse_keep_best
+from varjax.training.loop_state import Due, LoopState, Schedule, parse_keep_best
 from varjax.training.sample_quality import FIDConfig
 
 
@@ -266,3 +266,26 @@ def test_an_unknown_metric_to_keep_is_told_before_training(tmp_path):
 
 def test_epochs_count_passes_over_the_training_images():
     assert tiny.experiment("x", steps=0, epochs=2.0).plan(1442).steps == 46
+
+
+def test_schedule():
+    schedule = Schedule(
+        steps=7, eval_every=3, fid_every=5, preview_every=2, save_every=4, keep_every=6
+    )
+    none = Due(metrics=False, fid=False, preview=False, save=False)
+    assert {step: schedule.due(step) for step in range(1, 8)} == {
+        1: none,
+        2: none._replace(preview=True),
+        3: none._replace(metrics=True),
+        4: none._replace(preview=True, save=True),
+        5: none._replace(fid=True),
+        6: Due(metrics=True, fid=False, preview=True, save=True),
+        7: none._replace(metrics=True, fid=True),  # its end
+    }
+    assert [schedule.due(step).evaluation for step in (1, 2, 3, 5)] == [False, True, True, True]
+
+
+def test_an_interval_of_zero_is_never_due_but_the_end_is_evaluated():
+    schedule = Schedule(steps=3)
+    assert not any(any(schedule.due(step)) for step in (0, 1, 2))
+    assert schedule.due(3) == Due(metrics=True, fid=False, preview=False, save=False)

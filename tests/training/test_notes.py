@@ -9,7 +9,7 @@ from varjax.errors import InputError
 from varjax.mar.options import MAROptions
 from varjax.mar.task import MARTask
 from varjax.tokenizers.kl.task import KLTask
-from varjax.training import loop
+from varjax.training.setup import set_up
 from varjax.training.task import Plan
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
@@ -54,7 +54,7 @@ def test_an_average_that_the_run_is_too_short_for(task):
 
 def test_notes_are_said_before_anything_is_done(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(tiny.Tiny, "notes", lambda task, plan: [f"{plan.steps} steps"])
-    loop.set_up(tiny.experiment(tmp_path / "run"))
+    set_up(tiny.experiment(tmp_path / "run"))
     assert capfd.readouterr().err == "note: 30 steps\n"
     assert not (tmp_path / "run").exists()
 

@@ -61,7 +61,7 @@ def test_an_evaluation_that_was_made_up_for_is_not_made_again(whole, tmp_path, m
         with pytest.raises(SystemExit):
             loop.train(experiment)
     assert loop.train(experiment) == whole[1]
-    monkeypatch.setattr(loop, "_train", None)  # what a finished run does not need
+    monkeypatch.setattr(loop, "take_steps", None)  # what a finished run does not need
     assert loop.train(experiment) == whole[1]
 
 

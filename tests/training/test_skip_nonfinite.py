@@ -22,6 +22,7 @@ from varjax.training import loop
 from varjax.training.loop_state import LoopState
 from varjax.training.prefetch import Prefetcher
 from varjax.training.run_dir import CHANGEABLE_FIELDS
+from varjax.training.setup import jit_train_step
 from varjax.training.sharding import make_mesh, shardings
 from varjax.training.task import Plan, TrainState
 from varjax.training.train_step import DECISIVE_METRICS, SKIPPED, skip_nonfinite_updates
@@ -133,7 +134,7 @@ def test_it_takes_less_memory_than_a_second_state():
     mesh = make_mesh(tiny.experiment("x").mesh)
     placement = shardings(abstract, mesh)
     bytes_used = [
-        loop.jit_train_step(task, Plan(), mesh, placement, skip)
+        jit_train_step(task, Plan(), mesh, placement, skip)
         .lower(abstract, {}, batch, jax.random.key(0))
         .compile()
         .memory_analysis()

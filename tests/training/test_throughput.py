@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from varjax.runtime import hardware
-from varjax.training.throughput import ThroughputMeter
+from varjax.training.goodput import ThroughputMeter
 
 
 def test_rates_are_over_the_time_that_was_not_paused(monkeypatch):

@@ -2,13 +2,13 @@
 
 import collections
 import contextlib
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from varjax.training.progress import say
 from varjax.training.run_writers import RunWriter
 
 QUEUED_ENTRIES = 1000  # that wait for a writer, and their bytes: pictures may be large
@@ -82,7 +82,7 @@ class BackgroundWriter:
         with self._changed:
             left = self._lost + len(self._queue) + self._busy
         if left:
-            say_note(f"{self._name}: {left} entries were not written before the run ended")
+            say(f"note: {self._name}: {left} entries were not written before the run ended")
 
     def _put(self, entry: Callable[[RunWriter], None], size: int) -> None:
         dropped = False
@@ -97,8 +97,9 @@ class BackgroundWriter:
                 self._lost += 1
             self._changed.notify_all()
         if dropped:
-            say_note(
-                f"{self._name} cannot keep up; its oldest entries are dropped, training continues"
+            say(
+                f"note: {self._name} cannot keep up; its oldest entries are dropped, "
+                "training continues"
             )
 
     def _is_behind(self) -> bool:
@@ -127,7 +128,7 @@ class BackgroundWriter:
             if writer is not None:
                 writer.close()
         except Exception as error:
-            say_note(f"{self._name}: the last entries may be missing: {_describe(error)}")
+            say(f"note: {self._name}: the last entries may be missing: {_describe(error)}")
 
     def _next_entry(self, closed: bool) -> Callable[[RunWriter], None] | None:
         """Waits for an entry, and first for the time of another attempt; None to end.
@@ -156,8 +157,8 @@ class BackgroundWriter:
             first = self._failures == 1
             self._changed.notify_all()
         if first:
-            say_note(
-                f"{self._name} failed, training continues without it until it works again: "
+            say(
+                f"note: {self._name} failed, training continues without it until it works again: "
                 + _describe(error)
             )
 
@@ -172,14 +173,8 @@ class BackgroundWriter:
                 self._overdue = False
             self._changed.notify_all()
         if failed or (lost and caught_up):
-            say_note(f"{self._name} works again; {lost} entries were lost")
+            say(f"note: {self._name} works again; {lost} entries were lost")
 
 
 def _describe(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:300]
-
-
-def say_note(text: str) -> None:
-    """Prints a line to stderr, unless stderr is what failed."""
-    with contextlib.suppress(OSError, ValueError):  # of one that is closed
-        print(f"note: {text}", file=sys.stderr)

@@ -22,6 +22,7 @@ from varjax.errors import DamagedFileError, StorageError
 from varjax.runtime.distributed import on_first_process
 from varjax.storage import files
 from varjax.storage.buckets import absolute, in_bucket
+from varjax.training.progress import say
 from varjax.training.task import TrainState
 
 
@@ -190,7 +191,7 @@ class Checkpoints:
             except DamagedFileError as error:
                 damaged[candidate] = error
                 words = unreadable(candidate, error)
-                on_first_process(lambda: print(words, file=sys.stderr))  # noqa: B023  (now)
+                on_first_process(lambda: say(words))  # noqa: B023  (now)
                 continue
             self._move_aside(sorted(damaged))
             return found

@@ -10,10 +10,10 @@ from varjax import trees
 from varjax.storage.buckets import as_path
 from varjax.training.evaluate import Evaluator
 from varjax.training.experiment import Experiment
-from varjax.training.loop import jit_train_step, set_up
 from varjax.training.metric_writers import flatten_metrics
 from varjax.training.prefetch import put_batch
 from varjax.training.run_dir import check_config
+from varjax.training.setup import jit_train_step, set_up
 from varjax.training.sharding import bytes_on_device, put, shardings
 from varjax.training.task import check_latents
 from varjax.trees import PyTree

@@ -5,7 +5,6 @@ the same weights or not at all.
 """
 
 import pathlib
-import sys
 
 import jax
 
@@ -13,6 +12,7 @@ from varjax import trees
 from varjax.errors import InputError, StorageError
 from varjax.runtime.distributed import check_shared_file, on_first_process
 from varjax.storage import files
+from varjax.training.progress import say
 from varjax.training.task import Task
 from varjax.trees import PyTree
 
@@ -44,7 +44,7 @@ def _copy(task: Task, path: pathlib.Path) -> bool:
             raise
         except InputError as error:
             problem = str(error)
-            print(f"{problem}\ncopying these weights again", file=sys.stderr)
+            say(f"{problem}\ncopying these weights again")
     before = _digest_before(path)
     advice = (
         "restore the file from a copy, or the weights it came from (--config.task.tokenizer_weights"

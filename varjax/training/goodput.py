@@ -1,11 +1,16 @@
-"""Measures what the time of a run was spent on, summed over all of its starts."""
+"""Measures how fast a run is, and what its time is spent on over all of its starts."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
-# restore: all of a start before its first step; lost: steps that a kill had a later start do again.
+import jax
+
+from varjax.runtime import hardware
+
+# restore: everything before the first step of a start; lost: steps that a later start repeats after
+# a kill.
 KINDS: tuple[str, ...] = ("compile", "restore", "data", "evaluate", "save", "step", "lost")
 PREFIX = "goodput/"
 STEPS_LOST = PREFIX + "steps_lost"
@@ -14,15 +19,15 @@ R = TypeVar("R")
 
 
 class Goodput:
-    """Sorts the time of a start of a run into KINDS; every moment belongs to one of them.
+    """Sorts the time of one start of a run into KINDS; each moment belongs to one of them.
 
-        goodput = Goodput()  # from here on it restores
+        goodput = Goodput()  # time counts as "restore" from now on
         goodput.begin("step")
         with goodput.measure("save"):
             checkpoints.save(step, state)
         writer.write(step, goodput.metrics())
 
-    A kill cuts off what was not yet written, which is at most the time since the last line.
+    A kill loses what was not yet written: at most the time since the last line.
     """
 
     def __init__(self):
@@ -31,7 +36,7 @@ class Goodput:
         self._kind, self._since = "restore", time.monotonic()
 
     def begin(self, kind: str) -> str:
-        """Counts the time from now on as `kind`; returns what it was counted as before."""
+        """Counts the time from now on as `kind`; returns the kind until now."""
         now, before = time.monotonic(), self._kind
         self._seconds[before] += now - self._since
         self._kind, self._since = kind, now
@@ -46,8 +51,12 @@ class Goodput:
         finally:
             self.begin(before)
 
+    def seconds(self, kind: str) -> float:
+        """Returns the time counted as `kind` until it last ended."""
+        return self._seconds[kind]
+
     def add(self, earlier: Mapping[str, float]) -> None:
-        """Adds what earlier starts took, as `earlier_goodput` gives it."""
+        """Adds the time of earlier starts, from `earlier_goodput`."""
         for kind in KINDS:
             self._seconds[kind] += earlier.get(_name(kind), 0.0)
         self._steps_lost += earlier.get(STEPS_LOST, 0.0)
@@ -55,17 +64,17 @@ class Goodput:
     def metrics(self) -> dict[str, float]:
         """Returns the sums so far: "goodput/KIND_seconds", "goodput/steps_lost", "goodput/share".
 
-        The share is that of the time in steps that lasted, 0 … 1.
+        The last is the fraction of the time spent in steps that were not lost, 0 … 1.
         """
         self.begin(self._kind)
-        found = {_name(kind): seconds for kind, seconds in self._seconds.items()}
+        sums = {_name(kind): seconds for kind, seconds in self._seconds.items()}
         total = sum(self._seconds.values())
-        share = self._seconds["step"] / total if total else 0.0
-        return found | {STEPS_LOST: self._steps_lost, PREFIX + "share": share}
+        fraction = self._seconds["step"] / total if total else 0.0
+        return sums | {STEPS_LOST: self._steps_lost, PREFIX + "share": fraction}
 
 
 def earlier_goodput(lines: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
-    """Returns what earlier starts of a run took, of which the last may have been killed.
+    """Returns the time of the earlier starts of a run, the last of which may have been killed.
 
     Args:
         lines: lines of metrics.jsonl after the last start, in order.
@@ -78,19 +87,19 @@ def earlier_goodput(lines: Sequence[Mapping[str, Any]], step: int) -> dict[str, 
     if not lines:
         return {}
     last = lines[-1]
-    found = {name: x for name, x in last.items() if name.startswith(PREFIX)}
-    lost = last["step"] - step
-    if lost > 0:
-        again = last[_name("step")] - _step_seconds_at(step, lines)
-        found[_name("step")] -= again
-        found[_name("lost")] = found.get(_name("lost"), 0.0) + again
-        found[STEPS_LOST] = found.get(STEPS_LOST, 0.0) + lost
-    return found
+    sums = {name: x for name, x in last.items() if name.startswith(PREFIX)}
+    lost_steps = last["step"] - step
+    if lost_steps > 0:
+        lost_seconds = last[_name("step")] - _step_seconds_at(step, lines)
+        sums[_name("step")] -= lost_seconds
+        sums[_name("lost")] = sums.get(_name("lost"), 0.0) + lost_seconds
+        sums[STEPS_LOST] = sums.get(STEPS_LOST, 0.0) + lost_steps
+    return sums
 
 
 def _step_seconds_at(step: int, lines: Sequence[Mapping[str, Any]]) -> float:
-    """Returns the seconds in steps when `step` was done, which is before the last line."""
-    before, seconds = step, 0.0  # without a line of before: the run began there
+    """Returns the seconds in steps until `step`, which is before the last line's step."""
+    before, seconds = step, 0.0  # without an earlier line, the run began there
     for line in lines:
         after, seconds_after = line["step"], line[_name("step")]
         if after > step:
@@ -99,14 +108,66 @@ def _step_seconds_at(step: int, lines: Sequence[Mapping[str, Any]]) -> float:
     raise AssertionError
 
 
-class FirstCall(Generic[P, R]):
-    """Calls a jitted function, for the first time in a context: it is compiled then.
+class ThroughputMeter:
+    """Measures speed between two calls of `measure`, from the end of the first step on.
 
-    step = FirstCall(jax.jit(step), lambda: goodput.measure("compile"))
+    It reads the host's clock and counters and never waits for a device.
+
+    Attributes:
+        step_flops: FLOP of the model in a step (`Task.train_flops`), to be set once it is known.
+    """
+
+    def __init__(self, batch_size: int):
+        self.step_flops = 0
+        self._batch_size = batch_size
+        self._last: tuple[int, float, float] | None = None
+        self._paused_seconds = 0.0
+        # Measured now: later it would disturb the training.
+        self._peak_flops = hardware.peak_flops()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time inside out of the measurement."""
+        begin = time.monotonic()
+        yield
+        self._paused_seconds += time.monotonic() - begin
+
+    def measure(self, step: int, waited: float) -> dict[str, float]:
+        """Returns figures about the steps since the last call; at the first call memory only.
+
+        Args:
+            step: number of steps done so far.
+            waited: seconds spent waiting for data so far.
+
+        Returns:
+            `hardware.memory_usage`, and images_per_second; step_seconds; tflops_per_device, the
+            model's TFLOP/s; peak_share, their fraction of `hardware.peak_flops`; data_wait in
+            seconds; data_wait_share, its fraction of the time.
+        """
+        now = time.monotonic() - self._paused_seconds
+        before, self._last = self._last, (step, now, waited)
+        if before is None:
+            return hardware.memory_usage()
+        steps, seconds, wait = step - before[0], now - before[1], waited - before[2]
+        flops = self.step_flops * steps / seconds / jax.device_count()
+        return hardware.memory_usage() | {
+            "images_per_second": steps * self._batch_size / seconds,
+            "step_seconds": seconds / steps,
+            "tflops_per_device": flops / 1e12,
+            "peak_share": flops / self._peak_flops,
+            "data_wait": wait,
+            "data_wait_share": wait / seconds,
+        }
+
+
+class FirstCall(Generic[P, R]):
+    """Calls a jitted function; the first call, which compiles it, is made in a context.
+
+        step = FirstCall(jax.jit(step), lambda: goodput.measure("compile"))
 
     Args:
-        function: function that is jitted.
-        context: function that makes the context; called once.
+        function: jitted function.
+        context: function that makes the context of the first call.
     """
 
     def __init__(

@@ -1,11 +1,12 @@
-"""Holds what the loop remembers over a restart, stored as a checkpoint's `meta`."""
+"""What is due after a step, and what the loop remembers across a restart."""
 
 import dataclasses
 import math
 import re
+from typing import NamedTuple
 
-# Parts of metrics' names of which more is better, unless the user says otherwise. Perplexity is a
-# tokenizer's, of its codes; a transformer's own, "perplexity_at_scale", should fall.
+# Metrics that should grow, by a part of their name, unless the user says otherwise. A tokenizer's
+# "perplexity" is that of its codes; a transformer's "perplexity_at_scale" should fall.
 HIGHER_IS_BETTER = re.compile(
     r"accuracy|psnr|ssim|usage|code_perplexity|perplexity(?!_at_scale)|inception_score"
 )
@@ -19,9 +20,69 @@ def parse_keep_best(keep_best: str) -> tuple[str, bool]:
     return keep_best, HIGHER_IS_BETTER.search(keep_best) is not None
 
 
+class Due(NamedTuple):
+    """Names what is due after a step.
+
+    Attributes:
+        metrics: evaluation on held-out images.
+        fid: FID of samples.
+        preview: pictures of the model's output.
+        save: a checkpoint.
+    """
+
+    metrics: bool
+    fid: bool
+    preview: bool
+    save: bool
+
+    @property
+    def evaluation(self) -> bool:
+        """Returns whether an evaluation or a preview is due."""
+        return self.metrics or self.fid or self.preview
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Says what is due after which step. Intervals are in steps; 0 means never.
+
+        Schedule(steps=30, eval_every=10).due(20)  # Due(metrics=True, fid=False, …)
+
+    Attributes:
+        steps: length of the run; metrics, and FID if it is measured at all, are due at its end.
+        eval_every: interval between evaluations.
+        fid_every: interval between FID evaluations.
+        preview_every: interval between previews.
+        save_every: interval between checkpoints.
+        keep_every: interval between checkpoints that are kept for good.
+    """
+
+    steps: int
+    eval_every: int = 0
+    fid_every: int = 0
+    preview_every: int = 0
+    save_every: int = 0
+    keep_every: int = 0
+
+    def due(self, step: int) -> Due:
+        """Returns what is due once `step` updates are done."""
+
+        def every(interval: int) -> bool:
+            return interval > 0 and step % interval == 0
+
+        last = step == self.steps
+        return Due(
+            metrics=last or every(self.eval_every),
+            fid=every(self.fid_every) or (last and self.fid_every > 0),
+            preview=every(self.preview_every),
+            save=every(self.save_every) or every(self.keep_every),
+        )
+
+
 @dataclasses.dataclass
 class LoopState:
     """Keeps the last evaluation, and the best one by the metric `keep_best`.
+
+    A checkpoint stores it as its `meta`.
 
     Attributes:
         keep_best: setting of the experiment, "" for none.
@@ -42,14 +103,14 @@ class LoopState:
     skipped_in_row: int = 0
 
     def to_meta(self) -> dict:
-        """Returns what `from_meta` reads, as JSON data; without skipped steps they are left out."""
+        """Returns JSON data for `from_meta`; counts of skipped steps are left out if 0."""
         meta = dataclasses.asdict(self)
         return {k: v for k, v in meta.items() if v or not k.startswith("skipped_")}
 
     @classmethod
     def from_meta(cls, meta: dict, keep_best: str) -> "LoopState":
-        """Reads a checkpoint's `meta`; another `keep_best` than there starts without a best."""
-        known = {field.name for field in dataclasses.fields(cls)}  # of whatever version it is
+        """Reads a checkpoint's `meta`; if `keep_best` has changed, starts without a best value."""
+        known = {field.name for field in dataclasses.fields(cls)}  # other versions may have more
         state = cls(**{name: value for name, value in meta.items() if name in known})
         if state.keep_best != keep_best:
             state = dataclasses.replace(
@@ -71,12 +132,12 @@ class LoopState:
         return False
 
     def count_step(self, skipped: bool) -> None:
-        """Counts a step that was left out, or was not."""
+        """Counts a step, which was skipped or not."""
         self.skipped_steps += skipped
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
 
     def is_finished(self, step: int, steps: int, patience: int) -> bool:
-        """Returns whether the run ends with this step, all that belongs to it done.
+        """Returns whether the run ends with this step, with its evaluation done.
 
         Args:
             step: number of updates done.

@@ -15,8 +15,9 @@ from varjax.errors import StorageError
 from varjax.storage import files, image_io
 from varjax.storage.buckets import LocalMirror, in_bucket
 from varjax.storage.untrusted import parse_json
-from varjax.training.background_writer import BackgroundWriter, say_note
+from varjax.training.background_writer import BackgroundWriter
 from varjax.training.goodput import earlier_goodput
+from varjax.training.progress import say
 from varjax.training.run_writers import (
     UPLOAD_SECONDS,
     PreviewWriter,
@@ -177,7 +178,7 @@ class MetricWriter:
             columns = images.shape[1] if images.ndim == 5 else None
             picture_HWC = image_io.image_grid(images.reshape(-1, *images.shape[-3:]), columns)
         except ValueError as error:  # values that are no image: only for watching, as all of this
-            say_note(f"no preview {name} of step {step}: {error}")
+            say(f"note: no preview {name} of step {step}: {error}")
             return
         for watcher in self._picture_writers:
             watcher.picture(step, name, picture_HWC)

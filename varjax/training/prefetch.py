@@ -1,7 +1,6 @@
-"""Batches on their way from the host to the devices."""
+"""Copies batches to the devices ahead of the steps that use them."""
 
 import collections
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int) -> Batch:
 
     def put(x: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(size)  # all of one device's rows lie side by side
+            start, stop, _ = index[0].indices(size)  # a device's rows are contiguous
             first = np.searchsorted(mine_N, start)
             return x[first : first + stop - start]
 
@@ -39,21 +38,15 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh, size: int) -> Batch:
 class Prefetcher:
     """Yields batches on the devices, copied while earlier ones are processed.
 
-        batches = Prefetcher(loader.train(0), mesh, batch_size)
-        state, metrics = train_step(state, frozen, next(batches), key)
-
-    Attributes:
-        waited: seconds spent waiting for the host so far.
+    batches = Prefetcher(loader.train(0), mesh, batch_size)
+    state, metrics = train_step(state, frozen, next(batches), key)
     """
 
     def __init__(self, batches: Iterator[Mapping[str, np.ndarray]], mesh: Mesh, size: int):
         self._batches, self._mesh, self._size = batches, mesh, size
         self._ahead: collections.deque[Batch] = collections.deque()
-        self.waited = 0.0
 
     def __next__(self) -> Batch:
-        begin = time.monotonic()
         while len(self._ahead) <= PREFETCHED_BATCHES:
             self._ahead.append(put_batch(next(self._batches), self._mesh, self._size))
-        self.waited += time.monotonic() - begin
         return self._ahead.popleft()

@@ -1,4 +1,4 @@
-"""How far a run has come, on the terminal."""
+"""Shows a run's progress and notes on the terminal."""
 
 import contextlib
 import math
@@ -9,13 +9,40 @@ from typing import Any
 
 from tqdm import tqdm
 
-PLAIN_LINE_SECONDS = 10.0  # between two lines where nobody watches a bar
+PLAIN_LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
+
+
+class _LossyStderr:
+    """Ignores errors of stderr, such as a full disk; equal to it, so that tqdm clears bars."""
+
+    def __eq__(self, other: object) -> bool:
+        return other is sys.stderr or isinstance(other, _LossyStderr)
+
+    def __hash__(self) -> int:
+        return hash(sys.stderr)
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+_STDERR: Any = _LossyStderr()
+
+
+def say(text: str) -> None:
+    """Prints a line to stderr without breaking a bar; what stderr does not take is dropped."""
+    tqdm.write(text, file=_STDERR)
 
 
 class ProgressReporter:
-    """Shows a bar where somebody watches the terminal; else a plain line every ten seconds or so.
-
-    What stderr does not take, say because it is a file on a full disk, is left out.
+    """Shows a bar on a terminal, and elsewhere a line about every ten seconds.
 
         with ProgressReporter(0, steps) as progress:
             progress.show(1, {"loss": 1.5})
@@ -29,9 +56,8 @@ class ProgressReporter:
 
     def __init__(self, step: int, steps: int, active: bool = True):
         self._active, self._watched = active, sys.stderr.isatty()
-        self._stderr: Any = _LossyStderr()
         self._bar = tqdm(
-            initial=step, total=steps, unit="step", disable=not self.watched, file=self._stderr
+            initial=step, total=steps, unit="step", disable=not self.watched, file=_STDERR
         )
         self._steps, self._start, self._begin = steps, step, time.monotonic()
         self._said = -math.inf
@@ -48,7 +74,7 @@ class ProgressReporter:
         self._bar.close()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Moves on to `step`, with the loss and the speed."""
+        """Shows that `step` is done, with the loss and the speed."""
         shown = {k: f"{metrics[k]:.4g}" for k in ("loss", "images_per_second") if k in metrics}
         if self.watched:
             self._bar.set_postfix(shown, refresh=False)
@@ -57,31 +83,10 @@ class ProgressReporter:
             self._said = time.monotonic()
             pace = (self._said - self._begin) / max(step - self._start, 1)
             left = round(pace * (self._steps - step))
-            words = ", ".join(f"{name} {value}" for name, value in shown.items())
-            self.say(f"step {step}/{self._steps}: {words}, {left} s left")
+            figures = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.say(f"step {step}/{self._steps}: {figures}, {left} s left")
 
     def say(self, text: str) -> None:
-        """Prints a line without breaking the bar."""
+        """Prints a line, unless this process shows nothing."""
         if self._active:
-            tqdm.write(text, file=self._stderr)
-
-
-class _LossyStderr:
-    """Writes to stderr what it takes; equal to it, so that lines by `tqdm.write` clear the bar."""
-
-    def __eq__(self, other: object) -> bool:
-        return other is sys.stderr or isinstance(other, _LossyStderr)
-
-    def __hash__(self) -> int:
-        return hash(sys.stderr)
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            sys.stderr.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
+            say(text)

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from varjax.runtime.reproducibility import jax_draws, random_numbers_digest, ver
 from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.training.experiment import Experiment
+from varjax.training.progress import say
 from varjax.training.task import Plan
 
 PIXELS = "pixels"  # of `describe`: a digest of how Pillow makes them, where it does
@@ -155,12 +155,11 @@ def _say_other_draws(run_dir: str, before: Mapping[str, Any], now: Mapping[str, 
         for name in now
         if name != "random_numbers" and before.get(name) != now[name]
     ]
-    print(
+    say(
         f"{run_dir}: JAX draws other random numbers than in this run so far ("
         + (", ".join(changes) or "with the same version and flags")
         + "). Its images stay the same, but dropout, masks and noise do not, so the result is not "
-        "that of a run without this change; go back to the former version and flags to avoid it",
-        file=sys.stderr,
+        "that of a run without this change; go back to the former version and flags to avoid it"
     )
 
 

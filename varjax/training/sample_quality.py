@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import pathlib
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,6 +26,7 @@ from varjax.metrics.references import (
 from varjax.runtime.distributed import on_first_process
 from varjax.training.goodput import FirstCall
 from varjax.training.prefetch import put_batch
+from varjax.training.progress import say
 from varjax.training.sharding import (
     check_batch_size,
     on_mesh,
@@ -195,11 +195,8 @@ class SampleQuality:
     def _measure(self, kind: str, features: dict[str, np.ndarray]) -> dict[str, float]:
         assert self._reference is not None
         bad = int((~np.isfinite(features["pool_BD"]).all(axis=1)).sum())
-        if bad:  # a young model may draw such images, and training still mends it
-            print(
-                f"{kind}/fid is NaN: {bad} of {len(features['pool_BD'])} samples are NaN",
-                file=sys.stderr,
-            )
+        if bad:  # early in training this may happen, and later steps repair it
+            say(f"{kind}/fid is NaN: {bad} of {len(features['pool_BD'])} samples are NaN")
             names = ("fid", "inception_score") if "logits_BV" in features else ("fid",)
             return dict.fromkeys(names, math.nan)
         moments = fid.Moments.of(features["pool_BD"])

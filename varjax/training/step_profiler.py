@@ -11,7 +11,7 @@ import jax
 
 from varjax.errors import InputError
 from varjax.storage.buckets import LocalMirror
-from varjax.training.background_writer import say_note
+from varjax.training.progress import say
 
 CLOSE_SECONDS = 5.0  # that the end of a run waits for the upload of a trace, at most
 
@@ -88,4 +88,4 @@ class StepProfiler:
         try:
             yield
         except Exception as error:
-            say_note(f"no trace of the steps: {error}"[:500])
+            say(f"note: no trace of the steps: {error}"[:500])

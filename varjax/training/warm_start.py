@@ -1,7 +1,6 @@
 """The first state of a run that begins with what another run trained."""
 
 import math
-import sys
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from varjax.errors import DamagedFileError, InputError, MismatchError
 from varjax.runtime.distributed import on_first_process
 from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import read_state
+from varjax.training.progress import say
 from varjax.training.task import MatchingRows, Task, TrainState
 from varjax.trees import PyTree
 
@@ -44,7 +44,7 @@ def warm_start_state(
     source = _PretrainedParameters(init_from, trees.paths(params), rows)
     report = source.report(jax.eval_shape(task.init, key).params)
     if jax.process_index() == 0:
-        print(report, file=sys.stderr)
+        say(report)
     state = init(key)
     return state.replace(
         params=trees.map_with_path(source.take, state.params),
@@ -91,7 +91,7 @@ def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) ->
     else:
         step, state = found
     if jax.process_index() == 0:
-        print(f"going on from step {step} of {run}", file=sys.stderr)
+        say(f"continuing from step {step} of {run}")
     return state
 
 

@@ -1,0 +1,314 @@
+"""Sets up a run: checks and data first, then weights and state, then everything that writes."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from varjax.errors import InputError
+from varjax.storage.buckets import as_path
+from varjax.training.checkpoint import Checkpoints
+from varjax.training.evaluate import Evaluator
+from varjax.training.experiment import BatchLoader, Experiment
+from varjax.training.frozen_weights import frozen_weights
+from varjax.training.goodput import FirstCall, Goodput, ThroughputMeter
+from varjax.training.loop_state import LoopState, Schedule, parse_keep_best
+from varjax.training.metric_writers import MetricWriter
+from varjax.training.preemption import PreemptionGuard
+from varjax.training.prefetch import Prefetcher
+from varjax.training.progress import ProgressReporter, say
+from varjax.training.reporter import StepReporter
+from varjax.training.run_dir import check_same_data
+from varjax.training.sample_quality import SampleQuality
+from varjax.training.sharding import (
+    check_batch_size,
+    make_mesh,
+    on_mesh,
+    put,
+    replicated,
+    replicated_parameters_note,
+    rows_of_process,
+    shardings,
+)
+from varjax.training.step_profiler import StepProfiler
+from varjax.training.task import Plan, Task, TrainState, check_latents
+from varjax.training.train_step import StepFn, skip_nonfinite_updates
+from varjax.training.warm_start import forked_state, warm_start_state
+from varjax.training.watchdog import Watchdog
+from varjax.trees import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Holds what a run consists of, after all checks that need no computation.
+
+    Attributes:
+        task: task to train.
+        plan: length of the run.
+        loader: loader of this process's rows.
+        mesh: mesh of all devices.
+    """
+
+    task: Task
+    plan: Plan
+    loader: BatchLoader
+    mesh: Mesh
+
+
+def set_up(experiment: Experiment) -> Setup:
+    """Makes the mesh and opens the data of a run; writes nothing but notes on stderr.
+
+    Raises InputError for settings that are invalid or do not fit together.
+    """
+    experiment.check()
+    mesh = make_mesh(experiment.mesh)
+    rows = rows_of_process(mesh, experiment.batch_size).tolist()
+    loader = experiment.data.make(experiment.batch_size, experiment.seed, rows)
+    check_same_data(experiment, len(loader.train_source))
+    plan = experiment.plan(len(loader.train_source))
+    task = experiment.task
+    task.check(experiment.data.image_shape, experiment.data.classes)
+    check_batch_size(mesh, experiment.batch_size, task.accumulate)
+    for note in task.notes(plan) if jax.process_index() == 0 else ():
+        say(f"note: {note}")
+    return Setup(task, plan, loader, mesh)
+
+
+def jit_train_step(
+    task: Task, plan: Plan, mesh: Mesh, placement: TrainState, skip_nonfinite: bool = False
+) -> Callable[..., Any]:
+    """Jits a task's step so that the state keeps its sharding and is updated in place.
+
+    Args:
+        task: task of the run.
+        plan: length of the run.
+        mesh: mesh of all devices.
+        placement: a sharding for each array of the state.
+        skip_nonfinite: whether to skip updates as `skip_nonfinite_updates` does.
+    """
+    step = functools.partial(task.train_step, plan=plan)
+    if skip_nonfinite:
+        step = skip_nonfinite_updates(step)
+    return jax.jit(
+        on_mesh(step, mesh), out_shardings=(placement, replicated(mesh)), donate_argnums=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Holds everything that the steps of a run need, and what observes them.
+
+    Attributes:
+        experiment: settings of the run.
+        schedule: what is due after which step.
+        train_step: compiled step: (state, frozen, batch, key) -> (state, metrics).
+        train_key: random key of all steps.
+        frozen: pretrained weights of the task, on the mesh.
+        batches: training batches, on the mesh.
+        evaluator: evaluation on held-out images, and previews.
+        fid: FID of samples; None if it is not measured.
+        loop_state: best and last evaluation; the only part that changes from step to step.
+        checkpoints: checkpoints of the run.
+        best: weights of the best evaluation.
+        writer: writer of metrics and pictures.
+        reporter: reports each step.
+        progress: progress on the terminal.
+        preemption: signals that ask the run to stop.
+        goodput: measures what the time is spent on.
+        throughput: measures the speed.
+        watchdog: ends a run without progress.
+    """
+
+    experiment: Experiment
+    schedule: Schedule
+    train_step: StepFn
+    train_key: jax.Array
+    frozen: PyTree
+    batches: Prefetcher
+    evaluator: Evaluator
+    fid: SampleQuality | None
+    loop_state: LoopState
+    checkpoints: Checkpoints
+    best: Checkpoints
+    writer: MetricWriter
+    reporter: StepReporter
+    progress: ProgressReporter
+    preemption: PreemptionGuard
+    goodput: Goodput
+    throughput: ThroughputMeter
+    watchdog: Watchdog
+
+    def is_finished(self, step: int) -> bool:
+        """Returns whether the run ends with this step, with its evaluation done."""
+        return self.loop_state.is_finished(step, self.schedule.steps, self.experiment.patience)
+
+    def should_stop(self) -> bool:
+        """Returns whether a signal asks the run to stop; the same in all processes."""
+        self.watchdog.progress()
+        return self.preemption.should_stop()
+
+    @contextlib.contextmanager
+    def measure(self, kind: str) -> Iterator[None]:
+        """Counts the time inside as `kind`, and not in the speed of training."""
+        with self.throughput.paused(), self.goodput.measure(kind):
+            yield
+        self.watchdog.progress()
+
+
+def prepare(
+    experiment: Experiment,
+    setup: Setup,
+    stack: contextlib.ExitStack,
+    checkpoints: Checkpoints,
+    profiler: StepProfiler,
+    goodput: Goodput,
+    watchdog: Watchdog,
+) -> tuple[Run, TrainState]:
+    """Reads or makes the first state of this start, and opens everything that the run writes.
+
+    Args:
+        experiment: settings of the run.
+        setup: task, plan, data and mesh.
+        stack: closes what is opened here.
+        checkpoints: checkpoints of the run.
+        profiler: traces some steps.
+        goodput: measures what the time is spent on.
+        watchdog: ends a run without progress.
+    """
+    task, plan, loader, mesh = setup.task, setup.plan, setup.loader, setup.mesh
+    run_dir, main = as_path(experiment.run_dir), jax.process_index() == 0
+    init_key, train_key = jax.random.split(jax.random.key(experiment.seed))
+
+    @contextlib.contextmanager
+    def compiling() -> Iterator[None]:
+        with goodput.measure("compile"), watchdog.paused():
+            yield
+
+    # Shapes and shardings, before anything is allocated.
+    abstract = jax.eval_shape(task.init, init_key)
+    placement = shardings(abstract, mesh)
+    if main and (note := replicated_parameters_note(abstract.params, mesh)):
+        say(note)
+    frozen = frozen_weights(task, run_dir)
+    check_latents(task, frozen, loader.tokenizer_identity)
+    frozen = put(frozen, shardings(frozen, mesh))
+
+    evaluator = Evaluator(task, loader, frozen, mesh, experiment.batch_size, compiling)
+    fid = None
+    if experiment.fid.every:
+        fid = SampleQuality(
+            experiment.fid,
+            task,
+            experiment.data,
+            frozen,
+            mesh,
+            experiment.batch_size,
+            run_dir,
+            on_latents=loader.tokenizer_identity is not None,
+            compiling=compiling,
+        )
+    check_keep_best(experiment, abstract, evaluator, fid)
+
+    # The state: the run's own, another run's, or a new one.
+    loop_state = LoopState(experiment.keep_best)
+    if (restored := checkpoints.restore(abstract, placement)) is not None:
+        state, meta = restored
+        loop_state = LoopState.from_meta(meta, experiment.keep_best)
+    elif experiment.fork_from:
+        state = forked_state(experiment.fork_from, abstract, placement)
+    else:
+        state = warm_start_state(task, experiment.init_from, init_key, placement)
+    start = int(state.step)
+    if start > plan.steps:
+        raise InputError(
+            f"fork_from={experiment.fork_from}: has {start} steps, but this run ends at "
+            f"{plan.steps}"
+        )
+
+    throughput = ThroughputMeter(experiment.batch_size)
+    compiled = FirstCall(
+        jit_train_step(task, plan, mesh, placement, experiment.skip_nonfinite > 0), compiling
+    )
+
+    def train_step(state: TrainState, frozen: PyTree, batch: Any, key: jax.Array) -> Any:
+        profiler.begin_step()
+        state, metrics = compiled(state, frozen, batch, key)
+        profiler.end_step(metrics)
+        if not throughput.step_flops:  # counted while the devices work
+            throughput.step_flops = task.train_flops(abstract, frozen, batch)
+        return state, metrics
+
+    # What writes.
+    best = stack.enter_context(Checkpoints(run_dir / "best", keep=1))
+    writer = stack.enter_context(
+        MetricWriter(run_dir, start, not loop_state.evaluation_due, main, experiment.wandb)
+    )
+    progress = stack.enter_context(ProgressReporter(start, plan.steps, active=main))
+    preemption = stack.enter_context(PreemptionGuard())
+    if start:
+        progress.say(f"continuing {run_dir} after step {start}")
+    progress.say(
+        f"{len(loader.train_source):,} examples of {experiment.data.classes} classes, "
+        f"{plan.steps:,} steps; the first step compiles the program, which may take minutes"
+    )
+    goodput.add(writer.earlier_goodput)
+    if writer.earlier_goodput:  # of lines that were dropped
+        writer.write(start, goodput.metrics())
+    reporter = StepReporter(
+        start=start,
+        steps=plan.steps,
+        log_every=experiment.log_every,
+        skip_nonfinite=experiment.skip_nonfinite,
+        loop_state=loop_state,
+        checkpoints=checkpoints,
+        writer=writer,
+        progress=progress,
+        throughput=throughput,
+        goodput=goodput,
+        watchdog=watchdog,
+    )
+    run = Run(
+        experiment=experiment,
+        schedule=Schedule(
+            steps=plan.steps,
+            eval_every=experiment.eval_every,
+            fid_every=experiment.fid.every,
+            preview_every=experiment.preview_every,
+            save_every=experiment.save_every,
+            keep_every=experiment.keep_every,
+        ),
+        train_step=train_step,
+        train_key=train_key,
+        frozen=frozen,
+        batches=Prefetcher(loader.train(start), mesh, experiment.batch_size),
+        evaluator=evaluator,
+        fid=fid,
+        loop_state=loop_state,
+        checkpoints=checkpoints,
+        best=best,
+        writer=writer,
+        reporter=reporter,
+        progress=progress,
+        preemption=preemption,
+        goodput=goodput,
+        throughput=throughput,
+        watchdog=watchdog,
+    )
+    return run, state
+
+
+def check_keep_best(
+    experiment: Experiment, abstract: TrainState, evaluator: Evaluator, fid: SampleQuality | None
+) -> None:
+    """Raises InputError where `keep_best` names a metric that not every evaluation gives."""
+    if not experiment.keep_best:
+        return
+    names = evaluator.metric_names(abstract)
+    if fid is not None and experiment.fid.every == experiment.eval_every:
+        names += fid.metric_names(abstract)
+    if parse_keep_best(experiment.keep_best)[0] not in names:
+        raise InputError(f"keep_best is {experiment.keep_best!r}, but an evaluation gives {names}")
