@@ -20,6 +20,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tiny import assert_same_run, lines
 from varjax.training import evaluate, loop
 from varjax.training.preemption import PreemptionGuard
+from varjax.training.prefetch import Prefetcher
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +68,7 @@ def test_an_evaluation_that_was_made_up_for_is_not_made_again(whole, tmp_path, m
 
 def raise_at(patch, signum, place, number):
     """Has the signal come once, in the middle of a step or with a batch of the evaluation."""
-    take, placed = loop.Prefetcher.__next__, evaluate.put_batch
+    take, placed = Prefetcher.__next__, evaluate.put_batch
     steps, batches = itertools.count(1), itertools.count()
 
     def at_step(feed):
@@ -80,7 +81,7 @@ def raise_at(patch, signum, place, number):
             signal.raise_signal(signum)
         return placed(*args)
 
-    patch.setattr(loop.Prefetcher, "__next__", at_step)
+    patch.setattr(Prefetcher, "__next__", at_step)
     patch.setattr(evaluate, "put_batch", at_batch)
 
 
