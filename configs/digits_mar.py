@@ -17,8 +17,9 @@ import dataclasses
 
 from varjax.data.sources import Digits
 from varjax.errors import InputError
-from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
-from varjax.mar.options import MAROptions
+from varjax.mar.heads import CategoricalHead, DiffusionHead
+from varjax.mar.model import MARConfig
+from varjax.mar.sample import MAROptions
 from varjax.mar.task import MARTask
 from varjax.nn.compute import ComputeConfig
 from varjax.tokenizers.kl.task import KLTask
@@ -31,8 +32,8 @@ from . import digits_kl_tokenizer, digits_tokenizer
 
 ORDERS = {
     "masked": {},
-    "random": {"attention": "causal"},
-    "raster": {"attention": "causal", "order": "raster"},
+    "random": {"causal": True},
+    "raster": {"causal": True, "order": "raster"},
 }
 TOKENS = "continuous", "codes"
 

@@ -43,7 +43,7 @@ import dataclasses
 from varjax.data.sources import TFDS, Folder, parse_dataset
 from varjax.errors import InputError
 from varjax.mar.model import MARConfig
-from varjax.mar.options import MAROptions
+from varjax.mar.sample import MAROptions
 from varjax.mar.task import MARTask
 from varjax.models import read_tokenizer_config
 from varjax.nn.compute import ComputeConfig

@@ -172,7 +172,7 @@ def test_the_six_digits_configs_differ_in_what_they_say(order, tokens):
     e.check()
     e.task.check(e.data.image_shape, e.data.classes)
     model = e.task.model
-    assert model.attention == ("bidirectional" if order == "masked" else "causal")
+    assert model.causal == (order != "masked")
     assert model.order == ("raster" if order == "raster" else "random")
     assert hasattr(model.head, "vocab") == (tokens == "codes") and model.length == 16
     others = {

@@ -13,11 +13,11 @@ import pytest
 
 from examples import nano_mar, nano_var
 from tests.helpers.paths import ROOT
+from varjax.mar.heads import DiffusionHead, DiffusionNoise
 from varjax.mar.losses import LossDraws, token_losses
-from varjax.mar.model import DiffusionHead, MARConfig
-from varjax.mar.options import MAROptions, make_plan
-from varjax.mar.sample import sample_mar_tokens
-from varjax.mar.schedule import UnmaskingSchedule
+from varjax.mar.masking import UnmaskingSchedule
+from varjax.mar.model import MARConfig
+from varjax.mar.sample import MAROptions, make_setup, sample_mar_tokens
 from varjax.nn import resize
 from varjax.nn.diffusion import NoiseSchedule, reverse_diffusion
 from varjax.tokenizers.vq.model import VQConfig
@@ -346,16 +346,17 @@ def test_diffusion_loss_matches_library():
     token_BLZ, label_B, known_B = noisy(B, L, Z), np.array([0, 9, 10, 3]), np.array([0, 3, 9, 15])
     order_BL = np.argsort(noisy(B, L, seed=1), axis=1)
     t_BLU = np.random.default_rng(2).integers(0, 1000, (B, L, U)).astype(np.int32)
-    draws = LossDraws(order_BL, known_B, t_BLU, noisy(B, L, U, Z, seed=3))
-    expected = jax.jit(functools.partial(token_losses, mar_config(), most_known=15))(
+    noise = DiffusionNoise(t_BLU, noisy(B, L, U, Z, seed=3))
+    draws = LossDraws(order_BL, known_B, noise)
+    expected = jax.jit(functools.partial(token_losses, mar_config(), max_known=15))(
         library, token_BLZ, label_B, draws
     )
     known_BL = np.argsort(order_BL, axis=1) < known_B[:, None]
-    np.testing.assert_array_equal(~known_BL, expected["masked_BL"])
+    np.testing.assert_array_equal(~known_BL, expected.masked_BL)
     loss_BLU = jax.jit(nano_mar.diffusion_loss)(
-        params, token_BLZ, label_B, known_BL, t_BLU, draws.noise_BLUZ
+        params, token_BLZ, label_B, known_BL, t_BLU, noise.noise_BLUZ
     )
-    close(loss_BLU, expected["mse_BLU"], rtol=1e-4)
+    close(loss_BLU, expected.metrics_BLU["mse"], rtol=1e-4)
 
 
 def test_mar_loss_masks_known_tokens_and_drops_labels():
@@ -450,9 +451,9 @@ def test_mar_sampling_matches_library(monkeypatch):
     noise_JBLZ = noisy(J, B, L, Z, seed=4)
     steps = nano_mar.sample(params, label_B, order_BL, noise_JBLZ, 2.0)
 
-    def same_noise(place_Bm, j):
+    def same_noise(position_Bm, j):
         noise_BLZ = noise_JBLZ[jnp.where(j == J, 0, j)]
-        return jnp.take_along_axis(noise_BLZ, jnp.minimum(place_Bm, L - 1)[..., None], axis=1)
+        return jnp.take_along_axis(noise_BLZ, jnp.minimum(position_Bm, L - 1)[..., None], axis=1)
 
     config = mar_config()
     options = MAROptions(
@@ -463,10 +464,10 @@ def test_mar_sampling_matches_library(monkeypatch):
         diffusion_steps=str(J),
         clip_denoised=1.0,
     )
-    plan = make_plan(config, options.check())
+    setup = make_setup(config, options.check())
     expected = jax.jit(
         lambda params, order_BL: sample_mar_tokens(
-            config, params, label_B, None, plan, order_BL=order_BL, noise=same_noise
+            config, params, label_B, None, setup, order_BL=order_BL, noise=same_noise
         )
     )(library, order_BL)
     close(steps[-1], expected, rtol=1e-3, atol=1e-3)

@@ -1,8 +1,8 @@
 """The public names of `varjax`, listed once: `varjax.load` is the `load` of this module."""
 
 from varjax.mar.model import MARConfig as MARConfig
-from varjax.mar.options import MAROptions as MAROptions
 from varjax.mar.pipeline import MARPipeline as MARPipeline
+from varjax.mar.sample import MAROptions as MAROptions
 from varjax.models import load as load
 from varjax.models import load_tokenizer as load_tokenizer
 from varjax.nn.compute import ComputeConfig as ComputeConfig

@@ -16,8 +16,8 @@ import numpy as np
 from varjax.checkpoints.weights import WeightsDir, find_weights, open_weights, read_generator
 from varjax.errors import InputError
 from varjax.mar.model import MARConfig
-from varjax.mar.options import MAROptions
 from varjax.mar.pipeline import MARPipeline
+from varjax.mar.sample import MAROptions
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.sampler import Sampler
 from varjax.storage import files

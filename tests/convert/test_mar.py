@@ -24,9 +24,10 @@ from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.errors import InputError
 from varjax.export import export_torch
-from varjax.mar.model import CategoricalHead, MARConfig
-from varjax.mar.options import MAROptions
+from varjax.mar.heads import CategoricalHead
+from varjax.mar.model import MARConfig
 from varjax.mar.pipeline import MARPipeline
+from varjax.mar.sample import MAROptions
 from varjax.models import read_model, read_tokenizer
 from varjax.tokenizers.kl.model import KLConfig
 
@@ -179,8 +180,8 @@ def test_a_run_goes_to_pytorch_and_comes_back(tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (dict(head=CategoricalHead(7)), "attention='bidirectional' and a CategoricalHead has no"),
-        (dict(attention="causal"), "attention='causal' and a DiffusionHead has no official"),
+        (dict(head=CategoricalHead(7)), "causal=False and a CategoricalHead has no"),
+        (dict(causal=True), "causal=True and a DiffusionHead has no official"),
     ],
 )
 def test_variants_without_official_counterpart_are_refused(change, says):

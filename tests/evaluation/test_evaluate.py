@@ -21,7 +21,7 @@ from varjax.evaluation import __main__ as command
 from varjax.evaluation import evaluate
 from varjax.evaluation.sweep import parse_sweep
 from varjax.mar.model import MARConfig
-from varjax.mar.options import MAROptions
+from varjax.mar.sample import MAROptions
 from varjax.metrics import features, report
 from varjax.metrics.features import FeatureExtractor, FeatureNetwork
 from varjax.storage import files

@@ -16,7 +16,7 @@ from varjax.evaluation.published import (
     released_sizes,
 )
 from varjax.mar.model import MARConfig
-from varjax.mar.options import MAROptions
+from varjax.mar.sample import MAROptions
 from varjax.metrics.features import INCEPTION
 from varjax.storage import files
 from varjax.var.model import VARConfig

@@ -25,7 +25,8 @@ from varjax.checkpoints.weights import abstract_params
 from varjax.convert.apply_map import official_buffers, to_official
 from varjax.convert.pth.legacy import MAGIC
 from varjax.convert.pth.write import write_pth
-from varjax.mar.model import DiffusionHead, MARConfig
+from varjax.mar.heads import DiffusionHead
+from varjax.mar.model import MARConfig
 from varjax.storage.safetensors_io import write_safetensors
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig

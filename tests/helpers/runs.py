@@ -6,8 +6,9 @@ import pathlib
 import tempfile
 
 from varjax.data.sources import Digits
-from varjax.mar.model import DiffusionHead, MARConfig
-from varjax.mar.options import MAROptions
+from varjax.mar.heads import DiffusionHead
+from varjax.mar.model import MARConfig
+from varjax.mar.sample import MAROptions
 from varjax.mar.task import MARTask
 from varjax.storage import folders
 from varjax.tokenizers.kl.model import KLConfig

@@ -7,7 +7,8 @@ import numpy as np
 
 from tests.golden import weights
 from varjax.convert import apply_map
-from varjax.mar.model import DiffusionHead, MARConfig
+from varjax.mar.heads import DiffusionHead
+from varjax.mar.model import MARConfig
 from varjax.nn.diffusion import NoiseSchedule
 
 CASES = ("mar_base", "mar_patch2")
@@ -37,8 +38,8 @@ def case(name: str) -> types.SimpleNamespace:
     out = weights.outputs(name)
     masked = int(out["mask"][0].sum())
     known = config.length - masked
-    # Places of known tokens come last in an order: the first ones are masked first.
-    place_Bn = out["orders"][:, masked:].astype(np.int32)
+    # Positions of known tokens come last in an order: the first ones are masked first.
+    position_Bn = out["orders"][:, masked:].astype(np.int32)
     return types.SimpleNamespace(
         name=name,
         config=config,
@@ -47,7 +48,7 @@ def case(name: str) -> types.SimpleNamespace:
         steps=int(settings["num_sampling_steps"]),
         schedule=NoiseSchedule(int(settings["num_sampling_steps"])),
         known=known,
-        place_Bn=place_Bn,
+        position_Bn=position_Bn,
         latents_BhwZ=out["latents"].transpose(0, 2, 3, 1),
         label_B=np.array([1, 9], np.int32),
     )

@@ -11,7 +11,8 @@ import pytest
 from tests.nn.test_product_precision import EXACTLY, products
 from varjax import trees
 from varjax.mar.causal import causal_hidden
-from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig, bind_mar, make_denoiser
+from varjax.mar.heads import CategoricalHead, DiffusionHead
+from varjax.mar.model import MAR, MARConfig, bind_mar
 from varjax.mar.pipeline import CAST_KERNELS
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import NoiseSchedule
@@ -63,9 +64,8 @@ def predicted_noise(params):
     head, _, xt_NZ, z_NC = deep_head()
 
     def noise(compute):
-        apply = functools.partial(make_denoiser(head, compute).apply, {"params": params})
-        cond_NE = apply(z_NC, method="condition")
-        return apply(xt_NZ, jnp.array([999]), cond_NE)[:, : head.channels]
+        denoise = head.network({"head": params}, compute)(z_NC)
+        return denoise(xt_NZ, jnp.array([999]))[:, : head.channels]
 
     return in_both(noise)
 
@@ -97,22 +97,22 @@ def test_the_noise_of_a_head_that_finds_it():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     # Measured 0.0056 and 0.0068; with a residual stream in bfloat16 it was 0.0085 and 0.0107.
-    ("attention", "bound"),
-    [("bidirectional", 0.007), ("causal", 0.0085)],
+    ("causal", "bound"),
+    [(False, 0.007), (True, 0.0085)],
 )
-def test_z_after_all_layers(attention, bound):
-    config = dataclasses.replace(CONFIG, attention=attention)
+def test_z_after_all_layers(causal, bound):
+    config = dataclasses.replace(CONFIG, causal=causal)
     params, rng = random_params(config.init), np.random.default_rng(2)
-    place_BL = jnp.asarray([rng.permutation(64) for _ in range(2)], jnp.int32)
+    position_BL = jnp.asarray([rng.permutation(64) for _ in range(2)], jnp.int32)
     token_BLZ = jnp.asarray(rng.normal(size=(2, 64, 16)), jnp.float32)
 
     def hidden(compute):
         apply = bind_mar(config, params, compute)
-        class_BC = apply(jnp.array([1, 2]), method="class_vectors")
-        if attention == "causal":
-            return apply(token_BLZ, place_BL, class_BC, method=causal_hidden)
+        class_BC = apply(jnp.array([1, 2]), method=MAR.class_vectors)
+        if causal:
+            return apply(token_BLZ, position_BL, class_BC, method=causal_hidden)
         known_Bn = jnp.ones((2, 20), bool)
-        return apply(token_BLZ[:, :20], place_BL[:, :20], known_Bn, class_BC, method="hidden")
+        return apply(token_BLZ[:, :20], position_BL[:, :20], known_Bn, class_BC, method=MAR.hidden)
 
     assert 1e-3 < relative_error(*in_both(hidden)) < bound
 
@@ -131,16 +131,17 @@ def test_what_a_pipeline_holds_in_bfloat16_is_multiplied_in_it(head):
 
     @jax.jit
     def run(params):
-        apply = bind_mar(config, params, ComputeConfig("bfloat16", attention="xla"))
-        class_BC = apply(jnp.array([1]), method="class_vectors")
-        place_Bn = jnp.array([[2, 0]])
+        compute = ComputeConfig("bfloat16", attention="xla")
+        apply, network = bind_mar(config, params, compute), head.network(params, compute)
+        class_BC = apply(jnp.array([1]), method=MAR.class_vectors)
+        position_Bn = jnp.array([[2, 0]])
         token_Bn = jnp.linspace(-1, 1, 32).reshape(1, 2, 16)
         if not head.token_shape:
             token_Bn = jnp.array([[3, 4]])
-        z_BLC = apply(token_Bn, place_Bn, place_Bn >= 0, class_BC, method="hidden")
+        z_BLC = apply(token_Bn, position_Bn, position_Bn >= 0, class_BC, method=MAR.hidden)
         if not head.token_shape:
-            return z_BLC, apply(z_BLC, method="logits")
-        return z_BLC, apply(token_Bn[0], jnp.array([999]), z_BLC[0, :2], method="denoise")
+            return z_BLC, network(z_BLC)
+        return z_BLC, network(z_BLC[0, :2])(token_Bn[0], jnp.array([999]))
 
     for a, b in zip(run(params), run(cast), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -153,13 +154,15 @@ def test_all_products_but_the_first_and_the_last_are_bfloat16_in_training_too():
         CONFIG, width=16, encoder_depth=1, decoder_depth=1, head=head, latent_map=(2, 2)
     )
     params = jax.eval_shape(config.init, jax.random.key(0))
-    token_BnZ, place_Bn = jnp.zeros((1, 2, 16)), jnp.array([[2, 0]])
+    token_BnZ, position_Bn = jnp.zeros((1, 2, 16)), jnp.array([[2, 0]])
 
     def total(params):
-        apply = bind_mar(config, params, ComputeConfig("bfloat16", attention="xla"))
-        class_BC = apply(jnp.array([1]), method="class_vectors")
-        z_BLC = apply(token_BnZ, place_Bn, place_Bn >= 0, class_BC, method="hidden")
-        return jnp.sum(apply(token_BnZ[0], jnp.array([9]), z_BLC[0, :2], method="denoise"))
+        compute = ComputeConfig("bfloat16", attention="xla")
+        apply = bind_mar(config, params, compute)
+        class_BC = apply(jnp.array([1]), method=MAR.class_vectors)
+        z_BLC = apply(token_BnZ, position_Bn, position_Bn >= 0, class_BC, method=MAR.hidden)
+        denoise = head.network(params, compute)(z_BLC[0, :2])
+        return jnp.sum(denoise(token_BnZ[0], jnp.array([9])))
 
     assert products(total, params) == {
         EXACTLY: 3,  # z_proj, and the head's first and last layer

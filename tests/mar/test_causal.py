@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.mar.test_sample import CATEGORICAL, KEY_B, LABEL_B, params, tiny
-from varjax.mar.causal import causal_hidden, causal_next, causal_start
+from varjax.mar.causal import causal_first, causal_hidden, causal_next
+from varjax.mar.masking import draw_orders
 from varjax.mar.model import MAR
-from varjax.mar.sample import draw_orders
 
 pytestmark = pytest.mark.slow
 
@@ -23,32 +23,32 @@ def tokens(config):
 
 @pytest.mark.parametrize("changes", [dict(decoder_width=36), CATEGORICAL, dict(order="raster")])
 def test_the_cache_gives_what_teacher_forcing_gives(changes):
-    config = tiny(changes | dict(attention="causal"))
+    config = tiny(changes | dict(causal=True))
     order_BL, token_BL = draw_orders(config, KEY_B), tokens(config)
     apply = functools.partial(MAR(config).apply, {"params": params(config)})
-    class_BC = apply(LABEL_B, method="class_vectors")
+    class_BC = apply(LABEL_B, method=MAR.class_vectors)
     z_BLC = apply(token_BL, order_BL, class_BC, method=causal_hidden)
-    z_BC, cache = apply(order_BL[:, 0], class_BC, method=causal_start)
+    z_BC, cache = apply(order_BL[:, 0], class_BC, method=causal_first)
     found = [z_BC]
     step = jax.jit(functools.partial(apply, method=causal_next))
     for number in range(config.length - 1):
-        place_B, next_B = order_BL[:, number], order_BL[:, number + 1]
-        token_B = token_BL[jnp.arange(2), place_B]
-        z_BC, cache = step(token_B, place_B, next_B, jnp.int32(number), cache)
+        position_B, next_B = order_BL[:, number], order_BL[:, number + 1]
+        token_B = token_BL[jnp.arange(2), position_B]
+        z_BC, cache = step(token_B, position_B, next_B, jnp.int32(number), cache)
         found.append(z_BC)
     in_order_BLC = jnp.take_along_axis(z_BLC, order_BL[..., None], axis=1)
     np.testing.assert_allclose(jnp.stack(found, axis=1), in_order_BLC, rtol=1e-4, atol=1e-4)
 
 
 def test_a_token_sees_those_before_it_alone():
-    config = tiny(dict(attention="causal"))
+    config = tiny(dict(causal=True))
     order_BL, token_BL = draw_orders(config, KEY_B), tokens(config)
     apply = functools.partial(MAR(config).apply, {"params": params(config)})
-    class_BC = apply(LABEL_B, method="class_vectors")
+    class_BC = apply(LABEL_B, method=MAR.class_vectors)
     z = lambda token_BL: apply(token_BL, order_BL, class_BC, method=causal_hidden)  # noqa: E731
     for number in (0, 5, 11):
-        place = order_BL[0, number]
-        grad_BLZ = jax.grad(lambda token_BL, p=place: z(token_BL)[0, p].sum())(token_BL)
+        position = order_BL[0, number]
+        grad_BLZ = jax.grad(lambda token_BL, p=position: z(token_BL)[0, p].sum())(token_BL)
         in_order_LZ = grad_BLZ[0, order_BL[0]]
         assert not in_order_LZ[number:].any() and not grad_BLZ[1].any()
         assert number == 0 or (in_order_LZ[:number] != 0).all()

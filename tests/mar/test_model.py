@@ -1,6 +1,5 @@
 """The transformer against the official one, and what it must not see."""
 
-import functools
 import json
 
 import jax
@@ -14,7 +13,8 @@ from varjax import trees
 from varjax.checkpoints.weights import abstract_params
 from varjax.convert import apply_map
 from varjax.errors import InputError
-from varjax.mar.model import MAR, CategoricalHead, DiffusionHead, MARConfig
+from varjax.mar.heads import CategoricalHead, DiffusionHead
+from varjax.mar.model import MAR, MARConfig
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import diffusion_loss
 
@@ -29,7 +29,7 @@ def model(case, **compute) -> MAR:
 
 def known_tokens(case):
     token_BLZ = case.config.patchify(case.latents_BhwZ)
-    return np.take_along_axis(token_BLZ, case.place_Bn[..., None], axis=1)
+    return np.take_along_axis(token_BLZ, case.position_Bn[..., None], axis=1)
 
 
 @pytest.mark.parametrize("preset", COUNTS)
@@ -48,15 +48,15 @@ def test_tokens_encoder_and_decoder_are_the_official_ones(name):
     np.testing.assert_array_equal(token_BLZ, case.out["tokens"])
     np.testing.assert_array_equal(case.config.unpatchify(token_BLZ), case.latents_BhwZ)
     m = model(case)
-    known_Bn = np.ones(case.place_Bn.shape, bool)
+    known_Bn = np.ones(case.position_Bn.shape, bool)
     class_BC = m.class_vectors(jnp.asarray(case.label_B))
-    x_BlC = m.encode(jnp.asarray(known_tokens(case)), case.place_Bn, known_Bn, class_BC)
-    # The reference keeps known tokens in the order of their places.
-    buffer, row = case.config.buffer_size, np.argsort(case.place_Bn, axis=1)[..., None]
-    by_place_BlC = np.take_along_axis(np.asarray(x_BlC)[:, buffer:], row, axis=1)
+    x_BlC = m.hidden_known(jnp.asarray(known_tokens(case)), case.position_Bn, known_Bn, class_BC)
+    # The reference keeps known tokens in the order of their positions.
+    buffer, row = case.config.buffer_size, np.argsort(case.position_Bn, axis=1)[..., None]
+    by_position_BlC = np.take_along_axis(np.asarray(x_BlC)[:, buffer:], row, axis=1)
     assert_close(x_BlC[:, :buffer], case.out["encoder_output"][:, :buffer])
-    assert_close(by_place_BlC, case.out["encoder_output"][:, buffer:])
-    assert_close(m.decode(x_BlC, case.place_Bn, known_Bn), case.out["decoder_output"])
+    assert_close(by_position_BlC, case.out["encoder_output"][:, buffer:])
+    assert_close(m.hidden_all(x_BlC, case.position_Bn, known_Bn), case.out["decoder_output"])
 
 
 @pytest.mark.slow
@@ -67,14 +67,14 @@ def test_padding_changes_nothing_and_gets_no_gradient(attention):
     token_BnZ = known_tokens(case)
     padding = 3
     padded_BnZ = np.pad(token_BnZ, ((0, 0), (0, padding), (0, 0)), constant_values=7.0)
-    # Padding names places that are known and places that are not.
-    place_Bn = np.pad(case.place_Bn, ((0, 0), (0, padding)), constant_values=2)
-    known_Bn = np.arange(place_Bn.shape[1]) < case.known
-    known_Bn = np.broadcast_to(known_Bn, place_Bn.shape)
+    # Padding names positions that are known and positions that are not.
+    position_Bn = np.pad(case.position_Bn, ((0, 0), (0, padding)), constant_values=2)
+    known_Bn = np.arange(position_Bn.shape[1]) < case.known
+    known_Bn = np.broadcast_to(known_Bn, position_Bn.shape)
     class_BC = m.class_vectors(jnp.asarray(case.label_B))
 
     def hidden(token_BnZ):
-        return m.hidden(token_BnZ, place_Bn, known_Bn, class_BC)
+        return m.hidden(token_BnZ, position_Bn, known_Bn, class_BC)
 
     z_BLC, vjp = jax.vjp(hidden, jnp.asarray(padded_BnZ))
     assert_close(z_BLC, case.out["decoder_output"])
@@ -85,11 +85,10 @@ def test_padding_changes_nothing_and_gets_no_gradient(attention):
 @pytest.mark.parametrize("name", golden.CASES)
 def test_the_head_and_its_loss_are_the_official_ones(name):
     case = golden.case(name)
-    m = model(case)
     z_NC = jnp.asarray(case.out["decoder_output"].reshape(-1, case.config.width))
     x0_NZ = jnp.asarray(case.out["tokens"].reshape(len(z_NC), -1))
     t_N, noise_NZ = (jnp.asarray(case.out[f"loss.{name}"]) for name in ("t", "noise"))
-    denoise = functools.partial(m.denoise, z_NC=z_NC)
+    denoise = case.config.head.network(case.params, ComputeConfig())(z_NC)
     mse_N, bound_N = diffusion_loss(denoise, x0_NZ, t_N.astype(jnp.int32), noise_NZ)
     assert_close(mse_N, case.out["loss.mse"])
     assert_close(bound_N, case.out["loss.vb"])

@@ -1,5 +1,6 @@
 """Sampling against whole generations of the official code, and what no batch may change."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,17 +8,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.golden import weights
 from tests.mar import golden
 from tests.mar.test_model import assert_close
 from varjax import trees
 from varjax.errors import InputError
-from varjax.mar.latents import NOT_FINITE, decode_tokens
-from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
-from varjax.mar.options import MAROptions, check_sampling, make_plan
-from varjax.mar.sample import draw_orders, sample_mar_tokens
-from varjax.mar.schedule import UnmaskingSchedule, denoising_schedules
-from varjax.nn.diffusion import NoiseSchedule
+from varjax.mar.causal import sample_causal
+from varjax.mar.heads import NOT_FINITE, CategoricalHead, DiffusionHead
+from varjax.mar.latents import decode_tokens
+from varjax.mar.masking import UnmaskingSchedule, draw_orders
+from varjax.mar.model import MARConfig
+from varjax.mar.sample import (
+    MAROptions,
+    check_sampling,
+    make_setup,
+    sample_mar_tokens,
+    sample_masked,
+)
 from varjax.sampling.sampler import KnownTokens, image_keys
 from varjax.tokenizers.vq.model import VQConfig
 
@@ -31,7 +37,7 @@ FEW = MAROptions(guidance=2.0, steps=5, diffusion_steps="4", clip_denoised=2.0)
 
 
 def official_noise(case, generation: str, steps: int):
-    """The normal noise of an official generation by (image, place, draw), and its order."""
+    """The normal noise of an official generation by (image, position, draw), and its order."""
     out, J = case.out, case.steps
     order_BL = np.ascontiguousarray(out["orders"][:, ::-1]).astype(np.int32)
     known = UnmaskingSchedule(case.config.length, steps).known
@@ -40,12 +46,12 @@ def official_noise(case, generation: str, steps: int):
     shapes = [tuple(shape) for shape in out[f"{generation}.calls"]]
     call = 0
     for start, stop in zip(known[:-1], known[1:], strict=True):
-        rows = [(b, place) for b in range(2) for place in sorted(order_BL[b, start:stop])]
+        rows = [(b, position) for b in range(2) for position in sorted(order_BL[b, start:stop])]
         for j in range(J, -1, -1):
             draw = np.random.RandomState(1000 + call).standard_normal(shapes[call])
             call += 1
-            for (b, place), row in zip(rows, draw[: len(rows)], strict=True):
-                noise_BLJZ[b, place, j] = row
+            for (b, position), row in zip(rows, draw[: len(rows)], strict=True):
+                noise_BLJZ[b, position, j] = row
     assert call == len(shapes)
     return noise_BLJZ, order_BL
 
@@ -72,12 +78,14 @@ def test_whole_generations_are_the_official_ones(name, generation, options):
     noise_BLJZ, order_BL = official_noise(case, generation, options.steps)
     noise_BLJZ = jnp.asarray(noise_BLJZ)
 
-    def noise(place_Bm, j):
-        return jax.vmap(lambda noise_LJZ, place_m: noise_LJZ[place_m, j])(noise_BLJZ, place_Bm)
+    def noise(position_Bm, j):
+        return jax.vmap(lambda noise_LJZ, position_m: noise_LJZ[position_m, j])(
+            noise_BLJZ, position_Bm
+        )
 
     sample = functools.partial(sample_mar_tokens, case.config, noise=noise)
-    plan = make_plan(case.config, options)
-    token_BLZ = jax.jit(sample)(case.params, LABEL_B, KEY_B, plan, order_BL=order_BL)
+    setup = make_setup(case.config, options)
+    token_BLZ = jax.jit(sample)(case.params, LABEL_B, KEY_B, setup, order_BL=order_BL)
     latents_BhwZ = case.config.unpatchify(token_BLZ)
     assert_close(latents_BhwZ.transpose(0, 3, 1, 2), case.out[generation])
 
@@ -100,19 +108,96 @@ def compiled(config):
     return jax.jit(sample, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def sampled(config, options, labels=LABEL_B, key_B=KEY_B, keep_BL=None, token_BL=None, buckets=2):
-    plan = make_plan(config, options.check(), keep_BL, buckets)
+def sampled(
+    config, options, labels=LABEL_B, key_B=KEY_B, keep_BL=None, token_BL=None, group_count=2
+):
+    setup = make_setup(config, options.check(), keep_BL, group_count)
     known = None if keep_BL is None else KnownTokens(jnp.asarray(token_BL), jnp.asarray(keep_BL))
-    return np.asarray(compiled(config)(params(config), labels, key_B, plan, known))
+    return np.asarray(compiled(config)(params(config), labels, key_B, setup, known))
 
 
 CATEGORICAL = dict(head=CategoricalHead(7))
-CAUSAL = dict(attention="causal")
+CAUSAL = dict(causal=True)
 KINDS = [{}, CATEGORICAL, CAUSAL, CATEGORICAL | CAUSAL, CAUSAL | dict(order="raster")]
 
 
 def tiny(changes) -> MARConfig:
-    return MARConfig(**{**{f: getattr(TINY, f) for f in TINY.__dataclass_fields__}, **changes})
+    return dataclasses.replace(TINY, **changes)
+
+
+def nothing_known(batch, length):
+    return KnownTokens(jnp.zeros((batch, length), int), jnp.zeros((batch, length), bool))
+
+
+def counted(known_Bn):
+    return jnp.broadcast_to(jnp.sum(known_Bn, axis=1)[:, None, None], (len(known_Bn), 16, 1))
+
+
+def test_each_token_is_drawn_once_from_all_tokens_known_before_it():
+    """A fake network returns how many tokens it was given; the fake head writes that number.
+
+    Fails if a token is drawn twice, or sees padding or a token of its own step.
+    """
+    schedule = UnmaskingSchedule(length=16, steps=5, group_count=2)
+    order_BL = jax.vmap(jax.random.permutation, (0, None))(image_keys(0, jnp.arange(3)), 16)
+    token_BL = sample_masked(
+        lambda token_Bn, position_Bn, known_Bn: counted(known_Bn),
+        lambda z_Bm1, position_Bm, number: z_Bm1[..., 0],
+        nothing_known(3, 16),
+        order_BL,
+        schedule.groups(),
+    )
+    known_L = np.repeat(schedule.known[:-1], np.diff(schedule.known))  # by rank in the order
+    drawn_BL = np.take_along_axis(np.asarray(token_BL), np.asarray(order_BL), axis=1)
+    np.testing.assert_array_equal(drawn_BL, np.tile(known_L, (3, 1)))
+
+
+def test_network_is_given_the_known_tokens_at_their_positions():
+    """A fake head writes position + 100; the fake network checks what it is given."""
+    schedule, order_BL = UnmaskingSchedule(length=16, steps=4), jnp.arange(16)[None, ::-1]
+
+    def hidden(token_Bn, position_Bn, known_Bn):
+        right_Bn = jnp.where(known_Bn, token_Bn == position_Bn + 100, True)
+        return jnp.broadcast_to(jnp.all(right_Bn), (1, 16, 1))
+
+    def draw(z_Bm1, position_Bm, number):
+        return jnp.where(z_Bm1[..., 0], position_Bm + 100, -1)
+
+    token_BL = sample_masked(hidden, draw, nothing_known(1, 16), order_BL, schedule.groups())
+    np.testing.assert_array_equal(token_BL, np.arange(100, 116)[None])
+
+
+def test_an_edit_draws_what_is_not_kept_by_the_last_steps():
+    """The fake head writes the step's number; image 0 keeps three tokens, image 1 eight."""
+    schedule = UnmaskingSchedule(length=16, steps=5)
+    kept_B1 = np.array([[3], [8]])
+    known = KnownTokens(jnp.full((2, 16), -7), jnp.arange(16)[None] < kept_B1)
+    token_BL = sample_masked(
+        lambda token_Bn, position_Bn, known_Bn: counted(known_Bn),
+        lambda z_Bm1, position_Bm, number: jnp.full(position_Bm.shape, number),
+        known,
+        jnp.tile(jnp.arange(16), (2, 1)),
+        schedule.groups(3, 8),
+    )
+    step_L = np.repeat(np.arange(5), np.diff(schedule.known))
+    expected_BL = np.where(np.arange(16) < kept_B1, -7, step_L)
+    np.testing.assert_array_equal(token_BL, expected_BL)
+
+
+def test_causal_loop_draws_each_token_after_the_one_before_it():
+    """The fake cache holds the last token; the fake head adds 1 to it, and writes 0 first."""
+    order_BL = jnp.array([[2, 0, 3, 1], [1, 3, 0, 2]])
+    known = nothing_known(2, 4)
+    known = known.replace(token_BL=jnp.full((2, 4), 50), keep_BL=known.keep_BL.at[0, 3].set(True))
+    token_BL = sample_causal(
+        lambda position_B: (jnp.full((2, 1), -1), jnp.zeros(2, int)),
+        lambda token_B, position_B, next_B, number, count_B: (token_B[:, None], count_B + 1),
+        lambda z_B11, position_B1, number: z_B11[..., 0] + 1,
+        known,
+        order_BL,
+    )
+    drawn_BL = np.take_along_axis(np.asarray(token_BL), np.asarray(order_BL), axis=1)
+    np.testing.assert_array_equal(drawn_BL, [[0, 1, 50, 51], [0, 1, 2, 3]])
 
 
 @pytest.mark.slow
@@ -130,12 +215,12 @@ def test_an_image_depends_on_its_own_key_and_label_alone(changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, CATEGORICAL])
-def test_buckets_change_nothing(changes):
+def test_grouping_steps_changes_nothing(changes):
     config, options = tiny(changes), FEW.replace(steps=7, diffusion_steps="5:3")
-    by_step = sampled(config, options, buckets=0)
-    for buckets in (1, 3):
-        bucketed = sampled(config, options, buckets=buckets)
-        np.testing.assert_allclose(bucketed, by_step, rtol=1e-4, atol=1e-4)
+    by_step = sampled(config, options, group_count=0)
+    for group_count in (1, 3):
+        grouped = sampled(config, options, group_count=group_count)
+        np.testing.assert_allclose(grouped, by_step, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -182,18 +267,6 @@ def test_an_edit_that_keeps_everything_draws_nothing():
     np.testing.assert_array_equal(edited, token_BL)
 
 
-@pytest.mark.parametrize("order", ["random", "raster"])
-@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
-def test_orders(order, attention):
-    config = tiny(dict(order=order, attention=attention))
-    order_BL = np.asarray(draw_orders(config, KEY_B))
-    np.testing.assert_array_equal(np.sort(order_BL), np.tile(np.arange(12), (2, 1)))
-    assert (order_BL[0] == order_BL[1]).all() == (order == "raster")
-    keep_BL = jnp.zeros((2, 12), bool).at[:, jnp.array([4, 9])].set(True)
-    kept = np.asarray(draw_orders(config, KEY_B, keep_BL))[:, :2]
-    assert (np.sort(kept) == [4, 9]).all() == ((order, attention) != ("raster", "causal"))
-
-
 @pytest.mark.slow
 def test_greedy_codes_are_those_of_the_largest_logit():
     config = tiny(CATEGORICAL)
@@ -208,25 +281,12 @@ def test_greedy_codes_are_those_of_the_largest_logit():
     np.testing.assert_array_equal(*greedy)
 
 
-def test_schedules_draw_every_token_once():
-    for length, steps in ((256, 64), (256, 256), (16, 5), (9, 9), (4, 1)):
-        schedule = UnmaskingSchedule(length, steps)
-        assert (np.diff(schedule.known) > 0).all() and schedule.known[-1] == length
-        covered = [i for bucket in schedule.buckets() for i in bucket.steps]
-        assert covered == list(range(steps))
-        for bucket in schedule.buckets(most_kept=length // 3):
-            for i in bucket.steps:
-                assert max(schedule.known[i], length // 3) <= bucket.known <= length
-                assert schedule.known[i + 1] - schedule.known[i] <= bucket.new
-    assert UnmaskingSchedule(256, 64).buckets(least_kept=200)[0].steps.start > 30
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (dict(steps=13), "steps=13: must be at most 12, the number of tokens"),
         (dict(steps=0), "steps=0: must be a whole number, 1 or more"),
-        (dict(guidance=-1.0), "guidance=-1.0: must be a finite number, 1 .off. … 3"),
+        (dict(guidance=-1.0), "guidance=-1.0: must be a finite number, 1 .off."),
         (dict(guidance=float("nan")), "guidance=nan: must be a finite number, 1"),
         (dict(guidance_schedule="cosine"), "guidance_schedule=cosine: must be linear or constant"),
         (dict(temperature=-0.1), "temperature=-0.1: must be a finite number, 0 or more"),
@@ -243,25 +303,10 @@ def test_options_out_of_range_are_refused(options, says):
         check_sampling(TINY, MAROptions(**options))
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "two_stage"])
-def test_annealed_numbers_of_steps_are_the_official_ones(kind):
-    expected = weights.case("disa")[f"counts.64.{kind}.50.5"]
-    schedules = denoising_schedules(f"50:5:{kind}", 64)
-    assert [schedule.steps for schedule in schedules] == expected
-    assert {schedule.timestep_J[-1] for schedule in schedules} == {950}
-    assert kind != "linear" or schedules == denoising_schedules("50:5", 64)
-    assert [schedule.steps for schedule in denoising_schedules(f"50:5:{kind}", 1)][0] == 50
-
-
-def test_a_single_number_of_steps_ends_at_999():
-    schedules = denoising_schedules("50", 3)
-    assert schedules == (NoiseSchedule(50),) * 3 and schedules[0].timestep_J[-1] == 999
-
-
 def test_whole_numbers_share_a_compilation_with_floats():
-    plan = make_plan(TINY, MAROptions(guidance=3, steps=4.0, diffusion_steps=10).check())
-    same = make_plan(TINY, MAROptions(guidance=3.0, steps=4, diffusion_steps="10").check())
-    assert jax.tree.structure(plan) == jax.tree.structure(same)
+    setup = make_setup(TINY, MAROptions(guidance=3, steps=4.0, diffusion_steps=10).check())
+    same = make_setup(TINY, MAROptions(guidance=3.0, steps=4, diffusion_steps="10").check())
+    assert jax.tree.structure(setup) == jax.tree.structure(same)
 
 
 @pytest.mark.slow
@@ -269,8 +314,8 @@ def test_codes_from_logits_that_are_nan_show_it():
     """An argmax would choose one, and the picture would look like any other."""
     config = tiny(CATEGORICAL)
     bad = jax.tree.map(lambda x: np.full_like(x, np.nan), params(config)["head"])
-    plan = make_plan(config, FEW.check(), None, 2)
-    tokens_BL = compiled(config)(params(config) | {"head": bad}, LABEL_B, KEY_B, plan, None)
+    setup = make_setup(config, FEW.check(), None, 2)
+    tokens_BL = compiled(config)(params(config) | {"head": bad}, LABEL_B, KEY_B, setup, None)
     assert (np.asarray(tokens_BL) == NOT_FINITE).all()
 
 

@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from varjax.mar import sample
-from varjax.mar.model import DiffusionHead, MARConfig
-from varjax.mar.options import MAROptions, make_plan
+from varjax.mar.heads import DiffusionHead
+from varjax.mar.masking import draw_orders
+from varjax.mar.model import MARConfig
+from varjax.mar.sample import MAROptions, make_setup, sample_masked
 from varjax.nn.diffusion import NoiseSchedule
-from varjax.sampling.sampler import image_keys
+from varjax.nn.rng import ImageStream, stream_keys
+from varjax.sampling.sampler import KnownTokens, image_keys
 
 pytestmark = pytest.mark.slow
 
@@ -32,46 +34,53 @@ CLASS_MEANS, KNOWN_SHARE = np.array([1.5, -2.0, 0.5], np.float32), 0.5  # the la
 LINEAR_SHARES = (1 / 4, 2 / 4, 3 / 4, 3 / 4)
 
 
-def exact_transformer(config, params, compute):
-    """In place of `bind_mar`: z is the mean of a token to draw."""
+def exact_hidden(label_B, guided):
+    """In place of the transformer: z is the mean of a token, for each stream."""
+    labels = [label_B, jnp.full_like(label_B, CONFIG.classes)] if guided else [label_B]
 
-    def hidden(token_BnZ, place_Bn, known_Bn, class_BC):
+    def hidden(token_BnZ, position_Bn, known_Bn):
         known_Bn1 = known_Bn[..., None].astype(jnp.float32)
         count_B1 = jnp.maximum(jnp.sum(known_Bn1, axis=1), 1)
-        mean_B1 = class_BC[:, :1] + KNOWN_SHARE * jnp.sum(token_BnZ * known_Bn1, axis=1) / count_B1
-        return jnp.broadcast_to(mean_B1[:, None], (len(mean_B1), TOKENS, config.width))
+        known_mean_B1 = jnp.sum(token_BnZ * known_Bn1, axis=1) / count_B1
+        means = (jnp.asarray(CLASS_MEANS)[x_B][:, None] for x_B in labels)
+        means = (class_B1 + KNOWN_SHARE * known_mean_B1 for class_B1 in means)
+        return [jnp.broadcast_to(z_B1[:, None], (len(z_B1), TOKENS, 1)) for z_B1 in means]
 
-    def class_vectors(label_B):
-        return jnp.broadcast_to(jnp.asarray(CLASS_MEANS)[label_B][:, None], (len(label_B), 2))
-
-    methods = {"hidden": hidden, "class_vectors": class_vectors}
-    return lambda *args, method: methods[method](*args)
+    return hidden
 
 
-def exact_denoiser(head, params, compute):
-    """In place of `bind_denoiser`: the noise in x_t and +1, which stands for the variance β."""
+def exact_denoiser(mean_N1):
+    """In place of the head's network: the noise in x_t and +1, which stands for the variance β."""
     alpha_bar_T = jnp.asarray(NoiseSchedule().alpha_bar_J, jnp.float32)
 
-    def apply(*args, method=None):
-        if method == "condition":
-            return args[0][:, :1]
-        xt_N1, t_1, mean_N1 = args
+    def denoise(xt_N1, t_1):
         alpha_bar_11 = alpha_bar_T[t_1][:, None]
         noise_N1 = jnp.sqrt(1 - alpha_bar_11) * (xt_N1 - jnp.sqrt(alpha_bar_11) * mean_N1)
         return jnp.concatenate([noise_N1, jnp.ones_like(noise_N1)], axis=-1)
 
-    return apply
+    return denoise
 
 
-def residuals(options, shares, monkeypatch):
+def residuals(options, shares):
     """What is left of tokens by step, (images, steps), once the target's mean is taken away."""
-    monkeypatch.setattr(sample, "bind_mar", exact_transformer)
-    monkeypatch.setattr(sample, "bind_denoiser", exact_denoiser)
     key_B, label_B = image_keys(0, jnp.arange(IMAGES)), jnp.arange(IMAGES) % 2
-    order_BL = sample.draw_orders(CONFIG, key_B)
-    plan = make_plan(CONFIG, options.check())
-    draw = jax.jit(functools.partial(sample.sample_mar_tokens, CONFIG, {}, order_BL=order_BL))
-    token_BL = np.asarray(draw(label_B, key_B, plan))[..., 0]
+    order_BL = draw_orders(CONFIG, key_B)
+    setup = make_setup(CONFIG, options.check())
+
+    @jax.jit
+    def sample(label_B, key_B, setup):
+        noise_key_B, head = stream_keys(key_B, ImageStream.NOISE), CONFIG.head
+
+        def draw(z, position_Bm, number):
+            noise = functools.partial(head.sampling_noise, noise_key_B, position_Bm)
+            return head.draw(exact_denoiser, z, noise, setup.draw_settings(number))
+
+        hidden = exact_hidden(label_B, setup.guided)
+        shape = IMAGES, TOKENS
+        nothing = KnownTokens(jnp.zeros((*shape, 1)), jnp.zeros(shape, bool))
+        return sample_masked(hidden, draw, nothing, order_BL, setup.groups)
+
+    token_BL = np.asarray(sample(label_B, key_B, setup))[..., 0]
     drawn_BS = np.take_along_axis(token_BL, np.asarray(order_BL), axis=1)
     found = []
     for step, share in enumerate(shares):
@@ -81,7 +90,7 @@ def residuals(options, shares, monkeypatch):
         if step:  # both halves of guidance see the same known tokens
             mean_B = mean_B + KNOWN_SHARE * drawn_BS[:, :step].mean(axis=1)
         # From x_T ~ N(0, 1), without the signal that is left in it.
-        left = NoiseSchedule().alpha_bar_J[plan.noise_schedules[step].timestep_J[-1]]
+        left = NoiseSchedule().alpha_bar_J[setup.noise_schedules[step].timestep_J[-1]]
         found.append(drawn_BS[:, step] - (1 - left) * mean_B)
     return np.stack(found, axis=1)
 
@@ -97,11 +106,9 @@ def residuals(options, shares, monkeypatch):
     ],
     ids=["plain", "temperature", "linear", "constant", "DiSA"],
 )
-def test_tokens_have_the_mean_the_variance_and_the_quantiles_of_the_target(
-    options, shares, monkeypatch
-):
+def test_tokens_have_the_mean_the_variance_and_the_quantiles_of_the_target(options, shares):
     options = MAROptions(**{"steps": TOKENS, "diffusion_steps": "20"} | options)
-    residual_BS = residuals(options, shares, monkeypatch)
+    residual_BS = residuals(options, shares)
     draws, variance = residual_BS.size, cooled_variance(options)
     assert draws == 10_000
     # Four standard errors each, of a step and of all together.

@@ -16,18 +16,11 @@ from tests.mar import golden
 from varjax import trees
 from varjax.convert import apply_map
 from varjax.errors import InputError
-from varjax.mar.losses import (
-    LossDraws,
-    content_keys,
-    draw_losses,
-    known_count,
-    mask_ratio,
-    masked_mean,
-    token_losses,
-)
-from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
-from varjax.mar.options import MAROptions
+from varjax.mar.heads import CategoricalHead, DiffusionHead, DiffusionNoise
+from varjax.mar.losses import LossDraws, content_keys, masked_mean, token_losses
+from varjax.mar.model import MARConfig
 from varjax.mar.pipeline import MARPipeline
+from varjax.mar.sample import MAROptions
 from varjax.mar.task import DECAYED, MARTask, matching_mar_rows
 from varjax.nn.compute import ComputeConfig
 from varjax.tokenizers.kl.model import KLConfig
@@ -56,7 +49,7 @@ TASK = MARTask(
 DISCRETE = dataclasses.replace(
     TASK, model=dataclasses.replace(MODEL, head=CategoricalHead(7)), tokenizer=VQ
 )
-CAUSAL = dataclasses.replace(TASK, model=dataclasses.replace(MODEL, attention="causal"))
+CAUSAL = dataclasses.replace(TASK, model=dataclasses.replace(MODEL, causal=True))
 KEY = jax.random.key(3)
 
 
@@ -86,20 +79,22 @@ def start(task):
 def official_draws(case):
     """The masks, noise levels and noise of the official loss."""
     shape = 2, case.config.length, 1
+    noise = DiffusionNoise(
+        timestep_BLU=jnp.asarray(case.out["loss.t"].astype(np.int32).reshape(shape)),
+        noise_BLUZ=jnp.asarray(case.out["loss.noise"].reshape(*shape, -1)),
+    )
     return LossDraws(
         order_BL=jnp.asarray(case.out["orders"][:, ::-1].astype(np.int32)),
         known_B=jnp.full(2, case.known),
-        timestep_BLU=jnp.asarray(case.out["loss.t"].astype(np.int32).reshape(shape)),
-        noise_BLUZ=jnp.asarray(case.out["loss.noise"].reshape(*shape, -1)),
+        noise=noise,
     )
 
 
 def official_loss(case, params):
     token_BLZ = jnp.asarray(case.config.patchify(case.latents_BhwZ))
     labels, draws = jnp.asarray(case.label_B), official_draws(case)
-    of = token_losses(case.config, params, token_BLZ, labels, draws, case.known + 1)
-    loss_BL = (of["mse_BLU"] + of["vlb_BLU"])[..., 0]
-    return masked_mean(loss_BL, of["masked_BL"])
+    losses = token_losses(case.config, params, token_BLZ, labels, draws, case.known + 1)
+    return masked_mean(losses.loss_BLU[..., 0], losses.masked_BL)
 
 
 @functools.cache
@@ -146,7 +141,7 @@ def test_one_step_is_the_official_one():
     before = weights.state_dict("mar_base", "mar")
     checked = 0
     for name in before:
-        if name == "no_class_embed":  # no label was dropped; PyTorch leaves what has no gradient
+        if name == "fake_latent":  # no label was dropped; PyTorch leaves what has no gradient
             continue
         flat = np.asarray(after[name]).reshape(-1)
         stride = max(1, flat.size // 64)
@@ -196,11 +191,11 @@ def test_dropout_is_each_example_s_own(rate):
 
     @quick
     def loss(key_B):
-        draws = draw_losses(MODEL, KEY_B, jnp.full(4, 3), 1, **{rate: 0.5})
+        draws = LossDraws.from_keys(MODEL, KEY_B, jnp.full(4, 3), 1, **{rate: 0.5})
         draws = draws.replace(**{rate: draws.__dict__[rate].replace(key_B=key_B)})
         label_B = jnp.zeros(4, jnp.int32)
-        of = token_losses(MODEL, params, token_BLZ, label_B, draws, 4)
-        return jnp.sum(of["mse_BLU"], axis=(1, 2))
+        losses = token_losses(MODEL, params, token_BLZ, label_B, draws, 4)
+        return jnp.sum(losses.metrics_BLU["mse"], axis=(1, 2))
 
     one_B, swapped_B = loss(KEY_B), loss(KEY_B[jnp.array([1, 0, 2, 3])])
     assert (one_B[:2] != swapped_B[:2]).all()
@@ -255,15 +250,6 @@ def test_keys_of_examples_follow_their_numbers():
     assert len(np.unique(np.asarray(keys), axis=0)) == 8
     some = {name: x[3:5] for name, x in batch(8).items()}
     np.testing.assert_array_equal(jax.random.key_data(content_keys(some)), keys[3:5])
-
-
-def test_masks_are_a_truncated_normal_of_shares():
-    share_N = jax.vmap(mask_ratio, (0, None))(jax.random.split(KEY, 4000), 0.7)
-    assert 0.7 <= share_N.min() and share_N.max() <= 1
-    expected = 1 - 0.25 * 0.3989423 * (1 - np.exp(-0.72)) / 0.3849303
-    assert np.mean(share_N) == pytest.approx(expected, abs=0.003)
-    assert int(known_count(256, jnp.float32(0.7001))) == 76
-    assert int(known_count(256, 1.0)) == 0
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ from varjax import trees
 from varjax.benchmark import sample as benchmark
 from varjax.cli.sample import main
 from varjax.evaluation.evaluate import begun_batch_size_of_report
-from varjax.mar.model import CategoricalHead, MARConfig
-from varjax.mar.options import MAROptions, make_plan
-from varjax.mar.sample import mar_sampling_bytes, sample_mar_tokens
+from varjax.mar.heads import CategoricalHead
+from varjax.mar.memory import mar_sampling_bytes
+from varjax.mar.model import MARConfig
+from varjax.mar.sample import MAROptions, make_setup, sample_mar_tokens
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime.hardware import device_memory
 from varjax.sampling.batch_size import choose_batch_size, fitting_batch_size
@@ -136,20 +137,20 @@ def test_a_batch_that_has_no_good_pieces_is_decoded_whole():
 
 @pytest.mark.parametrize(
     ("steps", "changes"),
-    [(8, {}), (1, {}), (8, {"head": CategoricalHead(4096)}), (8, {"attention": "causal"})],
+    [(8, {}), (1, {}), (8, {"head": CategoricalHead(4096)}), (8, {"causal": True})],
 )
 def test_mar_needs_what_the_arithmetic_says(labels, steps, changes):
     mar = dataclasses.replace(
         MARConfig.preset("mar_b"), encoder_depth=2, decoder_depth=2, **changes
     )
-    plan = make_plan(mar, MAROptions(steps=steps))
+    setup = make_setup(mar, MAROptions(steps=steps))
     params = jax.eval_shape(mar.init, jax.random.key(0))
 
     def tokens(params, label_B, key_B):
-        return sample_mar_tokens(mar, params, label_B, key_B, plan, None, COMPUTE)
+        return sample_mar_tokens(mar, params, label_B, key_B, setup, None, COMPUTE)
 
     needed = temporaries(tokens, params, *labels)
-    assert 0.95 < mar_sampling_bytes(None, mar, BATCH, COMPUTE, plan) / needed < 2.5
+    assert 0.95 < mar_sampling_bytes(None, mar, BATCH, COMPUTE, setup) / needed < 2.5
 
 
 def test_the_largest_that_fits_is_taken():

@@ -13,8 +13,8 @@ from varjax import trees
 from varjax.cli import edit, sample
 from varjax.errors import InputError
 from varjax.evaluation import __main__ as evaluation
-from varjax.mar.options import MAROptions
 from varjax.mar.pipeline import MARPipeline
+from varjax.mar.sample import MAROptions
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.finite_images import check_finite_images
 from varjax.sampling.sampler import image_keys, nan_advice

@@ -11,7 +11,7 @@ from tests.helpers import runs
 from varjax.cli.sample import main
 from varjax.config import config_tree
 from varjax.errors import InputError
-from varjax.mar.options import MAROptions
+from varjax.mar.sample import MAROptions
 from varjax.sampling.guidance import guide
 from varjax.sampling.sampler import replace_options
 from varjax.var.sample import VAROptions

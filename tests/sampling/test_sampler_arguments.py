@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from varjax.errors import InputError
-from varjax.mar.options import MAROptions
+from varjax.mar.sample import MAROptions
 from varjax.sampling.sampler import (
     checked_edit,
     checked_keys,

@@ -6,7 +6,7 @@ import pytest
 
 from tests.helpers import adversarial, runs, tiny
 from varjax.errors import InputError
-from varjax.mar.options import MAROptions
+from varjax.mar.sample import MAROptions
 from varjax.mar.task import MARTask
 from varjax.tokenizers.kl.task import KLTask
 from varjax.training.setup import set_up

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from varjax.errors import check_setting
-from varjax.mar.schedule import DISA_LAST_TIMESTEP, UnmaskingSchedule, denoising_schedules
+from varjax.mar.denoiser import DISA_LAST_TIMESTEP, denoising_schedules
+from varjax.mar.masking import UnmaskingSchedule
 from varjax.nn.diffusion import NoiseSchedule
 from varjax.runtime.commands import command_parser, run_command
 

@@ -18,9 +18,9 @@ from varjax import trees
 from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
 from varjax.mar import pipeline as mar_pipeline
 from varjax.mar.latents import decode_tokens
+from varjax.mar.memory import mar_sampling_bytes
 from varjax.mar.model import MARConfig
-from varjax.mar.options import MAROptions, check_sampling, make_plan
-from varjax.mar.sample import mar_sampling_bytes, sample_mar_tokens
+from varjax.mar.sample import MAROptions, check_sampling, make_setup, sample_mar_tokens
 from varjax.nn.compute import ComputeConfig, without_repeated_work
 from varjax.runtime import flops
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
@@ -112,28 +112,28 @@ def mar_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
     """Returns the programs of `MARPipeline` for `steps` steps of 100 diffusion steps each."""
     mar, tokenizer = MARConfig.preset(preset), KLConfig()
     options = MAROptions(steps=steps) if guided else MAROptions(steps=steps, guidance=1.0)
-    plan = make_plan(mar, check_sampling(mar, options))
+    setup = make_setup(mar, check_sampling(mar, options))
 
-    def sample(params, plan, label_B, key_B, compute):
-        return sample_mar_tokens(mar, params["mar"], label_B, key_B, plan, None, compute)
+    def sample(params, setup, label_B, key_B, compute):
+        return sample_mar_tokens(mar, params["mar"], label_B, key_B, setup, None, compute)
 
     def decode(params, z_BhwZ, compute):
         return decode_tokens(tokenizer, mar, params["tokenizer"], mar.patchify(z_BhwZ), compute)
 
-    def whole(params, plan, label_B, key_B, compute):
-        token_BLZ = sample(params, plan, label_B, key_B, compute)
+    def whole(params, setup, label_B, key_B, compute):
+        token_BLZ = sample(params, setup, label_B, key_B, compute)
         return decode_tokens(tokenizer, mar, params["tokenizer"], token_BLZ, compute)
 
     return SamplingParts(
         mar.classes,
         lambda key: {"tokenizer": tokenizer.init(key), "mar": mar.init(key)},
         mar_pipeline.CAST_KERNELS,
-        plan,
+        setup,
         tokenizer.latent_shape,
         sample,
         decode,
         whole,
-        lambda batch, compute: mar_sampling_bytes(tokenizer, mar, batch, compute, plan),
+        lambda batch, compute: mar_sampling_bytes(tokenizer, mar, batch, compute, setup),
     )
 
 

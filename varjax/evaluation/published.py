@@ -8,7 +8,7 @@ from typing import Any
 from varjax.convert.pretrained import RELEASES
 from varjax.convert.weights_dir import CONVERT_OPTIONS
 from varjax.mar.model import MARConfig
-from varjax.mar.options import MAROptions
+from varjax.mar.sample import MAROptions
 from varjax.metrics.features import INCEPTION
 from varjax.models import open_model
 from varjax.var.model import VARConfig

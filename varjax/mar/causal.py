@@ -1,11 +1,12 @@
-"""Autoregression one token after another, with a key-value cache (the rows "AR" of MAR's table 1).
+"""Autoregression one token after another, with a key-value cache (the AR rows of MAR's table 1).
 
-The transformer is the same, its encoder and decoder one after the other over one sequence: the
-class buffer, then tokens in their order. Each position sees itself and those before it, and is told
-at the decoder's entrance which place it predicts; so the last of the buffer predicts the first
-token.
+The transformer is the same, but its encoder and decoder run over one sequence: the class buffer,
+then tokens in their order. Each item attends to itself and to those before it. Its position
+embedding in the decoder says which position it predicts, so the last item of the buffer predicts
+the first token.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -13,15 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.mar.model import DECODER, MAR
+from varjax.mar.masking import put_at, take_at
+from varjax.mar.model import MAR, MARConfig, decoder_dropout
 from varjax.nn.attention import Dropout
 from varjax.nn.stack import KVCache
 from varjax.nn.vit import run_vit_blocks
+from varjax.sampling.sampler import KnownTokens
 
 
 @flax.struct.dataclass
 class CausalCache:
-    """Holds keys and values of both stacks of layers, for all positions."""
+    """Holds keys and values of the encoder's and the decoder's layers, for all items."""
 
     encoder: KVCache
     decoder: KVCache
@@ -46,28 +49,28 @@ def causal_hidden(
         dropout: dropout of the layers' results, in training.
 
     Returns:
-        z (B, L, C) float32, by place.
+        z (B, L, C) float32, by position.
     """
-    token_Bn = jax.vmap(lambda token_L, order_L: token_L[order_L[:-1]])(token_BL, order_BL)
-    x_BlC = model.encoder_input(token_Bn, order_BL[:, :-1], class_BC)
+    position_Bn = order_BL[:, :-1]
+    token_BnC = model.embed_tokens(take_at(token_BL, position_Bn), position_Bn)
+    x_BlC = jnp.concatenate([model.embed_buffer(class_BC), token_BnC], axis=1)
     z_BLC, _ = _run(model, x_BlC, order_BL, None, 0, attention_dropout, dropout)
-    by_place = jax.vmap(lambda z_LC, order_L: jnp.zeros_like(z_LC).at[order_L].set(z_LC))
-    return by_place(z_BLC, order_BL)
+    return put_at(jnp.zeros_like(z_BLC), order_BL, z_BLC)
 
 
-def causal_start(
-    model: MAR, place_B: jax.Array, class_BC: jax.Array
+def causal_first(
+    model: MAR, position_B: jax.Array, class_BC: jax.Array
 ) -> tuple[jax.Array, CausalCache]:
-    """Computes z (B, C) of the first token, at `place_B`, and the cache for those after it."""
-    x_BlC = model.encoder_input(None, None, class_BC)
-    z_B1C, cache = _run(model, x_BlC, place_B[:, None], _empty_cache(model, len(place_B)), 0)
+    """Computes z (B, C) of the first token, at `position_B`, and the cache for those after it."""
+    cache = _empty_cache(model.config, len(position_B), model.dtype)
+    z_B1C, cache = _run(model, model.embed_buffer(class_BC), position_B[:, None], cache, 0)
     return z_B1C[:, 0], cache
 
 
 def causal_next(
     model: MAR,
     token_B: jax.Array,
-    place_B: jax.Array,
+    position_B: jax.Array,
     next_B: jax.Array,
     number: jax.Array,
     cache: CausalCache,
@@ -77,73 +80,117 @@ def causal_next(
     Args:
         model: model bound to its parameters.
         token_B: the last token, (B, Z) or (B,).
-        place_B: position of the last token.
+        position_B: position of the last token.
         next_B: position of the next token.
         number: index of the last token in the order, from 0.
-        cache: keys and values of all earlier tokens.
+        cache: keys and values of all earlier items.
 
     Returns:
         z (B, C) float32 of the next token, and the cache with the last one.
     """
-    x_B1C = model.embed_tokens(token_B[:, None], place_B[:, None])
+    x_B1C = model.embed_tokens(token_B[:, None], position_B[:, None])
     z_B1C, cache = _run(model, x_B1C, next_B[:, None], cache, model.config.buffer_size + number)
     return z_B1C[:, 0], cache
 
 
-def _run(
-    model, x_BlC, target_Bn, cache, seen, attention_dropout=None, dropout=None
-) -> tuple[jax.Array, Any]:
-    """Runs both stacks; the last n positions predict the places `target_Bn`.
+def sample_causal(
+    first: Callable[..., tuple[Any, Any]],
+    following: Callable[..., tuple[Any, Any]],
+    draw: Callable[..., jax.Array],
+    known: KnownTokens,
+    order_BL: jax.Array,
+) -> jax.Array:
+    """Draws one token per step from all tokens before it in the order.
 
-    seen: positions that the cache holds.
+    Args:
+        first: positions (B,) -> z of the first token, a tree of (B, C), and a cache.
+        following: (last token, its position, next position, number of the last token, cache) ->
+            the same of the next token.
+        draw: (z, a tree of (B, 1, C), positions (B, 1), step number) -> tokens (B, 1).
+        known: tokens to keep; with nothing to keep for a whole image.
+        order_BL: positions in the order in which they are drawn.
+
+    Returns:
+        Tokens by position, as `known.token_BL`.
+    """
+
+    def draw_at(z, token_BL, position_B, number):
+        position_B1 = position_B[:, None]
+        new_B1 = draw(jax.tree.map(lambda z_BC: z_BC[:, None], z), position_B1, number)
+        keep_B1 = take_at(known.keep_BL, position_B1)
+        keep_B1 = keep_B1.reshape(keep_B1.shape + (1,) * (new_B1.ndim - 2))
+        kept_B1 = take_at(known.token_BL, position_B1)
+        return put_at(token_BL, position_B1, jnp.where(keep_B1, kept_B1, new_B1))
+
+    def step(carry, x):
+        token_BL, cache = carry
+        number, position_B, next_B = x
+        last_B = take_at(token_BL, position_B[:, None])[:, 0]
+        z, cache = following(last_B, position_B, next_B, number, cache)
+        return (draw_at(z, token_BL, next_B, number + 1), cache), None
+
+    z, cache = first(order_BL[:, 0])
+    token_BL = draw_at(z, known.token_BL, order_BL[:, 0], 0)
+    steps = np.arange(order_BL.shape[1] - 1), order_BL[:, :-1].T, order_BL[:, 1:].T
+    (token_BL, _), _ = jax.lax.scan(step, (token_BL, cache), steps)
+    return token_BL
+
+
+def _run(
+    model, x_BlC, target_Bn, cache, start, attention_dropout=None, dropout=None
+) -> tuple[jax.Array, Any]:
+    """Runs encoder and decoder; the last n items predict the positions `target_Bn`.
+
+    start: number of items that the cache holds.
     """
     (B, length, _), targets = x_BlC.shape, target_Bn.shape[1]
-    mask_lL, key_mask_BL = np.tri(length, dtype=bool), None
+    mask_lL, key_mask_BL, encoder, decoder = np.tri(length, dtype=bool), None, None, None
     if cache is not None:
-        size = cache.encoder.keys_SBLC.shape[2]
-        # Several new tokens are the first ones; a single one sees all that there are.
+        encoder, decoder = cache.encoder, cache.decoder
+        size = encoder.keys_SBLC.shape[2]
+        # Several new items are the first ones; a single one attends to all in the cache.
         mask_lL = np.tri(length, size, dtype=bool) if length > 1 else None
-        key_mask_BL = jnp.broadcast_to(jnp.arange(size) < seen + length, (B, size))
-
-    def run(block, blocks, x_BlC, cache, attention_dropout, dropout):
-        return run_vit_blocks(
-            block,
-            blocks,
-            x_BlC,
-            mask_lL=mask_lL,
-            key_mask_BL=key_mask_BL,
-            cache=cache,
-            start=seen,
-            attention_dropout=attention_dropout,
-            dropout=dropout,
-        )
-
-    caches = (None, None) if cache is None else (cache.encoder, cache.decoder)
-    encoder: Any
-    decoder: Any
-    x_BlC, encoder = run(
-        model.encoder_block, model.encoder_blocks, x_BlC, caches[0], attention_dropout, dropout
+        key_mask_BL = jnp.broadcast_to(jnp.arange(size) < start + length, (B, size))
+    x_BlC, encoder = run_vit_blocks(
+        model.encoder_block,
+        model.encoder_blocks,
+        x_BlC,
+        mask_lL=mask_lL,
+        key_mask_BL=key_mask_BL,
+        cache=encoder,
+        start=start,
+        attention_dropout=attention_dropout,
+        dropout=dropout,
     )
     x_BlC = model.decoder_embed(model.encoder_norm(x_BlC)).astype(jnp.float32)
-    pos_LC = model.decoder_pos_embed
-    own_BlC = jnp.broadcast_to(
-        pos_LC[None, : length - targets], (B, length - targets, x_BlC.shape[-1])
-    )
-    pos_BlC = jnp.concatenate([own_BlC, pos_LC[model.config.buffer_size + target_Bn]], axis=1)
-    further = [None if d is None else d.fold_in(DECODER) for d in (attention_dropout, dropout)]
-    x_BlC, decoder = run(
-        model.decoder_block, model.decoder_blocks, x_BlC + pos_BlC, caches[1], *further
+    # Items of the buffer before the last keep their own position embedding.
+    pos_lC = model.decoder_pos_embed[: length - targets]
+    pos_BlC = jnp.broadcast_to(pos_lC[None], (B, *pos_lC.shape))
+    target_BnC = model.decoder_pos_embed[model.config.buffer_size + target_Bn]
+    x_BlC, decoder = run_vit_blocks(
+        model.decoder_block,
+        model.decoder_blocks,
+        x_BlC + jnp.concatenate([pos_BlC, target_BnC], axis=1),
+        mask_lL=mask_lL,
+        key_mask_BL=key_mask_BL,
+        cache=decoder,
+        start=start,
+        attention_dropout=decoder_dropout(attention_dropout),
+        dropout=decoder_dropout(dropout),
     )
     z_BnC = model.decoder_norm(x_BlC[:, length - targets :]) + model.diffusion_pos_embed[target_Bn]
-    return z_BnC, None if cache is None else CausalCache(encoder, decoder)
+    if encoder is None or decoder is None:
+        return z_BnC, None
+    return z_BnC, CausalCache(encoder, decoder)
 
 
-def _empty_cache(model: MAR, batch: int) -> CausalCache:
-    c = model.config
-    positions = c.buffer_size + c.length - 1  # nothing follows the last token
-
+def _empty_cache(config: MARConfig, batch: int, dtype: jnp.dtype) -> CausalCache:
+    items = config.buffer_size + config.length - 1  # nothing follows the last token
     encoder, decoder = (
-        KVCache.allocate(depth, batch, positions, width, model.dtype)
-        for depth, width in ((c.encoder_depth, c.width), (c.decoder_depth, c.hidden_width))
+        KVCache.allocate(depth, batch, items, width, dtype)
+        for depth, width in (
+            (config.encoder_depth, config.width),
+            (config.decoder_depth, config.hidden_width),
+        )
     )
     return CausalCache(encoder, decoder)

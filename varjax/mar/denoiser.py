@@ -1,12 +1,17 @@
-"""The small MLP that denoises each token by itself (MAR, section 3.3 and appendix A)."""
+"""MAR's denoising MLP, which denoises each token by itself, and the number of its steps."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from varjax.errors import InputError
 from varjax.nn.compute import ComputeConfig
+from varjax.nn.diffusion import TRAINING_STEPS, Coefficients, NoiseSchedule
 from varjax.nn.linear import dense
 from varjax.nn.stack import init_stack
 from varjax.nn.transformer import modulate
@@ -14,13 +19,21 @@ from varjax.nn.vit import layer_norm
 
 SINUSOIDS = 256  # of a timestep's embedding
 LONGEST_PERIOD = 10_000
+# DiSA's last timestep. Almost no signal is left after it, so a step from 999 divides by almost 0.
+DISA_LAST_TIMESTEP = 950
+# DiSA's schedules: the fraction of FIRST - LAST that step k of 0 … end has in addition to LAST.
+ANNEALING: dict[str, Callable[[int, int], float]] = {
+    "linear": lambda k, end: (end - k) / end,
+    "cosine": lambda k, end: (math.cos(math.pi * k / end) + 1) / 2,
+    "two_stage": lambda k, end: float(k < end / 2),
+}
 
 
 class DenoisingMLP(nn.Module):
     """Residual blocks whose norms are modulated by a token's condition z and by the timestep.
 
-        cond_NE = mlp.apply(params, z_NC, method="condition")  # once for all timesteps
-        out_N2Z = mlp.apply(params, xt_NZ, t_N, cond_NE)
+        cond_NE = mlp.apply(params, z_NC, method=DenoisingMLP.condition)  # for all timesteps
+        out_N2Z = mlp.apply(params, xt_NZ, t_N, cond_NE, method=DenoisingMLP.denoise)
 
     Attributes:
         channels: number of channels Z of a token.
@@ -51,25 +64,29 @@ class DenoisingMLP(nn.Module):
         """Computes what z contributes, (N, E), which is the same at every timestep."""
         return self.cond_embed(z_NC)
 
-    def __call__(self, xt_NZ: jax.Array, t_N: jax.Array, cond_NE: jax.Array) -> jax.Array:
+    def __call__(self, xt_NZ: jax.Array, t_N: jax.Array, z_NC: jax.Array) -> jax.Array:
+        """Predicts the noise in tokens from z, as `denoise` does from `condition(z)`."""
+        return self.denoise(xt_NZ, t_N, self.condition(z_NC))
+
+    def denoise(self, xt_NZ: jax.Array, t_N: jax.Array, cond_NE: jax.Array) -> jax.Array:
         """Predicts the noise in tokens.
 
         Args:
             xt_NZ: noisy tokens x_t.
-            t_N: timesteps of the tokens, 0 … 999; or one for all.
+            t_N: timesteps of the tokens, 0 … 999; or a single one for all.
             cond_NE: conditioning vectors, from `condition`.
 
         Returns:
             (N, 2 Z) float32: the noise, and the variance's values in about [-1, 1].
         """
         x_NE = self.input_proj(xt_NZ)
-        signal_NE = nn.silu(self.time_embed(t_N) + cond_NE.astype(jnp.float32))
-        # A loop over slices and not a scan: in a sampler's loop over timesteps a scan would copy
-        # every block's weights at each of them.
+        cond_NE = nn.silu(self.time_embed(t_N) + cond_NE.astype(jnp.float32))
+        # A loop over slices instead of a scan: within a sampler's loop over timesteps, a scan would
+        # copy every block's weights at each timestep.
         for i in range(self.depth):
             params = jax.tree.map(lambda p: p[i], self.blocks)  # noqa: B023  (used at once)
-            x_NE = self.block.apply({"params": params}, x_NE, signal_NE)
-        shift_NE, scale_NE = jnp.split(self.adaln(signal_NE), 2, axis=-1)
+            x_NE = self.block.apply({"params": params}, x_NE, cond_NE)
+        shift_NE, scale_NE = jnp.split(self.adaln(cond_NE), 2, axis=-1)
         return self.out(modulate(x_NE, scale_NE, shift_NE, jnp.float32))
 
     def _init_blocks(self, key):
@@ -78,18 +95,16 @@ class DenoisingMLP(nn.Module):
 
 
 class DenoisingBlock(nn.Module):
-    """x + gate · mlp(norm(x)·(1+scale)+shift), with signals from the condition, all float32."""
+    """x + gate · mlp(norm(x)·(1+scale)+shift), modulated by the condition, all float32."""
 
     width: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_NE, signal_NE):
+    def __call__(self, x_NE, cond_NE):
         xavier, zeros = nn.initializers.xavier_uniform(), nn.initializers.zeros
-        signals_NE = dense(3 * self.width, self.dtype, zeros, "adaln")(signal_NE).astype(
-            jnp.float32
-        )
-        shift_NE, scale_NE, gate_NE = jnp.split(signals_NE, 3, axis=-1)
+        modulation_N3E = dense(3 * self.width, self.dtype, zeros, "adaln")(cond_NE)
+        shift_NE, scale_NE, gate_NE = jnp.split(modulation_N3E.astype(jnp.float32), 3, axis=-1)
         h_NE = layer_norm("norm")(x_NE) * (1 + scale_NE) + shift_NE
         h_NE = nn.silu(dense(self.width, self.dtype, xavier, "up")(h_NE))
         h_NE = dense(self.width, self.dtype, xavier, "down")(h_NE)
@@ -114,3 +129,61 @@ class TimestepEmbedding(nn.Module):
         h_NE = dense(self.width, self.dtype, self.kernel_init, "up")(wave_NF)
         h_NE = dense(self.width, self.dtype, self.kernel_init, "down")(nn.silu(h_NE))
         return h_NE.astype(jnp.float32)
+
+
+class DenoisingSteps(NamedTuple):
+    """Holds how the tokens of one sampling step are denoised.
+
+    Attributes:
+        count: number of denoising steps.
+        coefficients: tables of the noise schedule, with at least `count` timesteps.
+    """
+
+    count: int | jax.Array
+    coefficients: Coefficients
+
+
+def denoising_schedules(text: str, steps: int) -> tuple[NoiseSchedule, ...]:
+    """Reads how many denoising steps each sampling step takes.
+
+    "100" is MAR's own: evenly spaced timesteps from 0 to 999. "50:5" is DiSA (Zhao et al. 2025,
+    arXiv 2505.20297): later tokens depend more on known ones, so fewer steps suffice. Its timesteps
+    end at 950. "50:5:cosine" and "50:5:two_stage" are the paper's other schedules.
+
+    Args:
+        text: one number, or FIRST:LAST, or FIRST:LAST:SCHEDULE.
+        steps: number of sampling steps.
+
+    Returns:
+        The noise schedule of each sampling step.
+
+    Raises:
+        InputError: `text` is none of these, or a number is below 2 or above 1,000.
+    """
+    first, *rest = text.split(":")
+    last, kind = (*rest, "linear")[:2] if rest else (first, "linear")
+    valid = all(
+        n.isdecimal() and len(n) < 5 and 2 <= int(n) <= TRAINING_STEPS for n in (first, last)
+    )
+    if not valid or len(rest) > 2 or kind not in ANNEALING:
+        raise InputError(
+            f"diffusion_steps={text}: give one number, 2 … {TRAINING_STEPS}, or FIRST:LAST like "
+            f"50:5, or with a schedule, FIRST:LAST:SCHEDULE; schedules are {', '.join(ANNEALING)}"
+        )
+    if not rest:
+        return (NoiseSchedule(int(first)),) * steps
+    most, least, end = int(first), int(last), max(steps - 1, 1)
+    counts = [least + math.floor(ANNEALING[kind](k, end) * (most - least)) for k in range(steps)]
+    return tuple(NoiseSchedule(count, last=DISA_LAST_TIMESTEP) for count in counts)
+
+
+def denoising_steps(schedules: Sequence[NoiseSchedule], number: jax.Array | int) -> DenoisingSteps:
+    """Returns the denoising of sampling step `number`, which may be traced."""
+    if len(set(schedules)) == 1:
+        return DenoisingSteps(len(schedules[0].timestep_J), schedules[0].coefficients())
+    counts = [len(schedule.timestep_J) for schedule in schedules]
+    tables = jax.tree.map(
+        lambda *rows: np.stack([np.pad(row, (0, max(counts) - len(row))) for row in rows]),
+        *(schedule.coefficients() for schedule in schedules),
+    )
+    return DenoisingSteps(jnp.asarray(counts)[number], tables.at(number))

@@ -1,10 +1,11 @@
-"""Between tokenizers and the transformer: latents in its units, and what fits what."""
+"""Tokens from images or latents and back, and which tokenizer fits which transformer."""
 
 import jax
 import jax.numpy as jnp
 
 from varjax.errors import InputError
-from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig
+from varjax.mar.heads import NOT_FINITE
+from varjax.mar.model import MARConfig
 from varjax.nn.compute import EXACT, ComputeConfig
 from varjax.tokenizers.contract import Latents
 from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig, sample_posterior
@@ -12,36 +13,34 @@ from varjax.tokenizers.vq.model import VQConfig
 from varjax.trees import PyTree
 
 TokenizerConfig = KLConfig | VQConfig
-NOT_FINITE = -1  # stands for a code that was to be drawn from logits with NaN
 
 
 def check_latents_fit(tokenizer: TokenizerConfig, config: MARConfig) -> None:
     """Raises InputError, with all differences, where a transformer cannot read these latents."""
-    head = config.head
-    if isinstance(tokenizer, KLConfig) != isinstance(head, DiffusionHead):
-        allowed = "a KL tokenizer" if isinstance(head, DiffusionHead) else "a VQ tokenizer"
+    kind = type(config.head).__name__
+    expected = {"latent_map": tuple(config.latent_map)} | config.head.latent_sizes
+    if isinstance(tokenizer, KLConfig):
+        h, w, channels = tokenizer.latent_shape
+        sizes = {"latent_map": (h, w), "channels": channels}
+    else:
+        sizes = {"latent_map": tokenizer.pyramid.finest, "vocab": tokenizer.vocab}
+    if sizes.keys() != expected.keys():
+        allowed = "a KL tokenizer" if "channels" in expected else "a VQ tokenizer"
         raise InputError(
-            f"a transformer with a {type(head).__name__} takes {allowed}, but the tokenizer is a "
+            f"a transformer with a {kind} takes {allowed}, but the tokenizer is a "
             f"{type(tokenizer).__name__}"
         )
-    if isinstance(tokenizer, KLConfig) and isinstance(head, DiffusionHead):
-        h, w, channels = tokenizer.latent_shape
-        pairs = {
-            "latent_map": ((h, w), tuple(config.latent_map)),
-            "channels": (channels, head.channels),
-        }
-    else:
-        assert isinstance(tokenizer, VQConfig) and isinstance(head, CategoricalHead)
-        if len(tokenizer.pyramid) > 1:
-            raise InputError(
-                f"the tokenizer has {len(tokenizer.pyramid)} scales; a transformer with a "
-                "CategoricalHead takes one of a single scale"
-            )
-        pairs = {
-            "latent_map": (tokenizer.pyramid.finest, tuple(config.latent_map)),
-            "vocab": (tokenizer.vocab, head.vocab),
-        }
-    if lines := [f"{n}: tokenizer {a}, transformer {b}" for n, (a, b) in pairs.items() if a != b]:
+    if isinstance(tokenizer, VQConfig) and len(tokenizer.pyramid) > 1:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer.pyramid)} scales; a transformer with a {kind} takes "
+            "one of a single scale"
+        )
+    lines = [
+        f"{name}: tokenizer {sizes[name]}, transformer {expected[name]}"
+        for name in sizes
+        if sizes[name] != expected[name]
+    ]
+    if lines:
         raise InputError("tokenizer and transformer do not fit:\n  " + "\n  ".join(lines))
 
 
@@ -53,7 +52,7 @@ def encode_tokens(
     key_B: jax.Array | None = None,
     compute: ComputeConfig = EXACT,
 ) -> jax.Array:
-    """Makes tokens of images, or of latents that were made of them before.
+    """Makes tokens from images, or from latents that were encoded before.
 
     Args:
         tokenizer: config of the tokenizer.
@@ -66,12 +65,9 @@ def encode_tokens(
     Returns:
         (B, L, Z) float32 of a standard deviation of about 1, or codes (B, L) int32.
     """
-    spec = tokenizer.latent_spec
-    latents = (
-        batch
-        if spec.keys() <= batch.keys()
-        else tokenizer.encode(params, batch["image_BHWC"], compute)
-    )
+    latents = batch
+    if not tokenizer.latent_spec.keys() <= batch.keys():
+        latents = tokenizer.encode(params, batch["image_BHWC"], compute)
     if isinstance(tokenizer, VQConfig):
         return latents["tokens_BL"]
     z_BhwZ = latents["mean_BhwZ"]

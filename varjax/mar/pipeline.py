@@ -10,15 +10,17 @@ import numpy as np
 
 from varjax import trees
 from varjax.errors import InputError
+from varjax.mar.heads import CategoricalHead, DiffusionHead
 from varjax.mar.latents import (
     TokenizerConfig,
     check_latents_fit,
     decode_tokens,
     encode_tokens,
 )
-from varjax.mar.model import CategoricalHead, DiffusionHead, MARConfig, bind_mar
-from varjax.mar.options import MAROptions, check_sampling, make_plan
-from varjax.mar.sample import mar_sampling_bytes, sample_mar_tokens
+from varjax.mar.masking import take_at
+from varjax.mar.memory import mar_sampling_bytes
+from varjax.mar.model import MAR, MARConfig, bind_mar
+from varjax.mar.sample import MAROptions, check_sampling, make_setup, sample_mar_tokens
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import (
@@ -27,7 +29,6 @@ from varjax.sampling.sampler import (
     checked_keys,
     checked_labels,
     checked_mask,
-    checked_tokens,
     nan_advice,
     replace_options,
 )
@@ -88,11 +89,11 @@ class MARPipeline:
         self._held = replicate(held, mesh)
         exact = dataclasses.replace(compute, encoder_precision="highest")
 
-        def sampled_tokens(params, plan, label_B, key_B, known=None):
-            return sample_mar_tokens(mar, params["mar"], label_B, key_B, plan, known, compute)
+        def sampled_tokens(params, setup, label_B, key_B, known=None):
+            return sample_mar_tokens(mar, params["mar"], label_B, key_B, setup, known, compute)
 
-        def sampled(params, plan, label_B, key_B, known=None):
-            tokens = sampled_tokens(params, plan, label_B, key_B, known)
+        def sampled(params, setup, label_B, key_B, known=None):
+            tokens = sampled_tokens(params, setup, label_B, key_B, known)
             return decode_tokens(self._needed_tokenizer, mar, params["tokenizer"], tokens, compute)
 
         def encoded(params, _, image_BHWC):
@@ -106,14 +107,14 @@ class MARPipeline:
 
         def hidden(params, _, token_BL, order_BL, known_BL, label_B):
             apply = bind_mar(mar, params["mar"], compute)
-            class_BC = apply(label_B, method="class_vectors")
-            return apply(token_BL, order_BL, known_BL, class_BC, method="hidden")
+            class_BC = apply(label_B, method=MAR.class_vectors)
+            return apply(token_BL, order_BL, known_BL, class_BC, method=MAR.hidden)
 
         def denoised(params, _, xt_NZ, t_N, z_NC):
-            return bind_mar(mar, params["mar"], compute)(xt_NZ, t_N, z_NC, method="denoise")
+            return mar.head.network(params["mar"], compute)(z_NC)(xt_NZ, t_N)
 
         def logits(params, _, z_BLC):
-            return bind_mar(mar, params["mar"], compute)(z_BLC, method="logits")
+            return mar.head.network(params["mar"], compute)(z_BLC)
 
         self._tokens, self._sample = (data_parallel(f, mesh) for f in (sampled_tokens, sampled))
         self._encode = data_parallel(encoded, mesh)
@@ -144,10 +145,7 @@ class MARPipeline:
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(h, w, Z) of an image's latents, or (L,) of its codes."""
-        head = self.mar.head
-        if isinstance(head, CategoricalHead):
-            return (self.mar.length,)
-        return *self.mar.latent_map, head.channels
+        return self.mar.head.latent_shape(self.mar.latent_map)
 
     def identity(self) -> dict[str, Any]:
         """Returns all that images depend on besides labels, seed and options, as JSON data."""
@@ -163,14 +161,13 @@ class MARPipeline:
     def sampling_bytes(self, batch_size: int, options: MAROptions) -> int:
         """Estimates how much memory a device needs to sample a number of images at a time."""
         given = self.tokenizer, self.mar, batch_size, self.compute
-        beside = mar_sampling_bytes(*given, make_plan(self.mar, options))
+        beside = mar_sampling_bytes(*given, make_setup(self.mar, options))
         return trees.nbytes(self._held) + beside
 
     def advise_on_nan(self, options: MAROptions) -> str:
         """Says what to try where an image that was sampled holds NaN or infinite numbers."""
-        unbounded = isinstance(self.mar.head, DiffusionHead) and not options.clip_denoised
-        bound = "--clip_denoised=3, which bounds denoised tokens (docs/mar.md)" * unbounded
-        return nan_advice(self.params, self.compute.jax_dtype, bound)
+        advice = self.mar.head.advise_on_nan(options.clip_denoised)
+        return nan_advice(self.params, self.compute.jax_dtype, advice)
 
     def encode(self, images_BHWC: Array) -> jax.Array:
         """Encodes images into latents: the posterior's mean in the transformer's units, or codes.
@@ -187,7 +184,7 @@ class MARPipeline:
         return self._decode(self._held, None, self._checked_tokens(latents))
 
     def hidden(self, latents: Array, known: Array, labels: Labels | None = None) -> jax.Array:
-        """Computes the vectors z of all places from the tokens that are known.
+        """Computes the vectors z of all positions from the tokens that are known.
 
         Args:
             latents: (B, h, w, Z), or codes (B, L); only the known ones are read.
@@ -201,7 +198,7 @@ class MARPipeline:
             InputError: a wrong shape, or a model with causal attention, which knows tokens in an
                 order and not in any set.
         """
-        if self.mar.attention == "causal":
+        if self.mar.causal:
             raise InputError("hidden: this model's attention is causal; it has no vector of a set")
         token_BL = self._checked_tokens(latents)
         B = len(token_BL)
@@ -209,12 +206,11 @@ class MARPipeline:
         labels = np.full(B, self.classes) if labels is None else labels
         label_B = checked_labels(labels, self.classes, B)
         order_BL = np.argsort(~known_BL, axis=1, kind="stable").astype(np.int32)
-        token_BL = jax.vmap(lambda token_L, order_L: token_L[order_L])(token_BL, order_BL)
-        known_BL = np.take_along_axis(known_BL, order_BL, axis=1)
+        token_BL, known_BL = take_at(token_BL, order_BL), take_at(known_BL, order_BL)
         return self._hidden(self._held, None, token_BL, order_BL, known_BL, label_B)
 
     def denoise(self, xt_NZ: Array, t_N: Array, z_NC: Array) -> jax.Array:
-        """Predicts the noise in noisy tokens (MAR, section 3.2).
+        """Predicts the noise in noisy tokens (MAR, eq. 2).
 
         Args:
             xt_NZ: noisy tokens, in the transformer's units.
@@ -335,11 +331,11 @@ class MARPipeline:
         B = len(index_B)
         key_B = checked_keys(seed, index_B, B)
         keep_BL = keep_Bhw.reshape(B, self.mar.length)
-        plan = make_plan(self.mar, self.options(**options), keep_BL)
+        setup = make_setup(self.mar, self.options(**options), keep_BL)
         known = KnownTokens(
             jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:])), jnp.asarray(keep_BL)
         )
-        tokens = self._tokens(self._held, plan, label_B, key_B, known)
+        tokens = self._tokens(self._held, setup, label_B, key_B, known)
         return self.mar.unpatchify(tokens)
 
     @property
@@ -352,15 +348,10 @@ class MARPipeline:
         return self.tokenizer
 
     def _request(self, labels, seed, index, options):
-        """Returns the arguments of the compiled samplers: (plan, label_B, key_B)."""
+        """Returns the arguments of the compiled samplers: (setup, label_B, key_B)."""
         label_B = checked_labels(labels, self.classes)
         key_B = checked_keys(seed, index, len(label_B))
-        return make_plan(self.mar, self.options(**options)), label_B, key_B
+        return make_setup(self.mar, self.options(**options)), label_B, key_B
 
     def _checked_tokens(self, latents):
-        shape, head = np.shape(latents), self.mar.head
-        if isinstance(head, CategoricalHead):
-            return checked_tokens(latents, self.latent_shape, head.vocab)
-        if shape[1:] != self.latent_shape or not shape[0]:
-            raise InputError(f"latents have shape {shape}; needed is (B, *{self.latent_shape})")
-        return self.mar.patchify(jnp.asarray(latents).astype(jnp.float32))
+        return self.mar.head.checked_tokens(latents, self.mar.latent_map)

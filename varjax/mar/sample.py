@@ -1,66 +1,166 @@
-"""Sampling: tokens set by set in a random order, each set from all tokens known so far.
+"""Sampling: tokens are drawn set by set in a random order, each set from all tokens known so far.
 
 Editing is the same loop with the image's own tokens known from the start.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.mar.causal import causal_next, causal_start
-from varjax.mar.latents import NOT_FINITE, TokenizerConfig
-from varjax.mar.model import DiffusionHead, MARConfig, bind_denoiser, bind_mar
-from varjax.mar.options import SamplingPlan
-from varjax.nn.autoencoder import decoding_bytes
+from varjax.config.numbers import finite_number, whole_number
+from varjax.config.renamed import Renamed
+from varjax.errors import InputError, check_setting
+from varjax.mar.causal import causal_first, causal_next, sample_causal
+from varjax.mar.denoiser import denoising_schedules, denoising_steps
+from varjax.mar.heads import DrawSettings
+from varjax.mar.masking import StepGroup, UnmaskingSchedule, draw_orders, put_at, take_at
+from varjax.mar.model import MAR, MARConfig, bind_mar
 from varjax.nn.compute import ComputeConfig
-from varjax.nn.diffusion import reverse_diffusion
+from varjax.nn.diffusion import NoiseSchedule
 from varjax.nn.rng import ImageStream, stream_keys
-from varjax.sampling.guidance import guide
-from varjax.sampling.sampler import KnownTokens
+from varjax.sampling.guidance import checked_guidance
+from varjax.sampling.sampler import KnownTokens, option_field
 from varjax.trees import PyTree
 
-# (places (B, m), number of the draw) -> normal noise (B, m, Z)
-Noise = Callable[[jax.Array, jax.Array | int], jax.Array]
+# (positions (B, m), draw number j) -> noise of those tokens; see `sampling_noise` of the heads.
+SamplingNoise = Callable[[jax.Array, Any], jax.Array]
+GuidanceSchedule = Literal["linear", "constant"]
 
 
-def draw_orders(config: MARConfig, key_B: jax.Array, keep_BL: jax.Array | None = None) -> jax.Array:
-    """Draws the order in which places become known, (B, L) int32.
+@flax.struct.dataclass
+class MAROptions:
+    """Sampling options: how many tokens a step draws, and how.
+
+    A new `guidance`, `temperature` or `clip_denoised` compiles nothing again, unless guidance is
+    turned on or off.
+
+    Attributes:
+        guidance: scale s of classifier-free guidance, u + s·(c - u); 1 turns it off.
+        guidance_schedule: how guidance depends on the step: "linear" grows from 1 to s with the
+            fraction of known tokens, "constant" is s.
+        steps: number of steps that draw the tokens, by a cosine schedule; ignored by a causal
+            model, which takes one step per token.
+        temperature: factor on the noise of each diffusion step, or of a categorical head's choice.
+        diffusion_steps: denoising steps of a token, or FIRST:LAST or FIRST:LAST:SCHEDULE for a
+            number that falls over the steps (DiSA, arXiv 2505.20297); SCHEDULE is "linear" (the
+            default), "cosine" or "two_stage".
+        clip_denoised: largest |x_0| that a denoising step may aim at, in standard deviations of the
+            latents; 0 for no limit, as with the official weights (docs/mar.md says when it helps).
+    """
+
+    guidance: float = option_field(
+        2.9,
+        "guidance scale; 1 turns it off",
+        renamed=Renamed("cfg", reason=", for MAR's cfg is now called guidance (1 turns it off)"),
+    )
+    guidance_schedule: GuidanceSchedule = option_field(
+        "linear",
+        "linear grows with the fraction of known tokens; or constant",
+        static=True,
+        renamed=Renamed("cfg_schedule", reason=", its name now"),
+    )
+    steps: int = option_field(64, "number of steps that draw the tokens", static=True)
+    temperature: float = option_field(1.0, "factor on the noise of each draw")
+    diffusion_steps: str = option_field(
+        "100", "denoising steps of a token, or FIRST:LAST[:SCHEDULE] (DiSA)", static=True
+    )
+    clip_denoised: float = option_field(
+        0.0, "bound on denoised tokens, in standard deviations; 0: none"
+    )
+
+    def check(self) -> "MAROptions":
+        """Returns the options in plain Python types, so that equal ones share a compilation.
+
+        Raises InputError for a value out of range.
+        """
+        allowed = GuidanceSchedule.__args__
+        known = self.guidance_schedule in allowed
+        check_setting("guidance_schedule", self.guidance_schedule, known, " or ".join(allowed))
+        limit = "a finite number, 0 (off) or more"
+        denoising_schedules(str(self.diffusion_steps), 1)
+        return dataclasses.replace(
+            self,
+            guidance=checked_guidance(self.guidance),
+            steps=whole_number("steps", self.steps, 1, allowed="a whole number, 1 or more"),
+            temperature=finite_number("temperature", self.temperature, 0),
+            diffusion_steps=str(self.diffusion_steps),
+            clip_denoised=finite_number("clip_denoised", self.clip_denoised, 0, allowed=limit),
+        )
+
+
+@flax.struct.dataclass
+class SamplingSetup:
+    """Holds the options, and what a program for them is compiled from.
+
+    Attributes:
+        options: checked sampling options.
+        schedule: number of tokens that each step draws.
+        groups: groups of steps, each computed in one loop.
+        guided: whether there is guidance; without it, half as much is computed.
+    """
+
+    options: MAROptions
+    schedule: UnmaskingSchedule = flax.struct.field(pytree_node=False)
+    groups: tuple[StepGroup, ...] = flax.struct.field(pytree_node=False)
+    guided: bool = flax.struct.field(pytree_node=False)
+
+    @property
+    def noise_schedules(self) -> tuple[NoiseSchedule, ...]:
+        """The noise schedule by which the tokens of each step are denoised."""
+        return denoising_schedules(self.options.diffusion_steps, self.schedule.steps)
+
+    def draw_settings(self, number: jax.Array | int) -> DrawSettings:
+        """Returns how the tokens of step `number` are drawn."""
+        fraction_S = jnp.asarray(self.schedule.guidance_fraction(self.options.guidance_schedule))
+        return DrawSettings(
+            guidance=1 + (self.options.guidance - 1) * fraction_S[number],
+            temperature=self.options.temperature,
+            denoising=denoising_steps(self.noise_schedules, number),
+            clip_denoised=self.options.clip_denoised,
+        )
+
+
+def make_setup(
+    config: MARConfig,
+    options: MAROptions,
+    keep_BL: np.ndarray | None = None,
+    group_count: int | None = None,
+) -> SamplingSetup:
+    """Prepares the sampling of a batch.
+
+    An edit enters the schedule where as many tokens are known as the image keeps, so its cost and
+    its quality are those of the last steps of a whole image.
 
     Args:
-        config: config of the transformer, whose `order` decides.
-        key_B: one key per image.
-        keep_BL: True at positions that come first; ignored with raster order and causal attention.
+        config: config of the transformer.
+        options: checked sampling options.
+        keep_BL: True where an image of an edit keeps its token; None for whole images.
+        group_count: number of loops; see `UnmaskingSchedule`.
+
+    Raises:
+        InputError: `options.steps` is more than there are tokens.
     """
-    L = config.length
-    order_BL = jnp.broadcast_to(jnp.arange(L, dtype=jnp.int32), (len(key_B), L))
-    if config.order == "random":
-        order_key_B = stream_keys(key_B, ImageStream.ORDER)
-        order_BL = jax.vmap(jax.random.permutation)(order_key_B, order_BL)
-    elif config.attention == "causal":
-        return order_BL
-    if keep_BL is None:
-        return order_BL
-    drawn_BL = ~_take(keep_BL, order_BL)
-    return _take(order_BL, jnp.argsort(drawn_BL, axis=1, stable=True))
+    steps = config.length if config.causal else options.steps
+    schedule = UnmaskingSchedule(config.length, steps, group_count)
+    kept_B = np.zeros(1, int) if keep_BL is None else np.sum(keep_BL, axis=1)
+    groups = schedule.groups(int(kept_B.min()), int(kept_B.max()))
+    return SamplingSetup(options, schedule, groups, guided=options.guidance != 1)
 
 
-def draw_noise(config: MARConfig, key_B: jax.Array) -> Noise:
-    """Returns a source of normal noise: a function of an image's key, place and draw alone."""
-    noise_key_B = stream_keys(key_B, ImageStream.NOISE)
-    fold_in = jax.random.fold_in
-
-    def noise(place_Bm, number):
-        def of_token(key, place):
-            key = fold_in(fold_in(key, place), number)
-            return jax.random.normal(key, config.head.token_shape)
-
-        return jax.vmap(jax.vmap(of_token, (None, 0)))(noise_key_B, place_Bm)
-
-    return noise
+def check_sampling(config: MARConfig, options: MAROptions) -> MAROptions:
+    """Returns checked options; raises InputError where they do not suit this model."""
+    options = options.check()
+    if not config.causal and options.steps > config.length:
+        raise InputError(
+            f"steps={options.steps}: must be at most {config.length}, the number of tokens"
+        )
+    return options
 
 
 def sample_mar_tokens(
@@ -68,12 +168,12 @@ def sample_mar_tokens(
     params: PyTree,
     label_B: jax.Array,
     key_B: jax.Array,
-    plan: SamplingPlan,
+    setup: SamplingSetup,
     known: KnownTokens | None = None,
     compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
     *,
     order_BL: jax.Array | None = None,
-    noise: Noise | None = None,
+    noise: SamplingNoise | None = None,
 ) -> jax.Array:
     """Samples all tokens of images; meant to be jitted as a whole.
 
@@ -82,212 +182,101 @@ def sample_mar_tokens(
         params: parameters of the transformer.
         label_B: classes; `config.classes` means "no class".
         key_B: one key per image, see `image_keys`.
-        plan: plan from `make_plan`; for an edit, made for at least as many kept tokens as `known`
-            has.
+        setup: setup from `make_setup`; for an edit, made for at least as many kept tokens as
+            `known` has.
         known: tokens to keep; None for whole images.
         compute: number format and execution of the transformer.
         order_BL: positions in the order in which they become known; None to draw it.
-        noise: source of the normal noise; None to draw it.
+        noise: source of the noise; None to draw it from the keys.
 
     Returns:
-        Tokens by place, (B, L, Z) float32 or (B, L) int32.
+        Tokens by position, (B, L, Z) float32 or (B, L) int32.
     """
-    B, L = len(label_B), config.length
-    if plan.guided:  # both streams as one batch, the conditional one first
-        label_B = jnp.concatenate([label_B, jnp.full_like(label_B, config.classes)])
+    B, L, head = len(label_B), config.length, config.head
     if order_BL is None:
         order_BL = draw_orders(config, key_B, None if known is None else known.keep_BL)
+    if noise is None:
+        noise = functools.partial(head.sampling_noise, stream_keys(key_B, ImageStream.NOISE))
     if known is None:
-        shape = B, L, *config.head.token_shape
-        known = KnownTokens(jnp.zeros(shape, config.head.token_dtype), jnp.zeros((B, L), bool))
-    if isinstance(config.head, DiffusionHead):
-        draw = functools.partial(_draw_continuous, noise=noise or draw_noise(config, key_B))
-    else:
-        draw = functools.partial(_draw_categorical, key_B=key_B)
-    draw = functools.partial(draw, config, params, plan, compute)
-    loop = _causal_loop if config.attention == "causal" else _masked_loop
-    return loop(config, params, label_B, order_BL, plan, known, compute, draw)
+        token_BL = jnp.zeros((B, L, *head.token_shape), head.token_dtype)
+        known = KnownTokens(token_BL, jnp.zeros((B, L), bool))
+    network = head.network(params, compute)
 
+    def draw(z, position_Bm, number):
+        noise_of_draw = functools.partial(noise, position_Bm)
+        return head.draw(network, z, noise_of_draw, setup.draw_settings(number))
 
-def _masked_loop(config, params, label_B, order_BL, plan, known, compute, draw):
-    """Masked autoregression: several tokens a step, of which all see all known ones."""
+    # With guidance the network computes both streams as one batch, the conditional one first.
+    streams = 2 if setup.guided else 1
+    if setup.guided:
+        label_B = jnp.concatenate([label_B, jnp.full_like(label_B, config.classes)])
     apply = bind_mar(config, params, compute)
-    class_BC = apply(label_B, method="class_vectors")
-    L, streams = config.length, len(label_B) // len(order_BL)
-    kept_B1 = jnp.sum(known.keep_BL, axis=1, keepdims=True)
-    # So that a slice of the order may begin anywhere; the places behind the last are never drawn.
-    widest = max((bucket.new for bucket in plan.buckets), default=0)
-    ahead_BL = jnp.pad(order_BL, ((0, 0), (0, widest)), constant_values=L)
+    class_BC = apply(label_B, method=MAR.class_vectors)
 
-    def step(bucket, token_BL, x):
-        number, start, stop = x
-        place_Bn = order_BL[:, : bucket.known]
-        known_Bn = jnp.arange(bucket.known)[None] < jnp.maximum(start, kept_B1)
-        z_BLC = apply(
-            *(_repeat(a, streams) for a in (_take(token_BL, place_Bn), place_Bn, known_Bn)),
-            class_BC,
-            method="hidden",
-        )
-        place_Bm = jax.lax.dynamic_slice_in_dim(ahead_BL, start, bucket.new, axis=1)
-        position_1m = start + jnp.arange(bucket.new)[None]
-        wanted_Bm = (position_1m < stop) & (position_1m >= kept_B1)
-        z_BmC = _take(z_BLC, _repeat(jnp.minimum(place_Bm, L - 1), streams))
-        token_Bm = draw(z_BmC, place_Bm, number)
-        target_Bm = jnp.where(wanted_Bm, place_Bm, L)
-        put = jax.vmap(lambda all_L, place_m, new_m: all_L.at[place_m].set(new_m, mode="drop"))
-        return put(token_BL, target_Bm, token_Bm)
+    def repeat(*arrays):
+        return (jnp.concatenate([x_B] * streams) for x_B in arrays)
 
-    token_BL = known.token_BL
-    for bucket in plan.buckets:
-        body = functools.partial(step, bucket)
-        places = np.array(plan.schedule.known)
-        numbers = np.array(bucket.steps)
-        xs = (numbers, places[numbers], places[numbers + 1])
-        token_BL, _ = jax.lax.scan(lambda c, x, f=body: (f(c, x), None), token_BL, xs)
-    return token_BL
+    def hidden(token_Bn, position_Bn, known_Bn):
+        inputs = repeat(token_Bn, position_Bn, known_Bn)
+        return jnp.split(apply(*inputs, class_BC, method=MAR.hidden), streams)
+
+    def causal_hidden_first(position_B):
+        z_BC, cache = apply(*repeat(position_B), class_BC, method=causal_first)
+        return jnp.split(z_BC, streams), cache
+
+    def causal_hidden_next(token_B, position_B, next_B, number, cache):
+        inputs = repeat(token_B, position_B, next_B)
+        z_BC, cache = apply(*inputs, number, cache, method=causal_next)
+        return jnp.split(z_BC, streams), cache
+
+    if config.causal:
+        return sample_causal(causal_hidden_first, causal_hidden_next, draw, known, order_BL)
+    return sample_masked(hidden, draw, known, order_BL, setup.groups)
 
 
-def _causal_loop(config, params, label_B, order_BL, plan, known, compute, draw):
-    """Autoregression: one token a step, which sees those before it in the order."""
-    apply = bind_mar(config, params, compute)
-    streams = len(label_B) // len(order_BL)
-
-    def choose(z_BC, token_BL, place_B, number):
-        place_B1 = place_B[:, None]
-        token_B1 = draw(z_BC[:, None], place_B1, number)
-        keep_B1, kept_B1 = _take(known.keep_BL, place_B1), _take(known.token_BL, place_B1)
-        keep_B1 = keep_B1.reshape(keep_B1.shape + (1,) * (token_B1.ndim - 2))
-        token_B1 = jnp.where(keep_B1, kept_B1, token_B1)
-        return jax.vmap(lambda all_L, place, new: all_L.at[place].set(new))(
-            token_BL, place_B, token_B1[:, 0]
-        )
-
-    def step(carry, x):
-        token_BL, cache = carry
-        number, place_B, next_B = x
-        last_B = _take(token_BL, place_B[:, None])[:, 0]
-        last_B, place_B, following_B = (_repeat(a, streams) for a in (last_B, place_B, next_B))
-        z_BC, cache = apply(last_B, place_B, following_B, number, cache, method=causal_next)
-        return (choose(z_BC, token_BL, next_B, number + 1), cache), None
-
-    class_BC = apply(label_B, method="class_vectors")
-    first_B = order_BL[:, 0]
-    z_BC, cache = apply(_repeat(first_B, streams), class_BC, method=causal_start)
-    token_BL = choose(z_BC, known.token_BL, first_B, 0)
-    numbers = np.arange(config.length - 1)
-    xs = (numbers, order_BL[:, :-1].T, order_BL[:, 1:].T)
-    (token_BL, _), _ = jax.lax.scan(step, (token_BL, cache), xs)
-    return token_BL
-
-
-def _draw_continuous(config, params, plan, compute, z_BmC, place_Bm, number, *, noise):
-    """Draws tokens (B, m, Z) by undoing diffusion; `number` is that of the step."""
-    (B, m), options, (Z,) = place_Bm.shape, plan.options, config.head.token_shape
-    mlp = bind_denoiser(config.head, params, compute)
-    cond_NE = mlp(z_BmC.reshape(-1, config.hidden_width), method="condition")
-    scale = _guidance(plan, number)
-
-    def denoise(xt_NZ, t_1):
-        if not plan.guided:
-            return mlp(xt_NZ, t_1, cond_NE)
-        out_N2Z = mlp(jnp.concatenate([xt_NZ, xt_NZ]), t_1, cond_NE)
-        noise_NZ, value_NZ = jnp.split(out_N2Z, 2, axis=-1)
-        return jnp.concatenate([guide(noise_NZ, scale), value_NZ[: B * m]], axis=-1)
-
-    schedules = plan.noise_schedules
-    steps: Any = len(schedules[0].timestep_J)
-    coefficients = schedules[0].coefficients()
-    if len(set(schedules)) > 1:
-        counts = [len(schedule.timestep_J) for schedule in schedules]
-        steps = jnp.asarray(counts)[number]
-        tables = jax.tree.map(
-            lambda *row: np.stack([np.pad(x, (0, max(counts) - len(x))) for x in row]),
-            *(schedule.coefficients() for schedule in schedules),
-        )
-        coefficients = tables.at(number)
-    token_NZ = reverse_diffusion(
-        denoise,
-        coefficients,
-        steps,
-        lambda j: noise(place_Bm, j).reshape(-1, Z),
-        options.temperature,
-        options.clip_denoised,
-    )
-    return token_NZ.reshape(B, m, Z)
-
-
-def _draw_categorical(config, params, plan, compute, z_BmC, place_Bm, number, *, key_B):
-    """Draws codes (B, m) from the softmax of guided logits."""
-    logits_BmV = bind_mar(config, params, compute)(z_BmC, method="logits")
-    if plan.guided:
-        logits_BmV = guide(logits_BmV, _guidance(plan, number))
-    noise_key_B = stream_keys(key_B, ImageStream.NOISE)
-
-    def gumbel(key, place):
-        return jax.random.gumbel(jax.random.fold_in(key, place), logits_BmV.shape[-1:])
-
-    gumbel_BmV = jax.vmap(jax.vmap(gumbel, (None, 0)))(noise_key_B, place_Bm)
-    # The argmax of logits and noise is a draw from the softmax of logits / temperature.
-    code_Bm = jnp.argmax(logits_BmV + plan.options.temperature * gumbel_BmV, axis=-1)
-    # An argmax hides NaN: a code that is none shows it.
-    finite_Bm = jnp.all(jnp.isfinite(logits_BmV), axis=-1)
-    return jnp.where(finite_Bm, code_Bm, NOT_FINITE).astype(jnp.int32)
-
-
-def _guidance(plan, number):
-    """The scale of guidance at a step: 1 is none."""
-    share = plan.schedule.guidance_share(plan.options.guidance_schedule)
-    return 1 + (plan.options.guidance - 1) * jnp.asarray(share)[number]
-
-
-def _take(x_BL, place_Bn):
-    """Rows of (B, L, …) at places, (B, n, …)."""
-    return jax.vmap(lambda x_L, place_n: x_L[place_n])(x_BL, place_Bn)
-
-
-def _repeat(x_B, streams):
-    """Repeats a batch for each stream of guidance."""
-    return jnp.concatenate([x_B] * streams)
-
-
-def mar_sampling_bytes(
-    tokenizer: TokenizerConfig | None,
-    config: MARConfig,
-    batch: int,
-    compute: ComputeConfig,
-    plan: SamplingPlan,
-) -> int:
-    """Estimates how much memory a device needs, in addition to the weights, to sample a batch.
-
-    It is that of the transformer, of the head or of the decoder, whichever is the most.
+def sample_masked(
+    hidden: Callable[..., Any],
+    draw: Callable[..., jax.Array],
+    known: KnownTokens,
+    order_BL: jax.Array,
+    groups: Sequence[StepGroup],
+) -> jax.Array:
+    """Draws several tokens per step, each set from all tokens known before it.
 
     Args:
-        tokenizer: config of the tokenizer, if there is one.
-        config: config of the transformer.
-        batch: number of images on the device.
-        compute: number format and execution of the transformer.
-        plan: plan of the sampling steps.
+        hidden: (tokens, positions, whether known), (B, n) each -> z, a tree of (B, L, C).
+        draw: (z at m positions, a tree of (B, m, C), positions (B, m), step number) -> tokens
+            (B, m).
+        known: tokens to keep; with nothing to keep for a whole image.
+        order_BL: positions in the order in which they are drawn, those to keep first.
+        groups: the steps, in groups of equal padded size.
+
+    Returns:
+        Tokens by position, as `known.token_BL`.
     """
-    rows, item = batch * (2 if plan.guided else 1), compute.jax_dtype.itemsize
-    tokens, C = config.buffer_size + config.length, max(config.width, config.hidden_width)
-    new = max(bucket.new for bucket in plan.buckets)
-    # Of a token in a layer: residual stream and norm in float32; q, k, v, and twice the MLP's inner
-    # width; and the attention matrix with its softmax.
-    heads = max(config.encoder_heads, config.decoder_heads)
-    of_token = C * (2 * 4 + 11 * item) + heads * tokens * 2 * 4
-    if config.attention == "causal":  # both stacks' caches, and what a layer of each reads
-        widths = config.width, config.hidden_width
-        layers = config.encoder_depth + 1, config.decoder_depth + 1
-        channels = sum(n * width for n, width in zip(layers, widths, strict=True))
-        cache, new = 2 * channels * rows * tokens * item, 1
-        transformer = cache + rows * config.buffer_size * of_token
-    else:
-        transformer = rows * tokens * of_token
-    if isinstance(config.head, DiffusionHead):  # three signals a block; as compiled, 22 more
-        head = rows * new * config.head.width * (3 * config.head.depth + 22) * 4
-    else:
-        head = rows * new * config.head.vocab * 3 * 4
-    decoder = 0
-    if tokenizer is not None:
-        decoder = decoding_bytes(batch, tokenizer.image_shape, tokenizer.width)
-    return max(transformer, head, decoder)
+    L = order_BL.shape[1]
+    kept_B1 = jnp.sum(known.keep_BL, axis=1, keepdims=True)
+    # Padded, so that a slice may begin anywhere. There is no position L: nothing is written there.
+    most_new = max((group.new for group in groups), default=0)
+    padded_order_BL = jnp.pad(order_BL, ((0, 0), (0, most_new)), constant_values=L)
+
+    def draw_set(group, token_BL, step):
+        number, start, stop = step
+        # 1. Known tokens: the start of the order, padded to the group's size.
+        position_Bn = order_BL[:, : group.known]
+        known_Bn = jnp.arange(group.known)[None] < jnp.maximum(start, kept_B1)
+        z = hidden(take_at(token_BL, position_Bn), position_Bn, known_Bn)
+        # 2. New tokens: the next part of the order, padded likewise.
+        position_Bm = jax.lax.dynamic_slice_in_dim(padded_order_BL, start, group.new, axis=1)
+        rank_1m = start + jnp.arange(group.new)[None]
+        new_Bm = (rank_1m < stop) & (rank_1m >= kept_B1)
+        # 3. Draw and write; padding is dropped.
+        z = jax.tree.map(lambda z_BLC: take_at(z_BLC, jnp.minimum(position_Bm, L - 1)), z)
+        token_Bm = draw(z, position_Bm, number)
+        return put_at(token_BL, jnp.where(new_Bm, position_Bm, L), token_Bm), None
+
+    token_BL = known.token_BL
+    for group in groups:
+        steps = np.array(group.steps), np.array(group.counts[:-1]), np.array(group.counts[1:])
+        token_BL, _ = jax.lax.scan(functools.partial(draw_set, group), token_BL, steps)
+    return token_BL

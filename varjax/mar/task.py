@@ -11,17 +11,10 @@ import numpy as np
 from varjax.checkpoints.weights import open_weights, read_frozen_tokenizer, read_generator
 from varjax.errors import InputError, check_setting
 from varjax.mar.latents import TokenizerConfig, check_latents_fit, decode_tokens, encode_tokens
-from varjax.mar.losses import (
-    content_keys,
-    draw_losses,
-    known_count,
-    mask_ratio,
-    masked_mean,
-    token_losses,
-)
-from varjax.mar.model import DiffusionHead, MARConfig
-from varjax.mar.options import MAROptions, check_sampling, make_plan
-from varjax.mar.sample import sample_mar_tokens
+from varjax.mar.losses import LossDraws, TokenLosses, content_keys, masked_mean, token_losses
+from varjax.mar.masking import known_count, mask_ratio
+from varjax.mar.model import MARConfig
+from varjax.mar.sample import MAROptions, check_sampling, make_setup, sample_mar_tokens
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS
 from varjax.nn.rng import ImageStream, stream_keys
@@ -47,14 +40,14 @@ from varjax.trees import PyTree
 
 # As the reference: matrices and all tables outside of the denoising MLP.
 DECAYED = r"^(?!head/).*(kernel|embedding|_embed|mask_token)$"
-NOISE_LEVELS, SHARES = 10, 4  # bins of losses in evaluation
+NOISE_BINS, KNOWN_BINS = 10, 4  # of losses in evaluation
 
 
 @dataclasses.dataclass(frozen=True)
 class MARTask:
-    """Trains a transformer to predict masked tokens (MAR, section 3).
+    """Trains a transformer to predict masked tokens (MAR).
 
-    The state's average is what samples are drawn from. Raises InputError for a value out of range.
+    Samples are drawn from the averaged parameters. Raises InputError for a value out of range.
 
     Attributes:
         model: config of the transformer.
@@ -122,8 +115,8 @@ class MARTask:
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
         weights = open_weights(location)
-        there, params, _ = read_generator(weights, "mar", "MARTask", MARConfig, MAROptions)
-        return params, matching_mar_rows(self.model, there)
+        config, params, _ = read_generator(weights, "mar", "MARTask", MARConfig, MAROptions)
+        return params, matching_mar_rows(self.model, config)
 
     def frozen(self) -> PyTree:
         """Reads the tokenizer's parameters; raises InputError where they are another's."""
@@ -135,9 +128,9 @@ class MARTask:
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array, plan: Plan
     ) -> tuple[TrainState, Metrics]:
-        """Makes one update, with one share of masked tokens for the whole batch."""
-        share_key, key = jax.random.split(jax.random.fold_in(key, state.step))
-        known = known_count(self.model.length, mask_ratio(share_key, self.min_mask_ratio))
+        """Makes one update, with one mask ratio for the whole batch."""
+        ratio_key, key = jax.random.split(jax.random.fold_in(key, state.step))
+        known = known_count(self.model.length, mask_ratio(ratio_key, self.min_mask_ratio))
         batch = batch | {
             "key_B": example_keys(key, len(batch["label_B"])),
             "known_B": jnp.broadcast_to(known, batch["label_B"].shape),
@@ -166,51 +159,70 @@ class MARTask:
         label_key_B = stream_keys(key_B, ImageStream.LABEL)
         drop = jax.vmap(drop_labels, (0, 0, None, None))
         label_B = drop(label_key_B, label_B, self.class_dropout, self.model.classes)
-        rates = self.diffusion_batch_mul, self.attention_dropout, self.dropout
-        draws = draw_losses(self.model, key_B, batch["known_B"], *rates)
-        of = self._token_losses(params, frozen, batch, label_B, draws)
-        masked_BL = of["masked_BL"]
-        means = {name: masked_mean(of[f"{name}_BL"], masked_BL) for name in self._loss_names}
+        draws = LossDraws.from_keys(
+            self.model,
+            key_B,
+            batch["known_B"],
+            repeats=self.diffusion_batch_mul,
+            attention_dropout=self.attention_dropout,
+            dropout=self.dropout,
+        )
+        losses = self.token_losses(params, frozen, batch | {"label_B": label_B}, draws)
+        masked_BL = losses.masked_BL
+        means = {name: masked_mean(x_BL, masked_BL) for name, x_BL in losses.means_BL().items()}
         return means["loss"], means | {"masked": jnp.mean(masked_BL.astype(jnp.float32))}
+
+    def token_losses(
+        self, params: PyTree, frozen: PyTree, batch: Batch, draws: LossDraws
+    ) -> TokenLosses:
+        """Computes the losses of all tokens of a batch of images or latents, with "key_B"."""
+        posterior_key_B = stream_keys(batch["key_B"], ImageStream.LATENT)
+        token_BL = jax.lax.stop_gradient(
+            encode_tokens(self.tokenizer, self.model, frozen, batch, posterior_key_B, self.compute)
+        )
+        label_B, max_known = batch["label_B"], self.max_known
+        return token_losses(self.model, params, token_BL, label_B, draws, max_known, self.compute)
+
+    @property
+    def max_known(self) -> int:
+        """The largest number of tokens of an image that are not masked."""
+        return self.model.length - math.ceil(self.model.length * self.min_mask_ratio)
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
         return train_flops(self, state, frozen, batch)
 
     def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
         """Draws masks, noise levels and noise by each image's own numbers, always the same."""
-        key_B, L = content_keys(batch), self.model.length
-        share_B = jax.vmap(mask_ratio, (0, None))(
-            stream_keys(key_B, ImageStream.MASK_RATIO), self.min_mask_ratio
-        )
-        known_B = known_count(L, share_B)
-        draws = draw_losses(self.model, key_B, known_B, self.diffusion_batch_mul)
-        of = self._token_losses(
-            state.params, frozen, batch | {"key_B": key_B}, batch["label_B"], draws
-        )
-        weight_BL = of["masked_BL"] & batch["valid_B"][:, None]
-        weight_BL = weight_BL.astype(jnp.float32)
-        images_B = batch["valid_B"].astype(jnp.float32)
-        count_B1 = jnp.sum(of["masked_BL"].astype(jnp.float32), axis=1, keepdims=True)
-        by_image_BL = weight_BL / count_B1
+        key_B = content_keys(batch)
+        ratio_key_B = stream_keys(key_B, ImageStream.MASK_RATIO)
+        ratio_B = jax.vmap(mask_ratio, (0, None))(ratio_key_B, self.min_mask_ratio)
+        known_B = known_count(self.model.length, ratio_B)
+        draws = LossDraws.from_keys(self.model, key_B, known_B, self.diffusion_batch_mul)
+        losses = self.token_losses(state.params, frozen, batch | {"key_B": key_B}, draws)
+        means_BL = losses.means_BL()
+        # Images that only fill up the batch weigh 0, as do known tokens.
+        image_B = batch["valid_B"].astype(jnp.float32)
+        masked_BL = losses.masked_BL.astype(jnp.float32)
+        weight_BL = masked_BL * image_B[:, None]
+        mean_weight_BL = weight_BL / jnp.sum(masked_BL, axis=1, keepdims=True)
         sums: dict[str, Any] = {
-            name: jnp.sum(of[f"{name}_BL"] * by_image_BL) for name in self._loss_names
+            name: jnp.sum(x_BL * mean_weight_BL) for name, x_BL in means_BL.items()
         }
-        most = L - math.ceil(L * self.min_mask_ratio) + 1
-        share_bin_B = jnp.minimum(known_B * SHARES // most, SHARES - 1)
-        loss_B = jnp.sum(of["loss_BL"] * by_image_BL, axis=1)
-        sums["loss_by_known"] = _binned(share_bin_B, loss_B * images_B, images_B, SHARES)
-        if draws.timestep_BLU is not None:
-            level_BLU = draws.timestep_BLU * NOISE_LEVELS // TRAINING_STEPS
-            weight_BLU = jnp.broadcast_to(weight_BL[..., None], level_BLU.shape)
-            loss_BLU = of["loss_BLU"] * weight_BLU
-            sums["loss_by_noise"] = _binned(level_BLU, loss_BLU, weight_BLU, NOISE_LEVELS)
-        return sums | {"images": jnp.sum(images_B)}
+        known_bin_B = jnp.minimum(known_B * KNOWN_BINS // (self.max_known + 1), KNOWN_BINS - 1)
+        loss_B = jnp.sum(means_BL["loss"] * mean_weight_BL, axis=1)
+        sums["loss_by_known"] = _binned(known_bin_B, loss_B * image_B, image_B, KNOWN_BINS)
+        if draws.noise is not None:
+            noise_bin_BLU = draws.noise.timestep_BLU * NOISE_BINS // TRAINING_STEPS
+            weight_BLU = jnp.broadcast_to(weight_BL[..., None], noise_bin_BLU.shape)
+            loss_BLU = losses.loss_BLU * weight_BLU
+            sums["loss_by_noise"] = _binned(noise_bin_BLU, loss_BLU, weight_BLU, NOISE_BINS)
+        return sums | {"images": jnp.sum(image_B)}
 
     def eval_metrics(self, sums: PyTree) -> dict[str, Any]:
-        """Returns means over images, and means by noise level and by share of known tokens.
+        """Returns means over images, and means by noise level and by number of known tokens.
 
         `loss_by_noise` has ten equal ranges of timesteps, least noise first; `loss_by_known` four
-        of the number of known tokens, fewest first. A range that holds nothing is NaN.
+        ranges of the number of known tokens, fewest first. An empty range is NaN.
         """
         images, arrays = sums.pop("images"), {}
         for name in ("loss_by_known", "loss_by_noise"):
@@ -228,41 +240,22 @@ class MARTask:
         return {"samples": samples, "reconstructions": rebuilt}
 
     def sampler(self) -> ImageSampler:
-        plan = make_plan(self.model, check_sampling(self.model, self.sampling))
+        setup = make_setup(self.model, check_sampling(self.model, self.sampling))
 
         def draw(params, frozen, label_B, key_B):
-            drawn = self.model, params, label_B, key_B, plan, None, self.compute
-            tokens = sample_mar_tokens(*drawn)
+            tokens = sample_mar_tokens(
+                self.model, params, label_B, key_B, setup, compute=self.compute
+            )
             return decode_tokens(self.tokenizer, self.model, frozen, tokens, self.compute)
 
         return draw
-
-    @property
-    def _loss_names(self) -> tuple[str, ...]:
-        diffusion = isinstance(self.model.head, DiffusionHead)
-        return ("loss", "mse", "vlb") if diffusion else ("loss", "accuracy")
-
-    def _token_losses(self, params, frozen, batch, label_B, draws) -> dict[str, jax.Array]:
-        """`token_losses` of a batch of images or latents, as "loss_BL" and its parts."""
-        posterior_key_B = stream_keys(batch["key_B"], ImageStream.LATENT)
-        drawn = batch, posterior_key_B, self.compute
-        token_BL = encode_tokens(self.tokenizer, self.model, frozen, *drawn)
-        L = self.model.length
-        most_known = L - math.ceil(L * self.min_mask_ratio)
-        token_BL = jax.lax.stop_gradient(token_BL)
-        of = token_losses(self.model, params, token_BL, label_B, draws, most_known, self.compute)
-        if not isinstance(self.model.head, DiffusionHead):
-            names = {"loss_BL": "cross_entropy_BL", "accuracy_BL": "correct_BL"}
-            return of | {ours: of[name] for ours, name in names.items()}
-        of["loss_BLU"] = of["mse_BLU"] + of["vlb_BLU"]
-        return of | {f"{n}_BL": jnp.mean(of[f"{n}_BLU"], axis=-1) for n in self._loss_names}
 
 
 def matching_mar_rows(here: MARConfig, there: MARConfig) -> MatchingRows:
     """Finds rows of the embeddings that mean the same in both, where the whole tables do not.
 
-    With other classes that is none of them; with another map of tokens or another buffer, the
-    positions of the buffer's tokens that both have, and no place of the map.
+    With other classes, no row of the class embedding does. With another grid of tokens or another
+    buffer, the positions of the buffer's tokens that both have do, and no position of the grid.
 
     Returns:
         {parameter: (rows here, rows there)}.
@@ -277,7 +270,7 @@ def matching_mar_rows(here: MARConfig, there: MARConfig) -> MatchingRows:
     return rows
 
 
-def _binned(number, total, count, bins):
-    """Sums (total, count) of each bin, (bins,) each."""
-    chosen = jax.nn.one_hot(number.reshape(-1), bins)
+def _binned(index, total, count, bins):
+    """Sums totals and counts by bin, (bins,) each."""
+    chosen = jax.nn.one_hot(index.reshape(-1), bins)
     return total.reshape(-1) @ chosen, count.reshape(-1) @ chosen

@@ -14,9 +14,10 @@ from varjax.convert.name_maps.name_map import (
     tensor_shape,
 )
 from varjax.errors import InputError, check_setting
+from varjax.mar.heads import DiffusionHead
 from varjax.mar.latents import check_latents_fit
-from varjax.mar.model import DiffusionHead, MARConfig
-from varjax.mar.options import MAROptions
+from varjax.mar.model import MARConfig
+from varjax.mar.sample import MAROptions
 from varjax.tokenizers.kl.model import KLConfig
 
 HEADS = {768: 12, 1024: 16, 1280: 16}  # of the official models, by width
@@ -72,10 +73,10 @@ def mar_table(config: MARConfig) -> list[Link]:
 
     Raises InputError for variants that the official code does not have.
     """
-    if config.attention != "bidirectional" or not isinstance(config.head, DiffusionHead):
+    if config.causal or not isinstance(config.head, DiffusionHead):
         raise InputError(
-            f"a MAR with attention={config.attention!r} and a {type(config.head).__name__} has no "
-            "official counterpart; that has attention='bidirectional' and a DiffusionHead"
+            f"a MAR with causal={config.causal} and a {type(config.head).__name__} has no official "
+            "counterpart; that has causal=False and a DiffusionHead"
         )
     links = [
         Link("class_emb.weight", ("class_embed",)),

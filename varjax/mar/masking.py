@@ -1,0 +1,156 @@
+"""Which tokens are known: their order, the fraction that is masked, and how many a step draws."""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varjax.errors import InputError
+from varjax.mar.model import MARConfig
+from varjax.nn.rng import ImageStream, stream_keys
+
+Array = np.ndarray | jax.Array
+
+MASK_MEAN, MASK_STD = 1.0, 0.25  # of the mask ratio's normal distribution, before it is truncated
+MAX_GROUPS = 8  # loops of a sampling program
+MIN_GROUP_STEPS = 4  # with fewer, compiling takes longer than the padding costs
+
+
+def draw_orders(config: MARConfig, key_B: jax.Array, keep_BL: jax.Array | None = None) -> jax.Array:
+    """Draws the order in which positions become known, (B, L) int32.
+
+    Args:
+        config: config of the transformer, whose `order` decides.
+        key_B: one key per image.
+        keep_BL: True at positions that come first; ignored by a causal model in raster order.
+    """
+    order_BL = jnp.broadcast_to(
+        jnp.arange(config.length, dtype=jnp.int32), (len(key_B), config.length)
+    )
+    if config.order == "random":
+        order_key_B = stream_keys(key_B, ImageStream.ORDER)
+        order_BL = jax.vmap(jax.random.permutation)(order_key_B, order_BL)
+    elif config.causal:
+        return order_BL
+    if keep_BL is None:
+        return order_BL
+    return take_at(order_BL, jnp.argsort(~take_at(keep_BL, order_BL), axis=1, stable=True))
+
+
+def take_at(x_BL: Array, position_Bn: Array) -> jax.Array:
+    """Takes the entries (B, n, …) of (B, L, …) at each image's positions."""
+    return jax.vmap(lambda x_L, position_n: x_L[position_n])(x_BL, position_Bn)
+
+
+def put_at(x_BL: jax.Array, position_Bn: jax.Array, new_Bn: jax.Array) -> jax.Array:
+    """Replaces the entries of (B, L, …) at each image's positions; position L is ignored."""
+
+    def put(x_L, position_n, new_n):
+        return x_L.at[position_n].set(new_n, mode="drop")
+
+    return jax.vmap(put)(x_BL, position_Bn, new_Bn)
+
+
+def mask_ratio(key: jax.Array, min_mask_ratio: float) -> jax.Array:
+    """Draws the fraction of tokens to mask: normal around 1, truncated to [min_mask_ratio, 1]."""
+    lower = (min_mask_ratio - MASK_MEAN) / MASK_STD
+    return MASK_MEAN + MASK_STD * jax.random.truncated_normal(key, lower, 0.0)
+
+
+def known_count(length: int, ratio: jax.Array | float) -> jax.Array:
+    """Returns how many of `length` tokens are known where a fraction `ratio` is masked."""
+    return length - jnp.ceil(length * jnp.asarray(ratio)).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepGroup:
+    """Some consecutive steps, computed in arrays of one size.
+
+    Attributes:
+        steps: numbers of the steps.
+        counts: number of known tokens before each of the steps, and after the last one.
+        known: largest number of tokens that the encoder reads.
+        new: largest number of tokens that a step draws.
+    """
+
+    steps: range
+    counts: tuple[int, ...]
+    known: int
+    new: int
+
+
+@dataclasses.dataclass(frozen=True)
+class UnmaskingSchedule:
+    """Draws more tokens per step the more are known, along a cosine, as MaskGIT and MAR do.
+
+        schedule = UnmaskingSchedule(length=256, steps=64)
+        schedule.known  # (0, 1, 2, …, 256)
+
+    Raises InputError for a number of steps that is not 1 … length.
+
+    Attributes:
+        length: number of tokens L.
+        steps: number of sampling steps, 1 … L.
+        group_count: number of loops that compute the steps; 0 for one per step, None for a number
+            that suits them.
+    """
+
+    length: int
+    steps: int
+    group_count: int | None = None
+
+    def __post_init__(self):
+        if not 1 <= self.steps <= self.length or self.steps != int(self.steps):
+            raise InputError(
+                f"steps={self.steps}: must be a whole number, 1 … {self.length} (the number of "
+                "tokens)"
+            )
+
+    @functools.cached_property
+    def masked_after(self) -> tuple[int, ...]:
+        """Number of masked tokens after each step by the cosine, at least 1."""
+        masked, counts = self.length, []
+        for i in range(self.steps):
+            cosine = math.floor(self.length * np.cos(np.pi / 2 * (i + 1) / self.steps))
+            masked = max(1, min(masked - 1, cosine))
+            counts.append(masked)
+        return tuple(counts)
+
+    @functools.cached_property
+    def known(self) -> tuple[int, ...]:
+        """Number of known tokens before each step, and L at the end."""
+        return 0, *(self.length - masked for masked in self.masked_after[:-1]), self.length
+
+    def guidance_fraction(self, kind: str) -> np.ndarray:
+        """Returns the fraction of the guidance at each step, (steps,): "linear" or "constant"."""
+        if kind == "constant":
+            return np.ones(self.steps, np.float32)
+        return 1 - np.array(self.masked_after, np.float32) / self.length
+
+    def groups(self, min_kept: int = 0, max_kept: int = 0) -> tuple[StepGroup, ...]:
+        """Groups the steps into loops.
+
+        Args:
+            min_kept: smallest number of tokens known at the start, over the images of a batch;
+                groups that draw no further token are left out.
+            max_kept: largest number of tokens known at the start, over the images of a batch.
+        """
+        count = self.group_count
+        if count is None:
+            count = min(MAX_GROUPS, math.ceil(self.steps / MIN_GROUP_STEPS))
+        count = min(count or self.steps, self.steps)
+        edges = [i * self.steps // count for i in range(count + 1)]
+        # Rounded up to eighths of all tokens, so that few sizes of a mask are compiled.
+        unit = math.ceil(self.length / MAX_GROUPS)
+        kept = min(math.ceil(max_kept / unit) * unit, self.length)
+        groups = []
+        for start, stop in itertools.pairwise(edges):
+            counts = self.known[start : stop + 1]
+            if counts[-1] > min_kept:
+                new = max(after - before for before, after in itertools.pairwise(counts))
+                groups.append(StepGroup(range(start, stop), counts, max(counts[-2], kept), new))
+        return tuple(groups)
