@@ -13,7 +13,7 @@ import numpy as np
 from varjax import trees
 from varjax.checkpoints.weights import WeightsDir, open_weights
 from varjax.convert.apply_map import official_buffers, to_official
-from varjax.convert.diffusers_layout import diffusers_config, with_diffusers_names
+from varjax.convert.kl_files import diffusers_config, with_diffusers_names
 from varjax.convert.name_maps import name_map_of
 from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.weights_dir import new_directory, write_converted, write_files

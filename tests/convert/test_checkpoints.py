@@ -12,8 +12,8 @@ from tests.convert.test_kl_layouts import convert_file, tiny
 from tests.golden import weights
 from tests.helpers.checkpoint_files import write_nested
 from tests.helpers.conversion import refused
-from varjax.convert.infer_config import find_kind
-from varjax.convert.state_dicts import find_state_dicts
+from varjax.convert.from_torch import find_kind
+from varjax.convert.official_files import find_state_dicts
 from varjax.errors import InputError
 from varjax.storage.safetensors_io import write_safetensors
 

@@ -20,7 +20,7 @@ from tests.helpers.conversion import assert_official_files, refused
 from varjax import trees
 from varjax.convert import ConvertOptions, apply_map, convert, weights_dir
 from varjax.convert.__main__ import main
-from varjax.convert.infer_config import find_kind
+from varjax.convert.from_torch import find_kind
 from varjax.convert.pth.write import write_pth
 from varjax.export import export_torch
 from varjax.models import read_model, read_tokenizer

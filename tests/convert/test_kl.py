@@ -16,7 +16,7 @@ from tests.helpers.conversion import assert_official_files, refused
 from varjax.checkpoints.weights import abstract_params
 from varjax.convert import ConvertOptions, apply_map, convert
 from varjax.convert.__main__ import main
-from varjax.convert.infer_config import find_kind
+from varjax.convert.from_torch import find_kind
 from varjax.convert.pth.write import write_pth
 from varjax.export import export_torch
 from varjax.models import read_tokenizer

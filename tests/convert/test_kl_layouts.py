@@ -15,10 +15,10 @@ from tests.helpers import golden_kl as golden
 from tests.helpers.checkpoint_files import write_nested
 from tests.helpers.conversion import assert_official_files
 from varjax.checkpoints.weights import abstract_params
-from varjax.convert import ConvertOptions, apply_map, convert, latent_units
+from varjax.convert import ConvertOptions, apply_map, convert, kl_files
 from varjax.convert.__main__ import main
-from varjax.convert.diffusers_layout import with_official_names
-from varjax.convert.infer_config import find_kind
+from varjax.convert.from_torch import find_kind
+from varjax.convert.kl_files import with_official_names
 from varjax.convert.sources import sha256_of
 from varjax.errors import InputError
 from varjax.export import export_torch
@@ -191,7 +191,7 @@ def test_the_scale_is_told_by_flag_file_or_digest(tmp_path, capsys, monkeypatch)
     ):
         convert_file(tmp_path / "vae.ckpt", tmp_path / "out")
     (digest,) = sha256_of([tmp_path / "vae.ckpt"]).values()
-    monkeypatch.setitem(latent_units.KNOWN_FILES, digest, (0.125, 0.5))
+    monkeypatch.setitem(kl_files.KNOWN_FILES, digest, (0.125, 0.5))
     found = convert_file(tmp_path / "vae.ckpt", tmp_path / "out")
     assert found[2] == 8 and found[0] == dataclasses.replace(config, latent_shift=0.5)
     said = capsys.readouterr().err

@@ -18,10 +18,11 @@ from tests.mar import golden
 from varjax.config import config_tree
 from varjax.convert import ConvertOptions, apply_map, convert
 from varjax.convert.__main__ import main
-from varjax.convert.infer_config import Source, find_kind, infer_configs
+from varjax.convert.from_torch import find_kind, infer_configs
 from varjax.convert.name_maps import MAR
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
+from varjax.convert.sources import Source
 from varjax.errors import InputError
 from varjax.export import export_torch
 from varjax.mar.heads import CategoricalHead

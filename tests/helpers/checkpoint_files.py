@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from varjax.convert.pth import write
-from varjax.convert.pth.legacy import MAGIC
-from varjax.convert.pth.read import read_checkpoint
+from varjax.convert.pth.read import MAGIC, read_checkpoint
 
 DATA = np.arange(24, dtype=np.float32)
 MACHINE = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"long": 4}}

@@ -23,7 +23,7 @@ from tests.helpers.checkpoint_files import (
 )
 from varjax.checkpoints.weights import abstract_params
 from varjax.convert.apply_map import official_buffers, to_official
-from varjax.convert.pth.legacy import MAGIC
+from varjax.convert.pth.read import MAGIC
 from varjax.convert.pth.write import write_pth
 from varjax.mar.heads import DiffusionHead
 from varjax.mar.model import MARConfig

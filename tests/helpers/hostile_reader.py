@@ -24,11 +24,12 @@ from varjax.analysis.run_log import read_run_log
 from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.checkpoints.weights import open_weights
 from varjax.convert.apply_map import lazy_leaves
+from varjax.convert.from_torch import find_kind, infer_configs
 from varjax.convert.inception import read_graph
-from varjax.convert.infer_config import Source, find_kind, infer_configs
 from varjax.convert.name_maps.name_map import ConvertOptions
+from varjax.convert.official_files import find_state_dicts, own_tensors
 from varjax.convert.pth.read import read_checkpoint
-from varjax.convert.state_dicts import find_state_dicts, own_tensors
+from varjax.convert.sources import Source
 from varjax.data import transforms
 from varjax.errors import InputError
 from varjax.metrics import references

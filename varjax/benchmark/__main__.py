@@ -22,7 +22,6 @@ NAMES = ("sample", "train", "evaluate", "data", "tpu", "checksum", "partitioning
 def main(arguments: list[str]) -> int:
     """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
     name = arguments[0] if arguments else ""
-    name = "partitioning" if name == "scaling" else name  # its name of before
     if name in ("-h", "--help"):
         print(__doc__)
         return 0

@@ -11,8 +11,7 @@ import numpy as np
 from varjax import trees
 from varjax.checkpoints.weights import abstract_params
 from varjax.convert.name_maps import NAME_MAPS, name_map_of
-from varjax.convert.name_maps.link import Link
-from varjax.convert.name_maps.name_map import ConvertOptions, Tensors
+from varjax.convert.name_maps.name_map import ConvertOptions, Link, Tensors
 from varjax.errors import InputError
 from varjax.storage.safetensors_io import LazyArray, Tensor
 from varjax.storage.untrusted import abridged, shown

@@ -8,20 +8,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from varjax.convert.apply_map import is_weight, lazy_leaves
-from varjax.convert.diffusers_layout import with_official_names
-from varjax.convert.infer_config import Source, find_kind, infer_configs
-from varjax.convert.latent_units import with_latent_units
+from varjax.convert.kl_files import with_latent_units, with_official_names
 from varjax.convert.name_maps import NAME_MAPS
-from varjax.convert.name_maps.name_map import ConvertOptions, Tensors
-from varjax.convert.shards import local_files, read_files
-from varjax.convert.sources import Problems, errors_naming, sha256_of, warn_not_finite
-from varjax.convert.state_dicts import (
+from varjax.convert.name_maps.name_map import ConvertOptions, NameMap, Tensors
+from varjax.convert.official_files import (
     AVERAGED,
+    HMAR,
+    HMAR_NAMES,
     TRAINER_KEYS,
     averaged_key,
     find_state_dicts,
+    local_files,
     own_tensors,
+    read_files,
 )
+from varjax.convert.sources import Problems, Source, errors_naming, sha256_of, warn_not_finite
 from varjax.convert.weights_dir import (
     CONVERT_OPTIONS,
     check_weights_dir,
@@ -148,3 +149,65 @@ def _source(files: Sequence[pathlib.Path], flag: str, held: Tensors) -> Source:
         left_out = ", ".join(abridged(others))
         print(f"note: {path}: not of {kind.description}, left out: {left_out}", file=sys.stderr)
     return Source(path, kind, own, held, tuple(files))
+
+
+def infer_configs(sources: Mapping[str, Source], options: ConvertOptions) -> dict[str, Any]:
+    """Infers the configs of models that belong together.
+
+    Args:
+        sources: source of each part: "tokenizer", "var" or "mar".
+        options: settings of the models that the files do not contain.
+
+    Returns:
+        The config of each part.
+
+    Raises:
+        InputError: names the file that lacks tensors or contradicts itself, or says how the models
+            do not fit each other.
+    """
+    tokenizer = sources.get("tokenizer")
+    models = [source for part, source in sources.items() if tokenizer and part != "tokenizer"]
+    for source in models:
+        assert tokenizer is not None
+        if source.kind.reads not in (None, tokenizer.kind.config):
+            raise InputError(
+                f"{source.path}: {source.kind.description} does not read the latents of "
+                f"{tokenizer.kind.description}, which {tokenizer.path} holds"
+            )
+    configs = {}
+    # A model of latents comes first: of its tokenizer it knows more than the tokenizer's file. But
+    # what the latents are, only that file knows.
+    if tokenizer:
+        with errors_naming(tokenizer.path):
+            options = tokenizer.kind.model_options(tokenizer.tensors, options)
+    for part in sorted(sources, key=lambda part: part == "tokenizer"):
+        source = sources[part]
+        with errors_naming(source.path):
+            configs[part] = source.kind.infer(source.tensors, options)
+        options = source.kind.tokenizer_options(configs[part], options)
+    for source in models:
+        if source.kind.check_fit:
+            source.kind.check_fit(configs["tokenizer"], configs[source.kind.part])
+    return configs
+
+
+def find_kind(tensors: Tensors, flag: str) -> NameMap:
+    """Finds the name map of official tensors; raises InputError if `flag` does not take them."""
+    if foreign := [n for n in tensors if n.startswith(HMAR_NAMES)]:
+        raise InputError(f"holds {HMAR}, by its {foreign[0]}, which varjax does not have")
+    found = next(
+        (kind for kind in NAME_MAPS if {kind.known_by, kind.prefix + kind.known_by} & set(tensors)),
+        None,
+    )
+    if found is None:
+        known = " nor ".join(kind.description for kind in NAME_MAPS)
+        names = " nor ".join(kind.known_by for kind in NAME_MAPS)
+        raise InputError(
+            f"holds neither {known}: among its {len(tensors)} tensors is neither {names}"
+        )
+    if found.flag != flag:
+        wanted = next(kind.description for kind in NAME_MAPS if kind.flag == flag)
+        raise InputError(
+            f"holds {found.description}, not {wanted}; give it as --{found.flag} instead"
+        )
+    return found

@@ -10,10 +10,10 @@ import numpy as np
 
 from varjax import trees
 from varjax.convert.apply_map import leaves_by_table
-from varjax.convert.name_maps.link import Link, norm_links
+from varjax.convert.name_maps.name_map import Link, norm_links
+from varjax.convert.official_files import find_state_dicts
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
-from varjax.convert.state_dicts import find_state_dicts
 from varjax.convert.tensorflow_graph import TensorFlowGraph
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
 from varjax.errors import InputError

@@ -1,6 +1,7 @@
 """The files that weights come from: which they were, and messages about them."""
 
 import contextlib
+import dataclasses
 import hashlib
 import pathlib
 import sys
@@ -9,11 +10,30 @@ from collections.abc import Collection, Iterator
 import numpy as np
 from tqdm import tqdm
 
-from varjax.convert.name_maps.name_map import Tensors
+from varjax.convert.name_maps.name_map import NameMap, Tensors
 from varjax.errors import InputError
 from varjax.storage.untrusted import abridged
 
 CHUNK_BYTES = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Holds what was read for one part of a directory of weights.
+
+    Attributes:
+        path: path of the file, or of the index of its parts.
+        kind: kind of model that the file holds.
+        tensors: official tensors, all from that model.
+        held: all tensors of the file, by the names used in it.
+        files: `path` and the paths of its parts.
+    """
+
+    path: pathlib.Path
+    kind: NameMap
+    tensors: Tensors
+    held: Tensors = dataclasses.field(default_factory=dict)
+    files: tuple[pathlib.Path, ...] = ()
 
 
 @contextlib.contextmanager

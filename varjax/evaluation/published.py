@@ -1,68 +1,18 @@
-"""Holds what the authors of released models report, and checks what may be compared with it."""
+"""Compares measurements with what the authors of released models report, where both fit."""
 
 import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from varjax.convert.name_maps import NAME_MAPS
+from varjax.convert.name_maps.name_map import PublishedResult
 from varjax.convert.pretrained import RELEASES
 from varjax.convert.weights_dir import CONVERT_OPTIONS
-from varjax.mar.model import MARConfig
-from varjax.mar.sample import MAROptions
 from varjax.metrics.features import INCEPTION
 from varjax.models import open_model
-from varjax.var.model import VARConfig
-from varjax.var.sample import VAROptions
 
 COUNT = 50  # samples of each class
-# ADM's statistics of ImageNet's training set, and MAR's copy of them. Nobody has published their
-# digests, so the file is known by its name.
-REFERENCE_256 = ("VIRTUAL_imagenet256_labeled.npz", "adm_in256_stats.npz")
-REFERENCE_512 = ("VIRTUAL_imagenet512.npz",)
-MAR_STEPS = 256  # of all published results, four times as many as samples need to look well
-
-
-@dataclasses.dataclass(frozen=True)
-class PublishedResult:
-    """Holds metrics that authors report, and the settings that they were measured with.
-
-    Attributes:
-        weights: name of the released model in `varjax.convert.pretrained.RELEASES`.
-        metrics: published values by key, as in `varjax.metrics.report.ROWS`.
-        options: values of all sampling options.
-        references: names of files with the reference's statistics.
-    """
-
-    weights: str
-    metrics: Mapping[str, float]
-    options: VAROptions | MAROptions
-    references: tuple[str, ...] = REFERENCE_256
-
-
-def _var(depth: int, fid: float, references: tuple[str, ...] = REFERENCE_256) -> PublishedResult:
-    options = VAROptions(guidance=2.5, top_k=900, top_p=0.96)
-    return PublishedResult(f"var_d{depth}", {"fid": fid}, options, references)
-
-
-def _mar(size: str, guidance: float, temperature: float, **metrics: float) -> PublishedResult:
-    options = MAROptions(guidance=guidance, temperature=temperature, steps=MAR_STEPS)
-    return PublishedResult(f"mar_{size}", metrics, options)
-
-
-# VAR: arXiv 2404.02905, its first version. MAR: arXiv 2406.11838, with and without guidance.
-RESULTS = (
-    _var(16, 3.55),
-    _var(20, 2.95),
-    _var(24, 2.33),
-    _var(30, 1.97),
-    _var(36, 2.63, REFERENCE_512),
-    _mar("b", 2.9, 1.0, fid=2.31, inception_score=281.7),
-    _mar("l", 3.0, 1.0, fid=1.78, inception_score=296.0),
-    _mar("h", 3.2, 1.0, fid=1.55, inception_score=303.7),
-    _mar("b", 1.0, 0.95, fid=3.48),
-    _mar("l", 1.0, 0.95, fid=2.60),
-    _mar("h", 1.0, 0.95, fid=2.35),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,31 +44,28 @@ def compare_settings(measurement: Measurement) -> tuple[PublishedResult | None, 
         measurement only where nothing differs.
     """
     name = released_sizes(measurement.config)
-    results = [result for result in RESULTS if result.weights == name]
-    if not results:
+    if name is None:
         return None, []
-    weights = _weights_differ(measurement.location, results[0].weights)
-    pairs = [(result, weights + _differences(measurement, result)) for result in results]
+    weights = _weights_differ(measurement.location, name)
+    pairs = [(r, weights + _differences(measurement, r)) for r in RELEASES[name].results]
     return min(pairs, key=lambda pair: len(pair[1]))
 
 
-def evaluation_options(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns `given` sampling options, with the published steps of a released MAR by default."""
-    name = released_sizes(config) or ""
-    return ({"steps": MAR_STEPS} if name.startswith("mar_") else {}) | dict(given)
+def evaluation_options(config: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `chosen` sampling options; those left out are as published for this model's size."""
+    name = released_sizes(config)
+    return (dict(RELEASES[name].evaluation_options) if name else {}) | dict(chosen)
 
 
 def released_sizes(config: Any) -> str | None:
     """Returns the name of the released model of these sizes, whatever its weights are, or None."""
-    for name in dict.fromkeys(result.weights for result in RESULTS):
-        kind, _, size = name.partition("_")
-        preset = VARConfig.preset(size) if kind == "var" else MARConfig.preset(name)
-        family = ("depth", "scales") if kind == "var" else ("encoder_depth", "head", "latent_map")
-        compared = "width", "classes", *family
-        if type(config) is type(preset) and all(
-            getattr(config, field) == getattr(preset, field) for field in compared
-        ):
-            return name
+    for kind in NAME_MAPS:
+        for name, release in kind.releases.items():
+            if type(config) is type(release.config) and all(
+                getattr(config, field) == getattr(release.config, field)
+                for field in kind.size_fields
+            ):
+                return name
     return None
 
 

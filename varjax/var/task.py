@@ -40,7 +40,7 @@ class TokenLosses(NamedTuple):
     """Holds losses of each token under teacher forcing.
 
     Attributes:
-        tokens_BL: target codes.
+        tokens_BL: codes of the targets.
         cross_entropy_BL: cross-entropy of the target.
         correct_BL: 1 where the target is the likeliest code, else 0.
         objective_BL: loss to train on, the cross-entropy with label smoothing.

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from tests.helpers.checkpoint_files import DATA, legacy_file, plain, refusal, stored, tensor
-from varjax.convert.pth.legacy import MAGIC
-from varjax.convert.pth.read import read_checkpoint
+from varjax.convert.pth.read import MAGIC, read_checkpoint
 
 HALF = np.arange(6, dtype=np.float16)
 

@@ -9,10 +9,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.helpers.checkpoint_files import DATA, archive, entries, refusal, tensor
+from varjax.convert.official_files import find_state_dicts
 from varjax.convert.pth.allowed import STORAGES
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
-from varjax.convert.state_dicts import find_state_dicts
 
 RNG = np.random.default_rng(0)
 

@@ -4,8 +4,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-from varjax.convert.name_maps.link import Link, conv_links, norm_links
-from varjax.convert.name_maps.name_map import Tensors, count_numbers, tensor_shape
+from varjax.convert.name_maps.name_map import (
+    Link,
+    Tensors,
+    conv_links,
+    count_numbers,
+    norm_links,
+    tensor_shape,
+)
 from varjax.errors import InputError
 from varjax.storage.untrusted import shown
 

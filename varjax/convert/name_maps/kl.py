@@ -10,12 +10,13 @@ from varjax.convert.name_maps.autoencoder import (
     infer_attention,
     infer_autoencoder,
 )
-from varjax.convert.name_maps.link import Link, conv_links
 from varjax.convert.name_maps.name_map import (
     ConvertOptions,
+    Link,
     NameMap,
     Release,
     Tensors,
+    conv_links,
     tensor_shape,
 )
 from varjax.errors import InputError, check_setting

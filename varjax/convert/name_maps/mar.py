@@ -2,15 +2,19 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 from varjax.convert.name_maps.kl import KL_FILE, KL_SHA256, MAR_COMMIT, MAR_PAGE, MAR_REPO
-from varjax.convert.name_maps.link import Link, linear_links, norm_links
 from varjax.convert.name_maps.name_map import (
     ConvertOptions,
+    Link,
     NameMap,
+    PublishedResult,
     Release,
     Tensors,
     count_numbers,
+    linear_links,
+    norm_links,
     tensor_shape,
 )
 from varjax.errors import InputError, check_setting
@@ -22,6 +26,7 @@ from varjax.tokenizers.kl.model import KLConfig
 
 HEADS = {768: 12, 1024: 16, 1280: 16}  # of the official models, by width
 HEAD_SIZE = 64  # of others
+PUBLISHED_STEPS = 256  # of all published results, four times as many as samples need to look well
 GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}  # of the published results, by width
 LATENT_CHANNELS = KLConfig.latent_channels  # of every official model
 CHECKPOINT = "checkpoint-last.pth"
@@ -160,10 +165,23 @@ def _infer_latent_map(length: int, patch: int, options: ConvertOptions) -> tuple
     return h * patch, w * patch
 
 
-def _release(name: str, repo: str | None = None) -> Release:
-    files = {"mar": CHECKPOINT, "kl": KL_FILE}
+def _release(size: str, guided: Mapping[str, float], unguided_fid: float) -> Release:
+    config = MARConfig.preset(f"mar_{size}")
+    repo = MAR_REPO if size == "b" else None  # no hub is known to have the others' averaged weights
     sha256 = KL_SHA256 | (CHECKPOINT_SHA256 if repo else {})
-    return Release(repo, files, MAR_COMMIT, sha256, f"{MAR_PAGE} (the links of {name} and KL-16)")
+    page = f"{MAR_PAGE} (the links of MAR-{size.upper()} and KL-16)"
+    guidance = MAROptions(guidance=GUIDANCE[config.width], steps=PUBLISHED_STEPS)
+    no_guidance = MAROptions(guidance=1.0, temperature=0.95, steps=PUBLISHED_STEPS)
+    return Release(
+        repo,
+        {"mar": CHECKPOINT, "kl": KL_FILE},
+        MAR_COMMIT,
+        sha256,
+        page,
+        config,
+        (PublishedResult(guided, guidance), PublishedResult({"fid": unguided_fid}, no_guidance)),
+        evaluation_options={"steps": PUBLISHED_STEPS},
+    )
 
 
 MAR = NameMap(
@@ -178,10 +196,10 @@ MAR = NameMap(
     sampling=mar_sampling,
     reads=KLConfig,
     check_fit=check_latents_fit,
-    # Of the larger ones no hub is known to have the averaged weights.
-    releases={
-        "mar_b": _release("MAR-B", MAR_REPO),
-        "mar_l": _release("MAR-L"),
-        "mar_h": _release("MAR-H"),
+    releases={  # with arXiv 2406.11838's results, with and without guidance
+        "mar_b": _release("b", {"fid": 2.31, "inception_score": 281.7}, 3.48),
+        "mar_l": _release("l", {"fid": 1.78, "inception_score": 296.0}, 2.60),
+        "mar_h": _release("h", {"fid": 1.55, "inception_score": 303.7}, 2.35),
     },
+    size_fields=("width", "classes", "encoder_depth", "head", "latent_map"),
 )

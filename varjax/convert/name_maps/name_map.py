@@ -1,16 +1,93 @@
-"""The record of one kind of official model, and helpers for telling its sizes from its tensors."""
+"""Records that describe one kind of official model: its tensors, sizes and published weights."""
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
 
 import numpy as np
 
-from varjax.convert.name_maps.link import Link
 from varjax.errors import InputError
 from varjax.storage.safetensors_io import Tensor
 from varjax.storage.untrusted import shown
+
+# Orders of axes: (out, in) and OIHW of PyTorch <-> (in, out) and HWIO here.
+TO_OURS = {"linear": (1, 0), "conv": (2, 3, 1, 0)}
+TO_OFFICIAL = {"linear": (1, 0), "conv": (3, 2, 0, 1)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """Connects one official tensor with the parameters that hold its numbers.
+
+        Link("head.weight", ("head/kernel",), "linear")
+        Link("blocks.3.attn.mat_qkv.weight", ("q/kernel", "k/kernel", "v/kernel"), "linear", 3)
+        Link("attn.k.weight", ("qkv/kernel",), "conv", part=(1, 3))
+
+    Attributes:
+        official: name of the official tensor.
+        ours: paths of our parameters; if there are several, they divide the tensor's first axis
+            equally.
+        layout: "linear" (out, in) <-> (in, out); "conv" OIHW <-> HWIO; "plain" equal except for
+            axes of length 1.
+        index: position along the leading (stacked) axis of our parameter, or None.
+        ones: for "plain", the official shape's axes of length 1.
+        part: (i, n) if the tensor is number i of n that divide the last axis of our parameter
+            equally; None if the parameter is not divided.
+    """
+
+    official: str
+    ours: tuple[str, ...]
+    layout: Literal["plain", "linear", "conv"] = "plain"
+    index: int | None = None
+    ones: tuple[int, ...] = ()
+    part: tuple[int, int] | None = None
+
+    def to_ours(self, tensor: np.ndarray, path: str) -> np.ndarray:
+        """Returns the official tensor's numbers for its part of the parameter at `path`: a view."""
+        part = np.split(tensor, len(self.ours))[self.ours.index(path)]
+        return part if self.layout == "plain" else part.transpose(TO_OURS[self.layout])
+
+    def to_official(self, leaves: list[np.ndarray]) -> np.ndarray:
+        """Joins the numbers of all of `ours` into the official tensor, but for axes of length 1."""
+        if self.part is not None:
+            i, n = self.part
+            leaves = [np.split(leaf, n, axis=-1)[i] for leaf in leaves]
+        if self.layout != "plain":
+            leaves = [leaf.transpose(TO_OFFICIAL[self.layout]) for leaf in leaves]
+        return np.concatenate(leaves)
+
+    def official_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the official shape for the shape of one of `ours`, stacked axis included."""
+        if self.index is not None:
+            shape = shape[1:]
+        if self.part is not None:
+            shape = (*shape[:-1], shape[-1] // self.part[1])
+        if self.layout == "plain":
+            for axis in self.ones:
+                shape = (*shape[:axis], 1, *shape[axis:])
+        else:
+            shape = tuple(shape[axis] for axis in TO_OFFICIAL[self.layout])
+        return (shape[0] * len(self.ours), *shape[1:])
+
+
+def linear_links(official: str, ours: str, index: int | None = None) -> Iterator[Link]:
+    """Yields the links of a dense layer, optionally at `index` of stacked layers."""
+    yield Link(f"{official}.weight", (f"{ours}/kernel",), "linear", index)
+    yield Link(f"{official}.bias", (f"{ours}/bias",), index=index)
+
+
+def conv_links(official: str, ours: str, part: tuple[int, int] | None = None) -> Iterator[Link]:
+    """Yields the links of a convolution, optionally as a `part` of ours."""
+    yield Link(f"{official}.weight", (f"{ours}/kernel",), "conv", part=part)
+    yield Link(f"{official}.bias", (f"{ours}/bias",), part=part)
+
+
+def norm_links(official: str, ours: str, index: int | None = None) -> Iterator[Link]:
+    """Yields the links of a normalization with scale and bias, optionally at `index`."""
+    yield Link(f"{official}.weight", (f"{ours}/scale",), index=index)
+    yield Link(f"{official}.bias", (f"{ours}/bias",), index=index)
+
 
 # Describing a model takes time and memory by its sizes, and a small file can claim any.
 MAX_MODEL_SIZE, MAX_LAYERS = 2**20, 2**8
@@ -35,7 +112,7 @@ class ConvertOptions:
         image_size: pixels of both sides, or (height, width), of a KL tokenizer's images. None for
             the size of the MAR transformer's square map if there is one, else 256.
         latent_scale: factor on a KL tokenizer's latents, 1 / standard deviation. None for the value
-            in its file, or the known value for that file; see `varjax.convert.latent_units`.
+            in its file, or the known value for that file; see `varjax.convert.kl_files`.
         latent_shift: number subtracted from the latents before scaling. None as for the scale, else
             0.
         mar_heads: attention heads of a MAR transformer's encoder and decoder. None for those of the
@@ -58,6 +135,27 @@ class ConvertOptions:
     ema: bool | None = None
 
 
+# ADM's statistics of ImageNet's training set, and MAR's copy of them. Nobody has published their
+# digests, so the file is known by its name.
+REFERENCE_256 = ("VIRTUAL_imagenet256_labeled.npz", "adm_in256_stats.npz")
+REFERENCE_512 = ("VIRTUAL_imagenet512.npz",)
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedResult:
+    """Holds metrics that authors report, and the settings that they were measured with.
+
+    Attributes:
+        metrics: published values by key, as in `varjax.metrics.report.ROWS`.
+        options: values of all sampling options.
+        references: names of files with the reference's statistics.
+    """
+
+    metrics: Mapping[str, float]
+    options: Any
+    references: tuple[str, ...] = REFERENCE_256
+
+
 @dataclasses.dataclass(frozen=True)
 class Release:
     """Names published checkpoints that together make one directory of weights.
@@ -69,6 +167,9 @@ class Release:
         commit: commit of the repository, since branches move.
         sha256: known SHA-256 of each file at that commit, by file name.
         page: page from which a person downloads the files, if they are not in the repository.
+        config: config of the transformer; None for a tokenizer.
+        results: metrics that the authors report.
+        evaluation_options: sampling options of all these results that are not the defaults.
     """
 
     repo: str | None
@@ -76,6 +177,9 @@ class Release:
     commit: str
     sha256: Mapping[str, str]
     page: str = ""
+    config: Any = None
+    results: tuple[PublishedResult, ...] = ()
+    evaluation_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def address(self) -> str:
@@ -113,6 +217,7 @@ class NameMap:
         check_fit: (tokenizer config, config) -> None; raises InputError if the model cannot read
             that tokenizer's latents. None for a tokenizer.
         releases: published models, by the names that `varjax.load` takes.
+        size_fields: fields of the config by which a model of a published size is recognized.
     """
 
     part: str
@@ -135,6 +240,7 @@ class NameMap:
     reads: type | None = None
     check_fit: Callable[[Any, Any], None] | None = None
     releases: Mapping[str, Release] = dataclasses.field(default_factory=dict)
+    size_fields: tuple[str, ...] = ()
 
 
 def tensor_shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:

@@ -6,13 +6,17 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from varjax.convert.name_maps.link import Link, linear_links
 from varjax.convert.name_maps.name_map import (
+    REFERENCE_256,
+    REFERENCE_512,
     ConvertOptions,
+    Link,
     NameMap,
+    PublishedResult,
     Release,
     Tensors,
     count_numbers,
+    linear_links,
     tensor_shape,
 )
 from varjax.convert.name_maps.vq import COMMIT, REPO, TOKENIZER_FILE, TOKENIZER_SHA256
@@ -26,7 +30,8 @@ from varjax.var.sample import VAROptions
 
 HEAD_SIZE = 64  # of every official transformer
 HEAD_SCALES = "blocks.0.attn.scale_mul_1H11"
-RELEASED_DEPTHS = (16, 20, 24, 30, 36)  # for 256 pixels, the last for 512
+# By depth, arXiv 2404.02905, its first version; for 256 pixels, the last for 512.
+PUBLISHED_FID = {16: 3.55, 20: 2.95, 24: 2.33, 30: 1.97, 36: 2.63}
 
 # Of the files at COMMIT, as public projects that downloaded them have recorded. Nobody has recorded
 # that of var_d36.pth.
@@ -154,6 +159,20 @@ def _tokens_per_level(level_1L: np.ndarray, count: int, length: int) -> list[int
     return np.bincount(level_L.astype(np.int64)).tolist()
 
 
+def _release(depth: int, fid: float) -> Release:
+    config = VARConfig.preset(f"d{depth}")
+    options = VAROptions(guidance=2.5, top_k=900, top_p=0.96)
+    references = REFERENCE_256 if config.scales == SCALES_256 else REFERENCE_512
+    return Release(
+        REPO,
+        {"tokenizer": TOKENIZER_FILE, "var": f"var_d{depth}.pth"},
+        COMMIT,
+        TOKENIZER_SHA256 | SHA256,
+        config=config,
+        results=(PublishedResult({"fid": fid}, options, references),),
+    )
+
+
 VAR = NameMap(
     part="var",
     flag="var",
@@ -169,13 +188,6 @@ VAR = NameMap(
     reads=VQConfig,
     check_fit=check_fit,
     sampling=lambda config: VAROptions(),
-    releases={
-        f"var_d{depth}": Release(
-            REPO,
-            {"tokenizer": TOKENIZER_FILE, "var": f"var_d{depth}.pth"},
-            COMMIT,
-            TOKENIZER_SHA256 | SHA256,
-        )
-        for depth in RELEASED_DEPTHS
-    },
+    releases={f"var_d{depth}": _release(depth, fid) for depth, fid in PUBLISHED_FID.items()},
+    size_fields=("width", "classes", "depth", "scales"),
 )

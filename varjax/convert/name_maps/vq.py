@@ -3,12 +3,13 @@
 import numpy as np
 
 from varjax.convert.name_maps.autoencoder import autoencoder_links, infer_autoencoder
-from varjax.convert.name_maps.link import Link, conv_links
 from varjax.convert.name_maps.name_map import (
     ConvertOptions,
+    Link,
     NameMap,
     Release,
     Tensors,
+    conv_links,
     count_numbers,
     tensor_shape,
 )
