@@ -42,7 +42,7 @@ from varjax.metrics.features import FeatureStore
 from varjax.sampling.outputs import NpzOutput
 from varjax.storage import files, read_errors
 from varjax.training.checkpoint import Checkpoints
-from varjax.training.frozen_weights import frozen_weights
+from varjax.training.initial_weights import frozen_weights
 
 KINDS = ("removed", "halved", "zeroed", "emptied", "swapped")
 TASK = tiny.Tiny(width=4)

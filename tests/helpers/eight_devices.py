@@ -14,9 +14,8 @@ from varjax.mar.task import MARTask
 from varjax.nn.compute import ComputeConfig
 from varjax.training import sharding
 from varjax.training.optimizer import AdamW
-from varjax.training.prefetch import put_batch
 from varjax.training.setup import jit_train_step
-from varjax.training.sharding import MeshShape
+from varjax.training.sharding import MeshShape, put_batch
 from varjax.training.task import Plan
 from varjax.training.train_step import SKIPPED
 from varjax.var.task import VARTask

@@ -20,7 +20,7 @@ from tests.helpers import tiny
 from varjax.errors import StorageError
 from varjax.runtime import distributed
 from varjax.storage import read_errors
-from varjax.training import loop, prefetch
+from varjax.training import loop, sharding
 from varjax.training.sharding import MeshShape
 
 LAST = 1  # the process that is killed and gets the signal
@@ -54,7 +54,7 @@ def inject_faults(die_in_save: int | None, terminate_in: int | None) -> None:
     """Has this process killed while it writes that step, or sent SIGTERM in that step."""
     save, take, steps = (
         ocp.CheckpointManager.save,
-        prefetch.Prefetcher.__next__,
+        sharding.Prefetcher.__next__,
         iter(range(1, 10**6)),
     )
 
@@ -77,7 +77,7 @@ def inject_faults(die_in_save: int | None, terminate_in: int | None) -> None:
         return take(batches)
 
     ocp.CheckpointManager.save = note_step
-    prefetch.Prefetcher.__next__ = take_and_terminate
+    sharding.Prefetcher.__next__ = take_and_terminate
 
 
 def fail_in_save(step: int) -> None:

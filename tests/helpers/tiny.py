@@ -16,8 +16,8 @@ from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.training import goodput, train_step
 from varjax.training.experiment import Experiment
+from varjax.training.fid_evaluation import FIDConfig
 from varjax.training.optimizer import AdamW
-from varjax.training.sample_quality import FIDConfig
 from varjax.training.task import Plan
 
 

@@ -6,7 +6,7 @@ import pytest
 from tests.helpers import tiny
 from varjax.errors import InputError
 from varjax.storage import files
-from varjax.training import frozen_weights
+from varjax.training import initial_weights
 
 
 class Weights(tiny.Tiny):
@@ -23,7 +23,7 @@ class Weights(tiny.Tiny):
 def read(folder, numbers=Weights.numbers):
     Weights.numbers, before = numbers, Weights.numbers
     try:
-        return frozen_weights.frozen_weights(Weights(), folder)["a"]["kernel"]
+        return initial_weights.frozen_weights(Weights(), folder)["a"]["kernel"]
     finally:
         Weights.numbers = before
 
@@ -77,11 +77,11 @@ def test_frozen_weights_of_the_first_process_are_waited_for(tmp_path, monkeypatc
     """Another one that does not see the file yet would train without them."""
     path = tmp_path / "frozen.safetensors"
     write = lambda: files.write_tensors(path, {"offset": np.float32(3)}, {})  # noqa: E731
-    monkeypatch.setattr(frozen_weights, "on_first_process", lambda _: True)
+    monkeypatch.setattr(initial_weights, "on_first_process", lambda _: True)
     timer = threading.Timer(0.3, write)
     timer.start()
-    assert frozen_weights.frozen_weights(tiny.Tiny(), tmp_path) == {"offset": 3}
+    assert initial_weights.frozen_weights(tiny.Tiny(), tmp_path) == {"offset": 3}
     timer.join()
-    monkeypatch.setattr(frozen_weights, "on_first_process", lambda _: False)
+    monkeypatch.setattr(initial_weights, "on_first_process", lambda _: False)
     path.unlink()
-    assert frozen_weights.frozen_weights(tiny.Tiny(), tmp_path) == {}
+    assert initial_weights.frozen_weights(tiny.Tiny(), tmp_path) == {}

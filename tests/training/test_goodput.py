@@ -7,7 +7,7 @@ import pytest
 from tests.helpers import tiny
 from varjax.training import loop
 from varjax.training.goodput import KINDS, FirstCall, Goodput, earlier_goodput
-from varjax.training.prefetch import Prefetcher
+from varjax.training.sharding import Prefetcher
 
 
 @pytest.fixture

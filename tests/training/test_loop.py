@@ -16,8 +16,8 @@ from varjax.storage import folders
 from varjax.training import loop
 from varjax.training import run_dir as checks
 from varjax.training.checkpoint import Checkpoints
+from varjax.training.fid_evaluation import FIDConfig
 from varjax.training.loop_state import Due, LoopState, Schedule, parse_keep_best
-from varjax.training.sample_quality import FIDConfig
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def test_a_preview_that_is_nan_is_said_and_not_drawn(tmp_path, capfd):
         writer.images(2, "samples", image_NHWC)
         image_NHWC[0, 0, 0, 0] = np.nan
         writer.images(3, "samples", image_NHWC)
-    assert "no preview samples of step 3: images hold NaN" in capfd.readouterr().err
+    assert "no preview samples of step 3: the images contain NaN" in capfd.readouterr().err
     assert [path.name for path in (tmp_path / "previews").iterdir()] == [
         "step_00000002_samples.png"
     ]

@@ -18,9 +18,9 @@ import pytest
 from tests.helpers import tiny
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import assert_same_run, lines
-from varjax.training import evaluate, loop
+from varjax.training import evaluator, loop
 from varjax.training.preemption import PreemptionGuard
-from varjax.training.prefetch import Prefetcher
+from varjax.training.sharding import Prefetcher
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +68,7 @@ def test_an_evaluation_that_was_made_up_for_is_not_made_again(whole, tmp_path, m
 
 def raise_at(patch, signum, place, number):
     """Has the signal come once, in the middle of a step or with a batch of the evaluation."""
-    take, placed = Prefetcher.__next__, evaluate.put_batch
+    take, placed = Prefetcher.__next__, evaluator.put_batch
     steps, batches = itertools.count(1), itertools.count()
 
     def at_step(feed):
@@ -82,7 +82,7 @@ def raise_at(patch, signum, place, number):
         return placed(*args)
 
     patch.setattr(Prefetcher, "__next__", at_step)
-    patch.setattr(evaluate, "put_batch", at_batch)
+    patch.setattr(evaluator, "put_batch", at_batch)
 
 
 def test_a_signal_may_come_while_something_is_printed(monkeypatch):

@@ -20,10 +20,9 @@ from varjax.data.sources.digits import Digits
 from varjax.errors import InputError
 from varjax.training import loop
 from varjax.training.loop_state import LoopState
-from varjax.training.prefetch import Prefetcher
 from varjax.training.run_dir import CHANGEABLE_FIELDS
 from varjax.training.setup import jit_train_step
-from varjax.training.sharding import make_mesh, shardings
+from varjax.training.sharding import Prefetcher, make_mesh, shardings
 from varjax.training.task import Plan, TrainState
 from varjax.training.train_step import DECISIVE_METRICS, SKIPPED, skip_nonfinite_updates
 

@@ -18,9 +18,9 @@ from varjax.models import read_model
 from varjax.storage import files
 from varjax.training import loop
 from varjax.training.checkpoint import Checkpoints
+from varjax.training.initial_weights import _run_and_step, warm_start_state
 from varjax.training.sharding import MeshShape, make_mesh, shardings
 from varjax.training.task import Plan
-from varjax.training.warm_start import _run_and_step, warm_start_state
 from varjax.var.model import VARConfig
 from varjax.var.task import VARTask, matching_rows
 

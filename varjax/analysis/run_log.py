@@ -12,7 +12,7 @@ from varjax.errors import InputError
 from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.storage.read_errors import retry_read
-from varjax.storage.untrusted import parse_json, shown
+from varjax.storage.untrusted import parse_metrics_line, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,25 +100,11 @@ def read_run_log(directory: str | pathlib.Path) -> RunLog:
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     text = retry_read(path.read_bytes, path) if path.is_file() else b""
     *whole, last = text.split(b"\n")
-    lines = [_parse(line) for line in whole]
+    lines = [parse_metrics_line(line) for line in whole]
     if bad := [i for i, line in enumerate(lines, 1) if line is None]:
         print(
             f"note: {path}: {len(bad)} of {len(lines)} lines are no metrics and are left out; the "
             f"first is line {bad[0]}",
             file=sys.stderr,
         )
-    return [line for line in (*lines, _parse(last)) if line]
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """Returns the numbers of a line with a step, {} for one without; None for what is no line."""
-    try:
-        data = parse_json(line)
-    except ValueError:
-        return None
-    if not isinstance(data, dict):
-        return None
-    if "step" in data and type(data["step"]) is not int:
-        return None
-    numbers = {name: x for name, x in data.items() if type(x) in (int, float, type(None))}
-    return numbers if "step" in data else {}
+    return [line for line in (*lines, parse_metrics_line(last)) if line]

@@ -172,6 +172,23 @@ def parse_json(text: str | bytes) -> Any:
     raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
 
 
+def parse_metrics_line(line: str | bytes) -> dict[str, Any] | None:
+    """Reads a line of metrics.jsonl.
+
+    Returns:
+        "step" and the numbers of the line, None for numbers that were not finite; {} for a line
+        without a step; None for what is no such line, because it is cut off or damaged.
+    """
+    try:
+        data = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(data, dict) or type(data.get("step", 0)) is not int:
+        return None
+    numbers = {name: x for name, x in data.items() if type(x) in (int, float, type(None))}
+    return numbers if "step" in data else {}
+
+
 def check_settings(settings: Any, path: str) -> None:
     """Raises InputError for a number or a list that is too large for a model's config.
 

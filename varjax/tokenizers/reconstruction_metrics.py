@@ -23,8 +23,7 @@ from varjax.tokenizers.kl.posterior_metrics import (
 from varjax.tokenizers.losses.lpips import lpips
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.token_metrics import measure_tokens, summarize_tokens, token_lines
-from varjax.training.prefetch import put_batch
-from varjax.training.sharding import MeshShape, make_mesh, on_mesh, put, replicated
+from varjax.training.sharding import MeshShape, make_mesh, on_mesh, put, put_batch, replicated
 from varjax.training.task import Batch
 from varjax.trees import PyTree
 

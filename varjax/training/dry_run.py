@@ -8,13 +8,12 @@ import jax
 
 from varjax import trees
 from varjax.storage.buckets import as_path
-from varjax.training.evaluate import Evaluator
+from varjax.training.evaluator import Evaluator
 from varjax.training.experiment import Experiment
 from varjax.training.metric_writers import flatten_metrics
-from varjax.training.prefetch import put_batch
 from varjax.training.run_dir import check_config
 from varjax.training.setup import jit_train_step, set_up
-from varjax.training.sharding import bytes_on_device, put, shardings
+from varjax.training.sharding import bytes_on_device, put, put_batch, shardings
 from varjax.training.task import check_latents
 from varjax.trees import PyTree
 

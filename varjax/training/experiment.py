@@ -10,11 +10,11 @@ import numpy as np
 from varjax.config.numbers import finite_number, seed_number, whole_number
 from varjax.errors import InputError
 from varjax.storage.buckets import in_bucket
-from varjax.training.sample_quality import FIDConfig
+from varjax.training.fid_evaluation import FIDConfig
+from varjax.training.run_writers import check_wandb
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan, Task
 from varjax.training.train_step import check_microbatches
-from varjax.training.wandb_writer import check_wandb
 
 
 class BatchLoader(Protocol):

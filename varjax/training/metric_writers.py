@@ -1,4 +1,4 @@
-"""Writes a run's numbers and pictures: metrics.jsonl, and whatever else is for watching it."""
+"""Writes a run's numbers and pictures: metrics.jsonl, and passes them to the other writers."""
 
 import json
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from varjax.errors import StorageError
 from varjax.storage import files, image_io
 from varjax.storage.buckets import LocalMirror, in_bucket
-from varjax.storage.untrusted import parse_json
+from varjax.storage.untrusted import parse_metrics_line
 from varjax.training.background_writer import BackgroundWriter
 from varjax.training.goodput import earlier_goodput
 from varjax.training.progress import say
@@ -22,12 +22,12 @@ from varjax.training.run_writers import (
     UPLOAD_SECONDS,
     PreviewWriter,
     TensorBoardWriter,
+    WandbWriter,
 )
-from varjax.training.wandb_writer import WandbWriter
 
 METRICS_FILE = "metrics.jsonl"
-DRAIN_SECONDS = 1.0  # that a checkpoint waits for the writers in the background, at most
-CLOSE_SECONDS = 5.0  # that the end of a run waits for them, at most
+DRAIN_SECONDS = 1.0  # limit on how long a checkpoint waits for the writers in the background
+CLOSE_SECONDS = 5.0  # limit on how long the end of a run waits for them
 
 
 def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
@@ -84,7 +84,7 @@ class MetricWriter:
             path = self._mirror.folder / METRICS_FILE if active else pathlib.Path(os.devnull)
             if path.is_file():
                 lines = path.read_text(errors="replace").splitlines()
-                parsed = [_parse(line) for line in lines]
+                parsed = [parse_metrics_line(line) for line in lines]
                 self.earlier_goodput = earlier_goodput([x for x in parsed if x], step)
                 kept = [
                     line
@@ -207,16 +207,6 @@ class _Uploads:
 
     def close(self) -> None:
         pass
-
-
-def _parse(line: str) -> dict[str, Any]:
-    """Returns what a line says; {} for one that is cut off or none of ours."""
-    try:
-        metrics = parse_json(line)
-    except ValueError:
-        return {}
-    known = isinstance(metrics, dict) and isinstance(metrics.get("step"), int)
-    return metrics if known else {}
 
 
 def _position(metrics: dict[str, Any]) -> tuple[int, bool]:

@@ -1,6 +1,7 @@
-"""Writers of what is only for watching a run: TensorBoard's files, and previews as PNG."""
+"""Writers of what is only for watching a run: TensorBoard, Weights & Biases, previews as PNG."""
 
 import contextlib
+import importlib
 import itertools
 import os
 import pathlib
@@ -8,7 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tensorboardX import summary
@@ -18,10 +19,12 @@ from tensorboardX.proto.event_pb2 import (
 )
 from tensorboardX.record_writer import masked_crc32c
 
-from varjax.storage import image_io
+from varjax.errors import InputError
+from varjax.storage import files, image_io
 from varjax.storage.buckets import LocalMirror
 
 UPLOAD_SECONDS = 60.0  # at least, between two uploads to a bucket
+WANDB_ID_FILE = "wandb.json"  # keeps which run of Weights & Biases this run continues
 
 _file_numbers = itertools.count()  # an error leads to another file, perhaps in the same second
 
@@ -117,3 +120,64 @@ class PreviewWriter:
 
     def close(self) -> None:
         pass
+
+
+class WandbWriter:
+    """Sends what a run logs to a project of Weights & Biases; a continued run continues there.
+
+        writer = WandbWriter("my-project", run_dir)
+        writer.scalars(50, {"loss": 1.5})
+
+    Args:
+        project: name of the project, NAME or ENTITY/NAME.
+        run_dir: directory of the run. Its path is the run's name there, and it keeps the run's id
+            and the files of the package.
+    """
+
+    def __init__(self, project: str, run_dir: pathlib.Path):
+        entity, _, name = project.rpartition("/")
+        path, config = run_dir / WANDB_ID_FILE, run_dir / "config.json"
+        self._package, self._mirror = _wandb_package(), LocalMirror(run_dir)
+        self._run = self._package.init(
+            project=name,
+            entity=entity or None,
+            name=str(run_dir),
+            id=files.read_json(path)["id"] if path.exists() else None,
+            resume="allow",
+            dir=str(self._mirror.folder),
+            config=files.read_json(config) if config.exists() else None,
+        )
+        files.write_json(path, {"project": project, "id": self._run.id})
+        # A run that continues after a kill logs some steps again, which the package's own step
+        # counter would refuse.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+
+    def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Sends numbers by name."""
+        self._run.log({"step": step, **metrics})
+
+    def picture(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        """Sends a uint8 picture."""
+        self._run.log({"step": step, name: self._package.Image(picture_HWC)})
+
+    def close(self) -> None:
+        """Ends the connection once all is sent."""
+        self._run.finish()
+        self._mirror.close()
+
+
+def check_wandb(project: str) -> None:
+    """Raises InputError where a project is named but the package is missing; "" names none."""
+    if project:
+        _wandb_package()
+
+
+def _wandb_package() -> Any:
+    """Imports Weights & Biases' package, which is not among varjax's dependencies."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise InputError(
+            f"the setting wandb needs its package ({error}): pip install wandb, or leave it empty"
+        ) from error

@@ -12,19 +12,19 @@ from jax.sharding import Mesh
 from varjax.errors import InputError
 from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import Checkpoints
-from varjax.training.evaluate import Evaluator
+from varjax.training.evaluator import Evaluator
 from varjax.training.experiment import BatchLoader, Experiment
-from varjax.training.frozen_weights import frozen_weights
+from varjax.training.fid_evaluation import FIDEvaluator
 from varjax.training.goodput import FirstCall, Goodput, ThroughputMeter
+from varjax.training.initial_weights import forked_state, frozen_weights, warm_start_state
 from varjax.training.loop_state import LoopState, Schedule, parse_keep_best
 from varjax.training.metric_writers import MetricWriter
 from varjax.training.preemption import PreemptionGuard
-from varjax.training.prefetch import Prefetcher
 from varjax.training.progress import ProgressReporter, say
 from varjax.training.reporter import StepReporter
 from varjax.training.run_dir import check_same_data
-from varjax.training.sample_quality import SampleQuality
 from varjax.training.sharding import (
+    Prefetcher,
     check_batch_size,
     make_mesh,
     on_mesh,
@@ -37,7 +37,6 @@ from varjax.training.sharding import (
 from varjax.training.step_profiler import StepProfiler
 from varjax.training.task import Plan, Task, TrainState, check_latents
 from varjax.training.train_step import StepFn, skip_nonfinite_updates
-from varjax.training.warm_start import forked_state, warm_start_state
 from varjax.training.watchdog import Watchdog
 from varjax.trees import PyTree
 
@@ -130,7 +129,7 @@ class Run:
     frozen: PyTree
     batches: Prefetcher
     evaluator: Evaluator
-    fid: SampleQuality | None
+    fid: FIDEvaluator | None
     loop_state: LoopState
     checkpoints: Checkpoints
     best: Checkpoints
@@ -200,7 +199,7 @@ def prepare(
     evaluator = Evaluator(task, loader, frozen, mesh, experiment.batch_size, compiling)
     fid = None
     if experiment.fid.every:
-        fid = SampleQuality(
+        fid = FIDEvaluator(
             experiment.fid,
             task,
             experiment.data,
@@ -302,7 +301,7 @@ def prepare(
 
 
 def check_keep_best(
-    experiment: Experiment, abstract: TrainState, evaluator: Evaluator, fid: SampleQuality | None
+    experiment: Experiment, abstract: TrainState, evaluator: Evaluator, fid: FIDEvaluator | None
 ) -> None:
     """Raises InputError where `keep_best` names a metric that not every evaluation gives."""
     if not experiment.keep_best:

@@ -138,7 +138,7 @@ import sys
 import numpy as np
 from tests.helpers.adversarial import BATCH, KEY, PLAN, QUICKLY, TASK, state
 from varjax import trees
-from varjax.training.prefetch import put_batch
+from varjax.training.sharding import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
 
 mesh = make_mesh(MeshShape(data=4, fsdp=2))

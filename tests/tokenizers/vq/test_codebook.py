@@ -37,7 +37,7 @@ import numpy as np
 from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import VQTask
-from varjax.training.prefetch import put_batch
+from varjax.training.sharding import put_batch
 from varjax.training.sharding import MeshShape, make_mesh, on_mesh, shardings
 from varjax.training.task import Plan
 

@@ -1,6 +1,11 @@
-"""The first state of a run that begins with what another run trained."""
+"""The weights that a run starts from: pretrained parameters, another run's state, frozen networks.
+
+A run keeps its own copy of frozen weights, <run>/frozen.safetensors. <run>/frozen.json keeps the
+copy's digest, so that a damaged or missing copy is replaced by the same weights or not at all.
+"""
 
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -8,8 +13,9 @@ import numpy as np
 
 from varjax import trees
 from varjax.checkpoints.saved_steps import SavedSteps
-from varjax.errors import DamagedFileError, InputError, MismatchError
-from varjax.runtime.distributed import on_first_process
+from varjax.errors import DamagedFileError, InputError, MismatchError, StorageError
+from varjax.runtime.distributed import check_shared_file, on_first_process
+from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import read_state
 from varjax.training.progress import say
@@ -166,3 +172,65 @@ class _PretrainedParameters:
             fits = self._rows[path][0] and there.shape[1:] == leaf.shape[1:]
             return self._rows[path] if fits else None
         return True if there.shape == leaf.shape else None
+
+
+def frozen_weights(task: Task, run_dir: pathlib.Path) -> PyTree:
+    """Reads the run's own copy of the task's pretrained weights, which the first process makes.
+
+    A copy that is damaged is made again if the weights it comes from are still the same.
+
+    Raises:
+        InputError: it is damaged and cannot be made again.
+        StorageError: it cannot be read or written now.
+    """
+    path = run_dir / "frozen.safetensors"
+    if not on_first_process(lambda: _copy(task, path)):
+        return {}
+    check_shared_file(path)
+    return files.read_tensors(path)[0]
+
+
+def _copy(task: Task, path: pathlib.Path) -> bool:
+    """Makes the copy where it is missing or damaged; returns whether there is one."""
+    problem = ""
+    if files.exists(path):
+        try:
+            files.read_tensors(path)
+            return True
+        except StorageError:
+            raise
+        except InputError as error:
+            problem = str(error)
+            say(f"{problem}\ncopying these weights again")
+    before = _digest_before(path)
+    advice = (
+        "restore the file from a copy, or the weights it came from (--config.task.tokenizer_weights"
+        " says where they are now)"
+    )
+    try:
+        tree = task.frozen()
+    except InputError as error:
+        if problem or before:
+            raise InputError(f"{problem or f'{path} is missing'}; {error}; {advice}") from error
+        raise
+    if not jax.tree.leaves(tree):
+        return False
+    digest = trees.digest(tree)
+    if digest != (before or digest) or (problem and not before):
+        raise InputError(
+            f"{problem or f'{path} is missing'}; the weights to copy are "
+            f"{'other ones by now' if before else 'not known to be the same'}: {advice}"
+        )
+    files.write_tensors(path, tree, {})
+    files.write_json(path.with_suffix(".json"), {"digest": digest})
+    return True
+
+
+def _digest_before(path: pathlib.Path) -> str:
+    """Returns the digest of the weights that the copy was made of, "" where it is not known."""
+    try:
+        return str(files.read_json(path.with_suffix(".json"))["digest"])
+    except StorageError:
+        raise
+    except (InputError, KeyError, TypeError):
+        return ""

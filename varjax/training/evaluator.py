@@ -15,8 +15,7 @@ from varjax.runtime.distributed import on_all_processes
 from varjax.training.experiment import BatchLoader
 from varjax.training.goodput import FirstCall
 from varjax.training.metric_writers import flatten_metrics
-from varjax.training.prefetch import put_batch
-from varjax.training.sharding import on_mesh, replicated
+from varjax.training.sharding import on_mesh, put_batch, replicated
 from varjax.training.task import Batch, Task, TrainState, evaluated_parameters
 from varjax.training.train_step import sum_over_microbatches
 from varjax.trees import PyTree

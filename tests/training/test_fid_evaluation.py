@@ -16,7 +16,7 @@ from varjax.metrics.features import FeatureExtractor, pixel_network
 from varjax.metrics.fid import Moments, frechet_distance
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training import loop
-from varjax.training.sample_quality import FIDConfig, SampleQuality
+from varjax.training.fid_evaluation import FIDConfig, FIDEvaluator
 from varjax.training.sharding import MeshShape, make_mesh
 
 FID = FIDConfig(every=10, images=40, features="pixels")
@@ -27,10 +27,10 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VARJAX_CACHE", str(tmp_path / "cache"))
 
 
-def quality(config=FID, batch_size=16, task=None):
+def evaluator(config=FID, batch_size=16, task=None):
     task = task or tiny.Tiny()
     mesh = make_mesh(MeshShape())
-    return SampleQuality(config, task, Digits(), {}, mesh, batch_size, pathlib.Path("run"), False)
+    return FIDEvaluator(config, task, Digits(), {}, mesh, batch_size, pathlib.Path("run"), False)
 
 
 def state():
@@ -47,23 +47,23 @@ def test_it_is_the_distance_of_the_images_that_are_drawn():
         features = extract(np.rint(images * 255).astype(np.uint8))
         return frechet_distance(Moments.of(features["pool_ND"]), real)
 
-    found = quality().metrics(state())
+    found = evaluator().metrics(state())
     # Equally many of each class, one after the other; with other labels it is another distance.
     assert found["eval/fid"] == pytest.approx(distance(np.arange(40) % 10), rel=1e-5)
     for wrong_B in (np.zeros(40, int), np.arange(40) // 4, np.arange(40) % 9):
         assert found["eval/fid"] != pytest.approx(distance(wrong_B), rel=1e-4)
-    assert list(found) == quality().metric_names(state())
+    assert list(found) == evaluator().metric_names(state())
 
 
 def test_batches_change_nothing_and_another_seed_does():
-    first, other = (quality(batch_size=size).metrics(state()) for size in (16, 40))
+    first, other = (evaluator(batch_size=size).metrics(state()) for size in (16, 40))
     assert first["eval/fid"] == pytest.approx(other["eval/fid"], rel=1e-6)
-    again = quality(dataclasses.replace(FID, seed=1)).metrics(state())
+    again = evaluator(dataclasses.replace(FID, seed=1)).metrics(state())
     assert again["eval/fid"] != pytest.approx(first["eval/fid"], rel=1e-6)
 
 
 def test_it_can_be_stopped():
-    assert quality().metrics(state(), stop=lambda: True) is None
+    assert evaluator().metrics(state(), stop=lambda: True) is None
 
 
 def test_a_run_logs_it_and_keeps_the_best_by_it(tmp_path):
@@ -81,14 +81,14 @@ def test_a_run_logs_it_and_keeps_the_best_by_it(tmp_path):
 
 def test_what_cannot_be_measured_is_refused_before_the_run(tmp_path):
     with pytest.raises(InputError, match="a tokenizer draws no images"):
-        quality(task=VQTask(runs.TOKENIZER))
+        evaluator(task=VQTask(runs.TOKENIZER))
     with pytest.raises(InputError, match="inception is missing"):
-        quality(dataclasses.replace(FID, features="inception"))
+        evaluator(dataclasses.replace(FID, features="inception"))
     with pytest.raises(InputError, match="absent.npz does not exist"):
-        quality(dataclasses.replace(FID, reference=str(tmp_path / "absent.npz")))
+        evaluator(dataclasses.replace(FID, reference=str(tmp_path / "absent.npz")))
     mesh = make_mesh(MeshShape())
     with pytest.raises(InputError, match="this run's data are latents"):
-        SampleQuality(FID, tiny.Tiny(), Digits(), {}, mesh, 16, tmp_path, on_latents=True)
+        FIDEvaluator(FID, tiny.Tiny(), Digits(), {}, mesh, 16, tmp_path, on_latents=True)
     for wrong in ({"every": -1}, {"images": 1}, {"seed": -1}):
         with pytest.raises(InputError, match="fid"):
             tiny.experiment(tmp_path, fid=dataclasses.replace(FID, **wrong)).check()
@@ -110,6 +110,6 @@ def test_samples_that_are_nan_have_no_distance(capsys):
 
             return broken
 
-    found = quality(task=Broken()).metrics(state())
+    found = evaluator(task=Broken()).metrics(state())
     assert found.keys() == {"eval/fid", "eval_ema/fid"} and np.isnan([*found.values()]).all()
     assert "eval/fid is NaN: 4 of 40 samples are NaN" in capsys.readouterr().err

@@ -3,7 +3,7 @@ import pytest
 
 from tests.helpers.tiny import Tiny
 from varjax.data.sources import Digits
-from varjax.training.evaluate import Evaluator
+from varjax.training.evaluator import Evaluator
 from varjax.training.sharding import MeshShape, make_mesh
 
 WIDTH, BATCH = 512, 64

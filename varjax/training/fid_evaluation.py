@@ -1,4 +1,4 @@
-"""FID and Inception Score of a run as it goes: images drawn by fixed seeds, on all devices."""
+"""Evaluates FID and Inception Score during training, on all devices, with fixed seeds."""
 
 import dataclasses
 import math
@@ -25,12 +25,12 @@ from varjax.metrics.references import (
 )
 from varjax.runtime.distributed import on_first_process
 from varjax.training.goodput import FirstCall
-from varjax.training.prefetch import put_batch
 from varjax.training.progress import say
 from varjax.training.sharding import (
     check_batch_size,
     on_mesh,
     put,
+    put_batch,
     replicated,
     rows_of_process,
 )
@@ -71,11 +71,11 @@ class FIDConfig:
         seed_number("fid.seed", self.seed)
 
 
-class SampleQuality:
-    """Draws images from a task's parameters and compares them with a reference.
+class FIDEvaluator:
+    """Samples images from a task's parameters and compares them with a reference.
 
-        quality = SampleQuality(config, task, data, frozen, mesh, batch_size, run_dir, on_latents)
-        metrics = quality.metrics(state)  # {"eval/fid": …, "eval_ema/inception_score": …}
+        evaluator = FIDEvaluator(config, task, data, frozen, mesh, 64, run_dir, on_latents=False)
+        metrics = evaluator.metrics(state)  # {"eval/fid": …, "eval_ema/inception_score": …}
 
     Args:
         config: settings of the measurement.
