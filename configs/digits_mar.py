@@ -87,7 +87,7 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
             min_mask_ratio=0.1,
             diffusion_batch_mul=2,
             ema_decay=0.99,
-            compute=ComputeConfig(attention="xla", unroll=True),
+            compute=ComputeConfig(attention_impl="xla", unroll=True),
             sampling=sampling,
         ),
         data=Digits(shift=0.15, rotate=3.0, zoom=0.03),

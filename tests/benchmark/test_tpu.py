@@ -88,7 +88,7 @@ def small(monkeypatch):
 
 def test_pieces_of_sampling_and_training_do_the_work_of_the_whole(small):
     """The FLOP of the pieces, compiled for nothing, are those of the whole."""
-    compute = ComputeConfig("bfloat16", attention="xla", platform="tpu")
+    compute = ComputeConfig("bfloat16", attention_impl="xla", platform="tpu")
 
     def work(programs):
         return sum(

@@ -45,7 +45,7 @@ def relative_error(half, exact):
 
 def in_both(function):
     """What a function of `ComputeConfig` gives in bfloat16 and in float32."""
-    computes = (ComputeConfig(dtype, attention="xla") for dtype in ("bfloat16", "float32"))
+    computes = (ComputeConfig(dtype, attention_impl="xla") for dtype in ("bfloat16", "float32"))
     return [jax.device_get(jax.jit(functools.partial(function, c))()) for c in computes]
 
 
@@ -131,7 +131,7 @@ def test_what_a_pipeline_holds_in_bfloat16_is_multiplied_in_it(head):
 
     @jax.jit
     def run(params):
-        compute = ComputeConfig("bfloat16", attention="xla")
+        compute = ComputeConfig("bfloat16", attention_impl="xla")
         apply, network = bind_mar(config, params, compute), head.network(params, compute)
         class_BC = apply(jnp.array([1]), method=MAR.class_vectors)
         position_Bn = jnp.array([[2, 0]])
@@ -157,7 +157,7 @@ def test_all_products_but_the_first_and_the_last_are_bfloat16_in_training_too():
     token_BnZ, position_Bn = jnp.zeros((1, 2, 16)), jnp.array([[2, 0]])
 
     def total(params):
-        compute = ComputeConfig("bfloat16", attention="xla")
+        compute = ComputeConfig("bfloat16", attention_impl="xla")
         apply = bind_mar(config, params, compute)
         class_BC = apply(jnp.array([1]), method=MAR.class_vectors)
         z_BLC = apply(token_BnZ, position_Bn, position_Bn >= 0, class_BC, method=MAR.hidden)

@@ -63,7 +63,7 @@ def test_tokens_encoder_and_decoder_are_the_official_ones(name):
 @pytest.mark.parametrize("attention", ["xla", "loop"])
 def test_padding_changes_nothing_and_gets_no_gradient(attention):
     case = golden.case("mar_base")
-    m = model(case, attention=attention)
+    m = model(case, attention_impl=attention)
     token_BnZ = known_tokens(case)
     padding = 3
     padded_BnZ = np.pad(token_BnZ, ((0, 0), (0, padding), (0, 0)), constant_values=7.0)

@@ -81,7 +81,7 @@ def test_codes_are_looked_for_in_float32():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_transformer_multiplies_in_its_format_and_the_head_adds_in_float32(dtype):
-    model = VAR(runs.VAR, ComputeConfig(dtype, attention="xla"))
+    model = VAR(runs.VAR, ComputeConfig(dtype, attention_impl="xla"))
     params = jax.eval_shape(runs.VAR.init, jax.random.key(0))
 
     def logits(params, input_BlZ, label_B):

@@ -32,7 +32,7 @@ from varjax.var.sample import VAROptions, sample_images, sample_tokens, var_samp
 
 # Batches are computed whole, as on accelerators, but attention in groups: a CPU's compiler does not
 # keep its matrices as a GPU's does.
-COMPUTE = ComputeConfig("float32", attention="grouped", platform="tpu")
+COMPUTE = ComputeConfig("float32", attention_impl="grouped", platform="tpu")
 BATCH = 8
 
 
@@ -105,7 +105,7 @@ def test_var_s_plain_attention_needs_its_matrices_beside_the_rest(labels, guided
         return attention_matrices(jax.make_jaxpr(tokens)(params, *labels).jaxpr, (256, 261))
 
     plain, grouped = (
-        dataclasses.replace(COMPUTE, dtype="bfloat16", attention=kind)
+        dataclasses.replace(COMPUTE, dtype="bfloat16", attention_impl=kind)
         for kind in ("xla", "grouped")
     )
     rows = BATCH * (2 if guided else 1)

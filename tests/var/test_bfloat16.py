@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 TOKENIZER, CONFIG = golden.configs("base")
 PARAMS = {"tokenizer": golden.tokenizer_params("base"), "var": golden.var_params("base")}
 LABEL_B = jnp.arange(16) % CONFIG.classes
-BOTH = [ComputeConfig(dtype, attention="xla") for dtype in ("float32", "bfloat16")]
+BOTH = [ComputeConfig(dtype, attention_impl="xla") for dtype in ("float32", "bfloat16")]
 TOKENS_BL = jax.random.randint(
     jax.random.key(1), (16, CONFIG.pyramid.length), 0, CONFIG.vocab, jnp.int32
 )

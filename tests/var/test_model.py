@@ -197,12 +197,12 @@ def test_scale_by_scale_with_a_cache_equals_all_at_once(shared, cosine):
         ({"unroll": True}, "unroll=2"),
         ({"remat": "block"}, "remat"),
         ({"remat": "dots"}, "remat"),
-        ({"attention": "loop"}, "scan["),  # beside the loop over layers one over images
+        ({"attention_impl": "loop"}, "scan["),  # beside the loop over layers one over images
     ],
 )
 def test_ways_to_compute_give_the_same_logits_and_gradients(way, trace):
     branch_scale_S2B = drop_path(jax.random.key(3), SMALL.depth, 2, 0.5)
-    plain = ComputeConfig(attention="xla")
+    plain = ComputeConfig(attention_impl="xla")
     compute = dataclasses.replace(plain, **way)
 
     def total(params, compute):

@@ -187,7 +187,10 @@ def test_new_numbers_and_labels_do_not_compile_again():
 @pytest.mark.slow
 def test_without_guidance_one_stream_gives_what_guidance_of_1_gives():
     tokenizer, var = golden.configs("base")
-    options, compute = VAROptions(guidance=1.0, top_k=20, top_p=0.9), ComputeConfig(attention="xla")
+    options, compute = (
+        VAROptions(guidance=1.0, top_k=20, top_p=0.9),
+        ComputeConfig(attention_impl="xla"),
+    )
     label_B, key_B = np.array([3, 1], np.int32), image_keys(7, jnp.arange(2))
     args = tokenizer, var, params("base"), label_B, key_B, options, None, compute
     (one, _), (two, _) = (

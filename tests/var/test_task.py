@@ -122,7 +122,11 @@ def test_recomputation_is_no_work_of_the_model(frozen, state):
         return flops.count(task.train_step, state, frozen, BATCH, jax.random.key(0), Plan())
 
     model = TASK.train_flops(state, frozen, BATCH)
-    assert model == flop(remat="none", attention="xla") < flop(remat="block", attention="xla")
+    assert (
+        model
+        == flop(remat="none", attention_impl="xla")
+        < flop(remat="block", attention_impl="xla")
+    )
     again = dataclasses.replace(TASK, compute=ComputeConfig(remat="block"))
     assert again.train_flops(state, frozen, BATCH) == model
 

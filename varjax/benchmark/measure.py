@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 
 from varjax.errors import InputError
-from varjax.nn.compute import Attention, ComputeConfig, Remat, matmul_precision
+from varjax.nn.compute import AttentionImpl, ComputeConfig, Remat, matmul_precision
 from varjax.runtime import hardware
 from varjax.runtime.commands import command_parser
 
@@ -57,8 +57,8 @@ def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
         help="number format (auto)",
     )
     add(
-        "--attention",
-        choices=get_args(Attention),
+        "--attention_impl",
+        choices=get_args(AttentionImpl),
         default="auto",
         help="implementation of attention (auto)",
     )
@@ -84,7 +84,7 @@ def compute_from_flags(flags: argparse.Namespace, **others: Any) -> ComputeConfi
     if flags.cache:
         jax.config.update("jax_compilation_cache_dir", flags.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return ComputeConfig(dtype=flags.dtype, attention=flags.attention, **others)
+    return ComputeConfig(dtype=flags.dtype, attention_impl=flags.attention_impl, **others)
 
 
 def tpu_devices(topology: str) -> list[Any]:

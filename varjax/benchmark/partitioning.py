@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
             accumulate=flags.accumulate,
             compute=ComputeConfig(
                 dtype=flags.dtype,
-                attention="xla",
+                attention_impl="xla",
                 remat=flags.remat,
                 platform="tpu" if flags.topology else "auto",
             ),

@@ -151,7 +151,7 @@ def _var_task(preset: str, compute: ComputeConfig) -> VARTask:
 
 def _mar_task(preset: str, compute: ComputeConfig) -> MARTask:
     # The fused kernel has no dropout of its weights, so that the task refuses both.
-    dropout = 0.0 if compute.attention == "cudnn" else 0.1
+    dropout = 0.0 if compute.attention_impl == "cudnn" else 0.1
     return MARTask(
         model=MARConfig.preset(preset),
         tokenizer=KLConfig(),

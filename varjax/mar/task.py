@@ -97,10 +97,10 @@ class MARTask:
         )
         repeats = self.diffusion_batch_mul
         check_setting("diffusion_batch_mul", repeats, repeats >= 1, "1 or more")
-        if self.compute.attention == "cudnn" and self.attention_dropout:
+        if self.compute.attention_impl == "cudnn" and self.attention_dropout:
             raise InputError(
                 f"attention_dropout={self.attention_dropout}: cuDNN's attention has none; set "
-                "task.attention_dropout=0 or task.compute.attention=xla"
+                "task.attention_dropout=0 or task.compute.attention_impl=xla"
             )
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:

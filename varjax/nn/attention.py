@@ -62,7 +62,7 @@ def dot_product_attention(
     mask_lL: np.ndarray | None = None,
     *,
     scale: float,
-    implementation: compute.Attention = "xla",
+    implementation: compute.AttentionImpl = "xla",
     key_mask_BL: jax.Array | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:
@@ -176,7 +176,7 @@ def cached_attention(
     mask_lL: np.ndarray | None = None,
     *,
     scale: float,
-    implementation: compute.Attention = "xla",
+    implementation: compute.AttentionImpl = "xla",
     key_mask_BL: jax.Array | None = None,
     dropout: Dropout | None = None,
 ) -> jax.Array:

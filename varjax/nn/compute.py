@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.extend import backend
 from jax.sharding import PartitionSpec as P
 
-Attention = Literal["auto", "xla", "grouped", "loop", "cudnn"]
+AttentionImpl = Literal["auto", "xla", "grouped", "loop", "cudnn"]
 Remat = Literal["none", "block", "dots"]
 Precision = Literal["highest", "bfloat16_3x", "tf32_3x", "tf32", "bfloat16"]
 MANTISSA_BITS = {"bfloat16": 7, "tf32": 10}
@@ -33,12 +33,12 @@ class ComputeConfig:
         dtype: number format of matrix products and, in VAR's training, of the residual stream.
             "auto" is bfloat16 on an accelerator and float32 on a CPU. Softmax, norms, logits,
             parameters in training, and MAR's residual streams are always float32.
-        attention: implementation of attention. "xla" runs anywhere; "grouped" is "xla", but with a
-            key-value cache it takes as many images at a time as keep their logits in a TPU's fast
-            memory; "cudnn" is the fused kernel, for 64 queries or more (NVIDIA, bfloat16); "loop"
-            loops over images and heads, which suits a CPU. "auto" is "loop" on a CPU with one
-            device (a loop over images cannot be spread over several); "cudnn" on NVIDIA (Ampere or
-            later) in bfloat16; "grouped" on TPUs with a key-value cache; and "xla" elsewhere.
+        attention_impl: implementation of attention. "xla" runs anywhere; "grouped" is "xla", but
+            with a key-value cache it takes as many images at a time as keep their logits in a TPU's
+            fast memory; "cudnn" is the fused kernel, for 64 queries or more (NVIDIA, bfloat16);
+            "loop" loops over images and heads, which suits a CPU. "auto" is "loop" on a CPU with
+            one device (a loop over images cannot be spread over several); "cudnn" on NVIDIA (Ampere
+            or later) in bfloat16; "grouped" on TPUs with a key-value cache; and "xla" elsewhere.
         remat: what the backward pass recomputes: "none", all of a "block", or all but matrix
             products ("dots"). "dots" is faster than "none" even for large models, because a scan
             over layers copies what it keeps.
@@ -53,7 +53,7 @@ class ComputeConfig:
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: Attention = "auto"
+    attention_impl: AttentionImpl = "auto"
     remat: Remat = "none"
     unroll: bool = False
     encoder_precision: Literal["auto", Precision] = "auto"
@@ -71,15 +71,15 @@ class ComputeConfig:
             return jnp.dtype("float32" if self.target == "cpu" else "bfloat16")
         return jnp.dtype(self.dtype)
 
-    def attention_implementation(self, cached: bool = False) -> Attention:
+    def attention_implementation(self, cached: bool = False) -> AttentionImpl:
         """Returns the implementation of attention, with "auto" decided for the platform.
 
         cached: whether earlier keys come from a cache, so that there is no gradient.
         """
-        if self.attention == "grouped" and not cached:
+        if self.attention_impl == "grouped" and not cached:
             return "xla"
-        if self.attention != "auto":
-            return self.attention
+        if self.attention_impl != "auto":
+            return self.attention_impl
         if self.loops_over_images:
             return "loop"
         if self.target == "tpu" and cached:
@@ -103,7 +103,7 @@ class ComputeConfig:
         """Returns what sampled images depend on, as JSON data."""
         return {
             "dtype": str(self.jax_dtype),
-            "attention": self.attention,
+            "attention_impl": self.attention_impl,
             "remat": self.remat,
             "unroll": self.unroll,
         }
@@ -119,7 +119,9 @@ def without_repeated_work(compute: ComputeConfig) -> ComputeConfig:
     Fused kernels hide products; what is recomputed, or multiplied in three passes, is no work of
     the model's.
     """
-    return dataclasses.replace(compute, remat="none", attention="xla", encoder_precision="highest")
+    return dataclasses.replace(
+        compute, remat="none", attention_impl="xla", encoder_precision="highest"
+    )
 
 
 def matmul_precision(dtype) -> str | None:
