@@ -45,7 +45,7 @@ def test_json_there_and_back_is_the_same_settings():
 
 def test_an_interface_cannot_be_rebuilt_but_its_part_can():
     data = config_tree.to_dict(Root(part=Other(9)))
-    with pytest.raises(ValueError, match="Root.part is an interface"):
+    with pytest.raises(ValueError, match="Root.part is annotated by a Protocol"):
         config_tree.from_dict(Root, data)
     assert config_tree.from_dict(Other, data["part"]) == Other(9)
     with pytest.raises(ValueError, match="holds a Other, not a Leaf"):

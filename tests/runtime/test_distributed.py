@@ -46,7 +46,7 @@ def test_in_a_cluster_work_is_shared_out_without_connecting(connected, monkeypat
     """The other processes need not be there: connected ones would wait for them at the end."""
     flags, options = parse("--distributed"), {}
     monkeypatch.setattr(jax.config, "update", options.__setitem__)
-    with pytest.raises(InputError, match="no cluster was found; --distributed alone works under"):
+    with pytest.raises(InputError, match="no cluster was found; --distributed alone works with"):
         connect_by_flags(flags, communicate=False)
     variables = ("JOB_ID", 7), ("STEP_NODELIST", "n1"), ("NTASKS", 8), ("PROCID", 5), ("LOCALID", 1)
     for name, value in variables:
@@ -70,7 +70,7 @@ def test_in_a_cluster_work_is_shared_out_without_connecting(connected, monkeypat
         ("--coordinator=host --processes=2 --process=1", "--coordinator=host is not HOST:PORT"),
         ("--coordinator=host:99999 --processes=2 --process=1", "host:99999 is not HOST:PORT"),
         ("--coordinator=host:² --processes=2 --process=1", "host:² is not HOST:PORT"),
-        ("--coordinator=a:1 --processes=2 --process=2", "--process=2 is none of the 2"),
+        ("--coordinator=a:1 --processes=2 --process=2", "--process=2 must be from 0 to 1"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(connected, text, message):

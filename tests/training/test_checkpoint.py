@@ -215,7 +215,7 @@ def test_a_disk_that_fails_for_all_steps_is_no_damage(tmp_path, monkeypatch):
         failing(monkeypatch, 8, OSError(errno.EIO, "Input/output error"))
         with pytest.raises(StorageError, match="Input/output error(.|\n)*nothing was moved"):
             checkpoints.restore(ABSTRACT, PLACEMENT)
-        with pytest.raises(StorageError, match="Start again once the disk works"):
+        with pytest.raises(StorageError, match="Start again when the disk works"):
             restore_weights(tmp_path)
         assert checkpoints.steps() == [1, 2] and not (tmp_path / "unreadable").exists()
 
@@ -306,10 +306,10 @@ def test_what_the_machine_lacks_costs_no_checkpoint(tmp_path, monkeypatch, error
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         for raised in (error, wrapped):
             failing(monkeypatch, 2, raised)
-            with pytest.raises(StorageError, match="checkpoints/2 cannot be read now: .*leave"):
+            with pytest.raises(StorageError, match="checkpoints/2 cannot be read now: .*keep"):
                 checkpoints.restore(ABSTRACT, PLACEMENT)
             failing(monkeypatch, 2, raised)
-            with pytest.raises(StorageError, match="checkpoints/2 cannot be read now: .*leave"):
+            with pytest.raises(StorageError, match="checkpoints/2 cannot be read now: .*keep"):
                 restore_weights(tmp_path)
         assert checkpoints.steps() == [1, 2] and not (tmp_path / "unreadable").exists()
         equal(checkpoints.restore(ABSTRACT, PLACEMENT)[0], state(2))
@@ -463,5 +463,5 @@ def test_a_run_without_average_gives_its_parameters(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, state(1).replace(ema=None))
     equal(restore_weights(tmp_path), state(1).params)
-    with pytest.raises(ValueError, match="keeps no average"):
+    with pytest.raises(ValueError, match="has no average"):
         restore_weights(tmp_path, ema=True)

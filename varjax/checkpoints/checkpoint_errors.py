@@ -1,7 +1,7 @@
-"""Finds the cause of an exception from Orbax: damaged files, a machine, or a device.
+"""Finds the cause of an exception from Orbax: damaged files, a failing machine, or a device.
 
-Orbax raises exceptions of all kinds, and a bare Exception for damaged arrays, so the chain of
-causes is looked at.
+Orbax raises exceptions of many kinds, and a bare Exception for damaged arrays, so the chain of
+causes is searched.
 """
 
 import errno
@@ -19,7 +19,7 @@ DAMAGE = re.compile(r"NOT_FOUND|DATA_LOSS|FAILED_PRECONDITION|missing|[Mm]etadat
 
 
 def device_error(error: BaseException | None) -> BaseException | None:
-    """Returns what led to an exception if it is an error of a device or of another process."""
+    """Returns the error of a device or of another process that caused an exception, if any."""
     while error is not None:
         if isinstance(error, jax.errors.JaxRuntimeError):
             return error
@@ -28,36 +28,37 @@ def device_error(error: BaseException | None) -> BaseException | None:
 
 
 def checkpoint_error(path: pathlib.Path, error: Exception) -> InputError:
-    """Returns the error to raise where reading the files in a folder failed with `error`.
+    """Returns the error to raise after reading the files in a folder failed with `error`.
 
-    A StorageError where the machine, the network or a bucket failed, else a DamagedFileError.
+    This is a StorageError if the machine, the network or a bucket failed, or else a
+    DamagedFileError.
     """
     code = machine_errno(error)
     if code is None and not in_bucket(path):
-        # Orbax only logs some errors, and does as if files were missing: the files tell more.
+        # Orbax logs some errors and then reports missing files, so try to open the files.
         code = machine_errno(_opening_error(path))
     if code is not None and code == errno.EIO:
-        # It has failed again and again for seconds, so it may be a bad sector. If it passes later,
-        # the step is still there, at the place where it was set aside.
+        # Repeated for seconds, so perhaps a bad sector. If the error passes later, the step still
+        # exists in the folder where it was set aside.
         return DiskReadError(f"{path}: {os.strerror(code)}")
     if code is not None:
         return StorageError(
-            f"{path} cannot be read now: {os.strerror(code)}. This does "
-            "not tell of damaged files, so leave them; start again once it is mended"
+            f"{path} cannot be read now: {os.strerror(code)}. This does not mean that files are "
+            "damaged, so keep them; start again when the problem is solved"
         )
     if isinstance(error, DamagedFileError):
         return error
-    if in_bucket(path) and not _tells_of_damage(error):
-        # Of a bucket, the services' packages tell by exceptions of all kinds.
+    if in_bucket(path) and not _means_damage(error):
+        # The services' packages raise exceptions of many kinds.
         return StorageError(
-            f"{path} cannot be read now: {str(error)[:500]}. This does not tell of damaged "
-            "files, so leave them; start again once the bucket can be reached"
+            f"{path} cannot be read now: {str(error)[:500]}. This does not mean that files are "
+            "damaged, so keep them; start again when the bucket can be reached"
         )
     return DamagedFileError(f"{path} is damaged: {type(error).__name__}: {str(error)[:500]}")
 
 
-def _tells_of_damage(error: BaseException | None) -> bool:
-    """Returns whether an exception says that objects of a bucket are missing or not as written."""
+def _means_damage(error: BaseException | None) -> bool:
+    """Returns whether an exception means that objects of a bucket are missing or damaged."""
     while error is not None:
         if isinstance(error, FileNotFoundError | KeyError) or DAMAGE.search(str(error)):
             return True
@@ -66,7 +67,7 @@ def _tells_of_damage(error: BaseException | None) -> bool:
 
 
 def _opening_error(directory: pathlib.Path) -> OSError | None:
-    """Opens the files in a directory; returns the first error, None where there is none."""
+    """Opens the files in a directory; returns the first error, or None."""
     if in_bucket(directory):
         return None
 

@@ -1,11 +1,11 @@
-"""Fingerprints of arrays, which tell whether the numbers read are those that were saved.
+"""Fingerprints of arrays, which show whether the numbers read are those that were saved.
 
     saved = fingerprints(params)  # {"q/kernel": "float32[64,64] 0d5c2f5b91f7a3e4", …}
     changed = [path for path, text in fingerprints(read).items() if text != saved[path]]
 
-Each element's bits are mixed with its position in the whole array, and the results are added up.
+The bits of each element are mixed with its position in the whole array, and the results are summed.
 The order of a sum does not matter, so a fingerprint depends neither on the mesh nor on the number
-of processes: each device adds up what it holds, and processes exchange only these sums.
+of processes: each device sums the elements that it holds, and processes exchange only the sums.
 """
 
 import math
@@ -20,7 +20,7 @@ from varjax import trees
 from varjax.runtime.distributed import gather_json
 from varjax.trees import PyTree
 
-# Smaller shards are added up by NumPy, for compiling a program would take longer.
+# NumPy sums smaller shards, because compiling a program would take longer.
 MIN_DEVICE_BYTES = 2**20
 POSITION_FACTOR = np.uint32(0x9E3779B9)  # 2^32 / golden ratio, as in Fibonacci hashing
 # "lowbias32" of Chris Wellons' hash prospector: a bijection of 32 bits in which each bit of the
@@ -29,16 +29,15 @@ MIX_FACTORS = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 
 
 def fingerprints(tree: PyTree, written: bool = False) -> dict[str, str]:
-    """Returns dtype, shape and a fingerprint of 64 bits of each array, by path.
+    """Returns dtype, shape and a 64-bit fingerprint of each array, by path.
 
-    All processes that hold parts of the arrays must call it; where one process holds all of them,
-    it waits for no other. Where processes hold different copies of a part, the fingerprint is ""
-    in all of them.
+    All processes that hold parts of the arrays must call this. If this process holds all parts, it
+    waits for no other. If processes hold different copies of a part, the fingerprint is "".
 
     Args:
         tree: nested dict of arrays.
-        written: whether only the copies count that Orbax writes. Others may differ by rounding
-            where a program is not deterministic.
+        written: whether to use only the copies that Orbax writes. Others may differ by rounding if
+            a program is not deterministic.
     """
     leaves = trees.paths(tree)
     mine = jax.device_get({path: _shard_sums(leaf, written) for path, leaf in leaves.items()})
@@ -46,7 +45,7 @@ def fingerprints(tree: PyTree, written: bool = False) -> dict[str, str]:
         path: {start: [int(x) for x in sums] for start, sums in shards.items()}
         for path, shards in mine.items()
     }
-    # Weights that one process reads for itself: others may not be here, or wait for this one.
+    # One process may read weights for itself, without the others.
     mine_alone = all(leaf.is_fully_addressable for leaf in leaves.values())
     everyone = [parts] if mine_alone else gather_json(parts)
     return {path: _text(leaf, [one[path] for one in everyone]) for path, leaf in leaves.items()}
@@ -58,7 +57,7 @@ def dtype_and_shape(leaf: Any) -> str:
 
 
 def _text(leaf: Any, everyone: list[dict[str, list[int]]]) -> str:
-    """Adds up the parts of an array that processes hold, each counted once."""
+    """Sums the parts of an array in all processes, each part once."""
     parts: dict[str, list[int]] = {}
     for sums in everyone:
         for start, pair in sums.items():
@@ -69,7 +68,7 @@ def _text(leaf: Any, everyone: list[dict[str, list[int]]]) -> str:
 
 
 def _shard_sums(array: jax.Array, written: bool = False) -> dict[str, tuple[Any, Any]]:
-    """Returns two sums for each part of the array that this process holds, by its start."""
+    """Returns two sums for each part of the array in this process, by the part's start."""
     strides = [math.prod(array.shape[axis + 1 :]) % 2**32 for axis in range(array.ndim)]
     sums = {}
     for shard in array.addressable_shards:
@@ -79,11 +78,11 @@ def _shard_sums(array: jax.Array, written: bool = False) -> dict[str, tuple[Any,
         if (name := ",".join(map(str, starts))) in sums:
             continue
         first = sum(a * b for a, b in zip(starts, strides, strict=True)) % 2**32
-        arguments = np.uint32(first), np.array(strides, np.uint32)
         if shard.data.nbytes < MIN_DEVICE_BYTES:
-            sums[name] = _sums_by_numpy(np.asarray(shard.data), *arguments)
+            compute, data = _sums_by_numpy, np.asarray(shard.data)
         else:
-            sums[name] = _sums_on_device(shard.data, *arguments)
+            compute, data = _sums_on_device, shard.data
+        sums[name] = compute(data, np.uint32(first), np.array(strides, np.uint32))
     return sums
 
 
@@ -99,7 +98,7 @@ def _sums_on_device(shard: jax.Array, first: jax.Array, strides: jax.Array) -> t
         iota = lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
         position += iota * strides[axis]
     mixed = _mix(bits, position)
-    # One reduction of a pair: on CPUs, XLA's code for it is ten times as fast as that of two sums.
+    # One reduction of a pair: on CPUs, it is ten times as fast as two sums.
     zero = jnp.uint32(0)
     return lax.reduce(
         (mixed, mixed * (mixed | np.uint32(1))),
@@ -110,7 +109,7 @@ def _sums_on_device(shard: jax.Array, first: jax.Array, strides: jax.Array) -> t
 
 
 def _sums_by_numpy(shard: np.ndarray, first: np.uint32, strides: np.ndarray) -> tuple:
-    """Returns what `_sums_on_device` does."""
+    """Computes the same numbers as `_sums_on_device`."""
     bits = np.ascontiguousarray(shard).view(_UNSIGNED[shard.dtype.itemsize]).astype(np.uint32)
     position = np.full(bits.shape, first)
     for axis, length in enumerate(shard.shape):

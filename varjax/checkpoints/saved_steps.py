@@ -1,8 +1,8 @@
-"""Checkpoints on the disk: which there are, and reading them with a check of what was read.
+"""Lists checkpoints on a disk or in a bucket, and reads and verifies them.
 
-With each step a record is saved, as the item "meta": the caller's own JSON data, the number of the
-step, and a fingerprint of each array, made from what was in memory. Steps of older versions have
-none of this but the caller's data; they are read without a check.
+Each step is saved with a record, the item "meta": the caller's JSON data, the number of the step,
+and a fingerprint of each array as it was in memory. Steps of older versions have the caller's data
+alone, and are read without verification.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ from varjax.trees import PyTree
 
 STATE_TREES = ("params", "ema", "opt_state")
 RECORD_KEYS = {"step", "meta", "arrays", checksums.SEAL}
-MAX_ATTEMPTS = 20  # to read the newest step of a run that goes on, and deletes its older ones
+MAX_ATTEMPTS = 20  # to read the newest step of a run that continues and deletes old steps
 T = TypeVar("T")
 
 
 def make_record(step: int, meta: Mapping[str, Any], state: Mapping[str, PyTree]) -> dict[str, Any]:
-    """Returns the record to save with a step; all processes that hold its arrays must call this.
+    """Makes the record to save with a step; all processes that hold its arrays must call this.
 
     Args:
         step: number of updates done.
@@ -60,14 +60,14 @@ class SavedSteps:
 
     Its methods raise:
         StorageError: the machine or network cannot read a step now; its files may be good.
-        DamagedFileError: files are missing or do not hold what was saved.
+        DamagedFileError: files are missing or damaged.
     """
 
     def __init__(self, directory: pathlib.Path):
         if in_bucket(directory) and not os.fspath(directory).startswith("gs:"):
             raise InputError(
-                f"{directory}: Orbax reads checkpoints from disks and from gs:// alone; copy the "
-                "run to a disk, or convert its weights there"
+                f"{directory}: Orbax reads checkpoints only from disks and gs://; copy the run to "
+                "a disk, or convert its weights there"
             )
         self.directory = absolute(directory)
         me = jax.process_index()
@@ -84,19 +84,19 @@ class SavedSteps:
         )
 
     def steps(self) -> list[int]:
-        """Lists the steps that are there now, oldest first."""
-        found = [path for path in self.directory.glob("*") if path.name.isdigit()]
-        if in_bucket(self.directory):  # they have their names while they are being written
-            found = [path for path in found if ocp.utils.is_checkpoint_finalized(path)]
-        return sorted(int(path.name) for path in found)
+        """Lists the steps that exist now, oldest first."""
+        paths = [path for path in self.directory.glob("*") if path.name.isdigit()]
+        if in_bucket(self.directory):  # there, unfinished steps have their final names
+            paths = [path for path in paths if ocp.utils.is_checkpoint_finalized(path)]
+        return sorted(int(path.name) for path in paths)
 
     def newest(
         self, read: Callable[[int], T], steps: Callable[[], list[int]] | None = None
     ) -> T | None:
-        """Returns `read(step)` for the newest step that can be read; None where there is no step.
+        """Returns `read(step)` for the newest step that can be read; None if there is no step.
 
-        A run in progress may delete a step before it is read; then the steps are listed again.
-        A step that is damaged is reported, and the one before it is read; nothing is moved.
+        A run in progress may delete a step before it is read; then the steps are listed again. If
+        a step is damaged, it is reported, and the one before it is read; nothing is moved.
 
         Args:
             read: function that reads one step.
@@ -109,7 +109,7 @@ class SavedSteps:
         list_steps, failed = steps or self.steps, dict[int, DamagedFileError]()
         while candidates := [step for step in list_steps() if step not in failed]:
             try:
-                found = read(candidates[-1])
+                result = read(candidates[-1])
             except DamagedFileError as error:
                 failed[candidates[-1]] = error
                 if len(failed) == MAX_ATTEMPTS:
@@ -117,28 +117,28 @@ class SavedSteps:
                 continue
             for step in set(list_steps()) & failed.keys():
                 print(f"{unreadable(step, failed[step])}; using {candidates[-1]}", file=sys.stderr)
-            return found
+            return result
         if failed:
             raise none_readable(self.directory, failed)
         return None
 
     def meta(self, step: int) -> dict:
-        """Reads the caller's data saved with a step."""
+        """Reads the caller's data that were saved with a step."""
         return self._record(step)["meta"]
 
     def record(self, step: int, meta: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the content of a step's file `meta/metadata` with other data of the caller's."""
+        """Returns the content of a step's file `meta/metadata` with new data of the caller."""
         old = self._record(step)
-        if not old["arrays"]:  # of an older version
+        if not old["arrays"]:  # written by an older version
             return dict(meta)
         return checksums.seal(old | {"meta": dict(meta)})
 
     def arrays(
         self, step: int, abstract: dict[str, PyTree], shardings: dict[str, Any]
     ) -> tuple[dict[str, PyTree], dict]:
-        """Reads trees of arrays, and the caller's data; of each array a process reads its part.
+        """Reads trees of arrays, of which each process reads its part, and the caller's data.
 
-        All processes must call it, and an error in one is raised in all.
+        All processes must call this, and an error in one is raised in all.
 
         Args:
             step: step number of the checkpoint.
@@ -150,7 +150,7 @@ class SavedSteps:
             (trees by name, the caller's data).
 
         Raises:
-            MismatchError: the arrays saved are not those of `abstract`.
+            MismatchError: the saved arrays differ from `abstract`.
         """
         read, record = {}, {}
 
@@ -167,19 +167,19 @@ class SavedSteps:
             read.update({name: restored[name] for name in items})
 
         on_all_processes(read_my_parts)
-        found = {name: fingerprints(tree) for name, tree in read.items()}
-        on_all_processes(lambda: self._compare(step, found, record["arrays"]))
+        actual = {name: fingerprints(tree) for name, tree in read.items()}
+        on_all_processes(lambda: self._compare(step, actual, record["arrays"]))
         return read, record["meta"]
 
     def params(self, step: int, ema: bool | None = None) -> PyTree:
-        """Reads parameters alone to this process's first device, with shapes from the files.
+        """Reads parameters to this process's first device, with shapes from the files.
 
-        No other process is waited for.
+        This does not wait for other processes.
 
         Args:
             step: step number of the checkpoint.
-            ema: True reads the averaged parameters, False the others; None reads the average if
-                there is one.
+            ema: True reads the averaged parameters, False the others; None reads the average if it
+                exists.
 
         Raises:
             InputError: there is no average.
@@ -187,7 +187,7 @@ class SavedSteps:
         saved, record = self._saved_arrays(step), self._record(step)
         averaged = saved.get("ema") is not None
         if ema and not averaged:
-            raise InputError(f"step {step} in {self.directory} keeps no average; ask for params")
+            raise InputError(f"step {step} in {self.directory} has no average; use params")
         name = "ema" if averaged and ema is not False else "params"
         self._check_description(step, name, saved[name].tree, record["arrays"])
         self._repeated(step, lambda: self._check_claims(step, name, saved[name].tree))
@@ -198,7 +198,7 @@ class SavedSteps:
         return read
 
     def _record(self, step: int) -> dict[str, Any]:
-        """Reads {"meta", "arrays"}, the latter empty for a step of an older version."""
+        """Reads {"meta", "arrays"}; "arrays" is empty for a step of an older version."""
 
         def read() -> dict[str, Any]:
             path = self.directory / str(step)
@@ -216,29 +216,29 @@ class SavedSteps:
     def _check(
         self, step: int, abstract: dict[str, PyTree], saved: Any, recorded: dict[str, Any]
     ) -> None:
-        """Raises MismatchError where the arrays that were saved are not those of `abstract`."""
+        """Raises MismatchError if the saved arrays differ from `abstract`."""
         where = self.directory / str(step)
         for name in ("params", "ema"):
             tree = saved[name].tree if saved.get(name) is not None else {}
             self._check_description(step, name, tree, recorded)
             if report := trees.difference(abstract[name], tree):
-                raise MismatchError(f"{where} does not hold the {name} of this config:\n{report}")
+                raise MismatchError(f"{where} has other {name} than this config:\n{report}")
         if recorded and abstract["opt_state"] is not None:
             wanted = {
                 path: dtype_and_shape(x) for path, x in trees.paths(abstract["opt_state"]).items()
             }
-            found = {p: text.split()[0] for p, text in recorded.get("opt_state", {}).items()}
-            if wanted != found:
-                differing = sorted(dict(wanted.items() ^ found.items()))
+            stored = {p: text.split()[0] for p, text in recorded.get("opt_state", {}).items()}
+            if wanted != stored:
+                differing = sorted(dict(wanted.items() ^ stored.items()))
                 raise MismatchError(
-                    f"{where} does not hold the opt_state of this config; {len(differing)} arrays "
+                    f"{where} has another opt_state than this config; {len(differing)} arrays "
                     f"differ: {', '.join(differing[:10])}"
                 )
 
     def _check_description(
         self, step: int, name: str, tree: PyTree, recorded: dict[str, Any]
     ) -> None:
-        """Raises DamagedFileError where Orbax describes other arrays than the record."""
+        """Raises DamagedFileError if Orbax describes other arrays than the record."""
         described = {path: dtype_and_shape(leaf) for path, leaf in trees.paths(tree).items()}
         saved = {path: text.split()[0] for path, text in recorded.get(name, {}).items()}
         if recorded and described != saved:
@@ -247,7 +247,7 @@ class SavedSteps:
             )
 
     def _check_claims(self, step: int, name: str, tree: PyTree) -> None:
-        """Raises DamagedFileError where arrays claim much more bytes than their files have."""
+        """Raises DamagedFileError if arrays claim many more bytes than their files have."""
         folder, claimed = self.directory / str(step) / name, 0
         try:
             for leaf in jax.tree.leaves(tree):
@@ -255,24 +255,24 @@ class SavedSteps:
                 claimed += math.prod(untrusted.check_shape(leaf.shape, itemsize)) * itemsize
         except (InputError, TypeError) as error:
             raise DamagedFileError(f"{folder} is damaged: {error}") from error
-        held = 0 if in_bucket(folder) else untrusted.bytes_on_disk(folder)
-        if held and claimed > untrusted.plausible_bytes(held):
+        actual = 0 if in_bucket(folder) else untrusted.bytes_on_disk(folder)
+        if actual and claimed > untrusted.plausible_bytes(actual):
             raise DamagedFileError(
-                f"{folder} is damaged: its arrays have {claimed} bytes, but its files {held}"
+                f"{folder} is damaged: its arrays have {claimed} bytes, but its files {actual}"
             )
 
-    def _compare(self, step: int, found: dict[str, Any], recorded: dict[str, Any]) -> None:
-        """Raises DamagedFileError where arrays are not those of the record, if there is one."""
-        for name in found if recorded else ():
+    def _compare(self, step: int, actual: dict[str, Any], recorded: dict[str, Any]) -> None:
+        """Raises DamagedFileError if fingerprints differ from the record, if there is one."""
+        for name in actual if recorded else ():
             saved = recorded.get(name, {})
-            if changed := sorted(p for p, text in found[name].items() if saved.get(p) != text):
+            if changed := sorted(p for p, text in actual[name].items() if saved.get(p) != text):
                 raise DamagedFileError(
                     f"{self.directory / str(step) / name} is damaged: the checksums of "
                     f"{len(changed)} of {len(saved)} arrays do not match, among them {changed[0]}"
                 )
 
     def _saved_arrays(self, step: int) -> Any:
-        """Reads names, shapes and dtypes of what was saved."""
+        """Reads names, shapes and dtypes of the saved arrays."""
 
         def read() -> Any:
             saved = self._checkpointer.metadata(self.directory / str(step)).item_metadata
@@ -287,25 +287,25 @@ class SavedSteps:
         return self._repeated(step, lambda: self._checkpointer.restore(path, args=composite))
 
     def _check_regular_files(self, path: pathlib.Path) -> None:
-        """Raises DamagedFileError for a pipe among the files, which would be waited for."""
+        """Raises DamagedFileError for a pipe among the files, which would block."""
         if in_bucket(path):
             return
         for folder, _, names in os.walk(path):
             for file in (os.path.join(folder, name) for name in names):
                 regular = True
-                with contextlib.suppress(OSError):  # whoever reads it says what is wrong
+                with contextlib.suppress(OSError):  # reported when it is read
                     regular = stat.S_ISREG(os.stat(file).st_mode)
                 if not regular:
                     raise DamagedFileError(f"{file} is damaged: it is not a regular file")
 
     def _repeated(self, step: int, read: Callable[[], T]) -> T:
-        """Reads, and reads again where that fails: disks behind a network fail now and then."""
+        """Reads, and reads again after a failure, because network disks fail now and then."""
         path = self.directory / str(step)
         self._check_regular_files(path)
         for pause in (*read_errors.READ_PAUSES, None):
             try:
                 return read()
-            # Orbax raises exceptions of all kinds, a bare Exception for damaged arrays among them.
+            # Orbax raises exceptions of many kinds, even a bare Exception for damaged arrays.
             except Exception as error:
                 if (failed := device_error(error)) is not None:
                     raise failed from None
@@ -322,12 +322,12 @@ def unreadable(step: int, error: Exception) -> str:
 
 
 def none_readable(directory: pathlib.Path, errors: Mapping[int, DamagedFileError]) -> InputError:
-    """Returns the error to raise where no step can be read: a StorageError if the disk fails."""
+    """Returns the error to raise if no step can be read: a StorageError if the disk fails."""
     lines = "\n  ".join(unreadable(step, errors[step]) for step in sorted(errors))
     text = f"no checkpoint of {sorted(errors)} in {directory} can be read:\n  {lines}\n"
     if any(isinstance(error, DiskReadError) for error in errors.values()):
-        return StorageError(f"{text}Start again once the disk works; nothing was moved")
-    return InputError(f"{text}Restore them from a copy, or delete {directory} to go on without")
+        return StorageError(f"{text}Start again when the disk works; nothing was moved")
+    return InputError(f"{text}Restore them from a copy, or delete {directory} to continue without")
 
 
 def restore_weights(

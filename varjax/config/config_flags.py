@@ -1,4 +1,4 @@
-"""Reads --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE, alike for all commands.
+"""Reads --config=FILE.py[:ARGUMENT] and --config.FIELD=VALUE for all commands.
 
     parser = argparse.ArgumentParser("varjax train", description=__doc__)
     add_config_flags(parser)
@@ -29,11 +29,11 @@ from varjax.config import config_tree
 from varjax.errors import InputError
 from varjax.storage.read_errors import retry_read
 
-# "name: text", "a, b: text" or "name (int): text"; further lines of the text follow.
+# "name: text", "a, b: text" or "name (int): text", perhaps continued on further lines.
 ENTRY = re.compile(r"\s*(\w+(?:, \w+)*)(?: \([^)]*\))?:\s+(\S.*)")
 PREFIX = "--config."
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
-# Installed, the configs lie inside of the package; in a clone, beside it.
+# The installed package contains the configs; in a clone they are next to it.
 SHIPPED = (_PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent) / "configs"
 
 
@@ -61,7 +61,7 @@ def config_from_flags(
 ) -> tuple[argparse.Namespace, Any]:
     """Parses a command line, reads its config and applies the changed fields.
 
-    With --help or --print_config it prints, and exits with code 0.
+    With --help or --print_config, prints the config and exits with code 0.
 
     Args:
         parser: parser of the command, with the flags of `add_config_flags`.
@@ -71,7 +71,7 @@ def config_from_flags(
         The parsed flags, and what the config's `get_config` returned with the changes.
 
     Raises:
-        InputError: no such config file, or an unknown flag, field or value.
+        InputError: there is no such config file, or a flag, field or value is unknown.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("-h", "--help", action="store_true")
@@ -93,15 +93,15 @@ def config_from_flags(
     known = [text for text in arguments if not text.startswith(PREFIX)]
     flags, unknown = parser.parse_known_args(known)
     if unknown:
-        raise InputError(f"cannot read {unknown}; settings are --config.FIELD=VALUE")
+        raise InputError(f"unknown arguments {unknown}; settings are --config.FIELD=VALUE")
     return flags, config_tree.override(load_config(flags.config), changes)
 
 
 def load_config(location: str) -> Any:
     """Returns `get_config(argument)` of the Python file in "file.py" or "file.py:argument".
 
-    A name without ".py" is a config that comes with varjax, as "digits" or "var:d16". Files of the
-    same folder import one another as `from .other import …`.
+    A name without ".py" is a config that comes with varjax, such as "digits" or "var:d16". Files in
+    one folder can import each other by `from .other import …`.
 
     Raises:
         InputError: there is no such file or function.
@@ -113,7 +113,7 @@ def load_config(location: str) -> Any:
         path = SHIPPED / f"{name}.py"
     if path.suffix != ".py" or not retry_read(path.is_file, path):
         names = ", ".join(sorted(path.stem for path in SHIPPED.glob("[a-z]*.py")))
-        raise InputError(f"there is no config file {name!r}; give FILE.py, or one of {names}")
+        raise InputError(f"there is no config file {name!r}; use FILE.py or one of {names}")
     folder = path.resolve().parent
     package = f"configs_{zlib.crc32(bytes(folder)):08x}"  # so that configs can import one another
     if package not in sys.modules:
@@ -150,15 +150,15 @@ def describe(config: Any) -> str:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Returns the line of documentation of each field that the docstring of `cls` has one for."""
+    """Returns the documentation of each field that the docstring of `cls` describes."""
     names = {field.name for field in dataclasses.fields(cls)}
     docs: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         current: list[str] = []
         for line in inspect.cleandoc(owner.__dict__.get("__doc__") or "").splitlines():
             match = ENTRY.match(line)
-            if match and (found := match[1].split(", ")) and names.issuperset(found):
-                current = found
+            if match and names.issuperset(entry := match[1].split(", ")):
+                current = entry
                 docs |= dict.fromkeys(current, match[2])
             elif not line.strip() or line.endswith(":") and not line.startswith(" "):
                 current = []
@@ -178,7 +178,7 @@ def _leaves(config: Any, path: str) -> Iterator[tuple[str, Any, Any, str]]:
 
 
 def _shown(value: Any) -> str:
-    """A value as one writes it on the command line."""
+    """Formats a value as it is written on the command line."""
     if isinstance(value, tuple):
         return ",".join(map(_shown, value)) or "()"
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -1,8 +1,8 @@
-"""Converts configs, which are trees of frozen dataclasses, to JSON and back; changes their fields.
+"""Converts configs, which are trees of frozen dataclasses, to JSON and back, and changes fields.
 
-No library does this here: tyro 1.0 and draccus 0.11 were tried, and neither reads a tree in which
-a field is annotated by an interface (`task: Task`, `data: Data`), by which training knows no model.
-tyro also wants tuples with spaces, where users write --config.task.model.scales=1,2,3.
+No library does this: tyro 1.0 and draccus 0.11 cannot read a tree with fields that are annotated by
+a Protocol (`task: Task`), which keep training independent of models. tyro also requires spaces in
+tuples, where users write --config.task.model.scales=1,2,3.
 """
 
 import ast
@@ -22,11 +22,11 @@ WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 
 class _OutOfBounds(InputError):
-    """A number of the right type, but one that JAX would cut off."""
+    """Reports a number of the right type that JAX would truncate."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns plain JSON data; a field annotated by an interface or a union also stores "_type"."""
+    """Returns plain JSON data; a field annotated by a Protocol or a union also stores "_type"."""
     hints = typing.get_type_hints(type(config))
     return {
         field.name: _plain(hints[field.name], getattr(config, field.name))
@@ -35,12 +35,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], data: dict[str, Any]) -> T:
-    """Builds a `cls` from what `to_dict` returned; absent fields keep their defaults.
+    """Builds a `cls` from the data of `to_dict`; absent fields keep their defaults.
 
-    A field annotated by a Protocol cannot be rebuilt, for that names no class: read its part alone.
+    A field annotated by a Protocol cannot be rebuilt, because its class is unknown; build that part
+    by itself.
 
     Raises:
-        InputError: an unknown field, a value of a wrong type, or another class's data.
+        InputError: a field is unknown, a value has a wrong type, or the data are of another class.
     """
     return _build(cls, data, cls.__name__)
 
@@ -48,10 +49,10 @@ def from_dict(cls: type[T], data: dict[str, Any]) -> T:
 def override(config: T, assignments: Iterable[str]) -> T:
     """Returns a copy with every "a.b=value" applied, values parsed by the fields' annotations.
 
-    All are applied together, so that fields which must fit one another can change at once.
+    All are applied together, so that fields which depend on each other can change at once.
 
     Raises:
-        InputError: an unknown field, or a value of a wrong type.
+        InputError: a field is unknown, or a value has a wrong type.
     """
     changes = []
     for assignment in assignments:
@@ -79,7 +80,7 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 def type_name(kind: Any) -> str:
-    """Spells an annotation as in source code, without module names: "int | None"."""
+    """Formats an annotation as in source code, without module names: "int | None"."""
     inner = typing.get_args(kind)
     if typing.get_origin(kind) in (Union, types.UnionType):
         return " | ".join(map(type_name, inner))
@@ -107,13 +108,13 @@ def _plain(kind: Any, value: Any) -> Any:
 
 
 def _build(kind: Any, data: Any, path: str) -> Any:
-    """Returns `data` as a value of the annotation `kind`; raises InputError when it is none."""
+    """Converts `data` to a value of the annotation `kind`; raises InputError if it does not fit."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(data, dict):
         return _build_dataclass(typing.cast(type, kind), data, path)
     if origin in (Union, types.UnionType):
         label = data.get("_type") if isinstance(data, dict) else None
-        if label:  # the class is known, so its own error says more than "none of these"
+        if label:  # the class is known, so its own error is the clearest
             inner = tuple(o for o in inner if getattr(o, "__name__", "") == label) or inner
         if len(inner) == 1:
             return _build(inner[0], data, path)
@@ -132,7 +133,7 @@ def _build(kind: Any, data: Any, path: str) -> Any:
                 for i, (k, v) in enumerate(zip(kinds, data, strict=True))
             )
     elif kind is float and type(data) in (int, float):
-        if not abs(data) <= FLOAT32_MAX:  # nor is NaN
+        if not abs(data) <= FLOAT32_MAX:  # True for NaN
             raise _OutOfBounds(
                 f"{path} must be a finite number, at most {FLOAT32_MAX:g}, not {shown(data)}"
             )
@@ -146,7 +147,7 @@ def _build(kind: Any, data: Any, path: str) -> Any:
     elif kind in (str, bool, type(None)) and type(data) is kind or kind is Any:
         return data
     if getattr(kind, "_is_protocol", False):
-        raise InputError(f"{path} is an interface, which names no class; read it as its own class")
+        raise InputError(f"{path} is annotated by a Protocol; build it as its own class")
     raise InputError(f"{path} must be {_spell(kind)}, not {shown(data)}")
 
 
@@ -168,14 +169,14 @@ def _build_dataclass(cls: type, data: dict[str, Any], path: str) -> Any:
 
 
 def _override(config: Any, changes: list[tuple[list[str], str, str]]) -> Any:
-    """Applies (names, text, whole path) changes, the later one of two to the same field."""
+    """Applies changes, each (names, text, whole path); the last one for a field counts."""
     values: dict[str, Any] = {}
     below: dict[str, list[tuple[list[str], str, str]]] = {}
     for (name, *rest), text, path in changes:
         owner = type(config).__name__
         if config is None:
             off = path.removesuffix("." + ".".join([name, *rest]))
-            raise InputError(f"{path}: {off} is none in this config, so it has no {name!r} to set")
+            raise InputError(f"{path}: {off} is none in this config, so {name!r} cannot be set")
         if not dataclasses.is_dataclass(config):
             raise InputError(f"{path}: a {owner} has no field {name!r}")
         known = [field.name for field in dataclasses.fields(config)]

@@ -1,6 +1,6 @@
-"""Bounds of numbers that users give, which are those of JAX's int32, uint32 and float32.
+"""Checks numbers from users against the ranges of JAX's int32, uint32 and float32.
 
-JAX cuts off what is larger without a word: seed 2**32 would draw the images of seed 0.
+JAX truncates larger numbers silently: seed 2**32 would draw the images of seed 0.
 
     steps = whole_number("steps", steps, 1)
     guidance = finite_number("guidance", guidance, 1, allowed="1 (off) or more")
@@ -19,7 +19,7 @@ FLOAT32_TINY = float(np.finfo(np.float32).tiny)  # smaller numbers may become 0
 
 
 def whole_number(name: str, value: Any, low: int, high: int = INT32_MAX, allowed: str = "") -> int:
-    """Returns a whole number of any type as a Python int.
+    """Converts a whole number of any type to a Python int.
 
     Args:
         name: name of the setting, for the message.
@@ -29,7 +29,7 @@ def whole_number(name: str, value: Any, low: int, high: int = INT32_MAX, allowed
         allowed: description of the allowed values, for the message; "" to state the bounds.
 
     Raises:
-        InputError: anything else.
+        InputError: the value is anything else.
     """
     number = _converted(int, value)
     valid = number is not None and low <= number <= high and bool(number == value)
@@ -42,14 +42,15 @@ def whole_number(name: str, value: Any, low: int, high: int = INT32_MAX, allowed
 def finite_number(
     name: str, value: Any, low: float, high: float = FLOAT32_MAX, allowed: str = ""
 ) -> float:
-    """Returns a number of any type as a Python float, unless float32 makes it infinite or 0.
+    """Converts a number of any type to a Python float.
 
-    Arguments are those of `whole_number`; raises InputError for anything else, such as NaN.
+    Arguments are those of `whole_number`. Raises InputError for anything else, such as NaN, and for
+    numbers that float32 would round to infinity or 0.
     """
     number = _converted(float, value)
     valid = (
         number is not None
-        and low <= number <= high  # which NaN is not
+        and low <= number <= high  # False for NaN
         and (number == 0 or abs(number) >= FLOAT32_TINY)
     )
     check_setting(name, value, valid, allowed or f"a finite number, {low:g} or more")
@@ -57,19 +58,19 @@ def finite_number(
 
 
 def true_or_false(name: str, value: Any) -> bool:
-    """Returns True or False as a Python bool; raises InputError for anything else, such as "no"."""
+    """Converts True or False to a Python bool; raises InputError for anything else."""
     valid = isinstance(value, bool | np.bool_) or (np.ndim(value) == 0 and value in (0, 1))
     check_setting(name, value, valid, "True or False")
     return bool(value)
 
 
 def seed_number(name: str, value: Any) -> int:
-    """Returns a seed as a Python int; raises InputError for one that JAX would cut off."""
+    """Converts a seed to a Python int; raises InputError for one that JAX would truncate."""
     return whole_number(name, value, 0, UINT32_MAX)
 
 
 def _converted(kind: type, value: Any) -> Any:
-    """The value as an int or a float; None for texts, truth values, arrays and what fails."""
+    """Converts a value to an int or float; returns None for strings, bools, arrays and failures."""
     if isinstance(value, str | bytes | bool | np.bool_) or np.ndim(value):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Makes the parser of a command, and turns its exceptions into messages and exit codes."""
+"""Makes a command's parser, and turns its exceptions into messages and exit codes."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ from varjax.storage.untrusted import image_limits
 
 
 def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Makes the parser of a command's flags, which have to be spelled out.
+    """Makes the parser of a command's flags, which cannot be abbreviated.
 
     Args:
         name: name of the command.
@@ -31,7 +31,7 @@ def command_parser(name: str, description: str | None) -> argparse.ArgumentParse
 
 
 def escape_unprintable() -> None:
-    """Makes stdout escape what its encoding lacks, such as "…" in ASCII, instead of failing."""
+    """Makes stdout escape characters that its encoding lacks, such as "…" in ASCII."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
 
@@ -45,18 +45,18 @@ def run_command(
     """Runs a command and returns its exit code.
 
     Args:
-        name: name of the command, which its messages begin with.
-        action: function that does the work; an int that it returns becomes the exit code.
-        debug: whether users' mistakes are shown with their traceback, too.
+        name: name of the command, for its messages.
+        action: function that does the work; if it returns an int, that is the exit code.
+        debug: whether to show the traceback of users' mistakes.
         interrupted: text printed after Ctrl-C.
 
     Returns:
-        0 if `action` returned no int, 1 after an InputError, or where the machine or its file
-        system failed, 130 after Ctrl-C. Any other exception is a bug, and raised. After a signal
-        that ends the process, such as SIGBUS where a mapped file was cut, the stack is printed.
+        0 if `action` returned no int, 1 after an InputError or a failure of the machine or its file
+        system, 130 after Ctrl-C. Any other exception is a bug, and is raised. A signal that ends
+        the process, such as SIGBUS after a mapped file was truncated, prints the stack.
     """
     if not faulthandler.is_enabled():
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # a stderr of no file
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is not a file
             faulthandler.enable()
     try:
         image_limits()  # a wrong environment variable is an error now, not at the first image
@@ -73,7 +73,7 @@ def run_command(
             raise
         print(
             f"{name}: {os.strerror(code)}: {str(error)[:500]}\nThe machine or its file system "
-            "failed. Start the same command again once it works",
+            "failed. Run the same command again when it works",
             file=sys.stderr,
         )
         return 1

@@ -1,4 +1,4 @@
-"""Computing batches on many devices: weights on each, rows shared out, nothing exchanged."""
+"""Computes a batch on several devices: each has all weights and some rows of the batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -15,27 +15,27 @@ T = TypeVar("T")
 
 
 def batch_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """Makes a mesh with the one axis "batch" over these devices; None for all of this process.
+    """Makes a mesh with the single axis "batch" over devices; None for all of this process.
 
     Raises InputError for an empty list.
     """
     devices = jax.local_devices() if devices is None else devices
     if not devices:
-        raise InputError(f"devices is empty; give some of {jax.local_devices()}")
+        raise InputError(f"devices is empty; use some of {jax.local_devices()}")
     return jax.make_mesh((len(devices),), ("batch",), (AxisType.Auto,), devices=devices)
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Puts every array of the tree whole on each device of the mesh."""
+    """Copies every array of a tree to each device of the mesh."""
     return jax.device_put(tree, NamedSharding(mesh, P()))
 
 
 def data_parallel(f: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
     """Jits `f` so that each device computes its part of the batch.
 
-    As every device runs the program of a small batch by itself, an image comes out the same to the
-    bit on one device or on many. A batch that the devices do not divide is padded with its last
-    row, and the result cut to its length.
+    Each device runs the program of a small batch by itself, so an image is the same to the bit on
+    one device or on many. A batch that cannot be divided equally is padded with its last row, and
+    the padding is removed from the result.
 
     Args:
         f: (params, options, *batch) -> arrays; batch and result have a leading batch axis.

@@ -1,4 +1,4 @@
-"""Several processes as one run: how they find one another, and how they agree."""
+"""Several processes as one run: how they connect, exchange data and agree on errors."""
 
 import argparse
 import json
@@ -25,11 +25,11 @@ from varjax.errors import (
 )
 from varjax.runtime.commands import run_command
 
-HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead, and the others end
-# Until a file that one machine wrote is seen by another: an NFS client keeps what it knows of a
-# folder for up to a minute (acdirmax).
+HEARTBEAT_SECONDS = 30  # without a sign of life, after which the other processes end
+# Until every machine sees a file that one of them wrote: an NFS client caches a folder for up to a
+# minute (acdirmax).
 NETWORK_SECONDS = 65
-# Errors of the first process that reach all; the most special first, for `isinstance` to find.
+# Errors that are raised in all processes; subclasses first, because `isinstance` picks the first.
 SHARED_ERRORS: dict[str, type[Exception]] = {
     error.__name__: error
     for error in (
@@ -45,8 +45,8 @@ SHARED_ERRORS: dict[str, type[Exception]] = {
 }
 
 USAGE = (
-    "--distributed alone works under Slurm, Cloud TPU, GKE and Open MPI; elsewhere give each "
-    "process --coordinator=HOST:PORT (of the first) --processes=COUNT --process=NUMBER (from 0)"
+    "--distributed alone works with Slurm, Cloud TPU, GKE and Open MPI; elsewhere each process "
+    "needs --coordinator=HOST:PORT (of the first) --processes=COUNT --process=NUMBER (from 0)"
 )
 
 
@@ -64,39 +64,39 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def connect_by_flags(flags: argparse.Namespace, communicate: bool = True) -> tuple[int, int]:
-    """Connects this process to the others where the flags of `add_process_flags` ask for it.
+    """Connects this process to others if the flags of `add_process_flags` say so.
 
-    To be called before anything else of JAX.
+    Call this before any other use of JAX.
 
     Args:
         flags: the parsed command line.
-        communicate: False if the processes only divide the work and exchange nothing; then they are
+        communicate: False if the processes divide the work without exchanging data. Then they are
             not connected, and --processes and --process are enough.
 
     Returns:
-        The number of this process and how many there are: (0, 1) without such flags.
+        Index of this process and number of processes: (0, 1) without such flags.
 
     Raises:
         InputError: flags are missing or out of range, or no cluster was found.
     """
-    numbers = flags.coordinator, flags.processes, flags.process
-    if not flags.distributed and numbers == (None, None, None):
+    automatic = (flags.coordinator, flags.processes, flags.process) == (None, None, None)
+    if automatic and not flags.distributed:
         return 0, 1
     if not communicate:
-        if numbers == (None, None, None):
+        if automatic:
             return _number_in_cluster()
         return _check_number(flags.processes, flags.process)
-    connect(*numbers)
+    connect(flags.coordinator, flags.processes, flags.process)
     return jax.process_index(), jax.process_count()
 
 
 def connect(
     coordinator: str | None = None, count: int | None = None, index: int | None = None
 ) -> None:
-    """Makes this process one of several.
+    """Connects this process to the others of a run.
 
-    Without arguments it asks Slurm, Cloud TPU, GKE or Open MPI. To be called before anything else
-    of JAX.
+    Without arguments it asks Slurm, Cloud TPU, GKE or Open MPI. Call this before any other use of
+    JAX.
 
     Args:
         coordinator: HOST:PORT at which the first process listens.
@@ -112,7 +112,7 @@ def connect(
         host, _, port = str(coordinator).rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port[:6]) < 2**16:
             raise InputError(f"--coordinator={coordinator} is not HOST:PORT; {USAGE}")
-    # It would take SIGTERM for itself; `training.preemption` handles it.
+    # JAX's service would handle SIGTERM, which `training.preemption` does.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -123,13 +123,12 @@ def connect(
 
 
 def _number_in_cluster() -> tuple[int, int]:
-    """Asks the cluster which process this is, and how many there are, without connecting to them.
+    """Asks the cluster for the index and number of processes, without connecting them.
 
-    Those that are connected must end together: the first to be done waits for the others at a
-    barrier of five minutes, and then all are killed, as they are where one dies or is late to
-    start. Connecting, then parting, would leave devices that JAX takes for parts of a larger whole.
-    JAX has no public function that tells only the numbers; this is the interface that its clusters
-    implement, and where it changes there are still the flags.
+    Connected processes must end together: the first one waits for the others at a barrier of five
+    minutes, and then all are killed, as they are if one dies or starts late. Disconnecting later
+    would leave JAX with devices of a larger whole. JAX has no public function for the numbers
+    alone. This is the interface that its clusters implement; if it changes, the flags still work.
     """
     try:
         from jax._src.clusters import ClusterEnv
@@ -142,8 +141,8 @@ def _number_in_cluster() -> tuple[int, int]:
         device = os.environ.get("JAX_LOCAL_DEVICE_IDS") or cluster.get_local_process_id()
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"this version of JAX does not tell the number of a process alone ({error}); give each "
-            "--processes=COUNT and --process=NUMBER (from 0)"
+            f"this version of JAX cannot number processes without connecting them ({error}); start "
+            "each with --processes=COUNT and --process=NUMBER (from 0)"
         ) from error
     if device is not None:  # as `jax.distributed.initialize`: one GPU for each process
         for platform in ("cuda", "rocm"):
@@ -152,24 +151,24 @@ def _number_in_cluster() -> tuple[int, int]:
 
 
 def _check_number(count: int | None, index: int | None, *missing: str) -> tuple[int, int]:
-    given = {"--processes": count, "--process": index}
-    missing += tuple(flag for flag, value in given.items() if value is None)
+    flags = {"--processes": count, "--process": index}
+    missing += tuple(flag for flag, value in flags.items() if value is None)
     if missing or count is None or index is None:
         raise InputError(f"{' and '.join(missing)} missing: {USAGE}")
     if not 0 <= index < count:
-        raise InputError(f"--process={index} is none of the {count} of --processes; {USAGE}")
+        raise InputError(f"--process={index} must be from 0 to {count - 1}; {USAGE}")
     return index, count
 
 
 def end_process(code: int) -> int:
-    """Returns an exit code; one of several processes ends with it at once instead.
+    """Returns an exit code; if this is one of several processes, ends it immediately instead.
 
-    For a regular end waits for the others, which may never come. They notice: at once where they
-    exchange data over TCP, else by the missing heartbeat.
+    A regular exit would wait for the other processes, perhaps forever. They notice the end at once
+    if they exchange data over TCP, or else by the missing heartbeat.
     """
     if jax.process_count() > 1:
         number = jax.process_index()
-        print(f"process {number} ends; if another died before, that one says why", file=sys.stderr)
+        print(f"process {number} ends; if another one died first, see its error", file=sys.stderr)
         _end_at_once(code)
     return code
 
@@ -184,11 +183,11 @@ def run_on_processes(name: str, action: Callable[[], object], debug: bool = Fals
     """Runs a command that may be one of several processes; returns its exit code.
 
     Args:
-        name: name of the command, which its messages begin with.
+        name: name of the command, for its messages.
         action: function that does the work; see `run_command`.
-        debug: whether users' mistakes are shown with their traceback, too.
+        debug: whether to show the traceback of users' mistakes.
     """
-    # Orbax speaks of its own workings, and shows errors that it raises as well.
+    # Orbax logs internals, and errors that it also raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     before = set(threading.enumerate())
     try:
@@ -200,13 +199,13 @@ def run_on_processes(name: str, action: Callable[[], object], debug: bool = Fals
         return 0
     left = set(threading.enumerate()) - before
     if any(type(thread).__module__.startswith("orbax.") for thread in left):
-        # After a save that failed they wait for one another, and a regular end for them: minutes.
+        # After a failed save these threads wait minutes for one another, as would a regular exit.
         _end_at_once(code)
     return end_process(code)
 
 
 def gather_json(value: Any) -> list[Any]:
-    """Returns the JSON `value` of every process, in their order; all of them must call it."""
+    """Returns the JSON `value` of every process, in order; all processes must call this."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -224,14 +223,14 @@ def check_shared_file(path: pathlib.Path) -> None:
     if blind := [number for number, sees in enumerate(gather_json(seen)) if not sees]:
         raise InputError(
             f"{path}, which process 0 wrote, is not seen by process {', '.join(map(str, blind))}; "
-            "choose a run_dir on a file system that all of them share"
+            "choose a run_dir on a file system that all processes share"
         )
 
 
 def on_first_process(action: Callable[[], Any]) -> Any:
-    """Calls `action` in the first process; all wait and get what it returned, as JSON data.
+    """Calls `action` in the first process, and returns its result, as JSON data, in all processes.
 
-    A ValueError, KeyError or OSError (InputError among them) is raised in all of them.
+    A ValueError (such as InputError), KeyError or OSError is raised in all processes.
     """
     if jax.process_count() == 1:
         return action()
@@ -242,9 +241,9 @@ def on_first_process(action: Callable[[], Any]) -> Any:
 
 
 def on_all_processes(action: Callable[[], Any]) -> list[Any]:
-    """Calls `action` in every process; returns what it returned in each, as JSON data.
+    """Calls `action` in every process, and returns the results of all, as JSON data.
 
-    A ValueError, KeyError or OSError (InputError among them) in any of them is raised in all.
+    A ValueError (such as InputError), KeyError or OSError in any process is raised in all.
     """
     if jax.process_count() == 1:
         return [action()]
@@ -256,7 +255,7 @@ def on_all_processes(action: Callable[[], Any]) -> list[Any]:
 
 
 def _outcome(action: Callable[[], Any]) -> dict[str, Any]:
-    """Returns what `action` returned or raised, as JSON data."""
+    """Returns the result or the exception of `action`, as JSON data."""
     try:
         return {"value": action()}
     except tuple(SHARED_ERRORS.values()) as error:

@@ -9,10 +9,10 @@ from jax.extend import core
 
 
 def count(function: Callable, *args: Any) -> int:
-    """Counts 2 × the multiply-adds of all matrix products and convolutions, and nothing else.
+    """Counts 2 FLOP per multiply-add of all matrix products and convolutions, and nothing else.
 
     Args:
-        function: function to trace; nothing is computed.
+        function: function to trace, without running it.
         args: arguments of the function, arrays or ShapeDtypeStructs.
     """
     return _count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
@@ -32,7 +32,7 @@ def _count_equation(equation: Any) -> int:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         taps = math.prod(kernel) // kernel[params["dimension_numbers"].rhs_spec[0]]
-        # The gradient of a strided convolution is one of an image with zeros in between.
+        # The gradient of a strided convolution convolves an image with zeros in between.
         zeros = math.prod(params["lhs_dilation"])
         return 2 * math.prod(equation.outvars[0].aval.shape) * taps // zeros
     times = equation.params.get("length", 1) if name == "scan" else 1

@@ -1,4 +1,4 @@
-"""Speed and memory of the devices here."""
+"""Speed and memory of this machine's devices."""
 
 import functools
 import os
@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Of Linux's control groups, of version 2 and 1; the former holds "max" where there is no limit.
+# Linux's control groups, version 2 and 1. The former contains "max" if there is no limit.
 CONTAINER_LIMITS = (
     pathlib.Path("/sys/fs/cgroup/memory.max"),
     pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
-# Published TFLOP/s of dense matrix products in bfloat16 (T4, V100: float16), of what JAX calls one
-# device: half a chip for TPU v2, v3 and 7x and for MI250. The first match in `device_kind` counts.
+# Published TFLOP/s of dense matrix products in bfloat16 (T4, V100: float16) for one JAX device,
+# which is half a chip of TPU v2, v3 and 7x and of MI250. The first match in `device_kind` counts.
 PUBLISHED_TFLOPS = (
     (r"TPU v2", 23),
     (r"TPU v3", 61.5),
@@ -54,19 +54,19 @@ PUBLISHED_TFLOPS = (
 
 
 def peak_flops() -> float:
-    """Returns the FLOP/s that one device here can reach at most: as published, else measured."""
+    """Returns the peak FLOP/s of one device: the published number, or else a measured one."""
     return published_peak_flops(jax.devices()[0].device_kind) or measured_peak_flops()
 
 
 def published_peak_flops(device_kind: str) -> float | None:
-    """Looks FLOP/s up in PUBLISHED_TFLOPS; None for an unknown device."""
-    found = (tera * 1e12 for pattern, tera in PUBLISHED_TFLOPS if re.search(pattern, device_kind))
-    return next(found, None)
+    """Returns FLOP/s from PUBLISHED_TFLOPS; None for an unknown device."""
+    matches = (tera for pattern, tera in PUBLISHED_TFLOPS if re.search(pattern, device_kind))
+    return next((tera * 1e12 for tera in matches), None)
 
 
 @functools.cache
 def measured_peak_flops() -> float:
-    """Measures the FLOP/s of one device here, once: in bfloat16, on a CPU in float32."""
+    """Measures the FLOP/s of one device once, in bfloat16 or, on a CPU, in float32."""
     if jax.default_backend() == "cpu":
         return matmul_flops(2048, jnp.float32)
     return matmul_flops(8192, jnp.bfloat16)
@@ -88,7 +88,7 @@ def matmul_flops(size: int, dtype: Any, precision: Any = None, repeats: int = 3)
 
 
 def fastest_seconds(function: Callable[[], Any], repeats: int = 3) -> float:
-    """Times a function until its result is there: the fastest of `repeats` calls after a first."""
+    """Times a function until its result is ready: the fastest of `repeats` calls after one."""
     jax.block_until_ready(function())
     seconds = []
     for _ in range(repeats):
@@ -99,10 +99,10 @@ def fastest_seconds(function: Callable[[], Any], repeats: int = 3) -> float:
 
 
 def memory_usage() -> dict[str, float]:
-    """Returns memory_gb, in use now, and memory_peak_gb, the most so far.
+    """Returns memory_gb, in use now, and memory_peak_gb, the largest so far.
 
-    Both are of the fullest device of this process, in units of 1e9 bytes. Where devices do not
-    tell, as CPUs, there is only the process's own memory_peak_gb.
+    Both are of the fullest device of this process, in units of 1e9 bytes. For devices that do not
+    report memory, such as CPUs, only the process's own memory_peak_gb is returned.
     """
     statistics = [s for device in jax.local_devices() if (s := device.memory_stats())]
     if statistics:
@@ -114,9 +114,9 @@ def memory_usage() -> dict[str, float]:
 
 
 def device_memory(device: Any) -> int | None:
-    """Returns the bytes that JAX may use on a device; None where it does not tell.
+    """Returns the bytes that JAX may use on a device; None if the device does not report it.
 
-    A CPU has its share of the machine's memory, or of what a container may use.
+    For a CPU, this is the machine's memory or the container's limit, divided by the CPU devices.
     """
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
@@ -128,6 +128,6 @@ def device_memory(device: Any) -> int | None:
 
 
 def process_peak_gb() -> float:
-    """Returns the most host memory that this process had in use so far, in units of 1e9 bytes."""
+    """Returns the peak host memory of this process so far, in units of 1e9 bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -19,7 +19,7 @@ from varjax.storage.image_files import decode_picture, picture_array
 PACKAGES = "jax", "jaxlib", "numpy", "pillow"
 JAX_FLAGS = "jax_default_prng_impl", "jax_threefry_partitionable"
 DIGEST_LENGTH = 16
-# Both 20 by 17 pixels: RGB in JPEG with subsampled colors, and gray in PNG.
+# Two images of 20 by 17 pixels: an RGB JPEG with subsampled colors, and a gray PNG.
 JPEG = base64.b85decode(
     "|JeWF01!$>Nk#wx0RR9200961|JwjV01yid4h#wq4h;?x5fBp?C>j_R78o%jB^@X_Gd(;xGdMRuNL)@pL{~*OI8bd-"
     "S6^ahXlFi6ad~iLcwA*?WB=O#Lje&I5*QU2FB%#zV?sDWV`F1uV`F1uV`F1uV`F1uV`F1uV`F1uV`F1uV`F1uV`F1u"
@@ -38,14 +38,14 @@ PNG = base64.b85decode(
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that a run's numbers depend on."""
-    found = {"python": platform.python_version()}
-    return found | {name: importlib.metadata.version(name) for name in PACKAGES}
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version()} | packages
 
 
 def random_numbers_digest() -> str:
-    """Returns a digest of what NumPy draws for one seed in all ways that order and augment images.
+    """Returns a digest of NumPy's random numbers for one seed, drawn in all ways that data use.
 
-    NumPy promises equal numbers for as long as nobody finds a better way to draw them.
+    A new version of NumPy may draw them differently.
     """
     rng = np.random.default_rng((0, 1, 2))
     return arrays_digest(
@@ -60,7 +60,7 @@ def random_numbers_digest() -> str:
 
 @functools.cache
 def pixels_digest() -> str:
-    """Returns a digest of what Pillow decodes of two small files, resizes and crops."""
+    """Returns a digest of two small files that Pillow decodes, resizes and crops."""
     arrays = []
     for name, data in (("JPEG", JPEG), ("PNG", PNG)):
         picture = decode_picture(data, name)

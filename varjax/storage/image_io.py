@@ -1,4 +1,4 @@
-"""Image files: any kind in, as a model takes it; grids of images out, as PNG."""
+"""Reads images of any kind for a model, and writes grids of images as PNG."""
 
 import math
 import os
@@ -10,9 +10,9 @@ from varjax.errors import InputError
 from varjax.storage import files
 from varjax.storage.image_files import BrokenImage, decode_picture, read_file, to_uint8
 
-MIN_TILE_SIDE = 64  # pixels; smaller images are enlarged in a grid, or nobody could see them
-# A thin image is cropped before it is enlarged to more pixels than this. No other image is, because
-# Pillow rounds positions in a part otherwise than in the whole, which changes a few pixels by 1.
+MIN_TILE_SIDE = 64  # pixels; smaller images are enlarged in a grid
+# Only an image that would be enlarged to more pixels is cropped first, because Pillow rounds
+# positions in a part differently than in the whole, which changes a few pixels by 1.
 MAX_RESIZED_PIXELS = 2**24
 KERNEL_RADIUS = 3  # pixels of Pillow's widest filter, Lanczos
 
@@ -44,8 +44,7 @@ def image_grid(images_NHWC: np.ndarray, columns: int | None = None) -> np.ndarra
 def read_image(path: str | os.PathLike, shape: tuple[int, int, int]) -> np.ndarray:
     """Reads an image file as a uint8 array of `shape`, (H, W, channels).
 
-    It is resized and cropped to it as in `resize_and_crop`. Raises InputError for a file that is
-    missing, damaged or no image.
+    The image is resized and cropped by `resize_and_crop`. Raises the errors of `open_image`.
     """
     return resize_and_crop(open_image(path), shape)
 
@@ -54,11 +53,11 @@ def open_image(path: str | os.PathLike, background: str = "white") -> Image.Imag
     """Opens an image file as 8-bit gray ("L") or "RGB".
 
     Args:
-        path: image file, in any format that training data may have.
+        path: image file of any format in IMAGE_FORMATS.
         background: color shown behind transparent pixels.
 
     Raises:
-        InputError: the file is missing, damaged or no image.
+        InputError: the file is missing, damaged or not an image.
         StorageError: the machine or the bucket cannot read it now.
     """
     path = files.local_copy(path)
@@ -72,7 +71,7 @@ def open_image(path: str | os.PathLike, background: str = "white") -> Image.Imag
         picture = decode_picture(data, path)
     except BrokenImage as error:
         raise InputError(
-            f"{path} is not an image that can be read ({error.reason}); give a PNG, JPEG, WebP …"
+            f"{path} is not an image that can be read ({error.reason}); use a PNG, JPEG, WebP …"
         ) from error
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
@@ -83,7 +82,7 @@ def open_image(path: str | os.PathLike, background: str = "white") -> Image.Imag
 def resize_and_crop(picture: Image.Image, shape: tuple[int, int, int]) -> np.ndarray:
     """Resizes a picture (Lanczos) until it just covers (H, W), then crops its center.
 
-    One that has this size already is not touched.
+    A picture of this size is returned unchanged.
 
     Args:
         picture: picture of any size.
@@ -110,9 +109,9 @@ def resized_part(
     box: tuple[int, int, int, int],
     resampling: Image.Resampling,
 ) -> Image.Image:
-    """Returns `picture.resize(size, resampling).crop(box)`, in memory that is bounded.
+    """Returns `picture.resize(size, resampling).crop(box)` with bounded memory.
 
-    It is equal to the pixel unless `size` has more than MAX_RESIZED_PIXELS and more than `picture`.
+    The pixels are equal unless `size` has more than MAX_RESIZED_PIXELS and more than `picture`.
 
     Args:
         picture: picture of any size.
@@ -124,7 +123,7 @@ def resized_part(
         return picture.crop(box)
     if math.prod(size) <= max(MAX_RESIZED_PIXELS, math.prod(picture.size)):
         return picture.resize(size, resampling).crop(box)
-    # One axis after the other, or else Pillow chooses their order by the box.
+    # Resize one axis after the other, or else Pillow chooses their order by the box.
     turn = Image.Transpose.TRANSPOSE
     columns = _resized_columns(picture, size[0], box[0], box[2], resampling)
     return _resized_columns(columns.transpose(turn), size[1], box[1], box[3], resampling).transpose(
@@ -135,7 +134,7 @@ def resized_part(
 def _resized_columns(
     picture: Image.Image, width: int, left: int, right: int, resampling: Image.Resampling
 ) -> Image.Image:
-    """The columns from `left` to `right` of a picture whose width is resized."""
+    """Returns the columns from `left` to `right` of a picture whose width is resized."""
     scale = picture.width / width
     margin = math.ceil(KERNEL_RADIUS * max(1, scale)) + 1
     start = max(0, math.floor(left * scale) - margin)
