@@ -135,7 +135,7 @@ def test_interrupted_anywhere_it_goes_on_to_the_same_end(folder, packed, capsys,
     arguments = [f"--folder={folder}", "--out=out", "--shards=3"]
     for stop_after in (2, 5, 5, 6):  # of shards with 4, 4, 5, 2 and 3 images
         in_this_process["stop_after"] = stop_after
-        assert main(arguments) == 130 and "the same command goes on" in capsys.readouterr().err
+        assert main(arguments) == 130 and "run the same command again" in capsys.readouterr().err
         assert not list(pathlib.Path("out").glob(".*.tmp"))
     assert not pathlib.Path("out/dataset_info.json").exists()
     with pytest.raises(ValueError, match="no prepared dataset"):
@@ -172,7 +172,7 @@ def test_a_folder_without_any_good_image_is_refused(in_this_process):
     for path in ("x/train/a/1.jpg", "x/val/a/1.jpg"):
         pathlib.Path(path).parent.mkdir(parents=True)
         pathlib.Path(path).write_bytes(b"")
-    with pytest.raises(ValueError, match="no train image can be read; train/a/1.jpg"):
+    with pytest.raises(ValueError, match="no train image can be read; the first is train/a/1.jpg"):
         prepare("x", "out")
 
 

@@ -115,7 +115,10 @@ def test_flags_and_changed_fields_may_stand_in_any_order(config):
         (["--config.step=1"], "Run has no field 'step'; its fields are .*'steps'"),
         (["--config.steps=long"], "steps must be int, not 'long'"),
         (["--config.steps"], "'steps' has no value; write steps=value"),
-        (["--confg.steps=1"], "unknown arguments .'--confg.steps=1'.; settings are --config.FIELD=VALUE"),
+        (
+            ["--confg.steps=1"],
+            "unknown arguments .'--confg.steps=1'.; settings are --config.FIELD=VALUE",
+        ),
     ],
 )
 def test_wrong_flags_are_refused_with_what_is_allowed(config, arguments, message):

@@ -80,7 +80,7 @@ def test_a_script_without_a_main_guard_is_told(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert 'put what starts workers under `if __name__ == "__main__":`' in done.stderr
+    assert 'put the code that starts workers under `if __name__ == "__main__":`' in done.stderr
 
 
 def test_there_are_as_many_threads_as_cpus_that_may_be_used(monkeypatch):

@@ -1,4 +1,4 @@
-"""Packs a folder of images into a few large array_record files, which are fast to read anywhere.
+"""Packs a folder of images into a few large array_record files, which any disk reads fast.
 
 varjax prepare --folder=DIR --out=DIR [--size=288] [--workers=16] [--shards=256]
 
@@ -25,10 +25,10 @@ from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import files, folders
 from varjax.storage.buckets import as_path, in_bucket
 
-IMAGES_PER_SHARD, MAX_SHARDS = 1000, 256  # readers keep all shards open: not too many
-MAX_NAMED = 20  # broken images on the screen; all of them are in REPORT_FILE
+IMAGES_PER_SHARD, MAX_SHARDS = 1000, 256  # readers keep all shards open
+MAX_NAMED = 20  # broken images that are printed; REPORT_FILE lists all
 REQUEST_FILE, REPORT_FILE = "request.json", "report.json"
-INTERRUPTED = "stopped; the same command goes on from here"
+INTERRUPTED = "stopped; run the same command again to continue"
 
 
 def prepare(
@@ -41,9 +41,9 @@ def prepare(
     workers: int = 0,
     shards: int = 0,
 ) -> str:
-    """Packs a folder of images, or does what is left of that.
+    """Packs a folder of images, or continues an interrupted call.
 
-    Broken images are left out, and named in report.json.
+    Broken images are left out and listed in report.json.
 
     Args:
         folder: folder of images, for `Folder`.
@@ -56,10 +56,10 @@ def prepare(
         shards: number of files of the training split; 0 for one per 1,000 images, up to 256.
 
     Returns:
-        A line that sums it up.
+        A summary in one line.
 
     Raises:
-        InputError: a folder that makes no sense, or `out` was made with other settings.
+        InputError: the folder has no usable layout, or `out` was made with other settings.
     """
     for name, value in ("workers", workers), ("shards", shards):
         check_setting(name, value, value >= 0, "1 or more, or 0 to choose")
@@ -78,11 +78,11 @@ def prepare(
     finished = path / array_record.INFO_FILE
     if not finished.exists():
         with folders.lock_folder(path):
-            if not finished.exists():  # another process may just have done it
+            if not finished.exists():  # another process may just have finished
                 parts = []
                 for split, listing in listings.items():
                     count = -(-len(listing.paths) * shards // images)
-                    parts += _share_out(path, split, listing, count, data.class_names)
+                    parts += _split_into_shards(path, split, listing, count, data.class_names)
                 _pack(parts, encoding, workers or available_cpus())
                 _finish(path, data.class_names, parts)
     report = files.read_json(path / REPORT_FILE)
@@ -92,14 +92,14 @@ def prepare(
     return f"{path} is complete: {counts} images in {len(data.class_names)} classes{named}"
 
 
-def _share_out(
+def _split_into_shards(
     out: pathlib.Path,
     split: str,
     listing: ImageListing,
     count: int,
     class_names: tuple[str, ...],
 ) -> list[array_record.RecordShard]:
-    """A split as `count` shards of consecutive images, as equal as it goes."""
+    """Divides a split into `count` shards of consecutive images, as equal as possible."""
     items = list(zip(listing.paths, listing.labels_N.tolist(), strict=True))
     bounds = [len(items) * i // count for i in range(count + 1)]
     return [
@@ -113,9 +113,9 @@ def _share_out(
 def _pack(
     parts: Sequence[array_record.RecordShard], encoding: array_record.ImageEncoding, workers: int
 ) -> None:
-    """Writes the shards that are not there yet, with a progress bar."""
+    """Writes the unfinished shards, with a progress bar."""
     left = [part for part in parts if not part.report_path.exists()]
-    images, to_do = (sum(len(part.items) for part in some) for some in (parts, left))
+    images, to_do = (sum(len(part.items) for part in shards) for shards in (parts, left))
     named = 0
     with (
         tqdm(total=images, initial=images - to_do, unit="image", smoothing=0.05) as bar,
@@ -128,28 +128,28 @@ def _pack(
                 if named <= MAX_NAMED:
                     bar.write(f"left out: {broken.name}: {broken.reason}", file=sys.stderr)
                 elif named == MAX_NAMED + 1:
-                    bar.write(f"left out: more, all of them in {REPORT_FILE}", file=sys.stderr)
+                    bar.write(f"left out: more, all listed in {REPORT_FILE}", file=sys.stderr)
 
 
 def _finish(
     path: pathlib.Path, class_names: tuple[str, ...], parts: Sequence[array_record.RecordShard]
 ) -> None:
-    """Turns finished shards into a dataset, and removes what was only needed for that."""
+    """Turns finished shards into a dataset, and removes temporary files."""
     reports: dict[str, list[dict[str, Any]]] = {}
     for part in parts:
         reports.setdefault(part.split, []).append(files.read_json(part.report_path))
-    for split, of_shards in reports.items():
-        if not any(report["images"] for report in of_shards):
-            name, reason = of_shards[0]["broken"][0]
-            raise InputError(f"no {split} image can be read; {name}, for one: {reason}")
-    whole = {
+    for split, shard_reports in reports.items():
+        if not any(report["images"] for report in shard_reports):
+            name, reason = shard_reports[0]["broken"][0]
+            raise InputError(f"no {split} image can be read; the first is {name}: {reason}")
+    summary = {
         split: {
-            "images": sum(report["images"] for report in of_shards),
-            "broken": [pair for report in of_shards for pair in report["broken"]],
+            "images": sum(report["images"] for report in shard_reports),
+            "broken": [pair for report in shard_reports for pair in report["broken"]],
         }
-        for split, of_shards in reports.items()
+        for split, shard_reports in reports.items()
     }
-    files.write_json(path / REPORT_FILE, whole)
+    files.write_json(path / REPORT_FILE, summary)
     array_record.write_dataset_info(path, class_names, reports)
     files.remove(parts[0].report_path.parent)
 
@@ -160,7 +160,9 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--folder", required=True, metavar="DIR", help="folder of the images")
     add("--out", required=True, metavar="DIR", help="new folder for the result")
-    add("--held_out", type=_share, help="folder next to train/ (val), or a fraction (0.05)")
+    add(
+        "--held_out", type=_number_or_text, help="folder next to train/ (val), or a fraction (0.05)"
+    )
     add(
         "--unconditional",
         action="store_true",
@@ -176,7 +178,7 @@ def main(arguments: list[str]) -> int:
     )
 
 
-def _share(text: str) -> str | float:
+def _number_or_text(text: str) -> str | float:
     try:
         return float(text)
     except ValueError:

@@ -16,13 +16,13 @@ from varjax.errors import StorageError, check_setting
 from varjax.storage import files
 from varjax.storage.image_files import BrokenImage, decode_file, printable_path, read_file
 
-DATASET_NAME, DATASET_VERSION = "images", "1.0.0"  # of every dataset packed here
-INFO_FILE = "dataset_info.json"  # is there if and only if a dataset is complete
+DATASET_NAME, DATASET_VERSION = "images", "1.0.0"  # of every packed dataset
+INFO_FILE = "dataset_info.json"  # exists if and only if a dataset is complete
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageEncoding:
-    """How images are stored: as the bytes of their files, or resized.
+    """Chooses how images are stored: unchanged, or resized.
 
     Attributes:
         size: pixels of the shorter side; larger images are resized to it and stored as RGB JPEGs
@@ -41,7 +41,7 @@ class ImageEncoding:
         """Encodes the image in a file.
 
         Raises:
-            BrokenImage: there is no such file, or the decoder refuses it.
+            BrokenImage: there is no such file, or it cannot be decoded.
             StorageError: the machine or the bucket cannot read it now.
         """
         data = read_file(path)
@@ -56,7 +56,7 @@ class ImageEncoding:
 
 @dataclasses.dataclass(frozen=True)
 class RecordShard:
-    """A file to be written, of some images of a split.
+    """A file to write, with some images of a split.
 
     Attributes:
         out: the folder of the dataset.
@@ -83,21 +83,21 @@ class RecordShard:
 
     @property
     def report_path(self) -> pathlib.Path:
-        """The file that says what was written; there if and only if the shard is finished."""
+        """The file that describes the shard; it exists if and only if the shard is finished."""
         return self.out / "unfinished" / f"{self.split}-{self.index:05d}.json"
 
 
 def write_record_shard(encoding: ImageEncoding, shard: RecordShard) -> Iterator[BrokenImage | None]:
     """Writes a shard and its report.
 
-    The report has the numbers of "images" and "bytes", and the "broken" ones, [path, reason].
+    The report counts "images" and "bytes", and lists "broken" images as [path, reason].
 
     Args:
         encoding: how images are stored.
         shard: shard to write, with its images.
 
     Yields:
-        After each image None, or what it was left out for.
+        None after each image, or the error if it was left out.
 
     Raises:
         StorageError: the file could not be written, or an image cannot be read now.
@@ -132,7 +132,7 @@ def write_record_shard(encoding: ImageEncoding, shard: RecordShard) -> Iterator[
 
 @contextlib.contextmanager
 def _storage_errors(path: pathlib.Path) -> Iterator[None]:
-    """ArrayRecordWriter raises RuntimeError where a disk is full."""
+    """Turns the RuntimeError that ArrayRecordWriter raises on a full disk into a StorageError."""
     try:
         yield
     except RuntimeError as error:
@@ -140,7 +140,7 @@ def _storage_errors(path: pathlib.Path) -> Iterator[None]:
 
 
 def record_features(class_names: Sequence[str]) -> Any:
-    """Returns the features of a record, in TFDS's terms; `file_name` is the path in the folder."""
+    """Returns the TFDS features of a record; `file_name` is the path in the folder."""
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict(
@@ -157,7 +157,7 @@ def write_dataset_info(
     class_names: Sequence[str],
     reports: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> None:
-    """Writes what makes finished shards a dataset of TFDS.
+    """Writes the files that turn finished shards into a TFDS dataset.
 
     Args:
         out: the folder of the shards.
@@ -180,8 +180,8 @@ def write_dataset_info(
         splits = [
             tfds.core.SplitInfo(
                 name=split,
-                shard_lengths=[report["images"] for report in of_shards],
-                num_bytes=sum(report["bytes"] for report in of_shards),
+                shard_lengths=[report["images"] for report in shard_reports],
+                num_bytes=sum(report["bytes"] for report in shard_reports),
                 filename_template=tfds.core.ShardedFileTemplate(
                     dataset_name=DATASET_NAME,
                     data_dir=epath.Path(temporary),
@@ -189,7 +189,7 @@ def write_dataset_info(
                     filetype_suffix="array_record",
                 ),
             )
-            for split, of_shards in reports.items()
+            for split, shard_reports in reports.items()
         ]
         info.set_splits(SplitDict(splits))
         info.write_to_directory(temporary)

@@ -1,4 +1,4 @@
-"""Turns a dataset into batches: shuffled, augmented, shared out to processes, resumed anywhere."""
+"""Turns a dataset into batches: shuffled, augmented, divided among processes, resumable."""
 
 import collections
 import dataclasses
@@ -25,21 +25,20 @@ from varjax.errors import InputError
 from varjax.storage.image_files import BrokenImageCounter
 
 BatchArrays = dict[str, np.ndarray]
-BATCHES_AHEAD = 2  # in the making while another one is used
-RANGE_IMAGES = 64  # are looked at
-SMALL_RANGE = 26  # a tenth
-MOST_ROWS = 2**20  # of a batch, which is listed and held in memory
+BATCHES_AHEAD = 2  # prepared while another one is used
+RANGE_IMAGES = 64  # whose range of values is checked
+SMALL_RANGE = 26  # a tenth of 0 … 255
+MAX_ROWS = 2**20  # of a batch, which is listed and held in memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Batches of a dataset, of which this process gets its rows.
+    """Makes this process's rows of each batch of a dataset.
 
-    The training stream continues over the ends of epochs, shuffled again for each. Its batch i is a
-    function of (seed, i) alone: not of where a run was resumed, nor of how its rows are shared out
-    to processes. Examples are read in threads or worker processes (`data.reading`), no more than
-    three batches of them at a time. Broken images are named once; InputError as soon as they are
-    more than 1 % of a split.
+    The training stream has no end, and each epoch is shuffled differently. Its batch i depends only
+    on (seed, i), not on where a run was resumed, nor on how processes divide the rows. Threads or
+    worker processes (`data.reading`) read at most three batches at a time. Each broken image is
+    reported once; InputError when more than 1 % of a split are broken.
 
         loader = make_loader(Digits(), batch_size=64, seed=0)
         for batch in loader.train(position=100):  # {"image_BHWC": uint8, "label_B": int32}
@@ -65,8 +64,8 @@ class Loader:
     def __post_init__(self):
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}, but must be at least 1")
-        if self.batch_size > MOST_ROWS:
-            raise InputError(f"batch_size is {self.batch_size}, but must be at most {MOST_ROWS:,}")
+        if self.batch_size > MAX_ROWS:
+            raise InputError(f"batch_size is {self.batch_size}, but must be at most {MAX_ROWS:,}")
         if self.rows is not None:
             rows = np.asarray(self.rows)
             if (
@@ -76,7 +75,7 @@ class Loader:
                 or any(rows[1:] <= rows[:-1])
             ):
                 raise InputError(
-                    f"rows is {self.rows}; give some of range(0, {self.batch_size}), rising"
+                    f"rows is {self.rows}; must be ascending, in range(0, {self.batch_size})"
                 )
 
     @property
@@ -88,7 +87,7 @@ class Loader:
         return self.stream.held_out_source
 
     def train(self, position: int = 0) -> Iterator[BatchArrays]:
-        """Yields training batches without end, from batch `position` on, found at once."""
+        """Yields training batches without end, starting at batch `position`."""
         return self._train(itertools.count(position))
 
     def train_batch(self, number: int) -> BatchArrays:
@@ -105,19 +104,19 @@ class Loader:
 
     @functools.cached_property
     def stream(self) -> ExampleStream:
-        """The rows that batches are made of, by position."""
+        """The rows of all batches, by position."""
         return ExampleStream(self.data, self.transform, self.seed)
 
     @functools.cached_property
     def readers(self) -> ReaderPool:
         """The threads or processes that read for all iterators of this loader."""
-        if self.data.reading.workers:  # so that not each of them lists the files
+        if self.data.reading.workers:  # lists the files once, not in each worker
             _ = self.train_source, self.held_out_source
         return ReaderPool(self.stream, self.data.reading)
 
     @functools.cached_property
     def range_check(self) -> "RangeCheck":
-        """Looks at the first training images."""
+        """The check of the first training images."""
         return RangeCheck()
 
     @functools.cached_property
@@ -145,7 +144,7 @@ class Loader:
 def make_loader(
     data: ImageDataset, batch_size: int, seed: int = 0, rows: Sequence[int] | None = None
 ) -> Loader:
-    """Makes the batches of a dataset of images; as `make`, a method of each such dataset.
+    """Makes the loader of a dataset of images; each such dataset has it as its method `make`.
 
     Args:
         data: dataset, as defined in `varjax.data.sources`.
@@ -157,14 +156,14 @@ def make_loader(
 
 
 class RangeCheck:
-    """Says once when the first images of a split together use little of the range 0 … 255."""
+    """Warns once if the first images of a split use only a small part of the range 0 … 255."""
 
     def __init__(self):
         self._left = RANGE_IMAGES
         self._low, self._high = 255, 0
 
     def watch(self, batches: Iterator[BatchArrays]) -> Iterator[BatchArrays]:
-        """Yields the batches; looks at their images until there were enough."""
+        """Yields the batches, and checks the first images in them."""
         for batch in batches:
             if self._left > 0 and "image_BHWC" in batch:
                 self._look(batch)
@@ -179,7 +178,7 @@ class RangeCheck:
         if self._left <= 0 and self._high - self._low < SMALL_RANGE:
             tqdm.write(
                 f"the first {RANGE_IMAGES - self._left} images only use values from {self._low} to "
-                f"{self._high} of 0 … 255. If their files hold fewer bits than their format (12 "
+                f"{self._high} of 0 … 255. If their files use fewer bits than their format (12 "
                 "bits in 16), scale the files to the format's range",
                 file=sys.stderr,
             )
@@ -192,7 +191,7 @@ def read_ahead(
     function: Callable[..., StreamRows],
     *arguments: Any,
 ) -> Iterator[BatchArrays]:
-    """Yields batches, two of them in the making while another one is used.
+    """Yields batches, and prepares the next two meanwhile.
 
     Args:
         readers: readers of an `ExampleStream`.

@@ -1,4 +1,4 @@
-"""Decides which example stands where: a pure function of dataset, seed and position."""
+"""Chooses the example at each position of a stream, by dataset, seed and position alone."""
 
 import dataclasses
 import functools
@@ -14,15 +14,15 @@ from varjax.storage.image_files import BrokenImage
 
 Split = Literal["train", "held_out"]
 Example = dict[str, Any]  # one row of a batch, its arrays named like the batch's
-MAX_BROKEN_IN_A_ROW = 100  # more, in a shuffled order, mean that nearly all images are broken
+MAX_BROKEN_IN_A_ROW = 100  # in a shuffled order, more mean that nearly all images are broken
 
 
 class ExampleSource(Protocol):
-    """Examples by index, as they are stored.
+    """Stored examples by index.
 
-    An example is {"image": uint8 (H, W, C), "label": int}, or what the dataset's own
-    `ExampleTransform` takes. Reading one may raise BrokenImage, which is skipped, or StorageError,
-    which says nothing about the image and ends the run.
+    An example is {"image": uint8 (H, W, C), "label": int}, or the input of the dataset's own
+    `ExampleTransform`. Reading one may raise BrokenImage, which skips it, or StorageError, which
+    ends the run because the machine failed.
     """
 
     def __len__(self) -> int: ...
@@ -31,7 +31,7 @@ class ExampleSource(Protocol):
 
 
 class Dataset(Protocol):
-    """Where examples come from, and how they are read: a frozen dataclass.
+    """A source of examples, with its settings: a frozen dataclass.
 
     Implemented by everything in `varjax.data.sources`, and by `varjax.data.latents.CachedLatents`.
     """
@@ -43,7 +43,7 @@ class Dataset(Protocol):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, channels) of every image in a batch."""
+        """(H, W, channels) of the images in a batch."""
         ...
 
     @property
@@ -54,9 +54,9 @@ class Dataset(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Returns JSON data: "class_names", and what identifies "train" and "held_out".
+        """Returns JSON data: "class_names", and the identities of "train" and "held_out".
 
-        Also "pixels", `pixels_digest`, where Pillow decodes images.
+        Also "pixels", from `pixels_digest`, if Pillow decodes the images.
         """
         ...
 
@@ -66,17 +66,16 @@ class ImageDataset(Dataset, Protocol):
 
     @property
     def alternating_views(self) -> int:
-        """Number of views by which `augment` alternates: 2 for flips in turn, 1 for none."""
+        """The number of views that `augment` alternates between: 2 if flips alternate, else 1."""
         ...
 
     def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
-        """Makes a training image of `image_shape`, always drawing as many numbers.
+        """Makes a training image of `image_shape`, and always draws the same number of values.
 
         Args:
-            image_HWC: image as the source stores it.
-            view: number of the image's view, one more in each epoch. It is for augmentations that
-                alternate between epochs; `rng` knows nothing of other epochs. The first view's
-                number is the image's index, so that both alternatives occur in each epoch.
+            image_HWC: stored image.
+            view: index of the image plus the epoch, for augmentations that alternate between
+                epochs. Both alternatives thus occur in each epoch.
             rng: random generator of this image in this epoch.
         """
         ...
@@ -87,13 +86,13 @@ class ImageDataset(Dataset, Protocol):
 
 
 class ExampleTransform(Protocol):
-    """Makes rows of a batch out of stored examples."""
+    """Makes rows of a batch from stored examples."""
 
     def train(self, example: dict, index: int, epoch: int, rng: np.random.Generator) -> Example:
         """Makes a training row.
 
         Args:
-            example: example as the source returns it.
+            example: example from the source.
             index: index of the example in the source.
             epoch: number of the epoch that shows the example.
             rng: random generator of this example in this epoch.
@@ -105,13 +104,13 @@ class ExampleTransform(Protocol):
         ...
 
     def blank(self) -> Example:
-        """Makes the row in place of a missing or broken example."""
+        """Makes the row that replaces a missing or broken example."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-    """Makes {"image_BHWC", "label_B"} as a dataset augments or preprocesses its images."""
+    """Makes {"image_BHWC", "label_B"} with the augmentation and preprocessing of a dataset."""
 
     data: ImageDataset
 
@@ -142,12 +141,12 @@ class ArraySource:
 
 @dataclasses.dataclass(frozen=True)
 class StreamRows:
-    """Consecutive rows of a batch, and what came of reading them.
+    """Consecutive rows of a batch, with the broken images found while reading them.
 
     Attributes:
-        arrays: arrays by name, whose leading axis counts the rows.
-        read: number of images read for them.
-        broken: images among these that could not be decoded.
+        arrays: arrays by name, with the rows along the leading axis.
+        read: number of images that were read, broken ones included.
+        broken: images that could not be decoded.
     """
 
     arrays: dict[str, np.ndarray]
@@ -157,7 +156,7 @@ class StreamRows:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleStream:
-    """Makes the rows of a dataset's training and held-out streams, by position. Can be pickled."""
+    """Makes rows of the training and held-out streams of a dataset by position; can be pickled."""
 
     data: Dataset
     transform: ExampleTransform
@@ -172,17 +171,17 @@ class ExampleStream:
         return self.data.source("held_out")
 
     def train(self, positions: Iterable[int]) -> StreamRows:
-        """Makes rows of an endless stream: epoch after epoch, each in its own order.
+        """Makes rows of the endless training stream; each epoch has its own order.
 
-        A broken image is replaced by the next one in the epoch's order. Raises InputError where too
-        many of those are broken as well.
+        A broken image is replaced by the next one in the epoch's order. Raises InputError if too
+        many in a row are broken.
         """
         broken: list[BrokenImage] = []
         rows = [self._train_row(position, broken) for position in positions]
         return _stack(rows, len(rows) + len(broken), broken)
 
     def held_out(self, positions: Iterable[int]) -> StreamRows:
-        """Makes rows in the source's order; "valid_B" is False for broken ones and past the end."""
+        """Makes rows in the source's order; "valid_B" is False for broken images and padding."""
         rows, broken, read = [], [], 0
         for position in positions:
             row = self.transform.blank() | {"valid_B": np.bool_(False)}
@@ -203,51 +202,53 @@ class ExampleStream:
         """
         rows, broken, read = [], [], 0
         by_image = itertools.groupby(positions, lambda position: position // augmentations)
-        for image, same in by_image:
+        for image, image_positions in by_image:
             read += 1
             try:
                 example = self.train_source[image]
             except BrokenImage as error:
                 broken.append(error)
-                rows += [self.transform.blank() | {"valid_B": np.bool_(False)} for _ in same]
+                rows += [
+                    self.transform.blank() | {"valid_B": np.bool_(False)} for _ in image_positions
+                ]
                 continue
-            for position in same:
+            for position in image_positions:
                 epoch = position % augmentations
-                place = int(_places(self.seed, epoch, len(self.train_source))[image])
-                row = self._transformed(example, image, epoch, place)
+                rank = int(_ranks(self.seed, epoch, len(self.train_source))[image])
+                row = self._transformed(example, image, epoch, rank)
                 rows.append(row | {"valid_B": np.bool_(True)})
         return _stack(rows, read, broken)
 
     def _train_row(self, position: int, broken: list[BrokenImage]) -> Example:
         size = len(self.train_source)
-        epoch, place = divmod(position, size)
+        epoch, first = divmod(position, size)
         order_N = _order(self.seed, epoch, size)
         for step in range(min(size, MAX_BROKEN_IN_A_ROW)):
-            there = (place + step) % size
-            index = int(order_N[there])
+            rank = (first + step) % size
+            index = int(order_N[rank])
             try:
-                return self._transformed(self.train_source[index], index, epoch, there)
+                return self._transformed(self.train_source[index], index, epoch, rank)
             except BrokenImage as error:
                 broken.append(error)
         raise InputError(f"{step + 1} images in a row are broken; the last one: {broken[-1]}")
 
-    def _transformed(self, example: dict, index: int, epoch: int, place: int) -> Example:
-        rng = np.random.default_rng((self.seed, 1, epoch * len(self.train_source) + place))
+    def _transformed(self, example: dict, index: int, epoch: int, rank: int) -> Example:
+        rng = np.random.default_rng((self.seed, 1, epoch * len(self.train_source) + rank))
         return self.transform.train(example, index, epoch, rng)
 
 
-@functools.lru_cache(maxsize=4)  # batches being made at the same time may lie in two epochs
+@functools.lru_cache(maxsize=4)  # batches in the making may be in two epochs
 def _order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The image at each place of an epoch."""
+    """Returns the indices of the images in the order of an epoch."""
     return np.random.default_rng((seed, 0, epoch)).permutation(size)
 
 
 @functools.lru_cache(maxsize=64)
-def _places(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The place of each image in an epoch."""
-    places_N = np.empty(size, np.int32)
-    places_N[_order(seed, epoch, size)] = np.arange(size, dtype=np.int32)
-    return places_N
+def _ranks(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Returns the rank of each image in the order of an epoch."""
+    rank_N = np.empty(size, np.int32)
+    rank_N[_order(seed, epoch, size)] = np.arange(size, dtype=np.int32)
+    return rank_N
 
 
 def _image_row(image_HWC: np.ndarray, label: int) -> Example:

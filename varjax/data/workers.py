@@ -1,4 +1,4 @@
-"""Threads and worker processes that read examples ahead, and processes that share out jobs."""
+"""Threads and worker processes that read examples ahead, or work through a list of jobs."""
 
 import atexit
 import collections
@@ -21,18 +21,18 @@ from typing import Any
 from varjax.errors import InputError
 
 MAX_DEFAULT_THREADS = 16
-CHUNKS_PER_THREAD = 4  # of a batch, so that all threads end at about the same time
+CHUNKS_PER_THREAD = 4  # of a batch, so that all threads finish at about the same time
 Worker = tuple[Any, Connection]  # a process, and this end of the pipe to it
 
 
 @dataclasses.dataclass(frozen=True)
 class ReadOptions:
-    """How examples are read; which examples does not depend on it.
+    """Sets the threads and processes that read examples; the examples do not depend on them.
 
     Attributes:
         threads: number of threads; 0 for one per CPU that this process may use, at most 16.
         workers: number of processes that decode and augment instead of the threads; 0 for none.
-            Their start and copies pay off only if augmentation holds Python's lock.
+            They are worth their overhead only if augmentation holds Python's lock.
     """
 
     threads: int = 0
@@ -45,7 +45,7 @@ class ReadOptions:
 
 
 def available_cpus() -> int:
-    """Counts the CPUs that this process may use: a cluster seldom gives a job all of a machine."""
+    """Counts the CPUs that this process may use, which may be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):  # not on macOS
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -77,7 +77,7 @@ class ReaderPool:
     def submit(
         self, join: Callable[[list], Any], function: Callable, items: Sequence, *arguments: Any
     ) -> "PendingResult":
-        """Starts `join([function(subject, chunk of items, *arguments), …])` in the background.
+        """Computes `join([function(subject, chunk of items, *arguments), …])` in the background.
 
         Args:
             join: function that joins the chunks' results, in order.
@@ -93,7 +93,7 @@ class ReaderPool:
 
         def joined() -> Any:
             results = [chunk.result() for chunk in chunks]
-            chunks.clear()  # or else they would stay in memory beside what they make together
+            chunks.clear()  # frees memory before they are joined
             return join(results)
 
         return PendingResult(self._joiner.submit(joined), chunks)
@@ -101,13 +101,13 @@ class ReaderPool:
 
 @dataclasses.dataclass(frozen=True)
 class PendingResult:
-    """A result in the making, by `ReaderPool.submit`."""
+    """A pending result of `ReaderPool.submit`."""
 
     joined: Future
     chunks: list[Future]
 
     def result(self) -> Any:
-        """Waits for it; raises what the function raised."""
+        """Waits for the result; raises the function's exception."""
         return self.joined.result()
 
     def cancel(self) -> None:
@@ -117,17 +117,17 @@ class PendingResult:
 
 
 class WorkerProcesses:
-    """Processes that call functions of a copy of `subject`. They end with this object or process.
+    """Processes that call functions of a copy of `subject`, and end with this object or process.
 
-    Signals meant for the run do not reach them. Spawned rather than forked, for a fork copies
-    JAX's threads in whatever state they are. One that has died raises ChildProcessError, or
-    InputError where it ended with an error, as those of a script without a `__main__` guard do.
+    Signals for the run do not reach them. They are spawned, because a fork would copy JAX's threads
+    in an undefined state. A dead process raises ChildProcessError, or InputError if it ended with
+    an error, as in a script without a `__main__` guard.
 
         with contextlib.closing(WorkerProcesses(encoding, 16)) as processes:
             for step in processes.stream(write_record_shard, shards):
                 bar.update()
 
-    Raises InputError where `subject` cannot be pickled.
+    Raises InputError if `subject` cannot be pickled.
     """
 
     def __init__(self, subject: Any, count: int):
@@ -147,27 +147,27 @@ class WorkerProcesses:
         context = multiprocessing.get_context("spawn")
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         processes = []
-        self.close = weakref.finalize(self, _kill, processes)  # whatever they are at
+        self.close = weakref.finalize(self, _kill, processes)  # even if they are busy
         self.close.atexit = False
-        atexit.register(self.close)  # thus before multiprocessing waits for its children
-        resource_tracker.ensure_running()  # its own start would unblock the signals again
-        # What is blocked here is so in the new processes, from their first instruction on.
+        atexit.register(self.close)  # runs before multiprocessing waits for its children
+        resource_tracker.ensure_running()  # starting it later would unblock the signals
+        # New processes inherit blocked signals from their first instruction on.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
             for _ in range(count):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=_serve, args=(theirs, subject), daemon=True)
                 process.start()
-                theirs.close()  # so that the death of the process ends what is read from it
+                theirs.close()  # so that reading ends if the process dies
                 processes.append(process)
                 self._idle.put((process, ours))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def call(self, function: Callable, *arguments: Any) -> Any:
-        """Returns `function(subject, *arguments)` from the next process that is free.
+        """Returns `function(subject, *arguments)`, computed by the next idle process.
 
-        Raises what the function raises, with a note of where.
+        Raises the function's exception, with a note of its traceback.
         """
         worker = self._idle.get()
         try:
@@ -180,9 +180,9 @@ class WorkerProcesses:
         return answer
 
     def stream(self, function: Callable, jobs: Iterable) -> Iterator[Any]:
-        """Yields what the generators `function(subject, job)` of all jobs yield, as it comes.
+        """Yields the items of the generators `function(subject, job)` of all jobs, as they come.
 
-        Raises what one of them raises. Left before the end, it closes the processes.
+        Raises the exception of any of them. Closes the processes if it ends early.
         """
         left, busy = collections.deque(jobs), {}
         try:
@@ -205,7 +205,7 @@ class WorkerProcesses:
 
 
 def _send(worker: Worker, function: Callable, arguments: Sequence) -> None:
-    with contextlib.suppress(OSError):  # a process that died says so when its answer is received
+    with contextlib.suppress(OSError):  # `_receive` reports a dead process
         worker[1].send((function, arguments))
 
 
@@ -216,11 +216,11 @@ def _receive(worker: Worker) -> tuple[str, Any]:
         return connection.recv()
     except (EOFError, OSError) as error:
         process.join(1)
-        if process.exitcode == 1:  # Python's for an exception; those of jobs are sent instead
+        if process.exitcode == 1:  # an exception outside of jobs, whose exceptions are sent
             raise InputError(
-                "a worker process ended with the error above. If that names your script: put what "
-                'starts workers under `if __name__ == "__main__":`, because each worker imports '
-                "the script"
+                "a worker process ended with the error above. If it is in your script, put the "
+                'code that starts workers under `if __name__ == "__main__":`, because each worker '
+                "imports the script"
             ) from error
         raise ChildProcessError(
             f"a worker process died (exit code {process.exitcode}; -9 often means that memory ran "
