@@ -59,8 +59,24 @@ class Recipe:
 
 
 # Found on scikit-learn's digits (8 pixels), and on 4,500 handwritten digits of 28 pixels.
-UP_TO_8 = Recipe(256, CodebookConfig(), 128, 8e-3, 1000, 1000, 1.25)
-LARGER = Recipe(512, CodebookConfig("kmeans", 50), 192, 6e-3, 1200, 1500, 4.0)
+UP_TO_8 = Recipe(
+    vocab=256,
+    codebook=CodebookConfig(),
+    width=128,
+    base_lr=8e-3,
+    tokenizer_steps=1000,
+    steps=1000,
+    guidance=1.25,
+)
+LARGER = Recipe(
+    vocab=512,
+    codebook=CodebookConfig(init="kmeans", restart_every=50),
+    width=192,
+    base_lr=6e-3,
+    tokenizer_steps=1200,
+    steps=1500,
+    guidance=4.0,
+)
 
 
 def small_tokenizer(data: Any, run_dir: str) -> Experiment:

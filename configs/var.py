@@ -55,19 +55,51 @@ class Recipe:
 
     batch_size: int
     epochs: int
-    base_lr: float
-    end: float  # of the learning rate, as a share of its peak
+    base_lr: float  # for a batch of 256
+    end: float  # of the learning rate, as a fraction of its peak
     weight_decay_end: float
     remat: Remat
-    mesh: MeshShape  # large models lie spread over the devices, small ones on each
+    mesh: MeshShape  # large models are sharded over the devices, small ones replicated
 
 
 EACH, SPREAD = MeshShape(), MeshShape(fsdp=0)
 RECIPES = {
-    "d16": Recipe(768, 200, 1e-4, 0.1, 0.05, "dots", EACH),
-    "d20": Recipe(768, 250, 1e-4, 0.1, 0.05, "dots", EACH),
-    "d24": Recipe(768, 350, 8e-5, 0.01, 0.05, "dots", SPREAD),
-    "d30": Recipe(1024, 350, 8e-5, 0.01, 0.08, "block", SPREAD),
+    "d16": Recipe(
+        batch_size=768,
+        epochs=200,
+        base_lr=1e-4,
+        end=0.1,
+        weight_decay_end=0.05,
+        remat="dots",
+        mesh=EACH,
+    ),
+    "d20": Recipe(
+        batch_size=768,
+        epochs=250,
+        base_lr=1e-4,
+        end=0.1,
+        weight_decay_end=0.05,
+        remat="dots",
+        mesh=EACH,
+    ),
+    "d24": Recipe(
+        batch_size=768,
+        epochs=350,
+        base_lr=8e-5,
+        end=0.01,
+        weight_decay_end=0.05,
+        remat="dots",
+        mesh=SPREAD,
+    ),
+    "d30": Recipe(
+        batch_size=1024,
+        epochs=350,
+        base_lr=8e-5,
+        end=0.01,
+        weight_decay_end=0.08,
+        remat="block",
+        mesh=SPREAD,
+    ),
 }
 
 
@@ -77,7 +109,7 @@ def get_config(arg: str = "d16") -> Experiment:
 
 
 def experiment(size: str, recipe: Recipe, data: str, tokenizer_weights: str) -> Experiment:
-    """The official recipe on these data."""
+    """Plans the official recipe on the given data."""
     model = VARConfig.preset(size)
     tokenizer = VQConfig(scales=model.scales)
     optimizer = AdamW(

@@ -18,7 +18,17 @@ from varjax.training.experiment import Experiment
 from ._arguments import read_argument, split_argument
 from .var import SPREAD, Recipe, experiment
 
-RECIPES = {"d36": Recipe(768, 350, 8e-5, 0.01, 0.08, "block", SPREAD)}
+RECIPES = {
+    "d36": Recipe(
+        batch_size=768,
+        epochs=350,
+        base_lr=8e-5,
+        end=0.01,
+        weight_decay_end=0.08,
+        remat="block",
+        mesh=SPREAD,
+    )
+}
 
 
 def get_config(arg: str = "d36") -> Experiment:

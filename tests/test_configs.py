@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs._small import small_tokenizer, small_var
 from varjax import trees
 from varjax.checkpoints.weights import abstract_params
 from varjax.config import config_flags, config_tree
@@ -220,6 +221,13 @@ def test_data_are_chosen_after_the_size():
 def test_a_wrong_argument_is_told_what_is_allowed(name, message):
     with pytest.raises(ValueError, match=message):
         load(name)
+
+
+def test_digits_have_the_values_of_small_images():
+    """The digits' configs spell out every value, which must stay that of `configs/_small.py`."""
+    tokenizer, var = load("digits_tokenizer.py"), load("digits.py")
+    assert tokenizer == small_tokenizer(tokenizer.data, tokenizer.run_dir)
+    assert var == small_var(var.data, tokenizer, var.run_dir)
 
 
 @pytest.mark.parametrize("name", ["digits.py", "digits_tokenizer.py", "digits_kl_tokenizer.py"])
