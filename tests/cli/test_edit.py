@@ -11,9 +11,9 @@ from tests.helpers import runs
 from varjax.cli.edit import edit_image
 from varjax.data.sources import Digits
 from varjax.sampling.edit_masks import box_mask, read_mask
-from varjax.sampling.sampler import image_keys
+from varjax.sampling.sampler import KnownTokens, image_keys
 from varjax.storage import image_io
-from varjax.var.sample import KeptTokens, VAROptions, keep_at_every_scale, sample_tokens
+from varjax.var.sample import VAROptions, keep_at_every_scale, sample_tokens
 
 pytestmark = pytest.mark.slow
 
@@ -105,7 +105,7 @@ def test_kept_tokens_stay_and_the_others_vary():
     model = varjax.load(runs.var())
     inside_hw = box_mask("0,0,0.5,1", (8, 8), (4, 4))
     tokens_BL = jnp.broadcast_to(model.encode(IMAGE_HWC[None]), (4, 21))
-    known = KeptTokens(
+    known = KnownTokens(
         tokens_BL, keep_at_every_scale(model.var.pyramid, ~inside_hw[None].repeat(4, 0))
     )
     draw = jax.jit(functools.partial(sample_tokens, model.tokenizer, model.var))

@@ -83,7 +83,7 @@ def test_infinity_counts_and_the_first_image_is_named():
 def test_no_picture_is_made_of_nan():
     with pytest.raises(InputError, match="contain NaN or infinity, which no image file"):
         image_io.to_uint8(np.array([0.5, np.nan]))
-    with pytest.raises(InputError, match="which no picture"):
+    with pytest.raises(InputError, match="which no image file"):
         image_io.image_grid(np.full((1, 2, 2, 1), np.nan, np.float32))
 
 
@@ -110,6 +110,6 @@ def test_the_code_of_a_token_with_logits_that_are_nan_is_nan(smooth):
     )
     options = VAROptions(top_k=3, top_p=0.9, smooth=smooth)
     key_B = image_keys(0, np.arange(2))
-    _, codes_BlZ = choose_tokens(quantizer, logits_BlV, 0, key_B, options, None, False)
+    _, codes_BlZ = choose_tokens(quantizer, logits_BlV, 0, key_B, options)
     finite_Bl = np.isfinite(codes_BlZ).all(axis=-1)
     assert not finite_Bl[1, 2] and finite_Bl.sum() == 5

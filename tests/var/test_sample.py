@@ -10,24 +10,37 @@ import scipy.stats
 from tests.helpers import golden_cases as golden
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
+from varjax.sampling.filters import filter_top_k_top_p
 from varjax.sampling.guidance import guide
-from varjax.sampling.sampler import image_keys
+from varjax.sampling.sampler import KnownTokens, image_keys
 from varjax.tokenizers.vq.model import VQTokenizer
 from varjax.tokenizers.vq.pyramid import Pyramid
+from varjax.tokenizers.vq.quantizer import Quantizer
 from varjax.var.model import VAR
 from varjax.var.sample import (
-    KeptTokens,
     VAROptions,
-    filter_top_k_top_p,
+    choose_tokens,
     gumbel_noise,
     gumbel_softmax_weights,
     keep_at_every_scale,
+    sample_scales,
     sample_tokens,
 )
 
 FUNCTIONS = golden.weights.outputs("functions")
 LOGITS_BlV = jnp.asarray(FUNCTIONS["filter.logits"])[None]
 GREEDY = VAROptions(top_k=1, top_p=0.0)
+
+
+def random_quantizer():
+    quantizer = Quantizer(Pyramid((1, 2, 4)), 32, 4, num_phi=1, phi_ratio=0.5, cosine=False)
+    shapes = {"codebook": (32, 4), "phi_kernel": (1, 3, 3, 4, 4), "phi_bias": (1, 4)}
+    rng = np.random.default_rng(0)
+    params = {n: jnp.asarray(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+    return quantizer.bind({"params": params})
+
+
+QUANTIZER = random_quantizer()
 
 
 @functools.cache
@@ -99,7 +112,7 @@ def test_editing_is_the_reference_s_and_keeps_what_it_must(name, mode):
     expected = golden.outputs(name)
     tokens_BL = expected["tokens"].astype(np.int32)
     keep_Bhw = np.stack([expected[f"edit.{mode}.keep_mask"] > 0.5] * 2)
-    known = KeptTokens(jnp.asarray(tokens_BL), keep_at_every_scale(var.pyramid, keep_Bhw))
+    known = KnownTokens(jnp.asarray(tokens_BL), keep_at_every_scale(var.pyramid, keep_Bhw))
     label_B = expected["label"].astype(np.int32)
     found_BL, f_hat_BhwZ = sampler(name)(
         label_B, image_keys(0, jnp.arange(2)), GREEDY.replace(guidance=2.5), known
@@ -160,18 +173,76 @@ def test_draws_follow_the_filtered_distribution():
     assert scipy.stats.chisquare(counts[support], expected).pvalue > 1e-3
 
 
-@pytest.mark.slow
+def fake_network(label_B):
+    """Logits that depend on the label, the scale and every input, without parameters."""
+    weights_ZV = np.random.default_rng(1).normal(size=(QUANTIZER.code_channels, QUANTIZER.vocab))
+
+    def predict(input_BlZ, k, cache):
+        logits_BlV = jnp.sin(np.arange(QUANTIZER.vocab) * (label_B[:, None, None] + k + 1.0))
+        if input_BlZ is not None:
+            logits_BlV = logits_BlV + input_BlZ @ jnp.asarray(weights_ZV, jnp.float32)
+        return logits_BlV, cache
+
+    return predict
+
+
+def test_each_scale_sees_the_sum_of_all_coarser_ones():
+    token_BL = np.random.default_rng(2).integers(0, QUANTIZER.vocab, (2, 21))
+    calls = []
+
+    def predict(input_BlZ, k, cache):
+        calls.append((input_BlZ, cache))
+        return None, f"cache of scale {k}"
+
+    def choose(logits, k):
+        token_Bl = jnp.asarray(token_BL[:, QUANTIZER.pyramid.slices[k]])
+        return token_Bl, QUANTIZER.look_up(token_Bl)
+
+    drawn_BL, f_hat_BhwZ = sample_scales(predict, choose, QUANTIZER, batch=2)
+    f_hats = QUANTIZER.accumulated_scales(jnp.asarray(token_BL))
+    np.testing.assert_array_equal(drawn_BL, token_BL)
+    np.testing.assert_allclose(f_hat_BhwZ, f_hats[-1], atol=1e-6)
+    inputs, caches = zip(*calls, strict=True)
+    assert caches == (None, "cache of scale 0", "cache of scale 1")
+    assert inputs[0] is None
+    for k in range(2):
+        np.testing.assert_allclose(
+            inputs[k + 1], QUANTIZER.next_input(f_hats[k], k), atol=1e-6, err_msg=f"scale {k + 1}"
+        )
+
+
+def test_known_tokens_are_kept_and_their_codes_added_whatever_is_chosen():
+    rng = np.random.default_rng(3)
+    known_BL, keep_BL = rng.integers(0, QUANTIZER.vocab, (2, 21)), rng.random((2, 21)) < 0.5
+
+    def choose(logits, k):
+        token_Bl = jnp.full((2, QUANTIZER.pyramid.lengths[k]), 7)
+        return token_Bl, QUANTIZER.look_up(token_Bl)
+
+    known = KnownTokens(jnp.asarray(known_BL), jnp.asarray(keep_BL))
+    network = fake_network(np.array([0, 1]))
+    drawn_BL, f_hat_BhwZ = sample_scales(network, choose, QUANTIZER, 2, known)
+    expected_BL = np.where(keep_BL, known_BL, 7)
+    np.testing.assert_array_equal(drawn_BL, expected_BL)
+    expected_BhwZ = QUANTIZER.accumulated_scales(jnp.asarray(expected_BL))[-1]
+    np.testing.assert_allclose(f_hat_BhwZ, expected_BhwZ, atol=1e-6)
+
+
 def test_an_image_depends_on_its_number_seed_and_label_alone():
-    draw = sampler("base")
-    options = VAROptions(guidance=2.5, top_k=20, top_p=0.9)
+    options = VAROptions(top_k=20, top_p=0.9)
+
+    @jax.jit
+    def draw(label_B, key_B):
+        choose = functools.partial(choose_tokens, QUANTIZER, key_B=key_B, options=options)
+        return sample_scales(fake_network(label_B), choose, QUANTIZER, len(key_B))[0]
+
     label_B = np.array([3, 1, 4, 1], np.int32)
-    together, _ = draw(label_B, image_keys(7, jnp.arange(4)), options)
+    together = draw(label_B, image_keys(7, jnp.arange(4)))
     for i in range(4):
-        alone, _ = draw(label_B[i : i + 1], image_keys(7, jnp.array([i])), options)
+        alone = draw(label_B[i : i + 1], image_keys(7, jnp.array([i])))
         assert np.array_equal(alone[0], together[i])
     assert not np.array_equal(together[1], together[3])  # the same label, another number
-    other, _ = draw(label_B, image_keys(8, jnp.arange(4)), options)
-    assert not np.array_equal(other, together)
+    assert not np.array_equal(draw(label_B, image_keys(8, jnp.arange(4))), together)
 
 
 @pytest.mark.slow
@@ -205,17 +276,20 @@ def test_without_guidance_one_stream_gives_what_guidance_of_1_gives():
     assert work[0] < 0.6 * work[1]
 
 
-@pytest.mark.slow
 def test_smooth_features_are_mixed_and_known_tokens_are_not():
-    tokenizer, _ = golden.configs("base")
     options = VAROptions(smooth=True, top_k=0, top_p=0.0)
-    label_B, key_B = np.array([1], np.int32), image_keys(0, jnp.arange(1))
-    tokens_BL, f_hat_BhwZ = sampler("base")(label_B, key_B, options)
-    model = VQTokenizer(tokenizer).bind({"params": params("base")["tokenizer"]})
-    hard_BhwZ = jax.jit(model.quantizer.accumulated_scales)(tokens_BL)[-1]
+
+    @jax.jit
+    def draw(key_B, known=None):
+        choose = functools.partial(choose_tokens, QUANTIZER, key_B=key_B, options=options)
+        return sample_scales(fake_network(np.array([1])), choose, QUANTIZER, 1, known)
+
+    key_B = image_keys(0, jnp.arange(1))
+    token_BL, f_hat_BhwZ = draw(key_B)
+    hard_BhwZ = QUANTIZER.accumulated_scales(token_BL)[-1]
     assert jnp.max(jnp.abs(hard_BhwZ - f_hat_BhwZ)) > 1e-2
-    known = KeptTokens(tokens_BL, jnp.ones_like(tokens_BL, bool))
-    _, kept_BhwZ = sampler("base")(label_B, key_B, options, known)
+    known = KnownTokens(token_BL, jnp.ones_like(token_BL, bool))
+    _, kept_BhwZ = draw(key_B, known)
     np.testing.assert_allclose(kept_BhwZ, hard_BhwZ, atol=1e-5)
 
 

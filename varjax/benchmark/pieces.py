@@ -15,6 +15,7 @@ from varjax import trees
 from varjax.benchmark.sample import SamplingParts, model_parts
 from varjax.benchmark.train import make_task, training_loss
 from varjax.nn.compute import ComputeConfig
+from varjax.sampling.guidance import guide
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQConfig, make_quantizer
 from varjax.training.task import Plan
@@ -160,11 +161,14 @@ def _scales(
         return bound(params, compute).predict(input_BlZ, cond, k, cache)
 
     def choose(params, logits_BlV, f_hat_BhwZ, key_B, options, compute, k):
-        of = quantizer.bind({"params": params})
-        given = logits_BlV, k, key_B, options, None, guided
-        _, codes_BlZ = choose_tokens(of, *given)
-        f_hat_BhwZ = of.add_scale(f_hat_BhwZ, codes_BlZ, k)
-        return f_hat_BhwZ, of.next_input(f_hat_BhwZ, k) if k + 1 < len(var.pyramid) else None
+        bound_quantizer = quantizer.bind({"params": params})
+        if guided:
+            scale = 1 + (options.guidance - 1) * var.pyramid.progress(k)
+            logits_BlV = guide(logits_BlV, scale)
+        _, code_BlZ = choose_tokens(bound_quantizer, logits_BlV, k, key_B, options)
+        f_hat_BhwZ = bound_quantizer.add_scale(f_hat_BhwZ, code_BlZ, k)
+        last = k + 1 == len(var.pyramid)
+        return f_hat_BhwZ, None if last else bound_quantizer.next_input(f_hat_BhwZ, k)
 
     label_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
     cond, cache = jax.eval_shape(

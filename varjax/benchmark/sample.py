@@ -31,8 +31,9 @@ from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig, decode_images
 from varjax.trees import PyTree
 from varjax.var import pipeline as var_pipeline
+from varjax.var.memory import var_sampling_bytes
 from varjax.var.model import VARConfig
-from varjax.var.sample import VAROptions, sample_images, sample_tokens, var_sampling_bytes
+from varjax.var.sample import VAROptions, sample_images, sample_tokens
 
 
 def main(arguments: list[str]) -> None:
@@ -85,15 +86,16 @@ def var_parts(preset: str, steps: int, guided: bool = True) -> SamplingParts:
     tokenizer = VQConfig(scales=var.scales)
 
     def sample(params, options, label_B, key_B, compute):
-        given = label_B, key_B, options, None, compute, guided
-        return sample_tokens(tokenizer, var, params, *given)[0]
+        token_BL, _ = sample_tokens(
+            tokenizer, var, params, label_B, key_B, options, None, compute, guided
+        )
+        return token_BL
 
     def decode(params, f_hat_BhwZ, compute):
         return decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute)
 
     def whole(params, options, label_B, key_B, compute):
-        given = label_B, key_B, options, None, compute, guided
-        return sample_images(tokenizer, var, params, *given)
+        return sample_images(tokenizer, var, params, label_B, key_B, options, None, compute, guided)
 
     return SamplingParts(
         var.classes,

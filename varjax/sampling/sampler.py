@@ -127,11 +127,6 @@ def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Arra
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B)
 
 
-def fold_in_each(key_B: jax.Array, number: int | jax.Array) -> jax.Array:
-    """Folds a number into the key of each image, (B,)."""
-    return jax.vmap(jax.random.fold_in, (0, None))(key_B, number)
-
-
 def checked_labels(labels: Any, classes: int, batch: int | None = None) -> jax.Array:
     """Returns labels as (B,) int32.
 

@@ -14,6 +14,7 @@ from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.sampling.sampler import (
+    KnownTokens,
     checked_edit,
     checked_keys,
     checked_labels,
@@ -24,13 +25,12 @@ from varjax.sampling.sampler import (
 from varjax.tokenizers.contract import checked_images
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
 from varjax.trees import PyTree
+from varjax.var.memory import var_sampling_bytes
 from varjax.var.model import VAR, VARConfig
 from varjax.var.sample import (
-    KeptTokens,
     VAROptions,
     keep_at_every_scale,
     sample_images,
-    var_sampling_bytes,
 )
 
 Array = np.ndarray | jax.Array
@@ -226,7 +226,7 @@ class VARPipeline:
         chosen, key_B = self.options(**options), checked_keys(seed, index_B, len(index_B))
         tokens_BL = self._encode(self._held, None, images_BHWC)
         tokens_BL = jnp.broadcast_to(tokens_BL, (len(index_B), self.var.pyramid.length))
-        known = KeptTokens(tokens_BL, keep_at_every_scale(self.var.pyramid, keep_Bhw))
+        known = KnownTokens(tokens_BL, keep_at_every_scale(self.var.pyramid, keep_Bhw))
         return self._sample(chosen, label_B, key_B, known)
 
     def _sample(self, options, *batch):
