@@ -178,7 +178,10 @@ def fake_network(label_B):
     weights_ZV = np.random.default_rng(1).normal(size=(QUANTIZER.code_channels, QUANTIZER.vocab))
 
     def predict(input_BlZ, k, cache):
-        logits_BlV = jnp.sin(np.arange(QUANTIZER.vocab) * (label_B[:, None, None] + k + 1.0))
+        number_B11 = jnp.asarray(label_B, jnp.float32)[:, None, None] + k + 1
+        logits_BlV = jnp.sin(
+            number_B11 * jnp.arange(QUANTIZER.vocab, dtype=jnp.float32)[None, None]
+        )
         if input_BlZ is not None:
             logits_BlV = logits_BlV + input_BlZ @ jnp.asarray(weights_ZV, jnp.float32)
         return logits_BlV, cache
