@@ -1,4 +1,4 @@
-"""bfloat16 beside float32: products alone are shorter, and what a sampler amplifies is not."""
+"""bfloat16 against float32: only products are in bfloat16, not what a sampler amplifies."""
 
 import dataclasses
 import functools
@@ -71,13 +71,13 @@ def predicted_noise(params):
 
 
 @pytest.mark.slow
-def test_the_noise_of_a_random_head():
+def test_noise_error_of_a_random_head():
     # Measured 0.0061; with x_t, the residual stream and the output in bfloat16 it was 0.0094.
     assert 1e-4 < relative_error(*predicted_noise(deep_head()[1])) < 0.0076
 
 
 @pytest.mark.slow
-def test_the_noise_of_a_head_that_finds_it():
+def test_noise_error_of_a_trained_head():
     """Near t = 999, x_t is noise, and a trained head returns it almost as it is."""
     params = deep_head()[1]
     first, last = params["input_proj"]["kernel"], params["out"]["kernel"]
@@ -100,7 +100,7 @@ def test_the_noise_of_a_head_that_finds_it():
     ("causal", "bound"),
     [(False, 0.007), (True, 0.0085)],
 )
-def test_z_after_all_layers(causal, bound):
+def test_error_of_z(causal, bound):
     config = dataclasses.replace(CONFIG, causal=causal)
     params, rng = random_params(config.init), np.random.default_rng(2)
     position_BL = jnp.asarray([rng.permutation(64) for _ in range(2)], jnp.int32)
@@ -119,8 +119,8 @@ def test_z_after_all_layers(causal, bound):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head", [DiffusionHead(depth=2, width=16), CategoricalHead(7)])
-def test_what_a_pipeline_holds_in_bfloat16_is_multiplied_in_it(head):
-    """Casting kernels beforehand changes no bit."""
+def test_casting_kernels_beforehand_changes_no_bit(head):
+    """The pipeline holds these kernels in bfloat16."""
     config = dataclasses.replace(
         CONFIG, width=16, encoder_depth=1, decoder_depth=1, head=head, latent_map=(2, 2)
     )
@@ -148,7 +148,7 @@ def test_what_a_pipeline_holds_in_bfloat16_is_multiplied_in_it(head):
 
 
 @pytest.mark.slow
-def test_all_products_but_the_first_and_the_last_are_bfloat16_in_training_too():
+def test_number_formats_of_products_in_training():
     head = DiffusionHead(depth=2, width=16)
     config = dataclasses.replace(
         CONFIG, width=16, encoder_depth=1, decoder_depth=1, head=head, latent_map=(2, 2)

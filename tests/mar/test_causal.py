@@ -22,7 +22,7 @@ def tokens(config):
 
 
 @pytest.mark.parametrize("changes", [dict(decoder_width=36), CATEGORICAL, dict(order="raster")])
-def test_the_cache_gives_what_teacher_forcing_gives(changes):
+def test_cache_matches_teacher_forcing(changes):
     config = tiny(changes | dict(causal=True))
     order_BL, token_BL = draw_orders(config, KEY_B), tokens(config)
     apply = functools.partial(MAR(config).apply, {"params": params(config)})
@@ -40,7 +40,7 @@ def test_the_cache_gives_what_teacher_forcing_gives(changes):
     np.testing.assert_allclose(jnp.stack(found, axis=1), in_order_BLC, rtol=1e-4, atol=1e-4)
 
 
-def test_a_token_sees_those_before_it_alone():
+def test_causality():
     config = tiny(dict(causal=True))
     order_BL, token_BL = draw_orders(config, KEY_B), tokens(config)
     apply = functools.partial(MAR(config).apply, {"params": params(config)})

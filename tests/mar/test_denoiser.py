@@ -9,7 +9,7 @@ from varjax.nn.diffusion import NoiseSchedule
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "two_stage"])
-def test_annealed_numbers_of_steps_are_the_official_ones(kind):
+def test_annealed_step_counts_match_reference(kind):
     expected = weights.case("disa")[f"counts.64.{kind}.50.5"]
     schedules = denoising_schedules(f"50:5:{kind}", 64)
     assert [schedule.steps for schedule in schedules] == expected
@@ -18,12 +18,12 @@ def test_annealed_numbers_of_steps_are_the_official_ones(kind):
     assert [schedule.steps for schedule in denoising_schedules(f"50:5:{kind}", 1)][0] == 50
 
 
-def test_a_single_number_of_steps_ends_at_999():
+def test_single_step_count_ends_at_999():
     schedules = denoising_schedules("50", 3)
     assert schedules == (NoiseSchedule(50),) * 3 and schedules[0].timestep_J[-1] == 999
 
 
-def test_steps_of_annealed_schedules_are_those_of_each_step():
+def test_denoising_steps_of_each_sampling_step():
     schedules = denoising_schedules("9:3", 5)
     for number, schedule in enumerate(schedules):
         count, coefficients = denoising_steps(schedules, number)

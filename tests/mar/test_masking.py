@@ -33,7 +33,7 @@ def test_mask_ratio_is_a_truncated_normal():
     assert int(known_count(256, 1.0)) == 0
 
 
-def test_schedules_draw_every_token_once():
+def test_unmasking_schedule_draws_every_token_once():
     for length, steps in ((256, 64), (256, 256), (16, 5), (9, 9), (4, 1)):
         schedule = UnmaskingSchedule(length, steps)
         assert (np.diff(schedule.known) > 0).all() and schedule.known[-1] == length

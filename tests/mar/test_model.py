@@ -1,4 +1,4 @@
-"""The transformer against the official one, and what it must not see."""
+"""The transformer against the reference, and what it must not see."""
 
 import json
 
@@ -33,7 +33,7 @@ def known_tokens(case):
 
 
 @pytest.mark.parametrize("preset", COUNTS)
-def test_sizes_are_the_official_ones(preset):
+def test_parameter_shapes_match_reference(preset):
     config = MARConfig.preset(preset)
     params = abstract_params(config)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == COUNTS[preset]
@@ -42,26 +42,33 @@ def test_sizes_are_the_official_ones(preset):
 
 
 @pytest.mark.parametrize("name", golden.CASES)
-def test_tokens_encoder_and_decoder_are_the_official_ones(name):
+def test_tokens_and_hidden_match_reference(name):
     case = golden.case(name)
     token_BLZ = case.config.patchify(case.latents_BhwZ)
     np.testing.assert_array_equal(token_BLZ, case.out["tokens"])
     np.testing.assert_array_equal(case.config.unpatchify(token_BLZ), case.latents_BhwZ)
-    m = model(case)
-    known_Bn = np.ones(case.position_Bn.shape, bool)
-    class_BC = m.class_vectors(jnp.asarray(case.label_B))
-    x_BlC = m.hidden_known(jnp.asarray(known_tokens(case)), case.position_Bn, known_Bn, class_BC)
+    class_BC = model(case).class_vectors(jnp.asarray(case.label_B))
+    z_BLC, captured = MAR(case.config).apply(
+        {"params": case.params},
+        jnp.asarray(known_tokens(case)),
+        case.position_Bn,
+        np.ones(case.position_Bn.shape, bool),
+        class_BC,
+        method=MAR.hidden,
+        capture_intermediates=lambda module, _: module.name == "encoder_norm",
+    )
+    x_BlC = captured["intermediates"]["encoder_norm"]["__call__"][0]
     # The reference keeps known tokens in the order of their positions.
     buffer, row = case.config.buffer_size, np.argsort(case.position_Bn, axis=1)[..., None]
     by_position_BlC = np.take_along_axis(np.asarray(x_BlC)[:, buffer:], row, axis=1)
     assert_close(x_BlC[:, :buffer], case.out["encoder_output"][:, :buffer])
     assert_close(by_position_BlC, case.out["encoder_output"][:, buffer:])
-    assert_close(m.hidden_all(x_BlC, case.position_Bn, known_Bn), case.out["decoder_output"])
+    assert_close(z_BLC, case.out["decoder_output"])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["xla", "loop"])
-def test_padding_changes_nothing_and_gets_no_gradient(attention):
+def test_padding_has_no_effect_and_no_gradient(attention):
     case = golden.case("mar_base")
     m = model(case, attention_impl=attention)
     token_BnZ = known_tokens(case)
@@ -83,7 +90,7 @@ def test_padding_changes_nothing_and_gets_no_gradient(attention):
 
 
 @pytest.mark.parametrize("name", golden.CASES)
-def test_the_head_and_its_loss_are_the_official_ones(name):
+def test_diffusion_loss_matches_reference(name):
     case = golden.case(name)
     z_NC = jnp.asarray(case.out["decoder_output"].reshape(-1, case.config.width))
     x0_NZ = jnp.asarray(case.out["tokens"].reshape(len(z_NC), -1))
@@ -98,7 +105,7 @@ def test_the_head_and_its_loss_are_the_official_ones(name):
 
 
 @pytest.mark.slow
-def test_initial_parameters_are_spread_as_the_official_ones():
+def test_initial_parameters_match_reference():
     config = MARConfig(
         width=96, encoder_depth=2, decoder_depth=2, encoder_heads=3, decoder_heads=3,
         head=DiffusionHead(width=64, depth=3), classes=50, latent_map=(8, 8),
@@ -130,7 +137,7 @@ def test_initial_parameters_are_spread_as_the_official_ones():
         (dict(head=lambda: CategoricalHead(0)), "head.vocab=0: must be 1 or more"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(change, says):
+def test_invalid_sizes_are_refused(change, says):
     with pytest.raises(InputError, match=says):
         MARConfig(**{k: v() if callable(v) else v for k, v in change.items()})
 

@@ -1,4 +1,4 @@
-"""A run on cached latents: continued to the bit, and fed with what the tokenizer gives."""
+"""A run on cached latents: exact resume, and the same tokens as from images."""
 
 import dataclasses
 import shutil
@@ -40,7 +40,7 @@ def experiment(task, latents, run_dir):
     return Experiment(task, latents, str(run_dir), batch_size=16, steps=4, keep=9, seed=3, **every)
 
 
-def test_a_run_cut_off_between_two_saves_ends_with_the_same_bits(task, latents, tmp_path):
+def test_exact_resume(task, latents, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     loop.train(experiment(task, latents, whole))
     shutil.copytree(whole, cut)
@@ -51,7 +51,7 @@ def test_a_run_cut_off_between_two_saves_ends_with_the_same_bits(task, latents, 
     assert lines(cut)[-1] == lines(whole)[-1]
 
 
-def test_tokens_of_the_cache_are_those_of_the_images(task, latents):
+def test_cached_latents_match_those_of_images(task, latents):
     frozen = task.frozen()
     images, cached = (data.make(8, seed=3).train_batch(0) for data in (DATA, latents))
     np.testing.assert_array_equal(images["label_B"], cached["label_B"])

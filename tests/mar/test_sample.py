@@ -1,4 +1,4 @@
-"""Sampling against whole generations of the official code, and what no batch may change."""
+"""Sampling against whole generations of the reference, and the loops with fake networks."""
 
 import dataclasses
 import functools
@@ -56,7 +56,7 @@ def official_noise(case, generation: str, steps: int):
     return noise_BLJZ, order_BL
 
 
-def test_official_draws_are_read_in_their_order():
+def test_reference_noise_is_read_in_order():
     case = golden.case("mar_base")
     noise_BLJZ, _ = official_noise(case, "generate.plain", 4)
     assert (noise_BLJZ[:, :, 1:] != 0).all()
@@ -72,7 +72,7 @@ def test_official_draws_are_read_in_their_order():
         ("generate.cfg2constant", dict(guidance=2.0, steps=3, guidance_schedule="constant")),
     ],
 )
-def test_whole_generations_are_the_official_ones(name, generation, options):
+def test_sampling_matches_reference(name, generation, options):
     case = golden.case(name)
     options = MAROptions(**options, diffusion_steps=str(case.steps)).check()
     noise_BLJZ, order_BL = official_noise(case, generation, options.steps)
@@ -202,7 +202,7 @@ def test_causal_loop_draws_each_token_after_the_one_before_it():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", KINDS)
-def test_an_image_depends_on_its_own_key_and_label_alone(changes):
+def test_images_do_not_depend_on_the_batch(changes):
     config = tiny(changes)
     both = sampled(config, FEW)
     for row in range(2):
@@ -215,7 +215,7 @@ def test_an_image_depends_on_its_own_key_and_label_alone(changes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, CATEGORICAL])
-def test_grouping_steps_changes_nothing(changes):
+def test_step_groups_do_not_change_samples(changes):
     config, options = tiny(changes), FEW.replace(steps=7, diffusion_steps="5:3")
     by_step = sampled(config, options, group_count=0)
     for group_count in (1, 3):
@@ -224,7 +224,7 @@ def test_grouping_steps_changes_nothing(changes):
 
 
 @pytest.mark.slow
-def test_fewer_diffusion_steps_at_the_end_change_the_last_tokens_alone():
+def test_annealed_diffusion_steps_change_only_the_last_tokens():
     config, key_B = TINY, KEY_B
     order_BL = np.asarray(draw_orders(config, key_B))
     options = FEW.replace(guidance=1.0, steps=12)
@@ -240,7 +240,7 @@ def test_fewer_diffusion_steps_at_the_end_change_the_last_tokens_alone():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", KINDS)
-def test_kept_tokens_stay_to_the_bit_and_steer_the_others(changes):
+def test_edits_keep_tokens_to_the_bit_and_condition_on_them(changes):
     config, rng = tiny(changes), np.random.default_rng(1)
     shape = 2, config.length, *config.head.token_shape
     token_BL = rng.integers(0, 7, shape) if changes.get("head") else rng.normal(size=shape)
@@ -268,7 +268,7 @@ def test_an_edit_that_keeps_everything_draws_nothing():
 
 
 @pytest.mark.slow
-def test_greedy_codes_are_those_of_the_largest_logit():
+def test_temperature_0_is_greedy():
     config = tiny(CATEGORICAL)
     greedy = [
         sampled(
@@ -303,14 +303,14 @@ def test_options_out_of_range_are_refused(options, says):
         check_sampling(TINY, MAROptions(**options))
 
 
-def test_whole_numbers_share_a_compilation_with_floats():
+def test_integer_options_share_a_compilation_with_floats():
     setup = make_setup(TINY, MAROptions(guidance=3, steps=4.0, diffusion_steps=10).check())
     same = make_setup(TINY, MAROptions(guidance=3.0, steps=4, diffusion_steps="10").check())
     assert jax.tree.structure(setup) == jax.tree.structure(same)
 
 
 @pytest.mark.slow
-def test_codes_from_logits_that_are_nan_show_it():
+def test_codes_from_nan_logits_are_marked():
     """An argmax would choose one, and the picture would look like any other."""
     config = tiny(CATEGORICAL)
     bad = jax.tree.map(lambda x: np.full_like(x, np.nan), params(config)["head"])
@@ -319,7 +319,7 @@ def test_codes_from_logits_that_are_nan_show_it():
     assert (np.asarray(tokens_BL) == NOT_FINITE).all()
 
 
-def test_an_image_with_a_code_that_is_none_is_nan():
+def test_images_with_marked_codes_are_nan():
     class Gray(VQConfig):
         def decode(self, params, latents, compute):
             return jnp.ones((len(latents["tokens_BL"]), 2, 2, 1))

@@ -28,10 +28,10 @@ CONFIG = MARConfig(
     head=DiffusionHead(channels=1, depth=1, width=2), classes=2, latent_map=(2, 2), buffer_size=1,
 )  # fmt: skip
 IMAGES, TOKENS = 2500, 4
-CLASS_MEANS, KNOWN_SHARE = np.array([1.5, -2.0, 0.5], np.float32), 0.5  # the last: no class
+CLASS_MEANS, KNOWN_WEIGHT = np.array([1.5, -2.0, 0.5], np.float32), 0.5  # the last: no class
 # The mean of the image's known tokens counts half. With four steps one token is known after each,
 # and guidance counts tokens that are masked after a step, at least one.
-LINEAR_SHARES = (1 / 4, 2 / 4, 3 / 4, 3 / 4)
+LINEAR_FRACTIONS = (1 / 4, 2 / 4, 3 / 4, 3 / 4)
 
 
 def exact_hidden(label_B, guided):
@@ -43,7 +43,7 @@ def exact_hidden(label_B, guided):
         count_B1 = jnp.maximum(jnp.sum(known_Bn1, axis=1), 1)
         known_mean_B1 = jnp.sum(token_BnZ * known_Bn1, axis=1) / count_B1
         means = (jnp.asarray(CLASS_MEANS)[x_B][:, None] for x_B in labels)
-        means = (class_B1 + KNOWN_SHARE * known_mean_B1 for class_B1 in means)
+        means = (class_B1 + KNOWN_WEIGHT * known_mean_B1 for class_B1 in means)
         return [jnp.broadcast_to(z_B1[:, None], (len(z_B1), TOKENS, 1)) for z_B1 in means]
 
     return hidden
@@ -61,7 +61,7 @@ def exact_denoiser(mean_N1):
     return denoise
 
 
-def residuals(options, shares):
+def residuals(options, fractions):
     """What is left of tokens by step, (images, steps), once the target's mean is taken away."""
     key_B, label_B = image_keys(0, jnp.arange(IMAGES)), jnp.arange(IMAGES) % 2
     order_BL = draw_orders(CONFIG, key_B)
@@ -83,12 +83,12 @@ def residuals(options, shares):
     token_BL = np.asarray(sample(label_B, key_B, setup))[..., 0]
     drawn_BS = np.take_along_axis(token_BL, np.asarray(order_BL), axis=1)
     found = []
-    for step, share in enumerate(shares):
-        scale = 1 + (options.guidance - 1) * share
+    for step, fraction in enumerate(fractions):
+        scale = 1 + (options.guidance - 1) * fraction
         class_B = CLASS_MEANS[np.asarray(label_B)]
         mean_B = CLASS_MEANS[2] + scale * (class_B - CLASS_MEANS[2])
         if step:  # both halves of guidance see the same known tokens
-            mean_B = mean_B + KNOWN_SHARE * drawn_BS[:, :step].mean(axis=1)
+            mean_B = mean_B + KNOWN_WEIGHT * drawn_BS[:, :step].mean(axis=1)
         # From x_T ~ N(0, 1), without the signal that is left in it.
         left = NoiseSchedule().alpha_bar_J[setup.noise_schedules[step].timestep_J[-1]]
         found.append(drawn_BS[:, step] - (1 - left) * mean_B)
@@ -96,19 +96,19 @@ def residuals(options, shares):
 
 
 @pytest.mark.parametrize(
-    ("options", "shares"),
+    ("options", "fractions"),
     [
-        (dict(guidance=1.0), LINEAR_SHARES),
-        (dict(guidance=1.0, temperature=0.9), LINEAR_SHARES),
-        (dict(guidance=3.0, guidance_schedule="linear"), LINEAR_SHARES),
+        (dict(guidance=1.0), LINEAR_FRACTIONS),
+        (dict(guidance=1.0, temperature=0.9), LINEAR_FRACTIONS),
+        (dict(guidance=3.0, guidance_schedule="linear"), LINEAR_FRACTIONS),
         (dict(guidance=3.0, guidance_schedule="constant"), (1,) * 4),
-        (dict(guidance=3.0, diffusion_steps="12:3"), LINEAR_SHARES),
+        (dict(guidance=3.0, diffusion_steps="12:3"), LINEAR_FRACTIONS),
     ],
     ids=["plain", "temperature", "linear", "constant", "DiSA"],
 )
-def test_tokens_have_the_mean_the_variance_and_the_quantiles_of_the_target(options, shares):
+def test_moments_and_quantiles_match_target(options, fractions):
     options = MAROptions(**{"steps": TOKENS, "diffusion_steps": "20"} | options)
-    residual_BS = residuals(options, shares)
+    residual_BS = residuals(options, fractions)
     draws, variance = residual_BS.size, cooled_variance(options)
     assert draws == 10_000
     # Four standard errors each, of a step and of all together.

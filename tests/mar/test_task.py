@@ -105,7 +105,7 @@ def official_grads(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
-def test_loss_and_gradients_are_the_official_ones(name):
+def test_loss_and_gradients_match_reference(name):
     case = golden.case(name)
     loss, grads = official_grads(name)
     assert loss == pytest.approx(float(case.out["loss.masked_mean"]), rel=1e-4)
@@ -124,7 +124,7 @@ def test_loss_and_gradients_are_the_official_ones(name):
 
 
 @pytest.mark.slow
-def test_one_step_is_the_official_one():
+def test_optimizer_step_matches_reference():
     case, about = golden.case("mar_base"), weights.case("mar_base_step")
     out = weights.outputs("mar_base_step")
     (b1, b2), lr = about["betas"], about["lr"]
@@ -155,7 +155,7 @@ def test_one_step_is_the_official_one():
     assert checked == len(before) - 1
 
 
-def test_what_decays_is_what_the_reference_decays():
+def test_weight_decay_matches_reference():
     about, case = weights.case("mar_base_step"), golden.case("mar_base")
     decays = trees.map_with_path(
         lambda path, leaf: np.full(leaf.shape, bool(re.search(DECAYED, path)), np.float32),
@@ -168,7 +168,7 @@ def test_what_decays_is_what_the_reference_decays():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [TASK, DISCRETE], ids=["masked", "codes"])
-def test_accumulation_changes_nothing_but_rounding(task):
+def test_accumulation_changes_only_rounding(task):
     state, weights_ = start(task), frozen(task.tokenizer)
     results = []
     for accumulate in (1, 4):
@@ -185,14 +185,14 @@ def test_accumulation_changes_nothing_but_rounding(task):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", ["dropout", "attention_dropout"])
-def test_dropout_is_each_example_s_own(rate):
+def test_dropout_is_drawn_per_example(rate):
     params, KEY_B = trained_state().params, jax.random.split(KEY, 4)
     token_BLZ = jax.random.normal(KEY, (4, 16, 3))
 
     @quick
     def loss(key_B):
         draws = LossDraws.from_keys(MODEL, KEY_B, jnp.full(4, 3), 1, **{rate: 0.5})
-        draws = draws.replace(**{rate: draws.__dict__[rate].replace(key_B=key_B)})
+        draws = draws.replace(dropouts={rate: draws.dropouts[rate].replace(key_B=key_B)})
         label_B = jnp.zeros(4, jnp.int32)
         losses = token_losses(MODEL, params, token_BLZ, label_B, draws, 4)
         return jnp.sum(losses.metrics_BLU["mse"], axis=(1, 2))
@@ -203,18 +203,18 @@ def test_dropout_is_each_example_s_own(rate):
 
 
 @pytest.mark.slow
-def test_labels_are_dropped_and_more_than_one_share_is_masked():
+def test_labels_are_dropped_and_mask_ratios_vary():
     task = dataclasses.replace(TASK, class_dropout=1.0)
     step = quick(functools.partial(task.train_step, plan=Plan(4, 8)))
-    state, shares = trained_state(), set()
+    state, ratios = trained_state(), set()
     for number in range(4):
         after, metrics = step(state.replace(step=jnp.int32(number)), frozen(KL), batch(), KEY)
-        shares.add(float(metrics["masked"]))
+        ratios.add(float(metrics["masked"]))
         decay = 1 - float(TASK.optimizer.wd(0, TASK.plan)) * float(metrics["lr"])
         moved = after.params["class_embed"] - state.params["class_embed"] * decay
         assert jnp.abs(moved).max() < 1e-6  # no class was seen
         assert (after.params["no_class_embed"] != state.params["no_class_embed"]).all()
-    assert len(shares) > 1 and min(shares) >= 0.7
+    assert len(ratios) > 1 and min(ratios) >= 0.7
 
 
 def filled(params):
@@ -231,7 +231,7 @@ def trained_state():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [TASK, DISCRETE, CAUSAL], ids=["masked", "codes", "causal"])
-def test_evaluation_does_not_depend_on_the_batch_and_ignores_padding(task):
+def test_evaluation_ignores_batch_size_and_padding(task):
     state, weights_ = start(task), frozen(task.tokenizer)
     rows = batch(6) | {"valid_B": np.ones(6, bool)}
     step = quick(task.eval_step)
@@ -245,7 +245,7 @@ def test_evaluation_does_not_depend_on_the_batch_and_ignores_padding(task):
         np.testing.assert_allclose(whole[name], summed[name], rtol=2e-4, err_msg=name)
 
 
-def test_keys_of_examples_follow_their_numbers():
+def test_content_keys_depend_on_each_example_alone():
     keys = jax.random.key_data(content_keys(batch(8)))
     assert len(np.unique(np.asarray(keys), axis=0)) == 8
     some = {name: x[3:5] for name, x in batch(8).items()}
@@ -265,17 +265,17 @@ def test_keys_of_examples_follow_their_numbers():
         (dict(compute=ComputeConfig(attention_impl="cudnn")), "cuDNN's attention has none"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(change, says):
+def test_invalid_settings_are_refused(change, says):
     with pytest.raises(InputError, match=says):
         dataclasses.replace(TASK, **change)
 
 
-def test_codes_need_a_single_scale():
+def test_categorical_head_needs_a_single_scale():
     with pytest.raises(InputError, match="has 2 scales"):
         dataclasses.replace(DISCRETE, tokenizer=dataclasses.replace(VQ, scales=(1, 4)))
 
 
-def test_rows_of_other_sizes():
+def test_matching_rows_of_other_sizes():
     larger = dataclasses.replace(MODEL, latent_map=(8, 8), classes=3)
     rows = matching_mar_rows(larger, MODEL)
     assert rows["class_embed"] == ([], []) and rows["encoder_pos_embed"] == ([0, 1], [0, 1])
@@ -284,7 +284,7 @@ def test_rows_of_other_sizes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [TASK, DISCRETE], ids=["masked", "codes"])
-def test_previews_are_samples_of_the_first_classes_and_reconstructions(task):
+def test_previews(task):
     tokenizer, state = task.tokenizer, start(task)
     weights_, params = frozen(tokenizer), filled(state.params)
     images = quick(task.preview)(state.replace(params=params), weights_, batch())

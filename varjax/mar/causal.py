@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.mar.masking import put_at, take_at
-from varjax.mar.model import MAR, MARConfig, decoder_dropout
-from varjax.nn.attention import Dropout
+from varjax.mar.model import MAR, Dropouts, MARConfig, decoder_dropouts
 from varjax.nn.stack import KVCache
 from varjax.nn.vit import run_vit_blocks
 from varjax.sampling.sampler import KnownTokens
@@ -35,8 +34,7 @@ def causal_hidden(
     token_BL: jax.Array,
     order_BL: jax.Array,
     class_BC: jax.Array,
-    attention_dropout: Dropout | None = None,
-    dropout: Dropout | None = None,
+    dropouts: Dropouts | None = None,
 ) -> jax.Array:
     """Computes a vector for every token from those before it in an order (teacher forcing).
 
@@ -45,8 +43,7 @@ def causal_hidden(
         token_BL: all tokens by position, (B, L, Z) or (B, L).
         order_BL: positions, in the order in which they become known.
         class_BC: class vectors, from `MAR.class_vectors`.
-        attention_dropout: dropout of the attention weights, in training.
-        dropout: dropout of the layers' results, in training.
+        dropouts: dropout in training.
 
     Returns:
         z (B, L, C) float32, by position.
@@ -54,7 +51,7 @@ def causal_hidden(
     position_Bn = order_BL[:, :-1]
     token_BnC = model.embed_tokens(take_at(token_BL, position_Bn), position_Bn)
     x_BlC = jnp.concatenate([model.embed_buffer(class_BC), token_BnC], axis=1)
-    z_BLC, _ = _run(model, x_BlC, order_BL, None, 0, attention_dropout, dropout)
+    z_BLC, _ = _run(model, x_BlC, order_BL, dropouts=dropouts)
     return put_at(jnp.zeros_like(z_BLC), order_BL, z_BLC)
 
 
@@ -63,7 +60,7 @@ def causal_first(
 ) -> tuple[jax.Array, CausalCache]:
     """Computes z (B, C) of the first token, at `position_B`, and the cache for those after it."""
     cache = _empty_cache(model.config, len(position_B), model.dtype)
-    z_B1C, cache = _run(model, model.embed_buffer(class_BC), position_B[:, None], cache, 0)
+    z_B1C, cache = _run(model, model.embed_buffer(class_BC), position_B[:, None], cache)
     return z_B1C[:, 0], cache
 
 
@@ -137,7 +134,7 @@ def sample_causal(
 
 
 def _run(
-    model, x_BlC, target_Bn, cache, start, attention_dropout=None, dropout=None
+    model, x_BlC, target_Bn, cache=None, start: int | jax.Array = 0, dropouts=None
 ) -> tuple[jax.Array, Any]:
     """Runs encoder and decoder; the last n items predict the positions `target_Bn`.
 
@@ -159,8 +156,7 @@ def _run(
         key_mask_BL=key_mask_BL,
         cache=encoder,
         start=start,
-        attention_dropout=attention_dropout,
-        dropout=dropout,
+        **(dropouts or {}),
     )
     x_BlC = model.decoder_embed(model.encoder_norm(x_BlC)).astype(jnp.float32)
     # Items of the buffer before the last keep their own position embedding.
@@ -175,8 +171,7 @@ def _run(
         key_mask_BL=key_mask_BL,
         cache=decoder,
         start=start,
-        attention_dropout=decoder_dropout(attention_dropout),
-        dropout=decoder_dropout(dropout),
+        **decoder_dropouts(dropouts),
     )
     z_BnC = model.decoder_norm(x_BlC[:, length - targets :]) + model.diffusion_pos_embed[target_Bn]
     if encoder is None or decoder is None:

@@ -1,5 +1,6 @@
 """The losses of MAR's training: random masks, and the loss of each token that is masked."""
 
+import dataclasses
 from typing import NamedTuple
 
 import flax.struct
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from varjax.mar.causal import causal_hidden
 from varjax.mar.heads import DiffusionNoise
 from varjax.mar.masking import draw_orders, take_at
-from varjax.mar.model import MAR, MARConfig, bind_mar
+from varjax.mar.model import MAR, Dropouts, MARConfig, bind_mar
 from varjax.nn.attention import Dropout
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import ImageStream, stream_keys
@@ -24,15 +25,13 @@ class LossDraws:
         order_BL: positions, in the order in which they become known.
         known_B: number of known tokens in each image.
         noise: noise of the diffusion loss; None with a categorical head.
-        attention_dropout: dropout of the attention weights; None for none.
-        dropout: dropout of the layers' results; None for none.
+        dropouts: dropout of the transformer, by name.
     """
 
     order_BL: jax.Array
     known_B: jax.Array
     noise: DiffusionNoise | None = None
-    attention_dropout: Dropout | None = None
-    dropout: Dropout | None = None
+    dropouts: Dropouts = dataclasses.field(default_factory=dict)
 
     @classmethod
     def from_keys(
@@ -54,16 +53,19 @@ class LossDraws:
             attention_dropout: fraction of the attention weights to drop.
             dropout: fraction of the layers' results to drop.
         """
-
-        def make_dropout(stream, rate):
-            return Dropout(stream_keys(key_B, stream), rate) if rate else None
-
+        streams = {
+            "attention_dropout": (ImageStream.ATTENTION_DROPOUT, attention_dropout),
+            "dropout": (ImageStream.DROPOUT, dropout),
+        }
         return cls(
             order_BL=draw_orders(config, key_B),
             known_B=known_B,
             noise=config.head.training_noise(key_B, config.length, repeats),
-            attention_dropout=make_dropout(ImageStream.ATTENTION_DROPOUT, attention_dropout),
-            dropout=make_dropout(ImageStream.DROPOUT, dropout),
+            dropouts={
+                name: Dropout(stream_keys(key_B, stream), rate)
+                for name, (stream, rate) in streams.items()
+                if rate
+            },
         )
 
 
@@ -108,17 +110,16 @@ def token_losses(
     """
     apply = bind_mar(config, params, compute)
     class_BC = apply(label_B, method=MAR.class_vectors)
-    dropouts = {"attention_dropout": draws.attention_dropout, "dropout": draws.dropout}
     if config.causal:
         masked_BL = jnp.ones(token_BL.shape[:2], bool)
-        z_BLC = apply(token_BL, draws.order_BL, class_BC, **dropouts, method=causal_hidden)
+        z_BLC = apply(token_BL, draws.order_BL, class_BC, draws.dropouts, method=causal_hidden)
     else:
         rank_BL = jnp.argsort(draws.order_BL, axis=1)
         masked_BL = rank_BL >= draws.known_B[:, None]
         position_Bn = draws.order_BL[:, :max_known]
         known_Bn = jnp.arange(max_known)[None] < draws.known_B[:, None]
         token_Bn = take_at(token_BL, position_Bn)
-        z_BLC = apply(token_Bn, position_Bn, known_Bn, class_BC, **dropouts, method=MAR.hidden)
+        z_BLC = apply(token_Bn, position_Bn, known_Bn, class_BC, draws.dropouts, method=MAR.hidden)
     network = config.head.network(params, compute)
     return TokenLosses(masked_BL, *config.head.loss(network, z_BLC, token_BL, draws.noise))
 

@@ -6,7 +6,7 @@ A head (`varjax.mar.heads`) turns such a vector into a token.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from varjax.errors import InputError, check_setting
 from varjax.mar.heads import DiffusionHead, Head
-from varjax.nn.attention import MAX_HEADS, Dropout
+from varjax.nn.attention import MAX_HEADS
 from varjax.nn.compute import ComputeConfig, shard_batch
 from varjax.nn.linear import dense
 from varjax.nn.vit import ViTBlock, init_vit_blocks, layer_norm, run_vit_blocks
@@ -23,6 +23,9 @@ from varjax.trees import PyTree
 
 DECODER = 1 << 16  # folded into the keys of the decoder's dropout
 Order = Literal["random", "raster"]
+# By name, where not 0: the `Dropout` "attention_dropout" of the attention weights, and "dropout" of
+# the layers' results.
+Dropouts = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +194,7 @@ class MAR(nn.Module):
         position_Bn: jax.Array,
         known_Bn: jax.Array,
         class_BC: jax.Array,
-        attention_dropout: Dropout | None = None,
-        dropout: Dropout | None = None,
+        dropouts: Dropouts | None = None,
     ) -> jax.Array:
         """Computes a vector for every position from the tokens that are known, in any order.
 
@@ -201,52 +203,32 @@ class MAR(nn.Module):
             position_Bn: positions of the tokens, 0 … L-1.
             known_Bn: False for padding, which no token attends to.
             class_BC: class vectors, from `class_vectors`.
-            attention_dropout: dropout of the attention weights, in training.
-            dropout: dropout of the layers' results, in training.
+            dropouts: dropout in training.
 
         Returns:
             z (B, L, C) float32.
         """
-        dropouts = attention_dropout, dropout
-        x_BlC = self.hidden_known(token_Bn, position_Bn, known_Bn, class_BC, *dropouts)
-        return self.hidden_all(x_BlC, position_Bn, known_Bn, *dropouts)
-
-    def hidden_known(
-        self, token_Bn, position_Bn, known_Bn, class_BC, attention_dropout=None, dropout=None
-    ) -> jax.Array:
-        """Runs the encoder: (B, buffer + n, C) float32, the buffer first; arguments of `hidden`."""
-        buffer_Bl = jnp.ones((len(known_Bn), self.config.buffer_size), bool)
-        x_BlC = jnp.concatenate(
-            [self.embed_buffer(class_BC), self.embed_tokens(token_Bn, position_Bn)], axis=1
-        )
+        B, buffer, length = len(position_Bn), self.config.buffer_size, self.config.length
+        # The encoder: the buffer, which holds the class, and the known tokens.
+        token_BnC = self.embed_tokens(token_Bn, position_Bn)
+        x_BlC = jnp.concatenate([self.embed_buffer(class_BC), token_BnC], axis=1)
         x_BlC, _ = run_vit_blocks(
             self.encoder_block,
             self.encoder_blocks,
             x_BlC,
-            key_mask_BL=jnp.concatenate([buffer_Bl, known_Bn], axis=1),
-            attention_dropout=attention_dropout,
-            dropout=dropout,
+            key_mask_BL=jnp.pad(known_Bn, ((0, 0), (buffer, 0)), constant_values=True),
+            **(dropouts or {}),
         )
-        return self.encoder_norm(x_BlC)
-
-    def hidden_all(
-        self, x_BlC, position_Bn, known_Bn, attention_dropout=None, dropout=None
-    ) -> jax.Array:
-        """Runs the decoder over the encoder's results, and mask tokens at all other positions."""
-        B, buffer, length = len(position_Bn), self.config.buffer_size, self.config.length
-        x_BlC = self.decoder_embed(x_BlC).astype(jnp.float32)
+        x_BlC = self.decoder_embed(self.encoder_norm(x_BlC)).astype(jnp.float32)
+        # The decoder: the buffer and all positions, with mask tokens where nothing is known.
+        # Padding goes to position L, where it is dropped.
         mask_BLC = jnp.broadcast_to(self.mask_token, (B, length, x_BlC.shape[-1]))
-        # Padding goes to a position behind the last one, where it is dropped.
         target_Bn = jnp.where(known_Bn, position_Bn, length)
         put = jax.vmap(lambda x_LC, position_n, x_nC: x_LC.at[position_n].set(x_nC, mode="drop"))
         x_BLC = put(mask_BLC, target_Bn, x_BlC[:, buffer:])
         x_BLC = jnp.concatenate([x_BlC[:, :buffer], x_BLC], axis=1) + self.decoder_pos_embed[None]
         x_BLC, _ = run_vit_blocks(
-            self.decoder_block,
-            self.decoder_blocks,
-            x_BLC,
-            attention_dropout=decoder_dropout(attention_dropout),
-            dropout=decoder_dropout(dropout),
+            self.decoder_block, self.decoder_blocks, x_BLC, **decoder_dropouts(dropouts)
         )
         return self.decoder_norm(x_BLC)[:, buffer:] + self.diffusion_pos_embed[None]
 
@@ -271,6 +253,6 @@ class MAR(nn.Module):
         return self.head(*head.example_inputs(z_BLC[0, :1]))
 
 
-def decoder_dropout(dropout: Dropout | None) -> Dropout | None:
-    """Returns the dropout of the decoder's layers, which draw other masks than the encoder's."""
-    return None if dropout is None else dropout.fold_in(DECODER)
+def decoder_dropouts(dropouts: Dropouts | None) -> Dropouts:
+    """Returns the dropouts of the decoder's layers, which draw other masks than the encoder's."""
+    return {name: dropout.fold_in(DECODER) for name, dropout in (dropouts or {}).items()}

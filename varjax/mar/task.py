@@ -251,20 +251,20 @@ class MARTask:
         return draw
 
 
-def matching_mar_rows(here: MARConfig, there: MARConfig) -> MatchingRows:
+def matching_mar_rows(config: MARConfig, other: MARConfig) -> MatchingRows:
     """Finds rows of the embeddings that mean the same in both, where the whole tables do not.
 
     With other classes, no row of the class embedding does. With another grid of tokens or another
     buffer, the positions of the buffer's tokens that both have do, and no position of the grid.
 
     Returns:
-        {parameter: (rows here, rows there)}.
+        {parameter: (rows of `config`, rows of `other`)}.
     """
     rows: MatchingRows = {}
-    if here.classes != there.classes:
+    if config.classes != other.classes:
         rows["class_embed"] = [], []
-    if (here.grid, here.buffer_size) != (there.grid, there.buffer_size):
-        both = list(range(min(here.buffer_size, there.buffer_size)))
+    if (config.grid, config.buffer_size) != (other.grid, other.buffer_size):
+        both = list(range(min(config.buffer_size, other.buffer_size)))
         rows["encoder_pos_embed"] = rows["decoder_pos_embed"] = both, both
         rows["diffusion_pos_embed"] = [], []
     return rows
