@@ -210,7 +210,7 @@ def test_labels_are_dropped_and_mask_ratios_vary():
     for number in range(4):
         after, metrics = step(state.replace(step=jnp.int32(number)), frozen(KL), batch(), KEY)
         ratios.add(float(metrics["masked"]))
-        decay = 1 - float(TASK.optimizer.wd(0, TASK.plan)) * float(metrics["lr"])
+        decay = 1 - float(TASK.optimizer.wd(0, Plan(4, 8))) * float(metrics["lr"])
         moved = after.params["class_embed"] - state.params["class_embed"] * decay
         assert jnp.abs(moved).max() < 1e-6  # no class was seen
         assert (after.params["no_class_embed"] != state.params["no_class_embed"]).all()
