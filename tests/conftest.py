@@ -33,6 +33,12 @@ def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # of one process, or of the one that starts the others
         os.environ["VARJAX_TEST_RUNS"] = tempfile.mkdtemp(prefix="varjax_runs_")
         os.environ["VARJAX_CACHE"] = os.environ["VARJAX_TEST_RUNS"] + "/cache"
+    # Many tests compile the same small programs, each through functions that it makes itself. JAX
+    # knows them again by their text, whichever process compiled them first; processes that tests
+    # start have the cache of a user instead, so that their file operations are a user's, too.
+    jax.config.update("jax_compilation_cache_dir", os.environ["VARJAX_TEST_RUNS"] + "/programs")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_unconfigure(config):
