@@ -179,7 +179,7 @@ def test_tokens_of_another_tokenizer_are_refused(cache, task, tmp_path):
         (other / path.name).symlink_to(path)
     data = CachedLatents(str(other))
     with pytest.raises(
-        ValueError, match="(?s)another tokenizer's.*num_phi: 1 theirs.*weights: 0000"
+        ValueError, match="(?s)another tokenizer:.*num_phi: 1 in the data.*weights: 0000"
     ):
         loop.train(Experiment(task, data, str(tmp_path / "run"), batch_size=8, steps=1))
     tokenizer = VQTask(runs.TOKENIZER)
@@ -218,6 +218,7 @@ class FakeKL:
         return {"mean_BhwZ": mean_BhwZ, "std_BhwZ": mean_BhwZ + np.float32(0.1)}
 
 
+@dataclasses.dataclass(frozen=True)
 class FakeKLTask:
     tokenizer = FakeKL()
 

@@ -90,7 +90,7 @@ def test_networks_and_images_that_do_not_do_are_refused():
             feature_network(*arguments)
     extract = FeatureExtractor(pixel_network())
     for images in (IMAGES_NHWC / 255, IMAGES_NHWC[0], IMAGES_NHWC[..., :2]):
-        with pytest.raises(InputError, match="needed are uint8"):
+        with pytest.raises(InputError, match="must be uint8"):
             extract(images)
 
 
@@ -157,7 +157,7 @@ def test_what_holds_no_images_is_refused(tmp_path):
         ("other.npz", "it has no arr_0, but images"),
         ("text.npz", "cannot be read as an .npz"),
         ("short.npz", "cannot be read as an .npz"),
-        ("text.txt", "give an .npz with images under arr_0, or a folder"),
+        ("text.txt", "use an .npz with images under arr_0, or a folder"),
         ("mixed", r"several sizes: 12x12 \(0.png\), 12x6 \(1.png\)"),
     ):
         with pytest.raises(InputError, match=message):
@@ -239,10 +239,10 @@ def test_statistics_in_a_file_are_taken_as_they_are(tmp_path):
     found = references.read_reference(tmp_path / "with_images.npz", extract, tmp_path, sizes)
     np.testing.assert_array_equal(found.moments["pool_ND"].mean_D, moments.mean_D)
     np.testing.assert_array_equal(found.pool_MD, extract(IMAGES_NHWC[:5])["pool_ND"])
-    with pytest.raises(InputError, match="432 numbers an image, but these features have 7"):
+    with pytest.raises(InputError, match="432 numbers per image, but these features have 7"):
         references.read_reference(tmp_path / "statistics.npz", extract, tmp_path, {"pool_ND": 7})
     np.savez(tmp_path / "half.npz", mu=moments.mean_D)
-    with pytest.raises(InputError, match="holds mu but no sigma"):
+    with pytest.raises(InputError, match="has mu but no sigma"):
         references.read_reference(tmp_path / "half.npz", extract, tmp_path, sizes)
     np.savez(tmp_path / "small.npz", arr_0=IMAGES_NHWC[:, :6])
     with pytest.raises(InputError, match="give images of the samples' size"):
@@ -268,7 +268,7 @@ def test_large_members_that_are_not_needed_are_never_read(tmp_path, monkeypatch)
     monkeypatch.setattr(NpzArchive, "read", lambda self, n: reads.append(n) or read(self, n))
     path, extract = tmp_path / "x.npz", FeatureExtractor(pixel_network())
     np.savez(path, mu=np.zeros(4), sigma=np.eye(4))
-    with pytest.raises(InputError, match="holds statistics of 4 numbers an image"):
+    with pytest.raises(InputError, match="has statistics of 4 numbers per image"):
         references.read_reference(path, extract, tmp_path, {"pool_ND": 3})
     np.savez(path, arr_0=IMAGES_NHWC, labels=np.zeros(10**5, int), arr_1=np.zeros(len(IMAGES_NHWC)))
     assert open_image_set(path).label_N is None
@@ -311,8 +311,8 @@ def test_hidden_folders_of_samples_do_not_count_and_are_said(tmp_path, capsys):
         Image.fromarray(IMAGES_NHWC[0]).save(tmp_path / name)
     assert open_image_set(tmp_path).shape[0] == 2
     said = capsys.readouterr().err
-    assert f"{tmp_path}/.ipynb_checkpoints does not count: it is hidden (images: 1)" in said
-    assert f"{tmp_path}/b/.old does not count" in said and said.count("does not count") == 2
+    assert f"{tmp_path}/.ipynb_checkpoints is hidden and skipped (images: 1)" in said
+    assert f"{tmp_path}/b/.old is hidden" in said and said.count("is hidden") == 2
     assert open_image_set(tmp_path / ".ipynb_checkpoints").shape[0] == 1  # asked for by name
 
 
@@ -324,7 +324,7 @@ def test_features_that_are_not_finite_are_refused():
     images_NHWC = IMAGES_NHWC.copy()
     images_NHWC[[3, 11]] = 0
     with pytest.raises(
-        InputError, match="pool_ND of 2 of 23 images hold NaN .* convert them again"
+        InputError, match="pool_ND of 2 of 23 images contain NaN .* convert them again"
     ):
         FeatureExtractor(FeatureNetwork({}, {}, broken))(images_NHWC)
     with pytest.raises(InputError, match="images have 4 channels; gray .1. and RGB .3."):

@@ -1,4 +1,4 @@
-"""Features of images for FID and its kin: of Inception, or the pixels themselves."""
+"""Features of images for FID and related metrics, from Inception or pixels, and their files."""
 
 import dataclasses
 import math
@@ -20,8 +20,8 @@ from varjax.storage import files, folders
 from varjax.trees import PyTree
 
 Features = dict[str, np.ndarray]  # "pool_ND", and of Inception "spatial_ND" and "logits_NV"
-# Images that a device computes at once. Always as many, padded if need be: for another number the
-# compiler may sum in another order, and features would depend on the batch size.
+# Images per device in one call. Smaller batches are padded, because for another number the compiler
+# may sum in another order, and features would depend on the batch size.
 CPU_BLOCK, ACCELERATOR_BLOCK = 8, 64
 MAX_PIXELS = 32 * 32
 INCEPTION = "inception-v3 2015-12-05"  # FID's, in an identity
@@ -34,7 +34,7 @@ class FeatureNetwork:
     """Makes features of images: a pure function and its parameters.
 
     Attributes:
-        identity: JSON data that distinguishes it from other networks.
+        identity: JSON data that identify the network.
         params: parameters of the network.
         apply: (params, images (B, H, W, 3) uint8) -> {"pool_BD": …}, float32.
     """
@@ -45,7 +45,7 @@ class FeatureNetwork:
 
 
 def inception_network(location: str) -> FeatureNetwork:
-    """Makes FID's network from a directory of its weights; InputError as `load_inception`."""
+    """Makes FID's network from a directory of weights; raises the errors of `load_inception`."""
     params = load_inception(location)
     identity = {
         "features": INCEPTION,
@@ -55,30 +55,30 @@ def inception_network(location: str) -> FeatureNetwork:
 
 
 def random_inception_network() -> FeatureNetwork:
-    """Makes Inception with random weights, to try and to time; its metrics mean nothing."""
+    """Makes Inception with random weights, for tests and timing; its metrics mean nothing."""
     params = jax.jit(init_inception)(jax.random.key(0))
     return FeatureNetwork({"features": "random inception-v3"}, params, _inception_features)
 
 
 def pixel_network() -> FeatureNetwork:
-    """Makes the network that does without weights: its features are pixels.
+    """Makes a network without weights, whose features are the pixels.
 
-    For images so small that Inception says nothing of them; there are no logits, so no Inception
-    Score, and no sFID. A squared distance is the sum over places of the mean over the channels of
-    pixels in [0, 1], so that a gray image counts the same with one channel or three.
+    For images that are too small for Inception. There is no Inception Score and no sFID. A squared
+    distance sums over positions the mean over channels of pixels in [0, 1], so a gray image is
+    equal with one channel or three.
     """
     return FeatureNetwork({"features": "pixels"}, {}, _pixel_features)
 
 
 def feature_network(features: str, inception: str) -> FeatureNetwork:
-    """Makes the network that a command line asks for.
+    """Makes the network that a command line names.
 
     Args:
         features: kind of features, "inception" or "pixels".
         inception: directory of Inception's weights; "" for pixels.
 
     Raises:
-        InputError: the two do not fit, or there are no such weights.
+        InputError: the arguments do not fit each other, or there are no such weights.
     """
     if features not in ("inception", "pixels"):
         raise InputError(f"features={features}: allowed are inception, pixels")
@@ -88,14 +88,14 @@ def feature_network(features: str, inception: str) -> FeatureNetwork:
         return pixel_network()
     if not inception:
         raise InputError(
-            "inception is missing: the directory that varjax convert --inception=FILE "
-            "wrote; or compare pixels alone with features=pixels (tiny images)"
+            "inception is missing: set it to the directory that varjax convert --inception=FILE "
+            "wrote; for tiny images, features=pixels needs no weights"
         )
     return inception_network(inception)
 
 
 class FeatureExtractor:
-    """Computes features on all devices of this process, the same to the bit on one or on many.
+    """Computes features on all devices of this process, equal to the bit on one or on many.
 
         extract = FeatureExtractor(network)
         features = extract(images_NHWC)
@@ -106,7 +106,7 @@ class FeatureExtractor:
 
     Attributes:
         network: network that computes the features.
-        at_once: images in a call of the compiled program; smaller batches are padded.
+        at_once: images per call of the compiled program; smaller batches are padded.
     """
 
     def __init__(self, network: FeatureNetwork, devices: Sequence[Any] | None = None):
@@ -128,12 +128,12 @@ class FeatureExtractor:
             progress: function called with the number of further images done.
 
         Raises:
-            InputError: images of another kind, or features that are not finite.
+            InputError: the images have another dtype or shape, or features are not finite.
         """
         N, *shape = images_NHWC.shape
         if len(shape) != 3 or shape[-1] not in (1, 3) or images_NHWC.dtype != np.uint8:
             raise InputError(
-                f"images are {images_NHWC.dtype} of shape {images_NHWC.shape}; needed are uint8, "
+                f"images are {images_NHWC.dtype} of shape {images_NHWC.shape}; must be uint8, "
                 "(N, height, width, 1 or 3)"
             )
         parts, pending = [], None
@@ -142,10 +142,10 @@ class FeatureExtractor:
             padding = self.at_once - len(block_BHWC)
             block_BHWC = np.pad(block_BHWC, ((0, padding), *[(0, 0)] * 3), mode="edge")
             block_BHWC = np.broadcast_to(block_BHWC, (*block_BHWC.shape[:-1], 3))
-            found = self._apply(self._params, None, block_BHWC)
-            if pending is not None:  # the devices work on this block while that one is fetched
+            features = self._apply(self._params, None, block_BHWC)
+            if pending is not None:  # fetched while the devices work on the next block
                 parts.append(jax.device_get(pending))
-            pending = found
+            pending = features
             progress(self.at_once - padding)
         parts.append(jax.device_get(pending))
         names = {name: name.replace("_B", "_N") for name in parts[0]}
@@ -153,35 +153,35 @@ class FeatureExtractor:
         for name, x_ND in joined.items():
             if not (finite_N := np.isfinite(x_ND).all(axis=1)).all():
                 raise InputError(
-                    f"{name} of {N - finite_N.sum()} of {N} images hold NaN or infinite numbers, "
-                    "which only damaged weights of the network make; convert them again (inception)"
+                    f"{name} of {N - finite_N.sum()} of {N} images contain NaN or infinity, which "
+                    "means that the network's weights are damaged; convert them again (inception)"
                 )
         return joined
 
 
 def feature_sizes(network: FeatureNetwork, image_shape: Sequence[int]) -> dict[str, int]:
-    """Returns how many numbers an image of (H, W, channels) has of each kind: "pool_ND" …
+    """Returns the size of each kind of features ("pool_ND" …) of an image (H, W, channels).
 
-    Raises InputError for images that have no features: neither gray nor RGB.
+    Raises InputError for images that are neither gray nor RGB.
     """
     if image_shape[2] not in (1, 3):
         raise InputError(
             f"images have {image_shape[2]} channels; gray (1) and RGB (3) have features"
         )
     images = jax.ShapeDtypeStruct((1, *image_shape[:2], 3), jnp.uint8)
-    found = jax.eval_shape(network.apply, network.params, images)
-    return {name.replace("_B", "_N"): x.shape[1] for name, x in found.items()}
+    features = jax.eval_shape(network.apply, network.params, images)
+    return {name.replace("_B", "_N"): x.shape[1] for name, x in features.items()}
 
 
 class FeatureStore:
-    """A folder with the features of some images, each part of them whole or absent.
+    """A folder with features of images, in parts, so that an interrupted extraction can continue.
 
     Args:
         folder: folder that is absent, or was started for an equal request.
-        request: JSON data that determines the features.
+        request: JSON data that determine the features.
 
     Raises:
-        InputError: the folder holds anything else.
+        InputError: the folder has other content.
     """
 
     def __init__(self, folder: pathlib.Path, request: Mapping[str, Any], write: bool = True):
@@ -189,7 +189,7 @@ class FeatureStore:
         self._folder = folder
 
     def has(self, part: range) -> bool:
-        """Returns whether a part can be read; a damaged one is reported and removed."""
+        """Returns whether a part can be read; a damaged part is reported and removed."""
         return folders.read_or_remove(self._file(part)) is not None
 
     def add(self, part: range, features: Features) -> None:
@@ -207,14 +207,14 @@ class FeatureStore:
             InputError: the file is damaged.
         """
         path = self._file(part)
-        found, _ = files.read_tensors(path)
-        lengths = {len(x) for x in found.values()}
+        features, _ = files.read_tensors(path)
+        lengths = {len(x) for x in features.values()}
         if len(lengths) != 1 or max(lengths) > len(part) or min(lengths) < len(part) and not fewer:
-            raise InputError(f"{path} holds other images; delete it and go on")
-        return found
+            raise InputError(f"{path} has features of other images; delete it and continue")
+        return features
 
     def join(self, parts: list[range]) -> Features:
-        """Reads all parts, into one array of each kind."""
+        """Reads parts into one array for each kind of features."""
         read = [self.read(part) for part in parts]
         return {name: np.concatenate([x[name] for x in read]) for name in read[0]}
 
@@ -227,14 +227,14 @@ class FeatureStore:
 
 
 def parts_of(count: int) -> list[range]:
-    """Shares out images to parts."""
+    """Divides images into parts."""
     return [range(i, min(i + IMAGES_PER_PART, count)) for i in range(0, count, IMAGES_PER_PART)]
 
 
 def extract_features(
     images: ImageSet, extract: FeatureExtractor, store: FeatureStore, description: str
 ) -> None:
-    """Computes the features that `store` lacks, with a progress bar that has this `description`."""
+    """Computes the features that `store` lacks, with a progress bar named `description`."""
     count = images.shape[0]
     missing = [part for part in parts_of(count) if not store.has(part)]
     left = sum(map(len, missing))

@@ -1,7 +1,7 @@
-"""FID, Inception Score, precision and recall, and KID of features, as ADM's evaluator has them.
+"""FID, Inception Score, precision and recall, and KID of features, as in ADM's evaluator.
 
-Everything is float64 in a fixed order but the distances of precision and recall, which are float32
-in blocks of a fixed size; so no number depends on batches or devices.
+All sums are float64 in a fixed order, except for the distances of precision and recall, which are
+float32 in blocks of a fixed size. Thus no number depends on batches or devices.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import numpy as np
 
 from varjax.errors import InputError
 
-SUM_BLOCK = 500  # rows that are summed at once
-DISTANCE_BLOCK = 2000  # rows and columns of distances that are computed at once
+SUM_BLOCK = 500  # rows in a sum
+DISTANCE_BLOCK = 2000  # rows and columns of a block of distances
 NEIGHBORS = 3  # k of precision and recall
 KID_SUBSETS, KID_SUBSET_SIZE, KID_SEED = 100, 1000, 2020  # torch-fidelity's
 SCORE_SPLIT = 5000  # images of a split of the Inception Score
@@ -29,13 +29,13 @@ class Moments:
 
     @functools.cached_property
     def root_DD(self) -> np.ndarray:
-        """Symmetric square root of the covariance; eigenvalues below 0 are rounding errors."""
+        """The symmetric square root of the covariance; eigenvalues below 0 are rounding errors."""
         value_D, vector_DD = np.linalg.eigh(self.covariance_DD)
         return (vector_DD * np.sqrt(np.maximum(value_D, 0))) @ vector_DD.T
 
     @classmethod
     def of(cls, feature_ND: np.ndarray) -> "Moments":
-        """Computes those of features (N, D); raises InputError for fewer than two."""
+        """Computes the moments of features (N, D); raises InputError for fewer than two rows."""
         sums = MomentSums()
         for start in range(0, len(feature_ND), SUM_BLOCK):
             sums.add(feature_ND[start : start + SUM_BLOCK])
@@ -43,9 +43,9 @@ class Moments:
 
 
 class MomentSums:
-    """Adds up the moments of features that come block by block, in float64.
+    """Sums the moments of features block by block, in float64.
 
-    As the sums are over one block after another, equal blocks in equal order give equal bits.
+    Blocks are added one by one, so equal blocks in equal order give equal bits.
     """
 
     def __init__(self):
@@ -55,7 +55,7 @@ class MomentSums:
     def add(self, feature_ND: np.ndarray) -> None:
         """Adds a block (N, D) of any number format."""
         feature_ND = feature_ND.astype(np.float64)
-        if not self.count:  # sums of what is near 0 keep their digits
+        if not self.count:  # centered numbers lose fewer digits in sums
             self._center_D = feature_ND.mean(axis=0)
             self._sum_D = np.zeros_like(self._center_D)
             self._product_DD = np.zeros((self._center_D.size,) * 2)
@@ -65,9 +65,9 @@ class MomentSums:
         self._product_DD += feature_ND.T @ feature_ND
 
     def moments(self) -> Moments:
-        """Returns mean and covariance of all; raises InputError for fewer than two rows."""
+        """Returns mean and covariance of all rows; raises InputError for fewer than two."""
         if self.count < 2:
-            raise InputError(f"{self.count} images: a covariance needs two or more")
+            raise InputError(f"{self.count} images: a covariance requires two or more")
         mean_D = self._sum_D / self.count
         product_DD = self._product_DD - self.count * np.outer(mean_D, mean_D)
         return Moments(mean_D + self._center_D, product_DD / (self.count - 1))
@@ -111,8 +111,8 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Computes improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991, eq. 1 and 2).
 
-    An image lies in the manifold of a set if, for some image of the set, it is at most as far as
-    that one's k-th nearest neighbor in the set.
+    An image is in the manifold of a set if its distance to some image of the set is at most that
+    image's distance to its k-th nearest neighbor in the set.
 
     Args:
         sample_ND: features of samples.
@@ -120,10 +120,10 @@ def precision_recall(
         neighbors: number k of nearest neighbors.
 
     Returns:
-        Share of samples in the reference's manifold; share of the reference in the samples'.
+        Fraction of samples in the reference's manifold; fraction of the reference in the samples'.
 
     Raises:
-        InputError: a set has no more than k images.
+        InputError: a set has k images or fewer.
     """
     for name, features in (("samples", sample_ND), ("reference", reference_MD)):
         if len(features) <= neighbors:
@@ -167,7 +167,7 @@ def kernel_inception_distance(
     """
     size = min(subset_size, len(sample_ND), len(reference_MD))
     if size < 2:
-        raise InputError(f"{size} images: KID needs two or more")
+        raise InputError(f"{size} images: KID requires two or more")
     rng = np.random.RandomState(KID_SEED)
     distances = []
     for _ in range(subsets):
@@ -193,11 +193,11 @@ def _kernel(x_ND, y_ND):
 
 
 def _manifold_radii(feature_ND: np.ndarray, neighbors: int) -> np.ndarray:
-    """Squared distance of each row to its k-th nearest other, (N,)."""
+    """Returns the squared distance of each row to its k-th nearest neighbor, (N,)."""
     N, radii = len(feature_ND), []
     for start in range(0, N, DISTANCE_BLOCK):
         block_nD = feature_ND[start : start + DISTANCE_BLOCK]
-        # Of each block of columns only the nearest k + 1 can matter, the row itself among them.
+        # Only the nearest k + 1 of each block of columns matter, including the row itself.
         nearest = [
             _smallest(
                 _squared_distances(block_nD, feature_ND[first : first + DISTANCE_BLOCK]), neighbors
@@ -209,12 +209,12 @@ def _manifold_radii(feature_ND: np.ndarray, neighbors: int) -> np.ndarray:
 
 
 def _smallest(x_nm: np.ndarray, neighbors: int) -> np.ndarray:
-    """The k + 1 smallest of each row, in order."""
+    """Returns the k + 1 smallest numbers of each row, in order."""
     return np.sort(np.partition(x_nm, min(neighbors, x_nm.shape[1] - 1))[:, : neighbors + 1])
 
 
 def _squared_distances(x_nD: np.ndarray, y_mD: np.ndarray) -> np.ndarray:
-    """(n, m) float32, on JAX's default device, by one program for all blocks."""
+    """Computes (n, m) distances in float32 on the default device, by one program for all blocks."""
     padded = (np.pad(a, ((0, DISTANCE_BLOCK - len(a)), (0, 0))) for a in (x_nD, y_mD))
     return np.asarray(_block_distances(*padded))[: len(x_nD), : len(y_mD)]
 
@@ -223,6 +223,6 @@ def _squared_distances(x_nD: np.ndarray, y_mD: np.ndarray) -> np.ndarray:
 def _block_distances(x_nD, y_mD):
     x_n1 = jnp.sum(jnp.square(x_nD), axis=1, keepdims=True)
     y_1m = jnp.sum(jnp.square(y_mD), axis=1)[None]
-    # Full precision: a default of TF32 or bfloat16 would change who is whose neighbor.
+    # Full precision: TF32 or bfloat16 would change which images are neighbors.
     product_nm = jnp.einsum("nD,mD->nm", x_nD, y_mD, precision="highest")
     return jnp.maximum(x_n1 - 2 * product_nm + y_1m, 0)

@@ -1,4 +1,4 @@
-"""Sets of images to be measured: an .npz as evaluators write it, or a folder of image files."""
+"""Sets of images to measure: an .npz in the evaluators' format, a folder, or a dataset."""
 
 import collections
 import hashlib
@@ -20,7 +20,7 @@ from varjax.storage.read_errors import retry_read
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 LOSSY = {".jpg", ".jpeg"}
-LABEL_KEYS = "labels", "arr_1"  # of varjax sample, and of ADM's samplers
+LABEL_KEYS = "labels", "arr_1"  # written by varjax sample, and by ADM's samplers
 
 
 class ImageSet(Protocol):
@@ -33,18 +33,18 @@ class ImageSet(Protocol):
 
     @property
     def label_N(self) -> np.ndarray | None:
-        """Classes, where they are known."""
+        """Classes of the images; None if unknown."""
         ...
 
     @property
     def digest(self) -> str:
-        """Identifies the images."""
+        """An identifier of the images' content."""
         ...
 
     def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
-        """Yields each part of the images, uint8; `parts` are in order and do not overlap.
+        """Yields each part with its images, uint8; `parts` are in order and do not overlap.
 
-        Of a dataset broken images are left out, so that a part may have fewer.
+        Broken images of a dataset are left out, so a part may have fewer images.
         """
         ...
 
@@ -52,23 +52,20 @@ class ImageSet(Protocol):
 def open_image_set(location: str | os.PathLike) -> ImageSet:
     """Opens an .npz with uint8 images under "arr_0", or a folder of images of one size.
 
-    Raises InputError for anything else, with what is allowed.
+    Raises InputError for anything else.
     """
     path = files.local_copy(location)
     if path.is_dir():
         return FolderImages(path)
     if not path.exists():
-        raise InputError(f"{path} does not exist; give an .npz of images or a folder of them")
+        raise InputError(f"{path} does not exist; use an .npz or a folder of images")
     if path.suffix != ".npz":
-        raise InputError(f"{path}: give an .npz with images under arr_0, or a folder of them")
+        raise InputError(f"{path}: use an .npz with images under arr_0, or a folder of images")
     return NpzImages(path)
 
 
 class NpzImages:
-    """Reads "arr_0", uint8 (N, H, W, channels), of an .npz.
-
-    Raises InputError where there is none.
-    """
+    """Reads "arr_0", uint8 (N, H, W, channels), of an .npz; raises InputError if it has none."""
 
     def __init__(self, path: pathlib.Path):
         self._path, self._archive = path, NpzArchive(path)
@@ -101,9 +98,9 @@ class NpzImages:
 class FolderImages:
     """Reads all image files below a folder as RGB, in the order of their paths.
 
-    What is hidden does not count; hidden folders of images are named on stderr. Files that `varjax
-    sample` wrote tell their classes by their names, others by their folders if there are several.
-    Raises InputError for a folder without images or with several sizes.
+    Hidden files and folders are skipped; hidden folders with images are reported on stderr. The
+    classes come from the names of files that `varjax sample` wrote, or else from the folders if
+    there are several. Raises InputError for a folder without images or with several sizes.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -115,9 +112,11 @@ class FolderImages:
         for file in self._files:
             sizes.setdefault(read_size(file), file)
         if len(sizes) > 1:
-            found = ", ".join(f"{w}x{h} ({file.name})" for (w, h), file in list(sizes.items())[:4])
+            examples = ", ".join(
+                f"{w}x{h} ({file.name})" for (w, h), file in list(sizes.items())[:4]
+            )
             raise InputError(
-                f"the images in {path} have several sizes: {found}; resize them all alike first "
+                f"the images in {path} have several sizes: {examples}; resize them to one size "
                 "(varjax evaluate --reference=folder:PATH crops them)"
             )
         self.lossy = any(file.suffix.lower() in LOSSY for file in self._files)
@@ -142,8 +141,8 @@ class FolderImages:
         _, H, W, _ = self.shape
         if picture.size != (W, H):
             raise InputError(
-                f"{file} is turned by its EXIF data to {picture.width}x{picture.height}, but the "
-                f"others have {W}x{H}; save it upright"
+                f"{file} is rotated by its EXIF data to {picture.width}x{picture.height}, but the "
+                f"others have {W}x{H}; save it without rotation"
             )
         return np.asarray(picture.convert("RGB"))
 
@@ -159,9 +158,9 @@ class FolderImages:
 
 
 class DatasetImages:
-    """All images of a split of a dataset, cropped as for its evaluation.
+    """All images of a split of a dataset, preprocessed as for evaluation.
 
-    Broken ones are left out of `parts` and named, up to 1 % of them, as in training.
+    Broken images are reported and left out of `parts`; as in training, 1 % may be broken.
 
     Args:
         data: dataset of the images.
@@ -177,7 +176,7 @@ class DatasetImages:
 
     @property
     def digest(self) -> str:
-        sha256 = hashlib.sha256(str(self.shape).encode())  # of the pixels: names may stay the same
+        sha256 = hashlib.sha256(str(self.shape).encode())  # of pixels, because names may not change
         with tqdm(total=self.shape[0], unit=" images", desc="hashing the reference") as bar:
             for i in range(self.shape[0]):
                 image_HWC = self._read(i)
@@ -191,7 +190,7 @@ class DatasetImages:
             yield part, np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
 
     def _read(self, i: int) -> np.ndarray | None:
-        """Image `i`, or None where it is broken."""
+        """Reads image `i`; None if it is broken."""
         try:
             image_HWC, broken = self._data.preprocess(self._source[i]["image"]), []
         except BrokenImage as error:
@@ -201,7 +200,7 @@ class DatasetImages:
 
 
 def file_digest(path: pathlib.Path) -> str:
-    """Returns the SHA-256 of a file; StorageError where the machine cannot read it now."""
+    """Returns the SHA-256 of a file; StorageError if the machine cannot read it now."""
 
     def digest() -> str:
         with open(path, "rb") as file:
@@ -211,8 +210,8 @@ def file_digest(path: pathlib.Path) -> str:
 
 
 def _visible_images(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Image files at any depth, sorted; says which hidden folders have some that do not count."""
-    found, hidden = [], collections.Counter()
+    """Lists image files at any depth, sorted; reports hidden folders that contain images."""
+    visible, hidden = [], collections.Counter()
     for file in retry_read(lambda: list(folder.rglob("*")), folder):
         if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
             continue
@@ -220,7 +219,7 @@ def _visible_images(folder: pathlib.Path) -> list[pathlib.Path]:
         if depth := next((i for i, name in enumerate(parts, 1) if name.startswith(".")), 0):
             hidden[folder.joinpath(*parts[:depth])] += 1
         else:
-            found.append(file)
-    for place, count in sorted(hidden.items()):
-        tqdm.write(f"{place} does not count: it is hidden (images: {count})", file=sys.stderr)
-    return sorted(found)
+            visible.append(file)
+    for hidden_folder, count in sorted(hidden.items()):
+        tqdm.write(f"{hidden_folder} is hidden and skipped (images: {count})", file=sys.stderr)
+    return sorted(visible)

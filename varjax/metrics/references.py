@@ -1,4 +1,4 @@
-"""Reads references for samples: an .npz of statistics, or images and their statistics."""
+"""Reads what samples are compared with: an .npz of statistics, or images and their statistics."""
 
 import dataclasses
 import hashlib
@@ -24,22 +24,21 @@ from varjax.storage import files, folders
 from varjax.storage.cache_dir import cache_folder
 from varjax.storage.npz import NpzArchive
 
-# ADM's names of the statistics: of Inception's last pool, and of the map that sFID looks at.
+# ADM's names of the statistics: of Inception's last pool, and of the map that sFID uses.
 STATISTICS = {"pool_ND": ("mu", "sigma"), "spatial_ND": ("mu_s", "sigma_s")}
-COUNT = "images"  # in the metadata of kept statistics
+COUNT = "images"  # in the metadata of cached statistics
 COMPARED_IMAGES = 10_000  # of the reference, for precision, recall and KID, as in ADM's files
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reference:
-    """Holds what metrics need of a reference.
+    """Holds the data that metrics need of a reference.
 
     Attributes:
         digest: identifier of the content.
-        moments: moments of "pool_ND", and of "spatial_ND" if they are known.
+        moments: moments of "pool_ND", and of "spatial_ND" if known.
         pool_MD: features of at most 10,000 images; None if only statistics are known.
-        images: number of images that the moments were computed from; None if an .npz of statistics
-            does not say.
+        images: number of images that the moments were computed from; None if unknown.
     """
 
     digest: str
@@ -49,7 +48,7 @@ class Reference:
 
 
 def default_cache() -> pathlib.Path:
-    """Returns where statistics of references are kept."""
+    """Returns the folder of cached statistics of references."""
     return cache_folder() / "references"
 
 
@@ -59,7 +58,7 @@ def read_reference(
     cache: pathlib.Path,
     sizes: Mapping[str, int],
 ) -> Reference:
-    """Reads a reference, and computes of its images what `cache` does not hold yet.
+    """Reads a reference, and computes the statistics that `cache` lacks.
 
     Args:
         location: an .npz with "mu" and "sigma", perhaps "mu_s", "sigma_s" and images under "arr_0"
@@ -69,8 +68,8 @@ def read_reference(
         sizes: sizes of the samples' features, from `feature_sizes`.
 
     Raises:
-        InputError: it is none of these, statistics of other features or with NaN, or images of
-            another size.
+        InputError: it is none of these, its statistics contain NaN or are of other features, or its
+            images have another size.
     """
     path = files.local_copy(location)
     if path.suffix == ".npz" and path.is_file():
@@ -84,21 +83,21 @@ def read_reference(
     images = open_image_set(path)
     if feature_sizes(extract.network, images.shape[1:]) != sizes:
         raise InputError(
-            f"{path} holds images of {images.shape[1:]}, which have other features than the "
-            "samples; give images of the samples' size"
+            f"{path} has images of {images.shape[1:]}, whose features differ from those of the "
+            "samples; use images of the samples' size"
         )
     return reference_of_images(images, images.digest, extract, cache)
 
 
 def reference_of_features(features: Features) -> Reference:
-    """Makes a reference of features (N, …) in memory; InputError for fewer than two images."""
+    """Makes a reference from features (N, …); raises InputError for fewer than two images."""
     moments = {k: Moments.of(features[k]) for k in STATISTICS.keys() & features.keys()}
     pool_ND = features["pool_ND"]
     return Reference("", moments, pool_ND[compared_rows(len(pool_ND))], len(pool_ND))
 
 
 def compared_rows(count: int) -> np.ndarray:
-    """Chooses the images of a reference whose features are kept, evenly spread."""
+    """Chooses evenly spaced images of a reference, whose features are kept."""
     return np.unique(np.linspace(0, count - 1, min(count, COMPARED_IMAGES)).astype(int))
 
 
@@ -117,20 +116,20 @@ def reference_of_images(
         InputError: fewer than two images.
     """
     if images.shape[0] < 2:
-        raise InputError(f"the reference holds {images.shape[0]} images; two or more are needed")
+        raise InputError(f"the reference has {images.shape[0]} images; two or more are required")
     request = {"images": digest, **extract.network.identity}
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     path, folder = cache / f"{key}.safetensors", cache / key
-    if (found := folders.read_or_remove(path)) is None:
-        with folders.lock_folder(folder, wait=True):  # of several commands one computes
+    if (cached := folders.read_or_remove(path)) is None:
+        with folders.lock_folder(folder, wait=True):  # one of several commands computes them
             if not path.exists():
                 store = FeatureStore(folder, request)
                 extract_features(images, extract, store, "reference")
                 arrays, count = _summarize(store, images.shape[0])
                 files.write_tensors(path, arrays, {COUNT: str(count)})
             files.remove(folder)
-        found = files.read_tensors(path)
-    arrays, metadata = found
+        cached = files.read_tensors(path)
+    arrays, metadata = cached
     moments = {
         kind: Moments(arrays[mean], arrays[covariance])
         for kind, (mean, covariance) in STATISTICS.items()
@@ -141,19 +140,19 @@ def reference_of_images(
 
 
 def _summarize(store: FeatureStore, count: int) -> tuple[dict[str, np.ndarray], int]:
-    """Moments of images by ADM's names with features of those to compare with; how many there are.
+    """Returns the moments by ADM's names with the features to compare, and the number of images.
 
-    Of `count` images broken ones have no features.
+    Broken images, which have no features, are not counted.
     """
     chosen = compared_rows(count)
     sums: dict[str, MomentSums] = {}
     compared = []
-    whole = 0
+    valid = 0
     for part in parts_of(count):
         features = store.read(part, fewer=True)
         if not (length := len(features["pool_ND"])):
             continue
-        whole += length
+        valid += length
         for kind in STATISTICS.keys() & features.keys():
             sums.setdefault(kind, MomentSums()).add(features[kind])
         rows = chosen[(chosen >= part.start) & (chosen < part.stop)] - part.start
@@ -163,32 +162,32 @@ def _summarize(store: FeatureStore, count: int) -> tuple[dict[str, np.ndarray], 
         mean, covariance = STATISTICS[kind]
         moments = total.moments()
         arrays |= {mean: moments.mean_D, covariance: moments.covariance_DD}
-    return arrays, whole
+    return arrays, valid
 
 
 def _read_statistics(
     path: pathlib.Path, archive: NpzArchive, sizes: Mapping[str, int]
 ) -> dict[str, Moments]:
-    """The moments in an .npz by kind of features, {} where it holds images alone."""
-    found = {}
+    """Returns the moments in an .npz by kind of features; {} if it has only images."""
+    moments = {}
     if "mu_s" in archive.names and "mu" not in archive.names:
-        raise InputError(f"{path} holds mu_s but no mu")
+        raise InputError(f"{path} has mu_s but no mu")
     for kind, (mean, covariance) in STATISTICS.items():
         if mean not in archive.names:
             continue
         if covariance not in archive.names:
-            raise InputError(f"{path} holds {mean} but no {covariance}")
-        # Both are checked before they are read, for they may be of any size.
+            raise InputError(f"{path} has {mean} but no {covariance}")
+        # Both are checked before they are read, because they may have any size.
         (shape, mean_dtype), (shape_DD, dtype) = map(archive.header, (mean, covariance))
         if len(shape) != 1 or shape_DD != shape * 2:
             raise InputError(
-                f"{path}: {mean} has shape {shape} and {covariance} {shape_DD}; needed are (D,) "
-                "and (D, D)"
+                f"{path}: {mean} has shape {shape} and {covariance} {shape_DD}; must be (D,) and "
+                "(D, D)"
             )
         if shape != (wanted := sizes.get(kind),):
             raise InputError(
-                f"{path} holds statistics of {shape[0]} numbers an image, but these features have "
-                f"{wanted}; give statistics of Inception, or images"
+                f"{path} has statistics of {shape[0]} numbers per image, but these features have "
+                f"{wanted}; use statistics of Inception, or images"
             )
         if "c" in (mean_dtype.kind, dtype.kind):
             raise InputError(f"{path}: {mean} or {covariance} are complex numbers")
@@ -199,5 +198,5 @@ def _read_statistics(
                     f"{path}: {bad} of {array.size} numbers in {name} are NaN or infinite; make or "
                     "copy it again"
                 )
-        found[kind] = Moments(mean_D, covariance_DD)
-    return found
+        moments[kind] = Moments(mean_D, covariance_DD)
+    return moments
