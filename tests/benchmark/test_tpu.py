@@ -68,7 +68,7 @@ def test_cycles_count_as_often_as_they_run_and_keep_their_path():
         ("jit(f)/VAR/VAR._logits/head/dot_general", "head"),
         ("jit(f)/filters/while/body/reduce_sum", "filters"),
         ("jit(f)/VQTokenizer.features/encoder/conv_in/conv_general_dilated", "encoder"),
-        ("jit(f)/VQTokenizer._decode/decoder/mid_attn_1/attention/dot_general", "decoder"),
+        ("jit(f)/VQTokenizer.decode_unclipped/decoder/mid_attn_1/attention/dot_general", "decoder"),
         ("jit(f)/Quantizer.add_scale/conv_general_dilated", "quantizer"),
         ("jit(f)/VAR/while/body/block/modulate/rsqrt", "norms"),
         ("jit(f)/VAR/while/body/dynamic_slice", "rest"),

@@ -51,7 +51,7 @@ def test_segments_leave_no_key_out_and_none_in(mask_lL):
 def test_every_implementation_is_the_masked_product_with_its_gradient(
     implementation, key_mask_BL, monkeypatch
 ):
-    monkeypatch.setattr(attention, "SHORTEST", 49)
+    monkeypatch.setattr(attention, "MIN_SEGMENT", 49)
     assert len(mask_segments(MASK_LL)) == 3
     attend = functools.partial(dot_product_attention, scale=0.3, implementation=implementation)
 

@@ -16,15 +16,15 @@ from varjax.nn.linear import dense
 from varjax.nn.stack import KVCache, LayerCache
 
 MAX_LOG_SCALE = float(np.log(100))
-SHORTEST = 65  # queries that are worth products of their own
-FEWEST_QUERIES = 64  # for which cuDNN's kernel is faster than two products
-FAST_MEMORY = 2**25  # bytes of logits that fit into what lies next to a TPU's matrix units
+MIN_SEGMENT = 65  # queries for which separate matrix products are faster
+MIN_FUSED_QUERIES = 64  # for which cuDNN's kernel is faster than two products
+FAST_MEMORY = 2**25  # bytes of logits that fit into a TPU's on-chip memory
 MAX_HEADS = 128  # on CPUs each is a part of the program; the official models have up to 30
 
 
 @flax.struct.dataclass
 class Dropout:
-    """Sets a share of numbers to 0 and divides the others by what is left (Srivastava et al. 2014).
+    """Sets a fraction of numbers to 0 and scales up the others (Srivastava et al. 2014).
 
     Each example has its own key, so that no batch size or mesh changes what is dropped.
 
@@ -40,7 +40,7 @@ class Dropout:
     rate: float = flax.struct.field(pytree_node=False)
 
     def fold_in(self, number: int | jax.Array) -> "Dropout":
-        """Returns the dropout of another place in the network, which draws other masks."""
+        """Returns the dropout of another layer, which draws other masks."""
         key_B = jax.vmap(jax.random.fold_in, (0, None))(self.key_B, number)
         return Dropout(key_B, self.rate)
 
@@ -119,11 +119,11 @@ def _at_once(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
 def _by_fused_kernel(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
     """Attends by cuDNN's kernel, where it can and pays."""
     _, queries, _, D = q_BlAD.shape
-    pays = queries >= FEWEST_QUERIES and q_BlAD.dtype == jnp.bfloat16
+    pays = queries >= MIN_FUSED_QUERIES and q_BlAD.dtype == jnp.bfloat16
     if dropout is not None or not pays or D % 8 or D > 128:
         whole = q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL
         return _at_once(*whole, dropout=dropout, scale=scale)
-    # JAX's kernel wants all three to lie on a mesh in the same way.
+    # JAX's kernel wants all three sharded in the same way.
     q_BlAD, k_BLAD, v_BLAD = (compute.shard_batch(x) for x in (q_BlAD, k_BLAD, v_BLAD))
     B, keys = len(k_BLAD), k_BLAD.shape[1]
     mask_B1lL = _joint_mask(mask_lL, key_mask_BL, queries)
@@ -228,14 +228,14 @@ def mask_segments(mask_lL: np.ndarray) -> list[tuple[slice, int, np.ndarray | No
 
     Returns:
         [(queries, number of keys, what they see of these: None for all)]. Neighbors with fewer than
-        SHORTEST queries are one segment, which needs a mask.
+        MIN_SEGMENT queries are one segment, which needs a mask.
     """
     length = mask_lL.shape[1]
     seen_l = np.where(mask_lL, np.arange(1, length + 1), 0).max(axis=1)
     starts = [0, *(np.flatnonzero(np.diff(seen_l)) + 1).tolist(), len(seen_l)]
     cuts: list[list[int]] = []  # [start, stop] of the queries
     for start, stop in zip(starts, starts[1:], strict=False):
-        short = stop - start < SHORTEST
+        short = stop - start < MIN_SEGMENT
         if short and cuts and cuts[-1][2]:
             cuts[-1][1] = stop
         else:
@@ -282,7 +282,7 @@ def _joint_mask(mask_lL, key_mask_BL, queries):
 
 
 def _softmax(logits, mask):
-    """Softmax over the last axis, as if what the mask excludes were not there."""
+    """Computes the softmax over the last axis, with weight 0 for what the mask excludes."""
     return jax.nn.softmax(logits if mask is None else jnp.where(mask, logits, -jnp.inf))
 
 

@@ -22,7 +22,7 @@ NATIVE = {
 }
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
 ENCODER_PRECISIONS: dict[str, Precision] = {"tpu": "bfloat16_3x", "gpu": "tf32_3x"}
-BATCH_AXES = ("data", "fsdp")  # the mesh axes that share out a batch: training/sharding.py
+BATCH_AXES = ("data", "fsdp")  # the mesh axes that shard a batch: training/sharding.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class ComputeConfig:
 
     @property
     def loops_over_images(self) -> bool:
-        """Whether a loop over a batch pays: on a CPU, and not where devices share it out."""
+        """Whether a loop over a batch pays: on a CPU, and not where devices shard it."""
         return self.target == "cpu" and (self.platform == "cpu" or jax.device_count() == 1)
 
     @property
@@ -165,7 +165,7 @@ def split_batch(x: jax.Array, pieces: int) -> jax.Array:
 
 
 def batch_devices() -> int:
-    """Returns how many devices share out a batch, by the mesh that is set; 1 without one."""
+    """Returns how many devices shard a batch, by the mesh that is set; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in _batch_axes())
 

@@ -237,7 +237,7 @@ class VAR(nn.Module):
             length=self.config.pyramid.length,
             width=self.config.width,
             dtype=self.dtype,
-            # On a mesh the partitioner would not know how to share out what is only allocated.
+            # On a mesh the partitioner would not know how to shard memory that is only allocated.
             zeros=batch_devices() > 1,
         )
 

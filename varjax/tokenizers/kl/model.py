@@ -174,7 +174,7 @@ class KLConfig:
         Args:
             params: parameters in the layout of `init`.
             latents: arrays of `latent_spec`; only "mean_BhwZ", the likeliest latent, is read. Pass
-                another latent in its place to decode that one.
+                another latent instead to decode that one.
             compute: number format of the decoder, and the platform to compile for.
         """
         return to_unit_range(decode_latents(self, params, latents["mean_BhwZ"], compute))

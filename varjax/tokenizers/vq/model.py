@@ -136,14 +136,15 @@ class VQTokenizer(nn.Module):
 
     def setup(self):
         c, compute = self.config, self.compute
-        sizes = c.width, c.channel_mult, c.blocks, c.groups
-        inward = ConvFormat(self.encoder_dtype, compute.frozen_encoder, compute.target)
-        outward = ConvFormat(compute.jax_dtype)
-        self.encoder = Encoder(*sizes, c.code_channels, format=inward)
+        sizes = {"width": c.width, "channel_mult": c.channel_mult}
+        sizes |= {"blocks": c.blocks, "groups": c.groups}
+        encoder_format = ConvFormat(self.encoder_dtype, compute.frozen_encoder, compute.target)
+        decoder_format = ConvFormat(compute.jax_dtype)
+        self.encoder = Encoder(**sizes, feature_channels=c.code_channels, format=encoder_format)
         self.quant_conv = conv(c.code_channels, ConvFormat())
         self.quantizer = make_quantizer(c)
-        self.post_quant_conv = conv(c.code_channels, outward)
-        self.decoder = Decoder(*sizes, c.image_channels, format=outward)
+        self.post_quant_conv = conv(c.code_channels, decoder_format)
+        self.decoder = Decoder(**sizes, image_channels=c.image_channels, format=decoder_format)
 
     def __call__(
         self, image_BHWC: jax.Array, kept_B: jax.Array | None = None
@@ -162,7 +163,8 @@ class VQTokenizer(nn.Module):
         f_BhwZ = self.features(image_BHWC)
         quantized = self.quantizer(f_BhwZ, kept_B)
         f_hat_BhwZ = quantized.f_hats[-1]
-        return self._decode(f_BhwZ + jax.lax.stop_gradient(f_hat_BhwZ - f_BhwZ)), f_BhwZ, quantized
+        straight_through_BhwZ = f_BhwZ + jax.lax.stop_gradient(f_hat_BhwZ - f_BhwZ)
+        return self.decode_unclipped(straight_through_BhwZ), f_BhwZ, quantized
 
     def features(self, image_BHWC: jax.Array) -> jax.Array:
         """Computes the features (B, h, w, Z) that are to be quantized."""
@@ -171,11 +173,11 @@ class VQTokenizer(nn.Module):
 
     def encode(self, image_BHWC: jax.Array) -> jax.Array:
         """Encodes images in [-1, 1] into tokens (B, L)."""
-        return self.quantizer(self._frozen_features(image_BHWC)).tokens_BL
+        return self.quantize_images(image_BHWC).tokens_BL
 
     def encode_for_teacher_forcing(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Encodes images into (tokens (B, L), transformer input (B, L - l of scale 0, Z))."""
-        quantized = self.quantizer(self._frozen_features(image_BHWC))
+        quantized = self.quantize_images(image_BHWC)
         return quantized.tokens_BL, self.quantizer.teacher_forcing_input(quantized.f_hats)
 
     def teacher_forcing_input(self, tokens_BL: jax.Array) -> jax.Array:
@@ -196,10 +198,13 @@ class VQTokenizer(nn.Module):
         """Decodes f_hat (B, h, w, Z) into images clipped to [-1, 1]."""
         return decode_images(self.config, self.variables["params"], f_hat_BhwZ, self.compute)
 
-    def _frozen_features(self, image_BHWC):
-        return encode_images(self.config, self.variables["params"], image_BHWC, self.compute)
+    def quantize_images(self, image_BHWC: jax.Array) -> Quantized:
+        """Encodes and quantizes images in [-1, 1]; not for training."""
+        params = self.variables["params"]
+        return self.quantizer(encode_images(self.config, params, image_BHWC, self.compute))
 
-    def _decode(self, f_hat_BhwZ):
+    def decode_unclipped(self, f_hat_BhwZ: jax.Array) -> jax.Array:
+        """Decodes f_hat (B, h, w, Z) into images for training, not clipped."""
         f_hat_BhwZ = f_hat_BhwZ.astype(self.compute.jax_dtype)
         return self.decoder(self.post_quant_conv(f_hat_BhwZ)).astype(jnp.float32)
 
@@ -211,6 +216,7 @@ def encode_images(
     compute: ComputeConfig = EXACT,
 ) -> jax.Array:
     """Computes features (B, h, w, Z) of images in [-1, 1]; not for training."""
+    # A module of its own, because a loop over images must not be inside of a running one.
     model = VQTokenizer(config, compute, parent=None).bind({"params": params})
     return map_images(model.features, image_BHWC, config.image_shape, compute)
 
@@ -220,17 +226,17 @@ def decode_images(
 ) -> jax.Array:
     """Decodes f_hat (B, h, w, Z) into images clipped to [-1, 1]; not for training."""
     model = VQTokenizer(config, compute, parent=None).bind({"params": params})
-    decode = lambda f_hat_BhwZ: jnp.clip(model._decode(f_hat_BhwZ), -1, 1)  # noqa: E731
+    decode = lambda f_hat_BhwZ: jnp.clip(model.decode_unclipped(f_hat_BhwZ), -1, 1)  # noqa: E731
     return map_images(decode, f_hat_BhwZ, config.image_shape, compute)
 
 
 def make_quantizer(config: VQConfig) -> Quantizer:
     """Returns the quantizer alone, whose parameters are the tokenizer's `params["quantizer"]`."""
     return Quantizer(
-        config.pyramid,
-        config.vocab,
-        config.code_channels,
-        config.num_phi,
-        config.phi_ratio,
-        config.cosine_codes,
+        pyramid=config.pyramid,
+        vocab=config.vocab,
+        code_channels=config.code_channels,
+        num_phi=config.num_phi,
+        phi_ratio=config.phi_ratio,
+        cosine=config.cosine_codes,
     )

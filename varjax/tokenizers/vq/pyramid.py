@@ -78,7 +78,7 @@ class Pyramid:
 
     @functools.cached_property
     def slices(self) -> tuple[slice, ...]:
-        """The place of each scale in the sequence of L tokens."""
+        """Positions of each scale in the sequence of L tokens."""
         ends = np.cumsum(self.lengths).tolist()
         return tuple(slice(end - n, end) for end, n in zip(ends, self.lengths, strict=True))
 
@@ -93,7 +93,7 @@ class Pyramid:
         return self.level_L[:, None] >= self.level_L[None, :]
 
     def progress(self, k: int) -> float:
-        """Returns scale k's place between the first (0) and the last (1); 0 for a single scale."""
+        """Returns how far scale k is from the first (0) to the last (1); 0 for a single scale."""
         return k / max(len(self) - 1, 1)
 
     def phi_index(self, num_phi: int) -> tuple[int, ...]:
