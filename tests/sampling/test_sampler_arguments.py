@@ -1,6 +1,7 @@
 """What users give a sampler from Python: labels, seeds, numbers of images and options."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -10,8 +11,8 @@ import pytest
 
 from varjax.errors import InputError
 from varjax.mar.sample import MAROptions
+from varjax.sampling.pipeline import checked_edit
 from varjax.sampling.sampler import (
-    checked_edit,
     checked_keys,
     checked_labels,
     checked_tokens,
@@ -70,11 +71,13 @@ def test_numbers_of_images_that_are_none_are_refused(index):
 
 
 def test_an_edit_of_no_image_is_refused():
-    keep = np.ones((2, 2), bool)
+    edit = functools.partial(
+        checked_edit, keep=np.ones((2, 2), bool), labels=None, seed=0, shape=(2, 2), classes=10
+    )
     with pytest.raises(InputError, match="0 images and 0 of index"):
-        checked_edit(0, keep, None, None, (2, 2), 10)
+        edit(images=0, index=None)
     with pytest.raises(InputError, match="index .-1.: allowed"):
-        checked_edit(1, keep, None, [-1], (2, 2), 10)
+        edit(images=1, index=[-1])
 
 
 def test_tokens_are_whole_numbers_below_the_vocabulary():

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax import trees
 from varjax.errors import InputError
 from varjax.mar.heads import CategoricalHead, DiffusionHead
 from varjax.mar.latents import (
@@ -20,13 +19,24 @@ from varjax.mar.latents import (
 from varjax.mar.masking import take_at
 from varjax.mar.memory import mar_sampling_bytes
 from varjax.mar.model import MAR, MARConfig, bind_mar
-from varjax.mar.sample import MAROptions, check_sampling, make_setup, sample_mar_tokens
+from varjax.mar.sample import (
+    GuidanceSchedule,
+    MAROptions,
+    check_sampling,
+    make_setup,
+    sample_mar_tokens,
+)
 from varjax.nn.compute import ComputeConfig
-from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
+from varjax.sampling.pipeline import (
+    Array,
+    HeldWeights,
+    Index,
+    Labels,
+    checked_edit,
+    checked_request,
+)
 from varjax.sampling.sampler import (
     KnownTokens,
-    checked_edit,
-    checked_keys,
     checked_labels,
     checked_mask,
     nan_advice,
@@ -34,10 +44,6 @@ from varjax.sampling.sampler import (
 )
 from varjax.tokenizers.contract import checked_images
 from varjax.trees import PyTree
-
-Array = np.ndarray | jax.Array
-Labels = Sequence[int] | np.ndarray | jax.Array
-
 
 # What is multiplied in `compute.dtype` only, and so is held in it.
 CAST_KERNELS = (
@@ -57,7 +63,7 @@ class MARPipeline:
     Images in are uint8 or float in [0, 1], (B, H, W, channels); images out are float32 in [0, 1].
     Latents are in the transformer's units, with a standard deviation of about 1: (B, h, w, Z), or
     codes (B, L) with a categorical head. Each method compiles once per shape and kind of options.
-    Every device holds all parameters, and a batch is shared out among the devices.
+    Every device holds all parameters, and the devices share each batch.
 
     Attributes:
         tokenizer: config of the tokenizer; None without one, and then methods that take or return
@@ -81,46 +87,40 @@ class MARPipeline:
         if tokenizer is not None:
             check_latents_fit(tokenizer, mar)
         self.tokenizer, self.mar, self.sampling, self.compute = tokenizer, mar, sampling, compute
-        mesh = batch_mesh(devices)
-        self.devices: tuple[Any, ...] = tuple(mesh.devices)
-        self.params = jax.device_get(params)  # devices hold but one copy, in `compute.dtype`
-        with jax.default_device(self.devices[0]):
-            held = trees.cast(CAST_KERNELS, self.params, compute.jax_dtype)
-        self._held = replicate(held, mesh)
+        self._weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
+        self.params, self.devices = weights.params, weights.devices
         exact = dataclasses.replace(compute, encoder_precision="highest")
 
-        def sampled_tokens(params, setup, label_B, key_B, known=None):
+        def sample_tokens(params, setup, label_B, key_B, known=None):
             return sample_mar_tokens(mar, params["mar"], label_B, key_B, setup, known, compute)
 
-        def sampled(params, setup, label_B, key_B, known=None):
-            tokens = sampled_tokens(params, setup, label_B, key_B, known)
-            return decode_tokens(self._needed_tokenizer, mar, params["tokenizer"], tokens, compute)
+        def decode(params, _, token_BL):
+            config = self._tokenizer_for_images()
+            return decode_tokens(config, mar, params["tokenizer"], token_BL, compute)
 
-        def encoded(params, _, image_BHWC):
-            given = params["tokenizer"], {"image_BHWC": image_BHWC}
-            return encode_tokens(self._needed_tokenizer, mar, *given, compute=exact)
+        def sample(params, setup, label_B, key_B):
+            return decode(params, None, sample_tokens(params, setup, label_B, key_B))
 
-        def decoded(params, _, token_BL):
-            return decode_tokens(
-                self._needed_tokenizer, mar, params["tokenizer"], token_BL, compute
-            )
+        def encode(params, _, image_BHWC):
+            batch = {"image_BHWC": image_BHWC}
+            config = self._tokenizer_for_images()
+            return encode_tokens(config, mar, params["tokenizer"], batch, compute=exact)
 
         def hidden(params, _, token_BL, order_BL, known_BL, label_B):
             apply = bind_mar(mar, params["mar"], compute)
             class_BC = apply(label_B, method=MAR.class_vectors)
             return apply(token_BL, order_BL, known_BL, class_BC, method=MAR.hidden)
 
-        def denoised(params, _, xt_NZ, t_N, z_NC):
+        def denoise(params, _, xt_NZ, t_N, z_NC):
             return mar.head.network(params["mar"], compute)(z_NC)(xt_NZ, t_N)
 
         def logits(params, _, z_BLC):
             return mar.head.network(params["mar"], compute)(z_BLC)
 
-        self._tokens, self._sample = (data_parallel(f, mesh) for f in (sampled_tokens, sampled))
-        self._encode = data_parallel(encoded, mesh)
-        self._decode = data_parallel(decoded, mesh)
-        self._hidden, self._logits = data_parallel(hidden, mesh), data_parallel(logits, mesh)
-        self._denoise = data_parallel(denoised, mesh)
+        self._sample_tokens, self._sample_images = map(weights.compile, (sample_tokens, sample))
+        self._encode, self._decode = weights.compile(encode), weights.compile(decode)
+        self._hidden, self._logits = weights.compile(hidden), weights.compile(logits)
+        self._denoise = weights.compile(denoise)
 
     @property
     def config(self) -> dict[str, TokenizerConfig | MARConfig | None]:
@@ -135,7 +135,7 @@ class MARPipeline:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, channels) of an image."""
-        return self._needed_tokenizer.image_shape
+        return self._tokenizer_for_images().image_shape
 
     @property
     def edit_shape(self) -> tuple[int, int]:
@@ -149,20 +149,20 @@ class MARPipeline:
 
     def identity(self) -> dict[str, Any]:
         """Returns all that images depend on besides labels, seed and options, as JSON data."""
-        return {"compute": self.compute.identity(), "weights": trees.digest(self.params)[:16]}
+        return self._weights.identity()
 
-    def options(self, **given: Any) -> MAROptions:
-        """Returns the model's own `sampling` with what is given, and not None, replaced.
+    def options(self, **options: Any) -> MAROptions:
+        """Returns the model's own `sampling` with the given options, if not None, replaced.
 
         Raises InputError for an unknown name and for a value out of range.
         """
-        return check_sampling(self.mar, replace_options(self.sampling, given))
+        return check_sampling(self.mar, replace_options(self.sampling, options))
 
     def sampling_bytes(self, batch_size: int, options: MAROptions) -> int:
         """Estimates how much memory a device needs to sample a number of images at a time."""
-        given = self.tokenizer, self.mar, batch_size, self.compute
-        beside = mar_sampling_bytes(*given, make_setup(self.mar, options))
-        return trees.nbytes(self._held) + beside
+        return self._weights.nbytes + mar_sampling_bytes(
+            self.tokenizer, self.mar, batch_size, self.compute, make_setup(self.mar, options)
+        )
 
     def advise_on_nan(self, options: MAROptions) -> str:
         """Says what to try where an image that was sampled holds NaN or infinite numbers."""
@@ -176,12 +176,11 @@ class MARPipeline:
             (B, h, w, Z) float32 or (B, L) int32.
         """
         images_BHWC = checked_images(images_BHWC, self.image_shape)
-        return self.mar.unpatchify(self._encode(self._held, None, images_BHWC))
+        return self.mar.unpatchify(self._encode(None, images_BHWC))
 
     def decode(self, latents: Array) -> jax.Array:
         """Decodes latents as `encode` gives them into images (B, H, W, channels)."""
-        _ = self._needed_tokenizer
-        return self._decode(self._held, None, self._checked_tokens(latents))
+        return self._decode(None, self._checked_tokens(latents))
 
     def hidden(self, latents: Array, known: Array, labels: Labels | None = None) -> jax.Array:
         """Computes the vectors z of all positions from the tokens that are known.
@@ -207,7 +206,7 @@ class MARPipeline:
         label_B = checked_labels(labels, self.classes, B)
         order_BL = np.argsort(~known_BL, axis=1, kind="stable").astype(np.int32)
         token_BL, known_BL = take_at(token_BL, order_BL), take_at(known_BL, order_BL)
-        return self._hidden(self._held, None, token_BL, order_BL, known_BL, label_B)
+        return self._hidden(None, token_BL, order_BL, known_BL, label_B)
 
     def denoise(self, xt_NZ: Array, t_N: Array, z_NC: Array) -> jax.Array:
         """Predicts the noise in noisy tokens (MAR, eq. 2).
@@ -236,7 +235,7 @@ class MARPipeline:
         arrays = (
             jnp.asarray(x, d) for x, d in ((xt_NZ, "float32"), (t_N, "int32"), (z_NC, "float32"))
         )
-        return self._denoise(self._held, None, *arrays)
+        return self._denoise(None, *arrays)
 
     def logits(self, z_BLC: Array) -> jax.Array:
         """Computes the logits of all codes (B, L, V) from vectors by `hidden`.
@@ -245,47 +244,68 @@ class MARPipeline:
         """
         if not isinstance(self.mar.head, CategoricalHead):
             raise InputError("logits: this model's tokens are continuous; it has `denoise` instead")
-        return self._logits(self._held, None, jnp.asarray(z_BLC))
+        return self._logits(None, jnp.asarray(z_BLC))
 
     def sample(
         self,
         labels: Labels,
         seed: int = 0,
         *,
-        index: Sequence[int] | np.ndarray | None = None,
-        **options: Any,
+        guidance: float | None = None,
+        guidance_schedule: GuidanceSchedule | None = None,
+        steps: int | None = None,
+        temperature: float | None = None,
+        diffusion_steps: str | int | None = None,
+        clip_denoised: float | None = None,
+        index: Index | None = None,
+        **unknown: Any,
     ) -> jax.Array:
         """Samples one image for each label.
 
+            images_BHWC = model.sample([3, 1, 4], seed=0, steps=8, guidance=1.5)
+
         Image i is a function of (seed, index[i], labels[i], options) alone, whatever else is in the
-        batch.
+        batch. Options that are None have the values of `sampling`.
 
         Args:
             labels: (B,) classes; `classes` means "no class".
             seed: random seed; each gives other images.
+            guidance: guidance scale; 1 turns guidance off.
+            guidance_schedule: "linear", growing from 1 with the fraction of known tokens, or
+                "constant".
+            steps: number of steps that draw the tokens.
+            temperature: factor on the noise of each draw.
+            diffusion_steps: denoising steps of a token, or FIRST:LAST[:SCHEDULE] (DiSA).
+            clip_denoised: bound on denoised tokens, in standard deviations; 0 for none.
             index: (B,) numbers of the images; None for 0 … B-1.
-            options: fields of `MAROptions` that replace those of `sampling`.
+            unknown: options of other models, which are refused.
 
         Returns:
             (B, H, W, channels) float32 in [0, 1].
 
         Raises:
-            InputError: labels or options out of range.
+            InputError: labels or options out of range, an option that is unknown, or a model that
+                has no tokenizer.
         """
-        _ = self._needed_tokenizer
-        return self._sample(self._held, *self._request(labels, seed, index, options))
+        options = self.options(
+            guidance=guidance,
+            guidance_schedule=guidance_schedule,
+            steps=steps,
+            temperature=temperature,
+            diffusion_steps=diffusion_steps,
+            clip_denoised=clip_denoised,
+            **unknown,
+        )
+        label_B, key_B = checked_request(labels, seed, index, self.classes)
+        return self._sample_images(make_setup(self.mar, options), label_B, key_B)
 
     def sample_latents(
-        self,
-        labels: Labels,
-        seed: int = 0,
-        *,
-        index: Sequence[int] | np.ndarray | None = None,
-        **options: Any,
+        self, labels: Labels, seed: int = 0, *, index: Index | None = None, **options: Any
     ) -> jax.Array:
         """Samples latents (B, h, w, Z) or codes (B, L), those of `sample`, with its arguments."""
-        tokens = self._tokens(self._held, *self._request(labels, seed, index, options))
-        return self.mar.unpatchify(tokens)
+        setup = make_setup(self.mar, self.options(**options))
+        label_B, key_B = checked_request(labels, seed, index, self.classes)
+        return self.mar.unpatchify(self._sample_tokens(setup, label_B, key_B))
 
     def edit(
         self,
@@ -294,21 +314,52 @@ class MARPipeline:
         labels: Labels | None = None,
         seed: int = 0,
         *,
-        index: Sequence[int] | np.ndarray | None = None,
-        **options: Any,
+        guidance: float | None = None,
+        guidance_schedule: GuidanceSchedule | None = None,
+        steps: int | None = None,
+        temperature: float | None = None,
+        diffusion_steps: str | int | None = None,
+        clip_denoised: float | None = None,
+        index: Index | None = None,
+        **unknown: Any,
     ) -> jax.Array:
-        """Redraws everything outside of `keep`, without further training; else like `sample`.
+        """Redraws everything outside of `keep`, without further training.
 
         Args:
             images_BHWC: one image for each of `index`, or one for all of them.
             keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; True keeps the tokens there.
             labels: (B,) classes; None for no class.
             seed: random seed; each gives other images.
+            guidance: see `sample`, also for the other options.
+            guidance_schedule: see `sample`.
+            steps: see `sample`.
+            temperature: see `sample`.
+            diffusion_steps: see `sample`.
+            clip_denoised: see `sample`.
             index: (B,) numbers of the results; None for one result per image.
-            options: fields of `MAROptions` that replace those of `sampling`.
+            unknown: options of other models, which are refused.
+
+        Returns:
+            (B, H, W, channels) float32 in [0, 1].
+
+        Raises:
+            InputError: a wrong shape, labels or options out of range, or an unknown option.
         """
+        options = self.options(
+            guidance=guidance,
+            guidance_schedule=guidance_schedule,
+            steps=steps,
+            temperature=temperature,
+            diffusion_steps=diffusion_steps,
+            clip_denoised=clip_denoised,
+            **unknown,
+        )
         latents = self.encode(images_BHWC)
-        return self.decode(self.edit_latents(latents, keep, labels, seed, index=index, **options))
+        return self.decode(
+            self.edit_latents(
+                latents, keep, labels, seed, index=index, **dataclasses.asdict(options)
+            )
+        )
 
     def edit_latents(
         self,
@@ -317,41 +368,40 @@ class MARPipeline:
         labels: Labels | None = None,
         seed: int = 0,
         *,
-        index: Sequence[int] | np.ndarray | None = None,
+        index: Index | None = None,
         **options: Any,
     ) -> jax.Array:
         """Redraws latents outside of `keep`; those inside stay equal to the bit.
 
-        latents: by `encode`, one for each of `index`, or one for all of them; the rest as `edit`.
+        latents: result of `encode`, one for each of `index`, or one for all of them. The other
+        arguments are those of `edit`.
         """
         token_BL = self._checked_tokens(latents)
-        index_B, keep_Bhw, label_B = checked_edit(
-            len(token_BL), keep, labels, index, self.edit_shape, self.classes
+        request = checked_edit(
+            images=len(token_BL),
+            keep=keep,
+            labels=labels,
+            seed=seed,
+            index=index,
+            shape=self.edit_shape,
+            classes=self.classes,
         )
-        B = len(index_B)
-        key_B = checked_keys(seed, index_B, B)
-        keep_BL = keep_Bhw.reshape(B, self.mar.length)
+        B = len(request.key_B)
+        keep_BL = request.keep_Bhw.reshape(B, self.mar.length)
         setup = make_setup(self.mar, self.options(**options), keep_BL)
-        known = KnownTokens(
-            jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:])), jnp.asarray(keep_BL)
+        token_BL = jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:]))
+        known = KnownTokens(token_BL, jnp.asarray(keep_BL))
+        return self.mar.unpatchify(
+            self._sample_tokens(setup, request.label_B, request.key_B, known)
         )
-        tokens = self._tokens(self._held, setup, label_B, key_B, known)
-        return self.mar.unpatchify(tokens)
 
-    @property
-    def _needed_tokenizer(self) -> TokenizerConfig:
+    def _tokenizer_for_images(self) -> TokenizerConfig:
         if self.tokenizer is None:
             raise InputError(
                 "this model has no tokenizer, so it samples latents only (sample_latents); convert "
                 "it again with --kl as well"
             )
         return self.tokenizer
-
-    def _request(self, labels, seed, index, options):
-        """Returns the arguments of the compiled samplers: (setup, label_B, key_B)."""
-        label_B = checked_labels(labels, self.classes)
-        key_B = checked_keys(seed, index, len(label_B))
-        return make_setup(self.mar, self.options(**options)), label_B, key_B
 
     def _checked_tokens(self, latents):
         return self.mar.head.checked_tokens(latents, self.mar.latent_map)

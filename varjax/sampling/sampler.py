@@ -184,33 +184,6 @@ def checked_mask(where: Any, batch: int, shape: tuple[int, int], name: str = "ke
     return np.broadcast_to(where.astype(bool), (batch, *shape))
 
 
-def checked_edit(
-    images: int, keep: Any, labels: Any, index: Any, shape: tuple[int, int], classes: int
-) -> tuple[np.ndarray, np.ndarray, jax.Array]:
-    """Checks what `Sampler.edit` is given.
-
-    Args:
-        images: number of images given.
-        keep: tokens to keep, as `Sampler.edit` takes them.
-        labels: classes, as `Sampler.edit` takes them.
-        index: numbers of the results, as `Sampler.edit` takes them.
-        shape: the model's `edit_shape`.
-        classes: number of classes.
-
-    Returns:
-        (index (B,), keep (B, h, w), labels (B,)).
-
-    Raises:
-        InputError: a wrong shape or number, or labels out of range.
-    """
-    index_B = np.arange(images) if index is None else checked_index(index)
-    B = len(index_B)
-    if not images or images not in (1, B):
-        raise InputError(f"{images} images and {B} of index; give one image, or one per index")
-    labels = np.full(B, classes) if labels is None else labels
-    return index_B, checked_mask(keep, B, shape), checked_labels(labels, classes, B)
-
-
 def checked_tokens(tokens: Any, shape: tuple[int, ...], vocab: int) -> jax.Array:
     """Returns tokens as (B, *shape) int32; raises InputError for another shape or other numbers."""
     tokens = np.asarray(tokens)

@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax import trees
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
-from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
+from varjax.sampling.pipeline import (
+    Array,
+    HeldWeights,
+    Index,
+    Labels,
+    checked_edit,
+    checked_request,
+)
 from varjax.sampling.sampler import (
     KnownTokens,
-    checked_edit,
-    checked_keys,
     checked_labels,
     checked_tokens,
     nan_advice,
@@ -33,13 +37,11 @@ from varjax.var.sample import (
     sample_images,
 )
 
-Array = np.ndarray | jax.Array
 # What is multiplied in `compute.dtype` only, and so may be held in it.
 CAST_KERNELS = (
     r"^var/(blocks/.*|token_proj|shared_adaln|head)/kernel$|"
     r"^tokenizer/(decoder/.*|post_quant_conv)/kernel$"
 )
-Labels = Sequence[int] | np.ndarray | jax.Array
 
 
 class VARPipeline:
@@ -52,8 +54,7 @@ class VARPipeline:
     Images in are uint8 or float in [0, 1], (B, H, W, channels); images out are float32 in [0, 1].
     Each method compiles once per shape: not for a new seed, label or top-k, and for guidance once
     without and once with it. The pure functions underneath are `VQTokenizer`, `VAR` and
-    `varjax.var.sample`. Every device holds all parameters, and a batch is shared out among the
-    devices.
+    `varjax.var.sample`. Every device holds all parameters, and the devices share each batch.
 
     Attributes:
         tokenizer: config of the tokenizer.
@@ -76,34 +77,38 @@ class VARPipeline:
         devices: Sequence[Any] | None = None,
     ):
         self.tokenizer, self.var, self.sampling, self.compute = tokenizer, var, sampling, compute
-        mesh = batch_mesh(devices)
-        self.devices: tuple[Any, ...] = tuple(mesh.devices)
-        self.params = jax.device_get(params)  # devices hold but one copy, in `compute.dtype`
-        with jax.default_device(self.devices[0]):
-            held = trees.cast(CAST_KERNELS, self.params, compute.jax_dtype)
-        self._held = replicate(held, mesh)
+        self._weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
+        self.params, self.devices = weights.params, weights.devices
+        exact = dataclasses.replace(compute, encoder_precision="highest")
 
-        def with_tokenizer(method):
-            exact = dataclasses.replace(compute, encoder_precision="highest")
-            module = VQTokenizer(tokenizer, exact)
-            return data_parallel(
-                lambda params, _, x: method(module.bind({"params": params["tokenizer"]}), x), mesh
+        def bound(params):
+            return VQTokenizer(tokenizer, exact).bind({"params": params["tokenizer"]})
+
+        def encode(params, _, image_BHWC):
+            return bound(params).encode(to_model_range(image_BHWC))
+
+        def decode(params, _, token_BL):
+            return to_unit_range(bound(params).decode(token_BL))
+
+        def decode_every_scale(params, _, token_BL):
+            images_KBHWC = to_unit_range(bound(params).decode_every_scale(token_BL))
+            return jnp.moveaxis(images_KBHWC, 0, 1)
+
+        def logits(params, _, token_BL, label_B):
+            input_BlZ = bound(params).teacher_forcing_input(token_BL)
+            return VAR(var, compute).apply({"params": params["var"]}, input_BlZ, label_B)
+
+        def sample(guided, params, options, label_B, key_B, known=None):
+            return sample_images(
+                tokenizer, var, params, label_B, key_B, options, known, compute, guided
             )
 
-        def sampled(guided, params, options, label_B, key_B, known=None):
-            given = label_B, key_B, options, known, compute, guided
-            return sample_images(tokenizer, var, params, *given)
-
-        def every_scale(model, tokens_BL):
-            return jnp.moveaxis(to_unit_range(model.decode_every_scale(tokens_BL)), 0, 1)
-
-        self._encode = with_tokenizer(lambda m, image_BHWC: m.encode(to_model_range(image_BHWC)))
-        self._decode = with_tokenizer(lambda m, tokens_BL: to_unit_range(m.decode(tokens_BL)))
-        self._decode_every = with_tokenizer(every_scale)
-        self._with_guidance, self._without_guidance = (
-            data_parallel(functools.partial(sampled, guided), mesh) for guided in (True, False)
-        )
-        self._logits = data_parallel(self._teacher_forced, mesh)
+        self._encode, self._decode = weights.compile(encode), weights.compile(decode)
+        self._decode_every_scale = weights.compile(decode_every_scale)
+        self._logits = weights.compile(logits)
+        self._sample_images = {
+            guided: weights.compile(functools.partial(sample, guided)) for guided in (True, False)
+        }
 
     @property
     def config(self) -> dict[str, VQConfig | VARConfig]:
@@ -127,27 +132,29 @@ class VARPipeline:
 
     def identity(self) -> dict[str, Any]:
         """Returns all that images depend on besides labels, seed and options, as JSON data."""
-        return {"compute": self.compute.identity(), "weights": trees.digest(self.params)[:16]}
+        return self._weights.identity()
 
-    def options(self, **given: Any) -> VAROptions:
-        """Returns the model's own `sampling` with what is given, and not None, replaced.
+    def options(self, **options: Any) -> VAROptions:
+        """Returns the model's own `sampling` with the given options, if not None, replaced.
 
         Raises InputError for an unknown name and for a value out of range.
         """
-        return replace_options(self.sampling, given).check()
+        return replace_options(self.sampling, options).check()
 
     def sampling_bytes(self, batch_size: int, options: VAROptions) -> int:
         """Estimates how much memory a device needs to sample a number of images at a time."""
-        given = self.tokenizer, self.var, batch_size, self.compute, options.guidance != 1
-        return trees.nbytes(self._held) + var_sampling_bytes(*given)
+        guided = options.guidance != 1
+        return self._weights.nbytes + var_sampling_bytes(
+            self.tokenizer, self.var, batch_size, self.compute, guided
+        )
 
     def advise_on_nan(self, options: VAROptions) -> str:
-        """Says what to try where an image that was sampled holds NaN or infinite numbers."""
+        """Says what to try if an image that was sampled contains NaN or infinite numbers."""
         return nan_advice(self.params, self.compute.jax_dtype)
 
     def encode(self, images_BHWC: Array) -> jax.Array:
         """Encodes images into tokens (B, L) int32, the scales concatenated."""
-        return self._encode(self._held, None, checked_images(images_BHWC, self.image_shape))
+        return self._encode(None, checked_images(images_BHWC, self.image_shape))
 
     def decode(self, tokens_BL: Array, every_scale: bool = False) -> jax.Array:
         """Decodes tokens into images, in `compute.dtype`.
@@ -161,43 +168,54 @@ class VARPipeline:
         """
         tokens_BL = self._checked_tokens(tokens_BL)
         if every_scale:
-            return jnp.moveaxis(self._decode_every(self._held, None, tokens_BL), 1, 0)
-        return self._decode(self._held, None, tokens_BL)
+            return jnp.moveaxis(self._decode_every_scale(None, tokens_BL), 1, 0)
+        return self._decode(None, tokens_BL)
 
     def logits(self, tokens_BL: Array, labels: Labels) -> jax.Array:
         """Predicts every token from all coarser scales (teacher forcing): (B, L, V) float32."""
         tokens_BL = self._checked_tokens(tokens_BL)
-        label_B = checked_labels(labels, self.classes, len(tokens_BL))
-        return self._logits(self._held, None, tokens_BL, label_B)
+        return self._logits(None, tokens_BL, checked_labels(labels, self.classes, len(tokens_BL)))
 
     def sample(
         self,
         labels: Labels,
         seed: int = 0,
         *,
-        index: Sequence[int] | np.ndarray | None = None,
-        **options: Any,
+        guidance: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        smooth: bool | None = None,
+        index: Index | None = None,
+        **unknown: Any,
     ) -> jax.Array:
         """Samples one image for each label.
 
+            images_BHWC = model.sample([3, 1, 4], seed=0, guidance=3.0)
+
         Image i is a function of (seed, index[i], labels[i], options) alone, whatever else is in the
-        batch.
+        batch. Options that are None have the values of `sampling`.
 
         Args:
             labels: (B,) classes; `classes` means "no class".
             seed: random seed; each gives other images.
+            guidance: guidance scale at the last scale; 1 turns guidance off.
+            top_k: number of likeliest codes to draw from; 0 for all.
+            top_p: total probability of the likeliest codes to draw from; 0 for all.
+            smooth: whether to mix codes: smoother pictures, not for benchmarks.
             index: (B,) numbers of the images; None for 0 … B-1.
-            options: fields of `VAROptions` that replace those of `sampling`.
+            unknown: options of other models, which are refused.
 
         Returns:
             (B, H, W, channels) float32 in [0, 1].
 
         Raises:
-            InputError: labels or options out of range.
+            InputError: labels or options out of range, or an option that is unknown.
         """
-        label_B = checked_labels(labels, self.classes)
-        key_B = checked_keys(seed, index, len(label_B))
-        return self._sample(self.options(**options), label_B, key_B)
+        options = self.options(
+            guidance=guidance, top_k=top_k, top_p=top_p, smooth=smooth, **unknown
+        )
+        label_B, key_B = checked_request(labels, seed, index, self.classes)
+        return self._sample_images[options.guidance != 1](options, label_B, key_B)
 
     def edit(
         self,
@@ -206,37 +224,51 @@ class VARPipeline:
         labels: Labels | None = None,
         seed: int = 0,
         *,
-        index: Sequence[int] | np.ndarray | None = None,
-        **options: Any,
+        guidance: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        smooth: bool | None = None,
+        index: Index | None = None,
+        **unknown: Any,
     ) -> jax.Array:
-        """Redraws everything outside of `keep`, without further training; else like `sample`.
+        """Redraws everything outside of `keep`, without further training.
 
         Args:
             images_BHWC: one image for each of `index`, or one for all of them.
             keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; True keeps the tokens there.
             labels: (B,) classes; None for no class.
             seed: random seed; each gives other images.
+            guidance: see `sample`, also for the other options.
+            top_k: see `sample`.
+            top_p: see `sample`.
+            smooth: see `sample`.
             index: (B,) numbers of the results; None for one result per image.
-            options: fields of `VAROptions` that replace those of `sampling`.
+            unknown: options of other models, which are refused.
+
+        Returns:
+            (B, H, W, channels) float32 in [0, 1].
+
+        Raises:
+            InputError: a wrong shape, labels or options out of range, or an unknown option.
         """
-        images_BHWC = checked_images(images_BHWC, self.image_shape)
-        index_B, keep_Bhw, label_B = checked_edit(
-            len(images_BHWC), keep, labels, index, self.edit_shape, self.classes
+        options = self.options(
+            guidance=guidance, top_k=top_k, top_p=top_p, smooth=smooth, **unknown
         )
-        chosen, key_B = self.options(**options), checked_keys(seed, index_B, len(index_B))
-        tokens_BL = self._encode(self._held, None, images_BHWC)
-        tokens_BL = jnp.broadcast_to(tokens_BL, (len(index_B), self.var.pyramid.length))
-        known = KnownTokens(tokens_BL, keep_at_every_scale(self.var.pyramid, keep_Bhw))
-        return self._sample(chosen, label_B, key_B, known)
-
-    def _sample(self, options, *batch):
-        sample = self._with_guidance if options.guidance != 1 else self._without_guidance
-        return sample(self._held, options, *batch)
-
-    def _teacher_forced(self, params, _, tokens_BL, label_B):
-        tokenizer = VQTokenizer(self.tokenizer).bind({"params": params["tokenizer"]})
-        model = VAR(self.var, self.compute).bind({"params": params["var"]})
-        return model(tokenizer.teacher_forcing_input(tokens_BL), label_B)
+        images_BHWC = checked_images(images_BHWC, self.image_shape)
+        request = checked_edit(
+            images=len(images_BHWC),
+            keep=keep,
+            labels=labels,
+            seed=seed,
+            index=index,
+            shape=self.edit_shape,
+            classes=self.classes,
+        )
+        token_BL = self._encode(None, images_BHWC)
+        token_BL = jnp.broadcast_to(token_BL, (len(request.key_B), self.var.pyramid.length))
+        known = KnownTokens(token_BL, keep_at_every_scale(self.var.pyramid, request.keep_Bhw))
+        sample = self._sample_images[options.guidance != 1]
+        return sample(options, request.label_B, request.key_B, known)
 
     def _checked_tokens(self, tokens_BL):
         return checked_tokens(tokens_BL, (self.var.pyramid.length,), self.var.vocab)

@@ -1,0 +1,130 @@
+"""What the pipelines of all families share: weights held by devices, and checked requests."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from varjax import trees
+from varjax.errors import InputError
+from varjax.nn.compute import ComputeConfig
+from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
+from varjax.sampling.sampler import (
+    checked_index,
+    checked_keys,
+    checked_labels,
+    checked_mask,
+)
+from varjax.trees import PyTree
+
+Array = np.ndarray | jax.Array
+Labels = Sequence[int] | np.ndarray | jax.Array
+Index = Sequence[int] | np.ndarray
+
+
+class HeldWeights:
+    """Holds a model's parameters on devices, and runs functions of them on batches.
+
+        weights = HeldWeights(params, CAST_KERNELS, compute, devices)
+        decode = weights.compile(lambda params, options, token_BL: …)
+        images_BHWC = decode(None, token_BL)
+
+    Attributes:
+        params: the parameters on the host, as they were given.
+        compute: number format and execution.
+        devices: devices that share each batch; every one holds all parameters.
+        nbytes: size of the parameters on a device.
+    """
+
+    def __init__(
+        self,
+        params: PyTree,
+        cast_kernels: str,
+        compute: ComputeConfig,
+        devices: Sequence[Any] | None,
+    ):
+        """Puts the parameters on the devices; None for all of this process.
+
+        cast_kernels: pattern of the parameters that are held in `compute.dtype` only.
+        """
+        self._mesh = batch_mesh(devices)
+        self.devices: tuple[Any, ...] = tuple(self._mesh.devices)
+        self.compute, self.params = compute, jax.device_get(params)
+        with jax.default_device(self.devices[0]):
+            cast = trees.cast(cast_kernels, self.params, compute.jax_dtype)
+        self._on_devices = replicate(cast, self._mesh)
+        self.nbytes = trees.nbytes(self._on_devices)
+
+    def compile(self, function: Callable[..., Any]) -> functools.partial:
+        """Jits a function of (params, options, *batch), as (options, *batch) -> arrays.
+
+        The devices share each batch, and compute one image as any number of them would.
+        """
+        return functools.partial(data_parallel(function, self._mesh), self._on_devices)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns all that images depend on besides labels, seed and options, as JSON data."""
+        return {"compute": self.compute.identity(), "weights": trees.digest(self.params)[:16]}
+
+
+class EditRequest(NamedTuple):
+    """Holds the checked arguments of an edit.
+
+    Attributes:
+        keep_Bhw: True where tokens are kept.
+        label_B: classes of the results.
+        key_B: random keys of the results.
+    """
+
+    keep_Bhw: np.ndarray
+    label_B: jax.Array
+    key_B: jax.Array
+
+
+def checked_request(
+    labels: Labels, seed: int, index: Index | None, classes: int
+) -> tuple[jax.Array, jax.Array]:
+    """Checks the arguments of `Sampler.sample`; returns labels (B,) and keys (B,).
+
+    Raises InputError for labels, a seed or numbers out of range, or of another length.
+    """
+    label_B = checked_labels(labels, classes)
+    return label_B, checked_keys(seed, index, len(label_B))
+
+
+def checked_edit(
+    *,
+    images: int,
+    keep: Any,
+    labels: Labels | None,
+    seed: int,
+    index: Index | None,
+    shape: tuple[int, int],
+    classes: int,
+) -> EditRequest:
+    """Checks the arguments of `Sampler.edit`.
+
+    Args:
+        images: number of images given.
+        keep: tokens to keep, as `Sampler.edit` takes them.
+        labels: classes, as `Sampler.edit` takes them.
+        seed: random seed of all results.
+        index: numbers of the results, as `Sampler.edit` takes them.
+        shape: the model's `edit_shape`.
+        classes: number of classes.
+
+    Raises:
+        InputError: a wrong shape or number, or labels out of range.
+    """
+    index_B = np.arange(images) if index is None else checked_index(index)
+    B = len(index_B)
+    if not images or images not in (1, B):
+        raise InputError(f"{images} images and {B} of index; give one image, or one per index")
+    labels = np.full(B, classes) if labels is None else labels
+    return EditRequest(
+        checked_mask(keep, B, shape),
+        checked_labels(labels, classes, B),
+        checked_keys(seed, index_B, B),
+    )
