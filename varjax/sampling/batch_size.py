@@ -52,13 +52,13 @@ def choose_batch_size(
         if (size := begun()) is not None:
             print(f"batch_size=auto: {size}, as in what is there", file=sys.stderr)
             return size
-        share = -(-images // (len(model.devices) * jax.process_count()))
+        per_device = -(-images // (len(model.devices) * jax.process_count()))
         if None in told:
-            size = min(WITHOUT_MEMORY, share)
+            size = min(WITHOUT_MEMORY, per_device)
             print(f"batch_size=auto: {size}, for the device tells no memory", file=sys.stderr)
             return size
         memory = min(told)
-        largest = min(share, LARGEST_ON_CPU if cpu else max(SIZES))
+        largest = min(per_device, LARGEST_ON_CPU if cpu else max(SIZES))
         size = fitting_batch_size(lambda n: model.sampling_bytes(n, options), memory, largest)
         print(
             f"batch_size=auto: {size} at a time on each device, for which it needs "

@@ -77,7 +77,7 @@ class SamplingJob:
 def run_job(model: Sampler, job: SamplingJob, output: Output) -> str:
     """Samples what `output` does not have yet and finishes it; returns its message.
 
-    Of several processes each samples its share of the parts on its own devices; the first one
+    Each of several processes samples a part of the images on its own devices; the first one
     finishes. The caller keeps other jobs out of the output, by `locked_for_job`.
 
     Raises:
@@ -118,8 +118,8 @@ def locked_for_job(folder: Callable[[], pathlib.Path | None]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
 
         def lock() -> None:
-            if (found := folder()) is not None:
-                stack.enter_context(locked_work_folder(found))
+            if (path := folder()) is not None:
+                stack.enter_context(locked_work_folder(path))
 
         on_first_process(lock)
         yield

@@ -46,8 +46,8 @@ class Sampler(Protocol):
     @property
     def devices(self) -> tuple[Any, ...]: ...
 
-    def options(self, **given: Any) -> Any:
-        """Returns the model's own sampling options, a frozen dataclass, with `given` replaced.
+    def options(self, **options: Any) -> Any:
+        """Returns the model's own sampling options, a frozen dataclass, with `options` replaced.
 
         Raises InputError for a value out of range.
         """
@@ -123,7 +123,7 @@ class KnownTokens:
 
 
 def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Array:
-    """Derives a key (B,) for each image from the seed and its number, not its place in a batch."""
+    """Derives a key (B,) for each image from the seed and its number, not its batch position."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B)
 
 
@@ -232,16 +232,16 @@ def option_field(
     return flax.struct.field(not static, default=default, metadata=metadata)
 
 
-def replace_options(options: T, given: Mapping[str, Any]) -> T:
-    """Returns `options`, a dataclass, with the fields in `given` replaced, except by None.
+def replace_options(options: T, changes: Mapping[str, Any]) -> T:
+    """Returns `options`, a dataclass, with the fields in `changes` replaced, except by None.
 
     Raises InputError for a name that is no field.
     """
-    for name, value in given.items():
+    for name, value in changes.items():
         if value is not None and (message := renamed_message(type(options), name, value)):
             raise InputError(message)
     names = [field.name for field in dataclasses.fields(typing.cast(Any, options))]
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in changes.items() if value is not None}
     if unknown := sorted(chosen.keys() - names):
         known = ", ".join(names)
         raise InputError(f"{', '.join(unknown)}: no option of this model; it has {known}")
