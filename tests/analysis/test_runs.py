@@ -24,8 +24,8 @@ def test_a_run_tells_where_it_stands(run, tmp_path):
     assert run_status(run).state == "stopped"
     log(
         run,
-        '{"step": 100, "loss": 2.5, "images_per_second": 1234.5, "goodput/share": 0.5}',
-        '{"step": 150, "goodput/share": 0.874}',
+        '{"step": 100, "loss": 2.5, "images_per_second": 1234.5, "goodput/fraction": 0.5}',
+        '{"step": 150, "goodput/fraction": 0.874}',
         '{"step": 200, "eval/loss": 3.5, "eval_ema/loss": 3.25}',
         '{"step": 250, "loss": nul',
     )

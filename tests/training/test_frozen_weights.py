@@ -59,7 +59,7 @@ def test_a_damaged_copy_is_made_again_of_the_same_weights(tmp_path, kind, capsys
 def test_a_damaged_copy_is_not_replaced_by_other_weights(tmp_path, kind):
     read(tmp_path)
     damage(tmp_path / "frozen.safetensors", kind)
-    with pytest.raises(InputError, match="frozen.safetensors.*other ones by now: restore the file"):
+    with pytest.raises(InputError, match="frozen.safetensors.*different now: restore the file"):
         read(tmp_path, Weights.numbers + 1)
     with pytest.raises(InputError, match="frozen.safetensors.*does not exist; restore the file"):
         read(tmp_path, None)

@@ -36,7 +36,7 @@ def test_every_moment_belongs_to_one_kind(now):
     now[0] += 20
     expected = {"compile": 1000, "restore": 1, "evaluate": 300, "step": 30}
     assert seconds(goodput.metrics()) == expected
-    assert goodput.metrics()["goodput/share"] == 30 / 1331
+    assert goodput.metrics()["goodput/fraction"] == 30 / 1331
     assert seconds(goodput.metrics()) == expected  # asking changes nothing
 
 
@@ -83,7 +83,7 @@ def test_earlier_starts_are_added(now):
     now[0] += 1
     metrics = goodput.metrics()
     assert seconds(metrics) == {"step": 7, "compile": 4, "restore": 1}
-    assert metrics["goodput/steps_lost"] == 2 and metrics["goodput/share"] == 7 / 12
+    assert metrics["goodput/steps_lost"] == 2 and metrics["goodput/fraction"] == 7 / 12
 
 
 def test_only_the_first_call_is_in_the_context():
@@ -127,7 +127,7 @@ def test_a_killed_run_keeps_account_of_all_its_starts(tmp_path, monkeypatch):
         with pytest.raises(Killed):
             loop.train(experiment)
         first_start = time.monotonic() - begin
-    before = [x for x in all_lines(tmp_path) if "goodput/share" in x]
+    before = [x for x in all_lines(tmp_path) if "goodput/fraction" in x]
     assert [x["step"] for x in before if "loss" not in x and "eval/loss" not in x] == [1]
     last = before[-1]
     assert last["step"] == 15 and last["goodput/steps_lost"] == 0
@@ -138,7 +138,7 @@ def test_a_killed_run_keeps_account_of_all_its_starts(tmp_path, monkeypatch):
     loop.train(experiment)
     after = all_lines(tmp_path)
     resumed = next(x for x in after if x["step"] == 10 and "loss" not in x and "eval/loss" not in x)
-    end = [x for x in after if "goodput/share" in x][-1]
+    end = [x for x in after if "goodput/fraction" in x][-1]
     assert resumed["goodput/steps_lost"] == end["goodput/steps_lost"] == 5
     assert 0 < seconds(resumed)["lost"] < seconds(last)["step"]
     lasting = seconds(resumed)["lost"] + seconds(resumed)["step"]
@@ -146,4 +146,4 @@ def test_a_killed_run_keeps_account_of_all_its_starts(tmp_path, monkeypatch):
     for kind in KINDS:
         assert seconds(end)[kind] >= seconds(resumed)[kind] > 0
     share = seconds(end)["step"] / sum(seconds(end).values())
-    assert end["goodput/share"] == pytest.approx(share) and 0 < share < 1
+    assert end["goodput/fraction"] == pytest.approx(share) and 0 < share < 1

@@ -85,7 +85,7 @@ def test_a_mesh_that_divides_next_to_nothing_is_told():
     params = jax.eval_shape(init, jax.random.key(0))
     assert sharding.replicated_parameters_note(params, mesh(data=256)) == ""
     assert sharding.replicated_parameters_note(params, mesh(fsdp=128)) == ""
-    assert "% of the parameters lie whole" in sharding.replicated_parameters_note(
+    assert "% of the parameters are replicated" in sharding.replicated_parameters_note(
         params, mesh(fsdp=256)
     )
 

@@ -23,9 +23,9 @@ def test_rates_are_over_the_time_that_was_not_paused(monkeypatch):
         "images_per_second": 4.0,
         "step_seconds": 2.0,
         "tflops_per_device": 3.0,
-        "peak_share": 0.75,
+        "mfu": 0.75,
         "data_wait": 2.5,
-        "data_wait_share": 0.25,
+        "data_wait_fraction": 0.25,
     }
 
 

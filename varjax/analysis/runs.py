@@ -115,7 +115,7 @@ def run_status(directory: pathlib.Path) -> RunStatus:
         last("loss"),
         last("eval_ema/loss", "eval/loss"),
         last("images_per_second"),
-        last("goodput/share"),
+        last("goodput/fraction"),
         age,
     )
 

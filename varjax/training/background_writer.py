@@ -1,4 +1,4 @@
-"""Runs the writers of what is only for watching in threads, where they cannot stop a run."""
+"""Runs writers of what is only for watching a run in threads, where they cannot stop it."""
 
 import collections
 import contextlib
@@ -11,7 +11,7 @@ import numpy as np
 from varjax.training.progress import say
 from varjax.training.run_writers import RunWriter
 
-QUEUED_ENTRIES = 1000  # that wait for a writer, and their bytes: pictures may be large
+QUEUED_ENTRIES = 1000  # limit on entries that wait for a writer; their bytes: pictures are large
 QUEUED_BYTES = 2**27
 RETRY_SECONDS = 10.0  # until a writer that failed is opened again; doubles with each failure
 MAX_RETRY_SECONDS = 600.0
@@ -25,8 +25,8 @@ class BackgroundWriter:
         board.close(time.monotonic() + 5)
 
     After an error the thread opens the writer again, later each time. Entries wait in a bounded
-    queue, of which the oldest are dropped when it is full. One line on stderr reports the first
-    error, and one of the return, not one for each entry.
+    queue, which drops the oldest when it is full. One line on stderr reports the first error and
+    one that the writer works again, not one for each entry.
 
     Args:
         name: name of the writer in these lines.
@@ -43,7 +43,7 @@ class BackgroundWriter:
         self._lost = 0  # entries since the last line about them
         self._busy = False  # an entry is with the writer
         self._failures = 0  # in a row
-        self._overdue = False  # a drain came to its deadline, and not all is written since
+        self._overdue = False  # a drain reached its deadline, and the queue was never empty since
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"write {name}", daemon=True)
@@ -116,7 +116,7 @@ class BackgroundWriter:
                 if writer is None:
                     writer, opened = self._open_writer(opened), True
                 entry(writer)
-            except Exception as error:  # of any kind: what is written is nobody's but this writer's
+            except Exception as error:  # of any kind: a writer must never stop the run
                 if writer is not None:
                     with contextlib.suppress(Exception):
                         writer.close()
@@ -131,7 +131,7 @@ class BackgroundWriter:
             say(f"note: {self._name}: the last entries may be missing: {_describe(error)}")
 
     def _next_entry(self, closed: bool) -> Callable[[RunWriter], None] | None:
-        """Waits for an entry, and first for the time of another attempt; None to end.
+        """Waits for the next attempt if a writer failed, then for an entry; None to end.
 
         Args:
             closed: whether the writer must be opened first.

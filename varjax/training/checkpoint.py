@@ -1,4 +1,4 @@
-"""Checkpoints of a run: <run>/checkpoints/<step> and, where wanted, <run>/best/<step>."""
+"""Checkpoints of a run: <run>/checkpoints/<step>, and <run>/best/<step> with `keep_best`."""
 
 import contextlib
 import pathlib
@@ -29,8 +29,8 @@ from varjax.training.task import TrainState
 def _wait_for_processes(*, key: str, timeout_ms: int) -> None:
     """Waits at a barrier of Orbax's, unless this process has failed to save.
 
-    Where a thread has failed, Orbax waits for the others all the same, ten minutes long, and they
-    for it. It ends at once instead, and with it the process, which ends the others.
+    When a thread has failed, Orbax still waits ten minutes for the other processes, and they for
+    it. This ends at once instead, and with it the process, which ends the others.
     """
     error = sys.exception()
     if error is not None and threading.current_thread() is not threading.main_thread():
@@ -53,7 +53,7 @@ def read_state(
         (state, the `meta` saved with it).
 
     Raises:
-        MismatchError: the arrays saved are not those of `abstract`.
+        MismatchError: the saved arrays are not those of `abstract`.
         DamagedFileError: files are missing or do not hold what was saved.
         StorageError: they cannot be read now, through no fault of the files.
     """
@@ -118,9 +118,9 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, meta: dict | None = None) -> None:
         """Copies what is not None of the state to the host and writes it in the background.
 
-        A step that is there already is left alone: a resumed run comes to the same state again.
-        But with another `meta` it is replaced, and later steps are removed: they were
-        saved under settings that were since changed.
+        A step that is already saved stays as it is, because a resumed run reaches the same state.
+        With another `meta` it is replaced and later steps are removed, because they were saved
+        under settings that have changed since.
 
         Args:
             step: number of updates done.
@@ -176,25 +176,25 @@ class Checkpoints:
             step: step number to read; None for the newest checkpoint that can be read.
 
         Returns:
-            (state, meta), or None where no step is there.
+            (state, meta), or None if nothing is saved.
 
         Raises:
-            MismatchError: the arrays saved are not those of `abstract`.
+            MismatchError: the saved arrays are not those of `abstract`.
             StorageError: a step cannot be read now, though its files may be good.
-            InputError: none of the steps that are there can be read.
+            InputError: none of the saved steps can be read.
         """
         steps = self.steps() if step is None else [step]
         damaged: dict[int, DamagedFileError] = {}
         for candidate in reversed(steps):
             try:
-                found = read_state(self._saved, candidate, abstract, shardings)
+                restored = read_state(self._saved, candidate, abstract, shardings)
             except DamagedFileError as error:
                 damaged[candidate] = error
                 words = unreadable(candidate, error)
                 on_first_process(lambda: say(words))  # noqa: B023  (now)
                 continue
             self._move_aside(sorted(damaged))
-            return found
+            return restored
         if damaged:
             raise none_readable(self.directory, damaged)
         return None

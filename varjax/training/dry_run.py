@@ -19,11 +19,11 @@ from varjax.trees import PyTree
 
 
 def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) -> None:
-    """Checks a run as far as the end of its first step, and says what it takes.
+    """Checks a run up to the end of its first step, and reports the memory and time it takes.
 
-    It checks the settings, also against those of a run that is in run_dir already; lays out the
-    mesh; reads the first batch; compiles the step and the evaluation, and reports the memory that
-    they need on a device; takes one step with fresh parameters. Nothing is written.
+    It checks the settings, also against those of an existing run in run_dir, makes the mesh, reads
+    the first batch, compiles the step and the evaluation, reports the memory that they need on a
+    device, and takes one step with new parameters. Nothing is written.
 
     Args:
         experiment: settings of the run.
@@ -41,10 +41,10 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"mesh: {axes} on {devices}, {jax.process_count()} processes")
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    share = experiment.batch_size // parts
+    rows = experiment.batch_size // parts
     say(
-        f"batch: {experiment.batch_size:,} images, {share:,} on a device, "
-        f"{share // task.accumulate:,} at a time"
+        f"batch: {experiment.batch_size:,} images, {rows:,} on a device, "
+        f"{rows // task.accumulate:,} at a time"
     )
     steps, images = setup.plan.steps, len(loader.train_source)
     say(
@@ -93,14 +93,12 @@ def _sizes(tree: PyTree, placement: PyTree) -> str:
 
 
 def _needs(program: Any, mesh: Any) -> str:
-    """Returns what a compiled program needs on a device, and what it has, if known."""
+    """Returns the memory that a compiled program needs on a device, and the device's own."""
     memory = program.memory_analysis()
     if memory is None:
-        return "which does not tell its memory"
+        return "its memory is not known"
     need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    words = (
-        f"needs {_gb(need)} on a device ({_gb(memory.temp_size_in_bytes)} besides its arguments)"
-    )
+    words = f"needs {_gb(need)} on a device ({_gb(memory.temp_size_in_bytes)} for temporaries)"
     statistics = mesh.local_devices[0].memory_stats() if mesh.local_devices else None
     if statistics and "bytes_limit" in statistics:
         words += f" of {_gb(statistics['bytes_limit'])}"

@@ -1,4 +1,4 @@
-"""Evaluation over the held-out split, and previews."""
+"""Evaluates a task on the held-out split, and makes previews."""
 
 import dataclasses
 import functools
@@ -24,8 +24,8 @@ from varjax.trees import PyTree
 class Evaluator:
     """Computes a task's metrics and previews over held-out batches, each compiled at its first use.
 
-    A batch is worked off in as many microbatches as in training (`Task.accumulate`), so that what
-    fits in training fits here.
+    A batch is split into as many microbatches as in training (`Task.accumulate`), so that it needs
+    no more memory than training does.
 
         evaluator = Evaluator(task, loader, frozen, mesh, batch_size)
         metrics = evaluator.metrics(state)  # {"eval/loss": …, "eval_ema/loss": …}
@@ -86,34 +86,34 @@ class Evaluator:
                     dataclasses.replace(state, params=params), self._frozen, placed
                 )
                 sums[kind] = self._add(before[kind], part) if before else part
-            jax.block_until_ready(before)  # or else all batches could pile up on the devices
+            jax.block_until_ready(before)  # otherwise all batches could pile up on the devices
         assert sums, "the held-out split is empty"
-        found = {}
+        results = {}
         for kind, total in jax.device_get(sums).items():
             metrics = flatten_metrics(self._task.eval_metrics(total))
-            found |= {f"{kind}/{name}": x for name, x in metrics.items()}
-        return found
+            results |= {f"{kind}/{name}": x for name, x in metrics.items()}
+        return results
 
     def compile(self, state: TrainState) -> Any:
-        """Compiles the evaluation of a batch, and returns the program; of `state` shapes count."""
+        """Compiles the evaluation of a batch and returns the program; `state` may be shapes."""
         return self._step.lower(state, self._frozen, self._first_batch()).compile()
 
     def metric_names(self, state: TrainState) -> list[str]:
-        """Returns the names that `metrics` gives; of `state` only shapes are needed."""
+        """Returns the names of the metrics; `state` may be shapes."""
         sums = jax.eval_shape(self._step, state, self._frozen, self._first_batch())
         ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), sums)  # not 0: they may divide
         names = flatten_metrics(self._task.eval_metrics(ones))
         return [f"{kind}/{name}" for kind in evaluated_parameters(state) for name in names]
 
     def preview(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Returns previews of the first held-out batch by name, of the average if there is one.
+        """Returns previews of the first held-out batch by name, from the average if there is one.
 
         Raises OSError (StorageError) in all processes where one of them cannot read the batch.
         """
         if state.ema is not None:
             state = dataclasses.replace(state, params=state.ema)
         batch: dict[str, np.ndarray] = {}
-        # All know that all have it: one that is missing would keep the others for ever.
+        # All must have the batch: a process without one would keep the others waiting for ever.
         on_all_processes(lambda: batch.update(self._loader.held_out_batch(0)))
         return jax.device_get(self._run_preview(state, self._frozen, self._place(batch)))
 

@@ -45,7 +45,7 @@ class FIDConfig:
     """Configures the FID of samples that are drawn during training.
 
     Attributes:
-        every: steps between two measurements; 0 for never. The end of the run is measured, too.
+        every: steps between two evaluations; 0 for never. The end of the run is evaluated, too.
         images: number of samples, equally many of each class. Published values use 50,000; fewer
             samples give a larger FID.
         reference: what samples are compared with: an .npz of statistics (ADM's) or of images, a
@@ -134,9 +134,12 @@ class FIDEvaluator:
             finite_B1 = jnp.all(jnp.isfinite(images_BHWC), axis=(1, 2, 3))[:, None]
             images_BHWC = jnp.rint(jnp.clip(images_BHWC, 0, 1) * 255).astype(jnp.uint8)
             images_BHWC = jnp.broadcast_to(images_BHWC, (*images_BHWC.shape[:-1], 3))
-            found = network.apply(network_params, images_BHWC)
-            found = {name: x for name, x in found.items() if name in ("pool_BD", "logits_BV")}
-            return {name: jnp.where(finite_B1, x, jnp.nan) for name, x in found.items()}
+            outputs = network.apply(network_params, images_BHWC)
+            return {
+                name: jnp.where(finite_B1, x, jnp.nan)
+                for name, x in outputs.items()
+                if name in ("pool_BD", "logits_BV")
+            }
 
         drawn = jax.jit(on_mesh(features, mesh), out_shardings=everywhere)
         self._features = FirstCall(drawn, compiling)
@@ -159,14 +162,14 @@ class FIDEvaluator:
         """Draws the images and measures them, always from the same seeds.
 
         Args:
-            state: train state, whose parameters, and their average if there is one, are measured.
+            state: train state, whose parameters and average are measured.
             stop: function asked before each batch; once it returns True, the evaluation ends.
 
         Returns:
-            "eval/fid", "eval/inception_score" and the same of "eval_ema", NaN where samples are;
-            None where it was stopped.
+            "eval/fid", "eval/inception_score" and the same for "eval_ema", NaN if a sample is NaN;
+            None if it was stopped.
         """
-        found: dict[str, float] = {}
+        results: dict[str, float] = {}
         for kind, params in evaluated_parameters(state).items():
             parts: list[dict[str, np.ndarray]] = []
             for start in range(0, self._config.images, self._batch_size):
@@ -178,11 +181,11 @@ class FIDEvaluator:
                 for name in parts[0]
             }
             metrics = on_first_process(lambda kind=kind, joined=joined: self._measure(kind, joined))
-            found |= {f"{kind}/{name}": value for name, value in metrics.items()}
-        return found
+            results |= {f"{kind}/{name}": value for name, value in metrics.items()}
+        return results
 
     def metric_names(self, state: TrainState) -> list[str]:
-        """Returns the names that `metrics` gives; of `state` only shapes are needed."""
+        """Returns the names of the metrics; `state` may be shapes."""
         names = ["fid"] + ["inception_score"] * (self._config.features == "inception")
         return [f"{kind}/{name}" for kind in evaluated_parameters(state) for name in names]
 
@@ -200,7 +203,7 @@ class FIDEvaluator:
             names = ("fid", "inception_score") if "logits_BV" in features else ("fid",)
             return dict.fromkeys(names, math.nan)
         moments = fid.Moments.of(features["pool_BD"])
-        found = {"fid": fid.frechet_distance(moments, self._reference.moments["pool_ND"])}
+        metrics = {"fid": fid.frechet_distance(moments, self._reference.moments["pool_ND"])}
         if "logits_BV" in features:
-            found["inception_score"], _ = fid.inception_score(features["logits_BV"])
-        return found
+            metrics["inception_score"], _ = fid.inception_score(features["logits_BV"])
+        return metrics

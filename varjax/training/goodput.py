@@ -62,7 +62,7 @@ class Goodput:
         self._steps_lost += earlier.get(STEPS_LOST, 0.0)
 
     def metrics(self) -> dict[str, float]:
-        """Returns the sums so far: "goodput/KIND_seconds", "goodput/steps_lost", "goodput/share".
+        """Returns sums so far: "goodput/KIND_seconds", "goodput/steps_lost", "goodput/fraction".
 
         The last is the fraction of the time spent in steps that were not lost, 0 … 1.
         """
@@ -70,7 +70,7 @@ class Goodput:
         sums = {_name(kind): seconds for kind, seconds in self._seconds.items()}
         total = sum(self._seconds.values())
         fraction = self._seconds["step"] / total if total else 0.0
-        return sums | {STEPS_LOST: self._steps_lost, PREFIX + "share": fraction}
+        return sums | {STEPS_LOST: self._steps_lost, PREFIX + "fraction": fraction}
 
 
 def earlier_goodput(lines: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
@@ -141,8 +141,8 @@ class ThroughputMeter:
 
         Returns:
             `hardware.memory_usage`, and images_per_second; step_seconds; tflops_per_device, the
-            model's TFLOP/s; peak_share, their fraction of `hardware.peak_flops`; data_wait in
-            seconds; data_wait_share, its fraction of the time.
+            model's TFLOP/s; mfu, their fraction of `hardware.peak_flops`; data_wait in
+            seconds; data_wait_fraction, its fraction of the time.
         """
         now = time.monotonic() - self._paused_seconds
         before, self._last = self._last, (step, now, waited)
@@ -154,9 +154,9 @@ class ThroughputMeter:
             "images_per_second": steps * self._batch_size / seconds,
             "step_seconds": seconds / steps,
             "tflops_per_device": flops / 1e12,
-            "peak_share": flops / self._peak_flops,
+            "mfu": flops / self._peak_flops,
             "data_wait": wait,
-            "data_wait_share": wait / seconds,
+            "data_wait_fraction": wait / seconds,
         }
 
 

@@ -22,7 +22,7 @@ from varjax.training.progress import say
 from varjax.training.task import MatchingRows, Task, TrainState
 from varjax.trees import PyTree
 
-MIN_SHARED_FRACTION = 0.01  # of all numbers; below it is another model, whose biases may fit
+MIN_SHARED_FRACTION = 0.01  # of all numbers; below it, it is another model with biases that fit
 
 
 def warm_start_state(
@@ -30,9 +30,9 @@ def warm_start_state(
 ) -> TrainState:
     """Makes the state before the first step, with what fits of the parameters of `init_from`.
 
-    A parameter is taken over whole where there is one with its path and shape, in part where the
-    task names rows that mean the same; the rest stays fresh. The average becomes equal to them.
-    Process 0 prints what was kept and everything that was not.
+    A parameter with the same path and shape is copied whole. Where the task names matching rows,
+    only those are copied. Everything else is initialized as usual. The average starts from the
+    result. Process 0 prints what was copied and what was not.
 
     Args:
         task: task that defines the parameters (`init`) and those to take over (`pretrained`).
@@ -41,7 +41,7 @@ def warm_start_state(
         placement: a sharding for each array of the state.
 
     Raises:
-        InputError: next to nothing fits; nothing was computed yet.
+        InputError: almost nothing fits; raised before anything is computed.
     """
     init = jax.jit(task.init, out_shardings=placement)
     if not init_from:
@@ -61,10 +61,10 @@ def warm_start_state(
 def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) -> TrainState:
     """Reads the whole state of another run, to continue it with other settings.
 
-    Its step counts on, and with it the learning rate's schedule, which follows this run's length.
+    Its step number continues, and so does the learning rate's schedule, over this run's length.
 
     Args:
-        fork_from: RUN for its last checkpoint, RUN@STEP for another one; RUN may itself contain @.
+        fork_from: RUN for its last checkpoint, RUN@STEP for another one; RUN may contain @.
         abstract: shapes and dtypes of the state.
         placement: a sharding for each array of the state.
 
@@ -85,24 +85,24 @@ def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) ->
             ) from error
 
     def list_steps() -> list[int]:
-        return on_first_process(saved.steps)  # the run may be going on
+        return on_first_process(saved.steps)  # the other run may still be training
 
     if number is not None:
         steps = list_steps()
         if number not in steps:
             raise InputError(f"fork_from={fork_from}: {run} has checkpoints of steps {steps}")
         step, state = read(number)
-    elif (found := saved.newest(read, list_steps)) is None:
+    elif (newest := saved.newest(read, list_steps)) is None:
         raise InputError(f"fork_from={fork_from}: {run} holds no checkpoint; give RUN or RUN@STEP")
     else:
-        step, state = found
+        step, state = newest
     if jax.process_index() == 0:
         say(f"continuing from step {step} of {run}")
     return state
 
 
 def _run_and_step(text: str) -> tuple[str, int | None]:
-    """Reads RUN or RUN@STEP; a directory's own name may hold @, even at its end."""
+    """Reads RUN or RUN@STEP; the name of a directory may contain @, even at its end."""
 
     def steps(run: str) -> list[int]:
         return SavedSteps(as_path(run) / "checkpoints").steps()
@@ -112,19 +112,19 @@ def _run_and_step(text: str) -> tuple[str, int | None]:
         return text, None
     if number.isdecimal():
         return run, int(number)
-    if found := steps(run):
-        raise InputError(f"fork_from={text}: {run} has checkpoints of steps {found}")
+    if saved := steps(run):
+        raise InputError(f"fork_from={text}: {run} has checkpoints of steps {saved}")
     return text, None
 
 
 class _PretrainedParameters:
-    """Holds parameters by path, and the rows that count where they do not fit as a whole."""
+    """Holds parameters by path, and the rows that match where whole parameters do not."""
 
     def __init__(self, location: str, leaves: dict[str, Any], rows: MatchingRows):
         self._location, self._leaves, self._rows = location, leaves, rows
 
     def report(self, params: PyTree) -> str:
-        """Tells what of `params` is taken over, a line for each leaf that is not wholly."""
+        """Summarizes what is copied, with a line for each parameter that is not copied whole."""
         wanted = trees.paths(params)
         kept, whole, lines = 0, 0, []
         for path, leaf in wanted.items():
@@ -132,8 +132,8 @@ class _PretrainedParameters:
             if taken is True:
                 kept, whole = kept + leaf.size, whole + 1
                 continue
-            there = self._leaves.get(path)
-            origin = "not there" if there is None else f"there {tuple(there.shape)}"
+            source = self._leaves.get(path)
+            origin = "not there" if source is None else f"there {tuple(source.shape)}"
             count = len(taken[0]) if taken else 0
             kept += count * math.prod(leaf.shape[1:])
             what = f"{count} of {leaf.shape[0]} rows kept" if count else "new"
@@ -143,35 +143,35 @@ class _PretrainedParameters:
             for path, leaf in self._leaves.items()
             if path not in wanted
         ]
-        share = kept / max(sum(leaf.size for leaf in wanted.values()), 1)
-        if share < MIN_SHARED_FRACTION:
+        fraction = kept / max(sum(leaf.size for leaf in wanted.values()), 1)
+        if fraction < MIN_SHARED_FRACTION:
             raise InputError(
                 f"init_from: {self._location} holds another model, next to nothing of it fits:\n"
                 + "\n".join(lines)
             )
-        kept_words = f"{whole} of {len(wanted)} parameters whole, {share:.2%} of all numbers"
-        return "\n".join([f"starting from {self._location}: kept {kept_words}", *lines])
+        summary = f"{whole} of {len(wanted)} parameters whole, {fraction:.2%} of all numbers"
+        return "\n".join([f"starting from {self._location}: kept {summary}", *lines])
 
     def take(self, path: str, fresh: jax.Array) -> jax.Array:
-        """Returns `fresh` with everything that fits put in, on its devices."""
+        """Returns `fresh` with everything that fits copied into it, on its devices."""
         if not (taken := self._taken(path, fresh)):
             return fresh
-        there = np.asarray(self._leaves[path], fresh.dtype)
+        source = np.asarray(self._leaves[path], fresh.dtype)
         if taken is True:  # each device reads its own part
-            return jax.make_array_from_callback(fresh.shape, fresh.sharding, lambda i: there[i])
+            return jax.make_array_from_callback(fresh.shape, fresh.sharding, lambda i: source[i])
         here_rows, there_rows = (np.array(rows) for rows in taken)
         put = jax.jit(lambda x, new: x.at[here_rows].set(new), out_shardings=fresh.sharding)
-        return put(fresh, there[there_rows])
+        return put(fresh, source[there_rows])
 
     def _taken(self, path: str, leaf: Any) -> Any:
-        """True for all of a leaf, (rows here, rows there) for some, None for nothing."""
-        there = self._leaves.get(path)
-        if there is None:
+        """Returns True if a leaf fits whole, (rows here, rows there) if in part, or None."""
+        source = self._leaves.get(path)
+        if source is None:
             return None
         if path in self._rows:
-            fits = self._rows[path][0] and there.shape[1:] == leaf.shape[1:]
+            fits = self._rows[path][0] and source.shape[1:] == leaf.shape[1:]
             return self._rows[path] if fits else None
-        return True if there.shape == leaf.shape else None
+        return True if source.shape == leaf.shape else None
 
 
 def frozen_weights(task: Task, run_dir: pathlib.Path) -> PyTree:
@@ -191,7 +191,7 @@ def frozen_weights(task: Task, run_dir: pathlib.Path) -> PyTree:
 
 
 def _copy(task: Task, path: pathlib.Path) -> bool:
-    """Makes the copy where it is missing or damaged; returns whether there is one."""
+    """Makes the copy if it is missing or damaged; returns whether the task has such weights."""
     problem = ""
     if files.exists(path):
         try:
@@ -219,7 +219,7 @@ def _copy(task: Task, path: pathlib.Path) -> bool:
     if digest != (before or digest) or (problem and not before):
         raise InputError(
             f"{problem or f'{path} is missing'}; the weights to copy are "
-            f"{'other ones by now' if before else 'not known to be the same'}: {advice}"
+            f"{'different now' if before else 'not known to be the same'}: {advice}"
         )
     files.write_tensors(path, tree, {})
     files.write_json(path.with_suffix(".json"), {"digest": digest})
@@ -227,7 +227,7 @@ def _copy(task: Task, path: pathlib.Path) -> bool:
 
 
 def _digest_before(path: pathlib.Path) -> str:
-    """Returns the digest of the weights that the copy was made of, "" where it is not known."""
+    """Returns the digest of the weights that were copied, "" if it is not known."""
     try:
         return str(files.read_json(path.with_suffix(".json"))["digest"])
     except StorageError:

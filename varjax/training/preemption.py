@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM taken as a request to stop after the step."""
+"""Handles SIGINT and SIGTERM as a request to stop after the step."""
 
 import os
 import signal
@@ -18,8 +18,8 @@ class PreemptionGuard:
             while not preemption.should_stop():
                 step()
 
-    With several processes only SIGTERM is handled, repeated or not; SIGINT kills as usual. One that
-    any process gets stops all of them at the same call of `should_stop`.
+    With several processes only SIGTERM is handled, repeated or not; SIGINT kills as usual. A signal
+    to any process stops all of them at the same call of `should_stop`.
 
     Attributes:
         signum: signal that asked the run to stop; None before.
@@ -27,7 +27,7 @@ class PreemptionGuard:
 
     def __init__(self):
         self.signum: int | None = None
-        self._received = 0  # the signal that came to this process, of which others may not know
+        self._received = 0  # signal to this process, which others may not know yet
         self._exchange = _SignalExchange() if jax.process_count() > 1 else None
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -42,11 +42,11 @@ class PreemptionGuard:
             signal.signal(number, handler)
 
     def signalled(self) -> bool:
-        """Returns whether to stop, as far as it was known at the last call of `should_stop`."""
+        """Returns whether to stop, as known at the last call of `should_stop`."""
         return self.signum is not None
 
     def should_stop(self) -> bool:
-        """Returns whether to stop: the same in all processes, which must ask equally often."""
+        """Returns whether to stop: the same in all processes, which must call it equally often."""
         if self._exchange and self.signum is None:
             self.signum = self._exchange.send(self._received)
         return self.signalled()
@@ -67,7 +67,7 @@ class _SignalExchange:
     """Informs all processes of a signal to any, by a collective that runs after the step before it.
 
     `multihost_utils.reached_preemption_sync_point` is not used: with JAX 0.10.2 a process that is
-    one step ahead at the wrong moment does not stop when the others do, and all hang.
+    one step ahead at the wrong moment does not stop with the others, and all hang.
     """
 
     def __init__(self):
@@ -79,7 +79,7 @@ class _SignalExchange:
     def send(self, signum: int) -> int | None:
         """Sends this process's signal, 0 for none; returns any that was sent at the last call.
 
-        The answer comes a call late so that nobody waits for the step that was dispatched just now.
+        The answer comes one call late, so that nobody waits for the step that was just dispatched.
         """
         shape, mine = (len(jax.devices()),), np.full(1, signum, np.int32)
         signals = jax.make_array_from_callback(shape, self._by_device, lambda _: mine)

@@ -1,4 +1,4 @@
-"""The check that a run directory holds one run only, and that all processes see the same data."""
+"""Checks that a run directory holds one run, and that all processes see the same data."""
 
 import dataclasses
 import hashlib
@@ -21,11 +21,10 @@ from varjax.training.experiment import Experiment
 from varjax.training.progress import say
 from varjax.training.task import Plan
 
-PIXELS = "pixels"  # of `describe`: a digest of how Pillow makes them, where it does
-MAX_STARTS = 100  # are kept, besides the first one
-# What may change when a run is continued, because training takes the same steps all the same
-# (another mesh, accumulation or way to compute changes them by rounding; the tokenizer's weights
-# were copied).
+PIXELS = "pixels"  # in `describe`: a digest of how Pillow decodes and resizes images
+MAX_STARTS = 100  # kept in data.json, in addition to the first
+# What may change when a run continues, because training still takes the same steps. (Another mesh,
+# accumulation or `compute` changes them by rounding; the tokenizer's weights were copied.)
 CHANGEABLE_FIELDS = (
     "run_dir",
     "mesh",
@@ -44,7 +43,7 @@ CHANGEABLE_FIELDS = (
     "skip_nonfinite",
     "fid",
     "data.reading",
-    "data.root",  # images may move: data.json tells whether they are the same
+    "data.root",  # images may move: data.json identifies them
     "data.name",
     "data.data_dir",
     "task.accumulate",
@@ -57,7 +56,7 @@ CHANGEABLE_FIELDS = (
 
 
 def check_or_write_config(experiment: Experiment, plan: Plan | None = None) -> None:
-    """Writes <run_dir>/config.json, or checks that the run there has the same settings.
+    """Writes <run_dir>/config.json, or checks that an existing run has the same settings.
 
     Args:
         experiment: settings of the run.
@@ -73,9 +72,9 @@ def check_or_write_config(experiment: Experiment, plan: Plan | None = None) -> N
 
 
 def check_config(experiment: Experiment) -> None:
-    """Checks that a run that is in `run_dir` already has the same settings; writes nothing.
+    """Checks that an existing run in `run_dir` has the same settings; writes nothing.
 
-    Fields that the run does not know yet had their defaults in it.
+    Fields that are newer than the run had their default values in it.
 
     Raises InputError that lists every difference outside CHANGEABLE_FIELDS.
     """
@@ -103,10 +102,10 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 def check_or_write_data(experiment: Experiment) -> None:
     """Writes <run_dir>/data.json: names of classes, what identifies the images, and versions.
 
-    Says on stderr where JAX draws other random numbers than in the run so far.
+    Prints a note if JAX draws other random numbers than in the run so far.
 
-    Raises InputError where the run there was trained on other images, wherever they lie now, or in
-    an order that this NumPy does not draw, or with pixels that this Pillow does not make; the
+    Raises InputError if the run was trained on other images, or in an order that this NumPy does
+    not draw, or with pixels that this Pillow does not make. The images may have moved, and the
     held-out images may change.
     """
     now, path = experiment.data.describe(), as_path(experiment.run_dir) / "data.json"
@@ -147,7 +146,7 @@ def check_or_write_data(experiment: Experiment) -> None:
 
 
 def _say_other_draws(run_dir: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Says what changed; batches stay the same, so the run may continue."""
+    """Prints what changed; batches stay the same, so the run may continue."""
     if before["random_numbers"] == now["random_numbers"]:
         return
     changes = [
@@ -164,18 +163,18 @@ def _say_other_draws(run_dir: str, before: Mapping[str, Any], now: Mapping[str, 
 
 
 def check_same_data(experiment: Experiment, train_images: int) -> None:
-    """Compares the data that processes see, for each may read a copy of its own.
+    """Compares the data that processes see, because each may read its own copy.
 
-    The order of the images and the length of the run follow from the data: with others, processes
-    would put together batches that no single process sees, and not equally many.
+    The order of the images and the length of the run follow from the data. With different data,
+    processes would combine batches that do not belong together, and not the same number of them.
 
     Args:
         experiment: settings of the run.
         train_images: number of training images that this process sees.
 
     Raises:
-        InputError: in all processes, where some see other data than the first; tells which, and in
-            what they differ.
+        InputError: in all processes, if some see other data than the first; names them and the
+            differences.
     """
     if jax.process_count() == 1:
         return
@@ -214,7 +213,7 @@ def _data_differences(first: dict[str, Any], other: dict[str, Any]) -> list[str]
         elif a != b and name == PIXELS:
             words.append("its Pillow decodes or resizes images to other pixels")
         elif a != b:
-            words.append(f"{name} is another one")
+            words.append(f"{name} differs")
     return words
 
 

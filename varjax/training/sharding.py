@@ -17,19 +17,19 @@ from varjax import trees
 from varjax.errors import InputError
 from varjax.training.task import Batch
 
-# A spec speaks of the last dimensions, so stacked layers stay whole; the first match wins. The
-# table covers optimizer moments and EMA too, for their paths end in the parameter's.
+# A spec is about the last dimensions, so the axis of stacked layers stays whole. The first match
+# wins. The table covers optimizer moments and EMA too, because their paths end in the parameter's.
 SHARDING_RULES = (
     (r"(^|/)(encoder|decoder)/", P("fsdp", None)),  # convolutions: their input channels
     (r"(^|/)(q|k|v|up)/kernel$", P("fsdp", "tensor")),
     (r"(^|/)(proj|down)/kernel$", P("tensor", "fsdp")),
-    (r"(^|/)class_embed$", P()),  # else looking up labels would exchange activations
+    (r"(^|/)class_embed$", P()),  # otherwise looking up labels would exchange activations
     (r"_embed$", P(None, "fsdp")),
     (r"/kernel$", P("fsdp", None)),  # AdaLN, word embedding, head, other convolutions
     (r"", P()),
 )
 
-MAX_REPLICATED_FRACTION = 0.1  # of the parameters; above it the user is told
+MAX_REPLICATED_FRACTION = 0.1  # of the parameters; more of them cost a note
 
 
 MAX_LOCAL_FSDP = 64  # widths of the presets are multiples of it, and it leaves little to save
@@ -38,7 +38,7 @@ AXES = ("data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Sets the size of each axis of the mesh, in devices; one may be -1: all that the others leave.
+    """Sets the size of each axis of the mesh, in devices; one may be -1, for the rest.
 
     Attributes:
         data: number of copies of the model; each gets an equal part of the batch.
@@ -55,11 +55,11 @@ class MeshShape:
 def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """Makes a mesh with axes data, fsdp and tensor over all devices.
 
-    Devices that are neighbours along `tensor`, then along `fsdp`, have the fastest connections.
-    Between machines of GPUs and slices of TPUs lies `data`, as far as it divides over them.
+    Neighbours along `tensor`, then along `fsdp`, have the fastest connections. The axis `data` runs
+    between machines of GPUs and slices of TPUs, as far as it divides over them.
 
-    Raises InputError where the sizes are no numbers of devices, do not multiply to all of them, or
-    cannot be laid out on them.
+    Raises InputError if the sizes are invalid, do not multiply to the number of devices, or cannot
+    be laid out on them.
     """
     devices = jax.devices() if devices is None else devices
     sizes = _sizes(shape, devices)
@@ -87,7 +87,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _sizes(shape: MeshShape, devices: Sequence[Any]) -> list[int]:
-    """The sizes of all three axes, which multiply to the number of devices."""
+    """Returns the sizes of all three axes, which multiply to the number of devices."""
     sizes = [shape.data, shape.fsdp, shape.tensor]
     if shape.fsdp == 0:
         counts = collections.Counter(map(_slice_of, devices))
@@ -99,13 +99,13 @@ def _sizes(shape: MeshShape, devices: Sequence[Any]) -> list[int]:
     if len(devices) % product or (-1 not in sizes and len(devices) != product):
         raise InputError(
             f"{shape} asks for {product} devices{' or a multiple' if -1 in sizes else ''}, "
-            f"but there are {len(devices)}; leave data=-1, which takes what the others leave"
+            f"but there are {len(devices)}; leave data=-1, which stands for the rest"
         )
     return [len(devices) // product if size == -1 else size for size in sizes]
 
 
 def _slice_of(device: Any) -> int:
-    """The TPU slice or the machine of GPUs that a device is in; devices of CPUs do not tell."""
+    """Returns the TPU slice or the GPU machine of a device; 0 for CPU devices."""
     return getattr(device, "slice_index", 0) or 0
 
 
@@ -129,21 +129,18 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def replicated_parameters_note(tree: Any, mesh: Mesh) -> str:
-    """Returns a warning where the mesh should split a tree but much of it is whole on each device.
-
-    "" where there is nothing to warn of.
-    """
+    """Returns a warning if the mesh splits too little of a tree over its devices; else ""."""
     if mesh.shape["fsdp"] * mesh.shape["tensor"] == 1:
         return ""
     leaves, specs = jax.tree.leaves(tree), jax.tree.leaves(shardings(tree, mesh))
     pairs = zip(leaves, specs, strict=True)
-    share = sum(x.size for x, s in pairs if s.is_fully_replicated) / sum(x.size for x in leaves)
+    fraction = sum(x.size for x, s in pairs if s.is_fully_replicated) / sum(x.size for x in leaves)
     sizes = f"mesh.fsdp={mesh.shape['fsdp']} and mesh.tensor={mesh.shape['tensor']}"
-    if share < MAX_REPLICATED_FRACTION:
+    if fraction < MAX_REPLICATED_FRACTION:
         return ""
     return (
-        f"{share:.0%} of the parameters lie whole on every device, for {sizes} do not divide them; "
-        "divisors of the model's width would save memory"
+        f"{fraction:.0%} of the parameters are replicated on every device, because {sizes} do not "
+        "divide them; divisors of the model's width would save memory"
     )
 
 
@@ -183,7 +180,7 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Copies arrays that every process has to the devices, each process what its own ones hold.
+    """Copies arrays that every process has to the devices; each process fills its own devices.
 
     Args:
         tree: arrays, equal in every process.

@@ -13,7 +13,7 @@ from varjax.errors import InputError
 from varjax.storage.buckets import LocalMirror
 from varjax.training.progress import say
 
-CLOSE_SECONDS = 5.0  # that the end of a run waits for the upload of a trace, at most
+CLOSE_SECONDS = 5.0  # limit on how long the end of a run waits for the upload of a trace
 
 
 class StepProfiler:
@@ -56,7 +56,7 @@ class StepProfiler:
             self._upload.join(CLOSE_SECONDS)
 
     def begin_step(self) -> None:
-        """Starts the trace where this is the first step of it."""
+        """Starts the trace before its first step."""
         self._step += 1
         if self._step == self._first:
             with self._reporting_failure():
@@ -65,7 +65,7 @@ class StepProfiler:
                 self._tracing = True
 
     def end_step(self, result: Any) -> None:
-        """Ends the trace after the last step of it, once `result` is computed."""
+        """Ends the trace after its last step, once `result` is computed."""
         if self._step == self._last and self._tracing:
             jax.block_until_ready(result)
             self._stop()
@@ -76,7 +76,7 @@ class StepProfiler:
             with self._reporting_failure():
                 jax.profiler.stop_trace()
             self._upload = threading.Thread(target=self._close_trace, daemon=True)
-            self._upload.start()  # to a bucket it may take as long as the network likes
+            self._upload.start()  # to a bucket, this may take long
 
     def _close_trace(self) -> None:
         with self._reporting_failure():

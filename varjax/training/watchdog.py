@@ -1,4 +1,4 @@
-"""Ends a run that hangs, so that a scheduler can start it again."""
+"""Ends a run that hangs, so that a scheduler can restart it."""
 
 import contextlib
 import faulthandler
@@ -11,8 +11,8 @@ from tempfile import TemporaryFile
 from typing import Any
 
 STALLED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
-TICKS = 100  # of which the time without progress consists
-WRITE_SECONDS = 10.0  # that stacks may take to be written, for what hangs may be the disk
+TICKS = 100  # in the time without progress
+WRITE_SECONDS = 10.0  # limit on writing the stacks, because the disk may be what hangs
 
 
 class Watchdog:
@@ -64,7 +64,7 @@ class Watchdog:
             self._pauses -= 1
 
     def _watch(self) -> None:
-        # Ticks, not a clock: of the time in which nothing of the process runs there is one at most.
+        # Ticks, not a clock: while the whole process is stopped, at most one tick passes.
         while not self._ended.wait(self._minutes * 60 / TICKS):
             self._idle_ticks = 0 if self._pauses else self._idle_ticks + 1
             if self._idle_ticks > TICKS:
@@ -72,7 +72,7 @@ class Watchdog:
 
     def _end(self) -> None:
         text = (
-            f"no progress for {self._minutes:g} minutes (stalled_minutes), so that the process "
+            f"no progress for {self._minutes:g} minutes (stalled_minutes), so the process "
             f"ends with exit code {STALLED_EXIT_CODE}; the same command continues after the last "
             f"checkpoint. Its threads were here:\n\n{_stacks()}"
         )
@@ -97,7 +97,7 @@ def _write_to_stderr(text: str) -> None:
 
 
 def _try_for(seconds: float, action: Callable[[], Any]) -> None:
-    """Calls `action`, but waits for it for so long only, and ignores its errors."""
+    """Calls `action`, waits for it at most this long, and ignores its errors."""
 
     def attempt() -> None:
         with contextlib.suppress(Exception):

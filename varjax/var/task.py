@@ -122,9 +122,9 @@ class VARTask:
         label_key, path_key = jax.random.split(jax.random.fold_in(key, state.step))
         label_B, classes = batch["label_B"], self.model.classes
         batch = batch | {"label_B": drop_labels(label_key, label_B, self.class_dropout, classes)}
-        keep_S2B = drop_path(path_key, self.model.depth, len(label_B), self.drop_path)
-        if keep_S2B is not None:  # batch axis first, because microbatches split that axis
-            batch["keep_BS2"] = jnp.moveaxis(keep_S2B, -1, 0)
+        branch_scale_S2B = drop_path(path_key, self.model.depth, len(label_B), self.drop_path)
+        if branch_scale_S2B is not None:  # batch axis first, because microbatches split that axis
+            batch["branch_scale_BS2"] = jnp.moveaxis(branch_scale_S2B, -1, 0)
 
         def loss_fn(params, batch):
             losses = self.token_losses(params, frozen, batch)
@@ -151,9 +151,11 @@ class VARTask:
         tokens_BL, input_BlZ = teacher_forcing.targets_and_inputs(
             self.tokenizer, frozen, batch, self.compute
         )
-        keep_S2B = jnp.moveaxis(batch["keep_BS2"], 0, -1) if "keep_BS2" in batch else None
+        branch_scale_S2B = (
+            jnp.moveaxis(batch["branch_scale_BS2"], 0, -1) if "branch_scale_BS2" in batch else None
+        )
         model = VAR(self.model, self.compute).bind({"params": params})
-        logits_BLV = model(input_BlZ, batch["label_B"], keep_S2B)
+        logits_BLV = model(input_BlZ, batch["label_B"], branch_scale_S2B)
         loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens_BL)
         correct_BL = (jnp.argmax(logits_BLV, axis=-1) == tokens_BL).astype(jnp.float32)
         if not (smoothing := self.label_smoothing):
