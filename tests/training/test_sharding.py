@@ -76,7 +76,7 @@ def test_nearly_all_of_a_transformer_is_shared_out(preset):
     whole = {path for path, sharding in found.items() if sharding.is_fully_replicated}
     assert sum(sizes[path] for path in whole) < 0.005 * sum(sizes.values()), whole
     split_twice = {path for path, s in found.items() if {"fsdp", "tensor"} <= set(s.spec)}
-    heavy = ("q/kernel", "k/kernel", "v/kernel", "up/kernel", "proj/kernel", "down/kernel")
+    heavy = tuple(f"/{name}/kernel" for name in ("q", "k", "v", "up", "proj", "down"))
     assert split_twice == {path for path in found if path.endswith(heavy)}
 
 
