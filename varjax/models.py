@@ -4,6 +4,7 @@ docs/add_a_family.md says what a new family needs and what uses it.
 """
 
 import dataclasses
+import importlib
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,9 @@ class Family:
             flags.
         pipeline: (tokenizer config, config, {"tokenizer": params, name: params}, options, compute,
             devices) -> Sampler.
+        presets: names of the published sizes, which `config.preset` takes.
+        benchmark: () -> module with what benchmarks measure; see `varjax.sampling.programs`. It is
+            imported when it is called, because it imports training.
         needs_tokenizer: whether the pipeline requires a tokenizer; if not, the tokenizer's config
             may be None.
     """
@@ -55,12 +59,31 @@ class Family:
     config: type
     options: type
     pipeline: Callable[..., Sampler]
+    presets: tuple[str, ...] = ()
+    benchmark: Callable[[], Any] | None = None
     needs_tokenizer: bool = True
 
 
 FAMILIES = (
-    Family("var", "VARTask", VARConfig, VAROptions, VARPipeline),
-    Family("mar", "MARTask", MARConfig, MAROptions, MARPipeline, needs_tokenizer=False),
+    Family(
+        "var",
+        "VARTask",
+        VARConfig,
+        VAROptions,
+        VARPipeline,
+        presets=("d16", "d20", "d24", "d30", "d36"),
+        benchmark=lambda: importlib.import_module("varjax.var.benchmark"),
+    ),
+    Family(
+        "mar",
+        "MARTask",
+        MARConfig,
+        MAROptions,
+        MARPipeline,
+        presets=("mar_b", "mar_l", "mar_h"),
+        benchmark=lambda: importlib.import_module("varjax.mar.benchmark"),
+        needs_tokenizer=False,
+    ),
 )
 
 
@@ -88,6 +111,15 @@ TOKENIZERS = (
 def option_classes() -> tuple[type, ...]:
     """Returns the sampling options of every family, from which command-line flags are made."""
     return tuple(family.options for family in FAMILIES)
+
+
+def benchmark_of(preset: str) -> Any:
+    """Returns what benchmarks measure of a published size; raises InputError for other names."""
+    for family in FAMILIES:
+        if preset in family.presets and family.benchmark is not None:
+            return family.benchmark()
+    allowed = ", ".join(name for family in FAMILIES for name in family.presets)
+    raise InputError(f"preset {preset!r}: allowed are {allowed}")
 
 
 def open_model(location: str | os.PathLike) -> WeightsDir:

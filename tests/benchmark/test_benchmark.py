@@ -8,10 +8,12 @@ import pytest
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
 from varjax.benchmark import __main__ as benchmark
-from varjax.benchmark import evaluate, measure, sample, train
+from varjax.benchmark import evaluate, measure
+from varjax.mar import benchmark as mar_benchmark
 from varjax.mar.model import MARConfig
 from varjax.metrics.features import pixel_network
 from varjax.tokenizers.vq.model import VQConfig
+from varjax.var import benchmark as var_benchmark
 from varjax.var.model import VARConfig
 
 TINY = VARConfig(depth=1, width=32, heads=2, classes=3, scales=(1, 2))
@@ -21,12 +23,11 @@ TINY = VARConfig(depth=1, width=32, heads=2, classes=3, scales=(1, 2))
 def tiny(monkeypatch):
     monkeypatch.setattr(VARConfig, "preset", lambda name: TINY)
     small = functools.partial(VQConfig, width=8, channel_mult=(1, 1), blocks=1, groups=4)
-    monkeypatch.setattr(sample, "VQConfig", small)
-    monkeypatch.setattr(train, "VQConfig", small)
+    monkeypatch.setattr(var_benchmark, "VQConfig", small)
     monkeypatch.setattr(MARConfig, "preset", lambda name: runs.MAR)
-    monkeypatch.setattr(train, "KLConfig", lambda: runs.KL)
-    short = functools.partial(train.MARTask, sampling=runs.MAR_SAMPLING)
-    monkeypatch.setattr(train, "MARTask", short)
+    monkeypatch.setattr(mar_benchmark, "KLConfig", lambda: runs.KL)
+    short = functools.partial(mar_benchmark.MARTask, sampling=runs.MAR_SAMPLING)
+    monkeypatch.setattr(mar_benchmark, "MARTask", short)
     monkeypatch.setattr(measure.MatmulPeak, "measure", lambda self: 1e9)
 
 

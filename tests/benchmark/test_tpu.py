@@ -112,13 +112,14 @@ def test_pieces_of_sampling_and_training_do_the_work_of_the_whole(small):
 
 ESTIMATE = """
 import sys
-from varjax.benchmark import pieces, sample, tpu
+from varjax.benchmark import tpu
+from varjax.var import benchmark
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.var.model import VARConfig
 
 small = VARConfig(2, 256, 4, classes=10, scales=(1, 8, 16))
 VARConfig.preset = lambda name: small
-sample.VQConfig = pieces.VQConfig = lambda scales: VQConfig(scales=scales, width=32)
+benchmark.VQConfig = lambda scales: VQConfig(scales=scales, width=32)
 tpu.main(sys.argv[1:])
 """
 

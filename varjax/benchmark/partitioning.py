@@ -9,6 +9,7 @@ TPUs with their compiler (`pip install libtpu`); "fits" is false if the program 
 than they have.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -21,22 +22,18 @@ import jax.numpy as jnp
 
 from varjax.benchmark.collectives import count_traffic
 from varjax.benchmark.measure import print_figures, tpu_devices
+from varjax.models import benchmark_of
 from varjax.nn.compute import ComputeConfig, Remat
 from varjax.runtime.commands import command_parser
-from varjax.tokenizers.vq.model import VQConfig
 from varjax.training import sharding
 from varjax.training.task import Plan
-from varjax.var.model import VARConfig
-from varjax.var.task import VARTask
-
-BATCH_SIZES = {"d16": 768, "d20": 768, "d24": 768, "d30": 1024, "d36": 768}  # the official ones
 
 
 def main(arguments: list[str]) -> None:
     """Reads the command line and prints a line for each number of devices; raises InputError."""
     parser = command_parser("varjax benchmark partitioning", __doc__)
     add = parser.add_argument
-    add("--preset", default="d16", choices=BATCH_SIZES, help="size of the model (d16)")
+    add("--preset", default="d16", help="published size, such as d16 or mar_b (d16)")
     add(
         "--devices", type=_numbers, default="8", help="numbers of CPU devices to simulate: 8,64 (8)"
     )
@@ -59,38 +56,35 @@ def main(arguments: list[str]) -> None:
         help="compile nothing; print only the sizes of stored arrays",
     )
     flags = parser.parse_args(arguments)
+    benchmark = benchmark_of(flags.preset)
     counts = [] if flags.topology else flags.devices
     jax.config.update("jax_platforms", "cpu")
     # At least two, for alone on a CPU the model would be computed in another way.
     jax.config.update("jax_num_cpu_devices", max([2, *counts]))
     for target in flags.topology.split(",") if flags.topology else counts:
-        model = VARConfig.preset(flags.preset)
-        devices = jax.devices()[:target] if isinstance(target, int) else tpu_devices(target)
-        shape = sharding.MeshShape(
-            fsdp=flags.fsdp or math.gcd(len(devices) // flags.tensor, model.width),
-            tensor=flags.tensor,
+        compute = ComputeConfig(
+            dtype=flags.dtype,
+            attention_impl="xla",
+            remat=flags.remat,
+            platform="tpu" if flags.topology else "auto",
         )
-        task = VARTask(
-            model,
-            VQConfig(scales=model.scales),
-            tokenizer_weights="none",
-            drop_path=0.1 * model.depth / 24,
+        task = dataclasses.replace(
+            benchmark.training_task(flags.preset, compute),
             ema_decay=flags.ema,
             accumulate=flags.accumulate,
-            compute=ComputeConfig(
-                dtype=flags.dtype,
-                attention_impl="xla",
-                remat=flags.remat,
-                platform="tpu" if flags.topology else "auto",
-            ),
+        )
+        devices = jax.devices()[:target] if isinstance(target, int) else tpu_devices(target)
+        shape = sharding.MeshShape(
+            fsdp=flags.fsdp or math.gcd(len(devices) // flags.tensor, task.model.width),
+            tensor=flags.tensor,
         )
         mesh = sharding.make_mesh(shape, devices)
-        plan = Plan(1000, flags.batch_size or BATCH_SIZES[flags.preset])
+        plan = Plan(1000, flags.batch_size or benchmark.BATCH_SIZES[flags.preset])
         figures = measure_step(task, plan, mesh, flags.sizes_only)
         print_figures(benchmark="partitioning", preset=flags.preset, **figures)
 
 
-def measure_step(task: VARTask, plan: Plan, mesh: Any, sizes_only: bool = False) -> dict[str, Any]:
+def measure_step(task: Any, plan: Plan, mesh: Any, sizes_only: bool = False) -> dict[str, Any]:
     """Compiles one training step and measures what each device holds and sends, in 1e9 bytes.
 
     Args:

@@ -5,40 +5,18 @@ For what compiles and does not run: arguments are shapes, and weights as pipelin
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from varjax import trees
-from varjax.benchmark.sample import SamplingParts, model_parts
-from varjax.benchmark.train import make_task, training_loss
+from varjax.models import benchmark_of
 from varjax.nn.compute import ComputeConfig
-from varjax.sampling.guidance import guide
+from varjax.sampling.programs import Program, SamplingPrograms
 from varjax.sampling.sampler import image_keys
-from varjax.tokenizers.vq.model import VQConfig, make_quantizer
 from varjax.training.task import Plan
 from varjax.trees import PyTree
-from varjax.var.model import VAR, VARConfig
-from varjax.var.sample import choose_tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """Holds a function and the shapes of its arguments.
-
-    Attributes:
-        name: name in the report.
-        function: (*arguments, compute) -> arrays.
-        arguments: shapes of the arguments' arrays.
-        donated: indices of the arguments whose memory the result may reuse.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    arguments: tuple[PyTree, ...]
-    donated: tuple[int, ...] = ()
 
 
 def sampling(
@@ -55,32 +33,27 @@ def sampling(
         pieces: whether to return the pieces instead of the whole: the decoder and, for VAR, each
             scale's transformer and choice of tokens.
     """
-    of, params = _parts_and_params(preset, compute, steps, guided)
+    programs, params = _programs_and_params(preset, compute, steps, guided)
     label_B, key_B = jax.eval_shape(
         lambda: (jnp.zeros(batch_size, jnp.int32), image_keys(0, jnp.arange(batch_size)))
     )
-    options = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, of.options))
+    options = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, programs.options))
     arguments = params, options, label_B, key_B
     if not pieces:
-        return [Program("whole", of.whole, arguments)]
-    if preset.startswith("mar"):
-        transformer = [Program("transformer", of.sample, arguments)]
-    else:
-        var = VARConfig.preset(preset)
-        transformer = _scales(var, params, batch_size, key_B, options, guided)
-    return [*transformer, *decoding(preset, batch_size, compute)]
+        return [Program("whole", programs.whole, arguments)]
+    return [*programs.pieces(*arguments), *decoding(preset, batch_size, compute)]
 
 
 def decoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Program]:
     """Returns what decodes a batch of latents into images."""
-    of, params = _parts_and_params(preset, compute, 1, True)
-    latents = jax.ShapeDtypeStruct((batch_size, *of.latent_shape), jnp.float32)
-    return [Program("decoder", of.decode, (params, latents))]
+    programs, params = _programs_and_params(preset, compute, 1, True)
+    latents = jax.ShapeDtypeStruct((batch_size, *programs.latent_shape), jnp.float32)
+    return [Program("decoder", programs.decode, (params, latents))]
 
 
 def encoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Program]:
     """Returns what encodes a batch of images into latents."""
-    task = make_task(preset, compute)
+    task = benchmark_of(preset).training_task(preset, compute)
     frozen = jax.eval_shape(task.tokenizer.init, jax.random.key(0))
     return [Program("encoder", task.tokenizer.encode, (frozen, _images(task, batch_size)))]
 
@@ -97,7 +70,8 @@ def training(
         cached: whether latents come from a cache, so that no encoder runs.
         pieces: whether to return the pieces instead of the whole step.
     """
-    task, plan = make_task(preset, compute), Plan(1000, batch_size)
+    benchmark, plan = benchmark_of(preset), Plan(1000, batch_size)
+    task, loss = benchmark.training_task(preset, compute), benchmark.training_loss
     key = jax.eval_shape(lambda: jax.random.key(0))
     frozen, state = (jax.eval_shape(f, key) for f in (task.tokenizer.init, task.init))
     image_BHWC = _images(task, batch_size)
@@ -120,7 +94,7 @@ def training(
         ]
     gradient = Program(
         "gradient",
-        lambda *args: jax.grad(training_loss(at(args[-1])))(*args[:-1]),
+        lambda *args: jax.grad(functools.partial(loss, at(args[-1])))(*args[:-1]),
         (state.params, frozen, latents),
     )
     update = Program(
@@ -132,57 +106,13 @@ def training(
     return [gradient, update] if cached else [encoder, gradient, update]
 
 
-def _parts_and_params(preset, compute, steps, guided) -> tuple[SamplingParts, PyTree]:
-    of = model_parts(preset, steps, guided)
-    params = jax.eval_shape(of.init, jax.random.key(0))
-    return of, jax.eval_shape(lambda p: trees.cast(of.cast, p, compute.jax_dtype), params)
+def _programs_and_params(preset, compute, steps, guided) -> tuple[SamplingPrograms, PyTree]:
+    programs = benchmark_of(preset).sampling_programs(preset, steps, guided)
+    params = jax.eval_shape(programs.init, jax.random.key(0))
+    return programs, jax.eval_shape(
+        lambda p: trees.cast(programs.cast, p, compute.jax_dtype), params
+    )
 
 
 def _images(task: Any, batch_size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((batch_size, *task.tokenizer.image_shape), jnp.uint8)
-
-
-def _scales(
-    var: VARConfig, params: PyTree, batch_size: int, key_B: Any, options: Any, guided: bool
-) -> list[Program]:
-    """Returns the condition, and of each scale the transformer and the choice of tokens."""
-    tokenizer = VQConfig(scales=var.scales)
-    rows = batch_size * (2 if guided else 1)
-    quantizer = make_quantizer(tokenizer)
-
-    def bound(params, compute):
-        return VAR(var, compute).bind({"params": params})
-
-    def condition(params, label_B, compute):
-        model = bound(params, compute)
-        return model.condition(label_B), model.empty_cache(len(label_B))
-
-    def predict(params, input_BlZ, cond, cache, compute, k):
-        return bound(params, compute).predict(input_BlZ, cond, k, cache)
-
-    def choose(params, logits_BlV, f_hat_BhwZ, key_B, options, compute, k):
-        bound_quantizer = quantizer.bind({"params": params})
-        if guided:
-            scale = 1 + (options.guidance - 1) * var.pyramid.progress(k)
-            logits_BlV = guide(logits_BlV, scale)
-        _, code_BlZ = choose_tokens(bound_quantizer, logits_BlV, k, key_B, options)
-        f_hat_BhwZ = bound_quantizer.add_scale(f_hat_BhwZ, code_BlZ, k)
-        last = k + 1 == len(var.pyramid)
-        return f_hat_BhwZ, None if last else bound_quantizer.next_input(f_hat_BhwZ, k)
-
-    label_B = jax.ShapeDtypeStruct((rows,), jnp.int32)
-    cond, cache = jax.eval_shape(
-        functools.partial(condition, compute=ComputeConfig("bfloat16")), params["var"], label_B
-    )
-    f_hat_BhwZ = jax.eval_shape(lambda: quantizer.initial_f_hat(batch_size))
-    programs = [Program("condition", condition, (params["var"], label_B))]
-    for k, (h, w) in enumerate(var.pyramid.shapes):
-        input_BlZ = jax.ShapeDtypeStruct((rows, h * w, var.code_channels), jnp.float32)
-        logits_BlV = jax.ShapeDtypeStruct((rows, h * w, var.vocab), jnp.float32)
-        given = params["var"], input_BlZ if k else None, cond, cache
-        programs.append(
-            Program(f"transformer {h}x{w}", functools.partial(predict, k=k), given, donated=(3,))
-        )
-        given = params["tokenizer"]["quantizer"], logits_BlV, f_hat_BhwZ, key_B, options
-        programs.append(Program(f"tokens {h}x{w}", functools.partial(choose, k=k), given))
-    return programs

@@ -32,11 +32,12 @@ from varjax.benchmark.measure import (
     print_figures,
     tpu_devices,
 )
-from varjax.benchmark.pieces import Program, decoding, encoding, sampling, training
+from varjax.benchmark.pieces import decoding, encoding, sampling, training
 from varjax.errors import InputError
 from varjax.nn.compute import ComputeConfig, Precision, without_repeated_work
 from varjax.runtime import flops
 from varjax.runtime.hardware import published_peak_flops
+from varjax.sampling.programs import Program
 
 # GHz, by what begins `device_kind`.
 CLOCKS = {"TPU v4": 1.05, "TPU v5 lite": 1.5, "TPU v5": 1.75, "TPU v6": 1.75}

@@ -19,17 +19,11 @@ from varjax.benchmark.measure import (
     model_parser,
     print_figures,
 )
-from varjax.mar.model import MARConfig
-from varjax.mar.task import MARTask
+from varjax.models import benchmark_of
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
 from varjax.runtime.hardware import fastest_seconds, memory_usage
-from varjax.tokenizers.kl.model import KLConfig
-from varjax.tokenizers.vq.model import VQConfig
 from varjax.training.task import Plan, TrainState
-from varjax.training.train_step import example_keys
-from varjax.var.model import VARConfig
-from varjax.var.task import VARTask
 
 
 def main(arguments: list[str]) -> None:
@@ -48,7 +42,8 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
     FLOP that a remat policy spends again do not count. Raises InputError for an unknown preset.
     """
     plan = Plan(1000, batch_size)
-    task = make_task(preset, compute)
+    benchmark = benchmark_of(preset)
+    task = benchmark.training_task(preset, compute)
     tokenizer, dropout = task.tokenizer, getattr(task, "attention_dropout", 0)
     dtype, peak = compute.jax_dtype, MatmulPeak(compute.jax_dtype)
     setting = {
@@ -88,7 +83,7 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
 
     encoded = encode(frozen, image_BHWC) | {"label_B": label_B}
 
-    loss = training_loss(task)
+    loss = functools.partial(benchmark.training_loss, task)
     gradient, waited = _compiled(jax.grad(loss), state.params, frozen, encoded)
     work = task.train_flops(state, frozen, encoded)
     report("gradient", lambda: gradient(state.params, frozen, encoded), waited, work)
@@ -117,48 +112,6 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
         functools.partial(task.train_step, plan=plan), state, frozen, batch, key
     )
     report("step", step, waited, work + work_encode)
-
-
-def make_task(preset: str, compute: ComputeConfig) -> VARTask | MARTask:
-    """Returns the task that trains a model of a released size; raises InputError for others."""
-    return (_mar_task if preset.startswith("mar") else _var_task)(preset, compute)
-
-
-def training_loss(task: VARTask | MARTask) -> Callable[..., jax.Array]:
-    """Returns (params, frozen, batch of latents and labels) -> the loss to train on."""
-
-    def loss(params, frozen, batch):
-        if isinstance(task, VARTask):
-            return jnp.mean(task.token_losses(params, frozen, batch).objective_BL)
-        count = len(batch["label_B"])
-        known_B = jnp.zeros(count, jnp.int32)
-        draws = {"key_B": example_keys(jax.random.key(0), count), "known_B": known_B}
-        return task.loss(params, frozen, batch | draws)[0]
-
-    return loss
-
-
-def _var_task(preset: str, compute: ComputeConfig) -> VARTask:
-    model = VARConfig.preset(preset)
-    return VARTask(
-        model=model,
-        tokenizer=VQConfig(scales=model.scales),
-        tokenizer_weights="random",
-        drop_path=0.1 * model.depth / 24,
-        compute=compute,
-    )
-
-
-def _mar_task(preset: str, compute: ComputeConfig) -> MARTask:
-    # The fused kernel has no dropout of its weights, so that the task refuses both.
-    dropout = 0.0 if compute.attention_impl == "cudnn" else 0.1
-    return MARTask(
-        model=MARConfig.preset(preset),
-        tokenizer=KLConfig(),
-        tokenizer_weights="random",
-        attention_dropout=dropout,
-        compute=compute,
-    )
 
 
 def _compiled(function: Callable, *args: Any) -> tuple[Callable, float]:

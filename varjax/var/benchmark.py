@@ -1,0 +1,136 @@
+"""What benchmarks measure of VAR; see `varjax.sampling.programs`."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from varjax.nn.compute import ComputeConfig
+from varjax.sampling.guidance import guide
+from varjax.sampling.programs import Program, SamplingPrograms
+from varjax.tokenizers.vq.model import VQConfig, decode_images, make_quantizer
+from varjax.training.task import Batch
+from varjax.trees import PyTree
+from varjax.var import pipeline
+from varjax.var.memory import var_sampling_bytes
+from varjax.var.model import VAR, VARConfig
+from varjax.var.sample import (
+    VAROptions,
+    choose_tokens,
+    sample_images,
+    sample_tokens,
+)
+from varjax.var.task import VARTask
+
+BATCH_SIZES = {"d16": 768, "d20": 768, "d24": 768, "d30": 1024, "d36": 768}  # of the paper's runs
+
+
+def sampling_programs(preset: str, steps: int, guided: bool = True) -> SamplingPrograms:
+    """Returns the programs of `VARPipeline`; `steps` are the model's own."""
+    var = VARConfig.preset(preset)
+    tokenizer = VQConfig(scales=var.scales)
+
+    def sample(params, options, label_B, key_B, compute):
+        return sample_tokens(
+            tokenizer, var, params, label_B, key_B, options, None, compute, guided
+        )[0]
+
+    def decode(params, f_hat_BhwZ, compute):
+        return decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute)
+
+    def whole(params, options, label_B, key_B, compute):
+        return sample_images(tokenizer, var, params, label_B, key_B, options, None, compute, guided)
+
+    return SamplingPrograms(
+        classes=var.classes,
+        init=lambda key: {"tokenizer": tokenizer.init(key), "var": var.init(key)},
+        cast=pipeline.CAST_KERNELS,
+        options=VAROptions(),
+        latent_shape=(*tokenizer.pyramid.finest, tokenizer.code_channels),
+        sample=sample,
+        decode=decode,
+        whole=whole,
+        bytes_needed=lambda B, compute: var_sampling_bytes(tokenizer, var, B, compute, guided),
+        pieces=functools.partial(sampling_pieces, var, guided),
+        cached=True,
+        setting={},
+    )
+
+
+def sampling_pieces(
+    var: VARConfig, guided: bool, params: PyTree, options: Any, label_B: Any, key_B: Any
+) -> list[Program]:
+    """Returns the condition, and of each scale the transformer and the choice of tokens.
+
+    Args:
+        var: config of the transformer.
+        guided: whether to use classifier-free guidance.
+        params: shapes of the parameters, as pipelines hold them.
+        options: shapes of the sampling options.
+        label_B: shape of the labels.
+        key_B: shape of the random keys.
+    """
+    quantizer, B = make_quantizer(VQConfig(scales=var.scales)), len(label_B)
+    rows = B * (2 if guided else 1)
+
+    def bound(params, compute):
+        return VAR(var, compute).bind({"params": params})
+
+    def condition(params, label_B, compute):
+        model = bound(params, compute)
+        return model.condition(label_B), model.empty_cache(len(label_B))
+
+    def predict(params, input_BlZ, cond, cache, compute, k):
+        return bound(params, compute).predict(input_BlZ, cond, k, cache)
+
+    def choose(params, logits_BlV, f_hat_BhwZ, key_B, options, compute, k):
+        bound_quantizer = quantizer.bind({"params": params})
+        if guided:
+            scale = 1 + (options.guidance - 1) * var.pyramid.progress(k)
+            logits_BlV = guide(logits_BlV, scale)
+        _, code_BlZ = choose_tokens(bound_quantizer, logits_BlV, k, key_B, options)
+        f_hat_BhwZ = bound_quantizer.add_scale(f_hat_BhwZ, code_BlZ, k)
+        last = k + 1 == len(var.pyramid)
+        return f_hat_BhwZ, None if last else bound_quantizer.next_input(f_hat_BhwZ, k)
+
+    label_R = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    cond, cache = jax.eval_shape(
+        functools.partial(condition, compute=ComputeConfig("bfloat16")), params["var"], label_R
+    )
+    f_hat_BhwZ = jax.eval_shape(lambda: quantizer.initial_f_hat(B))
+    programs = [Program("condition", condition, (params["var"], label_R))]
+    for k, (h, w) in enumerate(var.pyramid.shapes):
+        input_BlZ = jax.ShapeDtypeStruct((rows, h * w, var.code_channels), jnp.float32)
+        logits_BlV = jax.ShapeDtypeStruct((rows, h * w, var.vocab), jnp.float32)
+        programs += [
+            Program(
+                f"transformer {h}x{w}",
+                functools.partial(predict, k=k),
+                (params["var"], input_BlZ if k else None, cond, cache),
+                donated=(3,),
+            ),
+            Program(
+                f"tokens {h}x{w}",
+                functools.partial(choose, k=k),
+                (params["tokenizer"]["quantizer"], logits_BlV, f_hat_BhwZ, key_B, options),
+            ),
+        ]
+    return programs
+
+
+def training_task(preset: str, compute: ComputeConfig) -> VARTask:
+    """Returns the task that trains a model of a released size."""
+    model = VARConfig.preset(preset)
+    return VARTask(
+        model=model,
+        tokenizer=VQConfig(scales=model.scales),
+        tokenizer_weights="random",
+        drop_path=0.1 * model.depth / 24,
+        compute=compute,
+    )
+
+
+def training_loss(task: Any, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
+    """Computes the loss to train on, without dropped labels or branches."""
+    return jnp.mean(task.token_losses(params, frozen, batch).objective_BL)
