@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import varjax
 from tests.helpers.paths import ROOT
 
@@ -104,6 +106,16 @@ def test_imports_only_go_down():
 def test_no_two_files_import_one_another():
     graph = {name: imported(file) - {name} for name, file in FILES.items()}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the files
+
+
+@pytest.mark.parametrize("family", ["var", "mar"])
+def test_a_family_is_known_to_the_table_of_families_and_its_name_map_alone(family):
+    """docs/add_a_family.md lists what a family touches; everything else must not know it."""
+    own = f"varjax.{family}."
+    users = {name for name, file in FILES.items() if any(m.startswith(own) for m in imported(file))}
+    others = {name for name in users if not name.startswith(own)}
+    others -= {"varjax.analysis.diffusion_steps"}  # a study of MAR's own denoiser
+    assert others == {"varjax.models", "varjax.api", f"varjax.convert.name_maps.{family}"}
 
 
 def imported_by(statement: str) -> set[str]:
