@@ -87,7 +87,7 @@ def test_runs_are_found_below_a_folder(run, tmp_path, capsys):
     assert find_runs(tmp_path) == find_runs(run) == [run]
     assert main([str(tmp_path)]) == 0
     assert str(run) in capsys.readouterr().out
-    with pytest.raises(InputError, match="holds no training run"):
+    with pytest.raises(InputError, match="has no training run"):
         find_runs(tmp_path / "data")
     with pytest.raises(InputError, match="is no folder"):
         find_runs(tmp_path / "none")

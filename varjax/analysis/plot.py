@@ -21,9 +21,9 @@ from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import files
 
 PREFIX_LABELS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
-SECOND_METRICS = ("accuracy", "psnr")  # beside the loss: the first that is there
-SAMPLE_METRICS = ("fid", "inception_score")  # and those of these that are there
-SCALE_METRICS = ("loss_at_scale", "perplexity")  # in the lower panels: the first that is there
+SECOND_METRICS = ("accuracy", "psnr")  # next to the loss: the first one in the logs
+SAMPLE_METRICS = ("fid", "inception_score")  # next to these: all in the logs
+SCALE_METRICS = ("loss_at_scale", "perplexity")  # in the lower panels: the first one in the logs
 PANEL_COLUMNS = 5
 
 
@@ -43,7 +43,7 @@ def draw_curves(
             contain.
 
     Raises:
-        InputError: no run has logged anything yet, or `by_scale`.
+        InputError: no run has logged anything yet, or no run has logged `by_scale`.
     """
     if not any(run.points(kind + "loss")[0].size for run in runs for kind in PREFIX_LABELS):
         raise InputError(f"nothing is logged yet in {', '.join(run.name for run in runs)}")
@@ -136,7 +136,7 @@ def _reference(panel: Any, reference: PublishedLog, name: str) -> None:
 
 
 def _legend(runs: Sequence[RunLog], reference: PublishedLog | None) -> list[Any]:
-    """Lists runs by color, then kinds of curves by style, as far as there are any."""
+    """Lists runs by color, then the kinds of curves that exist by style."""
     from matplotlib.lines import Line2D
 
     def line(label: str, color: str, **style: Any) -> Line2D:
@@ -161,8 +161,8 @@ def _running_mean(y: np.ndarray, width: int) -> np.ndarray:
     return (sums[stop] - sums[start]) / (stop - start)
 
 
-def _first(names: Iterable[str], there: Any) -> str:
-    return next((name for name in names if there(name)), "")
+def _first(names: Iterable[str], exists: Any) -> str:
+    return next((name for name in names if exists(name)), "")
 
 
 def main(arguments: list[str]) -> int:
@@ -176,7 +176,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--by_scale",
         default="",
-        help="metric of the lower panels (the first of loss_at_scale, perplexity that is there)",
+        help="metric of the lower panels (loss_at_scale, or else perplexity)",
     )
     flags = parser.parse_args(arguments)
 

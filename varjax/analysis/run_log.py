@@ -1,4 +1,4 @@
-"""Reads the logs of runs; holds a log that others have published."""
+"""Reads the logs of runs, and has a published log to compare with."""
 
 import dataclasses
 import pathlib
@@ -17,7 +17,7 @@ from varjax.storage.untrusted import parse_metrics_line, shown
 
 @dataclasses.dataclass(frozen=True)
 class PublishedLog:
-    """Holds losses that others have published, N of them.
+    """Holds N published losses.
 
     Attributes:
         name: label in the legend.

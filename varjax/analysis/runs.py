@@ -65,21 +65,21 @@ def find_runs(root: str | pathlib.Path) -> list[pathlib.Path]:
     """
     root = as_path(root)
     if not root.is_dir():
-        raise InputError(f"{root} is no folder; give one that holds runs")
+        raise InputError(f"{root} is not a folder; use one that contains runs")
     if in_bucket(root):
         paths = [root / name for name in buckets.object_versions(root)]
     else:
         paths = root.rglob("data.json")
-    found = sorted(path.parent for path in paths if path.name == "data.json")
-    if not (found := [run for run in found if (run / "config.json").is_file()]):
-        raise InputError(f"{root} holds no training run; each has a config.json and a data.json")
-    return found
+    runs = sorted(path.parent for path in paths if path.name == "data.json")
+    if not (runs := [run for run in runs if (run / "config.json").is_file()]):
+        raise InputError(f"{root} has no training run; a run has a config.json and a data.json")
+    return runs
 
 
 def run_status(directory: pathlib.Path) -> RunStatus:
-    """Reads where a run stands; it may be going on.
+    """Reads the state of a run, which may be in progress.
 
-    Raises InputError for a directory that is no run's.
+    Raises InputError for a directory that is not a run.
     """
     log = read_run_log(directory)
     steps = log.steps
@@ -123,7 +123,7 @@ def run_status(directory: pathlib.Path) -> RunStatus:
 def read_statuses(root: str | pathlib.Path) -> list[RunStatus]:
     """Reads the state of all runs in a folder; a damaged one is reported on stderr and left out.
 
-    Raises InputError where there is none, or no run that can be read.
+    Raises InputError if there is no run, or none can be read.
     """
     found, statuses = find_runs(root), []
     for run in found:
@@ -142,11 +142,11 @@ def status_table(runs: list[RunStatus]) -> str:
         ("run", "state", "step", "loss", "eval loss", "images/s", "productive", "last written")
     ]
     for run in runs:
-        of = "" if run.steps is None else f" / {run.steps:,}"
+        total = "" if run.steps is None else f" / {run.steps:,}"
         numbers = (run.loss, run.eval_loss, run.images_per_second)
         shown = ["" if math.isnan(x) else f"{x:,.4g}" for x in numbers]
         shown.append("" if math.isnan(run.productive) else f"{run.productive:.0%}")
-        rows.append((str(run.directory), run.state, f"{run.step:,}{of}", *shown, _ago(run.age)))
+        rows.append((str(run.directory), run.state, f"{run.step:,}{total}", *shown, _ago(run.age)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

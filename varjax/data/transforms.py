@@ -10,8 +10,8 @@ from scipy import ndimage
 from varjax.errors import InputError, check_setting
 from varjax.storage.image_io import resized_part
 
-Crop = Literal["random", "center"]  # of photographs: VAR's recipe, or ADM's, which is MAR's
-RESIZE_RATIO = 1.125  # images are resized to so many times the size that is cut out of them
+Crop = Literal["random", "center"]  # VAR's recipe for photographs, or ADM's, which MAR uses
+RESIZE_RATIO = 1.125  # of the resized image to the crop
 
 
 def training_crop(
@@ -24,12 +24,12 @@ def training_crop(
 ) -> np.ndarray:
     """Augments a photograph as VAR ("random") or as MAR ("center") does.
 
-    Center crops are mirrored in every second view and not at random, so that two views, all that a
-    cache of latents has to hold, are exactly the two orientations of an image.
+    Center crops are mirrored in every second view, not at random, so that two views are exactly the
+    two orientations of an image. A cache of latents needs no others.
 
     Args:
         image_HWC: uint8 with 1, 3 or 4 channels.
-        view: number of the view, as `varjax.data.stream.ImageDataset.augment` gets it.
+        view: index of the view, see `varjax.data.stream.ImageDataset.augment`.
         rng: random generator; random crops draw three numbers from it, center crops none.
         size: (height, width) of the result.
         crop: kind of crop, "random" or "center".
@@ -41,12 +41,12 @@ def training_crop(
 
 
 def alternating_views(crop: Crop, flip: bool) -> int:
-    """Returns how many views `training_crop` alternates between."""
+    """Returns the number of views that `training_crop` alternates between."""
     return 2 if flip and crop == "center" else 1
 
 
 def evaluation_crop(image_HWC: np.ndarray, size: tuple[int, int], crop: Crop) -> np.ndarray:
-    """Cuts the middle out of a photograph, resized as `training_crop` with this `crop` does it."""
+    """Cuts out the middle of a photograph, resized as by `training_crop` with this `crop`."""
     return (center_crop if crop == "random" else adm_center_crop)(image_HWC, size)
 
 
@@ -116,7 +116,7 @@ def resize_to_cover(image_HWC: np.ndarray, height: int, width: int) -> np.ndarra
 
 
 def _covering(shape: tuple[int, ...], height: int, width: int) -> tuple[int, int]:
-    """(height, width) of an image of `shape` that is resized until it just covers a size."""
+    """Returns the (height, width) at which an image of `shape` just covers a size."""
     H, W, _ = shape
     if height * W >= width * H:
         return height, height * W // H
@@ -126,7 +126,7 @@ def _covering(shape: tuple[int, ...], height: int, width: int) -> tuple[int, int
 def _resized_part(
     image_HWC: np.ndarray, whole: tuple[int, int], corner: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """The part at `corner`, (top, left), of an image that is resized to `whole` by Lanczos."""
+    """Returns the part at `corner`, (top, left), of an image resized to `whole` by Lanczos."""
     (top, left), (h, w) = corner, size
     if whole == image_HWC.shape[:2]:
         return image_HWC[top : top + h, left : left + w]
@@ -155,7 +155,7 @@ def random_affine(
     rotate: float = 0.0,
     zoom: float = 0.0,
 ) -> np.ndarray:
-    """Moves, rotates and scales at random, each uniform in its range, in one resampling.
+    """Moves, rotates and scales an image at random in one resampling, each uniform in its range.
 
     Args:
         image_HWC: uint8 image of any size.
@@ -171,7 +171,7 @@ def random_affine(
 def affine(
     image_HWC: np.ndarray, shift: tuple[float, float], degrees: float, scale: float
 ) -> np.ndarray:
-    """Scales and rotates about the center, then moves; by cubic splines, which keep it sharp.
+    """Scales and rotates an image about its center, then moves it, by sharp cubic splines.
 
     Args:
         image_HWC: uint8 image; everything beyond its border is zero.
@@ -194,16 +194,16 @@ def affine(
 
 
 def height_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """Returns a size, as configs give it, as (height, width) in pixels."""
+    """Converts the size in a config to (height, width) in pixels."""
     return (size, size) if isinstance(size, int) else size
 
 
 def check_image_size(size: int | tuple[int, int], channels: int) -> None:
-    """Raises InputError unless images of this size and number of channels can be made."""
+    """Raises InputError for an impossible size or number of channels."""
     if min(height_width(size)) < 1:
         raise InputError(f"size is {size}, but must be at least 1 pixel")
     if channels not in (1, 3, 4):
-        raise InputError(f"channels is {channels}, but image files give 1, 3 or 4 (with alpha)")
+        raise InputError(f"channels is {channels}, but must be 1, 3 or 4 (with alpha)")
 
 
 def check_crop(crop: str) -> None:

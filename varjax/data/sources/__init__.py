@@ -1,4 +1,4 @@
-"""All datasets, and how a command line names them."""
+"""All datasets, and their names on the command line."""
 
 from varjax.data.latents import CachedLatents
 from varjax.data.sources.digits import Digits

@@ -1,4 +1,4 @@
-"""Provides random pixels: for benchmarks, and to try a recipe without any data."""
+"""Provides random pixels, for benchmarks and to try a recipe without data."""
 
 import dataclasses
 from typing import Any
@@ -70,7 +70,7 @@ class Noise:
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSource:
-    """Draws an image and its label when asked for one."""
+    """Draws an image and its label on access."""
 
     data: Noise
     split: Split

@@ -14,7 +14,7 @@ from varjax.data.workers import ReadOptions
 from varjax.errors import InputError, check_setting
 
 PHOTO_NAMES = ("china", "flower")
-# Columns, of 640: a strip through the middle of what the photographs show is held out.
+# Columns of 640 that are held out: a strip through the middle of what the photographs show.
 HELD_OUT_COLUMNS = slice(240, 368)
 HELD_OUT_WIDTH = HELD_OUT_COLUMNS.stop - HELD_OUT_COLUMNS.start
 
@@ -68,7 +68,7 @@ class Photos:
         return {"class_names": list(PHOTO_NAMES), "train": train, "held_out": held_out}
 
     def source(self, split: Split) -> "ArraySource | PhotoSides":
-        """Opens the held-out crops, row by row; or, for training, what to crop from."""
+        """Opens the held-out crops, row by row, or the parts of the photographs to train on."""
         parts = photo_parts(split)
         if split == "train":
             corners = np.array(

@@ -25,21 +25,21 @@ from varjax.storage.image_files import BrokenImage, decode_file
 from varjax.storage.read_errors import machine_errno, retry_read
 from varjax.storage.untrusted import reason, shown
 
-# Prepares a dataset, once, where TensorFlow is installed.
+# Prepares a dataset once, on a machine with TensorFlow.
 PREPARE_HINT = (
     'tfds.builder("{}", file_format="array_record").download_and_prepare(), see docs/data.md'
 )
-CORRUPTED = "Corrupted Riegeli/records file"  # where the checksum of a record is another one
-# Files of a dataset name the classes that TFDS imports to read them; only its own are allowed.
+CORRUPTED = "Corrupted Riegeli/records file"  # a wrong checksum of a record
+# A dataset names the classes that TFDS imports to read it; only those of TFDS are allowed.
 FEATURES_FILE, FEATURE_MODULES = "features.json", "tensorflow_datasets.core.features."
 CLASS_KEYS = "pythonClassName", "python_class_name", "type"  # the last one in older files
 
 
 @dataclasses.dataclass(frozen=True)
 class TFDS:
-    """A dataset by its name in `data_dir`, or by the directory that it was prepared in.
+    """A TFDS dataset, by its name in `data_dir` or by its directory.
 
-    Nothing is downloaded: a missing dataset raises InputError that says how to prepare it.
+    Nothing is downloaded; the InputError for a missing dataset explains how to prepare it.
 
         data = TFDS("cifar10", held_out="test", size=32)
 
@@ -121,7 +121,7 @@ class TFDS:
         return {"class_names": names, "pixels": pixels, "train": train, "held_out": held_out}
 
     def builder(self) -> Any:
-        """Opens the dataset as a tfds.core.DatasetBuilder, checked to hold images and labels."""
+        """Opens the dataset as a tfds.core.DatasetBuilder with images and labels."""
         import tensorflow_datasets as tfds  # half a second, also without TensorFlow
 
         builder = _open(self.name, self.data_dir)
@@ -141,9 +141,9 @@ class TFDS:
 
 @dataclasses.dataclass(frozen=True)
 class TFDSSource:
-    """Decodes a record when asked for one; raises BrokenImage or StorageError as `decode_file`.
+    """Decodes a record on access; raises the errors of `decode_file`.
 
-    Files are opened at the first use, and again after unpickling; threads may share them.
+    Files are opened at the first access, and again after unpickling; threads may share them.
     """
 
     data: TFDS
@@ -181,7 +181,7 @@ class TFDSSource:
         file = f" ({file.decode('utf-8', 'replace')})" if isinstance(file, bytes) and file else ""
         name = f"{data.name} {self.split}[{index}]{file}"
         label = example[data.label_key] if data.label_key else 0
-        if label < 0:  # as test splits have it
+        if label < 0:  # as in test splits
             raise InputError(f"{name} has no label; choose another split than {self.split!r}")
         return {
             "image": decode_file(example[data.image_key], data.channels, name),
@@ -205,7 +205,7 @@ class TFDSSource:
         try:
             return self.records[index]
         except Exception as error:
-            if machine_errno(error) is not None:  # after which a reader fails for ever
+            if machine_errno(error) is not None:  # after which the reader always fails
                 self.__dict__.pop("records", None)
             raise
 
@@ -214,7 +214,7 @@ class TFDSSource:
 
 
 def _allow_open_files(shards: int) -> None:
-    """Every shard of a dataset stays open, and often no more than 1,024 files may be."""
+    """Raises the limit on open files, often 1,024, because every shard stays open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 2 * shards + 1024  # with room for a second dataset and everything else
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -227,9 +227,9 @@ def _open(name: str, data_dir: str) -> Any:
     from tensorflow_datasets.core.utils import error_utils
 
     directory = os.path.expanduser(name)
-    if in_bucket(name):  # readers of array_record files map them
+    if in_bucket(name):  # array_record files are memory-mapped
         directory = str(files.local_copy(name))
-    # Unlike os.path, pathlib passes errors of the machine on.
+    # Unlike os.path, pathlib raises errors of the machine.
     path = pathlib.Path(directory)
     if retry_read((path / "dataset_info.json").is_file, path):
         return _open_directory(directory)
@@ -277,7 +277,7 @@ def _open_directory(directory: str) -> Any:
 
 
 def _class_names(data: Any) -> Iterator[str]:
-    """Names of classes anywhere in the content of features.json, and in JSON text within it."""
+    """Yields the names of classes in features.json, also in JSON text within it."""
     if isinstance(data, dict):
         for key, value in data.items():
             if key in CLASS_KEYS and isinstance(value, str):
