@@ -89,5 +89,5 @@ def test_runs_are_found_below_a_folder(run, tmp_path, capsys):
     assert str(run) in capsys.readouterr().out
     with pytest.raises(InputError, match="has no training run"):
         find_runs(tmp_path / "data")
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         find_runs(tmp_path / "none")
