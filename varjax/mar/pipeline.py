@@ -330,12 +330,12 @@ class MARPipeline:
             keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; True keeps the tokens there.
             labels: (B,) classes; None for no class.
             seed: random seed; each gives other images.
-            guidance: see `sample`, also for the other options.
-            guidance_schedule: see `sample`.
-            steps: see `sample`.
-            temperature: see `sample`.
-            diffusion_steps: see `sample`.
-            clip_denoised: see `sample`.
+            guidance: guidance scale; 1 turns guidance off.
+            guidance_schedule: "linear" or "constant"; see `sample`.
+            steps: number of steps that draw the tokens.
+            temperature: factor on the noise of each draw.
+            diffusion_steps: denoising steps of a token; see `sample`.
+            clip_denoised: bound on denoised tokens; see `sample`.
             index: (B,) numbers of the results; None for one result per image.
             unknown: options of other models, which are refused.
 

@@ -238,10 +238,10 @@ class VARPipeline:
             keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; True keeps the tokens there.
             labels: (B,) classes; None for no class.
             seed: random seed; each gives other images.
-            guidance: see `sample`, also for the other options.
-            top_k: see `sample`.
-            top_p: see `sample`.
-            smooth: see `sample`.
+            guidance: guidance scale; 1 turns guidance off.
+            top_k: number of likeliest codes to draw from.
+            top_p: total probability of the codes to draw from.
+            smooth: whether to mix codes; not for benchmarks.
             index: (B,) numbers of the results; None for one result per image.
             unknown: options of other models, which are refused.
 
