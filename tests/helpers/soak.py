@@ -1,21 +1,21 @@
-"""Does to a run of the digits what may happen to one, and compares its end with a run left alone.
+"""Disturbs a run of the digits in many ways, and compares its end with an undisturbed run.
 
 python -m tests.helpers.soak --folder=DIR [--events=50] [--processes=1] [--kills_only] [--seed=0]
 
-`make soak` does it. An event comes at any moment from the start of the interpreter on:
+`make soak` runs it. An event comes at any moment, from the start of the interpreter on:
 
-kill       SIGKILL of one process or of all; where one is left, it has to end by itself
+kill       SIGKILL of one process or of all; if one is left, it must end by itself
 pause      SIGSTOP of one process, for 5 seconds
 full       no process can make a file longer, as on a full disk, until the run has ended by itself
 full_once  nothing can be written to the run's folder for 20 seconds, as on a disk that is full
 eio        some of the next file operations in the run's folder fail with EIO, once
 read_only  nothing can be written to <run>/checkpoints, until the run has ended by itself
 
-After "pause", "full_once" and "eio" the run has to take further steps, or to end by itself with a
+After "pause", "full_once" and "eio" the run must take further steps, or end by itself with a
 message. "full_once" and "eio" need a C compiler.
 
-The last line is a report; the exit code is 1 where more was lost than the steps since the last
-save, where an end was not as it should be, or where the final states differ by a bit.
+The last line is a report. The exit code is 1 if more was lost than the steps since the last save,
+if a process ended in another way than it must, or if the final states differ by a bit.
 """
 
 import argparse
@@ -48,24 +48,26 @@ OFTEN = {"save_every": 5, "eval_every": 50, "preview_every": 200, "log_every": 1
 SURVIVORS_END = 60  # seconds: twice the heartbeat after which they take a process for dead
 PAUSE = 5.0  # seconds
 CONNECTED = "[Gloo]"  # begins a line of the log once all processes have found one another
-FAILURE_SEEN = 180  # seconds until a run that cannot write has found out and ended
-# Root may write to folders that are read-only, but for this.
+FAILURE_SEEN = 180  # seconds until a run that cannot write must have ended
+# Without this, root may write to read-only folders.
 RIGHTS = "-dac_override,-dac_read_search"
 OBEYING = ["setpriv", f"--inh-caps={RIGHTS}", f"--bounding-set={RIGHTS}"] * (os.geteuid() == 0)
-# Share of the time after imports; with an end every few seconds most of it is starting.
+# Fraction of the time after imports; with an end every few seconds, most of it is starting.
 MIN_GOODPUT = 0.03
-MISCOUNTED = 1  # steps of a start at most, killed within a line or between reading and writing
+MISCOUNTED = (
+    1  # steps at most per start: it may be killed while it writes a line, or between read and write
+)
 FULL_SECONDS = 20.0
-FAILING_CALLS = 30  # at most, of one passing EIO
-# Stands twice in the traceback of each array that TensorStore still writes when another one has
-# failed. Threads print these into one another, so only the words can be counted.
+FAILING_CALLS = 30  # limit on the calls that fail in one "eio"
+# Occurs twice in the traceback of each array that TensorStore is still writing when another one
+# fails. Threads print these tracebacks into one another, so only the words can be counted.
 TENSORSTORE_NOISE = "Event loop is closed"
 PASSING = ("pause", "full_once", "eio")
-EVENT_SHARES = {"kill": 7, "pause": 1, "full": 1, "read_only": 1, "full_once": 1, "eio": 2}
+EVENT_WEIGHTS = {"kill": 7, "pause": 1, "full": 1, "read_only": 1, "full_once": 1, "eio": 2}
 
 
 class Run:
-    """A command that trains, and what it leaves."""
+    """Starts a training command, and reads what it wrote."""
 
     def __init__(self, folder: pathlib.Path, name: str, config: str, processes: int, **settings):
         self.path, self.log = folder / name, folder / f"{name}.log"
@@ -114,29 +116,29 @@ class Run:
         return int(steps[-1]) if steps else 0
 
     def saved(self) -> int:
-        """The newest step that is whole, 0 for none."""
+        """Returns the newest complete step; 0 for none."""
         names = [path.name for path in self.path.glob("checkpoints/*")]
         return max((int(name) for name in names if name.isdigit()), default=0)
 
     def continued_from(self) -> int | None:
-        """The step from which the last start went on; None where it did not come so far."""
-        found = re.search(r"continuing .* after step (\d+)", self.log.read_text())
-        return int(found[1]) if found else None
+        """Returns the step that the last start continued from; None if it ended before that."""
+        match = re.search(r"continuing .* after step (\d+)", self.log.read_text())
+        return int(match[1]) if match else None
 
     def goodput(self) -> dict[str, float]:
-        """Sums over all starts, by the last line that has them."""
-        found = [json.loads(x) for x in (self.path / "metrics.jsonl").read_text().splitlines()]
-        last = next(line for line in reversed(found) if PREFIX + "share" in line)
+        """Returns the sums over all starts, from the last line that has them."""
+        entries = [json.loads(x) for x in (self.path / "metrics.jsonl").read_text().splitlines()]
+        last = next(line for line in reversed(entries) if PREFIX + "fraction" in line)
         return {name: x for name, x in last.items() if name.startswith(PREFIX)}
 
     def end(self) -> list:
-        """All that it ended with: metrics, and every array of the last and of the best step."""
-        found: list = [lines(self.path)]
+        """Returns the final result: metrics, and every array of the last and the best step."""
+        contents: list = [lines(self.path)]
         for kind in ("checkpoints", "best"):
             step = max((self.path / kind).iterdir(), key=lambda path: int(path.name))
             items = [step / name for name in ("params", "ema", "opt_state")]
-            found += [read_arrays(x) for x in items if x.is_dir()]
-        return found
+            contents += [read_arrays(x) for x in items if x.is_dir()]
+        return contents
 
 
 def read_arrays(path: pathlib.Path) -> dict:
@@ -148,7 +150,7 @@ def read_arrays(path: pathlib.Path) -> dict:
 
 
 class Events:
-    """Does things to a run, and notes what should not have come of it."""
+    """Disturbs a run, and notes every failure."""
 
     def __init__(self, run: Run, seed: int, kinds: dict[str, int], startup: float):
         self.run, self.rng, self.kinds = run, random.Random(seed), kinds
@@ -156,10 +158,10 @@ class Events:
         self.failures: list[str] = []
         self.lost: list[int] = []
         self.in_save, self._startup = 0, startup
-        self.steps_again = 0  # that a start took which an earlier one had taken
+        self.steps_again = 0  # steps that an earlier start had already taken
 
     def start_and_disturb(self, limit: int) -> None:
-        """Starts the run, and lets events come until it has ended, or `limit` of them have come."""
+        """Starts the run, and disturbs it until it ends or `limit` events have happened."""
         saved, reached = self.run.saved(), self.run.reached()
         alive = self.run.start()
         while sum(self.done.values()) < limit:
@@ -180,30 +182,30 @@ class Events:
             if any(process.poll() not in (None, 0, 1) for process in alive):
                 codes = [process.poll() for process in alive]
                 self.failures.append(f"{kind}: exit codes {codes}: {self.run.log.read_text()}")
-        codes = [process.wait() for process in alive]  # after a pause it goes on to its end
+        codes = [process.wait() for process in alive]  # after a pause it continues to its end
         self.run.logger.wait()
         if self.run.continued_from() not in (None, saved):
-            went_on = self.run.continued_from()
-            self.failures.append(f"{saved} was saved, but it went on from {went_on}")
+            continued = self.run.continued_from()
+            self.failures.append(f"{saved} was saved, but it continued from {continued}")
         self.count_steps_again(reached)
         self.lost.append(self.run.reached() - self.run.saved())
         self.in_save += any(self.run.path.glob("*/*.orbax-checkpoint-tmp*"))
-        # Of several processes, those that lose another one show where they were.
+        # Processes that lose another one print where they were.
         text = self.run.log.read_text()
         if len(alive) == 1 and 2 * text.count("Traceback") > text.count(TENSORSTORE_NOISE):
             self.failures.append(f"exit codes {codes}: {text[-3000:]}")
 
     def count_steps_again(self, reached: int) -> None:
-        """Counts them for the last start, before which the run had come to `reached`."""
-        if (went_on := self.run.continued_from()) is not None:
-            self.steps_again += max(reached - went_on, 0)
+        """Counts the repeated steps of the last start; the run had reached `reached` before."""
+        if (continued := self.run.continued_from()) is not None:
+            self.steps_again += max(reached - continued, 0)
 
     def _kill(self, alive: list[subprocess.Popen]) -> None:
         chosen = alive if self.rng.random() < 0.3 else [self.rng.choice(alive)]
         for process in chosen:
             process.kill()
-        # One that waits for others to connect does so for five minutes, as slow machines need;
-        # there launchers end it (srun --kill-on-bad-exit).
+        # A process waits five minutes for the others to connect, as slow machines need;
+        # launchers end it earlier (srun --kill-on-bad-exit).
         if len(alive) > 1 and CONNECTED not in self.run.log.read_text():
             for process in alive:
                 process.kill()
@@ -231,7 +233,7 @@ class Events:
         self.run.faults.arm(calls, errno.EIO, count=count, every=every)
 
     def _expect_progress(self, alive: list[subprocess.Popen], kind: str) -> None:
-        """Notes where a run neither ends nor takes further steps."""
+        """Notes a failure if a run neither ends nor takes further steps."""
         reached, until = self.run.reached(), time.monotonic() + FAILURE_SEEN
         while time.monotonic() < until:
             if any(process.poll() is not None for process in alive):
@@ -263,7 +265,7 @@ class Events:
 def soak_run(
     folder: pathlib.Path, events: int, processes: int, kinds: dict[str, int], seed: int, steps: int
 ) -> dict:
-    """The report, "failures" among it."""
+    """Returns the report, which includes "failures"."""
     begin = time.monotonic()
     Run(folder, "tokenizer", "digits_tokenizer.py", 1, steps=20, eval_every=0).finish()
     settings = SMALL | OFTEN | {"steps": steps}
@@ -272,7 +274,7 @@ def soak_run(
     alive = whole.start()
     while not whole.reached() and alive[0].poll() is None:
         time.sleep(0.02)
-    startup = time.monotonic() - started  # longer than of the others, for it compiles
+    startup = time.monotonic() - started  # longer than for later starts, because it compiles
     if any(process.wait() for process in alive):
         raise SystemExit(whole.log.read_text())
     run = Run(folder, "disturbed", "digits.py", processes, **settings)
@@ -286,9 +288,9 @@ def soak_run(
         if not jax.tree.all(jax.tree.map(np.array_equal, a, b)):
             disturbed.failures.append("the ends differ")
     goodput = disturbed.run.goodput()
-    if (share := goodput[PREFIX + "share"]) < MIN_GOODPUT:
-        disturbed.failures.append(f"only {share:.0%} of the time was productive: {goodput}")
-    # Its own account, against what was seen from outside.
+    if (productive := goodput[PREFIX + "fraction"]) < MIN_GOODPUT:
+        disturbed.failures.append(f"only {productive:.0%} of the time was productive: {goodput}")
+    # Compare the run's own count with what was seen from outside.
     again, counted = disturbed.steps_again, goodput[STEPS_LOST]
     if abs(again - counted) > MISCOUNTED * (len(disturbed.lost) + 1):
         disturbed.failures.append(f"took {again} steps again, but counted {counted:g} as lost")
@@ -300,8 +302,8 @@ def soak_run(
         "steps_lost_most": max(disturbed.lost),
         "steps_lost_mean": float(np.mean(disturbed.lost)),
         "steps_again": again,
-        "goodput": round(share, 3),
-        "goodput_undisturbed": round(whole.goodput()[PREFIX + "share"], 3),
+        "goodput": round(productive, 3),
+        "goodput_undisturbed": round(whole.goodput()[PREFIX + "fraction"], 3),
         "seconds": round(time.monotonic() - begin),
         "failures": disturbed.failures,
     }
@@ -318,10 +320,10 @@ def main() -> int:
     flags = parser.parse_args()
     flags.folder.mkdir(parents=True)
     folder = flags.folder.absolute()
-    kinds = {"kill": 1} if flags.kills_only else EVENT_SHARES
+    kinds = {"kill": 1} if flags.kills_only else EVENT_WEIGHTS
     if faults.COMPILER is None:
-        print("no C compiler: neither full_once nor eio", file=sys.stderr)
-        kinds = {kind: share for kind, share in kinds.items() if kind not in ("full_once", "eio")}
+        print("no C compiler, so no full_once and no eio", file=sys.stderr)
+        kinds = {kind: weight for kind, weight in kinds.items() if kind not in ("full_once", "eio")}
     report = soak_run(folder, flags.events, flags.processes, kinds, flags.seed, flags.steps)
     print(json.dumps(report))
     return 1 if report["failures"] else 0
