@@ -18,7 +18,7 @@ from varjax.models import LoadedTokenizer
 from varjax.storage import files
 from varjax.tokenizers.contract import Tokenizer
 from varjax.tokenizers.kl.model import KLConfig
-from varjax.tokenizers.vq.model import VQTokenizer
+from varjax.tokenizers.vq.model import bound_quantizer, decode_features, quantize_images
 
 CONFIG: Tokenizer = runs.TOKENIZER
 KL = KLConfig(8, 1, width=8, channel_mult=(1, 2), blocks=1, groups=4, latent_channels=3)
@@ -66,11 +66,13 @@ def test_latents_are_those_of_the_module_and_fit_their_description(loaded):
     (spec,) = CONFIG.latent_spec.values()
     assert {name: x.shape for name, x in latents.items()} == {"tokens": (2, *spec.shape)}
     assert spec.shape == (21,)
-    model = VQTokenizer(runs.TOKENIZER).bind({"params": loaded.params})
-    tokens_BL = jax.jit(model.encode)(IMAGES_BHWC.astype(np.float32) / 127.5 - 1)
+    tokenizer, x_BHWC = runs.TOKENIZER, IMAGES_BHWC.astype(np.float32) / 127.5 - 1
+    tokens_BL = jax.jit(lambda x: quantize_images(tokenizer, loaded.params, x).tokens_BL)(x_BHWC)
     np.testing.assert_array_equal(latents["tokens"], tokens_BL)
     assert len(np.unique(tokens_BL)) > 2
-    expected_BHWC = (np.asarray(jax.jit(model.decode)(tokens_BL)) + 1) / 2
+    f_hat_BhwZ = bound_quantizer(tokenizer, loaded.params).accumulated_scales(tokens_BL)[-1]
+    decoded_BHWC = jax.jit(lambda f: decode_features(tokenizer, loaded.params, f))(f_hat_BhwZ)
+    expected_BHWC = (np.asarray(decoded_BHWC) + 1) / 2
     np.testing.assert_allclose(loaded.decode(latents), expected_BHWC, atol=1e-6)
     stored = {"tokens": np.asarray(tokens_BL, CONFIG.latent_spec["tokens_BL"].dtype)}
     np.testing.assert_allclose(loaded.decode(stored), expected_BHWC, atol=1e-6)

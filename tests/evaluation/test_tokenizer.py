@@ -19,7 +19,7 @@ from varjax.storage import files, image_io
 from varjax.tokenizers import evaluate as command
 from varjax.tokenizers import reconstruction_metrics
 from varjax.tokenizers.reconstruction_metrics import measure_split
-from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
+from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, decode_every_scale, quantize_images
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.task import TrainState
 
@@ -78,9 +78,9 @@ def test_figures_are_those_of_the_images_decoded_one_by_one(split, params):
 
     @jax.jit
     def by_hand(x_BHWC):
-        tokens_BL = model.encode(x_BHWC)
+        tokens_BL = quantize_images(CONFIG, params, x_BHWC).tokens_BL
         f_hats = model.quantizer.accumulated_scales(tokens_BL)
-        rebuilt, f_BhwZ = model.decode_every_scale(tokens_BL), model.features(x_BHWC)
+        rebuilt, f_BhwZ = decode_every_scale(CONFIG, params, f_hats), model.features(x_BHWC)
         by_halves = dataclasses.replace(EXACT, encoder_precision="bfloat16")
         coarse = VQTokenizer(CONFIG, by_halves).bind({"params": params})
         coarse_BL = coarse.quantizer(coarse.features(x_BHWC)).tokens_BL
@@ -177,9 +177,8 @@ def test_reconstructions_are_compared_with_the_same_images(tmp_path, monkeypatch
     report = files.read_json(tmp_path / "evaluation.json")
     config, params = read_tokenizer(runs.tokenizer())
     images = Digits().source("held_out").images_NHWC
-    model = VQTokenizer(config).bind({"params": params})
-    rebuilt = jax.jit(lambda x: model.decode(model.encode(x)))(to_model_range(images))
-    rebuilt = np.rint((np.asarray(rebuilt) + 1) * 127.5).astype(np.uint8)
+    rebuilt = jax.jit(lambda x: config.decode(params, config.encode(params, x)))(images)
+    rebuilt = np.rint(np.asarray(rebuilt) * 255).astype(np.uint8)
     extract = FeatureExtractor(pixel_network())
     moments = [Moments.of(extract(x)["pool_ND"]) for x in (rebuilt, images)]
     found = report["reconstructions"]

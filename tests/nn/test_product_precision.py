@@ -11,8 +11,9 @@ from tests.helpers import runs
 from varjax.metrics.inception import Inception, init_inception
 from varjax.nn.attention import mask_segments
 from varjax.nn.compute import EXACT, ComputeConfig
-from varjax.tokenizers.vq.model import VQTokenizer, encode_images, make_quantizer
+from varjax.tokenizers.vq.model import image_features, make_quantizer
 from varjax.var.model import VAR
+from varjax.var.teacher_forcing import targets_and_inputs
 
 
 def products(function, *args):
@@ -47,8 +48,7 @@ EXACTLY = ("float32", "float32", "HIGHEST")
 
 def tokens(compute):
     def encode(params, image_BHWC):
-        model = VQTokenizer(CONFIG, compute).bind({"params": params})
-        return model.encode_for_teacher_forcing(image_BHWC)
+        return targets_and_inputs(CONFIG, params, {"image_BHWC": image_BHWC}, compute)
 
     return encode
 
@@ -64,7 +64,7 @@ def test_in_training_the_frozen_encoder_s_convolutions_take_three_passes(platfor
     compute = ComputeConfig(platform=platform)
     found = products(tokens(compute), PARAMS, IMAGE_BHWC)
     exact = products(tokens(EXACT), PARAMS, IMAGE_BHWC)
-    encoder = products(lambda p, x: encode_images(CONFIG, p, x, EXACT), PARAMS, IMAGE_BHWC)
+    encoder = products(lambda p, x: image_features(CONFIG, p, x, EXACT), PARAMS, IMAGE_BHWC)
     fast = ("float32", "float32", asked)
     assert found.keys() == {EXACTLY, fast}
     # All of the encoder but its attention and its last convolution; the quantizer is exact.

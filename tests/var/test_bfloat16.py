@@ -11,7 +11,7 @@ from tests.helpers import golden_cases as golden
 from varjax import trees
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.sampler import image_keys
-from varjax.tokenizers.vq.model import VQTokenizer, decode_images
+from varjax.tokenizers.vq.model import bound_quantizer, decode_features
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan
 from varjax.var.model import VAR
@@ -34,8 +34,8 @@ def in_both(function):
 
 
 def test_logits_scale_by_scale():
-    tokenizer = VQTokenizer(TOKENIZER).bind({"params": PARAMS["tokenizer"]})
-    input_BlZ = tokenizer.teacher_forcing_input(TOKENS_BL)
+    quantizer = bound_quantizer(TOKENIZER, PARAMS["tokenizer"])
+    input_BlZ = quantizer.teacher_forcing_input(quantizer.accumulated_scales(TOKENS_BL))
 
     def logits(compute):
         model = VAR(CONFIG, compute).bind({"params": PARAMS["var"]})
@@ -63,7 +63,7 @@ def test_tokens_and_images():
     same_L = (exact == half).mean(axis=0)
     assert 1 - same_L.mean() < 0.06, same_L
     a, b = in_both(
-        lambda compute: decode_images(TOKENIZER, PARAMS["tokenizer"], f_hat_BhwZ, compute)
+        lambda compute: decode_features(TOKENIZER, PARAMS["tokenizer"], f_hat_BhwZ, compute)
     )
     assert 0 < np.abs(a - b).max() < 0.4 and np.abs(a - b).mean() < 0.033
 

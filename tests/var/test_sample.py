@@ -13,7 +13,7 @@ from varjax.runtime import flops
 from varjax.sampling.filters import filter_top_k_top_p
 from varjax.sampling.guidance import guide
 from varjax.sampling.sampler import KnownTokens, image_keys
-from varjax.tokenizers.vq.model import VQTokenizer
+from varjax.tokenizers.vq.model import bound_quantizer, decode_features
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import Quantizer
 from varjax.var.model import VAR
@@ -59,9 +59,9 @@ def sampler(name):
 def decoder(name):
     """Features -> images as the golden files hold them."""
     tokenizer, _ = golden.configs(name)
-    variables = {"params": golden.tokenizer_params(name)}
-    decode = jax.jit(functools.partial(VQTokenizer(tokenizer).apply, method="decode_features"))
-    return lambda f_hat_BhwZ: golden.strided(name, (decode(variables, f_hat_BhwZ) + 1) / 2)
+    params = golden.tokenizer_params(name)
+    decode = jax.jit(functools.partial(decode_features, tokenizer))
+    return lambda f_hat_BhwZ: golden.strided(name, (decode(params, f_hat_BhwZ) + 1) / 2)
 
 
 @functools.cache
@@ -71,8 +71,8 @@ def teacher_forced(name):
 
     @jax.jit
     def run(params, tokens_BL, label_B, guidance):
-        model = VQTokenizer(tokenizer).bind({"params": params["tokenizer"]})
-        input_BlZ = model.teacher_forcing_input(tokens_BL)
+        quantizer = bound_quantizer(tokenizer, params["tokenizer"])
+        input_BlZ = quantizer.teacher_forcing_input(quantizer.accumulated_scales(tokens_BL))
         both_2BLV = VAR(var).apply(
             {"params": params["var"]},
             jnp.concatenate([input_BlZ, input_BlZ]),

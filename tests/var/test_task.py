@@ -11,7 +11,7 @@ from varjax.data.sources import Digits
 from varjax.nn.autoencoder import to_model_range
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
-from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
+from varjax.tokenizers.vq.model import VQConfig, decode_features, quantize_images
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan
 from varjax.var.task import VARTask
@@ -102,8 +102,9 @@ def test_previews_are_samples_and_what_the_tokenizer_makes_of_images(frozen, sta
     assert images.shape == (16, 8, 8, 1) and 0 <= images.min() < images.max() <= 1
     real_BHWC, again_BHWC = pictures["reconstructions"]
     np.testing.assert_allclose(real_BHWC, BATCH["image_BHWC"] / 255, atol=1e-6)
-    model = VQTokenizer(runs.TOKENIZER).bind({"params": frozen})
-    decoded_BHWC = model.decode(model.encode(to_model_range(BATCH["image_BHWC"])))
+    x_BHWC = to_model_range(BATCH["image_BHWC"])
+    f_hats = quantize_images(runs.TOKENIZER, frozen, x_BHWC).f_hats
+    decoded_BHWC = decode_features(runs.TOKENIZER, frozen, f_hats[-1])
     np.testing.assert_allclose(again_BHWC, (decoded_BHWC + 1) / 2, atol=1e-5)
 
 

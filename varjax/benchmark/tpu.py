@@ -43,7 +43,7 @@ from varjax.sampling.programs import Program
 CLOCKS = {"TPU v4": 1.05, "TPU v5 lite": 1.5, "TPU v5": 1.75, "TPU v6": 1.75}
 # The first whose pattern is in an instruction's path counts; what matches none is "rest".
 CATEGORIES = (
-    ("encoder", r"\bencoder\b|encode_images"),
+    ("encoder", r"\bencoder\b"),
     ("decoder", r"\bdecoder\b"),
     ("quantizer", r"Quantizer|\bquantizer\b"),
     ("cache", r"\bcache\b"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.guidance import guide
 from varjax.sampling.programs import Program, SamplingPrograms
-from varjax.tokenizers.vq.model import VQConfig, decode_images, make_quantizer
+from varjax.tokenizers.vq.model import VQConfig, decode_features, make_quantizer
 from varjax.training.task import Batch
 from varjax.trees import PyTree
 from varjax.var import pipeline
@@ -37,7 +37,7 @@ def sampling_programs(preset: str, steps: int, guided: bool = True) -> SamplingP
         )[0]
 
     def decode(params, f_hat_BhwZ, compute):
-        return decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute)
+        return decode_features(tokenizer, params["tokenizer"], f_hat_BhwZ, compute)
 
     def whole(params, options, label_B, key_B, compute):
         return sample_images(tokenizer, var, params, label_B, key_B, options, None, compute, guided)

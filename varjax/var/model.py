@@ -167,7 +167,7 @@ class VAR(nn.Module):
         """Predicts all scales at once by teacher forcing.
 
         Args:
-            input_BlZ: inputs of all scales but the first, from `VQTokenizer.teacher_forcing_input`.
+            input_BlZ: inputs of all scales but the first, from `Quantizer.teacher_forcing_input`.
             label_B: classes; `config.classes` means "no class".
             branch_scale_S2B: factors on each block's two residual branches, from `drop_path`; None
                 for 1.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.nn.autoencoder import to_model_range, to_unit_range
+from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.pipeline import (
     Array,
@@ -27,7 +27,7 @@ from varjax.sampling.sampler import (
     replace_options,
 )
 from varjax.tokenizers.contract import checked_images
-from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
+from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, decode_every_scale
 from varjax.trees import PyTree
 from varjax.var.memory import var_sampling_bytes
 from varjax.var.model import VAR, VARConfig
@@ -53,8 +53,9 @@ class VARPipeline:
 
     Images in are uint8 or float in [0, 1], (B, H, W, channels); images out are float32 in [0, 1].
     Each method compiles once per shape: not for a new seed, label or top-k, and for guidance once
-    without and once with it. The pure functions underneath are `VQTokenizer`, `VAR` and
-    `varjax.var.sample`. Every device holds all parameters, and the devices share each batch.
+    without and once with it. The pure functions underneath are in `varjax.tokenizers.vq.model`,
+    `varjax.var.model` and `varjax.var.sample`. Every device holds all parameters, and the devices
+    share each batch.
 
     Attributes:
         tokenizer: config of the tokenizer.
@@ -81,21 +82,21 @@ class VARPipeline:
         self.params, self.devices = weights.params, weights.devices
         exact = dataclasses.replace(compute, encoder_precision="highest")
 
-        def bound(params):
-            return VQTokenizer(tokenizer, exact).bind({"params": params["tokenizer"]})
-
         def encode(params, _, image_BHWC):
-            return bound(params).encode(to_model_range(image_BHWC))
+            return tokenizer.encode(params["tokenizer"], image_BHWC, exact)["tokens_BL"]
 
         def decode(params, _, token_BL):
-            return to_unit_range(bound(params).decode(token_BL))
+            return tokenizer.decode(params["tokenizer"], {"tokens_BL": token_BL}, exact)
 
-        def decode_every_scale(params, _, token_BL):
-            images_KBHWC = to_unit_range(bound(params).decode_every_scale(token_BL))
-            return jnp.moveaxis(images_KBHWC, 0, 1)
+        def decode_scales(params, _, token_BL):
+            quantizer = bound_quantizer(tokenizer, params["tokenizer"])
+            f_hats = quantizer.accumulated_scales(token_BL)
+            images_KBHWC = decode_every_scale(tokenizer, params["tokenizer"], f_hats, exact)
+            return jnp.moveaxis(to_unit_range(images_KBHWC), 0, 1)
 
         def logits(params, _, token_BL, label_B):
-            input_BlZ = bound(params).teacher_forcing_input(token_BL)
+            quantizer = bound_quantizer(tokenizer, params["tokenizer"])
+            input_BlZ = quantizer.teacher_forcing_input(quantizer.accumulated_scales(token_BL))
             return VAR(var, compute).apply({"params": params["var"]}, input_BlZ, label_B)
 
         def sample(guided, params, options, label_B, key_B, known=None):
@@ -104,7 +105,7 @@ class VARPipeline:
             )
 
         self._encode, self._decode = weights.compile(encode), weights.compile(decode)
-        self._decode_every_scale = weights.compile(decode_every_scale)
+        self._decode_every_scale = weights.compile(decode_scales)
         self._logits = weights.compile(logits)
         self._sample_images = {
             guided: weights.compile(functools.partial(sample, guided)) for guided in (True, False)

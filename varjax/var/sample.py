@@ -20,7 +20,7 @@ from varjax.nn.compute import ComputeConfig
 from varjax.sampling.filters import filter_top_k_top_p
 from varjax.sampling.guidance import checked_guidance, guide
 from varjax.sampling.sampler import KnownTokens, option_field
-from varjax.tokenizers.vq.model import VQConfig, decode_images, make_quantizer
+from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, decode_features
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import Quantizer
 from varjax.trees import PyTree
@@ -124,7 +124,7 @@ def sample_tokens(
     """
     guidance = options.guidance if guided else None
     predict = bind_network(var, params["var"], label_B, guidance, compute)
-    quantizer = make_quantizer(tokenizer).bind({"params": params["tokenizer"]["quantizer"]})
+    quantizer = bound_quantizer(tokenizer, params["tokenizer"])
 
     def choose(logits_BlV, k):
         return choose_tokens(quantizer, logits_BlV, k, key_B, options)
@@ -253,7 +253,7 @@ def sample_images(
     _, f_hat_BhwZ = sample_tokens(
         tokenizer, var, params, label_B, key_B, options, known, compute, guided
     )
-    return to_unit_range(decode_images(tokenizer, params["tokenizer"], f_hat_BhwZ, compute))
+    return to_unit_range(decode_features(tokenizer, params["tokenizer"], f_hat_BhwZ, compute))
 
 
 def gumbel_softmax_weights(

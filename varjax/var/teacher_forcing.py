@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import EXACT, ComputeConfig
-from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
+from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, quantize_images
 from varjax.training.task import Batch
 from varjax.trees import PyTree
 
@@ -25,10 +25,15 @@ def targets_and_inputs(
         Targets (B, L) int32, and inputs (B, l, Z): what the coarser scales add up to, for all
         scales but the first.
     """
-    tokenizer = VQTokenizer(config, compute).bind({"params": frozen})
+    quantizer = bound_quantizer(config, frozen)
     if "tokens_BL" in batch:
-        return batch["tokens_BL"], tokenizer.teacher_forcing_input(batch["tokens_BL"])
-    return tokenizer.encode_for_teacher_forcing(to_model_range(batch["image_BHWC"]))
+        tokens_BL = batch["tokens_BL"]
+        f_hats = quantizer.accumulated_scales(tokens_BL)
+    else:
+        x_BHWC = to_model_range(batch["image_BHWC"])
+        quantized = quantize_images(config, frozen, x_BHWC, compute)
+        tokens_BL, f_hats = quantized.tokens_BL, quantized.f_hats
+    return tokens_BL, quantizer.teacher_forcing_input(f_hats)
 
 
 def reconstructions(
@@ -37,13 +42,13 @@ def reconstructions(
     """Reconstructs the first 8 images of a batch from their tokens, for a preview.
 
     Returns:
-        (rows, 8, H, W, channels) in [0, 1]; above the reconstructions stand the images themselves,
-        where the batch has them.
+        (rows, 8, H, W, channels) in [0, 1]: the images, if the batch has them, then their
+        reconstructions.
     """
-    tokenizer = VQTokenizer(config, compute).bind({"params": frozen})
     if "tokens_BL" in batch:
-        rows = [tokenizer.decode(batch["tokens_BL"][:8])]
+        latents, rows = {"tokens_BL": batch["tokens_BL"][:8]}, []
     else:
-        x_BHWC = to_model_range(batch["image_BHWC"][:8])
-        rows = [x_BHWC, tokenizer.decode(tokenizer.encode(x_BHWC))]
-    return to_unit_range(jnp.stack(rows))
+        images_BHWC = batch["image_BHWC"][:8]
+        latents = config.encode(frozen, images_BHWC, compute)
+        rows = [to_unit_range(to_model_range(images_BHWC))]
+    return jnp.stack([*rows, config.decode(frozen, latents, compute)])

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from tests.helpers import golden_cases as golden
-from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, make_quantizer
+from varjax.tokenizers.vq.model import (
+    VQConfig,
+    VQTokenizer,
+    bound_quantizer,
+    decode_every_scale,
+    make_quantizer,
+    quantize_images,
+)
 from varjax.tokenizers.vq.quantizer import quantizer_loss
 
 
@@ -21,10 +28,11 @@ def test_tokenizer_computes_what_the_reference_computes(name):
     def everything(params, image_BHWC):
         f_BhwZ = model.apply(params, image_BHWC, method=VQTokenizer.features)
         quantized = model.apply(params, f_BhwZ, method=lambda m, f: m.quantizer(f))
-        tokens_BL, input_BlZ = model.apply(
-            params, image_BHWC, method=VQTokenizer.encode_for_teacher_forcing
-        )
-        decoded = model.apply(params, tokens_BL, method=VQTokenizer.decode_every_scale)
+        quantizer = bound_quantizer(config, params["params"])
+        tokens_BL = quantize_images(config, params["params"], image_BHWC).tokens_BL
+        f_hats = quantizer.accumulated_scales(tokens_BL)
+        input_BlZ = quantizer.teacher_forcing_input(f_hats)
+        decoded = decode_every_scale(config, params["params"], f_hats)
         loss = jnp.mean(quantizer_loss(f_BhwZ, quantized.f_hats, 0.25))
         return f_BhwZ, quantized, tokens_BL, input_BlZ, decoded, loss
 
@@ -70,9 +78,10 @@ def test_decoding_tokens_equals_decoding_what_was_quantized(changes):
 
     @jax.jit
     def both(params, image_BHWC):
-        model = VQTokenizer(config).bind(params)
-        tokens_BL = model.encode(image_BHWC)
-        return tokens_BL, model(image_BHWC)[0], model.decode(tokens_BL)
+        tokens_BL = quantize_images(config, params["params"], image_BHWC).tokens_BL
+        decoded_BHWC = config.decode(params["params"], {"tokens_BL": tokens_BL})
+        straight_BHWC, _, _ = VQTokenizer(config).apply(params, image_BHWC)
+        return tokens_BL, straight_BHWC, decoded_BHWC * 2 - 1
 
     tokens_BL, straight_BHWC, decoded_BHWC = both(params, image_BHWC)
     assert tokens_BL.shape == (2, config.pyramid.length)

@@ -1,6 +1,8 @@
 """The multi-scale VQ tokenizer: image <-> K maps of tokens (VAR, section 3.2)."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -102,13 +104,14 @@ class VQConfig:
         self, params: PyTree, images_BHWC: jax.Array, compute: ComputeConfig = EXACT
     ) -> dict[str, jax.Array]:
         """Encodes images, uint8 or floats in [0, 1], into {"tokens_BL": int32}."""
-        model = VQTokenizer(self, compute).bind({"params": params})
-        return {"tokens_BL": model.encode(to_model_range(images_BHWC))}
+        quantized = quantize_images(self, params, to_model_range(images_BHWC), compute)
+        return {"tokens_BL": quantized.tokens_BL}
 
     def decode(self, params: PyTree, latents: Latents, compute: ComputeConfig = EXACT) -> jax.Array:
         """Decodes {"tokens_BL": integers} into images (B, H, W, channels) in [0, 1]."""
-        model = VQTokenizer(self, compute).bind({"params": params})
-        return to_unit_range(model.decode(latents["tokens_BL"].astype(jnp.int32)))
+        tokens_BL = latents["tokens_BL"].astype(jnp.int32)
+        f_hat_BhwZ = bound_quantizer(self, params).accumulated_scales(tokens_BL)[-1]
+        return to_unit_range(decode_features(self, params, f_hat_BhwZ, compute))
 
     def identity(self, params: PyTree) -> dict[str, Any]:
         """Returns the config and the weights' digest, which tell this tokenizer from any other."""
@@ -116,12 +119,12 @@ class VQConfig:
 
 
 class VQTokenizer(nn.Module):
-    """Computes a multi-scale VQ tokenizer, as a module that is bound to its parameters.
+    """The network of a multi-scale VQ tokenizer: encoder, quantizer and decoder.
 
-        model = VQTokenizer(config).bind({"params": params})
-        tokens_BL = model.encode(image_BHWC)
+        y_BHWC, f_BhwZ, quantized = VQTokenizer(config).apply({"params": params}, image_BHWC)
 
     Images are (B, H, W, channels) in [-1, 1] here, tokens (B, L) int32, the scales concatenated.
+    Outside of training, the functions below process large images piece by piece.
 
     Attributes:
         config: config of the tokenizer.
@@ -171,67 +174,56 @@ class VQTokenizer(nn.Module):
         f_BhwZ = self.encoder(image_BHWC.astype(self.encoder_dtype))
         return self.quant_conv(f_BhwZ.astype(jnp.float32))
 
-    def encode(self, image_BHWC: jax.Array) -> jax.Array:
-        """Encodes images in [-1, 1] into tokens (B, L)."""
-        return self.quantize_images(image_BHWC).tokens_BL
-
-    def encode_for_teacher_forcing(self, image_BHWC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Encodes images into (tokens (B, L), transformer input (B, L - l of scale 0, Z))."""
-        quantized = self.quantize_images(image_BHWC)
-        return quantized.tokens_BL, self.quantizer.teacher_forcing_input(quantized.f_hats)
-
-    def teacher_forcing_input(self, tokens_BL: jax.Array) -> jax.Array:
-        """Computes the transformer's input for all scales but the first, from tokens (B, L)."""
-        return self.quantizer.teacher_forcing_input(self.quantizer.accumulated_scales(tokens_BL))
-
-    def decode(self, tokens_BL: jax.Array) -> jax.Array:
-        """Decodes tokens (B, L) into images (B, H, W, channels), clipped to [-1, 1]."""
-        return self.decode_features(self.quantizer.accumulated_scales(tokens_BL)[-1])
-
-    def decode_every_scale(self, tokens_BL: jax.Array) -> jax.Array:
-        """Decodes tokens (B, L) into the image after each scale, (K, B, H, W, channels)."""
-        f_hat_KBhwZ = jnp.stack(self.quantizer.accumulated_scales(tokens_BL))
-        # Scale by scale: all of them at once would need K times the memory.
-        return jax.lax.map(self.decode_features, f_hat_KBhwZ)
-
-    def decode_features(self, f_hat_BhwZ: jax.Array) -> jax.Array:
-        """Decodes f_hat (B, h, w, Z) into images clipped to [-1, 1]."""
-        return decode_images(self.config, self.variables["params"], f_hat_BhwZ, self.compute)
-
-    def quantize_images(self, image_BHWC: jax.Array) -> Quantized:
-        """Encodes and quantizes images in [-1, 1]; not for training."""
-        params = self.variables["params"]
-        return self.quantizer(encode_images(self.config, params, image_BHWC, self.compute))
-
     def decode_unclipped(self, f_hat_BhwZ: jax.Array) -> jax.Array:
         """Decodes f_hat (B, h, w, Z) into images for training, not clipped."""
         f_hat_BhwZ = f_hat_BhwZ.astype(self.compute.jax_dtype)
         return self.decoder(self.post_quant_conv(f_hat_BhwZ)).astype(jnp.float32)
 
 
-def encode_images(
-    config: VQConfig,
-    params: PyTree,
-    image_BHWC: jax.Array,
-    compute: ComputeConfig = EXACT,
+def quantize_images(
+    config: VQConfig, params: PyTree, image_BHWC: jax.Array, compute: ComputeConfig = EXACT
+) -> Quantized:
+    """Encodes and quantizes images in [-1, 1]; not for training."""
+    f_BhwZ = image_features(config, params, image_BHWC, compute)
+    return bound_quantizer(config, params)(f_BhwZ)
+
+
+def image_features(
+    config: VQConfig, params: PyTree, image_BHWC: jax.Array, compute: ComputeConfig = EXACT
 ) -> jax.Array:
     """Computes features (B, h, w, Z) of images in [-1, 1]; not for training."""
-    # A module of its own, because a loop over images must not be inside of a running one.
-    model = VQTokenizer(config, compute, parent=None).bind({"params": params})
+    model = VQTokenizer(config, compute).bind({"params": params})
     return map_images(model.features, image_BHWC, config.image_shape, compute)
 
 
-def decode_images(
+def decode_features(
     config: VQConfig, params: PyTree, f_hat_BhwZ: jax.Array, compute: ComputeConfig = EXACT
 ) -> jax.Array:
     """Decodes f_hat (B, h, w, Z) into images clipped to [-1, 1]; not for training."""
-    model = VQTokenizer(config, compute, parent=None).bind({"params": params})
+    model = VQTokenizer(config, compute).bind({"params": params})
     decode = lambda f_hat_BhwZ: jnp.clip(model.decode_unclipped(f_hat_BhwZ), -1, 1)  # noqa: E731
     return map_images(decode, f_hat_BhwZ, config.image_shape, compute)
 
 
+def decode_every_scale(
+    config: VQConfig,
+    params: PyTree,
+    f_hats: Sequence[jax.Array],
+    compute: ComputeConfig = EXACT,
+) -> jax.Array:
+    """Decodes K f_hats into the image after each scale, (K, B, H, W, channels) in [-1, 1]."""
+    decode = functools.partial(decode_features, config, params, compute=compute)
+    # Scale by scale: all of them at once would need K times the memory.
+    return jax.lax.map(decode, jnp.stack(f_hats))
+
+
+def bound_quantizer(config: VQConfig, params: PyTree) -> Quantizer:
+    """Returns the quantizer with its parameters, which are part of the tokenizer's."""
+    return make_quantizer(config).bind({"params": params["quantizer"]})
+
+
 def make_quantizer(config: VQConfig) -> Quantizer:
-    """Returns the quantizer alone, whose parameters are the tokenizer's `params["quantizer"]`."""
+    """Returns the quantizer without parameters, which are the tokenizer's `params["quantizer"]`."""
     return Quantizer(
         pyramid=config.pyramid,
         vocab=config.vocab,

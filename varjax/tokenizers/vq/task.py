@@ -45,7 +45,7 @@ from varjax.tokenizers.vq.codebook import (
     sample_scale_dropout,
     scale_residuals,
 )
-from varjax.tokenizers.vq.model import VQConfig, VQTokenizer
+from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, decode_every_scale, quantize_images
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity, quantizer_loss
 from varjax.training.optimizer import AdamW
 from varjax.training.task import (
@@ -194,9 +194,9 @@ class VQTask:
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Returns a row of held-out images, and below it reconstructions, scale by scale."""
-        model = VQTokenizer(self.model).bind({"params": state.params})
         x_BHWC = to_model_range(batch["image_BHWC"][:PREVIEW_IMAGES])
-        y_KBHWC = model.decode_every_scale(model.encode(x_BHWC))
+        f_hats = quantize_images(self.model, state.params, x_BHWC).f_hats
+        y_KBHWC = decode_every_scale(self.model, state.params, f_hats)
         return {"reconstructions": to_unit_range(jnp.concatenate([x_BHWC[None], y_KBHWC]))}
 
     def sampler(self) -> None:

@@ -11,7 +11,13 @@ import numpy as np
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import EXACT, Precision
 from varjax.tokenizers import image_metrics
-from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, encode_images
+from varjax.tokenizers.vq.model import (
+    VQConfig,
+    bound_quantizer,
+    decode_every_scale,
+    image_features,
+    quantize_images,
+)
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity
 from varjax.trees import PyTree
 
@@ -33,11 +39,10 @@ def measure_tokens(
         of the features; same_in_<precision>_B, the share of tokens that stay as they are where the
         encoder multiplies less exactly. And counts_KV, of codes in valid images.
     """
-    model = VQTokenizer(config).bind({"params": params})
-    f_BhwZ = encode_images(config, params, x_BHWC)
-    quantized = model.quantizer(f_BhwZ)
+    f_BhwZ = image_features(config, params, x_BHWC)
+    quantized = bound_quantizer(config, params)(f_BhwZ)
     f_hat_KBhwZ = jnp.stack(quantized.f_hats)
-    y_KBHWC = jax.lax.map(model.decode_features, f_hat_KBhwZ)  # as in `decode_every_scale`
+    y_KBHWC = decode_every_scale(config, params, quantized.f_hats)
     a_BHWC = to_unit_range(x_BHWC)
     measures = {
         "psnr_KB": jax.vmap(lambda y: image_metrics.psnr(a_BHWC, to_unit_range(y)))(y_KBHWC),
@@ -46,7 +51,7 @@ def measure_tokens(
     }
     for precision in SHORTER:
         compute = dataclasses.replace(EXACT, encoder_precision=precision)
-        tokens_BL = model.quantizer(encode_images(config, params, x_BHWC, compute)).tokens_BL
+        tokens_BL = quantize_images(config, params, x_BHWC, compute).tokens_BL
         same_BL = (tokens_BL == quantized.tokens_BL).astype(jnp.float32)
         measures[f"same_in_{precision}_B"] = jnp.mean(same_BL, axis=1)
     counts_KV = code_counts(config.pyramid, config.vocab, quantized.tokens_BL, valid_B)
