@@ -338,7 +338,7 @@ def test_a_tiny_folder_holds_out_what_is_asked_for(tmp_path):
         Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "split" / name / "a.png")
     named = load(f"small.py:data=folder:{tmp_path}/split,size=8,held_out=test").data
     assert named.held_out == "test"
-    with pytest.raises(InputError, match="held_out=2.0: must be a folder, or a share"):
+    with pytest.raises(InputError, match="held_out=2.0: must be a folder, or a fraction"):
         load(f"small.py:{arg},held_out=2")
     with pytest.raises(InputError, match="held_out=0.3: Digits always holds out the same"):
         load("small.py:data=digits,size=8,held_out=0.3")

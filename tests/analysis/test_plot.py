@@ -70,8 +70,8 @@ def test_runs_of_every_kind_go_into_one_picture(tmp_path, capsys):
     ("name", "message"),
     [
         ("nowhere", "nowhere does not exist"),
-        ("folder", "folder is no run: it holds no config.json"),
-        ("converted", "converted is no training run"),
+        ("folder", "folder is not a run: it has no config.json"),
+        ("converted", "converted is not a training run"),
         ("empty", "nothing is logged yet in .*empty"),
     ],
 )

@@ -56,8 +56,8 @@ def test_lines_that_are_no_metrics_are_counted_and_left_out(run, capsys, line):
     assert (status.step, status.loss) == (200, 2.5)
     assert status.eval_loss != status.eval_loss  # no number is no metric
     (said,) = capsys.readouterr().err.splitlines()
-    assert said.endswith("metrics.jsonl: 2 of 4 lines are no metrics and are left out; the first "
-                         "is line 2")  # fmt: skip
+    assert said.endswith("metrics.jsonl: 2 of 4 lines contain no metrics and are skipped; "
+                         "the first is line 2")  # fmt: skip
     assert read_run_log(run).points("loss")[1].tolist() == [2.5]
 
 

@@ -33,7 +33,7 @@ def sample_std(schedule: NoiseSchedule, error: float) -> float:
 
     Args:
         schedule: noise schedule of the reverse loop, whose steps add the smallest variance, β̃.
-        error: the predicted noise is 1 + error times the best guess.
+        error: relative error; the predicted noise is (1 + error) times the best guess.
     """
     variance, s = 1.0, schedule
     for j in reversed(range(len(s.timestep_J))):
@@ -62,7 +62,7 @@ def steps_table(error: float) -> Iterator[str]:
 def cost_table(steps: int) -> Iterator[str]:
     """Yields the lines of a table of denoising steps per image.
 
-    steps: in which the tokens are drawn.
+    steps: number of sampling steps.
     """
     yield "| `--diffusion_steps` | first and last step | sum over all steps | tokens × steps |"
     yield "|---|---|---|---|"

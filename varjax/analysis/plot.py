@@ -21,9 +21,12 @@ from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import files
 
 PREFIX_LABELS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
-SECOND_METRICS = ("accuracy", "psnr")  # next to the loss: the first one in the logs
-SAMPLE_METRICS = ("fid", "inception_score")  # next to these: all in the logs
-SCALE_METRICS = ("loss_at_scale", "perplexity")  # in the lower panels: the first one in the logs
+SECOND_METRICS = ("accuracy", "psnr")  # right of the loss: the first one that the logs have
+SAMPLE_METRICS = ("fid", "inception_score")  # then: all that the logs have
+SCALE_METRICS = (
+    "loss_at_scale",
+    "perplexity",
+)  # in the lower panels: the first one that the logs have
 PANEL_COLUMNS = 5
 
 

@@ -65,31 +65,31 @@ class RunLog:
 
     def points(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns images seen and values, both (N,), wherever `metric` was logged as a number."""
-        found = [(line["step"], line[metric]) for line in self.lines if metric in line]
-        pairs = np.array([pair for pair in found if None not in pair], float).reshape(-1, 2)
+        pairs = [(line["step"], line[metric]) for line in self.lines if metric in line]
+        pairs = np.array([pair for pair in pairs if None not in pair], float).reshape(-1, 2)
         return pairs[:, 0] * self.batch_size, pairs[:, 1]
 
     def scales(self, metric: str) -> int:
         """Counts the scales for which `metric` was logged."""
         pattern = re.compile(rf"(?:eval(?:_ema)?/)?{re.escape(metric)}/(\d+)$")
-        found = (pattern.match(name) for line in self.lines for name in line)
-        return max((int(match[1]) + 1 for match in found if match), default=0)
+        matches = (pattern.match(name) for line in self.lines for name in line)
+        return max((int(match[1]) + 1 for match in matches if match), default=0)
 
 
 def read_run_log(directory: str | pathlib.Path) -> RunLog:
-    """Reads the log of a run, without the last line where that is only half written.
+    """Reads the log of a run, without a last line that is only half written.
 
-    Other lines that are no metrics are left out, and counted on stderr. Raises InputError for a
-    directory that is no run's.
+    Other lines that contain no metrics are skipped, and counted on stderr. Raises InputError if the
+    directory is not a run.
     """
     path = as_path(directory)
     if not path.is_dir():
         raise InputError(f"{directory} does not exist; give directories of runs")
     if not (path / "config.json").is_file():
-        raise InputError(f"{directory} is no run: it holds no config.json")
+        raise InputError(f"{directory} is not a run: it has no config.json")
     config = files.read_json(path / "config.json")
     if type(batch_size := config.get("batch_size")) is not int:
-        raise InputError(f"{directory} is no training run: its config.json has no batch_size")
+        raise InputError(f"{directory} is not a training run: its config.json has no batch_size")
     plan = config["plan"] if isinstance(config.get("plan"), dict) else {}
     steps = plan.get("steps") or config.get("steps") or None
     if type(steps) not in (int, type(None)):
@@ -103,8 +103,8 @@ def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     lines = [parse_metrics_line(line) for line in whole]
     if bad := [i for i, line in enumerate(lines, 1) if line is None]:
         print(
-            f"note: {path}: {len(bad)} of {len(lines)} lines are no metrics and are left out; the "
-            f"first is line {bad[0]}",
+            f"note: {path}: {len(bad)} of {len(lines)} lines contain no metrics and are skipped; "
+            f"the first is line {bad[0]}",
             file=sys.stderr,
         )
     return [line for line in (*lines, parse_metrics_line(last)) if line]

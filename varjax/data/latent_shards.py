@@ -5,8 +5,8 @@ of N consecutive images, with U augmentations each:
 
 - for each array of the `latent_spec`, an array (N, U, ...) in its storage dtype
 - "label_N", and "valid_N", which is False for broken images
-- "checksum_NU" of each augmentation of an image, which is checked when that is read. A checksum of
-  the whole file would require to read all of it first.
+- "checksum_NU", one for each augmentation of an image, checked when it is read. A checksum of the
+  whole file would require reading all of it first.
 """
 
 import dataclasses

@@ -129,7 +129,7 @@ class LatentSource:
     """Reads {"latents": {name: (U, ...)}, "label", …} of each image from memory-mapped files.
 
     "augmentations" is U. "check" is a function of an augmentation's index, which raises
-    DamagedFileError if its latents are not those that were written.
+    DamagedFileError if its latents have changed since they were written.
 
     Attributes:
         root: folder of the cached latents.

@@ -25,10 +25,10 @@ from varjax.errors import InputError
 from varjax.storage.image_files import BrokenImageCounter
 
 BatchArrays = dict[str, np.ndarray]
-BATCHES_AHEAD = 2  # prepared while another one is used
-RANGE_IMAGES = 64  # whose range of values is checked
+BATCHES_AHEAD = 2  # batches prepared while another one is used
+RANGE_IMAGES = 64  # number of images whose range of values is checked
 SMALL_RANGE = 26  # a tenth of 0 … 255
-MAX_ROWS = 2**20  # of a batch, which is listed and held in memory
+MAX_ROWS = 2**20  # in a batch, whose positions and arrays are held in memory
 
 
 @dataclasses.dataclass(frozen=True)

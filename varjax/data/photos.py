@@ -33,7 +33,7 @@ def write_photos(out: str, size: int = 64, train: int = 200, val: int = 40) -> s
         A line that says what was written.
 
     Raises:
-        InputError: `out` holds anything, or the size does not fit.
+        InputError: `out` is not empty, or the size is out of range.
     """
     check_setting("size", size, MIN_SIZE <= size <= MAX_SIZE, f"from {MIN_SIZE} to {MAX_SIZE}")
     folders.check_replaceable(out)

@@ -237,7 +237,7 @@ class ExampleStream:
         return self.transform.train(example, index, epoch, rng)
 
 
-@functools.lru_cache(maxsize=4)  # batches in the making may be in two epochs
+@functools.lru_cache(maxsize=4)  # pending batches may be in two epochs
 def _order(seed: int, epoch: int, size: int) -> np.ndarray:
     """Returns the indices of the images in the order of an epoch."""
     return np.random.default_rng((seed, 0, epoch)).permutation(size)

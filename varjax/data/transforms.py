@@ -11,7 +11,7 @@ from varjax.errors import InputError, check_setting
 from varjax.storage.image_io import resized_part
 
 Crop = Literal["random", "center"]  # VAR's recipe for photographs, or ADM's, which MAR uses
-RESIZE_RATIO = 1.125  # of the resized image to the crop
+RESIZE_RATIO = 1.125  # size of the resized image, divided by the crop's
 
 
 def training_crop(
@@ -25,7 +25,7 @@ def training_crop(
     """Augments a photograph as VAR ("random") or as MAR ("center") does.
 
     Center crops are mirrored in every second view, not at random, so that two views are exactly the
-    two orientations of an image. A cache of latents needs no others.
+    two orientations of an image. A cache of latents needs no other views.
 
     Args:
         image_HWC: uint8 with 1, 3 or 4 channels.
@@ -53,7 +53,7 @@ def evaluation_crop(image_HWC: np.ndarray, size: tuple[int, int], crop: Crop) ->
 def random_crop(
     image_HWC: np.ndarray, rng: np.random.Generator, size: tuple[int, int], flip: bool = False
 ) -> np.ndarray:
-    """Augments as the reference does: resizes to cover 1.125 × `size`, cuts a random part out.
+    """Augments as the reference does: resizes to cover 1.125 × `size`, cuts out a random part.
 
     Args:
         image_HWC: uint8 with 1, 3 or 4 channels.
@@ -69,19 +69,19 @@ def random_crop(
 
 
 def center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes as for training and cuts the middle out, (height, width) = `size`: for evaluation."""
+    """Resizes as for training and cuts out the middle, (height, width) = `size`: for evaluation."""
     (h, w), (height, width) = size, _covering(image_HWC.shape, *_resized(size))
-    # Half to even, as the reference's framework rounds.
+    # Rounds half to even, as the reference's framework does.
     corner = round((height - h) / 2), round((width - w) / 2)
     return np.ascontiguousarray(_resized_part(image_HWC, (height, width), corner, size))
 
 
 def adm_center_crop(image_HWC: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Cuts the middle out as ADM does (Dhariwal and Nichol 2021; `center_crop_arr` in its code).
+    """Cuts out the middle as ADM does (Dhariwal and Nichol 2021; `center_crop_arr` in its code).
 
     Halves by a box filter while the image stays at least as large as `size`, resizes by bicubic
-    interpolation until it just covers `size`, and cuts off what is beyond. ADM's sizes are square;
-    of others both sides are covered.
+    interpolation until it just covers `size`, and cuts off the rest. ADM's sizes are square; for
+    other sizes, both sides are covered.
 
     Args:
         image_HWC: uint8 with 1, 3 or 4 channels; the fourth is alpha.

@@ -108,7 +108,7 @@ def test_links_are_followed_but_not_in_circles(official):
     linked = Folder("x")
     assert paths(linked)[-3:] == ["train/bee/2.JPEG", "train/bee/3.png", "train/cat/1.png"]
     pathlib.Path("x/train/cat/back").symlink_to(pathlib.Path("elsewhere").resolve())
-    with pytest.raises(ValueError, match="cat/back/cat is a link to a folder that it lies in"):
+    with pytest.raises(ValueError, match="cat/back/cat is a link to a folder that contains it"):
         paths(Folder("x"))
 
 
@@ -142,19 +142,19 @@ def test_folders_that_make_no_sense_are_refused(official):
     refused("root is empty", "")
     refused("cannot list the images in 'nowhere': No such", "nowhere")
     refused("held_out is 'test', but x has no folders train and test", held_out="test")
-    refused("held_out=1.0: must be a folder, or a share between 0 and 1", held_out=1.0)
+    refused("held_out=1.0: must be a folder, or a fraction between 0 and 1", held_out=1.0)
     pathlib.Path("x/train/dog").mkdir()
     refused("no training images of 1 classes: dog")
     put("x/val/cat/1.png")
-    refused("val has classes that train has not: cat")
+    refused("val has classes that train lacks: cat")
     pathlib.Path("empty").mkdir()
     refused("empty has no images; known are .jpg", "empty")
     put("mixed/1.png", "mixed/ant/1.png")
     refused("mixed.* holds images .*1.png.* and folders .*ant.*unconditional", "mixed")
     put("unsorted/train/ant/1.png", "unsorted/val/1.png")
-    refused("val holds images, but no folders of classes", "unsorted")
+    refused("val holds images, but no class folders", "unsorted")
     put("vehicles/bus/1.png", "vehicles/train/1.png")
-    refused("has a folder train, but no val beside it: bus, train", "vehicles")
+    refused("has a folder train, but no folder val: bus, train", "vehicles")
     put("few/1.png", "few/2.png")
     refused("no images to hold out: held_out=0.05 chose none", "few")
     with pytest.raises(ValueError) as caught:
@@ -185,7 +185,7 @@ def test_a_command_line_names_data_by_kind_and_place():
     for text in ("", "folder", "folder:", "tfds:", "cifar10", "digits:8"):
         with pytest.raises(ValueError, match="give folder:PATH"):
             parse_dataset(text, 8)
-    with pytest.raises(ValueError, match="digits are 8 by 8 pixels, but 256"):
+    with pytest.raises(ValueError, match="digits are 8 by 8 pixels, not 256"):
         parse_dataset("digits", 256)
 
 

@@ -151,7 +151,7 @@ def test_what_is_missing_is_told_with_what_to_do(data_dir, tmp_path):
     info = tmp_path / "old/dataset_info.json"
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     refused(
-        "stored as tfrecord, which cannot be read in any order; prepare it again",
+        "stored as tfrecord, which has no random access; prepare it again",
         str(tmp_path / "old"),
     )
 

@@ -36,7 +36,7 @@ def parse_dataset(
         return CachedLatents(where)
     if kind == "digits" and not colon:
         if size not in (8, (8, 8)):
-            raise InputError(f"digits are 8 by 8 pixels, but {size} is wanted; choose other data")
+            raise InputError(f"digits are 8 by 8 pixels, not {size}; choose other data")
         return Digits()
     if kind == "random" and not colon:
         return Noise(size, channels)
@@ -44,6 +44,6 @@ def parse_dataset(
         return Photos(size)
     raise InputError(
         f"data is {text!r}; give folder:PATH (images in folders), tfds:NAME or tfds:DIRECTORY "
-        "(a prepared dataset), latents:PATH (made of images once), digits, photos (crops of two "
+        "(a prepared dataset), latents:PATH (encoded once), digits, photos (crops of two "
         "photographs), or random (noise, to try things out)"
     )

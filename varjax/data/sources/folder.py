@@ -24,7 +24,7 @@ from varjax.storage.read_errors import retry_read
 
 IMAGE_SUFFIXES = tuple(IMAGE_FORMATS)
 ONE_CLASS_NAMES = ("image",)  # of images without classes
-DEFAULT_HELD_OUT_SHARE = 0.05
+DEFAULT_HELD_OUT_FRACTION = 0.05
 # Of a folder, through links. Twenty folders with two links to the next have a million paths.
 MAX_VISITS = 64
 
@@ -34,10 +34,10 @@ class Folder:
     """Images in a folder, with a subfolder for each class or without.
 
     `root` holds train/<class>/… and val/<class>/…, like the official ImageNet; or <class>/…
-    without splits; or just images, which are of one class then. Deeper folders belong to their
-    class. Classes are numbered in the order of their names; what is hidden is skipped.
+    without splits; or just images, which then are one class. Deeper folders belong to their
+    class. Classes are numbered in the order of their names. Hidden files are skipped.
 
-    Everything raises InputError for folders that make no sense.
+    Every method raises InputError if the folders do not fit.
 
         data = Folder("images", size=256)
         batch = data.make(batch_size=64, seed=0).train_batch(0)  # {"image_BHWC", "label_B"}
@@ -51,9 +51,9 @@ class Folder:
         flip: whether to mirror half of the training images: random crops at random, center crops in
             every second epoch.
         held_out: folder next to train/, or the fraction of images to hold out, chosen by a hash of
-            each path, so that a new file never moves another one to the other split. None for "val"
+            each path, so that a new file never moves other files between the splits. None for "val"
             if it exists, else 0.05.
-        unconditional: whether all images are of one class, whatever their subfolders.
+        unconditional: whether all images are one class and subfolders are ignored.
         reading: numbers of threads and worker processes that read.
     """
 
@@ -73,7 +73,9 @@ class Folder:
         transforms.check_crop(self.crop)
         if not isinstance(self.held_out, str | None):
             fits = 0 < self.held_out < 1
-            check_setting("held_out", self.held_out, fits, "a folder, or a share between 0 and 1")
+            check_setting(
+                "held_out", self.held_out, fits, "a folder, or a fraction between 0 and 1"
+            )
 
     @functools.cached_property
     def layout(self) -> "FolderLayout":
@@ -82,7 +84,7 @@ class Folder:
 
     @functools.cached_property
     def listings(self) -> "dict[str, ImageListing]":
-        """The images of both splits, as they were when first asked for."""
+        """The images of both splits, listed at the first access."""
         return self.layout.listings()
 
     @property
@@ -122,7 +124,7 @@ class Folder:
 
 @dataclasses.dataclass(frozen=True)
 class FolderSource:
-    """Decodes a file when asked for one; raises BrokenImage or StorageError as `decode_file`."""
+    """Decodes a file on access; raises the errors of `decode_file`."""
 
     listing: "ImageListing"
     channels: int
@@ -176,7 +178,7 @@ class FolderLayout:
 
     @classmethod
     def detect(cls, root: str, held_out: str | float | None, unconditional: bool) -> "FolderLayout":
-        """Detects the layout by the uppermost folders; raises InputError when they leave a doubt.
+        """Detects the layout from the top folders; raises InputError if it is not clear.
 
         The arguments are those of `Folder`.
         """
@@ -187,16 +189,17 @@ class FolderLayout:
         if isinstance(held_out, str) and not {"train", held_out} <= set(folders):
             raise InputError(
                 f"held_out is {held_out!r}, but {root} has no folders train and {held_out}; its "
-                f"folders are {_few(folders)}. A share of the images, say 0.05, can be held out too"
+                f"folders are {_few(folders)}. held_out can also be a fraction "
+                "of the images, say 0.05"
             )
         if "train" in folders:
-            train, beside = "train", isinstance(held_out, str) or "val" in folders
-            if not beside and len(folders) > 1:
+            train, has_held_out = "train", isinstance(held_out, str) or "val" in folders
+            if not has_held_out and len(folders) > 1:
                 raise InputError(
-                    f"{root} has a folder train, but no val beside it: {_few(folders)}. Name the "
+                    f"{root} has a folder train, but no folder val: {_few(folders)}. Name the "
                     "held-out folder (held_out=test), or if these are classes, rename train"
                 )
-            if held_out is None and beside:
+            if held_out is None and has_held_out:
                 held_out = "val"
             folders, files = _scan(_below(root, train))
         if not unconditional and folders and files:
@@ -208,7 +211,7 @@ class FolderLayout:
         flat = unconditional or not folders
         names = ONE_CLASS_NAMES if flat else tuple(folders)
         return cls(
-            root, train, DEFAULT_HELD_OUT_SHARE if held_out is None else held_out, names, flat
+            root, train, DEFAULT_HELD_OUT_FRACTION if held_out is None else held_out, names, flat
         )
 
     def listings(self) -> dict[str, ImageListing]:
@@ -226,12 +229,12 @@ class FolderLayout:
         where = _below(self.root, self.train)
         if not held_out.paths:
             assert isinstance(self.held_out, float)
-            smallest = min(map(_number, train.paths))  # a larger share holds this one out
+            smallest = min(map(_number, train.paths))  # a larger fraction holds this one out
             enough = min(0.99, math.floor(smallest * 100 + 1) / 100)
             raise InputError(
                 f"{where} has no images to hold out: held_out={self.held_out} chose none of "
-                f"{len(train.paths)} by the hash of their paths. Give a share of {enough} or more, "
-                f"such as --config.data.held_out={enough}, or sort the images into train/ and val/"
+                f"{len(train.paths)} by the hash of their paths. Give {enough} or more "
+                f"(--config.data.held_out={enough}), or sort the images into train/ and val/"
             )
         counts = np.bincount(train.labels_N, minlength=len(self.class_names))
         if not counts.all():
@@ -243,7 +246,7 @@ class FolderLayout:
         return {"train": train, "held_out": held_out}
 
     def training_folder(self) -> ImageListing:
-        """Lists the images to train on, with those that a share holds out."""
+        """Lists the images of the training folder, held-out ones included."""
         return self._folder(self.train)
 
     def _folder(self, folder: str) -> ImageListing:
@@ -254,10 +257,10 @@ class FolderLayout:
         else:
             folders, files = _scan(where)
             if unknown := sorted(set(folders) - set(self.class_names)):
-                raise InputError(f"{where} has classes that {self.train} has not: {_few(unknown)}")
+                raise InputError(f"{where} has classes that {self.train} lacks: {_few(unknown)}")
             if not folders and files:
                 raise InputError(
-                    f"{where} holds images, but no folders of classes like {self.train}; sort them "
+                    f"{where} holds images, but no class folders as in {self.train}; sort them "
                     "into folders of the same names"
                 )
             classes = {name: list(_images(where, name)) for name in folders}
@@ -270,10 +273,10 @@ class FolderLayout:
 
 
 def _scan(folder: str) -> tuple[list[str], list[str]]:
-    """(subfolders, image files), sorted, links followed."""
+    """Returns (subfolders, image files), sorted; follows links."""
     try:
         folders, files = retry_read(lambda: _list_folder(folder), folder)
-    except InputError:  # a StorageError among them
+    except InputError:  # which includes StorageError
         raise
     except OSError as error:
         raise InputError(f"cannot list the images in {folder!r}: {error.strerror}") from error
@@ -295,7 +298,7 @@ def _list_folder(folder: str) -> tuple[list[str], list[str]]:
 def _images(
     root: str, folder: str, above: tuple[str, ...] = (), visits: Counter[str] | None = None
 ) -> Iterator[str]:
-    """Paths below `root` of all images in `folder` and deeper."""
+    """Yields the paths below `root` of all images in `folder` and deeper."""
     here, visits = _below(root, folder), Counter() if visits is None else visits
     folders, files = _scan(here)
     yield from (os.path.join(folder, name) for name in files)
@@ -308,7 +311,7 @@ def _images(
             )
     for name in folders:
         if os.path.realpath(os.path.join(here, name)) in above:
-            raise InputError(f"{os.path.join(here, name)} is a link to a folder that it lies in")
+            raise InputError(f"{os.path.join(here, name)} is a link to a folder that contains it")
         yield from _images(root, os.path.join(folder, name), above, visits)
 
 
@@ -322,7 +325,7 @@ def _choose(listing: ImageListing, chosen_N: np.ndarray) -> ImageListing:
 
 
 def _number(path: str) -> float:
-    """In [0, 1), evenly spread, the same forever."""
+    """Returns a number in [0, 1) that depends on the path alone, evenly spread."""
     digest = hashlib.blake2b(os.fsencode(path), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 

@@ -14,7 +14,7 @@ from varjax.data.workers import ReadOptions
 from varjax.errors import InputError, check_setting
 
 PHOTO_NAMES = ("china", "flower")
-# Columns of 640 that are held out: a strip through the middle of what the photographs show.
+# Number of held-out columns, of 640: a strip through the middle of each photograph's subject.
 HELD_OUT_COLUMNS = slice(240, 368)
 HELD_OUT_WIDTH = HELD_OUT_COLUMNS.stop - HELD_OUT_COLUMNS.start
 
@@ -23,8 +23,8 @@ HELD_OUT_WIDTH = HELD_OUT_COLUMNS.stop - HELD_OUT_COLUMNS.start
 class Photos:
     """Crops of two photographs, 427 by 640 pixels, a pagoda and a flower; each is a class.
 
-    A strip of 128 columns is cut out of each first. From it come the held-out crops, which overlap
-    by half; from the two sides that are left, `images` random ones, drawn again in each epoch.
+    A strip of 128 columns of each photograph is held out, and cut into crops that overlap by half.
+    The two sides that are left give `images` random crops, drawn again in each epoch.
 
     Raises InputError for a size above 128.
 
@@ -105,7 +105,7 @@ class Photos:
 
 @dataclasses.dataclass(frozen=True)
 class PhotoSides:
-    """The parts of the photographs to crop from, uncut.
+    """Holds the parts of the photographs that random crops are cut from.
 
     Attributes:
         parts: (image, label) of each part.

@@ -162,13 +162,13 @@ class TFDSSource:
                 return builder.as_data_source(self.split, decoders=decoders)
         except NotImplementedError as error:
             raise InputError(
-                f"{name} is stored as {builder.info.file_format.value}, which cannot be read in "
-                f"any order; prepare it again by {PREPARE_HINT.format(name)}"
+                f"{name} is stored as {builder.info.file_format.value}, which has no random "
+                f"access; prepare it again by {PREPARE_HINT.format(name)}"
             ) from error
         except (KeyError, ValueError) as error:
             raise InputError(
                 f"{name} has no split {self.split!r}, but {sorted(builder.info.splits)}; set train "
-                'and held_out to those, or to parts of them like "train[95%:]"'
+                'and held_out to these, or to parts of them like "train[95%:]"'
             ) from error
         raise InputError(f"the split {self.split!r} of {name} holds no images")
 
@@ -205,7 +205,7 @@ class TFDSSource:
         try:
             return self.records[index]
         except Exception as error:
-            if machine_errno(error) is not None:  # after which the reader always fails
+            if machine_errno(error) is not None:  # the reader would fail at every later access, too
                 self.__dict__.pop("records", None)
             raise
 
@@ -236,10 +236,10 @@ def _open(name: str, data_dir: str) -> Any:
     if retry_read(path.is_dir, path) or in_bucket(name) or name.startswith(("/", ".", "~")):
         raise InputError(
             f"{name} holds no prepared dataset: there is no dataset_info.json in it. Pack a folder "
-            "of images by varjax prepare, or read it as it is (folder:PATH)"
+            "of images with varjax prepare, or read it as it is (folder:PATH)"
         )
     options = {"data_dir": os.path.expanduser(data_dir)} if data_dir else {}
-    # builder_from_files finds the directory in the same way, but opens it at once.
+    # builder_from_files finds the directory in the same way, but opens it immediately.
     with error_utils.record_error_context():
         found = read_only_builder._find_builder_dir(name, **options)
     if found is None:
@@ -267,7 +267,7 @@ def _open_directory(directory: str) -> Any:
             )
     try:
         return retry_read(lambda: tfds.builder_from_directory(directory), directory)
-    except InputError:  # a StorageError among them
+    except InputError:  # which includes StorageError
         raise
     except Exception as error:  # of all kinds, for a foreign or damaged description
         raise InputError(
