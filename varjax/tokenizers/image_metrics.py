@@ -20,11 +20,12 @@ def psnr(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
 def ssim(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
     """Computes structural similarities (B,) of images in [0, 1] (Wang et al. 2004).
 
-    A Gaussian window of 11 by 11 pixels, σ 1.5, wherever it fits; the mean of the channels. Equal
-    to scikit-image's `structural_similarity(gaussian_weights=True, use_sample_covariance=False)`.
+    Uses a Gaussian window of 11 by 11 pixels (σ 1.5) at every position where it fits, and averages
+    the channels. Equals scikit-image's `structural_similarity(gaussian_weights=True,
+    use_sample_covariance=False)`.
 
     Raises:
-        InputError: images that no window fits into.
+        InputError: images smaller than the window.
     """
     H, W = a_BHWC.shape[1:3]
     if min(H, W) < SSIM_WINDOW:
@@ -51,7 +52,7 @@ def ssim(a_BHWC: jax.Array, b_BHWC: jax.Array) -> jax.Array:
 def mean_gradient(x_BHWC: jax.Array) -> jax.Array:
     """Computes the mean length (B,) of each gray image's gradient, per pixel: low where blurred.
 
-    Gray is the mean of the channels, the gradient differences to the right and down.
+    Gray is the mean of the channels; the gradient is the differences to the right and down.
     """
     x_BHW = jnp.mean(x_BHWC, axis=-1)
     down_BHW = x_BHW[:, 1:, :-1] - x_BHW[:, :-1, :-1]
@@ -60,7 +61,7 @@ def mean_gradient(x_BHWC: jax.Array) -> jax.Array:
 
 
 def _window(size: int) -> np.ndarray:
-    """(size - 10, size); each row is the window at another place."""
+    """Returns (size - 10, size): in each row, the window at another position."""
     weights = np.exp(-np.square(np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) / (2 * SSIM_SIGMA**2))
     matrix = np.zeros((size - SSIM_WINDOW + 1, size))
     for i in range(len(matrix)):

@@ -27,13 +27,13 @@ from varjax.training.sharding import MeshShape, make_mesh, on_mesh, put, put_bat
 from varjax.training.task import Batch
 from varjax.trees import PyTree
 
-LEAST_GRADIENT = 1e-12  # below that of any image that is not of one color
+LEAST_GRADIENT = 1e-12  # below the mean gradient of any image with more than one color
 SHARED = {"psnr": "{:.2f} dB", "ssim": "{:.4f}", "l1": "{:.4f}", "lpips": "{:.4f}"}
 
 
 @dataclasses.dataclass(frozen=True)
 class LatentMetrics:
-    """Holds what is measured of one kind of tokenizer besides its reconstructions.
+    """Defines what is measured for one kind of tokenizer, in addition to its reconstructions.
 
     Attributes:
         measure: (config, params, images in [-1, 1], valid_B) -> reconstructions after each scale,
@@ -51,7 +51,7 @@ class LatentMetrics:
     lines: Callable[[Mapping[str, Any]], list[str]]
 
 
-# The one table of what is measured of a kind of tokenizer, by its config.
+# What is measured for each kind of tokenizer, by the class of its config.
 LATENT_METRICS: dict[type, LatentMetrics] = {
     VQConfig: LatentMetrics(measure_tokens, summarize_tokens, token_lines),
     KLConfig: LatentMetrics(measure_posteriors, summarize_posteriors, posterior_lines),
@@ -70,8 +70,8 @@ def measure_batch(
         batch: {"image_BHWC": uint8, "valid_B"}.
 
     Returns:
-        Measures of each image, whose values span 1, by names that end in their shape; what adds
-        over batches; and the reconstruction after each scale, (K, B, H, W, C) uint8.
+        Measures of each image in [0, 1], by names that end in their shape; sums over the batch;
+        and the reconstruction after each scale, (K, B, H, W, C) uint8.
     """
     x_BHWC = to_model_range(batch["image_BHWC"])
     measure = LATENT_METRICS[type(config)].measure
@@ -153,7 +153,7 @@ def measure_split(
     progress: Callable[[Iterable], Iterable] = iter,
     each: Callable[[np.ndarray, np.ndarray], None] | None = None,
 ) -> SplitMeasures:
-    """Measures all held-out images; batch size and devices change nothing but rounding.
+    """Measures all held-out images. Batch size and devices change the result by rounding only.
 
     Args:
         config: config of the tokenizer.
@@ -166,7 +166,7 @@ def measure_split(
         each: function called with each batch's images and reconstructions, both (n, H, W, C) uint8.
 
     Raises:
-        InputError: there is no image at all, or a reconstruction is NaN.
+        InputError: there are no images, or a reconstruction is NaN.
     """
     mesh = make_mesh(MeshShape())
     weights = params, lpips_params
@@ -213,7 +213,7 @@ def _check_finite(measures: Mapping[str, np.ndarray], number_N: np.ndarray) -> N
         raise InputError(
             f"held-out image {number_N[~good_N][0]} (from 0), and {(~good_N).sum()} of the "
             f"{len(good_N)} images of its batch: {names} are not finite, so the tokenizer computes "
-            "NaN there; take an earlier checkpoint of it"
+            "NaN; use an earlier checkpoint of it"
         )
 
 

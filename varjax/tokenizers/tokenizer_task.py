@@ -89,7 +89,7 @@ def init_state(task: TokenizerTask, params: PyTree, key: jax.Array, **others: Py
 
 
 def join_state(state: TrainState, others: dict[str, PyTree]) -> TrainState:
-    """Puts what changes besides the tokenizer into its `opt_state`, if there is anything.
+    """Adds the state of the other parts to the tokenizer's `opt_state`.
 
         state, others = split_state(state)
         others["discriminator"] = updated
@@ -97,8 +97,8 @@ def join_state(state: TrainState, others: dict[str, PyTree]) -> TrainState:
 
     Args:
         state: train state of the tokenizer.
-        others: further state by name; None for parts that this run does not have. Without any part,
-            the state is returned unchanged.
+        others: states of the other parts by name; None for parts that this run does not have. If
+            there are none, the state is returned unchanged.
     """
     others = {name: x for name, x in others.items() if x is not None}
     if not others:
@@ -107,7 +107,7 @@ def join_state(state: TrainState, others: dict[str, PyTree]) -> TrainState:
 
 
 def split_state(state: TrainState) -> tuple[TrainState, dict[str, PyTree]]:
-    """Undoes `join_state`: (the tokenizer's state, all else by name)."""
+    """Undoes `join_state`; returns the tokenizer's state, and the other parts by name."""
     if not isinstance(state.opt_state, dict):
         return state, {}
     others = dict(state.opt_state)

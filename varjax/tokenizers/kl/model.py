@@ -67,9 +67,9 @@ class KLConfig:
 
         KLConfig(image_size=(8, 8), image_channels=1, width=32, channel_mult=(1, 2), groups=8)
 
-    The defaults are the released KL-16 (`kl16.ckpt`). The parameters hold, besides the network,
-    the scalar "latent_std": the standard deviation of the latents over the data, by which a model
-    of latents divides them. No gradient reaches it. Raises InputError where sizes do not fit.
+    The defaults are the released KL-16 (`kl16.ckpt`). In addition to the network, the parameters
+    hold the scalar "latent_std": the standard deviation of the latents over the data, by which a
+    model of latents divides them. No gradient reaches it. Raises InputError where sizes do not fit.
 
     Attributes:
         image_size: pixels of both sides, or (height, width); any multiple of the downsampling.
@@ -180,7 +180,7 @@ class KLConfig:
         return to_unit_range(decode_latents(self, params, latents["mean_BhwZ"], compute))
 
     def identity(self, params: PyTree) -> dict[str, Any]:
-        """Returns the config and the weights' digest, which tell this tokenizer from any other.
+        """Returns the config and the weights' digest, which identify this tokenizer.
 
         Caches of latents keep it, older ones without LATER_FIELDS, so their defaults are left out.
         """

@@ -27,8 +27,8 @@ def measure_posteriors(
     """Encodes images in [-1, 1] and decodes the posteriors' modes.
 
     Returns:
-        The images, (1, B, H, W, C) in [-1, 1]; of each image its KL, the moments of its latents
-        and the mean of their standard deviations; and nothing that adds.
+        The decoded images, (1, B, H, W, C) in [-1, 1]. For each image, its KL, the moments of its
+        latents and their mean standard deviation. No sums, {}.
     """
     latents = encode_posteriors(config, params, x_BHWC)
     y_BHWC = decode_latents(config, params, latents["mean_BhwZ"])
@@ -47,10 +47,10 @@ def summarize_posteriors(
     added: Mapping[str, Any],
     images: int,
 ) -> dict[str, Any]:
-    """Returns JSON data of what `measure_posteriors` measured of some images.
+    """Summarizes what `measure_posteriors` returned, as JSON data.
 
-    "latent_std" is that of all samples of all latents, 1/"latent_scale"; "stored_latent_std" the
-    one stored with the weights.
+    "latent_std" is the standard deviation of all samples of all latents, 1/"latent_scale".
+    "stored_latent_std" is the value stored with the weights.
     """
     std = float(np.sqrt(mean["latent_square_B"] - mean["latent_mean_B"] ** 2))
     return {

@@ -62,12 +62,11 @@ class KLTask:
 
         KLTask(KLConfig(), perceptual=LPIPSConfig(), gan=GANConfig(), ema_decay=0.9999)
 
-    LDM's loss (arXiv 2112.10752, section 3.1), as a mean over an image's values where theirs is a
-    sum, so that settings hold for any image size. LDM's code also has a scalar log variance that
-    weighs pixels and LPIPS, but gives it to no optimizer, so it stays 0 there; here it does not
-    exist. The state's `params` are the tokenizer's alone, "latent_std" among them; the
-    discriminator is kept with the moments in `opt_state`. Raises InputError for a value out of
-    range.
+    LDM's loss (arXiv 2112.10752, section 3.1), but averaged over an image's values instead of
+    summed, so that settings hold for any image size. LDM's code also has a scalar log variance that
+    weights pixels and LPIPS. No optimizer trains it, so it stays 0; it does not exist here. The
+    state's `params` are the tokenizer's alone, "latent_std" among them; the discriminator is kept
+    with the moments in `opt_state`. Raises InputError for a value out of range.
 
     Attributes:
         model: config of the tokenizer.
@@ -185,11 +184,11 @@ class KLTask:
         return {"reconstructions": jnp.stack([x_BHWC, y_BHWC])}
 
     def sampler(self) -> None:
-        return None  # a tokenizer draws nothing
+        return None  # a tokenizer generates no images
 
     @property
     def jax_dtype(self) -> jnp.dtype:
-        """The number format that `dtype` stands for on this machine."""
+        """The number format that `dtype` selects on this machine."""
         return self.compute.jax_dtype
 
     @property

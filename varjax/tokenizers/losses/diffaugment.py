@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 Augmentation = Literal["color", "translation", "cutout"]
 MAX_TRANSLATION = 1 / 8  # of a side
-CUTOUT_SIDE = 1 / 5  # of a side; the paper, whose images are generated, takes 1 / 2
+CUTOUT_SIDE = 1 / 5  # of a side; the paper, which generates images, uses 1 / 2
 
 
 def diffaugment(
@@ -48,14 +48,14 @@ def color(image_HWC: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def translation(image_HWC: jax.Array, key: jax.Array) -> jax.Array:
-    """Moves the image by up to an eighth of each side; zeros come in."""
+    """Moves the image by up to an eighth of each side and fills with zeros."""
     for axis, axis_key in enumerate(jax.random.split(key)):
         size = image_HWC.shape[axis]
         most = round(size * MAX_TRANSLATION)
         shift = jax.random.randint(axis_key, (), -most, most + 1)
-        # A product with a matrix, for it is the same on any mesh and its gradient is another one.
-        place = jnp.arange(size)
-        from_to = (place[:, None] + shift == place[None]).astype(image_HWC.dtype)
+        # A matrix product gives the same result on any mesh, and its gradient is also one.
+        position = jnp.arange(size)
+        from_to = (position[:, None] + shift == position[None]).astype(image_HWC.dtype)
         image_HWC = jnp.moveaxis(
             jnp.tensordot(from_to, image_HWC, ((0,), (axis,)), precision="highest"), 0, axis
         )
@@ -63,14 +63,14 @@ def translation(image_HWC: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def cutout(image_HWC: jax.Array, key: jax.Array) -> jax.Array:
-    """Sets a rectangle of a fifth of each side, its middle anywhere, to zero."""
+    """Sets a rectangle of a fifth of each side, centered anywhere, to zero."""
     inside = []
     for axis, axis_key in enumerate(jax.random.split(key)):
         size = image_HWC.shape[axis]
         side = round(size * CUTOUT_SIDE)
         start = jax.random.randint(axis_key, (), 0, size) - side // 2
-        place = jnp.arange(size)
-        inside.append((place >= start) & (place < start + side))
+        position = jnp.arange(size)
+        inside.append((position >= start) & (position < start + side))
     return jnp.where((inside[0][:, None] & inside[1][None])[..., None], 0, image_HWC)
 
 

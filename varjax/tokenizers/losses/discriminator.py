@@ -1,10 +1,9 @@
 """Discriminators: maps of logits, high where an image looks real.
 
-Both are functions of one image and the parameters alone. That is why there is no batch
-normalization and no statistic over the minibatch: with these, an image's logits depend on what
-else is in the batch, hence on the mesh and on accumulation, and BatchNorm's running averages would
-be state beside the parameters. A reconstruction comes with its own original, so the collapse onto
-few images that a minibatch statistic reveals cannot happen.
+Both are functions of one image and the parameters alone, without batch normalization and minibatch
+statistics. With these, an image's logits would depend on the rest of the batch, and so on the mesh
+and on accumulation, and BatchNorm's running averages would be extra state. Minibatch statistics
+reveal a collapse onto few images, which cannot happen here: each reconstruction has an original.
 """
 
 import flax.linen as nn
@@ -21,7 +20,7 @@ class PatchDiscriminator(nn.Module):
     """Maps images (B, H, W, channels) to logits (B, h, w), each of one patch (PatchGAN).
 
     A patch is 70 pixels a side with 3 `layers`. As in taming-transformers (Isola et al., arXiv
-    1611.07004), with GroupNorm for its BatchNorm.
+    1611.07004), with GroupNorm instead of BatchNorm.
 
     Attributes:
         width: channels of the first convolution, half a multiple of 16.
@@ -90,7 +89,7 @@ class StyleDiscriminator(nn.Module):
 
 
 def blur_downsample(x_BhwC: jax.Array) -> jax.Array:
-    """Halves height and width, rounded down, behind the binomial blur 1 3 3 1."""
+    """Halves height and width, rounded down, after the binomial blur 1 3 3 1."""
     for axis in (1, 2):
         padding = [(1, 1) if a == axis else (0, 0) for a in range(4)]
         padded = jnp.pad(x_BhwC, padding, mode="edge")

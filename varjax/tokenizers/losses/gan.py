@@ -21,7 +21,7 @@ from varjax.training.task import Plan, TrainState
 from varjax.training.train_step import Metrics, apply_gradients, create_state
 from varjax.trees import PyTree
 
-LECAM_DECAY = 0.999  # LeCam's own
+LECAM_DECAY = 0.999  # as in LeCam's code
 MAX_ADAPTIVE_WEIGHT = 1e4  # taming-transformers' bound and epsilon
 ADAPTIVE_WEIGHT_EPSILON = 1e-4
 
@@ -109,7 +109,7 @@ def generator_loss(kind: GANLoss, fake: jax.Array) -> jax.Array:
 
 
 def discriminator_loss(kind: GANLoss, real: jax.Array, fake: jax.Array) -> jax.Array:
-    """Computes the discriminator's loss, half of it from images' and from reconstructions' logits.
+    """Computes the discriminator's loss, half from logits of images, half from reconstructions.
 
     Args:
         kind: kind of loss, "hinge" or "non_saturating".
@@ -199,7 +199,7 @@ def last_layer_grads(last_BHWC: jax.Array, image_grad_BHWC: jax.Array) -> jax.Ar
 
 @flax.struct.dataclass
 class DiscriminatorState:
-    """Holds what changes of a discriminator: parameters and moments, and LeCam's averages."""
+    """Holds a discriminator's state: parameters, optimizer moments, and LeCam's averages."""
 
     train_state: TrainState
     lecam_ema: LecamEma
@@ -207,7 +207,7 @@ class DiscriminatorState:
 
 @flax.struct.dataclass
 class GanGradients:
-    """Holds the gradients of both sides' losses, and what is logged; all are means over images.
+    """Holds the gradients of both networks' losses, and what is logged; all are means over images.
 
     Attributes:
         image_grad_BHWC: gradient of the tokenizer's adversarial loss with respect to the
@@ -231,8 +231,8 @@ def gan_gradients(
 ) -> GanGradients:
     """Computes the gradients of the adversarial loss and of the discriminator's own.
 
-    An image and its reconstruction are augmented alike, by the image's own key: then only the
-    reconstruction can tell them apart. Neither side's gradient reaches the other's parameters.
+    An image and its reconstruction get the same augmentation, from the image's key, so that only
+    the reconstruction distinguishes them. Neither loss has a gradient in the other's parameters.
 
     Args:
         config: settings of the losses and the discriminator.
@@ -294,7 +294,7 @@ def update_discriminator(
     step: jax.Array,
     plan: Plan,
 ) -> tuple[DiscriminatorState, Metrics]:
-    """Updates the discriminator, unless the run has not yet come to `config.start`.
+    """Updates the discriminator once the run has reached `config.start`.
 
     Args:
         config: settings, which hold its optimizer and start.

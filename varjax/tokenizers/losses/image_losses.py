@@ -1,7 +1,7 @@
 """The losses of reconstructions that both tokenizers train with, and their gradients.
 
 These are the losses of pixels, LPIPS and a GAN, as a tokenizer's task configures them. A function
-of a microbatch adds the losses of the latents, which each kind of tokenizer has its own of.
+of a microbatch adds the losses of the latents, which differ by kind of tokenizer.
 """
 
 import functools
@@ -92,7 +92,7 @@ class LossGradients:
 
 
 # (images in [-1, 1], their reconstructions, input of the decoder's last convolution, a random key
-# for each image) -> their gradients: `image_gradients` with all that microbatches share.
+# for each image) -> their gradients: `image_gradients` with its other arguments bound.
 ImageGradientsFn = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], ImageGradients]
 
 
@@ -169,8 +169,8 @@ def loss_gradients(
 
     ratio = None
     if config.gan is not None and config.gan.adaptive and config.accumulate > 1:
-        # The adaptive weight is no mean over microbatches but a quotient of two means. A first
-        # pass finds it.
+        # The adaptive weight is a quotient of two means over the batch, not a mean over
+        # microbatches. A first pass computes it.
         reconstruction, adversarial = mean_over_microbatches(
             lambda microbatch: gradients(1.0, microbatch).last_layer, batch, config.accumulate
         )
@@ -191,7 +191,7 @@ def image_gradients(
 ) -> ImageGradients:
     """Computes the gradients of all losses of reconstructions.
 
-    They are taken by the image loss by loss, so that the adaptive weight computes nothing twice.
+    Each loss is differentiated by the image separately, so that the adaptive weight reuses them.
 
     Args:
         config: task, which holds the weights of the losses.

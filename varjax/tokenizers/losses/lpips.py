@@ -19,7 +19,7 @@ from varjax.storage.buckets import as_path
 from varjax.trees import PyTree
 
 VGG16 = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)  # a pooling between any two
-MIN_SIDE = 2 ** (len(VGG16) - 1)  # pixels of which a last map is left
+MIN_SIDE = 2 ** (len(VGG16) - 1)  # pixels; smaller images leave no last map
 # ImageNet's mean and standard deviation, for images in [-1, 1].
 IMAGENET_MEAN = np.array([-0.030, -0.088, -0.188], np.float32)
 IMAGENET_STD = np.array([0.458, 0.448, 0.450], np.float32)
@@ -89,12 +89,11 @@ def check_lpips_images(image_shape: Sequence[int]) -> None:
     if min(H, W) < MIN_SIDE:
         raise InputError(
             f"images of {H}×{W} are too small for LPIPS, which halves them four times: "
-            f"{MIN_SIDE} pixels a side are the least; set task.perceptual=none"
+            f"it needs {MIN_SIDE} pixels a side; set task.perceptual=none"
         )
     if channels not in (1, 3):
         raise InputError(
-            f"images of {channels} channels: LPIPS sees red, green and blue, or gray; "
-            "set task.perceptual=none"
+            f"images of {channels} channels: LPIPS takes RGB or gray; set task.perceptual=none"
         )
 
 
@@ -102,7 +101,7 @@ def load_lpips(location: str | pathlib.Path) -> PyTree:
     """Reads the parameters that `varjax convert --lpips_vgg=…` wrote.
 
     Raises:
-        InputError: there are none (and how to make them), or others.
+        InputError: there are none (the message says how to make them), or other ones.
     """
     path = as_path(location) / "lpips.safetensors"
     if not files.exists(path):
@@ -125,10 +124,9 @@ def init_lpips(key: jax.Array, widths: Sequence[Sequence[int]] = VGG16) -> PyTre
 
 
 def _features(params, image_BHWC, dtype):
-    """The last map of each slice."""
-    x_BHWC = (image_BHWC - IMAGENET_MEAN[None, None, None]) / IMAGENET_STD[
-        None, None, None
-    ]  # gray: thrice
+    """Returns the last map of each slice."""
+    # Three channels also from a gray image.
+    x_BHWC = (image_BHWC - IMAGENET_MEAN[None, None, None]) / IMAGENET_STD[None, None, None]
     x_BHWC = x_BHWC.astype(dtype)
     for i, convolutions in enumerate(map(len, VGG16)):
         if i > 0:
@@ -157,5 +155,5 @@ def _conv(x_BhwC, params):
 
 
 def _halve(x_BhwC):
-    """2×2 maximum; what an odd size leaves over is dropped."""
+    """Pools by the maximum of 2×2; an odd last row or column is dropped."""
     return jax.lax.reduce_window(x_BhwC, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")

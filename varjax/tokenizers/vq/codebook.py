@@ -20,11 +20,11 @@ from varjax.trees import PyTree
 
 CODEBOOK_PATH = "quantizer/codebook"  # where parameters, average and moments keep it
 KMEANS_ITERATIONS = 10
-KMEANS_VECTORS = 16  # per code
+KMEANS_VECTORS = 16  # number of vectors per code
 KMEANS_NOISE = 0.01  # relative to the vectors' size, so that no two codes are equal
-USAGE_DECAY = 0.98  # of the moving average of how often codes are used
-DEAD_CODE_SHARE = 0.1  # of an even share: codes used less are dead
-ENTROPY_SHARPNESS = 10.0  # soft choices fall by e for each tenth of the mean distance
+USAGE_DECAY = 0.98  # decay of the moving average of how often codes are used
+DEAD_CODE_FRACTION = 0.1  # of the mean usage of a code, 1/V: codes used less are dead
+ENTROPY_SHARPNESS = 10.0  # soft choices fall by a factor of e for each tenth of the mean distance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class CodebookConfig:
             on the quantizer's inputs in the first batch, all scales weighted equally (replaces the
             codes of `init_from`).
         restart_every: updates between restarts of dead codes, whose usage over about the last 50
-            updates is below a tenth of an even share; 0 for never.
+            updates is below a tenth of the mean; 0 for never.
         scale_dropout: fraction of training images that keep only a random number of their scales.
         scales_kept: smallest number of scales that these images keep (XQ-GAN: 3, with a dropout of
             0.1).
@@ -56,7 +56,7 @@ class CodebookConfig:
     def __post_init__(self):
         for name, valid, allowed in (
             ("restart_every", self.restart_every >= 0, "0 (never) or more updates"),
-            ("scale_dropout", 0 <= self.scale_dropout <= 1, "a share of images in [0, 1]"),
+            ("scale_dropout", 0 <= self.scale_dropout <= 1, "a fraction of images in [0, 1]"),
             ("scales_kept", self.scales_kept >= 1, "1 or more"),
             ("entropy", self.entropy >= 0, "0 (off) or more"),
         ):
@@ -150,7 +150,7 @@ def sample_scale_dropout(
 def init_codebook(
     config: CodebookConfig, tokenizer: VQConfig, params: PyTree, key: jax.Array
 ) -> PyTree:
-    """Replaces the codes of fresh parameters as `config.init` says; k-means waits for images."""
+    """Initializes the codes as `config.init` says; k-means happens later, in the first step."""
     if config.init != "normal":
         return params
     codebook_VZ = jax.random.normal(key, (tokenizer.vocab, tokenizer.code_channels))
@@ -211,23 +211,23 @@ def kmeans(z_NZ: jax.Array, vocab: int, key: jax.Array) -> jax.Array:
 
 def sample_inputs(pyramid: Pyramid, z_BLZ: jax.Array, count: int, key: jax.Array) -> jax.Array:
     """Samples (count, Z) of the quantizer's inputs (B, L, Z), as many of each scale, with noise."""
-    image_key, scale_key, place_key, noise_key = jax.random.split(key, 4)
+    image_key, scale_key, position_key, noise_key = jax.random.split(key, 4)
     image = jax.random.randint(image_key, (count,), 0, len(z_BLZ))
     scale = jax.random.randint(scale_key, (count,), 0, len(pyramid))
     length = jnp.array(pyramid.lengths)[scale]
-    place = jnp.floor(jax.random.uniform(place_key, (count,)) * length.astype(jnp.float32))
+    offset = jnp.floor(jax.random.uniform(position_key, (count,)) * length.astype(jnp.float32))
     start = jnp.array([scale_slice.start for scale_slice in pyramid.slices])[scale]
-    place = start + jnp.minimum(place.astype(jnp.int32), length - 1)
-    return _add_noise(z_BLZ[image, place], noise_key)
+    position = start + jnp.minimum(offset.astype(jnp.int32), length - 1)
+    return _add_noise(z_BLZ[image, position], noise_key)
 
 
 def init_usage(config: CodebookConfig, vocab: int) -> jax.Array | None:
-    """Returns the usage (V,) before the first update, an even share; None if nothing restarts."""
+    """Returns the usage (V,) before the first update, equal for all; None without restarts."""
     return jnp.full(vocab, 1 / vocab) if config.restart_every else None
 
 
 def average_usage(pyramid: Pyramid, usage_V: jax.Array, frequency_KV: jax.Array) -> jax.Array:
-    """Updates the moving average of the codes' share of the tokens; all scales count alike.
+    """Updates the moving average of the codes' usage, in which all scales have equal weight.
 
     Args:
         pyramid: the sizes of the scales.
@@ -266,7 +266,7 @@ def restart_dead_codes(
     """
     vocab = frequency_KV.shape[1]
     usage_V = average_usage(pyramid, usage_V, frequency_KV)
-    is_dead_V = (usage_V < DEAD_CODE_SHARE / vocab) & (state.step % config.restart_every == 0)
+    is_dead_V = (usage_V < DEAD_CODE_FRACTION / vocab) & (state.step % config.restart_every == 0)
     before_VZ = state.params["quantizer"]["codebook"]
 
     def replacements():
@@ -289,7 +289,7 @@ def restart_dead_codes(
 def entropy_loss(codebook_VZ: jax.Array, inputs: Sequence[jax.Array], cosine: bool) -> jax.Array:
     """Computes E[H(p)] - H(E[p]), p being a vector's soft choice of codes (V,); a mean over scales.
 
-    Low where each vector is sure of its code, but all vectors together use many.
+    Low if each vector clearly prefers one code, but all vectors together use many.
 
     Args:
         codebook_VZ: vectors of the codes.

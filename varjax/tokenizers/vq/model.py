@@ -36,8 +36,8 @@ class VQConfig:
 
         VQConfig(scales=(1, 2, 4), image_channels=1, width=32, channel_mult=(1, 2), vocab=256)
 
-    The defaults are the released `vae_ch160v4096z32`. Raises InputError where sizes do not fit one
-    another.
+    The defaults are the released `vae_ch160v4096z32`. Raises InputError where sizes do not fit
+    together.
 
     Attributes:
         scales: side length of each token map, or its (h, w), coarse to fine.
@@ -67,7 +67,7 @@ class VQConfig:
     cosine_codes: bool = False
 
     def __post_init__(self):
-        self.pyramid  # noqa: B018  (its own checks)
+        self.pyramid  # noqa: B018  (computed for its checks)
         check_sizes(self.width, self.channel_mult, self.blocks, self.groups)
         for name in ("image_channels", "vocab", "code_channels"):
             check_setting(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
@@ -114,7 +114,7 @@ class VQConfig:
         return to_unit_range(decode_features(self, params, f_hat_BhwZ, compute))
 
     def identity(self, params: PyTree) -> dict[str, Any]:
-        """Returns the config and the weights' digest, which tell this tokenizer from any other."""
+        """Returns the config and the weights' digest, which identify this tokenizer."""
         return config_tree.to_dict(self) | {"weights": trees.digest(params)}
 
 
@@ -213,7 +213,7 @@ def decode_every_scale(
 ) -> jax.Array:
     """Decodes K f_hats into the image after each scale, (K, B, H, W, channels) in [-1, 1]."""
     decode = functools.partial(decode_features, config, params, compute=compute)
-    # Scale by scale: all of them at once would need K times the memory.
+    # One scale at a time: all of them together would need K times the memory.
     return jax.lax.map(decode, jnp.stack(f_hats))
 
 

@@ -13,7 +13,7 @@ Scale = int | tuple[int, int]
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
-# What a file says may be anything, and describing a model takes time and memory by its scales.
+# A file can claim any sizes, and describing a model takes time and memory that grow with them.
 MAX_SCALES, MAX_LENGTH = 64, 2**16
 
 

@@ -59,7 +59,7 @@ class Quantizer(nn.Module):
         self.phi_bias = self.param("phi_bias", _uniform(bound), (P, Z), jnp.float32)
 
     def __call__(self, f_BhwZ: jax.Array, kept_B: jax.Array | None = None) -> Quantized:
-        """Quantizes scale by scale the residual of the coarser ones, in float32.
+        """Quantizes, scale by scale, the residual of the coarser ones, in float32.
 
         Gradients reach the codebook and φ through f_hats; the choice of codes has none.
 
@@ -85,7 +85,7 @@ class Quantizer(nn.Module):
         """Returns the index of each vector's nearest code, (B, l) int32, found in float32."""
         codebook_VZ = self.codebook_VZ
         if self.cosine:
-            # The largest cosine; the length of z does not change which one that is.
+            # The largest cosine; the length of z does not change the choice.
             codebook_VZ = unit_vectors(codebook_VZ)
         dot_BlV = jnp.einsum("BlZ,VZ->BlV", z_BlZ, codebook_VZ, precision="highest")
         if self.cosine:
@@ -208,7 +208,7 @@ def code_counts(
 
 
 def code_perplexity(count_KV: Any, xp: Any) -> Any:
-    """Computes e^entropy of each row (K,): the number of codes in use, were they used equally.
+    """Computes e^entropy of each row (K,): the number of codes in use if all were used equally.
 
     xp: jnp, or np for host arrays.
     """

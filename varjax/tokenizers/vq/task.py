@@ -152,7 +152,7 @@ class VQTask:
         return join_state(state, others), metrics
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
-        # Without k-means and restarts, which not every step does.
+        # Without k-means and restarts, which only some steps do.
         codebook = dataclasses.replace(self.codebook, init="uniform", restart_every=0)
         every_step = dataclasses.replace(self, accumulate=1, codebook=codebook)
         return flops.count(every_step.train_step, state, frozen, batch, jax.random.key(0), Plan())
@@ -200,7 +200,7 @@ class VQTask:
         return {"reconstructions": to_unit_range(jnp.concatenate([x_BHWC[None], y_KBHWC]))}
 
     def sampler(self) -> None:
-        return None  # a tokenizer draws nothing
+        return None  # a tokenizer generates no images
 
     @property
     def max_adaptive_weight(self) -> float:
@@ -209,7 +209,7 @@ class VQTask:
 
     @property
     def jax_dtype(self) -> jnp.dtype:
-        """The number format that `dtype` stands for on this machine."""
+        """The number format that `dtype` selects on this machine."""
         return self.compute.jax_dtype
 
     @property

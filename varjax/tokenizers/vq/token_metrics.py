@@ -34,10 +34,10 @@ def measure_tokens(
     """Quantizes images in [-1, 1] and decodes them after each scale.
 
     Returns:
-        The images after each scale, (K, B, H, W, C) in [-1, 1]. Of each image psnr_KB and rest_KB
-        after each scale, rest_KB being the mean square of the features' residual and power_B that
-        of the features; same_in_<precision>_B, the share of tokens that stay as they are where the
-        encoder multiplies less exactly. And counts_KV, of codes in valid images.
+        The images after each scale, (K, B, H, W, C) in [-1, 1]. For each image: psnr_KB after each
+        scale, rest_KB (the mean square of the features' residual), power_B (that of the features),
+        and same_in_<precision>_B, the fraction of tokens that do not change if the encoder
+        multiplies less precisely. And counts_KV of codes in valid images.
     """
     f_BhwZ = image_features(config, params, x_BHWC)
     quantized = bound_quantizer(config, params)(f_BhwZ)
@@ -65,7 +65,7 @@ def summarize_tokens(
     added: Mapping[str, Any],
     images: int,
 ) -> dict[str, Any]:
-    """Returns JSON data: lists over scales, of what `measure_tokens` measured of some images."""
+    """Summarizes what `measure_tokens` returned as JSON data, in lists over scales."""
     pyramid, counts_KV = config.pyramid, added["counts_KV"]
     used_K = np.sum(counts_KV > 0, axis=1)
     could_K = np.minimum(config.vocab, images * np.array(pyramid.lengths))
