@@ -10,13 +10,13 @@ import pytest
 from tests.helpers import runs
 from varjax.data.sources.digits import Digits
 from varjax.errors import InputError
+from varjax.evaluation import tokenizer as command
 from varjax.metrics.features import FeatureExtractor, pixel_network
 from varjax.metrics.fid import Moments, frechet_distance
 from varjax.models import read_tokenizer
 from varjax.nn.autoencoder import to_model_range
 from varjax.nn.compute import EXACT
 from varjax.storage import files, image_io
-from varjax.tokenizers import evaluate as command
 from varjax.tokenizers import reconstruction_metrics
 from varjax.tokenizers.reconstruction_metrics import measure_split
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, decode_every_scale, quantize_images

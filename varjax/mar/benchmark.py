@@ -55,7 +55,7 @@ def sampling_programs(preset: str, steps: int, guided: bool = True) -> SamplingP
 
 def training_task(preset: str, compute: ComputeConfig) -> MARTask:
     """Returns the task that trains a model of a released size."""
-    # The fused kernel has no dropout of its weights, so that the task refuses both.
+    # The fused kernel does not support attention dropout, so the task refuses both together.
     dropout = 0.0 if compute.attention_impl == "cudnn" else 0.1
     return MARTask(
         model=MARConfig.preset(preset),

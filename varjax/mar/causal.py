@@ -102,9 +102,9 @@ def sample_causal(
     Args:
         first: positions (B,) -> z of the first token, a tree of (B, C), and a cache.
         following: (last token, its position, next position, number of the last token, cache) ->
-            the same of the next token.
+            z and cache for the next token.
         draw: (z, a tree of (B, 1, C), positions (B, 1), step number) -> tokens (B, 1).
-        known: tokens to keep; with nothing to keep for a whole image.
+        known: tokens to keep; for a whole image, none.
         order_BL: positions in the order in which they are drawn.
 
     Returns:
@@ -136,7 +136,7 @@ def sample_causal(
 def _run(
     model, x_BlC, target_Bn, cache=None, start: int | jax.Array = 0, dropouts=None
 ) -> tuple[jax.Array, Any]:
-    """Runs encoder and decoder; the last n items predict the positions `target_Bn`.
+    """Runs encoder and decoder on new items, whose last n predict the positions `target_Bn`.
 
     start: number of items that the cache holds.
     """
@@ -159,7 +159,7 @@ def _run(
         **(dropouts or {}),
     )
     x_BlC = model.decoder_embed(model.encoder_norm(x_BlC)).astype(jnp.float32)
-    # Items of the buffer before the last keep their own position embedding.
+    # Items of the buffer before the last one keep the buffer's position embeddings.
     pos_lC = model.decoder_pos_embed[: length - targets]
     pos_BlC = jnp.broadcast_to(pos_lC[None], (B, *pos_lC.shape))
     target_BnC = model.decoder_pos_embed[model.config.buffer_size + target_Bn]
@@ -180,7 +180,7 @@ def _run(
 
 
 def _empty_cache(config: MARConfig, batch: int, dtype: jnp.dtype) -> CausalCache:
-    items = config.buffer_size + config.length - 1  # nothing follows the last token
+    items = config.buffer_size + config.length - 1  # the last token is never an input
     encoder, decoder = (
         KVCache.allocate(depth, batch, items, width, dtype)
         for depth, width in (

@@ -19,7 +19,8 @@ from varjax.nn.vit import layer_norm
 
 SINUSOIDS = 256  # of a timestep's embedding
 LONGEST_PERIOD = 10_000
-# DiSA's last timestep. Almost no signal is left after it, so a step from 999 divides by almost 0.
+# DiSA's noisiest timestep. Beyond it almost no signal is left, so a step from 999 divides by nearly
+# 0.
 DISA_LAST_TIMESTEP = 950
 # DiSA's schedules: the fraction of FIRST - LAST that step k of 0 … end has in addition to LAST.
 ANNEALING: dict[str, Callable[[int, int], float]] = {
@@ -146,7 +147,7 @@ class DenoisingSteps(NamedTuple):
 def denoising_schedules(text: str, steps: int) -> tuple[NoiseSchedule, ...]:
     """Reads how many denoising steps each sampling step takes.
 
-    "100" is MAR's own: evenly spaced timesteps from 0 to 999. "50:5" is DiSA (Zhao et al. 2025,
+    "100" is MAR's default: evenly spaced timesteps from 0 to 999. "50:5" is DiSA (Zhao et al. 2025,
     arXiv 2505.20297): later tokens depend more on known ones, so fewer steps suffice. Its timesteps
     end at 950. "50:5:cosine" and "50:5:two_stage" are the paper's other schedules.
 
@@ -168,7 +169,7 @@ def denoising_schedules(text: str, steps: int) -> tuple[NoiseSchedule, ...]:
     if not valid or len(rest) > 2 or kind not in ANNEALING:
         raise InputError(
             f"diffusion_steps={text}: give one number, 2 … {TRAINING_STEPS}, or FIRST:LAST like "
-            f"50:5, or with a schedule, FIRST:LAST:SCHEDULE; schedules are {', '.join(ANNEALING)}"
+            f"50:5, or FIRST:LAST:SCHEDULE, where SCHEDULE is {', '.join(ANNEALING)}"
         )
     if not rest:
         return (NoiseSchedule(int(first)),) * steps

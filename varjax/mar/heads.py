@@ -1,6 +1,6 @@
 """The two heads: what a token is, the loss of a token given its vector z, and how it is drawn.
 
-Both have the same methods, so nothing else asks which one a model has. A head's network is a
+Both have the same methods, so no other code asks which one a model has. A head's network is a
 function of z that returns a denoiser (DiffusionHead) or the logits of all codes (CategoricalHead).
 """
 
@@ -26,7 +26,7 @@ from varjax.sampling.guidance import guide
 from varjax.sampling.sampler import checked_tokens
 from varjax.trees import PyTree
 
-NOT_FINITE = -1  # stands for a code that was to be drawn from logits with NaN
+NOT_FINITE = -1  # replaces a code whose logits contain NaN
 
 Network = Callable[..., Any]  # a function of z, with the head's parameters
 Streams = list[jax.Array]  # (B, m, C) each: the conditional z, and with guidance the unconditional
@@ -92,7 +92,7 @@ class DiffusionHead:
 
     @property
     def latent_sizes(self) -> dict[str, int]:
-        """Sizes that a tokenizer must have, too, by name."""
+        """Sizes that the tokenizer must also have, by name."""
         return {"channels": self.channels}
 
     def latent_shape(self, latent_map: tuple[int, int]) -> tuple[int, ...]:
@@ -226,7 +226,7 @@ class DiffusionHead:
         return self.width * (3 * self.depth + 22) * 4
 
     def advise_on_nan(self, clip_denoised: float) -> str:
-        """Says what may help when sampled tokens are not finite; "" for nothing."""
+        """Suggests what may help if sampled tokens are not finite; "" for no advice."""
         return (
             ""
             if clip_denoised
@@ -253,7 +253,7 @@ class CategoricalHead:
 
     @property
     def token_shape(self) -> tuple[int, ...]:
-        """(), for a token is one integer."""
+        """(), because a token is one integer."""
         return ()
 
     @property
@@ -262,7 +262,7 @@ class CategoricalHead:
 
     @property
     def latent_sizes(self) -> dict[str, int]:
-        """Sizes that a tokenizer must have, too, by name."""
+        """Sizes that the tokenizer must also have, by name."""
         return {"vocab": self.vocab}
 
     def latent_shape(self, latent_map: tuple[int, int]) -> tuple[int, ...]:
@@ -299,7 +299,7 @@ class CategoricalHead:
         return functools.partial(self.module(compute).apply, {"params": params["head"]})
 
     def training_noise(self, key_B: jax.Array, length: int, repeats: int) -> None:
-        """Returns None, for the loss is not random."""
+        """Returns None, because the loss is not random."""
 
     def loss(
         self,
@@ -339,7 +339,7 @@ class CategoricalHead:
             logits_BmV = guide(logits_BmV, settings.guidance)
         # The argmax of logits and Gumbel noise is a draw from the softmax.
         code_Bm = jnp.argmax(logits_BmV + settings.temperature * noise(0), axis=-1)
-        # An argmax hides NaN, so an impossible code shows it.
+        # An argmax hides NaN, so an impossible code marks it.
         finite_Bm = jnp.all(jnp.isfinite(logits_BmV), axis=-1)
         return jnp.where(finite_Bm, code_Bm, NOT_FINITE).astype(jnp.int32)
 

@@ -63,7 +63,7 @@ def encode_tokens(
         compute: number format and execution, as `Tokenizer.encode` takes it.
 
     Returns:
-        (B, L, Z) float32 of a standard deviation of about 1, or codes (B, L) int32.
+        (B, L, Z) float32 with a standard deviation of about 1, or codes (B, L) int32.
     """
     latents = batch
     if not tokenizer.latent_spec.keys() <= batch.keys():
@@ -86,7 +86,7 @@ def decode_tokens(
 ) -> jax.Array:
     """Decodes tokens, (B, L, Z) or (B, L), into images (B, H, W, channels) in [0, 1].
 
-    An image with a code that is NOT_FINITE is NaN.
+    An image is NaN if any of its codes is NOT_FINITE.
     """
     if isinstance(tokenizer, VQConfig):
         images_BHWC = tokenizer.decode(params, {"tokens_BL": tokens_BL}, compute)

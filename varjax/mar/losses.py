@@ -43,7 +43,7 @@ class LossDraws:
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
     ) -> "LossDraws":
-        """Draws orders, noise and dropout, those of each image by its own key.
+        """Draws orders, noise and dropout, for each image from its key.
 
         Args:
             config: config of the transformer.
@@ -75,7 +75,7 @@ class TokenLosses(NamedTuple):
     Attributes:
         masked_BL: True where a token is predicted: with causal attention, everywhere.
         loss_BLU: the loss to minimize, U draws per token; with a categorical head, U = 1.
-        metrics_BLU: what else the head measures, by name; see its `loss`.
+        metrics_BLU: further metrics of the head, by name; see its `loss`.
     """
 
     masked_BL: jax.Array
@@ -131,7 +131,7 @@ def masked_mean(x_BL: jax.Array, masked_BL: jax.Array) -> jax.Array:
 
 
 def content_keys(batch: dict[str, jax.Array]) -> jax.Array:
-    """Derives a key (B,) for each example from its numbers, so that no batch size changes it."""
+    """Derives a key (B,) for each example from its values, independent of the batch size."""
     names = sorted(name for name in batch if name not in ("label_B", "valid_B"))
     checksum_B = jnp.uint32(0)
     for name in names:

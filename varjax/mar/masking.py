@@ -1,4 +1,4 @@
-"""Which tokens are known: their order, the fraction that is masked, and how many a step draws."""
+"""Order of the tokens, fraction that is masked, and how many tokens each step draws."""
 
 import dataclasses
 import functools
@@ -15,9 +15,9 @@ from varjax.nn.rng import ImageStream, stream_keys
 
 Array = np.ndarray | jax.Array
 
-MASK_MEAN, MASK_STD = 1.0, 0.25  # of the mask ratio's normal distribution, before it is truncated
-MAX_GROUPS = 8  # loops of a sampling program
-MIN_GROUP_STEPS = 4  # with fewer, compiling takes longer than the padding costs
+MASK_MEAN, MASK_STD = 1.0, 0.25  # normal distribution of the mask ratio, before truncation
+MAX_GROUPS = 8  # loops in a sampling program
+MIN_GROUP_STEPS = 4  # for fewer steps, compiling costs more time than padding
 
 
 def draw_orders(config: MARConfig, key_B: jax.Array, keep_BL: jax.Array | None = None) -> jax.Array:
@@ -68,7 +68,7 @@ def known_count(length: int, ratio: jax.Array | float) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class StepGroup:
-    """Some consecutive steps, computed in arrays of one size.
+    """Groups consecutive steps that are computed in arrays of the same size.
 
     Attributes:
         steps: numbers of the steps.
@@ -85,7 +85,7 @@ class StepGroup:
 
 @dataclasses.dataclass(frozen=True)
 class UnmaskingSchedule:
-    """Draws more tokens per step the more are known, along a cosine, as MaskGIT and MAR do.
+    """Draws more tokens per step as more are known, along a cosine, as MaskGIT and MAR do.
 
         schedule = UnmaskingSchedule(length=256, steps=64)
         schedule.known  # (0, 1, 2, …, 256)
@@ -95,8 +95,8 @@ class UnmaskingSchedule:
     Attributes:
         length: number of tokens L.
         steps: number of sampling steps, 1 … L.
-        group_count: number of loops that compute the steps; 0 for one per step, None for a number
-            that suits them.
+        group_count: number of loops that compute the steps; 0 for one per step, None to choose
+            automatically.
     """
 
     length: int
@@ -136,7 +136,7 @@ class UnmaskingSchedule:
 
         Args:
             min_kept: smallest number of tokens known at the start, over the images of a batch;
-                groups that draw no further token are left out.
+                groups that draw no further tokens are left out.
             max_kept: largest number of tokens known at the start, over the images of a batch.
         """
         count = self.group_count
@@ -144,7 +144,7 @@ class UnmaskingSchedule:
             count = min(MAX_GROUPS, math.ceil(self.steps / MIN_GROUP_STEPS))
         count = min(count or self.steps, self.steps)
         edges = [i * self.steps // count for i in range(count + 1)]
-        # Rounded up to eighths of all tokens, so that few sizes of a mask are compiled.
+        # Rounded up to eighths of all tokens, so that masks need few compiled sizes.
         unit = math.ceil(self.length / MAX_GROUPS)
         kept = min(math.ceil(max_kept / unit) * unit, self.length)
         groups = []

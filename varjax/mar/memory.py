@@ -1,4 +1,4 @@
-"""How much memory a device needs to sample a batch with MAR."""
+"""Estimates how much memory sampling with MAR needs."""
 
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import SamplingSetup
@@ -17,7 +17,7 @@ def mar_sampling_bytes(
 ) -> int:
     """Estimates how much memory a device needs, in addition to the weights, to sample a batch.
 
-    That is the memory of the transformer, of the head or of the decoder, whichever needs most.
+    This is the maximum over the transformer, the head and the decoder.
 
     Args:
         tokenizer: config of the tokenizer, if there is one.

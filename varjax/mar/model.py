@@ -23,14 +23,14 @@ from varjax.trees import PyTree
 
 DECODER = 1 << 16  # folded into the keys of the decoder's dropout
 Order = Literal["random", "raster"]
-# By name, where not 0: the `Dropout` "attention_dropout" of the attention weights, and "dropout" of
-# the layers' results.
+# By name, if not 0: "attention_dropout" of the attention weights, and "dropout" of the layers'
+# outputs.
 Dropouts = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class MARConfig:
-    """Settings of the transformer. Raises InputError for sizes that do not fit each other.
+    """Settings of the transformer. Raises InputError for sizes that do not fit together.
 
     Attributes:
         width: channels of a token in the encoder, and of the class embedding.
@@ -41,7 +41,7 @@ class MARConfig:
         head: kind of tokens, and how one is drawn from its vector.
         classes: number of classes; the class of that number means "no class" (for guidance).
         latent_map: (h, w), the size of the tokenizer's map of latents.
-        buffer_size: number of tokens in front that hold the class.
+        buffer_size: number of tokens in front of the sequence that hold the class.
         order: order in which tokens become known: "random", drawn for each image, or "raster".
         causal: whether attention is causal: tokens are then predicted one after another, with a
             key-value cache. If not, any set of tokens is predicted from all known ones (masked
@@ -144,7 +144,7 @@ class MAR(nn.Module):
     """The encoder over known tokens, the decoder over all positions, and the head's network.
 
     Tokens are (B, n, Z), or with a categorical head integers (B, n). The residual stream and all
-    results are float32, whatever `compute.dtype` says.
+    results are float32, regardless of `compute.dtype`.
 
     Attributes:
         config: config of the transformer.
@@ -220,7 +220,7 @@ class MAR(nn.Module):
             **(dropouts or {}),
         )
         x_BlC = self.decoder_embed(self.encoder_norm(x_BlC)).astype(jnp.float32)
-        # The decoder: the buffer and all positions, with mask tokens where nothing is known.
+        # The decoder: the buffer and all positions, with mask tokens at unknown positions.
         # Padding goes to position L, where it is dropped.
         mask_BLC = jnp.broadcast_to(self.mask_token, (B, length, x_BlC.shape[-1]))
         target_Bn = jnp.where(known_Bn, position_Bn, length)
@@ -254,5 +254,5 @@ class MAR(nn.Module):
 
 
 def decoder_dropouts(dropouts: Dropouts | None) -> Dropouts:
-    """Returns the dropouts of the decoder's layers, which draw other masks than the encoder's."""
+    """Returns the dropouts of the decoder's layers, with different masks than the encoder's."""
     return {name: dropout.fold_in(DECODER) for name, dropout in (dropouts or {}).items()}

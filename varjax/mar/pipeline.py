@@ -45,7 +45,7 @@ from varjax.sampling.sampler import (
 from varjax.tokenizers.contract import checked_images
 from varjax.trees import PyTree
 
-# What is multiplied in `compute.dtype` only, and so is held in it.
+# Parameters that are only multiplied in `compute.dtype`, and so are stored in it.
 CAST_KERNELS = (
     r"^mar/(encoder_blocks|decoder_blocks|decoder_embed)/(.*/)?kernel$|"
     r"^mar/head/(?!(input_proj|out)/)(.*/)?kernel$|"
@@ -148,11 +148,11 @@ class MARPipeline:
         return self.mar.head.latent_shape(self.mar.latent_map)
 
     def identity(self) -> dict[str, Any]:
-        """Returns all that images depend on besides labels, seed and options, as JSON data."""
+        """Returns what images depend on, except labels, seed and options, as JSON data."""
         return self._weights.identity()
 
     def options(self, **options: Any) -> MAROptions:
-        """Returns the model's own `sampling` with the given options, if not None, replaced.
+        """Returns the model's `sampling`, with all options that are not None replaced.
 
         Raises InputError for an unknown name and for a value out of range.
         """
@@ -165,7 +165,7 @@ class MARPipeline:
         )
 
     def advise_on_nan(self, options: MAROptions) -> str:
-        """Says what to try where an image that was sampled holds NaN or infinite numbers."""
+        """Suggests what to try if a sampled image contains NaN or infinite numbers."""
         advice = self.mar.head.advise_on_nan(options.clip_denoised)
         return nan_advice(self.params, self.compute.jax_dtype, advice)
 
@@ -194,11 +194,13 @@ class MARPipeline:
             (B, L, C) float32, C the decoder's width.
 
         Raises:
-            InputError: a wrong shape, or a model with causal attention, which knows tokens in an
-                order and not in any set.
+            InputError: a wrong shape, or a model with causal attention, which cannot read an
+                arbitrary set of tokens.
         """
         if self.mar.causal:
-            raise InputError("hidden: this model's attention is causal; it has no vector of a set")
+            raise InputError(
+                "hidden: this model's attention is causal, so it cannot read any set of tokens"
+            )
         token_BL = self._checked_tokens(latents)
         B = len(token_BL)
         known_BL = checked_mask(known, B, self.edit_shape, "known").reshape(B, self.mar.length)
@@ -238,7 +240,7 @@ class MARPipeline:
         return self._denoise(None, *arrays)
 
     def logits(self, z_BLC: Array) -> jax.Array:
-        """Computes the logits of all codes (B, L, V) from vectors by `hidden`.
+        """Computes the logits of all codes (B, L, V) from the vectors of `hidden`.
 
         Raises InputError for a model whose tokens are continuous.
         """
@@ -264,12 +266,12 @@ class MARPipeline:
 
             images_BHWC = model.sample([3, 1, 4], seed=0, steps=8, guidance=1.5)
 
-        Image i is a function of (seed, index[i], labels[i], options) alone, whatever else is in the
-        batch. Options that are None have the values of `sampling`.
+        Image i depends only on seed, index[i], labels[i] and the options, never on the batch.
+        Options that are None have the values of `sampling`.
 
         Args:
             labels: (B,) classes; `classes` means "no class".
-            seed: random seed; each gives other images.
+            seed: random seed; each seed gives different images.
             guidance: guidance scale; 1 turns guidance off.
             guidance_schedule: "linear", growing from 1 with the fraction of known tokens, or
                 "constant".
@@ -302,7 +304,7 @@ class MARPipeline:
     def sample_latents(
         self, labels: Labels, seed: int = 0, *, index: Index | None = None, **options: Any
     ) -> jax.Array:
-        """Samples latents (B, h, w, Z) or codes (B, L), those of `sample`, with its arguments."""
+        """Samples what `sample` decodes: latents (B, h, w, Z) or codes (B, L). Same arguments."""
         setup = make_setup(self.mar, self.options(**options))
         label_B, key_B = checked_request(labels, seed, index, self.classes)
         return self.mar.unpatchify(self._sample_tokens(setup, label_B, key_B))
@@ -329,7 +331,7 @@ class MARPipeline:
             images_BHWC: one image for each of `index`, or one for all of them.
             keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; True keeps the tokens there.
             labels: (B,) classes; None for no class.
-            seed: random seed; each gives other images.
+            seed: random seed; each seed gives different images.
             guidance: guidance scale; 1 turns guidance off.
             guidance_schedule: "linear" or "constant"; see `sample`.
             steps: number of steps that draw the tokens.
@@ -399,7 +401,7 @@ class MARPipeline:
         if self.tokenizer is None:
             raise InputError(
                 "this model has no tokenizer, so it samples latents only (sample_latents); convert "
-                "it again with --kl as well"
+                "it again, with --kl"
             )
         return self.tokenizer
 

@@ -37,7 +37,7 @@ GuidanceSchedule = Literal["linear", "constant"]
 class MAROptions:
     """Sampling options: how many tokens a step draws, and how.
 
-    A new `guidance`, `temperature` or `clip_denoised` compiles nothing again, unless guidance is
+    A new `guidance`, `temperature` or `clip_denoised` needs no new compilation, unless guidance is
     turned on or off.
 
     Attributes:
@@ -75,7 +75,7 @@ class MAROptions:
     )
 
     def check(self) -> "MAROptions":
-        """Returns the options in plain Python types, so that equal ones share a compilation.
+        """Returns the options in plain Python types, so that equal options are compiled once.
 
         Raises InputError for a value out of range.
         """
@@ -96,7 +96,7 @@ class MAROptions:
 
 @flax.struct.dataclass
 class SamplingSetup:
-    """Holds the options, and what a program for them is compiled from.
+    """Holds the options, and what a program is compiled for.
 
     Attributes:
         options: checked sampling options.
@@ -134,8 +134,8 @@ def make_setup(
 ) -> SamplingSetup:
     """Prepares the sampling of a batch.
 
-    An edit enters the schedule where as many tokens are known as the image keeps, so its cost and
-    its quality are those of the last steps of a whole image.
+    An edit starts in the schedule where as many tokens are known as the image keeps, so its cost
+    and quality are those of the last steps of a whole image.
 
     Args:
         config: config of the transformer.
@@ -247,7 +247,7 @@ def sample_masked(
         hidden: (tokens, positions, whether known), (B, n) each -> z, a tree of (B, L, C).
         draw: (z at m positions, a tree of (B, m, C), positions (B, m), step number) -> tokens
             (B, m).
-        known: tokens to keep; with nothing to keep for a whole image.
+        known: tokens to keep; for a whole image, none.
         order_BL: positions in the order in which they are drawn, those to keep first.
         groups: the steps, in groups of equal padded size.
 
@@ -256,7 +256,8 @@ def sample_masked(
     """
     L = order_BL.shape[1]
     kept_B1 = jnp.sum(known.keep_BL, axis=1, keepdims=True)
-    # Padded, so that a slice may begin anywhere. There is no position L: nothing is written there.
+    # Padded, so that a slice may begin anywhere. Position L does not exist, so writes to it are
+    # dropped.
     most_new = max((group.new for group in groups), default=0)
     padded_order_BL = jnp.pad(order_BL, ((0, 0), (0, most_new)), constant_values=L)
 

@@ -38,9 +38,9 @@ from varjax.training.transformer_task import (
 )
 from varjax.trees import PyTree
 
-# As the reference: matrices and all tables outside of the denoising MLP.
+# As in the reference: matrices, and all tables outside the denoising MLP.
 DECAYED = r"^(?!head/).*(kernel|embedding|_embed|mask_token)$"
-NOISE_BINS, KNOWN_BINS = 10, 4  # of losses in evaluation
+NOISE_BINS, KNOWN_BINS = 10, 4  # ranges of the losses in evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MARTask:
         tokenizer: config of the frozen tokenizer: KL for a diffusion head, VQ with one scale for a
             categorical one.
         tokenizer_weights: tokenizer's run or converted directory, whose config must equal
-            `tokenizer`; or "random" for an untrained tokenizer, whose latents mean nothing.
+            `tokenizer`; or "random" for an untrained tokenizer, for tests of speed and memory.
         optimizer: AdamW and its schedule.
         class_dropout: fraction of images whose label becomes "no class".
         attention_dropout: fraction of the attention weights to drop; fused kernels do not support
@@ -99,8 +99,8 @@ class MARTask:
         check_setting("diffusion_batch_mul", repeats, repeats >= 1, "1 or more")
         if self.compute.attention_impl == "cudnn" and self.attention_dropout:
             raise InputError(
-                f"attention_dropout={self.attention_dropout}: cuDNN's attention has none; set "
-                "task.attention_dropout=0 or task.compute.attention_impl=xla"
+                f"attention_dropout={self.attention_dropout}: cuDNN's attention has no dropout; "
+                "set task.attention_dropout=0 or task.compute.attention_impl=xla"
             )
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
@@ -119,7 +119,7 @@ class MARTask:
         return params, matching_mar_rows(self.model, config)
 
     def frozen(self) -> PyTree:
-        """Reads the tokenizer's parameters; raises InputError where they are another's."""
+        """Reads the tokenizer's parameters; raises InputError if its config differs."""
         return read_frozen_tokenizer(self.tokenizer_weights, self.tokenizer)
 
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class MARTask:
         return train_flops(self, state, frozen, batch)
 
     def eval_step(self, state: TrainState, frozen: PyTree, batch: Batch) -> PyTree:
-        """Draws masks, noise levels and noise by each image's own numbers, always the same."""
+        """Computes losses; masks and noise come from each image's values, so they never change."""
         key_B = content_keys(batch)
         ratio_key_B = stream_keys(key_B, ImageStream.MASK_RATIO)
         ratio_B = jax.vmap(mask_ratio, (0, None))(ratio_key_B, self.min_mask_ratio)
@@ -200,7 +200,7 @@ class MARTask:
         draws = LossDraws.from_keys(self.model, key_B, known_B, self.diffusion_batch_mul)
         losses = self.token_losses(state.params, frozen, batch | {"key_B": key_B}, draws)
         means_BL = losses.means_BL()
-        # Images that only fill up the batch weigh 0, as do known tokens.
+        # Padding images have weight 0, as do known tokens.
         image_B = batch["valid_B"].astype(jnp.float32)
         masked_BL = losses.masked_BL.astype(jnp.float32)
         weight_BL = masked_BL * image_B[:, None]
@@ -221,8 +221,8 @@ class MARTask:
     def eval_metrics(self, sums: PyTree) -> dict[str, Any]:
         """Returns means over images, and means by noise level and by number of known tokens.
 
-        `loss_by_noise` has ten equal ranges of timesteps, least noise first; `loss_by_known` four
-        ranges of the number of known tokens, fewest first. An empty range is NaN.
+        `loss_by_noise` has ten equal ranges of timesteps, least noise first. `loss_by_known` has
+        four ranges of the number of known tokens, fewest first. An empty range is NaN.
         """
         images, arrays = sums.pop("images"), {}
         for name in ("loss_by_known", "loss_by_noise"):
@@ -232,7 +232,7 @@ class MARTask:
         return {name: total / images for name, total in sums.items()} | arrays
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """Samples the first classes, from the same seeds always, and reconstructs images."""
+        """Samples the first classes, always from the same seeds, and reconstructs images."""
         samples = preview_samples(self.sampler(), state.params, frozen, self.model.classes)
         first = {name: x[:PREVIEW_SAMPLES] for name, x in batch.items()}
         kept = encode_tokens(self.tokenizer, self.model, frozen, first, compute=self.compute)
@@ -254,8 +254,8 @@ class MARTask:
 def matching_mar_rows(config: MARConfig, other: MARConfig) -> MatchingRows:
     """Finds rows of the embeddings that mean the same in both, where the whole tables do not.
 
-    With other classes, no row of the class embedding does. With another grid of tokens or another
-    buffer, the positions of the buffer's tokens that both have do, and no position of the grid.
+    With other classes, no row of the class embedding matches. With another grid or buffer size, the
+    positions of the buffer tokens that both have match, and no position of the grid.
 
     Returns:
         {parameter: (rows of `config`, rows of `other`)}.

@@ -61,7 +61,7 @@ def sampling_programs(preset: str, steps: int, guided: bool = True) -> SamplingP
 def sampling_pieces(
     var: VARConfig, guided: bool, params: PyTree, options: Any, label_B: Any, key_B: Any
 ) -> list[Program]:
-    """Returns the condition, and of each scale the transformer and the choice of tokens.
+    """Returns the condition and, for each scale, the transformer and the choice of tokens.
 
     Args:
         var: config of the transformer.

@@ -1,4 +1,4 @@
-"""Estimates how much memory sampling needs."""
+"""Estimates how much memory sampling with VAR needs."""
 
 from varjax.nn.autoencoder import decoding_bytes
 from varjax.nn.compute import ComputeConfig
@@ -11,7 +11,7 @@ def var_sampling_bytes(
 ) -> int:
     """Estimates how much memory a device needs, in addition to the weights, to sample a batch.
 
-    It is that of the transformer at the last scale or that of the decoder, whichever is more.
+    This is the maximum of the transformer at the last scale and the decoder.
 
     Args:
         tokenizer: config of the tokenizer.
@@ -22,12 +22,12 @@ def var_sampling_bytes(
     """
     rows, item = batch * (2 if guided else 1), compute.jax_dtype.itemsize
     L, l, C = var.pyramid.length, var.pyramid.lengths[-1], var.width  # noqa: E741
-    cache = 2 * (var.depth + 1) * rows * L * C * item  # and what one layer reads of it
+    cache = 2 * (var.depth + 1) * rows * L * C * item  # and one layer's copy
     # Residual stream and norm in float32; q, k, v, and twice the MLP's inner width.
     layer = rows * l * C * (2 * 4 + 11 * item)
     if compute.attention_implementation(cached=True) == "xla":  # its matrices and their softmax
         layer += rows * var.heads * l * L * 2 * 4
-    # And, of the guided ones, those for the filters, noise, and a mixture of codes.
+    # For guided logits, also the filters, the noise, and a mixture of codes.
     logits = (rows + 3 * batch) * l * var.vocab * 4
     return max(
         cache + layer + logits, decoding_bytes(batch, tokenizer.image_shape, tokenizer.width)

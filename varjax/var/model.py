@@ -21,7 +21,7 @@ from varjax.trees import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class VARConfig:
-    """Settings of the transformer. Raises InputError where sizes do not fit one another.
+    """Settings of the transformer. Raises InputError for sizes that do not fit together.
 
     Attributes:
         depth: number of layers.
@@ -49,7 +49,7 @@ class VARConfig:
     gate_init: float = 1e-3
 
     def __post_init__(self):
-        self.pyramid  # noqa: B018  (its own checks)
+        self.pyramid  # noqa: B018  (computed for its checks)
         for name in ("depth", "width", "heads", "classes", "vocab", "code_channels"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)}: must be 1 or more")
@@ -93,7 +93,7 @@ def check_fit(tokenizer: VQConfig, var: VARConfig) -> None:
 
 @flax.struct.dataclass
 class Condition:
-    """Holds all that labels contribute; it depends on no token, so a sampler computes it once.
+    """Holds everything that depends on the labels alone, so a sampler computes it once.
 
     Attributes:
         class_BC: the class embedding, from which the first scale is predicted.
@@ -125,7 +125,7 @@ class VAR(nn.Module):
         cond, cache = model.condition(label_B), model.empty_cache(len(label_B))
         logits_BlV, cache = model.predict(None, cond, 0, cache)  # sampling: scale by scale
 
-    Logits are float32 whatever the format.
+    Logits are always float32.
 
     Attributes:
         config: config of the transformer.
@@ -190,7 +190,7 @@ class VAR(nn.Module):
         return self._logits(x_BLC, head_B2C)
 
     def condition(self, label_B: jax.Array) -> Condition:
-        """Computes what `predict` needs of the labels, once for all scales."""
+        """Computes what `predict` needs from the labels, once for all scales."""
         class_BC, cond, head_B2C = self._embed_classes(label_B)
         modulation_SB6C = jax.lax.map(
             lambda params: self.block.apply({"params": params}, cond, method=Block.modulation),
@@ -215,7 +215,7 @@ class VAR(nn.Module):
             x_BlC = cond.class_BC[:, None] + self.pos_start[None]
         else:
             x_BlC = self._embed_tokens(input_BlZ)
-        # The residual stream stays float32: in bfloat16 nearly twice the logits' error.
+        # The residual stream stays float32: bfloat16 would nearly double the logits' error.
         x_BlC, new_cache = run_stack(
             self.block,
             self.blocks,
@@ -237,7 +237,7 @@ class VAR(nn.Module):
             length=self.config.pyramid.length,
             width=self.config.width,
             dtype=self.dtype,
-            # On a mesh the partitioner would not know how to shard memory that is only allocated.
+            # On a mesh, the partitioner does not know how to shard memory that is only allocated.
             zeros=batch_devices() > 1,
         )
 

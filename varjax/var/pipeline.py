@@ -132,11 +132,11 @@ class VARPipeline:
         return self.var.pyramid.finest
 
     def identity(self) -> dict[str, Any]:
-        """Returns all that images depend on besides labels, seed and options, as JSON data."""
+        """Returns what images depend on, except labels, seed and options, as JSON data."""
         return self._weights.identity()
 
     def options(self, **options: Any) -> VAROptions:
-        """Returns the model's own `sampling` with the given options, if not None, replaced.
+        """Returns the model's `sampling`, with all options that are not None replaced.
 
         Raises InputError for an unknown name and for a value out of range.
         """
@@ -150,7 +150,7 @@ class VARPipeline:
         )
 
     def advise_on_nan(self, options: VAROptions) -> str:
-        """Says what to try if an image that was sampled contains NaN or infinite numbers."""
+        """Suggests what to try if a sampled image contains NaN or infinite numbers."""
         return nan_advice(self.params, self.compute.jax_dtype)
 
     def encode(self, images_BHWC: Array) -> jax.Array:
@@ -193,12 +193,12 @@ class VARPipeline:
 
             images_BHWC = model.sample([3, 1, 4], seed=0, guidance=3.0)
 
-        Image i is a function of (seed, index[i], labels[i], options) alone, whatever else is in the
-        batch. Options that are None have the values of `sampling`.
+        Image i depends only on seed, index[i], labels[i] and the options, never on the batch.
+        Options that are None have the values of `sampling`.
 
         Args:
             labels: (B,) classes; `classes` means "no class".
-            seed: random seed; each gives other images.
+            seed: random seed; each seed gives different images.
             guidance: guidance scale at the last scale; 1 turns guidance off.
             top_k: number of likeliest codes to draw from; 0 for all.
             top_p: total probability of the likeliest codes to draw from; 0 for all.
@@ -238,7 +238,7 @@ class VARPipeline:
             images_BHWC: one image for each of `index`, or one for all of them.
             keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; True keeps the tokens there.
             labels: (B,) classes; None for no class.
-            seed: random seed; each gives other images.
+            seed: random seed; each seed gives different images.
             guidance: guidance scale; 1 turns guidance off.
             top_k: number of likeliest codes to draw from.
             top_p: total probability of the codes to draw from.

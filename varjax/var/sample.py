@@ -36,7 +36,7 @@ ChooseTokens = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 class VAROptions:
     """Sampling options: how tokens are chosen.
 
-    New numbers compile nothing again, unless guidance is turned on or off; `smooth` does.
+    New values need no new compilation, except for `smooth`, or if guidance is turned on or off.
 
     Attributes:
         guidance: scale s of classifier-free guidance at the last scale, u + s·(c - u), growing
@@ -53,11 +53,11 @@ class VAROptions:
         renamed=Renamed("cfg", 1.0, ", for guidance is VAR's cfg + 1 (1 turns it off)"),
     )
     top_k: int = option_field(900, "number of likeliest codes to draw from; 0: all")
-    top_p: float = option_field(0.96, "probability of the codes to draw from; 0: all")
+    top_p: float = option_field(0.96, "total probability of the codes to draw from; 0: all")
     smooth: bool = option_field(False, "mix codes: smoother pictures", static=True)
 
     def check(self) -> "VAROptions":
-        """Returns the options in plain Python types, so that equal ones share a compilation.
+        """Returns the options in plain Python types, so that equal options are compiled once.
 
         Raises InputError for a value out of range.
         """
@@ -75,7 +75,7 @@ class VAROptions:
 def keep_at_every_scale(pyramid: Pyramid, keep_Bhw: jax.Array | np.ndarray) -> jax.Array:
     """Resizes a mask of what to keep to every scale, as the reference does.
 
-    Bilinear, then True where more than half is kept. A first scale of a single token is always
+    Bilinear, then True where more than half is kept. A first scale with a single token is always
     kept.
 
     Args:
@@ -187,8 +187,8 @@ def bind_network(
     """
     model = VAR(var, compute).bind({"params": params})
     if guidance is not None:
-        # Both streams of guidance as one batch. The second must run at the first scale, too, where
-        # guidance is 1: it fills its cache.
+        # Both streams of guidance as one batch. The second must also run at the first scale, where
+        # guidance is 1, to fill its cache.
         label_B = jnp.concatenate([label_B, jnp.full_like(label_B, var.classes)])
     cond = model.condition(label_B)
 
@@ -220,7 +220,7 @@ def choose_tokens(
     Returns:
         Tokens (B, l) int32 and their codes (B, l, Z).
     """
-    # An argmax hides NaN: so that the image shows it, the code of such a token is NaN.
+    # An argmax hides NaN, so the code of such a token becomes NaN, which the image then shows.
     finite_Bl1 = jnp.all(jnp.isfinite(logits_BlV), axis=-1, keepdims=True)
     logits_BlV = filter_top_k_top_p(logits_BlV, options.top_k, options.top_p)
     scale_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, k)
@@ -265,7 +265,7 @@ def gumbel_softmax_weights(
 
 
 def gumbel_noise(key_B: jax.Array, like_BlV: jax.Array) -> jax.Array:
-    """Draws Gumbel noise (B, l, V), each image's by its own key.
+    """Draws Gumbel noise (B, l, V), for each image from its key.
 
     The argmax of logits and noise is a draw from the softmax of the logits.
     """

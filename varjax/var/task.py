@@ -60,7 +60,7 @@ class VARTask:
         model: config of the transformer.
         tokenizer: config of the frozen tokenizer.
         tokenizer_weights: tokenizer's run or converted directory, whose config must equal
-            `tokenizer`; or "random" for an untrained tokenizer, whose tokens mean nothing.
+            `tokenizer`; or "random" for an untrained tokenizer, for tests of speed and memory.
         optimizer: AdamW and its schedule.
         class_dropout: fraction of images whose label becomes "no class".
         drop_path: fraction of residual branches that the last layer drops.
@@ -90,7 +90,7 @@ class VARTask:
         for name in ("class_dropout", "label_smoothing", "ema_decay"):
             value = getattr(self, name)
             check_setting(name, value, 0 <= value <= 1, "in [0, 1]")
-        # Kept branches are divided by the fraction that is kept.
+        # Kept branches are divided by the fraction kept.
         rate = self.drop_path
         check_setting("drop_path", rate, 0 <= rate < 1, "at least 0 and below 1")
 
@@ -110,7 +110,7 @@ class VARTask:
         return params, matching_rows(self.model, config)
 
     def frozen(self) -> PyTree:
-        """Reads the tokenizer's parameters; raises InputError where they are another's."""
+        """Reads the tokenizer's parameters; raises InputError if its config differs."""
         return read_frozen_tokenizer(self.tokenizer_weights, self.tokenizer)
 
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
@@ -233,8 +233,8 @@ class VARTask:
 def matching_rows(here: VARConfig, there: VARConfig) -> MatchingRows:
     """Finds rows of the embeddings that mean the same in both, where the whole tables do not.
 
-    With other classes that is "no class" alone; with other scales, levels and positions of the
-    token maps whose height and width are in both lists.
+    With other classes, only "no class" matches. With other scales, levels and positions of token
+    maps with the same height and width match.
 
     Returns:
         {parameter: (rows here, rows there)}.

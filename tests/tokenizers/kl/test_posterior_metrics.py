@@ -8,8 +8,8 @@ import pytest
 
 from tests.tokenizers.kl.test_model import small_config
 from varjax.config import config_tree
+from varjax.evaluation import tokenizer as command
 from varjax.storage import files
-from varjax.tokenizers import evaluate as command
 from varjax.tokenizers.kl.model import kl_divergence, sample_posterior
 from varjax.tokenizers.reconstruction_metrics import measure_split
 
