@@ -294,7 +294,7 @@ def test_temperature_0_is_greedy():
         (dict(diffusion_steps="1"), "diffusion_steps=1: give one number, 2 … 1000"),
         (dict(diffusion_steps="50:x"), "diffusion_steps=50:x: give one number"),
         (dict(diffusion_steps="5:1001"), "diffusion_steps=5:1001: give one number"),
-        (dict(diffusion_steps="50:5:sine"), "schedules are linear, cosine, two_stage"),
+        (dict(diffusion_steps="50:5:sine"), "SCHEDULE is linear, cosine, two_stage"),
         (dict(diffusion_steps="50:5:cosine:"), "diffusion_steps=50:5:cosine:: give one number"),
     ],
 )

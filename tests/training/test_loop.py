@@ -248,8 +248,8 @@ def test_processes_that_see_other_data_are_refused_before_anything_else(tmp_path
         ({"run_dir": "s3://bucket/run"}, "run_dir is s3://bucket/run: .* mount the bucket"),
         ({"eval_every": 0, "keep_best": "eval/loss"}, "set eval_every above 0"),
         ({"eval_every": 1, "patience": 2}, "patience is 2, but keep_best names no metric"),
-        ({"task": tiny.Tiny(accumulate=3)}, "a batch of 64 cannot be accumulated in 3 equal parts"),
-        ({"task": tiny.Tiny(accumulate=0)}, "a batch of 64 cannot be accumulated in 0 equal parts"),
+        ({"task": tiny.Tiny(accumulate=3)}, "a batch of 64 cannot be split into 3 equal"),
+        ({"task": tiny.Tiny(accumulate=0)}, "a batch of 64 cannot be split into 0 equal"),
     ],
 )
 def test_settings_without_sense_are_refused(tmp_path, changes, message):

@@ -40,7 +40,7 @@ def test_accumulation_does_not_change_gradients_or_metrics(accumulate):
 
 
 def test_unequal_parts_are_refused():
-    with pytest.raises(ValueError, match="batch of 12 cannot be accumulated in 5"):
+    with pytest.raises(ValueError, match="batch of 12 cannot be split into 5 equal"):
         train_step.accumulated_gradients(loss_fn, PARAMS, batch(12), accumulate=5)
 
 

@@ -1,4 +1,4 @@
-"""Runs writers of what is only for watching a run in threads, where they cannot stop it."""
+"""Runs writers in threads, so that logs for watching a run cannot stop it."""
 
 import collections
 import contextlib
@@ -18,20 +18,19 @@ MAX_RETRY_SECONDS = 600.0
 
 
 class BackgroundWriter:
-    """Passes what a run logs to a writer in a thread; the caller never waits and sees no error.
+    """Passes a run's log entries to a writer in a thread. The caller never waits, nor sees errors.
 
         board = BackgroundWriter("TensorBoard", lambda _: TensorBoardWriter(run_dir, 1))
         board.scalars(50, {"loss": 1.5})
         board.close(time.monotonic() + 5)
 
     After an error the thread opens the writer again, later each time. Entries wait in a bounded
-    queue, which drops the oldest when it is full. One line on stderr reports the first error and
-    one that the writer works again, not one for each entry.
+    queue, which drops the oldest when it is full. One line on stderr reports the first error, and
+    another one that the writer works again.
 
     Args:
-        name: name of the writer in these lines.
-        open_writer: function that makes the writer. Its argument is False until a writer was made,
-            and True afterwards.
+        name: name of the writer in messages.
+        open_writer: function that makes the writer. Its argument says whether one was made before.
     """
 
     def __init__(self, name: str, open_writer: Callable[[bool], RunWriter]):
@@ -43,7 +42,9 @@ class BackgroundWriter:
         self._lost = 0  # entries since the last line about them
         self._busy = False  # an entry is with the writer
         self._failures = 0  # in a row
-        self._overdue = False  # a drain reached its deadline, and the queue was never empty since
+        self._overdue = (
+            False  # a drain reached its deadline, and the queue has not been empty since
+        )
         self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"write {name}", daemon=True)
@@ -59,10 +60,10 @@ class BackgroundWriter:
         self._put(lambda writer: writer.picture(step, name, picture_HWC), picture_HWC.nbytes)
 
     def drain(self, deadline: float) -> None:
-        """Waits until all is written, unless the writer fails or has been behind ever since.
+        """Waits until everything is written, unless the writer fails or is already behind.
 
         Args:
-            deadline: time at which the wait ends in any case, by `time.monotonic`.
+            deadline: time at which the wait ends at the latest, by `time.monotonic`.
         """
         with self._changed:
             if not self._overdue:
@@ -70,13 +71,13 @@ class BackgroundWriter:
                 self._overdue = self._is_behind()
 
     def begin_close(self) -> None:
-        """Has the thread write what is queued, close the writer and end."""
+        """Tells the thread to write what is queued, close the writer and end."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
 
     def close(self, deadline: float) -> None:
-        """Waits for the end of the thread until `deadline` (`time.monotonic`), and no longer."""
+        """Waits for the end of the thread, at most until `deadline` (`time.monotonic`)."""
         self.begin_close()
         self._thread.join(max(0.0, deadline - time.monotonic()))
         with self._changed:

@@ -27,10 +27,10 @@ from varjax.training.task import TrainState
 
 
 def _wait_for_processes(*, key: str, timeout_ms: int) -> None:
-    """Waits at a barrier of Orbax's, unless this process has failed to save.
+    """Waits at one of Orbax's barriers, unless this process has failed to save.
 
-    When a thread has failed, Orbax still waits ten minutes for the other processes, and they for
-    it. This ends at once instead, and with it the process, which ends the others.
+    If a thread has failed, Orbax still waits ten minutes for the other processes, and they for it.
+    Here the process fails immediately, which also ends the others.
     """
     error = sys.exception()
     if error is not None and threading.current_thread() is not threading.main_thread():
@@ -53,9 +53,9 @@ def read_state(
         (state, the `meta` saved with it).
 
     Raises:
-        MismatchError: the saved arrays are not those of `abstract`.
-        DamagedFileError: files are missing or do not hold what was saved.
-        StorageError: they cannot be read now, through no fault of the files.
+        MismatchError: the saved arrays differ from `abstract`.
+        DamagedFileError: files are missing or damaged.
+        StorageError: the files cannot be read now, but may be good.
     """
     trees, where = (
         {name: getattr(state, name) for name in STATE_TREES} for state in (abstract, shardings)
@@ -72,8 +72,8 @@ class Checkpoints:
             checkpoints.save(10, state)
 
     All processes make the same calls, and each writes its part of the arrays. A step's directory
-    gets its name when it is complete, so processes killed while saving leave only a temporary,
-    which the next start removes.
+    gets its name when it is complete, so processes killed while saving leave only a temporary
+    directory, which the next start removes.
 
     Args:
         directory: directory of the checkpoints <directory>/<step>.
@@ -90,7 +90,7 @@ class Checkpoints:
             keep_period=keep_every or None,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_for_processes),
-            # or else the processes confuse two directories that are written at the same time
+            # otherwise processes confuse two directories that are written at the same time
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 barrier_sync_key_prefix=directory.name
             ),
@@ -116,7 +116,7 @@ class Checkpoints:
         return on_first_process(lambda: sorted(self._manager.all_steps()))
 
     def save(self, step: int, state: TrainState, meta: dict | None = None) -> None:
-        """Copies what is not None of the state to the host and writes it in the background.
+        """Copies the state, except what is None, to the host, and writes it in the background.
 
         A step that is already saved stays as it is, because a resumed run reaches the same state.
         With another `meta` it is replaced and later steps are removed, because they were saved
@@ -128,7 +128,7 @@ class Checkpoints:
             meta: plain JSON data to store with them.
 
         Raises:
-            StorageError: an earlier save failed, or this one at once.
+            StorageError: an earlier save failed, or this one cannot start.
         """
         self.wait()
         self._reporting_failure(lambda: on_first_process(self._check_writable))
@@ -152,11 +152,11 @@ class Checkpoints:
         on_first_process(lambda: files.write_json(path, self._saved.record(step, meta)))
 
     def wait(self) -> None:
-        """Returns when everything saved is on the disk; raises StorageError where that failed."""
+        """Waits until everything is on the disk; raises StorageError if a save failed."""
         self._reporting_failure(self._manager.wait_until_finished)
 
     def check(self) -> None:
-        """Raises StorageError where a write in the background has failed; does not wait."""
+        """Raises StorageError if a write in the background has failed; does not wait."""
         self._reporting_failure(self._manager.check_for_errors)
 
     def meta(self, step: int) -> dict:
@@ -168,7 +168,7 @@ class Checkpoints:
     ) -> tuple[TrainState, dict] | None:
         """Reads the newest step that all processes can read.
 
-        Steps that are damaged are reported and moved to <run>/unreadable once an older one is read.
+        Damaged steps are reported, and moved to <run>/unreadable once an older one is read.
 
         Args:
             abstract: shapes and dtypes of the state.
@@ -179,8 +179,8 @@ class Checkpoints:
             (state, meta), or None if nothing is saved.
 
         Raises:
-            MismatchError: the saved arrays are not those of `abstract`.
-            StorageError: a step cannot be read now, though its files may be good.
+            MismatchError: the saved arrays differ from `abstract`.
+            StorageError: a step cannot be read now, but its files may be good.
             InputError: none of the saved steps can be read.
         """
         steps = self.steps() if step is None else [step]
@@ -202,9 +202,11 @@ class Checkpoints:
     def _reporting_failure(self, action: Callable[[], Any]) -> None:
         try:
             action()
-        except jax.errors.JaxRuntimeError:  # not the files: a device, or another process
+        except (
+            jax.errors.JaxRuntimeError
+        ):  # the cause is a device or another process, not the files
             raise
-        except Exception as error:  # of many kinds, RESOURCE_EXHAUSTED as a ValueError among them
+        except Exception as error:  # of many kinds, such as RESOURCE_EXHAUSTED as a ValueError
             good = []
             with contextlib.suppress(Exception):  # the disk may be what failed
                 good = self._saved.steps()
@@ -221,7 +223,7 @@ class Checkpoints:
             return False
 
     def _check_writable(self) -> None:
-        """Raises OSError where nothing can be written: Orbax's processes would wait for minutes."""
+        """Raises OSError if the folder is not writable; Orbax would wait for minutes instead."""
         if not in_bucket(self.directory):
             files.probe_writable(self.directory)
 

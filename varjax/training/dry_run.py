@@ -22,15 +22,15 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     """Checks a run up to the end of its first step, and reports the memory and time it takes.
 
     It checks the settings, also against those of an existing run in run_dir, makes the mesh, reads
-    the first batch, compiles the step and the evaluation, reports the memory that they need on a
-    device, and takes one step with new parameters. Nothing is written.
+    the first batch, compiles the step and the evaluation, reports their memory on a device, and
+    takes one step with new parameters. Nothing is written.
 
     Args:
         experiment: settings of the run.
         say: function that gets each line; None prints them in the first process.
 
     Raises:
-        InputError: what `train` would raise as well.
+        InputError: if `train` would raise it, too.
     """
     if say is None:
         say = print if jax.process_index() == 0 else lambda text: None
@@ -84,7 +84,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     begin = time.monotonic()
     program = evaluator.compile(state)
     say(f"evaluation: compiled in {time.monotonic() - begin:.0f} s, {_needs(program, mesh)}")
-    say(f"all is well; nothing was written to {as_path(experiment.run_dir)}")
+    say(f"everything works; nothing was written to {as_path(experiment.run_dir)}")
 
 
 def _sizes(tree: PyTree, placement: PyTree) -> str:
@@ -96,7 +96,7 @@ def _needs(program: Any, mesh: Any) -> str:
     """Returns the memory that a compiled program needs on a device, and the device's own."""
     memory = program.memory_analysis()
     if memory is None:
-        return "its memory is not known"
+        return "its memory is unknown"
     need = memory.argument_size_in_bytes + memory.temp_size_in_bytes
     words = f"needs {_gb(need)} on a device ({_gb(memory.temp_size_in_bytes)} for temporaries)"
     statistics = mesh.local_devices[0].memory_stats() if mesh.local_devices else None

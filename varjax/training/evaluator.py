@@ -65,15 +65,15 @@ class Evaluator:
     def metrics(
         self, state: TrainState, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
-        """Computes metrics over all held-out images, whatever the batch size and the processes.
+        """Computes metrics over all held-out images, for any batch size and number of processes.
 
         Args:
             state: train state to evaluate.
             stop: function asked before each batch; once it returns True, the evaluation ends.
 
         Returns:
-            "eval/NAME" for the parameters and, where there is one, "eval_ema/NAME" for the average;
-            None where it was stopped.
+            "eval/NAME" for the parameters and "eval_ema/NAME" for the average, if there is one.
+            None if the evaluation was stopped.
         """
         sums: dict[str, PyTree] = {}
         for batch in self._loader.held_out():
@@ -86,7 +86,7 @@ class Evaluator:
                     dataclasses.replace(state, params=params), self._frozen, placed
                 )
                 sums[kind] = self._add(before[kind], part) if before else part
-            jax.block_until_ready(before)  # otherwise all batches could pile up on the devices
+            jax.block_until_ready(before)  # otherwise all batches could accumulate on the devices
         assert sums, "the held-out split is empty"
         results = {}
         for kind, total in jax.device_get(sums).items():
@@ -108,12 +108,12 @@ class Evaluator:
     def preview(self, state: TrainState) -> dict[str, np.ndarray]:
         """Returns previews of the first held-out batch by name, from the average if there is one.
 
-        Raises OSError (StorageError) in all processes where one of them cannot read the batch.
+        Raises OSError (StorageError) in all processes if one of them cannot read the batch.
         """
         if state.ema is not None:
             state = dataclasses.replace(state, params=state.ema)
         batch: dict[str, np.ndarray] = {}
-        # All must have the batch: a process without one would keep the others waiting for ever.
+        # All processes must have the batch, or those that have it would wait forever.
         on_all_processes(lambda: batch.update(self._loader.held_out_batch(0)))
         return jax.device_get(self._run_preview(state, self._frozen, self._place(batch)))
 

@@ -80,7 +80,7 @@ class Experiment:
 
         loop.train(Experiment(task, data, "runs/first", batch_size=256, epochs=10))
 
-    Counts named `*_every` are in steps, 0 means never; the run also evaluates and saves at its end.
+    Fields named `*_every` are in steps; 0 means never. The run also evaluates and saves at its end.
 
     Attributes:
         task: task to train, with its model and optimizer.
@@ -93,8 +93,8 @@ class Experiment:
         init_from: run or converted directory whose parameters initialize this run, as far as they
             fit (`warm_start_state`); "" for random parameters. Ignored once the run has a
             checkpoint.
-        fork_from: RUN or RUN@STEP whose whole state this run continues, with optimizer and step
-            (`forked_state`): to make it longer, or to change the batch size, data or learning rate.
+        fork_from: RUN or RUN@STEP whose whole state, with optimizer and step, this run continues
+            (`forked_state`), to make it longer or to change the batch size, data or learning rate.
             "" for none. Ignored once the run has a checkpoint.
         mesh: how arrays and batches are sharded over the devices.
         log_every: steps between two lines of training metrics.
@@ -102,14 +102,13 @@ class Experiment:
         save_every: steps between two checkpoints.
         preview_every: steps between two previews, which are pictures of the model's output.
         keep: number of most recent checkpoints to keep.
-        keep_every: steps between two checkpoints that are kept for good, in addition to those; 0
+        keep_every: steps between two checkpoints that are kept for good, in addition to `keep`; 0
             for none.
         keep_best: evaluation metric such as "eval/loss" or "eval_ema/loss"; the weights with its
             best value are kept in <run_dir>/best. Lower is better, except for accuracy, psnr, ssim,
             usage and perplexity (of codes); "max:NAME" or "min:NAME" sets the direction for any
             metric. "" for none.
-        patience: number of evaluations in a row without a better one that end the run; 0 for no
-            such end.
+        patience: number of evaluations in a row without improvement that end the run; 0 for never.
         fid: FID and Inception Score of samples, measured during training.
         wandb: project of Weights & Biases, NAME or ENTITY/NAME, that also gets the run's logs; ""
             for none. Requires the package wandb.
@@ -144,7 +143,7 @@ class Experiment:
     skip_nonfinite: int = 0
 
     def check(self) -> None:
-        """Raises InputError for the first field that makes no sense."""
+        """Raises InputError for the first invalid field."""
         if (self.steps > 0) == (self.epochs > 0) or min(self.steps, self.epochs) < 0:
             raise InputError(
                 f"give the length as steps or as epochs, one of them above 0 and the other 0; "
@@ -159,7 +158,7 @@ class Experiment:
             raise InputError("run_dir is empty; name a directory for this run, say runs/first")
         if in_bucket(self.run_dir) and not self.run_dir.startswith("gs:"):
             raise InputError(
-                f"run_dir is {self.run_dir}: Orbax writes checkpoints to disks and to gs:// alone; "
+                f"run_dir is {self.run_dir}: Orbax writes checkpoints only to disks and gs://; "
                 "mount the bucket and name the folder"
             )
         if self.init_from and self.fork_from:

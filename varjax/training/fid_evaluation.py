@@ -83,14 +83,14 @@ class FIDEvaluator:
         data: dataset of the run.
         frozen: pretrained weights of the task, on the mesh.
         mesh: mesh of all devices.
-        batch_size: batch size of training; its microbatch is drawn at a time unless the config sets
-            another number.
+        batch_size: batch size of training, whose microbatch is the number of images drawn at a time
+            unless the config sets another number.
         run_dir: directory of the run, which keeps the statistics of its held-out images.
         on_latents: whether the run's data are latents, which cannot be a reference.
         compiling: function that makes a context for the first batch, whose program is compiled.
 
     Raises:
-        InputError: before anything is drawn, for what cannot be done.
+        InputError: before anything is drawn, for invalid settings.
     """
 
     def __init__(
@@ -198,7 +198,7 @@ class FIDEvaluator:
     def _measure(self, kind: str, features: dict[str, np.ndarray]) -> dict[str, float]:
         assert self._reference is not None
         bad = int((~np.isfinite(features["pool_BD"]).all(axis=1)).sum())
-        if bad:  # early in training this may happen, and later steps repair it
+        if bad:  # this may happen early in training, and later steps repair it
             say(f"{kind}/fid is NaN: {bad} of {len(features['pool_BD'])} samples are NaN")
             names = ("fid", "inception_score") if "logits_BV" in features else ("fid",)
             return dict.fromkeys(names, math.nan)

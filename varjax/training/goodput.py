@@ -1,4 +1,4 @@
-"""Measures how fast a run is, and what its time is spent on over all of its starts."""
+"""Measures a run's speed, and how it spends its time over all starts."""
 
 import contextlib
 import time
@@ -27,7 +27,7 @@ class Goodput:
             checkpoints.save(step, state)
         writer.write(step, goodput.metrics())
 
-    A kill loses what was not yet written: at most the time since the last line.
+    A kill loses what is not written yet: at most the time since the last line.
     """
 
     def __init__(self):
@@ -81,7 +81,7 @@ def earlier_goodput(lines: Sequence[Mapping[str, Any]], step: int) -> dict[str, 
         step: step that the run continues from; time spent on later ones is "lost".
 
     Returns:
-        Sums as `Goodput.metrics` gives them; {} where no line has any.
+        Sums as in `Goodput.metrics`; {} if no line has any.
     """
     lines = [line for line in lines if isinstance(line.get(_name("step")), int | float)]
     if not lines:
@@ -99,7 +99,7 @@ def earlier_goodput(lines: Sequence[Mapping[str, Any]], step: int) -> dict[str, 
 
 def _step_seconds_at(step: int, lines: Sequence[Mapping[str, Any]]) -> float:
     """Returns the seconds in steps until `step`, which is before the last line's step."""
-    before, seconds = step, 0.0  # without an earlier line, the run began there
+    before, seconds = step, 0.0  # without an earlier line, the run began here
     for line in lines:
         after, seconds_after = line["step"], line[_name("step")]
         if after > step:

@@ -1,7 +1,7 @@
 """The weights that a run starts from: pretrained parameters, another run's state, frozen networks.
 
 A run keeps its own copy of frozen weights, <run>/frozen.safetensors. <run>/frozen.json keeps the
-copy's digest, so that a damaged or missing copy is replaced by the same weights or not at all.
+copy's digest, so that only the same weights can replace a damaged or missing copy.
 """
 
 import math
@@ -22,13 +22,15 @@ from varjax.training.progress import say
 from varjax.training.task import MatchingRows, Task, TrainState
 from varjax.trees import PyTree
 
-MIN_SHARED_FRACTION = 0.01  # of all numbers; below it, it is another model with biases that fit
+MIN_SHARED_FRACTION = (
+    0.01  # of all numbers; with less, it is another model of which only biases fit
+)
 
 
 def warm_start_state(
     task: Task, init_from: str, key: jax.Array, placement: TrainState
 ) -> TrainState:
-    """Makes the state before the first step, with what fits of the parameters of `init_from`.
+    """Makes the state before the first step, with those parameters of `init_from` that fit.
 
     A parameter with the same path and shape is copied whole. Where the task names matching rows,
     only those are copied. Everything else is initialized as usual. The average starts from the
@@ -41,7 +43,7 @@ def warm_start_state(
         placement: a sharding for each array of the state.
 
     Raises:
-        InputError: almost nothing fits; raised before anything is computed.
+        InputError: almost no parameter fits; raised before any computation.
     """
     init = jax.jit(task.init, out_shardings=placement)
     if not init_from:
@@ -80,7 +82,7 @@ def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) ->
         except (MismatchError, DamagedFileError) as error:
             raise type(error)(
                 f"fork_from={fork_from}: step {step} cannot be read as the state of this run: its "
-                f"optimizer is another one, or files are damaged ({str(error)[:500]}). init_from "
+                f"optimizer differs, or files are damaged ({str(error)[:500]}). init_from "
                 "takes its parameters alone"
             ) from error
 
@@ -146,7 +148,7 @@ class _PretrainedParameters:
         fraction = kept / max(sum(leaf.size for leaf in wanted.values()), 1)
         if fraction < MIN_SHARED_FRACTION:
             raise InputError(
-                f"init_from: {self._location} holds another model, next to nothing of it fits:\n"
+                f"init_from: {self._location} holds another model; almost no parameter fits:\n"
                 + "\n".join(lines)
             )
         summary = f"{whole} of {len(wanted)} parameters whole, {fraction:.2%} of all numbers"
@@ -177,11 +179,11 @@ class _PretrainedParameters:
 def frozen_weights(task: Task, run_dir: pathlib.Path) -> PyTree:
     """Reads the run's own copy of the task's pretrained weights, which the first process makes.
 
-    A copy that is damaged is made again if the weights it comes from are still the same.
+    A damaged copy is made again if the weights that it comes from are still the same.
 
     Raises:
-        InputError: it is damaged and cannot be made again.
-        StorageError: it cannot be read or written now.
+        InputError: the copy is damaged and cannot be made again.
+        StorageError: the copy cannot be read or written now.
     """
     path = run_dir / "frozen.safetensors"
     if not on_first_process(lambda: _copy(task, path)):
@@ -227,7 +229,7 @@ def _copy(task: Task, path: pathlib.Path) -> bool:
 
 
 def _digest_before(path: pathlib.Path) -> str:
-    """Returns the digest of the weights that were copied, "" if it is not known."""
+    """Returns the digest of the weights that were copied; "" if it is unknown."""
     try:
         return str(files.read_json(path.with_suffix(".json"))["digest"])
     except StorageError:

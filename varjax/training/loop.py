@@ -72,7 +72,7 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
 def take_steps(run: Run, state: TrainState) -> dict[str, float]:
     """Takes the steps that are left; returns the metrics of the last evaluation.
 
-    Raises SystemExit once a signal stopped the run and its state is saved.
+    Raises SystemExit if a signal stopped the run, once its state is saved.
     """
     step, loop_state, preemption = int(state.step), run.loop_state, run.preemption
     run.watchdog.progress()
@@ -90,7 +90,7 @@ def take_steps(run: Run, state: TrainState) -> dict[str, float]:
         due = run.schedule.due(step)
         if not (stop or due.evaluation or due.save):
             continue
-        run.reporter.flush()  # raises before anything that is not finite can be saved
+        run.reporter.flush()  # raises before a state that is not finite can be saved
         with run.measure("evaluate"):
             done = not stop and evaluate(run, step, state, due)
             loop_state.evaluation_due = due.evaluation and not done
@@ -117,7 +117,7 @@ def make_up_evaluation(run: Run, step: int, state: TrainState) -> None:
 
 
 def evaluate(run: Run, step: int, state: TrainState, due: Due) -> bool:
-    """Evaluates and previews what is due; returns False if a signal came before the end."""
+    """Evaluates and previews what is due; returns False if a signal interrupted it."""
     metrics: dict[str, float] = {}
     for wanted, evaluator in ((due.metrics, run.evaluator), (due.fid, run.fid)):
         if wanted and evaluator is not None:
@@ -136,7 +136,7 @@ def evaluate(run: Run, step: int, state: TrainState, due: Due) -> bool:
 
 
 def preview(run: Run, step: int, state: TrainState) -> None:
-    """Writes previews; images that cannot be read only cost a note."""
+    """Writes previews; only prints a note if images cannot be read."""
     run.watchdog.progress()
     try:
         pictures = run.evaluator.preview(state)
@@ -157,7 +157,7 @@ def save(run: Run, step: int, state: TrainState) -> None:
 def finished_state(
     checkpoints: Checkpoints, experiment: Experiment, steps: int
 ) -> LoopState | None:
-    """Reads the last loop state of a run that came to its end; None for one that did not.
+    """Reads the last loop state of a finished run; None if the run is not finished.
 
     Args:
         checkpoints: checkpoints of the run.

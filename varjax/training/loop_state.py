@@ -5,7 +5,7 @@ import math
 import re
 from typing import NamedTuple
 
-# Metrics that should grow, by a part of their name, unless the user says otherwise. A tokenizer's
+# Parts of the names of metrics that should grow, unless the user sets the direction. A tokenizer's
 # "perplexity" is that of its codes; a transformer's "perplexity_at_scale" should fall.
 HIGHER_IS_BETTER = re.compile(
     r"accuracy|psnr|ssim|usage|code_perplexity|perplexity(?!_at_scale)|inception_score"
@@ -119,7 +119,7 @@ class LoopState:
         return state
 
     def update(self, metrics: dict[str, float]) -> bool:
-        """Takes in an evaluation; returns whether it is the best so far."""
+        """Records an evaluation; returns whether it is the best so far."""
         self.metrics = metrics
         if not self.keep_best:
             return False
@@ -132,7 +132,7 @@ class LoopState:
         return False
 
     def count_step(self, skipped: bool) -> None:
-        """Counts a step, which was skipped or not."""
+        """Counts a step as skipped or not skipped."""
         self.skipped_steps += skipped
         self.skipped_in_row = self.skipped_in_row + 1 if skipped else 0
 

@@ -1,4 +1,4 @@
-"""Writes a run's numbers and pictures: metrics.jsonl, and passes them to the other writers."""
+"""Writes a run's metrics.jsonl, and passes numbers and pictures to the other writers."""
 
 import json
 import math
@@ -44,14 +44,14 @@ def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 
 class MetricWriter:
-    """Writes metrics.jsonl, one object a line with "step", and passes all to writers for watching.
+    """Writes metrics.jsonl, one object per line with "step", and passes everything to watchers.
 
         with MetricWriter(run_dir, step=0) as writer:
             writer.write(50, {"loss": 1.5})
 
-    metrics.jsonl belongs to the run: where it cannot be written, StorageError ends the run. What is
-    only for watching (TensorBoard, previews, Weights & Biases, uploads between two checkpoints)
-    runs in threads (`BackgroundWriter`), which can neither stop nor end it.
+    metrics.jsonl is part of the run: if it cannot be written, StorageError ends the run. Watchers
+    (TensorBoard, previews, Weights & Biases, uploads between two checkpoints) run in threads
+    (`BackgroundWriter`), where they cannot stop the run.
 
     In a bucket, lines arrive once a minute and with each checkpoint.
 
@@ -59,7 +59,7 @@ class MetricWriter:
         run_dir: folder of the files.
         step: step that the run continues from; lines about later ones are dropped.
         evaluated: whether the evaluation of that step is done; if not, its lines are dropped, too.
-        active: False for a process that writes nothing at all.
+        active: False for a process that writes nothing.
         wandb: project of Weights & Biases that also gets everything; "" for none.
 
     Attributes:
@@ -131,13 +131,13 @@ class MetricWriter:
             with self._upload_lock:
                 self._mirror.close()
         except OSError as error:
-            if kind is None:  # else another error says more
+            if kind is None:  # otherwise another error matters more
                 raise self._failure(error) from error
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes a line; numbers that are not finite become null, which is what JSON has for them.
+        """Writes a line; numbers that are not finite become null, as JSON requires.
 
-        Raises StorageError where the disk takes no more.
+        Raises StorageError if the disk is full or fails.
         """
         line = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
         try:
@@ -148,9 +148,9 @@ class MetricWriter:
             watcher.scalars(step, metrics)
 
     def sync(self) -> None:
-        """Returns when all lines are on the disk, where they survive the machine's end.
+        """Waits until all lines are on the disk, where they survive a crash of the machine.
 
-        Raises StorageError where the disk takes no more.
+        Raises StorageError if the disk is full or fails.
         """
         if not self._active:
             return
@@ -165,7 +165,7 @@ class MetricWriter:
             watcher.drain(deadline)
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Passes a grid of images to the writers, as previews/step_<step>_<name>.png to one.
+        """Passes a grid of images to the writers, such as previews/step_<step>_<name>.png.
 
         Args:
             step: number of updates done.
@@ -177,7 +177,7 @@ class MetricWriter:
         try:
             columns = images.shape[1] if images.ndim == 5 else None
             picture_HWC = image_io.image_grid(images.reshape(-1, *images.shape[-3:]), columns)
-        except ValueError as error:  # values that are no image: only for watching, as all of this
+        except ValueError as error:  # values that are not an image; previews must not stop the run
             say(f"note: no preview {name} of step {step}: {error}")
             return
         for watcher in self._picture_writers:

@@ -18,8 +18,8 @@ from varjax.trees import PyTree
 LRSchedule = Literal["constant", "cos", "lin", "lin0", "lin00", "lin0.5", "exp"]
 HOLD_FRACTION = {"lin": 0.15, "lin0": 0.05, "lin00": 0.0, "lin0.5": 0.5, "exp": 0.15}
 Step = jax.typing.ArrayLike
-# A pattern for the paths of parameters with weight decay: matrices and the classes' table, but no
-# biases, norms, positions or codes. The references of VAR and of both tokenizers do the same.
+# Pattern for the paths of parameters with weight decay: matrices and the class embedding, but no
+# biases, norms, positions or codes, as in the references of VAR and of both tokenizers.
 DECAYED = r"(kernel|class_embed)$"
 
 

@@ -18,7 +18,7 @@ class PreemptionGuard:
             while not preemption.should_stop():
                 step()
 
-    With several processes only SIGTERM is handled, repeated or not; SIGINT kills as usual. A signal
+    With several processes only SIGTERM is handled, even repeatedly; SIGINT kills as usual. A signal
     to any process stops all of them at the same call of `should_stop`.
 
     Attributes:
@@ -27,7 +27,7 @@ class PreemptionGuard:
 
     def __init__(self):
         self.signum: int | None = None
-        self._received = 0  # signal to this process, which others may not know yet
+        self._received = 0  # signal to this process, which the others may not know of yet
         self._exchange = _SignalExchange() if jax.process_count() > 1 else None
         self._handlers: dict[signal.Signals, Any] = {}
 
@@ -79,7 +79,7 @@ class _SignalExchange:
     def send(self, signum: int) -> int | None:
         """Sends this process's signal, 0 for none; returns any that was sent at the last call.
 
-        The answer comes one call late, so that nobody waits for the step that was just dispatched.
+        The answer comes one call late, so that no process waits for the step just dispatched.
         """
         shape, mine = (len(jax.devices()),), np.full(1, signum, np.int32)
         signals = jax.make_array_from_callback(shape, self._by_device, lambda _: mine)

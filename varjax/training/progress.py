@@ -37,12 +37,12 @@ _STDERR: Any = _LossyStderr()
 
 
 def say(text: str) -> None:
-    """Prints a line to stderr without breaking a bar; what stderr does not take is dropped."""
+    """Prints a line to stderr without breaking a bar; errors of stderr are ignored."""
     tqdm.write(text, file=_STDERR)
 
 
 class ProgressReporter:
-    """Shows a bar on a terminal, and elsewhere a line about every ten seconds.
+    """Shows a bar on a terminal; elsewhere, prints a line about every ten seconds.
 
         with ProgressReporter(0, steps) as progress:
             progress.show(1, {"loss": 1.5})

@@ -15,7 +15,7 @@ from varjax.training.watchdog import Watchdog
 
 
 class NonFiniteMetricError(InputError, FloatingPointError):
-    """Reports training that diverged; the user can choose other settings."""
+    """Reports that training diverged; other settings may help."""
 
 
 class StepReporter:
@@ -24,7 +24,7 @@ class StepReporter:
         state, metrics = train_step(state, frozen, next(batches), key)
         reporter.push(step, metrics)  # reports the step before
         ...
-        reporter.flush()  # raises before anything that is not finite can be saved
+        reporter.flush()  # raises before a state that is not finite can be saved
 
     JAX dispatches a step and returns at once; only reading its metrics waits for the devices. They
     are read when the next step is already queued, so that the devices never wait for the host.
@@ -40,7 +40,7 @@ class StepReporter:
         progress: progress on the terminal.
         throughput: meter of the speed.
         goodput: measures what the time is spent on.
-        watchdog: learns of each step.
+        watchdog: is told that the run makes progress.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class StepReporter:
             numbers |= self._throughput.measure(step, self._goodput.seconds("data"))
             self._writer.write(step, numbers | self._goodput.metrics())
             self._progress.show(step, numbers)
-        elif step == self._first:  # how long the start took, in case of a kill soon after
+        elif step == self._first:  # record how long the start took, in case of a kill soon after
             self._writer.write(step, self._goodput.metrics())
 
     def _check_finite(self, step: int, numbers: dict[str, float]) -> None:

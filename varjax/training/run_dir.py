@@ -21,8 +21,8 @@ from varjax.training.experiment import Experiment
 from varjax.training.progress import say
 from varjax.training.task import Plan
 
-PIXELS = "pixels"  # in `describe`: a digest of how Pillow decodes and resizes images
-MAX_STARTS = 100  # kept in data.json, in addition to the first
+PIXELS = "pixels"  # key in `describe`: a digest of how Pillow decodes and resizes images
+MAX_STARTS = 100  # number of starts kept in data.json, in addition to the first
 # What may change when a run continues, because training still takes the same steps. (Another mesh,
 # accumulation or `compute` changes them by rounding; the tokenizer's weights were copied.)
 CHANGEABLE_FIELDS = (
@@ -104,9 +104,9 @@ def check_or_write_data(experiment: Experiment) -> None:
 
     Prints a note if JAX draws other random numbers than in the run so far.
 
-    Raises InputError if the run was trained on other images, or in an order that this NumPy does
-    not draw, or with pixels that this Pillow does not make. The images may have moved, and the
-    held-out images may change.
+    Raises InputError if the run was trained on other images, or if this NumPy draws another order
+    or this Pillow makes other pixels. The images may have moved, and the held-out images may
+    change.
     """
     now, path = experiment.data.describe(), as_path(experiment.run_dir) / "data.json"
     now["numpy"] = {"version": np.__version__, "random_numbers": random_numbers_digest()}
@@ -146,7 +146,7 @@ def check_or_write_data(experiment: Experiment) -> None:
 
 
 def _say_other_draws(run_dir: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Prints what changed; batches stay the same, so the run may continue."""
+    """Prints what has changed; batches stay the same, so the run may continue."""
     if before["random_numbers"] == now["random_numbers"]:
         return
     changes = [
@@ -230,5 +230,5 @@ def _drop(config: dict[str, Any], path: str) -> None:
     *parents, last = path.split(".")
     for parent in parents:
         inner = config.get(parent)
-        config = inner if isinstance(inner, dict) else {}  # a part may be None
+        config = inner if isinstance(inner, dict) else {}  # the config of a part may be None
     config.pop(last, None)

@@ -1,4 +1,4 @@
-"""Writers of what is only for watching a run: TensorBoard, Weights & Biases, previews as PNG."""
+"""Writers of logs for watching a run: TensorBoard, Weights & Biases, previews as PNG."""
 
 import contextlib
 import importlib
@@ -23,14 +23,14 @@ from varjax.errors import InputError
 from varjax.storage import files, image_io
 from varjax.storage.buckets import LocalMirror
 
-UPLOAD_SECONDS = 60.0  # at least, between two uploads to a bucket
+UPLOAD_SECONDS = 60.0  # minimum between two uploads to a bucket
 WANDB_ID_FILE = "wandb.json"  # keeps which run of Weights & Biases this run continues
 
-_file_numbers = itertools.count()  # an error leads to another file, perhaps in the same second
+_file_numbers = itertools.count()  # each error starts a new file, perhaps in the same second
 
 
 class RunWriter(Protocol):
-    """Takes what a run logs to one more place, as `TensorBoardWriter` does; may raise anything."""
+    """Writes a run's log entries, as `TensorBoardWriter` does; may raise any error."""
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes numbers by name."""
@@ -41,19 +41,19 @@ class RunWriter(Protocol):
         ...
 
     def close(self) -> None:
-        """Returns when all is written."""
+        """Waits until everything is written."""
         ...
 
 
 class TensorBoardWriter:
-    """Writes files for TensorBoard, without it.
+    """Writes files for TensorBoard, without importing it.
 
-    Not by tensorboardX's `SummaryWriter`: an error of the disk ends its thread unseen, and then
-    adding an event waits for ever.
+    tensorboardX's `SummaryWriter` is not used: a disk error silently ends its thread, and then
+    adding an event waits forever.
 
     Args:
-        run_dir: directory of the run; the files are written to its folder tensorboard, in a bucket
-            once a minute.
+        run_dir: directory of the run; the files are written to its folder tensorboard, once a
+            minute if it is in a bucket.
         purge_step: step from which on the content of earlier files is hidden; None hides nothing.
     """
 
@@ -74,7 +74,7 @@ class TensorBoardWriter:
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             self._write(Event(step=step, summary=summary.scalar(name, value)))
-        self._file.flush()  # an error shows now, not some entries later
+        self._file.flush()  # so that an error shows now, not some entries later
         if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
             self._mirror.upload()
             self._uploaded = time.monotonic()
@@ -168,7 +168,7 @@ class WandbWriter:
 
 
 def check_wandb(project: str) -> None:
-    """Raises InputError where a project is named but the package is missing; "" names none."""
+    """Raises InputError if a project is named but the package is missing; "" names none."""
     if project:
         _wandb_package()
 

@@ -43,7 +43,7 @@ from varjax.trees import PyTree
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """Holds what a run consists of, after all checks that need no computation.
+    """Holds the parts of a run, after all checks that need no computation.
 
     Attributes:
         task: task to train.
@@ -255,7 +255,7 @@ def prepare(
         f"{plan.steps:,} steps; the first step compiles the program, which may take minutes"
     )
     goodput.add(writer.earlier_goodput)
-    if writer.earlier_goodput:  # of lines that were dropped
+    if writer.earlier_goodput:  # sums of lines that were dropped
         writer.write(start, goodput.metrics())
     reporter = StepReporter(
         start=start,
@@ -303,7 +303,7 @@ def prepare(
 def check_keep_best(
     experiment: Experiment, abstract: TrainState, evaluator: Evaluator, fid: FIDEvaluator | None
 ) -> None:
-    """Raises InputError where `keep_best` names a metric that not every evaluation gives."""
+    """Raises InputError if `keep_best` names a metric that some evaluation lacks."""
     if not experiment.keep_best:
         return
     names = evaluator.metric_names(abstract)

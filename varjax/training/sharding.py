@@ -17,7 +17,7 @@ from varjax import trees
 from varjax.errors import InputError
 from varjax.training.task import Batch
 
-# A spec is about the last dimensions, so the axis of stacked layers stays whole. The first match
+# A spec applies to the last dimensions, so the axis of stacked layers stays whole. The first match
 # wins. The table covers optimizer moments and EMA too, because their paths end in the parameter's.
 SHARDING_RULES = (
     (r"(^|/)(encoder|decoder)/", P("fsdp", None)),  # convolutions: their input channels
@@ -25,20 +25,20 @@ SHARDING_RULES = (
     (r"(^|/)(proj|down)/kernel$", P("tensor", "fsdp")),
     (r"(^|/)class_embed$", P()),  # otherwise looking up labels would exchange activations
     (r"_embed$", P(None, "fsdp")),
-    (r"/kernel$", P("fsdp", None)),  # AdaLN, word embedding, head, other convolutions
+    (r"/kernel$", P("fsdp", None)),  # AdaLN, token projection, head, other convolutions
     (r"", P()),
 )
 
-MAX_REPLICATED_FRACTION = 0.1  # of the parameters; more of them cost a note
+MAX_REPLICATED_FRACTION = 0.1  # of the parameters; above it, a note is printed
 
 
-MAX_LOCAL_FSDP = 64  # widths of the presets are multiples of it, and it leaves little to save
+MAX_LOCAL_FSDP = 64  # divides the presets' widths, and larger values would save little more
 AXES = ("data", "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshShape:
-    """Sets the size of each axis of the mesh, in devices; one may be -1, for the rest.
+    """Sets the size of each axis of the mesh, in devices; one may be -1, for all that remain.
 
     Attributes:
         data: number of copies of the model; each gets an equal part of the batch.

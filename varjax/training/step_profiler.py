@@ -26,7 +26,7 @@ class StepProfiler:
                 profiler.end_step(state)
 
     Each process writes its own trace. `tensorboard --logdir=RUN/profile` shows them, with
-    tensorboard and xprof installed. One that cannot be written is reported, and the run continues.
+    tensorboard and xprof installed. If a trace cannot be written, the run reports it and continues.
 
     Args:
         steps: "START:STOP", counted from 1 at this start of the run, inclusive; "" for none. The
@@ -84,7 +84,7 @@ class StepProfiler:
 
     @contextlib.contextmanager
     def _reporting_failure(self) -> Iterator[None]:
-        """Turns any error into a line on stderr: a trace is only for watching the run."""
+        """Turns any error into a line on stderr, because a trace must not stop the run."""
         try:
             yield
         except Exception as error:

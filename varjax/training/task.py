@@ -11,7 +11,9 @@ from varjax.errors import InputError
 from varjax.trees import PyTree
 
 PREVIEW_IMAGES = 8  # columns of a preview
-MAX_INITIAL_FRACTION = 0.1  # of the initial parameters in the final average, without a note
+MAX_INITIAL_FRACTION = (
+    0.1  # of the initial parameters in the final average; above it, a note is printed
+)
 
 # By name: "image_BHWC" uint8 (or latents such as "tokens_BL" int32), "label_B" int32 and, in
 # evaluation, "valid_B" bool, False for rows that only fill up the last batch.
@@ -43,7 +45,7 @@ class TrainState:
         step: number of updates done, an int32 scalar.
         params: parameters of the model, float32.
         ema: exponential moving average of the parameters, or None.
-        opt_state: state of the optimizer, and whatever else a task keeps from step to step.
+        opt_state: state of the optimizer, and anything else that a task keeps between steps.
     """
 
     step: jax.Array
@@ -72,7 +74,7 @@ class Task(Protocol):
         ...
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
-        """Raises InputError where a dataset does not suit, before any long work.
+        """Raises InputError if a dataset does not fit, before any long work.
 
         Args:
             image_shape: (H, W, channels) of an image.
@@ -89,16 +91,16 @@ class Task(Protocol):
         ...
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
-        """Reads parameters that a run may start from; they may be of other sizes than `init`'s.
+        """Reads parameters that a run may start from; their shapes may differ from `init`.
 
         Args:
             location: run, whose average is read if it has one, or converted directory.
 
         Returns:
-            The parameters, and for those of which only some rows mean the same here, which.
+            The parameters, and the matching rows of those of which only some rows match.
 
         Raises:
-            InputError: says what `location` lacks.
+            InputError: `location` lacks something.
         """
         ...
 
@@ -110,7 +112,7 @@ class Task(Protocol):
         ...
 
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
-        """Returns flat JSON data that identify the tokenizer of its latents.
+        """Returns flat JSON data that identifies the tokenizer of the task's latents.
 
         {} for a task that takes images only.
         """
@@ -137,7 +139,7 @@ class Task(Protocol):
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
         """Counts the model's FLOP in a `train_step` on arrays of these shapes (`flops.count`).
 
-        What the backward pass computes a second time to save memory does not count.
+        Recomputation in the backward pass to save memory does not count.
         """
         ...
 
@@ -152,12 +154,12 @@ class Task(Protocol):
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Makes images to look at, in [0, 1], by name; {} for none.
 
-        Each is (N, H, W, C), or (rows, columns, H, W, C) where the arrangement says something.
+        Each is (N, H, W, C), or (rows, columns, H, W, C) if the arrangement has a meaning.
         """
         ...
 
     def sampler(self) -> ImageSampler | None:
-        """Returns what draws images of given classes, for FID; None for a task that draws none."""
+        """Returns a function that draws images of given classes, for FID; None without one."""
         ...
 
 
@@ -167,7 +169,7 @@ def evaluated_parameters(state: TrainState) -> dict[str, PyTree]:
 
 
 def ema_notes(ema_decay: float, plan: Plan) -> list[str]:
-    """Returns a note on an average that a run is too short for, for `Task.notes`.
+    """Returns a note if a run is too short for its average, for `Task.notes`.
 
     Args:
         ema_decay: decay of the average; 0 for no average.
@@ -183,7 +185,7 @@ def ema_notes(ema_decay: float, plan: Plan) -> list[str]:
 
 
 def check_latents(task: Task, frozen: PyTree, tokenizer_identity: Mapping[str, Any] | None) -> None:
-    """Checks that latents are those that a task trains on.
+    """Checks that latents come from the tokenizer that a task trains on.
 
     Args:
         task: task to train.
@@ -192,7 +194,7 @@ def check_latents(task: Task, frozen: PyTree, tokenizer_identity: Mapping[str, A
             for images.
 
     Raises:
-        InputError: with all differences.
+        InputError: they do not; lists all differences.
     """
     if tokenizer_identity is None:
         return

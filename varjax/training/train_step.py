@@ -19,7 +19,7 @@ StepFn = Callable[[TrainState, PyTree, Batch, jax.Array], tuple[TrainState, Metr
 LossFn = Callable[[PyTree, PyTree], tuple[jax.Array, Metrics]]
 
 
-SKIPPED = "skipped"  # a metric: whether this step was left out
+SKIPPED = "skipped"  # a metric: whether this step was skipped
 DECISIVE_METRICS = ("loss", "grad_norm")
 
 
@@ -98,7 +98,7 @@ def check_microbatches(batch_size: int, accumulate: int) -> None:
     """Raises InputError unless `accumulate` microbatches divide a batch equally."""
     if accumulate < 1 or batch_size % accumulate:
         raise InputError(
-            f"a batch of {batch_size} cannot be accumulated in {accumulate} equal parts; "
+            f"a batch of {batch_size} cannot be split into {accumulate} equal microbatches; "
             "set accumulate to a divisor of it"
         )
 
@@ -141,18 +141,17 @@ def apply_gradients(
 
 
 def skip_nonfinite_updates(train_step: StepFn) -> StepFn:
-    """Wraps a `Task.train_step` so that updates by gradients that are not finite are left out.
+    """Wraps a `Task.train_step` so that updates with gradients that are not finite are skipped.
 
-    Then parameters, optimizers, averages and whatever else the state holds stay as they were; only
-    `state.step` counts on. What decides are the metrics "loss" and "grad_norm", of every optimizer
-    ("discriminator/grad_norm"). They do not depend on the new state, so that most of it still takes
-    the memory of the old one; on a CPU up to two more copies of the parameters are needed.
+    A skipped step changes only `state.step`. The metrics "loss" and "grad_norm" of every optimizer
+    ("discriminator/grad_norm") decide. They do not depend on the new state, so most of it can still
+    reuse the memory of the old one; on a CPU, up to two more copies of the parameters are needed.
 
-    The first step is never left out: what a task does in it, such as k-means of a tokenizer's
-    codes, is not done again.
+    The first step is never skipped, because what a task does only then, such as k-means of a
+    tokenizer's codes, would be lost.
 
     Returns:
-        The step, whose metrics have SKIPPED as well: 1 where it was left out, else 0.
+        The step, with the additional metric SKIPPED: 1 if it was skipped, else 0.
     """
 
     def step(state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array):

@@ -11,7 +11,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 STALLED_EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again later
-TICKS = 100  # in the time without progress
+TICKS = 100  # number of checks in the time without progress
 WRITE_SECONDS = 10.0  # limit on writing the stacks, because the disk may be what hangs
 
 
@@ -23,9 +23,9 @@ class Watchdog:
                 train_step()
                 watchdog.progress()
 
-    It writes the stacks of all threads to the report and to stderr first. It counts from the first
-    `progress` on, and not while the whole process is stopped (SIGSTOP). Native code that never
-    gives Python's lock back stops the watchdog as well.
+    First it writes the stacks of all threads to the report and to stderr. It counts from the first
+    `progress` on, but not while the whole process is stopped (SIGSTOP). Native code that never
+    releases Python's lock also stops the watchdog.
 
     Args:
         minutes: minutes without progress before the process ends; 0 for no watchdog.
@@ -47,7 +47,7 @@ class Watchdog:
             self._thread.join()
 
     def progress(self) -> None:
-        """Notes that the run does something: a step is done, a batch evaluated, a step saved."""
+        """Records progress: a step is done, a batch is evaluated, or a step is saved."""
         self._idle_ticks = 0
         if self._minutes and self._thread is None:
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -55,7 +55,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Does not count the time inside."""
+        """Excludes the time inside."""
         self._pauses += 1
         try:
             yield
@@ -74,11 +74,11 @@ class Watchdog:
         text = (
             f"no progress for {self._minutes:g} minutes (stalled_minutes), so the process "
             f"ends with exit code {STALLED_EXIT_CODE}; the same command continues after the last "
-            f"checkpoint. Its threads were here:\n\n{_stacks()}"
+            f"checkpoint. Stacks of its threads:\n\n{_stacks()}"
         )
         _try_for(WRITE_SECONDS, lambda: self._report.write_text(text))
         _try_for(WRITE_SECONDS, lambda: _write_to_stderr(text))
-        os._exit(STALLED_EXIT_CODE)  # a regular end would wait for what hangs
+        os._exit(STALLED_EXIT_CODE)  # a regular exit would wait for what hangs
 
 
 def _stacks() -> str:
@@ -92,7 +92,7 @@ def _stacks() -> str:
 
 def _write_to_stderr(text: str) -> None:
     data = text.encode()
-    while data:  # not by sys.stderr, whose lock may be held
+    while data:  # not through sys.stderr, whose lock may be held
         data = data[os.write(2, data) :]
 
 
