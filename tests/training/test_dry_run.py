@@ -27,5 +27,5 @@ def test_what_training_refuses_it_refuses(tmp_path):
     check_or_write_config(tiny.experiment(tmp_path))
     with pytest.raises(InputError, match="task.width: 16 in the run, 4 in the config"):
         dry_run(tiny.experiment(tmp_path, width=4))
-    with pytest.raises(InputError, match="64 in 3 microbatches does not divide"):
+    with pytest.raises(InputError, match="a batch of 64 cannot be split into 3 equal"):
         dry_run(tiny.experiment(tmp_path / "other", accumulate=3))
