@@ -1,4 +1,4 @@
-"""A tiny tokenizer with a discriminator, on images of 16 by 16 pixels, in the middle of its run."""
+"""A tiny tokenizer with a discriminator, for images of 16 by 16 pixels, in the middle of a run."""
 
 import functools
 import re
@@ -30,7 +30,7 @@ QUICKLY = {"xla_backend_optimization_level": 0}  # compiled in half the time
 
 
 def state(task: VQTask, step: int) -> TrainState:
-    """As if `step` updates were done; numbers by NumPy, for compiling `init` takes its time."""
+    """Makes the state after `step` updates, from NumPy, because compiling `init` takes long."""
     rng = np.random.default_rng(1)
 
     def fill(path, leaf):
@@ -44,7 +44,7 @@ def state(task: VQTask, step: int) -> TrainState:
 
 @functools.cache
 def frozen():
-    """LPIPS on a network so narrow that it compiles at once."""
+    """Makes LPIPS with a network so narrow that it compiles quickly."""
     widths = tuple((4,) * convolutions for convolutions in (2, 2, 3, 3, 3))
     shapes = jax.eval_shape(functools.partial(init_lpips, widths=widths), KEY)
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""What tests of every kind of official weights ask of `varjax convert`."""
+"""Checks of `varjax convert` for tests of every kind of official weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +12,10 @@ from varjax.convert.pth.read import read_checkpoint
 
 
 def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str) -> str:
-    """Runs the command, which must refuse and leave nothing behind in `tmp_path`.
+    """Runs the command, which must fail and leave no files in `tmp_path`.
 
     Returns:
-        What it says, in its one message.
+        Its one message.
     """
     capsys.readouterr()
     before = sorted(tmp_path.rglob("*"))

@@ -1,15 +1,15 @@
-"""Damages the files of runs in every way, and looks at what is read then.
+"""Damages the files of runs in many ways, and checks what is read then.
 
 python -m tests.helpers.damage_sweep --folder=DIR [--every=97] [--processes=0] [--limit=0]
 
-`make damage` does it. Each n-th bit of each file is flipped: of the newest checkpoint, of the copy
-of frozen weights, of cached latents, and of parts of samples and features. Each file of the newest
-checkpoint is removed, halved, zeroed, emptied, and swapped with that of the step before. What is
-read must be equal to what was saved (the damage was harmless), or the damage must be detected: the
-step before comes back, or an error names the file. With --processes=1 or 2, so many processes
-continue a run after each kind of damage to each file instead, and it must end equal to the bit.
+`make damage` runs it. Every n-th bit of each file is flipped: of the newest checkpoint, the copy of
+frozen weights, cached latents, and parts of samples and features. Each file of the newest
+checkpoint is also removed, halved, zeroed, emptied, and swapped with that of the previous step. The
+content that is read must equal what was saved (the damage was harmless), or the damage must be
+detected: the previous step is read, or an error names the file. With --processes=1 or 2, that many
+processes continue a run after each damage instead, and its end must be equal to the bit.
 
-Prints a line of JSON for each part, and exits with 1 where anything was not as it should be.
+Prints a line of JSON for each part, and exits with 1 if anything went wrong.
 """
 
 import argparse
@@ -48,11 +48,11 @@ KINDS = ("removed", "halved", "zeroed", "emptied", "swapped")
 TASK = tiny.Tiny(width=4)
 ABSTRACT = jax.eval_shape(TASK.init, jax.random.key(0))
 SAVED, STEPS = (10, 20), 30
-RUNS_TOGETHER = 20  # continued by the same processes, which need seconds to start
+RUNS_TOGETHER = 20  # number of runs continued by the same processes, which need seconds to start
 
 
 def damage(file: pathlib.Path, kind: str, other: pathlib.Path | None) -> bool:
-    """Damages a file; returns whether that changed anything."""
+    """Damages a file; returns whether its content has changed."""
     content = file.read_bytes()
     if kind == "removed":
         file.unlink()
@@ -84,7 +84,7 @@ class Report:
         self._begin = time.monotonic()
 
     def case(self, name: str, read: Callable[[], str]) -> None:
-        """Notes whether `read` returns "harmless" or "detected"; anything else is a failure."""
+        """Counts whether `read` returns "harmless" or "detected"; anything else is a failure."""
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
@@ -107,7 +107,7 @@ class Report:
 
 
 def state_of(step: int):
-    """A state of random numbers, other ones for each step."""
+    """Makes a state of random numbers, different for each step."""
     rng = np.random.default_rng(step)
     fill = lambda x: jnp.asarray((9 * rng.standard_normal(x.shape)).astype(x.dtype))  # noqa: E731
     return jax.tree.map(fill, ABSTRACT)
@@ -135,19 +135,19 @@ def sweep_checkpoint(folder: pathlib.Path, every: int, limit: int) -> bool:
 
     def read() -> str:
         with Checkpoints(run / "checkpoints") as checkpoints:
-            found = checkpoints.restore(ABSTRACT, placement)
+            restored = checkpoints.restore(ABSTRACT, placement)
             left = checkpoints.steps()
-        assert found is not None
-        step = int(found[0].step)
+        assert restored is not None
+        step = int(restored[0].step)
         params = SavedSteps(run / "checkpoints").newest(SavedSteps(run / "checkpoints").params)
-        if found[1] != {"best": step / 3} or not same(found[0].params, expected[step].params):
-            return f"step {step} comes back as something else"
+        if restored[1] != {"best": step / 3} or not same(restored[0].params, expected[step].params):
+            return f"step {step} is read as another state"
         if not same(
-            (found[0].ema, found[0].opt_state), (expected[step].ema, expected[step].opt_state)
+            (restored[0].ema, restored[0].opt_state), (expected[step].ema, expected[step].opt_state)
         ):
-            return f"step {step} comes back with something else"
+            return f"step {step} is read with another average or optimizer state"
         if not (same(params, expected[step].ema) or same(params, expected[newest].ema)):
-            return "its weights alone are something else"
+            return "its weights alone are read differently"
         if step == newest:
             return "harmless"
         aside = [path.name for path in (run / "unreadable").iterdir()]
@@ -177,7 +177,7 @@ def sweep_checkpoint(folder: pathlib.Path, every: int, limit: int) -> bool:
 
 
 def paired_files(newest: pathlib.Path, older: pathlib.Path) -> dict[pathlib.Path, pathlib.Path]:
-    """Finds the file of the step before for each of the newest, also where names are random."""
+    """Maps each file of the newest step to that of the previous one, even if names are random."""
     pairs = {}
     for folder in {path.parent for path in newest.rglob("*") if path.is_file()}:
         other = older / folder.relative_to(newest)
@@ -248,10 +248,10 @@ def sweep_latents(folder: pathlib.Path, every: int) -> bool:
 
     def read() -> str:
         try:
-            found = test_latent_damage.read(folder)
+            latents = test_latent_damage.read(folder)
         except InputError as error:
             return "detected" if path.name in str(error) else str(error)
-        equal = all(map(test_latent_damage.same, found, expected))
+        equal = all(map(test_latent_damage.same, latents, expected))
         return "harmless" if equal else "other latents"
 
     for number, flipped in enumerate(flips(content, every, 0)):
@@ -286,7 +286,7 @@ def sweep_runs(folder: pathlib.Path, processes: int, limit: int) -> bool:
 
             def outcome(run: pathlib.Path = run, said: str = said) -> str:
                 if end_of(run) != expected:
-                    return f"ends with something else, or not at all: {said[-2000:]}"
+                    return f"ends differently, or not at all: {said[-2000:]}"
                 return "detected" if (run / "unreadable").exists() else "harmless"
 
             report.case(name, outcome)
@@ -295,7 +295,7 @@ def sweep_runs(folder: pathlib.Path, processes: int, limit: int) -> bool:
 
 
 def train_together(processes: int, jobs: list[dict]) -> str:
-    """Does the jobs of `one_of_several` in so many processes; returns what the first one said."""
+    """Runs jobs of `one_of_several` in some processes; returns the output of the first one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -317,7 +317,7 @@ def train_together(processes: int, jobs: list[dict]) -> str:
 
 
 def end_of(run: pathlib.Path) -> tuple | None:
-    """All that a run ended with, as bytes; None where it did not come to its end."""
+    """Returns the final result of a run as bytes; None if it did not finish."""
     saved = SavedSteps(run / "checkpoints")
     if not saved.steps() or saved.steps()[-1] != STEPS:
         return None
@@ -339,12 +339,16 @@ def main() -> int:
     )
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="a new one")
     parser.add_argument("--every", type=int, default=97, help="which bits are flipped (97)")
-    parser.add_argument("--processes", type=int, default=0, help="that continue runs; 0 for none")
-    parser.add_argument("--limit", type=int, default=0, help="damaged files at most; 0 for all")
+    parser.add_argument(
+        "--processes", type=int, default=0, help="processes that continue runs; 0 for none"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, help="largest number of damaged files; 0 for all"
+    )
     flags = parser.parse_args()
     flags.folder.mkdir(parents=True)
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # reads that nobody waits for any more
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # reads that nothing waits for any more
     read_errors.READ_PAUSES = ()
     folder = flags.folder.absolute()
     if flags.processes:

@@ -20,9 +20,9 @@ from varjax.training.task import Plan
 from varjax.training.train_step import SKIPPED
 from varjax.var.task import VARTask
 
-BATCH = 24  # in the transformer no width is as long, nor as its 24 · 21 tokens
+BATCH = 24  # no width of the transformer equals this or its 24 · 21 tokens
 PLAN = Plan(9, BATCH)
-# An epsilon above rounding errors, for Adam makes whole steps of whatever is above it.
+# An epsilon above rounding errors, because Adam turns anything above it into whole steps.
 OPTIMIZER = AdamW(base_lr=0.1, eps=1e-2)
 SMALL = tiny.Tiny(optimizer=OPTIMIZER)
 TRANSFORMER = VARTask(
@@ -57,7 +57,7 @@ def main() -> None:
     state, metrics, compiled = train(TRANSFORMER, frozen, shape)
     check_layout(shape, state, "blocks", "attn", "q")
     jax.tree.map(close, (state, metrics), whole[:2])
-    assert not (found := full_batch(compiled)), found
+    assert not (shapes := full_batch(compiled)), shapes
 
     frozen = numbers(jax.eval_shape(runs.KL.init, jax.random.key(0)))
     whole = train(MAR, frozen, MeshShape(), jax.devices()[:1])
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def train(task, frozen, shape: MeshShape, devices=None, skip=False):
-    """The state and metrics after three steps, and the compiled step."""
+    """Returns the state and metrics after three steps, and the compiled step."""
     key = jax.random.key(0)
     mesh, loader = sharding.make_mesh(shape, devices), make_loader(Digits(), BATCH)
     state = jax.eval_shape(task.init, key)
@@ -85,7 +85,7 @@ def train(task, frozen, shape: MeshShape, devices=None, skip=False):
 
 
 def check_skipping(compiled, state) -> None:
-    """One number of one device that is not finite leaves the step out on all of them."""
+    """Checks that a number on one device that is not finite skips the step on all of them."""
     mesh, bias_C = state.step.sharding.mesh, np.array(state.params["up"]["bias"])
     bias_C[-1] = np.nan
     state.params["up"]["bias"] = jax.device_put(bias_C, state.params["up"]["bias"].sharding)
@@ -106,7 +106,7 @@ def close(a, b):
 
 
 def check_layout(shape: MeshShape, state, *path: str) -> None:
-    """Parameters, average and moments are in as many parts as there are devices to split them."""
+    """Checks that parameters, average and moments are split over all devices of the axes."""
     for tree in (state.params, state.ema, state.opt_state[1].mu, state.opt_state[1].nu):
         for name in (*path, "kernel"):
             tree = tree[name]
@@ -114,14 +114,14 @@ def check_layout(shape: MeshShape, state, *path: str) -> None:
 
 
 def full_batch(compiled) -> set[str]:
-    """Shapes of activations of all images, among the arrays that one device computes with."""
-    found = set()
+    """Returns shapes of activations of all images, among the arrays that one device computes."""
+    shapes = set()
     for shape in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", compiled.as_text()):
         sizes = [int(size) for size in shape.split(",")]
         rows = {BATCH, BATCH * TRANSFORMER.model.pyramid.length} & set(sizes)
         if rows and math.prod(sizes) >= BATCH * TRANSFORMER.model.width:
-            found.add(shape)
-    return found
+            shapes.add(shape)
+    return shapes
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Images that tell where they come from, some of them broken."""
+"""Fake images that encode where they come from; some are broken."""
 
 import dataclasses
 
@@ -9,12 +9,12 @@ from varjax.data.workers import ReadOptions
 from varjax.errors import StorageError
 from varjax.storage.image_files import BrokenImage
 
-reads = []  # (data, index) of all that this process has read
+reads = []  # (data, index) of every read of this process
 
 
 @dataclasses.dataclass(frozen=True)
 class FakeImages:
-    """The first two pixels tell the image's number, the third one is drawn by augmentation."""
+    """Images whose first two pixels encode their number; augmentation draws the third pixel."""
 
     size: int = 100
     broken: tuple[int, ...] = ()
@@ -43,7 +43,7 @@ class FakeImages:
 
 
 def reads_of(data):
-    """The indices of `data` that were read; another test's threads may still read theirs."""
+    """Returns the indices of `data` that were read; threads of other tests may still be reading."""
     return [index for other, index in list(reads) if other is data]
 
 

@@ -1,4 +1,4 @@
-"""A `Sampler` that computes nothing: each image is of one gray, which its number decides."""
+"""A fake `Sampler`: each image has a single gray value, from its number."""
 
 import dataclasses
 

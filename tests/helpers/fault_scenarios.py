@@ -1,6 +1,6 @@
-"""Commands for fault_sweep.py, over tiny inputs: how each is called, and what it has to leave.
+"""Commands for fault_sweep.py on tiny inputs: how each is called, and what it must write.
 
-Each process that runs one is forked from one that has imported all of this, but has made no array.
+Each runs in a process that is forked after all imports, but before any array is made.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from varjax.storage import folders, read_errors
 from varjax.training.experiment import Experiment
 from varjax.var.task import VARTask
 
-# As in conftest.py; the pauses are shorter, but as many as without these.
+# As in conftest.py. The pauses are shorter, but their number is unchanged.
 folders.LISTING_SECONDS, read_errors.READ_PAUSES = 0.0, (0.05, 0.05, 0.05)
 for _module, _ in main.COMMANDS.values():  # before processes are forked
     importlib.import_module(_module)
@@ -36,11 +36,17 @@ CONFIG = """from tests.helpers import fault_scenarios
 def get_config(name):
     return fault_scenarios.experiment(name)
 """
-VERSIONS = {"numpy", "jax", "starts", "versions", "device"}  # of data.json and of reports
+VERSIONS = {
+    "numpy",
+    "jax",
+    "starts",
+    "versions",
+    "device",
+}  # keys of data.json and of reports that may differ
 
 
 def experiment(name: str) -> Experiment:
-    """The config of a scenario, for the folder that its command runs in."""
+    """Makes the config of a scenario, in the working folder of its command."""
     data = Folder("images", size=8, channels=1)
     short = dict(batch_size=16, log_every=1, eval_every=2, save_every=2, preview_every=2)
     if name == "tiny":
@@ -64,7 +70,7 @@ def _make_images(folder: pathlib.Path) -> None:
 
 
 def make_inputs(folder: pathlib.Path, names: Set[str]) -> None:
-    """Writes those of the scenarios' inputs that are named, and what these need."""
+    """Writes the named inputs of the scenarios, and what these need."""
     _make_images(folder / "images")
     (folder / "offset.txt").write_text("0.5")
     (folder / "config.py").write_text(CONFIG)
@@ -87,39 +93,39 @@ def make_inputs(folder: pathlib.Path, names: Set[str]) -> None:
 
 
 def _digest(tree) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        found.update(leaf.tobytes())
-    return found.hexdigest()
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
 
 
 def run_digests(run: pathlib.Path) -> dict[str, str]:
-    """All that a run has to end with, but for what only serves to watch it."""
-    found = {"metrics": json.dumps(tiny.lines(run))}
+    """Returns digests of everything that a run must end with, except logs for watching it."""
+    digests = {"metrics": json.dumps(tiny.lines(run))}
     for name in ("config.json", "data.json"):
         content = json.loads((run / name).read_text())
-        found[name] = json.dumps({k: v for k, v in content.items() if k not in VERSIONS})
+        digests[name] = json.dumps({k: v for k, v in content.items() if k not in VERSIONS})
     for kind in ("checkpoints", "best"):
         steps = [path for path in run.glob(f"{kind}/*") if path.name.isdigit()]
         for step in sorted(steps, key=lambda path: int(path.name))[-1:]:
             for item in ("params", "ema", "opt_state"):
                 if (step / item).is_dir():
-                    found[f"{kind}/{step.name}/{item}"] = _digest(read_arrays(step / item))
+                    digests[f"{kind}/{step.name}/{item}"] = _digest(read_arrays(step / item))
     if (frozen := run / "frozen.safetensors").exists():
-        found["frozen"] = hashlib.sha256(frozen.read_bytes()).hexdigest()
-    return found
+        digests["frozen"] = hashlib.sha256(frozen.read_bytes()).hexdigest()
+    return digests
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """A command.
+    """Describes a command.
 
     Attributes:
-        arguments: of `varjax`.
-        inputs: names in the folder of `make_inputs` that it reads, or continues.
-        out: the name of what it makes.
-        digest: of that, after the command.
+        arguments: arguments of `varjax`.
+        inputs: names of the inputs that it reads or continues, from `make_inputs`.
+        out: name of its output.
+        digest: function that returns the digests of the output.
     """
 
     arguments: tuple[str, ...]

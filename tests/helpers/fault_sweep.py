@@ -1,17 +1,17 @@
-"""Lets every n-th file operation of short commands fail, and looks at what comes of it.
+"""Makes file operations of short commands fail one by one, and checks what follows.
 
 python -m tests.helpers.fault_sweep --folder=DIR [--calls=write,fsync,rename,open,create,read]
     [--errors=ENOSPC,EIO,ESTALE,EMFILE] [--each=1] [--cases=N] [--minutes=M] [--seed=0] [SCENARIO …]
 
-The operations of each command of fault_scenarios.py are counted first, by the kind of call and the
-kind of file. Then the command runs once for each of them and each error that the call can give: one
-call fails, or all of its kind from there on. It may end as if nothing had been. Or it ends with a
-message, and then the same command without faults must end so. --each=1 lets only the first call of
-each kind of file fail, --each=0 every one. --cases=N draws so many at random; after --minutes=M no
-further one begins.
+First, the operations of each command of fault_scenarios.py are counted, by kind of call and kind of
+file. Then the command runs once for each operation and each error that the call can give: one call
+fails, or all calls of its kind from there on. The command must succeed as usual, or end with a
+message; then the same command must succeed without faults. --each=1 makes only the first call of
+each kind of file fail, --each=0 every one. --cases=N draws N cases at random; after --minutes=M no
+further case begins.
 
-A line of JSON tells of each case; the last line sums up. The exit code is 1 where a command hung,
-died, ended without a message, or left something from which it cannot continue.
+Prints a line of JSON for each case, and a summary last. The exit code is 1 if a command hung, died,
+ended without a message, or left something that it cannot continue from.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tests.helpers.faults import Faults, path_pattern
 
-# What the kernel's file systems answer to each call, and disks behind a network.
+# Errors that the kernel's file systems, and disks behind a network, give for each call.
 ERRORS = {
     "write": ("ENOSPC", "EIO", "ESTALE"),
     "fsync": ("EIO", "ENOSPC"),
@@ -47,9 +47,12 @@ ERRORS = {
 }
 USUAL_CALLS = "write,fsync,rename,open,create,read"
 USUAL_ERRORS = "ENOSPC,EIO,ESTALE,EMFILE"
-# A command without faults takes 2 to 6 seconds; on a busy machine, a minute.
+# Without faults, a command takes 2 to 6 seconds, or a minute on a busy machine.
 TIME_LIMIT = 600.0  # seconds
-WINDOW, LEAST_WORK = 30.0, 0.3  # seconds, of which one that uses less CPU time than that hangs
+WINDOW, LEAST_WORK = (
+    30.0,
+    0.3,
+)  # a command hangs if it uses less CPU time (s) than this in such a window (s)
 GOOD = ("same", "recovered")
 QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
@@ -70,9 +73,9 @@ class Sweep:
     """Runs scenarios in processes that are forked from this one.
 
     Args:
-        folder: a new one.
-        faults: whose library this process has loaded.
-        names: of the scenarios; none for all.
+        folder: a new folder.
+        faults: faults whose library this process has loaded.
+        names: names of the scenarios; empty for all.
     """
 
     def __init__(self, folder: pathlib.Path, faults: Faults, names: Sequence[str] = ()):
@@ -91,7 +94,7 @@ class Sweep:
             raise SystemExit(f"the inputs cannot be made:\n{self._log.read_text()}")
 
     def operations(self, name: str) -> list[tuple[str, str]]:
-        """(call, pattern) of each operation of a command without faults, in their order."""
+        """Returns (call, pattern) of each operation of a command without faults, in order."""
         self._faults.clear_log()
         self._set_up(name)
         self._faults.record(True)
@@ -103,7 +106,7 @@ class Sweep:
         return [(call, path_pattern(path)) for call, path in self._faults.logged("pass")]
 
     def case(self, case: Case) -> dict:
-        """What came of a case, as JSON data."""
+        """Runs a case; returns the outcome as JSON data."""
         begin = time.monotonic()
         self._faults.clear_log()
         self._set_up(case.scenario)
@@ -145,9 +148,9 @@ class Sweep:
         return "refused"
 
     def _as_it_should_be(self, name: str) -> bool:
-        found, wanted = json.loads(self._found.read_text()), self._run_digest[name]
-        names = (k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
-        self._difference = "\n".join(f"{k}: {found.get(k)}\n not {wanted.get(k)}" for k in names)
+        actual, wanted = json.loads(self._found.read_text()), self._run_digest[name]
+        names = (k for k in actual.keys() | wanted.keys() if actual.get(k) != wanted.get(k))
+        self._difference = "\n".join(f"{k}: {actual.get(k)}\n not {wanted.get(k)}" for k in names)
         return not self._difference
 
     def _set_up(self, name: str) -> None:
@@ -179,7 +182,7 @@ class Sweep:
         return self._forked(run, TIME_LIMIT)
 
     def _forked(self, action: Callable[[], int | None], limit: float) -> tuple[int, bool]:
-        """Runs it in a process of its own group; returns its exit code, and whether it hung."""
+        """Runs `action` in a separate process group; returns the exit code, and whether it hung."""
         if (child := os.fork()) == 0:
             code = 70
             try:
@@ -193,7 +196,7 @@ class Sweep:
                 code = error.code if isinstance(error.code, int) else 1
             except BaseException:
                 traceback.print_exc()
-            # An end like that of any process, with what threads and atexit do then.
+            # End like any other process, with threads and atexit.
             raise EndOfChild(code)
         begin = window = time.monotonic()
         used = 0.0
@@ -216,7 +219,7 @@ class Sweep:
 
 
 def _cpu_seconds(group: int) -> float:
-    """The CPU time that the living processes of a group have used."""
+    """Returns the CPU time that the living processes of a group have used."""
     ticks = 0
     for path in pathlib.Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
@@ -233,13 +236,13 @@ class EndOfChild(SystemExit):
 def cases_of(
     name: str, operations: list[tuple[str, str]], calls: set[str], errors: set[str], each: int
 ) -> Iterator[Case]:
-    """All cases of a scenario; `each` is how many calls of a kind fail, 0 for all of them."""
+    """Lists the cases of a scenario, with `each` calls of a kind; 0 for all calls."""
     counts = collections.Counter(operations)
     for (call, pattern), count in counts.items():
         if call not in calls:
             continue
         numbers = range(count)
-        if each and count > each:  # spread from the first to the last
+        if each and count > each:  # evenly spread from the first to the last
             numbers = sorted({round(i * (count - 1) / max(1, each - 1)) for i in range(each)})
         for number in numbers:
             for error in ERRORS[call]:
@@ -249,7 +252,7 @@ def cases_of(
 
 
 def drawn(cases: list[Case], count: int, rng: random.Random) -> list[Case]:
-    """Some of the cases at random, of all scenarios and calls alike."""
+    """Draws some of the cases, with equal weight for all scenarios and calls."""
     rng.shuffle(cases)
     kinds = collections.Counter()
     order = []

@@ -1,12 +1,12 @@
-"""Lets file operations of other processes fail, by a library in C that they load before all others.
+"""Makes file operations of other processes fail, by a library in C that they load first.
 
 faults = Faults(folder, [folder / "run"])
 process = subprocess.Popen(command, env=os.environ | faults.environment())
 faults.arm({"write"}, errno.ENOSPC)  # from now on the disk is full
 faults.disarm()                      # and now it is not
 
-It reaches calls of any language, but for those that C's library makes itself (fread, fwrite) and
-reading through memory maps.
+It reaches calls from any language, except those inside C's library (fread, fwrite) and reads
+through memory maps.
 """
 
 import ctypes
@@ -28,12 +28,12 @@ VOLATILE = re.compile(
 
 
 def path_pattern(path: str) -> str:
-    """A pattern for `Faults.arm` that equal files of other runs match as well."""
+    """Returns a pattern for `Faults.arm` that the same file of other runs also matches."""
     return VOLATILE.sub("*", path)
 
 
 class Control(ctypes.Structure):
-    """The struct `control` of the library."""
+    """Mirrors the struct `control` of the library."""
 
     _fields_ = [
         *(
@@ -49,8 +49,8 @@ class Faults:
     """Switches faults on and off, for all processes that were started with `environment`.
 
     Args:
-        folder: that library, control file and log are put into; exists.
-        concerned: folders; what is outside of them never fails.
+        folder: existing folder for the library, the control file and the log.
+        concerned: folders in which calls may fail.
     """
 
     def __init__(self, folder: pathlib.Path, concerned: Iterable[pathlib.Path]):
@@ -67,7 +67,7 @@ class Faults:
             self._control = Control.from_buffer(mmap.mmap(file.fileno(), 0))
 
     def environment(self) -> dict[str, str]:
-        """What a process needs to be disturbed."""
+        """Returns the environment variables that a process needs for faults."""
         return {
             "LD_PRELOAD": str(self._library),
             "FAULT_CONTROL": str(self._path),
@@ -84,14 +84,13 @@ class Faults:
         pattern: str = "",
         every: int = 1,
     ) -> None:
-        """Lets the calls with the numbers `first` to `first + count - 1` fail, from 0 at this call.
+        """Makes the calls number `first` to `first + count - 1` fail, counted from 0 from now on.
 
         Args:
-            calls: of CALLS, those that are counted.
-            error: the errno that they fail with; of a write, ENOSPC takes one half first.
-            pattern: that a call's whole path has to match to be counted, "*" within names; "" for
-                any path.
-            every: 3 for the first, the fourth, … of these alone.
+            calls: names of CALLS that are counted.
+            error: errno of the failing calls; with ENOSPC, a write first writes one half.
+            pattern: pattern of the whole paths that are counted, "*" within names; "" for all.
+            every: interval between failing calls; 3 for the first, the fourth, …
         """
         self.disarm()
         self._control.error, self._control.pattern = error, pattern.encode()
@@ -100,7 +99,7 @@ class Faults:
         self._control.calls = sum(1 << CALLS.index(call) for call in calls)
 
     def disarm(self) -> None:
-        """Lets nothing fail any more."""
+        """Makes all calls succeed again."""
         self._control.calls = 0
 
     def record(self, on: bool) -> None:
@@ -111,7 +110,7 @@ class Faults:
         self.log.write_bytes(b"")  # processes hold it open, and write to its end
 
     def logged(self, what: str) -> list[tuple[str, str]]:
-        """(call, path) of those that "fail" or "pass" since the log was cleared."""
+        """Returns (call, path) of calls that "fail" or "pass" since the log was cleared."""
         text = self.log.read_text() if self.log.exists() else ""
         lines = (line.split(" ", 2) for line in text.splitlines())
         return [(call, path) for outcome, call, path in lines if outcome == what]

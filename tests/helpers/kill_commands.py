@@ -1,12 +1,13 @@
-"""Kills long commands at random moments, and compares what they leave with that of one left alone.
+"""Kills long commands at random moments, and compares their output with an undisturbed run's.
 
 python -m tests.helpers.kill_commands --folder=DIR [--kills=20] [--seed=0] [COMMAND …]
 
 The commands are "cache-latents", "prepare", "sample" (a folder of images), "sample_npz" and
 "evaluate" (of drawn samples), over a run of the digits that is trained first. Each is killed by
-SIGKILL, with all its worker processes, at moments from the start of the interpreter to its end, and
-started again; when it is done before all kills were, its output is removed and it begins anew. A
-line of JSON tells of each; the exit code is 1 where a file differs by a bit, or one was left over.
+SIGKILL, with all its worker processes, at any moment after the start of the interpreter, and
+started again. If it finishes before all kills, its output is removed and it starts over. Prints a
+line of JSON for each command. The exit code is 1 if a file differs by a bit, or a temporary file
+remains.
 """
 
 import argparse
@@ -25,11 +26,11 @@ from tests.helpers.paths import ROOT
 
 DATASET = f"--config={ROOT}/configs/digits.py"
 TOKENIZER = "--config.task.tokenizer_weights=tokenizer"
-VOLATILE = {"versions", "device"}  # of a report
+VOLATILE = {"versions", "device"}  # keys of a report that may differ
 
 
 def command(name: str, out: str) -> list[str]:
-    """The command line that makes `out`."""
+    """Returns the command line that makes `out`."""
     sample = [f"{ROOT}/sample.py", "--weights=run", "--labels=all", "--batch_size=50"]
     module = "-m", f"varjax.data.{name.replace('-', '_')}"
     drawn = ["--weights=run", "--count=100", "--batch_size=50", "--features=pixels"]
@@ -65,7 +66,7 @@ def start(folder: pathlib.Path, arguments: list[str]) -> subprocess.Popen:
 
 
 def finish(folder: pathlib.Path, arguments: list[str]) -> float:
-    """Runs a command to its end; returns the seconds that it took."""
+    """Runs a command to its end; returns its time in seconds."""
     begin = time.monotonic()
     if code := start(folder, arguments).wait():
         raise SystemExit(f"{arguments}: exit code {code}\n{(folder / 'log.txt').read_text()}")
@@ -73,10 +74,10 @@ def finish(folder: pathlib.Path, arguments: list[str]) -> float:
 
 
 def digests(path: pathlib.Path) -> dict[str, str]:
-    """What lies at `path` and beside it under a hidden name, by a digest of each file."""
-    beside = path.parent.glob(f".{path.name}*")
-    files = [x for p in (path, *beside) for x in ([p] if p.is_file() else p.rglob("*"))]
-    found = {}
+    """Returns digests of the files at `path`, and of hidden files next to it, by name."""
+    hidden = path.parent.glob(f".{path.name}*")
+    files = [x for p in (path, *hidden) for x in ([p] if p.is_file() else p.rglob("*"))]
+    digest_by_name = {}
     for file in files:
         if not file.is_file() or file.name == ".lock":
             continue
@@ -85,12 +86,12 @@ def digests(path: pathlib.Path) -> dict[str, str]:
             report = {k: v for k, v in json.loads(data).items() if k not in VOLATILE}
             data = json.dumps(report, sort_keys=True).encode()
         name = str(file.relative_to(path.parent)).replace(path.stem, "OUT", 1)
-        found[name] = hashlib.sha256(data).hexdigest()
-    return found
+        digest_by_name[name] = hashlib.sha256(data).hexdigest()
+    return digest_by_name
 
 
 def soak(folder: pathlib.Path, name: str, kills: int, rng: random.Random) -> dict:
-    """The report of one command."""
+    """Kills one command several times; returns its report."""
     wanted, killed = (OUTPUTS.get(name, "{}").format(f"{name}_{x}") for x in ("whole", "killed"))
     seconds = finish(folder, command(name, wanted))
     whole, done, ends, failures = digests(folder / wanted), 0, 0, []
@@ -110,9 +111,9 @@ def soak(folder: pathlib.Path, name: str, kills: int, rng: random.Random) -> dic
             failures.append((folder / "log.txt").read_text()[-2000:])
             break
         last, ends = True, ends + 1
-        if (found := digests(folder / killed)) != whole:
-            names = sorted(n for n in found.keys() | whole.keys() if found.get(n) != whole.get(n))
-            failures.append(f"not as it should be: {names[:10]}")
+        if (actual := digests(folder / killed)) != whole:
+            names = sorted(n for n in actual.keys() | whole.keys() if actual.get(n) != whole.get(n))
+            failures.append(f"these files differ: {names[:10]}")
         path = folder / killed
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     return {

@@ -1,15 +1,17 @@
-"""Buckets of both services in this process's memory, over fsspec's own file system there."""
+"""Buckets of both services in this process's memory, by fsspec's memory file system."""
 
 import importlib
 
 from etils.epath import backend
 from fsspec.implementations.memory import MemoryFileSystem
 
-REGISTRY = importlib.import_module("fsspec.registry")  # in fsspec it is the name of a part of it
+REGISTRY = importlib.import_module(
+    "fsspec.registry"
+)  # the attribute fsspec.registry is something else
 
 
 class MemoryBuckets(MemoryFileSystem):
-    """All buckets of both services; notes what is written and read, and fails when asked to."""
+    """All buckets of both services; records writes and reads, and fails on request."""
 
     protocol = ("gs", "gcs", "s3")
     store, pseudo_dirs = {}, [""]
@@ -32,10 +34,10 @@ class MemoryBuckets(MemoryFileSystem):
 
 
 def use_memory_buckets(setitem, setattr) -> None:
-    """Puts MemoryBuckets in the place of both services, by functions like monkeypatch's."""
+    """Replaces both services by MemoryBuckets, with functions like monkeypatch's."""
     for scheme in MemoryBuckets.protocol:
         setitem(REGISTRY._registry, scheme, MemoryBuckets)
-    # epath keeps the file systems that it has made
+    # epath caches its file systems
     setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda *_: MemoryBuckets())
     setattr(MemoryBuckets, "store", {})
     setattr(MemoryBuckets, "pseudo_dirs", [""])

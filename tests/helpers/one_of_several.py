@@ -1,4 +1,4 @@
-"""Runs of tiny.py in one of several processes, which may be told to die: for test_processes.py.
+"""Runs tiny.py in one of several processes, which may die on request: for test_processes.py.
 
 python -m tests.helpers.one_of_several HOST:PORT COUNT NUMBER JOBS, where JOBS is a JSON list of
 {"run": directory, "settings": {...}, "die_in_save": step, "terminate_in": step,
@@ -29,7 +29,7 @@ LAST = 1  # the process that is killed and gets the signal
 def main(address: str, count: str, number: str, jobs: str) -> None:
     jax.config.update("jax_num_cpu_devices", 8 // int(count))
     logging.getLogger("absl").setLevel(logging.ERROR)
-    read_errors.READ_PAUSES = (0.0,)  # no test's files lie behind a network
+    read_errors.READ_PAUSES = (0.0,)  # tests have no network disks to wait for
     if int(count) > 1:
         distributed.connect(address, int(count), int(number))
     for job in json.loads(jobs):
@@ -51,7 +51,7 @@ def main(address: str, count: str, number: str, jobs: str) -> None:
 
 
 def inject_faults(die_in_save: int | None, terminate_in: int | None) -> None:
-    """Has this process killed while it writes that step, or sent SIGTERM in that step."""
+    """Kills this process while it writes a step, or sends it SIGTERM in a step."""
     save, take, steps = (
         ocp.CheckpointManager.save,
         sharding.Prefetcher.__next__,
@@ -59,7 +59,7 @@ def inject_faults(die_in_save: int | None, terminate_in: int | None) -> None:
     )
 
     async def save_and_die(*arguments, **options):
-        await write(*arguments, **options)  # the parameters, but not yet what comes after them
+        await write(*arguments, **options)  # the parameters, but nothing after them
         await asyncio.sleep(0.1)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -81,7 +81,7 @@ def inject_faults(die_in_save: int | None, terminate_in: int | None) -> None:
 
 
 def fail_in_save(step: int) -> None:
-    """Refuses the first process, which names the directories of steps, the name of that one."""
+    """Makes renaming the directory of a step fail in the first process, which does it."""
     rename = os.rename
 
     def refuse(source, target):

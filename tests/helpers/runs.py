@@ -39,7 +39,7 @@ MAR_SAMPLING = MAROptions(guidance=1.5, steps=2, diffusion_steps="3", clip_denoi
 
 @functools.cache
 def root() -> pathlib.Path:
-    """Where they lie: in a folder that the processes of one session of tests share."""
+    """Returns their folder, which all processes of a test session use."""
     return pathlib.Path(os.environ.get("VARJAX_TEST_RUNS") or tempfile.mkdtemp(prefix="runs_"))
 
 
@@ -75,5 +75,7 @@ def mar() -> pathlib.Path:
 
 def _train(task, run, **settings) -> None:
     short = dict(batch_size=32, steps=2, eval_every=1)
-    with folders.lock_folder(root(), wait=True):  # another process may have made it, or does so now
+    with folders.lock_folder(
+        root(), wait=True
+    ):  # another process may have made it, or may be making it
         loop.train(Experiment(task, Digits(), str(run), **short, **settings))

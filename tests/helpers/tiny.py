@@ -1,4 +1,4 @@
-"""The smallest task that is one: a two-layer classifier of digits, with dropout and an average."""
+"""A minimal task: a two-layer classifier of digits, with dropout and an average."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ class Tiny:
     accumulate: int = 1
     optimizer: AdamW = AdamW(base_lr=0.1)
     explode_at: int = -1  # the first step that gives NaN
-    explode_steps: int = 1  # how many of them do
+    explode_steps: int = 1  # number of these steps
     offset_file: str = ""  # a file with a number: the "pretrained weight"
 
     def check(self, image_shape, classes):
@@ -101,7 +101,7 @@ class Tiny:
         return {"inputs": batch["image_BHWC"][:5].astype(jnp.float32) / 255}
 
     def sampler(self):
-        """Images of random numbers, as bright as a parameter says, with white rows by label."""
+        """Draws images of noise, whose brightness is a parameter, with white rows by label."""
 
         def draw(params, frozen, label_B, key_B):
             noise_BHWC = jax.vmap(lambda key: jax.random.uniform(key, (8, 8, 1)))(key_B)
@@ -126,7 +126,7 @@ def _cross_entropy(logits_BV, label_B):
 
 def experiment(run_dir, **changes):
     task = Tiny(**{k: changes.pop(k) for k in list(changes) if k in Tiny.__dataclass_fields__})
-    if isinstance(fid := changes.get("fid"), dict):  # as other processes are told
+    if isinstance(fid := changes.get("fid"), dict):  # in processes that get their settings as JSON
         changes["fid"] = FIDConfig(**fid)
     defaults = dict(steps=30, batch_size=64, log_every=5, eval_every=10, save_every=10)
     return Experiment(task, Digits(shift=1.0), str(run_dir), **(defaults | changes))
@@ -137,7 +137,7 @@ TIMING |= {"data_wait", "data_wait_fraction", "memory_gb", "memory_peak_gb"}
 
 
 def lines(run_dir):
-    """What metrics.jsonl says apart from time; some lines are of time alone."""
+    """Returns metrics.jsonl without times; some lines contain only times."""
     text = (as_path(run_dir) / "metrics.jsonl").read_text()
     parsed = [json.loads(line) for line in text.splitlines()]
     timeless = [
@@ -148,7 +148,7 @@ def lines(run_dir):
 
 
 def weights(run_dir, ema=False, kind="checkpoints"):
-    """The step and the parameters or their average of the newest checkpoint of a kind."""
+    """Returns the step, and the parameters or their average, of the newest checkpoint of a kind."""
     saved = SavedSteps(as_path(run_dir) / kind)
     step = saved.steps()[-1]
     return step, saved.params(step, ema)

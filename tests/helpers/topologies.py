@@ -1,4 +1,4 @@
-"""Devices of clusters that are not there: enough of them for a mesh to be laid out."""
+"""Fake devices of clusters, with what is needed to lay out a mesh."""
 
 import dataclasses
 import itertools
@@ -17,9 +17,9 @@ class Device:
 
 
 def tpu_slices(kind: str, chips: tuple[int, int, int], host: tuple[int, int, int], slices: int = 1):
-    """TPU chips, one device each, as JAX lists them: host by host.
+    """Makes TPU chips, one device each, as JAX lists them: host by host.
 
-    chips: sides of one slice. host: sides of the block of chips that a process drives.
+    chips: sides of one slice. host: sides of the block of chips of one process.
     """
     blocks = [range(0, side, step) for side, step in zip(chips, host, strict=True)]
     devices = []
@@ -33,7 +33,7 @@ def tpu_slices(kind: str, chips: tuple[int, int, int], host: tuple[int, int, int
 
 
 def gpus(processes: int, a_machine: int = 8):
-    """GPUs, each with a process of its own, as Slurm starts them."""
+    """Makes GPUs with one process each, as Slurm starts them."""
     kind = "NVIDIA H100 80GB HBM3"
     return [Device(i, i, i // a_machine, "gpu", kind) for i in range(processes)]
 
