@@ -1,7 +1,6 @@
-"""Data of strangers that ask their reader for much: arrays, JSON, runs, buckets, checkpoints.
+"""Untrusted data that claims too much memory or time: arrays, JSON, runs, buckets, checkpoints.
 
-The first part of a name tells the reader, as in `hostile_files`: npz, npy, json, run, bucket,
-orbax.
+The first part of a name is its reader, as in `hostile_files`: npz, npy, json, run, bucket, orbax.
 """
 
 import json

@@ -74,27 +74,27 @@ def write_good(folder: pathlib.Path) -> dict[str, pathlib.Path]:
 def mutations(good: bytes, count: int, seed: int) -> Iterator[bytes]:
     """Damages a file: bytes changed, cut off, or moved, mostly in its first and last 8 kB.
 
-    Headers, pickles and lists of members lie there.
+    Headers, pickles and lists of members are there.
     """
     rng = np.random.default_rng(seed)
 
-    def place() -> int:
+    def position() -> int:
         near = int(rng.integers(2**13))
-        places = (near, len(good) - 1 - near, int(rng.integers(len(good))))
-        return places[rng.choice(3, p=[0.55, 0.3, 0.15])] % len(good)
+        positions = (near, len(good) - 1 - near, int(rng.integers(len(good))))
+        return positions[rng.choice(3, p=[0.55, 0.3, 0.15])] % len(good)
 
     for _ in range(count):
         damaged = bytearray(good)
         match rng.choice(4, p=[0.55, 0.2, 0.1, 0.15]):
             case 0:
                 for _ in range(rng.integers(1, 4)):
-                    damaged[place()] ^= 1 << int(rng.integers(8))
+                    damaged[position()] ^= 1 << int(rng.integers(8))
             case 1:
-                damaged[place()] = int(rng.choice([0, 1, 127, 128, 255]))
+                damaged[position()] = int(rng.choice([0, 1, 127, 128, 255]))
             case 2:
-                del damaged[place() :]
+                del damaged[position() :]
             case 3:
-                start, target, size = place(), place(), int(rng.integers(1, 64))
+                start, target, size = position(), position(), int(rng.integers(1, 64))
                 damaged[target:target] = good[start : start + size]
         yield bytes(damaged)
 

@@ -64,7 +64,7 @@ class RunLog:
     steps: int | None = None
 
     def points(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
-        """Returns images seen and values, both (N,), wherever `metric` was logged as a number."""
+        """Returns images seen and values, both (N,), of the lines where `metric` is a number."""
         pairs = [(line["step"], line[metric]) for line in self.lines if metric in line]
         pairs = np.array([pair for pair in pairs if None not in pair], float).reshape(-1, 2)
         return pairs[:, 0] * self.batch_size, pairs[:, 1]

@@ -73,7 +73,7 @@ class ImageDataset(Dataset, Protocol):
         """Makes a training image of `image_shape`, and always draws the same number of values.
 
         Args:
-            image_HWC: stored image.
+            image_HWC: image from the source.
             view: index of the image plus the epoch, for augmentations that alternate between
                 epochs. Both alternatives thus occur in each epoch.
             rng: random generator of this image in this epoch.

@@ -85,7 +85,7 @@ class DenoisingMLP(nn.Module):
         # A loop over slices instead of a scan: within a sampler's loop over timesteps, a scan would
         # copy every block's weights at each timestep.
         for i in range(self.depth):
-            params = jax.tree.map(lambda p: p[i], self.blocks)  # noqa: B023  (used at once)
+            params = jax.tree.map(lambda p: p[i], self.blocks)  # noqa: B023  (used immediately)
             x_NE = self.block.apply({"params": params}, x_NE, cond_NE)
         shift_NE, scale_NE = jnp.split(self.adaln(cond_NE), 2, axis=-1)
         return self.out(modulate(x_NE, scale_NE, shift_NE, jnp.float32))

@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
         """Shape and storage dtype of one image's latents, by their names in a batch.
 
         A name ends in the shape with its leading batch axis: {"tokens_BL": ((L,), uint16)}. In a
-        batch integers are int32 and floats float32, whatever dtype stores them. The first array is
+        batch integers are int32 and floats float32, regardless of the storage. The first array is
         enough for `decode`.
         """
         ...

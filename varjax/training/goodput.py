@@ -166,7 +166,7 @@ class FirstCall(Generic[P, R]):
         step = FirstCall(jax.jit(step), lambda: goodput.measure("compile"))
 
     Args:
-        function: jitted function.
+        function: jitted function to call.
         context: function that makes the context of the first call.
     """
 

@@ -27,7 +27,7 @@ class Due(NamedTuple):
         metrics: evaluation on held-out images.
         fid: FID of samples.
         preview: pictures of the model's output.
-        save: a checkpoint.
+        save: a checkpoint of the run.
     """
 
     metrics: bool

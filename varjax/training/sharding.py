@@ -99,7 +99,7 @@ def _sizes(shape: MeshShape, devices: Sequence[Any]) -> list[int]:
     if len(devices) % product or (-1 not in sizes and len(devices) != product):
         raise InputError(
             f"{shape} asks for {product} devices{' or a multiple' if -1 in sizes else ''}, "
-            f"but there are {len(devices)}; leave data=-1, which stands for the rest"
+            f"but there are {len(devices)}; leave data=-1, which means the rest"
         )
     return [len(devices) // product if size == -1 else size for size in sizes]
 
