@@ -41,7 +41,7 @@ def test_the_average_of_a_deit_style_checkpoint_is_taken_and_said(tmp_path, caps
         bias(converted(tmp_path / "both.pth", tmp_path / "out")), expected
     )
     said = capsys.readouterr().err
-    assert "both.pth: the averaged weights are taken (ema); --no-ema takes the others" in said
+    assert "both.pth: using the averaged weights (ema); --no-ema uses the others" in said
     params = converted(tmp_path / "both.pth", tmp_path / "out", ema=False)
     np.testing.assert_array_equal(bias(params), expected + 1)
     assert "averaged" not in capsys.readouterr().err
@@ -58,7 +58,7 @@ def test_a_trainer_may_hold_the_weights_themselves():
     var = weights.state_dict("base", "var")
     found = find_state_dicts({"epoch": 1, "iter": 0, "trainer": var, "args": {"depth": 16}})
     assert found.keys() == {""} and found[""].keys() == var.keys()
-    with pytest.raises(InputError, match="entries are no arrays"):
+    with pytest.raises(InputError, match="entries are not arrays"):
         find_state_dicts({"trainer": {"config": {}}, "args": {}})
 
 
@@ -109,10 +109,10 @@ def test_parts_are_read_by_their_index(tmp_path, capsys):
     assert "its parts lack more" in refuse(f"--kl={index}")
     for wrong in ("../vae.pth", "/etc/passwd", "..", ""):
         index.write_text(json.dumps({"weight_map": {"a": wrong}}))
-        assert "are no names of files beside it" in refuse(f"--kl={index}")
+        assert "are not names of files in the same folder" in refuse(f"--kl={index}")
     for wrong in ("[]", '{"weight_map": {}}', "{", '{"weight_map": 3}'):
         index.write_text(wrong)
-        assert "is no index of a checkpoint's parts" in refuse(f"--kl={index}")
+        assert "is not an index of a checkpoint's parts" in refuse(f"--kl={index}")
     index.write_text(json.dumps({"weight_map": {"a": "absent.safetensors"}}))
     assert "absent.safetensors: does not exist" in refuse(f"--kl={index}")
 
@@ -122,11 +122,11 @@ def test_hmar_is_refused_by_name():
     hmar = {n: x for n, x in var.items() if n != "word_embed.bias"} | {
         "ns_head.weight": var["head.weight"]
     }
-    with pytest.raises(InputError, match=r"holds an HMAR model .*, by its ns_head.weight"):
+    with pytest.raises(InputError, match=r"holds an HMAR model .*, as ns_head.weight shows"):
         find_kind(hmar, "var")
     masks = var | {"mask_embed.weight": np.zeros((1, 48))}
-    with pytest.raises(InputError, match=r"HMAR .*, by its mask_embed.weight"):
+    with pytest.raises(InputError, match=r"HMAR .*, as mask_embed.weight shows"):
         find_kind(masks, "var")
     assert find_kind(var, "var").flag == "var"
-    with pytest.raises(InputError, match=r"HMAR .*, by its transformer_wo_ddp"):
+    with pytest.raises(InputError, match=r"HMAR .*, as transformer_wo_ddp shows"):
         find_state_dicts({"trainer": {"transformer_wo_ddp": hmar, "vae_local": {}}, "epoch": 1})

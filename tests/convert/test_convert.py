@@ -156,10 +156,10 @@ def test_sizes_of_the_released_models_are_told_from_their_shapes(name):
 
 def test_what_tensors_do_not_tell_is_asked_for():
     var = dict(official("no_qk_norm", "var"))
-    with pytest.raises(ValueError, match="a width of 48 does not tell .* give --heads"):
+    with pytest.raises(ValueError, match="heads is unknown for width 48; give --heads"):
         infer_config(var, "var", ConvertOptions())
     del var["lvl_1L"]
-    with pytest.raises(ValueError, match="4 scales of 39 tokens together, .* --scales"):
+    with pytest.raises(ValueError, match="4 scales with 39 tokens in total, .* --scales"):
         infer_config(var, "var", ConvertOptions(heads=3))
     wide = ((1, 1), (2, 2), (3, 3), (1, 25))
     with pytest.raises(ValueError, match="a map is smaller|comes after"):
@@ -172,18 +172,18 @@ def test_what_tensors_do_not_tell_is_asked_for():
     with pytest.raises(ValueError, match=r"scales of \[2, 37\] tokens are not square"):
         infer_config(var, "var", ConvertOptions(heads=3))
     for problem, levels in {
-        "int64 .1, 1.; needed are integers .1, 39.": [[200000000]],
+        "int64 .1, 1.; expected integers .1, 39.": [[200000000]],
         r"levels from 0 to 2e.08; there are 4": [[0] * 38 + [200000000]],
         "levels from -1 to 0; there are 4": [[-1] + [0] * 38],
         "levels from nan to nan": [[np.nan] * 39],
-        "complex128 .1, 39.; needed are integers": [[0j] * 39],
+        "complex128 .1, 39.; expected integers": [[0j] * 39],
     }.items():
         var["lvl_1L"] = np.array(levels)
         with pytest.raises(ValueError, match=problem):
             infer_config(var, "var", ConvertOptions(heads=3))
     var["lvl_1L"] = np.repeat([0, 1, 2, 3], [1, 4, 9, 25])[None].astype(bfloat16)
     assert infer_config(var, "var", ConvertOptions(heads=3)).scales == (1, 2, 3, 5)
-    with pytest.raises(ValueError, match="the tensors have 3; leave --heads out"):
+    with pytest.raises(ValueError, match="the tensors have 3; omit --heads"):
         infer_config(official("base", "var"), "var", ConvertOptions(heads=4))
     options = ConvertOptions(scales=(1, 2, 3, 4), groups=8, phi_ratio=0.25, cosine_codes=True)
     assert infer_config(official("base", "vae"), "tokenizer", options) == dataclasses.replace(
@@ -252,7 +252,7 @@ def test_a_full_disk_leaves_nothing(base, tmp_path, capsys, monkeypatch):
         assert "refused could not be written" in text and "No space left on device" in text
     usage = types.SimpleNamespace(free=1000)
     monkeypatch.setattr(weights_dir.shutil, "disk_usage", lambda path: usage)
-    assert "needs 0.018 GB; free are 0.000 GB" in refused(capsys, tmp_path, *flags)
+    assert "needs 0.018 GB; 0.000 GB are free" in refused(capsys, tmp_path, *flags)
 
 
 def test_command_lines_that_contradict_themselves(base, tmp_path, capsys):
@@ -264,7 +264,7 @@ def test_command_lines_that_contradict_themselves(base, tmp_path, capsys):
     assert "nowhere does not exist" in refuse("--to_torch", "--weights=nowhere")
     with pytest.raises(SystemExit, match="2"):
         main(["--multiplier=3", "--out=x"])
-    with pytest.raises(ValueError, match="no part is called vae; known are tokenizer, kl"):
+    with pytest.raises(ValueError, match="unknown part vae; known parts are tokenizer, kl"):
         convert(tmp_path / "out", vae=base[0])
 
 

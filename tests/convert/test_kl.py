@@ -67,7 +67,7 @@ def test_checkpoints_of_a_larger_system_are_read_too(tmp_path, capsys):
     rest = {"loss.logvar": np.zeros((), np.float32), "loss.discriminator.w": np.zeros(3)}
     write_nested(tmp_path / "ldm.ckpt", {"state_dict": golden.official() | rest})
     convert(tmp_path / "out", ConvertOptions(image_size=64, latent_scale=0.5), kl="ldm.ckpt")
-    assert "ldm.ckpt: not of a KL tokenizer (AutoencoderKL), left out: loss\n" in said(capsys)
+    assert "ldm.ckpt: not part of a KL tokenizer (AutoencoderKL), left out: loss\n" in said(capsys)
     assert read_tokenizer(tmp_path / "out")[1]["latent_std"] == 2
     whole = {f"first_stage_model.{n}": x for n, x in (golden.official() | rest).items()}
     whole |= {"model.diffusion_model.w": np.zeros(3), "first_stage_model.loss.x": np.zeros(1)}
@@ -111,7 +111,7 @@ def test_every_problem_is_listed(tmp_path):
     with pytest.raises(ValueError) as error:
         apply_map.lazy_leaves(golden.config(), tensors)
     assert "missing: decoder.mid.attn_1.k.bias (512,)" in str(error.value)
-    assert "encoder.down.4.attn.0.q.weight is (512, 1, 1, 1), needed is" in str(error.value)
+    assert "encoder.down.4.attn.0.q.weight is (512, 1, 1, 1), expected" in str(error.value)
 
 
 @pytest.mark.slow

@@ -181,13 +181,13 @@ def test_the_scale_is_told_by_flag_file_or_digest(tmp_path, capsys, monkeypatch)
     whole |= {"scale_factor": np.array(0.25, np.float32), "model.diffusion_model.w": np.zeros(3)}
     write_nested(tmp_path / "whole.ckpt", {"state_dict": whole})
     assert convert_file(tmp_path / "whole.ckpt", tmp_path / "out")[2] == 4
-    assert "latents are multiplied by 0.25, by its scale_factor" in capsys.readouterr().err
+    assert "latents are multiplied by 0.25, according to its scale_factor" in capsys.readouterr().err
     found = convert_file(tmp_path / "whole.ckpt", tmp_path / "out", latent_scale=0.5)
     assert found[2] == 2 and found[0] == config  # the flag wins
 
     write_nested(tmp_path / "vae.ckpt", {"state_dict": official})
     with pytest.raises(
-        InputError, match=r"vae.ckpt: neither this file .* give --latent_scale: 0.18"
+        InputError, match=r"vae.ckpt: this file does not hold .* give --latent_scale: 0.18"
     ):
         convert_file(tmp_path / "vae.ckpt", tmp_path / "out")
     (digest,) = sha256_of([tmp_path / "vae.ckpt"]).values()
@@ -195,7 +195,7 @@ def test_the_scale_is_told_by_flag_file_or_digest(tmp_path, capsys, monkeypatch)
     found = convert_file(tmp_path / "vae.ckpt", tmp_path / "out")
     assert found[2] == 8 and found[0] == dataclasses.replace(config, latent_shift=0.5)
     said = capsys.readouterr().err
-    assert "multiplied by 0.125 after 0.5 is subtracted, as is known of this file" in said
+    assert "multiplied by 0.125 after subtracting 0.5, as published for this file" in said
 
     folder = tmp_path / "vae"
     folder.mkdir()
@@ -204,7 +204,7 @@ def test_the_scale_is_told_by_flag_file_or_digest(tmp_path, capsys, monkeypatch)
     (folder / "config.json").write_text(json.dumps(about))
     assert convert_file(folder / "model.safetensors", tmp_path / "out")[2] == 2
     (folder / "config.json").write_text(json.dumps(about | {"scaling_factor": 0}))
-    with pytest.raises(InputError, match="scaling_factor=0.0: needed is a finite number above 0"):
+    with pytest.raises(InputError, match="scaling_factor=0.0: expected a finite number above 0"):
         convert_file(folder / "model.safetensors", tmp_path / "out")
 
 
@@ -225,7 +225,7 @@ def test_wrong_tensors_and_settings_are_refused():
     with pytest.raises(InputError):
         find_kind(high, "kl").infer(high, ConvertOptions(groups=4))
     high = official | {"decoder.up.7.attn.0.q.weight": np.zeros((8, 8, 1, 1), np.float32)}
-    with pytest.raises(InputError, match="the decoder has attention at level 7; there are 2"):
+    with pytest.raises(InputError, match="the decoder has attention at level 7 of 2 levels"):
         find_kind(high, "kl").infer(high, ConvertOptions(groups=4))
     for attention in ((0,), (-1, -1), (-1, -2), (-6,)):
         with pytest.raises(InputError, match=r"decoder_attention=.*from -5 .* to -1"):

@@ -255,10 +255,10 @@ def test_a_transformer_alone_takes_the_size_of_images():
     assert MAR.infer(mar, ConvertOptions(image_size=(512, 128))).latent_map == (32, 8)
     wanted = "the transformer has 256 tokens of 16x16 pixels"
     for size in (512, (256, 384), (256, 250), (0, 0), (-256, -256)):
-        with pytest.raises(InputError, match=rf"image_size=.*: {wanted}, which do not make"):
+        with pytest.raises(InputError, match=rf"image_size=.*: {wanted}, which do not form"):
             MAR.infer(mar, ConvertOptions(image_size=size))
     mar = {n: np.broadcast_to(np.float32(0), _longer(x.shape)) for n, x in mar.items()}
-    with pytest.raises(InputError, match="its 288 tokens make no square; give --image_size=HxW"):
+    with pytest.raises(InputError, match="its 288 tokens do not form a square; give --image_size=HxW"):
         MAR.infer(mar, ConvertOptions())
     assert MAR.infer(mar, ConvertOptions(image_size=(256, 288))).latent_map == (16, 18)
 
@@ -277,7 +277,7 @@ def test_what_tensors_do_not_tell_is_asked_for():
     for channels in (0, -1):
         with pytest.raises(InputError, match=f"latent_channels={channels}: must be 1 or more"):
             MAR.infer(mar, ConvertOptions(latent_channels=channels))
-    with pytest.raises(InputError, match="a width of 48 does not tell .* give --mar_heads"):
+    with pytest.raises(InputError, match="heads is unknown for width 48; give --mar_heads"):
         MAR.infer(mar, ConvertOptions(latent_channels=4))
     with pytest.raises(InputError, match="decoder_heads=5: must be a divisor of width=48"):
         MAR.infer(mar, ConvertOptions(latent_channels=4, mar_heads=(3, 5)))
@@ -348,7 +348,7 @@ def test_each_half_of_a_released_width_has_its_own_heads():
     mar["diffusion_pos_embed_learned"] = np.broadcast_to(np.float32(0), (1, 256, 512))
     assert MAR.infer(mar, ConvertOptions()).decoder_heads == 8
     mar["diffusion_pos_embed_learned"] = np.broadcast_to(np.float32(0), (1, 256, 500))
-    with pytest.raises(InputError, match="a width of 500 does not tell .* give --mar_heads"):
+    with pytest.raises(InputError, match="heads is unknown for width 500; give --mar_heads"):
         MAR.infer(mar, ConvertOptions())
 
 
@@ -370,7 +370,7 @@ def test_swapped_files_are_refused_with_the_reason(files, tmp_path, capsys):
     text = refuse(f"--mar={mar}", f"--var={var}")
     assert "--mar and --var are both models of latents" in text
     text = refuse(f"--mar={mar}", f"--kl={kl}", *FLAGS, "--latent_channels=2")
-    assert f"{kl}: latent_channels=2, but its latents have 4; leave --latent_channels out" in text
+    assert f"{kl}: latent_channels=2, but its latents have 4; omit --latent_channels" in text
     text = refuse(f"--mar={mar}", f"--kl={kl}", *FLAGS, "--image_size=8x16")
     assert f"{mar}: image_size=8x16: the transformer has 16 tokens of 2x2 pixels" in text
     for heads in ("3", "3,3,3", "a,b"):
@@ -386,7 +386,7 @@ def test_one_message_lists_the_problems_of_both_files(tmp_path, capsys):
     write_pth(tmp_path / "kl.pth", kl)
     text = refused(capsys, tmp_path, f"--mar={tmp_path}/mar.pth", f"--kl={tmp_path}/kl.pth", *FLAGS)
     assert "mar.pth: the tensors do not fit" in text and "missing: mask_token (1, 1, 48)" in text
-    assert "misshapen: fake_latent is (2, 48), needed is (1, 48)" in text
+    assert "misshapen: fake_latent is (2, 48), expected (1, 48)" in text
     assert "kl.pth: the tensors do not fit" in text and "decoder.mid.attn_1.k.bias (16,)" in text
     (tmp_path / "kl.pth").write_bytes(b"<html>")
     text = refused(capsys, tmp_path, f"--mar={tmp_path}/none", f"--kl={tmp_path}/kl.pth")

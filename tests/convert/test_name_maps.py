@@ -62,7 +62,7 @@ def test_one_error_lists_every_problem():
         apply_map.lazy_leaves(config, tensors)
     text = str(error.value)
     assert "missing: head.bias (64,)" in text and "unexpected: extra (3,)" in text
-    assert "misshapen: pos_start is (1, 2, 48), needed is (1, 1, 48)" in text
+    assert "misshapen: pos_start is (1, 2, 48), expected (1, 1, 48)" in text
     assert "mistyped: word_embed.bias is int64" in text
     assert "lvl_1L" not in text
 

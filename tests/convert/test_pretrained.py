@@ -163,7 +163,7 @@ def test_without_a_published_hash_that_of_the_first_download_counts(hub, tmp_pat
     assert files.read_json(record) == {"sha256": first}
     damage(hub.folder / "vae.pth")
     pretrained.download("other/models", "vae.pth")
-    with pytest.raises(InputError, match=f"instead of\n  {first}\nkept in {record}"):
+    with pytest.raises(InputError, match=f"instead of\n  {first}\nrecorded in {record}"):
         pretrained.download("someone/models", "vae.pth")
     with pytest.raises(InputError, match=f"instead of\n  {first}"):
         varjax.load("tiny")
@@ -247,7 +247,7 @@ def test_models_that_no_hub_has_are_asked_for_with_their_page(hub, tmp_path, nam
         varjax.load(name)
     assert not hub.asked and not (tmp_path / "cache" / name).exists()
     text = str(error.value)
-    assert f"{name} is neither here nor in" in text and "no hub is known to have its files" in text
+    assert f"{name} is neither here nor in" in text and "no hub hosts its files" in text
     assert f"https://github.com/LTH14/mar (the links of {model} and KL-16) and run" in text
     assert text.endswith(
         f"varjax convert --mar=checkpoint-last.pth --kl=kl16.ckpt --out={tmp_path / 'cache' / name}"

@@ -56,7 +56,7 @@ def test_damaged_and_long_files_are_refused(graph, tmp_path, monkeypatch):
     whole = graph.SerializeToString()
     for end in (1, 5, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:end])
-        with pytest.raises(InputError, match="no graph of TensorFlow, or cut short"):
+        with pytest.raises(InputError, match="not a TensorFlow graph, or it is cut short"):
             read(path)
     del graph.node[0].attr["value"].tensor.tensor_shape.dim[1]
     path.write_bytes(graph.SerializeToString())

@@ -134,14 +134,14 @@ def test_the_names_are_tensorflows():
 def test_what_is_no_inception_is_refused(tmp_path):
     other = tmp_path / "other.pth"
     write_pth(other, {"features.0.weight": np.zeros((2, 2), np.float32)})
-    with pytest.raises(InputError, match="not FID's Inception-v3: there is no Mixed_7c"):
+    with pytest.raises(InputError, match="not FID's Inception-v3: it has no Mixed_7c"):
         convert_inception(tmp_path / "out", other)
     text = tmp_path / "text.pb"
     text.write_text("this is no graph")
-    with pytest.raises(InputError, match="no graph of TensorFlow, or cut short"):
+    with pytest.raises(InputError, match="not a TensorFlow graph, or it is cut short"):
         convert_inception(tmp_path / "out", text)
     text.write_bytes(b"")
-    with pytest.raises(InputError, match="of its 472 constants 472 are missing"):
+    with pytest.raises(InputError, match="472 of its 472 constants are missing"):
         convert_inception(tmp_path / "out", text)
     with pytest.raises(InputError, match="does not exist"):
         convert_inception(tmp_path / "out", tmp_path / "absent.pb")

@@ -27,7 +27,7 @@ def official_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def is_weight(name: str) -> bool:
-    """Returns whether an official name is of a weight, not of a buffer."""
+    """Returns whether an official name belongs to a weight rather than a buffer."""
     return name.rsplit(".", 1)[-1] not in BUFFER_NAMES
 
 
@@ -38,7 +38,7 @@ def from_official(
 ) -> PyTree:
     """Converts official tensors into a tree of our parameters, NumPy float32.
 
-    Arguments and errors are those of `lazy_leaves`.
+    Takes the arguments of `lazy_leaves` and raises the same errors.
     """
     leaves = lazy_leaves(config, tensors, options)
     return trees.map_with_path(lambda path, _: np.asarray(leaves[path]), abstract_params(config))
@@ -70,11 +70,11 @@ def lazy_leaves(
 
 
 def leaves_by_table(table: list[Link], params: PyTree, tensors: Tensors) -> dict[str, LazyArray]:
-    """Does what `lazy_leaves` does, for parameters of any tree and a table that fills them.
+    """Converts like `lazy_leaves`, for any tree of parameters and a table that fills it.
 
     Args:
         table: one link for each tensor; together they name every leaf of `params`.
-        params: arrays or jax.ShapeDtypeStruct, of which only shapes count.
+        params: arrays or jax.ShapeDtypeStruct; only their shapes matter.
         tensors: exactly the tensors that the table names, of any floating-point format.
     """
     leaves = trees.paths(params)
@@ -86,7 +86,7 @@ def leaves_by_table(table: list[Link], params: PyTree, tensors: Tensors) -> dict
     assert links.keys() == leaves.keys(), links.keys() ^ leaves.keys()
 
     def chunks(path: str) -> Iterator[np.ndarray]:
-        # A stacked leaf has a link for each layer, in order; one in parts a link for each part.
+        # A stacked leaf has one link per layer, in order; a divided leaf has one per part.
         for _, layer in itertools.groupby(links[path], key=lambda link: link.index):
             parts = [link.to_ours(tensors[link.official], path) for link in layer]
             yield np.concatenate(parts, axis=-1, dtype=np.float32)
@@ -116,7 +116,7 @@ def to_official(config: Any, params: PyTree) -> dict[str, LazyArray]:
 
 
 def official_buffers(config: Any) -> dict[str, Tensor]:
-    """Returns what official state dicts hold besides weights, as it is when a model is built."""
+    """Returns the buffers of an official state dict, with the values of a newly built model."""
     return name_map_of(config).buffers(config)
 
 
@@ -128,13 +128,15 @@ def _shapes(table: list[Link], leaves: Mapping[str, Any]) -> dict[str, tuple[int
     return {link.official: link.official_shape(leaves[link.ours[0]].shape) for link in table}
 
 
-def _check_shapes(wanted: Mapping[str, tuple[int, ...]], given: Tensors) -> None:
-    problems = [f"missing: {n} {shape}" for n, shape in wanted.items() if n not in given]
-    problems += [f"unexpected: {n} {shown(given[n].shape)}" for n in given if n not in wanted]
-    for n in (n for n in wanted if n in given):
-        if given[n].shape != wanted[n]:
-            problems.append(f"misshapen: {n} is {shown(given[n].shape)}, needed is {wanted[n]}")
-        if not jnp.issubdtype(given[n].dtype, jnp.floating):
-            problems.append(f"mistyped: {n} is {given[n].dtype}, needed are floating-point numbers")
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], tensors: Tensors) -> None:
+    problems = [f"missing: {n} {shape}" for n, shape in shapes.items() if n not in tensors]
+    problems += [f"unexpected: {n} {shown(x.shape)}" for n, x in tensors.items() if n not in shapes]
+    for n, shape in shapes.items():
+        if n not in tensors:
+            continue
+        if tensors[n].shape != shape:
+            problems.append(f"misshapen: {n} is {shown(tensors[n].shape)}, expected {shape}")
+        if not jnp.issubdtype(tensors[n].dtype, jnp.floating):
+            problems.append(f"mistyped: {n} is {tensors[n].dtype}, expected floating-point numbers")
     if problems:
         raise InputError("the tensors do not fit the model:\n  " + "\n  ".join(abridged(problems)))

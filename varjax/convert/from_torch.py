@@ -47,8 +47,8 @@ def convert(
         convert("weights/d16", tokenizer="vae_ch160v4096z32.pth", var="var_d16.pth")
         convert("weights/mar_b", kl="kl16.ckpt", mar="checkpoint-last.pth")
 
-    Weights of any floating-point format become float32. Those that are not finite are named on
-    stderr. If anything fails or the disk fills up, nothing is left at `out`.
+    Weights of any floating-point format become float32. Tensors with NaN or infinite numbers are
+    listed on stderr. If anything fails or the disk fills up, nothing is left at `out`.
 
     Args:
         out: directory to write. An existing one is replaced only if it holds the same models.
@@ -62,17 +62,17 @@ def convert(
         The config found for each part.
 
     Raises:
-        InputError: names every file that is damaged or of something else, all tensors that do not
-            fit their model, or how the models do not fit each other.
+        InputError: names every file that is damaged or holds something else, every tensor that does
+            not fit its model, or why the models do not fit each other.
     """
     if unknown := files.keys() - KINDS.keys():
-        raise InputError(f"no part is called {', '.join(unknown)}; known are {', '.join(KINDS)}")
+        raise InputError(f"unknown part {', '.join(unknown)}; known parts are {', '.join(KINDS)}")
     out = as_path(out)
-    given = {flag: as_path(file) for flag, file in files.items() if file is not None}
-    sources, chosen = _read_sources(given, options.ema), _chosen(options)
+    locations = {flag: as_path(file) for flag, file in files.items() if file is not None}
+    sources, chosen = _read_sources(locations, options.ema), _chosen(options)
     check_weights_dir(out, converted_files(sources))
     if (tokenizer := sources.get("tokenizer")) and tokenizer.kind.config is KLConfig:
-        location = given.get(tokenizer.kind.flag, tokenizer.path)
+        location = locations.get(tokenizer.kind.flag, tokenizer.path)
         with errors_naming(location):
             options = with_latent_units(tokenizer, location, options)
     configs = infer_configs(sources, options)
@@ -93,7 +93,7 @@ def convert(
 
 
 def _chosen(options: ConvertOptions) -> dict[str, Any]:
-    """The options that are not the default, as JSON data."""
+    """Returns the options that differ from the defaults, as JSON data."""
     fields = dataclasses.fields(options)
     return {f.name: value for f in fields if (value := getattr(options, f.name)) != f.default}
 
@@ -111,7 +111,7 @@ def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[s
         raise InputError(f"{flags} are both models of latents; a directory holds one of them")
     sources: dict[str, Source] = {}
     problems, averaged = Problems(), False
-    # As in `infer_configs`, so that the model's file is complained of first.
+    # In the order of `infer_configs`, so that problems of the model's file are listed first.
     for flag in sorted(files, key=lambda flag: KINDS[flag].part == "tokenizer"):
         path = files[flag]
         with problems.collected():
@@ -121,18 +121,19 @@ def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[s
                 averaged = True
                 if ema is None:
                     print(
-                        f"note: {path}: the averaged weights are taken ({key}); --no-ema takes "
-                        "the others",
+                        f"note: {path}: using the averaged weights ({key}); --no-ema uses the "
+                        "others",
                         file=sys.stderr,
                     )
             with errors_naming(path):
-                found = find_state_dicts(checkpoint, ema)
-                if not found.keys() & {"", flag}:
-                    inside = ", ".join(TRAINER_KEYS[other] for other in found)
+                state_dicts = find_state_dicts(checkpoint, ema)
+                if not state_dicts.keys() & {"", flag}:
+                    inside = ", ".join(TRAINER_KEYS[other] for other in state_dicts)
                     raise InputError(f"is a trainer's checkpoint that holds only {inside}")
-                sources[KINDS[flag].part] = _source(local, flag, found.get(flag) or found[""])
-                if "tokenizer" in found and "tokenizer" not in parts:
-                    sources["tokenizer"] = _source(local, "tokenizer", found["tokenizer"])
+                state_dict = state_dicts.get(flag) or state_dicts[""]
+                sources[KINDS[flag].part] = _source(local, flag, state_dict)
+                if "tokenizer" in state_dicts and "tokenizer" not in parts:
+                    sources["tokenizer"] = _source(local, "tokenizer", state_dicts["tokenizer"])
     problems.check()
     if ema and not averaged:
         names = ", ".join(map(str, files.values()))
@@ -147,7 +148,9 @@ def _source(files: Sequence[pathlib.Path], flag: str, held: Tensors) -> Source:
     own, others = own_tensors(kind, tensors)
     if others:
         left_out = ", ".join(abridged(others))
-        print(f"note: {path}: not of {kind.description}, left out: {left_out}", file=sys.stderr)
+        print(
+            f"note: {path}: not part of {kind.description}, left out: {left_out}", file=sys.stderr
+        )
     return Source(path, kind, own, held, tuple(files))
 
 
@@ -175,8 +178,8 @@ def infer_configs(sources: Mapping[str, Source], options: ConvertOptions) -> dic
                 f"{tokenizer.kind.description}, which {tokenizer.path} holds"
             )
     configs = {}
-    # A model of latents comes first: of its tokenizer it knows more than the tokenizer's file. But
-    # what the latents are, only that file knows.
+    # A model of latents comes first, because it determines more about its tokenizer than the
+    # tokenizer's file does. Only that file determines the shape of the latents.
     if tokenizer:
         with errors_naming(tokenizer.path):
             options = tokenizer.kind.model_options(tokenizer.tensors, options)
@@ -194,20 +197,20 @@ def infer_configs(sources: Mapping[str, Source], options: ConvertOptions) -> dic
 def find_kind(tensors: Tensors, flag: str) -> NameMap:
     """Finds the name map of official tensors; raises InputError if `flag` does not take them."""
     if foreign := [n for n in tensors if n.startswith(HMAR_NAMES)]:
-        raise InputError(f"holds {HMAR}, by its {foreign[0]}, which varjax does not have")
-    found = next(
+        raise InputError(f"holds {HMAR}, as {foreign[0]} shows; varjax does not support it")
+    name_map = next(
         (kind for kind in NAME_MAPS if {kind.known_by, kind.prefix + kind.known_by} & set(tensors)),
         None,
     )
-    if found is None:
+    if name_map is None:
         known = " nor ".join(kind.description for kind in NAME_MAPS)
         names = " nor ".join(kind.known_by for kind in NAME_MAPS)
         raise InputError(
             f"holds neither {known}: among its {len(tensors)} tensors is neither {names}"
         )
-    if found.flag != flag:
+    if name_map.flag != flag:
         wanted = next(kind.description for kind in NAME_MAPS if kind.flag == flag)
         raise InputError(
-            f"holds {found.description}, not {wanted}; give it as --{found.flag} instead"
+            f"holds {name_map.description}, not {wanted}; give it as --{name_map.flag} instead"
         )
-    return found
+    return name_map

@@ -21,7 +21,7 @@ from varjax.metrics.inception import init_inception
 from varjax.storage.files import as_path, local_copy
 
 KNOWN_BY = "Mixed_7c.branch_pool.conv.weight"
-IGNORED = re.compile(r"AuxLogits\.|.*\.num_batches_tracked")  # no part of the network here
+IGNORED = re.compile(r"AuxLogits\.|.*\.num_batches_tracked")  # not part of our network
 TF_STEM = {
     "Conv2d_1a_3x3": "conv",
     "Conv2d_2a_3x3": "conv_1",
@@ -33,7 +33,7 @@ TF_MIXED = {
     name: f"mixed_{i}" if i else "mixed"
     for i, name in enumerate("5b 5c 5d 6a 6b 6c 6d 6e 7a 7b 7c".split())
 }
-# TensorFlow's towers by our branches; a branch of one convolution at the start has none.
+# TensorFlow's tower for each of our branches; "" for a branch outside of any tower.
 TF_TOWERS = {
     "6a": {"branch3x3": "", "branch3x3dbl": "tower/"},
     "7a": {"branch3x3": "tower/", "branch7x7x3": "tower_1/"},
@@ -68,7 +68,7 @@ def convert_inception(out: str | os.PathLike, file: str | os.PathLike) -> None:
         tensors = find_state_dicts(read_checkpoint(path)).get("", {})
     with errors_naming(path):
         if KNOWN_BY not in tensors:
-            raise InputError(f"this is not FID's Inception-v3: there is no {KNOWN_BY} in it")
+            raise InputError(f"this is not FID's Inception-v3: it has no {KNOWN_BY}")
         tensors = {name: x for name, x in tensors.items() if not IGNORED.match(name)}
         params = jax.eval_shape(init_inception, jax.random.key(0))
         leaves = leaves_by_table(inception_table(), params, tensors)
@@ -96,7 +96,7 @@ def read_graph(path: pathlib.Path) -> dict[str, np.ndarray]:
         {name that the .pth files give it: float32 array in their order of axes}.
 
     Raises:
-        InputError: the file is missing or another one.
+        InputError: the file is missing, or is not that graph.
     """
     if not path.is_file():
         raise InputError(f"{path} {'is a folder' if path.is_dir() else 'does not exist'}")
@@ -110,18 +110,18 @@ def read_graph(path: pathlib.Path) -> dict[str, np.ndarray]:
                 scaled[node.name.removesuffix("/batchnorm")] = scale
     sources = {"fc.weight": "softmax/weights", "fc.bias": "softmax/biases"}
     for module in _convolutions():
-        theirs = tensorflow_name(module)
-        sources[f"{module}.conv.weight"] = f"{theirs}/conv2d_params"
+        node = tensorflow_name(module)
+        sources[f"{module}.conv.weight"] = f"{node}/conv2d_params"
         for ours, name in {
             "weight": "gamma",
             "bias": "beta",
             "running_mean": "moving_mean",
             "running_var": "moving_variance",
         }.items():
-            sources[f"{module}.bn.{ours}"] = f"{theirs}/batchnorm/{name}"
+            sources[f"{module}.bn.{ours}"] = f"{node}/batchnorm/{name}"
     if absent := [name for name in sources.values() if name not in constants]:
         raise InputError(
-            f"{path} is not FID's Inception-v3: of its {len(sources)} constants {len(absent)} are "
+            f"{path} is not FID's Inception-v3: {len(absent)} of its {len(sources)} constants are "
             f"missing, {', '.join(absent[:3])} …"
         )
     tensors = {}
@@ -157,6 +157,6 @@ def tensorflow_name(module: str) -> str:
 
 @functools.cache
 def _convolutions() -> list[str]:
-    """Names of all convolutions, "Mixed_5b.branch1x1"."""
+    """Lists the names of all convolutions, such as "Mixed_5b.branch1x1"."""
     paths = trees.paths(jax.eval_shape(init_inception, jax.random.key(0)))
     return [p.removesuffix("/kernel").replace("/", ".") for p in paths if p.endswith("/kernel")]

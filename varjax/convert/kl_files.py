@@ -1,4 +1,4 @@
-"""KL tokenizers' files of other projects: diffusers' names, and the units of latents.
+"""Reads and writes KL tokenizers of other projects: diffusers' names, and the units of latents.
 
 Diffusers numbers the decoder's levels in the order in which they run, and has linear layers where
 the official attention has 1×1 convolutions. The scale and the shift of latents are determined by
@@ -27,7 +27,7 @@ from varjax.tokenizers.kl.model import KLConfig
 KNOWN_BY = "encoder.mid_block.resnets.0.conv1.weight"
 IN_ATTENTION = re.compile(r"(en|de)coder\..*\.attn[._]").match  # official names
 UP_BLOCK = re.compile(r"decoder\.up_blocks\.(\d+)\.")
-# Official, diffusers'. `{n}` stands for a number; the decoder's levels are renumbered besides.
+# (official, diffusers'). `{n}` is a number; the decoder's levels are also renumbered.
 NAMES = (
     ("encoder.down.{n}.block.{n}.", "encoder.down_blocks.{n}.resnets.{n}."),
     ("encoder.down.{n}.attn.{n}.", "encoder.down_blocks.{n}.attentions.{n}."),
@@ -44,7 +44,7 @@ NAMES = (
     ("encoder.norm_out.", "encoder.conv_norm_out."),
     ("decoder.norm_out.", "decoder.conv_norm_out."),
 )
-# Inside of a block: the first diffusers' name of each is written, the others are of old versions.
+# Layers of a block: diffusers' first name is written; the others are from older versions.
 LAYERS = {
     "nin_shortcut.": ("conv_shortcut.",),
     "norm.": ("group_norm.",),
@@ -61,20 +61,20 @@ def is_diffusers(tensors: Tensors) -> bool:
 
 
 def with_official_names(tensors: Tensors) -> Tensors:
-    """Renames the tensors of diffusers' `AutoencoderKL`; others come back as they are.
+    """Renames the tensors of diffusers' `AutoencoderKL`; returns any others unchanged.
 
-    Raises InputError for two tensors that mean the same one.
+    Raises InputError if two tensors get the same name.
     """
     if not is_diffusers(tensors):
         return tensors
-    numbers = [int(match[1]) for name in tensors if (match := UP_BLOCK.match(name))]
+    numbers = [int(match[1]) for name in tensors if (match := UP_BLOCK.match(name))]  # of levels
     levels = max(numbers, default=0) + 1
     if levels > MAX_LAYERS:
         raise InputError(f"its decoder has {levels} levels; allowed are {MAX_LAYERS}")
     layers = {old: official for official, known in LAYERS.items() for old in known}
     renamed = {}
     for name, x in tensors.items():
-        official = _renamed(_turned(name, levels), _rules(to_official=True), layers)
+        official = _renamed(_with_reversed_levels(name, levels), _rules(to_official=True), layers)
         if official in renamed:
             raise InputError(f"two tensors, one of them {name}, are {official} in diffusers' names")
         renamed[official] = x[:, :, None, None] if IN_ATTENTION(official) and x.ndim == 2 else x
@@ -84,7 +84,7 @@ def with_official_names(tensors: Tensors) -> Tensors:
 def with_diffusers_names(config: KLConfig, official: Mapping[str, LazyArray]) -> dict[str, Tensor]:
     """Renames official tensors of a KL tokenizer for diffusers.
 
-    Raises InputError for one that diffusers' `AutoencoderKL` cannot have.
+    Raises InputError for a config that diffusers' `AutoencoderKL` does not support.
     """
     if config.features != config.latent_channels:
         raise InputError(
@@ -95,8 +95,8 @@ def with_diffusers_names(config: KLConfig, official: Mapping[str, LazyArray]) ->
     layers = {name: known[0] for name, known in LAYERS.items()}
     for name, x in official.items():
         shape = x.shape[:2] if IN_ATTENTION(name) else x.shape
-        theirs = _turned(_renamed(name, _rules(to_official=False), layers), levels)
-        renamed[theirs] = LazyArray(shape, x.dtype, x.chunks)
+        diffusers = _with_reversed_levels(_renamed(name, _rules(to_official=False), layers), levels)
+        renamed[diffusers] = LazyArray(shape, x.dtype, x.chunks)
     return renamed
 
 
@@ -131,23 +131,23 @@ def diffusers_config(config: KLConfig, latent_std: float) -> dict[str, Any]:
     }
 
 
-def _turned(name: str, levels: int) -> str:
-    """Counts the decoder's levels in diffusers' names from the other end."""
-    return UP_BLOCK.sub(lambda found: f"decoder.up_blocks.{levels - 1 - int(found[1])}.", name)
+def _with_reversed_levels(name: str, levels: int) -> str:
+    """Numbers the decoder's levels in one of diffusers' names from the other end."""
+    return UP_BLOCK.sub(lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}.", name)
 
 
 def _renamed(name: str, rules: list[tuple[re.Pattern[str], str]], layers: Mapping[str, str]) -> str:
     for pattern, template in rules:
-        if found := pattern.match(name):
-            rest = name[found.end() :]
+        if match := pattern.match(name):
+            rest = name[match.end() :]
             old = next((layer for layer in layers if rest.startswith(layer)), "")
-            return found.expand(template) + layers.get(old, "") + rest.removeprefix(old)
+            return match.expand(template) + layers.get(old, "") + rest.removeprefix(old)
     return name
 
 
 @functools.cache
 def _rules(to_official: bool) -> list[tuple[re.Pattern[str], str]]:
-    """NAMES as patterns at the start of a name, and templates of what replaces them."""
+    """Returns, for each pair in NAMES, the pattern to match and the template that replaces it."""
     rules = []
     for official, diffusers in NAMES:
         old, new = (diffusers, official) if to_official else (official, diffusers)
@@ -157,10 +157,10 @@ def _rules(to_official: bool) -> list[tuple[re.Pattern[str], str]]:
     return rules
 
 
-SCALE_FACTOR = "scale_factor"  # a tensor of latent diffusion models that measured it
+SCALE_FACTOR = "scale_factor"  # a tensor of latent diffusion models that measured their scale
 SD, SDXL, FLUX = (0.18215, 0.0), (0.13025, 0.0), (0.3611, 0.1159)
-# SHA-256 of published files that do not hold their scale -> (scale, shift). Those of Hugging Face's
-# Hub, as its pages show them.
+# SHA-256 of published files that do not hold their scale -> (scale, shift). The digests are those
+# shown on the pages of Hugging Face's Hub.
 KNOWN_FILES = {
     # stabilityai/sd-vae-ft-mse-original and -ema-original: .ckpt and .safetensors of each
     "c6a580b13a5bc05a5e16e4dbb80608ff2ec251a162311590c1f34c013d7f3dab": SD,
@@ -182,9 +182,9 @@ KNOWN_FILES = {
 def with_latent_units(
     source: Source, location: pathlib.Path, options: ConvertOptions
 ) -> ConvertOptions:
-    """Fills in `latent_scale` and `latent_shift` where a KL tokenizer's options leave them out.
+    """Fills in `latent_scale` and `latent_shift` if the options of a KL tokenizer omit them.
 
-    Says on stderr where they come from, if not from the flag or from being MAR's KL-16.
+    Reports on stderr where they come from, unless the flag sets them or the file is MAR's KL-16.
 
     Args:
         source: file of the tokenizer.
@@ -196,26 +196,27 @@ def with_latent_units(
     """
     if options.latent_scale is not None:
         return options
-    found, origin = None, ""
+    units, origin = None, ""
     if SCALE_FACTOR in source.held:
-        found, origin = (_scale_factor(source.held[SCALE_FACTOR]), 0.0), f"by its {SCALE_FACTOR}"
-    elif is_diffusers(source.held) and (beside := _config_beside(location)):
-        found, origin = beside, f"by {location.parent / 'config.json'}"
+        units = _scale_factor(source.held[SCALE_FACTOR]), 0.0
+        origin = f"according to its {SCALE_FACTOR}"
+    elif is_diffusers(source.held) and (units := _units_from_config(location)):
+        origin = f"according to {location.parent / 'config.json'}"
     elif is_kl16(source.kind.infer(source.tensors, options)):
         return dataclasses.replace(options, latent_scale=KL16_SCALE)
     else:
         (digest,) = sha256_of(source.files[:1]).values()
-        found, origin = KNOWN_FILES.get(digest), "as is known of this file"
-    if found is None:
+        units, origin = KNOWN_FILES.get(digest), "as published for this file"
+    if units is None:
         raise InputError(
-            "neither this file nor its SHA-256 tells what its latents are multiplied by; give "
+            "this file does not hold the scale of its latents, and its SHA-256 is unknown; give "
             f"--latent_scale: {SD[0]} for Stable Diffusion 1 and 2, {SDXL[0]} for SDXL, {FLUX[0]} "
             f"(and --latent_shift={FLUX[1]}) for FLUX, 0.22765929 for RDM's f16; or 1, and then "
             "the latent_scale that `varjax evaluate-tokenizer` measures"
         )
-    scale, shift = found
+    scale, shift = units
     shift = shift if options.latent_shift is None else options.latent_shift
-    shifted = f" after {shift:g} is subtracted" if shift else ""
+    shifted = f" after subtracting {shift:g}" if shift else ""
     print(
         f"note: {location}: latents are multiplied by {scale:g}{shifted}, {origin}",
         file=sys.stderr,
@@ -225,25 +226,25 @@ def with_latent_units(
 
 def _scale_factor(tensor: np.ndarray) -> float:
     if tensor.size != 1 or not np.isrealobj(tensor):
-        raise InputError(f"{SCALE_FACTOR} is {tensor.dtype} {tensor.shape}; needed is one number")
+        raise InputError(f"{SCALE_FACTOR} is {tensor.dtype} {tensor.shape}; expected one number")
     return _checked(SCALE_FACTOR, float(np.asarray(tensor).reshape(())))
 
 
-def _config_beside(location: pathlib.Path) -> tuple[float, float] | None:
-    """(scale, shift) of the config.json that diffusers writes next to weights; None without one."""
+def _units_from_config(location: pathlib.Path) -> tuple[float, float] | None:
+    """Reads (scale, shift) from diffusers' config.json next to the weights; None without one."""
     path = location.parent / "config.json"
     config: Any = files.read_json(path) if files.exists(path) else None
     if not isinstance(config, dict) or not str(config.get("_class_name")).startswith("Autoencoder"):
         return None
-    # Older files leave the scale out: diffusers' default is that of Stable Diffusion.
+    # Older files omit the scale; diffusers' default is that of Stable Diffusion.
     scale, shift = config.get("scaling_factor", SD[0]), config.get("shift_factor") or 0.0
     for name, value in (("scaling_factor", scale), ("shift_factor", shift)):
         if not isinstance(value, int | float) or not math.isfinite(value):
-            raise InputError(f"{path}: {name}={value!r}; needed is a finite number")
+            raise InputError(f"{path}: {name}={value!r}; expected a finite number")
     return _checked("scaling_factor", float(scale)), float(shift)
 
 
 def _checked(name: str, scale: float) -> float:
     if not (scale > 0 and math.isfinite(scale)):
-        raise InputError(f"{name}={scale}: needed is a finite number above 0; give --latent_scale")
+        raise InputError(f"{name}={scale}: expected a finite number above 0; give --latent_scale")
     return scale

@@ -16,8 +16,8 @@ from varjax.storage import files
 from varjax.storage.untrusted import abridged
 from varjax.tokenizers.losses.lpips import VGG16, init_lpips
 
-# For each file, a tensor it is known by, and what it holds. A loss is no kind of model, so this
-# does not stand in NAME_MAPS.
+# For each file, a tensor that identifies it, and what it holds. A loss is not a kind of model, so
+# it is not in NAME_MAPS.
 SOURCES = {"features.0.weight": "torchvision's vgg16", "lin0.model.1.weight": "LPIPS heads"}
 
 
@@ -39,15 +39,15 @@ def convert_lpips(out: str | os.PathLike, vgg: str | os.PathLike, heads: str | o
         path = files.local_copy(location)
         checkpoint = read_checkpoint(path)
         with errors_naming(path):
-            found = find_state_dicts(checkpoint).get("", {})
-            if known_by not in found:
-                raise InputError(f"these are not {SOURCES[known_by]}: there is no {known_by} in it")
-            found = {n: x for n, x in found.items() if not n.startswith("classifier.")}
-            if negative := [n for n, x in found.items() if n.startswith("lin") and np.any(x < 0)]:
+            weights = find_state_dicts(checkpoint).get("", {})
+            if known_by not in weights:
+                raise InputError(f"this is not {SOURCES[known_by]}: it has no {known_by}")
+            weights = {n: x for n, x in weights.items() if not n.startswith("classifier.")}
+            if negative := [n for n, x in weights.items() if n.startswith("lin") and np.any(x < 0)]:
                 names = ", ".join(abridged(negative))
-                raise InputError(f"{names}: a distance has no negative weights")
-        warn_not_finite(path, found)
-        tensors |= found
+                raise InputError(f"{names}: weights of a distance must not be negative")
+        warn_not_finite(path, weights)
+        tensors |= weights
     with errors_naming(f"{vgg}, {heads}"):
         params = jax.eval_shape(init_lpips, jax.random.key(0))
         leaves = leaves_by_table(lpips_table(), params, tensors)

@@ -16,7 +16,7 @@ from varjax.storage.buckets import as_path
 from varjax.storage.files import local_copy
 from varjax.storage.untrusted import abridged, check_name, check_relative_name, parse_json, shown
 
-# What only HMAR's models have: they share `word_embed.weight` with VAR's.
+# Names that only HMAR's models have; `word_embed.weight` is in VAR's models too.
 HMAR_NAMES = ("ns_blocks.", "ns_head", "mask_blocks.", "mask_head", "mask_embed.", "base_blocks.")
 HMAR = "an HMAR model (NVlabs/HMAR, arXiv 2506.04421), another architecture than VAR"
 INDEX = ".index.json"
@@ -25,9 +25,9 @@ PART = re.compile(r"(.+)-\d{5}-of-\d{5}(\.\w+)")
 
 
 def local_files(location: str | os.PathLike) -> list[pathlib.Path]:
-    """Returns the files of a checkpoint on this machine's disk: itself, or an index and its parts.
+    """Returns local copies of a checkpoint's files: the file itself, or an index and its parts.
 
-    Raises InputError for an index that is damaged, or a part that is given alone.
+    Raises InputError for a damaged index, or for a single part without its index.
     """
     location = as_path(location)
     if part := PART.fullmatch(location.name):
@@ -41,27 +41,27 @@ def local_files(location: str | os.PathLike) -> list[pathlib.Path]:
 
 
 def read_files(files: Sequence[pathlib.Path]) -> Any:
-    """Reads what `local_files` found; of several parts, their tensors together.
+    """Reads the files that `local_files` returned, and joins the tensors of several parts.
 
-    Raises InputError that names the file that is missing or damaged, as `read_checkpoint` does.
+    Raises InputError for a missing or damaged file, as `read_checkpoint` does.
     """
     index, *parts = files
     if not parts:
         return read_checkpoint(index)
-    wanted, tensors = _weight_map(index), {}
+    weight_map, tensors = _weight_map(index), {}
     for path in parts:
-        held = read_checkpoint(path)
-        if not isinstance(held, dict):
-            raise InputError(f"{path}: holds a {type(held).__name__}, not a dict of weights")
-        tensors |= {name: x for name, x in held.items() if wanted.get(name) == path.name}
-    if missing := sorted(wanted.keys() - tensors.keys()):
+        weights = read_checkpoint(path)
+        if not isinstance(weights, dict):
+            raise InputError(f"{path}: holds a {type(weights).__name__}, not a dict of weights")
+        tensors |= {name: x for name, x in weights.items() if weight_map.get(name) == path.name}
+    if missing := sorted(weight_map.keys() - tensors.keys()):
         raise InputError(f"{index}: its parts lack {', '.join(abridged(missing))}")
     return tensors
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    """The part that holds each tensor, by the tensor's name."""
-    problem = f"{index}: is no index of a checkpoint's parts"
+    """Reads which part holds each tensor, by the tensor's name."""
+    problem = f"{index}: is not an index of a checkpoint's parts"
     if index.stat().st_size > MAX_INDEX_BYTES:
         raise InputError(f"{problem}: it has more than {MAX_INDEX_BYTES} bytes")
     try:
@@ -75,17 +75,17 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
         raise InputError(f"{problem}: it names {len(names)} parts; allowed are {MAX_SHARDS}")
     # A name with a path in it could lead to any file of the machine.
     if strange := [n for n in names if n != pathlib.PurePath(n).name or n in ("", "..")]:
-        raise InputError(f"{problem}: {shown(strange)} are no names of files beside it")
+        raise InputError(f"{problem}: {shown(strange)} are not names of files in the same folder")
     for name in names:
         check_relative_name(name, index)
     return {str(name): str(part) for name, part in weight_map.items()}
 
 
 TRAINER_KEYS = {kind.flag: kind.trainer_key for kind in NAME_MAPS if kind.trainer_key}
-# Where trainers keep the averaged weights beside "model": MAR's, and DeiT's and those after it.
+# Keys under which trainers keep averaged weights next to "model": MAR's; DeiT's and later ones'.
 AVERAGED = ("model_ema", "ema")
 WRAPPERS = ("state_dict", "model")
-HMAR_TRAINER = "transformer_wo_ddp"  # where HMAR's trainer keeps its transformer
+HMAR_TRAINER = "transformer_wo_ddp"  # key under which HMAR's trainer keeps its transformer
 
 
 def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict[str, np.ndarray]]:
@@ -100,11 +100,11 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
 
     Returns:
         {flag: {name: array}}; the flag is "tokenizer" or "var" for a checkpoint of VAR's trainer,
-        and "" for a plain state dict, also one under "model_ema", "ema", "state_dict", "model", or
-        under "trainer", where CCA's fine-tuning of VAR keeps it.
+        and "" for a plain state dict, which may be nested under "model_ema", "ema", "state_dict",
+        "model", or "trainer" (as in CCA's fine-tuning of VAR).
 
     Raises:
-        InputError: there are no weights, or something else is among them.
+        InputError: there are no weights, or other objects are among them.
     """
     if not isinstance(checkpoint, dict):
         raise InputError(
@@ -113,14 +113,14 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
     trainer = checkpoint.get("trainer", checkpoint)
     if isinstance(trainer, dict):
         if HMAR_TRAINER in trainer:
-            raise InputError(f"holds {HMAR}, by its {HMAR_TRAINER}, which varjax does not have")
-        found = {
+            raise InputError(f"holds {HMAR}, as {HMAR_TRAINER} shows; varjax does not support it")
+        state_dicts = {
             flag: weights
             for flag, key in TRAINER_KEYS.items()
             if isinstance(weights := trainer.get(key), dict) and weights
         }
-        if found:
-            return {flag: _clean(weights) for flag, weights in found.items()}
+        if state_dicts:
+            return {flag: _clean(weights) for flag, weights in state_dicts.items()}
         if _is_state_dict(checkpoint.get("trainer")):
             return {"": _clean(trainer)}
     if ema is not False and (averaged := averaged_key(checkpoint)):
@@ -132,17 +132,17 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
 
 
 def averaged_key(checkpoint: Any) -> str | None:
-    """Returns where what `read_checkpoint` returned holds averaged weights; None without them."""
+    """Returns the key of a checkpoint's averaged weights; None if it has none."""
     if not isinstance(checkpoint, dict):
         return None
     return next((key for key in AVERAGED if _is_state_dict(checkpoint.get(key))), None)
 
 
 def own_tensors(kind: NameMap, tensors: Tensors) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Parts a model's tensors from those that its file holds besides.
+    """Separates a model's tensors from the others in its file.
 
     Returns:
-        The model's tensors by their own names, and the beginnings of the other names.
+        The model's tensors by their names without prefix, and the beginnings of the other names.
     """
     prefix = kind.prefix if kind.prefix + kind.known_by in tensors else ""
     own, others = {}, []
@@ -155,8 +155,8 @@ def own_tensors(kind: NameMap, tensors: Tensors) -> tuple[dict[str, np.ndarray],
     return own, list(dict.fromkeys(others))
 
 
-def _is_state_dict(held: Any) -> bool:
-    return isinstance(held, dict) and any(isinstance(x, np.ndarray) for x in held.values())
+def _is_state_dict(entry: Any) -> bool:
+    return isinstance(entry, dict) and any(isinstance(x, np.ndarray) for x in entry.values())
 
 
 def _clean(weights: Any) -> dict[str, np.ndarray]:
@@ -165,9 +165,9 @@ def _clean(weights: Any) -> dict[str, np.ndarray]:
         raise InputError("the checkpoint holds no weights")
     if strange := [key for key, x in weights.items() if not isinstance(x, np.ndarray)]:
         raise InputError(
-            f"{len(strange)} of {len(weights)} entries are no arrays: {shown(strange)}; weights "
-            f"are looked for at the top, in {', '.join((*AVERAGED, *WRAPPERS))} and in trainer/"
-            f"{', '.join(TRAINER_KEYS.values())}; pass the part that holds them"
+            f"{len(strange)} of {len(weights)} entries are not arrays: {shown(strange)}; weights "
+            f"must be at the top level, in {', '.join((*AVERAGED, *WRAPPERS))} or in trainer/"
+            f"{', '.join(TRAINER_KEYS.values())}; save only the weights"
         )
     named = {_without_prefixes(check_name(key)): x for key, x in weights.items()}
     if len(named) < len(weights):
@@ -176,7 +176,7 @@ def _clean(weights: Any) -> dict[str, np.ndarray]:
 
 
 def _without_prefixes(name: str) -> str:
-    # A compiled submodule adds its part in the middle of a name; no real module is called so.
+    # A compiled submodule adds this in the middle of a name; no real module has such a name.
     name = name.replace("_orig_mod.", "")
     while name.startswith("module."):
         name = name.removeprefix("module.")

@@ -1,12 +1,13 @@
-"""Published models by name: downloaded and converted at the first use, kept in a cache folder.
+"""Finds published models by name: downloads and converts them at first use, into a cache folder.
 
     directory = resolve_weights("var_d16")  # ~/.cache/varjax/var_d16
 
 The names are the `releases` of `varjax.convert.name_maps`. The cache folder is $VARJAX_CACHE, else
 varjax in $XDG_CACHE_HOME or ~/.cache. A folder in it appears whole or not at all.
 
-Files are downloaded by commit, and converted only if their SHA-256 is the known one. Where none is
-known, that of the first download is kept in the folder "downloads" of the cache, and counts.
+Files are downloaded by commit, and converted only if their SHA-256 is the known one. If none is
+known, the SHA-256 of the first download is recorded in the cache's folder "downloads", and later
+downloads must match it.
 """
 
 import os
@@ -32,16 +33,17 @@ RELEASES = {name: release for kind in NAME_MAPS for name, release in kind.releas
 def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
     """Finds weights: a path that exists, else the published model of that name.
 
-    Several processes may ask at once: the first one downloads and converts, the others wait for it.
-    No collective operation is used, for processes of one machine share a cache, others may not.
+    Several processes may call this at once: the first one downloads and converts, the others wait.
+    It uses a lock file and no collective operation, because only processes of the same machine are
+    sure to share a cache.
 
     Args:
-        location: a path or a name of RELEASES. A path to nothing is returned unchanged, because its
-            reader raises the clearer error.
+        location: a path or a name in RELEASES. A path that does not exist is returned unchanged,
+            because its reader raises a clearer error.
 
     Raises:
-        InputError: the model could not be downloaded, converted or stored; names the files and the
-            command that does it by hand.
+        InputError: the model could not be downloaded, converted or stored; names the files to
+            download and the command to convert them.
     """
     path = as_path(location)
     if files.exists(path) or str(location) not in RELEASES:
@@ -74,8 +76,8 @@ def download(repo: str, name: str, revision: str | None = None) -> pathlib.Path:
         The local copy, which belongs to huggingface_hub.
 
     Raises:
-        InputError: the file is another one than is known at this commit, or says what to do without
-            the library, the network, the repository or the file.
+        InputError: the file differs from the one known at this commit, or cannot be downloaded;
+            says what to do.
     """
     known = [release for release in RELEASES.values() if release.repo == repo]
     revision = revision or (known[0].commit if known else "main")
@@ -95,15 +97,15 @@ def download(repo: str, name: str, revision: str | None = None) -> pathlib.Path:
 def _check_digest(
     path: pathlib.Path, repo: str, commit: str, name: str, published: str | None
 ) -> None:
-    """Raises InputError for another SHA-256 than the published one, else the first download's."""
-    (found,) = sha256_of([path]).values()
+    """Raises InputError unless the SHA-256 is the published one, or else the first download's."""
+    (digest,) = sha256_of([path]).values()
     record = path_inside(cache_folder() / "downloads", f"{repo}/{commit}/{name}.json", "the Hub")
-    expected, origin = published, "which is known of that file"
-    if expected is None and not files.create_json(record, {"sha256": found}):
-        expected, origin = files.read_json(record).get("sha256"), f"kept in {record}"
-    if expected not in (None, found):
+    expected, origin = published, "which is known for that file"
+    if expected is None and not files.create_json(record, {"sha256": digest}):
+        expected, origin = files.read_json(record).get("sha256"), f"recorded in {record}"
+    if expected not in (None, digest):
         raise InputError(
-            f"{name} of https://huggingface.co/{repo} at {commit} has SHA-256\n  {found}\n"
+            f"{name} of https://huggingface.co/{repo} at {commit} has SHA-256\n  {digest}\n"
             f"instead of\n  {expected}\n{origin}, so it was damaged or replaced and is not "
             f"converted. Delete {os.path.realpath(path)} and try again"
         )
@@ -111,7 +113,7 @@ def _check_digest(
 
 def _hub_file(repo: str, name: str, revision: str) -> pathlib.Path:
     try:
-        # Only those who download need it.
+        # Optional: only downloads need it.
         from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
@@ -119,7 +121,7 @@ def _hub_file(repo: str, name: str, revision: str) -> pathlib.Path:
         ) from error
     try:
         return pathlib.Path(hf_hub_download(repo, name, revision=revision))
-    except Exception as error:  # also those of whichever HTTP library it is built on
+    except Exception as error:  # including errors of the HTTP library it uses
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise InputError(
             f"{name} could not be downloaded from {repo} at revision {revision} ({reason})"
@@ -131,7 +133,7 @@ def _fetch(name: str, directory: pathlib.Path) -> None:
     release = RELEASES[name]
     try:
         if release.repo is None:
-            raise InputError("no hub is known to have its files")
+            raise InputError("no hub hosts its files")
         origin = f"https://huggingface.co/{release.repo}"
         print(f"{name}: from {origin} to {directory}", file=sys.stderr)
         sources = {

@@ -1,4 +1,4 @@
-"""The files that weights come from: which they were, and messages about them."""
+"""Describes the source files of weights, and names them in messages."""
 
 import contextlib
 import dataclasses
@@ -73,7 +73,7 @@ class Problems:
 
 
 def warn_not_finite(path: pathlib.Path, tensors: Tensors) -> None:
-    """Names on stderr the tensors with NaN or infinite numbers; they are converted all the same."""
+    """Lists on stderr the tensors with NaN or infinite numbers; they are converted anyway."""
     if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
         print(
             f"warning: {path}: NaN or infinite numbers in {len(bad)} tensors: "

@@ -1,8 +1,8 @@
 """Reads nodes of a TensorFlow graph (a GraphDef, which is a protocol buffer) without TensorFlow.
 
-Only the few fields that constants need are looked at, and numbers stay in the file until they are
-used. A library for protocol buffers would first make an object of every field, which takes 50 times
-the memory of a hostile file.
+Only the few fields that constants need are read, and numbers stay in the file until they are used.
+A library for protocol buffers would first make an object of every field, and a hostile file could
+make that take 50 times its own size in memory.
 """
 
 import dataclasses
@@ -16,9 +16,9 @@ import numpy as np
 from varjax.errors import InputError
 from varjax.storage.untrusted import check_shape, shown
 
-MAX_FIELDS = 2**17  # the graph of Inception-v3 has a fifth of it
+MAX_FIELDS = 2**17  # five times as many as the graph of Inception-v3 has
 VARINT, FIXED_64, BYTES, FIXED_32 = 0, 1, 2, 5
-FLOAT = 1  # of TensorFlow's types
+FLOAT = 1  # TensorFlow's number for float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TensorFlowGraph:
 
     def __init__(self, path: pathlib.Path):
         self._file = memoryview(b"")
-        if path.stat().st_size:  # nothing cannot be mapped
+        if path.stat().st_size:  # an empty file cannot be mapped
             self._file = np.memmap(path, np.uint8, "r").data
         self._fields_left = MAX_FIELDS
 
@@ -63,9 +63,9 @@ class TensorFlowGraph:
         return bool(fields.get(5))
 
     def constant(self, node: GraphNode) -> np.ndarray | None:
-        """Returns the numbers of a constant, a view of the file; None if they are no float32.
+        """Returns the numbers of a constant as a view of the file; None if they are not float32.
 
-        TensorFlow writes one number where all are equal.
+        TensorFlow writes a single number if all are equal.
         """
         dtype, shape, content, numbers = 0, [], None, bytearray()
         for number, tensor in self._fields(node.attributes.get("value", b"")):
@@ -105,7 +105,7 @@ class TensorFlowGraph:
         return [dict(self._fields(dimension)).get(1, 0) for dimension in dimensions]
 
     def _fields(self, message) -> Iterator[tuple[int, int | memoryview]]:
-        """Yields number and value of each field: an integer, or the bytes of anything else."""
+        """Yields the number and value of each field: an integer, or bytes for all other types."""
         message, position = self._bytes(message), 0
         while position < len(message):
             self._fields_left -= 1
@@ -123,7 +123,7 @@ class TensorFlowGraph:
             position += size
 
     def _varint(self, message: memoryview, position: int) -> tuple[int, int]:
-        """Returns a number of 7 bits a byte, and the position behind it."""
+        """Decodes a number with 7 bits per byte; returns it and the position after it."""
         number = 0
         for i, byte in enumerate(message[position : position + 10]):
             number |= (byte & 127) << 7 * i
@@ -141,4 +141,4 @@ class TensorFlowGraph:
 
 
 def _damaged(problem: str) -> InputError:
-    return InputError(f"this is no graph of TensorFlow, or cut short ({problem})")
+    return InputError(f"this is not a TensorFlow graph, or it is cut short ({problem})")

@@ -1,4 +1,4 @@
-"""Writes directories of weights: whole or not at all, and never over anything else."""
+"""Writes directories of weights: whole or not at all, and never over other files."""
 
 import contextlib
 import pathlib
@@ -15,7 +15,7 @@ from varjax.errors import StorageError
 from varjax.storage import files, folders, safetensors_io
 from varjax.storage.safetensors_io import LazyArray, Tensor
 
-CONVERT_OPTIONS = "convert_options"  # in config.json: those that were given
+CONVERT_OPTIONS = "convert_options"  # in config.json: the options that were not the defaults
 Contents = Mapping[str, Mapping[str, Tensor]]  # {name of a file: {name of a tensor: tensor}}
 
 
@@ -36,7 +36,7 @@ def write_converted(
         about: further JSON data for config.json: CONVERT_OPTIONS, or the "crop" of a run's images.
 
     Raises:
-        InputError: `out` holds anything that this would not write again, or cannot be written.
+        InputError: `out` holds other files than this would write, or cannot be written.
     """
     config = {part: config_tree.to_dict(config) for part, (config, _) in models.items()}
     if sampling is not None:
@@ -77,11 +77,11 @@ def converted_files(parts: Iterable[str]) -> set[str]:
 def new_directory(
     out: pathlib.Path, contents: Contents, replaces: Set[str] = frozenset()
 ) -> Iterator[pathlib.Path]:
-    """Yields an empty directory that becomes `out` when all went well, and vanishes otherwise.
+    """Yields an empty directory that becomes `out` on success, and is removed otherwise.
 
     Args:
-        out: directory that is absent, empty, or a converted directory with no other files than
-            `replaces`.
+        out: directory that does not exist, is empty, or is a converted directory with no other
+            files than `replaces`.
         contents: tensors that will be written; only their sizes are read here.
         replaces: names of files that may be replaced.
 
@@ -95,7 +95,7 @@ def new_directory(
         temporary.mkdir()
         free = shutil.disk_usage(temporary).free
         if free < needed:
-            raise StorageError(f"{out} needs {needed / 1e9:.3f} GB; free are {free / 1e9:.3f} GB")
+            raise StorageError(f"{out} needs {needed / 1e9:.3f} GB; {free / 1e9:.3f} GB are free")
         yield temporary
 
 
@@ -107,7 +107,7 @@ def check_weights_dir(out: pathlib.Path, replaces: Set[str] = frozenset()) -> No
 
 
 def write_files(directory: pathlib.Path, contents: Contents) -> None:
-    """Writes each file, in the format that its name ends in: .pth or .safetensors."""
+    """Writes each file in the format of its suffix, .pth or .safetensors."""
     for name, named in contents.items():
         with byte_progress(f"writing {name}", sum(x.nbytes for x in named.values())) as bar:
             counted = {key: _counted(tensor, bar) for key, tensor in named.items()}
@@ -118,7 +118,7 @@ def write_files(directory: pathlib.Path, contents: Contents) -> None:
 
 
 def _counted(tensor: Tensor, bar: tqdm) -> LazyArray:
-    """Returns the tensor such that each chunk moves the progress bar once it is written."""
+    """Returns the tensor with chunks that advance the progress bar once they are written."""
 
     def chunks():
         for chunk in safetensors_io.tensor_chunks(tensor):

@@ -74,13 +74,13 @@ def test_cut_files_are_refused(tmp_path, end):
 @pytest.mark.parametrize(
     "content, problem",
     [
-        (legacy_file(plain({}), ["7"]), "its storages are not those"),
-        (legacy_file(plain({}), "7"), "its storages are not those"),
+        (legacy_file(plain({}), ["7"]), "its storages do not match those"),
+        (legacy_file(plain({}), "7"), "its storages do not match those"),
         (legacy_file(plain({}), [], machine={}), "big-endian"),
         (legacy_file(plain({}), [], machine=3), "big-endian"),
         (
             legacy_file(old_tensor((2,), (1,), old_stored("FloatStorage", "1", 2)), [1], DATA),
-            "not those",
+            "do not match those",
         ),
         (
             legacy_file(old_tensor((2,), (1,), old_stored("FloatStorage", "1", 2)), ["1"], DATA),
@@ -108,7 +108,7 @@ def test_cut_files_are_refused(tmp_path, end):
         ),
         (
             legacy_file(old_tensor((2,), (1,), old_stored("FloatStorage", "1", 2)), ["1", "1"]),
-            "its storages are not those",
+            "its storages do not match those",
         ),
         (legacy_file(b"cos\nsystem\n" + plain("true") + b"\x85R", []), "asks for 'os.system'"),
     ],

@@ -147,7 +147,7 @@ def test_state_dicts_are_found_and_their_prefixes_removed():
     names = {"module._orig_mod.a.module.weight": x, "enc._orig_mod.b": y}
     for checkpoint in (names, {"state_dict": names}, {"model": names, "epoch": 3}):
         assert list(find_state_dicts(checkpoint)[""]) == ["a.module.weight", "enc.b"]
-    with pytest.raises(ValueError, match=r"1 of 2 entries are no arrays: \['epoch'\]"):
+    with pytest.raises(ValueError, match=r"1 of 2 entries are not arrays: \['epoch'\]"):
         find_state_dicts({"a": x, "epoch": 3})
     with pytest.raises(ValueError, match="differ only in"):
         find_state_dicts({"module.a": x, "a": y})

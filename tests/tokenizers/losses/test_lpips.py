@@ -126,7 +126,7 @@ def test_a_directory_says_what_it_was_made_of(converted):
 def test_wrong_files_are_named_and_leave_nothing(converted, tmp_path, capsys):
     out, vgg, heads = converted
     assert command(heads, vgg, tmp_path / "x") == 1
-    assert "vgg.safetensors: these are not torchvision's vgg16" in capsys.readouterr().err
+    assert "vgg.safetensors: this is not torchvision's vgg16" in capsys.readouterr().err
     assert main([f"--lpips_vgg={vgg}", f"--out={tmp_path / 'x'}"]) == 1
     assert "belong together" in capsys.readouterr().err
     wrong = dict(tensors()[1])

@@ -1,4 +1,4 @@
-"""The kinds of official models that are converted: a file and a line of NAME_MAPS each."""
+"""Lists the kinds of official models that can be converted; each has a file and a line here."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from varjax.convert.name_maps.name_map import NameMap
 from varjax.convert.name_maps.var import VAR
 from varjax.convert.name_maps.vq import VQ
 
-NAME_MAPS = (VQ, KL, MAR, VAR)  # a tensor in `known_by` decides; the first that is found wins
+NAME_MAPS = (VQ, KL, MAR, VAR)  # the first whose tensor `known_by` is in a file describes it
 
 
 def name_map_of(config: Any) -> NameMap:

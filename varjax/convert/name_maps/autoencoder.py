@@ -1,4 +1,4 @@
-"""The encoder and decoder that the official tokenizers share (VQGAN's and LDM's modules)."""
+"""Maps the encoder and decoder that the official tokenizers share (VQGAN's and LDM's modules)."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ def infer_autoencoder(tensors: Tensors) -> dict[str, Any]:
     ]
     if odd := [n for n in outputs if n % width]:
         raise InputError(
-            f"the encoder's levels have {shown(odd)} channels, no multiples of {width}"
+            f"the encoder's levels have {shown(odd)} channels, which are not multiples of {width}"
         )
     return {
         "image_channels": image_channels,
@@ -55,10 +55,10 @@ def infer_attention(tensors: Tensors, half: str, levels: int) -> tuple[int, ...]
     Raises InputError for a level that the encoder does not have.
     """
     matches = (re.match(rf"{half}\.(?:down|up)\.(\d+)\.attn\.", name) for name in tensors)
-    found = sorted({int(match[1]) for match in matches if match})
-    if found and found[-1] >= levels:
-        raise InputError(f"the {half} has attention at level {found[-1]}; there are {levels}")
-    return tuple(i - levels for i in found)
+    numbers = sorted({int(match[1]) for match in matches if match})
+    if numbers and numbers[-1] >= levels:
+        raise InputError(f"the {half} has attention at level {numbers[-1]} of {levels} levels")
+    return tuple(i - levels for i in numbers)
 
 
 def autoencoder_links(

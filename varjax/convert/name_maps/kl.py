@@ -1,4 +1,4 @@
-"""The official KL tokenizers (`AutoencoderKL` of latent diffusion, which MAR uses) and ours."""
+"""Maps the official KL tokenizers (`AutoencoderKL` of latent diffusion, used by MAR) to ours."""
 
 import dataclasses
 import math
@@ -23,9 +23,9 @@ from varjax.errors import InputError, check_setting
 from varjax.nn.autoencoder import COARSEST, downsampling
 from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig
 
-# A copy of the official files. At this commit they are as they were published; later ones have
-# .safetensors in their place, of which that of MAR-B is reported to be weights without averaging.
-# Hashes are those of downloads at this commit; KL-16's is that of the file on MAR's own page, too.
+# A copy of the official files. At this commit they are as they were published; later commits have
+# .safetensors instead, and MAR-B's is reported to hold weights that are not averaged. The hashes
+# are those of downloads at this commit; KL-16's is also that of the file on MAR's own page.
 MAR_REPO, MAR_COMMIT = "jadechoghari/mar", "773c9bdcd98740c7b876ce0d66f684a0e2468990"
 MAR_PAGE = "https://github.com/LTH14/mar"
 KL_FILE = "kl16.ckpt"
@@ -34,7 +34,7 @@ KL16_SCALE = 0.2325  # of the released KL-16, in MAR's code
 
 
 def infer_kl(tensors: Tensors, options: ConvertOptions) -> KLConfig:
-    """Infers the config of an `AutoencoderKL`, whose tensors do not tell the image size.
+    """Infers the config of an `AutoencoderKL`; the options supply the image size.
 
     Raises InputError for tensors that are missing or contradict each other.
     """
@@ -58,19 +58,19 @@ def infer_kl(tensors: Tensors, options: ConvertOptions) -> KLConfig:
 
 
 def kl_model_options(tensors: Tensors, options: ConvertOptions) -> ConvertOptions:
-    """Returns options for a model of its latents: their channels and pixels.
+    """Returns options for a model of its latents: channels, and pixels per latent.
 
-    Raises InputError where the tensors or `options` contradict that.
+    Raises InputError if the tensors contradict `options`.
     """
-    found = _latent_channels(tensors)
-    if options.latent_channels not in (None, found):
+    channels = _latent_channels(tensors)
+    if options.latent_channels not in (None, channels):
         raise InputError(
-            f"latent_channels={options.latent_channels}, but its latents have {found}; "
-            "leave --latent_channels out"
+            f"latent_channels={options.latent_channels}, but its latents have {channels}; "
+            "omit --latent_channels"
         )
     channel_mult = infer_autoencoder(tensors)["channel_mult"]
     return dataclasses.replace(
-        options, latent_channels=found, downsampling=downsampling(channel_mult)
+        options, latent_channels=channels, downsampling=downsampling(channel_mult)
     )
 
 
@@ -85,18 +85,18 @@ def kl_table(config: KLConfig) -> list[Link]:
 
 
 def kl_constants(options: ConvertOptions) -> dict[str, np.ndarray]:
-    """Returns the parameter that official files lack: the code that uses them knows the scale."""
+    """Returns the parameter that official files lack: the scale, which is in the official code."""
     scale = KL16_SCALE if options.latent_scale is None else options.latent_scale
     return {LATENT_STD_PATH: np.array(1 / scale, np.float32)}
 
 
 def kl_official_constants(config: KLConfig) -> dict[str, np.ndarray]:
-    """Returns the scale in the official code, which only MAR's of KL-16 has."""
+    """Returns the scale in the official code, which has it for MAR's KL-16 only."""
     return kl_constants(ConvertOptions()) if is_kl16(config) else {}
 
 
 def is_kl16(config: KLConfig) -> bool:
-    """Returns whether a tokenizer has attention where, of known ones, only MAR's KL-16 has it."""
+    """Returns whether a tokenizer is MAR's KL-16, which no other known one equals in attention."""
     return (config.encoder_attention, config.decoder_attention) == (COARSEST, ())
 
 
@@ -109,7 +109,10 @@ def _latent_channels(tensors: Tensors) -> int:
 def _features(tensors: Tensors) -> int:
     both = tensor_shape(tensors, "encoder.conv_out.weight", 4)[0]
     if both % 2:
-        raise InputError(f"encoder.conv_out.weight has {both} outputs: no means and log variances")
+        raise InputError(
+            f"encoder.conv_out.weight has {both} outputs; means and log variances need an even "
+            "number"
+        )
     return both // 2
 
 
@@ -129,6 +132,6 @@ KL = NameMap(
     official_constants=kl_official_constants,
     model_options=kl_model_options,
     prefix="first_stage_model.",  # in a checkpoint of a whole latent diffusion model
-    ignored=("loss.",),  # LPIPS and the discriminator, in one of the tokenizer's own training
+    ignored=("loss.",),  # LPIPS and the discriminator, in checkpoints of the tokenizer's training
     releases={"kl16": Release(MAR_REPO, {"kl": KL_FILE}, MAR_COMMIT, KL_SHA256, MAR_PAGE)},
 )

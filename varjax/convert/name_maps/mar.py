@@ -1,4 +1,4 @@
-"""The official transformer (`MAR` of LTH14/mar) and ours."""
+"""Maps the official transformer (`MAR` of LTH14/mar) to ours."""
 
 import dataclasses
 import math
@@ -25,12 +25,12 @@ from varjax.mar.sample import MAROptions
 from varjax.tokenizers.kl.model import KLConfig
 
 HEADS = {768: 12, 1024: 16, 1280: 16}  # of the official models, by width
-HEAD_SIZE = 64  # of others
-PUBLISHED_STEPS = 256  # of all published results, four times as many as samples need to look well
+HEAD_SIZE = 64  # of other models
+PUBLISHED_STEPS = 256  # of all published results; a quarter of them already gives good samples
 GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}  # of the published results, by width
 LATENT_CHANNELS = KLConfig.latent_channels  # of every official model
 CHECKPOINT = "checkpoint-last.pth"
-CHECKPOINT_SHA256 = {  # MAR-B's; the larger ones' are not known
+CHECKPOINT_SHA256 = {  # of MAR-B; those of MAR-L and MAR-H are not known
     CHECKPOINT: "7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c"
 }
 MLP = "diffloss.net"
@@ -42,7 +42,7 @@ def infer_mar(tensors: Tensors, options: ConvertOptions) -> MARConfig:
     Raises InputError for tensors that are missing or contradict each other or `options`.
     """
     classes, width = tensor_shape(tensors, "class_emb.weight", 2)
-    _, places, _ = tensor_shape(tensors, "encoder_pos_embed_learned", 3)
+    _, positions, _ = tensor_shape(tensors, "encoder_pos_embed_learned", 3)
     _, length, decoder_width = tensor_shape(tensors, "diffusion_pos_embed_learned", 3)
     _, token = tensor_shape(tensors, "z_proj.weight", 2)
     channels = LATENT_CHANNELS if options.latent_channels is None else options.latent_channels
@@ -50,7 +50,7 @@ def infer_mar(tensors: Tensors, options: ConvertOptions) -> MARConfig:
     patch = math.isqrt(token // channels)
     if not patch or channels * patch**2 != token:
         raise InputError(
-            f"a token has {token} numbers, which are no square patch of latents of {channels} "
+            f"a token has {token} numbers, which is not a square patch of latents of {channels} "
             "channels; give its KL tokenizer as --kl, or --latent_channels"
         )
     encoder_heads, decoder_heads = options.mar_heads or map(_heads, (width, decoder_width))
@@ -68,7 +68,7 @@ def infer_mar(tensors: Tensors, options: ConvertOptions) -> MARConfig:
         ),
         classes=classes,
         latent_map=_infer_latent_map(length, patch, options),
-        buffer_size=places - length,
+        buffer_size=positions - length,
         decoder_width=None if decoder_width == width else decoder_width,
     )
 
@@ -81,7 +81,7 @@ def mar_table(config: MARConfig) -> list[Link]:
     if config.causal or not isinstance(config.head, DiffusionHead):
         raise InputError(
             f"a MAR with causal={config.causal} and a {type(config.head).__name__} has no official "
-            "counterpart; that has causal=False and a DiffusionHead"
+            "counterpart; only causal=False with a DiffusionHead has one"
         )
     links = [
         Link("class_emb.weight", ("class_embed",)),
@@ -104,26 +104,26 @@ def mar_table(config: MARConfig) -> list[Link]:
         for i in range(depth):
             links += _vit_block_links(f"{part}_blocks.{i}", f"{part}_blocks", i)
     for i in range(config.head.depth):
-        theirs, ours = f"{MLP}.res_blocks.{i}", "head/blocks"
-        links += norm_links(f"{theirs}.in_ln", f"{ours}/norm", i)
-        links += linear_links(f"{theirs}.mlp.0", f"{ours}/up", i)
-        links += linear_links(f"{theirs}.mlp.2", f"{ours}/down", i)
-        links += linear_links(f"{theirs}.adaLN_modulation.1", f"{ours}/adaln", i)
+        official, ours = f"{MLP}.res_blocks.{i}", "head/blocks"
+        links += norm_links(f"{official}.in_ln", f"{ours}/norm", i)
+        links += linear_links(f"{official}.mlp.0", f"{ours}/up", i)
+        links += linear_links(f"{official}.mlp.2", f"{ours}/down", i)
+        links += linear_links(f"{official}.adaLN_modulation.1", f"{ours}/adaln", i)
     return links
 
 
-def _vit_block_links(theirs: str, ours: str, i: int) -> list[Link]:
+def _vit_block_links(official: str, ours: str, i: int) -> list[Link]:
     def qkv(leaf):
         return tuple(f"{ours}/attn/{name}/{leaf}" for name in "qkv")
 
     return [
-        *norm_links(f"{theirs}.norm1", f"{ours}/norm1", i),
-        Link(f"{theirs}.attn.qkv.weight", qkv("kernel"), "linear", i),
-        Link(f"{theirs}.attn.qkv.bias", qkv("bias"), index=i),
-        *linear_links(f"{theirs}.attn.proj", f"{ours}/attn/proj", i),
-        *norm_links(f"{theirs}.norm2", f"{ours}/norm2", i),
-        *linear_links(f"{theirs}.mlp.fc1", f"{ours}/mlp/up", i),
-        *linear_links(f"{theirs}.mlp.fc2", f"{ours}/mlp/down", i),
+        *norm_links(f"{official}.norm1", f"{ours}/norm1", i),
+        Link(f"{official}.attn.qkv.weight", qkv("kernel"), "linear", i),
+        Link(f"{official}.attn.qkv.bias", qkv("bias"), index=i),
+        *linear_links(f"{official}.attn.proj", f"{ours}/attn/proj", i),
+        *norm_links(f"{official}.norm2", f"{ours}/norm2", i),
+        *linear_links(f"{official}.mlp.fc1", f"{ours}/mlp/up", i),
+        *linear_links(f"{official}.mlp.fc2", f"{ours}/mlp/down", i),
     ]
 
 
@@ -134,7 +134,7 @@ def mar_tokenizer_options(config: MARConfig, options: ConvertOptions) -> Convert
 
 
 def mar_sampling(config: MARConfig) -> MAROptions:
-    """Returns the guidance of the published results, in no more steps than there are tokens."""
+    """Returns the guidance of the published results, and at most as many steps as tokens."""
     default = MAROptions()
     return MAROptions(
         guidance=GUIDANCE.get(config.width, default.guidance),
@@ -144,7 +144,7 @@ def mar_sampling(config: MARConfig) -> MAROptions:
 
 def _heads(width: int) -> int:
     if (heads := HEADS.get(width)) is None and width % HEAD_SIZE:
-        raise InputError(f"a width of {width} does not tell the number of heads; give --mar_heads")
+        raise InputError(f"the number of heads is unknown for width {width}; give --mar_heads")
     return heads or width // HEAD_SIZE
 
 
@@ -153,21 +153,21 @@ def _infer_latent_map(length: int, patch: int, options: ConvertOptions) -> tuple
     if size is None:
         side = math.isqrt(length)
         if side**2 != length:
-            raise InputError(f"its {length} tokens make no square; give --image_size=HxW")
+            raise InputError(f"its {length} tokens do not form a square; give --image_size=HxW")
         return side * patch, side * patch
     H, W = (size, size) if isinstance(size, int) else size
     h, w = H // token_pixels, W // token_pixels
     if min(H, W) < 1 or (h * token_pixels, w * token_pixels, h * w) != (H, W, length):
         raise InputError(
             f"image_size={H}x{W}: the transformer has {length} tokens of "
-            f"{token_pixels}x{token_pixels} pixels, which do not make such an image"
+            f"{token_pixels}x{token_pixels} pixels, which do not form such an image"
         )
     return h * patch, w * patch
 
 
 def _release(size: str, guided: Mapping[str, float], unguided_fid: float) -> Release:
     config = MARConfig.preset(f"mar_{size}")
-    repo = MAR_REPO if size == "b" else None  # no hub is known to have the others' averaged weights
+    repo = MAR_REPO if size == "b" else None  # no hub hosts the averaged weights of the others
     sha256 = KL_SHA256 | (CHECKPOINT_SHA256 if repo else {})
     page = f"{MAR_PAGE} (the links of MAR-{size.upper()} and KL-16)"
     guidance = MAROptions(guidance=GUIDANCE[config.width], steps=PUBLISHED_STEPS)

@@ -1,4 +1,4 @@
-"""Records that describe one kind of official model: its tensors, sizes and published weights."""
+"""Defines the records that describe a kind of official model: tensors, sizes, published weights."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from varjax.errors import InputError
 from varjax.storage.safetensors_io import Tensor
 from varjax.storage.untrusted import shown
 
-# Orders of axes: (out, in) and OIHW of PyTorch <-> (in, out) and HWIO here.
+# Orders of axes: PyTorch's (out, in) and OIHW <-> our (in, out) and HWIO.
 TO_OURS = {"linear": (1, 0), "conv": (2, 3, 1, 0)}
 TO_OFFICIAL = {"linear": (1, 0), "conv": (3, 2, 0, 1)}
 
@@ -44,12 +44,12 @@ class Link:
     part: tuple[int, int] | None = None
 
     def to_ours(self, tensor: np.ndarray, path: str) -> np.ndarray:
-        """Returns the official tensor's numbers for its part of the parameter at `path`: a view."""
+        """Returns a view of the official tensor's numbers for its part of the parameter `path`."""
         part = np.split(tensor, len(self.ours))[self.ours.index(path)]
         return part if self.layout == "plain" else part.transpose(TO_OURS[self.layout])
 
     def to_official(self, leaves: list[np.ndarray]) -> np.ndarray:
-        """Joins the numbers of all of `ours` into the official tensor, but for axes of length 1."""
+        """Joins the numbers of all of `ours` into the official tensor, without axes of length 1."""
         if self.part is not None:
             i, n = self.part
             leaves = [np.split(leaf, n, axis=-1)[i] for leaf in leaves]
@@ -89,14 +89,15 @@ def norm_links(official: str, ours: str, index: int | None = None) -> Iterator[L
     yield Link(f"{official}.bias", (f"{ours}/bias",), index=index)
 
 
-# Describing a model takes time and memory by its sizes, and a small file can claim any.
+# Describing a model takes time and memory in proportion to its sizes, and a small file can claim
+# any size.
 MAX_MODEL_SIZE, MAX_LAYERS = 2**20, 2**8
 Tensors = Mapping[str, np.ndarray]  # official tensors by name
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertOptions:
-    """Holds what tensors do not say; None for the value in the tensors, else the official models'.
+    """Holds settings that tensors do not contain; None takes the tensors' or the official value.
 
     Attributes:
         scales: side length or (h, w) of each token map, coarse to fine.
@@ -135,8 +136,8 @@ class ConvertOptions:
     ema: bool | None = None
 
 
-# ADM's statistics of ImageNet's training set, and MAR's copy of them. Nobody has published their
-# digests, so the file is known by its name.
+# ADM's statistics of ImageNet's training set, and MAR's copy of them. Their digests have not been
+# published, so the file is recognized by its name.
 REFERENCE_256 = ("VIRTUAL_imagenet256_labeled.npz", "adm_in256_stats.npz")
 REFERENCE_512 = ("VIRTUAL_imagenet512.npz",)
 
@@ -189,22 +190,23 @@ class Release:
 
 @dataclasses.dataclass(frozen=True)
 class NameMap:
-    """Describes one kind of official model: how to tell it, its sizes and its tensors' places.
+    """Describes one kind of official model: how to recognize it, its sizes and its tensors.
 
     Attributes:
         part: name of the part and of its file in a directory of weights: "tokenizer", or the name
             of the family.
         flag: flag that takes the official file.
         description: name for messages, with article: "a transformer (VAR)".
-        known_by: tensor that distinguishes it from the kinds before it in NAME_MAPS.
+        known_by: tensor that identifies it; the first match in NAME_MAPS wins.
         config: class of the config, which has `init(key)`.
         infer: (official tensors, options) -> config; raises InputError if tensors are missing or
             contradict each other.
         table: config -> one link for every official tensor except buffers.
-        buffers: config -> the buffers, tensors that official modules derive from their sizes.
+        buffers: config -> the buffers: tensors that official modules derive from their sizes.
         buffer_names: last parts of the buffers' names, which are skipped when a file is read.
         constants: options -> the parameters that no official tensor holds, by path.
-        prefix: prefix of the names in checkpoints of a larger model; nothing else in them is read.
+        prefix: prefix of the names in checkpoints of a larger model, whose other tensors are
+            ignored.
         ignored: prefixes of other tensors that the files may hold.
         trainer_key: key of the model in the official trainer's checkpoints, or None.
         official_constants: config -> the constants in the official code of such a model.
@@ -244,12 +246,12 @@ class NameMap:
 
 
 def tensor_shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
-    """Returns the shape of a tensor, to be the sizes of a model.
+    """Returns the shape of a tensor that determines sizes of a model.
 
-    Raises InputError if it is missing, has not `ndim` axes, or one that no model has.
+    Raises InputError if it is missing, does not have `ndim` axes, or is implausibly large.
     """
     if name not in tensors:
-        raise InputError(f"{name} is missing, so the model's sizes cannot be told")
+        raise InputError(f"{name} is missing, so the model's sizes are unknown")
     shape = tuple(tensors[name].shape)
     if len(shape) != ndim:
         raise InputError(f"{name} has shape {shown(shape)}, but must have {ndim} dimensions")
@@ -259,9 +261,9 @@ def tensor_shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
 
 
 def count_numbers(names: Iterable[str], pattern: str) -> int:
-    """Counts the different numbers that the group of `pattern` takes at the start of names.
+    """Counts the distinct numbers that the group of `pattern` matches at the start of names.
 
-    Raises InputError for more layers than any model has.
+    Raises InputError for more than MAX_LAYERS.
     """
     count = len({match[1] for name in names if (match := re.match(pattern, name))})
     if count > MAX_LAYERS:

@@ -1,4 +1,4 @@
-"""The official transformer (`VAR` of FoundationVision/VAR) and ours."""
+"""Maps the official transformer (`VAR` of FoundationVision/VAR) to ours."""
 
 import dataclasses
 import math
@@ -28,13 +28,13 @@ from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024, Py
 from varjax.var.model import VARConfig, check_fit
 from varjax.var.sample import VAROptions
 
-HEAD_SIZE = 64  # of every official transformer
+HEAD_SIZE = 64  # in every official transformer
 HEAD_SCALES = "blocks.0.attn.scale_mul_1H11"
-# By depth, arXiv 2404.02905, its first version; for 256 pixels, the last for 512.
+# By depth, from the first version of arXiv 2404.02905; 256 pixels, but 512 for the last.
 PUBLISHED_FID = {16: 3.55, 20: 2.95, 24: 2.33, 30: 1.97, 36: 2.63}
 
-# Of the files at COMMIT, as public projects that downloaded them have recorded. Nobody has recorded
-# that of var_d36.pth.
+# Of the files at COMMIT, as recorded by public projects that downloaded them. The digest of
+# var_d36.pth is not known.
 SHA256 = {
     "var_d16.pth": "4f6151aad91c94e03e224dd7358d8389fa05301c0c291279566998efb54b0ecb",
     "var_d20.pth": "f7d232978e6fe82a4f2e0f5d82b012e01b1aa5abfe93ce2b56104ec0e878a10f",
@@ -52,10 +52,10 @@ def infer_var(tensors: Tensors, options: ConvertOptions) -> VARConfig:
     cosine = HEAD_SCALES in tensors
     heads = tensor_shape(tensors, HEAD_SCALES, 4)[1] if cosine else None
     if heads and options.heads not in (None, heads):
-        raise InputError(f"heads={options.heads}, but the tensors have {heads}; leave --heads out")
+        raise InputError(f"heads={options.heads}, but the tensors have {heads}; omit --heads")
     heads = heads or options.heads or width // HEAD_SIZE
     if not heads or width % heads:
-        raise InputError(f"a width of {width} does not tell the number of heads; give --heads")
+        raise InputError(f"the number of heads is unknown for width {width}; give --heads")
     return VARConfig(
         depth=count_numbers(tensors, r"blocks\.(\d+)\."),
         width=width,
@@ -70,7 +70,7 @@ def infer_var(tensors: Tensors, options: ConvertOptions) -> VARConfig:
 
 
 def var_table(config: VARConfig) -> list[Link]:
-    """Lists all tensors of the official `VAR` but its buffers."""
+    """Lists all tensors of the official `VAR` except its buffers."""
     links = [
         Link("pos_start", ("pos_start",), ones=(0,)),
         Link("pos_1LC", ("pos_embed",), ones=(0,)),
@@ -108,7 +108,7 @@ def var_buffers(config: VARConfig) -> dict[str, Tensor]:
     """Returns the buffers of an official `VAR` of these sizes."""
     level_L, length = config.pyramid.level_L, config.pyramid.length
 
-    def bias_rows() -> Iterator[np.ndarray]:  # in pieces, for all of them together are many
+    def bias_rows() -> Iterator[np.ndarray]:  # row by row, because the whole matrix is large
         for level in level_L:
             yield np.where(level >= level_L, np.float32(0), np.float32(-np.inf))
 
@@ -128,19 +128,19 @@ def _infer_scales(tensors: Tensors, chosen: tuple[Scale, ...] | None) -> tuple[S
     count, _ = tensor_shape(tensors, "lvl_embed.weight", 2)
     if "lvl_1L" in tensors:
         counts = _tokens_per_level(tensors["lvl_1L"], count, length)
-        found = tuple(math.isqrt(n) for n in counts)
-        if chosen is None and [side**2 for side in found] != counts:
+        sides = tuple(math.isqrt(n) for n in counts)
+        if chosen is None and [side**2 for side in sides] != counts:
             raise InputError(f"its scales of {shown(counts)} tokens are not square; give --scales")
         if chosen and list(Pyramid(chosen).lengths) != counts:
             raise InputError(f"scales are {chosen}, but its scales have {shown(counts)} tokens")
-        return chosen or found
+        return chosen or sides
     for scales in [chosen] if chosen else [SCALES_256, SCALES_512, SCALES_1024]:
         pyramid = Pyramid(scales)
         if (len(pyramid), pyramid.length) == (count, length):
             return scales
     raise InputError(
-        f"it has {count} scales of {length} tokens together, "
-        + (f"which is not {chosen}; " if chosen else "and no lvl_1L to tell their sizes; ")
+        f"it has {count} scales with {length} tokens in total, "
+        + (f"which does not match {chosen}; " if chosen else "and no lvl_1L with their sizes; ")
         + "give the right --scales"
     )
 
@@ -149,9 +149,9 @@ def _tokens_per_level(level_1L: np.ndarray, count: int, length: int) -> list[int
     """Counts the tokens of each of `count` levels; raises InputError unless they fit `length`."""
     if level_1L.shape != (1, length) or np.iscomplexobj(level_1L):
         raise InputError(
-            f"lvl_1L is {level_1L.dtype} {shown(level_1L.shape)}; needed are integers (1, {length})"
+            f"lvl_1L is {level_1L.dtype} {shown(level_1L.shape)}; expected integers (1, {length})"
         )
-    level_L = level_1L[0].astype(np.float64)  # in files of half precision they may be anything
+    level_L = level_1L[0].astype(np.float64)  # files in half precision may hold any number
     if not (level_L.min() >= 0 and level_L.max() < count):
         raise InputError(
             f"lvl_1L holds levels from {level_L.min():g} to {level_L.max():g}; there are {count}"

@@ -1,4 +1,4 @@
-"""The official multi-scale VQ tokenizer (`VQVAE` of FoundationVision/VAR) and ours."""
+"""Maps the official multi-scale VQ tokenizer (`VQVAE` of FoundationVision/VAR) to ours."""
 
 import numpy as np
 
@@ -29,7 +29,7 @@ HITS = "quantize.ema_vocab_hit_SV"  # the buffer: how often each scale used each
 
 
 def infer_vq(tensors: Tensors, options: ConvertOptions) -> VQConfig:
-    """Infers the config of an official `VQVAE`; its tensors tell at most the number of scales.
+    """Infers the config of an official `VQVAE`; the options supply the scales.
 
     Raises InputError for tensors that are missing or contradict each other.
     """
@@ -40,8 +40,8 @@ def infer_vq(tensors: Tensors, options: ConvertOptions) -> VQConfig:
     for count in (own_phis, tensor_shape(tensors, HITS, 2)[0] if HITS in tensors else 0):
         if count not in (0, len(scales)):
             raise InputError(
-                f"the tokenizer has {count} scales, but the transformer, or --scales, or without "
-                f"both the official 256 px model has {len(scales)}: {scales}"
+                f"the tokenizer has {count} scales, but the transformer or --scales (by default "
+                f"the official 256 px model) has {len(scales)}: {scales}"
             )
     return VQConfig(
         scales=scales,
@@ -56,7 +56,7 @@ def infer_vq(tensors: Tensors, options: ConvertOptions) -> VQConfig:
 
 
 def vq_table(config: VQConfig) -> list[Link]:
-    """Lists all tensors of the official `VQVAE` but its buffer."""
+    """Lists all tensors of the official `VQVAE` except its buffer."""
     links = [
         Link("quantize.embedding.weight", ("quantizer/codebook",)),
         *conv_links("quant_conv", "quant_conv"),
@@ -72,7 +72,7 @@ def vq_table(config: VQConfig) -> list[Link]:
 
 
 def vq_buffers(config: VQConfig) -> dict[str, Tensor]:
-    """Returns the buffer of a fresh official `VQVAE`."""
+    """Returns the buffer of a newly built official `VQVAE`."""
     return {HITS: np.zeros((len(config.pyramid), config.vocab), np.float32)}
 
 

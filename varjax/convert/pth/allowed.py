@@ -1,4 +1,4 @@
-"""The names that a PyTorch checkpoint may use, and their meaning here: arrays and plain data."""
+"""Lists the names that a PyTorch checkpoint may use, and what they mean: arrays or plain data."""
 
 import dataclasses
 import re
@@ -32,9 +32,9 @@ DTYPES = {
         *map(np.dtype, (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)),
     )
 }
-MAX_INT_KEY = 2**60  # beyond it, unequal integers can have equal hashes, and many make a dict slow
+MAX_INT_KEY = 2**60  # larger integers can have equal hashes, and many such keys make a dict slow
 REFUSED = (
-    "a checkpoint of weights needs no such thing, so it was refused and nothing was executed. "
+    "a checkpoint of weights does not need this, so it was refused and nothing was executed. "
     "If you trust the file, save only its weights: torch.save(model.state_dict(), path)"
 )
 
@@ -105,7 +105,7 @@ def _rebuild_tensor(storage, offset, size, stride) -> np.ndarray:
 
 
 def _rebuild_tensor_v2(storage, offset, size, stride, _grad, _hooks, metadata=None) -> np.ndarray:
-    dtype = storage.dtype  # version 3 is for types that have no storage class of their own
+    dtype = storage.dtype  # version 3 is for types without a storage class
     return _rebuild_tensor_v3(storage, offset, size, stride, _grad, _hooks, dtype, metadata)
 
 
@@ -167,7 +167,7 @@ def _numpy_scalar(dtype, data) -> np.generic:
 
 
 def _checked(items) -> list | tuple:
-    # A tensor could be iterated too, and of stride 0 it has any length.
+    # A tensor could be iterated as well, and with a stride of 0 it can have any length.
     if not isinstance(items, list | tuple):
         raise TypeError(f"a {type(items).__name__} where a list of items belongs")
     return items

@@ -17,13 +17,13 @@ from varjax.errors import InputError
 from varjax.storage import safetensors_io
 from varjax.storage.untrusted import plausible_bytes, reason, shown
 
-MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how each such file starts
+MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # start of a file of PyTorch before 1.6
 VERSION = 1001
 CUT = "the file is cut short or damaged; download it again"
 
 
 def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
-    """Reads such a file.
+    """Reads a file in the format of PyTorch before 1.6.
 
     Args:
         file: content of the file, 1-D uint8, usually a memory map.
@@ -33,7 +33,7 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
         Its content, as `unpickle` gives it; the tensors are views of `file`.
 
     Raises:
-        InputError: it is damaged, or holds anything but tensors and plain data.
+        InputError: the file is damaged, or holds anything but tensors and plain data.
     """
     position = len(MAGIC)
 
@@ -51,7 +51,7 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
         raise InputError("it was saved on a big-endian machine; save it on a little-endian one")
     content, keys = next_pickle(), unpickle(next_pickle(), _none)
 
-    sizes: dict[str, tuple[int, int]] = {}  # elements and their bytes: only the content knows
+    sizes: dict[str, tuple[int, int]] = {}  # (elements, bytes of each), known from the content only
 
     def note(dtype: np.dtype, key: str, count: int) -> Storage:
         if count * dtype.itemsize > len(file):
@@ -60,7 +60,7 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
                 f"the file has bytes: {CUT}"
             )
         sizes[key] = count, dtype.itemsize
-        return Storage(file[: count * dtype.itemsize], dtype)  # any numbers: it is thrown away
+        return Storage(file[: count * dtype.itemsize], dtype)  # a placeholder that is discarded
 
     unpickle(content, note, len(file))
     if not (
@@ -69,7 +69,7 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
         and len(keys) == len(sizes)
         and set(keys) == sizes.keys()
     ):
-        raise InputError(f"its storages are not those that its tensors need: {CUT}")
+        raise InputError(f"its storages do not match those that its tensors need: {CUT}")
     data: dict[str, np.ndarray] = {}
     for key in keys:
         count, itemsize = sizes[key]
@@ -81,12 +81,12 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
 
 
 def _none(dtype: np.dtype, key: str, count: int) -> Storage:
-    raise InputError("a tensor stands where none belongs")
+    raise InputError("it has a tensor where none belongs")
 
 
 MAX_PICKLE_BYTES = 2**24  # a full trainer checkpoint of the largest VAR needs about 2**19
-MAX_DIRECTORY_BYTES = 2**22  # of a zip file's list of members, some 100 bytes for each
-# zipfile raises these; OSError is a seek to a place that cannot be.
+MAX_DIRECTORY_BYTES = 2**22  # of a zip file's list of members, about 100 bytes for each
+# Errors that zipfile raises; OSError comes from a seek to an impossible position.
 DAMAGED_ZIP = (
     zipfile.BadZipFile,
     zlib.error,
@@ -106,18 +106,18 @@ NOT_WEIGHTS = {  # first bytes -> what the file is and what to do
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Any:
-    """Reads a checkpoint in any of PyTorch's formats or in .safetensors, told by its content.
+    """Reads a checkpoint in any of PyTorch's formats or in .safetensors, recognized by its content.
 
     Nothing in the file is ever executed.
 
     Returns:
         Nested dicts, lists, … with tensors as NumPy arrays: read-only views of one memory map
         (unless a zip member is compressed), so that nothing is read before it is used. Strides and
-        sharing are kept.
+        shared storages are kept.
 
     Raises:
-        InputError: names the file that is missing, damaged, no checkpoint, or holds anything but
-            tensors and plain data.
+        InputError: the file is missing, damaged, not a checkpoint, or holds anything but tensors
+            and plain data.
     """
     path = Path(path)
     try:
@@ -138,7 +138,7 @@ def _read(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read ({error})") from error
     head = file[:512].tobytes()
     header_bytes = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and header_bytes < 2**32:  # that the header is short, is checked there
+    if head[8:9] == b"{" and header_bytes < 2**32:  # the reader checks that the header is short
         return safetensors_io.read_safetensors(path)[0]
     try:
         if head.startswith(b"PK\x03\x04"):
@@ -151,14 +151,15 @@ def _read(path: Path) -> Any:
         if head[257:262] == b"ustar":
             raise InputError(f"this is a tar file, as PyTorch wrote before 0.1.10; {RESAVE}")
         raise InputError(
-            f"this is no PyTorch or safetensors file (it starts with {shown(head[:16])}); {AGAIN}"
+            f"this is not a PyTorch or safetensors file (it starts with {shown(head[:16])}); "
+            f"{AGAIN}"
         )
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
 class _DirectoryFile(io.FileIO):
-    """A zip file of which zipfile reads the list of members, which takes 10 times its size."""
+    """Limits how much zipfile reads for its list of members, which takes 10 times that memory."""
 
     def read(self, size: int | None = -1) -> bytes:
         if size is not None and size > MAX_DIRECTORY_BYTES:
@@ -182,7 +183,7 @@ def _read_members(listed: list[zipfile.ZipInfo], file: np.ndarray) -> Any:
     _check_compression(listed, len(file))
     pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
     if len(pickles) != 1:
-        raise InputError("this is a zip file that torch.save did not write: it has no data.pkl")
+        raise InputError("this zip file was not written by torch.save: it has no data.pkl")
     root = pickles[0].removesuffix("data.pkl")
     if members[pickles[0]].file_size > MAX_PICKLE_BYTES:
         raise InputError(
@@ -220,7 +221,7 @@ def _check_compression(members: list[zipfile.ZipInfo], file_bytes: int) -> None:
     if any(m.compress_type != zipfile.ZIP_DEFLATED for m in compressed):
         raise InputError(f"the zip file is compressed by a method other than deflate; {RESAVE}")
     unpacked = sum(m.file_size for m in compressed)
-    if unpacked > plausible_bytes(file_bytes):  # for that goes into memory
+    if unpacked > plausible_bytes(file_bytes):  # compressed members are unpacked in memory
         raise InputError(
             f"the zip file unpacks from {file_bytes} to {unpacked} bytes, more than weights can; "
             f"if you trust it, {RESAVE}"
@@ -228,9 +229,9 @@ def _check_compression(members: list[zipfile.ZipInfo], file_bytes: int) -> None:
 
 
 def _content(member: zipfile.ZipInfo, file: np.ndarray) -> np.ndarray:
-    """The bytes of a member: a view of the file if it is not compressed."""
+    """Returns the bytes of a member: a view of the file if it is not compressed."""
     name = shown(member.filename)
-    # The central directory gives the local header; its two lengths say where the content starts.
+    # The central directory points to the local header, whose two lengths tell where content starts.
     header = file[member.header_offset : member.header_offset + 30].tobytes()
     if member.header_offset < 0 or len(header) < 30 or not header.startswith(b"PK\x03\x04"):
         raise InputError(f"the zip file is damaged at {name}; {AGAIN}")
@@ -243,8 +244,8 @@ def _content(member: zipfile.ZipInfo, file: np.ndarray) -> np.ndarray:
     packed = file[start : start + size]
     if stored:
         return packed
-    # One byte more than promised is enough to tell that there are more.
+    # Asking for one byte more than declared is enough to detect excess data.
     unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed.data, member.file_size + 1)
     if len(unpacked) != member.file_size or zlib.crc32(unpacked) != member.CRC:
-        raise zipfile.BadZipFile(f"{name} unpacks to something else than was packed")
+        raise zipfile.BadZipFile(f"{name} unpacks to other data than was packed")
     return np.frombuffer(unpacked, np.uint8)

@@ -1,9 +1,9 @@
-"""Reads the pickle inside a PyTorch checkpoint by a machine that can only build data.
+"""Reads the pickle inside a PyTorch checkpoint with a machine that can only build data.
 
-Python's unpickler calls whatever a file names. This one walks the opcodes itself: a name means what
-`ALLOWED` says and nothing else, so a file can at most produce a wrong array, and no file can reach
-outside its own storages. Nor can it take more than seconds or more than some 200 MB: operations are
-counted, and so is what they copy and how large their tensors are.
+Python's unpickler calls whatever a file names. This one interprets the opcodes itself: a name means
+what `ALLOWED` says and nothing else, so the worst that a file can do is produce a wrong array, and
+no file can reach outside its own storages. Nor can it take more than seconds or about 200 MB: the
+operations, the data they copy and the sizes of their tensors are limited.
 """
 
 import pickletools
@@ -22,10 +22,10 @@ FRESH = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
 VALUES = frozenset(
     "BININT BININT1 BININT2 LONG1 BINFLOAT "
     "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES "
-    "BINSTRING SHORT_BINSTRING".split()  # of Python 2
+    "BINSTRING SHORT_BINSTRING".split()  # from Python 2
 )
-MAX_OPCODES = 2**19  # some 45 a tensor, and a full trainer checkpoint of MAR-H has 3000 tensors
-MAX_COPIED_BYTES, ELEMENT_BYTES = 2**22, 16  # by calls, besides twice the pickle's size
+MAX_OPCODES = 2**19  # about 45 per tensor; a full trainer checkpoint of MAR-H has 3000 tensors
+MAX_COPIED_BYTES, ELEMENT_BYTES = 2**22, 16  # copied by calls, on top of twice the pickle's size
 
 
 def unpickle(
@@ -44,15 +44,15 @@ def unpickle(
         np.dtype.
 
     Raises:
-        InputError: it asks for anything that is not on the allow-list, for more than is plausible,
-            or is damaged.
+        InputError: the pickle is damaged, asks for a name that is not allowed, or for more data
+            than is plausible.
     """
     try:
         return _run(pickle, storage, file_bytes)
     except InputError:
         raise
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
-        # A machine without checks at every pop runs into these when the opcodes make no sense.
+        # Pops are not checked one by one, so opcodes that make no sense raise these.
         problem = f"{type(error).__name__}: {reason(error)}"
         raise InputError(f"its pickle is damaged ({problem}); download or save it again") from error
 
@@ -92,7 +92,7 @@ def _run(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage], file_b
         return pop(len(stack) - marks.pop())
 
     def count_copies(values) -> None:
-        # Few bytes can ask a thousand times for a copy of the same long list.
+        # A few bytes could copy the same long list a thousand times.
         nonlocal copied_bytes
         for x in values:
             if isinstance(x, str | bytes):
@@ -145,13 +145,13 @@ def _run(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage], file_b
                 stack.append(_allowed(".".join(map(_short_name, pop(2)))))
             case "REDUCE":
                 function, args = pop(2)
-                if not isinstance(function, FunctionType):  # a type of number, or plain data
+                if not isinstance(function, FunctionType):  # a dtype, or plain data
                     raise InputError(f"its pickle calls a {type(function).__name__}; {REFUSED}")
                 if not isinstance(args, tuple):
                     raise TypeError(f"a call with a {type(args).__name__} of arguments")
                 count_copies(args)
                 made = function(*args)
-                if isinstance(made, np.ndarray) and made is not args[0]:  # as a Parameter is
+                if isinstance(made, np.ndarray) and made is not args[0]:  # a Parameter is its input
                     count_bytes(made)
                 stack.append(made)
             case "NEWOBJ":
@@ -191,7 +191,7 @@ def _storage(reference: Any, storage: Callable[[np.dtype, str, int], Storage]) -
         raise TypeError(f"a storage called by a {type(reference).__name__}")
     kind, dtype, key, _location, count, *part = reference
     if len(part) > 1 or part and part[0] is not None:
-        # What PyTorch before 1.6 adds: which part of another storage.
+        # PyTorch before 1.6 adds which part of another storage this is.
         raise InputError("its tensors share storages in an old way; re-save it in a recent PyTorch")
     if not isinstance(kind, str) or kind != "storage":
         raise InputError(f"its pickle refers to a storage of unknown kind {shown(kind)}; {REFUSED}")
@@ -220,18 +220,18 @@ def _set_items(target: Any, items: list[Any]) -> None:
 
 
 def _new_object(kind: Any, args: Any) -> Namespace:
-    # Of all classes that a pickle may name, only this one is not made by a call.
+    # Every other class that a pickle may name is made by a call.
     if kind is not Namespace or not isinstance(args, tuple) or args:
         raise InputError(
-            f"its pickle makes an object that is no plain argparse.Namespace; {REFUSED}"
+            f"its pickle makes an object other than a plain argparse.Namespace; {REFUSED}"
         )
     return Namespace()
 
 
 def _set_state(target: Any, state: Any) -> None:
-    """Fills a Namespace. Other state is left out, and refused if it would change anything.
+    """Fills a Namespace. State of other objects is ignored, or refused if it would matter.
 
-    OrderedDict's is versions, dtype's a byte order.
+    The state of an OrderedDict holds versions, that of a dtype the byte order.
     """
     if isinstance(target, Namespace):
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):

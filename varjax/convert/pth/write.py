@@ -14,7 +14,7 @@ from varjax.errors import InputError
 from varjax.storage import files
 from varjax.storage.safetensors_io import Tensor
 
-ALIGNMENT = 64  # as torch.save does, so that a memory map of the file has aligned tensors
+ALIGNMENT = 64  # as in torch.save, so that tensors are aligned when the file is memory-mapped
 ZIP64_BYTES = 2**30  # members above this get 64-bit sizes, well before zip's limit of 2**32
 ZIP64_FIELD = 20  # what zipfile then appends to the local header
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
@@ -31,8 +31,8 @@ def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) ->
         state_dict: arrays by name, lazy or not.
 
     Raises:
-        InputError: a name is no string, PyTorch's classic tensors lack a type, or the folder is
-            missing.
+        InputError: a name is not a string, a type has no PyTorch storage class, or the folder does
+            not exist.
         StorageError: the file cannot be written.
     """
     path = Path(path)
@@ -48,7 +48,7 @@ def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) ->
         _write(archive, "data.pkl", _pickle(state_dict))
         _write(archive, "byteorder", b"little")
         for index, x in enumerate(state_dict.values()):
-            # Not named here, so that the last tensor is gone before the next one comes.
+            # Without a name for the bytes, so that each tensor is freed before the next is made.
             _write(archive, f"data/{index}", _bytes(x))
         _write(archive, "version", b"3\n")
 
