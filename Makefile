@@ -1,12 +1,13 @@
-# make demo, make test: all that a fresh machine with Python >= 3.11 needs. PYTHON=python3.12 make …
+# make demo, make test: they install everything themselves, given Python >= 3.11. To choose one:
+# PYTHON=python3.12 make …
 PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
-# Two processes share the files of tests: one a core, of about 2 GB. JOBS=4 make test …
+# Number of test processes: one per core, about 2 GB of memory each. JOBS=4 make test …
 JOBS ?= 2
 PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check
-# One lock file for each Python that is tested: exact versions of all packages, with their hashes.
+# One lock file per tested Python version: exact versions of all packages, with their hashes.
 LOCKED = 3.11 3.12
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK := $(wildcard requirements/lock-$(VERSION).txt)
@@ -15,7 +16,7 @@ LOCK := $(wildcard requirements/lock-$(VERSION).txt)
 
 setup: $(VENV)/ready
 
-# Nothing is installed whose hash is not known: also what builds packages comes from a lock file.
+# Every package is checked against its hash; build tools come from a lock file too.
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.exit("varjax needs Python 3.11 or newer, $(PYTHON) is %s; set PYTHON=…" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
@@ -24,13 +25,13 @@ ifdef LOCK
 	$(PIP) --require-hashes --no-build-isolation -r $(LOCK)
 	$(PIP) --no-build-isolation --no-deps -e .
 else
-	@echo "note: no lock file for Python $(VERSION): versions as in constraints.txt, hashes unchecked"
+	@echo "note: no lock file for Python $(VERSION); using constraints.txt without checking hashes"
 	$(PIP) -e ".[dev]" -c constraints.txt
 endif
 	@touch $@
 
-# Needs uv (pip install uv). Versions stay as they are where they still fit pyproject.toml and
-# constraints.txt; UPGRADE=--upgrade make lock takes the newest.
+# Needs uv (pip install uv). Keeps versions that still satisfy pyproject.toml and constraints.txt;
+# UPGRADE=--upgrade make lock updates all of them.
 lock:
 	echo setuptools | uv pip compile --quiet --no-header - --generate-hashes $(UPGRADE) \
 		--python-version 3.11 --python-platform linux -o requirements/lock-build.txt
@@ -51,9 +52,9 @@ demo-mar: setup
 	$(PY) train.py --config=configs/digits_mar.py
 	@$(MAKE) --no-print-directory runs/digits_mar/samples.npz
 	$(PY) -m varjax.evaluation.digits_report --run=runs/digits_mar --tokenizer=runs/digits_kl_tokenizer \
-		--samples=runs/digits_mar/samples.npz --beside=runs/digits
+		--samples=runs/digits_mar/samples.npz --compare=runs/digits
 
-# Anew only after training went on: metrics.jsonl is younger then.
+# Sampled again only after more training, which updates metrics.jsonl.
 runs/%/samples.npz: runs/%/metrics.jsonl
 	@rm -f $@
 	$(PY) sample.py --weights=$(@D) --labels=all --count=100 --batch_size=250 --out=$@
@@ -69,18 +70,18 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
-# 100 events at random moments of a run; about half an hour, so no part of the tests.
+# Interrupts a run 100 times at random moments. Takes about half an hour, so `make test` omits it.
 soak: setup
 	$(PY) -m tests.helpers.soak --folder=runs/soak --events=100
 
-# Damages each file of a run in every way: over an hour, so tests take a sample of it.
+# Damages each file of a run in every way. Takes over an hour, so `make test` runs only a sample.
 damage: setup
 	$(PY) -m tests.helpers.damage_sweep --folder=runs/damage/bits
 	$(PY) -m tests.helpers.damage_sweep --folder=runs/damage/one --processes=1
 	$(PY) -m tests.helpers.damage_sweep --folder=runs/damage/two --processes=2
 
-# Each kind of file operation of each command fails once, with each error; hours. MINUTES=20 make
-# faults stops sooner; 0 is no limit.
+# Makes each kind of file operation of each command fail once with each error. Takes hours;
+# MINUTES=20 make faults stops sooner (0: no limit).
 MINUTES ?= 0
 faults: setup
 	$(PY) -m tests.helpers.fault_sweep --folder=runs/faults --minutes=$(MINUTES)

@@ -74,12 +74,16 @@ def test_what_is_transparent_in_a_mask_is_kept(tmp_path, capsys):
     assert not capsys.readouterr().err
     strokes_HWC[..., 3] = 0
     Image.fromarray(strokes_HWC).save(path)
-    with pytest.raises(ValueError, match="leaves nothing to draw: paint white, and opaque,"):
+    with pytest.raises(
+        ValueError, match="leaves nothing to draw: paint the parts to redraw in opaque white"
+    ):
         read_mask(path, (8, 8), (8, 8), (4, 4))
     strokes_HWC[..., 3] = 255
     Image.fromarray(strokes_HWC).save(path)
     assert read_mask(path, (8, 8), (8, 8), (4, 4)).all()
-    assert "mask.png is white everywhere: nothing of the image is kept" in capsys.readouterr().err
+    assert (
+        "mask.png is white everywhere, so nothing of the image is kept" in capsys.readouterr().err
+    )
 
 
 def test_the_picture_shows_original_mask_and_results(photo, capsys):
@@ -143,7 +147,7 @@ def test_modes_differ_in_what_is_drawn_and_as_what(photo, monkeypatch):
         (["--box=0,0,4,4", "--mode=class"], "needs --label"),
         (["--box=0,0,4,4", "--label=10"], "label=10: allowed are 0 … 9"),
         (["--box=0,0,4,9"], "x1 <= 8 in whole pixels"),
-        (["--box=0.1,0.1,0.12,0.9"], "no token, of which one has 2x2 pixels"),
+        (["--box=0.1,0.1,0.12,0.9"], "no token; a token has 2x2 pixels"),
         (["--box=0,0,8,8", "--mode=outpaint"], "nothing is left to draw"),
         (["--mask=small.png"], "small.png has 8x8 pixels, but the image has 48x40"),
         (["--mask=black.png"], "paint white"),

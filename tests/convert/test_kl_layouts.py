@@ -181,7 +181,9 @@ def test_the_scale_is_told_by_flag_file_or_digest(tmp_path, capsys, monkeypatch)
     whole |= {"scale_factor": np.array(0.25, np.float32), "model.diffusion_model.w": np.zeros(3)}
     write_nested(tmp_path / "whole.ckpt", {"state_dict": whole})
     assert convert_file(tmp_path / "whole.ckpt", tmp_path / "out")[2] == 4
-    assert "latents are multiplied by 0.25, according to its scale_factor" in capsys.readouterr().err
+    assert (
+        "latents are multiplied by 0.25, according to its scale_factor" in capsys.readouterr().err
+    )
     found = convert_file(tmp_path / "whole.ckpt", tmp_path / "out", latent_scale=0.5)
     assert found[2] == 2 and found[0] == config  # the flag wins
 

@@ -258,7 +258,9 @@ def test_a_transformer_alone_takes_the_size_of_images():
         with pytest.raises(InputError, match=rf"image_size=.*: {wanted}, which do not form"):
             MAR.infer(mar, ConvertOptions(image_size=size))
     mar = {n: np.broadcast_to(np.float32(0), _longer(x.shape)) for n, x in mar.items()}
-    with pytest.raises(InputError, match="its 288 tokens do not form a square; give --image_size=HxW"):
+    with pytest.raises(
+        InputError, match="its 288 tokens do not form a square; give --image_size=HxW"
+    ):
         MAR.infer(mar, ConvertOptions())
     assert MAR.infer(mar, ConvertOptions(image_size=(256, 288))).latent_map == (16, 18)
 

@@ -18,7 +18,7 @@ def test_real_digits_are_reported_as_good_and_noise_as_bad():
 def test_copies_and_sameness_show():
     train = Digits().source("train")
     x_NC = train.images_NHWC.reshape(len(train), -1) / 255.0
-    assert digits_report.copying_share(x_NC, x_NC) == 1
+    assert digits_report.copying_fraction(x_NC, x_NC) == 1
     assert digits_report.class_diversity(np.ones((4, 3)), np.array([0, 0, 1, 1])) == 0
     np.testing.assert_allclose(
         digits_report.class_diversity(
@@ -30,6 +30,6 @@ def test_copies_and_sameness_show():
 
 def test_samples_stand_left_of_real_digits():
     held_out = Digits().source("held_out")
-    picture_HWC = digits_report.samples_beside_real(held_out.images_NHWC, held_out.labels_N)
+    picture_HWC = digits_report.samples_and_real(held_out.images_NHWC, held_out.labels_N)
     width = (picture_HWC.shape[1] - 40) // 2
     assert np.array_equal(picture_HWC[:, :width], picture_HWC[:, -width:])

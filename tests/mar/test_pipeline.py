@@ -88,7 +88,7 @@ def test_vectors_depend_on_known_tokens_alone():
         (lambda m: m.edit(images(), KEEP, seed=2**32), "seed=4294967296: must be"),
         (lambda m: m.decode(np.zeros((0, 4, 4, 3))), "needed is .B, .*4, 4, 3"),
         (lambda m: m.sample([1], steps=17), "steps=17: must be at most 16"),
-        (lambda m: m.sample([1], top_k=3), "top_k: no option of this model; it has guidance"),
+        (lambda m: m.sample([1], top_k=3), "top_k: not an option of this model; it has guidance"),
         (lambda m: m.sample([1], diffusion_steps=1), "diffusion_steps=1: give one number"),
         (lambda m: m.decode(np.zeros((2, 4, 4, 4))), "needed is .B, .*4, 4, 3"),
         (lambda m: m.hidden(np.zeros((2, 4, 4, 3)), np.ones((4, 3))), "known has shape .4, 3."),

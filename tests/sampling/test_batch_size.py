@@ -196,14 +196,14 @@ def test_auto_looks_at_options_weights_and_images(capsys, monkeypatch):
     without, with_guidance = model.options(guidance=1), model.options(guidance=3)
     assert choose_batch_size("auto", model, without, 1000) == 16
     assert choose_batch_size("auto", model, with_guidance, 1000) == 8
-    assert "batch_size=auto: 8 at a time on each device" in capsys.readouterr().err
+    assert "batch_size=auto: 8 per device" in capsys.readouterr().err
     assert choose_batch_size("auto", model, with_guidance, 5) == 5
     assert choose_batch_size("auto", model, without, 1000, begun=lambda: 3) == 3
     assert choose_batch_size(50, model, without, 1000) == 50
     assert choose_batch_size(50, model, without, 7) == 7
     monkeypatch.setattr("varjax.sampling.batch_size.device_memory", lambda device: None)
     assert choose_batch_size("auto", model, without, 1000) == 32
-    assert "tells no memory" in capsys.readouterr().err
+    assert "does not report its memory" in capsys.readouterr().err
 
 
 def test_auto_leaves_no_device_without_work():
@@ -243,11 +243,11 @@ def test_the_command_takes_auto_a_number_and_nothing_else(tmp_path, capsys):
     out = tmp_path / "a.npz"
     flags = [f"--weights={runs.mar()}", "--labels=1", "--count=2", "--steps=2"]
     assert main([*flags, f"--out={out}", "--batch_size=auto"]) == 0
-    assert "batch_size=auto: 2 at a time on each device" in capsys.readouterr().err
+    assert "batch_size=auto: 2 per device" in capsys.readouterr().err
     assert np.load(out)["arr_0"].shape[0] == 2
     assert main([*flags, f"--out={out}"]) == 0
-    assert "batch_size=auto: 2, as in what is there" in capsys.readouterr().err
+    assert "batch_size=auto: 2, as in the existing output" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main([*flags, f"--out={out}", "--batch_size=many"])
     assert stop.value.code == 2
-    assert "many: allowed are a number and auto" in capsys.readouterr().err
+    assert "many: must be a number or auto" in capsys.readouterr().err

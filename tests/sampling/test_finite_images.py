@@ -90,7 +90,7 @@ def test_no_picture_is_made_of_nan():
 def test_advice_names_what_may_help_this_model():
     good, bad = {"a": np.ones(2, np.float32), "n": np.int32(1)}, {"b": np.array([1, np.nan])}
     assert trees.nonfinite({"x": good, "y": bad}) == ["y/b"]
-    assert "weights hold NaN or infinite numbers themselves (b)" in nan_advice(bad, "bfloat16")
+    assert "weights themselves hold NaN or infinite numbers (b)" in nan_advice(bad, "bfloat16")
     assert nan_advice(good, jnp.bfloat16).startswith("Try --dtype=float32; or weaker guidance")
     assert "--dtype" not in nan_advice(good, "float32")
     mar = types.SimpleNamespace(params=good, compute=ComputeConfig("float32"), mar=runs.MAR)

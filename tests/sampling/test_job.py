@@ -204,7 +204,7 @@ def test_what_others_wrote_is_left_alone(tmp_path):
     with zipfile.ZipFile(tmp_path / "b.npz", "w") as archive:
         archive.writestr("arr_0.npy", b"")
     for name in ("a.npz", "b.npz"):
-        with pytest.raises(ValueError, match="no file of this command; delete it"):
+        with pytest.raises(ValueError, match="was not written by this command; delete it"):
             draw(tmp_path / name)
     assert (tmp_path / "a.npz").read_text() == "mine"
     (tmp_path / "folder").mkdir()

@@ -44,7 +44,7 @@ def test_labels_that_are_none_are_refused(labels):
 
 
 def test_one_label_for_each_image():
-    with pytest.raises(InputError, match="labels have shape .2,.; needed is .3,."):
+    with pytest.raises(InputError, match="labels have shape .2,.; expected .3,."):
         checked_labels([1, 2], 10, 3)
 
 
@@ -66,7 +66,7 @@ def test_a_seed_that_jax_would_cut_off_is_refused(seed):
 
 @pytest.mark.parametrize("index", [[-1], [2**32], [0.5], [True], ["0"], [], [[0]], [0, 1]])
 def test_numbers_of_images_that_are_none_are_refused(index):
-    with pytest.raises(InputError, match="index .*(allowed are 0|shape|needed are 1)"):
+    with pytest.raises(InputError, match="index .*(allowed are 0|shape|expected 1)"):
         checked_keys(0, index, 1)
 
 
@@ -87,7 +87,7 @@ def test_tokens_are_whole_numbers_below_the_vocabulary():
         ([[math.nan, 0]], "give integers"),
         ([[0, 16]], "outside of 0 … 15"),
         ([[-1, 0]], "outside of 0 … 15"),
-        ([0, 1], r"shape \(2,\); needed is \(B, 2\)"),
+        ([0, 1], r"shape \(2,\); expected \(B, 2\)"),
         (np.zeros((0, 2), int), r"shape \(0, 2\)"),
         (3, r"shape \(\)"),
     ):

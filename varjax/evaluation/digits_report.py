@@ -21,14 +21,14 @@ from varjax.storage.npz import NpzArchive
 
 
 def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, dict[str, float]]:
-    """Computes figures of samples, each with that of held-out real digits.
+    """Computes metrics of samples, and the same metrics of real held-out digits.
 
     Args:
         samples_NHWC: uint8, 8 by 8 gray.
-        label_N: classes that the samples were drawn for.
+        label_N: classes of the samples.
 
     Returns:
-        {"samples": {name: figure}, "real held-out digits": {name: figure}}, names as in MEANINGS.
+        {"samples": {name: value}, "real held-out digits": {name: value}}; names as in MEANINGS.
     """
     train, held_out = Digits().source("train"), Digits().source("held_out")
     x_NC, train_NC, held_NC = (
@@ -41,23 +41,23 @@ def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, di
         "samples": {
             "label accuracy": float(classifier.score(x_NC, label_N)),
             "diversity": class_diversity(x_NC, label_N) / spread,
-            "copying": copying_share(x_NC, train_NC),
+            "copying": copying_fraction(x_NC, train_NC),
             "Fréchet distance": frechet_distance(Moments.of(x_NC), Moments.of(held_NC)),
         },
         "real held-out digits": {
             "label accuracy": float(classifier.score(held_NC, held_out.labels_N)),
             "diversity": class_diversity(held_NC, held_out.labels_N) / spread,
-            "copying": copying_share(held_NC, train_NC),
+            "copying": copying_fraction(held_NC, train_NC),
             "Fréchet distance": frechet_distance(Moments.of(train_NC), Moments.of(held_NC)),
         },
     }
 
 
 MEANINGS = {
-    "label accuracy": "share that a classifier of training digits reads as the class asked for",
-    "diversity": "mean distance of two digits of a class, over that of real training digits",
-    "copying": "share nearer to some training digit than that digit's nearest other",
-    "Fréchet distance": "of the pixels' Gaussians, to held-out digits (beside: of training digits)",
+    "label accuracy": "fraction that a classifier trained on real digits assigns to their class",
+    "diversity": "mean distance of two digits of a class, relative to real training digits",
+    "copying": "fraction closer to a training digit than that digit's nearest neighbor",
+    "Fréchet distance": "between Gaussians of pixels, to held-out digits (real: training digits)",
 }
 
 
@@ -66,8 +66,8 @@ def class_diversity(x_NC: np.ndarray, label_N: np.ndarray) -> float:
     return float(np.mean([pdist(x_NC[label_N == label]).mean() for label in np.unique(label_N)]))
 
 
-def copying_share(x_NC: np.ndarray, train_NC: np.ndarray) -> float:
-    """Computes the share of images nearer to some training image than its nearest other."""
+def copying_fraction(x_NC: np.ndarray, train_NC: np.ndarray) -> float:
+    """Computes the fraction of images closer to a training image than its nearest neighbor is."""
     within_NN = cdist(train_NC, train_NC)
     np.fill_diagonal(within_NN, np.inf)
     to_train_NN = cdist(x_NC, train_NC)
@@ -75,8 +75,8 @@ def copying_share(x_NC: np.ndarray, train_NC: np.ndarray) -> float:
     return float(np.mean(to_train_NN.min(axis=1) < within_NN.min(axis=1)[nearest_N]))
 
 
-def samples_beside_real(samples_NHWC: np.ndarray, label_N: np.ndarray) -> np.ndarray:
-    """Draws ten samples of each class, row by row, and to the right of them ten real ones."""
+def samples_and_real(samples_NHWC: np.ndarray, label_N: np.ndarray) -> np.ndarray:
+    """Draws ten samples of each class in a row, and ten real digits to their right."""
     real = Digits().source("held_out")
     halves = []
     for images, labels in ((samples_NHWC, label_N), (real.images_NHWC, real.labels_N)):
@@ -90,7 +90,7 @@ def write_report(
     run: pathlib.Path,
     tokenizer: pathlib.Path,
     samples: pathlib.Path,
-    beside: pathlib.Path | None = None,
+    compare: pathlib.Path | None = None,
 ) -> None:
     """Prints the report, and writes it and its pictures into the runs.
 
@@ -98,10 +98,10 @@ def write_report(
         run: directory of the transformer's run.
         tokenizer: directory of the tokenizer's run.
         samples: .npz file written by `varjax sample`.
-        beside: another run to compare with, whose report is printed as well if there is one.
+        compare: another run, whose report is printed as well if it exists.
 
     Raises:
-        InputError: one of the first three is not there yet.
+        InputError: the samples, or a metrics.jsonl of the runs, do not exist yet.
     """
     for path in (samples, run / "metrics.jsonl", tokenizer / "metrics.jsonl"):
         if not path.is_file():
@@ -110,13 +110,13 @@ def write_report(
     images_NHWC, label_N = archive.read("arr_0")[..., :1], archive.read("labels")
     table = digits_report(images_NHWC, label_N)
     files.write_json(run / "report.json", table)
-    image_io.write_png(run / "samples.png", samples_beside_real(images_NHWC, label_N))
+    image_io.write_png(run / "samples.png", samples_and_real(images_NHWC, label_N))
     for directory in (tokenizer, run):
         draw_curves([read_run_log(directory)], directory / "curves.png")
 
     columns = {run.name: table["samples"]}
-    if beside is not None and (other := beside / "report.json").is_file():
-        columns[beside.name] = files.read_json(other)["samples"]
+    if compare is not None and (other := compare / "report.json").is_file():
+        columns[compare.name] = files.read_json(other)["samples"]
     columns["real"] = table["real held-out digits"]
     print("\n" + " " * 18 + "".join(f"{name:>12}" for name in columns))
     for name, meaning in MEANINGS.items():
@@ -146,7 +146,7 @@ def main(arguments: list[str]) -> int:
         default=folder / "samples.npz",
         help="output of varjax sample (runs/digits/samples.npz)",
     )
-    add("--beside", type=pathlib.Path, help="run to compare with, if it has a report")
+    add("--compare", type=pathlib.Path, help="run to compare with, if it has a report")
     flags = parser.parse_args(arguments)
     return run_command("digits_report", lambda: write_report(**vars(flags)))
 

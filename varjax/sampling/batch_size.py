@@ -1,4 +1,4 @@
-"""How many images a device samples at a time: what is asked, or what its memory holds."""
+"""Chooses how many images each device samples at a time: as requested, or as memory allows."""
 
 import argparse
 import sys
@@ -11,10 +11,10 @@ from varjax.runtime.distributed import on_all_processes, on_first_process
 from varjax.runtime.hardware import device_memory
 from varjax.sampling.sampler import Sampler
 
-SIZES = (128, 64, 32, 16, 8, 4, 2, 1)  # more images at a time are hardly faster
-LARGEST_ON_CPU = 32  # a CPU computes image by image; fewer at a time show progress earlier
-WITHOUT_MEMORY = 32  # where a device does not tell its memory
-USABLE = 0.8  # of a memory, for arithmetic leaves out buffers that the compiler adds
+SIZES = (128, 64, 32, 16, 8, 4, 2, 1)  # larger batches are hardly faster
+LARGEST_ON_CPU = 32  # a CPU computes image by image; smaller batches show progress earlier
+WITHOUT_MEMORY = 32  # if a device does not report its memory
+USABLE = 0.8  # fraction of memory; the estimate omits buffers that the compiler adds
 
 
 def add_batch_size_flag(parser: argparse.ArgumentParser) -> None:
@@ -30,10 +30,10 @@ def choose_batch_size(
     images: int,
     begun: Callable[[], int | None] = lambda: None,
 ) -> int:
-    """Returns how many images each device samples at a time; says so where it is "auto".
+    """Chooses how many images each device samples at a time, and prints the choice for "auto".
 
-    That is what is asked for. "auto" is the size that the output was begun with, or the largest
-    of SIZES that fits into the memory of all devices and leaves none of them without work.
+    "auto" is the size with which the output was started, or else the largest of SIZES that fits
+    into the memory of every device and leaves no device idle.
 
     Args:
         asked: batch size, a number or "auto".
@@ -45,23 +45,26 @@ def choose_batch_size(
     if isinstance(asked, int):
         return min(asked, images)
     cpu = model.devices[0].platform == "cpu"
-    here = [device_memory(device) for device in model.devices]
-    told = on_all_processes(lambda: None if None in here else min(x for x in here if x))
+    local = [device_memory(device) for device in model.devices]
+    smallest = on_all_processes(lambda: None if None in local else min(x for x in local if x))
 
     def choose() -> int:
         if (size := begun()) is not None:
-            print(f"batch_size=auto: {size}, as in what is there", file=sys.stderr)
+            print(f"batch_size=auto: {size}, as in the existing output", file=sys.stderr)
             return size
         per_device = -(-images // (len(model.devices) * jax.process_count()))
-        if None in told:
+        if None in smallest:
             size = min(WITHOUT_MEMORY, per_device)
-            print(f"batch_size=auto: {size}, for the device tells no memory", file=sys.stderr)
+            print(
+                f"batch_size=auto: {size}, because the device does not report its memory",
+                file=sys.stderr,
+            )
             return size
-        memory = min(told)
+        memory = min(smallest)
         largest = min(per_device, LARGEST_ON_CPU if cpu else max(SIZES))
         size = fitting_batch_size(lambda n: model.sampling_bytes(n, options), memory, largest)
         print(
-            f"batch_size=auto: {size} at a time on each device, for which it needs "
+            f"batch_size=auto: {size} per device, which needs "
             f"{model.sampling_bytes(size, options) / 1e9:.1f} of {memory / 1e9:.1f} GB",
             file=sys.stderr,
         )
@@ -71,11 +74,11 @@ def choose_batch_size(
 
 
 def fitting_batch_size(bytes_needed: Callable[[int], int], memory: int, largest: int) -> int:
-    """Returns the largest of SIZES, cut to `largest`, that fits into a memory; 1 if none does.
+    """Returns the largest of SIZES, capped at `largest`, that fits into memory; 1 if none does.
 
     Args:
         bytes_needed: number of images -> bytes needed.
-        memory: bytes of a device's memory, of which the fraction USABLE is available for sampling.
+        memory: bytes of a device's memory; the fraction USABLE of it is available for sampling.
         largest: largest number of images.
     """
     sizes = (min(size, largest) for size in SIZES)
@@ -88,4 +91,4 @@ def _size_or_auto(text: str) -> int | str:
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: allowed are a number and auto") from None
+        raise argparse.ArgumentTypeError(f"{text}: must be a number or auto") from None

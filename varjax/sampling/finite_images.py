@@ -1,4 +1,4 @@
-"""Checks images for NaN and infinite numbers before they are written, and says which hold them."""
+"""Checks images for NaN and infinite numbers before they are written."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from varjax.errors import InputError
 
 
 def finite_rows(images_BHWC: np.ndarray) -> np.ndarray:
-    """Returns which images hold only finite numbers, (B,) bool."""
+    """Returns which images contain only finite numbers, (B,) bool."""
     return np.all(np.isfinite(images_BHWC), axis=(1, 2, 3))
 
 
@@ -20,7 +20,7 @@ def check_finite_images(
     seed: int,
     advice: Callable[[], str],
 ) -> None:
-    """Checks images that are about to be written, where NaN would be black.
+    """Checks images that are about to be written; NaN would be written as black.
 
     Args:
         images_BHWC: float images to check.

@@ -19,15 +19,15 @@ from varjax.sampling.sampler import Sampler
 from varjax.storage import image_io
 from varjax.storage.folders import locked_work_folder
 
-MOST_IMAGES = 10**8  # a list of more does not fit into memory
+MOST_IMAGES = 10**8  # a longer list does not fit into memory
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingJob:
-    """Lists the images to sample: `count` of each label, in this order.
+    """Lists the images to sample: `count` of each label, in order.
 
-    `batch_size` consecutive images are a part, which one device computes at a time, so images do
-    not depend on how many devices there are. Raises InputError for too many images.
+    A part is `batch_size` consecutive images, which one device computes at a time, so images do
+    not depend on the number of devices. Raises InputError for too many images.
 
     Attributes:
         labels: classes to sample.
@@ -52,17 +52,17 @@ class SamplingJob:
 
     @functools.cached_property
     def label_N(self) -> np.ndarray:
-        """(N,) int64, the label of every image."""
+        """Returns the label of every image, (N,) int64."""
         return np.repeat(np.array(self.labels, np.int64), self.count)
 
     @functools.cached_property
     def parts(self) -> tuple[range, ...]:
-        """The numbers of the images, part by part."""
+        """Returns the numbers of the images in each part."""
         N, size = len(self.label_N), self.batch_size
         return tuple(range(i, min(i + size, N)) for i in range(0, N, size))
 
     def request(self, model: Sampler) -> dict[str, Any]:
-        """Returns all that the images depend on, as JSON data."""
+        """Returns everything that the images depend on, as JSON data."""
         everything = self.labels == tuple(range(model.classes))
         return {
             "labels": "all" if everything else ",".join(map(str, self.labels)),
@@ -75,18 +75,18 @@ class SamplingJob:
 
 
 def run_job(model: Sampler, job: SamplingJob, output: Output) -> str:
-    """Samples what `output` does not have yet and finishes it; returns its message.
+    """Samples the parts that `output` lacks and finishes it; returns its message.
 
-    Each of several processes samples a part of the images on its own devices; the first one
-    finishes. The caller keeps other jobs out of the output, by `locked_for_job`.
+    Each of several processes samples some of the parts on its own devices; the first one finishes
+    the output. The caller keeps other jobs out of the output with `locked_for_job`.
 
     Raises:
-        InputError: in all processes, before anything is computed, where the output holds something
-            else; in one of them, where an image is NaN. Then all good parts before it are written.
+        InputError: in all processes, before anything is computed, if the output holds something
+            else; in one process, if an image is NaN, after the good parts before it are written.
     """
     process, processes = jax.process_index(), jax.process_count()
     on_first_process(lambda: output.begin(write=True))
-    # The others compare with what it began: weights of another machine may be others.
+    # The other processes compare their requests with it: their machines' weights may differ.
     on_all_processes(lambda: output.begin(write=False) if process else None)
     mine = job.parts[process::processes]
     missing = [part for part in mine if not output.has(part)]
@@ -97,23 +97,23 @@ def run_job(model: Sampler, job: SamplingJob, output: Output) -> str:
         for part, images_NHWC in sample_parts(model, job, missing):
             output.add(part, images_NHWC)
             bar.update(len(part))
-    on_all_processes(lambda: None)  # all is drawn
+    on_all_processes(lambda: None)  # waits until all parts are drawn
     message = on_first_process(output.finish)
     return message if process == 0 else ""
 
 
 @contextlib.contextmanager
 def locked_for_job(folder: Callable[[], pathlib.Path | None]) -> Iterator[None]:
-    """Keeps other commands out of a folder until this job is done or dead.
+    """Keeps other commands out of a folder until this job ends or dies.
 
-    Of several processes of a job the first one holds the lock.
+    The first of several processes holds the lock.
 
     Args:
-        folder: function that returns the folder, called in the first process; None means that no
-            lock is needed.
+        folder: function that returns the folder, called in the first process; it returns None if
+            no lock is needed.
 
     Raises:
-        InputError: in all processes, where another command is at work there.
+        InputError: in all processes, if another command is using the folder.
     """
     with contextlib.ExitStack() as stack:
 
@@ -130,19 +130,19 @@ def sample_parts(
 ) -> Iterator[tuple[range, np.ndarray]]:
     """Yields each part with its images (N, H, W, channels) uint8.
 
-    As many parts are computed at once as there are devices. Raises InputError for NaN in an image.
+    One part per device is computed at a time. Raises InputError for NaN in an image.
     """
     devices, N = len(model.devices), len(job.label_N)
     pending = None
     for start in range(0, len(parts), devices):
         group = parts[start : start + devices]
-        # Always the same shape, so that one compilation serves all: what is too much is dropped.
+        # The shape is always the same, so that one compilation serves all; the excess is dropped.
         full = [*group, *[group[-1]] * (devices - len(group))]
         index_B = np.concatenate([part.start + np.arange(job.batch_size) for part in full])
         images_BHWC = model.sample(
             job.label_N[index_B % N], job.seed, index=index_B, **dataclasses.asdict(job.options)
         )
-        # The devices work on this batch while the one before it is written.
+        # The devices compute this batch while the previous one is written.
         if pending is not None:
             yield from _split(model, job, *pending)
         pending = group, images_BHWC

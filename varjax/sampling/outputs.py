@@ -1,7 +1,7 @@
-"""Where samples go: one grid, a folder of PNGs, or an .npz as FID evaluators read it.
+"""Writes samples: one grid, a folder of PNGs, or an .npz in the format of FID evaluators.
 
-The folder and the .npz survive a kill. Both hold the request they were made for: the same one goes
-on where it was killed or finds everything done, another one is refused.
+A folder or an .npz survives a kill. It holds the request it was made for: the same request
+continues where it was killed or finds everything done; a different one is refused.
 """
 
 import json
@@ -22,21 +22,21 @@ from varjax.storage.safetensors_io import read_safetensors
 from varjax.storage.untrusted import parse_json
 
 REQUEST, PART_SUFFIX = "request.json", ".safetensors"
-OLD_SUFFIX = ".npy"  # of parts that an older version wrote, without checksums
+OLD_SUFFIX = ".npy"  # parts written by an older version, without checksums
 FILE_SUFFIXES = (".png", ".npz")  # a grid, and images
 REFUSED_SUFFIXES = (".jpg", ".jpeg", ".gif", ".webp", ".npy", ".json")
-MOST_GRID_PIXELS = 178_956_970  # Pillow, and who uses it, opens no larger pictures
+MOST_GRID_PIXELS = 178_956_970  # Pillow does not open larger pictures
 
 
 class Output(Protocol):
-    """Takes parts, runs of uint8 images by their numbers, in any order.
+    """Takes parts (consecutively numbered uint8 images) in any order.
 
-    With several processes all of them use it, on a file system that they share; one calls `begin`
-    with `write` and `finish`.
+    With several processes, all of them use it on a shared file system; one of them calls `begin`
+    with `write=True`, and `finish`.
     """
 
     def begin(self, write: bool) -> None:
-        """Raises InputError if there is anything but a beginning of the same."""
+        """Raises InputError if the output holds anything but part of the same request."""
         ...
 
     def has(self, part: range) -> bool: ...
@@ -44,21 +44,21 @@ class Output(Protocol):
     def add(self, part: range, images_NHWC: np.ndarray) -> None: ...
 
     def finish(self) -> str:
-        """Gives everything its final form; returns a line that says what was written where."""
+        """Completes the output; returns a line that says what was written where."""
         ...
 
 
 def file_suffix(location: str | pathlib.Path) -> str:
-    """Returns ".png" or ".npz" for an output that is such a file; "" for a folder.
+    """Returns ".png" or ".npz" if the output is such a file; "" for a folder.
 
-    What follows another dot belongs to a folder's name: "d16_cfg1.5".
+    Any other suffix is part of a folder's name: "d16_guidance1.5".
     """
     suffix = as_path(location).suffix.lower()
     return suffix if suffix in FILE_SUFFIXES else ""
 
 
 def check_out(location: str) -> None:
-    """Raises InputError if `location` is nothing that can be written."""
+    """Raises InputError if `location` cannot be written."""
     if not location.strip():
         raise InputError("out is empty; give FILE.png (a grid), FILE.npz, or a folder")
     path = as_path(location)
@@ -80,15 +80,15 @@ def check_out(location: str) -> None:
 
 
 def check_out_holds(location: str, images: int, image_shape: Sequence[int]) -> None:
-    """Checks, before they are drawn, that an output can hold images.
+    """Checks, before sampling, that an output can hold the images.
 
     Args:
-        location: path of the output, as `check_out` takes it.
+        location: path of the output, as for `check_out`.
         images: number of images.
         image_shape: (H, W, channels) of an image.
 
     Raises:
-        InputError: too many images for a grid, or channels that such a file does not have.
+        InputError: too many images for a grid, or a number of channels that the format lacks.
     """
     (H, W, channels), suffix = image_shape, file_suffix(location)
     allowed = (1, 3) if suffix == ".npz" else (1, 3, 4)
@@ -101,14 +101,14 @@ def check_out_holds(location: str, images: int, image_shape: Sequence[int]) -> N
     if suffix == ".png" and images * H * W > MOST_GRID_PIXELS:
         raise InputError(
             f"out={location}: a picture of {images:,} images of {H}x{W} is too large; draw at most "
-            f"{MOST_GRID_PIXELS // (H * W):,}, or, by varjax sample, into FILE.npz or a folder"
+            f"{MOST_GRID_PIXELS // (H * W):,}, or use varjax sample with FILE.npz or a folder"
         )
 
 
 def open_output(
     location: str, label_N: np.ndarray, columns: int | None, seed: int, request: Mapping[str, Any]
 ) -> Output:
-    """The output for "x.png" (a grid with `columns`), "x.npz", or any other name (a folder)."""
+    """Returns the output for "x.png" (a grid with `columns`), "x.npz", or a folder's name."""
     path, suffix = as_path(location), file_suffix(location)
     if suffix == ".png":
         return GridOutput(path, columns)
@@ -123,7 +123,7 @@ def parts_folder(path: pathlib.Path) -> pathlib.Path:
 
 
 def work_folder(location: str | pathlib.Path) -> pathlib.Path | None:
-    """Returns the folder that a job fills step by step; None for a grid or where all is done."""
+    """Returns the folder that a job fills step by step; None for a grid or a finished file."""
     path = as_path(location)
     if not (suffix := file_suffix(path)):
         return path
@@ -131,7 +131,7 @@ def work_folder(location: str | pathlib.Path) -> pathlib.Path | None:
 
 
 def begun_batch_size(location: str | pathlib.Path) -> int | None:
-    """Returns the batch size that an output was begun with; None where there is no such output."""
+    """Returns the batch size with which an output was started; None if there is none."""
     path = as_path(location)
     try:
         if file_suffix(path) == ".npz" and path.exists():
@@ -139,11 +139,11 @@ def begun_batch_size(location: str | pathlib.Path) -> int | None:
         folder = parts_folder(path) if file_suffix(path) else path
         return files.read_json(folder / REQUEST).get("batch_size")
     except (InputError, OSError, AttributeError):
-        return None  # nothing there, or something else, which `begin` refuses
+        return None  # no output, or another one, which `begin` refuses
 
 
 class GridOutput:
-    """All images in one PNG. They stay in memory, and a kill loses them."""
+    """Collects all images in memory and writes one PNG; a kill loses them."""
 
     def __init__(self, path: pathlib.Path, columns: int | None):
         self._path, self._columns = path, columns
@@ -166,7 +166,7 @@ class GridOutput:
 
 
 class FolderOutput:
-    """One PNG per image, named by its number and label; each appears whole or not at all."""
+    """Writes one PNG per image, named by its number and label; each appears whole or not at all."""
 
     def __init__(self, path: pathlib.Path, label_N: np.ndarray, request: Mapping[str, Any]):
         self._path, self._label_N, self._request = path, label_N, request
@@ -191,14 +191,14 @@ class FolderOutput:
 
 
 class NpzOutput:
-    """`arr_0`, uint8 (N, H, W, 3), and `labels`, int64 (N,), shuffled; gray images become RGB.
+    """Writes `arr_0`, uint8 (N, H, W, 3), and `labels`, int64 (N,), shuffled; gray becomes RGB.
 
-    Evaluators take the Inception Score over consecutive splits of a file. Were it ordered by class,
-    a split would hold few of them and the score fall from some 298 to 62; so a permutation, fixed
-    by the seed, is laid over the images.
+    Evaluators compute the Inception Score over consecutive splits of a file. In a file ordered by
+    class, each split would hold few classes and the score would drop from about 298 to 62, so the
+    images are permuted, as determined by the seed.
 
-    Until all exist, parts are kept in `.NAME.npz.parts` next to the file. Then they are streamed
-    into it, one image in memory at a time, which needs the disk space twice.
+    Until all images exist, parts are kept in `.NAME.npz.parts` next to the file. Then they are
+    streamed into it, one image in memory at a time, which needs twice the disk space.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class NpzOutput:
         file = self._file(part.start)
         if file.with_suffix(OLD_SUFFIX).exists():
             return True
-        # What was written to a bucket is not read again before all is there.
+        # Parts in a bucket are not read back until all of them exist.
         return file.exists() if in_bucket(file) else folders.read_or_remove(file) is not None
 
     def add(self, part: range, images_NHWC: np.ndarray) -> None:
@@ -258,7 +258,7 @@ class NpzOutput:
                 member.write(json.dumps(self._request).encode())
 
     def _check_parts(self, parts: pathlib.Path) -> None:
-        """Raises InputError where parts are damaged, which are removed."""
+        """Removes damaged parts, and raises InputError if there were any."""
         damaged = 0
         for path in sorted(parts.glob(f"*{PART_SUFFIX}")):
             if folders.read_or_remove(path) is None:
@@ -267,7 +267,7 @@ class NpzOutput:
         if damaged:
             raise InputError(
                 f"{damaged} parts of {self._path} were damaged and are deleted; run the same "
-                "command again, which makes them again"
+                "command again to make them again"
             )
 
     def _file(self, start):
@@ -275,12 +275,12 @@ class NpzOutput:
 
 
 def _member(archive, name):
-    """Opens a new member of a zip file; it bears no date, so equal content is equal bytes."""
+    """Opens a new member of a zip file, without a date so that equal content gives equal bytes."""
     return archive.open(zipfile.ZipInfo(name), "w", force_zip64=True)
 
 
 def _request_in(path):
-    """The request that a finished .npz was made for."""
+    """Reads the request for which a finished .npz was made."""
     try:
         with path.open("rb") as file:
             request = parse_json(read_zip_text(file, REQUEST))
@@ -291,5 +291,5 @@ def _request_in(path):
     except (InputError, OSError, ValueError):
         pass
     raise InputError(
-        f"{path} exists and is no file of this command; delete it or choose another out"
+        f"{path} exists and was not written by this command; delete it or choose another out"
     )

@@ -1,7 +1,7 @@
-"""The contract between a model family and everything that samples from it, and its options.
+"""Defines what a model family offers to everything that samples from it, and checks arguments.
 
-A family's sampling options are a frozen dataclass; keyword arguments and the flags of the command
-line are made from its fields here.
+A family's sampling options are a frozen dataclass; this file turns its fields into keyword
+arguments and command-line flags.
 """
 
 import argparse
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Sampler(Protocol):
-    """Samples images from labels; grids, folders, resuming and many devices are built on top of it.
+    """Samples images from labels; outputs, resuming and many devices are built on top of it.
 
     Attributes:
         classes: number of classes; the label `classes` itself means "no class".
@@ -54,18 +54,18 @@ class Sampler(Protocol):
         ...
 
     def identity(self) -> dict[str, Any]:
-        """Returns all that images depend on besides labels, seed and options, as JSON data."""
+        """Returns what images depend on in addition to labels, seed and options, as JSON data."""
         ...
 
     def sampling_bytes(self, batch_size: int, options: Any) -> int:
-        """Estimates how much memory a device needs to sample a number of images at a time.
+        """Estimates the bytes of memory a device needs to sample a number of images at a time.
 
         options: as `options()` returns them.
         """
         ...
 
     def advise_on_nan(self, options: Any) -> str:
-        """Says what to try where an image that was sampled holds NaN or infinite numbers.
+        """Says what to try if a sampled image holds NaN or infinite numbers.
 
         options: as `options()` returns them.
         """
@@ -83,9 +83,9 @@ class Sampler(Protocol):
 
         Args:
             labels: (B,) classes to draw.
-            seed: image i is a function of (seed, index[i], label, options) alone.
+            seed: random seed; image i depends only on seed, index[i], labels[i] and options.
             index: (B,) numbers of the images; None for 0 … B-1.
-            options: fields of `options()` that are replaced.
+            options: fields of `options()` to replace.
         """
         ...
 
@@ -99,11 +99,11 @@ class Sampler(Protocol):
         index: Sequence[int] | np.ndarray | None = None,
         **options: Any,
     ) -> jax.Array:
-        """Redraws everything outside of `keep`; the rest is as in `sample`.
+        """Redraws everything outside of `keep`; otherwise like `sample`.
 
         Args:
             images_BHWC: uint8, or float in [0, 1]; one image, or one for each of `index`.
-            keep: (h, w) or (B, h, w) bool on a map of `edit_shape`; True keeps what is there.
+            keep: (h, w) or (B, h, w) bool of `edit_shape`; True keeps that part of the image.
             labels: (B,) classes; None for no class.
         """
         ...
@@ -136,19 +136,19 @@ def checked_labels(labels: Any, classes: int, batch: int | None = None) -> jax.A
         batch: number of labels B if it is fixed by another argument, else None.
 
     Raises:
-        InputError: another number of labels, none at all, or one that is no class.
+        InputError: a wrong number of labels, no labels, or a label that is not a class.
     """
     allowed = f"allowed are 0 … {classes - 1}, and {classes} for no class"
     label_B = _numbers("labels", labels, allowed)
     if batch is not None and len(label_B) != batch:
-        raise InputError(f"labels have shape {label_B.shape}; needed is ({batch},)")
+        raise InputError(f"labels have shape {label_B.shape}; expected ({batch},)")
     if bad := label_B[(label_B < 0) | (label_B > classes)].tolist():
         raise InputError(f"labels {bad[:5]}: {allowed}")
     return jnp.asarray(label_B, jnp.int32)
 
 
 def checked_keys(seed: Any, index: Any, batch: int) -> jax.Array:
-    """Returns the key of each image, (B,), as `image_keys`.
+    """Checks seed and index, and returns the key of each image, (B,); see `image_keys`.
 
     Args:
         seed: random seed of all images.
@@ -156,16 +156,16 @@ def checked_keys(seed: Any, index: Any, batch: int) -> jax.Array:
         batch: number of images B.
 
     Raises:
-        InputError: a seed or a number that JAX would cut off, or another number of images.
+        InputError: a seed or a number outside of 32 bits, or a wrong number of them.
     """
     index_B = np.arange(batch) if index is None else checked_index(index)
     if len(index_B) != batch:
-        raise InputError(f"index has {len(index_B)} numbers; needed are {batch}, one per image")
+        raise InputError(f"index has {len(index_B)} numbers; expected {batch}, one per image")
     return image_keys(seed_number("seed", seed), index_B.astype(np.uint32))
 
 
 def checked_index(index: Any) -> np.ndarray:
-    """Returns numbers of images as (B,) int64; raises InputError for others than 0 … 2³²-1."""
+    """Returns numbers of images as (B,) int64; raises InputError outside of 0 … 2³²-1."""
     allowed = f"allowed are 0 … {UINT32_MAX}"
     index_B = _numbers("index", index, allowed)
     if bad := index_B[(index_B < 0) | (index_B > UINT32_MAX)].tolist():
@@ -173,15 +173,15 @@ def checked_index(index: Any) -> np.ndarray:
     return index_B
 
 
-def checked_mask(where: Any, batch: int, shape: tuple[int, int], name: str = "keep") -> np.ndarray:
+def checked_mask(mask: Any, batch: int, shape: tuple[int, int], name: str = "keep") -> np.ndarray:
     """Returns a mask (h, w), or one for each image, as (batch, h, w) bool.
 
-    Raises InputError, which calls it `name`, for another shape.
+    Raises InputError for another shape; `name` is the mask's name in the message.
     """
-    where = np.asarray(where)
-    if where.shape not in (shape, (batch, *shape)):
-        raise InputError(f"{name} has shape {where.shape}; allowed are {shape}, {(batch, *shape)}")
-    return np.broadcast_to(where.astype(bool), (batch, *shape))
+    mask = np.asarray(mask)
+    if mask.shape not in (shape, (batch, *shape)):
+        raise InputError(f"{name} has shape {mask.shape}; allowed are {shape}, {(batch, *shape)}")
+    return np.broadcast_to(mask.astype(bool), (batch, *shape))
 
 
 def checked_tokens(tokens: Any, shape: tuple[int, ...], vocab: int) -> jax.Array:
@@ -189,17 +189,17 @@ def checked_tokens(tokens: Any, shape: tuple[int, ...], vocab: int) -> jax.Array
     tokens = np.asarray(tokens)
     if tokens.shape[1:] != shape or not tokens.ndim or not len(tokens):
         raise InputError(
-            f"tokens have shape {tokens.shape}; needed is (B, {', '.join(map(str, shape))})"
+            f"tokens have shape {tokens.shape}; expected (B, {', '.join(map(str, shape))})"
         )
     if not np.issubdtype(tokens.dtype, np.integer):
         raise InputError(f"tokens are {tokens.dtype}; give integers")
     if not 0 <= tokens.min() <= tokens.max() < vocab:
-        raise InputError(f"tokens lie outside of 0 … {vocab - 1}")
+        raise InputError(f"tokens must be in 0 … {vocab - 1}")
     return jnp.asarray(tokens, jnp.int32)
 
 
 def nan_advice(params: PyTree, dtype: Any, *others: str) -> str:
-    """Says what may help where a model's images are NaN.
+    """Says what may help if a model's images are NaN.
 
     Args:
         params: the model's weights, on the host.
@@ -208,12 +208,12 @@ def nan_advice(params: PyTree, dtype: Any, *others: str) -> str:
     """
     if bad := trees.nonfinite(params):
         return (
-            f"The weights hold NaN or infinite numbers themselves ({', '.join(bad[:3])}): take an "
+            f"The weights themselves hold NaN or infinite numbers ({', '.join(bad[:3])}): use an "
             "earlier checkpoint, or train or convert them again"
         )
     lower = np.dtype(dtype) != np.float32
     tries = ["--dtype=float32"] * lower + [other for other in others if other]
-    tries.append("weaker guidance (--guidance), or weights that are trained for longer")
+    tries.append("weaker guidance (--guidance), or weights that were trained longer")
     return f"Try {'; or '.join(tries)}"
 
 
@@ -235,7 +235,7 @@ def option_field(
 def replace_options(options: T, changes: Mapping[str, Any]) -> T:
     """Returns `options`, a dataclass, with the fields in `changes` replaced, except by None.
 
-    Raises InputError for a name that is no field.
+    Raises InputError for a name that is not a field.
     """
     for name, value in changes.items():
         if value is not None and (message := renamed_message(type(options), name, value)):
@@ -244,15 +244,15 @@ def replace_options(options: T, changes: Mapping[str, Any]) -> T:
     chosen = {name: value for name, value in changes.items() if value is not None}
     if unknown := sorted(chosen.keys() - names):
         known = ", ".join(names)
-        raise InputError(f"{', '.join(unknown)}: no option of this model; it has {known}")
+        raise InputError(f"{', '.join(unknown)}: not an option of this model; it has {known}")
     return dataclasses.replace(typing.cast(Any, options), **chosen)
 
 
 def add_option_flags(parser: argparse._ActionsContainer, kinds: Iterable[type]) -> None:
     """Adds a flag for each field of these option classes; without it, the value is None.
 
-    A field's "help" in its metadata is the flag's help, with the class that it is of. A name that
-    several classes share must have one type in all of them.
+    The flag's help is the "help" in the field's metadata, with the name of the family. Fields of
+    the same name must have the same type in all classes.
     """
     types: dict[str, Any] = {}
     helps: dict[str, list[str]] = {}
@@ -276,27 +276,27 @@ def add_option_flags(parser: argparse._ActionsContainer, kinds: Iterable[type]) 
 
 
 def given_options(flags: argparse.Namespace, kinds: Iterable[type]) -> dict[str, Any]:
-    """Returns the options that the command line names, by field or by its former name."""
+    """Returns the options set on the command line, under the fields' current or former names."""
     names = dict.fromkeys(field.name for kind in kinds for field in dataclasses.fields(kind))
     names |= dict.fromkeys(former_names(kinds))
     return {name: value for name in names if (value := getattr(flags, name)) is not None}
 
 
 def former_names(kinds: Iterable[type]) -> list[str]:
-    """Returns former names of options. They are accepted as flags, and refused by the model."""
+    """Returns former names of options, which are parsed as flags so that the model can refuse."""
     fields = [field for kind in kinds for field in dataclasses.fields(kind)]
     renamed = [field.metadata["renamed"] for field in fields]
     return sorted({field.name for field in renamed if field})
 
 
 def _numbers(name: str, values: Any, allowed: str) -> np.ndarray:
-    """Whole numbers, one or (B,) of any type, as (B,) int64."""
+    """Returns whole numbers, one or (B,) of any type, as (B,) int64."""
     try:
         array_B = np.atleast_1d(np.asarray(values))
     except ValueError as error:  # rows of unequal lengths
-        raise InputError(f"{name} have no shape (B,): {error}") from error
+        raise InputError(f"{name} do not have shape (B,): {error}") from error
     if array_B.ndim != 1:
-        raise InputError(f"{name} have shape {array_B.shape}; needed is (B,)")
+        raise InputError(f"{name} have shape {array_B.shape}; expected (B,)")
     if not len(array_B):
         raise InputError(f"{name} are empty: {allowed}")
     if array_B.dtype.kind not in "iuf":
