@@ -150,7 +150,7 @@ def test_modes_differ_in_what_is_drawn_and_as_what(photo, monkeypatch):
         (["--box=0.1,0.1,0.12,0.9"], "no token; a token has 2x2 pixels"),
         (["--box=0,0,8,8", "--mode=outpaint"], "nothing is left to draw"),
         (["--mask=small.png"], "small.png has 8x8 pixels, but the image has 48x40"),
-        (["--mask=black.png"], "paint white"),
+        (["--mask=black.png"], "to redraw in opaque white"),
         (["--mask=none.png"], "none.png does not exist"),
         (["--box=0,0,4,4", "--image=none.png"], "none.png does not exist"),
         (["--box=0,0,4,4", "--image=text.png"], "not an image"),

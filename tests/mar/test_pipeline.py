@@ -92,7 +92,7 @@ def test_vectors_depend_on_known_tokens_alone():
         (lambda m: m.sample([1], diffusion_steps=1), "diffusion_steps=1: give one number"),
         (lambda m: m.decode(np.zeros((2, 4, 4, 4))), "needed is .B, .*4, 4, 3"),
         (lambda m: m.hidden(np.zeros((2, 4, 4, 3)), np.ones((4, 3))), "known has shape .4, 3."),
-        (lambda m: m.hidden(np.zeros((2, 4, 4, 3)), KEEP, [1]), "labels have shape .1,.; needed"),
+        (lambda m: m.hidden(np.zeros((2, 4, 4, 3)), KEEP, [1]), "labels have shape .1,.; expected"),
         (lambda m: m.edit(images(), np.ones(16)), "keep has shape .16,.; allowed are"),
         (lambda m: m.edit(images(2), KEEP, index=[0, 1, 2]), "2 images and 3 of index"),
         (lambda m: m.denoise(np.zeros((2, 3)), np.zeros(3), np.zeros((2, 16))), "x_t, t and z"),

@@ -194,7 +194,7 @@ def checked_tokens(tokens: Any, shape: tuple[int, ...], vocab: int) -> jax.Array
     if not np.issubdtype(tokens.dtype, np.integer):
         raise InputError(f"tokens are {tokens.dtype}; give integers")
     if not 0 <= tokens.min() <= tokens.max() < vocab:
-        raise InputError(f"tokens must be in 0 … {vocab - 1}")
+        raise InputError(f"tokens are outside of 0 … {vocab - 1}")
     return jnp.asarray(tokens, jnp.int32)
 
 
