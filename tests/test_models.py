@@ -88,7 +88,7 @@ def test_a_run_goes_to_pytorch_directly(var_run, tmp_path):
         read = read_checkpoint(tmp_path / f"torch/{name}.pth")
         for key, x in weights.state_dict("shared_aln", part).items():
             assert np.array_equal(read[key], x), key
-    with pytest.raises(ValueError, match="torch exists and holds tokenizer.pth"):
+    with pytest.raises(ValueError, match="torch exists and contains tokenizer.pth"):
         export_torch(var_run, tmp_path / "torch")
 
 

@@ -207,7 +207,7 @@ def test_a_stopped_command_leaves_no_process_and_goes_on_without_tensorflow(tmp_
     (tmp_path / "fake/tensorflow").mkdir(parents=True)
     (tmp_path / "fake/tensorflow/__init__.py").write_text("raise RuntimeError('imported')")
     environment = os.environ | {"PYTHONPATH": f"{PACKAGE}:{tmp_path}/fake"}
-    command = [sys.executable, "-m", "varjax.cli.prepare", "--folder=x", "--out=out"]
+    command = [sys.executable, "-m", "varjax", "prepare", "--folder=x", "--out=out"]
     command += ["--workers=1", "--shards=300"]
     for done, kill, number, code in (3, os.killpg, signal.SIGINT, 130), (6, os.kill, 9, -9):
         quiet = {"stderr": subprocess.DEVNULL, "start_new_session": True}

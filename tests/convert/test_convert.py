@@ -97,7 +97,7 @@ def test_a_directory_says_what_it_was_made_of_and_is_replaced_whole(base, tmp_pa
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.json").write_text('{"task": {}}')
-    with pytest.raises(ValueError, match="run exists and holds config.json"):
+    with pytest.raises(ValueError, match="run exists and contains config.json"):
         convert(run, tokenizer=base[0], var=base[1])
 
 

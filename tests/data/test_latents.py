@@ -151,9 +151,9 @@ def test_losses_are_those_of_the_images(cache, task):
     params, frozen = drawn(lambda key: task.init(key).params), task.frozen()
     losses = jax.jit(task.token_losses)
     images, tokens = DATA.make(64, seed=3), CachedLatents(str(cache)).make(64, seed=3)
-    expected, found = (losses(params, frozen, data.train_batch(2)) for data in (images, tokens))
-    for name in expected:
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
+    expected, actual = (losses(params, frozen, data.train_batch(2)) for data in (images, tokens))
+    for name, x, y in zip(expected._fields, actual, expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=name)
     first = [data.held_out_batch(0) for data in (images, tokens)]
     both = [teacher_forcing.reconstructions(task.tokenizer, frozen, batch) for batch in first]
     np.testing.assert_allclose(both[1][0], both[0][1], atol=1e-5)

@@ -68,5 +68,7 @@ def test_cached_latents_match_those_of_images(task, latents):
 
 def test_latents_of_another_tokenizer_are_refused(task, latents, tmp_path):
     other = dataclasses.replace(task, tokenizer_weights="random")
-    with pytest.raises(InputError, match="the latents are another tokenizer's:\n  weights: "):
+    with pytest.raises(
+        InputError, match="the latents were made by another tokenizer:\n  weights: "
+    ):
         loop.train(experiment(other, latents, tmp_path / "run"))

@@ -135,7 +135,7 @@ def test_a_run_whose_device_hangs_ends_and_the_next_start_finishes_it(whole, tmp
     hung = subprocess.run([*command, "hang"], capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert hung.returncode == STALLED_EXIT_CODE, hung.stderr
     report = run / "error.txt"
-    assert "host_callback_that_hangs" in report.read_text() and "_train" in report.read_text()
+    assert "host_callback_that_hangs" in report.read_text() and "take_steps" in report.read_text()
     assert "host_callback_that_hangs" in hung.stderr
     loop.train(tiny.experiment(run, keep_best="eval/loss", preview_every=20))
     assert not report.exists()

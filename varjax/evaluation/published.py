@@ -61,9 +61,13 @@ def released_sizes(config: Any) -> str | None:
     """Returns the name of the released model of these sizes, whatever its weights are, or None."""
     for kind in NAME_MAPS:
         for name, release in kind.releases.items():
-            if type(config) is type(release.config) and all(
-                getattr(config, field) == getattr(release.config, field)
-                for field in kind.size_fields
+            if (
+                config is not None
+                and type(config) is type(release.config)
+                and all(
+                    getattr(config, field) == getattr(release.config, field)
+                    for field in kind.size_fields
+                )
             ):
                 return name
     return None

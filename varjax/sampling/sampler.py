@@ -285,7 +285,7 @@ def given_options(flags: argparse.Namespace, kinds: Iterable[type]) -> dict[str,
 def former_names(kinds: Iterable[type]) -> list[str]:
     """Returns former names of options, which are parsed as flags so that the model can refuse."""
     fields = [field for kind in kinds for field in dataclasses.fields(kind)]
-    renamed = [field.metadata["renamed"] for field in fields]
+    renamed = [field.metadata.get("renamed") for field in fields]
     return sorted({field.name for field in renamed if field})
 
 

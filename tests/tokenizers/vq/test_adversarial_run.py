@@ -83,7 +83,9 @@ def test_it_is_read_exported_and_built_upon_without_its_discriminator(whole, tmp
 def test_a_term_whose_weights_are_missing_is_refused_before_anything_is_trained(tmp_path):
     model = dataclasses.replace(MODEL, scales=(1, 2, 16))
     task = VQTask(model, perceptual=LPIPSConfig(str(tmp_path / "lpips")))
-    with pytest.raises(ValueError, match="no LPIPS weights in .*lpips; make them with: python -m"):
+    with pytest.raises(
+        ValueError, match="no LPIPS weights in .*lpips; make them with: varjax convert"
+    ):
         loop.train(experiment(tmp_path / "run", task, Noise(16)))
     with pytest.raises(ValueError, match="8×16 are too small for LPIPS.*task.perceptual=none"):
         loop.train(experiment(tmp_path / "small", dataclasses.replace(task, model=MODEL)))
