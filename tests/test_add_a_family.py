@@ -1,6 +1,7 @@
 """A toy family, added as docs/add_a_family.md says, and what it then can."""
 
 import dataclasses
+import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,12 +11,16 @@ import numpy as np
 import optax
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import varjax
 from tests.helpers import runs
 from varjax import models
 from varjax.checkpoints.weights import read_frozen_tokenizer
 from varjax.cli import sample as command
+from varjax.convert import __main__ as convert_command
+from varjax.convert import name_maps
+from varjax.convert.name_maps.name_map import Link, NameMap, option, tensor_shape
 from varjax.data.sources import Digits
 from varjax.errors import InputError
 from varjax.export import export_run
@@ -24,8 +29,6 @@ from varjax.training import loop
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 from varjax.training.train_step import accumulated_gradients, apply_gradients, create_state
-
-pytestmark = pytest.mark.slow
 
 
 # 1. The model: how often each token occurs at each place, for each class.
@@ -140,9 +143,35 @@ HISTOGRAM: Any = models.Family(
 )
 
 
+# 5. Its name map, with an option of its own for what the tensors do not say.
+@dataclasses.dataclass(frozen=True)
+class HistogramConvertOptions:
+    null_classes: int = option(1, "rows of the histogram that belong to no class", int)
+
+
+def infer_histogram(tensors, options):
+    rows, length, vocab = tensor_shape(tensors, "histogram.weight", 3)
+    return HistogramConfig(rows - options.null_classes, length, vocab)
+
+
+HISTOGRAM_MAP = NameMap(
+    part="histogram",
+    flag="histogram",
+    description="a histogram",
+    known_by="histogram.weight",
+    config=HistogramConfig,
+    options=HistogramConvertOptions,
+    infer=infer_histogram,
+    table=lambda config: [Link("histogram.weight", ("histogram/kernel",))],
+    sampling=lambda config: HistogramOptions(),
+    reads=VQConfig,
+)
+
+
 @pytest.fixture(autouse=True)
 def added(monkeypatch):
     monkeypatch.setattr(models, "FAMILIES", (*models.FAMILIES, HISTOGRAM))
+    monkeypatch.setattr(name_maps, "NAME_MAPS", (*name_maps.NAME_MAPS, HISTOGRAM_MAP))
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +183,7 @@ def run(tmp_path_factory):
     return SimpleNamespace(dir=run_dir, loss=metrics["eval/loss"])
 
 
+@pytest.mark.slow
 def test_it_trains_loads_samples_and_is_exported(run, tmp_path):
     assert run.loss < 0.9 * np.log(runs.TOKENIZER.vocab)
     model = varjax.load(run.dir)
@@ -166,6 +196,7 @@ def test_it_trains_loads_samples_and_is_exported(run, tmp_path):
     np.testing.assert_array_equal(again, images_BHWC)
 
 
+@pytest.mark.slow
 def test_the_command_line_knows_its_options_and_writes_every_output(run, tmp_path, capsys):
     asked = [f"--weights={run.dir}", "--labels=0,1", "--count=3", "--temperature=0.5"]
     assert command.main([*asked, f"--out={tmp_path / 'grid.png'}"]) == 0
@@ -175,3 +206,23 @@ def test_the_command_line_knows_its_options_and_writes_every_output(run, tmp_pat
     assert len(list((tmp_path / "folder").glob("*.png"))) == 6
     assert command.main([*asked, "--top_k=3", f"--out={tmp_path / 'x.png'}"]) != 0
     assert "top_k" in capsys.readouterr().err
+
+
+def test_official_weights_are_converted_by_its_flags(tmp_path, capsys):
+    kernel = np.random.default_rng(0).normal(size=(11, 30, 16)).astype(np.float32)
+    save_file({"histogram.weight": kernel}, tmp_path / "official.safetensors")
+    out = tmp_path / "out"
+    flags = [f"--histogram={tmp_path / 'official.safetensors'}", f"--out={out}"]
+    assert convert_command.main(flags) == 0
+    _, config, params, options = models.read_model(out)
+    assert (config, options) == (HistogramConfig(10, 30, 16), HistogramOptions())
+    np.testing.assert_array_equal(params["histogram"]["kernel"], kernel)
+    assert json.loads((out / "config.json").read_text())["convert_options"] == {}
+    # The option reaches `infer`: with two rows of no class, the model has one row too few.
+    assert convert_command.main([*flags, "--null_classes=2"]) == 1
+    assert "misshapen: histogram.weight is (11, 30, 16), expected (10, 30, 16)" in (
+        capsys.readouterr().err
+    )
+    with pytest.raises(SystemExit):
+        convert_command.main(["--help"])
+    assert "--null_classes" in (text := capsys.readouterr().out) and "a histogram" in text

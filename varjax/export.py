@@ -13,9 +13,8 @@ import numpy as np
 from varjax import trees
 from varjax.checkpoints.weights import WeightsDir, open_weights
 from varjax.convert.apply_map import official_buffers, to_official
-from varjax.convert.kl_files import diffusers_config, with_diffusers_names
 from varjax.convert.name_maps import name_map_of
-from varjax.convert.name_maps.name_map import ConvertOptions
+from varjax.convert.name_maps.diffusers import diffusers_config, with_diffusers_names
 from varjax.convert.weights_dir import new_directory, write_converted, write_files
 from varjax.errors import InputError, check_setting
 from varjax.models import FAMILIES, open_model, read_model, read_tokenizer, run_crop
@@ -96,7 +95,7 @@ def _note_constants(part: str, config: Any, leaves: Mapping[str, Any]) -> None:
     """Says which parameters official files do not hold, unless the official code has them so."""
     name_map = name_map_of(config)
     official = name_map.official_constants(config)
-    for path in name_map.constants(ConvertOptions()):
+    for path in name_map.constants(name_map.options()):
         if path in official and np.allclose(leaves[path], official[path]):
             continue
         code = f"; the official code has {official[path]:.6g}" if path in official else ""

@@ -18,7 +18,7 @@ from tests.helpers import golden_cases as golden
 from tests.helpers.checkpoint_files import write_trainer
 from tests.helpers.conversion import assert_official_files, refused
 from varjax import trees
-from varjax.convert import ConvertOptions, apply_map, convert, weights_dir
+from varjax.convert import apply_map, convert, weights_dir
 from varjax.convert.__main__ import main
 from varjax.convert.from_torch import find_kind
 from varjax.convert.pth.write import write_pth
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_the_official_trainer_serves_both(tmp_path):
     write_trainer(path, {"var_wo_ddp": var, "vae_local": official("base", "vae")})
     configs = convert(tmp_path / "both", var=path)
     assert (configs["tokenizer"], configs["var"]) == golden.configs("base")
-    convert(tmp_path / "tokenizer", tokenizer=path, options=ConvertOptions(scales=(1, 2, 3, 4)))
+    convert(tmp_path / "tokenizer", tokenizer=path, options=dict(scales=(1, 2, 3, 4)))
     for location in ("both", "tokenizer"):
         _, params = read_tokenizer(tmp_path / location)
         expected = golden.tokenizer_params("base")["quantizer"]["codebook"]
@@ -134,43 +134,44 @@ def test_a_checkpoint_of_the_official_trainer_serves_both(tmp_path):
 
 
 def infer_config(tensors, part, options):
-    return find_kind(tensors, part).infer(tensors, options)
+    kind = find_kind(tensors, part)
+    return kind.infer(tensors, kind.options(**options))
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_sizes_of_the_released_models_are_told_from_their_shapes(name):
     tensors = {n: np.broadcast_to(np.float32(0), s) for n, s in OFFICIAL[name].items()}
     if not name.startswith("var"):
-        assert infer_config(tensors, "tokenizer", ConvertOptions()) == VQConfig()
-        of_512 = infer_config(tensors, "tokenizer", ConvertOptions(scales=SCALES_512))
+        assert infer_config(tensors, "tokenizer", {}) == VQConfig()
+        of_512 = infer_config(tensors, "tokenizer", dict(scales=SCALES_512))
         assert of_512 == VQConfig(scales=SCALES_512)
         return
     preset = VARConfig.preset(name.removeprefix("var_"))
     # How a model was initialized is not to be seen in it.
     preset = dataclasses.replace(preset, gate_init=VARConfig.gate_init)
     tensors["lvl_1L"] = preset.pyramid.level_L[None]
-    assert infer_config(tensors, "var", ConvertOptions()) == preset
+    assert infer_config(tensors, "var", {}) == preset
     del tensors["lvl_1L"]
-    assert infer_config(tensors, "var", ConvertOptions()) == preset
+    assert infer_config(tensors, "var", {}) == preset
 
 
 def test_what_tensors_do_not_tell_is_asked_for():
     var = dict(official("no_qk_norm", "var"))
     with pytest.raises(ValueError, match="heads is unknown for width 48; give --heads"):
-        infer_config(var, "var", ConvertOptions())
+        infer_config(var, "var", {})
     del var["lvl_1L"]
     with pytest.raises(ValueError, match="4 scales with 39 tokens in total, .* --scales"):
-        infer_config(var, "var", ConvertOptions(heads=3))
+        infer_config(var, "var", dict(heads=3))
     wide = ((1, 1), (2, 2), (3, 3), (1, 25))
     with pytest.raises(ValueError, match="a map is smaller|comes after"):
-        infer_config(var, "var", ConvertOptions(heads=3, scales=wide))
+        infer_config(var, "var", dict(heads=3, scales=wide))
     assert (
-        infer_config(var, "var", ConvertOptions(heads=3, scales=(1, 2, 3, 5)))
+        infer_config(var, "var", dict(heads=3, scales=(1, 2, 3, 5)))
         == golden.configs("no_qk_norm")[1]
     )
     var["lvl_1L"] = np.repeat([0, 1], [2, 37])[None]
     with pytest.raises(ValueError, match=r"scales of \[2, 37\] tokens are not square"):
-        infer_config(var, "var", ConvertOptions(heads=3))
+        infer_config(var, "var", dict(heads=3))
     for problem, levels in {
         "int64 .1, 1.; expected integers .1, 39.": [[200000000]],
         r"levels from 0 to 2e.08; there are 4": [[0] * 38 + [200000000]],
@@ -180,12 +181,12 @@ def test_what_tensors_do_not_tell_is_asked_for():
     }.items():
         var["lvl_1L"] = np.array(levels)
         with pytest.raises(ValueError, match=problem):
-            infer_config(var, "var", ConvertOptions(heads=3))
+            infer_config(var, "var", dict(heads=3))
     var["lvl_1L"] = np.repeat([0, 1, 2, 3], [1, 4, 9, 25])[None].astype(bfloat16)
-    assert infer_config(var, "var", ConvertOptions(heads=3)).scales == (1, 2, 3, 5)
+    assert infer_config(var, "var", dict(heads=3)).scales == (1, 2, 3, 5)
     with pytest.raises(ValueError, match="the tensors have 3; omit --heads"):
-        infer_config(official("base", "var"), "var", ConvertOptions(heads=4))
-    options = ConvertOptions(scales=(1, 2, 3, 4), groups=8, phi_ratio=0.25, cosine_codes=True)
+        infer_config(official("base", "var"), "var", dict(heads=4))
+    options = dict(scales=(1, 2, 3, 4), groups=8, phi_ratio=0.25, cosine_codes=True)
     assert infer_config(official("base", "vae"), "tokenizer", options) == dataclasses.replace(
         golden.configs("base")[0], groups=8, phi_ratio=0.25, cosine_codes=True
     )

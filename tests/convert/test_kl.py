@@ -14,9 +14,10 @@ from tests.helpers import golden_kl as golden
 from tests.helpers.checkpoint_files import write_nested
 from tests.helpers.conversion import assert_official_files, refused
 from varjax.checkpoints.weights import abstract_params
-from varjax.convert import ConvertOptions, apply_map, convert
+from varjax.convert import apply_map, convert
 from varjax.convert.__main__ import main
 from varjax.convert.from_torch import find_kind
+from varjax.convert.name_maps.kl import KL
 from varjax.convert.pth.write import write_pth
 from varjax.export import export_torch
 from varjax.models import read_tokenizer
@@ -37,8 +38,8 @@ def test_the_table_is_the_released_model():
     assert apply_map.official_shapes(KLConfig()) == expected
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in expected.items()}
     kind = find_kind(tensors, "kl")
-    assert kind.infer(tensors, ConvertOptions()) == KLConfig()
-    other = ConvertOptions(image_size=(512, 256), groups=16)
+    assert kind.infer(tensors, KL.options()) == KLConfig()
+    other = KL.options(image_size=(512, 256), groups=16)
     assert kind.infer(tensors, other) == KLConfig((512, 256), groups=16)
 
 
@@ -66,13 +67,13 @@ def test_checkpoints_of_a_larger_system_are_read_too(tmp_path, capsys):
     """LDM's own: with the losses' networks, and as the first stage of a diffusion model."""
     rest = {"loss.logvar": np.zeros((), np.float32), "loss.discriminator.w": np.zeros(3)}
     write_nested(tmp_path / "ldm.ckpt", {"state_dict": golden.official() | rest})
-    convert(tmp_path / "out", ConvertOptions(image_size=64, latent_scale=0.5), kl="ldm.ckpt")
+    convert(tmp_path / "out", dict(image_size=64, latent_scale=0.5), kl="ldm.ckpt")
     assert "ldm.ckpt: not part of a KL tokenizer (AutoencoderKL), left out: loss\n" in said(capsys)
     assert read_tokenizer(tmp_path / "out")[1]["latent_std"] == 2
     whole = {f"first_stage_model.{n}": x for n, x in (golden.official() | rest).items()}
     whole |= {"model.diffusion_model.w": np.zeros(3), "first_stage_model.loss.x": np.zeros(1)}
     write_nested(tmp_path / "whole.ckpt", {"state_dict": whole})
-    convert(tmp_path / "whole", ConvertOptions(image_size=64), kl="whole.ckpt")
+    convert(tmp_path / "whole", dict(image_size=64), kl="whole.ckpt")
     params = read_tokenizer(tmp_path / "whole")[1]
     jax.tree.map(np.testing.assert_array_equal, params, golden.params())
     assert "model" in said(capsys)
@@ -116,7 +117,7 @@ def test_every_problem_is_listed(tmp_path):
 
 @pytest.mark.slow
 def test_converted_weights_encode_as_the_reference(kl, tmp_path):
-    convert(tmp_path / "out", ConvertOptions(image_size=(64, 64)), kl=kl)
+    convert(tmp_path / "out", dict(image_size=(64, 64)), kl=kl)
     tokenizer = varjax.load_tokenizer(tmp_path / "out")
     assert tokenizer.config.image_shape == (64, 64, 3)
     latents = tokenizer.encode((golden.image() + 1) / 2)

@@ -15,10 +15,12 @@ from tests.helpers import golden_kl as golden
 from tests.helpers.checkpoint_files import write_nested
 from tests.helpers.conversion import assert_official_files
 from varjax.checkpoints.weights import abstract_params
-from varjax.convert import ConvertOptions, apply_map, convert, kl_files
+from varjax.convert import apply_map, convert
 from varjax.convert.__main__ import main
 from varjax.convert.from_torch import find_kind
-from varjax.convert.kl_files import with_official_names
+from varjax.convert.name_maps import kl
+from varjax.convert.name_maps.diffusers import with_official_names
+from varjax.convert.name_maps.kl import KL
 from varjax.convert.sources import sha256_of
 from varjax.errors import InputError
 from varjax.export import export_torch
@@ -58,16 +60,16 @@ def read(out):
     return config, params, float(params["latent_std"])
 
 
-def convert_file(path, out, **options):
+def convert_file(path, out, ema=None, **options):
     given = {"image_size": 8, "groups": 4} | options
-    convert(out, ConvertOptions(**given), kl=path)
+    convert(out, given, ema, kl=path)
     return read(out)
 
 
 @pytest.mark.parametrize("name", golden.LAYOUTS)
 def test_the_tensors_tell_the_config(name):
     config, official = golden.LAYOUTS[name], golden.layout_official(name)
-    options = ConvertOptions(image_size=config.image_size)
+    options = KL.options(image_size=config.image_size)
     assert find_kind(official, "kl").infer(official, options) == config
     expected = {tensor: x.shape for tensor, x in official.items()}
     assert apply_map.official_shapes(config) == expected
@@ -80,7 +82,7 @@ def test_latent_diffusions_own_numbers(name, tmp_path):
     save_file(
         golden.diffusers_names(official, len(config.channel_mult)), tmp_path / "vae.safetensors"
     )
-    options = ConvertOptions(image_size=config.image_size, latent_scale=0.5)
+    options = dict(image_size=config.image_size, latent_scale=0.5)
     convert(tmp_path / "out", options, kl=tmp_path / "vae.safetensors")
     tokenizer, expected = varjax.load_tokenizer(tmp_path / "out"), golden.layout_outputs(name)
     latents = tokenizer.encode((golden.layout_images(name) + 1) / 2)
@@ -111,7 +113,7 @@ def test_presets_are_the_released_autoencoders(name):
         expected = {f"{half}.{way}.{i}.attn.{j}.q.weight" for i in levels for j in range(blocks)}
         assert found == expected
     tensors = {n: np.broadcast_to(np.float32(0), shape) for n, shape in shapes.items()}
-    assert find_kind(tensors, "kl").infer(tensors, ConvertOptions()) == config
+    assert find_kind(tensors, "kl").infer(tensors, KL.options()) == config
     if name == "kl_f8":  # Stable Diffusion's
         assert sum(np.prod(shape, dtype=int) for shape in shapes.values()) == 83_653_863
 
@@ -193,7 +195,7 @@ def test_the_scale_is_told_by_flag_file_or_digest(tmp_path, capsys, monkeypatch)
     ):
         convert_file(tmp_path / "vae.ckpt", tmp_path / "out")
     (digest,) = sha256_of([tmp_path / "vae.ckpt"]).values()
-    monkeypatch.setitem(kl_files.KNOWN_FILES, digest, (0.125, 0.5))
+    monkeypatch.setitem(kl.KNOWN_FILES, digest, (0.125, 0.5))
     found = convert_file(tmp_path / "vae.ckpt", tmp_path / "out")
     assert found[2] == 8 and found[0] == dataclasses.replace(config, latent_shift=0.5)
     said = capsys.readouterr().err
@@ -219,16 +221,16 @@ def test_the_shift_goes_both_ways():
 
 def test_wrong_tensors_and_settings_are_refused():
     _, official = tiny(**VARIANTS["in both halves"])
-    config = find_kind(official, "kl").infer(official, ConvertOptions(groups=4, image_size=8))
+    config = find_kind(official, "kl").infer(official, KL.options(groups=4, image_size=8))
     cut = {n: x for n, x in official.items() if n != "decoder.up.0.attn.1.q.bias"}
     with pytest.raises(InputError, match=r"missing: decoder.up.0.attn.1.q.bias \(8,\)"):
         apply_map.lazy_leaves(config, cut)
     high = official | {"encoder.down.7.attn.0.q.weight": np.zeros((8, 8, 1, 1), np.float32)}
     with pytest.raises(InputError):
-        find_kind(high, "kl").infer(high, ConvertOptions(groups=4))
+        find_kind(high, "kl").infer(high, KL.options(groups=4))
     high = official | {"decoder.up.7.attn.0.q.weight": np.zeros((8, 8, 1, 1), np.float32)}
     with pytest.raises(InputError, match="the decoder has attention at level 7 of 2 levels"):
-        find_kind(high, "kl").infer(high, ConvertOptions(groups=4))
+        find_kind(high, "kl").infer(high, KL.options(groups=4))
     for attention in ((0,), (-1, -1), (-1, -2), (-6,)):
         with pytest.raises(InputError, match=r"decoder_attention=.*from -5 .* to -1"):
             KLConfig(decoder_attention=attention)

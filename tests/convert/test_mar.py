@@ -16,7 +16,7 @@ from tests.helpers.checkpoint_files import write_nested
 from tests.helpers.conversion import assert_official_files, refused
 from tests.mar import golden
 from varjax.config import config_tree
-from varjax.convert import ConvertOptions, apply_map, convert
+from varjax.convert import apply_map, convert
 from varjax.convert.__main__ import main
 from varjax.convert.from_torch import find_kind, infer_configs
 from varjax.convert.name_maps import MAR
@@ -36,7 +36,7 @@ OFFICIAL = json.loads((weights.HERE / "official_mar_state_dicts.json").read_text
 RELEASED = {"mar_base": ("mar_b", 2.9), "mar_large": ("mar_l", 3.0), "mar_huge": ("mar_h", 3.2)}
 KL = KLConfig(8, width=8, channel_mult=(1, 2), blocks=1, groups=4, latent_channels=4)
 FLAGS = ("--mar_heads=3,3", "--groups=4")  # what these tensors cannot tell
-OPTIONS = ConvertOptions(mar_heads=(3, 3), groups=4)
+OPTIONS = dict(mar_heads=(3, 3), groups=4)
 
 
 @functools.cache
@@ -167,7 +167,7 @@ def test_a_run_goes_to_pytorch_and_comes_back(tmp_path, capsys):
     assert shapes == apply_map.official_shapes(runs.MAR)
     convert(
         tmp_path / "back",
-        ConvertOptions(mar_heads=(2, 2), groups=4, latent_scale=1 / std),
+        dict(mar_heads=(2, 2), groups=4, latent_scale=1 / std),
         mar=tmp_path / "torch/mar.pth",
         kl=tmp_path / "torch/tokenizer.pth",
     )
@@ -212,7 +212,7 @@ def test_averaged_weights_are_preferred(files, tmp_path, capsys):
 @pytest.mark.parametrize("name", RELEASED)
 def test_sizes_and_guidance_of_the_released_models(name):
     preset, guidance = RELEASED[name]
-    config = MAR.infer(released(name), ConvertOptions())
+    config = MAR.infer(released(name), MAR.options())
     assert config == MARConfig.preset(preset)
     assert MAR.sampling is not None
     assert MAR.sampling(config) == MAROptions(guidance=guidance)
@@ -230,7 +230,7 @@ def together(mar, kl, tmp_path, **options):
         "tokenizer": Source(tmp_path / "kl", find_kind(kl, "kl"), kl),
         "mar": Source(tmp_path / "mar", find_kind(mar, "mar"), mar),
     }
-    configs = infer_configs(sources, ConvertOptions(**options))
+    configs = infer_configs(sources, options)
     return configs["tokenizer"], configs["mar"]
 
 
@@ -252,17 +252,17 @@ def test_the_transformer_says_the_size_of_images_and_the_tokenizer_that_of_laten
 
 def test_a_transformer_alone_takes_the_size_of_images():
     mar = released("mar_base")
-    assert MAR.infer(mar, ConvertOptions(image_size=(512, 128))).latent_map == (32, 8)
+    assert MAR.infer(mar, MAR.options(image_size=(512, 128))).latent_map == (32, 8)
     wanted = "the transformer has 256 tokens of 16x16 pixels"
     for size in (512, (256, 384), (256, 250), (0, 0), (-256, -256)):
         with pytest.raises(InputError, match=rf"image_size=.*: {wanted}, which do not form"):
-            MAR.infer(mar, ConvertOptions(image_size=size))
+            MAR.infer(mar, MAR.options(image_size=size))
     mar = {n: np.broadcast_to(np.float32(0), _longer(x.shape)) for n, x in mar.items()}
     with pytest.raises(
         InputError, match="its 288 tokens do not form a square; give --image_size=HxW"
     ):
-        MAR.infer(mar, ConvertOptions())
-    assert MAR.infer(mar, ConvertOptions(image_size=(256, 288))).latent_map == (16, 18)
+        MAR.infer(mar, MAR.options())
+    assert MAR.infer(mar, MAR.options(image_size=(256, 288))).latent_map == (16, 18)
 
 
 def _longer(shape):
@@ -273,17 +273,17 @@ def _longer(shape):
 def test_what_tensors_do_not_tell_is_asked_for():
     mar = official()
     with pytest.raises(InputError, match="4 numbers, .* 16 channels; .* or --latent_channels"):
-        MAR.infer(mar, ConvertOptions(mar_heads=(3, 3)))
+        MAR.infer(mar, MAR.options(mar_heads=(3, 3)))
     with pytest.raises(InputError, match="4 numbers, .* of 3 channels"):
-        MAR.infer(mar, ConvertOptions(mar_heads=(3, 3), latent_channels=3))
+        MAR.infer(mar, MAR.options(mar_heads=(3, 3), latent_channels=3))
     for channels in (0, -1):
         with pytest.raises(InputError, match=f"latent_channels={channels}: must be 1 or more"):
-            MAR.infer(mar, ConvertOptions(latent_channels=channels))
+            MAR.infer(mar, MAR.options(latent_channels=channels))
     with pytest.raises(InputError, match="heads is unknown for width 48; give --mar_heads"):
-        MAR.infer(mar, ConvertOptions(latent_channels=4))
+        MAR.infer(mar, MAR.options(latent_channels=4))
     with pytest.raises(InputError, match="decoder_heads=5: must be a divisor of width=48"):
-        MAR.infer(mar, ConvertOptions(latent_channels=4, mar_heads=(3, 5)))
-    config = MAR.infer(mar, ConvertOptions(latent_channels=4, mar_heads=(3, 2)))
+        MAR.infer(mar, MAR.options(latent_channels=4, mar_heads=(3, 5)))
+    config = MAR.infer(mar, MAR.options(latent_channels=4, mar_heads=(3, 2)))
     assert (config.encoder_heads, config.decoder_heads) == (3, 2)
 
 
@@ -322,7 +322,7 @@ def test_encoder_and_decoder_may_differ_in_width_depth_and_heads(tmp_path):
         for name, x in more.items():
             last = name.endswith(("attn.proj.weight", "attn.proj.bias", "fc2.weight", "fc2.bias"))
             wide[name.replace("blocks.0.", f"blocks.{i}.")] = 0 * x if last else x
-    options = ConvertOptions(mar_heads=(6, 3), latent_channels=4)
+    options = MAR.options(mar_heads=(6, 3), latent_channels=4)
     config = MAR.infer(wide, options)
     assert config == dataclasses.replace(
         case.config, width=96, decoder_width=48, encoder_heads=6, encoder_depth=depth + 2
@@ -344,14 +344,14 @@ def test_each_half_of_a_released_width_has_its_own_heads():
         for name, shape in OFFICIAL["mar_large"].items()
         if name == "diffusion_pos_embed_learned"
     }
-    config = MAR.infer(mar, ConvertOptions())
+    config = MAR.infer(mar, MAR.options())
     assert (config.width, config.hidden_width) == (1024, 1280)
     assert (config.encoder_heads, config.decoder_heads) == (16, 16)
     mar["diffusion_pos_embed_learned"] = np.broadcast_to(np.float32(0), (1, 256, 512))
-    assert MAR.infer(mar, ConvertOptions()).decoder_heads == 8
+    assert MAR.infer(mar, MAR.options()).decoder_heads == 8
     mar["diffusion_pos_embed_learned"] = np.broadcast_to(np.float32(0), (1, 256, 500))
     with pytest.raises(InputError, match="heads is unknown for width 500; give --mar_heads"):
-        MAR.infer(mar, ConvertOptions())
+        MAR.infer(mar, MAR.options())
 
 
 def test_swapped_files_are_refused_with_the_reason(files, tmp_path, capsys):

@@ -26,7 +26,6 @@ from varjax.checkpoints.weights import open_weights
 from varjax.convert.apply_map import lazy_leaves
 from varjax.convert.from_torch import find_kind, infer_configs
 from varjax.convert.inception import read_graph
-from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.official_files import find_state_dicts, own_tensors
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.sources import Source
@@ -44,10 +43,10 @@ from varjax.storage.untrusted import MAX_PIXELS, bytes_on_disk
 ROOM, RATIO = 2**27, 16  # bytes that reading may take, and for each byte of the file
 DATA = {"npz", "npy", "json", "run", "bucket", "orbax"}
 OPTIONS = {
-    "var": ConvertOptions(),
-    "tokenizer": ConvertOptions(groups=4, scales=(1, 2)),
-    "kl": ConvertOptions(groups=4),
-    "mar": ConvertOptions(latent_channels=4, mar_heads=(2, 2)),
+    "var": dict(),
+    "tokenizer": dict(groups=4, scales=(1, 2)),
+    "kl": dict(groups=4),
+    "mar": dict(latent_channels=4, mar_heads=(2, 2)),
 }
 
 
@@ -109,7 +108,7 @@ def describe(path: pathlib.Path) -> None:
     kind = find_kind(tensors, flag)
     own, _ = own_tensors(kind, tensors)
     config = infer_configs({kind.part: Source(path, kind, own)}, OPTIONS[flag])[kind.part]
-    lazy_leaves(config, own, OPTIONS[flag])
+    lazy_leaves(config, own, kind.own_options(OPTIONS[flag]))
 
 
 def memory_used() -> int:

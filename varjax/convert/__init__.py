@@ -6,11 +6,9 @@ varjax convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights
 from varjax.convert.from_torch import convert
 from varjax.convert.inception import convert_inception
 from varjax.convert.lpips import convert_lpips
-from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.pretrained import resolve_weights
 
 __all__ = [
-    "ConvertOptions",
     "convert",
     "convert_inception",
     "convert_lpips",

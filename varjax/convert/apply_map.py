@@ -10,14 +10,13 @@ import numpy as np
 
 from varjax import trees
 from varjax.checkpoints.weights import abstract_params
-from varjax.convert.name_maps import NAME_MAPS, name_map_of
-from varjax.convert.name_maps.name_map import ConvertOptions, Link, Tensors
+from varjax.convert.name_maps import kinds, name_map_of
+from varjax.convert.name_maps.name_map import Link, Tensors
 from varjax.errors import InputError
 from varjax.storage.safetensors_io import LazyArray, Tensor
 from varjax.storage.untrusted import abridged, shown
 from varjax.trees import PyTree
 
-BUFFER_NAMES = frozenset(name for name_map in NAME_MAPS for name in name_map.buffer_names)
 FLOAT32 = np.dtype(np.float32)
 
 
@@ -28,13 +27,14 @@ def official_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 
 def is_weight(name: str) -> bool:
     """Returns whether an official name belongs to a weight rather than a buffer."""
-    return name.rsplit(".", 1)[-1] not in BUFFER_NAMES
+    last_part = name.rsplit(".", 1)[-1]
+    return not any(last_part in kind.buffer_names for kind in kinds().values())
 
 
 def from_official(
     config: Any,
     tensors: Tensors,
-    options: ConvertOptions = ConvertOptions(),  # noqa: B008  (frozen)
+    options: Any = None,
 ) -> PyTree:
     """Converts official tensors into a tree of our parameters, NumPy float32.
 
@@ -47,14 +47,15 @@ def from_official(
 def lazy_leaves(
     config: Any,
     tensors: Tensors,
-    options: ConvertOptions = ConvertOptions(),  # noqa: B008  (frozen)
+    options: Any = None,
 ) -> dict[str, Tensor]:
     """Converts official tensors into our parameters by path, each computed when it is used.
 
     Args:
-        config: config of the model, of one of the classes in NAME_MAPS.
+        config: config of the model, of one of the classes in `NAME_MAPS`.
         tensors: official tensors of any floating-point format, with or without buffers.
-        options: conversion options, which supply parameters that no tensor holds.
+        options: options of the kind, which supply parameters that no tensor holds; None for the
+            defaults.
 
     Returns:
         Float32 arrays by path, "blocks/attn/q/kernel".
@@ -63,7 +64,7 @@ def lazy_leaves(
         InputError: lists every missing, unexpected, misshapen and mistyped tensor.
     """
     name_map, params = name_map_of(config), trees.paths(abstract_params(config))
-    constants = name_map.constants(options)
+    constants = name_map.constants(options or name_map.options())
     params = {path: leaf for path, leaf in params.items() if path not in constants}
     leaves = leaves_by_table(name_map.table(config), params, _weights(tensors))
     return {**leaves, **constants}

@@ -1,6 +1,5 @@
 """Converts official PyTorch weights into a directory of weights."""
 
-import dataclasses
 import os
 import pathlib
 import sys
@@ -8,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from varjax.convert.apply_map import is_weight, lazy_leaves
-from varjax.convert.kl_files import with_latent_units, with_official_names
-from varjax.convert.name_maps import NAME_MAPS
-from varjax.convert.name_maps.name_map import ConvertOptions, NameMap, Tensors
+from varjax.convert.name_maps import kinds, option_fields
+from varjax.convert.name_maps.diffusers import with_official_names
+from varjax.convert.name_maps.name_map import NameMap, Tensors
 from varjax.convert.official_files import (
     AVERAGED,
     HMAR,
     HMAR_NAMES,
-    TRAINER_KEYS,
     averaged_key,
     find_state_dicts,
     local_files,
@@ -32,14 +30,12 @@ from varjax.convert.weights_dir import (
 from varjax.errors import InputError
 from varjax.storage.files import as_path
 from varjax.storage.untrusted import abridged
-from varjax.tokenizers.kl.model import KLConfig
-
-KINDS = {name_map.flag: name_map for name_map in NAME_MAPS}
 
 
 def convert(
     out: str | os.PathLike,
-    options: ConvertOptions = ConvertOptions(),  # noqa: B008  (frozen)
+    options: Mapping[str, Any] | None = None,
+    ema: bool | None = None,
     **files: str | os.PathLike | None,
 ) -> dict[str, Any]:
     """Writes a directory of weights from official .pth or .safetensors files.
@@ -52,7 +48,10 @@ def convert(
 
     Args:
         out: directory to write. An existing one is replaced only if it holds the same models.
-        options: settings of the models that the files do not contain.
+        options: settings that the files do not contain, by name: {"groups": 16}; the `options` of
+            the name maps.
+        ema: True reads a checkpoint's averaged weights, False the others; None reads the averaged
+            weights if there are any.
         files: official files by flag: a tokenizer (`tokenizer` or `kl`), a model of its latents
             (`var` or `mar`), or both. A checkpoint of VAR's trainer given as `var` serves as both.
             For a checkpoint in several parts, give the index that names them,
@@ -65,22 +64,33 @@ def convert(
         InputError: names every file that is damaged or holds something else, every tensor that does
             not fit its model, or why the models do not fit each other.
     """
-    if unknown := files.keys() - KINDS.keys():
-        raise InputError(f"unknown part {', '.join(unknown)}; known parts are {', '.join(KINDS)}")
+    options = {name: x for name, x in (options or {}).items() if x is not None}
+    for what, names, known in (("part", files, kinds()), ("option", options, option_fields())):
+        if unknown := names.keys() - known.keys():
+            raise InputError(
+                f"unknown {what} {', '.join(unknown)}; known {what}s are {', '.join(known)}"
+            )
+    chosen = {name: x for name, x in options.items() if x != option_fields()[name]["default"]}
+    if ema is not None:
+        chosen["ema"] = ema
     out = as_path(out)
     locations = {flag: as_path(file) for flag, file in files.items() if file is not None}
-    sources, chosen = _read_sources(locations, options.ema), _chosen(options)
+    sources = _read_sources(locations, ema)
     check_weights_dir(out, converted_files(sources))
-    if (tokenizer := sources.get("tokenizer")) and tokenizer.kind.config is KLConfig:
-        location = locations.get(tokenizer.kind.flag, tokenizer.path)
+    for source in sources.values():
+        location = locations.get(source.kind.flag, source.path)
         with errors_naming(location):
-            options = with_latent_units(tokenizer, location, options)
+            own = source.kind.own_options(options)
+            options |= source.kind.file_options(source, location, own)
     configs = infer_configs(sources, options)
     models, problems, sampling = {}, Problems(), None
     for part, config in configs.items():
         source = sources[part]
         with problems.collected(), errors_naming(source.path):
-            models[part] = config, lazy_leaves(config, source.tensors, options)
+            models[part] = (
+                config,
+                lazy_leaves(config, source.tensors, source.kind.own_options(options)),
+            )
         if source.kind.sampling:
             sampling = source.kind.sampling(config)
     problems.check()
@@ -92,27 +102,21 @@ def convert(
     return configs
 
 
-def _chosen(options: ConvertOptions) -> dict[str, Any]:
-    """Returns the options that differ from the defaults, as JSON data."""
-    fields = dataclasses.fields(options)
-    return {f.name: value for f in fields if (value := getattr(options, f.name)) != f.default}
-
-
 def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[str, Source]:
     """Reads the source of each part; files of models may hold a tokenizer too."""
     if not files:
         raise InputError("there is nothing to convert; give a tokenizer, a transformer or both")
-    parts = [KINDS[flag].part for flag in files]
-    if twice := [flag for flag in files if parts.count(KINDS[flag].part) > 1]:
+    parts = [kinds()[flag].part for flag in files]
+    if twice := [flag for flag in files if parts.count(kinds()[flag].part) > 1]:
         flags = " and ".join(f"--{flag}" for flag in twice)
-        raise InputError(f"{flags} are both the {KINDS[twice[0]].part}; give one of them")
-    if len(models := [flag for flag in files if KINDS[flag].reads]) > 1:
+        raise InputError(f"{flags} are both the {kinds()[twice[0]].part}; give one of them")
+    if len(models := [flag for flag in files if kinds()[flag].reads]) > 1:
         flags = " and ".join(f"--{flag}" for flag in models)
         raise InputError(f"{flags} are both models of latents; a directory holds one of them")
     sources: dict[str, Source] = {}
     problems, averaged = Problems(), False
     # In the order of `infer_configs`, so that problems of the model's file are listed first.
-    for flag in sorted(files, key=lambda flag: KINDS[flag].part == "tokenizer"):
+    for flag in sorted(files, key=lambda flag: kinds()[flag].part == "tokenizer"):
         path = files[flag]
         with problems.collected():
             local = local_files(path)
@@ -128,10 +132,10 @@ def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[s
             with errors_naming(path):
                 state_dicts = find_state_dicts(checkpoint, ema)
                 if not state_dicts.keys() & {"", flag}:
-                    inside = ", ".join(TRAINER_KEYS[other] for other in state_dicts)
+                    inside = ", ".join(str(kinds()[other].trainer_key) for other in state_dicts)
                     raise InputError(f"is a trainer's checkpoint that holds only {inside}")
                 state_dict = state_dicts.get(flag) or state_dicts[""]
-                sources[KINDS[flag].part] = _source(local, flag, state_dict)
+                sources[kinds()[flag].part] = _source(local, flag, state_dict)
                 if "tokenizer" in state_dicts and "tokenizer" not in parts:
                     sources["tokenizer"] = _source(local, "tokenizer", state_dicts["tokenizer"])
     problems.check()
@@ -154,12 +158,12 @@ def _source(files: Sequence[pathlib.Path], flag: str, held: Tensors) -> Source:
     return Source(path, kind, own, held, tuple(files))
 
 
-def infer_configs(sources: Mapping[str, Source], options: ConvertOptions) -> dict[str, Any]:
+def infer_configs(sources: Mapping[str, Source], options: Mapping[str, Any]) -> dict[str, Any]:
     """Infers the configs of models that belong together.
 
     Args:
         sources: source of each part: "tokenizer", "var" or "mar".
-        options: settings of the models that the files do not contain.
+        options: settings that the files do not contain, by name.
 
     Returns:
         The config of each part.
@@ -182,12 +186,19 @@ def infer_configs(sources: Mapping[str, Source], options: ConvertOptions) -> dic
     # tokenizer's file does. Only that file determines the shape of the latents.
     if tokenizer:
         with errors_naming(tokenizer.path):
-            options = tokenizer.kind.model_options(tokenizer.tensors, options)
+            known = tokenizer.kind.latent_options(tokenizer.tensors)
+            for name, x in known.items():
+                if options.get(name) not in (None, x):
+                    raise InputError(
+                        f"{name}={options[name]}, but its latents have {x}; omit --{name}"
+                    )
+            options = {**options, **known}
     for part in sorted(sources, key=lambda part: part == "tokenizer"):
         source = sources[part]
         with errors_naming(source.path):
-            configs[part] = source.kind.infer(source.tensors, options)
-        options = source.kind.tokenizer_options(configs[part], options)
+            own = source.kind.own_options(options)
+            configs[part] = source.kind.infer(source.tensors, own)
+        options = {**options, **source.kind.tokenizer_options(configs[part], own)}
     for source in models:
         if source.kind.check_fit:
             source.kind.check_fit(configs["tokenizer"], configs[source.kind.part])
@@ -199,17 +210,21 @@ def find_kind(tensors: Tensors, flag: str) -> NameMap:
     if foreign := [n for n in tensors if n.startswith(HMAR_NAMES)]:
         raise InputError(f"holds {HMAR}, as {foreign[0]} shows; varjax does not support it")
     name_map = next(
-        (kind for kind in NAME_MAPS if {kind.known_by, kind.prefix + kind.known_by} & set(tensors)),
+        (
+            kind
+            for kind in kinds().values()
+            if {kind.known_by, kind.prefix + kind.known_by} & set(tensors)
+        ),
         None,
     )
     if name_map is None:
-        known = " nor ".join(kind.description for kind in NAME_MAPS)
-        names = " nor ".join(kind.known_by for kind in NAME_MAPS)
+        known = " nor ".join(kind.description for kind in kinds().values())
+        names = " nor ".join(kind.known_by for kind in kinds().values())
         raise InputError(
             f"holds neither {known}: among its {len(tensors)} tensors is neither {names}"
         )
     if name_map.flag != flag:
-        wanted = next(kind.description for kind in NAME_MAPS if kind.flag == flag)
+        wanted = kinds()[flag].description
         raise InputError(
             f"holds {name_map.description}, not {wanted}; give it as --{name_map.flag} instead"
         )

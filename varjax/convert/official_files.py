@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from varjax.convert.name_maps import NAME_MAPS
+from varjax.convert.name_maps import kinds
 from varjax.convert.name_maps.name_map import NameMap, Tensors
 from varjax.convert.pth.read import read_checkpoint
 from varjax.errors import InputError
@@ -81,7 +81,6 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     return {str(name): str(part) for name, part in weight_map.items()}
 
 
-TRAINER_KEYS = {kind.flag: kind.trainer_key for kind in NAME_MAPS if kind.trainer_key}
 # Keys under which trainers keep averaged weights next to "model": MAR's; DeiT's and later ones'.
 AVERAGED = ("model_ema", "ema")
 WRAPPERS = ("state_dict", "model")
@@ -116,7 +115,7 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
             raise InputError(f"holds {HMAR}, as {HMAR_TRAINER} shows; varjax does not support it")
         state_dicts = {
             flag: weights
-            for flag, key in TRAINER_KEYS.items()
+            for flag, key in _trainer_keys().items()
             if isinstance(weights := trainer.get(key), dict) and weights
         }
         if state_dicts:
@@ -155,6 +154,10 @@ def own_tensors(kind: NameMap, tensors: Tensors) -> tuple[dict[str, np.ndarray],
     return own, list(dict.fromkeys(others))
 
 
+def _trainer_keys() -> dict[str, str]:
+    return {flag: kind.trainer_key for flag, kind in kinds().items() if kind.trainer_key}
+
+
 def _is_state_dict(entry: Any) -> bool:
     return isinstance(entry, dict) and any(isinstance(x, np.ndarray) for x in entry.values())
 
@@ -167,7 +170,7 @@ def _clean(weights: Any) -> dict[str, np.ndarray]:
         raise InputError(
             f"{len(strange)} of {len(weights)} entries are not arrays: {shown(strange)}; weights "
             f"must be at the top level, in {', '.join((*AVERAGED, *WRAPPERS))} or in trainer/"
-            f"{', '.join(TRAINER_KEYS.values())}; save only the weights"
+            f"{', '.join(_trainer_keys().values())}; save only the weights"
         )
     named = {_without_prefixes(check_name(key)): x for key, x in weights.items()}
     if len(named) < len(weights):

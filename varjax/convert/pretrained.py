@@ -18,7 +18,6 @@ import sys
 
 from varjax.convert.from_torch import convert
 from varjax.convert.name_maps import NAME_MAPS
-from varjax.convert.name_maps.name_map import ConvertOptions
 from varjax.convert.sources import sha256_of
 from varjax.errors import InputError
 from varjax.storage import files, folders
@@ -150,4 +149,4 @@ def _fetch(name: str, directory: pathlib.Path) -> None:
     for flag, path in sources.items():
         file = release.files[flag]
         _check_digest(path, release.repo, release.commit, file, release.sha256.get(file))
-    convert(directory, ConvertOptions(), **sources)
+    convert(directory, options=None, ema=None, **sources)

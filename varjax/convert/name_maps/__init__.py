@@ -1,5 +1,7 @@
 """Lists the kinds of official models that can be converted; each has a file and a line here."""
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from varjax.convert.name_maps.kl import KL
@@ -14,3 +16,17 @@ NAME_MAPS = (VQ, KL, MAR, VAR)  # the first whose tensor `known_by` is in a file
 def name_map_of(config: Any) -> NameMap:
     """Returns the name map of the model that `config` describes."""
     return next(name_map for name_map in NAME_MAPS if isinstance(config, name_map.config))
+
+
+def kinds() -> dict[str, NameMap]:
+    """Returns the name maps by the flag that takes their files."""
+    return {name_map.flag: name_map for name_map in NAME_MAPS}
+
+
+def option_fields() -> dict[str, Mapping[str, Any]]:
+    """Returns what `option` was given for the options of all kinds, by name, with the default."""
+    options: dict[str, Mapping[str, Any]] = {}
+    for name_map in NAME_MAPS:
+        for field in dataclasses.fields(name_map.options):
+            options.setdefault(field.name, {"default": field.default, **field.metadata})
+    return options

@@ -10,6 +10,7 @@ from varjax.convert.name_maps.name_map import (
     conv_links,
     count_numbers,
     norm_links,
+    option,
     tensor_shape,
 )
 from varjax.errors import InputError
@@ -25,6 +26,11 @@ class AutoencoderSizes(Protocol):
     def channel_mult(self) -> tuple[int, ...]: ...
     @property
     def blocks(self) -> int: ...
+
+
+def groups_option() -> Any:
+    """Makes the option `groups`."""
+    return option(32, "groups in each group norm of the tokenizer (32)", int)
 
 
 def infer_autoencoder(tensors: Tensors) -> dict[str, Any]:

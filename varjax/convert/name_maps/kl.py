@@ -2,25 +2,33 @@
 
 import dataclasses
 import math
+import pathlib
+import sys
+from typing import Any
 
 import numpy as np
 
 from varjax.convert.name_maps.autoencoder import (
     autoencoder_links,
+    groups_option,
     infer_attention,
     infer_autoencoder,
 )
+from varjax.convert.name_maps.diffusers import is_diffusers
 from varjax.convert.name_maps.name_map import (
-    ConvertOptions,
     Link,
     NameMap,
     Release,
     Tensors,
     conv_links,
+    option,
+    parse_side,
     tensor_shape,
 )
+from varjax.convert.sources import Source, sha256_of
 from varjax.errors import InputError, check_setting
 from varjax.nn.autoencoder import COARSEST, downsampling
+from varjax.storage import files
 from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig
 
 # A copy of the official files. At this commit they are as they were published; later commits have
@@ -31,9 +39,59 @@ MAR_PAGE = "https://github.com/LTH14/mar"
 KL_FILE = "kl16.ckpt"
 KL_SHA256 = {KL_FILE: "34ce001bcfffb7af67ec8af1e683a30d7bd45760855ddc7deedc1330f2cfd38f"}
 KL16_SCALE = 0.2325  # of the released KL-16, in MAR's code
+SCALE_FACTOR = "scale_factor"  # a tensor of latent diffusion models that measured their scale
+SD, SDXL, FLUX = (0.18215, 0.0), (0.13025, 0.0), (0.3611, 0.1159)
+# SHA-256 of published files that do not hold their scale -> (scale, shift). The digests are those
+# shown on the pages of Hugging Face's Hub.
+KNOWN_FILES = {
+    # stabilityai/sd-vae-ft-mse-original and -ema-original: .ckpt and .safetensors of each
+    "c6a580b13a5bc05a5e16e4dbb80608ff2ec251a162311590c1f34c013d7f3dab": SD,
+    "735e4c3a447a3255760d7f86845f09f937809baa529c17370d83e4c3758f3c75": SD,
+    "0b204ad0cae549e0a7e298d803d57e36363760dec71c63109c1da3e1147ec520": SD,
+    "95f26a5ab04779d5467d1fcecaf93160ffa523afe399b835b3e1bb77ff2d937a": SD,
+    # whole models: sd-v1-4.ckpt, v1-5-pruned-emaonly.ckpt, v2-1_768-ema-pruned.ckpt
+    "fe4efff1e174c627256e44ec2991ba279b3816e364b49f9be2abc0b3ff3f8556": SD,
+    "cc6cb27103417325ff94f52b7a5d2dde45a7515b25c255d8e396c90014281516": SD,
+    "ad2a33c361c1f593c4a1fb32ea81afce2b5bb7d1983c6b94793a26a3b54b08a0": SD,
+    # sdxl_vae.safetensors, and the whole sd_xl_base_1.0.safetensors
+    "63aeecb90ff7bc1c115395962d3e803571385b61938377bc7089b36e81e92e2e": SDXL,
+    "31e35c80fc4829d14f90153f4c74cd59c90b779f6afe05a74cd6120b893f7e5b": SDXL,
+    # ae.safetensors of FLUX.1
+    "afc8e28272cd15db3919bacdb6918ce9c1ed22e96cb12c4d5ed0fba823529e38": FLUX,
+}
 
 
-def infer_kl(tensors: Tensors, options: ConvertOptions) -> KLConfig:
+def image_size_option() -> Any:
+    """Makes the option `image_size`, which MAR has too."""
+    about = "pixels of KL or MAR images: 512 or 256x384 (the file's)"
+    return option(None, about, parse_side, "pixels like 256, or 256x384")
+
+
+@dataclasses.dataclass(frozen=True)
+class KLConvertOptions:
+    """Holds what the tensors of an `AutoencoderKL` do not say.
+
+    Attributes:
+        groups: number of groups in each group norm.
+        image_size: pixels of both sides, or (height, width). None for the size of the MAR
+            transformer's square map if there is one, else 256.
+        latent_scale: factor on the latents, 1 / standard deviation. None for the value in the file,
+            or the known value for that file; see `latent_units`.
+        latent_shift: number subtracted from the latents before scaling. None as for the scale, else
+            0.
+    """
+
+    groups: int = groups_option()
+    image_size: int | tuple[int, int] | None = image_size_option()
+    latent_scale: float | None = option(
+        None, "factor on a KL tokenizer's latents (the file's; 0.2325 for kl16.ckpt)", float
+    )
+    latent_shift: float | None = option(
+        None, "number subtracted from the latents first (the file's, else 0)", float
+    )
+
+
+def infer_kl(tensors: Tensors, options: KLConvertOptions) -> KLConfig:
     """Infers the config of an `AutoencoderKL`; the options supply the image size.
 
     Raises InputError for tensors that are missing or contradict each other.
@@ -57,21 +115,13 @@ def infer_kl(tensors: Tensors, options: ConvertOptions) -> KLConfig:
     )
 
 
-def kl_model_options(tensors: Tensors, options: ConvertOptions) -> ConvertOptions:
-    """Returns options for a model of its latents: channels, and pixels per latent.
-
-    Raises InputError if the tensors contradict `options`.
-    """
-    channels = _latent_channels(tensors)
-    if options.latent_channels not in (None, channels):
-        raise InputError(
-            f"latent_channels={options.latent_channels}, but its latents have {channels}; "
-            "omit --latent_channels"
-        )
+def kl_latent_options(tensors: Tensors) -> dict[str, Any]:
+    """Returns options for a model of the latents: their channels and pixels."""
     channel_mult = infer_autoencoder(tensors)["channel_mult"]
-    return dataclasses.replace(
-        options, latent_channels=channels, downsampling=downsampling(channel_mult)
-    )
+    return {
+        "latent_channels": _latent_channels(tensors),
+        "downsampling": downsampling(channel_mult),
+    }
 
 
 def kl_table(config: KLConfig) -> list[Link]:
@@ -84,7 +134,7 @@ def kl_table(config: KLConfig) -> list[Link]:
     return links
 
 
-def kl_constants(options: ConvertOptions) -> dict[str, np.ndarray]:
+def kl_constants(options: KLConvertOptions) -> dict[str, np.ndarray]:
     """Returns the parameter that official files lack: the scale, which is in the official code."""
     scale = KL16_SCALE if options.latent_scale is None else options.latent_scale
     return {LATENT_STD_PATH: np.array(1 / scale, np.float32)}
@@ -92,7 +142,7 @@ def kl_constants(options: ConvertOptions) -> dict[str, np.ndarray]:
 
 def kl_official_constants(config: KLConfig) -> dict[str, np.ndarray]:
     """Returns the scale in the official code, which has it for MAR's KL-16 only."""
-    return kl_constants(ConvertOptions()) if is_kl16(config) else {}
+    return kl_constants(KLConvertOptions()) if is_kl16(config) else {}
 
 
 def is_kl16(config: KLConfig) -> bool:
@@ -120,17 +170,90 @@ def _has_quant_convs(tensors: Tensors) -> bool:
     return bool({"quant_conv.weight", "post_quant_conv.weight"} & tensors.keys())
 
 
+def latent_units(
+    source: Source, location: pathlib.Path, options: KLConvertOptions
+) -> dict[str, float]:
+    """Finds `latent_scale` and `latent_shift` if the options omit them.
+
+    Reports on stderr where they come from, unless the flag sets them or the file is MAR's KL-16.
+
+    Args:
+        source: file of the tokenizer.
+        location: file as the user gave it, whose folder may contain a config.json.
+        options: options of the conversion, which take precedence.
+
+    Raises:
+        InputError: neither the flag, nor the file, nor its digest determines the scale.
+    """
+    if options.latent_scale is not None:
+        return {}
+    units, origin = None, ""
+    if SCALE_FACTOR in source.held:
+        units = _scale_factor(source.held[SCALE_FACTOR]), 0.0
+        origin = f"according to its {SCALE_FACTOR}"
+    elif is_diffusers(source.held) and (units := _units_from_config(location)):
+        origin = f"according to {location.parent / 'config.json'}"
+    elif is_kl16(infer_kl(source.tensors, options)):
+        return {"latent_scale": KL16_SCALE}
+    else:
+        (digest,) = sha256_of(source.files[:1]).values()
+        units, origin = KNOWN_FILES.get(digest), "as published for this file"
+    if units is None:
+        raise InputError(
+            "this file does not hold the scale of its latents, and its SHA-256 is unknown; give "
+            f"--latent_scale: {SD[0]} for Stable Diffusion 1 and 2, {SDXL[0]} for SDXL, {FLUX[0]} "
+            f"(and --latent_shift={FLUX[1]}) for FLUX, 0.22765929 for RDM's f16; or 1, and then "
+            "the latent_scale that `varjax evaluate-tokenizer` measures"
+        )
+    scale, shift = units
+    shift = shift if options.latent_shift is None else options.latent_shift
+    shifted = f" after subtracting {shift:g}" if shift else ""
+    print(
+        f"note: {location}: latents are multiplied by {scale:g}{shifted}, {origin}",
+        file=sys.stderr,
+    )
+    return {"latent_scale": scale, "latent_shift": shift}
+
+
+def _scale_factor(tensor: np.ndarray) -> float:
+    if tensor.size != 1 or not np.isrealobj(tensor):
+        raise InputError(f"{SCALE_FACTOR} is {tensor.dtype} {tensor.shape}; expected one number")
+    return _checked(SCALE_FACTOR, float(np.asarray(tensor).reshape(())))
+
+
+def _units_from_config(location: pathlib.Path) -> tuple[float, float] | None:
+    """Reads (scale, shift) from diffusers' config.json next to the weights; None without one."""
+    path = location.parent / "config.json"
+    config: Any = files.read_json(path) if files.exists(path) else None
+    if not isinstance(config, dict) or not str(config.get("_class_name")).startswith("Autoencoder"):
+        return None
+    # Older files omit the scale; diffusers' default is that of Stable Diffusion.
+    scale, shift = config.get("scaling_factor", SD[0]), config.get("shift_factor") or 0.0
+    for name, value in (("scaling_factor", scale), ("shift_factor", shift)):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(f"{path}: {name}={value!r}; expected a finite number")
+    return _checked("scaling_factor", float(scale)), float(shift)
+
+
+def _checked(name: str, scale: float) -> float:
+    if not (scale > 0 and math.isfinite(scale)):
+        raise InputError(f"{name}={scale}: expected a finite number above 0; give --latent_scale")
+    return scale
+
+
 KL = NameMap(
     part="tokenizer",
     flag="kl",
     description="a KL tokenizer (AutoencoderKL)",
     known_by="encoder.mid.attn_1.q.weight",
     config=KLConfig,
+    options=KLConvertOptions,
     infer=infer_kl,
     table=kl_table,
     constants=kl_constants,
     official_constants=kl_official_constants,
-    model_options=kl_model_options,
+    file_options=latent_units,
+    latent_options=kl_latent_options,
     prefix="first_stage_model.",  # in a checkpoint of a whole latent diffusion model
     ignored=("loss.",),  # LPIPS and the discriminator, in checkpoints of the tokenizer's training
     releases={"kl16": Release(MAR_REPO, {"kl": KL_FILE}, MAR_COMMIT, KL_SHA256, MAR_PAGE)},

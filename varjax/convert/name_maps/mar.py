@@ -3,10 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
-from varjax.convert.name_maps.kl import KL_FILE, KL_SHA256, MAR_COMMIT, MAR_PAGE, MAR_REPO
+from varjax.convert.name_maps.kl import (
+    KL_FILE,
+    KL_SHA256,
+    MAR_COMMIT,
+    MAR_PAGE,
+    MAR_REPO,
+    image_size_option,
+)
 from varjax.convert.name_maps.name_map import (
-    ConvertOptions,
     Link,
     NameMap,
     PublishedResult,
@@ -15,6 +22,7 @@ from varjax.convert.name_maps.name_map import (
     count_numbers,
     linear_links,
     norm_links,
+    option,
     tensor_shape,
 )
 from varjax.errors import InputError, check_setting
@@ -36,7 +44,39 @@ CHECKPOINT_SHA256 = {  # of MAR-B; those of MAR-L and MAR-H are not known
 MLP = "diffloss.net"
 
 
-def infer_mar(tensors: Tensors, options: ConvertOptions) -> MARConfig:
+def parse_heads(text: str) -> tuple[int, int]:
+    """Parses "12,16" into (12, 16); raises ValueError."""
+    encoder, decoder = map(int, text.split(","))
+    return encoder, decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class MARConvertOptions:
+    """Holds what the tensors of a `MAR` do not say.
+
+    Attributes:
+        image_size: pixels of both sides, or (height, width). None for square images.
+        latent_channels: channels of the KL tokenizer; the other factor of a token's size is its
+            patch. None for those of the tokenizer's file if it is given, else 16.
+        mar_heads: attention heads of encoder and decoder. None for those of the official model of
+            that width, else one for each 64 channels.
+        downsampling: pixels per latent along one side, as in the tokenizer's file if it is given.
+    """
+
+    image_size: int | tuple[int, int] | None = image_size_option()
+    latent_channels: int | None = option(
+        None, "channels of MAR's KL tokenizer (the file's, else 16)", int
+    )
+    mar_heads: tuple[int, int] | None = option(
+        None,
+        "attention heads of a MAR's encoder and decoder, like 12,12",
+        parse_heads,
+        "the encoder's and decoder's, 12,12",
+    )
+    downsampling: int = 16
+
+
+def infer_mar(tensors: Tensors, options: MARConvertOptions) -> MARConfig:
     """Infers the config of an official `MAR`.
 
     Raises InputError for tensors that are missing or contradict each other or `options`.
@@ -127,10 +167,10 @@ def _vit_block_links(official: str, ours: str, i: int) -> list[Link]:
     ]
 
 
-def mar_tokenizer_options(config: MARConfig, options: ConvertOptions) -> ConvertOptions:
+def mar_tokenizer_options(config: MARConfig, options: MARConvertOptions) -> dict[str, Any]:
     """Returns options for the tokenizer: the size of images, which its file does not contain."""
     H, W = (side * options.downsampling for side in config.latent_map)
-    return dataclasses.replace(options, image_size=options.image_size or (H if H == W else (H, W)))
+    return {"image_size": options.image_size or (H if H == W else (H, W))}
 
 
 def mar_sampling(config: MARConfig) -> MAROptions:
@@ -148,7 +188,7 @@ def _heads(width: int) -> int:
     return heads or width // HEAD_SIZE
 
 
-def _infer_latent_map(length: int, patch: int, options: ConvertOptions) -> tuple[int, int]:
+def _infer_latent_map(length: int, patch: int, options: MARConvertOptions) -> tuple[int, int]:
     size, token_pixels = options.image_size, patch * options.downsampling
     if size is None:
         side = math.isqrt(length)
@@ -190,6 +230,7 @@ MAR = NameMap(
     description="a transformer (MAR)",
     known_by="diffloss.net.input_proj.weight",
     config=MARConfig,
+    options=MARConvertOptions,
     infer=infer_mar,
     table=mar_table,
     tokenizer_options=mar_tokenizer_options,

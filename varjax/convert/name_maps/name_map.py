@@ -1,6 +1,7 @@
 """Defines the records that describe a kind of official model: tensors, sizes, published weights."""
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
@@ -95,45 +96,29 @@ MAX_MODEL_SIZE, MAX_LAYERS = 2**20, 2**8
 Tensors = Mapping[str, np.ndarray]  # official tensors by name
 
 
-@dataclasses.dataclass(frozen=True)
-class ConvertOptions:
-    """Holds settings that tensors do not contain; None takes the tensors' or the official value.
+def option(
+    default: Any, help: str, parse: Callable[[str], Any] | None = None, form: str = ""
+) -> Any:
+    """Makes a field of a kind's options, which is also a flag of `varjax convert`.
 
-    Attributes:
-        scales: side length or (h, w) of each token map, coarse to fine.
-        heads: attention heads of a transformer without cosine attention.
-        groups: number of groups in each group norm of a tokenizer.
-        phi_ratio: weight in [0, 1] of the φ convolutions against the identity.
-        cosine_codes: whether a tokenizer looks up codes by angle instead of by distance.
-        latent_channels: channels of the KL tokenizer that a MAR transformer uses; the other factor
-            of a token's size is its patch. None for those of the tokenizer's file if it is given,
-            else 16.
-        downsampling: pixels per latent of that tokenizer along one side; None for those of its
-            file.
-        image_size: pixels of both sides, or (height, width), of a KL tokenizer's images. None for
-            the size of the MAR transformer's square map if there is one, else 256.
-        latent_scale: factor on a KL tokenizer's latents, 1 / standard deviation. None for the value
-            in its file, or the known value for that file; see `varjax.convert.kl_files`.
-        latent_shift: number subtracted from the latents before scaling. None as for the scale, else
-            0.
-        mar_heads: attention heads of a MAR transformer's encoder and decoder. None for those of the
-            official model of that width, else one for each 64 channels.
-        ema: True reads a checkpoint's averaged weights, False the others; None reads the averaged
-            weights if there are any.
+    Kinds may share an option if it means the same in all of them; the first help is printed.
+
+    Args:
+        default: value if neither the user nor a file gives one.
+        help: help text of the flag.
+        parse: text -> value, raising ValueError; None for a flag without a value.
+        form: form of the text, for messages; None if `parse` is int or float.
     """
+    metadata = {"help": help, "parse": parse, "form": form}
+    return dataclasses.field(default=default, metadata=metadata)
 
-    scales: tuple[int | tuple[int, int], ...] | None = None
-    heads: int | None = None
-    groups: int = 32
-    phi_ratio: float = 0.5
-    cosine_codes: bool = False
-    latent_channels: int | None = None
-    downsampling: int = 16
-    image_size: int | tuple[int, int] | None = None
-    latent_scale: float | None = None
-    latent_shift: float | None = None
-    mar_heads: tuple[int, int] | None = None
-    ema: bool | None = None
+
+def parse_side(text: str) -> int | tuple[int, int]:
+    """Parses "256" into 256, and "256x384" into (256, 384); raises ValueError."""
+    if "x" not in text:
+        return int(text)
+    h, w = map(int, text.split("x"))
+    return h, w
 
 
 # ADM's statistics of ImageNet's training set, and MAR's copy of them. Their digests have not been
@@ -199,6 +184,7 @@ class NameMap:
         description: name for messages, with article: "a transformer (VAR)".
         known_by: tensor that identifies it; the first match in NAME_MAPS wins.
         config: class of the config, which has `init(key)`.
+        options: class of the options, for what tensors do not say; its fields are made by `option`.
         infer: (official tensors, options) -> config; raises InputError if tensors are missing or
             contradict each other.
         table: config -> one link for every official tensor except buffers.
@@ -210,10 +196,12 @@ class NameMap:
         ignored: prefixes of other tensors that the files may hold.
         trainer_key: key of the model in the official trainer's checkpoints, or None.
         official_constants: config -> the constants in the official code of such a model.
-        tokenizer_options: (config, options) -> options for the tokenizer, completed by what the
-            model knows about it.
-        model_options: (official tensors, options) -> the reverse, for a tokenizer: options for the
-            model of its latents, which is inferred first.
+        file_options: (source, location, options) -> options that only the file or its neighbours
+            determine, by name.
+        tokenizer_options: (config, options) -> options for the tokenizer that the model knows
+            better than the tokenizer's file, by name.
+        latent_options: official tensors of a tokenizer -> options for the model of its latents,
+            which is inferred first, by name.
         sampling: config -> the sampling options of published samples; None for a tokenizer.
         reads: class of the configs of tokenizers whose latents it reads; None for a tokenizer.
         check_fit: (tokenizer config, config) -> None; raises InputError if the model cannot read
@@ -227,22 +215,29 @@ class NameMap:
     description: str
     known_by: str
     config: type
-    infer: Callable[[Tensors, ConvertOptions], Any]
+    options: type
+    infer: Callable[[Tensors, Any], Any]
     table: Callable[[Any], list[Link]]
     buffers: Callable[[Any], dict[str, Tensor]] = lambda config: {}
     buffer_names: tuple[str, ...] = ()
-    constants: Callable[[ConvertOptions], dict[str, np.ndarray]] = lambda options: {}
+    constants: Callable[[Any], dict[str, np.ndarray]] = lambda options: {}
     official_constants: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     trainer_key: str | None = None
-    tokenizer_options: Callable[[Any, ConvertOptions], ConvertOptions] = lambda config, o: o
-    model_options: Callable[[Tensors, ConvertOptions], ConvertOptions] = lambda tensors, o: o
+    file_options: Callable[[Any, pathlib.Path, Any], dict[str, Any]] = lambda *arguments: {}
+    tokenizer_options: Callable[[Any, Any], dict[str, Any]] = lambda config, options: {}
+    latent_options: Callable[[Tensors], dict[str, Any]] = lambda tensors: {}
     sampling: Callable[[Any], Any] | None = None
     reads: type | None = None
     check_fit: Callable[[Any, Any], None] | None = None
     releases: Mapping[str, Release] = dataclasses.field(default_factory=dict)
     size_fields: tuple[str, ...] = ()
+
+    def own_options(self, options: Mapping[str, Any]) -> Any:
+        """Makes this kind's options of those of a whole conversion, by name."""
+        names = {field.name for field in dataclasses.fields(self.options)}
+        return self.options(**{name: x for name, x in options.items() if name in names})
 
 
 def tensor_shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:

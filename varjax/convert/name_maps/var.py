@@ -9,7 +9,6 @@ import numpy as np
 from varjax.convert.name_maps.name_map import (
     REFERENCE_256,
     REFERENCE_512,
-    ConvertOptions,
     Link,
     NameMap,
     PublishedResult,
@@ -17,9 +16,16 @@ from varjax.convert.name_maps.name_map import (
     Tensors,
     count_numbers,
     linear_links,
+    option,
     tensor_shape,
 )
-from varjax.convert.name_maps.vq import COMMIT, REPO, TOKENIZER_FILE, TOKENIZER_SHA256
+from varjax.convert.name_maps.vq import (
+    COMMIT,
+    REPO,
+    TOKENIZER_FILE,
+    TOKENIZER_SHA256,
+    scales_option,
+)
 from varjax.errors import InputError
 from varjax.storage.safetensors_io import LazyArray, Tensor
 from varjax.storage.untrusted import shown
@@ -43,7 +49,23 @@ SHA256 = {
 }
 
 
-def infer_var(tensors: Tensors, options: ConvertOptions) -> VARConfig:
+@dataclasses.dataclass(frozen=True)
+class VARConvertOptions:
+    """Holds what the tensors of a `VAR` do not say.
+
+    Attributes:
+        scales: side length or (h, w) of each token map, coarse to fine. None for those in the
+            tensors, else the official models'.
+        heads: attention heads, if attention is not cosine. None for one for each 64 channels.
+    """
+
+    scales: tuple[Scale, ...] | None = scales_option()
+    heads: int | None = option(
+        None, "attention heads, if attention is not cosine (width / 64)", int
+    )
+
+
+def infer_var(tensors: Tensors, options: VARConvertOptions) -> VARConfig:
     """Infers the config of an official `VAR`.
 
     Raises InputError for tensors that are missing or contradict each other or `options`.
@@ -179,12 +201,13 @@ VAR = NameMap(
     description="a transformer (VAR)",
     known_by="word_embed.weight",
     config=VARConfig,
+    options=VARConvertOptions,
     infer=infer_var,
     table=var_table,
     buffers=var_buffers,
     buffer_names=("lvl_1L", "attn_bias_for_masking", "zero_k_bias"),
     trainer_key="var_wo_ddp",
-    tokenizer_options=lambda config, o: dataclasses.replace(o, scales=config.scales),
+    tokenizer_options=lambda config, options: {"scales": config.scales},
     reads=VQConfig,
     check_fit=check_fit,
     sampling=lambda config: VAROptions(),

@@ -1,23 +1,31 @@
 """Maps the official multi-scale VQ tokenizer (`VQVAE` of FoundationVision/VAR) to ours."""
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 
-from varjax.convert.name_maps.autoencoder import autoencoder_links, infer_autoencoder
+from varjax.convert.name_maps.autoencoder import (
+    autoencoder_links,
+    groups_option,
+    infer_autoencoder,
+)
 from varjax.convert.name_maps.name_map import (
-    ConvertOptions,
     Link,
     NameMap,
     Release,
     Tensors,
     conv_links,
     count_numbers,
+    option,
+    parse_side,
     tensor_shape,
 )
 from varjax.errors import InputError
 from varjax.nn.autoencoder import COARSEST
 from varjax.storage.safetensors_io import Tensor
 from varjax.tokenizers.vq.model import VQConfig
-from varjax.tokenizers.vq.pyramid import SCALES_256
+from varjax.tokenizers.vq.pyramid import SCALES_256, Scale
 
 REPO, COMMIT = "FoundationVision/var", "6d0ee6598a42f75079aa79e58b012b57b284c91b"
 TOKENIZER_FILE = "vae_ch160v4096z32.pth"
@@ -28,7 +36,36 @@ TOKENIZER_SHA256 = {
 HITS = "quantize.ema_vocab_hit_SV"  # the buffer: how often each scale used each code
 
 
-def infer_vq(tensors: Tensors, options: ConvertOptions) -> VQConfig:
+def parse_scales(text: str) -> tuple[Scale, ...]:
+    """Parses "1,2,2x4" into (1, 2, (2, 4)); raises ValueError."""
+    return tuple(parse_side(part) for part in text.split(","))
+
+
+def scales_option() -> Any:
+    """Makes the option `scales`, which the transformer has too."""
+    about = "side lengths 1,2,3 or 1x1,2x4 (the file's, else those of 256 px)"
+    return option(None, about, parse_scales, "side lengths like 1,2,4 or 1x1,2x4")
+
+
+@dataclasses.dataclass(frozen=True)
+class VQConvertOptions:
+    """Holds what the tensors of a `VQVAE` do not say.
+
+    Attributes:
+        scales: side length or (h, w) of each token map, coarse to fine. None for the transformer's,
+            else those of 256 pixels.
+        groups: number of groups in each group norm.
+        phi_ratio: weight in [0, 1] of the φ convolutions against the identity.
+        cosine_codes: whether codes are looked up by angle instead of by distance.
+    """
+
+    scales: tuple[Scale, ...] | None = scales_option()
+    groups: int = groups_option()
+    phi_ratio: float = option(0.5, "weight of the φ convolutions (0.5)", float)
+    cosine_codes: bool = option(False, "look up codes by angle")
+
+
+def infer_vq(tensors: Tensors, options: VQConvertOptions) -> VQConfig:
     """Infers the config of an official `VQVAE`; the options supply the scales.
 
     Raises InputError for tensors that are missing or contradict each other.
@@ -82,6 +119,7 @@ VQ = NameMap(
     description="a tokenizer (VQVAE)",
     known_by="quantize.embedding.weight",
     config=VQConfig,
+    options=VQConvertOptions,
     infer=infer_vq,
     table=vq_table,
     buffers=vq_buffers,
