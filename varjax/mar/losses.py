@@ -69,7 +69,7 @@ class LossDraws:
         )
 
 
-class TokenLosses(NamedTuple):
+class MaskedTokenLosses(NamedTuple):
     """Holds the losses of all tokens of a batch.
 
     Attributes:
@@ -96,7 +96,7 @@ def token_losses(
     draws: LossDraws,
     max_known: int,
     compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
-) -> TokenLosses:
+) -> MaskedTokenLosses:
     """Computes the losses of all tokens of a batch.
 
     Args:
@@ -121,7 +121,7 @@ def token_losses(
         token_Bn = take_at(token_BL, position_Bn)
         z_BLC = apply(token_Bn, position_Bn, known_Bn, class_BC, draws.dropouts, method=MAR.hidden)
     network = config.head.network(params, compute)
-    return TokenLosses(masked_BL, *config.head.loss(network, z_BLC, token_BL, draws.noise))
+    return MaskedTokenLosses(masked_BL, *config.head.loss(network, z_BLC, token_BL, draws.noise))
 
 
 def masked_mean(x_BL: jax.Array, masked_BL: jax.Array) -> jax.Array:

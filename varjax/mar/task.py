@@ -11,7 +11,7 @@ import numpy as np
 from varjax.checkpoints.weights import open_weights, read_frozen_tokenizer, read_generator
 from varjax.errors import InputError, check_setting
 from varjax.mar.latents import TokenizerConfig, check_latents_fit, decode_tokens, encode_tokens
-from varjax.mar.losses import LossDraws, TokenLosses, content_keys, masked_mean, token_losses
+from varjax.mar.losses import LossDraws, MaskedTokenLosses, content_keys, masked_mean, token_losses
 from varjax.mar.masking import known_count, mask_ratio
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions, check_sampling, make_setup, sample_mar_tokens
@@ -174,7 +174,7 @@ class MARTask:
 
     def token_losses(
         self, params: PyTree, frozen: PyTree, batch: Batch, draws: LossDraws
-    ) -> TokenLosses:
+    ) -> MaskedTokenLosses:
         """Computes the losses of all tokens of a batch of images or latents, with "key_B"."""
         posterior_key_B = stream_keys(batch["key_B"], ImageStream.LATENT)
         token_BL = jax.lax.stop_gradient(

@@ -44,7 +44,7 @@ class TokenizerTask(ImageLossConfig, Protocol):
     def ema_decay(self) -> float: ...
 
 
-def check_settings(task: TokenizerTask, *weights: str) -> None:
+def check_decay_and_weights(task: TokenizerTask, *weights: str) -> None:
     """Raises InputError where `ema_decay` or a loss's weight, named by its field, is invalid."""
     check_setting("ema_decay", task.ema_decay, 0 <= task.ema_decay <= 1, "in [0, 1]")
     for name in weights:

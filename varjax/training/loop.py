@@ -15,7 +15,7 @@ from varjax.training.goodput import Goodput
 from varjax.training.loop_state import Due, LoopState
 from varjax.training.progress import say
 from varjax.training.run_dir import check_or_write_config, check_or_write_data
-from varjax.training.setup import Run, prepare, set_up
+from varjax.training.setup import Run, set_up, start_run
 from varjax.training.step_profiler import StepProfiler
 from varjax.training.task import TrainState
 from varjax.training.watchdog import Watchdog
@@ -65,7 +65,7 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
                 say(f"{run_dir} is finished; its results: {finished.metrics}")
             return finished.metrics
         stack.enter_context(profiler)
-        run, state = prepare(experiment, setup, stack, checkpoints, profiler, goodput, watchdog)
+        run, state = start_run(experiment, setup, stack, checkpoints, profiler, goodput, watchdog)
         return take_steps(run, state)
 
 
@@ -92,7 +92,7 @@ def take_steps(run: Run, state: TrainState) -> dict[str, float]:
             continue
         run.reporter.flush()  # raises before a state that is not finite can be saved
         with run.measure("evaluate"):
-            done = not stop and evaluate(run, step, state, due)
+            done = not stop and evaluate_state(run, step, state, due)
             loop_state.evaluation_due = due.evaluation and not done
         stop = preemption.signalled()
         if stop or due.save or run.is_finished(step):
@@ -109,14 +109,14 @@ def take_steps(run: Run, state: TrainState) -> dict[str, float]:
 def make_up_evaluation(run: Run, step: int, state: TrainState) -> None:
     """Makes up for an evaluation that a signal prevented, and completes the checkpoint with it."""
     with run.measure("evaluate"):
-        if evaluate(run, step, state, run.schedule.due(step)):
+        if evaluate_state(run, step, state, run.schedule.due(step)):
             run.loop_state.evaluation_due = False
             run.best.wait()
             run.writer.sync()
             run.checkpoints.rewrite_meta(step, run.loop_state.to_meta())
 
 
-def evaluate(run: Run, step: int, state: TrainState, due: Due) -> bool:
+def evaluate_state(run: Run, step: int, state: TrainState, due: Due) -> bool:
     """Evaluates and previews what is due; returns False if a signal interrupted it."""
     metrics: dict[str, float] = {}
     for wanted, evaluator in ((due.metrics, run.evaluator), (due.fid, run.fid)):

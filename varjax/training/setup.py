@@ -158,7 +158,7 @@ class Run:
         self.watchdog.progress()
 
 
-def prepare(
+def start_run(
     experiment: Experiment,
     setup: Setup,
     stack: contextlib.ExitStack,

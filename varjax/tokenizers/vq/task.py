@@ -24,7 +24,7 @@ from varjax.tokenizers.losses.image_losses import (
 from varjax.tokenizers.losses.lpips import LPIPSConfig
 from varjax.tokenizers.tokenizer_task import (
     check_images,
-    check_settings,
+    check_decay_and_weights,
     init_state,
     join_state,
     load_frozen_losses,
@@ -97,7 +97,7 @@ class VQTask:
     accumulate: int = 1
 
     def __post_init__(self):
-        check_settings(self, "l1", "l2", "beta")
+        check_decay_and_weights(self, "l1", "l2", "beta")
         self.codebook.check(self.model.pyramid)
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:

@@ -1,0 +1,19 @@
+"""A search for a public name finds one thing."""
+
+import ast
+import collections
+
+from tests.test_layers import FILES
+
+# A family's benchmark parts: the same three functions in each family (sampling/programs.py).
+CONTRACT = {"sampling_programs", "training_task", "training_loss"}
+
+
+def test_no_public_class_or_function_is_defined_twice():
+    modules = collections.defaultdict(list)
+    for module, file in FILES.items():
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                modules[node.name].append(module)
+    twice = {name: where for name, where in modules.items() if len(where) > 1}
+    assert twice.keys() <= CONTRACT | {"main"}, twice
