@@ -31,8 +31,8 @@ from varjax.tokenizers.losses.image_losses import (
 )
 from varjax.tokenizers.losses.lpips import LPIPSConfig
 from varjax.tokenizers.tokenizer_task import (
-    check_images,
     check_decay_and_weights,
+    check_images,
     init_state,
     join_state,
     load_frozen_losses,
