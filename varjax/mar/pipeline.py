@@ -401,7 +401,7 @@ class MARPipeline:
         if self.tokenizer is None:
             raise InputError(
                 "this model has no tokenizer, so it samples latents only (sample_latents); convert "
-                "it again, with --kl"
+                "it again with --kl"
             )
         return self.tokenizer
 
