@@ -143,6 +143,7 @@ def test_quantizer_matches_library():
     close(input_BlZ, expected_BlZ)
 
 
+@pytest.mark.slow
 def test_tokenizer_loss_matches_library():
     """Also its gradient: the decoder's passes straight through to the encoder."""
     image_BHW1 = np.tanh(noisy(4, 8, 8, 1))
@@ -216,6 +217,7 @@ def var_config():
     )
 
 
+@pytest.mark.slow
 def test_var_loss_matches_library():
     """The mean cross-entropy of the library's logits, for labels of which some are dropped."""
     params, library = var_params()
@@ -340,6 +342,7 @@ def test_patches_match_library():
     np.testing.assert_array_equal(nano_mar.unpatchify(token_BLZ), image_BHW)
 
 
+@pytest.mark.slow
 def test_diffusion_loss_matches_library():
     params, library = mar_params()
     B, L, U, Z = 4, nano_mar.L, 2, nano_mar.Z

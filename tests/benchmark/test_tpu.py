@@ -86,6 +86,7 @@ def small(monkeypatch):
     return small
 
 
+@pytest.mark.slow
 def test_pieces_of_sampling_and_training_do_the_work_of_the_whole(small):
     """The FLOP of the pieces, compiled for nothing, are those of the whole."""
     compute = ComputeConfig("bfloat16", attention_impl="xla", platform="tpu")

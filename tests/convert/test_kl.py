@@ -63,6 +63,7 @@ def test_queries_keys_and_values_come_to_lie_in_one_kernel():
         np.testing.assert_array_equal(part, official[:, :, 0, 0].T)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_a_larger_system_are_read_too(tmp_path, capsys):
     """LDM's own: with the losses' networks, and as the first stage of a diffusion model."""
     rest = {"loss.logvar": np.zeros((), np.float32), "loss.discriminator.w": np.zeros(3)}

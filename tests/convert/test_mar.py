@@ -234,6 +234,7 @@ def together(mar, kl, tmp_path, **options):
     return configs["tokenizer"], configs["mar"]
 
 
+@pytest.mark.slow
 def test_the_transformer_says_the_size_of_images_and_the_tokenizer_that_of_latents(tmp_path):
     kl16, mar = released("kl16"), released("mar_base")
     assert together(mar, kl16, tmp_path) == (KLConfig(), MARConfig())

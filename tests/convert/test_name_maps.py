@@ -23,6 +23,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OFFICIAL)
 def test_tables_and_buffers_are_the_released_models(name):
     var = name.startswith("var")

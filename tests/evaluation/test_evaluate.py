@@ -40,6 +40,7 @@ def digits_npz(path, split="held_out", order=slice(None)):
     np.savez(path, arr_0=np.repeat(images, 3, axis=-1), labels=labels)
 
 
+@pytest.mark.slow
 def test_real_digits_are_near_and_noise_is_far(tmp_path, capsys):
     digits_npz("real.npz")
     assert run("real.npz", *PIXELS, "--out=real.json") == 0

@@ -41,6 +41,7 @@ def test_parameter_shapes_match_reference(preset):
     assert apply_map.official_shapes(config) == official
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 def test_tokens_and_hidden_match_reference(name):
     case = golden.case(name)
@@ -89,6 +90,7 @@ def test_padding_has_no_effect_and_no_gradient(attention):
     assert not grad_BnZ[:, case.known :].any() and grad_BnZ[:, : case.known].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", golden.CASES)
 def test_diffusion_loss_matches_reference(name):
     case = golden.case(name)

@@ -110,6 +110,7 @@ def stand_in(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key_mask_BL", [None, KEY_MASK_BL])
 def test_the_fused_kernel_gets_even_lengths_and_gives_the_same(stand_in, key_mask_BL):
     half = [x.astype(jnp.bfloat16) for x in (Q, K, V)]

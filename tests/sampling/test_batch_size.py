@@ -48,6 +48,7 @@ def labels():
     return jnp.zeros(BATCH, jnp.int32), image_keys(0, jnp.arange(BATCH))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("guided", "scales"), [(True, SCALES_256), (False, SCALES_256), (True, SCALES_512)]
 )
@@ -116,6 +117,7 @@ def test_var_s_plain_attention_needs_its_matrices_beside_the_rest(labels, guided
     assert needed[0] - needed[1] == 2 * matrices(plain)
 
 
+@pytest.mark.slow
 def test_a_decoder_needs_what_the_arithmetic_says(labels):
     var, tokenizer = VARConfig(depth=1, width=64, heads=1), VQConfig()
     params = jax.eval_shape(
@@ -136,6 +138,7 @@ def test_a_batch_that_has_no_good_pieces_is_decoded_whole():
     assert whole > 4 * pieces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("steps", "changes"),
     [(8, {}), (1, {}), (8, {"head": CategoricalHead(4096)}), (8, {"causal": True})],
@@ -239,6 +242,7 @@ def test_what_fits_is_printed_for_memories(capsys):
         benchmark.main(["--fits=0,x"])
 
 
+@pytest.mark.slow
 def test_the_command_takes_auto_a_number_and_nothing_else(tmp_path, capsys):
     out = tmp_path / "a.npz"
     flags = [f"--weights={runs.mar()}", "--labels=1", "--count=2", "--steps=2"]

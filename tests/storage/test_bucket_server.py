@@ -81,6 +81,7 @@ def test_a_run_goes_on_where_it_was_killed(whole, work, capsys):
     assert (as_path(ROOT) / "curves.png").read_bytes()[1:4] == b"PNG"
 
 
+@pytest.mark.slow
 def test_weights_are_converted_and_read(work):
     local, there = {}, {}
     for part, name in {"tokenizer": "vae", "var": "var"}.items():
@@ -115,6 +116,7 @@ def test_samples_are_drawn_and_measured(work, capsys):
     assert "could not be written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_images_are_packed_and_read(work):
     photos.write_photos(str(work / "photos"), size=16, train=3, val=1)
     for file in (work / "photos").rglob("*.*"):
@@ -132,6 +134,7 @@ def test_images_are_packed_and_read(work):
         TFDS(f"{ROOT}/photos", size=16).describe()
 
 
+@pytest.mark.slow
 def test_latents_are_cached(work):
     task, data = (
         VARTask(runs.VAR, runs.TOKENIZER, str(runs.tokenizer())),

@@ -29,6 +29,7 @@ def loss_fn(params, batch):
     return loss, {"loss": loss, "by_output": jnp.mean(jnp.abs(y_BV), axis=0)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [2, 3, 12])
 def test_accumulation_does_not_change_gradients_or_metrics(accumulate):
     whole = train_step.accumulated_gradients(loss_fn, PARAMS, batch(12))

@@ -231,6 +231,7 @@ def test_known_tokens_are_kept_and_their_codes_added_whatever_is_chosen():
     np.testing.assert_allclose(f_hat_BhwZ, expected_BhwZ, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_image_depends_on_its_number_seed_and_label_alone():
     options = VAROptions(top_k=20, top_p=0.9)
 
@@ -279,6 +280,7 @@ def test_without_guidance_one_stream_gives_what_guidance_of_1_gives():
     assert work[0] < 0.6 * work[1]
 
 
+@pytest.mark.slow
 def test_smooth_features_are_mixed_and_known_tokens_are_not():
     options = VAROptions(smooth=True, top_k=0, top_p=0.0)
 

@@ -58,6 +58,7 @@ def test_logits_depend_on_their_own_image_alone(kind):
     np.testing.assert_allclose(rounded, logits, atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_patch_sees_seventy_pixels():
     """Without the norms, which mix all positions, as far as gradients reach."""
     module = PatchDiscriminator(8)
@@ -73,6 +74,7 @@ def test_a_patch_sees_seventy_pixels():
     assert [np.ptp(np.nonzero(grad_HW)[axis]) + 1 for axis in (0, 1)] == [70, 70]
 
 
+@pytest.mark.slow
 def test_halving_keeps_flat_images_and_averages_noise_away():
     for shape in ((1, 8, 6, 2), (1, 7, 5, 2)):
         blur_downsampled = blur_downsample(jnp.full(shape, 0.5))
