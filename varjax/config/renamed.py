@@ -4,6 +4,7 @@ guidance: float = field(default=2.5, metadata={"renamed": Renamed("cfg", plus=1)
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -46,6 +47,11 @@ def renamed_message(cls: type, name: str, value: Any) -> str | None:
             today = ",".join(str(_today(renamed, _number(text))) for text in texts)
             return f"{name}={value}: write {'.'.join([*path, new])}={today}{renamed.reason}"
     return None
+
+
+def former_names(classes: Iterable[type]) -> list[str]:
+    """Returns all former names of the fields of some dataclasses, sorted."""
+    return sorted({r.name for cls in classes for r in _renamed_fields(cls).values()})
 
 
 def _renamed_fields(cls: type) -> dict[str, Renamed]:

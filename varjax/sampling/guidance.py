@@ -9,7 +9,7 @@ from varjax.config.numbers import FLOAT32_MAX, finite_number
 
 
 def checked_guidance(value: Any) -> float:
-    """Returns a guidance scale as a float; raises InputError for one below 1, which is off."""
+    """Returns a guidance scale as a float; raises InputError for a value below 1."""
     allowed = f"a finite number, 1 (off) … {FLOAT32_MAX:g}"
     return finite_number("guidance", value, 1, allowed=allowed)
 

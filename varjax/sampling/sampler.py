@@ -17,7 +17,7 @@ import numpy as np
 
 from varjax import trees
 from varjax.config.numbers import UINT32_MAX, seed_number
-from varjax.config.renamed import Renamed, renamed_message
+from varjax.config.renamed import Renamed, former_names, renamed_message
 from varjax.errors import InputError
 from varjax.trees import PyTree
 
@@ -263,7 +263,7 @@ def add_option_flags(parser: argparse._ActionsContainer, kinds: Iterable[type]) 
             assert types.setdefault(field.name, hint) == hint, (kind, field.name)
             family = kind.__name__.removesuffix("Options")
             helps.setdefault(field.name, []).append(f"{family}: {field.metadata['help']}")
-    for name in former_names(kinds):
+    for name in former_names(kinds):  # parsed, so that the model can refuse them
         parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     for name, hint in types.items():
         about = "; ".join(helps[name])
@@ -280,13 +280,6 @@ def given_options(flags: argparse.Namespace, kinds: Iterable[type]) -> dict[str,
     names = dict.fromkeys(field.name for kind in kinds for field in dataclasses.fields(kind))
     names |= dict.fromkeys(former_names(kinds))
     return {name: value for name in names if (value := getattr(flags, name)) is not None}
-
-
-def former_names(kinds: Iterable[type]) -> list[str]:
-    """Returns former names of options, which are parsed as flags so that the model can refuse."""
-    fields = [field for kind in kinds for field in dataclasses.fields(kind)]
-    renamed = [field.metadata.get("renamed") for field in fields]
-    return sorted({field.name for field in renamed if field})
 
 
 def _numbers(name: str, values: Any, allowed: str) -> np.ndarray:
