@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 import tempfile
 
 import jax
@@ -25,7 +26,11 @@ os.environ["XLA_FLAGS"] = (
 )
 
 
-# No test's files lie behind a network, which would have to be waited for.
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and so would the processes
+# that they start to interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# No test's files are behind a network, which would have to be waited for.
 folders.LISTING_SECONDS, read_errors.READ_PAUSES = 0.0, (0.0,)
 
 
