@@ -26,8 +26,8 @@ os.environ["XLA_FLAGS"] = (
 )
 
 
-# A shell that starts the tests in the background lets them ignore Ctrl-C, and so would the processes
-# that they start to interrupt.
+# Tests that a shell starts in the background ignore Ctrl-C, and so would the processes that they
+# start in order to interrupt them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # No test's files are behind a network, which would have to be waited for.
