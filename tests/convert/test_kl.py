@@ -17,7 +17,7 @@ from varjax.checkpoints.weights import abstract_params
 from varjax.convert import apply_map, convert
 from varjax.convert.__main__ import main
 from varjax.convert.from_torch import find_kind
-from varjax.convert.name_maps.kl import KL
+from varjax.convert.name_maps.kl import KL_MAP
 from varjax.convert.pth.write import write_pth
 from varjax.export import export_torch
 from varjax.models import read_tokenizer
@@ -38,8 +38,8 @@ def test_the_table_is_the_released_model():
     assert apply_map.official_shapes(KLConfig()) == expected
     tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in expected.items()}
     kind = find_kind(tensors, "kl")
-    assert kind.infer(tensors, KL.options()) == KLConfig()
-    other = KL.options(image_size=(512, 256), groups=16)
+    assert kind.infer(tensors, KL_MAP.options()) == KLConfig()
+    other = KL_MAP.options(image_size=(512, 256), groups=16)
     assert kind.infer(tensors, other) == KLConfig((512, 256), groups=16)
 
 

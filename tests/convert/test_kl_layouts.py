@@ -20,7 +20,7 @@ from varjax.convert.__main__ import main
 from varjax.convert.from_torch import find_kind
 from varjax.convert.name_maps import kl
 from varjax.convert.name_maps.diffusers import with_official_names
-from varjax.convert.name_maps.kl import KL
+from varjax.convert.name_maps.kl import KL_MAP
 from varjax.convert.sources import sha256_of
 from varjax.errors import InputError
 from varjax.export import export_torch
@@ -69,7 +69,7 @@ def convert_file(path, out, ema=None, **options):
 @pytest.mark.parametrize("name", golden.LAYOUTS)
 def test_the_tensors_tell_the_config(name):
     config, official = golden.LAYOUTS[name], golden.layout_official(name)
-    options = KL.options(image_size=config.image_size)
+    options = KL_MAP.options(image_size=config.image_size)
     assert find_kind(official, "kl").infer(official, options) == config
     expected = {tensor: x.shape for tensor, x in official.items()}
     assert apply_map.official_shapes(config) == expected
@@ -113,7 +113,7 @@ def test_presets_are_the_released_autoencoders(name):
         expected = {f"{half}.{way}.{i}.attn.{j}.q.weight" for i in levels for j in range(blocks)}
         assert found == expected
     tensors = {n: np.broadcast_to(np.float32(0), shape) for n, shape in shapes.items()}
-    assert find_kind(tensors, "kl").infer(tensors, KL.options()) == config
+    assert find_kind(tensors, "kl").infer(tensors, KL_MAP.options()) == config
     if name == "kl_f8":  # Stable Diffusion's
         assert sum(np.prod(shape, dtype=int) for shape in shapes.values()) == 83_653_863
 
@@ -221,16 +221,16 @@ def test_the_shift_goes_both_ways():
 
 def test_wrong_tensors_and_settings_are_refused():
     _, official = tiny(**VARIANTS["in both halves"])
-    config = find_kind(official, "kl").infer(official, KL.options(groups=4, image_size=8))
+    config = find_kind(official, "kl").infer(official, KL_MAP.options(groups=4, image_size=8))
     cut = {n: x for n, x in official.items() if n != "decoder.up.0.attn.1.q.bias"}
     with pytest.raises(InputError, match=r"missing: decoder.up.0.attn.1.q.bias \(8,\)"):
         apply_map.lazy_leaves(config, cut)
     high = official | {"encoder.down.7.attn.0.q.weight": np.zeros((8, 8, 1, 1), np.float32)}
     with pytest.raises(InputError):
-        find_kind(high, "kl").infer(high, KL.options(groups=4))
+        find_kind(high, "kl").infer(high, KL_MAP.options(groups=4))
     high = official | {"decoder.up.7.attn.0.q.weight": np.zeros((8, 8, 1, 1), np.float32)}
     with pytest.raises(InputError, match="the decoder has attention at level 7 of 2 levels"):
-        find_kind(high, "kl").infer(high, KL.options(groups=4))
+        find_kind(high, "kl").infer(high, KL_MAP.options(groups=4))
     for attention in ((0,), (-1, -1), (-1, -2), (-6,)):
         with pytest.raises(InputError, match=r"decoder_attention=.*from -5 .* to -1"):
             KLConfig(decoder_attention=attention)

@@ -19,7 +19,7 @@ from varjax.config import config_tree
 from varjax.convert import apply_map, convert
 from varjax.convert.__main__ import main
 from varjax.convert.from_torch import find_kind, infer_configs
-from varjax.convert.name_maps import MAR
+from varjax.convert.name_maps import MAR_MAP
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.convert.sources import Source
@@ -212,10 +212,10 @@ def test_averaged_weights_are_preferred(files, tmp_path, capsys):
 @pytest.mark.parametrize("name", RELEASED)
 def test_sizes_and_guidance_of_the_released_models(name):
     preset, guidance = RELEASED[name]
-    config = MAR.infer(released(name), MAR.options())
+    config = MAR_MAP.infer(released(name), MAR_MAP.options())
     assert config == MARConfig.preset(preset)
-    assert MAR.sampling is not None
-    assert MAR.sampling(config) == MAROptions(guidance=guidance)
+    assert MAR_MAP.sampling is not None
+    assert MAR_MAP.sampling(config) == MAROptions(guidance=guidance)
 
 
 def test_sampling_defaults_are_written_and_suit_the_model(directory):
@@ -253,17 +253,17 @@ def test_the_transformer_says_the_size_of_images_and_the_tokenizer_that_of_laten
 
 def test_a_transformer_alone_takes_the_size_of_images():
     mar = released("mar_base")
-    assert MAR.infer(mar, MAR.options(image_size=(512, 128))).latent_map == (32, 8)
+    assert MAR_MAP.infer(mar, MAR_MAP.options(image_size=(512, 128))).latent_map == (32, 8)
     wanted = "the transformer has 256 tokens of 16x16 pixels"
     for size in (512, (256, 384), (256, 250), (0, 0), (-256, -256)):
         with pytest.raises(InputError, match=rf"image_size=.*: {wanted}, which do not form"):
-            MAR.infer(mar, MAR.options(image_size=size))
+            MAR_MAP.infer(mar, MAR_MAP.options(image_size=size))
     mar = {n: np.broadcast_to(np.float32(0), _longer(x.shape)) for n, x in mar.items()}
     with pytest.raises(
         InputError, match="its 288 tokens do not form a square; give --image_size=HxW"
     ):
-        MAR.infer(mar, MAR.options())
-    assert MAR.infer(mar, MAR.options(image_size=(256, 288))).latent_map == (16, 18)
+        MAR_MAP.infer(mar, MAR_MAP.options())
+    assert MAR_MAP.infer(mar, MAR_MAP.options(image_size=(256, 288))).latent_map == (16, 18)
 
 
 def _longer(shape):
@@ -274,17 +274,17 @@ def _longer(shape):
 def test_what_tensors_do_not_tell_is_asked_for():
     mar = official()
     with pytest.raises(InputError, match="4 numbers, .* 16 channels; .* or --latent_channels"):
-        MAR.infer(mar, MAR.options(mar_heads=(3, 3)))
+        MAR_MAP.infer(mar, MAR_MAP.options(mar_heads=(3, 3)))
     with pytest.raises(InputError, match="4 numbers, .* of 3 channels"):
-        MAR.infer(mar, MAR.options(mar_heads=(3, 3), latent_channels=3))
+        MAR_MAP.infer(mar, MAR_MAP.options(mar_heads=(3, 3), latent_channels=3))
     for channels in (0, -1):
         with pytest.raises(InputError, match=f"latent_channels={channels}: must be 1 or more"):
-            MAR.infer(mar, MAR.options(latent_channels=channels))
+            MAR_MAP.infer(mar, MAR_MAP.options(latent_channels=channels))
     with pytest.raises(InputError, match="heads is unknown for width 48; give --mar_heads"):
-        MAR.infer(mar, MAR.options(latent_channels=4))
+        MAR_MAP.infer(mar, MAR_MAP.options(latent_channels=4))
     with pytest.raises(InputError, match="decoder_heads=5: must be a divisor of width=48"):
-        MAR.infer(mar, MAR.options(latent_channels=4, mar_heads=(3, 5)))
-    config = MAR.infer(mar, MAR.options(latent_channels=4, mar_heads=(3, 2)))
+        MAR_MAP.infer(mar, MAR_MAP.options(latent_channels=4, mar_heads=(3, 5)))
+    config = MAR_MAP.infer(mar, MAR_MAP.options(latent_channels=4, mar_heads=(3, 2)))
     assert (config.encoder_heads, config.decoder_heads) == (3, 2)
 
 
@@ -323,8 +323,8 @@ def test_encoder_and_decoder_may_differ_in_width_depth_and_heads(tmp_path):
         for name, x in more.items():
             last = name.endswith(("attn.proj.weight", "attn.proj.bias", "fc2.weight", "fc2.bias"))
             wide[name.replace("blocks.0.", f"blocks.{i}.")] = 0 * x if last else x
-    options = MAR.options(mar_heads=(6, 3), latent_channels=4)
-    config = MAR.infer(wide, options)
+    options = MAR_MAP.options(mar_heads=(6, 3), latent_channels=4)
+    config = MAR_MAP.infer(wide, options)
     assert config == dataclasses.replace(
         case.config, width=96, decoder_width=48, encoder_heads=6, encoder_depth=depth + 2
     )
@@ -345,14 +345,14 @@ def test_each_half_of_a_released_width_has_its_own_heads():
         for name, shape in OFFICIAL["mar_large"].items()
         if name == "diffusion_pos_embed_learned"
     }
-    config = MAR.infer(mar, MAR.options())
+    config = MAR_MAP.infer(mar, MAR_MAP.options())
     assert (config.width, config.hidden_width) == (1024, 1280)
     assert (config.encoder_heads, config.decoder_heads) == (16, 16)
     mar["diffusion_pos_embed_learned"] = np.broadcast_to(np.float32(0), (1, 256, 512))
-    assert MAR.infer(mar, MAR.options()).decoder_heads == 8
+    assert MAR_MAP.infer(mar, MAR_MAP.options()).decoder_heads == 8
     mar["diffusion_pos_embed_learned"] = np.broadcast_to(np.float32(0), (1, 256, 500))
     with pytest.raises(InputError, match="heads is unknown for width 500; give --mar_heads"):
-        MAR.infer(mar, MAR.options())
+        MAR_MAP.infer(mar, MAR_MAP.options())
 
 
 def test_swapped_files_are_refused_with_the_reason(files, tmp_path, capsys):

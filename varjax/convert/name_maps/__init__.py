@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from varjax.convert.name_maps.kl import KL
-from varjax.convert.name_maps.mar import MAR
+from varjax.convert.name_maps.kl import KL_MAP
+from varjax.convert.name_maps.mar import MAR_MAP
 from varjax.convert.name_maps.name_map import NameMap
-from varjax.convert.name_maps.var import VAR
-from varjax.convert.name_maps.vq import VQ
+from varjax.convert.name_maps.var import VAR_MAP
+from varjax.convert.name_maps.vq import VQ_MAP
 
-NAME_MAPS = (VQ, KL, MAR, VAR)  # the first whose tensor `known_by` is in a file describes it
+# The first one whose tensor `known_by` is in a file describes that file.
+NAME_MAPS = (VQ_MAP, KL_MAP, MAR_MAP, VAR_MAP)
 
 
 def name_map_of(config: Any) -> NameMap:

@@ -241,7 +241,7 @@ def _checked(name: str, scale: float) -> float:
     return scale
 
 
-KL = NameMap(
+KL_MAP = NameMap(
     part="tokenizer",
     flag="kl",
     description="a KL tokenizer (AutoencoderKL)",

@@ -224,7 +224,7 @@ def _release(size: str, guided: Mapping[str, float], unguided_fid: float) -> Rel
     )
 
 
-MAR = NameMap(
+MAR_MAP = NameMap(
     part="mar",
     flag="mar",
     description="a transformer (MAR)",

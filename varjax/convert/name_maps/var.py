@@ -195,7 +195,7 @@ def _release(depth: int, fid: float) -> Release:
     )
 
 
-VAR = NameMap(
+VAR_MAP = NameMap(
     part="var",
     flag="var",
     description="a transformer (VAR)",

@@ -113,7 +113,7 @@ def vq_buffers(config: VQConfig) -> dict[str, Tensor]:
     return {HITS: np.zeros((len(config.pyramid), config.vocab), np.float32)}
 
 
-VQ = NameMap(
+VQ_MAP = NameMap(
     part="tokenizer",
     flag="tokenizer",
     description="a tokenizer (VQVAE)",
