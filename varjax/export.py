@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from varjax import trees
-from varjax.checkpoints.weights import WeightsDir, open_weights
+from varjax.checkpoints.weights import WeightsDir, find_weights, open_weights
 from varjax.convert.apply_map import official_buffers, to_official
 from varjax.convert.name_maps import name_map_of
 from varjax.convert.name_maps.diffusers import diffusers_config, with_diffusers_names
@@ -50,6 +50,7 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None 
     digest = hashlib.sha256((run / "config.json").read_bytes()).hexdigest()
     crop = run_crop(weights)
     about = {"crop": crop} if crop else {}
+    about |= license_of(weights)
     write_converted(out, leaves, {f"{run.name}/config.json": digest}, sampling, about)
 
 
@@ -62,7 +63,8 @@ def export_torch(
     """Writes weights for the official code: per model a .pth and a .safetensors of equal content.
 
     Names are the official ones and all buffers are there, so that
-    `load_state_dict(torch.load(path, weights_only=True), strict=True)` takes them. Parameters that
+    `load_state_dict(torch.load(path, weights_only=True), strict=True)` takes them. The metadata of
+    the .safetensors hold the license of published weights, if it is known. Parameters that
     official files lack are named on stderr where the official code has other values.
 
     Args:
@@ -81,14 +83,24 @@ def export_torch(
     directory, out = open_model(weights), as_path(out)
     models, _ = _read_models(directory, ema)
     if layout == "diffusers":
-        return _export_diffusers(directory.path, out, *models.get("tokenizer", (None, None)))
+        return _export_diffusers(directory, out, *models.get("tokenizer", (None, None)))
     contents = {}
     for part, (config, params) in models.items():
         tensors = {**to_official(config, params), **official_buffers(config)}
         contents |= {f"{part}.pth": tensors, f"{part}.safetensors": tensors}
         _note_constants(part, config, trees.paths(params))
     with new_directory(out, contents) as temporary:
-        write_files(temporary, contents)
+        write_files(temporary, contents, license_of(directory))
+
+
+def license_of(weights: WeightsDir) -> dict[str, str]:
+    """Returns {"license": …} of published weights, or of those that a run started from, or {}."""
+    start = weights.config.get("init_from") if weights.task else None
+    config = weights.config
+    if start and files.exists(find_weights(start) / "config.json"):
+        config = open_weights(start).config
+    text = config.get("license")
+    return {"license": text} if isinstance(text, str) and text else {}
 
 
 def _note_constants(part: str, config: Any, leaves: Mapping[str, Any]) -> None:
@@ -105,15 +117,17 @@ def _note_constants(part: str, config: Any, leaves: Mapping[str, Any]) -> None:
         )
 
 
-def _export_diffusers(weights: pathlib.Path, out: pathlib.Path, config: Any, params: Any) -> None:
+def _export_diffusers(weights: WeightsDir, out: pathlib.Path, config: Any, params: Any) -> None:
     if not isinstance(config, KLConfig):
-        raise InputError(f"layout=diffusers: {weights} has no KL tokenizer; leave --layout out")
+        raise InputError(
+            f"layout=diffusers: {weights.path} has no KL tokenizer; leave --layout out"
+        )
     tensors = with_diffusers_names(config, to_official(config, params))
     contents = {"diffusion_pytorch_model.safetensors": tensors}
     with new_directory(out, contents) as temporary:
         about = diffusers_config(config, float(params[LATENT_STD_PATH]))
         files.write_json(temporary / "config.json", about)
-        write_files(temporary, contents)
+        write_files(temporary, contents, license_of(weights))
 
 
 def _read_models(

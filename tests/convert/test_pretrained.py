@@ -16,20 +16,28 @@ import pytest
 import varjax
 from tests.golden import weights
 from tests.helpers import golden_cases as golden
+from varjax.checkpoints.weights import open_weights
 from varjax.cli import train
-from varjax.convert import pretrained
+from varjax.convert import convert, pretrained
 from varjax.convert.apply_map import official_buffers
-from varjax.convert.name_maps.name_map import Release
+from varjax.convert.name_maps import RELEASES
+from varjax.convert.name_maps.release import PublishedFile, Release
 from varjax.convert.pth.write import write_pth
 from varjax.data.sources import Digits
 from varjax.errors import InputError
+from varjax.evaluation.published import released_sizes
+from varjax.export import export_torch, license_of
 from varjax.models import read_model, read_tokenizer
 from varjax.storage import files
+from varjax.storage.safetensors_io import read_safetensors
 from varjax.training.experiment import Experiment
+from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 
 COMMIT = "0123456789" * 4
-RELEASE = Release("someone/models", {"tokenizer": "vae.pth", "var": "tiny.pth"}, COMMIT, {})
+FILES = {"tokenizer": "vae.pth", "var": "tiny.pth"}
+REPO = "someone/models"
+RELEASE = Release({flag: PublishedFile(name, REPO, COMMIT) for flag, name in FILES.items()}, "MIT")
 
 
 class Hub:
@@ -134,8 +142,9 @@ def damage(path):
 
 def test_a_file_with_another_hash_than_the_published_is_not_converted(hub, tmp_path, monkeypatch):
     hub.folder = shutil.copytree(hub.folder, tmp_path / "hub")
-    known = {name: sha256(hub.folder / name) for name in ("vae.pth", "tiny.pth")}
-    release = dataclasses.replace(RELEASE, sha256=known)
+    known = {name: sha256(hub.folder / name) for name in FILES.values()}
+    pinned = {f: PublishedFile(name, REPO, COMMIT, known[name]) for f, name in FILES.items()}
+    release = dataclasses.replace(RELEASE, files=pinned)
     monkeypatch.setitem(pretrained.RELEASES, "tiny", release)
     damage(hub.folder / "tiny.pth")
     with pytest.raises(InputError) as error:
@@ -211,20 +220,76 @@ def test_names_and_paths_that_are_not_there(hub):
 def test_all_released_models_have_a_name():
     of_var = {"vae_ch160v4096z32", *(f"var_d{depth}" for depth in (16, 20, 24, 30, 36))}
     of_mar = {"kl16", "mar_b", "mar_l", "mar_h"}
-    assert set(pretrained.RELEASES) == of_var | of_mar
+    fine_tuned = {name for name in RELEASES if name.startswith("var_d")} - of_var
+    assert RELEASES.keys() == of_var | of_mar | fine_tuned
     for name in of_var:
-        release = pretrained.RELEASES[name]
-        assert release.repo == "FoundationVision/var" and f"{name}.pth" in release.files.values()
-        assert release.files["tokenizer"] == "vae_ch160v4096z32.pth"
-    for name, release in pretrained.RELEASES.items():
-        assert pretrained.COMMIT.fullmatch(release.commit)
-        unknown = set(release.files.values()) - release.sha256.keys()
-        assert unknown == ({"var_d36.pth"} if name == "var_d36" else {"checkpoint-last.pth"}
-                           if release.repo is None else set())  # fmt: skip
-        assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in release.sha256.values())
-    digests = {digest for r in pretrained.RELEASES.values() for digest in r.sha256.values()}
-    names = {name for r in pretrained.RELEASES.values() for name in r.sha256}
-    assert len(digests) == len(names) == 7
+        files = {(file.repo, file.name) for file in RELEASES[name].files.values()}
+        assert ("FoundationVision/var", f"{name}.pth") in files
+    for name, release in RELEASES.items():
+        assert release.license == ("CC BY-NC-SA 4.0 (non-commercial)" if "ddo" in name else "MIT")
+        if name.startswith("var"):
+            assert release.files["tokenizer"] == RELEASES["vae_ch160v4096z32"].files["tokenizer"]
+        if name not in fine_tuned:
+            assert all(file.commit for file in release.files.values() if file.repo)
+        unknown = {file.name for file in release.files.values() if file.sha256 is None}
+        assert name in fine_tuned or unknown == (
+            {"var_d36.pth"} if name == "var_d36" else
+            {"checkpoint-last.pth"} if name in ("mar_l", "mar_h") else set())  # fmt: skip
+    files = {file for release in RELEASES.values() for file in release.files.values()}
+    assert all(pretrained.COMMIT.fullmatch(file.commit) for file in files if file.commit)
+    digests = [file.sha256 for file in files if file.sha256]
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
+    assert len(set(digests)) == len(digests) == 7
+
+
+def test_models_that_others_fine_tuned_have_names_and_their_own_options():
+    names = [f"var_d{depth}_cca" for depth in (16, 20, 24, 30)] + ["var_d16_ddo", "var_d30_ddo"]
+    names += [f"var_d30_code_drafter_{n}" for n in range(6, 10)]
+    names += [f"var_d16_code_refiner_{n}" for n in range(6, 10)]
+    official = {"vae_ch160v4096z32", *(f"var_d{depth}" for depth in (16, 20, 24, 30, 36))}
+    assert {name for name in RELEASES if name.startswith("va")} == official | set(names)
+    for name in names:
+        release = RELEASES[name]
+        assert released_sizes(release.config) == name[: len("var_d16")]
+        assert release.sampling == release.sampling.check()
+        assert all(result.options == result.options.check() for result in release.results)
+    cca, ddo = RELEASES["var_d24_cca"], RELEASES["var_d30_ddo"]
+    assert cca.sampling == VAROptions(guidance=1.0, top_k=900, top_p=0.96)
+    assert ddo.sampling == VAROptions(guidance=1.0, top_k=0, top_p=0.0)
+    assert [result.metrics["fid"] for result in ddo.results] == [1.79, 1.73]
+    assert cca.files["var"].name == "CCA_VAR_Guidance_Free/VAR_d24_CCA.pth"
+    assert ddo.files["var"].name == "var_d30-ddo.pth"
+
+
+def test_published_options_and_license_go_into_the_directory_and_its_exports(
+    hub, tmp_path, monkeypatch, capsys
+):
+    # As of a file in a folder of a repository of which no commit is known.
+    hub.folder = shutil.copytree(hub.folder, tmp_path / "hub")
+    (hub.folder / "CCA").mkdir()
+    shutil.copy(hub.folder / "tiny.pth", hub.folder / "CCA/tiny_cca.pth")
+    file, options = PublishedFile("CCA/tiny_cca.pth", "others/cca"), VAROptions(1.0, 900, 0.96)
+    files_of = RELEASE.files | {"var": file}
+    release = Release(files_of, "CC BY-NC 4.0", sampling=options)
+    monkeypatch.setitem(RELEASES, "tiny_cca", release)
+    model = varjax.load("tiny_cca")
+    assert hub.asked[-1] == ("others/cca", "CCA/tiny_cca.pth", "main")
+    assert model.sampling == options
+    config = files.read_json(tmp_path / "cache/tiny_cca/config.json")
+    assert (config["license"], config["release"]) == ("CC BY-NC 4.0", "tiny_cca")
+    assert capsys.readouterr().err.count("tiny_cca: license CC BY-NC 4.0") == 1
+    assert read_model("tiny_cca")[3] == options and "license" not in capsys.readouterr().err
+    # By hand the file is recognized by its name, since its SHA-256 is not known.
+    convert("by_hand", tokenizer=hub.folder / "vae.pth", var=hub.folder / file.name)
+    assert files.read_json("by_hand/config.json") == config
+    export_torch("tiny_cca", "for_pytorch")
+    assert read_safetensors("for_pytorch/var.safetensors")[1]["license"] == "CC BY-NC 4.0"
+    files.write_json("run/config.json", {"task": {"_type": "VARTask"}, "init_from": "tiny_cca"})
+    assert license_of(open_weights("run")) == {"license": "CC BY-NC 4.0"}
+    # The branch may move; what was downloaded first counts.
+    damage(hub.folder / file.name)
+    with pytest.raises(InputError, match="recorded in .*downloads/others/cca/main/CCA"):
+        pretrained.download("others/cca", file.name)
 
 
 def test_mar_is_fetched_at_the_commit_that_holds_the_official_files(hub, tmp_path):

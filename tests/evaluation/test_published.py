@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 
 from tests.helpers import runs
-from varjax.convert.pretrained import RELEASES
+from varjax.convert.name_maps import RELEASES
 from varjax.evaluation import published
 from varjax.evaluation.evaluate import print_report
 from varjax.evaluation.published import (
     Measurement,
     compare_settings,
     evaluation_options,
+    release_name,
     released_sizes,
 )
 from varjax.mar.model import MARConfig
@@ -30,7 +31,7 @@ def converted(tmp_path):
 
     def write(name, **changes):
         release = RELEASES[name]
-        digests = {f"a/{file}": release.sha256[file] for file in release.files.values()}
+        digests = {f"a/{file.name}": file.sha256 for file in release.files.values()}
         config = {"sources": digests, "convert_options": {}} | changes
         files.write_json(tmp_path / name / "config.json", config)
         return str(tmp_path / name)
@@ -112,6 +113,13 @@ def test_weights_are_known_by_the_digests_of_their_files_and_not_by_their_size(c
     assert "is not made of the published files of var_d16" in said(converted("var_d20"))
     options = {"convert_options": {"phi_ratio": 0.25}}
     assert "converted with options of its own, phi_ratio" in said(converted("var_d16", **options))
+    # Weights that others fine-tuned say so; nobody has published their digests.
+    location = converted("var_d16", release="var_d16_cca")
+    assert release_name(location, VARConfig.preset("d16")) == "var_d16_cca"
+    assert release_name(location, VARConfig.preset("d20")) == "var_d20"
+    assert (
+        said(location) == "the SHA-256 of the published VAR_d16_CCA.pth of var_d16_cca is not known"
+    )
     # A run that was fine-tuned from them.
     files.write_json(tmp_path / "run/config.json", {"task": {"_type": "VARTask"}, "steps": 1})
     assert "is not made of the published files" in said(str(tmp_path / "run"))
@@ -130,9 +138,12 @@ def test_sizes_of_released_models_and_mars_steps():
     assert released_sizes(VARConfig.preset("d36")) == "var_d36"
     assert released_sizes(MARConfig.preset("mar_l")) == "mar_l"
     assert released_sizes(runs.VAR) is None and released_sizes(runs.MAR) is None
-    transformers = {name for name, release in RELEASES.items() if release.results}
-    assert transformers == RELEASES.keys() - {"kl16", "vae_ch160v4096z32"}
-    assert all(released_sizes(RELEASES[name].config) == name for name in transformers)
+    transformers = RELEASES.keys() - {"kl16", "vae_ch160v4096z32"}
+    without = {f"var_d16_code_refiner_{scales}" for scales in (6, 7, 8, 9)}
+    assert {n for n, release in RELEASES.items() if release.results} == transformers - without
+    official = {name for name in transformers if name.count("_") == 1}
+    assert len(official) == 8
+    assert all(released_sizes(RELEASES[name].config) == name for name in official)
     assert compare_settings(var_d16("absent", config=runs.VAR)) == (None, [])
     assert evaluation_options(MARConfig.preset("mar_b"), {}) == {"steps": 256}
     assert evaluation_options(MARConfig.preset("mar_b"), {"steps": 64}) == {"steps": 64}

@@ -33,11 +33,11 @@ class Instruction:
 
 
 def executed_instructions(hlo: str) -> Iterator[Instruction]:
-    """Yields the instructions of a program, including those inside fusions and calls.
+    """Yields the instructions of a program, those inside of fusions and calls too.
 
-    An instruction in a loop counts once per iteration. All branches of a conditional count.
+    An instruction in a loop counts once per iteration; of a conditional all branches count.
 
-    hlo: text of the program.
+    hlo: the text of the program.
     """
     computations, entry = _computations(hlo)
 
@@ -46,19 +46,20 @@ def executed_instructions(hlo: str) -> Iterator[Instruction]:
             if not (match := INSTRUCTION.match(line)):
                 continue
             result, shape, operation, operands, attributes = match.groups()
-            instruction = Instruction(
+            found = Instruction(
                 result, shape, operation, operands, attributes, computations[name], times
             )
-            yield instruction
-            if operation == "while":
+            yield found
+            if found.operation == "while":
                 body, condition = (
-                    re.findall(rf"{k}=%?([\w.\-]+)", attributes)[0] for k in ("body", "condition")
+                    re.findall(rf"{k}=%?([\w.\-]+)", found.attributes)[0]
+                    for k in ("body", "condition")
                 )
-                trips = _trips(attributes, computations[condition])
+                trips = _trips(found.attributes, computations[condition])
                 yield from walk(body, times * trips)
                 yield from walk(condition, times * trips)
-            elif operation in CALLERS:
-                called = re.findall(rf"(?:{CALLED})=(\{{[^}}]*\}}|[^,\s]*)", attributes)
+            elif found.operation in CALLERS:
+                called = re.findall(rf"(?:{CALLED})=(\{{[^}}]*\}}|[^,\s]*)", found.attributes)
                 for inner in re.findall(r"%([\w.\-]+)", " ".join(called)):
                     yield from walk(inner, times)
 
@@ -67,18 +68,18 @@ def executed_instructions(hlo: str) -> Iterator[Instruction]:
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     """Splits the text into each computation's lines; also returns the entry computation's name."""
-    computations, lines, entry = {}, [], ""
+    found, lines, entry = {}, [], ""
     for line in hlo.splitlines():
         if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{", line):
-            lines = computations.setdefault(match[2], [])
+            lines = found.setdefault(match[2], [])
             entry = match[2] if match[1] else entry
         else:
             lines.append(line)
-    return computations, entry
+    return found, entry
 
 
 def _trips(attributes: str, condition: list[str]) -> int:
-    """Reads how often a loop runs: XLA's trip count, or what its counter is compared with."""
+    """Reads how often a loop runs: as XLA found out, or what its counter is compared with."""
     if match := re.search(r"known_trip_count\W+n\W+(\d+)", attributes):
         return int(match[1])
     numbers = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(condition))

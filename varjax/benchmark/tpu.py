@@ -39,9 +39,9 @@ from varjax.runtime import flops
 from varjax.runtime.hardware import published_peak_flops
 from varjax.sampling.programs import Program
 
-# GHz, by the first letters of `device_kind`.
+# GHz, by what begins `device_kind`.
 CLOCKS = {"TPU v4": 1.05, "TPU v5 lite": 1.5, "TPU v5": 1.75, "TPU v6": 1.75}
-# An instruction belongs to the first category whose pattern its path matches, otherwise to "rest".
+# The first whose pattern is in an instruction's path counts; what matches none is "rest".
 CATEGORIES = (
     ("encoder", r"\bencoder\b"),
     ("decoder", r"\bdecoder\b"),
@@ -62,14 +62,9 @@ def main(arguments: list[str]) -> None:
     """Reads the command line and prints the figures; raises InputError."""
     parser = model_parser("tpu", __doc__)
     add = parser.add_argument
-    about = (
-        "what to compile: sampling, a training step, the tokenizer's encoder or decoder (sample)"
-    )
-    add("--what", choices=get_args(What), default="sample", help=about)
+    add("--what", choices=get_args(What), default="sample")
     add("--topology", default="v5e:1x1", help="type and grid of the chips; one is used (v5e:1x1)")
-    about = "precision of the products in the tokenizer's encoder (auto)"
-    precisions = ("auto", *get_args(Precision))
-    add("--encoder_precision", choices=precisions, default="auto", help=about)
+    add("--encoder_precision", choices=("auto", *get_args(Precision)), default="auto")
     add_training_flags(parser)
     add("--cached", action="store_true", help="train on cached tokens instead of images")
     add("--unguided", action="store_true", help="sample without guidance")
@@ -117,7 +112,7 @@ def main(arguments: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Holds the compiler's estimates for one program.
+    """Holds what the compiler expects of one program.
 
     Attributes:
         by_category: milliseconds for each name in CATEGORIES, and for "rest".
@@ -141,7 +136,7 @@ class Estimate:
         return sum(self.by_category.values())
 
     def figures(self) -> dict[str, float]:
-        """Returns the figures to print."""
+        """Returns what is printed of it."""
         return {
             "ms": self.ms,
             "peak_share": self.flop / (self.ms / 1e3) / self.peak,
@@ -153,13 +148,13 @@ class Estimate:
 
 def estimate_program(program: Program, compute: ComputeConfig, device: Any) -> Estimate:
     """Compiles a program for a device and adds up the cycles that the compiler expects."""
-    # The compiler chooses all layouts, because one piece passes its outputs to the next.
-    layout, clock = Format(Layout.AUTO, SingleDeviceSharding(device)), _clock(device)
+    # Layouts of the compiler's own choice, for a piece gets what another piece left that way.
+    chosen, clock = Format(Layout.AUTO, SingleDeviceSharding(device)), _clock(device)
     begin = time.perf_counter()
     jitted = jax.jit(
         lambda *a: program.function(*a, compute),
-        in_shardings=layout,
-        out_shardings=layout,
+        in_shardings=chosen,
+        out_shardings=chosen,
         donate_argnums=program.donated,
     )
     compiled = jitted.lower(*program.arguments).compile()
@@ -181,7 +176,7 @@ def estimate_program(program: Program, compute: ComputeConfig, device: Any) -> E
 
 
 def estimated_cycles(hlo: str) -> Iterator[tuple[str, int]]:
-    """Yields (path in the program that JAX traced, cycles) for each instruction with an estimate.
+    """Yields (path in the program that JAX traced, cycles) of each instruction that has some.
 
     hlo: text of a program that was compiled for a TPU.
     """
@@ -201,4 +196,4 @@ def _clock(device: Any) -> float:
     for kind, ghz in CLOCKS.items():
         if device.device_kind.startswith(kind):
             return ghz
-    raise InputError(f"the clock of {device.device_kind} is unknown; known are {list(CLOCKS)}")
+    raise InputError(f"the clock of {device.device_kind} is not known; known are {list(CLOCKS)}")

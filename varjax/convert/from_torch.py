@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from varjax.convert.apply_map import is_weight, lazy_leaves
-from varjax.convert.name_maps import kinds, option_fields
+from varjax.convert.name_maps import RELEASES, kinds, option_fields
 from varjax.convert.name_maps.diffusers import with_official_names
 from varjax.convert.name_maps.name_map import NameMap, Tensors
 from varjax.convert.official_files import (
@@ -98,8 +98,42 @@ def convert(
         weights = {name: x for name, x in source.tensors.items() if is_weight(name)}
         warn_not_finite(source.path, weights)
     paths = dict.fromkeys(path for source in sources.values() for path in source.files)
-    write_converted(out, models, sha256_of(paths), sampling, {CONVERT_OPTIONS: chosen})
+    digests = sha256_of(paths)
+    about: dict[str, Any] = {CONVERT_OPTIONS: chosen}
+    if name := published_name(sources, configs, digests):
+        release = RELEASES[name]
+        print(f"{name}: license {release.license}", file=sys.stderr)
+        about |= {"release": name, "license": release.license}
+        sampling = release.sampling or sampling
+    write_converted(out, models, digests, sampling, about)
     return configs
+
+
+def published_name(
+    sources: Mapping[str, Source], configs: Mapping[str, Any], digests: Mapping[str, str]
+) -> str | None:
+    """Finds the published model that files hold: by their SHA-256, or by name if none is known.
+
+    Args:
+        sources: source of each part; a transformer decides, or else the tokenizer.
+        configs: config of each part.
+        digests: SHA-256 of the files by name.
+
+    Returns:
+        The name in RELEASES, or None.
+    """
+    part = next((part for part in sources if part != "tokenizer"), "tokenizer")
+    kind, path = sources[part].kind, sources[part].path
+    for name, release in RELEASES.items():
+        file = release.files.get(kind.flag)
+        if file is None or (part == "tokenizer" and len(release.files) > 1):
+            continue
+        # A file that no hub has may have a name that every trainer gives to its checkpoints.
+        named = file.sha256 is None and file.repo is not None and file.basename == path.name
+        if digests.get(path.name, "") == file.sha256 or named:
+            if release.config is None or kind.same_sizes(release.config, configs[part]):
+                return name
+    return None
 
 
 def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[str, Source]:

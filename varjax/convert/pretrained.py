@@ -2,12 +2,12 @@
 
     directory = resolve_weights("var_d16")  # ~/.cache/varjax/var_d16
 
-The names are the `releases` of `varjax.convert.name_maps`. The cache folder is $VARJAX_CACHE, else
-varjax in $XDG_CACHE_HOME or ~/.cache. A folder in it appears whole or not at all.
+The names are those in RELEASES of `varjax.convert.name_maps`. The cache folder is $VARJAX_CACHE,
+else varjax in $XDG_CACHE_HOME or ~/.cache. A folder in it appears whole or not at all.
 
-Files are downloaded by commit, and converted only if their SHA-256 is the known one. If none is
-known, the SHA-256 of the first download is recorded in the cache's folder "downloads", and later
-downloads must match it.
+Files are downloaded by commit if one is known, and converted only if their SHA-256 is the known
+one. If none is known, the SHA-256 of the first download is recorded in the cache's folder
+"downloads", and later downloads must match it.
 """
 
 import os
@@ -17,7 +17,8 @@ import shlex
 import sys
 
 from varjax.convert.from_torch import convert
-from varjax.convert.name_maps import NAME_MAPS
+from varjax.convert.name_maps import RELEASES
+from varjax.convert.name_maps.release import PublishedFile
 from varjax.convert.sources import sha256_of
 from varjax.errors import InputError
 from varjax.storage import files, folders
@@ -26,7 +27,6 @@ from varjax.storage.cache_dir import cache_folder
 from varjax.storage.untrusted import path_inside
 
 COMMIT = re.compile("[0-9a-f]{40}")
-RELEASES = {name: release for kind in NAME_MAPS for name, release in kind.releases.items()}
 
 
 def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
@@ -68,8 +68,8 @@ def download(repo: str, name: str, revision: str | None = None) -> pathlib.Path:
     Args:
         repo: name of the repository, such as "FoundationVision/var".
         name: name of the file in the repository.
-        revision: branch, tag or commit; a commit always gives the same file. None for the commit in
-            RELEASES, and for "main" in other repositories.
+        revision: branch, tag or commit; a commit always gives the same file. None for that of the
+            file or its repository in RELEASES, and for "main" in other repositories.
 
     Returns:
         The local copy, which belongs to huggingface_hub.
@@ -78,8 +78,14 @@ def download(repo: str, name: str, revision: str | None = None) -> pathlib.Path:
         InputError: the file differs from the one known at this commit, or cannot be downloaded;
             says what to do.
     """
-    known = [release for release in RELEASES.values() if release.repo == repo]
-    revision = revision or (known[0].commit if known else "main")
+    known = [
+        file
+        for release in RELEASES.values()
+        for file in release.files.values()
+        if file.repo == repo
+    ]
+    same = [file for file in known if file.name == name]
+    revision = revision or next((file.revision for file in same + known), "main")
     try:
         path = _hub_file(repo, name, revision)
     except InputError as error:
@@ -87,24 +93,24 @@ def download(repo: str, name: str, revision: str | None = None) -> pathlib.Path:
             f"{error}; check the names and the network, or download {name} by hand from "
             f"https://huggingface.co/{repo}"
         ) from error
-    hashes = [x.sha256[name] for x in known if x.commit == revision and name in x.sha256]
-    if COMMIT.fullmatch(revision):  # else the file may change
-        _check_digest(path, repo, revision, name, hashes[0] if hashes else None)
+    pinned = [file for file in same if file.revision == revision]
+    if pinned or COMMIT.fullmatch(revision):  # else the file may change
+        sha256 = pinned[0].sha256 if pinned else None
+        _check_digest(path, PublishedFile(name, repo, revision, sha256))
     return path
 
 
-def _check_digest(
-    path: pathlib.Path, repo: str, commit: str, name: str, published: str | None
-) -> None:
+def _check_digest(path: pathlib.Path, file: PublishedFile) -> None:
     """Raises InputError unless the SHA-256 is the published one, or else the first download's."""
+    repo, revision, name = file.repo, file.revision, file.name
     (digest,) = sha256_of([path]).values()
-    record = path_inside(cache_folder() / "downloads", f"{repo}/{commit}/{name}.json", "the Hub")
-    expected, origin = published, "which is known for that file"
+    record = path_inside(cache_folder() / "downloads", f"{repo}/{revision}/{name}.json", "the Hub")
+    expected, origin = file.sha256, "which is known for that file"
     if expected is None and not files.create_json(record, {"sha256": digest}):
         expected, origin = files.read_json(record).get("sha256"), f"recorded in {record}"
     if expected not in (None, digest):
         raise InputError(
-            f"{name} of https://huggingface.co/{repo} at {commit} has SHA-256\n  {digest}\n"
+            f"{name} of https://huggingface.co/{repo} at {revision} has SHA-256\n  {digest}\n"
             f"instead of\n  {expected}\n{origin}, so it was damaged or replaced and is not "
             f"converted. Delete {os.path.realpath(path)} and try again"
         )
@@ -131,22 +137,21 @@ def _fetch(name: str, directory: pathlib.Path) -> None:
     """Downloads and converts a published model into `directory`."""
     release = RELEASES[name]
     try:
-        if release.repo is None:
+        if any(file.repo is None for file in release.files.values()):
             raise InputError("no hub hosts its files")
-        origin = f"https://huggingface.co/{release.repo}"
-        print(f"{name}: from {origin} to {directory}", file=sys.stderr)
+        print(f"{name}: from {release.hubs} to {directory}", file=sys.stderr)
         sources = {
-            flag: _hub_file(release.repo, file, release.commit)
+            flag: _hub_file(str(file.repo), file.name, file.revision)
             for flag, file in release.files.items()
         }
     except InputError as error:
-        flags = " ".join(f"--{flag}={file}" for flag, file in release.files.items())
+        flags = " ".join(f"--{flag}={file.basename}" for flag, file in release.files.items())
+        names = " and ".join(file.name for file in release.files.values())
         raise InputError(
             f"{name} is neither here nor in {directory.parent}, and {error}. To do it by hand, "
-            f"download {' and '.join(release.files.values())} from {release.address} and run\n"
+            f"download {names} from {release.page or release.hubs} and run\n"
             f"  varjax convert {flags} --out={shlex.quote(str(directory))}"
         ) from error
     for flag, path in sources.items():
-        file = release.files[flag]
-        _check_digest(path, release.repo, release.commit, file, release.sha256.get(file))
+        _check_digest(path, release.files[flag])
     convert(directory, options=None, ema=None, **sources)

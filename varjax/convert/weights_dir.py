@@ -33,7 +33,8 @@ def write_converted(
         models: config and parameters by path of each part: "tokenizer", "var", "mar".
         sources: SHA-256 of each source file of the weights, by file name.
         sampling: default sampling options; None for a tokenizer alone.
-        about: further JSON data for config.json: CONVERT_OPTIONS, or the "crop" of a run's images.
+        about: further JSON data for config.json: CONVERT_OPTIONS, the "release" and its "license",
+            or the "crop" of a run's images.
 
     Raises:
         InputError: `out` holds other files than this would write, or cannot be written.
@@ -106,15 +107,20 @@ def check_weights_dir(out: pathlib.Path, replaces: Set[str] = frozenset()) -> No
     folders.check_replaceable(out, replaces if converted else frozenset())
 
 
-def write_files(directory: pathlib.Path, contents: Contents) -> None:
-    """Writes each file in the format of its suffix, .pth or .safetensors."""
+def write_files(
+    directory: pathlib.Path, contents: Contents, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes each file in the format of its suffix, .pth or .safetensors.
+
+    The latter also hold `metadata`, text by name.
+    """
     for name, named in contents.items():
         with byte_progress(f"writing {name}", sum(x.nbytes for x in named.values())) as bar:
             counted = {key: _counted(tensor, bar) for key, tensor in named.items()}
             if name.endswith(".pth"):
                 write_pth(directory / name, counted)
             else:
-                safetensors_io.write_safetensors(directory / name, counted, {})
+                safetensors_io.write_safetensors(directory / name, counted, metadata or {})
 
 
 def _counted(tensor: Tensor, bar: tqdm) -> LazyArray:

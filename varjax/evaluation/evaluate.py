@@ -15,7 +15,7 @@ from varjax.data.stream import Split
 from varjax.data.transforms import Crop
 from varjax.errors import InputError, StorageError
 from varjax.evaluation.image_crop import describe_crop
-from varjax.evaluation.published import Measurement, compare_settings, released_sizes
+from varjax.evaluation.published import Measurement, compare_settings, release_name
 from varjax.metrics.features import (
     FeatureExtractor,
     FeatureStore,
@@ -243,7 +243,7 @@ def _published(
     if result is None:
         return None
     metrics = {} if differences else dict(result.metrics)
-    weights = released_sizes(measurement.config)
+    weights = release_name(name, measurement.config)
     return {"weights": weights, "metrics": metrics, "differences": differences}
 
 

@@ -5,9 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from varjax.convert.name_maps import NAME_MAPS
-from varjax.convert.name_maps.name_map import PublishedResult
-from varjax.convert.pretrained import RELEASES
+from varjax.convert.name_maps import NAME_MAPS, RELEASES, name_map_of
+from varjax.convert.name_maps.release import PublishedResult
 from varjax.convert.weights_dir import CONVERT_OPTIONS
 from varjax.metrics.features import INCEPTION
 from varjax.models import open_model
@@ -40,11 +39,11 @@ def compare_settings(measurement: Measurement) -> tuple[PublishedResult | None, 
     """Finds the published result that is nearest in its settings, and what differs.
 
     Returns:
-        (None, []) for a model that has not the sizes of a released one. A result is compared with a
-        measurement only where nothing differs.
+        (None, []) for a model that has not the sizes of a released one, or whose release has no
+        results. A result is compared with a measurement only where nothing differs.
     """
-    name = released_sizes(measurement.config)
-    if name is None:
+    name = release_name(measurement.location, measurement.config)
+    if name is None or not RELEASES[name].results:
         return None, []
     weights = _weights_differ(measurement.location, name)
     pairs = [(r, weights + _differences(measurement, r)) for r in RELEASES[name].results]
@@ -57,18 +56,20 @@ def evaluation_options(config: Any, chosen: Mapping[str, Any]) -> dict[str, Any]
     return (dict(RELEASES[name].evaluation_options) if name else {}) | dict(chosen)
 
 
+def release_name(location: str | pathlib.Path, config: Any) -> str | None:
+    """Returns the name of the released model that a directory says it holds, else of its sizes."""
+    sizes = released_sizes(config)
+    named = open_model(location).config.get("release") if sizes else None
+    if named in RELEASES and name_map_of(config).same_sizes(RELEASES[named].config, config):
+        return named
+    return sizes
+
+
 def released_sizes(config: Any) -> str | None:
     """Returns the name of the released model of these sizes, whatever its weights are, or None."""
     for kind in NAME_MAPS:
         for name, release in kind.releases.items():
-            if (
-                config is not None
-                and type(config) is type(release.config)
-                and all(
-                    getattr(config, field) == getattr(release.config, field)
-                    for field in kind.size_fields
-                )
-            ):
+            if config is not None and kind.same_sizes(config, release.config):
                 return name
     return None
 
@@ -76,10 +77,10 @@ def released_sizes(config: Any) -> str | None:
 def _weights_differ(location: str | pathlib.Path, name: str) -> list[str]:
     """Returns how weights differ from the released ones, whose files are known by SHA-256."""
     config, release = open_model(location).config, RELEASES[name]
-    files = list(release.files.values())
-    if unknown := [file for file in files if file not in release.sha256]:
+    files = release.files.values()
+    if unknown := [file.basename for file in files if file.sha256 is None]:
         return [f"the SHA-256 of the published {unknown[0]} of {name} is not known"]
-    if not {release.sha256[file] for file in files} <= set(config.get("sources", {}).values()):
+    if not {file.sha256 for file in files} <= set(config.get("sources", {}).values()):
         return [f"{location} is not made of the published files of {name}, by their SHA-256"]
     if options := config.get(CONVERT_OPTIONS):
         return [f"{location} was converted with options of its own, {', '.join(options)}"]
@@ -87,7 +88,7 @@ def _weights_differ(location: str | pathlib.Path, name: str) -> list[str]:
 
 
 def _differences(measurement: Measurement, result: PublishedResult) -> list[str]:
-    lines = []
+    lines = [result.caveat] if result.caveat else []
     for field in dataclasses.fields(result.options):
         found = getattr(measurement.options, field.name)
         published = getattr(result.options, field.name)

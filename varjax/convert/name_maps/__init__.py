@@ -13,6 +13,9 @@ from varjax.convert.name_maps.vq import VQ_MAP
 # The first one whose tensor `known_by` is in a file describes that file.
 NAME_MAPS = (VQ_MAP, KL_MAP, MAR_MAP, VAR_MAP)
 
+# Every published model by the name that `varjax.load` takes.
+RELEASES = {name: release for kind in NAME_MAPS for name, release in kind.releases.items()}
+
 
 def name_map_of(config: Any) -> NameMap:
     """Returns the name map of the model that `config` describes."""

@@ -18,13 +18,13 @@ from varjax.convert.name_maps.diffusers import is_diffusers
 from varjax.convert.name_maps.name_map import (
     Link,
     NameMap,
-    Release,
     Tensors,
     conv_links,
     option,
     parse_side,
     tensor_shape,
 )
+from varjax.convert.name_maps.release import PublishedFile, Release
 from varjax.convert.sources import Source, sha256_of
 from varjax.errors import InputError, check_setting
 from varjax.nn.autoencoder import COARSEST, downsampling
@@ -36,8 +36,12 @@ from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig
 # are those of downloads at this commit; KL-16's is also that of the file on MAR's own page.
 MAR_REPO, MAR_COMMIT = "jadechoghari/mar", "773c9bdcd98740c7b876ce0d66f684a0e2468990"
 MAR_PAGE = "https://github.com/LTH14/mar"
-KL_FILE = "kl16.ckpt"
-KL_SHA256 = {KL_FILE: "34ce001bcfffb7af67ec8af1e683a30d7bd45760855ddc7deedc1330f2cfd38f"}
+KL16 = PublishedFile(
+    "kl16.ckpt",
+    MAR_REPO,
+    MAR_COMMIT,
+    sha256="34ce001bcfffb7af67ec8af1e683a30d7bd45760855ddc7deedc1330f2cfd38f",
+)
 KL16_SCALE = 0.2325  # of the released KL-16, in MAR's code
 SCALE_FACTOR = "scale_factor"  # a tensor of latent diffusion models that measured their scale
 SD, SDXL, FLUX = (0.18215, 0.0), (0.13025, 0.0), (0.3611, 0.1159)
@@ -256,5 +260,5 @@ KL_MAP = NameMap(
     latent_options=kl_latent_options,
     prefix="first_stage_model.",  # in a checkpoint of a whole latent diffusion model
     ignored=("loss.",),  # LPIPS and the discriminator, in checkpoints of the tokenizer's training
-    releases={"kl16": Release(MAR_REPO, {"kl": KL_FILE}, MAR_COMMIT, KL_SHA256, MAR_PAGE)},
+    releases={"kl16": Release({"kl": KL16}, license="MIT", page=MAR_PAGE)},
 )

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from varjax.convert.name_maps.kl import (
-    KL_FILE,
-    KL_SHA256,
+    KL16,
     MAR_COMMIT,
     MAR_PAGE,
     MAR_REPO,
@@ -16,8 +15,6 @@ from varjax.convert.name_maps.kl import (
 from varjax.convert.name_maps.name_map import (
     Link,
     NameMap,
-    PublishedResult,
-    Release,
     Tensors,
     count_numbers,
     linear_links,
@@ -25,6 +22,7 @@ from varjax.convert.name_maps.name_map import (
     option,
     tensor_shape,
 )
+from varjax.convert.name_maps.release import PublishedFile, PublishedResult, Release
 from varjax.errors import InputError, check_setting
 from varjax.mar.heads import DiffusionHead
 from varjax.mar.latents import check_latents_fit
@@ -38,9 +36,12 @@ PUBLISHED_STEPS = 256  # of all published results; a quarter of them already giv
 GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}  # of the published results, by width
 LATENT_CHANNELS = KLConfig.latent_channels  # of every official model
 CHECKPOINT = "checkpoint-last.pth"
-CHECKPOINT_SHA256 = {  # of MAR-B; those of MAR-L and MAR-H are not known
-    CHECKPOINT: "7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c"
-}
+MAR_B = PublishedFile(
+    CHECKPOINT,
+    MAR_REPO,
+    MAR_COMMIT,
+    sha256="7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c",
+)
 MLP = "diffloss.net"
 
 
@@ -207,19 +208,20 @@ def _infer_latent_map(length: int, patch: int, options: MARConvertOptions) -> tu
 
 def _release(size: str, guided: Mapping[str, float], unguided_fid: float) -> Release:
     config = MARConfig.preset(f"mar_{size}")
-    repo = MAR_REPO if size == "b" else None  # no hub hosts the averaged weights of the others
-    sha256 = KL_SHA256 | (CHECKPOINT_SHA256 if repo else {})
+    # No hub has the averaged weights of the others, and their digests are not known.
+    file = MAR_B if size == "b" else PublishedFile(CHECKPOINT)
     page = f"{MAR_PAGE} (the links of MAR-{size.upper()} and KL-16)"
     guidance = MAROptions(guidance=GUIDANCE[config.width], steps=PUBLISHED_STEPS)
     no_guidance = MAROptions(guidance=1.0, temperature=0.95, steps=PUBLISHED_STEPS)
     return Release(
-        repo,
-        {"mar": CHECKPOINT, "kl": KL_FILE},
-        MAR_COMMIT,
-        sha256,
-        page,
-        config,
-        (PublishedResult(guided, guidance), PublishedResult({"fid": unguided_fid}, no_guidance)),
+        {"mar": file, "kl": KL16},
+        license="MIT",
+        page=page,
+        config=config,
+        results=(
+            PublishedResult(guided, guidance),
+            PublishedResult({"fid": unguided_fid}, no_guidance),
+        ),
         evaluation_options={"steps": PUBLISHED_STEPS},
     )
 

@@ -1,4 +1,4 @@
-"""Defines the records that describe a kind of official model: tensors, sizes, published weights."""
+"""Defines the records that describe a kind of official model: tensors and sizes."""
 
 import dataclasses
 import pathlib
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from varjax.convert.name_maps.release import Release
 from varjax.errors import InputError
 from varjax.storage.safetensors_io import Tensor
 from varjax.storage.untrusted import shown
@@ -121,58 +122,6 @@ def parse_side(text: str) -> int | tuple[int, int]:
     return h, w
 
 
-# ADM's statistics of ImageNet's training set, and MAR's copy of them. Their digests have not been
-# published, so the file is recognized by its name.
-REFERENCE_256 = ("VIRTUAL_imagenet256_labeled.npz", "adm_in256_stats.npz")
-REFERENCE_512 = ("VIRTUAL_imagenet512.npz",)
-
-
-@dataclasses.dataclass(frozen=True)
-class PublishedResult:
-    """Holds metrics that authors report, and the settings that they were measured with.
-
-    Attributes:
-        metrics: published values by key, as in `varjax.metrics.report.ROWS`.
-        options: values of all sampling options.
-        references: names of files with the reference's statistics.
-    """
-
-    metrics: Mapping[str, float]
-    options: Any
-    references: tuple[str, ...] = REFERENCE_256
-
-
-@dataclasses.dataclass(frozen=True)
-class Release:
-    """Names published checkpoints that together make one directory of weights.
-
-    Attributes:
-        repo: repository on the Hugging Face Hub; None if no hub has the files.
-        files: name of each file in the repository, by the flag that takes it: {"tokenizer":
-            "vae.pth", "var": "d16.pth"}.
-        commit: commit of the repository, since branches move.
-        sha256: known SHA-256 of each file at that commit, by file name.
-        page: page from which a person downloads the files, if they are not in the repository.
-        config: config of the transformer; None for a tokenizer.
-        results: metrics that the authors report.
-        evaluation_options: sampling options of all these results that are not the defaults.
-    """
-
-    repo: str | None
-    files: Mapping[str, str]
-    commit: str
-    sha256: Mapping[str, str]
-    page: str = ""
-    config: Any = None
-    results: tuple[PublishedResult, ...] = ()
-    evaluation_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def address(self) -> str:
-        """The page to download the files from by hand."""
-        return self.page or f"https://huggingface.co/{self.repo}"
-
-
 @dataclasses.dataclass(frozen=True)
 class NameMap:
     """Describes one kind of official model: how to recognize it, its sizes and its tensors.
@@ -233,6 +182,12 @@ class NameMap:
     check_fit: Callable[[Any, Any], None] | None = None
     releases: Mapping[str, Release] = dataclasses.field(default_factory=dict)
     size_fields: tuple[str, ...] = ()
+
+    def same_sizes(self, first: Any, second: Any) -> bool:
+        """Returns whether two configs have equal `size_fields`."""
+        return type(first) is type(second) and all(
+            getattr(first, field) == getattr(second, field) for field in self.size_fields
+        )
 
     def own_options(self, options: Mapping[str, Any]) -> Any:
         """Makes this kind's options of those of a whole conversion, by name."""

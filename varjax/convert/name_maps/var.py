@@ -1,4 +1,4 @@
-"""Maps the official transformer (`VAR` of FoundationVision/VAR) to ours."""
+"""Maps the official transformer (`VAR` of FoundationVision/VAR) to ours; names its releases."""
 
 import dataclasses
 import math
@@ -7,25 +7,22 @@ from collections.abc import Iterator
 import numpy as np
 
 from varjax.convert.name_maps.name_map import (
-    REFERENCE_256,
-    REFERENCE_512,
     Link,
     NameMap,
-    PublishedResult,
-    Release,
     Tensors,
     count_numbers,
     linear_links,
     option,
     tensor_shape,
 )
-from varjax.convert.name_maps.vq import (
-    COMMIT,
-    REPO,
-    TOKENIZER_FILE,
-    TOKENIZER_SHA256,
-    scales_option,
+from varjax.convert.name_maps.release import (
+    REFERENCE_256,
+    REFERENCE_512,
+    PublishedFile,
+    PublishedResult,
+    Release,
 )
+from varjax.convert.name_maps.vq import COMMIT, REPO, TOKENIZER, scales_option
 from varjax.errors import InputError
 from varjax.storage.safetensors_io import LazyArray, Tensor
 from varjax.storage.untrusted import shown
@@ -36,17 +33,45 @@ from varjax.var.sample import VAROptions
 
 HEAD_SIZE = 64  # in every official transformer
 HEAD_SCALES = "blocks.0.attn.scale_mul_1H11"
-# By depth, from the first version of arXiv 2404.02905; 256 pixels, but 512 for the last.
-PUBLISHED_FID = {16: 3.55, 20: 2.95, 24: 2.33, 30: 1.97, 36: 2.63}
 
+# By depth, from the first version of arXiv 2404.02905; 256 pixels, but 512 for the last.
+FID = {16: 3.55, 20: 2.95, 24: 2.33, 30: 1.97, 36: 2.63}
 # Of the files at COMMIT, as recorded by public projects that downloaded them. The digest of
 # var_d36.pth is not known.
 SHA256 = {
-    "var_d16.pth": "4f6151aad91c94e03e224dd7358d8389fa05301c0c291279566998efb54b0ecb",
-    "var_d20.pth": "f7d232978e6fe82a4f2e0f5d82b012e01b1aa5abfe93ce2b56104ec0e878a10f",
-    "var_d24.pth": "12c03619b2d3906ed19fe59539a90aadf60d72287dbaa31cf540435e76ddf789",
-    "var_d30.pth": "7b11551dd4d794c7d6ed10b3d2822d42efe609a86128171b646e543dd2633b56",
+    16: "4f6151aad91c94e03e224dd7358d8389fa05301c0c291279566998efb54b0ecb",
+    20: "f7d232978e6fe82a4f2e0f5d82b012e01b1aa5abfe93ce2b56104ec0e878a10f",
+    24: "12c03619b2d3906ed19fe59539a90aadf60d72287dbaa31cf540435e76ddf789",
+    30: "7b11551dd4d794c7d6ed10b3d2822d42efe609a86128171b646e543dd2633b56",
 }
+
+# CCA (arXiv 2410.09347, table 2): sampled without guidance. No commit is known.
+CCA_REPO = "ChenDRAG/CCA_VAR"
+CCA_RESULTS = {
+    16: {"fid": 4.03, "inception_score": 271.1},
+    20: {"fid": 3.02, "inception_score": 282.6},
+    24: {"fid": 2.63, "inception_score": 298.8},
+    30: {"fid": 2.54, "inception_score": 264.2},
+}
+
+# DDO (arXiv 2503.01103): FID without and with guidance. The commit is the one that a public project
+# (fixed-reference estimates of FID) pinned for its downloads.
+DDO_REPO = "nvidia/DirectDiscriminativeOptimization"
+DDO_COMMIT = "49257a0ed81726645e274e2fd5ac8e38a3ca7826"
+DDO_FID = {16: (3.12, 2.54), 30: (1.79, 1.73)}
+# Their README calls 1.0 "guidance-free" and 1.4 the best, but their script passes the number on as
+# VAR's `cfg`, for which 0 is off. Taken literally, 1.0 would be a guidance of 2 here.
+DDO_CAVEAT = "it is not certain which guidance the authors' numbers mean (docs/convert.md)"
+
+# CoDe (arXiv 2411.17787): fine-tuned pairs by the number of drafted scales. No commit is known.
+CODE_REPO = "Zigeng/VAR_CoDe"
+CODE_RESULTS = {
+    6: {"fid": 2.27, "inception_score": 297.0, "precision": 0.82, "recall": 0.58},
+    7: {"fid": 2.11, "inception_score": 303.0, "precision": 0.82, "recall": 0.59},
+    8: {"fid": 1.98, "inception_score": 302.0, "precision": 0.81, "recall": 0.60},
+    9: {"fid": 1.94, "inception_score": 296.0, "precision": 0.80, "recall": 0.61},
+}
+CODE_OPTIONS = VAROptions(guidance=2.5, top_k=600, top_p=0.96)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,18 +206,63 @@ def _tokens_per_level(level_1L: np.ndarray, count: int, length: int) -> list[int
     return np.bincount(level_L.astype(np.int64)).tolist()
 
 
-def _release(depth: int, fid: float) -> Release:
+def _official(depth: int) -> Release:
     config = VARConfig.preset(f"d{depth}")
-    options = VAROptions(guidance=2.5, top_k=900, top_p=0.96)
     references = REFERENCE_256 if config.scales == SCALES_256 else REFERENCE_512
+    options = VAROptions(guidance=2.5, top_k=900, top_p=0.96)
+    file = PublishedFile(f"var_d{depth}.pth", REPO, COMMIT, SHA256.get(depth))
     return Release(
-        REPO,
-        {"tokenizer": TOKENIZER_FILE, "var": f"var_d{depth}.pth"},
-        COMMIT,
-        TOKENIZER_SHA256 | SHA256,
+        {"tokenizer": TOKENIZER, "var": file},
+        license="MIT",
         config=config,
-        results=(PublishedResult({"fid": fid}, options, references),),
+        results=(PublishedResult({"fid": FID[depth]}, options, references),),
     )
+
+
+def _fine_tuned(
+    depth: int,
+    file: PublishedFile,
+    license: str,
+    sampling: VAROptions,
+    *results: PublishedResult,
+) -> Release:
+    return Release(
+        {"tokenizer": TOKENIZER, "var": file},
+        license=license,
+        config=VARConfig.preset(f"d{depth}"),
+        results=results,
+        sampling=sampling,
+    )
+
+
+def _cca(depth: int) -> Release:
+    file = PublishedFile(f"CCA_VAR_Guidance_Free/VAR_d{depth}_CCA.pth", CCA_REPO)
+    options = VAROptions(guidance=1.0, top_k=900, top_p=0.96)
+    return _fine_tuned(depth, file, "MIT", options, PublishedResult(CCA_RESULTS[depth], options))
+
+
+def _ddo(depth: int) -> Release:
+    file = PublishedFile(f"var_d{depth}-ddo.pth", DDO_REPO, DDO_COMMIT)
+    options = [VAROptions(guidance=guidance, top_k=0, top_p=0.0) for guidance in (1.0, 1.4)]
+    results = [
+        PublishedResult({"fid": fid}, chosen, caveat=DDO_CAVEAT)
+        for fid, chosen in zip(DDO_FID[depth], options, strict=True)
+    ]
+    license = "CC BY-NC-SA 4.0 (non-commercial)"
+    return _fine_tuned(depth, file, license, options[0], *results)
+
+
+def _drafter(scales: int) -> Release:
+    refiner = f"var_d16_code_refiner_{scales}"
+    caveat = f"published together with --refiner={refiner} --draft_scales={scales}"
+    result = PublishedResult(CODE_RESULTS[scales], CODE_OPTIONS, caveat=caveat)
+    file = PublishedFile(f"drafter_{scales}.pth", CODE_REPO)
+    return _fine_tuned(30, file, "MIT", CODE_OPTIONS, result)
+
+
+def _refiner(scales: int) -> Release:
+    file = PublishedFile(f"refiner_{scales}.pth", CODE_REPO)
+    return _fine_tuned(16, file, "MIT", CODE_OPTIONS)
 
 
 VAR_MAP = NameMap(
@@ -211,6 +281,13 @@ VAR_MAP = NameMap(
     reads=VQConfig,
     check_fit=check_fit,
     sampling=lambda config: VAROptions(),
-    releases={f"var_d{depth}": _release(depth, fid) for depth, fid in PUBLISHED_FID.items()},
+    releases={
+        # The authors' own first: a model of other weights is compared with the first of its sizes.
+        **{f"var_d{depth}": _official(depth) for depth in FID},
+        **{f"var_d{depth}_cca": _cca(depth) for depth in CCA_RESULTS},
+        **{f"var_d{depth}_ddo": _ddo(depth) for depth in DDO_FID},
+        **{f"var_d30_code_drafter_{scales}": _drafter(scales) for scales in CODE_RESULTS},
+        **{f"var_d16_code_refiner_{scales}": _refiner(scales) for scales in CODE_RESULTS},
+    },
     size_fields=("width", "classes", "depth", "scales"),
 )

@@ -13,7 +13,6 @@ from varjax.convert.name_maps.autoencoder import (
 from varjax.convert.name_maps.name_map import (
     Link,
     NameMap,
-    Release,
     Tensors,
     conv_links,
     count_numbers,
@@ -21,6 +20,7 @@ from varjax.convert.name_maps.name_map import (
     parse_side,
     tensor_shape,
 )
+from varjax.convert.name_maps.release import PublishedFile, Release
 from varjax.errors import InputError
 from varjax.nn.autoencoder import COARSEST
 from varjax.storage.safetensors_io import Tensor
@@ -28,11 +28,13 @@ from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, Scale
 
 REPO, COMMIT = "FoundationVision/var", "6d0ee6598a42f75079aa79e58b012b57b284c91b"
-TOKENIZER_FILE = "vae_ch160v4096z32.pth"
-# As in the Git LFS pointer at that commit.
-TOKENIZER_SHA256 = {
-    TOKENIZER_FILE: "7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c"
-}
+TOKENIZER = PublishedFile(
+    "vae_ch160v4096z32.pth",
+    REPO,
+    COMMIT,
+    # As in the Git LFS pointer at that commit.
+    sha256="7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c",
+)
 HITS = "quantize.ema_vocab_hit_SV"  # the buffer: how often each scale used each code
 
 
@@ -125,7 +127,5 @@ VQ_MAP = NameMap(
     buffers=vq_buffers,
     buffer_names=("ema_vocab_hit_SV",),
     trainer_key="vae_local",
-    releases={
-        "vae_ch160v4096z32": Release(REPO, {"tokenizer": TOKENIZER_FILE}, COMMIT, TOKENIZER_SHA256)
-    },
+    releases={"vae_ch160v4096z32": Release({"tokenizer": TOKENIZER}, license="MIT")},
 )
