@@ -16,10 +16,9 @@ def split_argument(arg: str) -> list[str]:
 def read_argument(
     words: Sequence[str], sizes: Collection[str], options: Collection[str] = ()
 ) -> tuple[str, str, set[str]]:
-    """(size, data, options) of the words of "SIZE,data=WHERE,OPTION,…" in any order.
+    """Returns (size, data, options) from words "SIZE", "data=WHERE" and "OPTION", in any order.
 
-    The first of `sizes`, and ImageNet of TFDS, where they are not said. Raises InputError that says
-    what is allowed.
+    Defaults are the first of `sizes`, and TFDS's ImageNet. Raises InputError for any other word.
     """
     size, data, chosen = next(iter(sizes)), "tfds:imagenet2012", set()
     for word in words:

@@ -32,7 +32,7 @@ SCALES = {  # by the side of the finest token map
     7: (1, 2, 3, 4, 5, 7),
     8: (1, 2, 3, 4, 6, 8),
 }
-LOOKED_AT = 64  # images, to tell gray from color
+GRAY_CHECK_IMAGES = 64  # number of images read to tell gray from color
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Recipe:
     guidance: float
 
 
-# Found on scikit-learn's digits (8 pixels), and on 4,500 handwritten digits of 28 pixels.
+# Tuned on scikit-learn's digits (8 pixels), and on 4,500 handwritten digits of 28 pixels.
 UP_TO_8 = Recipe(
     vocab=256,
     codebook=CodebookConfig(),
@@ -147,35 +147,36 @@ def small_var(data: Any, tokenizer_run: Experiment, run_dir: str) -> Experiment:
 
 
 def small_dataset(arg: str) -> tuple[Any, str]:
-    """Reads "data=WHERE,size=PIXELS", and perhaps "held_out=SHARE" (or the name of a split).
+    """Reads "data=WHERE,size=PIXELS" and optionally "held_out=FRACTION" (or the name of a split).
 
     Returns:
-        The dataset, gray where its images are, and a name for its runs.
+        The dataset, with one channel if its images are gray, and a name for its runs.
 
     Raises:
         InputError: anything else in `arg`, or a dataset that cannot be read.
     """
-    given: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for word in filter(None, split_argument(arg)):
-        name, _, given[name] = word.partition("=")
-    if given.keys() - {"data", "size", "held_out"} or not given.get("data"):
-        read = f"cannot read {arg!r}" if arg else "this config needs its data"
-        hint = COMMA_HINT if "data" in given else ""
+        name, _, settings[name] = word.partition("=")
+    if settings.keys() - {"data", "size", "held_out"} or not settings.get("data"):
+        problem = f"cannot read {arg!r}" if arg else "this config needs its data"
+        hint = COMMA_HINT if "data" in settings else ""
         raise InputError(
-            f"{read}; give data=folder:DIR,size=28 after the colon, perhaps with held_out=0.1{hint}"
+            f"{problem}; give data=folder:DIR,size=28 after the colon, optionally with "
+            f"held_out=0.1{hint}"
         )
-    text = given.get("size", "")
+    text = settings.get("size", "")
     if not text.isdigit():
-        raise InputError(f"size is {text!r}; give the side of the images in pixels, say size=28")
+        raise InputError(f"size is {text!r}; give the side of the images in pixels, as in size=28")
     size = int(text)
     _choose((size, size, 3))
-    data = parse_dataset(given["data"], size)
-    if "held_out" in given:
-        data = _with_held_out(data, given["held_out"])
-    if isinstance(data, Folder | TFDS) and _is_gray(_some_source(data)):
+    data = parse_dataset(settings["data"], size)
+    if "held_out" in settings:
+        data = _with_held_out(data, settings["held_out"])
+    if isinstance(data, Folder | TFDS) and _is_gray(_unsplit_source(data)):
         data = dataclasses.replace(data, channels=1)
-    where = os.path.normpath(given["data"].partition(":")[2] or given["data"])
-    name = re.sub(r"\W+", "_", os.path.basename(where)).strip("_").lower()
+    location = os.path.normpath(settings["data"].partition(":")[2] or settings["data"])
+    name = re.sub(r"\W+", "_", os.path.basename(location)).strip("_").lower()
     return data, f"{name or 'images'}_{size}"
 
 
@@ -187,7 +188,7 @@ def _choose(image_shape: tuple[int, int, int]) -> tuple[Recipe, tuple[int, ...],
             f"images of {height} by {width} pixels; these configs are for square ones of "
             f"{SMALLEST} to {LARGEST} pixels"
         )
-    # As few halvings as leave at most 8 tokens a side, but one at least.
+    # The smallest number of halvings, at least one, that leaves at most 8 tokens a side.
     levels = next(n for n in itertools.count(1) if height <= 8 * 2**n)
     if height % 2**levels:
         below = height // 2**levels * 2**levels
@@ -213,22 +214,23 @@ def _with_held_out(data: Any, text: str) -> Any:
         return dataclasses.replace(data, held_out=text)
 
 
-def _some_source(data: Folder | TFDS) -> Any:
-    """Images that need not be split: flags may still change what is held out."""
+def _unsplit_source(data: Folder | TFDS) -> Any:
+    """Returns images without splitting them, because flags may still change what is held out."""
     if isinstance(data, Folder):
         return FolderSource(data.layout.training_folder(), data.channels)
     return data.source("train")
 
 
 def _is_gray(source: Any) -> bool:
-    """Whether the colors of some images, evenly spread, are all shades of gray."""
-    seen = False
-    for index in np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(int).tolist():
+    """Returns whether some evenly spaced images contain only shades of gray."""
+    any_read = False
+    count = min(GRAY_CHECK_IMAGES, len(source))
+    for index in np.linspace(0, len(source) - 1, count).astype(int).tolist():
         try:
             image_HWC = source[index]["image"]
         except BrokenImage:
             continue
         if (image_HWC != image_HWC[..., :1]).any():
             return False
-        seen = True
-    return seen
+        any_read = True
+    return any_read

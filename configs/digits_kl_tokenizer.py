@@ -5,7 +5,7 @@
 Two CPU cores: 2 minutes, 1.1 GB. Expected at the end: eval_ema/psnr 30.0, eval/kl 199,
 eval_ema/latent_std 1.13.
 
-The weight of the KL divergence is far above LDM's 1e-6: with 1e-3, the latents get a standard
+The weight of the KL divergence is far above LDM's 1e-6. With 1e-3, the latents have a standard
 deviation near 1, and the posterior's standard deviation is about a twentieth of that.
 """
 

@@ -53,7 +53,7 @@ def digits():
     image_NC, label_N = load_digits(return_X_y=True)
     image_NHW = np.asarray(image_NC, np.float32).reshape(-1, 8, 8)
     held_out_N, rng = np.arange(len(label_N)) % 5 == 4, np.random.default_rng(0)
-    # Ten altered copies of each image: a transformer would soon know 1,438 images by heart.
+    # Ten altered copies of each image: a transformer would soon memorize 1,438 images.
     train_NHW, train_N = np.tile(image_NHW[~held_out_N], (10, 1, 1)), label_N[~held_out_N]
     train_NHW = np.stack([augment(image_HW, rng) for image_HW in train_NHW])
     train = {"image": train_NHW / 8 - 1, "label": np.tile(train_N, 10)}
@@ -198,7 +198,7 @@ def diffusion_loss(params, token_BLZ, label_B, known_BL, t_BLU, noise_BLUZ):
 def mar_loss(params, batch, key):
     """Masks a random part of each image, and averages the loss of the masked tokens."""
     B, keys = len(batch["label"]), jax.random.split(key, 5)
-    # A tenth of the labels becomes "no class": what guidance compares with.
+    # A tenth of the labels becomes "no class", which guidance needs.
     label_B = jnp.where(jax.random.bernoulli(keys[0], 0.1, (B,)), CLASSES, batch["label"])
     # The mask ratio: normal around 1, cut off to [0.1, 1]; the paper has [0.7, 1] (section 4.2).
     ratio_B = 1 + 0.25 * jax.random.truncated_normal(keys[1], (0.1 - 1) / 0.25, 0, (B,))

@@ -53,7 +53,7 @@ def digits():
     image_NC, label_N = load_digits(return_X_y=True)
     image_NHW = np.asarray(image_NC, np.float32).reshape(-1, 8, 8)
     held_out_N, rng = np.arange(len(label_N)) % 5 == 4, np.random.default_rng(0)
-    # Ten altered copies of each image: a transformer would soon know 1,438 images by heart.
+    # Ten altered copies of each image: a transformer would soon memorize 1,438 images.
     train_NHW, train_N = np.tile(image_NHW[~held_out_N], (10, 1, 1)), label_N[~held_out_N]
     train_NHW = np.stack([augment(image_HW, rng) for image_HW in train_NHW])
     train = {"image": train_NHW[..., None] / 8 - 1, "label": np.tile(train_N, 10)}
@@ -234,7 +234,7 @@ class VAR(nn.Module):
 
 def var_loss(params, batch, key):
     """Computes the cross-entropy of all 30 tokens (Eq. 6), in one forward pass by the mask."""
-    # A tenth of the labels becomes "no class": what guidance compares with.
+    # A tenth of the labels becomes "no class", which guidance needs.
     dropped_B = jax.random.bernoulli(key, 0.1, batch["label"].shape)
     label_B = jnp.where(dropped_B, CLASSES, batch["label"])
     logits_BLV = VAR().bind({"params": params})(batch["input"], label_B)
