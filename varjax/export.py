@@ -1,4 +1,4 @@
-"""Writes trained or converted weights: as a directory of weights, or for the official code."""
+"""Writes trained or converted weights as a directory of weights, or for the official code."""
 
 import hashlib
 import os
@@ -27,10 +27,10 @@ Layout = Literal["official", "diffusers"]
 
 
 def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None = None) -> None:
-    """Writes what a training run has learned as a directory of weights.
+    """Writes the weights of a training run as a directory of weights.
 
-    The best weights are taken if the run kept them, else its last. A run of a tokenizer gives a
-    directory of the tokenizer alone.
+    Takes the best weights if the run kept them, otherwise the last. The run of a tokenizer gives a
+    directory with only the tokenizer.
 
     Args:
         run: directory of the run.
@@ -39,7 +39,7 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None 
             there are any.
 
     Raises:
-        InputError: `run` is no run, or `out` cannot be written.
+        InputError: `run` is not a training run, or `out` cannot be written.
     """
     run, out = as_path(run), as_path(out)
     weights = open_weights(run)
@@ -60,24 +60,24 @@ def export_torch(
     ema: bool | None = None,
     layout: Layout = "official",
 ) -> None:
-    """Writes weights for the official code: per model a .pth and a .safetensors of equal content.
+    """Writes weights for the official code: a .pth and a .safetensors of each model.
 
-    Names are the official ones and all buffers are there, so that
-    `load_state_dict(torch.load(path, weights_only=True), strict=True)` takes them. The metadata of
-    the .safetensors hold the license of published weights, if it is known. Parameters that
-    official files lack are named on stderr where the official code has other values.
+    Both have equal content, with the official names and all buffers, so that
+    `load_state_dict(torch.load(path, weights_only=True), strict=True)` accepts them. The
+    .safetensors' metadata contain the license of published weights, if it is known. A message on
+    stderr names parameters that the files cannot hold and that differ from the official code's.
 
     Args:
         weights: training run, directory of weights, or name of a published model.
-        out: the directory to write, which must not exist or be empty.
+        out: directory to write, which must be empty or not exist.
         ema: True writes a run's averaged weights, False the others; None writes the averaged
             weights if there are any.
-        layout: "diffusers" writes a KL tokenizer alone, as the folder that diffusers'
-            `AutoencoderKL.from_pretrained` reads.
+        layout: "diffusers" writes only a KL tokenizer, as a folder for diffusers'
+            `AutoencoderKL.from_pretrained`.
 
     Raises:
-        InputError: `weights` holds none or a model without counterpart, or `out` holds files or
-            cannot be written.
+        InputError: `weights` has no weights or a model without counterpart, or `out` is not empty
+            or cannot be written.
     """
     check_setting("layout", layout, layout in get_args(Layout), " or ".join(get_args(Layout)))
     directory, out = open_model(weights), as_path(out)
@@ -104,7 +104,7 @@ def license_of(weights: WeightsDir) -> dict[str, str]:
 
 
 def _note_constants(part: str, config: Any, leaves: Mapping[str, Any]) -> None:
-    """Says which parameters official files do not hold, unless the official code has them so."""
+    """Prints which parameters official files lack, unless the official code has the same values."""
     name_map = name_map_of(config)
     official = name_map.official_constants(config)
     for path in name_map.constants(name_map.options()):

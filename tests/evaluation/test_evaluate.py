@@ -56,7 +56,7 @@ def test_real_digits_are_near_and_noise_is_far(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "355 samples of real.npz against 1,442 images of digits" in printed
     assert "Inception Score              –   left out: pixels have no logits" in printed
-    assert "FID is larger the fewer they are" in printed
+    assert "FID is larger with fewer samples" in printed
 
 
 def test_the_same_command_returns_the_report_and_another_is_refused(tmp_path, capsys, monkeypatch):
@@ -180,13 +180,13 @@ def test_the_sweep_is_read_by_the_options_types():
         ([], "give SAMPLES .* or --weights"),
         (["a.npz", "--weights=b"], "give SAMPLES .* or --weights"),
         (["a.npz", "--out=report.txt"], "ends in .json"),
-        (["a.npz", "--guidance=2"], "--guidance: only with --weights"),
-        (["a.npz", "--sweep", "guidance=1"], "--sweep: only with --weights"),
+        (["a.npz", "--guidance=2"], "--guidance: needs --weights"),
+        (["a.npz", "--sweep", "guidance=1"], "--sweep: needs --weights"),
         (["absent.npz"], "absent.npz does not exist"),
-        (["one.npz"], "one.npz holds 1 images; two or more"),
+        (["one.npz"], "one.npz has 1 images; two or more"),
         (["large.npz"], "digits are 8 by 8 pixels"),
         (["two.npz", "--reference=absent"], "absent does not exist"),
-        (["two.npz", "--out=other.json"], "other.json exists and is no report"),
+        (["two.npz", "--out=other.json"], "other.json exists and is not a report"),
     ],
 )
 def test_wrong_command_lines(tmp_path, capsys, arguments, message):

@@ -164,7 +164,7 @@ def test_a_report_shows_what_is_published_or_what_differs(capsys):
     print_report(report | {"published": {"weights": "mar_b", "metrics": {}, "differences": lines}})
     said = capsys.readouterr().out
     assert "281.70" not in said and "2.31" not in said
-    assert "no published value of mar_b is shown, for these differ:\n  steps is 64" in said
+    assert "no published value of mar_b is shown, because these differ:\n  steps is 64" in said
     print_report(report | {"published": None})
     assert "published" not in capsys.readouterr().out
     print_report(report)  # one that an earlier version wrote

@@ -152,9 +152,9 @@ def test_what_holds_no_images_is_refused(tmp_path):
     write_folder(tmp_path / "mixed", IMAGES_NHWC[:1, :6], ["1.png"])
     for name, message in (
         ("absent", "does not exist"),
-        ("empty", "holds no images"),
+        ("empty", "contains no images"),
         ("floats.npz", "float64 of shape"),
-        ("other.npz", "it has no arr_0, but images"),
+        ("other.npz", "arr_0 is missing; it has images"),
         ("text.npz", "cannot be read as an .npz"),
         ("short.npz", "cannot be read as an .npz"),
         ("text.txt", "use an .npz with images under arr_0, or a folder"),

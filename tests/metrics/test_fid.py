@@ -103,11 +103,11 @@ def test_collapse_and_outliers_show_in_recall_and_precision():
 
 
 def test_too_few_images_are_refused():
-    with pytest.raises(InputError, match="1 images: a covariance requires two"):
+    with pytest.raises(InputError, match="1 images: a covariance needs two"):
         Moments.of(np.zeros((1, 4)))
     with pytest.raises(InputError, match="0 images"):
         MomentSums().moments()
-    with pytest.raises(InputError, match="the samples are 3 images; .* more than 3"):
+    with pytest.raises(InputError, match="samples: 3 images; .* more than 3"):
         fid.precision_recall(np.zeros((3, 4)), np.zeros((9, 4)))
-    with pytest.raises(InputError, match="KID requires two"):
+    with pytest.raises(InputError, match="KID needs two"):
         fid.kernel_inception_distance(np.zeros((1, 4)), np.zeros((9, 4)))

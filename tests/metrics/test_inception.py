@@ -146,7 +146,7 @@ def test_what_is_no_inception_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         convert_inception(tmp_path / "out", tmp_path / "absent.pb")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="no Inception weights in .*--inception=FILE"):
+    with pytest.raises(InputError, match="no Inception weights; .*--inception=FILE"):
         load_inception(tmp_path)
     files.write_tensors(tmp_path / "inception.safetensors", {"fc_bias": np.zeros(3)}, {})
     with pytest.raises(InputError, match="is not FID's Inception-v3"):

@@ -73,7 +73,7 @@ def test_missing_classes_are_noticed():
     without = np.where(np.isin(shuffled_N, [3, 4, 5, 6, 7, 8, 9]), 0, shuffled_N)
     (notice,) = notices(without)  # nobody says how many classes there are
     assert "7 of 50 classes have no samples (3, 4, 5, 6, 7 and 2 more)" in notice
-    assert "the others up to 320 each" in notice
+    assert "the others have up to 320 each" in notice
 
 
 def test_labels_that_number_no_classes_are_left_alone():

@@ -8,9 +8,10 @@ varjax evaluate --weights=runs/digits --count=100 --features=pixels --reference=
 SAMPLES is an .npz (arr_0) or a folder of images. With --weights, the command draws the samples,
 --count of each class, with the model's default options unless you give others; a MAR of a released
 size takes 256 steps, as published. --reference is an .npz of statistics (ADM's) or of images, a
-folder of images, or a dataset (folder:PATH, tfds:NAME, digits, photos), whose images are cropped to
-the samples' size as in the model's recipe, or as --crop says. The command continues where it was
-interrupted if you run it again. docs/evaluation.md describes the protocol of the published numbers.
+folder of images, or a dataset (folder:PATH, tfds:NAME, digits, photos). Images of a dataset are
+cropped to the samples' size, as in the model's recipe unless you set --crop. If the command is
+interrupted, run it again to continue. docs/evaluation.md describes how published numbers are
+measured.
 """
 
 import argparse
@@ -63,7 +64,7 @@ from varjax.storage.folders import check_writable
 def evaluate(arguments: list[str]) -> None:
     """Reads the command line, measures, writes and prints.
 
-    Raises InputError, before any long work, for what cannot be done.
+    Raises InputError, before any long work, if the request is invalid.
     """
     parser = _parser()
     flags = parser.parse_args(arguments)
@@ -77,7 +78,7 @@ def evaluate(arguments: list[str]) -> None:
     given = given_options(flags, option_classes())
     if flags.weights is None and (flags.sweep or given):
         wrong = ["--sweep"] * bool(flags.sweep) + [f"--{name}" for name in given]
-        raise InputError(f"{', '.join(wrong)}: only with --weights, which draws the samples")
+        raise InputError(f"{', '.join(wrong)}: needs --weights, which draws the samples")
     connect_by_flags(flags)
     use_compilation_cache()
     extract = FeatureExtractor(feature_network(flags.features, flags.inception))
@@ -112,10 +113,10 @@ def evaluate(arguments: list[str]) -> None:
             print_report(report)
         return
     check_sweep_output(out)
-    # All of them are checked before the first one is drawn.
-    chosen = [(p, model.options(**{**given, **p})) for p in parse_sweep(flags.sweep, options)]
+    # The options of all points are checked before the first one is drawn.
+    sweep = [(p, model.options(**{**given, **p})) for p in parse_sweep(flags.sweep, options)]
     points = []
-    for point, options in chosen:
+    for point, options in sweep:
         print(", ".join(f"{name}={value}" for name, value in point.items()), file=sys.stderr)
         points.append(SweepPoint(point, report_at(point_path(out, point), options)))
     if first:
@@ -145,8 +146,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OPTION=V,V",
         help="options to vary, in all combinations",
     )
-    help = "report, .json; --sweep writes more reports and a picture next to it (report.json)"
-    add_sampling_flags(parser, "report.json", help, weights_required=False)
+    about = "report, .json; --sweep writes more reports and a picture next to it (report.json)"
+    add_sampling_flags(parser, "report.json", about, weights_required=False)
     parser.set_defaults(count=50)
     add_process_flags(parser)
     return parser

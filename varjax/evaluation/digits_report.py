@@ -36,17 +36,17 @@ def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, di
         for images in (samples_NHWC, train.images_NHWC, held_out.images_NHWC)
     )
     classifier = SVC(C=10).fit(train_NC, train.labels_N)
-    spread = class_diversity(train_NC, train.labels_N)
+    train_diversity = class_diversity(train_NC, train.labels_N)
     return {
         "samples": {
             "label accuracy": float(classifier.score(x_NC, label_N)),
-            "diversity": class_diversity(x_NC, label_N) / spread,
+            "diversity": class_diversity(x_NC, label_N) / train_diversity,
             "copying": copying_fraction(x_NC, train_NC),
             "Fréchet distance": frechet_distance(Moments.of(x_NC), Moments.of(held_NC)),
         },
         "real held-out digits": {
             "label accuracy": float(classifier.score(held_NC, held_out.labels_N)),
-            "diversity": class_diversity(held_NC, held_out.labels_N) / spread,
+            "diversity": class_diversity(held_NC, held_out.labels_N) / train_diversity,
             "copying": copying_fraction(held_NC, train_NC),
             "Fréchet distance": frechet_distance(Moments.of(train_NC), Moments.of(held_NC)),
         },
@@ -54,8 +54,8 @@ def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, di
 
 
 MEANINGS = {
-    "label accuracy": "fraction that a classifier trained on real digits assigns to their class",
-    "diversity": "mean distance of two digits of a class, relative to real training digits",
+    "label accuracy": "fraction that a classifier of real digits assigns to the requested class",
+    "diversity": "mean distance between two digits of a class, relative to real training digits",
     "copying": "fraction closer to a training digit than that digit's nearest neighbor",
     "Fréchet distance": "between Gaussians of pixels, to held-out digits (real: training digits)",
 }

@@ -1,4 +1,4 @@
-"""Measures samples, of a file or drawn from a model on the way, against a reference."""
+"""Measures samples, from a file or drawn from a model, against a reference."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ from varjax.sampling.sampler import Sampler
 from varjax.storage import files, folders
 from varjax.storage.folders import locked_work_folder
 
-DATASETS = "folder:", "tfds:", "digits", "photos"  # what a reference may be besides files
+DATASETS = "folder:", "tfds:", "digits", "photos"  # beginnings of a reference that is a dataset
 LEAST_SAMPLES = 2
 REPORT_FIELDS = {"metrics", "left_out", "notices"}
 
@@ -59,7 +59,7 @@ class EvaluationSettings:
 
 
 class FeatureOutput:
-    """Takes the images of a sampling job and keeps their features alone (an `Output`)."""
+    """Keeps only the features of a sampling job's images (an `Output`)."""
 
     def __init__(self, folder: pathlib.Path, request: Mapping[str, Any], extract: FeatureExtractor):
         self._folder, self._request, self._extract = folder, request, extract
@@ -83,7 +83,7 @@ def evaluate_images(
 ) -> dict[str, Any]:
     """Measures a set of images, and writes and returns the report.
 
-    Continues where an interrupted evaluation stopped; an existing report of it is returned.
+    Continues an interrupted evaluation. If the report exists already, it is returned.
 
     Args:
         settings: settings of the evaluation.
@@ -92,10 +92,10 @@ def evaluate_images(
         out: path of the report; features are kept next to it until it is written.
 
     Raises:
-        InputError: `out` holds another report, or samples and reference do not fit.
+        InputError: `out` holds another report, or the samples do not fit the reference.
     """
     if images.shape[0] < LEAST_SAMPLES:
-        raise InputError(f"{name} holds {images.shape[0]} images; two or more are needed")
+        raise InputError(f"{name} has {images.shape[0]} images; two or more are needed")
     samples = {"images": images.digest, **settings.extract.network.identity}
     reference = _read_reference(settings, images.shape[1:])
     request = {"samples": samples, "reference": reference.digest}
@@ -115,15 +115,15 @@ def evaluate_images(
 def evaluate_model(
     settings: EvaluationSettings, model: Sampler, name: str, job: SamplingJob, out: pathlib.Path
 ) -> dict[str, Any]:
-    """Draws samples from a model and measures them; else like `evaluate_images`.
+    """Draws samples from a model and measures them, otherwise like `evaluate_images`.
 
-    All devices and processes draw; the first process measures, and writes the report.
+    All devices and processes draw. The first process measures and writes the report.
     """
     if len(job.label_N) < LEAST_SAMPLES:
-        raise InputError(f"{len(job.label_N)} samples are asked for; two or more are needed")
-    asked, network = job.request(model), settings.extract.network.identity
-    assert not asked.keys() & network.keys()
-    samples = json.loads(json.dumps(asked | network))
+        raise InputError(f"{len(job.label_N)} samples are requested; two or more are needed")
+    drawn, network = job.request(model), settings.extract.network.identity
+    assert not drawn.keys() & network.keys()
+    samples = json.loads(json.dumps(drawn | network))
     reference: Reference
 
     def begin() -> dict[str, Any] | None:
@@ -150,23 +150,23 @@ def evaluate_model(
 
 
 def begun_batch_size_of_report(out: pathlib.Path) -> int | None:
-    """Returns the batch size that a report's samples were begun with; None without a beginning."""
+    """Returns the batch size that a report's samples were begun with; None if none were."""
     if not out.exists():
         return begun_batch_size(parts_folder(out))
     try:
         return files.read_json(out)["request"]["samples"].get("batch_size")
     except (InputError, OSError, KeyError, TypeError, AttributeError):
-        return None  # no report, which `finished_report` refuses
+        return None  # not a report; `finished_report` refuses it
 
 
 def finished_report(out: pathlib.Path, request: Mapping[str, Any]) -> dict | None:
-    """Returns the report at `out`; None where there is none yet.
+    """Returns the report at `out`, or None if it does not exist yet.
 
-    Raises InputError where it is of another request, or no report.
+    Raises InputError if the file is another request's report, or not a report.
     """
     if not out.exists():
         return None
-    no_report = f"{out} exists and is no report; delete it or choose another out"
+    no_report = f"{out} exists and is not a report; delete it or choose another out"
     try:
         report = files.read_json(out)
     except StorageError:
@@ -183,9 +183,9 @@ def print_report(report: Mapping[str, Any]) -> None:
     """Prints a report as a table."""
     measured = SampleMetrics(report["metrics"], report["left_out"], report["notices"])
     published = report.get("published")
-    count, of = report["images"], report["reference_images"]
-    against = f"{of:,} images" if of else "statistics"
-    print(f"\n{count:,} samples of {report['name']} against {against} of {report['reference']}")
+    count, reference_count = report["images"], report["reference_images"]
+    kind = f"{reference_count:,} images" if reference_count else "statistics"
+    print(f"\n{count:,} samples of {report['name']} against {kind} of {report['reference']}")
     if crop := report.get("reference_crop"):
         print(f"the reference is {crop}")
     if published and not published["differences"]:
@@ -195,12 +195,12 @@ def print_report(report: Mapping[str, Any]) -> None:
     if published:
         lines = "\n  ".join(published["differences"])
         name = published["weights"]
-        print(f"note: no published value of {name} is shown, for these differ:\n  {lines}")
+        print(f"note: no published value of {name} is shown, because these differ:\n  {lines}")
 
 
 def _read_reference(settings: EvaluationSettings, image_shape: Sequence[int]) -> Reference:
     text, extract = settings.reference, settings.extract
-    sizes = feature_sizes(extract.network, image_shape)  # refuses what cannot be done
+    sizes = feature_sizes(extract.network, image_shape)  # refuses images without features
     if is_dataset(text):
         images = DatasetImages(dataset_of(settings, image_shape), settings.split)
         return reference_of_images(images, images.digest, extract, settings.cache)
@@ -208,12 +208,12 @@ def _read_reference(settings: EvaluationSettings, image_shape: Sequence[int]) ->
 
 
 def is_dataset(reference: str) -> bool:
-    """Returns whether a reference names a dataset, not a file or a folder of images."""
+    """Returns whether a reference names a dataset, not a file or folder of images."""
     return reference.startswith(DATASETS)
 
 
 def dataset_of(settings: EvaluationSettings, image_shape: Sequence[int]) -> Any:
-    """Returns the reference's dataset with images of a size; InputError as `parse_dataset`."""
+    """Returns the reference's dataset with images of a size; raises as `parse_dataset` does."""
     H, W, channels = image_shape
     data = parse_dataset(settings.reference, (H, W), channels, settings.crop)
     if isinstance(data, CachedLatents):
@@ -222,7 +222,7 @@ def dataset_of(settings: EvaluationSettings, image_shape: Sequence[int]) -> Any:
 
 
 def transformer_config(model: Sampler) -> Any:
-    """Returns the transformer's config, by which a released model is known; None without one."""
+    """Returns the transformer's config, which identifies a released model; None without one."""
     configs = getattr(model, "config", {})
     return next((config for name, config in configs.items() if name != "tokenizer"), None)
 
@@ -230,7 +230,7 @@ def transformer_config(model: Sampler) -> Any:
 def _published(
     settings: EvaluationSettings, model: Sampler, name: str, job: SamplingJob
 ) -> dict[str, Any] | None:
-    """Returns the published values for a model of these sizes, or what differs, as JSON data."""
+    """Returns the published values of the model, or the differences, as JSON data."""
     measurement = Measurement(
         name,
         transformer_config(model),
@@ -250,7 +250,7 @@ def _published(
 def _about(
     settings: EvaluationSettings, reference: Reference, name: str, images: int
 ) -> dict[str, Any]:
-    """Returns a report's data other than its metrics and what they depend on."""
+    """Returns the part of a report that describes samples and reference."""
     return {
         "name": name,
         "images": images,

@@ -1,7 +1,7 @@
-"""How evaluation cuts images out of photographs: by the recipe that a model was trained by.
+"""How evaluation crops photographs: as in the recipe that the model was trained with.
 
-VAR's tokenizer saw images that were cropped in one way, MAR's and latent diffusion's in another,
-and FID, rFID and the scale of latents depend on it.
+VAR's tokenizer was trained on one kind of crop, MAR's and latent diffusion's on another. FID, rFID
+and the scale of latents depend on it.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ from varjax.models import recipe_crop
 
 AUTO = "auto"
 CROPPED = "folder:", "tfds:"  # the datasets whose images may have any size
-CROPS: dict[str, Crop] = {"var": "random", "adm": "center"}  # what flags call them
+CROPS: dict[str, Crop] = {"var": "random", "adm": "center"}  # by the value of --crop
 DESCRIPTIONS: dict[Crop, str] = {
     "random": "cropped as by VAR: Lanczos to 1.125 times the size, then the middle (--crop=var)",
     "center": "cropped as by ADM and MAR: box filter and bicubic to the size, then the middle "
@@ -30,7 +30,7 @@ def choose_crop(flag: str, location: str | pathlib.Path | WeightsDir | None) -> 
         location: location of the model, whose recipe "auto" follows; None for VAR's.
 
     Raises:
-        InputError: another flag, or no model is there.
+        InputError: an unknown flag, or no model at `location`.
     """
     if flag in CROPS:
         return CROPS[flag]
@@ -40,5 +40,5 @@ def choose_crop(flag: str, location: str | pathlib.Path | WeightsDir | None) -> 
 
 
 def describe_crop(data: str, crop: Crop) -> str | None:
-    """Says how the evaluation images of a command line's dataset are cropped; None: not at all."""
+    """Describes how the evaluation images of a dataset are cropped; None if they are not."""
     return DESCRIPTIONS[crop] if data.startswith(CROPPED) else None

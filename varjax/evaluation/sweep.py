@@ -1,4 +1,4 @@
-"""Evaluations of one model under several sampling options: a table, and FID against score."""
+"""Evaluates one model with several sampling options: a table, and FID against Inception Score."""
 
 import dataclasses
 import itertools
@@ -16,7 +16,7 @@ PRINTED = ("fid", "inception_score", "precision", "recall")
 
 @dataclasses.dataclass(frozen=True)
 class SweepPoint:
-    """One combination of options, and the report it led to.
+    """Holds one combination of options, and its report.
 
     Attributes:
         options: values of the swept options by name.
@@ -28,14 +28,17 @@ class SweepPoint:
 
 
 def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
-    """Reads "guidance=1,1.5,2" and the like: all combinations, each as options by name.
+    """Reads texts such as "guidance=1,1.5,2" and returns all combinations of their values.
 
     Args:
-        texts: options and their values, NAME=VALUE,VALUE… each.
+        texts: one NAME=VALUE,VALUE… for each option to vary.
         options: sampling options of the model, whose fields may be named.
 
+    Returns:
+        The combinations, each as values by option name.
+
     Raises:
-        InputError: a name that is no option, or a value that is none of it.
+        InputError: an unknown option, or a value that it cannot take.
     """
     types = typing.get_type_hints(type(options))
     names = [field.name for field in dataclasses.fields(options)]
@@ -62,7 +65,7 @@ def point_path(out: pathlib.Path, options: Mapping[str, Any]) -> pathlib.Path:
 
 
 def check_sweep_output(out: pathlib.Path) -> None:
-    """Raises InputError where `out` is anything but the points of a sweep."""
+    """Raises InputError if `out` exists and does not hold the points of a sweep."""
     if out.exists():
         try:
             sweep = "points" in files.read_json(out)
@@ -71,11 +74,11 @@ def check_sweep_output(out: pathlib.Path) -> None:
         except InputError:
             sweep = False
         if not sweep:
-            raise InputError(f"{out} exists and is no sweep; delete it or choose another out")
+            raise InputError(f"{out} exists and is not a sweep; delete it or choose another out")
 
 
 def sweep_table(points: Sequence[SweepPoint]) -> str:
-    """Formats the metrics of all points, a line each, the lowest FID marked."""
+    """Formats the metrics of all points, one line each, and marks the lowest FID."""
     names = [name for name in PRINTED if any(name in p.report["metrics"] for p in points)]
     lowest = min(points, key=lambda p: p.report["metrics"]["fid"])
     lines = ["".join(f"{name:>18}" for name in (*points[0].options, *names))]
@@ -87,10 +90,10 @@ def sweep_table(points: Sequence[SweepPoint]) -> str:
 
 
 def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path:
-    """Writes all points to `out`, and a picture next to it, whose path is returned.
+    """Writes all points to `out` and a picture next to it; returns the picture's path.
 
-    The picture shows FID against the Inception Score; where there is none, against the first
-    option's values. Points of equal other options are joined.
+    The picture shows FID against the Inception Score, or, without the score, against the first
+    option's values. Lines join the points that differ only in the first option.
     """
     files.write_json(
         out, {"points": [{"options": p.options} | p.report["metrics"] for p in points]}
@@ -113,9 +116,9 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
         y = [point.report["metrics"]["fid"] for point in line]
         label = ", ".join(f"{n} {v}" for n, v in zip(others, values, strict=True)) or None
         axes.plot(x, y, "o-", label=label)
-        for point, right, up in zip(line, x, y, strict=True):
+        for point, position in zip(line, zip(x, y, strict=True), strict=True):
             text, shift = f"{first} {point.options[first]}", (5, 5)
-            axes.annotate(text, (right, up), shift, textcoords="offset points", fontsize=8)
+            axes.annotate(text, position, shift, textcoords="offset points", fontsize=8)
     axes.set_xlabel("Inception Score (higher is better)" if scored else first)
     axes.set_ylabel("FID (lower is better)")
     axes.grid(alpha=0.3)
@@ -130,7 +133,7 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
 
 def _parse(name: str, hint: Any, text: str) -> Any:
     if typing.get_origin(hint) is typing.Literal:
-        return text  # the options check it themselves
+        return text  # the options check their values
     try:
         if hint is bool:
             return {"true": True, "false": False}[text.lower()]

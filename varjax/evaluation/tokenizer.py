@@ -2,7 +2,7 @@
 
 varjax evaluate-tokenizer --weights=DIR --data=folder:/data/images [--inception=DIR] [--out=DIR]
 
-Measured over the whole held-out split, independent of the batch size:
+The metrics cover the whole held-out split and do not depend on the batch size:
 
 psnr        in dB, mean over images         sharpness   mean gradient of the reconstructions
 ssim        with an 11×11 Gaussian window               divided by that of the originals
@@ -89,12 +89,12 @@ def evaluate_tokenizer(
         The data of evaluation.json.
 
     Raises:
-        InputError: before any long work, for what cannot be done.
+        InputError: the request is invalid; raised before any long work.
     """
     directory = open_model(weights)
     config, params = read_tokenizer(directory, ema)
-    chosen = choose_crop(crop, directory)
-    images = parse_dataset(data, config.image_shape[:2], config.image_channels, chosen)
+    dataset_crop = choose_crop(crop, directory)
+    images = parse_dataset(data, config.image_shape[:2], config.image_channels, dataset_crop)
     if isinstance(images, CachedLatents):
         raise InputError(f"{data} holds latents, but images are needed; give folder:… or tfds:…")
     check_image_shape(config, images.image_shape)
@@ -106,7 +106,7 @@ def evaluate_tokenizer(
     loader = images.make(batch_size, 0)
     count = len(loader.held_out_source)
     if pairs is not None and count < 2:
-        raise InputError(f"{data} holds {count} held-out images; FID needs two or more")
+        raise InputError(f"{data} has {count} held-out images; FID needs two or more")
     check_writable(as_path(out))
     with tqdm(total=count, unit=" images", file=sys.stderr, disable=None) as bar:
 
@@ -118,7 +118,7 @@ def evaluate_tokenizer(
         show = set(np.linspace(0, count - 1, min(PICTURES, count)).astype(int).tolist())
         add = None if pairs is None else pairs.add
         split = measure_split(config, params, loader, lpips_params, show, PICTURES, progress, add)
-    report = {"weights": str(weights), "data": data, "crop": describe_crop(data, chosen)}
+    report = {"weights": str(weights), "data": data, "crop": describe_crop(data, dataset_crop)}
     report |= split.summary()
     if pairs is not None:
         measured = pairs.measure()
@@ -149,7 +149,7 @@ class FeaturePairs:
             {name: np.concatenate([features[name] for features in side]) for name in side[0]}
             for side in zip(*self._pairs, strict=True)
         )
-        # Held-out images come class by class, and the Inception Score needs them mixed.
+        # Held-out images are sorted by class, but the Inception Score needs them mixed.
         order_N = np.random.default_rng(0).permutation(len(rebuilt["pool_ND"]))
         rebuilt = {name: x[order_N] for name, x in rebuilt.items()}
         return measure(rebuilt, reference_of_features(originals))
@@ -202,9 +202,9 @@ def main(arguments: list[str]) -> int:
     def action():
         print(report_table(evaluate_tokenizer(**vars(flags))))
 
-    stopped = "stopped; nothing is written"
     use_compilation_cache()
-    return run_command("varjax evaluate-tokenizer", action, interrupted=stopped)
+    message = "stopped; nothing was written"
+    return run_command("varjax evaluate-tokenizer", action, interrupted=message)
 
 
 if __name__ == "__main__":

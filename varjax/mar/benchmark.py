@@ -1,4 +1,4 @@
-"""What benchmarks measure of MAR; see `varjax.sampling.programs`."""
+"""The programs and tasks of MAR that benchmarks measure; see `varjax.sampling.programs`."""
 
 from typing import Any
 
@@ -67,7 +67,7 @@ def training_task(preset: str, compute: ComputeConfig) -> MARTask:
 
 
 def training_loss(task: Any, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
-    """Computes the loss to train on, with all tokens masked."""
+    """Computes the training loss, with all tokens masked."""
     count = len(batch["label_B"])
     known_B = jnp.zeros(count, jnp.int32)
     draws = {"key_B": example_keys(jax.random.key(0), count), "known_B": known_B}

@@ -19,19 +19,19 @@ from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.storage import files, folders
 from varjax.trees import PyTree
 
-Features = dict[str, np.ndarray]  # "pool_ND", and of Inception "spatial_ND" and "logits_NV"
-# Images per device in one call. Smaller batches are padded, because for another number the compiler
-# may sum in another order, and features would depend on the batch size.
+Features = dict[str, np.ndarray]  # "pool_ND"; with Inception also "spatial_ND" and "logits_NV"
+# Images per device in one call. Smaller batches are padded: for another number, the compiler might
+# sum in another order, and features would depend on the batch size.
 CPU_BLOCK, ACCELERATOR_BLOCK = 8, 64
 MAX_PIXELS = 32 * 32
-INCEPTION = "inception-v3 2015-12-05"  # FID's, in an identity
-IMAGES_PER_PART = 500  # images of a part
+INCEPTION = "inception-v3 2015-12-05"  # name of FID's network in an identity
+IMAGES_PER_PART = 500
 REQUEST_FILE = "request.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureNetwork:
-    """Makes features of images: a pure function and its parameters.
+    """Holds a network that computes features of images: a pure function and its parameters.
 
     Attributes:
         identity: JSON data that identify the network.
@@ -55,7 +55,7 @@ def inception_network(location: str) -> FeatureNetwork:
 
 
 def random_inception_network() -> FeatureNetwork:
-    """Makes Inception with random weights, for tests and timing; its metrics mean nothing."""
+    """Makes Inception with random weights, for tests and timing; its metrics are meaningless."""
     params = jax.jit(init_inception)(jax.random.key(0))
     return FeatureNetwork({"features": "random inception-v3"}, params, _inception_features)
 
@@ -63,9 +63,9 @@ def random_inception_network() -> FeatureNetwork:
 def pixel_network() -> FeatureNetwork:
     """Makes a network without weights, whose features are the pixels.
 
-    For images that are too small for Inception. There is no Inception Score and no sFID. A squared
-    distance sums over positions the mean over channels of pixels in [0, 1], so a gray image is
-    equal with one channel or three.
+    Use it for images that are too small for Inception. It gives no Inception Score and no sFID. A
+    squared distance is the sum over positions of the mean over channels, with pixels in [0, 1], so
+    a gray image has the same features with one channel or three.
     """
     return FeatureNetwork({"features": "pixels"}, {}, _pixel_features)
 
@@ -78,7 +78,7 @@ def feature_network(features: str, inception: str) -> FeatureNetwork:
         inception: directory of Inception's weights; "" for pixels.
 
     Raises:
-        InputError: the arguments do not fit each other, or there are no such weights.
+        InputError: the arguments contradict each other, or the weights do not exist.
     """
     if features not in ("inception", "pixels"):
         raise InputError(f"features={features}: allowed are inception, pixels")
@@ -88,14 +88,14 @@ def feature_network(features: str, inception: str) -> FeatureNetwork:
         return pixel_network()
     if not inception:
         raise InputError(
-            "inception is missing: set it to the directory that varjax convert --inception=FILE "
-            "wrote; for tiny images, features=pixels needs no weights"
+            "inception is missing: set it to a directory that varjax convert --inception=FILE "
+            "wrote, or use features=pixels for tiny images"
         )
     return inception_network(inception)
 
 
 class FeatureExtractor:
-    """Computes features on all devices of this process, equal to the bit on one or on many.
+    """Computes features on all devices of this process, with equal bits on any number of devices.
 
         extract = FeatureExtractor(network)
         features = extract(images_NHWC)
@@ -125,7 +125,7 @@ class FeatureExtractor:
 
         Args:
             images_NHWC: (N, H, W, 1 or 3) uint8; gray ones become RGB.
-            progress: function called with the number of further images done.
+            progress: function called after each block with its number of images.
 
         Raises:
             InputError: the images have another dtype or shape, or features are not finite.
@@ -174,7 +174,7 @@ def feature_sizes(network: FeatureNetwork, image_shape: Sequence[int]) -> dict[s
 
 
 class FeatureStore:
-    """A folder with features of images, in parts, so that an interrupted extraction can continue.
+    """Stores features in a folder, part by part, so that an interrupted extraction can continue.
 
     Args:
         folder: folder that is absent, or was started for an equal request.
@@ -210,13 +210,13 @@ class FeatureStore:
         features, _ = files.read_tensors(path)
         lengths = {len(x) for x in features.values()}
         if len(lengths) != 1 or max(lengths) > len(part) or min(lengths) < len(part) and not fewer:
-            raise InputError(f"{path} has features of other images; delete it and continue")
+            raise InputError(f"{path} has features of other images; delete it and try again")
         return features
 
     def join(self, parts: list[range]) -> Features:
         """Reads parts into one array for each kind of features."""
-        read = [self.read(part) for part in parts]
-        return {name: np.concatenate([x[name] for x in read]) for name in read[0]}
+        features = [self.read(part) for part in parts]
+        return {name: np.concatenate([x[name] for x in features]) for name in features[0]}
 
     def delete(self) -> None:
         """Removes the folder."""
@@ -237,10 +237,10 @@ def extract_features(
     """Computes the features that `store` lacks, with a progress bar named `description`."""
     count = images.shape[0]
     missing = [part for part in parts_of(count) if not store.has(part)]
-    left = sum(map(len, missing))
-    with tqdm(total=count, initial=count - left, unit=" images", desc=description) as bar:
+    done = count - sum(map(len, missing))
+    with tqdm(total=count, initial=done, unit=" images", desc=description) as bar:
         for part, images_NHWC in images.parts(missing):
-            count = len(images_NHWC)  # 0 where all are broken, which no program is compiled for
+            count = len(images_NHWC)  # 0 if all are broken; no program takes an empty array
             padded_NHWC = images_NHWC if count else np.zeros((1, *images.shape[1:]), np.uint8)
             features = extract(padded_NHWC, bar.update)
             store.add(part, {name: x[:count] for name, x in features.items()})

@@ -1,7 +1,7 @@
 """FID, Inception Score, precision and recall, and KID of features, as in ADM's evaluator.
 
 All sums are float64 in a fixed order, except for the distances of precision and recall, which are
-float32 in blocks of a fixed size. Thus no number depends on batches or devices.
+float32 in blocks of a fixed size. So no result depends on batch size or devices.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ class MomentSums:
     def moments(self) -> Moments:
         """Returns mean and covariance of all rows; raises InputError for fewer than two."""
         if self.count < 2:
-            raise InputError(f"{self.count} images: a covariance requires two or more")
+            raise InputError(f"{self.count} images: a covariance needs two or more")
         mean_D = self._sum_D / self.count
         product_DD = self._product_DD - self.count * np.outer(mean_D, mean_D)
         return Moments(mean_D + self._center_D, product_DD / (self.count - 1))
@@ -128,8 +128,7 @@ def precision_recall(
     for name, features in (("samples", sample_ND), ("reference", reference_MD)):
         if len(features) <= neighbors:
             raise InputError(
-                f"the {name} are {len(features)} images; precision and recall need more than "
-                f"{neighbors}"
+                f"{name}: {len(features)} images; precision and recall need more than {neighbors}"
             )
     sample_radius_N = _manifold_radii(sample_ND, neighbors)
     reference_radius_M = _manifold_radii(reference_MD, neighbors)
@@ -167,7 +166,7 @@ def kernel_inception_distance(
     """
     size = min(subset_size, len(sample_ND), len(reference_MD))
     if size < 2:
-        raise InputError(f"{size} images: KID requires two or more")
+        raise InputError(f"{size} images: KID needs two or more")
     rng = np.random.RandomState(KID_SEED)
     distances = []
     for _ in range(subsets):
@@ -180,7 +179,7 @@ def kernel_inception_distance(
 
 
 def _squared_mmd(x_ND, y_ND):
-    """Gretton et al. 2012, eq. 3, for two sets of one size."""
+    """Computes the unbiased squared MMD of two sets of equal size (Gretton et al. 2012, eq. 3)."""
     N = len(x_ND)
     xx, yy = _kernel(x_ND, x_ND), _kernel(y_ND, y_ND)
     within = sum(k_NN.sum() - np.trace(k_NN) for k_NN in (xx, yy))

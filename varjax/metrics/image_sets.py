@@ -24,7 +24,7 @@ LABEL_KEYS = "labels", "arr_1"  # written by varjax sample, and by ADM's sampler
 
 
 class ImageSet(Protocol):
-    """Images that are read part by part, so that they need not fit into memory."""
+    """Reads images part by part, so that they need not fit into memory."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -38,13 +38,13 @@ class ImageSet(Protocol):
 
     @property
     def digest(self) -> str:
-        """An identifier of the images' content."""
+        """Identifier of the images' content."""
         ...
 
     def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
-        """Yields each part with its images, uint8; `parts` are in order and do not overlap.
+        """Yields each part and its images, uint8. `parts` are in order and do not overlap.
 
-        Broken images of a dataset are left out, so a part may have fewer images.
+        Broken images of a dataset are left out, so a part may yield fewer images.
         """
         ...
 
@@ -71,7 +71,8 @@ class NpzImages:
         self._path, self._archive = path, NpzArchive(path)
         if "arr_0" not in self._archive.names:
             raise InputError(
-                f"{path} has no images: it has no arr_0, but {', '.join(self._archive.names[:8])}"
+                f"{path} has no images: arr_0 is missing; it has "
+                f"{', '.join(self._archive.names[:8])}"
             )
         shape, dtype = self._archive.header("arr_0")
         if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3):
@@ -98,16 +99,16 @@ class NpzImages:
 class FolderImages:
     """Reads all image files below a folder as RGB, in the order of their paths.
 
-    Hidden files and folders are skipped; hidden folders with images are reported on stderr. The
-    classes come from the names of files that `varjax sample` wrote, or else from the folders if
-    there are several. Raises InputError for a folder without images or with several sizes.
+    Hidden files and folders are skipped; hidden folders with images are reported on stderr. Classes
+    are taken from the file names that `varjax sample` writes, otherwise from the folders if there
+    are several. Raises InputError for a folder without images or with several image sizes.
     """
 
     def __init__(self, path: pathlib.Path):
         self._path = path
         self._files = _visible_images(path)
         if not self._files:
-            raise InputError(f"{path} holds no images ({', '.join(sorted(SUFFIXES))})")
+            raise InputError(f"{path} contains no images ({', '.join(sorted(SUFFIXES))})")
         sizes: dict[tuple[int, int], pathlib.Path] = {}
         for file in self._files:
             sizes.setdefault(read_size(file), file)
@@ -158,9 +159,9 @@ class FolderImages:
 
 
 class DatasetImages:
-    """All images of a split of a dataset, preprocessed as for evaluation.
+    """Reads all images of a split of a dataset, preprocessed as for evaluation.
 
-    Broken images are reported and left out of `parts`; as in training, 1 % may be broken.
+    Broken images are reported and left out of `parts`. As in training, up to 1 % may be broken.
 
     Args:
         data: dataset of the images.
@@ -176,7 +177,8 @@ class DatasetImages:
 
     @property
     def digest(self) -> str:
-        sha256 = hashlib.sha256(str(self.shape).encode())  # of pixels, because names may not change
+        # Pixels are hashed, because a file may change without its name.
+        sha256 = hashlib.sha256(str(self.shape).encode())
         with tqdm(total=self.shape[0], unit=" images", desc="hashing the reference") as bar:
             for i in range(self.shape[0]):
                 image_HWC = self._read(i)

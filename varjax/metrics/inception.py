@@ -1,7 +1,7 @@
 """FID's Inception-v3 (TensorFlow, 2015-12-05), for inference.
 
-It differs from later ones: 1,008 logits, average pools that leave padding out, a max pool in
-Mixed_7c, and a resize of TensorFlow 1, which is neither half-pixel-centered nor antialiased.
+It differs from later versions: it has 1,008 logits, average pools that ignore padding, a max pool
+in Mixed_7c, and TensorFlow 1's resize, which is neither half-pixel-centered nor antialiased.
 """
 
 import pathlib
@@ -22,16 +22,16 @@ from varjax.trees import PyTree
 IMAGE_SIZE = 299
 CLASSES = 1008
 FEATURES = 2048  # of the last pool
-SPATIAL_CHANNELS = 7  # of the map that sFID looks at, 17 · 17 · 7 = 2,023 numbers
+SPATIAL_CHANNELS = 7  # of the map that sFID uses, 17 · 17 · 7 = 2,023 numbers
 BATCH_NORM_EPSILON = 1e-3
 CONVERT_HELP = (
     "make them with: varjax convert --inception=FILE --out=DIRECTORY "
-    "(docs/evaluation.md says where that file is)"
+    "(docs/evaluation.md says where to get the file)"
 )
 
 
 class Inception(nn.Module):
-    """Computes what metrics need of images, and the other features that the field uses.
+    """Computes the features of images that metrics use.
 
     taps = Inception().apply({"params": params}, image_BHWC)
     """
@@ -78,7 +78,7 @@ class Inception(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution, batch normalization by stored statistics, and ReLU.
+    """Applies a convolution, batch normalization with stored statistics, and ReLU.
 
     Attributes:
         width: number of output channels.
@@ -113,7 +113,7 @@ class ConvNorm(nn.Module):
 
 
 class MixedA(nn.Module):
-    """Four branches: 1×1, 5×5, two 3×3, and an average pool with `pool_width` channels."""
+    """Joins four branches: 1×1, 5×5, two 3×3, and an average pool with `pool_width` channels."""
 
     pool_width: int
 
@@ -142,7 +142,7 @@ class MixedB(nn.Module):
 
 
 class MixedC(nn.Module):
-    """Four branches with 7×7 convolutions in two parts, of `width` channels inside."""
+    """Joins four branches with 7×7 convolutions as 1×7 and 7×1, with `width` inner channels."""
 
     width: int
 
@@ -177,7 +177,7 @@ class MixedD(nn.Module):
 
 
 class MixedE(nn.Module):
-    """Four branches whose 3×3 convolutions fork into 1×3 and 3×1; `pool` begins the last."""
+    """Joins four branches whose 3×3 convolutions fork into 1×3 and 3×1; the last uses `pool`."""
 
     pool: Callable[[jax.Array], jax.Array]
 
@@ -197,7 +197,7 @@ class MixedE(nn.Module):
 
 
 def init_inception(key: jax.Array) -> PyTree:
-    """Draws parameters, for their shapes and for trials without the real ones."""
+    """Draws random parameters, for their shapes and for tests without the real ones."""
     return Inception().init(key, jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3)))["params"]
 
 
@@ -205,11 +205,11 @@ def load_inception(location: str | pathlib.Path) -> PyTree:
     """Reads the parameters that `varjax convert --inception=…` wrote.
 
     Raises:
-        InputError: there are none (and how to make them), or others.
+        InputError: the file is missing or has other parameters; the message says how to make it.
     """
     path = as_path(location) / "inception.safetensors"
     if not files.exists(path):
-        raise InputError(f"there are no Inception weights in {location}; {CONVERT_HELP}")
+        raise InputError(f"{location} has no Inception weights; {CONVERT_HELP}")
     return read_fixed_params(path, init_inception, "FID's Inception-v3")
 
 
@@ -217,8 +217,8 @@ def _mean(x_BHWC):
     return jnp.mean(x_BHWC, axis=(1, 2))
 
 
-# Pools of 3×3 as elementwise operations on shifted maps, axis by axis: several times faster on CPUs
-# than XLA's windows.
+# 3×3 pools are elementwise operations on shifted maps, axis by axis, which is several times faster
+# on CPUs than XLA's windows.
 def _max_pool(x_BHWC):
     for axis in (1, 2):
         a, b, c = _shifted(x_BHWC, axis, 2)
@@ -234,7 +234,7 @@ def _max_pool_same(x_BHWC):
 
 
 def _average_pool(x_BHWC):
-    """Averages over what is inside: padding does not count."""
+    """Averages the entries inside the map; padding does not count."""
     for axis in (1, 2):
         a, b, c = _shifted(_padded(x_BHWC, axis, 0), axis, 1)
         count = np.full(x_BHWC.shape[axis], 3, np.float32)
@@ -244,7 +244,7 @@ def _average_pool(x_BHWC):
 
 
 def _shifted(x_BHWC, axis, stride):
-    """The first, second and third entry of every window of three."""
+    """Returns the first, second and third entry of every window of three."""
     size = x_BHWC.shape[axis]
     return [
         jax.lax.slice_in_dim(x_BHWC, start, size - 2 + start, stride, axis) for start in range(3)

@@ -1,4 +1,4 @@
-"""Reads what samples are compared with: an .npz of statistics, or images and their statistics."""
+"""Reads the reference of samples: an .npz of statistics, or images, whose statistics are cached."""
 
 import dataclasses
 import hashlib
@@ -68,8 +68,8 @@ def read_reference(
         sizes: sizes of the samples' features, from `feature_sizes`.
 
     Raises:
-        InputError: it is none of these, its statistics contain NaN or are of other features, or its
-            images have another size.
+        InputError: none of these is at `location`, the statistics contain NaN or belong to other
+            features, or the images have another size.
     """
     path = files.local_copy(location)
     if path.suffix == ".npz" and path.is_file():
@@ -97,7 +97,7 @@ def reference_of_features(features: Features) -> Reference:
 
 
 def compared_rows(count: int) -> np.ndarray:
-    """Chooses evenly spaced images of a reference, whose features are kept."""
+    """Returns the rows of a reference's images whose features are kept, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, COMPARED_IMAGES)).astype(int))
 
 
@@ -116,12 +116,12 @@ def reference_of_images(
         InputError: fewer than two images.
     """
     if images.shape[0] < 2:
-        raise InputError(f"the reference has {images.shape[0]} images; two or more are required")
+        raise InputError(f"the reference has {images.shape[0]} images; two or more are needed")
     request = {"images": digest, **extract.network.identity}
     key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
     path, folder = cache / f"{key}.safetensors", cache / key
     if (cached := folders.read_or_remove(path)) is None:
-        with folders.lock_folder(folder, wait=True):  # one of several commands computes them
+        with folders.lock_folder(folder, wait=True):  # only one of several commands computes them
             if not path.exists():
                 store = FeatureStore(folder, request)
                 extract_features(images, extract, store, "reference")
@@ -144,7 +144,7 @@ def _summarize(store: FeatureStore, count: int) -> tuple[dict[str, np.ndarray], 
 
     Broken images, which have no features, are not counted.
     """
-    chosen = compared_rows(count)
+    compared_N = compared_rows(count)
     sums: dict[str, MomentSums] = {}
     compared = []
     valid = 0
@@ -155,7 +155,8 @@ def _summarize(store: FeatureStore, count: int) -> tuple[dict[str, np.ndarray], 
         valid += length
         for kind in STATISTICS.keys() & features.keys():
             sums.setdefault(kind, MomentSums()).add(features[kind])
-        rows = chosen[(chosen >= part.start) & (chosen < part.stop)] - part.start
+        inside_N = (compared_N >= part.start) & (compared_N < part.stop)
+        rows = compared_N[inside_N] - part.start
         compared.append(features["pool_ND"][rows[rows < length]])
     arrays = {"compared": np.concatenate(compared)}
     for kind, total in sums.items():
@@ -184,13 +185,13 @@ def _read_statistics(
                 f"{path}: {mean} has shape {shape} and {covariance} {shape_DD}; must be (D,) and "
                 "(D, D)"
             )
-        if shape != (wanted := sizes.get(kind),):
+        if shape != (size := sizes.get(kind),):
             raise InputError(
                 f"{path} has statistics of {shape[0]} numbers per image, but these features have "
-                f"{wanted}; use statistics of Inception, or images"
+                f"{size}; use statistics of Inception, or images"
             )
         if "c" in (mean_dtype.kind, dtype.kind):
-            raise InputError(f"{path}: {mean} or {covariance} are complex numbers")
+            raise InputError(f"{path}: {mean} or {covariance} has complex numbers")
         mean_D, covariance_DD = (archive.read(n).astype(np.float64) for n in (mean, covariance))
         for name, array in ((mean, mean_D), (covariance, covariance_DD)):
             if bad := int((~np.isfinite(array)).sum()):

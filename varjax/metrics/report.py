@@ -1,4 +1,4 @@
-"""All metrics of a set of samples, as data and as a table, with what is wrong about the set."""
+"""Computes all metrics of a set of samples, and notices about the set, as data and as a table."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from varjax.metrics import fid
 from varjax.metrics.features import Features
 from varjax.metrics.references import Reference
 
-# What is printed: key, name, digits, and which way is better.
+# Rows of the table: key, name, digits, and whether lower or higher is better.
 ROWS = (
     ("fid", "FID", 4, "lower"),
     ("sfid", "sFID", 4, "lower"),
@@ -18,9 +18,9 @@ ROWS = (
     ("kid", "KID", 6, "lower"),
 )
 PUBLISHED_IMAGES = 50_000
-NAMED_CLASSES = 5  # of those without samples
-MAX_CLASSES = 100_000  # larger labels in a stranger's file number no classes
-ORDERED = 6.0  # standard deviations by which neighbors are alike beyond chance in an ordered set
+NAMED_CLASSES = 5  # of the classes without samples
+MAX_CLASSES = 100_000  # larger labels in a file from elsewhere are not class numbers
+ORDERED = 6.0  # standard deviations of similarity between neighbors that mean an ordered set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def measure(
     pool_ND, pool_MD = features["pool_ND"], reference.pool_MD
     for key, kind in (("fid", "pool_ND"), ("sfid", "spatial_ND")):
         if kind not in features:
-            left_out[key] = "pixels have no such features"
+            left_out[key] = "pixels have no spatial features"
         elif kind not in reference.moments:
             left_out[key] = "the reference has no mu_s and sigma_s"
         else:
@@ -72,10 +72,10 @@ def measure(
     else:
         left_out["inception_score"] = "pixels have no logits"
     if pool_MD is None:
-        reason = "the reference has statistics alone, no images"
+        reason = "the reference has only statistics, no images"
         left_out |= dict.fromkeys(("precision", "recall", "kid"), reason)
     elif min(len(pool_ND), len(pool_MD)) <= fid.NEIGHBORS:
-        reason = f"they need more than {fid.NEIGHBORS} samples and images of the reference"
+        reason = f"needs more than {fid.NEIGHBORS} samples and reference images"
         left_out |= dict.fromkeys(("precision", "recall", "kid"), reason)
     else:
         metrics["precision"], metrics["recall"] = fid.precision_recall(pool_ND, pool_MD)
@@ -100,27 +100,27 @@ def metrics_table(
     return "\n".join([*lines, *(f"note: {notice}" for notice in measured.notices)])
 
 
-def looks_ordered(share_NV: np.ndarray) -> bool:
-    """Returns whether neighbors are alike more often than they would be in a random order.
+def looks_ordered(p_NV: np.ndarray) -> bool:
+    """Returns whether neighbors are more similar than they would be in a random order.
 
-    Works for samples of poor quality, too: what counts is not how alike they are, but whether
+    This also works for samples of poor quality: it tests not how similar they are, but whether
     chance explains it.
 
     Args:
-        share_NV: probabilities of the classes for each sample, or 1 for its class and 0 elsewhere.
+        p_NV: probabilities of the classes for each sample, or 1 for its class and 0 elsewhere.
     """
-    if len(share_NV) < 2:
+    if len(p_NV) < 2:
         return False
-    share_NV = share_NV - share_NV.mean(axis=0)
-    alike = float(np.einsum("NV,NV->", share_NV[1:], share_NV[:-1], dtype=np.float64))
-    covariance_VV = share_NV.T @ share_NV / len(share_NV)
-    return _beyond_chance(alike, float(np.linalg.norm(covariance_VV)), len(share_NV))
+    p_NV = p_NV - p_NV.mean(axis=0)
+    similarity = float(np.einsum("NV,NV->", p_NV[1:], p_NV[:-1], dtype=np.float64))
+    covariance_VV = p_NV.T @ p_NV / len(p_NV)
+    return _beyond_chance(similarity, float(np.linalg.norm(covariance_VV)), len(p_NV))
 
 
 def labels_look_ordered(label_N: np.ndarray) -> bool:
-    """Does what `looks_ordered` does with 1 for the class of each sample and 0 elsewhere.
+    """Computes `looks_ordered` of one-hot labels, with 1 for the class of each sample.
 
-    Memory does not depend on the number of classes: a file's labels may all differ.
+    Memory does not depend on the number of classes, because all labels in a file may differ.
     """
     N = len(label_N)
     if N < 2:
@@ -131,25 +131,25 @@ def labels_look_ordered(label_N: np.ndarray) -> bool:
     squares = np.sum(p_V**2)
     # Rows are unit vectors minus p; the covariance is diag(p) - p pᵀ.
     same = np.sum(number_N[1:] == number_N[:-1])
-    alike = same - p_N[1:].sum() - p_N[:-1].sum() + (N - 1) * squares
+    similarity = same - p_N[1:].sum() - p_N[:-1].sum() + (N - 1) * squares
     norm = max(squares - 2 * np.sum(p_V**3) + squares**2, 0.0) ** 0.5
-    return _beyond_chance(float(alike), float(norm), N)
+    return _beyond_chance(float(similarity), float(norm), N)
 
 
-def _beyond_chance(alike: float, norm: float, count: int) -> bool:
-    """Judges the sum of products of neighbors, whose mean is 0.
+def _beyond_chance(similarity: float, norm: float, count: int) -> bool:
+    """Returns whether the sum of neighbors' dot products is too large to be chance.
 
-    In a random order the sum is near 0. Its terms, products of two independent rows, have the
-    variance tr(C²), C being the covariance of a row and `norm` its Frobenius norm.
+    In a random order, the terms are products of two independent rows with mean 0. Their variance is
+    tr(C²), where C is the covariance of a row and `norm` is its Frobenius norm.
     """
-    return alike > ORDERED * norm * (count - 1) ** 0.5
+    return similarity > ORDERED * norm * (count - 1) ** 0.5
 
 
 def _notices(features: Features, label_N: np.ndarray | None, classes: int | None) -> list[str]:
     N, notices = len(features["pool_ND"]), []
     if N < PUBLISHED_IMAGES:
         notices.append(
-            f"{N:,} samples: FID is larger the fewer they are; published values are of "
+            f"{N:,} samples: FID is larger with fewer samples; published values use "
             f"{PUBLISHED_IMAGES:,}"
         )
     if "logits_NV" in features:
@@ -161,8 +161,8 @@ def _notices(features: Features, label_N: np.ndarray | None, classes: int | None
         if ordered:
             score, _ = fid.inception_score(logits_NV[np.random.default_rng(0).permutation(N)])
             notices.append(
-                "the samples are ordered by class, so the Inception Score's splits hold few "
-                f"classes each; shuffled, it is {score:.3f}"
+                "the samples are ordered by class, so each split of the Inception Score has few "
+                f"classes; of the shuffled samples, the score is {score:.3f}"
             )
     if label_N is not None:
         notices += _class_notices(label_N, classes)
@@ -170,18 +170,18 @@ def _notices(features: Features, label_N: np.ndarray | None, classes: int | None
 
 
 def _class_notices(label_N: np.ndarray, classes: int | None) -> list[str]:
-    """Returns what is wrong with the numbers of samples of each class."""
+    """Returns a notice if classes have different numbers of samples."""
     numbered_N = label_N[(label_N >= 0) & (label_N < (classes or MAX_CLASSES))]
     if not len(numbered_N):
         return []
     count_V = np.bincount(numbered_N, minlength=classes or 0)
-    equally = "published values are of equally many"
+    equally = "published values use equal numbers"
     if missing := np.flatnonzero(count_V == 0).tolist():
         names = ", ".join(map(str, missing[:NAMED_CLASSES]))
         more = f" and {len(missing) - NAMED_CLASSES:,} more" * (len(missing) > NAMED_CLASSES)
         return [
-            f"{len(missing):,} of {len(count_V):,} classes have no samples ({names}{more}), the "
-            f"others up to {count_V.max()} each; {equally}"
+            f"{len(missing):,} of {len(count_V):,} classes have no samples ({names}{more}); the "
+            f"others have up to {count_V.max()} each; {equally}"
         ]
     if count_V.min() != count_V.max():
         return [f"classes have {count_V.min()} to {count_V.max()} samples each; {equally}"]
@@ -189,5 +189,5 @@ def _class_notices(label_N: np.ndarray, classes: int | None) -> list[str]:
 
 
 def _probabilities(logits_NV):
-    share_NV = np.exp(logits_NV - logits_NV.max(axis=1, keepdims=True), dtype=np.float32)
-    return share_NV / share_NV.sum(axis=1, keepdims=True)
+    p_NV = np.exp(logits_NV - logits_NV.max(axis=1, keepdims=True), dtype=np.float32)
+    return p_NV / p_NV.sum(axis=1, keepdims=True)

@@ -1,4 +1,4 @@
-"""What benchmarks measure of VAR; see `varjax.sampling.programs`."""
+"""The programs and tasks of VAR that benchmarks measure; see `varjax.sampling.programs`."""
 
 import functools
 from typing import Any
@@ -27,7 +27,7 @@ BATCH_SIZES = {"d16": 768, "d20": 768, "d24": 768, "d30": 1024, "d36": 768}  # o
 
 
 def sampling_programs(preset: str, steps: int, guided: bool = True) -> SamplingPrograms:
-    """Returns the programs of `VARPipeline`; `steps` are the model's own."""
+    """Returns the programs of `VARPipeline`; `steps` is ignored, because scales are the steps."""
     var = VARConfig.preset(preset)
     tokenizer = VQConfig(scales=var.scales)
 
@@ -61,12 +61,12 @@ def sampling_programs(preset: str, steps: int, guided: bool = True) -> SamplingP
 def sampling_pieces(
     var: VARConfig, guided: bool, params: PyTree, options: Any, label_B: Any, key_B: Any
 ) -> list[Program]:
-    """Returns the condition and, for each scale, the transformer and the choice of tokens.
+    """Returns programs for the condition and, at each scale, the transformer and the tokens.
 
     Args:
         var: config of the transformer.
         guided: whether to use classifier-free guidance.
-        params: shapes of the parameters, as pipelines hold them.
+        params: shapes of the parameters, in the dtypes that pipelines give them.
         options: shapes of the sampling options.
         label_B: shape of the labels.
         key_B: shape of the random keys.
@@ -74,15 +74,15 @@ def sampling_pieces(
     quantizer, B = make_quantizer(VQConfig(scales=var.scales)), len(label_B)
     rows = B * (2 if guided else 1)
 
-    def bound(params, compute):
+    def bind_model(params, compute):
         return VAR(var, compute).bind({"params": params})
 
     def condition(params, label_B, compute):
-        model = bound(params, compute)
+        model = bind_model(params, compute)
         return model.condition(label_B), model.empty_cache(len(label_B))
 
     def predict(params, input_BlZ, cond, cache, compute, k):
-        return bound(params, compute).predict(input_BlZ, cond, k, cache)
+        return bind_model(params, compute).predict(input_BlZ, cond, k, cache)
 
     def choose(params, logits_BlV, f_hat_BhwZ, key_B, options, compute, k):
         bound_quantizer = quantizer.bind({"params": params})
@@ -132,5 +132,5 @@ def training_task(preset: str, compute: ComputeConfig) -> VARTask:
 
 
 def training_loss(task: Any, params: PyTree, frozen: PyTree, batch: Batch) -> jax.Array:
-    """Computes the loss to train on, without dropped labels or branches."""
+    """Computes the training loss, without label dropout or drop path."""
     return jnp.mean(task.token_losses(params, frozen, batch).objective_BL)
