@@ -206,6 +206,11 @@ def test_normal_codes_have_about_unit_length():
     assert init_usage(CodebookConfig(), 4) is None
 
 
+def test_a_step_keeps_the_type_of_the_usage():
+    """A weak type, which no step returns, would have the second step compiled like the first."""
+    assert not init_usage(CodebookConfig(restart_every=3), 4).weak_type
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("restart_every", -1), ("scale_dropout", 1.5), ("scales_kept", 0), ("entropy", -0.1)],

@@ -223,7 +223,7 @@ def sample_inputs(pyramid: Pyramid, z_BLZ: jax.Array, count: int, key: jax.Array
 
 def init_usage(config: CodebookConfig, vocab: int) -> jax.Array | None:
     """Returns the usage (V,) before the first update, equal for all; None without restarts."""
-    return jnp.full(vocab, 1 / vocab) if config.restart_every else None
+    return jnp.full(vocab, 1 / vocab, jnp.float32) if config.restart_every else None
 
 
 def average_usage(pyramid: Pyramid, usage_V: jax.Array, frequency_KV: jax.Array) -> jax.Array:
