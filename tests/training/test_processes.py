@@ -22,7 +22,6 @@ from varjax.training import loop
 
 pytestmark = pytest.mark.slow
 
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 DEADLINE = 300  # seconds; 20 on two free cores, but machines are shared
 FID = {"every": 15, "images": 20, "features": "pixels"}
 SETTINGS = {"keep_best": "eval/loss", "eval_every": 15, "mesh": [2, 4, 1], "fid": FID}
@@ -44,7 +43,7 @@ def together(count, *jobs):
         subprocess.Popen(
             [*command, str(number), json.dumps(jobs)],
             cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": QUICK, "PYTHONFAULTHANDLER": "1"},
+            env=os.environ | {"PYTHONFAULTHANDLER": "1"},
             stdout=file,
             stderr=subprocess.STDOUT,
         )
