@@ -35,6 +35,15 @@ OFFICIAL = {
 }
 
 
+# λ, microbatches, end of lr, final weight decay, drop path
+CCA = {
+    "d16": (50, 4, 0.1, 0.05, 0.0),
+    "d20": (50, 8, 0.1, 0.05, 0.1 * 20 / 24),
+    "d24": (100, 8, 0.01, 0.05, 0.1),
+    "d30": (1000, 16, 0.01, 0.08, 0.1 * 30 / 24),
+}
+
+
 def load(name):
     return config_flags.load_config(str(CONFIGS / name))
 
@@ -62,15 +71,46 @@ def test_recipes_are_the_official_ones(name):
     assert round(sum(x.size for x in jax.tree.leaves(params)) / 1e6) == millions
 
 
+@pytest.mark.parametrize("size", CCA)
+def test_cca_fine_tunes_as_its_authors_did(size):
+    e, pretraining = load(f"var_cca.py:{size}"), load(f"var.py:{size}")
+    e.check()
+    task, found = e.task, e.task.optimizer
+    values = task.cca.negative_weight, task.accumulate, found.end, found.weight_decay_end
+    assert (*values, task.drop_path) == CCA[size]
+    assert (task.cca.beta, task.class_dropout, e.batch_size, e.epochs) == (0.02, 0.1, 256, 1)
+    plan = e.plan(IMAGES)
+    assert plan.steps == 5005
+    warm = 100  # 2 % of the epoch, then flat until 5 % of the rest
+    steps = np.array([0, warm, warm + 0.05 * (plan.steps - 1 - warm), plan.steps - 1])
+    factors = [0.005, 1, 1, found.end]
+    np.testing.assert_allclose(found.lr(steps, plan), 2e-5 * np.array(factors), rtol=1e-6)
+    assert (task.model, e.data) == (pretraining.task.model, pretraining.data)
+    assert (task.sampling.guidance, task.sampling.top_k, task.sampling.top_p) == (1, 900, 0.96)
+    assert not task.ema_decay and not task.label_smoothing
+
+
+def test_cca_takes_model_copy_and_tokenizer_from_one_place():
+    for arg, start in (("d16", "var_d16"), ("d20,from=runs/a,data=random", "runs/a")):
+        e = load(f"var_cca.py:{arg}")
+        assert {e.init_from, e.task.cca.reference, e.task.tokenizer_weights} == {start}
+    with pytest.raises(InputError, match="cannot read 'from='; allowed are d16.*from=MODEL and"):
+        load("var_cca.py:from=")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["var.py:d16,data=random", "var_512.py:d36,data=random"])
+@pytest.mark.parametrize(
+    "name", ["var.py:d16,data=random", "var_512.py:d36,data=random", "var_cca.py:d20,data=random"]
+)
 def test_a_step_of_full_size_changes_no_shape(name):
     e = load(name)
     e.task.check(e.data.image_shape, e.data.classes)
     key = jax.random.key(0)
     state = jax.eval_shape(e.task.init, key)
     frozen = jax.eval_shape(e.task.tokenizer.init, key)
-    batch = e.data.make(2, seed=0).train_batch(0)
+    if e.task.cca is not None:
+        frozen = {"tokenizer": frozen, "reference": state.params}
+    batch = e.data.make(e.task.accumulate * 2, seed=0).train_batch(0)
     after, metrics = jax.eval_shape(
         functools.partial(e.task.train_step, plan=Plan()), state, frozen, batch, key
     )

@@ -116,7 +116,7 @@ class WeightsDir:
         if self.task is not None and "tokenizer" not in self.config["task"]:
             return self.restore(ema)
         name = "tokenizer" if self.task is None else "frozen"
-        return files.read_tensors(self.path / f"{name}.safetensors")[0]
+        return frozen_tokenizer(files.read_tensors(self.path / f"{name}.safetensors")[0])
 
     def read_tokenizer(self, config_class: type, ema: bool | None = None) -> tuple[Any, PyTree]:
         """Reads (config, params) of the tokenizer; raises InputError for what is missing."""
@@ -240,6 +240,14 @@ def read_generator(
     model = weights.read_task_part("model", config_class)
     options = weights.read_task_part("sampling", options_class)
     return model, weights.restore(ema), options
+
+
+def frozen_tokenizer(frozen: PyTree) -> PyTree:
+    """Returns the tokenizer's parameters among the frozen weights of a transformer's task.
+
+    They are all of these weights, unless there is a group of this name: then there are others.
+    """
+    return frozen.get("tokenizer", frozen)
 
 
 def read_frozen_tokenizer(location: str, tokenizer: Any) -> PyTree:

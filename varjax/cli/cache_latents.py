@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import jax
 
 from varjax import trees
+from varjax.checkpoints.weights import frozen_tokenizer
 from varjax.config import config_tree
 from varjax.config.config_flags import add_config_flags, config_from_flags
 from varjax.config.numbers import seed_number, whole_number
@@ -109,10 +110,10 @@ def cache_latents(
     devices = len(jax.local_devices())
     fits = batch_size > 0 and batch_size % devices == 0
     check_setting("batch_size", batch_size, fits, f"a multiple of this process's {devices} devices")
-    frozen = task.frozen()
-    if not (tokenizer_identity := task.tokenizer_identity(frozen)):
+    tokenizer_params = frozen_tokenizer(task.frozen())
+    if not (tokenizer_identity := task.tokenizer_identity(tokenizer_params)):
         raise InputError(f"{type(task).__name__} trains on images; use the config of a transformer")
-    if bad := trees.nonfinite(frozen):  # tokens, which are integers, would not reveal it
+    if bad := trees.nonfinite(tokenizer_params):  # tokens, which are integers, would not reveal it
         raise InputError(
             f"the tokenizer's weights contain NaN or infinity ({', '.join(bad[:3])}); use an "
             "earlier checkpoint, or train or convert the tokenizer again"
@@ -147,7 +148,9 @@ def cache_latents(
     all_shards = LatentShard.all(path, about)
     lines = []
     if mine := [shard for shard in all_shards[index::count] if not shard.path.exists()]:
-        for name, error in write_shards(mine, loader, _encoder(task.tokenizer, frozen)).items():
+        for name, error in write_shards(
+            mine, loader, _encoder(task.tokenizer, tokenizer_params)
+        ).items():
             stored = about["latent_spec"][name]["dtype"]
             lines.append(
                 f"{name} as {stored}: errors are at most {error.absolute:.2g}, and at most "

@@ -24,7 +24,7 @@ from varjax.training.task import Plan
 PIXELS = "pixels"  # key in `describe`: a digest of how Pillow decodes and resizes images
 MAX_STARTS = 100  # number of starts kept in data.json, in addition to the first
 # What may change when a run continues, because training still takes the same steps. (Another mesh,
-# accumulation or `compute` changes them by rounding; the tokenizer's weights were copied.)
+# accumulation or `compute` changes them by rounding; frozen weights were copied.)
 CHANGEABLE_FIELDS = (
     "run_dir",
     "mesh",
@@ -48,6 +48,7 @@ CHANGEABLE_FIELDS = (
     "data.data_dir",
     "task.accumulate",
     "task.tokenizer_weights",
+    "task.cca.reference",
     "task.sampling",
     "task.compute",
     "task.dtype",

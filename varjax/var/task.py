@@ -1,6 +1,7 @@
-"""Training the transformer: cross-entropy of the next scale's tokens under teacher forcing."""
+"""Training the transformer: predicting the next scale's tokens under teacher forcing."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from varjax.checkpoints.weights import open_weights, read_frozen_tokenizer, read_generator
+from varjax.checkpoints.weights import (
+    frozen_tokenizer,
+    open_weights,
+    read_frozen_tokenizer,
+    read_generator,
+)
 from varjax.errors import check_setting
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.transformer import drop_path
@@ -32,6 +38,7 @@ from varjax.training.transformer_task import (
 )
 from varjax.trees import PyTree
 from varjax.var import teacher_forcing
+from varjax.var.cca import CCAConfig, cca_loss, read_reference_params
 from varjax.var.model import VAR, VARConfig, check_fit
 from varjax.var.sample import VAROptions, sample_images
 
@@ -70,6 +77,8 @@ class VARTask:
         compute: number format and execution.
         sampling: sampling options that suit the model, for previews and as the default after
             loading.
+        cca: contrastive loss for fine-tuning a trained model, after which it needs no guidance;
+            None for the cross-entropy.
     """
 
     model: VARConfig
@@ -83,6 +92,7 @@ class VARTask:
     accumulate: int = 1
     compute: ComputeConfig = ComputeConfig()
     sampling: VAROptions = VAROptions()
+    cca: CCAConfig | None = None
 
     def __post_init__(self):
         check_fit(self.tokenizer, self.model)
@@ -93,6 +103,8 @@ class VARTask:
         # Kept branches are divided by the fraction kept.
         rate = self.drop_path
         check_setting("drop_path", rate, 0 <= rate < 1, "at least 0 and below 1")
+        smoothed = self.cca is not None and self.label_smoothing > 0
+        check_setting("label_smoothing", self.label_smoothing, not smoothed, "0 with cca")
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
         check_image_shape(self.tokenizer, image_shape)
@@ -110,32 +122,30 @@ class VARTask:
         return params, matching_rows(self.model, config)
 
     def frozen(self) -> PyTree:
-        """Reads the tokenizer's parameters; raises InputError if its config differs."""
-        return read_frozen_tokenizer(self.tokenizer_weights, self.tokenizer)
+        """Reads the tokenizer's parameters, and with `cca` {"tokenizer", "reference"}.
+
+        Raises InputError if the config of either differs.
+        """
+        tokenizer = read_frozen_tokenizer(self.tokenizer_weights, self.tokenizer)
+        if self.cca is None:
+            return tokenizer
+        reference = read_reference_params(self.cca.reference, self.model)
+        return {"tokenizer": tokenizer, "reference": reference}
 
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
-        return self.tokenizer.identity(frozen)
+        return self.tokenizer.identity(frozen_tokenizer(frozen))
 
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array, plan: Plan
     ) -> tuple[TrainState, Metrics]:
-        label_key, path_key = jax.random.split(jax.random.fold_in(key, state.step))
-        label_B, classes = batch["label_B"], self.model.classes
-        batch = batch | {"label_B": drop_labels(label_key, label_B, self.class_dropout, classes)}
-        branch_scale_S2B = drop_path(path_key, self.model.depth, len(label_B), self.drop_path)
-        if branch_scale_S2B is not None:  # batch axis first, because microbatches split that axis
-            batch["branch_scale_BS2"] = jnp.moveaxis(branch_scale_S2B, -1, 0)
+        batch = self.with_draws(batch, jax.random.fold_in(key, state.step))
+        objective = self.cross_entropy if self.cca is None else self.contrast
 
         def loss_fn(params, batch):
-            losses = self.token_losses(params, frozen, batch)
-            means = {
-                "loss_K": jnp.mean(self.mean_by_scale(losses.cross_entropy_BL), axis=0),
-                "accuracy_K": jnp.mean(self.mean_by_scale(losses.correct_BL), axis=0),
-            }
-            return jnp.mean(losses.objective_BL), means
+            return objective(params, frozen, batch)
 
         grads, means = accumulated_gradients(loss_fn, state.params, batch, self.accumulate)
-        metrics = self._metrics(means["loss_K"], means["accuracy_K"])
+        metrics = self._metrics(means.pop("loss_K"), means.pop("accuracy_K")) | means
         state, update_metrics = self.update(state, grads, plan)
         return state, metrics | update_metrics
 
@@ -146,14 +156,75 @@ class VARTask:
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
         return train_flops(self, state, frozen, batch)
 
+    def with_draws(self, batch: Batch, key: jax.Array) -> Batch:
+        """Adds what a step draws: dropped labels and paths, and with `cca` "other_label_B"."""
+        label_key, path_key = jax.random.split(key)
+        label_B, passes = batch["label_B"], 1
+        drop = functools.partial(
+            drop_labels, label_key, rate=self.class_dropout, classes=self.model.classes
+        )
+        batch = batch | {"label_B": drop(label_B)}
+        if self.cca is not None:
+            # The next image's label. The same key drops both labels of an image, or neither.
+            batch["other_label_B"] = drop(jnp.roll(label_B, -1))
+            passes = 4  # each label, by the trained model and by the reference
+        branch_scale_S2N = drop_path(
+            path_key, self.model.depth, passes * len(label_B), self.drop_path
+        )
+        if branch_scale_S2N is not None:  # batch axis first, because microbatches split that axis
+            scale_NS2 = jnp.moveaxis(branch_scale_S2N, -1, 0)
+            batch["branch_scale_BPS2"] = scale_NS2.reshape(-1, passes, *scale_NS2.shape[1:])
+        return batch
+
+    def cross_entropy(
+        self, params: PyTree, frozen: PyTree, batch: Batch
+    ) -> tuple[jax.Array, Metrics]:
+        """Computes the mean loss of all tokens, and the metrics' means by scale."""
+        losses = self.token_losses(params, frozen, batch)
+        return jnp.mean(losses.objective_BL), self._means(
+            losses.cross_entropy_BL, losses.correct_BL
+        )
+
+    def contrast(self, params: PyTree, frozen: PyTree, batch: Batch) -> tuple[jax.Array, Metrics]:
+        """Computes `cca_loss`, and the metrics' means; the batch has "other_label_B", too."""
+        assert self.cca is not None
+        tokens_BL, _ = teacher_forcing.targets_and_inputs(
+            self.tokenizer, frozen_tokenizer(frozen), batch, self.compute
+        )
+        # Rows 2b and 2b + 1 are image b with both labels, so each device keeps its own images.
+        label_B2 = jnp.stack([batch["label_B"], batch["other_label_B"]], axis=1)
+        pairs = {"tokens_BL": jnp.repeat(tokens_BL, 2, axis=0), "label_B": label_B2.reshape(-1)}
+
+        def log_probability(params: PyTree, passes: slice) -> tuple[jax.Array, TokenLosses]:
+            paths = {}
+            if "branch_scale_BPS2" in batch:
+                paths = {"branch_scale_BPS2": batch["branch_scale_BPS2"][:, passes]}
+            losses = self.token_losses(params, frozen, pairs | paths)
+            return -jnp.sum(losses.cross_entropy_BL, axis=1).reshape(-1, 2), losses
+
+        trained_B2, losses = log_probability(params, slice(0, 2))
+        reference_B2, _ = log_probability(frozen["reference"], slice(2, 4))
+        log_ratio_B2 = trained_B2 - reference_B2
+        matches_B = batch["label_B"] == batch["other_label_B"]
+        loss = cca_loss(log_ratio_B2, matches_B, self.cca)
+        own_B, other_B = log_ratio_B2.T
+        means = self._means(losses.cross_entropy_BL[::2], losses.correct_BL[::2]) | {
+            "cca/loss": loss,
+            "cca/log_ratio": jnp.mean(own_B),
+            "cca/other_log_ratio": jnp.mean(other_B),
+            "cca/accuracy": jnp.mean((own_B > other_B).astype(jnp.float32)),
+        }
+        return loss, means
+
     def token_losses(self, params: PyTree, frozen: PyTree, batch: Batch) -> TokenLosses:
         """Computes the losses of each token by teacher forcing."""
         tokens_BL, input_BlZ = teacher_forcing.targets_and_inputs(
-            self.tokenizer, frozen, batch, self.compute
+            self.tokenizer, frozen_tokenizer(frozen), batch, self.compute
         )
-        branch_scale_S2B = (
-            jnp.moveaxis(batch["branch_scale_BS2"], 0, -1) if "branch_scale_BS2" in batch else None
-        )
+        branch_scale_S2B = None
+        if "branch_scale_BPS2" in batch:
+            scale_BS2 = batch["branch_scale_BPS2"].reshape(-1, self.model.depth, 2)
+            branch_scale_S2B = jnp.moveaxis(scale_BS2, 0, -1)
         model = VAR(self.model, self.compute).bind({"params": params})
         logits_BLV = model(input_BlZ, batch["label_B"], branch_scale_S2B)
         loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens_BL)
@@ -192,7 +263,8 @@ class VARTask:
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         samples = preview_samples(self.sampler(), state.params, frozen, self.model.classes)
-        rebuilt = teacher_forcing.reconstructions(self.tokenizer, frozen, batch, self.compute)
+        tokenizer = frozen_tokenizer(frozen)
+        rebuilt = teacher_forcing.reconstructions(self.tokenizer, tokenizer, batch, self.compute)
         return {"samples": samples, "reconstructions": rebuilt}
 
     def sampler(self) -> ImageSampler:
@@ -200,7 +272,7 @@ class VARTask:
             return sample_images(
                 self.tokenizer,
                 self.model,
-                {"tokenizer": frozen, "var": params},
+                {"tokenizer": frozen_tokenizer(frozen), "var": params},
                 label_B,
                 key_B,
                 self.sampling,
@@ -214,6 +286,11 @@ class VARTask:
         """Averages numbers of tokens over each scale of an image, (B, K)."""
         means = [jnp.mean(x_BL[:, scale], axis=1) for scale in self.model.pyramid.slices]
         return jnp.stack(means, axis=1)
+
+    def _means(self, cross_entropy_BL: jax.Array, correct_BL: jax.Array) -> Metrics:
+        """Averages what the metrics of training need over images and each scale's tokens."""
+        named = {"loss_K": cross_entropy_BL, "accuracy_K": correct_BL}
+        return {name: jnp.mean(self.mean_by_scale(x_BL), axis=0) for name, x_BL in named.items()}
 
     def _metrics(self, loss_K: Any, accuracy_K: Any) -> dict[str, Any]:
         """Returns metrics from the means of each scale, arrays of JAX or NumPy."""
