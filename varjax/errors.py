@@ -1,6 +1,7 @@
 """Users' mistakes, told apart from our own, which keep their traceback."""
 
 import contextlib
+import os
 import pathlib
 import traceback
 from collections.abc import Iterator
@@ -31,6 +32,15 @@ class DamagedFileError(InputError):
 
 class DiskReadError(DamagedFileError):
     """Reports a file that the disk does not return (EIO): a bad sector, or a failing disk."""
+
+
+@contextlib.contextmanager
+def errors_naming(path: str | os.PathLike) -> Iterator[None]:
+    """Puts the name of a file before the message of an InputError."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def check_setting(name: str, value: object, valid: bool, allowed: str) -> None:

@@ -21,7 +21,7 @@ from varjax.convert.from_torch import find_kind
 from varjax.convert.name_maps import kl
 from varjax.convert.name_maps.diffusers import with_official_names
 from varjax.convert.name_maps.kl import KL_MAP
-from varjax.convert.sources import sha256_of
+from varjax.convert.weights_dir import sha256_of
 from varjax.errors import InputError
 from varjax.export import export_torch
 from varjax.mar.latents import from_model_units, to_model_units

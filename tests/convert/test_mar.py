@@ -20,9 +20,9 @@ from varjax.convert import apply_map, convert
 from varjax.convert.__main__ import main
 from varjax.convert.from_torch import find_kind, infer_configs
 from varjax.convert.name_maps import MAR_MAP
+from varjax.convert.name_maps.name_map import Source
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
-from varjax.convert.sources import Source
 from varjax.errors import InputError
 from varjax.export import export_torch
 from varjax.mar.heads import CategoricalHead

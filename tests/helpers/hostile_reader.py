@@ -26,9 +26,9 @@ from varjax.checkpoints.weights import open_weights
 from varjax.convert.apply_map import lazy_leaves
 from varjax.convert.from_torch import find_kind, infer_configs
 from varjax.convert.inception import read_graph
+from varjax.convert.name_maps.name_map import Source
 from varjax.convert.official_files import find_state_dicts, own_tensors
 from varjax.convert.pth.read import read_checkpoint
-from varjax.convert.sources import Source
 from varjax.data import transforms
 from varjax.errors import InputError
 from varjax.metrics import references

@@ -17,7 +17,7 @@ import jax
 from varjax import trees
 from varjax.checkpoints.saved_steps import SavedSteps, restore_weights
 from varjax.config import config_tree
-from varjax.errors import InputError
+from varjax.errors import InputError, errors_naming
 from varjax.storage import files, untrusted
 from varjax.storage.buckets import as_path
 from varjax.storage.cache_dir import cache_folder
@@ -125,10 +125,8 @@ class WeightsDir:
         return self.read_tokenizer_config(config_class), self.read_tokenizer_params(ema)
 
     def _build(self, config_class: type, settings: dict[str, Any]) -> Any:
-        try:
+        with errors_naming(self.path / "config.json"):
             return config_tree.from_dict(config_class, settings)
-        except InputError as error:
-            raise InputError(f"{self.path / 'config.json'}: {error}") from error
 
     def _converted_settings(self, name: str) -> dict[str, Any]:
         if name in self.config:

@@ -1,15 +1,16 @@
 """Converts official PyTorch weights into a directory of weights."""
 
+import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from varjax.convert.apply_map import is_weight, lazy_leaves
 from varjax.convert.name_maps import RELEASES, kinds, option_fields
 from varjax.convert.name_maps.diffusers import with_official_names
-from varjax.convert.name_maps.name_map import NameMap, Tensors
+from varjax.convert.name_maps.name_map import NameMap, Source, Tensors
 from varjax.convert.official_files import (
     AVERAGED,
     HMAR,
@@ -19,15 +20,16 @@ from varjax.convert.official_files import (
     local_files,
     own_tensors,
     read_files,
+    warn_not_finite,
 )
-from varjax.convert.sources import Problems, Source, errors_naming, sha256_of, warn_not_finite
 from varjax.convert.weights_dir import (
     CONVERT_OPTIONS,
     check_weights_dir,
     converted_files,
+    sha256_of,
     write_converted,
 )
-from varjax.errors import InputError
+from varjax.errors import InputError, errors_naming
 from varjax.storage.files import as_path
 from varjax.storage.untrusted import abridged
 
@@ -134,6 +136,33 @@ def published_name(
             if release.config is None or kind.same_sizes(release.config, configs[part]):
                 return name
     return None
+
+
+class Problems:
+    """Collects users' mistakes, so that one message lists them all.
+
+    problems = Problems()
+    for path in paths:
+        with problems.collected():
+            read(path)
+    problems.check()
+    """
+
+    def __init__(self):
+        self._messages: list[str] = []
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keeps the message of an InputError instead of raising it."""
+        try:
+            yield
+        except InputError as error:
+            self._messages.append(str(error))
+
+    def check(self) -> None:
+        """Raises one InputError with all messages, if there are any."""
+        if self._messages:
+            raise InputError("\n".join(self._messages))
 
 
 def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[str, Source]:

@@ -11,12 +11,11 @@ import numpy as np
 from varjax import trees
 from varjax.convert.apply_map import leaves_by_table
 from varjax.convert.name_maps.name_map import Link, norm_links
-from varjax.convert.official_files import find_state_dicts
+from varjax.convert.official_files import find_state_dicts, warn_not_finite
 from varjax.convert.pth.read import read_checkpoint
-from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
 from varjax.convert.tensorflow_graph import TensorFlowGraph
-from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
-from varjax.errors import InputError
+from varjax.convert.weights_dir import check_weights_dir, converted_files, sha256_of, write_weights
+from varjax.errors import InputError, errors_naming
 from varjax.metrics.inception import init_inception
 from varjax.storage.files import as_path, local_copy
 

@@ -7,11 +7,10 @@ import numpy as np
 
 from varjax.convert.apply_map import leaves_by_table
 from varjax.convert.name_maps.name_map import Link, conv_links
-from varjax.convert.official_files import find_state_dicts
+from varjax.convert.official_files import find_state_dicts, warn_not_finite
 from varjax.convert.pth.read import read_checkpoint
-from varjax.convert.sources import errors_naming, sha256_of, warn_not_finite
-from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
-from varjax.errors import InputError
+from varjax.convert.weights_dir import check_weights_dir, converted_files, sha256_of, write_weights
+from varjax.errors import InputError, errors_naming
 from varjax.storage import files
 from varjax.storage.untrusted import abridged
 from varjax.tokenizers.losses.lpips import VGG16, init_lpips

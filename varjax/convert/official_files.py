@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -152,6 +153,16 @@ def own_tensors(kind: NameMap, tensors: Tensors) -> tuple[dict[str, np.ndarray],
         else:
             others.append(name.partition(".")[0])
     return own, list(dict.fromkeys(others))
+
+
+def warn_not_finite(path: pathlib.Path, tensors: Tensors) -> None:
+    """Lists on stderr the tensors with NaN or infinite numbers; they are converted anyway."""
+    if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
+        print(
+            f"warning: {path}: NaN or infinite numbers in {len(bad)} tensors: "
+            + ", ".join(abridged(bad)),
+            file=sys.stderr,
+        )
 
 
 def _trainer_keys() -> dict[str, str]:

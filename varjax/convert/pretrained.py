@@ -19,7 +19,7 @@ import sys
 from varjax.convert.from_torch import convert
 from varjax.convert.name_maps import RELEASES
 from varjax.convert.name_maps.release import PublishedFile
-from varjax.convert.sources import sha256_of
+from varjax.convert.weights_dir import sha256_of
 from varjax.errors import InputError
 from varjax.storage import files, folders
 from varjax.storage.buckets import as_path

@@ -1,21 +1,22 @@
 """Writes directories of weights: whole or not at all, and never over other files."""
 
 import contextlib
+import hashlib
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 from tqdm import tqdm
 
 from varjax.config import config_tree
 from varjax.convert.pth.write import write_pth
-from varjax.convert.sources import byte_progress
 from varjax.errors import StorageError
 from varjax.storage import files, folders, safetensors_io
 from varjax.storage.safetensors_io import LazyArray, Tensor
 
 CONVERT_OPTIONS = "convert_options"  # in config.json: the options that were not the defaults
+CHUNK_BYTES = 2**24
 Contents = Mapping[str, Mapping[str, Tensor]]  # {name of a file: {name of a tensor: tensor}}
 
 
@@ -115,12 +116,29 @@ def write_files(
     The latter also hold `metadata`, text by name.
     """
     for name, named in contents.items():
-        with byte_progress(f"writing {name}", sum(x.nbytes for x in named.values())) as bar:
+        with _byte_progress(f"writing {name}", sum(x.nbytes for x in named.values())) as bar:
             counted = {key: _counted(tensor, bar) for key, tensor in named.items()}
             if name.endswith(".pth"):
                 write_pth(directory / name, counted)
             else:
                 safetensors_io.write_safetensors(directory / name, counted, metadata or {})
+
+
+def sha256_of(paths: Collection[pathlib.Path]) -> dict[str, str]:
+    """Returns each file's SHA-256 by its name, or by its path where two have the same name."""
+    names = [path.name for path in paths]
+    digests = {}
+    for path in paths:
+        sha256 = hashlib.sha256()
+        with (
+            open(path, "rb") as file,
+            _byte_progress(f"reading {path.name}", path.stat().st_size) as bar,
+        ):
+            while chunk := file.read(CHUNK_BYTES):
+                sha256.update(chunk)
+                bar.update(len(chunk))
+        digests[path.name if names.count(path.name) == 1 else str(path)] = sha256.hexdigest()
+    return digests
 
 
 def _counted(tensor: Tensor, bar: tqdm) -> LazyArray:
@@ -132,3 +150,8 @@ def _counted(tensor: Tensor, bar: tqdm) -> LazyArray:
             bar.update(chunk.nbytes)
 
     return LazyArray(tensor.shape, tensor.dtype, chunks)
+
+
+def _byte_progress(text: str, nbytes: int) -> tqdm:
+    """Makes a progress bar that counts bytes; it shows only where stderr is a terminal."""
+    return tqdm(total=nbytes, desc=text, unit="B", unit_scale=True, disable=None)

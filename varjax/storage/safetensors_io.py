@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from varjax.errors import DamagedFileError, InputError
+from varjax.errors import DamagedFileError, InputError, errors_naming
 from varjax.storage.checksums import array_checksum, contiguous_bytes
 from varjax.storage.untrusted import check_name, check_shape, reason, shown
 
@@ -209,13 +209,11 @@ def read_safetensors(
     file = np.memmap(path, np.uint8, "r")
     start = 8 + header_bytes
     tensors = {}
-    try:
+    with errors_naming(path):
         for name, (dtype, shape) in kinds.items():
             shape = check_shape(shape, DTYPES[dtype].itemsize)
             tensors[check_name(name)] = np.ndarray(shape, DTYPES[dtype], file, start)
             start += tensors[name].nbytes
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
     if start != len(file) or _identity(before) != _identity(os.stat(path)):
         raise InputError(f"{path}: was truncated or replaced while it was read; try again")
     return tensors, metadata

@@ -18,6 +18,7 @@ from varjax.convert.name_maps.diffusers import is_diffusers
 from varjax.convert.name_maps.name_map import (
     Link,
     NameMap,
+    Source,
     Tensors,
     conv_links,
     option,
@@ -25,7 +26,7 @@ from varjax.convert.name_maps.name_map import (
     tensor_shape,
 )
 from varjax.convert.name_maps.release import PublishedFile, Release
-from varjax.convert.sources import Source, sha256_of
+from varjax.convert.weights_dir import sha256_of
 from varjax.errors import InputError, check_setting
 from varjax.nn.autoencoder import COARSEST, downsampling
 from varjax.storage import files

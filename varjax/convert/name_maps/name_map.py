@@ -195,6 +195,25 @@ class NameMap:
         return self.options(**{name: x for name, x in options.items() if name in names})
 
 
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Holds what was read for one part of a directory of weights.
+
+    Attributes:
+        path: path of the file, or of the index of its parts.
+        kind: kind of model that the file holds.
+        tensors: official tensors, all from that model.
+        held: all tensors of the file, by the names used in it.
+        files: `path` and the paths of its parts.
+    """
+
+    path: pathlib.Path
+    kind: NameMap
+    tensors: Tensors
+    held: Tensors = dataclasses.field(default_factory=dict)
+    files: tuple[pathlib.Path, ...] = ()
+
+
 def tensor_shape(tensors: Tensors, name: str, ndim: int) -> tuple[int, ...]:
     """Returns the shape of a tensor that determines sizes of a model.
 

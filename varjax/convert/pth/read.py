@@ -13,7 +13,7 @@ import numpy as np
 
 from varjax.convert.pth.allowed import Storage
 from varjax.convert.pth.unpickle import pickle_size, unpickle
-from varjax.errors import InputError
+from varjax.errors import InputError, errors_naming
 from varjax.storage import safetensors_io
 from varjax.storage.untrusted import plausible_bytes, reason, shown
 
@@ -140,7 +140,7 @@ def _read(path: Path) -> Any:
     header_bytes = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and header_bytes < 2**32:  # the reader checks that the header is short
         return safetensors_io.read_safetensors(path)[0]
-    try:
+    with errors_naming(path):
         if head.startswith(b"PK\x03\x04"):
             return _read_zip(path, file)
         if head.startswith(MAGIC):
@@ -154,8 +154,6 @@ def _read(path: Path) -> Any:
             f"this is not a PyTorch or safetensors file (it starts with {shown(head[:16])}); "
             f"{AGAIN}"
         )
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from error
 
 
 class _DirectoryFile(io.FileIO):
