@@ -1,5 +1,6 @@
 """Strictness for all tests (no silent promotion of dtypes or ranks), and flags that save time."""
 
+import gc
 import os
 import random
 import shutil
@@ -25,6 +26,10 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
 )
 
+
+# Python looks for garbage after every 700 new objects. Tracing makes millions that stay, and to look
+# through them so often takes a tenth of the time.
+gc.set_threshold(100_000)
 
 # Tests that a shell starts in the background ignore Ctrl-C, and so would the processes that they
 # start in order to interrupt them.
