@@ -87,4 +87,4 @@ faults: setup
 	$(PY) -m tests.helpers.fault_sweep --folder=runs/faults --minutes=$(MINUTES)
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .pytest_cache build *.egg-info

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -27,8 +28,8 @@ os.environ["XLA_FLAGS"] = (
 )
 
 
-# Python looks for garbage after every 700 new objects. Tracing makes millions that stay, and to look
-# through them so often takes a tenth of the time.
+# Python looks for garbage after every 700 new objects, but tracing makes millions of objects that
+# stay: with that setting, the search takes a tenth of the time.
 gc.set_threshold(100_000)
 
 # Tests that a shell starts in the background ignore Ctrl-C, and so would the processes that they
@@ -38,17 +39,30 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # No test's files are behind a network, which would have to be waited for.
 folders.LISTING_SECONDS, read_errors.READ_PAUSES = 0.0, (0.0,)
 
+MAX_PROGRAM_BYTES = 2 * 1024**3
+
 
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):  # of one process, or of the one that starts the others
         os.environ["VARJAX_TEST_RUNS"] = tempfile.mkdtemp(prefix="varjax_runs_")
         os.environ["VARJAX_CACHE"] = os.environ["VARJAX_TEST_RUNS"] + "/cache"
+        os.environ["VARJAX_TEST_PROGRAMS"] = str(_folder_of_programs(config))
     # Many tests compile the same small programs, each through functions that it makes itself. JAX
     # knows them again by their text, whichever process compiled them first; processes that tests
     # start have the cache of a user instead, so that their file operations are a user's, too.
-    jax.config.update("jax_compilation_cache_dir", os.environ["VARJAX_TEST_RUNS"] + "/programs")
+    jax.config.update("jax_compilation_cache_dir", os.environ["VARJAX_TEST_PROGRAMS"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _folder_of_programs(config):
+    """Returns the folder of compiled programs, which the next sessions find there too."""
+    if not hasattr(config, "cache"):  # pytest -p no:cacheprovider
+        return pathlib.Path(os.environ["VARJAX_TEST_RUNS"]) / "programs"
+    folder = config.cache.mkdir("programs")
+    if sum(file.stat().st_size for file in folder.iterdir()) > MAX_PROGRAM_BYTES:
+        shutil.rmtree(folder)  # most are programs of code that has changed since
+    return folder
 
 
 def pytest_unconfigure(config):
