@@ -7,6 +7,7 @@ varjax convert --run=runs/x --out=weights/x
 varjax convert --to_torch --weights=weights/x --out=for_pytorch [--layout=diffusers]
 varjax convert --lpips_vgg=vgg16.pth --lpips_heads=vgg.pth --out=weights/lpips
 varjax convert --inception=classify_image_graph_def.pb --out=weights/inception
+varjax convert --resnet=resnet101-63fe2227.pth --out=weights/resnet101
 """
 
 import argparse

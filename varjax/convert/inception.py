@@ -10,7 +10,7 @@ import numpy as np
 
 from varjax import trees
 from varjax.convert.apply_map import leaves_by_table
-from varjax.convert.name_maps.name_map import Link, norm_links
+from varjax.convert.name_maps.name_map import Link, batch_norm_links
 from varjax.convert.official_files import find_state_dicts, warn_not_finite
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.tensorflow_graph import TensorFlowGraph
@@ -82,9 +82,7 @@ def inception_table() -> list[Link]:
     for module in _convolutions():
         ours = module.replace(".", "/")
         links.append(Link(f"{module}.conv.weight", (f"{ours}/kernel",), "conv"))
-        links += norm_links(f"{module}.bn", ours)
-        links.append(Link(f"{module}.bn.running_mean", (f"{ours}/mean",)))
-        links.append(Link(f"{module}.bn.running_var", (f"{ours}/variance",)))
+        links += batch_norm_links(f"{module}.bn", ours)
     return links
 
 

@@ -154,7 +154,7 @@ class FeatureExtractor:
             if not (finite_N := np.isfinite(x_ND).all(axis=1)).all():
                 raise InputError(
                     f"{name} of {N - finite_N.sum()} of {N} images contain NaN or infinity, which "
-                    "means that the network's weights are damaged; convert them again (inception)"
+                    "means that the network's weights are damaged; convert them again"
                 )
         return joined
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from varjax.checkpoints.weights import read_fixed_params
 from varjax.errors import InputError
+from varjax.nn.conv_norm import ConvNorm
 from varjax.nn.resize import bilinear_tf1
 from varjax.storage import files
 from varjax.storage.buckets import as_path
@@ -23,7 +24,6 @@ IMAGE_SIZE = 299
 CLASSES = 1008
 FEATURES = 2048  # of the last pool
 SPATIAL_CHANNELS = 7  # of the map that sFID uses, 17 · 17 · 7 = 2,023 numbers
-BATCH_NORM_EPSILON = 1e-3
 CONVERT_HELP = (
     "make them with: varjax convert --inception=FILE --out=DIRECTORY "
     "(docs/evaluation.md says where to get the file)"
@@ -75,41 +75,6 @@ class Inception(nn.Module):
         taps["logits_BV"] = jnp.matmul(taps["pool_BD"], kernel_DV, precision="highest")
         taps["biased_logits_BV"] = taps["logits_BV"] + bias_V[None]
         return taps
-
-
-class ConvNorm(nn.Module):
-    """Applies a convolution, batch normalization with stored statistics, and ReLU.
-
-    Attributes:
-        width: number of output channels.
-        kernel: height and width of the kernel.
-        stride: stride along both axes.
-        padding: "SAME" or "VALID"; None for "SAME" with stride 1, else "VALID".
-    """
-
-    width: int
-    kernel: tuple[int, int] = (1, 1)
-    stride: int = 1
-    padding: str | None = None
-
-    @nn.compact
-    def __call__(self, x_BHWC):
-        shape = *self.kernel, x_BHWC.shape[-1], self.width
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        zeros, ones = nn.initializers.zeros, nn.initializers.ones
-        scale_C, variance_C = (self.param(n, ones, self.width) for n in ("scale", "variance"))
-        bias_C, mean_C = (self.param(n, zeros, self.width) for n in ("bias", "mean"))
-        y_BHWC = jax.lax.conv_general_dilated(
-            x_BHWC,
-            kernel,
-            (self.stride, self.stride),
-            self.padding or ("SAME" if self.stride == 1 else "VALID"),
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision="highest",  # TF32 or bfloat16 change FID in its second digit
-        )
-        factor_C = scale_C * jax.lax.rsqrt(variance_C + BATCH_NORM_EPSILON)
-        y_BHWC = (y_BHWC - mean_C[None, None, None]) * factor_C[None, None, None]
-        return nn.relu(y_BHWC + bias_C[None, None, None])
 
 
 class MixedA(nn.Module):

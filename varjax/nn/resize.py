@@ -2,7 +2,8 @@
 
 As PyTorch does it: `area` is adaptive average pooling (not TensorFlow's area resize, which differs
 where sizes do not divide); `bicubic` and `bilinear` are half-pixel-centered, without antialiasing,
-edges clamped. `bilinear_tf1` is what TensorFlow 1 did, for networks that were trained with it.
+edges clamped. `antialiased_bilinear` is what PIL does, `bilinear_tf1` is what TensorFlow 1 did, for
+networks that were trained with them.
 """
 
 import functools
@@ -49,6 +50,15 @@ def bilinear_matrix(size: int, out: int) -> np.ndarray:
 
 
 @functools.cache
+def antialiased_bilinear_matrix(size: int, out: int) -> np.ndarray:
+    """Makes the (out, size) matrix of PIL's bilinear resize, whose kernel is wider to shrink."""
+    center = (np.arange(out) + 0.5) * size / out
+    distance = np.abs(np.arange(size) + 0.5 - center[:, None]) / max(size / out, 1)
+    weights = np.maximum(1 - distance, 0)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+@functools.cache
 def bilinear_tf1_matrix(size: int, out: int) -> np.ndarray:
     """Makes the (out, size) matrix of TensorFlow 1's bilinear resize.
 
@@ -72,6 +82,11 @@ def bicubic(x_BhwC: jax.Array, shape: tuple[int, int]) -> jax.Array:
 def bilinear(x_BhwC: jax.Array, shape: tuple[int, int]) -> jax.Array:
     """Bilinearly resizes (B, h, w, C) to (B, *shape, C)."""
     return _resize(bilinear_matrix, x_BhwC, shape)
+
+
+def antialiased_bilinear(x_BhwC: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Bilinearly resizes (B, h, w, C) to (B, *shape, C) with antialiasing."""
+    return _resize(antialiased_bilinear_matrix, x_BhwC, shape)
 
 
 def bilinear_tf1(x_BhwC: jax.Array, shape: tuple[int, int]) -> jax.Array:

@@ -7,11 +7,12 @@ from typing import Any
 from varjax.convert.name_maps.kl import KL_MAP
 from varjax.convert.name_maps.mar import MAR_MAP
 from varjax.convert.name_maps.name_map import NameMap
+from varjax.convert.name_maps.resnet import RESNET_MAP
 from varjax.convert.name_maps.var import VAR_MAP
 from varjax.convert.name_maps.vq import VQ_MAP
 
 # The first one whose tensor `known_by` is in a file describes that file.
-NAME_MAPS = (VQ_MAP, KL_MAP, MAR_MAP, VAR_MAP)
+NAME_MAPS = (VQ_MAP, KL_MAP, MAR_MAP, VAR_MAP, RESNET_MAP)
 
 # Every published model by the name that `varjax.load` takes.
 RELEASES = {name: release for kind in NAME_MAPS for name, release in kind.releases.items()}

@@ -91,6 +91,13 @@ def norm_links(official: str, ours: str, index: int | None = None) -> Iterator[L
     yield Link(f"{official}.bias", (f"{ours}/bias",), index=index)
 
 
+def batch_norm_links(official: str, ours: str) -> Iterator[Link]:
+    """Yields the links of a batch normalization with its stored statistics."""
+    yield from norm_links(official, ours)
+    yield Link(f"{official}.running_mean", (f"{ours}/mean",))
+    yield Link(f"{official}.running_var", (f"{ours}/variance",))
+
+
 # Describing a model takes time and memory in proportion to its sizes, and a small file can claim
 # any size.
 MAX_MODEL_SIZE, MAX_LAYERS = 2**20, 2**8
@@ -127,8 +134,8 @@ class NameMap:
     """Describes one kind of official model: how to recognize it, its sizes and its tensors.
 
     Attributes:
-        part: name of the part and of its file in a directory of weights: "tokenizer", or the name
-            of the family.
+        part: name of the part and of its file in a directory of weights: "tokenizer", "classifier",
+            or the name of the family.
         flag: flag that takes the official file.
         description: name for messages, with article: "a transformer (VAR)".
         known_by: tensor that identifies it; the first match in NAME_MAPS wins.
