@@ -3,11 +3,13 @@
 varjax sample --weights=runs/digits --labels=0,1,2 --count=8 --out=grid.png
 varjax sample --weights=runs/digits --labels=all --count=100 --out=digits.npz
 
-A folder or an .npz may be large: all devices share the work, and the command continues where it was
-interrupted if you run it again. Options that are not given have the model's default values.
+--accept=0.1 --classifier=DIR draws ten times as many images and keeps those that a classifier likes
+best. A folder or an .npz may be large: all devices share the work, and the command continues where
+it was interrupted if you run it again. Options that are not given have the model's default values.
 """
 
 import argparse
+import dataclasses
 import functools
 
 import numpy as np
@@ -26,6 +28,13 @@ from varjax.sampling.outputs import (
     check_out_holds,
     open_output,
     work_folder,
+)
+from varjax.sampling.rejection import (
+    add_rejection_flags,
+    candidates_folder,
+    check_classifier,
+    classifier_of_flags,
+    run_rejection_job,
 )
 from varjax.sampling.sampler import add_option_flags, given_options
 
@@ -73,24 +82,35 @@ def draw_samples(arguments: list[str]) -> None:
     )
     out_help = "output: FILE.png (a grid), FILE.npz or FOLDER (samples.png)"
     add_sampling_flags(parser, "samples.png", out_help)
+    add_rejection_flags(parser)
     add_process_flags(parser)
     flags = parser.parse_args(arguments)
     check_sampling_flags(flags)
     check_out(flags.out)
     connect_by_flags(flags)
     use_compilation_cache()
+    classifier = classifier_of_flags(flags)
     model = load(flags.weights, flags.dtype)
     labels = choose_labels(flags.labels, model.classes)
     options = model.options(**given_options(flags, option_classes()))
-    images = len(labels) * flags.count
-    check_out_holds(flags.out, images, model.image_shape)
+    job = SamplingJob(labels, flags.count, flags.seed, options, batch_size=1)
+    if classifier is not None:
+        check_classifier(classifier, model)
+        job = dataclasses.replace(job, accept=flags.accept, classifier=classifier.identity)
+    check_out_holds(flags.out, len(job.label_N), model.image_shape)
     begun = functools.partial(begun_batch_size, flags.out)
+    images = len(job.label_M)
     batch_size = choose_batch_size(flags.batch_size, model, options, images, begun)
-    job = SamplingJob(labels, flags.count, flags.seed, options, batch_size)
+    job = dataclasses.replace(job, batch_size=batch_size)
     columns = flags.count if flags.count > 1 else None
     output = open_output(flags.out, job.label_N, columns, job.seed, job.request(model))
-    with locked_for_job(lambda: work_folder(flags.out)):
-        message = run_job(model, job, output)
+    if classifier is None:
+        with locked_for_job(lambda: work_folder(flags.out)):
+            message = run_job(model, job, output)
+    else:
+        folder = candidates_folder(flags.out)
+        with locked_for_job(lambda: folder):
+            message = run_rejection_job(model, job, classifier, output, folder)
     if message:
         print(message)
 

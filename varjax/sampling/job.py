@@ -3,8 +3,10 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -29,12 +31,17 @@ class SamplingJob:
     A part is `batch_size` consecutive images, which one device computes at a time, so images do
     not depend on the number of devices. Raises InputError for too many images.
 
+    If a classifier accepts a fraction of the images only, count / accept candidates of each label
+    are drawn, M in all, from which `varjax.sampling.rejection` chooses.
+
     Attributes:
         labels: classes to sample.
         count: number of images of each class.
         seed: random seed of all images.
         options: sampling options of the model, a frozen dataclass.
         batch_size: number of images in a part.
+        accept: fraction of the candidates that is kept, in (0, 1].
+        classifier: JSON data that identify the classifier; None to keep all images.
     """
 
     labels: tuple[int, ...]
@@ -42,24 +49,48 @@ class SamplingJob:
     seed: int
     options: Any
     batch_size: int
+    accept: float = 1.0
+    classifier: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if (images := len(self.labels) * self.count) > MOST_IMAGES:
+        if (images := len(self.labels) * self.candidates) > MOST_IMAGES:
+            accepted = "" if self.accept == 1 else f" at accept={self.accept}"
             raise InputError(
-                f"count={self.count} of {len(self.labels)} classes are {images:,} images; at most "
-                f"{MOST_IMAGES:,} are drawn at once"
+                f"count={self.count} of {len(self.labels)} classes{accepted} are {images:,} "
+                f"images; at most {MOST_IMAGES:,} are drawn at once"
             )
 
     @functools.cached_property
+    def candidates(self) -> int:
+        """Returns the number of candidates of each label, `count` if all are kept."""
+        return math.ceil(Fraction(self.count) / Fraction(str(self.accept)))  # exact: 3 / 0.1 is 30
+
+    @functools.cached_property
     def label_N(self) -> np.ndarray:
-        """Returns the label of every image, (N,) int64."""
+        """Returns the label of every image that is kept, (N,) int64."""
         return np.repeat(np.array(self.labels, np.int64), self.count)
 
     @functools.cached_property
+    def label_M(self) -> np.ndarray:
+        """Returns the label of every candidate, (M,) int64."""
+        return np.repeat(np.array(self.labels, np.int64), self.candidates)
+
+    @functools.cached_property
+    def number_M(self) -> np.ndarray:
+        """Returns the number of every candidate, (M,) int64, which its random key derives from.
+
+        The first `count` candidates of each label have the numbers of a job that keeps all of its
+        images, the next ones continue after these, and so on. So with a smaller `accept`, the same
+        candidates and more are drawn.
+        """
+        rank_m, N = np.arange(self.candidates), len(self.label_N)
+        number_m = rank_m // self.count * N + rank_m % self.count
+        return (np.arange(len(self.labels))[:, None] * self.count + number_m[None]).reshape(-1)
+
+    @functools.cached_property
     def parts(self) -> tuple[range, ...]:
-        """Returns the numbers of the images in each part."""
-        N, size = len(self.label_N), self.batch_size
-        return tuple(range(i, min(i + size, N)) for i in range(0, N, size))
+        """Returns the positions of the candidates in each part."""
+        return divided(len(self.label_M), self.batch_size)
 
     def request(self, model: Sampler) -> dict[str, Any]:
         """Returns everything that the images depend on, as JSON data."""
@@ -70,8 +101,14 @@ class SamplingJob:
             "seed": self.seed,
             **dataclasses.asdict(self.options),
             "batch_size": self.batch_size,
+            **({"accept": self.accept, "classifier": self.classifier} if self.classifier else {}),
             **model.identity(),
         }
+
+
+def divided(images: int, size: int) -> tuple[range, ...]:
+    """Divides a number of images into ranges of `size`, the last one perhaps shorter."""
+    return tuple(range(i, min(i + size, images)) for i in range(0, images, size))
 
 
 def run_job(model: Sampler, job: SamplingJob, output: Output) -> str:
@@ -132,15 +169,18 @@ def sample_parts(
 
     One part per device is computed at a time. Raises InputError for NaN in an image.
     """
-    devices, N = len(model.devices), len(job.label_N)
+    devices, M = len(model.devices), len(job.label_M)
     pending = None
     for start in range(0, len(parts), devices):
         group = parts[start : start + devices]
         # The shape is always the same, so that one compilation serves all; the excess is dropped.
         full = [*group, *[group[-1]] * (devices - len(group))]
-        index_B = np.concatenate([part.start + np.arange(job.batch_size) for part in full])
+        position_B = np.concatenate([part.start + np.arange(job.batch_size) for part in full]) % M
         images_BHWC = model.sample(
-            job.label_N[index_B % N], job.seed, index=index_B, **dataclasses.asdict(job.options)
+            job.label_M[position_B],
+            job.seed,
+            index=job.number_M[position_B],
+            **dataclasses.asdict(job.options),
         )
         # The devices compute this batch while the previous one is written.
         if pending is not None:
@@ -154,8 +194,8 @@ def _split(model, job, parts, images_BHWC):
     images_BHWC, size = np.asarray(images_BHWC), job.batch_size
     for i, part in enumerate(parts):
         images_NHWC = images_BHWC[i * size : i * size + len(part)]
-        label_N = job.label_N[part.start : part.stop]
+        number_N, label_N = job.number_M[part], job.label_M[part]
         check_finite_images(
-            images_NHWC, part, label_N, job.seed, lambda: model.advise_on_nan(job.options)
+            images_NHWC, number_N, label_N, job.seed, lambda: model.advise_on_nan(job.options)
         )
         yield part, image_io.to_uint8(images_NHWC)
