@@ -49,7 +49,7 @@ def test_the_average_of_a_deit_style_checkpoint_is_taken_and_said(tmp_path, caps
     write_nested(tmp_path / "one.pth", {"model": last, "ema": {"decay": 0.99}})
     params = converted(tmp_path / "one.pth", tmp_path / "out")
     np.testing.assert_array_equal(bias(params), expected + 1)
-    with pytest.raises(InputError, match="there are no averaged weights"):
+    with pytest.raises(InputError, match="has no averaged weights"):
         converted(tmp_path / "one.pth", tmp_path / "out", ema=True)
 
 

@@ -258,7 +258,7 @@ def test_a_full_disk_leaves_nothing(base, tmp_path, capsys, monkeypatch):
 
 def test_command_lines_that_contradict_themselves(base, tmp_path, capsys):
     refuse = functools.partial(refused, capsys, tmp_path)
-    assert "; or --run, or --to_torch, or --lpips_vgg" in refuse()
+    assert "), or --run, or --to_torch, or --lpips_vgg" in refuse()
     assert "or --run" in refuse(f"--var={base[1]}", "--run=runs/x")
     assert "belong together" in refuse("--to_torch")
     assert "scales=1,b: give side lengths" in refuse(f"--var={base[1]}", "--scales=1,b")

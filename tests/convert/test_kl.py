@@ -96,7 +96,7 @@ def test_wrong_kinds_and_settings_are_refused_with_the_reason(kl, tmp_path, caps
     assert f"{vq}: holds a tokenizer (VQVAE), not a KL tokenizer" in text
     assert "give it as --tokenizer instead" in text
     text = refuse(f"--kl={kl}", f"--tokenizer={vq}")
-    assert "--tokenizer and --kl are both the tokenizer; give one of them" in text
+    assert "--tokenizer and --kl both give the tokenizer; omit one of them" in text
     text = refuse(f"--kl={kl}", "--image_size=64", f"--var={var}")
     assert "a transformer (VAR) does not read the latents of a KL tokenizer" in text
     assert "latent_scale=0.0: must be above 0" in refuse(f"--kl={kl}", "--latent_scale=0")

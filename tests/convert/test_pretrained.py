@@ -312,7 +312,7 @@ def test_models_that_no_hub_has_are_asked_for_with_their_page(hub, tmp_path, nam
         varjax.load(name)
     assert not hub.asked and not (tmp_path / "cache" / name).exists()
     text = str(error.value)
-    assert f"{name} is neither here nor in" in text and "no hub hosts its files" in text
+    assert f"{name} is neither a path nor in" in text and "no hub hosts its files" in text
     assert f"https://github.com/LTH14/mar (the links of {model} and KL-16) and run" in text
     assert text.endswith(
         f"varjax convert --mar=checkpoint-last.pth --kl=kl16.ckpt --out={tmp_path / 'cache' / name}"

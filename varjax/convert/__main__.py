@@ -28,7 +28,7 @@ from varjax.runtime.commands import command_parser, run_command
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, 1 with one message for what cannot be done, 2 for a wrong command line."""
+    """Runs the command and returns its exit code: 0, 1 (error) or 2 (wrong usage)."""
     parser = _parser()
     if not arguments:
         parser.print_help(sys.stderr)
@@ -44,7 +44,7 @@ def _run(flags: argparse.Namespace) -> None:
     if [bool(files), flags.run is not None, flags.to_torch, lpips, inception].count(True) != 1:
         official = ", ".join(f"--{flag}" for flag in kinds())
         raise InputError(
-            f"give some of {official}; or --run, or --to_torch, or --lpips_vgg, or --inception"
+            f"give files ({official}), or --run, or --to_torch, or --lpips_vgg, or --inception"
         )
     if flags.to_torch != (flags.weights is not None):
         raise InputError("--to_torch and --weights=DIRECTORY_OR_RUN belong together")
@@ -56,7 +56,7 @@ def _run(flags: argparse.Namespace) -> None:
         convert_inception(flags.out, flags.inception)
     elif lpips:
         if not (flags.lpips_vgg and flags.lpips_heads):
-            raise InputError("--lpips_vgg and --lpips_heads belong together: LPIPS is made of both")
+            raise InputError("--lpips_vgg and --lpips_heads belong together: LPIPS needs both")
         convert_lpips(flags.out, flags.lpips_vgg, flags.lpips_heads)
     else:
         if flags.repo:
@@ -69,12 +69,12 @@ def _run(flags: argparse.Namespace) -> None:
 
 
 def _option_flags() -> dict[str, Mapping[str, Any]]:
-    """What `option` was given, by name; other fields are no flags."""
+    """Returns the metadata of the options that are flags, by name."""
     return {name: about for name, about in option_fields().items() if "help" in about}
 
 
 def _options(flags: argparse.Namespace) -> dict[str, Any]:
-    """The options on the command line, by name."""
+    """Returns the options on the command line, by name."""
     options = {}
     for name, about in _option_flags().items():
         if (value := getattr(flags, name)) is not None:
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         "--layout",
         choices=get_args(Layout),
         default="official",
-        help="names in a KL tokenizer's file (official)",
+        help="whose tensor names a KL tokenizer's file gets (official)",
     )
     add("--weights", help="converted directory, training run, or published model: var_d16 …")
     add(
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="use the averaged weights of a run or checkpoint (default: if it has any)",
     )
-    add("--debug", action="store_true", help="show mistakes with their traceback, too")
+    add("--debug", action="store_true", help="print tracebacks of input errors, too")
     return parser
 
 

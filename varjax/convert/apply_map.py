@@ -49,7 +49,7 @@ def lazy_leaves(
     tensors: Tensors,
     options: Any = None,
 ) -> dict[str, Tensor]:
-    """Converts official tensors into our parameters by path, each computed when it is used.
+    """Converts official tensors into our parameters by path; each is computed when it is used.
 
     Args:
         config: config of the model, of one of the classes in `NAME_MAPS`.
@@ -75,8 +75,8 @@ def leaves_by_table(table: list[Link], params: PyTree, tensors: Tensors) -> dict
 
     Args:
         table: one link for each tensor; together they name every leaf of `params`.
-        params: arrays or jax.ShapeDtypeStruct; only their shapes matter.
-        tensors: exactly the tensors that the table names, of any floating-point format.
+        params: arrays or jax.ShapeDtypeStruct; only their shapes are used.
+        tensors: the tensors that the table names and no others, of any floating-point format.
     """
     leaves = trees.paths(params)
     _check_shapes(_shapes(table, leaves), tensors)

@@ -63,18 +63,18 @@ def convert(
         The config found for each part.
 
     Raises:
-        InputError: names every file that is damaged or holds something else, every tensor that does
-            not fit its model, or why the models do not fit each other.
+        InputError: lists every damaged or unsuitable file, every tensor that does not fit its
+            model, or the reason why the models do not fit each other.
     """
     options = {name: x for name, x in (options or {}).items() if x is not None}
-    for what, names, known in (("part", files, kinds()), ("option", options, option_fields())):
+    for kind, names, known in (("part", files, kinds()), ("option", options, option_fields())):
         if unknown := names.keys() - known.keys():
             raise InputError(
-                f"unknown {what} {', '.join(unknown)}; known {what}s are {', '.join(known)}"
+                f"unknown {kind} {', '.join(unknown)}; known {kind}s are {', '.join(known)}"
             )
-    chosen = {name: x for name, x in options.items() if x != option_fields()[name]["default"]}
+    changed = {name: x for name, x in options.items() if x != option_fields()[name]["default"]}
     if ema is not None:
-        chosen["ema"] = ema
+        changed["ema"] = ema
     out = as_path(out)
     locations = {flag: as_path(file) for flag, file in files.items() if file is not None}
     sources = _read_sources(locations, ema)
@@ -101,7 +101,7 @@ def convert(
         warn_not_finite(source.path, weights)
     paths = dict.fromkeys(path for source in sources.values() for path in source.files)
     digests = sha256_of(paths)
-    about: dict[str, Any] = {CONVERT_OPTIONS: chosen}
+    about: dict[str, Any] = {CONVERT_OPTIONS: changed}
     if name := published_name(sources, configs, digests):
         release = RELEASES[name]
         print(f"{name}: license {release.license}", file=sys.stderr)
@@ -114,10 +114,10 @@ def convert(
 def published_name(
     sources: Mapping[str, Source], configs: Mapping[str, Any], digests: Mapping[str, str]
 ) -> str | None:
-    """Finds the published model that files hold: by their SHA-256, or by name if none is known.
+    """Finds the published model in files by their SHA-256, or by name if no SHA-256 is known.
 
     Args:
-        sources: source of each part; a transformer decides, or else the tokenizer.
+        sources: source of each part. The transformer's file decides, without one the tokenizer's.
         configs: config of each part.
         digests: SHA-256 of the files by name.
 
@@ -130,7 +130,7 @@ def published_name(
         file = release.files.get(kind.flag)
         if file is None or (part == "tokenizer" and len(release.files) > 1):
             continue
-        # A file that no hub has may have a name that every trainer gives to its checkpoints.
+        # A file that is on no hub may have the name that every trainer gives to its checkpoints.
         named = file.sha256 is None and file.repo is not None and file.basename == path.name
         if digests.get(path.name, "") == file.sha256 or named:
             if release.config is None or kind.same_sizes(release.config, configs[part]):
@@ -166,16 +166,16 @@ class Problems:
 
 
 def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[str, Source]:
-    """Reads the source of each part; files of models may hold a tokenizer too."""
+    """Reads the source of each part; a model's file may also contain its tokenizer."""
     if not files:
-        raise InputError("there is nothing to convert; give a tokenizer, a transformer or both")
+        raise InputError("nothing to convert; give a tokenizer, a transformer or both")
     parts = [kinds()[flag].part for flag in files]
-    if twice := [flag for flag in files if parts.count(kinds()[flag].part) > 1]:
-        flags = " and ".join(f"--{flag}" for flag in twice)
-        raise InputError(f"{flags} are both the {kinds()[twice[0]].part}; give one of them")
+    if duplicates := [flag for flag in files if parts.count(kinds()[flag].part) > 1]:
+        flags = " and ".join(f"--{flag}" for flag in duplicates)
+        raise InputError(f"{flags} both give the {kinds()[duplicates[0]].part}; omit one of them")
     if len(models := [flag for flag in files if kinds()[flag].reads]) > 1:
         flags = " and ".join(f"--{flag}" for flag in models)
-        raise InputError(f"{flags} are both models of latents; a directory holds one of them")
+        raise InputError(f"{flags} are both models of latents; a directory has room for only one")
     sources: dict[str, Source] = {}
     problems, averaged = Problems(), False
     # In the order of `infer_configs`, so that problems of the model's file are listed first.
@@ -205,7 +205,7 @@ def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[s
     if ema and not averaged:
         names = ", ".join(map(str, files.values()))
         keys = ", ".join(AVERAGED)
-        raise InputError(f"ema=True: there are no averaged weights ({keys}) in {names}")
+        raise InputError(f"ema=True, but {names} has no averaged weights ({keys})")
     return sources
 
 
@@ -232,8 +232,7 @@ def infer_configs(sources: Mapping[str, Source], options: Mapping[str, Any]) -> 
         The config of each part.
 
     Raises:
-        InputError: names the file that lacks tensors or contradicts itself, or says how the models
-            do not fit each other.
+        InputError: a file lacks tensors or contradicts itself, or the models do not fit each other.
     """
     tokenizer = sources.get("tokenizer")
     models = [source for part, source in sources.items() if tokenizer and part != "tokenizer"]
@@ -246,7 +245,7 @@ def infer_configs(sources: Mapping[str, Source], options: Mapping[str, Any]) -> 
             )
     configs = {}
     # A model of latents comes first, because it determines more about its tokenizer than the
-    # tokenizer's file does. Only that file determines the shape of the latents.
+    # tokenizer's file does, except for the shape of the latents.
     if tokenizer:
         with errors_naming(tokenizer.path):
             known = tokenizer.kind.latent_options(tokenizer.tensors)
@@ -284,11 +283,11 @@ def find_kind(tensors: Tensors, flag: str) -> NameMap:
         known = " nor ".join(kind.description for kind in kinds().values())
         names = " nor ".join(kind.known_by for kind in kinds().values())
         raise InputError(
-            f"holds neither {known}: among its {len(tensors)} tensors is neither {names}"
+            f"holds neither {known}: its {len(tensors)} tensors include neither {names}"
         )
     if name_map.flag != flag:
-        wanted = kinds()[flag].description
+        expected = kinds()[flag].description
         raise InputError(
-            f"holds {name_map.description}, not {wanted}; give it as --{name_map.flag} instead"
+            f"holds {name_map.description}, not {expected}; give it as --{name_map.flag} instead"
         )
     return name_map

@@ -77,7 +77,7 @@ def convert_inception(out: str | os.PathLike, file: str | os.PathLike) -> None:
 
 
 def inception_table() -> list[Link]:
-    """Lists all tensors of FID's Inception-v3, by the names that the .pth files share."""
+    """Lists all tensors of FID's Inception-v3, by their names in both .pth files."""
     links = [Link("fc.weight", ("fc_kernel",), "linear"), Link("fc.bias", ("fc_bias",))]
     for module in _convolutions():
         ours = module.replace(".", "/")
@@ -90,7 +90,7 @@ def read_graph(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Reads the constants of TensorFlow's classify_image_graph_def.pb.
 
     Returns:
-        {name that the .pth files give it: float32 array in their order of axes}.
+        Float32 arrays with the names and the order of axes that the .pth files have.
 
     Raises:
         InputError: the file is missing, or is not that graph.
@@ -116,10 +116,10 @@ def read_graph(path: pathlib.Path) -> dict[str, np.ndarray]:
             "running_var": "moving_variance",
         }.items():
             sources[f"{module}.bn.{ours}"] = f"{node}/batchnorm/{name}"
-    if absent := [name for name in sources.values() if name not in constants]:
+    if missing := [name for name in sources.values() if name not in constants]:
         raise InputError(
-            f"{path} is not FID's Inception-v3: {len(absent)} of its {len(sources)} constants are "
-            f"missing, {', '.join(absent[:3])} …"
+            f"{path} is not FID's Inception-v3: {len(missing)} of its {len(sources)} constants are "
+            f"missing, {', '.join(missing[:3])} …"
         )
     tensors = {}
     for name, source in sources.items():

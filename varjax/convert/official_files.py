@@ -1,4 +1,4 @@
-"""Finds the weights in official files: one file or several parts, a state dict or a trainer's."""
+"""Finds the weights in official files: one or several parts, a state dict or a trainer's."""
 
 import os
 import pathlib
@@ -73,8 +73,10 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
         raise InputError(f"{problem}: its weight_map is empty")
     names = set(map(str, weight_map.values()))
     if len(names) > MAX_SHARDS:
-        raise InputError(f"{problem}: it names {len(names)} parts; allowed are {MAX_SHARDS}")
-    # A name with a path in it could lead to any file of the machine.
+        raise InputError(
+            f"{problem}: it names {len(names)} parts; at most {MAX_SHARDS} are allowed"
+        )
+    # A name that contains a path could lead to any file on the machine.
     if strange := [n for n in names if n != pathlib.PurePath(n).name or n in ("", "..")]:
         raise InputError(f"{problem}: {shown(strange)} are not names of files in the same folder")
     for name in names:
@@ -82,21 +84,21 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     return {str(name): str(part) for name, part in weight_map.items()}
 
 
-# Keys under which trainers keep averaged weights next to "model": MAR's; DeiT's and later ones'.
+# Keys of averaged weights next to "model": in MAR's trainer, and in DeiT's and later ones.
 AVERAGED = ("model_ema", "ema")
 WRAPPERS = ("state_dict", "model")
 HMAR_TRAINER = "transformer_wo_ddp"  # key under which HMAR's trainer keeps its transformer
 
 
 def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict[str, np.ndarray]]:
-    """Finds the weights in what `read_checkpoint` returned.
+    """Finds the weights in a checkpoint that `read_checkpoint` returned.
 
-    Prefixes that torch's DistributedDataParallel ("module.") and compile ("_orig_mod.") add to
+    Prefixes that PyTorch's DistributedDataParallel ("module.") and compile ("_orig_mod.") add to
     names are removed.
 
     Args:
         checkpoint: content of the checkpoint.
-        ema: False ignores averaged weights; else they are used if there are any.
+        ema: False ignores averaged weights; otherwise they are used if there are any.
 
     Returns:
         {flag: {name: array}}; the flag is "tokenizer" or "var" for a checkpoint of VAR's trainer,
@@ -104,12 +106,10 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
         "model", or "trainer" (as in CCA's fine-tuning of VAR).
 
     Raises:
-        InputError: there are no weights, or other objects are among them.
+        InputError: the checkpoint has no weights, or other objects among them.
     """
     if not isinstance(checkpoint, dict):
-        raise InputError(
-            f"the checkpoint holds a {type(checkpoint).__name__}, not a dict of weights"
-        )
+        raise InputError(f"the checkpoint is a {type(checkpoint).__name__}, not a dict of weights")
     trainer = checkpoint.get("trainer", checkpoint)
     if isinstance(trainer, dict):
         if HMAR_TRAINER in trainer:
@@ -142,7 +142,7 @@ def own_tensors(kind: NameMap, tensors: Tensors) -> tuple[dict[str, np.ndarray],
     """Separates a model's tensors from the others in its file.
 
     Returns:
-        The model's tensors by their names without prefix, and the beginnings of the other names.
+        The model's tensors by name without prefix, and the first parts of the other names.
     """
     prefix = kind.prefix if kind.prefix + kind.known_by in tensors else ""
     own, others = {}, []
@@ -174,9 +174,9 @@ def _is_state_dict(entry: Any) -> bool:
 
 
 def _clean(weights: Any) -> dict[str, np.ndarray]:
-    """Checks that these are weights, and removes prefixes of their names."""
+    """Checks that these are weights, and removes prefixes from their names."""
     if not isinstance(weights, dict) or not weights:
-        raise InputError("the checkpoint holds no weights")
+        raise InputError("the checkpoint has no weights")
     if strange := [key for key, x in weights.items() if not isinstance(x, np.ndarray)]:
         raise InputError(
             f"{len(strange)} of {len(weights)} entries are not arrays: {shown(strange)}; weights "

@@ -1,12 +1,12 @@
-"""Finds published models by name: downloads and converts them at first use, into a cache folder.
+"""Finds published models by name, and downloads and converts them into a cache at first use.
 
     directory = resolve_weights("var_d16")  # ~/.cache/varjax/var_d16
 
 The names are those in RELEASES of `varjax.convert.name_maps`. The cache folder is $VARJAX_CACHE,
-else varjax in $XDG_CACHE_HOME or ~/.cache. A folder in it appears whole or not at all.
+otherwise varjax in $XDG_CACHE_HOME or ~/.cache. A folder in it is complete or absent.
 
-Files are downloaded by commit if one is known, and converted only if their SHA-256 is the known
-one. If none is known, the SHA-256 of the first download is recorded in the cache's folder
+Files are downloaded at a fixed commit if one is known, and converted only if their SHA-256 is the
+known one. If no SHA-256 is known, that of the first download is recorded in the cache's folder
 "downloads", and later downloads must match it.
 """
 
@@ -30,19 +30,19 @@ COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
-    """Finds weights: a path that exists, else the published model of that name.
+    """Finds weights: a path that exists, otherwise the published model of that name.
 
     Several processes may call this at once: the first one downloads and converts, the others wait.
-    It uses a lock file and no collective operation, because only processes of the same machine are
-    sure to share a cache.
+    They use a lock file instead of a collective operation, because processes on different machines
+    may have different caches.
 
     Args:
         location: a path or a name in RELEASES. A path that does not exist is returned unchanged,
             because its reader raises a clearer error.
 
     Raises:
-        InputError: the model could not be downloaded, converted or stored; names the files to
-            download and the command to convert them.
+        InputError: the model could not be downloaded, converted or stored. The message names the
+            files to download and the command that converts them.
     """
     path = as_path(location)
     if files.exists(path) or str(location) not in RELEASES:
@@ -63,20 +63,19 @@ def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
 
 
 def download(repo: str, name: str, revision: str | None = None) -> pathlib.Path:
-    """Downloads a file of the Hugging Face Hub, unless the Hub's own cache has it already.
+    """Downloads a file from the Hugging Face Hub, unless the Hub's cache has it already.
 
     Args:
         repo: name of the repository, such as "FoundationVision/var".
         name: name of the file in the repository.
-        revision: branch, tag or commit; a commit always gives the same file. None for that of the
-            file or its repository in RELEASES, and for "main" in other repositories.
+        revision: branch, tag or commit; a commit always gives the same file. None for the revision
+            of the file or its repository in RELEASES, otherwise "main".
 
     Returns:
-        The local copy, which belongs to huggingface_hub.
+        Path of the local copy in the cache of huggingface_hub.
 
     Raises:
-        InputError: the file differs from the one known at this commit, or cannot be downloaded;
-            says what to do.
+        InputError: the file differs from the one known at this commit, or cannot be downloaded.
     """
     known = [
         file
@@ -94,18 +93,18 @@ def download(repo: str, name: str, revision: str | None = None) -> pathlib.Path:
             f"https://huggingface.co/{repo}"
         ) from error
     pinned = [file for file in same if file.revision == revision]
-    if pinned or COMMIT.fullmatch(revision):  # else the file may change
+    if pinned or COMMIT.fullmatch(revision):  # the file at any other revision may change
         sha256 = pinned[0].sha256 if pinned else None
         _check_digest(path, PublishedFile(name, repo, revision, sha256))
     return path
 
 
 def _check_digest(path: pathlib.Path, file: PublishedFile) -> None:
-    """Raises InputError unless the SHA-256 is the published one, or else the first download's."""
+    """Raises InputError if the SHA-256 is not the known one or that of the first download."""
     repo, revision, name = file.repo, file.revision, file.name
     (digest,) = sha256_of([path]).values()
     record = path_inside(cache_folder() / "downloads", f"{repo}/{revision}/{name}.json", "the Hub")
-    expected, origin = file.sha256, "which is known for that file"
+    expected, origin = file.sha256, "which is known for this file"
     if expected is None and not files.create_json(record, {"sha256": digest}):
         expected, origin = files.read_json(record).get("sha256"), f"recorded in {record}"
     if expected not in (None, digest):
@@ -126,7 +125,7 @@ def _hub_file(repo: str, name: str, revision: str) -> pathlib.Path:
         ) from error
     try:
         return pathlib.Path(hf_hub_download(repo, name, revision=revision))
-    except Exception as error:  # including errors of the HTTP library it uses
+    except Exception as error:  # including errors of the HTTP library
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise InputError(
             f"{name} could not be downloaded from {repo} at revision {revision} ({reason})"
@@ -148,8 +147,8 @@ def _fetch(name: str, directory: pathlib.Path) -> None:
         flags = " ".join(f"--{flag}={file.basename}" for flag, file in release.files.items())
         names = " and ".join(file.name for file in release.files.values())
         raise InputError(
-            f"{name} is neither here nor in {directory.parent}, and {error}. To do it by hand, "
-            f"download {names} from {release.page or release.hubs} and run\n"
+            f"{name} is neither a path nor in {directory.parent}, and {error}. To convert it "
+            f"yourself, download {names} from {release.page or release.hubs} and run\n"
             f"  varjax convert {flags} --out={shlex.quote(str(directory))}"
         ) from error
     for flag, path in sources.items():

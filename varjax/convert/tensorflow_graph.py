@@ -1,8 +1,8 @@
 """Reads nodes of a TensorFlow graph (a GraphDef, which is a protocol buffer) without TensorFlow.
 
 Only the few fields that constants need are read, and numbers stay in the file until they are used.
-A library for protocol buffers would first make an object of every field, and a hostile file could
-make that take 50 times its own size in memory.
+A library for protocol buffers would first make an object for every field, so a hostile file could
+take 50 times its size in memory.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ class GraphNode:
 
 
 class TensorFlowGraph:
-    """Reads a file of a graph.
+    """Reads a graph from a file.
 
         graph = TensorFlowGraph(path)
         constants = {n.name: graph.constant(n) for n in graph.nodes() if n.operation == "Const"}
 
-    The methods raise InputError where the file is damaged.
+    The methods raise InputError if the file is damaged.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -58,7 +58,7 @@ class TensorFlowGraph:
                 yield self._node(node)
 
     def flag(self, node: GraphNode, attribute: str) -> bool:
-        """Returns an attribute that is true or false; false where the node lacks it."""
+        """Returns a boolean attribute; False if the node lacks it."""
         fields = dict(self._fields(node.attributes.get(attribute, b"")))
         return bool(fields.get(5))
 

@@ -1,4 +1,4 @@
-"""Writes directories of weights: whole or not at all, and never over other files."""
+"""Writes directories of weights, completely or not at all, and never over other files."""
 
 import contextlib
 import hashlib
@@ -15,7 +15,7 @@ from varjax.errors import StorageError
 from varjax.storage import files, folders, safetensors_io
 from varjax.storage.safetensors_io import LazyArray, Tensor
 
-CONVERT_OPTIONS = "convert_options"  # in config.json: the options that were not the defaults
+CONVERT_OPTIONS = "convert_options"  # in config.json: the options that differ from the defaults
 CHUNK_BYTES = 2**24
 Contents = Mapping[str, Mapping[str, Tensor]]  # {name of a file: {name of a tensor: tensor}}
 
@@ -38,7 +38,7 @@ def write_converted(
             or the "crop" of a run's images.
 
     Raises:
-        InputError: `out` holds other files than this would write, or cannot be written.
+        InputError: `out` has files that this would not write, or cannot be written.
     """
     config = {part: config_tree.to_dict(config) for part, (config, _) in models.items()}
     if sampling is not None:
@@ -59,7 +59,7 @@ def write_weights(
         out: directory to write; see `new_directory`.
         config: JSON data for config.json.
         models: parameters by path, for each {part}.safetensors.
-        sources: SHA-256 of each source file of the weights, also for config.json.
+        sources: SHA-256 of each source file of the weights, for config.json.
 
     Raises:
         InputError: like `write_converted`.
@@ -82,8 +82,8 @@ def new_directory(
     """Yields an empty directory that becomes `out` on success, and is removed otherwise.
 
     Args:
-        out: directory that does not exist, is empty, or is a converted directory with no other
-            files than `replaces`.
+        out: directory that does not exist, is empty, or is a converted directory with no files
+            except `replaces`.
         contents: tensors that will be written; only their sizes are read here.
         replaces: names of files that may be replaced.
 
@@ -113,7 +113,7 @@ def write_files(
 ) -> None:
     """Writes each file in the format of its suffix, .pth or .safetensors.
 
-    The latter also hold `metadata`, text by name.
+    The .safetensors files also contain `metadata`, text by name.
     """
     for name, named in contents.items():
         with _byte_progress(f"writing {name}", sum(x.nbytes for x in named.values())) as bar:

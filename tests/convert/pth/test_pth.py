@@ -151,7 +151,7 @@ def test_state_dicts_are_found_and_their_prefixes_removed():
         find_state_dicts({"a": x, "epoch": 3})
     with pytest.raises(ValueError, match="differ only in"):
         find_state_dicts({"module.a": x, "a": y})
-    with pytest.raises(ValueError, match="holds a list"):
+    with pytest.raises(ValueError, match="is a list, not a dict"):
         find_state_dicts([x])
     with pytest.raises(ValueError, match="no weights"):
         find_state_dicts({})

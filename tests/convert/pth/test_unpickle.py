@@ -110,7 +110,7 @@ def test_few_bytes_can_not_ask_for_many_copies(tmp_path):
         if whole:
             assert read_checkpoint(path) == [{i: i for i in range(60)}] * calls
         else:
-            assert "copies the same data again and again" in refusal(path)
+            assert "copies the same data too often" in refusal(path)
 
 
 def test_operations_are_counted(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Lists the kinds of official models that can be converted; each has a file and a line here."""
+"""Lists the kinds of official models that can be converted; each has a file, and a line here."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ def kinds() -> dict[str, NameMap]:
 
 
 def option_fields() -> dict[str, Mapping[str, Any]]:
-    """Returns what `option` was given for the options of all kinds, by name, with the default."""
+    """Returns the metadata and default of the options of all kinds, by name."""
     options: dict[str, Mapping[str, Any]] = {}
     for name_map in NAME_MAPS:
         for field in dataclasses.fields(name_map.options):

@@ -56,7 +56,7 @@ def infer_autoencoder(tensors: Tensors) -> dict[str, Any]:
 
 
 def infer_attention(tensors: Tensors, half: str, levels: int) -> tuple[int, ...]:
-    """Finds the levels of a half, "encoder" or "decoder", that have attention: -1 is the coarsest.
+    """Finds the levels with attention in a half, "encoder" or "decoder"; -1 is the coarsest.
 
     Raises InputError for a level that the encoder does not have.
     """

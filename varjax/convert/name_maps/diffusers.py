@@ -66,7 +66,7 @@ def with_official_names(tensors: Tensors) -> Tensors:
     for name, x in tensors.items():
         official = _renamed(_with_reversed_levels(name, levels), _rules(to_official=True), layers)
         if official in renamed:
-            raise InputError(f"two tensors, one of them {name}, are {official} in diffusers' names")
+            raise InputError(f"two tensors, one of them {name}, get the official name {official}")
         renamed[official] = x[:, :, None, None] if IN_ATTENTION(official) and x.ndim == 2 else x
     return renamed
 
@@ -79,7 +79,7 @@ def with_diffusers_names(config: KLConfig, official: Mapping[str, LazyArray]) ->
     if config.features != config.latent_channels:
         raise InputError(
             f"feature_channels={config.features} and latent_channels={config.latent_channels}: "
-            "diffusers' AutoencoderKL has one number for both; leave --layout out"
+            "diffusers' AutoencoderKL has one number for both; omit --layout"
         )
     levels, renamed = len(config.channel_mult), {}
     layers = {name: known[0] for name, known in LAYERS.items()}
@@ -91,7 +91,7 @@ def with_diffusers_names(config: KLConfig, official: Mapping[str, LazyArray]) ->
 
 
 def diffusers_config(config: KLConfig, latent_std: float) -> dict[str, Any]:
-    """Returns the config.json by which `AutoencoderKL.from_pretrained` builds the model.
+    """Returns the config.json from which `AutoencoderKL.from_pretrained` builds the model.
 
     Args:
         config: config of the tokenizer.
@@ -122,7 +122,7 @@ def diffusers_config(config: KLConfig, latent_std: float) -> dict[str, Any]:
 
 
 def _with_reversed_levels(name: str, levels: int) -> str:
-    """Numbers the decoder's levels in one of diffusers' names from the other end."""
+    """Reverses the numbering of the decoder's levels in one of diffusers' names."""
     return UP_BLOCK.sub(lambda match: f"decoder.up_blocks.{levels - 1 - int(match[1])}.", name)
 
 

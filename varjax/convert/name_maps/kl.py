@@ -32,9 +32,9 @@ from varjax.nn.autoencoder import COARSEST, downsampling
 from varjax.storage import files
 from varjax.tokenizers.kl.model import LATENT_STD_PATH, KLConfig
 
-# A copy of the official files. At this commit they are as they were published; later commits have
+# A copy of the official files. At this commit, the files are unchanged. Later commits have
 # .safetensors instead, and MAR-B's is reported to hold weights that are not averaged. The hashes
-# are those of downloads at this commit; KL-16's is also that of the file on MAR's own page.
+# are those of downloads at this commit. KL-16's is also that of the file on MAR's page.
 MAR_REPO, MAR_COMMIT = "jadechoghari/mar", "773c9bdcd98740c7b876ce0d66f684a0e2468990"
 MAR_PAGE = "https://github.com/LTH14/mar"
 KL16 = PublishedFile(
@@ -74,16 +74,16 @@ def image_size_option() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class KLConvertOptions:
-    """Holds what the tensors of an `AutoencoderKL` do not say.
+    """Holds the settings that the tensors of an `AutoencoderKL` do not determine.
 
     Attributes:
         groups: number of groups in each group norm.
-        image_size: pixels of both sides, or (height, width). None for the size of the MAR
-            transformer's square map if there is one, else 256.
+        image_size: pixels of both sides, or (height, width). None for the size that a MAR
+            transformer's map has, otherwise 256.
         latent_scale: factor on the latents, 1 / standard deviation. None for the value in the file,
             or the known value for that file; see `latent_units`.
-        latent_shift: number subtracted from the latents before scaling. None as for the scale, else
-            0.
+        latent_shift: number subtracted from the latents before scaling. None for the value in the
+            file, or the known value for that file, otherwise 0.
     """
 
     groups: int = groups_option()
@@ -140,18 +140,18 @@ def kl_table(config: KLConfig) -> list[Link]:
 
 
 def kl_constants(options: KLConvertOptions) -> dict[str, np.ndarray]:
-    """Returns the parameter that official files lack: the scale, which is in the official code."""
+    """Returns the parameter that official files lack: the scale, which the official code has."""
     scale = KL16_SCALE if options.latent_scale is None else options.latent_scale
     return {LATENT_STD_PATH: np.array(1 / scale, np.float32)}
 
 
 def kl_official_constants(config: KLConfig) -> dict[str, np.ndarray]:
-    """Returns the scale in the official code, which has it for MAR's KL-16 only."""
+    """Returns the scale in the official code, which has one only for MAR's KL-16."""
     return kl_constants(KLConvertOptions()) if is_kl16(config) else {}
 
 
 def is_kl16(config: KLConfig) -> bool:
-    """Returns whether a tokenizer is MAR's KL-16, which no other known one equals in attention."""
+    """Returns whether a tokenizer is MAR's KL-16, the only known one with such attention levels."""
     return (config.encoder_attention, config.decoder_attention) == (COARSEST, ())
 
 
@@ -180,7 +180,7 @@ def latent_units(
 ) -> dict[str, float]:
     """Finds `latent_scale` and `latent_shift` if the options omit them.
 
-    Reports on stderr where they come from, unless the flag sets them or the file is MAR's KL-16.
+    Prints their origin on stderr, unless the flag sets them or the file is MAR's KL-16.
 
     Args:
         source: file of the tokenizer.
@@ -207,8 +207,8 @@ def latent_units(
         raise InputError(
             "this file does not hold the scale of its latents, and its SHA-256 is unknown; give "
             f"--latent_scale: {SD[0]} for Stable Diffusion 1 and 2, {SDXL[0]} for SDXL, {FLUX[0]} "
-            f"(and --latent_shift={FLUX[1]}) for FLUX, 0.22765929 for RDM's f16; or 1, and then "
-            "the latent_scale that `varjax evaluate-tokenizer` measures"
+            f"(and --latent_shift={FLUX[1]}) for FLUX, 0.22765929 for RDM's f16. Otherwise give 1, "
+            "measure latent_scale with `varjax evaluate-tokenizer`, and convert again with it"
         )
     scale, shift = units
     shift = shift if options.latent_shift is None else options.latent_shift

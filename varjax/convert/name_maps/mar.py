@@ -32,7 +32,7 @@ from varjax.tokenizers.kl.model import KLConfig
 
 HEADS = {768: 12, 1024: 16, 1280: 16}  # of the official models, by width
 HEAD_SIZE = 64  # of other models
-PUBLISHED_STEPS = 256  # of all published results; a quarter of them already gives good samples
+PUBLISHED_STEPS = 256  # of all published results; 64 steps already give good samples
 GUIDANCE = {768: 2.9, 1024: 3.0, 1280: 3.2}  # of the published results, by width
 LATENT_CHANNELS = KLConfig.latent_channels  # of every official model
 CHECKPOINT = "checkpoint-last.pth"
@@ -53,15 +53,15 @@ def parse_heads(text: str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class MARConvertOptions:
-    """Holds what the tensors of a `MAR` do not say.
+    """Holds the settings that the tensors of a `MAR` do not determine.
 
     Attributes:
         image_size: pixels of both sides, or (height, width). None for square images.
-        latent_channels: channels of the KL tokenizer; the other factor of a token's size is its
-            patch. None for those of the tokenizer's file if it is given, else 16.
+        latent_channels: channels of the KL tokenizer, which determine the patch size. None for
+            those in the tokenizer's file if it is given, otherwise 16.
         mar_heads: attention heads of encoder and decoder. None for those of the official model of
-            that width, else one for each 64 channels.
-        downsampling: pixels per latent along one side, as in the tokenizer's file if it is given.
+            that width, otherwise one for each 64 channels.
+        downsampling: pixels per latent along one side, from the tokenizer's file if it is given.
     """
 
     image_size: int | tuple[int, int] | None = image_size_option()
@@ -208,7 +208,7 @@ def _infer_latent_map(length: int, patch: int, options: MARConvertOptions) -> tu
 
 def _release(size: str, guided: Mapping[str, float], unguided_fid: float) -> Release:
     config = MARConfig.preset(f"mar_{size}")
-    # No hub has the averaged weights of the others, and their digests are not known.
+    # No hub has the averaged weights of the larger models, and their digests are not known.
     file = MAR_B if size == "b" else PublishedFile(CHECKPOINT)
     page = f"{MAR_PAGE} (the links of MAR-{size.upper()} and KL-16)"
     guidance = MAROptions(guidance=GUIDANCE[config.width], steps=PUBLISHED_STEPS)

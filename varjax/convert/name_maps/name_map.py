@@ -98,8 +98,7 @@ def batch_norm_links(official: str, ours: str) -> Iterator[Link]:
     yield Link(f"{official}.running_var", (f"{ours}/variance",))
 
 
-# Describing a model takes time and memory in proportion to its sizes, and a small file can claim
-# any size.
+# A small file can claim any size, and describing a model takes time and memory in proportion to it.
 MAX_MODEL_SIZE, MAX_LAYERS = 2**20, 2**8
 Tensors = Mapping[str, np.ndarray]  # official tensors by name
 
@@ -109,7 +108,7 @@ def option(
 ) -> Any:
     """Makes a field of a kind's options, which is also a flag of `varjax convert`.
 
-    Kinds may share an option if it means the same in all of them; the first help is printed.
+    Kinds may share an option if it means the same in all of them. `--help` prints the first help.
 
     Args:
         default: value if neither the user nor a file gives one.
@@ -140,7 +139,7 @@ class NameMap:
         description: name for messages, with article: "a transformer (VAR)".
         known_by: tensor that identifies it; the first match in NAME_MAPS wins.
         config: class of the config, which has `init(key)`.
-        options: class of the options, for what tensors do not say; its fields are made by `option`.
+        options: class of the settings that tensors do not determine; `option` makes its fields.
         infer: (official tensors, options) -> config; raises InputError if tensors are missing or
             contradict each other.
         table: config -> one link for every official tensor except buffers.
@@ -152,18 +151,18 @@ class NameMap:
         ignored: prefixes of other tensors that the files may hold.
         trainer_key: key of the model in the official trainer's checkpoints, or None.
         official_constants: config -> the constants in the official code of such a model.
-        file_options: (source, location, options) -> options that only the file or its neighbours
-            determine, by name.
-        tokenizer_options: (config, options) -> options for the tokenizer that the model knows
-            better than the tokenizer's file, by name.
-        latent_options: official tensors of a tokenizer -> options for the model of its latents,
-            which is inferred first, by name.
+        file_options: (source, location, options) -> options by name that only the file or the files
+            next to it determine.
+        tokenizer_options: (config, options) -> options by name for the tokenizer, which its file
+            does not determine.
+        latent_options: official tensors of a tokenizer -> options by name for the model of its
+            latents, which is inferred first.
         sampling: config -> the sampling options of published samples; None for a tokenizer.
         reads: class of the configs of tokenizers whose latents it reads; None for a tokenizer.
         check_fit: (tokenizer config, config) -> None; raises InputError if the model cannot read
             that tokenizer's latents. None for a tokenizer.
         releases: published models, by the names that `varjax.load` takes.
-        size_fields: fields of the config by which a model of a published size is recognized.
+        size_fields: fields of the config that identify a published size.
     """
 
     part: str
@@ -197,7 +196,7 @@ class NameMap:
         )
 
     def own_options(self, options: Mapping[str, Any]) -> Any:
-        """Makes this kind's options of those of a whole conversion, by name."""
+        """Makes the options of this kind from all options of a conversion, by name."""
         names = {field.name for field in dataclasses.fields(self.options)}
         return self.options(**{name: x for name, x in options.items() if name in names})
 
@@ -243,5 +242,5 @@ def count_numbers(names: Iterable[str], pattern: str) -> int:
     """
     count = len({match[1] for name in names if (match := re.match(pattern, name))})
     if count > MAX_LAYERS:
-        raise InputError(f"it has {count} layers called {pattern}; allowed are {MAX_LAYERS}")
+        raise InputError(f"it has {count} layers {pattern}; at most {MAX_LAYERS} are allowed")
     return count

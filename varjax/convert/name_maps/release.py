@@ -18,8 +18,8 @@ class PublishedFile:
     Attributes:
         name: path of the file in the repository.
         repo: repository on the Hugging Face Hub; None if no hub has the file.
-        commit: commit of the repository, since branches move. None if no commit is known: then the
-            file of the branch "main" is taken, and must stay as it was at the first download.
+        commit: commit of the repository, because branches move. None if no commit is known. The
+            file is then taken from the branch "main", and must not change after the first download.
         sha256: known SHA-256 of the file at that commit; None if it is not known.
     """
 
@@ -47,8 +47,7 @@ class PublishedResult:
         metrics: published values by key, as in `varjax.metrics.report.ROWS`.
         options: values of all sampling options.
         references: names of files with the reference's statistics.
-        caveat: what a measurement here cannot match or check; a result with a caveat is never
-            compared with a measurement.
+        caveat: reason why the result cannot be compared with a measurement; "" if it can.
     """
 
     metrics: Mapping[str, float]
@@ -63,12 +62,12 @@ class Release:
 
     Attributes:
         files: each file, by the flag that takes it: {"tokenizer": …, "var": …}.
-        license: license of the weights, by the authors' page.
-        page: page from which a person downloads the files, if they are not in the repositories.
+        license: license of the weights, according to the authors' page.
+        page: page for downloading the files by hand, if they are not in the repositories.
         config: config of the transformer; None for a tokenizer.
         results: metrics that the authors report.
         sampling: default sampling options of these weights; None for those of the kind of model.
-        evaluation_options: sampling options of all these results that are not the defaults.
+        evaluation_options: sampling options of all results that differ from the defaults.
     """
 
     files: Mapping[str, PublishedFile]

@@ -36,7 +36,7 @@ HEAD_SCALES = "blocks.0.attn.scale_mul_1H11"
 
 # By depth, from the first version of arXiv 2404.02905; 256 pixels, but 512 for the last.
 FID = {16: 3.55, 20: 2.95, 24: 2.33, 30: 1.97, 36: 2.63}
-# Of the files at COMMIT, as recorded by public projects that downloaded them. The digest of
+# SHA-256 of the files at COMMIT, as recorded by public projects that downloaded them. The one of
 # var_d36.pth is not known.
 SHA256 = {
     16: "4f6151aad91c94e03e224dd7358d8389fa05301c0c291279566998efb54b0ecb",
@@ -59,9 +59,9 @@ CCA_RESULTS = {
 DDO_REPO = "nvidia/DirectDiscriminativeOptimization"
 DDO_COMMIT = "49257a0ed81726645e274e2fd5ac8e38a3ca7826"
 DDO_FID = {16: (3.12, 2.54), 30: (1.79, 1.73)}
-# Their README calls 1.0 "guidance-free" and 1.4 the best, but their script passes the number on as
-# VAR's `cfg`, for which 0 is off. Taken literally, 1.0 would be a guidance of 2 here.
-DDO_CAVEAT = "it is not certain which guidance the authors' numbers mean (docs/convert.md)"
+# The README calls 1.0 "guidance-free" and 1.4 the best, but the script passes the number to VAR's
+# `cfg`, where 0 is off. By the script, 1.0 would be a guidance of 2 here.
+DDO_CAVEAT = "the meaning of the authors' guidance values is uncertain (docs/convert.md)"
 
 # CoDe (arXiv 2411.17787): fine-tuned pairs by the number of drafted scales. No commit is known.
 CODE_REPO = "Zigeng/VAR_CoDe"
@@ -76,11 +76,11 @@ CODE_OPTIONS = VAROptions(guidance=2.5, top_k=600, top_p=0.96)
 
 @dataclasses.dataclass(frozen=True)
 class VARConvertOptions:
-    """Holds what the tensors of a `VAR` do not say.
+    """Holds the settings that the tensors of a `VAR` do not determine.
 
     Attributes:
         scales: side length or (h, w) of each token map, coarse to fine. None for those in the
-            tensors, else the official models'.
+            tensors, otherwise those of the official models.
         heads: attention heads, if attention is not cosine. None for one for each 64 channels.
     """
 
@@ -282,7 +282,7 @@ VAR_MAP = NameMap(
     check_fit=check_fit,
     sampling=lambda config: VAROptions(),
     releases={
-        # The authors' own first: a model of other weights is compared with the first of its sizes.
+        # The authors' models come first: other weights are compared with the first of equal sizes.
         **{f"var_d{depth}": _official(depth) for depth in FID},
         **{f"var_d{depth}_cca": _cca(depth) for depth in CCA_RESULTS},
         **{f"var_d{depth}_ddo": _ddo(depth) for depth in DDO_FID},

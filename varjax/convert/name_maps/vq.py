@@ -32,7 +32,7 @@ TOKENIZER = PublishedFile(
     "vae_ch160v4096z32.pth",
     REPO,
     COMMIT,
-    # As in the Git LFS pointer at that commit.
+    # From the Git LFS pointer at that commit.
     sha256="7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c",
 )
 HITS = "quantize.ema_vocab_hit_SV"  # the buffer: how often each scale used each code
@@ -45,17 +45,17 @@ def parse_scales(text: str) -> tuple[Scale, ...]:
 
 def scales_option() -> Any:
     """Makes the option `scales`, which the transformer has too."""
-    about = "side lengths 1,2,3 or 1x1,2x4 (the file's, else those of 256 px)"
+    about = "side lengths of token maps: 1,2,3 or 1x1,2x4 (the file's, else those of 256 px)"
     return option(None, about, parse_scales, "side lengths like 1,2,4 or 1x1,2x4")
 
 
 @dataclasses.dataclass(frozen=True)
 class VQConvertOptions:
-    """Holds what the tensors of a `VQVAE` do not say.
+    """Holds the settings that the tensors of a `VQVAE` do not determine.
 
     Attributes:
         scales: side length or (h, w) of each token map, coarse to fine. None for the transformer's,
-            else those of 256 pixels.
+            otherwise those of 256 pixels.
         groups: number of groups in each group norm.
         phi_ratio: weight in [0, 1] of the φ convolutions against the identity.
         cosine_codes: whether codes are looked up by angle instead of by distance.

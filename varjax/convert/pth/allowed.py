@@ -32,7 +32,7 @@ DTYPES = {
         *map(np.dtype, (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)),
     )
 }
-MAX_INT_KEY = 2**60  # larger integers can have equal hashes, and many such keys make a dict slow
+MAX_INT_KEY = 2**60  # larger integers can share a hash, and many such keys make a dict slow
 REFUSED = (
     "a checkpoint of weights does not need this, so it was refused and nothing was executed. "
     "If you trust the file, save only its weights: torch.save(model.state_dict(), path)"
@@ -69,7 +69,7 @@ def strided_view(
         stride: distance between neighbours along each axis, in elements.
 
     Raises:
-        InputError: an element would lie outside `data`, or the numbers are not plausible.
+        InputError: an element would be outside `data`, or the numbers are not plausible.
     """
     size, stride = check_shape(size, dtype.itemsize), check_integers(stride)
     if len(size) != len(stride) or type(offset) is not int or not 0 <= offset < MAX_SIDE:
@@ -91,7 +91,7 @@ def strided_view(
 
 
 def check_key(key: Any) -> Any:
-    """Returns `key`; raises InputError if a dict or set of a checkpoint has no such keys."""
+    """Returns `key`; raises InputError if dicts and sets of checkpoints do not have such keys."""
     # Hashing nested tuples can take exponential time, and no checkpoint is keyed by them.
     if not isinstance(key, str | int | float | bytes | None):
         raise InputError(f"its pickle has a key of type {type(key).__name__}; {REFUSED}")
@@ -116,7 +116,7 @@ def _rebuild_tensor_v3(
         raise TypeError(f"a tensor over a {type(storage).__name__}")
     if metadata:
         raise InputError(
-            "it holds a tensor that is conjugated or negated only when read; "
+            "it holds a tensor that is to be conjugated or negated when it is read; "
             "save tensor.resolve_conj().resolve_neg()"
         )
     if not isinstance(dtype, np.dtype):
@@ -167,7 +167,7 @@ def _numpy_scalar(dtype, data) -> np.generic:
 
 
 def _checked(items) -> list | tuple:
-    # A tensor could be iterated as well, and with a stride of 0 it can have any length.
+    # A tensor can also be iterated, and with a stride of 0 it can have any length.
     if not isinstance(items, list | tuple):
         raise TypeError(f"a {type(items).__name__} where a list of items belongs")
     return items

@@ -17,7 +17,7 @@ from varjax.errors import InputError, errors_naming
 from varjax.storage import safetensors_io
 from varjax.storage.untrusted import plausible_bytes, reason, shown
 
-MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # start of a file of PyTorch before 1.6
+MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # start of files from PyTorch before 1.6
 VERSION = 1001
 CUT = "the file is cut short or damaged; download it again"
 
@@ -27,10 +27,10 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
 
     Args:
         file: content of the file, 1-D uint8, usually a memory map.
-        max_pickle_bytes: size that each pickle in it must be below.
+        max_pickle_bytes: limit of the size of each pickle in it.
 
     Returns:
-        Its content, as `unpickle` gives it; the tensors are views of `file`.
+        The content, as `unpickle` returns it; tensors are views of `file`.
 
     Raises:
         InputError: the file is damaged, or holds anything but tensors and plain data.
@@ -51,7 +51,7 @@ def read_legacy(file: np.ndarray, max_pickle_bytes: int) -> Any:
         raise InputError("it was saved on a big-endian machine; save it on a little-endian one")
     content, keys = next_pickle(), unpickle(next_pickle(), _none)
 
-    sizes: dict[str, tuple[int, int]] = {}  # (elements, bytes of each), known from the content only
+    sizes: dict[str, tuple[int, int]] = {}  # (elements, bytes of each), stated only in the content
 
     def note(dtype: np.dtype, key: str, count: int) -> Storage:
         if count * dtype.itemsize > len(file):
@@ -123,7 +123,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     try:
         return _read(path)
     except MemoryError as error:
-        raise InputError(f"{path}: there is too little memory to read it") from error
+        raise InputError(f"{path}: too little memory to read it") from error
 
 
 def _read(path: Path) -> Any:
@@ -138,7 +138,7 @@ def _read(path: Path) -> Any:
         raise InputError(f"{path}: cannot be read ({error})") from error
     head = file[:512].tobytes()
     header_bytes = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and header_bytes < 2**32:  # the reader checks that the header is short
+    if head[8:9] == b"{" and header_bytes < 2**32:  # read_safetensors checks the header's size
         return safetensors_io.read_safetensors(path)[0]
     with errors_naming(path):
         if head.startswith(b"PK\x03\x04"):

@@ -1,9 +1,9 @@
-"""Reads the pickle inside a PyTorch checkpoint with a machine that can only build data.
+"""Reads the pickle inside a PyTorch checkpoint with an interpreter that can only build data.
 
-Python's unpickler calls whatever a file names. This one interprets the opcodes itself: a name means
-what `ALLOWED` says and nothing else, so the worst that a file can do is produce a wrong array, and
-no file can reach outside its own storages. Nor can it take more than seconds or about 200 MB: the
-operations, the data they copy and the sizes of their tensors are limited.
+Python's unpickler calls whatever a file names. This one interprets the opcodes itself and knows
+only the names in `ALLOWED`, so a file can at worst produce a wrong array, and cannot reach outside
+its storages. It cannot take more than seconds or about 200 MB either, because the number of
+operations, the data that they copy and the sizes of their tensors are limited.
 """
 
 import pickletools
@@ -18,7 +18,7 @@ from varjax.errors import InputError
 from varjax.storage.untrusted import MAX_BYTES, plausible_bytes, reason, shown
 
 LITERALS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-FRESH = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
+CONTAINERS = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": set}
 VALUES = frozenset(
     "BININT BININT1 BININT2 LONG1 BINFLOAT "
     "BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES "
@@ -31,7 +31,7 @@ MAX_COPIED_BYTES, ELEMENT_BYTES = 2**22, 16  # copied by calls, on top of twice 
 def unpickle(
     pickle: bytes, storage: Callable[[np.dtype, str, int], Storage], file_bytes: int = 0
 ) -> Any:
-    """Builds the object that a pickle describes, executing nothing.
+    """Builds the object that a pickle describes, without executing any code.
 
     Args:
         pickle: bytes of the pickle.
@@ -52,7 +52,7 @@ def unpickle(
     except InputError:
         raise
     except (IndexError, KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
-        # Pops are not checked one by one, so opcodes that make no sense raise these.
+        # Operands are not checked one by one, so meaningless opcodes raise these errors.
         problem = f"{type(error).__name__}: {reason(error)}"
         raise InputError(f"its pickle is damaged ({problem}); download or save it again") from error
 
@@ -100,7 +100,7 @@ def _run(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage], file_b
             elif isinstance(x, list | tuple | dict | set):
                 copied_bytes += ELEMENT_BYTES * len(x)
         if copied_bytes > max_copied_bytes:
-            raise InputError(f"its pickle copies the same data again and again; {REFUSED}")
+            raise InputError(f"its pickle copies the same data too often; {REFUSED}")
 
     def count_bytes(tensor: np.ndarray) -> None:
         nonlocal tensor_bytes
@@ -150,10 +150,11 @@ def _run(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage], file_b
                 if not isinstance(args, tuple):
                     raise TypeError(f"a call with a {type(args).__name__} of arguments")
                 count_copies(args)
-                made = function(*args)
-                if isinstance(made, np.ndarray) and made is not args[0]:  # a Parameter is its input
-                    count_bytes(made)
-                stack.append(made)
+                result = function(*args)
+                # A Parameter is the tensor that it was made from, which is already counted.
+                if isinstance(result, np.ndarray) and result is not args[0]:
+                    count_bytes(result)
+                stack.append(result)
             case "NEWOBJ":
                 stack.append(_new_object(*pop(2)))
             case "BUILD":
@@ -167,8 +168,8 @@ def _run(pickle: bytes, storage: Callable[[np.dtype, str, int], Storage], file_b
                 stack.append(arg)
             case _ if opcode in LITERALS:
                 stack.append(LITERALS[opcode])
-            case _ if opcode in FRESH:
-                stack.append(FRESH[opcode]())
+            case _ if opcode in CONTAINERS:
+                stack.append(CONTAINERS[opcode]())
             case _:
                 raise InputError(f"its pickle uses the opcode {opcode}; {REFUSED}")
     return stack.pop()
@@ -229,9 +230,9 @@ def _new_object(kind: Any, args: Any) -> Namespace:
 
 
 def _set_state(target: Any, state: Any) -> None:
-    """Fills a Namespace. State of other objects is ignored, or refused if it would matter.
+    """Fills a Namespace. The state of other objects is ignored, or refused if it matters.
 
-    The state of an OrderedDict holds versions, that of a dtype the byte order.
+    The state of an OrderedDict holds versions, and that of a dtype holds the byte order.
     """
     if isinstance(target, Namespace):
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):

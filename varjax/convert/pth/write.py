@@ -16,7 +16,7 @@ from varjax.storage.safetensors_io import Tensor
 
 ALIGNMENT = 64  # as in torch.save, so that tensors are aligned when the file is memory-mapped
 ZIP64_BYTES = 2**30  # members above this get 64-bit sizes, well before zip's limit of 2**32
-ZIP64_FIELD = 20  # what zipfile then appends to the local header
+ZIP64_FIELD = 20  # bytes that zipfile then appends to the local header
 STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items()}
 ORDERED_DICT = b"ccollections\nOrderedDict\n)R"
 
@@ -48,7 +48,7 @@ def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, Tensor]) ->
         _write(archive, "data.pkl", _pickle(state_dict))
         _write(archive, "byteorder", b"little")
         for index, x in enumerate(state_dict.values()):
-            # Without a name for the bytes, so that each tensor is freed before the next is made.
+            # The bytes get no name, so that each tensor is freed before the next one is made.
             _write(archive, f"data/{index}", _bytes(x))
         _write(archive, "version", b"3\n")
 
@@ -71,7 +71,7 @@ def _bytes(x: Tensor) -> memoryview:
 
 
 def _pickle(state_dict: Mapping[str, Tensor]) -> bytes:
-    """OrderedDict(name -> torch._utils._rebuild_tensor_v2(...)) in opcodes of protocol 2."""
+    """Pickles an OrderedDict of name -> torch._utils._rebuild_tensor_v2(…) by protocol 2."""
     tensors = (
         _text(name) + _tensor(index, np.dtype(x.dtype), x.shape)
         for index, (name, x) in enumerate(state_dict.items())
