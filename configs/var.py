@@ -1,8 +1,9 @@
-"""VAR on ImageNet at 256 pixels, with the hyper-parameters of the official models.
+"""VAR on ImageNet at 256 or 512 pixels, with the hyper-parameters of the official models.
 
     python train.py --config=configs/var.py:d16
 
-After the colon: d16, d20, d24 or d30, and where the images are (docs/data.md):
+After the colon: d16, d20, d24 or d30 (256 pixels) or d36 (512 pixels, shared AdaLN), and where the
+images are (docs/data.md):
 
     configs/var.py:d16                                ImageNet as TFDS prepared it (imagenet2012)
     configs/var.py:d16,data=folder:/data/imagenet     folders train/<class>/… and val/<class>/…
@@ -15,6 +16,11 @@ Images become tokens by the released tokenizer, which is converted once:
     varjax convert --repo=FoundationVision/var --tokenizer=vae_ch160v4096z32.pth \
         --out=weights/tokenizer
 
+It serves both sizes; for d36, convert it with the scales of 512 pixels:
+
+    varjax convert --repo=FoundationVision/var --tokenizer=vae_ch160v4096z32.pth \
+        --scales=1,2,3,4,6,9,13,18,24,32 --out=weights/tokenizer_512
+
 Another tokenizer of equal sizes needs --config.task.tokenizer_weights=runs/my_tokenizer.
 
 Published by the authors for these settings (guidance 2.5 is the official cfg 1.5):
@@ -24,11 +30,12 @@ Published by the authors for these settings (guidance 2.5 is the official cfg 1.
     d20        600 M     768     250   2.95
     d24        1.0 B     768     350   2.33
     d30        2.0 B    1024     350   1.97
+    d36        2.35 B    768     350   2.63   2,240 tokens per image instead of 680
 
-Hardware: 8 or more GPUs or TPU chips. The authors' code took 1.25 s a step for d16 on 16 GPUs, 116
-hours in all. To train on fewer devices, keep the batch size and set --config.task.accumulate; a
-batch that the devices do not divide is refused, never changed. docs/training.md says how to watch a
-run, continue it, and start it from trained weights.
+Hardware: 8 or more GPUs or TPU chips, 64 or more for d36. The authors' code took 1.25 s a step for
+d16 on 16 GPUs, 116 hours in all. To train on fewer devices, keep the batch size and set
+--config.task.accumulate; a batch that the devices do not divide is refused, never changed.
+docs/training.md says how to watch a run, continue it, and start it from trained weights.
 
 The "progressive training" of the official trainer (fewer scales at first) is left out; all released
 recipes turn it off. They also turn off a moving average of the weights
@@ -100,12 +107,22 @@ RECIPES = {
         remat="block",
         mesh=SPREAD,
     ),
+    "d36": Recipe(
+        batch_size=768,
+        epochs=350,
+        base_lr=8e-5,
+        end=0.01,
+        weight_decay_end=0.08,
+        remat="block",
+        mesh=SPREAD,
+    ),
 }
 
 
 def get_config(arg: str = "d16") -> Experiment:
     size, data, _ = read_argument(split_argument(arg), RECIPES)
-    return experiment(size, RECIPES[size], data, tokenizer_weights="weights/tokenizer")
+    weights = "weights/tokenizer_512" if size == "d36" else "weights/tokenizer"
+    return experiment(size, RECIPES[size], data, weights)
 
 
 def experiment(size: str, recipe: Recipe, data: str, tokenizer_weights: str) -> Experiment:

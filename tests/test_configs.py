@@ -31,7 +31,7 @@ OFFICIAL = {
     "var.py:d20": (768, 250, 1e-4, 1e-3, 0.1, 0.05, 0.1 * 20 / 24, 601),
     "var.py:d24": (768, 350, 8e-5, 1e-4, 0.01, 0.05, 0.1, 1033),
     "var.py:d30": (1024, 350, 8e-5, 1e-5, 0.01, 0.08, 0.1 * 30 / 24, 2010),
-    "var_512.py:d36": (768, 350, 8e-5, 5e-6, 0.01, 0.08, 0.1 * 36 / 24, 2354),
+    "var.py:d36": (768, 350, 8e-5, 5e-6, 0.01, 0.08, 0.1 * 36 / 24, 2354),
 }
 
 
@@ -63,8 +63,8 @@ def test_recipes_are_the_official_ones(name):
     assert (task.optimizer.b1, task.optimizer.b2, task.optimizer.clip) == (0.9, 0.95, 2.0)
     assert (task.model.gate_init, task.class_dropout, task.label_smoothing) == (gate, 0.1, 0)
     np.testing.assert_allclose(task.drop_path, drop)
-    assert task.model.shared_adaln == ("512" in name) and not task.ema_decay and not e.data.flip
-    size = 512 if "512" in name else 256
+    assert task.model.shared_adaln == ("d36" in name) and not task.ema_decay and not e.data.flip
+    size = 512 if "d36" in name else 256
     assert isinstance(e.data, TFDS) and e.data.name == "imagenet2012"
     assert e.data.image_shape == task.tokenizer.image_shape == (size, size, 3)
     params = jax.eval_shape(task.init, jax.random.key(0)).params
@@ -100,7 +100,7 @@ def test_cca_takes_model_copy_and_tokenizer_from_one_place():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["var.py:d16,data=random", "var_512.py:d36,data=random", "var_cca.py:d20,data=random"]
+    "name", ["var.py:d16,data=random", "var.py:d36,data=random", "var_cca.py:d20,data=random"]
 )
 def test_a_step_of_full_size_changes_no_shape(name):
     e = load(name)
@@ -242,14 +242,20 @@ def test_data_are_chosen_after_the_size():
     assert load("mar.py:l,data=folder:/data/imagenet").data == Folder(
         "/data/imagenet", crop="center", flip=True
     )
-    assert load("var_512.py:d36,data=tfds:/data/packed").data == TFDS("/data/packed", size=512)
+    assert load("var.py:d36,data=tfds:/data/packed").data == TFDS("/data/packed", size=512)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("var.py:d17", "cannot read 'd17'; allowed are d16, d20, d24, d30 and data=KIND:WHERE"),
-        ("var_512.py:d16", "cannot read 'd16'; allowed are d36 and data="),
+        (
+            "var.py:d17",
+            "cannot read 'd17'; allowed are d16, d20, d24, d30, d36 and data=KIND:WHERE",
+        ),
+        (
+            "var_cca.py:d36",
+            "cannot read 'd36'; allowed are d16, d20, d24, d30, from=MODEL and data=",
+        ),
         ("var.py:d16,date=random", "cannot read 'date=random'; allowed are d16, "),
         ("tokenizer.py:256,no_lpip", "cannot read 'no_lpip'; allowed are 256, 512, no_lpips and"),
         ("mar.py:d16", "cannot read 'd16'; allowed are b, l, h and data="),
