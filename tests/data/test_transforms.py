@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from varjax.data import transforms
+from varjax.data.sources import Folder
 
 RNG = np.random.default_rng(0)
 NOISE_HWC = RNG.integers(0, 256, (50, 83, 3), np.uint8)
@@ -124,10 +125,10 @@ def test_center_crops_are_mirrored_in_every_second_view():
     state = RNG.bit_generator.state
     for flip in (False, True):
         views = [
-            transforms.training_crop(NOISE_HWC, view, RNG, (16, 12), "center", flip)
+            Folder("", (16, 12), crop="center", flip=flip).augment(NOISE_HWC, view, RNG)
             for view in range(7, 11)
         ]
-        plain = transforms.evaluation_crop(NOISE_HWC, (16, 12), "center")
+        plain = Folder("", (16, 12), crop="center").preprocess(NOISE_HWC)
         for view, found in zip(range(7, 11), views, strict=True):
             mirrored = flip and view % 2 == 1
             np.testing.assert_array_equal(found, plain[:, ::-1] if mirrored else plain)
@@ -139,18 +140,18 @@ def test_random_crops_do_not_depend_on_the_number_of_the_view(flip):
     plain, viewed = np.random.default_rng(4), np.random.default_rng(4)
     for view in range(6):
         expected = transforms.random_crop(NOISE_HWC, plain, (16, 12), flip)
-        found = transforms.training_crop(NOISE_HWC, view, viewed, (16, 12), "random", flip)
+        found = Folder("", (16, 12), flip=flip).augment(NOISE_HWC, view, viewed)
         np.testing.assert_array_equal(found, expected)
     assert plain.bit_generator.state == viewed.bit_generator.state
     np.testing.assert_array_equal(
-        transforms.evaluation_crop(NOISE_HWC, (16, 12), "random"),
+        Folder("", (16, 12)).preprocess(NOISE_HWC),
         transforms.center_crop(NOISE_HWC, (16, 12)),
     )
 
 
 def test_settings_of_a_view_are_checked():
     with pytest.raises(ValueError, match="crop=centre: must be random or center"):
-        transforms.check_crop("centre")
+        Folder("", crop="centre")
     assert transforms.height_width(5) == (5, 5) and transforms.height_width((4, 6)) == (4, 6)
     for size, channels in ((0, 3), ((4, -1), 3), (8, 2)):
         with pytest.raises(ValueError, match="size is|channels is 2"):

@@ -1,7 +1,7 @@
 """Resizes, crops and distorts NumPy images, at random by an explicit Generator."""
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from PIL import Image
@@ -14,13 +14,35 @@ Crop = Literal["random", "center"]  # VAR's recipe for photographs, or ADM's, wh
 RESIZE_RATIO = 1.125  # size of the resized image, divided by the crop's
 
 
-def training_crop(
-    image_HWC: np.ndarray,
-    view: int,
-    rng: np.random.Generator,
-    size: tuple[int, int],
-    crop: Crop,
-    flip: bool,
+class Photographs(Protocol):
+    """Names the settings of a dataset of photographs of any size.
+
+    Its class takes the functions below as methods, `augment = augment_photograph`.
+    """
+
+    @property
+    def size(self) -> int | tuple[int, int]: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def crop(self) -> Crop: ...
+    @property
+    def flip(self) -> bool: ...
+
+
+def check_photographs(data: Photographs) -> None:
+    """Raises InputError for a size, a number of channels or a crop that does not exist."""
+    check_image_size(data.size, data.channels)
+    check_setting("crop", data.crop, data.crop in get_args(Crop), " or ".join(get_args(Crop)))
+
+
+def photograph_views(data: Photographs) -> int:
+    """Returns the number of views that `augment_photograph` alternates between."""
+    return 2 if data.flip and data.crop == "center" else 1
+
+
+def augment_photograph(
+    data: Photographs, image_HWC: np.ndarray, view: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Augments a photograph as VAR ("random") or as MAR ("center") does.
 
@@ -28,26 +50,22 @@ def training_crop(
     two orientations of an image. A cache of latents needs no other views.
 
     Args:
+        data: dataset, which sets the size, the kind of crop and whether half of the views are
+            mirrored left to right.
         image_HWC: uint8 with 1, 3 or 4 channels.
         view: index of the view, see `varjax.data.stream.ImageDataset.augment`.
         rng: random generator; random crops draw three numbers from it, center crops none.
-        size: (height, width) of the result.
-        crop: kind of crop, "random" or "center".
-        flip: whether half of the views are mirrored left to right.
     """
-    if crop == "random":
-        return random_crop(image_HWC, rng, size, flip)
-    return _mirrored(adm_center_crop(image_HWC, size), flip and view % 2 == 1)
+    size = height_width(data.size)
+    if data.crop == "random":
+        return random_crop(image_HWC, rng, size, data.flip)
+    return _mirrored(adm_center_crop(image_HWC, size), data.flip and view % 2 == 1)
 
 
-def alternating_views(crop: Crop, flip: bool) -> int:
-    """Returns the number of views that `training_crop` alternates between."""
-    return 2 if flip and crop == "center" else 1
-
-
-def evaluation_crop(image_HWC: np.ndarray, size: tuple[int, int], crop: Crop) -> np.ndarray:
-    """Cuts out the middle of a photograph, resized as by `training_crop` with this `crop`."""
-    return (center_crop if crop == "random" else adm_center_crop)(image_HWC, size)
+def crop_photograph(data: Photographs, image_HWC: np.ndarray) -> np.ndarray:
+    """Cuts out the middle of a photograph, resized as by `augment_photograph`."""
+    crop = center_crop if data.crop == "random" else adm_center_crop
+    return crop(image_HWC, height_width(data.size))
 
 
 def random_crop(
@@ -204,8 +222,3 @@ def check_image_size(size: int | tuple[int, int], channels: int) -> None:
         raise InputError(f"size is {size}, but must be at least 1 pixel")
     if channels not in (1, 3, 4):
         raise InputError(f"channels is {channels}, but must be 1, 3 or 4 (with alpha)")
-
-
-def check_crop(crop: str) -> None:
-    """Raises InputError unless `crop` is one of `Crop`."""
-    check_setting("crop", crop, crop in get_args(Crop), " or ".join(get_args(Crop)))

@@ -67,10 +67,11 @@ class Folder:
     reading: ReadOptions = ReadOptions()
 
     make = make_loader
+    augment = transforms.augment_photograph
+    preprocess = transforms.crop_photograph
 
     def __post_init__(self):
-        transforms.check_image_size(self.size, self.channels)
-        transforms.check_crop(self.crop)
+        transforms.check_photographs(self)
         if not isinstance(self.held_out, str | None):
             fits = 0 < self.held_out < 1
             check_setting(
@@ -99,22 +100,13 @@ class Folder:
     def image_shape(self) -> tuple[int, int, int]:
         return *transforms.height_width(self.size), self.channels
 
+    @property
+    def alternating_views(self) -> int:
+        return transforms.photograph_views(self)
+
     def source(self, split: Split) -> "FolderSource":
         """Opens a split, in the order of the paths."""
         return FolderSource(self.listings[split], self.channels)
-
-    @property
-    def alternating_views(self) -> int:
-        return transforms.alternating_views(self.crop, self.flip)
-
-    def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
-        """Resizes and crops an image by the recipe `crop`."""
-        size = self.image_shape[:2]
-        return transforms.training_crop(image_HWC, view, rng, size, self.crop, self.flip)
-
-    def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Cuts the middle out, by the same recipe."""
-        return transforms.evaluation_crop(image_HWC, self.image_shape[:2], self.crop)
 
     def describe(self) -> dict[str, Any]:
         """Returns class names, and data that reveal whether the images have changed."""

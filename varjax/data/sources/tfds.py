@@ -10,8 +10,6 @@ import resource
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from varjax.data import transforms
 from varjax.data.loader import make_loader
 from varjax.data.sources.folder import ONE_CLASS_NAMES
@@ -73,10 +71,11 @@ class TFDS:
     reading: ReadOptions = ReadOptions()
 
     make = make_loader
+    augment = transforms.augment_photograph
+    preprocess = transforms.crop_photograph
 
     def __post_init__(self):
-        transforms.check_image_size(self.size, self.channels)
-        transforms.check_crop(self.crop)
+        transforms.check_photographs(self)
 
     @property
     def classes(self) -> int:
@@ -92,22 +91,13 @@ class TFDS:
     def image_shape(self) -> tuple[int, int, int]:
         return *transforms.height_width(self.size), self.channels
 
+    @property
+    def alternating_views(self) -> int:
+        return transforms.photograph_views(self)
+
     def source(self, split: Split) -> "TFDSSource":
         """Opens a split, in the dataset's order."""
         return TFDSSource(self, self.train if split == "train" else self.held_out)
-
-    @property
-    def alternating_views(self) -> int:
-        return transforms.alternating_views(self.crop, self.flip)
-
-    def augment(self, image_HWC: np.ndarray, view: int, rng: np.random.Generator) -> np.ndarray:
-        """Resizes and crops an image by the recipe `crop`."""
-        size = self.image_shape[:2]
-        return transforms.training_crop(image_HWC, view, rng, size, self.crop, self.flip)
-
-    def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Cuts the middle out, by the same recipe."""
-        return transforms.evaluation_crop(image_HWC, self.image_shape[:2], self.crop)
 
     def describe(self) -> dict[str, Any]:
         """Returns class names, and data that reveal whether the images have changed."""
