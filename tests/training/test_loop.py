@@ -16,8 +16,9 @@ from varjax.storage import folders
 from varjax.training import loop
 from varjax.training import run_dir as checks
 from varjax.training.checkpoint import Checkpoints
+from varjax.training.experiment import Due
 from varjax.training.fid_evaluation import FIDConfig
-from varjax.training.loop_state import Due, LoopState, Schedule, parse_keep_best
+from varjax.training.loop_state import LoopState, parse_keep_best
 
 
 @pytest.mark.slow
@@ -269,11 +270,10 @@ def test_epochs_count_passes_over_the_training_images():
 
 
 def test_schedule():
-    schedule = Schedule(
-        steps=7, eval_every=3, fid_every=5, preview_every=2, save_every=4, keep_every=6
-    )
+    intervals = dict(eval_every=3, preview_every=2, save_every=4, keep_every=6)
+    experiment = tiny.experiment("x", fid=FIDConfig(every=5), **intervals)
     none = Due(metrics=False, fid=False, preview=False, save=False)
-    assert {step: schedule.due(step) for step in range(1, 8)} == {
+    assert {step: experiment.due(step, 7) for step in range(1, 8)} == {
         1: none,
         2: none._replace(preview=True),
         3: none._replace(metrics=True),
@@ -282,10 +282,15 @@ def test_schedule():
         6: Due(metrics=True, fid=False, preview=True, save=True),
         7: none._replace(metrics=True, fid=True),  # its end
     }
-    assert [schedule.due(step).evaluation for step in (1, 2, 3, 5)] == [False, True, True, True]
+    assert [experiment.due(step, 7).evaluation for step in (1, 2, 3, 5)] == [
+        False,
+        True,
+        True,
+        True,
+    ]
 
 
 def test_an_interval_of_zero_is_never_due_but_the_end_is_evaluated():
-    schedule = Schedule(steps=3)
-    assert not any(any(schedule.due(step)) for step in (0, 1, 2))
-    assert schedule.due(3) == Due(metrics=True, fid=False, preview=False, save=False)
+    experiment = tiny.experiment("x", eval_every=0, save_every=0)
+    assert not any(any(experiment.due(step, 3)) for step in (0, 1, 2))
+    assert experiment.due(3, 3) == Due(metrics=True, fid=False, preview=False, save=False)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from varjax.data.loader import Loader
 from varjax.runtime.distributed import on_all_processes
-from varjax.training.experiment import BatchLoader
 from varjax.training.goodput import FirstCall
 from varjax.training.metric_writers import flatten_metrics
 from varjax.training.sharding import on_mesh, put_batch, replicated
@@ -42,7 +42,7 @@ class Evaluator:
     def __init__(
         self,
         task: Task,
-        loader: BatchLoader,
+        loader: Loader,
         frozen: PyTree,
         mesh: Mesh,
         batch_size: int,

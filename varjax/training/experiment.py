@@ -1,13 +1,13 @@
-"""The settings of a training run."""
+"""The settings of a training run, and what is due after each of its steps."""
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence, Sized
-from typing import Any, Protocol
-
-import numpy as np
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from varjax.config.numbers import finite_number, seed_number, whole_number
+from varjax.data.loader import Loader
+from varjax.data.stream import Dataset
 from varjax.errors import InputError
 from varjax.storage.buckets import in_bucket
 from varjax.training.fid_evaluation import FIDConfig
@@ -17,61 +17,33 @@ from varjax.training.task import Plan, Task
 from varjax.training.train_step import check_microbatches
 
 
-class BatchLoader(Protocol):
-    """Yields batches for this process: {"image_BHWC", "label_B"}, when held out also "valid_B".
+class LoadableDataset(Dataset, Protocol):
+    """A dataset that makes the loader of its batches."""
 
-    Instead of "image_BHWC" there may be latents, such as "tokens_BL".
+    def make(self, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> Loader:
+        """Makes the loader, as `varjax.data.loader.make_loader` does."""
+        ...
+
+
+class Due(NamedTuple):
+    """Names what is due after a step.
+
+    Attributes:
+        metrics: evaluation on held-out images.
+        fid: FID of samples.
+        preview: pictures of the model's output.
+        save: a checkpoint of the run.
     """
 
-    @property
-    def tokenizer_identity(self) -> Mapping[str, Any] | None:
-        """The `Task.tokenizer_identity` of what made the latents; None for images."""
-        ...
+    metrics: bool
+    fid: bool
+    preview: bool
+    save: bool
 
     @property
-    def train_source(self) -> Sized:
-        """The training images."""
-        ...
-
-    def train(self, position: int) -> Iterator[dict[str, np.ndarray]]:
-        """Yields training batches without end, the first one for step number `position`."""
-        ...
-
-    def held_out(self) -> Iterator[dict[str, np.ndarray]]:
-        """Yields batches over the held-out images, once."""
-        ...
-
-    def held_out_batch(self, number: int) -> dict[str, np.ndarray]:
-        """Returns batch `number` of `held_out`."""
-        ...
-
-
-class DatasetConfig(Protocol):
-    """Configures a dataset."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(H, W, channels) of its images."""
-        ...
-
-    @property
-    def classes(self) -> int:
-        """The number of classes; labels are below it."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Returns JSON data: "class_names", and what identifies the images of each split."""
-        ...
-
-    def make(self, batch_size: int, seed: int, rows: Sequence[int] | None = None) -> BatchLoader:
-        """Makes the loader of its batches.
-
-        Args:
-            batch_size: rows of a batch, over all processes.
-            seed: random seed of shuffling and augmentation.
-            rows: indices of this process's rows in each batch, ascending; None for all.
-        """
-        ...
+    def evaluation(self) -> bool:
+        """Returns whether an evaluation or a preview is due."""
+        return self.metrics or self.fid or self.preview
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +92,7 @@ class Experiment:
     """
 
     task: Task
-    data: DatasetConfig
+    data: LoadableDataset
     run_dir: str
     batch_size: int
     steps: int = 0
@@ -177,6 +149,23 @@ class Experiment:
         """Returns the length of the run for a number of training images."""
         steps = self.steps or math.ceil(self.epochs * train_size / self.batch_size)
         return Plan(whole_number("steps", steps, 1), self.batch_size)
+
+    def due(self, step: int, steps: int) -> Due:
+        """Returns what is due once `step` updates of the run's `steps` are done.
+
+        At the end of the run metrics are due, and FID if it is measured at all.
+        """
+
+        def every(interval: int) -> bool:
+            return interval > 0 and step % interval == 0
+
+        last = step == steps
+        return Due(
+            metrics=last or every(self.eval_every),
+            fid=every(self.fid.every) or (last and self.fid.every > 0),
+            preview=every(self.preview_every),
+            save=every(self.save_every) or every(self.keep_every),
+        )
 
 
 MIN_VALUES = {

@@ -10,9 +10,9 @@ from varjax.runtime.distributed import check_shared_file, on_first_process
 from varjax.storage import folders
 from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import Checkpoints
-from varjax.training.experiment import Experiment
+from varjax.training.experiment import Due, Experiment
 from varjax.training.goodput import Goodput
-from varjax.training.loop_state import Due, LoopState
+from varjax.training.loop_state import LoopState
 from varjax.training.progress import say
 from varjax.training.run_dir import check_or_write_config, check_or_write_data
 from varjax.training.setup import Run, set_up, start_run
@@ -87,7 +87,7 @@ def take_steps(run: Run, state: TrainState) -> dict[str, float]:
         state, metrics = run.train_step(state, run.frozen, batch, run.train_key)
         run.reporter.push(step, metrics)  # reports the step before
         stop = preemption.should_stop()
-        due = run.schedule.due(step)
+        due = run.due(step)
         if not (stop or due.evaluation or due.save):
             continue
         run.reporter.flush()  # raises before a state that is not finite can be saved
@@ -109,7 +109,7 @@ def take_steps(run: Run, state: TrainState) -> dict[str, float]:
 def make_up_evaluation(run: Run, step: int, state: TrainState) -> None:
     """Makes up for an evaluation that a signal prevented, and completes the checkpoint with it."""
     with run.measure("evaluate"):
-        if evaluate_state(run, step, state, run.schedule.due(step)):
+        if evaluate_state(run, step, state, run.due(step)):
             run.loop_state.evaluation_due = False
             run.best.wait()
             run.writer.sync()

@@ -1,9 +1,8 @@
-"""What is due after a step, and what the loop remembers across a restart."""
+"""What the loop remembers across a restart: the last evaluation, and the best one."""
 
 import dataclasses
 import math
 import re
-from typing import NamedTuple
 
 # Parts of the names of metrics that should grow, unless the user sets the direction. A tokenizer's
 # "perplexity" is that of its codes; a transformer's "perplexity_at_scale" should fall.
@@ -18,64 +17,6 @@ def parse_keep_best(keep_best: str) -> tuple[str, bool]:
     if direction in ("max", "min"):
         return metric, direction == "max"
     return keep_best, HIGHER_IS_BETTER.search(keep_best) is not None
-
-
-class Due(NamedTuple):
-    """Names what is due after a step.
-
-    Attributes:
-        metrics: evaluation on held-out images.
-        fid: FID of samples.
-        preview: pictures of the model's output.
-        save: a checkpoint of the run.
-    """
-
-    metrics: bool
-    fid: bool
-    preview: bool
-    save: bool
-
-    @property
-    def evaluation(self) -> bool:
-        """Returns whether an evaluation or a preview is due."""
-        return self.metrics or self.fid or self.preview
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Says what is due after which step. Intervals are in steps; 0 means never.
-
-        Schedule(steps=30, eval_every=10).due(20)  # Due(metrics=True, fid=False, …)
-
-    Attributes:
-        steps: length of the run; metrics, and FID if it is measured at all, are due at its end.
-        eval_every: interval between evaluations.
-        fid_every: interval between FID evaluations.
-        preview_every: interval between previews.
-        save_every: interval between checkpoints.
-        keep_every: interval between checkpoints that are kept for good.
-    """
-
-    steps: int
-    eval_every: int = 0
-    fid_every: int = 0
-    preview_every: int = 0
-    save_every: int = 0
-    keep_every: int = 0
-
-    def due(self, step: int) -> Due:
-        """Returns what is due once `step` updates are done."""
-
-        def every(interval: int) -> bool:
-            return interval > 0 and step % interval == 0
-
-        last = step == self.steps
-        return Due(
-            metrics=last or every(self.eval_every),
-            fid=every(self.fid_every) or (last and self.fid_every > 0),
-            preview=every(self.preview_every),
-            save=every(self.save_every) or every(self.keep_every),
-        )
 
 
 @dataclasses.dataclass

@@ -9,15 +9,16 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from varjax.data.loader import Loader
 from varjax.errors import InputError
 from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.evaluator import Evaluator
-from varjax.training.experiment import BatchLoader, Experiment
+from varjax.training.experiment import Due, Experiment
 from varjax.training.fid_evaluation import FIDEvaluator
 from varjax.training.goodput import FirstCall, Goodput, ThroughputMeter
 from varjax.training.initial_weights import forked_state, frozen_weights, warm_start_state
-from varjax.training.loop_state import LoopState, Schedule, parse_keep_best
+from varjax.training.loop_state import LoopState, parse_keep_best
 from varjax.training.metric_writers import MetricWriter
 from varjax.training.preemption import PreemptionGuard
 from varjax.training.progress import ProgressReporter, say
@@ -54,7 +55,7 @@ class Setup:
 
     task: Task
     plan: Plan
-    loader: BatchLoader
+    loader: Loader
     mesh: Mesh
 
 
@@ -103,7 +104,7 @@ class Run:
 
     Attributes:
         experiment: settings of the run.
-        schedule: what is due after which step.
+        steps: length of the run in updates.
         train_step: compiled step: (state, frozen, batch, key) -> (state, metrics).
         train_key: random key of all steps.
         frozen: pretrained weights of the task, on the mesh.
@@ -123,7 +124,7 @@ class Run:
     """
 
     experiment: Experiment
-    schedule: Schedule
+    steps: int
     train_step: StepFn
     train_key: jax.Array
     frozen: PyTree
@@ -141,9 +142,13 @@ class Run:
     throughput: ThroughputMeter
     watchdog: Watchdog
 
+    def due(self, step: int) -> Due:
+        """Returns what is due once `step` updates are done."""
+        return self.experiment.due(step, self.steps)
+
     def is_finished(self, step: int) -> bool:
         """Returns whether the run ends with this step, with its evaluation done."""
-        return self.loop_state.is_finished(step, self.schedule.steps, self.experiment.patience)
+        return self.loop_state.is_finished(step, self.steps, self.experiment.patience)
 
     def should_stop(self) -> bool:
         """Returns whether a signal asks the run to stop; the same in all processes."""
@@ -272,14 +277,7 @@ def start_run(
     )
     run = Run(
         experiment=experiment,
-        schedule=Schedule(
-            steps=plan.steps,
-            eval_every=experiment.eval_every,
-            fid_every=experiment.fid.every,
-            preview_every=experiment.preview_every,
-            save_every=experiment.save_every,
-            keep_every=experiment.keep_every,
-        ),
+        steps=plan.steps,
         train_step=train_step,
         train_key=train_key,
         frozen=frozen,
