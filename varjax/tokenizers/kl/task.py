@@ -14,6 +14,7 @@ from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import ImageStream, stream_key
 from varjax.runtime import flops
+from varjax.tokenizers import tokenizer_task
 from varjax.tokenizers.kl.model import (
     LATENT_STD_PATH,
     KLConfig,
@@ -30,17 +31,6 @@ from varjax.tokenizers.losses.image_losses import (
     valid_sums,
 )
 from varjax.tokenizers.losses.lpips import LPIPSConfig
-from varjax.tokenizers.tokenizer_task import (
-    check_decay_and_weights,
-    check_images,
-    init_state,
-    join_state,
-    load_frozen_losses,
-    split_state,
-    training_compute,
-    update_networks,
-    with_example_keys,
-)
 from varjax.training.optimizer import AdamW
 from varjax.training.task import (
     PREVIEW_IMAGES,
@@ -95,16 +85,16 @@ class KLTask:
     accumulate: int = 1
 
     def __post_init__(self):
-        check_decay_and_weights(self, "l1", "l2", "kl")
+        tokenizer_task.check_decay_and_weights(self, "l1", "l2", "kl")
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
-        check_images(self, image_shape)
+        tokenizer_task.check_images(self, image_shape)
 
     def notes(self, plan: Plan) -> list[str]:
         return ema_notes(self.ema_decay, plan)
 
     def init(self, key: jax.Array) -> TrainState:
-        return init_state(self, self.model.init(key), key)
+        return tokenizer_task.init_state(self, self.model.init(key), key)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
         return open_weights(location).read_tokenizer_params(), {}
@@ -114,7 +104,7 @@ class KLTask:
 
     def frozen(self) -> PyTree:
         """Reads {"lpips": parameters} where they are needed; InputError says how to get them."""
-        return load_frozen_losses(self)
+        return tokenizer_task.load_frozen_losses(self)
 
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array, plan: Plan
@@ -124,11 +114,11 @@ class KLTask:
         The metric "loss" leaves the adversarial loss out, as in evaluation. "latent_std" of the
         parameters, and of their average, follows the standard deviation of the batches' latents.
         """
-        state, others = split_state(state)
+        state, others = tokenizer_task.split_state(state)
         step, old_std = state.step, state.params[LATENT_STD_PATH]
-        batch = with_example_keys(batch, jax.random.fold_in(key, step))
+        batch = tokenizer_task.with_example_keys(batch, jax.random.fold_in(key, step))
         gradients = functools.partial(_gradients, self, state.params)
-        state, others["discriminator"], metrics, statistics = update_networks(
+        state, others["discriminator"], metrics, statistics = tokenizer_task.update_networks(
             self, state, others.get("discriminator"), frozen, batch, plan, gradients
         )
         std = jnp.sqrt(_variance(statistics))
@@ -138,7 +128,7 @@ class KLTask:
             params=state.params | {LATENT_STD_PATH: std},
             ema=state.ema | {LATENT_STD_PATH: std} if self.ema_decay else None,
         )
-        return join_state(state, others), metrics | {LATENT_STD_PATH: std}
+        return tokenizer_task.join_state(state, others), metrics | {LATENT_STD_PATH: std}
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
         whole = dataclasses.replace(self, accumulate=1)
@@ -194,7 +184,7 @@ class KLTask:
     @property
     def compute(self) -> ComputeConfig:
         """How a tokenizer in training is computed."""
-        return training_compute(self.dtype)
+        return tokenizer_task.training_compute(self.dtype)
 
     @property
     def kl_weight(self) -> float:

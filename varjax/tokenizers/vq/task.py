@@ -13,6 +13,7 @@ from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import InitStream, stream_key
 from varjax.runtime import flops
+from varjax.tokenizers import tokenizer_task
 from varjax.tokenizers.losses.gan import MAX_ADAPTIVE_WEIGHT, GANConfig
 from varjax.tokenizers.losses.image_losses import (
     ImageGradientsFn,
@@ -22,17 +23,6 @@ from varjax.tokenizers.losses.image_losses import (
     valid_sums,
 )
 from varjax.tokenizers.losses.lpips import LPIPSConfig
-from varjax.tokenizers.tokenizer_task import (
-    check_decay_and_weights,
-    check_images,
-    init_state,
-    join_state,
-    load_frozen_losses,
-    split_state,
-    training_compute,
-    update_networks,
-    with_example_keys,
-)
 from varjax.tokenizers.vq.codebook import (
     CodebookConfig,
     entropy_loss,
@@ -97,11 +87,11 @@ class VQTask:
     accumulate: int = 1
 
     def __post_init__(self):
-        check_decay_and_weights(self, "l1", "l2", "beta")
+        tokenizer_task.check_decay_and_weights(self, "l1", "l2", "beta")
         self.codebook.check(self.model.pyramid)
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:
-        check_images(self, image_shape)
+        tokenizer_task.check_images(self, image_shape)
 
     def notes(self, plan: Plan) -> list[str]:
         return ema_notes(self.ema_decay, plan)
@@ -111,7 +101,7 @@ class VQTask:
         codebook_key = stream_key(key, InitStream.CODEBOOK)
         params = init_codebook(self.codebook, self.model, params, codebook_key)
         usage_V = init_usage(self.codebook, self.model.vocab)
-        return init_state(self, params, key, usage_V=usage_V)
+        return tokenizer_task.init_state(self, params, key, usage_V=usage_V)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
         return open_weights(location).read_tokenizer_params(), {}
@@ -121,7 +111,7 @@ class VQTask:
 
     def frozen(self) -> PyTree:
         """Reads {"lpips": parameters} where they are needed; InputError says how to get them."""
-        return load_frozen_losses(self)
+        return tokenizer_task.load_frozen_losses(self)
 
     def train_step(
         self, state: TrainState, frozen: PyTree, batch: Batch, key: jax.Array, plan: Plan
@@ -131,15 +121,15 @@ class VQTask:
         The metric "loss" leaves the adversarial loss out, as in evaluation.
         """
         pyramid, codebook = self.model.pyramid, self.codebook
-        state, others = split_state(state)
+        state, others = tokenizer_task.split_state(state)
         key = jax.random.fold_in(key, state.step)
-        batch = with_example_keys(batch, key)
+        batch = tokenizer_task.with_example_keys(batch, key)
         inputs_fn = functools.partial(
             quantizer_inputs, self.model, batch["image_BHWC"], self.accumulate
         )
         state = kmeans_init(codebook, pyramid, state, inputs_fn, key)
         gradients = functools.partial(_gradients, self, state.params)
-        state, others["discriminator"], metrics, statistics = update_networks(
+        state, others["discriminator"], metrics, statistics = tokenizer_task.update_networks(
             self, state, others.get("discriminator"), frozen, batch, plan, gradients
         )
         frequency_KV = statistics["frequency_KV"]
@@ -149,7 +139,7 @@ class VQTask:
                 codebook, pyramid, state, others["usage_V"], frequency_KV, inputs_fn, key
             )
             metrics |= restarts
-        return join_state(state, others), metrics
+        return tokenizer_task.join_state(state, others), metrics
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
         # Without k-means and restarts, which only some steps do.
@@ -215,7 +205,7 @@ class VQTask:
     @property
     def compute(self) -> ComputeConfig:
         """How a tokenizer in training is computed."""
-        return training_compute(self.dtype)
+        return tokenizer_task.training_compute(self.dtype)
 
 
 def _gradients(
