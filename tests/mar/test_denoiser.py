@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.golden import weights
-from varjax.mar.denoiser import denoising_schedules, denoising_steps
+from varjax.mar.denoising_schedule import denoising_schedules, denoising_steps
 from varjax.nn.diffusion import NoiseSchedule
 
 

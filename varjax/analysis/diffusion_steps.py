@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from varjax.errors import check_setting
-from varjax.mar.denoiser import DISA_LAST_TIMESTEP, denoising_schedules
+from varjax.mar.denoising_schedule import DISA_LAST_TIMESTEP, denoising_schedules
 from varjax.mar.masking import UnmaskingSchedule
 from varjax.nn.diffusion import NoiseSchedule
 from varjax.runtime.commands import command_parser, run_command

@@ -17,7 +17,8 @@ import numpy as np
 import optax
 
 from varjax.errors import InputError, check_setting
-from varjax.mar.denoiser import DenoisingMLP, DenoisingSteps
+from varjax.mar.denoiser import DenoisingMLP
+from varjax.mar.denoising_schedule import DenoisingSteps
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS, diffusion_loss, reverse_diffusion
 from varjax.nn.linear import OutputHead, dense

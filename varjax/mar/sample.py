@@ -17,7 +17,7 @@ from varjax.config.numbers import finite_number, whole_number
 from varjax.config.renamed import Renamed
 from varjax.errors import InputError, check_setting
 from varjax.mar.causal import causal_first, causal_next, sample_causal
-from varjax.mar.denoiser import denoising_schedules, denoising_steps
+from varjax.mar.denoising_schedule import denoising_schedules, denoising_steps
 from varjax.mar.heads import DrawSettings
 from varjax.mar.masking import StepGroup, UnmaskingSchedule, draw_orders, put_at, take_at
 from varjax.mar.model import MAR, MARConfig, bind_mar
