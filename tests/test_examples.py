@@ -19,6 +19,7 @@ from varjax.mar.masking import UnmaskingSchedule
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions, make_setup, sample_mar_tokens
 from varjax.nn import resize
+from varjax.nn.attention import block_causal_mask
 from varjax.nn.diffusion import NoiseSchedule, reverse_diffusion
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import Pyramid
@@ -171,7 +172,7 @@ def test_tokenizer_loss_matches_library():
 
 
 def test_mask_matches_library():
-    np.testing.assert_array_equal(nano_var.MASK_LL, PYRAMID.mask_LL)
+    np.testing.assert_array_equal(nano_var.MASK_LL, block_causal_mask(PYRAMID.level_L))
 
 
 def var_params():

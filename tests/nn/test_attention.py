@@ -8,13 +8,18 @@ import numpy as np
 import pytest
 
 from varjax.nn import attention
-from varjax.nn.attention import cached_attention, dot_product_attention, mask_segments
+from varjax.nn.attention import (
+    block_causal_mask,
+    cached_attention,
+    dot_product_attention,
+    mask_segments,
+)
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.stack import KVCache, LayerCache
 from varjax.tokenizers.vq.pyramid import SCALES_256, Pyramid
 
 SCALES = 1, 4, 7, 9  # the last two are segments of their own
-MASK_LL = Pyramid(SCALES).mask_LL
+MASK_LL = block_causal_mask(Pyramid(SCALES).level_L)
 LENGTH = len(MASK_LL)
 KEYS = jax.random.split(jax.random.key(0), 4)
 Q, K, V = (jax.random.normal(key, (3, LENGTH, 2, 8)) for key in KEYS[:3])
@@ -31,7 +36,7 @@ def by_hand(q, k, v, mask_lL, key_mask_BL=None):
 
 
 def test_segments_are_the_scales_and_short_ones_are_one():
-    segments = mask_segments(Pyramid(SCALES_256).mask_LL)
+    segments = mask_segments(block_causal_mask(Pyramid(SCALES_256).level_L))
     assert [(rows.stop - rows.start, seen) for rows, seen, _ in segments] == [
         (155, 155), (100, 255), (169, 424), (256, 680)
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from jax.extend import core
 
 from tests.helpers import runs
 from varjax.metrics.inception import Inception, init_inception
-from varjax.nn.attention import mask_segments
+from varjax.nn.attention import block_causal_mask, mask_segments
 from varjax.nn.compute import EXACT, ComputeConfig
 from varjax.tokenizers.vq.model import image_features, make_quantizer
 from varjax.var.model import VAR
@@ -95,7 +95,9 @@ def test_the_transformer_multiplies_in_its_format_and_the_head_adds_in_float32(d
     # In float32 only the head's AdaLN, which is one row an image.
     assert found.pop(EXACTLY) == 1
     assert found.keys() == {("bfloat16", "bfloat16", None), ("bfloat16", "float32", None)}
-    assert found["bfloat16", "float32", None] == 1 + len(mask_segments(runs.VAR.pyramid.mask_LL))
+    assert found["bfloat16", "float32", None] == 1 + len(
+        mask_segments(block_causal_mask(runs.VAR.pyramid.level_L))
+    )
 
 
 def test_inception_is_exact():

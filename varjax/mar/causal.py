@@ -17,7 +17,7 @@ import numpy as np
 from varjax.mar.masking import put_at, take_at
 from varjax.mar.model import MAR, Dropouts, MARConfig, decoder_dropouts
 from varjax.nn.stack import KVCache
-from varjax.nn.vit import run_vit_blocks
+from varjax.nn.transformer import run_vit_blocks
 from varjax.sampling.sampler import KnownTokens
 
 

@@ -18,7 +18,7 @@ from varjax.mar.heads import DiffusionHead, Head
 from varjax.nn.attention import MAX_HEADS
 from varjax.nn.compute import ComputeConfig, shard_batch
 from varjax.nn.linear import dense
-from varjax.nn.vit import ViTBlock, init_vit_blocks, layer_norm, run_vit_blocks
+from varjax.nn.transformer import ViTBlock, init_vit_blocks, layer_norm, run_vit_blocks
 from varjax.trees import PyTree
 
 DECODER = 1 << 16  # folded into the keys of the decoder's dropout

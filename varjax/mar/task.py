@@ -39,7 +39,7 @@ from varjax.training.transformer_task import (
 from varjax.trees import PyTree
 
 # As in the reference: matrices, and all tables outside the denoising MLP.
-DECAYED = r"^(?!head/).*(kernel|embedding|_embed|mask_token)$"
+MAR_DECAYED = r"^(?!head/).*(kernel|embedding|_embed|mask_token)$"
 NOISE_BINS, KNOWN_BINS = 10, 4  # ranges of the losses in evaluation
 
 
@@ -145,7 +145,7 @@ class MARTask:
 
     def update(self, state: TrainState, grads: PyTree, plan: Plan) -> tuple[TrainState, Metrics]:
         """Applies gradients, as `apply_gradients` does with the settings of this task."""
-        return apply_gradients(state, grads, self.optimizer, plan, self.ema_decay, DECAYED)
+        return apply_gradients(state, grads, self.optimizer, plan, self.ema_decay, MAR_DECAYED)
 
     def loss(
         self, params: PyTree, frozen: PyTree, batch: Batch

@@ -221,6 +221,11 @@ def cached_attention(
     return jax.lax.map(lambda x: attend(x[1], x[0], images), numbered).reshape(q_BlAD.shape)
 
 
+def block_causal_mask(level_L: np.ndarray) -> np.ndarray:
+    """Makes the mask (L, L): token i attends to j (True) if j's level is not above i's."""
+    return level_L[:, None] >= level_L[None, :]
+
+
 def mask_segments(mask_lL: np.ndarray) -> list[tuple[slice, int, np.ndarray | None]]:
     """Cuts a mask into segments of queries that see as many of the first keys, and no others.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from varjax.errors import InputError, check_setting
-from varjax.nn.attention import MAX_HEADS
+from varjax.nn.attention import MAX_HEADS, block_causal_mask
 from varjax.nn.compute import ComputeConfig, batch_devices, shard_batch
 from varjax.nn.linear import OutputHead, dense
 from varjax.nn.stack import KVCache, init_stack, run_stack
@@ -185,7 +185,7 @@ class VAR(nn.Module):
             self.compute,
             by_layer={"branch_scale_2B": branch_scale_S2B},
             cond=cond,
-            mask_lL=self.config.pyramid.mask_LL,
+            mask_lL=block_causal_mask(self.config.pyramid.level_L),
         )
         return self._logits(x_BLC, head_B2C)
 

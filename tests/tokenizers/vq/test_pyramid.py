@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.golden import weights
+from varjax.nn.attention import block_causal_mask
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, SCALES_1024, Pyramid
 
 
@@ -26,8 +27,9 @@ def test_slices_levels_and_mask_describe_the_same_pyramid():
     assert pyramid.lengths == (1, 2, 6) and pyramid.finest == (2, 3)
     for k, scale in enumerate(pyramid.slices):
         assert np.all(pyramid.level_L[scale] == k)
+    mask_LL = block_causal_mask(pyramid.level_L)
     for i, j in np.ndindex(9, 9):
-        assert pyramid.mask_LL[i, j] == (pyramid.level_L[j] <= pyramid.level_L[i])
+        assert mask_LL[i, j] == (pyramid.level_L[j] <= pyramid.level_L[i])
 
 
 @pytest.mark.parametrize(

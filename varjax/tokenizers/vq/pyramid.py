@@ -1,4 +1,4 @@
-"""The pyramid of scales of one image: sizes, slices, levels, mask. Static NumPy only."""
+"""The pyramid of scales of one image: sizes, slices, levels. Static NumPy only."""
 
 import dataclasses
 import functools
@@ -86,11 +86,6 @@ class Pyramid:
     def level_L(self) -> np.ndarray:
         """The scale (0 … K-1) that each token belongs to."""
         return np.repeat(np.arange(len(self)), self.lengths)
-
-    @functools.cached_property
-    def mask_LL(self) -> np.ndarray:
-        """Block-causal mask: token i attends to j (True) if j's scale is not finer than i's."""
-        return self.level_L[:, None] >= self.level_L[None, :]
 
     def progress(self, k: int) -> float:
         """Returns how far scale k is from the first (0) to the last (1); 0 for a single scale."""
