@@ -76,6 +76,7 @@ def test_equal_settings_of_published_weights_are_compared(converted):
         (dict(reference="folder:/data/imagenet"), "the reference is folder:/data/imagenet"),
         (dict(reference="x/VIRTUAL_imagenet512.npz"), "published VIRTUAL_imagenet256_labeled.npz"),
         (dict(features="pixels"), "features are pixels, published inception"),
+        (dict(accept=0.1), "a classifier kept 0.1 of the samples, published all"),
     ],
 )
 def test_each_setting_that_differs_is_said(changes, says, converted):

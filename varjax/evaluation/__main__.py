@@ -4,6 +4,7 @@ varjax evaluate samples.npz --reference=REF.npz --inception=weights/inception
 varjax evaluate --weights=var_d16 --count=50 --reference=REF.npz --inception=weights/inception
 varjax evaluate --weights=var_d16 --sweep guidance=1,2,2.5,3 --reference=REF.npz --inception=…
 varjax evaluate --weights=runs/digits --count=100 --features=pixels --reference=digits
+varjax evaluate --weights=var_d30 --sweep accept=1,0.5,0.1 --classifier=weights/resnet101 …
 
 SAMPLES is an .npz (arr_0) or a folder of images. With --weights, the command draws the samples,
 --count of each class, with the model's default options unless you give others; a MAR of a released
@@ -15,8 +16,10 @@ measured.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -39,6 +42,7 @@ from varjax.evaluation.sweep import (
     check_sweep_output,
     parse_sweep,
     point_path,
+    split_acceptances,
     sweep_table,
     write_sweep,
 )
@@ -56,6 +60,7 @@ from varjax.runtime.distributed import (
 )
 from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.job import SamplingJob
+from varjax.sampling.rejection import add_rejection_flags, check_classifier, classifier_of_flags
 from varjax.sampling.sampler import given_options
 from varjax.storage.buckets import as_path
 from varjax.storage.folders import check_writable
@@ -76,11 +81,14 @@ def evaluate(arguments: list[str]) -> None:
         raise InputError(f"out={flags.out}: give a name that ends in .json")
     check_writable(out.parent)
     given = given_options(flags, option_classes())
-    if flags.weights is None and (flags.sweep or given):
-        wrong = ["--sweep"] * bool(flags.sweep) + [f"--{name}" for name in given]
+    names = [name for name in ("sweep", "accept", "classifier") if getattr(flags, name)]
+    if flags.weights is None and (names or given):
+        wrong = [f"--{name}" for name in (*names, *given)]
         raise InputError(f"{', '.join(wrong)}: needs --weights, which draws the samples")
+    accepts, sweep = split_acceptances(flags.sweep)
     connect_by_flags(flags)
     use_compilation_cache()
+    classifier = classifier_of_flags(flags, accepts)
     extract = FeatureExtractor(feature_network(flags.features, flags.inception))
     cache = as_path(flags.cache)
     crop = choose_crop(flags.crop, flags.weights) if is_dataset(flags.reference) else "random"
@@ -99,26 +107,41 @@ def evaluate(arguments: list[str]) -> None:
     options = model.options(**given)
     labels = tuple(range(model.classes))
 
-    def report_at(out: pathlib.Path, options: Any) -> dict[str, Any]:
-        images = len(labels) * flags.count
+    if classifier is not None:
+        check_classifier(classifier, model)
+
+    def reports_at(outs: Sequence[pathlib.Path], options: Any) -> list[dict[str, Any]]:
+        """Measures once per acceptance what is drawn with these options."""
+        job = SamplingJob(labels, flags.count, flags.seed, options, batch_size=1)
+        jobs = dict.fromkeys(outs, job)
+        if classifier is not None:
+            jobs = {
+                out: dataclasses.replace(job, accept=accept, classifier=classifier.identity)
+                for out, accept in zip(outs, accepts or [flags.accept], strict=True)
+            }
+        out, largest = min(jobs.items(), key=lambda item: item[1].accept)
+        images = len(largest.label_M)
         size = choose_batch_size(
             flags.batch_size, model, options, images, lambda: begun_batch_size_of_report(out)
         )
-        job = SamplingJob(labels, flags.count, flags.seed, options, size)
-        return evaluate_model(settings, model, flags.weights, job, out)
+        jobs = {out: dataclasses.replace(job, batch_size=size) for out, job in jobs.items()}
+        return evaluate_model(settings, model, flags.weights, jobs, classifier)
 
     if not flags.sweep:
-        report = report_at(out, options)
+        (report,) = reports_at([out], options)
         if first:
             print_report(report)
         return
     check_sweep_output(out)
     # The options of all points are checked before the first one is drawn.
-    sweep = [(p, model.options(**{**given, **p})) for p in parse_sweep(flags.sweep, options)]
+    chosen = [(p, model.options(**{**given, **p})) for p in parse_sweep(sweep, options)]
     points = []
-    for point, options in sweep:
-        print(", ".join(f"{name}={value}" for name, value in point.items()), file=sys.stderr)
-        points.append(SweepPoint(point, report_at(point_path(out, point), options)))
+    for option_values, options in chosen:
+        at = [option_values | {"accept": accept} for accept in accepts] or [option_values]
+        for point in at:
+            print(", ".join(f"{name}={value}" for name, value in point.items()), file=sys.stderr)
+        reports = reports_at([point_path(out, point) for point in at], options)
+        points += [SweepPoint(*pair) for pair in zip(at, reports, strict=True)]
     if first:
         picture = write_sweep(points, out)
         print(f"\n{sweep_table(points)}\n\nthe curve: {picture}\nall points: {out}")
@@ -144,10 +167,11 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="OPTION=V,V",
-        help="options to vary, in all combinations",
+        help="options to vary, in all combinations; accept varies the acceptance",
     )
     about = "report, .json; --sweep writes more reports and a picture next to it (report.json)"
     add_sampling_flags(parser, "report.json", about, weights_required=False)
+    add_rejection_flags(parser)
     parser.set_defaults(count=50)
     add_process_flags(parser)
     return parser

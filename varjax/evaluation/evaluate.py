@@ -16,8 +16,10 @@ from varjax.data.transforms import Crop
 from varjax.errors import InputError, StorageError
 from varjax.evaluation.image_crop import describe_crop
 from varjax.evaluation.published import Measurement, compare_settings, release_name
+from varjax.metrics.classifier import Classifier
 from varjax.metrics.features import (
     FeatureExtractor,
+    Features,
     FeatureStore,
     extract_features,
     feature_sizes,
@@ -29,6 +31,7 @@ from varjax.metrics.report import SampleMetrics, measure, metrics_table
 from varjax.runtime.distributed import on_first_process
 from varjax.sampling.job import SamplingJob, locked_for_job, run_job
 from varjax.sampling.outputs import begun_batch_size, parts_folder
+from varjax.sampling.rejection import RejectionSummary, best_candidates, summary
 from varjax.sampling.sampler import Sampler
 from varjax.storage import files, folders
 from varjax.storage.folders import locked_work_folder
@@ -59,10 +62,27 @@ class EvaluationSettings:
 
 
 class FeatureOutput:
-    """Keeps only the features of a sampling job's images (an `Output`)."""
+    """Keeps only the features of a sampling job's images (an `Output`).
 
-    def __init__(self, folder: pathlib.Path, request: Mapping[str, Any], extract: FeatureExtractor):
+    Args:
+        folder: folder of the features; see `FeatureStore`.
+        request: JSON data that determine the features.
+        extract: extractor of the features.
+        job: job that draws the images.
+        classifier: classifier of the images, whose probabilities are kept as "probability_N"; None
+            for none.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        request: Mapping[str, Any],
+        extract: FeatureExtractor,
+        job: SamplingJob,
+        classifier: Classifier | None,
+    ):
         self._folder, self._request, self._extract = folder, request, extract
+        self._job, self._classifier = job, classifier
         self.store: FeatureStore
 
     def begin(self, write: bool) -> None:
@@ -72,10 +92,32 @@ class FeatureOutput:
         return self.store.has(part)
 
     def add(self, part: range, images_NHWC: np.ndarray) -> None:
-        self.store.add(part, self._extract(images_NHWC))
+        features = self._extract(images_NHWC)
+        if self._classifier is not None:
+            label_N = self._job.label_M[part]
+            features["probability_N"] = self._classifier.probabilities(images_NHWC, label_N)
+        self.store.add(part, features)
 
     def finish(self) -> str:
         return ""
+
+    def features_of(self, job: SamplingJob) -> tuple[Features, RejectionSummary | None]:
+        """Reads the features of the images that a job keeps, and what it keeps of how many.
+
+        Args:
+            job: job whose candidates are among those of the job that drew them.
+        """
+        parts, m = list(self._job.parts), self._job.candidates
+        if self._classifier is None:
+            return self.store.join(parts), None
+        probability_M = np.concatenate([self.store.read(part)["probability_N"] for part in parts])
+        probability_Pm = probability_M.reshape(-1, m)[:, : job.candidates]
+        kept_Pn = best_candidates(probability_Pm, job.count)
+        keep_M = np.zeros(len(probability_M), bool)
+        keep_M[(np.arange(len(kept_Pn))[:, None] * m + kept_Pn).reshape(-1)] = True
+        features = self.store.join(parts, keep_M)
+        del features["probability_N"]
+        return features, summary(job, probability_Pm, kept_Pn)
 
 
 def evaluate_images(
@@ -109,44 +151,81 @@ def evaluate_images(
         if isinstance(images, FolderImages) and images.lossy:
             measured.notices.append("some samples are JPEG, which changes FID; keep PNG or .npz")
         about = _about(settings, reference, name, images.shape[0])
-        return _write_report(out, request, measured, store, about)
+        report = _write_report(out, request, measured, about)
+        store.delete()
+        return report
 
 
 def evaluate_model(
-    settings: EvaluationSettings, model: Sampler, name: str, job: SamplingJob, out: pathlib.Path
-) -> dict[str, Any]:
+    settings: EvaluationSettings,
+    model: Sampler,
+    name: str,
+    jobs: Mapping[pathlib.Path, SamplingJob],
+    classifier: Classifier | None = None,
+) -> list[dict[str, Any]]:
     """Draws samples from a model and measures them, otherwise like `evaluate_images`.
 
-    All devices and processes draw. The first process measures and writes the report.
+    All devices and processes draw. The first process measures and writes the reports.
+
+    Args:
+        settings: settings of the evaluation.
+        model: model that samples.
+        name: location of the model, for the reports.
+        jobs: job for each path of a report. They differ only in their acceptances, and share the
+            candidates of the job with the lowest one.
+        classifier: classifier that chooses among the candidates; None to keep all images.
+
+    Returns:
+        A report for each job.
     """
-    if len(job.label_N) < LEAST_SAMPLES:
-        raise InputError(f"{len(job.label_N)} samples are requested; two or more are needed")
-    drawn, network = job.request(model), settings.extract.network.identity
-    assert not drawn.keys() & network.keys()
-    samples = json.loads(json.dumps(drawn | network))
+    network = settings.extract.network.identity
+    samples = {}
+    for out, job in jobs.items():
+        if len(job.label_N) < LEAST_SAMPLES:
+            raise InputError(f"{len(job.label_N)} samples are requested; two or more are needed")
+        drawn = job.request(model)
+        assert not drawn.keys() & network.keys()
+        samples[out] = json.loads(json.dumps(drawn | network))
     reference: Reference
 
-    def begin() -> dict[str, Any] | None:
+    def begin() -> list[dict[str, Any] | None]:
         nonlocal reference
         reference = _read_reference(settings, model.image_shape)
-        return finished_report(out, {"samples": samples, "reference": reference.digest})
+        return [
+            finished_report(out, {"samples": samples[out], "reference": reference.digest})
+            for out in jobs
+        ]
 
-    if (done := on_first_process(begin)) is not None:
-        return done
-    output = FeatureOutput(parts_folder(out), samples, settings.extract)
+    reports = dict(zip(jobs, on_first_process(begin), strict=True))
+    missing = [out for out, report in reports.items() if report is None]
+    if not missing:
+        return list(reports.values())
+    # Its report is the last one, so that features are kept until all reports are written.
+    missing.sort(key=lambda out: -jobs[out].accept)
+    folder, largest = parts_folder(missing[-1]), jobs[missing[-1]]
+    output = FeatureOutput(folder, samples[missing[-1]], settings.extract, largest, classifier)
 
-    def finish() -> dict[str, Any]:
-        order_N = np.random.default_rng(job.seed).permutation(len(job.label_N))  # as in an .npz
-        features = {n: x[order_N] for n, x in output.store.join(list(job.parts)).items()}
-        measured = measure(features, reference, job.label_N[order_N], model.classes)
-        about = _about(settings, reference, name, len(job.label_N))
-        about["published"] = _published(settings, model, name, job)
-        request = {"samples": samples, "reference": reference.digest}
-        return _write_report(out, request, measured, output.store, about)
+    def finish() -> list[dict[str, Any]]:
+        written = []
+        for out in missing:
+            job = jobs[out]
+            features, rejection = output.features_of(job)
+            order_N = np.random.default_rng(job.seed).permutation(len(job.label_N))  # as in an .npz
+            features = {name: x[order_N] for name, x in features.items()}
+            measured = measure(features, reference, job.label_N[order_N], model.classes)
+            about = _about(settings, reference, name, len(job.label_N))
+            about["published"] = _published(settings, model, name, job)
+            if rejection is not None:
+                about["rejection"] = rejection._asdict()
+            request = {"samples": samples[out], "reference": reference.digest}
+            written.append(_write_report(out, request, measured, about))
+        output.store.delete()
+        return written
 
-    with locked_for_job(lambda: parts_folder(out)):
-        run_job(model, job, output)
-        return on_first_process(finish)
+    with locked_for_job(lambda: folder):
+        run_job(model, largest, output)
+        reports |= zip(missing, on_first_process(finish), strict=True)
+    return list(reports.values())
 
 
 def begun_batch_size_of_report(out: pathlib.Path) -> int | None:
@@ -186,6 +265,8 @@ def print_report(report: Mapping[str, Any]) -> None:
     count, reference_count = report["images"], report["reference_images"]
     kind = f"{reference_count:,} images" if reference_count else "statistics"
     print(f"\n{count:,} samples of {report['name']} against {kind} of {report['reference']}")
+    if rejection := report.get("rejection"):
+        print(RejectionSummary(**rejection))
     if crop := report.get("reference_crop"):
         print(f"the reference is {crop}")
     if published and not published["differences"]:
@@ -238,6 +319,7 @@ def _published(
         job.count,
         settings.reference,
         settings.extract.network.identity["features"],
+        job.accept,
     )
     result, differences = compare_settings(measurement)
     if result is None:
@@ -265,7 +347,6 @@ def _write_report(
     out: pathlib.Path,
     request: Mapping[str, Any],
     measured: SampleMetrics,
-    store: FeatureStore,
     about: Mapping[str, Any],
 ) -> dict[str, Any]:
     report = {
@@ -279,5 +360,4 @@ def _write_report(
         "device": jax.devices()[0].device_kind,
     }
     files.write_json(out, report)
-    store.delete()
     return report

@@ -25,6 +25,7 @@ class Measurement:
         count: number of samples of each class.
         reference: reference as given on the command line.
         features: name of the feature network.
+        accept: fraction of the samples that a classifier kept.
     """
 
     location: str
@@ -33,6 +34,7 @@ class Measurement:
     count: int
     reference: str
     features: str
+    accept: float = 1.0
 
 
 def compare_settings(measurement: Measurement) -> tuple[PublishedResult | None, list[str]]:
@@ -98,6 +100,8 @@ def _differences(measurement: Measurement, result: PublishedResult) -> list[str]
         lines.append(f"{measurement.count} samples of each class, published {COUNT}")
     if pathlib.PurePath(measurement.reference).name not in result.references:
         lines.append(f"the reference is {measurement.reference}, published {result.references[0]}")
+    if measurement.accept != 1:
+        lines.append(f"a classifier kept {measurement.accept} of the samples, published all")
     if measurement.features != INCEPTION:
         lines.append(f"features are {measurement.features}, published {INCEPTION}")
     return lines

@@ -9,6 +9,7 @@ from typing import Any
 
 from varjax.config.renamed import renamed_message
 from varjax.errors import InputError, StorageError
+from varjax.sampling.rejection import check_acceptance
 from varjax.storage import files
 
 PRINTED = ("fid", "inception_score", "precision", "recall")
@@ -56,6 +57,28 @@ def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
             raise InputError(f"sweep {text}: {name} is swept twice")
         axes[name] = [_parse(name, types[name], value) for value in values.split(",")]
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def split_acceptances(texts: Sequence[str]) -> tuple[list[float], list[str]]:
+    """Separates "accept=1,0.5", the acceptances of rejection sampling, from options of the model.
+
+    Args:
+        texts: options and their values, NAME=VALUE,VALUE… each.
+
+    Returns:
+        (acceptances, none if they are not swept; the other texts).
+
+    Raises:
+        InputError: an acceptance out of range, or given twice.
+    """
+    accepts = [text for text in texts if text.partition("=")[0] == "accept"]
+    if len(accepts) > 1:
+        raise InputError(f"sweep {accepts[1]}: accept is swept twice")
+    values = [value for text in accepts for value in text.partition("=")[2].split(",")]
+    if len(set(values)) < len(values):
+        raise InputError(f"sweep {accepts[0]}: a value is given twice")
+    acceptances = [check_acceptance(_parse("accept", float, value)) for value in values]
+    return acceptances, [text for text in texts if text not in accepts]
 
 
 def point_path(out: pathlib.Path, options: Mapping[str, Any]) -> pathlib.Path:

@@ -213,9 +213,17 @@ class FeatureStore:
             raise InputError(f"{path} has features of other images; delete it and try again")
         return features
 
-    def join(self, parts: list[range]) -> Features:
-        """Reads parts into one array for each kind of features."""
-        features = [self.read(part) for part in parts]
+    def join(self, parts: list[range], keep_M: np.ndarray | None = None) -> Features:
+        """Reads parts into one array for each kind of features.
+
+        Args:
+            parts: parts to read.
+            keep_M: which of all images to keep, (M,) bool; None keeps all.
+        """
+        features = []
+        for part in parts:
+            rows = slice(None) if keep_M is None else keep_M[part]
+            features.append({name: x[rows] for name, x in self.read(part).items()})
         return {name: np.concatenate([x[name] for x in features]) for name in features[0]}
 
     def delete(self) -> None:

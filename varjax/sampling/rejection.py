@@ -37,21 +37,26 @@ def add_rejection_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classifier", metavar="DIR", help=about)
 
 
-def classifier_of_flags(flags: argparse.Namespace, swept: bool = False) -> LoadedClassifier | None:
+def classifier_of_flags(
+    flags: argparse.Namespace, swept: Sequence[float] = ()
+) -> LoadedClassifier | None:
     """Loads the classifier that the flags name; None if they do not ask for rejection.
 
     Args:
         flags: flags that `add_rejection_flags` added.
-        swept: whether acceptances are given in another way than by --accept.
+        swept: acceptances of a sweep, in place of --accept.
 
     Raises:
         InputError: an acceptance out of range, one flag without the other, or no such classifier.
     """
     if flags.accept is not None:
         check_acceptance(flags.accept)
-    if (flags.accept is not None or swept) != (flags.classifier is not None):
+        if swept:
+            raise InputError(f"accept={flags.accept} and a sweep of accept: give one of them")
+    if (flags.accept is not None or bool(swept)) != (flags.classifier is not None):
+        accept = flags.accept or ",".join(map(str, swept)) or None
         raise InputError(
-            f"accept={flags.accept}, classifier={flags.classifier}: give both; the classifier "
+            f"accept={accept}, classifier={flags.classifier}: give both; the classifier "
             "decides which fraction of the images is kept"
         )
     return None if flags.classifier is None else load_classifier(flags.classifier)
