@@ -241,7 +241,9 @@ class FakeModel:
 def test_a_released_mar_is_evaluated_in_256_steps(monkeypatch):
     asked = []
     monkeypatch.setattr(command, "load", lambda *given: FakeModel())
-    monkeypatch.setattr(command, "evaluate_model", lambda *given: asked.append(given[3]) or {})
+    monkeypatch.setattr(
+        command, "evaluate_model", lambda *given: asked.extend(given[3].values()) or [{}]
+    )
     monkeypatch.setattr(command, "print_report", lambda report: None)
     flags = ["--weights=mar_b", "--batch_size=8", "--features=pixels", "--reference=adm.npz"]
     for more, steps in (([], 256), (["--steps=32"], 32)):
