@@ -220,11 +220,9 @@ def test_only_copies_that_no_process_uses_are_removed(root, tmp_path, monkeypatc
     files.local_copy(f"{root}/d")
     assert all(copy.exists() for copy in copies)  # this process used them
 
-    users = tmp_path / "cache/buckets/.users"
-    for place, descriptor in list(cache_dir._lists.items()):
+    for descriptor in cache_dir._locks.values():
         os.close(descriptor)  # as if it had ended
-        del cache_dir._lists[place]
-    cache_dir._used.clear()
+    cache_dir._locks.clear()
     used = f"import time; from varjax.storage import cache_dir; cache_dir.use_copy({copies[1].parent.name!r}); print(1, flush=True); time.sleep(60)"  # noqa: E501
     other = subprocess.Popen([sys.executable, "-c", used], cwd=ROOT, stdout=subprocess.PIPE)
     try:
@@ -232,7 +230,7 @@ def test_only_copies_that_no_process_uses_are_removed(root, tmp_path, monkeypatc
         os.utime(copies[1].parent, (time.time() - 2 * 86400,) * 2)
         cache_dir.prune_copies()
         assert [copy.exists() for copy in copies] == [False, True, False]
-        assert len(list(users.iterdir())) == 2  # the other's list, and the lock
+        assert len(list((tmp_path / "cache/buckets").iterdir())) == 2  # of the other, and d
     finally:
         other.kill()
         other.wait()
@@ -241,7 +239,7 @@ def test_only_copies_that_no_process_uses_are_removed(root, tmp_path, monkeypatc
     cache_dir.prune_copies()
     assert [copy.exists() for copy in copies] == [False, False, False]
     left = {path.name for path in (tmp_path / "cache/buckets").iterdir()}
-    assert len(left) == 2  # that of d, which is the youngest, and the lists
+    assert len(left) == 1  # that of d, which is the youngest
 
 
 def test_the_cache_lies_on_a_disk(monkeypatch):

@@ -11,22 +11,19 @@ import os
 import pathlib
 import secrets
 import shutil
-import socket
 import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 
 from varjax.errors import InputError, StorageError
 from varjax.storage.buckets import in_bucket
 from varjax.storage.untrusted import bytes_on_disk
 
 COPIES = "buckets"  # folder of the copies
-USERS, REMOVED = ".users", ".removed-"  # in that folder
+LOCK, REMOVED = ".lock", ".removed-"  # in a copy; in the folder of the copies
 COPY_DAYS, MAX_COPY_BYTES = 30, 200 * 10**9
-_lists: dict[pathlib.Path, int] = {}  # open files that list the copies this process uses
-_used: set[pathlib.Path] = set()
+_locks: dict[pathlib.Path, int] = {}  # open lock files of the copies that this process uses
 
 
 def cache_folder() -> pathlib.Path:
@@ -80,13 +77,11 @@ def use_copy(key: str) -> pathlib.Path:
     """
     folder = cache_folder() / COPIES / key
     try:
-        with _pruning_blocked(folder.parent):
-            folder.mkdir(exist_ok=True)
-            if folder not in _used:
-                _list_as_used(folder)
-            os.utime(folder)  # time of the last use
+        if folder not in _locks or not folder.is_dir():
+            _locks[folder] = _lock(folder, fcntl.LOCK_SH)
+        os.utime(folder)  # time of the last use
     except OSError as error:
-        if not folder.is_dir():  # or else the cache is read-only for this process
+        if not folder.is_dir():  # or else the cache is read-only for this process, or has no locks
             raise StorageError(
                 f"{folder} cannot be made ({error}); set VARJAX_CACHE to another folder"
             ) from error
@@ -95,66 +90,42 @@ def use_copy(key: str) -> pathlib.Path:
 
 def prune_copies() -> None:
     """Removes copies from buckets that are too old or too many, except those in use."""
-    root, removed = cache_folder() / COPIES, []
-    with contextlib.suppress(OSError), _pruning_blocked(root) as locked:
-        # They are only renamed under the lock, because other processes wait for it.
-        for folder in _unneeded(root) if locked else ():
-            removed.append(folder.rename(root / f"{REMOVED}{secrets.token_hex(8)}"))
-        removed += root.glob(f"{REMOVED}*")  # also those of a killed process
-    for folder in removed:
-        shutil.rmtree(folder, ignore_errors=True)
+    root, oldest, kept_bytes = cache_folder() / COPIES, time.time() - COPY_DAYS * 86400, 0
+    with contextlib.suppress(OSError):
+        copies = [path for path in root.iterdir() if not path.name.startswith(".")]
+        for used, folder in sorted(((path.stat().st_mtime, path) for path in copies), reverse=True):
+            size = bytes_on_disk(folder)
+            unneeded = used <= oldest or kept_bytes + size > MAX_COPY_BYTES
+            if not (unneeded and _set_aside(folder)):
+                kept_bytes += size
+        for folder in root.glob(f"{REMOVED}*"):  # also those of a killed process
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _unneeded(root: pathlib.Path) -> list[pathlib.Path]:
-    in_use, oldest, kept_bytes = _keys_in_use(root), time.time() - COPY_DAYS * 86400, 0
-    copies = [path for path in root.iterdir() if not path.name.startswith(".")]
-    unneeded = []
-    for used, folder in sorted(((path.stat().st_mtime, path) for path in copies), reverse=True):
-        size = bytes_on_disk(folder)
-        if folder.name in in_use or used > oldest and kept_bytes + size <= MAX_COPY_BYTES:
-            kept_bytes += size
-        else:
-            unneeded.append(folder)
-    return unneeded
-
-
-@contextlib.contextmanager
-def _pruning_blocked(root: pathlib.Path) -> Iterator[bool]:
-    """Makes other processes wait in `use_copy` and `prune_copies`; yields whether locks work."""
-    (root / USERS).mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(root / USERS / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+def _set_aside(folder: pathlib.Path) -> bool:
+    """Renames a copy for its removal; returns False if a process uses it, or locks do not work."""
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True
+        descriptor = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    try:
+        folder.rename(folder.parent / f"{REMOVED}{secrets.token_hex(8)}")
     finally:
         os.close(descriptor)
+    return True
 
 
-def _list_as_used(folder: pathlib.Path) -> None:
-    """Adds a copy to this process's list, a file that stays locked until the process ends."""
-    users = folder.parent / USERS
-    if users not in _lists:
-        path = users / f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
-        _lists[users] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        with contextlib.suppress(OSError):  # without locks, nothing is ever removed
-            fcntl.flock(_lists[users], fcntl.LOCK_EX)
-    os.write(_lists[users], f"{folder.name}\n".encode())
-    _used.add(folder)
-
-
-def _keys_in_use(root: pathlib.Path) -> set[str]:
-    """Reads the lists of all running processes, and removes the other lists."""
-    keys: set[str] = set()
-    for path in (root / USERS).iterdir():
-        with open(path) as file:
+def _lock(folder: pathlib.Path, kind: int) -> int:
+    """Locks a copy by a file in it, shared or alone, until the returned descriptor is closed."""
+    while True:
+        with contextlib.suppress(FileNotFoundError):  # another process removes the copy meanwhile
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, kind)
+                if os.path.samestat(os.fstat(descriptor), os.stat(folder / LOCK)):
+                    return descriptor
             except OSError:
-                keys |= set(file.read().split())
-            else:
-                path.unlink(missing_ok=True)
-    return keys
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
