@@ -459,7 +459,7 @@ def test_mar_takes_a_tokenizer_that_was_converted(tmp_path):
     assert load(f"mar.py:tokenizer={tmp_path / 'vae'},data=random").task == task
     for wrong, message in (
         ("kl_f64", "tokenizer=kl_f64: no such directory, and none of kl16, kl_f4"),
-        (tmp_path, "neither of a training run|holds no config.json"),
+        (tmp_path, "neither to a training run|has no config.json"),
     ):
         with pytest.raises(InputError, match=message):
             load(f"mar.py:tokenizer={wrong}")

@@ -56,7 +56,7 @@ def test_it_is_found_wherever_it_lies(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, found.params, params)
     assert varjax.load_tokenizer(runs.tokenizer()).config == CONFIG
     files.write_json(tmp_path / "other/config.json", {"task": {"_type": "TinyTask"}})
-    with pytest.raises(ValueError, match="other is a run of TinyTask, which holds no tokenizer"):
+    with pytest.raises(ValueError, match="other is a run of TinyTask, which has no tokenizer"):
         varjax.load_tokenizer(tmp_path / "other")
 
 
@@ -168,4 +168,4 @@ def test_building_on_an_unfinished_run_is_told(tmp_path, capsys):
     config = files.read_json(run / "config.json")
     files.write_json(run / "config.json", config | {"steps": 40})
     read_frozen_tokenizer(str(run), runs.TOKENIZER)
-    assert "stands at step 2 of 40" in capsys.readouterr().err
+    assert "is at step 2 of 40" in capsys.readouterr().err

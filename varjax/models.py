@@ -155,7 +155,7 @@ def family_of(weights: WeightsDir) -> Family:
     stems = ", ".join(sorted(path.stem for path in weights.path.glob("*.safetensors")))
     names = " or ".join(f"--{family.name}" for family in FAMILIES)
     raise InputError(
-        f"{weights.path} holds only {stems or 'no weights'}; convert it again with {names} as well"
+        f"{weights.path} has only {stems or 'no weights'}; convert it again with {names} as well"
     )
 
 
@@ -187,7 +187,7 @@ def tokenizer_kind(weights: WeightsDir) -> TokenizerKind:
             return kind
     task = weights.config.get("task")
     if task is not None and "tokenizer" not in task:
-        raise InputError(f"{weights.path} is a run of {weights.task}, which holds no tokenizer")
+        raise InputError(f"{weights.path} is a run of {weights.task}, which has no tokenizer")
     names = weights.tokenizer_settings().keys() - {"_type"}
     for kind in TOKENIZERS:
         config_class: Any = kind.config

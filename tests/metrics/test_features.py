@@ -216,7 +216,7 @@ def test_damaged_features_and_statistics_are_made_again(tmp_path, monkeypatch, c
     flip(first)
     reference = references.reference_of_images(images, images.digest, extract, cache)
     assert calls == [10, 10, 3, 10, 3]
-    assert f"{first} is deleted, to be made again" in capsys.readouterr().err
+    assert f"{first} is deleted and will be made again" in capsys.readouterr().err
     (statistics,) = cache.iterdir()
     content, pool_MD = statistics.read_bytes(), np.array(reference.pool_MD)  # it is a memory map
     flip(statistics)

@@ -114,5 +114,5 @@ def test_a_file_of_another_machine_is_waited_for(tmp_path):
 def test_a_file_that_some_process_never_sees_is_an_error_of_all(tmp_path, monkeypatch):
     monkeypatch.setattr(distributed, "NETWORK_SECONDS", 0.0)
     monkeypatch.setattr(distributed, "gather_json", lambda mine: [True, mine])
-    with pytest.raises(InputError, match="a, which process 0 wrote, is not seen by process 1;"):
+    with pytest.raises(InputError, match="a, which process 0 wrote, is not visible to process 1;"):
         distributed.check_shared_file(tmp_path / "a")

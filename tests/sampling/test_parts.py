@@ -37,7 +37,7 @@ def test_a_damaged_part_is_drawn_again(tmp_path, whole, capsys):
     damage(path)
     output = begun(path, [])
     assert [output.has(part) for part in PARTS] == [True, False, False]
-    assert "000000004.safetensors is deleted, to be made again" in capsys.readouterr().err
+    assert "000000004.safetensors is deleted and will be made again" in capsys.readouterr().err
     begun(path, PARTS[1:]).finish()
     assert path.read_bytes() == whole
 

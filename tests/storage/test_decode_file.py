@@ -89,7 +89,7 @@ def test_what_is_broken_is_named_with_the_reason(tmp_path):
         ("cut.jpg", "truncated"),
         ("text.jpg", "its format is unknown"),
         ("empty.jpg", "it is empty"),
-        ("float.tif", "holds floats"),
+        ("float.tif", "has floats"),
         ("none.jpg", "No such file"),
     ):
         with pytest.raises(BrokenImage, match=reason) as caught:

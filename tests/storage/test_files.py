@@ -63,7 +63,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
         files.read_json(path)
     for text in ("5", "[1]", "null", '"a"'):
         path.write_text(text)
-        with pytest.raises(InputError, match="t.safetensors holds .*, not a JSON object"):
+        with pytest.raises(InputError, match="t.safetensors contains .*, not a JSON object"):
             files.read_json(path)
     path.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(InputError, match="t.safetensors is not valid JSON"):

@@ -121,10 +121,10 @@ def test_postscript_runs_nothing_whatever_it_is_called(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("width", "height", "bits", "reason"),
     [
-        (13_300, 13_300, 1, "13300x13300 pixels; allowed are 67,108,864"),
-        (8_193, 8_193, 8, "8193x8193 pixels; allowed are"),
-        (1, 8_000, 8, "1x8000 pixels; allowed is an aspect ratio up to 100"),
-        (30_000, 2, 8, "30000x2 pixels; allowed is an aspect ratio"),
+        (13_300, 13_300, 1, "13300x13300 pixels; at most 67,108,864"),
+        (8_193, 8_193, 8, "8193x8193 pixels; at most"),
+        (1, 8_000, 8, "1x8000 pixels; aspect ratios up to 100"),
+        (30_000, 2, 8, "30000x2 pixels; aspect ratios up to"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -153,7 +153,9 @@ def test_the_limits_can_be_set(monkeypatch):
     monkeypatch.setenv("VARJAX_MAX_ASPECT_RATIO", "200")
     assert decode_file(thin, name="x").shape == (101, 1, 3)
     monkeypatch.setenv("VARJAX_MAX_PIXELS", "399")
-    with pytest.raises(InputError, match="allowed are 399 in all, .* or set VARJAX_MAX_PIXELS"):
+    with pytest.raises(
+        InputError, match="at most 399 in all are allowed, .* or set VARJAX_MAX_PIXELS"
+    ):
         decode_file(large, name="x")
     monkeypatch.setenv("VARJAX_MAX_PIXELS", "400")
     assert decode_file(large, name="x").shape == (20, 20, 3)

@@ -78,7 +78,7 @@ def test_what_is_no_image_is_named(tmp_path):
         (".", "is a folder"),
         ("text.png", "text.png is not an image"),
         ("cut.png", "cut.png is not an image"),
-        ("float.tif", "holds floats"),
+        ("float.tif", "has floats"),
     ):
         with pytest.raises(ValueError, match=message):
             image_io.read_image(tmp_path / name, shape)

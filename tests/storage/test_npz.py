@@ -37,7 +37,7 @@ def test_arrays_are_read_as_they_were_saved(tmp_path, save):
         np.testing.assert_array_equal(rows, ARRAYS["arr_0"][part.start : part.stop])
     with pytest.raises(InputError, match="x.npz: sigma is in Fortran order"):
         list(archive.rows("sigma", parts))
-    with pytest.raises(InputError, match="it has no mu, but arr_0, sigma"):
+    with pytest.raises(InputError, match="it has no mu, only arr_0, sigma"):
         archive.read("mu")
 
 
@@ -61,10 +61,10 @@ def archive_of(path, method=zipfile.ZIP_STORED, **members):
         "a shape of floats": (header("(9.0,)"), "invalid header"),
         "one byte less": (header("(8,)"), "8 bytes, but has 9"),
         "one byte more": (header("(10,)"), "10 bytes, but has 9"),
-        "objects": (header("(9,)", "'|O'"), "numbers are required"),
-        "text": (header("(9,)", "'<U1'"), "numbers are required"),
+        "objects": (header("(9,)", "'|O'"), "only numbers are allowed"),
+        "text": (header("(9,)", "'<U1'"), "only numbers are allowed"),
         "text of 2^30": (header("(9,)", "'<U1073741824'"), "invalid header"),
-        "records": (header("(9,)", "[('a', '|u1')]"), "numbers are required"),
+        "records": (header("(9,)", "[('a', '|u1')]"), "only numbers are allowed"),
         "no type": (header("(9,)", "'|q9'"), "invalid header"),
         "nested": (header("(" * 300 + ")" * 300), "invalid header"),
         "brackets that do not close": (header("(" * 300), "invalid header"),

@@ -67,7 +67,7 @@ def test_names_fit_into_messages():
 def test_settings_are_of_real_sizes():
     check_settings({"width": 1024, "scales": [1, 2], "a": {"b": None, "c": "x" * 999}}, "var")
     for bad in (2**70, -(2**21), math.inf, math.nan, [0] * 257, [[2**30]]):
-        with pytest.raises(InputError, match=r"^var\.a\.b.* allowed are"):
+        with pytest.raises(InputError, match=r"^var\.a\.b.* are allowed"):
             check_settings({"a": {"b": bad}}, "var")
 
 

@@ -173,7 +173,7 @@ def test_a_fork_goes_on_as_the_run_itself_and_under_other_settings(whole, tmp_pa
 
 def test_what_cannot_be_forked_is_refused(tmp_path):
     e = tiny.experiment(tmp_path / "other", fork_from=str(tmp_path))
-    with pytest.raises(InputError, match="holds no checkpoint"):
+    with pytest.raises(InputError, match="has no checkpoint"):
         loop.train(e)
     task = tiny.Tiny()
     state = task.init(KEY)

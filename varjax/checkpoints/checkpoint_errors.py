@@ -30,7 +30,7 @@ def device_error(error: BaseException | None) -> BaseException | None:
 def checkpoint_error(path: pathlib.Path, error: Exception) -> InputError:
     """Returns the error to raise after reading the files in a folder failed with `error`.
 
-    This is a StorageError if the machine, the network or a bucket failed, or else a
+    This is a StorageError if the machine, the network or a bucket failed, otherwise a
     DamagedFileError.
     """
     code = machine_errno(error)
@@ -38,13 +38,13 @@ def checkpoint_error(path: pathlib.Path, error: Exception) -> InputError:
         # Orbax logs some errors and then reports missing files, so try to open the files.
         code = machine_errno(_opening_error(path))
     if code is not None and code == errno.EIO:
-        # Repeated for seconds, so perhaps a bad sector. If the error passes later, the step still
-        # exists in the folder where it was set aside.
+        # Retries failed for seconds, so this may be a bad sector. If the error goes away later, the
+        # step still exists in the folder for unreadable steps.
         return DiskReadError(f"{path}: {os.strerror(code)}")
     if code is not None:
         return StorageError(
             f"{path} cannot be read now: {os.strerror(code)}. This does not mean that files are "
-            "damaged, so keep them; start again when the problem is solved"
+            "damaged, so keep them. Start again when the problem is solved"
         )
     if isinstance(error, DamagedFileError):
         return error
@@ -52,7 +52,7 @@ def checkpoint_error(path: pathlib.Path, error: Exception) -> InputError:
         # The services' packages raise exceptions of many kinds.
         return StorageError(
             f"{path} cannot be read now: {str(error)[:500]}. This does not mean that files are "
-            "damaged, so keep them; start again when the bucket can be reached"
+            "damaged, so keep them. Start again when the bucket can be reached"
         )
     return DamagedFileError(f"{path} is damaged: {type(error).__name__}: {str(error)[:500]}")
 

@@ -1,4 +1,4 @@
-"""Fingerprints of arrays, which show whether the numbers read are those that were saved.
+"""Computes fingerprints of arrays, which show whether the numbers read are those saved.
 
     saved = fingerprints(params)  # {"q/kernel": "float32[64,64] 0d5c2f5b91f7a3e4", …}
     changed = [path for path, text in fingerprints(read).items() if text != saved[path]]
@@ -31,8 +31,8 @@ MIX_FACTORS = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 def fingerprints(tree: PyTree, written: bool = False) -> dict[str, str]:
     """Returns dtype, shape and a 64-bit fingerprint of each array, by path.
 
-    All processes that hold parts of the arrays must call this. If this process holds all parts, it
-    waits for no other. If processes hold different copies of a part, the fingerprint is "".
+    All processes that hold parts of the arrays must call this. A process that holds all parts does
+    not wait for others. If processes hold different copies of a part, the fingerprint is "".
 
     Args:
         tree: nested dict of arrays.
@@ -40,15 +40,15 @@ def fingerprints(tree: PyTree, written: bool = False) -> dict[str, str]:
             a program is not deterministic.
     """
     leaves = trees.paths(tree)
-    mine = jax.device_get({path: _shard_sums(leaf, written) for path, leaf in leaves.items()})
+    local = jax.device_get({path: _shard_sums(leaf, written) for path, leaf in leaves.items()})
     parts = {
         path: {start: [int(x) for x in sums] for start, sums in shards.items()}
-        for path, shards in mine.items()
+        for path, shards in local.items()
     }
-    # One process may read weights for itself, without the others.
-    mine_alone = all(leaf.is_fully_addressable for leaf in leaves.values())
-    everyone = [parts] if mine_alone else gather_json(parts)
-    return {path: _text(leaf, [one[path] for one in everyone]) for path, leaf in leaves.items()}
+    # A process may read weights without the others.
+    holds_all = all(leaf.is_fully_addressable for leaf in leaves.values())
+    processes = [parts] if holds_all else gather_json(parts)
+    return {path: _text(leaf, [p[path] for p in processes]) for path, leaf in leaves.items()}
 
 
 def dtype_and_shape(leaf: Any) -> str:
@@ -56,10 +56,10 @@ def dtype_and_shape(leaf: Any) -> str:
     return f"{np.dtype(leaf.dtype).name}[{','.join(map(str, leaf.shape))}]"
 
 
-def _text(leaf: Any, everyone: list[dict[str, list[int]]]) -> str:
+def _text(leaf: Any, processes: list[dict[str, list[int]]]) -> str:
     """Sums the parts of an array in all processes, each part once."""
     parts: dict[str, list[int]] = {}
-    for sums in everyone:
+    for sums in processes:
         for start, pair in sums.items():
             if parts.setdefault(start, pair) != pair:
                 return ""

@@ -1,8 +1,8 @@
 """Lists checkpoints on a disk or in a bucket, and reads and verifies them.
 
 Each step is saved with a record, the item "meta": the caller's JSON data, the number of the step,
-and a fingerprint of each array as it was in memory. Steps of older versions have the caller's data
-alone, and are read without verification.
+and a fingerprint of each array as it was in memory. Steps of older versions have only the caller's
+data, and are read without verification.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from varjax.trees import PyTree
 
 STATE_TREES = ("params", "ema", "opt_state")
 RECORD_KEYS = {"step", "meta", "arrays", checksums.SEAL}
-MAX_ATTEMPTS = 20  # to read the newest step of a run that continues and deletes old steps
+MAX_ATTEMPTS = 20  # to read the newest step while the run deletes old steps
 T = TypeVar("T")
 
 
@@ -53,13 +53,13 @@ def make_record(step: int, meta: Mapping[str, Any], state: Mapping[str, PyTree])
 
 
 class SavedSteps:
-    """Reads the checkpoints <directory>/<step>; one that is being written has another name.
+    """Reads the checkpoints <directory>/<step>; an unfinished one has another name.
 
     saved = SavedSteps(run_dir / "checkpoints")
     params = saved.newest(saved.params)
 
     Its methods raise:
-        StorageError: the machine or network cannot read a step now; its files may be good.
+        StorageError: the machine or network cannot read a step now; its files may be intact.
         DamagedFileError: files are missing or damaged.
     """
 
@@ -95,12 +95,12 @@ class SavedSteps:
     ) -> T | None:
         """Returns `read(step)` for the newest step that can be read; None if there is no step.
 
-        A run in progress may delete a step before it is read; then the steps are listed again. If
-        a step is damaged, it is reported, and the one before it is read; nothing is moved.
+        If a run in progress deletes a step before it is read, the steps are listed again. A damaged
+        step is reported, and the one before it is read; nothing is moved.
 
         Args:
             read: function that reads one step.
-            steps: function that lists the steps; None for this object's own method.
+            steps: function that lists the steps; None for the method `steps`.
 
         Raises:
             InputError: no step can be read.
@@ -127,22 +127,22 @@ class SavedSteps:
         return self._record(step)["meta"]
 
     def record(self, step: int, meta: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the content of a step's file `meta/metadata` with new data of the caller."""
-        old = self._record(step)
-        if not old["arrays"]:  # written by an older version
+        """Returns the content of a step's file `meta/metadata`, with new data of the caller."""
+        record = self._record(step)
+        if not record["arrays"]:  # written by an older version
             return dict(meta)
-        return checksums.seal(old | {"meta": dict(meta)})
+        return checksums.seal(record | {"meta": dict(meta)})
 
     def arrays(
         self, step: int, abstract: dict[str, PyTree], shardings: dict[str, Any]
     ) -> tuple[dict[str, PyTree], dict]:
-        """Reads trees of arrays, of which each process reads its part, and the caller's data.
+        """Reads trees of arrays, each process its parts, and the caller's data.
 
-        All processes must call this, and an error in one is raised in all.
+        All processes must call this. An error in one is raised in all.
 
         Args:
             step: step number of the checkpoint.
-            abstract: shapes and dtypes of the trees, by their names in STATE_TREES; None for none.
+            abstract: shapes and dtypes of each tree in STATE_TREES, by name; None omits a tree.
             shardings: shardings with the structure of `abstract`; they may differ from those of the
                 saved arrays.
 
@@ -217,28 +217,27 @@ class SavedSteps:
         self, step: int, abstract: dict[str, PyTree], saved: Any, recorded: dict[str, Any]
     ) -> None:
         """Raises MismatchError if the saved arrays differ from `abstract`."""
-        where = self.directory / str(step)
+        path = self.directory / str(step)
         for name in ("params", "ema"):
             tree = saved[name].tree if saved.get(name) is not None else {}
             self._check_description(step, name, tree, recorded)
             if report := trees.difference(abstract[name], tree):
-                raise MismatchError(f"{where} has other {name} than this config:\n{report}")
+                raise MismatchError(f"{path} has other {name} than this config:\n{report}")
         if recorded and abstract["opt_state"] is not None:
-            wanted = {
-                path: dtype_and_shape(x) for path, x in trees.paths(abstract["opt_state"]).items()
-            }
+            leaves = trees.paths(abstract["opt_state"])
+            expected = {name: dtype_and_shape(x) for name, x in leaves.items()}
             stored = {p: text.split()[0] for p, text in recorded.get("opt_state", {}).items()}
-            if wanted != stored:
-                differing = sorted(dict(wanted.items() ^ stored.items()))
+            if expected != stored:
+                differing = sorted(dict(expected.items() ^ stored.items()))
                 raise MismatchError(
-                    f"{where} has another opt_state than this config; {len(differing)} arrays "
+                    f"{path} has another opt_state than this config; {len(differing)} arrays "
                     f"differ: {', '.join(differing[:10])}"
                 )
 
     def _check_description(
         self, step: int, name: str, tree: PyTree, recorded: dict[str, Any]
     ) -> None:
-        """Raises DamagedFileError if Orbax describes other arrays than the record."""
+        """Raises DamagedFileError if the arrays that Orbax describes differ from the record."""
         described = {path: dtype_and_shape(leaf) for path, leaf in trees.paths(tree).items()}
         saved = {path: text.split()[0] for path, text in recorded.get(name, {}).items()}
         if recorded and described != saved:
@@ -299,7 +298,7 @@ class SavedSteps:
                     raise DamagedFileError(f"{file} is damaged: it is not a regular file")
 
     def _repeated(self, step: int, read: Callable[[], T]) -> T:
-        """Reads, and reads again after a failure, because network disks fail now and then."""
+        """Calls `read`, and again after a failure, because network disks fail now and then."""
         path = self.directory / str(step)
         self._check_regular_files(path)
         for pause in (*read_errors.READ_PAUSES, None):
@@ -326,7 +325,7 @@ def none_readable(directory: pathlib.Path, errors: Mapping[int, DamagedFileError
     lines = "\n  ".join(unreadable(step, errors[step]) for step in sorted(errors))
     text = f"no checkpoint of {sorted(errors)} in {directory} can be read:\n  {lines}\n"
     if any(isinstance(error, DiskReadError) for error in errors.values()):
-        return StorageError(f"{text}Start again when the disk works; nothing was moved")
+        return StorageError(f"{text}Nothing was moved. Start again when the disk works")
     return InputError(f"{text}Restore them from a copy, or delete {directory} to continue without")
 
 
@@ -335,9 +334,9 @@ def restore_weights(
     ema: bool | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> PyTree:
-    """Reads the weights that a run is used with to the first device.
+    """Reads the weights of a run to the first device: the best by its `keep_best`, or the last.
 
-    They are the best ones by the run's `keep_best`, else the last ones. The run may be going on.
+    The run may be in progress.
 
     Args:
         run_dir: directory of the run.
@@ -347,14 +346,14 @@ def restore_weights(
         config: contents of the run's config.json; None reads it.
 
     Raises:
-        InputError: nothing was saved yet, or no average, or no step can be read.
-        StorageError: they cannot be read now, through no fault of the files.
+        InputError: the run has no checkpoint or no average yet, or no step can be read.
+        StorageError: the machine or network cannot read them now.
     """
     run_dir = as_path(run_dir)
     best, last = SavedSteps(run_dir / "best"), SavedSteps(run_dir / "checkpoints")
 
     def read_best(step: int) -> PyTree:
-        # Best by an earlier setting of keep_best is not what the run asks for now.
+        # A step that an earlier setting of keep_best chose is not the best by the present setting.
         chosen_by = best.meta(step).get("keep_best", "")
         if chosen_by != (config or files.read_json(run_dir / "config.json")).get("keep_best"):
             return None
@@ -364,7 +363,7 @@ def restore_weights(
     if (params := best.newest(read_best)) is None:
         params = last.newest(lambda step: last.params(step, ema))
     if params is None:
-        raise InputError(f"{run_dir} holds no checkpoint yet; let it train until its first save")
+        raise InputError(f"{run_dir} has no checkpoint yet; let it train until its first save")
     return params
 
 

@@ -1,7 +1,7 @@
 """Reads weights and their configs from a training run or a converted directory.
 
-Both have a config.json. A run's holds the settings of its "task"; a converted directory's holds a
-config for each NAME.safetensors, and the "sources" that they were made from.
+Both have a config.json. That of a run contains the settings of its "task". That of a converted
+directory contains a config for each NAME.safetensors, and the "sources" that they were made from.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from varjax.storage.cache_dir import cache_folder
 from varjax.storage.untrusted import shown
 from varjax.trees import PyTree
 
-PARTS = {"model", "sampling", "tokenizer", "sources"}  # of a task, or of a converted directory
-RANDOM = "random"  # in place of the location of weights
+PARTS = {"model", "sampling", "tokenizer", "sources"}  # of a task or a converted directory
+RANDOM = "random"  # a location that stands for random weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class WeightsDir:
     def read_task_part(self, part: str, config_class: type) -> Any:
         """Builds the config of a part of the run's task, such as its "model".
 
-        Raises InputError if the task has no such part, or one with other settings.
+        Raises InputError if the task lacks the part, or its settings do not fit `config_class`.
         """
         if part not in self.config["task"]:
             raise InputError(f"task in {self.path / 'config.json'} has no {part}")
@@ -68,7 +68,7 @@ class WeightsDir:
             config_class: a dataclass with a method `init(key) -> params`.
 
         Returns:
-            (config, params), the latter read-only views of the file.
+            (config, params); params are read-only views of the file.
 
         Raises:
             InputError: the directory lacks the model, or its parameters do not fit its config.
@@ -80,27 +80,27 @@ class WeightsDir:
         return config, params
 
     def read_options(self, options_class: type) -> Any:
-        """Builds the sampling options of a converted directory; those left out have defaults."""
+        """Builds the sampling options of a converted directory; missing ones have defaults."""
         return self._build(options_class, self.config.get("sampling", {}))
 
     def restore(self, ema: bool | None = None) -> PyTree:
-        """Reads what the run has learned; see `restore_weights`."""
+        """Reads the weights of the run; see `restore_weights`."""
         return restore_weights(self.path, ema, self.config)
 
     def tokenizer_settings(self) -> dict[str, Any]:
-        """Returns the settings of the tokenizer that is, or is used by, the model.
+        """Returns the settings of the tokenizer, which is the model itself or belongs to it.
 
-        Raises InputError if there is none.
+        Raises InputError if there is no tokenizer.
         """
         if self.task is None:
             return self._converted_settings("tokenizer")
         task = self.config["task"]
         if (settings := task.get("tokenizer", task.get("model"))) is None:
-            raise InputError(f"{self.path} is a run of {self.task}, which holds no tokenizer")
+            raise InputError(f"{self.path} is a run of {self.task}, which has no tokenizer")
         return settings
 
     def read_tokenizer_config(self, config_class: type) -> Any:
-        """Builds the tokenizer's config; raises InputError if it has other settings."""
+        """Builds the tokenizer's config; raises InputError if it does not fit `config_class`."""
         if self.task is None:
             return self.read_converted_config("tokenizer", config_class)
         return self._build(config_class, self.tokenizer_settings())
@@ -109,17 +109,17 @@ class WeightsDir:
         """Reads the tokenizer's parameters; raises InputError if there are none.
 
         Args:
-            ema: True reads the averaged weights of a tokenizer's own run, False the others; None
-                reads the averaged weights if there are any.
+            ema: True reads the averaged weights of a tokenizer's run, False the others; None reads
+                the averaged weights if there are any.
         """
-        self.tokenizer_settings()  # says what is missing
+        self.tokenizer_settings()  # raises an error if there is no tokenizer
         if self.task is not None and "tokenizer" not in self.config["task"]:
             return self.restore(ema)
         name = "tokenizer" if self.task is None else "frozen"
         return frozen_tokenizer(files.read_tensors(self.path / f"{name}.safetensors")[0])
 
     def read_tokenizer(self, config_class: type, ema: bool | None = None) -> tuple[Any, PyTree]:
-        """Reads (config, params) of the tokenizer; raises InputError for what is missing."""
+        """Reads (config, params) of the tokenizer; raises InputError if one is missing."""
         if self.task is None:
             return self.read_converted("tokenizer", config_class)
         return self.read_tokenizer_config(config_class), self.read_tokenizer_params(ema)
@@ -133,8 +133,7 @@ class WeightsDir:
             return self.config[name]
         stems = ", ".join(sorted(path.stem for path in self.path.glob("*.safetensors")))
         raise InputError(
-            f"{self.path} holds only {stems or 'no weights'}; "
-            f"convert it again with --{name} as well"
+            f"{self.path} has only {stems or 'no weights'}; convert it again with --{name} as well"
         )
 
 
@@ -143,15 +142,15 @@ def find_weights(location: str | os.PathLike) -> pathlib.Path:
     path = as_path(location)
     if files.exists(path) or len(path.parts) != 1:
         return path
-    fetched = cache_folder() / path
-    return fetched if files.exists(fetched / "config.json") else path
+    directory = cache_folder() / path
+    return directory if files.exists(directory / "config.json") else path
 
 
 def open_weights(location: str | pathlib.Path) -> WeightsDir:
     """Reads and checks the config.json of a training run or a converted directory.
 
     Args:
-        location: directory, or the name of a published model that was fetched before.
+        location: directory, or the name of a published model in the cache.
 
     Raises:
         InputError: `location` is neither.
@@ -160,13 +159,13 @@ def open_weights(location: str | pathlib.Path) -> WeightsDir:
     path = directory / "config.json"
     if not files.exists(path):
         raise InputError(
-            f"{directory} {'holds no config.json' if directory.is_dir() else 'does not exist'}; "
-            "give a run's directory, one that varjax convert wrote, or the name of a "
-            "published model such as var_d16 (fetched once by varjax.load_tokenizer or a command)"
+            f"{directory} {'has no config.json' if directory.is_dir() else 'does not exist'}; "
+            "give a run's directory, a directory that varjax convert wrote, or the name of a "
+            "published model such as var_d16 (varjax.load_tokenizer and commands download it)"
         )
     config = files.read_json(path)
     if not config.keys() & {"task", "sources"}:
-        raise InputError(f"{path} is neither of a training run nor of a converted directory")
+        raise InputError(f"{path} belongs neither to a training run nor to a converted directory")
     if "task" in config:
         task = config["task"]
         if not isinstance(task, dict) or not isinstance(task.get("_type"), str):
@@ -180,14 +179,14 @@ def open_weights(location: str | pathlib.Path) -> WeightsDir:
     return WeightsDir(directory, config)
 
 
-@functools.cache  # tracing a model takes seconds, and a tokenizer is read as often as its users
+@functools.cache  # tracing a model takes seconds, and a tokenizer is read several times
 def abstract_params(config: Any) -> PyTree:
     """Describes the parameters of a config with `init(key)`: jax.ShapeDtypeStruct, no arrays."""
     return jax.eval_shape(config.init, jax.random.key(0))
 
 
 def read_fixed_params(path: pathlib.Path, init: Callable[[jax.Array], PyTree], name: str) -> PyTree:
-    """Reads the parameters of a network that has one size only.
+    """Reads the parameters of a network that has only one size.
 
     Args:
         path: a .safetensors file.
@@ -195,7 +194,7 @@ def read_fixed_params(path: pathlib.Path, init: Callable[[jax.Array], PyTree], n
         name: name of the network, for the message.
 
     Raises:
-        InputError: the file is damaged, or holds parameters of something else.
+        InputError: the file is damaged or has other parameters.
     """
     params, _ = files.read_tensors(path)
     if report := trees.difference(jax.eval_shape(init, jax.random.key(0)), params):
@@ -211,7 +210,7 @@ def read_generator(
     options_class: type,
     ema: bool | None = None,
 ) -> tuple[Any, PyTree, Any]:
-    """Reads a model that samples: what a run has learned, or one of a converted directory.
+    """Reads a model that samples, from a run or a converted directory.
 
     Args:
         weights: training run or converted directory.
@@ -223,10 +222,10 @@ def read_generator(
             if there are any.
 
     Returns:
-        (config, params, the recommended options).
+        (config, params, default sampling options).
 
     Raises:
-        InputError: says what `weights` lacks.
+        InputError: `weights` has no such model.
     """
     if weights.task is None:
         model, params = weights.read_converted(name, config_class)
@@ -249,19 +248,19 @@ def frozen_tokenizer(frozen: PyTree) -> PyTree:
 
 
 def read_frozen_tokenizer(location: str, tokenizer: Any) -> PyTree:
-    """Reads the parameters of a tokenizer to build on; draws fresh ones for "random".
+    """Reads the parameters of a tokenizer that stays frozen; draws random ones for "random".
 
-    Prints a note if they come from a run that has not finished.
+    Prints a note if they come from an unfinished run.
 
     Args:
         location: run of a tokenizer, run that uses one, or converted directory.
         tokenizer: config of the tokenizer.
 
     Raises:
-        InputError: there is no tokenizer, or another one (with all differences).
+        InputError: there is no tokenizer, or its config differs; the message lists all differences.
     """
     if location == RANDOM:
-        print("the tokenizer is RANDOM: good for measuring speed, not for images", file=sys.stderr)
+        print("the tokenizer is RANDOM: use it to measure speed, not for images", file=sys.stderr)
         return jax.device_get(jax.jit(tokenizer.init)(jax.random.key(0)))
     weights = open_weights(location)
     params = read_expected_tokenizer(weights, tokenizer)
@@ -269,8 +268,8 @@ def read_frozen_tokenizer(location: str, tokenizer: Any) -> PyTree:
     saved = SavedSteps(weights.path / "checkpoints").steps() if steps else []
     if saved and saved[-1] < steps:
         print(
-            f"note: {weights.path} stands at step {saved[-1]} of {steps}; if it did not stop by "
-            "itself, let it finish before anything is built on it",
+            f"note: {weights.path} is at step {saved[-1]} of {steps}; unless it has stopped early, "
+            "let it finish before you train with its tokenizer",
             file=sys.stderr,
         )
     return params
@@ -279,12 +278,12 @@ def read_frozen_tokenizer(location: str, tokenizer: Any) -> PyTree:
 def read_expected_tokenizer(weights: WeightsDir, expected: Any) -> PyTree:
     """Reads a tokenizer's parameters.
 
-    Raises InputError if there is none, or one whose config is not `expected` (all differences).
+    Raises InputError if there is none, or if its config is not `expected`; lists all differences.
     """
     needed, settings = config_tree.to_dict(expected), dict(weights.tokenizer_settings())
-    if settings.keys() <= needed.keys() | {"_type"}:  # the same kind: fields left out have defaults
+    if settings.keys() <= needed.keys() | {"_type"}:  # the same kind; missing fields have defaults
         settings = config_tree.to_dict(weights.read_tokenizer_config(type(expected)))
     names = [n for n in dict.fromkeys((*settings, *needed)) if settings.get(n) != needed.get(n)]
-    if lines := [f"{n}: {settings.get(n)} there, {needed.get(n)} here" for n in names]:
-        raise InputError(f"{weights.path} holds another tokenizer:\n  " + "\n  ".join(lines))
+    if lines := [f"{n}: {settings.get(n)}, expected {needed.get(n)}" for n in names]:
+        raise InputError(f"{weights.path} has another tokenizer:\n  " + "\n  ".join(lines))
     return weights.read_tokenizer(type(expected))[1]

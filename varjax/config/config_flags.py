@@ -29,7 +29,7 @@ from varjax.config import config_tree
 from varjax.errors import InputError
 from varjax.storage.read_errors import retry_read
 
-# "name: text", "a, b: text" or "name (int): text", perhaps continued on further lines.
+# "name: text", "a, b: text" or "name (int): text"; the text may continue on further lines.
 ENTRY = re.compile(r"\s*(\w+(?:, \w+)*)(?: \([^)]*\))?:\s+(\S.*)")
 PREFIX = "--config."
 _PACKAGE = pathlib.Path(__file__).resolve().parents[1]
@@ -71,19 +71,21 @@ def config_from_flags(
         The parsed flags, and what the config's `get_config` returned with the changes.
 
     Raises:
-        InputError: there is no such config file, or a flag, field or value is unknown.
+        InputError: the config file does not exist, or a flag, field or value is unknown.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("-h", "--help", action="store_true")
     first.add_argument("--config")
     first.add_argument("--print_config", action="store_true")
-    asked, others = first.parse_known_args(arguments)
+    first_flags, others = first.parse_known_args(arguments)
     changes = [text.removeprefix(PREFIX) for text in others if text.startswith(PREFIX)]
-    if asked.config and (asked.help or asked.print_config):
-        config = config_tree.override(load_config(asked.config), changes)
+    if first_flags.config and (first_flags.help or first_flags.print_config):
+        config = config_tree.override(load_config(first_flags.config), changes)
         text = json.dumps(config_tree.to_dict(config), indent=2)
-        if asked.help:
-            text = f"{parser.format_help()}\nfields of {asked.config}, as they are set now:\n\n"
+        if first_flags.help:
+            text = (
+                f"{parser.format_help()}\nfields of {first_flags.config}, as they are set now:\n\n"
+            )
             text += describe(config)
         try:
             print(text, flush=True)
@@ -104,7 +106,7 @@ def load_config(location: str) -> Any:
     one folder can import each other by `from .other import …`.
 
     Raises:
-        InputError: there is no such file or function.
+        InputError: the file or the function does not exist.
         StorageError: the file cannot be read now.
     """
     name, _, argument = location.partition(":")
@@ -133,7 +135,7 @@ def load_config(location: str) -> Any:
 
 
 class _RetryingLoader(importlib.machinery.SourceFileLoader):
-    """Reads a file again where the machine or network failed, but executes it once."""
+    """Reads a file again if the machine or network failed, but executes it once."""
 
     def get_data(self, path: str) -> bytes:
         return retry_read(lambda: super(_RetryingLoader, self).get_data(path), path)

@@ -38,18 +38,19 @@ def from_dict(cls: type[T], data: dict[str, Any]) -> T:
     """Builds a `cls` from the data of `to_dict`; absent fields keep their defaults.
 
     A field annotated by a Protocol cannot be rebuilt, because its class is unknown; build that part
-    by itself.
+    separately.
 
     Raises:
-        InputError: a field is unknown, a value has a wrong type, or the data are of another class.
+        InputError: a field is unknown, a value has a wrong type, or the data belong to another
+            class.
     """
     return _build(cls, data, cls.__name__)
 
 
 def override(config: T, assignments: Iterable[str]) -> T:
-    """Returns a copy with every "a.b=value" applied, values parsed by the fields' annotations.
+    """Returns a copy with every "a.b=value" applied; annotations say how to parse a value.
 
-    All are applied together, so that fields which depend on each other can change at once.
+    All are applied together, so that fields that depend on each other can change at once.
 
     Raises:
         InputError: a field is unknown, or a value has a wrong type.
@@ -64,7 +65,7 @@ def override(config: T, assignments: Iterable[str]) -> T:
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Lists how two `to_dict` trees differ, as "path: A in the run, B in the config"."""
+    """Lists the differences between two `to_dict` trees: "path: A in the run, B in the config"."""
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return [] if a == b else [f"{path}: {a!r} in the run, {b!r} in the config"]
     lines = []
@@ -206,7 +207,7 @@ def _parse(kind: Any, text: str, path: str) -> Any:
 def _spell(kind: Any) -> str:
     if dataclasses.is_dataclass(kind):
         fields = [field.name for field in dataclasses.fields(kind)]
-        return f"a group of settings ({', '.join(fields)}), each set by its own name"
+        return f"a group of settings ({', '.join(fields)}), each set by its name"
     if typing.get_origin(kind) is Literal:
         return f"one of {list(typing.get_args(kind))}"
     return type_name(kind)

@@ -1,4 +1,4 @@
-"""Fields of configs that had another name: files of before are read, command lines are corrected.
+"""Handles former names of config fields: old files are read, command lines get the new name.
 
 guidance: float = field(default=2.5, metadata={"renamed": Renamed("cfg", plus=1)})
 """
@@ -13,9 +13,9 @@ class Renamed:
     """Describes the former name of a dataclass field.
 
     Attributes:
-        name: name of the field before.
-        plus: number to add to a value of before.
-        reason: end of the message to those who use the former name.
+        name: former name of the field.
+        plus: number to add to a value given by the former name.
+        reason: end of the message for users of the former name.
     """
 
     name: str
@@ -24,16 +24,16 @@ class Renamed:
 
 
 def current_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Returns the values of a dataclass's fields with former names replaced by today's."""
+    """Returns the values of a dataclass's fields, with former names replaced by present ones."""
     values = dict(values)
     for new, renamed in _renamed_fields(cls).items():
         if renamed.name in values and new not in values:
-            values[new] = _today(renamed, values.pop(renamed.name))
+            values[new] = _new_value(renamed, values.pop(renamed.name))
     return values
 
 
 def renamed_message(cls: type, name: str, value: Any) -> str | None:
-    """Says what to write instead of a former name and its value; None for any other name.
+    """Returns what to write instead of a former name and its value; None for any other name.
 
     Args:
         cls: dataclass with the fields.
@@ -44,8 +44,8 @@ def renamed_message(cls: type, name: str, value: Any) -> str | None:
     for new, renamed in _renamed_fields(cls).items():
         if renamed.name == last:
             texts = str(value).split(",")
-            today = ",".join(str(_today(renamed, _number(text))) for text in texts)
-            return f"{name}={value}: write {'.'.join([*path, new])}={today}{renamed.reason}"
+            values = ",".join(str(_new_value(renamed, _number(text))) for text in texts)
+            return f"{name}={value}: write {'.'.join([*path, new])}={values}{renamed.reason}"
     return None
 
 
@@ -59,7 +59,7 @@ def _renamed_fields(cls: type) -> dict[str, Renamed]:
     return {name: renamed for name, renamed in fields.items() if renamed}
 
 
-def _today(renamed: Renamed, value: Any) -> Any:
+def _new_value(renamed: Renamed, value: Any) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value + renamed.plus if is_number and renamed.plus else value
 

@@ -47,19 +47,19 @@ def run_command(
     Args:
         name: name of the command, for its messages.
         action: function that does the work; if it returns an int, that is the exit code.
-        debug: whether to show the traceback of users' mistakes.
+        debug: whether to print the traceback of an InputError.
         interrupted: text printed after Ctrl-C.
 
     Returns:
-        0 if `action` returned no int, 1 after an InputError or a failure of the machine or its file
-        system, 130 after Ctrl-C. Any other exception is a bug, and is raised. A signal that ends
-        the process, such as SIGBUS after a mapped file was truncated, prints the stack.
+        0 if `action` returns no int, 1 after an InputError or a failure of the machine or its file
+        system, 130 after Ctrl-C. Any other exception is a bug and is raised. A signal that ends the
+        process, such as SIGBUS after a mapped file was truncated, prints the stack.
     """
     if not faulthandler.is_enabled():
         with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is not a file
             faulthandler.enable()
     try:
-        image_limits()  # a wrong environment variable is an error now, not at the first image
+        image_limits()  # refuses an invalid environment variable now, not at the first image
         code = action()
     except InputError as error:
         if debug:

@@ -1,4 +1,4 @@
-"""Keeps compiled programs on the disk, so that a second start of a command compiles nothing again.
+"""Keeps compiled programs on the disk, so that the next start of a command need not compile them.
 
 Compiling the programs of a large model takes minutes. A program from the disk is identical to the
 one that was compiled, so results are equal to the bit.

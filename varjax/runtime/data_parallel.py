@@ -1,4 +1,4 @@
-"""Computes a batch on several devices: each has all weights and some rows of the batch."""
+"""Computes a batch on several devices, each with all weights and some rows of the batch."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -33,9 +33,9 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 def data_parallel(f: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
     """Jits `f` so that each device computes its part of the batch.
 
-    Each device runs the program of a small batch by itself, so an image is the same to the bit on
-    one device or on many. A batch that cannot be divided equally is padded with its last row, and
-    the padding is removed from the result.
+    Each device runs the program of a small batch independently, so an image is the same to the bit
+    on any number of devices. A batch that cannot be divided equally is padded with its last row,
+    and the padding is removed from the result.
 
     Args:
         f: (params, options, *batch) -> arrays; batch and result have a leading batch axis.

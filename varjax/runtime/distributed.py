@@ -1,4 +1,4 @@
-"""Several processes as one run: how they connect, exchange data and agree on errors."""
+"""Connects the processes of a run, exchanges their data, and makes them agree on errors."""
 
 import argparse
 import json
@@ -25,9 +25,9 @@ from varjax.errors import (
 )
 from varjax.runtime.commands import run_command
 
-HEARTBEAT_SECONDS = 30  # without a sign of life, after which the other processes end
-# Until every machine sees a file that one of them wrote: an NFS client caches a folder for up to a
-# minute (acdirmax).
+HEARTBEAT_SECONDS = 30  # without a heartbeat from a process, after which the others end
+# Time until every machine sees a file that one of them wrote: an NFS client caches a folder for up
+# to a minute (acdirmax).
 NETWORK_SECONDS = 65
 # Errors that are raised in all processes; subclasses first, because `isinstance` picks the first.
 SHARED_ERRORS: dict[str, type[Exception]] = {
@@ -70,11 +70,11 @@ def connect_by_flags(flags: argparse.Namespace, communicate: bool = True) -> tup
 
     Args:
         flags: the parsed command line.
-        communicate: False if the processes divide the work without exchanging data. Then they are
+        communicate: False if the processes divide the work without exchanging data. They are then
             not connected, and --processes and --process are enough.
 
     Returns:
-        Index of this process and number of processes: (0, 1) without such flags.
+        Index of this process and number of processes; (0, 1) without these flags.
 
     Raises:
         InputError: flags are missing or out of range, or no cluster was found.
@@ -112,7 +112,7 @@ def connect(
         host, _, port = str(coordinator).rpartition(":")
         if not host or not port.isdecimal() or not 0 < int(port[:6]) < 2**16:
             raise InputError(f"--coordinator={coordinator} is not HOST:PORT; {USAGE}")
-    # JAX's service would handle SIGTERM, which `training.preemption` does.
+    # JAX's service would handle SIGTERM, but `training.preemption` does.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -125,10 +125,10 @@ def connect(
 def _number_in_cluster() -> tuple[int, int]:
     """Asks the cluster for the index and number of processes, without connecting them.
 
-    Connected processes must end together: the first one waits for the others at a barrier of five
-    minutes, and then all are killed, as they are if one dies or starts late. Disconnecting later
-    would leave JAX with devices of a larger whole. JAX has no public function for the numbers
-    alone. This is the interface that its clusters implement; if it changes, the flags still work.
+    Connected processes must end together: the first one waits for the others for five minutes, and
+    then all are killed, as they are if one dies or starts late. Disconnecting later would leave JAX
+    with devices of other processes. JAX has no public function that returns only the numbers. This
+    is the interface that its clusters implement. If it changes, the flags still work.
     """
     try:
         from jax._src.clusters import ClusterEnv
@@ -144,7 +144,7 @@ def _number_in_cluster() -> tuple[int, int]:
             f"this version of JAX cannot number processes without connecting them ({error}); start "
             "each with --processes=COUNT and --process=NUMBER (from 0)"
         ) from error
-    if device is not None:  # as `jax.distributed.initialize`: one GPU for each process
+    if device is not None:  # one GPU for each process, as in `jax.distributed.initialize`
         for platform in ("cuda", "rocm"):
             jax.config.update(f"jax_{platform}_visible_devices", str(device))
     return _check_number(count, index)
@@ -164,7 +164,7 @@ def end_process(code: int) -> int:
     """Returns an exit code; if this is one of several processes, ends it immediately instead.
 
     A regular exit would wait for the other processes, perhaps forever. They notice the end at once
-    if they exchange data over TCP, or else by the missing heartbeat.
+    if they exchange data over TCP, otherwise by the missing heartbeat.
     """
     if jax.process_count() > 1:
         number = jax.process_index()
@@ -185,9 +185,9 @@ def run_on_processes(name: str, action: Callable[[], object], debug: bool = Fals
     Args:
         name: name of the command, for its messages.
         action: function that does the work; see `run_command`.
-        debug: whether to show the traceback of users' mistakes.
+        debug: whether to print the traceback of an InputError.
     """
-    # Orbax logs internals, and errors that it also raises.
+    # Orbax logs internal details, and errors that it also raises.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     before = set(threading.enumerate())
     try:
@@ -197,9 +197,10 @@ def run_on_processes(name: str, action: Callable[[], object], debug: bool = Fals
         code = 1
     if not code:
         return 0
-    left = set(threading.enumerate()) - before
-    if any(type(thread).__module__.startswith("orbax.") for thread in left):
-        # After a failed save these threads wait minutes for one another, as would a regular exit.
+    new_threads = set(threading.enumerate()) - before
+    if any(type(thread).__module__.startswith("orbax.") for thread in new_threads):
+        # After a failed save, these threads wait minutes for one another, and so would a regular
+        # exit.
         _end_at_once(code)
     return end_process(code)
 
@@ -218,12 +219,13 @@ def gather_json(value: Any) -> list[Any]:
 def check_shared_file(path: pathlib.Path) -> None:
     """Raises InputError unless all processes see this file, which the first one wrote."""
     deadline = time.monotonic() + NETWORK_SECONDS
-    while not (seen := path.exists()) and time.monotonic() < deadline:
+    while not (visible := path.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    if blind := [number for number, sees in enumerate(gather_json(seen)) if not sees]:
+    if blind := [number for number, sees in enumerate(gather_json(visible)) if not sees]:
         raise InputError(
-            f"{path}, which process 0 wrote, is not seen by process {', '.join(map(str, blind))}; "
-            "choose a run_dir on a file system that all processes share"
+            f"{path}, which process 0 wrote, is not visible to process "
+            f"{', '.join(map(str, blind))}; choose a run_dir on a file system that all processes "
+            "share"
         )
 
 

@@ -1,4 +1,4 @@
-"""Counts floating-point operations of a JAX function in its jaxpr."""
+"""Counts the floating-point operations of a JAX function in its jaxpr."""
 
 import math
 from collections.abc import Callable, Iterator

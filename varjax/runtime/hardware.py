@@ -1,4 +1,4 @@
-"""Speed and memory of this machine's devices."""
+"""Measures the speed and memory of this machine's devices."""
 
 import functools
 import os
@@ -19,7 +19,7 @@ CONTAINER_LIMITS = (
     pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 # Published TFLOP/s of dense matrix products in bfloat16 (T4, V100: float16) for one JAX device,
-# which is half a chip of TPU v2, v3 and 7x and of MI250. The first match in `device_kind` counts.
+# which is half a chip for TPU v2, v3 and 7x and MI250. The first match in `device_kind` counts.
 PUBLISHED_TFLOPS = (
     (r"TPU v2", 23),
     (r"TPU v3", 61.5),
@@ -54,7 +54,7 @@ PUBLISHED_TFLOPS = (
 
 
 def peak_flops() -> float:
-    """Returns the peak FLOP/s of one device: the published number, or else a measured one."""
+    """Returns the peak FLOP/s of one device: the published number, otherwise a measured one."""
     return published_peak_flops(jax.devices()[0].device_kind) or measured_peak_flops()
 
 
@@ -88,7 +88,7 @@ def matmul_flops(size: int, dtype: Any, precision: Any = None, repeats: int = 3)
 
 
 def fastest_seconds(function: Callable[[], Any], repeats: int = 3) -> float:
-    """Times a function until its result is ready: the fastest of `repeats` calls after one."""
+    """Times a function until its result is ready: the fastest of `repeats` calls, after a first."""
     jax.block_until_ready(function())
     seconds = []
     for _ in range(repeats):
@@ -102,7 +102,7 @@ def memory_usage() -> dict[str, float]:
     """Returns memory_gb, in use now, and memory_peak_gb, the largest so far.
 
     Both are of the fullest device of this process, in units of 1e9 bytes. For devices that do not
-    report memory, such as CPUs, only the process's own memory_peak_gb is returned.
+    report memory, such as CPUs, only the memory_peak_gb of the process is returned.
     """
     statistics = [s for device in jax.local_devices() if (s := device.memory_stats())]
     if statistics:

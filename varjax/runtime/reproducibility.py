@@ -1,4 +1,4 @@
-"""Digests of what a run's numbers depend on besides its settings: NumPy, Pillow and JAX.
+"""Computes digests of the results of NumPy, Pillow and JAX that a run depends on.
 
 A run that continues with other versions of them may get other batches; the digests show whether it
 does. JAX is imported only where it is needed, because processes that read images run without it.
@@ -43,9 +43,9 @@ def versions() -> dict[str, str]:
 
 
 def random_numbers_digest() -> str:
-    """Returns a digest of NumPy's random numbers for one seed, drawn in all ways that data use.
+    """Returns a digest of NumPy's random numbers for one seed, from all functions that data use.
 
-    A new version of NumPy may draw them differently.
+    A new version of NumPy may draw other numbers.
     """
     rng = np.random.default_rng((0, 1, 2))
     return arrays_digest(
@@ -74,7 +74,7 @@ def pixels_digest() -> str:
 
 
 def jax_draws() -> dict[str, Any]:
-    """Returns how JAX draws: a digest of some numbers, its version, and the flags that matter."""
+    """Returns a digest of JAX's random numbers, its version, and the flags that change them."""
     import jax
 
     flags = {name: getattr(jax.config, name) for name in JAX_FLAGS}
@@ -87,7 +87,7 @@ def _jax_digest(implementation: str, partitionable: bool) -> str:
     import jax
 
     numbers = jax.device_get(jax.jit(lambda: _draw_with_jax(implementation))())
-    # Other devices round the normal distribution differently, but none of these near a half.
+    # Devices round the normal distribution differently, but none of these numbers is near a half.
     numbers["normal"] = np.rint(numbers["normal"] * 8).astype(np.int32)
     return arrays_digest(*(numbers[name] for name in sorted(numbers)))
 

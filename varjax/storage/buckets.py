@@ -1,11 +1,11 @@
-"""Object storage as folders: paths gs://BUCKET/… and s3://BUCKET/…, uploads, and local mirrors.
+"""Uses buckets like folders: paths gs://BUCKET/… and s3://BUCKET/…, uploads, and local mirrors.
 
-A service shows an object whole or not at all, even if its writer is killed. Objects cannot be
-appended to, locked, or renamed in one step. Therefore files are made on the local disk and uploaded
-when they are complete (`varjax.storage.files.atomic_path`).
+An object is complete or absent, even if its writer is killed. Objects cannot be appended to,
+locked, or renamed in one step. Files are therefore made on the local disk and uploaded when they
+are complete (`varjax.storage.files.atomic_path`).
 
 epath gives such paths the methods of pathlib.Path, and fsspec transfers the bytes. gcsfs or s3fs,
-which varjax does not depend on, talk to the service.
+which varjax does not depend on, connect to the service.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from varjax.storage.untrusted import check_relative_name
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # by the scheme of an address
 # pathlib.Path("gs://bucket") has one slash less.
 ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):/(?P<slash>/?)(?P<rest>.*)", re.DOTALL)
-# At least one of these fields changes with an object's content. Each service has some of them.
+# Each service has some of these fields, and at least one of them changes with an object's content.
 VERSION_FIELDS = "size", "generation", "etag", "ETag", "mtime", "LastModified", "created"
 # Files that describe the others in their folder. Readers open them first, so they are written last.
 INDEX_FILES = "config.json", "dataset_info.json"
@@ -67,16 +67,16 @@ def in_bucket(path: str | os.PathLike) -> bool:
 
 
 def absolute(path: pathlib.Path) -> pathlib.Path:
-    """Returns the absolute path; one in a bucket is absolute already."""
+    """Returns the absolute path; a path in a bucket is returned unchanged."""
     return path if in_bucket(path) else path.absolute()
 
 
 def upload(local: pathlib.Path, path: pathlib.Path) -> None:
-    """Uploads a file or folder; each object appears whole.
+    """Uploads a file or folder; each object is complete or absent.
 
     When a folder is replaced, its INDEX_FILES are removed first and uploaded last, so that a
-    mixture of old and new is never taken for complete. Raises StorageError if the service refuses;
-    then nothing is left of a folder.
+    mixture of old and new files never looks complete. If the service refuses, raises StorageError
+    and removes the folder.
     """
     fs = _file_system(path)
     with storage_errors(path, "written"):
@@ -91,7 +91,7 @@ def upload(local: pathlib.Path, path: pathlib.Path) -> None:
             for name in sorted(names, key=lambda name: (name in INDEX_FILES, name)):
                 fs.put_file(str(local / name), str(path / name))
         except Exception:
-            with contextlib.suppress(Exception):  # it may be the network that failed
+            with contextlib.suppress(Exception):  # the network may have failed
                 fs.rm(str(path), recursive=True)
             raise
 
@@ -113,8 +113,7 @@ def object_versions(path: pathlib.Path) -> dict[str, str]:
         {path below `path`: text that changes with the content}; {} if nothing exists.
 
     Raises:
-        InputError: an object's name would lead out of the folder on a disk, see
-            `untrusted.check_relative_name`.
+        InputError: an object's name leads out of the folder; see `untrusted.check_relative_name`.
         StorageError: the bucket cannot be read.
     """
     with storage_errors(path, "read"):
@@ -145,7 +144,7 @@ def move_objects(path: pathlib.Path, to: pathlib.Path) -> None:
 
 
 def list_folder(path: pathlib.Path) -> tuple[list[str], list[str]]:
-    """Returns the names of the folders and of the objects in a folder, which may not exist."""
+    """Returns the names of the folders and the names of the objects in a folder, if it exists."""
     folders, objects = [], []
     with storage_errors(path, "read"), contextlib.suppress(FileNotFoundError):
         fs = _file_system(path)
@@ -218,7 +217,7 @@ def _index_first(name: str) -> tuple[bool, str]:
 def _set_up(scheme: str) -> None:
     # epath would use TensorFlow's client if that is installed.
     os.environ.setdefault("EPATH_USE_TF", "false")
-    # Other processes write to the bucket, too, so listings must not be cached.
+    # Other processes also write to the bucket, so listings must not be cached.
     fsspec_config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     try:
         fsspec.get_filesystem_class(scheme)
@@ -235,7 +234,7 @@ def _file_system(path: pathlib.Path) -> Any:
 def storage_errors(path: pathlib.Path, verb: str) -> Iterator[None]:
     """Turns exceptions of a bucket into StorageError; those of a path on a disk pass through.
 
-    The services' packages raise exceptions of many kinds for a missing permission or network.
+    The services' packages raise many types of exceptions for a missing permission or network.
 
     Args:
         path: file or folder being accessed.

@@ -1,4 +1,4 @@
-"""Checksums of arrays in files, of rows in arrays, and of JSON data.
+"""Computes checksums of arrays in files, of rows in arrays, and of JSON data.
 
     seal({"best": 3.5})  # {"best": 3.5, "checksum": "…"}
 
@@ -14,7 +14,7 @@ import xxhash
 
 from varjax.errors import DamagedFileError
 
-SEAL = "checksum"  # the key in sealed JSON data
+SEAL = "checksum"  # key of the checksum in sealed JSON data
 
 
 def array_checksum(dtype: np.dtype, shape: Iterable[int], chunks: Iterable[np.ndarray]) -> str:

@@ -1,6 +1,6 @@
-"""Files that are either whole or absent: atomic replacement, JSON, and trees of arrays.
+"""Writes files that are either complete or absent: atomic replacement, JSON, trees of arrays.
 
-Paths are those of `as_path`, on a disk or in a bucket (`varjax.storage.buckets`).
+Paths come from `as_path` and are on a disk or in a bucket (`varjax.storage.buckets`).
 """
 
 import contextlib
@@ -32,12 +32,12 @@ from varjax.storage.cache_dir import prune_copies, use_copy
 from varjax.storage.read_errors import retry_read
 from varjax.storage.untrusted import parse_json, path_inside, reason, shown
 
-# Characters of a name that go into the name of its temporary: up to 4 bytes each, of 255 allowed.
+# Characters of a name in its temporary's name: up to 4 bytes each, and 255 bytes are allowed.
 NAME_LETTERS = 50
 TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.tmp")
 ABANDONED_SECONDS = 24 * 60 * 60  # without a write, after which a temporary is abandoned
 DOWNLOADS = 16  # files downloaded at the same time
-REPLACED_SECONDS = 1.0  # more than passes between the two renames that replace a folder
+REPLACED_SECONDS = 1.0  # longer than the two renames that replace a folder take
 
 
 @contextlib.contextmanager
@@ -45,8 +45,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a temporary path for a file or a folder, which becomes `path` on success.
 
     The content reaches the disk before the name does, so a reader sees the old content or all of
-    the new content (of a folder: after `exists`). On an exception, the temporary is removed and
-    `path` is unchanged. If `path` is a link, its target is replaced; permissions are kept.
+    the new content (of a folder, after calling `exists`). On an exception, the temporary is removed
+    and `path` is unchanged. If `path` is a link, its target is replaced; permissions are kept.
     Temporaries of killed processes in the same folder are removed. Raises StorageError if `path`
     cannot be written.
 
@@ -81,8 +81,8 @@ def exists(path: str | os.PathLike) -> bool:
     for folder in (path, path.parent):
         if path.exists() or folder.exists() or not (aside := _aside(folder)).exists():
             continue
-        time.sleep(REPLACED_SECONDS)  # perhaps no process was killed, and the new one appears now
-        with contextlib.suppress(OSError):  # it appeared, or another process was faster
+        time.sleep(REPLACED_SECONDS)  # the process may still be alive and about to rename
+        with contextlib.suppress(OSError):  # the new folder appeared, or another process was faster
             os.rename(aside, folder)
     return path.exists()
 
@@ -91,11 +91,11 @@ def local_copy(path: str | os.PathLike) -> pathlib.Path:
     """Returns a file or folder on the local disk, for readers that need one there.
 
     This is `path` itself, or a copy of the objects in a bucket, kept in `cache_folder` until they
-    change. If the bucket has no such objects, `path` is returned, so that its reader reports it.
+    change. If the bucket has no such objects, `path` is returned, and its reader raises the error.
 
     Raises:
-        StorageError: it cannot be read.
-        InputError: an object has a name that leads out of the folder.
+        StorageError: the bucket cannot be read.
+        InputError: an object's name leads out of the folder.
     """
     if not in_bucket(path := as_path(path)) or not (versions := buckets.object_versions(path)):
         return path
@@ -187,7 +187,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         InputError: the file is missing, or does not contain a JSON object.
-        StorageError: it cannot be read now.
+        StorageError: the file cannot be read now.
     """
     path = _existing(path)
     with buckets.storage_errors(path, "read"):
@@ -199,7 +199,7 @@ def read_json(path: str | os.PathLike) -> dict[str, Any]:
             f"{path} is not valid JSON ({reason(error)}); restore or delete it"
         ) from error
     if not isinstance(data, dict):
-        raise InputError(f"{path} holds {shown(data)}, not a JSON object; restore or delete it")
+        raise InputError(f"{path} contains {shown(data)}, not a JSON object; restore or delete it")
     return data
 
 
@@ -223,7 +223,7 @@ def write_tensors(path: str | os.PathLike, tree: Mapping, metadata: Mapping[str,
 def read_tensors(
     path: str | os.PathLike, check: bool = True
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads a file of `write_tensors`; the leaves are read-only views of a memory map.
+    """Reads a file that `write_tensors` wrote; leaves are read-only views of a memory map.
 
     Args:
         path: file to read.
@@ -233,7 +233,7 @@ def read_tensors(
         (tree, metadata). Without `check`, leaves are read from the disk when they are used.
 
     Raises:
-        InputError: the file is missing, damaged or cut short.
+        InputError: the file is missing, damaged or truncated.
         StorageError: the machine or network fails.
     """
     tree: dict[str, Any] = {}
@@ -294,7 +294,7 @@ def _temporary_path(path: str | os.PathLike) -> Iterator[tuple[pathlib.Path, pat
         target = pathlib.Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target.parent)
-        # Two containers that write to one disk may have processes of the same number.
+        # Processes in two containers that write to one disk may have the same number.
         writer = f"{_machine()}-{os.getpid()}-{secrets.token_hex(4)}"
         temporary = target.with_name(f".{target.name[:NAME_LETTERS]}.{writer}.tmp")
         yield temporary, target
@@ -332,7 +332,7 @@ def _sweep(folder: pathlib.Path) -> None:
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if (name := TEMPORARY.fullmatch(path.name)) is not None:
-                with contextlib.suppress(OSError):  # another process may remove it, too
+                with contextlib.suppress(OSError):  # another process may remove it first
                     if _is_abandoned(path, name["machine"], int(name["process"])):
                         remove(path)
 
@@ -351,11 +351,11 @@ def _is_abandoned(temporary: pathlib.Path, machine: str, process: int) -> bool:
 
 @functools.cache
 def _machine() -> str:
-    """Identifies what numbers its processes together: this container, since the machine's boot."""
+    """Identifies this container since the machine's boot, in which process numbers are unique."""
     try:
         boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text()
         about = socket.gethostname() + boot + os.readlink("/proc/self/ns/pid")
-    except OSError:  # not Linux: a number alone identifies no process
+    except OSError:  # not Linux: process numbers cannot be compared
         return secrets.token_hex(4)
     return hashlib.sha256(about.encode()).hexdigest()[:8]
 

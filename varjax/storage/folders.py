@@ -1,4 +1,4 @@
-"""Folders that several processes may want to write: locks, and checks before long work."""
+"""Locks folders that several processes may write to, and checks folders before long work."""
 
 import contextlib
 import errno
@@ -26,12 +26,12 @@ from varjax.storage.files import (
 )
 
 LOCK_FILE = ".lock"
-LISTING_SECONDS = 5.0  # until a network disk lists what another machine wrote
+LISTING_SECONDS = 5.0  # until a network disk lists files of another machine
 
 
 @contextlib.contextmanager
 def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]:
-    """Locks a folder against other processes, until this one has finished or died.
+    """Locks a folder against other processes until the context or this process ends.
 
     Buckets and some file systems have no locks; a line on stderr says so.
 
@@ -66,7 +66,7 @@ def lock_folder(folder: str | os.PathLike, wait: bool = False) -> Iterator[None]
 def locked_work_folder(folder: str | os.PathLike) -> Iterator[None]:
     """Locks a folder as `lock_folder` does, and removes the lock file afterwards.
 
-    If the folder is empty then, it is removed as well.
+    If this leaves the folder empty, it is also removed.
 
     Raises:
         InputError: another process holds the lock.
@@ -98,12 +98,12 @@ def remove_work_folder(folder: str | os.PathLike) -> None:
 
 
 def check_writable(folder: pathlib.Path) -> None:
-    """Makes the folder, and writes and removes a file in it; raises InputError if that fails."""
+    """Makes the folder, writes a file in it and removes it; raises InputError if that fails."""
     try:
         if not in_bucket(folder):
             folder.mkdir(parents=True, exist_ok=True)
         probe_writable(folder)
-    except InputError:  # of a bucket, with its own message
+    except InputError:  # from a bucket, with a clearer message
         raise
     except OSError as error:
         raise InputError(
@@ -131,11 +131,11 @@ def is_locked(folder: str | os.PathLike) -> bool:
 
 
 def check_replaceable(folder: str | os.PathLike, own: Set[str] = frozenset()) -> None:
-    """Raises InputError if replacing `folder` would delete files of other origin.
+    """Raises InputError if replacing `folder` would delete files that were not made here.
 
     Args:
         folder: folder that may be absent, empty, or contain only a lock and files named in `own`.
-        own: names of files that this command would write again.
+        own: names of files that this command would write.
     """
     folder = as_path(folder)
     present = names_in(folder) if folder.is_dir() else {folder.name}
@@ -152,15 +152,15 @@ def claim_folder(
     """Claims `folder` for a request, so that an interrupted command can continue in it.
 
     Args:
-        folder: folder that is absent, empty (except for hidden files), or already claimed by an
-            equal request.
+        folder: folder that is absent, empty (except for hidden files), or claimed by an equal
+            request.
         request_file: name of the JSON file in the folder that records the request.
         request: JSON data that determines the whole content of the folder.
         write: whether to write the request file if it is missing. If several processes start at
             once, one writes it and the others compare.
 
     Raises:
-        InputError: the folder holds other files, or was made for another request; the message lists
+        InputError: the folder has other files, or was made for another request; the message lists
             all differences.
     """
     folder = as_path(folder)
@@ -169,8 +169,8 @@ def claim_folder(
     request_path = folder / request_file
     deadline = time.monotonic() + LISTING_SECONDS
     while True:
-        # One listing, because other processes may be writing here already. It is repeated because a
-        # network disk may list their files before it lists the request file.
+        # Files are listed once, because other processes may already be writing. The listing is
+        # repeated because a network disk may list their files before the request file.
         listing = names_in(folder)
         claimed = request_file in listing or request_path.exists()
         foreign = not claimed and any(not name.startswith(".") for name in listing)
@@ -196,7 +196,7 @@ def check_same_request(
     path: str | os.PathLike, existing: Mapping[str, Any], requested: Mapping[str, Any]
 ) -> None:
     """Raises InputError with all differences if `path` was made for another request."""
-    requested = json.loads(json.dumps(requested))  # like `existing`, which was a file: no tuples
+    requested = json.loads(json.dumps(requested))  # without tuples, like `existing` from a file
     lines = [
         f"{name}: {existing.get(name)} there, {requested.get(name)} requested"
         for name in dict.fromkeys((*existing, *requested))
@@ -204,9 +204,9 @@ def check_same_request(
     ]
     if lines:
         raise InputError(
-            f"{path} was made with other settings, or from files that have changed since:\n  "
+            f"{path} was made with other settings, or from files that have since changed:\n  "
             + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
-            + "\nUse the same settings to continue, delete it, or choose another output"
+            + "\nUse the same settings to continue it, delete it, or choose another output"
         )
 
 
@@ -218,7 +218,7 @@ def _open_locked(folder: pathlib.Path, wait: bool) -> int:
         # NFS locks only files that are open for writing.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            with contextlib.suppress(OSError):  # all who may write here may lock
+            with contextlib.suppress(OSError):  # everyone who may write here may lock
                 os.fchmod(descriptor, folder.stat().st_mode & 0o666)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -231,10 +231,10 @@ def _open_locked(folder: pathlib.Path, wait: bool) -> int:
             except OSError as error:
                 _say_unlocked(folder, str(error))
                 return descriptor
-            # The previous holder may have removed the folder; then others lock a new file.
+            # If the previous holder removed the folder, other processes lock a new file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    with contextlib.suppress(OSError):  # the lock works on a full disk, too
+                    with contextlib.suppress(OSError):  # on a full disk, the lock still works
                         os.ftruncate(descriptor, 0)
                         os.write(descriptor, f"{socket.gethostname()}, {os.getpid()}".encode())
                     return descriptor
@@ -254,13 +254,13 @@ def _say_unlocked(folder: pathlib.Path, reason: str) -> None:
 
 
 def read_or_remove(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]] | None:
-    """Reads a file of `files.write_tensors` that can be made again.
+    """Reads a file of `files.write_tensors` that can be regenerated.
 
     Returns:
-        (tree, metadata); None if there is no such file. A damaged file is reported and removed.
+        (tree, metadata); None if the file does not exist. A damaged file is reported and removed.
 
     Raises:
-        StorageError: the machine or network fails; the file may be good.
+        StorageError: the machine or network fails; the file may be intact.
     """
     if not exists(path):
         return None
@@ -269,6 +269,6 @@ def read_or_remove(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]] 
     except StorageError:
         raise
     except InputError as error:
-        print(f"{error}\n{path} is deleted, to be made again", file=sys.stderr)
+        print(f"{error}\n{path} is deleted and will be made again", file=sys.stderr)
         remove(path)
         return None

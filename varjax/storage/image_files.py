@@ -1,9 +1,9 @@
-"""Reads image files of unknown origin: which formats, how large, with which range of values.
+"""Reads image files of unknown origin, and limits their formats, sizes and ranges of values.
 
 image_HWC = decode_file(path)
 
-Where an image cannot be read, a BrokenImage means that the file is missing or its content is bad;
-a StorageError means that the machine failed.
+If an image cannot be read, a BrokenImage means that the file is missing or damaged, and a
+StorageError means that the machine failed.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.read_errors import machine_errno, retry_read
 from varjax.storage.untrusted import image_limits
 
-# Pillow's formats by suffix. It knows others, of which some run programs (PostScript).
+# Pillow's formats by suffix. Some of its other formats run programs (PostScript).
 IMAGE_FORMATS = {
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
@@ -56,7 +56,7 @@ OUT_OF_MEMORY = "out of memory error", "decoder error -9"  # texts of Pillow's O
 ROWS_AT_ONCE = 256
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 MAX_BROKEN_RATIO = 0.01
-TOLERATED_BROKEN = 10  # never stop a run, however early they come
+TOLERATED_BROKEN = 10  # number of broken images that never stops a run
 T = TypeVar("T")
 
 
@@ -65,7 +65,7 @@ class BrokenImage(InputError):
 
     Attributes:
         name: name of the file or record.
-        reason: reason, in the words of Pillow or the operating system.
+        reason: reason, as Pillow or the operating system states it.
     """
 
     def __init__(self, name: str, reason: str):
@@ -85,7 +85,7 @@ class BrokenImageCounter:
 
     def __init__(self, size: int):
         self._size, self._read = size, 0
-        self._names: dict[str, None] = {}  # in the order in which they came
+        self._names: dict[str, None] = {}  # in the order of their first reading
 
     def add(self, read: int, broken: Sequence[BrokenImage]) -> None:
         """Reports newly found broken images on stderr.
@@ -116,7 +116,7 @@ def read_file(path: str | os.PathLike) -> bytes:
     """Returns the content of a file.
 
     Raises:
-        BrokenImage: there is no such regular file.
+        BrokenImage: the file is missing or not a regular file.
         StorageError: the machine or the bucket cannot read it now.
     """
     path = as_path(path)
@@ -128,10 +128,11 @@ def read_file(path: str | os.PathLike) -> bytes:
 
 
 def read_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Reads (width, height) of an image on a disk from its header alone.
+    """Reads (width, height) of an image on a disk from its header.
 
     Raises:
-        BrokenImage: there is no such regular file, or it is too large, too thin or no image.
+        BrokenImage: the file is missing or not a regular file, or is too large, too thin or not an
+            image.
         StorageError: the machine cannot read it now.
     """
 
@@ -145,14 +146,16 @@ def read_size(path: str | os.PathLike) -> tuple[int, int]:
 def decode_picture(
     data: bytes, name: str | os.PathLike, convert: Callable[[Image.Image], Any] = lambda x: x
 ) -> Any:
-    """Decodes a picture in its own mode, with 8 bits per channel, rotated as its EXIF data say.
+    """Decodes a picture without changing its mode, with 8 bits per channel.
 
-    Values of more than 8 bits are scaled. Of an animation, only the first frame is decoded.
+    Values of more than 8 bits are scaled. The picture is rotated as its EXIF data say. Only the
+    first frame of an animation is decoded.
 
     Args:
         data: content of the image file.
         name: name of the file, for messages.
-        convert: function that makes the result from the picture; its errors count as the decoder's.
+        convert: function that makes the result from the picture; its errors also mean that the
+            image is broken.
 
     Raises:
         BrokenImage: the data are damaged, too large, or have an unknown range of values.
@@ -180,7 +183,7 @@ def decode_file(file: bytes | str | os.PathLike, channels: int = 3, name: str = 
         uint8 (H, W, channels).
 
     Raises:
-        BrokenImage: there is no such file, or it cannot be decoded.
+        BrokenImage: the file is missing or cannot be decoded.
         StorageError: the machine or the bucket cannot read it now.
     """
     if isinstance(file, bytes):
@@ -201,7 +204,7 @@ def picture_array(picture: Image.Image, mode: str) -> np.ndarray:
     pixels_HWC = np.empty((height, width, len(mode)), np.uint8)
     for top in range(0, height, ROWS_AT_ONCE):
         rows = picture.crop((0, top, width, min(top + ROWS_AT_ONCE, height)))
-        if rows.mode == "P":  # or else Pillow warns of transparent palettes
+        if rows.mode == "P":  # otherwise Pillow warns of transparent palettes
             rows = rows.convert("RGBA")
         rows_HWC = np.asarray(rows.convert(mode))
         pixels_HWC[top : top + ROWS_AT_ONCE] = rows_HWC.reshape(-1, width, len(mode))
@@ -245,7 +248,7 @@ def _read_regular_file(path: str | os.PathLike, read: Callable[[IO[bytes]], T]) 
 @contextlib.contextmanager
 def _decoder_errors(name: str) -> Iterator[None]:
     """Raises BrokenImage for a decoder's exceptions; those of a failing machine pass through."""
-    image_limits()  # before the try: a wrong limit is no fault of the image
+    image_limits()  # outside the try: an invalid limit does not make the image broken
     try:
         yield
     except StorageError as error:
@@ -256,7 +259,7 @@ def _decoder_errors(name: str) -> Iterator[None]:
     except UnidentifiedImageError as error:
         raise BrokenImage(name, "its format is unknown") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
-        if machine_errno(error) is not None:  # while the header is read from the disk
+        if machine_errno(error) is not None:  # the disk failed while the header was read
             raise
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise BrokenImage(name, f"{kind}{error}") from error
@@ -265,20 +268,20 @@ def _decoder_errors(name: str) -> Iterator[None]:
 def _open_picture(file: IO[bytes]) -> Image.Image:
     """Opens an image of a known format without decoding its pixels.
 
-    Raises InputError if the header claims too many pixels or too thin an image. Exceptions of
-    Pillow pass through.
+    Raises InputError if the header states too many pixels or too large an aspect ratio. Exceptions
+    of Pillow pass through.
     """
     picture = Image.open(file, formats=tuple(dict.fromkeys(IMAGE_FORMATS.values())))
     width, height = picture.size
     pixels, ratio = image_limits()
     if width * height > pixels:
         raise InputError(
-            f"it has {width}x{height} pixels; allowed are {pixels:,} in all, so resize it first, "
-            "or set VARJAX_MAX_PIXELS"
+            f"it has {width}x{height} pixels; at most {pixels:,} in all are allowed, so resize it "
+            "first, or set VARJAX_MAX_PIXELS"
         )
     if max(width, height) > ratio * min(width, height):
         raise InputError(
-            f"it has {width}x{height} pixels; allowed is an aspect ratio up to {ratio}, so crop it "
+            f"it has {width}x{height} pixels; aspect ratios up to {ratio} are allowed, so crop it "
             "first, or set VARJAX_MAX_ASPECT_RATIO"
         )
     return picture
@@ -314,19 +317,19 @@ def _check_png_data(data: bytes) -> None:
 def _largest_value(picture: Image.Image) -> int | None:
     """Returns the largest value of a picture with more than 8 bits; None if Pillow decodes to 8.
 
-    Refuses floats and 32-bit integers, which files use in any range. Libraries disagree on them:
-    some scale by the range of the type, which makes most such images black, others by the values in
-    the image.
+    Refuses floats and 32-bit integers, because files use any range for them, and libraries
+    disagree: some scale by the range of the type, which makes most of these images black, others by
+    the values in the image.
     """
     if picture.mode == "F":
-        raise InputError("it holds floats, whose range is unknown; save it with 8 or 16 bits")
+        raise InputError("it has floats, whose range is unknown; save it with 8 or 16 bits")
     if not picture.mode.startswith("I"):
         return None
     if picture.format != "TIFF":
         return 2**16 - 1  # Pillow scales PGM to this
     if picture.mode == "I":
         raise InputError(
-            "it holds signed or 32-bit integers, whose range is unknown; save it with 8 or 16 bits"
+            "it has signed or 32-bit integers, whose range is unknown; save it with 8 or 16 bits"
         )
     return 2 ** picture.tag_v2[258][0] - 1  # type: ignore[attr-defined]  # BitsPerSample
 

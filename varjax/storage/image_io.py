@@ -11,8 +11,8 @@ from varjax.storage import files
 from varjax.storage.image_files import BrokenImage, decode_picture, read_file, to_uint8
 
 MIN_TILE_SIDE = 64  # pixels; smaller images are enlarged in a grid
-# Only an image that would be enlarged to more pixels is cropped first, because Pillow rounds
-# positions in a part differently than in the whole, which changes a few pixels by 1.
+# An image that would be enlarged to more pixels than this is cropped first. Smaller images are not,
+# because Pillow rounds positions in a crop differently, which changes a few pixels by 1.
 MAX_RESIZED_PIXELS = 2**24
 KERNEL_RADIUS = 3  # pixels of Pillow's widest filter, Lanczos
 
@@ -93,7 +93,7 @@ def resize_and_crop(picture: Image.Image, shape: tuple[int, int, int]) -> np.nda
     """
     H, W, channels = shape
     if channels not in (1, 3):
-        raise InputError(f"the model has {channels} channels; image files hold 1 or 3")
+        raise InputError(f"the model has {channels} channels; image files have 1 or 3")
     width, height = picture.size
     scale = max(H / height, W / width)
     size = max(W, round(width * scale)), max(H, round(height * scale))
@@ -123,7 +123,7 @@ def resized_part(
         return picture.crop(box)
     if math.prod(size) <= max(MAX_RESIZED_PIXELS, math.prod(picture.size)):
         return picture.resize(size, resampling).crop(box)
-    # Resize one axis after the other, or else Pillow chooses their order by the box.
+    # Resize one axis after the other; otherwise Pillow chooses their order by the box.
     turn = Image.Transpose.TRANSPOSE
     columns = _resized_columns(picture, size[0], box[0], box[2], resampling)
     return _resized_columns(columns.transpose(turn), size[1], box[1], box[3], resampling).transpose(

@@ -1,11 +1,11 @@
-"""Reads .npz and .npy files of unknown origin, and allocates no memory by a file's claims alone.
+"""Reads .npz and .npy files of unknown origin without trusting the sizes that they state.
 
     archive = NpzArchive("samples.npz")
     shape, dtype = archive.header("arr_0")
     label_N = archive.read("labels")
 
-Before memory is allocated, an array's shape is compared with the size of its member, and that with
-the size of the file. Pickles are never read.
+Before memory is allocated, an array's shape is compared with the size of its member, and the
+member's size with that of the file. Pickles are never read.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from varjax.errors import InputError, StorageError
 from varjax.storage.read_errors import machine_errno
 from varjax.storage.untrusted import check_name, check_shape, open_regular_file, reason, shown
 
-# Deflate shrinks zeros to a thousandth, real arrays to a half, images of digits to a tenth.
+# Deflate shrinks zeros to 1/1000 of their size, images of digits to 1/10, and real arrays to 1/2.
 MAX_RATIO, SMALL_BYTES = 64, 2**20
 MAX_DIRECTORY_BYTES = 2**20  # of the list of members, about 60 bytes each
 MAX_HEADER_BYTES = 10_000  # NumPy's limit
@@ -64,9 +64,9 @@ class NpzArchive:
         names: names of the arrays, without ".npy".
 
     Raises:
-        InputError: the file is damaged, is not an .npz, or makes claims that do not fit its size.
-            Each method may raise this as well.
-        StorageError: the machine failed; the file may be good.
+        InputError: the file is damaged, is not an .npz, or states sizes that do not fit its own.
+            The methods may raise this, too.
+        StorageError: the machine failed; the file may be intact.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -76,7 +76,7 @@ class NpzArchive:
         self.names = [name.removesuffix(".npy") for name in names if name.endswith(".npy")]
 
     def header(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        """Returns shape and dtype of an array, which the file has the right number of bytes for."""
+        """Returns the shape and dtype of an array, which fit the number of bytes in the file."""
         with self._opened() as archive, _member(archive, name) as (_, shape, dtype, _):
             return shape, dtype
 
@@ -84,11 +84,11 @@ class NpzArchive:
         """Reads an array into memory; check its `header` first if it may be large."""
         with self._opened() as archive, _member(archive, name) as (member, shape, dtype, fortran):
             data_N = np.empty(math.prod(shape), dtype)
-            view, filled = data_N.view(np.uint8), 0
-            while filled < len(view) and (part := member.read(CHUNK_BYTES)):
-                view[filled : filled + len(part)] = np.frombuffer(part, np.uint8)
-                filled += len(part)
-            if filled < len(view):
+            view, position = data_N.view(np.uint8), 0
+            while position < len(view) and (part := member.read(CHUNK_BYTES)):
+                view[position : position + len(part)] = np.frombuffer(part, np.uint8)
+                position += len(part)
+            if position < len(view):
                 raise InputError(f"{name} is truncated; {AGAIN}")
         return data_N.reshape(shape, order="F" if fortran else "C")
 
@@ -104,9 +104,9 @@ class NpzArchive:
                 raise InputError(f"{name} is in Fortran order; save it in C order")
             row_bytes, row = math.prod(shape[1:]) * dtype.itemsize, 0
             for part in parts:
-                left = (part.start - row) * row_bytes
-                while left > 0 and (skipped := len(member.read(min(left, CHUNK_BYTES)))):
-                    left -= skipped
+                gap = (part.start - row) * row_bytes
+                while gap > 0 and (skipped := len(member.read(min(gap, CHUNK_BYTES)))):
+                    gap -= skipped
                 data, row = member.read(len(part) * row_bytes), part.stop
                 if len(data) < len(part) * row_bytes:
                     raise InputError(f"{name} is truncated; {AGAIN}")
@@ -145,12 +145,12 @@ def read_zip_text(file: IO[bytes], name: str) -> str:
         if name not in archive.namelist():
             raise InputError("the zip file does not contain it")
         if (size := archive.getinfo(name).file_size) > SMALL_BYTES:
-            raise InputError(f"it has {size} bytes; allowed are {SMALL_BYTES}")
+            raise InputError(f"it has {size} bytes; at most {SMALL_BYTES} are allowed")
         return archive.read(name).decode()
 
 
 class _ZipBytes(io.FileIO):
-    """A zip file with a limited list of members, because zipfile needs 10 times its size."""
+    """Limits the size of a zip file's list of members, because zipfile needs 10 times its size."""
 
     listing = True
 
@@ -206,7 +206,7 @@ def _member(
     """Opens an array at its first number; yields (file, shape, dtype, Fortran order)."""
     if (file_name := f"{name}.npy") not in archive.namelist():
         names = [n.removesuffix(".npy") for n in archive.namelist()[:SHOWN_NAMES]]
-        raise InputError(f"it has no {name}, but {', '.join(names) or 'nothing'}")
+        raise InputError(f"it has no {name}, only {', '.join(names) or 'nothing'}")
     with archive.open(file_name) as member:
         start, shape, fortran, dtype = _read_header(member, name)
         size = archive.getinfo(file_name).file_size - start
@@ -217,7 +217,7 @@ def _read_header(file: IO[bytes], name: str) -> tuple[int, Any, bool, np.dtype]:
     """Returns (bytes of the header, shape, Fortran order, dtype), unchecked."""
     start = file.read(8)
     if len(start) < 8 or start[:6] != np.lib.format.MAGIC_PREFIX:
-        raise InputError(f"{name} does not start like an array; {AGAIN}")
+        raise InputError(f"{name} does not start as an array does; {AGAIN}")
     version = start[6], start[7]
     if version not in ((1, 0), (2, 0)):  # 3.0 is for non-Latin names of fields
         raise InputError(f"{name} has the unknown version {version} of the .npy format")
@@ -240,7 +240,7 @@ def _checked(
     name: str, size: int, shape: Any, fortran: bool, dtype: np.dtype
 ) -> tuple[tuple[int, ...], np.dtype, bool]:
     if dtype.kind not in KINDS:
-        raise InputError(f"{name} has type {shown(str(dtype))}; numbers are required")
+        raise InputError(f"{name} has type {shown(str(dtype))}; only numbers are allowed")
     shape = check_shape(shape, dtype.itemsize)
     if (claimed := math.prod(shape) * dtype.itemsize) != size:
         raise InputError(

@@ -15,7 +15,7 @@ from varjax.errors import StorageError
 READ_PAUSES = (0.1, 0.5, 2.0)  # seconds before each further attempt
 # These errors say nothing about the content of a file. They come from disks and from network file
 # systems (NFS, CIFS, Lustre, AFS), which report an absent server, an evicted client or an expired
-# ticket. Some exist on Linux only.
+# ticket. Some exist only on Linux.
 MACHINE_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
@@ -27,7 +27,7 @@ MACHINE_ERRNOS = frozenset(
     )
     if hasattr(errno, name)
 )
-# Errors of writing, which a retry would not solve; EFBIG is a limit on the size of files.
+# Errors in writing, which a retry does not solve; EFBIG is a limit on the size of files.
 FULL_ERRNOS = frozenset((errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS))
 MACHINE_MESSAGES = {os.strerror(code): code for code in MACHINE_ERRNOS}
 T = TypeVar("T")
@@ -44,10 +44,10 @@ def machine_errno(
     A MemoryError counts as ENOMEM.
 
     Args:
-        error: the exception; the exceptions that it was raised from are searched as well.
+        error: the exception; the exceptions that it was raised from are also searched.
         errnos: numbers to look for.
         context: whether an exception that was being handled counts as a cause without "from". False
-            keeps apart a bug that occurs while an error of the machine is handled.
+            finds no cause for a bug that occurs while an error of the machine is handled.
     """
     while error is not None:
         codes = [getattr(error, "errno", None), *map(int, TENSORSTORE_CODE.findall(str(error)))]
@@ -84,7 +84,7 @@ def retry_read(read: Callable[[], T], name: str | os.PathLike) -> T:
                 advice = "you have permission to read it" if denied else "the machine works"
                 raise StorageError(
                     f"{os.fspath(name)} cannot be read now: {os.strerror(code)}. This does not "
-                    f"mean that the file is damaged; start again when {advice}"
+                    f"mean that the file is damaged. Start again when {advice}"
                 ) from error
         time.sleep(pause)
     raise AssertionError

@@ -4,12 +4,12 @@
     tensors, metadata = read_safetensors("model.safetensors")
 
 The safetensors library reads and checks the headers. Tensors are read by a memory map instead,
-because the library copies each of them: a map leaves unused tensors on the disk, and XLA on a CPU
-computes with the mapped pages. The library's writer needs all tensors in memory at once, so files
-are written here, one chunk of one tensor at a time.
+because the library copies each of them. A map leaves unused tensors on the disk, and XLA on a CPU
+computes with the mapped pages. The library's writer needs all tensors in memory at once, so this
+module writes the files, one chunk of one tensor at a time.
 
-The header's metadata have a checksum of each tensor. Files without checksums are read without a
-check.
+The metadata in the header contain a checksum of each tensor. Files without checksums are read
+without a check.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from varjax.errors import DamagedFileError, InputError, errors_naming
 from varjax.storage.checksums import array_checksum, contiguous_bytes
 from varjax.storage.untrusted import check_name, check_shape, reason, shown
 
-# The format allows headers of 100 MB. Those of models have less than 1 MB, and the library needs up
-# to 20 times a header's size in memory.
+# The format allows headers of 100 MB. Models have headers of less than 1 MB, and the library needs
+# up to 20 times a header's size in memory.
 MAX_HEADER_BYTES, MAX_TENSORS = 2**23, 2**16
 CHECKSUMS = "xxh3_128"  # entry of the metadata: JSON, by names of tensors
-METADATA = "__metadata__"  # never the name of a tensor
-ALIGNMENT = 64  # bytes; XLA uses memory that is aligned so without a copy
+METADATA = "__metadata__"  # no tensor can have this name
+ALIGNMENT = 64  # bytes; XLA uses memory with this alignment without a copy
 DTYPES = {
     name: np.dtype(dtype)
     for name, dtype in {
@@ -58,7 +58,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclasses.dataclass(frozen=True)
 class LazyArray:
-    """An array that is computed in chunks while it is written.
+    """Describes an array that is computed in chunks while it is written.
 
         LazyArray((2, 3), np.dtype(np.float32), lambda: (row_3 for row_3 in rows_23))
 
@@ -78,11 +78,11 @@ class LazyArray:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        array, filled = np.empty(self.shape, self.dtype), 0
+        array, position = np.empty(self.shape, self.dtype), 0
         for chunk in self.chunks():
-            array.reshape(-1)[filled : filled + chunk.size] = chunk.reshape(-1)
-            filled += chunk.size
-        assert filled == array.size, (self.shape, filled)
+            array.reshape(-1)[position : position + chunk.size] = chunk.reshape(-1)
+            position += chunk.size
+        assert position == array.size, (self.shape, position)
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
@@ -105,7 +105,7 @@ def write_safetensors(
         metadata: text by name, stored in the header.
     """
     assert CHECKSUMS not in metadata
-    # Tensors of a multiple of ALIGNMENT bytes come first, so that each of them is aligned.
+    # Tensors whose size is a multiple of ALIGNMENT come first, so that each of them is aligned.
     names = sorted(
         tensors,
         key=lambda name: (
@@ -124,7 +124,7 @@ def write_safetensors(
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }
-    # The checksums are known once all is written; until then, zeros take their place.
+    # The checksums are known only once all tensors are written; until then, they are zeros.
     checksums = {METADATA: _metadata_checksum(metadata)} | dict.fromkeys(names, "0" * 32)
     with open(path, "wb") as file:
         text = _header_text(header, metadata, checksums)
@@ -167,10 +167,10 @@ def read_safetensors(
 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Reads the header of a .safetensors file and maps its tensors, which are read when used.
 
-    A file must not be truncated while it is mapped. This function notices if it is truncated or
-    replaced meanwhile. Later, access to a missing part raises SIGBUS, which ends the process;
-    commands then print the Python stack (`runtime.commands.run_command`). A file that
-    `files.atomic_path` replaces stays mapped unchanged.
+    A file must not be truncated while it is mapped. This function raises an error if that happens
+    during the call. Later, access to a missing part raises SIGBUS, which ends the process; commands
+    then print the Python stack (`runtime.commands.run_command`). A file that `files.atomic_path`
+    replaces stays mapped unchanged.
 
     Checksums are compared by `check_tensors`, which reads the whole file.
 
@@ -186,13 +186,13 @@ def read_safetensors(
     try:
         if header_bytes > MAX_HEADER_BYTES:
             raise SafetensorError(
-                f"a header of {header_bytes} bytes; allowed are {MAX_HEADER_BYTES}"
+                f"a header of {header_bytes} bytes; at most {MAX_HEADER_BYTES} are allowed"
             )
         with safe_open(path, framework="numpy") as file:
             # The library has checked that the tensors fill the file in this order, without gaps.
             names = file.offset_keys()
             if len(names) > MAX_TENSORS:
-                raise InputError(f"{path}: has {len(names)} tensors; allowed are {MAX_TENSORS}")
+                raise InputError(f"{path}: {len(names)} tensors; at most {MAX_TENSORS} are allowed")
             slices = {name: file.get_slice(name) for name in names}
             kinds = {name: (x.get_dtype(), x.get_shape()) for name, x in slices.items()}
             metadata = file.metadata() or {}

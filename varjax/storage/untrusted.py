@@ -1,7 +1,7 @@
-"""Checks of files of unknown origin, and short messages about their content.
+"""Checks files of unknown origin, and formats short messages about their content.
 
-A file's numbers are checked before memory is allocated by them. Thus reading a file takes memory
-and time in proportion to its size, whatever it claims.
+The sizes that a file states are checked before memory is allocated for them. So reading a file
+takes memory and time in proportion to its actual size.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from varjax.errors import InputError
 MAX_RANK = 64  # NumPy's
 MAX_SIDE, MAX_BYTES = 2**48, 2**63  # limits of addresses and of NumPy's sizes
 MAX_NAME_LENGTH = 512  # names of real tensors have less than 100 characters
-# Compressed, shared or expanded tensors may be larger than the file, but real weights shrink by a
-# tenth at most, and are tied once or twice.
+# Compressed, shared or expanded tensors may be larger than the file, but real weights shrink by at
+# most a tenth, and are shared once or twice.
 MAX_RATIO, SMALL_BYTES = 8, 2**20
 MAX_SETTING, MAX_SETTINGS_LENGTH = 2**20, 256  # real configs stay below 10,000 and 20
 MAX_DEPTH, MAX_INTEGER = 64, 2**64  # of JSON data; deeper data would overflow the stack
-# Decoding takes up to 8 bytes a pixel, in up to 16 threads, whatever an image file's bit depth.
+# Decoding takes up to 8 bytes a pixel, for any bit depth, in each of up to 16 threads.
 MAX_PIXELS, MAX_ASPECT_RATIO = 2**26, 100
 SHOWN_LENGTH, SHOWN_ITEMS, SHOWN_LINES, REASON_LENGTH = 80, 6, 50, 200
 
 
 def plausible_bytes(file_bytes: int) -> int:
-    """Returns the most bytes that a file may unpack to, or its tensors may have in all."""
+    """Returns the largest plausible size of a file's unpacked content or of all its tensors."""
     return max(SMALL_BYTES, MAX_RATIO * file_bytes)
 
 
@@ -59,10 +59,10 @@ def open_regular_file(path: str, flags: int) -> int:
 
 
 def image_limits() -> tuple[int, int]:
-    """Returns the most pixels and the largest aspect ratio that an image file may have.
+    """Returns the largest number of pixels and aspect ratio that an image file may have.
 
     The environment variables VARJAX_MAX_PIXELS and VARJAX_MAX_ASPECT_RATIO set other limits, for
-    all commands and their worker processes. Raises InputError if one is no positive integer.
+    all commands and their worker processes. Raises InputError if one is not a positive integer.
     """
     limits = []
     for name, default in (
@@ -83,7 +83,7 @@ def check_integers(numbers: Any) -> tuple[int, ...]:
     """
     if not isinstance(numbers, list | tuple) or len(numbers) > MAX_RANK:
         raise InputError(
-            f"a tensor has size or stride {shown(numbers)}; allowed are at most {MAX_RANK} integers"
+            f"a tensor has size or stride {shown(numbers)}; at most {MAX_RANK} integers are allowed"
         )
     if any(type(n) is not int or not 0 <= n < MAX_SIDE for n in numbers):
         raise InputError(
@@ -101,7 +101,7 @@ def check_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
         itemsize: bytes per element.
     """
     shape = check_integers(shape)
-    # Like NumPy, which limits the other axes even if one has length 0.
+    # NumPy limits the other axes even if one has length 0.
     if math.prod(n or 1 for n in shape) * itemsize >= MAX_BYTES:
         raise InputError(f"a tensor has size {shown(shape)}, larger than any memory")
     return shape
@@ -134,7 +134,7 @@ def check_relative_name(name: Any, source: object) -> str:
     if any(part in ("", ".", "..") or "\0" in part or not _encodable(part) for part in parts):
         raise InputError(
             f"{source} names a file {shown(name)}; names must be relative, without empty parts, "
-            '"." and ".."; rename it or remove it there'
+            '"." and ".."; rename or remove the file'
         )
     return name
 
@@ -142,9 +142,9 @@ def check_relative_name(name: Any, source: object) -> str:
 def path_inside(folder: pathlib.Path, name: Any, source: object) -> pathlib.Path:
     """Returns the path of a file in a folder on a disk, for a name of unknown origin.
 
-    Every path made from such a name (in a listing, an index, an archive) goes through here.
-    Arguments and errors are those of `check_relative_name`. A link that leads out of the folder is
-    an InputError, too.
+    Every path made from a name in a listing, an index or an archive must come from this function.
+    Arguments and errors are those of `check_relative_name`. It also raises InputError for a link
+    that leads out of the folder.
     """
     path = folder / check_relative_name(name, source)
     if not os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), "")):
@@ -176,8 +176,8 @@ def parse_metrics_line(line: str | bytes) -> dict[str, Any] | None:
     """Reads a line of metrics.jsonl.
 
     Returns:
-        "step" and the numbers of the line, None for numbers that were not finite; {} for a line
-        without a step; None for what is no such line, because it is cut off or damaged.
+        "step" and the numbers of the line, with None for numbers that were not finite; {} for a
+        line without a step; None for a line that is truncated or damaged.
     """
     try:
         data = parse_json(line)
@@ -201,15 +201,16 @@ def check_settings(settings: Any, path: str) -> None:
             check_settings(value, f"{path}.{name}")
     elif isinstance(settings, list):
         if len(settings) > MAX_SETTINGS_LENGTH:
-            raise InputError(f"{path} has {len(settings)} items; allowed are {MAX_SETTINGS_LENGTH}")
+            allowed = f"at most {MAX_SETTINGS_LENGTH} are allowed"
+            raise InputError(f"{path} has {len(settings)} items; {allowed}")
         for i, value in enumerate(settings):
             check_settings(value, f"{path}[{i}]")
     elif isinstance(settings, int | float) and not abs(settings) <= MAX_SETTING:
-        raise InputError(f"{path} is {shown(settings)}; allowed are numbers up to {MAX_SETTING:,}")
+        raise InputError(f"{path} is {shown(settings)}; numbers up to {MAX_SETTING:,} are allowed")
 
 
 def shown(value: Any) -> str:
-    """Formats a value for a message: the value if it is short and plain, else its type and size.
+    """Formats a value for a message: a short, plain value itself, otherwise its type and size.
 
     The repr of a hostile object may take exponential time.
     """
@@ -238,8 +239,8 @@ def reason(error: Exception) -> str:
 
 def abridged(lines: Sequence[str]) -> list[str]:
     """Returns the first lines of a message, and the number of the others."""
-    left = len(lines) - SHOWN_LINES
-    return [*lines[:SHOWN_LINES], f"… and {left} more"] if left > 0 else list(lines)
+    others = len(lines) - SHOWN_LINES
+    return [*lines[:SHOWN_LINES], f"… and {others} more"] if others > 0 else list(lines)
 
 
 def _parse_integer(text: str) -> int:

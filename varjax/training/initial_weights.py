@@ -95,7 +95,7 @@ def forked_state(fork_from: str, abstract: TrainState, placement: TrainState) ->
             raise InputError(f"fork_from={fork_from}: {run} has checkpoints of steps {steps}")
         step, state = read(number)
     elif (newest := saved.newest(read, list_steps)) is None:
-        raise InputError(f"fork_from={fork_from}: {run} holds no checkpoint; give RUN or RUN@STEP")
+        raise InputError(f"fork_from={fork_from}: {run} has no checkpoint; give RUN or RUN@STEP")
     else:
         step, state = newest
     if jax.process_index() == 0:
