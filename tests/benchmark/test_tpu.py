@@ -148,6 +148,6 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
         raise RuntimeError("JAX TPU support not installed")
 
     monkeypatch.setattr(measure.topologies, "get_topology_desc", missing)
-    with pytest.raises(ValueError, match="v5e:1x1 cannot be compiled for: JAX TPU .*pip install l"):
+    with pytest.raises(ValueError, match="compile for --topology=v5e:1x1: JAX TPU .*pip install l"):
         measure.tpu_devices("v5e:1x1")
     assert jax.default_backend() == "cpu"

@@ -81,7 +81,7 @@ def print_tables(error: float, steps: int) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     parser = command_parser("python -m varjax.analysis.diffusion_steps", __doc__)
     add = parser.add_argument
     add("--error", type=float, default=0.001, help="relative error of the noise (0.001)")

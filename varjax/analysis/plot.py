@@ -169,7 +169,7 @@ def _first(names: Iterable[str], exists: Any) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     parser = command_parser("varjax plot", __doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="directories of the runs")
     parser.add_argument("--out", default="plot.png", help="picture to write (plot.png)")

@@ -167,7 +167,7 @@ def _ago(seconds: float) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     parser = command_parser("varjax runs", __doc__)
     add = parser.add_argument
     add(

@@ -4,10 +4,10 @@ varjax benchmark COMMAND --help
 
   sample        how fast a transformer of a released size draws images
   train         how fast it trains on one device
-  evaluate      how fast samples are measured: Inception's features, and metrics of them
+  evaluate      how fast samples are evaluated: Inception's features, and the metrics
   data          how fast a config's images are read, decoded and augmented
   tpu           what the TPU's compiler estimates for sampling and training; no TPU is needed
-  checksum      what comparing checksums adds to reading a checkpoint
+  checksum      how long checksums take, compared with reading a checkpoint
   partitioning  a training step's memory and communication on many devices, estimated
 """
 
@@ -20,7 +20,7 @@ NAMES = ("sample", "train", "evaluate", "data", "tpu", "checksum", "partitioning
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     name = arguments[0] if arguments else ""
     if name in ("-h", "--help"):
         print(__doc__)
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
     if name not in NAMES:
         print(f"usage: varjax benchmark {'|'.join(NAMES)} --help", file=sys.stderr)
         return 2
-    # Only the one that is asked for: they set up JAX, or do without it, each in its own way.
+    # Imports only this benchmark: each sets up JAX in a different way, or needs no JAX.
     benchmark = importlib.import_module(f"varjax.benchmark.{name}")
     return run_command(f"varjax benchmark {name}", lambda: benchmark.main(arguments[1:]))
 

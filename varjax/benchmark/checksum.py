@@ -1,4 +1,4 @@
-"""Measures what comparing checksums adds to reading a checkpoint and a .safetensors file.
+"""Measures how long checksums take, compared with reading a checkpoint or a .safetensors file.
 
 varjax benchmark checksum --gigabytes=2
 
@@ -43,14 +43,14 @@ def main(arguments: list[str]) -> None:
     params = {f"array{i}": jax.random.normal(key, (rows, 2**20)) for i, key in enumerate(keys)}
     with tempfile.TemporaryDirectory(dir=flags.folder) as folder:
         for part, measure in {"checkpoint": _checkpoint, "safetensors": _safetensors}.items():
-            read, checksum = measure(pathlib.Path(folder), params)
+            read_seconds, checksum_seconds = measure(pathlib.Path(folder), params)
             print_figures(
                 benchmark="checksum",
                 part=part,
                 gigabytes=trees.nbytes(params) / 1e9,
-                read_seconds=read,
-                checksum_seconds=checksum,
-                ratio=checksum / read,
+                read_seconds=read_seconds,
+                checksum_seconds=checksum_seconds,
+                ratio=checksum_seconds / read_seconds,
             )
 
 

@@ -1,4 +1,4 @@
-"""Counts what a compiled program's devices send one another, from its HLO text."""
+"""Counts the communication between devices in a compiled program, from its HLO text."""
 
 import collections
 import dataclasses
@@ -8,7 +8,7 @@ import re
 from varjax.benchmark.hlo_text import executed_instructions
 
 BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "c64": 64, "c128": 128}
-# Bytes that each of g devices sends on a ring: (g - 1)/g × the larger of input and output, × this.
+# On a ring of g devices, each sends (g - 1)/g × the larger of input and output, × this factor.
 RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-to-all": 1, "all-reduce": 2}
 
 
@@ -28,10 +28,10 @@ class Traffic:
 def count_traffic(hlo: str) -> dict[str, Traffic]:
     """Counts the collectives in HLO text, by kind; a loop counts as often as it runs.
 
-    All-reduces of which each device keeps a slice only count as "reduce-scatter": TPUs and GPUs
-    compile them to that.
+    An all-reduce of which each device keeps only a slice counts as "reduce-scatter", because TPUs
+    and GPUs compile it to one.
     """
-    found = collections.defaultdict(Traffic)
+    traffic = collections.defaultdict(Traffic)
     for instruction in executed_instructions(hlo):
         operation = instruction.operation
         kind, started = operation.removesuffix("-start"), "-start" in operation
@@ -40,15 +40,17 @@ def count_traffic(hlo: str) -> dict[str, Traffic]:
                 kind = "reduce-scatter"
             devices = group_size(instruction.attributes)
             factor = RINGS[kind] * (devices - 1) / devices
-            if operation == "reduce-scatter":  # its shape is a part's, unlike a start's
+            # The shape is that of one part, but "reduce-scatter-start" has the whole input's.
+            if operation == "reduce-scatter":
                 factor *= devices
         elif kind == "collective-permute":
             factor = 1
         else:
             continue
-        found[kind].calls += instruction.times
-        found[kind].bytes += instruction.times * factor * _bytes(instruction.shape, largest=started)
-    return dict(found)
+        size = _bytes(instruction.shape, largest=started)
+        traffic[kind].calls += instruction.times
+        traffic[kind].bytes += instruction.times * factor * size
+    return dict(traffic)
 
 
 def group_size(attributes: str) -> int:
@@ -73,7 +75,7 @@ def _is_sliced(name: str, lines: list[str]) -> bool:
 
 
 def _bytes(shape: str, largest: bool = False) -> float:
-    """Adds the bytes of all arrays in a tuple, for an asynchronous start takes the largest."""
+    """Adds up the bytes of all arrays in a tuple, or takes the largest (an asynchronous start)."""
     sizes = [
         math.prod(map(int, filter(None, dims.split(",")))) * _bits(kind) / 8
         for kind, dims in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shape)

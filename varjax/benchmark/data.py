@@ -6,7 +6,7 @@ varjax benchmark data --config=configs/FILE.py[:ARGUMENT] [--batches=20]
 Prints a line for each stage and each number of threads or processes:
 
 decode    images are read and decoded (or latents are read)
-augment   they are augmented as well
+augment   images are also augmented
 loader    whole batches are made, as in training
 """
 
@@ -30,7 +30,7 @@ from varjax.storage.image_files import BrokenImage
 
 def main(arguments: list[str]) -> None:
     """Runs the command."""
-    parser = command_parser("varjax.benchmark data", __doc__)
+    parser = command_parser("varjax benchmark data", __doc__)
     cpus = available_cpus()
     add_config_flags(parser)
     parser.add_argument("--batches", type=int, default=20, help="number of batches to measure (20)")
@@ -38,35 +38,35 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--workers", default=f"{cpus}", help="numbers of processes to compare")
     flags, experiment = config_from_flags(parser, arguments)
     check_setting("batches", flags.batches, flags.batches >= 1, "at least 1")
-    ways = [ReadOptions(threads=n) for n in parse_counts("threads", flags.threads) if n]
-    ways += [ReadOptions(workers=n) for n in parse_counts("workers", flags.workers) if n]
-    measure_reading(experiment.data, experiment.batch_size, experiment.seed, ways, flags.batches)
+    options = [ReadOptions(threads=n) for n in parse_counts("threads", flags.threads) if n]
+    options += [ReadOptions(workers=n) for n in parse_counts("workers", flags.workers) if n]
+    measure_reading(experiment.data, experiment.batch_size, experiment.seed, options, flags.batches)
 
 
 def parse_counts(name: str, text: str) -> list[int]:
     """Returns the numbers in "1,2,4", in order; raises InputError for anything else."""
     try:
-        return sorted({int(word) for word in text.split(",")})
+        return sorted({int(part) for part in text.split(",")})
     except ValueError as error:
-        raise InputError(f"{name} is {text!r}; give numbers, say 1,2,4") from error
+        raise InputError(f"{name} is {text!r}; give numbers such as 1,2,4") from error
 
 
 def measure_reading(
-    data: Any, batch_size: int, seed: int, ways: Iterable[ReadOptions], batches: int
+    data: Any, batch_size: int, seed: int, options: Iterable[ReadOptions], batches: int
 ) -> None:
-    """Prints a line for each part and each way to read.
+    """Prints a line for each stage and each number of threads or processes.
 
     Args:
         data: dataset to read.
         batch_size: examples in a batch.
         seed: random seed of shuffling and augmentation.
-        ways: numbers of threads or processes to compare.
-        batches: number of batches to time for each way.
+        options: numbers of threads or processes to compare.
+        batches: number of batches to time with each of the options.
     """
-    for reading in ways:
+    for reading in options:
         loader = dataclasses.replace(data, reading=reading).make(batch_size, seed)
         for part, measure in {"decode": _decode, "augment": _augment, "loader": _load}.items():
-            took = measure(loader, batches)
+            seconds = measure(loader, batches)
             print_figures(
                 benchmark="data",
                 part=part,
@@ -75,15 +75,15 @@ def measure_reading(
                 threads=0 if reading.workers else reading.threads,
                 workers=reading.workers,
                 cpus=available_cpus(),
-                seconds=took / batches,
-                images_per_second=batches * batch_size / took,
+                seconds=seconds / batches,
+                images_per_second=batches * batch_size / seconds,
                 batch_mb=sum(x.nbytes for x in loader.train_batch(0).values()) / 1e6,
                 peak_memory_gb=process_peak_gb(),
             )
 
 
 def decode_examples(stream: ExampleStream, positions: Iterable[int]) -> None:
-    """Reads the examples at these places of the training split and forgets them."""
+    """Reads the examples at these positions of the training split and discards them."""
     source = stream.train_source
     for position in positions:
         with contextlib.suppress(BrokenImage):
@@ -91,7 +91,7 @@ def decode_examples(stream: ExampleStream, positions: Iterable[int]) -> None:
 
 
 def augment_examples(stream: ExampleStream, positions: Iterable[int]) -> None:
-    """Makes the rows at these positions of the training stream and forgets them."""
+    """Makes the rows at these positions of the training stream and discards them."""
     stream.train(positions)
 
 
@@ -115,9 +115,8 @@ def _seconds(readers: ReaderPool, function: Any, size: int, batches: int) -> flo
 
 def _load(loader: Loader, batches: int) -> float:
     stream = loader.train()
-    next(
-        itertools.islice(stream, BATCHES_AHEAD, None)
-    )  # from here on as many are begun as are taken
+    # After the batches made ahead, the loader begins one batch for each that is taken.
+    next(itertools.islice(stream, BATCHES_AHEAD, None))
     begin = time.perf_counter()
     next(itertools.islice(stream, batches - 1, None))
     return time.perf_counter() - begin

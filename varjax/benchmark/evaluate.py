@@ -1,9 +1,10 @@
-"""Measures how fast samples are evaluated: Inception's features, and metrics of the features.
+"""Measures how fast samples are evaluated: Inception's features, and the metrics.
 
 varjax benchmark evaluate --images=10000
 
-Prints a JSON line for the features, computed with random weights, and one for each metric of random
-features. efficiency is model FLOP ÷ (seconds × FLOP/s of a large matrix product in the same run).
+Prints a JSON line for the features, which are computed with random weights, and one for each
+metric, which is computed from random features. efficiency is model FLOP ÷ (seconds × FLOP/s of a
+large matrix product in the same run).
 """
 
 import time
@@ -24,14 +25,14 @@ from varjax.runtime.hardware import fastest_seconds, memory_usage
 
 
 def measure_features(side: int, repeats: int) -> None:
-    """Prints how fast images of `side` pixels become features, after one call to compile."""
+    """Prints how fast features of images of `side` pixels are computed, and the compile time."""
     extract = FeatureExtractor(random_inception_network())
     images_NHWC = np.random.default_rng(0).integers(0, 256, (extract.at_once, side, side, 3))
     images_NHWC = images_NHWC.astype(np.uint8)
     begin = time.perf_counter()
     extract(images_NHWC)
     compile_seconds = time.perf_counter() - begin
-    took = fastest_seconds(lambda: extract(images_NHWC), repeats)
+    seconds = fastest_seconds(lambda: extract(images_NHWC), repeats)
     network = extract.network
     abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, network.params))
     work = flops.count(network.apply, abstract, images_NHWC)
@@ -41,17 +42,17 @@ def measure_features(side: int, repeats: int) -> None:
         part="features",
         pixels=side,
         images_at_once=extract.at_once,
-        compile_seconds=compile_seconds - took,
-        images_per_second=extract.at_once / took,
+        compile_seconds=compile_seconds - seconds,
+        images_per_second=extract.at_once / seconds,
         model_gflop_per_image=work / extract.at_once / 1e9,
-        efficiency=work / took / speed / len(jax.local_devices()),
+        efficiency=work / seconds / speed / len(jax.local_devices()),
         matmul_gflops=speed / 1e9,
         peak_memory_gb=memory_usage()["memory_peak_gb"],
     )
 
 
 def measure_metrics(images: int) -> None:
-    """Prints the seconds of each metric of `images` made-up samples and 10,000 real ones."""
+    """Prints the seconds of each metric, of `images` random samples and a reference of 10,000."""
     rng = np.random.default_rng(0)
     sample_ND = rng.normal(size=(images, FEATURES)).astype(np.float32)
     reference_MD = rng.normal(size=(COMPARED_IMAGES, FEATURES)).astype(np.float32)
@@ -64,12 +65,12 @@ def measure_metrics(images: int) -> None:
     }.items():
         begin = time.perf_counter()
         metric()
-        took = time.perf_counter() - begin
-        print_figures(benchmark="evaluate", part=name, images=images, seconds=took)
+        seconds = time.perf_counter() - begin
+        print_figures(benchmark="evaluate", part=name, images=images, seconds=seconds)
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0; raises InputError for a number below its least."""
+    """Runs the benchmark and returns 0; raises InputError for a number below its minimum."""
     parser = command_parser("varjax benchmark evaluate", __doc__)
     add = parser.add_argument
     add("--images", type=int, default=10_000, help="number of images in the metrics (10000)")

@@ -33,11 +33,11 @@ class Instruction:
 
 
 def executed_instructions(hlo: str) -> Iterator[Instruction]:
-    """Yields the instructions of a program, those inside of fusions and calls too.
+    """Yields the instructions of a program, including those inside fusions and calls.
 
-    An instruction in a loop counts once per iteration; of a conditional all branches count.
+    An instruction in a loop counts once per iteration. All branches of a conditional count.
 
-    hlo: the text of the program.
+    hlo: text of the program.
     """
     computations, entry = _computations(hlo)
 
@@ -46,20 +46,19 @@ def executed_instructions(hlo: str) -> Iterator[Instruction]:
             if not (match := INSTRUCTION.match(line)):
                 continue
             result, shape, operation, operands, attributes = match.groups()
-            found = Instruction(
+            instruction = Instruction(
                 result, shape, operation, operands, attributes, computations[name], times
             )
-            yield found
-            if found.operation == "while":
+            yield instruction
+            if operation == "while":
                 body, condition = (
-                    re.findall(rf"{k}=%?([\w.\-]+)", found.attributes)[0]
-                    for k in ("body", "condition")
+                    re.findall(rf"{k}=%?([\w.\-]+)", attributes)[0] for k in ("body", "condition")
                 )
-                trips = _trips(found.attributes, computations[condition])
+                trips = _trips(attributes, computations[condition])
                 yield from walk(body, times * trips)
                 yield from walk(condition, times * trips)
-            elif found.operation in CALLERS:
-                called = re.findall(rf"(?:{CALLED})=(\{{[^}}]*\}}|[^,\s]*)", found.attributes)
+            elif operation in CALLERS:
+                called = re.findall(rf"(?:{CALLED})=(\{{[^}}]*\}}|[^,\s]*)", attributes)
                 for inner in re.findall(r"%([\w.\-]+)", " ".join(called)):
                     yield from walk(inner, times)
 
@@ -68,18 +67,18 @@ def executed_instructions(hlo: str) -> Iterator[Instruction]:
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
     """Splits the text into each computation's lines; also returns the entry computation's name."""
-    found, lines, entry = {}, [], ""
+    computations, lines, entry = {}, [], ""
     for line in hlo.splitlines():
         if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{", line):
-            lines = found.setdefault(match[2], [])
+            lines = computations.setdefault(match[2], [])
             entry = match[2] if match[1] else entry
         else:
             lines.append(line)
-    return found, entry
+    return computations, entry
 
 
 def _trips(attributes: str, condition: list[str]) -> int:
-    """Reads how often a loop runs: as XLA found out, or what its counter is compared with."""
+    """Reads how often a loop runs: XLA's trip count, or what its counter is compared with."""
     if match := re.search(r"known_trip_count\W+n\W+(\d+)", attributes):
         return int(match[1])
     numbers = re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(condition))

@@ -1,4 +1,4 @@
-"""Shares among benchmarks their flags, their output, and the machine's own speed."""
+"""Holds what benchmarks share: flags, output, and the speed of the machine."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from varjax.runtime.commands import command_parser
 
 
 class MatmulPeak:
-    """Measures the FLOP/s of a large square matrix product, the most that one could hope for.
+    """Measures the FLOP/s of a large square matrix product, as an upper bound for programs.
 
     peak = MatmulPeak(jnp.bfloat16)
     efficiency = flop / seconds / peak.measure()
@@ -29,7 +29,8 @@ class MatmulPeak:
     def measure(self) -> float:
         """Measures again and returns the best FLOP/s so far.
 
-        To be called next to what it is compared with, for shared machines change speed.
+        Call it next to the measurement that it is compared with, because shared machines change
+        speed.
         """
         precision = matmul_precision(self._dtype)
         measured = hardware.matmul_flops(self._size, self._dtype, precision, repeats=5)
@@ -68,14 +69,14 @@ def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of a training's `ComputeConfig`."""
+    """Adds the flags of `ComputeConfig` that only training uses."""
     about = "what the backward pass recomputes (dots, as in most recipes)"
     parser.add_argument("--remat", choices=get_args(Remat), default="dots", help=about)
     parser.add_argument("--unroll", action="store_true", help="unroll the layers")
 
 
 def compute_from_flags(flags: argparse.Namespace, **others: Any) -> ComputeConfig:
-    """Checks the flags of `model_parser`, turns the cache on, and returns how to compute.
+    """Checks the flags of `model_parser`, turns on the compilation cache, returns the config.
 
     Raises InputError for a number below 1.
     """
@@ -88,16 +89,16 @@ def compute_from_flags(flags: argparse.Namespace, **others: Any) -> ComputeConfi
 
 
 def tpu_devices(topology: str) -> list[Any]:
-    """Returns TPUs that need not be here, to compile for.
+    """Returns devices to compile for, without any TPU in this machine.
 
-    Raises InputError for an unknown topology, and where libtpu is missing.
+    Raises InputError for an unknown topology, or if libtpu is missing.
     """
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # which would ask Google's cloud for minutes
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nobody uses a TPU here
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the query takes minutes outside a cloud VM
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # compiling opens no TPU
     try:
         return list(topologies.get_topology_desc(topology, "tpu").devices)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # libtpu raises several types
         raise InputError(
-            f"--topology={topology} cannot be compiled for: {str(error)[:300]}. It needs "
-            "`pip install libtpu`, and a TPU kind with its grid, as in v5e:2x4 or v4:2x2x2"
+            f"cannot compile for --topology={topology}: {str(error)[:300]}. Compiling needs "
+            "`pip install libtpu`, and a TPU type with its grid, such as v5e:2x4 or v4:2x2x2"
         ) from error

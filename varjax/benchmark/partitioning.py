@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     add(
         "--devices", type=_numbers, default="8", help="numbers of CPU devices to simulate: 8,64 (8)"
     )
-    add("--topology", default="", help="TPUs to compile for, instead: v5e:2x4,v5e:8x8")
+    add("--topology", default="", help="compile for these TPUs instead: v5e:2x4,v5e:8x8")
     add(
         "--fsdp",
         type=int,
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     benchmark = benchmark_of(flags.preset)
     counts = [] if flags.topology else flags.devices
     jax.config.update("jax_platforms", "cpu")
-    # At least two, for alone on a CPU the model would be computed in another way.
+    # At least two, because on a single CPU device the model is computed in another way.
     jax.config.update("jax_num_cpu_devices", max([2, *counts]))
     for target in flags.topology.split(",") if flags.topology else counts:
         compute = ComputeConfig(
@@ -91,11 +91,12 @@ def measure_step(task: Any, plan: Plan, mesh: Any, sizes_only: bool = False) -> 
         task: training task to measure.
         plan: length of the run, with the batch size.
         mesh: mesh of devices, which need not exist on this machine.
-        sizes_only: True adds up the arrays held between steps; False also compiles the step.
+        sizes_only: True only adds up the arrays held between steps; False also compiles the step.
 
     Returns:
-        state_gb and frozen_gb, between the steps; arguments_gb, with the batch; temporaries_gb,
-        what a step needs besides; sent, (calls, gigabytes) by kind of collective; and the setting.
+        state_gb and frozen_gb, held between steps; arguments_gb, which adds the batch;
+        temporaries_gb, the additional memory of a step; sent, which maps each kind of collective to
+        (calls, gigabytes); and the settings.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = _placed(jax.eval_shape(task.init, key), mesh)
@@ -151,8 +152,8 @@ def _placed(tree: Any, mesh: Any) -> Any:
     return jax.tree.map(lambda x, s: _abstract(x.shape, x.dtype, s), tree, specs)
 
 
-def _abstract(shape: tuple[int, ...], dtype: Any, where: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+def _abstract(shape: tuple[int, ...], dtype: Any, placement: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placement)
 
 
 def _held_gb(tree: Any) -> float:
@@ -161,7 +162,7 @@ def _held_gb(tree: Any) -> float:
 
 
 def _compile(lowered: Any) -> tuple[Any, str]:
-    """Returns the program, or why there is none, and the partitioned program as text."""
+    """Returns the program, or the compiler's message if it does not fit, and its HLO text."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": "spmd-partitioning"}
         try:

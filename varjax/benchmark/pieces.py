@@ -1,6 +1,6 @@
-"""Programs of sampling, training, encoding and decoding, whole or in pieces, without their arrays.
+"""Programs of sampling, training, encoding and decoding, whole or in pieces, to compile only.
 
-For what compiles and does not run: arguments are shapes, and weights as pipelines hold them.
+Their arguments are abstract arrays. Weights have the dtypes that pipelines give them.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from varjax.trees import PyTree
 def sampling(
     preset: str, batch_size: int, compute: ComputeConfig, steps: int, guided: bool, pieces: bool
 ) -> list[Program]:
-    """Returns what draws a batch of images: one program, or pieces that do the same one by one.
+    """Returns the programs that draw a batch of images: one, or pieces that run one by one.
 
     Args:
         preset: name of a released model's size.
@@ -45,14 +45,14 @@ def sampling(
 
 
 def decoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Program]:
-    """Returns what decodes a batch of latents into images."""
+    """Returns the program that decodes a batch of latents into images."""
     programs, params = _programs_and_params(preset, compute, 1, True)
     latents = jax.ShapeDtypeStruct((batch_size, *programs.latent_shape), jnp.float32)
     return [Program("decoder", programs.decode, (params, latents))]
 
 
 def encoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Program]:
-    """Returns what encodes a batch of images into latents."""
+    """Returns the program that encodes a batch of images into latents."""
     task = benchmark_of(preset).training_task(preset, compute)
     frozen = jax.eval_shape(task.tokenizer.init, jax.random.key(0))
     return [Program("encoder", task.tokenizer.encode, (frozen, _images(task, batch_size)))]
@@ -61,7 +61,7 @@ def encoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Progr
 def training(
     preset: str, batch_size: int, compute: ComputeConfig, cached: bool, pieces: bool
 ) -> list[Program]:
-    """Returns what makes a training step: one program, or encoder, gradient and update.
+    """Returns the programs of a training step: one, or encoder, gradient and update.
 
     Args:
         preset: name of a released model's size.
@@ -79,7 +79,7 @@ def training(
     label_B = {"label_B": jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
     latents = jax.eval_shape(task.tokenizer.encode, frozen, image_BHWC) | label_B
 
-    def at(compute):
+    def task_with(compute):
         return dataclasses.replace(task, compute=compute)
 
     if not pieces:
@@ -87,14 +87,14 @@ def training(
         return [
             Program(
                 "step",
-                lambda *args: at(args[-1]).train_step(*args[:-1], plan=plan),
+                lambda *args: task_with(args[-1]).train_step(*args[:-1], plan=plan),
                 (state, frozen, batch, key),
                 donated=(0,),
             )
         ]
     gradient = Program(
         "gradient",
-        lambda *args: jax.grad(functools.partial(loss, at(args[-1])))(*args[:-1]),
+        lambda *args: jax.grad(functools.partial(loss, task_with(args[-1])))(*args[:-1]),
         (state.params, frozen, latents),
     )
     update = Program(

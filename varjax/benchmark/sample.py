@@ -29,8 +29,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--compile_only", action="store_true", help="only compile, which needs less memory"
     )
-    help = "print only the batch size that auto chooses for devices with 16,24,… GB of memory"
-    parser.add_argument("--fits", type=_gigabytes, metavar="GB,GB", help=help)
+    about = "print only the batch size that auto chooses for devices with 16,24,… GB of memory"
+    parser.add_argument("--fits", type=_gigabytes, metavar="GB,GB", help=about)
     parser.add_argument("--steps", type=int, default=64, help="number of MAR sampling steps (64)")
     flags = parser.parse_args(arguments)
     compute, sizes = compute_from_flags(flags), (flags.preset, flags.batch_size, flags.steps)
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
 def print_fitting_batch_sizes(
     preset: str, steps: int, compute: ComputeConfig, gigabytes: Sequence[float]
 ) -> None:
-    """Prints what --batch_size=auto is on devices of so much memory, by arithmetic."""
+    """Prints what --batch_size=auto chooses on devices with this much memory, by arithmetic."""
     programs = benchmark_of(preset).sampling_programs(preset, steps)
     dtype = compute.jax_dtype
     params = jax.eval_shape(programs.init, jax.random.key(0))
@@ -73,9 +73,9 @@ def measure_sampling(
     repeats: int,
     compile_only: bool,
 ) -> None:
-    """Prints a line for the transformer, one for the decoder, and one for the whole.
+    """Prints a line for the transformer, one for the decoder, and one for both in one program.
 
-    They are the programs that the pipelines run. efficiency: model FLOP ÷ (seconds × FLOP/s of a
+    These are the programs that the pipelines run. efficiency: model FLOP ÷ (seconds × FLOP/s of a
     large matrix product, same run, same dtype). Raises InputError for an unknown preset.
     """
     programs = benchmark_of(preset).sampling_programs(preset, steps)
@@ -113,16 +113,16 @@ def measure_sampling(
         compiled = program.lower(abstract, programs.options, *batch).compile()
         figures = {"part": name, "compile_seconds": time.perf_counter() - begin}
         if params is not None:
-            took = fastest_seconds(lambda: compiled(params, programs.options, *batch), repeats)  # noqa: B023
+            seconds = fastest_seconds(lambda: compiled(params, programs.options, *batch), repeats)  # noqa: B023
             work = flops.count(
                 lambda *a, f=function: f(*a, plain), abstract, programs.options, *batch
             )
             speed = peak.measure()
             figures |= {
-                "seconds": took,
-                "images_per_second": batch_size / took,
+                "seconds": seconds,
+                "images_per_second": batch_size / seconds,
                 "model_gflop_per_image": work / batch_size / 1e9,
-                "efficiency": work / took / speed / mesh.size,
+                "efficiency": work / seconds / speed / mesh.size,
                 "matmul_gflops": speed / 1e9,
                 "peak_memory_gb": memory_usage()["memory_peak_gb"],
             }
@@ -133,7 +133,7 @@ def _gigabytes(text: str) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text}: give numbers, as in 16,24,40,80") from None
+        raise argparse.ArgumentTypeError(f"{text}: give numbers such as 16,24,40,80") from None
     if not all(0 < value < float("inf") for value in values):
         raise argparse.ArgumentTypeError(f"{text}: give numbers above 0")
     return values

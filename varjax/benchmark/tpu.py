@@ -39,9 +39,9 @@ from varjax.runtime import flops
 from varjax.runtime.hardware import published_peak_flops
 from varjax.sampling.programs import Program
 
-# GHz, by what begins `device_kind`.
+# GHz, by the first letters of `device_kind`.
 CLOCKS = {"TPU v4": 1.05, "TPU v5 lite": 1.5, "TPU v5": 1.75, "TPU v6": 1.75}
-# The first whose pattern is in an instruction's path counts; what matches none is "rest".
+# An instruction belongs to the first category whose pattern its path matches, otherwise to "rest".
 CATEGORIES = (
     ("encoder", r"\bencoder\b"),
     ("decoder", r"\bdecoder\b"),
@@ -62,9 +62,14 @@ def main(arguments: list[str]) -> None:
     """Reads the command line and prints the figures; raises InputError."""
     parser = model_parser("tpu", __doc__)
     add = parser.add_argument
-    add("--what", choices=get_args(What), default="sample")
+    about = (
+        "what to compile: sampling, a training step, the tokenizer's encoder or decoder (sample)"
+    )
+    add("--what", choices=get_args(What), default="sample", help=about)
     add("--topology", default="v5e:1x1", help="type and grid of the chips; one is used (v5e:1x1)")
-    add("--encoder_precision", choices=("auto", *get_args(Precision)), default="auto")
+    about = "precision of the products in the tokenizer's encoder (auto)"
+    precisions = ("auto", *get_args(Precision))
+    add("--encoder_precision", choices=precisions, default="auto", help=about)
     add_training_flags(parser)
     add("--cached", action="store_true", help="train on cached tokens instead of images")
     add("--unguided", action="store_true", help="sample without guidance")
@@ -112,7 +117,7 @@ def main(arguments: list[str]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Holds what the compiler expects of one program.
+    """Holds the compiler's estimates for one program.
 
     Attributes:
         by_category: milliseconds for each name in CATEGORIES, and for "rest".
@@ -136,7 +141,7 @@ class Estimate:
         return sum(self.by_category.values())
 
     def figures(self) -> dict[str, float]:
-        """Returns what is printed of it."""
+        """Returns the figures to print."""
         return {
             "ms": self.ms,
             "peak_share": self.flop / (self.ms / 1e3) / self.peak,
@@ -148,13 +153,13 @@ class Estimate:
 
 def estimate_program(program: Program, compute: ComputeConfig, device: Any) -> Estimate:
     """Compiles a program for a device and adds up the cycles that the compiler expects."""
-    # Layouts of the compiler's own choice, for a piece gets what another piece left that way.
-    chosen, clock = Format(Layout.AUTO, SingleDeviceSharding(device)), _clock(device)
+    # The compiler chooses all layouts, because one piece passes its outputs to the next.
+    layout, clock = Format(Layout.AUTO, SingleDeviceSharding(device)), _clock(device)
     begin = time.perf_counter()
     jitted = jax.jit(
         lambda *a: program.function(*a, compute),
-        in_shardings=chosen,
-        out_shardings=chosen,
+        in_shardings=layout,
+        out_shardings=layout,
         donate_argnums=program.donated,
     )
     compiled = jitted.lower(*program.arguments).compile()
@@ -176,7 +181,7 @@ def estimate_program(program: Program, compute: ComputeConfig, device: Any) -> E
 
 
 def estimated_cycles(hlo: str) -> Iterator[tuple[str, int]]:
-    """Yields (path in the program that JAX traced, cycles) of each instruction that has some.
+    """Yields (path in the program that JAX traced, cycles) for each instruction with an estimate.
 
     hlo: text of a program that was compiled for a TPU.
     """
@@ -196,4 +201,4 @@ def _clock(device: Any) -> float:
     for kind, ghz in CLOCKS.items():
         if device.device_kind.startswith(kind):
             return ghz
-    raise InputError(f"the clock of {device.device_kind} is not known; known are {list(CLOCKS)}")
+    raise InputError(f"the clock of {device.device_kind} is unknown; known are {list(CLOCKS)}")

@@ -39,7 +39,7 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
     """Prints a line for the tokenizer's encoder, the gradient, the update, and the whole step.
 
     efficiency: model FLOP ÷ (seconds × FLOP/s of a large matrix product, same run, same dtype).
-    FLOP that a remat policy spends again do not count. Raises InputError for an unknown preset.
+    FLOP that a remat policy recomputes do not count. Raises InputError for an unknown preset.
     """
     plan = Plan(1000, batch_size)
     benchmark = benchmark_of(preset)
@@ -62,60 +62,60 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
     state = jax.jit(task.init)(key)
 
     def report(part: str, call: Callable[[], Any], compile_seconds: float, work: int) -> None:
-        took, speed = fastest_seconds(call, repeats), peak.measure()
+        seconds, speed = fastest_seconds(call, repeats), peak.measure()
         figures = {
             "compile_seconds": compile_seconds,
-            "seconds": took,
-            "images_per_second": batch_size / took,
+            "seconds": seconds,
+            "images_per_second": batch_size / seconds,
             "model_gflop_per_image": work / batch_size / 1e9,
-            "efficiency": work / took / speed,
+            "efficiency": work / seconds / speed,
             "matmul_gflops": speed / 1e9,
             "peak_memory_gb": memory_usage()["memory_peak_gb"],
         }
         print_figures(**setting, part=part, **figures)
 
-    def encoded_by_task(params, image_BHWC):
+    def encode_images(params, image_BHWC):
         return tokenizer.encode(params, image_BHWC, compute)
 
-    encode, waited = _compiled(encoded_by_task, frozen, image_BHWC)
+    encode, compile_seconds = _compiled(encode_images, frozen, image_BHWC)
     work_encode = flops.count(tokenizer.encode, frozen, image_BHWC)
-    report("tokenize", lambda: encode(frozen, image_BHWC), waited, work_encode)
+    report("tokenize", lambda: encode(frozen, image_BHWC), compile_seconds, work_encode)
 
     encoded = encode(frozen, image_BHWC) | {"label_B": label_B}
 
     loss = functools.partial(benchmark.training_loss, task)
-    gradient, waited = _compiled(jax.grad(loss), state.params, frozen, encoded)
+    gradient, compile_seconds = _compiled(jax.grad(loss), state.params, frozen, encoded)
     work = task.train_flops(state, frozen, encoded)
-    report("gradient", lambda: gradient(state.params, frozen, encoded), waited, work)
+    report("gradient", lambda: gradient(state.params, frozen, encoded), compile_seconds, work)
 
     grads = [gradient(state.params, frozen, encoded)]
 
-    def update():  # gives its memory to the next one, as in training
+    def update():  # the state is donated, as in training
         nonlocal state
-        state, norms = updated(state, grads[0])
+        state, norms = update_program(state, grads[0])
         return norms
 
-    updated, waited = _compiled(
+    update_program, compile_seconds = _compiled(
         lambda state, grads: task.update(state, grads, plan), state, grads[0]
     )
-    report("update", update, waited, 0)
+    report("update", update, compile_seconds, 0)
     grads.clear()
 
     batch = {"image_BHWC": image_BHWC, "label_B": label_B}
 
     def step():
         nonlocal state
-        state, metrics = stepped(state, frozen, batch, key)
+        state, metrics = step_program(state, frozen, batch, key)
         return metrics
 
-    stepped, waited = _compiled(
+    step_program, compile_seconds = _compiled(
         functools.partial(task.train_step, plan=plan), state, frozen, batch, key
     )
-    report("step", step, waited, work + work_encode)
+    report("step", step, compile_seconds, work + work_encode)
 
 
 def _compiled(function: Callable, *args: Any) -> tuple[Callable, float]:
-    """Compiles; returns the program, which may reuse a state's memory, and the seconds it took."""
+    """Compiles a program, which a `TrainState` is donated to; returns it and the seconds."""
     begin = time.perf_counter()
     donated = (0,) if isinstance(args[0], TrainState) else ()
     program = jax.jit(function, donate_argnums=donated).lower(*args).compile()

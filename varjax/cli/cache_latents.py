@@ -6,10 +6,10 @@ A KL tokenizer's latents are stored as means and standard deviations, from which
 samples in each epoch. --dtype=float16 halves their size, and prints the rounding errors.
 
 To train on the latents, use `data=latents:DIR`, or CachedLatents("DIR") in a config. As for
-train.py, --config.FIELD=VALUE changes fields of the config. The command continues where it was
-interrupted if you run it again, and does nothing when all is done. Several processes share the
-work, without exchanging data: --distributed if JAX finds them automatically, else --processes=COUNT
---process=NUMBER.
+train.py, --config.FIELD=VALUE changes fields of the config. If the command is interrupted, run it
+again to continue; when everything is done, it does nothing. Several processes can share the work
+without exchanging data: use --distributed if JAX finds them automatically, otherwise
+--processes=COUNT --process=NUMBER.
 """
 
 import sys
@@ -101,15 +101,16 @@ def cache_latents(
         )
     views = data.alternating_views
     augmentations = views if augmentations is None else augmentations
-    fits = augmentations >= 1 and augmentations % views == 0
+    valid = augmentations >= 1 and augmentations % views == 0
     allowed = (
         "1 or more" if views == 1 else f"a multiple of {views}, because flips alternate by epoch"
     )
     whole_number("augmentations", augmentations, 1, MAX_AUGMENTATIONS, allowed)
-    check_setting("augmentations", augmentations, fits, allowed)
+    check_setting("augmentations", augmentations, valid, allowed)
     devices = len(jax.local_devices())
-    fits = batch_size > 0 and batch_size % devices == 0
-    check_setting("batch_size", batch_size, fits, f"a multiple of this process's {devices} devices")
+    valid = batch_size > 0 and batch_size % devices == 0
+    allowed = f"a multiple of this process's {devices} devices"
+    check_setting("batch_size", batch_size, valid, allowed)
     tokenizer_params = frozen_tokenizer(task.frozen())
     if not (tokenizer_identity := task.tokenizer_identity(tokenizer_params)):
         raise InputError(f"{type(task).__name__} trains on images; use the config of a transformer")
@@ -147,14 +148,13 @@ def cache_latents(
     folders.claim_folder(path, ABOUT_FILE, about)
     all_shards = LatentShard.all(path, about)
     lines = []
-    if mine := [shard for shard in all_shards[index::count] if not shard.path.exists()]:
-        for name, error in write_shards(
-            mine, loader, _encoder(task.tokenizer, tokenizer_params)
-        ).items():
+    if unwritten := [shard for shard in all_shards[index::count] if not shard.path.exists()]:
+        encode = _encoder(task.tokenizer, tokenizer_params)
+        for name, error in write_shards(unwritten, loader, encode).items():
             stored = about["latent_spec"][name]["dtype"]
             lines.append(
-                f"{name} as {stored}: errors are at most {error.absolute:.2g}, and at most "
-                f"{error.relative:.2g} of a number"
+                f"{name} as {stored}: the largest error is {error.absolute:.2g}, or "
+                f"{error.relative:.2g} relative to the number"
             )
     if missing := sum(not shard.path.exists() for shard in all_shards):
         lines.append(

@@ -3,8 +3,8 @@
 varjax edit --weights=weights/d16 --image=photo.png --box=64,64,192,192 --out=edit.png
 varjax edit --weights=weights/d16 --image=photo.png --mask=mask.png --count=8
 
-The output shows the original, the redrawn parts in red, and the results. Options that are not given
-have the model's default values.
+The output shows the original, the redrawn parts in red, and the results. Options that you leave out
+take the model's default values.
 """
 
 import argparse
@@ -33,7 +33,7 @@ Mode = Literal["inpaint", "outpaint", "class"]
 def edit_image(arguments: list[str]) -> None:
     """Reads the command line, edits and writes one picture.
 
-    Raises InputError, before any long work, for what cannot be done.
+    Raises InputError, before any long work, if the request is invalid.
     """
     flags = _parser().parse_args(arguments)
     check_sampling_flags(flags)
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         help="y0,x0,y1,x1 in pixels of the cropped image, or, if none is above 1, in fractions of "
         "its height and width; rounded to whole tokens",
     )
-    add("--mask", help="instead of a box, an image of equal size, where white is redrawn")
+    add("--mask", help="replaces --box: an image of the same size, white where to redraw")
     add(
         "--mode",
         choices=get_args(Mode),
@@ -132,7 +132,7 @@ def _check_combination(flags: argparse.Namespace) -> None:
     if (flags.box is None) == (flags.mask is None):
         raise InputError("say where to draw: either --box=y0,x0,y1,x1 or --mask=FILE.png")
     if flags.mask is not None and flags.mode == "outpaint":
-        raise InputError("mode=outpaint needs a --box; a --mask is white where to draw already")
+        raise InputError("mode=outpaint needs a --box; in a --mask, paint white what to redraw")
     if flags.mode == "class" and flags.label is None:
         raise InputError("mode=class needs --label: the class that the inside of the box becomes")
     if file_suffix(flags.out) != ".png":
@@ -140,7 +140,7 @@ def _check_combination(flags: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax speaks of its own workings
+    """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs internal details
     use_compilation_cache()
     return run_command("varjax edit", lambda: edit_image(arguments))

@@ -1,4 +1,4 @@
-"""Runs the commands of `varjax`, which are also `python -m varjax.…` and the scripts of a clone."""
+"""Runs the commands of `varjax`, such as `varjax train`."""
 
 import importlib
 import sys
@@ -6,7 +6,7 @@ import sys
 import varjax
 from varjax.runtime.commands import escape_unprintable
 
-# Modules are imported only when asked for: some commands do without JAX, or set it up themselves.
+# A command's module is imported only when it runs: some need no JAX, and some set it up themselves.
 COMMANDS = {
     "train": ("varjax.cli.train", "train what a config file describes, or continue a run"),
     "sample": ("varjax.cli.sample", "draw images from a trained or converted model"),
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: name of the command and its arguments; None for those of this process.
 
     Returns:
-        0 when all is done, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C.
+        0 on success, 1 after an error, 2 for a wrong command line, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     name = arguments[0] if arguments else ""
@@ -45,9 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"varjax {varjax.__version__}")
         return 0
     escape_unprintable()
-    wanted = name in ("-h", "--help")
-    print(_usage(name if not wanted else ""), file=sys.stdout if wanted else sys.stderr)
-    return 0 if wanted else 2
+    if name in ("-h", "--help"):
+        print(_usage(""))
+        return 0
+    print(_usage(name), file=sys.stderr)
+    return 2
 
 
 def _usage(unknown: str) -> str:

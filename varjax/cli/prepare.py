@@ -1,11 +1,11 @@
-"""Packs a folder of images into a few large array_record files, which any disk reads fast.
+"""Packs a folder of images into a few large array_record files, which are fast on any disk.
 
 varjax prepare --folder=DIR --out=DIR [--size=288] [--workers=16] [--shards=256]
 
-The folder is read as `varjax.data.sources.Folder` describes: with train/ and val/, with classes
-only, or flat. The output is a TensorFlow Datasets directory with the splits "train" and
-"validation"; `data=tfds:OUT` trains on it. The command continues where it was interrupted if you
-run it again, and does nothing when all is done. See docs/data.md.
+The folder may have train/ and val/, classes only, or images only, as `varjax.data.sources.Folder`
+describes. The output is a TensorFlow Datasets directory with the splits "train" and "validation";
+`data=tfds:OUT` trains on it. If the command is interrupted, run it again to continue; when
+everything is done, it does nothing. See docs/data.md.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def prepare(
         folder: folder of images, for `Folder`.
         out: folder of the dataset, for `TFDS`.
         held_out: subfolder or fraction of the held-out images; see `Folder`.
-        unconditional: whether all images are of one class; see `Folder`.
+        unconditional: whether all images belong to one class; see `Folder`.
         size: pixels of the shorter side; see `array_record.ImageEncoding`.
         quality: quality of JPEGs, 1 to 100; see `array_record.ImageEncoding`.
         workers: number of processes; 0 for one per CPU that this process may use.
@@ -88,8 +88,8 @@ def prepare(
     report = files.read_json(path / REPORT_FILE)
     counts = " + ".join(f"{report[split]['images']} {split}" for split in listings)
     broken = sum(len(report[split]["broken"]) for split in listings)
-    named = f"; {broken} broken ones left out, see {path / REPORT_FILE}" if broken else ""
-    return f"{path} is complete: {counts} images in {len(data.class_names)} classes{named}"
+    note = f"; {broken} broken ones left out, see {path / REPORT_FILE}" if broken else ""
+    return f"{path} is complete: {counts} images in {len(data.class_names)} classes{note}"
 
 
 def _split_into_shards(
@@ -114,21 +114,22 @@ def _pack(
     parts: Sequence[array_record.RecordShard], encoding: array_record.ImageEncoding, workers: int
 ) -> None:
     """Writes the unfinished shards, with a progress bar."""
-    left = [part for part in parts if not part.report_path.exists()]
-    images, to_do = (sum(len(part.items) for part in shards) for shards in (parts, left))
-    named = 0
+    unfinished = [part for part in parts if not part.report_path.exists()]
+    images = sum(len(part.items) for part in parts)
+    done = images - sum(len(part.items) for part in unfinished)
+    broken_images = 0
     with (
-        tqdm(total=images, initial=images - to_do, unit="image", smoothing=0.05) as bar,
-        contextlib.closing(WorkerProcesses(encoding, min(workers, len(left)))) as processes,
+        tqdm(total=images, initial=done, unit="image", smoothing=0.05) as bar,
+        contextlib.closing(WorkerProcesses(encoding, min(workers, len(unfinished)))) as processes,
     ):
-        for broken in processes.stream(array_record.write_record_shard, left):
+        for broken in processes.stream(array_record.write_record_shard, unfinished):
             bar.update()
             if broken is not None:
-                named += 1
-                if named <= MAX_NAMED:
+                broken_images += 1
+                if broken_images <= MAX_NAMED:
                     bar.write(f"left out: {broken.name}: {broken.reason}", file=sys.stderr)
-                elif named == MAX_NAMED + 1:
-                    bar.write(f"left out: more, all listed in {REPORT_FILE}", file=sys.stderr)
+                elif broken_images == MAX_NAMED + 1:
+                    bar.write(f"left out: more; {REPORT_FILE} lists all", file=sys.stderr)
 
 
 def _finish(
@@ -166,10 +167,15 @@ def main(arguments: list[str]) -> int:
     add(
         "--unconditional",
         action="store_true",
-        help="one class for all images, whatever the subfolders",
+        help="use a single class and ignore subfolders",
     )
-    add("--size", type=int, default=0, help="largest shorter side in pixels (no limit)")
-    add("--quality", type=int, default=95, help="JPEG quality of images that are made smaller (95)")
+    add(
+        "--size",
+        type=int,
+        default=0,
+        help="resize larger images to this shorter side, in pixels (never)",
+    )
+    add("--quality", type=int, default=95, help="JPEG quality of resized images (95)")
     add("--workers", type=int, default=0, help="number of processes (one per CPU)")
     add("--shards", type=int, default=0, help="number of training files (one per 1,000 images)")
     flags = parser.parse_args(arguments)

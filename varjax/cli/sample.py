@@ -3,9 +3,10 @@
 varjax sample --weights=runs/digits --labels=0,1,2 --count=8 --out=grid.png
 varjax sample --weights=runs/digits --labels=all --count=100 --out=digits.npz
 
---accept=0.1 --classifier=DIR draws ten times as many images and keeps those that a classifier likes
-best. A folder or an .npz may be large: all devices share the work, and the command continues where
-it was interrupted if you run it again. Options that are not given have the model's default values.
+--accept=0.1 --classifier=DIR draws ten times as many images and keeps those to which a classifier
+gives the highest probability of their class. A folder or an .npz may be large: all devices share
+the work. If the command is interrupted, run it again to continue. Options that you leave out take
+the model's default values.
 """
 
 import argparse
@@ -55,16 +56,16 @@ def add_sampling_flags(
     add("--weights", required=weights_required, help=about)
     about = "number of images of each class, or of variations (%(default)s)"
     add("--count", type=int, default=4, help=about)
-    add("--seed", type=int, default=0, help="random seed; each gives other images (0)")
+    add("--seed", type=int, default=0, help="random seed; each seed gives other images (0)")
     add_batch_size_flag(parser)
     add("--dtype", default="auto", help="number format: auto, float32 or bfloat16")
     add("--out", default=out, help=out_help)
-    # Those of every family: which of them a model takes is known once it is loaded.
+    # The options of every family: which of them apply is known only once the model is loaded.
     add_option_flags(parser.add_argument_group("options of the model"), option_classes())
 
 
 def check_sampling_flags(flags: argparse.Namespace) -> None:
-    """Raises InputError for a number of `add_sampling_flags` that is out of range."""
+    """Raises InputError if a number among these flags is out of range."""
     for name in ("count", "batch_size"):
         if (value := getattr(flags, name)) != "auto":
             whole_number(name, value, 1)
@@ -74,7 +75,7 @@ def check_sampling_flags(flags: argparse.Namespace) -> None:
 def draw_samples(arguments: list[str]) -> None:
     """Reads the command line, samples and writes.
 
-    Raises InputError, before any long work, for what cannot be done.
+    Raises InputError, before any long work, if the request is invalid.
     """
     parser = command_parser("varjax sample", __doc__)
     parser.add_argument(
@@ -116,9 +117,9 @@ def draw_samples(arguments: list[str]) -> None:
 
 
 def choose_labels(text: str | None, classes: int) -> tuple[int, ...]:
-    """Returns the classes of "0,1,2" or "all"; without text up to ten, evenly spread.
+    """Returns the classes in "0,1,2" or "all"; None stands for up to ten, evenly spread.
 
-    Raises InputError for anything else, or a class that is not below `classes`.
+    Raises InputError for any other text, and for a class that is not below `classes`.
     """
     if text is None:
         spread = np.linspace(0, classes - 1, min(classes, 10)).astype(int)
@@ -135,5 +136,5 @@ def choose_labels(text: str | None, classes: int) -> tuple[int, ...]:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     return run_on_processes("varjax sample", lambda: draw_samples(arguments))

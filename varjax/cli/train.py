@@ -6,7 +6,7 @@ To change some fields of the file:
 
 python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 --config.steps=200
 
---dry_run reports in advance what a run needs: mesh, memory, data, and the first step.
+--dry_run checks a run in advance: it reports mesh, memory and data, and takes one step.
 """
 
 import sys
@@ -23,7 +23,7 @@ from varjax.storage.buckets import as_path
 def fetch_weights(experiment: Any) -> None:
     """Downloads the published models that a new run starts from; see `varjax.convert.pretrained`.
 
-    A run that has begun needs none: it keeps its tokenizer's weights, and its own.
+    A run that has started needs no download: its directory has the tokenizer's weights and its own.
     """
     from varjax.checkpoints.saved_steps import SavedSteps
     from varjax.convert.pretrained import resolve_weights
@@ -31,17 +31,16 @@ def fetch_weights(experiment: Any) -> None:
 
     run_dir = as_path(experiment.run_dir)
     tokenizer = config_tree.to_dict(experiment.task).get("tokenizer_weights")
-    if tokenizer and not files.exists(
-        run_dir / "frozen.safetensors"
-    ):  # only the first process reads them
+    if tokenizer and not files.exists(run_dir / "frozen.safetensors"):
+        # Only the first process reads them.
         on_first_process(lambda: str(resolve_weights(tokenizer)))
     if experiment.init_from and not SavedSteps(run_dir / "checkpoints").steps():
         resolve_weights(experiment.init_from)
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0 when the run is finished, 1 when it failed, 2 for a wrong command line."""
-    # Imported here: a worker process that reads data imports this module, and needs no JAX.
+    """Runs the command; returns 0, 1 after an error, or 2 for a wrong command line."""
+    # Imported here, because a worker process that reads data imports this module and needs no JAX.
     from varjax.runtime.compilation_cache import use_compilation_cache
     from varjax.runtime.distributed import add_process_flags, connect_by_flags, run_on_processes
     from varjax.training import loop
@@ -50,7 +49,7 @@ def main(arguments: list[str]) -> int:
     parser = command_parser("varjax train", __doc__)
     add_config_flags(parser)
     parser.add_argument(
-        "--debug", action="store_true", help="show mistakes with their traceback, too"
+        "--debug", action="store_true", help="print tracebacks of input errors, too"
     )
     parser.add_argument(
         "--dry_run", action="store_true", help="check everything, take one step, write nothing"
@@ -59,7 +58,7 @@ def main(arguments: list[str]) -> int:
         "--profile",
         default="",
         metavar="START:STOP",
-        help="write a trace of these steps, counted from this start, to RUN/profile",
+        help="write a trace of these steps, counted from the start of the command, to RUN/profile",
     )
     add_process_flags(parser)
     if not arguments:

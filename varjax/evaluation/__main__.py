@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     return run_on_processes("varjax evaluate", lambda: evaluate(arguments))
 
 

@@ -130,7 +130,7 @@ def write_report(
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 0, 1 when it failed, 2 for a wrong command line, 130 after Ctrl-C."""
+    """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     parser = command_parser("python -m varjax.evaluation.digits_report", __doc__)
     add, folder = parser.add_argument, pathlib.Path("runs/digits")
     add("--run", type=pathlib.Path, default=folder, help="run of the transformer (runs/digits)")

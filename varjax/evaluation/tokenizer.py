@@ -186,7 +186,7 @@ def report_table(report: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0, 1 with one message for what cannot be done, 2 for a wrong command line."""
+    """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     parser = command_parser("varjax evaluate-tokenizer", __doc__)
     add = parser.add_argument
     add("--weights", required=True, help="training run or converted directory")
