@@ -52,6 +52,7 @@ class Family:
             imported when it is called, because it imports training.
         needs_tokenizer: whether the pipeline requires a tokenizer; if not, the tokenizer's config
             may be None.
+        takes_guide: whether the pipeline has a method `with_guide`, for autoguidance.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Family:
     presets: tuple[str, ...] = ()
     benchmark: Callable[[], Any] | None = None
     needs_tokenizer: bool = True
+    takes_guide: bool = False
 
 
 FAMILIES = (
@@ -73,6 +75,7 @@ FAMILIES = (
         VARPipeline,
         presets=("d16", "d20", "d24", "d30", "d36"),
         benchmark=lambda: importlib.import_module("varjax.var.benchmark"),
+        takes_guide=True,
     ),
     Family(
         "mar",
@@ -83,6 +86,7 @@ FAMILIES = (
         presets=("mar_b", "mar_l", "mar_h"),
         benchmark=lambda: importlib.import_module("varjax.mar.benchmark"),
         needs_tokenizer=False,
+        takes_guide=True,
     ),
 )
 
@@ -244,6 +248,7 @@ def load(
     dtype: Dtype = "auto",
     devices: Sequence[Any] | None = None,
     compute: ComputeConfig | None = None,
+    guide: str | pathlib.Path | None = None,
 ) -> Sampler:
     """Loads a model with its tokenizer, ready to sample.
 
@@ -258,6 +263,8 @@ def load(
             float32 on a CPU, else bfloat16.
         devices: devices that share each batch; None for all of this process.
         compute: replaces `dtype`, to set more than the number format.
+        guide: location of a weaker model of the same tokenizer and classes, for autoguidance; None
+            to guide by "no class".
 
     Returns:
         The family's pipeline: `varjax.VARPipeline` or `varjax.MARPipeline`.
@@ -274,7 +281,7 @@ def load(
     tokenizer, tokenizer_params = None, {}
     if family.needs_tokenizer or weights.config.keys() & {"task", "tokenizer"}:
         tokenizer, tokenizer_params = read_tokenizer(weights)
-    return family.pipeline(
+    model: Any = family.pipeline(
         tokenizer,
         config,
         {"tokenizer": tokenizer_params, family.name: params},
@@ -282,6 +289,11 @@ def load(
         compute or ComputeConfig(dtype),
         devices,
     )
+    if guide is None:
+        return model
+    if not family.takes_guide:
+        raise InputError(f"guide={guide}: models of the family {family.name} take no guide")
+    return model.with_guide(load(guide, dtype, devices, compute))
 
 
 def load_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> "LoadedTokenizer":

@@ -288,7 +288,7 @@ def test_temperature_0_is_greedy():
         (dict(steps=0), "steps=0: must be a whole number, 1 or more"),
         (dict(guidance=-1.0), "guidance=-1.0: must be a finite number, 1 .off."),
         (dict(guidance=float("nan")), "guidance=nan: must be a finite number, 1"),
-        (dict(guidance_schedule="cosine"), "guidance_schedule=cosine: must be linear or constant"),
+        (dict(guidance_schedule="cosine"), "guidance_schedule=cosine: must be linear, constant or"),
         (dict(temperature=-0.1), "temperature=-0.1: must be a finite number, 0 or more"),
         (dict(clip_denoised=-1.0), "clip_denoised=-1.0: must be a finite number, 0"),
         (dict(diffusion_steps="1"), "diffusion_steps=1: give one number, 2 … 1000"),

@@ -73,7 +73,7 @@ def residuals(options, fractions):
 
         def draw(z, position_Bm, number):
             noise = functools.partial(head.sampling_noise, noise_key_B, position_Bm)
-            return head.draw(exact_denoiser, z, noise, setup.draw_settings(number))
+            return head.draw([exact_denoiser], z, noise, setup.draw_settings(number))
 
         hidden = exact_hidden(label_B, setup.guided)
         shape = IMAGES, TOKENS

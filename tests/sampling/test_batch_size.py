@@ -60,13 +60,13 @@ def test_var_needs_what_the_arithmetic_says(labels, guided, scales):
     )
 
     def tokens(params, label_B, key_B):
-        given = label_B, key_B, VAROptions(), None, COMPUTE, guided
+        given = label_B, key_B, VAROptions(), None, COMPUTE, None if guided else 0
         return sample_tokens(tokenizer, var, params, *given)[0]
 
     needed = temporaries(tokens, params, *labels)
     # A small tokenizer, so that the transformer is what counts.
     small = dataclasses.replace(tokenizer, width=32)
-    reckoned = var_sampling_bytes(small, var, BATCH, COMPUTE, guided)
+    reckoned = var_sampling_bytes(small, var, BATCH, COMPUTE, None if guided else 0)
     assert 0.95 < reckoned / needed < 2
 
 
@@ -101,7 +101,7 @@ def test_var_s_plain_attention_needs_its_matrices_beside_the_rest(labels, guided
 
     def matrices(compute):
         def tokens(params, label_B, key_B):
-            given = label_B, key_B, VAROptions(), None, compute, guided
+            given = label_B, key_B, VAROptions(), None, compute, None if guided else 0
             return sample_tokens(tokenizer, var, params, *given)[0]
 
         return attention_matrices(jax.make_jaxpr(tokens)(params, *labels).jaxpr, (256, 261))
@@ -112,7 +112,10 @@ def test_var_s_plain_attention_needs_its_matrices_beside_the_rest(labels, guided
     )
     rows = BATCH * (2 if guided else 1)
     assert matrices(plain) == rows * 2 * 256 * 261 * 4  # two heads, the last scale, float32
-    needed = [var_sampling_bytes(tokenizer, var, BATCH, c, guided) for c in (plain, grouped)]
+    needed = [
+        var_sampling_bytes(tokenizer, var, BATCH, c, None if guided else 0)
+        for c in (plain, grouped)
+    ]
     # The products of queries and keys, and their softmax.
     assert needed[0] - needed[1] == 2 * matrices(plain)
 
@@ -125,16 +128,16 @@ def test_a_decoder_needs_what_the_arithmetic_says(labels):
     )
 
     def images(params, label_B, key_B):
-        given = label_B, key_B, VAROptions(), None, COMPUTE, True
+        given = label_B, key_B, VAROptions(), None, COMPUTE
         return sample_images(tokenizer, var, params, *given)
 
     needed = temporaries(images, params, *labels)
-    assert 0.95 < var_sampling_bytes(tokenizer, var, BATCH, COMPUTE, True) / needed < 1.5
+    assert 0.95 < var_sampling_bytes(tokenizer, var, BATCH, COMPUTE) / needed < 1.5
 
 
 def test_a_batch_that_has_no_good_pieces_is_decoded_whole():
     var, tokenizer = VARConfig(depth=1, width=64, heads=1), VQConfig()
-    pieces, whole = (var_sampling_bytes(tokenizer, var, n, COMPUTE, True) for n in (128, 127))
+    pieces, whole = (var_sampling_bytes(tokenizer, var, n, COMPUTE) for n in (128, 127))
     assert whole > 4 * pieces
 
 

@@ -40,7 +40,7 @@ def edit_image(arguments: list[str]) -> None:
     _check_combination(flags)
     check_out(flags.out)
     picture = image_io.open_image(flags.image)
-    model = load(flags.weights, flags.dtype)
+    model = load(flags.weights, flags.dtype, guide=flags.guide)
     options = model.options(**given_options(flags, option_classes()))
     classes, shape = model.classes, model.image_shape
     if flags.label is not None and not 0 <= flags.label < classes:

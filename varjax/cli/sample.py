@@ -54,6 +54,7 @@ def add_sampling_flags(
     add = parser.add_argument
     about = "training run, converted directory, or published model: var_d16 …"
     add("--weights", required=weights_required, help=about)
+    add("--guide", help="weaker model that guides this one (autoguidance); default: no class")
     about = "number of images of each class, or of variations (%(default)s)"
     add("--count", type=int, default=4, help=about)
     add("--seed", type=int, default=0, help="random seed; each seed gives other images (0)")
@@ -91,7 +92,7 @@ def draw_samples(arguments: list[str]) -> None:
     connect_by_flags(flags)
     use_compilation_cache()
     classifier = classifier_of_flags(flags)
-    model = load(flags.weights, flags.dtype)
+    model = load(flags.weights, flags.dtype, guide=flags.guide)
     labels = choose_labels(flags.labels, model.classes)
     options = model.options(**given_options(flags, option_classes()))
     job = SamplingJob(labels, flags.count, flags.seed, options, batch_size=1)

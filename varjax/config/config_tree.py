@@ -100,7 +100,8 @@ def _plain(kind: Any, value: Any) -> Any:
         label = {} if dataclasses.is_dataclass(kind) else {"_type": type(value).__name__}
         return label | to_dict(value)
     if isinstance(value, tuple):
-        inner = typing.get_args(kind)
+        tuples = (k for k in (kind, *typing.get_args(kind)) if typing.get_origin(k) is tuple)
+        inner = typing.get_args(next(tuples, None))
         variadic = len(inner) == 2 and inner[1] is ...
         kinds = inner if inner and not variadic else (inner[0] if inner else Any,) * len(value)
         return [_plain(k, v) for k, v in zip(kinds, value, strict=True)]

@@ -6,11 +6,15 @@ JAX truncates larger numbers silently: seed 2**32 would draw the images of seed 
     guidance = finite_number("guidance", guidance, 1, allowed="1 (off) or more")
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 
-from varjax.errors import check_setting
+from varjax.errors import InputError, check_setting
+
+T = TypeVar("T")
+OneOrEach = T | tuple[T, ...]  # a number, or one for each scale or step
 
 INT32_MAX = 2**31 - 1
 UINT32_MAX = 2**32 - 1
@@ -55,6 +59,37 @@ def finite_number(
     )
     check_setting(name, value, valid, allowed or f"a finite number, {low:g} or more")
     return float(value)
+
+
+def number_or_list(
+    name: str, value: Any, check: Callable[[str, Any], T], count: int | None
+) -> OneOrEach[T]:
+    """Checks a setting that is one number, or a list with a number for each scale or step.
+
+    Args:
+        name: name of the setting, for the message.
+        value: a number, a list, an array, or a function of the scale's or step's index.
+        check: (name, value) -> number, such as a partial `finite_number`.
+        count: number of scales or steps; None if it is not known, and then not checked.
+
+    Returns:
+        A number, or a tuple of them.
+
+    Raises:
+        InputError: a number is not allowed, or a list has another length.
+    """
+    if callable(value):
+        if count is None:
+            raise InputError(f"{name}={value}: a function needs a model, which calls it")
+        value = [value(index) for index in range(count)] if count > 1 else value(0)
+    many = isinstance(value, list | tuple) or np.ndim(value) > 0
+    if not many or len(value) == 1:
+        return check(name, value)
+    if count not in (None, len(value)):
+        raise InputError(
+            f"{name} has {len(value)} numbers: give one, or {count}, one for each scale or step"
+        )
+    return tuple(check(f"{name}[{index}]", number) for index, number in enumerate(value))
 
 
 def true_or_false(name: str, value: Any) -> bool:

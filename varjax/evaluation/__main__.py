@@ -81,7 +81,7 @@ def evaluate(arguments: list[str]) -> None:
         raise InputError(f"out={flags.out}: give a name that ends in .json")
     check_writable(out.parent)
     given = given_options(flags, option_classes())
-    names = [name for name in ("sweep", "accept", "classifier") if getattr(flags, name)]
+    names = [name for name in ("sweep", "guide", "accept", "classifier") if getattr(flags, name)]
     if flags.weights is None and (names or given):
         wrong = [f"--{name}" for name in (*names, *given)]
         raise InputError(f"{', '.join(wrong)}: needs --weights, which draws the samples")
@@ -102,7 +102,7 @@ def evaluate(arguments: list[str]) -> None:
         if first:
             print_report(report)
         return
-    model = load(flags.weights, flags.dtype)
+    model = load(flags.weights, flags.dtype, guide=flags.guide)
     given = evaluation_options(transformer_config(model), given)
     options = model.options(**given)
     labels = tuple(range(model.classes))

@@ -1,5 +1,6 @@
 """Evaluates one model with several sampling options: a table, and FID against Inception Score."""
 
+import argparse
 import dataclasses
 import itertools
 import pathlib
@@ -10,6 +11,7 @@ from typing import Any
 from varjax.config.renamed import renamed_message
 from varjax.errors import InputError, StorageError
 from varjax.sampling.rejection import check_acceptance
+from varjax.sampling.sampler import parse_option
 from varjax.storage import files
 
 PRINTED = ("fid", "inception_score", "precision", "recall")
@@ -30,6 +32,8 @@ class SweepPoint:
 
 def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
     """Reads texts such as "guidance=1,1.5,2" and returns all combinations of their values.
+
+    A colon joins the numbers of a list: "guidance=1:2:3,2.5" is a list and a number.
 
     Args:
         texts: one NAME=VALUE,VALUE… for each option to vary.
@@ -83,7 +87,7 @@ def split_acceptances(texts: Sequence[str]) -> tuple[list[float], list[str]]:
 
 def point_path(out: pathlib.Path, options: Mapping[str, Any]) -> pathlib.Path:
     """Returns the path of the report of a point: "report.json" -> "report.guidance=1.5.json"."""
-    name = ",".join(f"{key}={value}" for key, value in options.items())
+    name = ",".join(f"{key}={_text(value)}" for key, value in options.items())
     return out.with_name(f"{out.stem}.{name}{out.suffix}")
 
 
@@ -106,7 +110,7 @@ def sweep_table(points: Sequence[SweepPoint]) -> str:
     lowest = min(points, key=lambda p: p.report["metrics"]["fid"])
     lines = ["".join(f"{name:>18}" for name in (*points[0].options, *names))]
     for point in points:
-        cells = [f"{value!s:>18}" for value in point.options.values()]
+        cells = [f" {_text(value):>17}" for value in point.options.values()]
         cells += [f"{point.report['metrics'][name]:18.4f}" for name in names]
         lines.append("".join(cells) + ("   lowest FID" if point is lowest else ""))
     return "\n".join(lines)
@@ -130,17 +134,23 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
     first, *others = points[0].options
     scored = all("inception_score" in point.report["metrics"] for point in points)
 
+    # Lists have no place on an axis of numbers, so then the axis shows texts.
+    lists = any(isinstance(point.options[first], tuple) for point in points)
+    at = _text if lists else lambda value: value
+
     def rest(point: SweepPoint) -> tuple:
         return tuple(point.options[name] for name in others)
 
     for values, group in itertools.groupby(sorted(points, key=lambda p: str(rest(p))), key=rest):
         line = list(group)
-        x = [p.report["metrics"]["inception_score"] if scored else p.options[first] for p in line]
+        x = [
+            p.report["metrics"]["inception_score"] if scored else at(p.options[first]) for p in line
+        ]
         y = [point.report["metrics"]["fid"] for point in line]
-        label = ", ".join(f"{n} {v}" for n, v in zip(others, values, strict=True)) or None
+        label = ", ".join(f"{n} {_text(v)}" for n, v in zip(others, values, strict=True)) or None
         axes.plot(x, y, "o-", label=label)
         for point, position in zip(line, zip(x, y, strict=True), strict=True):
-            text, shift = f"{first} {point.options[first]}", (5, 5)
+            text, shift = f"{first} {_text(point.options[first])}", (5, 5)
             axes.annotate(text, position, shift, textcoords="offset points", fontsize=8)
     axes.set_xlabel("Inception Score (higher is better)" if scored else first)
     axes.set_ylabel("FID (lower is better)")
@@ -155,11 +165,12 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
 
 
 def _parse(name: str, hint: Any, text: str) -> Any:
-    if typing.get_origin(hint) is typing.Literal:
-        return text  # the options check their values
     try:
-        if hint is bool:
-            return {"true": True, "false": False}[text.lower()]
-        return hint(text)
-    except (ValueError, KeyError):
-        raise InputError(f"sweep {name}={text}: give a {hint.__name__}") from None
+        return parse_option(name, hint, text, separator=":")
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"sweep {error}") from None
+
+
+def _text(value: Any) -> str:
+    """Formats an option's value as `parse_sweep` reads it."""
+    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)

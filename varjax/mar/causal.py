@@ -96,6 +96,8 @@ def sample_causal(
     draw: Callable[..., jax.Array],
     known: KnownTokens,
     order_BL: jax.Array,
+    guided: int | None = None,
+    unguided_cache: Callable[[Any], Any] = lambda cache: cache,
 ) -> jax.Array:
     """Draws one token per step from all tokens before it in the order.
 
@@ -106,6 +108,9 @@ def sample_causal(
         draw: (z, a tree of (B, 1, C), positions (B, 1), step number) -> tokens (B, 1).
         known: tokens to keep; for a whole image, none.
         order_BL: positions in the order in which they are drawn.
+        guided: number of steps, from the first, that are computed with guidance; None for all.
+        unguided_cache: cache -> cache of the first stream alone, with which the other steps are
+            computed.
 
     Returns:
         Tokens by position, as `known.token_BL`.
@@ -128,8 +133,13 @@ def sample_causal(
 
     z, cache = first(order_BL[:, 0])
     token_BL = draw_at(z, known.token_BL, order_BL[:, 0], 0)
-    steps = np.arange(order_BL.shape[1] - 1), order_BL[:, :-1].T, order_BL[:, 1:].T
-    (token_BL, _), _ = jax.lax.scan(step, (token_BL, cache), steps)
+    L = order_BL.shape[1]
+    steps = np.arange(L - 1), order_BL[:, :-1].T, order_BL[:, 1:].T
+    split = L - 1 if not guided else min(guided, L) - 1  # the first token is drawn already
+    first_steps, last_steps = ([x[part] for x in steps] for part in np.s_[:split, split:])
+    (token_BL, cache), _ = jax.lax.scan(step, (token_BL, cache), first_steps)
+    if split < L - 1:
+        (token_BL, _), _ = jax.lax.scan(step, (token_BL, unguided_cache(cache)), last_steps)
     return token_BL
 
 

@@ -6,7 +6,7 @@ function of z that returns a denoiser (DiffusionHead) or the logits of all codes
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import einops
@@ -49,13 +49,18 @@ class DrawSettings(NamedTuple):
     """Says how the tokens of a sampling step are drawn.
 
     Attributes:
+        step: index of the step.
         guidance: scale of classifier-free guidance.
+        guided_timesteps: the first timestep with guidance, and the first one after those with it;
+            None for all.
         temperature: factor on the noise.
         denoising: denoising steps of a continuous token.
         clip_denoised: largest |x_0| that a denoising step may aim at; 0 for no limit.
     """
 
+    step: jax.Array | int
     guidance: jax.Array | float
+    guided_timesteps: tuple[jax.Array | int, jax.Array | int] | None
     temperature: jax.Array | float
     denoising: DenoisingSteps
     clip_denoised: jax.Array | float
@@ -187,7 +192,7 @@ class DiffusionHead:
 
     def draw(
         self,
-        network: Network,
+        networks: Sequence[Network],
         z: Streams,
         noise: Callable[[Any], jax.Array],
         settings: DrawSettings,
@@ -195,7 +200,7 @@ class DiffusionHead:
         """Draws tokens by removing noise step by step.
 
         Args:
-            network: z_NC -> denoiser, from `network`.
+            networks: z_NC -> denoiser, from `network`; one for all streams, or one for each.
             z: vectors of the tokens; two streams with guidance.
             noise: j -> normal noise (B, m, Z), as `reverse_diffusion` uses it.
             settings: settings of the step.
@@ -203,17 +208,29 @@ class DiffusionHead:
         Returns:
             (B, m, Z) float32.
         """
-        (B, m, C), (Z,) = z[0].shape, self.token_shape
-        denoise = network(jnp.concatenate(z).reshape(-1, C))
+        B, m, _ = z[0].shape
+        (Z,) = self.token_shape
+        streams = [z_BmC.reshape(B * m, -1) for z_BmC in z]
+        denoisers = _apply(networks, streams)
 
         def guided_denoise(xt_NZ, t_1):
-            out_N2Z = denoise(jnp.concatenate([xt_NZ, xt_NZ]), t_1)
-            noise_NZ, value_NZ = jnp.split(out_N2Z, 2, axis=-1)
+            parts = jnp.split(jnp.concatenate([xt_NZ, xt_NZ]), len(denoisers))
+            outs = [denoise(part, t_1) for denoise, part in zip(denoisers, parts, strict=True)]
+            noise_NZ, value_NZ = jnp.split(jnp.concatenate(outs), 2, axis=-1)
             noise_NZ = guide(noise_NZ, settings.guidance)
             return jnp.concatenate([noise_NZ, value_NZ[: B * m]], axis=-1)
 
+        denoise = denoisers[0] if len(z) == 1 else guided_denoise
+        if len(z) == 2 and settings.guided_timesteps is not None:
+            first, stop = settings.guided_timesteps
+            unguided_denoise = networks[0](streams[0])
+
+            def denoise(xt_NZ, t_1):
+                on = (t_1[0] >= first) & (t_1[0] < stop)
+                return jax.lax.cond(on, guided_denoise, unguided_denoise, xt_NZ, t_1)
+
         token_NZ = reverse_diffusion(
-            denoise if len(z) == 1 else guided_denoise,
+            denoise,
             settings.denoising.coefficients,
             settings.denoising.count,
             lambda j: noise(j).reshape(-1, Z),
@@ -329,13 +346,13 @@ class CategoricalHead:
 
     def draw(
         self,
-        network: Network,
+        networks: Sequence[Network],
         z: Streams,
         noise: Callable[[Any], jax.Array],
         settings: DrawSettings,
     ) -> jax.Array:
         """Draws codes (B, m) from the softmax of guided logits / temperature."""
-        logits_BmV = network(jnp.concatenate(z))
+        logits_BmV = jnp.concatenate(_apply(networks, z))
         if len(z) == 2:
             logits_BmV = guide(logits_BmV, settings.guidance)
         # The argmax of logits and Gumbel noise is a draw from the softmax.
@@ -354,3 +371,9 @@ class CategoricalHead:
 
 
 Head = DiffusionHead | CategoricalHead
+
+
+def _apply(networks: Sequence[Network], z: Streams) -> list[Any]:
+    """Applies a single network to all streams as one batch, or each network to its stream."""
+    z = [jnp.concatenate(z)] if len(networks) == 1 else z
+    return [network(z_NC) for network, z_NC in zip(networks, z, strict=True)]

@@ -125,25 +125,28 @@ class UnmaskingSchedule:
         """Number of known tokens before each step, and L at the end."""
         return 0, *(self.length - masked for masked in self.masked_after[:-1]), self.length
 
-    def guidance_fraction(self, kind: str) -> np.ndarray:
-        """Returns the fraction of the guidance at each step, (steps,): "linear" or "constant"."""
-        if kind == "constant":
-            return np.ones(self.steps, np.float32)
+    @functools.cached_property
+    def guidance_ramp(self) -> np.ndarray:
+        """MAR's ramp of guidance (steps,): the fraction of tokens known after each step."""
         return 1 - np.array(self.masked_after, np.float32) / self.length
 
-    def groups(self, min_kept: int = 0, max_kept: int = 0) -> tuple[StepGroup, ...]:
+    def groups(
+        self, min_kept: int = 0, max_kept: int = 0, guided: tuple[int, int] = (0, 0)
+    ) -> tuple[StepGroup, ...]:
         """Groups the steps into loops.
 
         Args:
             min_kept: smallest number of tokens known at the start, over the images of a batch;
                 groups that draw no further tokens are left out.
             max_kept: largest number of tokens known at the start, over the images of a batch.
+            guided: first step with guidance, and the first one after those with it, where a group
+                ends.
         """
         count = self.group_count
         if count is None:
             count = min(MAX_GROUPS, math.ceil(self.steps / MIN_GROUP_STEPS))
         count = min(count or self.steps, self.steps)
-        edges = [i * self.steps // count for i in range(count + 1)]
+        edges = sorted({i * self.steps // count for i in range(count + 1)} | set(guided))
         # Rounded up to eighths of all tokens, so that masks need few compiled sizes.
         unit = math.ceil(self.length / MAX_GROUPS)
         kept = min(math.ceil(max_kept / unit) * unit, self.length)

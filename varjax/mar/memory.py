@@ -14,6 +14,7 @@ def mar_sampling_bytes(
     batch: int,
     compute: ComputeConfig,
     setup: SamplingSetup,
+    guide: MARConfig | None = None,
 ) -> int:
     """Estimates how much memory a device needs, in addition to the weights, to sample a batch.
 
@@ -25,9 +26,28 @@ def mar_sampling_bytes(
         batch: number of images on the device.
         compute: number format and execution of the transformer.
         setup: setup of the sampling steps.
+        guide: config of the model for autoguidance; None if both streams are of one model.
     """
-    rows, item = batch * (2 if setup.guided else 1), compute.jax_dtype.itemsize
-    tokens = config.buffer_size + config.length
+    streams = 2 if any(setup.guided) else 1
+    if guide is not None and streams == 2:
+        caches, layers, head = zip(
+            *(_transformer_bytes(c, batch, compute, setup) for c in (config, guide)), strict=True
+        )
+        transformer, heads = sum(caches) + max(layers), sum(head)
+    else:
+        cache, layer, heads = _transformer_bytes(config, batch * streams, compute, setup)
+        transformer = cache + layer
+    decoder = 0
+    if tokenizer is not None:
+        decoder = decoding_bytes(batch, tokenizer.image_shape, tokenizer.width)
+    return max(transformer, heads, decoder)
+
+
+def _transformer_bytes(
+    config: MARConfig, rows: int, compute: ComputeConfig, setup: SamplingSetup
+) -> tuple[int, int, int]:
+    """Estimates the bytes of the caches, of a layer, and of the head, for `rows` sequences."""
+    item, tokens = compute.jax_dtype.itemsize, config.buffer_size + config.length
     # For each token in a layer: residual stream and norm in float32; q, k, v, and twice the MLP's
     # inner width; and the attention matrix with its softmax.
     C = max(config.width, config.hidden_width)
@@ -36,12 +56,7 @@ def mar_sampling_bytes(
     if config.causal:  # the caches of encoder and decoder, and what a layer of each reads
         channels = (config.encoder_depth + 1) * config.width
         channels += (config.decoder_depth + 1) * config.hidden_width
-        cache = 2 * channels * rows * tokens * item
-        transformer, new = cache + rows * config.buffer_size * token_bytes, 1
+        cache, computed, new = 2 * channels * rows * tokens * item, config.buffer_size, 1
     else:
-        transformer = rows * tokens * token_bytes
-        new = max(group.new for group in setup.groups)
-    decoder = 0
-    if tokenizer is not None:
-        decoder = decoding_bytes(batch, tokenizer.image_shape, tokenizer.width)
-    return max(transformer, rows * new * config.head.bytes_per_token(), decoder)
+        cache, computed, new = 0, tokens, max(group.new for group in setup.groups)
+    return cache, rows * computed * token_bytes, rows * new * config.head.bytes_per_token()

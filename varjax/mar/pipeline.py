@@ -1,6 +1,7 @@
 """A MAR transformer with its tokenizer: the family's `Sampler`, for commands and notebooks."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax.config.numbers import OneOrEach
 from varjax.errors import InputError
 from varjax.mar.heads import CategoricalHead, DiffusionHead
 from varjax.mar.latents import (
@@ -20,7 +22,7 @@ from varjax.mar.masking import take_at
 from varjax.mar.memory import mar_sampling_bytes
 from varjax.mar.model import MAR, MARConfig, bind_mar
 from varjax.mar.sample import (
-    GuidanceSchedule,
+    ChooseRule,
     MAROptions,
     check_sampling,
     make_setup,
@@ -29,9 +31,12 @@ from varjax.mar.sample import (
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.pipeline import (
     Array,
+    Each,
     HeldWeights,
     Index,
     Labels,
+    check_guide,
+    check_rule,
     checked_edit,
     checked_request,
 )
@@ -47,8 +52,8 @@ from varjax.trees import PyTree
 
 # Parameters that are only multiplied in `compute.dtype`, and so are stored in it.
 CAST_KERNELS = (
-    r"^mar/(encoder_blocks|decoder_blocks|decoder_embed)/(.*/)?kernel$|"
-    r"^mar/head/(?!(input_proj|out)/)(.*/)?kernel$|"
+    r"^(mar|guide)/(encoder_blocks|decoder_blocks|decoder_embed)/(.*/)?kernel$|"
+    r"^(mar|guide)/head/(?!(input_proj|out)/)(.*/)?kernel$|"
     r"^tokenizer/(decoder/.*|post_quant_conv)/kernel$"
 )
 
@@ -69,7 +74,8 @@ class MARPipeline:
         tokenizer: config of the tokenizer; None without one, and then methods that take or return
             images are not available.
         mar: config of the transformer.
-        params: parameters, {"tokenizer": …, "mar": …}.
+        guide: config of the weaker model that guides this one; None if "no class" does.
+        params: parameters, {"tokenizer": …, "mar": …}, and with a guide {"guide": …}.
         sampling: default options of `sample` and `edit`.
         compute: number format and execution. Images always become latents in float32.
         devices: devices that share each batch.
@@ -83,23 +89,43 @@ class MARPipeline:
         sampling: MAROptions = MAROptions(),  # noqa: B008  (frozen)
         compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
         devices: Sequence[Any] | None = None,
+        guide: MARConfig | None = None,
     ):
         if tokenizer is not None:
             check_latents_fit(tokenizer, mar)
         self.tokenizer, self.mar, self.sampling, self.compute = tokenizer, mar, sampling, compute
+        self.guide = guide
         self._weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
         self.params, self.devices = weights.params, weights.devices
         exact = dataclasses.replace(compute, encoder_precision="highest")
 
-        def sample_tokens(params, setup, label_B, key_B, known=None):
-            return sample_mar_tokens(mar, params["mar"], label_B, key_B, setup, known, compute)
+        @functools.cache
+        def token_sampler(choose):
+            def sample_tokens(params, setup, label_B, key_B, known=None):
+                return sample_mar_tokens(
+                    mar,
+                    params["mar"],
+                    label_B,
+                    key_B,
+                    setup,
+                    known,
+                    compute,
+                    choose=choose,
+                    guide=None if guide is None else (guide, params["guide"]),
+                )
+
+            return sample_tokens
 
         def decode(params, _, token_BL):
             config = self._tokenizer_for_images()
             return decode_tokens(config, mar, params["tokenizer"], token_BL, compute)
 
-        def sample(params, setup, label_B, key_B):
-            return decode(params, None, sample_tokens(params, setup, label_B, key_B))
+        def image_sampler(choose):
+            def sample_images(params, setup, label_B, key_B):
+                token_BL = token_sampler(choose)(params, setup, label_B, key_B)
+                return decode(params, None, token_BL)
+
+            return sample_images
 
         def encode(params, _, image_BHWC):
             batch = {"image_BHWC": image_BHWC}
@@ -117,7 +143,10 @@ class MARPipeline:
         def logits(params, _, z_BLC):
             return mar.head.network(params["mar"], compute)(z_BLC)
 
-        self._sample_tokens, self._sample_images = map(weights.compile, (sample_tokens, sample))
+        self._sample_tokens, self._sample_images = (
+            functools.cache(lambda choose, sampler=sampler: weights.compile(sampler(choose)))
+            for sampler in (token_sampler, image_sampler)
+        )
         self._encode, self._decode = weights.compile(encode), weights.compile(decode)
         self._hidden, self._logits = weights.compile(hidden), weights.compile(logits)
         self._denoise = weights.compile(denoise)
@@ -151,6 +180,27 @@ class MARPipeline:
         """Returns what images depend on, except labels, seed and options, as JSON data."""
         return self._weights.identity()
 
+    def with_guide(self, guide: "MARPipeline") -> "MARPipeline":
+        """Returns this model guided by a weaker one in place of "no class" (autoguidance).
+
+            model = varjax.load("runs/large").with_guide(varjax.load("runs/small"))
+
+        Both predict the same tokens (Karras et al. 2024, arXiv 2406.02507). `guidance` then is the
+        weight of this model: 1 turns the guide off.
+
+        Raises InputError for a guide of other classes, tokens, or weights of the tokenizer.
+        """
+        check_guide(self, guide, _guide_sizes)
+        return MARPipeline(
+            self.tokenizer,
+            self.mar,
+            self.params | {"guide": guide.params["mar"]},
+            self.sampling,
+            self.compute,
+            self.devices,
+            guide.mar,
+        )
+
     def options(self, **options: Any) -> MAROptions:
         """Returns the model's `sampling`, with all options that are not None replaced.
 
@@ -161,7 +211,12 @@ class MARPipeline:
     def sampling_bytes(self, batch_size: int, options: MAROptions) -> int:
         """Estimates how much memory a device needs to sample a number of images at a time."""
         return self._weights.nbytes + mar_sampling_bytes(
-            self.tokenizer, self.mar, batch_size, self.compute, make_setup(self.mar, options)
+            self.tokenizer,
+            self.mar,
+            batch_size,
+            self.compute,
+            make_setup(self.mar, options),
+            self.guide,
         )
 
     def advise_on_nan(self, options: MAROptions) -> str:
@@ -253,12 +308,17 @@ class MARPipeline:
         labels: Labels,
         seed: int = 0,
         *,
-        guidance: float | None = None,
-        guidance_schedule: GuidanceSchedule | None = None,
+        guidance: OneOrEach[float] | Each | None = None,
+        guidance_schedule: str | None = None,
         steps: int | None = None,
-        temperature: float | None = None,
+        temperature: OneOrEach[float] | Each | None = None,
         diffusion_steps: str | int | None = None,
         clip_denoised: float | None = None,
+        guidance_from: int | None = None,
+        guidance_to: int | None = None,
+        guidance_timestep_from: int | None = None,
+        guidance_timestep_to: int | None = None,
+        choose: ChooseRule | None = None,
         index: Index | None = None,
         **unknown: Any,
     ) -> jax.Array:
@@ -272,13 +332,20 @@ class MARPipeline:
         Args:
             labels: (B,) classes; `classes` means "no class".
             seed: random seed; each seed gives different images.
-            guidance: guidance scale; 1 turns guidance off.
-            guidance_schedule: "linear", growing from 1 with the fraction of known tokens, or
-                "constant".
+            guidance: strongest guidance scale, or one for each step: a list, or a function of the
+                step's index, which is called at once; 1 turns guidance off.
+            guidance_schedule: "linear", growing from 1 with the fraction of known tokens,
+                "constant", or "power_cosine:P".
             steps: number of steps that draw the tokens.
-            temperature: factor on the noise of each draw.
+            temperature: factor on the noise of each draw, or one for each step.
             diffusion_steps: denoising steps of a token, or FIRST:LAST[:SCHEDULE] (DiSA).
             clip_denoised: bound on denoised tokens, in standard deviations; 0 for none.
+            guidance_from: first step with guidance, counted from 0.
+            guidance_to: first step after those with guidance; 0 for no end.
+            guidance_timestep_from: smallest diffusion timestep with guidance, 0 … 999.
+            guidance_timestep_to: smallest diffusion timestep above those with guidance.
+            choose: rule that chooses tokens instead, with the arguments of the head's `draw`:
+                (networks, z, noise, settings) -> tokens; pure, and compiled once. None for a draw.
             index: (B,) numbers of the images; None for 0 … B-1.
             unknown: options of other models, which are refused.
 
@@ -296,18 +363,30 @@ class MARPipeline:
             temperature=temperature,
             diffusion_steps=diffusion_steps,
             clip_denoised=clip_denoised,
+            guidance_from=guidance_from,
+            guidance_to=guidance_to,
+            guidance_timestep_from=guidance_timestep_from,
+            guidance_timestep_to=guidance_timestep_to,
             **unknown,
         )
         label_B, key_B = checked_request(labels, seed, index, self.classes)
-        return self._sample_images(make_setup(self.mar, options), label_B, key_B)
+        check_rule(choose)
+        return self._sample_images(choose)(make_setup(self.mar, options), label_B, key_B)
 
     def sample_latents(
-        self, labels: Labels, seed: int = 0, *, index: Index | None = None, **options: Any
+        self,
+        labels: Labels,
+        seed: int = 0,
+        *,
+        choose: ChooseRule | None = None,
+        index: Index | None = None,
+        **options: Any,
     ) -> jax.Array:
         """Samples what `sample` decodes: latents (B, h, w, Z) or codes (B, L). Same arguments."""
+        check_rule(choose)
         setup = make_setup(self.mar, self.options(**options))
         label_B, key_B = checked_request(labels, seed, index, self.classes)
-        return self.mar.unpatchify(self._sample_tokens(setup, label_B, key_B))
+        return self.mar.unpatchify(self._sample_tokens(choose)(setup, label_B, key_B))
 
     def edit(
         self,
@@ -316,12 +395,17 @@ class MARPipeline:
         labels: Labels | None = None,
         seed: int = 0,
         *,
-        guidance: float | None = None,
-        guidance_schedule: GuidanceSchedule | None = None,
+        guidance: OneOrEach[float] | Each | None = None,
+        guidance_schedule: str | None = None,
         steps: int | None = None,
-        temperature: float | None = None,
+        temperature: OneOrEach[float] | Each | None = None,
         diffusion_steps: str | int | None = None,
         clip_denoised: float | None = None,
+        guidance_from: int | None = None,
+        guidance_to: int | None = None,
+        guidance_timestep_from: int | None = None,
+        guidance_timestep_to: int | None = None,
+        choose: ChooseRule | None = None,
         index: Index | None = None,
         **unknown: Any,
     ) -> jax.Array:
@@ -332,12 +416,17 @@ class MARPipeline:
             keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; True keeps the tokens there.
             labels: (B,) classes; None for no class.
             seed: random seed; each seed gives different images.
-            guidance: guidance scale; 1 turns guidance off.
-            guidance_schedule: "linear" or "constant"; see `sample`.
+            guidance: strongest guidance scale; see `sample` for all options.
+            guidance_schedule: schedule of the guidance.
             steps: number of steps that draw the tokens.
             temperature: factor on the noise of each draw.
             diffusion_steps: denoising steps of a token; see `sample`.
             clip_denoised: bound on denoised tokens; see `sample`.
+            guidance_from: first step with guidance.
+            guidance_to: first step after those with guidance.
+            guidance_timestep_from: smallest diffusion timestep with guidance.
+            guidance_timestep_to: smallest diffusion timestep above those with guidance.
+            choose: rule that chooses tokens instead.
             index: (B,) numbers of the results; None for one result per image.
             unknown: options of other models, which are refused.
 
@@ -354,12 +443,22 @@ class MARPipeline:
             temperature=temperature,
             diffusion_steps=diffusion_steps,
             clip_denoised=clip_denoised,
+            guidance_from=guidance_from,
+            guidance_to=guidance_to,
+            guidance_timestep_from=guidance_timestep_from,
+            guidance_timestep_to=guidance_timestep_to,
             **unknown,
         )
         latents = self.encode(images_BHWC)
         return self.decode(
             self.edit_latents(
-                latents, keep, labels, seed, index=index, **dataclasses.asdict(options)
+                latents,
+                keep,
+                labels,
+                seed,
+                choose=choose,
+                index=index,
+                **dataclasses.asdict(options),
             )
         )
 
@@ -370,6 +469,7 @@ class MARPipeline:
         labels: Labels | None = None,
         seed: int = 0,
         *,
+        choose: ChooseRule | None = None,
         index: Index | None = None,
         **options: Any,
     ) -> jax.Array:
@@ -378,6 +478,7 @@ class MARPipeline:
         latents: result of `encode`, one for each of `index`, or one for all of them. The other
         arguments are those of `edit`.
         """
+        check_rule(choose)
         token_BL = self._checked_tokens(latents)
         request = checked_edit(
             images=len(token_BL),
@@ -394,7 +495,7 @@ class MARPipeline:
         token_BL = jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:]))
         known = KnownTokens(token_BL, jnp.asarray(keep_BL))
         return self.mar.unpatchify(
-            self._sample_tokens(setup, request.label_B, request.key_B, known)
+            self._sample_tokens(choose)(setup, request.label_B, request.key_B, known)
         )
 
     def _tokenizer_for_images(self) -> TokenizerConfig:
@@ -407,3 +508,10 @@ class MARPipeline:
 
     def _checked_tokens(self, latents):
         return self.mar.head.checked_tokens(latents, self.mar.latent_map)
+
+
+def _guide_sizes(model: MARPipeline) -> dict[str, Any]:
+    """Returns what a guide and the model that it guides must have in common, by name."""
+    mar = model.mar
+    tokens = mar.head.patch, mar.head.token_shape, mar.head.latent_sizes
+    return {"latent_map": mar.latent_map, "tokens": tokens, "causal": mar.causal}

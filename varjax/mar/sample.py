@@ -5,32 +5,38 @@ Editing is the same loop with the image's own tokens known from the start.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.config.numbers import finite_number, whole_number
+from varjax.config.numbers import OneOrEach, finite_number, number_or_list, whole_number
 from varjax.config.renamed import Renamed
-from varjax.errors import InputError, check_setting
+from varjax.errors import InputError
 from varjax.mar.causal import causal_first, causal_next, sample_causal
 from varjax.mar.denoising_schedule import denoising_schedules, denoising_steps
-from varjax.mar.heads import DrawSettings
+from varjax.mar.heads import DiffusionHead, DrawSettings, Network, Streams
 from varjax.mar.masking import StepGroup, UnmaskingSchedule, draw_orders, put_at, take_at
 from varjax.mar.model import MAR, MARConfig, bind_mar
 from varjax.nn.compute import ComputeConfig
-from varjax.nn.diffusion import NoiseSchedule
+from varjax.nn.diffusion import TRAINING_STEPS, NoiseSchedule
 from varjax.nn.rng import ImageStream, stream_keys
-from varjax.sampling.guidance import checked_guidance
+from varjax.sampling.guidance import (
+    checked_guidance_options,
+    guidance_scales,
+    guided_interval,
+)
 from varjax.sampling.sampler import KnownTokens, option_field
 from varjax.trees import PyTree
 
 # (positions (B, m), draw number j) -> noise of those tokens; see `sampling_noise` of the heads.
 SamplingNoise = Callable[[jax.Array, Any], jax.Array]
-GuidanceSchedule = Literal["linear", "constant"]
+# A user's own rule, with the arguments and the result of a head's `draw`.
+ChooseRule = Callable[[Sequence[Network], Streams, Callable[[Any], jax.Array], DrawSettings], Any]
 
 
 @flax.struct.dataclass
@@ -38,57 +44,93 @@ class MAROptions:
     """Sampling options: how many tokens a step draws, and how.
 
     A new `guidance`, `temperature` or `clip_denoised` needs no new compilation, unless guidance is
-    turned on or off.
+    turned on or off at some step, or a list takes the place of a number.
 
     Attributes:
-        guidance: scale s of classifier-free guidance, u + s·(c - u); 1 turns it off.
+        guidance: strongest scale s of classifier-free guidance, u + s·(c - u), or a list of one for
+            each step; 1 turns it off.
         guidance_schedule: how guidance depends on the step: "linear" grows from 1 to s with the
-            fraction of known tokens, "constant" is s.
+            fraction of known tokens, "constant" is s, and "power_cosine:P" is RAR's; see
+            `varjax.sampling.guidance.schedule_fractions`. A list replaces it.
         steps: number of steps that draw the tokens, by a cosine schedule; ignored by a causal
             model, which takes one step per token.
-        temperature: factor on the noise of each diffusion step, or of a categorical head's choice.
+        temperature: factor on the noise of each diffusion step, or of a categorical head's choice;
+            one number, or a list of one for each step.
         diffusion_steps: denoising steps of a token, or FIRST:LAST or FIRST:LAST:SCHEDULE for a
             number that falls over the steps (DiSA, arXiv 2505.20297); SCHEDULE is "linear" (the
             default), "cosine" or "two_stage".
         clip_denoised: largest |x_0| that a denoising step may aim at, in standard deviations of the
             latents; 0 for no limit, as with the official weights (docs/mar.md says when it helps).
+        guidance_from: first step with guidance, counted from 0.
+        guidance_to: first step after those with guidance; 0 for no end.
+        guidance_timestep_from: smallest timestep of the diffusion, 0 … 999, with guidance (limited
+            interval guidance, arXiv 2404.07724).
+        guidance_timestep_to: smallest timestep above those with guidance.
     """
 
-    guidance: float = option_field(
+    guidance: OneOrEach[float] = option_field(
         2.9,
-        "guidance scale; 1 turns it off",
+        "strongest guidance scale, or one for each step; 1 turns it off",
         renamed=Renamed("cfg", reason=", for MAR's cfg is now called guidance (1 turns it off)"),
     )
-    guidance_schedule: GuidanceSchedule = option_field(
+    guidance_schedule: str = option_field(
         "linear",
-        "linear grows with the fraction of known tokens; or constant",
+        "linear grows with the fraction of known tokens; constant; power_cosine:P",
         static=True,
         renamed=Renamed("cfg_schedule", reason=", its name now"),
     )
     steps: int = option_field(64, "number of steps that draw the tokens", static=True)
-    temperature: float = option_field(1.0, "factor on the noise of each draw")
+    temperature: OneOrEach[float] = option_field(1.0, "factor on the noise of each draw")
     diffusion_steps: str = option_field(
         "100", "denoising steps of a token, or FIRST:LAST[:SCHEDULE] (DiSA)", static=True
     )
     clip_denoised: float = option_field(
         0.0, "bound on denoised tokens, in standard deviations; 0: none"
     )
+    guidance_from: int = option_field(0, "first step with guidance, from 0", static=True)
+    guidance_to: int = option_field(
+        0, "first step after those with guidance; 0: no end", static=True
+    )
+    guidance_timestep_from: int = option_field(0, "smallest diffusion timestep with guidance")
+    guidance_timestep_to: int = option_field(
+        TRAINING_STEPS, "smallest diffusion timestep above those with guidance"
+    )
 
-    def check(self) -> "MAROptions":
+    @property
+    def guides_all_timesteps(self) -> bool:
+        """Whether guidance is on in the whole diffusion of a token."""
+        return (self.guidance_timestep_from, self.guidance_timestep_to) == (0, TRAINING_STEPS)
+
+    def check(self, steps: int | None = None) -> "MAROptions":
         """Returns the options in plain Python types, so that equal options are compiled once.
 
-        Raises InputError for a value out of range.
+        Args:
+            steps: number of sampling steps if it is not the field `steps`.
+
+        Raises:
+            InputError: a value out of range, or a list that has not one number for each step.
         """
-        allowed = GuidanceSchedule.__args__
-        known = self.guidance_schedule in allowed
-        check_setting("guidance_schedule", self.guidance_schedule, known, " or ".join(allowed))
+        own_steps = whole_number("steps", self.steps, 1, allowed="a whole number, 1 or more")
+        first = whole_number("guidance_timestep_from", self.guidance_timestep_from, 0)
+        stop = whole_number("guidance_timestep_to", self.guidance_timestep_to, 1, TRAINING_STEPS)
+        if first >= stop:
+            raise InputError(
+                f"guidance_timestep_from={first}: must be below guidance_timestep_to={stop}"
+            )
         limit = "a finite number, 0 (off) or more"
         denoising_schedules(str(self.diffusion_steps), 1)
         return dataclasses.replace(
             self,
-            guidance=checked_guidance(self.guidance),
-            steps=whole_number("steps", self.steps, 1, allowed="a whole number, 1 or more"),
-            temperature=finite_number("temperature", self.temperature, 0),
+            **checked_guidance_options(self, steps or own_steps),
+            guidance_timestep_from=first,
+            guidance_timestep_to=stop,
+            steps=own_steps,
+            temperature=number_or_list(
+                "temperature",
+                self.temperature,
+                lambda name, value: finite_number(name, value, 0),
+                steps or own_steps,
+            ),
             diffusion_steps=str(self.diffusion_steps),
             clip_denoised=finite_number("clip_denoised", self.clip_denoised, 0, allowed=limit),
         )
@@ -102,13 +144,16 @@ class SamplingSetup:
         options: checked sampling options.
         schedule: number of tokens that each step draws.
         groups: groups of steps, each computed in one loop.
-        guided: whether there is guidance; without it, half as much is computed.
+        guided: first step with guidance and the first one after those with it. Other steps need
+            half as much work.
+        guides_all_timesteps: whether guidance is on in the whole diffusion of a token.
     """
 
     options: MAROptions
     schedule: UnmaskingSchedule = flax.struct.field(pytree_node=False)
     groups: tuple[StepGroup, ...] = flax.struct.field(pytree_node=False)
-    guided: bool = flax.struct.field(pytree_node=False)
+    guided: tuple[int, int] = flax.struct.field(pytree_node=False)
+    guides_all_timesteps: bool = flax.struct.field(pytree_node=False)
 
     @property
     def noise_schedules(self) -> tuple[NoiseSchedule, ...]:
@@ -117,10 +162,16 @@ class SamplingSetup:
 
     def draw_settings(self, number: jax.Array | int) -> DrawSettings:
         """Returns how the tokens of step `number` are drawn."""
-        fraction_S = jnp.asarray(self.schedule.guidance_fraction(self.options.guidance_schedule))
+        scale_S = jnp.asarray(guidance_scales(self.options, self.schedule.guidance_ramp))
+        timesteps = self.options.guidance_timestep_from, self.options.guidance_timestep_to
+        temperature = self.options.temperature
+        if isinstance(temperature, tuple):
+            temperature = jnp.asarray(temperature, jnp.float32)[number]
         return DrawSettings(
-            guidance=1 + (self.options.guidance - 1) * fraction_S[number],
-            temperature=self.options.temperature,
+            step=number,
+            guidance=scale_S[number],
+            guided_timesteps=None if self.guides_all_timesteps else timesteps,
+            temperature=temperature,
             denoising=denoising_steps(self.noise_schedules, number),
             clip_denoised=self.options.clip_denoised,
         )
@@ -146,19 +197,29 @@ def make_setup(
     Raises:
         InputError: `options.steps` is more than there are tokens.
     """
-    steps = config.length if config.causal else options.steps
-    schedule = UnmaskingSchedule(config.length, steps, group_count)
+    schedule = UnmaskingSchedule(config.length, sampling_steps(config, options), group_count)
     kept_B = np.zeros(1, int) if keep_BL is None else np.sum(keep_BL, axis=1)
-    groups = schedule.groups(int(kept_B.min()), int(kept_B.max()))
-    return SamplingSetup(options, schedule, groups, guided=options.guidance != 1)
+    guided = guided_interval(options, schedule.guidance_ramp)
+    groups = schedule.groups(int(kept_B.min()), int(kept_B.max()), guided)
+    return SamplingSetup(options, schedule, groups, guided, options.guides_all_timesteps)
+
+
+def sampling_steps(config: MARConfig, options: MAROptions) -> int:
+    """Returns the number of steps: a causal model takes one step per token."""
+    return config.length if config.causal else options.steps
 
 
 def check_sampling(config: MARConfig, options: MAROptions) -> MAROptions:
     """Returns checked options; raises InputError where they do not suit this model."""
-    options = options.check()
-    if not config.causal and options.steps > config.length:
+    options = options.check(config.length if config.causal else None)
+    if sampling_steps(config, options) > config.length:
         raise InputError(
             f"steps={options.steps}: must be at most {config.length}, the number of tokens"
+        )
+    if not options.guides_all_timesteps and not isinstance(config.head, DiffusionHead):
+        raise InputError(
+            "guidance_timestep_from and guidance_timestep_to are options of a diffusion head; this "
+            "model's tokens are codes"
         )
     return options
 
@@ -172,6 +233,8 @@ def sample_mar_tokens(
     known: KnownTokens | None = None,
     compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
     *,
+    choose: ChooseRule | None = None,
+    guide: tuple[MARConfig, PyTree] | None = None,
     order_BL: jax.Array | None = None,
     noise: SamplingNoise | None = None,
 ) -> jax.Array:
@@ -186,6 +249,9 @@ def sample_mar_tokens(
             `known` has.
         known: tokens to keep; None for whole images.
         compute: number format and execution of the transformer.
+        choose: rule that chooses tokens in place of the head's `draw`, with the same arguments.
+        guide: config and parameters of the weaker model for autoguidance; None to guide by "no
+            class".
         order_BL: positions in the order in which they become known; None to draw it.
         noise: source of the noise; None to draw it from the keys.
 
@@ -200,38 +266,69 @@ def sample_mar_tokens(
     if known is None:
         token_BL = jnp.zeros((B, L, *head.token_shape), head.token_dtype)
         known = KnownTokens(token_BL, jnp.zeros((B, L), bool))
-    network = head.network(params, compute)
+    choose = choose or head.draw
+    networks = [head.network(params, compute)]
+    if guide is not None:
+        networks.append(guide[0].head.network(guide[1], compute))
 
     def draw(z, position_Bm, number):
         noise_of_draw = functools.partial(noise, position_Bm)
-        return head.draw(network, z, noise_of_draw, setup.draw_settings(number))
+        return choose(networks[: len(z)], z, noise_of_draw, setup.draw_settings(number))
 
-    # With guidance the network computes both streams as one batch, the conditional one first.
-    streams = 2 if setup.guided else 1
-    if setup.guided:
-        label_B = jnp.concatenate([label_B, jnp.full_like(label_B, config.classes)])
-    apply = bind_mar(config, params, compute)
-    class_BC = apply(label_B, method=MAR.class_vectors)
+    def bind(config, params, label_RB):
+        apply = bind_mar(config, params, compute)
+        return apply, apply(label_RB, method=MAR.class_vectors)
 
-    def repeat(*arrays):
-        return (jnp.concatenate([x_B] * streams) for x_B in arrays)
+    # The streams of guidance: of one model as one batch, the conditional one first, or of two.
+    first, stop = setup.guided
+    if not stop:
+        models = [bind(config, params, label_B)]
+    elif guide is None:
+        label_2B = jnp.concatenate([label_B, jnp.full_like(label_B, config.classes)])
+        models = [bind(config, params, label_2B)]
+    else:
+        models = [bind(config, params, label_B), bind(*guide, label_B)]
+    apply, class_RC = models[0]
+    unguided_models = [(apply, class_RC[:B])]
 
-    def hidden(token_Bn, position_Bn, known_Bn):
-        inputs = repeat(token_Bn, position_Bn, known_Bn)
-        return jnp.split(apply(*inputs, class_BC, method=MAR.hidden), streams)
+    def hidden(models, *arrays):
+        z = []
+        for apply, class_RC in models:
+            streams = len(class_RC) // B
+            inputs = _repeat(streams, *arrays)
+            z += jnp.split(apply(*inputs, class_RC, method=MAR.hidden), streams)
+        return z
 
     def causal_hidden_first(position_B):
-        z_BC, cache = apply(*repeat(position_B), class_BC, method=causal_first)
-        return jnp.split(z_BC, streams), cache
+        z, caches = [], []
+        for apply, class_RC in models:
+            streams = len(class_RC) // B
+            inputs = _repeat(streams, position_B)
+            z_RC, cache = apply(*inputs, class_RC, method=causal_first)
+            z, caches = z + jnp.split(z_RC, streams), [*caches, cache]
+        return z, caches
 
-    def causal_hidden_next(token_B, position_B, next_B, number, cache):
-        inputs = repeat(token_B, position_B, next_B)
-        z_BC, cache = apply(*inputs, number, cache, method=causal_next)
-        return jnp.split(z_BC, streams), cache
+    def causal_hidden_next(token_B, position_B, next_B, number, caches):
+        z, new_caches = [], []
+        for (apply, _), cache in zip(models, caches, strict=False):  # without guidance, one cache
+            streams = cache.encoder.keys_SBLC.shape[1] // B
+            inputs = _repeat(streams, token_B, position_B, next_B)
+            z_RC, cache = apply(*inputs, number, cache, method=causal_next)
+            z, new_caches = z + jnp.split(z_RC, streams), [*new_caches, cache]
+        return z, new_caches
+
+    def unguided_caches(caches):
+        return [jax.tree.map(lambda x_SBLC: x_SBLC[:, :B], caches[0])]
 
     if config.causal:
-        return sample_causal(causal_hidden_first, causal_hidden_next, draw, known, order_BL)
-    return sample_masked(hidden, draw, known, order_BL, setup.groups)
+        network = causal_hidden_first, causal_hidden_next
+        return sample_causal(*network, draw, known, order_BL, stop, unguided_caches)
+    token_BL = known.token_BL
+    for guided, groups in itertools.groupby(setup.groups, lambda g: first <= g.steps.start < stop):
+        network = functools.partial(hidden, models if guided else unguided_models)
+        so_far = KnownTokens(token_BL, known.keep_BL)
+        token_BL = sample_masked(network, draw, so_far, order_BL, tuple(groups))
+    return token_BL
 
 
 def sample_masked(
@@ -281,3 +378,8 @@ def sample_masked(
         steps = np.array(group.steps), np.array(group.counts[:-1]), np.array(group.counts[1:])
         token_BL, _ = jax.lax.scan(functools.partial(draw_set, group), token_BL, steps)
     return token_BL
+
+
+def _repeat(count: int, *arrays: jax.Array) -> list[jax.Array]:
+    """Stacks copies of each array, one for each stream of guidance."""
+    return [jnp.concatenate([x_B] * count) for x_B in arrays]

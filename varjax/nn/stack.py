@@ -45,6 +45,11 @@ class KVCache:
         shape = depth, batch, length, width
         return cls(make(shape, dtype), make(shape, dtype))
 
+    def resized(self, batch: int, length: int) -> "KVCache":
+        """Keeps the first `batch` examples, with room for a sequence of `length` tokens."""
+        padding = (0, 0), (0, 0), (0, length - self.keys_SBLC.shape[2]), (0, 0)
+        return jax.tree.map(lambda x_SBLC: jnp.pad(x_SBLC[:, :batch], padding), self)
+
 
 @flax.struct.dataclass
 class LayerCache:

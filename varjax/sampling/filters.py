@@ -20,7 +20,7 @@ def filter_top_k_top_p(
         top_p: drops the least likely codes that together hold at most 1-p; the best always stays
             (nucleus sampling, Holtzman et al. 2020); 0 for all.
     """
-    V = logits_BlV.shape[-1]
+    V, top_p = logits_BlV.shape[-1], jnp.asarray(top_p, jnp.float32)
     top_k = jnp.where((top_k == 0) | (top_k > V), V, top_k)
     order_BlV = _ordered(logits_BlV)
     kth_Bl1 = _largest(order_BlV, lambda t_Bl1: _sum(order_BlV >= t_Bl1) >= top_k)

@@ -22,6 +22,8 @@ from varjax.trees import PyTree
 Array = np.ndarray | jax.Array
 Labels = Sequence[int] | np.ndarray | jax.Array
 Index = Sequence[int] | np.ndarray
+# An option with one number for each scale or step: a list, or a function of the index.
+Each = Sequence[float] | np.ndarray | Callable[[int], float]
 
 
 class HeldWeights:
@@ -81,6 +83,42 @@ class EditRequest(NamedTuple):
     keep_Bhw: np.ndarray
     label_B: jax.Array
     key_B: jax.Array
+
+
+def check_guide(model: Any, guide: Any, sizes_of: Callable[[Any], dict[str, Any]]) -> None:
+    """Raises InputError where a model cannot guide another one (autoguidance).
+
+    Args:
+        model: pipeline of the model to guide.
+        guide: pipeline of the weaker model.
+        sizes_of: pipeline -> what must be equal in both, in addition to the classes, by name.
+    """
+    if type(guide) is not type(model):
+        raise InputError(f"guide is a {type(guide).__name__}; it must be a {type(model).__name__}")
+    ours, theirs = ({"classes": m.classes, **sizes_of(m)} for m in (model, guide))
+    if lines := [f"{n}: guide {theirs[n]}, model {ours[n]}" for n in ours if ours[n] != theirs[n]]:
+        raise InputError("the guide does not fit this model:\n  " + "\n  ".join(lines))
+    digests = [trees.digest(pipeline.params["tokenizer"]) for pipeline in (model, guide)]
+    if model.tokenizer != guide.tokenizer or digests[0] != digests[1]:
+        raise InputError(
+            "the guide's tokenizer has other weights than this model's; choose a guide that was "
+            "trained on the same tokenizer"
+        )
+
+
+def check_rule(choose: Any, **options: bool) -> None:
+    """Raises InputError for a rule that is no function, or options that it would not read.
+
+    Args:
+        choose: a user's rule that chooses tokens, or None.
+        options: options that apply only without a rule, and whether they are set.
+    """
+    if choose is None:
+        return
+    if not callable(choose):
+        raise InputError(f"choose={choose!r}: must be a function that returns tokens")
+    if ignored := [name for name, is_set in options.items() if is_set]:
+        raise InputError(f"{', '.join(ignored)}: not with `choose`, which chooses the tokens")
 
 
 def checked_request(

@@ -6,6 +6,8 @@ arguments and command-line flags.
 
 import argparse
 import dataclasses
+import functools
+import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -272,7 +274,37 @@ def add_option_flags(parser: argparse._ActionsContainer, kinds: Iterable[type]) 
         elif typing.get_origin(hint) is typing.Literal:
             parser.add_argument(f"--{name}", choices=typing.get_args(hint), help=about)
         else:
-            parser.add_argument(f"--{name}", type=hint, help=about)
+            parse = functools.partial(parse_option, name, hint)
+            parser.add_argument(f"--{name}", type=parse, help=about)
+
+
+def parse_option(name: str, hint: Any, text: str, separator: str = ",") -> Any:
+    """Converts the text of an option's value to the option's type.
+
+    Args:
+        name: name of the option, for the message.
+        hint: type of the option. `float | tuple[float, ...]` takes one number or several.
+        text: value as it was typed.
+        separator: separator of several numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not of this type.
+    """
+    if typing.get_origin(hint) is typing.Literal:
+        return text  # the options check their values
+    several = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    kind = typing.get_args(hint)[0] if several else hint
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if not several:
+            return kind(text)
+        first, *others = map(kind, text.split(separator))
+    except (ValueError, KeyError):
+        allowed = f"give a {kind.__name__}"
+        allowed += f", or one for each scale or step, joined by {separator!r}" if several else ""
+        raise argparse.ArgumentTypeError(f"{name}={text}: {allowed}") from None
+    return (first, *others) if others else first
 
 
 def given_options(flags: argparse.Namespace, kinds: Iterable[type]) -> dict[str, Any]:

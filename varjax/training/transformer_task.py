@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from varjax.errors import InputError
 from varjax.nn.compute import without_repeated_work
@@ -37,7 +38,7 @@ def transformer_notes(task: Any, plan: Plan) -> list[str]:
         task: task with `class_dropout`, `model.classes`, `sampling.guidance` and `ema_decay`.
         plan: length of the run.
     """
-    notes, guidance, classes = [], task.sampling.guidance, task.model.classes
+    notes, guidance, classes = [], np.max(task.sampling.guidance), task.model.classes
     if task.class_dropout == 0 and guidance != 1:
         notes = [
             f"class_dropout is 0, but sampling.guidance is {guidance:g}: guidance uses "

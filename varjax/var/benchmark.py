@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from varjax.nn.compute import ComputeConfig
-from varjax.sampling.guidance import guide
+from varjax.sampling.guidance import guidance_scales, guide
 from varjax.sampling.programs import Program, SamplingPrograms
 from varjax.tokenizers.vq.model import VQConfig, decode_features, make_quantizer
 from varjax.training.task import Batch
@@ -18,6 +18,7 @@ from varjax.var.model import VAR, VARConfig
 from varjax.var.sample import (
     VAROptions,
     choose_tokens,
+    guidance_ramp,
     sample_images,
     sample_tokens,
 )
@@ -30,17 +31,18 @@ def sampling_programs(preset: str, steps: int, guided: bool = True) -> SamplingP
     """Returns the programs of `VARPipeline`; `steps` is ignored, because scales are the steps."""
     var = VARConfig.preset(preset)
     tokenizer = VQConfig(scales=var.scales)
+    scales = len(var.pyramid) if guided else 0
 
     def sample(params, options, label_B, key_B, compute):
         return sample_tokens(
-            tokenizer, var, params, label_B, key_B, options, None, compute, guided
+            tokenizer, var, params, label_B, key_B, options, None, compute, scales
         )[0]
 
     def decode(params, f_hat_BhwZ, compute):
         return decode_features(tokenizer, params["tokenizer"], f_hat_BhwZ, compute)
 
     def whole(params, options, label_B, key_B, compute):
-        return sample_images(tokenizer, var, params, label_B, key_B, options, None, compute, guided)
+        return sample_images(tokenizer, var, params, label_B, key_B, options, None, compute, scales)
 
     return SamplingPrograms(
         classes=var.classes,
@@ -51,7 +53,7 @@ def sampling_programs(preset: str, steps: int, guided: bool = True) -> SamplingP
         sample=sample,
         decode=decode,
         whole=whole,
-        bytes_needed=lambda B, compute: var_sampling_bytes(tokenizer, var, B, compute, guided),
+        bytes_needed=lambda B, compute: var_sampling_bytes(tokenizer, var, B, compute, scales),
         pieces=functools.partial(sampling_pieces, var, guided),
         cached=True,
         setting={},
@@ -87,8 +89,8 @@ def sampling_pieces(
     def choose(params, logits_BlV, f_hat_BhwZ, key_B, options, compute, k):
         bound_quantizer = quantizer.bind({"params": params})
         if guided:
-            scale = 1 + (options.guidance - 1) * var.pyramid.progress(k)
-            logits_BlV = guide(logits_BlV, scale)
+            scale_K = guidance_scales(options, guidance_ramp(var.pyramid))
+            logits_BlV = guide(logits_BlV, scale_K[k])
         _, code_BlZ = choose_tokens(bound_quantizer, logits_BlV, k, key_B, options)
         f_hat_BhwZ = bound_quantizer.add_scale(f_hat_BhwZ, code_BlZ, k)
         last = k + 1 == len(var.pyramid)

@@ -105,6 +105,12 @@ class Condition:
     modulation_SB6C: jax.Array
     head_B2C: jax.Array
 
+    def first(self, batch: int) -> "Condition":
+        """Keeps the first `batch` labels."""
+        return Condition(
+            self.class_BC[:batch], self.modulation_SB6C[:, :batch], self.head_B2C[:batch]
+        )
+
 
 class Prediction(NamedTuple):
     """Holds the result of predicting one scale.
@@ -229,12 +235,12 @@ class VAR(nn.Module):
         assert new_cache is not None
         return Prediction(self._logits(x_BlC, cond.head_B2C), new_cache)
 
-    def empty_cache(self, batch: int) -> KVCache:
-        """Makes the cache of `predict` for a number of sequences."""
+    def empty_cache(self, batch: int, length: int | None = None) -> KVCache:
+        """Makes the cache of `predict` for a number of sequences of `length` tokens, or all."""
         return KVCache.allocate(
             depth=self.config.depth,
             batch=batch,
-            length=self.config.pyramid.length,
+            length=length or self.config.pyramid.length,
             width=self.config.width,
             dtype=self.dtype,
             # On a mesh, the partitioner does not know how to shard memory that is only allocated.

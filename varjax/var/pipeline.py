@@ -2,20 +2,24 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax.config.numbers import OneOrEach
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.pipeline import (
     Array,
+    Each,
     HeldWeights,
     Index,
     Labels,
+    check_guide,
+    check_rule,
     checked_edit,
     checked_request,
 )
@@ -32,14 +36,16 @@ from varjax.trees import PyTree
 from varjax.var.memory import var_sampling_bytes
 from varjax.var.model import VAR, VARConfig
 from varjax.var.sample import (
+    ChooseRule,
     VAROptions,
+    guided_scales,
     keep_at_every_scale,
     sample_images,
 )
 
 # What is multiplied in `compute.dtype` only, and so may be held in it.
 CAST_KERNELS = (
-    r"^var/(blocks/.*|token_proj|shared_adaln|head)/kernel$|"
+    r"^(var|guide)/(blocks/.*|token_proj|shared_adaln|head)/kernel$|"
     r"^tokenizer/(decoder/.*|post_quant_conv)/kernel$"
 )
 
@@ -58,10 +64,11 @@ class VARPipeline:
     share each batch.
 
     Attributes:
+        guide: config of the weaker model that guides this one; None if "no class" does.
         tokenizer: config of the tokenizer.
         var: config of the transformer.
-        params: {"tokenizer": …, "var": …}, on the host. The devices hold kernels in
-            `compute.dtype`.
+        params: {"tokenizer": …, "var": …}, and with a guide {"guide": …}, on the host. The devices
+            hold kernels in `compute.dtype`.
         sampling: default options of `sample` and `edit`.
         compute: number format and execution. Images always become tokens in float32, because other
             formats flip some.
@@ -76,8 +83,10 @@ class VARPipeline:
         sampling: VAROptions = VAROptions(),  # noqa: B008  (frozen)
         compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
         devices: Sequence[Any] | None = None,
+        guide: VARConfig | None = None,
     ):
         self.tokenizer, self.var, self.sampling, self.compute = tokenizer, var, sampling, compute
+        self.guide = guide
         self._weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
         self.params, self.devices = weights.params, weights.devices
         exact = dataclasses.replace(compute, encoder_precision="highest")
@@ -99,17 +108,29 @@ class VARPipeline:
             input_BlZ = quantizer.teacher_forcing_input(quantizer.accumulated_scales(token_BL))
             return VAR(var, compute).apply({"params": params["var"]}, input_BlZ, label_B)
 
-        def sample(guided, params, options, label_B, key_B, known=None):
-            return sample_images(
-                tokenizer, var, params, label_B, key_B, options, known, compute, guided
-            )
+        @functools.cache
+        def compiled_sampler(guided, choose):
+            def sample(params, options, label_B, key_B, known=None):
+                return sample_images(
+                    tokenizer,
+                    var,
+                    params,
+                    label_B,
+                    key_B,
+                    options,
+                    known,
+                    compute,
+                    guided=guided,
+                    choose=choose,
+                    guide=guide,
+                )
+
+            return weights.compile(sample)
 
         self._encode, self._decode = weights.compile(encode), weights.compile(decode)
         self._decode_every_scale = weights.compile(decode_scales)
         self._logits = weights.compile(logits)
-        self._sample_images = {
-            guided: weights.compile(functools.partial(sample, guided)) for guided in (True, False)
-        }
+        self._compiled_sampler = compiled_sampler
 
     @property
     def config(self) -> dict[str, VQConfig | VARConfig]:
@@ -135,18 +156,39 @@ class VARPipeline:
         """Returns what images depend on, except labels, seed and options, as JSON data."""
         return self._weights.identity()
 
+    def with_guide(self, guide: "VARPipeline") -> "VARPipeline":
+        """Returns this model guided by a weaker one in place of "no class" (autoguidance).
+
+            model = varjax.load("var_d30").with_guide(varjax.load("var_d16"))
+
+        Both predict the same tokens, each with a cache for itself (Karras et al. 2024, arXiv
+        2406.02507). `guidance` then is the weight of this model: 1 turns the guide off.
+
+        Raises InputError for a guide of other classes, scales, or weights of the tokenizer.
+        """
+        check_guide(self, guide, lambda model: {"scales": model.var.scales})
+        return VARPipeline(
+            self.tokenizer,
+            self.var,
+            self.params | {"guide": guide.params["var"]},
+            self.sampling,
+            self.compute,
+            self.devices,
+            guide.var,
+        )
+
     def options(self, **options: Any) -> VAROptions:
         """Returns the model's `sampling`, with all options that are not None replaced.
 
         Raises InputError for an unknown name and for a value out of range.
         """
-        return replace_options(self.sampling, options).check()
+        return replace_options(self.sampling, options).check(len(self.var.pyramid))
 
     def sampling_bytes(self, batch_size: int, options: VAROptions) -> int:
         """Estimates how much memory a device needs to sample a number of images at a time."""
-        guided = options.guidance != 1
+        guided = guided_scales(self.var.pyramid, options)
         return self._weights.nbytes + var_sampling_bytes(
-            self.tokenizer, self.var, batch_size, self.compute, guided
+            self.tokenizer, self.var, batch_size, self.compute, guided, self.guide
         )
 
     def advise_on_nan(self, options: VAROptions) -> str:
@@ -182,10 +224,15 @@ class VARPipeline:
         labels: Labels,
         seed: int = 0,
         *,
-        guidance: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        guidance: OneOrEach[float] | Each | None = None,
+        top_k: OneOrEach[int] | Each | None = None,
+        top_p: OneOrEach[float] | Each | None = None,
         smooth: bool | None = None,
+        guidance_schedule: str | None = None,
+        guidance_from: int | None = None,
+        guidance_to: int | None = None,
+        temperature: OneOrEach[float] | Each | None = None,
+        choose: ChooseRule | None = None,
         index: Index | None = None,
         **unknown: Any,
     ) -> jax.Array:
@@ -194,15 +241,23 @@ class VARPipeline:
             images_BHWC = model.sample([3, 1, 4], seed=0, guidance=3.0)
 
         Image i depends only on seed, index[i], labels[i] and the options, never on the batch.
-        Options that are None have the values of `sampling`.
+        Options that are None have the values of `sampling`. Guidance, top_k, top_p and temperature
+        are a number, or one for each scale: a list, or a function of the scale's index, which is
+        called at once.
 
         Args:
             labels: (B,) classes; `classes` means "no class".
             seed: random seed; each seed gives different images.
-            guidance: guidance scale at the last scale; 1 turns guidance off.
+            guidance: strongest guidance scale; 1 turns guidance off.
             top_k: number of likeliest codes to draw from; 0 for all.
             top_p: total probability of the likeliest codes to draw from; 0 for all.
             smooth: whether to mix codes: smoother pictures, not for benchmarks.
+            guidance_schedule: "linear" from 1 at the first scale, "constant", or "power_cosine:P".
+            guidance_from: first scale with guidance, counted from 0.
+            guidance_to: first scale after those with guidance; 0 for no end.
+            temperature: temperature of the codes left by top_k and top_p; 0 is greedy.
+            choose: rule that chooses tokens instead: (logits (B, l, V), scale k, keys (B,) of the
+                scale) -> tokens (B, l); pure, and compiled once. None for a draw.
             index: (B,) numbers of the images; None for 0 … B-1.
             unknown: options of other models, which are refused.
 
@@ -213,10 +268,18 @@ class VARPipeline:
             InputError: labels or options out of range, or an option that is unknown.
         """
         options = self.options(
-            guidance=guidance, top_k=top_k, top_p=top_p, smooth=smooth, **unknown
+            guidance=guidance,
+            top_k=top_k,
+            top_p=top_p,
+            smooth=smooth,
+            guidance_schedule=guidance_schedule,
+            guidance_from=guidance_from,
+            guidance_to=guidance_to,
+            temperature=temperature,
+            **unknown,
         )
         label_B, key_B = checked_request(labels, seed, index, self.classes)
-        return self._sample_images[options.guidance != 1](options, label_B, key_B)
+        return self._sampler(options, choose)(options, label_B, key_B)
 
     def edit(
         self,
@@ -225,10 +288,15 @@ class VARPipeline:
         labels: Labels | None = None,
         seed: int = 0,
         *,
-        guidance: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        guidance: OneOrEach[float] | Each | None = None,
+        top_k: OneOrEach[int] | Each | None = None,
+        top_p: OneOrEach[float] | Each | None = None,
         smooth: bool | None = None,
+        guidance_schedule: str | None = None,
+        guidance_from: int | None = None,
+        guidance_to: int | None = None,
+        temperature: OneOrEach[float] | Each | None = None,
+        choose: ChooseRule | None = None,
         index: Index | None = None,
         **unknown: Any,
     ) -> jax.Array:
@@ -239,10 +307,15 @@ class VARPipeline:
             keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; True keeps the tokens there.
             labels: (B,) classes; None for no class.
             seed: random seed; each seed gives different images.
-            guidance: guidance scale; 1 turns guidance off.
+            guidance: strongest guidance scale; see `sample` for all options.
             top_k: number of likeliest codes to draw from.
             top_p: total probability of the codes to draw from.
             smooth: whether to mix codes; not for benchmarks.
+            guidance_schedule: schedule of the guidance.
+            guidance_from: first scale with guidance.
+            guidance_to: first scale after those with guidance.
+            temperature: temperature of the codes left by top_k and top_p.
+            choose: rule that chooses tokens instead.
             index: (B,) numbers of the results; None for one result per image.
             unknown: options of other models, which are refused.
 
@@ -253,7 +326,15 @@ class VARPipeline:
             InputError: a wrong shape, labels or options out of range, or an unknown option.
         """
         options = self.options(
-            guidance=guidance, top_k=top_k, top_p=top_p, smooth=smooth, **unknown
+            guidance=guidance,
+            top_k=top_k,
+            top_p=top_p,
+            smooth=smooth,
+            guidance_schedule=guidance_schedule,
+            guidance_from=guidance_from,
+            guidance_to=guidance_to,
+            temperature=temperature,
+            **unknown,
         )
         images_BHWC = checked_images(images_BHWC, self.image_shape)
         request = checked_edit(
@@ -268,8 +349,13 @@ class VARPipeline:
         token_BL = self._encode(None, images_BHWC)
         token_BL = jnp.broadcast_to(token_BL, (len(request.key_B), self.var.pyramid.length))
         known = KnownTokens(token_BL, keep_at_every_scale(self.var.pyramid, request.keep_Bhw))
-        sample = self._sample_images[options.guidance != 1]
+        sample = self._sampler(options, choose)
         return sample(options, request.label_B, request.key_B, known)
+
+    def _sampler(self, options: VAROptions, choose: ChooseRule | None = None) -> Callable[..., Any]:
+        """Returns the program that samples images, compiled once for each kind of options."""
+        check_rule(choose, smooth=options.smooth)
+        return self._compiled_sampler(guided_scales(self.var.pyramid, options), choose)
 
     def _checked_tokens(self, tokens_BL):
         return checked_tokens(tokens_BL, (self.var.pyramid.length,), self.var.vocab)

@@ -4,7 +4,7 @@ Zero-shot editing (VAR, section 5.3) is the same loop with the image's own token
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -12,13 +12,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.config.numbers import INT32_MAX, finite_number, true_or_false, whole_number
+from varjax.config.numbers import (
+    INT32_MAX,
+    OneOrEach,
+    finite_number,
+    number_or_list,
+    true_or_false,
+    whole_number,
+)
 from varjax.config.renamed import Renamed
 from varjax.nn import resize
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.filters import filter_top_k_top_p
-from varjax.sampling.guidance import checked_guidance, guide
+from varjax.sampling.guidance import (
+    checked_guidance_options,
+    guidance_scales,
+    guide,
+    guided_interval,
+)
 from varjax.sampling.sampler import KnownTokens, option_field
 from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, decode_features
 from varjax.tokenizers.vq.pyramid import Pyramid
@@ -30,46 +42,101 @@ from varjax.var.model import VAR, VARConfig
 PredictScale = Callable[[jax.Array | None, int, Any], tuple[jax.Array, Any]]
 # (logits (B, l, V), scale k) -> (tokens (B, l), codes (B, l, Z))
 ChooseTokens = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
+# A user's own rule: (logits (B, l, V), scale k, keys (B,) of the scale) -> tokens (B, l)
+ChooseRule = Callable[[jax.Array, int, jax.Array], jax.Array]
 
 
 @flax.struct.dataclass
 class VAROptions:
     """Sampling options: how tokens are chosen.
 
-    New values need no new compilation, except for `smooth`, or if guidance is turned on or off.
+    Guidance, top_k, top_p and temperature are one number, or a list of one for each scale.
+
+    New numbers need no new compilation. Others do: `smooth`, a schedule, an interval, a list in
+    place of a number, and another scale from which on guidance is off.
 
     Attributes:
-        guidance: scale s of classifier-free guidance at the last scale, u + s·(c - u), growing
-            linearly from 1 at the first; 1 turns it off. The official `cfg` is s - 1.
+        guidance: strongest scale s of classifier-free guidance, u + s·(c - u); 1 turns it off. The
+            official `cfg` is s - 1.
         top_k: number of likeliest codes to draw from; 0 for all, 1 is greedy.
         top_p: total probability of the likeliest codes to draw from; 0 for all.
         smooth: whether to mix codes by a Gumbel softmax instead of drawing one. It gives smoother
             pictures, but must not be used for benchmarks (the reference's `more_smooth`).
+        guidance_schedule: how guidance depends on the scale: "linear" grows from 1 at the first
+            scale to s at the last, "constant" is s, and "power_cosine:P" is RAR's; see
+            `varjax.sampling.guidance.schedule_fractions`. A list replaces it.
+        guidance_from: first scale with guidance, counted from 0.
+        guidance_to: first scale after those with guidance; 0 for no end.
+        temperature: factor on the noise of each draw, which divides the logits that are left after
+            top_k and top_p (as in CoDe, arXiv 2411.17787); 0 is greedy.
     """
 
-    guidance: float = option_field(
+    guidance: OneOrEach[float] = option_field(
         2.5,
-        "guidance scale at the last scale, growing from 1 at the first; 1 turns it off",
+        "strongest guidance scale, or one for each scale; 1 turns it off",
         renamed=Renamed("cfg", 1.0, ", for guidance is VAR's cfg + 1 (1 turns it off)"),
     )
-    top_k: int = option_field(900, "number of likeliest codes to draw from; 0: all")
-    top_p: float = option_field(0.96, "total probability of the codes to draw from; 0: all")
+    top_k: OneOrEach[int] = option_field(900, "number of likeliest codes to draw from; 0: all")
+    top_p: OneOrEach[float] = option_field(
+        0.96, "total probability of the codes to draw from; 0: all"
+    )
     smooth: bool = option_field(False, "mix codes: smoother pictures", static=True)
+    guidance_schedule: str = option_field(
+        "linear", "linear grows from 1 at the first scale; constant; power_cosine:P", static=True
+    )
+    guidance_from: int = option_field(0, "first scale with guidance, from 0", static=True)
+    guidance_to: int = option_field(
+        0, "first scale after those with guidance; 0: no end", static=True
+    )
+    temperature: OneOrEach[float] = option_field(
+        1.0, "temperature of the codes left by top_k and top_p"
+    )
 
-    def check(self) -> "VAROptions":
+    def check(self, scales: int | None = None) -> "VAROptions":
         """Returns the options in plain Python types, so that equal options are compiled once.
 
-        Raises InputError for a value out of range.
+        Args:
+            scales: number of scales; None if it is not known, and then not checked.
+
+        Raises:
+            InputError: a value out of range, or a list that has not one number for each scale.
         """
         codes = f"a whole number, 0 (off) … {INT32_MAX}"
         fraction = "in [0, 1]; 0 turns it off"
+        checks: dict[str, Callable[[str, Any], Any]] = {
+            "top_k": lambda name, value: whole_number(name, value, 0, allowed=codes),
+            "top_p": lambda name, value: finite_number(name, value, 0, 1, allowed=fraction),
+            "temperature": lambda name, value: finite_number(name, value, 0),
+        }
+        numbers = {
+            name: number_or_list(name, getattr(self, name), check, scales)
+            for name, check in checks.items()
+        }
         return dataclasses.replace(
             self,
-            guidance=checked_guidance(self.guidance),
-            top_k=whole_number("top_k", self.top_k, 0, allowed=codes),
-            top_p=finite_number("top_p", self.top_p, 0, 1, allowed=fraction),
+            **checked_guidance_options(self, scales),
+            **numbers,
             smooth=true_or_false("smooth", self.smooth),
         )
+
+    def draw_settings(self, k: int) -> tuple[Any, Any, Any]:
+        """Returns top_k, top_p and temperature of scale k."""
+        settings = self.top_k, self.top_p, self.temperature
+        top_k, top_p, temperature = (x[k] if isinstance(x, tuple) else x for x in settings)
+        return top_k, top_p, temperature
+
+
+def guidance_ramp(pyramid: Pyramid) -> np.ndarray:
+    """Returns VAR's ramp of guidance (K,): linear from 0 at the first scale to 1 at the last."""
+    return np.array([pyramid.progress(k) for k in range(len(pyramid))])
+
+
+def guided_scales(pyramid: Pyramid, options: VAROptions) -> int:
+    """Returns the number of scales, from the first, up to the last one with guidance.
+
+    All of them need the second stream: its cache also holds the scales before guidance starts.
+    """
+    return guided_interval(options, guidance_ramp(pyramid))[1]
 
 
 def keep_at_every_scale(pyramid: Pyramid, keep_Bhw: jax.Array | np.ndarray) -> jax.Array:
@@ -102,34 +169,46 @@ def sample_tokens(
     options: VAROptions,
     known: KnownTokens | None = None,
     compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
-    guided: bool = True,
+    guided: int | None = None,
+    choose: ChooseRule | None = None,
+    guide: VARConfig | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Samples the tokens of all scales with a VAR transformer.
 
     Args:
         tokenizer: config of the tokenizer, whose quantizer adds up the scales.
         var: config of the transformer.
-        params: {"tokenizer": …, "var": …}.
+        params: {"tokenizer": …, "var": …}, and with a guide {"guide": …}.
         label_B: classes; `var.classes` means "no class".
         key_B: one key per image, see `image_keys`.
         options: how tokens are chosen.
         known: tokens to keep; None for whole images.
         compute: number format and execution of the transformer.
-        guided: whether there is guidance; without it, `options.guidance` is not read and half as
-            much is computed.
+        guided: number of scales, from the first, that are computed with guidance, from
+            `guided_scales`; the others need half as much work. None for all.
+        choose: rule that chooses tokens; None for a draw as `options` say.
+        guide: config of the weaker model for autoguidance; None to guide by "no class".
 
     Returns:
         Tokens (B, L) int32 and what their codes add up to, f_hat (B, h, w, Z). With
         `options.smooth`, f_hat is made of mixed codes and a token is the likeliest of its mixture.
     """
-    guidance = options.guidance if guided else None
-    predict = bind_network(var, params["var"], label_B, guidance, compute)
+    scale_K = guidance_scales(options, guidance_ramp(var.pyramid))
+    if guide is None:
+        network = bind_network(var, params["var"], label_B, scale_K, compute, guided)
+    else:
+        network = guided_by(
+            bind_network(var, params["var"], label_B, None, compute),
+            bind_network(guide, params["guide"], label_B, None, compute),
+            scale_K,
+            guided,
+        )
     quantizer = bound_quantizer(tokenizer, params["tokenizer"])
 
-    def choose(logits_BlV, k):
-        return choose_tokens(quantizer, logits_BlV, k, key_B, options)
+    def choose_at(logits_BlV, k):
+        return choose_tokens(quantizer, logits_BlV, k, key_B, options, choose)
 
-    return sample_scales(predict, choose, quantizer, len(key_B), known)
+    return sample_scales(network, choose_at, quantizer, len(key_B), known)
 
 
 def sample_scales(
@@ -172,8 +251,9 @@ def bind_network(
     var: VARConfig,
     params: PyTree,
     label_B: jax.Array,
-    guidance: float | jax.Array | None,
+    guidance_K: Sequence[float] | np.ndarray | jax.Array | None,
     compute: ComputeConfig,
+    guided: int | None = None,
 ) -> PredictScale:
     """Binds a VAR transformer to its classes: the network that `sample_scales` takes.
 
@@ -181,34 +261,71 @@ def bind_network(
         var: config of the transformer.
         params: parameters of the transformer.
         label_B: classes; `var.classes` means "no class".
-        guidance: guidance scale of the last scale; it grows linearly from 1 at the first. None for
-            no guidance.
+        guidance_K: guidance scale of each scale; None for no guidance.
         compute: number format and execution.
+        guided: number of scales, from the first, that are computed with guidance; None for all.
     """
-    model = VAR(var, compute).bind({"params": params})
-    if guidance is not None:
-        # Both streams of guidance as one batch. The second must also run at the first scale, where
-        # guidance is 1, to fill its cache.
+    model, B, pyramid = VAR(var, compute).bind({"params": params}), len(label_B), var.pyramid
+    scale_K: Any = () if guidance_K is None else guidance_K
+    two_streams = len(scale_K) if guided is None else guided
+    if two_streams:
+        # Both streams of guidance as one batch. The second must also run at scales where guidance
+        # is 1, to fill its cache for later ones.
         label_B = jnp.concatenate([label_B, jnp.full_like(label_B, var.classes)])
     cond = model.condition(label_B)
 
     def predict(input_BlZ, k, cache):
         if cache is None:
-            cache = model.empty_cache(len(label_B))
-        if guidance is None:
-            return model.predict(input_BlZ, cond, k, cache)
+            length = pyramid.slices[two_streams - 1].stop if two_streams else pyramid.length
+            cache = model.empty_cache(len(label_B), length)
+        if k >= two_streams:
+            if k == two_streams > 0:
+                cache = cache.resized(B, pyramid.length)
+            return model.predict(input_BlZ, cond.first(B), k, cache)
         if input_BlZ is not None:
             input_BlZ = jnp.concatenate([input_BlZ, input_BlZ])
         logits_2BlV, cache = model.predict(input_BlZ, cond, k, cache)
-        return guide(logits_2BlV, 1 + (guidance - 1) * var.pyramid.progress(k)), cache
+        return guide(logits_2BlV, scale_K[k]), cache
+
+    return predict
+
+
+def guided_by(
+    network: PredictScale,
+    guide_network: PredictScale,
+    guidance_K: Sequence[float] | np.ndarray | jax.Array,
+    guided: int | None = None,
+) -> PredictScale:
+    """Guides a network by a weaker one on the same tokens (autoguidance, arXiv 2406.02507).
+
+    Args:
+        network: the network to guide.
+        guide_network: network that takes the place of "no class"; it has a cache for itself.
+        guidance_K: guidance scale of each scale.
+        guided: number of scales, from the first, that are computed with guidance; None for all.
+    """
+
+    def predict(input_BlZ, k, caches):
+        cache, guide_cache = (None, None) if caches is None else caches
+        logits_BlV, cache = network(input_BlZ, k, cache)
+        if guided is not None and k >= guided:
+            return logits_BlV, (cache, None)
+        weak_BlV, guide_cache = guide_network(input_BlZ, k, guide_cache)
+        both_2BlV = jnp.concatenate([logits_BlV, weak_BlV])
+        return guide(both_2BlV, guidance_K[k]), (cache, guide_cache)
 
     return predict
 
 
 def choose_tokens(
-    quantizer: Quantizer, logits_BlV: jax.Array, k: int, key_B: jax.Array, options: VAROptions
+    quantizer: Quantizer,
+    logits_BlV: jax.Array,
+    k: int,
+    key_B: jax.Array,
+    options: VAROptions,
+    choose: ChooseRule | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws the tokens of a scale from its logits.
+    """Chooses the tokens of a scale from its logits.
 
     Args:
         quantizer: quantizer bound to its parameters.
@@ -216,15 +333,21 @@ def choose_tokens(
         k: index of the scale, from 0.
         key_B: one key per image.
         options: options that decide how tokens are chosen.
+        choose: rule that chooses tokens; None for a draw as `options` say.
 
     Returns:
         Tokens (B, l) int32 and their codes (B, l, Z).
     """
     # An argmax hides NaN, so the code of such a token becomes NaN, which the image then shows.
     finite_Bl1 = jnp.all(jnp.isfinite(logits_BlV), axis=-1, keepdims=True)
-    logits_BlV = filter_top_k_top_p(logits_BlV, options.top_k, options.top_p)
     scale_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, k)
-    noise_BlV = gumbel_noise(scale_key_B, logits_BlV)
+    if choose is not None:
+        token_Bl = choose(logits_BlV, k, scale_key_B)
+        code_BlZ = quantizer.look_up(token_Bl)
+        return token_Bl.astype(jnp.int32), jnp.where(finite_Bl1, code_BlZ, jnp.nan)
+    top_k, top_p, temperature = options.draw_settings(k)
+    logits_BlV = filter_top_k_top_p(logits_BlV, top_k, top_p)
+    noise_BlV = temperature * gumbel_noise(scale_key_B, logits_BlV)
     if options.smooth:
         weights_BlV = gumbel_softmax_weights(logits_BlV, noise_BlV, quantizer.pyramid.progress(k))
         token_Bl = jnp.argmax(weights_BlV, axis=-1)
@@ -244,14 +367,16 @@ def sample_images(
     options: VAROptions,
     known: KnownTokens | None = None,
     compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
-    guided: bool = True,
+    guided: int | None = None,
+    choose: ChooseRule | None = None,
+    guide: VARConfig | None = None,
 ) -> jax.Array:
     """Samples tokens and decodes them in `compute.dtype`; meant to be jitted as a whole.
 
     Takes what `sample_tokens` takes; returns images (B, H, W, channels) float32 in [0, 1].
     """
     _, f_hat_BhwZ = sample_tokens(
-        tokenizer, var, params, label_B, key_B, options, known, compute, guided
+        tokenizer, var, params, label_B, key_B, options, known, compute, guided, choose, guide
     )
     return to_unit_range(decode_features(tokenizer, params["tokenizer"], f_hat_BhwZ, compute))
 

@@ -40,7 +40,7 @@ from varjax.trees import PyTree
 from varjax.var import teacher_forcing
 from varjax.var.cca import CCAConfig, cca_loss, read_reference_params
 from varjax.var.model import VAR, VARConfig, check_fit
-from varjax.var.sample import VAROptions, sample_images
+from varjax.var.sample import VAROptions, guided_scales, sample_images
 
 
 class TokenLosses(NamedTuple):
@@ -96,7 +96,7 @@ class VARTask:
 
     def __post_init__(self):
         check_fit(self.tokenizer, self.model)
-        self.sampling.check()
+        self.sampling.check(len(self.model.pyramid))
         for name in ("class_dropout", "label_smoothing", "ema_decay"):
             value = getattr(self, name)
             check_setting(name, value, 0 <= value <= 1, "in [0, 1]")
@@ -277,7 +277,7 @@ class VARTask:
                 key_B,
                 self.sampling,
                 compute=self.compute,
-                guided=self.sampling.guidance != 1,
+                guided=guided_scales(self.model.pyramid, self.sampling),
             )
 
         return draw
