@@ -24,9 +24,9 @@ Hyper-parameters are those of the authors' commands (github.com/thu-ml/CCA): one
     d24     100  2.11 / 291.6      6.20 / 154.3        2.63 / 298.8
     d30    1000  1.94 / 325.1      5.26 / 175.6        2.54 / 264.2
 
-A step costs what 2.7 steps of configs/var.py with the same batch cost: the trained model and the
-reference see each image with two labels. A run needs memory for one more copy of the parameters,
-sharded like them. Run and checkpoints are VAR's: sampling, evaluation and conversion take them.
+A step costs as much as 2.7 steps of configs/var.py with the same batch, because the trained model
+and the reference see each image with two labels. A run needs memory for one more copy of the
+parameters, sharded like them. Sampling, evaluation and conversion treat it like any VAR run.
 """
 
 import dataclasses

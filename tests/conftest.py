@@ -75,7 +75,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Shuffles the files, and the tests within each, where --shuffle asks for it."""
+    """Shuffles the files, and the tests within each file, if --shuffle is given."""
     if (seed := config.getoption("shuffle")) is not None:
         rng = random.Random(seed)
         files = {item.path: rng.random() for item in items}
@@ -84,13 +84,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):
-    """Nothing a test writes by a relative name stays."""
+    """Runs each test in an empty folder, so that files with relative names do not remain."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """(directory, metrics) of a tiny run that nothing interrupted, made once."""
+    """Returns (directory, metrics) of a tiny, uninterrupted run, made once."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     metrics = loop.train(tiny.experiment(run_dir, keep_best="eval/loss", preview_every=20))
     return run_dir, metrics

@@ -1,4 +1,4 @@
-"""Users' mistakes, told apart from our own, which keep their traceback."""
+"""Exceptions for users' mistakes, which are shown without a traceback, and for damaged files."""
 
 import contextlib
 import os

@@ -217,7 +217,7 @@ def test_references_are_cropped_by_the_models_recipe_or_the_flag(tmp_path, capsy
         found[crop] = files.read_json(tmp_path / f"{crop}.json")
         assert f"(--crop={'adm' if crop == 'adm' else 'var'})" in capsys.readouterr().out
     assert found["var"]["fid"] == found["auto"]["fid"] != found["adm"]["fid"]
-    assert found["adm"]["reference_crop"].startswith("cropped as by ADM")
+    assert found["adm"]["reference_crop"].startswith("cropped as in ADM")
     assert run("real.npz", *PIXELS, "--out=digits.json") == 0
     assert "(--crop" not in capsys.readouterr().out  # there is nothing to crop
     # A model's own recipe, where nothing is said.

@@ -107,13 +107,15 @@ def test_weights_are_known_by_the_digests_of_their_files_and_not_by_their_size(c
 
     assert not said(converted("var_d16"))
     other = dict.fromkeys(("vae.pth", "var_d16.pth"), "0" * 64)
-    assert "is not made of the published files of var_d16" in said(
+    assert "was not made from the published files of var_d16" in said(
         converted("var_d16", sources=other)
     )
     # Of d20's files only the tokenizer is d16's too.
-    assert "is not made of the published files of var_d16" in said(converted("var_d20"))
+    assert "was not made from the published files of var_d16" in said(converted("var_d20"))
     options = {"convert_options": {"phi_ratio": 0.25}}
-    assert "converted with options of its own, phi_ratio" in said(converted("var_d16", **options))
+    assert "converted with other options than the defaults: phi_ratio" in said(
+        converted("var_d16", **options)
+    )
     # Weights that others fine-tuned say so; nobody has published their digests.
     location = converted("var_d16", release="var_d16_cca")
     assert release_name(location, VARConfig.preset("d16")) == "var_d16_cca"
@@ -123,7 +125,7 @@ def test_weights_are_known_by_the_digests_of_their_files_and_not_by_their_size(c
     )
     # A run that was fine-tuned from them.
     files.write_json(tmp_path / "run/config.json", {"task": {"_type": "VARTask"}, "steps": 1})
-    assert "is not made of the published files" in said(str(tmp_path / "run"))
+    assert "was not made from the published files" in said(str(tmp_path / "run"))
     # Nobody knows the digests of some files.
     _, differences = compare_settings(
         Measurement(

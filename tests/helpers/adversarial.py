@@ -1,4 +1,4 @@
-"""A tiny tokenizer with a discriminator, for images of 16 by 16 pixels, in the middle of a run."""
+"""Builds a tiny tokenizer with a discriminator, for 16x16 images, in the middle of a run."""
 
 import functools
 import re

@@ -1,7 +1,8 @@
-"""A server on this machine that speaks Google Cloud Storage's protocol, and keeps all in memory.
+"""Runs a local server with Google Cloud Storage's protocol, which keeps all objects in memory.
 
-gcsfs finds it by STORAGE_EMULATOR_HOST, Orbax's TensorStore by TENSORSTORE_GCS_HTTP_URL. It knows
-as much of the JSON interface as these two ask for: https://cloud.google.com/storage/docs/json_api.
+gcsfs finds it by STORAGE_EMULATOR_HOST, Orbax's TensorStore by TENSORSTORE_GCS_HTTP_URL. It
+implements the part of the JSON interface that these two use:
+https://cloud.google.com/storage/docs/json_api.
 
 python -m tests.helpers.bucket_server PORT
 """
@@ -29,7 +30,7 @@ BUCKET = "bucket"
 
 @contextlib.contextmanager
 def running() -> Iterator[dict[str, str]]:
-    """Starts the server; yields the environment by which others find it."""
+    """Starts the server; yields the environment variables with its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -45,7 +46,7 @@ def running() -> Iterator[dict[str, str]]:
         yield {
             "STORAGE_EMULATOR_HOST": address,
             "TENSORSTORE_GCS_HTTP_URL": address,
-            # or else gcsfs asks Google what kind of bucket it is
+            # otherwise gcsfs asks Google for the kind of bucket
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
         }
     finally:
@@ -72,7 +73,7 @@ class Failure(Exception):
 
 
 class Store:
-    """The bucket's objects, and uploads that are not finished."""
+    """Holds the bucket's objects and unfinished uploads."""
 
     def __init__(self):
         self.objects: dict[str, Object] = {}
@@ -80,7 +81,7 @@ class Store:
         self.numbers, self.lock = itertools.count(1), threading.Lock()
 
     def check(self, name: str, query: dict[str, str]) -> Object | None:
-        """The object as it is, if it is as the request wants it."""
+        """Returns the present object if it meets the request's preconditions."""
         there = self.objects.get(name)
         generation = 0 if there is None else there.generation
         if "ifGenerationMatch" in query and int(query["ifGenerationMatch"]) != generation:

@@ -1,4 +1,4 @@
-"""Checkpoints made by hand, opcode by opcode, for the tests of reading them."""
+"""Makes checkpoints by hand, opcode by opcode, for tests that read them."""
 
 import pickle
 import zipfile
@@ -14,7 +14,7 @@ MACHINE = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"long
 
 
 def plain(value) -> bytes:
-    """The opcodes of plain data, without the pickle's start and end."""
+    """Returns the opcodes of plain data, without the pickle's start and end."""
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -47,7 +47,7 @@ def archive(path, pickled: bytes, data=DATA, method=zipfile.ZIP_STORED, byteorde
 
 
 def legacy_file(content: bytes, keys, *storages, machine=MACHINE) -> bytes:
-    """A file of PyTorch before 1.6: `content` is opcodes, `keys` are of the storages."""
+    """Makes a file of PyTorch before 1.6 from opcodes (`content`) and the storages' `keys`."""
     blobs = b"".join(len(x).to_bytes(8, "little") + x.tobytes() for x in storages)
     head = MAGIC + pickle.dumps(1001, 2) + pickle.dumps(machine, 2)
     return head + b"\x80\x02" + content + b"." + pickle.dumps(keys, 2) + blobs
@@ -61,12 +61,12 @@ def refusal(path) -> str:
 
 
 def write_trainer(path, models) -> None:
-    """A checkpoint like the official trainer's: {"epoch": 3, "trainer": {model: state dict}}."""
+    """Writes a checkpoint like the official trainer's: {"epoch": 3, "trainer": {model: dict}}."""
     write_nested(path, {"epoch": 3, "trainer": models})
 
 
 def write_nested(path, tree) -> None:
-    """A checkpoint of dicts within dicts, of arrays and plain data."""
+    """Writes a checkpoint of nested dicts with arrays and plain data."""
     tensors = []
 
     def opcodes(value) -> bytes:

@@ -1,4 +1,4 @@
-"""Checks of `varjax convert` for tests of every kind of official weights."""
+"""Checks `varjax convert` in tests of every kind of official weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str) -> 
     """Runs the command, which must fail and leave no files in `tmp_path`.
 
     Returns:
-        Its one message.
+        The single message that it printed.
     """
     capsys.readouterr()
     before = sorted(tmp_path.rglob("*"))
@@ -27,7 +27,7 @@ def refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, *flags: str) -> 
 
 
 def assert_official_files(folder: Path, part: str, expected: Mapping[str, np.ndarray]) -> None:
-    """Checks that both files written for PyTorch hold exactly these tensors, to the bit."""
+    """Checks that both files written for PyTorch contain exactly these tensors, bit for bit."""
     for read in (
         read_checkpoint(folder / f"{part}.pth"),
         load_file(folder / f"{part}.safetensors"),

@@ -124,7 +124,7 @@ def spread(cases: list, limit: int) -> list:
 
 
 def sweep_checkpoint(folder: pathlib.Path, every: int, limit: int) -> bool:
-    """Flips bits in the newest of two checkpoints, and damages its files whole."""
+    """Flips bits in the newest of two checkpoints, and damages whole files of it."""
     good, run = folder / "good", folder / "run"
     expected = {step: state_of(step) for step in SAVED}
     with Checkpoints(good / "checkpoints") as checkpoints:

@@ -1,4 +1,4 @@
-"""Training steps on several meshes of eight devices: test_sharding.py runs this."""
+"""Runs training steps on several meshes of eight devices, for test_sharding.py."""
 
 import dataclasses
 import math
@@ -85,7 +85,7 @@ def train(task, frozen, shape: MeshShape, devices=None, skip=False):
 
 
 def check_skipping(compiled, state) -> None:
-    """Checks that a number on one device that is not finite skips the step on all of them."""
+    """Checks that one number that is not finite, on one device, skips the step on all devices."""
     mesh, bias_C = state.step.sharding.mesh, np.array(state.params["up"]["bias"])
     bias_C[-1] = np.nan
     state.params["up"]["bias"] = jax.device_put(bias_C, state.params["up"]["bias"].sharding)
@@ -114,7 +114,7 @@ def check_layout(shape: MeshShape, state, *path: str) -> None:
 
 
 def full_batch(compiled) -> set[str]:
-    """Returns shapes of activations of all images, among the arrays that one device computes."""
+    """Returns the shapes of arrays on one device that hold activations of the whole batch."""
     shapes = set()
     for shape in re.findall(r"(?:f32|bf16)\[([\d,]+)\]", compiled.as_text()):
         sizes = [int(size) for size in shape.split(",")]

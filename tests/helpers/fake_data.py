@@ -1,4 +1,4 @@
-"""Fake images that encode where they come from; some are broken."""
+"""Makes fake images that encode their origin; some are broken."""
 
 import dataclasses
 

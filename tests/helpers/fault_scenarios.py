@@ -1,4 +1,4 @@
-"""Commands for fault_sweep.py on tiny inputs: how each is called, and what it must write.
+"""Describes commands on tiny inputs for fault_sweep.py: their arguments and expected output.
 
 Each runs in a process that is forked after all imports, but before any array is made.
 """
@@ -101,7 +101,7 @@ def _digest(tree) -> str:
 
 
 def run_digests(run: pathlib.Path) -> dict[str, str]:
-    """Returns digests of everything that a run must end with, except logs for watching it."""
+    """Returns digests of everything that a finished run must contain, except logs."""
     digests = {"metrics": json.dumps(tiny.lines(run))}
     for name in ("config.json", "data.json"):
         content = json.loads((run / name).read_text())

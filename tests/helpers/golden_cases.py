@@ -1,4 +1,4 @@
-"""The golden cases as varjax sees them: configs, converted weights, NHWC arrays."""
+"""Loads the golden cases in varjax's terms: configs, converted weights, NHWC arrays."""
 
 import functools
 

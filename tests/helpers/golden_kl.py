@@ -1,4 +1,4 @@
-"""The golden case of the KL tokenizer as varjax sees it."""
+"""Loads the golden cases of the KL tokenizer in varjax's terms."""
 
 import functools
 
@@ -19,7 +19,7 @@ def config() -> KLConfig:
 
 @functools.cache
 def official() -> dict[str, np.ndarray]:
-    """The weights by their official names. Not to be changed."""
+    """Returns the weights by their official names; callers must not change them."""
     return weights.state_dict(NAME, PART)
 
 
@@ -35,7 +35,7 @@ def image() -> np.ndarray:
 
 
 def outputs() -> dict[str, np.ndarray]:
-    """What the official code computed: mean, std and decoded as NHWC; kl."""
+    """Returns the official code's outputs: mean, std and decoded as NHWC; kl."""
     return {
         name: x.transpose(0, 2, 3, 1) if x.ndim == 4 else x
         for name, x in weights.outputs(NAME).items()
@@ -56,7 +56,7 @@ LAYOUTS = {
 
 @functools.cache
 def layout_official(name: str) -> dict[str, np.ndarray]:
-    """The weights of one of LAYOUTS by their official names. Not to be changed."""
+    """Returns the weights of one of LAYOUTS by official names; callers must not change them."""
     return weights.state_dict(name, PART)
 
 
@@ -68,12 +68,12 @@ def layout_images(name: str) -> np.ndarray:
 
 
 def layout_outputs(name: str) -> dict[str, np.ndarray]:
-    """What latent diffusion's code computed: mean, std and decoded, as NHWC."""
+    """Returns the outputs of latent diffusion's code: mean, std and decoded, as NHWC."""
     return {key: x.transpose(0, 2, 3, 1) for key, x in weights.outputs(name).items()}
 
 
 def diffusers_names(official: dict[str, np.ndarray], levels: int) -> dict[str, np.ndarray]:
-    """The same tensors as diffusers' `AutoencoderKL` calls and shapes them."""
+    """Returns the same tensors with the names and shapes of diffusers' `AutoencoderKL`."""
     return {_diffusers_name(name, levels): _linear(name, x) for name, x in official.items()}
 
 

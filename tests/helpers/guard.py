@@ -1,4 +1,4 @@
-"""An audit hook under which files of strangers are read. It stays until the process ends."""
+"""Installs an audit hook for reading untrusted files, which lasts until the process ends."""
 
 import os
 import pathlib
@@ -13,18 +13,18 @@ NO_FOLDER = {"os.truncate"}
 
 
 class ForbiddenError(BaseException):
-    """Is no Exception, which a reader could take for a fault of the file."""
+    """Reports a forbidden action; not an Exception, because readers may catch those."""
 
 
 class Guard:
-    """Forbids what no reader has to do: to run programs, import more code, or write elsewhere.
+    """Forbids actions that no reader needs: running programs, importing more code, writing files.
 
     Args:
-        target: the folder that may be written to.
+        target: folder that may be written to.
 
     Attributes:
-        complete: whether all that reading needs is imported, so that more is forbidden.
-        broken: what was done all the same, though a reader may have caught the exception.
+        complete: whether everything that reading needs is imported, so that imports are forbidden.
+        broken: forbidden actions that were tried, even if the reader caught the exception.
     """
 
     def __init__(self, target: pathlib.Path):

@@ -1,4 +1,4 @@
-"""Untrusted data that claims too much memory or time: arrays, JSON, runs, buckets, checkpoints.
+"""Makes untrusted data that claims too much memory or time: arrays, JSON, runs, checkpoints.
 
 The first part of a name is its reader, as in `hostile_files`: npz, npy, json, run, bucket, orbax.
 """
@@ -34,13 +34,13 @@ BROKEN_JSON = {
 
 
 def npy(shape: str, data: bytes = bytes(9), descr: str = "'|u1'", order: str = "False") -> bytes:
-    """An array whose header says anything."""
+    """Makes an .npy file with any header."""
     text = f"{{'descr': {descr}, 'fortran_order': {order}, 'shape': {shape}}}".encode() + b"\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
 
 
 def arrays() -> Iterator[tuple[str, bytes]]:
-    """Arrays that claim what they are not."""
+    """Makes .npy files with false headers."""
     for name, shape in {
         "2_40_images": f"({2**40}, 1, 1, 3)",
         "one_wide_image": f"(1, {2**30}, {2**30}, 3)",
@@ -110,7 +110,7 @@ LISTINGS = {
 
 
 def write_run(folder: pathlib.Path, config: str, metrics: bytes = b"") -> None:
-    """Writes what a run's directory holds, but for its checkpoints."""
+    """Writes the files of a run's directory, except its checkpoints."""
     folder.mkdir()
     (folder / "data.json").write_text("{}")
     (folder / "config.json").write_text(config, errors="surrogateescape")
@@ -167,7 +167,7 @@ def checkpoints(good: pathlib.Path, path: pathlib.Path) -> Iterator[str]:
 
 
 def write_data(folder: pathlib.Path) -> None:
-    """Writes all hostile data, and good ones of each kind."""
+    """Writes all hostile data, and valid data of each kind."""
     np.savez(folder / "good.npz", arr_0=np.zeros((3, 8, 8, 3), np.uint8), labels=np.arange(3))
     np.save(folder / "good.npy", np.zeros((3, 8, 8, 3)))
     (folder / "good.json").write_text('{"a": 1}')

@@ -1,4 +1,4 @@
-"""Small files that ask their reader for much memory or time, and good ones to be damaged."""
+"""Makes small files that demand much memory or time from their reader, and valid ones to damage."""
 
 import io
 import json
@@ -41,7 +41,7 @@ MAR = MARConfig(
 
 
 def official(config) -> dict[str, np.ndarray]:
-    """A model's tensors by their official names, all zero."""
+    """Returns a model's tensors by their official names, all zero."""
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_params(config))
     tensors = {**to_official(config, params), **official_buffers(config)}
     return {name: np.asarray(x) for name, x in tensors.items()}
@@ -62,7 +62,7 @@ def write_legacy(path: pathlib.Path, tensors: dict[str, np.ndarray]) -> None:
 
 
 def write_good(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Writes a VAR in each format; by name of the format."""
+    """Writes a VAR in each format; returns the paths by format."""
     paths = {name: folder / f"good.{name}" for name in ("pth", "legacy", "safetensors")}
     tensors = official(VAR)
     write_pth(paths["pth"], tensors)
@@ -100,7 +100,7 @@ def mutations(good: bytes, count: int, seed: int) -> Iterator[bytes]:
 
 
 def repacked(path: pathlib.Path, pickled: bytes) -> bytes:
-    """A zip file with another pickle, whose checksum is right."""
+    """Returns a zip file with another pickle and its correct checksum."""
     packed = io.BytesIO()
     with zipfile.ZipFile(path) as old, zipfile.ZipFile(packed, "w") as new:
         for member in old.infolist():
@@ -122,7 +122,7 @@ def write_damaged(folder: pathlib.Path, count: int) -> None:
 
 
 def state_dicts() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    """State dicts that claim what no model is, or a model that takes long to describe."""
+    """Returns state dicts of impossible models, or of models that take long to describe."""
     var, vq, kl, mar = (official(config) for config in (VAR, VQ, KL, MAR))
     number, level = np.zeros(1, np.float32), np.int8(0)
     for name, levels in {

@@ -1,4 +1,4 @@
-"""Small pickles that ask their reader for much memory or time."""
+"""Makes small pickles that demand much memory or time from their reader."""
 
 import pickle
 import pickletools
@@ -13,22 +13,22 @@ WIDER = tensor((2**24,), (0,))
 
 
 def plain(value) -> bytes:
-    """The opcodes of plain data, which leave the memo alone."""
+    """Returns the opcodes of plain data, which do not change the memo."""
     return pickletools.optimize(pickle.dumps(value, 2))[2:-1]
 
 
 def doubling(last: bytes, levels: int = 60) -> bytes:
-    """A pickle with pairs of pairs of pairs at its memo's 0, of which `last` makes something."""
+    """Makes a pickle with nested pairs in entry 0 of its memo, which the opcodes `last` use."""
     return b"\x80\x02]q\x00" + b"".join(b"(h\x00h\x00tq\x00" for _ in range(levels)) + last
 
 
 def again_and_again(function: bytes, argument: bytes, call: bytes, times: int) -> bytes:
-    """A pickle of a list of calls, with the function at the memo's 1 and an argument at its 2."""
+    """Makes a pickle of a list of calls; memo entry 1 is the function, entry 2 an argument."""
     return b"\x80\x02" + function + b"q\x01" + argument + b"q\x02](" + call * times + b"e."
 
 
 def pickles() -> Iterator[tuple[str, bytes]]:
-    """Pickles for the zip format, by what they do."""
+    """Returns pickles for the zip format, named by what they do."""
     rebuild = b"ctorch._utils\n_rebuild_tensor\n"
     for name, arguments in {
         "size_is_a_tensor": plain(0) + WIDE + plain((1,)),

@@ -51,11 +51,11 @@ OPTIONS = {
 
 
 class OvertimeError(BaseException):
-    """Is no Exception, which a reader could take for a fault of the file."""
+    """Reports a reader that takes too long; not an Exception, because readers may catch those."""
 
 
 def read_data(kind: str, path: pathlib.Path) -> None:
-    """Reads data of strangers: all of what commands would read."""
+    """Reads untrusted data in every way that commands do."""
     match kind:
         case "npz":
             archive = NpzArchive(path)
@@ -112,7 +112,7 @@ def describe(path: pathlib.Path) -> None:
 
 
 def memory_used() -> int:
-    """Bytes of addresses that the process has."""
+    """Returns the size of the process's address space, in bytes."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
     return pages * resource.getpagesize()
 

@@ -1,4 +1,4 @@
-"""FID's network with the golden case's random weights, as a file and converted."""
+"""Provides FID's network with the golden case's random weights, as a file and converted."""
 
 import functools
 import pathlib
@@ -17,7 +17,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 @functools.cache
 def converted() -> pathlib.Path:
-    """A directory of `varjax convert --inception`, made once for all tests."""
+    """Returns a directory that `varjax convert --inception` wrote, made once for all tests."""
     folder = runs.root() / "inception"
     file = folder.with_suffix(".pth")
     if not folder.exists():

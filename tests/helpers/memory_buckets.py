@@ -1,4 +1,4 @@
-"""Buckets of both services in this process's memory, by fsspec's memory file system."""
+"""Keeps buckets of both services in this process's memory, with fsspec's memory file system."""
 
 import importlib
 

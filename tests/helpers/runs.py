@@ -1,4 +1,4 @@
-"""Tiny runs of both stages of both families on the digits, made once for all tests."""
+"""Trains tiny runs of both stages of both families on the digits, once for all tests."""
 
 import functools
 import os

@@ -2,9 +2,9 @@
 
 python -m tests.helpers.soak --folder=DIR [--events=50] [--processes=1] [--kills_only] [--seed=0]
 
-`make soak` runs it. An event comes at any moment, from the start of the interpreter on:
+`make soak` runs it. An event may occur at any moment after the start of the interpreter:
 
-kill       SIGKILL of one process or of all; if one is left, it must end by itself
+kill       SIGKILL of one process or of all; a surviving process must end without help
 pause      SIGSTOP of one process, for 5 seconds
 full       no process can make a file longer, as on a full disk, until the run has ended by itself
 full_once  nothing can be written to the run's folder for 20 seconds, as on a disk that is full
@@ -95,7 +95,7 @@ class Run:
                 address = f"--coordinator=localhost:{free.getsockname()[1]}"
             flags = [address, f"--processes={self._processes}"]
             commands = [[*self._command, *flags, f"--process={i}"] for i in range(self._processes)]
-        # By a pipe, for a limit on the size of files would hold for the log as well.
+        # Through a pipe, because a limit on the size of files would also apply to the log.
         with open(self.log, "w") as log:
             self.logger = logger = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=log)
         assert logger.stdin is not None

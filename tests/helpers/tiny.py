@@ -1,4 +1,4 @@
-"""A minimal task: a two-layer classifier of digits, with dropout and an average."""
+"""Defines a minimal task: a two-layer classifier of digits, with dropout and an average."""
 
 import dataclasses
 import json

@@ -143,7 +143,7 @@ def test_other_networks_are_refused(tensors, tmp_path):
     for resize in (100, 2000):
         with pytest.raises(InputError, match=f"resize={resize}: must be from 224 to 1024"):
             name_map.infer_resnet(tensors, name_map.ResNetConvertOptions(resize))
-    with pytest.raises(InputError, match="is no directory of weights; make one with"):
+    with pytest.raises(InputError, match="is not a directory of weights; make one with"):
         load_classifier(tmp_path)
     assert abstract_params(ResNetConfig((1, 1, 1, 1)))["head"]["kernel"].shape == (2048, 1000)
 

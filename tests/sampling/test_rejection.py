@@ -260,7 +260,10 @@ def test_the_command_says_what_was_kept(model, capsys):
         (["--accept=nan", "--classifier=fake"], "accept=nan: must be above 0"),
         (["--accept=0.5"], "classifier=None: give both"),
         (["--classifier=fake"], "accept=None, classifier=fake: give both"),
-        (["--accept=0.5", "--classifier=nowhere"], "nowhere is no directory of weights; make one"),
+        (
+            ["--accept=0.5", "--classifier=nowhere"],
+            "nowhere is not a directory of weights; make one",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_sampling(flags, message, model, capsys):

@@ -98,7 +98,7 @@ def write_report(
         run: directory of the transformer's run.
         tokenizer: directory of the tokenizer's run.
         samples: .npz file written by `varjax sample`.
-        compare: another run, whose report is printed as well if it exists.
+        compare: another run, whose report is also printed if it exists.
 
     Raises:
         InputError: the samples, or a metrics.jsonl of the runs, do not exist yet.

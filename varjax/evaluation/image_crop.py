@@ -15,8 +15,8 @@ AUTO = "auto"
 CROPPED = "folder:", "tfds:"  # the datasets whose images may have any size
 CROPS: dict[str, Crop] = {"var": "random", "adm": "center"}  # by the value of --crop
 DESCRIPTIONS: dict[Crop, str] = {
-    "random": "cropped as by VAR: Lanczos to 1.125 times the size, then the middle (--crop=var)",
-    "center": "cropped as by ADM and MAR: box filter and bicubic to the size, then the middle "
+    "random": "cropped as in VAR: Lanczos to 1.125 times the size, then the middle (--crop=var)",
+    "center": "cropped as in ADM and MAR: box filter and bicubic to the size, then the middle "
     "(--crop=adm)",
 }
 CROP_HELP = "crop of a dataset's photographs: auto (the model's recipe), var or adm (auto)"

@@ -77,15 +77,17 @@ def released_sizes(config: Any) -> str | None:
 
 
 def _weights_differ(location: str | pathlib.Path, name: str) -> list[str]:
-    """Returns how weights differ from the released ones, whose files are known by SHA-256."""
+    """Returns the differences between weights and the released ones, by the files' SHA-256."""
     config, release = open_model(location).config, RELEASES[name]
     files = release.files.values()
     if unknown := [file.basename for file in files if file.sha256 is None]:
         return [f"the SHA-256 of the published {unknown[0]} of {name} is not known"]
     if not {file.sha256 for file in files} <= set(config.get("sources", {}).values()):
-        return [f"{location} is not made of the published files of {name}, by their SHA-256"]
+        return [f"{location} was not made from the published files of {name}, by their SHA-256"]
     if options := config.get(CONVERT_OPTIONS):
-        return [f"{location} was converted with options of its own, {', '.join(options)}"]
+        return [
+            f"{location} was converted with other options than the defaults: {', '.join(options)}"
+        ]
     return []
 
 

@@ -65,12 +65,12 @@ def load_classifier(location: str | pathlib.Path) -> LoadedClassifier:
             which is trained on scikit-learn's digits within a second.
 
     Raises:
-        InputError: there is no classifier, or a damaged one.
+        InputError: the classifier is missing or damaged.
     """
     if location == DIGITS:
         return digits_classifier()
     if not (as_path(location) / "config.json").exists():
-        raise InputError(f"classifier={location} is no directory of weights; {CONVERT_HELP}")
+        raise InputError(f"classifier={location} is not a directory of weights; {CONVERT_HELP}")
     weights = open_weights(location)
     if "classifier" not in weights.config:
         raise InputError(f"classifier={location} holds no classifier; {CONVERT_HELP}")

@@ -109,7 +109,7 @@ def _middle(coder: Encoder | Decoder, x_BhwC):
 def _project(coder: Encoder | Decoder, x_BhwC, channels: int):
     """The last layers: norm, swish, convolution."""
     x_BhwC = nn.silu(norm(coder.groups, coder.format, "norm_out")(x_BhwC))
-    coder.sow("intermediates", "last", x_BhwC)  # for whoever wants the last kernel's gradient
+    coder.sow("intermediates", "last", x_BhwC)  # for the gradient of the last kernel
     return conv(channels, coder.format, "conv_out")(x_BhwC)
 
 

@@ -40,7 +40,7 @@ class StepReporter:
         progress: progress on the terminal.
         throughput: meter of the speed.
         goodput: measures what the time is spent on.
-        watchdog: is told that the run makes progress.
+        watchdog: watchdog, which is notified of progress.
     """
 
     def __init__(
