@@ -223,7 +223,9 @@ def test_references_are_cropped_by_the_models_recipe_or_the_flag(tmp_path, capsy
     # A model's own recipe, where nothing is said.
     asked = []
     monkeypatch.setattr(command, "choose_crop", lambda *given: asked.append(given) or "center")
-    monkeypatch.setattr(command, "load", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        command, "load", lambda *given, **named: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     run("--weights=runs/x", *against[1:])
     assert asked == [("auto", "runs/x")]
 
@@ -240,7 +242,7 @@ class FakeModel:
 
 def test_a_released_mar_is_evaluated_in_256_steps(monkeypatch):
     asked = []
-    monkeypatch.setattr(command, "load", lambda *given: FakeModel())
+    monkeypatch.setattr(command, "load", lambda *given, **named: FakeModel())
     monkeypatch.setattr(
         command, "evaluate_model", lambda *given: asked.extend(given[3].values()) or [{}]
     )

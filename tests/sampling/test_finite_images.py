@@ -29,7 +29,7 @@ SAID = "image 5 .label 7, seed 5. holds NaN .* not written. Try top_k=901"
 def model(monkeypatch):
     found = FakeSampler(nan=frozenset((5,)))
     for module in (sample, edit, evaluation):
-        monkeypatch.setattr(module, "load", lambda *_: found)
+        monkeypatch.setattr(module, "load", lambda *_, **__: found)
         monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
     return found
 

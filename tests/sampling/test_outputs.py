@@ -32,7 +32,7 @@ EVALUATE += ["--features=pixels", "--cache=cache"]
 def model(monkeypatch):
     found = FakeSampler()
     for module in (sample, evaluation):
-        monkeypatch.setattr(module, "load", lambda *_: found)
+        monkeypatch.setattr(module, "load", lambda *_, **__: found)
         monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
     return found
 

@@ -233,7 +233,7 @@ SAMPLE = ["--weights=fake", "--labels=3,7", "--count=2", "--batch_size=2", "--ou
 @pytest.fixture
 def model(monkeypatch):
     found = FakeSampler()
-    monkeypatch.setattr(sample, "load", lambda *_: found)
+    monkeypatch.setattr(sample, "load", lambda *_, **__: found)
     monkeypatch.setattr(sample, "use_compilation_cache", lambda: None)
     loaded = LoadedClassifier(10, FakeClassifier.identity, lambda x: np.zeros((len(x), 10)))
     monkeypatch.setattr(
