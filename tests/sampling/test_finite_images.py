@@ -16,7 +16,7 @@ from varjax.evaluation import __main__ as evaluation
 from varjax.mar.pipeline import MARPipeline
 from varjax.mar.sample import MAROptions
 from varjax.nn.compute import ComputeConfig
-from varjax.sampling.finite_images import check_finite_images
+from varjax.sampling.outputs import check_finite_images
 from varjax.sampling.sampler import image_keys, nan_advice
 from varjax.storage import image_io
 from varjax.var.sample import VAROptions, choose_tokens

@@ -22,8 +22,7 @@ from varjax.runtime.commands import command_parser, run_command
 from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.edit_masks import box_mask, read_mask
-from varjax.sampling.finite_images import check_finite_images
-from varjax.sampling.outputs import check_out, check_out_holds, file_suffix
+from varjax.sampling.outputs import check_finite_images, check_out, check_out_holds, file_suffix
 from varjax.sampling.sampler import given_options
 from varjax.storage import image_io
 

@@ -15,8 +15,7 @@ from tqdm import tqdm
 
 from varjax.errors import InputError
 from varjax.runtime.distributed import on_all_processes, on_first_process
-from varjax.sampling.finite_images import check_finite_images
-from varjax.sampling.outputs import Output
+from varjax.sampling.outputs import Output, check_finite_images
 from varjax.sampling.sampler import Sampler
 from varjax.storage import image_io
 from varjax.storage.folders import locked_work_folder

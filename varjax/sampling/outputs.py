@@ -7,7 +7,7 @@ continues where it was killed or finds everything done; a different one is refus
 import json
 import pathlib
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +26,35 @@ OLD_SUFFIX = ".npy"  # parts written by an older version, without checksums
 FILE_SUFFIXES = (".png", ".npz")  # a grid, and images
 REFUSED_SUFFIXES = (".jpg", ".jpeg", ".gif", ".webp", ".npy", ".json")
 MOST_GRID_PIXELS = 178_956_970  # Pillow does not open larger pictures
+
+
+def check_finite_images(
+    images_BHWC: np.ndarray,
+    index_B: Any,
+    label_B: Any,
+    seed: int,
+    advice: Callable[[], str],
+) -> None:
+    """Checks images that are about to be written; NaN would be written as black.
+
+    Args:
+        images_BHWC: float images to check.
+        index_B: numbers of the images.
+        label_B: classes of the images.
+        seed: random seed of all images.
+        advice: function that returns what to try, usually `Sampler.advise_on_nan`.
+
+    Raises:
+        InputError: an image holds NaN or infinite numbers; names the first one.
+    """
+    bad = np.flatnonzero(~np.all(np.isfinite(images_BHWC), axis=(1, 2, 3)))
+    if bad.size:
+        i = bad[0]
+        raise InputError(
+            f"image {int(index_B[i])} (label {int(label_B[i])}, seed {seed}) holds NaN or infinite "
+            f"numbers, as do {bad.size} of the {len(images_BHWC)} images of its batch, and "
+            f"is not written. {advice()}"
+        )
 
 
 class Output(Protocol):

@@ -21,8 +21,7 @@ from varjax.tokenizers.losses.gan import (
     gan_gradients,
     last_layer_grads,
 )
-from varjax.tokenizers.losses.lpips import LPIPSConfig
-from varjax.tokenizers.losses.reconstruction import reconstruction_losses
+from varjax.tokenizers.losses.lpips import LPIPSConfig, lpips
 from varjax.training.task import Batch, Plan
 from varjax.training.train_step import Metrics, mean_over_microbatches
 from varjax.trees import PyTree
@@ -103,7 +102,7 @@ def image_losses(
     y_BHWC: jax.Array,
     dtype: Any = jnp.float32,
 ) -> dict[str, jax.Array]:
-    """Computes `reconstruction_losses` with the weights of a task, (B,) each.
+    """Computes how far reconstructions are from their images.
 
     Args:
         config: task, which holds the weights of the losses.
@@ -111,11 +110,24 @@ def image_losses(
         x_BHWC: images in [-1, 1].
         y_BHWC: their reconstructions, not clipped.
         dtype: number format of LPIPS.
+
+    Returns:
+        (B,) float32 each: "l1", "l2", "perceptual" if the task has a perceptual loss, their
+        weighted sum "loss", and "psnr" in dB.
     """
-    weights, lpips_params = {"l1": config.l1, "l2": config.l2}, None
+    losses = {
+        "l1": jnp.mean(jnp.abs(y_BHWC - x_BHWC), axis=(1, 2, 3)),
+        "l2": jnp.mean(jnp.square(y_BHWC - x_BHWC), axis=(1, 2, 3)),
+    }
+    weights = {"l1": config.l1, "l2": config.l2}
     if config.perceptual:
-        weights["perceptual"], lpips_params = config.perceptual.weight, frozen["lpips"]
-    return reconstruction_losses(x_BHWC, y_BHWC, weights, lpips_params, dtype)
+        losses["perceptual"] = lpips(frozen["lpips"], x_BHWC, y_BHWC, dtype)
+        weights["perceptual"] = config.perceptual.weight
+    weighted = [weight * losses[name] for name, weight in weights.items()]
+    losses["loss"] = jnp.sum(jnp.stack(weighted), axis=0)
+    # Published figures average each image's own PSNR. Values span 2, from -1 to 1.
+    losses["psnr"] = 10 * jnp.log10(4 / jnp.maximum(losses["l2"], 1e-12))
+    return losses
 
 
 def valid_sums(losses: dict[str, jax.Array], valid_B: jax.Array) -> dict[str, jax.Array]:
