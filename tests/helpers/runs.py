@@ -5,6 +5,9 @@ import os
 import pathlib
 import tempfile
 
+from tests.helpers.random_params import random_params
+from varjax import trees
+from varjax.convert.weights_dir import write_converted
 from varjax.data.sources import Digits
 from varjax.mar.heads import DiffusionHead
 from varjax.mar.model import MARConfig
@@ -57,6 +60,20 @@ def var() -> pathlib.Path:
     task = VARTask(VAR, TOKENIZER, str(tokenizer()), ema_decay=0.5, sampling=options)
     _train(task, run, keep_best="eval_ema/loss")
     return run
+
+
+@functools.cache
+def untrained_var() -> pathlib.Path:
+    """Returns a converted directory of random parameters, written in a second."""
+    folder = root() / "untrained_var"
+    models = {"tokenizer": TOKENIZER, "var": VAR}
+    with folders.lock_folder(root(), wait=True):
+        leaves = {
+            name: (config, trees.paths(random_params(config.init)))
+            for name, config in models.items()
+        }
+        write_converted(folder, leaves, {}, VAROptions(guidance=1.5, top_k=7))
+    return folder
 
 
 @functools.cache

@@ -190,7 +190,7 @@ def test_a_device_tells_its_memory_and_a_cpu_has_the_machine_s(monkeypatch, tmp_
 
 
 def test_auto_looks_at_options_weights_and_images(capsys, monkeypatch):
-    model = varjax.load(runs.var())
+    model = varjax.load(runs.untrained_var())
     weights = trees.nbytes(model.params)
     assert model.sampling_bytes(1, model.options(guidance=1)) > weights
     grows = [model.sampling_bytes(n, model.options()) for n in (1, 2, 3)]

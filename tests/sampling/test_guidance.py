@@ -59,7 +59,7 @@ def test_cfg_is_answered_with_what_to_write(options, former, message):
 
 
 def test_cfg_on_the_command_line_is_answered_for_the_model_s_family(tmp_path, capsys):
-    arguments = [f"--weights={runs.var()}", f"--out={tmp_path / 'a.png'}", "--cfg=0.5"]
+    arguments = [f"--weights={runs.untrained_var()}", f"--out={tmp_path / 'a.png'}", "--cfg=0.5"]
     assert main(arguments) == 1
     assert "cfg=0.5: write guidance=1.5, for guidance is VAR's cfg + 1" in capsys.readouterr().err
 
@@ -80,6 +80,7 @@ def test_configs_with_cfg_are_read(kind, stored, expected):
     assert config_tree.from_dict(kind, stored) == expected
 
 
+@pytest.mark.slow
 def test_a_run_with_cfg_is_loaded(tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs.var(), run)
