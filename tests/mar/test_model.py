@@ -1,5 +1,6 @@
 """The transformer against the reference, and what it must not see."""
 
+import functools
 import json
 
 import jax
@@ -23,10 +24,6 @@ COUNTS = {"mar_b": 207_924_768, "mar_l": 478_326_304, "mar_h": 942_403_104}
 FILES = {"mar_b": "mar_base", "mar_l": "mar_large", "mar_h": "mar_huge"}
 
 
-def model(case, **compute) -> MAR:
-    return MAR(case.config, ComputeConfig(**compute)).bind({"params": case.params})
-
-
 def known_tokens(case):
     token_BLZ = case.config.patchify(case.latents_BhwZ)
     return np.take_along_axis(token_BLZ, case.position_Bn[..., None], axis=1)
@@ -48,17 +45,21 @@ def test_tokens_and_hidden_match_reference(name):
     token_BLZ = case.config.patchify(case.latents_BhwZ)
     np.testing.assert_array_equal(token_BLZ, case.out["tokens"])
     np.testing.assert_array_equal(case.config.unpatchify(token_BLZ), case.latents_BhwZ)
-    class_BC = model(case).class_vectors(jnp.asarray(case.label_B))
-    z_BLC, captured = MAR(case.config).apply(
-        {"params": case.params},
-        jnp.asarray(known_tokens(case)),
-        case.position_Bn,
-        np.ones(case.position_Bn.shape, bool),
-        class_BC,
-        method=MAR.hidden,
-        capture_intermediates=lambda module, _: module.name == "encoder_norm",
-    )
-    x_BlC = captured["intermediates"]["encoder_norm"]["__call__"][0]
+
+    @jax.jit
+    def hidden(params, token_BnZ):
+        apply = functools.partial(MAR(case.config).apply, {"params": params})
+        z_BLC, captured = apply(
+            token_BnZ,
+            case.position_Bn,
+            np.ones(case.position_Bn.shape, bool),
+            apply(case.label_B, method=MAR.class_vectors),
+            method=MAR.hidden,
+            capture_intermediates=lambda module, _: module.name == "encoder_norm",
+        )
+        return z_BLC, captured["intermediates"]["encoder_norm"]["__call__"][0]
+
+    z_BLC, x_BlC = hidden(case.params, known_tokens(case))
     # The reference keeps known tokens in the order of their positions.
     buffer, row = case.config.buffer_size, np.argsort(case.position_Bn, axis=1)[..., None]
     by_position_BlC = np.take_along_axis(np.asarray(x_BlC)[:, buffer:], row, axis=1)
@@ -71,7 +72,6 @@ def test_tokens_and_hidden_match_reference(name):
 @pytest.mark.parametrize("attention", ["xla", "loop"])
 def test_padding_has_no_effect_and_no_gradient(attention):
     case = golden.case("mar_base")
-    m = model(case, attention_impl=attention)
     token_BnZ = known_tokens(case)
     padding = 3
     padded_BnZ = np.pad(token_BnZ, ((0, 0), (0, padding), (0, 0)), constant_values=7.0)
@@ -79,14 +79,16 @@ def test_padding_has_no_effect_and_no_gradient(attention):
     position_Bn = np.pad(case.position_Bn, ((0, 0), (0, padding)), constant_values=2)
     known_Bn = np.arange(position_Bn.shape[1]) < case.known
     known_Bn = np.broadcast_to(known_Bn, position_Bn.shape)
-    class_BC = m.class_vectors(jnp.asarray(case.label_B))
 
-    def hidden(token_BnZ):
-        return m.hidden(token_BnZ, position_Bn, known_Bn, class_BC)
+    @jax.jit
+    def hidden_and_gradient(params, token_BnZ):
+        mar = MAR(case.config, ComputeConfig(attention_impl=attention)).bind({"params": params})
+        class_BC = mar.class_vectors(jnp.asarray(case.label_B))
+        z_BLC, vjp = jax.vjp(lambda x: mar.hidden(x, position_Bn, known_Bn, class_BC), token_BnZ)
+        return z_BLC, vjp(jnp.ones_like(z_BLC))[0]
 
-    z_BLC, vjp = jax.vjp(hidden, jnp.asarray(padded_BnZ))
+    z_BLC, grad_BnZ = hidden_and_gradient(case.params, padded_BnZ)
     assert_close(z_BLC, case.out["decoder_output"])
-    (grad_BnZ,) = vjp(jnp.ones_like(z_BLC))
     assert not grad_BnZ[:, case.known :].any() and grad_BnZ[:, : case.known].any()
 
 
@@ -97,8 +99,13 @@ def test_diffusion_loss_matches_reference(name):
     z_NC = jnp.asarray(case.out["decoder_output"].reshape(-1, case.config.width))
     x0_NZ = jnp.asarray(case.out["tokens"].reshape(len(z_NC), -1))
     t_N, noise_NZ = (jnp.asarray(case.out[f"loss.{name}"]) for name in ("t", "noise"))
-    denoise = case.config.head.network(case.params, ComputeConfig())(z_NC)
-    mse_N, bound_N = diffusion_loss(denoise, x0_NZ, t_N.astype(jnp.int32), noise_NZ)
+
+    @jax.jit
+    def losses(params):
+        denoise = case.config.head.network(params, ComputeConfig())(z_NC)
+        return diffusion_loss(denoise, x0_NZ, t_N.astype(jnp.int32), noise_NZ)
+
+    mse_N, bound_N = losses(case.params)
     assert_close(mse_N, case.out["loss.mse"])
     assert_close(bound_N, case.out["loss.vb"])
     masked_N = case.out["mask"].reshape(-1)
