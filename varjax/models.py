@@ -4,6 +4,7 @@ docs/add_a_family.md says what a new family needs and what uses it.
 """
 
 import dataclasses
+import functools
 import importlib
 import os
 import pathlib
@@ -53,6 +54,7 @@ class Family:
         needs_tokenizer: whether the pipeline requires a tokenizer; if not, the tokenizer's config
             may be None.
         takes_guide: whether the pipeline has a method `with_guide`, for autoguidance.
+        takes_refiner: whether the pipeline has a method `with_refiner`, for collaborative decoding.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Family:
     benchmark: Callable[[], Any] | None = None
     needs_tokenizer: bool = True
     takes_guide: bool = False
+    takes_refiner: bool = False
 
 
 FAMILIES = (
@@ -76,6 +79,7 @@ FAMILIES = (
         presets=("d16", "d20", "d24", "d30", "d36"),
         benchmark=lambda: importlib.import_module("varjax.var.benchmark"),
         takes_guide=True,
+        takes_refiner=True,
     ),
     Family(
         "mar",
@@ -249,6 +253,8 @@ def load(
     devices: Sequence[Any] | None = None,
     compute: ComputeConfig | None = None,
     guide: str | pathlib.Path | None = None,
+    refiner: str | pathlib.Path | None = None,
+    draft_scales: int = 8,
 ) -> Sampler:
     """Loads a model with its tokenizer, ready to sample.
 
@@ -265,6 +271,9 @@ def load(
         compute: replaces `dtype`, to set more than the number format.
         guide: location of a weaker model of the same tokenizer and classes, for autoguidance; None
             to guide by "no class".
+        refiner: location of a smaller VAR that draws the fine scales; see
+            `VARPipeline.with_refiner`.
+        draft_scales: number of scales that the model draws if there is a refiner.
 
     Returns:
         The family's pipeline: `varjax.VARPipeline` or `varjax.MARPipeline`.
@@ -289,11 +298,14 @@ def load(
         compute or ComputeConfig(dtype),
         devices,
     )
-    if guide is None:
-        return model
-    if not family.takes_guide:
-        raise InputError(f"guide={guide}: models of the family {family.name} take no guide")
-    return model.with_guide(load(guide, dtype, devices, compute))
+    companions = {"guide": (guide, family.takes_guide), "refiner": (refiner, family.takes_refiner)}
+    for role, (other, allowed) in companions.items():
+        if other is not None and not allowed:
+            raise InputError(f"{role}={other}: models of the family {family.name} take no {role}")
+    if family.takes_guide:
+        model.loader = functools.partial(load, dtype=dtype, devices=devices, compute=compute)
+    model = model if guide is None else model.with_guide(guide)
+    return model if refiner is None else model.with_refiner(refiner, draft_scales)
 
 
 def load_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> "LoadedTokenizer":

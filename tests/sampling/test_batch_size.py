@@ -27,8 +27,8 @@ from varjax.sampling.outputs import begun_batch_size
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512
-from varjax.var.memory import var_sampling_bytes
 from varjax.var.model import VARConfig
+from varjax.var.network import var_sampling_bytes
 from varjax.var.sample import VAROptions, sample_images, sample_tokens
 
 # Batches are computed whole, as on accelerators, but attention in groups: a CPU's compiler does not

@@ -15,14 +15,12 @@ from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
 from varjax.sampling.filters import filter_top_k_top_p
 from varjax.sampling.sampler import image_keys
-from varjax.var.memory import var_sampling_bytes
 from varjax.var.model import VARConfig
+from varjax.var.network import bind_network, guided_by, var_sampling_bytes
 from varjax.var.pipeline import VARPipeline
 from varjax.var.sample import (
     VAROptions,
-    bind_network,
     choose_tokens,
-    guided_by,
     gumbel_noise,
     sample_scales,
 )

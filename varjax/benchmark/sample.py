@@ -3,6 +3,7 @@
 varjax benchmark sample --preset=d16 --batch_size=8
 varjax benchmark sample --preset=mar_b --batch_size=8 --steps=64
 varjax benchmark sample --preset=d30 --dtype=bfloat16 --fits=16,24,40,80
+varjax benchmark sample --preset=d30 --refiner=d16 --draft_scales=8 --batch_size=1
 """
 
 import argparse
@@ -20,6 +21,7 @@ from varjax.runtime import flops
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.runtime.hardware import fastest_seconds, memory_usage
 from varjax.sampling.batch_size import SIZES, fitting_batch_size
+from varjax.sampling.programs import SamplingPrograms
 from varjax.sampling.sampler import image_keys
 
 
@@ -32,19 +34,27 @@ def main(arguments: list[str]) -> None:
     about = "print only the batch size that auto chooses for devices with 16,24,… GB of memory"
     parser.add_argument("--fits", type=_gigabytes, metavar="GB,GB", help=about)
     parser.add_argument("--steps", type=int, default=64, help="number of MAR sampling steps (64)")
+    parser.add_argument("--refiner", default="", help="size of a VAR that draws the fine scales")
+    parser.add_argument(
+        "--draft_scales", type=int, default=8, help="number of scales before the refiner's (8)"
+    )
     flags = parser.parse_args(arguments)
-    compute, sizes = compute_from_flags(flags), (flags.preset, flags.batch_size, flags.steps)
+    programs = benchmark_of(flags.preset).sampling_programs(
+        flags.preset, flags.steps, refiner=flags.refiner, draft_scales=flags.draft_scales
+    )
+    compute = compute_from_flags(flags)
     if flags.fits:
-        print_fitting_batch_sizes(flags.preset, flags.steps, compute, flags.fits)
+        print_fitting_batch_sizes(programs, flags.preset, compute, flags.fits)
         return
-    measure_sampling(*sizes, compute, flags.repeats, flags.compile_only)
+    measure_sampling(
+        programs, flags.preset, flags.batch_size, compute, flags.repeats, flags.compile_only
+    )
 
 
 def print_fitting_batch_sizes(
-    preset: str, steps: int, compute: ComputeConfig, gigabytes: Sequence[float]
+    programs: SamplingPrograms, preset: str, compute: ComputeConfig, gigabytes: Sequence[float]
 ) -> None:
     """Prints what --batch_size=auto chooses on devices with this much memory, by arithmetic."""
-    programs = benchmark_of(preset).sampling_programs(preset, steps)
     dtype = compute.jax_dtype
     params = jax.eval_shape(programs.init, jax.random.key(0))
     weights = trees.nbytes(jax.eval_shape(lambda p: trees.cast(programs.cast, p, dtype), params))
@@ -58,6 +68,7 @@ def print_fitting_batch_sizes(
             benchmark="sample",
             preset=preset,
             dtype=str(dtype),
+            **programs.setting,
             memory_gb=memory,
             batch_size=size,
             weights_gb=weights / 1e9,
@@ -66,9 +77,9 @@ def print_fitting_batch_sizes(
 
 
 def measure_sampling(
+    programs: SamplingPrograms,
     preset: str,
     batch_size: int,
-    steps: int,
     compute: ComputeConfig,
     repeats: int,
     compile_only: bool,
@@ -76,9 +87,8 @@ def measure_sampling(
     """Prints a line for the transformer, one for the decoder, and one for both in one program.
 
     These are the programs that the pipelines run. efficiency: model FLOP ÷ (seconds × FLOP/s of a
-    large matrix product, same run, same dtype). Raises InputError for an unknown preset.
+    large matrix product, same run, same dtype).
     """
-    programs = benchmark_of(preset).sampling_programs(preset, steps)
     dtype, mesh = compute.jax_dtype, batch_mesh()
     index_B = jnp.arange(batch_size)
     label_B, key_B = index_B % programs.classes, image_keys(0, index_B)

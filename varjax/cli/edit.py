@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 from tqdm import tqdm
 
-from varjax.cli.sample import add_sampling_flags, check_sampling_flags
+from varjax.cli.sample import add_sampling_flags, check_sampling_flags, companions
 from varjax.errors import InputError
 from varjax.models import load, option_classes
 from varjax.runtime.commands import command_parser, run_command
@@ -39,7 +39,7 @@ def edit_image(arguments: list[str]) -> None:
     _check_combination(flags)
     check_out(flags.out)
     picture = image_io.open_image(flags.image)
-    model = load(flags.weights, flags.dtype, guide=flags.guide)
+    model = load(flags.weights, flags.dtype, **companions(flags))
     options = model.options(**given_options(flags, option_classes()))
     classes, shape = model.classes, model.image_shape
     if flags.label is not None and not 0 <= flags.label < classes:

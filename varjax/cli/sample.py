@@ -12,6 +12,7 @@ the model's default values.
 import argparse
 import dataclasses
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +56,9 @@ def add_sampling_flags(
     about = "training run, converted directory, or published model: var_d16 …"
     add("--weights", required=weights_required, help=about)
     add("--guide", help="weaker model that guides this one (autoguidance); default: no class")
+    add("--refiner", help="smaller VAR that draws the fine scales, faster (CoDe); default: none")
+    about = "number of scales before those of the refiner (%(default)s)"
+    add("--draft_scales", type=int, default=8, help=about)
     about = "number of images of each class, or of variations (%(default)s)"
     add("--count", type=int, default=4, help=about)
     add("--seed", type=int, default=0, help="random seed; each seed gives other images (0)")
@@ -63,6 +67,11 @@ def add_sampling_flags(
     add("--out", default=out, help=out_help)
     # The options of every family: which of them apply is known only once the model is loaded.
     add_option_flags(parser.add_argument_group("options of the model"), option_classes())
+
+
+def companions(flags: argparse.Namespace) -> dict[str, Any]:
+    """Returns the arguments of `varjax.load` about models that help another one to sample."""
+    return {name: getattr(flags, name) for name in ("guide", "refiner", "draft_scales")}
 
 
 def check_sampling_flags(flags: argparse.Namespace) -> None:
@@ -92,7 +101,7 @@ def draw_samples(arguments: list[str]) -> None:
     connect_by_flags(flags)
     use_compilation_cache()
     classifier = classifier_of_flags(flags)
-    model = load(flags.weights, flags.dtype, guide=flags.guide)
+    model = load(flags.weights, flags.dtype, **companions(flags))
     labels = choose_labels(flags.labels, model.classes)
     options = model.options(**given_options(flags, option_classes()))
     job = SamplingJob(labels, flags.count, flags.seed, options, batch_size=1)

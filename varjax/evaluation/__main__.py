@@ -24,7 +24,7 @@ from typing import Any
 
 import jax
 
-from varjax.cli.sample import add_sampling_flags, check_sampling_flags
+from varjax.cli.sample import add_sampling_flags, check_sampling_flags, companions
 from varjax.errors import InputError
 from varjax.evaluation.evaluate import (
     EvaluationSettings,
@@ -81,7 +81,11 @@ def evaluate(arguments: list[str]) -> None:
         raise InputError(f"out={flags.out}: give a name that ends in .json")
     check_writable(out.parent)
     given = given_options(flags, option_classes())
-    names = [name for name in ("sweep", "guide", "accept", "classifier") if getattr(flags, name)]
+    names = [
+        name
+        for name in ("sweep", "guide", "refiner", "accept", "classifier")
+        if getattr(flags, name)
+    ]
     if flags.weights is None and (names or given):
         wrong = [f"--{name}" for name in (*names, *given)]
         raise InputError(f"{', '.join(wrong)}: needs --weights, which draws the samples")
@@ -102,7 +106,7 @@ def evaluate(arguments: list[str]) -> None:
         if first:
             print_report(report)
         return
-    model = load(flags.weights, flags.dtype, guide=flags.guide)
+    model = load(flags.weights, flags.dtype, **companions(flags))
     given = evaluation_options(transformer_config(model), given)
     options = model.options(**given)
     labels = tuple(range(model.classes))

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from varjax.errors import InputError
 from varjax.mar import pipeline
 from varjax.mar.latents import decode_tokens
 from varjax.mar.memory import mar_sampling_bytes
@@ -21,8 +22,15 @@ from varjax.trees import PyTree
 BATCH_SIZES = {"mar_b": 2048, "mar_l": 2048, "mar_h": 2048}  # of the paper's runs
 
 
-def sampling_programs(preset: str, steps: int, guided: bool = True) -> SamplingPrograms:
-    """Returns the programs of `MARPipeline` for `steps` steps of 100 diffusion steps each."""
+def sampling_programs(
+    preset: str, steps: int, guided: bool = True, refiner: str = "", draft_scales: int = 0
+) -> SamplingPrograms:
+    """Returns the programs of `MARPipeline` for `steps` steps of 100 diffusion steps each.
+
+    Raises InputError for a refiner, which only VAR has.
+    """
+    if refiner:
+        raise InputError(f"refiner={refiner}: {preset} has no scales, so nothing can be refined")
     mar, tokenizer = MARConfig.preset(preset), KLConfig()
     options = MAROptions(steps=steps) if guided else MAROptions(steps=steps, guidance=1.0)
     setup = make_setup(mar, check_sampling(mar, options))

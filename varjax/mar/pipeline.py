@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,8 +35,9 @@ from varjax.sampling.pipeline import (
     HeldWeights,
     Index,
     Labels,
-    check_guide,
+    Location,
     check_rule,
+    checked_companion,
     checked_edit,
     checked_request,
 )
@@ -79,7 +80,10 @@ class MARPipeline:
         sampling: default options of `sample` and `edit`.
         compute: number format and execution. Images always become latents in float32.
         devices: devices that share each batch.
+        loader: function that loads another model by its location; set by `varjax.load`.
     """
+
+    loader: Callable[[Location], Any] | None = None
 
     def __init__(
         self,
@@ -180,25 +184,25 @@ class MARPipeline:
         """Returns what images depend on, except labels, seed and options, as JSON data."""
         return self._weights.identity()
 
-    def with_guide(self, guide: "MARPipeline") -> "MARPipeline":
+    def with_guide(self, guide: "MARPipeline | Location") -> "MARPipeline":
         """Returns this model guided by a weaker one in place of "no class" (autoguidance).
 
-            model = varjax.load("runs/large").with_guide(varjax.load("runs/small"))
+            model = varjax.load("runs/large").with_guide("runs/small")
 
         Both predict the same tokens (Karras et al. 2024, arXiv 2406.02507). `guidance` then is the
         weight of this model: 1 turns the guide off.
 
         Raises InputError for a guide of other classes, tokens, or weights of the tokenizer.
         """
-        check_guide(self, guide, _guide_sizes)
+        weak: MARPipeline = checked_companion("guide", self, guide, _guide_sizes)
         return MARPipeline(
             self.tokenizer,
             self.mar,
-            self.params | {"guide": guide.params["mar"]},
+            self.params | {"guide": weak.params["mar"]},
             self.sampling,
             self.compute,
             self.devices,
-            guide.mar,
+            weak.mar,
         )
 
     def options(self, **options: Any) -> MAROptions:

@@ -1,6 +1,7 @@
 """What the pipelines of all families share: weights held by devices, and checked requests."""
 
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from varjax.trees import PyTree
 Array = np.ndarray | jax.Array
 Labels = Sequence[int] | np.ndarray | jax.Array
 Index = Sequence[int] | np.ndarray
+Location = str | pathlib.Path
 # An option with one number for each scale or step: a list, or a function of the index.
 Each = Sequence[float] | np.ndarray | Callable[[int], float]
 
@@ -85,25 +87,37 @@ class EditRequest(NamedTuple):
     key_B: jax.Array
 
 
-def check_guide(model: Any, guide: Any, sizes_of: Callable[[Any], dict[str, Any]]) -> None:
-    """Raises InputError where a model cannot guide another one (autoguidance).
+def checked_companion(
+    role: str, model: Any, other: Any, sizes_of: Callable[[Any], dict[str, Any]]
+) -> Any:
+    """Returns the pipeline of a model that helps another one to sample.
 
     Args:
-        model: pipeline of the model to guide.
-        guide: pipeline of the weaker model.
+        role: what it is for the other: "guide" or "refiner".
+        model: pipeline of the model that is helped.
+        other: pipeline of the helping model, or its location, which `model.loader` loads.
         sizes_of: pipeline -> what must be equal in both, in addition to the classes, by name.
+
+    Raises:
+        InputError: it is no pipeline of the same family, or the two models do not fit together.
     """
-    if type(guide) is not type(model):
-        raise InputError(f"guide is a {type(guide).__name__}; it must be a {type(model).__name__}")
-    ours, theirs = ({"classes": m.classes, **sizes_of(m)} for m in (model, guide))
-    if lines := [f"{n}: guide {theirs[n]}, model {ours[n]}" for n in ours if ours[n] != theirs[n]]:
-        raise InputError("the guide does not fit this model:\n  " + "\n  ".join(lines))
-    digests = [trees.digest(pipeline.params["tokenizer"]) for pipeline in (model, guide)]
-    if model.tokenizer != guide.tokenizer or digests[0] != digests[1]:
+    if isinstance(other, str | pathlib.Path):
+        if model.loader is None:
+            raise InputError(f"{role}={other}: give a model that was loaded with varjax.load")
+        other = model.loader(other)
+    if type(other) is not type(model):
+        kinds = type(other).__name__, type(model).__name__
+        raise InputError(f"{role} is a {kinds[0]}; it must be a {kinds[1]}")
+    sizes, others = ({"classes": m.classes, **sizes_of(m)} for m in (model, other))
+    if lines := [f"{n}: {role} {others[n]}, model {x}" for n, x in sizes.items() if x != others[n]]:
+        raise InputError(f"the {role} does not fit this model:\n  " + "\n  ".join(lines))
+    digests = [trees.digest(pipeline.params["tokenizer"]) for pipeline in (model, other)]
+    if model.tokenizer != other.tokenizer or digests[0] != digests[1]:
         raise InputError(
-            "the guide's tokenizer has other weights than this model's; choose a guide that was "
+            f"the {role}'s tokenizer has other weights than this model's; choose a {role} that was "
             "trained on the same tokenizer"
         )
+    return other
 
 
 def check_rule(choose: Any, **options: bool) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from varjax.errors import check_setting
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.guidance import guidance_scales, guide
 from varjax.sampling.programs import Program, SamplingPrograms
@@ -13,8 +14,8 @@ from varjax.tokenizers.vq.model import VQConfig, decode_features, make_quantizer
 from varjax.training.task import Batch
 from varjax.trees import PyTree
 from varjax.var import pipeline
-from varjax.var.memory import var_sampling_bytes
 from varjax.var.model import VAR, VARConfig
+from varjax.var.network import Refiner, var_sampling_bytes
 from varjax.var.sample import (
     VAROptions,
     choose_tokens,
@@ -27,36 +28,68 @@ from varjax.var.task import VARTask
 BATCH_SIZES = {"d16": 768, "d20": 768, "d24": 768, "d30": 1024, "d36": 768}  # of the paper's runs
 
 
-def sampling_programs(preset: str, steps: int, guided: bool = True) -> SamplingPrograms:
-    """Returns the programs of `VARPipeline`; `steps` is ignored, because scales are the steps."""
-    var = VARConfig.preset(preset)
+def sampling_programs(
+    preset: str, steps: int, guided: bool = True, refiner: str = "", draft_scales: int = 0
+) -> SamplingPrograms:
+    """Returns the programs of `VARPipeline`; `steps` is ignored, because scales are the steps.
+
+    With the preset of a `refiner`, they are those of collaborative decoding.
+    """
+    var, small = VARConfig.preset(preset), None
     tokenizer = VQConfig(scales=var.scales)
     scales = len(var.pyramid) if guided else 0
+    configs = {"tokenizer": tokenizer, "var": var}
+    if refiner:
+        small = Refiner(VARConfig.preset(refiner), draft_scales)
+        check_setting(
+            "refiner", refiner, small.config.scales == var.scales, "sizes of equal scales"
+        )
+        configs["refiner"] = small.config
 
     def sample(params, options, label_B, key_B, compute):
         return sample_tokens(
-            tokenizer, var, params, label_B, key_B, options, None, compute, scales
+            tokenizer,
+            var,
+            params,
+            label_B,
+            key_B,
+            options,
+            compute=compute,
+            guided=scales,
+            refiner=small,
         )[0]
 
     def decode(params, f_hat_BhwZ, compute):
         return decode_features(tokenizer, params["tokenizer"], f_hat_BhwZ, compute)
 
     def whole(params, options, label_B, key_B, compute):
-        return sample_images(tokenizer, var, params, label_B, key_B, options, None, compute, scales)
+        return sample_images(
+            tokenizer,
+            var,
+            params,
+            label_B,
+            key_B,
+            options,
+            compute=compute,
+            guided=scales,
+            refiner=small,
+        )
 
     return SamplingPrograms(
         classes=var.classes,
-        init=lambda key: {"tokenizer": tokenizer.init(key), "var": var.init(key)},
+        init=lambda key: {name: config.init(key) for name, config in configs.items()},
         cast=pipeline.CAST_KERNELS,
         options=VAROptions(),
         latent_shape=(*tokenizer.pyramid.finest, tokenizer.code_channels),
         sample=sample,
         decode=decode,
         whole=whole,
-        bytes_needed=lambda B, compute: var_sampling_bytes(tokenizer, var, B, compute, scales),
+        bytes_needed=lambda B, compute: var_sampling_bytes(
+            tokenizer, var, B, compute, scales, refiner=small
+        ),
         pieces=functools.partial(sampling_pieces, var, guided),
         cached=True,
-        setting={},
+        setting={"refiner": refiner, "draft_scales": draft_scales} if refiner else {},
     )
 
 

@@ -205,34 +205,47 @@ class VAR(nn.Module):
         return Condition(class_BC, modulation_SB6C, head_B2C)
 
     def predict(
-        self, input_BlZ: jax.Array | None, cond: Condition, k: int, cache: KVCache
+        self,
+        input_BlZ: jax.Array | None,
+        cond: Condition,
+        k: int,
+        cache: KVCache,
+        first: int | None = None,
     ) -> Prediction:
         """Predicts scale k from the coarser scales in the cache.
 
         Args:
-            input_BlZ: result of `Quantizer.next_input` after scale k-1; None for k = 0.
+            input_BlZ: result of `Quantizer.next_input` after scale k-1; None for k = 0. With
+                `first`, those of all scales from `first` to k, without the first scale's.
             cond: class conditioning, from `condition`.
             k: index of the scale, from 0.
-            cache: keys and values of scales 0 … k-1; `empty_cache` before the first.
+            cache: keys and values of all scales before `first`; `empty_cache` for none.
+            first: first scale that is not in the cache; all from there to k are processed in one
+                block-causal pass. None for k.
         """
+        first, pyramid = k if first is None else first, self.config.pyramid
         assert (input_BlZ is None) == (k == 0)
-        scale = self.config.pyramid.slices[k]
-        if input_BlZ is None:
-            x_BlC = cond.class_BC[:, None] + self.pos_start[None]
-        else:
-            x_BlC = self._embed_tokens(input_BlZ)
+        scales = slice(pyramid.slices[first].start, pyramid.slices[k].stop)
+        parts = [] if input_BlZ is None else [self._embed_tokens(input_BlZ)]
+        if first == 0:  # whose input is the class
+            parts = [cond.class_BC[:, None] + self.pos_start[None], *parts]
+        x_BlC = jnp.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
         # The residual stream stays float32: bfloat16 would nearly double the logits' error.
         x_BlC, new_cache = run_stack(
             self.block,
             self.blocks,
-            x_BlC + self._positions()[scale][None],
+            x_BlC + self._positions()[scales][None],
             self.compute,
             cache=cache,
-            start=scale.start,
-            stop=scale.stop,
+            start=scales.start,
+            stop=scales.stop,
             by_layer={"modulation_B6C": cond.modulation_SB6C},
+            mask_lL=None
+            if first == k
+            else block_causal_mask(pyramid.level_L[: scales.stop])[scales],
         )
         assert new_cache is not None
+        x_BlC = x_BlC[:, -pyramid.lengths[k] :]
         return Prediction(self._logits(x_BlC, cond.head_B2C), new_cache)
 
     def empty_cache(self, batch: int, length: int | None = None) -> KVCache:

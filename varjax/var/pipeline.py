@@ -18,8 +18,9 @@ from varjax.sampling.pipeline import (
     HeldWeights,
     Index,
     Labels,
-    check_guide,
+    Location,
     check_rule,
+    checked_companion,
     checked_edit,
     checked_request,
 )
@@ -33,8 +34,8 @@ from varjax.sampling.sampler import (
 from varjax.tokenizers.contract import checked_images
 from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, decode_every_scale
 from varjax.trees import PyTree
-from varjax.var.memory import var_sampling_bytes
 from varjax.var.model import VAR, VARConfig
+from varjax.var.network import Refiner, check_draft_scales, var_sampling_bytes
 from varjax.var.sample import (
     ChooseRule,
     VAROptions,
@@ -45,7 +46,7 @@ from varjax.var.sample import (
 
 # What is multiplied in `compute.dtype` only, and so may be held in it.
 CAST_KERNELS = (
-    r"^(var|guide)/(blocks/.*|token_proj|shared_adaln|head)/kernel$|"
+    r"^(var|guide|refiner)/(blocks/.*|token_proj|shared_adaln|head)/kernel$|"
     r"^tokenizer/(decoder/.*|post_quant_conv)/kernel$"
 )
 
@@ -67,13 +68,17 @@ class VARPipeline:
         guide: config of the weaker model that guides this one; None if "no class" does.
         tokenizer: config of the tokenizer.
         var: config of the transformer.
-        params: {"tokenizer": …, "var": …}, and with a guide {"guide": …}, on the host. The devices
-            hold kernels in `compute.dtype`.
+        params: {"tokenizer": …, "var": …}, and "guide" and "refiner" if there are any, on the host.
+            The devices hold kernels in `compute.dtype`.
         sampling: default options of `sample` and `edit`.
         compute: number format and execution. Images always become tokens in float32, because other
             formats flip some.
         devices: devices that share each batch.
+        refiner: smaller model that draws the fine scales; None if this one draws all of them.
+        loader: function that loads another model by its location; set by `varjax.load`.
     """
+
+    loader: Callable[[Location], Any] | None = None
 
     def __init__(
         self,
@@ -84,9 +89,10 @@ class VARPipeline:
         compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
         devices: Sequence[Any] | None = None,
         guide: VARConfig | None = None,
+        refiner: Refiner | None = None,
     ):
         self.tokenizer, self.var, self.sampling, self.compute = tokenizer, var, sampling, compute
-        self.guide = guide
+        self.guide, self.refiner = guide, refiner
         self._weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
         self.params, self.devices = weights.params, weights.devices
         exact = dataclasses.replace(compute, encoder_precision="highest")
@@ -123,6 +129,7 @@ class VARPipeline:
                     guided=guided,
                     choose=choose,
                     guide=guide,
+                    refiner=refiner,
                 )
 
             return weights.compile(sample)
@@ -154,27 +161,44 @@ class VARPipeline:
 
     def identity(self) -> dict[str, Any]:
         """Returns what images depend on, except labels, seed and options, as JSON data."""
-        return self._weights.identity()
+        identity = self._weights.identity()
+        if self.refiner is not None:
+            identity["draft_scales"] = self.refiner.draft_scales
+        return identity
 
-    def with_guide(self, guide: "VARPipeline") -> "VARPipeline":
+    def with_guide(self, guide: "VARPipeline | Location") -> "VARPipeline":
         """Returns this model guided by a weaker one in place of "no class" (autoguidance).
 
-            model = varjax.load("var_d30").with_guide(varjax.load("var_d16"))
+            model = varjax.load("var_d30").with_guide("var_d16")
 
         Both predict the same tokens, each with a cache for itself (Karras et al. 2024, arXiv
         2406.02507). `guidance` then is the weight of this model: 1 turns the guide off.
 
         Raises InputError for a guide of other classes, scales, or weights of the tokenizer.
         """
-        check_guide(self, guide, lambda model: {"scales": model.var.scales})
-        return VARPipeline(
-            self.tokenizer,
-            self.var,
-            self.params | {"guide": guide.params["var"]},
-            self.sampling,
-            self.compute,
-            self.devices,
-            guide.var,
+        weak: VARPipeline = checked_companion("guide", self, guide, _scales)
+        return self._with({"guide": weak.params["var"]}, guide=weak.var)
+
+    def with_refiner(self, refiner: "VARPipeline | Location", draft_scales: int) -> "VARPipeline":
+        """Returns this model with a smaller one that draws the fine scales (CoDe).
+
+            model = varjax.load("var_d30").with_refiner("var_d16", draft_scales=8)
+
+        The fine scales have most of the tokens, so sampling is faster and needs less memory (Chen
+        et al. 2024, arXiv 2411.17787). `logits` and `encode` remain this model's own.
+
+        Args:
+            refiner: model with the same scales, classes and tokenizer, or where to load it.
+            draft_scales: number of scales that this model draws, 1 … K-1.
+
+        Raises:
+            InputError: the refiner does not fit this model, or `draft_scales` is out of range.
+        """
+        check_draft_scales(self.var, draft_scales)  # before anything is loaded
+        small: VARPipeline = checked_companion("refiner", self, refiner, _scales)
+        return self._with(
+            {"refiner": small.params["var"]},
+            refiner=Refiner(small.var, int(draft_scales)),
         )
 
     def options(self, **options: Any) -> VAROptions:
@@ -188,7 +212,13 @@ class VARPipeline:
         """Estimates how much memory a device needs to sample a number of images at a time."""
         guided = guided_scales(self.var.pyramid, options)
         return self._weights.nbytes + var_sampling_bytes(
-            self.tokenizer, self.var, batch_size, self.compute, guided, self.guide
+            self.tokenizer,
+            self.var,
+            batch_size,
+            self.compute,
+            guided,
+            self.guide,
+            self.refiner,
         )
 
     def advise_on_nan(self, options: VAROptions) -> str:
@@ -357,5 +387,24 @@ class VARPipeline:
         check_rule(choose, smooth=options.smooth)
         return self._compiled_sampler(guided_scales(self.var.pyramid, options), choose)
 
+    def _with(self, params: PyTree, **companions: Any) -> "VARPipeline":
+        """Returns this model with further parameters and their configs, by argument."""
+        model = VARPipeline(
+            self.tokenizer,
+            self.var,
+            self.params | params,
+            self.sampling,
+            self.compute,
+            self.devices,
+            **{"guide": self.guide, "refiner": self.refiner, **companions},
+        )
+        model.loader = self.loader
+        return model
+
     def _checked_tokens(self, tokens_BL):
         return checked_tokens(tokens_BL, (self.var.pyramid.length,), self.var.vocab)
+
+
+def _scales(model: VARPipeline) -> dict[str, Any]:
+    """Returns what models must have in common to draw an image together, by name."""
+    return {"scales": model.var.scales}

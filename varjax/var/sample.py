@@ -4,7 +4,7 @@ Zero-shot editing (VAR, section 5.3) is the same loop with the image's own token
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -28,7 +28,6 @@ from varjax.sampling.filters import filter_top_k_top_p
 from varjax.sampling.guidance import (
     checked_guidance_options,
     guidance_scales,
-    guide,
     guided_interval,
 )
 from varjax.sampling.sampler import KnownTokens, option_field
@@ -36,10 +35,9 @@ from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, decode_feature
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import Quantizer
 from varjax.trees import PyTree
-from varjax.var.model import VAR, VARConfig
+from varjax.var.model import VARConfig
+from varjax.var.network import PredictScale, Refiner, sampling_network
 
-# (input (B, l, Z), scale k, cache) -> (logits (B, l, V), cache); no input and no cache at k = 0
-PredictScale = Callable[[jax.Array | None, int, Any], tuple[jax.Array, Any]]
 # (logits (B, l, V), scale k) -> (tokens (B, l), codes (B, l, Z))
 ChooseTokens = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 # A user's own rule: (logits (B, l, V), scale k, keys (B,) of the scale) -> tokens (B, l)
@@ -172,13 +170,14 @@ def sample_tokens(
     guided: int | None = None,
     choose: ChooseRule | None = None,
     guide: VARConfig | None = None,
+    refiner: Refiner | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Samples the tokens of all scales with a VAR transformer.
 
     Args:
         tokenizer: config of the tokenizer, whose quantizer adds up the scales.
         var: config of the transformer.
-        params: {"tokenizer": …, "var": …}, and with a guide {"guide": …}.
+        params: {"tokenizer": …, "var": …}, and "guide" and "refiner" if there are any.
         label_B: classes; `var.classes` means "no class".
         key_B: one key per image, see `image_keys`.
         options: how tokens are chosen.
@@ -188,21 +187,16 @@ def sample_tokens(
             `guided_scales`; the others need half as much work. None for all.
         choose: rule that chooses tokens; None for a draw as `options` say.
         guide: config of the weaker model for autoguidance; None to guide by "no class".
+        refiner: small model that draws the fine scales; None if `var` draws all of them.
 
     Returns:
         Tokens (B, L) int32 and what their codes add up to, f_hat (B, h, w, Z). With
         `options.smooth`, f_hat is made of mixed codes and a token is the likeliest of its mixture.
     """
     scale_K = guidance_scales(options, guidance_ramp(var.pyramid))
-    if guide is None:
-        network = bind_network(var, params["var"], label_B, scale_K, compute, guided)
-    else:
-        network = guided_by(
-            bind_network(var, params["var"], label_B, None, compute),
-            bind_network(guide, params["guide"], label_B, None, compute),
-            scale_K,
-            guided,
-        )
+    network = sampling_network(
+        var, params, label_B, scale_K, compute, guided=guided, guide=guide, refiner=refiner
+    )
     quantizer = bound_quantizer(tokenizer, params["tokenizer"])
 
     def choose_at(logits_BlV, k):
@@ -245,76 +239,6 @@ def sample_scales(
         if k + 1 < len(quantizer.pyramid):
             input_BlZ = quantizer.next_input(f_hat_BhwZ, k)
     return jnp.concatenate(tokens, axis=1), f_hat_BhwZ
-
-
-def bind_network(
-    var: VARConfig,
-    params: PyTree,
-    label_B: jax.Array,
-    guidance_K: Sequence[float] | np.ndarray | jax.Array | None,
-    compute: ComputeConfig,
-    guided: int | None = None,
-) -> PredictScale:
-    """Binds a VAR transformer to its classes: the network that `sample_scales` takes.
-
-    Args:
-        var: config of the transformer.
-        params: parameters of the transformer.
-        label_B: classes; `var.classes` means "no class".
-        guidance_K: guidance scale of each scale; None for no guidance.
-        compute: number format and execution.
-        guided: number of scales, from the first, that are computed with guidance; None for all.
-    """
-    model, B, pyramid = VAR(var, compute).bind({"params": params}), len(label_B), var.pyramid
-    scale_K: Any = () if guidance_K is None else guidance_K
-    two_streams = len(scale_K) if guided is None else guided
-    if two_streams:
-        # Both streams of guidance as one batch. The second must also run at scales where guidance
-        # is 1, to fill its cache for later ones.
-        label_B = jnp.concatenate([label_B, jnp.full_like(label_B, var.classes)])
-    cond = model.condition(label_B)
-
-    def predict(input_BlZ, k, cache):
-        if cache is None:
-            length = pyramid.slices[two_streams - 1].stop if two_streams else pyramid.length
-            cache = model.empty_cache(len(label_B), length)
-        if k >= two_streams:
-            if k == two_streams > 0:
-                cache = cache.resized(B, pyramid.length)
-            return model.predict(input_BlZ, cond.first(B), k, cache)
-        if input_BlZ is not None:
-            input_BlZ = jnp.concatenate([input_BlZ, input_BlZ])
-        logits_2BlV, cache = model.predict(input_BlZ, cond, k, cache)
-        return guide(logits_2BlV, scale_K[k]), cache
-
-    return predict
-
-
-def guided_by(
-    network: PredictScale,
-    guide_network: PredictScale,
-    guidance_K: Sequence[float] | np.ndarray | jax.Array,
-    guided: int | None = None,
-) -> PredictScale:
-    """Guides a network by a weaker one on the same tokens (autoguidance, arXiv 2406.02507).
-
-    Args:
-        network: the network to guide.
-        guide_network: network that takes the place of "no class"; it has a cache for itself.
-        guidance_K: guidance scale of each scale.
-        guided: number of scales, from the first, that are computed with guidance; None for all.
-    """
-
-    def predict(input_BlZ, k, caches):
-        cache, guide_cache = (None, None) if caches is None else caches
-        logits_BlV, cache = network(input_BlZ, k, cache)
-        if guided is not None and k >= guided:
-            return logits_BlV, (cache, None)
-        weak_BlV, guide_cache = guide_network(input_BlZ, k, guide_cache)
-        both_2BlV = jnp.concatenate([logits_BlV, weak_BlV])
-        return guide(both_2BlV, guidance_K[k]), (cache, guide_cache)
-
-    return predict
 
 
 def choose_tokens(
@@ -370,13 +294,25 @@ def sample_images(
     guided: int | None = None,
     choose: ChooseRule | None = None,
     guide: VARConfig | None = None,
+    refiner: Refiner | None = None,
 ) -> jax.Array:
     """Samples tokens and decodes them in `compute.dtype`; meant to be jitted as a whole.
 
     Takes what `sample_tokens` takes; returns images (B, H, W, channels) float32 in [0, 1].
     """
     _, f_hat_BhwZ = sample_tokens(
-        tokenizer, var, params, label_B, key_B, options, known, compute, guided, choose, guide
+        tokenizer,
+        var,
+        params,
+        label_B,
+        key_B,
+        options,
+        known,
+        compute,
+        guided,
+        choose,
+        guide,
+        refiner,
     )
     return to_unit_range(decode_features(tokenizer, params["tokenizer"], f_hat_BhwZ, compute))
 

@@ -71,7 +71,7 @@ CODE_RESULTS = {
     8: {"fid": 1.98, "inception_score": 302.0, "precision": 0.81, "recall": 0.60},
     9: {"fid": 1.94, "inception_score": 296.0, "precision": 0.80, "recall": 0.61},
 }
-CODE_OPTIONS = VAROptions(guidance=2.5, top_k=600, top_p=0.96)
+CODE_OPTIONS = VAROptions(guidance=2.5, top_k=600, top_p=0.96, temperature=(1.1,) * 7 + (1.0,) * 3)
 
 
 @dataclasses.dataclass(frozen=True)
