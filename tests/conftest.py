@@ -18,13 +18,16 @@ from varjax.training import loop
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Tests spend their time on compiling programs that run for milliseconds, so XLA optimizes little
-# and fuses by its older emitters: a fifth of the time. It reads the flags when the first array is
-# made, and the processes that tests start inherit them. A flag that it does not know kills it, and
-# newer releases no longer know the last one.
+# Tests spend their time on compiling programs that run for milliseconds, so XLA optimizes little,
+# generates the code of a program in one piece, fuses by its older emitters, and leaves large sums
+# as they are instead of making trees of small ones, each with code of its own: half of the time. It
+# reads the flags when the first array is made, and the processes that tests start inherit them. A
+# flag that it does not know kills it, and newer releases no longer know the last two.
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    + " --xla_cpu_use_fusion_emitters=false" * (jax.__version_info__ < (0, 11))
+    " --xla_disable_hlo_passes=tree_reduction_rewriter"
+    + " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    * (jax.__version_info__ < (0, 11))
 )
 
 

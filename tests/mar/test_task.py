@@ -22,7 +22,7 @@ from varjax.mar.losses import LossDraws, content_keys, masked_mean, token_losses
 from varjax.mar.model import MARConfig
 from varjax.mar.pipeline import MARPipeline
 from varjax.mar.sample import MAROptions
-from varjax.mar.task import DECAYED, MARTask, matching_mar_rows
+from varjax.mar.task import MAR_DECAYED, MARTask, matching_mar_rows
 from varjax.nn.compute import ComputeConfig
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
@@ -159,7 +159,7 @@ def test_optimizer_step_matches_reference():
 def test_weight_decay_matches_reference():
     about, case = weights.case("mar_base_step"), golden.case("mar_base")
     decays = trees.map_with_path(
-        lambda path, leaf: np.full(leaf.shape, bool(re.search(DECAYED, path)), np.float32),
+        lambda path, leaf: np.full(leaf.shape, bool(re.search(MAR_DECAYED, path)), np.float32),
         case.params,
     )
     official = apply_map.to_official(case.config, decays)
