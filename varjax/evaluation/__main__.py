@@ -141,11 +141,12 @@ def evaluate(arguments: list[str]) -> None:
     chosen = [(p, model.options(**{**given, **p})) for p in parse_sweep(sweep, options)]
     points = []
     for option_values, options in chosen:
-        at = [option_values | {"accept": accept} for accept in accepts] or [option_values]
-        for point in at:
+        # The points of a group differ in their acceptances, and share what is drawn.
+        group = [option_values | {"accept": accept} for accept in accepts] or [option_values]
+        for point in group:
             print(", ".join(f"{name}={value}" for name, value in point.items()), file=sys.stderr)
-        reports = reports_at([point_path(out, point) for point in at], options)
-        points += [SweepPoint(*pair) for pair in zip(at, reports, strict=True)]
+        reports = reports_at([point_path(out, point) for point in group], options)
+        points += [SweepPoint(*pair) for pair in zip(group, reports, strict=True)]
     if first:
         picture = write_sweep(points, out)
         print(f"\n{sweep_table(points)}\n\nthe curve: {picture}\nall points: {out}")

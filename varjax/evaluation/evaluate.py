@@ -31,7 +31,7 @@ from varjax.metrics.report import SampleMetrics, measure, metrics_table
 from varjax.runtime.distributed import on_first_process
 from varjax.sampling.job import SamplingJob, locked_for_job, run_job
 from varjax.sampling.outputs import begun_batch_size, parts_folder
-from varjax.sampling.rejection import RejectionSummary, best_candidates, summary
+from varjax.sampling.rejection import RejectionSummary, best_candidates, summarize_rejection
 from varjax.sampling.sampler import Sampler
 from varjax.storage import files, folders
 from varjax.storage.folders import locked_work_folder
@@ -117,7 +117,7 @@ class FeatureOutput:
         keep_M[(np.arange(len(kept_Pn))[:, None] * m + kept_Pn).reshape(-1)] = True
         features = self.store.join(parts, keep_M)
         del features["probability_N"]
-        return features, summary(job, probability_Pm, kept_Pn)
+        return features, summarize_rejection(job, probability_Pm, kept_Pn)
 
 
 def evaluate_images(

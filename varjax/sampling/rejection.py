@@ -31,9 +31,9 @@ BATCH_SIZE = 32  # of `sample_best`
 
 def add_rejection_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --accept and --classifier."""
-    about = "fraction of the candidates of each class to keep, by --classifier: 0.1 draws ten times"
-    parser.add_argument("--accept", type=float, help=about + " as many (all)")
-    about = "directory of varjax convert --resnet, or digits: keeps the images that it likes best"
+    about = "fraction of each class's candidates that --classifier keeps, above 0 and at most 1"
+    parser.add_argument("--accept", type=float, help=about)
+    about = "directory that varjax convert --resnet wrote, or digits: chooses what --accept keeps"
     parser.add_argument("--classifier", metavar="DIR", help=about)
 
 
@@ -119,7 +119,9 @@ class RejectionSummary(NamedTuple):
         )
 
 
-def summary(job: SamplingJob, probability_Pm: np.ndarray, kept_Pn: np.ndarray) -> RejectionSummary:
+def summarize_rejection(
+    job: SamplingJob, probability_Pm: np.ndarray, kept_Pn: np.ndarray
+) -> RejectionSummary:
     """Summarizes a choice.
 
     Args:
@@ -194,7 +196,9 @@ class Candidates:
             self._probability_Pm.reshape(-1)[part] = self._read(self._file(part))["probability_n"]
         kept_Pn = best_candidates(self._probability_Pm, self._job.count)
         start_P1 = np.arange(len(kept_Pn))[:, None] * self._job.candidates
-        return (start_P1 + kept_Pn).reshape(-1), summary(self._job, self._probability_Pm, kept_Pn)
+        return (start_P1 + kept_Pn).reshape(-1), summarize_rejection(
+            self._job, self._probability_Pm, kept_Pn
+        )
 
     def images(self, position_N: np.ndarray) -> np.ndarray:
         """Reads images (N, H, W, channels) that are kept; ascending positions are read fastest."""
