@@ -173,7 +173,7 @@ class VARTask:
         )
         if branch_scale_S2N is not None:  # batch axis first, because microbatches split that axis
             scale_NS2 = jnp.moveaxis(branch_scale_S2N, -1, 0)
-            batch["branch_scale_BPS2"] = scale_NS2.reshape(-1, passes, *scale_NS2.shape[1:])
+            batch["branch_scale_BUS2"] = scale_NS2.reshape(-1, passes, *scale_NS2.shape[1:])
         return batch
 
     def cross_entropy(
@@ -197,8 +197,8 @@ class VARTask:
 
         def log_probability(params: PyTree, passes: slice) -> tuple[jax.Array, TokenLosses]:
             paths = {}
-            if "branch_scale_BPS2" in batch:
-                paths = {"branch_scale_BPS2": batch["branch_scale_BPS2"][:, passes]}
+            if "branch_scale_BUS2" in batch:
+                paths = {"branch_scale_BUS2": batch["branch_scale_BUS2"][:, passes]}
             losses = self.token_losses(params, frozen, pairs | paths)
             return -jnp.sum(losses.cross_entropy_BL, axis=1).reshape(-1, 2), losses
 
@@ -222,8 +222,8 @@ class VARTask:
             self.tokenizer, frozen_tokenizer(frozen), batch, self.compute
         )
         branch_scale_S2B = None
-        if "branch_scale_BPS2" in batch:
-            scale_BS2 = batch["branch_scale_BPS2"].reshape(-1, self.model.depth, 2)
+        if "branch_scale_BUS2" in batch:
+            scale_BS2 = batch["branch_scale_BUS2"].reshape(-1, self.model.depth, 2)
             branch_scale_S2B = jnp.moveaxis(scale_BS2, 0, -1)
         model = VAR(self.model, self.compute).bind({"params": params})
         logits_BLV = model(input_BlZ, batch["label_B"], branch_scale_S2B)
