@@ -6,6 +6,7 @@ from varjax.mar.sample import MAROptions as MAROptions
 from varjax.models import load as load
 from varjax.models import load_tokenizer as load_tokenizer
 from varjax.nn.compute import ComputeConfig as ComputeConfig
+from varjax.sampling.paste import paste as paste
 from varjax.storage.image_io import read_image as read_image
 from varjax.tokenizers.kl.model import KLConfig as KLConfig
 from varjax.tokenizers.vq.model import VQConfig as VQConfig

@@ -13,7 +13,8 @@ from varjax.data.sources import Digits
 from varjax.sampling.edit_masks import box_mask, read_mask
 from varjax.sampling.sampler import KnownTokens, image_keys
 from varjax.storage import image_io
-from varjax.var.sample import VAROptions, keep_at_every_scale, sample_tokens
+from varjax.var.kept_scales import keep_at_every_scale
+from varjax.var.sample import VAROptions, sample_tokens
 
 pytestmark = pytest.mark.slow
 

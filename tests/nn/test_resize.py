@@ -5,7 +5,7 @@ import pytest
 from tests.golden import weights
 from varjax.nn import resize
 from varjax.tokenizers.vq.pyramid import Pyramid
-from varjax.var.sample import keep_at_every_scale
+from varjax.var.kept_scales import keep_at_every_scale
 
 FUNCTIONS = weights.outputs("functions")
 

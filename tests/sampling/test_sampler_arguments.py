@@ -71,9 +71,7 @@ def test_numbers_of_images_that_are_none_are_refused(index):
 
 
 def test_an_edit_of_no_image_is_refused():
-    edit = functools.partial(
-        checked_edit, keep=np.ones((2, 2), bool), labels=None, seed=0, shape=(2, 2), classes=10
-    )
+    edit = functools.partial(checked_edit, labels=None, seed=0, classes=10)
     with pytest.raises(InputError, match="0 images and 0 of index"):
         edit(images=0, index=None)
     with pytest.raises(InputError, match="index .-1.: allowed"):

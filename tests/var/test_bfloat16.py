@@ -58,12 +58,12 @@ def test_tokens_and_images():
         given = LABEL_B, key_B, options, None, compute
         return sample_tokens(TOKENIZER, CONFIG, PARAMS, *given)
 
-    (exact, f_hat_BhwZ), (half, _) = in_both(sampled)
+    (exact, f_hats), (half, _) = in_both(sampled)
     # From the first token that differs on, everything may: what counts is how many keep to it.
     same_L = (exact == half).mean(axis=0)
     assert 1 - same_L.mean() < 0.06, same_L
     a, b = in_both(
-        lambda compute: decode_features(TOKENIZER, PARAMS["tokenizer"], f_hat_BhwZ, compute)
+        lambda compute: decode_features(TOKENIZER, PARAMS["tokenizer"], f_hats[-1], compute)
     )
     assert 0 < np.abs(a - b).max() < 0.4 and np.abs(a - b).mean() < 0.033
 

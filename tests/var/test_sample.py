@@ -16,13 +16,13 @@ from varjax.sampling.sampler import KnownTokens, image_keys
 from varjax.tokenizers.vq.model import bound_quantizer, decode_features
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import Quantizer
+from varjax.var.kept_scales import keep_at_every_scale
 from varjax.var.model import VAR
 from varjax.var.sample import (
     VAROptions,
     choose_tokens,
     gumbel_noise,
     gumbel_softmax_weights,
-    keep_at_every_scale,
     sample_scales,
     sample_tokens,
 )
@@ -94,10 +94,10 @@ def test_greedy_generation_is_the_reference_s(name):
     for cfg in ("0", "1.5", "4"):
         guidance = float(cfg) + 1  # as the official code names it
         options = GREEDY.replace(guidance=guidance)
-        tokens_BL, f_hat_BhwZ = sampler(name)(label_B, image_keys(0, jnp.arange(2)), options)
+        tokens_BL, f_hats = sampler(name)(label_B, image_keys(0, jnp.arange(2)), options)
         assert np.array_equal(tokens_BL, expected[f"generate.cfg{cfg}.tokens"])
         np.testing.assert_allclose(
-            decoder(name)(f_hat_BhwZ), expected[f"generate.cfg{cfg}.image"], atol=2e-4
+            decoder(name)(f_hats[-1]), expected[f"generate.cfg{cfg}.image"], atol=2e-4
         )
         # The guided logits by teacher forcing: so the cached ones agree with it as well.
         guided_BLV = teacher_forced(name)(tokens_BL, label_B, jnp.float32(guidance))
@@ -114,13 +114,13 @@ def test_editing_is_the_reference_s_and_keeps_what_it_must(name, mode):
     keep_Bhw = np.stack([expected[f"edit.{mode}.keep_mask"] > 0.5] * 2)
     known = KnownTokens(jnp.asarray(tokens_BL), keep_at_every_scale(var.pyramid, keep_Bhw))
     label_B = expected["label"].astype(np.int32)
-    found_BL, f_hat_BhwZ = sampler(name)(
+    found_BL, f_hats = sampler(name)(
         label_B, image_keys(0, jnp.arange(2)), GREEDY.replace(guidance=2.5), known
     )
     keep_BL = np.asarray(known.keep_BL)
     assert np.array_equal(np.asarray(found_BL)[keep_BL], tokens_BL[keep_BL])
     assert np.array_equal(np.asarray(found_BL)[~keep_BL], expected[f"edit.{mode}.tokens"][~keep_BL])
-    np.testing.assert_allclose(decoder(name)(f_hat_BhwZ), expected[f"edit.{mode}.image"], atol=2e-4)
+    np.testing.assert_allclose(decoder(name)(f_hats[-1]), expected[f"edit.{mode}.image"], atol=2e-4)
 
 
 @pytest.mark.parametrize("name", [n for n in FUNCTIONS if n.startswith("filter.k")])
@@ -201,10 +201,10 @@ def test_each_scale_sees_the_sum_of_all_coarser_ones():
         token_Bl = jnp.asarray(token_BL[:, QUANTIZER.pyramid.slices[k]])
         return token_Bl, QUANTIZER.look_up(token_Bl)
 
-    drawn_BL, f_hat_BhwZ = sample_scales(predict, choose, QUANTIZER, batch=2)
+    drawn_BL, drawn_f_hats = sample_scales(predict, choose, QUANTIZER, batch=2)
     f_hats = QUANTIZER.accumulated_scales(jnp.asarray(token_BL))
     np.testing.assert_array_equal(drawn_BL, token_BL)
-    np.testing.assert_allclose(f_hat_BhwZ, f_hats[-1], atol=1e-6)
+    np.testing.assert_allclose(drawn_f_hats, f_hats, atol=1e-6)
     inputs, caches = zip(*calls, strict=True)
     assert caches == (None, "cache of scale 0", "cache of scale 1")
     assert inputs[0] is None
@@ -224,11 +224,11 @@ def test_known_tokens_are_kept_and_their_codes_added_whatever_is_chosen():
 
     known = KnownTokens(jnp.asarray(known_BL), jnp.asarray(keep_BL))
     network = fake_network(np.array([0, 1]))
-    drawn_BL, f_hat_BhwZ = sample_scales(network, choose, QUANTIZER, 2, known)
+    drawn_BL, f_hats = sample_scales(network, choose, QUANTIZER, 2, known)
     expected_BL = np.where(keep_BL, known_BL, 7)
     np.testing.assert_array_equal(drawn_BL, expected_BL)
     expected_BhwZ = QUANTIZER.accumulated_scales(jnp.asarray(expected_BL))[-1]
-    np.testing.assert_allclose(f_hat_BhwZ, expected_BhwZ, atol=1e-6)
+    np.testing.assert_allclose(f_hats[-1], expected_BhwZ, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -290,12 +290,12 @@ def test_smooth_features_are_mixed_and_known_tokens_are_not():
         return sample_scales(fake_network(np.array([1])), choose, QUANTIZER, 1, known)
 
     key_B = image_keys(0, jnp.arange(1))
-    token_BL, f_hat_BhwZ = draw(key_B)
+    token_BL, f_hats = draw(key_B)
     hard_BhwZ = QUANTIZER.accumulated_scales(token_BL)[-1]
-    assert jnp.max(jnp.abs(hard_BhwZ - f_hat_BhwZ)) > 1e-2
+    assert jnp.max(jnp.abs(hard_BhwZ - f_hats[-1])) > 1e-2
     known = KnownTokens(token_BL, jnp.ones_like(token_BL, bool))
-    _, kept_BhwZ = draw(key_B, known)
-    np.testing.assert_allclose(kept_BhwZ, hard_BhwZ, atol=1e-5)
+    _, kept_f_hats = draw(key_B, known)
+    np.testing.assert_allclose(kept_f_hats[-1], hard_BhwZ, atol=1e-5)
 
 
 @pytest.mark.parametrize(

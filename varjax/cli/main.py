@@ -11,6 +11,8 @@ COMMANDS = {
     "train": ("varjax.cli.train", "train what a config file describes, or continue a run"),
     "sample": ("varjax.cli.sample", "draw images from a trained or converted model"),
     "edit": ("varjax.cli.edit", "redraw parts of an image"),
+    "vary": ("varjax.cli.vary", "draw variations of an image (VAR)"),
+    "upscale": ("varjax.cli.upscale", "draw the details of a small picture (VAR)"),
     "convert": (
         "varjax.convert.__main__",
         "convert official PyTorch weights to varjax's, and back",

@@ -2,6 +2,7 @@
 
 varjax sample --weights=runs/digits --labels=0,1,2 --count=8 --out=grid.png
 varjax sample --weights=runs/digits --labels=all --count=100 --out=digits.npz
+varjax sample --weights=runs/digits --labels=0,1,2 --out=film.gif
 
 --accept=0.1 --classifier=DIR draws ten times as many images and keeps those to which a classifier
 gives the highest probability of their class. A folder or an .npz may be large: all devices share
@@ -25,9 +26,11 @@ from varjax.runtime.distributed import add_process_flags, connect_by_flags, run_
 from varjax.sampling.batch_size import add_batch_size_flag, choose_batch_size
 from varjax.sampling.job import SamplingJob, locked_for_job, run_job
 from varjax.sampling.outputs import (
+    FILM_SUFFIXES,
     begun_batch_size,
     check_out,
     check_out_holds,
+    file_suffix,
     open_output,
     work_folder,
 )
@@ -91,8 +94,12 @@ def draw_samples(arguments: list[str]) -> None:
     parser.add_argument(
         "--labels", help="classes to draw: 0,1,2 or all (default: a few, evenly spread)"
     )
-    out_help = "output: FILE.png (a grid), FILE.npz or FOLDER (samples.png)"
+    out_help = "output: FILE.png (a grid), FILE.npz, FOLDER, or FILE.gif, FILE.webp (samples.png)"
     add_sampling_flags(parser, "samples.png", out_help)
+    about = (
+        "show each image after every scale or step: in FILE.png, a row an image; a film always does"
+    )
+    parser.add_argument("--every_step", action="store_true", help=about)
     add_rejection_flags(parser)
     add_process_flags(parser)
     flags = parser.parse_args(arguments)
@@ -108,13 +115,19 @@ def draw_samples(arguments: list[str]) -> None:
     if classifier is not None:
         check_classifier(classifier, model)
         job = dataclasses.replace(job, accept=flags.accept, classifier=classifier.identity)
-    check_out_holds(flags.out, len(job.label_N), model.image_shape)
+    every_step = flags.every_step or file_suffix(flags.out) in FILM_SUFFIXES
+    if every_step and classifier is not None:
+        raise InputError("--accept chooses finished images; leave it out to show every step")
+    steps = model.steps(options) if every_step else None
+    check_out_holds(flags.out, len(job.label_N), model.image_shape, steps)
     begun = functools.partial(begun_batch_size, flags.out)
     images = len(job.label_M)
     batch_size = choose_batch_size(flags.batch_size, model, options, images, begun)
-    job = dataclasses.replace(job, batch_size=batch_size)
+    job = dataclasses.replace(job, batch_size=batch_size, every_step=every_step)
     columns = flags.count if flags.count > 1 else None
-    output = open_output(flags.out, job.label_N, columns, job.seed, job.request(model))
+    output = open_output(
+        flags.out, job.label_N, columns, job.seed, job.request(model), job.every_step
+    )
     if classifier is None:
         with locked_for_job(lambda: work_folder(flags.out)):
             message = run_job(model, job, output)

@@ -104,3 +104,33 @@ def to_model_units(tokenizer: KLConfig, params: PyTree, z_BhwZ: jax.Array) -> ja
 def from_model_units(tokenizer: KLConfig, params: PyTree, z_BhwZ: jax.Array) -> jax.Array:
     """Undoes `to_model_units`."""
     return z_BhwZ * jnp.asarray(params[LATENT_STD_PATH]) + tokenizer.latent_shift
+
+
+def decode_known(
+    tokenizer: TokenizerConfig,
+    mar: MARConfig,
+    params: PyTree,
+    token_BL: jax.Array,
+    known_BL: jax.Array,
+    compute: ComputeConfig = EXACT,
+) -> jax.Array:
+    """Decodes the tokens that are known, as an image in which the others are gray.
+
+    Args:
+        tokenizer: config of the tokenizer.
+        mar: config of the transformer.
+        params: parameters of the tokenizer.
+        token_BL: tokens by position; only the known ones are shown.
+        known_BL: whether each token is known.
+        compute: number format of the decoder.
+
+    Returns:
+        (B, H, W, channels) in [0, 1].
+    """
+    known = known_BL.reshape(known_BL.shape + (1,) * (token_BL.ndim - 2))
+    shown_BL = jnp.where(known, token_BL, 0)  # 0 is the mean of latents; of codes, any is as good
+    image_BHWC = decode_tokens(tokenizer, mar, params, shown_BL, compute)
+    (h, w), (H, W) = mar.grid, image_BHWC.shape[1:3]
+    known_Bhw1 = known_BL.reshape(-1, h, w, 1)
+    known_BHW1 = known_Bhw1.repeat(H // h, axis=1).repeat(W // w, axis=2)
+    return jnp.where(known_BHW1, image_BHWC, 0.5)

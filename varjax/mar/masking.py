@@ -55,6 +55,15 @@ def put_at(x_BL: jax.Array, position_Bn: jax.Array, new_Bn: jax.Array) -> jax.Ar
     return jax.vmap(put)(x_BL, position_Bn, new_Bn)
 
 
+def known_after_steps(order_BL: jax.Array, schedule: "UnmaskingSchedule") -> jax.Array:
+    """Returns which positions are known after each step of a whole image, (S, B, L) bool.
+
+    order_BL: positions in the order in which they become known.
+    """
+    rank_BL = jnp.argsort(order_BL, axis=1)
+    return rank_BL[None] < np.array(schedule.known[1:])[:, None, None]
+
+
 def mask_ratio(key: jax.Array, min_mask_ratio: float) -> jax.Array:
     """Draws the fraction of tokens to mask: normal around 1, truncated to [min_mask_ratio, 1]."""
     lower = (min_mask_ratio - MASK_MEAN) / MASK_STD

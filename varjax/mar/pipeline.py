@@ -15,10 +15,11 @@ from varjax.mar.heads import CategoricalHead, DiffusionHead
 from varjax.mar.latents import (
     TokenizerConfig,
     check_latents_fit,
+    decode_known,
     decode_tokens,
     encode_tokens,
 )
-from varjax.mar.masking import take_at
+from varjax.mar.masking import draw_orders, known_after_steps, take_at
 from varjax.mar.memory import mar_sampling_bytes
 from varjax.mar.model import MAR, MARConfig, bind_mar
 from varjax.mar.sample import (
@@ -27,6 +28,7 @@ from varjax.mar.sample import (
     check_sampling,
     make_setup,
     sample_mar_tokens,
+    sampling_steps,
 )
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.pipeline import (
@@ -131,6 +133,18 @@ class MARPipeline:
 
             return sample_images
 
+        def step_sampler(choose):
+            def sample_every_step(params, setup, label_B, key_B):
+                token_BL = token_sampler(choose)(params, setup, label_B, key_B)
+                known_SBL = known_after_steps(draw_orders(mar, key_B), setup.schedule)
+                show = functools.partial(
+                    decode_known, self._tokenizer_for_images(), mar, params["tokenizer"], token_BL
+                )
+                images_SBHWC = jax.lax.map(lambda known_BL: show(known_BL, compute), known_SBL)
+                return jnp.moveaxis(images_SBHWC, 0, 1)
+
+            return sample_every_step
+
         def encode(params, _, image_BHWC):
             batch = {"image_BHWC": image_BHWC}
             config = self._tokenizer_for_images()
@@ -147,9 +161,9 @@ class MARPipeline:
         def logits(params, _, z_BLC):
             return mar.head.network(params["mar"], compute)(z_BLC)
 
-        self._sample_tokens, self._sample_images = (
+        self._sample_tokens, self._sample_images, self._sample_every_step = (
             functools.cache(lambda choose, sampler=sampler: weights.compile(sampler(choose)))
-            for sampler in (token_sampler, image_sampler)
+            for sampler in (token_sampler, image_sampler, step_sampler)
         )
         self._encode, self._decode = weights.compile(encode), weights.compile(decode)
         self._hidden, self._logits = weights.compile(hidden), weights.compile(logits)
@@ -222,6 +236,10 @@ class MARPipeline:
             make_setup(self.mar, options),
             self.guide,
         )
+
+    def steps(self, options: MAROptions) -> int:
+        """Returns the number of steps that draw the tokens."""
+        return sampling_steps(self.mar, options)
 
     def advise_on_nan(self, options: MAROptions) -> str:
         """Suggests what to try if a sampled image contains NaN or infinite numbers."""
@@ -324,6 +342,7 @@ class MARPipeline:
         guidance_timestep_to: int | None = None,
         choose: ChooseRule | None = None,
         index: Index | None = None,
+        every_step: bool = False,
         **unknown: Any,
     ) -> jax.Array:
         """Samples one image for each label.
@@ -351,10 +370,12 @@ class MARPipeline:
             choose: rule that chooses tokens instead, with the arguments of the head's `draw`:
                 (networks, z, noise, settings) -> tokens; pure, and compiled once. None for a draw.
             index: (B,) numbers of the images; None for 0 … B-1.
+            every_step: whether to return the images after each step, as a film shows them; tokens
+                that are not drawn yet are gray.
             unknown: options of other models, which are refused.
 
         Returns:
-            (B, H, W, channels) float32 in [0, 1].
+            (B, H, W, channels) float32 in [0, 1], or with `every_step` (S, B, H, W, channels).
 
         Raises:
             InputError: labels or options out of range, an option that is unknown, or a model that
@@ -375,7 +396,10 @@ class MARPipeline:
         )
         label_B, key_B = checked_request(labels, seed, index, self.classes)
         check_rule(choose)
-        return self._sample_images(choose)(make_setup(self.mar, options), label_B, key_B)
+        setup = make_setup(self.mar, options)
+        if every_step:
+            return jnp.moveaxis(self._sample_every_step(choose)(setup, label_B, key_B), 1, 0)
+        return self._sample_images(choose)(setup, label_B, key_B)
 
     def sample_latents(
         self,
@@ -484,23 +508,13 @@ class MARPipeline:
         """
         check_rule(choose)
         token_BL = self._checked_tokens(latents)
-        request = checked_edit(
-            images=len(token_BL),
-            keep=keep,
-            labels=labels,
-            seed=seed,
-            index=index,
-            shape=self.edit_shape,
-            classes=self.classes,
-        )
-        B = len(request.key_B)
-        keep_BL = request.keep_Bhw.reshape(B, self.mar.length)
+        label_B, key_B = checked_edit(len(token_BL), labels, seed, index, self.classes)
+        B = len(key_B)
+        keep_BL = checked_mask(keep, B, self.edit_shape).reshape(B, self.mar.length)
         setup = make_setup(self.mar, self.options(**options), keep_BL)
         token_BL = jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:]))
         known = KnownTokens(token_BL, jnp.asarray(keep_BL))
-        return self.mar.unpatchify(
-            self._sample_tokens(choose)(setup, request.label_B, request.key_B, known)
-        )
+        return self.mar.unpatchify(self._sample_tokens(choose)(setup, label_B, key_B, known))
 
     def _tokenizer_for_images(self) -> TokenizerConfig:
         if self.tokenizer is None:

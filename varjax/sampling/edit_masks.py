@@ -40,6 +40,23 @@ def box_mask(text: str, size: tuple[int, int], finest: tuple[int, int]) -> np.nd
     return inside_hw
 
 
+def read_mask_weights(
+    path: str | pathlib.Path, image_size: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """Returns how white each pixel (H, W) of a mask is, in [0, 1].
+
+    The mask has the size (width, height) of the original image, and is resized and cropped to
+    `size` like it. Transparent pixels count as black. Raises InputError for another size.
+    """
+    picture = image_io.open_image(path, background="black")
+    if picture.size != image_size:
+        raise InputError(
+            f"{path} has {picture.width}x{picture.height} pixels, but the image has "
+            f"{image_size[0]}x{image_size[1]}; give a mask of the same size"
+        )
+    return image_io.resize_and_crop(picture, (*size, 1))[..., 0] / np.float32(255)
+
+
 def read_mask(
     path: str | pathlib.Path,
     image_size: tuple[int, int],
@@ -48,18 +65,12 @@ def read_mask(
 ) -> np.ndarray:
     """Returns whether more than half of each token's pixels (h, w) are white in the mask.
 
-    The mask has the size (width, height) of the original image, and is resized and cropped like it.
-    Transparent pixels count as black. Prints a note on stderr if all tokens are white.
+    Takes what `read_mask_weights` takes, and the size (h, w) of the token map. Prints a note on
+    stderr if all tokens are white.
 
     Raises InputError for another size, or if no token is white.
     """
-    picture = image_io.open_image(path, background="black")
-    if picture.size != image_size:
-        raise InputError(
-            f"{path} has {picture.width}x{picture.height} pixels, but the image has "
-            f"{image_size[0]}x{image_size[1]}; give a mask of the same size"
-        )
-    white_HW = image_io.resize_and_crop(picture, (*size, 1))[..., 0] / 255
+    white_HW = read_mask_weights(path, image_size, size)
     (H, W), (h, w) = size, finest
     white_hw = white_HW.reshape(h, H // h, w, W // w).mean(axis=(1, 3)) > 0.5
     if not white_hw.any():

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -41,6 +42,7 @@ class SamplingJob:
         batch_size: number of images in a part.
         accept: fraction of the candidates that is kept, in (0, 1].
         classifier: JSON data that identify the classifier; None to keep all images.
+        every_step: whether a part holds each image after every step, (N, S, H, W, channels).
     """
 
     labels: tuple[int, ...]
@@ -50,6 +52,7 @@ class SamplingJob:
     batch_size: int
     accept: float = 1.0
     classifier: Mapping[str, Any] | None = None
+    every_step: bool = False
 
     def __post_init__(self) -> None:
         if (images := len(self.labels) * self.candidates) > MOST_IMAGES:
@@ -179,8 +182,11 @@ def sample_parts(
             job.label_M[position_B],
             job.seed,
             index=job.number_M[position_B],
+            **({"every_step": True} if job.every_step else {}),
             **dataclasses.asdict(job.options),
         )
+        if job.every_step:
+            images_BHWC = jnp.moveaxis(images_BHWC, 1, 0)  # (B, S, H, W, channels)
         # The devices compute this batch while the previous one is written.
         if pending is not None:
             yield from _split(model, job, *pending)

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.errors import InputError, StorageError
+from varjax.sampling.films import FilmOutput
 from varjax.storage import files, folders, image_io
 from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.folders import check_writable, remove_work_folder
@@ -23,8 +24,9 @@ from varjax.storage.untrusted import parse_json
 
 REQUEST, PART_SUFFIX = "request.json", ".safetensors"
 OLD_SUFFIX = ".npy"  # parts written by an older version, without checksums
-FILE_SUFFIXES = (".png", ".npz")  # a grid, and images
-REFUSED_SUFFIXES = (".jpg", ".jpeg", ".gif", ".webp", ".npy", ".json")
+FILM_SUFFIXES = (".gif", ".webp")
+FILE_SUFFIXES = (".png", ".npz", *FILM_SUFFIXES)  # a grid, images, films
+REFUSED_SUFFIXES = (".jpg", ".jpeg", ".npy", ".json")
 MOST_GRID_PIXELS = 178_956_970  # Pillow does not open larger pictures
 
 
@@ -47,7 +49,7 @@ def check_finite_images(
     Raises:
         InputError: an image holds NaN or infinite numbers; names the first one.
     """
-    bad = np.flatnonzero(~np.all(np.isfinite(images_BHWC), axis=(1, 2, 3)))
+    bad = np.flatnonzero(~np.isfinite(images_BHWC).reshape(len(images_BHWC), -1).all(axis=1))
     if bad.size:
         i = bad[0]
         raise InputError(
@@ -78,7 +80,7 @@ class Output(Protocol):
 
 
 def file_suffix(location: str | pathlib.Path) -> str:
-    """Returns ".png" or ".npz" if the output is such a file; "" for a folder.
+    """Returns ".png", ".npz", ".gif" or ".webp" if the output is such a file; "" for a folder.
 
     Any other suffix is part of a folder's name: "d16_guidance1.5".
     """
@@ -104,30 +106,42 @@ def check_out(location: str) -> None:
             )
         return check_writable(path.parent)
     if path.suffix.lower() in REFUSED_SUFFIXES:
-        raise InputError(f"out={location}: cannot write {path.suffix}; .png, .npz or a folder")
+        raise InputError(
+            f"out={location}: cannot write {path.suffix}; .png, .npz, .gif, .webp or a folder"
+        )
     check_writable(path)
 
 
-def check_out_holds(location: str, images: int, image_shape: Sequence[int]) -> None:
+def check_out_holds(
+    location: str, images: int, image_shape: Sequence[int], steps: int | None = None
+) -> None:
     """Checks, before sampling, that an output can hold the images.
 
     Args:
         location: path of the output, as for `check_out`.
         images: number of images.
         image_shape: (H, W, channels) of an image.
+        steps: number of steps of each image that a film or strip shows; None for whole images.
 
     Raises:
-        InputError: too many images for a grid, or a number of channels that the format lacks.
+        InputError: too many images for a grid, a number of channels that the format lacks, or a
+            format that holds no steps.
     """
     (H, W, channels), suffix = image_shape, file_suffix(location)
-    allowed = (1, 3) if suffix == ".npz" else (1, 3, 4)
+    if steps is not None and suffix in ("", ".npz"):
+        raise InputError(
+            f"out={location} holds finished images; for every step, give FILE.gif or FILE.webp (a "
+            "film) or FILE.png (a row an image)"
+        )
+    allowed = (1, 3, 4) if suffix in ("", ".png") else (1, 3)
     if channels not in allowed:
         kind, other = suffix or ".png", "; give FILE.png or a folder" if channels == 4 else ""
         raise InputError(
             f"out={location}: the model's images have {channels} channels; {kind} files hold "
             f"{', '.join(map(str, allowed))}{other}"
         )
-    if suffix == ".png" and images * H * W > MOST_GRID_PIXELS:
+    images *= steps or 1
+    if suffix not in ("", ".npz") and images * H * W > MOST_GRID_PIXELS:
         raise InputError(
             f"out={location}: a picture of {images:,} images of {H}x{W} is too large; draw at most "
             f"{MOST_GRID_PIXELS // (H * W):,}, or use varjax sample with FILE.npz or a folder"
@@ -135,10 +149,20 @@ def check_out_holds(location: str, images: int, image_shape: Sequence[int]) -> N
 
 
 def open_output(
-    location: str, label_N: np.ndarray, columns: int | None, seed: int, request: Mapping[str, Any]
+    location: str,
+    label_N: np.ndarray,
+    columns: int | None,
+    seed: int,
+    request: Mapping[str, Any],
+    every_step: bool = False,
 ) -> Output:
-    """Returns the output for "x.png" (a grid with `columns`), "x.npz", or a folder's name."""
+    """Returns the output for "x.png" (a grid with `columns`), "x.npz", or a folder's name.
+
+    With `every_step`, the output for a film ("x.gif", "x.webp") or a strip ("x.png").
+    """
     path, suffix = as_path(location), file_suffix(location)
+    if every_step:
+        return FilmOutput(path, columns)
     if suffix == ".png":
         return GridOutput(path, columns)
     if suffix == ".npz":
@@ -152,11 +176,11 @@ def parts_folder(path: pathlib.Path) -> pathlib.Path:
 
 
 def work_folder(location: str | pathlib.Path) -> pathlib.Path | None:
-    """Returns the folder that a job fills step by step; None for a grid or a finished file."""
+    """Returns the folder that a job fills part by part; None for a picture or a finished file."""
     path = as_path(location)
     if not (suffix := file_suffix(path)):
         return path
-    return None if suffix == ".png" or path.exists() else parts_folder(path)
+    return None if suffix != ".npz" or path.exists() else parts_folder(path)
 
 
 def begun_batch_size(location: str | pathlib.Path) -> int | None:

@@ -3,7 +3,7 @@
 import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,7 +16,6 @@ from varjax.sampling.sampler import (
     checked_index,
     checked_keys,
     checked_labels,
-    checked_mask,
 )
 from varjax.trees import PyTree
 
@@ -71,20 +70,6 @@ class HeldWeights:
     def identity(self) -> dict[str, Any]:
         """Returns all that images depend on besides labels, seed and options, as JSON data."""
         return {"compute": self.compute.identity(), "weights": trees.digest(self.params)[:16]}
-
-
-class EditRequest(NamedTuple):
-    """Holds the checked arguments of an edit.
-
-    Attributes:
-        keep_Bhw: True where tokens are kept.
-        label_B: classes of the results.
-        key_B: random keys of the results.
-    """
-
-    keep_Bhw: np.ndarray
-    label_B: jax.Array
-    key_B: jax.Array
 
 
 def checked_companion(
@@ -147,36 +132,23 @@ def checked_request(
 
 
 def checked_edit(
-    *,
-    images: int,
-    keep: Any,
-    labels: Labels | None,
-    seed: int,
-    index: Index | None,
-    shape: tuple[int, int],
-    classes: int,
-) -> EditRequest:
-    """Checks the arguments of `Sampler.edit`.
+    images: int, labels: Labels | None, seed: int, index: Index | None, classes: int
+) -> tuple[jax.Array, jax.Array]:
+    """Checks the arguments of `Sampler.edit`; returns labels (B,) and keys (B,).
 
     Args:
         images: number of images given.
-        keep: tokens to keep, as `Sampler.edit` takes them.
         labels: classes, as `Sampler.edit` takes them.
         seed: random seed of all results.
         index: numbers of the results, as `Sampler.edit` takes them.
-        shape: the model's `edit_shape`.
         classes: number of classes.
 
     Raises:
-        InputError: a wrong shape or number, or labels out of range.
+        InputError: a wrong number of images or labels, or labels out of range.
     """
     index_B = np.arange(images) if index is None else checked_index(index)
     B = len(index_B)
     if not images or images not in (1, B):
         raise InputError(f"{images} images and {B} of index; give one image, or one per index")
     labels = np.full(B, classes) if labels is None else labels
-    return EditRequest(
-        checked_mask(keep, B, shape),
-        checked_labels(labels, classes, B),
-        checked_keys(seed, index_B, B),
-    )
+    return checked_labels(labels, classes, B), checked_keys(seed, index_B, B)

@@ -73,12 +73,20 @@ class Sampler(Protocol):
         """
         ...
 
+    def steps(self, options: Any) -> int:
+        """Returns how many steps draw an image; with `every_step`, `sample` returns all of them.
+
+        options: as `options()` returns them.
+        """
+        ...
+
     def sample(
         self,
         labels: Any,
         seed: int = 0,
         *,
         index: Sequence[int] | np.ndarray | None = None,
+        every_step: bool = False,
         **options: Any,
     ) -> jax.Array:
         """Samples one image for each label: (B, H, W, channels) float32 in [0, 1].
@@ -87,6 +95,7 @@ class Sampler(Protocol):
             labels: (B,) classes to draw.
             seed: random seed; image i depends only on seed, index[i], labels[i] and options.
             index: (B,) numbers of the images; None for 0 … B-1.
+            every_step: whether to return (S, B, H, W, channels), the images after each step.
             options: fields of `options()` to replace.
         """
         ...

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.config.numbers import OneOrEach
+from varjax.errors import InputError
+from varjax.nn import resize
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.pipeline import (
@@ -27,6 +29,7 @@ from varjax.sampling.pipeline import (
 from varjax.sampling.sampler import (
     KnownTokens,
     checked_labels,
+    checked_mask,
     checked_tokens,
     nan_advice,
     replace_options,
@@ -34,13 +37,13 @@ from varjax.sampling.sampler import (
 from varjax.tokenizers.contract import checked_images
 from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, decode_every_scale
 from varjax.trees import PyTree
+from varjax.var.kept_scales import keep_at_every_scale, keep_first_scales, scales_of_size
 from varjax.var.model import VAR, VARConfig
 from varjax.var.network import Refiner, check_draft_scales, var_sampling_bytes
 from varjax.var.sample import (
     ChooseRule,
     VAROptions,
     guided_scales,
-    keep_at_every_scale,
     sample_images,
 )
 
@@ -115,7 +118,7 @@ class VARPipeline:
             return VAR(var, compute).apply({"params": params["var"]}, input_BlZ, label_B)
 
         @functools.cache
-        def compiled_sampler(guided, choose):
+        def compiled_sampler(guided, choose, every_step):
             def sample(params, options, label_B, key_B, known=None):
                 return sample_images(
                     tokenizer,
@@ -130,6 +133,7 @@ class VARPipeline:
                     choose=choose,
                     guide=guide,
                     refiner=refiner,
+                    every_step=every_step,
                 )
 
             return weights.compile(sample)
@@ -221,6 +225,10 @@ class VARPipeline:
             self.refiner,
         )
 
+    def steps(self, options: VAROptions) -> int:
+        """Returns the number of scales."""
+        return len(self.var.pyramid)
+
     def advise_on_nan(self, options: VAROptions) -> str:
         """Suggests what to try if a sampled image contains NaN or infinite numbers."""
         return nan_advice(self.params, self.compute.jax_dtype)
@@ -264,6 +272,7 @@ class VARPipeline:
         temperature: OneOrEach[float] | Each | None = None,
         choose: ChooseRule | None = None,
         index: Index | None = None,
+        every_step: bool = False,
         **unknown: Any,
     ) -> jax.Array:
         """Samples one image for each label.
@@ -289,10 +298,11 @@ class VARPipeline:
             choose: rule that chooses tokens instead: (logits (B, l, V), scale k, keys (B,) of the
                 scale) -> tokens (B, l); pure, and compiled once. None for a draw.
             index: (B,) numbers of the images; None for 0 … B-1.
+            every_step: whether to return the images after each scale, as a film shows them.
             unknown: options of other models, which are refused.
 
         Returns:
-            (B, H, W, channels) float32 in [0, 1].
+            (B, H, W, channels) float32 in [0, 1], or with `every_step` (K, B, H, W, channels).
 
         Raises:
             InputError: labels or options out of range, or an option that is unknown.
@@ -309,7 +319,8 @@ class VARPipeline:
             **unknown,
         )
         label_B, key_B = checked_request(labels, seed, index, self.classes)
-        return self._sampler(options, choose)(options, label_B, key_B)
+        images = self._sampler(options, choose, every_step)(options, label_B, key_B)
+        return jnp.moveaxis(images, 1, 0) if every_step else images
 
     def edit(
         self,
@@ -367,25 +378,112 @@ class VARPipeline:
             **unknown,
         )
         images_BHWC = checked_images(images_BHWC, self.image_shape)
-        request = checked_edit(
-            images=len(images_BHWC),
-            keep=keep,
-            labels=labels,
-            seed=seed,
-            index=index,
-            shape=self.edit_shape,
-            classes=self.classes,
-        )
-        token_BL = self._encode(None, images_BHWC)
-        token_BL = jnp.broadcast_to(token_BL, (len(request.key_B), self.var.pyramid.length))
-        known = KnownTokens(token_BL, keep_at_every_scale(self.var.pyramid, request.keep_Bhw))
-        sample = self._sampler(options, choose)
-        return sample(options, request.label_B, request.key_B, known)
+        label_B, key_B = checked_edit(len(images_BHWC), labels, seed, index, self.classes)
+        keep_Bhw = checked_mask(keep, len(key_B), self.edit_shape)
+        keep_BL = keep_at_every_scale(self.var.pyramid, keep_Bhw)
+        return self._redraw(images_BHWC, keep_BL, label_B, key_B, options, choose)
 
-    def _sampler(self, options: VAROptions, choose: ChooseRule | None = None) -> Callable[..., Any]:
+    def vary(
+        self,
+        images_BHWC: Array,
+        keep_scales: int,
+        labels: Labels | None = None,
+        seed: int = 0,
+        *,
+        choose: ChooseRule | None = None,
+        index: Index | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Keeps the first scales of images and draws the finer ones: variations of an image.
+
+            images_BHWC = model.vary(photo_HWC[None], keep_scales=5, index=range(4))
+
+        Args:
+            images_BHWC: one image for each of `index`, or one for all of them.
+            keep_scales: number of scales to keep, 1 … K-1; the more, the closer the results.
+            labels: (B,) classes; None for no class.
+            seed: random seed; each seed gives different images.
+            choose: rule that chooses tokens; see `sample`.
+            index: (B,) numbers of the results; None for one result per image.
+            options: sampling options; see `sample`.
+
+        Returns:
+            (B, H, W, channels) float32 in [0, 1].
+
+        Raises:
+            InputError: a wrong shape, number of scales, labels or options.
+        """
+        checked = self.options(**options)
+        keep_L = keep_first_scales(self.var.pyramid, keep_scales)
+        images_BHWC = checked_images(images_BHWC, self.image_shape)
+        label_B, key_B = checked_edit(len(images_BHWC), labels, seed, index, self.classes)
+        keep_BL = np.tile(keep_L, (len(key_B), 1))
+        return self._redraw(images_BHWC, keep_BL, label_B, key_B, checked, choose)
+
+    def upscale(
+        self,
+        images_BhwC: Array,
+        keep_scales: int | None = None,
+        labels: Labels | None = None,
+        seed: int = 0,
+        *,
+        choose: ChooseRule | None = None,
+        index: Index | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Draws the details of small images: super-resolution to the model's size.
+
+            images_BHWC = model.upscale(small_images_BhwC)  # from 64 to 256 pixels, for example
+
+        The images are enlarged (bicubic). Their coarse scales are kept, and the finer ones drawn.
+
+        Args:
+            images_BhwC: images of any smaller size and the same shape ratio; one for each of
+                `index`, or one for all of them.
+            keep_scales: number of scales to keep; None for `scales_of_size`.
+            labels: (B,) classes; None for no class.
+            seed: random seed; each seed gives different images.
+            choose: rule that chooses tokens; see `sample`.
+            index: (B,) numbers of the results; None for one result per image.
+            options: sampling options; see `sample`.
+
+        Returns:
+            (B, H, W, channels) float32 in [0, 1].
+
+        Raises:
+            InputError: images that are too small or not smaller than the model's, a wrong number of
+                scales, labels or options.
+        """
+        h, w = size = tuple(np.shape(images_BhwC)[1:3])
+        usual_scales = scales_of_size(size, self.image_shape, self.var.pyramid)
+        images_BhwC = checked_images(images_BhwC, (h, w, self.image_shape[2]))
+        if images_BhwC.dtype == jnp.uint8:
+            images_BhwC = images_BhwC.astype(jnp.float32) / 255
+        large_BHWC = resize.bicubic(images_BhwC, self.image_shape[:2])
+        return self.vary(
+            jnp.clip(large_BHWC, 0, 1),
+            usual_scales if keep_scales is None else keep_scales,
+            labels,
+            seed,
+            choose=choose,
+            index=index,
+            **options,
+        )
+
+    def _redraw(self, images_BHWC, keep_BL, label_B, key_B, options, choose):
+        """Draws what `keep_BL` does not keep of images that `checked_images` returned."""
+        token_BL = self._encode(None, images_BHWC)
+        token_BL = jnp.broadcast_to(token_BL, keep_BL.shape)
+        known = KnownTokens(token_BL, jnp.asarray(keep_BL))
+        return self._sampler(options, choose)(options, label_B, key_B, known)
+
+    def _sampler(
+        self, options: VAROptions, choose: ChooseRule | None, every_step: bool = False
+    ) -> Callable[..., Any]:
         """Returns the program that samples images, compiled once for each kind of options."""
         check_rule(choose, smooth=options.smooth)
-        return self._compiled_sampler(guided_scales(self.var.pyramid, options), choose)
+        guided = guided_scales(self.var.pyramid, options)
+        return self._compiled_sampler(guided, choose, every_step)
 
     def _with(self, params: PyTree, **companions: Any) -> "VARPipeline":
         """Returns this model with further parameters and their configs, by argument."""
@@ -408,3 +506,13 @@ class VARPipeline:
 def _scales(model: VARPipeline) -> dict[str, Any]:
     """Returns what models must have in common to draw an image together, by name."""
     return {"scales": model.var.scales}
+
+
+def checked_var(model: Any, method: str) -> VARPipeline:
+    """Returns the model; raises InputError for one of another family, whose tokens have no scales.
+
+    method: name of the method that needs scales, for the message.
+    """
+    if not isinstance(model, VARPipeline):
+        raise InputError(f"{method}: only a VAR model has scales to keep; this model is another")
+    return model

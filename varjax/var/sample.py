@@ -21,7 +21,6 @@ from varjax.config.numbers import (
     whole_number,
 )
 from varjax.config.renamed import Renamed
-from varjax.nn import resize
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.filters import filter_top_k_top_p
@@ -31,7 +30,12 @@ from varjax.sampling.guidance import (
     guided_interval,
 )
 from varjax.sampling.sampler import KnownTokens, option_field
-from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, decode_features
+from varjax.tokenizers.vq.model import (
+    VQConfig,
+    bound_quantizer,
+    decode_every_scale,
+    decode_features,
+)
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import Quantizer
 from varjax.trees import PyTree
@@ -137,27 +141,6 @@ def guided_scales(pyramid: Pyramid, options: VAROptions) -> int:
     return guided_interval(options, guidance_ramp(pyramid))[1]
 
 
-def keep_at_every_scale(pyramid: Pyramid, keep_Bhw: jax.Array | np.ndarray) -> jax.Array:
-    """Resizes a mask of what to keep to every scale, as the reference does.
-
-    Bilinear, then True where more than half is kept. A first scale with a single token is always
-    kept.
-
-    Args:
-        pyramid: the sizes of the scales.
-        keep_Bhw: bool, True on the finest token map where tokens are kept.
-
-    Returns:
-        (B, L) bool.
-    """
-    weight_Bhw1 = jnp.asarray(keep_Bhw, jnp.float32)[..., None]
-    keeps = []
-    for shape in pyramid.shapes:
-        keep = resize.bilinear(weight_Bhw1, shape).reshape(weight_Bhw1.shape[0], -1) > 0.5
-        keeps.append(keep | (shape == (1, 1)))
-    return jnp.concatenate(keeps, axis=1)
-
-
 def sample_tokens(
     tokenizer: VQConfig,
     var: VARConfig,
@@ -171,7 +154,7 @@ def sample_tokens(
     choose: ChooseRule | None = None,
     guide: VARConfig | None = None,
     refiner: Refiner | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, list[jax.Array]]:
     """Samples the tokens of all scales with a VAR transformer.
 
     Args:
@@ -190,8 +173,9 @@ def sample_tokens(
         refiner: small model that draws the fine scales; None if `var` draws all of them.
 
     Returns:
-        Tokens (B, L) int32 and what their codes add up to, f_hat (B, h, w, Z). With
-        `options.smooth`, f_hat is made of mixed codes and a token is the likeliest of its mixture.
+        Tokens (B, L) int32, and what their codes add up to after each scale, K f_hats
+        (B, h, w, Z). With `options.smooth`, f_hats are made of mixed codes and a token is the
+        likeliest of its mixture.
     """
     scale_K = guidance_scales(options, guidance_ramp(var.pyramid))
     network = sampling_network(
@@ -211,7 +195,7 @@ def sample_scales(
     quantizer: Quantizer,
     batch: int,
     known: KnownTokens | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, list[jax.Array]]:
     """Draws one scale after another, all tokens of a scale at once (VAR, section 3.1).
 
     Args:
@@ -223,10 +207,11 @@ def sample_scales(
         known: tokens to keep; None for whole images.
 
     Returns:
-        Tokens (B, L) int32 and what their codes add up to, f_hat (B, h, w, Z).
+        Tokens (B, L) int32, and what their codes add up to after each scale, K f_hats
+        (B, h, w, Z).
     """
     f_hat_BhwZ = quantizer.initial_f_hat(batch)
-    tokens, input_BlZ, cache = [], None, None
+    tokens, f_hats, input_BlZ, cache = [], [], None, None
     for k, scale in enumerate(quantizer.pyramid.slices):
         logits_BlV, cache = predict(input_BlZ, k, cache)
         token_Bl, code_BlZ = choose(logits_BlV, k)
@@ -236,9 +221,10 @@ def sample_scales(
             code_BlZ = jnp.where(keep_Bl[..., None], quantizer.look_up(known_Bl), code_BlZ)
         tokens.append(token_Bl.astype(jnp.int32))
         f_hat_BhwZ = quantizer.add_scale(f_hat_BhwZ, code_BlZ, k)
+        f_hats.append(f_hat_BhwZ)
         if k + 1 < len(quantizer.pyramid):
             input_BlZ = quantizer.next_input(f_hat_BhwZ, k)
-    return jnp.concatenate(tokens, axis=1), f_hat_BhwZ
+    return jnp.concatenate(tokens, axis=1), f_hats
 
 
 def choose_tokens(
@@ -295,12 +281,14 @@ def sample_images(
     choose: ChooseRule | None = None,
     guide: VARConfig | None = None,
     refiner: Refiner | None = None,
+    every_step: bool = False,
 ) -> jax.Array:
     """Samples tokens and decodes them in `compute.dtype`; meant to be jitted as a whole.
 
-    Takes what `sample_tokens` takes; returns images (B, H, W, channels) float32 in [0, 1].
+    Takes what `sample_tokens` takes. Returns images (B, H, W, channels) float32 in [0, 1], or with
+    `every_step` those after each scale, (B, K, H, W, channels).
     """
-    _, f_hat_BhwZ = sample_tokens(
+    _, f_hats = sample_tokens(
         tokenizer,
         var,
         params,
@@ -314,7 +302,10 @@ def sample_images(
         guide,
         refiner,
     )
-    return to_unit_range(decode_features(tokenizer, params["tokenizer"], f_hat_BhwZ, compute))
+    if every_step:
+        images_KBHWC = decode_every_scale(tokenizer, params["tokenizer"], f_hats, compute)
+        return to_unit_range(jnp.moveaxis(images_KBHWC, 0, 1))
+    return to_unit_range(decode_features(tokenizer, params["tokenizer"], f_hats[-1], compute))
 
 
 def gumbel_softmax_weights(
