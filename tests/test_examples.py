@@ -262,9 +262,9 @@ def test_var_sampling_matches_library():
     both = {"tokenizer": {"quantizer": library_quantizer()}, "var": library}
     draw = jax.jit(functools.partial(sample_tokens, tokenizer, var_config()))
     options = VAROptions(guidance=2.5, top_k=0, top_p=0.0)
-    expected_BL, f_hat_BhwZ = draw(both, label_B, key_B, options)
+    expected_BL, expected_f_hats = draw(both, label_B, key_B, options)
     np.testing.assert_array_equal(token_BL, expected_BL)
-    close(f_hats[-1], f_hat_BhwZ)
+    close(f_hats[-1], expected_f_hats[-1])
 
 
 # MAR

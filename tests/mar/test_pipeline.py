@@ -8,6 +8,7 @@ import pytest
 import varjax
 from tests.helpers import runs
 from varjax.errors import InputError
+from varjax.mar.masking import UnmaskingSchedule
 from varjax.models import read_model
 
 pytestmark = pytest.mark.slow
@@ -43,6 +44,19 @@ def test_samples_are_those_of_their_latents_and_of_their_index():
     np.testing.assert_allclose(model.decode(latents_BhwZ), images_BHWC, atol=1e-5)
     again = model.sample_latents([4, 3, 1], seed=5, index=[2, 0, 1])
     np.testing.assert_allclose(again, latents_BhwZ[np.array([2, 0, 1])], rtol=1e-4, atol=1e-4)
+
+
+def test_every_step_shows_the_tokens_drawn_so_far():
+    model = loaded()
+    steps = np.asarray(model.sample([3, 1, 4], seed=5, every_step=True))
+    count = model.options().steps
+    assert steps.shape == (count, 3, 8, 8, 1)
+    np.testing.assert_allclose(steps[-1], model.sample([3, 1, 4], seed=5), atol=1e-5)
+    # Pixels are gray until their token is known, and a known token stays known.
+    unknown = (steps.reshape(count, 3, 4, 2, 4, 2, 1) == 0.5).all(axis=(3, 5, 6))
+    known = UnmaskingSchedule(16, count).known[1:]
+    assert np.array_equal(16 - unknown.sum(axis=(2, 3)), np.tile(known, (3, 1)).T)
+    assert not (unknown[1:] & ~unknown[:-1]).any()
 
 
 def test_an_image_and_its_latents():

@@ -44,9 +44,9 @@ def test_greedy_collaborative_decoding_is_its_authors_s():
     sample = jax.jit(functools.partial(sample_tokens, tokenizer, drafter, refiner=refiner))
     options = VAROptions(guidance=CASE["cfg"] + 1, top_k=1, top_p=0.0)
     all_params = {**params("ten_scales"), "refiner": weights}
-    token_BL, f_hat_BhwZ = sample(all_params, jnp.array(CASE["labels"]), KEY_B, options)
+    token_BL, f_hats = sample(all_params, jnp.array(CASE["labels"]), KEY_B, options)
     np.testing.assert_array_equal(token_BL, expected["tokens"])
-    image_BHWC = (decode_features(tokenizer, all_params["tokenizer"], f_hat_BhwZ) + 1) / 2
+    image_BHWC = (decode_features(tokenizer, all_params["tokenizer"], f_hats[-1]) + 1) / 2
     image_BCHW = golden.strided("ten_scales", image_BHWC)
     np.testing.assert_allclose(image_BCHW, expected["image"], atol=2e-4)
 
@@ -59,8 +59,8 @@ def draw(network, quantizer):
         logits.append(logits_BlV)
         return choose_tokens(quantizer, logits_BlV, k, KEY_B, VAROptions())
 
-    _, f_hat_BhwZ = sample_scales(network, choose, quantizer, 2)
-    return jnp.concatenate(logits, axis=1), f_hat_BhwZ
+    _, f_hats = sample_scales(network, choose, quantizer, 2)
+    return jnp.concatenate(logits, axis=1), f_hats[-1]
 
 
 @pytest.mark.slow

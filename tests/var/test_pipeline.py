@@ -1,9 +1,12 @@
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import varjax
 from tests.helpers import runs
 from varjax.data.sources import Digits
+from varjax.errors import InputError
+from varjax.nn import resize
 
 pytestmark = pytest.mark.slow
 
@@ -128,3 +131,38 @@ def test_dtype_and_devices_are_arguments_of_load(model):
 def test_bad_input_says_what_is_allowed(model, call, message):
     with pytest.raises(ValueError, match=message):
         call(model)
+
+
+def test_variations_keep_the_first_scales_and_draw_the_others(model):
+    options = {"top_k": 0, "guidance": 1.0}
+    varied = model.vary(IMAGES[:1], 2, seed=1, index=range(3), **options)
+    assert varied.shape == (3, 8, 8, 1) and not np.allclose(varied[0], varied[1])
+    # A rule that draws the last code where the image has another one: what is kept stays.
+    last = lambda logits_BlV, k, keys: jnp.full(logits_BlV.shape[:2], 15)  # noqa: E731
+    token_BL = np.array(model.encode(IMAGES[:1]))
+    token_BL[:, 5:] = 15
+    expected = model.decode(token_BL)
+    varied = model.vary(IMAGES[:1], 2, choose=last, **options)
+    np.testing.assert_allclose(varied, expected, atol=1e-5)
+    with pytest.raises(InputError, match="keep_scales=3: must be at most 2"):
+        model.vary(IMAGES, 3)
+
+
+def test_upscaling_keeps_the_scales_that_the_small_image_fills(model):
+    small_BhwC = IMAGES[:1].reshape(1, 4, 2, 4, 2, 1).mean(axis=(2, 4)).astype(np.uint8)
+    upscaled = model.upscale(small_BhwC, seed=1, index=range(2))
+    assert upscaled.shape == (2, 8, 8, 1)
+    large_BHWC = resize.bicubic(small_BhwC.astype(np.float32) / 255, (8, 8)).clip(0, 1)
+    expected = model.vary(large_BHWC, 2, seed=1, index=range(2))
+    np.testing.assert_allclose(upscaled, expected, atol=1e-6)
+    with pytest.raises(InputError, match="8x8 pixels; upscaling takes"):
+        model.upscale(IMAGES)
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+def test_the_last_of_every_step_is_the_sample(model, smooth):
+    steps = model.sample([1, 2, 3], seed=5, smooth=smooth, every_step=True)
+    assert steps.shape == (3, 3, 8, 8, 1)
+    images = model.sample([1, 2, 3], seed=5, smooth=smooth)
+    np.testing.assert_allclose(steps[-1], images, atol=1e-5)
+    assert not np.allclose(steps[0], images)

@@ -114,6 +114,13 @@ def draw_results(
     return np.concatenate(results)[: flags.count]
 
 
+def model_with_scales(model: Any, method: str) -> Any:
+    """Returns a model that has the method `vary` or `upscale`, by name; raises InputError else."""
+    if not hasattr(model, method):
+        raise InputError(f"{method}: only a model that draws scale by scale (VAR) can do this")
+    return model
+
+
 def check_label(label: int | None, classes: int) -> None:
     """Raises InputError for a --label that is not a class."""
     if label is not None and not 0 <= label < classes:

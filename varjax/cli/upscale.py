@@ -11,7 +11,7 @@ import logging
 
 import numpy as np
 
-from varjax.cli.edit import check_label, check_picture_out, draw_results
+from varjax.cli.edit import check_label, check_picture_out, draw_results, model_with_scales
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags
 from varjax.errors import InputError
 from varjax.models import load, option_classes
@@ -20,8 +20,6 @@ from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.sampling.outputs import check_out_holds
 from varjax.sampling.sampler import given_options
 from varjax.storage import image_io
-from varjax.var.kept_scales import keep_first_scales, scales_of_size
-from varjax.var.pipeline import checked_var
 
 
 def upscale_image(arguments: list[str]) -> None:
@@ -40,14 +38,10 @@ def upscale_image(arguments: list[str]) -> None:
     check_sampling_flags(flags)
     check_picture_out(flags.out)
     picture = image_io.open_image(flags.image)
-    model = checked_var(load(flags.weights, flags.dtype, guide=flags.guide), "upscale")
+    model = model_with_scales(load(flags.weights, flags.dtype, guide=flags.guide), "upscale")
     options = model.options(**given_options(flags, option_classes()))
     H, W, channels = model.image_shape
     small_shape = small_size(picture.size, (H, W))
-    keep_scales = scales_of_size(small_shape, model.image_shape, model.var.pyramid)
-    if flags.keep_scales is not None:
-        keep_first_scales(model.var.pyramid, flags.keep_scales)
-        keep_scales = flags.keep_scales
     check_label(flags.label, model.classes)
     check_out_holds(flags.out, flags.count + 1, model.image_shape)
     small_HWC = image_io.resize_and_crop(picture, (*small_shape, channels))
@@ -55,7 +49,7 @@ def upscale_image(arguments: list[str]) -> None:
     def draw(label_B, index_B):
         return model.upscale(
             small_HWC[None],
-            keep_scales,
+            flags.keep_scales,
             label_B,
             flags.seed,
             index=index_B,
@@ -68,7 +62,7 @@ def upscale_image(arguments: list[str]) -> None:
     image_io.write_png(flags.out, image_io.image_grid(images_NHWC, min(len(images_NHWC), 10)))
     print(
         f"{flags.out}: the picture ({small_shape[1]}x{small_shape[0]} pixels), and {flags.count} "
-        f"results with its first {keep_scales} scales"
+        "results with its coarse scales"
     )
 
 

@@ -11,7 +11,13 @@ import logging
 
 import numpy as np
 
-from varjax.cli.edit import check_label, check_picture_out, draw_results, note_crop
+from varjax.cli.edit import (
+    check_label,
+    check_picture_out,
+    draw_results,
+    model_with_scales,
+    note_crop,
+)
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags
 from varjax.models import load, option_classes
 from varjax.runtime.commands import command_parser, run_command
@@ -19,8 +25,6 @@ from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.sampling.outputs import check_out_holds
 from varjax.sampling.sampler import given_options
 from varjax.storage import image_io
-from varjax.var.kept_scales import keep_first_scales
-from varjax.var.pipeline import checked_var
 
 
 def vary_image(arguments: list[str]) -> None:
@@ -39,9 +43,8 @@ def vary_image(arguments: list[str]) -> None:
     check_sampling_flags(flags)
     check_picture_out(flags.out)
     picture = image_io.open_image(flags.image)
-    model = checked_var(load(flags.weights, flags.dtype, guide=flags.guide), "vary")
+    model = model_with_scales(load(flags.weights, flags.dtype, guide=flags.guide), "vary")
     options = model.options(**given_options(flags, option_classes()))
-    keep_first_scales(model.var.pyramid, flags.keep_scales)
     check_label(flags.label, model.classes)
     check_out_holds(flags.out, flags.count + 1, model.image_shape)
     note_crop(flags.image, picture, model.image_shape)

@@ -171,7 +171,7 @@ def collaborative(drafter: PredictScale, refiner: PredictScale, draft_scales: in
     """Hands over from a large network to a small one (CoDe, Chen et al. 2024, arXiv 2411.17787).
 
         network = collaborative(large, small, draft_scales=8)
-        token_BL, f_hat_BhwZ = sample_scales(network, choose, quantizer, batch)
+        token_BL, f_hats = sample_scales(network, choose, quantizer, batch)
 
     Only the inputs of the drafted scales are handed over. The refiner processes them, with the
     input of its own first scale, in one block-causal pass, which fills its cache. The drafter's

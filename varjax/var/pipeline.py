@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.config.numbers import OneOrEach
-from varjax.errors import InputError
 from varjax.nn import resize
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import ComputeConfig
@@ -506,13 +505,3 @@ class VARPipeline:
 def _scales(model: VARPipeline) -> dict[str, Any]:
     """Returns what models must have in common to draw an image together, by name."""
     return {"scales": model.var.scales}
-
-
-def checked_var(model: Any, method: str) -> VARPipeline:
-    """Returns the model; raises InputError for one of another family, whose tokens have no scales.
-
-    method: name of the method that needs scales, for the message.
-    """
-    if not isinstance(model, VARPipeline):
-        raise InputError(f"{method}: only a VAR model has scales to keep; this model is another")
-    return model

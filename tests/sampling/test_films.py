@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from varjax.errors import InputError
+from varjax.sampling.outputs import check_out, check_out_holds, open_output
+from varjax.storage import image_io
+
+STEPS_NSHWC = np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64, 3), np.uint8)
+
+
+def write(name):
+    output = open_output(name, np.zeros(4, int), 2, 0, {}, every_step=True)
+    output.begin(write=True)
+    for part in (range(2, 4), range(2)):  # in any order
+        assert not output.has(part)
+        output.add(part, STEPS_NSHWC[part.start : part.stop])
+        assert output.has(part)
+    return output.finish()
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_a_film_has_a_frame_for_each_step_and_holds_the_last(suffix):
+    assert write(f"film.{suffix}") == f"film.{suffix}: 4 images in 3 frames"
+    durations = []
+    with Image.open(f"film.{suffix}") as film:
+        assert film.n_frames == 3 and film.info["loop"] == 0
+        for step in range(3):
+            film.seek(step)
+            film.load()
+            durations.append(film.info["duration"])
+            frame = np.asarray(film.convert("RGB")).astype(int)
+            expected = image_io.image_grid(STEPS_NSHWC[:, step], columns=2)
+            # A GIF has 256 colors a frame, and these are noise; a WebP is exact.
+            assert np.abs(frame - expected).mean() < (40 if suffix == "gif" else 1e-9)
+    assert durations[-1] > durations[0] == durations[1]
+
+
+def test_a_strip_is_a_row_an_image_and_a_column_a_step():
+    assert write("strip.png") == "strip.png: 4 images, a row each, after each of 3 steps"
+    strip_HWC = np.asarray(Image.open("strip.png"))
+    assert strip_HWC.shape == (4 * 64, 3 * 64, 3)
+    assert np.array_equal(strip_HWC[64:128, 128:], STEPS_NSHWC[1, 2])
+
+
+def test_an_output_that_holds_no_steps_is_refused():
+    for name in ("x.npz", "x"):
+        with pytest.raises(InputError, match=f"out={name} holds finished images; for every step"):
+            check_out_holds(name, 1, (8, 8, 1), steps=3)
+    with pytest.raises(InputError, match="too large; draw at most"):
+        check_out_holds("x.gif", 2730, (256, 256, 3), steps=10)
+    check_out("x.webp")
+    check_out_holds("x.gif", 8, (8, 8, 1), steps=10)
+
+
+def test_a_film_is_drawn_by_one_process():
+    with pytest.raises(InputError, match="are drawn by one process"):
+        open_output("x.gif", np.zeros(1, int), 1, 0, {}, every_step=True).begin(write=False)
