@@ -68,6 +68,6 @@ def test_flags_win_and_others_are_refused(tmp_path):
     assert choose_crop("auto", None) == "random" and choose_crop("adm", None) == "center"
     with pytest.raises(InputError, match="crop=center: must be auto, var, adm"):
         choose_crop("center", kl)
-    assert "as by ADM" in str(describe_crop("folder:x", "center"))
-    assert "as by VAR" in str(describe_crop("tfds:x", "random"))
+    assert "as in ADM" in str(describe_crop("folder:x", "center"))
+    assert "as in VAR" in str(describe_crop("tfds:x", "random"))
     assert describe_crop("digits", "random") is None and describe_crop("a.npz", "center") is None

@@ -16,7 +16,7 @@ def test_signatures_list_every_option(family, method):
     keywords = [
         p
         for p in parameters.values()
-        if p.kind is p.KEYWORD_ONLY and p.name not in ("index", "choose")
+        if p.kind is p.KEYWORD_ONLY and p.name not in ("index", "choose", "every_step")
     ]
     assert [p.name for p in keywords] == [f.name for f in dataclasses.fields(family.options)]
     types, annotations = typing.get_type_hints(family.options), typing.get_type_hints(function)
