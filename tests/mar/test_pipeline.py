@@ -59,6 +59,14 @@ def test_every_step_shows_the_tokens_drawn_so_far():
     assert not (unknown[1:] & ~unknown[:-1]).any()
 
 
+def test_a_mix_of_one_class_is_that_class():
+    model = loaded()
+    latents = model.sample_latents([3, 10, 4], seed=5)
+    mixed = model.sample_latents([{3: 2}, "10:1", {4: 1, 5: 1}], seed=5)
+    np.testing.assert_allclose(mixed[:2], latents[:2], rtol=1e-4, atol=1e-4)
+    assert not np.allclose(mixed[2], latents[2])
+
+
 def test_an_image_and_its_latents():
     model = loaded()
     latents_BhwZ = model.encode(images())

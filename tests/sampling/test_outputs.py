@@ -1,5 +1,7 @@
 """Where samples go: which names are files, what a file can hold, and one job at a time."""
 
+import pathlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -129,3 +131,17 @@ def test_a_report_s_batch_size_is_found_beside_it(tmp_path):
     out = tmp_path / "a.cfg=1.5.json"
     files.write_json(parts_folder(out) / "request.json", {"batch_size": 7})
     assert begun_batch_size_of_report(out) == 7
+
+
+def test_mixed_labels_are_text_in_names_and_files():
+    label_N = np.array(["2:0.5+7:0.5", "3:1"])
+    folder = open_output("images", label_N, None, 0, {})
+    folder.begin(write=True)
+    folder.add(range(2), np.zeros((2, 8, 8, 1), np.uint8))
+    names = sorted(path.name for path in pathlib.Path("images").glob("*.png"))
+    assert names == ["000000_label2x0.5+7x0.5.png", "000001_label3x1.png"]
+    npz = open_output("x.npz", label_N, None, 0, {})
+    npz.begin(write=True)
+    npz.add(range(2), np.zeros((2, 8, 8, 1), np.uint8))
+    npz.finish()
+    assert sorted(np.load("x.npz")["labels"]) == ["2:0.5+7:0.5", "3:1"]

@@ -43,6 +43,30 @@ def test_labels_that_are_none_are_refused(labels):
         checked_labels(labels, 10)
 
 
+def test_mixes_of_classes_are_weights_that_sum_to_one():
+    expected = np.zeros((3, 11), np.float32)
+    expected[0, [2, 7]], expected[1, 3], expected[2, [0, 10]] = [0.25, 0.75], 1, 0.5
+    labels = ["2:0.5+7:1.5", 3, {0: 1, 10: 1}]
+    found_BN = checked_labels(labels, 10)
+    assert found_BN.dtype == jnp.float32 and np.array_equal(found_BN, expected)
+    text = np.array(["2:1+7:3", "3:1", "10:2+0:2"])  # as a job holds them
+    assert np.array_equal(checked_labels(text, 10, 3), expected)
+    with pytest.raises(InputError, match="3 labels; expected 2"):
+        checked_labels(labels, 10, 2)
+
+
+@pytest.mark.parametrize(
+    "label",
+    ["2:0.5+", "2:", ":1", "2:0.5+11:1", "-1:1", "2:0", "2:-1", "2:nan", "2:inf", "a:1", {}]
+    + [{2: 0}, {11: 1}, {2: math.nan}, {"a": 1}, {2: None}],
+)  # fmt: skip
+def test_a_mix_that_is_none_is_refused(label):
+    with pytest.raises(
+        InputError, match="label .*give a class, or CLASS:WEIGHT.*allowed are 0 … 9"
+    ):
+        checked_labels([1, label], 10)
+
+
 def test_one_label_for_each_image():
     with pytest.raises(InputError, match="labels have shape .2,.; expected .3,."):
         checked_labels([1, 2], 10, 3)

@@ -166,3 +166,9 @@ def test_the_last_of_every_step_is_the_sample(model, smooth):
     images = model.sample([1, 2, 3], seed=5, smooth=smooth)
     np.testing.assert_allclose(steps[-1], images, atol=1e-5)
     assert not np.allclose(steps[0], images)
+
+
+def test_a_mix_of_one_class_is_that_class(model):
+    images = model.sample([3, 1], seed=5)
+    np.testing.assert_allclose(model.sample(["3:2", {1: 0.1}], seed=5), images, atol=1e-5)
+    assert not np.allclose(model.sample(["3:1+7:1", 1], seed=5)[0], images[0])

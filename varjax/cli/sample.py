@@ -41,7 +41,7 @@ from varjax.sampling.rejection import (
     classifier_of_flags,
     run_rejection_job,
 )
-from varjax.sampling.sampler import add_option_flags, given_options
+from varjax.sampling.sampler import add_option_flags, checked_labels, given_options
 
 
 def add_sampling_flags(
@@ -92,7 +92,9 @@ def draw_samples(arguments: list[str]) -> None:
     """
     parser = command_parser("varjax sample", __doc__)
     parser.add_argument(
-        "--labels", help="classes to draw: 0,1,2 or all (default: a few, evenly spread)"
+        "--labels",
+        help="classes to draw: 0,1,2 or all, or a mix of classes: 207:0.5+980:0.5 (default: a few, "
+        "evenly spread)",
     )
     out_help = "output: FILE.png (a grid), FILE.npz, FOLDER, or FILE.gif, FILE.webp (samples.png)"
     add_sampling_flags(parser, "samples.png", out_help)
@@ -114,6 +116,8 @@ def draw_samples(arguments: list[str]) -> None:
     job = SamplingJob(labels, flags.count, flags.seed, options, batch_size=1)
     if classifier is not None:
         check_classifier(classifier, model)
+        if mixes := [label for label in labels if isinstance(label, str)]:
+            raise InputError(f"--accept takes single classes, of which {mixes} have several")
         job = dataclasses.replace(job, accept=flags.accept, classifier=classifier.identity)
     every_step = flags.every_step or file_suffix(flags.out) in FILM_SUFFIXES
     if every_step and classifier is not None:
@@ -139,10 +143,11 @@ def draw_samples(arguments: list[str]) -> None:
         print(message)
 
 
-def choose_labels(text: str | None, classes: int) -> tuple[int, ...]:
+def choose_labels(text: str | None, classes: int) -> tuple[int | str, ...]:
     """Returns the classes in "0,1,2" or "all"; None stands for up to ten, evenly spread.
 
-    Raises InputError for any other text, and for a class that is not below `classes`.
+    A mix of classes, such as "207:0.5+980:0.5", stays text. Raises InputError for any other text,
+    and for a class that is not below `classes`.
     """
     if text is None:
         spread = np.linspace(0, classes - 1, min(classes, 10)).astype(int)
@@ -150,10 +155,12 @@ def choose_labels(text: str | None, classes: int) -> tuple[int, ...]:
     if text == "all":
         return tuple(range(classes))
     try:
-        labels = tuple(int(part) for part in text.split(","))
+        labels = tuple(part if ":" in part else int(part) for part in text.split(","))
     except ValueError:
         raise InputError(f"labels={text}: give numbers like 0,1,2, or all") from None
-    if bad := [label for label in labels if not 0 <= label < classes]:
+    if mixes := [label for label in labels if isinstance(label, str)]:
+        checked_labels(mixes, classes)
+    if bad := [x for x in labels if not isinstance(x, str) and not 0 <= x < classes]:
         raise InputError(f"labels {bad}: allowed are 0 … {classes - 1}")
     return labels
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from varjax.errors import InputError, check_setting
 from varjax.mar.heads import DiffusionHead, Head
 from varjax.nn.attention import MAX_HEADS
+from varjax.nn.class_embedding import embed_classes
 from varjax.nn.compute import ComputeConfig, shard_batch
 from varjax.nn.linear import dense
 from varjax.nn.transformer import ViTBlock, init_vit_blocks, layer_norm, run_vit_blocks
@@ -183,8 +184,14 @@ class MAR(nn.Module):
         self.decoder_norm = layer_norm()
 
     def class_vectors(self, label_B: jax.Array) -> jax.Array:
-        """Looks up the class embeddings (B, C); the label `config.classes` means "no class"."""
-        vector_BC = jnp.take(self.class_embed, label_B, axis=0, mode="clip")
+        """Looks up the class embeddings (B, C); the label `config.classes` means "no class".
+
+        label_B: classes (B,), or weights (B, classes + 1) that mix them.
+        """
+        if label_B.ndim == 2:
+            embedding_NC = jnp.concatenate([self.class_embed, self.no_class_embed])
+            return shard_batch(embed_classes(label_B, embedding_NC))
+        vector_BC = embed_classes(label_B, self.class_embed)
         no_class_B1 = (label_B == self.config.classes)[:, None]
         return shard_batch(jnp.where(no_class_B1, self.no_class_embed, vector_BC))
 

@@ -22,6 +22,7 @@ from varjax.mar.denoising_schedule import denoising_schedules, denoising_steps
 from varjax.mar.heads import DiffusionHead, DrawSettings, Network, Streams
 from varjax.mar.masking import StepGroup, UnmaskingSchedule, draw_orders, put_at, take_at
 from varjax.mar.model import MAR, MARConfig, bind_mar
+from varjax.nn.class_embedding import no_class
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS, NoiseSchedule
 from varjax.nn.rng import ImageStream, stream_keys
@@ -284,7 +285,7 @@ def sample_mar_tokens(
     if not stop:
         models = [bind(config, params, label_B)]
     elif guide is None:
-        label_2B = jnp.concatenate([label_B, jnp.full_like(label_B, config.classes)])
+        label_2B = jnp.concatenate([label_B, no_class(label_B, config.classes)])
         models = [bind(config, params, label_2B)]
     else:
         models = [bind(config, params, label_B), bind(*guide, label_B)]

@@ -35,7 +35,7 @@ class SamplingJob:
     are drawn, M in all, from which `varjax.sampling.rejection` chooses.
 
     Attributes:
-        labels: classes to sample.
+        labels: classes to sample, or mixes of classes such as "207:0.5+980:0.5".
         count: number of images of each class.
         seed: random seed of all images.
         options: sampling options of the model, a frozen dataclass.
@@ -45,7 +45,7 @@ class SamplingJob:
         every_step: whether a part holds each image after every step, (N, S, H, W, channels).
     """
 
-    labels: tuple[int, ...]
+    labels: tuple[int | str, ...]
     count: int
     seed: int
     options: Any
@@ -69,13 +69,19 @@ class SamplingJob:
 
     @functools.cached_property
     def label_N(self) -> np.ndarray:
-        """Returns the label of every image that is kept, (N,) int64."""
-        return np.repeat(np.array(self.labels, np.int64), self.count)
+        """Returns the label of every image that is kept, (N,) int64; text if any is a mix."""
+        return np.repeat(self._labels, self.count)
 
     @functools.cached_property
     def label_M(self) -> np.ndarray:
-        """Returns the label of every candidate, (M,) int64."""
-        return np.repeat(np.array(self.labels, np.int64), self.candidates)
+        """Returns the label of every candidate, (M,) as those of `label_N`."""
+        return np.repeat(self._labels, self.candidates)
+
+    @functools.cached_property
+    def _labels(self) -> np.ndarray:
+        if any(isinstance(label, str) for label in self.labels):
+            return np.array([x if isinstance(x, str) else f"{x}:1" for x in self.labels])
+        return np.array(self.labels, np.int64)
 
     @functools.cached_property
     def number_M(self) -> np.ndarray:

@@ -53,7 +53,7 @@ def check_finite_images(
     if bad.size:
         i = bad[0]
         raise InputError(
-            f"image {int(index_B[i])} (label {int(label_B[i])}, seed {seed}) holds NaN or infinite "
+            f"image {int(index_B[i])} (label {label_B[i]}, seed {seed}) holds NaN or infinite "
             f"numbers, as do {bad.size} of the {len(images_BHWC)} images of its batch, and "
             f"is not written. {advice()}"
         )
@@ -240,11 +240,15 @@ class FolderOutput:
         return f"{self._path}/: {len(self._label_N)} images"
 
     def _name(self, i):
-        return f"{i:06d}_label{self._label_N[i]:04d}.png"
+        label = self._label_N[i]
+        text = label.replace(":", "x") if isinstance(label, str) else f"{label:04d}"
+        return f"{i:06d}_label{text}.png"
 
 
 class NpzOutput:
-    """Writes `arr_0`, uint8 (N, H, W, 3), and `labels`, int64 (N,), shuffled; gray becomes RGB.
+    """Writes `arr_0`, uint8 (N, H, W, 3), and `labels` (N,), shuffled; gray becomes RGB.
+
+    Labels are int64, or text if there are mixes of classes.
 
     Evaluators compute the Inception Score over consecutive splits of a file. In a file ordered by
     class, each split would hold few classes and the score would drop from about 298 to 62, so the

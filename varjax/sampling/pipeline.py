@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from varjax.sampling.sampler import (
 from varjax.trees import PyTree
 
 Array = np.ndarray | jax.Array
-Labels = Sequence[int] | np.ndarray | jax.Array
+Labels = Sequence[int | str | Mapping[int, float]] | np.ndarray | jax.Array
 Index = Sequence[int] | np.ndarray
 Location = str | pathlib.Path
 # An option with one number for each scale or step: a list, or a function of the index.

@@ -297,7 +297,10 @@ def sample_best(
     Raises:
         InputError: a label, number or option out of range, or an image that is NaN.
     """
-    labels = tuple(checked_labels(labels, model.classes).tolist())
+    label_B = checked_labels(labels, model.classes)
+    if label_B.ndim == 2:
+        raise InputError("rejection sampling takes single classes as labels, not mixes of them")
+    labels = tuple(label_B.tolist())
     whole_number("count", count, 1)
     job = SamplingJob(
         labels, count, seed, model.options(**options), BATCH_SIZE, check_acceptance(accept)

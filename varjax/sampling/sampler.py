@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax import trees
-from varjax.config.numbers import UINT32_MAX, seed_number
+from varjax.config.numbers import FLOAT32_MAX, UINT32_MAX, seed_number
 from varjax.config.renamed import Renamed, former_names, renamed_message
 from varjax.errors import InputError
 from varjax.trees import PyTree
@@ -139,10 +139,11 @@ def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Arra
 
 
 def checked_labels(labels: Any, classes: int, batch: int | None = None) -> jax.Array:
-    """Returns labels as (B,) int32.
+    """Returns labels as (B,) int32, or as weights (B, classes + 1) float32 if any is a mix.
 
     Args:
-        labels: class numbers; `classes` itself means "no class".
+        labels: class numbers; `classes` itself means "no class". Or mixes of classes by weights,
+            such as {207: 0.5, 980: 0.5} or "207:0.5+980:0.5"; their sum is set to 1.
         classes: number of classes.
         batch: number of labels B if it is fixed by another argument, else None.
 
@@ -150,6 +151,11 @@ def checked_labels(labels: Any, classes: int, batch: int | None = None) -> jax.A
         InputError: a wrong number of labels, no labels, or a label that is not a class.
     """
     allowed = f"allowed are 0 … {classes - 1}, and {classes} for no class"
+    if _has_mixes(labels):
+        weight_BN = np.stack([_class_weights(label, classes, allowed) for label in labels])
+        if batch is not None and len(weight_BN) != batch:
+            raise InputError(f"{len(weight_BN)} labels; expected {batch}")
+        return jnp.asarray(weight_BN, jnp.float32)
     label_B = _numbers("labels", labels, allowed)
     if batch is not None and len(label_B) != batch:
         raise InputError(f"labels have shape {label_B.shape}; expected ({batch},)")
@@ -338,3 +344,38 @@ def _numbers(name: str, values: Any, allowed: str) -> np.ndarray:
     if bad := [x for x in array_B.tolist() if x % 1 != 0 or abs(x) > UINT32_MAX]:  # NaN as well
         raise InputError(f"{name} {bad[:5]}: {allowed}")
     return array_B.astype(np.int64)
+
+
+def _has_mixes(labels: Any) -> bool:
+    """Returns whether labels are a list of which at least one entry mixes classes."""
+    if not isinstance(labels, list | tuple) and not (
+        isinstance(labels, np.ndarray) and labels.ndim == 1
+    ):
+        return False
+    return any(isinstance(x, Mapping) or (isinstance(x, str) and ":" in x) for x in labels)
+
+
+def _class_weights(label: Any, classes: int, allowed: str) -> np.ndarray:
+    """Returns the weights of all classes and of "no class" in a label, (classes + 1,)."""
+    weight_N = np.zeros(classes + 1)
+    try:
+        if isinstance(label, str):
+            pairs = [part.split(":") for part in label.split("+")]
+            numbers = [(int(number), float(weight)) for number, weight in pairs]
+        elif isinstance(label, Mapping):
+            numbers = [(int(number), float(weight)) for number, weight in label.items()]
+        else:
+            numbers = [(int(label), 1.0)]
+    except (TypeError, ValueError):
+        numbers = []
+    for number, weight in numbers:
+        if 0 <= number <= classes and 0 < weight <= FLOAT32_MAX:
+            weight_N[number] += weight
+        else:
+            numbers = []
+    if not numbers:
+        raise InputError(
+            f"label {label!r}: give a class, or CLASS:WEIGHT+CLASS:WEIGHT (in Python also {{CLASS: "
+            f"WEIGHT}}) with weights above 0; {allowed}"
+        )
+    return weight_N / weight_N.sum()

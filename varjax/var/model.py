@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from varjax.errors import InputError, check_setting
 from varjax.nn.attention import MAX_HEADS, block_causal_mask
+from varjax.nn.class_embedding import embed_classes
 from varjax.nn.compute import ComputeConfig, batch_devices, shard_batch
 from varjax.nn.linear import OutputHead, dense
 from varjax.nn.stack import KVCache, init_stack, run_stack
@@ -196,7 +197,10 @@ class VAR(nn.Module):
         return self._logits(x_BLC, head_B2C)
 
     def condition(self, label_B: jax.Array) -> Condition:
-        """Computes what `predict` needs from the labels, once for all scales."""
+        """Computes what `predict` needs from the labels, once for all scales.
+
+        label_B: classes (B,), or weights (B, classes + 1) that mix them.
+        """
         class_BC, cond, head_B2C = self._embed_classes(label_B)
         modulation_SB6C = jax.lax.map(
             lambda params: self.block.apply({"params": params}, cond, method=Block.modulation),
@@ -276,7 +280,7 @@ class VAR(nn.Module):
 
     def _embed_classes(self, label_B):
         """Returns the class embedding, the blocks' condition, and the last norm's modulation."""
-        class_BC = shard_batch(jnp.take(self.class_embed, label_B, axis=0, mode="clip"))
+        class_BC = shard_batch(embed_classes(label_B, self.class_embed))
         silu_BC, C = nn.silu(class_BC), self.config.width
         cond = class_BC
         if self.config.shared_adaln:

@@ -14,6 +14,7 @@ import numpy as np
 
 from varjax.config.numbers import whole_number
 from varjax.nn.autoencoder import decoding_bytes
+from varjax.nn.class_embedding import no_class
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.guidance import guide as combine_streams
 from varjax.tokenizers.vq.model import VQConfig
@@ -120,7 +121,7 @@ def bind_network(
     if two_streams:
         # Both streams of guidance as one batch. The second must also run at scales where guidance
         # is 1, to fill its cache for later ones.
-        label_B = jnp.concatenate([label_B, jnp.full_like(label_B, var.classes)])
+        label_B = jnp.concatenate([label_B, no_class(label_B, var.classes)])
     cond = model.condition(label_B)
 
     def predict(input_BlZ, k, cache):
