@@ -49,7 +49,16 @@ def test_the_cells_run_in_order_and_show_pictures(capsys):
     assert names["model"].config["var"] == runs.VAR
     assert names["images"].shape == (8, 8, 8, 1)
     sizes = [picture.size for picture in shown if isinstance(picture, Image.Image)]
-    assert sizes == [(260, 130), (260, 130), (260, 195), (325, 65), (260, 65)]
+    assert sizes == [
+        (260, 130),
+        (260, 130),
+        (260, 195),
+        (325, 65),
+        (325, 65),
+        (325, 65),
+        (260, 195),
+        (260, 65),
+    ]
     assert not np.allclose(names["variations"][0], names["variations"][1])
     out = capsys.readouterr().out
     assert "4x4: -" in out
