@@ -76,6 +76,8 @@ def test_equal_settings_of_published_weights_are_compared(converted):
         (dict(reference="folder:/data/imagenet"), "the reference is folder:/data/imagenet"),
         (dict(reference="x/VIRTUAL_imagenet512.npz"), "published VIRTUAL_imagenet256_labeled.npz"),
         (dict(features="pixels"), "features are pixels, published inception"),
+        (dict(companions=("refiner",)), "a refiner took part, published none"),
+        (dict(companions=("guide", "refiner")), "a guide and a refiner took part"),
         (dict(accept=0.1), "a classifier kept 0.1 of the samples, published all"),
     ],
 )

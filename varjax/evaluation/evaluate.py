@@ -38,6 +38,7 @@ from varjax.storage.folders import locked_work_folder
 
 DATASETS = "folder:", "tfds:", "digits", "photos"  # beginnings of a reference that is a dataset
 LEAST_SAMPLES = 2
+COMPANIONS = "guide", "refiner"  # attributes of a pipeline: models that help it to sample
 REPORT_FIELDS = {"metrics", "left_out", "notices"}
 
 
@@ -320,6 +321,7 @@ def _published(
         settings.reference,
         settings.extract.network.identity["features"],
         job.accept,
+        tuple(role for role in COMPANIONS if getattr(model, role, None) is not None),
     )
     result, differences = compare_settings(measurement)
     if result is None:

@@ -26,6 +26,7 @@ class Measurement:
         reference: reference as given on the command line.
         features: name of the feature network.
         accept: fraction of the samples that a classifier kept.
+        companions: roles of other models that took part, such as "guide" and "refiner".
     """
 
     location: str
@@ -35,6 +36,7 @@ class Measurement:
     reference: str
     features: str
     accept: float = 1.0
+    companions: tuple[str, ...] = ()
 
 
 def compare_settings(measurement: Measurement) -> tuple[PublishedResult | None, list[str]]:
@@ -102,6 +104,8 @@ def _differences(measurement: Measurement, result: PublishedResult) -> list[str]
         lines.append(f"{measurement.count} samples of each class, published {COUNT}")
     if pathlib.PurePath(measurement.reference).name not in result.references:
         lines.append(f"the reference is {measurement.reference}, published {result.references[0]}")
+    if measurement.companions and not result.caveat:  # which is about the pair
+        lines.append(f"a {' and a '.join(measurement.companions)} took part, published none")
     if measurement.accept != 1:
         lines.append(f"a classifier kept {measurement.accept} of the samples, published all")
     if measurement.features != INCEPTION:
