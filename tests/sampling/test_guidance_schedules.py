@@ -51,6 +51,7 @@ def test_schedules_lists_and_functions_give_the_scales_they_say():
     np.testing.assert_allclose(scales(guidance=lambda k: 1 + k / 2), scales(guidance=2.5))
     assert VAROptions(guidance=lambda k: 1 + k).check(4).guidance == (1.0, 2.0, 3.0, 4.0)
     assert MAROptions(guidance=lambda s: 1 + s, steps=3).check().guidance == (1.0, 2.0, 3.0)
+    assert VAROptions(guidance=[2.0]).check(1) == VAROptions(guidance=lambda k: 2.0).check(1)
 
 
 def test_outside_of_the_interval_guidance_is_off():
@@ -76,6 +77,7 @@ def test_traced_numbers_give_the_same_scales():
     [
         (VAROptions(guidance=(1, 2, 3)), "guidance has 3 numbers: give one, or 4, one for each"),
         (VAROptions(top_k=(1, 2)), "top_k has 2 numbers"),
+        (VAROptions(guidance=[3.0]), "guidance has 1 numbers: give one, or 4, one for each"),
         (VAROptions(top_p=(0.5, 0.5, 0.5, 2.0)), r"top_p\[3\]=2.0: must be in \[0, 1\]"),
         (VAROptions(temperature=(1, 1, 1, -1)), r"temperature\[3\]=-1: must be a finite number, 0"),
         (VAROptions(guidance=(1, 2, 3, 0.5)), r"guidance\[3\]=0.5: must be a finite number, 1"),

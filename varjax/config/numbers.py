@@ -81,13 +81,13 @@ def number_or_list(
     if callable(value):
         if count is None:
             raise InputError(f"{name}={value}: a function needs a model, which calls it")
-        value = [value(index) for index in range(count)] if count > 1 else value(0)
-    many = isinstance(value, list | tuple) or np.ndim(value) > 0
-    if not many or len(value) == 1:
+        value = [value(index) for index in range(count)]
+    if not isinstance(value, list | tuple) and np.ndim(value) == 0:
         return check(name, value)
-    if count not in (None, len(value)):
+    if count not in (None, len(value)) or not len(value):
+        several = "" if count is None else f"{count}, "
         raise InputError(
-            f"{name} has {len(value)} numbers: give one, or {count}, one for each scale or step"
+            f"{name} has {len(value)} numbers: give one, or {several}one for each scale or step"
         )
     return tuple(check(f"{name}[{index}]", number) for index, number in enumerate(value))
 
