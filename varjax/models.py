@@ -286,7 +286,12 @@ def load(
     if compute is not None and dtype != "auto":
         raise InputError(f"dtype={dtype!r} and compute={compute}: give the dtype within compute")
     weights = open_model(location)
-    family, config, params, options = read_model(weights)
+    family = family_of(weights)
+    companions = {"guide": (guide, family.takes_guide), "refiner": (refiner, family.takes_refiner)}
+    for role, (other, allowed) in companions.items():
+        if other is not None and not allowed:
+            raise InputError(f"{role}={other}: models of the family {family.name} take no {role}")
+    _, config, params, options = read_model(weights)
     tokenizer, tokenizer_params = None, {}
     if family.needs_tokenizer or weights.config.keys() & {"task", "tokenizer"}:
         tokenizer, tokenizer_params = read_tokenizer(weights)
@@ -298,10 +303,6 @@ def load(
         compute or ComputeConfig(dtype),
         devices,
     )
-    companions = {"guide": (guide, family.takes_guide), "refiner": (refiner, family.takes_refiner)}
-    for role, (other, allowed) in companions.items():
-        if other is not None and not allowed:
-            raise InputError(f"{role}={other}: models of the family {family.name} take no {role}")
     if family.takes_guide:
         model.loader = functools.partial(load, dtype=dtype, devices=devices, compute=compute)
     model = model if guide is None else model.with_guide(guide)
