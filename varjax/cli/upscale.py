@@ -12,7 +12,7 @@ import logging
 import numpy as np
 
 from varjax.cli.edit import check_label, check_picture_out, draw_results, model_with_scales
-from varjax.cli.sample import add_sampling_flags, check_sampling_flags
+from varjax.cli.sample import add_sampling_flags, check_sampling_flags, companions
 from varjax.errors import InputError
 from varjax.models import load, option_classes
 from varjax.runtime.commands import command_parser, run_command
@@ -38,7 +38,7 @@ def upscale_image(arguments: list[str]) -> None:
     check_sampling_flags(flags)
     check_picture_out(flags.out)
     picture = image_io.open_image(flags.image)
-    model = model_with_scales(load(flags.weights, flags.dtype, guide=flags.guide), "upscale")
+    model = model_with_scales(load(flags.weights, flags.dtype, **companions(flags)), "upscale")
     options = model.options(**given_options(flags, option_classes()))
     H, W, channels = model.image_shape
     small_shape = small_size(picture.size, (H, W))

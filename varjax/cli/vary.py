@@ -18,7 +18,7 @@ from varjax.cli.edit import (
     model_with_scales,
     note_crop,
 )
-from varjax.cli.sample import add_sampling_flags, check_sampling_flags
+from varjax.cli.sample import add_sampling_flags, check_sampling_flags, companions
 from varjax.models import load, option_classes
 from varjax.runtime.commands import command_parser, run_command
 from varjax.runtime.compilation_cache import use_compilation_cache
@@ -43,7 +43,7 @@ def vary_image(arguments: list[str]) -> None:
     check_sampling_flags(flags)
     check_picture_out(flags.out)
     picture = image_io.open_image(flags.image)
-    model = model_with_scales(load(flags.weights, flags.dtype, guide=flags.guide), "vary")
+    model = model_with_scales(load(flags.weights, flags.dtype, **companions(flags)), "vary")
     options = model.options(**given_options(flags, option_classes()))
     check_label(flags.label, model.classes)
     check_out_holds(flags.out, flags.count + 1, model.image_shape)
