@@ -94,6 +94,10 @@ def test_cca_takes_model_copy_and_tokenizer_from_one_place():
     for arg, start in (("d16", "var_d16"), ("d20,from=runs/a,data=random", "runs/a")):
         e = load(f"var_cca.py:{arg}")
         assert {e.init_from, e.task.cca.reference, e.task.tokenizer_weights} == {start}
+    e, digits = load("digits_cca.py"), load("digits.py")
+    e.check()
+    assert {e.init_from, e.task.cca.reference, e.task.tokenizer_weights} == {digits.run_dir}
+    assert (e.task.model, e.data, e.task.sampling.guidance) == (digits.task.model, digits.data, 1)
     with pytest.raises(InputError, match="cannot read 'from='; allowed are d16.*from=MODEL and"):
         load("var_cca.py:from=")
 
