@@ -95,11 +95,13 @@ def export_torch(
 
 def license_of(weights: WeightsDir) -> dict[str, str]:
     """Returns {"license": …} of published weights, or of those that a run started from, or {}."""
-    start = weights.config.get("init_from") if weights.task else None
-    config = weights.config
-    if start and files.exists(find_weights(start) / "config.json"):
-        config = open_weights(start).config
-    text = config.get("license")
+    seen = set()
+    while weights.task and (start := weights.config.get("init_from")) and start not in seen:
+        seen.add(start)  # runs that were made again may name each other
+        if not files.exists(find_weights(start) / "config.json"):
+            break
+        weights = open_weights(start)
+    text = weights.config.get("license")
     return {"license": text} if isinstance(text, str) and text else {}
 
 

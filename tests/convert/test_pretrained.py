@@ -285,7 +285,9 @@ def test_published_options_and_license_go_into_the_directory_and_its_exports(
     export_torch("tiny_cca", "for_pytorch")
     assert read_safetensors("for_pytorch/var.safetensors")[1]["license"] == "CC BY-NC 4.0"
     files.write_json("run/config.json", {"task": {"_type": "VARTask"}, "init_from": "tiny_cca"})
-    assert license_of(open_weights("run")) == {"license": "CC BY-NC 4.0"}
+    files.write_json("run2/config.json", {"task": {"_type": "VARTask"}, "init_from": "run"})
+    for run in ("run", "run2"):  # also of a run that started from that run
+        assert license_of(open_weights(run)) == {"license": "CC BY-NC 4.0"}
     # The branch may move; what was downloaded first counts.
     damage(hub.folder / file.name)
     with pytest.raises(InputError, match="recorded in .*downloads/others/cca/main/CCA"):
