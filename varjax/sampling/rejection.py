@@ -206,7 +206,7 @@ class Candidates:
         for position in position_N:
             part = self._job.parts[position // self._job.batch_size]
             content = self._read(self._file(part))
-            row = np.searchsorted(content["row_n"], position - part.start)
+            (row,) = np.flatnonzero(content["row_n"] == position - part.start)
             images.append(content["image_NHWC"][row])
         return np.stack(images)
 
