@@ -12,7 +12,7 @@ from varjax.cli.sample import main
 from varjax.config import config_tree
 from varjax.errors import InputError
 from varjax.mar.sample import MAROptions
-from varjax.sampling.guidance import guide
+from varjax.sampling.guidance import apply_guidance
 from varjax.sampling.sampler import replace_options
 from varjax.var.sample import VAROptions
 
@@ -29,7 +29,9 @@ def test_guidance_is_the_official_cfg_and_one(cfg):
     for progress in (0, 1 / 3, 2 / 3, 1):
         t = cfg * progress
         official_BlV = (1 + t) * both_2BlV[:4] - t * both_2BlV[4:]
-        guided_BlV = guide(both_2BlV, 1 + (VAROptions(guidance=cfg + 1).guidance - 1) * progress)
+        guided_BlV = apply_guidance(
+            both_2BlV, 1 + (VAROptions(guidance=cfg + 1).guidance - 1) * progress
+        )
         np.testing.assert_allclose(guided_BlV, official_BlV, atol=1e-5)
         draws_Bl = [jnp.argmax(x + gumbel_BlV, axis=-1) for x in (guided_BlV, official_BlV)]
         np.testing.assert_array_equal(*draws_Bl)

@@ -19,7 +19,13 @@ from varjax.nn.compute import EXACT
 from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import bound_quantizer, decode_features
 from varjax.var.model import VARConfig
-from varjax.var.network import Refiner, bind_network, collaborative, guided_by, var_sampling_bytes
+from varjax.var.network import (
+    Refiner,
+    bind_network,
+    collaborative_decoding,
+    guided_by,
+    var_sampling_bytes,
+)
 from varjax.var.pipeline import VARPipeline
 from varjax.var.sample import VAROptions, choose_tokens, sample_scales, sample_tokens
 
@@ -79,7 +85,7 @@ def test_a_model_that_is_its_own_refiner_draws_as_it_would_alone():
         for N in range(1, K):
             drafter = bound(params, min(guided, N), scales=N)
             small = bound(params, guided if guided > N else 0)
-            parts.append(draw(collaborative(drafter, small, N), quantizer))
+            parts.append(draw(collaborative_decoding(drafter, small, N), quantizer))
         return whole, parts
 
     whole, parts = run(params())
@@ -103,7 +109,7 @@ def test_the_caches_hold_what_is_needed_and_the_first_pass_fills_the_refiner_s()
         for k, input_BlZ in enumerate([None, *inputs]):
             logits_BlV, cache = network(input_BlZ, k, cache)
         at_once = bound()(jnp.concatenate(inputs, axis=1), 2, None)
-        joined, state = collaborative(bound(scales=2), bound(), 2), None
+        joined, state = collaborative_decoding(bound(scales=2), bound(), 2), None
         for k, input_BlZ in enumerate([None, *inputs[:1]]):
             _, state = joined(input_BlZ, k, state)
         return (logits_BlV, cache), at_once, state, joined(inputs[1], 2, state)
@@ -131,7 +137,7 @@ def test_networks_are_called_at_their_scales_with_the_global_number():
 
         return predict
 
-    joined, state = collaborative(network("large"), network("small"), 2), None
+    joined, state = collaborative_decoding(network("large"), network("small"), 2), None
     joined = guided_by(joined, network("guide"), np.full(K, 2.0), guided=1)
     for k, length in enumerate(VAR.pyramid.lengths):
         _, state = joined(jnp.ones((2, length, 3)) if k else None, k, state)

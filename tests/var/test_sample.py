@@ -11,7 +11,7 @@ from tests.helpers import golden_cases as golden
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
 from varjax.sampling.filters import filter_top_k_top_p
-from varjax.sampling.guidance import guide
+from varjax.sampling.guidance import apply_guidance
 from varjax.sampling.sampler import KnownTokens, image_keys
 from varjax.tokenizers.vq.model import bound_quantizer, decode_features
 from varjax.tokenizers.vq.pyramid import Pyramid
@@ -79,7 +79,7 @@ def teacher_forced(name):
             jnp.concatenate([label_B, jnp.full_like(label_B, var.classes)]),
         )
         guided = [
-            guide(both_2BLV[:, scale], 1 + (guidance - 1) * var.pyramid.progress(k))
+            apply_guidance(both_2BLV[:, scale], 1 + (guidance - 1) * var.pyramid.progress(k))
             for k, scale in enumerate(var.pyramid.slices)
         ]
         return jnp.concatenate(guided, axis=1)

@@ -23,7 +23,7 @@ from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS, diffusion_loss, reverse_diffusion
 from varjax.nn.linear import OutputHead, dense
 from varjax.nn.rng import ImageStream, stream_keys
-from varjax.sampling.guidance import guide
+from varjax.sampling.guidance import apply_guidance
 from varjax.sampling.sampler import checked_tokens
 from varjax.trees import PyTree
 
@@ -217,7 +217,7 @@ class DiffusionHead:
             parts = jnp.split(jnp.concatenate([xt_NZ, xt_NZ]), len(denoisers))
             outs = [denoise(part, t_1) for denoise, part in zip(denoisers, parts, strict=True)]
             noise_NZ, value_NZ = jnp.split(jnp.concatenate(outs), 2, axis=-1)
-            noise_NZ = guide(noise_NZ, settings.guidance)
+            noise_NZ = apply_guidance(noise_NZ, settings.guidance)
             return jnp.concatenate([noise_NZ, value_NZ[: B * m]], axis=-1)
 
         denoise = denoisers[0] if len(z) == 1 else guided_denoise
@@ -354,7 +354,7 @@ class CategoricalHead:
         """Draws codes (B, m) from the softmax of guided logits / temperature."""
         logits_BmV = jnp.concatenate(_apply(networks, z))
         if len(z) == 2:
-            logits_BmV = guide(logits_BmV, settings.guidance)
+            logits_BmV = apply_guidance(logits_BmV, settings.guidance)
         # The argmax of logits and Gumbel noise is a draw from the softmax.
         code_Bm = jnp.argmax(logits_BmV + settings.temperature * noise(0), axis=-1)
         # An argmax hides NaN, so an impossible code marks it.

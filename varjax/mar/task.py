@@ -15,6 +15,7 @@ from varjax.mar.losses import LossDraws, MaskedTokenLosses, content_keys, masked
 from varjax.mar.masking import known_count, mask_ratio
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions, check_sampling, make_setup, sample_mar_tokens
+from varjax.nn.class_embedding import drop_labels
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS
 from varjax.nn.rng import ImageStream, stream_keys
@@ -31,7 +32,6 @@ from varjax.training.train_step import (
 from varjax.training.transformer_task import (
     PREVIEW_SAMPLES,
     check_classes,
-    drop_labels,
     preview_samples,
     train_flops,
     transformer_notes,

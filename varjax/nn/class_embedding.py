@@ -25,3 +25,9 @@ def no_class(label_B: jax.Array, classes: int) -> jax.Array:
     if label_B.ndim == 1:
         return jnp.full_like(label_B, classes)
     return jnp.zeros_like(label_B).at[:, classes].set(1)
+
+
+def drop_labels(key: jax.Array, label: jax.Array, rate: float, classes: int) -> jax.Array:
+    """Replaces labels, each with a probability of `rate`, by "no class", which is `classes`."""
+    dropped = jax.random.bernoulli(key, rate, label.shape)
+    return jnp.where(dropped, classes, label)

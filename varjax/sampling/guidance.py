@@ -135,7 +135,7 @@ def guided_interval(options: GuidanceOptions, ramp_S: np.ndarray) -> tuple[int, 
     return (int(on[0]), int(on[-1]) + 1) if len(on) else (0, 0)
 
 
-def guide(x_2B: jax.Array, scale: jax.typing.ArrayLike) -> jax.Array:
+def apply_guidance(x_2B: jax.Array, scale: jax.typing.ArrayLike) -> jax.Array:
     """Combines predictions c of the class and u of no class to u + scale·(c - u).
 
     For autoguidance (Karras et al. 2024, arXiv 2406.02507), u is of the class too, by a weaker

@@ -1,4 +1,4 @@
-"""What the tasks of all transformers share: dropped labels, checks, notes, FLOP, previews."""
+"""What the tasks of all transformers share: checks, notes, FLOP, previews."""
 
 import dataclasses
 from typing import Any
@@ -14,12 +14,6 @@ from varjax.training.task import Batch, ImageSampler, Plan, TrainState, ema_note
 from varjax.trees import PyTree
 
 PREVIEW_SAMPLES = 16
-
-
-def drop_labels(key: jax.Array, label: jax.Array, rate: float, classes: int) -> jax.Array:
-    """Replaces labels, each with a probability of `rate`, by "no class", which is `classes`."""
-    dropped = jax.random.bernoulli(key, rate, label.shape)
-    return jnp.where(dropped, classes, label)
 
 
 def check_classes(data: int, model: int) -> None:

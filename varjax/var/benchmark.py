@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from varjax.errors import check_setting
 from varjax.nn.compute import ComputeConfig
-from varjax.sampling.guidance import guidance_scales, guide
+from varjax.sampling.guidance import apply_guidance, guidance_scales
 from varjax.sampling.programs import Program, SamplingPrograms
 from varjax.tokenizers.vq.model import VQConfig, decode_features, make_quantizer
 from varjax.training.task import Batch
@@ -123,7 +123,7 @@ def sampling_pieces(
         bound_quantizer = quantizer.bind({"params": params})
         if guided:
             scale_K = guidance_scales(options, guidance_ramp(var.pyramid))
-            logits_BlV = guide(logits_BlV, scale_K[k])
+            logits_BlV = apply_guidance(logits_BlV, scale_K[k])
         _, code_BlZ = choose_tokens(bound_quantizer, logits_BlV, k, key_B, options)
         f_hat_BhwZ = bound_quantizer.add_scale(f_hat_BhwZ, code_BlZ, k)
         last = k + 1 == len(var.pyramid)

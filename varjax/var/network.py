@@ -1,7 +1,7 @@
 """The networks that `sample_scales` takes, one VAR or several that work together, and their memory.
 
 Each is a function (input, scale, cache) -> (logits, cache), so networks are joined by functions:
-`guided_by` combines two at every scale, `collaborative` hands over from one to the next.
+`guided_by` combines two at every scale, `collaborative_decoding` hands over from one to the next.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from varjax.config.numbers import whole_number
 from varjax.nn.autoencoder import decoding_bytes
 from varjax.nn.class_embedding import no_class
 from varjax.nn.compute import ComputeConfig
-from varjax.sampling.guidance import guide as combine_streams
+from varjax.sampling.guidance import apply_guidance
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.trees import PyTree
 from varjax.var.model import VAR, VARConfig
@@ -87,7 +87,7 @@ def sampling_network(
         small = bind_network(
             refiner.config, params["refiner"], label_B, by_no_class, compute, streams
         )
-        network = collaborative(drafter, small, N)
+        network = collaborative_decoding(drafter, small, N)
     if guide is None:
         return network
     weak = bind_network(guide, params["guide"], label_B, None, compute)
@@ -136,7 +136,7 @@ def bind_network(
         if input_BlZ is not None:
             input_BlZ = jnp.concatenate([input_BlZ, input_BlZ])
         logits_2BlV, cache = model.predict(input_BlZ, cond, k, cache, first)
-        return combine_streams(logits_2BlV, scale_K[k]), cache
+        return apply_guidance(logits_2BlV, scale_K[k]), cache
 
     return predict
 
@@ -163,15 +163,17 @@ def guided_by(
             return logits_BlV, (cache, None)
         weak_BlV, guide_cache = guide_network(input_BlZ, k, guide_cache)
         both_2BlV = jnp.concatenate([logits_BlV, weak_BlV])
-        return combine_streams(both_2BlV, guidance_K[k]), (cache, guide_cache)
+        return apply_guidance(both_2BlV, guidance_K[k]), (cache, guide_cache)
 
     return predict
 
 
-def collaborative(drafter: PredictScale, refiner: PredictScale, draft_scales: int) -> PredictScale:
+def collaborative_decoding(
+    drafter: PredictScale, refiner: PredictScale, draft_scales: int
+) -> PredictScale:
     """Hands over from a large network to a small one (CoDe, Chen et al. 2024, arXiv 2411.17787).
 
-        network = collaborative(large, small, draft_scales=8)
+        network = collaborative_decoding(large, small, draft_scales=8)
         token_BL, f_hats = sample_scales(network, choose, quantizer, batch)
 
     Only the inputs of the drafted scales are handed over. The refiner processes them, with the

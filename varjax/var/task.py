@@ -16,6 +16,7 @@ from varjax.checkpoints.weights import (
     read_generator,
 )
 from varjax.errors import check_setting
+from varjax.nn.class_embedding import drop_labels
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.transformer import drop_path
 from varjax.tokenizers.contract import check_image_shape
@@ -31,7 +32,6 @@ from varjax.training.train_step import (
 )
 from varjax.training.transformer_task import (
     check_classes,
-    drop_labels,
     preview_samples,
     train_flops,
     transformer_notes,
