@@ -222,6 +222,13 @@ def test_probabilities_that_are_none_are_refused(tmp_path):
             draw(tmp_path / "a.npz", classifier)
 
 
+def test_labels_without_a_probability_and_other_classifiers_are_refused_in_python():
+    with pytest.raises(InputError, match="takes single classes, no mixes of them or no class"):
+        sample_best(FakeSampler(), FakeClassifier(), [3, 10])
+    with pytest.raises(InputError, match="takes images of shape .4, 4, 1."):
+        sample_best(FakeSampler(), loaded(image_shape=(4, 4, 1)), [3])
+
+
 def test_more_candidates_than_a_list_holds_are_refused():
     with pytest.raises(InputError, match="count=50000 of 3 classes at accept=0.001 are 150"):
         job(accept=0.001, count=50_000)
@@ -230,16 +237,20 @@ def test_more_candidates_than_a_list_holds_are_refused():
 SAMPLE = ["--weights=fake", "--labels=3,7", "--count=2", "--batch_size=2", "--out=a.npz"]
 
 
+def loaded(**settings):
+    identity = FakeClassifier.identity
+    return LoadedClassifier(10, identity, lambda x: np.zeros((len(x), 10)), **settings)
+
+
 @pytest.fixture
 def model(monkeypatch):
     found = FakeSampler()
     monkeypatch.setattr(sample, "load", lambda *_, **__: found)
     monkeypatch.setattr(sample, "use_compilation_cache", lambda: None)
-    loaded = LoadedClassifier(10, FakeClassifier.identity, lambda x: np.zeros((len(x), 10)))
     monkeypatch.setattr(
         rejection,
         "load_classifier",
-        lambda location: loaded if location == "fake" else load_classifier(location),
+        lambda location: loaded() if location == "fake" else load_classifier(location),
     )
     return found
 
@@ -272,7 +283,7 @@ def test_what_cannot_be_done_is_refused_before_sampling(flags, message, model, c
     assert model.calls == 0
 
 
-def test_a_classifier_of_other_classes_or_images_is_refused(model, capsys):
+def test_a_classifier_of_other_classes_or_images_is_refused(model, capsys, monkeypatch):
     arguments = [*SAMPLE, "--accept=0.5", "--classifier=fake"]
     model.classes = 1000
     assert sample.main(arguments) == 1
@@ -280,6 +291,10 @@ def test_a_classifier_of_other_classes_or_images_is_refused(model, capsys):
     model.classes, model.image_shape = 10, (8, 8, 4)
     assert sample.main([*arguments, "--out=images"]) == 1
     assert "have 4 channels; classifiers take 1 (gray) or 3" in capsys.readouterr().err
+    model.image_shape, shape = (28, 28, 1), (8, 8, 1)
+    monkeypatch.setattr(rejection, "load_classifier", lambda _: loaded(image_shape=shape))
+    assert sample.main(arguments) == 1
+    assert "takes images of shape (8, 8, 1), the model's are (28, 28, 1)" in capsys.readouterr().err
     assert model.calls == 0
 
 

@@ -45,11 +45,13 @@ class LoadedClassifier:
         classes: number of classes that it distinguishes.
         identity: JSON data that identify the classifier.
         predict: images (N, H, W, channels) uint8 -> probabilities of all classes, (N, V).
+        image_shape: (H, W, channels) of the images that it takes; None for any size, gray or RGB.
     """
 
     classes: int
     identity: dict[str, Any]
     predict: Callable[[np.ndarray], np.ndarray]
+    image_shape: tuple[int, int, int] | None = None
 
     def probabilities(self, images_NHWC: np.ndarray, label_N: np.ndarray) -> np.ndarray:
         """Returns the probability of its label for each image, (N,) float32."""
@@ -102,6 +104,7 @@ def digits_classifier() -> LoadedClassifier:
         classes=len(model.classes_),
         identity={"network": "logistic regression", "data": DIGITS},
         predict=lambda images_NHWC: model.predict_proba(_pixels(images_NHWC)),
+        image_shape=train.images_NHWC.shape[1:],
     )
 
 

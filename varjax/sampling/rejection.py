@@ -74,6 +74,11 @@ def check_classifier(classifier: LoadedClassifier, model: Sampler) -> None:
             f"the classifier distinguishes {classifier.classes} classes, the model draws "
             f"{model.classes}; give a classifier of the model's classes"
         )
+    if classifier.image_shape not in (None, tuple(model.image_shape)):
+        raise InputError(
+            f"the classifier takes images of shape {classifier.image_shape}, the model's are "
+            f"{tuple(model.image_shape)}; give another classifier"
+        )
     if (channels := model.image_shape[2]) not in (1, 3):
         raise InputError(
             f"the model's images have {channels} channels; classifiers take 1 (gray) or 3 (RGB)"
@@ -298,8 +303,10 @@ def sample_best(
         InputError: a label, number or option out of range, or an image that is NaN.
     """
     label_B = checked_labels(labels, model.classes)
-    if label_B.ndim == 2:
-        raise InputError("rejection sampling takes single classes as labels, not mixes of them")
+    if label_B.ndim == 2 or (label_B == model.classes).any():
+        raise InputError("rejection sampling takes single classes, no mixes of them or no class")
+    if isinstance(classifier, LoadedClassifier):
+        check_classifier(classifier, model)
     labels = tuple(label_B.tolist())
     whole_number("count", count, 1)
     job = SamplingJob(
