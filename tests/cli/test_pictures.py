@@ -1,0 +1,140 @@
+"""Commands that write pictures, with a fake model: vary, upscale, edit --paste, --every_step."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.helpers.fake_sampler import FakeSampler
+from varjax.cli import edit, sample, upscale, vary
+from varjax.errors import InputError
+from varjax.metrics.classifier import LoadedClassifier
+from varjax.sampling import rejection
+from varjax.storage import image_io
+
+COMMANDS = {"vary": vary.vary_image, "upscale": upscale.upscale_image, "edit": edit.edit_image}
+SHAPE = (64, 96, 3)  # large enough for a grid without gaps
+
+
+class FakeVAR(FakeSampler):
+    """Keeps what it is asked for; each result is gray, by the number of its image."""
+
+    def vary(self, images_BHWC, keep_scales, labels=None, seed=0, *, index=None, **options):
+        self.asked = images_BHWC, keep_scales, np.asarray(labels).tolist(), seed, options
+        return self._images(np.asarray(index))
+
+    upscale = vary
+
+    def steps(self, options):
+        return 3
+
+    def sample(self, labels, seed=0, *, index=None, every_step=False, **options):
+        images_BHWC = super().sample(labels, seed, index=index)
+        steps = [images_BHWC + 10 * step / 255 for step in range(3)]
+        return np.stack(steps) if every_step else images_BHWC
+
+
+@pytest.fixture
+def model(monkeypatch):
+    found = FakeVAR(image_shape=SHAPE)
+
+    def load(weights, dtype, **companions):
+        found.companions = companions
+        return found
+
+    for module in (vary, upscale, edit, sample):
+        monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(sample, "use_compilation_cache", lambda: None)
+    pixels = np.random.default_rng(0).integers(0, 256, (*SHAPE[:2], 3), np.uint8)
+    Image.fromarray(pixels).save("photo.png")
+    Image.fromarray(pixels[:17, :24]).save("small.png")
+    return found
+
+
+def run(command, *flags):
+    """Runs a command that draws two images at a time; returns the tiles of its picture."""
+    COMMANDS[command](["--weights=fake", "--batch_size=2", "--out=x.png", *flags])
+    picture_HWC = np.asarray(Image.open("x.png"))
+    return np.split(picture_HWC, picture_HWC.shape[1] // SHAPE[1], axis=1)
+
+
+def assert_results(tiles):
+    assert [np.unique(tile).tolist() for tile in tiles] == [[n] for n in range(len(tiles))]
+
+
+def test_variations_are_shown_after_the_original(model, capsys):
+    flags = "--image=photo.png", "--keep_scales=2", "--count=3", "--seed=5", "--label=7"
+    original, *results = run("vary", *flags, "--top_k=9", "--guide=weak", "--refiner=small")
+    np.testing.assert_array_equal(original, image_io.read_image("photo.png", SHAPE))
+    assert_results(results)
+    images_BHWC, keep_scales, labels, seed, options = model.asked
+    np.testing.assert_array_equal(images_BHWC[0], original)
+    assert (keep_scales, labels, seed, options["top_k"]) == (2, [7, 7], 5, 9)
+    assert model.companions == {"guide": "weak", "refiner": "small", "draft_scales": 8}
+    assert "original, 3 results with its first 2 scales" in capsys.readouterr().out
+
+
+def test_a_small_picture_is_cut_to_the_model_s_ratio_and_upscaled(model, capsys):
+    _, *results = run("upscale", "--image=small.png", "--count=2", "--refiner=small")
+    assert_results(results)
+    images_BHWC, keep_scales, labels, *_ = model.asked
+    assert images_BHWC.shape == (1, 16, 24, 3) and keep_scales is None and labels == [10, 10]
+    assert model.companions["refiner"] == "small"
+    assert "(24x16 pixels), and 2 results" in capsys.readouterr().out
+
+
+def test_pasted_pixels_are_the_original_s(model):
+    original, _, *results = run(
+        "edit", "--image=photo.png", "--box=0,0,0.5,1", "--count=2", "--paste=0"
+    )
+    for number, result in enumerate(results):
+        np.testing.assert_array_equal(result[32:], original[32:])
+        assert np.unique(result[:32]).tolist() == [number]
+
+
+def test_every_step_is_a_column_or_a_frame(model):
+    flags = ["--weights=fake", "--labels=3,7", "--count=1", "--batch_size=2"]
+    assert sample.main([*flags, "--every_step", "--out=x.png"]) == 0
+    strip_HWC = np.asarray(Image.open("x.png"))
+    assert strip_HWC.shape == (2 * SHAPE[0], 3 * SHAPE[1], 3)
+    assert [int(strip_HWC[0, 96 * step, 0]) for step in range(3)] == [0, 10, 20]
+    assert [int(strip_HWC[64, 96 * step, 0]) for step in range(3)] == [1, 11, 21]
+    assert sample.main([*flags, "--out=x.gif"]) == 0
+    with Image.open("x.gif") as film:
+        assert film.n_frames == 3
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "message"),
+    [
+        ("vary", ["--image=photo.png", "--out=x.npz"], "the results are one picture; give FILE.p"),
+        ("vary", ["--image=photo.png", "--label=10"], "label=10: allowed are 0 … 9"),
+        ("vary", ["--image=none.png"], "none.png does not exist"),
+        ("upscale", ["--image=photo.png"], "96x64 pixels; upscaling takes less than the model's"),
+        ("edit", ["--image=photo.png", "--box=0,0,1,1", "--paste=-2"], "paste=-2: give a number"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_first(command, flags, message, model):
+    keep = ["--keep_scales=2"] if command == "vary" else []
+    with pytest.raises(InputError, match=message):
+        run(command, *keep, *flags)
+    assert model.calls == 0
+
+
+def test_a_model_without_scales_cannot_vary(model, monkeypatch):
+    monkeypatch.setattr(vary, "load", lambda *_, **__: FakeSampler(image_shape=SHAPE))
+    with pytest.raises(InputError, match="vary: only a model that draws scale by scale"):
+        run("vary", "--image=photo.png", "--keep_scales=2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--every_step", "--out=x.npz"], "for every step, give FILE.gif"),
+        (["--out=x.gif", "--accept=0.5", "--classifier=any"], "--accept chooses finished images"),
+    ],
+)
+def test_what_shows_no_steps_is_refused_first(flags, message, model, monkeypatch, capsys):
+    classifier = LoadedClassifier(10, {}, lambda images_NHWC: images_NHWC)
+    monkeypatch.setattr(rejection, "load_classifier", lambda location: classifier)
+    assert sample.main(["--weights=fake", "--labels=3", *flags]) == 1
+    assert message in capsys.readouterr().err and model.calls == 0
