@@ -98,6 +98,25 @@ def test_the_second_stream_guides_the_timesteps_of_the_interval():
         assert np.abs(part - everywhere).min() > 1e-3 and np.abs(part - nowhere).min() > 1e-3
 
 
+@pytest.mark.slow
+def test_a_rule_of_one_s_own_is_asked_at_every_step_and_returns_tokens():
+    options = MAROptions(guidance=3.0, guidance_from=1, **FEW, steps=2)
+    setup, asked = make_setup(TINY, check_sampling(TINY, options), None, 2), []
+
+    def rule(networks, z, noise, settings):
+        asked.append((len(networks), len(z)))
+        return TINY.head.draw(networks, z, noise, settings)
+
+    def token_shape(choose):
+        sample = functools.partial(sample_mar_tokens, TINY, choose=choose)
+        return jax.eval_shape(sample, params(TINY), LABEL_B, KEY_B, setup).shape
+
+    assert token_shape(rule) == token_shape(None)
+    assert asked == [(1, 1), (1, 2)]  # without guidance, and with it
+    with pytest.raises(InputError, match="choose returned tokens of shape .*; needed is"):
+        token_shape(lambda *given: rule(*given)[..., None])
+
+
 def test_what_does_not_fit_a_model_is_refused():
     model, codes = (
         MARPipeline(None, config, {"tokenizer": {}, "mar": params(config)})

@@ -107,6 +107,10 @@ def test_a_rule_of_one_s_own_draws_as_the_built_in_one():
         own = choose_tokens(QUANTIZER, logits_BlV, k, key_B, options, rule)
         for found, expected in zip(own, built_in, strict=True):
             np.testing.assert_array_equal(found, expected)
+    with pytest.raises(InputError, match=r"shape \(2, 4, 1\) at scale 1; needed is .* = \(2, 4\)"):
+        choose_tokens(
+            QUANTIZER, logits_BlV, 1, key_B, options, lambda *given: rule(*given)[..., None]
+        )
 
 
 def test_a_number_for_each_scale_is_used_at_its_scale():

@@ -258,6 +258,9 @@ def sample_mar_tokens(
 
     Returns:
         Tokens by position, (B, L, Z) float32 or (B, L) int32.
+
+    Raises:
+        InputError: `choose` returns an array of another shape.
     """
     B, L, head = len(label_B), config.length, config.head
     if order_BL is None:
@@ -274,7 +277,12 @@ def sample_mar_tokens(
 
     def draw(z, position_Bm, number):
         noise_of_draw = functools.partial(noise, position_Bm)
-        return choose(networks[: len(z)], z, noise_of_draw, setup.draw_settings(number))
+        token_Bm = jnp.asarray(
+            choose(networks[: len(z)], z, noise_of_draw, setup.draw_settings(number))
+        )
+        if token_Bm.shape != (shape := (*position_Bm.shape, *head.token_shape)):
+            raise InputError(f"choose returned tokens of shape {token_Bm.shape}; needed is {shape}")
+        return token_Bm
 
     def bind(config, params, label_RB):
         apply = bind_mar(config, params, compute)

@@ -21,6 +21,7 @@ from varjax.config.numbers import (
     whole_number,
 )
 from varjax.config.renamed import Renamed
+from varjax.errors import InputError
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.filters import filter_top_k_top_p
@@ -247,12 +248,20 @@ def choose_tokens(
 
     Returns:
         Tokens (B, l) int32 and their codes (B, l, Z).
+
+    Raises:
+        InputError: `choose` returns an array of another shape.
     """
     # An argmax hides NaN, so the code of such a token becomes NaN, which the image then shows.
     finite_Bl1 = jnp.all(jnp.isfinite(logits_BlV), axis=-1, keepdims=True)
     scale_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, k)
     if choose is not None:
-        token_Bl = choose(logits_BlV, k, scale_key_B)
+        token_Bl = jnp.asarray(choose(logits_BlV, k, scale_key_B))
+        if token_Bl.shape != logits_BlV.shape[:2]:
+            raise InputError(
+                f"choose returned tokens of shape {token_Bl.shape} at scale {k}; needed is (B, l) "
+                f"= {logits_BlV.shape[:2]}"
+            )
         code_BlZ = quantizer.look_up(token_Bl)
         return token_Bl.astype(jnp.int32), jnp.where(finite_Bl1, code_BlZ, jnp.nan)
     top_k, top_p, temperature = options.draw_settings(k)
