@@ -31,6 +31,7 @@ from varjax.models import read_model, read_tokenizer
 from varjax.storage import files
 from varjax.storage.safetensors_io import read_safetensors
 from varjax.training.experiment import Experiment
+from varjax.var.cca import CCAConfig
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 
@@ -118,6 +119,11 @@ def test_training_fetches_what_a_new_run_starts_from_and_keeps_the_name(hub, tmp
         golden.tokenizer_params("base")["quantizer"]["codebook"],
     )
     assert task.pretrained("tiny")[0]["head"]["bias"].shape == (tokenizer.vocab,)
+    shutil.rmtree(tmp_path / "cache")
+    cca = CCAConfig(reference="tiny", negative_weight=2.0)
+    task = dataclasses.replace(task, tokenizer_weights="random", cca=cca)
+    train.fetch_weights(dataclasses.replace(run, task=task, init_from=""))
+    assert len(hub.asked) == 4 and (tmp_path / "cache/tiny").is_dir()
 
 
 def test_a_run_that_has_begun_fetches_nothing(hub, tmp_path):
