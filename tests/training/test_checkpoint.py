@@ -14,7 +14,8 @@ from jax.sharding import SingleDeviceSharding
 
 from tests.helpers import tiny
 from varjax.checkpoints import saved_steps
-from varjax.checkpoints.saved_steps import STATE_TREES, restore_weights
+from varjax.checkpoints.saved_steps import STATE_TREES
+from varjax.checkpoints.weights import restore_weights
 from varjax.errors import DamagedFileError, InputError, StorageError
 from varjax.runtime import distributed
 from varjax.storage import checksums, files, untrusted

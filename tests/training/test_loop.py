@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.helpers import tiny
 from tests.helpers.tiny import lines, weights
-from varjax.checkpoints.saved_steps import restore_weights
+from varjax.checkpoints.weights import restore_weights
 from varjax.errors import InputError
 from varjax.storage import folders
 from varjax.training import loop

@@ -12,7 +12,8 @@ import pytest
 from tests.helpers import runs, tiny
 from tests.helpers.paths import ROOT
 from varjax import trees
-from varjax.checkpoints.saved_steps import SavedSteps, restore_weights
+from varjax.checkpoints.saved_steps import SavedSteps
+from varjax.checkpoints.weights import restore_weights
 from varjax.errors import InputError
 from varjax.models import read_model
 from varjax.storage import files

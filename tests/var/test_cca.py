@@ -12,7 +12,7 @@ import pytest
 
 import varjax
 from tests.helpers import runs
-from varjax.checkpoints.saved_steps import restore_weights
+from varjax.checkpoints.weights import restore_weights
 from varjax.data.sources import Digits
 from varjax.errors import InputError
 from varjax.export import export_run

@@ -30,8 +30,8 @@ from varjax.errors import (
     StorageError,
 )
 from varjax.runtime.distributed import on_all_processes
-from varjax.storage import checksums, files, read_errors, untrusted
-from varjax.storage.buckets import absolute, as_path, in_bucket
+from varjax.storage import checksums, read_errors, untrusted
+from varjax.storage.buckets import absolute, in_bucket
 from varjax.trees import PyTree
 
 STATE_TREES = ("params", "ema", "opt_state")
@@ -327,44 +327,6 @@ def none_readable(directory: pathlib.Path, errors: Mapping[int, DamagedFileError
     if any(isinstance(error, DiskReadError) for error in errors.values()):
         return StorageError(f"{text}Nothing was moved. Start again when the disk works")
     return InputError(f"{text}Restore them from a copy, or delete {directory} to continue without")
-
-
-def restore_weights(
-    run_dir: str | pathlib.Path,
-    ema: bool | None = None,
-    config: Mapping[str, Any] | None = None,
-) -> PyTree:
-    """Reads the weights of a run to the first device: the best by its `keep_best`, or the last.
-
-    The run may be in progress.
-
-    Args:
-        run_dir: directory of the run.
-        ema: True reads the averaged parameters, False the others. None reads the average if there
-            is one, unless the best step was chosen by a metric of the parameters themselves
-            ("eval/...").
-        config: contents of the run's config.json; None reads it.
-
-    Raises:
-        InputError: the run has no checkpoint or no average yet, or no step can be read.
-        StorageError: the machine or network cannot read them now.
-    """
-    run_dir = as_path(run_dir)
-    best, last = SavedSteps(run_dir / "best"), SavedSteps(run_dir / "checkpoints")
-
-    def read_best(step: int) -> PyTree:
-        # A step that an earlier setting of keep_best chose is not the best by the present setting.
-        chosen_by = best.meta(step).get("keep_best", "")
-        if chosen_by != (config or files.read_json(run_dir / "config.json")).get("keep_best"):
-            return None
-        of_params = ema is None and chosen_by.rpartition(":")[2].startswith("eval/")
-        return best.params(step, False if of_params else ema)
-
-    if (params := best.newest(read_best)) is None:
-        params = last.newest(lambda step: last.params(step, ema))
-    if params is None:
-        raise InputError(f"{run_dir} has no checkpoint yet; let it train until its first save")
-    return params
 
 
 def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

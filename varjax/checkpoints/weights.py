@@ -9,13 +9,13 @@ import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from varjax import trees
-from varjax.checkpoints.saved_steps import SavedSteps, restore_weights
+from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.config import config_tree
 from varjax.errors import InputError, errors_naming
 from varjax.storage import files, untrusted
@@ -177,6 +177,44 @@ def open_weights(location: str | pathlib.Path) -> WeightsDir:
         if not isinstance(parts[name], dict):
             raise InputError(f"{name} in {path} is {shown(parts[name])}, not a group of settings")
     return WeightsDir(directory, config)
+
+
+def restore_weights(
+    run_dir: str | pathlib.Path,
+    ema: bool | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> PyTree:
+    """Reads the weights of a run to the first device: the best by its `keep_best`, or the last.
+
+    The run may be in progress.
+
+    Args:
+        run_dir: directory of the run.
+        ema: True reads the averaged parameters, False the others. None reads the average if there
+            is one, unless the best step was chosen by a metric of the parameters themselves
+            ("eval/...").
+        config: contents of the run's config.json; None reads it.
+
+    Raises:
+        InputError: the run has no checkpoint or no average yet, or no step can be read.
+        StorageError: the machine or network cannot read them now.
+    """
+    run_dir = as_path(run_dir)
+    best, last = SavedSteps(run_dir / "best"), SavedSteps(run_dir / "checkpoints")
+
+    def read_best(step: int) -> PyTree:
+        # A step that an earlier setting of keep_best chose is not the best by the present setting.
+        chosen_by = best.meta(step).get("keep_best", "")
+        if chosen_by != (config or files.read_json(run_dir / "config.json")).get("keep_best"):
+            return None
+        of_params = ema is None and chosen_by.rpartition(":")[2].startswith("eval/")
+        return best.params(step, False if of_params else ema)
+
+    if (params := best.newest(read_best)) is None:
+        params = last.newest(lambda step: last.params(step, ema))
+    if params is None:
+        raise InputError(f"{run_dir} has no checkpoint yet; let it train until its first save")
+    return params
 
 
 @functools.cache  # tracing a model takes seconds, and a tokenizer is read several times
