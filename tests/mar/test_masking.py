@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varjax.mar.masking import UnmaskingSchedule, draw_orders, known_count, mask_ratio
+from varjax.mar.losses import known_count, mask_ratio
+from varjax.mar.masking import UnmaskingSchedule, draw_orders
 from varjax.mar.model import MARConfig
 from varjax.sampling.sampler import image_keys
 

@@ -16,6 +16,19 @@ from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import ImageStream, stream_keys
 from varjax.trees import PyTree
 
+MASK_MEAN, MASK_STD = 1.0, 0.25  # normal distribution of the mask ratio, before truncation
+
+
+def mask_ratio(key: jax.Array, min_mask_ratio: float) -> jax.Array:
+    """Draws the fraction of tokens to mask: normal around 1, truncated to [min_mask_ratio, 1]."""
+    lower = (min_mask_ratio - MASK_MEAN) / MASK_STD
+    return MASK_MEAN + MASK_STD * jax.random.truncated_normal(key, lower, 0.0)
+
+
+def known_count(length: int, ratio: jax.Array | float) -> jax.Array:
+    """Returns how many of `length` tokens are known where a fraction `ratio` is masked."""
+    return length - jnp.ceil(length * jnp.asarray(ratio)).astype(jnp.int32)
+
 
 @flax.struct.dataclass
 class LossDraws:

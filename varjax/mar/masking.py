@@ -1,4 +1,4 @@
-"""Order of the tokens, fraction that is masked, and how many tokens each step draws."""
+"""Order of the tokens, and how many of them each step draws."""
 
 import dataclasses
 import functools
@@ -15,7 +15,6 @@ from varjax.nn.rng import ImageStream, stream_keys
 
 Array = np.ndarray | jax.Array
 
-MASK_MEAN, MASK_STD = 1.0, 0.25  # normal distribution of the mask ratio, before truncation
 MAX_GROUPS = 8  # loops in a sampling program
 MIN_GROUP_STEPS = 4  # for fewer steps, compiling costs more time than padding
 
@@ -62,17 +61,6 @@ def known_after_steps(order_BL: jax.Array, schedule: "UnmaskingSchedule") -> jax
     """
     rank_BL = jnp.argsort(order_BL, axis=1)
     return rank_BL[None] < np.array(schedule.known[1:])[:, None, None]
-
-
-def mask_ratio(key: jax.Array, min_mask_ratio: float) -> jax.Array:
-    """Draws the fraction of tokens to mask: normal around 1, truncated to [min_mask_ratio, 1]."""
-    lower = (min_mask_ratio - MASK_MEAN) / MASK_STD
-    return MASK_MEAN + MASK_STD * jax.random.truncated_normal(key, lower, 0.0)
-
-
-def known_count(length: int, ratio: jax.Array | float) -> jax.Array:
-    """Returns how many of `length` tokens are known where a fraction `ratio` is masked."""
-    return length - jnp.ceil(length * jnp.asarray(ratio)).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)

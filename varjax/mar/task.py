@@ -11,8 +11,15 @@ import numpy as np
 from varjax.checkpoints.weights import open_weights, read_frozen_tokenizer, read_generator
 from varjax.errors import InputError, check_setting
 from varjax.mar.latents import TokenizerConfig, check_latents_fit, decode_tokens, encode_tokens
-from varjax.mar.losses import LossDraws, MaskedTokenLosses, content_keys, masked_mean, token_losses
-from varjax.mar.masking import known_count, mask_ratio
+from varjax.mar.losses import (
+    LossDraws,
+    MaskedTokenLosses,
+    content_keys,
+    known_count,
+    mask_ratio,
+    masked_mean,
+    token_losses,
+)
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions, check_sampling, make_setup, sample_mar_tokens
 from varjax.nn.class_embedding import drop_labels
