@@ -193,6 +193,9 @@ def read_ahead(
 ) -> Iterator[BatchArrays]:
     """Yields batches, and prepares the next two meanwhile.
 
+    Calls `function(stream, chunk, *arguments)` in worker threads or processes, for chunks of each
+    batch's positions, and joins the chunks' rows.
+
     Args:
         readers: readers of an `ExampleStream`.
         counter: counter of the images read and broken.
