@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from varjax.sampling.sampler import checked_keys, checked_labels, replace_options
+from varjax.sampling.pipeline import checked_keys, checked_labels
+from varjax.sampling.sampler import replace_options
 from varjax.var.sample import VAROptions
 
 

@@ -11,13 +11,13 @@ import pytest
 
 from varjax.errors import InputError
 from varjax.mar.sample import MAROptions
-from varjax.sampling.pipeline import checked_edit
-from varjax.sampling.sampler import (
+from varjax.sampling.pipeline import (
+    checked_edit,
     checked_keys,
     checked_labels,
     checked_tokens,
-    image_keys,
 )
+from varjax.sampling.sampler import image_keys
 from varjax.var.sample import VAROptions
 
 

@@ -34,6 +34,7 @@ from varjax.sampling.outputs import (
     open_output,
     work_folder,
 )
+from varjax.sampling.pipeline import checked_labels
 from varjax.sampling.rejection import (
     add_rejection_flags,
     candidates_folder,
@@ -41,7 +42,7 @@ from varjax.sampling.rejection import (
     classifier_of_flags,
     run_rejection_job,
 )
-from varjax.sampling.sampler import add_option_flags, checked_labels, given_options
+from varjax.sampling.sampler import add_option_flags, given_options
 
 
 def add_sampling_flags(

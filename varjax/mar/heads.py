@@ -24,7 +24,7 @@ from varjax.nn.diffusion import TRAINING_STEPS, diffusion_loss, reverse_diffusio
 from varjax.nn.linear import OutputHead, dense
 from varjax.nn.rng import ImageStream, stream_keys
 from varjax.sampling.guidance import apply_guidance
-from varjax.sampling.sampler import checked_tokens
+from varjax.sampling.pipeline import checked_tokens
 from varjax.trees import PyTree
 
 NOT_FINITE = -1  # replaces a code whose logits contain NaN

@@ -41,15 +41,11 @@ from varjax.sampling.pipeline import (
     check_rule,
     checked_companion,
     checked_edit,
-    checked_request,
-)
-from varjax.sampling.sampler import (
-    KnownTokens,
     checked_labels,
     checked_mask,
-    nan_advice,
-    replace_options,
+    checked_request,
 )
+from varjax.sampling.sampler import KnownTokens, nan_advice, replace_options
 from varjax.tokenizers.contract import checked_images
 from varjax.trees import PyTree
 

@@ -21,7 +21,8 @@ from varjax.metrics.classifier import Classifier, LoadedClassifier, load_classif
 from varjax.runtime.distributed import on_all_processes, on_first_process
 from varjax.sampling.job import SamplingJob, divided, run_job, sample_parts
 from varjax.sampling.outputs import REQUEST, Output
-from varjax.sampling.sampler import Sampler, checked_labels
+from varjax.sampling.pipeline import checked_labels
+from varjax.sampling.sampler import Sampler
 from varjax.storage import files, folders
 from varjax.storage.buckets import as_path
 from varjax.storage.folders import remove_work_folder

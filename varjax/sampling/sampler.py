@@ -1,4 +1,4 @@
-"""Defines what a model family offers to everything that samples from it, and checks arguments.
+"""Defines what a model family offers to everything that samples from it.
 
 A family's sampling options are a frozen dataclass; this file turns its fields into keyword
 arguments and command-line flags.
@@ -14,11 +14,9 @@ from typing import Any, Protocol, TypeVar
 
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from varjax import trees
-from varjax.config.numbers import FLOAT32_MAX, UINT32_MAX, seed_number
 from varjax.config.renamed import Renamed, former_names, renamed_message
 from varjax.errors import InputError
 from varjax.trees import PyTree
@@ -138,83 +136,6 @@ def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Arra
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B)
 
 
-def checked_labels(labels: Any, classes: int, batch: int | None = None) -> jax.Array:
-    """Returns labels as (B,) int32, or as weights (B, classes + 1) float32 if any is a mix.
-
-    Args:
-        labels: class numbers; `classes` itself means "no class". Or mixes of classes by weights,
-            such as {207: 0.5, 980: 0.5} or "207:0.5+980:0.5"; their sum is set to 1.
-        classes: number of classes.
-        batch: number of labels B if it is fixed by another argument, else None.
-
-    Raises:
-        InputError: a wrong number of labels, no labels, or a label that is not a class.
-    """
-    allowed = f"allowed are 0 … {classes - 1}, and {classes} for no class"
-    if _has_mixes(labels):
-        weight_BN = np.stack([_class_weights(label, classes, allowed) for label in labels])
-        if batch is not None and len(weight_BN) != batch:
-            raise InputError(f"{len(weight_BN)} labels; expected {batch}")
-        return jnp.asarray(weight_BN, jnp.float32)
-    label_B = _numbers("labels", labels, allowed)
-    if batch is not None and len(label_B) != batch:
-        raise InputError(f"labels have shape {label_B.shape}; expected ({batch},)")
-    if bad := label_B[(label_B < 0) | (label_B > classes)].tolist():
-        raise InputError(f"labels {bad[:5]}: {allowed}")
-    return jnp.asarray(label_B, jnp.int32)
-
-
-def checked_keys(seed: Any, index: Any, batch: int) -> jax.Array:
-    """Checks seed and index, and returns the key of each image, (B,); see `image_keys`.
-
-    Args:
-        seed: random seed of all images.
-        index: numbers of the images; None for 0 … B-1.
-        batch: number of images B.
-
-    Raises:
-        InputError: a seed or a number outside of 32 bits, or a wrong number of them.
-    """
-    index_B = np.arange(batch) if index is None else checked_index(index)
-    if len(index_B) != batch:
-        raise InputError(f"index has {len(index_B)} numbers; expected {batch}, one per image")
-    return image_keys(seed_number("seed", seed), index_B.astype(np.uint32))
-
-
-def checked_index(index: Any) -> np.ndarray:
-    """Returns numbers of images as (B,) int64; raises InputError outside of 0 … 2³²-1."""
-    allowed = f"allowed are 0 … {UINT32_MAX}"
-    index_B = _numbers("index", index, allowed)
-    if bad := index_B[(index_B < 0) | (index_B > UINT32_MAX)].tolist():
-        raise InputError(f"index {bad[:5]}: {allowed}")
-    return index_B
-
-
-def checked_mask(mask: Any, batch: int, shape: tuple[int, int], name: str = "keep") -> np.ndarray:
-    """Returns a mask (h, w), or one for each image, as (batch, h, w) bool.
-
-    Raises InputError for another shape; `name` is the mask's name in the message.
-    """
-    mask = np.asarray(mask)
-    if mask.shape not in (shape, (batch, *shape)):
-        raise InputError(f"{name} has shape {mask.shape}; allowed are {shape}, {(batch, *shape)}")
-    return np.broadcast_to(mask.astype(bool), (batch, *shape))
-
-
-def checked_tokens(tokens: Any, shape: tuple[int, ...], vocab: int) -> jax.Array:
-    """Returns tokens as (B, *shape) int32; raises InputError for another shape or other numbers."""
-    tokens = np.asarray(tokens)
-    if tokens.shape[1:] != shape or not tokens.ndim or not len(tokens):
-        raise InputError(
-            f"tokens have shape {tokens.shape}; expected (B, {', '.join(map(str, shape))})"
-        )
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise InputError(f"tokens are {tokens.dtype}; give integers")
-    if not 0 <= tokens.min() <= tokens.max() < vocab:
-        raise InputError(f"tokens are outside of 0 … {vocab - 1}")
-    return jnp.asarray(tokens, jnp.int32)
-
-
 def nan_advice(params: PyTree, dtype: Any, *others: str) -> str:
     """Says what may help if a model's images are NaN.
 
@@ -327,55 +248,3 @@ def given_options(flags: argparse.Namespace, kinds: Iterable[type]) -> dict[str,
     names = dict.fromkeys(field.name for kind in kinds for field in dataclasses.fields(kind))
     names |= dict.fromkeys(former_names(kinds))
     return {name: value for name in names if (value := getattr(flags, name)) is not None}
-
-
-def _numbers(name: str, values: Any, allowed: str) -> np.ndarray:
-    """Returns whole numbers, one or (B,) of any type, as (B,) int64."""
-    try:
-        array_B = np.atleast_1d(np.asarray(values))
-    except ValueError as error:  # rows of unequal lengths
-        raise InputError(f"{name} do not have shape (B,): {error}") from error
-    if array_B.ndim != 1:
-        raise InputError(f"{name} have shape {array_B.shape}; expected (B,)")
-    if not len(array_B):
-        raise InputError(f"{name} are empty: {allowed}")
-    if array_B.dtype.kind not in "iuf":
-        raise InputError(f"{name} {array_B[:5].tolist()}: {allowed}")
-    if bad := [x for x in array_B.tolist() if x % 1 != 0 or abs(x) > UINT32_MAX]:  # NaN as well
-        raise InputError(f"{name} {bad[:5]}: {allowed}")
-    return array_B.astype(np.int64)
-
-
-def _has_mixes(labels: Any) -> bool:
-    """Returns whether labels are a list of which at least one entry mixes classes."""
-    if not isinstance(labels, list | tuple) and not (
-        isinstance(labels, np.ndarray) and labels.ndim == 1
-    ):
-        return False
-    return any(isinstance(x, Mapping) or (isinstance(x, str) and ":" in x) for x in labels)
-
-
-def _class_weights(label: Any, classes: int, allowed: str) -> np.ndarray:
-    """Returns the weights of all classes and of "no class" in a label, (classes + 1,)."""
-    weight_N = np.zeros(classes + 1)
-    try:
-        if isinstance(label, str):
-            pairs = [part.split(":") for part in label.split("+")]
-            numbers = [(int(number), float(weight)) for number, weight in pairs]
-        elif isinstance(label, Mapping):
-            numbers = [(int(number), float(weight)) for number, weight in label.items()]
-        else:
-            numbers = [(int(label), 1.0)]
-    except (TypeError, ValueError):
-        numbers = []
-    for number, weight in numbers:
-        if 0 <= number <= classes and 0 < weight <= FLOAT32_MAX:
-            weight_N[number] += weight
-        else:
-            numbers = []
-    if not numbers:
-        raise InputError(
-            f"label {label!r}: give a class, or CLASS:WEIGHT+CLASS:WEIGHT (in Python also {{CLASS: "
-            f"WEIGHT}}) with weights above 0; {allowed}"
-        )
-    return weight_N / weight_N.sum()

@@ -23,16 +23,12 @@ from varjax.sampling.pipeline import (
     check_rule,
     checked_companion,
     checked_edit,
-    checked_request,
-)
-from varjax.sampling.sampler import (
-    KnownTokens,
     checked_labels,
     checked_mask,
+    checked_request,
     checked_tokens,
-    nan_advice,
-    replace_options,
 )
+from varjax.sampling.sampler import KnownTokens, nan_advice, replace_options
 from varjax.tokenizers.contract import checked_images
 from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, decode_every_scale
 from varjax.trees import PyTree
