@@ -133,7 +133,7 @@ def test_what_is_no_model_is_named(var_run, tokenizer_dir, tmp_path):
         varjax.load(tmp_path)
     for text, message in {
         "[]": r"contains \[\], not a JSON object",
-        "{}": "neither of a training run nor of a converted",
+        "{}": "neither to a training run nor to a converted",
     }.items():
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -153,7 +153,7 @@ def test_what_is_no_model_is_named(var_run, tokenizer_dir, tmp_path):
     with pytest.raises(ValueError, match="(?s)does not fit config.json.*quantizer/codebook"):
         read_tokenizer(tokenizer_dir)
     for number, message in {
-        2**63: r"tokenizer in .*code_channels is about 10\^19; allowed",
+        2**63: r"tokenizer in .*code_channels is about 10\^19; numbers up to",
         10**30: "not valid JSON .an integer of 31 digits",
     }.items():
         config["tokenizer"]["code_channels"] = number

@@ -190,7 +190,8 @@ def add_option_flags(parser: argparse._ActionsContainer, kinds: Iterable[type]) 
     """Adds a flag for each field of these option classes; without it, the value is None.
 
     The flag's help is the "help" in the field's metadata, with the name of the family. Fields of
-    the same name must have the same type in all classes.
+    the same name must have the same type in all classes, or a number in some and `OneOrEach` of
+    such numbers in others.
     """
     types: dict[str, Any] = {}
     helps: dict[str, list[str]] = {}
@@ -198,7 +199,10 @@ def add_option_flags(parser: argparse._ActionsContainer, kinds: Iterable[type]) 
         hints = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             hint = hints[field.name]
-            assert types.setdefault(field.name, hint) == hint, (kind, field.name)
+            other = types.setdefault(field.name, hint)
+            if other in typing.get_args(hint):
+                types[field.name] = hint
+            assert hint in (types[field.name], *typing.get_args(types[field.name])), (kind, field)
             family = kind.__name__.removesuffix("Options")
             helps.setdefault(field.name, []).append(f"{family}: {field.metadata['help']}")
     for name in former_names(kinds):  # parsed, so that the model can refuse them
