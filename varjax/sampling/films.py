@@ -26,7 +26,7 @@ class FilmOutput:
 
     def begin(self, write: bool) -> None:
         if not write:
-            raise InputError("films and strips are drawn by one process; give FILE.npz or a folder")
+            raise InputError("films and strips are drawn by one process; run it in one process")
 
     def has(self, part: range) -> bool:
         return part.start in self._images
