@@ -128,7 +128,9 @@ def test_what_does_not_fit_a_model_is_refused():
         codes.options(steps=4, guidance_timestep_to=500)
     with pytest.raises(InputError, match="guidance has 3 numbers: give one, or 4"):
         model.options(steps=4, guidance=[1, 2, 3])
-    guided, options = model.with_guide(model), model.options(steps=4, guidance=2)
+    model.loader = lambda location: model
+    guided, options = model.with_guide("weak"), model.options(steps=4, guidance=2)
+    assert guided.loader is model.loader
     assert guided.identity() != model.identity()
     assert guided.sampling_bytes(8, options) > model.sampling_bytes(
         8, model.options(steps=4, guidance=1)

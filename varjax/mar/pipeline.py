@@ -205,7 +205,7 @@ class MARPipeline:
         Raises InputError for a guide of other classes, tokens, or weights of the tokenizer.
         """
         weak: MARPipeline = checked_companion("guide", self, guide, _guide_sizes)
-        return MARPipeline(
+        model = MARPipeline(
             self.tokenizer,
             self.mar,
             self.params | {"guide": weak.params["mar"]},
@@ -214,6 +214,8 @@ class MARPipeline:
             self.devices,
             weak.mar,
         )
+        model.loader = self.loader
+        return model
 
     def options(self, **options: Any) -> MAROptions:
         """Returns the model's `sampling`, with all options that are not None replaced.
