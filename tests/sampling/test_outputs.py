@@ -11,6 +11,7 @@ from varjax.cli import sample
 from varjax.errors import InputError
 from varjax.evaluation import __main__ as evaluation
 from varjax.evaluation.evaluate import begun_batch_size_of_report
+from varjax.metrics.image_sets import open_image_set
 from varjax.sampling.job import SamplingJob
 from varjax.sampling.outputs import (
     FolderOutput,
@@ -144,4 +145,7 @@ def test_mixed_labels_are_text_in_names_and_files():
     npz.begin(write=True)
     npz.add(range(2), np.zeros((2, 8, 8, 1), np.uint8))
     npz.finish()
-    assert sorted(np.load("x.npz")["labels"]) == ["2:0.5+7:0.5", "3:1"]
+    with np.load("x.npz") as file:
+        assert sorted(file["mixes"]) == ["2:0.5+7:0.5", "3:1"] and "labels" not in file
+    images = open_image_set("x.npz")  # as `varjax evaluate` does
+    assert images.shape == (2, 8, 8, 3) and images.label_N is None

@@ -246,9 +246,10 @@ class FolderOutput:
 
 
 class NpzOutput:
-    """Writes `arr_0`, uint8 (N, H, W, 3), and `labels` (N,), shuffled; gray becomes RGB.
+    """Writes `arr_0`, uint8 (N, H, W, 3), and `labels`, int64 (N,), shuffled; gray becomes RGB.
 
-    Labels are int64, or text if there are mixes of classes.
+    If there are mixes of classes, `mixes` (N,) takes the place of `labels`: text such as "3:1+8:2",
+    which evaluators do not read as classes.
 
     Evaluators compute the Inception Score over consecutive splits of a file. In a file ordered by
     class, each split would hold few classes and the score would drop from about 298 to 62, so the
@@ -309,7 +310,8 @@ class NpzOutput:
                 for i in tqdm(order_N, "writing", unit="image"):
                     image_HWC = part_NHWC(i - i % size)[i % size]
                     member.write(np.broadcast_to(image_HWC, (H, W, 3)).tobytes())
-            with _member(archive, "labels.npy") as member:
+            name = "labels.npy" if self._label_N.dtype.kind in "iu" else "mixes.npy"
+            with _member(archive, name) as member:
                 np.lib.format.write_array(member, self._label_N[order_N])
             with _member(archive, REQUEST) as member:
                 member.write(json.dumps(self._request).encode())
