@@ -141,6 +141,11 @@ def test_mixed_labels_are_text_in_names_and_files():
     folder.add(range(2), np.zeros((2, 8, 8, 1), np.uint8))
     names = sorted(path.name for path in pathlib.Path("images").glob("*.png"))
     assert names == ["000000_label2x0.5+7x0.5.png", "000001_label3x1.png"]
+    many = open_output("many", np.array(["+".join(["999:0.25"] * 50)] * 2), None, 0, {})
+    many.begin(write=True)
+    many.add(range(2), np.zeros((2, 8, 8, 1), np.uint8))  # names have at most 255 bytes
+    many.begin(write=True)
+    assert many.has(range(2)) and len(list(pathlib.Path("many").glob("*.png"))) == 2
     npz = open_output("x.npz", label_N, None, 0, {})
     npz.begin(write=True)
     npz.add(range(2), np.zeros((2, 8, 8, 1), np.uint8))

@@ -27,6 +27,7 @@ OLD_SUFFIX = ".npy"  # parts written by an older version, without checksums
 FILM_SUFFIXES = (".gif", ".webp")
 FILE_SUFFIXES = (".png", ".npz", *FILM_SUFFIXES)  # a grid, images, films
 REFUSED_SUFFIXES = (".jpg", ".jpeg", ".npy", ".json")
+MOST_LABEL_BYTES = 200  # in the name of a file, which may have 255
 MOST_GRID_PIXELS = 178_956_970  # Pillow does not open larger pictures
 
 
@@ -242,6 +243,7 @@ class FolderOutput:
     def _name(self, i):
         label = self._label_N[i]
         text = label.replace(":", "x") if isinstance(label, str) else f"{label:04d}"
+        text = text[:MOST_LABEL_BYTES]  # the number of the image keeps the name unique
         return f"{i:06d}_label{text}.png"
 
 
