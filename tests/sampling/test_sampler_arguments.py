@@ -59,13 +59,19 @@ def test_mixes_of_classes_are_weights_that_sum_to_one():
 @pytest.mark.parametrize(
     "label",
     ["2:0.5+", "2:", ":1", "2:0.5+11:1", "-1:1", "2:0", "2:-1", "2:nan", "2:inf", "a:1", {}]
-    + [{2: 0}, {11: 1}, {2: math.nan}, {"a": 1}, {2: None}],
+    + [{2: 0}, {11: 1}, {2: math.nan}, {"a": 1}, {2: None}, {3.7: 1}],
 )  # fmt: skip
 def test_a_mix_that_is_none_is_refused(label):
     with pytest.raises(
         InputError, match="label .*give a class, or CLASS:WEIGHT.*allowed are 0 … 9"
     ):
         checked_labels([1, label], 10)
+
+
+@pytest.mark.parametrize("label", [5.9, math.nan, True, None, -1, 11])
+def test_what_is_no_class_is_refused_next_to_a_mix(label):
+    with pytest.raises(InputError, match=f"label {label}: give a class"):
+        checked_labels([{1: 1}, label], 10)
 
 
 def test_one_label_for_each_image():

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax import trees
-from varjax.config.numbers import FLOAT32_MAX, UINT32_MAX, seed_number
+from varjax.config.numbers import FLOAT32_MAX, UINT32_MAX, seed_number, whole_number
 from varjax.errors import InputError
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
@@ -257,15 +257,21 @@ def _has_mixes(labels: Any) -> bool:
 
 def _class_weights(label: Any, classes: int, allowed: str) -> np.ndarray:
     """Returns the weights of all classes and of "no class" in a label, (classes + 1,)."""
+
+    def class_number(number):
+        if isinstance(number, str):
+            return int(number)
+        return whole_number("label", number, 0, classes)
+
     weight_N = np.zeros(classes + 1)
     try:
         if isinstance(label, str):
             pairs = [part.split(":") for part in label.split("+")]
             numbers = [(int(number), float(weight)) for number, weight in pairs]
         elif isinstance(label, Mapping):
-            numbers = [(int(number), float(weight)) for number, weight in label.items()]
+            numbers = [(class_number(number), float(weight)) for number, weight in label.items()]
         else:
-            numbers = [(int(label), 1.0)]
+            numbers = [(class_number(label), 1.0)]
     except (TypeError, ValueError):
         numbers = []
     for number, weight in numbers:
