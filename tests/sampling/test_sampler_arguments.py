@@ -13,6 +13,7 @@ import pytest
 from varjax.errors import InputError
 from varjax.mar.sample import MAROptions
 from varjax.sampling.pipeline import (
+    check_rule,
     checked_edit,
     checked_keys,
     checked_labels,
@@ -122,6 +123,20 @@ def test_tokens_are_whole_numbers_below_the_vocabulary():
     ):
         with pytest.raises(InputError, match=message):
             checked_tokens(tokens, (2,), 16)
+
+
+def test_a_rule_is_a_function_by_which_its_program_is_found_again():
+    @dataclasses.dataclass
+    class Rule:  # equal by value, and so without a hash
+        def __call__(self, *given):
+            return None
+
+    with pytest.raises(InputError, match="choose=.*Rule.* has no hash.*give a function"):
+        check_rule(Rule())
+    with pytest.raises(InputError, match="choose=3: must be a function"):
+        check_rule(3)
+    check_rule(None, smooth=True)
+    check_rule(lambda *given: None, smooth=False)
 
 
 NUMBERS = [math.nan, math.inf, -1, 1e39, "1", True, [1]]

@@ -366,7 +366,8 @@ class MARPipeline:
             guidance_timestep_from: smallest diffusion timestep with guidance, 0 … 999.
             guidance_timestep_to: smallest diffusion timestep above those with guidance.
             choose: rule that chooses tokens instead, with the arguments of the head's `draw`:
-                (networks, z, noise, settings) -> tokens; pure, and compiled once. None for a draw.
+                (networks, z, noise, settings) -> tokens; pure. None for a draw. A new function
+                object compiles again, so define it once.
             index: (B,) numbers of the images; None for 0 … B-1.
             every_step: whether to return the images after each step, as a film shows them; tokens
                 that are not drawn yet are gray.

@@ -104,7 +104,7 @@ def checked_companion(
 
 
 def check_rule(choose: Any, **options: bool) -> None:
-    """Raises InputError for a rule that is no function, or options that it would not read.
+    """Raises InputError for a rule that is no function with a hash, or options it would not read.
 
     Args:
         choose: a user's rule that chooses tokens, or None.
@@ -114,6 +114,13 @@ def check_rule(choose: Any, **options: bool) -> None:
         return
     if not callable(choose):
         raise InputError(f"choose={choose!r}: must be a function that returns tokens")
+    try:
+        hash(choose)
+    except TypeError:
+        raise InputError(
+            f"choose={choose!r} has no hash, by which compiled programs are found again; give a "
+            "function"
+        ) from None
     if ignored := [name for name, is_set in options.items() if is_set]:
         raise InputError(f"{', '.join(ignored)}: not with `choose`, which chooses the tokens")
 

@@ -291,7 +291,8 @@ class VARPipeline:
             guidance_to: first scale after those with guidance; 0 for no end.
             temperature: temperature of the codes left by top_k and top_p; 0 is greedy.
             choose: rule that chooses tokens instead: (logits (B, l, V), scale k, keys (B,) of the
-                scale) -> tokens (B, l); pure, and compiled once. None for a draw.
+                scale) -> tokens (B, l); pure. None for a draw. A new function object compiles
+                again, so define it once.
             index: (B,) numbers of the images; None for 0 … B-1.
             every_step: whether to return the images after each scale, as a film shows them.
             unknown: options of other models, which are refused.
