@@ -157,6 +157,9 @@ def test_upscaling_keeps_the_scales_that_the_small_image_fills(model):
     np.testing.assert_allclose(upscaled, expected, atol=1e-6)
     with pytest.raises(InputError, match="8x8 pixels; upscaling takes"):
         model.upscale(IMAGES)
+    for image in (small_BhwC[0, ..., 0], small_BhwC[0]):
+        with pytest.raises(InputError, match=r"have shape \(4, 4.*upscaling takes \(B, h, w, 1\)"):
+            model.upscale(image)
 
 
 @pytest.mark.parametrize("smooth", [False, True])

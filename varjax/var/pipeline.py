@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.config.numbers import OneOrEach
+from varjax.errors import InputError
 from varjax.nn import resize
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import ComputeConfig
@@ -450,7 +451,12 @@ class VARPipeline:
             InputError: images that are too small or not smaller than the model's, a wrong number of
                 scales, labels or options.
         """
-        h, w = size = tuple(np.shape(images_BhwC)[1:3])
+        shape = np.shape(images_BhwC)
+        if len(shape) != 4:
+            raise InputError(
+                f"images have shape {shape}; upscaling takes (B, h, w, {self.image_shape[2]})"
+            )
+        h, w = size = shape[1:3]
         usual_scales = scales_of_size(size, self.image_shape, self.var.pyramid)
         images_BhwC = checked_images(images_BhwC, (h, w, self.image_shape[2]))
         if images_BhwC.dtype == jnp.uint8:
