@@ -73,6 +73,16 @@ def test_variations_are_shown_after_the_original(model, capsys):
     assert "original, 3 results with its first 2 scales" in capsys.readouterr().out
 
 
+def test_only_results_that_are_shown_must_be_finite(model):
+    flags = "--image=photo.png", "--keep_scales=2", "--count=3"
+    model.nan = frozenset({3})  # the second one of the last batch of two
+    _, *results = run("vary", *flags)
+    assert_results(results)
+    model.nan = frozenset({2})
+    with pytest.raises(InputError, match=r"image 2 \(label 10, seed 0\) holds NaN .* 1 of the 1"):
+        run("vary", *flags)
+
+
 def test_a_small_picture_is_cut_to_the_model_s_ratio_and_upscaled(model, capsys):
     _, *results = run("upscale", "--image=small.png", "--count=2", "--refiner=small")
     assert_results(results)

@@ -106,12 +106,13 @@ def draw_results(
     results = []
     for start in tqdm(range(0, flags.count, batch), "drawing", unit="batch"):
         index_B, label_B = np.arange(start, start + batch), np.full(batch, label)
-        images_BHWC = np.asarray(draw(label_B, index_B))
+        # The last batch has the others' size: what it draws beyond --count is not looked at.
+        images_BHWC = np.asarray(draw(label_B, index_B))[: flags.count - start]
         check_finite_images(
             images_BHWC, index_B, label_B, flags.seed, lambda: model.advise_on_nan(options)
         )
         results.append(image_io.to_uint8(images_BHWC))
-    return np.concatenate(results)[: flags.count]
+    return np.concatenate(results)
 
 
 def model_with_scales(model: Any, method: str) -> Any:
