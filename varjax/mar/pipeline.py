@@ -23,8 +23,8 @@ from varjax.mar.masking import draw_orders, known_after_steps, take_at
 from varjax.mar.memory import mar_sampling_bytes
 from varjax.mar.model import MAR, MARConfig, bind_mar
 from varjax.mar.sample import (
-    ChooseRule,
     MAROptions,
+    MARRule,
     check_sampling,
     make_setup,
     sample_mar_tokens,
@@ -338,7 +338,7 @@ class MARPipeline:
         guidance_to: int | None = None,
         guidance_timestep_from: int | None = None,
         guidance_timestep_to: int | None = None,
-        choose: ChooseRule | None = None,
+        choose: MARRule | None = None,
         index: Index | None = None,
         every_step: bool = False,
         **unknown: Any,
@@ -405,7 +405,7 @@ class MARPipeline:
         labels: Labels,
         seed: int = 0,
         *,
-        choose: ChooseRule | None = None,
+        choose: MARRule | None = None,
         index: Index | None = None,
         **options: Any,
     ) -> jax.Array:
@@ -432,7 +432,7 @@ class MARPipeline:
         guidance_to: int | None = None,
         guidance_timestep_from: int | None = None,
         guidance_timestep_to: int | None = None,
-        choose: ChooseRule | None = None,
+        choose: MARRule | None = None,
         index: Index | None = None,
         **unknown: Any,
     ) -> jax.Array:
@@ -496,7 +496,7 @@ class MARPipeline:
         labels: Labels | None = None,
         seed: int = 0,
         *,
-        choose: ChooseRule | None = None,
+        choose: MARRule | None = None,
         index: Index | None = None,
         **options: Any,
     ) -> jax.Array:

@@ -37,7 +37,7 @@ from varjax.trees import PyTree
 # (positions (B, m), draw number j) -> noise of those tokens; see `sampling_noise` of the heads.
 SamplingNoise = Callable[[jax.Array, Any], jax.Array]
 # A user's own rule, with the arguments and the result of a head's `draw`.
-ChooseRule = Callable[[Sequence[Network], Streams, Callable[[Any], jax.Array], DrawSettings], Any]
+MARRule = Callable[[Sequence[Network], Streams, Callable[[Any], jax.Array], DrawSettings], Any]
 
 
 @flax.struct.dataclass
@@ -234,7 +234,7 @@ def sample_mar_tokens(
     known: KnownTokens | None = None,
     compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
     *,
-    choose: ChooseRule | None = None,
+    choose: MARRule | None = None,
     guide: tuple[MARConfig, PyTree] | None = None,
     order_BL: jax.Array | None = None,
     noise: SamplingNoise | None = None,

@@ -37,8 +37,8 @@ from varjax.var.kept_scales import keep_at_every_scale, keep_first_scales, scale
 from varjax.var.model import VAR, VARConfig
 from varjax.var.network import Refiner, check_draft_scales, var_sampling_bytes
 from varjax.var.sample import (
-    ChooseRule,
     VAROptions,
+    VARRule,
     guided_scales,
     sample_images,
 )
@@ -266,7 +266,7 @@ class VARPipeline:
         guidance_from: int | None = None,
         guidance_to: int | None = None,
         temperature: OneOrEach[float] | Each | None = None,
-        choose: ChooseRule | None = None,
+        choose: VARRule | None = None,
         index: Index | None = None,
         every_step: bool = False,
         **unknown: Any,
@@ -334,7 +334,7 @@ class VARPipeline:
         guidance_from: int | None = None,
         guidance_to: int | None = None,
         temperature: OneOrEach[float] | Each | None = None,
-        choose: ChooseRule | None = None,
+        choose: VARRule | None = None,
         index: Index | None = None,
         **unknown: Any,
     ) -> jax.Array:
@@ -387,7 +387,7 @@ class VARPipeline:
         labels: Labels | None = None,
         seed: int = 0,
         *,
-        choose: ChooseRule | None = None,
+        choose: VARRule | None = None,
         index: Index | None = None,
         **options: Any,
     ) -> jax.Array:
@@ -424,7 +424,7 @@ class VARPipeline:
         labels: Labels | None = None,
         seed: int = 0,
         *,
-        choose: ChooseRule | None = None,
+        choose: VARRule | None = None,
         index: Index | None = None,
         **options: Any,
     ) -> jax.Array:
@@ -480,7 +480,7 @@ class VARPipeline:
         return self._sampler(options, choose)(options, label_B, key_B, known)
 
     def _sampler(
-        self, options: VAROptions, choose: ChooseRule | None, every_step: bool = False
+        self, options: VAROptions, choose: VARRule | None, every_step: bool = False
     ) -> Callable[..., Any]:
         """Returns the program that samples images, compiled once for each kind of options."""
         check_rule(choose, smooth=options.smooth)

@@ -46,7 +46,7 @@ from varjax.var.network import PredictScale, Refiner, sampling_network
 # (logits (B, l, V), scale k) -> (tokens (B, l), codes (B, l, Z))
 ChooseTokens = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
 # A user's own rule: (logits (B, l, V), scale k, keys (B,) of the scale) -> tokens (B, l)
-ChooseRule = Callable[[jax.Array, int, jax.Array], jax.Array]
+VARRule = Callable[[jax.Array, int, jax.Array], jax.Array]
 
 
 @flax.struct.dataclass
@@ -152,7 +152,7 @@ def sample_tokens(
     known: KnownTokens | None = None,
     compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
     guided: int | None = None,
-    choose: ChooseRule | None = None,
+    choose: VARRule | None = None,
     guide: VARConfig | None = None,
     refiner: Refiner | None = None,
 ) -> tuple[jax.Array, list[jax.Array]]:
@@ -234,7 +234,7 @@ def choose_tokens(
     k: int,
     key_B: jax.Array,
     options: VAROptions,
-    choose: ChooseRule | None = None,
+    choose: VARRule | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chooses the tokens of a scale from its logits.
 
@@ -287,7 +287,7 @@ def sample_images(
     known: KnownTokens | None = None,
     compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
     guided: int | None = None,
-    choose: ChooseRule | None = None,
+    choose: VARRule | None = None,
     guide: VARConfig | None = None,
     refiner: Refiner | None = None,
     every_step: bool = False,
