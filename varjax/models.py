@@ -33,6 +33,7 @@ from varjax.var.pipeline import VARPipeline
 from varjax.var.sample import VAROptions
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+DRAFT_SCALES = 8  # of the 10 of a model for 256 pixels, before those of a refiner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,7 +255,7 @@ def load(
     compute: ComputeConfig | None = None,
     guide: str | pathlib.Path | None = None,
     refiner: str | pathlib.Path | None = None,
-    draft_scales: int = 8,
+    draft_scales: int | None = None,
 ) -> Sampler:
     """Loads a model with its tokenizer, ready to sample.
 
@@ -273,7 +274,8 @@ def load(
             to guide by "no class".
         refiner: location of a smaller VAR that draws the fine scales; see
             `VARPipeline.with_refiner`.
-        draft_scales: number of scales that the model draws if there is a refiner.
+        draft_scales: number of scales before those of the refiner; None for 8. Refused without a
+            refiner.
 
     Returns:
         The family's pipeline: `varjax.VARPipeline` or `varjax.MARPipeline`.
@@ -285,6 +287,7 @@ def load(
         raise InputError(f"dtype={dtype!r}: allowed are {', '.join(get_args(Dtype))}")
     if compute is not None and dtype != "auto":
         raise InputError(f"dtype={dtype!r} and compute={compute}: give the dtype within compute")
+    drafted = choose_draft_scales(refiner, draft_scales)
     weights = open_model(location)
     family = family_of(weights)
     companions = {"guide": (guide, family.takes_guide), "refiner": (refiner, family.takes_refiner)}
@@ -306,7 +309,20 @@ def load(
     if family.takes_guide:
         model.loader = functools.partial(load, dtype=dtype, devices=devices, compute=compute)
     model = model if guide is None else model.with_guide(guide)
-    return model if refiner is None else model.with_refiner(refiner, draft_scales)
+    return model if refiner is None else model.with_refiner(refiner, drafted)
+
+
+def choose_draft_scales(refiner: str | pathlib.Path | None, draft_scales: int | None) -> int:
+    """Returns the number of scales before those of a refiner: 8 unless another one is given.
+
+    Raises InputError for a number without a refiner, which would do nothing.
+    """
+    if draft_scales is not None and not refiner:
+        raise InputError(
+            f"draft_scales={draft_scales}: a refiner draws the other scales, and none is given; "
+            "give a refiner, or leave draft_scales out"
+        )
+    return DRAFT_SCALES if draft_scales is None else draft_scales
 
 
 def load_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> "LoadedTokenizer":

@@ -181,6 +181,7 @@ def test_the_sweep_is_read_by_the_options_types():
         (["a.npz", "--weights=b"], "give SAMPLES .* or --weights"),
         (["a.npz", "--out=report.txt"], "ends in .json"),
         (["a.npz", "--guidance=2"], "--guidance: needs --weights"),
+        (["a.npz", "--draft_scales=0"], "--draft_scales: needs --weights"),
         (["a.npz", "--sweep", "guidance=1"], "--sweep: needs --weights"),
         (["absent.npz"], "absent.npz does not exist"),
         (["one.npz"], "one.npz has 1 images; two or more"),

@@ -15,6 +15,7 @@ from tests.helpers import runs
 from varjax import trees
 from varjax.benchmark import sample as benchmark
 from varjax.cli.sample import main
+from varjax.errors import InputError
 from varjax.evaluation.evaluate import begun_batch_size_of_report
 from varjax.mar.heads import CategoricalHead
 from varjax.mar.memory import mar_sampling_bytes
@@ -243,6 +244,8 @@ def test_what_fits_is_printed_for_memories(capsys):
     assert all(line["needed_gb"] <= 0.8 * line["memory_gb"] for line in lines)
     with pytest.raises(SystemExit):
         benchmark.main(["--fits=0,x"])
+    with pytest.raises(InputError, match="draft_scales=8: a refiner draws the other scales"):
+        benchmark.main(["--preset=d30", "--draft_scales=8", "--fits=16"])
 
 
 @pytest.mark.slow

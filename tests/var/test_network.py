@@ -193,6 +193,8 @@ def test_refiners_that_do_not_fit_are_refused_before_anything_is_compiled():
             large.with_refiner(refiner, draft_scales)
     large.loader = named
     assert large.with_refiner("small", 2).loader is named and loaded == ["small"]
+    with pytest.raises(InputError, match="draft_scales=8: a refiner draws .* none is given"):
+        varjax.load("nowhere", draft_scales=8)
 
 
 @pytest.mark.slow

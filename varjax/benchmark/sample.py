@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from varjax import trees
 from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
-from varjax.models import benchmark_of
+from varjax.models import benchmark_of, choose_draft_scales
 from varjax.nn.compute import ComputeConfig, without_repeated_work
 from varjax.runtime import flops
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
@@ -35,12 +35,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--fits", type=_gigabytes, metavar="GB,GB", help=about)
     parser.add_argument("--steps", type=int, default=64, help="number of MAR sampling steps (64)")
     parser.add_argument("--refiner", default="", help="size of a VAR that draws the fine scales")
-    parser.add_argument(
-        "--draft_scales", type=int, default=8, help="number of scales before the refiner's (8)"
-    )
+    about = "number of scales before those of the refiner (8); only with --refiner"
+    parser.add_argument("--draft_scales", type=int, help=about)
     flags = parser.parse_args(arguments)
+    draft_scales = choose_draft_scales(flags.refiner, flags.draft_scales)
     programs = benchmark_of(flags.preset).sampling_programs(
-        flags.preset, flags.steps, refiner=flags.refiner, draft_scales=flags.draft_scales
+        flags.preset, flags.steps, refiner=flags.refiner, draft_scales=draft_scales
     )
     compute = compute_from_flags(flags)
     if flags.fits:

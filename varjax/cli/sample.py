@@ -61,8 +61,8 @@ def add_sampling_flags(
     add("--weights", required=weights_required, help=about)
     add("--guide", help="weaker model that guides this one (autoguidance); default: no class")
     add("--refiner", help="smaller VAR that draws the fine scales, faster (CoDe); default: none")
-    about = "number of scales before those of the refiner (%(default)s)"
-    add("--draft_scales", type=int, default=8, help=about)
+    about = "number of scales before those of the refiner (8); only with --refiner"
+    add("--draft_scales", type=int, help=about)
     about = "number of images of each class, or of variations (%(default)s)"
     add("--count", type=int, default=4, help=about)
     add("--seed", type=int, default=0, help="random seed; each seed gives other images (0)")

@@ -83,8 +83,8 @@ def evaluate(arguments: list[str]) -> None:
     given = given_options(flags, option_classes())
     names = [
         name
-        for name in ("sweep", "guide", "refiner", "accept", "classifier")
-        if getattr(flags, name)
+        for name in ("sweep", "guide", "refiner", "draft_scales", "accept", "classifier")
+        if getattr(flags, name) not in (None, [])
     ]
     if flags.weights is None and (names or given):
         wrong = [f"--{name}" for name in (*names, *given)]
