@@ -290,7 +290,7 @@ class NpzOutput:
             with files.atomic_path(self._path) as temporary, open(temporary, "wb") as file:
                 self._assemble(file)
         remove_work_folder(self._parts)
-        return f"{self._path}: {len(self._label_N)} images, shuffled (arr_0), and their labels"
+        return f"{self._path}: {len(self._label_N)} images, shuffled, and their labels"
 
     def _assemble(self, file):
         order_N = np.random.default_rng(self._seed).permutation(len(self._label_N))
