@@ -62,9 +62,10 @@ def test_every_step_shows_the_tokens_drawn_so_far():
 def test_a_mix_of_one_class_is_that_class():
     model = loaded()
     latents = model.sample_latents([3, 10, 4], seed=5)
-    mixed = model.sample_latents([{3: 2}, "10:1", {4: 1, 5: 1}], seed=5)
-    np.testing.assert_allclose(mixed[:2], latents[:2], rtol=1e-4, atol=1e-4)
-    assert not np.allclose(mixed[2], latents[2])
+    mixed = model.sample_latents([{3: 2}, "10:1", {4: 0.5}], seed=5)
+    np.testing.assert_allclose(mixed, latents, rtol=1e-4, atol=1e-4)
+    one, two = (model.hidden(latents[:1], KEEP, [label]) for label in ("4:1+5:1", 4))
+    assert not np.array_equal(one, two)
 
 
 def test_an_image_and_its_latents():
