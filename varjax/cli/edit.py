@@ -118,7 +118,7 @@ def draw_results(
 def model_with_scales(model: Any, method: str) -> Any:
     """Returns a model that has the method `vary` or `upscale`, by name; raises InputError else."""
     if not hasattr(model, method):
-        raise InputError(f"{method}: only a model that draws scale by scale (VAR) can do this")
+        raise InputError(f"only a model that draws scale by scale (VAR) can {method} an image")
     return model
 
 
