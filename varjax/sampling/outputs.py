@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.errors import InputError, StorageError
-from varjax.sampling.films import FilmOutput
+from varjax.sampling.films import write_film
 from varjax.storage import files, folders, image_io
 from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.folders import check_writable, remove_work_folder
@@ -214,9 +214,34 @@ class GridOutput:
         self._images[part.start] = images_NHWC
 
     def finish(self) -> str:
-        images_NHWC = np.concatenate([self._images[start] for start in sorted(self._images)])
+        images_NHWC = self._collected()
         image_io.write_png(self._path, image_io.image_grid(images_NHWC, self._columns))
         return f"{self._path}: {len(images_NHWC)} images"
+
+    def _collected(self):
+        return np.concatenate([self._images[start] for start in sorted(self._images)])
+
+
+class FilmOutput(GridOutput):
+    """Collects the steps of all images in memory and writes one file; a kill loses them.
+
+    FILE.gif and FILE.webp are films of a grid, a frame a step. FILE.png is a strip: a row an image,
+    a column a step. Its parts are (N, S, H, W, channels), of N images and S steps.
+    """
+
+    def begin(self, write: bool) -> None:
+        if not write:
+            raise InputError("films and strips are drawn by one process; run it in one process")
+
+    def finish(self) -> str:
+        images_NSHWC = self._collected()
+        N, S = images_NSHWC.shape[:2]
+        if self._path.suffix.lower() != ".png":
+            write_film(self._path, images_NSHWC, self._columns)
+            return f"{self._path}: {N} images in {S} frames"
+        rows_NHWC = images_NSHWC.reshape(N * S, *images_NSHWC.shape[2:])
+        image_io.write_png(self._path, image_io.image_grid(rows_NHWC, columns=S))
+        return f"{self._path}: {N} images, a row each, after each of {S} steps"
 
 
 class FolderOutput:

@@ -29,7 +29,7 @@ GuidanceScales = Sequence[float] | np.ndarray | jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Refiner:
-    """Describes the small model of collaborative decoding; see `collaborative`.
+    """Describes the small model of collaborative decoding; see `collaborative_decoding`.
 
     Raises InputError for a number of scales out of range.
 
