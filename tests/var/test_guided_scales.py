@@ -171,3 +171,18 @@ def test_the_cache_of_a_stream_that_ends_is_not_counted_at_the_end():
     assert needed == sorted(needed, reverse=True) and needed[0] > 1.9 * needed[-1]
     with_guide = var_sampling_bytes(tokenizer, var, 32, COMPUTE, None, VAR)
     assert needed[-1] < with_guide < needed[0]
+
+
+def test_only_the_joined_model_takes_memory_of_devices_and_only_once_it_draws():
+    parts = pipeline(), pipeline()
+    before = jax.live_arrays()  # kept, so that no other array has the id of one of these
+    known = {id(array) for array in before}
+
+    def new_bytes():
+        return sum(array.nbytes for array in jax.live_arrays() if id(array) not in known)
+
+    guided = parts[0].with_guide(parts[1])
+    assert guided._weights.nbytes > parts[0]._weights.nbytes
+    assert new_bytes() == 0
+    guided._weights.compile(lambda params, _, x_B: x_B)(None, np.zeros(1, np.float32))
+    assert new_bytes() == guided._weights.nbytes

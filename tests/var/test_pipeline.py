@@ -60,11 +60,11 @@ def test_samples_follow_seed_and_index(model):
 def test_equal_options_of_any_number_type_share_a_compilation(model):
     images = model.sample([1, 2, 3], seed=5, guidance=2.0, top_k=5)
     scales = len(model.var.pyramid)
-    compiled = model._compiled_sampler(scales, None, False).func._cache_size()
+    compiled = model._compiled_sampler(scales, None, False).__wrapped__._cache_size()
     for given in ({"guidance": 2, "top_k": 5.0}, {"guidance": np.float32(2), "top_k": np.int64(5)}):
         np.testing.assert_array_equal(model.sample([1, 2, 3], seed=5, **given), images)
     model.sample([1, 2, 3], seed=6, guidance=3, top_k=7)
-    assert model._compiled_sampler(scales, None, False).func._cache_size() == compiled
+    assert model._compiled_sampler(scales, None, False).__wrapped__._cache_size() == compiled
     with pytest.raises(ValueError, match="top_k=5.5: must be a whole number"):
         model.sample([1], top_k=5.5)
 

@@ -26,17 +26,19 @@ Each = Sequence[float] | np.ndarray | Callable[[int], float]
 
 
 class HeldWeights:
-    """Holds a model's parameters on devices, and runs functions of them on batches.
+    """Holds a model's parameters, and runs functions of them on batches.
 
         weights = HeldWeights(params, CAST_KERNELS, compute, devices)
         decode = weights.compile(lambda params, options, token_BL: …)
         images_BHWC = decode(None, token_BL)
 
+    The devices get the parameters at the first call of a function, so that a model which only
+    becomes part of another one never takes their memory.
+
     Attributes:
         params: the parameters on the host, as they were given.
         compute: number format and execution.
         devices: devices that share each batch; every one holds all parameters.
-        nbytes: size of the parameters on a device.
     """
 
     def __init__(
@@ -46,24 +48,40 @@ class HeldWeights:
         compute: ComputeConfig,
         devices: Sequence[Any] | None,
     ):
-        """Puts the parameters on the devices; None for all of this process.
+        """Prepares parameters for devices; None for all of this process.
 
         cast_kernels: pattern of the parameters that are held in `compute.dtype` only.
         """
         self._mesh = batch_mesh(devices)
         self.devices: tuple[Any, ...] = tuple(self._mesh.devices)
         self.compute, self.params = compute, jax.device_get(params)
-        with jax.default_device(self.devices[0]):
-            cast = trees.cast(cast_kernels, self.params, compute.jax_dtype)
-        self._on_devices = replicate(cast, self._mesh)
-        self.nbytes = trees.nbytes(self._on_devices)
+        self._cast = functools.partial(trees.cast, cast_kernels, dtype=compute.jax_dtype)
 
-    def compile(self, function: Callable[..., Any]) -> functools.partial:
+    @functools.cached_property
+    def on_devices(self) -> PyTree:
+        """The parameters as devices hold them, a copy on each."""
+        with jax.default_device(self.devices[0]):
+            cast = self._cast(self.params)
+        return replicate(cast, self._mesh)
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Size of the parameters on a device."""
+        return trees.nbytes(jax.eval_shape(self._cast, self.params))
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Jits a function of (params, options, *batch), as (options, *batch) -> arrays.
 
         The devices share each batch, and compute one image as any number of them would.
+        `__wrapped__` of the result is the jitted function.
         """
-        return functools.partial(data_parallel(function, self._mesh), self._on_devices)
+        program = data_parallel(function, self._mesh)
+
+        @functools.wraps(program)
+        def run(options, *batch):
+            return program(self.on_devices, options, *batch)
+
+        return run
 
     def identity(self) -> dict[str, Any]:
         """Returns all that images depend on besides labels, seed and options, as JSON data."""
