@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 
 from varjax.data.sources import Digits
@@ -33,3 +35,28 @@ def test_samples_stand_left_of_real_digits():
     picture_HWC = digits_report.samples_and_real(held_out.images_NHWC, held_out.labels_N)
     width = (picture_HWC.shape[1] - 40) // 2
     assert np.array_equal(picture_HWC[:, :width], picture_HWC[:, -width:])
+
+
+def test_several_samples_are_reported_by_mean_and_standard_deviation(tmp_path, capsys, monkeypatch):
+    def fake_report(images_NHWC, label_N):
+        count = len(images_NHWC) / 100
+        samples = {name: count * (i + 1.0) for i, name in enumerate(digits_report.MEANINGS)}
+        return {"samples": samples, "real held-out digits": samples}
+
+    monkeypatch.setattr(digits_report, "digits_report", fake_report)
+    monkeypatch.setattr(digits_report, "read_run_log", lambda directory: None)
+    monkeypatch.setattr(digits_report, "draw_curves", lambda logs, path: None)
+    (tmp_path / "metrics.jsonl").touch()
+    paths = []
+    for count in (100, 200, 600):
+        images_NHWC = np.zeros((count, 8, 8, 3), np.uint8)
+        paths.append(tmp_path / f"{count}.npz")
+        np.savez(paths[-1], arr_0=images_NHWC, labels=np.arange(count) % 10)
+    flags = [f"--run={tmp_path}", f"--tokenizer={tmp_path}", "--samples", *map(str, paths)]
+    assert digits_report.main(flags) == 0
+    report, printed = json.loads((tmp_path / "report.json").read_text()), capsys.readouterr().out
+    for i, name in enumerate(digits_report.MEANINGS):
+        mean, spread = 3 * (i + 1), 7**0.5 * (i + 1)
+        np.testing.assert_allclose(report["samples"][name], mean)
+        np.testing.assert_allclose(report["standard deviation"][name], spread)
+        assert f"{mean:.3f} ± {spread:.3f}" in printed

@@ -1,10 +1,14 @@
 """Reports the quality of the digits of `make demo` and `make demo-mar`, with pictures.
 
 python -m varjax.evaluation.digits_report --run=runs/digits --samples=runs/digits/samples.npz
+python -m varjax.evaluation.digits_report --run=runs/digits --samples seed0.npz seed1.npz seed2.npz
+
+With several files, such as those of several seeds, metrics are means ± standard deviations.
 """
 
 import pathlib
 import sys
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
@@ -86,10 +90,19 @@ def samples_and_real(samples_NHWC: np.ndarray, label_N: np.ndarray) -> np.ndarra
     return np.concatenate([halves[0], gap, halves[1]], axis=1)
 
 
+def mean_and_spread(
+    tables: Sequence[Mapping[str, float]],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Computes the mean and the standard deviation (ddof 1) of each metric of several reports."""
+    columns = {name: [table[name] for table in tables] for name in tables[0]}
+    means = {name: float(np.mean(column)) for name, column in columns.items()}
+    return means, {name: float(np.std(column, ddof=1)) for name, column in columns.items()}
+
+
 def write_report(
     run: pathlib.Path,
     tokenizer: pathlib.Path,
-    samples: pathlib.Path,
+    samples: Sequence[pathlib.Path],
     compare: pathlib.Path | None = None,
 ) -> None:
     """Prints the report, and writes it and its pictures into the runs.
@@ -97,19 +110,25 @@ def write_report(
     Args:
         run: directory of the transformer's run.
         tokenizer: directory of the tokenizer's run.
-        samples: .npz file written by `varjax sample`.
+        samples: .npz files written by `varjax sample`, such as one for each seed. The picture shows
+            the first.
         compare: another run, whose report is also printed if it exists.
 
     Raises:
         InputError: the samples, or a metrics.jsonl of the runs, do not exist yet.
     """
-    for path in (samples, run / "metrics.jsonl", tokenizer / "metrics.jsonl"):
+    for path in (*samples, run / "metrics.jsonl", tokenizer / "metrics.jsonl"):
         if not path.is_file():
             raise InputError(f"{path} does not exist; run make demo or make demo-mar")
-    archive = NpzArchive(samples)
-    images_NHWC, label_N = archive.read("arr_0")[..., :1], archive.read("labels")
-    table = digits_report(images_NHWC, label_N)
+    archives = [NpzArchive(path) for path in samples]
+    sets = [(archive.read("arr_0")[..., :1], archive.read("labels")) for archive in archives]
+    tables = [digits_report(*images_and_labels) for images_and_labels in sets]
+    table, spread = tables[0], {}
+    if len(tables) > 1:
+        means, spread = mean_and_spread([table["samples"] for table in tables])
+        table = table | {"samples": means, "standard deviation": spread}
     files.write_json(run / "report.json", table)
+    images_NHWC, label_N = sets[0]
     image_io.write_png(run / "samples.png", samples_and_real(images_NHWC, label_N))
     for directory in (tokenizer, run):
         draw_curves([read_run_log(directory)], directory / "curves.png")
@@ -118,9 +137,13 @@ def write_report(
     if compare is not None and (other := compare / "report.json").is_file():
         columns[compare.name] = files.read_json(other)["samples"]
     columns["real"] = table["real held-out digits"]
-    print("\n" + " " * 18 + "".join(f"{name:>12}" for name in columns))
+    # Only the first column has a spread.
+    gap = " " * 8 if spread else ""
+    names = "".join(f"{name:>12}{gap * (i == 0)}" for i, name in enumerate(columns))
+    print("\n" + " " * 18 + names)
     for name, meaning in MEANINGS.items():
-        cells = "".join(f"{column[name]:12.3f}" for column in columns.values())
+        first, *others = (f"{column[name]:12.3f}" for column in columns.values())
+        cells = first + (f" ± {spread[name]:.3f}" if spread else "") + "".join(others)
         print(f"{name:18}{cells}   {meaning}")
     previews = sorted((tokenizer / "previews").glob("*.png"))
     print(f"\nsamples (left) and real digits (right): {run / 'samples.png'}")
@@ -143,8 +166,10 @@ def main(arguments: list[str]) -> int:
     add(
         "--samples",
         type=pathlib.Path,
-        default=folder / "samples.npz",
-        help="output of varjax sample (runs/digits/samples.npz)",
+        nargs="+",
+        default=[folder / "samples.npz"],
+        metavar="NPZ",
+        help="outputs of varjax sample, such as one for each seed (runs/digits/samples.npz)",
     )
     add("--compare", type=pathlib.Path, help="run to compare with, if it has a report")
     flags = parser.parse_args(arguments)
