@@ -1,5 +1,6 @@
 """Estimates for TPUs: reading the compiler's cycles, and, where libtpu is, compiling."""
 
+import functools
 import importlib.util
 import json
 import os
@@ -11,8 +12,11 @@ import pytest
 
 from tests.helpers.paths import ROOT
 from varjax.benchmark import measure, pieces, tpu
+from varjax.errors import InputError
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.var import benchmark
 from varjax.var.model import VARConfig
 
 needs_libtpu = pytest.mark.skipif(
@@ -109,6 +113,33 @@ def test_pieces_of_sampling_and_training_do_the_work_of_the_whole(small):
     decoder = work(pieces.decoding("d16", 2, compute))
     assert work(unguided) - decoder == pytest.approx((work(sampling[0]) - decoder) / 2, rel=0.05)
     assert work(pieces.encoding("d16", 2, compute)) == work(training[1][:1])
+
+
+@pytest.mark.slow
+def test_a_refiner_takes_the_place_of_the_model_at_the_fine_scales(monkeypatch):
+    depths = {"d20": 3, "d16": 1}
+    monkeypatch.setattr(
+        VARConfig, "preset", lambda name: VARConfig(depths[name], 64, 2, classes=10, scales=(1, 2))
+    )
+    tokenizer = functools.partial(VQConfig, width=8, channel_mult=(1, 1), blocks=1, groups=4)
+    monkeypatch.setattr(benchmark, "VQConfig", tokenizer)
+    compute = ComputeConfig("bfloat16", attention_impl="xla", platform="tpu")
+
+    def work(preset, *refiner):
+        (program,) = pieces.sampling(preset, 2, compute, 1, True, False, *refiner)
+        return flops.count(lambda *a: program.function(*a, compute), *program.arguments)
+
+    assert 0 < work("d20", "d16", 1) < work("d20")
+
+
+def test_a_refiner_that_would_do_nothing_is_refused():
+    for flags, problem in (
+        (["--refiner=d16", "--what=train"], "refiner=d16: needs --what=sample, without --parts"),
+        (["--refiner=d16", "--parts"], "refiner=d16: needs --what=sample, without --parts"),
+        (["--draft_scales=6"], "draft_scales=6: a refiner draws the other scales"),
+    ):
+        with pytest.raises(InputError, match=problem):
+            tpu.main(["--preset=d30", *flags])
 
 
 ESTIMATE = """

@@ -68,6 +68,13 @@ def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_refiner_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of collaborative decoding."""
+    parser.add_argument("--refiner", default="", help="size of a VAR that draws the fine scales")
+    about = "number of scales before those of the refiner (8); only with --refiner"
+    parser.add_argument("--draft_scales", type=int, help=about)
+
+
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of `ComputeConfig` that only training uses."""
     about = "what the backward pass recomputes (dots, as in most recipes)"

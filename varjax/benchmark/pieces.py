@@ -20,7 +20,14 @@ from varjax.trees import PyTree
 
 
 def sampling(
-    preset: str, batch_size: int, compute: ComputeConfig, steps: int, guided: bool, pieces: bool
+    preset: str,
+    batch_size: int,
+    compute: ComputeConfig,
+    steps: int,
+    guided: bool,
+    pieces: bool,
+    refiner: str = "",
+    draft_scales: int = 0,
 ) -> list[Program]:
     """Returns the programs that draw a batch of images: one, or pieces that run one by one.
 
@@ -32,8 +39,10 @@ def sampling(
         guided: whether to use classifier-free guidance.
         pieces: whether to return the pieces instead of the whole: the decoder and, for VAR, each
             scale's transformer and choice of tokens.
+        refiner: size of the model that draws the fine scales; "" for none.
+        draft_scales: number of scales before those of the refiner.
     """
-    programs, params = _programs_and_params(preset, compute, steps, guided)
+    programs, params = _programs_and_params(preset, compute, steps, guided, refiner, draft_scales)
     label_B, key_B = jax.eval_shape(
         lambda: (jnp.zeros(batch_size, jnp.int32), image_keys(0, jnp.arange(batch_size)))
     )
@@ -106,8 +115,10 @@ def training(
     return [gradient, update] if cached else [encoder, gradient, update]
 
 
-def _programs_and_params(preset, compute, steps, guided) -> tuple[SamplingPrograms, PyTree]:
-    programs = benchmark_of(preset).sampling_programs(preset, steps, guided)
+def _programs_and_params(
+    preset, compute, steps, guided, refiner="", draft_scales=0
+) -> tuple[SamplingPrograms, PyTree]:
+    programs = benchmark_of(preset).sampling_programs(preset, steps, guided, refiner, draft_scales)
     params = jax.eval_shape(programs.init, jax.random.key(0))
     return programs, jax.eval_shape(
         lambda p: trees.cast(programs.cast, p, compute.jax_dtype), params

@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from varjax import trees
-from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
+from varjax.benchmark.measure import (
+    MatmulPeak,
+    add_refiner_flags,
+    compute_from_flags,
+    model_parser,
+    print_figures,
+)
 from varjax.models import benchmark_of, choose_draft_scales
 from varjax.nn.compute import ComputeConfig, without_repeated_work
 from varjax.runtime import flops
@@ -34,9 +40,7 @@ def main(arguments: list[str]) -> None:
     about = "print only the batch size that auto chooses for devices with 16,24,… GB of memory"
     parser.add_argument("--fits", type=_gigabytes, metavar="GB,GB", help=about)
     parser.add_argument("--steps", type=int, default=64, help="number of MAR sampling steps (64)")
-    parser.add_argument("--refiner", default="", help="size of a VAR that draws the fine scales")
-    about = "number of scales before those of the refiner (8); only with --refiner"
-    parser.add_argument("--draft_scales", type=int, help=about)
+    add_refiner_flags(parser)
     flags = parser.parse_args(arguments)
     draft_scales = choose_draft_scales(flags.refiner, flags.draft_scales)
     programs = benchmark_of(flags.preset).sampling_programs(

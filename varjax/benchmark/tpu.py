@@ -3,6 +3,7 @@
 varjax benchmark tpu --preset=d16 --what=sample --batch_size=16
 varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --topology=v6e:1x1
 varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --unroll
+varjax benchmark tpu --preset=d30 --refiner=d16 --draft_scales=8 --batch_size=1
 
 Requires `pip install libtpu`. The compiler annotates each instruction with the cycles it expects.
 They are added up, with loops counted as often as they run, and divided by the chip's clock. The sum
@@ -26,6 +27,7 @@ from jax.sharding import SingleDeviceSharding
 
 from varjax.benchmark.hlo_text import executed_instructions
 from varjax.benchmark.measure import (
+    add_refiner_flags,
     add_training_flags,
     compute_from_flags,
     model_parser,
@@ -34,6 +36,7 @@ from varjax.benchmark.measure import (
 )
 from varjax.benchmark.pieces import decoding, encoding, sampling, training
 from varjax.errors import InputError
+from varjax.models import choose_draft_scales
 from varjax.nn.compute import ComputeConfig, Precision, without_repeated_work
 from varjax.runtime import flops
 from varjax.runtime.hardware import published_peak_flops
@@ -75,7 +78,11 @@ def main(arguments: list[str]) -> None:
     add("--unguided", action="store_true", help="sample without guidance")
     add("--steps", type=int, default=64, help="number of MAR sampling steps (64)")
     add("--parts", action="store_true", help="compile the program in pieces")
+    add_refiner_flags(parser)
     flags = parser.parse_args(arguments)
+    draft_scales = choose_draft_scales(flags.refiner, flags.draft_scales)
+    if flags.refiner and (flags.what != "sample" or flags.parts):
+        raise InputError(f"refiner={flags.refiner}: needs --what=sample, without --parts")
     jax.config.update("jax_platforms", "cpu")
     compute = compute_from_flags(
         flags,
@@ -87,7 +94,8 @@ def main(arguments: list[str]) -> None:
     device = tpu_devices(flags.topology)[0]
     size = flags.preset, flags.batch_size, compute
     if flags.what == "sample":
-        programs = sampling(*size, flags.steps, not flags.unguided, flags.parts)
+        refinement = flags.refiner, draft_scales
+        programs = sampling(*size, flags.steps, not flags.unguided, flags.parts, *refinement)
     elif flags.what == "train":
         programs = training(*size, flags.cached, flags.parts)
     else:
@@ -96,6 +104,7 @@ def main(arguments: list[str]) -> None:
         "benchmark": "tpu",
         "what": flags.what,
         "preset": flags.preset,
+        **({"refiner": flags.refiner, "draft_scales": draft_scales} if flags.refiner else {}),
         "batch_size": flags.batch_size,
         "dtype": str(compute.jax_dtype),
         "remat": compute.remat,
