@@ -3,12 +3,15 @@
 import functools
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from tests.helpers import runs
+from tests.helpers.fake_sampler import FakeSampler
 from tests.helpers.paths import ROOT
 from varjax.benchmark import __main__ as benchmark
-from varjax.benchmark import evaluate, measure
+from varjax.benchmark import evaluate, measure, model
 from varjax.mar import benchmark as mar_benchmark
 from varjax.mar.model import MARConfig
 from varjax.metrics.features import pixel_network
@@ -45,6 +48,41 @@ def test_sample_times_the_transformer_the_decoder_and_the_whole(capsys):
     for part in (transformer, decoder, whole):
         seconds = part["model_gflop_per_image"] * 2 / part["efficiency"]
         assert seconds == pytest.approx(part["seconds"], rel=2e-3)
+
+
+class Painter(FakeSampler):
+    """A fake whose image costs a product of (1, 100) and (100, guidance) matrices."""
+
+    def sample(self, labels, seed=0, *, guidance, **options):
+        return jax.jit(jnp.matmul)(jnp.ones((len(labels), 100)), jnp.ones((100, int(guidance))))
+
+
+def test_model_times_a_model_with_the_options_and_companions_that_are_given(capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr(model, "load", lambda *args, **kw: given.append((args, kw)) or Painter())
+    flags = ["--weights=a", "--guide=b", "--guidance=3", "--batch_size=12", "--repeats=1"]
+    assert benchmark.main(["model", *flags]) == 0
+    assert given == [(("a", "auto"), {"guide": "b"})]
+    (line,) = lines(capsys)
+    assert line["weights"] == "a" and line["guide"] == "b"
+    assert line["model_gflop_per_image"] == 2 * 100 * 3 / 1e9
+    assert line["images_per_second"] * line["seconds"] == pytest.approx(12, rel=2e-3)
+    assert benchmark.main(["model", "--weights=a", "--repeats=0"]) == 1
+    assert "repeats" in capsys.readouterr().err
+
+
+def test_model_leaves_out_the_work_of_loops_of_unknown_length(capsys, monkeypatch):
+    def sample(self, labels, seed=0, **options):
+        x_BZ = jnp.ones((len(labels), 5))
+        return jax.jit(
+            lambda n: jax.lax.fori_loop(0, n, lambda i, x_BZ: x_BZ @ x_BZ.T @ x_BZ, x_BZ)
+        )(2)
+
+    monkeypatch.setattr(Painter, "sample", sample)
+    monkeypatch.setattr(model, "load", lambda *args, **kw: Painter())
+    assert benchmark.main(["model", "--weights=a", "--repeats=1"]) == 0
+    (line,) = lines(capsys)
+    assert line["seconds"] > 0 and "model_gflop_per_image" not in line
 
 
 @pytest.mark.slow
@@ -87,7 +125,7 @@ def test_checksums_are_timed_beside_what_they_check(capsys, tmp_path):
 
 def test_wrong_commands_are_refused(capsys):
     assert benchmark.main(["paint"]) == 2
-    assert "sample|train|evaluate|data|tpu|checksum|partitioning" in capsys.readouterr().err
+    assert "sample|model|train|evaluate|data|tpu|checksum|partitioning" in capsys.readouterr().err
     assert benchmark.main(["sample", "--batch_size=0"]) == 1
     assert "1 or more" in capsys.readouterr().err
 

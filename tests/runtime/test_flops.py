@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import pytest
 
 from varjax.runtime import flops
 
@@ -42,3 +43,20 @@ def test_the_gradients_of_a_product_and_of_a_strided_convolution_cost_twice_the_
         loss = lambda x, y, function=function: jnp.sum(function(x, y) ** 2)  # noqa: E731
         forward = flops.count(function, x, y)
         assert flops.count(jax.grad(loss, argnums=(0, 1)), x, y) == 3 * forward
+
+
+def test_of_a_condition_the_branch_with_the_most_work_counts():
+    def function(on, a, b):
+        return jax.lax.cond(on, lambda: a @ b @ b.mT @ b, lambda: a @ b)
+
+    assert flops.count(function, True, A, B) == 3 * 2 * 3 * 4 * 5 * 7
+
+
+def test_a_loop_of_unknown_length_is_refused_if_it_has_products():
+    def products(n, a, b):
+        return jax.lax.fori_loop(0, n, lambda i, c: c + a @ b, jnp.zeros((3, 4, 7)))
+
+    assert flops.count(lambda a, b: products(6, a, b), A, B) == 6 * 2 * 3 * 4 * 5 * 7
+    with pytest.raises(flops.UnknownIterations):
+        flops.count(products, 6, A, B)
+    assert flops.count(lambda n: jax.lax.fori_loop(0, n, lambda i, c: c + i, 0), 6) == 0

@@ -3,6 +3,7 @@
 varjax benchmark COMMAND --help
 
   sample        how fast a transformer of a released size draws images
+  model         how fast a trained or converted model draws images with given options
   train         how fast it trains on one device
   evaluate      how fast samples are evaluated: Inception's features, and the metrics
   data          how fast a config's images are read, decoded and augmented
@@ -16,7 +17,7 @@ import sys
 
 from varjax.runtime.commands import run_command
 
-NAMES = ("sample", "train", "evaluate", "data", "tpu", "checksum", "partitioning")
+NAMES = ("sample", "model", "train", "evaluate", "data", "tpu", "checksum", "partitioning")
 
 
 def main(arguments: list[str]) -> int:

@@ -8,12 +8,21 @@ import jax
 from jax.extend import core
 
 
+class UnknownIterations(Exception):
+    """Means that products are in a loop whose number of iterations is known only when it runs."""
+
+
 def count(function: Callable, *args: Any) -> int:
     """Counts 2 FLOP per multiply-add of all matrix products and convolutions, and nothing else.
+
+    Of the branches of a condition, the one with the most work counts.
 
     Args:
         function: function to trace, without running it.
         args: arguments of the function, arrays or ShapeDtypeStructs.
+
+    Raises:
+        UnknownIterations: a product is in such a loop.
     """
     return _count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -35,8 +44,12 @@ def _count_equation(equation: Any) -> int:
         # The gradient of a strided convolution convolves an image with zeros in between.
         zeros = math.prod(params["lhs_dilation"])
         return 2 * math.prod(equation.outvars[0].aval.shape) * taps // zeros
-    times = equation.params.get("length", 1) if name == "scan" else 1
-    return times * sum(_count_jaxpr(jaxpr) for jaxpr in _inner(equation.params))
+    counts = [_count_jaxpr(jaxpr) for jaxpr in _inner(params)]
+    if name == "while" and any(counts):
+        raise UnknownIterations
+    if name == "cond":
+        return max(counts)
+    return sum(counts) * (params["length"] if name == "scan" else 1)
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:
