@@ -21,6 +21,7 @@ from varjax.mar.model import MARConfig
 from varjax.mar.pipeline import MARPipeline
 from varjax.mar.sample import MAROptions
 from varjax.nn.compute import ComputeConfig
+from varjax.sampling.class_names import read_class_names
 from varjax.sampling.sampler import Sampler
 from varjax.storage import files
 from varjax.storage.buckets import as_path
@@ -306,6 +307,7 @@ def load(
         compute or ComputeConfig(dtype),
         devices,
     )
+    model.labels = read_class_names(weights, model.classes)
     if family.takes_guide:
         model.loader = functools.partial(load, dtype=dtype, devices=devices, compute=compute)
     model = model if guide is None else model.with_guide(guide)

@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 
+from varjax.sampling.class_names import numbered_classes
 from varjax.sampling.pipeline import checked_keys, checked_labels
 from varjax.sampling.sampler import replace_options
 from varjax.var.sample import VAROptions
@@ -17,6 +18,10 @@ class FakeSampler:
     classes: int = 10
     edit_shape: tuple = (4, 4)
     calls: int = 0
+
+    @property
+    def labels(self):
+        return numbered_classes(self.classes)
 
     def options(self, **given):
         return replace_options(VAROptions(), given).check()

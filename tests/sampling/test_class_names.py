@@ -33,7 +33,7 @@ def test_a_name_in_any_case_and_a_synset_find_their_label(label):
 def test_an_unknown_name_is_refused_with_similar_ones():
     with pytest.raises(InputError, match=r"'golden retreiver'.*'golden retriever' \(207\)"):
         IMAGENET.number("golden retreiver")
-    with pytest.raises(InputError, match="'x'.*its classes are 0 0, 1 1"):
+    with pytest.raises(InputError, match="'x'.*its classes are 0 … 1"):
         numbered_classes(2).number("x")
 
 
@@ -96,3 +96,9 @@ def test_a_converted_model_of_1000_classes_has_the_names_of_imagenet(tmp_path):
     converted = WeightsDir(tmp_path, {"sources": {}})
     assert read_class_names(converted, 1000) is imagenet_classes()
     assert list(read_class_names(converted, 3)) == ["0", "1", "2"]
+
+
+def test_many_names_are_shown_in_part():
+    assert repr(IMAGENET).startswith("0 tench, 1 goldfish, ")
+    assert repr(IMAGENET).endswith("9 ostrich … (990 more)")
+    assert repr(ClassNames(("bag", "shirt"))) == "0 bag, 1 shirt"

@@ -31,6 +31,8 @@ from varjax.mar.sample import (
     sampling_steps,
 )
 from varjax.nn.compute import ComputeConfig
+from varjax.sampling.class_names import numbered_classes
+from varjax.sampling.describe import describe_pipeline
 from varjax.sampling.pipeline import (
     Array,
     Each,
@@ -78,6 +80,7 @@ class MARPipeline:
         sampling: default options of `sample` and `edit`.
         compute: number format and execution. Images always become latents in float32.
         devices: devices that share each batch.
+        labels: names of the classes; their numbers until `varjax.load` sets the names.
         loader: function that loads another model by its location; set by `varjax.load`.
     """
 
@@ -97,6 +100,7 @@ class MARPipeline:
             check_latents_fit(tokenizer, mar)
         self.tokenizer, self.mar, self.sampling, self.compute = tokenizer, mar, sampling, compute
         self.guide = guide
+        self.labels = numbered_classes(mar.classes)
         self._weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
         self.params, self.devices = weights.params, weights.devices
         exact = dataclasses.replace(compute, encoder_precision="highest")
@@ -165,6 +169,9 @@ class MARPipeline:
         self._hidden, self._logits = weights.compile(hidden), weights.compile(logits)
         self._denoise = weights.compile(denoise)
 
+    def __repr__(self) -> str:
+        return describe_pipeline(self)
+
     @property
     def config(self) -> dict[str, TokenizerConfig | MARConfig | None]:
         """{"tokenizer": …, "mar": …}, the configs of the two models."""
@@ -214,7 +221,7 @@ class MARPipeline:
             self.devices,
             weak.mar,
         )
-        model.loader = self.loader
+        model.labels, model.loader = self.labels, self.loader
         return model
 
     def options(self, **options: Any) -> MAROptions:
@@ -280,7 +287,7 @@ class MARPipeline:
         B = len(token_BL)
         known_BL = checked_mask(known, B, self.edit_shape, "known").reshape(B, self.mar.length)
         labels = np.full(B, self.classes) if labels is None else labels
-        label_B = checked_labels(labels, self.classes, B)
+        label_B = checked_labels(self.labels.numbers(labels), self.classes, B)
         order_BL = np.argsort(~known_BL, axis=1, kind="stable").astype(np.int32)
         token_BL, known_BL = take_at(token_BL, order_BL), take_at(known_BL, order_BL)
         return self._hidden(None, token_BL, order_BL, known_BL, label_B)
@@ -351,7 +358,7 @@ class MARPipeline:
         Options that are None have the values of `sampling`.
 
         Args:
-            labels: (B,) classes; `classes` means "no class".
+            labels: (B,) classes, by number or name; `classes` means "no class".
             seed: random seed; each seed gives different images.
             guidance: strongest guidance scale, or one for each step: a list, or a function of the
                 step's index, which is called at once; 1 turns guidance off.
@@ -393,7 +400,7 @@ class MARPipeline:
             guidance_timestep_to=guidance_timestep_to,
             **unknown,
         )
-        label_B, key_B = checked_request(labels, seed, index, self.classes)
+        label_B, key_B = checked_request(self.labels.numbers(labels), seed, index, self.classes)
         check_rule(choose)
         setup = make_setup(self.mar, options)
         if every_step:
@@ -412,7 +419,7 @@ class MARPipeline:
         """Samples what `sample` decodes: latents (B, h, w, Z) or codes (B, L). Same arguments."""
         check_rule(choose)
         setup = make_setup(self.mar, self.options(**options))
-        label_B, key_B = checked_request(labels, seed, index, self.classes)
+        label_B, key_B = checked_request(self.labels.numbers(labels), seed, index, self.classes)
         return self.mar.unpatchify(self._sample_tokens(choose)(setup, label_B, key_B))
 
     def edit(
@@ -507,7 +514,9 @@ class MARPipeline:
         """
         check_rule(choose)
         token_BL = self._checked_tokens(latents)
-        label_B, key_B = checked_edit(len(token_BL), labels, seed, index, self.classes)
+        label_B, key_B = checked_edit(
+            len(token_BL), self.labels.numbers(labels), seed, index, self.classes
+        )
         B = len(key_B)
         keep_BL = checked_mask(keep, B, self.edit_shape).reshape(B, self.mar.length)
         setup = make_setup(self.mar, self.options(**options), keep_BL)

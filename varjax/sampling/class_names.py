@@ -49,6 +49,8 @@ class ClassNames(Sequence[str]):
         return len(self.names)
 
     def __repr__(self) -> str:
+        if self.names == tuple(map(str, range(len(self)))):
+            return f"0 … {len(self) - 1}"
         shown = [f"{i} {name}" for i, name in enumerate(self.names[:SHOWN_NAMES])]
         more = len(self) - SHOWN_NAMES
         return ", ".join(shown) + (f" … ({more:,} more)" if more > 0 else "")

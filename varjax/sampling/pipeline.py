@@ -18,7 +18,7 @@ from varjax.sampling.sampler import image_keys
 from varjax.trees import PyTree
 
 Array = np.ndarray | jax.Array
-Labels = Sequence[int | str | Mapping[int, float]] | np.ndarray | jax.Array
+Labels = str | Sequence[int | str | Mapping[int | str, float]] | np.ndarray | jax.Array
 Index = Sequence[int] | np.ndarray
 Location = str | pathlib.Path
 # An option with one number for each scale or step: a list, or a function of the index.

@@ -19,6 +19,7 @@ import numpy as np
 from varjax import trees
 from varjax.config.renamed import Renamed, former_names, renamed_message
 from varjax.errors import InputError
+from varjax.sampling.class_names import ClassNames
 from varjax.trees import PyTree
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ class Sampler(Protocol):
 
     Attributes:
         classes: number of classes; the label `classes` itself means "no class".
+        labels: names of the classes, in the order of their numbers.
         image_shape: (H, W, channels) of an image.
         edit_shape: (h, w) of the map on which an edit marks what to keep.
         devices: devices that share each batch.
@@ -36,6 +38,9 @@ class Sampler(Protocol):
 
     @property
     def classes(self) -> int: ...
+
+    @property
+    def labels(self) -> ClassNames: ...
 
     @property
     def image_shape(self) -> tuple[int, int, int]: ...
@@ -90,7 +95,7 @@ class Sampler(Protocol):
         """Samples one image for each label: (B, H, W, channels) float32 in [0, 1].
 
         Args:
-            labels: (B,) classes to draw.
+            labels: (B,) classes to draw, by number or name.
             seed: random seed; image i depends only on seed, index[i], labels[i] and options.
             index: (B,) numbers of the images; None for 0 … B-1.
             every_step: whether to return (S, B, H, W, channels), the images after each step.

@@ -14,6 +14,8 @@ from varjax.errors import InputError
 from varjax.nn import resize
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import ComputeConfig
+from varjax.sampling.class_names import numbered_classes
+from varjax.sampling.describe import describe_pipeline
 from varjax.sampling.pipeline import (
     Array,
     Each,
@@ -74,6 +76,7 @@ class VARPipeline:
             formats flip some.
         devices: devices that share each batch.
         refiner: smaller model that draws the fine scales; None if this one draws all of them.
+        labels: names of the classes; their numbers until `varjax.load` sets the names.
         loader: function that loads another model by its location; set by `varjax.load`.
     """
 
@@ -92,6 +95,7 @@ class VARPipeline:
     ):
         self.tokenizer, self.var, self.sampling, self.compute = tokenizer, var, sampling, compute
         self.guide, self.refiner = guide, refiner
+        self.labels = numbered_classes(var.classes)
         self._weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
         self.params, self.devices = weights.params, weights.devices
         exact = dataclasses.replace(compute, encoder_precision="highest")
@@ -138,6 +142,9 @@ class VARPipeline:
         self._decode_every_scale = weights.compile(decode_scales)
         self._logits = weights.compile(logits)
         self._compiled_sampler = compiled_sampler
+
+    def __repr__(self) -> str:
+        return describe_pipeline(self)
 
     @property
     def config(self) -> dict[str, VQConfig | VARConfig]:
@@ -251,7 +258,11 @@ class VARPipeline:
     def logits(self, tokens_BL: Array, labels: Labels) -> jax.Array:
         """Predicts every token from all coarser scales (teacher forcing): (B, L, V) float32."""
         tokens_BL = self._checked_tokens(tokens_BL)
-        return self._logits(None, tokens_BL, checked_labels(labels, self.classes, len(tokens_BL)))
+        return self._logits(
+            None,
+            tokens_BL,
+            checked_labels(self.labels.numbers(labels), self.classes, len(tokens_BL)),
+        )
 
     def sample(
         self,
@@ -281,7 +292,7 @@ class VARPipeline:
         called at once.
 
         Args:
-            labels: (B,) classes; `classes` means "no class".
+            labels: (B,) classes, by number or name; `classes` means "no class".
             seed: random seed; each seed gives different images.
             guidance: strongest guidance scale; 1 turns guidance off.
             top_k: number of likeliest codes to draw from; 0 for all.
@@ -315,7 +326,7 @@ class VARPipeline:
             temperature=temperature,
             **unknown,
         )
-        label_B, key_B = checked_request(labels, seed, index, self.classes)
+        label_B, key_B = checked_request(self.labels.numbers(labels), seed, index, self.classes)
         images = self._sampler(options, choose, every_step)(options, label_B, key_B)
         return jnp.moveaxis(images, 1, 0) if every_step else images
 
@@ -375,7 +386,9 @@ class VARPipeline:
             **unknown,
         )
         images_BHWC = checked_images(images_BHWC, self.image_shape)
-        label_B, key_B = checked_edit(len(images_BHWC), labels, seed, index, self.classes)
+        label_B, key_B = checked_edit(
+            len(images_BHWC), self.labels.numbers(labels), seed, index, self.classes
+        )
         keep_Bhw = checked_mask(keep, len(key_B), self.edit_shape)
         keep_BL = keep_at_every_scale(self.var.pyramid, keep_Bhw)
         return self._redraw(images_BHWC, keep_BL, label_B, key_B, options, choose)
@@ -413,7 +426,9 @@ class VARPipeline:
         checked = self.options(**options)
         keep_L = keep_first_scales(self.var.pyramid, keep_scales)
         images_BHWC = checked_images(images_BHWC, self.image_shape)
-        label_B, key_B = checked_edit(len(images_BHWC), labels, seed, index, self.classes)
+        label_B, key_B = checked_edit(
+            len(images_BHWC), self.labels.numbers(labels), seed, index, self.classes
+        )
         keep_BL = np.tile(keep_L, (len(key_B), 1))
         return self._redraw(images_BHWC, keep_BL, label_B, key_B, checked, choose)
 
@@ -498,7 +513,7 @@ class VARPipeline:
             self.devices,
             **{"guide": self.guide, "refiner": self.refiner, **companions},
         )
-        model.loader = self.loader
+        model.labels, model.loader = self.labels, self.loader
         return model
 
     def _checked_tokens(self, tokens_BL):
