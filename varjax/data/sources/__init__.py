@@ -3,22 +3,23 @@
 from varjax.data.latents import CachedLatents
 from varjax.data.sources.digits import Digits
 from varjax.data.sources.folder import Folder
+from varjax.data.sources.idx import Idx
 from varjax.data.sources.noise import Noise
 from varjax.data.sources.photos import Photos
 from varjax.data.sources.tfds import TFDS
-from varjax.data.transforms import Crop
+from varjax.data.transforms import Crop, height_width
 from varjax.errors import InputError
 
-__all__ = ["TFDS", "CachedLatents", "Digits", "Folder", "Noise", "Photos", "parse_dataset"]
+__all__ = ["TFDS", "CachedLatents", "Digits", "Folder", "Idx", "Noise", "Photos", "parse_dataset"]
 
 
 def parse_dataset(
     text: str, size: int | tuple[int, int], channels: int = 3, crop: Crop = "random"
-) -> CachedLatents | Digits | Folder | Noise | Photos | TFDS:
+) -> CachedLatents | Digits | Folder | Idx | Noise | Photos | TFDS:
     """Makes the dataset that a command line names.
 
     Args:
-        text: "folder:PATH", "tfds:NAME", "tfds:DIRECTORY", "latents:PATH",
+        text: "folder:PATH", "tfds:NAME", "tfds:DIRECTORY", "idx:PATH", "latents:PATH",
             "digits", "photos" or "random".
         size: pixels of both sides of the images, or (height, width).
         channels: channels of the images, if the dataset has a choice.
@@ -34,6 +35,14 @@ def parse_dataset(
         return TFDS(where, size=size, channels=channels, crop=crop)
     if kind == "latents" and where:
         return CachedLatents(where)
+    if kind == "idx" and where:
+        data = Idx(where)
+        if height_width(size) != (stored := data.image_shape[:2]):
+            raise InputError(
+                f"the images in {where} are {stored[0]} by {stored[1]} pixels, not {size}; choose "
+                "other data, or a model for this size (configs/small.py)"
+            )
+        return data
     if kind == "digits" and not colon:
         if size not in (8, (8, 8)):
             raise InputError(f"digits are 8 by 8 pixels, not {size}; choose other data")
@@ -44,6 +53,6 @@ def parse_dataset(
         return Photos(size)
     raise InputError(
         f"data is {text!r}; give folder:PATH (images in folders), tfds:NAME or tfds:DIRECTORY "
-        "(a prepared dataset), latents:PATH (encoded once), digits, photos (crops of two "
-        "photographs), or random (noise, to try things out)"
+        "(a prepared dataset), idx:PATH (MNIST's files), latents:PATH (encoded once), digits, "
+        "photos (crops of two photographs), or random (noise, to try things out)"
     )

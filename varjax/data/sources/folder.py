@@ -260,7 +260,8 @@ class FolderLayout:
         numbers = {name: number for number, name in enumerate(self.class_names)}
         labels = [np.full(len(below), numbers[name]) for name, below in classes.items()]
         if not paths:
-            raise InputError(f"{where} has no images; known are {' '.join(IMAGE_SUFFIXES)}")
+            hint = f". It has idx files; read them by data=idx:{where}" * _has_idx_files(where)
+            raise InputError(f"{where} has no images; known are {' '.join(IMAGE_SUFFIXES)}{hint}")
         return ImageListing(self.root, paths, np.concatenate(labels).astype(np.int32))
 
 
@@ -275,6 +276,10 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
     images = [name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     folders, images = ([n for n in names if not n.startswith(".")] for names in (folders, images))
     return sorted(folders), sorted(images)
+
+
+def _has_idx_files(folder: str) -> bool:
+    return any("-ubyte" in name for name in _list_folder(folder)[1])
 
 
 def _list_folder(folder: str) -> tuple[list[str], list[str]]:
