@@ -17,6 +17,7 @@ from tests.helpers.fake_data import FakeImages
 from tests.helpers.paths import ROOT
 from varjax.data.loader import make_loader
 from varjax.data.sources.digits import Digits
+from varjax.data.stream import ArraySource
 from varjax.data.workers import ReadOptions
 from varjax.errors import StorageError
 
@@ -216,6 +217,7 @@ CHILD = """
 import os, sys, itertools
 from tests.helpers.fake_data import FakeImages
 from varjax.data.loader import make_loader
+from varjax.data.stream import ArraySource
 from varjax.data.workers import ReadOptions
 if __name__ == "__main__":
     stream = make_loader(FakeImages(reading=ReadOptions(workers=1)), 8).train()
@@ -262,3 +264,26 @@ def test_a_batch_that_is_none_or_fits_nowhere_is_refused(batch_size):
         ValueError, match="batch_size is .*, but must be at (least 1|most 1,048,576)"
     ):
         make_loader(FakeImages(4), batch_size)
+
+
+class SortedImages(FakeImages):
+    """50 images of each class, class by class."""
+
+    def source(self, split):
+        return ArraySource(np.zeros((500, *self.image_shape), np.uint8), np.arange(500) // 50)
+
+
+def test_a_limit_on_held_out_images_takes_as_many_of_each_class():
+    def loader(limit, rows=None):
+        return dataclasses.replace(make_loader(SortedImages(), 16, 0, rows), held_out_images=limit)
+
+    batches = joined(loader(40).held_out())
+    labels = batches["label_B"][batches["valid_B"]]
+    np.testing.assert_array_equal(np.bincount(labels), 4)
+    assert len(set(labels[:8])) >= 7  # previews show the first images
+    whole = joined(loader(0).held_out())
+    chex.assert_trees_all_equal(whole, joined(loader(1000).held_out()))
+    np.testing.assert_array_equal(whole["label_B"][whole["valid_B"]], np.arange(500) // 50)
+    parts = [loader(40, range(4)).held_out(), loader(40, range(4, 16)).held_out()]
+    for batch, *rows in zip(loader(40).held_out(), *parts, strict=True):
+        chex.assert_trees_all_equal(joined(rows), batch)

@@ -52,6 +52,8 @@ class Loader:
         rows: indices of this process's rows in each batch, ascending; None for all.
         tokenizer_identity: `Task.tokenizer_identity` of the tokenizer that made the latents in the
             batches; None for batches of images.
+        held_out_images: largest number of held-out images, spread over the split (and thus over the
+            classes of a folder) by `spread_indices`; 0 for all.
     """
 
     data: Dataset
@@ -60,6 +62,7 @@ class Loader:
     seed: int = 0
     rows: Sequence[int] | None = None
     tokenizer_identity: Mapping[str, Any] | None = None
+    held_out_images: int = 0
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -95,8 +98,8 @@ class Loader:
         return next(self._train([number]))
 
     def held_out(self) -> Iterator[BatchArrays]:
-        """Yields all held-out examples once; "valid_B" is False for padding and broken images."""
-        return self._held_out(range(-(-len(self.held_out_source) // self.batch_size)))
+        """Yields the held-out examples once; "valid_B" is False for padding and broken images."""
+        return self._held_out(range(-(-len(self.stream.held_out_indices) // self.batch_size)))
 
     def held_out_batch(self, number: int) -> BatchArrays:
         """Returns this process's rows of the held-out batch `number`."""
@@ -105,7 +108,7 @@ class Loader:
     @functools.cached_property
     def stream(self) -> ExampleStream:
         """The rows of all batches, by position."""
-        return ExampleStream(self.data, self.transform, self.seed)
+        return ExampleStream(self.data, self.transform, self.seed, self.held_out_images)
 
     @functools.cached_property
     def readers(self) -> ReaderPool:
@@ -125,7 +128,7 @@ class Loader:
 
     @functools.cached_property
     def _held_out_counter(self) -> BrokenImageCounter:
-        return BrokenImageCounter(len(self.held_out_source))
+        return BrokenImageCounter(len(self.stream.held_out_indices))
 
     def _train(self, numbers: Iterable[int]) -> Iterator[BatchArrays]:
         batches = (self._positions(number) for number in numbers)

@@ -14,6 +14,7 @@ from varjax.storage.image_files import BrokenImage
 
 Split = Literal["train", "held_out"]
 Example = dict[str, Any]  # one row of a batch, its arrays named like the batch's
+GOLDEN_RATIO = (1 + 5**0.5) / 2
 MAX_BROKEN_IN_A_ROW = 100  # in a shuffled order, more mean that nearly all images are broken
 
 
@@ -156,11 +157,19 @@ class StreamRows:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleStream:
-    """Makes rows of the training and held-out streams of a dataset by position; can be pickled."""
+    """Makes rows of the training and held-out streams of a dataset by position; can be pickled.
+
+    Attributes:
+        data: dataset whose sources are read.
+        transform: function that makes rows from the examples.
+        seed: random seed of shuffling and augmentation.
+        held_out_images: largest number of held-out images, see `spread_indices`; 0 for all.
+    """
 
     data: Dataset
     transform: ExampleTransform
     seed: int
+    held_out_images: int = 0
 
     @functools.cached_property
     def train_source(self) -> ExampleSource:
@@ -169,6 +178,11 @@ class ExampleStream:
     @functools.cached_property
     def held_out_source(self) -> ExampleSource:
         return self.data.source("held_out")
+
+    @functools.cached_property
+    def held_out_indices(self) -> np.ndarray:
+        """The indices in the source of the held-out images, in the order of the stream."""
+        return spread_indices(len(self.held_out_source), self.held_out_images)
 
     def train(self, positions: Iterable[int]) -> StreamRows:
         """Makes rows of the endless training stream; each epoch has its own order.
@@ -181,14 +195,14 @@ class ExampleStream:
         return _stack(rows, len(rows) + len(broken), broken)
 
     def held_out(self, positions: Iterable[int]) -> StreamRows:
-        """Makes rows in the source's order; "valid_B" is False for broken images and padding."""
+        """Makes rows of `held_out_indices`; "valid_B" is False for broken images and padding."""
         rows, broken, read = [], [], 0
         for position in positions:
             row = self.transform.blank() | {"valid_B": np.bool_(False)}
-            if position < len(self.held_out_source):
+            if position < len(self.held_out_indices):
                 read += 1
                 try:
-                    example = self.held_out_source[position]
+                    example = self.held_out_source[int(self.held_out_indices[position])]
                     row = self.transform.held_out(example) | {"valid_B": np.bool_(True)}
                 except BrokenImage as error:
                     broken.append(error)
@@ -235,6 +249,27 @@ class ExampleStream:
     def _transformed(self, example: dict, index: int, epoch: int, rank: int) -> Example:
         rng = np.random.default_rng((self.seed, 1, epoch * len(self.train_source) + rank))
         return self.transform.train(example, index, epoch, rng)
+
+
+def spread_indices(size: int, limit: int) -> np.ndarray:
+    """Chooses indices that are spread evenly over a source, always the same ones.
+
+    Sources of folders and idx files hold their images class by class, so that each class gets its
+    share. The first few indices are spread as well, because previews show them: the order is that
+    of multiples of the golden ratio modulo 1.
+
+    Args:
+        size: number of examples in the source.
+        limit: largest number of indices; 0 for no limit. Up to the limit, a source is taken whole
+            and in its order.
+
+    Returns:
+        (min(size, limit),) int64.
+    """
+    if not limit or size <= limit:
+        return np.arange(size)
+    index_N = np.arange(limit) * size // limit
+    return index_N[np.argsort(np.argsort(np.arange(limit) * GOLDEN_RATIO % 1))]
 
 
 @functools.lru_cache(maxsize=4)  # pending batches may be in two epochs

@@ -71,6 +71,8 @@ class Experiment:
         mesh: how arrays and batches are sharded over the devices.
         log_every: steps between two lines of training metrics.
         eval_every: steps between two evaluations on held-out images.
+        eval_images: largest number of held-out images in an evaluation, always the same ones,
+            spread over the classes; 0 for all.
         save_every: steps between two checkpoints.
         preview_every: steps between two previews, which are pictures of the model's output.
         keep: number of most recent checkpoints to keep.
@@ -103,6 +105,7 @@ class Experiment:
     mesh: MeshShape = MeshShape()
     log_every: int = 50
     eval_every: int = 0
+    eval_images: int = 0
     save_every: int = 1000
     preview_every: int = 0
     keep: int = 2
@@ -172,6 +175,7 @@ MIN_VALUES = {
     "batch_size": 1,
     "log_every": 1,
     "eval_every": 0,
+    "eval_images": 0,
     "save_every": 0,
     "preview_every": 0,
     "keep": 1,

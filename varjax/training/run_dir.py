@@ -30,6 +30,7 @@ CHANGEABLE_FIELDS = (
     "mesh",
     "log_every",
     "eval_every",
+    "eval_images",
     "save_every",
     "preview_every",
     "keep",

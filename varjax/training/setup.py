@@ -68,6 +68,7 @@ def set_up(experiment: Experiment) -> Setup:
     mesh = make_mesh(experiment.mesh)
     rows = rows_of_process(mesh, experiment.batch_size).tolist()
     loader = experiment.data.make(experiment.batch_size, experiment.seed, rows)
+    loader = dataclasses.replace(loader, held_out_images=experiment.eval_images)
     check_same_data(experiment, len(loader.train_source))
     plan = experiment.plan(len(loader.train_source))
     task = experiment.task
