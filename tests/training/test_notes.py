@@ -59,6 +59,10 @@ def test_notes_are_said_before_anything_is_done(tmp_path, monkeypatch, capfd):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_limits_its_evaluations(tmp_path):
+    assert set_up(tiny.experiment(tmp_path, eval_images=7)).loader.held_out_images == 7
+
+
 def test_a_drop_path_that_keeps_nothing_is_refused():
     """It divided by zero."""
     with pytest.raises(InputError, match="drop_path=1.0: must be at least 0 and below 1"):

@@ -107,11 +107,15 @@ class Idx:
     def classes(self) -> int:
         return len(self.class_names)
 
-    @functools.cached_property
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, 1) of the images, upright."""
-        _, height, width = read_header(self.collection.paths["train", "images"], "images")
-        return (*((width, height) if self.collection.transposed else (height, width)), 1)
+        height, width = self._stored_size
+        return (width, height, 1) if self.collection.transposed else (height, width, 1)
+
+    @functools.cached_property
+    def _stored_size(self) -> tuple[int, ...]:
+        return read_header(self.collection.paths["train", "images"], "images")[1:]
 
     @property
     def alternating_views(self) -> int:
