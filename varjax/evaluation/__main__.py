@@ -4,6 +4,7 @@ varjax evaluate samples.npz --reference=REF.npz --inception=weights/inception
 varjax evaluate --weights=var_d16 --count=50 --reference=REF.npz --inception=weights/inception
 varjax evaluate --weights=var_d16 --sweep guidance=1,2,2.5,3 --reference=REF.npz --inception=…
 varjax evaluate --weights=runs/digits --count=100 --features=pixels --reference=digits
+varjax evaluate --weights=var_d16 --sweep guidance=1,2 seed=0,1,2,3,4 --reference=REF.npz …
 varjax evaluate --weights=var_d30 --sweep accept=1,0.5,0.1 --classifier=weights/resnet101 …
 
 SAMPLES is an .npz (arr_0) or a folder of images. With --weights, the command draws the samples,
@@ -17,6 +18,7 @@ measured.
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -42,7 +44,7 @@ from varjax.evaluation.sweep import (
     check_sweep_output,
     parse_sweep,
     point_path,
-    split_acceptances,
+    split_sweep,
     sweep_table,
     write_sweep,
 )
@@ -89,7 +91,9 @@ def evaluate(arguments: list[str]) -> None:
     if flags.weights is None and (names or given):
         wrong = [f"--{name}" for name in (*names, *given)]
         raise InputError(f"{', '.join(wrong)}: needs --weights, which draws the samples")
-    accepts, sweep = split_acceptances(flags.sweep)
+    accepts, seeds, sweep = split_sweep(flags.sweep)
+    if seeds and flags.seed:
+        raise InputError(f"seed={flags.seed} and a sweep of seed: give one of them")
     connect_by_flags(flags)
     use_compilation_cache()
     classifier = classifier_of_flags(flags, accepts)
@@ -114,9 +118,9 @@ def evaluate(arguments: list[str]) -> None:
     if classifier is not None:
         check_classifier(classifier, model)
 
-    def reports_at(outs: Sequence[pathlib.Path], options: Any) -> list[dict[str, Any]]:
+    def reports_at(outs: Sequence[pathlib.Path], options: Any, seed: int) -> list[dict[str, Any]]:
         """Measures once per acceptance what is drawn with these options."""
-        job = SamplingJob(labels, flags.count, flags.seed, options, batch_size=1)
+        job = SamplingJob(labels, flags.count, seed, options, batch_size=1)
         jobs = dict.fromkeys(outs, job)
         if classifier is not None:
             jobs = {
@@ -132,7 +136,7 @@ def evaluate(arguments: list[str]) -> None:
         return evaluate_model(settings, model, flags.weights, jobs, classifier)
 
     if not flags.sweep:
-        (report,) = reports_at([out], options)
+        (report,) = reports_at([out], options, flags.seed)
         if first:
             print_report(report)
         return
@@ -140,12 +144,13 @@ def evaluate(arguments: list[str]) -> None:
     # The options of all points are checked before the first one is drawn.
     chosen = [(p, model.options(**{**given, **p})) for p in parse_sweep(sweep, options)]
     points = []
-    for option_values, options in chosen:
+    for (option_values, options), seed in itertools.product(chosen, seeds or [flags.seed]):
         # The points of a group differ in their acceptances, and share what is drawn.
-        group = [option_values | {"accept": accept} for accept in accepts] or [option_values]
+        shared = option_values | ({"seed": seed} if seeds else {})
+        group = [shared | {"accept": accept} for accept in accepts] or [shared]
         for point in group:
             print(", ".join(f"{name}={value}" for name, value in point.items()), file=sys.stderr)
-        reports = reports_at([point_path(out, point) for point in group], options)
+        reports = reports_at([point_path(out, point) for point in group], options, seed)
         points += [SweepPoint(*pair) for pair in zip(group, reports, strict=True)]
     if first:
         picture = write_sweep(points, out)
@@ -172,7 +177,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="OPTION=V,V",
-        help="options to vary, in all combinations; accept varies the acceptance",
+        help="options to vary, in all combinations; accept varies the acceptance, seed the seed: "
+        "the table then shows means and standard deviations",
     )
     about = "report, .json; --sweep writes more reports and a picture next to it (report.json)"
     add_sampling_flags(parser, "report.json", about, weights_required=False)

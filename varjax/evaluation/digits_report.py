@@ -8,7 +8,7 @@ With several files, such as those of several seeds, metrics are means ± standar
 
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
@@ -19,6 +19,7 @@ from varjax.analysis.run_log import read_run_log
 from varjax.data.sources import Digits
 from varjax.errors import InputError
 from varjax.metrics.fid import Moments, frechet_distance
+from varjax.metrics.report import mean_and_deviation
 from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import files, image_io
 from varjax.storage.npz import NpzArchive
@@ -90,15 +91,6 @@ def samples_and_real(samples_NHWC: np.ndarray, label_N: np.ndarray) -> np.ndarra
     return np.concatenate([halves[0], gap, halves[1]], axis=1)
 
 
-def mean_and_spread(
-    tables: Sequence[Mapping[str, float]],
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Computes the mean and the standard deviation (ddof 1) of each metric of several reports."""
-    columns = {name: [table[name] for table in tables] for name in tables[0]}
-    means = {name: float(np.mean(column)) for name, column in columns.items()}
-    return means, {name: float(np.std(column, ddof=1)) for name, column in columns.items()}
-
-
 def write_report(
     run: pathlib.Path,
     tokenizer: pathlib.Path,
@@ -123,10 +115,10 @@ def write_report(
     archives = [NpzArchive(path) for path in samples]
     sets = [(archive.read("arr_0")[..., :1], archive.read("labels")) for archive in archives]
     tables = [digits_report(*images_and_labels) for images_and_labels in sets]
-    table, spread = tables[0], {}
-    if len(tables) > 1:
-        means, spread = mean_and_spread([table["samples"] for table in tables])
-        table = table | {"samples": means, "standard deviation": spread}
+    means, deviations = mean_and_deviation([table["samples"] for table in tables])
+    table = tables[0] | {"samples": means}
+    if deviations:
+        table["standard deviation"] = deviations
     files.write_json(run / "report.json", table)
     images_NHWC, label_N = sets[0]
     image_io.write_png(run / "samples.png", samples_and_real(images_NHWC, label_N))
@@ -137,13 +129,12 @@ def write_report(
     if compare is not None and (other := compare / "report.json").is_file():
         columns[compare.name] = files.read_json(other)["samples"]
     columns["real"] = table["real held-out digits"]
-    # Only the first column has a spread.
-    gap = " " * 8 if spread else ""
-    names = "".join(f"{name:>12}{gap * (i == 0)}" for i, name in enumerate(columns))
-    print("\n" + " " * 18 + names)
+    first_name, *names = (f"{name:>12}" for name in columns)
+    gap = " " * 8 if deviations else ""
+    print("\n" + " " * 18 + first_name + gap + "".join(names))
     for name, meaning in MEANINGS.items():
         first, *others = (f"{column[name]:12.3f}" for column in columns.values())
-        cells = first + (f" ± {spread[name]:.3f}" if spread else "") + "".join(others)
+        cells = first + (f" ± {deviations[name]:.3f}" if deviations else "") + "".join(others)
         print(f"{name:18}{cells}   {meaning}")
     previews = sorted((tokenizer / "previews").glob("*.png"))
     print(f"\nsamples (left) and real digits (right): {run / 'samples.png'}")

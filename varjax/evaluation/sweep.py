@@ -5,16 +5,19 @@ import dataclasses
 import itertools
 import pathlib
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
+from varjax.config.numbers import seed_number
 from varjax.config.renamed import renamed_message
 from varjax.errors import InputError, StorageError
+from varjax.metrics.report import mean_and_deviation
 from varjax.sampling.rejection import check_acceptance
 from varjax.sampling.sampler import parse_option
 from varjax.storage import files
 
 PRINTED = ("fid", "inception_score", "precision", "recall")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +25,23 @@ class SweepPoint:
     """Holds one combination of options, and its report.
 
     Attributes:
-        options: values of the swept options by name.
-        report: report returned by `evaluate_model`.
+        options: values of the swept options by name, with the acceptance and the seed if these are
+            swept.
+        report: report returned by `evaluate_model`; of several seeds, see `join_seeds`.
     """
 
     options: dict[str, Any]
     report: dict[str, Any]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics by name; of several seeds, their means."""
+        return self.report["metrics"]
+
+    @property
+    def deviations(self) -> dict[str, float]:
+        """Standard deviations of the metrics by name; none for one seed."""
+        return self.report.get("standard_deviations", {})
 
 
 def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
@@ -63,26 +77,21 @@ def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
 
-def split_acceptances(texts: Sequence[str]) -> tuple[list[float], list[str]]:
-    """Separates "accept=1,0.5", the acceptances of rejection sampling, from options of the model.
+def split_sweep(texts: Sequence[str]) -> tuple[list[float], list[int], list[str]]:
+    """Separates "accept=1,0.5" and "seed=0,1,2" from options of the model.
 
     Args:
         texts: options and their values, NAME=VALUE,VALUE… each.
 
     Returns:
-        (acceptances, none if they are not swept; the other texts).
+        (acceptances of rejection sampling and seeds, none if they are not swept; the other texts).
 
     Raises:
-        InputError: an acceptance out of range, or given twice.
+        InputError: an acceptance or a seed out of range, or given twice.
     """
-    accepts = [text for text in texts if text.partition("=")[0] == "accept"]
-    if len(accepts) > 1:
-        raise InputError(f"sweep {accepts[1]}: accept is swept twice")
-    values = [value for text in accepts for value in text.partition("=")[2].split(",")]
-    if len(set(values)) < len(values):
-        raise InputError(f"sweep {accepts[0]}: a value is given twice")
-    acceptances = [check_acceptance(_parse("accept", float, value)) for value in values]
-    return acceptances, [text for text in texts if text not in accepts]
+    accepts, texts = _split(texts, "accept", lambda x: check_acceptance(_parse("accept", float, x)))
+    seeds, texts = _split(texts, "seed", lambda x: seed_number("seed", _parse("seed", int, x)))
+    return accepts, seeds, texts
 
 
 def point_path(out: pathlib.Path, options: Mapping[str, Any]) -> pathlib.Path:
@@ -104,15 +113,39 @@ def check_sweep_output(out: pathlib.Path) -> None:
             raise InputError(f"{out} exists and is not a sweep; delete it or choose another out")
 
 
+def join_seeds(points: Sequence[SweepPoint]) -> list[SweepPoint]:
+    """Joins the points that differ only in their seeds.
+
+    Returns:
+        Points without seeds, whose reports contain the means as "metrics" and, of two seeds or
+        more, "standard_deviations".
+    """
+    groups: dict[tuple, list[dict[str, float]]] = {}
+    for point in points:
+        options = tuple((name, x) for name, x in point.options.items() if name != "seed")
+        groups.setdefault(options, []).append(point.metrics)
+    joined = []
+    for options, metrics in groups.items():
+        means, deviations = mean_and_deviation(metrics)
+        report = {"metrics": means, "standard_deviations": deviations}
+        joined.append(SweepPoint(dict(options), report))
+    return joined
+
+
 def sweep_table(points: Sequence[SweepPoint]) -> str:
-    """Formats the metrics of all points, one line each, and marks the lowest FID."""
-    names = [name for name in PRINTED if any(name in p.report["metrics"] for p in points)]
-    lowest = min(points, key=lambda p: p.report["metrics"]["fid"])
+    """Formats the metrics of all points, one line each, and marks the lowest FID.
+
+    Points that differ only in their seeds share a line: mean ± standard deviation.
+    """
+    points = join_seeds(points)
+    names = [name for name in PRINTED if any(name in p.metrics for p in points)]
+    lowest = min(points, key=lambda p: p.metrics["fid"])
     lines = ["".join(f"{name:>18}" for name in (*points[0].options, *names))]
     for point in points:
         cells = [f" {_text(value):>17}" for value in point.options.values()]
-        cells += [f"{point.report['metrics'][name]:18.4f}" for name in names]
-        lines.append("".join(cells) + ("   lowest FID" if point is lowest else ""))
+        cells += [f"{_metric(point, name):>18}" for name in names]
+        mark = "   lowest FID" if point is lowest and len(points) > 1 else ""
+        lines.append("".join(cells) + mark)
     return "\n".join(lines)
 
 
@@ -120,11 +153,18 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
     """Writes all points to `out` and a picture next to it; returns the picture's path.
 
     The picture shows FID against the Inception Score, or, without the score, against the first
-    option's values. Lines join the points that differ only in the first option.
+    option's values. Lines join the points that differ only in the first option. Several seeds are
+    one point, with a bar of ± one standard deviation.
     """
-    files.write_json(
-        out, {"points": [{"options": p.options} | p.report["metrics"] for p in points]}
-    )
+    content = {"points": [{"options": p.options} | p.metrics for p in points]}
+    if "seed" in points[0].options:
+        joined = join_seeds(points)
+        content["over_seeds"] = [
+            {"options": p.options, "means": p.metrics, "standard_deviations": p.deviations}
+            for p in joined
+        ]
+        points = joined if joined[0].options else points  # seeds alone are points of a line
+    files.write_json(out, content)
     import matplotlib
 
     matplotlib.use("Agg")
@@ -132,7 +172,7 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
 
     figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
     first, *others = points[0].options
-    scored = all("inception_score" in point.report["metrics"] for point in points)
+    scored = all("inception_score" in point.metrics for point in points)
 
     # Lists have no place on an axis of numbers, so then the axis shows texts.
     lists = any(isinstance(point.options[first], tuple) for point in points)
@@ -143,12 +183,11 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
 
     for values, group in itertools.groupby(sorted(points, key=lambda p: str(rest(p))), key=rest):
         line = list(group)
-        x = [
-            p.report["metrics"]["inception_score"] if scored else at(p.options[first]) for p in line
-        ]
-        y = [point.report["metrics"]["fid"] for point in line]
+        x = [p.metrics["inception_score"] if scored else at(p.options[first]) for p in line]
+        y = [point.metrics["fid"] for point in line]
+        bars = [p.deviations["fid"] for p in line] if line[0].deviations else None
         label = ", ".join(f"{n} {_text(v)}" for n, v in zip(others, values, strict=True)) or None
-        axes.plot(x, y, "o-", label=label)
+        axes.errorbar(x, y, bars, fmt="o-", capsize=3, label=label)
         for point, position in zip(line, zip(x, y, strict=True), strict=True):
             text, shift = f"{first} {_text(point.options[first])}", (5, 5)
             axes.annotate(text, position, shift, textcoords="offset points", fontsize=8)
@@ -169,6 +208,23 @@ def _parse(name: str, hint: Any, text: str) -> Any:
         return parse_option(name, hint, text, separator=":")
     except argparse.ArgumentTypeError as error:
         raise InputError(f"sweep {error}") from None
+
+
+def _split(texts: Sequence[str], name: str, read: Callable[[str], T]) -> tuple[list[T], list[str]]:
+    """Returns the values of "NAME=VALUE,VALUE…", none without such a text, and the other texts."""
+    found = [text for text in texts if text.partition("=")[0] == name]
+    if len(found) > 1:
+        raise InputError(f"sweep {found[1]}: {name} is swept twice")
+    values = [value for text in found for value in text.partition("=")[2].split(",")]
+    if len(set(values)) < len(values):
+        raise InputError(f"sweep {found[0]}: a value is given twice")
+    return [read(value) for value in values], [text for text in texts if text not in found]
+
+
+def _metric(point: SweepPoint, name: str) -> str:
+    """Formats a metric, with its standard deviation over seeds if there is one."""
+    text = f"{point.metrics[name]:.4f}"
+    return f"{text} ± {point.deviations[name]:.4f}" if point.deviations else text
 
 
 def _text(value: Any) -> str:

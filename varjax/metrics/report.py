@@ -1,6 +1,7 @@
 """Computes all metrics of a set of samples, and notices about the set, as data and as a table."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -98,6 +99,20 @@ def metrics_table(
         elif key in measured.left_out:
             lines.append(f"{title:18}{'–':>12}   left out: {measured.left_out[key]}")
     return "\n".join([*lines, *(f"note: {notice}" for notice in measured.notices)])
+
+
+def mean_and_deviation(
+    metrics: Sequence[Mapping[str, float]],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Computes the mean and the standard deviation (ddof 1) of each metric over several sets.
+
+    With one set, there are no standard deviations.
+    """
+    columns = {name: [values[name] for values in metrics] for name in metrics[0]}
+    means = {name: float(np.mean(column)) for name, column in columns.items()}
+    if len(metrics) == 1:
+        return means, {}
+    return means, {name: float(np.std(column, ddof=1)) for name, column in columns.items()}
 
 
 def looks_ordered(p_NV: np.ndarray) -> bool:
