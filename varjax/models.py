@@ -57,6 +57,8 @@ class Family:
             may be None.
         takes_guide: whether the pipeline has a method `with_guide`, for autoguidance.
         takes_refiner: whether the pipeline has a method `with_refiner`, for collaborative decoding.
+        keeps_scales: whether the pipeline has methods `vary` and `upscale`, which keep the first
+            scales of an image.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Family:
     needs_tokenizer: bool = True
     takes_guide: bool = False
     takes_refiner: bool = False
+    keeps_scales: bool = False
 
 
 FAMILIES = (
@@ -82,6 +85,7 @@ FAMILIES = (
         benchmark=lambda: importlib.import_module("varjax.var.benchmark"),
         takes_guide=True,
         takes_refiner=True,
+        keeps_scales=True,
     ),
     Family(
         "mar",
@@ -250,7 +254,7 @@ def run_crop(weights: WeightsDir) -> Any:
 
 
 def load(
-    location: str | pathlib.Path,
+    location: str | pathlib.Path | WeightsDir,
     dtype: Dtype = "auto",
     devices: Sequence[Any] | None = None,
     compute: ComputeConfig | None = None,
@@ -265,8 +269,9 @@ def load(
 
     Args:
         location: training run, directory written by `varjax convert`, or name of a
-            published model, "var_d16", which is downloaded and converted at its first use. A run's
-            best weights are loaded if it kept them, and the averaged ones if it averaged them.
+            published model, "var_d16", which is downloaded and converted at its first use; or a
+            directory that is open. A run's best weights are loaded if it kept them, and the
+            averaged ones if it averaged them.
         dtype: number format of the transformer's matrix products and of the decoder; "auto" is
             float32 on a CPU, else bfloat16.
         devices: devices that share each batch; None for all of this process.
@@ -289,7 +294,7 @@ def load(
     if compute is not None and dtype != "auto":
         raise InputError(f"dtype={dtype!r} and compute={compute}: give the dtype within compute")
     drafted = choose_draft_scales(refiner, draft_scales)
-    weights = open_model(location)
+    weights = location if isinstance(location, WeightsDir) else open_model(location)
     family = family_of(weights)
     companions = {"guide": (guide, family.takes_guide), "refiner": (refiner, family.takes_refiner)}
     for role, (other, allowed) in companions.items():

@@ -10,7 +10,7 @@ import varjax
 from tests.helpers import runs
 from varjax.cli.edit import edit_image
 from varjax.data.sources import Digits
-from varjax.sampling.edit_masks import box_mask, read_mask
+from varjax.sampling.edit_masks import box_mask, mask_tokens, read_mask
 from varjax.sampling.sampler import KnownTokens, image_keys
 from varjax.storage import image_io
 from varjax.var.kept_scales import keep_at_every_scale
@@ -40,6 +40,10 @@ def tile(picture_HWC, i):
     return picture_HWC[:64:8, i * 65 : i * 65 + 64 : 8]
 
 
+def redrawn(path, image_size):
+    return mask_tokens(read_mask(path, image_size, (8, 8)), (4, 4), path)
+
+
 def test_a_box_is_in_pixels_or_fractions_and_rounded_to_tokens():
     expected_hw = np.zeros((4, 4), bool)
     expected_hw[1:3, 2:] = True
@@ -61,7 +65,7 @@ def test_white_is_drawn_anew(tmp_path):
     mask_HW = np.zeros((40, 48), np.uint8)
     mask_HW[:20] = 255
     Image.fromarray(mask_HW).save(tmp_path / "mask.png")
-    white_hw = read_mask(tmp_path / "mask.png", (48, 40), (8, 8), (4, 4))
+    white_hw = redrawn(tmp_path / "mask.png", (48, 40))
     assert np.array_equal(white_hw, np.arange(4)[:, None].repeat(4, axis=1) < 2)
 
 
@@ -70,7 +74,7 @@ def test_what_is_transparent_in_a_mask_is_kept(tmp_path, capsys):
     strokes_HWC[:, 4:, 3] = 0  # as a drawing program exports a layer
     path = tmp_path / "mask.png"
     Image.fromarray(strokes_HWC).save(path)
-    white_hw = read_mask(path, (8, 8), (8, 8), (4, 4))
+    white_hw = redrawn(path, (8, 8))
     assert np.array_equal(white_hw, np.arange(4)[None].repeat(4, axis=0) < 2)
     assert not capsys.readouterr().err
     strokes_HWC[..., 3] = 0
@@ -78,10 +82,10 @@ def test_what_is_transparent_in_a_mask_is_kept(tmp_path, capsys):
     with pytest.raises(
         ValueError, match="leaves nothing to draw: paint the parts to redraw in opaque white"
     ):
-        read_mask(path, (8, 8), (8, 8), (4, 4))
+        redrawn(path, (8, 8))
     strokes_HWC[..., 3] = 255
     Image.fromarray(strokes_HWC).save(path)
-    assert read_mask(path, (8, 8), (8, 8), (4, 4)).all()
+    assert redrawn(path, (8, 8)).all()
     assert (
         "mask.png is white everywhere, so nothing of the image is kept" in capsys.readouterr().err
     )
@@ -146,7 +150,7 @@ def test_modes_differ_in_what_is_drawn_and_as_what(photo, monkeypatch):
         (["--box=0,0,4,4", "--mask=mask.png"], "either"),
         (["--mask=mask.png", "--mode=outpaint"], "needs a --box"),
         (["--box=0,0,4,4", "--mode=class"], "needs --label"),
-        (["--box=0,0,4,4", "--label=10"], "label=10: allowed are 0 … 9"),
+        (["--box=0,0,4,4", "--label=10"], r"labels \[10\]: allowed are 0 … 9"),
         (["--box=0,0,4,9"], "x1 <= 8 in whole pixels"),
         (["--box=0.1,0.1,0.12,0.9"], "no token; a token has 2x2 pixels"),
         (["--box=0,0,8,8", "--mode=outpaint"], "nothing is left to draw"),

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers.fake_sampler import FakeSampler
-from varjax.cli import edit, sample, upscale, vary
+from varjax import models
+from varjax.cli import edit, pictures, sample, upscale, vary
 from varjax.errors import InputError
 from varjax.metrics.classifier import LoadedClassifier
 from varjax.sampling import rejection
@@ -18,9 +19,22 @@ SHAPE = (64, 96, 3)  # large enough for a grid without gaps
 class FakeVAR(FakeSampler):
     """Keeps what it is asked for; each result is gray, by the number of its image."""
 
-    def vary(self, images_BHWC, keep_scales, labels=None, seed=0, *, index=None, **options):
+    def vary(
+        self,
+        images_BHWC,
+        keep_scales,
+        labels=None,
+        seed=0,
+        *,
+        index=None,
+        every_step=False,
+        **options,
+    ):
         self.asked = images_BHWC, keep_scales, np.asarray(labels).tolist(), seed, options
-        return self._images(np.asarray(index))
+        return self._steps(index, every_step)
+
+    def edit(self, images_BHWC, keep, labels=None, seed=0, *, index, every_step=False, **options):
+        return self._steps(index, every_step)
 
     upscale = vary
 
@@ -28,7 +42,10 @@ class FakeVAR(FakeSampler):
         return 3
 
     def sample(self, labels, seed=0, *, index=None, every_step=False, **options):
-        images_BHWC = super().sample(labels, seed, index=index)
+        return self._steps(index, every_step)
+
+    def _steps(self, index, every_step):
+        images_BHWC = self._images(np.asarray(index))
         steps = [images_BHWC + 10 * step / 255 for step in range(3)]
         return np.stack(steps) if every_step else images_BHWC
 
@@ -41,8 +58,10 @@ def model(monkeypatch):
         found.companions = companions
         return found
 
-    for module in (vary, upscale, edit, sample):
+    for module in (pictures, sample):
         monkeypatch.setattr(module, "load", load)
+    monkeypatch.setattr(pictures, "open_model", lambda weights: weights)
+    monkeypatch.setattr(pictures, "family_of", lambda weights: models.FAMILIES[0])
     monkeypatch.setattr(sample, "use_compilation_cache", lambda: None)
     pixels = np.random.default_rng(0).integers(0, 256, (*SHAPE[:2], 3), np.uint8)
     Image.fromarray(pixels).save("photo.png")
@@ -115,12 +134,40 @@ def test_every_step_is_a_column_or_a_frame(model):
         assert film.n_frames == 3
 
 
+def test_a_film_of_results_has_the_original_in_each_frame(model):
+    flags = ["--weights=fake", "--image=photo.png", "--batch_size=2", "--out=x.webp"]
+    original_HWC = image_io.read_image("photo.png", SHAPE)
+    for command, own_flags, others in (
+        ("vary", ["--keep_scales=2", "--label=3:0.5+8:0.5"], 1),
+        ("edit", ["--box=0,0,0.5,1", "--paste=0"], 2),
+    ):
+        COMMANDS[command]([*flags, *own_flags, "--count=3"])
+        with Image.open("x.webp") as film:
+            assert film.n_frames == 3
+            for step in range(3):
+                film.seek(step)
+                frame_HWC = np.asarray(film.convert("RGB"))
+                tiles = np.split(frame_HWC, others + 3, axis=1)
+                np.testing.assert_array_equal(tiles[0], original_HWC)
+                assert [tile[0, 0, 0] for tile in tiles[others:]] == [
+                    n + 10 * step for n in range(3)
+                ]
+                if command == "edit":
+                    np.testing.assert_array_equal(tiles[-1][32:], original_HWC[32:])
+    assert COMMANDS["vary"]([*flags[:-1], "--keep_scales=2", "--every_step", "--out=x.png"]) is None
+    strip_HWC = np.asarray(Image.open("x.png"))  # a row a result, without the original
+    assert strip_HWC.shape == (4 * SHAPE[0], 3 * SHAPE[1], 3)
+    assert strip_HWC[::64, ::96, 0].tolist() == [[n, n + 10, n + 20] for n in range(4)]
+
+
 @pytest.mark.parametrize(
     ("command", "flags", "message"),
     [
         ("vary", ["--image=photo.png", "--out=x.npz"], "the results are one picture; give FILE.p"),
-        ("vary", ["--image=photo.png", "--label=10"], "label=10: allowed are 0 … 9"),
+        ("vary", ["--image=photo.png", "--label=10"], r"labels \[10\]: allowed are 0 … 9"),
         ("vary", ["--image=none.png"], "none.png does not exist"),
+        ("vary", ["--image=photo.png", "--label=1,2"], "label=1,2: give one class, or a mix such"),
+        ("vary", ["--image=photo.png", "--accept=0.5"], "accept=0.5: varjax sample alone has"),
         ("upscale", ["--image=photo.png"], "96x64 pixels; upscaling takes less than the model's"),
         ("edit", ["--image=photo.png", "--box=0,0,1,1", "--paste=-2"], "paste=-2: give a number"),
     ],
@@ -133,7 +180,7 @@ def test_what_cannot_be_drawn_is_refused_first(command, flags, message, model):
 
 
 def test_a_model_without_scales_cannot_vary(model, monkeypatch):
-    monkeypatch.setattr(vary, "load", lambda *_, **__: FakeSampler(image_shape=SHAPE))
+    monkeypatch.setattr(pictures, "family_of", lambda weights: models.FAMILIES[1])
     with pytest.raises(InputError, match="only a model .* .VAR. can vary an image"):
         run("vary", "--image=photo.png", "--keep_scales=2")
 

@@ -86,6 +86,11 @@ def test_an_edit_keeps_latents_to_the_bit():
     assert (edited_BhwZ[:, ~KEEP] != latents_BhwZ[:, ~KEEP]).all()
     results = model.edit(images(1), KEEP, seed=3, index=[0, 1, 2])
     assert results.shape == (3, 8, 8, 1) and (results[0] != results[1]).any()
+    steps = np.asarray(model.edit(images(1), KEEP, seed=3, index=[0, 1, 2], every_step=True))
+    np.testing.assert_allclose(steps[-1], results, atol=1e-5)
+    # Tokens that are kept show from the start, and at some step the first of the others.
+    gray = (steps.reshape(-1, 3, 4, 2, 4, 2) == 0.5).all(axis=(3, 5))
+    assert not gray[:, :, KEEP].any() and gray[0].any() and len(steps) <= model.options().steps
 
 
 def test_vectors_depend_on_known_tokens_alone():

@@ -1,8 +1,11 @@
+import pathlib
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from varjax.errors import InputError
+from varjax.sampling import films
 from varjax.sampling.outputs import check_out, check_out_holds, open_output
 from varjax.storage import image_io
 
@@ -34,6 +37,21 @@ def test_a_film_has_a_frame_for_each_step_and_holds_the_last(suffix):
             # A GIF has 256 colors a frame, and these are noise; a WebP is exact.
             assert np.abs(frame - expected).mean() < (40 if suffix == "gif" else 1e-9)
     assert durations[-1] > durations[0] == durations[1]
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_equal_frames_are_one_that_is_shown_as_long_as_both(suffix):
+    """Pillow merges them, which nobody sees."""
+    steps_NSHWC = STEPS_NSHWC[:1, [0, 0, 1, 2, 2]]
+    films.write_film(pathlib.Path(f"film.{suffix}"), steps_NSHWC)
+    with Image.open(f"film.{suffix}") as film:
+        durations = []
+        for frame in range(film.n_frames):
+            film.seek(frame)
+            film.load()
+            durations.append(film.info["duration"])
+    step = films.FILM_MILLISECONDS // 5
+    assert durations == [2 * step, step, step + films.LAST_MILLISECONDS]
 
 
 def test_a_strip_is_a_row_an_image_and_a_column_a_step():

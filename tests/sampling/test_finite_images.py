@@ -10,7 +10,7 @@ from PIL import Image
 from tests.helpers import runs
 from tests.helpers.fake_sampler import FakeSampler
 from varjax import trees
-from varjax.cli import edit, sample
+from varjax.cli import edit, pictures, sample
 from varjax.errors import InputError
 from varjax.evaluation import __main__ as evaluation
 from varjax.mar.pipeline import MARPipeline
@@ -28,8 +28,10 @@ SAID = "image 5 .label 7, seed 5. holds NaN .* not written. Try top_k=901"
 @pytest.fixture
 def model(monkeypatch):
     found = FakeSampler(nan=frozenset((5,)))
-    for module in (sample, edit, evaluation):
+    monkeypatch.setattr(pictures, "open_model", lambda weights: weights)
+    for module in (sample, pictures, evaluation):
         monkeypatch.setattr(module, "load", lambda *_, **__: found)
+    for module in (sample, edit, evaluation):
         monkeypatch.setattr(module, "use_compilation_cache", lambda: None)
     return found
 

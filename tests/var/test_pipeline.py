@@ -142,8 +142,13 @@ def test_variations_keep_the_first_scales_and_draw_the_others(model):
     token_BL = np.array(model.encode(IMAGES[:1]))
     token_BL[:, 5:] = 15
     expected = model.decode(token_BL)
-    varied = model.vary(IMAGES[:1], 2, choose=last, **options)
+    varied = model.vary(IMAGES[:1], 2, choose=last, guidance=1.0)
     np.testing.assert_allclose(varied, expected, atol=1e-5)
+    steps = model.vary(IMAGES[:1], 2, choose=last, guidance=1.0, every_step=True)
+    np.testing.assert_allclose(steps[:2], model.decode(token_BL, every_scale=True)[:2], atol=1e-5)
+    np.testing.assert_allclose(steps[2], expected, atol=1e-5)
+    with pytest.raises(InputError, match="top_k, temperature: not with `choose`"):
+        model.vary(IMAGES[:1], 2, choose=last, top_k=0, temperature=1)
     with pytest.raises(InputError, match="keep_scales=3: must be at most 2"):
         model.vary(IMAGES, 3)
 

@@ -73,6 +73,19 @@ def add_sampling_flags(
     add_option_flags(parser.add_argument_group("options of the model"), option_classes())
 
 
+def add_every_step_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds --every_step."""
+    about = (
+        "show each image after every scale or step: in FILE.png, a row an image; a film always does"
+    )
+    parser.add_argument("--every_step", action="store_true", help=about)
+
+
+def shows_every_step(flags: argparse.Namespace) -> bool:
+    """Returns whether the output shows images after every scale or step, as films always do."""
+    return flags.every_step or file_suffix(flags.out) in FILM_SUFFIXES
+
+
 def companions(flags: argparse.Namespace) -> dict[str, Any]:
     """Returns the arguments of `varjax.load` about models that help another one to sample."""
     return {name: getattr(flags, name) for name in ("guide", "refiner", "draft_scales")}
@@ -99,10 +112,7 @@ def draw_samples(arguments: list[str]) -> None:
     )
     out_help = "output: FILE.png (a grid), FILE.npz, FOLDER, or FILE.gif, FILE.webp (samples.png)"
     add_sampling_flags(parser, "samples.png", out_help)
-    about = (
-        "show each image after every scale or step: in FILE.png, a row an image; a film always does"
-    )
-    parser.add_argument("--every_step", action="store_true", help=about)
+    add_every_step_flag(parser)
     add_rejection_flags(parser)
     add_process_flags(parser)
     flags = parser.parse_args(arguments)
@@ -120,7 +130,7 @@ def draw_samples(arguments: list[str]) -> None:
         if mixes := [label for label in labels if isinstance(label, str)]:
             raise InputError(f"--accept takes single classes, of which {mixes} have several")
         job = dataclasses.replace(job, accept=flags.accept, classifier=classifier.identity)
-    every_step = flags.every_step or file_suffix(flags.out) in FILM_SUFFIXES
+    every_step = shows_every_step(flags)
     if every_step and classifier is not None:
         raise InputError("--accept chooses finished images; leave it out to show every step")
     steps = model.steps(options) if every_step else None

@@ -6,19 +6,14 @@ The coarse scales come from the picture, the finer ones are drawn. The output sh
 enlarged without a model, and the results.
 """
 
-import dataclasses
 import logging
 
 import numpy as np
 
-from varjax.cli.edit import check_label, check_picture_out, draw_results, model_with_scales
-from varjax.cli.sample import add_sampling_flags, check_sampling_flags, companions
+from varjax.cli.pictures import add_picture_flags, draw_results, open_request, write_results
 from varjax.errors import InputError
-from varjax.models import load, option_classes
 from varjax.runtime.commands import command_parser, run_command
 from varjax.runtime.compilation_cache import use_compilation_cache
-from varjax.sampling.outputs import check_out_holds
-from varjax.sampling.sampler import given_options
 from varjax.storage import image_io
 
 
@@ -28,42 +23,27 @@ def upscale_image(arguments: list[str]) -> None:
     Raises InputError, before any long work, if the request is invalid.
     """
     parser = command_parser("varjax upscale", __doc__)
-    add = parser.add_argument
-    add("--image", required=True, help="image file, smaller than the model's images")
     about = "number of scales that come from the picture (those that its pixels fill)"
-    add("--keep_scales", type=int, help=about)
-    add("--label", type=int, help="class to draw (default: no class)")
-    add_sampling_flags(parser, "upscaled.png", "output, FILE.png (upscaled.png)")
+    parser.add_argument("--keep_scales", type=int, help=about)
+    image_help = "image file, smaller than the model's images"
+    add_picture_flags(parser, image_help, "upscaled.png")
     flags = parser.parse_args(arguments)
-    check_sampling_flags(flags)
-    check_picture_out(flags.out)
-    picture = image_io.open_image(flags.image)
-    model = model_with_scales(load(flags.weights, flags.dtype, **companions(flags)), "upscale")
-    options = model.options(**given_options(flags, option_classes()))
+    request = open_request(flags, "upscale", others=1)
+    picture, model = request.picture, request.model
     H, W, channels = model.image_shape
     small_shape = small_size(picture.size, (H, W))
-    check_label(flags.label, model.classes)
-    check_out_holds(flags.out, flags.count + 1, model.image_shape)
     small_HWC = image_io.resize_and_crop(picture, (*small_shape, channels))
 
-    def draw(label_B, index_B):
-        return model.upscale(
-            small_HWC[None],
-            flags.keep_scales,
-            label_B,
-            flags.seed,
-            index=index_B,
-            **dataclasses.asdict(options),
-        )
+    def draw(label_B, **settings):
+        return model.upscale(small_HWC[None], flags.keep_scales, label_B, **settings)
 
-    results_NHWC = draw_results(model, flags, options, draw)
+    results = draw_results(request, draw)
     large_HWC = image_io.resize_and_crop(picture, model.image_shape)
-    images_NHWC = np.concatenate([large_HWC[None], results_NHWC])
-    image_io.write_png(flags.out, image_io.image_grid(images_NHWC, min(len(images_NHWC), 10)))
-    print(
-        f"{flags.out}: the picture ({small_shape[1]}x{small_shape[0]} pixels), and {flags.count} "
-        "results with its coarse scales"
+    about = (
+        f"the picture ({small_shape[1]}x{small_shape[0]} pixels), and {flags.count} results with "
+        "its coarse scales"
     )
+    write_results(request, large_HWC[None], results, about)
 
 
 def small_size(size: tuple[int, int], model_size: tuple[int, int]) -> tuple[int, int]:

@@ -54,13 +54,23 @@ def put_at(x_BL: jax.Array, position_Bn: jax.Array, new_Bn: jax.Array) -> jax.Ar
     return jax.vmap(put)(x_BL, position_Bn, new_Bn)
 
 
-def known_after_steps(order_BL: jax.Array, schedule: "UnmaskingSchedule") -> jax.Array:
-    """Returns which positions are known after each step of a whole image, (S, B, L) bool.
+def known_after_steps(
+    order_BL: jax.Array,
+    schedule: "UnmaskingSchedule",
+    keep_BL: jax.Array | None = None,
+    first: int = 0,
+) -> jax.Array:
+    """Returns which positions are known after each step, (S, B, L) bool.
 
-    order_BL: positions in the order in which they become known.
+    Args:
+        order_BL: positions in the order in which they become known.
+        schedule: number of tokens that each step draws.
+        keep_BL: True at positions that are known from the start; None for whole images.
+        first: first step to return.
     """
     rank_BL = jnp.argsort(order_BL, axis=1)
-    return rank_BL[None] < np.array(schedule.known[1:])[:, None, None]
+    known_SBL = rank_BL[None] < np.array(schedule.known[first + 1 :])[:, None, None]
+    return known_SBL if keep_BL is None else known_SBL | keep_BL[None]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -134,9 +134,13 @@ class MARPipeline:
             return sample_images
 
         def step_sampler(choose):
-            def sample_every_step(params, setup, label_B, key_B):
-                token_BL = token_sampler(choose)(params, setup, label_B, key_B)
-                known_SBL = known_after_steps(draw_orders(mar, key_B), setup.schedule)
+            def sample_every_step(params, setup, label_B, key_B, known=None):
+                token_BL = token_sampler(choose)(params, setup, label_B, key_B, known)
+                keep_BL = None if known is None else known.keep_BL
+                order_BL = draw_orders(mar, key_B, keep_BL)
+                known_SBL = known_after_steps(
+                    order_BL, setup.schedule, keep_BL, setup.first_step(mar)
+                )
                 show = functools.partial(
                     decode_known, self._tokenizer_for_images(), mar, params["tokenizer"], token_BL
                 )
@@ -441,6 +445,7 @@ class MARPipeline:
         guidance_timestep_to: int | None = None,
         choose: MARRule | None = None,
         index: Index | None = None,
+        every_step: bool = False,
         **unknown: Any,
     ) -> jax.Array:
         """Redraws everything outside of `keep`, without further training.
@@ -462,10 +467,11 @@ class MARPipeline:
             guidance_timestep_to: smallest diffusion timestep above those with guidance.
             choose: rule that chooses tokens instead.
             index: (B,) numbers of the results; None for one result per image.
+            every_step: whether to return the results after each step that draws tokens.
             unknown: options of other models, which are refused.
 
         Returns:
-            (B, H, W, channels) float32 in [0, 1].
+            (B, H, W, channels) float32 in [0, 1], or with `every_step` (S, B, H, W, channels).
 
         Raises:
             InputError: a wrong shape, labels or options out of range, or an unknown option.
@@ -483,18 +489,11 @@ class MARPipeline:
             guidance_timestep_to=guidance_timestep_to,
             **unknown,
         )
-        latents = self.encode(images_BHWC)
-        return self.decode(
-            self.edit_latents(
-                latents,
-                keep,
-                labels,
-                seed,
-                choose=choose,
-                index=index,
-                **dataclasses.asdict(options),
-            )
-        )
+        batch = self._edit_batch(self.encode(images_BHWC), keep, labels, seed, index, options)
+        check_rule(choose)
+        if every_step:
+            return jnp.moveaxis(self._sample_every_step(choose)(*batch), 1, 0)
+        return self._decode(None, self._sample_tokens(choose)(*batch))
 
     def edit_latents(
         self,
@@ -513,16 +512,20 @@ class MARPipeline:
         arguments are those of `edit`.
         """
         check_rule(choose)
+        batch = self._edit_batch(latents, keep, labels, seed, index, self.options(**options))
+        return self.mar.unpatchify(self._sample_tokens(choose)(*batch))
+
+    def _edit_batch(self, latents, keep, labels, seed, index, options) -> tuple[Any, ...]:
+        """Returns what programs take for an edit: setup, labels (B,), keys (B,), known tokens."""
         token_BL = self._checked_tokens(latents)
         label_B, key_B = checked_edit(
             len(token_BL), self.labels.numbers(labels), seed, index, self.classes
         )
         B = len(key_B)
         keep_BL = checked_mask(keep, B, self.edit_shape).reshape(B, self.mar.length)
-        setup = make_setup(self.mar, self.options(**options), keep_BL)
+        setup = make_setup(self.mar, options, keep_BL)
         token_BL = jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:]))
-        known = KnownTokens(token_BL, jnp.asarray(keep_BL))
-        return self.mar.unpatchify(self._sample_tokens(choose)(setup, label_B, key_B, known))
+        return setup, label_B, key_B, KnownTokens(token_BL, jnp.asarray(keep_BL))
 
     def _tokenizer_for_images(self) -> TokenizerConfig:
         if self.tokenizer is None:

@@ -161,6 +161,12 @@ class SamplingSetup:
         """The noise schedule by which the tokens of each step are denoised."""
         return denoising_schedules(self.options.diffusion_steps, self.schedule.steps)
 
+    def first_step(self, config: MARConfig) -> int:
+        """Returns the first step to show: an edit skips steps before those that draw tokens."""
+        if config.causal:  # whose steps are positions
+            return 0
+        return self.groups[0].steps.start if self.groups else self.schedule.steps - 1
+
     def draw_settings(self, number: jax.Array | int) -> DrawSettings:
         """Returns how the tokens of step `number` are drawn."""
         scale_S = jnp.asarray(guidance_scales(self.options, self.schedule.guidance_ramp))

@@ -40,7 +40,7 @@ def box_mask(text: str, size: tuple[int, int], finest: tuple[int, int]) -> np.nd
     return inside_hw
 
 
-def read_mask_weights(
+def read_mask(
     path: str | pathlib.Path, image_size: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
     """Returns how white each pixel (H, W) of a mask is, in [0, 1].
@@ -57,29 +57,30 @@ def read_mask_weights(
     return image_io.resize_and_crop(picture, (*size, 1))[..., 0] / np.float32(255)
 
 
-def read_mask(
-    path: str | pathlib.Path,
-    image_size: tuple[int, int],
-    size: tuple[int, int],
-    finest: tuple[int, int],
+def mask_tokens(
+    white_HW: np.ndarray, finest: tuple[int, int], name: str | pathlib.Path
 ) -> np.ndarray:
-    """Returns whether more than half of each token's pixels (h, w) are white in the mask.
+    """Returns whether more than half of each token's pixels (h, w) are white in a mask.
 
-    Takes what `read_mask_weights` takes, and the size (h, w) of the token map. Prints a note on
-    stderr if all tokens are white.
+    Prints a note on stderr if all tokens are white.
 
-    Raises InputError for another size, or if no token is white.
+    Args:
+        white_HW: how white each pixel is, from `read_mask`.
+        finest: size (h, w) of the token map.
+        name: name of the mask, for messages.
+
+    Raises:
+        InputError: no token is white.
     """
-    white_HW = read_mask_weights(path, image_size, size)
-    (H, W), (h, w) = size, finest
+    (H, W), (h, w) = white_HW.shape, finest
     white_hw = white_HW.reshape(h, H // h, w, W // w).mean(axis=(1, 3)) > 0.5
     if not white_hw.any():
         raise InputError(
-            f"{path} leaves nothing to draw: paint the parts to redraw in opaque white"
+            f"{name} leaves nothing to draw: paint the parts to redraw in opaque white"
         )
     if white_hw.all():
         print(
-            f"{path} is white everywhere, so nothing of the image is kept. Paint the parts to keep "
+            f"{name} is white everywhere, so nothing of the image is kept. Paint the parts to keep "
             "in black, or make them transparent",
             file=sys.stderr,
         )

@@ -111,6 +111,7 @@ class Sampler(Protocol):
         seed: int = 0,
         *,
         index: Sequence[int] | np.ndarray | None = None,
+        every_step: bool = False,
         **options: Any,
     ) -> jax.Array:
         """Redraws everything outside of `keep`; otherwise like `sample`.

@@ -315,7 +315,8 @@ class VARPipeline:
         Raises:
             InputError: labels or options out of range, or an option that is unknown.
         """
-        options = self.options(
+        options = self._drawing_options(
+            choose,
             guidance=guidance,
             top_k=top_k,
             top_p=top_p,
@@ -327,8 +328,7 @@ class VARPipeline:
             **unknown,
         )
         label_B, key_B = checked_request(self.labels.numbers(labels), seed, index, self.classes)
-        images = self._sampler(options, choose, every_step)(options, label_B, key_B)
-        return jnp.moveaxis(images, 1, 0) if every_step else images
+        return self._draw(options, choose, every_step, label_B, key_B)
 
     def edit(
         self,
@@ -347,6 +347,7 @@ class VARPipeline:
         temperature: OneOrEach[float] | Each | None = None,
         choose: VARRule | None = None,
         index: Index | None = None,
+        every_step: bool = False,
         **unknown: Any,
     ) -> jax.Array:
         """Redraws everything outside of `keep`, without further training.
@@ -366,15 +367,17 @@ class VARPipeline:
             temperature: temperature of the codes left by top_k and top_p.
             choose: rule that chooses tokens instead.
             index: (B,) numbers of the results; None for one result per image.
+            every_step: whether to return the results after each scale.
             unknown: options of other models, which are refused.
 
         Returns:
-            (B, H, W, channels) float32 in [0, 1].
+            (B, H, W, channels) float32 in [0, 1], or with `every_step` (K, B, H, W, channels).
 
         Raises:
             InputError: a wrong shape, labels or options out of range, or an unknown option.
         """
-        options = self.options(
+        options = self._drawing_options(
+            choose,
             guidance=guidance,
             top_k=top_k,
             top_p=top_p,
@@ -391,7 +394,8 @@ class VARPipeline:
         )
         keep_Bhw = checked_mask(keep, len(key_B), self.edit_shape)
         keep_BL = keep_at_every_scale(self.var.pyramid, keep_Bhw)
-        return self._redraw(images_BHWC, keep_BL, label_B, key_B, options, choose)
+        known = self._known_tokens(images_BHWC, keep_BL)
+        return self._draw(options, choose, every_step, label_B, key_B, known)
 
     def vary(
         self,
@@ -402,6 +406,7 @@ class VARPipeline:
         *,
         choose: VARRule | None = None,
         index: Index | None = None,
+        every_step: bool = False,
         **options: Any,
     ) -> jax.Array:
         """Keeps the first scales of images and draws the finer ones: variations of an image.
@@ -415,22 +420,24 @@ class VARPipeline:
             seed: random seed; each seed gives different images.
             choose: rule that chooses tokens; see `sample`.
             index: (B,) numbers of the results; None for one result per image.
+            every_step: whether to return the results after each scale.
             options: sampling options; see `sample`.
 
         Returns:
-            (B, H, W, channels) float32 in [0, 1].
+            (B, H, W, channels) float32 in [0, 1], or with `every_step` (K, B, H, W, channels).
 
         Raises:
             InputError: a wrong shape, number of scales, labels or options.
         """
-        checked = self.options(**options)
+        checked = self._drawing_options(choose, **options)
         keep_L = keep_first_scales(self.var.pyramid, keep_scales)
         images_BHWC = checked_images(images_BHWC, self.image_shape)
         label_B, key_B = checked_edit(
             len(images_BHWC), self.labels.numbers(labels), seed, index, self.classes
         )
         keep_BL = np.tile(keep_L, (len(key_B), 1))
-        return self._redraw(images_BHWC, keep_BL, label_B, key_B, checked, choose)
+        known = self._known_tokens(images_BHWC, keep_BL)
+        return self._draw(checked, choose, every_step, label_B, key_B, known)
 
     def upscale(
         self,
@@ -441,6 +448,7 @@ class VARPipeline:
         *,
         choose: VARRule | None = None,
         index: Index | None = None,
+        every_step: bool = False,
         **options: Any,
     ) -> jax.Array:
         """Draws the details of small images: super-resolution to the model's size.
@@ -457,10 +465,11 @@ class VARPipeline:
             seed: random seed; each seed gives different images.
             choose: rule that chooses tokens; see `sample`.
             index: (B,) numbers of the results; None for one result per image.
+            every_step: whether to return the results after each scale.
             options: sampling options; see `sample`.
 
         Returns:
-            (B, H, W, channels) float32 in [0, 1].
+            (B, H, W, channels) float32 in [0, 1], or with `every_step` (K, B, H, W, channels).
 
         Raises:
             InputError: images that are too small or not smaller than the model's, a wrong number of
@@ -484,23 +493,30 @@ class VARPipeline:
             seed,
             choose=choose,
             index=index,
+            every_step=every_step,
             **options,
         )
 
-    def _redraw(self, images_BHWC, keep_BL, label_B, key_B, options, choose):
-        """Draws what `keep_BL` does not keep of images that `checked_images` returned."""
-        token_BL = self._encode(None, images_BHWC)
-        token_BL = jnp.broadcast_to(token_BL, keep_BL.shape)
-        known = KnownTokens(token_BL, jnp.asarray(keep_BL))
-        return self._sampler(options, choose)(options, label_B, key_B, known)
+    def _drawing_options(self, choose: VARRule | None, **given: Any) -> VAROptions:
+        """Returns checked options; InputError for those that a rule given with them ignores."""
+        options = self.options(**given)
+        ignored = {name: given.get(name) is not None for name in ("top_k", "top_p", "temperature")}
+        check_rule(choose, **ignored, smooth=options.smooth)
+        return options
 
-    def _sampler(
-        self, options: VAROptions, choose: VARRule | None, every_step: bool = False
-    ) -> Callable[..., Any]:
-        """Returns the program that samples images, compiled once for each kind of options."""
-        check_rule(choose, smooth=options.smooth)
+    def _known_tokens(self, images_BHWC, keep_BL) -> KnownTokens:
+        """Encodes images that `checked_images` returned, for results of which `keep_BL` is kept."""
+        token_BL = self._encode(None, images_BHWC)
+        return KnownTokens(jnp.broadcast_to(token_BL, keep_BL.shape), jnp.asarray(keep_BL))
+
+    def _draw(self, options, choose, every_step, *batch) -> jax.Array:
+        """Runs the program that samples images, compiled once for each kind of options.
+
+        batch: labels (B,), keys (B,), and for an edit the known tokens.
+        """
         guided = guided_scales(self.var.pyramid, options)
-        return self._compiled_sampler(guided, choose, every_step)
+        images = self._compiled_sampler(guided, choose, every_step)(options, *batch)
+        return jnp.moveaxis(images, 1, 0) if every_step else images
 
     def _with(self, params: PyTree, **companions: Any) -> "VARPipeline":
         """Returns this model with further parameters and their configs, by argument."""
