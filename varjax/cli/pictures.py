@@ -28,7 +28,7 @@ from varjax.sampling.outputs import (
     file_suffix,
     open_output,
 )
-from varjax.sampling.sampler import Sampler, given_options
+from varjax.sampling.sampler import given_options
 from varjax.storage import image_io
 
 COLUMNS = 10  # at most, of the output
@@ -49,7 +49,7 @@ class PictureRequest:
 
     flags: argparse.Namespace
     picture: Image.Image
-    model: Sampler
+    model: Any  # a `Sampler`; of families that keep scales, with `vary` and `upscale`
     options: Any
     label: int | str
     every_step: bool
