@@ -132,8 +132,8 @@ def experiment(run_dir, **changes):
     return Experiment(task, Digits(shift=1.0), str(run_dir), **(defaults | changes))
 
 
-TIMING = {"images_per_second", "step_seconds", "tflops_per_device", "mfu"}
-TIMING |= {"data_wait", "data_wait_fraction", "memory_gb", "memory_peak_gb"}
+TIMING = {"images_per_second", "step_seconds", "tflops_per_device", "mfu", "step_tflop"}
+TIMING |= {"parameters", "data_wait", "data_wait_fraction", "memory_gb", "memory_peak_gb"}
 
 
 def lines(run_dir):

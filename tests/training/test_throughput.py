@@ -11,7 +11,7 @@ def test_rates_are_over_the_time_that_was_not_paused(monkeypatch):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(hardware, "peak_flops", lambda: 4e12)
-    meter = ThroughputMeter(batch_size=8)
+    meter = ThroughputMeter(batch_size=8, parameters=5)
     meter.step_flops = 6_000_000_000_000 * jax.device_count()
     assert meter.measure(3, waited=1.0).keys() <= {"memory_gb", "memory_peak_gb"}
     now[0] += 10
@@ -24,6 +24,8 @@ def test_rates_are_over_the_time_that_was_not_paused(monkeypatch):
         "step_seconds": 2.0,
         "tflops_per_device": 3.0,
         "mfu": 0.75,
+        "step_tflop": 6.0 * jax.device_count(),
+        "parameters": 5,
         "data_wait": 2.5,
         "data_wait_fraction": 0.25,
     }

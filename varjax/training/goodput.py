@@ -113,12 +113,16 @@ class ThroughputMeter:
 
     It reads the host's clock and counters and never waits for a device.
 
+    Args:
+        batch_size: images in a step, over all devices.
+        parameters: number of trained parameters, which is logged with the speed.
+
     Attributes:
         step_flops: FLOP of the model in a step (`Task.train_flops`), to be set once it is known.
     """
 
-    def __init__(self, batch_size: int):
-        self.step_flops = 0
+    def __init__(self, batch_size: int, parameters: int):
+        self.step_flops, self.parameters = 0, parameters
         self._batch_size = batch_size
         self._last: tuple[int, float, float] | None = None
         self._paused_seconds = 0.0
@@ -141,8 +145,9 @@ class ThroughputMeter:
 
         Returns:
             `hardware.memory_usage`, and images_per_second; step_seconds; tflops_per_device, the
-            model's TFLOP/s; mfu, their fraction of `hardware.peak_flops`; data_wait in
-            seconds; data_wait_fraction, its fraction of the time.
+            model's TFLOP/s; mfu, their fraction of `hardware.peak_flops`; step_tflop, the model's
+            TFLOP in a step; parameters; data_wait in seconds; data_wait_fraction, its fraction of
+            the time.
         """
         now = time.monotonic() - self._paused_seconds
         before, self._last = self._last, (step, now, waited)
@@ -155,6 +160,8 @@ class ThroughputMeter:
             "step_seconds": seconds / steps,
             "tflops_per_device": flops / 1e12,
             "mfu": flops / self._peak_flops,
+            "step_tflop": self.step_flops / 1e12,
+            "parameters": self.parameters,
             "data_wait": wait,
             "data_wait_fraction": wait / seconds,
         }

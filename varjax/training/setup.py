@@ -234,7 +234,8 @@ def start_run(
             f"{plan.steps}"
         )
 
-    throughput = ThroughputMeter(experiment.batch_size)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+    throughput = ThroughputMeter(experiment.batch_size, parameters)
     compiled = FirstCall(
         jit_train_step(task, plan, mesh, placement, experiment.skip_nonfinite > 0), compiling
     )
