@@ -56,12 +56,14 @@ class RunLog:
         batch_size: images in a step.
         lines: lines of metrics.jsonl, each with its "step".
         steps: length of the run in updates; None if it is not known.
+        config: settings in config.json.
     """
 
     name: str
     batch_size: int
     lines: list[dict[str, Any]]
-    steps: int | None = None
+    steps: int | None
+    config: dict[str, Any]
 
     def points(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns images seen and values, both (N,), of the lines where `metric` is a number."""
@@ -94,7 +96,7 @@ def read_run_log(directory: str | pathlib.Path) -> RunLog:
     steps = plan.get("steps") or config.get("steps") or None
     if type(steps) not in (int, type(None)):
         raise InputError(f"{path / 'config.json'}: steps is {shown(steps)}, not a number")
-    return RunLog(str(directory), batch_size, _read_lines(path / "metrics.jsonl"), steps)
+    return RunLog(str(directory), batch_size, _read_lines(path / "metrics.jsonl"), steps, config)
 
 
 def _read_lines(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ COMMANDS = {
         "list training runs: state, step, loss and speed",
     ),
     "plot": ("varjax.analysis.plot", "draw the curves of training runs"),
+    "scaling": ("varjax.analysis.scaling", "fit scaling laws to runs of different sizes"),
     "benchmark": ("varjax.benchmark.__main__", "measure speed, memory and communication"),
 }
 

@@ -1,0 +1,268 @@
+"""Made-up runs with known laws: what the fits must find, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from varjax.analysis.ladder import front_points, model_size, read_ladder
+from varjax.analysis.power_law import PowerLaw, pareto_front
+from varjax.analysis.run_log import RunLog
+from varjax.analysis.scaling import main, parse_floors
+from varjax.analysis.scaling_fits import PARAMETERS, fit_scaling
+from varjax.analysis.scaling_plot import has_paper_tokens
+from varjax.errors import InputError
+from varjax.tokenizers.vq.pyramid import SCALES_256
+
+BATCH, STEPS = 64, 20_000
+DEPTHS = (2, 3, 4, 5, 6, 8, 10, 12)
+# floor + (x0 / N)^exponent + (x1 / D)^exponent
+LAWS = {
+    "loss": PowerLaw(2.0, (1e6, 5e4), (0.30, 0.35)),
+    "loss_last": PowerLaw(1.8, (2e6, 5e4), (0.25, 0.35)),
+}
+
+
+def parameters(depth):
+    return 18 * depth * (64 * depth) ** 2
+
+
+def make_run(folder, depth, laws=LAWS, noise=0.001, change=None, extra="", steps=STEPS):
+    """Writes what a run of VAR at this depth would log, if its losses followed the laws."""
+    size, rng = parameters(depth), np.random.default_rng(depth)
+    config = {
+        "batch_size": BATCH,
+        "steps": STEPS,
+        "task": {
+            "_type": "VARTask",
+            "model": {"depth": depth, "width": 64 * depth},
+            "tokenizer": {"scales": [1, 2, 3], "vocab": 256},
+        },
+        "data": {"_type": "CachedLatents", "root": f"/data/{depth}"},
+    }
+    (change or (lambda config: None))(config)
+    run = folder / f"d{depth}"
+    run.mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps(config))
+    lines = []
+    for step in np.unique(np.geomspace(200, steps, 16).astype(int)).tolist():
+        line = {"step": step}
+        for name, law in laws.items():
+            value = float(law(size, step * BATCH)) * np.exp(noise * rng.normal())
+            line[f"eval/{name}"] = value
+        lines.append(json.dumps(line))
+        flop = 6 * size * BATCH  # of a sequence of one token, as C = 6 N D has it
+        lines.append(json.dumps({"step": step, "loss": 1.0, "step_tflop": flop / 1e12}))
+    (run / "metrics.jsonl").write_text("\n".join([*lines, extra]))
+    return str(run)
+
+
+def make_ladder(folder, depths=DEPTHS, **kwargs):
+    return [make_run(folder, depth, **kwargs) for depth in depths]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return make_ladder(tmp_path_factory.mktemp("runs"))
+
+
+def test_known_constants_lie_within_their_intervals(runs):
+    report = fit_scaling(read_ladder(runs), resamples=60, sizes=[3e8])
+    images = STEPS * BATCH
+    for name, fit in report.fits["parameters"].items():
+        law = LAWS[name]
+        floor = float(law(np.inf, images))  # with this many images, no size gets below
+        for found, known in (
+            (fit.interval(lambda law: law.exponents[0]), law.exponents[0]),
+            (fit.interval(lambda law: law.x0[0]), law.x0[0]),
+            (fit.interval(lambda law: law.floor), floor),
+        ):
+            assert found[0] < known < found[1], (name, found, known)
+            assert found[1] < 1.6 * found[0]  # and these are of use
+        assert fit.correlation < -0.999
+        left_out, larger = report.predictions[name]
+        known = law(parameters(12), images)
+        assert left_out.size == parameters(12) and left_out.low < known < left_out.high
+        assert left_out.measured == pytest.approx(known, rel=0.003)
+        assert larger.loss == pytest.approx(law(3e8, images), rel=0.003)
+        assert larger.low < larger.loss < larger.high < 1.02 * larger.low
+
+
+def test_without_a_floor_the_law_is_straight_and_r_is_that_of_the_logarithms(tmp_path):
+    law = {"loss": PowerLaw(0.0, (1e9, 1.0), (0.08, 40.0))}  # images hardly matter
+    ladder = read_ladder(make_ladder(tmp_path, laws=law))
+    report = fit_scaling(ladder, floors=parse_floors("loss=0"), resamples=60)
+    fit = report.fits["parameters"]["loss"]
+    low, high = fit.interval(lambda law: law.exponents[0])
+    assert low < 0.08 < high < 1.1 * low and fit.law.floor == 0
+    x, y = np.log(fit.points.x_TP[0]), np.log(fit.points.loss_P)
+    assert fit.law.exponents[0] == pytest.approx(-np.polyfit(x, y, 1)[0], rel=1e-6)
+    assert fit.correlation == pytest.approx(np.corrcoef(x, y)[0, 1])
+
+
+def test_one_law_of_size_and_images_is_found_from_whole_curves(runs):
+    ladder = read_ladder(runs)
+    ladder.curves.pop("loss_last")
+    report = fit_scaling(ladder, joint=True, resamples=20)
+    fit, law = report.fits["joint"]["loss"], LAWS["loss"]
+    assert fit.law.floor == pytest.approx(law.floor, rel=0.03)
+    np.testing.assert_allclose(fit.law.exponents, law.exponents, rtol=0.1)
+    for i in range(2):
+        low, high = fit.interval(lambda law, i=i: law.exponents[i])
+        assert low < law.exponents[i] < high
+    (left_out,) = report.predictions["loss"]
+    assert left_out.loss == pytest.approx(left_out.measured, rel=0.005)
+
+
+def test_the_front_over_compute_has_the_exponent_that_both_laws_together_give(runs):
+    # Minimizing (a/N)^α + (b/D)^β at C = 6 N D gives C^(-αβ/(α+β)) (Hoffmann et al. 2022).
+    ladder = read_ladder(runs)
+    floors = {name: law.floor for name, law in LAWS.items()}
+    report = fit_scaling(ladder, floors=floors, resamples=0)
+    for name, law in LAWS.items():
+        a, b = law.exponents
+        assert report.fits["compute"][name].law.exponents[0] == pytest.approx(
+            a * b / (a + b), rel=0.1
+        )
+    points = front_points(ladder.curves["loss"])
+    assert (np.diff(points.x_TP[0]) > 0).all() and (np.diff(points.loss_P) < 0).all()
+    smallest = ladder.curves["loss"][0]
+    assert np.isin(points.loss_P, smallest.loss_P).sum() <= len(smallest.loss_P) - 3
+
+
+def test_a_front_holds_what_nothing_cheaper_beats():
+    rng = np.random.default_rng(0)
+    x, loss = rng.integers(1, 9, 60) / 4, rng.integers(1, 9, 60) / 4
+    front = pareto_front(x, loss)
+    beaten = [any((x <= x[i]) & (loss <= loss[i]) & ((x < x[i]) | (loss < loss[i])))
+              for i in range(60)]  # fmt: skip
+    pairs = {(x[i], loss[i]) for i in range(60) if not beaten[i]}
+    assert {(x[i], loss[i]) for i in front} == pairs and len(front) == len(pairs)
+
+
+def test_sizes_are_counted_as_in_the_paper_or_else_by_the_program():
+    def size(model, kind="VARTask", lines=()):
+        return model_size(RunLog("run", 1, list(lines), 1, {"task": {"_type": kind, **model}}))
+
+    assert size({"model": {"depth": 16, "width": 1024}}) == 73_728 * 16**3
+    shared = {"depth": 36, "width": 36 * 64, "shared_adaln": True}
+    assert size({"model": shared}) == (12 * 36 + 6) * (36 * 64) ** 2
+    logged = [{"step": 1, "parameters": 5}, {"step": 2, "parameters": 7}]
+    assert size({"model": {"depth": 2, "width": 8}}, "MARTask", logged) == 7
+    assert size({}, lines=logged) == 7
+    with pytest.raises(InputError, match="number of parameters is not known"):
+        size({}, "Other")
+
+
+def test_averaged_weights_and_errors_are_read_where_all_runs_have_them(tmp_path):
+    line = '{"step": 20000, "eval_ema/loss": 2.5, "eval_ema/accuracy": 0.25}'
+    runs = make_ladder(tmp_path, (2, 3), extra=line)
+    ladder = read_ladder(runs)
+    assert (ladder.prefix, list(ladder.curves)) == ("eval_ema", ["loss", "error"])
+    assert [curve.loss_P.tolist() for curve in ladder.curves["error"]] == [[0.75], [0.75]]
+    assert list(read_ladder(runs, "eval").curves) == ["loss", "loss_last"]
+    assert read_ladder([*runs, make_run(tmp_path, 4)]).prefix == "eval"
+
+
+def change_vocab(config):
+    config["task"]["tokenizer"]["vocab"] = 512
+
+
+def change_data(config):
+    config["data"]["_type"] = "Digits"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_vocab, r"task.tokenizer.vocab: 256 in .*d2, 512 in .*d3"),
+        (change_data, r"data: 'CachedLatents' in .*d2, 'Digits' in .*d3"),
+    ],
+)
+def test_runs_whose_losses_mean_different_things_are_refused(tmp_path, change, message):
+    runs = [make_run(tmp_path, 2), make_run(tmp_path, 3, change=change)]
+    with pytest.raises(InputError, match=message):
+        read_ladder(runs)
+
+
+def test_runs_with_other_frozen_weights_or_images_are_refused(tmp_path):
+    runs = make_ladder(tmp_path, (2, 3))
+    for run, digest in zip(runs, "ab", strict=True):
+        (tmp_path / run / "frozen.json").write_text(json.dumps({"digest": digest}))
+        (tmp_path / run / "data.json").write_text(json.dumps({"train": {"images": len(run)}}))
+    with pytest.raises(InputError, match="tokenizer's weights: 'a' in .*d2, 'b' in .*d3"):
+        read_ladder(runs)
+    (tmp_path / runs[1] / "data.json").write_text('{"train": {"images": 3}}')
+    with pytest.raises(InputError, match=r"images.train.images: \d+ in .*d2, 3 in .*d3"):
+        read_ladder(runs)
+
+
+def test_what_cannot_be_fitted_is_said_and_nothing_written(tmp_path, capsys):
+    runs = make_ladder(tmp_path, (2, 3, 4))
+
+    def error(*arguments):
+        assert main([*arguments, "--out=out", "--resamples=0"]) == 1
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    message = error(*runs)
+    assert "runs of 3 sizes are too few: a fit of loss needs 4" in message
+    assert "589.8 k, 1.991 M, 4.719 M" in message
+    assert "given more than once" in error(*runs, runs[0])
+    assert "floor of 'error': the runs have loss, loss_last" in error(*runs, "--floor=error=0.1")
+    assert "below the lowest loss, 2.9" in error(*runs, "--floor=loss=9")
+    assert "allowed are free, 0, and NAME=NUMBER" in error(*runs, "--floor=low")
+    never = make_run(tmp_path / "never", 5, laws={})
+    assert "d5 has no evaluation: its metrics.jsonl has no eval/loss" in error(*runs, never)
+    assert "is not a run" in error(str(tmp_path), runs[0])
+
+
+def test_what_limits_a_fit_is_noted(tmp_path):
+    runs = [*make_ladder(tmp_path, (2, 3)), make_run(tmp_path, 4, steps=5000)]
+
+    notes = read_ladder(runs).notes
+    assert notes[0].endswith("d4 ended at step 5,000 of 20,000 and is used as it is")
+    assert notes[1].startswith("the runs saw 320,000 to 1,280,000 images") and len(notes) == 2
+    flat = make_ladder(tmp_path / "flat", (2, 3, 4, 5), laws={"loss": lambda n, d: 2.0 + n / 1e9})
+    report = fit_scaling(read_ladder(flat), floors={"loss": 0.0}, resamples=0)
+    assert "loss does not fall against parameters N" in report.notes
+    assert any(note.startswith("no fit of loss against petaFLOP") for note in report.notes)
+    once = '{"step": 20000, "eval_ema/loss": 2.5}'  # a single evaluation says nothing of images
+    ladder = read_ladder(make_ladder(tmp_path / "once", (2, 3, 4, 5), extra=once))
+    report = fit_scaling(ladder, joint=True, resamples=0)
+    assert report.notes == [
+        "no fit of loss against parameters N and images seen D: 1 different values are too few"
+    ]
+    assert not report.fits and not report.predictions
+
+
+def test_the_papers_lines_are_for_its_tokens_alone(tmp_path):
+    def paper(config):
+        config["task"]["tokenizer"] = {"scales": list(SCALES_256), "vocab": 4096}
+
+    assert has_paper_tokens(read_ladder([make_run(tmp_path / "a", 2, change=paper)]))
+    assert not has_paper_tokens(read_ladder([make_run(tmp_path / "b", 2)]))
+
+
+def test_fits_of_the_same_runs_are_the_same_in_any_order(runs):
+    reports = [
+        fit_scaling(read_ladder(order), floors={"loss": 0.0, "loss_last": 0.0}, resamples=3)
+        for order in (runs, runs[::-1])
+    ]
+    first, second = (report.fits[PARAMETERS.name]["loss"].resampled for report in reports)
+    assert first == second and len(first) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fit", ["separate", "joint"])
+def test_the_command_prints_tables_and_writes_pictures(runs, tmp_path, capsys, fit):
+    assert main([*runs, "--out=out", f"--fit={fit}", "--resamples=3", "--predict=1e9"]) == 0
+    out = capsys.readouterr().out
+    assert "8 runs, last losses" in out and "127.4 M" in out and "(left out of the fit)" in out
+    data = json.loads((tmp_path / "out" / "scaling.json").read_text())
+    names = {"separate": {"parameters", "compute"}, "joint": {"joint"}}[fit]
+    assert data["fits"].keys() == names and len(data["predictions"]["loss"]) == 2
+    for name in names:
+        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+            assert picture.format == "PNG" and picture.width > 1000

@@ -1,0 +1,183 @@
+"""Fits the scaling laws of a ladder, and predicts its largest size from the smaller ones."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from varjax.analysis.ladder import (
+    Curve,
+    Ladder,
+    curve_points,
+    final_points,
+    front_points,
+    resampled_curves,
+)
+from varjax.analysis.power_law import Fit, Points, constants_of_variable, fit_resampled
+from varjax.errors import InputError, check_setting
+
+
+@dataclasses.dataclass(frozen=True)
+class Against:
+    """Describes what losses are fitted against.
+
+    Attributes:
+        name: name in scaling.json and of the picture.
+        title: title of the table.
+        points: function that makes the points to fit from the curves.
+        variables: names of the variables of the law.
+        evaluations: whether single evaluations are resampled, not only runs.
+        robust: whether the fit limits the influence of single points.
+    """
+
+    name: str
+    title: str
+    points: Callable[[Sequence[Curve]], Points]
+    variables: tuple[str, ...]
+    evaluations: bool = False
+    robust: bool = False
+
+
+PARAMETERS = Against("parameters", "against parameters N", final_points, ("N",))
+COMPUTE = Against(
+    "compute",
+    "against petaFLOP C of training (Pareto front)",
+    front_points,
+    ("C",),
+    evaluations=True,
+)
+JOINT = Against(
+    "joint",
+    "against parameters N and images seen D",
+    curve_points,
+    ("N", "D"),
+    evaluations=True,
+    robust=True,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SizePrediction:
+    """Holds a loss that a law predicts for a size it was not fitted to.
+
+    Attributes:
+        size: number of parameters.
+        loss: loss that the law predicts.
+        low: lower end of the 95 % interval.
+        high: upper end of the 95 % interval.
+        measured: measured loss; None if there is no run of this size.
+    """
+
+    size: float
+    loss: float
+    low: float
+    high: float
+    measured: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingReport:
+    """Holds the fits of a ladder.
+
+    Attributes:
+        fits: fits by the name of `Against`, then by the kind of loss.
+        predictions: predictions by the kind of loss; the first one is for the largest size, from
+            the smaller ones, if these suffice for a fit.
+        notes: facts that limit what the fits mean, a line each.
+    """
+
+    fits: dict[str, dict[str, Fit]]
+    predictions: dict[str, list[SizePrediction]]
+    notes: list[str]
+
+
+def fit_scaling(
+    ladder: Ladder,
+    joint: bool = False,
+    floors: Mapping[str, float] | None = None,
+    sizes: Sequence[float] = (),
+    resamples: int = 300,
+    seed: int = 0,
+) -> ScalingReport:
+    """Fits the laws of a ladder, and predicts its largest size from the smaller ones.
+
+    Args:
+        ladder: runs of different sizes.
+        joint: whether to fit one law of size and images seen, instead of one against each of size
+            and compute.
+        floors: floors by the names of LOSSES; those of other losses are fitted.
+        sizes: numbers of parameters to predict losses for. A joint fit predicts them for the
+            largest number of images that a run has seen.
+        resamples: number of bootstrap resamples for the intervals.
+        seed: seed of the resamples.
+
+    Raises:
+        InputError: too few sizes for the number of constants, a floor that is not below all losses,
+            or one for an unknown loss.
+    """
+    floors = dict(floors or {})
+    _check_floors(ladder, floors)
+    main, report = JOINT if joint else PARAMETERS, ScalingReport({}, {}, list(ladder.notes))
+    kinds = [main] if joint or not ladder.has_compute else [main, COMPUTE]
+    for name, curves in ladder.curves.items():
+        floor = floors.get(name)
+        needed = constants_of_variable(floor) + 1
+        found = sorted({curve.size for curve in curves})
+        if len(found) < needed:
+            raise InputError(
+                f"runs of {len(found)} sizes are too few: a fit of {name} needs {needed}, or one "
+                f"less with --floor=0; the sizes are {', '.join(map(short_number, found))}"
+            )
+
+        def fit(against: Against, curves: Sequence[Curve], floor: float | None = floor) -> Fit:
+            drawn = resampled_curves(curves, resamples, seed, against.evaluations)
+            resampled = (against.points(curves) for curves in drawn)
+            return fit_resampled(against.points(curves), resampled, floor, against.robust)
+
+        for against in kinds:
+            distinct = against.points(curves).distinct()
+            if distinct < needed:
+                report.notes.append(
+                    f"no fit of {name} {against.title}: {distinct} different values are too few"
+                )
+                continue
+            fitted = report.fits.setdefault(against.name, {})[name] = fit(against, curves)
+            if min(fitted.law.exponents) <= 0:
+                report.notes.append(f"{name} does not fall {against.title}")
+            if against is main:
+                predictions = [_predict(fitted, curves, size) for size in sizes]
+                rest = [curve for curve in curves if curve.size < found[-1]]
+                if len(found) > needed:
+                    left_out = _predict(fit(main, rest), curves, found[-1])
+                    last = [float(c.loss_P[-1]) for c in curves if c.size == found[-1]]
+                    measured = dataclasses.replace(left_out, measured=float(np.mean(last)))
+                    predictions.insert(0, measured)
+                report.predictions[name] = predictions
+    return report
+
+
+def _predict(fit: Fit, curves: Sequence[Curve], size: float) -> SizePrediction:
+    """Predicts the loss of a size, in a joint fit at the end of the longest of the runs."""
+    images = max(float(curve.images_P[-1]) for curve in curves)
+    x = (size, images)[: len(fit.law.x0)]
+    low, high = fit.interval(lambda law: float(law(*x)))
+    return SizePrediction(size, float(fit.law(*x)), low, high)
+
+
+def _check_floors(ladder: Ladder, floors: Mapping[str, float]) -> None:
+    for name, floor in floors.items():
+        if name not in ladder.curves:
+            raise InputError(
+                f"floor of {name!r}: the runs have {', '.join(ladder.curves)} in common"
+            )
+        lowest = min(float(curve.loss_P.min()) for curve in ladder.curves[name])
+        allowed = f"at least 0 and below the lowest {name}, {lowest:.4g}"
+        check_setting(f"floor of {name}", floor, 0 <= floor < lowest, allowed)
+
+
+def short_number(number: float) -> str:
+    """Formats a number of parameters: "589.8 k"."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return f"{number:.4g}"
