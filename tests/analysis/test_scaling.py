@@ -1,19 +1,24 @@
 """Made-up runs with known laws: what the fits must find, and what is refused."""
 
 import json
+import re
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from varjax import trees
 from varjax.analysis.ladder import front_points, model_size, read_ladder
 from varjax.analysis.power_law import PowerLaw, pareto_front
 from varjax.analysis.run_log import RunLog
 from varjax.analysis.scaling import main, parse_floors
 from varjax.analysis.scaling_fits import PARAMETERS, fit_scaling
 from varjax.analysis.scaling_plot import has_paper_tokens
+from varjax.config import config_tree
 from varjax.errors import InputError
 from varjax.tokenizers.vq.pyramid import SCALES_256
+from varjax.var.model import VARConfig
 
 BATCH, STEPS = 64, 20_000
 DEPTHS = (2, 3, 4, 5, 6, 8, 10, 12)
@@ -145,9 +150,13 @@ def test_sizes_are_counted_as_in_the_paper_or_else_by_the_program():
     def size(model, kind="VARTask", lines=()):
         return model_size(RunLog("run", 1, list(lines), 1, {"task": {"_type": kind, **model}}))
 
+    for shared in (False, True):  # one AdaLN for all layers
+        config = VARConfig(3, 48, 3, scales=(1, 2), shared_adaln=shared)
+        params = trees.paths(jax.eval_shape(config.init, jax.random.key(0)))
+        kernel = re.compile("(blocks/.*|shared_adaln)/kernel")
+        kernels = sum(x.size for path, x in params.items() if kernel.fullmatch(path))
+        assert size({"model": config_tree.to_dict(config)}) == kernels
     assert size({"model": {"depth": 16, "width": 1024}}) == 73_728 * 16**3
-    shared = {"depth": 36, "width": 36 * 64, "shared_adaln": True}
-    assert size({"model": shared}) == (12 * 36 + 6) * (36 * 64) ** 2
     logged = [{"step": 1, "parameters": 5}, {"step": 2, "parameters": 7}]
     assert size({"model": {"depth": 2, "width": 8}}, "MARTask", logged) == 7
     assert size({}, lines=logged) == 7

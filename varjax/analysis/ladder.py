@@ -169,6 +169,7 @@ def _setting_of_losses(log: RunLog) -> dict[str, Any]:
     task = config["task"] if isinstance(config.get("task"), dict) else {}
     data = config["data"] if isinstance(config.get("data"), dict) else {}
     settings = {"task": task.get("_type"), "data": data.get("_type")}
+    settings["eval_images"] = config.get("eval_images") or None
     settings |= _flat(task.get("tokenizer"), "task.tokenizer")
     kept = {name: value for name, value in data.items() if name not in LOCATION_FIELDS}
     settings |= _flat(kept, "data")
