@@ -1,6 +1,7 @@
 """The large recipes, as far as they can be looked at without their machines."""
 
 import argparse
+import dataclasses
 import functools
 import pathlib
 import re
@@ -12,6 +13,8 @@ from PIL import Image
 
 from configs._small import small_tokenizer, small_var
 from varjax import trees
+from varjax.analysis.ladder import model_size
+from varjax.analysis.run_log import RunLog
 from varjax.checkpoints.weights import abstract_params
 from varjax.config import config_flags, config_tree
 from varjax.convert.weights_dir import write_converted
@@ -21,6 +24,7 @@ from varjax.errors import InputError
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.losses.lpips import init_lpips
 from varjax.tokenizers.vq.task import VQTask
+from varjax.training.run_dir import check_or_write_config
 from varjax.training.task import Plan
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -467,3 +471,27 @@ def test_mar_takes_a_tokenizer_that_was_converted(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             load(f"mar.py:tokenizer={wrong}")
+
+
+def test_a_ladder_differs_in_size_alone(tmp_path):
+    tokenizer = load("digits_tokenizer.py")
+    run = tmp_path / "tokenizer"
+    check_or_write_config(dataclasses.replace(tokenizer, run_dir=str(run)))
+    text = f"data=digits,tokenizer={run}"
+    ladder = {depth: load(f"ladder.py:d={depth},{text}") for depth in range(2, 11)}
+    for depth, e in ladder.items():
+        e.check()
+        e.task.check(e.data.image_shape, e.data.classes)
+        assert e.task.tokenizer == tokenizer.task.model and e.run_dir == f"runs/ladder_d{depth}"
+        log = RunLog("run", 64, [], None, config_tree.to_dict(e))
+        assert model_size(log) == 4608 * depth**3
+        model = e.task.model
+        same = dataclasses.replace(model, depth=2, width=32, heads=2)
+        same = dataclasses.replace(e, task=dataclasses.replace(e.task, model=same))
+        assert dataclasses.replace(same, run_dir="runs/ladder_d2") == ladder[2]
+    for wrong in (f"d=11,{text}", text, f"d=2,{text},size=8", "d=2,data=digits"):
+        with pytest.raises(InputError, match="give d=2 … 10, data and tokenizer"):
+            load(f"ladder.py:{wrong}")
+    check_or_write_config(dataclasses.replace(load("digits_kl_tokenizer.py"), run_dir=f"{run}_kl"))
+    with pytest.raises(InputError, match="has a KLConfig; VAR needs"):
+        load(f"ladder.py:d=2,{text}_kl")
