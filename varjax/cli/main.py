@@ -17,6 +17,7 @@ COMMANDS = {
         "varjax.convert.__main__",
         "convert official PyTorch weights to varjax's, and back",
     ),
+    "models": ("varjax.convert.model_list", "list the published models, by name"),
     "evaluate": ("varjax.evaluation.__main__", "measure samples: FID, Inception Score, recall …"),
     "evaluate-tokenizer": ("varjax.evaluation.tokenizer", "measure a tokenizer's reconstructions"),
     "prepare": ("varjax.cli.prepare", "pack a folder of images into a few large files"),
