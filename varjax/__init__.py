@@ -35,5 +35,4 @@ else:
         return getattr(importlib.import_module("varjax.api"), name)
 
     def __dir__():
-        names = vars(importlib.import_module("varjax.api"))
-        return [*globals(), *(name for name in names if not name.startswith("_"))]
+        return [*globals(), *dir(importlib.import_module("varjax.api"))]

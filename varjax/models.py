@@ -21,6 +21,7 @@ from varjax.mar.model import MARConfig
 from varjax.mar.pipeline import MARPipeline
 from varjax.mar.sample import MAROptions
 from varjax.nn.compute import ComputeConfig
+from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.sampling.class_names import read_class_names
 from varjax.sampling.sampler import Sampler
 from varjax.storage import files
@@ -267,6 +268,9 @@ def load(
         model = varjax.load("runs/digits")
         images_BHWC = model.sample([3, 1, 4], seed=0)
 
+    Programs that take long to compile are kept on the disk, as by commands, so that the next process
+    starts sooner; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
+
     Args:
         location: training run, directory written by `varjax convert`, or name of a
             published model, "var_d16", which is downloaded and converted at its first use; or a
@@ -294,6 +298,7 @@ def load(
     if compute is not None and dtype != "auto":
         raise InputError(f"dtype={dtype!r} and compute={compute}: give the dtype within compute")
     drafted = choose_draft_scales(refiner, draft_scales)
+    use_compilation_cache()
     weights = location if isinstance(location, WeightsDir) else open_model(location)
     family = family_of(weights)
     companions = {"guide": (guide, family.takes_guide), "refiner": (refiner, family.takes_refiner)}
@@ -344,6 +349,7 @@ def load_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> "Lo
     Raises:
         InputError: says what `location` lacks.
     """
+    use_compilation_cache()
     return LoadedTokenizer(*read_tokenizer(location, ema))
 
 

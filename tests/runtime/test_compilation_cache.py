@@ -2,8 +2,11 @@ import os
 import subprocess
 import sys
 
+import jax
 import pytest
 
+import varjax
+from tests.helpers import runs
 from tests.helpers.paths import ROOT
 
 PROGRAM = """
@@ -37,3 +40,16 @@ def test_programs_are_kept_where_the_user_wants_them(tmp_path):
     (tmp_path / "file").touch()
     folder, _ = run(VARJAX_CACHE=str(tmp_path / "file"))
     assert folder == "None"
+
+
+def test_a_loaded_model_keeps_its_programs_as_commands_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("VARJAX_CACHE", str(tmp_path))
+    names = "jax_compilation_cache_dir", "jax_compilation_cache_max_size"
+    before = {name: jax.config.values[name] for name in names}
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        varjax.load(runs.untrained_var())
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -39,12 +39,38 @@ def fetch_weights(experiment: Any) -> None:
         resolve_weights(experiment.init_from)
 
 
+def train_experiment(experiment: Any, profile: str = "") -> dict[str, float]:
+    """Trains what a config describes, or continues the run in its `run_dir`.
+
+        experiment = varjax.load_config("digits_tokenizer")
+        metrics = varjax.train(dataclasses.replace(experiment, steps=100))
+
+    Like `varjax train`, it downloads published models, and keeps compiled programs on the disk.
+
+    Args:
+        experiment: settings of the run; see `varjax.training.experiment.Experiment`.
+        profile: steps to trace, START:STOP; "" for none.
+
+    Returns:
+        The metrics of the last evaluation.
+
+    Raises:
+        InputError: settings that are invalid, or differ from those of the run in `run_dir`.
+    """
+    # Imported here, because a worker process that reads data imports this module and needs no JAX.
+    from varjax.runtime.compilation_cache import use_compilation_cache
+    from varjax.training import loop
+
+    use_compilation_cache()
+    fetch_weights(experiment)
+    return loop.train(experiment, profile)
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command; returns 0, 1 after an error, or 2 for a wrong command line."""
     # Imported here, because a worker process that reads data imports this module and needs no JAX.
     from varjax.runtime.compilation_cache import use_compilation_cache
     from varjax.runtime.distributed import add_process_flags, connect_by_flags, run_on_processes
-    from varjax.training import loop
     from varjax.training.dry_run import dry_run
 
     parser = command_parser("varjax train", __doc__)
@@ -75,11 +101,11 @@ def main(arguments: list[str]) -> int:
         return 2
 
     def action() -> None:
+        if not flags.dry_run:
+            train_experiment(experiment, flags.profile)
+            return
         use_compilation_cache()
         fetch_weights(experiment)
-        if flags.dry_run:
-            dry_run(experiment)
-        else:
-            loop.train(experiment, flags.profile)
+        dry_run(experiment)
 
     return run_on_processes("varjax train", action, flags.debug)

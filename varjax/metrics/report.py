@@ -38,6 +38,9 @@ class SampleMetrics:
     left_out: dict[str, str]
     notices: list[str]
 
+    def __str__(self) -> str:
+        return metrics_table(self)
+
 
 def measure(
     features: Features,

@@ -97,7 +97,7 @@ def take_steps(run: Run, state: TrainState) -> dict[str, float]:
         stop = preemption.signalled()
         if stop or due.save or run.is_finished(step):
             with run.measure("save"):
-                save(run, step, state)
+                save_step(run, step, state)
     if not run.is_finished(step):
         run.checkpoints.wait()
         run.progress.say(f"saved after step {step}; the same command continues from there")
@@ -147,7 +147,7 @@ def preview(run: Run, step: int, state: TrainState) -> None:
         run.writer.images(step, name, images)
 
 
-def save(run: Run, step: int, state: TrainState) -> None:
+def save_step(run: Run, step: int, state: TrainState) -> None:
     """Saves a checkpoint, after the lines and best weights that it refers to."""
     run.writer.sync()
     run.best.wait()

@@ -1,0 +1,69 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from varjax.errors import InputError
+from varjax.metrics.image_sets import open_image_set
+from varjax.sampling.pictures import save, show
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
+FLOATS = IMAGES / np.float32(255)
+
+
+def test_a_grid_shows_the_pixels_whatever_their_type():
+    picture = show(IMAGES, columns=3)
+    expected_HWC = np.concatenate(IMAGES, axis=1)
+    np.testing.assert_array_equal(picture, expected_HWC)
+    np.testing.assert_array_equal(show(jnp.asarray(FLOATS), columns=3), expected_HWC)
+    np.testing.assert_array_equal(show(IMAGES[0]), IMAGES[0])
+    assert show(IMAGES[..., :1]).mode == "L"
+
+
+@pytest.mark.parametrize("name", ["samples.npz", "folder"])
+def test_evaluators_read_what_is_saved(tmp_path, name):
+    save(FLOATS, tmp_path / name, labels=[4, 0, 4])
+    found = open_image_set(tmp_path / name)
+    assert found.shape == IMAGES.shape and found.label_N.tolist() == [4, 0, 4]
+    np.testing.assert_array_equal(np.concatenate([x for _, x in found.parts([range(3)])]), IMAGES)
+
+
+def test_gray_images_become_rgb_in_an_npz(tmp_path):
+    save(IMAGES[..., :1], tmp_path / "x.npz")
+    found = np.load(tmp_path / "x.npz")["arr_0"]
+    np.testing.assert_array_equal(found, IMAGES[..., :1].repeat(3, axis=-1))
+
+
+def test_a_film_has_a_frame_for_each_step(tmp_path):
+    save(IMAGES[:, None], tmp_path / "x.webp")
+    film = Image.open(tmp_path / "x.webp")
+    assert film.n_frames == 3
+    for step, image_HWC in enumerate(IMAGES):
+        film.seek(step)
+        np.testing.assert_array_equal(film.convert("RGB"), image_HWC)
+
+
+@pytest.mark.parametrize(
+    ("images", "path", "says"),
+    [
+        (IMAGES[:0], "x.png", "one image or more"),
+        (IMAGES[0, 0], "x.png", "needed is"),
+        (IMAGES, "x.gif", "steps, N"),
+        (IMAGES[None], "x.png", "needed is"),
+        (FLOATS * np.nan, "x.png", "NaN"),
+        (IMAGES.astype(int), "x.png", "int64"),
+        (IMAGES, "x.jpg", "jpg"),
+        (IMAGES, "full", "new folder"),
+    ],
+)
+def test_what_cannot_be_saved_is_refused(tmp_path, images, path, says):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(InputError, match=says):
+        save(images, tmp_path / path)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_labels_are_one_for_each_image(tmp_path):
+    with pytest.raises(InputError, match=r"\(2,\); expected \(3,\)"):
+        save(IMAGES, tmp_path / "x.npz", labels=[1, 2])

@@ -1,0 +1,106 @@
+"""Shows and saves arrays of images, for scripts and notebooks."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from varjax.errors import InputError
+from varjax.sampling.films import write_film
+from varjax.sampling.outputs import FILM_SUFFIXES, check_out, check_out_holds, file_suffix
+from varjax.storage import files, image_io
+from varjax.storage.buckets import as_path
+from varjax.storage.image_files import to_uint8
+
+
+def show(images: Any, columns: int | None = None) -> Image.Image:
+    """Arranges images in a grid, as a picture that a notebook displays.
+
+        varjax.show(model.sample([3, 1, 4]))
+
+    In a script, `varjax.show(images).show()` opens a window.
+
+    Args:
+        images: (N, H, W, 1, 3 or 4) or one image (H, W, …), uint8 or floats in [0, 1].
+        columns: images in a row; None for a grid that is as square as possible.
+
+    Raises:
+        InputError: no images, another shape or type, or NaN.
+    """
+    grid_HWC = image_io.image_grid(checked_pictures(images), columns)
+    return Image.fromarray(grid_HWC[..., 0] if grid_HWC.shape[-1] == 1 else grid_HWC)
+
+
+def save(
+    images: Any,
+    path: str | os.PathLike,
+    labels: Sequence[int] | np.ndarray | None = None,
+    columns: int | None = None,
+) -> None:
+    """Saves images as a grid, a film, an .npz or a folder; an existing file is replaced.
+
+        varjax.save(model.sample([3, 1, 4]), "samples.png")
+        varjax.save(model.sample([3, 1, 4], every_step=True), "film.gif")
+
+    Args:
+        images: (N, H, W, 1, 3 or 4), uint8 or floats in [0, 1]; for a film (steps, N, H, W, C).
+        path: FILE.png (a grid), FILE.gif or FILE.webp (a film), FILE.npz ("arr_0", for evaluators,
+            in the order given), or a new folder (a PNG for each image).
+        labels: (N,) classes, which an .npz and the names of a folder's files hold; None for none.
+        columns: images in a row of a grid or film; None for a grid that is as square as possible.
+
+    Raises:
+        InputError: images of another shape or type, NaN, or a path that cannot be written.
+    """
+    check_out(os.fspath(path))
+    location = as_path(path)
+    suffix = file_suffix(location)
+    film = suffix in FILM_SUFFIXES
+    images = checked_pictures(images, film)
+    steps, (N, *shape) = (len(images), images.shape[1:]) if film else (None, images.shape)
+    check_out_holds(str(location), N, shape, steps)
+    if labels is not None and np.shape(labels) != (N,):
+        raise InputError(f"labels have shape {np.shape(labels)}; expected ({N},), one per image")
+    label_N = None if labels is None else np.asarray(labels)
+    if film:
+        write_film(location, np.moveaxis(images, 0, 1), columns)
+    elif suffix == ".png":
+        image_io.write_png(location, image_io.image_grid(images, columns))
+    elif suffix == ".npz":
+        arrays: dict[str, Any] = {"arr_0": np.broadcast_to(images, (*images.shape[:3], 3))}
+        arrays |= {} if label_N is None else {"labels": label_N}
+        with files.atomic_path(location) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+    else:
+        _save_folder(images, location, label_N)
+
+
+def checked_pictures(images: Any, film: bool = False) -> np.ndarray:
+    """Returns images as uint8 (N, H, W, C), or with `film` (steps, N, H, W, C).
+
+    Raises InputError for no images, another shape or type, or NaN.
+    """
+    array = np.asarray(images)
+    if array.ndim == 3 and not film:
+        array = array[None]
+    needed = "(steps, N, H, W, channels)" if film else "(N, H, W, channels)"
+    if array.ndim != 4 + film or array.shape[-1] not in (1, 3, 4):
+        raise InputError(f"images have shape {array.shape}; needed is {needed}, channels 1, 3 or 4")
+    if not array.size:
+        raise InputError(f"images have shape {array.shape}; give one image or more")
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise InputError(f"images are {array.dtype}; give uint8 or floats in [0, 1]")
+    return to_uint8(array.astype(np.float32))
+
+
+def _save_folder(images_NHWC: np.ndarray, folder: pathlib.Path, label_N: np.ndarray | None) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds other files; give a new folder")
+    for i, image_HWC in enumerate(images_NHWC):
+        label = "" if label_N is None else f"_label{label_N[i]:04d}"
+        image_io.write_png(folder / f"{i:06d}{label}.png", image_HWC)
