@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax.checkpoints.class_names import read_class_names
 from varjax.checkpoints.weights import WeightsDir, find_weights, open_weights, read_generator
 from varjax.errors import InputError
 from varjax.mar.model import MARConfig
@@ -22,7 +23,6 @@ from varjax.mar.pipeline import MARPipeline
 from varjax.mar.sample import MAROptions
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime.compilation_cache import use_compilation_cache
-from varjax.sampling.class_names import read_class_names
 from varjax.sampling.sampler import Sampler
 from varjax.storage import files
 from varjax.storage.buckets import as_path
@@ -268,7 +268,7 @@ def load(
         model = varjax.load("runs/digits")
         images_BHWC = model.sample([3, 1, 4], seed=0)
 
-    Programs that take long to compile are kept on the disk, as by commands, so that the next process
+    Programs that take long to compile are kept on the disk, as by commands, so the next process
     starts sooner; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
 
     Args:

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from varjax.sampling.class_names import numbered_classes
+from varjax.checkpoints.class_names import numbered_classes
 from varjax.sampling.pipeline import checked_keys, checked_labels
 from varjax.sampling.sampler import replace_options
 from varjax.var.sample import VAROptions

@@ -4,8 +4,8 @@ import pytest
 
 import varjax
 from tests.helpers import runs
+from varjax.checkpoints.class_names import ClassNames
 from varjax.errors import InputError
-from varjax.sampling.class_names import ClassNames
 
 ARTICLES = ClassNames(
     tuple("shirt bag boot dress coat sandal pullover sneaker trousers top".split())
@@ -30,6 +30,7 @@ def test_a_printed_model_tells_its_parts_classes_and_options(model):
     assert max(map(len, text.splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_labels_may_be_names(model):
     by_number = model.sample([1, 2], seed=3)
     np.testing.assert_array_equal(model.sample(["bag", "Boot"], seed=3), by_number)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax.checkpoints.class_names import numbered_classes
 from varjax.config.numbers import OneOrEach
 from varjax.errors import InputError
 from varjax.mar.heads import CategoricalHead, DiffusionHead
@@ -31,8 +32,6 @@ from varjax.mar.sample import (
     sampling_steps,
 )
 from varjax.nn.compute import ComputeConfig
-from varjax.sampling.class_names import numbered_classes
-from varjax.sampling.describe import describe_pipeline
 from varjax.sampling.pipeline import (
     Array,
     Each,
@@ -46,6 +45,7 @@ from varjax.sampling.pipeline import (
     checked_labels,
     checked_mask,
     checked_request,
+    describe_pipeline,
 )
 from varjax.sampling.sampler import KnownTokens, nan_advice, replace_options
 from varjax.tokenizers.contract import checked_images

@@ -17,9 +17,9 @@ import jax
 import numpy as np
 
 from varjax import trees
+from varjax.checkpoints.class_names import ClassNames
 from varjax.config.renamed import Renamed, former_names, renamed_message
 from varjax.errors import InputError
-from varjax.sampling.class_names import ClassNames
 from varjax.trees import PyTree
 
 T = TypeVar("T")

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax.checkpoints.class_names import numbered_classes
 from varjax.config.numbers import OneOrEach
 from varjax.errors import InputError
 from varjax.nn import resize
 from varjax.nn.autoencoder import to_unit_range
 from varjax.nn.compute import ComputeConfig
-from varjax.sampling.class_names import numbered_classes
-from varjax.sampling.describe import describe_pipeline
 from varjax.sampling.pipeline import (
     Array,
     Each,
@@ -30,6 +29,7 @@ from varjax.sampling.pipeline import (
     checked_mask,
     checked_request,
     checked_tokens,
+    describe_pipeline,
 )
 from varjax.sampling.sampler import KnownTokens, nan_advice, replace_options
 from varjax.tokenizers.contract import checked_images

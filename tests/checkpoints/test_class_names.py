@@ -3,14 +3,14 @@ import json
 import numpy as np
 import pytest
 
-from varjax.checkpoints.weights import WeightsDir
-from varjax.errors import InputError
-from varjax.sampling.class_names import (
+from varjax.checkpoints.class_names import (
     ClassNames,
     imagenet_classes,
     numbered_classes,
     read_class_names,
 )
+from varjax.checkpoints.weights import WeightsDir
+from varjax.errors import InputError
 
 IMAGENET = imagenet_classes()
 
