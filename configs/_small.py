@@ -1,18 +1,9 @@
-"""The rules by which configs for small images choose scales, widths and lengths of runs."""
+"""The rules by which configs for small images choose scales, widths and lengths of VAR's runs."""
 
 import dataclasses
-import itertools
-import os
-import re
 from typing import Any
 
-import numpy as np
-
-from varjax.data.sources import TFDS, Folder, parse_dataset
-from varjax.data.sources.folder import FolderSource
-from varjax.errors import InputError
 from varjax.nn.compute import ComputeConfig
-from varjax.storage.image_files import BrokenImage
 from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.task import VQTask
@@ -22,9 +13,8 @@ from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 
-from ._arguments import COMMA_HINT, split_argument
+from ._small_data import Quality, downsampling_levels, training_images
 
-SMALLEST, LARGEST = 8, 64  # pixels of a side
 SCALES = {  # by the side of the finest token map
     4: (1, 2, 3, 4),
     5: (1, 2, 3, 4, 5),
@@ -32,7 +22,32 @@ SCALES = {  # by the side of the finest token map
     7: (1, 2, 3, 4, 5, 7),
     8: (1, 2, 3, 4, 6, 8),
 }
-GRAY_CHECK_IMAGES = 64  # number of images read to tell gray from color
+BATCH_SIZE = 64
+# Evaluations see at most this many held-out images. The loss of 2,000 images is known to 1 %, and
+# 10,000 would take half of the run's time.
+EVAL_IMAGES = 2000
+# Passes over the training images after which such a transformer mostly learns them by heart. Even
+# a few images take FEWEST_STEPS until the loss stops falling quickly.
+MOST_PASSES, FEWEST_STEPS = 50, 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Length:
+    """Says how long runs are at a quality, in multiples of the quick ones.
+
+    Attributes:
+        tokenizer: factor on the updates of a tokenizer.
+        transformer: factor on the updates of a transformer.
+        ema_decay: decay of the average of the weights, which must be shorter than the run.
+    """
+
+    tokenizer: int
+    transformer: int
+    ema_decay: float
+
+
+# On two CPU cores, 28 pixels: both stages of a quick run take half an hour, of a good one a night.
+LENGTHS: dict[Quality, Length] = {"quick": Length(1, 1, 0.99), "good": Length(10, 20, 0.999)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +59,8 @@ class Recipe:
         codebook: how codes start and stay in use.
         width: channels of the transformer.
         base_lr: peak learning rate of both stages, for each 256 images of a batch.
-        tokenizer_steps: updates of the tokenizer's run, in batches of 64.
-        steps: updates of the transformer's run.
+        tokenizer_steps: updates of the tokenizer's quick run.
+        steps: updates of the transformer's quick run.
         guidance: guidance scale when sampling.
     """
 
@@ -79,17 +94,28 @@ LARGER = Recipe(
 )
 
 
-def small_tokenizer(data: Any, run_dir: str) -> Experiment:
+def small_tokenizer(
+    data: Any, run_dir: str, quality: Quality = "quick", single_scale: bool = False
+) -> Experiment:
     """Plans the run of a tokenizer for square images of 8 to 64 pixels.
 
-    Raises InputError for images of another size or shape.
+    Args:
+        data: dataset of the images.
+        run_dir: directory of the run.
+        quality: choice between a short and a long run.
+        single_scale: whether an image is one token map, as a masked transformer over codes needs
+            it, instead of a map for each scale.
+
+    Raises:
+        InputError: images of another size or shape.
     """
-    recipe, channel_mult, finest = _choose(data.image_shape)
+    levels = downsampling_levels(data.image_shape)
+    recipe, finest = _recipe(data), data.image_shape[0] // 2**levels
     model = VQConfig(
-        scales=SCALES[finest],
+        scales=(finest,) if single_scale else SCALES[finest],
         image_channels=data.image_shape[-1],
         width=32,
-        channel_mult=channel_mult,
+        channel_mult=(1, *[2] * levels),
         blocks=1,
         groups=8,
         vocab=recipe.vocab,
@@ -98,21 +124,31 @@ def small_tokenizer(data: Any, run_dir: str) -> Experiment:
     optimizer = AdamW(
         base_lr=recipe.base_lr, weight_decay=0.0, clip=1.0, schedule="cos", warmup=0.05
     )
+    length = LENGTHS[quality]
+    steps = run_steps(recipe.tokenizer_steps * length.tokenizer, data, BATCH_SIZE, MOST_PASSES)
     return Experiment(
-        task=VQTask(model=model, optimizer=optimizer, codebook=recipe.codebook, ema_decay=0.99),
+        task=VQTask(
+            model=model,
+            optimizer=optimizer,
+            codebook=recipe.codebook,
+            ema_decay=length.ema_decay,
+        ),
         data=data,
         run_dir=run_dir,
-        batch_size=64,
-        steps=recipe.tokenizer_steps,
-        eval_every=250,
-        save_every=250,
-        preview_every=250,
+        batch_size=BATCH_SIZE,
+        steps=steps,
+        eval_every=interval(250, steps),
+        eval_images=EVAL_IMAGES,
+        save_every=interval(250, steps),
+        preview_every=interval(250, steps),
     )
 
 
-def small_var(data: Any, tokenizer_run: Experiment, run_dir: str) -> Experiment:
+def small_var(
+    data: Any, tokenizer_run: Experiment, run_dir: str, quality: Quality = "quick"
+) -> Experiment:
     """Plans the run of a transformer over the tokenizer that `small_tokenizer` planned."""
-    recipe, _, _ = _choose(data.image_shape)
+    recipe, length = _recipe(data), LENGTHS[quality]
     assert isinstance(tokenizer_run.task, VQTask)
     tokenizer = tokenizer_run.task.model
     model = VARConfig(
@@ -125,112 +161,46 @@ def small_var(data: Any, tokenizer_run: Experiment, run_dir: str) -> Experiment:
         code_channels=tokenizer.code_channels,
         gate_init=1e-2,
     )
+    steps = run_steps(recipe.steps * length.transformer, data, BATCH_SIZE, MOST_PASSES)
     return Experiment(
         task=VARTask(
             model=model,
             tokenizer=tokenizer,
             tokenizer_weights=tokenizer_run.run_dir,
             optimizer=AdamW(base_lr=recipe.base_lr, schedule="cos", warmup=0.05),
-            ema_decay=0.99,
+            ema_decay=length.ema_decay,
             compute=ComputeConfig(unroll=True),
             sampling=VAROptions(guidance=recipe.guidance, top_k=0, top_p=0.0),
         ),
         data=data,
         run_dir=run_dir,
-        batch_size=64,
-        steps=recipe.steps,
-        eval_every=100,
-        save_every=200,
-        preview_every=500,
+        batch_size=BATCH_SIZE,
+        steps=steps,
+        eval_every=interval(100, steps),
+        eval_images=EVAL_IMAGES,
+        save_every=interval(200, steps),
+        preview_every=interval(500, steps),
         keep_best="eval_ema/loss",
     )
 
 
-def small_dataset(arg: str) -> tuple[Any, str]:
-    """Reads "data=WHERE,size=PIXELS" and optionally "held_out=FRACTION" (or the name of a split).
+def run_steps(longest: int, data: Any, batch_size: int, most_passes: int) -> int:
+    """Returns the updates of a run: as many as planned, but fewer where there are few images.
 
-    Returns:
-        The dataset, with one channel if its images are gray, and a name for its runs.
-
-    Raises:
-        InputError: anything else in `arg`, or a dataset that cannot be read.
+    Args:
+        longest: updates with plenty of images, which is what a user waits for.
+        data: dataset of the images.
+        batch_size: images in an update.
+        most_passes: passes over the training images that are of use.
     """
-    settings: dict[str, str] = {}
-    for word in filter(None, split_argument(arg)):
-        name, _, settings[name] = word.partition("=")
-    if settings.keys() - {"data", "size", "held_out"} or not settings.get("data"):
-        problem = f"cannot read {arg!r}" if arg else "this config needs its data"
-        hint = COMMA_HINT if "data" in settings else ""
-        raise InputError(
-            f"{problem}; give data=folder:DIR,size=28 after the colon, optionally with "
-            f"held_out=0.1{hint}"
-        )
-    text = settings.get("size", "")
-    if not text.isdigit():
-        raise InputError(f"size is {text!r}; give the side of the images in pixels, as in size=28")
-    size = int(text)
-    _choose((size, size, 3))
-    data = parse_dataset(settings["data"], size)
-    if "held_out" in settings:
-        data = _with_held_out(data, settings["held_out"])
-    if isinstance(data, Folder | TFDS) and _is_gray(_unsplit_source(data)):
-        data = dataclasses.replace(data, channels=1)
-    location = os.path.normpath(settings["data"].partition(":")[2] or settings["data"])
-    name = re.sub(r"\W+", "_", os.path.basename(location)).strip("_").lower()
-    return data, f"{name or 'images'}_{size}"
+    useful = most_passes * training_images(data) // batch_size
+    return min(longest, max(FEWEST_STEPS, useful))
 
 
-def _choose(image_shape: tuple[int, int, int]) -> tuple[Recipe, tuple[int, ...], int]:
-    """Returns the recipe, the channel_mult of the levels, and the side of the finest token map."""
-    height, width, _ = image_shape
-    if height != width or not SMALLEST <= height <= LARGEST:
-        raise InputError(
-            f"images of {height} by {width} pixels; these configs are for square ones of "
-            f"{SMALLEST} to {LARGEST} pixels"
-        )
-    # The smallest number of halvings, at least one, that leaves at most 8 tokens a side.
-    levels = next(n for n in itertools.count(1) if height <= 8 * 2**n)
-    if height % 2**levels:
-        below = height // 2**levels * 2**levels
-        raise InputError(
-            f"size={height}: must be a multiple of {2**levels}, such as {below} or "
-            f"{below + 2**levels}; images are resized to it"
-        )
-    recipe = UP_TO_8 if height <= 8 else LARGER
-    return recipe, (1, *[2] * levels), height // 2**levels
+def interval(shortest: int, steps: int) -> int:
+    """Returns the steps between two evaluations or saves: a twentieth of a long run."""
+    return max(shortest, steps // 20)
 
 
-def _with_held_out(data: Any, text: str) -> Any:
-    if not isinstance(data, Folder | TFDS):
-        kind = type(data).__name__
-        raise InputError(f"held_out={text}: {kind} always holds out the same images; leave it out")
-    if isinstance(data, TFDS):
-        return dataclasses.replace(data, held_out=text)
-    try:
-        return dataclasses.replace(data, held_out=float(text))
-    except InputError:
-        raise
-    except ValueError:
-        return dataclasses.replace(data, held_out=text)
-
-
-def _unsplit_source(data: Folder | TFDS) -> Any:
-    """Returns images without splitting them, because flags may still change what is held out."""
-    if isinstance(data, Folder):
-        return FolderSource(data.layout.training_folder(), data.channels)
-    return data.source("train")
-
-
-def _is_gray(source: Any) -> bool:
-    """Returns whether some evenly spaced images contain only shades of gray."""
-    any_read = False
-    count = min(GRAY_CHECK_IMAGES, len(source))
-    for index in np.linspace(0, len(source) - 1, count).astype(int).tolist():
-        try:
-            image_HWC = source[index]["image"]
-        except BrokenImage:
-            continue
-        if (image_HWC != image_HWC[..., :1]).any():
-            return False
-        any_read = True
-    return any_read
+def _recipe(data: Any) -> Recipe:
+    return UP_TO_8 if data.image_shape[0] <= 8 else LARGER

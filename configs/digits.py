@@ -52,6 +52,7 @@ def get_config() -> Experiment:
         batch_size=64,
         steps=1000,
         eval_every=100,
+        eval_images=2000,  # more than there are
         save_every=200,
         preview_every=500,
         keep_best="eval_ema/loss",

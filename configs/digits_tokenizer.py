@@ -44,6 +44,7 @@ def get_config(arg: str = "") -> Experiment:
         batch_size=64,
         steps=1000,
         eval_every=250,
+        eval_images=2000,  # more than there are
         save_every=250,
         preview_every=250,
     )
