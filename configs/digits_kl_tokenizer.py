@@ -34,6 +34,7 @@ def get_config() -> Experiment:
         batch_size=64,
         steps=700,
         eval_every=350,
+        eval_images=2000,  # more than there are
         save_every=250,
         preview_every=350,
     )

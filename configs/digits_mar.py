@@ -95,6 +95,7 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
         batch_size=128,
         steps=1500,
         eval_every=500,
+        eval_images=2000,  # more than there are
         save_every=500,
         preview_every=750,
     )

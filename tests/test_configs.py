@@ -3,8 +3,10 @@
 import argparse
 import dataclasses
 import functools
+import itertools
 import pathlib
 import re
+import struct
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 
 from configs._small import small_tokenizer, small_var
+from configs._small_mar import small_kl_tokenizer, small_mar
 from varjax import trees
 from varjax.analysis.ladder import model_size
 from varjax.analysis.run_log import RunLog
@@ -19,6 +22,7 @@ from varjax.checkpoints.weights import abstract_params
 from varjax.config import config_flags, config_tree
 from varjax.convert.weights_dir import write_converted
 from varjax.data.sources.folder import Folder
+from varjax.data.sources.noise import Noise
 from varjax.data.sources.tfds import TFDS
 from varjax.errors import InputError
 from varjax.tokenizers.kl.model import KLConfig
@@ -284,6 +288,19 @@ def test_digits_have_the_values_of_small_images():
     assert var == small_var(var.data, tokenizer, var.run_dir)
 
 
+def test_digits_of_mar_have_the_values_of_small_images():
+    kl = load("digits_kl_tokenizer.py")
+    assert kl == small_kl_tokenizer(kl.data, kl.run_dir)
+    for order in ("masked", "random", "raster"):
+        mar = load(f"digits_mar.py:{order}")
+        assert mar == small_mar(mar.data, kl, mar.run_dir, order)
+    codes = load("digits_mar.py:codes")
+    single_scale = load("digits_tokenizer.py:single_scale")
+    tokenizer = small_tokenizer(single_scale.data, single_scale.run_dir, single_scale=True)
+    assert tokenizer == single_scale
+    assert codes == small_mar(codes.data, tokenizer, codes.run_dir)
+
+
 @pytest.mark.parametrize("name", ["digits.py", "digits_tokenizer.py", "digits_kl_tokenizer.py"])
 def test_small_configs_fit_their_data(name):
     e = load(name)
@@ -329,6 +346,68 @@ def test_own_small_images_need_no_config_of_their_own(make_folder, kind, size, c
     assert tokenizer.run_dir == var.task.tokenizer_weights == f"runs/my_images_{size}_tokenizer"
 
 
+@pytest.fixture
+def fashion(tmp_path):
+    """Files like Fashion-MNIST's, with 20 images."""
+    folder = tmp_path / "fashion-mnist"
+    folder.mkdir()
+    label_N = np.arange(20) % 10
+    arrays = {"images-idx3": np.zeros((20, 28, 28)), "labels-idx1": label_N}
+    for split, (kind, array) in itertools.product(("train", "t10k"), arrays.items()):
+        header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+        path = folder / f"{split}-{kind}-ubyte"
+        path.write_bytes(header + array.astype(np.uint8).tobytes())
+    return f"data=idx:{folder}"
+
+
+def parameters(e):
+    return sum(x.size for x in jax.tree.leaves(jax.eval_shape(e.task.init, jax.random.key(0))))
+
+
+def test_mnist_s_files_need_no_size(fashion):
+    tokenizer, var = load(f"small_tokenizer.py:{fashion}"), load(f"small.py:{fashion}")
+    assert tokenizer.data.image_shape == (28, 28, 1) and var.task.model.classes == 10
+    assert tokenizer.run_dir == var.task.tokenizer_weights == "runs/fashion_mnist_28_tokenizer"
+    assert load(f"small.py:{fashion},size=28") == var and var.eval_images == 2000
+    with pytest.raises(InputError, match="size=32: idx:.* has 28 pixels a side; leave size out"):
+        load(f"small.py:{fashion},size=32")
+    elsewhere = load(f"small.py:{fashion},tokenizer=runs/other")
+    assert elsewhere.task.tokenizer_weights == "runs/other"
+
+
+@pytest.mark.parametrize("tokens", ["continuous", "codes"])
+@pytest.mark.parametrize("order", ["masked", "random", "raster"])
+def test_the_rows_of_the_comparison_fit_small_images(fashion, order, tokens):
+    e = load(f"small_mar.py:{fashion},{order},{tokens}")
+    kl, vq = f"small_kl_tokenizer.py:{fashion}", f"small_tokenizer.py:{fashion},single_scale"
+    tokenizer = load(kl if tokens == "continuous" else vq)
+    for run in (e, tokenizer):
+        run.check()
+        run.task.check(run.data.image_shape, run.data.classes)
+    assert e.task.tokenizer_weights == tokenizer.run_dir
+    assert e.task.tokenizer == tokenizer.task.model and e.task.model.length == 49
+    assert e.task.model.causal == (order != "masked")
+
+
+def test_the_transformers_for_small_images_are_equally_large(fashion):
+    var, *others = (
+        parameters(load(f"{config}:{fashion}{row}"))
+        for config, row in (("small.py", ""), ("small_mar.py", ""), ("small_mar.py", ",codes"))
+    )
+    assert others == pytest.approx([var, var], rel=0.1)
+
+
+def test_lengths_follow_from_the_number_of_images_and_the_quality():
+    def steps(images, quality):
+        data = Noise(28, 1, images=images)
+        tokenizer = small_tokenizer(data, "tokenizer", quality)
+        return tokenizer.steps, small_var(data, tokenizer, "var", quality).steps
+
+    assert steps(60_000, "quick") == (1200, 1500) and steps(60_000, "good") == (12_000, 30_000)
+    assert steps(4500, "quick") == (1200, 1500) and steps(4500, "good") == (3515, 3515)
+    assert steps(100, "quick") == steps(100, "good") == (500, 500)
+
+
 def test_every_side_that_is_allowed_has_scales(make_folder):
     where, allowed = make_folder("gray"), []
     for size in range(1, 70):
@@ -367,6 +446,8 @@ def test_a_step_of_both_stages_on_own_images_changes_no_shape(make_folder):
         ("data=random,size=30", "size=30: must be a multiple of 4, such as 28 or 32"),
         ("data=random,size=128", "images of 128 by 128 pixels; .* square ones of 8 to 64 pixels"),
         ("data=folder:nowhere,size=28", "nowhere"),
+        ("data=digits,size=8,quality=best", "quality is 'best'; allowed are quick, good"),
+        ("data=digits,size", "cannot read 'data=digits,size'; give data="),
     ],
 )
 def test_a_wrong_argument_of_small_is_told_what_is_allowed(arg, message):
