@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from varjax.analysis import plot
 from varjax.analysis.plot import _running_mean, main
 from varjax.analysis.run_log import PUBLISHED_LOGS, read_run_log
 
@@ -87,9 +88,25 @@ def test_what_cannot_be_drawn_is_said_and_nothing_written(tmp_path, capsys, name
 
 
 def test_the_reference_ends_after_200_epochs_of_imagenet():
-    d16 = PUBLISHED_LOGS["d16"]
-    assert d16.images[-1] == 200 * 1_281_167 and d16.loss[-1] == 6.046
-    assert (np.diff(d16.loss) < 0).all() and (np.diff(d16.loss_last) < 0).all()
+    points = PUBLISHED_LOGS["d16"].points
+    images_N, loss_N = points["loss"]
+    assert images_N[-1] == 200 * 1_281_167 and loss_N[-1] == 6.046
+    assert (np.diff(loss_N) < 0).all() and (np.diff(points["loss_at_scale/9"][1]) < 0).all()
+
+
+@pytest.mark.parametrize("reference", PUBLISHED_LOGS)
+def test_a_reference_has_a_value_for_each_of_its_points(reference):
+    for images_N, values_N in PUBLISHED_LOGS[reference].points.values():
+        assert images_N.shape == values_N.shape and (np.diff(images_N) > 0).all()
+
+
+def test_mar_s_reference_is_drawn_next_to_a_run(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "_reference", lambda panel, log, name: drawn.append((log.name, name)))
+    lines = [{"step": step, "loss": 0.3, "eval_ema/fid": 9.0} for step in (10, 20)]
+    run = make(tmp_path / "mar", "".join(json.dumps(line) + "\n" for line in lines))
+    assert main([run, "--out=mar.png", "--reference=mar"]) == 0
+    assert drawn == [(PUBLISHED_LOGS["mar"].name, name) for name in ("loss", "fid")]
 
 
 def test_a_metric_that_no_run_has_for_its_scales_is_told(tmp_path, capsys):

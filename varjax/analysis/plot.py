@@ -2,6 +2,7 @@
 
 varjax plot runs/a runs/b --out=plot.png
 varjax plot runs/var_d16 --reference=d16
+varjax plot runs/mar_b --reference=mar
 
 The upper panels show loss and accuracy (PSNR for tokenizers) over the images seen, so that runs
 with different batch sizes can be compared. Below is one panel for each scale. Thin lines are
@@ -132,10 +133,9 @@ def _curves(panel: Any, run: RunLog, name: str, color: str) -> None:
 
 
 def _reference(panel: Any, reference: PublishedLog, name: str) -> None:
-    last = f"loss_at_scale/{reference.scales - 1}"
-    values = {"loss": reference.loss, last: reference.loss_last}.get(name)
-    if values is not None:
-        panel.plot(reference.images, values, color="black", marker="D", markersize=4, linestyle=":")
+    if name in reference.points:
+        images_N, values_N = reference.points[name]
+        panel.plot(images_N, values_N, color="black", marker="D", markersize=4, linestyle=":")
 
 
 def _legend(runs: Sequence[RunLog], reference: PublishedLog | None) -> list[Any]:

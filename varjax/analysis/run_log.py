@@ -14,34 +14,44 @@ from varjax.storage.buckets import as_path
 from varjax.storage.read_errors import retry_read
 from varjax.storage.untrusted import parse_metrics_line, shown
 
+IMAGENET_IMAGES = 1_281_167.0  # in an epoch
+D16_EPOCHS = [1, 5, 10, 50, 100, 200]
+MAR_EPOCHS = [150, 200, 250, 300]
+
 
 @dataclasses.dataclass(frozen=True)
 class PublishedLog:
-    """Holds N published losses.
+    """Holds what others have published of their runs.
 
     Attributes:
         name: label in the legend.
-        images: (N,) images seen so far.
-        loss: (N,) mean over the tokens of all scales.
-        loss_last: (N,) mean over the tokens of the last scale.
-        scales: number of scales.
+        points: images seen and values, both (N,), of each metric.
     """
 
     name: str
-    images: np.ndarray
-    loss: np.ndarray
-    loss_last: np.ndarray
-    scales: int
+    points: dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def _by_epoch(epochs: list[int], values: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(epochs) * IMAGENET_IMAGES, np.array(values)
 
 
 PUBLISHED_LOGS = {
     "d16": PublishedLog(
         "VAR-d16, public log (training)",
-        np.array([1, 5, 10, 50, 100, 200]) * 1_281_167.0,
-        np.array([8.031, 6.950, 6.541, 6.252, 6.164, 6.046]),
-        np.array([8.020, 6.660, 5.960, 5.584, 5.479, 5.345]),
-        scales=10,
-    )
+        {
+            "loss": _by_epoch(D16_EPOCHS, [8.031, 6.950, 6.541, 6.252, 6.164, 6.046]),
+            "loss_at_scale/9": _by_epoch(D16_EPOCHS, [8.020, 6.660, 5.960, 5.584, 5.479, 5.345]),
+        },
+    ),
+    # github.com/LTH14/mar: issue 20 has the loss, which stays where it is, and issue 98 the FID.
+    "mar": PublishedLog(
+        "MAR, reported by users (loss about 0.25; FID of raw weights)",
+        {
+            "loss": _by_epoch(MAR_EPOCHS, [0.25, 0.25, 0.25, 0.25]),
+            "fid": _by_epoch(MAR_EPOCHS, [6.02, 6.70, 5.03, 6.32]),
+        },
+    ),
 }
 
 
