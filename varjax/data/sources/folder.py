@@ -279,7 +279,8 @@ def _scan(folder: str) -> tuple[list[str], list[str]]:
 
 
 def _has_idx_files(folder: str) -> bool:
-    return any("-ubyte" in name for name in _list_folder(folder)[1])
+    _, names = retry_read(lambda: _list_folder(folder), folder)
+    return any("-ubyte" in name for name in names)
 
 
 def _list_folder(folder: str) -> tuple[list[str], list[str]]:

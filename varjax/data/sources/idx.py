@@ -99,9 +99,8 @@ class Idx:
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        names = self.collection.known_class_names()
-        count = 1 + max(int(label_N.max()) for label_N in self.labels.values())
-        return names or tuple(map(str, range(count)))
+        count = 1 + int(self.labels["train"].max())
+        return self.collection.known_class_names() or tuple(map(str, range(count)))
 
     @property
     def classes(self) -> int:
