@@ -160,8 +160,10 @@ def test_sizes_are_counted_as_in_the_paper_or_else_by_the_program():
     logged = [{"step": 1, "parameters": 5}, {"step": 2, "parameters": 7}]
     assert size({"model": {"depth": 2, "width": 8}}, "MARTask", logged) == 7
     assert size({}, lines=logged) == 7
-    with pytest.raises(InputError, match="number of parameters is not known"):
-        size({}, "Other")
+    for lines in ([], [{"step": 1, "parameters": 0}], [{"step": 1, "parameters": -5}]):
+        for model in ({}, {"model": {"depth": 10**400, "width": -1}}, {"model": [1]}):
+            with pytest.raises(InputError, match="number of parameters is not known"):
+                size(model, lines=lines)
 
 
 def test_averaged_weights_and_errors_are_read_where_all_runs_have_them(tmp_path):
@@ -237,6 +239,8 @@ def test_what_limits_a_fit_is_noted(tmp_path):
     report = fit_scaling(read_ladder(flat), floors={"loss": 0.0}, resamples=0)
     assert "loss does not fall against parameters N" in report.notes
     assert any(note.startswith("no fit of loss against petaFLOP") for note in report.notes)
+    unknown = make_run(tmp_path / "unknown", 5, extra='{"step": 20000, "step_tflop": 0}')
+    assert any("no step_tflop" in note for note in read_ladder([runs[0], unknown]).notes)
     once = '{"step": 20000, "eval_ema/loss": 2.5}'  # a single evaluation says nothing of images
     ladder = read_ladder(make_ladder(tmp_path / "once", (2, 3, 4, 5), extra=once))
     report = fit_scaling(ladder, joint=True, resamples=0)

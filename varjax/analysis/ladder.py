@@ -23,6 +23,7 @@ LOSSES = {  # name: (metric of an evaluation, whether the loss is 1 - metric, ti
 PREFIXES = ("eval_ema", "eval")  # the first one that all runs have
 # Settings of a dataset that do not change its images.
 LOCATION_FIELDS = {"root", "name", "data_dir", "reading"}
+MAX_DEPTH_OR_WIDTH = 2**20
 WARMUP_FRACTION = 0.1  # beginning of a run that the joint fit leaves out
 
 
@@ -108,7 +109,10 @@ def read_ladder(directories: Sequence[str], weights: str = "") -> Ladder:
     for name, (metric, inverted, _) in LOSSES.items():
         if all(log.points(f"{prefix}/{metric}")[0].size for log in logs):
             curves[name] = [_curve(log, f"{prefix}/{metric}", inverted) for log in logs]
-    return Ladder(curves, prefix, list(_notes(logs)), logs[0].config)
+    ladder = Ladder(curves, prefix, list(_notes(logs)), logs[0].config)
+    if not ladder.has_compute:
+        ladder.notes.append("some runs log no step_tflop, so there is no fit against compute")
+    return ladder
 
 
 def model_size(log: RunLog) -> float:
@@ -123,27 +127,35 @@ def model_size(log: RunLog) -> float:
     task = log.config.get("task")
     model = task.get("model") if isinstance(task, dict) else None
     if isinstance(task, dict) and isinstance(model, dict) and task.get("_type") == "VARTask":
-        depth, width = model.get("depth"), model.get("width")
-        if type(depth) is int and type(width) is int:
+        depth, width = (_whole_number(model.get(name)) for name in ("depth", "width"))
+        if depth and width:
             adaln_layers = 1 if model.get("shared_adaln") is True else depth
             return float((12 * depth + 6 * adaln_layers) * width**2)
     logged = log.points("parameters")[1]
-    if not logged.size:
+    if not (logged.size and 0 < logged[-1] < np.inf):
         raise InputError(
             f"{log.name}: its number of parameters is not known. config.json has no VARTask with "
-            'depth and width, and metrics.jsonl no number of "parameters"; add a line such as '
+            'depth and width, and metrics.jsonl no "parameters" above 0; add a line such as '
             '{"step": 0, "parameters": 1000000}'
         )
     return float(logged[-1])
 
 
+def _whole_number(value: Any) -> int:
+    """Returns a depth or width; 0 for anything else, because a file can hold anything."""
+    return value if type(value) is int and 0 < value < MAX_DEPTH_OR_WIDTH else 0
+
+
 def _curve(log: RunLog, metric: str, inverted: bool) -> Curve:
     images_P, value_P = log.points(metric)
     _, step_tflop = log.points("step_tflop")
-    image_petaflop = step_tflop[-1] / 1e3 / log.batch_size if step_tflop.size else math.nan
+    known = step_tflop.size and 0 < step_tflop[-1] < np.inf
+    image_petaflop = step_tflop[-1] / 1e3 / log.batch_size if known else math.nan
     loss_P = 1 - value_P if inverted else value_P
     order = np.argsort(images_P, kind="stable")
-    order = order[(loss_P[order] > 0) & (images_P[order] > 0)]
+    order = order[(0 < loss_P[order]) & (loss_P[order] < np.inf) & (images_P[order] > 0)]
+    if not order.size:
+        raise InputError(f"{log.name}: no {metric} after step 0 gives a loss above 0")
     curve = Curve(log.name, model_size(log), images_P, images_P * image_petaflop, loss_P)
     return curve.take(order)
 
@@ -200,8 +212,6 @@ def _notes(logs: Sequence[RunLog]) -> Iterator[str]:
             f"the runs saw {min(seen):,} to {max(seen):,} images, so differences between sizes "
             "also come from the length of training"
         )
-    if not all(log.points("step_tflop")[0].size for log in logs):
-        yield "some runs log no step_tflop, so there is no fit against compute"
     task, data = logs[0].config.get("task"), logs[0].config.get("data")
     if isinstance(task, dict) and "tokenizer" in task and isinstance(data, dict):
         if data.get("_type") != "CachedLatents":
