@@ -12,7 +12,7 @@ from varjax import trees
 from varjax.analysis.ladder import front_points, model_size, read_ladder
 from varjax.analysis.power_law import PowerLaw, pareto_front
 from varjax.analysis.run_log import RunLog
-from varjax.analysis.scaling import main, parse_floors
+from varjax.analysis.scaling import main, parse_floors, scaling_json, scaling_tables
 from varjax.analysis.scaling_fits import PARAMETERS, fit_scaling
 from varjax.analysis.scaling_plot import has_paper_tokens
 from varjax.config import config_tree
@@ -248,6 +248,16 @@ def test_what_limits_a_fit_is_noted(tmp_path):
         "no fit of loss against parameters N and images seen D: 1 different values are too few"
     ]
     assert not report.fits and not report.predictions
+
+
+def test_without_resamples_there_are_no_intervals(runs):
+    ladder = read_ladder(runs)
+    report = fit_scaling(ladder, floors=parse_floors("loss=0,loss_last=0"), resamples=0)
+    text = json.dumps(scaling_json(ladder, report), allow_nan=False)
+    fit = json.loads(text)["fits"]["parameters"]["loss"]
+    assert fit["floor_interval"] == [None, None] and fit["exponents"][0] > 0
+    lines = scaling_tables(ladder, report)
+    assert not any("[" in line or "nan" in line for line in lines)
 
 
 def test_the_papers_lines_are_for_its_tokens_alone(tmp_path):

@@ -62,7 +62,7 @@ def scaling_tables(ladder: Ladder, report: ScalingReport) -> list[str]:
             [
                 LOSSES[name][2],
                 short_number(p.size),
-                f"{p.loss:.4f} [{p.low:.4f}, {p.high:.4f}]",
+                f"{p.loss:.4f}{_brackets(p.low, p.high, '{:.4f}')}",
                 "" if p.measured is None else f"{p.measured:.4f} (left out of the fit)",
             ]
             for name in predicted
@@ -91,8 +91,11 @@ def _fit_table(against: Against, fits: Mapping[str, Fit]) -> list[str]:
 
 
 def _with_interval(fit: Fit, quantity: Callable[[PowerLaw], float], form: str) -> str:
-    low, high = (form.format(end) for end in fit.interval(quantity))
-    return f"{form.format(quantity(fit.law))} [{low}, {high}]"
+    return form.format(quantity(fit.law)) + _brackets(*fit.interval(quantity), form)
+
+
+def _brackets(low: float, high: float, form: str) -> str:
+    return "" if np.isnan(low) else f" [{form.format(low)}, {form.format(high)}]"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -118,7 +121,7 @@ def scaling_json(ladder: Ladder, report: ScalingReport) -> dict[str, Any]:
         entry["points"] = {"x": fit.points.x_TP.tolist(), "loss": fit.points.loss_P.tolist()}
         return entry
 
-    return {
+    content = {
         "weights": ladder.prefix,
         "runs": [{"run": run.run, "parameters": run.size} for run in ladder.runs],
         "fits": {
@@ -131,6 +134,16 @@ def scaling_json(ladder: Ladder, report: ScalingReport) -> dict[str, Any]:
         },
         "notes": report.notes,
     }
+    return _without_nan(content)
+
+
+def _without_nan(data: Any) -> Any:
+    """Replaces NaN, which JSON lacks, by None in nested dicts and sequences."""
+    if isinstance(data, dict):
+        return {name: _without_nan(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_without_nan(value) for value in data]
+    return None if isinstance(data, float) and not np.isfinite(data) else data
 
 
 def parse_floors(text: str) -> dict[str, float]:
