@@ -4,8 +4,8 @@ varjax scaling runs/ladder_d2 runs/ladder_d3 runs/ladder_d4 runs/ladder_d5 --out
 varjax scaling RUN… --out=DIR --floor=0
 varjax scaling RUN… --out=DIR --fit=joint
 
-The law is loss = floor + (x0 / x)^exponent. Against parameters, each run gives its last loss.
-Against compute, the evaluations of all runs give the lowest loss for each petaFLOP (the Pareto
+The law is loss = floor + (x0 / x)^exponent. ScalingVariables parameters, each run gives its last loss.
+ScalingVariables compute, the evaluations of all runs give the lowest loss for each petaFLOP (the Pareto
 front). With --fit=joint the law is loss = floor + (x0 / N)^a + (x1 / D)^b for N parameters and D
 images seen, fitted to whole curves (Hoffmann et al. 2022).
 
@@ -27,7 +27,7 @@ from varjax.analysis.scaling_fits import (
     COMPUTE,
     JOINT,
     PARAMETERS,
-    Against,
+    ScalingVariables,
     ScalingReport,
     fit_scaling,
     short_number,
@@ -52,7 +52,9 @@ def scaling_tables(ladder: Ladder, report: ScalingReport) -> list[str]:
         losses = [f"{curves[index].loss_P[-1]:.4f}" for curves in ladder.curves.values()]
         rows.append([*cells, *losses])
     lines += [*_table(header, rows), ""]
-    lines.append("loss = floor + (x0 / x)^exponent; in brackets: 95 % of the resampled fits")
+    variables = "ND" if JOINT.name in report.fits else "x"
+    law = " + ".join(f"(x0 / {variable})^exponent" for variable in variables)
+    lines.append(f"loss = floor + {law}; in brackets: 95 % of the resampled fits")
     for against in (PARAMETERS, COMPUTE, JOINT):
         if fits := report.fits.get(against.name):
             lines += ["", f"{against.title}:", *_fit_table(against, fits)]
@@ -72,19 +74,19 @@ def scaling_tables(ladder: Ladder, report: ScalingReport) -> list[str]:
     return lines + [f"note: {note}" for note in report.notes]
 
 
-def _fit_table(against: Against, fits: Mapping[str, Fit]) -> list[str]:
+def _fit_table(against: ScalingVariables, fits: Mapping[str, Fit]) -> list[str]:
     header, rows = [""], []
-    for variable in against.variables:
+    for variable in against.symbols:
         header += [f"exponent of {variable}", f"x0 of {variable}"]
     header.append("floor")
-    header += ["r"] * (len(against.variables) == 1)
+    header += ["r"] * (len(against.symbols) == 1)
     for name, fit in fits.items():
         cells = [LOSSES[name][2]]
-        for i in range(len(against.variables)):
+        for i in range(len(against.symbols)):
             cells.append(_with_interval(fit, lambda law, i=i: law.exponents[i], "{:.3f}"))
             cells.append(_with_interval(fit, lambda law, i=i: law.x0[i], "{:.3g}"))
         cells.append(_with_interval(fit, lambda law: law.floor, "{:.3f}"))
-        if len(against.variables) == 1:
+        if len(against.symbols) == 1:
             cells.append(f"{fit.correlation:.4f}")
         rows.append(cells)
     return _table(header, rows)

@@ -18,14 +18,14 @@ from varjax.errors import InputError, check_setting
 
 
 @dataclasses.dataclass(frozen=True)
-class Against:
+class ScalingVariables:
     """Describes what losses are fitted against.
 
     Attributes:
         name: name in scaling.json and of the picture.
         title: title of the table.
         points: function that makes the points to fit from the curves.
-        variables: names of the variables of the law.
+        symbols: symbols of the variables, in the order of the law.
         evaluations: whether single evaluations are resampled, not only runs.
         robust: whether the fit limits the influence of single points.
     """
@@ -33,20 +33,20 @@ class Against:
     name: str
     title: str
     points: Callable[[Sequence[Curve]], Points]
-    variables: tuple[str, ...]
+    symbols: tuple[str, ...]
     evaluations: bool = False
     robust: bool = False
 
 
-PARAMETERS = Against("parameters", "against parameters N", final_points, ("N",))
-COMPUTE = Against(
+PARAMETERS = ScalingVariables("parameters", "against parameters N", final_points, ("N",))
+COMPUTE = ScalingVariables(
     "compute",
     "against petaFLOP C of training (Pareto front)",
     front_points,
     ("C",),
     evaluations=True,
 )
-JOINT = Against(
+JOINT = ScalingVariables(
     "joint",
     "against parameters N and images seen D",
     curve_points,
@@ -80,7 +80,7 @@ class ScalingReport:
     """Holds the fits of a ladder.
 
     Attributes:
-        fits: fits by the name of `Against`, then by the kind of loss.
+        fits: fits by the name of the variables, then by the kind of loss.
         predictions: predictions by the kind of loss; the first one is for the largest size, from
             the smaller ones, if these suffice for a fit.
         notes: facts that limit what the fits mean, a line each.
@@ -129,7 +129,9 @@ def fit_scaling(
                 f"less with --floor=0; the sizes are {', '.join(map(short_number, found))}"
             )
 
-        def fit(against: Against, curves: Sequence[Curve], floor: float | None = floor) -> Fit:
+        def fit(
+            against: ScalingVariables, curves: Sequence[Curve], floor: float | None = floor
+        ) -> Fit:
             drawn = resampled_curves(curves, resamples, seed, against.evaluations)
             resampled = (against.points(curves) for curves in drawn)
             return fit_resampled(against.points(curves), resampled, floor, against.robust)
