@@ -4,8 +4,8 @@ varjax scaling runs/ladder_d2 runs/ladder_d3 runs/ladder_d4 runs/ladder_d5 --out
 varjax scaling RUN… --out=DIR --floor=0
 varjax scaling RUN… --out=DIR --fit=joint
 
-The law is loss = floor + (x0 / x)^exponent. ScalingVariables parameters, each run gives its last loss.
-ScalingVariables compute, the evaluations of all runs give the lowest loss for each petaFLOP (the Pareto
+The law is loss = floor + (x0 / x)^exponent. Against parameters, each run gives its last loss.
+Against compute, the evaluations of all runs give the lowest loss for each petaFLOP (the Pareto
 front). With --fit=joint the law is loss = floor + (x0 / N)^a + (x1 / D)^b for N parameters and D
 images seen, fitted to whole curves (Hoffmann et al. 2022).
 
@@ -27,8 +27,8 @@ from varjax.analysis.scaling_fits import (
     COMPUTE,
     JOINT,
     PARAMETERS,
-    ScalingVariables,
     ScalingReport,
+    ScalingVariables,
     fit_scaling,
     short_number,
 )
@@ -227,9 +227,9 @@ def main(arguments: list[str]) -> int:
         print("\n".join(scaling_tables(ladder, report)))
         out = as_path(flags.out)
         files.write_json(out / "scaling.json", scaling_json(ladder, report))
-        for against, fits in report.fits.items():
-            if fits:
-                draw_scaling(ladder, against, fits, out / f"{against}.png")
+        for against in (PARAMETERS, COMPUTE, JOINT):
+            if fits := report.fits.get(against.name):
+                draw_scaling(ladder, against, fits, out / f"{against.name}.png")
         print(f"written to {out}")
 
     return run_command("varjax scaling", scaling)

@@ -8,22 +8,22 @@ import numpy as np
 
 from varjax.analysis.ladder import LOSSES, Curve, Ladder
 from varjax.analysis.power_law import INTERVAL_PERCENTILES, Fit, PowerLaw
+from varjax.analysis.scaling_fits import JOINT, ScalingVariables
 from varjax.storage import files
 from varjax.tokenizers.vq.pyramid import SCALES_256
 
-LABELS = {"parameters": "parameters N", "compute": "petaFLOP C", "joint": "images seen D"}
-SYMBOLS = {"parameters": "N", "compute": "C", "joint": "ND"}
+AXES = {"N": "parameters N", "C": "petaFLOP C", "D": "images seen D"}
 # Exponents of the VAR paper's fits (Tian et al. 2024, Fig. 5 and 6, quoted from memory). Their
 # constants are not used: with them, the losses do not agree with the public training logs.
 PAPER_EXPONENTS = {
-    "parameters": {"loss_last": 0.23, "loss": 0.20, "error_last": 0.016, "error": 0.010},
-    "compute": {"loss_last": 0.13, "loss": 0.13, "error_last": 0.0067, "error": 0.011},
+    "N": {"loss_last": 0.23, "loss": 0.20, "error_last": 0.016, "error": 0.010},
+    "C": {"loss_last": 0.13, "loss": 0.13, "error_last": 0.0067, "error": 0.011},
 }
 PAPER_VOCAB = 4096
 
 
 def draw_scaling(
-    ladder: Ladder, against: str, fits: Mapping[str, Fit], out: str | pathlib.Path
+    ladder: Ladder, against: ScalingVariables, fits: Mapping[str, Fit], out: str | pathlib.Path
 ) -> None:
     """Draws a panel for each kind of loss, with points, fits and their 95 % bands, into a PNG file.
 
@@ -32,7 +32,7 @@ def draw_scaling(
 
     Args:
         ladder: runs that were fitted.
-        against: "parameters", "compute" or "joint".
+        against: variables of the fits; the last one is the horizontal axis.
         fits: fits by the kind of loss.
         out: PNG file to write.
     """
@@ -50,13 +50,14 @@ def draw_scaling(
     colors = [pyplot.get_cmap("viridis")(0.9 * value) for value in spread]
     for panel, (name, fit) in zip(panels, fits.items(), strict=False):
         curves = ladder.curves[name]
-        panel.set(xscale="log", yscale="log", xlabel=LABELS[against], ylabel=LOSSES[name][2])
-        if against == "joint":
+        axis = against.symbols[-1]
+        panel.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel=LOSSES[name][2])
+        if against is JOINT:
             _draw_joint(panel, curves, colors, fit)
         else:
-            _draw_law(panel, curves, colors, fit, against)
+            _draw_law(panel, curves, colors, fit, axis)
             if has_paper_tokens(ladder):
-                _draw_paper(panel, fit, PAPER_EXPONENTS[against][name])
+                _draw_paper(panel, fit, PAPER_EXPONENTS[axis][name])
         panel.yaxis.set_major_locator(ticker.MaxNLocator(5))
         panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%.3g"))
         panel.yaxis.set_minor_locator(ticker.NullLocator())
@@ -93,9 +94,9 @@ def has_paper_tokens(ladder: Ladder) -> bool:
 
 
 def _draw_law(
-    panel: Any, curves: Sequence[Curve], colors: Sequence[Any], fit: Fit, against: str
+    panel: Any, curves: Sequence[Curve], colors: Sequence[Any], fit: Fit, axis: str
 ) -> None:
-    if against == "compute":
+    if axis == "C":
         for curve, color in zip(curves, colors, strict=True):
             panel.plot(curve.petaflop_P, curve.loss_P, color=color, linewidth=1, alpha=0.8)
         panel.plot(*fit.points.x_TP, fit.points.loss_P, "k.", markersize=4, label="Pareto front")
@@ -107,14 +108,14 @@ def _draw_law(
             panel.plot(curve.size, curve.loss_P[-1], "o", color=color)
     (x_P,) = fit.points.x_TP
     line = np.geomspace(x_P.min() / 1.1, x_P.max() * 1.1, 100)
-    label = f"{_equation(fit.law, SYMBOLS[against])},  r = {fit.correlation:.4f}"
+    label = f"{_equation(fit.law, axis)},  r = {fit.correlation:.4f}"
     panel.plot(line, fit.law(line), "k--", linewidth=1.2, label=label)
     if fit.resampled:
         band = np.percentile([law(line) for law in fit.resampled], INTERVAL_PERCENTILES, axis=0)
         panel.fill_between(line, *band, color="gray", alpha=0.2, linewidth=0)
 
 
-def _equation(law: PowerLaw, symbols: str) -> str:
+def _equation(law: PowerLaw, symbols: Sequence[str]) -> str:
     constants = zip(law.x0, symbols, law.exponents, strict=True)
     terms = [f"({x0:.3g} / {symbol})^{exponent:.3f}" for x0, symbol, exponent in constants]
     return " + ".join([f"{law.floor:.3f}"] * (law.floor > 0) + terms)
@@ -135,5 +136,5 @@ def _draw_joint(panel: Any, curves: Sequence[Curve], colors: Sequence[Any], fit:
     for i, (curve, color) in enumerate(zip(curves, colors, strict=True)):
         kept = curve.images_P >= images_P.min()
         panel.plot(curve.images_P[kept], curve.loss_P[kept], ".", color=color, markersize=4)
-        label = _equation(fit.law, SYMBOLS["joint"]) if i == 0 else None
+        label = _equation(fit.law, JOINT.symbols) if i == 0 else None
         panel.plot(line, fit.law(curve.size, line), "--", color=color, linewidth=1, label=label)
