@@ -25,6 +25,7 @@ from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import Quantizer, quantizer_loss
 from varjax.var.model import VAR, VARConfig
+from varjax.var.network import VARModels
 from varjax.var.sample import VAROptions, sample_tokens
 
 EXAMPLES = ["nano_var", "nano_mar"]
@@ -260,7 +261,7 @@ def test_var_sampling_matches_library():
         num_phi=0,
     )
     both = {"tokenizer": {"quantizer": library_quantizer()}, "var": library}
-    draw = jax.jit(functools.partial(sample_tokens, tokenizer, var_config()))
+    draw = jax.jit(functools.partial(sample_tokens, VARModels(tokenizer, var_config())))
     options = VAROptions(guidance=2.5, top_k=0, top_p=0.0)
     expected_BL, expected_f_hats = draw(both, label_B, key_B, options)
     np.testing.assert_array_equal(token_BL, expected_BL)

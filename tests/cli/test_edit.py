@@ -14,6 +14,7 @@ from varjax.sampling.edit_masks import box_mask, mask_tokens, read_mask
 from varjax.sampling.sampler import KnownTokens, image_keys
 from varjax.storage import image_io
 from varjax.var.kept_scales import keep_at_every_scale
+from varjax.var.network import VARModels
 from varjax.var.sample import VAROptions, sample_tokens
 
 pytestmark = pytest.mark.slow
@@ -117,7 +118,7 @@ def test_kept_tokens_stay_and_the_others_vary():
     known = KnownTokens(
         tokens_BL, keep_at_every_scale(model.var.pyramid, ~inside_hw[None].repeat(4, 0))
     )
-    draw = jax.jit(functools.partial(sample_tokens, model.tokenizer, model.var))
+    draw = jax.jit(functools.partial(sample_tokens, VARModels(model.tokenizer, model.var)))
     label_B, key_B = jnp.full(4, 3), image_keys(0, jnp.arange(4))
     options = VAROptions(guidance=2.0, top_k=0, top_p=0.0)
     found_BL, _ = draw(model.params, label_B, key_B, options, known)

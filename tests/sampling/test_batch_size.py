@@ -29,7 +29,7 @@ from varjax.sampling.sampler import image_keys
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512
 from varjax.var.model import VARConfig
-from varjax.var.network import var_sampling_bytes
+from varjax.var.network import VARModels, var_sampling_bytes
 from varjax.var.sample import VAROptions, sample_images, sample_tokens
 
 # Batches are computed whole, as on accelerators, but attention in groups: a CPU's compiler does not
@@ -61,13 +61,13 @@ def test_var_needs_what_the_arithmetic_says(labels, guided, scales):
     )
 
     def tokens(params, label_B, key_B):
-        given = label_B, key_B, VAROptions(), None, COMPUTE, None if guided else 0
-        return sample_tokens(tokenizer, var, params, *given)[0]
+        models, streams = VARModels(tokenizer, var, COMPUTE), None if guided else 0
+        return sample_tokens(models, params, label_B, key_B, VAROptions(), guided=streams)[0]
 
     needed = temporaries(tokens, params, *labels)
     # A small tokenizer, so that the transformer is what counts.
     small = dataclasses.replace(tokenizer, width=32)
-    reckoned = var_sampling_bytes(small, var, BATCH, COMPUTE, None if guided else 0)
+    reckoned = var_sampling_bytes(VARModels(small, var, COMPUTE), BATCH, None if guided else 0)
     assert 0.95 < reckoned / needed < 2
 
 
@@ -102,8 +102,8 @@ def test_var_s_plain_attention_needs_its_matrices_beside_the_rest(labels, guided
 
     def matrices(compute):
         def tokens(params, label_B, key_B):
-            given = label_B, key_B, VAROptions(), None, compute, None if guided else 0
-            return sample_tokens(tokenizer, var, params, *given)[0]
+            models, streams = VARModels(tokenizer, var, compute), None if guided else 0
+            return sample_tokens(models, params, label_B, key_B, VAROptions(), guided=streams)[0]
 
         return attention_matrices(jax.make_jaxpr(tokens)(params, *labels).jaxpr, (256, 261))
 
@@ -114,7 +114,7 @@ def test_var_s_plain_attention_needs_its_matrices_beside_the_rest(labels, guided
     rows = BATCH * (2 if guided else 1)
     assert matrices(plain) == rows * 2 * 256 * 261 * 4  # two heads, the last scale, float32
     needed = [
-        var_sampling_bytes(tokenizer, var, BATCH, c, None if guided else 0)
+        var_sampling_bytes(VARModels(tokenizer, var, c), BATCH, None if guided else 0)
         for c in (plain, grouped)
     ]
     # The products of queries and keys, and their softmax.
@@ -124,21 +124,22 @@ def test_var_s_plain_attention_needs_its_matrices_beside_the_rest(labels, guided
 @pytest.mark.slow
 def test_a_decoder_needs_what_the_arithmetic_says(labels):
     var, tokenizer = VARConfig(depth=1, width=64, heads=1), VQConfig()
+    models = VARModels(tokenizer, var, COMPUTE)
     params = jax.eval_shape(
         lambda key: {"tokenizer": tokenizer.init(key), "var": var.init(key)}, jax.random.key(0)
     )
 
     def images(params, label_B, key_B):
-        given = label_B, key_B, VAROptions(), None, COMPUTE
-        return sample_images(tokenizer, var, params, *given)
+        return sample_images(models, params, label_B, key_B, VAROptions())
 
     needed = temporaries(images, params, *labels)
-    assert 0.95 < var_sampling_bytes(tokenizer, var, BATCH, COMPUTE) / needed < 1.5
+    assert 0.95 < var_sampling_bytes(models, BATCH) / needed < 1.5
 
 
 def test_a_batch_that_has_no_good_pieces_is_decoded_whole():
     var, tokenizer = VARConfig(depth=1, width=64, heads=1), VQConfig()
-    pieces, whole = (var_sampling_bytes(tokenizer, var, n, COMPUTE) for n in (128, 127))
+    models = VARModels(tokenizer, var, COMPUTE)
+    pieces, whole = (var_sampling_bytes(models, n) for n in (128, 127))
     assert whole > 4 * pieces
 
 

@@ -15,6 +15,7 @@ from varjax.tokenizers.vq.model import bound_quantizer, decode_features
 from varjax.training.optimizer import AdamW
 from varjax.training.task import Plan
 from varjax.var.model import VAR
+from varjax.var.network import VARModels
 from varjax.var.sample import VAROptions, sample_tokens
 from varjax.var.task import VARTask
 
@@ -55,8 +56,8 @@ def test_tokens_and_images():
     options, key_B = VAROptions(guidance=2.5, top_k=20, top_p=0.9), image_keys(0, jnp.arange(16))
 
     def sampled(compute):
-        given = LABEL_B, key_B, options, None, compute
-        return sample_tokens(TOKENIZER, CONFIG, PARAMS, *given)
+        models = VARModels(TOKENIZER, CONFIG, compute)
+        return sample_tokens(models, PARAMS, LABEL_B, key_B, options)
 
     (exact, f_hats), (half, _) = in_both(sampled)
     # From the first token that differs on, everything may: what counts is how many keep to it.

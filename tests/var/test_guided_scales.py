@@ -16,7 +16,7 @@ from varjax.runtime import flops
 from varjax.sampling.filters import filter_top_k_top_p
 from varjax.sampling.sampler import image_keys
 from varjax.var.model import VARConfig
-from varjax.var.network import bind_network, guided_by, var_sampling_bytes
+from varjax.var.network import VARModels, bind_network, guided_by, var_sampling_bytes
 from varjax.var.pipeline import VARPipeline
 from varjax.var.sample import (
     VAROptions,
@@ -167,9 +167,10 @@ def test_a_guided_model_is_another_model_and_needs_more_memory():
 def test_the_cache_of_a_stream_that_ends_is_not_counted_at_the_end():
     var = VARConfig.preset("d16")
     tokenizer = dataclasses.replace(runs.TOKENIZER, scales=var.scales)
-    needed = [var_sampling_bytes(tokenizer, var, 32, COMPUTE, guided) for guided in (None, 9, 5, 0)]
+    models = VARModels(tokenizer, var, COMPUTE)
+    needed = [var_sampling_bytes(models, 32, guided) for guided in (None, 9, 5, 0)]
     assert needed == sorted(needed, reverse=True) and needed[0] > 1.9 * needed[-1]
-    with_guide = var_sampling_bytes(tokenizer, var, 32, COMPUTE, None, VAR)
+    with_guide = var_sampling_bytes(dataclasses.replace(models, guide=VAR), 32)
     assert needed[-1] < with_guide < needed[0]
 
 

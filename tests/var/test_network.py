@@ -21,6 +21,7 @@ from varjax.tokenizers.vq.model import bound_quantizer, decode_features
 from varjax.var.model import VARConfig
 from varjax.var.network import (
     Refiner,
+    VARModels,
     bind_network,
     collaborative_decoding,
     guided_by,
@@ -47,7 +48,8 @@ def test_greedy_collaborative_decoding_is_its_authors_s():
     small = dataclasses.replace(drafter, **sizes)
     weights = apply_map.from_official(small, golden.weights.state_dict("code_eight", "var"))
     refiner, expected = Refiner(small, CASE["draft_scales"]), golden.outputs("code_eight")
-    sample = jax.jit(functools.partial(sample_tokens, tokenizer, drafter, refiner=refiner))
+    models = VARModels(tokenizer, drafter, refiner=refiner)
+    sample = jax.jit(functools.partial(sample_tokens, models))
     options = VAROptions(guidance=CASE["cfg"] + 1, top_k=1, top_p=0.0)
     all_params = {**params("ten_scales"), "refiner": weights}
     token_BL, f_hats = sample(all_params, jnp.array(CASE["labels"]), KEY_B, options)
@@ -154,12 +156,12 @@ def test_a_refiner_needs_less_memory_than_the_model_alone():
     large, small = VARConfig.preset("d30"), VARConfig.preset("d16")
     tokenizer = dataclasses.replace(TOKENIZER, scales=large.scales)
     alone, *refined = (
-        var_sampling_bytes(tokenizer, large, 64, EXACT, refiner=refiner)
+        var_sampling_bytes(VARModels(tokenizer, large, EXACT, refiner=refiner), 64)
         for refiner in (None, *(Refiner(small, scales) for scales in (9, 8, 6)))
     )
     assert sorted(refined, reverse=True) == refined and refined[0] < alone
     # The last scales are the refiner's, so nothing is below what it needs for itself.
-    assert refined[-1] >= var_sampling_bytes(tokenizer, small, 64, EXACT)
+    assert refined[-1] >= var_sampling_bytes(VARModels(tokenizer, small, EXACT), 64)
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import Quantizer
 from varjax.var.kept_scales import keep_at_every_scale
 from varjax.var.model import VAR
+from varjax.var.network import VARModels
 from varjax.var.sample import (
     VAROptions,
     choose_tokens,
@@ -51,7 +52,7 @@ def params(name):
 @functools.cache
 def sampler(name):
     """(label_B, key_B, options, known) -> tokens and accumulated features, compiled once a case."""
-    run = jax.jit(functools.partial(sample_tokens, *golden.configs(name)))
+    run = jax.jit(functools.partial(sample_tokens, VARModels(*golden.configs(name))))
     return functools.partial(run, params(name))
 
 
@@ -267,14 +268,14 @@ def test_without_guidance_one_stream_gives_what_guidance_of_1_gives():
         ComputeConfig(attention_impl="xla"),
     )
     label_B, key_B = np.array([3, 1], np.int32), image_keys(7, jnp.arange(2))
-    args = tokenizer, var, params("base"), label_B, key_B, options, None, compute
+    models, args = VARModels(tokenizer, var, compute), (params("base"), label_B, key_B, options)
     (one, _), (two, _) = (
-        jax.jit(sample_tokens, static_argnums=(0, 1, 6, 7, 8))(*args, guided)
+        jax.jit(functools.partial(sample_tokens, models, guided=guided))(*args)
         for guided in (0, None)
     )
     assert np.array_equal(one, two)
     work = [
-        flops.count(lambda p, g=g: sample_tokens(tokenizer, var, p, *args[3:], g), args[2])
+        flops.count(lambda p, g=g: sample_tokens(models, p, *args[1:], guided=g), args[0])
         for g in (0, None)
     ]
     assert work[0] < 0.6 * work[1]

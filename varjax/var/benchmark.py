@@ -15,7 +15,7 @@ from varjax.training.task import Batch
 from varjax.trees import PyTree
 from varjax.var import pipeline
 from varjax.var.model import VAR, VARConfig
-from varjax.var.network import Refiner, var_sampling_bytes
+from varjax.var.network import Refiner, VARModels, var_sampling_bytes
 from varjax.var.sample import (
     VAROptions,
     choose_tokens,
@@ -46,34 +46,19 @@ def sampling_programs(
         )
         configs["refiner"] = small.config
 
+    def models_in(compute):
+        return VARModels(tokenizer, var, compute, refiner=small)
+
     def sample(params, options, label_B, key_B, compute):
-        return sample_tokens(
-            tokenizer,
-            var,
-            params,
-            label_B,
-            key_B,
-            options,
-            compute=compute,
-            guided=scales,
-            refiner=small,
-        )[0]
+        models = models_in(compute)
+        return sample_tokens(models, params, label_B, key_B, options, guided=scales)[0]
 
     def decode(params, f_hat_BhwZ, compute):
         return decode_features(tokenizer, params["tokenizer"], f_hat_BhwZ, compute)
 
     def whole(params, options, label_B, key_B, compute):
-        return sample_images(
-            tokenizer,
-            var,
-            params,
-            label_B,
-            key_B,
-            options,
-            compute=compute,
-            guided=scales,
-            refiner=small,
-        )
+        models = models_in(compute)
+        return sample_images(models, params, label_B, key_B, options, guided=scales)
 
     return SamplingPrograms(
         classes=var.classes,
@@ -84,9 +69,7 @@ def sampling_programs(
         sample=sample,
         decode=decode,
         whole=whole,
-        bytes_needed=lambda B, compute: var_sampling_bytes(
-            tokenizer, var, B, compute, scales, refiner=small
-        ),
+        bytes_needed=lambda B, compute: var_sampling_bytes(models_in(compute), B, scales),
         pieces=functools.partial(sampling_pieces, var, guided),
         cached=True,
         setting={"refiner": refiner, "draft_scales": draft_scales} if refiner else {},

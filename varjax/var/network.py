@@ -50,29 +50,44 @@ def check_draft_scales(config: VARConfig, draft_scales: int) -> None:
     whole_number("draft_scales", draft_scales, 1, len(config.pyramid) - 1)
 
 
+@dataclasses.dataclass(frozen=True)
+class VARModels:
+    """Describes the models that draw an image together, and how they are computed.
+
+        models = VARModels(tokenizer, var, refiner=Refiner(small, draft_scales=8))
+
+    Attributes:
+        tokenizer: config of the tokenizer.
+        var: config of the transformer.
+        compute: number format and execution of all models.
+        guide: config of the weaker model for autoguidance; None to guide by "no class".
+        refiner: small model that draws the fine scales; None if `var` draws all of them.
+    """
+
+    tokenizer: VQConfig
+    var: VARConfig
+    compute: ComputeConfig = ComputeConfig()
+    guide: VARConfig | None = None
+    refiner: Refiner | None = None
+
+
 def sampling_network(
-    var: VARConfig,
+    models: VARModels,
     params: PyTree,
     label_B: jax.Array,
     guidance_K: GuidanceScales,
-    compute: ComputeConfig,
-    *,
     guided: int | None = None,
-    guide: VARConfig | None = None,
-    refiner: Refiner | None = None,
 ) -> PredictScale:
     """Binds a model, and those that help it, to its classes.
 
     Args:
-        var: config of the transformer.
+        models: the transformer and those that help it.
         params: {"var": …}, and "guide" and "refiner" if there are any.
         label_B: classes; `var.classes` means "no class".
         guidance_K: guidance scale of each scale.
-        compute: number format and execution.
         guided: number of scales, from the first, that are computed with guidance; None for all.
-        guide: config of the weaker model for autoguidance; None to guide by "no class".
-        refiner: small model that draws the fine scales; None if `var` draws all of them.
     """
+    var, compute, guide, refiner = models.var, models.compute, models.guide, models.refiner
     K = len(var.pyramid)
     guided = K if guided is None else guided
     by_no_class = guidance_K if guide is None else None
@@ -199,28 +214,18 @@ def collaborative_decoding(
     return predict
 
 
-def var_sampling_bytes(
-    tokenizer: VQConfig,
-    var: VARConfig,
-    batch: int,
-    compute: ComputeConfig,
-    guided: int | None = None,
-    guide: VARConfig | None = None,
-    refiner: Refiner | None = None,
-) -> int:
+def var_sampling_bytes(models: VARModels, batch: int, guided: int | None = None) -> int:
     """Estimates how much memory a device needs, in addition to the weights, to sample a batch.
 
     This is the maximum over all scales and the decoder.
 
     Args:
-        tokenizer: config of the tokenizer.
-        var: config of the transformer.
+        models: the transformer, those that help it, and the tokenizer.
         batch: number of images on the device.
-        compute: number format and execution of the transformer.
         guided: number of scales, from the first, with a second stream for guidance; None for all.
-        guide: config of the model for autoguidance; None if both streams are of one model.
-        refiner: small model that draws the fine scales; None if there is none.
     """
+    var, guide, refiner = models.var, models.guide, models.refiner
+    tokenizer, compute = models.tokenizer, models.compute
     item, pyramid = compute.jax_dtype.itemsize, var.pyramid
     stops = [scale.stop for scale in pyramid.slices]
     guided = len(pyramid) if guided is None else guided

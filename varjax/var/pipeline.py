@@ -37,7 +37,7 @@ from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, decode_every_s
 from varjax.trees import PyTree
 from varjax.var.kept_scales import keep_at_every_scale, keep_first_scales, scales_of_size
 from varjax.var.model import VAR, VARConfig
-from varjax.var.network import Refiner, check_draft_scales, var_sampling_bytes
+from varjax.var.network import Refiner, VARModels, check_draft_scales, var_sampling_bytes
 from varjax.var.sample import (
     VAROptions,
     VARRule,
@@ -95,6 +95,7 @@ class VARPipeline:
     ):
         self.tokenizer, self.var, self.sampling, self.compute = tokenizer, var, sampling, compute
         self.guide, self.refiner = guide, refiner
+        self._models = models = VARModels(tokenizer, var, compute, guide, refiner)
         self.labels = numbered_classes(var.classes)
         self._weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
         self.params, self.devices = weights.params, weights.devices
@@ -121,18 +122,14 @@ class VARPipeline:
         def compiled_sampler(guided, choose, every_step):
             def sample(params, options, label_B, key_B, known=None):
                 return sample_images(
-                    tokenizer,
-                    var,
+                    models,
                     params,
                     label_B,
                     key_B,
                     options,
                     known,
-                    compute,
                     guided=guided,
                     choose=choose,
-                    guide=guide,
-                    refiner=refiner,
                     every_step=every_step,
                 )
 
@@ -218,15 +215,7 @@ class VARPipeline:
     def sampling_bytes(self, batch_size: int, options: VAROptions) -> int:
         """Estimates how much memory a device needs to sample a number of images at a time."""
         guided = guided_scales(self.var.pyramid, options)
-        return self._weights.nbytes + var_sampling_bytes(
-            self.tokenizer,
-            self.var,
-            batch_size,
-            self.compute,
-            guided,
-            self.guide,
-            self.refiner,
-        )
+        return self._weights.nbytes + var_sampling_bytes(self._models, batch_size, guided)
 
     def steps(self, options: VAROptions) -> int:
         """Returns the number of scales."""

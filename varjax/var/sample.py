@@ -23,7 +23,6 @@ from varjax.config.numbers import (
 from varjax.config.renamed import Renamed
 from varjax.errors import InputError
 from varjax.nn.autoencoder import to_unit_range
-from varjax.nn.compute import ComputeConfig
 from varjax.sampling.filters import filter_top_k_top_p
 from varjax.sampling.guidance import (
     checked_guidance_options,
@@ -32,7 +31,6 @@ from varjax.sampling.guidance import (
 )
 from varjax.sampling.sampler import KnownTokens, option_field
 from varjax.tokenizers.vq.model import (
-    VQConfig,
     bound_quantizer,
     decode_every_scale,
     decode_features,
@@ -40,8 +38,7 @@ from varjax.tokenizers.vq.model import (
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import Quantizer
 from varjax.trees import PyTree
-from varjax.var.model import VARConfig
-from varjax.var.network import PredictScale, Refiner, sampling_network
+from varjax.var.network import PredictScale, VARModels, sampling_network
 
 # (logits (B, l, V), scale k) -> (tokens (B, l), codes (B, l, Z))
 ChooseTokens = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
@@ -143,46 +140,41 @@ def guided_scales(pyramid: Pyramid, options: VAROptions) -> int:
 
 
 def sample_tokens(
-    tokenizer: VQConfig,
-    var: VARConfig,
+    models: VARModels,
     params: PyTree,
     label_B: jax.Array,
     key_B: jax.Array,
     options: VAROptions,
     known: KnownTokens | None = None,
-    compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
+    *,
     guided: int | None = None,
     choose: VARRule | None = None,
-    guide: VARConfig | None = None,
-    refiner: Refiner | None = None,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Samples the tokens of all scales with a VAR transformer.
 
+        draw = jax.jit(functools.partial(sample_tokens, VARModels(tokenizer, var)))
+        token_BL, f_hats = draw(params, label_B, image_keys(0, range(4)), VAROptions())
+
     Args:
-        tokenizer: config of the tokenizer, whose quantizer adds up the scales.
-        var: config of the transformer.
+        models: the transformer, those that help it, and the tokenizer, whose quantizer adds up the
+            scales.
         params: {"tokenizer": …, "var": …}, and "guide" and "refiner" if there are any.
         label_B: classes; `var.classes` means "no class".
         key_B: one key per image, see `image_keys`.
         options: how tokens are chosen.
         known: tokens to keep; None for whole images.
-        compute: number format and execution of the transformer.
         guided: number of scales, from the first, that are computed with guidance, from
             `guided_scales`; the others need half as much work. None for all.
         choose: rule that chooses tokens; None for a draw as `options` say.
-        guide: config of the weaker model for autoguidance; None to guide by "no class".
-        refiner: small model that draws the fine scales; None if `var` draws all of them.
 
     Returns:
         Tokens (B, L) int32, and what their codes add up to after each scale, K f_hats
         (B, h, w, Z). With `options.smooth`, f_hats are made of mixed codes and a token is the
         likeliest of its mixture.
     """
-    scale_K = guidance_scales(options, guidance_ramp(var.pyramid))
-    network = sampling_network(
-        var, params, label_B, scale_K, compute, guided=guided, guide=guide, refiner=refiner
-    )
-    quantizer = bound_quantizer(tokenizer, params["tokenizer"])
+    scale_K = guidance_scales(options, guidance_ramp(models.var.pyramid))
+    network = sampling_network(models, params, label_B, scale_K, guided)
+    quantizer = bound_quantizer(models.tokenizer, params["tokenizer"])
 
     def choose_at(logits_BlV, k):
         return choose_tokens(quantizer, logits_BlV, k, key_B, options, choose)
@@ -278,18 +270,15 @@ def choose_tokens(
 
 
 def sample_images(
-    tokenizer: VQConfig,
-    var: VARConfig,
+    models: VARModels,
     params: PyTree,
     label_B: jax.Array,
     key_B: jax.Array,
     options: VAROptions,
     known: KnownTokens | None = None,
-    compute: ComputeConfig = ComputeConfig(),  # noqa: B008  (frozen)
+    *,
     guided: int | None = None,
     choose: VARRule | None = None,
-    guide: VARConfig | None = None,
-    refiner: Refiner | None = None,
     every_step: bool = False,
 ) -> jax.Array:
     """Samples tokens and decodes them in `compute.dtype`; meant to be jitted as a whole.
@@ -298,19 +287,9 @@ def sample_images(
     `every_step` those after each scale, (B, K, H, W, channels).
     """
     _, f_hats = sample_tokens(
-        tokenizer,
-        var,
-        params,
-        label_B,
-        key_B,
-        options,
-        known,
-        compute,
-        guided,
-        choose,
-        guide,
-        refiner,
+        models, params, label_B, key_B, options, known, guided=guided, choose=choose
     )
+    tokenizer, compute = models.tokenizer, models.compute
     if every_step:
         images_KBHWC = decode_every_scale(tokenizer, params["tokenizer"], f_hats, compute)
         return to_unit_range(jnp.moveaxis(images_KBHWC, 0, 1))

@@ -40,6 +40,7 @@ from varjax.trees import PyTree
 from varjax.var import teacher_forcing
 from varjax.var.cca import CCAConfig, cca_loss, read_reference_params
 from varjax.var.model import VAR, VARConfig, check_fit
+from varjax.var.network import VARModels
 from varjax.var.sample import VAROptions, guided_scales, sample_images
 
 
@@ -270,13 +271,11 @@ class VARTask:
     def sampler(self) -> ImageSampler:
         def draw(params, frozen, label_B, key_B):
             return sample_images(
-                self.tokenizer,
-                self.model,
+                VARModels(self.tokenizer, self.model, self.compute),
                 {"tokenizer": frozen_tokenizer(frozen), "var": params},
                 label_B,
                 key_B,
                 self.sampling,
-                compute=self.compute,
                 guided=guided_scales(self.model.pyramid, self.sampling),
             )
 
