@@ -17,6 +17,7 @@ from varjax.convert.name_maps import name_map_of
 from varjax.convert.name_maps.diffusers import diffusers_config, with_diffusers_names
 from varjax.convert.weights_dir import new_directory, write_converted, write_files
 from varjax.errors import InputError, check_setting
+from varjax.metrics.resnet import ResNetConfig
 from varjax.models import FAMILIES, open_model, read_model, read_tokenizer, run_crop
 from varjax.storage import files
 from varjax.storage.buckets import as_path
@@ -144,4 +145,8 @@ def _read_models(
     if "tokenizer" in task if task else any(family.name in config for family in FAMILIES):
         family, model, params, sampling = read_model(weights, ema)
         models[family.name] = model, params
+    if not task and "classifier" in config:
+        models["classifier"] = weights.read_converted("classifier", ResNetConfig)
+    if not models:
+        raise InputError(f"{weights.path} has no model to write; its config.json names {[*config]}")
     return {part: (c, jax.device_get(params)) for part, (c, params) in models.items()}, sampling

@@ -12,8 +12,10 @@ from tests.golden import weights
 from varjax.checkpoints.weights import abstract_params, open_weights
 from varjax.convert import apply_map, convert
 from varjax.convert.name_maps import resnet as name_map
+from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.errors import InputError
+from varjax.export import export_torch
 from varjax.metrics import features
 from varjax.metrics.classifier import load_classifier
 from varjax.metrics.resnet import (
@@ -77,6 +79,14 @@ def test_conversion_is_exact_in_both_directions(converted, tensors):
     buffers = apply_map.official_buffers(config)
     assert all(name.endswith(".num_batches_tracked") for name in buffers)
     assert len(buffers) == sum(name.endswith("running_var") for name in tensors)
+
+
+def test_a_classifier_is_written_as_torchvision_s_file(converted, tensors, tmp_path):
+    export_torch(converted, tmp_path / "out")
+    written = read_checkpoint(tmp_path / "out" / "classifier.pth")
+    assert {name for name in written if not name.endswith("tracked")} == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(np.asarray(written[name]), tensor, err_msg=name)
 
 
 def test_sizes_are_those_of_torchvision():
