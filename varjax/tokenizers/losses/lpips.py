@@ -20,9 +20,9 @@ from varjax.trees import PyTree
 
 VGG16 = ((64,) * 2, (128,) * 2, (256,) * 3, (512,) * 3, (512,) * 3)  # a pooling between any two
 MIN_SIDE = 2 ** (len(VGG16) - 1)  # pixels; smaller images leave no last map
-# ImageNet's mean and standard deviation, for images in [-1, 1].
-IMAGENET_MEAN = np.array([-0.030, -0.088, -0.188], np.float32)
-IMAGENET_STD = np.array([0.458, 0.448, 0.450], np.float32)
+# The scaling layer of the lpips package: ImageNet's mean and deviation for images in [-1, 1].
+LPIPS_SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
+LPIPS_SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 CONVERT_HELP = (
     "make them with: varjax convert --lpips_vgg=vgg16.pth --lpips_heads=vgg.pth "
     "--out=DIRECTORY (docs/convert.md says where those files are), or train without them: "
@@ -126,7 +126,7 @@ def init_lpips(key: jax.Array, widths: Sequence[Sequence[int]] = VGG16) -> PyTre
 def _features(params, image_BHWC, dtype):
     """Returns the last map of each slice."""
     # Three channels also from a gray image.
-    x_BHWC = (image_BHWC - IMAGENET_MEAN[None, None, None]) / IMAGENET_STD[None, None, None]
+    x_BHWC = (image_BHWC - LPIPS_SHIFT[None, None, None]) / LPIPS_SCALE[None, None, None]
     x_BHWC = x_BHWC.astype(dtype)
     for i, convolutions in enumerate(map(len, VGG16)):
         if i > 0:
