@@ -57,7 +57,8 @@ def converted(file):
 def network(converted):
     """Config, and a compiled function: normalized images -> logits."""
     config, params = open_weights(converted).read_converted("classifier", ResNetConfig)
-    return config, jax.jit(lambda x_BHWC: ResNet(config).apply({"params": params}, x_BHWC))
+    outputs = jax.jit(lambda x_BHWC: ResNet(config).apply({"params": params}, x_BHWC))
+    return config, lambda x_BHWC: outputs(x_BHWC)["logits_BV"]
 
 
 @pytest.mark.slow

@@ -225,8 +225,8 @@ def test_probabilities_that_are_none_are_refused(tmp_path):
 def test_labels_without_a_probability_and_other_classifiers_are_refused_in_python():
     with pytest.raises(InputError, match="takes single classes, no mixes of them or no class"):
         sample_best(FakeSampler(), FakeClassifier(), [3, 10])
-    with pytest.raises(InputError, match="takes images of shape .4, 4, 1."):
-        sample_best(FakeSampler(), loaded(image_shape=(4, 4, 1)), [3])
+    with pytest.raises(InputError, match="takes images of 4x4 pixels"):
+        sample_best(FakeSampler(), loaded(image_size=(4, 4)), [3])
 
 
 def test_more_candidates_than_a_list_holds_are_refused():
@@ -291,10 +291,10 @@ def test_a_classifier_of_other_classes_or_images_is_refused(model, capsys, monke
     model.classes, model.image_shape = 10, (8, 8, 4)
     assert sample.main([*arguments, "--out=images"]) == 1
     assert "have 4 channels; classifiers take 1 (gray) or 3" in capsys.readouterr().err
-    model.image_shape, shape = (28, 28, 1), (8, 8, 1)
-    monkeypatch.setattr(rejection, "load_classifier", lambda _: loaded(image_shape=shape))
+    model.image_shape, size = (28, 28, 1), (8, 8)
+    monkeypatch.setattr(rejection, "load_classifier", lambda _: loaded(image_size=size))
     assert sample.main(arguments) == 1
-    assert "takes images of shape (8, 8, 1), the model's are (28, 28, 1)" in capsys.readouterr().err
+    assert "takes images of 8x8 pixels, the model's have 28x28" in capsys.readouterr().err
     assert model.calls == 0
 
 

@@ -6,19 +6,12 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
+from scipy.special import softmax
 
-from varjax import trees
-from varjax.checkpoints.weights import open_weights
-from varjax.errors import InputError
-from varjax.metrics.features import FeatureExtractor, FeatureNetwork
-from varjax.metrics.resnet import ResNetConfig, class_probabilities
-from varjax.storage.buckets import as_path
+from varjax.errors import errors_naming
+from varjax.metrics.features import FeatureExtractor, classifier_network
 
 DIGITS = "digits"
-CONVERT_HELP = (
-    "make one with: varjax convert --resnet=resnet101-63fe2227.pth --out=DIRECTORY "
-    "(docs/convert.md says where that file is)"
-)
 
 
 class Classifier(Protocol):
@@ -45,13 +38,13 @@ class LoadedClassifier:
         classes: number of classes that it distinguishes.
         identity: JSON data that identify the classifier.
         predict: images (N, H, W, channels) uint8 -> probabilities of all classes, (N, V).
-        image_shape: (H, W, channels) of the images that it takes; None for any size, gray or RGB.
+        image_size: (height, width) of the images that it takes, gray or RGB; None for any size.
     """
 
     classes: int
     identity: dict[str, Any]
     predict: Callable[[np.ndarray], np.ndarray]
-    image_shape: tuple[int, int, int] | None = None
+    image_size: tuple[int, int] | None = None
 
     def probabilities(self, images_NHWC: np.ndarray, label_N: np.ndarray) -> np.ndarray:
         """Returns the probability of its label for each image, (N,) float32."""
@@ -63,32 +56,23 @@ def load_classifier(location: str | pathlib.Path) -> LoadedClassifier:
     """Loads a classifier.
 
     Args:
-        location: directory that `varjax convert --resnet=…` wrote; or "digits" for a small one,
-            which is trained on scikit-learn's digits within a second.
+        location: directory that `varjax train-classifier` or `varjax convert --resnet=…` wrote; or
+            "digits" for a small one, trained on scikit-learn's digits within a second.
 
     Raises:
         InputError: the classifier is missing or damaged.
     """
     if location == DIGITS:
         return digits_classifier()
-    if not (as_path(location) / "config.json").exists():
-        raise InputError(f"classifier={location} is not a directory of weights; {CONVERT_HELP}")
-    weights = open_weights(location)
-    if "classifier" not in weights.config:
-        raise InputError(f"classifier={location} holds no classifier; {CONVERT_HELP}")
-    config, params = weights.read_converted("classifier", ResNetConfig)
-    identity = {**dataclasses.asdict(config), "weights": trees.digest(params)[:16]}
-    extract = FeatureExtractor(
-        FeatureNetwork(
-            identity,
-            params,
-            lambda params, image_BHWC: {
-                "probabilities_BV": class_probabilities(config, params, image_BHWC)
-            },
-        )
-    )
+    with errors_naming("classifier"):
+        network = classifier_network(location)
+    assert network.classes is not None
+    extract, identity = FeatureExtractor(network), network.identity
     return LoadedClassifier(
-        config.classes, identity, lambda images_NHWC: extract(images_NHWC)["probabilities_NV"]
+        network.classes,
+        {**identity["features_config"], "weights": identity["features_weights"][:16]},
+        lambda images_NHWC: softmax(extract(images_NHWC)["logits_NV"], axis=-1),
+        network.image_size,
     )
 
 
@@ -104,9 +88,9 @@ def digits_classifier() -> LoadedClassifier:
         classes=len(model.classes_),
         identity={"network": "logistic regression", "data": DIGITS},
         predict=lambda images_NHWC: model.predict_proba(_pixels(images_NHWC)),
-        image_shape=train.images_NHWC.shape[1:],
+        image_size=train.images_NHWC.shape[1:3],
     )
 
 
 def _pixels(images_NHWC: np.ndarray) -> np.ndarray:
-    return images_NHWC.reshape(len(images_NHWC), -1) / 255
+    return images_NHWC.mean(axis=-1).reshape(len(images_NHWC), -1) / 255

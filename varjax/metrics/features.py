@@ -1,4 +1,4 @@
-"""Features of images for FID and related metrics, from Inception or pixels, and their files."""
+"""Features of images for FID and related metrics, from a network or pixels, and their files."""
 
 import dataclasses
 import math
@@ -13,13 +13,16 @@ from tqdm import tqdm
 
 from varjax import trees
 from varjax.errors import InputError
+from varjax.metrics.classifier_weights import read_classifier
 from varjax.metrics.image_sets import ImageSet
 from varjax.metrics.inception import Inception, init_inception, load_inception
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.storage import files, folders
+from varjax.storage.buckets import as_path
 from varjax.trees import PyTree
 
-Features = dict[str, np.ndarray]  # "pool_ND"; with Inception also "spatial_ND" and "logits_NV"
+# "pool_ND"; "logits_NV" of Inception and classifiers; "spatial_ND" of Inception.
+Features = dict[str, np.ndarray]
 # Images per device in one call. Smaller batches are padded: for another number, the compiler might
 # sum in another order, and features would depend on the batch size.
 CPU_BLOCK, ACCELERATOR_BLOCK = 8, 64
@@ -37,11 +40,16 @@ class FeatureNetwork:
         identity: JSON data that identify the network.
         params: parameters of the network.
         apply: (params, images (B, H, W, 3) uint8) -> {"pool_BD": …}, float32.
+        classes: number of classes that its logits stand for, if they are numbered like the samples'
+            classes; None for other logits, or none.
+        image_size: the only (height, width) of images that it takes; None for any.
     """
 
     identity: dict[str, Any]
     params: PyTree
     apply: Callable[[PyTree, jax.Array], dict[str, jax.Array]]
+    classes: int | None = None
+    image_size: tuple[int, int] | None = None
 
 
 def inception_network(location: str) -> FeatureNetwork:
@@ -70,26 +78,56 @@ def pixel_network() -> FeatureNetwork:
     return FeatureNetwork({"features": "pixels"}, {}, _pixel_features)
 
 
+def classifier_network(location: str | pathlib.Path) -> FeatureNetwork:
+    """Makes a network from a classifier: features from its penultimate layer, and its logits.
+
+    Args:
+        location: directory of the classifier; see `read_classifier`, whose errors this raises.
+    """
+    config, params = read_classifier(location)
+
+    def apply(params: PyTree, image_BHWC: jax.Array) -> dict[str, jax.Array]:
+        (H, W), size = image_BHWC.shape[1:3], config.image_size
+        if size not in (None, (H, W)):
+            raise InputError(
+                f"the classifier {location} takes images of {size[0]}x{size[1]} pixels, not "
+                f"{H}x{W}; train one for these with varjax train-classifier"
+            )
+        return config.outputs(params, image_BHWC)
+
+    identity = {
+        "features": f"penultimate layer of a {type(config).__name__.removesuffix('Config')}",
+        "features_config": dataclasses.asdict(config),
+        "features_weights": trees.digest(params),
+    }
+    return FeatureNetwork(identity, params, apply, config.classes, config.image_size)
+
+
 def feature_network(features: str, inception: str) -> FeatureNetwork:
     """Makes the network that a command line names.
 
     Args:
-        features: kind of features, "inception" or "pixels".
-        inception: directory of Inception's weights; "" for pixels.
+        features: kind of features, "inception" or "pixels", or the directory of a classifier.
+        inception: directory of Inception's weights; "" for other features.
 
     Raises:
         InputError: the arguments contradict each other, or the weights do not exist.
     """
-    if features not in ("inception", "pixels"):
-        raise InputError(f"features={features}: allowed are inception, pixels")
+    if features != "inception" and inception:
+        raise InputError(f"features={features} needs no weights of Inception; leave inception out")
     if features == "pixels":
-        if inception:
-            raise InputError("features=pixels needs no weights; leave inception out")
         return pixel_network()
+    if features != "inception":
+        if not as_path(features).exists():
+            raise InputError(
+                f"features={features}: allowed are inception, pixels, and the directory of a "
+                "classifier, which does not exist"
+            )
+        return classifier_network(features)
     if not inception:
         raise InputError(
             "inception is missing: set it to a directory that varjax convert --inception=FILE "
-            "wrote, or use features=pixels for tiny images"
+            "wrote, or use features=pixels for tiny images, or a classifier's directory"
         )
     return inception_network(inception)
 

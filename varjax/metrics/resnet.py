@@ -53,18 +53,32 @@ class ResNetConfig:
         """Draws untrained parameters."""
         return ResNet(self).init(key, jnp.zeros((1, CROP, CROP, 3)))["params"]
 
+    @property
+    def image_size(self) -> None:
+        """The only (height, width) of images that it takes: None, because any will do."""
+        return None
+
+    def outputs(self, params: PyTree, image_BHWC: jax.Array) -> dict[str, jax.Array]:
+        """Computes {"pool_BD": features, "logits_BV"} of RGB images (B, H, W, 3), uint8."""
+        outputs = ResNet(self).apply({"params": params}, normalized_images(self, image_BHWC))
+        assert isinstance(outputs, dict)
+        return outputs
+
 
 class ResNet(nn.Module):
-    """Computes the logits of normalized images.
+    """Computes features and logits of normalized images.
 
-    logits_BV = ResNet(config).apply({"params": params}, normalized_images(config, image_BHWC))
+    outputs = ResNet(config).apply({"params": params}, normalized_images(config, image_BHWC))
     """
 
     config: ResNetConfig
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        """Computes logits (B, classes), float32, of normalized RGB images (B, H, W, 3)."""
+    def __call__(self, x_BHWC: jax.Array) -> dict[str, jax.Array]:
+        """Computes {"pool_BD", "logits_BV"}, float32, of normalized RGB images (B, H, W, 3).
+
+        The features are the means of the last map, before the dense layer.
+        """
         x_BHWC = _convolution(WIDTH, 7, 2, name="stem")(x_BHWC)
         padding = ((0, 0), (1, 1), (1, 1), (0, 0))
         x_BHWC = jax.lax.reduce_window(
@@ -76,7 +90,8 @@ class ResNet(nn.Module):
                 name = f"layer{i + 1}_{j}"
                 x_BHWC = Bottleneck(WIDTH << i, stride, project=j == 0, name=name)(x_BHWC)
         dense = nn.Dense(self.config.classes, precision="highest", name="head")
-        return dense(jnp.mean(x_BHWC, axis=(1, 2)))
+        pool_BD = jnp.mean(x_BHWC, axis=(1, 2))
+        return {"pool_BD": pool_BD, "logits_BV": dense(pool_BD)}
 
 
 class Bottleneck(nn.Module):
@@ -101,14 +116,6 @@ class Bottleneck(nn.Module):
         if self.project:
             x_BHWC = _convolution(out, 1, self.stride, relu=False, name="projection")(x_BHWC)
         return nn.relu(x_BHWC + y_BHWC)
-
-
-def class_probabilities(config: ResNetConfig, params: PyTree, image_BHWC: jax.Array) -> jax.Array:
-    """Computes the probability (B, classes) of each class for RGB images (B, H, W, 3), uint8."""
-    x_BHWC = normalized_images(config, image_BHWC)
-    logits_BV = ResNet(config).apply({"params": params}, x_BHWC)
-    assert isinstance(logits_BV, jax.Array)
-    return jax.nn.softmax(logits_BV, axis=-1)
 
 
 def normalized_images(config: ResNetConfig, image_BHWC: jax.Array) -> jax.Array:

@@ -34,7 +34,10 @@ def add_rejection_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --accept and --classifier."""
     about = "fraction of each class's candidates that --classifier keeps, above 0 and at most 1"
     parser.add_argument("--accept", type=float, help=about)
-    about = "directory that varjax convert --resnet wrote, or digits: chooses what --accept keeps"
+    about = (
+        "directory that varjax train-classifier or varjax convert --resnet wrote, or digits: "
+        "chooses what --accept keeps"
+    )
     parser.add_argument("--classifier", metavar="DIR", help=about)
 
 
@@ -75,10 +78,11 @@ def check_classifier(classifier: LoadedClassifier, model: Sampler) -> None:
             f"the classifier distinguishes {classifier.classes} classes, the model draws "
             f"{model.classes}; give a classifier of the model's classes"
         )
-    if classifier.image_shape not in (None, tuple(model.image_shape)):
+    if classifier.image_size not in (None, tuple(model.image_shape[:2])):
+        sizes = ("{}x{}".format(*size[:2]) for size in (classifier.image_size, model.image_shape))
         raise InputError(
-            f"the classifier takes images of shape {classifier.image_shape}, the model's are "
-            f"{tuple(model.image_shape)}; give another classifier"
+            "the classifier takes images of {} pixels, the model's have {}; give another "
+            "classifier".format(*sizes)
         )
     if (channels := model.image_shape[2]) not in (1, 3):
         raise InputError(
