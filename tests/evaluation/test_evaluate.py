@@ -148,11 +148,12 @@ def test_a_network_with_all_features_gives_every_metric(tmp_path, monkeypatch):
         x_BC = image_BHWC.reshape(len(image_BHWC), -1).astype("float32") / 255
         return {"pool_BD": x_BC[:, :9], "spatial_BD": x_BC[:, 9:16], "logits_BV": x_BC[:, 16:20]}
 
-    network = FeatureNetwork({"features": "parts"}, {}, apply)
+    network = FeatureNetwork({"features": "parts"}, {}, apply, classes=4)
     monkeypatch.setattr(command, "feature_network", lambda features, inception: network)
     rng = np.random.default_rng(0)
     for name in ("samples", "reference"):
-        np.savez(f"{name}.npz", arr_0=rng.integers(0, 256, (30, 8, 8, 3), np.uint8))
+        images_NHWC = rng.integers(0, 256, (30, 8, 8, 3), np.uint8)
+        np.savez(f"{name}.npz", arr_0=images_NHWC, labels=np.arange(30) % 4)
     assert run("samples.npz", "--reference=reference.npz", "--cache=cache") == 0
     found = files.read_json(tmp_path / "report.json")
     assert {key for key, *_ in report.ROWS} <= found.keys() and not found["left_out"]

@@ -23,7 +23,7 @@ def predict(images_NHWC):
     return np.repeat(images_NHWC[:, :1, 0, 0] * 7 % 11 / 10, 10, axis=1)
 
 
-def measure(features, reference, label_N, classes=None):
+def measure(features, reference, label_N, classes=None, logit_classes=None):
     """A quick metric, which depends on the images and their order."""
     pool_ND = features["pool_ND"]
     return SampleMetrics({"fid": float(pool_ND[:, 0] @ np.arange(len(pool_ND)))}, {}, [])

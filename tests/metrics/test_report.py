@@ -81,3 +81,24 @@ def test_labels_that_number_no_classes_are_left_alone():
     no_class_N = np.concatenate([RNG.permutation(LABEL_N)[:-1], [CLASSES]])
     (notice,) = notices(no_class_N, classes=CLASSES)
     assert "classes have 39 to 40 samples" in notice
+
+
+def test_label_accuracy_counts_the_labels_that_the_classifier_sees():
+    logits_NV = np.eye(4)[[0, 1, 2, 3, 3]]
+    features = {"pool_ND": RNG.normal(size=(5, 2)), "logits_NV": logits_NV}
+    reference = Reference("", {"pool_ND": Moments.of(features["pool_ND"])}, None, 9)
+    label_N = np.array([0, 1, 2, 3, 0])
+    measured = report.measure(features, reference, label_N, 4, logit_classes=4)
+    assert measured.metrics["label_accuracy"] == 0.8
+    assert "label_accuracy" not in report.measure(features, reference, label_N, 4).metrics
+    for labels, classes, reason in (
+        (None, None, "the samples have no labels"),
+        (label_N, 5, "distinguishes 4 classes, the samples have 5"),
+        (label_N + 1, None, "has classes 0 to 3, a sample has 4"),
+    ):
+        measured = report.measure(features, reference, labels, classes, logit_classes=4)
+        assert reason in measured.left_out["label_accuracy"]
+    real = {"fid": 0.5, "label_accuracy": 0.9}
+    table = report.metrics_table(measured, real=real)
+    assert table.splitlines()[0].split() == ["here", "real"]
+    assert "0.5000   lower" in table and "label accuracy" in table

@@ -5,15 +5,16 @@ varjax evaluate --weights=var_d16 --count=50 --reference=REF.npz --inception=wei
 varjax evaluate --weights=var_d16 --sweep guidance=1,2,2.5,3 --reference=REF.npz --inception=…
 varjax evaluate --weights=runs/digits --count=100 --features=pixels --reference=digits
 varjax evaluate --weights=var_d16 --sweep guidance=1,2 seed=0,1,2,3,4 --reference=REF.npz …
+varjax evaluate --weights=runs/fashion --features=weights/fashion_classifier --reference=idx:DIR
 varjax evaluate --weights=var_d30 --sweep accept=1,0.5,0.1 --classifier=weights/resnet101 …
 
 SAMPLES is an .npz (arr_0) or a folder of images. With --weights, the command draws the samples,
 --count of each class, with the model's default options unless you give others; a MAR of a released
 size takes 256 steps, as published. --reference is an .npz of statistics (ADM's) or of images, a
-folder of images, or a dataset (folder:PATH, tfds:NAME, digits, photos). Images of a dataset are
-cropped to the samples' size, as in the model's recipe unless you set --crop. If the command is
-interrupted, run it again to continue. docs/evaluation.md describes how published numbers are
-measured.
+folder of images, or a dataset (folder:PATH, tfds:NAME, idx:PATH, digits, photos). Images of a
+dataset are cropped to the samples' size, as in the model's recipe unless you set --crop. If the
+command is interrupted, run it again to continue. docs/evaluation.md describes how published numbers
+are measured.
 """
 
 import argparse
@@ -29,16 +30,15 @@ import jax
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags, companions
 from varjax.errors import InputError
 from varjax.evaluation.evaluate import (
-    EvaluationSettings,
     begun_batch_size_of_report,
     evaluate_images,
     evaluate_model,
-    is_dataset,
     print_report,
     transformer_config,
 )
 from varjax.evaluation.image_crop import AUTO, CROP_HELP, CROPS, choose_crop
 from varjax.evaluation.published import evaluation_options
+from varjax.evaluation.references import EvaluationSettings, is_dataset
 from varjax.evaluation.sweep import (
     SweepPoint,
     check_sweep_output,
@@ -163,7 +163,11 @@ def _parser() -> argparse.ArgumentParser:
     add("samples", nargs="?", metavar="SAMPLES", help="an .npz or a folder of images")
     add("--reference", required=True, help="statistics or images to compare with")
     add("--inception", default="", metavar="DIR", help="converted weights of Inception")
-    add("--features", default="inception", help="inception, or pixels for tiny images")
+    add(
+        "--features",
+        default="inception",
+        help="inception, pixels for tiny images, or the directory of a classifier (inception)",
+    )
     add(
         "--split",
         default="train",

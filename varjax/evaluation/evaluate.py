@@ -1,32 +1,28 @@
 """Measures samples, from a file or drawn from a model, against a reference."""
 
-import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 import varjax
-from varjax.data.sources import CachedLatents, parse_dataset
-from varjax.data.stream import Split
-from varjax.data.transforms import Crop
 from varjax.errors import InputError, StorageError
 from varjax.evaluation.image_crop import describe_crop
 from varjax.evaluation.published import Measurement, compare_settings, release_name
+from varjax.evaluation.references import EvaluationSettings, measure_real_images, reference_of
 from varjax.metrics.classifier import Classifier
 from varjax.metrics.features import (
     FeatureExtractor,
     Features,
     FeatureStore,
     extract_features,
-    feature_sizes,
     parts_of,
 )
-from varjax.metrics.image_sets import DatasetImages, FolderImages, ImageSet
-from varjax.metrics.references import Reference, read_reference, reference_of_images
+from varjax.metrics.image_sets import FolderImages, ImageSet
+from varjax.metrics.references import Reference
 from varjax.metrics.report import SampleMetrics, measure, metrics_table
 from varjax.runtime.distributed import on_first_process
 from varjax.sampling.job import SamplingJob, locked_for_job, run_job
@@ -36,30 +32,9 @@ from varjax.sampling.sampler import Sampler
 from varjax.storage import files, folders
 from varjax.storage.folders import locked_work_folder
 
-DATASETS = "folder:", "tfds:", "digits", "photos"  # beginnings of a reference that is a dataset
 LEAST_SAMPLES = 2
 COMPANIONS = "guide", "refiner"  # attributes of a pipeline: models that help it to sample
 REPORT_FIELDS = {"metrics", "left_out", "notices"}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class EvaluationSettings:
-    """Holds what all evaluations of a command share.
-
-    Attributes:
-        extract: extractor of the features.
-        reference: an .npz, a folder, or a dataset as `parse_dataset` names it, whose images are
-            cropped to the samples' size.
-        split: split of the reference dataset, "train" or "held_out".
-        cache: folder for statistics of references.
-        crop: kind of crop of the reference dataset's photographs.
-    """
-
-    extract: FeatureExtractor
-    reference: str
-    split: Split
-    cache: pathlib.Path
-    crop: Crop = "random"
 
 
 class FeatureOutput:
@@ -140,18 +115,20 @@ def evaluate_images(
     if images.shape[0] < LEAST_SAMPLES:
         raise InputError(f"{name} has {images.shape[0]} images; two or more are needed")
     samples = {"images": images.digest, **settings.extract.network.identity}
-    reference = _read_reference(settings, images.shape[1:])
+    reference = reference_of(settings, images.shape[1:])
     request = {"samples": samples, "reference": reference.digest}
     if (done := finished_report(out, request)) is not None:
         return done
+    real = measure_real_images(settings, images.shape[1:], images.shape[0])
     with locked_work_folder(parts_folder(out)):
         store = FeatureStore(parts_folder(out), samples)
         extract_features(images, settings.extract, store, "samples")
         features = store.join(parts_of(images.shape[0]))
-        measured = measure(features, reference, images.label_N)
+        classes = settings.extract.network.classes
+        measured = measure(features, reference, images.label_N, logit_classes=classes)
         if isinstance(images, FolderImages) and images.lossy:
             measured.notices.append("some samples are JPEG, which changes FID; keep PNG or .npz")
-        about = _about(settings, reference, name, images.shape[0])
+        about = _about(settings, reference, real, name, images.shape[0])
         report = _write_report(out, request, measured, about)
         store.delete()
         return report
@@ -188,14 +165,22 @@ def evaluate_model(
         assert not drawn.keys() & network.keys()
         samples[out] = json.loads(json.dumps(drawn | network))
     reference: Reference
+    real: dict[str, Any] | None = None
+    image_shape = tuple(model.image_shape)
 
     def begin() -> list[dict[str, Any] | None]:
         nonlocal reference
-        reference = _read_reference(settings, model.image_shape)
-        return [
+        nonlocal real
+        reference = reference_of(settings, image_shape)
+        finished = [
             finished_report(out, {"samples": samples[out], "reference": reference.digest})
             for out in jobs
         ]
+        if None in finished:  # measured before any long work, because it may fail
+            real = measure_real_images(
+                settings, image_shape, len(next(iter(jobs.values())).label_N)
+            )
+        return finished
 
     reports = dict(zip(jobs, on_first_process(begin), strict=True))
     missing = [out for out, report in reports.items() if report is None]
@@ -213,8 +198,14 @@ def evaluate_model(
             features, rejection = output.features_of(job)
             order_N = np.random.default_rng(job.seed).permutation(len(job.label_N))  # as in an .npz
             features = {name: x[order_N] for name, x in features.items()}
-            measured = measure(features, reference, job.label_N[order_N], model.classes)
-            about = _about(settings, reference, name, len(job.label_N))
+            measured = measure(
+                features,
+                reference,
+                job.label_N[order_N],
+                model.classes,
+                settings.extract.network.classes,
+            )
+            about = _about(settings, reference, real, name, len(job.label_N))
             about["published"] = _published(settings, model, name, job)
             if rejection is not None:
                 about["rejection"] = rejection._asdict()
@@ -270,37 +261,16 @@ def print_report(report: Mapping[str, Any]) -> None:
         print(RejectionSummary(**rejection))
     if crop := report.get("reference_crop"):
         print(f"the reference is {crop}")
+    if real := report.get("real"):
+        print(f"real: {real['images']:,} {real['split']} images of {report['reference']}")
     if published and not published["differences"]:
         print(metrics_table(measured, published["metrics"], published["weights"]))
         return
-    print(metrics_table(measured))
+    print(metrics_table(measured, real=real["metrics"] if real else None))
     if published:
         lines = "\n  ".join(published["differences"])
         name = published["weights"]
         print(f"note: no published value of {name} is shown, because these differ:\n  {lines}")
-
-
-def _read_reference(settings: EvaluationSettings, image_shape: Sequence[int]) -> Reference:
-    text, extract = settings.reference, settings.extract
-    sizes = feature_sizes(extract.network, image_shape)  # refuses images without features
-    if is_dataset(text):
-        images = DatasetImages(dataset_of(settings, image_shape), settings.split)
-        return reference_of_images(images, images.digest, extract, settings.cache)
-    return read_reference(text, extract, settings.cache, sizes)
-
-
-def is_dataset(reference: str) -> bool:
-    """Returns whether a reference names a dataset, not a file or folder of images."""
-    return reference.startswith(DATASETS)
-
-
-def dataset_of(settings: EvaluationSettings, image_shape: Sequence[int]) -> Any:
-    """Returns the reference's dataset with images of a size; raises as `parse_dataset` does."""
-    H, W, channels = image_shape
-    data = parse_dataset(settings.reference, (H, W), channels, settings.crop)
-    if isinstance(data, CachedLatents):
-        raise InputError(f"reference={settings.reference} holds latents; give images")
-    return data
 
 
 def transformer_config(model: Sampler) -> Any:
@@ -332,15 +302,21 @@ def _published(
 
 
 def _about(
-    settings: EvaluationSettings, reference: Reference, name: str, images: int
+    settings: EvaluationSettings,
+    reference: Reference,
+    real: dict[str, Any] | None,
+    name: str,
+    images: int,
 ) -> dict[str, Any]:
-    """Returns the part of a report that describes samples and reference."""
+    """Returns the part of a report that describes samples, reference and real images."""
     return {
         "name": name,
         "images": images,
         "reference": settings.reference,
         "reference_images": reference.images,
         "reference_crop": describe_crop(settings.reference, settings.crop),
+        "features": settings.extract.network.identity["features"],
+        "real": real,
         "published": None,
     }
 

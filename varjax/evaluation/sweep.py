@@ -16,7 +16,7 @@ from varjax.sampling.rejection import check_acceptance
 from varjax.sampling.sampler import parse_option
 from varjax.storage import files
 
-PRINTED = ("fid", "inception_score", "precision", "recall")
+PRINTED = ("fid", "inception_score", "label_accuracy", "precision", "recall")
 T = TypeVar("T")
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 from tqdm import tqdm
 
-from varjax.data.stream import ImageDataset, Split
+from varjax.data.stream import ImageDataset, Split, spread_indices
 from varjax.errors import InputError
 from varjax.storage import files, image_io
 from varjax.storage.image_files import BrokenImage, BrokenImageCounter, read_size
@@ -166,14 +166,16 @@ class DatasetImages:
     Args:
         data: dataset of the images.
         split: name of the split, "train" or "held_out".
+        at_most: largest number of images, chosen by `spread_indices`; 0 for all.
     """
 
-    label_N = None
+    label_N = None  # known only once the images are read; see `labeled_parts`
 
-    def __init__(self, data: ImageDataset, split: Split):
-        self._data, self._split, self._source = data, split, data.source(split)
-        self.shape = len(self._source), *data.image_shape
-        self._counter = BrokenImageCounter(len(self._source))
+    def __init__(self, data: ImageDataset, split: Split, at_most: int = 0):
+        self._data, self._source = data, data.source(split)
+        self._index_N = spread_indices(len(self._source), at_most)
+        self.shape = len(self._index_N), *data.image_shape
+        self._counter = BrokenImageCounter(len(self._index_N))
 
     @property
     def digest(self) -> str:
@@ -181,24 +183,34 @@ class DatasetImages:
         sha256 = hashlib.sha256(str(self.shape).encode())
         with tqdm(total=self.shape[0], unit=" images", desc="hashing the reference") as bar:
             for i in range(self.shape[0]):
-                image_HWC = self._read(i)
-                sha256.update(b"broken" if image_HWC is None else image_HWC.tobytes())
+                example = self._read(i)
+                sha256.update(b"broken" if example is None else example[0].tobytes())
                 bar.update()
         return sha256.hexdigest()
 
     def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
-        for part in parts:
-            images = [image_HWC for i in part if (image_HWC := self._read(i)) is not None]
-            yield part, np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
+        for part, images_NHWC, _ in self.labeled_parts(parts):
+            yield part, images_NHWC
 
-    def _read(self, i: int) -> np.ndarray | None:
-        """Reads image `i`; None if it is broken."""
+    def labeled_parts(
+        self, parts: Sequence[range]
+    ) -> Iterator[tuple[range, np.ndarray, np.ndarray]]:
+        """Yields each part, its images and their classes; otherwise like `parts`."""
+        for part in parts:
+            examples = [example for i in part if (example := self._read(i)) is not None]
+            images = [image_HWC for image_HWC, _ in examples]
+            images_NHWC = np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
+            yield part, images_NHWC, np.array([label for _, label in examples], np.int64)
+
+    def _read(self, i: int) -> tuple[np.ndarray, int] | None:
+        """Reads image `i` and its class; None if it is broken."""
         try:
-            image_HWC, broken = self._data.preprocess(self._source[i]["image"]), []
+            example = self._source[int(self._index_N[i])]
+            read, broken = (self._data.preprocess(example["image"]), example["label"]), []
         except BrokenImage as error:
-            image_HWC, broken = None, [error]
+            read, broken = None, [error]
         self._counter.add(1, broken)
-        return image_HWC
+        return read
 
 
 def file_digest(path: pathlib.Path) -> str:

@@ -14,6 +14,7 @@ ROWS = (
     ("fid", "FID", 4, "lower"),
     ("sfid", "sFID", 4, "lower"),
     ("inception_score", "Inception Score", 3, "higher"),
+    ("label_accuracy", "label accuracy", 4, "higher"),
     ("precision", "precision", 4, "higher"),
     ("recall", "recall", 4, "higher"),
     ("kid", "KID", 6, "lower"),
@@ -47,6 +48,7 @@ def measure(
     reference: Reference,
     label_N: np.ndarray | None = None,
     classes: int | None = None,
+    logit_classes: int | None = None,
 ) -> SampleMetrics:
     """Computes all metrics that features and reference allow.
 
@@ -55,6 +57,8 @@ def measure(
         reference: reference that the samples are compared with.
         label_N: classes of the samples; None if they are not known.
         classes: number of classes; None to take it from the largest label.
+        logit_classes: number of classes that the logits stand for, numbered like the labels; None
+            if they stand for others, so that they do not tell whether a label is right.
 
     Raises:
         InputError: fewer than two samples.
@@ -64,7 +68,7 @@ def measure(
     pool_ND, pool_MD = features["pool_ND"], reference.pool_MD
     for key, kind in (("fid", "pool_ND"), ("sfid", "spatial_ND")):
         if kind not in features:
-            left_out[key] = "pixels have no spatial features"
+            left_out[key] = "these features are not spatial"
         elif kind not in reference.moments:
             left_out[key] = "the reference has no mu_s and sigma_s"
         else:
@@ -75,6 +79,12 @@ def measure(
         metrics |= {"inception_score": score, "inception_score_std": std}
     else:
         left_out["inception_score"] = "pixels have no logits"
+    if logit_classes is not None:
+        if reason := _labels_do_not_fit(label_N, classes, logit_classes):
+            left_out["label_accuracy"] = reason
+        else:
+            right_N = features["logits_NV"].argmax(axis=1) == label_N
+            metrics["label_accuracy"] = float(right_N.mean())
     if pool_MD is None:
         reason = "the reference has only statistics, no images"
         left_out |= dict.fromkeys(("precision", "recall", "kid"), reason)
@@ -87,17 +97,41 @@ def measure(
     return SampleMetrics(metrics, left_out, _notices(features, label_N, classes))
 
 
+def _labels_do_not_fit(
+    label_N: np.ndarray | None, classes: int | None, logit_classes: int
+) -> str | None:
+    """Returns the reason why a classifier of these classes cannot check the labels, or None."""
+    if label_N is None:
+        return "the samples have no labels"
+    if classes not in (None, logit_classes):
+        return f"the classifier distinguishes {logit_classes} classes, the samples have {classes}"
+    if len(wrong := label_N[(label_N < 0) | (label_N >= logit_classes)]):
+        return f"the classifier has classes 0 to {logit_classes - 1}, a sample has {wrong[0]}"
+    return None
+
+
 def metrics_table(
-    measured: SampleMetrics, published: dict[str, float] | None = None, name: str = ""
+    measured: SampleMetrics,
+    published: Mapping[str, float] | None = None,
+    name: str = "",
+    real: Mapping[str, float] | None = None,
 ) -> str:
-    """Formats metrics as text, with the published ones of the model `name` if it is given."""
-    head = f"{'':18}{'here':>12}" + (f"{'published':>12}   ({name})" if published else "")
-    lines = [head]
+    """Formats metrics as text.
+
+    Args:
+        measured: metrics of the samples.
+        published: published metrics of the model, if any.
+        name: name of the model that `published` belongs to.
+        real: metrics of real images, if they were measured.
+    """
+    head = f"{'':18}{'here':>12}" + (f"{'real':>12}" if real else "")
+    lines = [head + (f"{'published':>12}   ({name})" if published else "")]
     for key, title, digits, better in ROWS:
         if key in measured.metrics:
             cells = f"{measured.metrics[key]:12.{digits}f}"
-            if published:
-                cells += f"{published[key]:12.{2}f}" if key in published else f"{'–':>12}"
+            for others, places in (real, digits), (published, 2):
+                if others:
+                    cells += f"{others[key]:12.{places}f}" if key in others else f"{'–':>12}"
             lines.append(f"{title:18}{cells}   {better} is better")
         elif key in measured.left_out:
             lines.append(f"{title:18}{'–':>12}   left out: {measured.left_out[key]}")

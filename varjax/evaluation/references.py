@@ -1,0 +1,120 @@
+"""What samples are compared with: a reference, and real images measured in the same way."""
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from varjax.data.sources import CachedLatents, parse_dataset
+from varjax.data.stream import Split
+from varjax.data.transforms import Crop
+from varjax.errors import InputError
+from varjax.metrics.features import FeatureExtractor, feature_sizes, parts_of
+from varjax.metrics.image_sets import DatasetImages
+from varjax.metrics.references import Reference, read_reference, reference_of_images
+from varjax.metrics.report import measure
+
+DATASETS = (
+    "folder:",
+    "tfds:",
+    "idx:",
+    "digits",
+    "photos",
+)  # beginnings of a reference that is a dataset
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EvaluationSettings:
+    """Holds what all evaluations of a command share.
+
+    Attributes:
+        extract: extractor of the features.
+        reference: an .npz, a folder, or a dataset as `parse_dataset` names it, whose images are
+            cropped to the samples' size.
+        split: split of the reference dataset, "train" or "held_out".
+        cache: folder for statistics of references.
+        crop: kind of crop of the reference dataset's photographs.
+    """
+
+    extract: FeatureExtractor
+    reference: str
+    split: Split
+    cache: pathlib.Path
+    crop: Crop = "random"
+
+
+@functools.lru_cache(maxsize=1)  # all points of a sweep have the same one
+def reference_of(settings: EvaluationSettings, image_shape: tuple[int, ...]) -> Reference:
+    """Reads the reference, or the statistics of its images.
+
+    Args:
+        settings: settings of the evaluation.
+        image_shape: (H, W, channels) of the samples.
+
+    Raises:
+        InputError: as `read_reference` and `parse_dataset` do, or images without features.
+    """
+    text, extract = settings.reference, settings.extract
+    sizes = feature_sizes(extract.network, image_shape)  # refuses images without features
+    if is_dataset(text):
+        images = DatasetImages(dataset_of(settings, image_shape), settings.split)
+        return reference_of_images(images, images.digest, extract, settings.cache)
+    return read_reference(text, extract, settings.cache, sizes)
+
+
+def is_dataset(reference: str) -> bool:
+    """Returns whether a reference names a dataset, not a file or folder of images."""
+    return reference.startswith(DATASETS)
+
+
+def dataset_of(settings: EvaluationSettings, image_shape: tuple[int, ...]) -> Any:
+    """Returns the reference's dataset with images of a size; raises as `parse_dataset` does."""
+    H, W, channels = image_shape
+    data = parse_dataset(settings.reference, (H, W), channels, settings.crop)
+    if isinstance(data, CachedLatents):
+        raise InputError(f"reference={settings.reference} holds latents; give images")
+    return data
+
+
+@functools.lru_cache(maxsize=1)
+def measure_real_images(
+    settings: EvaluationSettings, image_shape: tuple[int, ...], count: int
+) -> dict[str, Any] | None:
+    """Measures images of the reference's other split: the values that perfect samples would have.
+
+    Only for a dataset and the features of a classifier, because Inception takes as long for these
+    images as for the samples.
+
+    Args:
+        settings: settings of the evaluation.
+        image_shape: (H, W, channels) of the samples.
+        count: number of samples; as many real images are measured if there are so many, because
+            metrics depend on the number.
+
+    Returns:
+        {"split": …, "images": number, "metrics": {…}}; None if they are not measured.
+    """
+    extract, split = settings.extract, "held_out" if settings.split == "train" else "train"
+    if extract.network.classes is None or not is_dataset(settings.reference):
+        return None
+    data = dataset_of(settings, image_shape)
+    images = DatasetImages(data, split, count)
+    parts, labels = [], []
+    with tqdm(total=images.shape[0], unit=" images", desc=f"real images ({split})") as bar:
+        for _, images_nHWC, label_n in images.labeled_parts(parts_of(images.shape[0])):
+            if len(images_nHWC):
+                parts.append(extract(images_nHWC, bar.update))
+                labels.append(label_n)
+    # Datasets are in the order of their classes, which the Inception Score must not be.
+    label_N = np.concatenate(labels)
+    order_N = np.random.default_rng(0).permutation(len(label_N))
+    features = {name: np.concatenate([part[name] for part in parts])[order_N] for name in parts[0]}
+    reference = reference_of(settings, image_shape)
+    classes = extract.network.classes
+    metrics = measure(features, reference, label_N[order_N], data.classes, classes).metrics
+    if split == "train":  # a classifier knows the images that it was trained on
+        metrics.pop("label_accuracy", None)
+    return {"split": split, "images": len(label_N), "metrics": metrics}
