@@ -20,6 +20,10 @@ COMMANDS = {
     "models": ("varjax.convert.model_list", "list the published models, by name"),
     "evaluate": ("varjax.evaluation.__main__", "measure samples: FID, Inception Score, recall …"),
     "evaluate-tokenizer": ("varjax.evaluation.tokenizer", "measure a tokenizer's reconstructions"),
+    "train-classifier": (
+        "varjax.evaluation.train_classifier",
+        "train a small classifier of a dataset, whose features measure samples",
+    ),
     "prepare": ("varjax.cli.prepare", "pack a folder of images into a few large files"),
     "cache-latents": ("varjax.cli.cache_latents", "run a tokenizer over its images once"),
     "runs": (

@@ -4,6 +4,9 @@ python -m varjax.evaluation.digits_report --run=runs/digits --samples=runs/digit
 python -m varjax.evaluation.digits_report --run=runs/digits --samples seed0.npz seed1.npz seed2.npz
 
 With several files, such as those of several seeds, metrics are means ± standard deviations.
+
+The classifier is an SVM on the pixels, which trains in a tenth of a second. A network that
+`varjax train-classifier` makes would take longer and recognize no more digits.
 """
 
 import pathlib

@@ -14,14 +14,15 @@ __all__ = ["TFDS", "CachedLatents", "Digits", "Folder", "Idx", "Noise", "Photos"
 
 
 def parse_dataset(
-    text: str, size: int | tuple[int, int], channels: int = 3, crop: Crop = "random"
+    text: str, size: int | tuple[int, int] | None, channels: int = 3, crop: Crop = "random"
 ) -> CachedLatents | Digits | Folder | Idx | Noise | Photos | TFDS:
     """Makes the dataset that a command line names.
 
     Args:
         text: "folder:PATH", "tfds:NAME", "tfds:DIRECTORY", "idx:PATH", "latents:PATH",
             "digits", "photos" or "random".
-        size: pixels of both sides of the images, or (height, width).
+        size: pixels of both sides of the images, or (height, width); None for that of the images,
+            if they have only one (digits, idx).
         channels: channels of the images, if the dataset has a choice.
         crop: how photographs of other sizes are cropped, as `Folder` and `TFDS` take it.
 
@@ -29,28 +30,32 @@ def parse_dataset(
         InputError: anything else, or a size that the dataset does not have.
     """
     kind, colon, where = text.partition(":")
-    if kind == "folder" and where:
-        return Folder(where, size, channels, crop)
-    if kind == "tfds" and where:
-        return TFDS(where, size=size, channels=channels, crop=crop)
     if kind == "latents" and where:
         return CachedLatents(where)
     if kind == "idx" and where:
         data = Idx(where)
-        if height_width(size) != (stored := data.image_shape[:2]):
+        stored = data.image_shape[:2]
+        if size is not None and height_width(size) != stored:
             raise InputError(
                 f"the images in {where} are {stored[0]} by {stored[1]} pixels, not {size}; choose "
                 "other data, or a model for this size (configs/small.py)"
             )
         return data
     if kind == "digits" and not colon:
-        if size not in (8, (8, 8)):
+        if size not in (None, 8, (8, 8)):
             raise InputError(f"digits are 8 by 8 pixels, not {size}; choose other data")
         return Digits()
-    if kind == "random" and not colon:
-        return Noise(size, channels)
-    if kind == "photos" and not colon:
-        return Photos(size)
+    if size is not None:
+        if kind == "folder" and where:
+            return Folder(where, size, channels, crop)
+        if kind == "tfds" and where:
+            return TFDS(where, size=size, channels=channels, crop=crop)
+        if kind == "random" and not colon:
+            return Noise(size, channels)
+        if kind == "photos" and not colon:
+            return Photos(size)
+    elif kind in ("folder", "tfds", "random", "photos"):
+        raise InputError(f"size is missing: data={text} needs it, in pixels, as in size=32")
     raise InputError(
         f"data is {text!r}; give folder:PATH (images in folders), tfds:NAME or tfds:DIRECTORY "
         "(a prepared dataset), idx:PATH (MNIST's files), latents:PATH (encoded once), digits, "
