@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.evaluation.test_train_classifier import write_untrained
 from tests.helpers import runs, tiny
 from varjax.data.sources import Digits
 from varjax.errors import InputError
-from varjax.metrics.features import FeatureExtractor, pixel_network
+from varjax.metrics.features import FeatureExtractor, classifier_network, pixel_network
 from varjax.metrics.fid import Moments, frechet_distance
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training import loop
@@ -60,6 +61,20 @@ def test_batches_change_nothing_and_another_seed_does():
     assert first["eval/fid"] == pytest.approx(other["eval/fid"], rel=1e-6)
     again = evaluator(dataclasses.replace(FID, seed=1)).metrics(state())
     assert again["eval/fid"] != pytest.approx(first["eval/fid"], rel=1e-6)
+
+
+def test_a_classifier_also_checks_the_classes_of_what_is_drawn(tmp_path):
+    config = dataclasses.replace(FID, features=str(write_untrained(tmp_path / "weights")))
+    found = evaluator(config).metrics(state())
+    assert list(found) == evaluator(config).metric_names(state())
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), np.arange(40))
+    label_B = np.arange(40) % 10
+    images = np.asarray(tiny.Tiny().sampler()(state().params, {}, label_B, key_B))
+    extract = FeatureExtractor(classifier_network(config.features))
+    logits_NV = extract(np.rint(images * 255).astype(np.uint8))["logits_NV"]
+    right_N = logits_NV.argmax(axis=1) == label_B
+    assert found["eval/label_accuracy"] == right_N.mean() and len(set(logits_NV.argmax(axis=1))) > 1
+    assert found["eval/inception_score"] > 1
 
 
 def test_it_can_be_stopped():

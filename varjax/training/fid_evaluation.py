@@ -51,7 +51,8 @@ class FIDConfig:
         reference: what samples are compared with: an .npz of statistics (ADM's) or of images, a
             folder of images of the samples' size, or "held_out" for the run's held-out images.
         inception: directory that `varjax convert --inception=FILE` wrote.
-        features: kind of features: "inception", or "pixels" for tiny images, which need no weights.
+        features: kind of features: "inception"; "pixels" for tiny images, which need no weights; or
+            the directory of a classifier, which also checks whether samples show their classes.
         seed: random seed of the samples.
         batch_size: images at a time, over all devices; 0 for the run's microbatch.
     """
@@ -122,6 +123,8 @@ class FIDEvaluator:
         check_batch_size(mesh, self._batch_size)
         network = feature_network(config.features, config.inception)
         sizes = feature_sizes(network, data.image_shape)
+        self._metrics = ["fid"] + ["inception_score"] * ("logits_NV" in sizes)
+        self._metrics += ["label_accuracy"] * (network.classes == data.classes)
         everywhere = replicated(mesh)
         self._network_params = put(
             network.params, jax.tree.map(lambda _: everywhere, network.params)
@@ -166,8 +169,8 @@ class FIDEvaluator:
             stop: function asked before each batch; once it returns True, the evaluation ends.
 
         Returns:
-            "eval/fid", "eval/inception_score" and the same for "eval_ema", NaN if a sample is NaN;
-            None if it was stopped.
+            "eval/fid", "eval/inception_score", with a classifier "eval/label_accuracy", and the
+            same for "eval_ema"; NaN if a sample is NaN; None if it was stopped.
         """
         results: dict[str, float] = {}
         for kind, params in evaluated_parameters(state).items():
@@ -186,8 +189,7 @@ class FIDEvaluator:
 
     def metric_names(self, state: TrainState) -> list[str]:
         """Returns the names of the metrics; `state` may be shapes."""
-        names = ["fid"] + ["inception_score"] * (self._config.features == "inception")
-        return [f"{kind}/{name}" for kind in evaluated_parameters(state) for name in names]
+        return [f"{kind}/{name}" for kind in evaluated_parameters(state) for name in self._metrics]
 
     def _batch_features(self, params: PyTree, start: int) -> dict[str, jax.Array]:
         index_B = start + rows_of_process(self._mesh, self._batch_size)
@@ -200,10 +202,13 @@ class FIDEvaluator:
         bad = int((~np.isfinite(features["pool_BD"]).all(axis=1)).sum())
         if bad:  # this may happen early in training, and later steps repair it
             say(f"{kind}/fid is NaN: {bad} of {len(features['pool_BD'])} samples are NaN")
-            names = ("fid", "inception_score") if "logits_BV" in features else ("fid",)
-            return dict.fromkeys(names, math.nan)
+            return dict.fromkeys(self._metrics, math.nan)
         moments = fid.Moments.of(features["pool_BD"])
         metrics = {"fid": fid.frechet_distance(moments, self._reference.moments["pool_ND"])}
-        if "logits_BV" in features:
+        if "inception_score" in self._metrics:
             metrics["inception_score"], _ = fid.inception_score(features["logits_BV"])
+        if "label_accuracy" in self._metrics:
+            label_N = np.arange(self._config.images) % self._classes  # as drawn
+            right_N = features["logits_BV"].argmax(axis=1) == label_N
+            metrics["label_accuracy"] = float(right_N.mean())
         return metrics
