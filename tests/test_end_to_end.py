@@ -5,11 +5,12 @@ import os
 import pathlib
 import re
 import runpy
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+
+from tests.helpers import forked
 
 pytestmark = pytest.mark.slow
 
@@ -18,7 +19,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def run(script, *flags, code=0):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, str(ROOT / script), *flags],
         capture_output=True, text=True, env=environment, timeout=300,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import varjax
-from tests.helpers import runs
+from tests.helpers import forked, runs
 from tests.helpers.paths import ROOT
 from varjax.checkpoints.weights import read_frozen_tokenizer
 from varjax.config import config_tree
@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path):
     for path in large:
         path.write_bytes(path.read_bytes()[:9])
     # In its own process: TensorStore's other reads report to an event loop that is closed by then.
-    read = subprocess.run(
+    read = forked.run(
         [sys.executable, "-c", f"import varjax; varjax.load_tokenizer({str(tmp_path / 'run')!r})"],
         capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip

@@ -4,12 +4,12 @@ import functools
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 
 import jax
 import pytest
 
+from tests.helpers import forked
 from tests.helpers.paths import ROOT
 from varjax.benchmark import measure, pieces, tpu
 from varjax.errors import InputError
@@ -163,7 +163,7 @@ def test_pieces_take_as_long_as_the_whole():
         command = [sys.executable, "-c", ESTIMATE, "--preset=d16", "--batch_size=8", *flags]
         # libtpu ends a process at once for flags of XLA's that it does not know.
         environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        done = forked.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         lines = [json.loads(line) for line in done.stdout.splitlines()]
         assert lines[-1]["part"] == "total" and lines[-1]["compiled_for"] == "TPU v5 lite"

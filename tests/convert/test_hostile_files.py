@@ -4,12 +4,11 @@ They go through the readers and what follows them, all in one process that has l
 """
 
 import json
-import subprocess
 import sys
 
 import pytest
 
-from tests.helpers import hostile_files
+from tests.helpers import forked, hostile_files
 from tests.helpers.paths import ROOT
 
 MUTATIONS = 500
@@ -22,7 +21,7 @@ def outcomes(tmp_path_factory):
     hostile_files.write_corpus(folder)
     hostile_files.write_damaged(folder, MUTATIONS // 4)
     command = [sys.executable, "-m", "tests.helpers.hostile_reader", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr[-2000:]
     assert {line["name"] for line in lines} == {path.name for path in folder.iterdir()}

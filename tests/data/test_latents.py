@@ -1,6 +1,5 @@
 import dataclasses
 import itertools
-import subprocess
 import sys
 
 import chex
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import runs
+from tests.helpers import forked, runs
 from tests.helpers.fake_data import FakeImages
 from tests.helpers.paths import ROOT
 from varjax.cli import cache_latents as command
@@ -133,7 +132,7 @@ cache_latents(VARTask(runs.VAR, runs.TOKENIZER, sys.argv[1]), DATA, out=sys.argv
 def test_after_a_kill_the_same_command_goes_on(cache, task, tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = [sys.executable, "-c", CHILD, task.tokenizer_weights, str(out)]
-    assert subprocess.run(arguments, cwd=ROOT, timeout=100, capture_output=True).returncode == -9
+    assert forked.run(arguments, cwd=ROOT, timeout=100, capture_output=True).returncode == -9
     there = {p.name: p.stat().st_mtime_ns for p in out.iterdir()}
     assert len(there) == 3 and "train-00000-of-00003.safetensors" in there
     with pytest.raises(ValueError, match="lacks 2 of 3 train files of latents"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers import runs
+from tests.helpers import forked, runs
 from tests.helpers.paths import ROOT
 from varjax.cli import main
 from varjax.cli import sample as sample_command
@@ -268,7 +268,7 @@ def test_two_processes_draw_together_what_one_draws(tmp_path):
         address = f"--coordinator=localhost:{free.getsockname()[1]}"
     command = [sys.executable, "-m", "varjax.evaluation", *flags, "--out=two.json", address]
     processes = [
-        subprocess.Popen(
+        forked.Popen(
             [*command, "--processes=2", f"--process={number}"],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,

@@ -34,7 +34,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from tests.data import test_latent_damage
-from tests.helpers import tiny
+from tests.helpers import forked, tiny
 from tests.helpers.paths import ROOT
 from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.errors import InputError
@@ -302,7 +302,7 @@ def train_together(processes: int, jobs: list[dict]) -> str:
     command = [sys.executable, "-m", "tests.helpers.one_of_several", address, str(processes)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     started = [
-        subprocess.Popen(
+        forked.Popen(
             [*command, str(number), json.dumps(jobs)],
             cwd=ROOT,
             env=environment,

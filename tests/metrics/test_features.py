@@ -1,7 +1,6 @@
 """Features do not depend on batches or devices, sets of images are read alike, and kept."""
 
 import os
-import subprocess
 import sys
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers import forked
 from tests.helpers.fake_data import FakeImages
 from tests.helpers.paths import ROOT
 from varjax.data.sources import Digits
@@ -64,7 +64,7 @@ def test_every_batch_size_gives_the_same_bits():
 def test_eight_devices_give_the_bits_of_one():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", DEVICES]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forked.run(command, env=environment, capture_output=True, text=True)
     eight, one = done.stdout.split()
     assert eight == one and len(one) == 23 * 16 * 8, done.stderr
 

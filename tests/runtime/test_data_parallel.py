@@ -1,13 +1,13 @@
 """Batches on four devices that do not divide them, in a process of its own."""
 
 import os
-import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
 
+from tests.helpers import forked
 from tests.helpers.paths import ROOT
 from varjax.errors import InputError
 from varjax.runtime.data_parallel import batch_mesh, data_parallel
@@ -34,7 +34,7 @@ print(rows)
 def test_each_device_computes_its_share_of_a_padded_batch():
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", SCRIPT]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forked.run(command, env=environment, capture_output=True, text=True)
     assert done.stdout.split("\n")[0] == "[0, 1, 1, 2, 2]", done.stderr
 
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import subprocess
 import sys
 import types
 import zipfile
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 
 import varjax
-from tests.helpers import runs
+from tests.helpers import forked, runs
 from tests.helpers.paths import ROOT
 from varjax import trees
 from varjax.cli.sample import draw_samples
@@ -63,7 +62,7 @@ def draw(out, *others):
 
 def start(code, *arguments, devices=1):
     environment = {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": str(devices)}
-    return subprocess.Popen(
+    return forked.Popen(
         [sys.executable, "-c", code, *map(str, arguments)], env=os.environ | environment
     )
 

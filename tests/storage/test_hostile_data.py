@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from tests.helpers import hostile_data, hostile_files
+from tests.helpers import forked, hostile_data, hostile_files
 from tests.helpers.paths import ROOT
 
 MUTATIONS = 100
@@ -26,7 +26,7 @@ def outcomes(tmp_path_factory):
     for i, damaged in enumerate(hostile_files.mutations(good, MUTATIONS, seed=0)):
         (folder / f"npz.damaged.{i}.npz").write_bytes(damaged)
     command = [sys.executable, "-m", "tests.helpers.hostile_reader", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert done.returncode == 0, done.stderr[-2000:]
     assert {line["name"] for line in lines} == {path.name for path in folder.iterdir()}

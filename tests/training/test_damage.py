@@ -4,11 +4,11 @@ In processes of their own, for TensorStore may report a failed read when its eve
 """
 
 import json
-import subprocess
 import sys
 
 import pytest
 
+from tests.helpers import forked
 from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 def sweep(folder, *flags):
     """Returns the report of each part of the sweep."""
     command = [sys.executable, "-m", "tests.helpers.damage_sweep", f"--folder={folder}", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    done = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return {report["part"]: report for report in map(json.loads, done.stdout.splitlines())}
 

@@ -15,7 +15,7 @@ import time
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import forked, tiny
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import assert_same_run, lines
 from varjax.training import evaluator, loop
@@ -116,7 +116,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
     command = [sys.executable, "-c", CHILD, str(run_dir), json.dumps(OFTEN)]
     for _ in range(2):
         before = path.stat().st_mtime_ns if path.exists() else 0
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
+        process = forked.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT)
         while process.poll() is None and (not path.exists() or path.stat().st_mtime_ns == before):
             time.sleep(0.01)
         time.sleep(rng.uniform(0, 0.4))
@@ -124,7 +124,7 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
         process.wait()
         saved = [int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()]
         reached = max(saved, default=0)
-    final = subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT)
+    final = forked.run(command, capture_output=True, text=True, timeout=400, cwd=ROOT)
     assert final.returncode == 0, final.stderr
     assert (f"after step {reached}" in final.stderr) == (0 < reached < 150), (seed, final.stderr)
     assert_same_run(tmp_path / "whole", run_dir)
@@ -149,7 +149,7 @@ sys.exit(run_on_processes("train", lambda: loop.train(tiny.experiment(sys.argv[1
 def test_a_folder_that_cannot_be_written_ends_the_process_with_a_message(tmp_path):
     """At once: Orbax's threads that wait for the folder would keep it for ten minutes."""
     command = [sys.executable, "-c", FAILING_SAVE, str(tmp_path / "run")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
+    ended = forked.run(command, capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert re.search(r"train: saving to .* failed: .*Permission denied", ended.stderr)
     assert "are good: [10]" in ended.stderr

@@ -14,7 +14,7 @@ import chex
 import jax
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import forked, tiny
 from tests.helpers.paths import ROOT
 from tests.helpers.tiny import lines, weights
 from varjax.checkpoints.saved_steps import SavedSteps
@@ -40,7 +40,7 @@ def together(count, *jobs):
     command = [sys.executable, "-m", "tests.helpers.one_of_several", address, str(count)]
     files = [tempfile.TemporaryFile("w+") for _ in range(count)]
     processes = [
-        subprocess.Popen(
+        forked.Popen(
             [*command, str(number), json.dumps(jobs)],
             cwd=ROOT,
             env=os.environ | {"PYTHONFAULTHANDLER": "1"},

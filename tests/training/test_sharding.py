@@ -1,6 +1,5 @@
 import argparse
 import re
-import subprocess
 import sys
 
 import jax
@@ -9,6 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from tests.helpers import forked
 from tests.helpers.paths import ROOT
 from tests.helpers.topologies import CLUSTERS
 from varjax import trees
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 def test_a_sharded_step_equals_the_single_device_one_and_no_device_computes_the_whole_batch():
     command = [sys.executable, "-m", "tests.helpers.eight_devices"]
-    subprocess.run(command, check=True, timeout=300, cwd=ROOT)
+    forked.run(command, check=True, timeout=300, cwd=ROOT)
 
 
 def test_rows_are_spread_over_the_axes_that_share_out_a_batch():

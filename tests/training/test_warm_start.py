@@ -1,7 +1,6 @@
 import dataclasses
 import functools
 import pathlib
-import subprocess
 import sys
 
 import chex
@@ -9,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import runs, tiny
+from tests.helpers import forked, runs, tiny
 from tests.helpers.paths import ROOT
 from varjax import trees
 from varjax.checkpoints.saved_steps import SavedSteps
@@ -150,7 +149,7 @@ def test_a_sharded_state_starts_from_the_same_numbers(saved, tmp_path):
     paths = [str(tmp_path / name) for name in ("kernel.npy", "bias.npy")]
     command = [sys.executable, "-c", SHARDED, location, *paths]
     root = ROOT
-    subprocess.run(command, check=True, timeout=120, cwd=root)
+    forked.run(command, check=True, timeout=120, cwd=root)
     kernel, bias = (np.load(path) for path in paths)
     np.testing.assert_array_equal(kernel, tree["up"]["kernel"])
     np.testing.assert_array_equal(bias[:2], tree["up"]["bias"][[1, 3]])

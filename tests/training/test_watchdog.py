@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import forked, tiny
 from tests.helpers.paths import ROOT
 from varjax.training import loop
 from varjax.training.run_dir import CHANGEABLE_FIELDS
@@ -24,7 +24,7 @@ print("begun", flush=True)
 
 def start(script, folder):
     command = [sys.executable, "-c", CHILD + script, str(folder)]
-    process = subprocess.Popen(
+    process = forked.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert process.stdout is not None
@@ -132,7 +132,7 @@ loop.train(
 def test_a_run_whose_device_hangs_ends_and_the_next_start_finishes_it(whole, tmp_path):
     run = tmp_path / "run"
     command = [sys.executable, "-c", CHILD + RUN, str(run)]
-    hung = subprocess.run([*command, "hang"], capture_output=True, text=True, timeout=200, cwd=ROOT)
+    hung = forked.run([*command, "hang"], capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert hung.returncode == STALLED_EXIT_CODE, hung.stderr
     report = run / "error.txt"
     assert "host_callback_that_hangs" in report.read_text() and "take_steps" in report.read_text()

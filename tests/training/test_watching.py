@@ -1,13 +1,12 @@
 """A run whose watching tools are dead, slow or full: its steps and its saves do not notice."""
 
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
 
-from tests.helpers import tiny
+from tests.helpers import forked, tiny
 from tests.helpers.paths import ROOT
 from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.data.loader import Loader
@@ -43,7 +42,7 @@ def test_steps_continue_and_sigterm_saves_within_ten_seconds(tmp_path):
     for name in ("previews", "profile"):
         (run / name).write_text("no folder")
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
+        process = forked.Popen(
             [sys.executable, "-c", CHILD, str(run)], stderr=log, stdout=log, cwd=ROOT
         )
     begin = time.monotonic()

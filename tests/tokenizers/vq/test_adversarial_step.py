@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import subprocess
 import sys
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import forked
 from tests.helpers.adversarial import BATCH, GAN, KEY, PLAN, QUICKLY, TASK, frozen, state
 from tests.helpers.paths import ROOT
 from varjax import trees
@@ -159,7 +159,7 @@ np.savez(sys.argv[1], **jax.device_get(found))
 @pytest.mark.slow
 def test_a_sharded_step_equals_the_single_device_one(tmp_path):
     command = [sys.executable, "-c", EIGHT_DEVICES, str(tmp_path / "sharded.npz")]
-    subprocess.run(command, check=True, timeout=300, cwd=ROOT)
+    forked.run(command, check=True, timeout=300, cwd=ROOT)
     expected = trees.paths(after(TASK))
     with np.load(tmp_path / "sharded.npz") as found:
         assert len(found.files) == len(expected)

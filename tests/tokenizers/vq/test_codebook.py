@@ -1,6 +1,5 @@
 """Remedies for codebooks: each does what it says, on one device and on eight."""
 
-import subprocess
 import sys
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.helpers import forked
 from tests.helpers.paths import ROOT
 from tests.tokenizers.vq.test_model import small, small_config
 from varjax.tokenizers.vq.codebook import (
@@ -74,7 +74,7 @@ np.testing.assert_array_equal(one.ema["quantizer"]["codebook"][::2], codes[0][::
 
 @pytest.mark.slow
 def test_k_means_and_restarts_are_the_same_on_eight_devices():
-    subprocess.run([sys.executable, "-c", EIGHT_DEVICES], check=True, timeout=400, cwd=ROOT)
+    forked.run([sys.executable, "-c", EIGHT_DEVICES], check=True, timeout=400, cwd=ROOT)
 
 
 def test_k_means_finds_clusters():
