@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.linear import dense
-from varjax.nn.stack import init_stack
+from varjax.nn.stack import init_stack, stacked_param
 from varjax.nn.transformer import layer_norm, modulate
 
 SINUSOIDS = 256  # of a timestep's embedding
@@ -42,7 +42,7 @@ class DenoisingMLP(nn.Module):
         self.cond_embed = dense(self.width, dtype, xavier, None)
         self.input_proj = dense(self.width, jnp.float32, xavier, None)
         self.block = DenoisingBlock(self.width, dtype, parent=None)
-        self.blocks = self.param("blocks", self._init_blocks)
+        self.blocks = stacked_param(self, "blocks", self._init_blocks, self.depth)
         self.adaln = dense(2 * self.width, dtype, zeros, None)
         self.out = dense(2 * self.channels, jnp.float32, zeros, None)
 

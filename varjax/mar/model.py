@@ -19,6 +19,7 @@ from varjax.nn.attention import MAX_HEADS
 from varjax.nn.class_embedding import embed_classes
 from varjax.nn.compute import ComputeConfig, shard_batch
 from varjax.nn.linear import dense
+from varjax.nn.stack import stacked_param
 from varjax.nn.transformer import ViTBlock, init_vit_blocks, layer_norm, run_vit_blocks
 from varjax.trees import PyTree
 
@@ -164,7 +165,8 @@ class MAR(nn.Module):
             return self.param(name, normal, shape, jnp.float32)
 
         def stack(name, block, depth, width):
-            return self.param(name, lambda key: init_vit_blocks(block, key, depth, width))
+            draw = functools.partial(init_vit_blocks, block, depth=depth, width=width)
+            return stacked_param(self, name, draw, depth)
 
         self.class_embed = table("class_embed", c.classes, E)
         self.no_class_embed = table("no_class_embed", 1, E)

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from varjax.errors import InputError
 from varjax.nn.compute import ComputeConfig, checkpoint_layer, shard_batch
 from varjax.trees import PyTree
 
@@ -104,6 +105,30 @@ def init_stack(
     init: makes the variables of one layer from a key.
     """
     return jax.vmap(lambda key: init(key)["params"])(jax.random.split(key, depth))
+
+
+def stacked_param(
+    module: nn.Module, name: str, init: Callable[[jax.Array], PyTree], depth: int
+) -> PyTree:
+    """Declares the parameters of a stack of layers in a module's `setup`.
+
+    `module.param` compares all shapes in every call, and traces the initialization of the layers
+    for it: a third of the time that tracing a sampler takes. This compares only the depth, because
+    each layer compares the other shapes when it is applied.
+
+    Args:
+        module: module that holds the stack.
+        name: name of the parameters.
+        init: draws them, with `init_stack`.
+        depth: number of layers.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init)
+    params = module.get_variable("params", name)
+    layers = len(jax.tree.leaves(params)[0])
+    if layers != depth:
+        raise InputError(f"{name}: the parameters have {layers} layers, but the config has {depth}")
+    return params
 
 
 def run_stack(

@@ -13,7 +13,7 @@ from varjax.nn.attention import MAX_HEADS, block_causal_mask
 from varjax.nn.class_embedding import embed_classes
 from varjax.nn.compute import ComputeConfig, batch_devices, shard_batch
 from varjax.nn.linear import OutputHead, dense
-from varjax.nn.stack import KVCache, init_stack, run_stack
+from varjax.nn.stack import KVCache, init_stack, run_stack, stacked_param
 from varjax.nn.transformer import MODULATIONS, Block, modulate
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_256, SCALES_512, Pyramid, Scale
@@ -164,7 +164,7 @@ class VAR(nn.Module):
             compute=self.compute,
             parent=None,
         )
-        self.blocks = self.param("blocks", self._init_blocks)
+        self.blocks = stacked_param(self, "blocks", self._init_blocks, c.depth)
         self.head_adaln = dense(2 * C, jnp.float32, nn.initializers.normal(std / 2), None)
         self.head = OutputHead(c.vocab, self.dtype, nn.initializers.normal(std * 0.02))
 
