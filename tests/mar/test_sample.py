@@ -216,9 +216,9 @@ def test_images_do_not_depend_on_the_batch(changes):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, CATEGORICAL])
 def test_step_groups_do_not_change_samples(changes):
-    config, options = tiny(changes), FEW.replace(steps=7, diffusion_steps="5:3")
+    config, options = tiny(changes), FEW.replace(diffusion_steps="5:3")
     by_step = sampled(config, options, group_count=0)
-    for group_count in (1, 3):
+    for group_count in (1, 2):
         grouped = sampled(config, options, group_count=group_count)
         np.testing.assert_allclose(grouped, by_step, rtol=1e-4, atol=1e-4)
 

@@ -22,24 +22,31 @@ from varjax.var.task import VARTask
 pytestmark = pytest.mark.slow
 
 TOKENIZER, CONFIG = golden.configs("base")
-PARAMS = {"tokenizer": golden.tokenizer_params("base"), "var": golden.var_params("base")}
 LABEL_B = jnp.arange(16) % CONFIG.classes
 BOTH = [ComputeConfig(dtype, attention_impl="xla") for dtype in ("float32", "bfloat16")]
-TOKENS_BL = jax.random.randint(
-    jax.random.key(1), (16, CONFIG.pyramid.length), 0, CONFIG.vocab, jnp.int32
-)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return {"tokenizer": golden.tokenizer_params("base"), "var": golden.var_params("base")}
+
+
+@pytest.fixture(scope="module")
+def tokens_BL():
+    shape = 16, CONFIG.pyramid.length
+    return jax.random.randint(jax.random.key(1), shape, 0, CONFIG.vocab, jnp.int32)
 
 
 def in_both(function):
     return [jax.device_get(jax.jit(lambda c=c: function(c))()) for c in BOTH]
 
 
-def test_logits_scale_by_scale():
-    quantizer = bound_quantizer(TOKENIZER, PARAMS["tokenizer"])
-    input_BlZ = quantizer.teacher_forcing_input(quantizer.accumulated_scales(TOKENS_BL))
+def test_logits_scale_by_scale(params, tokens_BL):
+    quantizer = bound_quantizer(TOKENIZER, params["tokenizer"])
+    input_BlZ = quantizer.teacher_forcing_input(quantizer.accumulated_scales(tokens_BL))
 
     def logits(compute):
-        model = VAR(CONFIG, compute).bind({"params": PARAMS["var"]})
+        model = VAR(CONFIG, compute).bind({"params": params["var"]})
         cond, cache, found = model.condition(LABEL_B), model.empty_cache(len(LABEL_B)), []
         for k, scale in enumerate(CONFIG.pyramid.slices):
             now = input_BlZ[:, scale.start - 1 : scale.stop - 1] if k else None
@@ -52,30 +59,30 @@ def test_logits_scale_by_scale():
     assert 0 < error < 0.0105, error
 
 
-def test_tokens_and_images():
+def test_tokens_and_images(params):
     options, key_B = VAROptions(guidance=2.5, top_k=20, top_p=0.9), image_keys(0, jnp.arange(16))
 
     def sampled(compute):
         models = VARModels(TOKENIZER, CONFIG, compute)
-        return sample_tokens(models, PARAMS, LABEL_B, key_B, options)
+        return sample_tokens(models, params, LABEL_B, key_B, options)
 
     (exact, f_hats), (half, _) = in_both(sampled)
     # From the first token that differs on, everything may: what counts is how many keep to it.
     same_L = (exact == half).mean(axis=0)
     assert 1 - same_L.mean() < 0.06, same_L
     a, b = in_both(
-        lambda compute: decode_features(TOKENIZER, PARAMS["tokenizer"], f_hats[-1], compute)
+        lambda compute: decode_features(TOKENIZER, params["tokenizer"], f_hats[-1], compute)
     )
     assert 0 < np.abs(a - b).max() < 0.4 and np.abs(a - b).mean() < 0.033
 
 
-def test_a_training_step():
+def test_a_training_step(params, tokens_BL):
     def step(compute):
         task = VARTask(CONFIG, TOKENIZER, "none", AdamW(), compute=compute)
-        state = dataclasses.replace(task.init(jax.random.key(0)), params=PARAMS["var"])
-        batch = {"tokens_BL": TOKENS_BL, "label_B": LABEL_B}
+        state = dataclasses.replace(task.init(jax.random.key(0)), params=params["var"])
+        batch = {"tokens_BL": tokens_BL, "label_B": LABEL_B}
         after, metrics = task.train_step(
-            state, PARAMS["tokenizer"], batch, jax.random.key(2), Plan(10, 16)
+            state, params["tokenizer"], batch, jax.random.key(2), Plan(10, 16)
         )
         moved = jax.tree.map(jnp.subtract, after.params, state.params)
         return metrics["loss"], metrics["grad_norm"], after.opt_state[1].mu, moved
