@@ -119,8 +119,12 @@ def same(a, b) -> bool:
 
 
 def spread(cases: list, limit: int) -> list:
-    """Chooses at most `limit` cases, evenly spread; all for 0."""
-    return cases[:: -(-len(cases) // limit)] if limit else cases
+    """Chooses `limit` cases, evenly spread over the files and the kinds of damage; all for 0."""
+    if not 0 < limit < len(cases):
+        return cases
+    kinds = len(KINDS)
+    firsts = [i * len(cases) // limit // kinds * kinds for i in range(limit)]  # of each file
+    return [cases[(first + i % kinds) % len(cases)] for i, first in enumerate(firsts)]
 
 
 def sweep_checkpoint(folder: pathlib.Path, every: int, limit: int) -> bool:
