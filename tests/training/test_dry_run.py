@@ -25,6 +25,7 @@ def test_it_takes_a_step_and_writes_nothing(tmp_path):
 
 def test_what_training_refuses_it_refuses(tmp_path):
     check_or_write_config(tiny.experiment(tmp_path))
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     with pytest.raises(InputError, match="task.width: 16 in the run, 4 in the config"):
         dry_run(tiny.experiment(tmp_path, width=4))
     with pytest.raises(InputError, match="a batch of 64 cannot be split into 3 equal"):

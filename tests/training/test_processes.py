@@ -78,7 +78,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     codes, said = together(2, job(folder / "whole"), job(folder / "killed", die_in_save=20))
     assert codes == [1, -signal.SIGKILL], said
-    (folder / "other").mkdir()
+    (folder / "other/checkpoints/10").mkdir(parents=True)
     (folder / "other" / "config.json").write_text("{}")
     codes, said = together(
         2,

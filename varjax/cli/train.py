@@ -23,19 +23,20 @@ from varjax.storage.buckets import as_path
 def fetch_weights(experiment: Any) -> None:
     """Downloads the published models that a new run starts from; see `varjax.convert.pretrained`.
 
-    A run that has started needs no download: its directory has the frozen weights and its own.
+    A run that has a checkpoint needs no download: its directory has the frozen weights and its own.
     """
-    from varjax.checkpoints.saved_steps import SavedSteps
     from varjax.convert.pretrained import resolve_weights
     from varjax.runtime.distributed import on_first_process
+    from varjax.training.run_dir import is_bound
 
     run_dir = as_path(experiment.run_dir)
     task = config_tree.to_dict(experiment.task)
     locations = task.get("tokenizer_weights"), (task.get("cca") or {}).get("reference")
-    if not files.exists(run_dir / "frozen.safetensors"):
+    bound = is_bound(run_dir)
+    if not (bound and files.exists(run_dir / "frozen.safetensors")):
         # Only the first process reads them.
         on_first_process(lambda: [str(resolve_weights(x)) for x in locations if x])
-    if experiment.init_from and not SavedSteps(run_dir / "checkpoints").steps():
+    if experiment.init_from and not bound:
         resolve_weights(experiment.init_from)
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import jax
 
 from varjax import trees
+from varjax.runtime.distributed import on_first_process
 from varjax.storage.buckets import as_path
 from varjax.training.evaluator import Evaluator
 from varjax.training.experiment import Experiment
 from varjax.training.metric_writers import flatten_metrics
-from varjax.training.run_dir import check_config
+from varjax.training.run_dir import check_config, is_bound
 from varjax.training.setup import jit_train_step, set_up
 from varjax.training.sharding import bytes_on_device, put, put_batch, shardings
 from varjax.training.task import check_latents
@@ -36,7 +37,8 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
         say = print if jax.process_index() == 0 else lambda text: None
     setup = set_up(experiment)
     task, loader, mesh = setup.task, setup.loader, setup.mesh
-    check_config(experiment)
+    if on_first_process(lambda: is_bound(as_path(experiment.run_dir))):
+        check_config(experiment)
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"mesh: {axes} on {devices}, {jax.process_count()} processes")

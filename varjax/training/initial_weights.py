@@ -176,20 +176,41 @@ class _PretrainedParameters:
         return True if source.shape == leaf.shape else None
 
 
-def frozen_weights(task: Task, run_dir: pathlib.Path) -> PyTree:
+def frozen_weights(task: Task, run_dir: pathlib.Path, bound: bool = True) -> PyTree:
     """Reads the run's own copy of the task's pretrained weights, which the first process makes.
 
     A damaged copy is made again if the weights that it comes from are still the same.
+
+    Args:
+        task: task that reads the weights (`frozen`).
+        run_dir: directory of the run.
+        bound: whether the run has a checkpoint. Before its first one, the copy is replaced if the
+            weights have changed, as do those of a tokenizer that is trained further.
 
     Raises:
         InputError: the copy is damaged and cannot be made again.
         StorageError: the copy cannot be read or written now.
     """
     path = run_dir / "frozen.safetensors"
+    if not bound:
+        on_first_process(lambda: _remove_outdated(task, path))
     if not on_first_process(lambda: _copy(task, path)):
         return {}
     check_shared_file(path)
     return files.read_tensors(path)[0]
+
+
+def _remove_outdated(task: Task, path: pathlib.Path) -> None:
+    """Removes a copy of weights that have changed since, or that is damaged."""
+    if not files.exists(path) and not files.exists(path.with_suffix(".json")):
+        return
+    try:
+        digest = trees.digest(task.frozen())
+    except (InputError, OSError):  # the weights are gone; the copy is as good
+        return
+    if digest != _digest_before(path):
+        files.remove(path.with_suffix(".json"))
+        files.remove(path)
 
 
 def _copy(task: Task, path: pathlib.Path) -> bool:

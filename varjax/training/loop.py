@@ -14,7 +14,12 @@ from varjax.training.experiment import Due, Experiment
 from varjax.training.goodput import Goodput
 from varjax.training.loop_state import LoopState
 from varjax.training.progress import say
-from varjax.training.run_dir import check_or_write_config, check_or_write_data
+from varjax.training.run_dir import (
+    check_or_write_config,
+    check_or_write_data,
+    forget_start,
+    is_bound,
+)
 from varjax.training.setup import Run, set_up, start_run
 from varjax.training.step_profiler import StepProfiler
 from varjax.training.task import TrainState
@@ -24,6 +29,7 @@ from varjax.training.watchdog import Watchdog
 def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
     """Trains, or continues the run in `run_dir`.
 
+    A run is bound to its settings and data from its first checkpoint on; before, they may change.
     The same command continues a run that ended in any way, and then takes exactly the steps that an
     uninterrupted run takes. SIGINT and SIGTERM (with several processes only SIGTERM) save at once
     and exit with 128 + the signal's number; the next start makes up for an evaluation that was due.
@@ -49,6 +55,9 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
     profiler = StepProfiler(profile, run_dir)
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(folders.lock_folder(run_dir)))
+        bound = on_first_process(lambda: is_bound(run_dir))
+        if not bound:
+            on_first_process(lambda: forget_start(experiment))
         on_first_process(lambda: check_or_write_config(experiment, setup.plan))
         check_shared_file(run_dir / "config.json")
         on_first_process(lambda: check_or_write_data(experiment))

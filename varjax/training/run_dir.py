@@ -3,16 +3,18 @@
 import dataclasses
 import hashlib
 import json
+import pathlib
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.config import config_tree
-from varjax.errors import InputError
+from varjax.errors import InputError, StorageError
 from varjax.runtime.distributed import gather_json
 from varjax.runtime.reproducibility import jax_draws, random_numbers_digest, versions
 from varjax.storage import files
@@ -57,6 +59,38 @@ CHANGEABLE_FIELDS = (
 )
 
 
+def is_bound(run_dir: pathlib.Path) -> bool:
+    """Returns whether a run has a checkpoint; before its first one, all of its settings may change.
+
+    Raises StorageError if the directory cannot be read now.
+    """
+    return bool(SavedSteps(run_dir / "checkpoints").steps())
+
+
+def forget_start(experiment: Experiment) -> None:
+    """Makes room for other settings and data in the directory of a run without a checkpoint.
+
+    Removes the best weights and the description of the data of an earlier start; with other
+    settings also these settings and the frozen weights.
+    """
+    run_dir = as_path(experiment.run_dir)
+    path = run_dir / "config.json"
+    if not files.exists(path):
+        return
+    for name in ("best", "data.json"):
+        files.remove(run_dir / name)
+    try:
+        same = not _config_differences(experiment, files.read_json(path), ())
+    except StorageError:
+        raise
+    except InputError:  # nothing of value is lost with a damaged file
+        same = False
+    if not same:
+        # The settings last: after a kill in between, the next start removes the rest.
+        for name in ("frozen.json", "frozen.safetensors", "config.json"):
+            files.remove(run_dir / name)
+
+
 def check_or_write_config(experiment: Experiment, plan: Plan | None = None) -> None:
     """Writes <run_dir>/config.json, or checks that an existing run has the same settings.
 
@@ -83,18 +117,27 @@ def check_config(experiment: Experiment) -> None:
     path = as_path(experiment.run_dir) / "config.json"
     if not path.exists():
         return
-    before, now = files.read_json(path), _settings(experiment)
-    _drop_new_defaults(now, experiment, before)
-    for name in ("plan", *CHANGEABLE_FIELDS):
-        _drop(before, name)
-        _drop(now, name)
-    if lines := sorted(config_tree.differences(before, now)):
+    if lines := _config_differences(experiment, files.read_json(path), CHANGEABLE_FIELDS):
         raise InputError(
             f"{experiment.run_dir} holds a run with other settings:\n  "
             + "\n  ".join(lines)
-            + "\ngive this run another run_dir (fork_from takes its state along), or go back to "
-            "those settings to continue"
+            + "\nGo back to those settings to continue this run, or give the new one a run_dir. To "
+            "take the state along:\n  --config.run_dir=NEW "
+            f"--config.fork_from={experiment.run_dir}\n"
+            f"These settings may change in any run: {', '.join(CHANGEABLE_FIELDS)}"
         )
+
+
+def _config_differences(
+    experiment: Experiment, before: dict[str, Any], changeable: Sequence[str]
+) -> list[str]:
+    """Lists how an experiment's settings differ from those in a run's config.json."""
+    now = _settings(experiment)
+    _drop_new_defaults(now, experiment, before)
+    for name in ("plan", *changeable):
+        _drop(before, name)
+        _drop(now, name)
+    return sorted(config_tree.differences(before, now))
 
 
 def _settings(experiment: Experiment) -> dict[str, Any]:

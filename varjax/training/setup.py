@@ -198,7 +198,7 @@ def start_run(
     placement = shardings(abstract, mesh)
     if main and (note := replicated_parameters_note(abstract.params, mesh)):
         say(note)
-    frozen = frozen_weights(task, run_dir)
+    frozen = frozen_weights(task, run_dir, bound=bool(checkpoints.steps()))
     check_latents(task, frozen, loader.tokenizer_identity)
     frozen = put(frozen, shardings(frozen, mesh))
 
