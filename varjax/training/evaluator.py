@@ -36,7 +36,7 @@ class Evaluator:
         frozen: the task's pretrained weights, on the mesh.
         mesh: mesh of all devices.
         batch_size: rows of a batch, over all processes.
-        compiling: function that makes a context for the first use of each computation.
+        compiling: function of a computation's name that makes a context for its first use.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Evaluator:
         frozen: PyTree,
         mesh: Mesh,
         batch_size: int,
-        compiling: Callable[[], AbstractContextManager[None]] = nullcontext,
+        compiling: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ):
         self._task, self._loader, self._frozen = task, loader, frozen
         self._mesh, self._batch_size = mesh, batch_size
@@ -59,8 +59,8 @@ class Evaluator:
         self._step = jax.jit(on_mesh(step, mesh), out_shardings=everywhere)
         self._add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
         preview = jax.jit(on_mesh(task.preview, mesh), out_shardings=everywhere)
-        self._run_step = FirstCall(self._step, compiling)
-        self._run_preview = FirstCall(preview, compiling)
+        self._run_step = FirstCall(self._step, lambda: compiling("the evaluation"))
+        self._run_preview = FirstCall(preview, lambda: compiling("the previews"))
 
     def metrics(
         self, state: TrainState, stop: Callable[[], bool] = lambda: False

@@ -88,7 +88,7 @@ class FIDEvaluator:
             unless the config sets another number.
         run_dir: directory of the run, which keeps the statistics of its held-out images.
         on_latents: whether the run's data are latents, which cannot be a reference.
-        compiling: function that makes a context for the first batch, whose program is compiled.
+        compiling: function of a computation's name that makes a context for its first use.
 
     Raises:
         InputError: before anything is drawn, for invalid settings.
@@ -104,7 +104,7 @@ class FIDEvaluator:
         batch_size: int,
         run_dir: pathlib.Path,
         on_latents: bool,
-        compiling: Callable[[], AbstractContextManager[None]] = nullcontext,
+        compiling: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ):
         draw = task.sampler()
         if draw is None:
@@ -145,7 +145,7 @@ class FIDEvaluator:
             }
 
         drawn = jax.jit(on_mesh(features, mesh), out_shardings=everywhere)
-        self._features = FirstCall(drawn, compiling)
+        self._features = FirstCall(drawn, lambda: compiling("the sampler for FID"))
         self._reference: Reference | None = None
 
         def read() -> None:

@@ -14,12 +14,14 @@ from varjax.training.experiment import Due, Experiment
 from varjax.training.goodput import Goodput
 from varjax.training.loop_state import LoopState
 from varjax.training.progress import say
+from varjax.training.results import results_line, results_table
 from varjax.training.run_dir import (
     check_or_write_config,
     check_or_write_data,
     forget_start,
     is_bound,
 )
+from varjax.training.run_writers import preview_path
 from varjax.training.setup import Run, set_up, start_run
 from varjax.training.step_profiler import StepProfiler
 from varjax.training.task import TrainState
@@ -71,7 +73,7 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
         finished = finished_state(checkpoints, experiment, setup.plan.steps)
         if finished is not None:
             if index == 0:
-                say(f"{run_dir} is finished; its results: {finished.metrics}")
+                say(f"{run_dir} is finished\n{results_table(finished.metrics)}")
             return finished.metrics
         stack.enter_context(profiler)
         run, state = start_run(experiment, setup, stack, checkpoints, profiler, goodput, watchdog)
@@ -111,7 +113,8 @@ def take_steps(run: Run, state: TrainState) -> dict[str, float]:
         run.checkpoints.wait()
         run.progress.say(f"saved after step {step}; the same command continues from there")
         raise SystemExit(128 + (preemption.signum or 0))
-    run.progress.say(f"finished {run.experiment.run_dir} at step {step}")
+    run.progress.say(f"finished {run.experiment.run_dir} at step {step:,}")
+    run.progress.say(results_table(loop_state.metrics))
     return loop_state.metrics
 
 
@@ -136,7 +139,11 @@ def evaluate_state(run: Run, step: int, state: TrainState, due: Due) -> bool:
             metrics |= part
     if metrics:
         run.writer.write(step, metrics | run.goodput.metrics())
-    if due.metrics and run.loop_state.update(metrics):
+    best = due.metrics and run.loop_state.update(metrics)
+    if metrics:
+        words = results_line(metrics, run.reporter.last_loss)
+        run.progress.say(f"evaluation after step {step:,}: {words}{'; the best so far' * best}")
+    if best:
         weights = dataclasses.replace(state, opt_state=None)
         run.best.save(step, weights, {"keep_best": run.experiment.keep_best})
     if due.preview:
@@ -154,6 +161,7 @@ def preview(run: Run, step: int, state: TrainState) -> None:
         return
     for name, images in pictures.items():
         run.writer.images(step, name, images)
+    run.progress.say(f"pictures: {preview_path(as_path(run.experiment.run_dir), step, '*')}")
 
 
 def save_step(run: Run, step: int, state: TrainState) -> None:

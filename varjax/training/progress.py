@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from varjax.training.results import duration
+
 PLAIN_LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
 
 
@@ -57,10 +59,13 @@ class ProgressReporter:
     def __init__(self, step: int, steps: int, active: bool = True):
         self._active, self._watched = active, sys.stderr.isatty()
         self._bar = tqdm(
-            initial=step, total=steps, unit="step", disable=not self.watched, file=_STDERR
+            initial=step,
+            total=steps,
+            disable=not self.watched,
+            file=_STDERR,
+            bar_format="step {n_fmt}/{total_fmt} |{bar}| {postfix}",
         )
-        self._steps, self._start, self._begin = steps, step, time.monotonic()
-        self._said = -math.inf
+        self._steps, self._said = steps, -math.inf
 
     @property
     def watched(self) -> bool:
@@ -73,18 +78,26 @@ class ProgressReporter:
     def __exit__(self, *_: Any) -> None:
         self._bar.close()
 
-    def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Shows that `step` is done, with the loss and the speed."""
-        shown = {k: f"{metrics[k]:.4g}" for k in ("loss", "images_per_second") if k in metrics}
+    def show(self, step: int, metrics: Mapping[str, float], seconds_left: float = math.nan) -> None:
+        """Shows that `step` is done.
+
+        Args:
+            step: number of updates done.
+            metrics: numbers by name, of which the loss and the speed are shown.
+            seconds_left: estimated time to the end of the run; NaN if it is unknown.
+        """
+        parts = [f"loss {metrics['loss']:.4g}"] if "loss" in metrics else []
+        if "images_per_second" in metrics:
+            parts.append(f"{metrics['images_per_second']:,.4g} images/s")
+        if not math.isnan(seconds_left):
+            parts.append(f"{duration(seconds_left)} left")
+        text = ", ".join(parts)
         if self.watched:
-            self._bar.set_postfix(shown, refresh=False)
+            self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(step - self._bar.n)
         elif time.monotonic() - self._said > PLAIN_LINE_SECONDS or step == self._steps:
             self._said = time.monotonic()
-            pace = (self._said - self._begin) / max(step - self._start, 1)
-            left = round(pace * (self._steps - step))
-            figures = ", ".join(f"{name} {value}" for name, value in shown.items())
-            self.say(f"step {step}/{self._steps}: {figures}, {left} s left")
+            self.say(f"step {step:,}/{self._steps:,}: {text}")
 
     def say(self, text: str) -> None:
         """Prints a line, unless this process shows nothing."""

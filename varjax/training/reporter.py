@@ -1,6 +1,7 @@
 """Reports the steps of a run, each one step late, and stops a run that diverged."""
 
 import math
+import time
 
 import jax
 
@@ -12,6 +13,8 @@ from varjax.training.metric_writers import MetricWriter, flatten_metrics
 from varjax.training.progress import ProgressReporter
 from varjax.training.train_step import SKIPPED, Metrics
 from varjax.training.watchdog import Watchdog
+
+RATE_STEPS = 10  # steps after the first one, from which on the time left is known well enough
 
 
 class NonFiniteMetricError(InputError, FloatingPointError):
@@ -41,6 +44,9 @@ class StepReporter:
         throughput: meter of the speed.
         goodput: measures what the time is spent on.
         watchdog: watchdog, which is notified of progress.
+
+    Attributes:
+        last_loss: loss of the last step that was reported; NaN before the first.
     """
 
     def __init__(
@@ -63,6 +69,8 @@ class StepReporter:
         self._checkpoints, self._writer, self._progress = checkpoints, writer, progress
         self._throughput, self._goodput, self._watchdog = throughput, goodput, watchdog
         self._pending: tuple[int, Metrics] | None = None
+        self._since: tuple[float, float] | None = None  # time and compile time after the first step
+        self.last_loss = math.nan
 
     def push(self, step: int, metrics: Metrics) -> None:
         """Takes the metrics of a step that was just dispatched; reports the step before."""
@@ -90,14 +98,25 @@ class StepReporter:
             self._check_finite(step, numbers)
         if self._skip_nonfinite:
             numbers["skipped_steps"] = self._loop_state.skipped_steps
-        if step == self._first:
-            self._progress.say(f"step {step} is done: loss {numbers.get('loss', math.nan):.4g}")
+        self.last_loss = numbers.get("loss", math.nan)
+        if self._since is None:
+            self._since = time.monotonic(), self._goodput.seconds("compile")
         if step % self._log_every == 0 or step == self._last:
             numbers |= self._throughput.measure(step, self._goodput.seconds("data"))
             self._writer.write(step, numbers | self._goodput.metrics())
-            self._progress.show(step, numbers)
         elif step == self._first:  # record how long the start took, in case of a kill soon after
             self._writer.write(step, self._goodput.metrics())
+        shown = (self._first, self._first + RATE_STEPS, self._last)
+        if step % self._log_every == 0 or step in shown:
+            self._progress.show(step, numbers, self._seconds_left(step))
+
+    def _seconds_left(self, step: int) -> float:
+        """Extrapolates the time since the first step: evaluations and saves too, no compilation."""
+        if self._since is None or not self._first < step < self._last:
+            return math.nan
+        begin, compiled = self._since
+        seconds = time.monotonic() - begin - (self._goodput.seconds("compile") - compiled)
+        return seconds / (step - self._first) * (self._last - step)
 
     def _check_finite(self, step: int, numbers: dict[str, float]) -> None:
         bad = [name for name, number in numbers.items() if not math.isfinite(number)]

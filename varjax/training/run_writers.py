@@ -105,18 +105,22 @@ class TensorBoardWriter:
             raise
 
 
+def preview_path(run_dir: pathlib.Path, step: int, name: str) -> pathlib.Path:
+    """Returns the path of a run's preview."""
+    return run_dir / "previews" / f"step_{step:08d}_{name.replace('/', '_')}.png"
+
+
 class PreviewWriter:
     """Writes pictures as <run_dir>/previews/step_<step>_<name>.png."""
 
     def __init__(self, run_dir: pathlib.Path):
-        self._folder = run_dir / "previews"
+        self._run_dir = run_dir
 
     def scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         pass
 
     def picture(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
-        path = self._folder / f"step_{step:08d}_{name.replace('/', '_')}.png"
-        image_io.write_png(path, picture_HWC)
+        image_io.write_png(preview_path(self._run_dir, step, name), picture_HWC)
 
     def close(self) -> None:
         pass

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +24,7 @@ from varjax.training.metric_writers import MetricWriter
 from varjax.training.preemption import PreemptionGuard
 from varjax.training.progress import ProgressReporter, say
 from varjax.training.reporter import StepReporter
+from varjax.training.results import duration
 from varjax.training.run_dir import check_same_data
 from varjax.training.sharding import (
     Prefetcher,
@@ -40,6 +42,8 @@ from varjax.training.task import Plan, Task, TrainState, check_latents
 from varjax.training.train_step import StepFn, skip_nonfinite_updates
 from varjax.training.watchdog import Watchdog
 from varjax.trees import PyTree
+
+QUICK_SECONDS = 2.0  # a compilation that takes less is not worth another line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,9 +193,14 @@ def start_run(
     init_key, train_key = jax.random.split(jax.random.key(experiment.seed))
 
     @contextlib.contextmanager
-    def compiling() -> Iterator[None]:
+    def compiling(what: str) -> Iterator[None]:
+        if main:
+            say(f"compiling {what} …")
+        begin = time.monotonic()
         with goodput.measure("compile"), watchdog.paused():
             yield
+        if main and (seconds := time.monotonic() - begin) > QUICK_SECONDS:
+            say(f"compiled {what} in {duration(seconds)}")
 
     # Shapes and shardings, before anything is allocated.
     abstract = jax.eval_shape(task.init, init_key)
@@ -237,7 +246,8 @@ def start_run(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     throughput = ThroughputMeter(experiment.batch_size, parameters)
     compiled = FirstCall(
-        jit_train_step(task, plan, mesh, placement, experiment.skip_nonfinite > 0), compiling
+        jit_train_step(task, plan, mesh, placement, experiment.skip_nonfinite > 0),
+        lambda: compiling("the training step"),
     )
 
     def train_step(state: TrainState, frozen: PyTree, batch: Any, key: jax.Array) -> Any:
@@ -259,7 +269,7 @@ def start_run(
         progress.say(f"continuing {run_dir} after step {start}")
     progress.say(
         f"{len(loader.train_source):,} examples of {experiment.data.classes} classes, "
-        f"{plan.steps:,} steps; the first step compiles the program, which may take minutes"
+        f"{plan.steps:,} steps"
     )
     goodput.add(writer.earlier_goodput)
     if writer.earlier_goodput:  # sums of lines that were dropped

@@ -75,6 +75,11 @@ class StepProfiler:
             self._tracing = False
             with self._reporting_failure():
                 jax.profiler.stop_trace()
+                if jax.process_index() == 0:
+                    say(
+                        f"steps {self._first} to {self._last} are traced; to see them: pip install "
+                        f"tensorboard xprof; tensorboard --logdir={self._folder}"
+                    )
             self._upload = threading.Thread(target=self._close_trace, daemon=True)
             self._upload.start()  # to a bucket, this may take long
 

@@ -1,0 +1,46 @@
+import math
+
+import pytest
+
+from varjax.training.results import duration, results_line, results_table
+
+METRICS = {
+    "eval/loss_last": 3.27017567,
+    "eval/loss": 3.25877363,
+    "eval/accuracy": 0.09422572,
+    "eval/loss_at_scale/0": 2.92,
+    "eval_ema/loss": 3.85736129,
+    "eval_ema/fid": 12345.678,
+}
+
+
+def test_the_line_has_the_most_important_metrics():
+    line = "loss 3.259, accuracy 0.09423; averaged weights: loss 3.857, fid 1.235e+04"
+    assert results_line(METRICS) == line
+    assert results_line(METRICS, 3.2) == f"{line}; training loss 3.2"
+    assert results_line({"eval/entropy": 1.0}, math.nan) == ""
+
+
+def test_the_table_has_every_metric_that_is_one_number():
+    assert results_table(METRICS).splitlines() == [
+        "           held out  averaged weights",
+        "loss          3.259             3.857",
+        "accuracy    0.09423",
+        "fid                         1.235e+04",
+        "loss_last      3.27",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.3, "0 s"),
+        (99, "99 s"),
+        (100, "2 min"),
+        (5000, "83 min"),
+        (7200, "2.0 h"),
+        (2e5, "2.3 days"),
+    ],
+)
+def test_durations_have_a_unit_that_suits_them(seconds, text):
+    assert duration(seconds) == text
