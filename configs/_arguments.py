@@ -1,16 +1,10 @@
 """Reads the text after the colon of --config=configs/FILE.py:…"""
 
-import re
 from collections.abc import Collection, Sequence
 
+from varjax.config.arguments import COMMA_HINT
+from varjax.config.arguments import split_argument as split_argument
 from varjax.errors import InputError
-
-COMMA_HINT = "; write \\, for a comma within a path"
-
-
-def split_argument(arg: str) -> list[str]:
-    """Splits "a,b,c" at its commas; "\\," stands for a comma within a word."""
-    return [word.replace("\\,", ",") for word in re.split(r"(?<!\\),", arg)]
 
 
 def read_argument(

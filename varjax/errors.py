@@ -1,10 +1,11 @@
 """Exceptions for users' mistakes, which are shown without a traceback, and for damaged files."""
 
 import contextlib
+import difflib
 import os
 import pathlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class InputError(ValueError):
@@ -50,6 +51,12 @@ def check_setting(name: str, value: object, valid: bool, allowed: str) -> None:
     """
     if not valid:
         raise InputError(f"{name}={value}: must be {allowed}")
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """Returns "; did you mean 'steps'?", with the nearest allowed names, or "" if none is near."""
+    near = difflib.get_close_matches(name, list(allowed), n=3, cutoff=0.7)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def test_argument_and_overrides_reach_the_run(config, tmp_path, capsys):
     [
         (["--config.task.widht=3"], "Tiny has no field 'widht'"),
         (["--config.task.width=wide"], "task.width must be int, not 'wide'"),
-        (["--config.steps", "3"], "settings are --config.FIELD=VALUE"),
+        (["--config.steps", "3", "4"], "settings are --config.FIELD=VALUE"),
         (["--confg.steps=3"], "settings are --config.FIELD=VALUE"),
     ],
 )

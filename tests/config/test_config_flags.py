@@ -94,8 +94,10 @@ def test_a_config_file_is_executed_once(tmp_path):
 
 def test_shipped_configs_are_found_by_name():
     assert load_config("digits").run_dir == "runs/digits"
-    with pytest.raises(ValueError, match="no config file 'digit'; use FILE.py or one of "):
+    with pytest.raises(ValueError, match="no config file 'digit'; did you mean 'digits'"):
         load_config("digit")
+    with pytest.raises(ValueError, match="no config file 'xyz'; use FILE.py or one of digits, "):
+        load_config("xyz")
 
 
 def test_configs_of_one_folder_import_one_another(tmp_path):
@@ -109,12 +111,21 @@ def test_flags_and_changed_fields_may_stand_in_any_order(config):
     assert (flags.out, run.steps, run.name) == ("b", 7, "c")
 
 
+def test_a_value_may_follow_after_a_space(config):
+    flags, run = read("--config.name", "a b, c", config, "--out=b", "--config.steps", "-3")
+    assert (flags.out, run.steps, run.name) == ("b", -3, "a b, c")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.step=1"], "Run has no field 'step'; its fields are .*'steps'"),
+        (["--config.step=1"], "Run has no field 'step'; did you mean 'steps'"),
         (["--config.steps=long"], "steps must be int, not 'long'"),
+        (["--config.rate=1"], "Run has no field 'rate'; its fields are .*'steps'"),
         (["--config.steps"], "'steps' has no value; write steps=value"),
+        (["--config.steps", "--out=c"], "'steps' has no value; write steps=value"),
+        (["--config.steps", "3", "4"], "unknown arguments .'4'.; settings are --config.FIELD=VA"),
+        (["--outt=c"], "unknown arguments .'--outt=c'.*did you mean '--out'"),
         (
             ["--confg.steps=1"],
             "unknown arguments .'--confg.steps=1'.; settings are --config.FIELD=VALUE",

@@ -97,7 +97,8 @@ def test_an_override_reaches_behind_an_interface_and_none():
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("leaf.rat=1", "its fields are .*'rate'"),
+        ("leaf.rat=1", "did you mean 'rate'"),
+        ("leaf.x=1", "its fields are .*'rate'"),
         ("leaf.rate=fast", "leaf.rate must be float, not 'fast'"),
         ("leaf.mode=other", "one of .'fast', 'slow'."),
         ("leaf=1", "group of settings"),

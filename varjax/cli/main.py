@@ -4,6 +4,7 @@ import importlib
 import sys
 
 import varjax
+from varjax.errors import did_you_mean
 from varjax.runtime.commands import escape_unprintable
 
 # A command's module is imported only when it runs: some need no JAX, and some set it up themselves.
@@ -56,7 +57,10 @@ def main(arguments: list[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print(_usage(""))
         return 0
-    print(_usage(name), file=sys.stderr)
+    if hint := did_you_mean(name, COMMANDS):
+        print(f"varjax: there is no command {name!r}{hint} See varjax --help", file=sys.stderr)
+    else:
+        print(_usage(name), file=sys.stderr)
     return 2
 
 

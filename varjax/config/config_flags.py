@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from varjax.config import config_tree
-from varjax.errors import InputError
+from varjax.errors import InputError, did_you_mean
 from varjax.storage.read_errors import retry_read
 
 # "name: text", "a, b: text" or "name (int): text"; the text may continue on further lines.
@@ -49,7 +49,7 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
         help="Python file with a function get_config(), and its argument",
     )
     group.add_argument(
-        "--config.FIELD", dest="_", metavar="VALUE", help="change one field, as in --config.seed=1"
+        "--config.FIELD", dest="_", metavar="VALUE", help="change a field, as in --config.seed=1"
     )
     group.add_argument(
         "--print_config", action="store_true", help="print the whole config as JSON and exit"
@@ -78,7 +78,7 @@ def config_from_flags(
     first.add_argument("--config")
     first.add_argument("--print_config", action="store_true")
     first_flags, others = first.parse_known_args(arguments)
-    changes = [text.removeprefix(PREFIX) for text in others if text.startswith(PREFIX)]
+    others, changes = split_changes(others)
     if first_flags.config and (first_flags.help or first_flags.print_config):
         config = config_tree.override(load_config(first_flags.config), changes)
         text = json.dumps(config_tree.to_dict(config), indent=2)
@@ -92,11 +92,30 @@ def config_from_flags(
         except BrokenPipeError:  # "| head" has read enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
-    known = [text for text in arguments if not text.startswith(PREFIX)]
-    flags, unknown = parser.parse_known_args(known)
+    flags, unknown = parser.parse_known_args(split_changes(arguments)[0])
     if unknown:
-        raise InputError(f"unknown arguments {unknown}; settings are --config.FIELD=VALUE")
+        hint = did_you_mean(unknown[0].partition("=")[0], parser._option_string_actions)
+        raise InputError(f"unknown arguments {unknown}; settings are --config.FIELD=VALUE{hint}")
     return flags, config_tree.override(load_config(flags.config), changes)
+
+
+def split_changes(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Splits a command line into other arguments and changes of fields.
+
+    Returns:
+        (arguments without --config.FIELD=VALUE and --config.FIELD VALUE, texts "FIELD=VALUE").
+    """
+    others, changes, left = [], [], list(arguments)
+    while left:
+        text = left.pop(0)
+        if not text.startswith(PREFIX):
+            others.append(text)
+            continue
+        change = text.removeprefix(PREFIX)
+        if "=" not in change and left and not left[0].startswith("--"):
+            change = f"{change}={left.pop(0)}"
+        changes.append(change)
+    return others, changes
 
 
 def load_config(location: str) -> Any:
@@ -114,8 +133,9 @@ def load_config(location: str) -> Any:
     if path.suffix != ".py" and not path.exists():
         path = SHIPPED / f"{name}.py"
     if path.suffix != ".py" or not retry_read(path.is_file, path):
-        names = ", ".join(sorted(path.stem for path in SHIPPED.glob("[a-z]*.py")))
-        raise InputError(f"there is no config file {name!r}; use FILE.py or one of {names}")
+        names = sorted(path.stem for path in SHIPPED.glob("[a-z]*.py"))
+        hint = did_you_mean(path.stem, names) or f"; use FILE.py or one of {', '.join(names)}"
+        raise InputError(f"there is no config file {name!r}{hint}")
     folder = path.resolve().parent
     package = f"configs_{zlib.crc32(bytes(folder)):08x}"  # so that configs can import one another
     if package not in sys.modules:

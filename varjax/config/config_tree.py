@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from varjax.config.numbers import FLOAT32_MAX, INT32_MAX, UINT32_MAX
 from varjax.config.renamed import current_fields, renamed_message
-from varjax.errors import InputError
+from varjax.errors import InputError, did_you_mean
 from varjax.storage.untrusted import shown
 
 T = TypeVar("T")
@@ -50,7 +50,8 @@ def from_dict(cls: type[T], data: dict[str, Any]) -> T:
 def override(config: T, assignments: Iterable[str]) -> T:
     """Returns a copy with every "a.b=value" applied; annotations say how to parse a value.
 
-    All are applied together, so that fields that depend on each other can change at once.
+    All are applied together, so that fields that depend on each other can change at once. A field
+    whose metadata have a function "parse" gets `parse(text, config)`.
 
     Raises:
         InputError: a field is unknown, or a value has a wrong type.
@@ -181,15 +182,19 @@ def _override(config: Any, changes: list[tuple[list[str], str, str]]) -> Any:
             raise InputError(f"{path}: {off} is none in this config, so {name!r} cannot be set")
         if not dataclasses.is_dataclass(config):
             raise InputError(f"{path}: a {owner} has no field {name!r}")
-        known = [field.name for field in dataclasses.fields(config)]
+        fields = {field.name: field for field in dataclasses.fields(config)}
+        known = list(fields)
         if name not in known:
             if not rest and (message := renamed_message(type(config), path, text)):
                 raise InputError(message)
-            raise InputError(f"{path}: {owner} has no field {name!r}; its fields are {known}")
+            help = did_you_mean(name, known) or f"; its fields are {known}"
+            raise InputError(f"{path}: {owner} has no field {name!r}{help}")
         if rest:
             below.setdefault(name, []).append((rest, text, path))
         else:
-            values[name] = _parse(typing.get_type_hints(type(config))[name], text, path)
+            parse = fields[name].metadata.get("parse")
+            hint = typing.get_type_hints(type(config))[name]
+            values[name] = parse(text, config) if parse else _parse(hint, text, path)
     for name, inner in below.items():
         values[name] = _override(values.get(name, getattr(config, name)), inner)
     return dataclasses.replace(typing.cast(Any, config), **values)

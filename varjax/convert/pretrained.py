@@ -20,7 +20,7 @@ from varjax.convert.from_torch import convert
 from varjax.convert.name_maps import RELEASES
 from varjax.convert.name_maps.release import PublishedFile
 from varjax.convert.weights_dir import sha256_of
-from varjax.errors import InputError
+from varjax.errors import InputError, did_you_mean
 from varjax.storage import files, folders
 from varjax.storage.buckets import as_path
 from varjax.storage.cache_dir import cache_folder
@@ -41,11 +41,18 @@ def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
             because its reader raises a clearer error.
 
     Raises:
-        InputError: the model could not be downloaded, converted or stored. The message names the
-            files to download and the command that converts them.
+        InputError: the name is only similar to that of a published model, or the model could not be
+            downloaded, converted or stored. The message names the files to download and the command
+            that converts them.
     """
     path = as_path(location)
-    if files.exists(path) or str(location) not in RELEASES:
+    if files.exists(path):
+        return path
+    if str(location) not in RELEASES:
+        if hint := did_you_mean(str(location), RELEASES):
+            raise InputError(
+                f"{location} does not exist, and no published model has this name{hint}"
+            )
         return path
     directory = cache_folder() / path
     if files.exists(directory):

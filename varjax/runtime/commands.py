@@ -8,10 +8,21 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
-from varjax.errors import InputError
+from varjax.errors import InputError, did_you_mean
 from varjax.storage.read_errors import FULL_ERRNOS, MACHINE_ERRNOS, machine_errno
 from varjax.storage.untrusted import image_limits
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        option = unknown.partition("=")[0].split()[0] if unknown != message else ""
+        hint = did_you_mean(option, self._option_string_actions) or f"; see {self.prog} --help"
+        self.exit(2, f"{self.prog}: {message}{hint}\n")
 
 
 def command_parser(name: str, description: str | None) -> argparse.ArgumentParser:
@@ -22,7 +33,7 @@ def command_parser(name: str, description: str | None) -> argparse.ArgumentParse
         description: text that --help prints unchanged, usually the module's docstring.
     """
     escape_unprintable()
-    return argparse.ArgumentParser(
+    return _Parser(
         name,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 from varjax.config.numbers import finite_number, seed_number, whole_number
 from varjax.data.loader import Loader
+from varjax.data.sources import replaced_dataset
 from varjax.data.stream import Dataset
 from varjax.errors import InputError
 from varjax.storage.buckets import in_bucket
@@ -56,7 +57,8 @@ class Experiment:
 
     Attributes:
         task: task to train, with its model and optimizer.
-        data: dataset to train on.
+        data: dataset to train on; on the command line folder:DIR, idx:DIR, tfds:NAME …, and fields
+            of it after commas, such as folder:DIR,held_out=0.1.
         run_dir: folder for everything that the run writes.
         batch_size: images in a step, over all devices.
         steps: length of the run in updates; 0 if `epochs` gives it.
@@ -94,7 +96,7 @@ class Experiment:
     """
 
     task: Task
-    data: LoadableDataset
+    data: LoadableDataset = dataclasses.field(metadata={"parse": replaced_dataset})
     run_dir: str
     batch_size: int
     steps: int = 0

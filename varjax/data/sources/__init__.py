@@ -1,5 +1,9 @@
 """All datasets, and their names on the command line."""
 
+from typing import Any
+
+from varjax.config import config_tree
+from varjax.config.arguments import split_argument
 from varjax.data.latents import CachedLatents
 from varjax.data.sources.digits import Digits
 from varjax.data.sources.folder import Folder
@@ -11,6 +15,36 @@ from varjax.data.transforms import Crop, height_width
 from varjax.errors import InputError
 
 __all__ = ["TFDS", "CachedLatents", "Digits", "Folder", "Idx", "Noise", "Photos", "parse_dataset"]
+
+
+def replaced_dataset(
+    text: str, experiment: Any
+) -> CachedLatents | Digits | Folder | Idx | Noise | Photos | TFDS:
+    """Makes the dataset of --config.data=TEXT, for images of the same size as before.
+
+    Args:
+        text: what `parse_dataset` reads, then fields of the dataset after commas:
+            "folder:DIR,held_out=0.1", "tfds:NAME,size=64".
+        experiment: settings with the dataset that is replaced.
+
+    Raises:
+        InputError: there is no such dataset or field.
+    """
+    first, *changes = split_argument(f"data={text}")
+    where, fields = first.removeprefix("data="), dict[str, str]()
+    for change in changes:
+        name, _, fields[name] = change.partition("=")
+    height, width, channels = experiment.data.image_shape
+    size = height_width(_size(fields.pop("size")) if "size" in fields else (height, width))
+    crop: Any = getattr(experiment.data, "crop", "random")
+    data: Any = parse_dataset(where, size, channels, crop)
+    return config_tree.override(data, [f"{name}={value}" for name, value in fields.items()])
+
+
+def _size(text: str) -> int:
+    if not text.isdigit():
+        raise InputError(f"size={text!r}: must be the side of the images in pixels, as in size=28")
+    return int(text)
 
 
 def parse_dataset(

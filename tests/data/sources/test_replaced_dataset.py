@@ -1,0 +1,34 @@
+import pathlib
+
+import pytest
+
+from tests.helpers import tiny
+from varjax.config import config_tree
+from varjax.data.sources import Digits, Folder, Noise
+from varjax.errors import InputError
+
+
+def replaced(*assignments):
+    return config_tree.override(tiny.experiment("run"), assignments).data
+
+
+def test_a_dataset_is_replaced_by_the_words_of_a_config_s_argument():
+    pathlib.Path("a, b").mkdir()
+    data = replaced("data=folder:a, b,held_out=0.3")
+    assert data == Folder("a, b", (8, 8), channels=1, held_out=0.3)
+    assert replaced("data=random,size=16") == Noise((16, 16), 1)
+    assert replaced("data=digits", "data.shift=0.5") == Digits(shift=0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("folder", "data is 'folder'; give folder:PATH"),
+        ("digits,size=9", "digits are 8 by 8 pixels, not"),
+        ("folder:a,size=small", "size='small': must be the side"),
+        ("folder:a,hold_out=1", "Folder has no field 'hold_out'; did you mean 'held_out'"),
+    ],
+)
+def test_a_text_that_names_no_dataset_says_what_is_allowed(text, message):
+    with pytest.raises(InputError, match=message):
+        replaced(f"data={text}")
