@@ -479,7 +479,7 @@ def test_a_tiny_folder_holds_out_what_is_asked_for(tmp_path):
         load("small.py:data=digits,size=8,held_out=0.3")
 
 
-def test_a_comma_of_a_path_is_escaped(make_folder):
+def test_a_comma_of_a_path_is_escaped_unless_the_path_exists(make_folder):
     where = make_folder("gray")
     moved = pathlib.Path(where.removeprefix("data=folder:")).rename("a,b")
     for config, others in (("var.py", "d16"), ("mar.py", "b"), ("tokenizer.py", "256")):
@@ -487,8 +487,9 @@ def test_a_comma_of_a_path_is_escaped(make_folder):
         with pytest.raises(InputError, match=r"cannot read 'c'.*; write \\, for a comma within a"):
             load(f"{config}:data=folder:a,c,{others}")
     assert load("small.py:data=folder:a\\,b,size=8").data.root == "a,b"
+    assert load("small.py:data=folder:a,b,size=8").data.root == "a,b"
     with pytest.raises(InputError, match=r"write \\, for a comma within a path"):
-        load("small.py:data=folder:a,b,size=8")
+        load("small.py:data=folder:a,c,size=8")
 
 
 @pytest.mark.parametrize(
