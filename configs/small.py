@@ -7,7 +7,8 @@ The tokenizer must be trained first, with the same text after the colon; `,token
 run elsewhere. The transformer has 6 layers of width 192; the runs are named after the folder.
 
 Two CPU cores, 28 pixels: about 20 minutes, 3 GB. On 4,500 handwritten digits, a classifier assigns
-93 % of the samples to the requested class. `,quality=good` trains up to 20 times as long.
+93 % of the samples to the requested class. `,quality=good` trains up to 20 times as
+long, an estimated night.
 """
 
 from varjax.training.experiment import Experiment

@@ -14,7 +14,8 @@ of the last two of these words, which are the rows of the comparison in docs/mar
     codes        tokens are codes of configs/small_tokenizer.py:…,single_scale, drawn from a softmax
 
 At 28 pixels, the transformer has 3 + 3 layers of width 192 and about as many parameters as
-configs/small.py's. The rules are in configs/_small_mar.py. Two CPU cores: about 20 minutes, 3 GB.
+configs/small.py's. The rules are in configs/_small_mar.py. Two CPU cores: about 20 minutes (an
+estimate), 3.4 GB.
 """
 
 from varjax.training.experiment import Experiment
