@@ -119,7 +119,10 @@ def test_dtype_and_devices_are_arguments_of_load(model):
         (lambda m: m.edit(IMAGES, np.ones((4, 4), bool), labels=[1, 2, 11]), "11"),
         (lambda m: m.logits(np.zeros((2, 21), int), [1]), r"\(2,\)"),
         (lambda m: m.sample([]), "labels are empty: allowed are 0 … 9"),
-        (lambda m: m.sample(["cat"]), "labels .'cat'.: allowed are 0 … 9"),
+        (
+            lambda m: m.sample(["cat"]),
+            "label 'cat': the model has no class of this name; its classes are 0 … 9",
+        ),
         (lambda m: m.sample([1], seed=2**32), "seed=4294967296: must be"),
         (lambda m: m.sample([1, 2], index=[1]), "index has 1 numbers; expected 2"),
         (lambda m: m.edit(IMAGES, np.ones((4, 4), bool), seed=-1), "seed=-1: must be"),
