@@ -16,7 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.checkpoints.class_names import read_class_names
-from varjax.checkpoints.weights import WeightsDir, find_weights, open_weights, read_generator
+from varjax.checkpoints.weights import (
+    WeightsDir,
+    find_weights,
+    open_weights,
+    read_generator,
+    split_step,
+)
 from varjax.errors import InputError
 from varjax.mar.model import MARConfig
 from varjax.mar.pipeline import MARPipeline
@@ -138,19 +144,19 @@ def benchmark_of(preset: str) -> Any:
 
 
 def open_model(location: str | os.PathLike) -> WeightsDir:
-    """Opens a training run, a converted directory, or a published model such as "var_d16".
+    """Opens a training run (RUN, RUN@STEP, RUN@best), a converted directory or a published model.
 
     A published model is downloaded and converted at its first use; see `varjax.convert.pretrained`.
 
     Raises:
         InputError: there is no model, or it could not be downloaded; says what to do by hand.
     """
-    path = find_weights(location)
+    path = find_weights(split_step(location)[0])
     if not files.exists(path):
         from varjax.convert.pretrained import resolve_weights  # few need the converter
 
-        path = resolve_weights(path)
-    return open_weights(path)
+        return open_weights(resolve_weights(path))
+    return open_weights(location)
 
 
 def family_of(weights: WeightsDir) -> Family:
@@ -262,6 +268,7 @@ def load(
     guide: str | pathlib.Path | None = None,
     refiner: str | pathlib.Path | None = None,
     draft_scales: int | None = None,
+    ema: bool | None = None,
 ) -> Sampler:
     """Loads a model with its tokenizer, ready to sample.
 
@@ -274,8 +281,8 @@ def load(
     Args:
         location: training run, directory written by `varjax convert`, or name of a
             published model, "var_d16", which is downloaded and converted at its first use; or a
-            directory that is open. A run's best weights are loaded if it kept them, and the
-            averaged ones if it averaged them.
+            directory that is open. A run's best weights are loaded if it kept them; RUN@STEP and
+            RUN@best name a checkpoint.
         dtype: number format of the transformer's matrix products and of the decoder; "auto" is
             float32 on a CPU, else bfloat16.
         devices: devices that share each batch; None for all of this process.
@@ -286,6 +293,8 @@ def load(
             `VARPipeline.with_refiner`.
         draft_scales: number of scales before those of the refiner; None for 8. Refused without a
             refiner.
+        ema: True loads a run's averaged weights, False the others; None loads the averaged weights
+            if there are any.
 
     Returns:
         The family's pipeline: `varjax.VARPipeline` or `varjax.MARPipeline`.
@@ -305,7 +314,11 @@ def load(
     for role, (other, allowed) in companions.items():
         if other is not None and not allowed:
             raise InputError(f"{role}={other}: models of the family {family.name} take no {role}")
-    _, config, params, options = read_model(weights)
+    if ema is not None and weights.task is None:
+        raise InputError(
+            f"ema={ema}: {weights.path} is no run, and has one set of weights; omit it"
+        )
+    _, config, params, options = read_model(weights, ema)
     tokenizer, tokenizer_params = None, {}
     if family.needs_tokenizer or weights.config.keys() & {"task", "tokenizer"}:
         tokenizer, tokenizer_params = read_tokenizer(weights)

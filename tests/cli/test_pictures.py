@@ -83,14 +83,25 @@ def assert_results(tiles):
 def test_variations_are_shown_after_the_original(model, capsys):
     flags = "--image=photo.png", "--keep_scales=2", "--count=3", "--seed=5", "--label=7"
     original, *results = run(
-        "vary", *flags, "--top_k=9", "--guide=weak", "--refiner=small", "--draft_scales=7"
+        "vary",
+        *flags,
+        "--ema=false",
+        "--top_k=9",
+        "--guide=weak",
+        "--refiner=small",
+        "--draft_scales=7",
     )
     np.testing.assert_array_equal(original, image_io.read_image("photo.png", SHAPE))
     assert_results(results)
     images_BHWC, keep_scales, labels, seed, options = model.asked
     np.testing.assert_array_equal(images_BHWC[0], original)
     assert (keep_scales, labels, seed, options["top_k"]) == (2, [7, 7], 5, 9)
-    assert model.companions == {"guide": "weak", "refiner": "small", "draft_scales": 7}
+    assert model.companions == {
+        "ema": False,
+        "guide": "weak",
+        "refiner": "small",
+        "draft_scales": 7,
+    }
     assert "original, 3 results with its first 2 scales" in capsys.readouterr().out
 
 
@@ -109,7 +120,12 @@ def test_a_small_picture_is_cut_to_the_model_s_ratio_and_upscaled(model, capsys)
     assert_results(results)
     images_BHWC, keep_scales, labels, *_ = model.asked
     assert images_BHWC.shape == (1, 16, 24, 3) and keep_scales is None and labels == [10, 10]
-    assert model.companions == {"guide": None, "refiner": "small", "draft_scales": None}
+    assert model.companions == {
+        "ema": None,
+        "guide": None,
+        "refiner": "small",
+        "draft_scales": None,
+    }
     assert "(24x16 pixels), and 2 results" in capsys.readouterr().out
 
 

@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from tests.helpers import tiny
 from varjax.checkpoints import saved_steps
 from varjax.checkpoints.saved_steps import STATE_TREES
-from varjax.checkpoints.weights import restore_weights
+from varjax.checkpoints.weights import open_weights, restore_weights
 from varjax.errors import DamagedFileError, InputError, StorageError
 from varjax.runtime import distributed
 from varjax.storage import checksums, files, untrusted
@@ -405,6 +405,25 @@ def test_weights_alone_need_no_knowledge_of_the_model(tmp_path):
     equal(restore_weights(tmp_path, ema=False), state(2).params)
     with pytest.raises(ValueError, match="has no checkpoint yet"):
         restore_weights(tmp_path / "checkpoints")
+
+
+def test_a_location_names_a_checkpoint_of_its_run(tmp_path):
+    run = tmp_path / "run"
+    saved(run / "checkpoints", 1, 3)
+    settings = {"task": {"_type": "Tiny"}, "keep_best": "eval_ema/loss"}
+    files.write_json(run / "config.json", settings)
+    equal(open_weights(run).restore(), state(3).ema)
+    with pytest.raises(InputError, match="run@best: the run has kept no best checkpoint"):
+        open_weights(f"{run}@best").restore()
+    saved(run / "best", 2, keep=1, keep_best="eval_ema/loss")
+    for name, step in {"run": 2, "run@best": 2, "run@1": 1, "run@2": 2, "run@3": 3}.items():
+        equal(open_weights(tmp_path / name).restore(), state(step).ema)
+        equal(open_weights(f"{tmp_path}/{name}").restore(False), state(step).params)
+    with pytest.raises(InputError, match=r"run@4: the run has checkpoints of steps \[1, 2, 3\]"):
+        open_weights(f"{run}@4").restore()
+    run.rename(tmp_path / "run@4")  # a directory whose name has an @
+    equal(open_weights(tmp_path / "run@4").restore(), state(2).ema)
+    equal(open_weights(tmp_path / "run@4@1").restore(), state(1).ema)
 
 
 @pytest.mark.parametrize("now", ["", "eval_ema/accuracy"])

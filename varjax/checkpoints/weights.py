@@ -25,6 +25,7 @@ from varjax.storage.untrusted import shown
 from varjax.trees import PyTree
 
 PARTS = {"model", "sampling", "tokenizer", "sources"}  # of a task or a converted directory
+BEST = "best"  # instead of a step: the best one by the run's keep_best
 RANDOM = "random"  # a location that stands for random weights
 
 
@@ -35,10 +36,12 @@ class WeightsDir:
     Attributes:
         path: path of the directory.
         config: contents of its config.json.
+        step: checkpoint to read, a step number or "best"; None for the run's choice.
     """
 
     path: pathlib.Path
     config: dict[str, Any]
+    step: int | str | None = None
 
     @property
     def task(self) -> str | None:
@@ -85,7 +88,7 @@ class WeightsDir:
 
     def restore(self, ema: bool | None = None) -> PyTree:
         """Reads the weights of the run; see `restore_weights`."""
-        return restore_weights(self.path, ema, self.config)
+        return restore_weights(self.path, ema, self.config, self.step)
 
     def tokenizer_settings(self) -> dict[str, Any]:
         """Returns the settings of the tokenizer, which is the model itself or belongs to it.
@@ -137,6 +140,17 @@ class WeightsDir:
         )
 
 
+def split_step(location: str | os.PathLike) -> tuple[str | os.PathLike, int | str | None]:
+    """Splits RUN@STEP and RUN@best into the run and the checkpoint to read.
+
+    Any other location, and a directory whose whole name exists, is returned with None.
+    """
+    run, _, step = os.fspath(location).rpartition("@")
+    if not run or not (step == BEST or step.isdecimal()) or files.exists(as_path(location)):
+        return location, None
+    return run, step if step == BEST else int(step)
+
+
 def find_weights(location: str | os.PathLike) -> pathlib.Path:
     """Returns `location`, or the published model of that name if the cache folder has it."""
     path = as_path(location)
@@ -146,15 +160,17 @@ def find_weights(location: str | os.PathLike) -> pathlib.Path:
     return directory if files.exists(directory / "config.json") else path
 
 
-def open_weights(location: str | pathlib.Path) -> WeightsDir:
+def open_weights(location: str | os.PathLike) -> WeightsDir:
     """Reads and checks the config.json of a training run or a converted directory.
 
     Args:
-        location: directory, or the name of a published model in the cache.
+        location: directory, or the name of a published model in the cache. RUN@STEP and RUN@best
+            name a checkpoint of a run.
 
     Raises:
         InputError: `location` is neither.
     """
+    location, step = split_step(location)
     directory = find_weights(location)
     path = directory / "config.json"
     if not files.exists(path):
@@ -166,6 +182,10 @@ def open_weights(location: str | pathlib.Path) -> WeightsDir:
     config = files.read_json(path)
     if not config.keys() & {"task", "sources"}:
         raise InputError(f"{path} belongs neither to a training run nor to a converted directory")
+    if step is not None and "task" not in config:
+        raise InputError(
+            f"{directory}@{step}: only a training run has checkpoints; leave @{step} out"
+        )
     if "task" in config:
         task = config["task"]
         if not isinstance(task, dict) or not isinstance(task.get("_type"), str):
@@ -176,13 +196,14 @@ def open_weights(location: str | pathlib.Path) -> WeightsDir:
     for name in PARTS & parts.keys():
         if not isinstance(parts[name], dict):
             raise InputError(f"{name} in {path} is {shown(parts[name])}, not a group of settings")
-    return WeightsDir(directory, config)
+    return WeightsDir(directory, config, step)
 
 
 def restore_weights(
     run_dir: str | pathlib.Path,
     ema: bool | None = None,
     config: Mapping[str, Any] | None = None,
+    step: int | str | None = None,
 ) -> PyTree:
     """Reads the weights of a run to the first device: the best by its `keep_best`, or the last.
 
@@ -194,9 +215,10 @@ def restore_weights(
             is one, unless the best step was chosen by a metric of the parameters themselves
             ("eval/...").
         config: contents of the run's config.json; None reads it.
+        step: number of the checkpoint to read, or "best" for the best one alone.
 
     Raises:
-        InputError: the run has no checkpoint or no average yet, or no step can be read.
+        InputError: the run has no such checkpoint or no average yet, or no step can be read.
         StorageError: the machine or network cannot read them now.
     """
     run_dir = as_path(run_dir)
@@ -210,7 +232,17 @@ def restore_weights(
         of_params = ema is None and chosen_by.rpartition(":")[2].startswith("eval/")
         return best.params(step, False if of_params else ema)
 
+    if isinstance(step, int):
+        steps = {number: saved for saved in (best, last) for number in saved.steps()}
+        if step not in steps:
+            raise InputError(f"{run_dir}@{step}: the run has checkpoints of steps {sorted(steps)}")
+        return steps[step].params(step, ema)
     if (params := best.newest(read_best)) is None:
+        if step == BEST:
+            raise InputError(
+                f"{run_dir}@{BEST}: the run has kept no best checkpoint; its setting keep_best "
+                "names the metric to choose by"
+            )
         params = last.newest(lambda step: last.params(step, ema))
     if params is None:
         raise InputError(f"{run_dir} has no checkpoint yet; let it train until its first save")

@@ -57,8 +57,12 @@ def add_sampling_flags(
         weights_required: whether --weights must be given.
     """
     add = parser.add_argument
-    about = "training run, converted directory, or published model: var_d16 …"
+    about = (
+        "training run (also RUN@STEP, RUN@best), converted directory, or published model: var_d16 …"
+    )
     add("--weights", required=weights_required, help=about)
+    about = "whether a run's averaged weights are used (default: if there are any)"
+    add("--ema", choices=("true", "false"), help=about)
     add("--guide", help="weaker model that guides this one (autoguidance); default: no class")
     add("--refiner", help="smaller VAR that draws the fine scales, faster (CoDe); default: none")
     about = "number of scales before those of the refiner (8); only with --refiner"
@@ -87,8 +91,11 @@ def shows_every_step(flags: argparse.Namespace) -> bool:
 
 
 def companions(flags: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments of `varjax.load` about models that help another one to sample."""
-    return {name: getattr(flags, name) for name in ("guide", "refiner", "draft_scales")}
+    """Returns the arguments of `varjax.load` about a model's weights, and models that help it."""
+    ema = {None: None, "true": True, "false": False}[flags.ema]
+    return {"ema": ema} | {
+        name: getattr(flags, name) for name in ("guide", "refiner", "draft_scales")
+    }
 
 
 def check_sampling_flags(flags: argparse.Namespace) -> None:
