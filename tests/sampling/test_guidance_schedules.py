@@ -111,6 +111,12 @@ def test_lists_survive_configs_and_command_lines():
     assert changed == VAROptions(guidance=(1.0, 2.0, 3.5), top_k=4, top_p=0.5)
 
 
+def test_the_interval_is_known_while_a_program_is_traced():
+    found = []
+    jax.make_jaxpr(lambda: found.append(interval(guidance=(1, 2, 3, 1))))()
+    assert found == [(1, 3)]
+
+
 def test_a_sweep_joins_the_numbers_of_a_list_by_colons(tmp_path):
     points = parse_sweep(["guidance=1:2:3,2.5", "guidance_schedule=power_cosine:2"], VAROptions())
     assert [point["guidance"] for point in points] == [(1.0, 2.0, 3.0), 2.5]

@@ -131,7 +131,8 @@ def guided_interval(options: GuidanceOptions, ramp_S: np.ndarray) -> tuple[int, 
     (0, 0) if guidance is off everywhere. Arguments are those of `guidance_scales`, not traced:
     programs are compiled for the interval, and compute one stream outside of it.
     """
-    on = np.flatnonzero(np.asarray(guidance_scales(options, ramp_S)) != 1)
+    with jax.ensure_compile_time_eval():  # numbers also while a caller's program is traced
+        on = np.flatnonzero(np.asarray(guidance_scales(options, ramp_S)) != 1)
     return (int(on[0]), int(on[-1]) + 1) if len(on) else (0, 0)
 
 
