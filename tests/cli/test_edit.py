@@ -8,11 +8,13 @@ from PIL import Image
 
 import varjax
 from tests.helpers import runs
+from tests.helpers.tiles import tiles
 from varjax.cli.edit import edit_image
 from varjax.data.sources import Digits
 from varjax.sampling.edit_masks import box_mask, mask_tokens, read_mask
 from varjax.sampling.sampler import KnownTokens, image_keys
 from varjax.storage import image_io
+from varjax.storage.captioned_grid import Captions
 from varjax.var.kept_scales import keep_at_every_scale
 from varjax.var.network import VARModels
 from varjax.var.sample import VAROptions, sample_tokens
@@ -36,9 +38,11 @@ def edit(photo, *flags):
     return np.asarray(Image.open("edit.png")).astype(int)
 
 
-def tile(picture_HWC, i):
-    """Tile i of the first row, each pixel once; tiles are 8 by 8, enlarged 8 times, 1 apart."""
-    return picture_HWC[:64:8, i * 65 : i * 65 + 64 : 8]
+def shown_tiles(picture_HWC, guidance, results):
+    """The tiles of a picture, each pixel once."""
+    title = f"edit: {'/'.join(runs.var().parts[-2:])} · guidance {guidance} · seed 0 · no class"
+    names = ["original", "redrawn parts", *(f"result {i + 1}" for i in range(results))]
+    return tiles(picture_HWC, (8, 8), Captions(title, tiles=names), len(names))
 
 
 def redrawn(path, image_size):
@@ -94,21 +98,21 @@ def test_what_is_transparent_in_a_mask_is_kept(tmp_path, capsys):
 
 def test_the_picture_shows_original_mask_and_results(photo, capsys):
     shown = edit(photo, "--box=0,0,4,8", "--count=3", "--batch_size=2", "--guidance=2")
-    assert shown.shape == (65, 5 * 65, 3)
+    shown_NHWC = shown_tiles(shown, 2, 3)
     assert (
         "48x40 pixels, resized (shorter side) and center-cropped to 8x8" in capsys.readouterr().out
     )
     original_HWC = image_io.read_image(photo, (8, 8, 3)).astype(int)
-    assert np.array_equal(tile(shown, 0), original_HWC)
+    assert np.array_equal(shown_NHWC[0], original_HWC)
     red_HWC = original_HWC[:4] // 2 + [127, 0, 0]
-    assert np.array_equal(tile(shown, 1), np.concatenate([red_HWC, original_HWC[4:]]))
+    assert np.array_equal(shown_NHWC[1], np.concatenate([red_HWC, original_HWC[4:]]))
     model, upper = varjax.load(runs.var()), np.arange(4)[:, None].repeat(4, axis=1) < 2
     image_BHWC = image_io.read_image(photo, (8, 8, 1))[None]
     results = model.edit(image_BHWC, ~upper, guidance=2.0, index=range(3))
     results_NHWC = image_io.to_uint8(np.asarray(results)).astype(int)
     for i in range(3):
-        assert np.abs(tile(shown, 2 + i) - results_NHWC[i]).max() <= 1
-    assert not np.array_equal(tile(shown, 2), tile(shown, 3))
+        assert np.abs(shown_NHWC[2 + i] - results_NHWC[i]).max() <= 1
+    assert not np.array_equal(shown_NHWC[2], shown_NHWC[3])
 
 
 def test_kept_tokens_stay_and_the_others_vary():

@@ -1,19 +1,24 @@
 """Commands that write pictures, with a fake model: vary, upscale, edit --paste, --every_step."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.helpers.fake_sampler import FakeSampler
+from tests.helpers.tiles import tiles
 from varjax import models
 from varjax.cli import edit, pictures, sample, upscale, vary
 from varjax.errors import InputError
 from varjax.metrics.classifier import LoadedClassifier
 from varjax.sampling import rejection
 from varjax.storage import image_io
+from varjax.storage.captioned_grid import Captions
+from varjax.storage.picture_text import read_picture_text
 
 COMMANDS = {"vary": vary.vary_image, "upscale": upscale.upscale_image, "edit": edit.edit_image}
-SHAPE = (64, 96, 3)  # large enough for a grid without gaps
+SHAPE = (64, 96, 3)
 
 
 class FakeVAR(FakeSampler):
@@ -69,15 +74,30 @@ def model(monkeypatch):
     return found
 
 
+STEPS = ("step 1", "step 2", "step 3")
+SHOWN = {"vary": ["original"], "upscale": ["the picture"], "edit": ["original", "redrawn parts"]}
+
+
 def run(command, *flags):
     """Runs a command that draws two images at a time; returns the tiles of its picture."""
     COMMANDS[command](["--weights=fake", "--batch_size=2", "--out=x.png", *flags])
-    picture_HWC = np.asarray(Image.open("x.png"))
-    return np.split(picture_HWC, picture_HWC.shape[1] // SHAPE[1], axis=1)
+    count = next(int(flag[8:]) for flag in flags if flag.startswith("--count="))
+    return result_tiles(np.asarray(Image.open("x.png")), command, count, *flags)
 
 
-def assert_results(tiles):
-    assert [np.unique(tile).tolist() for tile in tiles] == [[n] for n in range(len(tiles))]
+def result_tiles(picture_HWC, command, count, *flags):
+    """Cuts out the tiles of a picture or frame, whose words must be these."""
+    given = dict(flag[2:].split("=") for flag in flags)
+    words = ["guidance 2.5", *(f"{n} {given[n]}" for n in ("guide", "refiner") if n in given)]
+    title = f"{command}: fake · {' · '.join(words)} · seed {given.get('seed', 0)}"
+    names = SHOWN[command] + [f"result {number + 1}" for number in range(count)]
+    captions = Captions(f"{title} · {given.get('label', 'no class')}", tiles=names)
+    return tiles(picture_HWC, SHAPE[:2], captions, len(names))
+
+
+def assert_results(tiles, values=None):
+    values = range(len(tiles)) if values is None else values
+    assert [np.unique(tile).tolist() for tile in tiles] == [[n] for n in values]
 
 
 def test_variations_are_shown_after_the_original(model, capsys):
@@ -141,10 +161,9 @@ def test_pasted_pixels_are_the_original_s(model):
 def test_every_step_is_a_column_or_a_frame(model):
     flags = ["--weights=fake", "--labels=3,7", "--count=1", "--batch_size=2"]
     assert sample.main([*flags, "--every_step", "--out=x.png"]) == 0
-    strip_HWC = np.asarray(Image.open("x.png"))
-    assert strip_HWC.shape == (2 * SHAPE[0], 3 * SHAPE[1], 3)
-    assert [int(strip_HWC[0, 96 * step, 0]) for step in range(3)] == [0, 10, 20]
-    assert [int(strip_HWC[64, 96 * step, 0]) for step in range(3)] == [1, 11, 21]
+    captions = Captions("fake · guidance 2.5 · seed 0", rows=("3", "7"), columns=STEPS)
+    strip = tiles(np.asarray(Image.open("x.png")), SHAPE[:2], captions, 6, 3)
+    assert_results(strip, [0, 10, 20, 1, 11, 21])
     assert sample.main([*flags, "--out=x.gif"]) == 0
     with Image.open("x.gif") as film:
         assert film.n_frames == 3
@@ -153,9 +172,9 @@ def test_every_step_is_a_column_or_a_frame(model):
 def test_a_film_of_results_has_the_original_in_each_frame(model):
     flags = ["--weights=fake", "--image=photo.png", "--batch_size=2", "--out=x.webp"]
     original_HWC = image_io.read_image("photo.png", SHAPE)
-    for command, own_flags, others in (
-        ("vary", ["--keep_scales=2", "--label=3:0.5+8:0.5"], 1),
-        ("edit", ["--box=0,0,0.5,1", "--paste=0"], 2),
+    for command, own_flags in (
+        ("vary", ["--keep_scales=2", "--label=3:0.5+8:0.5"]),
+        ("edit", ["--box=0,0,0.5,1", "--paste=0"]),
     ):
         COMMANDS[command]([*flags, *own_flags, "--count=3"])
         with Image.open("x.webp") as film:
@@ -163,17 +182,27 @@ def test_a_film_of_results_has_the_original_in_each_frame(model):
             for step in range(3):
                 film.seek(step)
                 frame_HWC = np.asarray(film.convert("RGB"))
-                tiles = np.split(frame_HWC, others + 3, axis=1)
-                np.testing.assert_array_equal(tiles[0], original_HWC)
-                assert [tile[0, 0, 0] for tile in tiles[others:]] == [
-                    n + 10 * step for n in range(3)
-                ]
+                shown = result_tiles(frame_HWC, command, 3, *own_flags)
+                np.testing.assert_array_equal(shown[0], original_HWC)
+                assert [tile[0, 0, 0] for tile in shown[-3:]] == [n + 10 * step for n in range(3)]
                 if command == "edit":
-                    np.testing.assert_array_equal(tiles[-1][32:], original_HWC[32:])
+                    np.testing.assert_array_equal(shown[-1][32:], original_HWC[32:])
     assert COMMANDS["vary"]([*flags[:-1], "--keep_scales=2", "--every_step", "--out=x.png"]) is None
-    strip_HWC = np.asarray(Image.open("x.png"))  # a row a result, without the original
-    assert strip_HWC.shape == (4 * SHAPE[0], 3 * SHAPE[1], 3)
-    assert strip_HWC[::64, ::96, 0].tolist() == [[n, n + 10, n + 20] for n in range(4)]
+    names = [f"result {number}" for number in range(1, 5)]  # a row a result, without the original
+    captions = Captions("vary: fake · guidance 2.5 · seed 0 · no class", rows=names, columns=STEPS)
+    strip = tiles(np.asarray(Image.open("x.png")), SHAPE[:2], captions, 12, 3)
+    assert_results(strip, [n + step for n in range(4) for step in (0, 10, 20)])
+
+
+def test_a_picture_carries_the_command_that_made_it(model):
+    run("vary", "--image=photo.png", "--keep_scales=2", "--count=1", "--label=7")
+    _, text = read_picture_text("x.png")
+    assert text["Command"] == (
+        "varjax vary --weights=fake --batch_size=2 --out=x.png --image=photo.png --keep_scales=2 "
+        "--count=1 --label=7"
+    )
+    settings = json.loads(text["Settings"])
+    assert (settings["label"], settings["seed"], settings["guidance"]) == (7, 0, 2.5)
 
 
 @pytest.mark.parametrize(

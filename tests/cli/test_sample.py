@@ -2,9 +2,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import varjax
 from tests.helpers import runs
+from tests.helpers.tiles import tiles
 from varjax.cli import sample
 from varjax.sampling.outputs import check_out
+from varjax.storage import image_io
+from varjax.storage.captioned_grid import Captions
 
 pytestmark = pytest.mark.slow
 
@@ -20,8 +24,12 @@ def pixels(path):
 
 def test_a_grid_has_a_row_per_label(tmp_path, capsys):
     draw("--labels=3,1", "--count=3", f"--out={tmp_path / 'grid.png'}")
-    with Image.open(tmp_path / "grid.png") as picture:
-        assert picture.size == (3 * 65, 2 * 65)
+    title = f"{'/'.join(runs.var().parts[-2:])} · guidance 2.5 · seed 0"
+    captions = Captions(title, rows=("3", "1"))
+    grid = tiles(pixels(tmp_path / "grid.png"), (8, 8), captions, 6, 3)
+    images_BHWC = varjax.load(runs.var()).sample([3, 3, 3, 1, 1, 1])
+    expected = image_io.to_uint8(np.asarray(images_BHWC)).astype(int)
+    assert np.abs(np.stack(grid) - expected[..., 0]).max() <= 1
     assert "6 images" in capsys.readouterr().out
 
 

@@ -19,8 +19,9 @@ from varjax import trees
 from varjax.cli.sample import draw_samples
 from varjax.errors import InputError, StorageError
 from varjax.runtime import distributed
+from varjax.sampling.grid_output import GridOutput
 from varjax.sampling.job import SamplingJob, run_job
-from varjax.sampling.outputs import FolderOutput, GridOutput
+from varjax.sampling.outputs import FolderOutput
 from varjax.storage import files
 
 pytestmark = pytest.mark.slow

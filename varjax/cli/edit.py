@@ -38,7 +38,7 @@ def edit_image(arguments: list[str]) -> None:
     """
     flags = _parser().parse_args(arguments)
     _check_combination(flags)
-    request = open_request(flags, "edit", others=2)
+    request = open_request(flags, "edit", arguments, others=2)
     model = request.model
     redraw_hw, weight = redrawn_parts(request)
     note_crop(request)
@@ -54,9 +54,9 @@ def edit_image(arguments: list[str]) -> None:
         return np.stack(pasted) if request.every_step else pasted[0]
 
     results = draw_results(request, draw)
-    images_NHWC = np.stack(original_and_redrawn(image_HWC, redraw_hw))
+    original_HW3, red_HW3 = original_and_redrawn(image_HWC, redraw_hw)
     about = f"original, redrawn parts (red), {flags.count} results"
-    write_results(request, images_NHWC, results, about)
+    write_results(request, {"original": original_HW3, "redrawn parts": red_HW3}, results, about)
 
 
 def redrawn_parts(request: PictureRequest) -> tuple[np.ndarray, np.ndarray]:

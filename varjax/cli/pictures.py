@@ -2,13 +2,14 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from varjax.cli.captions import class_titles, picture_title
 from varjax.cli.sample import (
     add_every_step_flag,
     add_sampling_flags,
@@ -20,6 +21,7 @@ from varjax.cli.sample import (
 from varjax.errors import InputError
 from varjax.models import family_of, load, open_model, option_classes
 from varjax.sampling.batch_size import choose_batch_size
+from varjax.sampling.grid_output import PictureWords
 from varjax.sampling.outputs import (
     FILM_SUFFIXES,
     check_finite_images,
@@ -30,6 +32,7 @@ from varjax.sampling.outputs import (
 )
 from varjax.sampling.sampler import given_options
 from varjax.storage import image_io
+from varjax.storage.picture_text import command_text
 
 COLUMNS = 10  # at most, of the output
 
@@ -45,6 +48,7 @@ class PictureRequest:
         options: sampling options of the model.
         label: class to draw, or a mix of classes as text.
         every_step: whether the output shows the results after every scale or step.
+        command: name and arguments of the command, which the output carries as text.
     """
 
     flags: argparse.Namespace
@@ -53,6 +57,7 @@ class PictureRequest:
     options: Any
     label: int | str
     every_step: bool
+    command: tuple[str, tuple[str, ...]]
 
 
 def add_picture_flags(parser: argparse.ArgumentParser, image_help: str, out: str) -> None:
@@ -72,12 +77,15 @@ def add_picture_flags(parser: argparse.ArgumentParser, image_help: str, out: str
     add_sampling_flags(parser, out, f"output: FILE.png, or FILE.gif, FILE.webp: a film ({out})")
 
 
-def open_request(flags: argparse.Namespace, command: str, others: int) -> PictureRequest:
+def open_request(
+    flags: argparse.Namespace, command: str, arguments: Sequence[str], others: int
+) -> PictureRequest:
     """Checks the flags that these commands share, and reads the picture and the model.
 
     Args:
         flags: flags of the command.
         command: name of the command, which is a method of the models that it works with.
+        arguments: command line, from which the flags were read.
         others: number of pictures that the output shows in addition to the results.
 
     Raises:
@@ -105,7 +113,9 @@ def open_request(flags: argparse.Namespace, command: str, others: int) -> Pictur
     every_step = shows_every_step(flags)
     steps = model.steps(options) if every_step else None
     check_out_holds(flags.out, flags.count + others, model.image_shape, steps)
-    return PictureRequest(flags, picture, model, options, label, every_step)
+    return PictureRequest(
+        flags, picture, model, options, label, every_step, (command, tuple(arguments))
+    )
 
 
 def note_crop(request: PictureRequest) -> None:
@@ -152,31 +162,44 @@ def draw_results(request: PictureRequest, draw: Callable[..., Any]) -> np.ndarra
 
 
 def write_results(
-    request: PictureRequest, images_NHWC: np.ndarray, results: np.ndarray, about: str
+    request: PictureRequest, shown: Mapping[str, np.ndarray], results: np.ndarray, about: str
 ) -> None:
     """Writes the output, and prints a line about it.
 
     Args:
         request: the request, whose flags name the output.
-        images_NHWC: uint8 images that are shown before the results, except in a strip.
+        shown: uint8 images (H, W, channels) that are shown before the results, except in a strip,
+            by name.
         results: results, from `draw_results`.
         about: what a picture or a film shows.
     """
-    columns, out = min(COLUMNS, len(images_NHWC) + len(results)), request.flags.out
+    columns, out = min(COLUMNS, len(shown) + len(results)), request.flags.out
     strip = request.every_step and file_suffix(out) == ".png"
+    names = [f"result {number + 1}" for number in range(len(results))]
     if not strip:
+        images = np.stack([*shown.values()])
         if request.every_step:
-            images = np.repeat(images_NHWC[:, None], results.shape[1], axis=1)
-        else:
-            images = images_NHWC
+            images = np.repeat(images[:, None], results.shape[1], axis=1)
         channels = max(images.shape[-1], results.shape[-1])
-        shown = [np.broadcast_to(x, (*x.shape[:-1], channels)) for x in (images, results)]
-        results = np.concatenate(shown)
-    output = open_output(out, np.zeros(len(results)), columns, 0, {}, request.every_step)
+        both = [np.broadcast_to(x, (*x.shape[:-1], channels)) for x in (images, results)]
+        results, names = np.concatenate(both), [*shown, *names]
+    output = open_output(
+        out, np.zeros(len(results)), columns, 0, {}, request.every_step, _words(request, names)
+    )
     output.begin(write=True)
     output.add(range(len(results)), results)
     message = output.finish()
     print(message if strip else f"{out}: {about}")
+
+
+def _words(request: PictureRequest, names: Sequence[str]) -> PictureWords:
+    """Returns the words of the output, whose images have these names."""
+    flags, model, (command, arguments) = request.flags, request.model, request.command
+    label = class_titles([request.label], model.labels)[0]
+    title = f"{command}: {picture_title(flags, request.options)} · {label}"
+    settings = {"label": request.label, "count": flags.count, "seed": flags.seed}
+    settings |= dataclasses.asdict(request.options) | model.identity()
+    return PictureWords(title, names, command_text(f"varjax {command}", arguments, settings))
 
 
 def _only_label(text: str, classes: int) -> int | str:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from varjax.cli.captions import class_titles, picture_title
 from varjax.config.numbers import seed_number, whole_number
 from varjax.errors import InputError
 from varjax.models import load, option_classes
@@ -24,6 +25,7 @@ from varjax.runtime.commands import command_parser
 from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.runtime.distributed import add_process_flags, connect_by_flags, run_on_processes
 from varjax.sampling.batch_size import add_batch_size_flag, choose_batch_size
+from varjax.sampling.grid_output import PictureWords, grid_columns
 from varjax.sampling.job import SamplingJob, locked_for_job, run_job
 from varjax.sampling.outputs import (
     FILM_SUFFIXES,
@@ -43,6 +45,7 @@ from varjax.sampling.rejection import (
     run_rejection_job,
 )
 from varjax.sampling.sampler import add_option_flags, given_options
+from varjax.storage.picture_text import command_text
 
 
 def add_sampling_flags(
@@ -146,10 +149,14 @@ def draw_samples(arguments: list[str]) -> None:
     images = len(job.label_M)
     batch_size = choose_batch_size(flags.batch_size, model, options, images, begun)
     job = dataclasses.replace(job, batch_size=batch_size, every_step=every_step)
-    columns = flags.count if flags.count > 1 else None
-    output = open_output(
-        flags.out, job.label_N, columns, job.seed, job.request(model), job.every_step
+    columns, request = grid_columns(len(labels), flags.count), job.request(model)
+    drawn = file_suffix(flags.out) not in ("", ".npz")  # one picture, which has words on it
+    words = PictureWords(
+        picture_title(flags, options, accept=flags.accept),
+        class_titles(job.label_N.tolist(), model.labels) if drawn else (),
+        command_text("varjax sample", arguments, request),
     )
+    output = open_output(flags.out, job.label_N, columns, job.seed, request, job.every_step, words)
     if classifier is None:
         with locked_for_job(lambda: work_folder(flags.out)):
             message = run_job(model, job, output)

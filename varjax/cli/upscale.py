@@ -28,7 +28,7 @@ def upscale_image(arguments: list[str]) -> None:
     image_help = "image file, smaller than the model's images"
     add_picture_flags(parser, image_help, "upscaled.png")
     flags = parser.parse_args(arguments)
-    request = open_request(flags, "upscale", others=1)
+    request = open_request(flags, "upscale", arguments, others=1)
     picture, model = request.picture, request.model
     H, W, channels = model.image_shape
     small_shape = small_size(picture.size, (H, W))
@@ -43,7 +43,7 @@ def upscale_image(arguments: list[str]) -> None:
         f"the picture ({small_shape[1]}x{small_shape[0]} pixels), and {flags.count} results with "
         "its coarse scales"
     )
-    write_results(request, large_HWC[None], results, about)
+    write_results(request, {"the picture": large_HWC}, results, about)
 
 
 def small_size(size: tuple[int, int], model_size: tuple[int, int]) -> tuple[int, int]:

@@ -31,7 +31,7 @@ def vary_image(arguments: list[str]) -> None:
     image_help = "image file; resized and center-cropped for the model"
     add_picture_flags(parser, image_help, "variations.png")
     flags = parser.parse_args(arguments)
-    request = open_request(flags, "vary", others=1)
+    request = open_request(flags, "vary", arguments, others=1)
     model = request.model
     note_crop(request)
     image_HWC = image_io.resize_and_crop(request.picture, model.image_shape)
@@ -41,7 +41,7 @@ def vary_image(arguments: list[str]) -> None:
 
     results = draw_results(request, draw)
     about = f"original, {flags.count} results with its first {flags.keep_scales} scales"
-    write_results(request, image_HWC[None], results, about)
+    write_results(request, {"original": image_HWC}, results, about)
 
 
 def main(arguments: list[str]) -> int:

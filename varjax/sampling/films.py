@@ -1,26 +1,42 @@
 """Writes films of images while they are drawn, scale by scale or step by step."""
 
+import functools
 import pathlib
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
 
 from varjax.storage import files, image_io
+from varjax.storage.captioned_grid import Captions, captioned_grid
+from varjax.storage.picture_text import film_text
 
 FILM_MILLISECONDS = 3000  # of all steps together
 LAST_MILLISECONDS = 1500  # of the finished images, before the film begins again
 
 
-def write_film(path: pathlib.Path, images_NSHWC: np.ndarray, columns: int | None = None) -> None:
+def write_film(
+    path: pathlib.Path,
+    images_NSHWC: np.ndarray,
+    columns: int | None = None,
+    captions: Captions | None = None,
+    text: Mapping[str, str] | None = None,
+) -> None:
     """Writes a film that repeats, atomically: one frame for each step, the last one held.
 
     Args:
         path: FILE.gif (256 colors a frame) or FILE.webp (exact).
         images_NSHWC: uint8 images after each of S steps.
         columns: number of images in a row; None for a grid that is as square as possible.
+        captions: words on each frame; None for none.
+        text: text that the file carries, by keyword; see `varjax.storage.picture_text`.
     """
     S = images_NSHWC.shape[1]
-    grids = [image_io.image_grid(images_NSHWC[:, step], columns) for step in range(S)]
+    if captions is None:
+        draw = image_io.image_grid
+    else:
+        draw = functools.partial(captioned_grid, captions=captions)
+    grids = [draw(images_NSHWC[:, step], columns=columns) for step in range(S)]
     frames = [Image.fromarray(np.broadcast_to(g, (*g.shape[:2], 3))) for g in grids]
     durations = [max(40, FILM_MILLISECONDS // S)] * (S - 1) + [LAST_MILLISECONDS]
     kind = path.suffix.lower()[1:]
@@ -34,4 +50,5 @@ def write_film(path: pathlib.Path, images_NSHWC: np.ndarray, columns: int | None
             duration=durations,
             loop=0,
             **exact,
+            **film_text(text or {}, kind),
         )

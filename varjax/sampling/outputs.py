@@ -14,11 +14,13 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.errors import InputError, StorageError
-from varjax.sampling.films import write_film
+from varjax.sampling.grid_output import NO_WORDS, FilmOutput, GridOutput, PictureWords
 from varjax.storage import files, folders, image_io
 from varjax.storage.buckets import as_path, in_bucket
+from varjax.storage.captioned_grid import MOST_PIXELS
 from varjax.storage.folders import check_writable, remove_work_folder
 from varjax.storage.npz import map_npy, read_zip_text
+from varjax.storage.picture_text import image_text
 from varjax.storage.safetensors_io import read_safetensors
 from varjax.storage.untrusted import parse_json
 
@@ -28,7 +30,6 @@ FILM_SUFFIXES = (".gif", ".webp")
 FILE_SUFFIXES = (".png", ".npz", *FILM_SUFFIXES)  # a grid, images, films
 REFUSED_SUFFIXES = (".jpg", ".jpeg", ".npy", ".json")
 MOST_LABEL_BYTES = 200  # in the name of a file, which may have 255
-MOST_GRID_PIXELS = 178_956_970  # Pillow does not open larger pictures
 
 
 def check_finite_images(
@@ -142,10 +143,10 @@ def check_out_holds(
             f"{', '.join(map(str, allowed))}{other}"
         )
     images *= steps or 1
-    if suffix not in ("", ".npz") and images * H * W > MOST_GRID_PIXELS:
+    if suffix not in ("", ".npz") and images * H * W > MOST_PIXELS:
         raise InputError(
             f"out={location}: a picture of {images:,} images of {H}x{W} is too large; draw at most "
-            f"{MOST_GRID_PIXELS // (H * W):,}, or use varjax sample with FILE.npz or a folder"
+            f"{MOST_PIXELS // (H * W):,}, or use varjax sample with FILE.npz or a folder"
         )
 
 
@@ -156,16 +157,18 @@ def open_output(
     seed: int,
     request: Mapping[str, Any],
     every_step: bool = False,
+    words: PictureWords = NO_WORDS,
 ) -> Output:
     """Returns the output for "x.png" (a grid with `columns`), "x.npz", or a folder's name.
 
-    With `every_step`, the output for a film ("x.gif", "x.webp") or a strip ("x.png").
+    With `every_step`, the output for a film ("x.gif", "x.webp") or a strip ("x.png"). Grids, films
+    and strips show `words`.
     """
     path, suffix = as_path(location), file_suffix(location)
     if every_step:
-        return FilmOutput(path, columns)
+        return FilmOutput(path, columns, words)
     if suffix == ".png":
-        return GridOutput(path, columns)
+        return GridOutput(path, columns, words)
     if suffix == ".npz":
         return NpzOutput(path, label_N, seed, request)
     return FolderOutput(path, label_N, request)
@@ -196,56 +199,12 @@ def begun_batch_size(location: str | pathlib.Path) -> int | None:
         return None  # no output, or another one, which `begin` refuses
 
 
-class GridOutput:
-    """Collects all images in memory and writes one PNG; a kill loses them."""
-
-    def __init__(self, path: pathlib.Path, columns: int | None):
-        self._path, self._columns = path, columns
-        self._images: dict[int, np.ndarray] = {}
-
-    def begin(self, write: bool) -> None:
-        if not write:
-            raise InputError("a grid is drawn by one process; give FILE.npz or a folder")
-
-    def has(self, part: range) -> bool:
-        return part.start in self._images
-
-    def add(self, part: range, images_NHWC: np.ndarray) -> None:
-        self._images[part.start] = images_NHWC
-
-    def finish(self) -> str:
-        images_NHWC = self._collected()
-        image_io.write_png(self._path, image_io.image_grid(images_NHWC, self._columns))
-        return f"{self._path}: {len(images_NHWC)} images"
-
-    def _collected(self):
-        return np.concatenate([self._images[start] for start in sorted(self._images)])
-
-
-class FilmOutput(GridOutput):
-    """Collects the steps of all images in memory and writes one file; a kill loses them.
-
-    FILE.gif and FILE.webp are films of a grid, a frame a step. FILE.png is a strip: a row an image,
-    a column a step. Its parts are (N, S, H, W, channels), of N images and S steps.
-    """
-
-    def begin(self, write: bool) -> None:
-        if not write:
-            raise InputError("films and strips are drawn by one process; run it in one process")
-
-    def finish(self) -> str:
-        images_NSHWC = self._collected()
-        N, S = images_NSHWC.shape[:2]
-        if self._path.suffix.lower() != ".png":
-            write_film(self._path, images_NSHWC, self._columns)
-            return f"{self._path}: {N} images in {S} frames"
-        rows_NHWC = images_NSHWC.reshape(N * S, *images_NSHWC.shape[2:])
-        image_io.write_png(self._path, image_io.image_grid(rows_NHWC, columns=S))
-        return f"{self._path}: {N} images, a row each, after each of {S} steps"
-
-
 class FolderOutput:
-    """Writes one PNG per image, named by its number and label; each appears whole or not at all."""
+    """Writes one PNG per image, named by its number and label; each appears whole or not at all.
+
+    A PNG's text holds the request, but not the command line: a folder has the same bytes however
+    often it was interrupted, and by however many processes it was drawn.
+    """
 
     def __init__(self, path: pathlib.Path, label_N: np.ndarray, request: Mapping[str, Any]):
         self._path, self._label_N, self._request = path, label_N, request
@@ -260,7 +219,8 @@ class FolderOutput:
 
     def add(self, part: range, images_NHWC: np.ndarray) -> None:
         for i, image_HWC in zip(part, images_NHWC, strict=True):
-            image_io.write_png(self._path / self._name(i), image_HWC)
+            text = image_text(self._request, i, self._label_N[i])
+            image_io.write_png(self._path / self._name(i), image_HWC, text)
 
     def finish(self) -> str:
         return f"{self._path}/: {len(self._label_N)} images"

@@ -2,9 +2,11 @@
 
 import math
 import os
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from varjax.errors import InputError
 from varjax.storage import files
@@ -144,8 +146,19 @@ def _resized_columns(
     return part.resize((right - left, picture.height), resampling, inner)
 
 
-def write_png(path: str | os.PathLike, image_HWC: np.ndarray) -> None:
-    """Writes a uint8 image with 1, 3 or 4 channels, atomically."""
+def write_png(
+    path: str | os.PathLike, image_HWC: np.ndarray, text: Mapping[str, str] | None = None
+) -> None:
+    """Writes a uint8 image with 1, 3 or 4 channels, atomically.
+
+    Args:
+        path: path of the file.
+        image_HWC: image to write.
+        text: text that the file carries, by keyword; see `varjax.storage.picture_text`.
+    """
+    chunks = PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_text(keyword, value)
     with files.atomic_path(path) as temporary:
         picture = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
-        Image.fromarray(picture).save(temporary, format="png")
+        Image.fromarray(picture).save(temporary, format="png", pnginfo=chunks)

@@ -1,0 +1,58 @@
+"""Says on a picture what it shows: model, options and classes."""
+
+import argparse
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from varjax.checkpoints.class_names import ClassNames
+
+SHOWN_PARTS = 2  # of a path, the last ones
+
+
+def picture_title(flags: argparse.Namespace, options: Any, **others: Any) -> str:
+    """Returns the title of a picture: "runs/digits · guidance 2 · seed 0".
+
+    Args:
+        flags: flags of the command, which name the model, models that help it, and the seed.
+        options: sampling options of the model, a frozen dataclass.
+        others: further words by name; those that are None are left out.
+    """
+    guidance = dataclasses.asdict(options).get("guidance")
+    helpers = {name: _short(getattr(flags, name)) for name in ("guide", "refiner")}
+    shown = {"guidance": guidance, **helpers, **others}
+    words = [f"{name} {_number_text(value)}" for name, value in shown.items() if value is not None]
+    return " · ".join([_short(flags.weights) or "", *words, f"seed {flags.seed}"])
+
+
+def class_titles(labels: Sequence[int | str] | np.ndarray, names: ClassNames) -> list[str]:
+    """Returns what to call classes on a picture: "3", or "207 golden retriever".
+
+    Args:
+        labels: classes by number, or mixes of classes as text.
+        names: names of the model's classes, whose number itself means "no class".
+    """
+    return [_class_title(label, names) for label in labels]
+
+
+def _class_title(label: int | str, names: ClassNames) -> str:
+    if isinstance(label, str):
+        return label
+    if label >= len(names):
+        return "no class"
+    name = names[int(label)]
+    return name if name == str(label) else f"{label} {name}"
+
+
+def _short(location: str | None) -> str | None:
+    """Returns the end of a path, "runs/digits"."""
+    return location and "/".join(pathlib.PurePath(location).parts[-SHOWN_PARTS:])
+
+
+def _number_text(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ":".join(map(_number_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

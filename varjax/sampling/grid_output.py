@@ -1,0 +1,131 @@
+"""Writes samples as one picture with words: a grid, a strip or a film."""
+
+import dataclasses
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from varjax.errors import InputError
+from varjax.sampling.films import write_film
+from varjax.storage import image_io
+from varjax.storage.captioned_grid import Captions, captioned_grid
+
+MOST_COLUMNS = 20  # of a grid whose classes can be broken into equal rows
+FEWEST_COLUMNS = 8  # of such a row
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureWords:
+    """Holds what a picture says about itself.
+
+    Attributes:
+        title: text above the images, "" for none.
+        names: name of each image, such as its class; () draws a grid without words.
+        text: text that the file carries, by keyword; see `varjax.storage.picture_text`.
+    """
+
+    title: str = ""
+    names: Sequence[str] = ()
+    text: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+NO_WORDS = PictureWords()
+
+
+def grid_columns(classes: int, count: int) -> int | None:
+    """Returns the columns of a grid in which each class has whole rows; None for a square grid.
+
+    Args:
+        classes: number of classes.
+        count: number of images of each class.
+    """
+    if count == 1 or (classes == 1 and count > FEWEST_COLUMNS):
+        return None
+    equal_rows = [n for n in range(FEWEST_COLUMNS, MOST_COLUMNS + 1) if count % n == 0]
+    return count if count <= MOST_COLUMNS or not equal_rows else equal_rows[-1]
+
+
+def grid_captions(words: PictureWords, images: int, columns: int | None) -> Captions:
+    """Names the rows of a grid if each shows one class, and otherwise each image.
+
+    Args:
+        words: title, and the name of each image.
+        images: number of images.
+        columns: number of images in a row; None for a grid that is as square as possible.
+    """
+    names, columns = list(words.names), columns or math.ceil(math.sqrt(images))
+    if len(set(names)) == 1:
+        return Captions(f"{words.title} · {names[0]}" if words.title else names[0])
+    rows = [names[start : start + columns] for start in range(0, images, columns)]
+    if columns == 1 or any(len(set(row)) > 1 for row in rows):
+        return Captions(words.title, tiles=names)
+    firsts = [row[0] for row in rows]
+    before = ["", *firsts]
+    return Captions(
+        words.title, rows=["" if n == b else n for n, b in zip(firsts, before, strict=False)]
+    )
+
+
+class GridOutput:
+    """Collects all images in memory and writes one PNG; a kill loses them.
+
+    One image alone has no words on it.
+    """
+
+    def __init__(self, path: pathlib.Path, columns: int | None, words: PictureWords = NO_WORDS):
+        self._path, self._columns, self._words = path, columns, words
+        self._images: dict[int, np.ndarray] = {}
+
+    def begin(self, write: bool) -> None:
+        if not write:
+            raise InputError("a grid is drawn by one process; give FILE.npz or a folder")
+
+    def has(self, part: range) -> bool:
+        return part.start in self._images
+
+    def add(self, part: range, images_NHWC: np.ndarray) -> None:
+        self._images[part.start] = images_NHWC
+
+    def finish(self) -> str:
+        images_NHWC = self._collected()
+        if self._words.names and len(images_NHWC) > 1:
+            captions = grid_captions(self._words, len(images_NHWC), self._columns)
+            picture_HWC = captioned_grid(images_NHWC, captions, self._columns)
+        else:
+            picture_HWC = image_io.image_grid(images_NHWC, self._columns)
+        image_io.write_png(self._path, picture_HWC, self._words.text)
+        return f"{self._path}: {len(images_NHWC)} images"
+
+    def _collected(self):
+        return np.concatenate([self._images[start] for start in sorted(self._images)])
+
+
+class FilmOutput(GridOutput):
+    """Collects the steps of all images in memory and writes one file; a kill loses them.
+
+    FILE.gif and FILE.webp are films of a grid, a frame a step. FILE.png is a strip: a row an image,
+    a column a step. Its parts are (N, S, H, W, channels), of N images and S steps.
+    """
+
+    def begin(self, write: bool) -> None:
+        if not write:
+            raise InputError("films and strips are drawn by one process; run it in one process")
+
+    def finish(self) -> str:
+        images_NSHWC, words = self._collected(), self._words
+        N, S = images_NSHWC.shape[:2]
+        if self._path.suffix.lower() != ".png":
+            captions = grid_captions(words, N, self._columns) if words.names else None
+            write_film(self._path, images_NSHWC, self._columns, captions, words.text)
+            return f"{self._path}: {N} images in {S} frames"
+        rows_NHWC = images_NSHWC.reshape(N * S, *images_NSHWC.shape[2:])
+        if words.names:
+            steps = [f"step {step + 1}" for step in range(S)]
+            captions = Captions(words.title, rows=words.names, columns=steps)
+            picture_HWC = captioned_grid(rows_NHWC, captions, columns=S)
+        else:
+            picture_HWC = image_io.image_grid(rows_NHWC, columns=S)
+        image_io.write_png(self._path, picture_HWC, words.text)
+        return f"{self._path}: {N} images, a row each, after each of {S} steps"
