@@ -18,6 +18,7 @@ LINE = 1.3  # height of a line of text, in font sizes
 NAME_WIDTH = 11  # of the names of rows, in font sizes at most
 TITLE_LINES, COLUMN_LINES, TILE_LINES = 4, 2, 2  # at most; longer text ends in "…"
 WHITE, BLACK = 255, 0
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +133,7 @@ def captioned_grid(
 
 def _draw_words(layout: GridLayout, captions: Captions, images: int) -> np.ndarray:
     """Draws the words of a grid on white, (height, width) uint8."""
-    picture = Image.new("L", layout.size[::-1], WHITE)
+    picture = Image.new("L", (layout.size[1], layout.size[0]), WHITE)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(layout.font_size)
     line, (tile_h, tile_w) = math.ceil(LINE * layout.font_size), layout.tile
 
@@ -158,7 +159,7 @@ def _draw_words(layout: GridLayout, captions: Captions, images: int) -> np.ndarr
     return np.array(picture)
 
 
-def wrapped(text: str, width: float, most_lines: int, font: ImageFont.FreeTypeFont) -> list[str]:
+def wrapped(text: str, width: float, most_lines: int, font: Font) -> list[str]:
     """Breaks text into lines that fit a width; what does not fit is replaced by "…".
 
     Args:
@@ -179,7 +180,7 @@ def wrapped(text: str, width: float, most_lines: int, font: ImageFont.FreeTypeFo
     return [_shortened(line, width, font) for line in lines]
 
 
-def _shortened(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
+def _shortened(text: str, width: float, font: Font) -> str:
     if font.getlength(text) <= width:
         return text
     while len(text) > 1 and font.getlength(f"{text}…") > width:
@@ -187,5 +188,5 @@ def _shortened(text: str, width: float, font: ImageFont.FreeTypeFont) -> str:
     return f"{text.rstrip()}…"
 
 
-def _most_lines(texts: Sequence[str], width: float, most: int, font: ImageFont.FreeTypeFont) -> int:
+def _most_lines(texts: Sequence[str], width: float, most: int, font: Font) -> int:
     return max((len(wrapped(text, width, most, font)) for text in texts), default=0)

@@ -67,7 +67,7 @@ def read_picture_text(path: str | os.PathLike) -> tuple[str, dict[str, str]]:
     """Reads what a picture says about itself.
 
     Args:
-        path: image file.
+        path: path of an image file.
 
     Returns:
         A line about its size, and its text by keyword; {} if it has none.
@@ -82,7 +82,7 @@ def read_picture_text(path: str | os.PathLike) -> tuple[str, dict[str, str]]:
             about += f", {frames} frames"
         info = picture.info
         if picture.format == "PNG":
-            return about, {k: v for k, v in info.items() if isinstance(v, str)}
+            return about, {str(k): v for k, v in info.items() if isinstance(v, str)}
         comment = info.get("comment", b"")
         line = picture.getexif().get(IMAGE_DESCRIPTION) or comment
     line = line.decode(errors="replace") if isinstance(line, bytes) else str(line)
