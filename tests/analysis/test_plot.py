@@ -87,6 +87,14 @@ def test_what_cannot_be_drawn_is_said_and_nothing_written(tmp_path, capsys, name
     assert not (tmp_path / "plot.png").exists()
 
 
+def test_a_folder_stands_for_its_runs(tmp_path):
+    for name in ("b", "a"):
+        make(tmp_path / name, "")
+        (tmp_path / name / "data.json").write_text("{}")
+    runs = [str(tmp_path / name) for name in ("a", "b")]
+    assert plot._runs_at(str(tmp_path)) == runs and plot._runs_at(runs[0]) == runs[:1]
+
+
 def test_the_reference_ends_after_200_epochs_of_imagenet():
     points = PUBLISHED_LOGS["d16"].points
     images_N, loss_N = points["loss"]

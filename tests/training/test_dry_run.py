@@ -17,6 +17,7 @@ def test_it_takes_a_step_and_writes_nothing(tmp_path):
         "length: 30 steps, 1.3 passes over 1,442 images of 10 classes",
         "state: 1,200 parameters",
         "step: loss 2.3",
+        "whole run: about ",
         "evaluation: compiled",
     ):
         assert words in said

@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 
 from varjax.analysis.run_log import PUBLISHED_LOGS, PublishedLog, RunLog, read_run_log
+from varjax.analysis.runs import find_runs
 from varjax.errors import InputError
 from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import files
+from varjax.storage.buckets import as_path
 
 PREFIX_LABELS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
 SECOND_METRICS = ("accuracy", "psnr")  # right of the loss: the first one that the logs have
@@ -168,10 +170,21 @@ def _first(names: Iterable[str], exists: Any) -> str:
     return next((name for name in names if exists(name)), "")
 
 
+def _runs_at(location: str) -> list[str]:
+    """Returns the directory of a run, or those of all runs in a folder."""
+    path = as_path(location)
+    if not path.is_dir() or (path / "config.json").is_file():
+        return [location]
+    try:
+        return [str(run) for run in find_runs(location)]
+    except InputError:  # reading it as a run says what is missing
+        return [location]
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     parser = command_parser("varjax plot", __doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="directories of the runs")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="runs, or folders of runs")
     parser.add_argument("--out", default="plot.png", help="picture to write (plot.png)")
     parser.add_argument(
         "--reference", choices=tuple(PUBLISHED_LOGS), help="published log to draw as well"
@@ -184,7 +197,8 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
 
     def plot() -> None:
-        logs = [read_run_log(directory) for directory in flags.runs]
+        directories = [run for location in flags.runs for run in _runs_at(location)]
+        logs = [read_run_log(directory) for directory in directories]
         draw_curves(logs, flags.out, PUBLISHED_LOGS.get(flags.reference), flags.by_scale)
         print(f"{flags.out} is written")
 

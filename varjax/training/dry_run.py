@@ -12,6 +12,7 @@ from varjax.storage.buckets import as_path
 from varjax.training.evaluator import Evaluator
 from varjax.training.experiment import Experiment
 from varjax.training.metric_writers import flatten_metrics
+from varjax.training.results import duration
 from varjax.training.run_dir import check_config, is_bound
 from varjax.training.setup import jit_train_step, set_up
 from varjax.training.sharding import bytes_on_device, put, put_batch, shardings
@@ -81,6 +82,11 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     loss = flatten_metrics(jax.device_get(metrics)).get("loss")
     say(
         f"step: loss {loss:.4g} in {seconds:.2f} s, {experiment.batch_size / seconds:,.1f} images/s"
+    )
+    whole = seconds * steps
+    say(
+        f"whole run: about {duration(whole)} at this speed, {whole * mesh.size / 3600:,.1f} "
+        "device-hours, without compiling, evaluations and saves"
     )
     evaluator = Evaluator(task, loader, frozen, mesh, experiment.batch_size)
     begin = time.monotonic()
