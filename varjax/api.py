@@ -12,6 +12,7 @@ from varjax.nn.compute import ComputeConfig as ComputeConfig
 from varjax.sampling.paste import paste as paste
 from varjax.sampling.pictures import save as save
 from varjax.sampling.pictures import show as show
+from varjax.sampling.sampler import image_keys as image_keys
 from varjax.storage.image_io import read_image as read_image
 from varjax.tokenizers.kl.model import KLConfig as KLConfig
 from varjax.tokenizers.vq.model import VQConfig as VQConfig

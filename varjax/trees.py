@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -71,6 +72,16 @@ def nonfinite(tree: Any) -> list[str]:
     """Lists the paths of leaves of floats that hold NaN or infinite numbers."""
     floats = {p: x for p, x in paths(tree).items() if jnp.issubdtype(x.dtype, jnp.floating)}
     return [path for path, x in floats.items() if not np.isfinite(np.asarray(x, np.float32)).all()]
+
+
+def refuse_tracers(tree: Any) -> None:
+    """Raises InputError if JAX is tracing any leaf, for functions that check their arguments."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise InputError(
+            "this function checks its arguments and runs a compiled program, so JAX cannot trace "
+            "it; inside jit, grad, vmap or shard_map, call the same function of model.pure "
+            "(docs/python.md)"
+        )
 
 
 def digest(tree: Any) -> str:

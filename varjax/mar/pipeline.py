@@ -1,6 +1,5 @@
 """A MAR transformer with its tokenizer: the family's `Sampler`, for commands and notebooks."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,17 +11,16 @@ import numpy as np
 from varjax.checkpoints.class_names import numbered_classes
 from varjax.config.numbers import OneOrEach
 from varjax.errors import InputError
+from varjax.mar.functions import MARFunctions
 from varjax.mar.heads import CategoricalHead, DiffusionHead
 from varjax.mar.latents import (
     TokenizerConfig,
     check_latents_fit,
     decode_known,
-    decode_tokens,
-    encode_tokens,
 )
 from varjax.mar.masking import draw_orders, known_after_steps, take_at
 from varjax.mar.memory import mar_sampling_bytes
-from varjax.mar.model import MAR, MARConfig, bind_mar
+from varjax.mar.model import MARConfig
 from varjax.mar.sample import (
     MAROptions,
     MARRule,
@@ -80,6 +78,7 @@ class MARPipeline:
         sampling: default options of `sample` and `edit`.
         compute: number format and execution. Images always become latents in float32.
         devices: devices that share each batch.
+        pure: the pure functions of `params` underneath, for jit, vmap and grad; see docs/python.md.
         labels: names of the classes; their numbers until `varjax.load` sets the names.
         loader: function that loads another model by its location; set by `varjax.load`.
     """
@@ -103,7 +102,7 @@ class MARPipeline:
         self.labels = numbered_classes(mar.classes)
         self._weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
         self.params, self.devices = weights.params, weights.devices
-        exact = dataclasses.replace(compute, encoder_precision="highest")
+        self.pure = pure = MARFunctions(tokenizer, mar, compute, sampling, guide)
 
         @functools.cache
         def token_sampler(choose):
@@ -122,14 +121,10 @@ class MARPipeline:
 
             return sample_tokens
 
-        def decode(params, _, token_BL):
-            config = self._tokenizer_for_images()
-            return decode_tokens(config, mar, params["tokenizer"], token_BL, compute)
-
         def image_sampler(choose):
             def sample_images(params, setup, label_B, key_B):
                 token_BL = token_sampler(choose)(params, setup, label_B, key_B)
-                return decode(params, None, token_BL)
+                return pure.decode(params, token_BL)
 
             return sample_images
 
@@ -142,22 +137,12 @@ class MARPipeline:
                     order_BL, setup.schedule, keep_BL, setup.first_step(mar)
                 )
                 show = functools.partial(
-                    decode_known, self._tokenizer_for_images(), mar, params["tokenizer"], token_BL
+                    decode_known, pure.tokenizer_for_images(), mar, params["tokenizer"], token_BL
                 )
                 images_SBHWC = jax.lax.map(lambda known_BL: show(known_BL, compute), known_SBL)
                 return jnp.moveaxis(images_SBHWC, 0, 1)
 
             return sample_every_step
-
-        def encode(params, _, image_BHWC):
-            batch = {"image_BHWC": image_BHWC}
-            config = self._tokenizer_for_images()
-            return encode_tokens(config, mar, params["tokenizer"], batch, compute=exact)
-
-        def hidden(params, _, token_BL, order_BL, known_BL, label_B):
-            apply = bind_mar(mar, params["mar"], compute)
-            class_BC = apply(label_B, method=MAR.class_vectors)
-            return apply(token_BL, order_BL, known_BL, class_BC, method=MAR.hidden)
 
         def denoise(params, _, xt_NZ, t_N, z_NC):
             return mar.head.network(params["mar"], compute)(z_NC)(xt_NZ, t_N)
@@ -169,8 +154,11 @@ class MARPipeline:
             functools.cache(lambda choose, sampler=sampler: weights.compile(sampler(choose)))
             for sampler in (token_sampler, image_sampler, step_sampler)
         )
-        self._encode, self._decode = weights.compile(encode), weights.compile(decode)
-        self._hidden, self._logits = weights.compile(hidden), weights.compile(logits)
+        self._encode, self._decode, self._hidden = (
+            weights.compile(lambda params, _, *batch, function=function: function(params, *batch))
+            for function in (pure.encode, pure.decode, pure.hidden)
+        )
+        self._logits = weights.compile(logits)
         self._denoise = weights.compile(denoise)
 
     def __repr__(self) -> str:
@@ -189,7 +177,7 @@ class MARPipeline:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, channels) of an image."""
-        return self._tokenizer_for_images().image_shape
+        return self.pure.tokenizer_for_images().image_shape
 
     @property
     def edit_shape(self) -> tuple[int, int]:
@@ -526,14 +514,6 @@ class MARPipeline:
         setup = make_setup(self.mar, options, keep_BL)
         token_BL = jnp.broadcast_to(token_BL, (B, *token_BL.shape[1:]))
         return setup, label_B, key_B, KnownTokens(token_BL, jnp.asarray(keep_BL))
-
-    def _tokenizer_for_images(self) -> TokenizerConfig:
-        if self.tokenizer is None:
-            raise InputError(
-                "this model has no tokenizer, so it samples latents only (sample_latents); convert "
-                "it again with --kl"
-            )
-        return self.tokenizer
 
     def _checked_tokens(self, latents):
         return self.mar.head.checked_tokens(latents, self.mar.latent_map)

@@ -44,6 +44,8 @@ MARRule = Callable[[Sequence[Network], Streams, Callable[[Any], jax.Array], Draw
 class MAROptions:
     """Sampling options: how many tokens a step draws, and how.
 
+        options = varjax.MAROptions(guidance=1.5, steps=8)
+
     A new `guidance`, `temperature` or `clip_denoised` needs no new compilation, unless guidance is
     turned on or off at some step, or a list takes the place of a number.
 

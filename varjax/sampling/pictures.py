@@ -43,7 +43,7 @@ def save(
     """Saves images as a grid, a film, an .npz or a folder; an existing file is replaced.
 
         varjax.save(model.sample([3, 1, 4]), "samples.png")
-        varjax.save(model.sample([3, 1, 4], every_step=True), "film.gif")
+        varjax.save(steps_SNHWC, "film.gif")  # model.sample([3, 1, 4], every_step=True)
 
     Args:
         images: (N, H, W, 1, 3 or 4), uint8 or floats in [0, 1]; for a film (steps, N, H, W, C).

@@ -1,5 +1,6 @@
 """What the pipelines of all families share: weights held by devices, and checked requests."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -83,9 +84,17 @@ class HeldWeights:
 
         @functools.wraps(program)
         def run(options, *batch):
-            return program(self.on_devices, options, *batch)
+            trees.refuse_tracers(batch)
+            with self._own_mesh():
+                return program(self.on_devices, options, *batch)
 
         return run
+
+    def _own_mesh(self) -> contextlib.AbstractContextManager[Any]:
+        """Replaces a mesh that the caller has set, which the program would not accept."""
+        if jax.sharding.get_abstract_mesh().empty:
+            return contextlib.nullcontext()
+        return jax.set_mesh(self._mesh)
 
     def identity(self) -> dict[str, Any]:
         """Returns all that images depend on besides labels, seed and options, as JSON data."""
@@ -231,6 +240,7 @@ def checked_labels(labels: Any, classes: int, batch: int | None = None) -> jax.A
         if batch is not None and len(weight_BN) != batch:
             raise InputError(f"{len(weight_BN)} labels; expected {batch}")
         return jnp.asarray(weight_BN, jnp.float32)
+    trees.refuse_tracers(labels)
     label_B = _numbers("labels", labels, allowed)
     if batch is not None and len(label_B) != batch:
         raise InputError(f"labels have shape {label_B.shape}; expected ({batch},)")
@@ -250,6 +260,7 @@ def checked_keys(seed: Any, index: Any, batch: int) -> jax.Array:
     Raises:
         InputError: a seed or a number outside of 32 bits, or a wrong number of them.
     """
+    trees.refuse_tracers((seed, index))
     index_B = np.arange(batch) if index is None else checked_index(index)
     if len(index_B) != batch:
         raise InputError(f"index has {len(index_B)} numbers; expected {batch}, one per image")
@@ -270,6 +281,7 @@ def checked_mask(mask: Any, batch: int, shape: tuple[int, int], name: str = "kee
 
     Raises InputError for another shape; `name` is the mask's name in the message.
     """
+    trees.refuse_tracers(mask)
     mask = np.asarray(mask)
     if mask.shape not in (shape, (batch, *shape)):
         raise InputError(f"{name} has shape {mask.shape}; allowed are {shape}, {(batch, *shape)}")
@@ -278,6 +290,7 @@ def checked_mask(mask: Any, batch: int, shape: tuple[int, int], name: str = "kee
 
 def checked_tokens(tokens: Any, shape: tuple[int, ...], vocab: int) -> jax.Array:
     """Returns tokens as (B, *shape) int32; raises InputError for another shape or other numbers."""
+    trees.refuse_tracers(tokens)
     tokens = np.asarray(tokens)
     if tokens.shape[1:] != shape or not tokens.ndim or not len(tokens):
         raise InputError(

@@ -138,7 +138,14 @@ class KnownTokens:
 
 
 def image_keys(seed: int | jax.Array, index_B: jax.typing.ArrayLike) -> jax.Array:
-    """Derives a key (B,) for each image from the seed and its number, not its batch position."""
+    """Derives a key for each image from the seed and its number, not its batch position: (B,).
+
+        key_B = varjax.image_keys(0, jnp.arange(4))  # those of model.sample(labels, seed=0)
+
+    Args:
+        seed: random seed of all images.
+        index_B: numbers of the images, integers below 2³².
+    """
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index_B)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax import trees
 from varjax.errors import InputError
 from varjax.nn.compute import EXACT, ComputeConfig
 from varjax.trees import PyTree
@@ -83,6 +84,7 @@ def checked_images(
 
     Raises InputError for images of another shape or type.
     """
+    trees.refuse_tracers(images_BHWC)
     images_BHWC = jnp.asarray(images_BHWC)
     if images_BHWC.ndim != 4 or images_BHWC.shape[1:] != image_shape:
         raise InputError(f"images have shape {images_BHWC.shape}; needed is (B, *{image_shape})")

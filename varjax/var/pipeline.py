@@ -1,6 +1,5 @@
 """A VAR transformer with its tokenizer: the family's `Sampler`, for commands and notebooks."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,9 +35,10 @@ from varjax.tokenizers.contract import checked_images
 from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, decode_every_scale
 from varjax.trees import PyTree
 from varjax.var.kept_scales import keep_at_every_scale, keep_first_scales, scales_of_size
-from varjax.var.model import VAR, VARConfig
+from varjax.var.model import VARConfig
 from varjax.var.network import Refiner, VARModels, check_draft_scales, var_sampling_bytes
 from varjax.var.sample import (
+    VARFunctions,
     VAROptions,
     VARRule,
     guided_scales,
@@ -61,9 +61,7 @@ class VARPipeline:
 
     Images in are uint8 or float in [0, 1], (B, H, W, channels); images out are float32 in [0, 1].
     Each method compiles once per shape: not for a new seed, label or top-k, and for guidance once
-    without and once with it. The pure functions underneath are in `varjax.tokenizers.vq.model`,
-    `varjax.var.model` and `varjax.var.sample`. Every device holds all parameters, and the devices
-    share each batch.
+    without and once with it. Every device holds all parameters, and the devices share each batch.
 
     Attributes:
         guide: config of the weaker model that guides this one; None if "no class" does.
@@ -76,6 +74,7 @@ class VARPipeline:
             formats flip some.
         devices: devices that share each batch.
         refiner: smaller model that draws the fine scales; None if this one draws all of them.
+        pure: the pure functions of `params` underneath, for jit, vmap and grad; see docs/python.md.
         labels: names of the classes; their numbers until `varjax.load` sets the names.
         loader: function that loads another model by its location; set by `varjax.load`.
     """
@@ -99,24 +98,13 @@ class VARPipeline:
         self.labels = numbered_classes(var.classes)
         self._weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
         self.params, self.devices = weights.params, weights.devices
-        exact = dataclasses.replace(compute, encoder_precision="highest")
-
-        def encode(params, _, image_BHWC):
-            return tokenizer.encode(params["tokenizer"], image_BHWC, exact)["tokens_BL"]
-
-        def decode(params, _, token_BL):
-            return tokenizer.decode(params["tokenizer"], {"tokens_BL": token_BL}, exact)
+        self.pure = pure = VARFunctions(models, sampling)
 
         def decode_scales(params, _, token_BL):
             quantizer = bound_quantizer(tokenizer, params["tokenizer"])
             f_hats = quantizer.accumulated_scales(token_BL)
-            images_KBHWC = decode_every_scale(tokenizer, params["tokenizer"], f_hats, exact)
+            images_KBHWC = decode_every_scale(tokenizer, params["tokenizer"], f_hats, compute)
             return jnp.moveaxis(to_unit_range(images_KBHWC), 0, 1)
-
-        def logits(params, _, token_BL, label_B):
-            quantizer = bound_quantizer(tokenizer, params["tokenizer"])
-            input_BlZ = quantizer.teacher_forcing_input(quantizer.accumulated_scales(token_BL))
-            return VAR(var, compute).apply({"params": params["var"]}, input_BlZ, label_B)
 
         @functools.cache
         def compiled_sampler(guided, choose, every_step):
@@ -135,9 +123,11 @@ class VARPipeline:
 
             return weights.compile(sample)
 
-        self._encode, self._decode = weights.compile(encode), weights.compile(decode)
+        self._encode, self._decode, self._logits = (
+            weights.compile(lambda params, _, *batch, function=function: function(params, *batch))
+            for function in (pure.encode, pure.decode, pure.logits)
+        )
         self._decode_every_scale = weights.compile(decode_scales)
-        self._logits = weights.compile(logits)
         self._compiled_sampler = compiled_sampler
 
     def __repr__(self) -> str:

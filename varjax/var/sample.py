@@ -23,13 +23,14 @@ from varjax.config.numbers import (
 from varjax.config.renamed import Renamed
 from varjax.errors import InputError
 from varjax.nn.autoencoder import to_unit_range
+from varjax.nn.compute import ComputeConfig
 from varjax.sampling.filters import filter_top_k_top_p
 from varjax.sampling.guidance import (
     checked_guidance_options,
     guidance_scales,
     guided_interval,
 )
-from varjax.sampling.sampler import KnownTokens, option_field
+from varjax.sampling.sampler import KnownTokens, option_field, replace_options
 from varjax.tokenizers.vq.model import (
     bound_quantizer,
     decode_every_scale,
@@ -38,6 +39,7 @@ from varjax.tokenizers.vq.model import (
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import Quantizer
 from varjax.trees import PyTree
+from varjax.var.model import VAR
 from varjax.var.network import PredictScale, VARModels, sampling_network
 
 # (logits (B, l, V), scale k) -> (tokens (B, l), codes (B, l, Z))
@@ -49,6 +51,8 @@ VARRule = Callable[[jax.Array, int, jax.Array], jax.Array]
 @flax.struct.dataclass
 class VAROptions:
     """Sampling options: how tokens are chosen.
+
+        options = varjax.VAROptions(guidance=2.5, top_k=900, top_p=0.96)
 
     Guidance, top_k, top_p and temperature are one number, or a list of one for each scale.
 
@@ -310,3 +314,68 @@ def gumbel_noise(key_B: jax.Array, like_BlV: jax.Array) -> jax.Array:
     The argmax of logits and noise is a draw from the softmax of the logits.
     """
     return jax.vmap(lambda key: jax.random.gumbel(key, like_BlV.shape[1:]))(key_B)
+
+
+@dataclasses.dataclass(frozen=True)
+class VARFunctions:
+    """VAR's functions of its parameters, `model.params`; JAX may transform each of them.
+
+        key_B = varjax.image_keys(0, range(2))
+        images_BHWC = jax.jit(model.pure.sample)(model.params, jnp.array([3, 1]), key_B)
+
+    Arguments are arrays that are not checked: labels (B,) int32 below `classes`, or `classes` for
+    "no class", and tokens (B, L) int32. Results are those of the model's methods of these names.
+
+    Attributes:
+        models: configs of the models, and how they are computed.
+        sampling: default sampling options.
+    """
+
+    models: VARModels
+    sampling: VAROptions = VAROptions()
+
+    def encode(self, params: PyTree, image_BHWC: jax.Array) -> jax.Array:
+        """Encodes images, uint8 or floats in [0, 1], into tokens (B, L) int32."""
+        tokenizer, exact = self.models.tokenizer, self._exact
+        return tokenizer.encode(params["tokenizer"], image_BHWC, exact)["tokens_BL"]
+
+    def decode(self, params: PyTree, token_BL: jax.Array) -> jax.Array:
+        """Decodes tokens into images (B, H, W, channels) in [0, 1]."""
+        tokenizer, exact = self.models.tokenizer, self._exact
+        return tokenizer.decode(params["tokenizer"], {"tokens_BL": token_BL}, exact)
+
+    def logits(self, params: PyTree, token_BL: jax.Array, label_B: jax.Array) -> jax.Array:
+        """Predicts every token from all coarser scales (teacher forcing): (B, L, V) float32."""
+        quantizer = bound_quantizer(self.models.tokenizer, params["tokenizer"])
+        input_BlZ = quantizer.teacher_forcing_input(quantizer.accumulated_scales(token_BL))
+        transformer: Any = VAR(self.models.var, self.models.compute)
+        return transformer.apply({"params": params["var"]}, input_BlZ, label_B)
+
+    def sample(
+        self,
+        params: PyTree,
+        label_B: jax.Array,
+        key_B: jax.Array,
+        choose: VARRule | None = None,
+        **options: Any,
+    ) -> jax.Array:
+        """Samples images (B, H, W, channels) float32 in [0, 1].
+
+        Args:
+            params: parameters of all models, `model.params`.
+            label_B: classes, or weights of classes (B, classes + 1) float32.
+            key_B: one key per image, from `varjax.image_keys`.
+            choose: rule that chooses tokens; see `VARPipeline.sample`.
+            options: sampling options to replace, as Python numbers; see `VARPipeline.sample`.
+        """
+        pyramid = self.models.var.pyramid
+        chosen = replace_options(self.sampling, options).check(len(pyramid))
+        guided = guided_scales(pyramid, chosen)
+        return sample_images(
+            self.models, params, label_B, key_B, chosen, guided=guided, choose=choose
+        )
+
+    @property
+    def _exact(self) -> ComputeConfig:
+        """Images become tokens in float32, because other formats flip some."""
+        return dataclasses.replace(self.models.compute, encoder_precision="highest")
