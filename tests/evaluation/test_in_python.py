@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 import varjax
+from varjax.data.sources import Digits
 from varjax.errors import InputError
 from varjax.metrics.fid import Moments, frechet_distance
 from varjax.sampling.pictures import save
@@ -97,3 +98,10 @@ def test_features_of_two_networks_are_not_compared(real):
 def test_inception_needs_its_weights():
     with pytest.raises(InputError, match="inception is missing"):
         varjax.fid(SAMPLES, REAL)
+
+
+def test_a_reference_may_be_a_dataset(tmp_path, monkeypatch):
+    monkeypatch.setenv("VARJAX_CACHE", str(tmp_path))
+    digits = Digits().source("held_out").images_NHWC
+    compared = varjax.fid(digits[:50], "digits", features="pixels", split="held_out")
+    assert compared == pytest.approx(varjax.fid(digits[:50], digits, features="pixels"), rel=1e-4)

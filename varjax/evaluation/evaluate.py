@@ -15,8 +15,8 @@ from varjax.evaluation.published import Measurement, compare_settings, release_n
 from varjax.evaluation.references import EvaluationSettings, measure_real_images, reference_of
 from varjax.metrics.classifier import Classifier
 from varjax.metrics.features import (
+    FeatureArrays,
     FeatureExtractor,
-    Features,
     FeatureStore,
     extract_features,
     parts_of,
@@ -77,7 +77,7 @@ class FeatureOutput:
     def finish(self) -> str:
         return ""
 
-    def features_of(self, job: SamplingJob) -> tuple[Features, RejectionSummary | None]:
+    def features_of(self, job: SamplingJob) -> tuple[FeatureArrays, RejectionSummary | None]:
         """Reads the features of the images that a job keeps, and what it keeps of how many.
 
         Args:

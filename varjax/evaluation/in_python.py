@@ -11,16 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from varjax.data.stream import Split
 from varjax.errors import InputError
+from varjax.evaluation.references import EvaluationSettings, reference_of
 from varjax.metrics import fid as metrics
 from varjax.metrics.features import FeatureExtractor, feature_network, parts_of
 from varjax.metrics.image_sets import open_image_set
-from varjax.metrics.references import (
-    Reference,
-    default_cache,
-    read_reference,
-    reference_of_features,
-)
+from varjax.metrics.references import Reference, default_cache, reference_of_features
 from varjax.metrics.report import SampleMetrics, measure
 from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.sampling.pictures import checked_pictures
@@ -47,6 +44,7 @@ class Features:
         arrays: features by name: "pool_ND", and with Inception "spatial_ND" and "logits_NV".
         label_N: classes of the images, if a file or the names in a folder have them, else None.
         extract: extractor that computed them.
+        image_shape: (H, W, channels) of an image.
 
     Raises:
         InputError: images of another shape or type, fewer than two, or weights that are missing.
@@ -60,7 +58,7 @@ class Features:
         extract: FeatureExtractor | None = None,
     ):
         self.extract = extract or _extractor(os.fspath(features), os.fspath(inception))
-        self.arrays, self.label_N = _extract(images, self.extract)
+        self.arrays, self.label_N, self.image_shape = _extract(images, self.extract)
 
     def __len__(self) -> int:
         return len(self.arrays["pool_ND"])
@@ -74,6 +72,7 @@ def fid(
     reference: Any,
     inception: str | os.PathLike = "",
     features: str | os.PathLike = "inception",
+    split: Split = "train",
 ) -> float:
     """Computes the Fréchet distance of samples to a reference (Heusel et al., arXiv 1706.08500).
 
@@ -83,14 +82,16 @@ def fid(
 
     Args:
         samples: images as `Features` takes them, or `Features`.
-        reference: likewise, or the path of an .npz of statistics ("mu", "sigma").
+        reference: likewise; the path of an .npz of statistics ("mu", "sigma"); or a dataset, as
+            `varjax evaluate --reference` takes it: "digits", "folder:/data/imagenet".
         inception: directory of Inception's weights; "" for features that are computed already.
         features: kind of features; see `Features`.
+        split: split of a reference that is a dataset, "train" or "held_out".
 
     Raises:
         InputError: images that do not fit, fewer than two, or weights that are missing.
     """
-    computed, compared = _both(samples, reference, inception, features)
+    computed, compared = _both(samples, reference, inception, features, split)
     moments = metrics.Moments.of(computed.arrays["pool_ND"])
     return metrics.frechet_distance(moments, compared.moments["pool_ND"])
 
@@ -100,6 +101,7 @@ def evaluate_samples(
     reference: Any,
     inception: str | os.PathLike = "",
     features: str | os.PathLike = "inception",
+    split: Split = "train",
 ) -> SampleMetrics:
     """Computes all metrics of samples: FID, sFID, Inception Score, precision, recall and KID.
 
@@ -111,19 +113,26 @@ def evaluate_samples(
 
     Args:
         samples: images as `Features` takes them, or `Features`.
-        reference: likewise, or the path of an .npz of statistics ("mu", "sigma").
+        reference: likewise; the path of an .npz of statistics ("mu", "sigma"); or a dataset, as
+            `varjax evaluate --reference` takes it: "digits", "folder:/data/imagenet".
         inception: directory of Inception's weights; "" for features that are computed already.
         features: kind of features; see `Features`.
+        split: split of a reference that is a dataset, "train" or "held_out".
 
     Raises:
         InputError: images that do not fit, fewer than two, or weights that are missing.
     """
-    computed, compared = _both(samples, reference, inception, features)
-    return measure(computed.arrays, compared, computed.label_N)
+    computed, compared = _both(samples, reference, inception, features, split)
+    classes = computed.extract.network.classes
+    return measure(computed.arrays, compared, computed.label_N, logit_classes=classes)
 
 
 def _both(
-    samples: Any, reference: Any, inception: str | os.PathLike, features: str | os.PathLike
+    samples: Any,
+    reference: Any,
+    inception: str | os.PathLike,
+    features: str | os.PathLike,
+    split: Split,
 ) -> tuple[Features, Reference]:
     """Returns the features of the samples, and the reference, by the same network."""
     given = next((x for x in (samples, reference) if isinstance(x, Features)), None)
@@ -142,8 +151,8 @@ def _both(
     if isinstance(reference, Features):
         return samples, reference_of_features(reference.arrays)
     if isinstance(reference, str | os.PathLike):
-        sizes = {name: x.shape[1] for name, x in samples.arrays.items()}
-        return samples, read_reference(reference, extract, default_cache(), sizes)
+        settings = EvaluationSettings(extract, os.fspath(reference), split, default_cache())
+        return samples, reference_of(settings, samples.image_shape)
     return samples, reference_of_features(Features(reference, extract=extract).arrays)
 
 
@@ -155,8 +164,8 @@ def _extractor(features: str, inception: str) -> FeatureExtractor:
 
 def _extract(
     images: Any, extract: FeatureExtractor
-) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """Returns the features of images, and their classes if they are known."""
+) -> tuple[dict[str, np.ndarray], np.ndarray | None, tuple[int, ...]]:
+    """Returns the features of images, their classes if they are known, and their shape."""
     label_N = None
     if isinstance(images, str | os.PathLike):
         found = open_image_set(images)
@@ -172,10 +181,14 @@ def _extract(
             f"images are a {type(images).__name__}; give an array, an iterable of arrays, or the "
             "path of an .npz or a folder"
         )
-    computed = [extract(checked_pictures(batch)) for batch in batches]
+    computed, shapes = [], set()
+    for batch in batches:
+        images_NHWC = checked_pictures(batch)
+        shapes.add(images_NHWC.shape[1:])
+        if len(shapes) > 1:
+            raise InputError(f"the batches have images of {shapes}; give images of one size")
+        computed.append(extract(images_NHWC))
     if not computed or (count := sum(len(x["pool_ND"]) for x in computed)) < LEAST_IMAGES:
         raise InputError(f"{count if computed else 0} images; {LEAST_IMAGES} or more are needed")
-    shapes = {tuple(x["pool_ND"].shape[1:]) for x in computed}
-    if len(shapes) > 1:
-        raise InputError(f"the batches have features of shapes {shapes}; give images of one size")
-    return {k: np.concatenate([x[k] for x in computed]) for k in computed[0]}, label_N
+    arrays = {name: np.concatenate([x[name] for x in computed]) for name in computed[0]}
+    return arrays, label_N, shapes.pop()

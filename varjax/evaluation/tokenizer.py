@@ -42,7 +42,7 @@ from varjax.evaluation.image_crop import (
     choose_crop,
     describe_crop,
 )
-from varjax.metrics.features import FeatureExtractor, Features, inception_network
+from varjax.metrics.features import FeatureArrays, FeatureExtractor, inception_network
 from varjax.metrics.references import reference_of_features
 from varjax.metrics.report import SampleMetrics, measure, metrics_table
 from varjax.models import open_model, read_tokenizer
@@ -137,7 +137,7 @@ class FeaturePairs:
 
     def __init__(self, extract: FeatureExtractor):
         self._extract = extract
-        self._pairs: list[tuple[Features, Features]] = []
+        self._pairs: list[tuple[FeatureArrays, FeatureArrays]] = []
 
     def add(self, images_NHWC: np.ndarray, rebuilt_NHWC: np.ndarray) -> None:
         """Adds uint8 images and their reconstructions."""

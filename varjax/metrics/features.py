@@ -22,7 +22,7 @@ from varjax.storage.buckets import as_path
 from varjax.trees import PyTree
 
 # "pool_ND"; "logits_NV" of Inception and classifiers; "spatial_ND" of Inception.
-Features = dict[str, np.ndarray]
+FeatureArrays = dict[str, np.ndarray]
 # Images per device in one call. Smaller batches are padded: for another number, the compiler might
 # sum in another order, and features would depend on the batch size.
 CPU_BLOCK, ACCELERATOR_BLOCK = 8, 64
@@ -158,7 +158,7 @@ class FeatureExtractor:
 
     def __call__(
         self, images_NHWC: np.ndarray, progress: Callable[[int], Any] = lambda count: None
-    ) -> Features:
+    ) -> FeatureArrays:
         """Computes features, float32.
 
         Args:
@@ -230,11 +230,11 @@ class FeatureStore:
         """Returns whether a part can be read; a damaged part is reported and removed."""
         return folders.read_or_remove(self._file(part)) is not None
 
-    def add(self, part: range, features: Features) -> None:
+    def add(self, part: range, features: FeatureArrays) -> None:
         """Writes the features of a part."""
         files.write_tensors(self._file(part), features, {})
 
-    def read(self, part: range, fewer: bool = False) -> Features:
+    def read(self, part: range, fewer: bool = False) -> FeatureArrays:
         """Reads the features of a part.
 
         Args:
@@ -251,7 +251,7 @@ class FeatureStore:
             raise InputError(f"{path} has features of other images; delete it and try again")
         return features
 
-    def join(self, parts: list[range], keep_M: np.ndarray | None = None) -> Features:
+    def join(self, parts: list[range], keep_M: np.ndarray | None = None) -> FeatureArrays:
         """Reads parts into one array for each kind of features.
 
         Args:

@@ -11,8 +11,8 @@ import numpy as np
 
 from varjax.errors import InputError
 from varjax.metrics.features import (
+    FeatureArrays,
     FeatureExtractor,
-    Features,
     FeatureStore,
     extract_features,
     feature_sizes,
@@ -89,7 +89,7 @@ def read_reference(
     return reference_of_images(images, images.digest, extract, cache)
 
 
-def reference_of_features(features: Features) -> Reference:
+def reference_of_features(features: FeatureArrays) -> Reference:
     """Makes a reference from features (N, …); raises InputError for fewer than two images."""
     moments = {k: Moments.of(features[k]) for k in STATISTICS.keys() & features.keys()}
     pool_ND = features["pool_ND"]

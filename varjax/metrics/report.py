@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from varjax.metrics import fid
-from varjax.metrics.features import Features
+from varjax.metrics.features import FeatureArrays
 from varjax.metrics.references import Reference
 
 # Rows of the table: key, name, digits, and whether lower or higher is better.
@@ -44,7 +44,7 @@ class SampleMetrics:
 
 
 def measure(
-    features: Features,
+    features: FeatureArrays,
     reference: Reference,
     label_N: np.ndarray | None = None,
     classes: int | None = None,
@@ -197,7 +197,7 @@ def _beyond_chance(similarity: float, norm: float, count: int) -> bool:
     return similarity > ORDERED * norm * (count - 1) ** 0.5
 
 
-def _notices(features: Features, label_N: np.ndarray | None, classes: int | None) -> list[str]:
+def _notices(features: FeatureArrays, label_N: np.ndarray | None, classes: int | None) -> list[str]:
     N, notices = len(features["pool_ND"]), []
     if N < PUBLISHED_IMAGES:
         notices.append(
