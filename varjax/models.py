@@ -353,6 +353,9 @@ def choose_draft_scales(refiner: str | pathlib.Path | None, draft_scales: int | 
 def load_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> "LoadedTokenizer":
     """Loads a tokenizer alone, ready to encode and decode.
 
+        tokenizer = varjax.load_tokenizer("runs/digits_tokenizer")
+        images_BHWC = tokenizer.decode(tokenizer.encode(images_BHWC))
+
     Args:
         location: run of a tokenizer, run that uses one, converted directory, or name of a published
             model: "vae_ch160v4096z32", "var_d16".

@@ -121,6 +121,8 @@ def split_changes(arguments: list[str]) -> tuple[list[str], list[str]]:
 def load_config(location: str) -> Any:
     """Returns `get_config(argument)` of the Python file in "file.py" or "file.py:argument".
 
+        experiment = varjax.load_config("var:d16,data=folder:/data/imagenet")
+
     A name without ".py" is a config that comes with varjax, such as "digits" or "var:d16". Files in
     one folder can import each other by `from .other import …`.
 

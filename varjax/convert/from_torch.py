@@ -42,8 +42,8 @@ def convert(
 ) -> dict[str, Any]:
     """Writes a directory of weights from official .pth or .safetensors files.
 
-        convert("weights/d16", tokenizer="vae_ch160v4096z32.pth", var="var_d16.pth")
-        convert("weights/mar_b", kl="kl16.ckpt", mar="checkpoint-last.pth")
+        varjax.convert_weights("weights/d16", tokenizer="vae_ch160v4096z32.pth", var="var_d16.pth")
+        varjax.convert_weights("weights/mar_b", kl="kl16.ckpt", mar="checkpoint-last.pth")
 
     Weights of any floating-point format become float32. Tensors with NaN or infinite numbers are
     listed on stderr. If anything fails or the disk fills up, nothing is left at `out`.

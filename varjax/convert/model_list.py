@@ -62,8 +62,11 @@ class PublishedModel:
 def list_models() -> list[PublishedModel]:
     """Lists the published models by name; nothing is downloaded.
 
-    for model in varjax.list_models():
-        print(model.name, model.parameters, model.license)
+        for model in varjax.list_models():
+            print(model.name, model.parameters, model.license)
+
+    Returns:
+        A record for each name, tokenizers first.
     """
     return [_describe(kind, name) for kind in NAME_MAPS for name in kind.releases]
 

@@ -34,6 +34,9 @@ Dropouts = Mapping[str, Any]
 class MARConfig:
     """Settings of the transformer. Raises InputError for sizes that do not fit together.
 
+        config = varjax.MARConfig.preset("mar_b")  # a size of the paper
+        small = varjax.MARConfig(width=64, encoder_heads=2, decoder_heads=2, latent_map=(4, 4))
+
     Attributes:
         width: channels of a token in the encoder, and of the class embedding.
         encoder_depth: number of layers over the known tokens.

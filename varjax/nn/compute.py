@@ -29,6 +29,8 @@ BATCH_AXES = ("data", "fsdp")  # the mesh axes that shard a batch: training/shar
 class ComputeConfig:
     """Number format and execution of a model; changes how, not what it computes.
 
+        model = varjax.load("runs/digits", compute=varjax.ComputeConfig(dtype="bfloat16"))
+
     Attributes:
         dtype: number format of matrix products and, in VAR's training, of the residual stream.
             "auto" is bfloat16 on an accelerator and float32 on a CPU. Softmax, norms, logits,

@@ -46,6 +46,8 @@ def image_grid(images_NHWC: np.ndarray, columns: int | None = None) -> np.ndarra
 def read_image(path: str | os.PathLike, shape: tuple[int, int, int]) -> np.ndarray:
     """Reads an image file as a uint8 array of `shape`, (H, W, channels).
 
+        image_HWC = varjax.read_image("photo.jpg", model.image_shape)
+
     The image is resized and cropped by `resize_and_crop`. Raises the errors of `open_image`.
     """
     return resize_and_crop(open_image(path), shape)

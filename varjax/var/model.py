@@ -24,6 +24,9 @@ from varjax.trees import PyTree
 class VARConfig:
     """Settings of the transformer. Raises InputError for sizes that do not fit together.
 
+        config = varjax.VARConfig.preset("d16")  # a size of the paper
+        small = varjax.VARConfig(depth=2, width=64, heads=2, classes=10, scales=(1, 2, 4))
+
     Attributes:
         depth: number of layers.
         width: number of channels of a token.

@@ -65,7 +65,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class KLConfig:
     """Describes a KL tokenizer and implements the contract of tokenizers.
 
-        KLConfig(image_size=(8, 8), image_channels=1, width=32, channel_mult=(1, 2), groups=8)
+        varjax.KLConfig(image_size=8, image_channels=1, width=32, channel_mult=(1, 2), groups=8)
 
     The defaults are the released KL-16 (`kl16.ckpt`). In addition to the network, the parameters
     hold the scalar "latent_std": the standard deviation of the latents over the data, by which a

@@ -34,7 +34,7 @@ from varjax.trees import PyTree
 class VQConfig:
     """Describes a multi-scale VQ tokenizer and implements the contract of tokenizers.
 
-        VQConfig(scales=(1, 2, 4), image_channels=1, width=32, channel_mult=(1, 2), vocab=256)
+        varjax.VQConfig(scales=(1, 2, 4), image_channels=1, width=32, channel_mult=(1, 2))
 
     The defaults are the released `vae_ch160v4096z32`. Raises InputError where sizes do not fit
     together.
