@@ -102,7 +102,7 @@ def test_a_tokenizer_alone_serves_training_but_draws_nothing(tokenizer_dir, tmp_
         read_expected_tokenizer(open_weights(tokenizer_dir), other)
     export_torch(tokenizer_dir, tmp_path / "torch")
     names = sorted(path.name for path in (tmp_path / "torch").iterdir())
-    assert names == ["tokenizer.pth", "tokenizer.safetensors"]
+    assert names == ["tokenizer.pth", "tokenizer.safetensors", "tokenizer.varjax.json"]
     with pytest.raises(ValueError, match="VQTask, not of a transformer"):
         varjax.load(tmp_path / "tokenizer_run")
     with pytest.raises(ValueError, match="has no average"):

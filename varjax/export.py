@@ -11,13 +11,15 @@ import jax
 import numpy as np
 
 from varjax import trees
+from varjax.checkpoints.class_names import stored_names
 from varjax.checkpoints.weights import WeightsDir, find_weights, open_weights
 from varjax.convert.apply_map import official_buffers, to_official
-from varjax.convert.name_maps import name_map_of
+from varjax.convert.name_maps import NAME_MAPS, name_map_of
 from varjax.convert.name_maps.diffusers import diffusers_config, with_diffusers_names
+from varjax.convert.sidecar import write_sidecar
 from varjax.convert.weights_dir import new_directory, write_converted, write_files
 from varjax.errors import InputError, check_setting
-from varjax.metrics.resnet import ResNetConfig
+from varjax.metrics.classifier_weights import PART, read_classifier
 from varjax.models import FAMILIES, open_model, read_model, read_tokenizer, run_crop
 from varjax.storage import files
 from varjax.storage.buckets import as_path
@@ -49,10 +51,7 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None 
     models, sampling = _read_models(weights, ema)
     leaves = {part: (config, trees.paths(params)) for part, (config, params) in models.items()}
     digest = hashlib.sha256((run / "config.json").read_bytes()).hexdigest()
-    crop = run_crop(weights)
-    about = {"crop": crop} if crop else {}
-    about |= license_of(weights)
-    write_converted(out, leaves, {f"{run.name}/config.json": digest}, sampling, about)
+    write_converted(out, leaves, {f"{run.name}/config.json": digest}, sampling, _about(weights))
 
 
 def export_torch(
@@ -61,12 +60,13 @@ def export_torch(
     ema: bool | None = None,
     layout: Layout = "official",
 ) -> None:
-    """Writes weights for the official code: a .pth and a .safetensors of each model.
+    """Writes weights for the official code: a .pth, a .safetensors and a JSON file of each model.
 
-    Both have equal content, with the official names and all buffers, so that
+    The first two have equal content, with the official names and all buffers, so that
     `load_state_dict(torch.load(path, weights_only=True), strict=True)` accepts them. The
-    .safetensors' metadata contain the license of published weights, if it is known. A message on
-    stderr names parameters that the files cannot hold and that differ from the official code's.
+    .safetensors' metadata contain the license of published weights, if it is known. The JSON file,
+    NAME.varjax.json, has what tensors cannot tell; `convert` reads it, so that the same model comes
+    back. Messages on stderr name settings and parameters that differ from the official code's.
 
     Args:
         weights: training run, directory of weights, or name of a published model.
@@ -82,16 +82,24 @@ def export_torch(
     """
     check_setting("layout", layout, layout in get_args(Layout), " or ".join(get_args(Layout)))
     directory, out = open_model(weights), as_path(out)
-    models, _ = _read_models(directory, ema)
+    models, sampling = _read_models(directory, ema)
     if layout == "diffusers":
         return _export_diffusers(directory, out, *models.get("tokenizer", (None, None)))
+    about = _about(directory)
     contents = {}
     for part, (config, params) in models.items():
         tensors = {**to_official(config, params), **official_buffers(config)}
         contents |= {f"{part}.pth": tensors, f"{part}.safetensors": tensors}
+        _note_differences(part, config)
         _note_constants(part, config, trees.paths(params))
     with new_directory(out, contents) as temporary:
         write_files(temporary, contents, license_of(directory))
+        for part, (config, params) in models.items():
+            # What is known of a model is not known of the tokenizer that it was published with.
+            own = about if part == [*models][-1] else _about_tokenizer(about)
+            options = sampling if name_map_of(config).sampling else None
+            file = temporary / f"{part}.pth"
+            write_sidecar(file, config, trees.paths(params), options, own)
 
 
 def license_of(weights: WeightsDir) -> dict[str, str]:
@@ -104,6 +112,32 @@ def license_of(weights: WeightsDir) -> dict[str, str]:
         weights = open_weights(start)
     text = weights.config.get("license")
     return {"license": text} if isinstance(text, str) and text else {}
+
+
+def _about(weights: WeightsDir) -> dict[str, Any]:
+    """Returns what config.json says of a converted directory's weights besides configs."""
+    about: dict[str, Any] = {}
+    if crop := run_crop(weights) or weights.config.get("crop"):
+        about["crop"] = crop
+    if names := stored_names(weights):
+        about["class_names"] = names
+    if release := weights.config.get("release"):
+        about["release"] = release
+    return about | license_of(weights)
+
+
+def _about_tokenizer(about: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: about[name] for name in ("crop", "license") if name in about}
+
+
+def _note_differences(part: str, config: Any) -> None:
+    """Prints which settings the official code must get before it loads the files."""
+    if differences := name_map_of(config).official_differences(config):
+        print(
+            f"note: {part}: change the official code before it loads these files: "
+            f"{', '.join(differences)}",
+            file=sys.stderr,
+        )
 
 
 def _note_constants(part: str, config: Any, leaves: Mapping[str, Any]) -> None:
@@ -131,6 +165,8 @@ def _export_diffusers(weights: WeightsDir, out: pathlib.Path, config: Any, param
         about = diffusers_config(config, float(params[LATENT_STD_PATH]))
         files.write_json(temporary / "config.json", about)
         write_files(temporary, contents, license_of(weights))
+        file, own = temporary / next(iter(contents)), _about_tokenizer(_about(weights))
+        write_sidecar(file, config, trees.paths(params), None, own)
 
 
 def _read_models(
@@ -145,8 +181,14 @@ def _read_models(
     if "tokenizer" in task if task else any(family.name in config for family in FAMILIES):
         family, model, params, sampling = read_model(weights, ema)
         models[family.name] = model, params
-    if not task and "classifier" in config:
-        models["classifier"] = weights.read_converted("classifier", ResNetConfig)
+    if not task and PART in config:
+        models[PART] = read_classifier(weights.path)
     if not models:
         raise InputError(f"{weights.path} has no model to write; its config.json names {[*config]}")
+    for part, (model, _) in models.items():
+        if not isinstance(model, tuple(name_map.config for name_map in NAME_MAPS)):
+            raise InputError(
+                f"{weights.path}: its {part} is a {type(model).__name__}, which only varjax has; "
+                "there is no official code that could load it"
+            )
     return {part: (c, jax.device_get(params)) for part, (c, params) in models.items()}, sampling

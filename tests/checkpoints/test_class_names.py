@@ -98,6 +98,11 @@ def test_a_converted_model_of_1000_classes_has_the_names_of_imagenet(tmp_path):
     assert list(read_class_names(converted, 3)) == ["0", "1", "2"]
 
 
+def test_a_converted_run_keeps_the_names_of_its_data(tmp_path):
+    converted = WeightsDir(tmp_path, {"sources": {}, "class_names": ["bag", "shirt"]})
+    assert list(read_class_names(converted, 2)) == ["bag", "shirt"]
+
+
 def test_many_names_are_shown_in_part():
     assert repr(IMAGENET).startswith("0 tench, 1 goldfish, ")
     assert repr(IMAGENET).endswith("9 ostrich … (990 more)")

@@ -128,29 +128,36 @@ def imagenet_classes() -> ClassNames:
 def read_class_names(weights: WeightsDir, classes: int) -> ClassNames:
     """Finds the names of a model's classes.
 
-    They are those of a run's data, ImageNet's for a converted model of 1,000 classes, and otherwise
-    numbers. Folders that are named by ImageNet's identifiers get ImageNet's names.
+    They are those of a run's data, ImageNet's for other converted models of 1,000 classes, and
+    otherwise numbers. Folders that are named by ImageNet's identifiers get ImageNet's names.
 
     Args:
         weights: training run or converted directory of the model.
         classes: number of classes of the model.
     """
-    if weights.task is None:
-        return imagenet_classes() if classes == IMAGENET_CLASSES else numbered_classes(classes)
-    try:
-        about = files.read_json(weights.path / "data.json")
-    except StorageError:
-        raise
-    except (InputError, OSError):
-        return numbered_classes(classes)  # names are a convenience: the run samples without them
-    names = about.get("class_names")
-    if not isinstance(names, list) or len(names) != classes:
+    names = stored_names(weights)
+    if names is None and weights.task is None and classes == IMAGENET_CLASSES:
+        return imagenet_classes()
+    if names is None or len(names) != classes:
         return numbered_classes(classes)
-    names = tuple(map(str, names))
     words = dict(zip(imagenet_classes().synsets, imagenet_classes().names, strict=True))
     if all(name in words for name in names):
-        return ClassNames(tuple(words[name] for name in names), names)
-    return ClassNames(names)
+        return ClassNames(tuple(words[name] for name in names), tuple(names))
+    return ClassNames(tuple(names))
+
+
+def stored_names(weights: WeightsDir) -> list[str] | None:
+    """Returns the names in a run's data.json or a converted directory's config.json, or None."""
+    about = weights.config
+    if weights.task is not None:
+        try:
+            about = files.read_json(weights.path / "data.json")
+        except StorageError:
+            raise
+        except (InputError, OSError):
+            return None  # names are a convenience: the run samples without them
+    names = about.get("class_names")
+    return [*map(str, names)] if isinstance(names, list) else None
 
 
 def _unique(names: Sequence[str]) -> dict[str, int]:

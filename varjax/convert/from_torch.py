@@ -4,7 +4,7 @@ import contextlib
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from varjax.convert.apply_map import is_weight, lazy_leaves
@@ -22,6 +22,7 @@ from varjax.convert.official_files import (
     read_files,
     warn_not_finite,
 )
+from varjax.convert.sidecar import Sidecar, read_sidecar
 from varjax.convert.weights_dir import (
     CONVERT_OPTIONS,
     check_weights_dir,
@@ -46,7 +47,8 @@ def convert(
         varjax.convert_weights("weights/mar_b", kl="kl16.ckpt", mar="checkpoint-last.pth")
 
     Weights of any floating-point format become float32. Tensors with NaN or infinite numbers are
-    listed on stderr. If anything fails or the disk fills up, nothing is left at `out`.
+    listed on stderr. Settings come from NAME.varjax.json if that file is next to the weights, where
+    `export_torch` writes it. If anything fails or the disk fills up, nothing is left at `out`.
 
     Args:
         out: directory to write. An existing one is replaced only if it holds the same models.
@@ -79,20 +81,23 @@ def convert(
     locations = {flag: as_path(file) for flag, file in files.items() if file is not None}
     sources = _read_sources(locations, ema)
     check_weights_dir(out, converted_files(sources))
-    for source in sources.values():
+    sidecars = _read_sidecars(sources, locations, options)
+    for part, source in sources.items():
         location = locations.get(source.kind.flag, source.path)
         with errors_naming(location):
             own = source.kind.own_options(options)
-            options |= source.kind.file_options(source, location, own)
-    configs = infer_configs(sources, options)
+            if part not in sidecars:
+                options |= source.kind.file_options(source, location, own)
+    known = {part: sidecar.config for part, sidecar in sidecars.items()}
+    configs = infer_configs(sources, options, known)
     models, problems, sampling = {}, Problems(), None
     for part, config in configs.items():
         source = sources[part]
         with problems.collected(), errors_naming(source.path):
-            models[part] = (
-                config,
-                lazy_leaves(config, source.tensors, source.kind.own_options(options)),
-            )
+            leaves = lazy_leaves(config, source.tensors, source.kind.own_options(options))
+            models[part] = config, leaves
+            if part in sidecars:
+                leaves |= sidecars[part].constants
         if source.kind.sampling:
             sampling = source.kind.sampling(config)
     problems.check()
@@ -102,7 +107,14 @@ def convert(
     paths = dict.fromkeys(path for source in sources.values() for path in source.files)
     digests = sha256_of(paths)
     about: dict[str, Any] = {CONVERT_OPTIONS: changed}
-    if name := published_name(sources, configs, digests):
+    main = _main_part(sources)
+    if main in sidecars:
+        sidecar = sidecars[main]
+        about |= sidecar.about
+        sampling = sidecar.sampling
+        if "license" in about:
+            print(f"{sources[main].path}: license {about['license']}", file=sys.stderr)
+    elif name := published_name(sources, configs, digests):
         release = RELEASES[name]
         print(f"{name}: license {release.license}", file=sys.stderr)
         about |= {"release": name, "license": release.license}
@@ -124,7 +136,7 @@ def published_name(
     Returns:
         The name in RELEASES, or None.
     """
-    part = next((part for part in sources if part != "tokenizer"), "tokenizer")
+    part = _main_part(sources)
     kind, path = sources[part].kind, sources[part].path
     for name, release in RELEASES.items():
         file = release.files.get(kind.flag)
@@ -163,6 +175,29 @@ class Problems:
         """Raises one InputError with all messages, if there are any."""
         if self._messages:
             raise InputError("\n".join(self._messages))
+
+
+def _main_part(parts: Iterable[str]) -> str:
+    """Returns the part whose file says what is published and how it is sampled."""
+    return next((part for part in parts if part != "tokenizer"), "tokenizer")
+
+
+def _read_sidecars(
+    sources: Mapping[str, Source],
+    locations: Mapping[str, pathlib.Path],
+    options: Mapping[str, Any],
+) -> dict[str, Sidecar]:
+    """Reads the JSON files next to those that the user gave, by part, and prints a note of each."""
+    sidecars, problems = {}, Problems()
+    for part, source in sources.items():
+        # A trainer's checkpoint may also hold a tokenizer, which no JSON file describes.
+        if (location := locations.get(source.kind.flag)) is not None:
+            with problems.collected():
+                if sidecar := read_sidecar(location, source, options):
+                    sidecars[part] = sidecar
+                    print(f"note: {location}: settings are from {sidecar.path}", file=sys.stderr)
+    problems.check()
+    return sidecars
 
 
 def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[str, Source]:
@@ -221,12 +256,17 @@ def _source(files: Sequence[pathlib.Path], flag: str, held: Tensors) -> Source:
     return Source(path, kind, own, held, tuple(files))
 
 
-def infer_configs(sources: Mapping[str, Source], options: Mapping[str, Any]) -> dict[str, Any]:
+def infer_configs(
+    sources: Mapping[str, Source],
+    options: Mapping[str, Any],
+    known: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Infers the configs of models that belong together.
 
     Args:
         sources: source of each part: "tokenizer", "var" or "mar".
         options: settings that the files do not contain, by name.
+        known: configs that need not be inferred, by part.
 
     Returns:
         The config of each part.
@@ -243,23 +283,24 @@ def infer_configs(sources: Mapping[str, Source], options: Mapping[str, Any]) -> 
                 f"{source.path}: {source.kind.description} does not read the latents of "
                 f"{tokenizer.kind.description}, which {tokenizer.path} holds"
             )
-    configs = {}
+    configs = dict(known or {})
     # A model of latents comes first, because it determines more about its tokenizer than the
     # tokenizer's file does, except for the shape of the latents.
     if tokenizer:
         with errors_naming(tokenizer.path):
-            known = tokenizer.kind.latent_options(tokenizer.tensors)
-            for name, x in known.items():
+            held = tokenizer.kind.latent_options(tokenizer.tensors)
+            for name, x in held.items():
                 if options.get(name) not in (None, x):
                     raise InputError(
                         f"{name}={options[name]}, but its latents have {x}; omit --{name}"
                     )
-            options = {**options, **known}
+            options = {**options, **held}
     for part in sorted(sources, key=lambda part: part == "tokenizer"):
         source = sources[part]
         with errors_naming(source.path):
             own = source.kind.own_options(options)
-            configs[part] = source.kind.infer(source.tensors, own)
+            if part not in configs:
+                configs[part] = source.kind.infer(source.tensors, own)
         options = {**options, **source.kind.tokenizer_options(configs[part], own)}
     for source in models:
         if source.kind.check_fit:

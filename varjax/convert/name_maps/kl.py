@@ -21,6 +21,8 @@ from varjax.convert.name_maps.name_map import (
     Source,
     Tensors,
     conv_links,
+    differences,
+    fields_of,
     option,
     parse_side,
     tensor_shape,
@@ -150,6 +152,12 @@ def kl_official_constants(config: KLConfig) -> dict[str, np.ndarray]:
     return kl_constants(KLConvertOptions()) if is_kl16(config) else {}
 
 
+def kl_differences(config: KLConfig) -> list[str]:
+    """Lists what the official code of latent diffusion and MAR has otherwise."""
+    names = ("groups", "quant_convs", "latent_shift")
+    return differences(config, {name: getattr(KLConfig, name) for name in names})
+
+
 def is_kl16(config: KLConfig) -> bool:
     """Returns whether a tokenizer is MAR's KL-16, the only known one with such attention levels."""
     return (config.encoder_attention, config.decoder_attention) == (COARSEST, ())
@@ -257,6 +265,8 @@ KL_MAP = NameMap(
     table=kl_table,
     constants=kl_constants,
     official_constants=kl_official_constants,
+    official_differences=kl_differences,
+    option_values=fields_of("groups", "image_size", "latent_shift"),
     file_options=latent_units,
     latent_options=kl_latent_options,
     prefix="first_stage_model.",  # in a checkpoint of a whole latent diffusion model

@@ -17,9 +17,11 @@ from varjax.convert.name_maps.name_map import (
     NameMap,
     Tensors,
     count_numbers,
+    differences,
     linear_links,
     norm_links,
     option,
+    scale_differences,
     tensor_shape,
 )
 from varjax.convert.name_maps.release import PublishedFile, PublishedResult, Release
@@ -174,6 +176,11 @@ def mar_tokenizer_options(config: MARConfig, options: MARConvertOptions) -> dict
     return {"image_size": options.image_size or (H if H == W else (H, W))}
 
 
+def mar_differences(config: MARConfig) -> list[str]:
+    """Lists what the official `MAR` has otherwise: random orders of tokens, and square maps."""
+    return differences(config, {"order": MARConfig.order}) + scale_differences([config.latent_map])
+
+
 def mar_sampling(config: MARConfig) -> MAROptions:
     """Returns the guidance of the published results, and at most as many steps as tokens."""
     default = MAROptions()
@@ -235,6 +242,11 @@ MAR_MAP = NameMap(
     options=MARConvertOptions,
     infer=infer_mar,
     table=mar_table,
+    official_differences=mar_differences,
+    option_values=lambda config: {
+        "latent_channels": config.head.channels,
+        "mar_heads": (config.encoder_heads, config.decoder_heads),
+    },
     tokenizer_options=mar_tokenizer_options,
     sampling=mar_sampling,
     reads=KLConfig,

@@ -98,6 +98,26 @@ def batch_norm_links(official: str, ours: str) -> Iterator[Link]:
     yield Link(f"{official}.running_var", (f"{ours}/variance",))
 
 
+def fields_of(*names: str) -> Callable[[Any], dict[str, Any]]:
+    """Returns a function from a config to its fields of these names, for `option_values`."""
+    return lambda config: {name: getattr(config, name) for name in names}
+
+
+def differences(config: Any, official: Mapping[str, Any]) -> list[str]:
+    """Lists the fields of a config that differ from the official code, as phrases."""
+    return [
+        f"{name} {getattr(config, name)} instead of {value}"
+        for name, value in official.items()
+        if getattr(config, name) != value
+    ]
+
+
+def scale_differences(scales: Iterable[Any]) -> list[str]:
+    """Lists, as a phrase, the token maps that the official code cannot have: not square ones."""
+    sides = [side for side in scales if not isinstance(side, int) and side[0] != side[1]]
+    return [f"maps that are not square ({', '.join(f'{h}x{w}' for h, w in sides)})"] * bool(sides)
+
+
 # A small file can claim any size, and describing a model takes time and memory in proportion to it.
 MAX_MODEL_SIZE, MAX_LAYERS = 2**20, 2**8
 Tensors = Mapping[str, np.ndarray]  # official tensors by name
@@ -151,6 +171,9 @@ class NameMap:
         ignored: prefixes of other tensors that the files may hold.
         trainer_key: key of the model in the official trainer's checkpoints, or None.
         official_constants: config -> the constants in the official code of such a model.
+        official_differences: config -> settings that the official code has otherwise, as phrases:
+            "groups 4 instead of 32".
+        option_values: config -> values of the options by name, where the config determines them.
         file_options: (source, location, options) -> options by name that only the file or the files
             next to it determine.
         tokenizer_options: (config, options) -> options by name for the tokenizer, which its file
@@ -177,6 +200,8 @@ class NameMap:
     buffer_names: tuple[str, ...] = ()
     constants: Callable[[Any], dict[str, np.ndarray]] = lambda options: {}
     official_constants: Callable[[Any], dict[str, np.ndarray]] = lambda config: {}
+    official_differences: Callable[[Any], list[str]] = lambda config: []
+    option_values: Callable[[Any], dict[str, Any]] = lambda config: {}
     prefix: str = ""
     ignored: tuple[str, ...] = ()
     trainer_key: str | None = None

@@ -13,6 +13,7 @@ from varjax.convert.name_maps.name_map import (
     Tensors,
     batch_norm_links,
     count_numbers,
+    fields_of,
     linear_links,
     option,
     tensor_shape,
@@ -123,4 +124,5 @@ RESNET_MAP = NameMap(
     buffers=_buffers,
     buffer_names=("num_batches_tracked",),
     file_options=resnet_resize,
+    option_values=fields_of("resize"),
 )

@@ -11,8 +11,10 @@ from varjax.convert.name_maps.name_map import (
     NameMap,
     Tensors,
     count_numbers,
+    fields_of,
     linear_links,
     option,
+    scale_differences,
     tensor_shape,
 )
 from varjax.convert.name_maps.release import (
@@ -276,6 +278,8 @@ VAR_MAP = NameMap(
     table=var_table,
     buffers=var_buffers,
     buffer_names=("lvl_1L", "attn_bias_for_masking", "zero_k_bias"),
+    official_differences=lambda config: scale_differences(config.scales),
+    option_values=fields_of("scales", "heads"),
     trainer_key="var_wo_ddp",
     tokenizer_options=lambda config, options: {"scales": config.scales},
     reads=VQConfig,

@@ -16,8 +16,11 @@ from varjax.convert.name_maps.name_map import (
     Tensors,
     conv_links,
     count_numbers,
+    differences,
+    fields_of,
     option,
     parse_side,
+    scale_differences,
     tensor_shape,
 )
 from varjax.convert.name_maps.release import PublishedFile, Release
@@ -35,6 +38,7 @@ TOKENIZER = PublishedFile(
     # From the Git LFS pointer at that commit.
     sha256="7c3ec27ae28a3f87055e83211ea8cc8558bd1985d7b51742d074fb4c2fcf186c",
 )
+OFFICIAL_SIZES = ("image_channels", "channel_mult", "blocks")  # that its code fixes
 HITS = "quantize.ema_vocab_hit_SV"  # the buffer: how often each scale used each code
 
 
@@ -110,6 +114,18 @@ def vq_table(config: VQConfig) -> list[Link]:
     return links
 
 
+def vq_differences(config: VQConfig) -> list[str]:
+    """Lists what the official `VQVAE` has otherwise: by its code, or unless arguments say it."""
+    written = {name: getattr(VQConfig, name) for name in ("groups", *OFFICIAL_SIZES)}
+    arguments = {"phi_ratio": "quant_resi", "cosine_codes": "using_znorm"}
+    given = [
+        f"{text} (its argument {argument})"
+        for name, argument in arguments.items()
+        for text in differences(config, {name: getattr(VQConfig, name)})
+    ]
+    return differences(config, written) + given + scale_differences(config.scales)
+
+
 def vq_buffers(config: VQConfig) -> dict[str, Tensor]:
     """Returns the buffer of a newly built official `VQVAE`."""
     return {HITS: np.zeros((len(config.pyramid), config.vocab), np.float32)}
@@ -126,6 +142,8 @@ VQ_MAP = NameMap(
     table=vq_table,
     buffers=vq_buffers,
     buffer_names=("ema_vocab_hit_SV",),
+    official_differences=vq_differences,
+    option_values=fields_of("scales", "groups", "phi_ratio", "cosine_codes"),
     trainer_key="vae_local",
     releases={"vae_ch160v4096z32": Release({"tokenizer": TOKENIZER}, license="MIT")},
 )

@@ -1,0 +1,228 @@
+"""Weights that leave for the official code and return are the same model, whatever its settings."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+import varjax
+from configs._small import small_tokenizer, small_var
+from configs._small_mar import small_kl_tokenizer, small_mar
+from tests.helpers import runs
+from tests.helpers.conversion import refused
+from varjax import trees
+from varjax.checkpoints.weights import abstract_params, open_weights
+from varjax.config import config_flags, config_tree
+from varjax.convert import convert
+from varjax.convert.__main__ import main
+from varjax.convert.name_maps import name_map_of
+from varjax.convert.weights_dir import write_converted
+from varjax.data.sources import Digits
+from varjax.errors import InputError
+from varjax.export import export_torch
+from varjax.metrics.convnet import ConvNetConfig
+from varjax.metrics.resnet import ResNetConfig
+from varjax.models import read_model, read_tokenizer
+from varjax.storage import files
+from varjax.tokenizers.kl.model import KLConfig
+from varjax.tokenizers.vq.model import VQConfig
+from varjax.var.model import VARConfig
+from varjax.var.sample import VAROptions
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+NAMES = ["bag", "shirt", *"abcdefgh"]
+ABOUT = {"license": "CC BY 4.0", "crop": "center", "class_names": NAMES}
+
+
+def load_task(name):
+    return config_flags.load_config(str(CONFIGS / name)).task
+
+
+def small_tasks():
+    """The plans of configs/small*.py, which need a folder of images, for digits."""
+    tokenizer, kl = small_tokenizer(Digits(), "a"), small_kl_tokenizer(Digits(), "b")
+    return {
+        "small_tokenizer": tokenizer.task,
+        "small": small_var(Digits(), tokenizer, "c").task,
+        "small_kl_tokenizer": kl.task,
+        "small_mar": small_mar(Digits(), kl, "d").task,
+    }
+
+
+RECIPES = [
+    *("digits_tokenizer.py", "digits_tokenizer.py:single_scale", "digits.py", "digits_cca.py"),
+    *(
+        "digits_kl_tokenizer.py",
+        "digits_mar.py",
+        "photos_tokenizer.py",
+        "photos_tokenizer.py:cosine",
+    ),
+    *("tokenizer.py:512", "kl_tokenizer.py", "var.py:d16", "var.py:d36", "var_cca.py:d16"),
+    *("mar.py:b", "mar.py:b,tokenizer=kl_f8", *small_tasks()),
+]
+
+
+def shrunk(config):
+    """A smaller model with the same settings; only sizes that its tensors' shapes tell change."""
+    sizes = {"depth": 1, "encoder_depth": 1, "decoder_depth": 1, "blocks": 1, "vocab": 16}
+    sizes |= {"code_channels": 4, "classes": 10}
+    if isinstance(config, VQConfig | KLConfig):
+        sizes |= {"width": config.groups, "channel_mult": (1, 2)}
+    elif isinstance(config, VARConfig):
+        sizes["width"] = 2 * config.heads
+    else:
+        sizes["width"] = 2 * math.lcm(config.encoder_heads, config.decoder_heads)
+        sizes["head"] = dataclasses.replace(config.head, depth=1, width=8)
+    fields = {field.name for field in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{n: x for n, x in sizes.items() if n in fields})
+
+
+def drawn(config):
+    """Random parameters; none has the value that the official code would give to it."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        return np.exp(rng.normal(0, 0.1, leaf.shape)).astype(np.float32)
+
+    return trees.map_with_path(draw, abstract_params(config))
+
+
+def written(out, sampling=None, about=ABOUT, **configs):
+    """A converted directory of these models."""
+    models = {part: (config, trees.paths(drawn(config))) for part, config in configs.items()}
+    write_converted(out, models, {}, sampling, about)
+    return out
+
+
+def brought_back(folder, out, *parts, **options):
+    """Converts the files that `export_torch` wrote."""
+    kinds = {part: name_map_of(config).flag for part, config in parts}
+    convert(out, options, **{flag: folder / f"{part}.pth" for part, flag in kinds.items()})
+    return open_weights(out)
+
+
+def assert_same(first, second):
+    """Configs, parameters to the bit, sampling options, and what is known of the weights."""
+    a, b = dict(first.config), dict(second.config)
+    for config in (a, b):
+        del config["sources"]
+        config.pop("convert_options", None)
+    assert a == b
+    for file in sorted(first.path.glob("*.safetensors")):
+        (x, _), (y, _) = (
+            files.read_tensors(path / file.name) for path in (file.parent, second.path)
+        )
+        assert trees.digest(x) == trees.digest(y), file.name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_model_of_each_config_goes_there_and_back(recipe, tmp_path):
+    task = small_tasks()[recipe] if recipe in small_tasks() else load_task(recipe)
+    model, sampling = shrunk(task.model), getattr(task, "sampling", None)
+    part = name_map_of(model).part
+    about = ABOUT if sampling else {"license": "CC BY 4.0"}
+    there = written(tmp_path / "there", sampling, about, **{part: model})
+    export_torch(there, tmp_path / "torch")
+    back = brought_back(tmp_path / "torch", tmp_path / "back", (part, model))
+    assert_same(open_weights(there), back)
+
+
+def test_both_models_return_together_and_settings_are_named(tmp_path, capsys):
+    tokenizer = dataclasses.replace(runs.KL, latent_shift=0.5)
+    mar = dataclasses.replace(runs.MAR, order="raster", embed_init=0.5)
+    there = written(tmp_path / "there", runs.MAR_SAMPLING, tokenizer=tokenizer, mar=mar)
+    export_torch(there, tmp_path / "torch")
+    text = capsys.readouterr().err
+    assert "note: tokenizer: change the official code before it loads these files: groups 4" in text
+    assert "groups 4 instead of 32, latent_shift 0.5 instead of 0.0\n" in text
+    assert "note: mar: change the official code before it loads these files: order raster" in text
+    parts = ("tokenizer", tokenizer), ("mar", mar)
+    back = brought_back(tmp_path / "torch", tmp_path / "back", *parts)
+    assert_same(open_weights(there), back)
+    text = capsys.readouterr().err
+    assert text.count("note: ") == 2 and "mar.varjax.json" in text and "CC BY 4.0" in text
+    # Flags that agree with the JSON are allowed.
+    std = float(drawn(tokenizer)["latent_std"])
+    options = dict(groups=4, mar_heads=(2, 2), latent_channels=3, latent_scale=1 / std)
+    assert_same(back, brought_back(tmp_path / "torch", tmp_path / "again", *parts, **options))
+
+
+def test_what_the_official_vqvae_fixes_is_named():
+    def found(**changes):
+        config = dataclasses.replace(VQConfig(), **changes)
+        return name_map_of(config).official_differences(config)
+
+    assert found() == [] and found(width=64, vocab=16, num_phi=0, scales=(1, 2)) == []
+    assert found(groups=16) == ["groups 16 instead of 32"]
+    assert found(channel_mult=(1, 2)) == ["channel_mult (1, 2) instead of (1, 1, 2, 2, 4)"]
+    assert found(phi_ratio=0.25) == ["phi_ratio 0.25 instead of 0.5 (its argument quant_resi)"]
+    assert found(scales=(1, (2, 4))) == ["maps that are not square (2x4)"]
+
+
+def test_classifiers_return_and_those_without_official_code_are_refused(tmp_path):
+    config = ResNetConfig(layers=(1, 1, 1, 1), classes=3, resize=250)
+    there = written(tmp_path / "there", about={"license": "BSD-3"}, classifier=config)
+    export_torch(there, tmp_path / "torch")
+    back = brought_back(tmp_path / "torch", tmp_path / "back", ("classifier", config))
+    assert_same(open_weights(there), back)
+    config = ConvNetConfig((8, 8), classes=3, widths=(4,))
+    settings = {"_type": "ConvNetConfig", **config_tree.to_dict(config)}
+    files.write_json(tmp_path / "own/config.json", {"classifier": settings, "sources": {}})
+    files.write_tensors(tmp_path / "own/classifier.safetensors", drawn(config), {})
+    with pytest.raises(InputError, match="classifier is a ConvNetConfig, which only varjax has"):
+        export_torch(tmp_path / "own", tmp_path / "refused")
+
+
+def test_diffusers_layout_returns_too(tmp_path):
+    there = written(tmp_path / "there", about={"license": "MIT"}, tokenizer=runs.KL)
+    export_torch(there, tmp_path / "diffusers", layout="diffusers")
+    file = tmp_path / "diffusers/diffusion_pytorch_model.safetensors"
+    convert(tmp_path / "back", kl=file)
+    assert_same(open_weights(there), open_weights(tmp_path / "back"))
+
+
+def test_a_json_that_does_not_belong_is_refused(tmp_path, capsys):
+    folder, path = tmp_path / "torch", tmp_path / "torch/tokenizer.varjax.json"
+    export_torch(written(tmp_path / "there", about={}, tokenizer=runs.TOKENIZER), folder)
+    good = json.loads(path.read_text())
+    flag = f"--tokenizer={folder / 'tokenizer.pth'}"
+
+    def reason(*flags, **changes):
+        path.write_text(json.dumps(good | changes))
+        return refused(capsys, tmp_path, flag, *flags)
+
+    other = {"tokenizer.pth": "0" * 64}
+    text = reason(sha256=other)
+    assert f"{path}: belongs to another tokenizer.pth: the file's SHA-256 differs" in text
+    assert 'delete "sha256" from the JSON' in text
+    assert "describes a KL tokenizer" in reason(kind="kl") and "describes 'x'" in reason(kind="x")
+    assert "config is None; expected a dict" in reason(config=None)
+    assert "describes a model of " in reason(config=good["config"] | {"vocab": 17})
+    assert "groups=3" in reason(config=good["config"] | {"groups": 3})
+    assert "nonsense" in reason(config=good["config"] | {"nonsense": 3})
+    assert "constants are ['latent_std']; expected []" in reason(constants={"latent_std": 1.0})
+    text = reason("--groups=2")
+    assert "has other settings than --groups; omit --groups, or delete the JSON" in text
+    path.write_text("[]")
+    assert "not a JSON object" in refused(capsys, tmp_path, flag)
+    # Weights that were trained on have another SHA-256; the user says that they belong.
+    path.write_text(json.dumps({name: x for name, x in good.items() if name != "sha256"}))
+    assert main([flag, f"--out={tmp_path / 'back'}"]) == 0
+    assert read_tokenizer(tmp_path / "back")[0] == runs.TOKENIZER
+
+
+@pytest.mark.slow
+def test_a_model_that_returned_draws_the_same_images(tmp_path):
+    """With groups, guidance and temperatures that the official code does not have."""
+    options = VAROptions(guidance=3.0, top_k=7, temperature=(1.5, 1.0, 0.5))
+    there = written(tmp_path / "there", options, tokenizer=runs.TOKENIZER, var=runs.VAR)
+    export_torch(there, tmp_path / "torch")
+    parts = ("tokenizer", runs.TOKENIZER), ("var", runs.VAR)
+    brought_back(tmp_path / "torch", tmp_path / "back", *parts)
+    first, second = (varjax.load(tmp_path / name) for name in ("there", "back"))
+    labels = ["shirt", 7]
+    np.testing.assert_array_equal(first.sample(labels, seed=3), second.sample(labels, seed=3))
+    assert read_model(tmp_path / "back")[3] == options
