@@ -21,7 +21,7 @@ from varjax.convert.name_maps.name_map import (
     Source,
     Tensors,
     conv_links,
-    differences,
+    field_differences,
     fields_of,
     option,
     parse_side,
@@ -155,7 +155,7 @@ def kl_official_constants(config: KLConfig) -> dict[str, np.ndarray]:
 def kl_differences(config: KLConfig) -> list[str]:
     """Lists what the official code of latent diffusion and MAR has otherwise."""
     names = ("groups", "quant_convs", "latent_shift")
-    return differences(config, {name: getattr(KLConfig, name) for name in names})
+    return field_differences(config, {name: getattr(KLConfig, name) for name in names})
 
 
 def is_kl16(config: KLConfig) -> bool:

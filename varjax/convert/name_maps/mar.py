@@ -17,7 +17,7 @@ from varjax.convert.name_maps.name_map import (
     NameMap,
     Tensors,
     count_numbers,
-    differences,
+    field_differences,
     linear_links,
     norm_links,
     option,
@@ -178,7 +178,9 @@ def mar_tokenizer_options(config: MARConfig, options: MARConvertOptions) -> dict
 
 def mar_differences(config: MARConfig) -> list[str]:
     """Lists what the official `MAR` has otherwise: random orders of tokens, and square maps."""
-    return differences(config, {"order": MARConfig.order}) + scale_differences([config.latent_map])
+    return field_differences(config, {"order": MARConfig.order}) + scale_differences(
+        [config.latent_map]
+    )
 
 
 def mar_sampling(config: MARConfig) -> MAROptions:

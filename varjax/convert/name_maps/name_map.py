@@ -103,7 +103,7 @@ def fields_of(*names: str) -> Callable[[Any], dict[str, Any]]:
     return lambda config: {name: getattr(config, name) for name in names}
 
 
-def differences(config: Any, official: Mapping[str, Any]) -> list[str]:
+def field_differences(config: Any, official: Mapping[str, Any]) -> list[str]:
     """Lists the fields of a config that differ from the official code, as phrases."""
     return [
         f"{name} {getattr(config, name)} instead of {value}"

@@ -16,7 +16,7 @@ from varjax.convert.name_maps.name_map import (
     Tensors,
     conv_links,
     count_numbers,
-    differences,
+    field_differences,
     fields_of,
     option,
     parse_side,
@@ -121,9 +121,9 @@ def vq_differences(config: VQConfig) -> list[str]:
     given = [
         f"{text} (its argument {argument})"
         for name, argument in arguments.items()
-        for text in differences(config, {name: getattr(VQConfig, name)})
+        for text in field_differences(config, {name: getattr(VQConfig, name)})
     ]
-    return differences(config, written) + given + scale_differences(config.scales)
+    return field_differences(config, written) + given + scale_differences(config.scales)
 
 
 def vq_buffers(config: VQConfig) -> dict[str, Tensor]:
