@@ -217,9 +217,11 @@ def test_without_network_or_library_the_files_and_the_command_are_named(hub, tmp
 
 
 def test_names_and_paths_that_are_not_there(hub):
-    for location in ("var_d17", "runs/tiny"):
-        with pytest.raises(InputError, match="does not exist; give a run's directory, .* var_d16"):
-            varjax.load(location)
+    with pytest.raises(InputError, match="does not exist; give a run's directory, .* var_d16"):
+        varjax.load("runs/tiny")
+    unknown = "does not exist, and no published model has this name; did you mean 'var_d16'"
+    with pytest.raises(InputError, match=f"var_d17 {unknown}"):
+        varjax.load("var_d17")
     assert not hub.asked
 
 

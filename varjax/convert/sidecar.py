@@ -112,6 +112,8 @@ def read_sidecar(file: pathlib.Path, source: Source, options: Mapping[str, Any])
             options_class: Any = type(kind.sampling(config))
             sampling = config_tree.from_dict(options_class, data.get("sampling", {}))
         about = {name: data[name] for name in ABOUT if name in data}
+        if "sha256" not in data:  # the weights are no longer the published ones
+            about.pop("release", None)
         sidecar = Sidecar(path, config, constants, sampling, about)
         _check_options(sidecar, kind, options)
     return sidecar

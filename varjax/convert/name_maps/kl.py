@@ -153,7 +153,7 @@ def kl_official_constants(config: KLConfig) -> dict[str, np.ndarray]:
 
 
 def kl_differences(config: KLConfig) -> list[str]:
-    """Lists what the official code of latent diffusion and MAR has otherwise."""
+    """Lists the settings that differ from the official code of latent diffusion and MAR."""
     names = ("groups", "quant_convs", "latent_shift")
     return field_differences(config, {name: getattr(KLConfig, name) for name in names})
 

@@ -176,11 +176,18 @@ def mar_tokenizer_options(config: MARConfig, options: MARConvertOptions) -> dict
     return {"image_size": options.image_size or (H if H == W else (H, W))}
 
 
+def mar_option_values(config: MARConfig) -> dict[str, Any]:
+    """Returns the values of the options that a config determines."""
+    heads = {"mar_heads": (config.encoder_heads, config.decoder_heads)}
+    if not isinstance(config.head, DiffusionHead):  # another `mar_table` refuses
+        return heads
+    return heads | {"latent_channels": config.head.channels}
+
+
 def mar_differences(config: MARConfig) -> list[str]:
-    """Lists what the official `MAR` has otherwise: random orders of tokens, and square maps."""
-    return field_differences(config, {"order": MARConfig.order}) + scale_differences(
-        [config.latent_map]
-    )
+    """Lists the settings that differ from the official `MAR`: random orders, and square maps."""
+    fields = field_differences(config, {"order": MARConfig.order})
+    return fields + scale_differences([config.latent_map])
 
 
 def mar_sampling(config: MARConfig) -> MAROptions:
@@ -245,10 +252,7 @@ MAR_MAP = NameMap(
     infer=infer_mar,
     table=mar_table,
     official_differences=mar_differences,
-    option_values=lambda config: {
-        "latent_channels": config.head.channels,
-        "mar_heads": (config.encoder_heads, config.decoder_heads),
-    },
+    option_values=mar_option_values,
     tokenizer_options=mar_tokenizer_options,
     sampling=mar_sampling,
     reads=KLConfig,

@@ -113,7 +113,7 @@ def field_differences(config: Any, official: Mapping[str, Any]) -> list[str]:
 
 
 def scale_differences(scales: Iterable[Any]) -> list[str]:
-    """Lists, as a phrase, the token maps that the official code cannot have: not square ones."""
+    """Lists token maps that are not square, which the official code cannot have, as a phrase."""
     sides = [side for side in scales if not isinstance(side, int) and side[0] != side[1]]
     return [f"maps that are not square ({', '.join(f'{h}x{w}' for h, w in sides)})"] * bool(sides)
 
@@ -171,9 +171,9 @@ class NameMap:
         ignored: prefixes of other tensors that the files may hold.
         trainer_key: key of the model in the official trainer's checkpoints, or None.
         official_constants: config -> the constants in the official code of such a model.
-        official_differences: config -> settings that the official code has otherwise, as phrases:
-            "groups 4 instead of 32".
-        option_values: config -> values of the options by name, where the config determines them.
+        official_differences: config -> settings that differ from the official code's, as
+            phrases: "groups 4 instead of 32".
+        option_values: config -> values of those options, by name, that the config determines.
         file_options: (source, location, options) -> options by name that only the file or the files
             next to it determine.
         tokenizer_options: (config, options) -> options by name for the tokenizer, which its file

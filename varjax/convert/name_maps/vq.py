@@ -115,7 +115,7 @@ def vq_table(config: VQConfig) -> list[Link]:
 
 
 def vq_differences(config: VQConfig) -> list[str]:
-    """Lists what the official `VQVAE` has otherwise: by its code, or unless arguments say it."""
+    """Lists the settings that differ from the official `VQVAE` or its arguments' defaults."""
     written = {name: getattr(VQConfig, name) for name in ("groups", *OFFICIAL_SIZES)}
     arguments = {"phi_ratio": "quant_resi", "cosine_codes": "using_znorm"}
     given = [
