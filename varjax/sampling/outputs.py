@@ -192,7 +192,7 @@ def begun_batch_size(location: str | pathlib.Path) -> int | None:
     path = as_path(location)
     try:
         if file_suffix(path) == ".npz" and path.exists():
-            return _request_in(path).get("batch_size")
+            return read_npz_request(path).get("batch_size")
         folder = parts_folder(path) if file_suffix(path) else path
         return files.read_json(folder / REQUEST).get("batch_size")
     except (InputError, OSError, AttributeError):
@@ -254,7 +254,7 @@ class NpzOutput:
 
     def begin(self, write: bool) -> None:
         if self._path.exists():
-            folders.check_same_request(self._path, _request_in(self._path), self._request)
+            folders.check_same_request(self._path, read_npz_request(self._path), self._request)
         else:
             folders.claim_folder(self._parts, REQUEST, self._request, write)
 
@@ -325,8 +325,8 @@ def _member(archive, name):
     return archive.open(zipfile.ZipInfo(name), "w", force_zip64=True)
 
 
-def _request_in(path):
-    """Reads the request for which a finished .npz was made."""
+def read_npz_request(path: pathlib.Path) -> dict[str, Any]:
+    """Reads the request for which a finished .npz was made; InputError for any other file."""
     try:
         with path.open("rb") as file:
             request = parse_json(read_zip_text(file, REQUEST))

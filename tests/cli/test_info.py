@@ -1,0 +1,77 @@
+import json
+
+import numpy as np
+from PIL import Image
+
+from tests.helpers.fake_sampler import FakeSampler
+from varjax.cli import info, sample
+from varjax.storage import files, image_io
+from varjax.storage.picture_text import command_text
+from varjax.var.model import VARConfig
+
+
+def said(capsys, location):
+    assert info.main([str(location)]) == 0
+    return capsys.readouterr().out
+
+
+def facts(capsys, location):
+    """What the command prints, by name."""
+    return dict(line.split(maxsplit=1) for line in said(capsys, location).splitlines())
+
+
+def test_samples_say_how_they_were_made(monkeypatch, capsys):
+    monkeypatch.setattr(sample, "load", lambda *_, **__: FakeSampler())
+    monkeypatch.setattr(sample, "use_compilation_cache", lambda: None)
+    asked = ["--weights=fake", "--labels=3,7", "--count=2", "--seed=5", "--batch_size=2"]
+    for name in ("a.png", "a.npz", "images"):
+        assert sample.main([*asked, f"--out={name}"]) == 0
+    capsys.readouterr()
+    names = "a.png", "a.npz", "images", "images/000002_label0007.png"
+    grid, npz, folder, one = (facts(capsys, name) for name in names)
+    for found in (grid, npz, folder, one):
+        assert (found["labels"], found["count"], found["seed"]) == ("3,7", "2", "5")
+    assert grid["command"] == f"varjax sample {' '.join(asked)} --out=a.png"
+    assert npz["kind"] == "4 images of 8x8x3" and folder["kind"] == "folder of 4 samples"
+    assert (one["kind"], one["image"], one["label"]) == ("PNG image, 8x8 pixels", "2", "7")
+
+
+def test_a_run_says_what_it_trains(tmp_path, capsys):
+    run = tmp_path / "run"
+    model = {"depth": 2, "width": 8, "heads": 2, "classes": 10, "scales": [1, 2], "vocab": 16,
+             "code_channels": 4}  # fmt: skip
+    task = {"_type": "VARTask", "model": model, "tokenizer": {}, "tokenizer_weights": "runs/t"}
+    files.write_json(
+        run / "config.json", {"task": task, "batch_size": 64, "seed": 3, "plan": {"steps": 300}}
+    )
+    files.write_json(run / "data.json", {})
+    (run / "metrics.jsonl").write_text('{"step": 200, "loss": 2.5}')
+    lines = facts(capsys, run)
+    assert lines["kind"] == "training run of VARTask"
+    assert lines["state"] == "stopped at step 200 of 300"
+    assert lines["tokenizer"] == "runs/t" and lines["seed"] == "3" and lines["loss"] == "2.5"
+    config = VARConfig(**{**model, "scales": (1, 2)})
+    assert lines["parameters"] == f"{info._parameters(info.abstract_params(config)):,}"
+
+
+def test_text_of_a_picture_cannot_control_the_terminal(tmp_path, capsys):
+    text = command_text("varjax \x1b[31m", [], {}) | {"Settings": "[" * 9}
+    image_io.write_png(tmp_path / "a.png", np.zeros((4, 4, 1), np.uint8), text)
+    shown = said(capsys, tmp_path / "a.png")
+    assert "\x1b" not in shown and "\\x1b[31m" in shown and "[[[[[[[[[" in shown
+
+
+def test_other_things_are_refused_or_said_to_be_unknown(tmp_path, capsys):
+    Image.new("L", (4, 4)).save("photo.png")
+    np.savez("x.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").write_text(json.dumps({}))
+    assert "unknown: it carries no text" in said(capsys, "photo.png")
+    assert "unknown: it was not written by varjax sample" in said(capsys, "x.npz")
+    for name, message in (
+        ("none", "does not exist"),
+        ("empty", "folder without"),
+        ("text", "is not an image"),
+    ):
+        assert info.main([name]) == 1
+        assert message in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""Says what a picture, a set of samples, a run or a directory of weights is, and how it was made.
+
+varjax info samples.png
+varjax info samples.npz
+varjax info runs/digits
+varjax info weights/d16
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+
+from varjax.analysis.runs import run_status
+from varjax.checkpoints.weights import WeightsDir, abstract_params, find_weights, open_weights
+from varjax.errors import InputError
+from varjax.models import FAMILIES, family_of, tokenizer_kind
+from varjax.runtime.commands import command_parser, run_command
+from varjax.sampling.outputs import REQUEST, read_npz_request
+from varjax.storage import files
+from varjax.storage.npz import NpzArchive
+from varjax.storage.picture_text import SETTINGS, read_picture_text
+from varjax.storage.safetensors_io import read_safetensors
+
+
+def read_facts(location: str) -> dict[str, Any]:
+    """Returns facts by name; the first one says what kind of thing it is.
+
+    Args:
+        location: picture, .npz or folder of samples, training run, converted directory, or the
+            name of a published model that this machine has.
+
+    Raises:
+        InputError: there is nothing, or something else.
+    """
+    path = find_weights(location)
+    if not files.exists(path):
+        raise InputError(f"{location} does not exist; varjax models lists the published models")
+    if path.is_file():
+        return _npz_facts(path) if path.suffix.lower() == ".npz" else _picture_facts(path)
+    if files.exists(path / "config.json"):
+        weights = open_weights(path)
+        return _converted_facts(weights) if weights.task is None else _run_facts(weights)
+    if files.exists(path / REQUEST):
+        images = len(list(path.glob("*.png")))
+        return {"kind": f"folder of {images:,} samples"} | files.read_json(path / REQUEST)
+    raise InputError(
+        f"{location} is a folder without config.json or {REQUEST}: neither a run, nor a converted "
+        "directory, nor samples of varjax"
+    )
+
+
+def _picture_facts(path: pathlib.Path) -> dict[str, Any]:
+    about, text = read_picture_text(path)
+    facts: dict[str, Any] = {"kind": about}
+    for name, value in text.items():
+        if name == SETTINGS and isinstance(settings := _parsed(value), dict):
+            facts |= settings
+        else:
+            facts[name.lower()] = value
+    return facts if len(facts) > 1 else facts | {"made by": "unknown: it carries no text"}
+
+
+def _npz_facts(path: pathlib.Path) -> dict[str, Any]:
+    (images, *shape), _ = NpzArchive(path).header("arr_0")
+    facts = {"kind": f"{images:,} images of {'x'.join(map(str, shape))}"}
+    try:
+        return facts | read_npz_request(path)
+    except InputError:
+        return facts | {"made by": "unknown: it was not written by varjax sample"}
+
+
+def _run_facts(weights: WeightsDir) -> dict[str, Any]:
+    """Describes a training run by its config.json, data.json and metrics.jsonl."""
+    status, config = run_status(weights.path), weights.config
+    facts: dict[str, Any] = {"kind": f"training run of {weights.task}"}
+    if weights.task in {family.task for family in FAMILIES}:
+        model = weights.read_task_part("model", family_of(weights).config)
+    else:
+        model = weights.read_tokenizer_config(tokenizer_kind(weights).config)
+    facts["parameters"] = f"{_parameters(abstract_params(model)):,}"
+    facts["model"] = dataclasses.asdict(model)
+    facts["tokenizer"] = config["task"].get("tokenizer_weights")
+    facts["data"] = config.get("data")
+    facts["state"] = f"{status.state} at step {status.step:,} of {status.steps or 0:,}"
+    losses = {"loss": status.loss, "held-out loss": status.eval_loss}
+    facts |= {name: f"{x:.4g}" for name, x in losses.items() if not math.isnan(x)}
+    names = ("batch_size", "seed", "init_from", "fork_from", "keep_best")
+    facts |= {name: config.get(name) for name in names}
+    facts |= {name: config["task"].get(name) for name in ("optimizer", "sampling")}
+    return facts
+
+
+def _converted_facts(weights: WeightsDir) -> dict[str, Any]:
+    """Describes a directory written by `varjax convert` or `varjax train-classifier`."""
+    facts: dict[str, Any] = {"kind": "converted weights"}
+    for path in sorted(weights.path.glob("*.safetensors")):
+        facts[path.name] = f"{_parameters(read_safetensors(path)[0]):,} parameters"
+    return facts | weights.config
+
+
+def _parameters(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def facts_table(facts: dict[str, Any]) -> str:
+    """Formats facts as lines of text; None and "" are left out.
+
+    Characters that a terminal would not print are escaped: a picture may carry any text.
+    """
+    shown = {name: _line(value) for name, value in facts.items() if value not in (None, "")}
+    width = max(len(name) for name in shown) + 2
+    return "\n".join(f"{_printable(name):{width}}{line}" for name, line in shown.items())
+
+
+def _line(value: Any) -> str:
+    if isinstance(value, dict):
+        inner = {
+            name: f"({_line(x)})" if isinstance(x, dict) else _line(x) for name, x in value.items()
+        }
+        return ", ".join(f"{_printable(str(name))}={text}" for name, text in inner.items())
+    return _printable(value if isinstance(value, str) else json.dumps(value))
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
+    parser = command_parser("varjax info", __doc__)
+    about = "picture, samples, training run, converted directory or published model"
+    parser.add_argument("location", metavar="THING", help=about)
+    flags = parser.parse_args(arguments)
+    return run_command("varjax info", lambda: print(facts_table(read_facts(flags.location))))
