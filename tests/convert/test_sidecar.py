@@ -144,6 +144,13 @@ def test_both_models_return_together_and_settings_are_named(tmp_path, capsys):
     assert_same(open_weights(there), back)
     text = capsys.readouterr().err
     assert text.count("note: ") == 2 and "mar.varjax.json" in text and "CC BY 4.0" in text
+    path = tmp_path / "torch/tokenizer.varjax.json"
+    good = path.read_text()
+    for value in (0, -1, 1e39, 1e-46, "4"):
+        files.write_json(path, json.loads(good) | {"constants": {"latent_std": value}})
+        with pytest.raises(InputError, match="constants.latent_std is .*; expected a float32"):
+            convert(tmp_path / "refused", kl=tmp_path / "torch/tokenizer.pth")
+    path.write_text(good)
     # Flags that agree with the JSON are allowed.
     std = float(drawn(tokenizer)["latent_std"])
     options = dict(groups=4, mar_heads=(2, 2), latent_channels=3, latent_scale=1 / std)

@@ -14,6 +14,7 @@ import numpy as np
 from varjax import trees
 from varjax.checkpoints.weights import abstract_params
 from varjax.config import config_tree
+from varjax.config.numbers import FLOAT32_MAX
 from varjax.convert.apply_map import is_weight
 from varjax.convert.name_maps import kinds, name_map_of
 from varjax.convert.name_maps.name_map import NameMap, Source
@@ -158,9 +159,12 @@ def _read_constants(data: Mapping[str, Any], kind: NameMap) -> dict[str, np.ndar
     expected, constants = kind.constants(kind.options()), data.get("constants", {})
     if constants.keys() != expected.keys():
         raise InputError(f"constants are {list(constants)}; expected {list(expected)}")
+    smallest = float(np.finfo(np.float32).tiny)
     for name, value in constants.items():
-        if type(value) not in (int, float) or not 0 < value < np.inf:
-            raise InputError(f"constants.{name} is {shown(value)}; expected a number above 0")
+        if type(value) not in (int, float) or not smallest <= value <= FLOAT32_MAX:
+            raise InputError(
+                f"constants.{name} is {shown(value)}; expected a float32 number above 0"
+            )
     return {name: np.array(value, np.float32) for name, value in constants.items()}
 
 
