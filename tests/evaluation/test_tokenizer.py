@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import runs
+from tests.helpers.tiles import tiles
 from varjax.data.sources.digits import Digits
 from varjax.errors import InputError
 from varjax.evaluation import tokenizer as command
@@ -17,6 +18,7 @@ from varjax.models import read_tokenizer
 from varjax.nn.autoencoder import to_model_range
 from varjax.nn.compute import EXACT
 from varjax.storage import files, image_io
+from varjax.storage.captioned_grid import Captions
 from varjax.tokenizers import reconstruction_metrics
 from varjax.tokenizers.reconstruction_metrics import measure_split
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, decode_every_scale, quantize_images
@@ -125,11 +127,18 @@ def test_the_command_writes_a_report_and_pictures(tmp_path, capsys):
     said = capsys.readouterr()
     assert "355 held-out images of digits" in said.out and "4×4" in said.out
     report = files.read_json(tmp_path / "out/evaluation.json")
+    held_out = Digits().source("held_out").images_NHWC
     assert report["images"] == 355 and "ssim" not in report  # smaller than its window
     expected = _psnr_of_the_task(weights)
     np.testing.assert_allclose(report["psnr"], expected, atol=0.05)  # there it is not clipped
-    assert image_io.open_image("out/scales.png").size == (8 * 65, 4 * 65)
-    assert image_io.open_image("out/worst.png").size == (8 * 65, 3 * 65)
+    title = f"{weights} · held-out images of digits"
+    scales = Captions(title, rows=["original", "scale 1", "scale 2", "scale 3"])
+    names = ["original", "reconstruction", "4 x difference"]
+    worst = Captions(f"{title} · the worst", rows=names, columns=["99.9 dB"] * 8)
+    for name, captions in (("scales", scales), ("worst", worst)):
+        shown = np.asarray(image_io.open_image(f"out/{name}.png"))
+        shown = tiles(shown, (8, 8), captions, 8 * len(captions.rows), 8)
+        assert any(np.array_equal(shown[0], x[..., 0]) for x in held_out)
 
 
 def _psnr_of_the_task(weights):

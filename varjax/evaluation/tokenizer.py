@@ -50,6 +50,7 @@ from varjax.runtime.commands import command_parser, run_command
 from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.storage import files, image_io
 from varjax.storage.buckets import as_path
+from varjax.storage.captioned_grid import Captions, captioned_grid
 from varjax.storage.folders import check_writable
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.losses.lpips import check_lpips_images, load_lpips
@@ -127,8 +128,9 @@ def evaluate_tokenizer(
         report["reconstructions_against"] = "the same held-out images, cropped alike"
     folder = as_path(out)
     files.write_json(folder / "evaluation.json", report)
-    image_io.write_png(folder / "scales.png", scales_picture(split.shown))
-    image_io.write_png(folder / "worst.png", worst_picture(split.worst))
+    title = f"{weights} · held-out images of {data}"
+    image_io.write_png(folder / "scales.png", scales_picture(split.shown, title))
+    image_io.write_png(folder / "worst.png", worst_picture(split.worst, f"{title} · the worst"))
     return report
 
 
@@ -155,19 +157,25 @@ class FeaturePairs:
         return measure(rebuilt, reference_of_features(originals))
 
 
-def scales_picture(shown: Sequence[Reconstruction]) -> np.ndarray:
+def scales_picture(shown: Sequence[Reconstruction], title: str) -> np.ndarray:
     """Draws a column for each image: the original, and below it the image after each scale."""
     rows = np.stack([reconstruction.rows for reconstruction in shown], axis=1)
-    return image_io.image_grid(rows.reshape(-1, *rows.shape[2:]), columns=len(shown))
+    scales = [f"scale {k}" for k in range(1, len(rows))]
+    names = ["original", *(scales if len(scales) > 1 else ["reconstruction"])]
+    return captioned_grid(
+        rows.reshape(-1, *rows.shape[2:]), Captions(title, rows=names), columns=len(shown)
+    )
 
 
-def worst_picture(shown: Sequence[Reconstruction]) -> np.ndarray:
+def worst_picture(shown: Sequence[Reconstruction], title: str) -> np.ndarray:
     """Draws a column for each image: original, reconstruction, and their difference (× 4)."""
     originals = np.stack([reconstruction.rows[0] for reconstruction in shown])
     rebuilt = np.stack([reconstruction.rows[-1] for reconstruction in shown])
     errors = 4 * np.abs(originals.astype(int) - rebuilt)
     rows = np.concatenate([originals, rebuilt, np.minimum(errors, 255).astype(np.uint8)])
-    return image_io.image_grid(rows, columns=len(shown))
+    names = "original", "reconstruction", "4 x difference"
+    columns = [f"{reconstruction.psnr:.1f} dB" for reconstruction in shown]
+    return captioned_grid(rows, Captions(title, names, columns), columns=len(shown))
 
 
 def report_table(report: dict[str, Any]) -> str:

@@ -239,7 +239,7 @@ class MARTask:
         return {name: total / images for name, total in sums.items()} | arrays
 
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """Samples the first classes, always from the same seeds, and reconstructs images."""
+        """Samples classes, always from the same seeds, and reconstructs images."""
         samples = preview_samples(self.sampler(), state.params, frozen, self.model.classes)
         first = {name: x[:PREVIEW_SAMPLES] for name, x in batch.items()}
         kept = encode_tokens(self.tokenizer, self.model, frozen, first, compute=self.compute)

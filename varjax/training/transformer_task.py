@@ -60,7 +60,9 @@ def train_flops(task: Any, state: TrainState, frozen: PyTree, batch: Batch) -> i
 def preview_samples(
     sampler: ImageSampler, params: PyTree, frozen: PyTree, classes: int
 ) -> jax.Array:
-    """Samples 16 images of the first classes, always from the same random keys."""
+    """Samples 16 images, always from the same random keys: of all classes, or of 16 of many."""
     index_N = jnp.arange(PREVIEW_SAMPLES)
+    spread = index_N * classes // PREVIEW_SAMPLES if classes > PREVIEW_SAMPLES else index_N
+    label_N = spread % classes
     key_N = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index_N)
-    return sampler(params, frozen, index_N % classes, key_N)
+    return sampler(params, frozen, label_N, key_N)
