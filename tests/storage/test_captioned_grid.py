@@ -5,7 +5,7 @@ from PIL import ImageFont
 from tests.helpers.tiles import tiles
 from varjax.storage import captioned_grid as grids
 from varjax.storage import image_io
-from varjax.storage.captioned_grid import Captions, captioned_grid, grid_layout, wrapped
+from varjax.storage.captioned_grid import Captions, captioned_grid, drawable, grid_layout, wrapped
 
 LONG = (
     "soft-coated wheaten terrier of an uncommonly long name",
@@ -66,6 +66,13 @@ def test_text_that_does_not_fit_ends_in_an_ellipsis():
     assert first == "soft-coated" and second.endswith("…")
     assert all(font.getlength(line) <= 80 for line in (first, second))
     assert wrapped("", 80, 2, font) == []
+
+
+def test_letters_that_the_font_lacks_are_replaced():
+    assert drawable("crème brûlée · 犬 × …") == "creme brulee · ? ? …"
+    font = ImageFont.load_default(14)
+    missing = bytes(font.getmask("\uffff"))
+    assert all(bytes(font.getmask(letter)) != missing for letter in "·…")
 
 
 def test_a_picture_that_could_not_be_opened_has_no_words(monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -169,7 +170,7 @@ def wrapped(text: str, width: float, most_lines: int, font: Font) -> list[str]:
         font: font of the text.
     """
     lines: list[str] = []
-    for word in text.split():
+    for word in drawable(text).split():
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(longer) <= width:
             lines[-1] = longer
@@ -178,6 +179,13 @@ def wrapped(text: str, width: float, most_lines: int, font: Font) -> list[str]:
     if len(lines) > most_lines:
         lines = [*lines[: most_lines - 1], " ".join(lines[most_lines - 1 :])]
     return [_shortened(line, width, font) for line in lines]
+
+
+def drawable(text: str) -> str:
+    """Replaces characters that Pillow's own font lacks: "é" by "e", others by "?"."""
+    letters = unicodedata.normalize("NFD", text)
+    kept = [c for c in letters if not unicodedata.combining(c)]
+    return "".join(c if c.isascii() or c in "·…" else "?" for c in kept)
 
 
 def _shortened(text: str, width: float, font: Font) -> str:
