@@ -155,8 +155,14 @@ def test_an_unexpected_error_leaves_its_traceback_until_the_run_goes_well(tmp_pa
         with pytest.raises(ZeroDivisionError):
             loop.train(experiment)
     assert report.read_text().startswith("Traceback") and "eval_metrics" in report.read_text()
-    with pytest.raises(InputError):
-        loop.train(tiny.experiment(tmp_path, steps=2))
+
+    def refused(*_):
+        raise InputError("the held-out images are gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny.Tiny, "eval_metrics", refused)
+        with pytest.raises(InputError):
+            loop.train(experiment)
     assert report.exists()
     loop.train(experiment)
     assert not report.exists()
