@@ -97,9 +97,12 @@ def _sizes(shape: MeshShape, devices: Sequence[Any]) -> list[int]:
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(f"{shape}: give positive numbers of devices, at most one of them -1")
     if len(devices) % product or (-1 not in sizes and len(devices) != product):
+        advice = "leave data=-1, which means the rest"
+        if -1 in sizes:
+            advice = "choose a smaller mesh.fsdp or mesh.tensor (fsdp=0 fits it to the devices)"
         raise InputError(
             f"{shape} asks for {product} devices{' or a multiple' if -1 in sizes else ''}, "
-            f"but there are {len(devices)}; leave data=-1, which means the rest"
+            f"but there are {len(devices)}; {advice}"
         )
     return [len(devices) // product if size == -1 else size for size in sizes]
 
@@ -226,9 +229,10 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulate: int = 1) -> None:
     if batch_size % (parts * accumulate):
         sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
         many = f" in {accumulate} microbatches" if accumulate > 1 else ""
+        instead = "another accumulate" if many else "a larger mesh.tensor, which keeps the batch"
         raise InputError(
             f"batch_size {batch_size}{many} does not divide over {parts} devices (mesh: {sizes}); "
-            f"choose a multiple of {parts * accumulate}{', or another accumulate' if many else ''}"
+            f"choose a multiple of {parts * accumulate}, or {instead}"
         )
 
 
