@@ -6,7 +6,7 @@ To change some fields of the file:
 
 python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 --config.steps=200
 
---dry_run checks a run in advance: it reports mesh, memory and data, and takes one step.
+--dry_run checks a run in advance: it reports mesh, memory and data, and takes two steps.
 """
 
 import sys
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> int:
         "--debug", action="store_true", help="print tracebacks of input errors, too"
     )
     parser.add_argument(
-        "--dry_run", action="store_true", help="check everything, take one step, write nothing"
+        "--dry_run", action="store_true", help="check everything, take two steps, write nothing"
     )
     parser.add_argument(
         "--profile",
