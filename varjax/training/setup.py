@@ -269,7 +269,7 @@ def start_run(
         progress.say(f"continuing {run_dir} after step {start}")
     progress.say(
         f"{len(loader.train_source):,} examples of {experiment.data.classes} classes, "
-        f"{plan.steps:,} steps"
+        f"{plan.steps:,} steps, on {mesh.size} × {mesh.devices.flat[0].device_kind}"
     )
     goodput.add(writer.earlier_goodput)
     if writer.earlier_goodput:  # sums of lines that were dropped
