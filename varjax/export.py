@@ -83,6 +83,7 @@ def export_torch(
     check_setting("layout", layout, layout in get_args(Layout), " or ".join(get_args(Layout)))
     directory, out = open_model(weights), as_path(out)
     models, sampling = _read_models(directory, ema)
+    _check_official(directory, models)
     if layout == "diffusers":
         return _export_diffusers(directory, out, *models.get("tokenizer", (None, None)))
     about = _about(directory)
@@ -128,6 +129,16 @@ def _about(weights: WeightsDir) -> dict[str, Any]:
 
 def _about_tokenizer(about: Mapping[str, Any]) -> dict[str, Any]:
     return {name: about[name] for name in ("crop", "license") if name in about}
+
+
+def _check_official(weights: WeightsDir, models: Mapping[str, tuple[Any, PyTree]]) -> None:
+    """Raises InputError for a model that no name map knows."""
+    for part, (model, _) in models.items():
+        if not isinstance(model, tuple(name_map.config for name_map in NAME_MAPS)):
+            raise InputError(
+                f"{weights.path}: its {part} is a {type(model).__name__}, which only varjax has; "
+                "there is no official code that could load it"
+            )
 
 
 def _note_differences(part: str, config: Any) -> None:
@@ -185,10 +196,4 @@ def _read_models(
         models[PART] = read_classifier(weights.path)
     if not models:
         raise InputError(f"{weights.path} has no model to write; its config.json names {[*config]}")
-    for part, (model, _) in models.items():
-        if not isinstance(model, tuple(name_map.config for name_map in NAME_MAPS)):
-            raise InputError(
-                f"{weights.path}: its {part} is a {type(model).__name__}, which only varjax has; "
-                "there is no official code that could load it"
-            )
     return {part: (c, jax.device_get(params)) for part, (c, params) in models.items()}, sampling
