@@ -121,8 +121,9 @@ def test_moments_and_quantiles_match_target(options, fractions):
         error = (p * (1 - p) / draws) ** 0.5 / stats.norm.pdf(expected)
         found = np.quantile(residual_BS, p) / variance**0.5
         assert found == pytest.approx(expected, abs=4 * error), p
-    # No two draws are the same, and those of one image tell nothing of one another.
-    assert len(np.unique(residual_BS)) == draws
+    # Draws differ, but for a few of 5e7 pairs that are the same float32 number by chance (a spacing
+    # of 1e-7 makes it about one); those of one image tell nothing of one another.
+    assert draws - len(np.unique(residual_BS)) <= 5
     correlation_SS = np.corrcoef(residual_BS.T) - np.eye(TOKENS)
     assert np.abs(correlation_SS).max() < 4.5 / IMAGES**0.5
 
