@@ -18,6 +18,7 @@ import os, sys
 print(sys.argv, os.getcwd(), os.environ["OF_THE_TEST"], __name__, sys.stdin.read())
 print(os.getpgrp() == os.getpid(), os.getppid())
 """,
+    "where modules are": "import sys; print(sys.path); import sample",
     "a message": "import sys; sys.exit('no')",
     "an exit code": "raise SystemExit(7)",
     "an exception": "import sys; sys.tracebacklimit = 0; 1 / 0",
@@ -34,7 +35,7 @@ def test_code_runs_and_ends_as_in_a_new_interpreter(tmp_path, code):
         process = start(
             [sys.executable, "-c", CODES[code], "an argument"],
             cwd=tmp_path,
-            env=os.environ | {"OF_THE_TEST": "x"},
+            env=os.environ | {"OF_THE_TEST": "x", "PYTHONPATH": f"{ROOT}:{tmp_path}"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -107,7 +107,8 @@ def _server() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         command = [sys.executable, "-m", "tests.helpers.forked", str(theirs.fileno())]
-        process = subprocess.Popen(command, cwd=ROOT, pass_fds=[theirs.fileno()])
+        others = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        process = subprocess.Popen(command, cwd=ROOT, env=others, pass_fds=[theirs.fileno()])
     atexit.register(lambda: (ours.close(), process.wait()))
     return ours
 
@@ -152,8 +153,8 @@ def become(request: dict) -> None:
             jax.config.update(name.lower(), APPLIED[name](wanted[name]))
     if "PYTHONFAULTHANDLER" in wanted:
         faulthandler.enable()
-    paths = [path for path in wanted.get("PYTHONPATH", "").split(os.pathsep) if path]
-    sys.path[1:1] = [path for path in paths if path not in sys.path]
+    # The server has none of these. Its first entry, the project's root, is replaced below.
+    sys.path[1:1] = [path for path in wanted.get("PYTHONPATH", "").split(os.pathsep) if path]
     _, first, *rest = request["command"]
     if first == "-m":
         sys.path[0], sys.argv = os.getcwd(), rest
