@@ -7,6 +7,8 @@ import pathlib
 import traceback
 from collections.abc import Iterable, Iterator
 
+MISTAKE = "InputError: "  # what the file of `error_file` starts with after a user's mistake
+
 
 class InputError(ValueError):
     """Reports a user's mistake: what was wrong, its value, what is allowed and what to do.
@@ -60,19 +62,22 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def traceback_file(path: pathlib.Path) -> Iterator[None]:
-    """Writes the traceback of an unexpected exception to a file, and lets it pass.
+def error_file(path: pathlib.Path) -> Iterator[None]:
+    """Writes the exception that ends a run to a file, and lets it pass.
 
-    A user's mistake leaves the file as it is; where all goes well, that of an earlier exception is
-    removed.
+    An unexpected one is written with its traceback, which the message of a later user's mistake
+    does not replace. Where all goes well, the file is removed.
     """
     try:
         yield
-    except (InputError, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
-    except Exception:
+    except Exception as error:
         with contextlib.suppress(OSError):  # the disk may be what failed
-            path.write_text(traceback.format_exc())
+            if not isinstance(error, InputError):
+                path.write_text(traceback.format_exc())
+            elif not path.exists() or path.read_text(errors="replace").startswith(MISTAKE):
+                path.write_text(f"{MISTAKE}{error}\n")
         raise
     except SystemExit:  # stopped, but in good order
         path.unlink(missing_ok=True)

@@ -1,7 +1,10 @@
+import json
 import os
+import sys
 
 import pytest
 
+from varjax.analysis import runs
 from varjax.analysis.run_log import read_run_log
 from varjax.analysis.runs import find_runs, main, run_status, status_table
 from varjax.errors import InputError
@@ -38,7 +41,8 @@ def test_a_run_tells_where_it_stands(run, tmp_path):
         assert run_status(run).state == "running"
     (run / "error-1.txt").write_text("Traceback")
     assert run_status(run).state == "failed"
-    header, line = status_table([run_status(run)]).splitlines()
+    header, line, error = status_table([run_status(run)]).splitlines()
+    assert error == "    Traceback"
     assert "first  failed  200 / 300   2.5       3.25" in line and line.endswith(" d ago")
     assert "1,234 87%" in " ".join(line.split())
     assert header.startswith("run ") and "productive" in header
@@ -91,3 +95,87 @@ def test_runs_are_found_below_a_folder(run, tmp_path, capsys):
         find_runs(tmp_path / "data")
     with pytest.raises(InputError, match="is not a folder"):
         find_runs(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("InputError: init_from=x does not exist; name a run\nor more\n", "InputError: init_f"),
+        ("no progress for 30 minutes\n\nThread 1:\n  File x\n", "no progress for 30 minutes"),
+        ("Traceback (most recent call last):\n  File a\n    f()\nKeyError: 1\n\nDuring …\n\n"
+         "Traceback (most recent call last):\n  File b\n    g()\nOSError: x\nmore\n", "OSError: x"),
+        ("RuntimeError: \x1b[31mred", "RuntimeError: \\x1b[31mred"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_a_start_that_failed_is_shown_with_the_first_line_of_its_error(run, capsys, text, line):
+    (run / "error.txt").write_text(text)
+    status = run_status(run)
+    assert status.state == "failed start"
+    log(run, '{"step": 1, "loss": 2.5}')
+    assert run_status(run).state == "failed" and run_status(run).error == status.error
+    _, _, *below = status_table([status]).splitlines()
+    assert [x.startswith(f"    {line}") for x in below] == [True] * bool(line)
+    assert not status.error.endswith("more")
+
+
+def test_a_run_that_runs_again_shows_no_earlier_error(run):
+    (run / "error.txt").write_text("Traceback (most recent call last):\nKeyError: 1")
+    with folders.lock_folder(run):
+        assert (run_status(run).state, run_status(run).error) == ("running", "")
+
+
+def test_runs_are_listed_by_state_and_name_and_as_json(run, tmp_path, capsys):
+    other = tmp_path / "b" / "second"
+    files.write_json(other / "config.json", {"batch_size": 64})
+    files.write_json(other / "data.json", {})
+    log(other, '{"step": 300, "loss": 1.5}')
+    (run / "error.txt").write_text("InputError: no tokenizer")
+    folder = str(tmp_path)
+    for flags, kept in (
+        (["--state=failed start,running"], [run]),
+        (["--name=second"], [other]),
+        (["--name=second", "--state=finished"], []),
+        ([], [run, other]),
+    ):
+        assert main([folder, *flags]) == 0
+        out = capsys.readouterr().out
+        assert [x for x in (run, other) if str(x) in out] == kept
+        left_out = f"{2 - len(kept)} of 2 runs are left out"
+        assert (left_out in out) == (len(kept) < 2)
+    assert main([folder, "--json", "--name=b/"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert (found["directory"], found["state"], found["step"]) == (str(other), "stopped", 300)
+    assert (found["loss"], found["eval_loss"], found["steps"]) == (1.5, None, None)
+    assert main([folder, "--state=broken"]) == 1
+    assert "state=broken: must be one of running, finished" in capsys.readouterr().err
+
+
+class Ended(Exception):
+    """Ends the watching of a list."""
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_the_list_in_place(run, tmp_path, capsys, monkeypatch, terminal):
+    times = []
+
+    def sleep(seconds):
+        times.append(seconds)
+        if len(times) == 2:
+            raise Ended
+
+    monkeypatch.setattr(runs.time, "sleep", sleep)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("LINES", "4")
+    with pytest.raises(Ended):
+        main([str(tmp_path), "--watch=5"])
+    assert times == [5, 5]
+    out = capsys.readouterr().out
+    assert out.count("last written") == (0 if terminal else 2)  # the terminal is too narrow for it
+    first, *screens = out.split(runs.HOME)
+    assert len(screens) == (3 if terminal else 0)  # it is cleared first
+    for screen in screens[1:]:
+        lines = screen.replace(runs.CLEAR_LINE, "").replace(runs.CLEAR_BELOW, "").splitlines()
+        assert [len(line) <= 40 for line in lines[:2]] == [True, True] and len(lines) == 3
+        assert lines[2].startswith("… 2 more lines")

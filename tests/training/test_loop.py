@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.helpers import tiny
 from tests.helpers.tiny import lines, weights
+from varjax.analysis.runs import run_status
 from varjax.checkpoints.weights import restore_weights
 from varjax.errors import InputError
 from varjax.storage import folders
@@ -166,6 +167,14 @@ def test_an_unexpected_error_leaves_its_traceback_until_the_run_goes_well(tmp_pa
     assert report.exists()
     loop.train(experiment)
     assert not report.exists()
+
+
+def test_a_start_that_is_refused_leaves_its_reason(tmp_path):
+    for bad in ("a", "b"):
+        with pytest.raises(InputError, match=f"keep_best is '{bad}'") as caught:
+            loop.train(tiny.experiment(tmp_path, keep_best=bad))
+        assert (tmp_path / "error.txt").read_text() == f"InputError: {caught.value}\n"
+    assert run_status(tmp_path).state == "failed start"
 
 
 def test_a_folder_that_cannot_be_written_is_the_user_s_to_mend(tmp_path):

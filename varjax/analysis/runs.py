@@ -4,18 +4,24 @@
 for compiling, restoring, waiting for data, evaluating, saving and repeated steps does not count.
 
 varjax runs runs
-varjax runs /shared/runs --watch=30
+varjax runs /shared/runs --state=running,failed --watch=30
+varjax runs runs --name=digits --json
 
 A run counts as running while a process holds its lock, on this machine or on another one that
 shares the folder and its locks. A bucket has no locks: there, a run counts as running if it wrote
-something in the last ten minutes.
+something in the last ten minutes. A failed start ended with an error before its first step.
 """
 
+import argparse
 import dataclasses
+import json
 import math
 import pathlib
+import shutil
 import sys
 import time
+import typing
+from collections.abc import Sequence
 from typing import Literal
 
 from varjax.analysis.run_log import read_run_log
@@ -23,9 +29,15 @@ from varjax.errors import InputError, check_setting
 from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import buckets, files, folders
 from varjax.storage.buckets import as_path, in_bucket
+from varjax.storage.untrusted import printable
 
 RECENT_SECONDS = 600.0
-State = Literal["running", "finished", "failed", "stopped"]
+ERROR_BYTES = 2**20  # read of the end of an error file
+ERROR_LENGTH = 200  # characters of an error in the table
+TRACEBACK = "Traceback (most recent call last):\n"
+HOME, CLEAR_LINE, CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"  # ECMA-48: CUP, EL, ED
+State = Literal["running", "finished", "failed", "failed start", "stopped"]
+STATES: tuple[State, ...] = typing.get_args(State)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +47,8 @@ class RunStatus:
     Attributes:
         directory: path of the run.
         state: "running" while a process holds the run's lock (in a bucket: while it writes);
-            "finished" after the last step; "failed" if the last start ended with an unexpected
-            error; else "stopped".
+            "finished" after the last step; "failed" if the last start ended with an error, and
+            "failed start" if the run has taken no step yet; else "stopped".
         step: last update in the run's metrics.
         steps: length of the run in updates; None if it is not known yet.
         loss: loss in the last line of training metrics; NaN before the first.
@@ -45,6 +57,7 @@ class RunStatus:
         productive: fraction of the run's total time, over all starts, spent on steps that were
             kept, 0 … 1.
         age: seconds since the run was started or last wrote metrics; NaN if that is not known.
+        error: first line of the error that ended the last start; "" if there is none.
     """
 
     directory: pathlib.Path
@@ -56,6 +69,7 @@ class RunStatus:
     images_per_second: float
     productive: float
     age: float
+    error: str = ""
 
 
 def find_runs(root: str | pathlib.Path) -> list[pathlib.Path]:
@@ -86,7 +100,7 @@ def run_status(directory: pathlib.Path) -> RunStatus:
     step = max((line["step"] for line in log.lines), default=0)
     metrics = directory / "metrics.jsonl"
     newest = metrics if metrics.is_file() else directory / "config.json"
-    errors = any(directory.glob("error*.txt"))
+    errors = sorted(directory.glob("error*.txt"))  # of several processes, the first one's first
     age = time.time() - files.modified(newest)
     finished = steps is not None and step >= steps
     if in_bucket(directory):
@@ -97,8 +111,10 @@ def run_status(directory: pathlib.Path) -> RunStatus:
         state: State = "running"
     elif finished:
         state = "finished"
+    elif errors:
+        state = "failed" if step else "failed start"
     else:
-        state = "failed" if errors else "stopped"
+        state = "stopped"
 
     def last(*names: str) -> float:
         for line in reversed(log.lines):
@@ -117,7 +133,20 @@ def run_status(directory: pathlib.Path) -> RunStatus:
         last("images_per_second"),
         last("goodput/fraction"),
         age,
+        _error_line(errors[0]) if errors and not running else "",
     )
+
+
+def _error_line(path: pathlib.Path) -> str:
+    """Returns the first line of the message in an error file, which may contain tracebacks."""
+    try:
+        text = path.read_bytes()[-ERROR_BYTES:].decode(errors="replace")
+    except OSError as error:
+        return f"{path.name} cannot be read: {error}"
+    *_, last = text.rpartition(TRACEBACK)
+    lines = last.splitlines()
+    message = (line for line in lines if line.strip() and (not line.startswith(" ")))
+    return next(message, "")
 
 
 def read_statuses(root: str | pathlib.Path) -> list[RunStatus]:
@@ -136,8 +165,8 @@ def read_statuses(root: str | pathlib.Path) -> list[RunStatus]:
     return statuses
 
 
-def status_table(runs: list[RunStatus]) -> str:
-    """Formats runs as a table of text, a line each."""
+def status_table(runs: Sequence[RunStatus]) -> str:
+    """Formats runs as a table of text: a line each, and below it the error that ended it."""
     rows: list[tuple[str, ...]] = [
         ("run", "state", "step", "loss", "eval loss", "images/s", "productive", "last written")
     ]
@@ -148,13 +177,28 @@ def status_table(runs: list[RunStatus]) -> str:
         shown.append("" if math.isnan(run.productive) else f"{run.productive:.0%}")
         rows.append((str(run.directory), run.state, f"{run.step:,}{total}", *shown, _ago(run.age)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
+    lines = [
         "  ".join(
             cell.ljust(width) if i < 2 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
-    )
+    ]
+    errors = ["", *(printable(run.error[:ERROR_LENGTH]) for run in runs)]
+    both = zip(lines, errors, strict=True)
+    return "\n".join(f"{line}\n    {error}" if error else line for line, error in both)
+
+
+def status_json(runs: Sequence[RunStatus]) -> str:
+    """Formats runs as a JSON list of objects; numbers that are not known are null."""
+    objects = [
+        {
+            name: None if isinstance(value, float) and math.isnan(value) else value
+            for name, value in (dataclasses.asdict(run) | {"directory": str(run.directory)}).items()
+        }
+        for run in runs
+    ]
+    return json.dumps(objects, indent=2)
 
 
 def _ago(seconds: float) -> str:
@@ -166,34 +210,61 @@ def _ago(seconds: float) -> str:
     return f"{max(seconds, 0):.0f} s ago"
 
 
+def redraw(text: str) -> None:
+    """Replaces what a terminal shows; lines and columns that it has no room for are left out."""
+    columns, rows = shutil.get_terminal_size()
+    lines = text.splitlines()
+    if len(lines) >= rows:
+        more = len(lines) - (rows - 2)
+        lines = [*lines[: rows - 2], f"… {more} more lines; --state and --name show fewer runs"]
+    shown = "".join(f"{line[:columns]}{CLEAR_LINE}\n" for line in lines)
+    print(f"{HOME}{shown}{CLEAR_BELOW}", end="", flush=True)
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    about = "folder that contains the runs (runs)"
+    add("folder", nargs="?", default="runs", metavar="DIR", help=about)
+    about = "show the list again at this interval; a terminal shows it in place"
+    add("--watch", type=float, default=0.0, metavar="SECONDS", help=about)
+    about = f"only runs in these states, joined by commas: {', '.join(STATES)}"
+    add("--state", default="", help=about)
+    add("--name", default="", metavar="TEXT", help="only runs whose path contains this text")
+    add("--json", action="store_true", help="print a JSON list of objects instead of a table")
+
+
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     parser = command_parser("varjax runs", __doc__)
-    add = parser.add_argument
-    add(
-        "folder",
-        nargs="?",
-        default="runs",
-        metavar="DIR",
-        help="folder that contains the runs (runs)",
-    )
-    add(
-        "--watch",
-        type=float,
-        default=0.0,
-        metavar="SECONDS",
-        help="print the list again at this interval",
-    )
+    _add_flags(parser)
     flags = parser.parse_args(arguments)
+    in_place = flags.watch > 0 and sys.stdout.isatty() and not flags.json
+
+    def read() -> str:
+        found = read_statuses(flags.folder)
+        states = flags.state.split(",") if flags.state else STATES
+        runs = [run for run in found if run.state in states and flags.name in str(run.directory)]
+        if flags.json:
+            return status_json(runs)
+        left_out = f"\n{len(found) - len(runs)} of {len(found)} runs are left out"
+        return status_table(runs) + left_out * (len(runs) < len(found))
 
     def show() -> None:
         check_setting("watch", flags.watch, flags.watch >= 0, "0 or more seconds")
+        for state in flags.state.split(",") if flags.state else ():
+            check_setting("state", state, state in STATES, f"one of {', '.join(STATES)}")
+        if in_place:
+            print(HOME + CLEAR_BELOW, end="")
         while True:
-            print(status_table(read_statuses(flags.folder)), flush=True)
+            if in_place:
+                redraw(f"{read()}\n\nevery {flags.watch:g} s, {time.strftime('%X')}; Ctrl-C ends")
+            else:
+                print(read(), flush=True)
             if not flags.watch:
                 break
             time.sleep(flags.watch)
-            print()
+            if not in_place:
+                print()
 
     return run_command("varjax runs", show)
 

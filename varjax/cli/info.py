@@ -24,6 +24,7 @@ from varjax.storage import files
 from varjax.storage.npz import NpzArchive
 from varjax.storage.picture_text import SETTINGS, read_picture_text
 from varjax.storage.safetensors_io import read_safetensors
+from varjax.storage.untrusted import printable
 
 
 def read_facts(location: str) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def facts_table(facts: dict[str, Any]) -> str:
     """
     shown = {name: _line(value) for name, value in facts.items() if value not in (None, "")}
     width = max(len(name) for name in shown) + 2
-    return "\n".join(f"{_printable(name):{width}}{line}" for name, line in shown.items())
+    return "\n".join(f"{printable(name):{width}}{line}" for name, line in shown.items())
 
 
 def _line(value: Any) -> str:
@@ -128,12 +129,8 @@ def _line(value: Any) -> str:
         inner = {
             name: f"({_line(x)})" if isinstance(x, dict) else _line(x) for name, x in value.items()
         }
-        return ", ".join(f"{_printable(str(name))}={text}" for name, text in inner.items())
-    return _printable(value if isinstance(value, str) else json.dumps(value))
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return ", ".join(f"{printable(str(name))}={text}" for name, text in inner.items())
+    return printable(value if isinstance(value, str) else json.dumps(value))
 
 
 def main(arguments: list[str]) -> int:

@@ -231,6 +231,11 @@ def shown(value: Any) -> str:
     return _kind(value)
 
 
+def printable(text: str) -> str:
+    """Escapes characters that a terminal would not print: text from a file may contain any."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def reason(error: Exception) -> str:
     """Returns the text of an exception for a message, short and printable."""
     text = str(error)[:REASON_LENGTH]

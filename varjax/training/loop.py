@@ -5,7 +5,7 @@ import dataclasses
 
 import jax
 
-from varjax.errors import InputError, traceback_file
+from varjax.errors import InputError, error_file
 from varjax.runtime.distributed import check_shared_file, on_first_process
 from varjax.storage import folders
 from varjax.storage.buckets import as_path
@@ -35,8 +35,8 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
     The same command continues a run that ended in any way, and then takes exactly the steps that an
     uninterrupted run takes. SIGINT and SIGTERM (with several processes only SIGTERM) save at once
     and exit with 128 + the signal's number; the next start makes up for an evaluation that was due.
-    The traceback of an unexpected error is also written to <run_dir>/error.txt. A run without
-    progress for `stalled_minutes` ends the process (`Watchdog`).
+    What ended a start that failed is also written to <run_dir>/error.txt, with the traceback if it
+    was unexpected. A run without progress for `stalled_minutes` ends the process (`Watchdog`).
 
     Args:
         experiment: settings of the run.
@@ -65,7 +65,7 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
         on_first_process(lambda: check_or_write_data(experiment))
         index = jax.process_index()
         report = run_dir / (f"error-{index}.txt" if index else "error.txt")
-        stack.enter_context(traceback_file(report))
+        stack.enter_context(error_file(report))
         watchdog = stack.enter_context(Watchdog(experiment.stalled_minutes, report))
         checkpoints = stack.enter_context(
             Checkpoints(run_dir / "checkpoints", experiment.keep, experiment.keep_every)
