@@ -12,7 +12,7 @@ LOCKED = 3.11 3.12
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK := $(wildcard requirements/lock-$(VERSION).txt)
 
-.PHONY: setup lock demo demo-mar quick test lint soak damage faults clean
+.PHONY: setup lock demo demo-mar quick test lint docs soak damage faults clean
 
 setup: $(VENV)/ready
 
@@ -69,6 +69,15 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
+
+# Builds the site of README and docs/: build/site/index.html. A warning is an error.
+docs: $(VENV)/docs-ready
+	$(PY) -m sphinx --quiet --fail-on-warning --keep-going -c docs/site -d build/doctrees . build/site
+	@echo "build/site/index.html"
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(PIP) --no-build-isolation -e ".[docs]" -c constraints.txt
+	@touch $@
 
 # Interrupts a run 100 times at random moments. Takes about half an hour, so `make test` omits it.
 soak: setup

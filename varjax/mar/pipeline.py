@@ -166,7 +166,7 @@ class MARPipeline:
 
     @property
     def config(self) -> dict[str, TokenizerConfig | MARConfig | None]:
-        """{"tokenizer": …, "mar": …}, the configs of the two models."""
+        """Configs of the two models, by "tokenizer" and "mar"."""
         return {"tokenizer": self.tokenizer, "mar": self.mar}
 
     @property

@@ -135,7 +135,7 @@ class VARPipeline:
 
     @property
     def config(self) -> dict[str, VQConfig | VARConfig]:
-        """{"tokenizer": …, "var": …}, the configs of the two models."""
+        """Configs of the two models, by "tokenizer" and "var"."""
         return {"tokenizer": self.tokenizer, "var": self.var}
 
     @property

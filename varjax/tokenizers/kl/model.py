@@ -154,7 +154,7 @@ class KLConfig:
 
     @property
     def latent_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """{"mean_BhwZ", "std_BhwZ"}: each of `latent_shape`, float32."""
+        """Specs of "mean_BhwZ" and "std_BhwZ", each of `latent_shape` and float32."""
         array = jax.ShapeDtypeStruct(self.latent_shape, np.float32)
         return {"mean_BhwZ": array, "std_BhwZ": array}
 

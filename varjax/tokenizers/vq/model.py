@@ -92,7 +92,7 @@ class VQConfig:
 
     @property
     def latent_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """{"tokens_BL": shape (L,), stored as uint16, or as uint32 for more than 65,536 codes}."""
+        """Spec of "tokens_BL", (L,), stored as uint16, or as uint32 for more than 65,536 codes."""
         dtype = np.uint16 if self.vocab <= 2**16 else np.uint32
         return {"tokens_BL": jax.ShapeDtypeStruct((self.pyramid.length,), dtype)}
 
