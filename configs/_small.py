@@ -38,7 +38,7 @@ class Length:
     Attributes:
         tokenizer: factor on the updates of a tokenizer.
         transformer: factor on the updates of a transformer.
-        ema_decay: decay of the average of the weights, which must be shorter than the run.
+        ema_decay: highest decay of the average of the weights, which covers less than the run.
     """
 
     tokenizer: int
@@ -62,6 +62,7 @@ class Recipe:
         tokenizer_steps: updates of the tokenizer's quick run.
         steps: updates of the transformer's quick run.
         guidance: guidance scale when sampling.
+        ema_warmup: whether the decay of the averages starts low, so that shorter runs may use them.
     """
 
     vocab: int
@@ -71,6 +72,7 @@ class Recipe:
     tokenizer_steps: int
     steps: int
     guidance: float
+    ema_warmup: bool
 
 
 # Tuned on scikit-learn's digits (8 pixels), and on 4,500 handwritten digits of 28 pixels.
@@ -82,6 +84,7 @@ UP_TO_8 = Recipe(
     tokenizer_steps=1000,
     steps=1000,
     guidance=1.25,
+    ema_warmup=False,
 )
 LARGER = Recipe(
     vocab=512,
@@ -91,6 +94,7 @@ LARGER = Recipe(
     tokenizer_steps=1200,
     steps=1500,
     guidance=4.0,
+    ema_warmup=True,
 )
 
 
@@ -132,6 +136,7 @@ def small_tokenizer(
             optimizer=optimizer,
             codebook=recipe.codebook,
             ema_decay=length.ema_decay,
+            ema_warmup=recipe.ema_warmup,
         ),
         data=data,
         run_dir=run_dir,
@@ -169,6 +174,7 @@ def small_var(
             tokenizer_weights=tokenizer_run.run_dir,
             optimizer=AdamW(base_lr=recipe.base_lr, schedule="cos", warmup=0.05),
             ema_decay=length.ema_decay,
+            ema_warmup=recipe.ema_warmup,
             compute=ComputeConfig(unroll=True),
             sampling=VAROptions(guidance=recipe.guidance, top_k=0, top_p=0.0),
         ),

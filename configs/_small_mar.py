@@ -46,6 +46,7 @@ class Recipe:
         base_lr: peak learning rate of the transformer, for each 256 images of a batch.
         steps: updates of the transformer's quick run.
         sampling: options that suit the model.
+        ema_warmup: whether the decay of the averages starts low, so that shorter runs may use them.
     """
 
     tokenizer_width: int
@@ -60,6 +61,7 @@ class Recipe:
     base_lr: float
     steps: int
     sampling: MAROptions
+    ema_warmup: bool
 
 
 # Tuned on scikit-learn's digits.
@@ -78,6 +80,7 @@ UP_TO_8 = Recipe(
     sampling=MAROptions(
         guidance=1.5, temperature=1.1, steps=8, diffusion_steps="100", clip_denoised=4.0
     ),
+    ema_warmup=False,
 )
 # As many parameters as VAR has for these images, within 10 %.
 LARGER = Recipe(
@@ -95,6 +98,7 @@ LARGER = Recipe(
     sampling=MAROptions(
         guidance=2.0, temperature=1.0, steps=16, diffusion_steps="50:25", clip_denoised=4.0
     ),
+    ema_warmup=True,
 )
 
 
@@ -121,7 +125,13 @@ def small_kl_tokenizer(data: Any, run_dir: str, quality: Quality = "quick") -> E
         # With LDM's kl of 1e-6, the latents of a small model spread without bounds. With 1e-3,
         # their standard deviation is near 1, and the posterior's about a twentieth of that.
         task=KLTask(
-            model=model, optimizer=optimizer, l1=0.2, l2=1.0, kl=1e-3, ema_decay=length.ema_decay
+            model=model,
+            optimizer=optimizer,
+            l1=0.2,
+            l2=1.0,
+            kl=1e-3,
+            ema_decay=length.ema_decay,
+            ema_warmup=recipe.ema_warmup,
         ),
         data=data,
         run_dir=run_dir,
@@ -191,6 +201,7 @@ def small_mar(
             min_mask_ratio=0.1,
             diffusion_batch_mul=2,
             ema_decay=length.ema_decay,
+            ema_warmup=recipe.ema_warmup,
             compute=ComputeConfig(attention_impl="xla", unroll=True),
             sampling=sampling,
         ),

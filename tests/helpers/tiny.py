@@ -26,6 +26,7 @@ class Tiny:
     width: int = 16
     dropout: float = 0.1
     ema_decay: float = 0.9
+    ema_warmup: bool = False
     accumulate: int = 1
     optimizer: AdamW = AdamW(base_lr=0.1)
     explode_at: int = -1  # the first step that gives NaN
@@ -76,7 +77,7 @@ class Tiny:
         explodes = (self.explode_at >= 0) & (since >= 0) & (since < self.explode_steps)
         grads = jax.tree.map(lambda g: jnp.where(explodes, jnp.nan, g), grads)
         state, update_metrics = train_step.apply_gradients(
-            state, grads, self.optimizer, plan, self.ema_decay
+            state, grads, self.optimizer, plan, self.ema_decay, ema_warmup=self.ema_warmup
         )
         return state, metrics | update_metrics
 

@@ -48,6 +48,9 @@ def test_an_average_that_the_run_is_too_short_for(task):
         "90% of the average are still the initial parameters" in note
         and "task.ema_decay=0.995" in note
     )
+    assert "Set task.ema_warmup=true or" in note
+    warmed_up = dataclasses.replace(task, ema_decay=0.9999, ema_warmup=True)
+    assert not warmed_up.notes(Plan(steps=1000))
     for ema, steps in ((0.9999, 40_000), (0.995, 1000), (0.0, 1)):
         assert not dataclasses.replace(task, ema_decay=ema).notes(Plan(steps=steps))
 

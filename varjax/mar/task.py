@@ -70,6 +70,8 @@ class MARTask:
         min_mask_ratio: smallest fraction of tokens that is masked.
         diffusion_batch_mul: number of noise levels for each token in a step.
         ema_decay: decay of the parameters' exponential moving average; 0 for none.
+        ema_warmup: whether the decay starts low, for short runs: min(ema_decay, (1 + t) / (10 + t))
+            after t updates.
         accumulate: number of microbatches whose gradients are averaged in a step.
         compute: number format and execution.
         sampling: sampling options that suit the model, for previews and as the default after
@@ -86,6 +88,7 @@ class MARTask:
     min_mask_ratio: float = 0.7
     diffusion_batch_mul: int = 4
     ema_decay: float = 0.9999
+    ema_warmup: bool = False
     accumulate: int = 1
     compute: ComputeConfig = ComputeConfig()
     sampling: MAROptions = MAROptions()
@@ -152,7 +155,9 @@ class MARTask:
 
     def update(self, state: TrainState, grads: PyTree, plan: Plan) -> tuple[TrainState, Metrics]:
         """Applies gradients, as `apply_gradients` does with the settings of this task."""
-        return apply_gradients(state, grads, self.optimizer, plan, self.ema_decay, MAR_DECAYED)
+        return apply_gradients(
+            state, grads, self.optimizer, plan, self.ema_decay, MAR_DECAYED, self.ema_warmup
+        )
 
     def loss(
         self, params: PyTree, frozen: PyTree, batch: Batch

@@ -42,6 +42,8 @@ class TokenizerTask(ImageLossConfig, Protocol):
     def optimizer(self) -> AdamW: ...
     @property
     def ema_decay(self) -> float: ...
+    @property
+    def ema_warmup(self) -> bool: ...
 
 
 def check_decay_and_weights(task: TokenizerTask, *weights: str) -> None:
@@ -147,7 +149,9 @@ def update_networks(
     """
     step = state.step
     gradients = loss_gradients(task, discriminator, frozen, batch, step, plan, microbatch_gradients)
-    state, metrics = apply_gradients(state, gradients.grads, task.optimizer, plan, task.ema_decay)
+    state, metrics = apply_gradients(
+        state, gradients.grads, task.optimizer, plan, task.ema_decay, ema_warmup=task.ema_warmup
+    )
     metrics = gradients.metrics | metrics
     if task.gan is None:
         return state, None, metrics, gradients.statistics

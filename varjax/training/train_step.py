@@ -111,6 +111,7 @@ def apply_gradients(
     plan: Plan,
     ema_decay: float = 0.0,
     decayed: str = DECAYED,
+    ema_warmup: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """Updates parameters, optimizer and average.
 
@@ -121,6 +122,7 @@ def apply_gradients(
         plan: length of the run, for the optimizer's schedules.
         ema_decay: decay d in ema <- d·ema + (1-d)·params; 0 if `state.ema` is None.
         decayed: regular expression for the paths of parameters with weight decay.
+        ema_warmup: whether d starts low and rises to `ema_decay`, as `warmed_up_decay` does.
 
     Returns:
         The state after the update, and metrics: the learning rate "lr", and the global norms
@@ -130,7 +132,10 @@ def apply_gradients(
     with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to integer powers
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema = optax.incremental_update(params, state.ema, 1 - ema_decay) if ema_decay else None
+    ema = None
+    if ema_decay:
+        decay = warmed_up_decay(ema_decay, state.step) if ema_warmup else ema_decay
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
     metrics = {
         "lr": optimizer.lr(state.step, plan),
         "grad_norm": optax.tree.norm(grads),
@@ -138,6 +143,21 @@ def apply_gradients(
         "param_norm": optax.tree.norm(params),
     }
     return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+
+def warmed_up_decay(ema_decay: float, step: jax.Array) -> jax.Array:
+    """Computes the decay of an average that soon forgets the initial parameters.
+
+    It is min(ema_decay, (1 + t) / (10 + t)) after t updates, as in TensorFlow's
+    `ExponentialMovingAverage(decay, num_updates)`: the average covers about the last tenth of the
+    updates so far, until that is as long as `ema_decay` asks for.
+
+    Args:
+        ema_decay: value to which the decay rises.
+        step: number t of updates before this one.
+    """
+    t = step.astype(jnp.float32)
+    return jnp.minimum(jnp.float32(ema_decay), (1 + t) / (10 + t))
 
 
 def skip_nonfinite_updates(train_step: StepFn) -> StepFn:

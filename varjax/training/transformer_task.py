@@ -29,7 +29,8 @@ def transformer_notes(task: Any, plan: Plan) -> list[str]:
     """Returns notes on class dropout and on the average, for `Task.notes`.
 
     Args:
-        task: task with `class_dropout`, `model.classes`, `sampling.guidance` and `ema_decay`.
+        task: task with `class_dropout`, `model.classes`, `sampling.guidance`, `ema_decay` and
+            `ema_warmup`.
         plan: length of the run.
     """
     notes, guidance, classes = [], np.max(task.sampling.guidance), task.model.classes
@@ -45,7 +46,7 @@ def transformer_notes(task: Any, plan: Plan) -> list[str]:
             f'class_dropout is 1: every label becomes "no class", so none of the {classes} classes '
             "is trained. Set task.class_dropout=0.1"
         ]
-    return notes + ema_notes(task.ema_decay, plan)
+    return notes + ema_notes(task.ema_decay, task.ema_warmup, plan)
 
 
 def train_flops(task: Any, state: TrainState, frozen: PyTree, batch: Batch) -> int:

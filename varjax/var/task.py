@@ -74,6 +74,8 @@ class VARTask:
         drop_path: fraction of residual branches that the last layer drops.
         label_smoothing: fraction of the targets' probability that is spread over all codes.
         ema_decay: decay of the parameters' exponential moving average; 0 for none.
+        ema_warmup: whether the decay starts low, for short runs: min(ema_decay, (1 + t) / (10 + t))
+            after t updates.
         accumulate: number of microbatches whose gradients are averaged in a step.
         compute: number format and execution.
         sampling: sampling options that suit the model, for previews and as the default after
@@ -90,6 +92,7 @@ class VARTask:
     drop_path: float = 0.0
     label_smoothing: float = 0.0
     ema_decay: float = 0.0
+    ema_warmup: bool = False
     accumulate: int = 1
     compute: ComputeConfig = ComputeConfig()
     sampling: VAROptions = VAROptions()
@@ -152,7 +155,9 @@ class VARTask:
 
     def update(self, state: TrainState, grads: PyTree, plan: Plan) -> tuple[TrainState, Metrics]:
         """Applies gradients, as `apply_gradients` does with the settings of this task."""
-        return apply_gradients(state, grads, self.optimizer, plan, self.ema_decay)
+        return apply_gradients(
+            state, grads, self.optimizer, plan, self.ema_decay, ema_warmup=self.ema_warmup
+        )
 
     def train_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
         return train_flops(self, state, frozen, batch)

@@ -70,6 +70,8 @@ class KLTask:
         dtype: number format of all convolutions in training; "auto" is bfloat16 on an accelerator
             and float32 on a CPU. Evaluation and the posterior are always float32.
         ema_decay: decay of the parameters' moving average; 0 for none.
+        ema_warmup: whether the decay starts low, for short runs: min(ema_decay, (1 + t) / (10 + t))
+            after t updates.
         accumulate: number of microbatches that a batch is split into, to save memory.
     """
 
@@ -82,6 +84,7 @@ class KLTask:
     gan: GANConfig | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     ema_decay: float = 0.0
+    ema_warmup: bool = False
     accumulate: int = 1
 
     def __post_init__(self):
@@ -91,7 +94,7 @@ class KLTask:
         tokenizer_task.check_images(self, image_shape)
 
     def notes(self, plan: Plan) -> list[str]:
-        return ema_notes(self.ema_decay, plan)
+        return ema_notes(self.ema_decay, self.ema_warmup, plan)
 
     def init(self, key: jax.Array) -> TrainState:
         return tokenizer_task.init_state(self, self.model.init(key), key)
