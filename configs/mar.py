@@ -122,6 +122,7 @@ def get_config(arg: str = "b") -> Experiment:
         run_dir=f"runs/mar_{size}",
         batch_size=2048,
         epochs=EPOCHS,
+        init_tokenizer=not chosen,  # one that is named here is used whatever init_from has
         mesh=MeshShape(fsdp=0) if size == "h" else MeshShape(),
         log_every=50,
         eval_every=5000,

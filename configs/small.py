@@ -11,6 +11,8 @@ Two CPU cores, 28 pixels: about 20 minutes, 3 GB. On 4,500 handwritten digits, a
 long, an estimated night.
 """
 
+import dataclasses
+
 from varjax.training.experiment import Experiment
 
 from ._small import small_tokenizer, small_var
@@ -20,4 +22,6 @@ from ._small_data import read_small_run
 def get_config(arg: str = "") -> Experiment:
     run = read_small_run(arg)
     tokenizer_run = small_tokenizer(run.data, run.tokenizer_run())
-    return small_var(run.data, tokenizer_run, f"runs/{run.name}", run.quality)
+    experiment = small_var(run.data, tokenizer_run, f"runs/{run.name}", run.quality)
+    # A tokenizer that is named here is used also where init_from has another one.
+    return dataclasses.replace(experiment, init_tokenizer=not run.tokenizer)

@@ -18,6 +18,8 @@ configs/small.py's. The rules are in configs/_small_mar.py. Two CPU cores: about
 estimate), 3.4 GB.
 """
 
+import dataclasses
+
 from varjax.training.experiment import Experiment
 
 from ._small import small_tokenizer
@@ -38,4 +40,6 @@ def get_config(arg: str = "") -> Experiment:
     else:
         tokenizer_run = small_kl_tokenizer(run.data, run.tokenizer_run("kl_tokenizer"))
     parts = [f"runs/{run.name}_mar", *[order] * (order != "masked"), *["codes"] * codes]
-    return small_mar(run.data, tokenizer_run, "_".join(parts), order, run.quality)
+    experiment = small_mar(run.data, tokenizer_run, "_".join(parts), order, run.quality)
+    # A tokenizer that is named here is used also where init_from has another one.
+    return dataclasses.replace(experiment, init_tokenizer=not run.tokenizer)

@@ -10,8 +10,8 @@ After the colon: d16, d20, d24 or d30, data=… as in configs/var.py, and the tr
                                                         --var and --tokenizer
 
 The model is trained, a frozen copy of it is the reference, and its tokenizer makes the tokens. To
-change only one of them, set --config.init_from, --config.task.cca.reference or
---config.task.tokenizer_weights.
+change only one of them, set --config.init_from (with --config.init_tokenizer=false, or its
+tokenizer is used as well), --config.task.cca.reference or --config.task.tokenizer_weights.
 
 Hyper-parameters are those of the authors' commands (github.com/thu-ml/CCA): one epoch, batch 256,
 β = 0.02, 10 % of the labels dropped, reference with drop path. Published by the authors:

@@ -373,6 +373,7 @@ def test_mnist_s_files_need_no_size(fashion):
         load(f"small.py:{fashion},size=32")
     elsewhere = load(f"small.py:{fashion},tokenizer=runs/other")
     assert elsewhere.task.tokenizer_weights == "runs/other"
+    assert var.init_tokenizer and not elsewhere.init_tokenizer
 
 
 @pytest.mark.parametrize("tokens", ["continuous", "codes"])

@@ -54,6 +54,9 @@ class Tiny:
         tree, _ = files.read_tensors(location)
         return tree, {"up/bias": ([0, 1], [1, 3])}
 
+    def with_tokenizer_of(self, location):
+        return self
+
     def frozen(self):
         if not self.offset_file:
             return {}

@@ -48,6 +48,11 @@ class WeightsDir:
         """Class name of the run's task; None for a converted directory."""
         return self.config["task"]["_type"] if "task" in self.config else None
 
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether this is the run of a tokenizer, not one that uses a tokenizer."""
+        return "task" in self.config and "tokenizer" not in self.config["task"]
+
     def read_task_part(self, part: str, config_class: type) -> Any:
         """Builds the config of a part of the run's task, such as its "model".
 
@@ -116,7 +121,7 @@ class WeightsDir:
                 the averaged weights if there are any.
         """
         self.tokenizer_settings()  # raises an error if there is no tokenizer
-        if self.task is not None and "tokenizer" not in self.config["task"]:
+        if self.trains_tokenizer:
             return self.restore(ema)
         name = "tokenizer" if self.task is None else "frozen"
         return frozen_tokenizer(files.read_tensors(self.path / f"{name}.safetensors")[0])
@@ -334,7 +339,7 @@ def read_frozen_tokenizer(location: str, tokenizer: Any) -> PyTree:
         return jax.device_get(jax.jit(tokenizer.init)(jax.random.key(0)))
     weights = open_weights(location)
     params = read_expected_tokenizer(weights, tokenizer)
-    steps = weights.config.get("steps") or 0
+    steps = (weights.config.get("steps") or 0) if weights.trains_tokenizer else 0
     saved = SavedSteps(weights.path / "checkpoints").steps() if steps else []
     if saved and saved[-1] < steps:
         print(
@@ -346,7 +351,13 @@ def read_frozen_tokenizer(location: str, tokenizer: Any) -> PyTree:
 
 
 def read_expected_tokenizer(weights: WeightsDir, expected: Any) -> PyTree:
-    """Reads a tokenizer's parameters.
+    """Reads a tokenizer's parameters; raises InputError as `check_tokenizer` does."""
+    check_tokenizer(weights, expected)
+    return weights.read_tokenizer(type(expected))[1]
+
+
+def check_tokenizer(weights: WeightsDir, expected: Any) -> None:
+    """Checks the config of the tokenizer in a run or a converted directory.
 
     Raises InputError if there is none, or if its config is not `expected`; lists all differences.
     """
@@ -356,4 +367,3 @@ def read_expected_tokenizer(weights: WeightsDir, expected: Any) -> PyTree:
     names = [n for n in dict.fromkeys((*settings, *needed)) if settings.get(n) != needed.get(n)]
     if lines := [f"{n}: {settings.get(n)}, expected {needed.get(n)}" for n in names]:
         raise InputError(f"{weights.path} has another tokenizer:\n  " + "\n  ".join(lines))
-    return weights.read_tokenizer(type(expected))[1]

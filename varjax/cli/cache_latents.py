@@ -20,6 +20,7 @@ import jax
 
 from varjax import trees
 from varjax.checkpoints.weights import frozen_tokenizer
+from varjax.cli.train import with_named_tokenizer
 from varjax.config import config_tree
 from varjax.config.config_flags import add_config_flags, config_from_flags
 from varjax.config.numbers import seed_number, whole_number
@@ -205,10 +206,13 @@ def main(arguments: list[str]) -> int:
         flags, experiment = config_from_flags(parser, arguments)
         process = connect_by_flags(flags, communicate=False)
         use_compilation_cache()
-        if tokenizer := config_tree.to_dict(experiment.task).get("tokenizer_weights"):
+        if experiment.init_from:
+            resolve_weights(experiment.init_from)
+        task = with_named_tokenizer(experiment, arguments).with_init_tokenizer().task
+        if tokenizer := config_tree.to_dict(task).get("tokenizer_weights"):
             resolve_weights(tokenizer)
         summary = cache_latents(
-            experiment.task,
+            task,
             experiment.data,
             experiment.seed,
             batch_size=flags.batch_size or IMAGES_PER_DEVICE * len(jax.local_devices()),

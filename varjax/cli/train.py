@@ -9,11 +9,12 @@ python train.py --config=configs/digits.py --config.task.optimizer.base_lr=3e-4 
 --dry_run checks a run in advance: it reports mesh, memory and data, and takes two steps.
 """
 
+import dataclasses
 import sys
 from typing import Any
 
 from varjax.config import config_tree
-from varjax.config.config_flags import add_config_flags, config_from_flags
+from varjax.config.config_flags import add_config_flags, config_from_flags, split_changes
 from varjax.errors import InputError
 from varjax.runtime.commands import command_parser
 from varjax.storage import files
@@ -30,14 +31,23 @@ def fetch_weights(experiment: Any) -> None:
     from varjax.training.run_dir import is_bound
 
     run_dir = as_path(experiment.run_dir)
+    bound = is_bound(run_dir)
+    if experiment.init_from and not bound:
+        resolve_weights(experiment.init_from)
+        experiment = experiment.with_init_tokenizer()
     task = config_tree.to_dict(experiment.task)
     locations = task.get("tokenizer_weights"), (task.get("cca") or {}).get("reference")
-    bound = is_bound(run_dir)
     if not (bound and files.exists(run_dir / "frozen.safetensors")):
         # Only the first process reads them.
         on_first_process(lambda: [str(resolve_weights(x)) for x in locations if x])
-    if experiment.init_from and not bound:
-        resolve_weights(experiment.init_from)
+
+
+def with_named_tokenizer(experiment: Any, arguments: list[str]) -> Any:
+    """Returns settings that keep a tokenizer from the command line, whatever `init_from` has."""
+    changed = {text.partition("=")[0] for text in split_changes(arguments)[1]}
+    if "task.tokenizer_weights" not in changed or "init_tokenizer" in changed:
+        return experiment
+    return dataclasses.replace(experiment, init_tokenizer=False)
 
 
 def train_experiment(experiment: Any, profile: str = "") -> dict[str, float]:
@@ -94,6 +104,7 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         flags, experiment = config_from_flags(parser, arguments)
+        experiment = with_named_tokenizer(experiment, arguments)
         connect_by_flags(flags)
     except InputError as error:
         if "--debug" in arguments:

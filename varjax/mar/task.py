@@ -42,6 +42,7 @@ from varjax.training.transformer_task import (
     preview_samples,
     train_flops,
     transformer_notes,
+    with_tokenizer_of,
 )
 from varjax.trees import PyTree
 
@@ -127,6 +128,9 @@ class MARTask:
         weights = open_weights(location)
         config, params, _ = read_generator(weights, "mar", "MARTask", MARConfig, MAROptions)
         return params, matching_mar_rows(self.model, config)
+
+    def with_tokenizer_of(self, location: str) -> "MARTask":
+        return with_tokenizer_of(self, location)
 
     def frozen(self) -> PyTree:
         """Reads the tokenizer's parameters; raises InputError if its config differs."""

@@ -37,6 +37,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     if say is None:
         say = print if jax.process_index() == 0 else lambda text: None
     setup = set_up(experiment)
+    experiment = setup.experiment
     task, loader, mesh = setup.task, setup.loader, setup.mesh
     if on_first_process(lambda: is_bound(as_path(experiment.run_dir))):
         check_config(experiment)

@@ -67,6 +67,8 @@ class Experiment:
         init_from: run or converted directory whose parameters initialize this run, as far as they
             fit (`warm_start_state`); "" for random parameters. Ignored once the run has a
             checkpoint.
+        init_tokenizer: whether a transformer that starts from init_from also takes the tokenizer
+            that init_from was trained on, instead of task.tokenizer_weights.
         fork_from: RUN or RUN@STEP whose whole state, with optimizer and step, this run continues
             (`forked_state`), to make it longer or to change the batch size, data or learning rate.
             "" for none. Ignored once the run has a checkpoint.
@@ -103,6 +105,7 @@ class Experiment:
     epochs: float = 0.0
     seed: int = 0
     init_from: str = ""
+    init_tokenizer: bool = True
     fork_from: str = ""
     mesh: MeshShape = MeshShape()
     log_every: int = 50
@@ -149,6 +152,15 @@ class Experiment:
         self.fid.check()
         check_wandb(self.wandb)
         check_microbatches(self.batch_size, self.task.accumulate)
+
+    def with_init_tokenizer(self) -> "Experiment":
+        """Returns these settings on the tokenizer that `init_from` was trained on, if it asks so.
+
+        Raises InputError if that tokenizer does not fit the task (`Task.with_tokenizer_of`).
+        """
+        if not (self.init_from and self.init_tokenizer):
+            return self
+        return dataclasses.replace(self, task=self.task.with_tokenizer_of(self.init_from))
 
     def plan(self, train_size: int) -> Plan:
         """Returns the length of the run for a number of training images."""

@@ -53,6 +53,7 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
     """
     goodput = Goodput()
     setup = set_up(experiment)
+    experiment = setup.experiment
     run_dir = as_path(experiment.run_dir)
     profiler = StepProfiler(profile, run_dir)
     with contextlib.ExitStack() as stack:

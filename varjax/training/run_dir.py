@@ -40,6 +40,7 @@ CHANGEABLE_FIELDS = (
     "keep_best",
     "patience",
     "init_from",
+    "init_tokenizer",
     "fork_from",
     "wandb",
     "stalled_minutes",

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from varjax.config import config_tree
 from varjax.data.loader import Loader
 from varjax.errors import InputError
+from varjax.runtime.distributed import on_first_process
 from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.evaluator import Evaluator
@@ -25,7 +27,7 @@ from varjax.training.preemption import PreemptionGuard
 from varjax.training.progress import ProgressReporter, say
 from varjax.training.reporter import StepReporter
 from varjax.training.results import duration
-from varjax.training.run_dir import check_same_data
+from varjax.training.run_dir import check_same_data, is_bound
 from varjax.training.sharding import (
     Prefetcher,
     check_batch_size,
@@ -51,12 +53,14 @@ class Setup:
     """Holds the parts of a run, after all checks that need no computation.
 
     Attributes:
+        experiment: settings of the run, on the tokenizer of `init_from` where that applies.
         task: task to train.
         plan: length of the run.
         loader: loader of this process's rows.
         mesh: mesh of all devices.
     """
 
+    experiment: Experiment
     task: Task
     plan: Plan
     loader: Loader
@@ -69,6 +73,7 @@ def set_up(experiment: Experiment) -> Setup:
     Raises InputError for settings that are invalid or do not fit together.
     """
     experiment.check()
+    experiment = with_starting_tokenizer(experiment)
     mesh = make_mesh(experiment.mesh)
     rows = rows_of_process(mesh, experiment.batch_size).tolist()
     loader = experiment.data.make(experiment.batch_size, experiment.seed, rows)
@@ -80,7 +85,41 @@ def set_up(experiment: Experiment) -> Setup:
     check_batch_size(mesh, experiment.batch_size, task.accumulate)
     for note in task.notes(plan) if jax.process_index() == 0 else ():
         say(f"note: {note}")
-    return Setup(task, plan, loader, mesh)
+    return Setup(experiment, task, plan, loader, mesh)
+
+
+def with_starting_tokenizer(experiment: Experiment) -> Experiment:
+    """Returns `Experiment.with_init_tokenizer`, and prints which tokenizer a new run trains on.
+
+    Raises InputError as that does, but not for a run with a checkpoint, which has its own copy.
+    """
+    if not (start := experiment.init_from):
+        return experiment
+    bound = on_first_process(lambda: is_bound(as_path(experiment.run_dir)))
+    try:
+        changed = experiment.with_init_tokenizer()
+    except InputError:
+        if bound:
+            return experiment
+        raise
+    named, used = (
+        config_tree.to_dict(e.task).get("tokenizer_weights") for e in (experiment, changed)
+    )
+    if bound or not named or jax.process_index():
+        return changed
+    if used != named:
+        say(
+            f"the tokenizer is that of init_from={start}, not {named}; to train on the latter, set "
+            "init_tokenizer=false"
+        )
+    elif not experiment.init_tokenizer:
+        say(
+            f"note: the tokenizer is {named}, because init_tokenizer is false; unless "
+            f"init_from={start} was trained on it, the model has to learn other tokens"
+        )
+    elif used != start:
+        say(f"the tokenizer is {named}; init_from={start} has the same one, or none")
+    return changed
 
 
 def jit_train_step(

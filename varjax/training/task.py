@@ -104,6 +104,19 @@ class Task(Protocol):
         """
         ...
 
+    def with_tokenizer_of(self, location: str) -> "Task":
+        """Returns this task on the frozen tokenizer of a model that a run starts from.
+
+        It is this task itself if it has no frozen tokenizer, or if the model comes without one.
+
+        Args:
+            location: run or converted directory of the model.
+
+        Raises:
+            InputError: that tokenizer does not fit this task, or `location` lacks something.
+        """
+        ...
+
     def frozen(self) -> PyTree:
         """Reads the pretrained weights that the steps need and do not train: nested dicts, or {}.
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varjax import trees
+from varjax.checkpoints.weights import RANDOM, WeightsDir, check_tokenizer, open_weights
 from varjax.errors import InputError
 from varjax.nn.compute import without_repeated_work
 from varjax.runtime import flops
@@ -47,6 +49,40 @@ def transformer_notes(task: Any, plan: Plan) -> list[str]:
             "is trained. Set task.class_dropout=0.1"
         ]
     return notes + ema_notes(task.ema_decay, task.ema_warmup, plan)
+
+
+def with_tokenizer_of(task: Any, location: str) -> Any:
+    """Returns a transformer's task on the tokenizer of the model at `location`; see `Task`.
+
+    The same tokenizer with other settings, such as the scales of larger images, is the task's own.
+    """
+    if task.tokenizer_weights in (location, RANDOM):
+        return task
+    weights = open_weights(location)
+    try:
+        weights.tokenizer_settings()
+    except InputError:  # a converted transformer alone
+        return task
+    try:
+        check_tokenizer(weights, task.tokenizer)
+    except InputError as error:
+        if _same_parameters(weights, task.tokenizer_weights):
+            return task
+        raise InputError(
+            f"init_from={location}: {error}\nSet these fields of task.tokenizer, and those of "
+            "task.model that follow from them, to train on its tokenizer; or init_tokenizer=false "
+            f"to train on {task.tokenizer_weights}, whose tokens the model has to learn first"
+        ) from error
+    return dataclasses.replace(task, tokenizer_weights=location)
+
+
+def _same_parameters(weights: WeightsDir, location: str) -> bool:
+    """Returns whether two tokenizers have the same parameters, also under other settings."""
+    try:
+        other = open_weights(location).read_tokenizer_params()
+    except InputError:  # there is none yet
+        return False
+    return trees.digest(other) == trees.digest(weights.read_tokenizer_params())
 
 
 def train_flops(task: Any, state: TrainState, frozen: PyTree, batch: Batch) -> int:

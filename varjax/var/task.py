@@ -35,6 +35,7 @@ from varjax.training.transformer_task import (
     preview_samples,
     train_flops,
     transformer_notes,
+    with_tokenizer_of,
 )
 from varjax.trees import PyTree
 from varjax.var import teacher_forcing
@@ -124,6 +125,9 @@ class VARTask:
         weights = open_weights(location)
         config, params, _ = read_generator(weights, "var", "VARTask", VARConfig, VAROptions)
         return params, matching_rows(self.model, config)
+
+    def with_tokenizer_of(self, location: str) -> "VARTask":
+        return with_tokenizer_of(self, location)
 
     def frozen(self) -> PyTree:
         """Reads the tokenizer's parameters, and with `cca` {"tokenizer", "reference"}.

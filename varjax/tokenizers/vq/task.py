@@ -112,6 +112,9 @@ class VQTask:
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
         return {}
 
+    def with_tokenizer_of(self, location: str) -> "VQTask":
+        return self  # it trains a tokenizer, and uses none
+
     def frozen(self) -> PyTree:
         """Reads {"lpips": parameters} where they are needed; InputError says how to get them."""
         return tokenizer_task.load_frozen_losses(self)
