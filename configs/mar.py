@@ -92,7 +92,8 @@ def get_config(arg: str = "b") -> Experiment:
     chosen = [word.removeprefix(TOKENIZER) for word in words if word.startswith(TOKENIZER)]
     others = [word for word in words if not word.startswith(TOKENIZER)]
     size, where, _ = read_argument(others, GUIDANCE)
-    tokenizer, weights = find_tokenizer(chosen[-1] if chosen else "kl16")
+    name = chosen[-1] if chosen else "kl16"
+    tokenizer, weights = find_tokenizer(name)
     data = parse_dataset(where, tokenizer.image_size)
     if isinstance(data, Folder | TFDS):
         data = dataclasses.replace(data, crop="center", flip=True)
@@ -122,7 +123,7 @@ def get_config(arg: str = "b") -> Experiment:
         run_dir=f"runs/mar_{size}",
         batch_size=2048,
         epochs=EPOCHS,
-        init_tokenizer=not chosen,  # one that is named here is used whatever init_from has
+        init_tokenizer=name in PRESETS,  # another one is used even where init_from has its own
         mesh=MeshShape(fsdp=0) if size == "h" else MeshShape(),
         log_every=50,
         eval_every=5000,
