@@ -117,6 +117,66 @@ def test_mar_s_reference_is_drawn_next_to_a_run(tmp_path, monkeypatch):
     assert drawn == [(PUBLISHED_LOGS["mar"].name, name) for name in ("loss", "fid")]
 
 
+def of_task(run_dir, task, line, head=None, fid=None):
+    """Makes a run of a task that has logged one line."""
+    make(run_dir, json.dumps({"step": 1} | line))
+    settings = {"_type": task, "model": {"head": head and {"_type": head}}}
+    config = {"batch_size": 10, "task": settings, "fid": fid or {}}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    return read_run_log(run_dir)
+
+
+def test_no_panel_shows_two_kinds_of_a_metric(tmp_path):
+    pixels = {"features": "pixels", "reference": "held_out"}
+    inception = {"features": "inception", "reference": "a/long/path/ref.npz"}
+    logs = [
+        of_task(tmp_path / "0", "VARTask", {"loss": 3, "accuracy": 1, "eval/fid": 0.2}, fid=pixels),
+        of_task(tmp_path / "1", "VARTask", {"eval/loss": 3.5, "eval_ema/fid": 9.0}, fid=inception),
+        of_task(tmp_path / "2", "VQTask", {"loss": 0.1, "psnr": 20.0}),
+        of_task(tmp_path / "3", "KLTask", {"loss": 0.1, "psnr": 21.0}),
+        of_task(tmp_path / "4", "MARTask", {"loss": 0.3}, "DiffusionHead"),
+        of_task(tmp_path / "5", "MARTask", {"loss": 6.0, "accuracy": 0.2}, "CategoricalHead"),
+        of_task(tmp_path / "6", "VARTask", {}),
+    ]  # fmt: skip
+    panels = [(panel.title, panel.runs) for panel in plot.large_panels(logs)]
+    assert panels == [
+        ("loss: VAR", (0, 1)),
+        ("loss: VQ", (2,)),
+        ("loss: KL", (3,)),
+        ("loss: MAR, DiffusionHead", (4,)),
+        ("loss: MAR, CategoricalHead", (5,)),
+        ("accuracy: VAR", (0,)),
+        ("accuracy: MAR, CategoricalHead", (5,)),
+        ("PSNR in dB", (2, 3)),
+        ("FID: pixels, held_out", (0,)),
+        ("FID: inception, path/ref.npz", (1,)),
+    ]
+    assert [panel.title for panel in plot.large_panels(logs[:1])] == ["loss", "accuracy", "FID"]
+
+
+def test_the_published_log_is_drawn_next_to_comparable_runs_alone(tmp_path):
+    drawn = set()
+    for task in ("VARTask", "MARTask"):
+        for features in ("pixels", "inception"):
+            run_dir = tmp_path / f"{task}_{features}"
+            run = of_task(run_dir, task, {"loss": 0.3}, fid={"features": features})
+            drawn |= {
+                (task, features, metric)
+                for metric in ("loss", "fid")
+                if plot._comparable(PUBLISHED_LOGS["mar"], run, metric)
+            }
+    assert drawn == {
+        ("MARTask", "pixels", "loss"),
+        ("MARTask", "inception", "loss"),
+        ("MARTask", "inception", "fid"),
+    }
+
+
+def test_many_runs_have_different_colors():
+    for runs in (1, 10, 11, 40):
+        assert len({plot._color(i, runs) for i in range(runs)}) == runs
+
+
 def test_a_metric_that_no_run_has_for_its_scales_is_told(tmp_path, capsys):
     assert main([make(tmp_path / "a", log(3)), "--by_scale=nothing", "--out=a.png"]) == 1
     assert "by_scale=nothing: no run has logged it for each scale" in capsys.readouterr().err

@@ -1,17 +1,21 @@
 """Draws the curves of several training runs into one PNG.
 
 varjax plot runs/a runs/b --out=plot.png
+varjax plot runs --out=all.png
 varjax plot runs/var_d16 --reference=d16
 varjax plot runs/mar_b --reference=mar
 
-The upper panels show loss and accuracy (PSNR for tokenizers) over the images seen, so that runs
-with different batch sizes can be compared. Below is one panel for each scale. Thin lines are
-training, thick lines its running means, dots held-out images. Runs may still be in progress.
+The upper panels show loss, accuracy, PSNR and the metrics of samples, as far as the runs have
+logged them, over the images seen, so that runs with different batch sizes can be compared. Losses
+of different kinds, such as those of a tokenizer and a transformer, are in different panels. Below
+is one panel for each scale. Thin lines are training, thick lines its running means, dots held-out
+images. Runs may still be in progress.
 """
 
+import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,13 +28,78 @@ from varjax.storage import files
 from varjax.storage.buckets import as_path
 
 PREFIX_LABELS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
-SECOND_METRICS = ("accuracy", "psnr")  # right of the loss: the first one that the logs have
-SAMPLE_METRICS = ("fid", "inception_score")  # then: all that the logs have
-SCALE_METRICS = (
-    "loss_at_scale",
-    "perplexity",
-)  # in the lower panels: the first one that the logs have
-PANEL_COLUMNS = 5
+TITLES = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "psnr": "PSNR in dB",
+    "fid": "FID",
+    "inception_score": "Inception Score",
+    "label_accuracy": "label accuracy of samples",
+}
+TASK_METRICS = ("loss", "accuracy")  # their meaning depends on the task
+SAMPLE_METRICS = ("fid", "inception_score", "label_accuracy")  # depend on the features
+SCALE_METRICS = ("loss_at_scale", "perplexity")  # in the lower panels: all that the logs have
+PANEL_COLUMNS, LARGE_COLUMNS = 5, 3
+LARGE_HEIGHT, SMALL_HEIGHT, LEGEND_HEIGHT = 4.4, 2.3, 0.25  # inches of a row
+DISTINCT_COLORS = 10  # in Matplotlib's default cycle
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Names what a panel shows: a metric that means the same in all of its runs.
+
+    Attributes:
+        metric: name in the logs, without "eval/".
+        runs: positions of the runs that have logged it.
+        title: text above the panel.
+        large: whether it is one of the upper panels.
+    """
+
+    metric: str
+    runs: tuple[int, ...]
+    title: str
+    large: bool
+
+
+def metric_kind(run: RunLog, metric: str) -> str:
+    """Says what a metric measures in a run, where that depends on the run; "" where it does not.
+
+    Losses of different tasks, or of different heads of MAR, are different quantities. So are FIDs
+    by other features, or with another reference.
+    """
+    if metric in TASK_METRICS:
+        head = _setting(run.config, "task", "model", "head", "_type")
+        words = [_setting(run.config, "task", "_type").removesuffix("Task"), head]
+    elif metric in SAMPLE_METRICS:
+        features, reference = (_setting(run.config, "fid", x) for x in ("features", "reference"))
+        words = [features, reference if metric == "fid" else ""]
+    else:
+        words = []
+    return ", ".join("/".join(pathlib.PurePath(word).parts[-2:]) for word in words if word)
+
+
+def large_panels(runs: Sequence[RunLog]) -> list[Panel]:
+    """Returns the upper panels: one for each metric that the runs have logged, and each kind."""
+    panels = []
+    for metric, title in TITLES.items():
+        kinds: dict[str, list[int]] = {}
+        for i, run in enumerate(runs):
+            if any(run.points(prefix + metric)[0].size for prefix in PREFIX_LABELS):
+                kinds.setdefault(metric_kind(run, metric), []).append(i)
+        for kind, members in kinds.items():
+            text = f"{title}: {kind or 'others'}" if len(kinds) > 1 else title
+            panels.append(Panel(metric, tuple(members), text, large=True))
+    return panels
+
+
+def scale_panels(runs: Sequence[RunLog], metric: str) -> list[Panel]:
+    """Returns a panel for each scale of a metric; none if no run has logged it."""
+    members = tuple(i for i, run in enumerate(runs) if run.scales(metric))
+    scales = max((runs[i].scales(metric) for i in members), default=0)
+    name = metric.removesuffix("_at_scale")
+    return [
+        Panel(f"{metric}/{k}", members, f"{name}, scale {k}", large=False) for k in range(scales)
+    ]
 
 
 def draw_curves(
@@ -45,80 +114,97 @@ def draw_curves(
         runs: logs to draw, each in a color.
         out: PNG file to write.
         reference: published log to draw as well.
-        by_scale: metric of the lower panels; "" for the first of SCALE_METRICS that the logs
-            contain.
+        by_scale: metric of the lower panels; "" for those of SCALE_METRICS that the logs contain.
 
     Raises:
         InputError: no run has logged anything yet, or no run has logged `by_scale`.
     """
-    if not any(run.points(kind + "loss")[0].size for run in runs for kind in PREFIX_LABELS):
+    upper = large_panels(runs)
+    if not upper:
         raise InputError(f"nothing is logged yet in {', '.join(run.name for run in runs)}")
-    second = _first(SECOND_METRICS, lambda name: any(run.points(name)[0].size for run in runs))
-    large = ["loss", *[second] * bool(second)]
-    large += [
-        name
-        for name in SAMPLE_METRICS
-        if any(run.points(kind + name)[0].size for run in runs for kind in PREFIX_LABELS)
-    ]
-    if by_scale and not any(run.scales(by_scale) for run in runs):
+    lower = [scale_panels(runs, metric) for metric in ([by_scale] if by_scale else SCALE_METRICS)]
+    if by_scale and not lower[0]:
         raise InputError(
             f"by_scale={by_scale}: no run has logged it for each scale; such metrics are "
             f"{', '.join(SCALE_METRICS)}"
         )
-    by_scale = by_scale or _first(SCALE_METRICS, lambda name: any(run.scales(name) for run in runs))
-    scales = max(run.scales(by_scale) for run in runs)
 
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import pyplot
 
-    rows = -(-scales // PANEL_COLUMNS)
-    figure = pyplot.figure(figsize=(13, 4.8 + 2.3 * rows), layout="constrained")
-    ratios = (4.8, 2.3 * rows)[: 1 + bool(rows)]
-    parts: Any = figure.subfigures(len(ratios), 1, squeeze=False, height_ratios=ratios)
-    above, *below = parts[:, 0]
-    panels = _large(above, large)
-    for part in below:
-        panels |= _small(part, by_scale, scales)
-    for name, panel in panels.items():
-        for i, run in enumerate(runs):
-            _curves(panel, run, name, f"C{i % 10}")
-        if reference:
-            _reference(panel, reference, name)
-            panel.set_xscale("log")
-        else:
-            panel.set_xlim(left=0)
-        low, high = panel.dataLim.intervaly
-        if name == "loss" and low > 0 and high > 10 * low:
-            panel.set_yscale("log")
-            panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-        panel.grid(alpha=0.25)
     handles = _legend(runs, reference)
-    above.legend(handles=handles, loc="outside upper center", ncols=4 if len(handles) > 5 else 5)
+    legend_columns = 4 if len(handles) > 5 else 5
+    large_rows = -(-len(upper) // LARGE_COLUMNS)
+    groups = [upper, *(group for group in lower if group)]
+    heights = [large_rows * LARGE_HEIGHT + LEGEND_HEIGHT * (1 + len(handles) // legend_columns)]
+    heights += [-(-len(group) // PANEL_COLUMNS) * SMALL_HEIGHT for group in groups[1:]]
+    figure = pyplot.figure(figsize=(13, sum(heights)), layout="constrained")
+    parts: Any = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=heights)[:, 0]
+    parts[0].legend(handles=handles, loc="outside upper center", ncols=legend_columns)
+    for part, group in zip(parts, groups, strict=True):
+        axes = _large(part, len(group)) if group is upper else _small(part, len(group))
+        for panel, axis in zip(group, axes, strict=True):
+            _draw(axis, panel, runs, reference)
     with files.atomic_path(out) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     pyplot.close(figure)
 
 
-def _large(part: Any, names: list[str]) -> dict[str, Any]:
-    widths = (3, *[2] * (len(names) - 1))
-    axes = part.subplots(1, len(names), width_ratios=widths, squeeze=False)[0]
-    for panel, name in zip(axes, names, strict=True):
-        panel.set(title=name, xlabel="images seen")
-    return dict(zip(names, axes, strict=True))
+def _large(part: Any, count: int) -> list[Any]:
+    """Makes the upper axes: in one row the first one is the widest."""
+    columns = min(count, LARGE_COLUMNS)
+    widths = (3, *[2] * (columns - 1)) if count <= LARGE_COLUMNS else (1,) * columns
+    axes = part.subplots(-(-count // columns), columns, width_ratios=widths, squeeze=False)
+    return _visible(axes, count)
 
 
-def _small(part: Any, metric: str, scales: int) -> dict[str, Any]:
-    """Makes a panel for each scale; rows and columns share their axes."""
-    columns = min(scales, PANEL_COLUMNS)
-    axes = part.subplots(-(-scales // columns), columns, sharex=True, sharey=True, squeeze=False)
-    for k, panel in enumerate(axes.flat):
-        panel.set_visible(k < scales)
-        panel.tick_params(labelbottom=k + columns >= scales)
-        panel.set_title(f"{metric.removesuffix('_at_scale')}, scale {k}", fontsize=10)
-    return {f"{metric}/{k}": panel for k, panel in enumerate(axes.flat[:scales])}
+def _small(part: Any, count: int) -> list[Any]:
+    """Makes axes for each scale; rows and columns share theirs."""
+    columns = min(count, PANEL_COLUMNS)
+    axes = part.subplots(-(-count // columns), columns, sharex=True, sharey=True, squeeze=False)
+    for k, axis in enumerate(axes.flat):
+        axis.tick_params(labelbottom=k + columns >= count)
+    return _visible(axes, count)
+
+
+def _visible(axes: Any, count: int) -> list[Any]:
+    for i, axis in enumerate(axes.flat):
+        axis.set_visible(i < count)
+    return list(axes.flat[:count])
+
+
+def _draw(axis: Any, panel: Panel, runs: Sequence[RunLog], reference: PublishedLog | None) -> None:
+    """Draws a panel: the curves of its runs, and of the published log if it is comparable."""
+    from matplotlib import ticker
+
+    axis.set_title(panel.title, fontsize=12 if panel.large else 10)
+    axis.set_xlabel("images seen" if panel.large else "")
+    for i in panel.runs:
+        _curves(axis, runs[i], panel.metric, _color(i, len(runs)))
+    if reference and any(_comparable(reference, runs[i], panel.metric) for i in panel.runs):
+        _reference(axis, reference, panel.metric)
+    if reference:
+        axis.set_xscale("log")
+    else:
+        axis.set_xlim(left=0)
+    low, high = axis.dataLim.intervaly
+    if panel.metric == "loss" and low > 0 and high > 10 * low:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+    axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axis.grid(alpha=0.25)
+
+
+def _comparable(reference: PublishedLog, run: RunLog, metric: str) -> bool:
+    """Returns whether a published metric measures the same as that of a run, by its config."""
+    features = _setting(run.config, "fid", "features")
+    if metric in SAMPLE_METRICS and features not in ("", "inception"):
+        return False
+    return _setting(run.config, "task", "_type") in ("", reference.task)
 
 
 def _curves(panel: Any, run: RunLog, name: str, color: str) -> None:
@@ -147,7 +233,7 @@ def _legend(runs: Sequence[RunLog], reference: PublishedLog | None) -> list[Any]
     def line(label: str, color: str, **style: Any) -> Line2D:
         return Line2D([], [], color=color, label=label, **style)
 
-    handles = [line(run.name, f"C{i % 10}", linewidth=3) for i, run in enumerate(runs)]
+    handles = [line(run.name, _color(i, len(runs)), linewidth=3) for i, run in enumerate(runs)]
     dots = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 0.8}
     styles = {"": {}, "eval/": dots, "eval_ema/": dots | {"markerfacecolor": "white"}}
     for kind, label in PREFIX_LABELS.items():
@@ -166,8 +252,18 @@ def _running_mean(y: np.ndarray, width: int) -> np.ndarray:
     return (sums[stop] - sums[start]) / (stop - start)
 
 
-def _first(names: Iterable[str], exists: Any) -> str:
-    return next((name for name in names if exists(name)), "")
+def _color(i: int, runs: int) -> Any:
+    """Returns the color of a run, which no other run has."""
+    from matplotlib import colormaps
+
+    return f"C{i}" if runs <= DISTINCT_COLORS else colormaps["turbo"](i / (runs - 1))
+
+
+def _setting(config: Any, *path: str) -> str:
+    """Returns a setting that is text; "" if a config has none."""
+    for name in path:
+        config = config.get(name) if isinstance(config, dict) else None
+    return config if isinstance(config, str) else ""
 
 
 def _runs_at(location: str) -> list[str]:
@@ -192,7 +288,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--by_scale",
         default="",
-        help="metric of the lower panels (loss_at_scale, or else perplexity)",
+        help="metric of the lower panels (loss_at_scale and perplexity)",
     )
     flags = parser.parse_args(arguments)
 

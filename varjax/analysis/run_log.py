@@ -25,10 +25,12 @@ class PublishedLog:
 
     Attributes:
         name: label in the legend.
+        task: class name of the task that they trained, as varjax calls it.
         points: images seen and values, both (N,), of each metric.
     """
 
     name: str
+    task: str
     points: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -39,6 +41,7 @@ def _by_epoch(epochs: list[int], values: list[float]) -> tuple[np.ndarray, np.nd
 PUBLISHED_LOGS = {
     "d16": PublishedLog(
         "VAR-d16, public log (training)",
+        "VARTask",
         {
             "loss": _by_epoch(D16_EPOCHS, [8.031, 6.950, 6.541, 6.252, 6.164, 6.046]),
             "loss_at_scale/9": _by_epoch(D16_EPOCHS, [8.020, 6.660, 5.960, 5.584, 5.479, 5.345]),
@@ -47,6 +50,7 @@ PUBLISHED_LOGS = {
     # github.com/LTH14/mar: issue 20 has the loss, which stays where it is, and issue 98 the FID.
     "mar": PublishedLog(
         "MAR, reported by users (loss about 0.25; FID of raw weights)",
+        "MARTask",
         {
             "loss": _by_epoch(MAR_EPOCHS, [0.25, 0.25, 0.25, 0.25]),
             "fid": _by_epoch(MAR_EPOCHS, [6.02, 6.70, 5.03, 6.32]),
