@@ -9,7 +9,7 @@ from varjax.errors import InputError
 from varjax.mar.sample import MAROptions
 from varjax.mar.task import MARTask
 from varjax.tokenizers.kl.task import KLTask
-from varjax.training.setup import set_up
+from varjax.training.setup import passes_notes, set_up
 from varjax.training.task import Plan
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
@@ -60,6 +60,22 @@ def test_notes_are_said_before_anything_is_done(tmp_path, monkeypatch, capfd):
     set_up(tiny.experiment(tmp_path / "run"))
     assert capfd.readouterr().err == "note: 30 steps\n"
     assert not (tmp_path / "run").exists()
+
+
+def test_hundreds_of_passes_over_few_images():
+    (note,) = passes_notes(Plan(steps=10_000, batch_size=64), 1_442)
+    assert note.startswith("the run makes 444 passes over 1,442 training images, so the model may")
+    assert note.endswith("50 passes are 1,127 steps")
+    for steps, images in ((4_000, 1_442), (250_000, 1_281_167), (10_000, 60_000)):
+        assert (
+            passes_notes(Plan(steps=steps, batch_size=1024 if steps == 250_000 else 64), images)
+            == []
+        )
+
+
+def test_a_run_starts_with_the_note_on_its_passes(tmp_path, capfd):
+    set_up(tiny.experiment(tmp_path, steps=5_000))
+    assert capfd.readouterr().err.startswith("note: the run makes 222 passes over 1,442 training")
 
 
 def test_a_run_limits_its_evaluations(tmp_path):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,6 +47,9 @@ from varjax.training.watchdog import Watchdog
 from varjax.trees import PyTree
 
 QUICK_SECONDS = 2.0  # a compilation that takes less is not worth another line
+MANY_PASSES = 200  # over the training images
+# Published recipes make 200 to 800 passes over ImageNet's 1.28 million images.
+MANY_IMAGES = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +87,8 @@ def set_up(experiment: Experiment) -> Setup:
     task = experiment.task
     task.check(experiment.data.image_shape, experiment.data.classes)
     check_batch_size(mesh, experiment.batch_size, task.accumulate)
-    for note in task.notes(plan) if jax.process_index() == 0 else ():
+    notes = [*task.notes(plan), *passes_notes(plan, len(loader.train_source))]
+    for note in notes if jax.process_index() == 0 else ():
         say(f"note: {note}")
     return Setup(experiment, task, plan, loader, mesh)
 
@@ -120,6 +125,25 @@ def with_starting_tokenizer(experiment: Experiment) -> Experiment:
     elif used != start:
         say(f"the tokenizer is {named}; init_from={start} has the same one, or none")
     return changed
+
+
+def passes_notes(plan: Plan, images: int) -> list[str]:
+    """Returns a note if a run sees the same few images hundreds of times.
+
+    Args:
+        plan: length of the run.
+        images: number of training images.
+    """
+    passes = plan.steps * plan.batch_size / images
+    if passes < MANY_PASSES or images >= MANY_IMAGES:
+        return []
+    steps = math.ceil(MANY_PASSES / 4 * images / plan.batch_size)
+    return [
+        f"the run makes {passes:,.0f} passes over {images:,} training images, so the model may "
+        "memorize them. Compare the loss with that of held-out images: eval_every=500 "
+        "keep_best=eval/loss patience=5 keeps the best weights and ends the run when they no "
+        f"longer improve. {MANY_PASSES // 4} passes are {steps:,} steps"
+    ]
 
 
 def jit_train_step(
