@@ -30,7 +30,19 @@ def test_a_grid_has_a_row_per_label(tmp_path, capsys):
     images_BHWC = varjax.load(runs.var()).sample([3, 3, 3, 1, 1, 1])
     expected = image_io.to_uint8(np.asarray(images_BHWC)).astype(int)
     assert np.abs(np.stack(grid) - expected[..., 0]).max() <= 1
-    assert "6 images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "6 images" in printed and "classes: 3, 1" in printed
+
+
+def test_a_sweep_has_a_row_per_value(tmp_path):
+    draw("--labels=3,1", "--count=1", "--sweep", "guidance=1,4", f"--out={tmp_path / 'grid.png'}")
+    title = f"{'/'.join(runs.var().parts[-2:])} · seed 0"
+    captions = Captions(title, rows=("guidance 1", "guidance 4"), columns=("3", "1"))
+    grid = tiles(pixels(tmp_path / "grid.png"), (8, 8), captions, 4, 2)
+    model = varjax.load(runs.var())
+    rows = [model.sample([3, 1], guidance=guidance) for guidance in (1, 4)]
+    expected = image_io.to_uint8(np.concatenate(rows)).astype(int)
+    assert np.abs(np.stack(grid) - expected[..., 0]).max() <= 1
 
 
 def test_outputs_and_batch_sizes_hold_the_same_images(tmp_path):
@@ -47,17 +59,11 @@ def test_outputs_and_batch_sizes_hold_the_same_images(tmp_path):
     assert np.abs(read - images[..., 0]).max() <= 1  # rounding may differ with the batch
 
 
-def test_without_labels_they_are_spread_over_the_classes():
-    assert sample.choose_labels(None, 10) == tuple(range(10))
-    spread = sample.choose_labels(None, 1000)
-    assert len(spread) == 10 and spread[0] == 0 and spread[-1] == 999
-
-
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--labels=10"], "0 … 9"),
-        (["--labels=x"], "0,1,2"),
+        (["--labels=x"], "no class of this name; its classes are 0 … 9"),
         (["--count=0"], "count=0"),
         (["--top_p=3"], "top_p"),
         (["--batch_size=0"], "batch_size=0"),
@@ -66,6 +72,11 @@ def test_without_labels_they_are_spread_over_the_classes():
         (["--weights=nowhere"], "nowhere"),
         ([f"--weights={runs.root()}"], "config.json"),
         (["--out=a.jpg"], ".jpg"),
+        (["--sweep", "guidance=1,0"], "guidance=0"),
+        (["--sweep", "guide=1,2"], "guide=1,2: give OPTION"),
+        (["--sweep", "guidance=1,2", "--out=a.npz"], "a.npz: --sweep draws a row"),
+        (["--sweep", "guidance=1,2", "--every_step"], "leave out --every_step"),
+        (["--sweep", "top_k=" + ",".join("1" * 101)], "101 combinations; a grid has at most 100"),
         (["--out=/proc/varjax/grid.png"], "cannot write"),
     ],
 )

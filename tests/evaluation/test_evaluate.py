@@ -19,11 +19,11 @@ from varjax.cli import sample as sample_command
 from varjax.data.sources import Digits
 from varjax.evaluation import __main__ as command
 from varjax.evaluation import evaluate
-from varjax.evaluation.sweep import parse_sweep
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions
 from varjax.metrics import features, report
 from varjax.metrics.features import FeatureExtractor, FeatureNetwork
+from varjax.sampling.option_sweep import parse_sweep
 from varjax.storage import files
 from varjax.var.sample import VAROptions
 
@@ -137,10 +137,10 @@ def test_a_sweep_measures_every_point_once(tmp_path, capsys):
         {"guidance": guidance, "top_k": top_k} for guidance in (1.0, 3.0) for top_k in (1, 9)
     ]
     assert points[0]["fid"] != points[1]["fid"]
-    assert (tmp_path / "sweep.guidance=3.0,top_k=1.json").is_file()
-    written = (tmp_path / "sweep.guidance=1.0,top_k=1.json").stat().st_mtime_ns
+    assert (tmp_path / "sweep.guidance=3,top_k=1.json").is_file()
+    written = (tmp_path / "sweep.guidance=1,top_k=1.json").stat().st_mtime_ns
     assert run(*arguments) == 0
-    assert (tmp_path / "sweep.guidance=1.0,top_k=1.json").stat().st_mtime_ns == written
+    assert (tmp_path / "sweep.guidance=1,top_k=1.json").stat().st_mtime_ns == written
 
 
 def test_a_network_with_all_features_gives_every_metric(tmp_path, monkeypatch):

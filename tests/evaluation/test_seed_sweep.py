@@ -35,11 +35,11 @@ def test_each_seed_is_drawn_and_the_table_shows_mean_and_deviation(jobs, tmp_pat
     assert [(job.options.guidance, job.seed) for _, job in jobs] == [
         (guidance, seed) for guidance in (1, 2) for seed in (0, 1, 2)
     ]
-    assert jobs[0][0].name == "sweep.guidance=1.0,seed=0.json"
+    assert jobs[0][0].name == "sweep.guidance=1,seed=0.json"
     deviation = np.std([0, 1, 4], ddof=1)
     printed = capsys.readouterr().out
-    assert f"1.0  11.6667 ± {deviation:.4f}   lowest FID" in printed
-    assert f"2.0  21.6667 ± {deviation:.4f}\n" in printed and "seed" not in printed
+    assert f"1  11.6667 ± {deviation:.4f}   lowest FID" in printed
+    assert f"2  21.6667 ± {deviation:.4f}\n" in printed and "seed" not in printed
     content = files.read_json("sweep.json")
     assert [point["options"]["seed"] for point in content["points"]] == [0, 1, 2, 0, 1, 2]
     assert content["over_seeds"][1] == {
@@ -60,7 +60,7 @@ def test_a_single_seed_has_no_deviation():
     points = [SweepPoint({"guidance": (1.0, 2.0), "seed": 7}, {"metrics": {"fid": 3.0}})]
     (joined,) = join_seeds(points)
     assert joined.options == {"guidance": (1.0, 2.0)} and joined.deviations == {}
-    assert sweep_table(points).endswith("1.0:2.0            3.0000")
+    assert sweep_table(points).endswith("1:2            3.0000")
 
 
 def test_seeds_are_read_apart_from_the_options():

@@ -8,9 +8,10 @@ import pytest
 
 from varjax.config import config_tree
 from varjax.errors import InputError
-from varjax.evaluation.sweep import parse_sweep, point_path
+from varjax.evaluation.sweep import point_path
 from varjax.mar.sample import MAROptions
 from varjax.sampling.guidance import guidance_scales, guided_interval, schedule_fractions
+from varjax.sampling.option_sweep import parse_sweep
 from varjax.var.sample import VAROptions
 
 RAMP = np.linspace(0, 1, 4)
@@ -122,7 +123,7 @@ def test_a_sweep_joins_the_numbers_of_a_list_by_colons(tmp_path):
     assert [point["guidance"] for point in points] == [(1.0, 2.0, 3.0), 2.5]
     assert points[0]["guidance_schedule"] == "power_cosine:2"
     path = point_path(tmp_path / "report.json", {"guidance": (1.0, 2.0)})
-    assert path.name == "report.guidance=1.0:2.0.json"
+    assert path.name == "report.guidance=1:2.json"
 
 
 def test_equal_options_are_equal_whatever_their_types():

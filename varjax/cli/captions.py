@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from varjax.checkpoints.class_names import ClassNames
+from varjax.sampling.option_sweep import option_text
 
 SHOWN_PARTS = 2  # of a path, the last ones
 
@@ -24,7 +25,7 @@ def picture_title(flags: argparse.Namespace, options: Any, **others: Any) -> str
     guidance = dataclasses.asdict(options).get("guidance")
     helpers = {name: _short(getattr(flags, name)) for name in ("guide", "refiner")}
     shown = {"guidance": guidance, **helpers, **others}
-    words = [f"{name} {_number_text(value)}" for name, value in shown.items() if value is not None]
+    words = [f"{name} {option_text(value)}" for name, value in shown.items() if value is not None]
     return " · ".join([_short(flags.weights) or "", *words, f"seed {flags.seed}"])
 
 
@@ -50,9 +51,3 @@ def _class_title(label: int | str, names: ClassNames) -> str:
 def _short(location: str | None) -> str | None:
     """Returns the end of a path, "runs/digits"."""
     return location and "/".join(pathlib.PurePath(location).parts[-SHOWN_PARTS:])
-
-
-def _number_text(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return ":".join(map(_number_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)

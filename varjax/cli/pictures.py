@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from varjax.checkpoints.class_names import ClassNames
 from varjax.cli.captions import class_titles, picture_title
 from varjax.cli.sample import (
     add_every_step_flag,
@@ -69,7 +70,7 @@ def add_picture_flags(parser: argparse.ArgumentParser, image_help: str, out: str
         out: default value of --out.
     """
     parser.add_argument("--image", required=True, help=image_help)
-    about = "class to draw, or a mix of classes: 207:0.5+980:0.5 (default: no class)"
+    about = "class to draw, by number or name, or a mix: 207:0.5+980:0.5 (default: no class)"
     parser.add_argument("--label", help=about)
     add_every_step_flag(parser)
     # Refused with advice; without this, it would be an unknown flag.
@@ -109,7 +110,7 @@ def open_request(
         raise InputError(f"only a model that draws scale by scale (VAR) can {command} an image")
     model = load(weights, flags.dtype, **companions(flags))
     options = model.options(**given_options(flags, option_classes()))
-    label = model.classes if flags.label is None else _only_label(flags.label, model.classes)
+    label = model.classes if flags.label is None else _only_label(flags.label, model.labels)
     every_step = shows_every_step(flags)
     steps = model.steps(options) if every_step else None
     check_out_holds(flags.out, flags.count + others, model.image_shape, steps)
@@ -202,9 +203,9 @@ def _words(request: PictureRequest, names: Sequence[str]) -> PictureWords:
     return PictureWords(title, names, command_text(f"varjax {command}", arguments, settings))
 
 
-def _only_label(text: str, classes: int) -> int | str:
+def _only_label(text: str, names: ClassNames) -> int | str:
     """Returns the one class that --label names."""
-    labels = choose_labels(text, classes)
+    labels = choose_labels(text, names)
     if len(labels) != 1:
         raise InputError(f"label={text}: give one class, or a mix such as 207:0.5+980:0.5")
     return labels[0]

@@ -3,9 +3,11 @@
 varjax sample --weights=runs/digits --labels=0,1,2 --count=8 --out=grid.png
 varjax sample --weights=runs/digits --labels=all --count=100 --out=digits.npz
 varjax sample --weights=runs/digits --labels=0,1,2 --out=film.gif
+varjax sample --weights=var_d16 --labels=207,"lesser panda" --sweep guidance=1,2,4 --out=grid.png
 
 --accept=0.1 --classifier=DIR draws ten times as many images and keeps those to which a classifier
-gives the highest probability of their class. A folder or an .npz may be large: all devices share
+gives the highest probability of their class. --sweep draws a row for each value of an option, or
+for each combination of several. A folder or an .npz may be large: all devices share
 the work. If the command is interrupted, run it again to continue. Options that you leave out take
 the model's default values.
 """
@@ -13,11 +15,14 @@ the model's default values.
 import argparse
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from varjax.checkpoints.class_names import ClassNames
 from varjax.cli.captions import class_titles, picture_title
+from varjax.config.arguments import split_argument
 from varjax.config.numbers import seed_number, whole_number
 from varjax.errors import InputError
 from varjax.models import load, option_classes
@@ -45,7 +50,10 @@ from varjax.sampling.rejection import (
     run_rejection_job,
 )
 from varjax.sampling.sampler import add_option_flags, given_options
+from varjax.sampling.sweep_grid import draw_rows, point_name, sweep_points
 from varjax.storage.picture_text import command_text
+
+MOST_SHOWN_CLASSES = 10  # in the line about the result
 
 
 def add_sampling_flags(
@@ -117,13 +125,19 @@ def draw_samples(arguments: list[str]) -> None:
     parser = command_parser("varjax sample", __doc__)
     parser.add_argument(
         "--labels",
-        help="classes to draw: 0,1,2 or all, or a mix of classes: 207:0.5+980:0.5 (default: a few, "
-        "evenly spread)",
+        help="classes to draw, by number or name: 0,1,dog or all, or a mix of classes: "
+        "207:0.5+980:0.5 (default: a few, evenly spread)",
     )
     out_help = "output: FILE.png (a grid), FILE.npz, FOLDER, or FILE.gif, FILE.webp (samples.png)"
     add_sampling_flags(parser, "samples.png", out_help)
     add_every_step_flag(parser)
     add_rejection_flags(parser)
+    parser.add_argument(
+        "--sweep",
+        nargs="+",
+        metavar="OPTION=V,V",
+        help="options of the model to vary, in all combinations: a row of FILE.png each",
+    )
     add_process_flags(parser)
     flags = parser.parse_args(arguments)
     check_sampling_flags(flags)
@@ -132,8 +146,9 @@ def draw_samples(arguments: list[str]) -> None:
     use_compilation_cache()
     classifier = classifier_of_flags(flags)
     model = load(flags.weights, flags.dtype, **companions(flags))
-    labels = choose_labels(flags.labels, model.classes)
-    options = model.options(**given_options(flags, option_classes()))
+    labels = choose_labels(flags.labels, model.labels)
+    given = given_options(flags, option_classes())
+    options = model.options(**given)
     job = SamplingJob(labels, flags.count, flags.seed, options, batch_size=1)
     if classifier is not None:
         check_classifier(classifier, model)
@@ -141,23 +156,33 @@ def draw_samples(arguments: list[str]) -> None:
             raise InputError(f"--accept takes single classes, of which {mixes} have several")
         job = dataclasses.replace(job, accept=flags.accept, classifier=classifier.identity)
     every_step = shows_every_step(flags)
+    points = sweep_points(flags.sweep, options, flags.out) if flags.sweep else []
+    rows = [model.options(**{**given, **point}) for point in points]
+    varied = points[0] if points else ()
+    if rows and (every_step or classifier is not None):
+        raise InputError("--sweep draws finished images; leave out --every_step and --accept")
     if every_step and classifier is not None:
         raise InputError("--accept chooses finished images; leave it out to show every step")
     steps = model.steps(options) if every_step else None
     check_out_holds(flags.out, len(job.label_N), model.image_shape, steps)
     begun = functools.partial(begun_batch_size, flags.out)
     images = len(job.label_M)
-    batch_size = choose_batch_size(flags.batch_size, model, options, images, begun)
+    costliest = max(rows or [options], key=lambda row: model.sampling_bytes(1, row))
+    batch_size = choose_batch_size(flags.batch_size, model, costliest, images, begun)
     job = dataclasses.replace(job, batch_size=batch_size, every_step=every_step)
     columns, request = grid_columns(len(labels), flags.count), job.request(model)
     drawn = file_suffix(flags.out) not in ("", ".npz")  # one picture, which has words on it
     words = PictureWords(
-        picture_title(flags, options, accept=flags.accept),
+        picture_title(flags, options, accept=flags.accept, **dict.fromkeys(varied)),
         class_titles(job.label_N.tolist(), model.labels) if drawn else (),
         command_text("varjax sample", arguments, request),
     )
     output = open_output(flags.out, job.label_N, columns, job.seed, request, job.every_step, words)
-    if classifier is None:
+    if rows:
+        jobs = [dataclasses.replace(job, options=row) for row in rows]
+        names = [point_name(point) for point in points]
+        message = draw_rows(model, jobs, names, flags.out, words)
+    elif classifier is None:
         with locked_for_job(lambda: work_folder(flags.out)):
             message = run_job(model, job, output)
     else:
@@ -166,28 +191,38 @@ def draw_samples(arguments: list[str]) -> None:
             message = run_rejection_job(model, job, classifier, output, folder)
     if message:
         print(message)
+        print(f"classes: {_shown_classes(labels, model.labels)}")
 
 
-def choose_labels(text: str | None, classes: int) -> tuple[int | str, ...]:
-    """Returns the classes in "0,1,2" or "all"; None stands for up to ten, evenly spread.
+def choose_labels(text: str | None, names: ClassNames) -> tuple[int | str, ...]:
+    """Returns the classes in "0,1,dog" or "all"; None stands for up to ten, evenly spread.
 
-    A mix of classes, such as "207:0.5+980:0.5", stays text. Raises InputError for any other text,
-    and for a class that is not below `classes`.
+    A mix of classes, such as "dog:0.5+cat:0.5", becomes a mix of numbers, as text. "\\," stands
+    for a comma within a name. Raises InputError for a class that does not exist.
+
+    Args:
+        text: classes by number or name, separated by commas.
+        names: names of the model's classes.
     """
+    classes = len(names)
     if text is None:
         spread = np.linspace(0, classes - 1, min(classes, 10)).astype(int)
         return tuple(spread.tolist())
     if text == "all":
         return tuple(range(classes))
-    try:
-        labels = tuple(part if ":" in part else int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"labels={text}: give numbers like 0,1,2, or all") from None
+    labels = names.numbers(split_argument(text))
     if mixes := [label for label in labels if isinstance(label, str)]:
         checked_labels(mixes, classes)
     if bad := [x for x in labels if not isinstance(x, str) and not 0 <= x < classes]:
         raise InputError(f"labels {bad}: allowed are 0 … {classes - 1}")
-    return labels
+    return tuple(labels)
+
+
+def _shown_classes(labels: Sequence[int | str], names: ClassNames) -> str:
+    """Returns the first classes with their names: "207 golden retriever, 387 lesser panda"."""
+    more = len(labels) - MOST_SHOWN_CLASSES
+    titles = ", ".join(class_titles(labels[:MOST_SHOWN_CLASSES], names))
+    return f"{titles} and {more} more classes" if more > 0 else titles
 
 
 def main(arguments: list[str]) -> int:

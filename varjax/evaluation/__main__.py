@@ -42,7 +42,6 @@ from varjax.evaluation.references import EvaluationSettings, is_dataset
 from varjax.evaluation.sweep import (
     SweepPoint,
     check_sweep_output,
-    parse_sweep,
     point_path,
     split_sweep,
     sweep_table,
@@ -62,6 +61,7 @@ from varjax.runtime.distributed import (
 )
 from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.job import SamplingJob
+from varjax.sampling.option_sweep import parse_sweep
 from varjax.sampling.rejection import add_rejection_flags, check_classifier, classifier_of_flags
 from varjax.sampling.sampler import given_options
 from varjax.storage.buckets import as_path

@@ -1,19 +1,16 @@
 """Evaluates one model with several sampling options: a table, and FID against Inception Score."""
 
-import argparse
 import dataclasses
 import itertools
 import pathlib
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from varjax.config.numbers import seed_number
-from varjax.config.renamed import renamed_message
 from varjax.errors import InputError, StorageError
 from varjax.metrics.report import mean_and_deviation
+from varjax.sampling.option_sweep import option_text, parse_sweep_value
 from varjax.sampling.rejection import check_acceptance
-from varjax.sampling.sampler import parse_option
 from varjax.storage import files
 
 PRINTED = ("fid", "inception_score", "label_accuracy", "precision", "recall")
@@ -44,39 +41,6 @@ class SweepPoint:
         return self.report.get("standard_deviations", {})
 
 
-def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
-    """Reads texts such as "guidance=1,1.5,2" and returns all combinations of their values.
-
-    A colon joins the numbers of a list: "guidance=1:2:3,2.5" is a list and a number.
-
-    Args:
-        texts: one NAME=VALUE,VALUE… for each option to vary.
-        options: sampling options of the model, whose fields may be named.
-
-    Returns:
-        The combinations, each as values by option name.
-
-    Raises:
-        InputError: an unknown option, or a value that it cannot take.
-    """
-    types = typing.get_type_hints(type(options))
-    names = [field.name for field in dataclasses.fields(options)]
-    axes = {}
-    for text in texts:
-        name, equals, values = text.partition("=")
-        if values and (message := renamed_message(type(options), name, values)):
-            raise InputError(f"sweep {message}")
-        if not equals or not values or name not in names:
-            raise InputError(
-                f"sweep {text}: give OPTION=VALUE,VALUE…; options of this model are "
-                f"{', '.join(names)}"
-            )
-        if name in axes:
-            raise InputError(f"sweep {text}: {name} is swept twice")
-        axes[name] = [_parse(name, types[name], value) for value in values.split(",")]
-    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
-
-
 def split_sweep(texts: Sequence[str]) -> tuple[list[float], list[int], list[str]]:
     """Separates "accept=1,0.5" and "seed=0,1,2" from options of the model.
 
@@ -89,14 +53,18 @@ def split_sweep(texts: Sequence[str]) -> tuple[list[float], list[int], list[str]
     Raises:
         InputError: an acceptance or a seed out of range, or given twice.
     """
-    accepts, texts = _split(texts, "accept", lambda x: check_acceptance(_parse("accept", float, x)))
-    seeds, texts = _split(texts, "seed", lambda x: seed_number("seed", _parse("seed", int, x)))
+    accepts, texts = _split(
+        texts, "accept", lambda x: check_acceptance(parse_sweep_value("accept", float, x))
+    )
+    seeds, texts = _split(
+        texts, "seed", lambda x: seed_number("seed", parse_sweep_value("seed", int, x))
+    )
     return accepts, seeds, texts
 
 
 def point_path(out: pathlib.Path, options: Mapping[str, Any]) -> pathlib.Path:
     """Returns the path of the report of a point: "report.json" -> "report.guidance=1.5.json"."""
-    name = ",".join(f"{key}={_text(value)}" for key, value in options.items())
+    name = ",".join(f"{key}={option_text(value)}" for key, value in options.items())
     return out.with_name(f"{out.stem}.{name}{out.suffix}")
 
 
@@ -142,7 +110,7 @@ def sweep_table(points: Sequence[SweepPoint]) -> str:
     lowest = min(points, key=lambda p: p.metrics["fid"])
     lines = ["".join(f"{name:>18}" for name in (*points[0].options, *names))]
     for point in points:
-        cells = [f" {_text(value):>17}" for value in point.options.values()]
+        cells = [f" {option_text(value):>17}" for value in point.options.values()]
         cells += [f"{_metric(point, name):>18}" for name in names]
         mark = "   lowest FID" if point is lowest and len(points) > 1 else ""
         lines.append("".join(cells) + mark)
@@ -176,7 +144,7 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
 
     # Lists have no place on an axis of numbers, so then the axis shows texts.
     lists = any(isinstance(point.options[first], tuple) for point in points)
-    at = _text if lists else lambda value: value
+    at = option_text if lists else lambda value: value
 
     def rest(point: SweepPoint) -> tuple:
         return tuple(point.options[name] for name in others)
@@ -186,10 +154,12 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
         x = [p.metrics["inception_score"] if scored else at(p.options[first]) for p in line]
         y = [point.metrics["fid"] for point in line]
         bars = [p.deviations["fid"] for p in line] if line[0].deviations else None
-        label = ", ".join(f"{n} {_text(v)}" for n, v in zip(others, values, strict=True)) or None
+        label = (
+            ", ".join(f"{n} {option_text(v)}" for n, v in zip(others, values, strict=True)) or None
+        )
         axes.errorbar(x, y, bars, fmt="o-", capsize=3, label=label)
         for point, position in zip(line, zip(x, y, strict=True), strict=True):
-            text, shift = f"{first} {_text(point.options[first])}", (5, 5)
+            text, shift = f"{first} {option_text(point.options[first])}", (5, 5)
             axes.annotate(text, position, shift, textcoords="offset points", fontsize=8)
     axes.set_xlabel("Inception Score (higher is better)" if scored else first)
     axes.set_ylabel("FID (lower is better)")
@@ -201,13 +171,6 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
         figure.savefig(temporary, dpi=150, format="png")
     pyplot.close(figure)
     return picture
-
-
-def _parse(name: str, hint: Any, text: str) -> Any:
-    try:
-        return parse_option(name, hint, text, separator=":")
-    except argparse.ArgumentTypeError as error:
-        raise InputError(f"sweep {error}") from None
 
 
 def _split(texts: Sequence[str], name: str, read: Callable[[str], T]) -> tuple[list[T], list[str]]:
@@ -225,8 +188,3 @@ def _metric(point: SweepPoint, name: str) -> str:
     """Formats a metric, with its standard deviation over seeds if there is one."""
     text = f"{point.metrics[name]:.4f}"
     return f"{text} ± {point.deviations[name]:.4f}" if point.deviations else text
-
-
-def _text(value: Any) -> str:
-    """Formats an option's value as `parse_sweep` reads it."""
-    return ":".join(map(str, value)) if isinstance(value, tuple) else str(value)

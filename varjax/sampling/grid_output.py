@@ -61,21 +61,19 @@ def grid_captions(words: PictureWords, images: int, columns: int | None) -> Capt
     rows = [names[start : start + columns] for start in range(0, images, columns)]
     if columns == 1 or any(len(set(row)) > 1 for row in rows):
         return Captions(words.title, tiles=names)
-    firsts = [row[0] for row in rows]
-    before = ["", *firsts]
-    return Captions(
-        words.title, rows=["" if n == b else n for n, b in zip(firsts, before, strict=False)]
-    )
+    return Captions(words.title, rows=named_once([row[0] for row in rows]))
 
 
-class GridOutput:
-    """Collects all images in memory and writes one PNG; a kill loses them.
+def named_once(names: Sequence[str]) -> list[str]:
+    """Returns the names with "" in place of a name that repeats the one before it."""
+    before = ["", *names]
+    return ["" if name == other else name for name, other in zip(names, before, strict=False)]
 
-    One image alone has no words on it.
-    """
 
-    def __init__(self, path: pathlib.Path, columns: int | None, words: PictureWords = NO_WORDS):
-        self._path, self._columns, self._words = path, columns, words
+class MemoryOutput:
+    """Collects all images in memory; a kill loses them."""
+
+    def __init__(self) -> None:
         self._images: dict[int, np.ndarray] = {}
 
     def begin(self, write: bool) -> None:
@@ -89,7 +87,25 @@ class GridOutput:
         self._images[part.start] = images_NHWC
 
     def finish(self) -> str:
-        images_NHWC = self._collected()
+        return ""
+
+    def images(self) -> np.ndarray:
+        """Returns the images in the order of their numbers."""
+        return np.concatenate([self._images[start] for start in sorted(self._images)])
+
+
+class GridOutput(MemoryOutput):
+    """Collects all images in memory and writes one PNG; a kill loses them.
+
+    One image alone has no words on it.
+    """
+
+    def __init__(self, path: pathlib.Path, columns: int | None, words: PictureWords = NO_WORDS):
+        super().__init__()
+        self._path, self._columns, self._words = path, columns, words
+
+    def finish(self) -> str:
+        images_NHWC = self.images()
         if self._words.names and len(images_NHWC) > 1:
             captions = grid_captions(self._words, len(images_NHWC), self._columns)
             picture_HWC = captioned_grid(images_NHWC, captions, self._columns)
@@ -97,9 +113,6 @@ class GridOutput:
             picture_HWC = image_io.image_grid(images_NHWC, self._columns)
         image_io.write_png(self._path, picture_HWC, self._words.text)
         return f"{self._path}: {len(images_NHWC)} images"
-
-    def _collected(self):
-        return np.concatenate([self._images[start] for start in sorted(self._images)])
 
 
 class FilmOutput(GridOutput):
@@ -114,7 +127,7 @@ class FilmOutput(GridOutput):
             raise InputError("films and strips are drawn by one process; run it in one process")
 
     def finish(self) -> str:
-        images_NSHWC, words = self._collected(), self._words
+        images_NSHWC, words = self.images(), self._words
         N, S = images_NSHWC.shape[:2]
         if self._path.suffix.lower() != ".png":
             captions = grid_captions(words, N, self._columns) if words.names else None

@@ -1,0 +1,63 @@
+"""Reads sampling options with several values each, such as "guidance=1,2,4"."""
+
+import argparse
+import dataclasses
+import itertools
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from varjax.config.renamed import renamed_message
+from varjax.errors import InputError
+from varjax.sampling.sampler import parse_option
+
+
+def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
+    """Reads texts such as "guidance=1,1.5,2" and returns all combinations of their values.
+
+    A colon joins the numbers of a list: "guidance=1:2:3,2.5" is a list and a number.
+
+    Args:
+        texts: one NAME=VALUE,VALUE… for each option to vary.
+        options: sampling options of the model, whose fields may be named.
+
+    Returns:
+        The combinations, each as values by option name.
+
+    Raises:
+        InputError: an unknown option, or a value that it cannot take.
+    """
+    types = typing.get_type_hints(type(options))
+    names = [field.name for field in dataclasses.fields(options)]
+    axes = {}
+    for text in texts:
+        name, equals, values = text.partition("=")
+        if values and (message := renamed_message(type(options), name, values)):
+            raise InputError(f"sweep {message}")
+        if not equals or not values or name not in names:
+            raise InputError(
+                f"sweep {text}: give OPTION=VALUE,VALUE…; options of this model are "
+                f"{', '.join(names)}"
+            )
+        if name in axes:
+            raise InputError(f"sweep {text}: {name} is swept twice")
+        axes[name] = [parse_sweep_value(name, types[name], value) for value in values.split(",")]
+    return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def parse_sweep_value(name: str, hint: Any, text: str) -> Any:
+    """Converts the text of a value to its type; a colon joins the numbers of a list.
+
+    Raises InputError for text that is not of this type.
+    """
+    try:
+        return parse_option(name, hint, text, separator=":")
+    except argparse.ArgumentTypeError as error:
+        raise InputError(f"sweep {error}") from None
+
+
+def option_text(value: Any) -> str:
+    """Formats an option's value as `parse_sweep` reads it: "2.5", "1:2:3"."""
+    if isinstance(value, tuple):
+        return ":".join(map(option_text, value))
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
