@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 
 import pytest
 
@@ -86,3 +87,19 @@ def test_a_wrong_image_limit_ends_a_command_before_it_begins(name, monkeypatch, 
     begun = []
     assert run_command("varjax train", lambda: begun.append(1)) == 1 and not begun
     assert f"varjax train: {name}=-1: must be a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_a_closed_pipe_ends_a_command_without_a_traceback(lines, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        code = run_command("varjax info", lambda: print("x\n" * lines, flush=lines > 1))
+    assert code == 141
+    assert "nothing reads its output" in capsys.readouterr().err
+
+
+def test_another_broken_pipe_is_a_bug():
+    with pytest.raises(BrokenPipeError):
+        run_command("varjax info", fail(BrokenPipeError()))

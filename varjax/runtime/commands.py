@@ -5,6 +5,8 @@ import contextlib
 import faulthandler
 import io
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,6 +15,8 @@ from typing import NoReturn
 from varjax.errors import InputError, did_you_mean
 from varjax.storage.read_errors import FULL_ERRNOS, MACHINE_ERRNOS, machine_errno
 from varjax.storage.untrusted import image_limits
+
+BROKEN_PIPE = 128 + signal.SIGPIPE  # exit code of a command that SIGPIPE ends
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,8 +67,9 @@ def run_command(
 
     Returns:
         0 if `action` returns no int, 1 after an InputError or a failure of the machine or its file
-        system, 130 after Ctrl-C. Any other exception is a bug and is raised. A signal that ends the
-        process, such as SIGBUS after a mapped file was truncated, prints the stack.
+        system, 130 after Ctrl-C, 141 if stdout is a pipe that nothing reads anymore. Any other
+        exception is a bug and is raised. A signal that ends the process, such as SIGBUS after a
+        mapped file was truncated, prints the stack.
     """
     if not faulthandler.is_enabled():
         with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is not a file
@@ -72,12 +77,18 @@ def run_command(
     try:
         image_limits()  # refuses an invalid environment variable now, not at the first image
         code = action()
+        sys.stdout.flush()
     except InputError as error:
         if debug:
             traceback.print_exception(error)
         else:
             print(f"{name}: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        if not _output_is_closed():
+            raise
+        print(f"{name}: stopped, because nothing reads its output anymore", file=sys.stderr)
+        return BROKEN_PIPE
     except Exception as error:
         code = machine_errno(error, MACHINE_ERRNOS | FULL_ERRNOS, context=False)
         if debug or code is None:
@@ -92,3 +103,16 @@ def run_command(
         print(f"{name}: {interrupted}", file=sys.stderr)
         return 130
     return code if isinstance(code, int) else 0
+
+
+def _output_is_closed() -> bool:
+    """Returns whether stdout is a pipe that nothing reads; then discards what is left to write."""
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except io.UnsupportedOperation:  # such as in a notebook
+        return False
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
