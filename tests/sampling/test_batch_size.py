@@ -208,12 +208,18 @@ def test_auto_looks_at_options_weights_and_images(capsys, monkeypatch):
     assert choose_batch_size("auto", model, with_guidance, 1000) == 8
     assert "batch_size=auto: 8 per device" in capsys.readouterr().err
     assert choose_batch_size("auto", model, with_guidance, 5) == 5
+    assert not capsys.readouterr().err  # memory does not limit it
     assert choose_batch_size("auto", model, without, 1000, begun=lambda: 3) == 3
     assert choose_batch_size(50, model, without, 1000) == 50
     assert choose_batch_size(50, model, without, 7) == 7
     monkeypatch.setattr("varjax.sampling.batch_size.device_memory", lambda device: None)
     assert choose_batch_size("auto", model, without, 1000) == 32
     assert "does not report its memory" in capsys.readouterr().err
+    assert choose_batch_size("auto", model, without, 31) == 31
+    assert not capsys.readouterr().err
+    monkeypatch.setattr("varjax.sampling.batch_size.device_memory", lambda device: weights)
+    assert choose_batch_size("auto", model, without, 1) == 1
+    assert "batch_size=auto: 1 per device, which needs" in capsys.readouterr().err  # does not fit
 
 
 def test_auto_leaves_no_device_without_work():
@@ -256,7 +262,7 @@ def test_the_command_takes_auto_a_number_and_nothing_else(tmp_path, capsys):
     out = tmp_path / "a.npz"
     flags = [f"--weights={runs.mar()}", "--labels=1", "--count=2", "--steps=2"]
     assert main([*flags, f"--out={out}", "--batch_size=auto"]) == 0
-    assert "batch_size=auto: 2 per device" in capsys.readouterr().err
+    assert "batch_size" not in capsys.readouterr().err
     assert np.load(out)["arr_0"].shape[0] == 2
     assert main([*flags, f"--out={out}"]) == 0
     assert "batch_size=auto: 2, as in the existing output" in capsys.readouterr().err

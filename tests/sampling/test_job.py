@@ -144,7 +144,7 @@ def in_process(number, answers, monkeypatch):
 
 
 NOTHING = {"value": None}
-MODEL = types.SimpleNamespace(devices=[0])
+MODEL = types.SimpleNamespace(devices=[0], sample=None)
 EMPTY = SamplingJob((), 0, 0, None, 1)
 
 

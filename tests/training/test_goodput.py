@@ -1,4 +1,3 @@
-import contextlib
 import json
 import time
 
@@ -6,7 +5,7 @@ import pytest
 
 from tests.helpers import tiny
 from varjax.training import loop
-from varjax.training.goodput import KINDS, FirstCall, Goodput, earlier_goodput
+from varjax.training.goodput import KINDS, Goodput, earlier_goodput
 from varjax.training.sharding import Prefetcher
 
 
@@ -84,20 +83,6 @@ def test_earlier_starts_are_added(now):
     metrics = goodput.metrics()
     assert seconds(metrics) == {"step": 7, "compile": 4, "restore": 1}
     assert metrics["goodput/steps_lost"] == 2 and metrics["goodput/fraction"] == 7 / 12
-
-
-def test_only_the_first_call_is_in_the_context():
-    entered = []
-
-    @contextlib.contextmanager
-    def context():
-        entered.append("begin")
-        yield
-        entered.append("end")
-
-    call = FirstCall(lambda x: (entered.append(x), x)[1], context)
-    assert [call(1), call(2)] == [1, 2]
-    assert entered == ["begin", 1, "end", 2]
 
 
 def all_lines(run_dir):

@@ -1,8 +1,6 @@
 import math
 
-import pytest
-
-from varjax.training.results import duration, results_line, results_table
+from varjax.training.results import results_line, results_table
 
 METRICS = {
     "eval/loss_last": 3.27017567,
@@ -29,18 +27,3 @@ def test_the_table_has_every_metric_that_is_one_number():
         "fid                         1.235e+04",
         "loss_last      3.27",
     ]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.3, "0 s"),
-        (99, "99 s"),
-        (100, "2 min"),
-        (5000, "83 min"),
-        (7200, "2.0 h"),
-        (2e5, "2.3 days"),
-    ],
-)
-def test_durations_have_a_unit_that_suits_them(seconds, text):
-    assert duration(seconds) == text

@@ -40,6 +40,7 @@ from varjax.runtime.commands import command_parser, run_command
 from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.runtime.distributed import add_process_flags, connect_by_flags
+from varjax.runtime.first_call import FirstCall, announce_compilation
 from varjax.storage import files, folders
 from varjax.storage.buckets import as_path
 from varjax.tokenizers.contract import Tokenizer
@@ -174,6 +175,7 @@ def _encoder(tokenizer: Tokenizer, params: PyTree) -> EncodeBatch:
     mesh = batch_mesh()
     params = replicate(params, mesh)
     encode = data_parallel(lambda params, _, images: tokenizer.encode(params, images), mesh)
+    encode = FirstCall(encode, lambda: announce_compilation("the tokenizer's encoder"))
     return lambda image_BHWC: encode(params, None, image_BHWC)
 
 

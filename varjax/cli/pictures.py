@@ -21,6 +21,7 @@ from varjax.cli.sample import (
 )
 from varjax.errors import InputError
 from varjax.models import family_of, load, open_model, option_classes
+from varjax.runtime.first_call import FirstCall, announce_compilation
 from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.grid_output import PictureWords
 from varjax.sampling.outputs import (
@@ -148,6 +149,7 @@ def draw_results(request: PictureRequest, draw: Callable[..., Any]) -> np.ndarra
     batch = min(flags.count, batch_size * len(model.devices))
     settings = dataclasses.asdict(options) | {"seed": flags.seed}
     settings |= {"every_step": True} if request.every_step else {}
+    draw = FirstCall(draw, lambda: announce_compilation("the sampler"))
     results = []
     for start in tqdm(range(0, flags.count, batch), "drawing", unit="batch"):
         index_B, label_B = np.arange(start, start + batch), np.full(batch, request.label)

@@ -32,6 +32,7 @@ from varjax.metrics.classifier_weights import PART, TYPE
 from varjax.metrics.convnet import LARGEST, SMALLEST, ConvNetConfig
 from varjax.runtime.commands import command_parser, run_command
 from varjax.runtime.compilation_cache import use_compilation_cache
+from varjax.runtime.first_call import announce_compilation
 from varjax.storage import files, folders
 from varjax.storage.buckets import as_path
 from varjax.training.optimizer import AdamW
@@ -87,8 +88,8 @@ def train_classifier(
     update = _make_update(config, transformation, jax.random.fold_in(key, DROPOUT))
     loader = make_loader(data, training.batch_size, training.seed)
     batches = loader.train()
-    print("compiling the training step", file=sys.stderr)
-    params, opt_state, loss = update(params, opt_state, 0, next(batches))
+    with announce_compilation("the training step"):
+        params, opt_state, loss = update(params, opt_state, 0, next(batches))
     jax.block_until_ready(loss)
     begin = time.monotonic()
     with ProgressReporter(1, training.steps) as progress:

@@ -17,6 +17,7 @@ from varjax.metrics.classifier_weights import read_classifier
 from varjax.metrics.image_sets import ImageSet
 from varjax.metrics.inception import Inception, init_inception, load_inception
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
+from varjax.runtime.first_call import FirstCall, announce_compilation
 from varjax.storage import files, folders
 from varjax.storage.buckets import as_path
 from varjax.trees import PyTree
@@ -152,9 +153,8 @@ class FeatureExtractor:
         block = CPU_BLOCK if mesh.devices.flat[0].platform == "cpu" else ACCELERATOR_BLOCK
         self.network, self.at_once = network, block * mesh.size
         self._params = replicate(network.params, mesh)
-        self._apply = data_parallel(
-            lambda params, _, image_BHWC: network.apply(params, image_BHWC), mesh
-        )
+        apply = data_parallel(lambda params, _, image_BHWC: network.apply(params, image_BHWC), mesh)
+        self._apply = FirstCall(apply, lambda: announce_compilation("the feature network"))
 
     def __call__(
         self, images_NHWC: np.ndarray, progress: Callable[[int], Any] = lambda count: None

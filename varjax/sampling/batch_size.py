@@ -30,10 +30,11 @@ def choose_batch_size(
     images: int,
     begun: Callable[[], int | None] = lambda: None,
 ) -> int:
-    """Chooses how many images each device samples at a time, and prints the choice for "auto".
+    """Chooses how many images each device samples at a time.
 
     "auto" is the size with which the output was started, or else the largest of SIZES that fits
-    into the memory of every device and leaves no device idle.
+    into the memory of every device and leaves no device idle. It is printed where memory, or an
+    unknown memory, limits it.
 
     Args:
         asked: batch size, a number or "auto".
@@ -54,20 +55,23 @@ def choose_batch_size(
             return size
         per_device = -(-images // (len(model.devices) * jax.process_count()))
         if None in smallest:
-            size = min(WITHOUT_MEMORY, per_device)
-            print(
-                f"batch_size=auto: {size}, because the device does not report its memory",
-                file=sys.stderr,
-            )
-            return size
+            if per_device >= WITHOUT_MEMORY:
+                print(
+                    f"batch_size=auto: {WITHOUT_MEMORY}, because the device does not report its "
+                    "memory",
+                    file=sys.stderr,
+                )
+            return min(WITHOUT_MEMORY, per_device)
         memory = min(smallest)
         largest = min(per_device, LARGEST_ON_CPU if cpu else max(SIZES))
         size = fitting_batch_size(lambda n: model.sampling_bytes(n, options), memory, largest)
-        print(
-            f"batch_size=auto: {size} per device, which needs "
-            f"{model.sampling_bytes(size, options) / 1e9:.1f} of {memory / 1e9:.1f} GB",
-            file=sys.stderr,
-        )
+        needed = model.sampling_bytes(size, options)
+        if size < min(largest, max(SIZES)) or needed > USABLE * memory:
+            print(
+                f"batch_size=auto: {size} per device, which needs {needed / 1e9:.1f} of "
+                f"{memory / 1e9:.1f} GB",
+                file=sys.stderr,
+            )
         return size
 
     return on_first_process(choose)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from varjax.errors import InputError
 from varjax.runtime.distributed import on_all_processes, on_first_process
+from varjax.runtime.first_call import FirstCall, announce_compilation
 from varjax.sampling.outputs import Output, check_finite_images
 from varjax.sampling.sampler import Sampler
 from varjax.storage import image_io
@@ -178,13 +179,14 @@ def sample_parts(
     One part per device is computed at a time. Raises InputError for NaN in an image.
     """
     devices, M = len(model.devices), len(job.label_M)
+    sample = FirstCall(model.sample, lambda: announce_compilation("the sampler"))
     pending = None
     for start in range(0, len(parts), devices):
         group = parts[start : start + devices]
         # The shape is always the same, so that one compilation serves all; the excess is dropped.
         full = [*group, *[group[-1]] * (devices - len(group))]
         position_B = np.concatenate([part.start + np.arange(job.batch_size) for part in full]) % M
-        images_BHWC = model.sample(
+        images_BHWC = sample(
             job.label_M[position_B],
             job.seed,
             index=job.number_M[position_B],

@@ -12,6 +12,7 @@ import numpy as np
 from varjax.data.loader import Loader
 from varjax.errors import InputError
 from varjax.nn.autoencoder import to_model_range, to_unit_range
+from varjax.runtime.first_call import FirstCall, announce_compilation
 from varjax.tokenizers import image_metrics
 from varjax.tokenizers.contract import Tokenizer
 from varjax.tokenizers.kl.model import KLConfig
@@ -171,7 +172,8 @@ def measure_split(
     mesh = make_mesh(MeshShape())
     weights = params, lpips_params
     weights = put(weights, jax.tree.map(lambda _: replicated(mesh), weights))
-    step = jax.jit(on_mesh(functools.partial(measure_batch, config), mesh))
+    jitted = jax.jit(on_mesh(functools.partial(measure_batch, config), mesh))
+    step = FirstCall(jitted, lambda: announce_compilation("the tokenizer"))
     parts, totals = [], {}
     shown, lowest = [], []
     for batch_number, batch in enumerate(progress(loader.held_out())):

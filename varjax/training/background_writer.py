@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from varjax.training.progress import say
+from varjax.runtime.messages import say
 from varjax.training.run_writers import RunWriter
 
 QUEUED_ENTRIES = 1000  # limit on entries that wait for a writer; their bytes: pictures are large

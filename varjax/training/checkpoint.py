@@ -20,9 +20,9 @@ from varjax.checkpoints.saved_steps import (
 )
 from varjax.errors import DamagedFileError, StorageError
 from varjax.runtime.distributed import on_first_process
+from varjax.runtime.messages import say
 from varjax.storage import files
 from varjax.storage.buckets import absolute, in_bucket
-from varjax.training.progress import say
 from varjax.training.task import TrainState
 
 

@@ -8,11 +8,11 @@ import jax
 
 from varjax import trees
 from varjax.runtime.distributed import on_first_process
+from varjax.runtime.messages import duration
 from varjax.storage.buckets import as_path
 from varjax.training.evaluator import Evaluator
 from varjax.training.experiment import Experiment
 from varjax.training.metric_writers import flatten_metrics
-from varjax.training.results import duration
 from varjax.training.run_dir import check_config, is_bound
 from varjax.training.setup import jit_train_step, set_up
 from varjax.training.sharding import bytes_on_device, put, put_batch, shardings

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from varjax.data.loader import Loader
 from varjax.runtime.distributed import on_all_processes
-from varjax.training.goodput import FirstCall
+from varjax.runtime.first_call import FirstCall
 from varjax.training.metric_writers import flatten_metrics
 from varjax.training.sharding import on_mesh, put_batch, replicated
 from varjax.training.task import Batch, Task, TrainState, evaluated_parameters

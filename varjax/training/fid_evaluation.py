@@ -24,8 +24,8 @@ from varjax.metrics.references import (
     reference_of_images,
 )
 from varjax.runtime.distributed import on_first_process
-from varjax.training.goodput import FirstCall
-from varjax.training.progress import say
+from varjax.runtime.first_call import FirstCall
+from varjax.runtime.messages import say
 from varjax.training.sharding import (
     check_batch_size,
     on_mesh,

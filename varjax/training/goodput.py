@@ -2,8 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, ParamSpec, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 
@@ -14,8 +14,6 @@ from varjax.runtime import hardware
 KINDS: tuple[str, ...] = ("compile", "restore", "data", "evaluate", "save", "step", "lost")
 PREFIX = "goodput/"
 STEPS_LOST = PREFIX + "steps_lost"
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 class Goodput:
@@ -165,32 +163,6 @@ class ThroughputMeter:
             "data_wait": wait,
             "data_wait_fraction": wait / seconds,
         }
-
-
-class FirstCall(Generic[P, R]):
-    """Calls a jitted function; the first call, which compiles it, is made in a context.
-
-        step = FirstCall(jax.jit(step), lambda: goodput.measure("compile"))
-
-    Args:
-        function: jitted function to call.
-        context: function that makes the context of the first call.
-    """
-
-    def __init__(
-        self,
-        function: Callable[P, R],
-        context: Callable[[], contextlib.AbstractContextManager[None]],
-    ):
-        self._function, self._context = function, context
-        self._called = False
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        if self._called:
-            return self._function(*args, **kwargs)
-        self._called = True
-        with self._context():
-            return self._function(*args, **kwargs)
 
 
 def _name(kind: str) -> str:

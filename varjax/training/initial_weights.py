@@ -15,10 +15,10 @@ from varjax import trees
 from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.errors import DamagedFileError, InputError, MismatchError, StorageError
 from varjax.runtime.distributed import check_shared_file, on_first_process
+from varjax.runtime.messages import say
 from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import read_state
-from varjax.training.progress import say
 from varjax.training.task import MatchingRows, Task, TrainState
 from varjax.trees import PyTree
 

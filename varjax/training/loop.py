@@ -7,13 +7,13 @@ import jax
 
 from varjax.errors import InputError, error_file
 from varjax.runtime.distributed import check_shared_file, on_first_process
+from varjax.runtime.messages import say
 from varjax.storage import folders
 from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.experiment import Due, Experiment
 from varjax.training.goodput import Goodput
 from varjax.training.loop_state import LoopState
-from varjax.training.progress import say
 from varjax.training.results import results_line, results_table
 from varjax.training.run_dir import (
     check_or_write_config,

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from varjax.errors import StorageError
+from varjax.runtime.messages import say
 from varjax.storage import files, image_io
 from varjax.storage.buckets import LocalMirror, in_bucket
 from varjax.storage.untrusted import parse_metrics_line
 from varjax.training.background_writer import BackgroundWriter
 from varjax.training.goodput import earlier_goodput
-from varjax.training.progress import say
 from varjax.training.run_writers import (
     UPLOAD_SECONDS,
     PreviewWriter,

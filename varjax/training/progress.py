@@ -1,6 +1,5 @@
 """Shows a run's progress and notes on the terminal."""
 
-import contextlib
 import math
 import sys
 import time
@@ -9,38 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from varjax.training.results import duration
+from varjax.runtime.messages import STDERR, duration, say
 
 PLAIN_LINE_SECONDS = 10.0  # between two lines of progress where there is no terminal
-
-
-class _LossyStderr:
-    """Ignores errors of stderr, such as a full disk; equal to it, so that tqdm clears bars."""
-
-    def __eq__(self, other: object) -> bool:
-        return other is sys.stderr or isinstance(other, _LossyStderr)
-
-    def __hash__(self) -> int:
-        return hash(sys.stderr)
-
-    def write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.write(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            sys.stderr.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(sys.stderr, name)
-
-
-_STDERR: Any = _LossyStderr()
-
-
-def say(text: str) -> None:
-    """Prints a line to stderr without breaking a bar; errors of stderr are ignored."""
-    tqdm.write(text, file=_STDERR)
 
 
 class ProgressReporter:
@@ -62,7 +32,7 @@ class ProgressReporter:
             initial=step,
             total=steps,
             disable=not self.watched,
-            file=_STDERR,
+            file=STDERR,
             bar_format="step {n_fmt}/{total_fmt} |{bar}| {postfix}",
         )
         self._steps, self._said = steps, -math.inf

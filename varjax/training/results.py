@@ -49,15 +49,6 @@ def results_table(metrics: Mapping[str, float]) -> str:
     )
 
 
-def duration(seconds: float) -> str:
-    """Formats a time for people: "45 s", "12 min", "3.5 h", "4.2 days"."""
-    for unit, size, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
-        if seconds < limit * size:
-            digits = 1 if unit == "h" else 0
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds / 86400:.1f} days"
-
-
 def _by_kind(metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
     """Returns {"eval": {"loss": …}, "eval_ema": …}, without kinds that are absent."""
     kinds = {kind: f"{kind}/" for kind in KINDS}

@@ -16,11 +16,11 @@ from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.config import config_tree
 from varjax.errors import InputError, StorageError
 from varjax.runtime.distributed import gather_json
+from varjax.runtime.messages import say
 from varjax.runtime.reproducibility import jax_draws, random_numbers_digest, versions
 from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.training.experiment import Experiment
-from varjax.training.progress import say
 from varjax.training.task import Plan
 
 PIXELS = "pixels"  # key in `describe`: a digest of how Pillow decodes and resizes images

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,19 +14,20 @@ from varjax.config import config_tree
 from varjax.data.loader import Loader
 from varjax.errors import InputError
 from varjax.runtime.distributed import on_first_process
+from varjax.runtime.first_call import FirstCall, announce_compilation
+from varjax.runtime.messages import say
 from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.evaluator import Evaluator
 from varjax.training.experiment import Due, Experiment
 from varjax.training.fid_evaluation import FIDEvaluator
-from varjax.training.goodput import FirstCall, Goodput, ThroughputMeter
+from varjax.training.goodput import Goodput, ThroughputMeter
 from varjax.training.initial_weights import forked_state, frozen_weights, warm_start_state
 from varjax.training.loop_state import LoopState, parse_keep_best
 from varjax.training.metric_writers import MetricWriter
 from varjax.training.preemption import PreemptionGuard
-from varjax.training.progress import ProgressReporter, say
+from varjax.training.progress import ProgressReporter
 from varjax.training.reporter import StepReporter
-from varjax.training.results import duration
 from varjax.training.run_dir import check_same_data, is_bound
 from varjax.training.sharding import (
     Prefetcher,
@@ -46,7 +46,6 @@ from varjax.training.train_step import StepFn, skip_nonfinite_updates
 from varjax.training.watchdog import Watchdog
 from varjax.trees import PyTree
 
-QUICK_SECONDS = 2.0  # a compilation that takes less is not worth another line
 MANY_PASSES = 200  # over the training images
 # Published recipes make 200 to 800 passes over ImageNet's 1.28 million images.
 MANY_IMAGES = 1_000_000
@@ -256,14 +255,9 @@ def start_run(
     init_key, train_key = jax.random.split(jax.random.key(experiment.seed))
 
     @contextlib.contextmanager
-    def compiling(what: str) -> Iterator[None]:
-        if main:
-            say(f"compiling {what} …")
-        begin = time.monotonic()
-        with goodput.measure("compile"), watchdog.paused():
+    def compiling(program: str) -> Iterator[None]:
+        with goodput.measure("compile"), watchdog.paused(), announce_compilation(program):
             yield
-        if main and (seconds := time.monotonic() - begin) > QUICK_SECONDS:
-            say(f"compiled {what} in {duration(seconds)}")
 
     # Shapes and shardings, before anything is allocated.
     abstract = jax.eval_shape(task.init, init_key)

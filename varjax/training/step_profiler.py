@@ -10,8 +10,8 @@ from typing import Any
 import jax
 
 from varjax.errors import InputError
+from varjax.runtime.messages import say
 from varjax.storage.buckets import LocalMirror
-from varjax.training.progress import say
 
 CLOSE_SECONDS = 5.0  # limit on how long the end of a run waits for the upload of a trace
 
