@@ -2,6 +2,7 @@
 
 import functools
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,15 @@ def test_sample_times_the_transformer_the_decoder_and_the_whole(capsys):
 class Painter(FakeSampler):
     """A fake whose image costs a product of (1, 100) and (100, guidance) matrices."""
 
+    params = None
+
+    @property
+    def pure(self):
+        def draw(params, label_B, key_B, **options):
+            return self.sample(label_B, **options)
+
+        return types.SimpleNamespace(sample=draw)
+
     def sample(self, labels, seed=0, *, guidance, **options):
         return jax.jit(jnp.matmul)(jnp.ones((len(labels), 100)), jnp.ones((100, int(guidance))))
 
@@ -69,6 +79,14 @@ def test_model_times_a_model_with_the_options_and_companions_that_are_given(caps
     assert line["images_per_second"] * line["seconds"] == pytest.approx(12, rel=2e-3)
     assert benchmark.main(["model", "--weights=a", "--repeats=0"]) == 1
     assert "repeats" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_model_counts_the_work_of_a_real_model(capsys):
+    flags = [f"--weights={runs.untrained_var()}", "--batch_size=2", "--repeats=1"]
+    assert benchmark.main(["model", *flags]) == 0
+    (line,) = lines(capsys)
+    assert line["model_gflop_per_image"] > 0
 
 
 def test_model_leaves_out_the_work_of_loops_of_unknown_length(capsys, monkeypatch):

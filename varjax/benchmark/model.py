@@ -9,6 +9,7 @@ is left out where their number is not fixed in the program, as with --diffusion_
 """
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -21,7 +22,7 @@ from varjax.models import load, option_classes
 from varjax.runtime import flops
 from varjax.runtime.commands import command_parser
 from varjax.runtime.hardware import fastest_seconds, memory_usage
-from varjax.sampling.sampler import Sampler, add_option_flags, given_options
+from varjax.sampling.sampler import add_option_flags, given_options, image_keys
 
 COMPANIONS = "guide", "refiner", "draft_scales"
 
@@ -54,11 +55,11 @@ def main(arguments: list[str]) -> None:
     )
 
 
-def measure_model(model: Sampler, options: Any, batch_size: int, repeats: int) -> dict[str, Any]:
+def measure_model(model: Any, options: Any, batch_size: int, repeats: int) -> dict[str, Any]:
     """Times how a model draws a batch, and counts the FLOP.
 
     Args:
-        model: model that draws.
+        model: a family's pipeline; its pure functions are those whose FLOP can be counted.
         options: sampling options, as `model.options()` returns them.
         batch_size: number of images in the batch.
         repeats: number of calls to time; the fastest one counts.
@@ -67,9 +68,10 @@ def measure_model(model: Sampler, options: Any, batch_size: int, repeats: int) -
         The figures by name.
     """
     label_B = np.arange(batch_size) % model.classes
+    named_options = dataclasses.asdict(options)
 
     def draw() -> jax.Array:
-        return model.sample(label_B, seed=0, **dataclasses.asdict(options))
+        return model.sample(label_B, seed=0, **named_options)
 
     begin = time.perf_counter()
     jax.block_until_ready(draw())
@@ -81,8 +83,10 @@ def measure_model(model: Sampler, options: Any, batch_size: int, repeats: int) -
         "images_per_second": batch_size / seconds,
         "memory_peak_gb": memory_usage()["memory_peak_gb"],
     }
+    pure_draw = functools.partial(model.pure.sample, **named_options)
     try:
-        figures["model_gflop_per_image"] = flops.count(draw) / batch_size / 1e9
+        flop = flops.count(pure_draw, model.params, label_B, image_keys(0, np.arange(batch_size)))
+        figures["model_gflop_per_image"] = flop / batch_size / 1e9
     except flops.UnknownIterations:
         pass
     return figures
