@@ -55,6 +55,27 @@ def check_setting(name: str, value: object, valid: bool, allowed: str) -> None:
         raise InputError(f"{name}={value}: must be {allowed}")
 
 
+@contextlib.contextmanager
+def needs_extra(extra: str, package: str, purpose: str) -> Iterator[None]:
+    """Turns the ImportError of a package that varjax installs only on demand into an InputError.
+
+        with needs_extra("plot", "matplotlib", "drawing curves"):
+            import matplotlib
+
+    Args:
+        extra: varjax's extra with the package, in pyproject.toml.
+        package: name of the package for pip.
+        purpose: what the package is needed for, in the message.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f"{purpose} needs {package} ({error}): pip install {package}, or "
+            f'pip install ".[{extra}]" in the folder of varjax'
+        ) from error
+
+
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """Returns "; did you mean 'steps'?", with the nearest allowed names, or "" if none is near."""
     near = difflib.get_close_matches(name, list(allowed), n=3, cutoff=0.7)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from varjax.analysis.pyplot import load_pyplot
 from varjax.analysis.run_log import PUBLISHED_LOGS, PublishedLog, RunLog, read_run_log
 from varjax.analysis.runs import find_runs
 from varjax.errors import InputError
@@ -129,10 +130,7 @@ def draw_curves(
             f"{', '.join(SCALE_METRICS)}"
         )
 
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = load_pyplot()
 
     handles = _legend(runs, reference)
     legend_columns = 4 if len(handles) > 5 else 5

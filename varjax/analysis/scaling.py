@@ -23,6 +23,7 @@ import numpy as np
 
 from varjax.analysis.ladder import LOSSES, PREFIXES, Ladder, read_ladder
 from varjax.analysis.power_law import Fit, PowerLaw
+from varjax.analysis.pyplot import load_pyplot
 from varjax.analysis.scaling_fits import (
     COMPUTE,
     JOINT,
@@ -218,6 +219,7 @@ def main(arguments: list[str]) -> int:
         check_setting("resamples", flags.resamples, 0 <= flags.resamples <= 100_000, "0 … 100,000")
         check_setting("seed", flags.seed, flags.seed >= 0, "0 or more")
         floors = parse_floors(flags.floor)
+        load_pyplot()  # the pictures come last, after all fits
         ladder = read_ladder(flags.runs, flags.weights)
         if flags.floor == "0":
             floors = {name: floor for name, floor in floors.items() if name in ladder.curves}

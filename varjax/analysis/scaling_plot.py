@@ -8,6 +8,7 @@ import numpy as np
 
 from varjax.analysis.ladder import LOSSES, Curve, Ladder
 from varjax.analysis.power_law import INTERVAL_PERCENTILES, Fit, PowerLaw
+from varjax.analysis.pyplot import load_pyplot
 from varjax.analysis.scaling_fits import JOINT, ScalingVariables
 from varjax.storage import files
 from varjax.tokenizers.vq.pyramid import SCALES_256
@@ -36,10 +37,8 @@ def draw_scaling(
         fits: fits by the kind of loss.
         out: PNG file to write.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    pyplot = load_pyplot()
+    from matplotlib import ticker
 
     rows = -(-len(fits) // 2)
     columns = min(len(fits), 2)

@@ -63,6 +63,7 @@ def prepare(
     """
     for name, value in ("workers", workers), ("shards", shards):
         check_setting(name, value, value >= 0, "1 or more, or 0 to choose")
+    array_record.load_tfds()  # before a large folder is listed
     path, encoding = as_path(out), array_record.ImageEncoding(size, quality)
     data = Folder(folder, held_out=held_out, unconditional=unconditional)
     listings = {"train": data.listings["train"], "validation": data.listings["held_out"]}

@@ -7,17 +7,28 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from PIL import Image
 
 from varjax.data import transforms
-from varjax.errors import StorageError, check_setting
+from varjax.errors import StorageError, check_setting, needs_extra
 from varjax.storage import files
 from varjax.storage.image_files import BrokenImage, decode_file, printable_path, read_file
 
 DATASET_NAME, DATASET_VERSION = "images", "1.0.0"  # of every packed dataset
 INFO_FILE = "dataset_info.json"  # exists if and only if a dataset is complete
+
+
+def load_tfds() -> ModuleType:
+    """Imports TensorFlow Datasets, which takes half a second, also without TensorFlow.
+
+    Raises InputError if it is not installed.
+    """
+    with needs_extra("tfds", "tensorflow-datasets", "a dataset of TFDS, or of varjax prepare,"):
+        import tensorflow_datasets
+    return tensorflow_datasets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +114,8 @@ def write_record_shard(encoding: ImageEncoding, shard: RecordShard) -> Iterator[
         StorageError: the file could not be written, or an image cannot be read now.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
+
+    load_tfds()
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
     report: dict[str, Any] = {"images": 0, "bytes": 0, "broken": []}
@@ -141,8 +154,7 @@ def _storage_errors(path: pathlib.Path) -> Iterator[None]:
 
 def record_features(class_names: Sequence[str]) -> Any:
     """Returns the TFDS features of a record; `file_name` is the path in the folder."""
-    import tensorflow_datasets as tfds
-
+    tfds = load_tfds()
     return tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=(None, None, 3)),
@@ -164,7 +176,7 @@ def write_dataset_info(
         class_names: names of the classes, in the order of their numbers.
         reports: by split, the reports of `write_record_shard` in the order of the shards.
     """
-    import tensorflow_datasets as tfds
+    tfds = load_tfds()
     from etils import epath
     from tensorflow_datasets.core.splits import SplitDict
 

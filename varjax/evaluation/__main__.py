@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 
+from varjax.analysis.pyplot import load_pyplot
 from varjax.cli.sample import add_sampling_flags, check_sampling_flags, companions
 from varjax.errors import InputError
 from varjax.evaluation.evaluate import (
@@ -141,6 +142,7 @@ def evaluate(arguments: list[str]) -> None:
             print_report(report)
         return
     check_sweep_output(out)
+    load_pyplot()  # the picture comes last, after all samples
     # The options of all points are checked before the first one is drawn.
     chosen = [(p, model.options(**{**given, **p})) for p in parse_sweep(sweep, options)]
     points = []

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
-from sklearn.svm import SVC
 
 from varjax.analysis.plot import draw_curves
 from varjax.analysis.run_log import read_run_log
@@ -43,6 +42,8 @@ def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, di
         images.reshape(len(images), -1) / 255.0
         for images in (samples_NHWC, train.images_NHWC, held_out.images_NHWC)
     )
+    from sklearn.svm import SVC  # a second; the digits above need scikit-learn as well
+
     classifier = SVC(C=10).fit(train_NC, train.labels_N)
     train_diversity = class_diversity(train_NC, train.labels_N)
     return {

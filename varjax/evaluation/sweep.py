@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from varjax.analysis.pyplot import load_pyplot
 from varjax.config.numbers import seed_number
 from varjax.errors import InputError, StorageError
 from varjax.metrics.report import mean_and_deviation
@@ -133,11 +134,7 @@ def write_sweep(points: Sequence[SweepPoint], out: pathlib.Path) -> pathlib.Path
         ]
         points = joined if joined[0].options else points  # seeds alone are points of a line
     files.write_json(out, content)
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(6, 4.5), layout="constrained")
     first, *others = points[0].options
     scored = all("inception_score" in point.metrics for point in points)

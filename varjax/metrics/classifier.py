@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from scipy.special import softmax
 
-from varjax.errors import errors_naming
+from varjax.errors import errors_naming, needs_extra
 from varjax.metrics.features import FeatureExtractor, classifier_network
 
 DIGITS = "digits"
@@ -78,7 +78,8 @@ def load_classifier(location: str | pathlib.Path) -> LoadedClassifier:
 
 def digits_classifier() -> LoadedClassifier:
     """Trains a logistic regression on the pixels of scikit-learn's training digits."""
-    from sklearn.linear_model import LogisticRegression  # a second, and only digits need it
+    with needs_extra("digits", "scikit-learn", "the classifier of digits"):
+        from sklearn.linear_model import LogisticRegression  # a second, and only digits need it
 
     from varjax.data.sources import Digits
 

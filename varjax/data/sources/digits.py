@@ -9,6 +9,7 @@ from varjax.data.loader import make_loader
 from varjax.data.stream import ArraySource, Split
 from varjax.data.transforms import random_affine
 from varjax.data.workers import ReadOptions
+from varjax.errors import needs_extra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Digits:
 
     def source(self, split: Split) -> ArraySource:
         """Opens a split, in the dataset's order."""
-        from sklearn.datasets import load_digits  # a second, and only this dataset needs it
+        with needs_extra("digits", "scikit-learn", "the dataset of digits"):
+            from sklearn.datasets import load_digits  # a second, and only this dataset needs it
 
         images_NHW, labels_N = load_digits(return_X_y=True)
         images_NHWC = (

@@ -11,7 +11,7 @@ from varjax.data import transforms
 from varjax.data.loader import make_loader
 from varjax.data.stream import ArraySource, Split
 from varjax.data.workers import ReadOptions
-from varjax.errors import InputError, check_setting
+from varjax.errors import InputError, check_setting, needs_extra
 
 PHOTO_NAMES = ("china", "flower")
 # Number of held-out columns, of 640: a strip through the middle of each photograph's subject.
@@ -141,6 +141,7 @@ def photo_parts(split: Split) -> list[tuple[np.ndarray, int]]:
 @functools.cache
 def photographs() -> tuple[np.ndarray, ...]:
     """Loads both photographs, uint8 (427, 640, 3), in the order of PHOTO_NAMES."""
-    from sklearn.datasets import load_sample_images  # a second, and only this dataset needs it
+    with needs_extra("digits", "scikit-learn", "the dataset of photos"):
+        from sklearn.datasets import load_sample_images  # a second, and only this dataset needs it
 
     return tuple(load_sample_images().images)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from varjax.data import transforms
+from varjax.data.array_record import load_tfds
 from varjax.data.loader import make_loader
 from varjax.data.sources.folder import ONE_CLASS_NAMES
 from varjax.data.stream import Split
@@ -112,8 +113,7 @@ class TFDS:
 
     def builder(self) -> Any:
         """Opens the dataset as a tfds.core.DatasetBuilder with images and labels."""
-        import tensorflow_datasets as tfds  # half a second, also without TensorFlow
-
+        tfds = load_tfds()
         builder = _open(self.name, self.data_dir)
         features = builder.info.features
         wanted: dict[str, type] = {self.image_key: tfds.features.Image}
@@ -142,8 +142,7 @@ class TFDSSource:
     @functools.cached_property
     def records(self) -> Any:
         """Undecoded examples by index."""
-        import tensorflow_datasets as tfds
-
+        tfds = load_tfds()
         builder, name = self.data.builder(), self.data.name
         decoders = {self.data.image_key: tfds.decode.SkipDecoding()}
         try:
@@ -241,8 +240,7 @@ def _open(name: str, data_dir: str) -> Any:
 
 
 def _open_directory(directory: str) -> Any:
-    import tensorflow_datasets as tfds
-
+    tfds = load_tfds()
     path = os.path.join(directory, FEATURES_FILE)
     if os.path.lexists(path):
         try:
