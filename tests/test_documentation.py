@@ -14,7 +14,7 @@ from tests.helpers.paths import ROOT
 INDEX = "docs/README.md"
 PAGES = sorted(
     str(path.relative_to(ROOT))
-    for pattern in ("*.md", "docs/*.md", "varjax/*/README.md")
+    for pattern in ("*.md", "docs/*.md", "varjax/**/README.md")
     for path in ROOT.glob(pattern)
 )
 

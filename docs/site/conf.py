@@ -12,13 +12,14 @@ import varjax
 
 ROOT = pathlib.Path(__file__).parents[2]
 INDEX = "docs/README"
-CONTRACTS = tuple(f"varjax/{folder}/README" for folder in ("sampling", "tokenizers", "training"))
+FOLDERS = ("sampling", "tokenizers", "training", "data/sources", "convert/name_maps")
 
 project = "varjax"
 version = release = varjax.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 root_doc = INDEX
-include_patterns = ["*.md", "docs/*.md", "docs/site/api.rst", *(f"{page}.md" for page in CONTRACTS)]
+include_patterns = ["*.md", "docs/*.md", "docs/site/api.rst"]
+include_patterns += [f"varjax/{folder}/README.md" for folder in FOLDERS]
 # Sphinx does not descend into these, among them environments and runs.
 exclude_patterns = [
     path.name for path in ROOT.iterdir() if path.is_dir() and path.name not in ("docs", "varjax")
