@@ -281,6 +281,12 @@ def test_a_limit_on_held_out_images_takes_as_many_of_each_class():
     labels = batches["label_B"][batches["valid_B"]]
     np.testing.assert_array_equal(np.bincount(labels), 4)
     assert len(set(labels[:8])) >= 7  # previews show the first images
+    spread = loader(0).held_out_spread(8)
+    assert spread["valid_B"].tolist() == [True] * 8 + [False] * 8
+    assert len(set(spread["label_B"][:8])) >= 7
+    for rows in (range(4), range(4, 16)):
+        part = loader(0, rows).held_out_spread(8)
+        chex.assert_trees_all_equal(part, {name: x[rows] for name, x in spread.items()})
     whole = joined(loader(0).held_out())
     chex.assert_trees_all_equal(whole, joined(loader(1000).held_out()))
     np.testing.assert_array_equal(whole["label_B"][whole["valid_B"]], np.arange(500) // 50)

@@ -4,6 +4,7 @@ import numpy as np
 
 from varjax.data.sources import Digits
 from varjax.evaluation import digits_report
+from varjax.storage.captioned_grid import Captions, grid_layout
 
 
 def test_real_digits_are_reported_as_good_and_noise_as_bad():
@@ -32,9 +33,18 @@ def test_copies_and_sameness_show():
 
 def test_samples_stand_left_of_real_digits():
     held_out = Digits().source("held_out")
-    picture_HWC = digits_report.samples_and_real(held_out.images_NHWC, held_out.labels_N)
-    width = (picture_HWC.shape[1] - 40) // 2
-    assert np.array_equal(picture_HWC[:, :width], picture_HWC[:, -width:])
+    images_NHWC, label_N = held_out.images_NHWC, held_out.labels_N
+    picture_HWC = digits_report.samples_and_real(images_NHWC, label_N, "samples of runs/digits")
+    captions = Captions("samples", rows=[str(label) for label in range(10)])
+    layout = grid_layout(100, (8, 8), captions, columns=10)
+    left_HWC, right_HWC = np.split(picture_HWC, 2, axis=1)
+    assert left_HWC.shape[:2] == layout.size
+    top, below = layout.origin[0] - 4, slice(layout.origin[0], None)
+    assert np.array_equal(left_HWC[below], right_HWC[below])
+    assert not np.array_equal(left_HWC[:top], right_HWC[:top])  # their titles
+    (y, x), (h, w) = layout.corner(30), layout.tile
+    first_three = images_NHWC[label_N == 3][0].repeat(8, axis=0).repeat(8, axis=1)
+    assert np.array_equal(left_HWC[y : y + h, x : x + w], first_three)
 
 
 def test_several_samples_are_reported_by_mean_and_standard_deviation(tmp_path, capsys, monkeypatch):

@@ -31,7 +31,7 @@ def test_a_run_learns_and_leaves_its_files(whole):
     assert {"eval/loss", "eval/accuracy", "eval_ema/loss", "eval_ema/accuracy"} == metrics.keys()
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["20", "30"]
     with Image.open(run_dir / "previews" / "step_00000020_inputs.png") as picture:
-        assert picture.size == (195, 130)
+        assert picture.size == (552, 403)  # with a title
     assert list((run_dir / "tensorboard").iterdir())
     evaluations = {
         line["step"]: line["eval/loss"] for line in lines(run_dir) if "eval/loss" in line

@@ -140,6 +140,15 @@ def read_class_names(weights: WeightsDir, classes: int) -> ClassNames:
         return imagenet_classes()
     if names is None or len(names) != classes:
         return numbered_classes(classes)
+    return known_class_names(names)
+
+
+def known_class_names(names: Sequence[str]) -> ClassNames:
+    """Names classes as a dataset does; ImageNet's identifiers (n02099601) become ImageNet's names.
+
+    Args:
+        names: name of each class in the dataset.
+    """
     words = dict(zip(imagenet_classes().synsets, imagenet_classes().names, strict=True))
     if all(name in words for name in names):
         return ClassNames(tuple(words[name] for name in names), tuple(names))

@@ -19,6 +19,7 @@ from varjax.data.stream import (
     ImageDataset,
     ImageTransform,
     StreamRows,
+    spread_indices,
 )
 from varjax.data.workers import ReaderPool
 from varjax.errors import InputError
@@ -105,6 +106,19 @@ class Loader:
         """Returns this process's rows of the held-out batch `number`."""
         return next(self._held_out([number]))
 
+    def held_out_spread(self, images: int) -> BatchArrays:
+        """Returns this process's rows of a batch of a few held-out images, then of padding.
+
+        The images are spread over the split, because many sources hold theirs class by class.
+
+        Args:
+            images: number of images.
+        """
+        size = len(self.stream.held_out_indices)
+        spread = spread_indices(size, min(images, self.batch_size))
+        positions = [int(spread[row]) if row < len(spread) else size for row in self._positions(0)]
+        return next(self._read_held_out([positions]))
+
     @functools.cached_property
     def stream(self) -> ExampleStream:
         """The rows of all batches, by position."""
@@ -136,7 +150,9 @@ class Loader:
         return self.range_check.watch(read)
 
     def _held_out(self, numbers: Iterable[int]) -> Iterator[BatchArrays]:
-        batches = (self._positions(number) for number in numbers)
+        return self._read_held_out(self._positions(number) for number in numbers)
+
+    def _read_held_out(self, batches: Iterable[list[int]]) -> Iterator[BatchArrays]:
         return read_ahead(self.readers, self._held_out_counter, batches, ExampleStream.held_out)
 
     def _positions(self, number: int) -> list[int]:

@@ -24,6 +24,7 @@ from varjax.metrics.fid import Moments, frechet_distance
 from varjax.metrics.report import mean_and_deviation
 from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import files, image_io
+from varjax.storage.captioned_grid import Captions, captioned_grid
 from varjax.storage.npz import NpzArchive
 
 
@@ -84,15 +85,24 @@ def copying_fraction(x_NC: np.ndarray, train_NC: np.ndarray) -> float:
     return float(np.mean(to_train_NN.min(axis=1) < within_NN.min(axis=1)[nearest_N]))
 
 
-def samples_and_real(samples_NHWC: np.ndarray, label_N: np.ndarray) -> np.ndarray:
-    """Draws ten samples of each class in a row, and ten real digits to their right."""
+def samples_and_real(samples_NHWC: np.ndarray, label_N: np.ndarray, title: str) -> np.ndarray:
+    """Draws ten samples of each class in a row, and ten real digits to their right.
+
+    Args:
+        samples_NHWC: uint8, 8 by 8 gray.
+        label_N: classes of the samples.
+        title: text above the samples.
+    """
     real = Digits().source("held_out")
     halves = []
-    for images, labels in ((samples_NHWC, label_N), (real.images_NHWC, real.labels_N)):
+    for images, labels, words in (
+        (samples_NHWC, label_N, title),
+        (real.images_NHWC, real.labels_N, "real held-out digits"),
+    ):
         chosen = [images[labels == label][:10] for label in range(10)]
-        halves.append(image_io.image_grid(np.concatenate(chosen), columns=10))
-    gap = np.full((halves[0].shape[0], 40, 1), 255, np.uint8)
-    return np.concatenate([halves[0], gap, halves[1]], axis=1)
+        captions = Captions(words, rows=[str(label) for label in range(10)])
+        halves.append(captioned_grid(np.concatenate(chosen), captions, columns=10))
+    return np.concatenate(halves, axis=1)
 
 
 def write_report(
@@ -125,7 +135,8 @@ def write_report(
         table["standard deviation"] = deviations
     files.write_json(run / "report.json", table)
     images_NHWC, label_N = sets[0]
-    image_io.write_png(run / "samples.png", samples_and_real(images_NHWC, label_N))
+    title = f"samples of {'/'.join(run.parts[-2:])}"
+    image_io.write_png(run / "samples.png", samples_and_real(images_NHWC, label_N, title))
     for directory in (tokenizer, run):
         draw_curves([read_run_log(directory)], directory / "curves.png")
 

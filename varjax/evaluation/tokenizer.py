@@ -59,6 +59,7 @@ from varjax.tokenizers.reconstruction_metrics import (
     measure_split,
     report_lines,
 )
+from varjax.training.previews import reconstruction_names
 
 PICTURES = 8  # columns of scales.png and worst.png
 
@@ -160,11 +161,8 @@ class FeaturePairs:
 def scales_picture(shown: Sequence[Reconstruction], title: str) -> np.ndarray:
     """Draws a column for each image: the original, and below it the image after each scale."""
     rows = np.stack([reconstruction.rows for reconstruction in shown], axis=1)
-    scales = [f"scale {k}" for k in range(1, len(rows))]
-    names = ["original", *(scales if len(scales) > 1 else ["reconstruction"])]
-    return captioned_grid(
-        rows.reshape(-1, *rows.shape[2:]), Captions(title, rows=names), columns=len(shown)
-    )
+    captions = Captions(title, rows=reconstruction_names(len(rows)))
+    return captioned_grid(rows.reshape(-1, *rows.shape[2:]), captions, columns=len(shown))
 
 
 def worst_picture(shown: Sequence[Reconstruction], title: str) -> np.ndarray:

@@ -22,12 +22,14 @@ from varjax.mar.losses import (
 )
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions, check_sampling, make_setup, sample_mar_tokens
+from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.class_embedding import drop_labels
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS
 from varjax.nn.rng import ImageStream, stream_keys
 from varjax.tokenizers.contract import check_image_shape
 from varjax.training.optimizer import AdamW
+from varjax.training.previews import PREVIEW_IMAGES
 from varjax.training.task import Batch, ImageSampler, MatchingRows, Plan, TrainState
 from varjax.training.train_step import (
     Metrics,
@@ -37,7 +39,6 @@ from varjax.training.train_step import (
     example_keys,
 )
 from varjax.training.transformer_task import (
-    PREVIEW_SAMPLES,
     check_classes,
     preview_samples,
     train_flops,
@@ -250,10 +251,13 @@ class MARTask:
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Samples classes, always from the same seeds, and reconstructs images."""
         samples = preview_samples(self.sampler(), state.params, frozen, self.model.classes)
-        first = {name: x[:PREVIEW_SAMPLES] for name, x in batch.items()}
+        first = {name: x[:PREVIEW_IMAGES] for name, x in batch.items()}
         kept = encode_tokens(self.tokenizer, self.model, frozen, first, compute=self.compute)
         rebuilt = decode_tokens(self.tokenizer, self.model, frozen, kept, self.compute)
-        return {"samples": samples, "reconstructions": rebuilt}
+        rows = [rebuilt]
+        if "image_BHWC" in first:
+            rows = [to_unit_range(to_model_range(first["image_BHWC"])), *rows]
+        return {"samples": samples, "reconstructions": jnp.stack(rows)}
 
     def sampler(self) -> ImageSampler:
         setup = make_setup(self.model, check_sampling(self.model, self.sampling))

@@ -15,6 +15,7 @@ from varjax.data.loader import Loader
 from varjax.runtime.distributed import on_all_processes
 from varjax.runtime.first_call import FirstCall
 from varjax.training.metric_writers import flatten_metrics
+from varjax.training.previews import PREVIEW_IMAGES
 from varjax.training.sharding import on_mesh, put_batch, replicated
 from varjax.training.task import Batch, Task, TrainState, evaluated_parameters
 from varjax.training.train_step import sum_over_microbatches
@@ -106,7 +107,7 @@ class Evaluator:
         return [f"{kind}/{name}" for kind in evaluated_parameters(state) for name in names]
 
     def preview(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Returns previews of the first held-out batch by name, from the average if there is one.
+        """Returns previews of some held-out images by name, from the average if there is one.
 
         Raises OSError (StorageError) in all processes if one of them cannot read the batch.
         """
@@ -114,7 +115,7 @@ class Evaluator:
             state = dataclasses.replace(state, params=state.ema)
         batch: dict[str, np.ndarray] = {}
         # All processes must have the batch, or those that have it would wait forever.
-        on_all_processes(lambda: batch.update(self._loader.held_out_batch(0)))
+        on_all_processes(lambda: batch.update(self._loader.held_out_spread(PREVIEW_IMAGES)))
         return jax.device_get(self._run_preview(state, self._frozen, self._place(batch)))
 
     def _first_batch(self) -> Batch:

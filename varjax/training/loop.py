@@ -14,6 +14,7 @@ from varjax.training.checkpoint import Checkpoints
 from varjax.training.experiment import Due, Experiment
 from varjax.training.goodput import Goodput
 from varjax.training.loop_state import LoopState
+from varjax.training.previews import preview_captions
 from varjax.training.results import results_line, results_table
 from varjax.training.run_dir import (
     check_or_write_config,
@@ -161,7 +162,10 @@ def preview(run: Run, step: int, state: TrainState) -> None:
         run.progress.say(f"note: no preview after step {step}: {error}")
         return
     for name, images in pictures.items():
-        run.writer.images(step, name, images)
+        captions = preview_captions(
+            run.experiment.run_dir, step, name, images.shape, run.class_names
+        )
+        run.writer.images(step, name, images, captions)
     run.progress.say(f"pictures: {preview_path(as_path(run.experiment.run_dir), step, '*')}")
 
 

@@ -15,6 +15,7 @@ from varjax.errors import StorageError
 from varjax.runtime.messages import say
 from varjax.storage import files, image_io
 from varjax.storage.buckets import LocalMirror, in_bucket
+from varjax.storage.captioned_grid import Captions, captioned_grid
 from varjax.storage.untrusted import parse_metrics_line
 from varjax.training.background_writer import BackgroundWriter
 from varjax.training.goodput import earlier_goodput
@@ -26,6 +27,7 @@ from varjax.training.run_writers import (
 )
 
 METRICS_FILE = "metrics.jsonl"
+NO_CAPTIONS = Captions()
 DRAIN_SECONDS = 1.0  # limit on how long a checkpoint waits for the writers in the background
 CLOSE_SECONDS = 5.0  # limit on how long the end of a run waits for them
 
@@ -164,19 +166,23 @@ class MetricWriter:
         for watcher in self._watchers:
             watcher.drain(deadline)
 
-    def images(self, step: int, name: str, images: np.ndarray) -> None:
+    def images(
+        self, step: int, name: str, images: np.ndarray, captions: Captions = NO_CAPTIONS
+    ) -> None:
         """Passes a grid of images to the writers, such as previews/step_<step>_<name>.png.
 
         Args:
             step: number of updates done.
             name: name of the preview.
             images: values in [0, 1], (N, H, W, C) or (rows, columns, H, W, C).
+            captions: words on the grid.
         """
         if not self._active:
             return
         try:
             columns = images.shape[1] if images.ndim == 5 else None
-            picture_HWC = image_io.image_grid(images.reshape(-1, *images.shape[-3:]), columns)
+            images_NHWC = image_io.to_uint8(images.reshape(-1, *images.shape[-3:]))
+            picture_HWC = captioned_grid(images_NHWC, captions, columns)
         except ValueError as error:  # values that are not an image; previews must not stop the run
             say(f"note: no preview {name} of step {step}: {error}")
             return

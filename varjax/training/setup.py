@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from varjax.checkpoints.class_names import ClassNames, known_class_names
 from varjax.config import config_tree
 from varjax.data.loader import Loader
 from varjax.errors import InputError
@@ -178,6 +179,7 @@ class Run:
         batches: training batches, on the mesh.
         evaluator: evaluation on held-out images, and previews.
         fid: FID of samples; None if it is not measured.
+        class_names: names of the classes, for pictures.
         loop_state: best and last evaluation; the only part that changes from step to step.
         checkpoints: checkpoints of the run.
         best: weights of the best evaluation.
@@ -198,6 +200,7 @@ class Run:
     batches: Prefetcher
     evaluator: Evaluator
     fid: FIDEvaluator | None
+    class_names: ClassNames
     loop_state: LoopState
     checkpoints: Checkpoints
     best: Checkpoints
@@ -353,6 +356,7 @@ def start_run(
         batches=Prefetcher(loader.train(start), mesh, experiment.batch_size),
         evaluator=evaluator,
         fid=fid,
+        class_names=known_class_names(experiment.data.describe()["class_names"] if main else ()),
         loop_state=loop_state,
         checkpoints=checkpoints,
         best=best,

@@ -10,7 +10,6 @@ import jax
 from varjax.errors import InputError
 from varjax.trees import PyTree
 
-PREVIEW_IMAGES = 8  # columns of a preview
 MAX_INITIAL_FRACTION = (
     0.1  # of the initial parameters in the final average; above it, a note is printed
 )
@@ -167,7 +166,8 @@ class Task(Protocol):
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Makes images to look at, in [0, 1], by name; {} for none.
 
-        Each is (N, H, W, C), or (rows, columns, H, W, C) if the arrangement has a meaning.
+        Images are (N, H, W, C), "samples" those of `previews.preview_labels`. Originals and below
+        them their reconstructions are (rows, columns, H, W, C); see `reconstruction_names`.
         """
         ...
 

@@ -12,10 +12,9 @@ from varjax.checkpoints.weights import RANDOM, WeightsDir, check_tokenizer, open
 from varjax.errors import InputError
 from varjax.nn.compute import without_repeated_work
 from varjax.runtime import flops
+from varjax.training.previews import preview_labels
 from varjax.training.task import Batch, ImageSampler, Plan, TrainState, ema_notes
 from varjax.trees import PyTree
-
-PREVIEW_SAMPLES = 16
 
 
 def check_classes(data: int, model: int) -> None:
@@ -98,8 +97,7 @@ def preview_samples(
     sampler: ImageSampler, params: PyTree, frozen: PyTree, classes: int
 ) -> jax.Array:
     """Samples 16 images, always from the same random keys: of all classes, or of 16 of many."""
-    index_N = jnp.arange(PREVIEW_SAMPLES)
-    spread = index_N * classes // PREVIEW_SAMPLES if classes > PREVIEW_SAMPLES else index_N
-    label_N = spread % classes
+    label_N = jnp.asarray(preview_labels(classes))
+    index_N = jnp.arange(len(label_N))
     key_N = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index_N)
     return sampler(params, frozen, label_N, key_N)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import EXACT, ComputeConfig
 from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, quantize_images
+from varjax.training.previews import PREVIEW_IMAGES
 from varjax.training.task import Batch
 from varjax.trees import PyTree
 
@@ -46,9 +47,9 @@ def reconstructions(
         reconstructions.
     """
     if "tokens_BL" in batch:
-        latents, rows = {"tokens_BL": batch["tokens_BL"][:8]}, []
+        latents, rows = {"tokens_BL": batch["tokens_BL"][:PREVIEW_IMAGES]}, []
     else:
-        images_BHWC = batch["image_BHWC"][:8]
+        images_BHWC = batch["image_BHWC"][:PREVIEW_IMAGES]
         latents = config.encode(frozen, images_BHWC, compute)
         rows = [to_unit_range(to_model_range(images_BHWC))]
     return jnp.stack([*rows, config.decode(frozen, latents, compute)])

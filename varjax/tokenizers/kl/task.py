@@ -32,8 +32,8 @@ from varjax.tokenizers.losses.image_losses import (
 )
 from varjax.tokenizers.losses.lpips import LPIPSConfig
 from varjax.training.optimizer import AdamW
+from varjax.training.previews import PREVIEW_IMAGES
 from varjax.training.task import (
-    PREVIEW_IMAGES,
     Batch,
     MatchingRows,
     Plan,

@@ -38,8 +38,8 @@ from varjax.tokenizers.vq.codebook import (
 from varjax.tokenizers.vq.model import VQConfig, VQTokenizer, decode_every_scale, quantize_images
 from varjax.tokenizers.vq.quantizer import code_counts, code_perplexity, quantizer_loss
 from varjax.training.optimizer import AdamW
+from varjax.training.previews import PREVIEW_IMAGES
 from varjax.training.task import (
-    PREVIEW_IMAGES,
     Batch,
     MatchingRows,
     Plan,
