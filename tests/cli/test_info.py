@@ -1,9 +1,11 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.helpers.fake_sampler import FakeSampler
+from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.cli import info, sample
 from varjax.storage import files, image_io
 from varjax.storage.picture_text import command_text
@@ -36,7 +38,9 @@ def test_samples_say_how_they_were_made(monkeypatch, capsys):
     assert (one["kind"], one["image"], one["label"]) == ("PNG image, 8x8 pixels", "2", "7")
 
 
-def test_a_run_says_what_it_trains(tmp_path, capsys):
+@pytest.fixture
+def trained(tmp_path):
+    """The directory of a run of VAR, without checkpoints."""
     run = tmp_path / "run"
     model = {"depth": 2, "width": 8, "heads": 2, "classes": 10, "scales": [1, 2], "vocab": 16,
              "code_channels": 4}  # fmt: skip
@@ -46,12 +50,39 @@ def test_a_run_says_what_it_trains(tmp_path, capsys):
     )
     files.write_json(run / "data.json", {})
     (run / "metrics.jsonl").write_text('{"step": 200, "loss": 2.5}')
-    lines = facts(capsys, run)
+    return run
+
+
+def test_a_run_says_what_it_trains(trained, capsys):
+    lines = facts(capsys, trained)
+    model = json.loads((trained / "config.json").read_text())["task"]["model"]
     assert lines["kind"] == "training run of VARTask"
     assert lines["state"] == "stopped at step 200 of 300"
     assert lines["tokenizer"] == "runs/t" and lines["seed"] == "3" and lines["loss"] == "2.5"
     config = VARConfig(**{**model, "scales": (1, 2)})
     assert lines["parameters"] == f"{info._parameters(info.abstract_params(config)):,}"
+    assert "checkpoints" not in lines
+
+
+def test_a_checkpoint_of_a_run_says_how_good_it_was(trained, capsys, monkeypatch):
+    for name in ("checkpoints/100", "checkpoints/200", "best/100"):
+        (trained / name).mkdir(parents=True)
+    monkeypatch.setattr(SavedSteps, "meta", lambda self, step: {"keep_best": "eval/loss"})
+    (trained / "metrics.jsonl").write_text(
+        '{"step": 50, "loss": 3.5}\n{"step": 100, "eval/loss": 3.25}\n'
+        '{"step": 150, "loss": 2.5}\n{"step": 200, "eval/loss": 3.75, "eval_ema/loss": 4}\n'
+    )
+    assert facts(capsys, trained)["checkpoints"] == "100, 200, best 100"
+    early, best, late = (facts(capsys, f"{trained}@{step}") for step in (100, "best", 200))
+    assert best["checkpoint"] == "step 100, the best by eval/loss"
+    assert late["checkpoint"] == "step 200"
+    for found, losses in ((early, ("3.5", "3.25")), (best, ("3.5", "3.25")), (late, ("2.5", "4"))):
+        assert (found["loss"], found["held-out"].split()[-1]) == losses
+        assert found["kind"] == "training run of VARTask"
+    assert info.main([f"{trained}@150"]) == 1
+    assert "the run has checkpoints of steps [100, 200]" in capsys.readouterr().err
+    assert info.main(["nowhere@best"]) == 1
+    assert "nowhere@best does not exist" in capsys.readouterr().err
 
 
 def test_text_of_a_picture_cannot_control_the_terminal(tmp_path, capsys):

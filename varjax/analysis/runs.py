@@ -31,6 +31,7 @@ from varjax.storage import buckets, files, folders
 from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.untrusted import printable
 
+EVAL_LOSSES = "eval_ema/loss", "eval/loss"  # the first one that an evaluation has
 RECENT_SECONDS = 600.0
 ERROR_BYTES = 2**20  # read of the end of an error file
 ERROR_LENGTH = 200  # characters of an error in the table
@@ -129,7 +130,7 @@ def run_status(directory: pathlib.Path) -> RunStatus:
         step,
         steps,
         last("loss"),
-        last("eval_ema/loss", "eval/loss"),
+        last(*EVAL_LOSSES),
         last("images_per_second"),
         last("goodput/fraction"),
         age,

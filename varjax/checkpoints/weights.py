@@ -238,20 +238,43 @@ def restore_weights(
         return best.params(step, False if of_params else ema)
 
     if isinstance(step, int):
-        steps = {number: saved for saved in (best, last) for number in saved.steps()}
-        if step not in steps:
-            raise InputError(f"{run_dir}@{step}: the run has checkpoints of steps {sorted(steps)}")
-        return steps[step].params(step, ema)
+        saved, step = find_checkpoint(run_dir, step)
+        return saved.params(step, ema)
     if (params := best.newest(read_best)) is None:
         if step == BEST:
-            raise InputError(
-                f"{run_dir}@{BEST}: the run has kept no best checkpoint; its setting keep_best "
-                "names the metric to choose by"
-            )
+            raise _no_best(run_dir)
         params = last.newest(lambda step: last.params(step, ema))
     if params is None:
         raise InputError(f"{run_dir} has no checkpoint yet; let it train until its first save")
     return params
+
+
+def find_checkpoint(run_dir: pathlib.Path, step: int | str) -> tuple[SavedSteps, int]:
+    """Finds where a run keeps a checkpoint, and its step number.
+
+    Args:
+        run_dir: directory of the run.
+        step: step number, or "best" for the newest one in the run's best/.
+
+    Raises:
+        InputError: the run has no such checkpoint.
+    """
+    best, last = SavedSteps(run_dir / "best"), SavedSteps(run_dir / "checkpoints")
+    if step == BEST:
+        if not (numbers := best.steps()):
+            raise _no_best(run_dir)
+        return best, numbers[-1]
+    steps = {number: saved for saved in (best, last) for number in saved.steps()}
+    if step not in steps:
+        raise InputError(f"{run_dir}@{step}: the run has checkpoints of steps {sorted(steps)}")
+    return steps[int(step)], int(step)
+
+
+def _no_best(run_dir: pathlib.Path) -> InputError:
+    return InputError(
+        f"{run_dir}@{BEST}: the run has kept no best checkpoint; its setting keep_best names the "
+        "metric to choose by"
+    )
 
 
 @functools.cache  # tracing a model takes seconds, and a tokenizer is read several times

@@ -3,6 +3,7 @@
 varjax info samples.png
 varjax info samples.npz
 varjax info runs/digits
+varjax info runs/digits@500
 varjax info weights/d16
 """
 
@@ -14,8 +15,18 @@ from typing import Any
 
 import jax
 
-from varjax.analysis.runs import run_status
-from varjax.checkpoints.weights import WeightsDir, abstract_params, find_weights, open_weights
+from varjax.analysis.run_log import read_run_log
+from varjax.analysis.runs import EVAL_LOSSES, run_status
+from varjax.checkpoints.saved_steps import SavedSteps
+from varjax.checkpoints.weights import (
+    BEST,
+    WeightsDir,
+    abstract_params,
+    find_checkpoint,
+    find_weights,
+    open_weights,
+    split_step,
+)
 from varjax.errors import InputError
 from varjax.models import FAMILIES, family_of, tokenizer_kind
 from varjax.runtime.commands import command_parser, run_command
@@ -31,19 +42,20 @@ def read_facts(location: str) -> dict[str, Any]:
     """Returns facts by name; the first one says what kind of thing it is.
 
     Args:
-        location: picture, .npz or folder of samples, training run, converted directory, or the
-            name of a published model that this machine has.
+        location: picture, .npz or folder of samples, training run (also RUN@STEP and RUN@best),
+            converted directory, or the name of a published model that this machine has.
 
     Raises:
         InputError: there is nothing, or something else.
     """
-    path = find_weights(location)
+    run, step = split_step(location)
+    path = find_weights(run)
     if not files.exists(path):
         raise InputError(f"{location} does not exist; varjax models lists the published models")
     if path.is_file():
         return _npz_facts(path) if path.suffix.lower() == ".npz" else _picture_facts(path)
-    if files.exists(path / "config.json"):
-        weights = open_weights(path)
+    if step is not None or files.exists(path / "config.json"):
+        weights = open_weights(location)
         return _converted_facts(weights) if weights.task is None else _run_facts(weights)
     if files.exists(path / REQUEST):
         images = len(list(path.glob("*.png")))
@@ -87,12 +99,39 @@ def _run_facts(weights: WeightsDir) -> dict[str, Any]:
     facts["tokenizer"] = config["task"].get("tokenizer_weights")
     facts["data"] = config.get("data")
     facts["state"] = f"{status.state} at step {status.step:,} of {status.steps or 0:,}"
-    losses = {"loss": status.loss, "held-out loss": status.eval_loss}
+    facts["error"] = status.error
+    if weights.step is None:
+        facts["checkpoints"] = _checkpoints(weights.path)
+        losses = {"loss": status.loss, "held-out loss": status.eval_loss}
+    else:
+        saved, step = find_checkpoint(weights.path, weights.step)
+        chosen_by = saved.meta(step).get("keep_best") if saved.directory.name == BEST else ""
+        facts["checkpoint"] = f"step {step:,}" + f", the best by {chosen_by}" * bool(chosen_by)
+        losses = _losses_at(weights.path, step)
     facts |= {name: f"{x:.4g}" for name, x in losses.items() if not math.isnan(x)}
     names = ("batch_size", "seed", "init_from", "fork_from", "keep_best")
     facts |= {name: config.get(name) for name in names}
     facts |= {name: config["task"].get(name) for name in ("optimizer", "sampling")}
     return facts
+
+
+def _checkpoints(run_dir: pathlib.Path) -> str:
+    """Lists the checkpoints of a run, "800, 1000, best 1000"; "" where they cannot be read."""
+    try:
+        kinds = {"": SavedSteps(run_dir / "checkpoints"), "best ": SavedSteps(run_dir / BEST)}
+    except InputError:  # a bucket from which Orbax does not read
+        return ""
+    return ", ".join(f"{kind}{step}" for kind, saved in kinds.items() for step in saved.steps())
+
+
+def _losses_at(run_dir: pathlib.Path, step: int) -> dict[str, float]:
+    """Returns the losses that a run logged last, up to a step."""
+    log, losses = read_run_log(run_dir), {}
+    for line in (line for line in log.lines if line["step"] <= step):
+        for name, metrics in (("loss", ("loss",)), ("held-out loss", EVAL_LOSSES)):
+            values = [line[metric] for metric in metrics if line.get(metric) is not None]
+            losses |= {name: values[0]} if values else {}
+    return losses
 
 
 def _converted_facts(weights: WeightsDir) -> dict[str, Any]:
@@ -136,7 +175,7 @@ def _line(value: Any) -> str:
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     parser = command_parser("varjax info", __doc__)
-    about = "picture, samples, training run, converted directory or published model"
+    about = "picture, samples, run (also RUN@STEP, RUN@best), converted directory, published model"
     parser.add_argument("location", metavar="THING", help=about)
     flags = parser.parse_args(arguments)
     return run_command("varjax info", lambda: print(facts_table(read_facts(flags.location))))
