@@ -4,7 +4,9 @@
     python sample.py --weights=runs/DIR_28 --labels=all
 
 The tokenizer must be trained first, with the same text after the colon; `,tokenizer=RUN` names a
-run elsewhere. The transformer has 6 layers of width 192; the runs are named after the folder.
+run elsewhere. A run that starts from another one (--config.init_from=RUN) needs no tokenizer: it
+uses RUN's, unless `tokenizer=` names one. The transformer has 6 layers of width 192; the runs are
+named after the folder.
 
 Two CPU cores, 28 pixels: about 20 minutes, 3 GB. On 4,500 handwritten digits, a classifier assigns
 93 % of the samples to the requested class. `,quality=good` trains up to 20 times as

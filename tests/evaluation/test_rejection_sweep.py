@@ -58,7 +58,7 @@ def test_a_sweep_of_acceptances_draws_once_what_each_of_them_draws_alone(model, 
     assert [point["options"] for point in points] == [{"accept": x} for x in (1.0, 0.5, 0.2)]
     for accept in (1, 0.5, 0.2):
         assert run(f"--accept={accept}", f"--out={accept}.json") == 0
-        assert report(f"sweep.accept={float(accept)}.json") == report(f"{accept}.json")
+        assert report(f"sweep.accept={accept}.json") == report(f"{accept}.json")
     assert "kept 20 of 100 images" in capsys.readouterr().out
     kept = [files.read_json(f"{accept}.json")["rejection"] for accept in (1, 0.5, 0.2)]
     assert [x["candidates"] for x in kept] == [20, 40, 100] and {x["kept"] for x in kept} == {20}
@@ -100,7 +100,7 @@ def test_an_interrupted_sweep_continues_to_the_same_reports(fails_at, model, mon
     drawn = model.calls
     assert run(*SWEEP) == 0
     assert model.calls - drawn == (0 if fails_at == "report" else 10)
-    for accept in (1.0, 0.5, 0.2):
+    for accept in (1, 0.5, 0.2):
         assert report(f"sweep.accept={accept}.json") == report(f"whole.accept={accept}.json")
 
 

@@ -5,7 +5,6 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage
 
 from varjax.errors import InputError, check_setting
 from varjax.storage.image_io import resized_part
@@ -200,6 +199,8 @@ def affine(
     cos, sin = math.cos(math.radians(degrees)) / scale, math.sin(math.radians(degrees)) / scale
     matrix = np.array([[cos, sin], [-sin, cos]])
     center = (np.array(image_HWC.shape[:2]) - 1) / 2
+    from scipy import ndimage  # a quarter of a second; sampling imports this module, too
+
     offset: Any = center - matrix @ (center + np.array(shift))
     channels = [
         # "grid-constant" also interpolates between the border pixels and the zeros around them.

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
-from scipy.special import softmax
 
 from varjax.errors import errors_naming, needs_extra
 from varjax.metrics.features import FeatureExtractor, classifier_network
@@ -64,6 +63,8 @@ def load_classifier(location: str | pathlib.Path) -> LoadedClassifier:
     """
     if location == DIGITS:
         return digits_classifier()
+    from scipy.special import softmax  # a quarter of a second, and few commands classify
+
     with errors_naming("classifier"):
         network = classifier_network(location)
     assert network.classes is not None

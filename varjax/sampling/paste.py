@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from scipy import ndimage
 
 from varjax.config.numbers import whole_number
 from varjax.errors import InputError
@@ -62,5 +61,7 @@ def _fade_in(mask_HW: np.ndarray, blend: int) -> np.ndarray:
     """Returns weights that rise from the border of a mask to 1 within `blend` pixels."""
     if mask_HW.all():  # no border
         return np.ones(mask_HW.shape, np.float32)
+    from scipy import ndimage  # a quarter of a second, and only pasted edits need it
+
     distance_HW = np.asarray(ndimage.distance_transform_edt(mask_HW))
     return np.minimum(1, distance_HW / (blend + 1)).astype(np.float32)
