@@ -51,6 +51,8 @@ def site():
 
 def test_every_page_is_once_in_the_index():
     listed = [path for path, _ in links(INDEX) if path.endswith(".md")]
+    missing = set(PAGES) - {INDEX, *listed}
+    assert not missing, f"add to {INDEX}, where the reader looks for them: {sorted(missing)}"
     assert sorted(listed) == [page for page in PAGES if page != INDEX]
 
 
