@@ -23,12 +23,12 @@ from varjax.convert import name_maps
 from varjax.convert.name_maps.name_map import Link, NameMap, option, tensor_shape
 from varjax.data.sources import Digits
 from varjax.errors import InputError
-from varjax.export import export_run
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.training import loop
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 from varjax.training.train_step import accumulated_gradients, apply_gradients, create_state
+from varjax.weight_files import convert_run
 
 
 # 1. The model: how often each token occurs at each place, for each class.
@@ -191,7 +191,7 @@ def test_it_trains_loads_samples_and_is_exported(run, tmp_path):
     assert images_BHWC.shape == (3, 8, 8, 1) and images_BHWC.std() > 0
     greedy = [np.asarray(model.sample([3], seed=seed, temperature=0.0)) for seed in (0, 1)]
     np.testing.assert_array_equal(*greedy)
-    export_run(run.dir, tmp_path / "converted")
+    convert_run(run.dir, tmp_path / "converted")
     again = varjax.load(tmp_path / "converted").sample([3, 1, 4], seed=5)
     np.testing.assert_array_equal(again, images_BHWC)
 

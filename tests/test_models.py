@@ -16,7 +16,6 @@ from varjax.convert import convert
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.data.sources import Digits
-from varjax.export import export_run, export_torch
 from varjax.models import read_model, read_tokenizer
 from varjax.storage import files
 from varjax.tokenizers.vq.task import VQTask
@@ -26,6 +25,7 @@ from varjax.training.run_dir import check_or_write_config
 from varjax.training.task import TrainState
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
+from varjax.weight_files import convert_run, convert_to_torch
 
 pytestmark = pytest.mark.slow
 
@@ -63,33 +63,33 @@ def tokenizer_dir(tmp_path):
     """A converted directory that holds a tokenizer alone."""
     params = golden.tokenizer_params("shared_aln")
     run = run_of(VQTask(TOKENIZER), tmp_path / "tokenizer_run", params)
-    export_run(run, tmp_path / "tokenizer")
+    convert_run(run, tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
 
 
 def test_an_exported_run_is_the_same_model(var_run, tmp_path):
-    export_run(var_run, tmp_path / "out")
+    convert_run(var_run, tmp_path / "out")
     for location in (var_run, tmp_path / "out"):
         model = varjax.load(location)
         assert (model.tokenizer, model.var, model.sampling) == (TOKENIZER, VAR, SAMPLING)
         equal(model.params["var"], golden.var_params("shared_aln"))
         equal(model.params["tokenizer"], golden.tokenizer_params("shared_aln"))
-    export_run(var_run, tmp_path / "plain", ema=False)
+    convert_run(var_run, tmp_path / "plain", ema=False)
     for location, ema in ((tmp_path / "plain", None), (var_run, False)):
         _, _, params, _ = read_model(location, ema)
         equal(params, jax.tree.map(lambda x: x + 1, golden.var_params("shared_aln")))
     with pytest.raises(ValueError, match="out is a converted directory already"):
-        export_run(tmp_path / "out", tmp_path / "again")
+        convert_run(tmp_path / "out", tmp_path / "again")
 
 
 def test_a_run_goes_to_pytorch_directly(var_run, tmp_path):
-    export_torch(var_run, tmp_path / "torch")
+    convert_to_torch(var_run, tmp_path / "torch")
     for name, part in (("tokenizer", "vae"), ("var", "var")):
         read = read_checkpoint(tmp_path / f"torch/{name}.pth")
         for key, x in weights.state_dict("shared_aln", part).items():
             assert np.array_equal(read[key], x), key
     with pytest.raises(ValueError, match="torch exists and contains tokenizer.pth"):
-        export_torch(var_run, tmp_path / "torch")
+        convert_to_torch(var_run, tmp_path / "torch")
 
 
 def test_a_tokenizer_alone_serves_training_but_draws_nothing(tokenizer_dir, tmp_path):
@@ -100,7 +100,7 @@ def test_a_tokenizer_alone_serves_training_but_draws_nothing(tokenizer_dir, tmp_
     other = dataclasses.replace(TOKENIZER, phi_ratio=0.25)
     with pytest.raises(ValueError, match="another tokenizer:\n  phi_ratio: 0.5, expected 0.25"):
         read_expected_tokenizer(open_weights(tokenizer_dir), other)
-    export_torch(tokenizer_dir, tmp_path / "torch")
+    convert_to_torch(tokenizer_dir, tmp_path / "torch")
     names = sorted(path.name for path in (tmp_path / "torch").iterdir())
     assert names == ["tokenizer.pth", "tokenizer.safetensors", "tokenizer.varjax.json"]
     with pytest.raises(ValueError, match="VQTask, not of a transformer"):

@@ -22,11 +22,11 @@ from varjax.convert import apply_map, convert, weights_dir
 from varjax.convert.__main__ import main
 from varjax.convert.from_torch import find_kind
 from varjax.convert.pth.write import write_pth
-from varjax.export import export_torch
 from varjax.models import read_model, read_tokenizer
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.tokenizers.vq.pyramid import SCALES_512
 from varjax.var.model import VARConfig
+from varjax.weight_files import convert_to_torch
 
 OFFICIAL = json.loads((weights.HERE / "official_state_dicts.json").read_text())
 HEADS = {"no_qk_norm": ["--heads=3"]}  # what these tensors cannot tell
@@ -70,7 +70,7 @@ def test_official_files_reproduce_the_reference_and_go_back_to_the_bit(name, tmp
         golden.strided(name, images_BHWC), expected["generate.cfg1.5.image"], atol=2e-4
     )
 
-    export_torch(tmp_path / "out", tmp_path / "torch")
+    convert_to_torch(tmp_path / "out", tmp_path / "torch")
     for ours, part in (("tokenizer", "vae"), ("var", "var")):
         assert_official_files(tmp_path / "torch", ours, official(name, part))
 

@@ -19,9 +19,9 @@ from varjax.convert.__main__ import main
 from varjax.convert.from_torch import find_kind
 from varjax.convert.name_maps.kl import KL_MAP
 from varjax.convert.pth.write import write_pth
-from varjax.export import export_torch
 from varjax.models import read_tokenizer
 from varjax.tokenizers.kl.model import KLConfig
+from varjax.weight_files import convert_to_torch
 
 KL16 = json.loads((weights.HERE / "official_mar_state_dicts.json").read_text())["kl16"]
 
@@ -51,7 +51,7 @@ def test_official_files_go_there_and_back_to_the_bit(kl, tmp_path):
     assert config == golden.config()
     jax.tree.map(np.testing.assert_array_equal, params, golden.params())
     np.testing.assert_allclose(params["latent_std"], 1 / 0.2325, rtol=1e-6)
-    export_torch(tmp_path / "out", tmp_path / "torch")
+    convert_to_torch(tmp_path / "out", tmp_path / "torch")
     assert_official_files(tmp_path / "torch", "tokenizer", golden.official())
 
 

@@ -23,11 +23,11 @@ from varjax.convert.name_maps.diffusers import with_official_names
 from varjax.convert.name_maps.kl import KL_MAP
 from varjax.convert.weights_dir import sha256_of
 from varjax.errors import InputError
-from varjax.export import export_torch
 from varjax.mar.latents import from_model_units, to_model_units
 from varjax.models import read_tokenizer
 from varjax.storage.safetensors_io import read_safetensors
 from varjax.tokenizers.kl.model import PRESETS, KLConfig
+from varjax.weight_files import convert_to_torch
 
 TINY = KLConfig(
     8, width=8, channel_mult=(1, 2), blocks=1, groups=4, latent_channels=4, encoder_attention=()
@@ -124,11 +124,11 @@ def test_variants_go_in_and_back(variant, tmp_path):
     write_nested(tmp_path / "vae.ckpt", {"state_dict": official})
     found, _, std = convert_file(tmp_path / "vae.ckpt", tmp_path / "out", latent_scale=2.0)
     assert (found, std) == (config, 0.5)
-    export_torch(tmp_path / "out", tmp_path / "torch")
+    convert_to_torch(tmp_path / "out", tmp_path / "torch")
     assert_official_files(tmp_path / "torch", "tokenizer", official)
     if config.features != config.latent_channels:
         with pytest.raises(InputError, match="diffusers' AutoencoderKL has one number for both"):
-            export_torch(tmp_path / "out", tmp_path / "diffusers", layout="diffusers")
+            convert_to_torch(tmp_path / "out", tmp_path / "diffusers", layout="diffusers")
         return
     flags = [f"--weights={tmp_path / 'out'}", f"--out={tmp_path / 'diffusers'}"]
     assert main(["--to_torch", "--layout=diffusers", *flags]) == 0
@@ -148,9 +148,9 @@ def test_diffusers_config_names_its_blocks(tmp_path, capsys):
     config, official = tiny(**VARIANTS["in both halves"])
     write_nested(tmp_path / "vae.ckpt", {"state_dict": official})
     convert_file(tmp_path / "vae.ckpt", tmp_path / "out", latent_scale=0.3611, latent_shift=0.1159)
-    export_torch(tmp_path / "out", tmp_path / "torch")
+    convert_to_torch(tmp_path / "out", tmp_path / "torch")
     assert "latent_std is 2.76932, which official files do not hold\n" in capsys.readouterr().err
-    export_torch(tmp_path / "out", tmp_path / "diffusers", layout="diffusers")
+    convert_to_torch(tmp_path / "out", tmp_path / "diffusers", layout="diffusers")
     about = json.loads((tmp_path / "diffusers/config.json").read_text())
     assert about["down_block_types"] == ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"]
     assert about["up_block_types"] == ["AttnUpDecoderBlock2D", "AttnUpDecoderBlock2D"]

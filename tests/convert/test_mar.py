@@ -24,13 +24,13 @@ from varjax.convert.name_maps.name_map import Source
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.errors import InputError
-from varjax.export import export_torch
 from varjax.mar.heads import CategoricalHead
 from varjax.mar.model import MARConfig
 from varjax.mar.pipeline import MARPipeline
 from varjax.mar.sample import MAROptions
 from varjax.models import read_model, read_tokenizer
 from varjax.tokenizers.kl.model import KLConfig
+from varjax.weight_files import convert_to_torch
 
 OFFICIAL = json.loads((weights.HERE / "official_mar_state_dicts.json").read_text())
 RELEASED = {"mar_base": ("mar_b", 2.9), "mar_large": ("mar_l", 3.0), "mar_huge": ("mar_h", 3.2)}
@@ -150,14 +150,14 @@ def test_without_a_tokenizer_all_is_there_but_images(files, tmp_path):
 
 
 def test_back_to_pytorch_is_exact_to_the_bit(directory, tmp_path):
-    export_torch(directory, tmp_path / "torch")
+    convert_to_torch(directory, tmp_path / "torch")
     assert_official_files(tmp_path / "torch", "mar", official())
     assert_official_files(tmp_path / "torch", "tokenizer", official_kl())
 
 
 @pytest.mark.slow
 def test_a_run_goes_to_pytorch_and_comes_back(tmp_path, capsys):
-    export_torch(runs.mar(), tmp_path / "torch", ema=False)
+    convert_to_torch(runs.mar(), tmp_path / "torch", ema=False)
     _, tokenizer_params = read_tokenizer(runs.mar())
     std = float(tokenizer_params["latent_std"])
     note = f"note: tokenizer: latent_std is {std:.6g}, which official files do not hold; "

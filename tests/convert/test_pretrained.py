@@ -16,6 +16,7 @@ import pytest
 import varjax
 from tests.golden import weights
 from tests.helpers import golden_cases as golden
+from varjax.checkpoints.license import license_of
 from varjax.checkpoints.weights import open_weights
 from varjax.cli import train
 from varjax.convert import convert, pretrained
@@ -26,7 +27,6 @@ from varjax.convert.pth.write import write_pth
 from varjax.data.sources import Digits
 from varjax.errors import InputError
 from varjax.evaluation.published import released_sizes
-from varjax.export import export_torch, license_of
 from varjax.models import read_model, read_tokenizer
 from varjax.storage import files
 from varjax.storage.safetensors_io import read_safetensors
@@ -34,6 +34,7 @@ from varjax.training.experiment import Experiment
 from varjax.var.cca import CCAConfig
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
+from varjax.weight_files import convert_to_torch
 
 COMMIT = "0123456789" * 4
 FILES = {"tokenizer": "vae.pth", "var": "tiny.pth"}
@@ -290,7 +291,7 @@ def test_published_options_and_license_go_into_the_directory_and_its_exports(
     # By hand the file is recognized by its name, since its SHA-256 is not known.
     convert("by_hand", tokenizer=hub.folder / "vae.pth", var=hub.folder / file.name)
     assert files.read_json("by_hand/config.json") == config
-    export_torch("tiny_cca", "for_pytorch")
+    convert_to_torch("tiny_cca", "for_pytorch")
     assert read_safetensors("for_pytorch/var.safetensors")[1]["license"] == "CC BY-NC 4.0"
     files.write_json("run/config.json", {"task": {"_type": "VARTask"}, "init_from": "tiny_cca"})
     files.write_json("run2/config.json", {"task": {"_type": "VARTask"}, "init_from": "run"})

@@ -22,7 +22,6 @@ from varjax.convert.name_maps import name_map_of
 from varjax.convert.weights_dir import write_converted
 from varjax.data.sources import Digits
 from varjax.errors import InputError
-from varjax.export import export_torch
 from varjax.metrics.convnet import ConvNetConfig
 from varjax.metrics.resnet import ResNetConfig
 from varjax.models import read_model, read_tokenizer
@@ -31,6 +30,7 @@ from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions
+from varjax.weight_files import convert_to_torch
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 NAMES = ["bag", "shirt", *"abcdefgh"]
@@ -98,7 +98,7 @@ def written(out, sampling=None, about=ABOUT, **configs):
 
 
 def brought_back(folder, out, *parts, **options):
-    """Converts the files that `export_torch` wrote."""
+    """Converts the files that `convert_to_torch` wrote."""
     kinds = {part: name_map_of(config).flag for part, config in parts}
     convert(out, options, **{flag: folder / f"{part}.pth" for part, flag in kinds.items()})
     return open_weights(out)
@@ -125,7 +125,7 @@ def test_the_model_of_each_config_goes_there_and_back(recipe, tmp_path):
     part = name_map_of(model).part
     about = ABOUT if sampling else {"license": "CC BY 4.0"}
     there = written(tmp_path / "there", sampling, about, **{part: model})
-    export_torch(there, tmp_path / "torch")
+    convert_to_torch(there, tmp_path / "torch")
     back = brought_back(tmp_path / "torch", tmp_path / "back", (part, model))
     assert_same(open_weights(there), back)
 
@@ -134,7 +134,7 @@ def test_both_models_return_together_and_settings_are_named(tmp_path, capsys):
     tokenizer = dataclasses.replace(runs.KL, latent_shift=0.5)
     mar = dataclasses.replace(runs.MAR, order="raster", embed_init=0.5)
     there = written(tmp_path / "there", runs.MAR_SAMPLING, tokenizer=tokenizer, mar=mar)
-    export_torch(there, tmp_path / "torch")
+    convert_to_torch(there, tmp_path / "torch")
     text = capsys.readouterr().err
     assert "note: tokenizer: change the official code before it loads these files: groups 4" in text
     assert "groups 4 instead of 32, latent_shift 0.5 instead of 0.0\n" in text
@@ -172,7 +172,7 @@ def test_what_the_official_vqvae_fixes_is_named():
 def test_classifiers_return_and_those_without_official_code_are_refused(tmp_path):
     config = ResNetConfig(layers=(1, 1, 1, 1), classes=3, resize=250)
     there = written(tmp_path / "there", about={"license": "BSD-3"}, classifier=config)
-    export_torch(there, tmp_path / "torch")
+    convert_to_torch(there, tmp_path / "torch")
     back = brought_back(tmp_path / "torch", tmp_path / "back", ("classifier", config))
     assert_same(open_weights(there), back)
     config = ConvNetConfig((8, 8), classes=3, widths=(4,))
@@ -180,12 +180,12 @@ def test_classifiers_return_and_those_without_official_code_are_refused(tmp_path
     files.write_json(tmp_path / "own/config.json", {"classifier": settings, "sources": {}})
     files.write_tensors(tmp_path / "own/classifier.safetensors", drawn(config), {})
     with pytest.raises(InputError, match="classifier is a ConvNetConfig, which only varjax has"):
-        export_torch(tmp_path / "own", tmp_path / "refused")
+        convert_to_torch(tmp_path / "own", tmp_path / "refused")
 
 
 def test_diffusers_layout_returns_too(tmp_path):
     there = written(tmp_path / "there", about={"license": "MIT"}, tokenizer=runs.KL)
-    export_torch(there, tmp_path / "diffusers", layout="diffusers")
+    convert_to_torch(there, tmp_path / "diffusers", layout="diffusers")
     file = tmp_path / "diffusers/diffusion_pytorch_model.safetensors"
     convert(tmp_path / "back", kl=file)
     assert_same(open_weights(there), open_weights(tmp_path / "back"))
@@ -193,7 +193,7 @@ def test_diffusers_layout_returns_too(tmp_path):
 
 def test_a_json_that_does_not_belong_is_refused(tmp_path, capsys):
     folder, path = tmp_path / "torch", tmp_path / "torch/tokenizer.varjax.json"
-    export_torch(written(tmp_path / "there", about={}, tokenizer=runs.TOKENIZER), folder)
+    convert_to_torch(written(tmp_path / "there", about={}, tokenizer=runs.TOKENIZER), folder)
     good = json.loads(path.read_text())
     flag = f"--tokenizer={folder / 'tokenizer.pth'}"
 
@@ -226,7 +226,7 @@ def test_a_model_that_returned_draws_the_same_images(tmp_path):
     """With groups, guidance and temperatures that the official code does not have."""
     options = VAROptions(guidance=3.0, top_k=7, temperature=(1.5, 1.0, 0.5))
     there = written(tmp_path / "there", options, tokenizer=runs.TOKENIZER, var=runs.VAR)
-    export_torch(there, tmp_path / "torch")
+    convert_to_torch(there, tmp_path / "torch")
     parts = ("tokenizer", runs.TOKENIZER), ("var", runs.VAR)
     brought_back(tmp_path / "torch", tmp_path / "back", *parts)
     first, second = (varjax.load(tmp_path / name) for name in ("there", "back"))

@@ -15,7 +15,6 @@ from varjax.convert.name_maps import resnet as name_map
 from varjax.convert.pth.read import read_checkpoint
 from varjax.convert.pth.write import write_pth
 from varjax.errors import InputError
-from varjax.export import export_torch
 from varjax.metrics import features
 from varjax.metrics.classifier import load_classifier
 from varjax.metrics.resnet import (
@@ -25,6 +24,7 @@ from varjax.metrics.resnet import (
     ResNetConfig,
     normalized_images,
 )
+from varjax.weight_files import convert_to_torch
 
 SMALL = "resnet_small"
 
@@ -83,7 +83,7 @@ def test_conversion_is_exact_in_both_directions(converted, tensors):
 
 
 def test_a_classifier_is_written_as_torchvision_s_file(converted, tensors, tmp_path):
-    export_torch(converted, tmp_path / "out")
+    convert_to_torch(converted, tmp_path / "out")
     written = read_checkpoint(tmp_path / "out" / "classifier.pth")
     assert {name for name in written if not name.endswith("tracked")} == tensors.keys()
     for name, tensor in tensors.items():

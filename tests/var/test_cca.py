@@ -15,7 +15,6 @@ from tests.helpers import runs
 from varjax.checkpoints.weights import restore_weights
 from varjax.data.sources import Digits
 from varjax.errors import InputError
-from varjax.export import export_run
 from varjax.models import read_model, read_tokenizer
 from varjax.storage import files
 from varjax.training import loop
@@ -29,6 +28,7 @@ from varjax.var.model import VAR
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 from varjax.var.teacher_forcing import targets_and_inputs
+from varjax.weight_files import convert_run
 
 CCA = CCAConfig(reference="random", negative_weight=5.0, beta=1.0)
 TASK = VARTask(
@@ -180,7 +180,7 @@ def test_a_fine_tuned_run_continues_without_its_start_and_is_a_run_of_var(tmp_pa
     kept = files.read_tensors(run / "frozen.safetensors")[0]
     chex.assert_trees_all_equal(kept["reference"], read_model(runs.var())[2])
 
-    export_run(run, tmp_path / "converted")
+    convert_run(run, tmp_path / "converted")
     for location in (run, tmp_path / "converted"):
         model = varjax.load(location)
         assert model.sampling.guidance == 1

@@ -1,4 +1,4 @@
-"""Converts weights of the official PyTorch models; `varjax.export` writes them back.
+"""Converts weights of the official PyTorch models; `varjax.weight_files` writes them back.
 
 varjax convert --tokenizer=vae_ch160v4096z32.pth --var=var_d16.pth --out=weights/d16
 """

@@ -23,8 +23,8 @@ from varjax.convert import (
 from varjax.convert.name_maps import kinds, option_fields
 from varjax.convert.pretrained import download
 from varjax.errors import InputError
-from varjax.export import Layout, export_run, export_torch
 from varjax.runtime.commands import command_parser, run_command
+from varjax.weight_files import Layout, convert_run, convert_to_torch
 
 
 def main(arguments: list[str]) -> int:
@@ -49,9 +49,9 @@ def _run(flags: argparse.Namespace) -> None:
     if flags.to_torch != (flags.weights is not None):
         raise InputError("--to_torch and --weights=DIRECTORY_OR_RUN belong together")
     if flags.to_torch:
-        export_torch(flags.weights, flags.out, flags.ema, flags.layout)
+        convert_to_torch(flags.weights, flags.out, flags.ema, flags.layout)
     elif flags.run:
-        export_run(flags.run, flags.out, flags.ema)
+        convert_run(flags.run, flags.out, flags.ema)
     elif inception:
         convert_inception(flags.out, flags.inception)
     elif lpips:

@@ -48,7 +48,7 @@ def convert(
 
     Weights of any floating-point format become float32. Tensors with NaN or infinite numbers are
     listed on stderr. Settings come from NAME.varjax.json if that file is next to the weights, where
-    `export_torch` writes it. If anything fails or the disk fills up, nothing is left at `out`.
+    `convert_to_torch` writes it. If anything fails or the disk fills up, nothing is left at `out`.
 
     Args:
         out: directory to write. An existing one is replaced only if it holds the same models.

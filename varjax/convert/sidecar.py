@@ -1,6 +1,7 @@
 """Keeps what official tensors cannot tell in a JSON file next to them, NAME.varjax.json.
 
-`varjax.export` writes it and `convert` reads it, so that weights that return are the same model.
+`varjax.weight_files` writes it and `convert` reads it, so that weights that return are the same
+model.
 """
 
 import dataclasses

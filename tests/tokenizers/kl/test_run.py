@@ -12,11 +12,11 @@ from tests.tokenizers.kl.test_model import small_config
 from varjax.convert.pth.read import read_checkpoint
 from varjax.data.sources import Digits
 from varjax.errors import InputError
-from varjax.export import export_run, export_torch
 from varjax.tokenizers.kl.task import KLTask
 from varjax.tokenizers.losses.gan import GANConfig
 from varjax.training import loop
 from varjax.training.experiment import Experiment
+from varjax.weight_files import convert_run, convert_to_torch
 
 pytestmark = pytest.mark.slow
 
@@ -54,10 +54,10 @@ def test_it_is_loaded_with_the_scale_of_its_latents(whole, tmp_path):
     assert scales[-1] != 1
     images_BHWC = np.zeros((2, 8, 8, 1), np.uint8)
     assert tokenizer.decode(tokenizer.encode(images_BHWC)["mean"]).shape == (2, 8, 8, 1)
-    export_run(whole, tmp_path / "weights")
+    convert_run(whole, tmp_path / "weights")
     found = varjax.load_tokenizer(tmp_path / "weights")
     chex.assert_trees_all_equal(found.params, tokenizer.params)
-    export_torch(whole, tmp_path / "torch")
+    convert_to_torch(whole, tmp_path / "torch")
     official = read_checkpoint(tmp_path / "torch/tokenizer.pth")
     assert "encoder.mid.attn_1.q.weight" in official and "latent_std" not in official
     with pytest.raises(InputError, match="KLTask, not of a transformer"):

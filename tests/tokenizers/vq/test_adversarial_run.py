@@ -13,7 +13,6 @@ from varjax.checkpoints.saved_steps import STATE_TREES, SavedSteps
 from varjax.checkpoints.weights import open_weights, read_expected_tokenizer
 from varjax.data.sources.noise import Noise
 from varjax.data.sources.photos import Photos
-from varjax.export import export_run
 from varjax.storage import files
 from varjax.tokenizers.losses.gan import GANConfig
 from varjax.tokenizers.losses.lpips import LPIPSConfig
@@ -23,6 +22,7 @@ from varjax.training import loop
 from varjax.training.experiment import Experiment
 from varjax.training.sharding import make_mesh, shardings
 from varjax.training.task import TrainState
+from varjax.weight_files import convert_run
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,7 @@ def test_a_run_cut_off_between_two_saves_ends_with_the_same_bits(whole, tmp_path
 
 def test_it_is_read_exported_and_built_upon_without_its_discriminator(whole, tmp_path):
     average = last_state(whole).ema
-    export_run(whole, tmp_path / "out")
+    convert_run(whole, tmp_path / "out")
     for location in (whole, tmp_path / "out"):
         params = read_expected_tokenizer(open_weights(location), MODEL)
         jax.tree.map(np.testing.assert_array_equal, params, average)

@@ -12,7 +12,8 @@ import numpy as np
 
 from varjax import trees
 from varjax.checkpoints.class_names import stored_names
-from varjax.checkpoints.weights import WeightsDir, find_weights, open_weights
+from varjax.checkpoints.license import license_of
+from varjax.checkpoints.weights import WeightsDir, open_weights
 from varjax.convert.apply_map import official_buffers, to_official
 from varjax.convert.name_maps import NAME_MAPS, name_map_of
 from varjax.convert.name_maps.diffusers import diffusers_config, with_diffusers_names
@@ -29,7 +30,7 @@ from varjax.trees import PyTree
 Layout = Literal["official", "diffusers"]
 
 
-def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None = None) -> None:
+def convert_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None = None) -> None:
     """Writes the weights of a training run as a directory of weights.
 
     Takes the best weights if the run kept them, otherwise the last. The run of a tokenizer gives a
@@ -54,7 +55,7 @@ def export_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None 
     write_converted(out, leaves, {f"{run.name}/config.json": digest}, sampling, _about(weights))
 
 
-def export_torch(
+def convert_to_torch(
     weights: str | os.PathLike,
     out: str | os.PathLike,
     ema: bool | None = None,
@@ -101,18 +102,6 @@ def export_torch(
             options = sampling if name_map_of(config).sampling else None
             file = temporary / f"{part}.pth"
             write_sidecar(file, config, trees.paths(params), options, own)
-
-
-def license_of(weights: WeightsDir) -> dict[str, str]:
-    """Returns {"license": …} of published weights, or of those that a run started from, or {}."""
-    seen = set()
-    while weights.task and (start := weights.config.get("init_from")) and start not in seen:
-        seen.add(start)  # runs that were made again may name each other
-        if not files.exists(find_weights(start) / "config.json"):
-            break
-        weights = open_weights(start)
-    text = weights.config.get("license")
-    return {"license": text} if isinstance(text, str) and text else {}
 
 
 def _about(weights: WeightsDir) -> dict[str, Any]:
