@@ -183,7 +183,7 @@ def test_only_the_joined_model_takes_memory_of_devices_and_only_once_it_draws():
         return sum(array.nbytes for array in jax.live_arrays() if id(array) not in known)
 
     guided = parts[0].with_guide(parts[1])
-    assert guided._weights.nbytes > parts[0]._weights.nbytes
+    assert guided.weights.nbytes > parts[0].weights.nbytes
     assert new_bytes() == 0
-    guided._weights.compile(lambda params, _, x_B: x_B)(None, np.zeros(1, np.float32))
-    assert new_bytes() == guided._weights.nbytes
+    guided.weights.compile(lambda params, _, x_B: x_B)(None, np.zeros(1, np.float32))
+    assert new_bytes() == guided.weights.nbytes

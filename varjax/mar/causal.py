@@ -59,7 +59,7 @@ def causal_first(
     model: MAR, position_B: jax.Array, class_BC: jax.Array
 ) -> tuple[jax.Array, CausalCache]:
     """Computes z (B, C) of the first token, at `position_B`, and the cache for those after it."""
-    cache = _empty_cache(model.config, len(position_B), model.dtype)
+    cache = _empty_cache(model.config, position_B.shape[0], model.dtype)
     z_B1C, cache = _run(model, model.embed_buffer(class_BC), position_B[:, None], cache)
     return z_B1C[:, 0], cache
 

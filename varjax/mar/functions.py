@@ -1,9 +1,12 @@
 """MAR's pure functions of the parameters, for jit, vmap, grad, shard_map and training loops."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from varjax.errors import InputError
 from varjax.mar.latents import TokenizerConfig, decode_tokens, encode_tokens
@@ -11,12 +14,13 @@ from varjax.mar.model import MAR, MARConfig, bind_mar
 from varjax.mar.sample import (
     MAROptions,
     MARRule,
+    SamplingSetup,
     check_sampling,
     make_setup,
     sample_mar_tokens,
 )
 from varjax.nn.compute import ComputeConfig
-from varjax.sampling.sampler import replace_options
+from varjax.sampling.sampler import KnownTokens, replace_options
 from varjax.trees import PyTree
 
 
@@ -95,13 +99,51 @@ class MARFunctions:
             options: sampling options to replace, as Python numbers; see `MARPipeline.sample`.
         """
         chosen = check_sampling(self.mar, replace_options(self.sampling, options))
+        return self.sampler(chosen, choose)(params, chosen, label_B, key_B)
+
+    def sampler(
+        self, options: MAROptions, choose: MARRule | None = None
+    ) -> Callable[..., jax.Array]:
+        """Makes a function that samples images with options of one kind.
+
+        Its options may be traced. They may differ from `options` in the numbers that need no new
+        compilation; see `MAROptions`.
+
+        Returns:
+            (params, options, label_B, key_B) -> images (B, H, W, channels).
+        """
+        return functools.partial(self._sample, make_setup(self.mar, options), choose)
+
+    def editors(self, options: MAROptions) -> dict[int, Callable[..., jax.Array]]:
+        """Makes functions that edit images with options of one kind; see `sampler`.
+
+        The more tokens are kept, the fewer steps are computed, so there are several functions.
+
+        Returns:
+            {largest number of kept tokens: function}, each (params, options, label_B, key_B,
+            token_BL, keep_Bhw) -> images.
+        """
+        setups: dict[Any, tuple[int, SamplingSetup]] = {}
+        for kept in range(self.mar.length + 1):
+            keep_BL = np.arange(self.mar.length)[None] < kept
+            setup = make_setup(self.mar, options, keep_BL)
+            setups[None if self.mar.causal else setup.groups] = kept, setup
+
+        def edit(setup, params, options, label_B, key_B, token_BL, keep_Bhw):
+            known = KnownTokens(token_BL, keep_Bhw.reshape(-1, self.mar.length))
+            return self._sample(setup, None, params, options, label_B, key_B, known)
+
+        return {kept: functools.partial(edit, setup) for kept, setup in setups.values()}
+
+    def _sample(self, setup, choose, params, options, label_B, key_B, known=None) -> jax.Array:
         token_BL = sample_mar_tokens(
             self.mar,
             params["mar"],
             label_B,
             key_B,
-            make_setup(self.mar, chosen),
-            compute=self.compute,
+            dataclasses.replace(setup, options=options),
+            known,
+            self.compute,
             choose=choose,
             guide=None if self.guide is None else (self.guide, params["guide"]),
         )

@@ -132,7 +132,11 @@ class DiffusionHead:
 
     def example_inputs(self, z_NC: jax.Array) -> tuple[jax.Array, ...]:
         """Returns arguments of the head's module, for initializing it."""
-        return jnp.zeros((len(z_NC), *self.token_shape)), jnp.zeros(len(z_NC), jnp.int32), z_NC
+        return (
+            jnp.zeros((z_NC.shape[0], *self.token_shape)),
+            jnp.zeros(z_NC.shape[0], jnp.int32),
+            z_NC,
+        )
 
     def network(self, params: PyTree, compute: ComputeConfig) -> Network:
         """Returns (z_NC, repeats=1) -> denoiser of N tokens, or of `repeats` for each z.

@@ -28,7 +28,7 @@ def draw_orders(config: MARConfig, key_B: jax.Array, keep_BL: jax.Array | None =
         keep_BL: True at positions that come first; ignored by a causal model in raster order.
     """
     order_BL = jnp.broadcast_to(
-        jnp.arange(config.length, dtype=jnp.int32), (len(key_B), config.length)
+        jnp.arange(config.length, dtype=jnp.int32), (key_B.shape[0], config.length)
     )
     if config.order == "random":
         order_key_B = stream_keys(key_B, ImageStream.ORDER)

@@ -220,7 +220,7 @@ class MAR(nn.Module):
         Returns:
             z (B, L, C) float32.
         """
-        B, buffer, length = len(position_Bn), self.config.buffer_size, self.config.length
+        B, buffer, length = position_Bn.shape[0], self.config.buffer_size, self.config.length
         # The encoder: the buffer, which holds the class, and the known tokens.
         token_BnC = self.embed_tokens(token_Bn, position_Bn)
         x_BlC = jnp.concatenate([self.embed_buffer(class_BC), token_BnC], axis=1)

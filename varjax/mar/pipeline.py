@@ -78,6 +78,7 @@ class MARPipeline:
         sampling: default options of `sample` and `edit`.
         compute: number format and execution. Images always become latents in float32.
         devices: devices that share each batch.
+        weights: the parameters as devices hold them.
         pure: the pure functions of `params` underneath, for jit, vmap and grad; see docs/python.md.
         labels: names of the classes; their numbers until `varjax.load` sets the names.
         loader: function that loads another model by its location; set by `varjax.load`.
@@ -100,7 +101,7 @@ class MARPipeline:
         self.tokenizer, self.mar, self.sampling, self.compute = tokenizer, mar, sampling, compute
         self.guide = guide
         self.labels = numbered_classes(mar.classes)
-        self._weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
+        self.weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
         self.params, self.devices = weights.params, weights.devices
         self.pure = pure = MARFunctions(tokenizer, mar, compute, sampling, guide)
 
@@ -191,7 +192,7 @@ class MARPipeline:
 
     def identity(self) -> dict[str, Any]:
         """Returns what images depend on, except labels, seed and options, as JSON data."""
-        return self._weights.identity()
+        return self.weights.identity()
 
     def with_guide(self, guide: "MARPipeline | Location") -> "MARPipeline":
         """Returns this model guided by a weaker one in place of "no class" (autoguidance).
@@ -225,7 +226,7 @@ class MARPipeline:
 
     def sampling_bytes(self, batch_size: int, options: MAROptions) -> int:
         """Estimates how much memory a device needs to sample a number of images at a time."""
-        return self._weights.nbytes + mar_sampling_bytes(
+        return self.weights.nbytes + mar_sampling_bytes(
             self.tokenizer,
             self.mar,
             batch_size,

@@ -14,7 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.config.numbers import OneOrEach, finite_number, number_or_list, whole_number
+from varjax.config.numbers import (
+    FLOAT32_MAX,
+    OneOrEach,
+    finite_number,
+    number_or_list,
+    whole_number,
+)
 from varjax.config.renamed import Renamed
 from varjax.errors import InputError
 from varjax.mar.causal import causal_first, causal_next, sample_causal
@@ -75,6 +81,7 @@ class MAROptions:
         2.9,
         "strongest guidance scale, or one for each step; 1 turns it off",
         renamed=Renamed("cfg", reason=", for MAR's cfg is now called guidance (1 turns it off)"),
+        limits=(1, FLOAT32_MAX),
     )
     guidance_schedule: str = option_field(
         "linear",
@@ -83,20 +90,28 @@ class MAROptions:
         renamed=Renamed("cfg_schedule", reason=", its name now"),
     )
     steps: int = option_field(64, "number of steps that draw the tokens", static=True)
-    temperature: OneOrEach[float] = option_field(1.0, "factor on the noise of each draw")
+    temperature: OneOrEach[float] = option_field(
+        1.0, "factor on the noise of each draw", limits=(0, FLOAT32_MAX)
+    )
     diffusion_steps: str = option_field(
         "100", "denoising steps of a token, or FIRST:LAST[:SCHEDULE] (DiSA)", static=True
     )
     clip_denoised: float = option_field(
-        0.0, "bound on denoised tokens, in standard deviations; 0: none"
+        0.0,
+        "bound on denoised tokens, in standard deviations; 0: none",
+        limits=(0, FLOAT32_MAX),
     )
     guidance_from: int = option_field(0, "first step with guidance, from 0", static=True)
     guidance_to: int = option_field(
         0, "first step after those with guidance; 0: no end", static=True
     )
-    guidance_timestep_from: int = option_field(0, "smallest diffusion timestep with guidance")
+    guidance_timestep_from: int = option_field(
+        0, "smallest diffusion timestep with guidance", limits=(0, TRAINING_STEPS - 1)
+    )
     guidance_timestep_to: int = option_field(
-        TRAINING_STEPS, "smallest diffusion timestep above those with guidance"
+        TRAINING_STEPS,
+        "smallest diffusion timestep above those with guidance",
+        limits=(1, TRAINING_STEPS),
     )
 
     @property
@@ -270,7 +285,7 @@ def sample_mar_tokens(
     Raises:
         InputError: `choose` returns an array of another shape.
     """
-    B, L, head = len(label_B), config.length, config.head
+    B, L, head = label_B.shape[0], config.length, config.head
     if order_BL is None:
         order_BL = draw_orders(config, key_B, None if known is None else known.keep_BL)
     if noise is None:
@@ -311,7 +326,7 @@ def sample_mar_tokens(
     def hidden(models, *arrays):
         z = []
         for apply, class_RC in models:
-            streams = len(class_RC) // B
+            streams = class_RC.shape[0] // B
             inputs = _repeat(streams, *arrays)
             z += jnp.split(apply(*inputs, class_RC, method=MAR.hidden), streams)
         return z
@@ -319,7 +334,7 @@ def sample_mar_tokens(
     def causal_hidden_first(position_B):
         z, caches = [], []
         for apply, class_RC in models:
-            streams = len(class_RC) // B
+            streams = class_RC.shape[0] // B
             inputs = _repeat(streams, position_B)
             z_RC, cache = apply(*inputs, class_RC, method=causal_first)
             z, caches = z + jnp.split(z_RC, streams), [*caches, cache]

@@ -125,7 +125,7 @@ def _by_fused_kernel(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, s
         return _at_once(*whole, dropout=dropout, scale=scale)
     # JAX's kernel wants all three sharded in the same way.
     q_BlAD, k_BLAD, v_BLAD = (compute.shard_batch(x) for x in (q_BlAD, k_BLAD, v_BLAD))
-    B, keys = len(k_BLAD), k_BLAD.shape[1]
+    B, keys = k_BLAD.shape[0], k_BLAD.shape[1]
     mask_B1lL = _joint_mask(mask_lL, key_mask_BL, queries)
     lengths: dict[str, Any] = {}
     if queries % 2 or keys % 2:  # odd lengths have no gradient
@@ -211,8 +211,8 @@ def cached_attention(
 
     images = max(1, FAST_MEMORY // (4 * heads * queries * past.stop))
     # On a mesh a loop over images would gather them.
-    whole = images >= B or compute.batch_devices() > 1
-    if implementation != "grouped" or whole or key_mask_BL is not None or dropout is not None:
+    grouped = implementation == "grouped" and key_mask_BL is None and dropout is None
+    if not grouped or images >= B or compute.batch_devices() > 1:
         return attend(q_BlAD, 0, B)
     while B % images:
         images -= 1

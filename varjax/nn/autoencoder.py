@@ -253,7 +253,7 @@ def map_images(
     if compute.loops_over_images and H * W >= PIXELS_OF_LARGE_IMAGES:
         # A CPU's convolutions of large images are 1.4 times faster one by one: docs/benchmarks.md.
         return jax.lax.map(lambda x: function(x[None])[0], x)
-    pieces = _pieces(len(x), batch_devices(), H * W)
+    pieces = _pieces(x.shape[0], batch_devices(), H * W)
     if pieces == 1:
         return function(x)
     y = jax.lax.map(function, split_batch(x, pieces)).swapaxes(0, 1)
@@ -275,8 +275,8 @@ def decoding_bytes(batch: int, image_shape: tuple[int, int, int], width: int) ->
 
 def _pieces(rows: int, devices: int, pixels: int) -> int:
     """Returns into how many equal pieces a batch is cut, so that a device has few rows at once."""
-    if pixels < PIXELS_OF_LARGE_IMAGES:
-        return 1
+    if pixels < PIXELS_OF_LARGE_IMAGES or not isinstance(rows, int):
+        return 1  # an exported program may be for any number of rows
     for pieces in range(1, rows + 1):
         size = rows / pieces / devices
         if size.is_integer() and IMAGES_AT_ONCE // 2 <= size <= IMAGES_AT_ONCE:

@@ -70,9 +70,14 @@ class HeldWeights:
         return replicate(cast, self._mesh)
 
     @functools.cached_property
+    def shapes(self) -> PyTree:
+        """Shapes and number formats of the parameters as devices hold them."""
+        return jax.eval_shape(self._cast, self.params)
+
+    @functools.cached_property
     def nbytes(self) -> int:
         """Size of the parameters on a device."""
-        return trees.nbytes(jax.eval_shape(self._cast, self.params))
+        return trees.nbytes(self.shapes)
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Jits a function of (params, options, *batch), as (options, *batch) -> arrays.

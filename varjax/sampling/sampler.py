@@ -169,7 +169,11 @@ def nan_advice(params: PyTree, dtype: Any, *others: str) -> str:
 
 
 def option_field(
-    default: Any, help: str, static: bool = False, renamed: Renamed | None = None
+    default: Any,
+    help: str,
+    static: bool = False,
+    renamed: Renamed | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> Any:
     """Makes a field of an options dataclass (flax.struct), which becomes a keyword and a flag.
 
@@ -178,8 +182,9 @@ def option_field(
         help: help text of the flag.
         static: whether a new value requires a new compilation.
         renamed: former name of the option, which old configs have.
+        limits: least and largest number that is allowed; None for an option that is no number.
     """
-    metadata = {"help": help, "renamed": renamed}
+    metadata = {"help": help, "renamed": renamed, "limits": limits}
     return flax.struct.field(not static, default=default, metadata=metadata)
 
 

@@ -129,7 +129,7 @@ def bind_network(
         guided: number of scales, from the first, that are computed with guidance; None for all.
         scales: number of scales, from the first, that the cache has room for; None for all.
     """
-    model, B, pyramid = VAR(var, compute).bind({"params": params}), len(label_B), var.pyramid
+    model, B, pyramid = VAR(var, compute).bind({"params": params}), label_B.shape[0], var.pyramid
     scale_K: Any = () if guidance_K is None else guidance_K
     two_streams = len(scale_K) if guided is None or guidance_K is None else guided
     length = pyramid.slices[(scales or len(pyramid)) - 1].stop
@@ -143,7 +143,7 @@ def bind_network(
         first = k
         if cache is None:
             stop = pyramid.slices[two_streams - 1].stop if two_streams else length
-            cache, first = model.empty_cache(len(label_B), stop), 0
+            cache, first = model.empty_cache(label_B.shape[0], stop), 0
         if k >= two_streams:
             if k == two_streams > 0:
                 cache = cache.resized(B, length)

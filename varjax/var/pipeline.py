@@ -74,6 +74,7 @@ class VARPipeline:
             formats flip some.
         devices: devices that share each batch.
         refiner: smaller model that draws the fine scales; None if this one draws all of them.
+        weights: the parameters as devices hold them.
         pure: the pure functions of `params` underneath, for jit, vmap and grad; see docs/python.md.
         labels: names of the classes; their numbers until `varjax.load` sets the names.
         loader: function that loads another model by its location; set by `varjax.load`.
@@ -96,7 +97,7 @@ class VARPipeline:
         self.guide, self.refiner = guide, refiner
         self._models = models = VARModels(tokenizer, var, compute, guide, refiner)
         self.labels = numbered_classes(var.classes)
-        self._weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
+        self.weights = weights = HeldWeights(params, CAST_KERNELS, compute, devices)
         self.params, self.devices = weights.params, weights.devices
         self.pure = pure = VARFunctions(models, sampling)
 
@@ -155,7 +156,7 @@ class VARPipeline:
 
     def identity(self) -> dict[str, Any]:
         """Returns what images depend on, except labels, seed and options, as JSON data."""
-        identity = self._weights.identity()
+        identity = self.weights.identity()
         if self.refiner is not None:
             identity["draft_scales"] = self.refiner.draft_scales
         return identity
@@ -205,7 +206,7 @@ class VARPipeline:
     def sampling_bytes(self, batch_size: int, options: VAROptions) -> int:
         """Estimates how much memory a device needs to sample a number of images at a time."""
         guided = guided_scales(self.var.pyramid, options)
-        return self._weights.nbytes + var_sampling_bytes(self._models, batch_size, guided)
+        return self.weights.nbytes + var_sampling_bytes(self._models, batch_size, guided)
 
     def steps(self, options: VAROptions) -> int:
         """Returns the number of scales."""

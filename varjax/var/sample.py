@@ -4,6 +4,7 @@ Zero-shot editing (VAR, section 5.3) is the same loop with the image's own token
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax.config.numbers import (
+    FLOAT32_MAX,
     INT32_MAX,
     OneOrEach,
     finite_number,
@@ -39,6 +41,7 @@ from varjax.tokenizers.vq.model import (
 from varjax.tokenizers.vq.pyramid import Pyramid
 from varjax.tokenizers.vq.quantizer import Quantizer
 from varjax.trees import PyTree
+from varjax.var.kept_scales import keep_at_every_scale
 from varjax.var.model import VAR
 from varjax.var.network import PredictScale, VARModels, sampling_network
 
@@ -79,10 +82,13 @@ class VAROptions:
         2.5,
         "strongest guidance scale, or one for each scale; 1 turns it off",
         renamed=Renamed("cfg", 1.0, ", for guidance is VAR's cfg + 1 (1 turns it off)"),
+        limits=(1, FLOAT32_MAX),
     )
-    top_k: OneOrEach[int] = option_field(900, "number of likeliest codes to draw from; 0: all")
+    top_k: OneOrEach[int] = option_field(
+        900, "number of likeliest codes to draw from; 0: all", limits=(0, INT32_MAX)
+    )
     top_p: OneOrEach[float] = option_field(
-        0.96, "total probability of the codes to draw from; 0: all"
+        0.96, "total probability of the codes to draw from; 0: all", limits=(0, 1)
     )
     smooth: bool = option_field(False, "mix codes: smoother pictures", static=True)
     guidance_schedule: str = option_field(
@@ -93,7 +99,7 @@ class VAROptions:
         0, "first scale after those with guidance; 0: no end", static=True
     )
     temperature: OneOrEach[float] = option_field(
-        1.0, "temperature of the codes left by top_k and top_p"
+        1.0, "temperature of the codes left by top_k and top_p", limits=(0, FLOAT32_MAX)
     )
 
     def check(self, scales: int | None = None) -> "VAROptions":
@@ -183,7 +189,7 @@ def sample_tokens(
     def choose_at(logits_BlV, k):
         return choose_tokens(quantizer, logits_BlV, k, key_B, options, choose)
 
-    return sample_scales(network, choose_at, quantizer, len(key_B), known)
+    return sample_scales(network, choose_at, quantizer, key_B.shape[0], known)
 
 
 def sample_scales(
@@ -368,12 +374,42 @@ class VARFunctions:
             choose: rule that chooses tokens; see `VARPipeline.sample`.
             options: sampling options to replace, as Python numbers; see `VARPipeline.sample`.
         """
-        pyramid = self.models.var.pyramid
-        chosen = replace_options(self.sampling, options).check(len(pyramid))
-        guided = guided_scales(pyramid, chosen)
-        return sample_images(
-            self.models, params, label_B, key_B, chosen, guided=guided, choose=choose
-        )
+        chosen = replace_options(self.sampling, options).check(len(self.models.var.pyramid))
+        return self.sampler(chosen, choose)(params, chosen, label_B, key_B)
+
+    def sampler(
+        self, options: VAROptions, choose: VARRule | None = None
+    ) -> Callable[..., jax.Array]:
+        """Makes a function that samples images with options of one kind.
+
+        Its options may be traced. They may differ from `options` in the numbers that need no new
+        compilation; see `VAROptions`.
+
+        Returns:
+            (params, options, label_B, key_B, known tokens or None) -> images.
+        """
+        guided = guided_scales(self.models.var.pyramid, options)
+
+        def sample(params, options, label_B, key_B, known=None):
+            batch = label_B, key_B, options, known
+            return sample_images(self.models, params, *batch, guided=guided, choose=choose)
+
+        return sample
+
+    def editors(self, options: VAROptions) -> dict[int, Callable[..., jax.Array]]:
+        """Makes functions that edit images with options of one kind; see `sampler`.
+
+        Returns:
+            {largest number of kept tokens: function}. VAR has one function for any number: (params,
+            options, label_B, key_B, token_BL, keep_Bhw) -> images.
+        """
+        pyramid, sample = self.models.var.pyramid, self.sampler(options)
+
+        def edit(params, options, label_B, key_B, token_BL, keep_Bhw):
+            known = KnownTokens(token_BL, keep_at_every_scale(pyramid, keep_Bhw))
+            return sample(params, options, label_B, key_B, known)
+
+        return {math.prod(pyramid.finest): edit}
 
     @property
     def _exact(self) -> ComputeConfig:
