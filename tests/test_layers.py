@@ -31,6 +31,7 @@ LAYER = {
     "models": 10,
     "analysis": 10,
     "export": 11,
+    "weight_files": 11,
     "benchmark": 11,
     "evaluation": 11,
     "cli": 11,

@@ -21,6 +21,7 @@ from varjax.config import config_flags
 from varjax.convert import from_torch
 from varjax.data.sources import Digits
 from varjax.evaluation import in_python
+from varjax.export import folder, sampler
 from varjax.metrics.features import pixel_network
 from varjax.sampling.pictures import save
 from varjax.training.experiment import Experiment
@@ -43,6 +44,7 @@ class TinyNames:
 
     def __init__(self):
         self.load, self.trained, self.converted = varjax.load, [], []
+        self.exported = []
 
     def __call__(self, location, **given):
         model = self.load(runs.mar() if "mar" in location else runs.untrained_var(), **given)
@@ -55,10 +57,14 @@ class TinyNames:
         self.trained.append(given[0])
         return {"eval/loss": 1.0}
 
+    def export(self, *given, **settings):
+        self.exported.append(EXPORT.bind(*given, **settings))
+
     def convert(self, *given, **files):
         self.converted.append(CONVERT.bind(*given, **files))
 
 
+EXPORT = inspect.signature(folder.export_model)
 CONVERT = inspect.signature(from_torch.convert)
 
 
@@ -73,6 +79,8 @@ def tiny_names(monkeypatch):
     monkeypatch.setattr(config_flags, "load_config", lambda name: experiment)
     monkeypatch.setattr(train, "train_experiment", names.train)
     monkeypatch.setattr(from_torch, "convert", names.convert)
+    monkeypatch.setattr(folder, "export_model", names.export)
+    monkeypatch.setattr(sampler, "load_exported", names)
     return names
 
 
@@ -145,6 +153,7 @@ def test_programs_run_one_after_the_other(tmp_path, monkeypatch, tiny_names):
 
     (given,) = tiny_names.trained
     assert (given.steps, given.run_dir) == (200, "runs/mine") and tiny_names.converted
+    assert tiny_names.exported
     assert found["dogs"] == [207, 207, "0:0.5+1:0.5"] and 207 in found["retrievers"]
     model = found["model"]
     # Twenty images, because the program for that number was compiled above.

@@ -31,6 +31,8 @@ LATER = {
     "evaluate": ("varjax.evaluation.in_python", "evaluate_samples"),
     "fid": ("varjax.evaluation.in_python", "fid"),
     "list_models": ("varjax.convert.model_list", "list_models"),
+    "export_model": ("varjax.export.folder", "export_model"),
+    "load_exported": ("varjax.export.sampler", "load_exported"),
     "load_config": ("varjax.config.config_flags", "load_config"),
     "train": ("varjax.cli.train", "train_experiment"),
 }
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from varjax.evaluation.in_python import Features as Features
     from varjax.evaluation.in_python import evaluate_samples
     from varjax.evaluation.in_python import fid as fid
+    from varjax.export.folder import export_model as export_model
+    from varjax.export.sampler import load_exported as load_exported
 
     convert_weights, evaluate, train = convert, evaluate_samples, train_experiment
 else:

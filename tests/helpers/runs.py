@@ -65,15 +65,14 @@ def var() -> pathlib.Path:
 @functools.cache
 def untrained_var() -> pathlib.Path:
     """Returns a converted directory of random parameters, written in a second."""
-    folder = root() / "untrained_var"
     models = {"tokenizer": TOKENIZER, "var": VAR}
-    with folders.lock_folder(root(), wait=True):
-        leaves = {
-            name: (config, trees.paths(random_params(config.init)))
-            for name, config in models.items()
-        }
-        write_converted(folder, leaves, {}, VAROptions(guidance=1.5, top_k=7))
-    return folder
+    return _write_random("untrained_var", models, VAROptions(guidance=1.5, top_k=7))
+
+
+@functools.cache
+def untrained_mar() -> pathlib.Path:
+    """Returns a converted directory of random parameters, written in a second."""
+    return _write_random("untrained_mar", {"tokenizer": KL, "mar": MAR}, MAR_SAMPLING)
 
 
 @functools.cache
@@ -88,6 +87,17 @@ def mar() -> pathlib.Path:
     run = root() / "mar"
     _train(MARTask(MAR, KL, str(kl()), ema_decay=0.5, sampling=MAR_SAMPLING), run)
     return run
+
+
+def _write_random(name, models, sampling) -> pathlib.Path:
+    folder = root() / name
+    with folders.lock_folder(root(), wait=True):
+        leaves = {
+            part: (config, trees.paths(random_params(config.init)))
+            for part, config in models.items()
+        }
+        write_converted(folder, leaves, {}, sampling)
+    return folder
 
 
 def _train(task, run, **settings) -> None:

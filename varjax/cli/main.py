@@ -19,6 +19,7 @@ COMMANDS = {
         "varjax.convert.__main__",
         "convert official PyTorch weights to varjax's, and back",
     ),
+    "export": ("varjax.export.__main__", "write a folder that samples with JAX, without varjax"),
     "models": ("varjax.convert.model_list", "list the published models, by name"),
     "evaluate": ("varjax.evaluation.__main__", "measure samples: FID, Inception Score, recall …"),
     "evaluate-tokenizer": ("varjax.evaluation.tokenizer", "measure a tokenizer's reconstructions"),

@@ -56,16 +56,10 @@ from varjax.storage.picture_text import command_text
 MOST_SHOWN_CLASSES = 10  # in the line about the result
 
 
-def add_sampling_flags(
-    parser: argparse.ArgumentParser, out: str, out_help: str, weights_required: bool = True
-) -> None:
-    """Adds the flags that `varjax sample`, `varjax edit` and `varjax evaluate` share.
+def add_model_flags(parser: argparse.ArgumentParser, weights_required: bool = True) -> None:
+    """Adds the flags that name a model and its helpers; see `companions`.
 
-    Args:
-        parser: parser of the command, which gets the flags.
-        out: default value of --out.
-        out_help: help text of --out.
-        weights_required: whether --weights must be given.
+    weights_required: whether --weights must be given.
     """
     add = parser.add_argument
     about = (
@@ -78,6 +72,21 @@ def add_sampling_flags(
     add("--refiner", help="smaller VAR that draws the fine scales, faster (CoDe); default: none")
     about = "number of scales before those of the refiner (8); only with --refiner"
     add("--draft_scales", type=int, help=about)
+
+
+def add_sampling_flags(
+    parser: argparse.ArgumentParser, out: str, out_help: str, weights_required: bool = True
+) -> None:
+    """Adds the flags that `varjax sample`, `varjax edit` and `varjax evaluate` share.
+
+    Args:
+        parser: parser of the command, which gets the flags.
+        out: default value of --out.
+        out_help: help text of --out.
+        weights_required: whether --weights must be given.
+    """
+    add_model_flags(parser, weights_required)
+    add = parser.add_argument
     about = "number of images of each class, or of variations (%(default)s)"
     add("--count", type=int, default=4, help=about)
     add("--seed", type=int, default=0, help="random seed; each seed gives other images (0)")

@@ -1,0 +1,292 @@
+"""Exported folders draw the images of the model that they were made of, without varjax."""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import varjax
+from tests.helpers import runs
+from varjax.errors import InputError
+from varjax.export import exported_model, folder
+from varjax.export.__main__ import main
+from varjax.export.folder import export_model
+from varjax.export.sampler import load_exported
+from varjax.mar import masking
+from varjax.mar.sample import MAROptions
+from varjax.storage.image_files import to_uint8
+from varjax.storage.safetensors_io import read_safetensors
+from varjax.var.sample import VAROptions
+
+LABELS = [3, 1, 10]
+PICTURES = np.random.default_rng(0).integers(256, size=(2, 8, 8, 1), dtype=np.uint8)
+NEEDED = {"jax", "numpy", "safetensors"}
+
+
+@functools.cache
+def model(family):
+    return varjax.load(runs.untrained_var() if family == "var" else runs.untrained_mar())
+
+
+class HashableDict(dict):
+    __hash__ = object.__hash__  # pyright: ignore
+
+
+NO_GUIDANCE = HashableDict(guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Returns a function that exports a tiny model of a family, once."""
+
+    @functools.cache
+    def export(family, **settings):
+        out = tmp_path_factory.mktemp("exported") / family
+        location = runs.untrained_var() if family == "var" else runs.untrained_mar()
+        export_model(location, out, **({"platforms": ["cpu"]} | settings))
+        return out
+
+    return export
+
+
+def edited_about(source, out, **changes):
+    """Copies an exported folder, with entries of its model.json replaced."""
+    shutil.copytree(source, out)
+    about = json.loads((out / "model.json").read_text())
+    (out / "model.json").write_text(json.dumps(about | changes))
+    return out
+
+
+@pytest.mark.slow
+def test_samples_are_equal_to_the_bit(exported):
+    sampler = load_exported(exported("var"))
+    for given in (
+        {"labels": LABELS, "seed": 2**32 - 1, "index": [5, 2**32 - 1, 0]},
+        {"labels": LABELS, "guidance": 2.5, "top_k": 3, "top_p": 0.9, "temperature": 0.7},
+    ):
+        expected = np.asarray(model("var").sample(**given))
+        np.testing.assert_array_equal(sampler.sample(**given), expected)
+    assert len(np.unique(expected)) > 50  # not one gray
+
+
+@pytest.mark.slow
+def test_encoding_decoding_and_edits_are_equal_to_the_bit(exported):
+    own, sampler = model("var"), load_exported(exported("var"))
+    token_BL = sampler.encode(PICTURES)
+    np.testing.assert_array_equal(token_BL, own.encode(PICTURES))
+    images = sampler.decode(token_BL)
+    np.testing.assert_array_equal(images, own.decode(token_BL))
+    np.testing.assert_array_equal(sampler.encode(images), own.encode(images))
+    keep = np.arange(4)[:, None] >= np.full(4, 2)
+    edited = sampler.edit(PICTURES[:1], keep, seed=3, index=[4, 9])
+    np.testing.assert_array_equal(edited, own.edit(PICTURES[:1], keep, seed=3, index=[4, 9]))
+
+
+@pytest.mark.slow
+def test_mar_is_equal_to_the_bit_for_any_number_of_kept_tokens(exported, monkeypatch):
+    monkeypatch.setattr(masking, "MAX_GROUPS", 2)  # fewer programs
+    own, sampler = model("mar"), load_exported(exported("mar", what=("sample", "edit")))
+    given = {"labels": LABELS, "guidance": 2.0, "temperature": 0.9}
+    np.testing.assert_array_equal(sampler.sample(**given), own.sample(**given))
+    keep_Nhw = np.arange(16).reshape(4, 4) < np.array([2, 2, 13, 13])[:, None, None]
+    # In one call, images that keep different numbers of tokens get programs of their own.
+    edited = sampler.edit(PICTURES[:1], keep_Nhw, labels=[3, 1, 3, 1], seed=5, index=range(4))
+    for rows in (slice(0, 2), slice(2, 4)):
+        index = np.arange(4)[rows]
+        expected = own.edit(PICTURES[:1], keep_Nhw[rows], [3, 1], seed=5, index=index)
+        np.testing.assert_array_equal(edited[rows], expected)
+
+
+BLOCKED = """
+import importlib.metadata, runpy, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ModuleNotFoundError(name)
+
+BLOCKED = {"varjax", *importlib.metadata.packages_distributions()}
+BLOCKED -= {"jax", "jaxlib", "ml_dtypes", "numpy", "opt_einsum", "scipy"}  # those of JAX
+BLOCKED -= {"safetensors", "flatbuffers"}  # the latter is in the folder
+assert len(BLOCKED) > 20
+folder, *arguments = sys.argv[1:]
+sys.path.insert(0, folder)
+sys.meta_path.insert(0, Blocker())
+sys.argv = ["run.py", *arguments]
+try:
+    runpy.run_path(f"{folder}/run.py", run_name="__main__")
+finally:
+    assert sys.modules["flatbuffers"].__file__.startswith(folder)
+"""
+
+
+@pytest.mark.slow
+def test_run_py_needs_jax_numpy_and_safetensors_alone(exported, tmp_path):
+    picture = tmp_path / "x.png"
+    command = [sys.executable, "-c", BLOCKED, str(exported("var"))]
+    command += ["--labels=3,1", "--count=2", "--seed=7", "--guidance=2", f"--out={picture}"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == f"{picture}: 4 images\n", done.stderr
+    images_NHWC = to_uint8(np.asarray(model("var").sample([3, 3, 1, 1], seed=7, guidance=2.0)))
+    rows = [np.concatenate([*images_NHWC[i : i + 2]], axis=1) for i in (0, 2)]
+    with Image.open(picture) as image:
+        np.testing.assert_array_equal(np.asarray(image)[..., None], np.concatenate(rows))
+
+
+def test_the_scripts_are_short_and_import_little():
+    lines = {}
+    for name in folder.SCRIPTS:
+        text = (pathlib.Path(exported_model.__file__).parent / name).read_text()
+        lines[name] = len(text.splitlines())
+        modules = set()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                modules.add(node.module)
+        assert modules <= NEEDED | {"exported_model"} | sys.stdlib_module_names
+    assert lines["run.py"] <= 100
+
+
+@pytest.mark.slow
+def test_model_json_describes_the_model(exported):
+    out = exported("var")
+    about = json.loads((out / "model.json").read_text())
+    assert about["image_shape"] == [8, 8, 1] and about["classes"] == 10
+    assert about["class_names"] == [str(i) for i in range(10)]
+    assert about["jax"] == jax.__version__ and about["weights_digest"]
+    assert about["options"].keys() == {"seed", "guidance", "top_k", "top_p", "temperature"}
+    assert about["options"]["top_k"]["value"] == 7 and about["options"]["top_k"]["whole"]
+    assert about["fixed_options"]["smooth"] is False
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert about["sha256"].keys() == files - {"model.json"}
+    for name, digest in about["sha256"].items():
+        assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"labels": [11]}, "allowed are 0 … 9, and 10"),
+        ({"labels": ["3:0.5+1:0.5"]}, "no mixes"),
+        ({"labels": ["volcano"]}, "no class of this name"),
+        ({"labels": [1], "seed": -1}, "seed=-1"),
+        ({"labels": [1], "index": [1, 2]}, "expected 1"),
+        ({"labels": [1], "guidance": 1}, "guidance=1: .*1.01"),
+        ({"labels": [1], "top_p": 1.5}, "top_p=1.5"),
+        ({"labels": [1], "smooth": True}, "smooth: not an option"),
+        ({"labels": [1], "every_step": True}, "no steps"),
+    ],
+)
+def test_bad_requests_are_refused(exported, given, message):
+    with pytest.raises(InputError, match=message):
+        load_exported(exported("var")).sample(**given)
+
+
+@pytest.mark.slow
+def test_the_script_itself_refuses_bad_requests(exported):
+    own = exported_model.ExportedModel(exported("var"))
+    for given in ({"labels": [11]}, {"labels": ["volcano"]}, {"labels": [1], "seed": 2**32}):
+        with pytest.raises(ValueError, match="allowed are (whole numbers )?0 …"):
+            own.sample(**given)
+    with pytest.raises(ValueError, match="top_k=2.5"):
+        own.sample([1], top_k=2.5)
+    with pytest.raises(ValueError, match="smooth: not one of"):
+        own.sample([1], smooth=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [{"jax": "99.0"}, {"calling_convention": 99}])
+def test_a_version_of_jax_that_cannot_read_it_is_refused(exported, tmp_path, change):
+    out = edited_about(exported("var"), tmp_path / "out", **change)
+    with pytest.raises(InputError, match=f"these programs need JAX.*this is jax {jax.__version__}"):
+        load_exported(out)
+
+
+@pytest.mark.slow
+def test_a_damaged_program_is_refused(exported, tmp_path):
+    out = edited_about(exported("var"), tmp_path / "out")
+    program = out / "programs" / "sample.cpu.bin"
+    program.write_bytes(program.read_bytes()[:-100])
+    with pytest.raises(InputError, match="sample.cpu.bin is damaged"):
+        load_exported(out).sample([1])
+
+
+@pytest.mark.slow
+def test_other_platforms_get_programs_and_weights_of_half_the_size(exported):
+    out = exported("var", platforms=("cuda", "tpu"), what=("sample",), batch_sizes=(2,))
+    tensors, _ = read_safetensors(out / "weights.safetensors")
+    kernels = {
+        x.dtype.name for path, x in tensors.items() if "var/blocks" in path and "kernel" in path
+    }
+    assert kernels == {"bfloat16"}
+    assert not [path for path in tensors if "encoder" in path]
+    programs = sorted(path.name for path in (out / "programs").iterdir())
+    assert programs == ["sample.cuda.batch2.bin", "sample.tpu.batch2.bin"]
+    with pytest.raises(InputError, match="no program sample for cpu"):
+        load_exported(out).sample([1])
+
+
+@pytest.mark.slow
+def test_fixed_batch_sizes_and_no_guidance(exported):
+    own = model("var")
+    out = exported("var", what=("sample",), batch_sizes=(2,), options=NO_GUIDANCE)
+    sampler = load_exported(out)
+    assert "guidance" not in dataclasses.asdict(sampler.options())
+    parts = (
+        own.sample(labels, index=index, guidance=1.0)
+        for labels, index in (([3, 1], [0, 1]), ([4, 4], [2, 2]))
+    )
+    expected = np.concatenate([*parts])[:3]
+    np.testing.assert_array_equal(sampler.sample([3, 1, 4]), expected)
+    with pytest.raises(InputError, match="no program edit"):
+        sampler.edit(PICTURES, np.zeros((4, 4), bool))
+
+
+@pytest.mark.parametrize("kind", [VAROptions, MAROptions])
+def test_the_limits_of_options_are_those_that_are_checked(kind):
+    count = 0
+    for field in dataclasses.fields(kind):
+        if field.metadata["limits"] is None:
+            continue
+        count += 1
+        least, most = field.metadata["limits"]
+        for value in (least, most):
+            assert getattr(kind(**{field.name: value}).check(), field.name) == value
+        for value in (least - 1, most * 2 + 1):
+            with pytest.raises(InputError, match=field.name):
+                kind(**{field.name: value}).check()
+    assert count >= 4
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--what=draw", "what=draw: allowed are sample, encode, decode, edit"),
+        ("--platforms=rocm", "platforms=rocm: allowed are cpu, cuda, tpu"),
+        ("--dtype=int8", "dtype=int8: allowed are auto, float32, bfloat16"),
+        ("--batch_size=0", "batch_size=0: must be 1 or more"),
+        ("--batch_size=x", "batch_size=x: give numbers such as 1,8, or any"),
+    ],
+)
+def test_the_command_refuses_bad_flags(tmp_path, capsys, flag, message):
+    assert main([f"--weights={runs.untrained_var()}", f"--out={tmp_path / 'out'}", flag]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_writes_no_folder_over_another(tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("")
+    assert main([f"--weights={runs.untrained_var()}", f"--out={tmp_path}"]) == 1
+    assert "mine.txt, which would be lost" in capsys.readouterr().err

@@ -1,0 +1,145 @@
+"""Runs the exported programs next to this file. It needs jax, numpy and safetensors.
+
+    from exported_model import ExportedModel
+    images_BHWC = ExportedModel().sample([207, 980], seed=0)
+
+model.json has the options, classes, shapes and license. A folder that `varjax export` writes has a
+copy of this file, so it imports nothing of varjax.
+"""
+
+import hashlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+from jax import export
+from safetensors import safe_open
+
+PLATFORMS = {"gpu": "cuda"}  # names of programs' platforms, where JAX's backend has another name
+
+
+class ExportedModel:
+    """Samples, edits, encodes and decodes with exported programs, on NumPy's arrays.
+
+        model = ExportedModel("exported/digits")
+        images_BHWC = model.sample([3, 1, 4], seed=0)
+
+    Raises ValueError for a version of JAX that cannot read the programs, and for bad arguments.
+
+    Attributes:
+        folder: folder that `varjax export` wrote.
+        about: content of model.json.
+        platform: platform whose programs are run, "cpu", "cuda" or "tpu".
+    """
+
+    def __init__(self, folder=pathlib.Path(__file__).parent):
+        self.folder = pathlib.Path(folder)
+        self.about = json.loads((self.folder / "model.json").read_text("utf-8"))
+        self.platform = PLATFORMS.get(jax.default_backend(), jax.default_backend())
+        self._read_programs, self._weights = {}, {}
+        oldest = export.minimum_supported_calling_convention_version
+        newest = export.maximum_supported_calling_convention_version
+        recent = jax.__version_info__ >= tuple(map(int, self.about["jax"].split(".")))
+        readable = recent and oldest <= self.about["calling_convention"] <= newest
+        check(readable, f"{self.about['readable_by']}; this is jax {jax.__version__}")
+
+    def sample(self, labels, seed=0, index=None, **options):
+        """Draws an image per label, a number or name: (B, H, W, channels) float32 in [0, 1]."""
+        label_B = self._numbers(labels)
+        index_B = self._index(len(label_B), index)
+        return self._run(self._programs("sample"), [label_B, index_B], seed, options)
+
+    def edit(self, images_BHWC, keep, labels=None, seed=0, index=None, **options):
+        """Redraws images where `keep`, (h, w) or (B, h, w), is False; labels: None is no class."""
+        programs, B = self._programs("edit"), len(images_BHWC if index is None else index)
+        index_B = self._index(B, index)
+        label_B = self._numbers([self.about["classes"]] * B if labels is None else labels)
+        keep_Bhw = np.broadcast_to(keep, (B, *self.about["edit_shape"])).astype(bool)
+        tokens = self.encode(images_BHWC)
+        tokens = np.broadcast_to(tokens, (B, *tokens.shape[1:]))
+        batch = [label_B, index_B, tokens, keep_Bhw]
+        return self._run(programs, batch, seed, options, keep_Bhw.sum(axis=(1, 2)))
+
+    def encode(self, images_BHWC):
+        """Encodes images, uint8 or floats in [0, 1], into tokens."""
+        images_BHWC = np.asarray(images_BHWC)
+        kind = "_uint8" if images_BHWC.dtype == np.uint8 else ""
+        return self._run(self._programs(f"encode{kind}"), [images_BHWC])
+
+    def decode(self, tokens):
+        """Decodes tokens into images (B, H, W, channels) float32 in [0, 1]."""
+        return self._run(self._programs("decode"), [np.asarray(tokens)])
+
+    def _numbers(self, labels):
+        names, classes = self.about["class_names"], self.about["classes"]
+        labels = [names.index(label) if label in names else label for label in labels]
+        known = labels and all(str(x).isdecimal() and int(x) <= classes for x in labels)
+        check(known, f"labels {labels}: allowed are 0 … {classes}, and the names in model.json")
+        return np.array([int(label) for label in labels])
+
+    def _index(self, B, index):
+        index_B = np.arange(B) if index is None else np.asarray(index)
+        fits = index_B.shape == (B,) and (index_B >= 0).all() and (index_B < 2**32).all()
+        check(fits, f"index {index}: needed are {B} numbers, 0 … {2**32 - 1}")
+        return index_B
+
+    def _options(self, given):
+        for name, value in given.items():
+            check(name in self.about["options"], f"{name}: not one of {[*self.about['options']]}")
+            least, most, whole = (
+                self.about["options"][name][x] for x in ("least", "most", "whole")
+            )
+            fits = least <= value <= most and (value == int(value) or not whole)
+            check(fits, f"{name}={value}: allowed are {'whole numbers ' * whole}{least} … {most}")
+        return {**self.about["numbers"], **given}
+
+    def _programs(self, name):
+        wanted = name, self.platform
+        found = [p for p in self.about["programs"] if (p["name"], p["platform"]) == wanted]
+        check(found, f"this folder has no program {name} for {self.platform}")
+        return found
+
+    def _run(self, programs, batch, seed=0, options=None, kept_B=None):
+        """Runs a program, whose variants are for batch sizes and for numbers of kept tokens."""
+        numbers, B, results = self._options({"seed": seed, **(options or {})}), len(batch[0]), {}
+        kept_B = np.zeros(B) if kept_B is None else kept_B
+        limits = np.unique([p["most_kept"] for p in programs])
+        limit_B = limits[np.searchsorted(limits, kept_B)]
+        for limit in np.unique(limit_B):
+            row_N = np.flatnonzero(limit_B == limit)
+            found = [p for p in programs if p["most_kept"] == limit]
+            files = {p["batch_size"] or len(row_N): p["file"] for p in found}
+            size = min((size for size in files if size >= len(row_N)), default=max(files))
+            for part in np.split(row_N, range(size, len(row_N), size)):
+                padded = np.pad(part, (0, size - len(part)), mode="edge")
+                rows = self._call(files[size], numbers, [x[padded] for x in batch])
+                results |= zip(part, rows, strict=False)
+        return np.stack([results[row] for row in range(B)])
+
+    def _call(self, file, numbers, batch):
+        if file not in self._read_programs:
+            self._read_programs[file] = self._read(file)
+        program, weights, kinds, batch_kinds = self._read_programs[file]
+        numbers = {path: np.asarray(numbers[path], kind.dtype) for path, kind in kinds.items()}
+        arrays = [x.astype(kind.dtype) for x, kind in zip(batch, batch_kinds, strict=True)]
+        return np.asarray(program(weights, numbers, arrays))
+
+    def _read(self, file):
+        content = (self.folder / file).read_bytes()
+        intact = hashlib.sha256(content).hexdigest() == self.about["sha256"][file]
+        check(intact, f"{self.folder / file} is damaged; export again")
+        exported = export.deserialize(bytearray(content))
+        (weights, *others), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
+        with safe_open(self.folder / "weights.safetensors", "np") as tensors:
+            for name, kind in weights.items():
+                if (name, kind.dtype) not in self._weights:  # programs share them
+                    x = tensors.get_tensor(name).astype(kind.dtype)
+                    self._weights[name, kind.dtype] = jax.device_put(x)
+        held = {name: self._weights[name, kind.dtype] for name, kind in weights.items()}
+        return jax.jit(exported.call), held, *others
+
+
+def check(valid, message):
+    if not valid:
+        raise ValueError(message)
