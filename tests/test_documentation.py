@@ -50,7 +50,8 @@ def site():
 
 
 def test_every_page_is_once_in_the_index():
-    listed = [path for path, _ in links(INDEX) if path.endswith(".md")]
+    # Links to headings are ways through the pages, and may name one twice.
+    listed = [path for path, heading in links(INDEX) if path.endswith(".md") and not heading]
     missing = set(PAGES) - {INDEX, *listed}
     assert not missing, f"add to {INDEX}, where the reader looks for them: {sorted(missing)}"
     assert sorted(listed) == [page for page in PAGES if page != INDEX]
