@@ -1,6 +1,10 @@
-import pytest
+import io
+import sys
 
-from varjax.runtime.messages import duration
+import pytest
+from tqdm import tqdm
+
+from varjax.runtime.messages import duration, hide_bars, say
 
 
 @pytest.mark.parametrize(
@@ -16,3 +20,16 @@ from varjax.runtime.messages import duration
 )
 def test_durations_have_a_unit_that_suits_them(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_hidden_bar_comes_back_after_the_next_line(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with tqdm(total=9, file=stream, desc="a bar", ascii=True):
+        say("one")
+        assert "a bar" in stream.getvalue().rpartition("\n")[2]  # below the line
+        hide_bars()
+        assert not stream.getvalue().split("\r")[-1]  # the cursor is at the start of an empty line
+        assert not stream.getvalue().split("\r")[-2].strip()
+        say("two")
+        assert "a bar" in stream.getvalue().rpartition("two\n")[2]

@@ -8,7 +8,7 @@ from typing import Generic, ParamSpec, TypeVar
 
 import jax
 
-from varjax.runtime.messages import duration, say
+from varjax.runtime.messages import duration, hide_bars, say
 
 SILENT_SECONDS = 1.0  # a compilation that takes less is not worth a line
 P = ParamSpec("P")
@@ -58,6 +58,7 @@ def announce_compilation(program: str) -> Iterator[None]:
     def announce() -> None:
         announced.set()
         say(f"compiling {program} …")
+        hide_bars()  # a bar that stands still looks like a hang
 
     # A timer, because nobody knows in advance whether a program comes from the disk.
     timer = threading.Timer(SILENT_SECONDS, announce)

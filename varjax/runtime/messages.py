@@ -36,6 +36,13 @@ def say(text: str) -> None:
     tqdm.write(text, file=STDERR)
 
 
+def hide_bars() -> None:
+    """Removes all bars from the terminal; each comes back when it moves, or after the next line."""
+    with tqdm.get_lock():
+        for bar in list(tqdm._instances):  # pyright: ignore[reportAttributeAccessIssue]
+            bar.clear(nolock=True)
+
+
 def duration(seconds: float) -> str:
     """Formats a time for people: "45 s", "12 min", "3.5 h", "4.2 days"."""
     for unit, size, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
