@@ -67,7 +67,7 @@ def test_a_preview_whose_images_cannot_be_read_is_left_out(whole, tmp_path, monk
     def fail(*_):
         raise StorageError("the network is gone")
 
-    monkeypatch.setattr(Loader, "held_out_batch", fail)
+    monkeypatch.setattr(Loader, "held_out_spread", fail)
     assert loop.train(tiny.experiment(tmp_path, preview_every=10)) == whole[1]
     assert "note: no preview after step 20: the network is gone" in capfd.readouterr().err
     assert not (tmp_path / "previews").exists()
