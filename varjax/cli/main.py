@@ -14,6 +14,7 @@ COMMANDS = {
     "edit": ("varjax.cli.edit", "redraw parts of an image"),
     "vary": ("varjax.cli.vary", "draw variations of an image (VAR)"),
     "upscale": ("varjax.cli.upscale", "draw the details of a small picture (VAR)"),
+    "demo": ("varjax.demo.__main__", "open a page that draws and edits images in a browser"),
     "info": ("varjax.cli.info", "say what a picture, a run or weights are, and how they were made"),
     "convert": (
         "varjax.convert.__main__",

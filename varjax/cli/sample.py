@@ -134,7 +134,7 @@ def draw_samples(arguments: list[str]) -> None:
     parser = command_parser("varjax sample", __doc__)
     parser.add_argument(
         "--labels",
-        help="classes to draw, by number or name: 0,1,dog or all, or a mix of classes: "
+        help="classes to draw, by number or name: 0,1,dog or all, none for no class, or a mix: "
         "207:0.5+980:0.5 (default: a few, evenly spread)",
     )
     out_help = "output: FILE.png (a grid), FILE.npz, FOLDER, or FILE.gif, FILE.webp (samples.png)"
@@ -163,6 +163,8 @@ def draw_samples(arguments: list[str]) -> None:
         check_classifier(classifier, model)
         if mixes := [label for label in labels if isinstance(label, str)]:
             raise InputError(f"--accept takes single classes, of which {mixes} have several")
+        if model.classes in labels:
+            raise InputError("--accept takes classes, and labels=none is no class")
         job = dataclasses.replace(job, accept=flags.accept, classifier=classifier.identity)
     every_step = shows_every_step(flags)
     points = sweep_points(flags.sweep, options, flags.out) if flags.sweep else []
@@ -206,8 +208,9 @@ def draw_samples(arguments: list[str]) -> None:
 def choose_labels(text: str | None, names: ClassNames) -> tuple[int | str, ...]:
     """Returns the classes in "0,1,dog" or "all"; None stands for up to ten, evenly spread.
 
-    A mix of classes, such as "dog:0.5+cat:0.5", becomes a mix of numbers, as text. "\\," stands
-    for a comma within a name. Raises InputError for a class that does not exist.
+    "none" means "no class", whose number is that of classes. A mix of classes, such as
+    "dog:0.5+cat:0.5", becomes a mix of numbers, as text. "\\," stands for a comma within a name.
+    Raises InputError for a class that does not exist.
 
     Args:
         text: classes by number or name, separated by commas.
@@ -219,12 +222,13 @@ def choose_labels(text: str | None, names: ClassNames) -> tuple[int | str, ...]:
         return tuple(spread.tolist())
     if text == "all":
         return tuple(range(classes))
-    labels = names.numbers(split_argument(text))
-    if mixes := [label for label in labels if isinstance(label, str)]:
+    words = split_argument(text)
+    labels = [word if word == "none" else names.numbers([word])[0] for word in words]
+    if mixes := [label for label in labels if isinstance(label, str) and label != "none"]:
         checked_labels(mixes, classes)
     if bad := [x for x in labels if not isinstance(x, str) and not 0 <= x < classes]:
-        raise InputError(f"labels {bad}: allowed are 0 … {classes - 1}")
-    return tuple(labels)
+        raise InputError(f"labels {bad}: allowed are 0 … {classes - 1}, and none for no class")
+    return tuple(classes if label == "none" else label for label in labels)
 
 
 def _shown_classes(labels: Sequence[int | str], names: ClassNames) -> str:

@@ -82,6 +82,7 @@ class MAROptions:
         "strongest guidance scale, or one for each step; 1 turns it off",
         renamed=Renamed("cfg", reason=", for MAR's cfg is now called guidance (1 turns it off)"),
         limits=(1, FLOAT32_MAX),
+        slider=(1, 10, 0.1),
     )
     guidance_schedule: str = option_field(
         "linear",
@@ -89,9 +90,11 @@ class MAROptions:
         static=True,
         renamed=Renamed("cfg_schedule", reason=", its name now"),
     )
-    steps: int = option_field(64, "number of steps that draw the tokens", static=True)
+    steps: int = option_field(
+        64, "number of steps that draw the tokens", static=True, slider=(1, 256, 1)
+    )
     temperature: OneOrEach[float] = option_field(
-        1.0, "factor on the noise of each draw", limits=(0, FLOAT32_MAX)
+        1.0, "factor on the noise of each draw", limits=(0, FLOAT32_MAX), slider=(0, 2, 0.05)
     )
     diffusion_steps: str = option_field(
         "100", "denoising steps of a token, or FIRST:LAST[:SCHEDULE] (DiSA)", static=True
@@ -100,6 +103,7 @@ class MAROptions:
         0.0,
         "bound on denoised tokens, in standard deviations; 0: none",
         limits=(0, FLOAT32_MAX),
+        slider=(0, 5, 0.1),
     )
     guidance_from: int = option_field(0, "first step with guidance, from 0", static=True)
     guidance_to: int = option_field(

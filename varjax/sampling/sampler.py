@@ -174,6 +174,7 @@ def option_field(
     static: bool = False,
     renamed: Renamed | None = None,
     limits: tuple[float, float] | None = None,
+    slider: tuple[float, float, float] | None = None,
 ) -> Any:
     """Makes a field of an options dataclass (flax.struct), which becomes a keyword and a flag.
 
@@ -183,8 +184,10 @@ def option_field(
         static: whether a new value requires a new compilation.
         renamed: former name of the option, which old configs have.
         limits: least and largest number that is allowed; None for an option that is no number.
+        slider: lowest value, highest value and step of a slider for the option; None for no slider.
     """
     metadata = {"help": help, "renamed": renamed, "limits": limits}
+    metadata |= {"static": static, "slider": slider}
     return flax.struct.field(not static, default=default, metadata=metadata)
 
 

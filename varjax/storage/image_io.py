@@ -1,5 +1,6 @@
 """Reads images of any kind for a model, and writes grids of images as PNG."""
 
+import io
 import math
 import os
 from collections.abc import Mapping
@@ -158,9 +159,17 @@ def write_png(
         image_HWC: image to write.
         text: text that the file carries, by keyword; see `varjax.storage.picture_text`.
     """
+    data = png_bytes(image_HWC, text)
+    with files.atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def png_bytes(image_HWC: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
+    """Encodes an image as PNG; arguments are those of `write_png`."""
     chunks = PngInfo()
     for keyword, value in (text or {}).items():
         chunks.add_text(keyword, value)
-    with files.atomic_path(path) as temporary:
-        picture = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
-        Image.fromarray(picture).save(temporary, format="png", pnginfo=chunks)
+    picture = image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, format="png", pnginfo=chunks)
+    return file.getvalue()

@@ -83,12 +83,19 @@ class VAROptions:
         "strongest guidance scale, or one for each scale; 1 turns it off",
         renamed=Renamed("cfg", 1.0, ", for guidance is VAR's cfg + 1 (1 turns it off)"),
         limits=(1, FLOAT32_MAX),
+        slider=(1, 10, 0.1),
     )
     top_k: OneOrEach[int] = option_field(
-        900, "number of likeliest codes to draw from; 0: all", limits=(0, INT32_MAX)
+        900,
+        "number of likeliest codes to draw from; 0: all",
+        limits=(0, INT32_MAX),
+        slider=(0, 4096, 1),
     )
     top_p: OneOrEach[float] = option_field(
-        0.96, "total probability of the codes to draw from; 0: all", limits=(0, 1)
+        0.96,
+        "total probability of the codes to draw from; 0: all",
+        limits=(0, 1),
+        slider=(0, 1, 0.01),
     )
     smooth: bool = option_field(False, "mix codes: smoother pictures", static=True)
     guidance_schedule: str = option_field(
@@ -99,7 +106,10 @@ class VAROptions:
         0, "first scale after those with guidance; 0: no end", static=True
     )
     temperature: OneOrEach[float] = option_field(
-        1.0, "temperature of the codes left by top_k and top_p", limits=(0, FLOAT32_MAX)
+        1.0,
+        "temperature of the codes left by top_k and top_p",
+        limits=(0, FLOAT32_MAX),
+        slider=(0, 2, 0.05),
     )
 
     def check(self, scales: int | None = None) -> "VAROptions":

@@ -1,0 +1,105 @@
+"""A drawing is what the command line and Python draw, and refuses what it cannot draw."""
+
+import io
+import shlex
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import varjax
+from tests.helpers import runs
+from varjax.cli import sample
+from varjax.demo.__main__ import open_demo_model
+from varjax.demo.drawing import checked_drawing, draw_parts
+from varjax.demo.picture_grid import Film, image_url, picture_grid
+from varjax.errors import InputError
+from varjax.storage import image_io
+
+
+@pytest.fixture(scope="module")
+def model():
+    return open_demo_model(str(runs.untrained_var()))
+
+
+@pytest.fixture(scope="module")
+def drawing(model):
+    return checked_drawing(model, [3, 10], count=1, seed=5, options={"guidance": 2.0, "top_k": 9})
+
+
+@pytest.fixture(scope="module")
+def film(drawing):
+    parts = [images for images, _ in draw_parts(drawing)]
+    return Film(np.concatenate(parts), drawing.image_names, drawing.file_names, drawing.texts())
+
+
+def test_the_command_line_draws_the_same_files(drawing, film, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    program, command, *flags = shlex.split(drawing.command())
+    assert (program, command) == ("varjax", "sample")
+    sample.draw_samples(flags)
+    with zipfile.ZipFile(io.BytesIO(film.archive())) as archive:
+        assert archive.namelist() == sorted(x.name for x in tmp_path.glob("samples/*.png"))
+        for name in archive.namelist():
+            data = archive.read(name)
+            assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels(name))
+            assert Image.open(io.BytesIO(data)).info["Command"] == drawing.command()
+
+
+def pixels(name):
+    return np.asarray(Image.open(f"samples/{name}"))
+
+
+def test_the_snippet_draws_the_same_images(drawing, film, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(drawing.snippet(), names)
+    images_BHWC = image_io.to_uint8(np.asarray(names["images_BHWC"]))
+    assert np.array_equal(images_BHWC, film.images_NSHWC[:, -1])
+    assert (tmp_path / "samples.png").exists()
+
+
+def test_an_image_comes_about_scale_by_scale(model, film):
+    assert film.images_NSHWC.shape == (2, 3, 8, 8, 1)
+    images_SBHWC = model.sampler.sample([3, 10], 5, guidance=2.0, top_k=9, every_step=True)
+    images_BSHWC = np.moveaxis(np.asarray(images_SBHWC), 1, 0)
+    assert np.array_equal(film.images_NSHWC, image_io.to_uint8(images_BSHWC))
+
+
+def test_only_changed_options_are_named(model):
+    own = model.sampler.options()
+    drawing = checked_drawing(model, [], 1, 0, {"guidance": own.guidance, "temperature": 0.5})
+    assert drawing.changes == {"temperature": 0.5}
+    assert "--temperature=0.5" in drawing.command() and "guidance" not in drawing.command()
+    assert "--labels=none" in drawing.command()
+
+
+@pytest.mark.parametrize(
+    ("labels", "count", "seed", "options", "message"),
+    [
+        ([11], 1, 0, {}, "class=11"),
+        ([1], 0, 0, {}, "count=0"),
+        ([1], None, 0, {}, "count=None"),
+        ([1], 1, -1, {}, "seed=-1"),
+        ([1], 1, None, {}, "seed=None"),
+        ([1], 1, 0, {"top_p": 2.0}, "top_p=2.0"),
+        (range(10), 16, 0, {}, "16 images of each of 10 classes are 160; .* at most 64"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(model, labels, count, seed, options, message):
+    with pytest.raises(InputError, match=message):
+        checked_drawing(model, labels, count, seed, options)
+
+
+def test_images_are_enlarged_by_whole_numbers_and_words_are_escaped():
+    images_NHWC = np.zeros((1, 8, 8, 1), np.uint8)
+    page = picture_grid(images_NHWC, ["<b>"], ["a.png"], [{"Command": "x"}])
+    assert 'width="192" height="192"' in page and "<b>" not in page and "&lt;b&gt;" in page
+    assert 'download="a.png"' in page and image_url(images_NHWC[0], {"Command": "x"}) in page
+    assert 'width="256"' in picture_grid(np.zeros((1, 256, 256, 3), np.uint8), ["x"])
+
+
+def test_a_film_shows_its_first_and_last_step(film):
+    assert film.frame(0) == film.frame(1) != film.frame(3) == film.frame(9)
+    assert "download" in film.frame(3) and "download" not in film.frame(2)

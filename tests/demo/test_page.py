@@ -1,0 +1,152 @@
+"""The page in a real browser: draws, links, cancels, and asks nothing of other machines."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import varjax
+from tests.demo import browser
+from tests.helpers import runs
+from tests.helpers.demo_server import slow_file
+from varjax.storage import image_io
+
+pytestmark = pytest.mark.slow
+DRAWN = "#download:visible"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return str(runs.untrained_var())
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    browser.require_browser()
+    with browser.opened_browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def server(weights, chromium, tmp_path_factory):
+    also = f"--also={runs.mar()}"
+    with browser.served(tmp_path_factory.mktemp("demo"), f"--weights={weights}", also) as served:
+        yield served
+
+
+@pytest.fixture
+def page(server, chromium):
+    """A page at its address, whose requests and errors are checked at the end."""
+    address, log = server
+    page = chromium.new_page(viewport={"width": 1280, "height": 900})
+    requests, errors = [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(address)
+    page.wait_for_selector("#draw")
+    yield page
+    assert not [url for url in requests if not url.startswith((address, "data:", "blob:"))]
+    assert not errors
+    assert "elsewhere" not in log.read_text()
+    page.close()
+
+
+def expected(weights, *arguments, **options):
+    images_BHWC = varjax.load(weights).sample(*arguments, **options)
+    return image_io.to_uint8(np.asarray(images_BHWC))[..., 0]
+
+
+def test_a_link_draws_the_same_images_as_python_to_the_bit(page, server, weights):
+    page.goto(f"{server[0]}?labels=3,none&count=1&seed=7&guidance=2.0&guidance_schedule=constant")
+    page.wait_for_selector(DRAWN, timeout=60_000)
+    given = {"guidance": 2.0, "guidance_schedule": "constant"}
+    assert np.array_equal(
+        browser.shown_images(page, "#pictures"), expected(weights, [3, 10], 7, **given)
+    )
+    query = page.url.partition("?")[2]
+    assert query == "labels=3,none&count=1&seed=7&guidance=2.0&guidance_schedule=constant"
+    before = browser.shown_images(page, "#pictures")
+    page.reload()
+    page.wait_for_selector(DRAWN, timeout=60_000)
+    assert np.array_equal(browser.shown_images(page, "#pictures"), before)
+
+
+def test_drawing_by_hand_shows_films_and_files(page, weights):
+    page.locator("#seed input").fill("9")
+    page.click("#draw")
+    page.wait_for_selector(DRAWN, timeout=60_000)
+    finished = browser.shown_images(page, "#pictures")
+    labels = np.repeat([0, 3, 6, 9], 2)
+    images_SBHWC = varjax.load(weights).sample(labels, 9, every_step=True)
+    images_SBHW = image_io.to_uint8(np.asarray(images_SBHWC))[..., 0]
+    assert np.array_equal(finished, images_SBHW[-1])
+    with page.expect_download() as download:
+        page.click("#download")
+    with zipfile.ZipFile(download.value.path()) as archive:
+        files = [Image.open(io.BytesIO(archive.read(name))) for name in archive.namelist()]
+    assert np.array_equal([np.asarray(file) for file in files], finished)
+    assert files[0].info["Command"].startswith("varjax sample")
+    first = page.locator("#step input[type=number]")
+    first.fill("1")
+    first.press("Enter")
+    page.wait_for_function("!document.querySelector('#pictures a')")
+    assert np.array_equal(browser.shown_images(page, "#pictures"), images_SBHW[0])
+
+
+def test_the_other_model_draws_too(page, server):
+    page.goto(f"{server[0]}?model=1&labels=3,none&count=1&seed=7")
+    page.wait_for_selector(DRAWN, timeout=60_000)
+    images = browser.shown_images(page, "#pictures")
+    assert np.array_equal(images, expected(str(runs.mar()), [3, 10], 7))
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [("labels=11", "labels=11"), ("labels=3&top_p=x", "top_p=x"), ("model=5", "model=5")],
+)
+def test_a_link_that_cannot_be_drawn_says_why(page, server, query, message):
+    page.goto(f"{server[0]}?{query}")
+    page.wait_for_selector(f"text={message}", timeout=20_000)
+
+
+def test_a_value_that_cannot_be_drawn_says_why(page):
+    page.click("text=Options")
+    page.locator("label", has_text="guidance_schedule").locator("input, textarea").fill("steep")
+    page.click("#draw")
+    page.wait_for_selector("text=guidance_schedule=steep", timeout=20_000)
+
+
+def parts(log):
+    return log.read_text().count("part")
+
+
+@pytest.fixture
+def slow_parts(server):
+    file = slow_file(server[1])
+    file.touch()
+    yield
+    file.unlink()
+
+
+def test_one_page_at_a_time_is_computed_and_stopped(server, chromium, slow_parts):
+    address, log = server
+    first, second = (chromium.new_page() for _ in range(2))
+    start = parts(log)
+    first.goto(f"{address}?labels=0,3,6,9&count=16&seed=1")  # 8 parts
+    browser.wait_for(lambda: parts(log) > start)
+    second.goto(f"{address}?labels=3,none&count=1&seed=1")
+    second.wait_for_selector("text=queue: 1/1", timeout=20_000)
+    first.click("#stop")
+    second.wait_for_selector(DRAWN, timeout=60_000)
+    stopped = parts(log)
+    assert stopped < start + 8
+    first.click("#draw")
+    browser.wait_for(lambda: parts(log) > stopped)
+    first.close()
+    second.locator("#seed input").fill("2")
+    second.click("#draw")  # waits for what the closed page had begun, and no longer
+    second.wait_for_url("**seed=2**", timeout=60_000)
+    assert parts(log) < stopped + 8
+    second.close()

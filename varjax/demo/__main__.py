@@ -1,0 +1,90 @@
+"""Opens a page in a browser that draws images, and shows how they come about.
+
+varjax demo --weights=runs/digits
+varjax demo --weights=runs/digits --also=runs/digits_mar --port=8000
+
+The page is served to this machine only, and needs no connection to any other. Install Gradio for
+it: pip install "varjax[demo]"
+"""
+
+import argparse
+import importlib.util
+import logging
+import os
+import pathlib
+import sys
+import tempfile
+from typing import get_args
+
+from varjax.config.numbers import whole_number
+from varjax.demo.drawing import DemoModel
+from varjax.errors import InputError
+from varjax.models import Dtype, family_of, load, open_model
+from varjax.runtime.commands import command_parser, run_command
+
+HOST, PORT = "127.0.0.1", 7860
+MOST_PORT = 65535
+
+
+def open_demo(arguments: list[str]) -> None:
+    """Reads the command line, loads the models and serves the page until Ctrl-C.
+
+    Raises InputError, before any long work, if a flag is wrong or Gradio is not installed.
+    """
+    flags = _parser().parse_args(arguments)
+    whole_number("port", flags.port, 1, MOST_PORT, allowed=f"1 … {MOST_PORT}")
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError(
+            'the page needs Gradio, which is not installed: pip install "varjax[demo]"'
+        )
+    locations = [flags.weights, *([] if flags.also is None else [flags.also])]
+    models = [open_demo_model(location, flags.dtype) for location in locations]
+    with tempfile.TemporaryDirectory(prefix="varjax_demo_") as folder:
+        # Gradio reads these when it is imported.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+        from varjax.demo.server import serve_page
+
+        serve_page(models, flags.host, flags.port, flags.share == "true", pathlib.Path(folder))
+
+
+def open_demo_model(location: str, dtype: Dtype = "auto") -> DemoModel:
+    """Loads a model for the page.
+
+    Args:
+        location: training run, converted directory, or name of a published model.
+        dtype: number format; see `varjax.load`.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    weights = open_model(location)
+    family = family_of(weights)
+    flags = () if dtype == "auto" else (f"--dtype={dtype}",)
+    argument = "" if dtype == "auto" else f", dtype={dtype!r}"
+    return DemoModel(location, load(weights, dtype), flags, argument, family.keeps_scales)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("varjax demo", __doc__)
+    add = parser.add_argument
+    about = "training run (also RUN@STEP, RUN@best), converted directory, or published model: d16 …"
+    add("--weights", required=True, help=about)
+    add("--also", help="second model, to compare with the first one")
+    add("--port", type=int, default=PORT, help="port of the page's address (%(default)s)")
+    about = "address to listen on; 0.0.0.0 serves everyone who can reach this machine (%(default)s)"
+    add("--host", default=HOST, help=about)
+    about = "whether Gradio makes a public link, through servers of its makers (%(default)s)"
+    add("--share", choices=("true", "false"), default="false", help=about)
+    about = "number format of the matrix products (auto: float32 on a CPU, else bfloat16)"
+    add("--dtype", choices=get_args(Dtype), default="auto", help=about)
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs internal details
+    return run_command("varjax demo", lambda: open_demo(arguments), interrupted="stopped")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,129 @@
+"""Makes the controls of a model's sampling options, and reads them back, also from a link."""
+
+import argparse
+import dataclasses
+import typing
+import urllib.parse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import gradio as gr  # pyright: ignore[reportMissingImports]
+
+from varjax.cli.captions import class_titles
+from varjax.demo.drawing import DemoModel, Drawing, option_text
+from varjax.errors import InputError
+from varjax.sampling.sampler import parse_option
+
+
+class OptionControls:
+    """Makes the controls of one model: a choice of classes, and one control for each option.
+
+    The range, step and help of a control come from the field of the options, as those of a flag do.
+
+    Attributes:
+        model: model that the controls belong to.
+        components: Gradio's components: the classes first, then the options.
+    """
+
+    def __init__(self, model: DemoModel, classes: Sequence[int], several: bool = True):
+        self.model = model
+        sampler = model.sampler
+        titles = class_titles(range(sampler.classes + 1), sampler.labels)
+        self.components: list[Any] = [
+            gr.Dropdown(
+                [(title, number) for number, title in enumerate(titles)],
+                value=list(classes) if several else classes[0],
+                multiselect=several,
+                label="classes" if several else "class",
+                info="type to search; none of them means no class" if several else None,
+            )
+        ]
+        options = sampler.options()
+        self._hints = typing.get_type_hints(type(options))
+        self._fields = sorted(
+            dataclasses.fields(options), key=lambda field: field.metadata["slider"] is None
+        )
+        with gr.Accordion("Options", open=False):
+            for field in self._fields:
+                self.components.append(_control(field, getattr(options, field.name)))
+
+    @property
+    def names(self) -> list[str]:
+        """Returns the names of the options, in the order of their components."""
+        return [field.name for field in self._fields]
+
+    def read(self, values: Sequence[Any]) -> tuple[list[int], dict[str, Any]]:
+        """Returns the classes and the options by name from the values of the components.
+
+        Raises InputError for text that is no value of an option.
+        """
+        chosen, *rest = values
+        labels = chosen if isinstance(chosen, list) else [] if chosen is None else [chosen]
+        options = {
+            name: self._option(name, value) for name, value in zip(self.names, rest, strict=True)
+        }
+        return [int(label) for label in labels], options
+
+    def values_of_link(self, query: Mapping[str, str]) -> list[Any]:
+        """Returns the values of the components as a link says; `gr.skip()` for what it leaves out.
+
+        Raises InputError for text that is no class or value.
+        """
+        values: list[Any] = [gr.skip()]
+        if "labels" in query:
+            values = [[self._class(text) for text in query["labels"].split(",")]]
+        for name in self.names:
+            if name not in query:
+                values.append(gr.skip())
+                continue
+            value = self._option(name, query[name])
+            values.append(option_text(value) if isinstance(value, tuple) else value)
+        return values
+
+    def _class(self, text: str) -> int:
+        classes = self.model.sampler.classes
+        if text == "none":
+            return classes
+        label = self.model.sampler.labels.number(text)
+        if not 0 <= label <= classes:
+            raise InputError(f"labels={text}: allowed are 0 … {classes - 1}, or none")
+        return label
+
+    def _option(self, name: str, value: Any) -> Any:
+        hint = self._hints[name]
+        if isinstance(value, str):
+            if not value.strip():
+                return None
+            try:
+                return parse_option(name, hint, value.strip())
+            except argparse.ArgumentTypeError as error:
+                raise InputError(str(error)) from None
+        whole = int in (hint, *typing.get_args(hint))  # a slider may return 7.0
+        return int(value) if whole and value is not None and value == int(value) else value
+
+
+def link_query(drawing: Drawing, number: int) -> str:
+    """Returns the query of a link to a drawing: "?labels=3,1&count=2&seed=0&guidance=2.0".
+
+    Args:
+        drawing: what the link draws.
+        number: number of the model on the page.
+    """
+    none = drawing.model.sampler.classes
+    labels = ",".join("none" if label == none else str(label) for label in drawing.labels)
+    query = {"model": str(number)} if number else {}
+    query |= {"labels": labels, "count": str(drawing.count), "seed": str(drawing.seed)}
+    query |= {name: option_text(value) for name, value in drawing.changes.items()}
+    return "?" + urllib.parse.urlencode(query, safe=",:")
+
+
+def _control(field: dataclasses.Field, value: Any) -> Any:
+    """Returns the control of an option: a slider, a checkbox, or else text."""
+    about = {"label": field.name, "info": field.metadata["help"]}
+    slider = field.metadata["slider"]
+    if isinstance(value, bool):
+        return gr.Checkbox(value, **about)
+    if slider is None or isinstance(value, tuple):
+        return gr.Textbox(option_text(value), **about)
+    low, high, step = slider
+    return gr.Slider(low, max(high, value), value, step=step, **about)

@@ -1,0 +1,209 @@
+"""Draws what a page asks for, part by part, and says how to draw the same images elsewhere."""
+
+import dataclasses
+import math
+import shlex
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from varjax.cli.captions import class_titles
+from varjax.config.numbers import seed_number, whole_number
+from varjax.errors import InputError
+from varjax.runtime.hardware import device_memory
+from varjax.sampling.batch_size import fitting_batch_size
+from varjax.sampling.job import SamplingJob, sample_parts
+from varjax.sampling.sampler import Sampler
+from varjax.storage.picture_text import COMMAND, image_text
+
+MOST_IMAGES = 64  # of one request
+MOST_FILM_BYTES = 2**28  # of the images after all steps of one request, which the server keeps
+LARGEST_PART = 8  # images; a request is cancelled between two parts
+MEMORY = 2**33  # bytes, where a device does not report its memory
+
+
+@dataclasses.dataclass(frozen=True)
+class DemoModel:
+    """Names a model of a page.
+
+    Attributes:
+        location: run, directory or published name, as the command line gives it.
+        sampler: model that draws.
+        flags: further flags of `varjax sample` that load it, such as --dtype=float32.
+        arguments: further arguments of `varjax.load` that load it, as Python.
+        keeps_scales: whether the model draws scale by scale (VAR), and can vary and upscale images.
+    """
+
+    location: str
+    sampler: Any  # a `Sampler`; of families that keep scales, with `vary` and `upscale`
+    flags: tuple[str, ...] = ()
+    arguments: str = ""
+    keeps_scales: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """Holds a request for images, checked.
+
+        drawing = checked_drawing(model, [3, 1], count=2, seed=0, options={"guidance": 2.0})
+
+    Attributes:
+        model: model that draws.
+        labels: classes to draw; the number of classes itself means "no class".
+        count: number of images of each class.
+        seed: random seed of all images.
+        options: sampling options of the model, a frozen dataclass.
+    """
+
+    model: DemoModel
+    labels: tuple[int, ...]
+    count: int
+    seed: int
+    options: Any
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Returns the options that differ from the model's own."""
+        own, chosen = (dataclasses.asdict(x) for x in (self.model.sampler.options(), self.options))
+        return {name: value for name, value in chosen.items() if value != own[name]}
+
+    @property
+    def job(self) -> SamplingJob:
+        """Returns the job of `varjax sample` for the same images, in parts of a page."""
+        images = len(self.labels) * self.count
+        size = part_size(self.model.sampler, self.options, images)
+        return SamplingJob(self.labels, self.count, self.seed, self.options, size, every_step=True)
+
+    @property
+    def program(self) -> tuple[Any, ...]:
+        """Returns what the compiled program depends on, so that an equal one is not compiled."""
+        fields = [field for field in dataclasses.fields(self.options) if field.metadata["static"]]
+        static = tuple(getattr(self.options, field.name) for field in fields)
+        return self.model.location, self.job.batch_size, type(self.options), static
+
+    @property
+    def image_names(self) -> list[str]:
+        """Returns the class of each image in words."""
+        return class_titles(self.job.label_N, self.model.sampler.labels)
+
+    @property
+    def file_names(self) -> list[str]:
+        """Returns the name of the file of each image, as `varjax sample` names it in a folder."""
+        return [
+            f"{number:06d}_label{label:04d}.png" for number, label in enumerate(self.job.label_N)
+        ]
+
+    def command(self) -> str:
+        """Returns the command line that draws the same images into a folder."""
+        return shlex.join(["varjax", "sample", *self._arguments()])
+
+    def snippet(self) -> str:
+        """Returns a Python program that draws the same images."""
+        labels = self.job.label_N.tolist()
+        given = "".join(f", {name}={value!r}" for name, value in self.changes.items())
+        return (
+            "import varjax\n\n"
+            f"model = varjax.load({self.model.location!r}{self.model.arguments})\n"
+            f"images_BHWC = model.sample({labels}, seed={self.seed}{given})\n"
+            'varjax.save(images_BHWC, "samples.png")\n'
+        )
+
+    def texts(self) -> list[dict[str, str]]:
+        """Returns what the file of each image says about itself."""
+        request = self.job.request(self.model.sampler)
+        return [
+            image_text(request, number, label) | {COMMAND: self.command()}
+            for number, label in enumerate(self.job.label_N)
+        ]
+
+    def _arguments(self) -> list[str]:
+        none = self.model.sampler.classes
+        labels = ",".join("none" if label == none else str(label) for label in self.labels)
+        options = [
+            f"--{name}" if value is True else f"--{name}={option_text(value)}"
+            for name, value in self.changes.items()
+        ]
+        return [
+            f"--weights={self.model.location}",
+            *self.model.flags,
+            f"--labels={labels}",
+            f"--count={self.count}",
+            f"--seed={self.seed}",
+            *options,
+            "--out=samples",
+        ]
+
+
+def checked_drawing(
+    model: DemoModel, labels: Sequence[int], count: Any, seed: Any, options: Mapping[str, Any]
+) -> Drawing:
+    """Checks a request for images.
+
+    Args:
+        model: model that draws.
+        labels: classes to draw; none of them means "no class".
+        count: number of images of each class.
+        seed: random seed of all images.
+        options: sampling options to replace, by name.
+
+    Raises:
+        InputError: a number out of range, or too many images.
+    """
+    sampler: Sampler = model.sampler
+    known = tuple(whole_number("class", label, 0, sampler.classes) for label in labels)
+    drawing = Drawing(
+        model,
+        known or (sampler.classes,),
+        whole_number("count", count, 1, MOST_IMAGES),
+        seed_number("seed", seed),
+        sampler.options(**options),
+    )
+    classes, images = len(drawing.labels), len(drawing.labels) * drawing.count
+    film_bytes = sampler.steps(drawing.options) * math.prod(sampler.image_shape)
+    most = max(1, min(MOST_IMAGES, MOST_FILM_BYTES // film_bytes))
+    if images > most:
+        raise InputError(
+            f"{drawing.count} images of each of {classes} classes are {images}; this page draws at "
+            f"most {most} at once (varjax sample draws any number)"
+        )
+    return drawing
+
+
+def option_text(value: Any) -> str:
+    """Returns the value of an option as a flag takes it: "2.5", or "1.0,2.0,3.0"."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def part_size(sampler: Sampler, options: Any, images: int) -> int:
+    """Returns how many images a device draws at a time: a power of two, so few sizes compile.
+
+    Args:
+        sampler: model that draws.
+        options: sampling options of the model.
+        images: number of images of the request.
+    """
+    memory = device_memory(sampler.devices[0]) or MEMORY
+    per_device = -(-images // len(sampler.devices))
+    largest = min(LARGEST_PART, 2 ** (per_device.bit_length() - 1))
+    return fitting_batch_size(lambda n: sampler.sampling_bytes(n, options), memory, largest)
+
+
+def draw_parts(drawing: Drawing) -> Iterator[tuple[np.ndarray, float]]:
+    """Draws images, some at a time, until all are drawn or the caller stops iterating.
+
+    Yields:
+        The next images after every step, (n, S, H, W, channels) uint8, and the seconds that they
+        took.
+
+    Raises:
+        InputError: NaN in an image.
+    """
+    job, sampler = drawing.job, drawing.model.sampler
+    together = len(sampler.devices)
+    for first in range(0, len(job.parts), together):
+        start = time.perf_counter()
+        parts = [*sample_parts(sampler, job, job.parts[first : first + together])]
+        images_NSHWC = np.concatenate([images for _, images in parts])
+        yield images_NSHWC, time.perf_counter() - start

@@ -1,0 +1,60 @@
+"""Serves the page with Gradio, which calls nothing outside of this machine."""
+
+import pathlib
+import time
+from collections.abc import Sequence
+
+import gradio as gr  # pyright: ignore[reportMissingImports]
+
+from varjax.demo.drawing import DemoModel
+from varjax.demo.page import make_page
+from varjax.demo.picture_grid import PAGE_CSS
+from varjax.errors import InputError
+
+MOST_UPLOAD = "64mb"
+MOST_WAITING = 32  # requests in the queue
+
+
+def serve_page(
+    models: Sequence[DemoModel], host: str, port: int, share: bool, folder: pathlib.Path
+) -> None:
+    """Serves the page until Ctrl-C.
+
+    Args:
+        models: models to draw with.
+        host: address to listen on.
+        port: port to listen on.
+        share: whether Gradio also makes a public link.
+        folder: folder for the files of the page.
+
+    Raises:
+        InputError: the address or the port cannot be used.
+    """
+    page = make_page(models, folder)
+    page.queue(default_concurrency_limit=1, max_size=MOST_WAITING, api_open=False)
+    try:
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            quiet=True,
+            show_error=True,
+            prevent_thread_lock=True,
+            max_file_size=MOST_UPLOAD,
+            footer_links=[],
+            ssr_mode=False,
+            css=PAGE_CSS,
+        )
+    except OSError as error:
+        raise InputError(
+            f"host={host}, port={port}: cannot listen there, perhaps because another program does; "
+            "give another --port"
+        ) from error
+    print(f"open {page.local_url} in a browser; Ctrl-C stops", flush=True)
+    if page.share_url:
+        print(f"public link: {page.share_url}", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    finally:
+        page.close()
