@@ -46,6 +46,7 @@ demo: setup
 	$(PY) train.py --config=configs/digits.py
 	@$(MAKE) --no-print-directory runs/digits/samples.npz
 	$(PY) -m varjax.evaluation.digits_report --run=runs/digits --samples=runs/digits/samples.npz
+	@echo "To draw in a browser: $(VENV)/bin/varjax demo --weights=runs/digits"
 
 demo-mar: setup
 	$(PY) train.py --config=configs/digits_kl_tokenizer.py
@@ -53,6 +54,7 @@ demo-mar: setup
 	@$(MAKE) --no-print-directory runs/digits_mar/samples.npz
 	$(PY) -m varjax.evaluation.digits_report --run=runs/digits_mar --tokenizer=runs/digits_kl_tokenizer \
 		--samples=runs/digits_mar/samples.npz --compare=runs/digits
+	@echo "To draw in a browser: $(VENV)/bin/varjax demo --weights=runs/digits_mar"
 
 # Sampled again only after more training, which updates metrics.jsonl.
 runs/%/samples.npz: runs/%/metrics.jsonl

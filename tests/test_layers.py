@@ -35,6 +35,7 @@ LAYER = {
     "benchmark": 11,
     "evaluation": 11,
     "cli": 11,
+    "demo": 12,
     "api": 12,
     "__init__": 13,
     "__main__": 13,  # also that of a folder, which is a command

@@ -37,7 +37,9 @@ def imports(file):
 
 
 def test_everything_imported_is_declared():
-    declared = names(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["hub"])
+    extras = PROJECT["optional-dependencies"]
+    optional = [extras[name] for name in ("demo", "digits", "hub", "plot", "tfds")]
+    declared = names(sum(optional, PROJECT["dependencies"]))
     declared -= {"filelock"}  # imported by JAX, for its cache
     used = {name for folder in ("varjax", "configs") for file in (ROOT / folder).rglob("*.py")
             for name in imports(file)} - sys.stdlib_module_names - {"varjax"}  # fmt: skip
@@ -65,7 +67,8 @@ def locked(file):
 @pytest.mark.parametrize("python", ["3.11", "3.12"])
 def test_lock_files_have_all_packages_with_hashes_in_the_tested_versions(python):
     versions = locked(ROOT / f"requirements/lock-{python}.txt")
-    needed = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    extras = PROJECT["optional-dependencies"]
+    needed = PROJECT["dependencies"] + extras["dev"] + extras["demo"]
     assert {name.lower() for name in names(needed)} <= versions.keys() and len(versions) > 100
     for line in (ROOT / "constraints.txt").read_text().splitlines():
         pin, _, marker = line.partition("; python_version ")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import varjax
 from tests.helpers import runs
 from varjax.cli import sample
 from varjax.demo.__main__ import open_demo_model
@@ -95,7 +94,7 @@ def test_what_cannot_be_drawn_is_refused(model, labels, count, seed, options, me
 def test_images_are_enlarged_by_whole_numbers_and_words_are_escaped():
     images_NHWC = np.zeros((1, 8, 8, 1), np.uint8)
     page = picture_grid(images_NHWC, ["<b>"], ["a.png"], [{"Command": "x"}])
-    assert 'width="192" height="192"' in page and "<b>" not in page and "&lt;b&gt;" in page
+    assert 'width="144" height="144"' in page and "<b>" not in page and "&lt;b&gt;" in page
     assert 'download="a.png"' in page and image_url(images_NHWC[0], {"Command": "x"}) in page
     assert 'width="256"' in picture_grid(np.zeros((1, 256, 256, 3), np.uint8), ["x"])
 

@@ -60,7 +60,7 @@ def expected(weights, *arguments, **options):
 
 def test_a_link_draws_the_same_images_as_python_to_the_bit(page, server, weights):
     page.goto(f"{server[0]}?labels=3,none&count=1&seed=7&guidance=2.0&guidance_schedule=constant")
-    page.wait_for_selector(DRAWN, timeout=60_000)
+    page.wait_for_selector(DRAWN, timeout=180_000)
     given = {"guidance": 2.0, "guidance_schedule": "constant"}
     assert np.array_equal(
         browser.shown_images(page, "#pictures"), expected(weights, [3, 10], 7, **given)
@@ -69,14 +69,14 @@ def test_a_link_draws_the_same_images_as_python_to_the_bit(page, server, weights
     assert query == "labels=3,none&count=1&seed=7&guidance=2.0&guidance_schedule=constant"
     before = browser.shown_images(page, "#pictures")
     page.reload()
-    page.wait_for_selector(DRAWN, timeout=60_000)
+    page.wait_for_selector(DRAWN, timeout=180_000)
     assert np.array_equal(browser.shown_images(page, "#pictures"), before)
 
 
 def test_drawing_by_hand_shows_films_and_files(page, weights):
     page.locator("#seed input").fill("9")
     page.click("#draw")
-    page.wait_for_selector(DRAWN, timeout=60_000)
+    page.wait_for_selector(DRAWN, timeout=180_000)
     finished = browser.shown_images(page, "#pictures")
     labels = np.repeat([0, 3, 6, 9], 2)
     images_SBHWC = varjax.load(weights).sample(labels, 9, every_step=True)
@@ -97,7 +97,7 @@ def test_drawing_by_hand_shows_films_and_files(page, weights):
 
 def test_the_other_model_draws_too(page, server):
     page.goto(f"{server[0]}?model=1&labels=3,none&count=1&seed=7")
-    page.wait_for_selector(DRAWN, timeout=60_000)
+    page.wait_for_selector(DRAWN, timeout=180_000)
     images = browser.shown_images(page, "#pictures")
     assert np.array_equal(images, expected(str(runs.mar()), [3, 10], 7))
 
@@ -139,7 +139,7 @@ def test_one_page_at_a_time_is_computed_and_stopped(server, chromium, slow_parts
     second.goto(f"{address}?labels=3,none&count=1&seed=1")
     second.wait_for_selector("text=queue: 1/1", timeout=20_000)
     first.click("#stop")
-    second.wait_for_selector(DRAWN, timeout=60_000)
+    second.wait_for_selector(DRAWN, timeout=180_000)
     stopped = parts(log)
     assert stopped < start + 8
     first.click("#draw")
@@ -147,6 +147,6 @@ def test_one_page_at_a_time_is_computed_and_stopped(server, chromium, slow_parts
     first.close()
     second.locator("#seed input").fill("2")
     second.click("#draw")  # waits for what the closed page had begun, and no longer
-    second.wait_for_url("**seed=2**", timeout=60_000)
+    second.wait_for_url("**seed=2**", timeout=180_000)
     assert parts(log) < stopped + 8
     second.close()

@@ -79,18 +79,17 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path) -> DrawTab:
 
     def draw_images(request: gr.Request, chosen: int, count: Any, seed: Any, *values: Any):
         drawing = read_drawing(models, controls, chosen, count, seed, values)
-        film, seconds = None, 0.0
-        for film, shown, seconds in played_films(drawing, FILM_SECONDS):
+        first = drawing.program not in compiled
+        yield {note: "compiling the program for these options and this number of images …" * first}
+        for film, shown, seconds in played_films(drawing, FILM_SECONDS):  # noqa: B007  (the last)
             yield {pictures: film.frame(shown)}
-        assert film is not None
         file = folder / f"{request.session_hash}.zip"
         label = "after scale" if drawing.model.keeps_scales else "after step"
         file.write_bytes(film.archive())
-        note_text = speed_note(film, seconds, drawing.program not in compiled)
         compiled.add(drawing.program)
         yield {
             step: gr.Slider(1, film.steps, film.steps, label=label, visible=film.steps > 1),
-            note: note_text,
+            note: speed_note(film, seconds, first),
             download: gr.DownloadButton(value=str(file), visible=True),
             command: drawing.command(),
             snippet: drawing.snippet(),
@@ -173,7 +172,7 @@ def add_seed() -> tuple[Any, Any]:
     """Adds a random seed, and a button that chooses another one."""
     with gr.Row(equal_height=True):
         seed = gr.Number(0, label="seed", precision=0, minimum=0, scale=3, elem_id="seed")
-        die = gr.Button("Another seed", scale=1, min_width=80, elem_id="die")
+        die = gr.Button("Another seed", scale=1, min_width=80, size="sm", elem_id="die")
     die.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)")
     return seed, die
 
@@ -193,7 +192,7 @@ def read_drawing(
         controls: controls of each model.
         chosen: number of the chosen model.
         count: number of images of each class.
-        seed: random seed.
+        seed: random seed of all images.
         values: values of the components of all models' controls.
 
     Raises:
@@ -250,7 +249,7 @@ def speed_note(film: Film, seconds: float, first: bool) -> str:
     """Returns what a page says about the speed of a drawing.
 
     Args:
-        film: the images.
+        film: images that were drawn.
         seconds: time that drawing them took.
         first: whether their program was compiled for them.
     """

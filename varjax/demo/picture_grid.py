@@ -11,7 +11,7 @@ import numpy as np
 
 from varjax.storage.image_io import png_bytes
 
-SHOWN_SIDE = 192  # pixels on the page that smaller images are enlarged to, about
+SHOWN_SIDE = 144  # pixels on the page that smaller images are enlarged to, about
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def picture_grid(
     """Returns HTML that shows images in rows.
 
     Args:
-        images_NHWC: uint8 images.
+        images_NHWC: uint8 images to show.
         names: caption of each image.
         files: name of the file that a click on each image saves; () for no files.
         texts: text that each file carries, by keyword.
@@ -90,10 +90,12 @@ def image_url(image_HWC: np.ndarray, text: dict[str, str] | None = None) -> str:
 PAGE_CSS = """
 .picture-grid { display: flex; flex-wrap: wrap; gap: 8px; align-items: flex-start; }
 .picture-grid figure { margin: 0 !important; max-width: 100%; }
+.picture-grid a, .picture-grid img { display: block; margin: 0 !important; padding: 0 !important; }
 .picture-grid img {
-  display: block; max-width: 100%; height: auto; margin: 0 !important; image-rendering: pixelated;
+  max-width: 100%; height: auto; image-rendering: pixelated;
 }
 .picture-grid figcaption {
-  margin: 2px 0 0 !important; font-size: 12px; color: var(--body-text-color-subdued);
+  margin: 2px 0 0 !important; font-size: 12px; line-height: 1.2;
+  color: var(--body-text-color-subdued);
 }
 """

@@ -4,8 +4,6 @@ import pathlib
 import time
 from collections.abc import Sequence
 
-import gradio as gr  # pyright: ignore[reportMissingImports]
-
 from varjax.demo.drawing import DemoModel
 from varjax.demo.page import make_page
 from varjax.demo.picture_grid import PAGE_CSS
