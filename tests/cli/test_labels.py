@@ -20,6 +20,7 @@ def test_without_labels_they_are_spread_over_the_classes():
     [
         ("all", (0, 1, 2)),
         ("2,0", (2, 0)),
+        ("none,1,none", (3, 1, 3)),
         ("bag,T-shirt/top,0", (1, 0, 0)),
         (r"coat\, long,bag", (2, 1)),
         ("1,bag:0.5+0:0.5", (1, "1:0.5+0:0.5")),

@@ -37,17 +37,21 @@ def server(weights, chromium, tmp_path_factory):
 
 
 @pytest.fixture
-def page(server, chromium):
-    """A page at its address, whose requests and errors are checked at the end."""
+def open_page(server, chromium):
+    """Opens a page at a link, whose requests and errors are checked at the end."""
     address, log = server
     page = chromium.new_page(viewport={"width": 1280, "height": 900})
     requests, errors = [], []
     page.on("request", lambda request: requests.append(request.url))
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.goto(address)
-    page.wait_for_selector("#draw")
-    yield page
-    assert not [url for url in requests if not url.startswith((address, "data:", "blob:"))]
+
+    def opened(query=""):
+        page.goto(address + query)
+        page.wait_for_selector("#draw")
+        return page
+
+    yield opened
+    assert requests and not [x for x in requests if not x.startswith((address, "data:", "blob:"))]
     assert not errors
     assert "elsewhere" not in log.read_text()
     page.close()
@@ -58,8 +62,8 @@ def expected(weights, *arguments, **options):
     return image_io.to_uint8(np.asarray(images_BHWC))[..., 0]
 
 
-def test_a_link_draws_the_same_images_as_python_to_the_bit(page, server, weights):
-    page.goto(f"{server[0]}?labels=3,none&count=1&seed=7&guidance=2.0&guidance_schedule=constant")
+def test_a_link_draws_the_same_images_as_python_to_the_bit(open_page, weights):
+    page = open_page("?labels=3,none&count=1&seed=7&guidance=2.0&guidance_schedule=constant")
     page.wait_for_selector(DRAWN, timeout=180_000)
     given = {"guidance": 2.0, "guidance_schedule": "constant"}
     assert np.array_equal(
@@ -73,7 +77,8 @@ def test_a_link_draws_the_same_images_as_python_to_the_bit(page, server, weights
     assert np.array_equal(browser.shown_images(page, "#pictures"), before)
 
 
-def test_drawing_by_hand_shows_films_and_files(page, weights):
+def test_drawing_by_hand_shows_films_and_files(open_page, weights):
+    page = open_page()
     page.locator("#seed input").fill("9")
     page.click("#draw")
     page.wait_for_selector(DRAWN, timeout=180_000)
@@ -95,8 +100,8 @@ def test_drawing_by_hand_shows_films_and_files(page, weights):
     assert np.array_equal(browser.shown_images(page, "#pictures"), images_SBHW[0])
 
 
-def test_the_other_model_draws_too(page, server):
-    page.goto(f"{server[0]}?model=1&labels=3,none&count=1&seed=7")
+def test_the_other_model_draws_too(open_page):
+    page = open_page("?model=1&labels=3,none&count=1&seed=7")
     page.wait_for_selector(DRAWN, timeout=180_000)
     images = browser.shown_images(page, "#pictures")
     assert np.array_equal(images, expected(str(runs.mar()), [3, 10], 7))
@@ -106,12 +111,13 @@ def test_the_other_model_draws_too(page, server):
     ("query", "message"),
     [("labels=11", "labels=11"), ("labels=3&top_p=x", "top_p=x"), ("model=5", "model=5")],
 )
-def test_a_link_that_cannot_be_drawn_says_why(page, server, query, message):
-    page.goto(f"{server[0]}?{query}")
+def test_a_link_that_cannot_be_drawn_says_why(open_page, query, message):
+    page = open_page(f"?{query}")
     page.wait_for_selector(f"text={message}", timeout=20_000)
 
 
-def test_a_value_that_cannot_be_drawn_says_why(page):
+def test_a_value_that_cannot_be_drawn_says_why(open_page):
+    page = open_page()
     page.click("text=Options")
     page.locator("label", has_text="guidance_schedule").locator("input, textarea").fill("steep")
     page.click("#draw")

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr  # pyright: ignore[reportMissingImports]
 
 from varjax.cli.captions import class_titles
-from varjax.demo.drawing import DemoModel, Drawing, option_text
+from varjax.demo.drawing import DemoModel, Drawing, flag_text
 from varjax.errors import InputError
 from varjax.sampling.sampler import parse_option
 
@@ -77,7 +77,7 @@ class OptionControls:
                 values.append(gr.skip())
                 continue
             value = self._option(name, query[name])
-            values.append(option_text(value) if isinstance(value, tuple) else value)
+            values.append(flag_text(value) if isinstance(value, tuple) else value)
         return values
 
     def _class(self, text: str) -> int:
@@ -113,7 +113,7 @@ def link_query(drawing: Drawing, number: int) -> str:
     labels = ",".join("none" if label == none else str(label) for label in drawing.labels)
     query = {"model": str(number)} if number else {}
     query |= {"labels": labels, "count": str(drawing.count), "seed": str(drawing.seed)}
-    query |= {name: option_text(value) for name, value in drawing.changes.items()}
+    query |= {name: flag_text(value) for name, value in drawing.changes.items()}
     return "?" + urllib.parse.urlencode(query, safe=",:")
 
 
@@ -124,6 +124,6 @@ def _control(field: dataclasses.Field, value: Any) -> Any:
     if isinstance(value, bool):
         return gr.Checkbox(value, **about)
     if slider is None or isinstance(value, tuple):
-        return gr.Textbox(option_text(value), **about)
+        return gr.Textbox(flag_text(value), **about)
     low, high, step = slider
     return gr.Slider(low, max(high, value), value, step=step, **about)

@@ -12,7 +12,7 @@ import numpy as np
 
 from varjax.demo.controls import OptionControls, link_query
 from varjax.demo.drawing import DemoModel, Drawing, checked_drawing, draw_parts
-from varjax.demo.picture_grid import Film
+from varjax.demo.picture_grid import Film, Words
 from varjax.errors import InputError
 
 COMPUTATION = "computation"  # what Gradio runs one at a time, and queues
@@ -228,7 +228,7 @@ def played_films(drawing: Drawing, film_seconds: float) -> Iterator[tuple[Film, 
     Raises:
         gr.Error: a user's mistake, such as a model whose images are NaN.
     """
-    words = drawing.image_names, drawing.file_names, drawing.texts()
+    words = Words(drawing.image_names, drawing.file_names, drawing.texts())
     drawn: list[np.ndarray] = []
     seconds = 0.0
     with shown_errors():
@@ -237,12 +237,12 @@ def played_films(drawing: Drawing, film_seconds: float) -> Iterator[tuple[Film, 
             still = [np.repeat(x[:, -1:], x.shape[1], axis=1) for x in drawn]
             drawn.append(latest_NSHWC)
             playing = np.concatenate([*still, latest_NSHWC])
-            (N, S), images = playing.shape[:2], len(words[0])
+            S, images = playing.shape[1], len(drawing.job.label_N)
             steps = np.unique(np.linspace(1, S, min(S, MOST_FRAMES)).astype(int))
             for step in steps[:-1]:
-                yield Film(playing, *(x[:N] for x in words)), int(step), seconds
+                yield Film(playing, words), int(step), seconds
                 time.sleep(film_seconds / len(steps) * len(latest_NSHWC) / images)
-            yield Film(np.concatenate(drawn), *(x[:N] for x in words)), S, seconds
+            yield Film(np.concatenate(drawn), words), S, seconds
 
 
 def speed_note(film: Film, seconds: float, first: bool) -> str:

@@ -122,7 +122,7 @@ class Drawing:
         none = self.model.sampler.classes
         labels = ",".join("none" if label == none else str(label) for label in self.labels)
         options = [
-            f"--{name}" if value is True else f"--{name}={option_text(value)}"
+            f"--{name}" if value is True else f"--{name}={flag_text(value)}"
             for name, value in self.changes.items()
         ]
         return [
@@ -171,7 +171,7 @@ def checked_drawing(
     return drawing
 
 
-def option_text(value: Any) -> str:
+def flag_text(value: Any) -> str:
     """Returns the value of an option as a flag takes it: "2.5", or "1.0,2.0,3.0"."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 

@@ -5,7 +5,7 @@ import dataclasses
 import html
 import io
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,74 +15,75 @@ SHOWN_SIDE = 144  # pixels on the page that smaller images are enlarged to, abou
 
 
 @dataclasses.dataclass(frozen=True)
+class Words:
+    """Holds the words of images, in their order; there may be more than images so far.
+
+    Attributes:
+        names: caption of each image.
+        files: name of the file that a click on each image saves; () for no files.
+        texts: text that each file carries, by keyword.
+    """
+
+    names: Sequence[str]
+    files: Sequence[str] = ()
+    texts: Sequence[Mapping[str, str]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Film:
     """Holds images after every step, with their words.
 
     Attributes:
         images_NSHWC: uint8 images, the finished ones last.
-        names: caption of each image.
-        files: name of the file of each image.
-        texts: text that the file of each image carries, by keyword.
+        words: words of the images.
     """
 
     images_NSHWC: np.ndarray
-    names: Sequence[str]
-    files: Sequence[str]
-    texts: Sequence[dict[str, str]]
+    words: Words
 
     @property
     def steps(self) -> int:
+        """Number of steps S."""
         return self.images_NSHWC.shape[1]
 
     def frame(self, step: int) -> str:
         """Returns the HTML of all images after a step, counted from 1."""
         step = min(max(step, 1), self.steps)
-        images_NHWC = self.images_NSHWC[:, step - 1]
-        if step < self.steps:
-            return picture_grid(images_NHWC, self.names)
-        return picture_grid(images_NHWC, self.names, self.files, self.texts)
+        words = self.words if step == self.steps else Words(self.words.names)
+        return picture_grid(self.images_NSHWC[:, step - 1], words)
 
     def archive(self) -> bytes:
         """Returns a ZIP of the finished images as PNG."""
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w") as archive:  # PNGs are compressed already
-            for number, name in enumerate(self.files):
-                image_HWC = self.images_NSHWC[number, -1]
-                archive.writestr(name, png_bytes(image_HWC, self.texts[number]))
+            for number, image_SHWC in enumerate(self.images_NSHWC):
+                data = png_bytes(image_SHWC[-1], self.words.texts[number])
+                archive.writestr(self.words.files[number], data)
         return file.getvalue()
 
 
-def picture_grid(
-    images_NHWC: np.ndarray,
-    names: Sequence[str],
-    files: Sequence[str] = (),
-    texts: Sequence[dict[str, str]] = (),
-) -> str:
+def picture_grid(images_NHWC: np.ndarray, words: Words) -> str:
     """Returns HTML that shows images in rows.
 
     Args:
         images_NHWC: uint8 images to show.
-        names: caption of each image.
-        files: name of the file that a click on each image saves; () for no files.
-        texts: text that each file carries, by keyword.
+        words: words of the images.
     """
     enlarge = max(1, SHOWN_SIDE // max(images_NHWC.shape[1:3]))
     H, W = (side * enlarge for side in images_NHWC.shape[1:3])
     figures = []
-    for number, (image_HWC, name) in enumerate(zip(images_NHWC, names, strict=True)):
-        url = image_url(image_HWC, texts[number] if files else None)
-        caption = html.escape(name)
+    for number, image_HWC in enumerate(images_NHWC):
+        url = image_url(image_HWC, words.texts[number] if words.files else None)
+        caption = html.escape(words.names[number])
         picture = f'<img src="{url}" width="{W}" height="{H}" alt="{caption}">'
-        if files:
-            title = f'title="save {html.escape(files[number])}"'
-            picture = (
-                f'<a href="{url}" download="{html.escape(files[number])}" {title}>{picture}</a>'
-            )
+        if words.files:
+            file = html.escape(words.files[number])
+            picture = f'<a href="{url}" download="{file}" title="save {file}">{picture}</a>'
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     return f'<div class="picture-grid">{"".join(figures)}</div>'
 
 
-def image_url(image_HWC: np.ndarray, text: dict[str, str] | None = None) -> str:
+def image_url(image_HWC: np.ndarray, text: Mapping[str, str] | None = None) -> str:
     """Returns a PNG as a "data:" URL."""
     return "data:image/png;base64," + base64.b64encode(png_bytes(image_HWC, text)).decode()
 
