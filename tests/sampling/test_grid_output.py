@@ -15,4 +15,5 @@ def test_classes_are_named_once():
     assert captions([*"11112222"], 2).rows == ["1", "", "2", ""]
     assert captions([*"1234"], 1).tiles == captions([*"1234"]).tiles == [*"1234"]
     assert captions([*"112"], 2).rows == ["1", "2"]
-    assert captions([*"3333"]).title == "a · 3" and not captions([*"3333"]).rows
+    assert captions([*"3333"]).title == "a · class 3" and not captions([*"3333"]).rows
+    assert captions(["7 bag"] * 4).title == "a · 7 bag"

@@ -23,7 +23,7 @@ from varjax.errors import InputError
 from varjax.models import family_of, load, open_model, option_classes
 from varjax.runtime.first_call import FirstCall, announce_compilation
 from varjax.sampling.batch_size import choose_batch_size
-from varjax.sampling.grid_output import PictureWords
+from varjax.sampling.grid_output import PictureWords, name_in_title
 from varjax.sampling.outputs import (
     FILM_SUFFIXES,
     check_finite_images,
@@ -199,7 +199,7 @@ def _words(request: PictureRequest, names: Sequence[str]) -> PictureWords:
     """Returns the words of the output, whose images have these names."""
     flags, model, (command, arguments) = request.flags, request.model, request.command
     label = class_titles([request.label], model.labels)[0]
-    title = f"{command}: {picture_title(flags, request.options)} · {label}"
+    title = f"{command}: {picture_title(flags, request.options)} · {name_in_title(label)}"
     settings = {"label": request.label, "count": flags.count, "seed": flags.seed}
     settings |= dataclasses.asdict(request.options) | model.identity()
     return PictureWords(title, names, command_text(f"varjax {command}", arguments, settings))

@@ -47,6 +47,11 @@ def grid_columns(classes: int, count: int) -> int | None:
     return count if count <= MOST_COLUMNS or not equal_rows else equal_rows[-1]
 
 
+def name_in_title(name: str) -> str:
+    """Returns the name of an image as a title says it: a number is called a class."""
+    return f"class {name}" if name.isdecimal() else name
+
+
 def grid_captions(words: PictureWords, images: int, columns: int | None) -> Captions:
     """Names the rows of a grid if each shows one class, and otherwise each image.
 
@@ -57,7 +62,7 @@ def grid_captions(words: PictureWords, images: int, columns: int | None) -> Capt
     """
     names, columns = list(words.names), columns or math.ceil(math.sqrt(images))
     if len(set(names)) == 1:
-        return Captions(f"{words.title} · {names[0]}" if words.title else names[0])
+        return Captions(" · ".join(filter(None, (words.title, name_in_title(names[0])))))
     rows = [names[start : start + columns] for start in range(0, images, columns)]
     if columns == 1 or any(len(set(row)) > 1 for row in rows):
         return Captions(words.title, tiles=names)
