@@ -6,6 +6,7 @@ It needs jax, numpy and safetensors. In Python, `exported_model.py` also edits a
 """
 
 import argparse
+import pathlib
 import struct
 import sys
 import zlib
@@ -29,7 +30,8 @@ def main():
         flags = vars(parser.parse_args())
         labels, count, out = (flags.pop(name) for name in ("labels", "count", "out"))
         images_NHWC = model.sample([x for x in labels.split(",") for _ in range(count)], **flags)
-        write_grid(out, images_NHWC, count if count > 1 else len(images_NHWC))
+        columns = count if count > 1 else len(images_NHWC)
+        pathlib.Path(out).write_bytes(grid_png(images_NHWC, columns))
     except (ValueError, OSError) as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
@@ -37,8 +39,8 @@ def main():
     return 0
 
 
-def write_grid(path, images_NHWC, columns):
-    """Writes images in rows of `columns`, as 8-bit gray, RGB or RGBA."""
+def grid_png(images_NHWC, columns=1):
+    """Returns the bytes of a PNG, 8-bit gray, RGB or RGBA, with images in rows of `columns`."""
     if not np.isfinite(images_NHWC).all():
         raise ValueError("the images contain NaN or infinity; try weaker guidance")
     pixels = np.rint(np.clip(images_NHWC, 0, 1) * 255).astype(np.uint8)
@@ -48,11 +50,11 @@ def write_grid(path, images_NHWC, columns):
     kind = {1: 0, 3: 2, 4: 6}[channels]
     header = struct.pack(">2I5B", columns * W, len(lines), 8, kind, 0, 0, 0)
     data = zlib.compress(np.pad(lines, ((0, 0), (1, 0))).tobytes())  # 0: each line is unfiltered
-    with open(path, "wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n")
-        for name, part in (b"IHDR", header), (b"IDAT", data), (b"IEND", b""):
-            checksum = zlib.crc32(name + part)
-            file.write(struct.pack(">I", len(part)) + name + part + struct.pack(">I", checksum))
+    png = b"\x89PNG\r\n\x1a\n"
+    for name, part in (b"IHDR", header), (b"IDAT", data), (b"IEND", b""):
+        checksum = zlib.crc32(name + part)
+        png += struct.pack(">I", len(part)) + name + part + struct.pack(">I", checksum)
+    return png
 
 
 if __name__ == "__main__":
