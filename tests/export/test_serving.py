@@ -40,6 +40,9 @@ def test_every_request_gets_its_image_and_bad_ones_are_refused(tmp_path, monkeyp
     weights, sizes = runs.untrained_var(), (1, 8)
     export_model(weights, "exported", ("sample",), sizes, platforms=("cpu",))
     server = {"__name__": "server"}
+    for name in ("run", "exported_model"):  # restored after the test
+        monkeypatch.setitem(sys.modules, name, None)
+        del sys.modules[name]
     exec(SERVER, server)
     count = 40
     with (
