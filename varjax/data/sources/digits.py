@@ -53,7 +53,7 @@ class Digits:
         with needs_extra("digits", "scikit-learn", "the dataset of digits"):
             from sklearn.datasets import load_digits  # a second, and only this dataset needs it
 
-        images_NHW, labels_N = load_digits(return_X_y=True)
+        images_NHW, labels_N = map(np.asarray, load_digits(return_X_y=True))
         images_NHWC = (
             np.rint(images_NHW * (255 / 16)).astype(np.uint8).reshape(-1, *self.image_shape)
         )
