@@ -17,6 +17,7 @@ from PIL import Image
 
 import varjax
 from tests.helpers import runs
+from varjax.cli.info import facts_table, read_facts
 from varjax.errors import InputError
 from varjax.export import exported_model, folder
 from varjax.export.__main__ import main
@@ -170,6 +171,8 @@ def test_model_json_describes_the_model(exported):
     assert about["fixed_options"]["smooth"] is False
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert about["sha256"].keys() == files - {"model.json"}
+    facts = facts_table(read_facts(str(out)))
+    assert "exported model" in facts and "top_k=7" in facts and jax.__version__ in facts
     for name, digest in about["sha256"].items():
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == digest, name
 

@@ -5,6 +5,7 @@ varjax info samples.npz
 varjax info runs/digits
 varjax info runs/digits@500
 varjax info weights/d16
+varjax info exported/digits
 """
 
 import dataclasses
@@ -37,13 +38,27 @@ from varjax.storage.picture_text import SETTINGS, read_picture_text
 from varjax.storage.safetensors_io import read_safetensors
 from varjax.storage.untrusted import printable
 
+EXPORTED = "model.json"
+EXPORTED_FACTS = (
+    "model",
+    "family",
+    "license",
+    "image_shape",
+    "classes",
+    "numbers",
+    "fixed_options",
+    "varjax",
+    "jax",
+)
+
 
 def read_facts(location: str) -> dict[str, Any]:
     """Returns facts by name; the first one says what kind of thing it is.
 
     Args:
         location: picture, .npz or folder of samples, training run (also RUN@STEP and RUN@best),
-            converted directory, or the name of a published model that this machine has.
+            converted directory, exported model, or the name of a published model that this machine
+            has.
 
     Raises:
         InputError: there is nothing, or something else.
@@ -57,6 +72,10 @@ def read_facts(location: str) -> dict[str, Any]:
     if step is not None or files.exists(path / "config.json"):
         weights = open_weights(location)
         return _converted_facts(weights) if weights.task is None else _run_facts(weights)
+    if files.exists(path / EXPORTED):
+        about = files.read_json(path / EXPORTED)
+        facts = {"kind": "exported model, which runs without varjax"}
+        return facts | {name: about.get(name) for name in EXPORTED_FACTS}
     if files.exists(path / REQUEST):
         images = len(list(path.glob("*.png")))
         return {"kind": f"folder of {images:,} samples"} | files.read_json(path / REQUEST)

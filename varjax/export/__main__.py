@@ -39,7 +39,7 @@ def _run(flags: argparse.Namespace) -> None:
         options=given_options(flags, option_classes()),
         **companions(flags),
     )
-    print(f"{flags.out} is written; python {flags.out}/run.py --help")
+    print(f"{flags.out} is written; draw: python {flags.out}/run.py --labels=0")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
@@ -85,6 +86,7 @@ def export_model(
         chosen = model.options(**options or {})
         for about, exported in exported_programs(model, chosen, what, sizes, platform, read):
             programs.append(about)
+            print(f"exported {about['file']}", file=sys.stderr)
             contents[about["file"]] = bytes(exported.serialize())
             (weights, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
             for path, kind in weights.items():
