@@ -107,6 +107,69 @@ def test_the_other_model_draws_too(open_page):
     assert np.array_equal(images, expected(str(runs.mar()), [3, 10], 7))
 
 
+def test_both_sides_are_drawn_on_one_seed(open_page, weights):
+    page = open_page()
+    page.get_by_role("tab", name="Compare").click()
+    page.click("#compare-draw")
+    page.wait_for_selector("text=after % of the scales or steps", timeout=180_000)
+    for side, location in (("#left", weights), ("#right", str(runs.mar()))):
+        images = browser.shown_images(page, side)
+        assert np.array_equal(images, expected(location, [0, 0, 3, 3], 0))
+
+
+def test_painted_parts_of_a_drawn_picture_are_redrawn(open_page):
+    page = open_page("?labels=3,none&count=1&seed=7")
+    page.wait_for_selector(DRAWN, timeout=180_000)
+    drawn = browser.shown_images(page, "#pictures")[0]
+    page.get_by_role("tab", name="Edit").click()
+    page.click("#edit")
+    page.wait_for_selector("text=there is no picture yet", timeout=20_000)
+    page.click("#edit-take")
+    page.wait_for_selector("text=Drawn picture 1.", timeout=20_000)
+    page.wait_for_timeout(1000)  # the editor draws the picture on its canvas
+    box = page.locator("#editor canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 60, y - 60)
+    page.mouse.down()
+    for row in range(-60, 61, 30):  # few moves, each of which the browser draws without a GPU
+        page.mouse.move(x - 60, y + row, steps=2)
+        page.mouse.move(x + 60, y + row, steps=2)
+    page.mouse.up()
+    page.click("#edit")
+    page.wait_for_selector("#results a", timeout=180_000)
+    original, red = browser.shown_images(page, "#before")
+    assert np.array_equal(original[..., 0], drawn)
+    redrawn_HW = (red != original).any(axis=-1)
+    assert 0 < redrawn_HW.sum() < 64
+    results = browser.shown_images(page, "#results")
+    assert len(results) == 4 and not np.array_equal(results[0], results[1])
+    assert all(np.array_equal(result[~redrawn_HW], drawn[~redrawn_HW]) for result in results)
+
+
+def test_a_click_on_a_token_shows_likely_alternatives(open_page):
+    page = open_page("?labels=3,none&count=1&seed=7")
+    page.wait_for_selector(DRAWN, timeout=180_000)
+    page.get_by_role("tab", name="Look inside").click()
+    page.click("#inside-take")
+    page.click("#look")
+    page.wait_for_selector("#maps img", timeout=180_000)
+    assert len(browser.shown_images(page, "#reconstructions")) == 4
+    page.locator("#tokens img").click(position={"x": 250, "y": 40})
+    page.wait_for_selector("text=Scale 3, row 1, column 4", timeout=180_000)
+    page.wait_for_selector("#alternatives img", timeout=20_000)
+    assert len(browser.shown_images(page, "#alternatives")) == 6
+
+
+def test_a_wrong_upload_gets_a_sentence(open_page, tmp_path):
+    (tmp_path / "letter.txt").write_text("no picture")
+    page = open_page()
+    page.get_by_role("tab", name="Edit").click()
+    with page.expect_file_chooser() as chooser:
+        page.click("#edit-upload")
+    chooser.value.set_files(tmp_path / "letter.txt")
+    page.wait_for_selector("text=letter.txt is not an image that can be read", timeout=20_000)
+
+
 @pytest.mark.parametrize(
     ("query", "message"),
     [("labels=11", "labels=11"), ("labels=3&top_p=x", "top_p=x"), ("model=5", "model=5")],

@@ -25,20 +25,17 @@ class OptionControls:
         components: Gradio's components: the classes first, then the options.
     """
 
-    def __init__(self, model: DemoModel, classes: Sequence[int], several: bool = True):
+    def __init__(self, model: DemoModel, classes: Sequence[int] | None):
+        """Makes the components.
+
+        Args:
+            model: model that the controls belong to.
+            classes: classes that are chosen at first; None for options alone.
+        """
         self.model = model
-        sampler = model.sampler
-        titles = class_titles(range(sampler.classes + 1), sampler.labels)
-        self.components: list[Any] = [
-            gr.Dropdown(
-                [(title, number) for number, title in enumerate(titles)],
-                value=list(classes) if several else classes[0],
-                multiselect=several,
-                label="classes" if several else "class",
-                info="type to search; none of them means no class" if several else None,
-            )
-        ]
-        options = sampler.options()
+        self._has_classes = classes is not None
+        self.components: list[Any] = [] if classes is None else [class_control(model, classes)]
+        options = model.sampler.options()
         self._hints = typing.get_type_hints(type(options))
         self._fields = sorted(
             dataclasses.fields(options), key=lambda field: field.metadata["slider"] is None
@@ -57,12 +54,9 @@ class OptionControls:
 
         Raises InputError for text that is no value of an option.
         """
-        chosen, *rest = values
-        labels = chosen if isinstance(chosen, list) else [] if chosen is None else [chosen]
-        options = {
-            name: self._option(name, value) for name, value in zip(self.names, rest, strict=True)
-        }
-        return [int(label) for label in labels], options
+        labels = values[0] if self._has_classes else []
+        given = zip(self.names, values[self._has_classes :], strict=True)
+        return labels or [], {name: self._option(name, value) for name, value in given}
 
     def values_of_link(self, query: Mapping[str, str]) -> list[Any]:
         """Returns the values of the components as a link says; `gr.skip()` for what it leaves out.
@@ -100,6 +94,25 @@ class OptionControls:
                 raise InputError(str(error)) from None
         whole = int in (hint, *typing.get_args(hint))  # a slider may return 7.0
         return int(value) if whole and value is not None and value == int(value) else value
+
+
+def class_control(model: DemoModel, classes: Sequence[int], several: bool = True) -> Any:
+    """Makes the choice of classes by name; its value is a list of numbers, or one number.
+
+    Args:
+        model: model whose classes are offered, and "no class".
+        classes: classes that are chosen at first.
+        several: whether several classes can be chosen.
+    """
+    sampler = model.sampler
+    titles = class_titles(range(sampler.classes + 1), sampler.labels)
+    return gr.Dropdown(
+        [(title, number) for number, title in enumerate(titles)],
+        value=list(classes) if several else classes[0],
+        multiselect=several,
+        label="classes" if several else "class",
+        info="type to search; none of them means no class" if several else "type to search",
+    )
 
 
 def link_query(drawing: Drawing, number: int) -> str:

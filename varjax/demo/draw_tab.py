@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
@@ -43,19 +43,20 @@ class DrawTab:
     link_outputs: list[Any]
 
 
-def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path) -> DrawTab:
+def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path, compiled: set[Any]) -> DrawTab:
     """Adds the components and events of the tab to the page that is being made.
 
     Args:
         models: models to draw with.
         folder: folder for the files of downloads.
+        compiled: programs that were compiled so far, which grow with each drawing.
     """
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            choice, groups, controls = add_model_controls(models)
+            choice, controls = add_model_controls(models)
             with gr.Row():
                 count = gr.Slider(1, 16, 2, step=1, label="count", info="images of each class")
-            seed, die = add_seed()
+            seed = add_seed()
             with gr.Row():
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
                 stop = gr.Button("Stop", variant="stop", elem_id="stop")
@@ -74,14 +75,15 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path) -> DrawTab:
                 snippet = gr.Code(label="Python", language="python", elem_id="snippet")
     drawn_film = gr.State()
     go = gr.Checkbox(visible="hidden")
-    compiled: set[Any] = set()
     inputs = [choice, count, seed, *(part for each in controls for part in each.components)]
 
     def draw_images(request: gr.Request, chosen: int, count: Any, seed: Any, *values: Any):
-        drawing = read_drawing(models, controls, chosen, count, seed, values)
+        with shown_errors():
+            labels, options = read_controls(controls, chosen, values)
+            drawing = checked_drawing(models[chosen], labels, count, seed, options)
         first = drawing.program not in compiled
         yield {note: "compiling the program for these options and this number of images …" * first}
-        for film, shown, seconds in played_films(drawing, FILM_SECONDS):  # noqa: B007  (the last)
+        for film, shown, seconds in played_drawing(drawing):  # noqa: B007  (the last)
             yield {pictures: film.frame(shown)}
         file = folder / f"{request.session_hash}.zip"
         label = "after scale" if drawing.model.keeps_scales else "after step"
@@ -139,23 +141,29 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path) -> DrawTab:
     return DrawTab(drawn_film, read_link, [*inputs, go])
 
 
-def add_model_controls(models: Sequence[DemoModel]) -> tuple[Any, list[Any], list[OptionControls]]:
+def add_model_controls(
+    models: Sequence[DemoModel], chosen: int = 0, classes: bool = True
+) -> tuple[Any, list[OptionControls]]:
     """Adds a choice of models, if there are several, and the controls of each.
 
+    Args:
+        models: models of the page.
+        chosen: number of the model that is chosen at first.
+        classes: whether the controls choose classes, too.
+
     Returns:
-        The choice, whose value is a model's number, groups of controls, and the controls.
+        The choice, whose value is a model's number, and the controls.
     """
     choice = gr.Radio(
         [(model.location, number) for number, model in enumerate(models)],
-        value=0,
+        value=chosen,
         label="model",
         visible=len(models) > 1,
     )
     groups, controls = [], []
     for number, model in enumerate(models):
-        with gr.Column(visible=number == 0) as group:
-            classes = np.linspace(0, model.sampler.classes - 1, FIRST_CLASSES).astype(int)
-            controls.append(OptionControls(model, list(dict.fromkeys(classes.tolist()))))
+        with gr.Column(visible=number == chosen) as group:
+            controls.append(OptionControls(model, first_classes(model) if classes else None))
         groups.append(group)
     if len(models) > 1:
         choice.change(
@@ -165,44 +173,45 @@ def add_model_controls(models: Sequence[DemoModel]) -> tuple[Any, list[Any], lis
             concurrency_limit=None,
             show_progress="hidden",
         )
-    return choice, groups, controls
+    return choice, controls
 
 
-def add_seed() -> tuple[Any, Any]:
-    """Adds a random seed, and a button that chooses another one."""
-    with gr.Row(equal_height=True):
-        seed = gr.Number(0, label="seed", precision=0, minimum=0, scale=3, elem_id="seed")
-        die = gr.Button("Another seed", scale=1, min_width=80, size="sm", elem_id="die")
-    die.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)")
-    return seed, die
+def first_classes(model: DemoModel) -> list[int]:
+    """Returns the classes that a page draws at first, evenly spread."""
+    spread = np.linspace(0, model.sampler.classes - 1, FIRST_CLASSES).astype(int)
+    return list(dict.fromkeys(spread.tolist()))
 
 
-def read_drawing(
-    models: Sequence[DemoModel],
-    controls: Sequence[OptionControls],
-    chosen: int,
-    count: Any,
-    seed: Any,
-    values: Sequence[Any],
-) -> Drawing:
-    """Returns the request of a page, checked.
+def add_seed(name: str = "") -> Any:
+    """Adds a random seed, and a button that chooses another one.
 
     Args:
-        models: models of the page.
+        name: prefix of the identifier in the page; "" for "seed" alone.
+    """
+    with gr.Row(equal_height=True):
+        identifier = f"{name}-seed".strip("-")
+        seed = gr.Number(0, label="seed", precision=0, minimum=0, scale=3, elem_id=identifier)
+        another = gr.Button("Another seed", scale=1, min_width=80, size="sm")
+    another.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)")
+    return seed
+
+
+def read_controls(
+    controls: Sequence[OptionControls], chosen: int, values: Sequence[Any]
+) -> tuple[list[int], dict[str, Any]]:
+    """Returns the classes and the options of the chosen model from the page.
+
+    Args:
         controls: controls of each model.
         chosen: number of the chosen model.
-        count: number of images of each class.
-        seed: random seed of all images.
         values: values of the components of all models' controls.
 
     Raises:
-        gr.Error: a value out of range, which the page then shows.
+        InputError: text that is no value of an option.
     """
     start = sum(len(each.components) for each in controls[:chosen])
-    with shown_errors():
-        own = controls[chosen]
-        labels, options = own.read(values[start : start + len(own.components)])
-        return checked_drawing(models[chosen], labels, count, seed, options)
+    own = controls[chosen]
+    return own.read(values[start : start + len(own.components)])
 
 
 @contextlib.contextmanager
@@ -214,12 +223,21 @@ def shown_errors() -> Iterator[None]:
         raise gr.Error(str(error), duration=None, print_exception=False) from error
 
 
-def played_films(drawing: Drawing, film_seconds: float) -> Iterator[tuple[Film, int, float]]:
-    """Draws images, and yields what to show: the images so far, and a step of the latest ones.
+def played_drawing(drawing: Drawing) -> Iterator[tuple[Film, int, float]]:
+    """Draws images, and yields what `played_films` yields."""
+    words = Words(drawing.image_names, drawing.file_names, drawing.texts())
+    return played_films(draw_parts(drawing), words, len(words.names))
+
+
+def played_films(
+    parts: Iterable[tuple[np.ndarray, float]], words: Words, images: int
+) -> Iterator[tuple[Film, int, float]]:
+    """Yields what to show while images are drawn: those so far, and a step of the latest ones.
 
     Args:
-        drawing: request for images.
-        film_seconds: time over which the frames are shown.
+        parts: images after every step, (n, S, H, W, channels) uint8, with the seconds they took.
+        words: words of all images.
+        images: number of all images.
 
     Yields:
         A film of the images so far, the step to show, and the seconds that drawing them took. In
@@ -228,20 +246,19 @@ def played_films(drawing: Drawing, film_seconds: float) -> Iterator[tuple[Film, 
     Raises:
         gr.Error: a user's mistake, such as a model whose images are NaN.
     """
-    words = Words(drawing.image_names, drawing.file_names, drawing.texts())
     drawn: list[np.ndarray] = []
     seconds = 0.0
     with shown_errors():
-        for latest_NSHWC, part_seconds in draw_parts(drawing):
+        for latest_NSHWC, part_seconds in parts:
             seconds += part_seconds
             still = [np.repeat(x[:, -1:], x.shape[1], axis=1) for x in drawn]
             drawn.append(latest_NSHWC)
             playing = np.concatenate([*still, latest_NSHWC])
-            S, images = playing.shape[1], len(drawing.job.label_N)
+            S = playing.shape[1]
             steps = np.unique(np.linspace(1, S, min(S, MOST_FRAMES)).astype(int))
             for step in steps[:-1]:
                 yield Film(playing, words), int(step), seconds
-                time.sleep(film_seconds / len(steps) * len(latest_NSHWC) / images)
+                time.sleep(FILM_SECONDS / len(steps) * len(latest_NSHWC) / images)
             yield Film(np.concatenate(drawn), words), S, seconds
 
 

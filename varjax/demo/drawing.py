@@ -79,9 +79,7 @@ class Drawing:
     @property
     def program(self) -> tuple[Any, ...]:
         """Returns what the compiled program depends on, so that an equal one is not compiled."""
-        fields = [field for field in dataclasses.fields(self.options) if field.metadata["static"]]
-        static = tuple(getattr(self.options, field.name) for field in fields)
-        return self.model.location, self.job.batch_size, type(self.options), static
+        return "draw", self.model.location, self.job.batch_size, static_options(self.options)
 
     @property
     def image_names(self) -> list[str]:
@@ -174,6 +172,12 @@ def checked_drawing(
 def flag_text(value: Any) -> str:
     """Returns the value of an option as a flag takes it: "2.5", or "1.0,2.0,3.0"."""
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def static_options(options: Any) -> tuple[Any, ...]:
+    """Returns the values of the options that need a new compilation when they change."""
+    fields = [field for field in dataclasses.fields(options) if field.metadata["static"]]
+    return tuple(getattr(options, field.name) for field in fields)
 
 
 def part_size(sampler: Sampler, options: Any, images: int) -> int:

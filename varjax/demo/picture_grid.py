@@ -94,6 +94,7 @@ PAGE_CSS = """
 .picture-grid a, .picture-grid img { display: block; margin: 0 !important; padding: 0 !important; }
 .picture-grid img {
   max-width: 100%; height: auto; image-rendering: pixelated;
+  outline: 1px solid var(--border-color-primary);
 }
 .picture-grid figcaption {
   margin: 2px 0 0 !important; font-size: 12px; line-height: 1.2;

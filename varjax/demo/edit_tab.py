@@ -1,0 +1,153 @@
+"""Makes the tab that edits an uploaded or drawn picture: parts, class, variations, details."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr  # pyright: ignore[reportMissingImports]
+import numpy as np
+from PIL import Image
+
+from varjax.demo.controls import class_control
+from varjax.demo.draw_tab import (
+    COMPUTATION,
+    add_model_controls,
+    add_seed,
+    played_films,
+    read_controls,
+    shown_errors,
+    speed_note,
+)
+from varjax.demo.drawing import DemoModel
+from varjax.demo.edits import MASKED, SCALED, checked_page_edit, edit_parts
+from varjax.demo.picture_grid import Words, picture_grid
+from varjax.demo.picture_source import add_picture_source
+from varjax.storage import image_io
+from varjax.storage.picture_text import image_text
+
+CANVAS_SIDE = 256  # pixels on the page that smaller images are enlarged to, about
+BRUSH_PART = 8  # of the canvas's side: width of the brush
+
+
+def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any]) -> None:
+    """Adds the components and events of the tab to the page that is being made.
+
+    Args:
+        models: models to edit with.
+        drawn_film: state with the `Film` of the tab that draws, or None.
+        compiled: programs that were compiled so far, which grow with each edit.
+    """
+    shape = models[0].sampler.image_shape
+    most_scales = max(models[0].sampler.steps(models[0].sampler.options()) - 1, 1)
+    modes = [*MASKED, *(SCALED if any(model.keeps_scales for model in models) else ())]
+    with gr.Row():
+        with gr.Column(min_width=300):
+            source = add_picture_source("edit")
+            editor = gr.ImageEditor(
+                label="paint over the parts to redraw (out-paint: to keep)",
+                sources=(),
+                transforms=(),
+                layers=False,
+                format="png",
+                height=CANVAS_SIDE + 140,
+                brush=gr.Brush(CANVAS_SIDE // BRUSH_PART, colors=["#ff0000"], color_mode="fixed"),
+                elem_id="editor",
+            )
+            mode = gr.Radio(modes, value=modes[0], label="mode", elem_id="mode")
+        with gr.Column(min_width=300):
+            choice, controls = add_model_controls(models, classes=False)
+            label = class_control(models[0], [models[0].sampler.classes], several=False)
+            keep_scales = gr.Slider(
+                1,
+                most_scales,
+                min(2, most_scales),
+                step=1,
+                label="keep_scales",
+                info="to vary: first scales to keep; the more, the closer",
+                visible=any(model.keeps_scales for model in models),
+            )
+            paste = gr.Checkbox(True, label="paste", info="keep the original's other pixels")
+            count = gr.Slider(1, 16, 4, step=1, label="count", info="number of results")
+            seed = add_seed("edit")
+            with gr.Row():
+                edit = gr.Button("Edit", variant="primary", elem_id="edit")
+                stop = gr.Button("Stop", variant="stop")
+    before = gr.HTML(elem_id="before")
+    results = gr.HTML(min_height=120, elem_id="results")
+    step = gr.Slider(1, 2, 1, step=1, label="after scale or step", visible=False)
+    note = gr.Markdown(elem_id="edit-note")
+    film = gr.State()
+
+    def edit_picture(picture: Any, editor: Any, mode: str, chosen: int, *values: Any):
+        *fixed, count, seed = values[:5]
+        names = ("label", "keep_scales", "paste", "count", "seed")
+        settings: dict[str, Any] = dict(zip(names, (*fixed, count, seed), strict=True))
+        with shown_errors():
+            _, options = read_controls(controls, chosen, values[5:])
+            request = checked_page_edit(
+                models[chosen], mode, picture, painted(editor, shape), settings, options
+            )
+        first = request.program not in compiled
+        shown = request.shown()
+        channels = max(image.shape[-1] for image in shown.values())
+        images = [np.broadcast_to(x, (*x.shape[:2], channels)) for x in shown.values()]
+        yield {
+            before: picture_grid(np.stack(images), Words([*shown])),
+            note: "compiling …" if first else "drawing …",
+        }
+        made_by = {"mode": mode, **settings, **dataclasses.asdict(request.options)}
+        made_by |= request.model.sampler.identity()
+        numbers = range(1, request.count + 1)
+        words = Words(
+            [f"result {number}" for number in numbers],
+            [f"{mode}_{number}.png" for number in numbers],
+            [image_text(made_by, number, request.label) for number in numbers],
+        )
+        played = played_films(edit_parts(request), words, request.count)
+        for last, shown_step, seconds in played:  # noqa: B007  (the last)
+            yield {results: last.frame(shown_step)}
+        compiled.add(request.program)
+        yield {
+            film: last,
+            note: speed_note(last, seconds, first),
+            step: gr.Slider(1, last.steps, last.steps, visible=last.steps > 1),
+        }
+
+    source.connect(drawn_film, lambda picture: canvas(picture, shape), editor)
+    options = [part for each in controls for part in each.components]
+    edited = edit.click(
+        edit_picture,
+        [source.picture, editor, mode, choice, label, keep_scales, paste, count, seed, *options],
+        [before, results, step, note, film],
+        concurrency_id=COMPUTATION,
+        concurrency_limit=1,
+        show_progress_on=results,
+    )
+    stop.click(None, cancels=[edited])
+    step.input(
+        lambda film, step: film.frame(int(step)) if film else gr.skip(),
+        [film, step],
+        results,
+        concurrency_limit=None,
+        show_progress="hidden",
+        trigger_mode="always_last",
+    )
+
+
+def canvas(picture: Image.Image, shape: tuple[int, int, int]) -> dict[str, Any]:
+    """Returns the editor's value: a picture as the model sees it, enlarged by a whole number."""
+    image_HWC = image_io.resize_and_crop(picture, shape)
+    enlarge = max(1, CANVAS_SIDE // max(shape[:2]))
+    large_HWC = image_HWC.repeat(enlarge, axis=0).repeat(enlarge, axis=1)
+    background = np.broadcast_to(large_HWC, (*large_HWC.shape[:2], 3))
+    return {"background": background, "layers": [], "composite": background}
+
+
+def painted(value: Any, shape: tuple[int, int, int]) -> np.ndarray | None:
+    """Returns which pixels (H, W) of the model's images are painted in the editor, or None."""
+    if not value or not value.get("layers"):
+        return None
+    H, W, _ = shape
+    alpha_NHW = np.stack([layer[..., 3] for layer in value["layers"]])
+    alpha = Image.fromarray(alpha_NHW.max(axis=0)).resize((W, H), Image.Resampling.BOX)
+    return np.asarray(alpha) > 127

@@ -1,0 +1,177 @@
+"""Edits a picture as a page asks: parts of it, its class, its details."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from varjax.cli.edit import original_and_redrawn
+from varjax.cli.upscale import small_size
+from varjax.config.numbers import seed_number, whole_number
+from varjax.demo.drawing import MOST_IMAGES, DemoModel, part_size, static_options
+from varjax.errors import InputError
+from varjax.sampling.edit_masks import mask_tokens
+from varjax.sampling.outputs import check_finite_images
+from varjax.sampling.paste import paste
+from varjax.storage import image_io
+from varjax.storage.buckets import as_path
+
+MASKED = ("in-paint", "out-paint", "change class")  # modes that redraw painted parts, or the others
+SCALED = ("vary", "upscale")  # modes that keep the first scales, of models that have scales
+LEAST_SIDE = 4  # pixels of an upload
+
+
+@dataclasses.dataclass(frozen=True)
+class PageEdit:
+    """Holds a request to edit a picture, checked.
+
+    Attributes:
+        model: model that draws.
+        mode: one of MASKED and SCALED.
+        image_HWC: picture that the results start from, uint8; smaller than the model's to upscale.
+        redraw_hw: tokens that are drawn; None to vary and upscale.
+        label: class to draw; the number of classes means "no class".
+        count: number of results.
+        seed: random seed of all results.
+        options: sampling options of the model, a frozen dataclass.
+        keep_scales: number of scales to keep; only to vary.
+        paste: whether the other pixels are the original's.
+    """
+
+    model: DemoModel
+    mode: str
+    image_HWC: np.ndarray
+    redraw_hw: np.ndarray | None
+    label: int
+    count: int
+    seed: int
+    options: Any
+    keep_scales: int
+    paste: bool
+
+    @property
+    def program(self) -> tuple[Any, ...]:
+        """Returns what the compiled program depends on, so that an equal one is not compiled."""
+        size = part_size(self.model.sampler, self.options, self.count)
+        return "edit", self.model.location, size, static_options(self.options)
+
+    def shown(self) -> dict[str, np.ndarray]:
+        """Returns what the results are shown with, by name: the original, and what is redrawn."""
+        if self.redraw_hw is None:
+            return {"the picture": self.image_HWC}
+        original_HW3, red_HW3 = original_and_redrawn(self.image_HWC, self.redraw_hw)
+        return {"original": original_HW3, "redrawn parts": red_HW3}
+
+
+def checked_page_edit(
+    model: DemoModel,
+    mode: str,
+    picture: Image.Image | None,
+    painted_HW: np.ndarray | None,
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> PageEdit:
+    """Checks a request to edit a picture.
+
+    Args:
+        model: model that draws.
+        mode: one of MASKED and SCALED.
+        picture: picture to edit, of any size; None if there is none yet.
+        painted_HW: whether each pixel of the model's image size is painted.
+        settings: "label", "count", "seed", "keep_scales" and "paste".
+        options: sampling options to replace, by name.
+
+    Raises:
+        InputError: there is no picture, nothing is painted, or a number is out of range.
+    """
+    sampler = model.sampler
+    if picture is None:
+        raise InputError("there is no picture yet: upload one, or take a drawn one")
+    label = settings["label"]
+    label = sampler.classes if label is None else whole_number("class", label, 0, sampler.classes)
+    image_HWC = image_io.resize_and_crop(picture, sampler.image_shape)
+    redraw_hw = None
+    if mode == "upscale":
+        H, W, channels = sampler.image_shape
+        size = small_size(picture.size, (H, W))
+        image_HWC = image_io.resize_and_crop(picture, (*size, channels))
+    elif mode in MASKED:
+        if painted_HW is None or not painted_HW.any():
+            raise InputError("nothing is painted: paint over the parts to redraw, or to keep")
+        if mode == "change class" and label == sampler.classes:
+            raise InputError("choose the class that the painted parts become")
+        redraw_hw = mask_tokens(painted_HW.astype(np.float32), sampler.edit_shape, "the mask")
+        redraw_hw = ~redraw_hw if mode == "out-paint" else redraw_hw
+        if not redraw_hw.any():
+            raise InputError("everything is painted: nothing is left to draw outside")
+    return PageEdit(
+        model,
+        mode,
+        image_HWC,
+        redraw_hw,
+        label,
+        whole_number("count", settings["count"], 1, MOST_IMAGES),
+        seed_number("seed", settings["seed"]),
+        sampler.options(**options),
+        int(settings["keep_scales"]),
+        bool(settings["paste"]),
+    )
+
+
+def edit_parts(edit: PageEdit) -> Iterator[tuple[np.ndarray, float]]:
+    """Draws results, some at a time; yields and raises what `draw_parts` does."""
+    sampler = edit.model.sampler
+    size = part_size(sampler, edit.options, edit.count) * len(sampler.devices)
+    settings = dataclasses.asdict(edit.options) | {"seed": edit.seed, "every_step": True}
+    for first in range(0, edit.count, size):
+        start = time.perf_counter()
+        index_B, label_B = np.arange(first, first + size), np.full(size, edit.label)
+        settings |= {"labels": label_B, "index": index_B}
+        if edit.mode == "vary":
+            images = sampler.vary(edit.image_HWC[None], edit.keep_scales, **settings)
+        elif edit.mode == "upscale":
+            images = sampler.upscale(edit.image_HWC[None], **settings)
+        else:
+            assert edit.redraw_hw is not None
+            images = sampler.edit(edit.image_HWC[None], ~edit.redraw_hw, **settings)
+        # The last part has the others' size: what it draws beyond `count` is not looked at.
+        images_SBHWC = np.asarray(images)[:, : edit.count - first]
+        if edit.paste and edit.redraw_hw is not None:
+            original, redraw_hw = edit.image_HWC[None], edit.redraw_hw
+            images_SBHWC = np.stack([paste(original, x, redraw_hw) for x in images_SBHWC])
+        images_BSHWC = np.moveaxis(images_SBHWC, 1, 0)
+        advise = lambda: sampler.advise_on_nan(edit.options)  # noqa: E731
+        check_finite_images(images_BSHWC, index_B, label_B, edit.seed, advise)
+        yield image_io.to_uint8(images_BSHWC), time.perf_counter() - start
+
+
+def read_upload(path: str) -> tuple[Image.Image, str]:
+    """Reads a picture that somebody uploads.
+
+    Returns:
+        The picture as 8-bit gray or RGB, and sentences about what was changed; "" for nothing.
+
+    Raises:
+        InputError: the file is no picture, or too small or too large.
+    """
+    name = as_path(path).name
+    try:
+        picture = image_io.open_image(path)
+    except InputError as error:
+        raise InputError(str(error).replace(str(path), name)) from error
+    if min(picture.size) < LEAST_SIDE:
+        raise InputError(
+            f"{name} has {picture.width}x{picture.height} pixels; upload a picture of "
+            f"{LEAST_SIDE}x{LEAST_SIDE} or more"
+        )
+    with Image.open(path) as original:
+        frames, mode = getattr(original, "n_frames", 1), original.mode
+        changes = {
+            f"Only the first of its {frames} frames is used.": frames > 1,
+            "Its transparent parts are white.": original.has_transparency_data,
+            "Its 16 bits are rounded to 8.": mode.startswith("I"),
+        }
+    return picture, " ".join(text for text, changed in changes.items() if changed)
