@@ -67,7 +67,9 @@ def open_demo_model(location: str, dtype: Dtype = "auto") -> DemoModel:
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("varjax demo", __doc__)
     add = parser.add_argument
-    about = "training run (also RUN@STEP, RUN@best), converted directory, or published model: d16 …"
+    about = (
+        "training run (also RUN@STEP, RUN@best), converted directory, or published model: var_d16 …"
+    )
     add("--weights", required=True, help=about)
     add("--also", help="second model, to compare with the first one")
     add("--port", type=int, default=PORT, help="port of the page's address (%(default)s)")
