@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import pathlib
 import shutil
@@ -19,7 +20,7 @@ import varjax
 from tests.helpers import runs
 from varjax.cli.info import facts_table, read_facts
 from varjax.errors import InputError
-from varjax.export import exported_model, folder
+from varjax.export import exported_model, folder, run
 from varjax.export.__main__ import main
 from varjax.export.folder import export_model
 from varjax.export.sampler import load_exported
@@ -43,7 +44,7 @@ class HashableDict(dict):
     __hash__ = object.__hash__  # pyright: ignore
 
 
-NO_GUIDANCE = HashableDict(guidance=1.0)
+NO_GUIDANCE, ONE_STEP = HashableDict(guidance=1.0), HashableDict(steps=1)
 
 
 @pytest.fixture(scope="module")
@@ -96,15 +97,16 @@ def test_encoding_decoding_and_edits_are_equal_to_the_bit(exported):
 @pytest.mark.slow
 def test_mar_is_equal_to_the_bit_for_any_number_of_kept_tokens(exported, monkeypatch):
     monkeypatch.setattr(masking, "MAX_GROUPS", 2)  # fewer programs
-    own, sampler = model("mar"), load_exported(exported("mar", what=("sample", "edit")))
-    given = {"labels": LABELS, "guidance": 2.0, "temperature": 0.9}
-    np.testing.assert_array_equal(sampler.sample(**given), own.sample(**given))
-    keep_Nhw = np.arange(16).reshape(4, 4) < np.array([2, 2, 13, 13])[:, None, None]
+    own = model("mar")
+    sampler = load_exported(exported("mar", what=("edit",), options=ONE_STEP))
+    keep_Nhw = np.arange(16).reshape(4, 4) < np.array([0, 0, 13, 13])[:, None, None]
     # In one call, images that keep different numbers of tokens get programs of their own.
-    edited = sampler.edit(PICTURES[:1], keep_Nhw, labels=[3, 1, 3, 1], seed=5, index=range(4))
+    numbers = {"guidance": 2.0, "temperature": 0.9, "seed": 5}
+    edited = sampler.edit(PICTURES[:1], keep_Nhw, [3, 1, 3, 1], index=range(4), **numbers)
     for rows in (slice(0, 2), slice(2, 4)):
         index = np.arange(4)[rows]
-        expected = own.edit(PICTURES[:1], keep_Nhw[rows], [3, 1], seed=5, index=index)
+        given = numbers | ONE_STEP | {"labels": [3, 1], "index": index}
+        expected = own.edit(PICTURES[:1], keep_Nhw[rows], **given)
         np.testing.assert_array_equal(edited[rows], expected)
 
 
@@ -135,13 +137,24 @@ finally:
 def test_run_py_needs_jax_numpy_and_safetensors_alone(exported, tmp_path):
     picture = tmp_path / "x.png"
     command = [sys.executable, "-c", BLOCKED, str(exported("var"))]
-    command += ["--labels=3,1", "--count=2", "--seed=7", "--guidance=2", f"--out={picture}"]
+    command += ["--labels=3,1,10", "--seed=7", "--guidance=2", f"--out={picture}"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout == f"{picture}: 4 images\n", done.stderr
-    images_NHWC = to_uint8(np.asarray(model("var").sample([3, 3, 1, 1], seed=7, guidance=2.0)))
-    rows = [np.concatenate([*images_NHWC[i : i + 2]], axis=1) for i in (0, 2)]
+    assert done.returncode == 0 and done.stdout == f"{picture}: 3 images\n", done.stderr
+    images_NHWC = to_uint8(np.asarray(model("var").sample(LABELS, seed=7, guidance=2.0)))
     with Image.open(picture) as image:
-        np.testing.assert_array_equal(np.asarray(image)[..., None], np.concatenate(rows))
+        np.testing.assert_array_equal(
+            np.asarray(image)[..., None], np.concatenate([*images_NHWC], axis=1)
+        )
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_grid_has_its_images_in_rows(channels):
+    images_NHWC = np.random.default_rng(0).random((6, 4, 5, channels), np.float32)
+    with Image.open(io.BytesIO(run.grid_png(images_NHWC, columns=2))) as picture:
+        pixels = np.asarray(picture).reshape(12, 10, channels)
+    np.testing.assert_array_equal(pixels[4:8, 5:], to_uint8(images_NHWC[3]))
+    with pytest.raises(ValueError, match="NaN"):
+        run.grid_png(np.full_like(images_NHWC, np.nan))
 
 
 def test_the_scripts_are_short_and_import_little():
