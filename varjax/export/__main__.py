@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("varjax export", __doc__)
     add = parser.add_argument
     add_model_flags(parser)
-    add("--out", required=True, help="folder to write, which must not exist or be empty")
+    add("--out", required=True, help="folder to write; an existing one must be empty")
     add("--what", default=",".join(KINDS), help="programs to export, of %(default)s (all)")
     about = "numbers of images to compile programs for, such as 1,8, or any (%(default)s)"
     add("--batch_size", default="any", help=about)
