@@ -63,14 +63,14 @@ def expected(weights, *arguments, **options):
 
 
 def test_a_link_draws_the_same_images_as_python_to_the_bit(open_page, weights):
-    page = open_page("?labels=3,none&count=1&seed=7&guidance=2.0&guidance_schedule=constant")
+    page = open_page("?labels=3,none&count=1&seed=7&guidance=2.0&top_p=0.5")
     page.wait_for_selector(DRAWN, timeout=180_000)
-    given = {"guidance": 2.0, "guidance_schedule": "constant"}
+    given = {"guidance": 2.0, "top_p": 0.5}
     assert np.array_equal(
         browser.shown_images(page, "#pictures"), expected(weights, [3, 10], 7, **given)
     )
     query = page.url.partition("?")[2]
-    assert query == "labels=3,none&count=1&seed=7&guidance=2.0&guidance_schedule=constant"
+    assert query == "labels=3,none&count=1&seed=7&guidance=2.0&top_p=0.5"
     before = browser.shown_images(page, "#pictures")
     page.reload()
     page.wait_for_selector(DRAWN, timeout=180_000)
@@ -110,11 +110,12 @@ def test_the_other_model_draws_too(open_page):
 def test_both_sides_are_drawn_on_one_seed(open_page, weights):
     page = open_page()
     page.get_by_role("tab", name="Compare").click()
+    page.locator("#compare-count input[type=number]").fill("1")
     page.click("#compare-draw")
     page.wait_for_selector("text=after % of the scales or steps", timeout=180_000)
     for side, location in (("#left", weights), ("#right", str(runs.mar()))):
         images = browser.shown_images(page, side)
-        assert np.array_equal(images, expected(location, [0, 0, 3, 3], 0))
+        assert np.array_equal(images, expected(location, [0, 3], 0))
 
 
 def test_painted_parts_of_a_drawn_picture_are_redrawn(open_page):

@@ -29,7 +29,9 @@ def add_compare_tab(models: Sequence[DemoModel], compiled: set[Any]) -> None:
     """
     with gr.Row():
         labels = class_control(models[0], first_classes(models[0])[:2])
-        count = gr.Slider(1, 16, 2, step=1, label="count", info="images of each class")
+        count = gr.Slider(
+            1, 16, 2, step=1, label="count", info="images of each class", elem_id="compare-count"
+        )
         with gr.Column(min_width=260):
             seed = add_seed("compare")
     with gr.Row():
