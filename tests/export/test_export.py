@@ -184,6 +184,7 @@ def test_model_json_describes_the_model(exported):
     assert about["fixed_options"]["smooth"] is False
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     assert about["sha256"].keys() == files - {"model.json"}
+    assert "Apache License" in (out / "flatbuffers" / "LICENSE").read_text()
     facts = facts_table(read_facts(str(out)))
     assert "exported model" in facts and "top_k=7" in facts and jax.__version__ in facts
     for name, digest in about["sha256"].items():

@@ -75,7 +75,7 @@ def export_model(
     platforms = _checked("platforms", platforms, tuple(PLATFORMS))
     _checked("dtype", [dtype], get_args(Dtype))
     check_weights_dir(out)
-    contents = {f"flatbuffers/{path.name}": path.read_bytes() for path in reader_files()}
+    contents = {f"flatbuffers/{name}": path.read_bytes() for name, path in reader_files().items()}
     contents |= {name: (pathlib.Path(__file__).parent / name).read_bytes() for name in SCRIPTS}
     directory, programs, memory = open_model(location), [], {}
     dtypes: dict[str, set[Any]] = collections.defaultdict(set)  # number formats, by path
@@ -231,15 +231,17 @@ def version_facts(calling_convention: int) -> dict[str, Any]:
     }
 
 
-def reader_files() -> list[pathlib.Path]:
-    """Returns the files of the package by which jax.export reads programs.
+def reader_files() -> dict[str, pathlib.Path]:
+    """Returns the files of the package by which jax.export reads programs, and its license.
 
     JAX does not install it, so an exported folder has a copy, and needs only JAX, NumPy and
-    safetensors.
+    safetensors. The Apache License asks for its text with every copy, and the package has none.
     """
     import flatbuffers  # few need it
 
-    return sorted(pathlib.Path(str(flatbuffers.__file__)).parent.glob("*.py"))
+    modules = sorted(pathlib.Path(str(flatbuffers.__file__)).parent.glob("*.py"))
+    license = pathlib.Path(__file__).parent / "flatbuffers_license.txt"
+    return {path.name: path for path in modules} | {"LICENSE": license}
 
 
 def _in_format(leaf: Any, dtypes: set[Any]) -> LazyArray:
