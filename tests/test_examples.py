@@ -1,6 +1,5 @@
 """The one-file examples compute what the library computes, on the same parameters and noise."""
 
-import ast
 import functools
 import re
 import sys
@@ -12,6 +11,7 @@ import optax
 import pytest
 
 from examples import nano_mar, nano_var
+from tests.helpers.imports import imported_packages
 from tests.helpers.paths import ROOT
 from varjax.mar.heads import DiffusionHead, DiffusionNoise
 from varjax.mar.losses import LossDraws, token_losses
@@ -52,13 +52,7 @@ def small_examples(monkeypatch):
 def test_examples_stand_alone(name):
     """Neither imports varjax, nor anything that a reader would have to look up."""
     text = (ROOT / "examples" / f"{name}.py").read_text()
-    imported = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            imported.add((node.module or "").split(".")[0])
-    assert imported - set(sys.stdlib_module_names) <= ALLOWED
+    assert imported_packages(text) - set(sys.stdlib_module_names) <= ALLOWED
     assert len(text.splitlines()) <= 350
 
 

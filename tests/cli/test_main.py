@@ -1,6 +1,5 @@
 """The command `varjax`, and what its package declares."""
 
-import ast
 import os
 import pathlib
 import re
@@ -11,6 +10,7 @@ import tomllib
 import pytest
 
 import varjax
+from tests.helpers.imports import imported_packages
 from tests.helpers.paths import ROOT
 from varjax.cli.main import COMMANDS, main
 
@@ -27,22 +27,14 @@ def names(requirements):
     return {re.split(r"[\[<>=~!;]", line)[0].strip().replace("-", "_") for line in requirements}
 
 
-def imports(file):
-    """The top-level packages that a file imports, inside of functions too."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield str(node.module).partition(".")[0]
-
-
 def test_everything_imported_is_declared():
     extras = PROJECT["optional-dependencies"]
     optional = [extras[name] for name in ("demo", "digits", "hub", "plot", "tfds")]
     declared = names(sum(optional, PROJECT["dependencies"]))
     declared -= {"filelock"}  # imported by JAX, for its cache
-    used = {name for folder in ("varjax", "configs") for file in (ROOT / folder).rglob("*.py")
-            for name in imports(file)} - sys.stdlib_module_names - {"varjax"}  # fmt: skip
+    files = [file for name in ("varjax", "configs") for file in (ROOT / name).rglob("*.py")]
+    used = set().union(*(imported_packages(file.read_text()) for file in files))
+    used -= sys.stdlib_module_names | {"", "varjax"}
     used -= {"exported_model"}  # next to run.py, in an exported folder
     used = {IMPORTED_AS.get(name, name).replace("-", "_") for name in used}
     assert used == declared

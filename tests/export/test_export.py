@@ -1,6 +1,5 @@
 """Exported folders draw the images of the model that they were made of, without varjax."""
 
-import ast
 import dataclasses
 import functools
 import hashlib
@@ -18,6 +17,7 @@ from PIL import Image
 
 import varjax
 from tests.helpers import runs
+from tests.helpers.imports import imported_modules
 from varjax.cli.info import facts_table, read_facts
 from varjax.errors import InputError
 from varjax.export import exported_model, folder, run
@@ -162,13 +162,7 @@ def test_the_scripts_are_short_and_import_little():
     for name in folder.SCRIPTS:
         text = (pathlib.Path(exported_model.__file__).parent / name).read_text()
         lines[name] = len(text.splitlines())
-        modules = set()
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Import):
-                modules |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                modules.add(node.module)
-        assert modules <= NEEDED | {"exported_model"} | sys.stdlib_module_names
+        assert imported_modules(text) <= NEEDED | {"exported_model"} | sys.stdlib_module_names
     assert lines["run.py"] <= 100
 
 

@@ -1,6 +1,5 @@
 """The server of docs/serving.md draws the images of varjax, if FastAPI is installed."""
 
-import ast
 import concurrent.futures
 import io
 import re
@@ -12,6 +11,7 @@ from PIL import Image
 
 import varjax
 from tests.helpers import runs
+from tests.helpers.imports import imported_modules
 from tests.helpers.paths import ROOT
 from varjax.export.folder import export_model
 from varjax.storage.image_files import to_uint8
@@ -22,13 +22,8 @@ PAGE = (ROOT / "docs" / "serving.md").read_text()
 
 def test_the_server_is_short_and_needs_no_varjax():
     assert len([line for line in SERVER.splitlines() if line.strip()]) <= 40
-    modules = set()
-    for node in ast.walk(ast.parse(SERVER)):
-        if isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            modules.add(node.module)
-    assert modules <= {"fastapi", "exported_model", "run"} | sys.stdlib_module_names
+    allowed = {"fastapi", "exported_model", "run"} | sys.stdlib_module_names
+    assert imported_modules(SERVER) <= allowed
 
 
 @pytest.mark.slow
