@@ -26,7 +26,7 @@ from varjax.analysis.runs import find_runs
 from varjax.errors import InputError
 from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import files
-from varjax.storage.buckets import as_path
+from varjax.storage.buckets import as_path, short_path
 
 PREFIX_LABELS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
 TITLES = {
@@ -76,7 +76,7 @@ def metric_kind(run: RunLog, metric: str) -> str:
         words = [features, reference if metric == "fid" else ""]
     else:
         words = []
-    return ", ".join("/".join(pathlib.PurePath(word).parts[-2:]) for word in words if word)
+    return ", ".join(short_path(word) for word in words if word)
 
 
 def large_panels(runs: Sequence[RunLog]) -> list[Panel]:

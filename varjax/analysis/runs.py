@@ -146,7 +146,7 @@ def _error_line(path: pathlib.Path) -> str:
         return f"{path.name} cannot be read: {error}"
     *_, last = text.rpartition(TRACEBACK)
     lines = last.splitlines()
-    message = (line for line in lines if line.strip() and (not line.startswith(" ")))
+    message = (line for line in lines if line.strip() and not line.startswith(" "))
     return next(message, "")
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +9,7 @@ import numpy as np
 
 from varjax.checkpoints.class_names import ClassNames
 from varjax.sampling.option_sweep import option_text
-
-SHOWN_PARTS = 2  # of a path, the last ones
+from varjax.storage.buckets import short_path
 
 
 def picture_title(flags: argparse.Namespace, options: Any, **others: Any) -> str:
@@ -23,10 +21,11 @@ def picture_title(flags: argparse.Namespace, options: Any, **others: Any) -> str
         others: further words by name; those that are None are left out.
     """
     guidance = dataclasses.asdict(options).get("guidance")
-    helpers = {name: _short(getattr(flags, name)) for name in ("guide", "refiner")}
+    given = {name: getattr(flags, name) for name in ("guide", "refiner")}
+    helpers = {name: short_path(location) for name, location in given.items() if location}
     shown = {"guidance": guidance, **helpers, **others}
     words = [f"{name} {option_text(value)}" for name, value in shown.items() if value is not None]
-    return " · ".join([_short(flags.weights) or "", *words, f"seed {flags.seed}"])
+    return " · ".join([short_path(flags.weights or ""), *words, f"seed {flags.seed}"])
 
 
 def class_titles(labels: Sequence[int | str] | np.ndarray, names: ClassNames) -> list[str]:
@@ -46,8 +45,3 @@ def _class_title(label: int | str, names: ClassNames) -> str:
         return "no class"
     name = names[int(label)]
     return name if name == str(label) else f"{label} {name}"
-
-
-def _short(location: str | None) -> str | None:
-    """Returns the end of a path, "runs/digits"."""
-    return location and "/".join(pathlib.PurePath(location).parts[-SHOWN_PARTS:])

@@ -15,6 +15,7 @@ from varjax.errors import InputError
 from varjax.runtime.hardware import device_memory
 from varjax.sampling.batch_size import fitting_batch_size
 from varjax.sampling.job import SamplingJob, sample_parts
+from varjax.sampling.outputs import image_file_name
 from varjax.sampling.sampler import Sampler
 from varjax.storage.picture_text import COMMAND, image_text
 
@@ -89,9 +90,7 @@ class Drawing:
     @property
     def file_names(self) -> list[str]:
         """Returns the name of the file of each image, as `varjax sample` names it in a folder."""
-        return [
-            f"{number:06d}_label{label:04d}.png" for number, label in enumerate(self.job.label_N)
-        ]
+        return [image_file_name(number, label) for number, label in enumerate(self.job.label_N)]
 
     def command(self) -> str:
         """Returns the command line that draws the same images into a folder."""

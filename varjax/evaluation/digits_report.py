@@ -24,6 +24,7 @@ from varjax.metrics.fid import Moments, frechet_distance
 from varjax.metrics.report import mean_and_deviation
 from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import files, image_io
+from varjax.storage.buckets import short_path
 from varjax.storage.captioned_grid import Captions, captioned_grid
 from varjax.storage.npz import NpzArchive
 
@@ -135,7 +136,7 @@ def write_report(
         table["standard deviation"] = deviations
     files.write_json(run / "report.json", table)
     images_NHWC, label_N = sets[0]
-    title = f"samples of {'/'.join(run.parts[-2:])}"
+    title = f"samples of {short_path(run)}"
     image_io.write_png(run / "samples.png", samples_and_real(images_NHWC, label_N, title))
     for directory in (tokenizer, run):
         draw_curves([read_run_log(directory)], directory / "curves.png")

@@ -226,10 +226,14 @@ class FolderOutput:
         return f"{self._path}/: {len(self._label_N)} images"
 
     def _name(self, i):
-        label = self._label_N[i]
-        text = label.replace(":", "x") if isinstance(label, str) else f"{label:04d}"
-        text = text[:MOST_LABEL_BYTES]  # the number of the image keeps the name unique
-        return f"{i:06d}_label{text}.png"
+        return image_file_name(i, self._label_N[i])
+
+
+def image_file_name(number: int, label: int | str) -> str:
+    """Returns the name of an image's file in a folder: "000012_label0207.png"."""
+    text = label.replace(":", "x") if isinstance(label, str) else f"{label:04d}"
+    text = text[:MOST_LABEL_BYTES]  # the number of the image keeps the name unique
+    return f"{number:06d}_label{text}.png"
 
 
 class NpzOutput:

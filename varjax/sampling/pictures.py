@@ -10,7 +10,13 @@ from PIL import Image
 
 from varjax.errors import InputError
 from varjax.sampling.films import write_film
-from varjax.sampling.outputs import FILM_SUFFIXES, check_out, check_out_holds, file_suffix
+from varjax.sampling.outputs import (
+    FILM_SUFFIXES,
+    check_out,
+    check_out_holds,
+    file_suffix,
+    image_file_name,
+)
 from varjax.storage import files, image_io
 from varjax.storage.buckets import as_path
 from varjax.storage.image_files import to_uint8
@@ -102,5 +108,5 @@ def _save_folder(images_NHWC: np.ndarray, folder: pathlib.Path, label_N: np.ndar
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} holds other files; give a new folder")
     for i, image_HWC in enumerate(images_NHWC):
-        label = "" if label_N is None else f"_label{label_N[i]:04d}"
-        image_io.write_png(folder / f"{i:06d}{label}.png", image_HWC)
+        name = f"{i:06d}.png" if label_N is None else image_file_name(i, label_N[i])
+        image_io.write_png(folder / name, image_HWC)

@@ -61,6 +61,11 @@ def as_path(location: str | os.PathLike) -> pathlib.Path:
     return cast(pathlib.Path, epath.Path(f"{scheme}://{rest}"))
 
 
+def short_path(location: str | os.PathLike) -> str:
+    """Returns the end of a path for a title: "runs/digits"."""
+    return "/".join(pathlib.PurePath(location).parts[-2:])
+
+
 def in_bucket(path: str | os.PathLike) -> bool:
     """Returns whether a path is in a bucket."""
     return os.fspath(path).startswith(tuple(f"{scheme}://" for scheme in PACKAGES))

@@ -1,10 +1,10 @@
 """Says on previews what they show: run and step, classes of samples, rows of reconstructions."""
 
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from varjax.storage.buckets import short_path
 from varjax.storage.captioned_grid import Captions
 
 PREVIEW_IMAGES = 8  # columns of a preview of reconstructions
@@ -46,8 +46,7 @@ def preview_captions(
         shape: shape of its images: (N, H, W, C), or (rows, columns, H, W, C) of reconstructions.
         class_names: name of each class; () if they are not known.
     """
-    run = "/".join(pathlib.PurePath(run_dir).parts[-2:])
-    title = f"{run} · {name} after step {step:,}"
+    title = f"{short_path(run_dir)} · {name} after step {step:,}"
     if len(shape) == 5:
         return Captions(title, rows=reconstruction_names(shape[0]))
     if name == SAMPLES and class_names and shape[0] == PREVIEW_SAMPLES:
