@@ -229,8 +229,11 @@ class FolderOutput:
         return image_file_name(i, self._label_N[i])
 
 
-def image_file_name(number: int, label: int | str) -> str:
-    """Returns the name of an image's file in a folder: "000012_label0207.png"."""
+def image_file_name(number: int, label: Any) -> str:
+    """Returns the name of an image's file in a folder: "000012_label0207.png".
+
+    label: class by number, or a mix of classes as text.
+    """
     text = label.replace(":", "x") if isinstance(label, str) else f"{label:04d}"
     text = text[:MOST_LABEL_BYTES]  # the number of the image keeps the name unique
     return f"{number:06d}_label{text}.png"
