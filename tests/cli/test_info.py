@@ -101,6 +101,7 @@ def test_other_things_are_refused_or_said_to_be_unknown(tmp_path, capsys):
     assert "unknown: it was not written by varjax sample" in said(capsys, "x.npz")
     for name, message in (
         ("none", "does not exist"),
+        ("var_d16", "is a published model that this machine does not have; varjax models var_d16"),
         ("empty", "folder without"),
         ("text", "is not an image"),
     ):

@@ -215,6 +215,7 @@ def test_without_network_or_library_the_files_and_the_command_are_named(hub, tmp
         varjax.load_tokenizer("tiny")
     text = str(error.value)
     assert "pip install huggingface_hub" in text and text.endswith(command)
+    assert 'pip install ".[hub]"' in text
 
 
 def test_names_and_paths_that_are_not_there(hub):

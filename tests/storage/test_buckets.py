@@ -52,7 +52,7 @@ def test_a_missing_package_is_named(monkeypatch):
 
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
     buckets._set_up.cache_clear()
-    with pytest.raises(InputError, match="pip install s3fs"):
+    with pytest.raises(InputError, match=r'pip install s3fs, or pip install "\.\[s3\]"'):
         buckets.as_path("s3://b/x")
     buckets._set_up.cache_clear()
 

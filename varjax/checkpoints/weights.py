@@ -182,7 +182,7 @@ def open_weights(location: str | os.PathLike) -> WeightsDir:
         raise InputError(
             f"{directory} {'has no config.json' if directory.is_dir() else 'does not exist'}; "
             "give a run's directory, a directory that varjax convert wrote, or the name of a "
-            "published model such as var_d16 (varjax.load_tokenizer and commands download it)"
+            "published model such as var_d16 (varjax models lists them)"
         )
     config = files.read_json(path)
     if not config.keys() & {"task", "sources"}:

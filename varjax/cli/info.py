@@ -28,6 +28,7 @@ from varjax.checkpoints.weights import (
     open_weights,
     split_step,
 )
+from varjax.convert.name_maps import RELEASES
 from varjax.errors import InputError
 from varjax.models import FAMILIES, family_of, tokenizer_kind
 from varjax.runtime.commands import command_parser, run_command
@@ -66,6 +67,11 @@ def read_facts(location: str) -> dict[str, Any]:
     run, step = split_step(location)
     path = find_weights(run)
     if not files.exists(path):
+        if location in RELEASES:
+            raise InputError(
+                f"{location} is a published model that this machine does not have; varjax models "
+                f"{location} describes it, and its first use downloads it"
+            )
         raise InputError(f"{location} does not exist; varjax models lists the published models")
     if path.is_file():
         return _npz_facts(path) if path.suffix.lower() == ".npz" else _picture_facts(path)
@@ -173,11 +179,11 @@ def _parsed(text: str) -> Any:
 
 
 def facts_table(facts: dict[str, Any]) -> str:
-    """Formats facts as lines of text; None and "" are left out.
+    """Formats facts as lines of text; None, "" and {} are left out.
 
     Characters that a terminal would not print are escaped: a picture may carry any text.
     """
-    shown = {name: _line(value) for name, value in facts.items() if value not in (None, "")}
+    shown = {name: _line(value) for name, value in facts.items() if value not in (None, "", {})}
     width = max(len(name) for name in shown) + 2
     return "\n".join(f"{printable(name):{width}}{line}" for name, line in shown.items())
 

@@ -20,7 +20,7 @@ from varjax.convert.from_torch import convert
 from varjax.convert.name_maps import RELEASES
 from varjax.convert.name_maps.release import PublishedFile
 from varjax.convert.weights_dir import sha256_of
-from varjax.errors import InputError, did_you_mean
+from varjax.errors import InputError, did_you_mean, needs_extra
 from varjax.storage import files, folders
 from varjax.storage.buckets import as_path
 from varjax.storage.cache_dir import cache_folder
@@ -123,13 +123,8 @@ def _check_digest(path: pathlib.Path, file: PublishedFile) -> None:
 
 
 def _hub_file(repo: str, name: str, revision: str) -> pathlib.Path:
-    try:
-        # Optional: only downloads need it.
+    with needs_extra("hub", "huggingface_hub", f"downloading {name}"):
         from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise InputError(
-            f"downloading {name} needs huggingface_hub (pip install huggingface_hub)"
-        ) from error
     try:
         return pathlib.Path(hf_hub_download(repo, name, revision=revision))
     except Exception as error:  # including errors of the HTTP library

@@ -4,7 +4,7 @@ varjax demo --weights=runs/digits
 varjax demo --weights=runs/digits --also=runs/digits_mar --port=8000
 
 The page is served to this machine only, and needs no connection to any other. Install Gradio for
-it: pip install "varjax[demo]"
+it: pip install ".[demo]" in the folder of varjax
 """
 
 import argparse
@@ -35,7 +35,8 @@ def open_demo(arguments: list[str]) -> None:
     whole_number("port", flags.port, 1, MOST_PORT, allowed=f"1 … {MOST_PORT}")
     if importlib.util.find_spec("gradio") is None:
         raise InputError(
-            'the page needs Gradio, which is not installed: pip install "varjax[demo]"'
+            'the page needs gradio: pip install gradio, or pip install ".[demo]" in the folder of '
+            "varjax"
         )
     locations = [flags.weights, *([] if flags.also is None else [flags.also])]
     models = [open_demo_model(location, flags.dtype) for location in locations]

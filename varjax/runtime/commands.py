@@ -77,7 +77,8 @@ def run_command(
     try:
         image_limits()  # refuses an invalid environment variable now, not at the first image
         code = action()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as in varjax models >&-
+            sys.stdout.flush()
     except InputError as error:
         if debug:
             traceback.print_exception(error)

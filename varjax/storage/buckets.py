@@ -22,10 +22,12 @@ import fsspec
 from etils import epath
 from fsspec import config as fsspec_config
 
-from varjax.errors import InputError, StorageError
+from varjax.errors import InputError, StorageError, needs_extra
 from varjax.storage.untrusted import check_relative_name
 
-PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}  # by the scheme of an address
+# By the scheme of an address.
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
+EXTRAS = {"gs": "gcs", "s3": "s3"}
 # pathlib.Path("gs://bucket") has one slash less.
 ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):/(?P<slash>/?)(?P<rest>.*)", re.DOTALL)
 # Each service has some of these fields, and at least one of them changes with an object's content.
@@ -224,11 +226,8 @@ def _set_up(scheme: str) -> None:
     os.environ.setdefault("EPATH_USE_TF", "false")
     # Other processes also write to the bucket, so listings must not be cached.
     fsspec_config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
-    try:
+    with needs_extra(EXTRAS[scheme], PACKAGES[scheme], f"{scheme}://"):
         fsspec.get_filesystem_class(scheme)
-    except ImportError as error:
-        package = PACKAGES[scheme]
-        raise InputError(f"{scheme}:// needs {package} (pip install {package}): {error}") from error
 
 
 def _file_system(path: pathlib.Path) -> Any:
