@@ -3,6 +3,7 @@
 import pytest
 
 from varjax.checkpoints.class_names import ClassNames, imagenet_classes, numbered_classes
+from varjax.cli.captions import class_titles
 from varjax.cli.sample import choose_labels
 from varjax.errors import InputError
 
@@ -28,6 +29,12 @@ def test_without_labels_they_are_spread_over_the_classes():
 )
 def test_labels_are_numbers_names_or_mixes(text, labels):
     assert choose_labels(text, CLOTHES) == labels
+
+
+def test_titles_of_mixes_have_spaces_where_a_line_may_break():
+    labels = [0, "1:0.5+0:0.25", "1:1", "3:1"]  # as a job with mixes holds single classes
+    titles = ["0 T-shirt/top", "1:0.5 + 0:0.25", "1 Bag", "no class"]
+    assert class_titles(labels, CLOTHES) == titles
 
 
 def test_imagenet_s_names_and_identifiers():

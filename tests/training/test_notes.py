@@ -65,7 +65,9 @@ def test_notes_are_said_before_anything_is_done(tmp_path, monkeypatch, capfd):
 def test_hundreds_of_passes_over_few_images():
     (note,) = passes_notes(Plan(steps=10_000, batch_size=64), 1_442)
     assert note.startswith("the run makes 444 passes over 1,442 training images, so the model may")
-    assert note.endswith("50 passes are 1,127 steps")
+    assert note.endswith("50 passes are 1,127 steps") and "eval_every=500 " in note
+    (note,) = passes_notes(Plan(steps=400, batch_size=64), 20)
+    assert "eval_every=40 " in note  # ten evaluations
     for steps, images in ((4_000, 1_442), (250_000, 1_281_167), (10_000, 60_000)):
         assert (
             passes_notes(Plan(steps=steps, batch_size=1024 if steps == 250_000 else 64), images)

@@ -29,7 +29,7 @@ def picture_title(flags: argparse.Namespace, options: Any, **others: Any) -> str
 
 
 def class_titles(labels: Sequence[int | str] | np.ndarray, names: ClassNames) -> list[str]:
-    """Returns what to call classes on a picture: "3", or "207 golden retriever".
+    """Returns what to call classes on a picture: "3", "207 golden retriever", "3:0.5 + 8:0.5".
 
     Args:
         labels: classes by number, or mixes of classes as text.
@@ -39,8 +39,10 @@ def class_titles(labels: Sequence[int | str] | np.ndarray, names: ClassNames) ->
 
 
 def _class_title(label: int | str, names: ClassNames) -> str:
+    if isinstance(label, str) and "+" not in label:  # a job with mixes writes class 3 as "3:1"
+        label = int(label.partition(":")[0])
     if isinstance(label, str):
-        return label
+        return label.replace("+", " + ")  # a line breaks at spaces
     if label >= len(names):
         return "no class"
     name = names[int(label)]

@@ -138,9 +138,10 @@ def passes_notes(plan: Plan, images: int) -> list[str]:
     if passes < MANY_PASSES or images >= MANY_IMAGES:
         return []
     steps = math.ceil(MANY_PASSES / 4 * images / plan.batch_size)
+    every = max(1, min(500, plan.steps // 10))  # patience counts evaluations, so it needs several
     return [
         f"the run makes {passes:,.0f} passes over {images:,} training images, so the model may "
-        "memorize them. Compare the loss with that of held-out images: eval_every=500 "
+        f"memorize them. Compare the loss with that of held-out images: eval_every={every} "
         "keep_best=eval/loss patience=5 keeps the best weights and ends the run when they no "
         f"longer improve. {MANY_PASSES // 4} passes are {steps:,} steps"
     ]
