@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests.helpers import forked
 from varjax.errors import InputError, StorageError
 from varjax.runtime.commands import run_command
 from varjax.storage.read_errors import retry_read
@@ -79,6 +80,41 @@ def test_exit_codes(capsys):
     assert run_command("x", fail(InputError("a=1: must be 2"))) == 1
     assert run_command("x", fail(KeyboardInterrupt()), interrupted="stopped") == 130
     assert capsys.readouterr().err == "x: a=1: must be 2\nx: stopped\n"
+
+
+SLOW_TO_COMPILE = """
+import signal, sys, jax, jax.numpy as jnp
+from varjax.runtime.commands import run_command
+
+def slow(x):
+    for _ in range(1000):
+        x = jnp.sin(x @ x)
+    return x
+
+def action():
+    traced = jax.jit(slow).lower(jnp.ones((2, 2)))
+    print("compiling", flush=True)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    traced.compile()
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGALRM, interrupt)
+jax.config.update("jax_enable_compilation_cache", False)
+sys.exit(run_command("x", action))
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_a_program_is_compiled_ends_without_a_crash():
+    command = [sys.executable, "-c", SLOW_TO_COMPILE]
+    ended = forked.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (
+        130,
+        "compiling\n",
+        "x: interrupted\n",
+    )
 
 
 @pytest.mark.parametrize("name", ["VARJAX_MAX_PIXELS", "VARJAX_MAX_ASPECT_RATIO"])

@@ -1,6 +1,7 @@
 """Makes a command's parser, and turns its exceptions into messages and exit codes."""
 
 import argparse
+import atexit
 import contextlib
 import faulthandler
 import io
@@ -16,6 +17,7 @@ from varjax.errors import InputError, did_you_mean
 from varjax.storage.read_errors import FULL_ERRNOS, MACHINE_ERRNOS, machine_errno
 from varjax.storage.untrusted import image_limits
 
+INTERRUPTED = 128 + signal.SIGINT  # exit code of a command that Ctrl-C ends
 BROKEN_PIPE = 128 + signal.SIGPIPE  # exit code of a command that SIGPIPE ends
 
 
@@ -100,10 +102,29 @@ def run_command(
             file=sys.stderr,
         )
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print(f"{name}: {interrupted}", file=sys.stderr)
-        return 130
+        if _interrupted_compiling(error):
+            atexit.register(end_at_once, INTERRUPTED)
+        return INTERRUPTED
     return code if isinstance(code, int) else 0
+
+
+def _interrupted_compiling(error: KeyboardInterrupt) -> bool:
+    """Returns whether JAX was compiling a program, which its threads continue to do.
+
+    A regular exit waits for them, perhaps for minutes. With JAX 0.10.2 it then crashes, because the
+    program is made for devices that no longer exist.
+    """
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "jax._src.compiler" for frame, _ in frames)
+
+
+def end_at_once(code: int) -> None:
+    """Ends the process with an exit code, without waiting for threads or other processes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _output_is_closed() -> bool:

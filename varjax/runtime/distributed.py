@@ -23,7 +23,7 @@ from varjax.errors import (
     MismatchError,
     StorageError,
 )
-from varjax.runtime.commands import run_command
+from varjax.runtime.commands import end_at_once, run_command
 
 HEARTBEAT_SECONDS = 30  # without a heartbeat from a process, after which the others end
 # Time until every machine sees a file that one of them wrote: an NFS client caches a folder for up
@@ -169,14 +169,8 @@ def end_process(code: int) -> int:
     if jax.process_count() > 1:
         number = jax.process_index()
         print(f"process {number} ends; if another one died first, see its error", file=sys.stderr)
-        _end_at_once(code)
+        end_at_once(code)
     return code
-
-
-def _end_at_once(code: int) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def run_on_processes(name: str, action: Callable[[], object], debug: bool = False) -> int:
@@ -201,7 +195,7 @@ def run_on_processes(name: str, action: Callable[[], object], debug: bool = Fals
     if any(type(thread).__module__.startswith("orbax.") for thread in new_threads):
         # After a failed save, these threads wait minutes for one another, and so would a regular
         # exit.
-        _end_at_once(code)
+        end_at_once(code)
     return end_process(code)
 
 
