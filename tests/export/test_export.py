@@ -9,6 +9,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -145,6 +146,23 @@ def test_run_py_needs_jax_numpy_and_safetensors_alone(exported, tmp_path):
         np.testing.assert_array_equal(
             np.asarray(image)[..., None], np.concatenate([*images_NHWC], axis=1)
         )
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--count=0", "count=0: must be 1 or more"),
+        ("--out=x.npz", "out=x.npz: must end in .png"),
+        ("--out=none/x.png", "out=none/x.png: the folder does not exist"),
+    ],
+)
+def test_run_py_refuses_before_it_draws(flag, message, monkeypatch, capsys):
+    model = types.SimpleNamespace(about={"options": {}})  # which has no `sample`
+    fake = types.SimpleNamespace(ExportedModel=lambda: model)
+    monkeypatch.setitem(sys.modules, "exported_model", fake)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--labels=3", flag])
+    assert run.main() == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

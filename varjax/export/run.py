@@ -29,6 +29,12 @@ def main():
             parser.add_argument(f"--{name}", type=kind, default=about["value"], help=about["help"])
         flags = vars(parser.parse_args())
         labels, count, out = (flags.pop(name) for name in ("labels", "count", "out"))
+        if count < 1:
+            raise ValueError(f"count={count}: must be 1 or more")
+        if not out.lower().endswith(".png"):
+            raise ValueError(f"out={out}: must end in .png; exported_model.py returns arrays")
+        if not pathlib.Path(out).absolute().parent.is_dir():
+            raise ValueError(f"out={out}: the folder does not exist; create it, or change --out")
         images_NHWC = model.sample([x for x in labels.split(",") for _ in range(count)], **flags)
         columns = count if count > 1 else len(images_NHWC)
         pathlib.Path(out).write_bytes(grid_png(images_NHWC, columns))
