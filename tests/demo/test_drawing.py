@@ -12,7 +12,7 @@ from tests.helpers import runs
 from varjax.cli import sample
 from varjax.demo.__main__ import open_demo_model
 from varjax.demo.drawing import checked_drawing, draw_parts
-from varjax.demo.picture_grid import Film, Words, image_url, picture_grid
+from varjax.demo.picture_grid import Film, ImageTexts, image_url, picture_grid
 from varjax.errors import InputError
 from varjax.storage import image_io
 
@@ -30,8 +30,8 @@ def drawing(model):
 @pytest.fixture(scope="module")
 def film(drawing):
     parts = [images for images, _ in draw_parts(drawing)]
-    words = Words(drawing.image_names, drawing.file_names, drawing.texts())
-    return Film(np.concatenate(parts), words)
+    texts = ImageTexts(drawing.image_names, drawing.file_names, drawing.texts())
+    return Film(np.concatenate(parts), texts)
 
 
 def test_the_command_line_draws_the_same_files(drawing, film, tmp_path, monkeypatch):
@@ -94,10 +94,10 @@ def test_what_cannot_be_drawn_is_refused(model, labels, count, seed, options, me
 
 def test_images_are_enlarged_by_whole_numbers_and_words_are_escaped():
     images_NHWC = np.zeros((1, 8, 8, 1), np.uint8)
-    page = picture_grid(images_NHWC, Words(["<b>"], ["a.png"], [{"Command": "x"}]))
+    page = picture_grid(images_NHWC, ImageTexts(["<b>"], ["a.png"], [{"Command": "x"}]))
     assert 'width="144" height="144"' in page and "<b>" not in page and "&lt;b&gt;" in page
     assert 'download="a.png"' in page and image_url(images_NHWC[0], {"Command": "x"}) in page
-    assert 'width="256"' in picture_grid(np.zeros((1, 256, 256, 3), np.uint8), Words(["x"]))
+    assert 'width="256"' in picture_grid(np.zeros((1, 256, 256, 3), np.uint8), ImageTexts(["x"]))
 
 
 def test_a_film_shows_its_first_and_last_step(film):

@@ -5,19 +5,16 @@ from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
 
-from varjax.demo.controls import class_control
-from varjax.demo.draw_tab import (
-    COMPUTATION,
+from varjax.demo.controls import (
     add_model_controls,
     add_seed,
+    class_control,
     first_classes,
-    played_drawing,
     read_controls,
-    shown_errors,
-    speed_note,
 )
 from varjax.demo.drawing import DemoModel, checked_drawing
 from varjax.demo.picture_grid import Film
+from varjax.demo.playback import COMPUTATION, played_drawing, shown_errors, speed_note
 
 
 def add_compare_tab(models: Sequence[DemoModel], compiled: set[Any]) -> None:

@@ -1,4 +1,4 @@
-"""Makes the controls of a model's sampling options, and reads them back, also from a link."""
+"""Makes the controls of models, classes and sampling options, and reads them back, or a link."""
 
 import argparse
 import dataclasses
@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
+import numpy as np
 
 from varjax.cli.captions import class_titles
 from varjax.demo.drawing import DemoModel, Drawing, flag_text
 from varjax.errors import InputError
 from varjax.sampling.sampler import parse_option
+
+FIRST_CLASSES = 4
 
 
 class OptionControls:
@@ -113,6 +116,89 @@ def class_control(model: DemoModel, classes: Sequence[int], several: bool = True
         label="classes" if several else "class",
         info="type to search; none of them means no class" if several else "type to search",
     )
+
+
+def model_choice(models: Sequence[DemoModel], chosen: int = 0) -> Any:
+    """Makes the choice of a model by its number; hidden if there is one model.
+
+    Args:
+        models: models of the page.
+        chosen: number of the model that is chosen at first.
+    """
+    return gr.Radio(
+        [(model.location, number) for number, model in enumerate(models)],
+        value=chosen,
+        label="model",
+        visible=len(models) > 1,
+    )
+
+
+def add_model_controls(
+    models: Sequence[DemoModel], chosen: int = 0, classes: bool = True
+) -> tuple[Any, list[OptionControls]]:
+    """Adds a choice of models, if there are several, and the controls of each.
+
+    Args:
+        models: models of the page.
+        chosen: number of the model that is chosen at first.
+        classes: whether the controls choose classes, too.
+
+    Returns:
+        The choice, whose value is a model's number, and the controls.
+    """
+    choice = model_choice(models, chosen)
+    groups, controls = [], []
+    for number, model in enumerate(models):
+        with gr.Column(visible=number == chosen) as group:
+            controls.append(OptionControls(model, first_classes(model) if classes else None))
+        groups.append(group)
+    if len(models) > 1:
+        choice.change(
+            lambda chosen: [gr.Column(visible=chosen == n) for n in range(len(models))],
+            choice,
+            groups,
+            concurrency_limit=None,
+            show_progress="hidden",
+        )
+    return choice, controls
+
+
+def read_controls(
+    controls: Sequence[OptionControls], chosen: int, values: Sequence[Any]
+) -> tuple[list[int], dict[str, Any]]:
+    """Returns the classes and the options of the chosen model from the page.
+
+    Args:
+        controls: controls of each model.
+        chosen: number of the chosen model.
+        values: values of the components of all models' controls.
+
+    Raises:
+        InputError: text that is no value of an option.
+    """
+    start = sum(len(each.components) for each in controls[:chosen])
+    own = controls[chosen]
+    return own.read(values[start : start + len(own.components)])
+
+
+def first_classes(model: DemoModel) -> list[int]:
+    """Returns the classes that a page draws at first, evenly spread."""
+    spread = np.linspace(0, model.sampler.classes - 1, FIRST_CLASSES).astype(int)
+    return list(dict.fromkeys(spread.tolist()))
+
+
+def add_seed(name: str = "") -> Any:
+    """Adds a random seed, and a button that chooses another one.
+
+    Args:
+        name: prefix of the identifier in the page; "" for "seed" alone.
+    """
+    with gr.Row(equal_height=True):
+        identifier = f"{name}-seed".strip("-")
+        seed = gr.Number(0, label="seed", precision=0, minimum=0, scale=3, elem_id=identifier)
+        another = gr.Button("Another seed", scale=1, min_width=80, size="sm")
+    another.click(None, None, seed, js="() => Math.floor(Math.random() * 2 ** 32)")
+    return seed
 
 
 def link_query(drawing: Drawing, number: int) -> str:

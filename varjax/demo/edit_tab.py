@@ -8,20 +8,18 @@ import gradio as gr  # pyright: ignore[reportMissingImports]
 import numpy as np
 from PIL import Image
 
-from varjax.demo.controls import class_control
-from varjax.demo.draw_tab import (
+from varjax.demo.controls import add_model_controls, add_seed, class_control, read_controls
+from varjax.demo.drawing import DemoModel
+from varjax.demo.edits import MASKED, SCALED, checked_page_edit, edit_parts
+from varjax.demo.picture_grid import ImageTexts, picture_grid
+from varjax.demo.picture_source import add_picture_source
+from varjax.demo.playback import (
     COMPUTATION,
-    add_model_controls,
-    add_seed,
+    connect_step_slider,
     played_films,
-    read_controls,
     shown_errors,
     speed_note,
 )
-from varjax.demo.drawing import DemoModel
-from varjax.demo.edits import MASKED, SCALED, checked_page_edit, edit_parts
-from varjax.demo.picture_grid import Words, picture_grid
-from varjax.demo.picture_source import add_picture_source
 from varjax.storage import image_io
 from varjax.storage.picture_text import image_text
 
@@ -92,18 +90,18 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
         channels = max(image.shape[-1] for image in shown.values())
         images = [np.broadcast_to(x, (*x.shape[:2], channels)) for x in shown.values()]
         yield {
-            before: picture_grid(np.stack(images), Words([*shown])),
+            before: picture_grid(np.stack(images), ImageTexts([*shown])),
             note: "compiling …" if first else "drawing …",
         }
         made_by = {"mode": mode, **settings, **dataclasses.asdict(request.options)}
         made_by |= request.model.sampler.identity()
         numbers = range(1, request.count + 1)
-        words = Words(
+        texts = ImageTexts(
             [f"result {number}" for number in numbers],
             [f"{mode}_{number}.png" for number in numbers],
             [image_text(made_by, number, request.label) for number in numbers],
         )
-        played = played_films(edit_parts(request), words, request.count)
+        played = played_films(edit_parts(request), texts, request.count)
         for last, shown_step, seconds in played:  # noqa: B007  (the last)
             yield {results: last.frame(shown_step)}
         compiled.add(request.program)
@@ -124,14 +122,7 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
         show_progress_on=results,
     )
     stop.click(None, cancels=[edited])
-    step.input(
-        lambda film, step: film.frame(int(step)) if film else gr.skip(),
-        [film, step],
-        results,
-        concurrency_limit=None,
-        show_progress="hidden",
-        trigger_mode="always_last",
-    )
+    connect_step_slider(step, film, results)
 
 
 def canvas(picture: Image.Image, shape: tuple[int, int, int]) -> dict[str, Any]:

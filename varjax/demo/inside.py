@@ -101,16 +101,15 @@ def likeliest_codes(
         raise InputError(f"scale {scale + 1}: allowed are 1 … {len(pyramid)}")
     (h, w), begin = pyramid.shapes[scale], pyramid.slices[scale].start
     y, x = (min(int(part * side), side - 1) for part, side in zip(position, (h, w), strict=True))
-    place = begin + y * w + x
-    logits_V = np.asarray(sampler.logits(tokens_BL, [label]))[0, place].astype(np.float64)
+    token = begin + y * w + x
+    logits_V = np.asarray(sampler.logits(tokens_BL, [label]))[0, token].astype(np.float64)
     probability_V = np.exp(logits_V - logits_V.max())
     probability_V /= probability_V.sum()
-    own = int(tokens_BL[0, place])
+    own = int(tokens_BL[0, token])
     codes = np.argsort(-probability_V, kind="stable")[:ALTERNATIVES]
-    changed_BL = np.repeat(
-        tokens_BL, ALTERNATIVES, axis=0
-    )  # one shape, however small the vocabulary
-    changed_BL[: len(codes), place] = codes
+    # The shape is always the same, also for a vocabulary of fewer codes.
+    changed_BL = np.repeat(tokens_BL, ALTERNATIVES, axis=0)
+    changed_BL[: len(codes), token] = codes
     images_BHWC = to_uint8(np.asarray(sampler.decode(changed_BL)))
     names = [f"code {code}: {probability_V[code]:.1%}" for code in codes]
     rank = int((probability_V > probability_V[own]).sum()) + 1
@@ -141,5 +140,5 @@ def _map_image(map_hwC: np.ndarray) -> np.ndarray:
     """Returns a map of any size as an RGB image of MAP_SIDE pixels a side."""
     size = MAP_SIDE, MAP_SIDE
     smaller = max(map_hwC.shape[:2]) > MAP_SIDE
-    how = Image.Resampling.BOX if smaller else Image.Resampling.NEAREST
-    return np.asarray(Image.fromarray(map_hwC).resize(size, how).convert("RGB"))
+    resampling = Image.Resampling.BOX if smaller else Image.Resampling.NEAREST
+    return np.asarray(Image.fromarray(map_hwC).resize(size, resampling).convert("RGB"))

@@ -7,12 +7,12 @@ import gradio as gr  # pyright: ignore[reportMissingImports]
 import numpy as np
 from PIL import Image
 
-from varjax.demo.controls import class_control
-from varjax.demo.draw_tab import COMPUTATION, shown_errors
+from varjax.demo.controls import class_control, model_choice
 from varjax.demo.drawing import DemoModel
 from varjax.demo.inside import MAP_SIDE, code_colors, likeliest_codes, look_inside
-from varjax.demo.picture_grid import Words, picture_grid
+from varjax.demo.picture_grid import ImageTexts, picture_grid
 from varjax.demo.picture_source import add_picture_source
+from varjax.demo.playback import COMPUTATION, shown_errors
 from varjax.errors import InputError
 from varjax.storage import image_io
 
@@ -31,12 +31,7 @@ def add_inside_tab(models: Sequence[DemoModel], drawn_film: Any) -> None:
             source = add_picture_source("inside")
             preview = gr.HTML()
         with gr.Column(min_width=300):
-            choice = gr.Radio(
-                [(model.location, number) for number, model in enumerate(models)],
-                value=0,
-                label="model",
-                visible=len(models) > 1,
-            )
+            choice = model_choice(models)
             look = gr.Button("Look inside", variant="primary", elem_id="look")
             summary = gr.Markdown(elem_id="summary")
     images = gr.HTML(min_height=120, elem_id="reconstructions")
@@ -80,8 +75,9 @@ def add_inside_tab(models: Sequence[DemoModel], drawn_film: Any) -> None:
             chosen, tokens_BL = insides
             label = models[chosen].sampler.classes if label is None else label
             x, y = event.index[0], event.index[1]
-            place = y / (2 * MAP_SIDE), x / (2 * MAP_SIDE)
-            found, about = likeliest_codes(models[chosen], tokens_BL, label, int(scale) - 1, place)
+            position = y / (2 * MAP_SIDE), x / (2 * MAP_SIDE)
+            k = int(scale) - 1
+            found, about = likeliest_codes(models[chosen], tokens_BL, label, k, position)
         return about, _grid(found)
 
     source.connect(
@@ -130,4 +126,4 @@ def _tokens_of_scale(models: Sequence[DemoModel], insides: Any, scale: int) -> A
 
 def _grid(images: dict[str, np.ndarray]) -> str:
     """Returns HTML of images of one shape, by name."""
-    return picture_grid(np.stack([*images.values()]), Words([*images]))
+    return picture_grid(np.stack([*images.values()]), ImageTexts([*images]))

@@ -15,31 +15,31 @@ SHOWN_SIDE = 144  # pixels on the page that smaller images are enlarged to, abou
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
-    """Holds the words of images, in their order; there may be more than images so far.
+class ImageTexts:
+    """Holds the texts of images, in their order; there may be more than images so far.
 
     Attributes:
-        names: caption of each image.
-        files: name of the file that a click on each image saves; () for no files.
-        texts: text that each file carries, by keyword.
+        captions: caption of each image.
+        file_names: name of the file that a click on each image saves; () for no files.
+        metadata: text that each file carries, by keyword.
     """
 
-    names: Sequence[str]
-    files: Sequence[str] = ()
-    texts: Sequence[Mapping[str, str]] = ()
+    captions: Sequence[str]
+    file_names: Sequence[str] = ()
+    metadata: Sequence[Mapping[str, str]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Film:
-    """Holds images after every step, with their words.
+    """Holds images after every step, with their captions and files.
 
     Attributes:
         images_NSHWC: uint8 images, the finished ones last.
-        words: words of the images.
+        texts: captions and files of the images.
     """
 
     images_NSHWC: np.ndarray
-    words: Words
+    texts: ImageTexts
 
     @property
     def steps(self) -> int:
@@ -49,35 +49,35 @@ class Film:
     def frame(self, step: int) -> str:
         """Returns the HTML of all images after a step, counted from 1."""
         step = min(max(step, 1), self.steps)
-        words = self.words if step == self.steps else Words(self.words.names)
-        return picture_grid(self.images_NSHWC[:, step - 1], words)
+        texts = self.texts if step == self.steps else ImageTexts(self.texts.captions)
+        return picture_grid(self.images_NSHWC[:, step - 1], texts)
 
     def archive(self) -> bytes:
         """Returns a ZIP of the finished images as PNG."""
         file = io.BytesIO()
         with zipfile.ZipFile(file, "w") as archive:  # PNGs are compressed already
             for number, image_SHWC in enumerate(self.images_NSHWC):
-                data = png_bytes(image_SHWC[-1], self.words.texts[number])
-                archive.writestr(self.words.files[number], data)
+                data = png_bytes(image_SHWC[-1], self.texts.metadata[number])
+                archive.writestr(self.texts.file_names[number], data)
         return file.getvalue()
 
 
-def picture_grid(images_NHWC: np.ndarray, words: Words) -> str:
+def picture_grid(images_NHWC: np.ndarray, texts: ImageTexts) -> str:
     """Returns HTML that shows images in rows.
 
     Args:
         images_NHWC: uint8 images to show.
-        words: words of the images.
+        texts: captions and files of the images.
     """
     enlarge = max(1, SHOWN_SIDE // max(images_NHWC.shape[1:3]))
     H, W = (side * enlarge for side in images_NHWC.shape[1:3])
     figures = []
     for number, image_HWC in enumerate(images_NHWC):
-        url = image_url(image_HWC, words.texts[number] if words.files else None)
-        caption = html.escape(words.names[number])
+        url = image_url(image_HWC, texts.metadata[number] if texts.file_names else None)
+        caption = html.escape(texts.captions[number])
         picture = f'<img src="{url}" width="{W}" height="{H}" alt="{caption}">'
-        if words.files:
-            file = html.escape(words.files[number])
+        if texts.file_names:
+            file = html.escape(texts.file_names[number])
             picture = f'<a href="{url}" download="{file}" title="save {file}">{picture}</a>'
         figures.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     return f'<div class="picture-grid">{"".join(figures)}</div>'

@@ -7,8 +7,8 @@ from typing import Any
 import gradio as gr  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
-from varjax.demo.draw_tab import shown_errors
 from varjax.demo.edits import read_upload
+from varjax.demo.playback import shown_errors
 
 
 @dataclasses.dataclass(frozen=True)
