@@ -33,7 +33,7 @@ def test_pyproject_has_the_extras():
         package = names.get(module, module)
         assert not any(text.startswith(package) for text in core)
         assert any(text.startswith(package) for text in extras[extra])
-    needed = sorted({*EXTRAS.values(), "demo"})  # Gradio has a message of its own
+    needed = sorted({*EXTRAS.values(), "demo"})  # varjax/demo imports Gradio
     assert f"varjax[{','.join(needed)}]" in extras["dev"]
 
 

@@ -23,7 +23,7 @@ START_SECONDS = 120
 
 def require_browser():
     """Skips tests where there is no browser."""
-    pytest.importorskip("gradio", reason='needs Gradio: pip install "varjax[demo]"')
+    pytest.importorskip("gradio", reason='needs Gradio: pip install ".[demo]"')
     pytest.importorskip("playwright", reason="needs Playwright: pip install playwright")
     if CHROMIUM is None:
         pytest.skip("needs a browser: apt-get install chromium")

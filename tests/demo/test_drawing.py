@@ -1,7 +1,9 @@
 """A drawing is what the command line and Python draw, and refuses what it cannot draw."""
 
 import io
+import os
 import shlex
+import sys
 import zipfile
 
 import numpy as np
@@ -10,7 +12,7 @@ from PIL import Image
 
 from tests.helpers import runs
 from varjax.cli import sample
-from varjax.demo.__main__ import open_demo_model
+from varjax.demo.__main__ import open_demo, open_demo_model
 from varjax.demo.drawing import checked_drawing, draw_parts
 from varjax.demo.picture_grid import Film, ImageTexts, image_url, picture_grid
 from varjax.errors import InputError
@@ -90,6 +92,13 @@ def test_only_changed_options_are_named(model):
 def test_what_cannot_be_drawn_is_refused(model, labels, count, seed, options, message):
     with pytest.raises(InputError, match=message):
         checked_drawing(model, labels, count, seed, options)
+
+
+def test_a_missing_gradio_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(InputError, match=r'needs gradio .*or pip install "\.\[demo\]"'):
+        open_demo(["--weights=nowhere"])
 
 
 def test_images_are_enlarged_by_whole_numbers_and_words_are_escaped():

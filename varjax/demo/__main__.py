@@ -3,12 +3,12 @@
 varjax demo --weights=runs/digits
 varjax demo --weights=runs/digits --also=runs/digits_mar --port=8000
 
-The page is served to this machine only, and needs no connection to any other. Install Gradio for
-it: pip install ".[demo]" in the folder of varjax
+The page is served to this machine only, and needs no connection to any other. It needs Gradio:
+pip install ".[demo]" in the folder of varjax.
 """
 
 import argparse
-import importlib.util
+import importlib
 import logging
 import os
 import pathlib
@@ -18,7 +18,7 @@ from typing import get_args
 
 from varjax.config.numbers import whole_number
 from varjax.demo.drawing import DemoModel
-from varjax.errors import InputError
+from varjax.errors import needs_extra
 from varjax.models import Dtype, family_of, load, open_model
 from varjax.runtime.commands import command_parser, run_command
 
@@ -33,16 +33,13 @@ def open_demo(arguments: list[str]) -> None:
     """
     flags = _parser().parse_args(arguments)
     whole_number("port", flags.port, 1, MOST_PORT, allowed=f"1 … {MOST_PORT}")
-    if importlib.util.find_spec("gradio") is None:
-        raise InputError(
-            'the page needs gradio: pip install gradio, or pip install ".[demo]" in the folder of '
-            "varjax"
-        )
-    locations = [flags.weights, *([] if flags.also is None else [flags.also])]
-    models = [open_demo_model(location, flags.dtype) for location in locations]
     with tempfile.TemporaryDirectory(prefix="varjax_demo_") as folder:
         # Gradio reads these when it is imported.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+        with needs_extra("demo", "gradio", "the page"):
+            importlib.import_module("gradio")
+        locations = [flags.weights, *([] if flags.also is None else [flags.also])]
+        models = [open_demo_model(location, flags.dtype) for location in locations]
         from varjax.demo.server import serve_page
 
         serve_page(models, flags.host, flags.port, flags.share == "true", pathlib.Path(folder))
