@@ -57,13 +57,13 @@ def add_compare_tab(models: Sequence[DemoModel], compiled: set[Any]) -> None:
         yield {note: "" for _, _, note, _ in sides}
         drawn: list[Film] = []
         for drawing, (_, _, note, pictures) in zip(drawings, sides, strict=True):
-            first = drawing.program not in compiled
-            yield {note: "compiling …" if first else "drawing …"}
+            compiles = drawing.program not in compiled
+            yield {note: "compiling …" if compiles else "drawing …"}
             for film, shown, seconds in played_drawing(drawing):  # noqa: B007  (the last)
                 yield {pictures: film.frame(shown)}
             drawn.append(film)
             compiled.add(drawing.program)
-            yield {note: f"{speed_note(film, seconds, first)}\n\n`{drawing.command()}`"}
+            yield {note: f"{speed_note(film, seconds, compiles)}\n\n`{drawing.command()}`"}
         yield {films: drawn, done: gr.Slider(value=100, visible=True)}
 
     outputs = [part for side in sides for part in side[2:]]

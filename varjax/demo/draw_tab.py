@@ -80,8 +80,9 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path, compiled: se
         with shown_errors():
             labels, options = read_controls(controls, chosen, values)
             drawing = checked_drawing(models[chosen], labels, count, seed, options)
-        first = drawing.program not in compiled
-        yield {note: "compiling the program for these options and this number of images …" * first}
+        compiles = drawing.program not in compiled
+        compiling = "compiling the program for these options and this number of images …"
+        yield {note: compiling if compiles else ""}
         for film, shown, seconds in played_drawing(drawing):  # noqa: B007  (the last)
             yield {pictures: film.frame(shown)}
         file = folder / f"{request.session_hash}.zip"
@@ -90,7 +91,7 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path, compiled: se
         compiled.add(drawing.program)
         yield {
             step: gr.Slider(1, film.steps, film.steps, label=label, visible=film.steps > 1),
-            note: speed_note(film, seconds, first),
+            note: speed_note(film, seconds, compiles),
             download: gr.DownloadButton(value=str(file), visible=True),
             command: drawing.command(),
             snippet: drawing.snippet(),

@@ -85,13 +85,13 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
             request = checked_page_edit(
                 models[chosen], mode, picture, painted(editor, shape), settings, options
             )
-        first = request.program not in compiled
+        compiles = request.program not in compiled
         shown = request.shown()
         channels = max(image.shape[-1] for image in shown.values())
         images = [np.broadcast_to(x, (*x.shape[:2], channels)) for x in shown.values()]
         yield {
             before: picture_grid(np.stack(images), ImageTexts([*shown])),
-            note: "compiling …" if first else "drawing …",
+            note: "compiling …" if compiles else "drawing …",
         }
         made_by = {"mode": mode, **settings, **dataclasses.asdict(request.options)}
         made_by |= request.model.sampler.identity()
@@ -107,7 +107,7 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
         compiled.add(request.program)
         yield {
             film: last,
-            note: speed_note(last, seconds, first),
+            note: speed_note(last, seconds, compiles),
             step: gr.Slider(1, last.steps, last.steps, visible=last.steps > 1),
         }
 

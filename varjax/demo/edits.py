@@ -143,8 +143,13 @@ def edit_parts(edit: PageEdit) -> Iterator[tuple[np.ndarray, float]]:
             original, redraw_hw = edit.image_HWC[None], edit.redraw_hw
             images_SBHWC = np.stack([paste(original, x, redraw_hw) for x in images_SBHWC])
         images_BSHWC = np.moveaxis(images_SBHWC, 1, 0)
-        advise = lambda: sampler.advise_on_nan(edit.options)  # noqa: E731
-        check_finite_images(images_BSHWC, index_B, label_B, edit.seed, advise)
+        check_finite_images(
+            images_BSHWC,
+            index_B,
+            label_B,
+            edit.seed,
+            lambda: sampler.advise_on_nan(edit.options),
+        )
         yield image_io.to_uint8(images_BSHWC), time.perf_counter() - start
 
 

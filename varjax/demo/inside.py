@@ -69,11 +69,14 @@ def look_inside(model: DemoModel, image_HWC: np.ndarray) -> Insides:
         images |= {"posterior mean": mean_HWC, "posterior sample": sample_HWC}
         result_HWC = mean_HWC
         maps = {"latents, three channels": _latent_colors(np.asarray(mean_BhwZ)[0])}
-    first, last = (jnp.asarray(x[None] / np.float32(255)) for x in (image_HWC, result_HWC))
-    error_HW = np.asarray(jnp.abs(first - last).mean(axis=-1))[0]
+    pair = (jnp.asarray(x[None] / np.float32(255)) for x in (image_HWC, result_HWC))
+    original_BHWC, result_BHWC = pair
+    error_HW = np.asarray(jnp.abs(original_BHWC - result_BHWC).mean(axis=-1))[0]
     most = float(error_HW.max())
     error = _map_image(to_uint8(error_HW / max(most, 1e-6)))
-    summary = f"PSNR {float(psnr(first, last)[0]):.1f} dB; largest error {most:.3f} of 1"
+    summary = (
+        f"PSNR {float(psnr(original_BHWC, result_BHWC)[0]):.1f} dB; largest error {most:.3f} of 1"
+    )
     return Insides(images, {"error, white is the largest": error} | maps, summary, tokens_BL)
 
 

@@ -83,14 +83,14 @@ def connect_step_slider(step: Any, film: Any, pictures: Any) -> None:
     )
 
 
-def speed_note(film: Film, seconds: float, first: bool) -> str:
+def speed_note(film: Film, seconds: float, compiled: bool) -> str:
     """Returns what a page says about the speed of a drawing.
 
     Args:
         film: images that were drawn.
         seconds: time that drawing them took.
-        first: whether their program was compiled for them.
+        compiled: whether their program was compiled for them.
     """
     N = len(film.images_NSHWC)
     speed = f"{N} {'image' if N == 1 else 'images'} in {seconds:.2f} s ({N / seconds:.1f} images/s)"
-    return f"{speed}, with compiling: the next ones are faster" if first else speed
+    return f"{speed}, with compiling: the next ones are faster" if compiled else speed

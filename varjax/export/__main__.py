@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--what", default=",".join(KINDS), help="programs to export, of %(default)s (all)")
     about = "numbers of images to compile programs for, such as 1,8, or any (%(default)s)"
     add("--batch_size", default="any", help=about)
-    about = "platforms to compile for, of %(default)s (all); none of them has to be here"
+    about = "platforms to compile for, of %(default)s (all); no such device is needed"
     add("--platforms", default=",".join(PLATFORMS), help=about)
     about = "number format: auto (float32 on a CPU, else bfloat16), float32 or bfloat16"
     add("--dtype", default="auto", help=about)

@@ -16,7 +16,9 @@ import numpy as np
 from jax import export
 from safetensors import safe_open
 
-PLATFORMS = {"gpu": "cuda"}  # names of programs' platforms, where JAX's backend has another name
+PROGRAM_PLATFORMS = {
+    "gpu": "cuda"
+}  # names of programs' platforms, where JAX's backend has another name
 
 
 class ExportedModel:
@@ -36,7 +38,7 @@ class ExportedModel:
     def __init__(self, folder=pathlib.Path(__file__).parent):
         self.folder = pathlib.Path(folder)
         self.about = json.loads((self.folder / "model.json").read_text("utf-8"))
-        self.platform = PLATFORMS.get(jax.default_backend(), jax.default_backend())
+        self.platform = PROGRAM_PLATFORMS.get(jax.default_backend(), jax.default_backend())
         self._read_programs, self._weights = {}, {}
         oldest = export.minimum_supported_calling_convention_version
         newest = export.maximum_supported_calling_convention_version

@@ -59,7 +59,7 @@ def export_model(
         out: folder to write, which must be empty or not exist.
         what: programs to export, of "sample", "encode", "decode", "edit"; an edit also encodes.
         batch_sizes: numbers of images that programs are compiled for; () for any number.
-        platforms: platforms to compile for, of "cpu", "cuda", "tpu"; none of them has to be here.
+        platforms: platforms to compile for, of "cpu", "cuda", "tpu"; no such device is needed.
         dtype: number format; "auto" is float32 for a CPU, else bfloat16.
         options: sampling options that replace the model's. Numbers remain inputs of the programs;
             the others, and lists, are fixed.
@@ -91,8 +91,9 @@ def export_model(
             (weights, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
             for path, kind in weights.items():
                 dtypes[path].add(kind.dtype)
-        one, two = (model.sampling_bytes(images, chosen) for images in (1, 2))
-        memory[platform] = {"weights": 2 * one - two, "image": two - one}
+        one_image, two_images = (model.sampling_bytes(images, chosen) for images in (1, 2))
+        per_image = two_images - one_image
+        memory[platform] = {"weights": one_image - per_image, "image": per_image}
     tensors = {
         path: _in_format(leaf, dtypes[path])
         for path, leaf in trees.paths(model.params).items()
@@ -156,8 +157,8 @@ def exported_programs(
     for function in model_functions(model, options, what):
         name, inputs = function.name, every_input(function, model.weights.shapes, options)
         if name not in read:
-            whole = export_program(function, weights, options, inputs, 1, platform)
-            read[name] = read_paths(whole, inputs)
+            exported = export_program(function, weights, options, inputs, 1, platform)
+            read[name] = read_paths(exported, inputs)
         for size in sizes:
             parts = name, platform, function.most_kept or "", f"batch{size}" if size else ""
             about = {

@@ -1,4 +1,4 @@
-"""Compiles a model's functions to StableHLO with jax.export, for platforms that need not be here.
+"""Compiles a model's functions to StableHLO with jax.export; no device of the platform is needed.
 
 A program takes (weights by path, numbers by path, arrays of the batch). Weights are inputs, so that
 all programs share one file of them. Numbers are the seed and the sampling options that need no new
@@ -116,15 +116,15 @@ def every_input(function: ModelFunction, weights: PyTree, options: Any) -> Input
     return Inputs(trees.paths(weights), seed | numbers if function.samples else {})
 
 
-def read_paths(whole: export.Exported, inputs: Inputs) -> tuple[set[str], set[str]]:
+def read_paths(exported: export.Exported, inputs: Inputs) -> tuple[set[str], set[str]]:
     """Returns the paths of the weights and numbers that a program reads.
 
     Args:
-        whole: program with a fixed batch size, of which JAX knows what it reads.
+        exported: program with a fixed batch size, of which JAX knows what it reads.
         inputs: weights and numbers that the program takes.
     """
     weights, numbers = sorted(inputs.weights), sorted(inputs.numbers)
-    kept = set(whole.module_kept_var_idx)
+    kept = set(exported.module_kept_var_idx)
     return (
         {path for i, path in enumerate(weights) if i in kept},
         {path for i, path in enumerate(numbers, len(weights)) if i in kept},
