@@ -8,6 +8,7 @@ import pytest
 import varjax
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
+from varjax.runtime.compilation_cache import use_compilation_cache
 
 PROGRAM = """
 import jax
@@ -42,14 +43,27 @@ def test_programs_are_kept_where_the_user_wants_them(tmp_path):
     assert folder == "None"
 
 
-def test_a_loaded_model_keeps_its_programs_as_commands_do(tmp_path, monkeypatch):
+@pytest.fixture
+def no_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("VARJAX_CACHE", str(tmp_path))
     names = "jax_compilation_cache_dir", "jax_compilation_cache_max_size"
     before = {name: jax.config.values[name] for name in names}
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        varjax.load(runs.untrained_var())
-        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_a_loaded_model_keeps_its_programs_as_commands_do(tmp_path, no_folder):
+    varjax.load(runs.untrained_var())
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")
+
+
+def test_several_processes_on_cpus_compile_at_the_same_time(tmp_path, no_folder, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    use_compilation_cache()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")

@@ -22,10 +22,12 @@ def use_compilation_cache() -> None:
 
     Call this before the first program is compiled. The user's own settings have priority:
     JAX_COMPILATION_CACHE_DIR and JAX_ENABLE_COMPILATION_CACHE=false. If the folder cannot be
-    written, programs are compiled as usual.
+    written, programs are compiled as usual, and so they are for several processes on CPUs.
     """
     values = jax.config.values
     if values["jax_compilation_cache_dir"] or not values["jax_enable_compilation_cache"]:
+        return
+    if _several_cpu_processes():
         return
     folder = cache_folder() / "xla"
     with contextlib.suppress(OSError):
@@ -33,3 +35,14 @@ def use_compilation_cache() -> None:
     if os.access(folder, os.W_OK):
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+
+
+def _several_cpu_processes() -> bool:
+    """Returns whether this is one of several processes that compute on CPUs.
+
+    There, JAX looks for a program under another key in each process, but only process 0 writes one.
+    So process 0 would start at once, wait 30 s for the others, which compile, and then give up.
+    """
+    if not jax.distributed.is_initialized():  # the rest would start the devices too early
+        return False
+    return jax.process_count() > 1 and jax.default_backend() == "cpu"
