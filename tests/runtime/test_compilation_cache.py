@@ -56,14 +56,14 @@ def no_folder(tmp_path, monkeypatch):
 
 def test_a_loaded_model_keeps_its_programs_as_commands_do(tmp_path, no_folder):
     varjax.load(runs.untrained_var())
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")
+    assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "xla")
 
 
 def test_several_processes_on_cpus_compile_at_the_same_time(tmp_path, no_folder, monkeypatch):
     monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir is None
+    assert jax.config.values["jax_compilation_cache_dir"] is None
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     use_compilation_cache()
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")
+    assert jax.config.values["jax_compilation_cache_dir"] == str(tmp_path / "xla")
