@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import forked
 from varjax.errors import InputError, StorageError
-from varjax.runtime.commands import run_command
+from varjax.runtime.commands import end_at_once, run_command
 from varjax.storage.read_errors import retry_read
 
 
@@ -84,7 +84,7 @@ def test_exit_codes(capsys):
 
 SLOW_TO_COMPILE = """
 import signal, sys, jax, jax.numpy as jnp
-from varjax.runtime.commands import run_command
+from varjax.runtime.commands import end_at_once, run_command
 
 def slow(x):
     for _ in range(1000):
@@ -115,6 +115,14 @@ def test_ctrl_c_while_a_program_is_compiled_ends_without_a_crash():
         "compiling\n",
         "x: interrupted\n",
     )
+
+
+def test_a_process_without_stdout_ends_at_once_too(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(sys, "stdout", None)
+    end_at_once(3)
+    assert codes == [3]
 
 
 @pytest.mark.parametrize("name", ["VARJAX_MAX_PIXELS", "VARJAX_MAX_ASPECT_RATIO"])

@@ -122,8 +122,9 @@ def _interrupted_compiling(error: KeyboardInterrupt) -> bool:
 
 def end_at_once(code: int) -> None:
     """Ends the process with an exit code, without waiting for threads or other processes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as in varjax models >&-
+            stream.flush()
     os._exit(code)
 
 
