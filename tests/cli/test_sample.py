@@ -6,6 +6,7 @@ import varjax
 from tests.helpers import runs
 from tests.helpers.tiles import tiles
 from varjax.cli import sample
+from varjax.cli.info import read_facts
 from varjax.sampling.outputs import check_out
 from varjax.storage import image_io
 from varjax.storage.captioned_grid import Captions
@@ -43,6 +44,8 @@ def test_a_sweep_has_a_row_per_value(tmp_path):
     rows = [model.sample([3, 1], guidance=guidance) for guidance in (1, 4)]
     expected = image_io.to_uint8(np.concatenate(rows)).astype(int)
     assert np.abs(np.stack(grid) - expected[..., 0]).max() <= 1
+    facts = read_facts(str(tmp_path / "grid.png"))
+    assert facts["rows"] == ["guidance 1", "guidance 4"] and "guidance" not in facts
 
 
 def test_outputs_and_batch_sizes_hold_the_same_images(tmp_path):

@@ -182,16 +182,17 @@ def draw_samples(arguments: list[str]) -> None:
     batch_size = choose_batch_size(flags.batch_size, model, costliest, images, begun)
     job = dataclasses.replace(job, batch_size=batch_size, every_step=every_step)
     columns, request = grid_columns(len(labels), flags.count), job.request(model)
+    settings = {name: value for name, value in request.items() if name not in varied}
+    names = [point_name(point) for point in points]
     drawn = file_suffix(flags.out) not in ("", ".npz")  # one picture, which has words on it
     words = PictureWords(
         picture_title(flags, options, accept=flags.accept, **dict.fromkeys(varied)),
         class_titles(job.label_N.tolist(), model.labels) if drawn else (),
-        command_text("varjax sample", arguments, request),
+        command_text("varjax sample", arguments, settings | ({"rows": names} if names else {})),
     )
     output = open_output(flags.out, job.label_N, columns, job.seed, request, job.every_step, words)
     if rows:
         jobs = [dataclasses.replace(job, options=row) for row in rows]
-        names = [point_name(point) for point in points]
         message = draw_rows(model, jobs, names, flags.out, words)
     elif classifier is None:
         with locked_for_job(lambda: work_folder(flags.out)):
