@@ -109,7 +109,7 @@ def test_a_load_reads_config_json_once(hub, monkeypatch):
 def test_training_fetches_what_a_new_run_starts_from_and_keeps_the_name(hub, tmp_path):
     tokenizer, var = golden.configs("base")
     task = VARTask(var, tokenizer, tokenizer_weights="tiny")
-    with pytest.raises(InputError, match="tiny does not exist; give .* .varjax.load_tokenizer"):
+    with pytest.raises(InputError, match="tiny does not exist; give .* .varjax models lists them"):
         task.frozen()
     run = Experiment(task, Digits(), str(tmp_path / "run"), batch_size=1, steps=1, init_from="tiny")
     train.fetch_weights(run)
