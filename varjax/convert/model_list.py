@@ -8,7 +8,6 @@ float32. docs/convert.md has the sources and what each license allows.
 """
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
@@ -110,22 +109,18 @@ def _describe(kind: NameMap, name: str) -> PublishedModel:
         settings = kind.tokenizer_options(release.config, kind.options())
         shape = kind.reads(**settings).image_shape
     config: Any = release.config if release.config is not None else kind.config()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
     result = min(release.results, key=lambda result: result.metrics["fid"], default=None)
     return PublishedModel(
         name,
         kind.part,
-        _parameters(config),
+        parameters,
         shape,
         None if result is None else result.metrics["fid"],
         "" if result is None else _settings(result),
         release.license,
         (cache_folder() / name).exists(),
     )
-
-
-@functools.cache  # several names share a config, and tracing one takes a tenth of a second
-def _parameters(config: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def _settings(result: PublishedResult) -> str:
