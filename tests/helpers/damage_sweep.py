@@ -18,12 +18,9 @@ import io
 import itertools
 import json
 import logging
-import os
 import pathlib
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,8 +31,8 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from tests.data import test_latent_damage
-from tests.helpers import forked, tiny
-from tests.helpers.paths import ROOT
+from tests.helpers import tiny
+from tests.helpers.several_processes import HUNG, together
 from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.errors import InputError
 from varjax.metrics.features import FeatureStore
@@ -300,23 +297,8 @@ def sweep_runs(folder: pathlib.Path, processes: int, limit: int) -> bool:
 
 def train_together(processes: int, jobs: list[dict]) -> str:
     """Runs jobs of `one_of_several` in some processes; returns the output of the first one."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "tests.helpers.one_of_several", address, str(processes)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    started = [
-        forked.Popen(
-            [*command, str(number), json.dumps(jobs)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for number in range(processes)
-    ]
-    said = [process.communicate()[0] for process in started]
+    codes, said = together(processes, *jobs, deadline=180 + 30 * len(jobs))
+    assert HUNG not in codes, "\n".join(said)
     return said[0]
 
 

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.slow
 def sweep(folder, *flags):
     """Returns the report of each part of the sweep."""
     command = [sys.executable, "-m", "tests.helpers.damage_sweep", f"--folder={folder}", *flags]
-    done = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    done = forked.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
     return {report["part"]: report for report in map(json.loads, done.stdout.splitlines())}
 
 

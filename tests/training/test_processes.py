@@ -1,71 +1,23 @@
 """Two processes with four devices each, killed, stopped and continued; against one with eight."""
 
 import functools
-import json
-import os
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 
 import chex
 import jax
 import pytest
 
-from tests.helpers import forked, tiny
-from tests.helpers.paths import ROOT
+from tests.helpers import tiny
+from tests.helpers.several_processes import together
 from tests.helpers.tiny import lines, weights
 from varjax.checkpoints.saved_steps import SavedSteps
 from varjax.training import loop
 
 pytestmark = pytest.mark.slow
 
-DEADLINE = 300  # seconds; 20 on two free cores, but machines are shared
 FID = {"every": 15, "images": 20, "features": "pixels"}
 SETTINGS = {"keep_best": "eval/loss", "eval_every": 15, "mesh": [2, 4, 1], "fid": FID}
 ACROSS = SETTINGS | {"mesh": [1, 1, 8]}  # both processes hold all rows of the batch
-
-
-def together(count, *jobs):
-    """Returns exit codes and output of so many processes that do these jobs together.
-
-    Nobody may outlive the first to end by more than 10 s, whatever it died of. Where none ends in
-    time, each tells where it hangs (SIGABRT makes Python print its stacks).
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "tests.helpers.one_of_several", address, str(count)]
-    files = [tempfile.TemporaryFile("w+") for _ in range(count)]
-    processes = [
-        forked.Popen(
-            [*command, str(number), json.dumps(jobs)],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONFAULTHANDLER": "1"},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-        for number, file in enumerate(files)
-    ]
-    deadline = time.monotonic() + DEADLINE
-    while all(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if time.monotonic() >= deadline:
-        for process in processes:
-            process.send_signal(signal.SIGABRT)
-    deadline = time.monotonic() + 10
-    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    codes, said = [process.poll() for process in processes], []
-    for process, file in zip(processes, files, strict=True):
-        process.kill()
-        process.wait()
-        file.seek(0)
-        said.append(file.read())
-        file.close()
-    return codes, said
 
 
 def job(run, settings=SETTINGS, **faults):
