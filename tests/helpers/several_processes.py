@@ -8,18 +8,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 
 from tests.helpers import forked
 from tests.helpers.paths import ROOT
-
-HUNG = -signal.SIGABRT  # the exit code of a process that was told to print its stacks
 
 
 def together(count: int, *jobs: dict, deadline: float = 300) -> tuple[list[int | None], list[str]]:
     """Returns exit codes and output of so many processes that do these jobs together.
 
-    Nobody may outlive the first to end by more than 10 s, whatever it died of. Where none ends in
-    time, each tells where it hangs (SIGABRT makes Python print its stacks).
+    Nobody may outlive the first to end by more than 10 s, whatever it died of. A process that does
+    tells where it hangs (SIGABRT makes Python print its stacks), and so does each if none ends.
 
     Args:
         count: number of processes.
@@ -42,15 +41,12 @@ def together(count: int, *jobs: dict, deadline: float = 300) -> tuple[list[int |
         )
         for number, file in enumerate(files)
     ]
-    end = time.monotonic() + deadline
-    while all(process.poll() is None for process in processes) and time.monotonic() < end:
-        time.sleep(0.05)
-    if time.monotonic() >= end:
-        for process in processes:
+    _wait(any, processes, deadline)
+    _wait(all, processes, 10)
+    for process in processes:
+        if process.poll() is None:
             process.send_signal(signal.SIGABRT)
-    end = time.monotonic() + 10
-    while any(process.poll() is None for process in processes) and time.monotonic() < end:
-        time.sleep(0.05)
+    _wait(all, processes, 10)
     codes, said = [process.poll() for process in processes], []
     for process, file in zip(processes, files, strict=True):
         process.kill()
@@ -59,3 +55,12 @@ def together(count: int, *jobs: dict, deadline: float = 300) -> tuple[list[int |
         said.append(file.read())
         file.close()
     return codes, said
+
+
+def _wait(enough: Callable[[Iterable[bool]], bool], processes: list, seconds: float) -> None:
+    """Waits until any process has ended, or all have, but no longer than so many seconds."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not enough(
+        process.poll() is not None for process in processes
+    ):
+        time.sleep(0.05)
