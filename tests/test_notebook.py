@@ -1,9 +1,11 @@
-"""The notebook's code, cell after cell, on a tiny run; without Jupyter."""
+"""The notebook's code, cell after cell, on tiny runs; without Jupyter."""
 
 import ast
 import importlib.util
+import io
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -13,6 +15,7 @@ from PIL import Image
 
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
+from varjax.sampling.pictures import Film
 
 pytestmark = pytest.mark.slow
 
@@ -45,23 +48,19 @@ def in_the_folder_of_the_notebook(monkeypatch):
 def test_the_cells_run_in_order_and_show_pictures(capsys):
     names, shown = {}, []
     for source in code_cells():
-        shown.append(execute(source.replace('"var_d16"', repr(str(runs.var()))), names))
-    assert names["model"].config["var"] == runs.VAR
-    assert names["images"].shape == (8, 8, 8, 1)
+        for name, run in (("var_d16", runs.var()), ("mar_b", runs.mar())):
+            source = source.replace(f'"{name}"', repr(str(run)))
+        shown.append(execute(source, names))
+    assert (names["var"].config["var"], names["mar"].config["mar"]) == (runs.VAR, runs.MAR)
     sizes = [picture.size for picture in shown if isinstance(picture, Image.Image)]
-    assert sizes == [
-        (260, 130),
-        (260, 130),
-        (260, 195),
-        (325, 65),
-        (325, 65),
-        (325, 65),
-        (260, 195),
-        (260, 65),
-    ]
-    assert not np.allclose(names["variations"][0], names["variations"][1])
+    assert sizes == [(260, 130), (325, 130), (520, 130), (520, 260)]
+    (film,) = [picture for picture in shown if isinstance(picture, Film)]
+    frames = Image.open(io.BytesIO(film.webp))
+    assert (frames.n_frames, frames.size) == (3, (260, 130))
+    assert not np.allclose(names["edited"][0], names["edited"][1])
+    assert not np.allclose(*names["rows"])
     out = capsys.readouterr().out
-    assert "4x4: -" in out
+    assert re.search(r"4x4 +\d+\.\d dB   -\d", out) and re.search(r"MAR: [\d.]+ images/s", out)
     assert "computes on" in out and "Runtime → Change runtime type" in out  # tests run on CPUs
     assert pathlib.Path.cwd() == ROOT and names["REPOSITORY"] == str(ROOT)
 
@@ -73,19 +72,19 @@ def test_without_network_the_digits_stand_in(monkeypatch, tmp_path, capsys):
     def remember(command, check):
         commands.append(command[1:])
 
-    load = next(source for source in code_cells() if "varjax.load(WEIGHTS)" in source)
+    load = next(source for source in code_cells() if "varjax.load(VAR_WEIGHTS)" in source)
     monkeypatch.setenv("VARJAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)  # as if it were not installed
     monkeypatch.setattr(subprocess, "run", remember)
     monkeypatch.chdir(tmp_path)
     pathlib.Path("runs").mkdir()
     pathlib.Path("runs/digits").symlink_to(runs.var())
+    pathlib.Path("runs/digits_mar").symlink_to(runs.mar())
     names = {"sys": sys, "subprocess": subprocess}
     execute(load, names)
-    assert names["model"].config["var"] == runs.VAR
-    assert commands == [
-        ["-m", "varjax", "train", f"--config={name}"] for name in ("digits_tokenizer", "digits")
-    ]
+    assert (names["var"].config["var"], names["mar"].config["mar"]) == (runs.VAR, runs.MAR)
+    configs = "digits_tokenizer", "digits", "digits_kl_tokenizer", "digits_mar"
+    assert commands == [["-m", "varjax", "train", f"--config={name}"] for name in configs]
     assert "Continuing with small digits instead" in capsys.readouterr().out
 
 

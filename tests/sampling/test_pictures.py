@@ -1,3 +1,5 @@
+import base64
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,6 +38,9 @@ def test_gray_images_become_rgb_in_an_npz(tmp_path):
 
 def test_a_film_has_a_frame_for_each_step(tmp_path):
     save(IMAGES[:, None], tmp_path / "x.webp")
+    shown = show(jnp.asarray(FLOATS)[:, None])
+    assert shown.webp == (tmp_path / "x.webp").read_bytes()
+    assert base64.b64encode(shown.webp).decode() in shown._repr_html_()
     film = Image.open(tmp_path / "x.webp")
     assert film.n_frames == 3
     for step, image_HWC in enumerate(IMAGES):

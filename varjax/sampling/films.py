@@ -1,6 +1,7 @@
 """Writes films of images while they are drawn, scale by scale or step by step."""
 
 import functools
+import io
 import pathlib
 from collections.abc import Mapping
 
@@ -31,6 +32,27 @@ def write_film(
         captions: words on each frame; None for none.
         text: text that the file carries, by keyword; see `varjax.storage.picture_text`.
     """
+    data = film_bytes(path.suffix.lower()[1:], images_NSHWC, columns, captions, text)
+    with files.atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def film_bytes(
+    kind: str,
+    images_NSHWC: np.ndarray,
+    columns: int | None = None,
+    captions: Captions | None = None,
+    text: Mapping[str, str] | None = None,
+) -> bytes:
+    """Encodes a film as the content of a file.
+
+    Args:
+        kind: "gif" (256 colors a frame) or "webp" (exact).
+        images_NSHWC: uint8 images after each of S steps.
+        columns: number of images in a row; None for a grid that is as square as possible.
+        captions: words on each frame; None for none.
+        text: text that the file carries, by keyword.
+    """
     S = images_NSHWC.shape[1]
     if captions is None:
         draw = image_io.image_grid
@@ -39,16 +61,16 @@ def write_film(
     grids = [draw(images_NSHWC[:, step], columns=columns) for step in range(S)]
     frames = [Image.fromarray(np.broadcast_to(g, (*g.shape[:2], 3))) for g in grids]
     durations = [max(40, FILM_MILLISECONDS // S)] * (S - 1) + [LAST_MILLISECONDS]
-    kind = path.suffix.lower()[1:]
     exact = {"lossless": True} if kind == "webp" else {}
-    with files.atomic_path(path) as temporary:
-        frames[0].save(
-            temporary,
-            format=kind,
-            save_all=True,
-            append_images=frames[1:],
-            duration=durations,
-            loop=0,
-            **exact,
-            **film_text(text or {}, kind),
-        )
+    file = io.BytesIO()
+    frames[0].save(
+        file,
+        format=kind,
+        save_all=True,
+        append_images=frames[1:],
+        duration=durations,
+        loop=0,
+        **exact,
+        **film_text(text or {}, kind),
+    )
+    return file.getvalue()

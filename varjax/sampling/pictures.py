@@ -1,5 +1,7 @@
 """Shows and saves arrays of images, for scripts and notebooks."""
 
+import base64
+import dataclasses
 import os
 import pathlib
 from collections.abc import Sequence
@@ -9,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from varjax.errors import InputError
-from varjax.sampling.films import write_film
+from varjax.sampling.films import film_bytes, write_film
 from varjax.sampling.outputs import (
     FILM_SUFFIXES,
     check_out,
@@ -22,20 +24,41 @@ from varjax.storage.buckets import as_path
 from varjax.storage.image_files import to_uint8
 
 
-def show(images: Any, columns: int | None = None) -> Image.Image:
-    """Arranges images in a grid, as a picture that a notebook displays.
+@dataclasses.dataclass(frozen=True)
+class Film:
+    """Holds a film that a notebook displays.
+
+    Attributes:
+        webp: content of a WebP file.
+    """
+
+    webp: bytes
+
+    def _repr_html_(self) -> str:
+        return (
+            f'<img alt="film" src="data:image/webp;base64,{base64.b64encode(self.webp).decode()}">'
+        )
+
+
+def show(images: Any, columns: int | None = None) -> Image.Image | Film:
+    """Arranges images in a grid, as a picture or film that a notebook displays.
 
         varjax.show(model.sample([3, 1, 4]))
+        varjax.show(model.sample([3, 1, 4], every_step=True))  # a film
 
-    In a script, `varjax.show(images).show()` opens a window.
+    In a script, `varjax.show(images).show()` opens a window; `save` writes films.
 
     Args:
-        images: (N, H, W, 1, 3 or 4) or one image (H, W, …), uint8 or floats in [0, 1].
+        images: (N, H, W, 1, 3 or 4) or one image (H, W, …), uint8 or floats in [0, 1]; for a film
+            (steps, N, H, W, C).
         columns: images in a row; None for a grid that is as square as possible.
 
     Raises:
         InputError: no images, another shape or type, or NaN.
     """
+    if np.ndim(images) == 5:
+        images_SNHWC = checked_pictures(images, film=True)
+        return Film(film_bytes("webp", np.moveaxis(images_SNHWC, 0, 1), columns))
     grid_HWC = image_io.image_grid(checked_pictures(images), columns)
     return Image.fromarray(grid_HWC[..., 0] if grid_HWC.shape[-1] == 1 else grid_HWC)
 
