@@ -12,7 +12,7 @@ LOCKED = 3.11 3.12
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 LOCK := $(wildcard requirements/lock-$(VERSION).txt)
 
-.PHONY: setup lock demo demo-mar quick test lint docs soak damage faults clean
+.PHONY: setup lock demo demo-mar quick test lint docs soak damage faults gpu-report tpu-report clean
 
 setup: $(VENV)/ready
 
@@ -96,6 +96,11 @@ damage: setup
 MINUTES ?= 0
 faults: setup
 	$(PY) -m tests.helpers.fault_sweep --folder=runs/faults --minutes=$(MINUTES)
+
+# Measures the GPU or TPU of this machine: eight minutes, and the set-up before it.
+gpu-report tpu-report: %-report: setup
+	$(PIP) -e ".[$(if $(filter gpu,$*),cuda,tpu)]" -c constraints.txt
+	$(PY) -m varjax benchmark report --out=runs/report
 
 clean:
 	rm -rf $(VENV) .pytest_cache build *.egg-info

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.helpers import runs
 from tests.helpers.paths import ROOT
-from varjax.sampling.pictures import Film
+from varjax.sampling.pictures import ShownFilm
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ def test_the_cells_run_in_order_and_show_pictures(capsys):
     assert (names["var"].config["var"], names["mar"].config["mar"]) == (runs.VAR, runs.MAR)
     sizes = [picture.size for picture in shown if isinstance(picture, Image.Image)]
     assert sizes == [(260, 130), (325, 130), (520, 130), (520, 260)]
-    (film,) = [picture for picture in shown if isinstance(picture, Film)]
+    (film,) = [picture for picture in shown if isinstance(picture, ShownFilm)]
     frames = Image.open(io.BytesIO(film.webp))
     assert (frames.n_frames, frames.size) == (3, (260, 130))
     assert not np.allclose(names["edited"][0], names["edited"][1])

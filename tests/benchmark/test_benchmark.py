@@ -12,7 +12,7 @@ from tests.helpers import runs
 from tests.helpers.fake_sampler import FakeSampler
 from tests.helpers.paths import ROOT
 from varjax.benchmark import __main__ as benchmark
-from varjax.benchmark import evaluate, measure, model
+from varjax.benchmark import evaluate, measure, model, sample
 from varjax.mar import benchmark as mar_benchmark
 from varjax.mar.model import MARConfig
 from varjax.metrics.features import pixel_network
@@ -143,7 +143,7 @@ def test_checksums_are_timed_beside_what_they_check(capsys, tmp_path):
 
 def test_wrong_commands_are_refused(capsys):
     assert benchmark.main(["paint"]) == 2
-    assert "sample|model|train|evaluate|data|tpu|checksum|partitioning" in capsys.readouterr().err
+    assert "sample|model|train|operations|parity|report|evaluate|" in capsys.readouterr().err
     assert benchmark.main(["sample", "--batch_size=0"]) == 1
     assert "1 or more" in capsys.readouterr().err
 
@@ -165,3 +165,19 @@ def test_data_reads_in_every_way_it_is_asked_for(capsys):
     }.items():
         assert benchmark.main(["data", f"--config={config}", *flags]) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_train_times_the_step_on_cached_latents_alone(capsys):
+    assert benchmark.main(["train", "--batch_size=2", "--repeats=1", "--cached"]) == 0
+    (step,) = lines(capsys)
+    assert (step["part"], step["cached"]) == ("step", True) and step["model_gflop_per_image"] > 0
+
+
+@pytest.mark.slow
+def test_auto_is_a_batch_size_of_sample(capsys, monkeypatch):
+    monkeypatch.setattr(sample, "device_memory", lambda device: 10**6)
+    assert benchmark.main(["sample", "--batch_size=auto", "--repeats=1"]) == 0
+    for line in lines(capsys):
+        assert line["batch_size"] in sample.SIZES
+        assert 0 < line["needed_gb"] <= 0.8e-3

@@ -5,6 +5,9 @@ varjax benchmark COMMAND --help
   sample        how fast a transformer of a released size draws images
   model         how fast a trained or converted model draws images with given options
   train         how fast it trains on one device
+  operations    how fast single operations are: convolutions, attention, filters, encoder
+  parity        whether this device computes what a CPU computes
+  report        all that matters of these on the device that is here, in eight minutes
   evaluate      how fast samples are evaluated: Inception's features, and the metrics
   data          how fast a config's images are read, decoded and augmented
   tpu           what the TPU's compiler estimates for sampling and training; no TPU is needed
@@ -17,7 +20,10 @@ import sys
 
 from varjax.runtime.commands import run_command
 
-NAMES = ("sample", "model", "train", "evaluate", "data", "tpu", "checksum", "partitioning")
+NAMES = (
+    *("sample", "model", "train", "operations", "parity", "report"),
+    *("evaluate", "data", "tpu", "checksum", "partitioning"),
+)
 
 
 def main(arguments: list[str]) -> int:

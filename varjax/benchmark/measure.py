@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+from collections.abc import Callable
 from typing import Any, get_args
 
 import jax
@@ -45,12 +46,17 @@ def print_figures(**figures: Any) -> None:
     print(json.dumps(rounded | machine), flush=True)
 
 
-def model_parser(name: str, description: str | None) -> argparse.ArgumentParser:
-    """Makes the parser of `varjax benchmark NAME`, with the flags that models' benchmarks share."""
+def model_parser(
+    name: str, description: str | None, batch_size: Callable[[str], Any] = int
+) -> argparse.ArgumentParser:
+    """Makes the parser of `varjax benchmark NAME`, with the flags that models' benchmarks share.
+
+    batch_size: function that reads --batch_size.
+    """
     parser = command_parser(f"varjax benchmark {name}", description)
     add = parser.add_argument
     add("--preset", default="d16", help="d16, d20, d24, d30, d36, mar_b, mar_l or mar_h (d16)")
-    add("--batch_size", type=int, default=8, help="images at a time (8)")
+    add("--batch_size", type=batch_size, default=8, help="images at a time (8)")
     add(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
@@ -87,7 +93,7 @@ def compute_from_flags(flags: argparse.Namespace, **others: Any) -> ComputeConfi
 
     Raises InputError for a number below 1.
     """
-    if flags.batch_size < 1 or flags.repeats < 1:
+    if flags.batch_size != "auto" and flags.batch_size < 1 or flags.repeats < 1:
         raise InputError("batch_size and repeats must be 1 or more")
     if flags.cache:
         jax.config.update("jax_compilation_cache_dir", flags.cache)

@@ -1,6 +1,7 @@
 """Measures how fast a transformer of a released size draws images; its weights are random.
 
 varjax benchmark sample --preset=d16 --batch_size=8
+varjax benchmark sample --preset=d16 --batch_size=auto
 varjax benchmark sample --preset=mar_b --batch_size=8 --steps=64
 varjax benchmark sample --preset=d30 --dtype=bfloat16 --fits=16,24,40,80
 varjax benchmark sample --preset=d30 --refiner=d16 --draft_scales=8 --batch_size=1
@@ -8,7 +9,8 @@ varjax benchmark sample --preset=d30 --refiner=d16 --draft_scales=8 --batch_size
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +27,20 @@ from varjax.models import benchmark_of, choose_draft_scales
 from varjax.nn.compute import ComputeConfig, without_repeated_work
 from varjax.runtime import flops
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
-from varjax.runtime.hardware import fastest_seconds, memory_usage
-from varjax.sampling.batch_size import SIZES, fitting_batch_size
+from varjax.runtime.hardware import device_memory, fastest_seconds, memory_usage
+from varjax.sampling.batch_size import (
+    SIZES,
+    WITHOUT_MEMORY,
+    fitting_batch_size,
+    size_or_auto,
+)
 from varjax.sampling.programs import SamplingPrograms
 from varjax.sampling.sampler import image_keys
 
 
 def main(arguments: list[str]) -> None:
     """Reads the command line and prints the figures; raises InputError."""
-    parser = model_parser("sample", __doc__)
+    parser = model_parser("sample", __doc__, size_or_auto)
     parser.add_argument(
         "--compile_only", action="store_true", help="only compile, which needs less memory"
     )
@@ -59,13 +66,7 @@ def print_fitting_batch_sizes(
     programs: SamplingPrograms, preset: str, compute: ComputeConfig, gigabytes: Sequence[float]
 ) -> None:
     """Prints what --batch_size=auto chooses on devices with this much memory, by arithmetic."""
-    dtype = compute.jax_dtype
-    params = jax.eval_shape(programs.init, jax.random.key(0))
-    weights = trees.nbytes(jax.eval_shape(lambda p: trees.cast(programs.cast, p, dtype), params))
-
-    def needed(size: int) -> int:
-        return weights + programs.bytes_needed(size, compute)
-
+    dtype, (weights, needed) = compute.jax_dtype, memory_needed(programs, compute)
     for memory in gigabytes:
         size = fitting_batch_size(needed, int(memory * 1e9), max(SIZES))
         print_figures(
@@ -80,20 +81,37 @@ def print_fitting_batch_sizes(
         )
 
 
+def memory_needed(
+    programs: SamplingPrograms, compute: ComputeConfig
+) -> tuple[int, Callable[[int], int]]:
+    """Returns the bytes of the weights, and a function of the batch size for all bytes needed."""
+    params = jax.eval_shape(programs.init, jax.random.key(0))
+    cast = jax.eval_shape(lambda p: trees.cast(programs.cast, p, compute.jax_dtype), params)
+    weights = trees.nbytes(cast)
+    return weights, lambda size: weights + programs.bytes_needed(size, compute)
+
+
 def measure_sampling(
     programs: SamplingPrograms,
     preset: str,
-    batch_size: int,
+    batch_size: int | Literal["auto"],
     compute: ComputeConfig,
     repeats: int,
     compile_only: bool,
 ) -> None:
     """Prints a line for the transformer, one for the decoder, and one for both in one program.
 
-    These are the programs that the pipelines run. efficiency: model FLOP ÷ (seconds × FLOP/s of a
-    large matrix product, same run, same dtype).
+    These are the programs that the pipelines run. needed_gb is the arithmetic by which "auto"
+    chooses the batch size; peak_memory_gb is what was in use, at most, since the start.
+    efficiency: model FLOP ÷ (seconds × FLOP/s of a large matrix product, same run, same dtype).
     """
     dtype, mesh = compute.jax_dtype, batch_mesh()
+    _, needed = memory_needed(programs, compute)
+    if batch_size == "auto":
+        memory = device_memory(jax.local_devices()[0])
+        batch_size = WITHOUT_MEMORY
+        if memory is not None:
+            batch_size = fitting_batch_size(needed, memory, max(SIZES))
     index_B = jnp.arange(batch_size)
     label_B, key_B = index_B % programs.classes, image_keys(0, index_B)
 
@@ -139,6 +157,7 @@ def measure_sampling(
                 "efficiency": work / seconds / speed / mesh.size,
                 "matmul_gflops": speed / 1e9,
                 "peak_memory_gb": memory_usage()["memory_peak_gb"],
+                "needed_gb": needed(batch_size) / 1e9,
             }
         print_figures(**setting, **figures)
 

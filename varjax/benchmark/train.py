@@ -2,6 +2,7 @@
 
 varjax benchmark train --preset=d16 --batch_size=8
 varjax benchmark train --preset=mar_b --batch_size=8
+varjax benchmark train --preset=d16 --batch_size=24 --cached
 """
 
 import functools
@@ -30,16 +31,22 @@ def main(arguments: list[str]) -> None:
     """Reads the command line and prints the figures; raises InputError."""
     parser = model_parser("train", __doc__)
     add_training_flags(parser)
+    parser.add_argument(
+        "--cached", action="store_true", help="only the step on cached latents, without encoder"
+    )
     flags = parser.parse_args(arguments)
     compute = compute_from_flags(flags, remat=flags.remat, unroll=flags.unroll)
-    measure_training(flags.preset, flags.batch_size, compute, flags.repeats)
+    measure_training(flags.preset, flags.batch_size, compute, flags.repeats, flags.cached)
 
 
-def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repeats: int) -> None:
+def measure_training(
+    preset: str, batch_size: int, compute: ComputeConfig, repeats: int, cached: bool = False
+) -> None:
     """Prints a line for the tokenizer's encoder, the gradient, the update, and the whole step.
 
-    efficiency: model FLOP ÷ (seconds × FLOP/s of a large matrix product, same run, same dtype).
-    FLOP that a remat policy recomputes do not count. Raises InputError for an unknown preset.
+    With `cached`, prints one for the step on cached latents only. efficiency: model FLOP ÷
+    (seconds × FLOP/s of a large matrix product, same run, same dtype). FLOP that a remat policy
+    recomputes do not count. Raises InputError for an unknown preset.
     """
     plan = Plan(1000, batch_size)
     benchmark = benchmark_of(preset)
@@ -52,6 +59,7 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
         "batch_size": batch_size,
         "dtype": str(dtype),
         "attention": "xla" if dropout else compute.attention_implementation(),
+        "cached": cached,
         "remat": compute.remat,
         "unroll": compute.unroll,
     }
@@ -74,6 +82,22 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
         }
         print_figures(**setting, part=part, **figures)
 
+    def measure_step(batch, work):
+        def step():  # the state is donated, as in training
+            nonlocal state
+            state, metrics = program(state, frozen, batch, key)
+            return metrics
+
+        train_step = functools.partial(task.train_step, plan=plan)
+        program, compile_seconds = _compiled(train_step, state, frozen, batch, key)
+        report("step", step, compile_seconds, work)
+
+    if cached:  # their content does not change the speed
+        shapes = jax.eval_shape(tokenizer.encode, frozen, image_BHWC)
+        latents = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        latents["label_B"] = label_B
+        return measure_step(latents, task.train_flops(state, frozen, latents))
+
     def encode_images(params, image_BHWC):
         return tokenizer.encode(params, image_BHWC, compute)
 
@@ -90,7 +114,7 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
 
     grads = [gradient(state.params, frozen, encoded)]
 
-    def update():  # the state is donated, as in training
+    def update():
         nonlocal state
         state, norms = update_program(state, grads[0])
         return norms
@@ -101,17 +125,7 @@ def measure_training(preset: str, batch_size: int, compute: ComputeConfig, repea
     report("update", update, compile_seconds, 0)
     grads.clear()
 
-    batch = {"image_BHWC": image_BHWC, "label_B": label_B}
-
-    def step():
-        nonlocal state
-        state, metrics = step_program(state, frozen, batch, key)
-        return metrics
-
-    step_program, compile_seconds = _compiled(
-        functools.partial(task.train_step, plan=plan), state, frozen, batch, key
-    )
-    report("step", step, compile_seconds, work + work_encode)
+    measure_step({"image_BHWC": image_BHWC, "label_B": label_B}, work + work_encode)
 
 
 def _compiled(function: Callable, *args: Any) -> tuple[Callable, float]:

@@ -20,7 +20,7 @@ USABLE = 0.8  # fraction of memory; the estimate omits buffers that the compiler
 def add_batch_size_flag(parser: argparse.ArgumentParser) -> None:
     """Adds --batch_size, a number or "auto"."""
     help = "images at a time on each device; auto for as many as fit into its memory (auto)"
-    parser.add_argument("--batch_size", default="auto", type=_size_or_auto, help=help)
+    parser.add_argument("--batch_size", default="auto", type=size_or_auto, help=help)
 
 
 def choose_batch_size(
@@ -89,7 +89,7 @@ def fitting_batch_size(bytes_needed: Callable[[int], int], memory: int, largest:
     return next((n for n in sizes if bytes_needed(n) <= USABLE * memory), 1)
 
 
-def _size_or_auto(text: str) -> int | str:
+def size_or_auto(text: str) -> int | str:
     if text == "auto":
         return text
     try:

@@ -25,7 +25,7 @@ from varjax.storage.image_files import to_uint8
 
 
 @dataclasses.dataclass(frozen=True)
-class Film:
+class ShownFilm:
     """Holds a film that a notebook displays.
 
     Attributes:
@@ -40,7 +40,7 @@ class Film:
         )
 
 
-def show(images: Any, columns: int | None = None) -> Image.Image | Film:
+def show(images: Any, columns: int | None = None) -> Image.Image | ShownFilm:
     """Arranges images in a grid, as a picture or film that a notebook displays.
 
         varjax.show(model.sample([3, 1, 4]))
@@ -58,7 +58,7 @@ def show(images: Any, columns: int | None = None) -> Image.Image | Film:
     """
     if np.ndim(images) == 5:
         images_SNHWC = checked_pictures(images, film=True)
-        return Film(film_bytes("webp", np.moveaxis(images_SNHWC, 0, 1), columns))
+        return ShownFilm(film_bytes("webp", np.moveaxis(images_SNHWC, 0, 1), columns))
     grid_HWC = image_io.image_grid(checked_pictures(images), columns)
     return Image.fromarray(grid_HWC[..., 0] if grid_HWC.shape[-1] == 1 else grid_HWC)
 

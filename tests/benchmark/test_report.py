@@ -1,0 +1,132 @@
+"""The report of a machine: all parts at the smallest sizes, limits, and what a stop leaves."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.benchmark.test_benchmark import tiny  # noqa: F401  (a fixture)
+from varjax.benchmark import __main__ as benchmark
+from varjax.benchmark import evaluate, operations, parity, report
+from varjax.benchmark.report_page import expected_speed, report_page
+from varjax.metrics.features import pixel_network
+
+CPU = {"platform": "cpu", "device": "cpu", "jax": "0.10.2", "memory_gb": None}
+LINE = {"part": "whole", "device": "cpu", "seconds": 0.5, "images_per_second": 2.0}
+
+
+def run_here(arguments, seconds):
+    """Runs a part in this process, whose models are tiny."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        code = benchmark.main(arguments)
+    printed = [json.loads(line) for line in output.getvalue().splitlines()]
+    return {"state": "failed" if code else "done", "lines": printed, "seconds": 1.0}
+
+
+@pytest.mark.slow
+def test_all_parts_run_on_a_cpu(tmp_path, monkeypatch, tiny):  # noqa: F811
+    monkeypatch.setattr(evaluate, "random_inception_network", pixel_network)
+    monkeypatch.setattr(evaluate, "FEATURES", 12)
+    monkeypatch.setattr(evaluate, "COMPARED_IMAGES", 20)
+    # Batches as those of other tests, which have compiled these programs already.
+    commands = [
+        part.cpu.replace("=500", "=20 --side=8").replace("batch_size=1", "batch_size=2")
+        for part in report.PARTS
+        if part.cpu and "--torch" not in part.cpu
+    ]
+    small = [report.Part("", 1, command) for command in commands]
+    measured = report.measure_parts(small, CPU, 100, tmp_path, run_here)
+    assert [part["state"] for part in measured] == ["done"] * len(small)
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert saved == {"machine": CPU, "parts": measured}
+    page = (tmp_path / "report.md").read_text()
+    for text in ("equal_tokens 1.0", "alone_equal True", "| encoder tf32_3x |", "| whole |"):
+        assert text in page
+    lines = {(x["benchmark"], x["part"]): x for part in measured for x in part["lines"]}
+    assert lines["operations", "attention loop, 4 queries"]["tflops"] > 0
+    assert lines["parity", "decoder"]["relative_error"] < 1e-5
+    assert lines["parity", "loss and gradient"]["relative_error"] < 1e-5
+
+
+def test_commands_of_accelerators_are_read_by_their_parsers(monkeypatch):
+    """Nothing is measured: the first thing after the parsers says so."""
+
+    class Read(Exception):
+        pass
+
+    def stop(*arguments, **options):
+        raise Read
+
+    for module in (operations, parity):
+        monkeypatch.setattr(module, "compute_from_flags", stop)
+    monkeypatch.setattr(evaluate, "measure_features", stop)
+    for name in ("sample", "train"):
+        monkeypatch.setattr(f"varjax.benchmark.{name}.compute_from_flags", stop)
+    for part in report.PARTS:
+        with pytest.raises(Read):
+            benchmark.main(part.command.split())
+
+
+def test_no_part_begins_after_the_time_and_the_first_get_what_is_left(tmp_path, monkeypatch):
+    now, limits = [0.0], []
+
+    def run(arguments, seconds):
+        limits.append(seconds)
+        now[0] += seconds
+        return {"state": "over its limit", "lines": [LINE], "seconds": seconds}
+
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    parts = [report.Part("", 60, name) for name in ("a", "b", "c")]
+    measured = report.measure_parts(parts, CPU, 100, tmp_path, run)
+    assert limits == [60, 40]
+    assert [part["state"] for part in measured] == ["over its limit"] * 2 + ["no time left"]
+    assert "| whole | 500 | 2 |" in (tmp_path / "report.md").read_text()
+
+
+def test_results_are_kept_when_the_report_is_stopped(tmp_path):
+    def run(arguments, seconds):
+        if arguments == ["b"]:
+            raise KeyboardInterrupt
+        return {"state": "done", "lines": [LINE], "seconds": 1.0}
+
+    parts = [report.Part("", 60, name) for name in ("a", "b")]
+    with pytest.raises(KeyboardInterrupt):
+        report.measure_parts(parts, CPU, 100, tmp_path, run)
+    saved = json.loads((tmp_path / "report.json").read_text())
+    assert [part["command"] for part in saved["parts"]] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "lines", "error"),
+    [
+        ("print('{\"part\": 1}')", "done", 1, None),
+        ("print('{\"part\": 1}'); raise SystemExit('no memory')", "failed", 1, "no memory"),
+        ("print('{\"part\": 1}', flush=True); import time; time.sleep(60)", "over", 1, None),
+    ],
+)
+def test_a_part_is_a_process_with_a_limit(monkeypatch, code, state, lines, error):
+    start = subprocess.run
+
+    def run(command, **options):
+        assert command[1:] == ["-m", "varjax", "benchmark", "data"]
+        return start([sys.executable, "-c", code], **options)
+
+    monkeypatch.setattr(report.subprocess, "run", run)
+    result = report.run_part(["data"], 2)
+    assert result["state"].startswith(state) and len(result["lines"]) == lines
+    assert result.get("error") == error
+
+
+def test_expectations_are_those_of_the_device_and_the_command():
+    h200, auto = "NVIDIA H200", "sample --preset=d16 --batch_size=auto"
+    assert expected_speed(h200, auto, "whole") == 306
+    assert expected_speed(h200, auto, "decoder") is None
+    assert expected_speed("cpu", auto, "whole") is None
+    line = LINE | {"device": h200, "dtype": "bfloat16", "model_gflop_per_image": 1000.0}
+    page = report_page(CPU, [{"command": auto, "state": "done", "lines": [line], "seconds": 1}])
+    assert "| part | ms | images/s | expected | TFLOP/s | of the peak |" in page
+    assert "| whole | 500 | 2 | 306 | 2 | 0.00202 |" in page

@@ -1,0 +1,214 @@
+"""Measures single operations at the shapes of a released VAR, and by PyTorch beside them.
+
+varjax benchmark operations --preset=d16 --batch_size=8
+varjax benchmark operations --preset=d16 --batch_size=8 --torch
+
+Prints a JSON line for each: a large matrix product; the decoder's convolutions, forward and with
+both gradients; attention by each implementation; top-k and top-p; the tokenizer's encoder in each
+precision; and the decoder. With --torch, PyTorch computes the matrix product, the convolutions and
+attention of the same shapes, if it is installed.
+"""
+
+import functools
+import importlib.util
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+
+from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
+from varjax.errors import InputError
+from varjax.models import benchmark_of
+from varjax.nn.attention import dot_product_attention
+from varjax.nn.compute import ComputeConfig, Precision, matmul_precision
+from varjax.runtime import flops
+from varjax.runtime.hardware import fastest_seconds
+from varjax.sampling.filters import filter_top_k_top_p
+
+TOP_K, TOP_P = 900, 0.96  # of the published samples
+
+
+def main(arguments: list[str]) -> None:
+    """Reads the command line and prints the figures; raises InputError."""
+    parser = model_parser("operations", __doc__)
+    parser.add_argument("--torch", action="store_true", help="measure PyTorch instead of JAX")
+    flags = parser.parse_args(arguments)
+    compute = compute_from_flags(flags)
+    task: Any = benchmark_of(flags.preset).training_task(flags.preset, compute)
+    if not hasattr(task.model, "pyramid"):
+        raise InputError(f"preset={flags.preset}: must be the size of a VAR, such as d16")
+    setting = {
+        "benchmark": "operations",
+        "preset": flags.preset,
+        "batch_size": flags.batch_size,
+        "dtype": str(compute.jax_dtype),
+    }
+    measure = measure_torch if flags.torch else measure_operations
+    measure(task, flags.batch_size, compute, flags.repeats, setting)
+
+
+def measure_operations(
+    task: Any, batch_size: int, compute: ComputeConfig, repeats: int, setting: dict[str, Any]
+) -> None:
+    """Prints a line for each operation; those that this machine cannot compute say why.
+
+    Args:
+        task: task that trains a VAR of the size to measure.
+        batch_size: number of images.
+        compute: number format and implementation.
+        repeats: number of calls to time; the fastest one counts.
+        setting: figures that all lines share.
+    """
+    peak = MatmulPeak(compute.jax_dtype)
+    print_figures(**setting, part="matrix product", tflops=peak.measure() / 1e12)
+    for part, function, shapes in _operations(task, batch_size, compute):
+        figures: dict[str, Any] = {"part": part}
+        try:
+            arrays = jax.jit(functools.partial(_random_arrays, shapes))(jax.random.key(0))
+            begin = time.perf_counter()
+            program = jax.jit(function).lower(*arrays).compile()
+            figures["compile_seconds"] = time.perf_counter() - begin
+            seconds = fastest_seconds(lambda: program(*arrays), repeats)  # noqa: B023
+        except Exception as error:  # a kernel that does not exist here, or too little memory
+            figures["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            print_figures(**setting, **figures)
+            continue
+        work = flops.count(function, *arrays)
+        figures |= {"milliseconds": 1e3 * seconds, "tflops": work / seconds / 1e12}
+        print_figures(**setting, **figures, efficiency=work / seconds / peak.measure())
+
+
+def _operations(
+    task: Any, B: int, compute: ComputeConfig
+) -> Iterator[tuple[str, Callable[..., Any], Any]]:
+    """Yields names, functions, and the shapes of their arguments."""
+    model, tokenizer, dtype = task.model, task.tokenizer, compute.jax_dtype
+    for height, channels in convolutions(tokenizer):
+        x_BHWC = jax.ShapeDtypeStruct((B, height, height, channels), dtype)
+        kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), dtype)
+        name = f"convolution {height}x{height}x{channels}"
+        yield name, _convolve, (x_BHWC, kernel)
+        yield f"{name}, gradients", _convolution_gradients, (x_BHWC, kernel)
+    heads, D, L = model.heads, model.width // model.heads, model.pyramid.length
+    h, w = model.pyramid.finest
+    q_BlAD, k_BLAD = (jax.ShapeDtypeStruct((2 * B, n, heads, D), dtype) for n in (h * w, L))
+    fused = ("cudnn",) * (compute.attention_implementation() == "cudnn")
+    for implementation in ("xla", "loop", *fused):
+        attend = functools.partial(_attend, implementation)
+        yield f"attention {implementation}, {h * w} queries", attend, (q_BlAD, k_BLAD, k_BLAD)
+    logits_BlV = jax.ShapeDtypeStruct((B, h * w, model.vocab), jnp.float32)
+    filter_logits = functools.partial(filter_top_k_top_p, top_k=TOP_K, top_p=TOP_P)
+    yield f"top-k and top-p, {h * w} x {model.vocab}", filter_logits, (logits_BlV,)
+    params = jax.eval_shape(tokenizer.init, jax.random.key(0))
+    image_BHWC = jax.ShapeDtypeStruct((B, *tokenizer.image_shape), jnp.uint8)
+    for precision in get_args(Precision):
+        exact = ComputeConfig("float32", encoder_precision=precision, platform=compute.platform)
+        encode = functools.partial(tokenizer.encode, compute=exact)
+        yield f"encoder {precision}", encode, (params, image_BHWC)
+    latents = jax.eval_shape(tokenizer.encode, params, image_BHWC)
+    yield "decoder", functools.partial(tokenizer.decode, compute=compute), (params, latents)
+
+
+def convolutions(tokenizer: Any) -> list[tuple[int, int]]:
+    """Returns the side and the channels of each level's feature maps, the largest first."""
+    H = tokenizer.image_shape[0]
+    return [(H // 2**i, tokenizer.width * m) for i, m in enumerate(tokenizer.channel_mult)]
+
+
+def _convolve(x_BHWC: jax.Array, kernel: jax.Array) -> jax.Array:
+    precision = matmul_precision(x_BHWC.dtype)
+    return jax.lax.conv_general_dilated(
+        x_BHWC,
+        kernel,
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
+    )
+
+
+def _convolution_gradients(x_BHWC: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y_BHWC, gradients = jax.vjp(_convolve, x_BHWC, kernel)
+    return gradients(y_BHWC)
+
+
+def _attend(implementation, q_BlAD, k_BLAD, v_BLAD):
+    return dot_product_attention(
+        q_BlAD,
+        k_BLAD,
+        v_BLAD,
+        scale=q_BlAD.shape[-1] ** -0.5,
+        implementation=implementation,
+    )
+
+
+def _random_arrays(shapes: Any, key: jax.Array) -> Any:
+    """Draws arrays of these shapes: small numbers, images, and tokens that are 0."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(key, len(leaves))
+
+    def draw(shape, key):
+        if jnp.issubdtype(shape.dtype, jnp.floating):
+            return 0.02 * jax.random.normal(key, shape.shape, shape.dtype)
+        most = 256 if shape.dtype == jnp.uint8 else 1
+        return jax.random.randint(key, shape.shape, 0, most, shape.dtype)
+
+    return tree.unflatten([draw(shape, key) for shape, key in zip(leaves, keys, strict=True)])
+
+
+def measure_torch(
+    task: Any, batch_size: int, compute: ComputeConfig, repeats: int, setting: dict[str, Any]
+) -> None:
+    """Prints what PyTorch takes for a matrix product, convolutions and attention.
+
+    Takes what `measure_operations` takes. Raises InputError if PyTorch is not installed.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise InputError("--torch: PyTorch is not installed; varjax does not need it")
+    torch: Any = importlib.import_module("torch")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, str(compute.jax_dtype))
+    model, tokenizer, B = task.model, task.tokenizer, batch_size
+    setting |= {"library": f"torch {torch.__version__}", "torch_device": device}
+
+    def random(*shape):
+        return torch.randn(shape, device=device, dtype=dtype) * 0.02
+
+    def seconds(function):
+        times = []
+        for _ in range(1 + repeats):
+            begin = time.perf_counter()
+            function()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - begin)
+        return min(times[1:])
+
+    def report(part, work, taken):
+        figures = {"milliseconds": 1e3 * taken, "tflops": work / taken / 1e12}
+        print_figures(**setting, part=part, **figures)
+
+    size = 4096 if device == "cpu" else 16384
+    a, b = random(size, size), random(size, size)
+    report("matrix product", 2 * size**3, seconds(lambda: a @ b))
+    for side, channels in convolutions(tokenizer):
+        x = random(B, channels, side, side).to(memory_format=torch.channels_last)
+        kernel = random(channels, channels, 3, 3).requires_grad_()
+        x.requires_grad_()
+        convolve = functools.partial(torch.nn.functional.conv2d, padding=1)
+        work = 2 * B * side**2 * 9 * channels**2
+        name = f"convolution {side}x{side}x{channels}"
+        with torch.no_grad():
+            report(name, work, seconds(lambda: convolve(x, kernel)))  # noqa: B023
+        y = convolve(x, kernel)
+        gradients = lambda: torch.autograd.grad(y, (x, kernel), y.detach(), retain_graph=True)  # noqa: B023, E731
+        report(f"{name}, gradients", 2 * work, seconds(gradients))
+    heads, D = model.heads, model.width // model.heads
+    (h, w), L = model.pyramid.finest, model.pyramid.length
+    q, k, v = (random(2 * B, heads, n, D) for n in (h * w, L, L))
+    work = 4 * 2 * B * heads * h * w * L * D
+    with torch.no_grad():
+        attend = torch.nn.functional.scaled_dot_product_attention
+        report(f"attention, {h * w} queries", work, seconds(lambda: attend(q, k, v)))

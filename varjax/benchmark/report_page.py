@@ -1,0 +1,78 @@
+"""Writes the results of `varjax benchmark report` as Markdown, beside what was expected."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from varjax.runtime.hardware import published_peak_flops
+
+# Images/s that docs/benchmarks.md and docs/training.md derive: by arithmetic for H100s, by the
+# compiler's estimate for a TPU v5e. (device, command, part of the benchmark) as patterns.
+EXPECTED = (
+    (r"H[12]00", r"sample --preset=d16 --batch_size=auto", "whole", 306),
+    (r"H[12]00", r"train --preset=d16 .*", "step", 200),
+    (r"TPU v5( lite|e)", r"sample --preset=d16 --batch_size=1", "whole", 28),
+    (r"TPU v5( lite|e)", r"sample --preset=d16 --batch_size=auto", "whole", 62),
+    (r"TPU v5( lite|e)", r"train --preset=d16 .*--cached", "step", 46),
+)
+COLUMNS = (
+    *("part", "ms", "images/s", "expected", "TFLOP/s"),
+    *("of a product", "of the peak", "GB", "GB by auto", "compile s", "notes"),
+)
+NOTES = ("equal_tokens", "relative_error", "precision", "repeated_equal", "alone_equal", "error")
+
+
+def report_page(machine: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a Markdown page: the machine, and a table for each part.
+
+    Args:
+        machine: description of the machine, by name.
+        measured: results of the parts; see `measure_parts`.
+    """
+    known = ", ".join(f"{name} {value}" for name, value in machine.items() if value is not None)
+    sections = [
+        "# What this machine measured",
+        f"{known}.",
+        "**of a product**: share of the speed of a large matrix product, measured in the same run. "
+        "**of the peak**: share of the published speed. **expected**: images/s, by arithmetic or "
+        "by the compiler's estimate. **GB**: peak memory of a device. **GB by auto**: what "
+        "batch_size=auto calculates.",
+    ]
+    for part in measured:
+        sections.append(f"## varjax benchmark {part['command']}")
+        if part["state"] != "done":
+            sections.append(f"{part['state']}. {part.get('error', '')[-300:]}".strip())
+        if rows := [_row(line, part["command"]) for line in part["lines"]]:
+            used = [c for c in COLUMNS if any(row.get(c) for row in rows)]
+            table = [used, ["---"] * len(used), *([row.get(c, "") for c in used] for row in rows)]
+            sections.append("\n".join(f"| {' | '.join(cells)} |" for cells in table))
+    return "\n\n".join(sections) + "\n"
+
+
+def expected_speed(device: str, command: str, part: str) -> float | None:
+    """Returns the images/s that are expected of a part on a device; None where nothing is known."""
+    for kind, commands, name, speed in EXPECTED:
+        if re.search(kind, device) and re.fullmatch(commands, command) and part == name:
+            return speed
+    return None
+
+
+def _row(line: Mapping[str, Any], command: str) -> dict[str, str]:
+    speed, gflop = line.get("images_per_second"), line.get("model_gflop_per_image")
+    tflops = line.get("tflops") or (speed * gflop / 1e3 if speed and gflop else None)
+    peak = published_peak_flops(line["device"]) if line.get("dtype") == "bfloat16" else None
+    seconds, efficiency = line.get("seconds"), line.get("efficiency")
+    numbers = {
+        "ms": 1e3 * seconds if seconds else line.get("milliseconds"),
+        "images/s": speed,
+        "expected": expected_speed(line["device"], command, line["part"]),
+        "TFLOP/s": tflops,
+        "of a product": efficiency,
+        "of the peak": tflops * 1e12 / peak if tflops and peak else None,
+        "GB": line.get("peak_memory_gb"),
+        "GB by auto": line.get("needed_gb"),
+        "compile s": line.get("compile_seconds"),
+    }
+    row = {name: f"{value:.3g}" for name, value in numbers.items() if value is not None}
+    notes = [f"{name} {line[name]}" for name in NOTES if name in line]
+    return {"part": line["part"], **row, "notes": "; ".join(notes).replace("|", "/")}
