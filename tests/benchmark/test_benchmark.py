@@ -112,7 +112,7 @@ def test_train_times_the_parts_of_a_step(capsys, preset):
     assert list(parts) == ["tokenize", "gradient", "update", "step"]
     work = {name: part["model_gflop_per_image"] for name, part in parts.items()}
     assert work["tokenize"] + work["gradient"] == pytest.approx(work["step"], rel=1e-3)
-    assert parts["step"]["remat"] == "block"
+    assert (parts["step"]["remat"], parts["step"]["attention"]) == ("block", "loop")  # on CPUs
 
 
 def test_evaluate_times_features_and_metrics(capsys, monkeypatch):

@@ -53,12 +53,14 @@ def measure_training(
     task = benchmark.training_task(preset, compute)
     tokenizer, dropout = task.tokenizer, getattr(task, "attention_dropout", 0)
     dtype, peak = compute.jax_dtype, MatmulPeak(compute.jax_dtype)
+    attention = compute.attention_implementation()
     setting = {
         "benchmark": "train",
         "preset": preset,
         "batch_size": batch_size,
         "dtype": str(dtype),
-        "attention": "xla" if dropout else compute.attention_implementation(),
+        # The fused kernel has no dropout.
+        "attention": "xla" if dropout and attention == "cudnn" else attention,
         "cached": cached,
         "remat": compute.remat,
         "unroll": compute.unroll,
