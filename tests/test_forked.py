@@ -66,6 +66,12 @@ def test_a_process_can_be_waited_for_and_killed():
         assert process.wait() == -signal.SIGKILL
 
 
+def test_a_process_that_takes_too_long_says_where_it_hangs():
+    code = "import time\ndef hang(): time.sleep(100)\nprint('begun', flush=True)\nhang()"
+    with pytest.raises(AssertionError, match=r"(?s)took over 2 s: begun.*line 2 in hang"):
+        forked.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=2)
+
+
 def run(arguments, **variables):
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     command = [sys.executable, *arguments]

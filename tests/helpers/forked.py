@@ -25,6 +25,7 @@ import json
 import os
 import pathlib
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -51,12 +52,21 @@ MAX_REQUEST_BYTES = 2**17
 
 
 def run(command, *, check=False, capture_output=False, timeout=None, **options):
-    """Runs a command to its end, like subprocess.run."""
+    """Runs a command to its end, like subprocess.run.
+
+    A process that exceeds `timeout` prints its stacks before it ends, and the error contains them.
+    """
     if capture_output:
         options |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    if timeout is not None:
+        options["env"] = {**(options.get("env") or os.environ), "PYTHONFAULTHANDLER": "1"}
     with Popen(command, **options) as process:
         try:
             output, errors = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # which makes Python print its stacks
+            output, errors = process.communicate(timeout=10)
+            raise AssertionError(f"{command} took over {timeout} s: {output} {errors}") from None
         except BaseException:
             process.kill()
             raise
