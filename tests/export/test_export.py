@@ -73,6 +73,7 @@ def edited_about(source, out, **changes):
 @pytest.mark.slow
 def test_samples_are_equal_to_the_bit(exported):
     sampler = load_exported(exported("var"))
+    assert "8x8 pixels, 1 channel" in repr(sampler) and "guidance=1.5" in repr(sampler)
     for given in (
         {"labels": LABELS, "seed": 2**32 - 1, "index": [5, 2**32 - 1, 0]},
         {"labels": LABELS, "guidance": 2.5, "top_k": 3, "top_p": 0.9, "temperature": 0.7},

@@ -107,7 +107,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(model, start):
     task = dataclasses.replace(TASK, tokenizer=grouped)
     with pytest.raises(InputError, match="groups: 4, expected 2\n.*init_tokenizer=false to train"):
         set_up(start(task=task, init_from=model))
-    with pytest.raises(InputError, match="nowhere does not exist"):
+    with pytest.raises(InputError, match="init_from: nowhere does not exist"):
         set_up(start(init_from="nowhere"))
 
 

@@ -181,8 +181,9 @@ def open_weights(location: str | os.PathLike) -> WeightsDir:
     if not files.exists(path):
         raise InputError(
             f"{directory} {'has no config.json' if directory.is_dir() else 'does not exist'}; "
-            "give a run's directory, a directory that varjax convert wrote, or the name of a "
-            "published model such as var_d16 (varjax models lists them)"
+            "give a run's directory (a run must be trained first), a directory that varjax "
+            "convert wrote, or the name of a published model such as var_d16 (varjax models lists "
+            "them)"
         )
     config = files.read_json(path)
     if not config.keys() & {"task", "sources"}:
@@ -345,6 +346,14 @@ def frozen_tokenizer(frozen: PyTree) -> PyTree:
     return frozen.get("tokenizer", frozen)
 
 
+def open_for_setting(setting: str, location: str | os.PathLike) -> WeightsDir:
+    """Opens the weights that a setting of a run names; an error also names the setting."""
+    try:
+        return open_weights(location)
+    except InputError as error:
+        raise type(error)(f"{setting}: {error}") from error
+
+
 def read_frozen_tokenizer(location: str, tokenizer: Any) -> PyTree:
     """Reads the parameters of a tokenizer that stays frozen; draws random ones for "random".
 
@@ -360,7 +369,7 @@ def read_frozen_tokenizer(location: str, tokenizer: Any) -> PyTree:
     if location == RANDOM:
         print("the tokenizer is RANDOM: use it to measure speed, not for images", file=sys.stderr)
         return jax.device_get(jax.jit(tokenizer.init)(jax.random.key(0)))
-    weights = open_weights(location)
+    weights = open_for_setting("task.tokenizer_weights", location)
     params = read_expected_tokenizer(weights, tokenizer)
     steps = (weights.config.get("steps") or 0) if weights.trains_tokenizer else 0
     saved = SavedSteps(weights.path / "checkpoints").steps() if steps else []

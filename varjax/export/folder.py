@@ -38,6 +38,7 @@ PLATFORMS: dict[str, Platform] = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
 ABOUT_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
 SCRIPTS = ("run.py", "exported_model.py")
 LEAST_GUIDANCE = 1.01  # 1 turns guidance off, which is another program
+EXPORTED_HELP = {"guidance": f"strongest guidance scale, {LEAST_GUIDANCE} or more"}
 
 
 def export_model(
@@ -213,7 +214,7 @@ def option_facts(options: Any, numbers: set[str]) -> dict[str, Any]:
             "least": LEAST_GUIDANCE if field.name == "guidance" else least,
             "most": most,
             "whole": isinstance(value, int),
-            "help": field.metadata["help"],
+            "help": EXPORTED_HELP.get(field.name, field.metadata["help"]),
         }
     values = {path: x for path, x in trees.paths(options).items() if path in numbers}
     return {"options": changeable, "fixed_options": fixed, "numbers": {"seed": 0} | values}

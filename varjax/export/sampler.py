@@ -73,6 +73,18 @@ class ExportedSampler:
         fields = [(name, type(value), value) for name, value in defaults.items()]
         self._options = dataclasses.make_dataclass("ExportedOptions", fields, frozen=True)()
 
+    def __repr__(self) -> str:
+        H, W, channels = self.image_shape
+        names = ", ".join(f"{name}={value}" for name, value in vars(self._options).items())
+        lines = {
+            "folder": self._model.folder,
+            "images": f"{H}x{W} pixels, {channels} {'channel' if channels == 1 else 'channels'}",
+            "classes": f"{self.classes:,}: {self.labels!r}",
+            "options": names,
+            "programs": f"by varjax {self.about['varjax']} and JAX {self.about['jax']}",
+        }
+        return "\n".join(["ExportedSampler", *(f"  {k:9}{v}" for k, v in lines.items())])
+
     def options(self, **options: Any) -> Any:
         """Returns the options that may change, a frozen dataclass, with `options` replaced.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.checkpoints.weights import open_weights, read_frozen_tokenizer, read_generator
+from varjax.checkpoints.weights import open_for_setting, read_frozen_tokenizer, read_generator
 from varjax.errors import InputError, check_setting
 from varjax.mar.latents import TokenizerConfig, check_latents_fit, decode_tokens, encode_tokens
 from varjax.mar.losses import (
@@ -126,7 +126,7 @@ class MARTask:
         return create_state(self.model.init(key), self.optimizer, self.ema_decay)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
-        weights = open_weights(location)
+        weights = open_for_setting("init_from", location)
         config, params, _ = read_generator(weights, "mar", "MARTask", MARConfig, MAROptions)
         return params, matching_mar_rows(self.model, config)
 

@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax import trees
-from varjax.checkpoints.weights import RANDOM, WeightsDir, check_tokenizer, open_weights
+from varjax.checkpoints.weights import (
+    RANDOM,
+    WeightsDir,
+    check_tokenizer,
+    open_for_setting,
+    open_weights,
+)
 from varjax.errors import InputError
 from varjax.nn.compute import without_repeated_work
 from varjax.runtime import flops
@@ -57,7 +63,7 @@ def with_tokenizer_of(task: Any, location: str) -> Any:
     """
     if task.tokenizer_weights in (location, RANDOM):
         return task
-    weights = open_weights(location)
+    weights = open_for_setting("init_from", location)
     try:
         weights.tokenizer_settings()
     except InputError:  # a converted transformer alone

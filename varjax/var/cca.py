@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from varjax.checkpoints.weights import RANDOM, open_weights, read_generator
+from varjax.checkpoints.weights import RANDOM, open_for_setting, read_generator
 from varjax.config import config_tree
 from varjax.errors import InputError, check_setting
 from varjax.trees import PyTree
@@ -71,7 +71,7 @@ def read_reference_params(location: str, model: VARConfig) -> PyTree:
     """
     if location == RANDOM:
         return jax.device_get(jax.jit(model.init)(jax.random.key(0)))
-    weights = open_weights(location)
+    weights = open_for_setting("task.cca.reference", location)
     config, params, _ = read_generator(weights, "var", "VARTask", VARConfig, VAROptions)
     config = dataclasses.replace(config, gate_init=model.gate_init)  # matters to `init` alone
     both = config_tree.to_dict(config), config_tree.to_dict(model)

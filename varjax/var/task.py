@@ -11,7 +11,7 @@ import optax
 
 from varjax.checkpoints.weights import (
     frozen_tokenizer,
-    open_weights,
+    open_for_setting,
     read_frozen_tokenizer,
     read_generator,
 )
@@ -122,7 +122,7 @@ class VARTask:
         return create_state(self.model.init(key), self.optimizer, self.ema_decay)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
-        weights = open_weights(location)
+        weights = open_for_setting("init_from", location)
         config, params, _ = read_generator(weights, "var", "VARTask", VARConfig, VAROptions)
         return params, matching_rows(self.model, config)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.checkpoints.weights import open_weights
+from varjax.checkpoints.weights import open_for_setting
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import ImageStream, stream_key
@@ -100,7 +100,7 @@ class KLTask:
         return tokenizer_task.init_state(self, self.model.init(key), key)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
-        return open_weights(location).read_tokenizer_params(), {}
+        return open_for_setting("init_from", location).read_tokenizer_params(), {}
 
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
         return {}

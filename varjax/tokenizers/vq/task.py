@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varjax.checkpoints.weights import open_weights
+from varjax.checkpoints.weights import open_for_setting
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.compute import ComputeConfig
 from varjax.nn.rng import InitStream, stream_key
@@ -107,7 +107,7 @@ class VQTask:
         return tokenizer_task.init_state(self, params, key, usage_V=usage_V)
 
     def pretrained(self, location: str) -> tuple[PyTree, MatchingRows]:
-        return open_weights(location).read_tokenizer_params(), {}
+        return open_for_setting("init_from", location).read_tokenizer_params(), {}
 
     def tokenizer_identity(self, frozen: PyTree) -> dict[str, Any]:
         return {}
