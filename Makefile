@@ -100,7 +100,7 @@ faults: setup
 # Measures the GPU or TPU of this machine: eight minutes, and the set-up before it.
 gpu-report tpu-report: %-report: setup
 	$(PIP) -e ".[$(if $(filter gpu,$*),cuda,tpu)]" -c constraints.txt
-	$(PY) -m varjax benchmark report --out=runs/report
+	$(PY) -m varjax benchmark report --out=runs/report_$$(date +%Y%m%d_%H%M%S)
 
 clean:
 	rm -rf $(VENV) .pytest_cache build *.egg-info

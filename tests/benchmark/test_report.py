@@ -130,3 +130,14 @@ def test_expectations_are_those_of_the_device_and_the_command():
     page = report_page(CPU, [{"command": auto, "state": "done", "lines": [line], "seconds": 1}])
     assert "| part | ms | images/s | expected | TFLOP/s | of the peak |" in page
     assert "| whole | 500 | 2 | 306 | 2 | 0.00202 |" in page
+
+
+def test_a_report_that_exists_or_cannot_be_written_is_refused_before_measuring(tmp_path, capsys):
+    (tmp_path / "report.json").write_text("{}")
+    for flags, message in {
+        (f"--out={tmp_path}",): "has a report already",
+        ("--out=/proc/report",): "could not be written",
+        ("--minutes=0",): "minutes=0",
+    }.items():
+        assert benchmark.main(["report", *flags]) == 1
+        assert message in capsys.readouterr().err
