@@ -3,7 +3,7 @@
     python train.py --config=configs/digits_cca.py
 
 The runs of configs/digits_tokenizer.py and configs/digits.py must be finished first. Two CPU cores:
-about a minute. docs/training.md has the results.
+about a minute. docs/finetuning.md has the results.
 
 β is larger and λ smaller than in configs/var_cca.py: an image has 30 tokens instead of 680, so its
 log-ratios are smaller, and digits need little guidance.

@@ -35,7 +35,8 @@ Published by the authors for these settings (guidance 2.5 is the official cfg 1.
 Hardware: 8 or more GPUs or TPU chips, 64 or more for d36. The authors' code took 1.25 s a step for
 d16 on 16 GPUs, 116 hours in all. To train on fewer devices, keep the batch size and set
 --config.task.accumulate; a batch that the devices do not divide is refused, never changed.
-docs/training.md says how to watch a run, continue it, and start it from trained weights.
+docs/training.md says how to watch a run and continue it, and docs/finetuning.md how to start from
+trained weights.
 
 The "progressive training" of the official trainer (fewer scales at first) is left out; all released
 recipes turn it off. They also turn off a moving average of the weights
