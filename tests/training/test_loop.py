@@ -1,10 +1,12 @@
 import dataclasses
 import json
 import os
+import time
 
 import chex
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
@@ -309,3 +311,21 @@ def test_an_interval_of_zero_is_never_due_but_the_end_is_evaluated():
     experiment = tiny.experiment("x", eval_every=0, save_every=0)
     assert not any(any(experiment.due(step, 3)) for step in (0, 1, 2))
     assert experiment.due(3, 3) == Due(metrics=True, fid=False, preview=False, save=False)
+
+
+def test_one_write_of_orbax_ends_before_the_next_begins(tmp_path, monkeypatch):
+    managers, overlapping, save, rename = set(), [], ocp.CheckpointManager.save, os.rename
+
+    def note_save(manager, step, **options):
+        managers.add(manager)
+        overlapping.extend((step, x.directory) for x in managers if x.is_saving_in_progress())
+        return save(manager, step, **options)
+
+    def rename_slowly(source, target):
+        time.sleep(0.5)
+        rename(source, target)
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", note_save)
+    monkeypatch.setattr(os, "rename", rename_slowly)
+    loop.train(tiny.experiment(tmp_path / "run", steps=20, keep_best="eval/loss"))
+    assert len(managers) == 2 and not overlapping

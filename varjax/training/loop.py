@@ -147,6 +147,9 @@ def evaluate_state(run: Run, step: int, state: TrainState, due: Due) -> bool:
         run.progress.say(f"evaluation after step {step:,}: {words}{'; the best so far' * best}")
     if best:
         weights = dataclasses.replace(state, opt_state=None)
+        # Orbax numbers the writes of a process, of whichever directory, and processes wait for one
+        # another by that number. So one write ends before the next begins.
+        run.checkpoints.wait()
         run.best.save(step, weights, {"keep_best": run.experiment.keep_best})
     if due.preview:
         preview(run, step, state)
