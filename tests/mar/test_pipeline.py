@@ -1,5 +1,6 @@
 """The Python face of a MAR model, over a tiny run."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 import varjax
 from tests.helpers import runs
+from tests.helpers.random_params import random_params
 from varjax.errors import InputError
 from varjax.mar.masking import UnmaskingSchedule
 from varjax.models import read_model
@@ -57,6 +59,37 @@ def test_every_step_shows_the_tokens_drawn_so_far():
     known = UnmaskingSchedule(16, count).known[1:]
     assert np.array_equal(16 - unknown.sum(axis=(2, 3)), np.tile(known, (3, 1)).T)
     assert not (unknown[1:] & ~unknown[:-1]).any()
+
+
+@functools.cache
+def causal() -> varjax.MARPipeline:
+    mar = dataclasses.replace(runs.MAR, causal=True)
+    params = {"tokenizer": random_params(runs.KL.init), "mar": random_params(mar.init)}
+    return varjax.MARPipeline(runs.KL, mar, params, runs.MAR_SAMPLING)
+
+
+@pytest.mark.parametrize("make", [loaded, causal])
+def test_a_listener_gets_every_step_and_changes_no_bit(make):
+    model, steps = make(), []
+    images_BHWC = model.sample([3, 1, 4], 5, every_step=lambda *step: steps.append(step))
+    assert np.array_equal(images_BHWC, model.sample([3, 1, 4], 5))
+    assert [number for number, _ in steps] == list(range(model.steps(model.options())))
+    assert np.array_equal(steps[-1][1], images_BHWC)
+    images_SBHWC = np.stack([x for _, x in steps])
+    unknown_SBL = (images_SBHWC.reshape(-1, 3, 4, 2, 4, 2) == 0.5).all(axis=(3, 5))
+    known = UnmaskingSchedule(16, len(steps)).known[1:]
+    assert np.array_equal(16 - unknown_SBL.sum(axis=(2, 3)), np.tile(known, (3, 1)).T)
+    if make is loaded:
+        every = model.sample([3, 1, 4], 5, every_step=True)
+        np.testing.assert_allclose(images_SBHWC, every, atol=1e-5)
+
+
+def test_a_listener_of_an_edit_gets_the_steps_that_draw():
+    model, steps = loaded(), []
+    given = {"seed": 3, "index": [0, 1, 2]}
+    model.edit(images(1), KEEP, **given, every_step=lambda *step: steps.append(step))
+    every = model.edit(images(1), KEEP, **given, every_step=True)
+    np.testing.assert_allclose([x for _, x in steps], every, atol=1e-5)
 
 
 def test_a_mix_of_one_class_is_that_class():

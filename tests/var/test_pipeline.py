@@ -179,6 +179,18 @@ def test_the_last_of_every_step_is_the_sample(model, smooth):
     assert not np.allclose(steps[0], images)
 
 
+def test_a_listener_gets_every_scale_and_changes_no_bit(model):
+    steps = []
+    images = model.sample([1, 2, 3], 5, every_step=lambda *step: steps.append(step))
+    assert np.array_equal(images, model.sample([1, 2, 3], 5))
+    assert [k for k, _ in steps] == [0, 1, 2]
+    assert np.array_equal([x for _, x in steps], model.sample([1, 2, 3], 5, every_step=True))
+    others = []
+    model.sample([4, 5, 6], 7, guidance=2.0, every_step=lambda *step: others.append(step))
+    assert len(others) == 3 and len(steps) == 3
+    assert model._compiled_sender(3, None).__wrapped__._cache_size() == 1
+
+
 def test_a_mix_of_one_class_is_that_class(model):
     images = model.sample([3, 1], seed=5)
     np.testing.assert_allclose(model.sample(["3:2", {1: 0.1}], seed=5), images, atol=1e-5)

@@ -20,7 +20,7 @@ from varjax.sampling.pipeline import (
     checked_labels,
     checked_mask,
 )
-from varjax.sampling.sampler import replace_options
+from varjax.sampling.sampler import StepListener, replace_options
 from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.tokenizers.contract import checked_images
@@ -123,7 +123,7 @@ class ExportedSampler:
         seed: int = 0,
         *,
         index: Index | None = None,
-        every_step: bool = False,
+        every_step: bool | StepListener = False,
         **options: Any,
     ) -> jax.Array:
         """Samples one image for each label: (B, H, W, channels) float32 in [0, 1].
@@ -155,7 +155,7 @@ class ExportedSampler:
         seed: int = 0,
         *,
         index: Index | None = None,
-        every_step: bool = False,
+        every_step: bool | StepListener = False,
         **options: Any,
     ) -> jax.Array:
         """Redraws everything outside of `keep`; otherwise like `sample`.

@@ -20,6 +20,9 @@ from varjax.nn.stack import KVCache
 from varjax.nn.transformer import run_vit_blocks
 from varjax.sampling.sampler import KnownTokens
 
+# (step number, tokens by position) -> tokens that the next steps are drawn from
+OnStep = Callable[[jax.Array | int, jax.Array], jax.Array]
+
 
 @flax.struct.dataclass
 class CausalCache:
@@ -98,6 +101,7 @@ def sample_causal(
     order_BL: jax.Array,
     guided: int | None = None,
     unguided_cache: Callable[[Any], Any] = lambda cache: cache,
+    on_step: OnStep = lambda number, token_BL: token_BL,
 ) -> jax.Array:
     """Draws one token per step from all tokens before it in the order.
 
@@ -111,6 +115,8 @@ def sample_causal(
         guided: number of steps, from the first, that are computed with guidance; None for all.
         unguided_cache: cache -> cache of the first stream alone, with which the other steps are
             computed.
+        on_step: function that is called after each step, with its number and all tokens, and
+            returns the tokens.
 
     Returns:
         Tokens by position, as `known.token_BL`.
@@ -122,7 +128,8 @@ def sample_causal(
         keep_B1 = take_at(known.keep_BL, position_B1)
         keep_B1 = keep_B1.reshape(keep_B1.shape + (1,) * (new_B1.ndim - 2))
         kept_B1 = take_at(known.token_BL, position_B1)
-        return put_at(token_BL, position_B1, jnp.where(keep_B1, kept_B1, new_B1))
+        token_BL = put_at(token_BL, position_B1, jnp.where(keep_B1, kept_B1, new_B1))
+        return on_step(number, token_BL)
 
     def step(carry, x):
         token_BL, cache = carry

@@ -45,7 +45,7 @@ from varjax.sampling.pipeline import (
     checked_request,
     describe_pipeline,
 )
-from varjax.sampling.sampler import KnownTokens, nan_advice, replace_options
+from varjax.sampling.sampler import KnownTokens, StepListener, nan_advice, replace_options
 from varjax.tokenizers.contract import checked_images
 from varjax.trees import PyTree
 
@@ -107,7 +107,7 @@ class MARPipeline:
 
         @functools.cache
         def token_sampler(choose):
-            def sample_tokens(params, setup, label_B, key_B, known=None):
+            def sample_tokens(params, setup, label_B, key_B, known=None, **hooks):
                 return sample_mar_tokens(
                     mar,
                     params["mar"],
@@ -118,6 +118,7 @@ class MARPipeline:
                     compute,
                     choose=choose,
                     guide=None if guide is None else (guide, params["guide"]),
+                    **hooks,
                 )
 
             return sample_tokens
@@ -129,21 +130,46 @@ class MARPipeline:
 
             return sample_images
 
+        def known_positions(setup, key_B, known):
+            keep_BL = None if known is None else known.keep_BL
+            order_BL = draw_orders(mar, key_B, keep_BL)
+            return known_after_steps(order_BL, setup.schedule, keep_BL, setup.first_step(mar))
+
+        def show(params, token_BL, known_BL):
+            tokenizer = pure.tokenizer_for_images()
+            return decode_known(tokenizer, mar, params["tokenizer"], token_BL, known_BL, compute)
+
         def step_sampler(choose):
             def sample_every_step(params, setup, label_B, key_B, known=None):
                 token_BL = token_sampler(choose)(params, setup, label_B, key_B, known)
-                keep_BL = None if known is None else known.keep_BL
-                order_BL = draw_orders(mar, key_B, keep_BL)
-                known_SBL = known_after_steps(
-                    order_BL, setup.schedule, keep_BL, setup.first_step(mar)
-                )
-                show = functools.partial(
-                    decode_known, pure.tokenizer_for_images(), mar, params["tokenizer"], token_BL
-                )
-                images_SBHWC = jax.lax.map(lambda known_BL: show(known_BL, compute), known_SBL)
+                known_SBL = known_positions(setup, key_B, known)
+                images_SBHWC = jax.lax.map(functools.partial(show, params, token_BL), known_SBL)
                 return jnp.moveaxis(images_SBHWC, 0, 1)
 
             return sample_every_step
+
+        def step_sender(choose):
+            from varjax.sampling.step_listener import sender
+
+            def sample_and_send(params, setup_and_call, label_B, key_B, known=None):
+                setup, call = setup_and_call
+                send = sender(call, weights.devices[0].platform)
+                known_SBL = known_positions(setup, key_B, known)
+
+                def on_step(number, token_BL):
+                    step = number - setup.first_step(mar)
+                    return jax.lax.cond(
+                        step + 1 < len(known_SBL),
+                        lambda token_BL: send(show(params, token_BL, known_SBL[step]), token_BL),
+                        lambda token_BL: token_BL,
+                        token_BL,
+                    )
+
+                batch = label_B, key_B, known
+                token_BL = token_sampler(choose)(params, setup, *batch, on_step=on_step)
+                return pure.decode(params, token_BL)
+
+            return sample_and_send
 
         def denoise(params, _, xt_NZ, t_N, z_NC):
             return mar.head.network(params["mar"], compute)(z_NC)(xt_NZ, t_N)
@@ -151,9 +177,9 @@ class MARPipeline:
         def logits(params, _, z_BLC):
             return mar.head.network(params["mar"], compute)(z_BLC)
 
-        self._sample_tokens, self._sample_images, self._sample_every_step = (
+        self._sample_tokens, self._sample_images, self._sample_every_step, self._send_every_step = (
             functools.cache(lambda choose, sampler=sampler: weights.compile(sampler(choose)))
-            for sampler in (token_sampler, image_sampler, step_sampler)
+            for sampler in (token_sampler, image_sampler, step_sampler, step_sender)
         )
         self._encode, self._decode, self._hidden = (
             weights.compile(lambda params, _, *batch, function=function: function(params, *batch))
@@ -340,7 +366,7 @@ class MARPipeline:
         guidance_timestep_to: int | None = None,
         choose: MARRule | None = None,
         index: Index | None = None,
-        every_step: bool = False,
+        every_step: bool | StepListener = False,
         **unknown: Any,
     ) -> jax.Array:
         """Samples one image for each label.
@@ -370,11 +396,12 @@ class MARPipeline:
                 object compiles again, so define it once.
             index: (B,) numbers of the images; None for 0 … B-1.
             every_step: whether to return the images after each step, as a film shows them; tokens
-                that are not drawn yet are gray.
+                that are not drawn yet are gray. Or a function of a step's number and images, which
+                gets those of each step while the later ones are drawn.
             unknown: options of other models, which are refused.
 
         Returns:
-            (B, H, W, channels) float32 in [0, 1], or with `every_step` (S, B, H, W, channels).
+            (B, H, W, channels) float32 in [0, 1], or with `every_step=True` (S, B, H, W, channels).
 
         Raises:
             InputError: labels or options out of range, an option that is unknown, or a model that
@@ -397,7 +424,7 @@ class MARPipeline:
         check_rule(choose)
         setup = make_setup(self.mar, options)
         if every_step:
-            return jnp.moveaxis(self._sample_every_step(choose)(setup, label_B, key_B), 1, 0)
+            return self._draw_steps(every_step, choose, setup, label_B, key_B)
         return self._sample_images(choose)(setup, label_B, key_B)
 
     def sample_latents(
@@ -434,7 +461,7 @@ class MARPipeline:
         guidance_timestep_to: int | None = None,
         choose: MARRule | None = None,
         index: Index | None = None,
-        every_step: bool = False,
+        every_step: bool | StepListener = False,
         **unknown: Any,
     ) -> jax.Array:
         """Redraws everything outside of `keep`, without further training.
@@ -456,11 +483,12 @@ class MARPipeline:
             guidance_timestep_to: smallest diffusion timestep above those with guidance.
             choose: rule that chooses tokens instead.
             index: (B,) numbers of the results; None for one result per image.
-            every_step: whether to return the results after each step that draws tokens.
+            every_step: whether to return the results after each step that draws tokens, or a
+                function that gets them; see `sample`.
             unknown: options of other models, which are refused.
 
         Returns:
-            (B, H, W, channels) float32 in [0, 1], or with `every_step` (S, B, H, W, channels).
+            (B, H, W, channels) float32 in [0, 1], or with `every_step=True` (S, B, H, W, channels).
 
         Raises:
             InputError: a wrong shape, labels or options out of range, or an unknown option.
@@ -481,7 +509,7 @@ class MARPipeline:
         batch = self._edit_batch(self.encode(images_BHWC), keep, labels, seed, index, options)
         check_rule(choose)
         if every_step:
-            return jnp.moveaxis(self._sample_every_step(choose)(*batch), 1, 0)
+            return self._draw_steps(every_step, choose, *batch)
         return self._decode(None, self._sample_tokens(choose)(*batch))
 
     def edit_latents(
@@ -503,6 +531,23 @@ class MARPipeline:
         check_rule(choose)
         batch = self._edit_batch(latents, keep, labels, seed, index, self.options(**options))
         return self.mar.unpatchify(self._sample_tokens(choose)(*batch))
+
+    def _draw_steps(self, every_step, choose, setup, *batch) -> jax.Array:
+        """Returns the images after every step, or the finished ones if a function gets the others.
+
+        batch: labels (B,), keys (B,), and for an edit the known tokens.
+        """
+        if callable(every_step):
+            from varjax.sampling.step_listener import sample_with_listener
+
+            program = self._send_every_step(choose)
+            return sample_with_listener(
+                lambda call: program((setup, call), *batch),
+                every_step,
+                (len(batch[0]), *self.image_shape),
+                self.devices,
+            )
+        return jnp.moveaxis(self._sample_every_step(choose)(setup, *batch), 1, 0)
 
     def _edit_batch(self, latents, keep, labels, seed, index, options) -> tuple[Any, ...]:
         """Returns what programs take for an edit: setup, labels (B,), keys (B,), known tokens."""

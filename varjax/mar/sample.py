@@ -23,7 +23,7 @@ from varjax.config.numbers import (
 )
 from varjax.config.renamed import Renamed
 from varjax.errors import InputError
-from varjax.mar.causal import causal_first, causal_next, sample_causal
+from varjax.mar.causal import OnStep, causal_first, causal_next, sample_causal
 from varjax.mar.denoising_schedule import denoising_schedules, denoising_steps
 from varjax.mar.heads import DiffusionHead, DrawSettings, Network, Streams
 from varjax.mar.masking import StepGroup, UnmaskingSchedule, draw_orders, put_at, take_at
@@ -265,6 +265,7 @@ def sample_mar_tokens(
     guide: tuple[MARConfig, PyTree] | None = None,
     order_BL: jax.Array | None = None,
     noise: SamplingNoise | None = None,
+    on_step: OnStep = lambda number, token_BL: token_BL,
 ) -> jax.Array:
     """Samples all tokens of images; meant to be jitted as a whole.
 
@@ -282,6 +283,7 @@ def sample_mar_tokens(
             class".
         order_BL: positions in the order in which they become known; None to draw it.
         noise: source of the noise; None to draw it from the keys.
+        on_step: function that is called after each step; see `sample_masked`.
 
     Returns:
         Tokens by position, (B, L, Z) float32 or (B, L) int32.
@@ -358,12 +360,12 @@ def sample_mar_tokens(
 
     if config.causal:
         network = causal_hidden_first, causal_hidden_next
-        return sample_causal(*network, draw, known, order_BL, stop, unguided_caches)
+        return sample_causal(*network, draw, known, order_BL, stop, unguided_caches, on_step)
     token_BL = known.token_BL
     for guided, groups in itertools.groupby(setup.groups, lambda g: first <= g.steps.start < stop):
         network = functools.partial(hidden, models if guided else unguided_models)
         so_far = KnownTokens(token_BL, known.keep_BL)
-        token_BL = sample_masked(network, draw, so_far, order_BL, tuple(groups))
+        token_BL = sample_masked(network, draw, so_far, order_BL, tuple(groups), on_step)
     return token_BL
 
 
@@ -373,6 +375,7 @@ def sample_masked(
     known: KnownTokens,
     order_BL: jax.Array,
     groups: Sequence[StepGroup],
+    on_step: OnStep = lambda number, token_BL: token_BL,
 ) -> jax.Array:
     """Draws several tokens per step, each set from all tokens known before it.
 
@@ -383,6 +386,8 @@ def sample_masked(
         known: tokens to keep; for a whole image, none.
         order_BL: positions in the order in which they are drawn, those to keep first.
         groups: the steps, in groups of equal padded size.
+        on_step: function that is called after each step, with its number and all tokens, and
+            returns the tokens.
 
     Returns:
         Tokens by position, as `known.token_BL`.
@@ -407,7 +412,8 @@ def sample_masked(
         # 3. Draw and write; padding is dropped.
         z = jax.tree.map(lambda z_BLC: take_at(z_BLC, jnp.minimum(position_Bm, L - 1)), z)
         token_Bm = draw(z, position_Bm, number)
-        return put_at(token_BL, jnp.where(new_Bm, position_Bm, L), token_Bm), None
+        token_BL = put_at(token_BL, jnp.where(new_Bm, position_Bm, L), token_Bm)
+        return on_step(number, token_BL), None
 
     token_BL = known.token_BL
     for group in groups:

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import flax.struct
@@ -23,6 +23,10 @@ from varjax.errors import InputError
 from varjax.trees import PyTree
 
 T = TypeVar("T")
+# A user's function: (step number from 0, images (B, H, W, channels) float32 in [0, 1]) -> ignored
+StepListener = Callable[[int, np.ndarray], Any]
+# (images (B, H, W, channels) to send, array) -> the array, once they are sent
+SendImages = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Sampler(Protocol):
@@ -77,7 +81,7 @@ class Sampler(Protocol):
         ...
 
     def steps(self, options: Any) -> int:
-        """Returns how many steps draw an image; with `every_step`, `sample` returns all of them.
+        """Returns how many steps draw an image, which `sample` can show with `every_step`.
 
         options: as `options()` returns them.
         """
@@ -89,7 +93,7 @@ class Sampler(Protocol):
         seed: int = 0,
         *,
         index: Sequence[int] | np.ndarray | None = None,
-        every_step: bool = False,
+        every_step: bool | StepListener = False,
         **options: Any,
     ) -> jax.Array:
         """Samples one image for each label: (B, H, W, channels) float32 in [0, 1].
@@ -98,7 +102,8 @@ class Sampler(Protocol):
             labels: (B,) classes to draw, by number or name.
             seed: random seed; image i depends only on seed, index[i], labels[i] and options.
             index: (B,) numbers of the images; None for 0 … B-1.
-            every_step: whether to return (S, B, H, W, channels), the images after each step.
+            every_step: whether to return (S, B, H, W, channels), the images after each step; or a
+                function that gets them while the later ones are drawn.
             options: fields of `options()` to replace.
         """
         ...
@@ -111,7 +116,7 @@ class Sampler(Protocol):
         seed: int = 0,
         *,
         index: Sequence[int] | np.ndarray | None = None,
-        every_step: bool = False,
+        every_step: bool | StepListener = False,
         **options: Any,
     ) -> jax.Array:
         """Redraws everything outside of `keep`; otherwise like `sample`.

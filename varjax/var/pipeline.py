@@ -30,7 +30,7 @@ from varjax.sampling.pipeline import (
     checked_tokens,
     describe_pipeline,
 )
-from varjax.sampling.sampler import KnownTokens, nan_advice, replace_options
+from varjax.sampling.sampler import KnownTokens, StepListener, nan_advice, replace_options
 from varjax.tokenizers.contract import checked_images
 from varjax.tokenizers.vq.model import VQConfig, bound_quantizer, decode_every_scale
 from varjax.trees import PyTree
@@ -124,12 +124,32 @@ class VARPipeline:
 
             return weights.compile(sample)
 
+        @functools.cache
+        def compiled_sender(guided, choose):
+            from varjax.sampling.step_listener import sender
+
+            def sample(params, options_and_call, label_B, key_B, known=None):
+                options, call = options_and_call
+                return sample_images(
+                    models,
+                    params,
+                    label_B,
+                    key_B,
+                    options,
+                    known,
+                    guided=guided,
+                    choose=choose,
+                    send=sender(call, weights.devices[0].platform),
+                )
+
+            return weights.compile(sample)
+
         self._encode, self._decode, self._logits = (
             weights.compile(lambda params, _, *batch, function=function: function(params, *batch))
             for function in (pure.encode, pure.decode, pure.logits)
         )
         self._decode_every_scale = weights.compile(decode_scales)
-        self._compiled_sampler = compiled_sampler
+        self._compiled_sampler, self._compiled_sender = compiled_sampler, compiled_sender
 
     def __repr__(self) -> str:
         return describe_pipeline(self)
@@ -259,7 +279,7 @@ class VARPipeline:
         temperature: OneOrEach[float] | Each | None = None,
         choose: VARRule | None = None,
         index: Index | None = None,
-        every_step: bool = False,
+        every_step: bool | StepListener = False,
         **unknown: Any,
     ) -> jax.Array:
         """Samples one image for each label.
@@ -286,11 +306,13 @@ class VARPipeline:
                 scale) -> tokens (B, l); pure. None for a draw. A new function object compiles
                 again, so define it once.
             index: (B,) numbers of the images; None for 0 … B-1.
-            every_step: whether to return the images after each scale, as a film shows them.
+            every_step: whether to return the images after each scale, as a film shows them; or a
+                function of a scale's index and images, which gets those of each scale while the
+                later ones are drawn.
             unknown: options of other models, which are refused.
 
         Returns:
-            (B, H, W, channels) float32 in [0, 1], or with `every_step` (K, B, H, W, channels).
+            (B, H, W, channels) float32 in [0, 1], or with `every_step=True` (K, B, H, W, channels).
 
         Raises:
             InputError: labels or options out of range, or an option that is unknown.
@@ -327,7 +349,7 @@ class VARPipeline:
         temperature: OneOrEach[float] | Each | None = None,
         choose: VARRule | None = None,
         index: Index | None = None,
-        every_step: bool = False,
+        every_step: bool | StepListener = False,
         **unknown: Any,
     ) -> jax.Array:
         """Redraws everything outside of `keep`, without further training.
@@ -347,11 +369,12 @@ class VARPipeline:
             temperature: temperature of the codes left by top_k and top_p.
             choose: rule that chooses tokens instead.
             index: (B,) numbers of the results; None for one result per image.
-            every_step: whether to return the results after each scale.
+            every_step: whether to return the results after each scale, or a function that gets
+                them; see `sample`.
             unknown: options of other models, which are refused.
 
         Returns:
-            (B, H, W, channels) float32 in [0, 1], or with `every_step` (K, B, H, W, channels).
+            (B, H, W, channels) float32 in [0, 1], or with `every_step=True` (K, B, H, W, channels).
 
         Raises:
             InputError: a wrong shape, labels or options out of range, or an unknown option.
@@ -386,7 +409,7 @@ class VARPipeline:
         *,
         choose: VARRule | None = None,
         index: Index | None = None,
-        every_step: bool = False,
+        every_step: bool | StepListener = False,
         **options: Any,
     ) -> jax.Array:
         """Keeps the first scales of images and draws the finer ones: variations of an image.
@@ -400,11 +423,12 @@ class VARPipeline:
             seed: random seed; each seed gives different images.
             choose: rule that chooses tokens; see `sample`.
             index: (B,) numbers of the results; None for one result per image.
-            every_step: whether to return the results after each scale.
+            every_step: whether to return the results after each scale, or a function that gets
+                them; see `sample`.
             options: sampling options; see `sample`.
 
         Returns:
-            (B, H, W, channels) float32 in [0, 1], or with `every_step` (K, B, H, W, channels).
+            (B, H, W, channels) float32 in [0, 1], or with `every_step=True` (K, B, H, W, channels).
 
         Raises:
             InputError: a wrong shape, number of scales, labels or options.
@@ -428,7 +452,7 @@ class VARPipeline:
         *,
         choose: VARRule | None = None,
         index: Index | None = None,
-        every_step: bool = False,
+        every_step: bool | StepListener = False,
         **options: Any,
     ) -> jax.Array:
         """Draws the details of small images: super-resolution to the model's size.
@@ -445,11 +469,12 @@ class VARPipeline:
             seed: random seed; each seed gives different images.
             choose: rule that chooses tokens; see `sample`.
             index: (B,) numbers of the results; None for one result per image.
-            every_step: whether to return the results after each scale.
+            every_step: whether to return the results after each scale, or a function that gets
+                them; see `sample`.
             options: sampling options; see `sample`.
 
         Returns:
-            (B, H, W, channels) float32 in [0, 1], or with `every_step` (K, B, H, W, channels).
+            (B, H, W, channels) float32 in [0, 1], or with `every_step=True` (K, B, H, W, channels).
 
         Raises:
             InputError: images that are too small or not smaller than the model's, a wrong number of
@@ -495,6 +520,16 @@ class VARPipeline:
         batch: labels (B,), keys (B,), and for an edit the known tokens.
         """
         guided = guided_scales(self.var.pyramid, options)
+        if callable(every_step):
+            from varjax.sampling.step_listener import sample_with_listener
+
+            program = self._compiled_sender(guided, choose)
+            return sample_with_listener(
+                lambda call: program((options, call), *batch),
+                every_step,
+                (len(batch[0]), *self.image_shape),
+                self.devices,
+            )
         images = self._compiled_sampler(guided, choose, every_step)(options, *batch)
         return jnp.moveaxis(images, 1, 0) if every_step else images
 

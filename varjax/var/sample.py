@@ -32,7 +32,7 @@ from varjax.sampling.guidance import (
     guidance_scales,
     guided_interval,
 )
-from varjax.sampling.sampler import KnownTokens, option_field, replace_options
+from varjax.sampling.sampler import KnownTokens, SendImages, option_field, replace_options
 from varjax.tokenizers.vq.model import (
     bound_quantizer,
     decode_every_scale,
@@ -47,6 +47,8 @@ from varjax.var.network import PredictScale, VARModels, sampling_network
 
 # (logits (B, l, V), scale k) -> (tokens (B, l), codes (B, l, Z))
 ChooseTokens = Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
+# (scale k, f_hat (B, h, w, Z) after it) -> f_hat that the next scales are drawn from
+OnScale = Callable[[int, jax.Array], jax.Array]
 # A user's own rule: (logits (B, l, V), scale k, keys (B,) of the scale) -> tokens (B, l)
 VARRule = Callable[[jax.Array, int, jax.Array], jax.Array]
 
@@ -169,6 +171,7 @@ def sample_tokens(
     *,
     guided: int | None = None,
     choose: VARRule | None = None,
+    on_scale: OnScale = lambda k, f_hat_BhwZ: f_hat_BhwZ,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Samples the tokens of all scales with a VAR transformer.
 
@@ -186,6 +189,7 @@ def sample_tokens(
         guided: number of scales, from the first, that are computed with guidance, from
             `guided_scales`; the others need half as much work. None for all.
         choose: rule that chooses tokens; None for a draw as `options` say.
+        on_scale: function that is called after each scale; see `sample_scales`.
 
     Returns:
         Tokens (B, L) int32, and what their codes add up to after each scale, K f_hats
@@ -199,7 +203,7 @@ def sample_tokens(
     def choose_at(logits_BlV, k):
         return choose_tokens(quantizer, logits_BlV, k, key_B, options, choose)
 
-    return sample_scales(network, choose_at, quantizer, key_B.shape[0], known)
+    return sample_scales(network, choose_at, quantizer, key_B.shape[0], known, on_scale)
 
 
 def sample_scales(
@@ -208,6 +212,7 @@ def sample_scales(
     quantizer: Quantizer,
     batch: int,
     known: KnownTokens | None = None,
+    on_scale: OnScale = lambda k, f_hat_BhwZ: f_hat_BhwZ,
 ) -> tuple[jax.Array, list[jax.Array]]:
     """Draws one scale after another, all tokens of a scale at once (VAR, section 3.1).
 
@@ -218,6 +223,8 @@ def sample_scales(
         quantizer: quantizer bound to its parameters; it adds up the scales.
         batch: number of images B.
         known: tokens to keep; None for whole images.
+        on_scale: function that is called after each scale, with what the codes add up to so far,
+            and returns it.
 
     Returns:
         Tokens (B, L) int32, and what their codes add up to after each scale, K f_hats
@@ -233,7 +240,7 @@ def sample_scales(
             token_Bl = jnp.where(keep_Bl, known_Bl, token_Bl)
             code_BlZ = jnp.where(keep_Bl[..., None], quantizer.look_up(known_Bl), code_BlZ)
         tokens.append(token_Bl.astype(jnp.int32))
-        f_hat_BhwZ = quantizer.add_scale(f_hat_BhwZ, code_BlZ, k)
+        f_hat_BhwZ = on_scale(k, quantizer.add_scale(f_hat_BhwZ, code_BlZ, k))
         f_hats.append(f_hat_BhwZ)
         if k + 1 < len(quantizer.pyramid):
             input_BlZ = quantizer.next_input(f_hat_BhwZ, k)
@@ -300,20 +307,39 @@ def sample_images(
     guided: int | None = None,
     choose: VARRule | None = None,
     every_step: bool = False,
+    send: SendImages | None = None,
 ) -> jax.Array:
     """Samples tokens and decodes them in `compute.dtype`; meant to be jitted as a whole.
 
     Takes what `sample_tokens` takes. Returns images (B, H, W, channels) float32 in [0, 1], or with
-    `every_step` those after each scale, (B, K, H, W, channels).
+    `every_step` those after each scale, (B, K, H, W, channels). `send` gets the images after each
+    scale except the last while the later ones are drawn.
     """
-    _, f_hats = sample_tokens(
-        models, params, label_B, key_B, options, known, guided=guided, choose=choose
-    )
     tokenizer, compute = models.tokenizer, models.compute
+
+    def decode(f_hat_BhwZ):
+        return to_unit_range(decode_features(tokenizer, params["tokenizer"], f_hat_BhwZ, compute))
+
+    def on_scale(k, f_hat_BhwZ):
+        if send is None or k + 1 == len(models.var.pyramid):
+            return f_hat_BhwZ
+        return send(decode(f_hat_BhwZ), f_hat_BhwZ)
+
+    _, f_hats = sample_tokens(
+        models,
+        params,
+        label_B,
+        key_B,
+        options,
+        known,
+        guided=guided,
+        choose=choose,
+        on_scale=on_scale,
+    )
     if every_step:
         images_KBHWC = decode_every_scale(tokenizer, params["tokenizer"], f_hats, compute)
         return to_unit_range(jnp.moveaxis(images_KBHWC, 0, 1))
-    return to_unit_range(decode_features(tokenizer, params["tokenizer"], f_hats[-1], compute))
+    return decode(f_hats[-1])
 
 
 def gumbel_softmax_weights(
