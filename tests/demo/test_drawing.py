@@ -13,7 +13,7 @@ from PIL import Image
 from tests.helpers import runs
 from varjax.cli import sample
 from varjax.demo.__main__ import open_demo, open_demo_model
-from varjax.demo.drawing import checked_drawing, draw_parts
+from varjax.demo.drawing import checked_drawing, draw_steps
 from varjax.demo.picture_grid import Film, ImageTexts, image_url, picture_grid
 from varjax.errors import InputError
 from varjax.storage import image_io
@@ -31,9 +31,10 @@ def drawing(model):
 
 @pytest.fixture(scope="module")
 def film(drawing):
-    parts = [images for images, _ in draw_parts(drawing)]
+    steps = [*draw_steps(drawing)]
+    assert [(x.step, x.steps) for x in steps] == [(1, 3), (2, 3), (3, 3)]
     texts = ImageTexts(drawing.image_names, drawing.file_names, drawing.texts())
-    return Film(np.concatenate(parts), texts)
+    return Film(np.stack([x.images_NHWC for x in steps], axis=1), texts)
 
 
 def test_the_command_line_draws_the_same_files(drawing, film, tmp_path, monkeypatch):

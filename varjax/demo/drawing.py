@@ -1,8 +1,12 @@
-"""Draws what a page asks for, part by part, and says how to draw the same images elsewhere."""
+"""Draws what a page asks for, step by step, and says how to draw the same images elsewhere."""
 
+import concurrent.futures
 import dataclasses
+import functools
 import math
+import queue
 import shlex
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,14 +19,16 @@ from varjax.errors import InputError
 from varjax.runtime.hardware import device_memory
 from varjax.sampling.batch_size import fitting_batch_size
 from varjax.sampling.job import SamplingJob, sample_parts
-from varjax.sampling.outputs import image_file_name
+from varjax.sampling.outputs import check_finite_images, image_file_name
 from varjax.sampling.sampler import Sampler
+from varjax.storage import image_io
 from varjax.storage.picture_text import COMMAND, image_text
 
 MOST_IMAGES = 64  # of one request
 MOST_FILM_BYTES = 2**28  # of the images after all steps of one request, which the server keeps
 LARGEST_PART = 8  # images; a request is cancelled between two parts
 MEMORY = 2**33  # bytes, where a device does not report its memory
+MODEL_LOCK = threading.Lock()  # held by each computation, also by a cancelled one until it ends
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +139,23 @@ class Drawing:
         ]
 
 
+@dataclasses.dataclass(frozen=True)
+class DrawnStep:
+    """Holds some images of a request, drawn together, after a step.
+
+    Attributes:
+        images_NHWC: uint8 images after the step.
+        step: number of the step, from 1.
+        steps: number of all steps.
+        seconds: time that computing these images has taken so far.
+    """
+
+    images_NHWC: np.ndarray
+    step: int
+    steps: int
+    seconds: float
+
+
 def checked_drawing(
     model: DemoModel, labels: Sequence[int], count: Any, seed: Any, options: Mapping[str, Any]
 ) -> Drawing:
@@ -193,20 +216,67 @@ def part_size(sampler: Sampler, options: Any, images: int) -> int:
     return fitting_batch_size(lambda n: sampler.sampling_bytes(n, options), memory, largest)
 
 
-def draw_parts(drawing: Drawing) -> Iterator[tuple[np.ndarray, float]]:
+def draw_steps(drawing: Drawing) -> Iterator[DrawnStep]:
     """Draws images, some at a time, until all are drawn or the caller stops iterating.
 
-    Yields:
-        The next images after every step, (n, S, H, W, channels) uint8, and the seconds that they
-        took.
+    With one device, each step is yielded while the later ones are computed. With several devices,
+    the steps of a part are yielded when it is finished.
 
     Raises:
         InputError: NaN in an image.
     """
     job, sampler = drawing.job, drawing.model.sampler
     together = len(sampler.devices)
+    if together == 1:
+        for part in job.parts:
+            yield from _draw_part(drawing, part)
+        return
     for first in range(0, len(job.parts), together):
-        start = time.perf_counter()
-        parts = [*sample_parts(sampler, job, job.parts[first : first + together])]
-        images_NSHWC = np.concatenate([images for _, images in parts])
-        yield images_NSHWC, time.perf_counter() - start
+        with MODEL_LOCK:
+            start = time.perf_counter()
+            parts = [*sample_parts(sampler, job, job.parts[first : first + together])]
+            seconds = time.perf_counter() - start
+        yield from steps_of_part(np.concatenate([images for _, images in parts]), seconds)
+
+
+def steps_of_part(images_NSHWC: np.ndarray, seconds: float) -> Iterator[DrawnStep]:
+    """Yields the steps of a part that is finished.
+
+    Args:
+        images_NSHWC: uint8 images after every step.
+        seconds: time that computing them took.
+    """
+    S = images_NSHWC.shape[1]
+    for step in range(S):
+        yield DrawnStep(images_NSHWC[:, step], step + 1, S, seconds)
+
+
+def _draw_part(drawing: Drawing, part: range) -> Iterator[DrawnStep]:
+    """Yields each step of a part while a thread computes the later ones."""
+    job, sampler = drawing.job, drawing.model.sampler
+    S = sampler.steps(drawing.options)
+    steps: queue.SimpleQueue[DrawnStep | None] = queue.SimpleQueue()
+
+    def draw():
+        with MODEL_LOCK:
+            start = time.perf_counter()
+
+            def put_step(step, images_BHWC):
+                images_NHWC = images_BHWC[: len(part)]
+                numbers, labels = job.number_M[part], job.label_M[part]
+                advice = functools.partial(sampler.advise_on_nan, drawing.options)
+                check_finite_images(images_NHWC, numbers, labels, job.seed, advice)
+                seconds = time.perf_counter() - start
+                steps.put(DrawnStep(image_io.to_uint8(images_NHWC), step + 1, S, seconds))
+
+            for _ in sample_parts(sampler, job, [part], put_step):
+                pass
+
+    # Nobody waits for the thread of a drawing that is cancelled, except for the next computation.
+    threads = concurrent.futures.ThreadPoolExecutor(1)
+    computation = threads.submit(draw)
+    threads.shutdown(wait=False)
+    computation.add_done_callback(lambda _: steps.put(None))
+    while (step := steps.get()) is not None:
+        yield step
+    computation.result()  # raises what the computation has raised

@@ -1,6 +1,7 @@
 """Makes the tab that edits an uploaded or drawn picture: parts, class, variations, details."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,14 +10,14 @@ import numpy as np
 from PIL import Image
 
 from varjax.demo.controls import add_model_controls, add_seed, class_control, read_controls
-from varjax.demo.drawing import DemoModel
+from varjax.demo.drawing import DemoModel, steps_of_part
 from varjax.demo.edits import MASKED, SCALED, checked_page_edit, edit_parts
 from varjax.demo.picture_grid import ImageTexts, picture_grid
 from varjax.demo.picture_source import add_picture_source
 from varjax.demo.playback import (
     COMPUTATION,
     connect_step_slider,
-    played_films,
+    played_steps,
     shown_errors,
     speed_note,
 )
@@ -101,7 +102,8 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
             [f"{mode}_{number}.png" for number in numbers],
             [image_text(made_by, number, request.label) for number in numbers],
         )
-        played = played_films(edit_parts(request), texts, request.count)
+        steps = itertools.chain.from_iterable(steps_of_part(*part) for part in edit_parts(request))
+        played = played_steps(steps, texts, request.count)
         for last, shown_step, seconds in played:  # noqa: B007  (the last)
             yield {results: last.frame(shown_step)}
         compiled.add(request.program)

@@ -11,7 +11,13 @@ from PIL import Image
 from varjax.cli.edit import original_and_redrawn
 from varjax.cli.upscale import small_size
 from varjax.config.numbers import seed_number, whole_number
-from varjax.demo.drawing import MOST_IMAGES, DemoModel, part_size, static_options
+from varjax.demo.drawing import (
+    MODEL_LOCK,
+    MOST_IMAGES,
+    DemoModel,
+    part_size,
+    static_options,
+)
 from varjax.errors import InputError
 from varjax.sampling.edit_masks import mask_tokens
 from varjax.sampling.outputs import check_finite_images
@@ -122,35 +128,45 @@ def checked_page_edit(
 
 
 def edit_parts(edit: PageEdit) -> Iterator[tuple[np.ndarray, float]]:
-    """Draws results, some at a time; yields and raises what `draw_parts` does."""
+    """Draws results, some at a time, until all are drawn or the caller stops iterating.
+
+    Yields:
+        The next results after every step, (n, S, H, W, channels) uint8, and the seconds that they
+        took.
+
+    Raises:
+        InputError: NaN in a result.
+    """
     sampler = edit.model.sampler
     size = part_size(sampler, edit.options, edit.count) * len(sampler.devices)
     settings = dataclasses.asdict(edit.options) | {"seed": edit.seed, "every_step": True}
     for first in range(0, edit.count, size):
-        start = time.perf_counter()
-        index_B, label_B = np.arange(first, first + size), np.full(size, edit.label)
-        settings |= {"labels": label_B, "index": index_B}
-        if edit.mode == "vary":
-            images = sampler.vary(edit.image_HWC[None], edit.keep_scales, **settings)
-        elif edit.mode == "upscale":
-            images = sampler.upscale(edit.image_HWC[None], **settings)
-        else:
-            assert edit.redraw_hw is not None
-            images = sampler.edit(edit.image_HWC[None], ~edit.redraw_hw, **settings)
-        # The last part has the others' size: what it draws beyond `count` is not looked at.
-        images_SBHWC = np.asarray(images)[:, : edit.count - first]
-        if edit.paste and edit.redraw_hw is not None:
-            original, redraw_hw = edit.image_HWC[None], edit.redraw_hw
-            images_SBHWC = np.stack([paste(original, x, redraw_hw) for x in images_SBHWC])
-        images_BSHWC = np.moveaxis(images_SBHWC, 1, 0)
-        check_finite_images(
-            images_BSHWC,
-            index_B,
-            label_B,
-            edit.seed,
-            lambda: sampler.advise_on_nan(edit.options),
-        )
-        yield image_io.to_uint8(images_BSHWC), time.perf_counter() - start
+        with MODEL_LOCK:
+            start = time.perf_counter()
+            index_B, label_B = np.arange(first, first + size), np.full(size, edit.label)
+            settings |= {"labels": label_B, "index": index_B}
+            if edit.mode == "vary":
+                images = sampler.vary(edit.image_HWC[None], edit.keep_scales, **settings)
+            elif edit.mode == "upscale":
+                images = sampler.upscale(edit.image_HWC[None], **settings)
+            else:
+                assert edit.redraw_hw is not None
+                images = sampler.edit(edit.image_HWC[None], ~edit.redraw_hw, **settings)
+            # The last part has the others' size: what it draws beyond `count` is not looked at.
+            images_SBHWC = np.asarray(images)[:, : edit.count - first]
+            if edit.paste and edit.redraw_hw is not None:
+                original, redraw_hw = edit.image_HWC[None], edit.redraw_hw
+                images_SBHWC = np.stack([paste(original, x, redraw_hw) for x in images_SBHWC])
+            images_BSHWC = np.moveaxis(images_SBHWC, 1, 0)
+            check_finite_images(
+                images_BSHWC,
+                index_B,
+                label_B,
+                edit.seed,
+                lambda: sampler.advise_on_nan(edit.options),
+            )
+            seconds = time.perf_counter() - start
+        yield image_io.to_uint8(images_BSHWC), seconds
 
 
 def read_upload(path: str) -> tuple[Image.Image, str]:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from varjax.demo.controls import class_control, model_choice
-from varjax.demo.drawing import DemoModel
+from varjax.demo.drawing import MODEL_LOCK, DemoModel
 from varjax.demo.inside import MAP_SIDE, code_colors, likeliest_codes, look_inside
 from varjax.demo.picture_grid import ImageTexts, picture_grid
 from varjax.demo.picture_source import add_picture_source
@@ -58,7 +58,7 @@ def add_inside_tab(models: Sequence[DemoModel], drawn_film: Any) -> None:
         if picture is None:
             raise gr.Error("there is no picture yet: upload or take one", print_exception=False)
         model = models[chosen]
-        with shown_errors():
+        with shown_errors(), MODEL_LOCK:
             found = look_inside(model, image_io.resize_and_crop(picture, model.sampler.image_shape))
         return [
             _grid(found.images),
@@ -69,7 +69,7 @@ def add_inside_tab(models: Sequence[DemoModel], drawn_film: Any) -> None:
         ]
 
     def show_alternatives(insides: Any, scale: int, label: int | None, event: gr.SelectData):
-        with shown_errors():
+        with shown_errors(), MODEL_LOCK:
             if insides is None or insides[1] is None:
                 raise InputError("look inside a picture with a model that draws scale by scale")
             chosen, tokens_BL = insides

@@ -1,6 +1,7 @@
 """Plays images step by step on the page while they are drawn, and turns mistakes into messages."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,13 +9,13 @@ from typing import Any
 import gradio as gr  # pyright: ignore[reportMissingImports]
 import numpy as np
 
-from varjax.demo.drawing import Drawing, draw_parts
+from varjax.demo.drawing import Drawing, DrawnStep, draw_steps
 from varjax.demo.picture_grid import Film, ImageTexts
 from varjax.errors import InputError
 
 COMPUTATION = "computation"  # what Gradio runs one at a time, and queues
 FILM_SECONDS = 2.0  # of the frames of a request, together
-MOST_FRAMES = 16  # of these; the slider shows all steps
+MOST_FRAMES = 16  # of these, where drawing is faster; the slider shows all steps
 
 
 @contextlib.contextmanager
@@ -27,42 +28,56 @@ def shown_errors() -> Iterator[None]:
 
 
 def played_drawing(drawing: Drawing) -> Iterator[tuple[Film, int, float]]:
-    """Draws images, and yields what `played_films` yields."""
+    """Draws images, and yields what `played_steps` yields."""
     texts = ImageTexts(drawing.image_names, drawing.file_names, drawing.texts())
-    return played_films(draw_parts(drawing), texts, len(texts.captions))
+    return played_steps(draw_steps(drawing), texts, len(texts.captions))
 
 
-def played_films(
-    parts: Iterable[tuple[np.ndarray, float]], texts: ImageTexts, images: int
+def played_steps(
+    drawn_steps: Iterable[DrawnStep], texts: ImageTexts, images: int
 ) -> Iterator[tuple[Film, int, float]]:
-    """Yields what to show while images are drawn: those so far, and a step of the latest ones.
+    """Yields what to show while images are drawn.
+
+    A step is shown as soon as it is drawn, but steps that are drawn faster than a film of
+    FILM_SECONDS shows them wait, and some of them are left out.
 
     Args:
-        parts: images after every step, (n, S, H, W, channels) uint8, with the seconds they took.
+        drawn_steps: the images, some at a time, after each step.
         texts: captions and files of all images.
         images: number of all images.
 
     Yields:
-        A film of the images so far, the step to show, and the seconds that drawing them took. In
-        the film, images that were finished before the latest ones do not move, except at its end.
+        A film, the step of it to show, and the seconds that drawing took so far. Until the latest
+        images are finished, the film has only one step: the earlier images, and these. Then it has
+        all steps of all images so far.
 
     Raises:
         gr.Error: a user's mistake, such as a model whose images are NaN.
     """
-    drawn: list[np.ndarray] = []
-    seconds = 0.0
+    finished: list[np.ndarray] = []
+    latest: list[np.ndarray] = []
+    seconds, shown_at = 0.0, -math.inf
     with shown_errors():
-        for latest_NSHWC, part_seconds in parts:
-            seconds += part_seconds
-            still = [np.repeat(x[:, -1:], x.shape[1], axis=1) for x in drawn]
-            drawn.append(latest_NSHWC)
-            playing = np.concatenate([*still, latest_NSHWC])
-            S = playing.shape[1]
-            steps = np.unique(np.linspace(1, S, min(S, MOST_FRAMES)).astype(int))
-            for step in steps[:-1]:
-                yield Film(playing, texts), int(step), seconds
-                time.sleep(FILM_SECONDS / len(steps) * len(latest_NSHWC) / images)
-            yield Film(np.concatenate(drawn), texts), S, seconds
+        for drawn in drawn_steps:
+            latest.append(drawn.images_NHWC)
+            S = drawn.steps
+            frames = np.linspace(1, S, min(S, MOST_FRAMES)).astype(int)
+            pause = FILM_SECONDS / len(frames) * len(drawn.images_NHWC) / images
+            ahead = pause - (time.monotonic() - shown_at)
+            if ahead > 0:
+                if drawn.step not in frames:
+                    continue
+                time.sleep(ahead)
+            if drawn.step < S:
+                shown_NHWC = np.concatenate([*(x[:, -1] for x in finished), drawn.images_NHWC])
+                film = Film(shown_NHWC[:, None], ImageTexts(texts.captions))
+                yield film, 1, seconds + drawn.seconds
+            else:
+                seconds += drawn.seconds
+                finished.append(np.stack(latest, axis=1))
+                latest = []
+                yield Film(np.concatenate(finished), texts), S, seconds
+            shown_at = time.monotonic()
 
 
 def connect_step_slider(step: Any, film: Any, pictures: Any) -> None:

@@ -18,7 +18,7 @@ from varjax.errors import InputError
 from varjax.runtime.distributed import on_all_processes, on_first_process
 from varjax.runtime.first_call import FirstCall, announce_compilation
 from varjax.sampling.outputs import Output, check_finite_images
-from varjax.sampling.sampler import Sampler
+from varjax.sampling.sampler import Sampler, StepListener
 from varjax.storage import image_io
 from varjax.storage.folders import locked_work_folder
 
@@ -172,12 +172,26 @@ def locked_for_job(folder: Callable[[], pathlib.Path | None]) -> Iterator[None]:
 
 
 def sample_parts(
-    model: Sampler, job: SamplingJob, parts: Sequence[range]
+    model: Sampler,
+    job: SamplingJob,
+    parts: Sequence[range],
+    listener: StepListener | None = None,
 ) -> Iterator[tuple[range, np.ndarray]]:
     """Yields each part with its images (N, H, W, channels) uint8.
 
-    One part per device is computed at a time. Raises InputError for NaN in an image.
+    One part per device is computed at a time.
+
+    Args:
+        model: model that samples.
+        job: job of which the parts are sampled.
+        parts: parts of the job.
+        listener: function that gets the images after each step while they are drawn, in place of
+            `job.every_step`; the last part is filled up to `job.batch_size` images.
+
+    Raises:
+        InputError: NaN in an image.
     """
+    every_step = listener or job.every_step
     devices, M = len(model.devices), len(job.label_M)
     sample = FirstCall(model.sample, lambda: announce_compilation("the sampler"))
     pending = None
@@ -190,10 +204,10 @@ def sample_parts(
             job.label_M[position_B],
             job.seed,
             index=job.number_M[position_B],
-            **({"every_step": True} if job.every_step else {}),
+            **({"every_step": every_step} if every_step else {}),
             **dataclasses.asdict(job.options),
         )
-        if job.every_step:
+        if every_step is True:
             images_BHWC = jnp.moveaxis(images_BHWC, 1, 0)  # (B, S, H, W, channels)
         # The devices compute this batch while the previous one is written.
         if pending is not None:
