@@ -60,7 +60,7 @@ def add_compare_tab(models: Sequence[DemoModel], compiled: set[Any]) -> None:
             compiles = drawing.program not in compiled
             yield {note: "compiling …" if compiles else "drawing …"}
             for film, shown, seconds in played_drawing(drawing):  # noqa: B007  (the last)
-                yield {pictures: film.frame(shown)}
+                yield {pictures: film.frame(shown), note: "drawing …"}
             drawn.append(film)
             compiled.add(drawing.program)
             yield {note: f"{speed_note(film, seconds, compiles)}\n\n`{drawing.command()}`"}

@@ -84,7 +84,7 @@ def add_draw_tab(models: Sequence[DemoModel], folder: pathlib.Path, compiled: se
         compiling = "compiling the program for these options and this number of images …"
         yield {note: compiling if compiles else ""}
         for film, shown, seconds in played_drawing(drawing):  # noqa: B007  (the last)
-            yield {pictures: film.frame(shown)}
+            yield {pictures: film.frame(shown), note: ""}
         file = folder / f"{request.session_hash}.zip"
         label = "after scale" if drawing.model.keeps_scales else "after step"
         file.write_bytes(film.archive())
