@@ -1,9 +1,13 @@
 """What the page shows of a picture's tokens is what the tokenizer and the transformer compute."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tests.helpers import runs
+from varjax.demo import inside
 from varjax.demo.__main__ import open_demo_model
 from varjax.demo.inside import ALTERNATIVES, code_colors, likeliest_codes, look_inside
 from varjax.errors import InputError
@@ -28,6 +32,18 @@ def test_a_reconstruction_grows_scale_by_scale(model):
     psnr = -10 * np.log10((error_HW**2).mean())
     assert found.summary == f"PSNR {psnr:.1f} dB; largest error {error_HW.max():.3f} of 1"
     assert len(found.maps) == 1 + 3 + 1
+
+
+def test_lpips_is_measured_where_there_are_weights(model, monkeypatch):
+    def lpips(params, x_BHWC, y_BHWC):  # the real one takes long to compile
+        return params * jnp.abs(x_BHWC - y_BHWC).mean(axis=(1, 2, 3))
+
+    monkeypatch.setattr(inside, "lpips", lpips)
+    found = look_inside(dataclasses.replace(model, lpips=jnp.float32(3)), IMAGE_HWC)
+    error = np.abs(IMAGE_HWC.astype(float) - found.images["after scale 3"]).mean() / 255
+    assert f" dB; LPIPS {3 * 2 * error:.3f}; largest error" in found.summary
+    with pytest.raises(InputError, match="8×8 are too small for LPIPS"):
+        open_demo_model(str(runs.untrained_var()), lpips={})
 
 
 def test_the_likeliest_codes_of_a_token_replace_it_alone(model):

@@ -21,6 +21,8 @@ from varjax.demo.drawing import DemoModel
 from varjax.errors import needs_extra
 from varjax.models import Dtype, family_of, load, open_model
 from varjax.runtime.commands import command_parser, run_command
+from varjax.tokenizers.losses.lpips import check_lpips_images, load_lpips
+from varjax.trees import PyTree
 
 HOST, PORT = "127.0.0.1", 7860
 MOST_PORT = 65535
@@ -38,28 +40,33 @@ def open_demo(arguments: list[str]) -> None:
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
         with needs_extra("demo", "gradio", "the page"):
             importlib.import_module("gradio")
+        lpips = load_lpips(flags.lpips) if flags.lpips else None
         locations = [flags.weights, *([] if flags.also is None else [flags.also])]
-        models = [open_demo_model(location, flags.dtype) for location in locations]
+        models = [open_demo_model(location, flags.dtype, lpips) for location in locations]
         from varjax.demo.server import serve_page
 
         serve_page(models, flags.host, flags.port, flags.share == "true", pathlib.Path(folder))
 
 
-def open_demo_model(location: str, dtype: Dtype = "auto") -> DemoModel:
+def open_demo_model(location: str, dtype: Dtype = "auto", lpips: PyTree | None = None) -> DemoModel:
     """Loads a model for the page.
 
     Args:
         location: training run, converted directory, or name of a published model.
         dtype: number format; see `varjax.load`.
+        lpips: parameters of LPIPS, from `load_lpips`; None to leave it out.
 
     Raises:
-        InputError: there is no such model.
+        InputError: there is no such model, or LPIPS cannot compare its images.
     """
     weights = open_model(location)
     family = family_of(weights)
     flags = () if dtype == "auto" else (f"--dtype={dtype}",)
     argument = "" if dtype == "auto" else f", dtype={dtype!r}"
-    return DemoModel(location, load(weights, dtype), flags, argument, family.keeps_scales)
+    sampler = load(weights, dtype)
+    if lpips is not None:
+        check_lpips_images(sampler.image_shape)
+    return DemoModel(location, sampler, flags, argument, family.keeps_scales, lpips)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,6 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--weights", required=True, help=about)
     add("--also", help="second model, to compare with the first one")
+    about = "converted weights of LPIPS, to compare reconstructions with their originals"
+    add("--lpips", default="", metavar="DIR", help=about)
     add("--port", type=int, default=PORT, help="port of the page's address (%(default)s)")
     about = "address to listen on; 0.0.0.0 serves everyone who can reach this machine (%(default)s)"
     add("--host", default=HOST, help=about)

@@ -23,6 +23,7 @@ from varjax.sampling.outputs import check_finite_images, image_file_name
 from varjax.sampling.sampler import Sampler
 from varjax.storage import image_io
 from varjax.storage.picture_text import COMMAND, image_text
+from varjax.trees import PyTree
 
 MOST_IMAGES = 64  # of one request
 MOST_FILM_BYTES = 2**28  # of the images after all steps of one request, which the server keeps
@@ -41,6 +42,7 @@ class DemoModel:
         flags: further flags of `varjax sample` that load it, such as --dtype=float32.
         arguments: further arguments of `varjax.load` that load it, as Python.
         keeps_scales: whether the model draws scale by scale (VAR), and can vary and upscale images.
+        lpips: parameters of LPIPS, by which reconstructions are compared; None to leave it out.
     """
 
     location: str
@@ -48,6 +50,7 @@ class DemoModel:
     flags: tuple[str, ...] = ()
     arguments: str = ""
     keeps_scales: bool = False
+    lpips: PyTree | None = None
 
 
 @dataclasses.dataclass(frozen=True)

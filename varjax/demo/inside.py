@@ -13,6 +13,7 @@ from varjax.errors import InputError
 from varjax.models import LoadedTokenizer
 from varjax.storage.image_files import to_uint8
 from varjax.tokenizers.image_metrics import psnr
+from varjax.tokenizers.losses.lpips import lpips
 
 MAP_SIDE = 144  # pixels of a token map on the page
 GOLDEN_RATIO = 0.618034  # fraction of the color circle between two codes, so that neighbors differ
@@ -74,9 +75,12 @@ def look_inside(model: DemoModel, image_HWC: np.ndarray) -> Insides:
     error_HW = np.asarray(jnp.abs(original_BHWC - result_BHWC).mean(axis=-1))[0]
     most = float(error_HW.max())
     error = _map_image(to_uint8(error_HW / max(most, 1e-6)))
-    summary = (
-        f"PSNR {float(psnr(original_BHWC, result_BHWC)[0]):.1f} dB; largest error {most:.3f} of 1"
-    )
+    summary = f"PSNR {float(psnr(original_BHWC, result_BHWC)[0]):.1f} dB; "
+    if model.lpips is not None:
+        # LPIPS compares images in [-1, 1].
+        distance_B = jax.jit(lpips)(model.lpips, 2 * original_BHWC - 1, 2 * result_BHWC - 1)
+        summary += f"LPIPS {float(distance_B[0]):.3f}; "
+    summary += f"largest error {most:.3f} of 1"
     return Insides(images, {"error, white is the largest": error} | maps, summary, tokens_BL)
 
 
