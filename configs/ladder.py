@@ -7,14 +7,14 @@
     done
     varjax scaling runs/ladder_d* --out=scaling
 
-RUN is the run of the tokenizer. All sizes see the same images in the same order, for the same
-number of epochs. Depth sets the size by the rule of the VAR paper (width 64 d, d heads), with a
-quarter of its width: 16 d. So N = 4,608 d³ parameters in the layers, 37 k to 4.6 M, which is a
-factor of 125. Other settings are those of configs/small.py, without averaged weights, which lag
-behind in short runs.
+RUN is the run of the tokenizer. All sizes see the same images in the same order, once. Depth sets
+the size by the rule of the VAR paper (width 64 d, d heads), with a quarter of its width: 16 d. So
+N = 4,608 d³ parameters in the layers, 37 k to 4.6 M, which is a factor of 125. Other settings are
+those of configs/small.py, without averaged weights, which lag behind in short runs. docs/scaling.md
+has the results on Fashion-MNIST.
 
-Two CPU cores, 60,000 images of 28 pixels: half an hour for d=10, less than two hours for all nine.
-These are estimates, from the FLOP of a step and the speed of configs/small.py.
+60,000 images of 28 pixels, on one of two busy CPU cores: 34 minutes for d=7. On two free cores,
+half an hour for d=10 and an hour and a half for all nine (estimates).
 """
 
 from varjax.data.sources import parse_dataset
@@ -73,7 +73,7 @@ def get_config(arg: str = "") -> Experiment:
         data=data,
         run_dir=f"runs/ladder_d{depth}",
         batch_size=64,
-        epochs=2,
+        epochs=1,
         eval_every=100,
         eval_images=2000,  # each evaluation then costs a tenth of the steps between two
         save_every=500,

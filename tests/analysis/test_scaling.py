@@ -10,7 +10,7 @@ from PIL import Image
 
 from varjax import trees
 from varjax.analysis.ladder import front_points, model_size, read_ladder
-from varjax.analysis.power_law import PowerLaw, pareto_front
+from varjax.analysis.power_law import Points, PowerLaw, fit_power_law, pareto_front
 from varjax.analysis.run_log import RunLog
 from varjax.analysis.scaling import main, parse_floors, scaling_json, scaling_tables
 from varjax.analysis.scaling_fits import PARAMETERS, fit_scaling
@@ -104,6 +104,16 @@ def test_without_a_floor_the_law_is_straight_and_r_is_that_of_the_logarithms(tmp
     x, y = np.log(fit.points.x_TP[0]), np.log(fit.points.loss_P)
     assert fit.law.exponents[0] == pytest.approx(-np.polyfit(x, y, 1)[0], rel=1e-6)
     assert fit.correlation == pytest.approx(np.corrcoef(x, y)[0, 1])
+
+
+@pytest.mark.filterwarnings("error")
+def test_measured_points_without_a_floor_are_fitted_without_numbers_that_are_not_finite():
+    """The token errors of docs/scaling.md's ladder."""
+    parameters_P = 4608.0 * np.arange(2, 8) ** 3
+    error_P = np.array([0.9191, 0.8950, 0.8748, 0.8572, 0.8421, 0.8313])
+    law = fit_power_law(Points(parameters_P[None], error_P, np.ones(6)))
+    assert law.floor < 1e-6 and law.exponents == pytest.approx((0.0271,), rel=0.01)
+    np.testing.assert_allclose(law(parameters_P), error_P, rtol=0.01)
 
 
 def test_one_law_of_size_and_images_is_found_from_whole_curves(runs):

@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 
 from tests.helpers.fake_sampler import FakeSampler
+from varjax.demo import drawing
 from varjax.demo.drawing import MODEL_LOCK, DemoModel, DrawnStep, checked_drawing, draw_steps
 from varjax.demo.picture_grid import ImageTexts
 from varjax.errors import InputError
 
 SECONDS = 30  # more than any test waits
 DEVICE = jax.local_devices()[0]
+
+
+@pytest.fixture(autouse=True)
+def small_images_are_slow(monkeypatch):
+    monkeypatch.setattr(drawing, "STREAMED_SIDE", 8)
 
 
 @dataclasses.dataclass
@@ -159,3 +165,11 @@ def test_a_fast_device_plays_a_film_and_a_slow_one_shows_every_step(monkeypatch)
     assert steps == [1, 2, 3, 4] and np.allclose(np.diff(times), 2 / 4)
     steps, times = frames(monkeypatch, 64, 0.5)
     assert steps == [*range(1, 65)] and np.allclose(np.diff(times), 0.5)
+
+
+def test_steps_of_a_fast_drawing_come_together(monkeypatch):
+    """Its program is that of `every_step=True`, which JAX keeps on the disk."""
+    monkeypatch.setattr(drawing, "STREAMED_SIDE", 9)
+    sampler = SlowSampler()  # which would wait, if each step were asked for
+    steps = [*draw_steps(requested(sampler, count=2))]
+    assert [x.step for x in steps] == [1, 2, 3] and not sampler.finished.is_set()

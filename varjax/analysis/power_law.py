@@ -11,6 +11,7 @@ from scipy import optimize
 START_EXPONENTS = (0.1, 0.3, 0.9)
 START_FLOORS = (1e-3, 0.3, 0.6, 0.9)  # as fractions of the lowest loss
 HUBER_DELTA = 1e-3  # on differences of log losses (Hoffmann et al. 2022, appendix D.3)
+FAR_OFF = 1e3  # difference of log losses that no fit keeps
 INTERVAL_PERCENTILES = (2.5, 97.5)
 
 
@@ -124,6 +125,9 @@ def fit_power_law(
         return np.clip(np.concatenate([floor_1P, terms_TP]), -np.inf, 300)
 
     def residuals(constants: np.ndarray) -> np.ndarray:
+        # If the best floor is 0, its logarithm hardly matters, and a step may end at NaN.
+        if not np.isfinite(constants).all():
+            return np.full(len(log_loss_P), FAR_OFF)
         return root_P * (np.logaddexp.reduce(log_terms(constants)) - log_loss_P)
 
     def jacobian(constants: np.ndarray) -> np.ndarray:

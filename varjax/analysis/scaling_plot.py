@@ -117,7 +117,7 @@ def _draw_law(
 def _equation(law: PowerLaw, symbols: Sequence[str]) -> str:
     constants = zip(law.x0, symbols, law.exponents, strict=True)
     terms = [f"({x0:.3g} / {symbol})^{exponent:.3f}" for x0, symbol, exponent in constants]
-    return " + ".join([f"{law.floor:.3f}"] * (law.floor > 0) + terms)
+    return " + ".join([f"{law.floor:.3f}"] * (law.floor >= 0.0005) + terms)
 
 
 def _draw_paper(panel: Any, fit: Fit, exponent: float) -> None:

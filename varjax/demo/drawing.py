@@ -29,6 +29,7 @@ MOST_IMAGES = 64  # of one request
 MOST_FILM_BYTES = 2**28  # of the images after all steps of one request, which the server keeps
 LARGEST_PART = 8  # images; a request is cancelled between two parts
 MEMORY = 2**33  # bytes, where a device does not report its memory
+STREAMED_SIDE = 64  # pixels of an image's shorter side from which on drawing takes seconds on a CPU
 MODEL_LOCK = threading.Lock()  # held by each computation, also by a cancelled one until it ends
 
 
@@ -222,15 +223,15 @@ def part_size(sampler: Sampler, options: Any, images: int) -> int:
 def draw_steps(drawing: Drawing) -> Iterator[DrawnStep]:
     """Draws images, some at a time, until all are drawn or the caller stops iterating.
 
-    With one device, each step is yielded while the later ones are computed. With several devices,
-    the steps of a part are yielded when it is finished.
+    Where drawing is slow, each step is yielded while the later ones are computed, otherwise all
+    steps of a part when it is finished.
 
     Raises:
         InputError: NaN in an image.
     """
     job, sampler = drawing.job, drawing.model.sampler
     together = len(sampler.devices)
-    if together == 1:
+    if _draws_slowly(sampler):
         for part in job.parts:
             yield from _draw_part(drawing, part)
         return
@@ -240,6 +241,16 @@ def draw_steps(drawing: Drawing) -> Iterator[DrawnStep]:
             parts = [*sample_parts(sampler, job, job.parts[first : first + together])]
             seconds = time.perf_counter() - start
         yield from steps_of_part(np.concatenate([images for _, images in parts]), seconds)
+
+
+def _draws_slowly(sampler: Sampler) -> bool:
+    """Returns whether a page should show steps while the later ones are computed.
+
+    Elsewhere, drawing takes less time than playing, and only a program that does not call Python
+    is kept on the disk, so that the page need not compile it whenever it is started.
+    """
+    one_cpu = [device.platform for device in sampler.devices] == ["cpu"]
+    return one_cpu and min(sampler.image_shape[:2]) >= STREAMED_SIDE
 
 
 def steps_of_part(images_NSHWC: np.ndarray, seconds: float) -> Iterator[DrawnStep]:
