@@ -176,8 +176,8 @@ def test_train_times_the_step_on_cached_latents_alone(capsys):
 
 @pytest.mark.slow
 def test_auto_is_a_batch_size_of_sample(capsys, monkeypatch):
-    monkeypatch.setattr(sample, "device_memory", lambda device: 10**6)
+    monkeypatch.setattr(sample, "device_memory", lambda device: 10**7)
     assert benchmark.main(["sample", "--batch_size=auto", "--repeats=1"]) == 0
     for line in lines(capsys):
-        assert line["batch_size"] in sample.SIZES
-        assert 0 < line["needed_gb"] <= 0.8e-3
+        assert line["batch_size"] in sample.SIZES[1:]  # limited by the memory
+        assert 0 < line["needed_gb"] <= 0.8e-2 < 2 * line["needed_gb"]

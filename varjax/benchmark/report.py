@@ -17,7 +17,6 @@ import json
 import os
 import pathlib
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from varjax.benchmark.report_page import report_page
 from varjax.config.numbers import finite_number
 from varjax.errors import InputError
 from varjax.runtime.commands import command_parser
+from varjax.runtime.hardware import processor_name
 from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.storage.cache_dir import cache_folder
@@ -71,7 +71,7 @@ PARTS = (
     Part("operations --preset=d16", 120, "operations --preset=d16 --batch_size=1 --repeats=1"),
     Part("sample --preset=d30 --batch_size=1", 90),
     Part("sample --preset=d30 --batch_size=auto", 120),
-    Part("train --preset=mar_b --batch_size=32", 90, "train --preset=mar_b --batch_size=1"),
+    Part("train --preset=mar_b --batch_size=32", 90),
     Part("sample --preset=mar_b --batch_size=32 --steps=16", 120),
     Part("parity --preset=mar_b", 120),
     Part("evaluate --images=2000", 90, "evaluate --images=500 --repeats=1"),
@@ -119,7 +119,7 @@ def describe_machine() -> dict[str, Any]:
     machine |= {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
     }
     if machine["platform"] == "gpu" and shutil.which("nvidia-smi"):
@@ -127,14 +127,6 @@ def describe_machine() -> dict[str, Any]:
         driver = subprocess.run(query, capture_output=True, text=True).stdout.split()
         machine["driver"] = driver[0] if driver else ""
     return machine
-
-
-def _processor() -> str:
-    """Returns the name of the processor, which Python does not know on Linux."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    match = re.search(r"model name\s*:\s*(.*)", text)
-    return match[1] if match else platform.processor()
 
 
 def measure_parts(

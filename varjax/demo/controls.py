@@ -193,7 +193,7 @@ def add_seed(name: str = "") -> Any:
     Args:
         name: prefix of the identifier in the page; "" for "seed" alone.
     """
-    with gr.Row(equal_height=True):
+    with gr.Row():
         identifier = f"{name}-seed".strip("-")
         seed = gr.Number(0, label="seed", precision=0, minimum=0, scale=3, elem_id=identifier)
         another = gr.Button("Another seed", scale=1, min_width=80, size="sm")

@@ -63,7 +63,7 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
                 step=1,
                 label="keep_scales",
                 info="to vary: first scales to keep; the more, the closer",
-                visible=any(model.keeps_scales for model in models),
+                visible=False,
             )
             paste = gr.Checkbox(True, label="paste", info="keep the original's other pixels")
             count = gr.Slider(1, 16, 4, step=1, label="count", info="number of results")
@@ -115,6 +115,13 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
 
     source.connect(drawn_film, lambda picture: canvas(picture, shape), editor)
     options = [part for each in controls for part in each.components]
+    # Each mode shows the settings that it reads.
+    mode.change(
+        lambda mode: [gr.update(visible=mode == "vary"), gr.update(visible=mode in MASKED)],
+        mode,
+        [keep_scales, paste],
+        show_progress="hidden",
+    )
     edited = edit.click(
         edit_picture,
         [source.picture, editor, mode, choice, label, keep_scales, paste, count, seed, *options],

@@ -3,6 +3,7 @@
 import functools
 import os
 import pathlib
+import platform
 import re
 import resource
 import sys
@@ -125,6 +126,14 @@ def device_memory(device: Any) -> int | None:
         text = path.read_text().strip() if path.exists() else ""
         memory = min(memory, int(text)) if text.isdigit() else memory
     return memory // jax.local_device_count()
+
+
+def processor_name() -> str:
+    """Returns the name of the processor, which Python does not know on Linux."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    match = re.search(r"model name\s*:\s*(.*)", text)
+    return match[1] if match else platform.processor()
 
 
 def process_peak_gb() -> float:
