@@ -107,42 +107,24 @@ class VARPipeline:
             images_KBHWC = decode_every_scale(tokenizer, params["tokenizer"], f_hats, compute)
             return jnp.moveaxis(to_unit_range(images_KBHWC), 0, 1)
 
+        def draw(params, options, label_B, key_B, known=None, **how):
+            return sample_images(models, params, label_B, key_B, options, known, **how)
+
         @functools.cache
         def compiled_sampler(guided, choose, every_step):
-            def sample(params, options, label_B, key_B, known=None):
-                return sample_images(
-                    models,
-                    params,
-                    label_B,
-                    key_B,
-                    options,
-                    known,
-                    guided=guided,
-                    choose=choose,
-                    every_step=every_step,
-                )
-
-            return weights.compile(sample)
+            how = {"guided": guided, "choose": choose, "every_step": every_step}
+            return weights.compile(functools.partial(draw, **how))
 
         @functools.cache
         def compiled_sender(guided, choose):
             from varjax.sampling.step_listener import sender
 
-            def sample(params, options_and_call, label_B, key_B, known=None):
+            def draw_and_send(params, options_and_call, *batch):
                 options, call = options_and_call
-                return sample_images(
-                    models,
-                    params,
-                    label_B,
-                    key_B,
-                    options,
-                    known,
-                    guided=guided,
-                    choose=choose,
-                    send=sender(call, weights.devices[0].platform),
-                )
+                send = sender(call, weights.devices[0].platform)
+                return draw(params, options, *batch, guided=guided, choose=choose, send=send)
 
-            return weights.compile(sample)
+            return weights.compile(draw_and_send)
 
         self._encode, self._decode, self._logits = (
             weights.compile(lambda params, _, *batch, function=function: function(params, *batch))
