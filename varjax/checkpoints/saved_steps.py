@@ -22,6 +22,7 @@ import orbax.checkpoint as ocp
 from varjax import trees
 from varjax.checkpoints.checkpoint_errors import checkpoint_error, device_error
 from varjax.checkpoints.fingerprint import dtype_and_shape, fingerprints
+from varjax.checkpoints.late_reports import late_reports_ignored
 from varjax.errors import (
     DamagedFileError,
     DiskReadError,
@@ -303,7 +304,8 @@ class SavedSteps:
         self._check_regular_files(path)
         for pause in (*read_errors.READ_PAUSES, None):
             try:
-                return read()
+                with late_reports_ignored():
+                    return read()
             # Orbax raises exceptions of many kinds, even a bare Exception for damaged arrays.
             except Exception as error:
                 if (failed := device_error(error)) is not None:
