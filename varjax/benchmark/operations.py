@@ -63,7 +63,7 @@ def measure_operations(
     """
     peak = MatmulPeak(compute.jax_dtype)
     print_figures(**setting, part="matrix product", tflops=peak.measure() / 1e12)
-    for part, function, shapes in _operations(task, batch_size, compute):
+    for part, function, plain, shapes in _operations(task, batch_size, compute):
         figures: dict[str, Any] = {"part": part}
         try:
             arrays = jax.jit(functools.partial(_random_arrays, shapes))(jax.random.key(0))
@@ -75,40 +75,46 @@ def measure_operations(
             figures["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             print_figures(**setting, **figures)
             continue
-        work = flops.count(function, *arrays)
+        work = flops.count(plain, *arrays)
         figures |= {"milliseconds": 1e3 * seconds, "tflops": work / seconds / 1e12}
         print_figures(**setting, **figures, efficiency=work / seconds / peak.measure())
 
 
 def _operations(
     task: Any, B: int, compute: ComputeConfig
-) -> Iterator[tuple[str, Callable[..., Any], Any]]:
-    """Yields names, functions, and the shapes of their arguments."""
+) -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], Any]]:
+    """Yields names, functions, functions whose products count as work, and arguments' shapes.
+
+    Fused kernels hide products, and a product in three passes is the work of one.
+    """
     model, tokenizer, dtype = task.model, task.tokenizer, compute.jax_dtype
     for height, channels in convolutions(tokenizer):
         x_BHWC = jax.ShapeDtypeStruct((B, height, height, channels), dtype)
         kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), dtype)
         name = f"convolution {height}x{height}x{channels}"
-        yield name, _convolve, (x_BHWC, kernel)
-        yield f"{name}, gradients", _convolution_gradients, (x_BHWC, kernel)
+        for part, function in ((name, _convolve), (f"{name}, gradients", _convolution_gradients)):
+            yield part, function, function, (x_BHWC, kernel)
     heads, D, L = model.heads, model.width // model.heads, model.pyramid.length
     h, w = model.pyramid.finest
     q_BlAD, k_BLAD = (jax.ShapeDtypeStruct((2 * B, n, heads, D), dtype) for n in (h * w, L))
     fused = ("cudnn",) * (compute.attention_implementation() == "cudnn")
     for implementation in ("xla", "loop", *fused):
-        attend = functools.partial(_attend, implementation)
-        yield f"attention {implementation}, {h * w} queries", attend, (q_BlAD, k_BLAD, k_BLAD)
+        attend, plain = (functools.partial(_attend, name) for name in (implementation, "xla"))
+        part = f"attention {implementation}, {h * w} queries"
+        yield part, attend, plain, (q_BlAD, k_BLAD, k_BLAD)
     logits_BlV = jax.ShapeDtypeStruct((B, h * w, model.vocab), jnp.float32)
     filter_logits = functools.partial(filter_top_k_top_p, top_k=TOP_K, top_p=TOP_P)
-    yield f"top-k and top-p, {h * w} x {model.vocab}", filter_logits, (logits_BlV,)
+    part = f"top-k and top-p, {h * w} x {model.vocab}"
+    yield part, filter_logits, filter_logits, (logits_BlV,)
     params = jax.eval_shape(tokenizer.init, jax.random.key(0))
     image_BHWC = jax.ShapeDtypeStruct((B, *tokenizer.image_shape), jnp.uint8)
     for precision in get_args(Precision):
         exact = ComputeConfig("float32", encoder_precision=precision, platform=compute.platform)
         encode = functools.partial(tokenizer.encode, compute=exact)
-        yield f"encoder {precision}", encode, (params, image_BHWC)
+        yield f"encoder {precision}", encode, tokenizer.encode, (params, image_BHWC)
     latents = jax.eval_shape(tokenizer.encode, params, image_BHWC)
-    yield "decoder", functools.partial(tokenizer.decode, compute=compute), (params, latents)
+    decode = functools.partial(tokenizer.decode, compute=compute)
+    yield "decoder", decode, tokenizer.decode, (params, latents)
 
 
 def convolutions(tokenizer: Any) -> list[tuple[int, int]]:
