@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from varjax.errors import InputError, check_setting
 from varjax.nn.attention import dot_product_attention
 from varjax.nn.compute import ComputeConfig, ConvFormat, batch_devices, split_batch
+from varjax.nn.upsampling import upsample_and_convolve
 
 PIXELS_OF_LARGE_IMAGES = 64**2  # from here on a few at a time are better
 IMAGES_AT_ONCE = 16  # on a device: 256-pixel maps of 160 channels take 42 MB each in float32
@@ -165,14 +166,31 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x_BhwC):
+        C = x_BhwC.shape[-1]
+        if self.format.platform == "cpu":
+            return conv(C, self.format, "conv", convolution=_upsample_and_convolve)(x_BhwC)
         x_BhwC = jnp.repeat(jnp.repeat(x_BhwC, 2, axis=1), 2, axis=2)
-        return conv(x_BhwC.shape[-1], self.format, "conv")(x_BhwC)
+        return conv(C, self.format, "conv")(x_BhwC)
+
+
+def _upsample_and_convolve(x_BhwC, kernel_33CN, *_, **__):
+    return upsample_and_convolve(x_BhwC, kernel_33CN)  # the rest are strides, padding and so on
 
 
 def conv(
-    features, format: ConvFormat, name=None, *, size=3, strides=1, padding: str | tuple = "SAME"
+    features,
+    format: ConvFormat,
+    name=None,
+    *,
+    size=3,
+    strides=1,
+    padding: str | tuple = "SAME",
+    convolution: Callable[..., jax.Array] | None = None,
 ) -> nn.Conv:
-    """Makes a square convolution with PyTorch's default scale of initialization."""
+    """Makes a square convolution with PyTorch's default scale of initialization.
+
+    convolution: function that takes the place of the format's `conv_general_dilated`.
+    """
     return nn.Conv(
         features,
         (size, size),
@@ -180,7 +198,7 @@ def conv(
         padding,
         dtype=format.dtype,
         kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
-        conv_general_dilated=format.convolution,
+        conv_general_dilated=convolution or format.convolution,
         name=name,
     )
 

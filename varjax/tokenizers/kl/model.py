@@ -212,7 +212,7 @@ class KLTokenizer(nn.Module):
         c, compute = self.config, self.compute
         sizes = c.width, c.channel_mult, c.blocks, c.groups
         inward = ConvFormat(self.encoder_dtype, compute.frozen_encoder, compute.target)
-        outward = ConvFormat(compute.jax_dtype)
+        outward = ConvFormat(compute.jax_dtype, platform=compute.target)
         self.encoder = Encoder(*sizes, 2 * c.features, c.encoder_attention, inward)
         if c.quant_convs:
             self.quant_conv = conv(2 * c.latent_channels, ConvFormat(), size=1)

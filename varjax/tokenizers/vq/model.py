@@ -142,7 +142,7 @@ class VQTokenizer(nn.Module):
         sizes = {"width": c.width, "channel_mult": c.channel_mult}
         sizes |= {"blocks": c.blocks, "groups": c.groups}
         encoder_format = ConvFormat(self.encoder_dtype, compute.frozen_encoder, compute.target)
-        decoder_format = ConvFormat(compute.jax_dtype)
+        decoder_format = ConvFormat(compute.jax_dtype, platform=compute.target)
         self.encoder = Encoder(**sizes, feature_channels=c.code_channels, format=encoder_format)
         self.quant_conv = conv(c.code_channels, ConvFormat())
         self.quantizer = make_quantizer(c)
