@@ -16,6 +16,7 @@ from varjax.benchmark import evaluate, measure, model, sample
 from varjax.mar import benchmark as mar_benchmark
 from varjax.mar.model import MARConfig
 from varjax.metrics.features import pixel_network
+from varjax.runtime import hardware
 from varjax.tokenizers.vq.model import VQConfig
 from varjax.var import benchmark as var_benchmark
 from varjax.var.model import VARConfig
@@ -47,6 +48,7 @@ def test_sample_times_the_transformer_the_decoder_and_the_whole(capsys):
     work = [p["model_gflop_per_image"] for p in (transformer, decoder, whole)]
     assert work[0] + work[1] == pytest.approx(work[2], rel=1e-3)
     for part in (transformer, decoder, whole):
+        assert part["processor"] == hardware.processor_name() and part["cores"] >= 1
         seconds = part["model_gflop_per_image"] * 2 / part["efficiency"]
         assert seconds == pytest.approx(part["seconds"], rel=2e-3)
 

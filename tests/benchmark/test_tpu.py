@@ -91,9 +91,10 @@ def small(monkeypatch):
 
 
 @pytest.mark.slow
-def test_pieces_of_sampling_and_training_do_the_work_of_the_whole(small):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_pieces_of_sampling_and_training_do_the_work_of_the_whole(small, dtype):
     """The FLOP of the pieces, compiled for nothing, are those of the whole."""
-    compute = ComputeConfig("bfloat16", attention_impl="xla", platform="tpu")
+    compute = ComputeConfig(dtype, attention_impl="xla", platform="tpu")
 
     def work(programs):
         return sum(

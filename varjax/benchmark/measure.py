@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from varjax.data.workers import available_cpus
 from varjax.errors import InputError
 from varjax.nn.compute import AttentionImpl, ComputeConfig, Remat, matmul_precision
 from varjax.runtime import hardware
@@ -41,7 +42,12 @@ class MatmulPeak:
 
 def print_figures(**figures: Any) -> None:
     """Prints one JSON line: the figures, and the machine that they were measured on."""
-    machine = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    machine = {
+        "device": jax.devices()[0].device_kind,
+        "processor": hardware.processor_name(),
+        "cores": available_cpus(),
+        "jax": jax.__version__,
+    }
     rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in figures.items()}
     print(json.dumps(rounded | machine), flush=True)
 

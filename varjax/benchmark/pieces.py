@@ -50,7 +50,7 @@ def sampling(
     arguments = params, options, label_B, key_B
     if not pieces:
         return [Program("whole", programs.whole, arguments)]
-    return [*programs.pieces(*arguments), *decoding(preset, batch_size, compute)]
+    return [*programs.pieces(*arguments, compute), *decoding(preset, batch_size, compute)]
 
 
 def decoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Program]:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from varjax.benchmark.report_page import report_page
 from varjax.config.numbers import finite_number
+from varjax.data.workers import available_cpus
 from varjax.errors import InputError
 from varjax.runtime.commands import command_parser
 from varjax.runtime.hardware import processor_name
@@ -120,7 +121,7 @@ def describe_machine() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "python": platform.python_version(),
         "processor": processor_name(),
-        "cores": os.cpu_count(),
+        "cores": available_cpus(),
     }
     if machine["platform"] == "gpu" and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -55,7 +55,7 @@ def sampling_programs(
         decode=decode,
         whole=whole,
         bytes_needed=lambda B, compute: mar_sampling_bytes(tokenizer, mar, B, compute, setup),
-        pieces=lambda *arguments: [Program("transformer", sample, arguments)],
+        pieces=lambda *arguments: [Program("transformer", sample, arguments[:-1])],
         cached=False,
         setting={"steps": steps},
     )

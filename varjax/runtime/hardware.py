@@ -128,6 +128,7 @@ def device_memory(device: Any) -> int | None:
     return memory // jax.local_device_count()
 
 
+@functools.cache
 def processor_name() -> str:
     """Returns the name of the processor, which Python does not know on Linux."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")

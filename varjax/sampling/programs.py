@@ -49,7 +49,8 @@ class SamplingPrograms:
         decode: (params, latents, compute) -> images.
         whole: (params, options, label_B, key_B, compute) -> images.
         bytes_needed: (batch size, compute) -> bytes that a device needs in addition to the weights.
-        pieces: (params, options, label_B, key_B), as shapes -> what `sample` does, in pieces.
+        pieces: (params, options, label_B, key_B, compute) -> what `sample` does, in pieces; the
+            arguments are shapes.
         cached: whether the transformer keeps a cache of keys and values.
         setting: settings of the sampler, for the report.
     """

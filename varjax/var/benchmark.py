@@ -77,7 +77,13 @@ def sampling_programs(
 
 
 def sampling_pieces(
-    var: VARConfig, guided: bool, params: PyTree, options: Any, label_B: Any, key_B: Any
+    var: VARConfig,
+    guided: bool,
+    params: PyTree,
+    options: Any,
+    label_B: Any,
+    key_B: Any,
+    compute: ComputeConfig,
 ) -> list[Program]:
     """Returns programs for the condition and, at each scale, the transformer and the tokens.
 
@@ -88,6 +94,7 @@ def sampling_pieces(
         options: shapes of the sampling options.
         label_B: shape of the labels.
         key_B: shape of the random keys.
+        compute: number format of the cache.
     """
     quantizer, B = make_quantizer(VQConfig(scales=var.scales)), len(label_B)
     rows = B * (2 if guided else 1)
@@ -114,7 +121,7 @@ def sampling_pieces(
 
     label_R = jax.ShapeDtypeStruct((rows,), jnp.int32)
     cond, cache = jax.eval_shape(
-        functools.partial(condition, compute=ComputeConfig("bfloat16")), params["var"], label_R
+        functools.partial(condition, compute=compute), params["var"], label_R
     )
     f_hat_BhwZ = jax.eval_shape(lambda: quantizer.initial_f_hat(B))
     programs = [Program("condition", condition, (params["var"], label_R))]
