@@ -1,6 +1,9 @@
 """The page in a real browser: draws, links, cancels, and asks nothing of other machines."""
 
 import io
+import socket
+import urllib.parse
+import urllib.request
 import zipfile
 
 import numpy as np
@@ -220,3 +223,18 @@ def test_one_page_at_a_time_is_computed_and_stopped(server, chromium, slow_parts
     second.wait_for_url("**seed=2**", timeout=180_000)
     assert parts(log) < stopped + 8
     second.close()
+
+
+def test_a_page_that_is_closed_during_an_upload_prints_no_traceback(weights, tmp_path):
+    pytest.importorskip("gradio", reason='needs Gradio: pip install ".[demo]"')
+    head = (
+        "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000\r\n"
+        "Content-Type: multipart/form-data; boundary=x\r\n\r\n"
+        '--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nabc'
+    )
+    with browser.served(tmp_path, f"--weights={weights}") as (address, _):
+        url = urllib.parse.urlparse(address)
+        with socket.create_connection((url.hostname, url.port)) as connection:
+            connection.sendall(head.encode())
+        urllib.request.urlopen(address).read()  # by then, the server has noticed
+        # `served` looks for a traceback at its end

@@ -1,8 +1,11 @@
 """Serves the page with Gradio, which calls nothing outside of this machine."""
 
+import logging
 import pathlib
 import time
 from collections.abc import Sequence
+
+from starlette.requests import ClientDisconnect
 
 from varjax.demo.drawing import DemoModel
 from varjax.demo.page import make_page
@@ -29,6 +32,7 @@ def serve_page(
         InputError: the address or the port cannot be used.
     """
     page = make_page(models, folder)
+    logging.getLogger("uvicorn.error").addFilter(_page_is_open)
     page.queue(default_concurrency_limit=1, max_size=MOST_WAITING, api_open=False)
     try:
         page.launch(
@@ -56,3 +60,8 @@ def serve_page(
             time.sleep(3600)
     finally:
         page.close()
+
+
+def _page_is_open(record: logging.LogRecord) -> bool:
+    """Keeps the traceback of an upload whose page was closed out of the terminal."""
+    return not (record.exc_info and isinstance(record.exc_info[1], ClientDisconnect))
