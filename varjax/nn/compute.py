@@ -184,7 +184,8 @@ class ConvFormat:
     Attributes:
         dtype: number format of inputs and outputs.
         precision: precision of the products if `dtype` is float32; see `float32_convolution`.
-        platform: platform to compile for; see `float32_convolution`.
+        platform: platform to compile for; see `float32_convolution`. "cpu" also upsamples in the
+            way that suits a CPU: nn/upsampling.py.
     """
 
     dtype: Any = jnp.float32

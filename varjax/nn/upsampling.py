@@ -13,6 +13,8 @@ layers of the official decoder and one image.
 import jax
 import jax.numpy as jnp
 
+from varjax.nn.compute import matmul_precision
+
 PHASES = (0, 0), (0, 1), (1, 0), (1, 1)  # row and column of the output, modulo 2
 
 
@@ -82,7 +84,7 @@ def _convolve(x_BhwC: jax.Array, kernel_22CN: jax.Array) -> jax.Array:
         window_strides=(1, 1),
         padding="VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision="highest" if x_BhwC.dtype == jnp.float32 else None,
+        precision=matmul_precision(x_BhwC.dtype),
     )
 
 
