@@ -21,7 +21,7 @@ from varjax.evaluation import __main__ as command
 from varjax.evaluation import evaluate
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions
-from varjax.metrics import features, report
+from varjax.metrics import image_sets, report
 from varjax.metrics.features import FeatureExtractor, FeatureNetwork
 from varjax.sampling.option_sweep import parse_sweep
 from varjax.storage import files
@@ -70,7 +70,7 @@ def test_the_same_command_returns_the_report_and_another_is_refused(tmp_path, ca
 
 
 def test_a_killed_evaluation_ends_with_the_same_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "IMAGES_PER_PART", 100)
+    monkeypatch.setattr(image_sets, "IMAGES_PER_PART", 100)
     digits_npz("real.npz")
     assert run("real.npz", *PIXELS, "--out=whole.json") == 0
     compute, calls = FeatureExtractor.__call__, []

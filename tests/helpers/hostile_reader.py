@@ -32,8 +32,7 @@ from varjax.convert.pth.read import read_checkpoint
 from varjax.data import transforms
 from varjax.errors import InputError
 from varjax.metrics import references
-from varjax.metrics.features import parts_of
-from varjax.metrics.image_sets import open_image_set
+from varjax.metrics.image_sets import open_image_set, parts_of
 from varjax.storage import files, read_errors
 from varjax.storage.image_files import DECODING_BYTES, decode_file
 from varjax.storage.image_io import read_image

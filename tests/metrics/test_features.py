@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ import pytest
 from PIL import Image
 
 from tests.helpers import forked
-from tests.helpers.fake_data import FakeImages
+from tests.helpers.fake_data import FakeImages, FakeSource
 from tests.helpers.paths import ROOT
 from varjax.data.sources import Digits
 from varjax.errors import InputError
-from varjax.metrics import features, references
+from varjax.metrics import image_sets, references
 from varjax.metrics.features import (
     FeatureExtractor,
     FeatureNetwork,
@@ -24,6 +25,7 @@ from varjax.metrics.features import (
 )
 from varjax.metrics.fid import Moments
 from varjax.metrics.image_sets import DatasetImages, open_image_set
+from varjax.storage import image_io
 from varjax.storage.npz import NpzArchive
 
 IMAGES_NHWC = np.random.default_rng(0).integers(0, 256, (23, 12, 12, 3), np.uint8)
@@ -165,7 +167,7 @@ def test_what_holds_no_images_is_refused(tmp_path):
 
 
 def test_statistics_of_images_are_kept_and_go_on_after_a_kill(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "IMAGES_PER_PART", 10)
+    monkeypatch.setattr(image_sets, "IMAGES_PER_PART", 10)
     np.savez(tmp_path / "x.npz", arr_0=IMAGES_NHWC)
     images, cache = open_image_set(tmp_path / "x.npz"), tmp_path / "cache"
     extract = FeatureExtractor(pixel_network())
@@ -193,7 +195,7 @@ def test_statistics_of_images_are_kept_and_go_on_after_a_kill(tmp_path, monkeypa
 
 
 def test_damaged_features_and_statistics_are_made_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(features, "IMAGES_PER_PART", 10)
+    monkeypatch.setattr(image_sets, "IMAGES_PER_PART", 10)
     np.savez(tmp_path / "x.npz", arr_0=IMAGES_NHWC)
     images, cache = open_image_set(tmp_path / "x.npz"), tmp_path / "cache"
     compute, calls = FeatureExtractor(pixel_network()), []
@@ -275,6 +277,37 @@ def test_large_members_that_are_not_needed_are_never_read(tmp_path, monkeypatch)
     assert not reads
 
 
+@pytest.mark.parametrize("kind", ["npz", "folder", "dataset"])
+def test_a_part_is_read_while_the_one_before_is_used(tmp_path, monkeypatch, kind):
+    second_part_read = threading.Event()
+
+    def watch(owner, name, is_second_part):
+        function = getattr(owner, name)
+
+        def watched(*arguments):
+            if is_second_part(*arguments):
+                second_part_read.set()
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    np.savez(tmp_path / "x.npz", arr_0=IMAGES_NHWC)
+    write_folder(tmp_path / "x", IMAGES_NHWC, [f"{i:02d}.png" for i in range(23)])
+    if kind == "npz":
+        images = open_image_set(tmp_path / "x.npz")
+        watch(np, "frombuffer", lambda data, dtype: len(data) == 3 * IMAGES_NHWC[0].nbytes)
+    elif kind == "folder":
+        images = open_image_set(tmp_path / "x")
+        watch(image_io, "open_image", lambda path: path.name == "20.png")
+    else:
+        images = DatasetImages(FakeImages(size=23), "held_out")
+        watch(FakeSource, "__getitem__", lambda source, i: i == 20)
+    parts = images.parts([range(20), range(20, 23)])
+    next(parts)
+    assert second_part_read.wait(60)
+    assert [len(images_NHWC) for _, images_NHWC in parts] == [3]
+
+
 def test_a_dataset_is_read_as_for_its_evaluation():
     images = DatasetImages(Digits(), "held_out")
     source = Digits().source("held_out")
@@ -283,7 +316,7 @@ def test_a_dataset_is_read_as_for_its_evaluation():
 
 
 def test_a_broken_image_of_a_dataset_is_skipped_as_in_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(features, "IMAGES_PER_PART", 50)
+    monkeypatch.setattr(image_sets, "IMAGES_PER_PART", 50)
     shape = 4, 4, 3
     data = FakeImages(size=201, broken=(7, 200), image_shape=shape)  # the last part has one image
     images, extract = DatasetImages(data, "held_out"), FeatureExtractor(pixel_network())
@@ -301,7 +334,7 @@ def test_a_broken_image_of_a_dataset_is_skipped_as_in_training(tmp_path, monkeyp
     said = capsys.readouterr().err
     assert said.count("skipped: image_7.jpg") == said.count("skipped: image_200.jpg") == 1
     bad = DatasetImages(FakeImages(size=201, broken=(1, 2, 3), image_shape=shape), "held_out")
-    with pytest.raises(InputError, match="3 of the 4 images read so far are broken"):
+    with pytest.raises(InputError, match="3 of the 50 images read so far are broken"):
         read_all(bad, 50)
 
 

@@ -1,6 +1,5 @@
 """Turns a dataset into batches: shuffled, augmented, divided among processes, resumable."""
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -222,22 +221,10 @@ def read_ahead(
         function: a method of `ExampleStream` that makes rows at positions.
         arguments: further arguments of `function`.
     """
-    pending = collections.deque()
-    try:
-        for positions in batches:
-            pending.append(readers.submit(_join, function, positions, *arguments))
-            if len(pending) > BATCHES_AHEAD:
-                yield _counted(pending.popleft().result(), counter)
-        while pending:
-            yield _counted(pending.popleft().result(), counter)
-    finally:
-        for batch in pending:
-            batch.cancel()
-
-
-def _counted(rows: StreamRows, counter: BrokenImageCounter) -> BatchArrays:
-    counter.add(rows.read, rows.broken)
-    return rows.arrays
+    read = readers.submit_ahead(_join, function, batches, *arguments, ahead=BATCHES_AHEAD)
+    for rows in read:
+        counter.add(rows.read, rows.broken)
+        yield rows.arrays
 
 
 def _join(chunks: list[StreamRows]) -> StreamRows:

@@ -98,6 +98,35 @@ class ReaderPool:
 
         return PendingResult(self._joiner.submit(joined), chunks)
 
+    def submit_ahead(
+        self,
+        join: Callable[[list], Any],
+        function: Callable,
+        batches: Iterable[Sequence],
+        *arguments: Any,
+        ahead: int,
+    ) -> Iterator[Any]:
+        """Yields the results of `submit` for each batch of items, while later ones are computed.
+
+        Args:
+            join: as in `submit`.
+            function: as in `submit`.
+            batches: items of each call.
+            arguments: further arguments of `function`.
+            ahead: number of batches to compute meanwhile.
+        """
+        pending: collections.deque[PendingResult] = collections.deque()
+        try:
+            for items in batches:
+                pending.append(self.submit(join, function, items, *arguments))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for result in pending:
+                result.cancel()
+
 
 @dataclasses.dataclass(frozen=True)
 class PendingResult:

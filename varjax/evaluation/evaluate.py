@@ -19,9 +19,8 @@ from varjax.metrics.features import (
     FeatureExtractor,
     FeatureStore,
     extract_features,
-    parts_of,
 )
-from varjax.metrics.image_sets import FolderImages, ImageSet
+from varjax.metrics.image_sets import FolderImages, ImageSet, parts_of
 from varjax.metrics.references import Reference
 from varjax.metrics.report import SampleMetrics, measure, metrics_table
 from varjax.runtime.distributed import on_first_process

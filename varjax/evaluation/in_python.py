@@ -15,8 +15,8 @@ from varjax.data.stream import Split
 from varjax.errors import InputError
 from varjax.evaluation.references import EvaluationSettings, reference_of
 from varjax.metrics import fid as metrics
-from varjax.metrics.features import FeatureExtractor, feature_network, parts_of
-from varjax.metrics.image_sets import open_image_set
+from varjax.metrics.features import FeatureExtractor, feature_network
+from varjax.metrics.image_sets import open_image_set, parts_of
 from varjax.metrics.references import Reference, default_cache, reference_of_features
 from varjax.metrics.report import SampleMetrics, measure
 from varjax.runtime.compilation_cache import use_compilation_cache

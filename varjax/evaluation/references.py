@@ -12,8 +12,8 @@ from varjax.data.sources import CachedLatents, parse_dataset
 from varjax.data.stream import Split
 from varjax.data.transforms import Crop
 from varjax.errors import InputError
-from varjax.metrics.features import FeatureExtractor, feature_sizes, parts_of
-from varjax.metrics.image_sets import DatasetImages
+from varjax.metrics.features import FeatureExtractor, feature_sizes
+from varjax.metrics.image_sets import DatasetImages, parts_of
 from varjax.metrics.references import Reference, read_reference, reference_of_images
 from varjax.metrics.report import measure
 

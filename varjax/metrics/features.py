@@ -14,7 +14,7 @@ from tqdm import tqdm
 from varjax import trees
 from varjax.errors import InputError
 from varjax.metrics.classifier_weights import read_classifier
-from varjax.metrics.image_sets import ImageSet
+from varjax.metrics.image_sets import ImageSet, parts_of
 from varjax.metrics.inception import Inception, init_inception, load_inception
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.runtime.first_call import FirstCall, announce_compilation
@@ -29,7 +29,6 @@ FeatureArrays = dict[str, np.ndarray]
 CPU_BLOCK, ACCELERATOR_BLOCK = 8, 64
 MAX_PIXELS = 32 * 32
 INCEPTION = "inception-v3 2015-12-05"  # name of FID's network in an identity
-IMAGES_PER_PART = 500
 REQUEST_FILE = "request.json"
 
 
@@ -270,11 +269,6 @@ class FeatureStore:
 
     def _file(self, part: range) -> pathlib.Path:
         return self._folder / f"{part.start:09d}.safetensors"
-
-
-def parts_of(count: int) -> list[range]:
-    """Divides images into parts."""
-    return [range(i, min(i + IMAGES_PER_PART, count)) for i in range(0, count, IMAGES_PER_PART)]
 
 
 def extract_features(

@@ -2,16 +2,18 @@
 
 import collections
 import hashlib
+import itertools
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from varjax.data.stream import ImageDataset, Split, spread_indices
+from varjax.data.workers import ReaderPool, ReadOptions
 from varjax.errors import InputError
 from varjax.storage import files, image_io
 from varjax.storage.image_files import BrokenImage, BrokenImageCounter, read_size
@@ -20,7 +22,9 @@ from varjax.storage.read_errors import retry_read
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 LOSSY = {".jpg", ".jpeg"}
+IMAGES_PER_PART, PARTS_AHEAD = 500, 1
 LABEL_KEYS = "labels", "arr_1"  # written by varjax sample, and by ADM's samplers
+T = TypeVar("T")
 
 
 class ImageSet(Protocol):
@@ -42,11 +46,19 @@ class ImageSet(Protocol):
         ...
 
     def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
-        """Yields each part and its images, uint8. `parts` are in order and do not overlap.
+        """Yields each part and its images, uint8, while threads read the next part.
 
         Broken images of a dataset are left out, so a part may yield fewer images.
+
+        Args:
+            parts: parts in order, without overlap.
         """
         ...
+
+
+def parts_of(count: int) -> list[range]:
+    """Divides images into parts."""
+    return [range(i, min(i + IMAGES_PER_PART, count)) for i in range(0, count, IMAGES_PER_PART)]
 
 
 def open_image_set(location: str | os.PathLike) -> ImageSet:
@@ -93,7 +105,11 @@ class NpzImages:
         return file_digest(self._path)
 
     def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
-        yield from zip(parts, self._archive.rows("arr_0", parts), strict=True)
+        rows = self._archive.rows("arr_0", parts)
+        # One thread, because they are read in order.
+        read = _read_ahead(lambda _: next(rows), ([part] for part in parts), threads=1)
+        for part, (images_NHWC,) in zip(parts, read, strict=True):
+            yield part, images_NHWC
 
 
 class FolderImages:
@@ -133,11 +149,11 @@ class FolderImages:
         return sha256.hexdigest()
 
     def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
-        for part in parts:
-            images = [self._read(self._files[i]) for i in part]
+        for part, images in zip(parts, _read_ahead(self._read, parts), strict=True):
             yield part, np.stack(images)
 
-    def _read(self, file):
+    def _read(self, i: int) -> np.ndarray:
+        file = self._files[i]
         picture = image_io.open_image(file)
         _, H, W, _ = self.shape
         if picture.size != (W, H):
@@ -182,10 +198,10 @@ class DatasetImages:
         # Pixels are hashed, because a file may change without its name.
         sha256 = hashlib.sha256(str(self.shape).encode())
         with tqdm(total=self.shape[0], unit=" images", desc="hashing the reference") as bar:
-            for i in range(self.shape[0]):
-                example = self._read(i)
-                sha256.update(b"broken" if example is None else example[0].tobytes())
-                bar.update()
+            for examples in self._examples(parts_of(self.shape[0])):
+                for example in examples:
+                    sha256.update(b"broken" if example is None else example[0].tobytes())
+                    bar.update()
         return sha256.hexdigest()
 
     def parts(self, parts: Sequence[range]) -> Iterator[tuple[range, np.ndarray]]:
@@ -196,21 +212,45 @@ class DatasetImages:
         self, parts: Sequence[range]
     ) -> Iterator[tuple[range, np.ndarray, np.ndarray]]:
         """Yields each part, its images and their classes; otherwise like `parts`."""
-        for part in parts:
-            examples = [example for i in part if (example := self._read(i)) is not None]
+        for part, found in zip(parts, self._examples(parts), strict=True):
+            examples = [example for example in found if example is not None]
             images = [image_HWC for image_HWC, _ in examples]
             images_NHWC = np.stack(images) if images else np.empty((0, *self.shape[1:]), np.uint8)
             yield part, images_NHWC, np.array([label for _, label in examples], np.int64)
 
-    def _read(self, i: int) -> tuple[np.ndarray, int] | None:
-        """Reads image `i` and its class; None if it is broken."""
+    def _examples(self, parts: Sequence[range]) -> Iterator[list[tuple[np.ndarray, int] | None]]:
+        """Yields the images and classes of each part; None for a broken image."""
+        for found in _read_ahead(self._read, parts, self._data.reading.threads):
+            self._counter.add(len(found), [x for x in found if isinstance(x, BrokenImage)])
+            yield [None if isinstance(x, BrokenImage) else x for x in found]
+
+    def _read(self, i: int) -> tuple[np.ndarray, int] | BrokenImage:
+        """Reads image `i` and its class; returns the error if it is broken."""
         try:
             example = self._source[int(self._index_N[i])]
-            read, broken = (self._data.preprocess(example["image"]), example["label"]), []
+            return self._data.preprocess(example["image"]), example["label"]
         except BrokenImage as error:
-            read, broken = None, [error]
-        self._counter.add(1, broken)
-        return read
+            return error
+
+
+def _read_ahead(
+    read: Callable[[Any], T], parts: Iterable[Sequence], threads: int = 0
+) -> Iterator[list[T]]:
+    """Yields `read(i)` for all i of each part, while threads read the next part.
+
+    Args:
+        read: function that reads an image.
+        parts: its arguments, part by part.
+        threads: number of threads; 0 for one per CPU.
+    """
+    pool = ReaderPool(read, ReadOptions(threads=threads))
+
+    def read_chunk(read: Callable[[Any], T], chunk: Sequence) -> list[T]:
+        return [read(i) for i in chunk]
+
+    return pool.submit_ahead(
+        lambda chunks: list(itertools.chain(*chunks)), read_chunk, parts, ahead=PARTS_AHEAD
+    )
 
 
 def file_digest(path: pathlib.Path) -> str:

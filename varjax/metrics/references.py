@@ -16,10 +16,9 @@ from varjax.metrics.features import (
     FeatureStore,
     extract_features,
     feature_sizes,
-    parts_of,
 )
 from varjax.metrics.fid import Moments, MomentSums
-from varjax.metrics.image_sets import ImageSet, file_digest, open_image_set
+from varjax.metrics.image_sets import ImageSet, file_digest, open_image_set, parts_of
 from varjax.storage import files, folders
 from varjax.storage.cache_dir import cache_folder
 from varjax.storage.npz import NpzArchive

@@ -33,14 +33,24 @@ class ConvNorm(nn.Module):
         zeros, ones = nn.initializers.zeros, nn.initializers.ones
         scale_C, variance_C = (self.param(n, ones, self.width) for n in ("scale", "variance"))
         bias_C, mean_C = (self.param(n, zeros, self.width) for n in ("bias", "mean"))
+        padding = self.padding or ("SAME" if self.stride == 1 else "VALID")
+        unpadded = padding == "VALID"
+        if unpadded:
+            # Without padding, jax 0.10 takes up to three times as long on a CPU. The outputs that
+            # see this row and column are dropped.
+            padding = (0, 1), (0, 1)
         y_BHWC = jax.lax.conv_general_dilated(
             x_BHWC,
             kernel,
             (self.stride, self.stride),
-            self.padding or ("SAME" if self.stride == 1 else "VALID"),
+            padding,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
             precision="highest",  # TF32 or bfloat16 change FID in its second digit
         )
+        if unpadded:
+            (_, H, W, _), (rows, columns) = x_BHWC.shape, self.kernel
+            h, w = (H - rows) // self.stride + 1, (W - columns) // self.stride + 1
+            y_BHWC = y_BHWC[:, :h, :w]
         factor_C = scale_C * jax.lax.rsqrt(variance_C + self.epsilon)
         y_BHWC = (y_BHWC - mean_C[None, None, None]) * factor_C[None, None, None]
         y_BHWC = y_BHWC + bias_C[None, None, None]
