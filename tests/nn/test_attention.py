@@ -9,6 +9,7 @@ import pytest
 
 from varjax.nn import attention
 from varjax.nn.attention import (
+    Dropout,
     block_causal_mask,
     cached_attention,
     dot_product_attention,
@@ -179,3 +180,24 @@ def test_the_implementation_is_the_platform_s():
     assert [ComputeConfig(platform=p).frozen_encoder for p in ("cpu", "gpu", "tpu")] == [
         "highest", "tf32_3x", "bfloat16_3x"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.parametrize("rows", [1, 300, 301])
+def test_dropout_drops_its_fraction_independently_and_scales_the_rest(rate, rows):
+    x_BlC = jnp.ones((3, rows, 20_000 // rows))
+    dropout = Dropout(jax.random.split(jax.random.key(0), 3), rate)
+    y_BlC = np.asarray(dropout(x_BlC))
+    kept_BlC = y_BlC > 0
+    np.testing.assert_allclose(y_BlC[kept_BlC], 1 / (1 - rate), rtol=1e-5)
+    deviation = (rate * (1 - rate) / kept_BlC.size) ** 0.5  # of the mean
+    assert kept_BlC.mean() == pytest.approx(1 - rate, abs=5 * deviation)
+    shifts = [(1, 0), (0, (rows + 1) // 2)]  # another example; the other half of the rows
+    for shift in shifts[: min(rows, 2)]:
+        both_BlC = kept_BlC & np.roll(kept_BlC, shift, axis=(0, 1))
+        assert both_BlC.mean() == pytest.approx((1 - rate) ** 2, abs=0.01)
+
+
+def test_dropout_of_nearly_everything_is_finite():
+    dropout = Dropout(jax.random.split(jax.random.key(0), 2), rate=1 - 1e-6)
+    assert np.isfinite(dropout(jnp.ones((2, 100, 1000)))).all()

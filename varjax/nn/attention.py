@@ -33,7 +33,7 @@ class Dropout:
 
     Attributes:
         key_B: a random key for each example.
-        rate: fraction to drop; 0 changes nothing.
+        rate: fraction to drop, rounded to a multiple of 2⁻¹⁶; 0 changes nothing.
     """
 
     key_B: jax.Array
@@ -51,8 +51,11 @@ class Dropout:
 
 def _drop(key: jax.Array, x: jax.Array, rate: float) -> jax.Array:
     """Drops numbers of x with a single key."""
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate), 0)
+    # 16 random bits decide about a number; drawing 32 takes longer than attention's products.
+    rows, dropped = -(-len(x) // 2), min(round(rate * 2**16), 2**16 - 1)
+    bits = jax.random.bits(key, (rows, *x.shape[1:]), jnp.uint32)
+    kept = jnp.concatenate([half >= dropped for half in (bits % 2**16, bits // 2**16)])[: len(x)]
+    return jnp.where(kept, x / (1 - dropped / 2**16), 0)
 
 
 def dot_product_attention(
