@@ -53,6 +53,16 @@ def test_sample_times_the_transformer_the_decoder_and_the_whole(capsys):
         assert seconds == pytest.approx(part["seconds"], rel=2e-3)
 
 
+def test_sample_times_disa_without_counting_its_work(capsys):
+    disa = "--steps=2", "--diffusion_steps=4:2"
+    assert benchmark.main(["sample", "--preset=mar_b", "--batch_size=2", "--repeats=1", *disa]) == 0
+    transformer, decoder, whole = lines(capsys)
+    assert decoder["efficiency"] > 0
+    for part in (transformer, whole):
+        assert part["diffusion_steps"] == "4:2" and part["seconds"] > 0
+        assert not part.keys() & {"efficiency", "model_gflop_per_image"}
+
+
 class Painter(FakeSampler):
     """A fake whose image costs a product of (1, 100) and (100, guidance) matrices."""
 

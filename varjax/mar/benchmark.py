@@ -1,5 +1,6 @@
 """The programs and tasks of MAR that benchmarks measure; see `varjax.sampling.programs`."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -23,16 +24,22 @@ BATCH_SIZES = {"mar_b": 2048, "mar_l": 2048, "mar_h": 2048}  # of the paper's ru
 
 
 def sampling_programs(
-    preset: str, steps: int, guided: bool = True, refiner: str = "", draft_scales: int = 0
+    preset: str,
+    steps: int,
+    guided: bool = True,
+    refiner: str = "",
+    draft_scales: int = 0,
+    diffusion_steps: str = "100",
 ) -> SamplingPrograms:
-    """Returns the programs of `MARPipeline` for `steps` steps of 100 diffusion steps each.
+    """Returns the programs of `MARPipeline`.
 
     Raises InputError for a refiner, which only VAR has.
     """
     if refiner:
         raise InputError(f"refiner={refiner}: {preset} has no scales, so nothing can be refined")
     mar, tokenizer = MARConfig.preset(preset), KLConfig()
-    options = MAROptions(steps=steps) if guided else MAROptions(steps=steps, guidance=1.0)
+    options = MAROptions(steps=steps, diffusion_steps=diffusion_steps)
+    options = options if guided else dataclasses.replace(options, guidance=1.0)
     setup = make_setup(mar, check_sampling(mar, options))
 
     def sample(params, setup, label_B, key_B, compute):
@@ -57,7 +64,7 @@ def sampling_programs(
         bytes_needed=lambda B, compute: mar_sampling_bytes(tokenizer, mar, B, compute, setup),
         pieces=lambda *arguments: [Program("transformer", sample, arguments[:-1])],
         cached=False,
-        setting={"steps": steps},
+        setting={"steps": steps, "diffusion_steps": diffusion_steps},
     )
 
 

@@ -3,7 +3,8 @@
 Each family has them in a file NAME/benchmark.py, with these names:
 
     BATCH_SIZES: the published runs' numbers of images in a batch, by preset
-    sampling_programs(preset, steps, guided, refiner, draft_scales) -> SamplingPrograms
+    sampling_programs(preset, steps, guided, refiner, draft_scales, diffusion_steps)
+        -> SamplingPrograms
     training_task(preset, compute) -> Task
     training_loss(task, params, frozen, batch of latents and labels) -> the loss to train on
 """

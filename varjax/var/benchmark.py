@@ -29,9 +29,14 @@ BATCH_SIZES = {"d16": 768, "d20": 768, "d24": 768, "d30": 1024, "d36": 768}  # o
 
 
 def sampling_programs(
-    preset: str, steps: int, guided: bool = True, refiner: str = "", draft_scales: int = 0
+    preset: str,
+    steps: int,
+    guided: bool = True,
+    refiner: str = "",
+    draft_scales: int = 0,
+    diffusion_steps: str = "",
 ) -> SamplingPrograms:
-    """Returns the programs of `VARPipeline`; `steps` is ignored, because scales are the steps.
+    """Returns the programs of `VARPipeline`, which has neither `steps` nor `diffusion_steps`.
 
     With the preset of a `refiner`, they are those of collaborative decoding.
     """
