@@ -221,7 +221,7 @@ def read_ahead(
         function: a method of `ExampleStream` that makes rows at positions.
         arguments: further arguments of `function`.
     """
-    read = readers.submit_ahead(_join, function, batches, *arguments, ahead=BATCHES_AHEAD)
+    read = readers.map_ahead(_join, function, batches, *arguments, ahead=BATCHES_AHEAD)
     for rows in read:
         counter.add(rows.read, rows.broken)
         yield rows.arrays

@@ -98,7 +98,7 @@ class ReaderPool:
 
         return PendingResult(self._joiner.submit(joined), chunks)
 
-    def submit_ahead(
+    def map_ahead(
         self,
         join: Callable[[list], Any],
         function: Callable,

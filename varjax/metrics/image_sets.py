@@ -248,7 +248,7 @@ def _read_ahead(
     def read_chunk(read: Callable[[Any], T], chunk: Sequence) -> list[T]:
         return [read(i) for i in chunk]
 
-    return pool.submit_ahead(
+    return pool.map_ahead(
         lambda chunks: list(itertools.chain(*chunks)), read_chunk, parts, ahead=PARTS_AHEAD
     )
 
