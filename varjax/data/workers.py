@@ -109,8 +109,8 @@ class ReaderPool:
         """Yields the results of `submit` for each batch of items, while later ones are computed.
 
         Args:
-            join: as in `submit`.
-            function: as in `submit`.
+            join: function that joins the chunks' results, in order.
+            function: importable by name where there are worker processes.
             batches: items of each call.
             arguments: further arguments of `function`.
             ahead: number of batches to compute meanwhile.
