@@ -1,6 +1,7 @@
 """Runs training steps on several meshes of eight devices, for test_sharding.py."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -12,6 +13,7 @@ from varjax.data.loader import make_loader
 from varjax.data.sources.digits import Digits
 from varjax.mar.task import MARTask
 from varjax.nn.compute import ComputeConfig
+from varjax.nn.splash_attention import splash_attention, splash_fits
 from varjax.training import sharding
 from varjax.training.optimizer import AdamW
 from varjax.training.setup import jit_train_step
@@ -64,6 +66,24 @@ def main() -> None:
     state, metrics, _ = train(MAR, frozen, shape)
     check_layout(shape, state, "decoder_blocks", "attn", "q")
     jax.tree.map(close, (state, metrics), whole[:2])
+    check_kernel(MeshShape(2, 2, 2))
+
+
+def check_kernel(shape: MeshShape) -> None:
+    """Checks that each device calls the kernel for its images and heads."""
+    q_BlAD = np.random.default_rng(0).normal(size=(8, 9, 4, 8)).astype(np.float32)
+    known_BL = np.arange(9) < np.arange(1, 9)[:, None]
+    attend = jax.jit(functools.partial(splash_attention, scale=0.3))
+    expected_BlAD = attend(q_BlAD, q_BlAD + 1, 2 * q_BlAD, None, known_BL)
+    with jax.set_mesh(sharding.make_mesh(shape)):
+        y_BlAD = attend(q_BlAD, q_BlAD + 1, 2 * q_BlAD, None, known_BL)
+        fits = [
+            splash_fits(jax.ShapeDtypeStruct((B, 9, A, 8), "bfloat16"))
+            for B, A in ((8, 4), (6, 4), (8, 3))
+        ]
+    assert y_BlAD.addressable_shards[0].data.shape == (2, 9, 2, 8)
+    close(y_BlAD, expected_BlAD)
+    assert fits == [True, False, False], fits
 
 
 def train(task, frozen, shape: MeshShape, devices=None, skip=False):

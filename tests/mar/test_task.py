@@ -255,7 +255,11 @@ def test_content_keys_depend_on_each_example_alone():
         (dict(min_mask_ratio=0.0), r"min_mask_ratio=0.0: must be in \(0, 1\)"),
         (dict(diffusion_batch_mul=0), "diffusion_batch_mul=0: must be 1 or more"),
         (dict(attention_dropout=1.0), "attention_dropout=1.0: must be at least 0 and below 1"),
-        (dict(compute=ComputeConfig(attention_impl="cudnn")), "cuDNN's attention has no dropout"),
+        (
+            dict(compute=ComputeConfig(attention_impl="cudnn")),
+            "attention_impl=cudnn has no dropout",
+        ),
+        (dict(compute=ComputeConfig(attention_impl="splash")), "=splash has no dropout"),
     ],
 )
 def test_invalid_settings_are_refused(change, says):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varjax.nn import attention
+from varjax.errors import InputError
+from varjax.nn import attention, splash_attention
 from varjax.nn.attention import (
     Dropout,
     block_causal_mask,
@@ -53,12 +54,14 @@ def test_segments_leave_no_key_out_and_none_in(mask_lL):
 
 
 @pytest.mark.parametrize("key_mask_BL", [None, KEY_MASK_BL])
-@pytest.mark.parametrize("implementation", ["xla", "loop"])
+@pytest.mark.parametrize("implementation", ["xla", "loop", "splash"])
 def test_every_implementation_is_the_masked_product_with_its_gradient(
     implementation, key_mask_BL, monkeypatch
 ):
     monkeypatch.setattr(attention, "MIN_SEGMENT", 49)
     assert len(mask_segments(MASK_LL)) == 3
+    monkeypatch.setattr(splash_attention, "MAX_BLOCK", 128)  # two blocks of keys and of queries
+    monkeypatch.setattr(attention, "splash_fits", lambda q_BlAD: True)  # in float32 too
     attend = functools.partial(dot_product_attention, scale=0.3, implementation=implementation)
 
     def total(f, q, k, v):
@@ -169,6 +172,43 @@ def test_gpus_get_the_kernel_by_default(queries, keys, gradient, monkeypatch):
     text = lowered_for_cuda(f, *arrays)
     assert "__cudnn$fmha" in text and ("Backward" in text) == gradient
     assert f"x{queries}x{keys}xf32" not in text  # no logits in memory
+
+
+def kernels_for_tpus(dtype, **options):
+    """Counts the kernels in attention and its gradient, compiled for a TPU."""
+
+    def attend(q, k, v):
+        y = dot_product_attention(q, k, v, MASK_LL, scale=0.3, implementation="splash", **options)
+        return jnp.sum(y.astype(jnp.float32))
+
+    arrays = [x.astype(dtype) for x in (Q, K, V)]
+    traced = jax.jit(jax.grad(attend, (0, 1, 2))).trace(*arrays)
+    return traced.lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call")
+
+
+def test_tpus_get_the_splash_kernel_where_it_fits():
+    assert kernels_for_tpus("bfloat16") == 3  # forward, the gradient of q, and that of k and v
+    assert kernels_for_tpus("float32") == 0
+    assert kernels_for_tpus("bfloat16", dropout=Dropout(jax.random.split(KEYS[0], 3), 0.5)) == 0
+
+
+@pytest.mark.parametrize(
+    ("length", "block", "padded"),
+    [(1, 128, 128), (680, 384, 768), (1024, 512, 1024), (2240, 384, 2304)],
+)
+def test_blocks_of_the_splash_kernel_need_little_padding(length, block, padded):
+    assert splash_attention._block(length) == block
+    assert splash_attention._whole_blocks(length) == padded
+
+
+def test_the_splash_kernel_trains_on_tpus_alone():
+    on_tpu = ComputeConfig(attention_impl="splash", platform="tpu")
+    assert on_tpu.attention_implementation() == "splash"
+    assert on_tpu.attention_implementation(cached=True) == "grouped"
+    with pytest.raises(
+        InputError, match="attention_impl=splash: this kernel is for TPUs, not for c"
+    ):
+        ComputeConfig(attention_impl="splash").attention_implementation()
 
 
 def test_the_implementation_is_the_platform_s():

@@ -97,8 +97,10 @@ def _operations(
     heads, D, L = model.heads, model.width // model.heads, model.pyramid.length
     h, w = model.pyramid.finest
     q_BlAD, k_BLAD = (jax.ShapeDtypeStruct((2 * B, n, heads, D), dtype) for n in (h * w, L))
-    fused = ("cudnn",) * (compute.attention_implementation() == "cudnn")
-    for implementation in ("xla", "loop", *fused):
+    implementations = ["xla", "loop"]
+    implementations += ["cudnn"] * (compute.attention_implementation() == "cudnn")
+    implementations += ["splash"] * (compute.target == "tpu")
+    for implementation in implementations:
         attend, plain = (functools.partial(_attend, name) for name in (implementation, "xla"))
         part = f"attention {implementation}, {h * w} queries"
         yield part, attend, plain, (q_BlAD, k_BLAD, k_BLAD)

@@ -13,7 +13,7 @@ from varjax.mar.memory import mar_sampling_bytes
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions, check_sampling, make_setup, sample_mar_tokens
 from varjax.mar.task import MARTask
-from varjax.nn.compute import ComputeConfig
+from varjax.nn.compute import FUSED_ATTENTION, ComputeConfig
 from varjax.sampling.programs import Program, SamplingPrograms
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.training.task import Batch
@@ -70,8 +70,8 @@ def sampling_programs(
 
 def training_task(preset: str, compute: ComputeConfig) -> MARTask:
     """Returns the task that trains a model of a released size."""
-    # The fused kernel does not support attention dropout, so the task refuses both together.
-    dropout = 0.0 if compute.attention_impl == "cudnn" else 0.1
+    # Fused kernels do not support attention dropout, so the task refuses both together.
+    dropout = 0.0 if compute.attention_impl in FUSED_ATTENTION else 0.1
     return MARTask(
         model=MARConfig.preset(preset),
         tokenizer=KLConfig(),

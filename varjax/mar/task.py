@@ -24,7 +24,7 @@ from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions, check_sampling, make_setup, sample_mar_tokens
 from varjax.nn.autoencoder import to_model_range, to_unit_range
 from varjax.nn.class_embedding import drop_labels
-from varjax.nn.compute import ComputeConfig
+from varjax.nn.compute import FUSED_ATTENTION, ComputeConfig
 from varjax.nn.diffusion import TRAINING_STEPS
 from varjax.nn.rng import ImageStream, stream_keys
 from varjax.tokenizers.contract import check_image_shape
@@ -109,10 +109,11 @@ class MARTask:
         )
         repeats = self.diffusion_batch_mul
         check_setting("diffusion_batch_mul", repeats, repeats >= 1, "1 or more")
-        if self.compute.attention_impl == "cudnn" and self.attention_dropout:
+        kernel = self.compute.attention_impl
+        if kernel in FUSED_ATTENTION and self.attention_dropout:
             raise InputError(
-                f"attention_dropout={self.attention_dropout}: cuDNN's attention has no dropout; "
-                "set task.attention_dropout=0 or task.compute.attention_impl=xla"
+                f"attention_dropout={self.attention_dropout}: attention_impl={kernel} has no "
+                "dropout; set task.attention_dropout=0 or task.compute.attention_impl=xla"
             )
 
     def check(self, image_shape: tuple[int, int, int], classes: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from varjax.nn import compute
 from varjax.nn.linear import dense
+from varjax.nn.splash_attention import splash_attention, splash_fits
 from varjax.nn.stack import KVCache, LayerCache
 
 MAX_LOG_SCALE = float(np.log(100))
@@ -77,9 +78,10 @@ def dot_product_attention(
         v_BLAD: values of L tokens.
         mask_lL: True where a query may attend to a key; None for everywhere.
         scale: factor on the products of queries and keys.
-        implementation: "xla", "loop" or "cudnn"; see `ComputeConfig`. "xla" replaces "cudnn" if its
-            kernel does not fit: with dropout, in formats other than bfloat16, for head sizes D
-            above 128 or not a multiple of 8, and for fewer than 64 queries.
+        implementation: "xla", "loop", "cudnn" or "splash"; see `ComputeConfig`. "xla" replaces both
+            fused kernels with dropout and in formats other than bfloat16; "cudnn" also for head
+            sizes D above 128 or not a multiple of 8, and for fewer than 64 queries; "splash" also
+            where the devices do not divide images and heads.
         key_mask_BL: True for keys of each example that may be attended to, at least one; None for
             all.
         dropout: dropout of the softmax weights; None for none.
@@ -87,8 +89,12 @@ def dot_product_attention(
     Returns:
         (B, l, A, D) in the format of `v_BLAD`.
     """
-    attend = functools.partial(_IMPLEMENTATIONS[implementation], dropout=dropout, scale=scale)
+    if implementation == "splash" and (dropout is not None or not splash_fits(q_BlAD)):
+        implementation = "xla"
     with jax.named_scope("attention"):  # its name in profiles and in `varjax benchmark tpu`
+        if implementation == "splash":  # which itself skips what the mask excludes
+            return splash_attention(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, scale=scale)
+        attend = functools.partial(_IMPLEMENTATIONS[implementation], dropout=dropout, scale=scale)
         if mask_lL is None or dropout is not None:  # which draws for the whole (l, L)
             return attend(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL)
         parts = []

@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from jax.extend import backend
 from jax.sharding import PartitionSpec as P
 
-AttentionImpl = Literal["auto", "xla", "grouped", "loop", "cudnn"]
+from varjax.errors import InputError
+
+AttentionImpl = Literal["auto", "xla", "grouped", "loop", "cudnn", "splash"]
+FUSED_ATTENTION = ("cudnn", "splash")  # kernels, which have no dropout
 Remat = Literal["none", "block", "dots"]
 Precision = Literal["highest", "bfloat16_3x", "tf32_3x", "tf32", "bfloat16"]
 MANTISSA_BITS = {"bfloat16": 7, "tf32": 10}
@@ -23,6 +26,7 @@ NATIVE = {
 Platform = Literal["auto", "cpu", "gpu", "tpu"]
 ENCODER_PRECISIONS: dict[str, Precision] = {"tpu": "bfloat16_3x", "gpu": "tf32_3x"}
 BATCH_AXES = ("data", "fsdp")  # the mesh axes that shard a batch: training/sharding.py
+TENSOR_AXIS = "tensor"  # the one that shards heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +42,9 @@ class ComputeConfig:
         attention_impl: implementation of attention. "xla" runs anywhere; "grouped" is "xla", but
             with a key-value cache it takes as many images at a time as keep their logits in a TPU's
             fast memory; "cudnn" is the fused kernel, for 64 queries or more (NVIDIA, bfloat16);
-            "loop" loops over images and heads, which suits a CPU. "auto" is "loop" on a CPU with
+            "splash" is JAX's fused kernel for TPUs, in training in bfloat16 (never measured, so
+            "auto" does not choose it; docs/benchmarks.md has estimates); "loop" loops over images
+            and heads, which suits a CPU. "auto" is "loop" on a CPU with
             one device (a loop over images cannot be spread over several); "cudnn" on NVIDIA (Ampere
             or later) in bfloat16; "grouped" on TPUs with a key-value cache; and "xla" elsewhere.
         remat: what the backward pass recomputes: "none", all of a "block", or all but matrix
@@ -77,9 +83,18 @@ class ComputeConfig:
         """Returns the implementation of attention, with "auto" decided for the platform.
 
         cached: whether earlier keys come from a cache, so that there is no gradient.
+
+        Raises InputError for "splash" on another platform than a TPU.
         """
         if self.attention_impl == "grouped" and not cached:
             return "xla"
+        if self.attention_impl == "splash":
+            if self.target != "tpu":
+                raise InputError(
+                    f"attention_impl=splash: this kernel is for TPUs, not for {self.target}; "
+                    "choose auto"
+                )
+            return "grouped" if cached else "splash"
         if self.attention_impl != "auto":
             return self.attention_impl
         if self.loops_over_images:
@@ -152,7 +167,7 @@ def shard_batch(x: jax.Array) -> jax.Array:
     Left alone, XLA may follow the weights and split the width of the activations instead, so that
     every device computes the whole batch. The gradient of x is held to the same.
     """
-    axes = _batch_axes()
+    axes = batch_axes()
     if not axes or x.shape[0] % batch_devices():
         return x
     return jax.lax.with_sharding_constraint(x, P(axes))
@@ -169,10 +184,11 @@ def split_batch(x: jax.Array, pieces: int) -> jax.Array:
 def batch_devices() -> int:
     """Returns how many devices shard a batch, by the mesh that is set; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return math.prod(mesh.shape[name] for name in _batch_axes())
+    return math.prod(mesh.shape[name] for name in batch_axes())
 
 
-def _batch_axes() -> tuple[str, ...]:
+def batch_axes() -> tuple[str, ...]:
+    """Returns the axes of the mesh that is set along which XLA shards a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name in mesh.auto_axes if name in BATCH_AXES)
 

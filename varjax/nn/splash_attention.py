@@ -1,0 +1,118 @@
+"""Attention on TPUs by JAX's Pallas kernel, which never writes the (l, L) weights to memory."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from varjax.nn import compute
+
+LANES = 128  # a block of the kernel has a multiple of as many tokens
+MAX_BLOCK = 512  # tokens; JAX's own default is 128, which MaxText raises to 512
+
+
+def splash_attention(
+    q_BlAD: jax.Array,
+    k_BLAD: jax.Array,
+    v_BLAD: jax.Array,
+    mask_lL: np.ndarray | None = None,
+    key_mask_BL: jax.Array | None = None,
+    *,
+    scale: float,
+) -> jax.Array:
+    """Computes softmax(scale · q kᵀ) v block by block, as FlashAttention (Dao et al. 2022) does.
+
+    Blocks that `mask_lL` excludes are skipped. On other platforms JAX interprets the kernel, which
+    is slow and meant for tests.
+
+    Args:
+        q_BlAD: queries of l tokens.
+        k_BLAD: keys of L tokens.
+        v_BLAD: values of L tokens.
+        mask_lL: True where a query may attend to a key; None for everywhere.
+        key_mask_BL: True for keys of each example that may be attended to, at least one; None for
+            all.
+        scale: factor on the products of queries and keys.
+
+    Returns:
+        (B, l, A, D) in the format of `v_BLAD`.
+    """
+    attend = functools.partial(_attend, mask_lL=mask_lL, scale=scale)
+    arrays = [q_BlAD, k_BLAD, v_BLAD] + [key_mask_BL] * (key_mask_BL is not None)
+    # XLA cannot divide a kernel among devices, so each device calls it for its images and heads.
+    if axes := compute.batch_axes():
+        part = P(axes, None, compute.TENSOR_AXIS)
+        specs = (part, part, part, P(axes))[: len(arrays)]
+        attend = jax.shard_map(attend, in_specs=specs, out_specs=part, check_vma=False)
+    return attend(*arrays)
+
+
+def splash_fits(q_BlAD: jax.Array) -> bool:
+    """Returns whether the kernel can compute these queries: bfloat16, divided among the devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = compute.batch_devices(), mesh.shape.get(compute.TENSOR_AXIS, 1)
+    divided = not q_BlAD.shape[0] % parts[0] and not q_BlAD.shape[2] % parts[1]
+    return q_BlAD.dtype == jnp.bfloat16 and divided
+
+
+def _attend(q_BlAD, k_BLAD, v_BLAD, key_mask_BL=None, *, mask_lL, scale):
+    """Attends on one device."""
+    # Imported here because it takes a third of a second.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+    (_, queries, heads, _), keys = q_BlAD.shape, k_BLAD.shape[1]
+    rows, columns = _block(queries), _block(keys)
+    mask_AlL = np.zeros((heads, _whole_blocks(queries), _whole_blocks(keys)), bool)
+    mask_AlL[:, :queries, :keys] = True if mask_lL is None else mask_lL
+    mask_AlL[:, queries:, :keys] = True  # a query without keys would divide by 0
+    sizes = splash.BlockSizes(
+        block_q=rows,
+        block_kv=columns,
+        block_kv_compute=columns,
+        block_q_dkv=rows,
+        block_kv_dkv=columns,
+        block_kv_dkv_compute=columns,
+        # A kernel for dq alone: the one for all three writes a dq for each block of keys.
+        block_q_dq=rows,
+        block_kv_dq=columns,
+    )
+
+    def by_kernel(q_BAlD, k_BALD, v_BALD, segments, interpret) -> Any:
+        kernel = splash.make_splash_mha(
+            mask_AlL, head_shards=1, q_seq_shards=1, block_sizes=sizes, interpret=interpret
+        )
+        return jax.vmap(kernel)(q_BAlD, k_BALD, v_BALD, segments)
+
+    # The kernel has no scale. With head sizes that are powers of 4, it changes only exponents.
+    arrays = [_padded(x.swapaxes(1, 2), axis=2) for x in (q_BlAD * scale, k_BLAD, v_BLAD)]
+    segments = None
+    if key_mask_BL is not None:  # queries attend to keys with the same number, here 1
+        ones_Bl = jnp.ones((len(q_BlAD), _whole_blocks(queries)), jnp.int32)
+        segments = splash.SegmentIds(ones_Bl, _padded(key_mask_BL.astype(jnp.int32), axis=1))
+    y_BAlD = jax.lax.platform_dependent(
+        *arrays,
+        segments,
+        tpu=functools.partial(by_kernel, interpret=False),
+        default=functools.partial(by_kernel, interpret=True),
+    )
+    return y_BAlD[:, :, :queries].swapaxes(1, 2)
+
+
+def _block(length):
+    """Returns the tokens of a block: the most that need the least padding."""
+    blocks = range(MAX_BLOCK, 0, -LANES)
+    return min(blocks, key=lambda block: -(-length // block) * block)
+
+
+def _whole_blocks(length):
+    """Returns the number of tokens, rounded up to whole blocks."""
+    return -(-length // _block(length)) * _block(length)
+
+
+def _padded(x, axis):
+    """Appends zeros to the axis of tokens, up to whole blocks."""
+    missing = _whole_blocks(x.shape[axis]) - x.shape[axis]
+    return jnp.pad(x, [(0, missing * (i == axis)) for i in range(x.ndim)])
