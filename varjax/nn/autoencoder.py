@@ -169,8 +169,10 @@ class Upsample(nn.Module):
         C = x_BhwC.shape[-1]
         if self.format.platform == "cpu":
             return conv(C, self.format, "conv", convolution=_upsample_and_convolve)(x_BhwC)
-        x_BhwC = jnp.repeat(jnp.repeat(x_BhwC, 2, axis=1), 2, axis=2)
-        return conv(C, self.format, "conv")(x_BhwC)
+        B, h, w, _ = x_BhwC.shape
+        # Both axes at once: by `repeat`, each would write an array of its own to memory.
+        x_Bh2w2C = jnp.broadcast_to(x_BhwC[:, :, None, :, None], (B, h, 2, w, 2, C))
+        return conv(C, self.format, "conv")(x_Bh2w2C.reshape(B, 2 * h, 2 * w, C))
 
 
 def _upsample_and_convolve(x_BhwC, kernel_33CN, *_, **__):
@@ -204,9 +206,12 @@ def conv(
 
 
 def norm(groups, format: ConvFormat, name) -> Callable[[jax.Array], jax.Array]:
-    """Makes a group norm, computed in float32: the fast variance E[x²]-E[x]² flips tokens."""
+    """Makes a group norm, computed in float32."""
+    # E[x²]-E[x]² needs one pass, which a TPU fuses with the convolution before it. It loses digits
+    # of float32 that decide about tokens; shorter formats and products do not have them.
+    exact = jnp.dtype(format.dtype) == jnp.float32 and format.precision == "highest"
     module = nn.GroupNorm(
-        groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=False, name=name
+        groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=not exact, name=name
     )
     return lambda x_BhwC: module(x_BhwC.astype(jnp.float32)).astype(format.dtype)
 
