@@ -7,7 +7,7 @@ frozen weights, cached latents, and parts of samples and features. Each file of 
 checkpoint is also removed, halved, zeroed, emptied, and swapped with that of the previous step. The
 content that is read must equal what was saved (the damage was harmless), or the damage must be
 detected: the previous step is read, or an error names the file. With --processes=1 or 2, that many
-processes continue a run after each damage instead, and its end must be equal to the bit.
+processes continue a run after each damage instead, and its end must be bit-identical.
 
 Prints a line of JSON for each part, and exits with 1 if anything went wrong.
 """

@@ -113,7 +113,7 @@ def compared_images(
         steps: number of MAR sampling steps.
 
     Returns:
-        Whether they are equal to the bit, and their largest difference in 1/255.
+        Whether they are bit-identical, and their largest difference in 1/255.
     """
     programs = benchmark_of(preset).sampling_programs(preset, steps)
 

@@ -523,7 +523,7 @@ class MARPipeline:
         index: Index | None = None,
         **options: Any,
     ) -> jax.Array:
-        """Redraws latents outside of `keep`; those inside stay equal to the bit.
+        """Redraws latents outside of `keep`; those inside stay bit-identical.
 
         latents: result of `encode`, one for each of `index`, or one for all of them. The other
         arguments are those of `edit`.

@@ -1,7 +1,7 @@
-"""Keeps compiled programs on the disk, so that the next start of a command need not compile them.
+"""Caches compiled programs on disk, so that the next start of a command need not compile them.
 
 Compiling the programs of a large model takes minutes. A program from the disk is identical to the
-one that was compiled, so results are equal to the bit.
+one that was compiled, so results are bit-identical.
 
     export VARJAX_CACHE=/fast/disk/varjax         # use another folder
     JAX_ENABLE_COMPILATION_CACHE=false varjax …   # turn it off

@@ -33,8 +33,8 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 def data_parallel(f: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
     """Jits `f` so that each device computes its part of the batch.
 
-    Each device runs the program of a small batch independently, so an image is the same to the bit
-    on any number of devices. A batch that cannot be divided equally is padded with its last row,
+    Each device runs the program of a small batch independently, so an image is bit-identical on any
+    number of devices. A batch that cannot be divided equally is padded with its last row,
     and the padding is removed from the result.
 
     Args:
