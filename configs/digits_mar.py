@@ -4,7 +4,7 @@
 
 The tokenizer must be trained first. Two CPU cores: 7 minutes, 2 GB. Expected at the end:
 eval_ema/loss 0.261; `make demo-mar` reports on the samples. After the colon, separated by commas:
-one of the first three and one of the last two, which are the rows of the comparison in docs/mar.md.
+one of the first three and one of the last two, which are the rows of docs/comparison.md.
 
     masked       several tokens a step, in a random order (MAR; the default)
     random       one token a step, in a random order, causal attention

@@ -5,7 +5,7 @@
     python sample.py --weights=runs/DIR_28_mar --labels=all
 
 The text after the colon is that of configs/small.py, and optionally one of the first three and one
-of the last two of these words, which are the rows of the comparison in docs/mar.md:
+of the last two of these words, which are the rows of docs/comparison.md:
 
     masked       several tokens a step, in a random order (MAR; the default)
     random       one token a step, in a random order, causal attention

@@ -125,7 +125,7 @@ def _at_once(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
     return jnp.einsum("BAlL,BLAD->BlAD", weights_BAlL, v_BLAD, precision=precision)
 
 
-def _by_fused_kernel(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
+def _by_cudnn(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, scale):
     """Attends by cuDNN's kernel, where it can and pays."""
     _, queries, _, D = q_BlAD.shape
     pays = queries >= MIN_FUSED_QUERIES and q_BlAD.dtype == jnp.bfloat16
@@ -174,7 +174,7 @@ def _image_by_image(q_BlAD, k_BLAD, v_BLAD, mask_lL, key_mask_BL, *, dropout, sc
 
 _IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "xla": _at_once,
-    "cudnn": _by_fused_kernel,
+    "cudnn": _by_cudnn,
     "loop": _image_by_image,
 }
 
