@@ -65,9 +65,10 @@ def _attend(q_BlAD, k_BLAD, v_BLAD, key_mask_BL=None, *, mask_lL, scale):
 
     (_, queries, heads, _), keys = q_BlAD.shape, k_BLAD.shape[1]
     rows, columns = _block(queries), _block(keys)
-    mask_AlL = np.zeros((heads, _whole_blocks(queries), _whole_blocks(keys)), bool)
-    mask_AlL[:, :queries, :keys] = True if mask_lL is None else mask_lL
-    mask_AlL[:, queries:, :keys] = True  # a query without keys would divide by 0
+    mask = np.zeros((_whole_blocks(queries), _whole_blocks(keys)), bool)
+    mask[:queries, :keys] = True if mask_lL is None else mask_lL
+    mask[queries:, :keys] = True  # a query without keys would divide by 0
+    mask_AlL = np.broadcast_to(mask, (heads, *mask.shape))  # d36's would take 190 MB
     sizes = splash.BlockSizes(
         block_q=rows,
         block_kv=columns,
