@@ -1,4 +1,4 @@
-"""Draws and edits images from a clone: `varjax sample`, `edit`, `vary` and `upscale`.
+"""Generates and edits images: `varjax sample`, `edit`, `vary` and `upscale`.
 
 python sample.py --weights=runs/digits --labels=0,1,2 --count=8 --out=grid.png
 python sample.py edit --weights=weights/d16 --image=photo.png --box=64,64,192,192 --out=edit.png

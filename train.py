@@ -1,4 +1,4 @@
-"""Trains what a config file describes: `varjax train`, from a clone.
+"""Trains a model from a config file: `varjax train`.
 
 python train.py --config=configs/digits.py --config.steps=200
 """

@@ -72,5 +72,5 @@ def test_an_output_that_holds_no_steps_is_refused():
 
 
 def test_a_film_is_drawn_by_one_process():
-    with pytest.raises(InputError, match="are drawn by one process; run it in one process"):
+    with pytest.raises(InputError, match="animations and strips need a single process"):
         open_output("x.gif", np.zeros(1, int), 1, 0, {}, every_step=True).begin(write=False)

@@ -1,4 +1,4 @@
-"""Says on a picture what it shows: model, options and classes."""
+"""Captions pictures with model, options and classes."""
 
 import argparse
 import dataclasses

@@ -1,4 +1,4 @@
-"""Says what a picture, a set of samples, a run or a directory of weights is, and how it was made.
+"""Describes a picture, a set of samples, a run or a weights directory, and how it was made.
 
 varjax info samples.png
 varjax info samples.npz

@@ -1,4 +1,4 @@
-"""What the commands that start from a picture share: `varjax edit`, `vary` and `upscale`."""
+"""Code shared by `varjax edit`, `vary` and `upscale`, which start from a picture."""
 
 import argparse
 import dataclasses
@@ -41,7 +41,7 @@ COLUMNS = 10  # at most, of the output
 
 @dataclasses.dataclass(frozen=True)
 class PictureRequest:
-    """Holds what one of these commands works on, checked.
+    """Holds the validated inputs of a command.
 
     Attributes:
         flags: flags of the command.
@@ -76,7 +76,7 @@ def add_picture_flags(parser: argparse.ArgumentParser, image_help: str, out: str
     add_every_step_flag(parser)
     # Refused with advice; without this, it would be an unknown flag.
     parser.add_argument("--accept", help=argparse.SUPPRESS)
-    add_sampling_flags(parser, out, f"output: FILE.png, or FILE.gif, FILE.webp: a film ({out})")
+    add_sampling_flags(parser, out, f"FILE.png, or an animation: FILE.gif or FILE.webp ({out})")
 
 
 def open_request(
@@ -101,8 +101,8 @@ def open_request(
         )
     if file_suffix(flags.out) not in (".png", *FILM_SUFFIXES):
         raise InputError(
-            f"out={flags.out}: the results are one picture; give FILE.png, or for a film FILE.gif "
-            "or FILE.webp"
+            f"out={flags.out}: the results are one picture; give FILE.png, or for an animation "
+            "FILE.gif or FILE.webp"
         )
     check_out(flags.out)
     picture = image_io.open_image(flags.image)
@@ -174,7 +174,7 @@ def write_results(
         shown: uint8 images (H, W, channels) that are shown before the results, except in a strip,
             by name.
         results: results, from `draw_results`.
-        about: what a picture or a film shows.
+        about: what a picture or an animation shows.
     """
     columns, out = min(COLUMNS, len(shown) + len(results)), request.flags.out
     strip = request.every_step and file_suffix(out) == ".png"

@@ -2,7 +2,7 @@
 
 varjax sample --weights=runs/digits --labels=0,1,2 --count=8 --out=grid.png
 varjax sample --weights=runs/digits --labels=all --count=100 --out=digits.npz
-varjax sample --weights=runs/digits --labels=0,1,2 --out=film.gif
+varjax sample --weights=runs/digits --labels=0,1,2 --out=steps.gif
 varjax sample --weights=var_d16 --labels=207,"lesser panda" --sweep guidance=1,2,4 --out=grid.png
 
 --accept=0.1 --classifier=DIR draws ten times as many images and keeps those to which a classifier
@@ -89,7 +89,7 @@ def add_sampling_flags(
     add = parser.add_argument
     about = "number of images of each class, or of variations (%(default)s)"
     add("--count", type=int, default=4, help=about)
-    add("--seed", type=int, default=0, help="random seed; each seed gives other images (0)")
+    add("--seed", type=int, default=0, help="random seed; each seed gives different images (0)")
     add_batch_size_flag(parser)
     add("--dtype", default="auto", help="number format: auto, float32 or bfloat16")
     add("--out", default=out, help=out_help)
@@ -100,13 +100,13 @@ def add_sampling_flags(
 def add_every_step_flag(parser: argparse.ArgumentParser) -> None:
     """Adds --every_step."""
     about = (
-        "show each image after every scale or step: in FILE.png, a row an image; a film always does"
+        "show each image after every scale or step, as animations do; FILE.png has a row per image"
     )
     parser.add_argument("--every_step", action="store_true", help=about)
 
 
 def shows_every_step(flags: argparse.Namespace) -> bool:
-    """Returns whether the output shows images after every scale or step, as films always do."""
+    """Returns whether the output shows images after every scale or step, as animations do."""
     return flags.every_step or file_suffix(flags.out) in FILM_SUFFIXES
 
 
@@ -145,7 +145,7 @@ def draw_samples(arguments: list[str]) -> None:
         "--sweep",
         nargs="+",
         metavar="OPTION=V,V",
-        help="options of the model to vary, in all combinations: a row of FILE.png each",
+        help="options of the model to vary, in all combinations: one row in FILE.png",
     )
     add_process_flags(parser)
     flags = parser.parse_args(arguments)

@@ -51,7 +51,7 @@ def with_named_tokenizer(experiment: Any, arguments: list[str]) -> Any:
 
 
 def train_experiment(experiment: Any, profile: str = "") -> dict[str, float]:
-    """Trains what a config describes, or continues the run in its `run_dir`.
+    """Trains a model from a config, or continues the run in its `run_dir`.
 
         experiment = varjax.load_config("digits_tokenizer")
         metrics = varjax.train(dataclasses.replace(experiment, steps=100))

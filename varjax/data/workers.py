@@ -32,7 +32,7 @@ class ReadOptions:
     Attributes:
         threads: number of threads; 0 for one per CPU that this process may use, at most 16.
         workers: number of processes that decode and augment instead of the threads; 0 for none.
-            They are worth their overhead only if augmentation holds Python's lock.
+            They are worth their overhead only if augmentation holds the GIL.
     """
 
     threads: int = 0

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=PORT, help="port of the page's address (%(default)s)")
     about = "address to listen on; 0.0.0.0 serves everyone who can reach this machine (%(default)s)"
     add("--host", default=HOST, help=about)
-    about = "whether Gradio makes a public link, through servers of its makers (%(default)s)"
+    about = "create a public link through Gradio's servers (%(default)s)"
     add("--share", choices=("true", "false"), default="false", help=about)
     about = "number format of the matrix products (auto: float32 on a CPU, else bfloat16)"
     add("--dtype", choices=get_args(Dtype), default="auto", help=about)

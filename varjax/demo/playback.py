@@ -38,7 +38,7 @@ def played_steps(
 ) -> Iterator[tuple[Film, int, float]]:
     """Yields what to show while images are drawn.
 
-    A step is shown as soon as it is drawn, but steps that are drawn faster than a film of
+    A step is shown as soon as it is drawn, but steps that are drawn faster than an animation of
     FILM_SECONDS shows them wait, and some of them are left out.
 
     Args:
@@ -47,8 +47,8 @@ def played_steps(
         images: number of all images.
 
     Yields:
-        A film, the step of it to show, and the seconds that drawing took so far. Until the latest
-        images are finished, the film has only one step: the earlier images, and these. Then it has
+        An animation, its step to show, and the seconds that drawing took so far. Until the latest
+        images are finished, it has only one step: the earlier images, and these. Then it has
         all steps of all images so far.
 
     Raises:
@@ -81,7 +81,7 @@ def played_steps(
 
 
 def connect_step_slider(step: Any, film: Any, pictures: Any) -> None:
-    """Lets a slider choose the step of a film that the page shows.
+    """Lets a slider choose the step of an animation that the page shows.
 
     Args:
         step: slider, from 1.

@@ -120,7 +120,7 @@ def evaluate(arguments: list[str]) -> None:
         check_classifier(classifier, model)
 
     def reports_at(outs: Sequence[pathlib.Path], options: Any, seed: int) -> list[dict[str, Any]]:
-        """Measures once per acceptance what is drawn with these options."""
+        """Samples with these options; returns a report per acceptance."""
         job = SamplingJob(labels, flags.count, seed, options, batch_size=1)
         jobs = dict.fromkeys(outs, job)
         if classifier is not None:

@@ -67,18 +67,18 @@ def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, di
 MEANINGS = {
     "label accuracy": "fraction that a classifier of real digits assigns to the requested class",
     "diversity": "mean distance between two digits of a class, relative to real training digits",
-    "copying": "fraction closer to a training digit than that digit's nearest neighbor",
+    "copying": "fraction closer to a training digit than any other training digit is",
     "Fréchet distance": "between Gaussians of pixels, to held-out digits (real: training digits)",
 }
 
 
 def class_diversity(x_NC: np.ndarray, label_N: np.ndarray) -> float:
-    """Computes the mean distance of two images of the same class, averaged over the classes."""
+    """Computes the mean distance between two images of a class, averaged over the classes."""
     return float(np.mean([pdist(x_NC[label_N == label]).mean() for label in np.unique(label_N)]))
 
 
 def copying_fraction(x_NC: np.ndarray, train_NC: np.ndarray) -> float:
-    """Computes the fraction of images closer to a training image than its nearest neighbor is."""
+    """Computes the fraction of images closer to a training image than any other training image."""
     within_NN = cdist(train_NC, train_NC)
     np.fill_diagonal(within_NN, np.inf)
     to_train_NN = cdist(x_NC, train_NC)

@@ -77,7 +77,7 @@ class FeatureOutput:
         return ""
 
     def features_of(self, job: SamplingJob) -> tuple[FeatureArrays, RejectionSummary | None]:
-        """Reads the features of the images that a job keeps, and what it keeps of how many.
+        """Reads the features of the images that a job keeps, and a summary of the choice.
 
         Args:
             job: job whose candidates are among those of the job that drew them.

@@ -1,4 +1,4 @@
-"""Compares measurements with what the authors of released models report, where both fit."""
+"""Compares measurements with published results, if the settings match."""
 
 import dataclasses
 import pathlib

@@ -388,14 +388,14 @@ class MARPipeline:
             diffusion_steps: denoising steps of a token, or FIRST:LAST[:SCHEDULE] (DiSA).
             clip_denoised: bound on denoised tokens, in standard deviations; 0 for none.
             guidance_from: first step with guidance, counted from 0.
-            guidance_to: first step after those with guidance; 0 for no end.
+            guidance_to: end of the half-open range of steps with guidance; 0 for no end.
             guidance_timestep_from: smallest diffusion timestep with guidance, 0 … 999.
-            guidance_timestep_to: smallest diffusion timestep above those with guidance.
+            guidance_timestep_to: end of this range of timesteps, excluded.
             choose: rule that chooses tokens instead, with the arguments of the head's `draw`:
                 (networks, z, noise, settings) -> tokens; pure. None for a draw. A new function
                 object compiles again, so define it once.
             index: (B,) numbers of the images; None for 0 … B-1.
-            every_step: whether to return the images after each step, as a film shows them; tokens
+            every_step: whether to return the images after each step, as in an animation; tokens
                 that are not drawn yet are gray. Or a function of a step's number and images, which
                 gets those of each step while the later ones are drawn.
             unknown: options of other models, which are refused.
@@ -478,9 +478,9 @@ class MARPipeline:
             diffusion_steps: denoising steps of a token; see `sample`.
             clip_denoised: bound on denoised tokens; see `sample`.
             guidance_from: first step with guidance.
-            guidance_to: first step after those with guidance.
+            guidance_to: end of the range of steps with guidance.
             guidance_timestep_from: smallest diffusion timestep with guidance.
-            guidance_timestep_to: smallest diffusion timestep above those with guidance.
+            guidance_timestep_to: end of this range of timesteps, excluded.
             choose: rule that chooses tokens instead.
             index: (B,) numbers of the results; None for one result per image.
             every_step: whether to return the results after each step that draws tokens, or a

@@ -71,10 +71,10 @@ class MAROptions:
         clip_denoised: largest |x_0| that a denoising step may aim at, in standard deviations of the
             latents; 0 for no limit, as with the official weights (docs/mar.md says when it helps).
         guidance_from: first step with guidance, counted from 0.
-        guidance_to: first step after those with guidance; 0 for no end.
+        guidance_to: end of the half-open range of steps with guidance; 0 for no end.
         guidance_timestep_from: smallest timestep of the diffusion, 0 … 999, with guidance (limited
             interval guidance, arXiv 2404.07724).
-        guidance_timestep_to: smallest timestep above those with guidance.
+        guidance_timestep_to: end of this range of timesteps, excluded.
     """
 
     guidance: OneOrEach[float] = option_field(
@@ -107,14 +107,14 @@ class MAROptions:
     )
     guidance_from: int = option_field(0, "first step with guidance, from 0", static=True)
     guidance_to: int = option_field(
-        0, "first step after those with guidance; 0: no end", static=True
+        0, "end of the half-open range of steps with guidance; 0: no end", static=True
     )
     guidance_timestep_from: int = option_field(
         0, "smallest diffusion timestep with guidance", limits=(0, TRAINING_STEPS - 1)
     )
     guidance_timestep_to: int = option_field(
         TRAINING_STEPS,
-        "smallest diffusion timestep above those with guidance",
+        "end of the range of diffusion timesteps with guidance, excluded",
         limits=(1, TRAINING_STEPS),
     )
 
@@ -213,8 +213,8 @@ def make_setup(
 ) -> SamplingSetup:
     """Prepares the sampling of a batch.
 
-    An edit starts in the schedule where as many tokens are known as the image keeps, so its cost
-    and quality are those of the last steps of a whole image.
+    An edit starts at the step that matches the number of kept tokens, so it costs as much as the
+    remaining steps of a whole image, and its quality is the same.
 
     Args:
         config: config of the transformer.

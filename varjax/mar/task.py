@@ -273,7 +273,7 @@ class MARTask:
 
 
 def matching_mar_rows(config: MARConfig, other: MARConfig) -> MatchingRows:
-    """Finds rows of the embeddings that mean the same in both, where the whole tables do not.
+    """Finds matching rows of embedding tables that do not match as a whole.
 
     With other classes, no row of the class embedding matches. With another grid or buffer size, the
     positions of the buffer tokens that both have match, and no position of the grid.

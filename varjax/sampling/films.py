@@ -1,4 +1,4 @@
-"""Writes films of images while they are drawn, scale by scale or step by step."""
+"""Writes animations of images as they are drawn, scale by scale or step by step."""
 
 import functools
 import io
@@ -13,7 +13,7 @@ from varjax.storage.captioned_grid import Captions, captioned_grid
 from varjax.storage.picture_text import film_text
 
 FILM_MILLISECONDS = 3000  # of all steps together
-LAST_MILLISECONDS = 1500  # of the finished images, before the film begins again
+LAST_MILLISECONDS = 1500  # of the finished images, before the animation repeats
 
 
 def write_film(
@@ -23,7 +23,7 @@ def write_film(
     captions: Captions | None = None,
     text: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a film that repeats, atomically: one frame for each step, the last one held.
+    """Writes a looping animation atomically: one frame for each step, the last one held.
 
     Args:
         path: FILE.gif (256 colors a frame) or FILE.webp (exact).
@@ -44,7 +44,7 @@ def film_bytes(
     captions: Captions | None = None,
     text: Mapping[str, str] | None = None,
 ) -> bytes:
-    """Encodes a film as the content of a file.
+    """Encodes an animation as the content of a file.
 
     Args:
         kind: "gif" (256 colors a frame) or "webp" (exact).

@@ -1,4 +1,4 @@
-"""Writes samples as one picture with words: a grid, a strip or a film."""
+"""Writes samples as one picture with text: a grid, a strip or an animation."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ FEWEST_COLUMNS = 8  # of such a row
 
 @dataclasses.dataclass(frozen=True)
 class PictureWords:
-    """Holds what a picture says about itself.
+    """Holds the text in and on a picture.
 
     Attributes:
         title: text above the images, "" for none.
@@ -123,13 +123,13 @@ class GridOutput(MemoryOutput):
 class FilmOutput(GridOutput):
     """Collects the steps of all images in memory and writes one file; a kill loses them.
 
-    FILE.gif and FILE.webp are films of a grid, a frame a step. FILE.png is a strip: a row an image,
-    a column a step. Its parts are (N, S, H, W, channels), of N images and S steps.
+    FILE.gif and FILE.webp are animations of a grid, with a frame per step. FILE.png is a strip with
+    a row per image and a column per step. Parts are (N, S, H, W, channels): N images, S steps.
     """
 
     def begin(self, write: bool) -> None:
         if not write:
-            raise InputError("films and strips are drawn by one process; run it in one process")
+            raise InputError("animations and strips need a single process")
 
     def finish(self) -> str:
         images_NSHWC, words = self.images(), self._words

@@ -31,7 +31,7 @@ class GuidanceOptions(Protocol):
         guidance: strongest guidance scale, or a list of one for each scale or step; 1 is off.
         guidance_schedule: schedule of a guidance that is one number; see `schedule_fractions`.
         guidance_from: first scale or step with guidance, counted from 0.
-        guidance_to: first scale or step after those with guidance; 0 for no end.
+        guidance_to: end of the half-open range of scales or steps with guidance; 0 for no end.
     """
 
     @property

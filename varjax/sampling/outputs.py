@@ -27,7 +27,7 @@ from varjax.storage.untrusted import parse_json
 REQUEST, PART_SUFFIX = "request.json", ".safetensors"
 OLD_SUFFIX = ".npy"  # parts written by an older version, without checksums
 FILM_SUFFIXES = (".gif", ".webp")
-FILE_SUFFIXES = (".png", ".npz", *FILM_SUFFIXES)  # a grid, images, films
+FILE_SUFFIXES = (".png", ".npz", *FILM_SUFFIXES)  # a grid, images, animations
 REFUSED_SUFFIXES = (".jpg", ".jpeg", ".npy", ".json")
 MOST_LABEL_BYTES = 200  # in the name of a file, which may have 255
 
@@ -123,7 +123,7 @@ def check_out_holds(
         location: path of the output, as for `check_out`.
         images: number of images.
         image_shape: (H, W, channels) of an image.
-        steps: number of steps of each image that a film or strip shows; None for whole images.
+        steps: number of steps in an animation or strip; None for finished images.
 
     Raises:
         InputError: too many images for a grid, a number of channels that the format lacks, or a
@@ -132,8 +132,8 @@ def check_out_holds(
     (H, W, channels), suffix = image_shape, file_suffix(location)
     if steps is not None and suffix in ("", ".npz"):
         raise InputError(
-            f"out={location} holds finished images; for every step, give FILE.gif or FILE.webp (a "
-            "film) or FILE.png (a row an image)"
+            f"out={location} holds finished images; for every step, give FILE.gif or FILE.webp (an "
+            "animation) or FILE.png (a row per image)"
         )
     allowed = (1, 3, 4) if suffix in ("", ".png") else (1, 3)
     if channels not in allowed:
@@ -161,8 +161,8 @@ def open_output(
 ) -> Output:
     """Returns the output for "x.png" (a grid with `columns`), "x.npz", or a folder's name.
 
-    With `every_step`, the output for a film ("x.gif", "x.webp") or a strip ("x.png"). Grids, films
-    and strips show `words`.
+    With `every_step`, the output for an animation ("x.gif", "x.webp") or a strip ("x.png"). All
+    pictures show `words`.
     """
     path, suffix = as_path(location), file_suffix(location)
     if every_step:

@@ -11,7 +11,7 @@ BLEND_PART = 64  # by default, pixels are blended over 1 / 64 of the height
 
 
 def paste(images_BHWC: Any, results_BHWC: Any, redraw: Any, blend: int | None = None) -> np.ndarray:
-    """Returns the results of an edit in which all pixels that it kept are the original's.
+    """Pastes the kept pixels of the originals into the results of an edit.
 
         edited = model.edit(images, keep, labels)
         edited = varjax.paste(images, edited, redraw=~keep)

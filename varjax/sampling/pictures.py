@@ -26,7 +26,7 @@ from varjax.storage.image_files import to_uint8
 
 @dataclasses.dataclass(frozen=True)
 class ShownFilm:
-    """Holds a film that a notebook displays.
+    """Holds an animation that a notebook displays.
 
     Attributes:
         webp: content of a WebP file.
@@ -36,21 +36,21 @@ class ShownFilm:
 
     def _repr_html_(self) -> str:
         return (
-            f'<img alt="film" src="data:image/webp;base64,{base64.b64encode(self.webp).decode()}">'
+            f'<img alt="steps" src="data:image/webp;base64,{base64.b64encode(self.webp).decode()}">'
         )
 
 
 def show(images: Any, columns: int | None = None) -> Image.Image | ShownFilm:
-    """Arranges images in a grid, as a picture or film that a notebook displays.
+    """Arranges images in a grid, as a picture or animation that a notebook displays.
 
         varjax.show(model.sample([3, 1, 4]))
-        varjax.show(model.sample([3, 1, 4], every_step=True))  # a film
+        varjax.show(model.sample([3, 1, 4], every_step=True))  # an animation
 
-    In a script, `varjax.show(images).show()` opens a window; `save` writes films.
+    In a script, `varjax.show(images).show()` opens a window; `save` writes animations.
 
     Args:
-        images: (N, H, W, 1, 3 or 4) or one image (H, W, …), uint8 or floats in [0, 1]; for a film
-            (steps, N, H, W, C).
+        images: (N, H, W, 1, 3 or 4) or one image (H, W, …), uint8 or floats in [0, 1]; for an
+            animation (steps, N, H, W, C).
         columns: images in a row; None for a grid that is as square as possible.
 
     Raises:
@@ -69,17 +69,18 @@ def save(
     labels: Sequence[int] | np.ndarray | None = None,
     columns: int | None = None,
 ) -> None:
-    """Saves images as a grid, a film, an .npz or a folder; an existing file is replaced.
+    """Saves images as a grid, an animation, an .npz or a folder; an existing file is replaced.
 
         varjax.save(model.sample([3, 1, 4]), "samples.png")
-        varjax.save(steps_SNHWC, "film.gif")  # model.sample([3, 1, 4], every_step=True)
+        varjax.save(steps_SNHWC, "steps.gif")  # model.sample([3, 1, 4], every_step=True)
 
     Args:
-        images: (N, H, W, 1, 3 or 4), uint8 or floats in [0, 1]; for a film (steps, N, H, W, C).
-        path: FILE.png (a grid), FILE.gif or FILE.webp (a film), FILE.npz ("arr_0", for evaluators,
-            in the order given), or a new folder (a PNG for each image).
+        images: (N, H, W, 1, 3 or 4), uint8 or floats in [0, 1]; (steps, N, H, W, C) for an
+            animation.
+        path: FILE.png (a grid), FILE.gif or FILE.webp (an animation), FILE.npz ("arr_0", for
+            evaluators, in the order given), or a new folder (a PNG for each image).
         labels: (N,) classes, which an .npz and the names of a folder's files hold; None for none.
-        columns: images in a row of a grid or film; None for a grid that is as square as possible.
+        columns: images in a row; None for a grid that is as square as possible.
 
     Raises:
         InputError: images of another shape or type, NaN, or a path that cannot be written.

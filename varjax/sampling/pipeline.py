@@ -1,4 +1,4 @@
-"""What the pipelines of all families share: weights held by devices, and checked requests."""
+"""Code shared by the pipelines of all families: weights on devices, and checked requests."""
 
 import contextlib
 import dataclasses

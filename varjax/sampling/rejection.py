@@ -1,4 +1,4 @@
-"""Rejection sampling: draws more images than wanted, and keeps those that a classifier likes best.
+"""Rejection sampling: draws extra images, and keeps those that a classifier ranks highest.
 
 Razavi et al. 2019 (VQ-VAE-2, arXiv 1906.00446), section 3.3: images are ranked by the probability
 that a classifier of real images gives to their class. Of the candidates of each label, those with
@@ -98,7 +98,7 @@ def best_candidates(probability_Pm: np.ndarray, count: int) -> np.ndarray:
         count: number of candidates to keep of each label.
 
     Returns:
-        (P, count) numbers of candidates in ascending order. Of equal ones, the first are kept.
+        (P, count) numbers of candidates in ascending order. Ties keep the first.
     """
     order_Pm = np.argsort(-probability_Pm, axis=1, kind="stable")
     return np.sort(order_Pm[:, :count], axis=1)

@@ -47,7 +47,7 @@ def software() -> str:
 
 
 def film_text(text: Mapping[str, str], kind: str) -> dict[str, Any]:
-    """Returns the arguments of Pillow's `save` that put text into a film, as one JSON object.
+    """Returns the arguments of Pillow's `save` that put text into an animation, as one JSON object.
 
     Args:
         text: text by keyword.

@@ -42,7 +42,7 @@ class Goodput:
 
     @contextlib.contextmanager
     def measure(self, kind: str) -> Iterator[None]:
-        """Counts the time inside as `kind`, and not as the kind around it."""
+        """Counts the time inside as `kind`, not as the enclosing kind."""
         before = self.begin(kind)
         try:
             yield
@@ -129,7 +129,7 @@ class ThroughputMeter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time inside out of the measurement."""
+        """Pauses the measurement."""
         begin = time.monotonic()
         yield
         self._paused_seconds += time.monotonic() - begin

@@ -36,7 +36,7 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
     The same command continues a run that ended in any way, and then takes exactly the steps that an
     uninterrupted run takes. SIGINT and SIGTERM (with several processes only SIGTERM) save at once
     and exit with 128 + the signal's number; the next start makes up for an evaluation that was due.
-    What ended a start that failed is also written to <run_dir>/error.txt, with the traceback if it
+    The error of a failed start is also written to <run_dir>/error.txt, with the traceback if it
     was unexpected. A run without progress for `stalled_minutes` ends the process (`Watchdog`).
 
     Args:

@@ -1,4 +1,4 @@
-"""What the loop remembers across a restart: the last evaluation, and the best one."""
+"""State of the loop that survives a restart: the last evaluation, and the best one."""
 
 import dataclasses
 import math

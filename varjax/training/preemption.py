@@ -60,7 +60,7 @@ class PreemptionGuard:
         self.signum = signum
         for number in self._handlers:
             signal.signal(number, signal.SIG_DFL)
-        os.write(2, b"stopping after this step; once more kills at once\n")
+        os.write(2, b"stopping after this step; a second signal kills\n")
 
 
 class _SignalExchange:

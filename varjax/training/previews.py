@@ -1,4 +1,4 @@
-"""Says on previews what they show: run and step, classes of samples, rows of reconstructions."""
+"""Captions previews with run and step, classes of samples, and rows of reconstructions."""
 
 from collections.abc import Sequence
 

@@ -183,7 +183,7 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Copies arrays that every process has to the devices; each process fills its own devices.
+    """Copies arrays, equal in every process, to the devices; each process fills its own.
 
     Args:
         tree: arrays, equal in every process.

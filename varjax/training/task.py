@@ -96,7 +96,7 @@ class Task(Protocol):
             location: run, whose average is read if it has one, or converted directory.
 
         Returns:
-            The parameters, and the matching rows of those of which only some rows match.
+            The parameters, and for those that match only in part, the matching rows.
 
         Raises:
             InputError: `location` lacks something.
@@ -166,8 +166,8 @@ class Task(Protocol):
     def preview(self, state: TrainState, frozen: PyTree, batch: Batch) -> dict[str, jax.Array]:
         """Makes images to look at, in [0, 1], by name; {} for none.
 
-        Images are (N, H, W, C), "samples" those of `previews.preview_labels`. Originals and below
-        them their reconstructions are (rows, columns, H, W, C); see `reconstruction_names`.
+        Images are (N, H, W, C); "samples" show `preview_labels`. Originals with their
+        reconstructions below are (rows, columns, H, W, C); see `reconstruction_names`.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""What the tasks of all transformers share: checks, notes, FLOP, previews."""
+"""Code shared by the tasks of all transformers: checks, notes, FLOP, previews."""
 
 import dataclasses
 from typing import Any
@@ -59,7 +59,7 @@ def transformer_notes(task: Any, plan: Plan) -> list[str]:
 def with_tokenizer_of(task: Any, location: str) -> Any:
     """Returns a transformer's task on the tokenizer of the model at `location`; see `Task`.
 
-    The same tokenizer with other settings, such as the scales of larger images, is the task's own.
+    If only its settings differ, such as scales for larger images, the task's own is kept.
     """
     if task.tokenizer_weights in (location, RANDOM):
         return task
@@ -102,7 +102,7 @@ def train_flops(task: Any, state: TrainState, frozen: PyTree, batch: Batch) -> i
 def preview_samples(
     sampler: ImageSampler, params: PyTree, frozen: PyTree, classes: int
 ) -> jax.Array:
-    """Samples 16 images, always from the same random keys: of all classes, or of 16 of many."""
+    """Samples 16 images with fixed random keys: of all classes, or of 16 if there are more."""
     label_N = jnp.asarray(preview_labels(classes))
     index_N = jnp.arange(len(label_N))
     key_N = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), index_N)

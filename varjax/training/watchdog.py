@@ -25,7 +25,7 @@ class Watchdog:
 
     First it writes the stacks of all threads to the report and to stderr. It counts from the first
     `progress` on, but not while the whole process is stopped (SIGSTOP). Native code that never
-    releases Python's lock also stops the watchdog.
+    releases the GIL also stops the watchdog.
 
     Args:
         minutes: minutes without progress before the process ends; 0 for no watchdog.
@@ -55,7 +55,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Excludes the time inside."""
+        """Pauses the watchdog."""
         self._pauses += 1
         try:
             yield
@@ -82,7 +82,7 @@ class Watchdog:
 
 
 def _stacks() -> str:
-    # faulthandler keeps Python's lock while it writes, and a file on a disk could hang.
+    # faulthandler keeps the GIL while it writes, and a file on a disk could hang.
     in_memory = sys.platform == "linux"
     with open(os.memfd_create("stacks"), "w+b") if in_memory else TemporaryFile() as file:
         faulthandler.dump_traceback(file)

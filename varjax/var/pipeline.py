@@ -282,13 +282,13 @@ class VARPipeline:
             smooth: whether to mix codes: smoother pictures, not for benchmarks.
             guidance_schedule: "linear" from 1 at the first scale, "constant", or "power_cosine:P".
             guidance_from: first scale with guidance, counted from 0.
-            guidance_to: first scale after those with guidance; 0 for no end.
+            guidance_to: end of the half-open range of scales with guidance; 0 for no end.
             temperature: temperature of the codes left by top_k and top_p; 0 is greedy.
             choose: rule that chooses tokens instead: (logits (B, l, V), scale k, keys (B,) of the
                 scale) -> tokens (B, l); pure. None for a draw. A new function object compiles
                 again, so define it once.
             index: (B,) numbers of the images; None for 0 … B-1.
-            every_step: whether to return the images after each scale, as a film shows them; or a
+            every_step: whether to return the images after each scale, as in an animation; or a
                 function of a scale's index and images, which gets those of each scale while the
                 later ones are drawn.
             unknown: options of other models, which are refused.
@@ -347,7 +347,7 @@ class VARPipeline:
             smooth: whether to mix codes; not for benchmarks.
             guidance_schedule: schedule of the guidance.
             guidance_from: first scale with guidance.
-            guidance_to: first scale after those with guidance.
+            guidance_to: end of the range of scales with guidance.
             temperature: temperature of the codes left by top_k and top_p.
             choose: rule that chooses tokens instead.
             index: (B,) numbers of the results; None for one result per image.

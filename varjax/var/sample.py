@@ -61,8 +61,8 @@ class VAROptions:
 
     Guidance, top_k, top_p and temperature are one number, or a list of one for each scale.
 
-    New numbers need no new compilation. Others do: `smooth`, a schedule, an interval, a list in
-    place of a number, and another scale from which on guidance is off.
+    New numbers do not recompile. Changing these does: `smooth`, a schedule, an interval, a list in
+    place of a number, and the scale at which guidance ends.
 
     Attributes:
         guidance: strongest scale s of classifier-free guidance, u + s·(c - u); 1 turns it off. The
@@ -75,7 +75,7 @@ class VAROptions:
             scale to s at the last, "constant" is s, and "power_cosine:P" is RAR's; see
             `varjax.sampling.guidance.schedule_fractions`. A list replaces it.
         guidance_from: first scale with guidance, counted from 0.
-        guidance_to: first scale after those with guidance; 0 for no end.
+        guidance_to: end of the half-open range of scales with guidance; 0 for no end.
         temperature: factor on the noise of each draw, which divides the logits that are left after
             top_k and top_p (as in CoDe, arXiv 2411.17787); 0 is greedy.
     """
@@ -105,7 +105,7 @@ class VAROptions:
     )
     guidance_from: int = option_field(0, "first scale with guidance, from 0", static=True)
     guidance_to: int = option_field(
-        0, "first scale after those with guidance; 0: no end", static=True
+        0, "end of the half-open range of scales with guidance; 0: no end", static=True
     )
     temperature: OneOrEach[float] = option_field(
         1.0,

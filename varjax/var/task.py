@@ -316,7 +316,7 @@ class VARTask:
 
 
 def matching_rows(here: VARConfig, there: VARConfig) -> MatchingRows:
-    """Finds rows of the embeddings that mean the same in both, where the whole tables do not.
+    """Finds matching rows of embedding tables that do not match as a whole.
 
     With other classes, only "no class" matches. With other scales, levels and positions of token
     maps with the same height and width match.

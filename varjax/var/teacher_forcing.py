@@ -14,7 +14,7 @@ from varjax.trees import PyTree
 def targets_and_inputs(
     config: VQConfig, frozen: PyTree, batch: Batch, compute: ComputeConfig = EXACT
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes what the transformer predicts, and what it reads to predict it.
+    """Computes the transformer's targets and inputs.
 
     Args:
         config: config of the tokenizer.
