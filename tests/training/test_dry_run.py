@@ -14,7 +14,7 @@ def test_it_takes_a_step_and_writes_nothing(tmp_path):
     for words in (
         "mesh: data 1, fsdp 1, tensor 1 on 1 × cpu",
         "batch: 64 images, 64 on a device, 32 at a time",
-        "length: 30 steps, 1.3 passes over 1,442 images of 10 classes",
+        "length: 30 steps, 1.3 epochs of 1,442 images of 10 classes",
         "state: 1,200 parameters",
         "step: loss 2.3",
         "whole run: about ",

@@ -45,7 +45,7 @@ def test_guidance_by_a_class_that_is_never_trained(task, guided):
 def test_an_average_that_the_run_is_too_short_for(task):
     (note,) = dataclasses.replace(task, ema_decay=0.9999).notes(Plan(steps=1000))
     assert (
-        "90% of the average are still the initial parameters" in note
+        "90% of the EMA weights are still the initial parameters" in note
         and "task.ema_decay=0.995" in note
     )
     assert "Set task.ema_warmup=true or" in note
@@ -64,8 +64,8 @@ def test_notes_are_said_before_anything_is_done(tmp_path, monkeypatch, capfd):
 
 def test_hundreds_of_passes_over_few_images():
     (note,) = passes_notes(Plan(steps=10_000, batch_size=64), 1_442)
-    assert note.startswith("the run makes 444 passes over 1,442 training images, so the model may")
-    assert note.endswith("50 passes are 1,127 steps") and "eval_every=500 " in note
+    assert note.startswith("the run has 444 epochs of 1,442 training images, so the model may")
+    assert note.endswith("50 epochs are 1,127 steps") and "eval_every=500 " in note
     (note,) = passes_notes(Plan(steps=400, batch_size=64), 20)
     assert "eval_every=40 " in note  # ten evaluations
     for steps, images in ((4_000, 1_442), (250_000, 1_281_167), (10_000, 60_000)):
@@ -77,7 +77,7 @@ def test_hundreds_of_passes_over_few_images():
 
 def test_a_run_starts_with_the_note_on_its_passes(tmp_path, capfd):
     set_up(tiny.experiment(tmp_path, steps=5_000))
-    assert capfd.readouterr().err.startswith("note: the run makes 222 passes over 1,442 training")
+    assert capfd.readouterr().err.startswith("note: the run has 222 epochs of 1,442 training")
 
 
 def test_a_run_limits_its_evaluations(tmp_path):

@@ -46,11 +46,11 @@ def sample_std(schedule: NoiseSchedule, error: float) -> float:
 
 
 def steps_table(error: float) -> Iterator[str]:
-    """Yields the lines of a table of what happens with and without DiSA's last timestep.
+    """Yields the lines of a table that compares starting at DiSA's timestep and at MAR's.
 
     error: relative error of the predicted noise.
     """
-    yield f"| diffusion steps | timesteps to | factor | std, no error | std, {error:.1%} error |"
+    yield f"| diffusion steps | first timestep | factor | std, no error | std, {error:.1%} error |"
     yield "|---|---|---|---|---|"
     for count in COUNTS:
         for schedule in (NoiseSchedule(count), NoiseSchedule(count, DISA_LAST_TIMESTEP)):
@@ -64,7 +64,10 @@ def cost_table(steps: int) -> Iterator[str]:
 
     steps: number of sampling steps.
     """
-    yield "| `--diffusion_steps` | first and last step | sum over all steps | tokens × steps |"
+    yield (
+        "| `--diffusion_steps` | in the first and last sampling step | sum over all sampling steps "
+        "| tokens × denoising steps |"
+    )
     yield "|---|---|---|---|"
     new = np.diff(UnmaskingSchedule(TOKENS, steps).known)
     for setting in SETTINGS:

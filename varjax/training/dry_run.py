@@ -52,7 +52,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     )
     steps, images = setup.plan.steps, len(loader.train_source)
     say(
-        f"length: {steps:,} steps, {steps * experiment.batch_size / images:,.1f} passes over "
+        f"length: {steps:,} steps, {steps * experiment.batch_size / images:,.1f} epochs of "
         f"{images:,} images of {experiment.data.classes:,} classes"
     )
 

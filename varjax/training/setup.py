@@ -140,10 +140,10 @@ def passes_notes(plan: Plan, images: int) -> list[str]:
     steps = math.ceil(MANY_PASSES / 4 * images / plan.batch_size)
     every = max(1, min(500, plan.steps // 10))  # patience counts evaluations, so it needs several
     return [
-        f"the run makes {passes:,.0f} passes over {images:,} training images, so the model may "
+        f"the run has {passes:,.0f} epochs of {images:,} training images, so the model may "
         f"memorize them. Compare the loss with that of held-out images: eval_every={every} "
         "keep_best=eval/loss patience=5 keeps the best weights and ends the run when they no "
-        f"longer improve. {MANY_PASSES // 4} passes are {steps:,} steps"
+        f"longer improve. {MANY_PASSES // 4} epochs are {steps:,} steps"
     ]
 
 
