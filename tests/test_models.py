@@ -105,7 +105,7 @@ def test_a_tokenizer_alone_serves_training_but_draws_nothing(tokenizer_dir, tmp_
     assert names == ["tokenizer.pth", "tokenizer.safetensors", "tokenizer.varjax.json"]
     with pytest.raises(ValueError, match="VQTask, not of a transformer"):
         varjax.load(tmp_path / "tokenizer_run")
-    with pytest.raises(ValueError, match="has no average"):
+    with pytest.raises(ValueError, match="has no EMA weights"):
         read_tokenizer(tmp_path / "tokenizer_run", ema=True)
 
 

@@ -187,7 +187,7 @@ def read_model(
 
     Args:
         location: like in `load`, or a directory that is open.
-        ema: True reads a run's averaged weights, False the others; None reads the averaged weights
+        ema: True reads a run's EMA weights, False the others; None reads the EMA weights
             if there are any.
 
     Raises:
@@ -293,7 +293,7 @@ def load(
             `VARPipeline.with_refiner`.
         draft_scales: number of scales before those of the refiner; None for 8. Refused without a
             refiner.
-        ema: True loads a run's averaged weights, False the others; None loads the averaged weights
+        ema: True loads a run's EMA weights, False the others; None loads the EMA weights
             if there are any.
 
     Returns:
@@ -359,8 +359,8 @@ def load_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> "Lo
     Args:
         location: run of a tokenizer, run that uses one, converted directory, or name of a published
             model: "vae_ch160v4096z32", "var_d16".
-        ema: True reads the averaged weights of a tokenizer's run, False the others; None reads the
-            averaged weights if there are any.
+        ema: True reads the EMA weights of a tokenizer's run, False the others; None reads the
+            EMA weights if there are any.
 
     Raises:
         InputError: says what `location` lacks.

@@ -39,7 +39,7 @@ def convert_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None
     Args:
         run: directory of the run.
         out: directory to write; see `convert`.
-        ema: True writes the averaged weights, False the others; None writes the averaged weights if
+        ema: True writes the EMA weights, False the others; None writes the EMA weights if
             there are any.
 
     Raises:
@@ -72,7 +72,7 @@ def convert_to_torch(
     Args:
         weights: training run, directory of weights, or name of a published model.
         out: directory to write, which must be empty or not exist.
-        ema: True writes a run's averaged weights, False the others; None writes the averaged
+        ema: True writes a run's EMA weights, False the others; None writes the EMA
             weights if there are any.
         layout: "diffusers" writes only a KL tokenizer, as a folder for diffusers'
             `AutoencoderKL.from_pretrained`.

@@ -41,15 +41,15 @@ def test_the_average_of_a_deit_style_checkpoint_is_taken_and_said(tmp_path, caps
         bias(converted(tmp_path / "both.pth", tmp_path / "out")), expected
     )
     said = capsys.readouterr().err
-    assert "both.pth: using the averaged weights (ema); --no-ema uses the others" in said
+    assert "both.pth: using the EMA weights (ema); --no-ema uses the others" in said
     params = converted(tmp_path / "both.pth", tmp_path / "out", ema=False)
     np.testing.assert_array_equal(bias(params), expected + 1)
-    assert "averaged" not in capsys.readouterr().err
+    assert "EMA" not in capsys.readouterr().err
     # A setting of that name is no average.
     write_nested(tmp_path / "one.pth", {"model": last, "ema": {"decay": 0.99}})
     params = converted(tmp_path / "one.pth", tmp_path / "out")
     np.testing.assert_array_equal(bias(params), expected + 1)
-    with pytest.raises(InputError, match="has no averaged weights"):
+    with pytest.raises(InputError, match="has no EMA weights"):
         converted(tmp_path / "one.pth", tmp_path / "out", ema=True)
 
 

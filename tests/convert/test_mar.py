@@ -206,7 +206,7 @@ def test_averaged_weights_are_preferred(files, tmp_path, capsys):
     write_pth(tmp_path / "plain.pth", official())
     np.testing.assert_array_equal(class_embed(tmp_path / "plain.pth"), averaged)
     text = refused(capsys, tmp_path, f"--mar={none}", "--ema")
-    assert f"{none} has no averaged weights (model_ema, ema)" in text
+    assert f"{none} has no EMA weights (model_ema, ema)" in text
 
 
 @pytest.mark.parametrize("name", RELEASED)

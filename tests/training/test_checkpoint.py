@@ -483,5 +483,5 @@ def test_a_run_without_average_gives_its_parameters(tmp_path):
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, state(1).replace(ema=None))
     equal(restore_weights(tmp_path), state(1).params)
-    with pytest.raises(ValueError, match="has no average"):
+    with pytest.raises(ValueError, match="has no EMA weights"):
         restore_weights(tmp_path, ema=True)

@@ -1,4 +1,4 @@
-"""The decay of averaged weights may rise with the updates, in all tasks, and a restart knows it."""
+"""The decay of EMA weights may rise with the updates, in all tasks, and a restart knows it."""
 
 import dataclasses
 import functools

@@ -13,7 +13,7 @@ METRICS = {
 
 
 def test_the_line_has_the_most_important_metrics():
-    line = "loss 3.259, accuracy 0.09423; averaged weights: loss 3.857, fid 1.235e+04"
+    line = "loss 3.259, accuracy 0.09423; EMA weights: loss 3.857, fid 1.235e+04"
     assert results_line(METRICS) == line
     assert results_line(METRICS, 3.2) == f"{line}; training loss 3.2"
     assert results_line({"eval/entropy": 1.0}, math.nan) == ""
@@ -21,9 +21,9 @@ def test_the_line_has_the_most_important_metrics():
 
 def test_the_table_has_every_metric_that_is_one_number():
     assert results_table(METRICS).splitlines() == [
-        "           held out  averaged weights",
-        "loss          3.259             3.857",
+        "           held out  EMA weights",
+        "loss          3.259        3.857",
         "accuracy    0.09423",
-        "fid                         1.235e+04",
+        "fid                    1.235e+04",
         "loss_last      3.27",
     ]

@@ -28,7 +28,7 @@ from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import files
 from varjax.storage.buckets import as_path, short_path
 
-PREFIX_LABELS = {"": "training", "eval/": "held out", "eval_ema/": "held out, averaged weights"}
+PREFIX_LABELS = {"": "training", "eval/": "held out", "eval_ema/": "held out, EMA weights"}
 TITLES = {
     "loss": "loss",
     "accuracy": "accuracy",

@@ -53,7 +53,7 @@ class RunStatus:
         step: last update in the run's metrics.
         steps: length of the run in updates; None if it is not known yet.
         loss: loss in the last line of training metrics; NaN before the first.
-        eval_loss: loss of the last evaluation, of the averaged weights if there are any.
+        eval_loss: loss of the last evaluation, of the EMA weights if there are any.
         images_per_second: training speed in the last line that has one.
         productive: fraction of the run's total time, over all starts, spent on steps that were
             kept, 0 … 1.

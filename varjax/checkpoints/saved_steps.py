@@ -179,16 +179,16 @@ class SavedSteps:
 
         Args:
             step: step number of the checkpoint.
-            ema: True reads the averaged parameters, False the others; None reads the average if it
+            ema: True reads the EMA parameters, False the others; None reads the EMA if it
                 exists.
 
         Raises:
-            InputError: there is no average.
+            InputError: there is no EMA.
         """
         saved, record = self._saved_arrays(step), self._record(step)
         averaged = saved.get("ema") is not None
         if ema and not averaged:
-            raise InputError(f"step {step} in {self.directory} has no average; use params")
+            raise InputError(f"step {step} in {self.directory} has no EMA weights; use params")
         name = "ema" if averaged and ema is not False else "params"
         self._check_description(step, name, saved[name].tree, record["arrays"])
         self._repeated(step, lambda: self._check_claims(step, name, saved[name].tree))

@@ -117,8 +117,8 @@ class WeightsDir:
         """Reads the tokenizer's parameters; raises InputError if there are none.
 
         Args:
-            ema: True reads the averaged weights of a tokenizer's run, False the others; None reads
-                the averaged weights if there are any.
+            ema: True reads the EMA weights of a tokenizer's run, False the others; None reads
+                the EMA weights if there are any.
         """
         self.tokenizer_settings()  # raises an error if there is no tokenizer
         if self.trains_tokenizer:
@@ -217,7 +217,7 @@ def restore_weights(
 
     Args:
         run_dir: directory of the run.
-        ema: True reads the averaged parameters, False the others. None reads the average if there
+        ema: True reads the EMA parameters, False the others. None reads the EMA if there
             is one, unless the best step was chosen by a metric of the parameters themselves
             ("eval/...").
         config: contents of the run's config.json; None reads it.
@@ -317,7 +317,7 @@ def read_generator(
         task: class name of the task that trains such models.
         config_class: dataclass of the model's config, with a method `init(key) -> params`.
         options_class: dataclass of the model's sampling options.
-        ema: True reads a run's averaged weights, False the others; None reads the averaged weights
+        ema: True reads a run's EMA weights, False the others; None reads the EMA weights
             if there are any.
 
     Returns:

@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--ema",
         action=argparse.BooleanOptionalAction,
-        help="use the averaged weights of a run or checkpoint (default: if it has any)",
+        help="use the EMA weights of a run or checkpoint (default: if it has any)",
     )
     add("--debug", action="store_true", help="print tracebacks of input errors, too")
     return parser

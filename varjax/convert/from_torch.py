@@ -54,7 +54,7 @@ def convert(
         out: directory to write. An existing one is replaced only if it holds the same models.
         options: settings that the files do not contain, by name: {"groups": 16}; the `options` of
             the name maps.
-        ema: True reads a checkpoint's averaged weights, False the others; None reads the averaged
+        ema: True reads a checkpoint's EMA weights, False the others; None reads the EMA
             weights if there are any.
         files: official files by flag: a tokenizer (`tokenizer` or `kl`), a model of its latents
             (`var` or `mar`), or both. A checkpoint of VAR's trainer given as `var` serves as both.
@@ -223,8 +223,7 @@ def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[s
                 averaged = True
                 if ema is None:
                     print(
-                        f"note: {path}: using the averaged weights ({key}); --no-ema uses the "
-                        "others",
+                        f"note: {path}: using the EMA weights ({key}); --no-ema uses the others",
                         file=sys.stderr,
                     )
             with errors_naming(path):
@@ -240,7 +239,7 @@ def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[s
     if ema and not averaged:
         names = ", ".join(map(str, files.values()))
         keys = ", ".join(AVERAGED)
-        raise InputError(f"ema=True, but {names} has no averaged weights ({keys})")
+        raise InputError(f"ema=True, but {names} has no EMA weights ({keys})")
     return sources
 
 

@@ -84,7 +84,7 @@ def _weight_map(index: pathlib.Path) -> dict[str, str]:
     return {str(name): str(part) for name, part in weight_map.items()}
 
 
-# Keys of averaged weights next to "model": in MAR's trainer, and in DeiT's and later ones.
+# Keys of EMA weights next to "model": in MAR's trainer, and in DeiT's and later ones.
 AVERAGED = ("model_ema", "ema")
 WRAPPERS = ("state_dict", "model")
 HMAR_TRAINER = "transformer_wo_ddp"  # key under which HMAR's trainer keeps its transformer
@@ -98,7 +98,7 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
 
     Args:
         checkpoint: content of the checkpoint.
-        ema: False ignores averaged weights; otherwise they are used if there are any.
+        ema: False ignores EMA weights; otherwise they are used if there are any.
 
     Returns:
         {flag: {name: array}}; the flag is "tokenizer" or "var" for a checkpoint of VAR's trainer,
@@ -132,7 +132,7 @@ def find_state_dicts(checkpoint: Any, ema: bool | None = None) -> dict[str, dict
 
 
 def averaged_key(checkpoint: Any) -> str | None:
-    """Returns the key of a checkpoint's averaged weights; None if it has none."""
+    """Returns the key of a checkpoint's EMA weights; None if it has none."""
     if not isinstance(checkpoint, dict):
         return None
     return next((key for key in AVERAGED if _is_state_dict(checkpoint.get(key))), None)

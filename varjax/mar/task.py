@@ -56,7 +56,7 @@ NOISE_BINS, KNOWN_BINS = 10, 4  # ranges of the losses in evaluation
 class MARTask:
     """Trains a transformer to predict masked tokens (MAR).
 
-    Samples are drawn from the averaged parameters. Raises InputError for a value out of range.
+    Samples are drawn from the EMA parameters. Raises InputError for a value out of range.
 
     Attributes:
         model: config of the transformer.

@@ -73,7 +73,7 @@ class Evaluator:
             stop: function asked before each batch; once it returns True, the evaluation ends.
 
         Returns:
-            "eval/NAME" for the parameters and "eval_ema/NAME" for the average, if there is one.
+            "eval/NAME" for the parameters and "eval_ema/NAME" for the EMA, if there is one.
             None if the evaluation was stopped.
         """
         sums: dict[str, PyTree] = {}
@@ -107,7 +107,7 @@ class Evaluator:
         return [f"{kind}/{name}" for kind in evaluated_parameters(state) for name in names]
 
     def preview(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Returns previews of some held-out images by name, from the average if there is one.
+        """Returns previews of some held-out images by name, from the EMA if there is one.
 
         Raises OSError (StorageError) in all processes if one of them cannot read the batch.
         """

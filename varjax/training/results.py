@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping
 
-KINDS = {"eval": "held out", "eval_ema": "averaged weights"}
+KINDS = {"eval": "held out", "eval_ema": "EMA weights"}
 HEADLINES = ("loss", "accuracy", "psnr", "fid", "inception_score")  # shown first, in this order
 
 
 def results_line(metrics: Mapping[str, float], training_loss: float = math.nan) -> str:
     """Formats the most important metrics of an evaluation.
 
-        "loss 3.26, accuracy 0.0942; averaged weights: loss 3.86, accuracy 0.122; training loss 3.2"
+        "loss 3.26, accuracy 0.0942; EMA weights: loss 3.86, accuracy 0.122; training loss 3.2"
 
     Args:
         metrics: numbers by name, such as "eval/loss" and "eval_ema/loss".

@@ -182,10 +182,10 @@ def evaluated_parameters(state: TrainState) -> dict[str, PyTree]:
 
 
 def ema_notes(ema_decay: float, ema_warmup: bool, plan: Plan) -> list[str]:
-    """Returns a note if a run is too short for its average, for `Task.notes`.
+    """Returns a note if a run is too short for its EMA, for `Task.notes`.
 
     Args:
-        ema_decay: decay of the average; 0 for no average.
+        ema_decay: decay of the EMA; 0 for no EMA.
         ema_warmup: whether the decay starts low, so that a run of any length is long enough.
         plan: length of the run.
     """
@@ -195,8 +195,8 @@ def ema_notes(ema_decay: float, ema_warmup: bool, plan: Plan) -> list[str]:
         return []
     return [
         f"ema_decay is {ema_decay:g}, but the run has {plan.steps:,} steps: at its end "
-        f"{initial:.0%} of the average are still the initial parameters, and samples come from the "
-        f"average. Set task.ema_warmup=true or task.ema_decay={max(1 - 5 / plan.steps, 0):.4g}"
+        f"{initial:.0%} of the EMA weights are still the initial parameters, and samples use them. "
+        f"Set task.ema_warmup=true or task.ema_decay={max(1 - 5 / plan.steps, 0):.4g}"
     ]
 
 

@@ -27,9 +27,9 @@ def create_state(params: PyTree, optimizer: AdamW, ema_decay: float = 0.0) -> Tr
     """Makes the state before the first step.
 
     Args:
-        params: initial parameters, with which the average (EMA) starts.
+        params: initial parameters, with which the EMA starts.
         optimizer: optimizer of the parameters.
-        ema_decay: decay of the average; 0 for a state without an average.
+        ema_decay: decay of the EMA; 0 for a state without one.
     """
     ema = jax.tree.map(jnp.copy, params) if ema_decay else None
     return TrainState(jnp.int32(0), params, ema, optimizer.init(params))
@@ -149,7 +149,7 @@ def warmed_up_decay(ema_decay: float, step: jax.Array) -> jax.Array:
     """Computes the decay of an average that soon forgets the initial parameters.
 
     It is min(ema_decay, (1 + t) / (10 + t)) after t updates, as in TensorFlow's
-    `ExponentialMovingAverage(decay, num_updates)`: the average covers about the last tenth of the
+    `ExponentialMovingAverage(decay, num_updates)`: the EMA covers about the last tenth of the
     updates so far, until that is as long as `ema_decay` asks for.
 
     Args:

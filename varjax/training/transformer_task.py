@@ -33,7 +33,7 @@ def check_classes(data: int, model: int) -> None:
 
 
 def transformer_notes(task: Any, plan: Plan) -> list[str]:
-    """Returns notes on class dropout and on the average, for `Task.notes`.
+    """Returns notes on class dropout and on the EMA, for `Task.notes`.
 
     Args:
         task: task with `class_dropout`, `model.classes`, `sampling.guidance`, `ema_decay` and

@@ -224,7 +224,7 @@ def _infer_latent_map(length: int, patch: int, options: MARConvertOptions) -> tu
 
 def _release(size: str, guided: Mapping[str, float], unguided_fid: float) -> Release:
     config = MARConfig.preset(f"mar_{size}")
-    # No hub has the averaged weights of the larger models, and their digests are not known.
+    # No hub has the EMA weights of the larger models, and their digests are not known.
     file = MAR_B if size == "b" else PublishedFile(CHECKPOINT)
     page = f"{MAR_PAGE} (the links of MAR-{size.upper()} and KL-16)"
     guidance = MAROptions(guidance=GUIDANCE[config.width], steps=PUBLISHED_STEPS)
