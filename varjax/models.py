@@ -283,10 +283,10 @@ def load(
             published model, "var_d16", which is downloaded and converted at its first use; or a
             directory that is open. A run's best weights are loaded if it kept them; RUN@STEP and
             RUN@best name a checkpoint.
-        dtype: number format of the transformer's matrix products and of the decoder; "auto" is
+        dtype: dtype of the transformer's matmuls and of the decoder; "auto" is
             float32 on a CPU, else bfloat16.
         devices: devices that share each batch; None for all of this process.
-        compute: replaces `dtype`, to set more than the number format.
+        compute: replaces `dtype`, to set more than that.
         guide: location of a weaker model of the same tokenizer and classes, for autoguidance; None
             to guide by "no class".
         refiner: location of a smaller VAR that draws the fine scales; see

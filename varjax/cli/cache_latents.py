@@ -83,7 +83,7 @@ def cache_latents(
             augmented.
         shards: number of files of the training split; 0 for one per 4,096 images.
         process: (index, count) of the processes that divide the work.
-        dtype: number format in which floats are stored; None for the tokenizer's.
+        dtype: dtype of stored floats; None for the tokenizer's.
 
     Returns:
         A summary in a few lines, with the rounding errors of `dtype`.
@@ -200,7 +200,7 @@ def main(arguments: list[str]) -> int:
     add(
         "--dtype",
         choices=get_args(FloatDtype),
-        help="number format of stored floats (the tokenizer's)",
+        help="dtype of stored floats (the tokenizer's)",
     )
     add_process_flags(parser)
 

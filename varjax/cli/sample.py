@@ -91,7 +91,7 @@ def add_sampling_flags(
     add("--count", type=int, default=4, help=about)
     add("--seed", type=int, default=0, help="random seed; each seed gives different images (0)")
     add_batch_size_flag(parser)
-    add("--dtype", default="auto", help="number format: auto, float32 or bfloat16")
+    add("--dtype", default="auto", help="dtype: auto, float32 or bfloat16")
     add("--out", default=out, help=out_help)
     # The options of every family: which of them apply is known only once the model is loaded.
     add_option_flags(parser.add_argument_group("options of the model"), option_classes())

@@ -41,7 +41,7 @@ class ArraySpec:
 
     Attributes:
         shape: shape of one image's array, without the batch axis.
-        dtype: number format in files; in a batch, integers become int32 and floats float32.
+        dtype: dtype of the files; in a batch, integers become int32 and floats float32.
     """
 
     shape: tuple[int, ...]
@@ -86,7 +86,7 @@ def spec_to_json(spec: Mapping[str, Any], floats: str | None = None) -> dict[str
 
     Args:
         spec: arrays by name, each with a shape and a dtype.
-        floats: number format in which floats are stored; None for the one in `spec`.
+        floats: dtype of stored floats; None for the one in `spec`.
     """
     dtypes = {name: np.dtype(array.dtype) for name, array in spec.items()}
     if floats is not None:

@@ -53,7 +53,7 @@ def open_demo_model(location: str, dtype: Dtype = "auto", lpips: PyTree | None =
 
     Args:
         location: training run, converted directory, or name of a published model.
-        dtype: number format; see `varjax.load`.
+        dtype: see `varjax.load`.
         lpips: parameters of LPIPS, from `load_lpips`; None to leave it out.
 
     Raises:
@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--host", default=HOST, help=about)
     about = "create a public link through Gradio's servers (%(default)s)"
     add("--share", choices=("true", "false"), default="false", help=about)
-    about = "number format of the matrix products (auto: float32 on a CPU, else bfloat16)"
+    about = "dtype of the matmuls (auto: float32 on a CPU, else bfloat16)"
     add("--dtype", choices=get_args(Dtype), default="auto", help=about)
     return parser
 

@@ -87,7 +87,7 @@ def look_inside(model: DemoModel, image_HWC: np.ndarray) -> Insides:
 def likeliest_codes(
     model: DemoModel, tokens_BL: np.ndarray, label: int, scale: int, position: tuple[float, float]
 ) -> tuple[dict[str, np.ndarray], str]:
-    """Decodes a picture with other codes at one of its tokens: those that VAR finds likeliest.
+    """Decodes a picture with other codes at one of its tokens: those that VAR finds most likely.
 
     Args:
         model: model that draws scale by scale.

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", default="any", help=about)
     about = "platforms to compile for, of %(default)s (all); no such device is needed"
     add("--platforms", default=",".join(PLATFORMS), help=about)
-    about = "number format: auto (float32 on a CPU, else bfloat16), float32 or bfloat16"
+    about = "dtype: auto (float32 on a CPU, else bfloat16), float32 or bfloat16"
     add("--dtype", default="auto", help=about)
     about = "options of the model (numbers remain options of run.py, the others are fixed)"
     add_option_flags(parser.add_argument_group(about), option_classes())

@@ -38,7 +38,7 @@ PLATFORMS: dict[str, Platform] = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
 ABOUT_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
 SCRIPTS = ("run.py", "exported_model.py")
 LEAST_GUIDANCE = 1.01  # 1 turns guidance off, which is another program
-EXPORTED_HELP = {"guidance": f"strongest guidance scale, {LEAST_GUIDANCE} or more"}
+EXPORTED_HELP = {"guidance": f"maximum guidance scale, {LEAST_GUIDANCE} or more"}
 
 
 def export_model(
@@ -61,7 +61,7 @@ def export_model(
         what: programs to export, of "sample", "encode", "decode", "edit"; an edit also encodes.
         batch_sizes: numbers of images that programs are compiled for; () for any number.
         platforms: platforms to compile for, of "cpu", "cuda", "tpu"; no such device is needed.
-        dtype: number format; "auto" is float32 for a CPU, else bfloat16.
+        dtype: "auto" is float32 for a CPU, else bfloat16.
         options: sampling options that replace the model's. Numbers remain inputs of the programs;
             the others, and lists, are fixed.
         companions: further arguments of `varjax.load`: ema, guide, refiner, draft_scales.
@@ -79,7 +79,7 @@ def export_model(
     contents = {f"flatbuffers/{name}": path.read_bytes() for name, path in reader_files().items()}
     contents |= {name: (pathlib.Path(__file__).parent / name).read_bytes() for name in SCRIPTS}
     directory, programs, memory = open_model(location), [], {}
-    dtypes: dict[str, set[Any]] = collections.defaultdict(set)  # number formats, by path
+    dtypes: dict[str, set[Any]] = collections.defaultdict(set)  # by path
     read: dict[str, tuple[set[str], set[str]]] = {}
     for platform in platforms:
         compute = compute_for(platform, dtype, None not in sizes)
@@ -126,7 +126,7 @@ def compute_for(platform: str, dtype: Dtype, fixed_size: bool) -> ComputeConfig:
 
     Args:
         platform: platform to compile for, of `PLATFORMS`.
-        dtype: number format, or "auto".
+        dtype: a dtype, or "auto".
         fixed_size: whether the programs are for one number of images each.
     """
     plain = platform == "cuda" or (platform == "tpu" and not fixed_size)
@@ -247,7 +247,7 @@ def reader_files() -> dict[str, pathlib.Path]:
 
 
 def _in_format(leaf: Any, dtypes: set[Any]) -> LazyArray:
-    """Returns a leaf in the number format of all programs, or else as it is."""
+    """Returns a leaf in the dtype of all programs, or else as it is."""
     array = np.asarray(leaf)
     dtype = dtypes.copy().pop() if len(dtypes) == 1 else array.dtype
     return LazyArray(array.shape, np.dtype(dtype), lambda: [array.astype(dtype)])

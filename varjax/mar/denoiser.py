@@ -25,7 +25,7 @@ class DenoisingMLP(nn.Module):
         channels: number of channels Z of a token.
         depth: number of residual blocks.
         width: number of channels E of the residual blocks.
-        compute: number format of the products inside. Inputs and outputs, the first and the last
+        compute: dtype of the products inside. Inputs and outputs, the first and the last
             layer, the residual stream, its norms and all sums are float32: near t = 999 a sampler
             multiplies an error in the noise by hundreds.
     """

@@ -37,7 +37,7 @@ class MARFunctions:
     Attributes:
         tokenizer: config of the tokenizer; None without one, which decoding needs.
         mar: config of the transformer.
-        compute: number format and execution.
+        compute: dtype and execution.
         sampling: default sampling options.
         guide: config of the weaker model that guides; None if "no class" does.
     """

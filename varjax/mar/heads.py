@@ -333,7 +333,7 @@ class CategoricalHead:
         """Computes the cross-entropy of each token.
 
         Returns:
-            The loss (B, L, 1), and "accuracy", 1 where the likeliest code is right.
+            The loss (B, L, 1), and "accuracy", 1 where the most likely code is right.
         """
         logits_BLV = network(z_BLC)
         loss_BL = optax.softmax_cross_entropy_with_integer_labels(logits_BLV, token_BL)

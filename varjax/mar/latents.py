@@ -60,7 +60,7 @@ def encode_tokens(
         params: parameters of the tokenizer.
         batch: "image_BHWC", or the arrays of `tokenizer.latent_spec`.
         key_B: one key per image, to draw from the posterior of a KL tokenizer; None for its mean.
-        compute: number format and execution, as `Tokenizer.encode` takes it.
+        compute: dtype and execution, as `Tokenizer.encode` takes it.
 
     Returns:
         (B, L, Z) float32 with a standard deviation of about 1, or codes (B, L) int32.
@@ -122,7 +122,7 @@ def decode_known(
         params: parameters of the tokenizer.
         token_BL: tokens by position; only the known ones are shown.
         known_BL: whether each token is known.
-        compute: number format of the decoder.
+        compute: dtype of the decoder.
 
     Returns:
         (B, H, W, channels) in [0, 1].

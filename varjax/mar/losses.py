@@ -119,7 +119,7 @@ def token_losses(
         label_B: classes; `config.classes` means "no class".
         draws: random numbers of the batch.
         max_known: upper bound on the number of known tokens in an image.
-        compute: number format and execution of the transformer.
+        compute: dtype and execution of the transformer.
     """
     apply = bind_mar(config, params, compute)
     class_BC = apply(label_B, method=MAR.class_vectors)

@@ -24,7 +24,7 @@ def mar_sampling_bytes(
         tokenizer: config of the tokenizer, if there is one.
         config: config of the transformer.
         batch: number of images on the device.
-        compute: number format and execution of the transformer.
+        compute: dtype and execution of the transformer.
         setup: setup of the sampling steps.
         guide: config of the model for autoguidance; None if both streams are of one model.
     """

@@ -153,7 +153,7 @@ class MAR(nn.Module):
 
     Attributes:
         config: config of the transformer.
-        compute: number format and execution.
+        compute: dtype and execution.
     """
 
     config: MARConfig

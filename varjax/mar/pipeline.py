@@ -76,7 +76,7 @@ class MARPipeline:
         guide: config of the weaker model that guides this one; None if "no class" does.
         params: parameters, {"tokenizer": …, "mar": …}, and with a guide {"guide": …}.
         sampling: default options of `sample` and `edit`.
-        compute: number format and execution. Images always become latents in float32.
+        compute: dtype and execution. Images always become latents in float32.
         devices: devices that share each batch.
         weights: the parameters as devices hold them.
         pure: the pure functions of `params` underneath, for jit, vmap and grad; see docs/python.md.
@@ -379,7 +379,7 @@ class MARPipeline:
         Args:
             labels: (B,) classes, by number or name; `classes` means "no class".
             seed: random seed; each seed gives different images.
-            guidance: strongest guidance scale, or one for each step: a list, or a function of the
+            guidance: maximum guidance scale, or one for each step: a list, or a function of the
                 step's index, which is called at once; 1 turns guidance off.
             guidance_schedule: "linear", growing from 1 with the fraction of known tokens,
                 "constant", or "power_cosine:P".
@@ -471,7 +471,7 @@ class MARPipeline:
             keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; True keeps the tokens there.
             labels: (B,) classes; None for no class.
             seed: random seed; each seed gives different images.
-            guidance: strongest guidance scale; see `sample` for all options.
+            guidance: maximum guidance scale; see `sample` for all options.
             guidance_schedule: schedule of the guidance.
             steps: number of steps that draw the tokens.
             temperature: factor on the noise of each draw.

@@ -56,7 +56,7 @@ class MAROptions:
     turned on or off at some step, or a list takes the place of a number.
 
     Attributes:
-        guidance: strongest scale s of classifier-free guidance, u + s·(c - u), or a list of one for
+        guidance: maximum scale s of classifier-free guidance, u + s·(c - u), or a list of one for
             each step; 1 turns it off.
         guidance_schedule: how guidance depends on the step: "linear" grows from 1 to s with the
             fraction of known tokens, "constant" is s, and "power_cosine:P" is RAR's; see
@@ -79,7 +79,7 @@ class MAROptions:
 
     guidance: OneOrEach[float] = option_field(
         2.9,
-        "strongest guidance scale, or one for each step; 1 turns it off",
+        "maximum guidance scale, or one for each step; 1 turns it off",
         renamed=Renamed("cfg", reason=", for MAR's cfg is now called guidance (1 turns it off)"),
         limits=(1, FLOAT32_MAX),
         slider=(1, 10, 0.1),
@@ -277,7 +277,7 @@ def sample_mar_tokens(
         setup: setup from `make_setup`; for an edit, made for at least as many kept tokens as
             `known` has.
         known: tokens to keep; None for whole images.
-        compute: number format and execution of the transformer.
+        compute: dtype and execution of the transformer.
         choose: rule that chooses tokens in place of the head's `draw`, with the same arguments.
         guide: config and parameters of the weaker model for autoguidance; None to guide by "no
             class".

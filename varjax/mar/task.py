@@ -75,7 +75,7 @@ class MARTask:
         ema_warmup: whether the decay starts low, for short runs: min(ema_decay, (1 + t) / (10 + t))
             after t updates.
         accumulate: number of microbatches whose gradients are averaged in a step.
-        compute: number format and execution.
+        compute: dtype and execution.
         sampling: sampling options that suit the model, for previews and as the default after
             loading.
     """

@@ -53,7 +53,7 @@ class MomentSums:
         self._center_D = self._sum_D = self._product_DD = np.zeros(0)
 
     def add(self, feature_ND: np.ndarray) -> None:
-        """Adds a block (N, D) of any number format."""
+        """Adds a block (N, D) of any dtype."""
         feature_ND = feature_ND.astype(np.float64)
         if not self.count:  # centered numbers lose fewer digits in sums
             self._center_D = feature_ND.mean(axis=0)

@@ -38,7 +38,7 @@ class Inception(nn.Module):
 
     @nn.compact
     def __call__(self, image_BHWC: jax.Array) -> dict[str, jax.Array]:
-        """Computes features of images (B, H, W, 3), 0 … 255 of any number format.
+        """Computes features of images (B, H, W, 3), 0 … 255 of any dtype.
 
         Returns:
             Float32 arrays: "pool_BD" (B, 2048), for FID; "spatial_BD" (B, 2023), for sFID, in the

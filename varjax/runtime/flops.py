@@ -13,7 +13,7 @@ class UnknownIterations(Exception):
 
 
 def count(function: Callable, *args: Any) -> int:
-    """Counts 2 FLOP per multiply-add of all matrix products and convolutions, and nothing else.
+    """Counts 2 FLOP per multiply-add of all matmuls and convolutions, and nothing else.
 
     Of the branches of a condition, the one with the most work counts.
 

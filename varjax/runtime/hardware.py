@@ -19,7 +19,7 @@ CONTAINER_LIMITS = (
     pathlib.Path("/sys/fs/cgroup/memory.max"),
     pathlib.Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
-# Published TFLOP/s of dense matrix products in bfloat16 (T4, V100: float16) for one JAX device,
+# Published TFLOP/s of dense matmuls in bfloat16 (T4, V100: float16) for one JAX device,
 # which is half a chip for TPU v2, v3 and 7x and MI250. The first match in `device_kind` counts.
 PUBLISHED_TFLOPS = (
     (r"TPU v2", 23),
@@ -78,7 +78,7 @@ def matmul_flops(size: int, dtype: Any, precision: Any = None, repeats: int = 3)
 
     Args:
         size: rows and columns of each square matrix.
-        dtype: number format of both matrices.
+        dtype: dtype of both matrices.
         precision: precision of the product, as `jnp.matmul` takes it.
         repeats: number of products to time; the fastest one counts.
     """

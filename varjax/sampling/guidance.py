@@ -1,6 +1,6 @@
 """Classifier-free guidance (Ho and Salimans 2022), with one meaning in every family: 1 is off.
 
-Options become one guidance scale for each scale (VAR) or step (MAR). A number is the strongest
+Options become one guidance scale for each scale (VAR) or step (MAR). A number is the maximum
 guidance, and a schedule says what fraction of it is used when. A list holds the guidance scales
 themselves. Outside of an interval, guidance is off.
 """
@@ -28,7 +28,7 @@ class GuidanceOptions(Protocol):
     """Lists the sampling options about guidance that all families have.
 
     Attributes:
-        guidance: strongest guidance scale, or a list of one for each scale or step; 1 is off.
+        guidance: maximum guidance scale, or a list of one for each scale or step; 1 is off.
         guidance_schedule: schedule of a guidance that is one number; see `schedule_fractions`.
         guidance_from: first scale or step with guidance, counted from 0.
         guidance_to: end of the half-open range of scales or steps with guidance; 0 for no end.
@@ -84,7 +84,7 @@ def checked_guidance_options(options: GuidanceOptions, count: int | None = None)
 
 
 def schedule_fractions(schedule: str, ramp_S: np.ndarray) -> np.ndarray:
-    """Returns the fraction of the strongest guidance at each scale or step, (S,) in [0, 1].
+    """Returns the fraction of the maximum guidance at each scale or step, (S,) in [0, 1].
 
     Args:
         schedule: "linear" is the family's ramp, "constant" is 1 everywhere, and "power_cosine:P" is

@@ -42,7 +42,7 @@ class HeldWeights:
 
     Attributes:
         params: the parameters on the host, as they were given.
-        compute: number format and execution.
+        compute: dtype and execution.
         devices: devices that share each batch; every one holds all parameters.
     """
 
@@ -71,7 +71,7 @@ class HeldWeights:
 
     @functools.cached_property
     def shapes(self) -> PyTree:
-        """Shapes and number formats of the parameters as devices hold them."""
+        """Shapes and dtypes of the parameters as devices hold them."""
         return jax.eval_shape(self._cast, self.params)
 
     @functools.cached_property

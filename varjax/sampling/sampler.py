@@ -159,7 +159,7 @@ def nan_advice(params: PyTree, dtype: Any, *others: str) -> str:
 
     Args:
         params: the model's weights, on the host.
-        dtype: number format of the matrix products.
+        dtype: dtype of the matmuls.
         others: further advice, "" for none.
     """
     if bad := trees.nonfinite(params):

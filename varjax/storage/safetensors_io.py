@@ -64,7 +64,7 @@ class LazyArray:
 
     Attributes:
         shape: shape of the whole array.
-        dtype: number format of every chunk.
+        dtype: dtype of every chunk.
         chunks: function that returns the elements in C order, as arrays of any shape. Each use of
             the array calls it once.
     """

@@ -68,7 +68,7 @@ class Tokenizer(Protocol):
         Args:
             params: parameters in the layout of `init`.
             latents: arrays of `latent_spec`, of which only the first is required.
-            compute: number format of the decoder, and the platform to compile for.
+            compute: dtype of the decoder, and the platform to compile for.
         """
         ...
 

@@ -99,7 +99,7 @@ def sampling_pieces(
         options: shapes of the sampling options.
         label_B: shape of the labels.
         key_B: shape of the random keys.
-        compute: number format of the cache.
+        compute: dtype of the cache.
     """
     quantizer, B = make_quantizer(VQConfig(scales=var.scales)), len(label_B)
     rows = B * (2 if guided else 1)

@@ -139,7 +139,7 @@ class VAR(nn.Module):
 
     Attributes:
         config: config of the transformer.
-        compute: number format and execution.
+        compute: dtype and execution.
     """
 
     config: VARConfig

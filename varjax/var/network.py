@@ -59,7 +59,7 @@ class VARModels:
     Attributes:
         tokenizer: config of the tokenizer.
         var: config of the transformer.
-        compute: number format and execution of all models.
+        compute: dtype and execution of all models.
         guide: config of the weaker model for autoguidance; None to guide by "no class".
         refiner: small model that draws the fine scales; None if `var` draws all of them.
     """
@@ -125,7 +125,7 @@ def bind_network(
         params: parameters of the transformer.
         label_B: classes; `var.classes` means "no class".
         guidance_K: guidance scale of each scale; None for no guidance.
-        compute: number format and execution.
+        compute: dtype and execution.
         guided: number of scales, from the first, that are computed with guidance; None for all.
         scales: number of scales, from the first, that the cache has room for; None for all.
     """

@@ -70,7 +70,7 @@ class VARPipeline:
         params: {"tokenizer": …, "var": …}, and "guide" and "refiner" if there are any, on the host.
             The devices hold kernels in `compute.dtype`.
         sampling: default options of `sample` and `edit`.
-        compute: number format and execution. Images always become tokens in float32, because other
+        compute: dtype and execution. Images always become tokens in float32, because other
             formats flip some.
         devices: devices that share each batch.
         refiner: smaller model that draws the fine scales; None if this one draws all of them.
@@ -276,9 +276,9 @@ class VARPipeline:
         Args:
             labels: (B,) classes, by number or name; `classes` means "no class".
             seed: random seed; each seed gives different images.
-            guidance: strongest guidance scale; 1 turns guidance off.
-            top_k: number of likeliest codes to draw from; 0 for all.
-            top_p: total probability of the likeliest codes to draw from; 0 for all.
+            guidance: maximum guidance scale; 1 turns guidance off.
+            top_k: number of most likely codes to draw from; 0 for all.
+            top_p: total probability of the most likely codes to draw from; 0 for all.
             smooth: whether to mix codes: smoother pictures, not for benchmarks.
             guidance_schedule: "linear" from 1 at the first scale, "constant", or "power_cosine:P".
             guidance_from: first scale with guidance, counted from 0.
@@ -341,8 +341,8 @@ class VARPipeline:
             keep: (h, w) or (B, h, w) bool on the map of `edit_shape`; True keeps the tokens there.
             labels: (B,) classes; None for no class.
             seed: random seed; each seed gives different images.
-            guidance: strongest guidance scale; see `sample` for all options.
-            top_k: number of likeliest codes to draw from.
+            guidance: maximum guidance scale; see `sample` for all options.
+            top_k: number of most likely codes to draw from.
             top_p: total probability of the codes to draw from.
             smooth: whether to mix codes; not for benchmarks.
             guidance_schedule: schedule of the guidance.

@@ -65,10 +65,10 @@ class VAROptions:
     place of a number, and the scale at which guidance ends.
 
     Attributes:
-        guidance: strongest scale s of classifier-free guidance, u + s·(c - u); 1 turns it off. The
+        guidance: maximum scale s of classifier-free guidance, u + s·(c - u); 1 turns it off. The
             official `cfg` is s - 1.
-        top_k: number of likeliest codes to draw from; 0 for all, 1 is greedy.
-        top_p: total probability of the likeliest codes to draw from; 0 for all.
+        top_k: number of most likely codes to draw from; 0 for all, 1 is greedy.
+        top_p: total probability of the most likely codes to draw from; 0 for all.
         smooth: whether to mix codes by a Gumbel softmax instead of drawing one. It gives smoother
             pictures, but must not be used for benchmarks (the reference's `more_smooth`).
         guidance_schedule: how guidance depends on the scale: "linear" grows from 1 at the first
@@ -82,14 +82,14 @@ class VAROptions:
 
     guidance: OneOrEach[float] = option_field(
         2.5,
-        "strongest guidance scale, or one for each scale; 1 turns it off",
+        "maximum guidance scale, or one for each scale; 1 turns it off",
         renamed=Renamed("cfg", 1.0, ", for guidance is VAR's cfg + 1 (1 turns it off)"),
         limits=(1, FLOAT32_MAX),
         slider=(1, 10, 0.1),
     )
     top_k: OneOrEach[int] = option_field(
         900,
-        "number of likeliest codes to draw from; 0: all",
+        "number of most likely codes to draw from; 0: all",
         limits=(0, INT32_MAX),
         slider=(0, 4096, 1),
     )
@@ -194,7 +194,7 @@ def sample_tokens(
     Returns:
         Tokens (B, L) int32, and what their codes add up to after each scale, K f_hats
         (B, h, w, Z). With `options.smooth`, f_hats are made of mixed codes and a token is the
-        likeliest of its mixture.
+        most likely of its mixture.
     """
     scale_K = guidance_scales(options, guidance_ramp(models.var.pyramid))
     network = sampling_network(models, params, label_B, scale_K, guided)

@@ -51,7 +51,7 @@ class TokenLosses(NamedTuple):
     Attributes:
         tokens_BL: codes of the targets.
         cross_entropy_BL: cross-entropy of the target.
-        correct_BL: 1 where the target is the likeliest code, else 0.
+        correct_BL: 1 where the target is the most likely code, else 0.
         objective_BL: loss to train on, the cross-entropy with label smoothing.
     """
 
@@ -78,7 +78,7 @@ class VARTask:
         ema_warmup: whether the decay starts low, for short runs: min(ema_decay, (1 + t) / (10 + t))
             after t updates.
         accumulate: number of microbatches whose gradients are averaged in a step.
-        compute: number format and execution.
+        compute: dtype and execution.
         sampling: sampling options that suit the model, for previews and as the default after
             loading.
         cca: contrastive loss for fine-tuning a trained model, after which it needs no guidance;

@@ -45,7 +45,7 @@ class Storage:
 
     Attributes:
         data: 1-D uint8, usually a memory map.
-        dtype: number format of the elements.
+        dtype: dtype of the elements.
     """
 
     data: np.ndarray
@@ -63,10 +63,10 @@ def strided_view(
 
     Args:
         data: the storage, 1-D uint8.
-        dtype: number format of the elements.
+        dtype: dtype of the elements.
         offset: position of the first element, in elements.
         size: shape of the array.
-        stride: distance between neighbours along each axis, in elements.
+        stride: distance between neighbors along each axis, in elements.
 
     Raises:
         InputError: an element would be outside `data`, or the numbers are not plausible.

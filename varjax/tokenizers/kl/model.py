@@ -173,9 +173,9 @@ class KLConfig:
 
         Args:
             params: parameters in the layout of `init`.
-            latents: arrays of `latent_spec`; only "mean_BhwZ", the likeliest latent, is read. Pass
+            latents: arrays of `latent_spec`; only "mean_BhwZ", the mode, is read. Pass
                 another latent instead to decode that one.
-            compute: number format of the decoder, and the platform to compile for.
+            compute: dtype of the decoder, and the platform to compile for.
         """
         return to_unit_range(decode_latents(self, params, latents["mean_BhwZ"], compute))
 
@@ -200,8 +200,8 @@ class KLTokenizer(nn.Module):
 
     Attributes:
         config: config of the tokenizer.
-        compute: number format of the decoder, precision of the encoder, and execution.
-        encoder_dtype: number format of the encoder; moments are float32 always.
+        compute: dtype of the decoder, precision of the encoder, and execution.
+        encoder_dtype: dtype of the encoder; moments are float32 always.
     """
 
     config: KLConfig

@@ -25,7 +25,7 @@ class PatchDiscriminator(nn.Module):
     Attributes:
         width: channels of the first convolution, half a multiple of 16.
         layers: number of times that the image is halved.
-        dtype: number format of the convolutions; logits are float32.
+        dtype: dtype of the convolutions; logits are float32.
     """
 
     width: int = 64
@@ -55,7 +55,7 @@ class StyleDiscriminator(nn.Module):
 
     Attributes:
         width: channels of the first convolution.
-        dtype: number format of the convolutions; logits are float32.
+        dtype: dtype of the convolutions; logits are float32.
     """
 
     width: int = 64

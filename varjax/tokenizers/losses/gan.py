@@ -240,7 +240,7 @@ def gan_gradients(
         real_BHWC: images in [-1, 1].
         fake_BHWC: reconstructions of these images.
         key_B: random keys, one for each image.
-        dtype: number format of the discriminator.
+        dtype: dtype of the discriminator.
     """
     module, kind = config.discriminator(dtype), config.loss
 

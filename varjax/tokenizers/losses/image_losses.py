@@ -109,7 +109,7 @@ def image_losses(
         frozen: parameters of frozen loss networks, from `Task.frozen`.
         x_BHWC: images in [-1, 1].
         y_BHWC: their reconstructions, not clipped.
-        dtype: number format of LPIPS.
+        dtype: dtype of LPIPS.
 
     Returns:
         (B,) float32 each: "l1", "l2", "perceptual" if the task has a perceptual loss, their

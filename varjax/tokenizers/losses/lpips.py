@@ -62,7 +62,7 @@ def lpips_layers(params: PyTree, a_BHWC: jax.Array, b_BHWC: jax.Array, dtype=jnp
         params: parameters of LPIPS, from `load_lpips`.
         a_BHWC: images in [-1, 1] with one or three channels.
         b_BHWC: images of the same shape.
-        dtype: number format of the convolutions.
+        dtype: dtype of the convolutions.
 
     Returns:
         (5, B) float32.

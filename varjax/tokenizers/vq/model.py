@@ -128,8 +128,8 @@ class VQTokenizer(nn.Module):
 
     Attributes:
         config: config of the tokenizer.
-        compute: number format of the decoder, precision of the encoder, and execution.
-        encoder_dtype: number format of the encoder, which may differ from float32 only in the
+        compute: dtype of the decoder, precision of the encoder, and execution.
+        encoder_dtype: dtype of the encoder, which may differ from float32 only in the
             tokenizer's training, because it flips tokens. The quantizer is always float32.
     """
 

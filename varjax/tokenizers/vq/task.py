@@ -68,7 +68,7 @@ class VQTask:
         codebook: initialization of the codes and remedies against unused ones.
         perceptual: LPIPS loss; none for no perceptual loss.
         gan: discriminator and adversarial loss; none for no discriminator.
-        dtype: number format of all convolutions in training; "auto" is bfloat16 on an accelerator
+        dtype: dtype of all convolutions in training; "auto" is bfloat16 on an accelerator
             and float32 on a CPU. Evaluation and the quantizer are always float32.
         ema_decay: decay of the parameters' moving average; 0 for none.
         ema_warmup: whether the decay starts low, for short runs: min(ema_decay, (1 + t) / (10 + t))
@@ -205,7 +205,7 @@ class VQTask:
 
     @property
     def jax_dtype(self) -> jnp.dtype:
-        """The number format that `dtype` selects on this machine."""
+        """The dtype that `dtype` selects on this machine."""
         return self.compute.jax_dtype
 
     @property
