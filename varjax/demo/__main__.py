@@ -53,7 +53,7 @@ def open_demo_model(location: str, dtype: Dtype = "auto", lpips: PyTree | None =
 
     Args:
         location: training run, converted directory, or name of a published model.
-        dtype: see `varjax.load`.
+        dtype: dtype of the model; see `varjax.load`.
         lpips: parameters of LPIPS, from `load_lpips`; None to leave it out.
 
     Raises:
