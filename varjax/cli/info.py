@@ -200,7 +200,7 @@ def _line(value: Any) -> str:
 def main(arguments: list[str]) -> int:
     """Runs the command and returns its exit code: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     parser = command_parser("varjax info", __doc__)
-    about = "picture, samples, run (also RUN@STEP, RUN@best), converted directory, published model"
+    about = "picture, samples, run (also RUN@STEP, RUN@best), converted weights, published model"
     parser.add_argument("location", metavar="THING", help=about)
     flags = parser.parse_args(arguments)
     return run_command("varjax info", lambda: print(facts_table(read_facts(flags.location))))

@@ -63,7 +63,7 @@ def add_model_flags(parser: argparse.ArgumentParser, weights_required: bool = Tr
     """
     add = parser.add_argument
     about = (
-        "training run (also RUN@STEP, RUN@best), converted directory, or published model: var_d16 …"
+        "training run (also RUN@STEP, RUN@best), converted weights, or published model: var_d16 …"
     )
     add("--weights", required=weights_required, help=about)
     about = "whether a run's EMA weights are used (default: if there are any)"

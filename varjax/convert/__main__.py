@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         default="official",
         help="whose tensor names a KL tokenizer's file gets (official)",
     )
-    add("--weights", help="converted directory, training run, or published model: var_d16 …")
+    add("--weights", help="converted weights, training run, or published model: var_d16 …")
     add(
         "--inception", metavar="FILE", help="Inception-v3 for FID, .pth or .pb (docs/evaluation.md)"
     )

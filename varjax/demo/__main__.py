@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("varjax demo", __doc__)
     add = parser.add_argument
     about = (
-        "training run (also RUN@STEP, RUN@best), converted directory, or published model: var_d16 …"
+        "training run (also RUN@STEP, RUN@best), converted weights, or published model: var_d16 …"
     )
     add("--weights", required=True, help=about)
     add("--also", help="second model, to compare with the first one")
