@@ -12,7 +12,8 @@ from tests.helpers.tiles import tiles
 from varjax.data.sources.digits import Digits
 from varjax.errors import InputError
 from varjax.evaluation import tokenizer as command
-from varjax.metrics.features import FeatureExtractor, pixel_network
+from varjax.evaluation import train_classifier
+from varjax.metrics.features import FeatureExtractor, classifier_network, pixel_network
 from varjax.metrics.fid import Moments, frechet_distance
 from varjax.models import read_tokenizer
 from varjax.nn.autoencoder import to_model_range
@@ -160,6 +161,8 @@ def _psnr_of_the_task(weights):
         ({"weights": "nowhere"}, "nowhere does not exist; give a run's directory"),
         ({"batch_size": "0"}, "batch_size is 0"),
         ({"lpips": "nowhere"}, "8×8 are too small for LPIPS"),
+        ({"features": "nowhere"}, "the directory of a classifier, which does not exist"),
+        ({"features": "pixels", "inception": "anywhere"}, "needs no weights of Inception"),
     ],
 )
 def test_what_cannot_be_measured_is_said_at_once(flags, message, capsys, tmp_path):
@@ -180,9 +183,8 @@ def test_a_split_without_an_image_is_refused(params):
 
 
 def test_reconstructions_are_compared_with_the_same_images(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "inception_network", lambda location: pixel_network())
     arguments = [f"--weights={runs.tokenizer()}", "--data=digits", "--batch_size=64"]
-    assert command.main([*arguments, f"--out={tmp_path}", "--inception=anywhere"]) == 0
+    assert command.main([*arguments, f"--out={tmp_path}", "--features=pixels"]) == 0
     report = files.read_json(tmp_path / "evaluation.json")
     config, params = read_tokenizer(runs.tokenizer())
     images = Digits().source("held_out").images_NHWC
@@ -194,6 +196,24 @@ def test_reconstructions_are_compared_with_the_same_images(tmp_path, monkeypatch
     np.testing.assert_allclose(found["fid"], frechet_distance(*moments), rtol=1e-4)
     assert {"precision", "recall", "kid"} < found.keys()
     assert "against the same held-out images, cropped alike" in capsys.readouterr().out
+
+
+def test_a_classifier_tells_which_reconstructions_still_show_their_class(tmp_path, capsys):
+    classifier, data = str(tmp_path / "classifier"), Digits().source("held_out")
+    training = ["--data=digits", "--steps=60", "--batch_size=64", f"--out={classifier}"]
+    assert train_classifier.main(training) == 0
+    network = classifier_network(classifier)
+    pairs = command.FeaturePairs(network, classes=10)
+    for part in (slice(0, 200), slice(200, None)):  # perfect reconstructions
+        images_NHWC = data.images_NHWC[part]
+        pairs.add(images_NHWC, images_NHWC, data.labels_N[part])
+    logits_NV = FeatureExtractor(network)(data.images_NHWC)["logits_NV"]
+    found = pairs.measure().metrics["label_accuracy"]
+    assert found == (logits_NV.argmax(axis=1) == data.labels_N).mean() > 0.8
+
+    arguments = [f"--weights={runs.tokenizer()}", "--data=digits", f"--features={classifier}"]
+    assert command.main([*arguments, f"--out={tmp_path}"]) == 0
+    assert "label accuracy" in capsys.readouterr().out
 
 
 def test_a_reconstruction_that_is_nan_is_refused_by_the_image_s_number(params):

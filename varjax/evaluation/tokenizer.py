@@ -1,6 +1,7 @@
 """Measures a tokenizer's reconstructions of held-out images: figures and pictures.
 
 varjax evaluate-tokenizer --weights=DIR --data=folder:/data/images [--inception=DIR] [--out=DIR]
+varjax evaluate-tokenizer --weights=DIR --data=idx:/data/fashion --features=CLASSIFIER
 
 The metrics cover the whole held-out split and do not depend on the batch size:
 
@@ -9,7 +10,9 @@ ssim        with an 11×11 Gaussian window               divided by that of the 
 l1          for values in [0, 1]            lpips       with --lpips=DIR (docs/convert.md)
 
 With --inception=DIR (docs/evaluation.md): rFID, sFID, Inception Score, precision, recall and KID of
-the reconstructions, against the held-out images, cropped as for the tokenizer.
+the reconstructions, against the held-out images, cropped as for the tokenizer. For small images,
+--features=DIR of a classifier (varjax train-classifier) measures them in its features, and how many
+reconstructions it still classifies correctly.
 
 For a VQ tokenizer: same_in_bfloat16, _tf32, _bfloat16_3x and _tf32_3x, the fraction of tokens that
 do not change if the encoder multiplies in that precision. After each scale: psnr; rest, the
@@ -42,7 +45,13 @@ from varjax.evaluation.image_crop import (
     choose_crop,
     describe_crop,
 )
-from varjax.metrics.features import FeatureArrays, FeatureExtractor, inception_network
+from varjax.metrics.features import (
+    FeatureArrays,
+    FeatureExtractor,
+    FeatureNetwork,
+    feature_network,
+    feature_sizes,
+)
 from varjax.metrics.references import reference_of_features
 from varjax.metrics.report import SampleMetrics, measure, metrics_table
 from varjax.models import open_model, read_tokenizer
@@ -72,6 +81,7 @@ def evaluate_tokenizer(
     ema: bool | None = None,
     lpips: str = "",
     inception: str = "",
+    features: str = "",
     crop: str = AUTO,
 ) -> dict[str, Any]:
     """Measures all held-out images, and writes evaluation.json, scales.png and worst.png.
@@ -84,7 +94,9 @@ def evaluate_tokenizer(
         ema: True evaluates a run's averaged weights, False the others; None evaluates the averaged
             weights if there are any.
         lpips: directory of LPIPS's weights; "" to skip LPIPS.
-        inception: directory of Inception's weights, for FID; "" to skip FID.
+        inception: directory of Inception's weights, for FID; "" for none.
+        features: directory of a classifier, or "pixels", for FID in other features; "" for
+            Inception's. Without both, FID is skipped.
         crop: kind of crop of photographs, as `choose_crop` takes it.
 
     Returns:
@@ -98,13 +110,19 @@ def evaluate_tokenizer(
     dataset_crop = choose_crop(crop, directory)
     images = parse_dataset(data, config.image_shape[:2], config.image_channels, dataset_crop)
     if isinstance(images, CachedLatents):
-        raise InputError(f"{data} holds latents, but images are needed; give folder:… or tfds:…")
+        raise InputError(
+            f"{data} holds latents, but images are needed; give folder:…, idx:… or tfds:…"
+        )
     check_image_shape(config, images.image_shape)
     lpips_params = None
     if lpips:
         check_lpips_images(config.image_shape)
         lpips_params = load_lpips(lpips)
-    pairs = FeaturePairs(FeatureExtractor(inception_network(inception))) if inception else None
+    pairs = None
+    if inception or features:
+        network = feature_network(features or "inception", inception)
+        feature_sizes(network, config.image_shape)  # refuses images without features
+        pairs = FeaturePairs(network, images.classes)
     loader = images.make(batch_size, 0)
     count = len(loader.held_out_source)
     if pairs is not None and count < 2:
@@ -136,15 +154,23 @@ def evaluate_tokenizer(
 
 
 class FeaturePairs:
-    """Keeps the features of images and of their reconstructions, to compare them as sets."""
+    """Keeps the features of images and of their reconstructions, to compare them as sets.
 
-    def __init__(self, extract: FeatureExtractor):
-        self._extract = extract
+    Args:
+        network: network that computes the features.
+        classes: number of the images' classes.
+    """
+
+    def __init__(self, network: FeatureNetwork, classes: int):
+        self._extract = FeatureExtractor(network)
+        self._classes = classes
         self._pairs: list[tuple[FeatureArrays, FeatureArrays]] = []
+        self._labels: list[np.ndarray] = []
 
-    def add(self, images_NHWC: np.ndarray, rebuilt_NHWC: np.ndarray) -> None:
-        """Adds uint8 images and their reconstructions."""
+    def add(self, images_NHWC: np.ndarray, rebuilt_NHWC: np.ndarray, label_N: np.ndarray) -> None:
+        """Adds uint8 images, their reconstructions and their classes."""
         self._pairs.append((self._extract(images_NHWC), self._extract(rebuilt_NHWC)))
+        self._labels.append(label_N)
 
     def measure(self) -> SampleMetrics:
         """Measures the reconstructions against the images; InputError for fewer than two."""
@@ -155,7 +181,11 @@ class FeaturePairs:
         # Held-out images are sorted by class, but the Inception Score needs them mixed.
         order_N = np.random.default_rng(0).permutation(len(rebuilt["pool_ND"]))
         rebuilt = {name: x[order_N] for name, x in rebuilt.items()}
-        return measure(rebuilt, reference_of_features(originals))
+        reference, known = reference_of_features(originals), self._extract.network.classes
+        if known is None:
+            return measure(rebuilt, reference)
+        label_N = np.concatenate(self._labels)[order_N]
+        return measure(rebuilt, reference, label_N, self._classes, known)
 
 
 def scales_picture(shown: Sequence[Reconstruction], title: str) -> np.ndarray:
@@ -196,12 +226,14 @@ def main(arguments: list[str]) -> int:
     parser = command_parser("varjax evaluate-tokenizer", __doc__)
     add = parser.add_argument
     add("--weights", required=True, help="training run or converted directory")
-    add("--data", required=True, help="dataset: folder:PATH, tfds:NAME, photos, digits or random")
+    datasets = "folder:PATH, idx:PATH, tfds:NAME, photos, digits or random"
+    add("--data", required=True, help=f"dataset: {datasets}")
     add("--out", default="evaluation", help="folder for the results (evaluation)")
     add("--batch_size", type=int, default=32, help="images at a time, over all devices (32)")
     add("--ema", action=argparse.BooleanOptionalAction, help="use a run's averaged weights")
     add("--lpips", default="", metavar="DIR", help="converted weights of LPIPS")
     add("--inception", default="", metavar="DIR", help="converted weights of Inception")
+    add("--features", default="", metavar="DIR", help="directory of a classifier, or pixels")
     add("--crop", default=AUTO, choices=(AUTO, *CROPS), help=CROP_HELP)
     flags = parser.parse_args(arguments)
 

@@ -152,7 +152,7 @@ def measure_split(
     show: Collection[int] = (),
     worst: int = 8,
     progress: Callable[[Iterable], Iterable] = iter,
-    each: Callable[[np.ndarray, np.ndarray], None] | None = None,
+    each: Callable[[np.ndarray, np.ndarray, np.ndarray], None] | None = None,
 ) -> SplitMeasures:
     """Measures all held-out images. Batch size and devices change the result by rounding only.
 
@@ -164,7 +164,8 @@ def measure_split(
         show: numbers of images whose reconstructions are kept.
         worst: number of the worst reconstructions that are kept.
         progress: function that wraps the batches to show progress.
-        each: function called with each batch's images and reconstructions, both (n, H, W, C) uint8.
+        each: function called with each batch's images and reconstructions, both (n, H, W, C) uint8,
+            and labels (n,).
 
     Raises:
         InputError: there are no images, or a reconstruction is NaN.
@@ -177,6 +178,7 @@ def measure_split(
     parts, totals = [], {}
     shown, lowest = [], []
     for batch_number, batch in enumerate(progress(loader.held_out())):
+        label_B = batch["label_B"]
         batch = {name: batch[name] for name in ("image_BHWC", "valid_B")}
         results = step(*weights, put_batch(batch, mesh, loader.batch_size))
         measures, added, rebuilt_KBHWC = (*jax.device_get(results[:2]), results[2])
@@ -185,7 +187,8 @@ def measure_split(
         parts.append({name: x[..., rows] for name, x in measures.items()})
         _check_finite(parts[-1], rows + batch_number * loader.batch_size)
         if each is not None and rows.size:
-            each(batch["image_BHWC"][rows], np.asarray(rebuilt_KBHWC[-1])[rows])
+            rebuilt_nHWC = np.asarray(rebuilt_KBHWC[-1])[rows]
+            each(batch["image_BHWC"][rows], rebuilt_nHWC, label_B[rows])
         for row in rows.tolist():
             number, psnr = batch_number * loader.batch_size + row, float(measures["psnr_B"][row])
             low = worst and (len(lowest) < worst or psnr < lowest[-1].psnr)
