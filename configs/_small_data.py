@@ -14,7 +14,7 @@ from varjax.data.sources.folder import FolderSource
 from varjax.errors import InputError
 from varjax.storage.image_files import BrokenImage
 
-from ._arguments import COMMA_HINT, split_argument
+from ._arguments import COMMA_HINT, split_words
 
 Quality = Literal["quick", "good"]
 QUALITIES: tuple[Quality, ...] = ("quick", "good")
@@ -56,7 +56,7 @@ def read_small_run(arg: str, options: Sequence[str] = ()) -> SmallRun:
     Raises:
         InputError: anything else in `arg`, or a dataset that cannot be read.
     """
-    words = [word for word in split_argument(arg) if word]
+    words = [word for word in split_words(arg) if word]
     chosen = tuple(word for word in words if word in options)
     pairs = [word.partition("=") for word in words if word not in options]
     settings = {name: value for name, equals, value in pairs if equals and name in SETTINGS}

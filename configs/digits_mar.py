@@ -29,6 +29,7 @@ from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 
 from . import digits_kl_tokenizer, digits_tokenizer
+from ._arguments import exclusive_word
 
 ORDERS = {
     "masked": {},
@@ -42,8 +43,8 @@ def get_config(arg: str = "masked,continuous") -> Experiment:
     words = arg.split(",")
     if unknown := [word for word in words if word not in (*ORDERS, *TOKENS)]:
         raise InputError(f"cannot read {unknown}; allowed are {', '.join((*ORDERS, *TOKENS))}")
-    order = next((word for word in words if word in ORDERS), "masked")
-    codes = "codes" in words
+    order = exclusive_word(words, ORDERS) or "masked"
+    codes = exclusive_word(words, TOKENS) == "codes"
     tokenizer_run = (
         digits_tokenizer.get_config("single_scale") if codes else digits_kl_tokenizer.get_config()
     )

@@ -39,11 +39,11 @@ from varjax.tokenizers.losses.lpips import LPIPSConfig
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 
-from ._arguments import read_argument, split_argument
+from ._arguments import read_argument, split_words
 
 
 def get_config(arg: str = "256") -> Experiment:
-    size, data, options = read_argument(split_argument(arg), ("256", "512"), ("no_lpips",))
+    size, data, options = read_argument(split_words(arg), ("256", "512"), ("no_lpips",))
     model = KLConfig(image_size=int(size))
     optimizer = AdamW(
         base_lr=256 * 4.5e-6,  # for 256 images

@@ -28,14 +28,14 @@ from varjax.var.model import VARConfig
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 
-from ._arguments import COMMA_HINT, split_argument
+from ._arguments import COMMA_HINT, split_words
 
 DEPTHS = range(2, 11)
 CHANNELS_OF_HEAD = 16  # 64 in the paper
 
 
 def get_config(arg: str = "") -> Experiment:
-    settings = {name: value for name, _, value in (w.partition("=") for w in split_argument(arg))}
+    settings = {name: value for name, _, value in (w.partition("=") for w in split_words(arg))}
     depths = [str(depth) for depth in DEPTHS]
     if settings.keys() != {"d", "data", "tokenizer"} or settings["d"] not in depths:
         raise InputError(

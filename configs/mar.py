@@ -53,7 +53,7 @@ from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 from varjax.training.sharding import MeshShape
 
-from ._arguments import read_argument, split_argument
+from ._arguments import read_argument, split_words
 
 GUIDANCE = {"b": 2.9, "l": 3.0, "h": 3.2}
 EPOCHS, WARMUP_EPOCHS = 800, 100
@@ -88,11 +88,11 @@ def fitted_model(model: MARConfig, tokenizer: KLConfig) -> MARConfig:
 
 
 def get_config(arg: str = "b") -> Experiment:
-    words = split_argument(arg)
+    words = split_words(arg)
     chosen = [word.removeprefix(TOKENIZER) for word in words if word.startswith(TOKENIZER)]
     others = [word for word in words if not word.startswith(TOKENIZER)]
     size, where, _ = read_argument(others, GUIDANCE)
-    name = chosen[-1] if chosen else "kl16"
+    name = chosen[0] if chosen else "kl16"
     tokenizer, weights = find_tokenizer(name)
     data = parse_dataset(where, tokenizer.image_size)
     if isinstance(data, Folder | TFDS):

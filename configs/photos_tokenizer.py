@@ -25,6 +25,8 @@ from varjax.tokenizers.vq.task import VQTask
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 
+from ._arguments import exclusive_word
+
 CHANGES = {
     "plain": "",
     "cosine": "task.model.cosine_codes=true",
@@ -41,6 +43,7 @@ def get_config(arg: str = "plain") -> Experiment:
     names = arg.split(",")
     if unknown := [name for name in names if name not in CHANGES]:
         raise InputError(f"cannot read {unknown}; allowed are {', '.join(CHANGES)}")
+    exclusive_word(names, ("normal", "kmeans"))
     model = VQConfig(
         scales=(1, 2, 4, 8, 16),
         width=16,

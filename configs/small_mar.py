@@ -22,6 +22,7 @@ import dataclasses
 
 from varjax.training.experiment import Experiment
 
+from ._arguments import exclusive_word
 from ._small import small_tokenizer
 from ._small_data import read_small_run
 from ._small_mar import ORDERS, Order, small_kl_tokenizer, small_mar
@@ -31,9 +32,9 @@ TOKENS = "continuous", "codes"
 
 def get_config(arg: str = "") -> Experiment:
     run = read_small_run(arg, options=(*ORDERS, *TOKENS))
-    orders: list[Order] = [order for order in ORDERS if order in run.options]
-    order = orders[0] if orders else "masked"
-    codes = "codes" in run.options
+    word, tokens = exclusive_word(run.options, ORDERS), exclusive_word(run.options, TOKENS)
+    order: Order = next((order for order in ORDERS if order == word), "masked")
+    codes = tokens == "codes"
     if codes:
         tokenizer_dir = run.tokenizer_run("tokenizer_single_scale")
         tokenizer_run = small_tokenizer(run.data, tokenizer_dir, single_scale=True)

@@ -40,13 +40,13 @@ from varjax.tokenizers.vq.task import VQTask
 from varjax.training.experiment import Experiment
 from varjax.training.optimizer import AdamW
 
-from ._arguments import read_argument, split_argument
+from ._arguments import read_argument, split_words
 
 SCALES = {"256": SCALES_256, "512": SCALES_512}
 
 
 def get_config(arg: str = "256") -> Experiment:
-    size, data, options = read_argument(split_argument(arg), SCALES, ("no_lpips",))
+    size, data, options = read_argument(split_words(arg), SCALES, ("no_lpips",))
     model = VQConfig(scales=SCALES[size])
     optimizer = AdamW(
         base_lr=1e-4,  # for 256 images

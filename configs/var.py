@@ -54,7 +54,7 @@ from varjax.training.sharding import MeshShape
 from varjax.var.model import VARConfig
 from varjax.var.task import VARTask
 
-from ._arguments import read_argument, split_argument
+from ._arguments import read_argument, split_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ RECIPES = {
 
 
 def get_config(arg: str = "d16") -> Experiment:
-    size, data, _ = read_argument(split_argument(arg), RECIPES)
+    size, data, _ = read_argument(split_words(arg), RECIPES)
     weights = "weights/tokenizer_512" if size == "d36" else "weights/tokenizer"
     return experiment(size, RECIPES[size], data, weights)
 

@@ -37,7 +37,7 @@ from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
 
 from . import var
-from ._arguments import read_argument, split_argument
+from ._arguments import read_argument, split_words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +72,7 @@ RECIPES = {
 
 
 def get_config(arg: str = "d16") -> Experiment:
-    words = split_argument(arg)
+    words = split_words(arg)
     starts = [word for word in words if word.startswith("from=") and word != "from="]
     words = [word for word in words if word not in starts]
     size, data, _ = read_argument(words, RECIPES, ["from=MODEL"])

@@ -393,9 +393,13 @@ def test_the_rows_of_the_comparison_fit_small_images(fashion, order, tokens):
 def test_the_transformers_for_small_images_are_equally_large(fashion):
     var, *others = (
         parameters(load(f"{config}:{fashion}{row}"))
-        for config, row in (("small.py", ""), ("small_mar.py", ""), ("small_mar.py", ",codes"))
+        for config, row in (
+            ("small.py", ""),
+            *(("small_mar.py", row) for row in ("", ",random", ",raster")),
+            *(("small_mar.py", f",codes{order}") for order in ("", ",random", ",raster")),
+        )
     )
-    assert others == pytest.approx([var, var], rel=0.1)
+    assert others == pytest.approx([var] * 6, rel=0.1)
 
 
 def test_lengths_follow_from_the_number_of_images_and_the_quality():
@@ -449,11 +453,30 @@ def test_a_step_of_both_stages_on_own_images_changes_no_shape(make_folder):
         ("data=folder:nowhere,size=28", "nowhere"),
         ("data=digits,size=8,quality=best", "quality is 'best'; allowed are quick, good"),
         ("data=digits,size", "cannot read 'data=digits,size'; give data="),
+        ("data=digits,size=8,size=16", "size is given more than once in 'data=digits,size=8,"),
     ],
 )
 def test_a_wrong_argument_of_small_is_told_what_is_allowed(arg, message):
     with pytest.raises(ValueError, match=message):
         load(f"small.py:{arg}")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("var.py:d16,d30", "d16 and d30 exclude each other; give one of them"),
+        ("var.py:d16,data=random,data=digits", "data is given more than once in 'd16,data=random,"),
+        ("mar.py:tokenizer=kl16,tokenizer=kl_f4", "tokenizer is given more than once"),
+        ("small_mar.py:data=random,size=28,masked,raster", "masked and raster exclude each other"),
+        ("small_mar.py:data=random,size=28,codes,continuous", "codes and continuous exclude each"),
+        ("digits_mar.py:masked,random", "masked and random exclude each other"),
+        ("photos_tokenizer.py:normal,kmeans", "normal and kmeans exclude each other"),
+        ("ladder.py:d=2,d=3,data=digits,tokenizer=nowhere", "d is given more than once"),
+    ],
+)
+def test_words_that_contradict_each_other_are_refused(config, message):
+    with pytest.raises(InputError, match=message):
+        load(config)
 
 
 def test_a_tiny_folder_holds_out_what_is_asked_for(tmp_path):

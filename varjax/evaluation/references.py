@@ -17,13 +17,9 @@ from varjax.metrics.image_sets import DatasetImages, parts_of
 from varjax.metrics.references import Reference, read_reference, reference_of_images
 from varjax.metrics.report import measure
 
-DATASETS = (
-    "folder:",
-    "tfds:",
-    "idx:",
-    "digits",
-    "photos",
-)  # beginnings of a reference that is a dataset
+# References that are datasets: by name, or by how they begin.
+DATASET_NAMES = ("digits", "photos")
+DATASET_PREFIXES = ("folder:", "tfds:", "idx:")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,7 +63,7 @@ def reference_of(settings: EvaluationSettings, image_shape: tuple[int, ...]) -> 
 
 def is_dataset(reference: str) -> bool:
     """Returns whether a reference names a dataset, not a file or folder of images."""
-    return reference.startswith(DATASETS)
+    return reference in DATASET_NAMES or reference.startswith(DATASET_PREFIXES)
 
 
 def dataset_of(settings: EvaluationSettings, image_shape: tuple[int, ...]) -> Any:
