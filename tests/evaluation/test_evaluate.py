@@ -19,6 +19,7 @@ from varjax.cli import sample as sample_command
 from varjax.data.sources import Digits
 from varjax.evaluation import __main__ as command
 from varjax.evaluation import evaluate
+from varjax.evaluation.references import is_dataset
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions
 from varjax.metrics import image_sets, report
@@ -38,6 +39,18 @@ def digits_npz(path, split="held_out", order=slice(None)):
     source = Digits().source(split)
     images, labels = source.images_NHWC[order], source.labels_N[order]
     np.savez(path, arr_0=np.repeat(images, 3, axis=-1), labels=labels)
+
+
+@pytest.mark.slow
+def test_files_and_folders_may_be_named_like_datasets(tmp_path):
+    digits_npz("digits.npz")
+    names = ("digits.npz", "photos/", "digits_samples", "photos.npz")
+    assert [is_dataset(name) for name in names] == [False] * 4
+    for name in ("digits", "photos", "folder:digits", "idx:DIR", "tfds:mnist"):
+        assert is_dataset(name)
+    flags = ["--features=pixels", "--reference=digits.npz", "--cache=cache"]
+    assert run("digits.npz", *flags, "--out=same.json") == 0
+    assert files.read_json(tmp_path / "same.json")["reference"] == "digits.npz"
 
 
 @pytest.mark.slow
