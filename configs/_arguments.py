@@ -1,9 +1,12 @@
 """Reads the text after the colon of --config=configs/FILE.py:…"""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from typing import TypeVar
 
 from varjax.config.arguments import COMMA_HINT, split_argument
 from varjax.errors import InputError
+
+Word = TypeVar("Word", bound=str)
 
 
 def split_words(arg: str) -> list[str]:
@@ -43,9 +46,9 @@ def read_argument(
     return size, data, chosen
 
 
-def exclusive_word(words: Sequence[str], allowed: Collection[str]) -> str:
-    """Returns the only word that is in `allowed`, or "" if none is; raises InputError for several."""
-    found = [word for word in dict.fromkeys(words) if word in allowed]
+def exclusive_word(words: Sequence[str], allowed: Iterable[Word]) -> Word | None:
+    """Returns the one word of `allowed` that is given, None for none; InputError for several."""
+    found = [word for word in allowed if word in words]
     if len(found) > 1:
         raise InputError(f"{' and '.join(found)} exclude each other; give one of them")
-    return found[0] if found else ""
+    return found[0] if found else None

@@ -25,16 +25,15 @@ from varjax.training.experiment import Experiment
 from ._arguments import exclusive_word
 from ._small import small_tokenizer
 from ._small_data import read_small_run
-from ._small_mar import ORDERS, Order, small_kl_tokenizer, small_mar
+from ._small_mar import ORDERS, small_kl_tokenizer, small_mar
 
 TOKENS = "continuous", "codes"
 
 
 def get_config(arg: str = "") -> Experiment:
     run = read_small_run(arg, options=(*ORDERS, *TOKENS))
-    word, tokens = exclusive_word(run.options, ORDERS), exclusive_word(run.options, TOKENS)
-    order: Order = next((order for order in ORDERS if order == word), "masked")
-    codes = tokens == "codes"
+    order = exclusive_word(run.options, ORDERS) or "masked"
+    codes = exclusive_word(run.options, TOKENS) == "codes"
     if codes:
         tokenizer_dir = run.tokenizer_run("tokenizer_single_scale")
         tokenizer_run = small_tokenizer(run.data, tokenizer_dir, single_scale=True)
