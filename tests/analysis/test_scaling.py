@@ -242,9 +242,14 @@ def test_what_cannot_be_fitted_is_said_and_nothing_written(tmp_path, capsys):
 def test_what_limits_a_fit_is_noted(tmp_path):
     runs = [*make_ladder(tmp_path, (2, 3)), make_run(tmp_path, 4, steps=5000)]
 
-    notes = read_ladder(runs).notes
-    assert notes[0].endswith("d4 ended at step 5,000 of 20,000 and is used as it is")
-    assert notes[1].startswith("the runs saw 320,000 to 1,280,000 images") and len(notes) == 2
+    ladder, floors = read_ladder(runs), parse_floors("loss=0,loss_last=0")
+    (ended,) = ladder.notes
+    assert ended.endswith("d4 ended at step 5,000 of 20,000 and is used as it is")
+    unequal = "the runs saw 320,000 to 1,280,000 images"
+    notes = fit_scaling(ladder, floors=floors, resamples=0).notes
+    assert any(note.startswith(unequal) for note in notes)
+    notes = fit_scaling(ladder, joint=True, floors=floors, resamples=0).notes
+    assert notes == [ended]  # a joint fit knows the images that each run has seen
     flat = make_ladder(tmp_path / "flat", (2, 3, 4, 5), laws={"loss": lambda n, d: 2.0 + n / 1e9})
     report = fit_scaling(read_ladder(flat), floors={"loss": 0.0}, resamples=0)
     assert "loss does not fall against parameters N" in report.notes
@@ -255,9 +260,36 @@ def test_what_limits_a_fit_is_noted(tmp_path):
     ladder = read_ladder(make_ladder(tmp_path / "once", (2, 3, 4, 5), extra=once))
     report = fit_scaling(ladder, joint=True, resamples=0)
     assert report.notes == [
-        "no fit of loss against parameters N and images seen D: 1 different values are too few"
+        "no fit of loss against parameters N and images seen D: 4 points are too few"
     ]
     assert not report.fits and not report.predictions
+
+
+def test_four_points_are_too_few_for_five_constants(tmp_path):
+    runs = [make_run(tmp_path, depth, steps=2000 * depth) for depth in (2, 3, 4, 5)]
+    for run in runs:  # their last evaluations alone
+        metrics = tmp_path / run / "metrics.jsonl"
+        metrics.write_text("\n".join(metrics.read_text().splitlines()[-2:]))
+    report = fit_scaling(read_ladder(runs), joint=True, resamples=2)
+    assert "no fit of loss against parameters N and images seen D: 4 points" in report.notes[-2]
+    assert not report.fits
+
+
+def test_a_joint_fit_predicts_a_shorter_run_of_the_largest_size_at_its_own_length(tmp_path):
+    law = {"loss": LAWS["loss"]}
+    runs = make_ladder(tmp_path, (2, 3, 4, 5, 6), laws=law, noise=0)
+    runs.append(make_run(tmp_path, 8, laws=law, noise=0, steps=STEPS // 10))
+    report = fit_scaling(read_ladder(runs), joint=True, resamples=0, sizes=[parameters(8)])
+    left_out, asked = report.predictions["loss"]
+    assert left_out.loss == pytest.approx(left_out.measured, rel=1e-3)
+    assert asked.loss == pytest.approx(law["loss"](parameters(8), STEPS * BATCH), rel=1e-3)
+
+
+@pytest.mark.parametrize("text", ["abc", "1e6,-1", "inf", "1e6;2e6"])
+def test_sizes_to_predict_are_numbers(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--out=out", f"--predict={text}"])
+    assert f"{text!r}: give numbers of parameters above 0" in capsys.readouterr().err
 
 
 def test_without_resamples_there_are_no_intervals(runs):

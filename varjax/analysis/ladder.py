@@ -58,7 +58,7 @@ class Ladder:
     Attributes:
         curves: curves of each run, by the names of LOSSES that all runs have logged.
         prefix: "eval_ema" for averaged weights, otherwise "eval".
-        notes: facts that limit what a fit means, a line each.
+        notes: caveats about fits of these runs, one per line.
         config: settings of the smallest run.
     """
 
@@ -201,17 +201,10 @@ def _flat(settings: Any, path: str) -> dict[str, Any]:
 
 
 def _notes(logs: Sequence[RunLog]) -> Iterator[str]:
-    seen = []
     for log in logs:
         step = max(line["step"] for line in log.lines)
-        seen.append(step * log.batch_size)
         if log.steps is not None and step < log.steps:
             yield f"{log.name} ended at step {step:,} of {log.steps:,} and is used as it is"
-    if max(seen) > 1.01 * min(seen):
-        yield (
-            f"the runs saw {min(seen):,} to {max(seen):,} images, so differences between sizes "
-            "also come from the length of training"
-        )
     task, data = logs[0].config.get("task"), logs[0].config.get("data")
     if isinstance(task, dict) and "tokenizer" in task and isinstance(data, dict):
         if data.get("_type") != "CachedLatents":

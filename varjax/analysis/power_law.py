@@ -54,9 +54,17 @@ class Points:
     loss_P: np.ndarray
     weight_P: np.ndarray
 
-    def distinct(self) -> int:
-        """Counts the different values of the variable that has the fewest."""
-        return min(len(np.unique(x_P)) for x_P in self.x_TP)
+    def spare(self, floor: float | None) -> int:
+        """Counts the points, or values of a variable, beyond those that a fit needs.
+
+        Below 0, the constants are not determined; at 0, the law goes through all points.
+
+        Args:
+            floor: floor of the law; None if it is fitted as well.
+        """
+        constants = 2 * len(self.x_TP) + (floor is None)
+        values = min(len(np.unique(x_P)) for x_P in self.x_TP)
+        return min(values - values_needed(floor), len(self.loss_P) - constants)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,14 +91,17 @@ class Fit:
 
     @property
     def correlation(self) -> float:
-        """Pearson's r of log x and log(loss - floor), with one variable, over points above it."""
+        """Pearson's r of log x and log(loss - floor) over the points above the floor.
+
+        Only for a law of one variable.
+        """
         above_P = self.points.loss_P > self.law.floor
         (x_P,), loss_P = self.points.x_TP[:, above_P], self.points.loss_P[above_P]
         return float(np.corrcoef(np.log(x_P), np.log(loss_P - self.law.floor))[0, 1])
 
 
-def constants_of_variable(floor: float | None) -> int:
-    """Counts the constants that the values of one variable determine, with a floor of None too."""
+def values_needed(floor: float | None) -> int:
+    """Counts the distinct values of a variable that a fit needs: 2, or 3 if the floor is fitted."""
     return 2 + (floor is None)
 
 
@@ -105,8 +116,8 @@ def fit_power_law(
     Args:
         points: points to fit.
         floor: floor of the law; None to fit it as well, at 0 or above.
-        robust: whether large differences count linearly (Huber loss), for points of which some are
-            off, such as the first ones of training curves.
+        robust: whether large differences count linearly (Huber loss), for points with outliers,
+            such as the beginnings of training curves.
         near: law to start from; None to start from many.
     """
     log_loss_P, root_P = np.log(points.loss_P), np.sqrt(points.weight_P)
@@ -178,15 +189,15 @@ def fit_resampled(
 
     Args:
         points: points to fit.
-        resamples: resampled points; those with too few distinct x for the constants are left out.
+        resamples: resampled points; those that do not determine the constants are left out.
         floor: floor of the law; None to fit it as well.
         robust: whether large differences count linearly.
     """
-    law, least = fit_power_law(points, floor, robust), constants_of_variable(floor)
+    law = fit_power_law(points, floor, robust)
     laws = [
         fit_power_law(resample, floor, robust, near=law)
         for resample in resamples
-        if resample.distinct() >= least
+        if resample.spare(floor) >= 0
     ]
     return Fit(law, tuple(laws), points)
 

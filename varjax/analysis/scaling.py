@@ -174,9 +174,14 @@ def parse_floors(text: str) -> dict[str, float]:
 
 
 def _numbers(text: str) -> list[float]:
-    numbers = [float(word) for word in text.split(",") if word]
+    try:
+        numbers = [float(word) for word in text.split(",") if word]
+    except ValueError:
+        numbers = [np.nan]
     if not all(np.isfinite(number) and number > 0 for number in numbers):
-        raise argparse.ArgumentTypeError(f"{text}: numbers of parameters are above 0")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give numbers of parameters above 0, separated by commas, such as 5e6,1e7"
+        )
     return numbers
 
 

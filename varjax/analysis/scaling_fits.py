@@ -3,8 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
-
 from varjax.analysis.ladder import (
     Curve,
     Ladder,
@@ -13,8 +11,10 @@ from varjax.analysis.ladder import (
     front_points,
     resampled_curves,
 )
-from varjax.analysis.power_law import Fit, Points, constants_of_variable, fit_resampled
+from varjax.analysis.power_law import Fit, Points, fit_resampled, values_needed
 from varjax.errors import InputError, check_setting
+
+SAME_LENGTH = 1.01  # ratio of images seen up to which runs count as equally long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class ScalingReport:
         fits: fits by the name of the variables, then by the kind of loss.
         predictions: predictions by the kind of loss; the first one is for the largest size, from
             the smaller ones, if these suffice for a fit.
-        notes: facts that limit what the fits mean, a line each.
+        notes: caveats about the fits, one per line.
     """
 
     fits: dict[str, dict[str, Fit]]
@@ -118,10 +118,16 @@ def fit_scaling(
     floors = dict(floors or {})
     _check_floors(ladder, floors)
     main, report = JOINT if joint else PARAMETERS, ScalingReport({}, {}, list(ladder.notes))
+    images_R = [float(curve.images_P[-1]) for curve in ladder.runs]
+    if not joint and max(images_R) > SAME_LENGTH * min(images_R):
+        report.notes.append(
+            f"the runs saw {min(images_R):,.0f} to {max(images_R):,.0f} images, so differences "
+            "between sizes also come from the length of training; --fit=joint separates them"
+        )
     kinds = [main] if joint or not ladder.has_compute else [main, COMPUTE]
     for name, curves in ladder.curves.items():
         floor = floors.get(name)
-        needed = constants_of_variable(floor) + 1
+        needed = values_needed(floor) + 1
         found = sorted({curve.size for curve in curves})
         if len(found) < needed:
             raise InputError(
@@ -137,30 +143,29 @@ def fit_scaling(
             return fit_resampled(against.points(curves), resampled, floor, against.robust)
 
         for against in kinds:
-            distinct = against.points(curves).distinct()
-            if distinct < needed:
+            points = against.points(curves)
+            if points.spare(floor) < 1:
+                number = len(points.loss_P)
                 report.notes.append(
-                    f"no fit of {name} {against.title}: {distinct} different values are too few"
+                    f"no fit of {name} {against.title}: {number} points are too few"
                 )
                 continue
             fitted = report.fits.setdefault(against.name, {})[name] = fit(against, curves)
             if min(fitted.law.exponents) <= 0:
                 report.notes.append(f"{name} does not fall {against.title}")
             if against is main:
-                predictions = [_predict(fitted, curves, size) for size in sizes]
+                report.predictions[name] = [_predict(fitted, size, max(images_R)) for size in sizes]
                 rest = [curve for curve in curves if curve.size < found[-1]]
-                if len(found) > needed:
-                    left_out = _predict(fit(main, rest), curves, found[-1])
-                    last = [float(c.loss_P[-1]) for c in curves if c.size == found[-1]]
-                    measured = dataclasses.replace(left_out, measured=float(np.mean(last)))
-                    predictions.insert(0, measured)
-                report.predictions[name] = predictions
+                if len(found) > needed and main.points(rest).spare(floor) >= 1:
+                    left_out = max(curves, key=lambda curve: (curve.size, curve.images_P[-1]))
+                    predicted = _predict(fit(main, rest), left_out.size, left_out.images_P[-1])
+                    predicted = dataclasses.replace(predicted, measured=float(left_out.loss_P[-1]))
+                    report.predictions[name].insert(0, predicted)
     return report
 
 
-def _predict(fit: Fit, curves: Sequence[Curve], size: float) -> SizePrediction:
-    """Predicts the loss of a size, in a joint fit at the end of the longest of the runs."""
-    images = max(float(curve.images_P[-1]) for curve in curves)
+def _predict(fit: Fit, size: float, images: float) -> SizePrediction:
+    """Predicts the loss of a size, in a joint fit after it has seen this many images."""
     x = (size, images)[: len(fit.law.x0)]
     low, high = fit.interval(lambda law: float(law(*x)))
     return SizePrediction(size, float(fit.law(*x)), low, high)
