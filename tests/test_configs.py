@@ -468,7 +468,7 @@ def test_a_wrong_argument_of_small_is_told_what_is_allowed(arg, message):
         ("var.py:d16,data=random,data=digits", "data is given more than once in 'd16,data=random,"),
         ("mar.py:tokenizer=kl16,tokenizer=kl_f4", "tokenizer is given more than once"),
         ("small_mar.py:data=random,size=28,masked,raster", "masked and raster exclude each other"),
-        ("small_mar.py:data=random,size=28,codes,continuous", "codes and continuous exclude each"),
+        ("small_mar.py:data=random,size=28,codes,continuous", "continuous and codes exclude each"),
         ("digits_mar.py:masked,random", "masked and random exclude each other"),
         ("photos_tokenizer.py:normal,kmeans", "normal and kmeans exclude each other"),
         ("ladder.py:d=2,d=3,data=digits,tokenizer=nowhere", "d is given more than once"),

@@ -11,10 +11,11 @@ from PIL import Image
 from varjax import trees
 from varjax.analysis.ladder import front_points, model_size, read_ladder
 from varjax.analysis.power_law import Points, PowerLaw, fit_power_law, pareto_front
+from varjax.analysis.pyplot import load_pyplot
 from varjax.analysis.run_log import RunLog
 from varjax.analysis.scaling import main, parse_floors, scaling_json, scaling_tables
-from varjax.analysis.scaling_fits import PARAMETERS, fit_scaling
-from varjax.analysis.scaling_plot import has_paper_tokens
+from varjax.analysis.scaling_fits import COMPUTE, PARAMETERS, fit_scaling
+from varjax.analysis.scaling_plot import PAPER_EXPONENTS, draw_scaling, has_paper_tokens
 from varjax.config import config_tree
 from varjax.errors import InputError
 from varjax.tokenizers.vq.pyramid import SCALES_256
@@ -302,11 +303,25 @@ def test_without_resamples_there_are_no_intervals(runs):
     assert not any("[" in line or "nan" in line for line in lines)
 
 
-def test_the_papers_lines_are_for_its_tokens_alone(tmp_path):
+def test_the_papers_lines_are_for_its_tokens_alone(tmp_path, monkeypatch):
     def paper(config):
         config["task"]["tokenizer"] = {"scales": list(SCALES_256), "vocab": 4096}
 
-    assert has_paper_tokens(read_ladder([make_run(tmp_path / "a", 2, change=paper)]))
+    runs = make_ladder(tmp_path / "a", (2, 3, 4), change=paper)
+    assert has_paper_tokens(ladder := read_ladder(runs))
+    report = fit_scaling(ladder, floors=parse_floors("loss=0,loss_last=0"), resamples=0)
+    shown = []
+    monkeypatch.setattr(load_pyplot(), "close", shown.append)
+    for variables in (PARAMETERS, COMPUTE):
+        fits = report.fits[variables.name]
+        draw_scaling(ladder, variables, fits, tmp_path / "picture.png")
+        for panel, (name, fit) in zip(shown[-1].axes, fits.items(), strict=False):
+            exponent = PAPER_EXPONENTS[variables.symbols[0]][name]
+            label = f"exponent {exponent} of the VAR paper"
+            (line,) = [line for line in panel.lines if line.get_label() == label]
+            x, y = np.log(line.get_data())
+            assert np.polyfit(x, y, 1)[0] == pytest.approx(-exponent)
+            assert y.mean() == pytest.approx(np.log(fit.law(np.exp(x.mean()))))
     assert not has_paper_tokens(read_ladder([make_run(tmp_path / "b", 2)]))
 
 

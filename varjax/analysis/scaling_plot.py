@@ -60,7 +60,8 @@ def draw_scaling(
         panel.yaxis.set_major_locator(ticker.MaxNLocator(5))
         panel.yaxis.set_major_formatter(ticker.FormatStrFormatter("%.3g"))
         panel.yaxis.set_minor_locator(ticker.NullLocator())
-        panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        if axis != "C":  # "1m" would read as a million petaFLOP
+            panel.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         panel.xaxis.set_minor_formatter(ticker.NullFormatter())
         panel.grid(alpha=0.25)
         panel.legend(fontsize=8)
