@@ -1,13 +1,13 @@
 """A ladder of small VARs of depth 2 to 10, to fit a scaling law on your own images.
 
-    python train.py --config=configs/small_tokenizer.py:data=idx:DIR,size=28
-    varjax cache-latents --config=configs/small.py:data=idx:DIR,size=28 --out=runs/tokens
+    python train.py --config=configs/small_tokenizer.py:data=idx:DIR
+    varjax cache-latents --config=configs/small.py:data=idx:DIR --out=runs/tokens
     for d in 2 3 4 5 6 7 8 9 10; do
         python train.py --config=configs/ladder.py:d=$d,data=latents:runs/tokens,tokenizer=RUN
     done
     varjax scaling runs/ladder_d* --out=scaling
 
-RUN is the run of the tokenizer. All sizes see the same images in the same order, once. Depth sets
+RUN is the run of the tokenizer. Every size sees each image once, in the same order. Depth sets
 the size by the rule of the VAR paper (width 64 d, d heads), with a quarter of its width: 16 d. So
 N = 4,608 d³ parameters in the layers, 37 k to 4.6 M, which is a factor of 125. Other settings are
 those of configs/small.py, without averaged weights, which lag behind in short runs. docs/scaling.md

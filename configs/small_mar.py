@@ -4,8 +4,9 @@
     python train.py --config=configs/small_mar.py:data=idx:DIR
     python sample.py --weights=runs/DIR_28_mar --labels=all
 
-The text after the colon is that of configs/small.py, and optionally one of the first three and one
-of the last two of these words, which are the rows of docs/comparison.md:
+The text after the colon is that of configs/small.py, and optionally an order (one of the first
+three words) and a kind of token (one of the last two). The six combinations, with VAR, are the rows
+of docs/comparison.md:
 
     masked       several tokens a step, in a random order (MAR; the default)
     random       one token a step, in a random order, causal attention

@@ -1,6 +1,7 @@
 """Images in the form of MNIST's files."""
 
 import gzip
+import hashlib
 import pathlib
 import pickle
 import re
@@ -9,7 +10,7 @@ import struct
 import numpy as np
 import pytest
 
-from varjax.data.sources import Idx, parse_dataset
+from varjax.data.sources import Idx, idx, parse_dataset
 from varjax.data.sources.folder import Folder
 from varjax.errors import DamagedFileError, InputError
 
@@ -72,6 +73,18 @@ def test_packing_and_names_do_not_change_the_data():
     images_file.write_bytes(gzip.compress(idx_bytes(images(HELD_OUT_LABELS) + 1)))
     packed, other = Idx("packed").describe(), Idx("other").describe()
     assert packed["train"] == other["train"] and packed["held_out"] != other["held_out"]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_known_data_set_names_its_classes(monkeypatch, packed):
+    write("x")
+    labels = pathlib.Path("x/train-labels-idx1-ubyte.gz").read_bytes()
+    known = labels if packed else bytes(TRAIN_LABELS)
+    digest = hashlib.sha256(known).hexdigest()
+    monkeypatch.setattr(idx, "KNOWN_CLASSES", {digest: ("ant", "bee", "cow")})
+    assert Idx("x").class_names == ("ant", "bee", "cow")
+    write("unpacked", packed=False)  # only labels without header are known in any packing
+    assert Idx("unpacked").class_names == (("0", "1", "2") if packed else ("ant", "bee", "cow"))
 
 
 def test_emnist_s_letters_start_at_one_and_are_turned_upright():
