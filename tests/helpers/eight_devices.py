@@ -83,6 +83,8 @@ def check_kernel(shape: MeshShape) -> None:
         ]
     assert y_BlAD.addressable_shards[0].data.shape == (2, 9, 2, 8)
     close(y_BlAD, expected_BlAD)
+    with jax.set_mesh(jax.sharding.Mesh(np.array(jax.devices()), "data")):  # no other axis
+        close(attend(q_BlAD, q_BlAD + 1, 2 * q_BlAD, None, known_BL), expected_BlAD)
     assert fits == [True, False, False], fits
 
 

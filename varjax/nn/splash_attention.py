@@ -44,14 +44,18 @@ def splash_attention(
     arrays = [q_BlAD, k_BLAD, v_BLAD] + [key_mask_BL] * (key_mask_BL is not None)
     # XLA cannot divide a kernel among devices, so each device calls it for its images and heads.
     if axes := compute.batch_axes():
-        part = P(axes, None, compute.TENSOR_AXIS)
+        sharded = compute.TENSOR_AXIS in jax.sharding.get_abstract_mesh().shape
+        part = P(axes, None, compute.TENSOR_AXIS if sharded else None)
         specs = (part, part, part, P(axes))[: len(arrays)]
         attend = jax.shard_map(attend, in_specs=specs, out_specs=part, check_vma=False)
     return attend(*arrays)
 
 
 def splash_fits(q_BlAD: jax.Array) -> bool:
-    """Returns whether the kernel can compute these queries: bfloat16, divided among the devices."""
+    """Returns whether the kernel supports these queries.
+
+    It needs bfloat16, and images and heads that can be divided among the devices.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     parts = compute.batch_devices(), mesh.shape.get(compute.TENSOR_AXIS, 1)
     divided = not q_BlAD.shape[0] % parts[0] and not q_BlAD.shape[2] % parts[1]
@@ -68,7 +72,7 @@ def _attend(q_BlAD, k_BLAD, v_BLAD, key_mask_BL=None, *, mask_lL, scale):
     mask = np.zeros((_whole_blocks(queries), _whole_blocks(keys)), bool)
     mask[:queries, :keys] = True if mask_lL is None else mask_lL
     mask[queries:, :keys] = True  # a query without keys would divide by 0
-    mask_AlL = np.broadcast_to(mask, (heads, *mask.shape))  # d36's would take 190 MB
+    mask_AlL = np.broadcast_to(mask, (heads, *mask.shape))  # a view: d36's copies are 190 MB
     sizes = splash.BlockSizes(
         block_q=rows,
         block_kv=columns,
@@ -76,7 +80,7 @@ def _attend(q_BlAD, k_BLAD, v_BLAD, key_mask_BL=None, *, mask_lL, scale):
         block_q_dkv=rows,
         block_kv_dkv=columns,
         block_kv_dkv_compute=columns,
-        # A kernel for dq alone: the one for all three writes a dq for each block of keys.
+        # A separate kernel for dq: the fused one writes a partial dq for each block of keys.
         block_q_dq=rows,
         block_kv_dq=columns,
     )
@@ -87,7 +91,7 @@ def _attend(q_BlAD, k_BLAD, v_BLAD, key_mask_BL=None, *, mask_lL, scale):
         )
         return jax.vmap(kernel)(q_BAlD, k_BALD, v_BALD, segments)
 
-    # The kernel has no scale. With head sizes that are powers of 4, it changes only exponents.
+    # The kernel does not scale, so queries are scaled first: exact if head sizes are powers of 4.
     arrays = [_padded(x.swapaxes(1, 2), axis=2) for x in (q_BlAD * scale, k_BLAD, v_BLAD)]
     segments = None
     if key_mask_BL is not None:  # queries attend to keys with the same number, here 1
@@ -103,7 +107,7 @@ def _attend(q_BlAD, k_BLAD, v_BLAD, key_mask_BL=None, *, mask_lL, scale):
 
 
 def _block(length):
-    """Returns the tokens of a block: the most that need the least padding."""
+    """Returns the block size in tokens: the largest of those with the least padding."""
     blocks = range(MAX_BLOCK, 0, -LANES)
     return min(blocks, key=lambda block: -(-length // block) * block)
 
