@@ -34,6 +34,23 @@ def test_output_and_gradients_are_those_of_the_two_steps(shape):
         np.testing.assert_allclose(one, other, atol=1e-3)
 
 
+def test_derivatives_forward_and_of_one_argument_are_those_of_the_two_steps():
+    x_BhwC = jax.random.normal(KEY_X, (2, 4, 3, 3))
+    kernel_33CN = jax.random.normal(KEY_KERNEL, (3, 3, 3, 4))
+    both = x_BhwC, kernel_33CN
+    for tangents in (both, (x_BhwC, 0 * kernel_33CN)):
+        (_, expected), (_, found) = (
+            jax.jvp(function, both, tangents) for function in (two_steps, upsample_and_convolve)
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    for argument in (0, 1):
+        expected, found = (
+            jax.jacfwd(jax.grad(lambda *x, f=function: jnp.sin(f(*x)).sum(), argument), 1)(*both)
+            for function in (two_steps, upsample_and_convolve)
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_both_platforms_have_the_same_parameters_and_results(dtype):
     cpu, tpu = (Upsample(ConvFormat(dtype, platform=platform)) for platform in ("cpu", "tpu"))
@@ -55,3 +72,6 @@ def test_a_cpu_computes_less_and_gradients_count_no_product_twice():
     assert 4 / 9 < forward / flops.count(two_steps, x_BhwC, kernel_33CN) < 4 / 9 * 1.1
     both = flops.count(jax.grad(loss(upsample_and_convolve), (0, 1)), x_BhwC, kernel_33CN)
     assert 2.9 < both / forward < 3.2
+    for argument in (0, 1):
+        one = flops.count(jax.grad(loss(upsample_and_convolve), argument), x_BhwC, kernel_33CN)
+        assert 1.9 < one / forward < 2.2

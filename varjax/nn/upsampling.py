@@ -5,20 +5,22 @@ map. Which four, and which sums of taps each of them gets, depends on whether th
 of the output are even or odd. For each of these four phases, the output is a 2×2 convolution of the
 small map, with 4/9 of the products altogether (the sub-pixel convolution of arXiv 1609.05158).
 
-On a CPU, the output takes about half of the time and the gradients a third to a half
-(docs/benchmarks.md). By the compiler's estimate, a TPU loses: 5.3 ms instead of 1.8 for the four
-layers of the official decoder and one image.
+docs/benchmarks.md has what a CPU gains. By the compiler's estimate, a TPU loses: 5.3 ms instead of
+1.8 for the four layers of the official decoder and one image.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from varjax.nn.compute import matmul_precision
 
 PHASES = (0, 0), (0, 1), (1, 0), (1, 1)  # row and column of the output, modulo 2
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def upsample_and_convolve(x_BhwC: jax.Array, kernel_33CN: jax.Array) -> jax.Array:
     """Doubles a map by nearest neighbor, and convolves it with zeros around: (B, 2·h, 2·w, N)."""
     _, h, w, _ = x_BhwC.shape
@@ -45,19 +47,16 @@ def _convolve_by_phase(x_BhwC: jax.Array, kernel_33CN: jax.Array) -> jax.Array:
     )
 
 
-def _forward(x_BhwC, kernel_33CN):
-    return upsample_and_convolve(x_BhwC, kernel_33CN), (x_BhwC, kernel_33CN)
-
-
-def _backward(saved, dy_BhwN):
-    x_BhwC, kernel_33CN = saved
-    # The function is linear in each argument.
-    of_map = jax.linear_transpose(lambda x: _convolve_by_phase(x, kernel_33CN), x_BhwC)
-    of_kernel = jax.linear_transpose(lambda k: _convolve_by_phase(x_BhwC, k), kernel_33CN)
-    return *of_map(dy_BhwN), *of_kernel(dy_BhwN)
-
-
-upsample_and_convolve.defvjp(_forward, _backward)
+@functools.partial(upsample_and_convolve.defjvp, symbolic_zeros=True)
+def _derivative(primals, tangents):
+    (x_BhwC, kernel_33CN), (dx_BhwC, dkernel_33CN) = primals, tangents
+    y_BhwN = upsample_and_convolve(x_BhwC, kernel_33CN)
+    dy_BhwN = jnp.zeros_like(y_BhwN)  # the function is linear in each argument
+    if not isinstance(dx_BhwC, SymbolicZero):
+        dy_BhwN += _convolve_by_phase(dx_BhwC, kernel_33CN)
+    if not isinstance(dkernel_33CN, SymbolicZero):
+        dy_BhwN += _convolve_by_phase(x_BhwC, dkernel_33CN)
+    return y_BhwN, dy_BhwN
 
 
 def _phase_kernels(kernel_33CN: jax.Array) -> list[jax.Array]:
