@@ -38,6 +38,7 @@ def test_a_large_mean_leaves_the_digits_of_the_format(dtype, mean, atol):
     ("dtype", "precision", "one_pass"),
     [
         ("float32", "highest", False),
+        ("float32", "tf32_3x", False),
         ("float32", "bfloat16_3x", True),
         ("bfloat16", "highest", True),
     ],

@@ -207,9 +207,9 @@ def conv(
 
 def norm(groups, format: ConvFormat, name) -> Callable[[jax.Array], jax.Array]:
     """Makes a group norm, computed in float32."""
-    # E[x²]-E[x]² needs one pass, which a TPU fuses with the convolution before it. It loses digits
-    # of float32 that decide about tokens; shorter formats and products do not have them.
-    exact = jnp.dtype(format.dtype) == jnp.float32 and format.precision == "highest"
+    # E[x²]-E[x]² needs one pass, which a TPU fuses with the convolution before it. It loses float32
+    # digits that can change tokens. bfloat16, and products of such operands, lack them anyway.
+    exact = jnp.dtype(format.dtype) == jnp.float32 and format.precision in ("highest", "tf32_3x")
     module = nn.GroupNorm(
         groups, epsilon=1e-6, dtype=jnp.float32, use_fast_variance=not exact, name=name
     )
