@@ -10,7 +10,7 @@
 RUN is the run of the tokenizer. Every size sees each image once, in the same order. Depth sets
 the size by the rule of the VAR paper (width 64 d, d heads), with a quarter of its width: 16 d. So
 N = 4,608 d³ parameters in the layers, 37 k to 4.6 M, which is a factor of 125. Other settings are
-those of configs/small.py, without averaged weights, which lag behind in short runs. docs/scaling.md
+those of configs/small.py, without EMA weights, which lag behind in short runs. docs/scaling.md
 has the results on Fashion-MNIST.
 
 60,000 images of 28 pixels, on one of two busy CPU cores: 34 minutes for d=7. On two free cores,

@@ -57,7 +57,7 @@ class Ladder:
 
     Attributes:
         curves: curves of each run, by the names of LOSSES that all runs have logged.
-        prefix: "eval_ema" for averaged weights, otherwise "eval".
+        prefix: "eval_ema" for EMA weights, otherwise "eval".
         notes: caveats about fits of these runs, one per line.
         config: settings of the smallest run.
     """
@@ -83,7 +83,7 @@ def read_ladder(directories: Sequence[str], weights: str = "") -> Ladder:
 
     Args:
         directories: runs, each with a config.json and a metrics.jsonl.
-        weights: "eval" or "eval_ema", whose evaluations to read; "" for the averaged weights
+        weights: "eval" or "eval_ema", whose evaluations to read; "" for the EMA weights
             (eval_ema) if all runs have them.
 
     Raises:

@@ -42,7 +42,7 @@ from varjax.storage.buckets import as_path
 
 def scaling_tables(ladder: Ladder, report: ScalingReport) -> list[str]:
     """Formats a report as tables of text."""
-    weights = "averaged weights" if ladder.prefix == PREFIXES[0] else "plain weights"
+    weights = "EMA weights" if ladder.prefix == PREFIXES[0] else "non-EMA weights"
     lines = [f"{len(ladder.runs)} runs, last losses on held-out images ({weights}):"]
     header = ["run", "parameters", "images seen", "petaFLOP", *ladder.curves]
     rows = []
@@ -207,7 +207,7 @@ def main(arguments: list[str]) -> int:
         "--weights",
         choices=PREFIXES,
         default="",
-        help="evaluations to read: averaged weights (eval_ema, if all runs have them) or eval",
+        help="evaluations to read: EMA weights (eval_ema, if all runs have them) or eval",
     )
     add(
         "--predict",

@@ -91,7 +91,7 @@ def evaluate_tokenizer(
         data: dataset of the images, as on the command line.
         out: folder of the three output files.
         batch_size: images at a time, over all devices.
-        ema: True evaluates a run's averaged weights, False the others; None evaluates the averaged
+        ema: True evaluates a run's EMA weights, False the others; None evaluates the EMA
             weights if there are any.
         lpips: directory of LPIPS's weights; "" to skip LPIPS.
         inception: directory of Inception's weights, for FID; "" for none.
@@ -230,7 +230,7 @@ def main(arguments: list[str]) -> int:
     add("--data", required=True, help=f"dataset: {datasets}")
     add("--out", default="evaluation", help="folder for the results (evaluation)")
     add("--batch_size", type=int, default=32, help="images at a time, over all devices (32)")
-    add("--ema", action=argparse.BooleanOptionalAction, help="use a run's averaged weights")
+    add("--ema", action=argparse.BooleanOptionalAction, help="use a run's EMA weights")
     add("--lpips", default="", metavar="DIR", help="converted weights of LPIPS")
     add("--inception", default="", metavar="DIR", help="converted weights of Inception")
     add("--features", default="", metavar="DIR", help="directory of a classifier, or pixels")

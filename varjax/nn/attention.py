@@ -308,7 +308,7 @@ class MultiHeadAttention(nn.Module):
         scale: factor f in f·q·k/√D; None for L2-normalized q and k, with a temperature (at most
             100) that each head learns.
         key_bias: whether keys have a bias; queries and values always do.
-        compute: number format and implementation.
+        compute: dtype and implementation.
         kernel_init: initializer of q, k and v.
         out_init: initializer of the output projection.
     """

@@ -31,7 +31,7 @@ class Encoder(nn.Module):
         feature_channels: channels of the features.
         attention: levels with attention after each block, -1 for the coarsest, in addition to the
             middle.
-        format: number format of the convolutions.
+        format: dtype of the convolutions.
     """
 
     width: int
@@ -67,7 +67,7 @@ class Decoder(nn.Module):
         image_channels: number of image channels.
         attention: levels with attention, numbered as in the encoder: -1 is the coarsest, the first
             one here.
-        format: number format of the convolutions.
+        format: dtype of the convolutions.
     """
 
     width: int

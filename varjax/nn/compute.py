@@ -36,7 +36,7 @@ class ComputeConfig:
         model = varjax.load("runs/digits", compute=varjax.ComputeConfig(dtype="bfloat16"))
 
     Attributes:
-        dtype: number format of matrix products and, in VAR's training, of the residual stream.
+        dtype: dtype of matmuls and, in VAR's training, of the residual stream.
             "auto" is bfloat16 on an accelerator and float32 on a CPU. Softmax, norms, logits,
             parameters in training, and MAR's residual streams are always float32.
         attention_impl: implementation of attention. "xla" runs anywhere; "grouped" is "xla", but
@@ -74,7 +74,7 @@ class ComputeConfig:
 
     @property
     def jax_dtype(self) -> jnp.dtype:
-        """The number format, with "auto" decided for the platform."""
+        """The dtype, with "auto" decided for the platform."""
         if self.dtype == "auto":
             return jnp.dtype("float32" if self.target == "cpu" else "bfloat16")
         return jnp.dtype(self.dtype)
@@ -198,7 +198,7 @@ class ConvFormat:
     """How convolutions compute.
 
     Attributes:
-        dtype: number format of inputs and outputs.
+        dtype: dtype of inputs and outputs.
         precision: precision of the products if `dtype` is float32; see `float32_convolution`.
         platform: platform to compile for; see `float32_convolution`. "cpu" also upsamples in the
             way that suits a CPU: nn/upsampling.py.

@@ -19,7 +19,7 @@ def dense(
 
     Args:
         features: number of output features.
-        dtype: number format of the operands and the results.
+        dtype: dtype of the operands and the results.
         init: initializer of the kernel.
         name: name of the layer among the parameters; None for the attribute's name.
         use_bias: whether the layer has a bias.
@@ -40,7 +40,7 @@ class OutputHead(nn.Module):
 
     Attributes:
         features: number of output features.
-        dtype: number format of the operands.
+        dtype: dtype of the operands.
         kernel_init: initializer of the kernel; the bias starts at 0.
     """
 

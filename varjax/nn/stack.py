@@ -38,7 +38,7 @@ class KVCache:
             batch: number of examples B.
             length: length L of the whole sequence.
             width: total channels C of all heads.
-            dtype: number format of keys and values.
+            dtype: dtype of keys and values.
             zeros: whether to fill it with zeros, which is required if unwritten entries are read,
                 and masked; False leaves the memory as it is, which is faster.
         """

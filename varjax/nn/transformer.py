@@ -29,7 +29,7 @@ class Block(nn.Module):
             all blocks share, instead of the result of the block's own linear layer.
         init_std: standard deviation of all linear layers.
         gate_init: factor on `init_std` for the gates.
-        compute: number format and execution.
+        compute: dtype and execution.
     """
 
     heads: int
@@ -131,7 +131,7 @@ class ViTBlock(nn.Module):
 
     Attributes:
         heads: number of attention heads.
-        compute: number format and execution.
+        compute: dtype and execution.
     """
 
     heads: int
@@ -222,7 +222,7 @@ class MLP(nn.Module):
     """Linear, GELU, linear.
 
     Attributes:
-        dtype: number format of the matrix products.
+        dtype: dtype of the matrix products.
         kernel_init: initializer of the first layer.
         out_init: initializer of the second layer.
         tanh_gelu: whether GELU is approximated by tanh.
