@@ -1,6 +1,7 @@
 """The programs and tasks of MAR that benchmarks measure; see `varjax.sampling.programs`."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,9 +10,16 @@ import jax.numpy as jnp
 from varjax.errors import InputError
 from varjax.mar import pipeline
 from varjax.mar.latents import decode_tokens
+from varjax.mar.masking import take_at
 from varjax.mar.memory import mar_sampling_bytes
-from varjax.mar.model import MARConfig
-from varjax.mar.sample import MAROptions, check_sampling, make_setup, sample_mar_tokens
+from varjax.mar.model import MAR, MARConfig, bind_mar
+from varjax.mar.sample import (
+    MAROptions,
+    SamplingSetup,
+    check_sampling,
+    make_setup,
+    sample_mar_tokens,
+)
 from varjax.mar.task import MARTask
 from varjax.nn.compute import FUSED_ATTENTION, ComputeConfig
 from varjax.sampling.programs import Program, SamplingPrograms
@@ -62,10 +70,72 @@ def sampling_programs(
         decode=decode,
         whole=whole,
         bytes_needed=lambda B, compute: mar_sampling_bytes(tokenizer, mar, B, compute, setup),
-        pieces=lambda *arguments: [Program("transformer", sample, arguments[:-1])],
+        pieces=functools.partial(sampling_pieces, mar),
         cached=False,
         setting={"steps": steps, "diffusion_steps": diffusion_steps},
     )
+
+
+def sampling_pieces(
+    mar: MARConfig,
+    params: PyTree,
+    setup: SamplingSetup,
+    label_B: Any,
+    key_B: Any,
+    compute: ComputeConfig,
+) -> list[Program]:
+    """Returns programs for each group of steps: the transformer, and a denoising step.
+
+    The second also draws the noise to start from and embeds the condition, which sampling does once
+    for all denoising steps.
+
+    Args:
+        mar: config of the transformer.
+        params: shapes of the parameters, in the dtypes that pipelines give them.
+        setup: setup of the sampling, with shapes of the options.
+        label_B: shape of the labels.
+        key_B: shape of the random keys.
+        compute: unused; the programs get their own.
+    """
+    B, programs = len(label_B), []
+    noises = [len(schedule.timestep_J) for schedule in setup.noise_schedules]
+
+    def predict(params, token_BnZ, position_Bn, known_Bn, position_Bm, label_R, compute):
+        apply, streams = bind_mar(mar, params["mar"], compute), len(label_R) // B
+        arrays = [jnp.concatenate([x] * streams) for x in (token_BnZ, position_Bn, known_Bn)]
+        class_RC = apply(label_R, method=MAR.class_vectors)
+        z_RLC = apply(*arrays, class_RC, method=MAR.hidden)
+        return take_at(z_RLC, jnp.concatenate([position_Bm] * streams))
+
+    def denoise(params, setup, z_RmC, position_Bm, key_B, compute, step):
+        settings = setup.draw_settings(step)
+        settings = settings._replace(denoising=settings.denoising._replace(count=1))
+        noise = functools.partial(mar.head.sampling_noise, key_B, position_Bm)
+        z = jnp.split(z_RmC, len(z_RmC) // B)
+        return mar.head.draw([mar.head.network(params["mar"], compute)], z, noise, settings)
+
+    for group in setup.groups:
+        first, stop = setup.guided
+        streams = 2 if first <= group.steps.start < stop else 1
+        shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        position_Bm, label_R = shape((B, group.new)), shape((B * streams,))
+        known = (
+            jax.ShapeDtypeStruct((B, group.known, *mar.head.token_shape), jnp.float32),
+            shape((B, group.known)),
+            jax.ShapeDtypeStruct((B, group.known), bool),
+        )
+        arguments = params, *known, position_Bm, label_R
+        z_RmC = jax.eval_shape(functools.partial(predict, compute=compute), *arguments)
+        name = f"steps {group.steps.start} to {group.steps.stop - 1}"
+        draw = functools.partial(denoise, step=group.steps.start)
+        times = sum(noises[step] for step in group.steps)
+        programs += [
+            Program(f"transformer, {name}", predict, arguments, times=len(group.steps)),
+            Program(
+                f"denoising, {name}", draw, (params, setup, z_RmC, position_Bm, key_B), times=times
+            ),
+        ]
+    return programs
 
 
 def training_task(preset: str, compute: ComputeConfig) -> MARTask:

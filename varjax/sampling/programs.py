@@ -28,12 +28,14 @@ class Program:
         function: (*arguments, compute) -> arrays.
         arguments: shapes of the arguments' arrays.
         donated: indices of the arguments whose memory the result may reuse.
+        times: number of times that it runs for a batch.
     """
 
     name: str
     function: Callable[..., Any]
     arguments: tuple[PyTree, ...]
     donated: tuple[int, ...] = ()
+    times: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
