@@ -11,7 +11,7 @@ import pytest
 from tests.benchmark.test_benchmark import tiny  # noqa: F401  (a fixture)
 from varjax.benchmark import __main__ as benchmark
 from varjax.benchmark import evaluate, operations, parity, report
-from varjax.benchmark.report_page import expected_speed, report_page
+from varjax.benchmark.report_page import EXPECTED, expected_speed, report_page
 from varjax.metrics.features import pixel_network
 
 CPU = {"platform": "cpu", "device": "cpu", "jax": "0.10.2", "memory_gb": None}
@@ -124,9 +124,30 @@ def test_a_part_is_a_process_with_a_limit(monkeypatch, code, state, lines, error
     assert result.get("error") == error
 
 
+@pytest.mark.parametrize(
+    ("device", "command", "part", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "train --preset=d16 --batch_size=24", "step", 204),
+        ("NVIDIA H100 80GB HBM3", "train --preset=d16 --batch_size=24 --cached", "step", 446),
+        ("TPU v5 lite", "sample --preset=d16 --batch_size=1", "whole", 28),
+        ("TPU v5 lite", "sample --preset=d16 --batch_size=auto", "whole", 70),
+        ("TPU v5 lite", "sample --preset=d30 --batch_size=1", "whole", 9.3),
+        ("TPU v5 lite", "train --preset=d16 --batch_size=24 --cached", "step", 49),
+        ("TPU v5 lite", "train --preset=d16 --batch_size=24", "step", 38),
+    ],
+)
+def test_each_command_has_the_expectation_that_the_pages_derive(device, command, part, expected):
+    assert expected_speed(device, command, part) == pytest.approx(expected, rel=0.01)
+
+
+def test_expectations_are_of_commands_that_the_report_runs():
+    commands = {part.command for part in report.PARTS}
+    assert {command for _, command, _, _ in EXPECTED} <= commands
+
+
 def test_expectations_are_those_of_the_device_and_the_command():
     h200, auto = "NVIDIA H200", "sample --preset=d16 --batch_size=auto"
-    assert expected_speed(h200, auto, "whole") == 306
+    assert expected_speed(h200, auto, "whole") == pytest.approx(306, rel=0.01)
     assert expected_speed(h200, auto, "decoder") is None
     assert expected_speed("cpu", auto, "whole") is None
     line = LINE | {"device": h200, "dtype": "bfloat16", "model_gflop_per_image": 1000.0}
