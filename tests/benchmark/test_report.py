@@ -157,7 +157,7 @@ def test_expectations_are_those_of_the_device_and_the_command():
 
 
 def test_a_report_that_exists_or_cannot_be_written_is_refused_before_measuring(tmp_path, capsys):
-    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "report.json").write_text('{"machine": {}, "parts": []}')
     for flags, message in {
         (f"--out={tmp_path}",): "has a report already",
         ("--out=/proc/report",): "could not be written",
@@ -165,3 +165,13 @@ def test_a_report_that_exists_or_cannot_be_written_is_refused_before_measuring(t
     }.items():
         assert benchmark.main(["report", *flags]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_report_that_found_no_device_can_be_started_again(tmp_path, monkeypatch, capsys):
+    found, probes = [], iter(["raise SystemExit('no device')", f"print({json.dumps(CPU)!r})"])
+    monkeypatch.setattr(report, "measure_parts", lambda parts, *_: found.append(parts) or [])
+    for code, stated in ((1, "JAX cannot use a device here: no device"), (0, "the same as")):
+        monkeypatch.setattr(report, "PROBE", next(probes))
+        assert benchmark.main(["report", f"--out={tmp_path}"]) == code
+        assert stated in capsys.readouterr().err
+    assert len(found) == 1

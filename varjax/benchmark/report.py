@@ -92,7 +92,8 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     minutes = finite_number("minutes", flags.minutes, 0.1)
     out = as_path(flags.out)
-    if files.exists(out / "report.json"):
+    # {} is of a report that stopped before its first result.
+    if files.exists(out / "report.json") and files.read_json(out / "report.json"):
         raise InputError(f"{out} has a report already; give another folder: --out=DIR")
     files.write_json(out / "report.json", {})  # a folder that cannot be written is refused now
     machine = describe_machine()
