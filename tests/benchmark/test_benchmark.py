@@ -36,6 +36,23 @@ def tiny(monkeypatch):
     monkeypatch.setattr(measure.MatmulPeak, "measure", lambda self: 1e9)
 
 
+@pytest.fixture
+def memory(monkeypatch):
+    """The memory of a device: 1 GB before the first call, then 3 GB; a matrix product uses 9."""
+    used = [1.0, 3.0]
+
+    def measure_product(self):
+        used[:] = [9.0]
+        return 1e9
+
+    def memory_usage():
+        return {"memory_peak_gb": used.pop(0) if len(used) > 1 else used[0]}
+
+    monkeypatch.setattr(measure.MatmulPeak, "measure", measure_product)
+    for module in (hardware, evaluate):
+        monkeypatch.setattr(module, "memory_usage", memory_usage)
+
+
 def lines(capsys):
     return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
 
@@ -43,8 +60,8 @@ def lines(capsys):
 @pytest.mark.slow
 def test_sample_times_the_transformer_the_decoder_and_the_whole(capsys):
     assert benchmark.main(["sample", "--batch_size=2", "--repeats=1"]) == 0
-    transformer, decoder, whole = lines(capsys)
-    assert [p["part"] for p in (transformer, decoder, whole)] == ["transformer", "decoder", "whole"]
+    whole, transformer, decoder = lines(capsys)
+    assert [p["part"] for p in (whole, transformer, decoder)] == ["whole", "transformer", "decoder"]
     work = [p["model_gflop_per_image"] for p in (transformer, decoder, whole)]
     assert work[0] + work[1] == pytest.approx(work[2], rel=1e-3)
     for part in (transformer, decoder, whole):
@@ -53,11 +70,13 @@ def test_sample_times_the_transformer_the_decoder_and_the_whole(capsys):
         assert seconds == pytest.approx(part["seconds"], rel=2e-3)
 
 
-def test_sample_times_disa_without_counting_its_work(capsys):
+def test_sample_times_disa_without_counting_its_work(capsys, memory):
     disa = "--steps=2", "--diffusion_steps=4:2"
     assert benchmark.main(["sample", "--preset=mar_b", "--batch_size=2", "--repeats=1", *disa]) == 0
-    transformer, decoder, whole = lines(capsys)
+    whole, transformer, decoder = lines(capsys)
     assert decoder["efficiency"] > 0
+    assert whole["peak_memory_gb"] == 3.0  # the matrix product needs more, but comes later
+    assert not (transformer | decoder).keys() & {"peak_memory_gb"}
     for part in (transformer, whole):
         assert part["diffusion_steps"] == "4:2" and part["seconds"] > 0
         assert not part.keys() & {"efficiency", "model_gflop_per_image"}
@@ -127,13 +146,14 @@ def test_train_times_the_parts_of_a_step(capsys, preset):
     assert (parts["step"]["remat"], parts["step"]["attention"]) == ("block", "loop")  # on CPUs
 
 
-def test_evaluate_times_features_and_metrics(capsys, monkeypatch):
+def test_evaluate_times_features_and_metrics(capsys, monkeypatch, memory):
     monkeypatch.setattr(evaluate, "random_inception_network", pixel_network)
     monkeypatch.setattr(evaluate, "FEATURES", 12)
     monkeypatch.setattr(evaluate, "COMPARED_IMAGES", 30)
     assert benchmark.main(["evaluate", "--images=20", "--side=4", "--repeats=1"]) == 0
     features, *metrics = lines(capsys)
     assert features["part"] == "features" and features["images_at_once"] > 0
+    assert features["peak_memory_gb"] == 1.0  # as it was before the matrix product
     names = ["fid", "inception_score", "precision_recall", "kid"]
     assert [part["part"] for part in metrics] == names
     assert benchmark.main(["evaluate", "--images=3"]) == 1

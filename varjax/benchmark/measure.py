@@ -40,6 +40,24 @@ class MatmulPeak:
         return self._best
 
 
+def measure_call(function: Callable[[], Any], repeats: int) -> dict[str, float]:
+    """Times a function, and reads the memory before anything else needs some.
+
+    Args:
+        function: function to call, once more than `repeats`.
+        repeats: number of calls to time; the fastest one counts.
+
+    Returns:
+        "seconds", and "peak_memory_gb", the most memory in use, in 1e9 bytes. The latter is left
+        out where this process has already used as much for something else, because devices report
+        only the largest number since the start.
+    """
+    before = hardware.memory_usage()["memory_peak_gb"]
+    seconds = hardware.fastest_seconds(function, repeats)
+    peak = hardware.memory_usage()["memory_peak_gb"]
+    return {"seconds": seconds} | ({"peak_memory_gb": peak} if peak > before else {})
+
+
 def print_figures(**figures: Any) -> None:
     """Prints one JSON line: the figures, and the machine that they were measured on."""
     machine = {

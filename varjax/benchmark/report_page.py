@@ -41,8 +41,8 @@ def report_page(machine: Mapping[str, Any], measured: Sequence[Mapping[str, Any]
         f"{known}.",
         "**of a product**: share of the speed of a large matrix product, measured in the same run. "
         "**of the peak**: share of the published speed. **expected**: images/s, by arithmetic or "
-        "by the compiler's estimate. **GB**: peak memory of a device. **GB by auto**: what "
-        "batch_size=auto calculates.",
+        "by the compiler's estimate. **GB**: peak memory of a device, left out where an earlier "
+        "part used more. **GB by auto**: what batch_size=auto calculates.",
     ]
     for part in measured:
         sections.append(f"## varjax benchmark {part['command']}")

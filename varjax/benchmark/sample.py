@@ -21,6 +21,7 @@ from varjax.benchmark.measure import (
     MatmulPeak,
     add_refiner_flags,
     compute_from_flags,
+    measure_call,
     model_parser,
     print_figures,
 )
@@ -28,7 +29,7 @@ from varjax.models import benchmark_of, choose_draft_scales
 from varjax.nn.compute import ComputeConfig, without_repeated_work
 from varjax.runtime import flops
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
-from varjax.runtime.hardware import device_memory, fastest_seconds, memory_usage
+from varjax.runtime.hardware import device_memory
 from varjax.sampling.batch_size import (
     SIZES,
     WITHOUT_MEMORY,
@@ -106,10 +107,10 @@ def measure_sampling(
     repeats: int,
     compile_only: bool,
 ) -> None:
-    """Prints a line for the transformer, one for the decoder, and one for both in one program.
+    """Prints a line for the whole program, one for its transformer, and one for its decoder.
 
     These are the programs that the pipelines run. needed_gb is the arithmetic by which "auto"
-    chooses the batch size; peak_memory_gb is what was in use, at most, since the start.
+    chooses the batch size; peak_memory_gb is left out of parts that need less than earlier ones.
     efficiency: model FLOP ÷ (seconds × FLOP/s of a large matrix product, same run, same dtype).
     """
     dtype, mesh = compute.jax_dtype, batch_mesh()
@@ -126,9 +127,9 @@ def measure_sampling(
         return programs.decode(params, latents, compute)
 
     parts = {
+        "whole": (programs.whole, (label_B, key_B)),
         "transformer": (programs.sample, (label_B, key_B)),
         "decoder": (decode, (jnp.zeros((batch_size, *programs.latent_shape)),)),
-        "whole": (programs.whole, (label_B, key_B)),
     }
     setting = {
         "benchmark": "sample",
@@ -152,9 +153,9 @@ def measure_sampling(
         compiled = program.lower(abstract, programs.options, *batch).compile()
         figures = {"part": name, "compile_seconds": time.perf_counter() - begin}
         if params is not None:
-            seconds = fastest_seconds(lambda: compiled(params, programs.options, *batch), repeats)  # noqa: B023
-            speed = peak.measure()
-            figures |= {"seconds": seconds, "images_per_second": batch_size / seconds}
+            figures |= measure_call(lambda: compiled(params, programs.options, *batch), repeats)  # noqa: B023
+            seconds, speed = figures["seconds"], peak.measure()
+            figures["images_per_second"] = batch_size / seconds
             with contextlib.suppress(flops.UnknownIterations):
                 work = flops.count(
                     lambda *a, f=function: f(*a, plain), abstract, programs.options, *batch
@@ -163,11 +164,7 @@ def measure_sampling(
                     "model_gflop_per_image": work / batch_size / 1e9,
                     "efficiency": work / seconds / speed / mesh.size,
                 }
-            figures |= {
-                "matmul_gflops": speed / 1e9,
-                "peak_memory_gb": memory_usage()["memory_peak_gb"],
-                "needed_gb": needed(batch_size) / 1e9,
-            }
+            figures |= {"matmul_gflops": speed / 1e9, "needed_gb": needed(batch_size) / 1e9}
         print_figures(**setting, **figures)
 
 

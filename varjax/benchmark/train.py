@@ -17,13 +17,13 @@ from varjax.benchmark.measure import (
     MatmulPeak,
     add_training_flags,
     compute_from_flags,
+    measure_call,
     model_parser,
     print_figures,
 )
 from varjax.models import benchmark_of
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
-from varjax.runtime.hardware import fastest_seconds, memory_usage
 from varjax.training.task import Plan, TrainState
 
 
@@ -72,15 +72,13 @@ def measure_training(
     state = jax.jit(task.init)(key)
 
     def report(part: str, call: Callable[[], Any], compile_seconds: float, work: int) -> None:
-        seconds, speed = fastest_seconds(call, repeats), peak.measure()
-        figures = {
-            "compile_seconds": compile_seconds,
-            "seconds": seconds,
+        figures = {"compile_seconds": compile_seconds} | measure_call(call, repeats)
+        seconds, speed = figures["seconds"], peak.measure()
+        figures |= {
             "images_per_second": batch_size / seconds,
             "model_gflop_per_image": work / batch_size / 1e9,
             "efficiency": work / seconds / speed,
             "matmul_gflops": speed / 1e9,
-            "peak_memory_gb": memory_usage()["memory_peak_gb"],
         }
         print_figures(**setting, part=part, **figures)
 
