@@ -206,6 +206,24 @@ def test_train_times_the_step_on_cached_latents_alone(capsys):
     assert (step["part"], step["cached"]) == ("step", True) and step["model_gflop_per_image"] > 0
 
 
+@pytest.mark.parametrize(
+    ("platform", "devices", "memory", "images"),
+    [
+        ("gpu", 1, 10**12, 128),
+        ("gpu", 4, 10**12, 4 * 128),
+        ("gpu", 4, 10**9, 4 * 8),  # 100 MB an image, in 0.8 of the memory
+        ("gpu", 2, None, 2 * 32),
+        ("cpu", 1, 10**12, 32),
+    ],
+)
+def test_auto_gives_each_device_what_sampling_gives_it(
+    monkeypatch, platform, devices, memory, images
+):
+    monkeypatch.setattr(sample, "device_memory", lambda device: memory)
+    device = types.SimpleNamespace(platform=platform)
+    assert sample.auto_batch_size(lambda n: n * 10**8, [device] * devices) == images
+
+
 @pytest.mark.slow
 def test_auto_is_a_batch_size_of_sample(capsys, monkeypatch):
     monkeypatch.setattr(sample, "device_memory", lambda device: 10**7)

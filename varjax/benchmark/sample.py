@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ from varjax.runtime import flops
 from varjax.runtime.data_parallel import batch_mesh, data_parallel, replicate
 from varjax.runtime.hardware import device_memory
 from varjax.sampling.batch_size import (
+    LARGEST_ON_CPU,
     SIZES,
     WITHOUT_MEMORY,
     fitting_batch_size,
@@ -99,6 +100,20 @@ def memory_needed(
     return weights, lambda size: weights + programs.bytes_needed(size, compute)
 
 
+def auto_batch_size(needed: Callable[[int], int], devices: Sequence[Any]) -> int:
+    """Returns how many images all devices draw at a time, each as many as sampling chooses.
+
+    Args:
+        needed: number of images on a device -> bytes needed; see `memory_needed`.
+        devices: devices that sample.
+    """
+    memory = [device_memory(device) for device in devices]
+    if None in memory:
+        return WITHOUT_MEMORY * len(devices)
+    largest = LARGEST_ON_CPU if devices[0].platform == "cpu" else max(SIZES)
+    return fitting_batch_size(needed, min(x for x in memory if x), largest) * len(devices)
+
+
 def measure_sampling(
     programs: SamplingPrograms,
     preset: str,
@@ -116,10 +131,8 @@ def measure_sampling(
     dtype, mesh = compute.jax_dtype, batch_mesh()
     _, needed = memory_needed(programs, compute)
     if batch_size == "auto":
-        memory = device_memory(jax.local_devices()[0])
-        batch_size = WITHOUT_MEMORY
-        if memory is not None:
-            batch_size = fitting_batch_size(needed, memory, max(SIZES))
+        batch_size = auto_batch_size(needed, mesh.devices.flatten())
+    per_device = -(-batch_size // mesh.size)
     index_B = jnp.arange(batch_size)
     label_B, key_B = index_B % programs.classes, image_keys(0, index_B)
 
@@ -164,7 +177,7 @@ def measure_sampling(
                     "model_gflop_per_image": work / batch_size / 1e9,
                     "efficiency": work / seconds / speed / mesh.size,
                 }
-            figures |= {"matmul_gflops": speed / 1e9, "needed_gb": needed(batch_size) / 1e9}
+            figures |= {"matmul_gflops": speed / 1e9, "needed_gb": needed(per_device) / 1e9}
         print_figures(**setting, **figures)
 
 
