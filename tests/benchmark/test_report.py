@@ -154,6 +154,8 @@ def test_expectations_are_those_of_the_device_and_the_command():
     page = report_page(CPU, [{"command": auto, "state": "done", "lines": [line], "seconds": 1}])
     assert "| part | ms | images/s | expected | TFLOP/s | of the peak |" in page
     assert "| whole | 500 | 2 | 306 | 2 | 0.00202 |" in page
+    on_two = [{"command": auto, "state": "done", "lines": [line | {"devices": 2}], "seconds": 1}]
+    assert "| whole | 500 | 2 | 306 | 2 | 0.00101 |" in report_page(CPU, on_two)
 
 
 def test_a_report_that_exists_or_cannot_be_written_is_refused_before_measuring(tmp_path, capsys):

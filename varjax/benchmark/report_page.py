@@ -40,9 +40,10 @@ def report_page(machine: Mapping[str, Any], measured: Sequence[Mapping[str, Any]
         "# What this machine measured",
         f"{known}.",
         "**of a product**: share of the speed of a large matrix product, measured in the same run. "
-        "**of the peak**: share of the published speed. **expected**: images/s, by arithmetic or "
-        "by the compiler's estimate. **GB**: peak memory of a device, left out where an earlier "
-        "part used more. **GB by auto**: what batch_size=auto calculates.",
+        "**of the peak**: share of the published speed of the devices. **expected**: images/s of "
+        "one device, by arithmetic or by the compiler's estimate. **GB**: peak memory of a device, "
+        "left out where an earlier part used more. **GB by auto**: what batch_size=auto "
+        "calculates.",
     ]
     for part in measured:
         sections.append(f"## varjax benchmark {part['command']}")
@@ -67,6 +68,7 @@ def _row(line: Mapping[str, Any], command: str) -> dict[str, str]:
     speed, gflop = line.get("images_per_second"), line.get("model_gflop_per_image")
     tflops = line.get("tflops") or (speed * gflop / 1e3 if speed and gflop else None)
     peak = published_peak_flops(line["device"]) if line.get("dtype") == "bfloat16" else None
+    devices = line.get("devices", 1)  # that shared the work; most benchmarks use one
     seconds, efficiency = line.get("seconds"), line.get("efficiency")
     numbers = {
         "ms": 1e3 * seconds if seconds else line.get("milliseconds"),
@@ -74,7 +76,7 @@ def _row(line: Mapping[str, Any], command: str) -> dict[str, str]:
         "expected": expected_speed(line["device"], command, line["part"]),
         "TFLOP/s": tflops,
         "of a product": efficiency,
-        "of the peak": tflops * 1e12 / peak if tflops and peak else None,
+        "of the peak": tflops * 1e12 / peak / devices if tflops and peak else None,
         "GB": line.get("peak_memory_gb"),
         "GB by auto": line.get("needed_gb"),
         "compile s": line.get("compile_seconds"),

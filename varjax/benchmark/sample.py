@@ -148,6 +148,7 @@ def measure_sampling(
         "benchmark": "sample",
         "preset": preset,
         "batch_size": batch_size,
+        "devices": mesh.size,
         "dtype": str(dtype),
         "attention": compute.attention_implementation(cached=programs.cached),
         **programs.setting,
