@@ -180,6 +180,12 @@ def test_wrong_commands_are_refused(capsys):
     assert "1 or more" in capsys.readouterr().err
 
 
+def test_settings_of_mar_are_refused_for_var(capsys):
+    for command in ("sample --steps=64", "sample --diffusion_steps=9", "parity --steps=8"):
+        assert benchmark.main([*command.split(), "--preset=d16"]) == 1
+        assert f"{command.split('--')[1]}: has no effect on d16" in capsys.readouterr().err
+
+
 def test_data_reads_in_every_way_it_is_asked_for(capsys):
     config = ROOT / "configs" / "digits.py"
     flags = ["--batches=2", "--threads=2,1", "--workers=0", "--config.batch_size=30"]

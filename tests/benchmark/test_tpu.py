@@ -60,6 +60,19 @@ def test_cycles_count_as_often_as_they_run_and_keep_their_path():
     ]  # fmt: skip
 
 
+def test_kernels_without_an_estimate_count_as_often_as_they_run_and_hide_the_share_of_the_peak():
+    kernel = '%k = f32[8]{0} custom-call(%g), custom_call_target="tpu_custom_call", backend_config='
+    other = '%o = f32[8]{0} custom-call(%g), custom_call_target="Sharding"'
+    known, unknown = kernel + '{"estimated_cycles":"5"}', kernel + '{"custom_call_config":{}}'
+    for line, count in ((unknown, 10), (known, 0), (other, 0)):
+        hlo = HLO.replace("  %f.1 =", f"  {line}\n  %f.1 =")
+        assert tpu.kernels_without_estimate(hlo) == count
+    for kernels, shares in ((0, {"peak_share": 0.5}), (10, {})):
+        figures = tpu.Estimate({"rest": 2.0}, kernels, 10**9, 1e12, 0, 0, 1.0).figures()
+        assert figures["kernels_without_estimate"] == kernels
+        assert {k: v for k, v in figures.items() if k == "peak_share"} == shares
+
+
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
@@ -133,8 +146,14 @@ def test_a_refiner_takes_the_place_of_the_model_at_the_fine_scales(monkeypatch):
     assert 0 < work("d20", "d16", 1) < work("d20")
 
 
-def test_a_refiner_that_would_do_nothing_is_refused():
+def test_flags_that_would_do_nothing_are_refused():
     for flags, problem in (
+        (["--what=encode", "--parts"], "parts=True: .* --what=sample or train"),
+        (["--what=decode", "--parts"], "parts=True: .* --what=sample or train"),
+        (["--cached"], "cached=True: has no effect with --what=sample; .* --what=train"),
+        (["--what=train", "--unguided"], "unguided=True: .* --what=train; .* --what=sample"),
+        (["--what=train", "--steps=8"], "steps=8: has no effect with --what=train"),
+        (["--steps=8"], "steps=8: has no effect on d30; .* such as mar_b"),
         (["--refiner=d16", "--what=train"], "refiner=d16: needs --what=sample, without --parts"),
         (["--refiner=d16", "--parts"], "refiner=d16: needs --what=sample, without --parts"),
         (["--draft_scales=6"], "draft_scales=6: a refiner draws the other scales"),

@@ -3,7 +3,7 @@
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import jax
@@ -103,6 +103,25 @@ def add_refiner_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--refiner", default="", help="size of a VAR that draws the fine scales")
     about = "number of scales before those of the refiner (8); only with --refiner"
     parser.add_argument("--draft_scales", type=int, help=about)
+
+
+def add_steps_flag(parser: argparse.ArgumentParser, default: int) -> None:
+    """Adds --steps of MAR's sampler, None if it is not given; see `check_sampler_flags`."""
+    parser.add_argument("--steps", type=int, help=f"number of MAR sampling steps ({default})")
+
+
+def check_sampler_flags(flags: argparse.Namespace, setting: Mapping[str, Any]) -> None:
+    """Raises InputError for a flag of a sampler that the chosen model's sampler does not have.
+
+    setting: `SamplingPrograms.setting` of the model.
+    """
+    for name in ("steps", "diffusion_steps"):
+        value = getattr(flags, name, None)
+        if value is not None and name not in setting:
+            raise InputError(
+                f"{name}={value}: has no effect on {flags.preset}; leave --{name} out, or choose a "
+                "preset of MAR, such as mar_b"
+            )
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:

@@ -19,12 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax import trees
-from varjax.benchmark.measure import compute_from_flags, model_parser, print_figures
+from varjax.benchmark.measure import (
+    add_steps_flag,
+    check_sampler_flags,
+    compute_from_flags,
+    model_parser,
+    print_figures,
+)
 from varjax.models import benchmark_of
 from varjax.nn.compute import ComputeConfig
 from varjax.sampling.sampler import image_keys
 from varjax.trees import PyTree
 
+STEPS = 8  # of MAR
 REFERENCE = ComputeConfig(
     "float32", attention_impl="xla", encoder_precision="highest", platform="cpu"
 )
@@ -33,15 +40,17 @@ REFERENCE = ComputeConfig(
 def main(arguments: list[str]) -> None:
     """Reads the command line and prints the figures; raises InputError."""
     parser = model_parser("parity", __doc__)
-    parser.add_argument("--steps", type=int, default=8, help="number of MAR sampling steps (8)")
+    add_steps_flag(parser, STEPS)
     flags = parser.parse_args(arguments)
+    steps = STEPS if flags.steps is None else flags.steps
+    check_sampler_flags(
+        flags, benchmark_of(flags.preset).sampling_programs(flags.preset, steps).setting
+    )
     compute = compute_from_flags(flags)
     setting = {"benchmark": "parity", "preset": flags.preset}
     for figures in compared_with_cpu(flags.preset, compute):
         print_figures(**setting, **figures)
-    print_figures(
-        **setting, **compared_images(flags.preset, flags.batch_size, compute, flags.steps)
-    )
+    print_figures(**setting, **compared_images(flags.preset, flags.batch_size, compute, steps))
 
 
 def compared_with_cpu(preset: str, compute: ComputeConfig) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,8 @@ from varjax import trees
 from varjax.benchmark.measure import (
     MatmulPeak,
     add_refiner_flags,
+    add_steps_flag,
+    check_sampler_flags,
     compute_from_flags,
     measure_call,
     model_parser,
@@ -40,6 +42,8 @@ from varjax.sampling.batch_size import (
 from varjax.sampling.programs import SamplingPrograms
 from varjax.sampling.sampler import image_keys
 
+STEPS = 64  # of MAR
+
 
 def main(arguments: list[str]) -> None:
     """Reads the command line and prints the figures; raises InputError."""
@@ -49,19 +53,20 @@ def main(arguments: list[str]) -> None:
     )
     about = "print only the batch size that auto chooses for devices with 16,24,… GB of memory"
     parser.add_argument("--fits", type=_gigabytes, metavar="GB,GB", help=about)
-    parser.add_argument("--steps", type=int, default=64, help="number of MAR sampling steps (64)")
+    add_steps_flag(parser, STEPS)
     about = "MAR's denoising steps of a token; FIRST:LAST for DiSA, with uncounted FLOP (100)"
-    parser.add_argument("--diffusion_steps", default="100", help=about)
+    parser.add_argument("--diffusion_steps", help=about)
     add_refiner_flags(parser)
     flags = parser.parse_args(arguments)
     draft_scales = choose_draft_scales(flags.refiner, flags.draft_scales)
     programs = benchmark_of(flags.preset).sampling_programs(
         flags.preset,
-        flags.steps,
+        STEPS if flags.steps is None else flags.steps,
         refiner=flags.refiner,
         draft_scales=draft_scales,
-        diffusion_steps=flags.diffusion_steps,
+        diffusion_steps="100" if flags.diffusion_steps is None else flags.diffusion_steps,
     )
+    check_sampler_flags(flags, programs.setting)
     compute = compute_from_flags(flags)
     if flags.fits:
         print_fitting_batch_sizes(programs, flags.preset, compute, flags.fits)

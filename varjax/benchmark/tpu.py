@@ -8,7 +8,8 @@ varjax benchmark tpu --preset=d30 --refiner=d16 --draft_scales=8 --batch_size=1
 Requires `pip install libtpu`. The compiler annotates each instruction with the cycles it expects.
 They are added up, with loops counted as often as they run, and divided by the chip's clock. The sum
 is an estimate: good for comparing two programs, not for predicting a speed (docs/benchmarks.md says
-what it leaves out). There is a line for each category, and a last one for the total.
+what it leaves out). Kernels have no cycles; kernels_without_estimate is how many of them run. There
+is a line for each category, and a last one for the total.
 
 --parts compiles the program in pieces and prints a line for each. Use it if the whole takes too
 much time or memory, or to see which scale takes the time.
@@ -28,7 +29,9 @@ from jax.sharding import SingleDeviceSharding
 from varjax.benchmark.hlo_text import executed_instructions
 from varjax.benchmark.measure import (
     add_refiner_flags,
+    add_steps_flag,
     add_training_flags,
+    check_sampler_flags,
     compute_from_flags,
     model_parser,
     print_figures,
@@ -36,7 +39,7 @@ from varjax.benchmark.measure import (
 )
 from varjax.benchmark.pieces import decoding, encoding, sampling, training
 from varjax.errors import InputError
-from varjax.models import choose_draft_scales
+from varjax.models import benchmark_of, choose_draft_scales
 from varjax.nn.compute import ComputeConfig, Precision, without_repeated_work
 from varjax.runtime import flops
 from varjax.runtime.hardware import published_peak_flops
@@ -59,6 +62,14 @@ CATEGORIES = (
     ("norms", r"\bmodulate\b|/(norm|encoder_norm|decoder_norm)\w*\b"),
 )
 What = Literal["sample", "train", "encode", "decode"]
+# Flags with an effect on some programs only.
+USED_BY: dict[str, tuple[What, ...]] = {
+    "parts": ("sample", "train"),
+    "cached": ("train",),
+    "unguided": ("sample",),
+    "steps": ("sample",),
+}
+STEPS = 64  # of MAR
 
 
 def main(arguments: list[str]) -> None:
@@ -76,14 +87,23 @@ def main(arguments: list[str]) -> None:
     add_training_flags(parser)
     add("--cached", action="store_true", help="train on cached tokens instead of images")
     add("--unguided", action="store_true", help="sample without guidance")
-    add("--steps", type=int, default=64, help="number of MAR sampling steps (64)")
+    add_steps_flag(parser, STEPS)
     add("--parts", action="store_true", help="compile the program in pieces")
     add_refiner_flags(parser)
     flags = parser.parse_args(arguments)
+    for name, uses in USED_BY.items():
+        if flags.what not in uses and getattr(flags, name) != parser.get_default(name):
+            raise InputError(
+                f"{name}={getattr(flags, name)}: has no effect with --what={flags.what}; leave "
+                f"--{name} out, or use it with --what={' or '.join(uses)}"
+            )
     draft_scales = choose_draft_scales(flags.refiner, flags.draft_scales)
     if flags.refiner and (flags.what != "sample" or flags.parts):
         raise InputError(f"refiner={flags.refiner}: needs --what=sample, without --parts")
     jax.config.update("jax_platforms", "cpu")
+    steps = STEPS if flags.steps is None else flags.steps
+    sampler = benchmark_of(flags.preset).sampling_programs(flags.preset, steps)
+    check_sampler_flags(flags, sampler.setting)
     compute = compute_from_flags(
         flags,
         remat=flags.remat,
@@ -95,7 +115,7 @@ def main(arguments: list[str]) -> None:
     size = flags.preset, flags.batch_size, compute
     if flags.what == "sample":
         refinement = flags.refiner, draft_scales
-        programs = sampling(*size, flags.steps, not flags.unguided, flags.parts, *refinement)
+        programs = sampling(*size, steps, not flags.unguided, flags.parts, *refinement)
     elif flags.what == "train":
         programs = training(*size, flags.cached, flags.parts)
     else:
@@ -111,17 +131,19 @@ def main(arguments: list[str]) -> None:
         "unroll": compute.unroll,
         "compiled_for": device.device_kind,
     }
-    total, by_category = 0.0, collections.defaultdict(float)
+    total, kernels, by_category = 0.0, 0, collections.defaultdict(float)
     for program in programs:
         estimate = estimate_program(program, compute, device)
         total += estimate.ms
+        kernels += estimate.kernels
         for name, ms in estimate.by_category.items():
             by_category[name] += ms
         figures = estimate.figures() | {"ms_per_image": estimate.ms / flags.batch_size}
         print_figures(**setting, part=program.name, **figures)
     for name, ms in sorted(by_category.items(), key=lambda item: -item[1]):
         print_figures(**setting, part=name, ms=ms, share=ms / total)
-    print_figures(**setting, part="total", ms=total, ms_per_image=total / flags.batch_size)
+    figures = {"ms": total, "ms_per_image": total / flags.batch_size}
+    print_figures(**setting, part="total", **figures, kernels_without_estimate=kernels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +152,8 @@ class Estimate:
 
     Attributes:
         by_category: milliseconds for each name in CATEGORIES, and for "rest".
-        flop: FLOP of matrix products and convolutions.
+        kernels: number of kernels that run, whose time is not in `by_category`.
+        flop: FLOP of matrix products and convolutions, with those of kernels.
         peak: FLOP/s of the chip.
         temporaries: bytes of temporary arrays.
         arguments: bytes of the program's arguments.
@@ -138,6 +161,7 @@ class Estimate:
     """
 
     by_category: dict[str, float]
+    kernels: int
     flop: int
     peak: float
     temporaries: int
@@ -146,14 +170,16 @@ class Estimate:
 
     @property
     def ms(self) -> float:
-        """Milliseconds of one run."""
+        """Milliseconds of one run, without kernels."""
         return sum(self.by_category.values())
 
     def figures(self) -> dict[str, float]:
-        """Returns the figures to print."""
+        """Returns the figures to print, the share of the peak only if all of the time is known."""
+        share = {"peak_share": self.flop / (self.ms / 1e3) / self.peak}
         return {
             "ms": self.ms,
-            "peak_share": self.flop / (self.ms / 1e3) / self.peak,
+            **({} if self.kernels else share),
+            "kernels_without_estimate": self.kernels,
             "temporaries_gb": self.temporaries / 1e9,
             "arguments_gb": self.arguments / 1e9,
             "compile_seconds": self.compile_seconds,
@@ -175,12 +201,13 @@ def estimate_program(program: Program, compute: ComputeConfig, device: Any) -> E
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     assert memory is not None
-    by_category = collections.defaultdict(float)
-    for path, cycles in estimated_cycles(compiled.as_text() or ""):
+    by_category, hlo = collections.defaultdict(float), compiled.as_text() or ""
+    for path, cycles in estimated_cycles(hlo):
         by_category[category(path)] += cycles / clock / 1e6
     plain = without_repeated_work(compute)
     return Estimate(
         dict(by_category),
+        kernels_without_estimate(hlo),
         flops.count(lambda *a: program.function(*a, plain), *program.arguments),
         published_peak_flops(device.device_kind) or float("nan"),
         memory.temp_size_in_bytes,
@@ -199,6 +226,19 @@ def estimated_cycles(hlo: str) -> Iterator[tuple[str, int]]:
         if cycles:
             path = re.search(r'op_name="([^"]*)"', instruction.attributes)
             yield path[1] if path else "", int(cycles[1]) * instruction.times
+
+
+def kernels_without_estimate(hlo: str) -> int:
+    """Counts how often a program runs kernels, such as splash attention, that have no estimate.
+
+    hlo: text of a program that was compiled for a TPU.
+    """
+    return sum(
+        instruction.times
+        for instruction in executed_instructions(hlo)
+        if 'custom_call_target="tpu_custom_call"' in instruction.attributes
+        and '"estimated_cycles"' not in instruction.attributes
+    )
 
 
 def category(path: str) -> str:
