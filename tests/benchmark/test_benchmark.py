@@ -137,13 +137,16 @@ def test_model_leaves_out_the_work_of_loops_of_unknown_length(capsys, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["d16", "mar_b"])
 def test_train_times_the_parts_of_a_step(capsys, preset):
+    accumulate = {"d16": 2, "mar_b": 1}[preset]
     flags = [f"--preset={preset}", "--batch_size=2", "--repeats=1", "--remat=block"]
+    flags.append(f"--accumulate={accumulate}")
     assert benchmark.main(["train", *flags]) == 0
     parts = {part["part"]: part for part in lines(capsys)}
     assert list(parts) == ["tokenize", "gradient", "update", "step"]
     work = {name: part["model_gflop_per_image"] for name, part in parts.items()}
     assert work["tokenize"] + work["gradient"] == pytest.approx(work["step"], rel=1e-3)
     assert (parts["step"]["remat"], parts["step"]["attention"]) == ("block", "loop")  # on CPUs
+    assert parts["gradient"]["accumulate"] == accumulate
 
 
 def test_evaluate_times_features_and_metrics(capsys, monkeypatch, memory):
@@ -210,6 +213,11 @@ def test_train_times_the_step_on_cached_latents_alone(capsys):
     assert benchmark.main(["train", "--batch_size=2", "--repeats=1", "--cached"]) == 0
     (step,) = lines(capsys)
     assert (step["part"], step["cached"]) == ("step", True) and step["model_gflop_per_image"] > 0
+
+
+def test_train_refuses_microbatches_that_do_not_divide_the_batch(capsys):
+    assert benchmark.main(["train", "--batch_size=8", "--accumulate=3"]) == 1
+    assert "batch of 8 cannot be split into 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -130,6 +130,25 @@ def test_pieces_of_sampling_and_training_do_the_work_of_the_whole(small, dtype):
 
 
 @pytest.mark.slow
+def test_the_step_and_its_gradient_loop_over_microbatches(monkeypatch):
+    tiny = VARConfig(1, 16, 2, classes=3, scales=(1, 2))
+    monkeypatch.setattr(VARConfig, "preset", lambda name: tiny)
+    tokenizer = functools.partial(VQConfig, width=8, channel_mult=(1, 1), blocks=1, groups=4)
+    monkeypatch.setattr(benchmark, "VQConfig", tokenizer)
+    compute = ComputeConfig("bfloat16", attention_impl="xla", platform="tpu")
+
+    def loops(program):
+        function = lambda *a: program.function(*a, compute)  # noqa: E731
+        return str(jax.make_jaxpr(function)(*program.arguments)).count("length=3")
+
+    (step,) = pieces.training("d16", 6, compute, True, False, accumulate=3)
+    gradient, update = pieces.training("d16", 6, compute, True, True, accumulate=3)
+    assert (loops(step), loops(gradient), loops(update)) == (1, 1, 0)
+    with pytest.raises(InputError, match="batch of 6 cannot be split into 4"):
+        pieces.training("d16", 6, compute, True, True, accumulate=4)
+
+
+@pytest.mark.slow
 def test_a_refiner_takes_the_place_of_the_model_at_the_fine_scales(monkeypatch):
     depths = {"d20": 3, "d16": 1}
     monkeypatch.setattr(
@@ -152,6 +171,7 @@ def test_flags_that_would_do_nothing_are_refused():
         (["--what=decode", "--parts"], "parts=True: .* --what=sample or train"),
         (["--cached"], "cached=True: has no effect with --what=sample; .* --what=train"),
         (["--what=train", "--unguided"], "unguided=True: .* --what=train; .* --what=sample"),
+        (["--accumulate=2"], "accumulate=2: has no effect with --what=sample"),
         (["--what=train", "--steps=8"], "steps=8: has no effect with --what=train"),
         (["--steps=8"], "steps=8: has no effect on d30; .* such as mar_b"),
         (["--refiner=d16", "--what=train"], "refiner=d16: needs --what=sample, without --parts"),

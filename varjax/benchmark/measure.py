@@ -125,7 +125,8 @@ def check_sampler_flags(flags: argparse.Namespace, setting: Mapping[str, Any]) -
 
 
 def add_training_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `ComputeConfig` that only training uses."""
+    """Adds --accumulate, and the flags of `ComputeConfig` that only training uses."""
+    parser.add_argument("--accumulate", type=int, default=1, help="microbatches in a step (1)")
     about = "what the backward pass recomputes (dots, as in most recipes)"
     parser.add_argument("--remat", choices=get_args(Remat), default="dots", help=about)
     parser.add_argument("--unroll", action="store_true", help="unroll the layers")

@@ -16,6 +16,7 @@ from varjax.nn.compute import ComputeConfig
 from varjax.sampling.programs import Program, SamplingPrograms
 from varjax.sampling.sampler import image_keys
 from varjax.training.task import Plan
+from varjax.training.train_step import check_microbatches, mean_over_microbatches
 from varjax.trees import PyTree
 
 
@@ -68,7 +69,12 @@ def encoding(preset: str, batch_size: int, compute: ComputeConfig) -> list[Progr
 
 
 def training(
-    preset: str, batch_size: int, compute: ComputeConfig, cached: bool, pieces: bool
+    preset: str,
+    batch_size: int,
+    compute: ComputeConfig,
+    cached: bool,
+    pieces: bool,
+    accumulate: int = 1,
 ) -> list[Program]:
     """Returns the programs of a training step: one, or encoder, gradient and update.
 
@@ -78,9 +84,13 @@ def training(
         compute: number format and execution.
         cached: whether latents come from a cache, so that no encoder runs.
         pieces: whether to return the pieces instead of the whole step.
+        accumulate: number of microbatches in a step.
+
+    Raises InputError if `accumulate` does not divide the batch.
     """
+    check_microbatches(batch_size, accumulate)
     benchmark, plan = benchmark_of(preset), Plan(1000, batch_size)
-    task, loss = benchmark.training_task(preset, compute), benchmark.training_loss
+    task = dataclasses.replace(benchmark.training_task(preset, compute), accumulate=accumulate)
     key = jax.eval_shape(lambda: jax.random.key(0))
     frozen, state = (jax.eval_shape(f, key) for f in (task.tokenizer.init, task.init))
     image_BHWC = _images(task, batch_size)
@@ -101,18 +111,20 @@ def training(
                 donated=(0,),
             )
         ]
-    gradient = Program(
-        "gradient",
-        lambda *args: jax.grad(functools.partial(loss, task_with(args[-1])))(*args[:-1]),
-        (state.params, frozen, latents),
-    )
+
+    def gradient(params, frozen, batch, compute):
+        loss = functools.partial(benchmark.training_loss, task_with(compute))
+        microbatch_gradient = functools.partial(jax.grad(loss), params, frozen)
+        return mean_over_microbatches(microbatch_gradient, batch, accumulate)
+
     update = Program(
         "update",
         lambda state, grads, _: task.update(state, grads, plan),
         (state, state.params),
         donated=(0, 1),
     )
-    return [gradient, update] if cached else [encoder, gradient, update]
+    parts = [Program("gradient", gradient, (state.params, frozen, latents)), update]
+    return parts if cached else [encoder, *parts]
 
 
 def _programs_and_params(

@@ -3,6 +3,7 @@
 varjax benchmark tpu --preset=d16 --what=sample --batch_size=16
 varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --topology=v6e:1x1
 varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --unroll
+varjax benchmark tpu --preset=d16 --what=train --batch_size=24 --accumulate=3 --cached
 varjax benchmark tpu --preset=d30 --refiner=d16 --draft_scales=8 --batch_size=1
 
 Requires `pip install libtpu`. The compiler annotates each instruction with the cycles it expects.
@@ -68,6 +69,7 @@ USED_BY: dict[str, tuple[What, ...]] = {
     "cached": ("train",),
     "unguided": ("sample",),
     "steps": ("sample",),
+    "accumulate": ("train",),
 }
 STEPS = 64  # of MAR
 
@@ -117,7 +119,7 @@ def main(arguments: list[str]) -> None:
         refinement = flags.refiner, draft_scales
         programs = sampling(*size, steps, not flags.unguided, flags.parts, *refinement)
     elif flags.what == "train":
-        programs = training(*size, flags.cached, flags.parts)
+        programs = training(*size, flags.cached, flags.parts, flags.accumulate)
     else:
         programs = (encoding if flags.what == "encode" else decoding)(*size)
     setting = {
@@ -127,6 +129,7 @@ def main(arguments: list[str]) -> None:
         **({"refiner": flags.refiner, "draft_scales": draft_scales} if flags.refiner else {}),
         "batch_size": flags.batch_size,
         "dtype": str(compute.jax_dtype),
+        **({"accumulate": flags.accumulate} if flags.what == "train" else {}),
         "remat": compute.remat,
         "unroll": compute.unroll,
         "compiled_for": device.device_kind,

@@ -3,8 +3,10 @@
 varjax benchmark train --preset=d16 --batch_size=8
 varjax benchmark train --preset=mar_b --batch_size=8
 varjax benchmark train --preset=d16 --batch_size=24 --cached
+varjax benchmark train --preset=d16 --batch_size=24 --accumulate=3
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -25,6 +27,7 @@ from varjax.models import benchmark_of
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
 from varjax.training.task import Plan, TrainState
+from varjax.training.train_step import check_microbatches, mean_over_microbatches
 
 
 def main(arguments: list[str]) -> None:
@@ -36,21 +39,40 @@ def main(arguments: list[str]) -> None:
     )
     flags = parser.parse_args(arguments)
     compute = compute_from_flags(flags, remat=flags.remat, unroll=flags.unroll)
-    measure_training(flags.preset, flags.batch_size, compute, flags.repeats, flags.cached)
+    measure_training(
+        flags.preset, flags.batch_size, compute, flags.repeats, flags.cached, flags.accumulate
+    )
 
 
 def measure_training(
-    preset: str, batch_size: int, compute: ComputeConfig, repeats: int, cached: bool = False
+    preset: str,
+    batch_size: int,
+    compute: ComputeConfig,
+    repeats: int,
+    cached: bool = False,
+    accumulate: int = 1,
 ) -> None:
     """Prints a line for the tokenizer's encoder, the gradient, the update, and the whole step.
 
     With `cached`, prints one for the step on cached latents only. efficiency: model FLOP ÷
     (seconds × FLOP/s of a large matrix product, same run, same dtype). FLOP that a remat policy
-    recomputes do not count. Raises InputError for an unknown preset.
+    recomputes do not count.
+
+    Args:
+        preset: name of a released model's size.
+        batch_size: number of images in a step.
+        compute: number format and execution.
+        repeats: number of calls to time; the fastest one counts.
+        cached: whether latents come from a cache, so that no encoder runs.
+        accumulate: number of microbatches in a step.
+
+    Raises:
+        InputError: an unknown preset, or `accumulate` does not divide the batch.
     """
+    check_microbatches(batch_size, accumulate)
     plan = Plan(1000, batch_size)
     benchmark = benchmark_of(preset)
-    task = benchmark.training_task(preset, compute)
+    task = dataclasses.replace(benchmark.training_task(preset, compute), accumulate=accumulate)
     tokenizer, dropout = task.tokenizer, getattr(task, "attention_dropout", 0)
     dtype, peak = compute.jax_dtype, MatmulPeak(compute.jax_dtype)
     attention = compute.attention_implementation()
@@ -61,6 +83,7 @@ def measure_training(
         "dtype": str(dtype),
         # The fused kernel has no dropout.
         "attention": "xla" if dropout and attention == "cudnn" else attention,
+        "accumulate": accumulate,
         "cached": cached,
         "remat": compute.remat,
         "unroll": compute.unroll,
@@ -107,8 +130,12 @@ def measure_training(
 
     encoded = encode(frozen, image_BHWC) | {"label_B": label_B}
 
-    loss = functools.partial(benchmark.training_loss, task)
-    gradient, compile_seconds = _compiled(jax.grad(loss), state.params, frozen, encoded)
+    def average_gradient(params, frozen, batch):
+        loss = functools.partial(benchmark.training_loss, task)
+        microbatch_gradient = functools.partial(jax.grad(loss), params, frozen)
+        return mean_over_microbatches(microbatch_gradient, batch, accumulate)
+
+    gradient, compile_seconds = _compiled(average_gradient, state.params, frozen, encoded)
     work = task.train_flops(state, frozen, encoded)
     report("gradient", lambda: gradient(state.params, frozen, encoded), compile_seconds, work)
 
