@@ -178,7 +178,7 @@ def test_checksums_are_timed_beside_what_they_check(capsys, tmp_path):
 
 def test_wrong_commands_are_refused(capsys):
     assert benchmark.main(["paint"]) == 2
-    assert "sample|model|train|operations|parity|report|evaluate|" in capsys.readouterr().err
+    assert "sample|model|train|operations|parity|report|table|evaluate|" in capsys.readouterr().err
     assert benchmark.main(["sample", "--batch_size=0"]) == 1
     assert "1 or more" in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ varjax benchmark COMMAND --help
   operations    how fast single operations are: convolutions, attention, filters, encoder
   parity        whether this device computes what a CPU computes
   report        all that matters of these on the device that is here, in eight minutes
+  table         figures of docs/benchmarks.md, measured again and compared
   evaluate      how fast samples are evaluated: Inception's features, and the metrics
   data          how fast a config's images are read, decoded and augmented
   tpu           what the TPU's compiler estimates for sampling and training; no TPU is needed
@@ -21,7 +22,7 @@ import sys
 from varjax.runtime.commands import run_command
 
 NAMES = (
-    *("sample", "model", "train", "operations", "parity", "report"),
+    *("sample", "model", "train", "operations", "parity", "report", "table"),
     *("evaluate", "data", "tpu", "checksum", "partitioning"),
 )
 

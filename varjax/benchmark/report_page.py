@@ -50,10 +50,15 @@ def report_page(machine: Mapping[str, Any], measured: Sequence[Mapping[str, Any]
         if part["state"] != "done":
             sections.append(f"{part['state']}. {part.get('error', '')[-300:]}".strip())
         if rows := [_row(line, part["command"]) for line in part["lines"]]:
-            used = [c for c in COLUMNS if any(row.get(c) for row in rows)]
-            table = [used, ["---"] * len(used), *([row.get(c, "") for c in used] for row in rows)]
-            sections.append("\n".join(f"| {' | '.join(cells)} |" for cells in table))
+            sections.append(markdown_table(COLUMNS, rows))
     return "\n\n".join(sections) + "\n"
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Mapping[str, str]]) -> str:
+    """Returns rows, which are cells by column, as a table without its empty columns."""
+    used = [c for c in columns if any(row.get(c) for row in rows)]
+    table = [used, ["---"] * len(used), *([row.get(c, "") for c in used] for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in table)
 
 
 def expected_speed(device: str, command: str, part: str) -> float | None:
