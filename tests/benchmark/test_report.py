@@ -44,10 +44,16 @@ def test_all_parts_run_on_a_cpu(tmp_path, monkeypatch, tiny):  # noqa: F811
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved == {"machine": CPU, "parts": measured}
     page = (tmp_path / "report.md").read_text()
-    for text in ("equal_tokens 1.0", "alone_equal True", "| encoder tf32_3x |", "| whole |"):
+    for text in (
+        "equal_tokens 1.0",
+        "alone_equal True",
+        "alone_difference_255 0.0",
+        "| encoder tf32_3x |",
+        "| whole |",
+    ):
         assert text in page
     lines = {(x["benchmark"], x["part"]): x for part in measured for x in part["lines"]}
-    assert lines["operations", "attention loop, 4 queries"]["tflops"] > 0
+    assert lines["operations", "attention, 4 queries"]["tflops"] > 0
     once, thrice = (lines["operations", f"encoder {name}"] for name in ("highest", "tf32_3x"))
     work = [line["tflops"] * line["milliseconds"] for line in (once, thrice)]
     assert work[0] == pytest.approx(work[1], rel=2e-3)  # of the model, not of its passes
@@ -177,3 +183,31 @@ def test_a_report_that_found_no_device_can_be_started_again(tmp_path, monkeypatc
         assert benchmark.main(["report", f"--out={tmp_path}"]) == code
         assert stated in capsys.readouterr().err
     assert len(found) == 1
+
+
+def test_pytorch_s_times_stand_in_the_rows_of_the_same_operations():
+    setting = {"benchmark": "operations", "preset": "d16", "batch_size": 8, "dtype": "bfloat16"}
+    setting |= {"device": "NVIDIA H200", "tflops": 1.0}
+    ours = [
+        setting | {"part": part, "implementation": name, "milliseconds": 2.0}
+        for part, name in (("attention", "xla"), ("attention", "cudnn"), ("encoder", ""))
+    ]
+    torch = setting | {"library": "torch 2.13.0", "torch_device": "cpu", "milliseconds": 7.0}
+    parts = [
+        {"command": "operations", "state": "done", "lines": ours},
+        {
+            "command": "operations --torch",
+            "state": "done",
+            "lines": [torch | {"part": "attention"}, torch | {"part": "convolution"}],
+        },
+    ]
+    page = report_page(CPU, parts)
+    rows = [line.split(" | ")[:3] for line in page.splitlines() if line.startswith("| ")]
+    assert rows[0] == ["| part", "ms", "PyTorch ms"]
+    assert rows[2:5] == [
+        ["| attention", "2", "7"], ["| attention", "2", "7"], ["| encoder", "2", ""]
+    ]  # fmt: skip
+    assert "implementation cudnn" in page and "PyTorch ms: torch 2.13.0 on cpu." in page
+    # What has no row of its own to be in is still shown, with the library and its device.
+    assert rows[7][:2] == ["| convolution", "7"] and len(rows) == 8
+    assert "library torch 2.13.0; torch_device cpu" in page

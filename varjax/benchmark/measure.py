@@ -22,10 +22,13 @@ class MatmulPeak:
 
     peak = MatmulPeak(jnp.bfloat16)
     efficiency = flop / seconds / peak.measure()
+
+    Attributes:
+        size: rows and columns of both matrices.
     """
 
     def __init__(self, dtype: Any):
-        self._size = 4096 if jax.default_backend() == "cpu" else 16384
+        self.size = 4096 if jax.default_backend() == "cpu" else 16384
         self._dtype, self._best = jnp.dtype(dtype), 0.0
 
     def measure(self) -> float:
@@ -35,7 +38,7 @@ class MatmulPeak:
         speed.
         """
         precision = matmul_precision(self._dtype)
-        measured = hardware.matmul_flops(self._size, self._dtype, precision, repeats=5)
+        measured = hardware.matmul_flops(self.size, self._dtype, precision, repeats=5)
         self._best = max(self._best, measured)
         return self._best
 

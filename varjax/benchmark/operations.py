@@ -9,6 +9,7 @@ precision; and the decoder. With --torch, PyTorch computes the matrix product, t
 attention of the same shapes, if it is installed.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import time
@@ -62,30 +63,54 @@ def measure_operations(
         setting: figures that all lines share.
     """
     peak = MatmulPeak(compute.jax_dtype)
-    print_figures(**setting, part="matrix product", tflops=peak.measure() / 1e12)
-    for part, function, plain, shapes in _operations(task, batch_size, compute):
-        figures: dict[str, Any] = {"part": part}
+    speed = peak.measure()
+    figures = {"milliseconds": 1e3 * 2 * peak.size**3 / speed, "tflops": speed / 1e12}
+    print_figures(**setting, part=matrix_product_name(peak.size), **figures)
+    for operation in operations(task, batch_size, compute):
+        figures: dict[str, Any] = {"part": operation.part} | operation.labels
         try:
-            arrays = jax.jit(functools.partial(_random_arrays, shapes))(jax.random.key(0))
+            random_arrays = functools.partial(_random_arrays, operation.shapes)
+            arrays = jax.jit(random_arrays)(jax.random.key(0))
             begin = time.perf_counter()
-            program = jax.jit(function).lower(*arrays).compile()
+            program = jax.jit(operation.function).lower(*arrays).compile()
             figures["compile_seconds"] = time.perf_counter() - begin
             seconds = fastest_seconds(lambda: program(*arrays), repeats)  # noqa: B023
         except Exception as error:  # a kernel that does not exist here, or too little memory
             figures["error"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             print_figures(**setting, **figures)
             continue
-        work = flops.count(plain, *arrays)
+        work = flops.count(operation.plain, *arrays)
         figures |= {"milliseconds": 1e3 * seconds, "tflops": work / seconds / 1e12}
         print_figures(**setting, **figures, efficiency=work / seconds / peak.measure())
 
 
-def _operations(
-    task: Any, B: int, compute: ComputeConfig
-) -> Iterator[tuple[str, Callable[..., Any], Callable[..., Any], Any]]:
-    """Yields names, functions, functions whose products count as work, and arguments' shapes.
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Describes an operation to measure.
 
-    Fused kernels hide products, and a product in three passes is the work of one.
+    Attributes:
+        part: name, which PyTorch's measurement of the same operation has too.
+        function: function to time.
+        plain: function whose products count as work: fused kernels hide products, and a product in
+            three passes is the work of one.
+        shapes: shapes of the arguments.
+        labels: figures that tell operations of one name apart.
+    """
+
+    part: str
+    function: Callable[..., Any]
+    plain: Callable[..., Any]
+    shapes: tuple[Any, ...]
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def operations(task: Any, B: int, compute: ComputeConfig) -> Iterator[Operation]:
+    """Yields the operations of a VAR and its tokenizer.
+
+    Args:
+        task: task that trains a VAR of the size to measure.
+        B: number of images.
+        compute: number format, and the platform whose implementations of attention are measured.
     """
     model, tokenizer, dtype = task.model, task.tokenizer, compute.jax_dtype
     for height, channels in convolutions(tokenizer):
@@ -93,7 +118,7 @@ def _operations(
         kernel = jax.ShapeDtypeStruct((3, 3, channels, channels), dtype)
         name = f"convolution {height}x{height}x{channels}"
         for part, function in ((name, _convolve), (f"{name}, gradients", _convolution_gradients)):
-            yield part, function, function, (x_BHWC, kernel)
+            yield Operation(part, function, function, (x_BHWC, kernel))
     heads, D, L = model.heads, model.width // model.heads, model.pyramid.length
     h, w = model.pyramid.finest
     q_BlAD, k_BLAD = (jax.ShapeDtypeStruct((2 * B, n, heads, D), dtype) for n in (h * w, L))
@@ -102,21 +127,32 @@ def _operations(
     implementations += ["splash"] * (compute.target == "tpu")
     for implementation in implementations:
         attend, plain = (functools.partial(_attend, name) for name in (implementation, "xla"))
-        part = f"attention {implementation}, {h * w} queries"
-        yield part, attend, plain, (q_BlAD, k_BLAD, k_BLAD)
+        labels, shapes = {"implementation": implementation}, (q_BlAD, k_BLAD, k_BLAD)
+        yield Operation(attention_name(h * w), attend, plain, shapes, labels)
     logits_BlV = jax.ShapeDtypeStruct((B, h * w, model.vocab), jnp.float32)
     filter_logits = functools.partial(filter_top_k_top_p, top_k=TOP_K, top_p=TOP_P)
     part = f"top-k and top-p, {h * w} x {model.vocab}"
-    yield part, filter_logits, filter_logits, (logits_BlV,)
+    yield Operation(part, filter_logits, filter_logits, (logits_BlV,))
     params = jax.eval_shape(tokenizer.init, jax.random.key(0))
     image_BHWC = jax.ShapeDtypeStruct((B, *tokenizer.image_shape), jnp.uint8)
     for precision in get_args(Precision):
         exact = ComputeConfig("float32", encoder_precision=precision, platform=compute.platform)
         encode = functools.partial(tokenizer.encode, compute=exact)
-        yield f"encoder {precision}", encode, tokenizer.encode, (params, image_BHWC)
+        shapes = params, image_BHWC
+        yield Operation(f"encoder {precision}", encode, tokenizer.encode, shapes)
     latents = jax.eval_shape(tokenizer.encode, params, image_BHWC)
     decode = functools.partial(tokenizer.decode, compute=compute)
-    yield "decoder", decode, tokenizer.decode, (params, latents)
+    yield Operation("decoder", decode, tokenizer.decode, (params, latents))
+
+
+def matrix_product_name(size: int) -> str:
+    """Returns the name of a product of two (size, size) matrices."""
+    return f"matrix product {size}x{size}"
+
+
+def attention_name(queries: int) -> str:
+    """Returns the name of attention of the last scale's queries to all keys, as in sampling."""
+    return f"attention, {queries} queries"
 
 
 def convolutions(tokenizer: Any) -> list[tuple[int, int]]:
@@ -200,7 +236,7 @@ def measure_torch(
 
     size = 4096 if device == "cpu" else 16384
     a, b = random(size, size), random(size, size)
-    report("matrix product", 2 * size**3, seconds(lambda: a @ b))
+    report(matrix_product_name(size), 2 * size**3, seconds(lambda: a @ b))
     for side, channels in convolutions(tokenizer):
         x = random(B, channels, side, side).to(memory_format=torch.channels_last)
         kernel = random(channels, channels, 3, 3).requires_grad_()
@@ -219,4 +255,4 @@ def measure_torch(
     work = 4 * 2 * B * heads * h * w * L * D
     with torch.no_grad():
         attend = torch.nn.functional.scaled_dot_product_attention
-        report(f"attention, {h * w} queries", work, seconds(lambda: attend(q, k, v)))
+        report(attention_name(h * w), work, seconds(lambda: attend(q, k, v)))

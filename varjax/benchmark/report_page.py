@@ -22,10 +22,16 @@ EXPECTED = (
     (V5E, "train --preset=d16 --batch_size=24", "step", 24 / (0.491 + 3 * 0.045)),
 )
 COLUMNS = (
-    *("part", "ms", "images/s", "expected", "TFLOP/s"),
+    *("part", "ms", "PyTorch ms", "images/s", "expected", "TFLOP/s"),
     *("of a product", "of the peak", "GB", "GB by auto", "compile s", "notes"),
 )
-NOTES = ("equal_tokens", "relative_error", "precision", "repeated_equal", "alone_equal", "error")
+NOTES = (
+    *("implementation", "equal_tokens", "relative_error", "precision"),
+    *("repeated_equal", "repeated_difference_255", "alone_equal", "alone_difference_255"),
+    *("library", "torch_device", "error"),
+)
+# What two lines must agree on to be of the same operation.
+OPERATION = "benchmark", "preset", "batch_size", "dtype", "part"
 
 
 def report_page(machine: Mapping[str, Any], measured: Sequence[Mapping[str, Any]]) -> str:
@@ -45,12 +51,24 @@ def report_page(machine: Mapping[str, Any], measured: Sequence[Mapping[str, Any]
         "left out where an earlier part used more. **GB by auto**: what batch_size=auto "
         "calculates.",
     ]
+    lines = [line for part in measured for line in part["lines"]]
+    torch = {_operation_key(line): line for line in lines if "library" in line}
+    ours = {_operation_key(line) for line in lines if "library" not in line}
     for part in measured:
         sections.append(f"## varjax benchmark {part['command']}")
         if part["state"] != "done":
             sections.append(f"{part['state']}. {part.get('error', '')[-300:]}".strip())
-        if rows := [_row(line, part["command"]) for line in part["lines"]]:
+        rows, libraries = [], set()
+        for line in part["lines"]:
+            row, key = _row(line, part["command"]), _operation_key(line)
+            if "library" not in line and key in torch:
+                row["PyTorch ms"] = f"{torch[key]['milliseconds']:.3g}"
+                libraries.add(f"{torch[key]['library']} on {torch[key]['torch_device']}")
+            if "library" not in line or key not in ours:  # otherwise it is in our row
+                rows.append(row)
+        if rows:
             sections.append(markdown_table(COLUMNS, rows))
+        sections += [f"PyTorch ms: {library}." for library in sorted(libraries)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -67,6 +85,10 @@ def expected_speed(device: str, command: str, part: str) -> float | None:
         if re.search(kind, device) and (command, part) == (expected_command, expected_part):
             return speed
     return None
+
+
+def _operation_key(line: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(line.get(name) for name in OPERATION)
 
 
 def _row(line: Mapping[str, Any], command: str) -> dict[str, str]:
