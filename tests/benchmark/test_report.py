@@ -54,6 +54,8 @@ def test_all_parts_run_on_a_cpu(tmp_path, monkeypatch, tiny):  # noqa: F811
         assert text in page
     lines = {(x["benchmark"], x["part"]): x for part in measured for x in part["lines"]}
     assert lines["operations", "attention, 4 queries"]["tflops"] > 0
+    assert lines["operations", "attention in training, 5 tokens"]["tflops"] > 0
+    assert lines["operations", "attention with dropout, 18 tokens"]["tflops"] > 0
     once, thrice = (lines["operations", f"encoder {name}"] for name in ("highest", "tf32_3x"))
     work = [line["tflops"] * line["milliseconds"] for line in (once, thrice)]
     assert work[0] == pytest.approx(work[1], rel=2e-3)  # of the model, not of its passes

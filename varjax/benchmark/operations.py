@@ -4,16 +4,17 @@ varjax benchmark operations --preset=d16 --batch_size=8
 varjax benchmark operations --preset=d16 --batch_size=8 --torch
 
 Prints a JSON line for each: a large matrix product; the decoder's convolutions, forward and with
-both gradients; attention by each implementation; top-k and top-p; the tokenizer's encoder in each
-precision; and the decoder. With --torch, PyTorch computes the matrix product, the convolutions and
-attention of the same shapes, if it is installed.
+both gradients; attention in sampling and, with its gradients, in training, by each implementation
+(d36's only on accelerators); attention with dropout, as in MAR-B's training; top-k and top-p; the
+tokenizer's encoder in each precision; and the decoder. With --torch, PyTorch computes the matrix
+product, the convolutions and attention of the same shapes as in sampling, if it is installed.
 """
 
 import dataclasses
 import functools
 import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
 import jax
@@ -22,13 +23,14 @@ import jax.numpy as jnp
 from varjax.benchmark.measure import MatmulPeak, compute_from_flags, model_parser, print_figures
 from varjax.errors import InputError
 from varjax.models import benchmark_of
-from varjax.nn.attention import dot_product_attention
-from varjax.nn.compute import ComputeConfig, Precision, matmul_precision
+from varjax.nn.attention import Dropout, block_causal_mask, dot_product_attention
+from varjax.nn.compute import FUSED_ATTENTION, ComputeConfig, Precision, matmul_precision
 from varjax.runtime import flops
 from varjax.runtime.hardware import fastest_seconds
 from varjax.sampling.filters import filter_top_k_top_p
 
 TOP_K, TOP_P = 900, 0.96  # of the published samples
+DROPOUT = 0.1  # of MAR's recipes
 
 
 def main(arguments: list[str]) -> None:
@@ -120,15 +122,23 @@ def operations(task: Any, B: int, compute: ComputeConfig) -> Iterator[Operation]
         for part, function in ((name, _convolve), (f"{name}, gradients", _convolution_gradients)):
             yield Operation(part, function, function, (x_BHWC, kernel))
     heads, D, L = model.heads, model.width // model.heads, model.pyramid.length
-    h, w = model.pyramid.finest
+    (h, w), accelerator = model.pyramid.finest, compute.target != "cpu"
     q_BlAD, k_BLAD = (jax.ShapeDtypeStruct((2 * B, n, heads, D), dtype) for n in (h * w, L))
     implementations = ["xla", "loop"]
     implementations += ["cudnn"] * (compute.attention_implementation() == "cudnn")
-    implementations += ["splash"] * (compute.target == "tpu")
+    implementations += ["splash"] * (compute.target == "tpu" and dtype == jnp.bfloat16)
     for implementation in implementations:
         attend, plain = (functools.partial(_attend, name) for name in (implementation, "xla"))
         labels, shapes = {"implementation": implementation}, (q_BlAD, k_BLAD, k_BLAD)
         yield Operation(attention_name(h * w), attend, plain, shapes, labels)
+    if accelerator:  # where a loop over images and heads takes longest
+        implementations.remove("loop")
+    yield from _training_attention(model, B, dtype, implementations)
+    if accelerator:
+        large = benchmark_of("d36").training_task("d36", compute).model
+        # Its attention weights are ten times as large as d16's.
+        yield from _training_attention(large, max(1, B // 4), dtype, implementations)
+    yield _attention_with_dropout(B, compute)
     logits_BlV = jax.ShapeDtypeStruct((B, h * w, model.vocab), jnp.float32)
     filter_logits = functools.partial(filter_top_k_top_p, top_k=TOP_K, top_p=TOP_P)
     part = f"top-k and top-p, {h * w} x {model.vocab}"
@@ -143,6 +153,38 @@ def operations(task: Any, B: int, compute: ComputeConfig) -> Iterator[Operation]
     latents = jax.eval_shape(tokenizer.encode, params, image_BHWC)
     decode = functools.partial(tokenizer.decode, compute=compute)
     yield Operation("decoder", decode, tokenizer.decode, (params, latents))
+
+
+def _training_attention(
+    model: Any, B: int, dtype: Any, implementations: Sequence[str]
+) -> Iterator[Operation]:
+    """Yields a layer's attention and its gradients, with the mask by which VAR trains."""
+    L, heads = model.pyramid.length, model.heads
+    mask_LL = block_causal_mask(model.pyramid.level_L)
+    x_BLAD = jax.ShapeDtypeStruct((B, L, heads, model.width // heads), dtype)
+    plain = functools.partial(_attention_gradients, "xla", mask_LL, None)
+    for implementation in implementations:
+        attend = functools.partial(_attention_gradients, implementation, mask_LL, None)
+        part, labels = f"attention in training, {L} tokens", {"implementation": implementation}
+        yield Operation(part, attend, plain, (x_BLAD,) * 3, labels)
+
+
+def _attention_with_dropout(B: int, compute: ComputeConfig) -> Operation:
+    """Returns attention and its gradients in a layer of MAR-B's decoder."""
+    task: Any = benchmark_of("mar_b").training_task("mar_b", compute)
+    model, implementation = task.model, compute.attention_implementation()
+    heads, tokens = model.decoder_heads, model.length + model.buffer_size
+    x_BLAD = jax.ShapeDtypeStruct(
+        (B, tokens, heads, model.hidden_width // heads), compute.jax_dtype
+    )
+    # Fused kernels have no dropout.
+    implementation = "xla" if implementation in FUSED_ATTENTION else implementation
+    attend, plain = (
+        functools.partial(_attention_gradients, name, None, DROPOUT)
+        for name in (implementation, "xla")
+    )
+    part, labels = f"attention with dropout, {tokens} tokens", {"implementation": implementation}
+    return Operation(part, attend, plain, (x_BLAD,) * 3, labels)
 
 
 def matrix_product_name(size: int) -> str:
@@ -178,14 +220,29 @@ def _convolution_gradients(x_BHWC: jax.Array, kernel: jax.Array) -> tuple[jax.Ar
     return gradients(y_BHWC)
 
 
-def _attend(implementation, q_BlAD, k_BLAD, v_BLAD):
+def _attend(implementation, q_BlAD, k_BLAD, v_BLAD, mask_lL=None, dropout=None):
     return dot_product_attention(
         q_BlAD,
         k_BLAD,
         v_BLAD,
+        mask_lL,
         scale=q_BlAD.shape[-1] ** -0.5,
         implementation=implementation,
+        dropout=dropout,
     )
+
+
+def _attention_gradients(implementation, mask_lL, rate, q_BlAD, k_BLAD, v_BLAD):
+    """Attends, and returns the values and the gradients."""
+    dropout = (
+        None if rate is None else Dropout(jax.random.split(jax.random.key(0), len(q_BlAD)), rate)
+    )
+
+    def attend(*arrays):
+        return _attend(implementation, *arrays, mask_lL, dropout)
+
+    y_BlAD, gradients = jax.vjp(attend, q_BlAD, k_BLAD, v_BLAD)
+    return y_BlAD, gradients(y_BlAD)
 
 
 def _random_arrays(shapes: Any, key: jax.Array) -> Any:
@@ -237,18 +294,21 @@ def measure_torch(
     size = 4096 if device == "cpu" else 16384
     a, b = random(size, size), random(size, size)
     report(matrix_product_name(size), 2 * size**3, seconds(lambda: a @ b))
+    convolve = functools.partial(torch.nn.functional.conv2d, padding=1)
     for side, channels in convolutions(tokenizer):
         x = random(B, channels, side, side).to(memory_format=torch.channels_last)
         kernel = random(channels, channels, 3, 3).requires_grad_()
         x.requires_grad_()
-        convolve = functools.partial(torch.nn.functional.conv2d, padding=1)
         work = 2 * B * side**2 * 9 * channels**2
         name = f"convolution {side}x{side}x{channels}"
         with torch.no_grad():
             report(name, work, seconds(lambda: convolve(x, kernel)))  # noqa: B023
-        y = convolve(x, kernel)
-        gradients = lambda: torch.autograd.grad(y, (x, kernel), y.detach(), retain_graph=True)  # noqa: B023, E731
-        report(f"{name}, gradients", 2 * work, seconds(gradients))
+
+        def gradients(x=x, kernel=kernel):  # with the values, as ours
+            y = convolve(x, kernel)
+            return torch.autograd.grad(y, (x, kernel), y.detach())
+
+        report(f"{name}, gradients", 3 * work, seconds(gradients))
     heads, D = model.heads, model.width // model.heads
     (h, w), L = model.pyramid.finest, model.pyramid.length
     q, k, v = (random(2 * B, heads, n, D) for n in (h * w, L, L))
