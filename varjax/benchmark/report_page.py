@@ -49,7 +49,8 @@ def report_page(machine: Mapping[str, Any], measured: Sequence[Mapping[str, Any]
         "**of the peak**: share of the published speed of the devices. **expected**: images/s of "
         "one device, by arithmetic or by the compiler's estimate. **GB**: peak memory of a device, "
         "left out where an earlier part used more. **GB by auto**: what batch_size=auto "
-        "calculates.",
+        "calculates. **compile s**: seconds to compile a program, or to load it from the cache of "
+        "an earlier report.",
     ]
     lines = [line for part in measured for line in part["lines"]]
     torch = {_operation_key(line): line for line in lines if "library" in line}
