@@ -2,13 +2,16 @@
 
 import contextlib
 import io
+import itertools
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from tests.benchmark.test_benchmark import tiny  # noqa: F401  (a fixture)
+from tests.helpers.paths import ROOT
 from varjax.benchmark import __main__ as benchmark
 from varjax.benchmark import evaluate, operations, parity, report
 from varjax.benchmark.report_page import EXPECTED, expected_speed, report_page
@@ -213,3 +216,25 @@ def test_pytorch_s_times_stand_in_the_rows_of_the_same_operations():
     # What has no row of its own to be in is still shown, with the library and its device.
     assert rows[7][:2] == ["| convolution", "7"] and len(rows) == 8
     assert "library torch 2.13.0; torch_device cpu" in page
+
+
+def test_the_page_lists_the_parts_in_their_order():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    listed = page[page.index("\n1. `parity`") : page.index("After each part, `report/")]
+    names = [name for name in re.findall(r"`(\w+)`", listed) if name in benchmark.NAMES]
+    run = [part.command.split()[0] for part in report.PARTS]
+    assert names == [name for name, _ in itertools.groupby(run)]
+
+
+def test_limits_leave_time_for_the_most_valuable_parts():
+    assert sum(part.seconds for part in report.PARTS[:5]) <= 8 * 60
+    assert {part.command.split()[1] for part in report.PARTS[:5]} == {"--preset=d16"}
+    assert sum(part.seconds for part in report.PARTS) <= 22 * 60  # as the page says
+
+
+def test_parity_says_first_what_needs_no_cpu(monkeypatch, capsys, tiny):  # noqa: F811
+    monkeypatch.setattr(parity, "compared_images", lambda *_: {"part": "sample"})
+    monkeypatch.setattr(parity, "compared_with_cpu", lambda *_: iter([{"part": "encoder"}]))
+    assert benchmark.main(["parity"]) == 0
+    printed = [json.loads(line)["part"] for line in capsys.readouterr().out.splitlines()]
+    assert printed == ["sample", "encoder"]

@@ -239,7 +239,7 @@ def _attention_gradients(implementation, mask_lL, rate, q_BlAD, k_BLAD, v_BLAD):
     )
 
     def attend(*arrays):
-        return _attend(implementation, *arrays, mask_lL, dropout)
+        return _attend(implementation, *arrays, mask_lL=mask_lL, dropout=dropout)
 
     y_BlAD, gradients = jax.vjp(attend, q_BlAD, k_BLAD, v_BLAD)
     return y_BlAD, gradients(y_BlAD)

@@ -3,10 +3,11 @@
 varjax benchmark parity --preset=d16
 varjax benchmark parity --preset=mar_b --steps=8
 
-Prints a JSON line for each part, first in float32 and then in the device's own format: the encoder,
-the decoder, the training loss and its gradient. On a CPU, varjax agrees with the official code to
-six digits (docs/reliability.md), so these lines say what a device and a format cost. The last line,
-"sample", compares images with each other: those of a second call, and one drawn alone.
+Prints a JSON line "sample" that compares images with each other: those of a second call, and one
+drawn alone. Then prints lines for each part, first in float32 and then in the device's own format:
+the encoder, the decoder, the training loss and its gradient. On a CPU, varjax agrees with the
+official code to six digits (docs/reliability.md), so these lines say what a device and a format
+cost.
 """
 
 import dataclasses
@@ -48,9 +49,10 @@ def main(arguments: list[str]) -> None:
     )
     compute = compute_from_flags(flags)
     setting = {"benchmark": "parity", "preset": flags.preset}
+    images = compared_images(flags.preset, flags.batch_size, compute, steps)
+    print_figures(**setting, **images)
     for figures in compared_with_cpu(flags.preset, compute):
         print_figures(**setting, **figures)
-    print_figures(**setting, **compared_images(flags.preset, flags.batch_size, compute, steps))
 
 
 def compared_with_cpu(preset: str, compute: ComputeConfig) -> Iterator[dict[str, Any]]:

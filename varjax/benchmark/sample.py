@@ -136,7 +136,7 @@ def measure_sampling(
     dtype, mesh = compute.jax_dtype, batch_mesh()
     _, needed = memory_needed(programs, compute)
     if batch_size == "auto":
-        batch_size = auto_batch_size(needed, mesh.devices.flatten())
+        batch_size = auto_batch_size(needed, list(mesh.devices.flat))
     per_device = -(-batch_size // mesh.size)
     index_B = jnp.arange(batch_size)
     label_B, key_B = index_B % programs.classes, image_keys(0, index_B)
