@@ -82,10 +82,16 @@ def matmul_flops(size: int, dtype: Any, precision: Any = None, repeats: int = 3)
         precision: precision of the product, as `jnp.matmul` takes it.
         repeats: number of products to time; the fastest one counts.
     """
-    keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(key, (size, size), dtype) for key in keys)
-    product = jax.jit(lambda a, b: jnp.matmul(a, b, precision=precision))
-    return 2 * size**3 / fastest_seconds(lambda: product(a, b), repeats)
+    # Drawn again at each call, because they take up to a gigabyte of a device; compiled once.
+    a, b = (
+        jax.random.normal(key, (size, size), dtype) for key in jax.random.split(jax.random.key(0))
+    )
+    return 2 * size**3 / fastest_seconds(lambda: _matmul(a, b, precision), repeats)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _matmul(a: jax.Array, b: jax.Array, precision: Any) -> jax.Array:
+    return jnp.matmul(a, b, precision=precision)
 
 
 def fastest_seconds(function: Callable[[], Any], repeats: int = 3) -> float:
