@@ -177,9 +177,25 @@ def test_flags_that_would_do_nothing_are_refused():
         (["--refiner=d16", "--what=train"], "refiner=d16: needs --what=sample, without --parts"),
         (["--refiner=d16", "--parts"], "refiner=d16: needs --what=sample, without --parts"),
         (["--draft_scales=6"], "draft_scales=6: a refiner draws the other scales"),
+        (["--diffusion_steps=8"], "diffusion_steps=8: has no effect on d30; .* such as mar_b"),
+        (["--preset=mar_b", "--diffusion_steps=50:5"], "diffusion_steps=50:5: .* add --parts"),
     ):
         with pytest.raises(InputError, match=problem):
             tpu.main(["--preset=d30", *flags])
+
+
+def test_pieces_count_as_often_as_they_run(monkeypatch, capsys):
+    def estimate(program, compute, device):
+        return tpu.Estimate({"rest": 1.0}, 0, 0, 1.0, 0, 0, 0.0)
+
+    monkeypatch.setattr(tpu, "estimate_program", estimate)
+    monkeypatch.setattr(tpu, "tpu_devices", lambda topology: jax.devices())
+    flags = ["--preset=mar_b", "--batch_size=2", "--steps=4", "--diffusion_steps=6:2", "--parts"]
+    tpu.main(flags)
+    *parts, _, total = map(json.loads, capsys.readouterr().out.splitlines())
+    denoising = [6, 4, 3, 2]  # 2 + floor((3 - k) / 3 · 4)
+    assert sum(x["times"] for x in parts if x["part"].startswith("denoising")) == sum(denoising)
+    assert total["ms"] == 4 + sum(denoising) + 1  # and the decoder
 
 
 ESTIMATE = """

@@ -29,6 +29,7 @@ def sampling(
     pieces: bool,
     refiner: str = "",
     draft_scales: int = 0,
+    diffusion_steps: str = "100",
 ) -> list[Program]:
     """Returns the programs that draw a batch of images: one, or pieces that run one by one.
 
@@ -38,12 +39,14 @@ def sampling(
         compute: number format of the weights and execution.
         steps: number of steps in which MAR draws its tokens.
         guided: whether to use classifier-free guidance.
-        pieces: whether to return the pieces instead of the whole: the decoder and, for VAR, each
-            scale's transformer and choice of tokens.
+        pieces: whether to return the pieces instead of the whole: the decoder and, for each scale
+            of VAR or group of MAR's steps, the transformer and the choice of tokens.
         refiner: size of the model that draws the fine scales; "" for none.
         draft_scales: number of scales before those of the refiner.
+        diffusion_steps: denoising steps of MAR's tokens; only the pieces count those of DiSA.
     """
-    programs, params = _programs_and_params(preset, compute, steps, guided, refiner, draft_scales)
+    others = refiner, draft_scales, diffusion_steps
+    programs, params = _programs_and_params(preset, compute, steps, guided, *others)
     label_B, key_B = jax.eval_shape(
         lambda: (jnp.zeros(batch_size, jnp.int32), image_keys(0, jnp.arange(batch_size)))
     )
@@ -128,9 +131,11 @@ def training(
 
 
 def _programs_and_params(
-    preset, compute, steps, guided, refiner="", draft_scales=0
+    preset, compute, steps, guided, refiner="", draft_scales=0, diffusion_steps="100"
 ) -> tuple[SamplingPrograms, PyTree]:
-    programs = benchmark_of(preset).sampling_programs(preset, steps, guided, refiner, draft_scales)
+    programs = benchmark_of(preset).sampling_programs(
+        preset, steps, guided, refiner, draft_scales, diffusion_steps
+    )
     params = jax.eval_shape(programs.init, jax.random.key(0))
     return programs, jax.eval_shape(
         lambda p: trees.cast(programs.cast, p, compute.jax_dtype), params

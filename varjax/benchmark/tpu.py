@@ -5,6 +5,7 @@ varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --topolog
 varjax benchmark tpu --preset=d16 --what=train --batch_size=8 --cached --unroll
 varjax benchmark tpu --preset=d16 --what=train --batch_size=24 --accumulate=3 --cached
 varjax benchmark tpu --preset=d30 --refiner=d16 --draft_scales=8 --batch_size=1
+varjax benchmark tpu --preset=mar_b --batch_size=8 --diffusion_steps=50:5 --parts
 
 Requires `pip install libtpu`. The compiler annotates each instruction with the cycles it expects.
 They are added up, with loops counted as often as they run, and divided by the chip's clock. The sum
@@ -12,8 +13,9 @@ is an estimate: good for comparing two programs, not for predicting a speed (doc
 what it leaves out). Kernels have no cycles; kernels_without_estimate is how many of them run. There
 is a line for each category, and a last one for the total.
 
---parts compiles the program in pieces and prints a line for each. Use it if the whole takes too
-much time or memory, or to see which scale takes the time.
+--parts compiles the program in pieces and prints a line for each, with the number of times that it
+runs. Use it if the whole takes too much time or memory, to see which scale takes the time, or for
+DiSA, whose loops have lengths that the compiler does not know.
 """
 
 import collections
@@ -69,6 +71,7 @@ USED_BY: dict[str, tuple[What, ...]] = {
     "cached": ("train",),
     "unguided": ("sample",),
     "steps": ("sample",),
+    "diffusion_steps": ("sample",),
     "accumulate": ("train",),
 }
 STEPS = 64  # of MAR
@@ -90,6 +93,8 @@ def main(arguments: list[str]) -> None:
     add("--cached", action="store_true", help="train on cached tokens instead of images")
     add("--unguided", action="store_true", help="sample without guidance")
     add_steps_flag(parser, STEPS)
+    about = "denoising steps of a MAR token; FIRST:LAST (DiSA) needs --parts (100)"
+    add("--diffusion_steps", help=about)
     add("--parts", action="store_true", help="compile the program in pieces")
     add_refiner_flags(parser)
     flags = parser.parse_args(arguments)
@@ -102,9 +107,17 @@ def main(arguments: list[str]) -> None:
     draft_scales = choose_draft_scales(flags.refiner, flags.draft_scales)
     if flags.refiner and (flags.what != "sample" or flags.parts):
         raise InputError(f"refiner={flags.refiner}: needs --what=sample, without --parts")
+    if ":" in (flags.diffusion_steps or "") and not flags.parts:
+        raise InputError(
+            f"diffusion_steps={flags.diffusion_steps}: the compiler does not know how often DiSA's "
+            "loops run; add --parts"
+        )
     jax.config.update("jax_platforms", "cpu")
     steps = STEPS if flags.steps is None else flags.steps
-    sampler = benchmark_of(flags.preset).sampling_programs(flags.preset, steps)
+    denoising = "100" if flags.diffusion_steps is None else flags.diffusion_steps
+    sampler = benchmark_of(flags.preset).sampling_programs(
+        flags.preset, steps, diffusion_steps=denoising
+    )
     check_sampler_flags(flags, sampler.setting)
     compute = compute_from_flags(
         flags,
@@ -116,8 +129,8 @@ def main(arguments: list[str]) -> None:
     device = tpu_devices(flags.topology)[0]
     size = flags.preset, flags.batch_size, compute
     if flags.what == "sample":
-        refinement = flags.refiner, draft_scales
-        programs = sampling(*size, steps, not flags.unguided, flags.parts, *refinement)
+        others = flags.refiner, draft_scales, denoising
+        programs = sampling(*size, steps, not flags.unguided, flags.parts, *others)
     elif flags.what == "train":
         programs = training(*size, flags.cached, flags.parts, flags.accumulate)
     else:
@@ -137,12 +150,13 @@ def main(arguments: list[str]) -> None:
     total, kernels, by_category = 0.0, 0, collections.defaultdict(float)
     for program in programs:
         estimate = estimate_program(program, compute, device)
-        total += estimate.ms
-        kernels += estimate.kernels
+        times = program.times
+        total += times * estimate.ms
+        kernels += times * estimate.kernels
         for name, ms in estimate.by_category.items():
-            by_category[name] += ms
-        figures = estimate.figures() | {"ms_per_image": estimate.ms / flags.batch_size}
-        print_figures(**setting, part=program.name, **figures)
+            by_category[name] += times * ms
+        figures = {"times": times, "ms_per_image": times * estimate.ms / flags.batch_size}
+        print_figures(**setting, part=program.name, **estimate.figures(), **figures)
     for name, ms in sorted(by_category.items(), key=lambda item: -item[1]):
         print_figures(**setting, part=name, ms=ms, share=ms / total)
     figures = {"ms": total, "ms_per_image": total / flags.batch_size}
