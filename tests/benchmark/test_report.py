@@ -42,7 +42,7 @@ def test_all_parts_run_on_a_cpu(tmp_path, monkeypatch, tiny):  # noqa: F811
         if part.cpu and "--torch" not in part.cpu
     ]
     small = [report.Part("", 1, command) for command in commands]
-    measured = report.measure_parts(small, CPU, 100, tmp_path, run_here)
+    measured = report.measure_parts(small, CPU, 1000, tmp_path, run_here)
     assert [part["state"] for part in measured] == ["done"] * len(small)
     saved = json.loads((tmp_path / "report.json").read_text())
     assert saved == {"machine": CPU, "parts": measured}
@@ -64,6 +64,15 @@ def test_all_parts_run_on_a_cpu(tmp_path, monkeypatch, tiny):  # noqa: F811
     assert work[0] == pytest.approx(work[1], rel=2e-3)  # of the model, not of its passes
     assert lines["parity", "decoder"]["relative_error"] < 1e-5
     assert lines["parity", "loss and gradient"]["relative_error"] < 1e-5
+
+
+@pytest.mark.slow
+def test_parity_compares_mar_and_its_tokenizer_too(monkeypatch, tiny):  # noqa: F811
+    # Its sampling program is that of test_benchmark.py.
+    monkeypatch.setattr(parity, "compared_images", lambda *_: {"part": "sample"})
+    _, *lines = run_here(["parity", "--preset=mar_b"], 0)["lines"]
+    assert {line["part"] for line in lines} == {"encoder", "decoder", "loss and gradient"}
+    assert all(line["relative_error"] < 1e-5 for line in lines)  # of latents, which are no tokens
 
 
 def test_commands_of_accelerators_are_read_by_their_parsers(monkeypatch):
