@@ -11,9 +11,9 @@ from varjax.nn.attention import dot_product_attention
 from varjax.nn.compute import ComputeConfig, ConvFormat, batch_devices, split_batch
 from varjax.nn.upsampling import upsample_and_convolve
 
-PIXELS_OF_LARGE_IMAGES = 64**2  # from here on a few at a time are better
+PIXELS_OF_LARGE_IMAGES = 64**2  # from this size on, a few at a time are faster
 IMAGES_AT_ONCE = 16  # on a device: 256-pixel maps of 160 channels take 42 MB each in float32
-# The official ones have 5 levels of 2 blocks. Whatever a file says, it is described in seconds.
+# The official ones have 5 levels of 2 blocks. The limits let any file be described in seconds.
 MAX_LEVELS, MAX_BLOCKS = 10, 40  # the latter of all levels together
 COARSEST = (-1,)  # levels with attention: the last one alone, as in VQGAN at 256 pixels
 

@@ -1,4 +1,4 @@
-"""How a model is computed, apart from what it is: none of these choices changes its weights."""
+"""Settings for how a model is computed; none of them changes its weights."""
 
 import dataclasses
 import math
@@ -31,7 +31,7 @@ TENSOR_AXIS = "tensor"  # the one that shards heads
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig:
-    """Number format and execution of a model; changes how, not what it computes.
+    """Describes the dtype and the execution of a model: how, not what it computes.
 
         model = varjax.load("runs/digits", compute=varjax.ComputeConfig(dtype="bfloat16"))
 
@@ -131,10 +131,10 @@ EXACT = ComputeConfig(dtype="float32", encoder_precision="highest")
 
 
 def without_repeated_work(compute: ComputeConfig) -> ComputeConfig:
-    """Returns a way to compute in which each product of a model is there once, to be counted.
+    """Returns settings with which each product of a model occurs once, for counting FLOP.
 
-    Fused kernels hide products; what is recomputed, or multiplied in three passes, is no work of
-    the model's.
+    Fused kernels hide products; what is recomputed, or multiplied in three passes, is not part of
+    the model's work.
     """
     return dataclasses.replace(
         compute, remat="none", attention_impl="xla", encoder_precision="highest"
@@ -162,10 +162,10 @@ def checkpoint_layer(layer: Callable[..., Any], compute: ComputeConfig) -> Calla
 
 
 def shard_batch(x: jax.Array) -> jax.Array:
-    """Shards the leading axis of x as the batch is, where a mesh is set and divides it.
+    """Shards the leading axis of x like the batch, if the current mesh divides it.
 
     Left alone, XLA may follow the weights and split the width of the activations instead, so that
-    every device computes the whole batch. The gradient of x is held to the same.
+    every device computes the whole batch. The gradient of x is sharded alike.
     """
     axes = batch_axes()
     if not axes or x.shape[0] % batch_devices():
@@ -182,13 +182,13 @@ def split_batch(x: jax.Array, pieces: int) -> jax.Array:
 
 
 def batch_devices() -> int:
-    """Returns how many devices shard a batch, by the mesh that is set; 1 without one."""
+    """Returns how many devices of the current mesh shard a batch; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return math.prod(mesh.shape[name] for name in batch_axes())
 
 
 def batch_axes() -> tuple[str, ...]:
-    """Returns the axes of the mesh that is set along which XLA shards a batch."""
+    """Returns the axes of the current mesh along which XLA shards the batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return tuple(name for name in mesh.auto_axes if name in BATCH_AXES)
 
