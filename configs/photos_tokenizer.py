@@ -43,7 +43,7 @@ def get_config(arg: str = "plain") -> Experiment:
     names = arg.split(",")
     if unknown := [name for name in names if name not in CHANGES]:
         raise InputError(f"cannot read {unknown}; allowed are {', '.join(CHANGES)}")
-    exclusive_word(names, ("normal", "kmeans"))
+    exclusive_word(names, ("normal", "kmeans"))  # refuses both together
     model = VQConfig(
         scales=(1, 2, 4, 8, 16),
         width=16,

@@ -261,7 +261,8 @@ def test_what_limits_a_fit_is_noted(tmp_path):
     ladder = read_ladder(make_ladder(tmp_path / "once", (2, 3, 4, 5), extra=once))
     report = fit_scaling(ladder, joint=True, resamples=0)
     assert report.notes == [
-        "no fit of loss against parameters N and images seen D: 4 points are too few"
+        "no fit of loss against parameters N and images seen D, too few points: 4 points, 1 distinct "
+        "values of a variable"
     ]
     assert not report.fits and not report.predictions
 
@@ -272,8 +273,22 @@ def test_four_points_are_too_few_for_five_constants(tmp_path):
         metrics = tmp_path / run / "metrics.jsonl"
         metrics.write_text("\n".join(metrics.read_text().splitlines()[-2:]))
     report = fit_scaling(read_ladder(runs), joint=True, resamples=2)
-    assert "no fit of loss against parameters N and images seen D: 4 points" in report.notes[-2]
+    assert "images seen D, too few points: 4 points, 4 distinct values" in report.notes[-2]
     assert not report.fits
+
+
+def test_points_that_a_resample_repeats_count_once():
+    size_P, images_P = np.repeat([[1e5, 1e6, 1e7], [1e4, 2e4, 3e4]], 3, axis=1)
+    points = Points(np.stack([size_P, images_P]), np.ones(9), np.ones(9))
+    assert points.spare(None) == 3 - 5 and points.spare(0.0) == 3 - 4
+
+
+def test_what_was_measured_of_the_largest_size_is_the_mean_of_its_runs(tmp_path):
+    runs = make_ladder(tmp_path, (2, 3, 4, 5, 6))
+    runs += [make_run(tmp_path / name, 8, laws={"loss": lambda n, d, loss=loss: np.asarray(loss)})
+             for name, loss in (("a", 2.5), ("b", 2.7))]  # fmt: skip
+    report = fit_scaling(read_ladder(runs), floors={"loss": 0.0}, resamples=0)
+    assert report.predictions["loss"][0].measured == pytest.approx(2.6, rel=0.01)
 
 
 def test_a_joint_fit_predicts_a_shorter_run_of_the_largest_size_at_its_own_length(tmp_path):

@@ -182,7 +182,7 @@ def test_a_report_that_exists_or_cannot_be_written_is_refused_before_measuring(t
     (tmp_path / "report.json").write_text('{"machine": {}, "parts": []}')
     for flags, message in {
         (f"--out={tmp_path}",): "has a report already",
-        ("--out=/proc/report",): "could not be written",
+        ("--out=/proc/report",): "cannot write to /proc/report",
         ("--minutes=0",): "minutes=0",
     }.items():
         assert benchmark.main(["report", *flags]) == 1

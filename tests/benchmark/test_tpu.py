@@ -169,6 +169,8 @@ def test_flags_that_would_do_nothing_are_refused():
     for flags, problem in (
         (["--what=encode", "--parts"], "parts=True: .* --what=sample or train"),
         (["--what=decode", "--parts"], "parts=True: .* --what=sample or train"),
+        (["--remat=none"], "remat=none: has no effect with --what=sample; .* --what=train"),
+        (["--what=decode", "--unroll"], "unroll=True: .* --what=sample or train"),
         (["--cached"], "cached=True: has no effect with --what=sample; .* --what=train"),
         (["--what=train", "--unguided"], "unguided=True: .* --what=train; .* --what=sample"),
         (["--accumulate=2"], "accumulate=2: has no effect with --what=sample"),

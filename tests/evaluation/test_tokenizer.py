@@ -195,7 +195,8 @@ def test_reconstructions_are_compared_with_the_same_images(tmp_path, monkeypatch
     found = report["reconstructions"]
     np.testing.assert_allclose(found["fid"], frechet_distance(*moments), rtol=1e-4)
     assert {"precision", "recall", "kid"} < found.keys()
-    assert "against the same held-out images, cropped alike" in capsys.readouterr().out
+    assert "held-out images, cropped alike;\nfeatures: pixels\n" in capsys.readouterr().out
+    assert report["features"] == "pixels"
 
 
 def test_a_classifier_tells_which_reconstructions_still_show_their_class(tmp_path, capsys):
@@ -213,7 +214,9 @@ def test_a_classifier_tells_which_reconstructions_still_show_their_class(tmp_pat
 
     arguments = [f"--weights={runs.tokenizer()}", "--data=digits", f"--features={classifier}"]
     assert command.main([*arguments, f"--out={tmp_path}"]) == 0
-    assert "label accuracy" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "label accuracy" in out and "features: penultimate layer of a ConvNet" in out
+    assert "samples each" not in out  # the classes of held-out images need not be balanced
 
 
 def test_a_reconstruction_that_is_nan_is_refused_by_the_image_s_number(params):

@@ -51,6 +51,13 @@ def test_derivatives_forward_and_of_one_argument_are_those_of_the_two_steps():
         np.testing.assert_allclose(found, expected, atol=1e-3)
 
 
+def test_the_backward_pass_keeps_the_arguments_alone():
+    x_BhwC, kernel_33CN = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 4))
+    _, backward = jax.vjp(upsample_and_convolve, x_BhwC, kernel_33CN)
+    kept = [x.shape for x in jax.tree.leaves(backward)]
+    assert sorted(kept) == sorted([x_BhwC.shape, kernel_33CN.shape])
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_both_platforms_have_the_same_parameters_and_results(dtype):
     cpu, tpu = (Upsample(ConvFormat(dtype, platform=platform)) for platform in ("cpu", "tpu"))

@@ -54,8 +54,12 @@ class Points:
     loss_P: np.ndarray
     weight_P: np.ndarray
 
+    def values(self) -> int:
+        """Counts the distinct values of the variable that has the fewest."""
+        return min(len(np.unique(x_P)) for x_P in self.x_TP)
+
     def spare(self, floor: float | None) -> int:
-        """Counts the points, or values of a variable, beyond those that a fit needs.
+        """Counts the distinct points, or values of a variable, beyond those that a fit needs.
 
         Below 0, the constants are not determined; at 0, the law goes through all points.
 
@@ -63,8 +67,8 @@ class Points:
             floor: floor of the law; None if it is fitted as well.
         """
         constants = 2 * len(self.x_TP) + (floor is None)
-        values = min(len(np.unique(x_P)) for x_P in self.x_TP)
-        return min(values - values_needed(floor), len(self.loss_P) - constants)
+        points = np.unique(self.x_TP, axis=1).shape[1]
+        return min(self.values() - values_needed(floor), points - constants)
 
 
 @dataclasses.dataclass(frozen=True)

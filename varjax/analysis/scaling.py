@@ -176,9 +176,10 @@ def parse_floors(text: str) -> dict[str, float]:
 def _numbers(text: str) -> list[float]:
     try:
         numbers = [float(word) for word in text.split(",") if word]
+        valid = all(0 < number < np.inf for number in numbers)
     except ValueError:
-        numbers = [np.nan]
-    if not all(np.isfinite(number) and number > 0 for number in numbers):
+        numbers, valid = [], False
+    if not valid:
         raise argparse.ArgumentTypeError(
             f"{text!r}: give numbers of parameters above 0, separated by commas, such as 5e6,1e7"
         )

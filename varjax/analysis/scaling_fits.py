@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
 from varjax.analysis.ladder import (
     Curve,
     Ladder,
@@ -145,10 +147,10 @@ def fit_scaling(
         for against in kinds:
             points = against.points(curves)
             if points.spare(floor) < 1:
-                number = len(points.loss_P)
-                report.notes.append(
-                    f"no fit of {name} {against.title}: {number} points are too few"
+                few = (
+                    f"{len(points.loss_P)} points, {points.values()} distinct values of a variable"
                 )
+                report.notes.append(f"no fit of {name} {against.title}, too few points: {few}")
                 continue
             fitted = report.fits.setdefault(against.name, {})[name] = fit(against, curves)
             if min(fitted.law.exponents) <= 0:
@@ -157,10 +159,12 @@ def fit_scaling(
                 report.predictions[name] = [_predict(fitted, size, max(images_R)) for size in sizes]
                 rest = [curve for curve in curves if curve.size < found[-1]]
                 if len(found) > needed and main.points(rest).spare(floor) >= 1:
-                    left_out = max(curves, key=lambda curve: (curve.size, curve.images_P[-1]))
-                    predicted = _predict(fit(main, rest), left_out.size, left_out.images_P[-1])
-                    predicted = dataclasses.replace(predicted, measured=float(left_out.loss_P[-1]))
-                    report.predictions[name].insert(0, predicted)
+                    largest = [curve for curve in curves if curve.size == found[-1]]
+                    images = max(float(curve.images_P[-1]) for curve in largest)
+                    last = [c.loss_P[-1] for c in largest if not joint or c.images_P[-1] == images]
+                    predicted = _predict(fit(main, rest), found[-1], images)
+                    measured = dataclasses.replace(predicted, measured=float(np.mean(last)))
+                    report.predictions[name].insert(0, measured)
     return report
 
 

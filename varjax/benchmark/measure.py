@@ -88,7 +88,7 @@ def model_parser(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="number format (auto)",
+        help="dtype (auto)",
     )
     add(
         "--attention_impl",

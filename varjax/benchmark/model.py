@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     add("--refiner", help="smaller VAR that draws the fine scales (CoDe)")
     add("--draft_scales", type=int, help="number of scales before those of the refiner (8)")
     add("--batch_size", type=int, default=8, help="images at a time (8)")
-    add("--dtype", default="auto", help="number format: auto, float32 or bfloat16")
+    add("--dtype", default="auto", help="dtype: auto, float32 or bfloat16")
     add("--repeats", type=int, default=3, help="calls to time; the fastest one counts (3)")
     add_option_flags(parser.add_argument_group("options of the model"), option_classes())
     flags = parser.parse_args(arguments)

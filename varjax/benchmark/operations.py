@@ -60,7 +60,7 @@ def measure_operations(
     Args:
         task: task that trains a VAR of the size to measure.
         batch_size: number of images.
-        compute: number format and implementation.
+        compute: dtype and implementation.
         repeats: number of calls to time; the fastest one counts.
         setting: figures that all lines share.
     """
@@ -112,7 +112,7 @@ def operations(task: Any, B: int, compute: ComputeConfig) -> Iterator[Operation]
     Args:
         task: task that trains a VAR of the size to measure.
         B: number of images.
-        compute: number format, and the platform whose implementations of attention are measured.
+        compute: dtype, and the platform whose implementations of attention are measured.
     """
     model, tokenizer, dtype = task.model, task.tokenizer, compute.jax_dtype
     for height, channels in convolutions(tokenizer):
@@ -131,14 +131,6 @@ def operations(task: Any, B: int, compute: ComputeConfig) -> Iterator[Operation]
         attend, plain = (functools.partial(_attend, name) for name in (implementation, "xla"))
         labels, shapes = {"implementation": implementation}, (q_BlAD, k_BLAD, k_BLAD)
         yield Operation(attention_name(h * w), attend, plain, shapes, labels)
-    if accelerator:  # where a loop over images and heads takes longest
-        implementations.remove("loop")
-    yield from _training_attention(model, B, dtype, implementations)
-    if accelerator:
-        large = benchmark_of("d36").training_task("d36", compute).model
-        # Its attention weights are ten times as large as d16's.
-        yield from _training_attention(large, max(1, B // 4), dtype, implementations)
-    yield _attention_with_dropout(B, compute)
     logits_BlV = jax.ShapeDtypeStruct((B, h * w, model.vocab), jnp.float32)
     filter_logits = functools.partial(filter_top_k_top_p, top_k=TOP_K, top_p=TOP_P)
     part = f"top-k and top-p, {h * w} x {model.vocab}"
@@ -153,6 +145,14 @@ def operations(task: Any, B: int, compute: ComputeConfig) -> Iterator[Operation]
     latents = jax.eval_shape(tokenizer.encode, params, image_BHWC)
     decode = functools.partial(tokenizer.decode, compute=compute)
     yield Operation("decoder", decode, tokenizer.decode, (params, latents))
+    if accelerator:  # where a loop over images and heads takes longest
+        implementations.remove("loop")
+    yield from _training_attention(model, B, dtype, implementations)
+    large = benchmark_of("d36").training_task("d36", compute).model
+    if accelerator and model.pyramid.length < large.pyramid.length:
+        # A head's attention weights are eleven times as large as d16's.
+        yield from _training_attention(large, max(1, B // 4), dtype, implementations)
+    yield _attention_with_dropout(B, compute)
 
 
 def _training_attention(

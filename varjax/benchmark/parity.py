@@ -60,7 +60,7 @@ def compared_with_cpu(preset: str, compute: ComputeConfig) -> Iterator[dict[str,
 
     Args:
         preset: name of a released model's size.
-        compute: number format, besides float32, and execution.
+        compute: dtype, in addition to float32, and execution.
 
     Yields:
         Figures of each part. "relative_error" is the norm of the difference divided by that of the
@@ -120,7 +120,7 @@ def compared_images(
     Args:
         preset: name of a released model's size.
         batch_size: number of images.
-        compute: number format and execution.
+        compute: dtype and execution.
         steps: number of MAR sampling steps.
 
     Returns:

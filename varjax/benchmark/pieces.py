@@ -36,7 +36,7 @@ def sampling(
     Args:
         preset: name of a released model's size.
         batch_size: number of images.
-        compute: number format of the weights and execution.
+        compute: dtype of the weights and execution.
         steps: number of steps in which MAR draws its tokens.
         guided: whether to use classifier-free guidance.
         pieces: whether to return the pieces instead of the whole: the decoder and, for each scale
@@ -45,8 +45,9 @@ def sampling(
         draft_scales: number of scales before those of the refiner.
         diffusion_steps: denoising steps of MAR's tokens; only the pieces count those of DiSA.
     """
-    others = refiner, draft_scales, diffusion_steps
-    programs, params = _programs_and_params(preset, compute, steps, guided, *others)
+    programs, params = _programs_and_params(
+        preset, compute, steps, guided, refiner, draft_scales, diffusion_steps
+    )
     label_B, key_B = jax.eval_shape(
         lambda: (jnp.zeros(batch_size, jnp.int32), image_keys(0, jnp.arange(batch_size)))
     )
@@ -84,7 +85,7 @@ def training(
     Args:
         preset: name of a released model's size.
         batch_size: number of images.
-        compute: number format and execution.
+        compute: dtype and execution.
         cached: whether latents come from a cache, so that no encoder runs.
         pieces: whether to return the pieces instead of the whole step.
         accumulate: number of microbatches in a step.

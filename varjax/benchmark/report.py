@@ -35,6 +35,7 @@ from varjax.runtime.hardware import processor_name
 from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.storage.cache_dir import cache_folder
+from varjax.storage.folders import check_writable
 
 PROBE = """
 import json, jax, jaxlib
@@ -94,10 +95,9 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
     minutes = finite_number("minutes", flags.minutes, 0.1)
     out = as_path(flags.out)
-    # {} is of a report that stopped before its first result.
-    if files.exists(out / "report.json") and files.read_json(out / "report.json"):
+    if files.exists(out / "report.json"):
         raise InputError(f"{out} has a report already; give another folder: --out=DIR")
-    files.write_json(out / "report.json", {})  # a folder that cannot be written is refused now
+    check_writable(out)
     machine = describe_machine()
     torch = importlib.util.find_spec("torch") is not None
     parts = [part for part in PARTS if torch or "--torch" not in part.command]

@@ -73,6 +73,8 @@ USED_BY: dict[str, tuple[What, ...]] = {
     "steps": ("sample",),
     "diffusion_steps": ("sample",),
     "accumulate": ("train",),
+    "remat": ("train",),
+    "unroll": ("sample", "train"),
 }
 STEPS = 64  # of MAR
 
@@ -129,12 +131,26 @@ def main(arguments: list[str]) -> None:
     device = tpu_devices(flags.topology)[0]
     size = flags.preset, flags.batch_size, compute
     if flags.what == "sample":
-        others = flags.refiner, draft_scales, denoising
-        programs = sampling(*size, steps, not flags.unguided, flags.parts, *others)
+        programs = sampling(
+            *size,
+            steps,
+            not flags.unguided,
+            flags.parts,
+            refiner=flags.refiner,
+            draft_scales=draft_scales,
+            diffusion_steps=denoising,
+        )
     elif flags.what == "train":
         programs = training(*size, flags.cached, flags.parts, flags.accumulate)
     else:
         programs = (encoding if flags.what == "encode" else decoding)(*size)
+    options: dict[str, Any] = {}
+    if flags.what == "train":
+        options = {name: getattr(flags, name) for name in ("accumulate", "cached", "remat")}
+    elif flags.what == "sample":
+        options = {**sampler.setting, "unguided": flags.unguided}
+    if flags.what in USED_BY["unroll"]:
+        options["unroll"] = flags.unroll
     setting = {
         "benchmark": "tpu",
         "what": flags.what,
@@ -142,9 +158,7 @@ def main(arguments: list[str]) -> None:
         **({"refiner": flags.refiner, "draft_scales": draft_scales} if flags.refiner else {}),
         "batch_size": flags.batch_size,
         "dtype": str(compute.jax_dtype),
-        **({"accumulate": flags.accumulate} if flags.what == "train" else {}),
-        "remat": compute.remat,
-        "unroll": compute.unroll,
+        **options,
         "compiled_for": device.device_kind,
     }
     total, kernels, by_category = 0.0, 0, collections.defaultdict(float)

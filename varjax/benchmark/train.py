@@ -54,14 +54,15 @@ def measure_training(
 ) -> None:
     """Prints a line for the tokenizer's encoder, the gradient, the update, and the whole step.
 
-    With `cached`, prints one for the step on cached latents only. efficiency: model FLOP ÷
+    The step comes first, because peak memory is that of the process so far. With `cached`, prints a
+    line for the step on cached latents only. efficiency: model FLOP ÷
     (seconds × FLOP/s of a large matrix product, same run, same dtype). FLOP that a remat policy
     recomputes do not count.
 
     Args:
         preset: name of a released model's size.
         batch_size: number of images in a step.
-        compute: number format and execution.
+        compute: dtype and execution.
         repeats: number of calls to time; the fastest one counts.
         cached: whether latents come from a cache, so that no encoder runs.
         accumulate: number of microbatches in a step.
@@ -124,8 +125,12 @@ def measure_training(
     def encode_images(params, image_BHWC):
         return tokenizer.encode(params, image_BHWC, compute)
 
-    encode, compile_seconds = _compiled(encode_images, frozen, image_BHWC)
     work_encode = flops.count(tokenizer.encode, frozen, image_BHWC)
+    shapes = jax.eval_shape(tokenizer.encode, frozen, image_BHWC) | {"label_B": label_B}
+    work = task.train_flops(state, frozen, shapes)
+    measure_step({"image_BHWC": image_BHWC, "label_B": label_B}, work + work_encode)
+
+    encode, compile_seconds = _compiled(encode_images, frozen, image_BHWC)
     report("tokenize", lambda: encode(frozen, image_BHWC), compile_seconds, work_encode)
 
     encoded = encode(frozen, image_BHWC) | {"label_B": label_B}
@@ -136,7 +141,6 @@ def measure_training(
         return mean_over_microbatches(microbatch_gradient, batch, accumulate)
 
     gradient, compile_seconds = _compiled(average_gradient, state.params, frozen, encoded)
-    work = task.train_flops(state, frozen, encoded)
     report("gradient", lambda: gradient(state.params, frozen, encoded), compile_seconds, work)
 
     grads = [gradient(state.params, frozen, encoded)]
@@ -150,9 +154,6 @@ def measure_training(
         lambda state, grads: task.update(state, grads, plan), state, grads[0]
     )
     report("update", update, compile_seconds, 0)
-    grads.clear()
-
-    measure_step({"image_BHWC": image_BHWC, "label_B": label_B}, work + work_encode)
 
 
 def _compiled(function: Callable, *args: Any) -> tuple[Callable, float]:

@@ -53,7 +53,7 @@ from varjax.metrics.features import (
     feature_sizes,
 )
 from varjax.metrics.references import reference_of_features
-from varjax.metrics.report import SampleMetrics, measure, metrics_table
+from varjax.metrics.report import SampleMetrics, add_label_accuracy, measure, metrics_table
 from varjax.models import open_model, read_tokenizer
 from varjax.runtime.commands import command_parser, run_command
 from varjax.runtime.compilation_cache import use_compilation_cache
@@ -96,7 +96,7 @@ def evaluate_tokenizer(
         lpips: directory of LPIPS's weights; "" to skip LPIPS.
         inception: directory of Inception's weights, for FID; "" for none.
         features: directory of a classifier, or "pixels", for FID in other features; "" for
-            Inception's. Without both, FID is skipped.
+            Inception's; give `inception` or this. With neither, FID is skipped.
         crop: kind of crop of photographs, as `choose_crop` takes it.
 
     Returns:
@@ -145,6 +145,7 @@ def evaluate_tokenizer(
         report |= {"reconstructions": measured.metrics, "left_out": measured.left_out}
         report |= {"notices": measured.notices}
         report["reconstructions_against"] = "the same held-out images, cropped alike"
+        report["features"] = pairs.network.identity["features"]
     folder = as_path(out)
     files.write_json(folder / "evaluation.json", report)
     title = f"{weights} · held-out images of {data}"
@@ -162,8 +163,8 @@ class FeaturePairs:
     """
 
     def __init__(self, network: FeatureNetwork, classes: int):
+        self.network, self._classes = network, classes
         self._extract = FeatureExtractor(network)
-        self._classes = classes
         self._pairs: list[tuple[FeatureArrays, FeatureArrays]] = []
         self._labels: list[np.ndarray] = []
 
@@ -181,11 +182,10 @@ class FeaturePairs:
         # Held-out images are sorted by class, but the Inception Score needs them mixed.
         order_N = np.random.default_rng(0).permutation(len(rebuilt["pool_ND"]))
         rebuilt = {name: x[order_N] for name, x in rebuilt.items()}
-        reference, known = reference_of_features(originals), self._extract.network.classes
-        if known is None:
-            return measure(rebuilt, reference)
+        measured = measure(rebuilt, reference_of_features(originals))
         label_N = np.concatenate(self._labels)[order_N]
-        return measure(rebuilt, reference, label_N, self._classes, known)
+        add_label_accuracy(measured, rebuilt, label_N, self._classes, self.network.classes)
+        return measured
 
 
 def scales_picture(shown: Sequence[Reconstruction], title: str) -> np.ndarray:
@@ -212,7 +212,8 @@ def report_table(report: dict[str, Any]) -> str:
     first = f"{report['images']:,} held-out images of {report['data']}{cropped}"
     lines = [first, *report_lines(report)]
     if "reconstructions" in report:
-        lines += ["", f"reconstructions against {report['reconstructions_against']}:"]
+        lines += ["", f"reconstructions against {report['reconstructions_against']};"]
+        lines += [f"features: {report['features']}"]
         lines.append(
             metrics_table(
                 SampleMetrics(report["reconstructions"], report["left_out"], report["notices"])

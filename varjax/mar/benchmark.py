@@ -98,7 +98,11 @@ def sampling_pieces(
         compute: unused; the programs get their own.
     """
     B, programs = len(label_B), []
-    noises = [len(schedule.timestep_J) for schedule in setup.noise_schedules]
+    first, stop = setup.guided
+    denoising_counts = [len(schedule.timestep_J) for schedule in setup.noise_schedules]
+
+    def integers(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def predict(params, token_BnZ, position_Bn, known_Bn, position_Bm, label_R, compute):
         apply, streams = bind_mar(mar, params["mar"], compute), len(label_R) // B
@@ -115,20 +119,18 @@ def sampling_pieces(
         return mar.head.draw([mar.head.network(params["mar"], compute)], z, noise, settings)
 
     for group in setup.groups:
-        first, stop = setup.guided
         streams = 2 if first <= group.steps.start < stop else 1
-        shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        position_Bm, label_R = shape((B, group.new)), shape((B * streams,))
-        known = (
-            jax.ShapeDtypeStruct((B, group.known, *mar.head.token_shape), jnp.float32),
-            shape((B, group.known)),
-            jax.ShapeDtypeStruct((B, group.known), bool),
+        position_Bm, label_R = integers(B, group.new), integers(B * streams)
+        token_BnZ = jax.ShapeDtypeStruct(
+            (B, group.known, *mar.head.token_shape), mar.head.token_dtype
         )
+        known_Bn = jax.ShapeDtypeStruct((B, group.known), bool)
+        known = token_BnZ, integers(B, group.known), known_Bn
         arguments = params, *known, position_Bm, label_R
         z_RmC = jax.eval_shape(functools.partial(predict, compute=compute), *arguments)
-        name = f"steps {group.steps.start} to {group.steps.stop - 1}"
+        name = f"{len(group.steps)} steps from {group.steps.start}"
         draw = functools.partial(denoise, step=group.steps.start)
-        times = sum(noises[step] for step in group.steps)
+        times = sum(denoising_counts[step] for step in group.steps)
         programs += [
             Program(f"transformer, {name}", predict, arguments, times=len(group.steps)),
             Program(

@@ -79,12 +79,6 @@ def measure(
         metrics |= {"inception_score": score, "inception_score_std": std}
     else:
         left_out["inception_score"] = "pixels have no logits"
-    if logit_classes is not None:
-        if reason := _labels_do_not_fit(label_N, classes, logit_classes):
-            left_out["label_accuracy"] = reason
-        else:
-            right_N = features["logits_NV"].argmax(axis=1) == label_N
-            metrics["label_accuracy"] = float(right_N.mean())
     if pool_MD is None:
         reason = "the reference has only statistics, no images"
         left_out |= dict.fromkeys(("precision", "recall", "kid"), reason)
@@ -94,7 +88,34 @@ def measure(
     else:
         metrics["precision"], metrics["recall"] = fid.precision_recall(pool_ND, pool_MD)
         metrics["kid"], metrics["kid_std"] = fid.kernel_inception_distance(pool_ND, pool_MD)
-    return SampleMetrics(metrics, left_out, _notices(features, label_N, classes))
+    measured = SampleMetrics(metrics, left_out, _notices(features, label_N, classes))
+    add_label_accuracy(measured, features, label_N, classes, logit_classes)
+    return measured
+
+
+def add_label_accuracy(
+    measured: SampleMetrics,
+    features: FeatureArrays,
+    label_N: np.ndarray | None,
+    classes: int | None,
+    logit_classes: int | None,
+) -> None:
+    """Adds the fraction of images that a classifier assigns to their class, or why there is none.
+
+    Args:
+        measured: metrics to add it to.
+        features: features of the images, with the classifier's logits.
+        label_N: classes of the images; None if they are not known.
+        classes: number of classes; None to take it from the largest label.
+        logit_classes: number of classes of the logits; None if they stand for others.
+    """
+    if logit_classes is None:
+        return
+    if reason := _labels_do_not_fit(label_N, classes, logit_classes):
+        measured.left_out["label_accuracy"] = reason
+    else:
+        right_N = features["logits_NV"].argmax(axis=1) == label_N
+        measured.metrics["label_accuracy"] = float(right_N.mean())
 
 
 def _labels_do_not_fit(

@@ -48,15 +48,16 @@ def _convolve_by_phase(x_BhwC: jax.Array, kernel_33CN: jax.Array) -> jax.Array:
 
 
 @functools.partial(upsample_and_convolve.defjvp, symbolic_zeros=True)
-def _derivative(primals, tangents):
+def _jvp(primals, tangents):
     (x_BhwC, kernel_33CN), (dx_BhwC, dkernel_33CN) = primals, tangents
-    y_BhwN = upsample_and_convolve(x_BhwC, kernel_33CN)
-    dy_BhwN = jnp.zeros_like(y_BhwN)  # the function is linear in each argument
+    # Linear in each argument. The backward pass keeps both arguments, not their padded slices.
+    linear = jax.checkpoint(_convolve_by_phase, prevent_cse=False)
+    parts = []
     if not isinstance(dx_BhwC, SymbolicZero):
-        dy_BhwN += _convolve_by_phase(dx_BhwC, kernel_33CN)
+        parts.append(linear(dx_BhwC, kernel_33CN))
     if not isinstance(dkernel_33CN, SymbolicZero):
-        dy_BhwN += _convolve_by_phase(x_BhwC, dkernel_33CN)
-    return y_BhwN, dy_BhwN
+        parts.append(linear(x_BhwC, dkernel_33CN))
+    return upsample_and_convolve(x_BhwC, kernel_33CN), functools.reduce(jnp.add, parts)
 
 
 def _phase_kernels(kernel_33CN: jax.Array) -> list[jax.Array]:
