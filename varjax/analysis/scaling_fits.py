@@ -147,10 +147,11 @@ def fit_scaling(
         for against in kinds:
             points = against.points(curves)
             if points.spare(floor) < 1:
-                few = (
-                    f"{len(points.loss_P)} points, {points.values()} distinct values of a variable"
+                count, values = len(points.loss_P), points.values()
+                report.notes.append(
+                    f"no fit of {name} {against.title}: {count} points with {values} distinct values "
+                    "of a variable are too few"
                 )
-                report.notes.append(f"no fit of {name} {against.title}, too few points: {few}")
                 continue
             fitted = report.fits.setdefault(against.name, {})[name] = fit(against, curves)
             if min(fitted.law.exponents) <= 0:

@@ -88,7 +88,7 @@ def model_parser(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
-        help="dtype (auto)",
+        help="dtype of the matmuls (auto)",
     )
     add(
         "--attention_impl",
