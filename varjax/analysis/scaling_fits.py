@@ -149,8 +149,8 @@ def fit_scaling(
             if points.spare(floor) < 1:
                 count, values = len(points.loss_P), points.values()
                 report.notes.append(
-                    f"no fit of {name} {against.title}: {count} points with {values} distinct values "
-                    "of a variable are too few"
+                    f"no fit of {name} {against.title}: {count} points with {values} distinct "
+                    "values of a variable are too few"
                 )
                 continue
             fitted = report.fits.setdefault(against.name, {})[name] = fit(against, curves)
