@@ -70,13 +70,13 @@ def sampling_programs(
         decode=decode,
         whole=whole,
         bytes_needed=lambda B, compute: mar_sampling_bytes(tokenizer, mar, B, compute, setup),
-        pieces=functools.partial(sampling_pieces, mar),
+        pieces=functools.partial(_sampling_pieces, mar),
         cached=False,
         setting={"steps": steps, "diffusion_steps": diffusion_steps},
     )
 
 
-def sampling_pieces(
+def _sampling_pieces(
     mar: MARConfig,
     params: PyTree,
     setup: SamplingSetup,

@@ -75,13 +75,13 @@ def sampling_programs(
         decode=decode,
         whole=whole,
         bytes_needed=lambda B, compute: var_sampling_bytes(models_in(compute), B, scales),
-        pieces=functools.partial(sampling_pieces, var, guided),
+        pieces=functools.partial(_sampling_pieces, var, guided),
         cached=True,
         setting={"refiner": refiner, "draft_scales": draft_scales} if refiner else {},
     )
 
 
-def sampling_pieces(
+def _sampling_pieces(
     var: VARConfig,
     guided: bool,
     params: PyTree,
