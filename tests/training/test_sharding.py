@@ -168,7 +168,7 @@ def test_a_process_gets_the_rows_of_its_devices_and_no_others(cluster):
 
 TRAIN_COMMAND = re.compile(r"train\.py((?: --[\w.]+(?:=[^\s`'#]+)?)*)")
 # Configs of one's own files read the folder that their argument names, which is not here.
-OWN_FILES = re.compile(r"\b(ROW|DIR)\b|idx:")
+OWN_FILES = re.compile(r"\b(ROW|DIR)\b|idx:|latents:")
 TRAIN_COMMANDS = [
     (path.relative_to(ROOT).as_posix(), words)
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
