@@ -26,7 +26,8 @@ class Seven:
     def held_out(self):
         for start in range(0, 7, self.batch_size):
             n = np.arange(start, start + self.batch_size)
-            yield {"image_BHWC": IMAGES[np.minimum(n, 6)], "valid_B": (n < 7) & (n != 3)}
+            images, valid_B = IMAGES[np.minimum(n, 6)], (n < 7) & (n != 3)
+            yield {"image_BHWC": images, "label_B": n, "valid_B": valid_B}
 
 
 @pytest.fixture(scope="module")
