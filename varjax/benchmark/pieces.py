@@ -4,7 +4,6 @@ Their arguments are abstract arrays. Weights have the dtypes that pipelines give
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from varjax.nn.compute import ComputeConfig
 from varjax.sampling.programs import Program, SamplingPrograms
 from varjax.sampling.sampler import image_keys
 from varjax.training.task import Plan
-from varjax.training.train_step import check_microbatches, mean_over_microbatches
+from varjax.training.train_step import accumulated_gradients, check_microbatches
 from varjax.trees import PyTree
 
 
@@ -93,8 +92,8 @@ def training(
     Raises InputError if `accumulate` does not divide the batch.
     """
     check_microbatches(batch_size, accumulate)
-    benchmark, plan = benchmark_of(preset), Plan(1000, batch_size)
-    task = dataclasses.replace(benchmark.training_task(preset, compute), accumulate=accumulate)
+    plan, task = Plan(1000, batch_size), benchmark_of(preset).training_task(preset, compute)
+    task = dataclasses.replace(task, accumulate=accumulate)
     key = jax.eval_shape(lambda: jax.random.key(0))
     frozen, state = (jax.eval_shape(f, key) for f in (task.tokenizer.init, task.init))
     image_BHWC = _images(task, batch_size)
@@ -117,9 +116,7 @@ def training(
         ]
 
     def gradient(params, frozen, batch, compute):
-        loss = functools.partial(benchmark.training_loss, task_with(compute))
-        microbatch_gradient = functools.partial(jax.grad(loss), params, frozen)
-        return mean_over_microbatches(microbatch_gradient, batch, accumulate)
+        return training_gradient(preset, task_with(compute), params, frozen, batch)
 
     update = Program(
         "update",
@@ -129,6 +126,26 @@ def training(
     )
     parts = [Program("gradient", gradient, (state.params, frozen, latents)), update]
     return parts if cached else [encoder, *parts]
+
+
+def training_gradient(
+    preset: str, task: Any, params: PyTree, frozen: PyTree, batch: PyTree
+) -> PyTree:
+    """Computes the gradient of a training loss, in microbatches as a training step does.
+
+    Args:
+        preset: name of a released model's size.
+        task: task of this preset, with its number of microbatches.
+        params: parameters of the transformer.
+        frozen: parameters of the tokenizer.
+        batch: latents and labels.
+    """
+    loss = benchmark_of(preset).training_loss
+
+    def loss_without_metrics(params, batch):
+        return loss(task, params, frozen, batch), {}
+
+    return accumulated_gradients(loss_without_metrics, params, batch, task.accumulate)[0]
 
 
 def _programs_and_params(

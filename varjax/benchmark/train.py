@@ -23,11 +23,12 @@ from varjax.benchmark.measure import (
     model_parser,
     print_figures,
 )
+from varjax.benchmark.pieces import training_gradient
 from varjax.models import benchmark_of
 from varjax.nn.compute import ComputeConfig
 from varjax.runtime import flops
 from varjax.training.task import Plan, TrainState
-from varjax.training.train_step import check_microbatches, mean_over_microbatches
+from varjax.training.train_step import check_microbatches
 
 
 def main(arguments: list[str]) -> None:
@@ -55,9 +56,8 @@ def measure_training(
     """Prints a line for the tokenizer's encoder, the gradient, the update, and the whole step.
 
     The step comes first, because peak memory is that of the process so far. With `cached`, prints a
-    line for the step on cached latents only. efficiency: model FLOP ÷
-    (seconds × FLOP/s of a large matrix product, same run, same dtype). FLOP that a remat policy
-    recomputes do not count.
+    line for the step on cached latents only. efficiency: model FLOP ÷ (seconds × FLOP/s of a large
+    matrix product, same run, same dtype). FLOP that a remat policy recomputes do not count.
 
     Args:
         preset: name of a released model's size.
@@ -71,9 +71,8 @@ def measure_training(
         InputError: an unknown preset, or `accumulate` does not divide the batch.
     """
     check_microbatches(batch_size, accumulate)
-    plan = Plan(1000, batch_size)
-    benchmark = benchmark_of(preset)
-    task = dataclasses.replace(benchmark.training_task(preset, compute), accumulate=accumulate)
+    plan, task = Plan(1000, batch_size), benchmark_of(preset).training_task(preset, compute)
+    task = dataclasses.replace(task, accumulate=accumulate)
     tokenizer, dropout = task.tokenizer, getattr(task, "attention_dropout", 0)
     dtype, peak = compute.jax_dtype, MatmulPeak(compute.jax_dtype)
     attention = compute.attention_implementation()
@@ -116,18 +115,16 @@ def measure_training(
         program, compile_seconds = _compiled(train_step, state, frozen, batch, key)
         report("step", step, compile_seconds, work)
 
+    shapes = jax.eval_shape(tokenizer.encode, frozen, image_BHWC)
+    work = task.train_flops(state, frozen, shapes | {"label_B": label_B})
     if cached:  # their content does not change the speed
-        shapes = jax.eval_shape(tokenizer.encode, frozen, image_BHWC)
         latents = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        latents["label_B"] = label_B
-        return measure_step(latents, task.train_flops(state, frozen, latents))
+        return measure_step(latents | {"label_B": label_B}, work)
 
     def encode_images(params, image_BHWC):
         return tokenizer.encode(params, image_BHWC, compute)
 
     work_encode = flops.count(tokenizer.encode, frozen, image_BHWC)
-    shapes = jax.eval_shape(tokenizer.encode, frozen, image_BHWC) | {"label_B": label_B}
-    work = task.train_flops(state, frozen, shapes)
     measure_step({"image_BHWC": image_BHWC, "label_B": label_B}, work + work_encode)
 
     encode, compile_seconds = _compiled(encode_images, frozen, image_BHWC)
@@ -135,23 +132,19 @@ def measure_training(
 
     encoded = encode(frozen, image_BHWC) | {"label_B": label_B}
 
-    def average_gradient(params, frozen, batch):
-        loss = functools.partial(benchmark.training_loss, task)
-        microbatch_gradient = functools.partial(jax.grad(loss), params, frozen)
-        return mean_over_microbatches(microbatch_gradient, batch, accumulate)
-
-    gradient, compile_seconds = _compiled(average_gradient, state.params, frozen, encoded)
+    differentiate = functools.partial(training_gradient, preset, task)
+    gradient, compile_seconds = _compiled(differentiate, state.params, frozen, encoded)
     report("gradient", lambda: gradient(state.params, frozen, encoded), compile_seconds, work)
 
-    grads = [gradient(state.params, frozen, encoded)]
+    grads = gradient(state.params, frozen, encoded)
 
     def update():
         nonlocal state
-        state, norms = update_program(state, grads[0])
+        state, norms = update_program(state, grads)
         return norms
 
     update_program, compile_seconds = _compiled(
-        lambda state, grads: task.update(state, grads, plan), state, grads[0]
+        lambda state, grads: task.update(state, grads, plan), state, grads
     )
     report("update", update, compile_seconds, 0)
 
