@@ -18,6 +18,7 @@ from varjax.mar.sample import (
     SamplingSetup,
     check_sampling,
     make_setup,
+    repeat_streams,
     sample_mar_tokens,
 )
 from varjax.mar.task import MARTask
@@ -95,7 +96,7 @@ def _sampling_pieces(
         setup: setup of the sampling, with shapes of the options.
         label_B: shape of the labels.
         key_B: shape of the random keys.
-        compute: unused; the programs get their own.
+        compute: dtype and execution; they set the dtype of what the transformer returns.
     """
     B, programs = len(label_B), []
     first, stop = setup.guided
@@ -106,10 +107,9 @@ def _sampling_pieces(
 
     def predict(params, token_BnZ, position_Bn, known_Bn, position_Bm, label_R, compute):
         apply, streams = bind_mar(mar, params["mar"], compute), len(label_R) // B
-        arrays = [jnp.concatenate([x] * streams) for x in (token_BnZ, position_Bn, known_Bn)]
+        *known, position_Rm = repeat_streams(streams, token_BnZ, position_Bn, known_Bn, position_Bm)
         class_RC = apply(label_R, method=MAR.class_vectors)
-        z_RLC = apply(*arrays, class_RC, method=MAR.hidden)
-        return take_at(z_RLC, jnp.concatenate([position_Bm] * streams))
+        return take_at(apply(*known, class_RC, method=MAR.hidden), position_Rm)
 
     def denoise(params, setup, z_RmC, position_Bm, key_B, compute, step):
         settings = setup.draw_settings(step)

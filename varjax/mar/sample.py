@@ -333,7 +333,7 @@ def sample_mar_tokens(
         z = []
         for apply, class_RC in models:
             streams = class_RC.shape[0] // B
-            inputs = _repeat(streams, *arrays)
+            inputs = repeat_streams(streams, *arrays)
             z += jnp.split(apply(*inputs, class_RC, method=MAR.hidden), streams)
         return z
 
@@ -341,7 +341,7 @@ def sample_mar_tokens(
         z, caches = [], []
         for apply, class_RC in models:
             streams = class_RC.shape[0] // B
-            inputs = _repeat(streams, position_B)
+            inputs = repeat_streams(streams, position_B)
             z_RC, cache = apply(*inputs, class_RC, method=causal_first)
             z, caches = z + jnp.split(z_RC, streams), [*caches, cache]
         return z, caches
@@ -350,7 +350,7 @@ def sample_mar_tokens(
         z, new_caches = [], []
         for (apply, _), cache in zip(models, caches, strict=False):  # without guidance, one cache
             streams = cache.encoder.keys_SBLC.shape[1] // B
-            inputs = _repeat(streams, token_B, position_B, next_B)
+            inputs = repeat_streams(streams, token_B, position_B, next_B)
             z_RC, cache = apply(*inputs, number, cache, method=causal_next)
             z, new_caches = z + jnp.split(z_RC, streams), [*new_caches, cache]
         return z, new_caches
@@ -422,6 +422,6 @@ def sample_masked(
     return token_BL
 
 
-def _repeat(count: int, *arrays: jax.Array) -> list[jax.Array]:
+def repeat_streams(count: int, *arrays: jax.Array) -> list[jax.Array]:
     """Stacks copies of each array, one for each stream of guidance."""
     return [jnp.concatenate([x_B] * count) for x_B in arrays]
