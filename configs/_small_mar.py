@@ -23,6 +23,7 @@ ORDERS: dict[Order, dict[str, Any]] = {
     "random": {"causal": True},
     "raster": {"causal": True, "order": "raster"},
 }
+TOKENS = "continuous", "codes"
 TOKENIZER_BATCH_SIZE, BATCH_SIZE = 64, 128
 # Each pass masks other tokens in another order, so a transformer learns more from an image than
 # one that always sees the same sequence.

@@ -30,13 +30,7 @@ from varjax.training.optimizer import AdamW
 
 from . import digits_kl_tokenizer, digits_tokenizer
 from ._arguments import exclusive_word
-
-ORDERS = {
-    "masked": {},
-    "random": {"causal": True},
-    "raster": {"causal": True, "order": "raster"},
-}
-TOKENS = "continuous", "codes"
+from ._small_mar import ORDERS, TOKENS
 
 
 def get_config(arg: str = "masked,continuous") -> Experiment:

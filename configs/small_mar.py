@@ -26,9 +26,7 @@ from varjax.training.experiment import Experiment
 from ._arguments import exclusive_word
 from ._small import small_tokenizer
 from ._small_data import read_small_run
-from ._small_mar import ORDERS, small_kl_tokenizer, small_mar
-
-TOKENS = "continuous", "codes"
+from ._small_mar import ORDERS, TOKENS, small_kl_tokenizer, small_mar
 
 
 def get_config(arg: str = "") -> Experiment:
