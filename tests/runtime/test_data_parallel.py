@@ -2,6 +2,7 @@
 
 import os
 import sys
+import types
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from tests.helpers import forked
 from tests.helpers.paths import ROOT
 from varjax.errors import InputError
-from varjax.runtime.data_parallel import batch_mesh, data_parallel
+from varjax.runtime.data_parallel import _compiler_options, batch_mesh, data_parallel
 
 SCRIPT = """
 import jax, numpy as np
@@ -50,3 +51,29 @@ def test_nothing_compiles_again_for_other_parameters():
             double(np.float32(factor), None, np.ones((3, 2), np.float32)), factor * np.ones((3, 2))
         )
     assert double._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "flags, options",
+    [
+        ("", {"xla_backend_optimization_level": 1}),
+        ("--xla_force_host_platform_device_count=1", {"xla_backend_optimization_level": 1}),
+        ("--xla_backend_optimization_level=3", None),
+    ],
+)
+def test_a_cpu_s_programs_compile_quickly_unless_the_user_says_otherwise(
+    flags, options, monkeypatch
+):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    found, jit = [], jax.jit
+    monkeypatch.setattr(jax, "jit", lambda f, **given: found.append(given) or jit(f, **given))
+    double = data_parallel(lambda params, _, x_BC: params * x_BC, batch_mesh(jax.devices()[:1]))
+    assert found == [{"compiler_options": options}]
+    np.testing.assert_array_equal(double(np.float32(2), None, np.ones((3, 2), np.float32)), 2)
+
+
+def test_other_platforms_compile_as_ever(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    device = types.SimpleNamespace(platform="gpu")
+    mesh = types.SimpleNamespace(devices=np.array([device]))
+    assert _compiler_options(mesh) is None

@@ -1,5 +1,6 @@
 """Computes a batch on several devices, each with all weights and some rows of the batch."""
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -52,4 +53,14 @@ def data_parallel(f: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
         sharded = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P("batch"), check_vma=False)
         return jax.tree.map(lambda x: x[:B], sharded(params, options, *batch))
 
-    return jax.jit(on_every_device)
+    return jax.jit(on_every_device, compiler_options=_compiler_options(mesh))
+
+
+def _compiler_options(mesh: Mesh) -> dict[str, int] | None:
+    """Returns what XLA is told for the mesh's platform, unless the user's XLA_FLAGS say it."""
+    # On a CPU, the default level doubles the time to compile a sampler, and it draws no faster: its
+    # time goes into matmuls, which come compiled. docs/benchmarks.md has the times.
+    level = "xla_backend_optimization_level"
+    if mesh.devices.flat[0].platform != "cpu" or level in os.environ.get("XLA_FLAGS", ""):
+        return None
+    return {level: 1}
