@@ -5,7 +5,8 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 # Number of test processes: one per core, about 2 GB of memory each. JOBS=4 make test …
 JOBS ?= 2
-PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile
+# Files run in the order that tests/conftest.py gives them.
+PYTEST = $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check
 # One lock file per tested Python version: exact versions of all packages, with their hashes.
 LOCKED = 3.11 3.12

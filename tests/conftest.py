@@ -78,11 +78,17 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Shuffles the files, and the tests within each file, if --shuffle is given."""
+    """Puts files with slow tests first, or shuffles if --shuffle is given.
+
+    Last, a long file would keep one process busy while the others have nothing left to do.
+    """
     if (seed := config.getoption("shuffle")) is not None:
         rng = random.Random(seed)
         files = {item.path: rng.random() for item in items}
         items.sort(key=lambda item: (files[item.path], rng.random()))
+    else:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)
