@@ -58,8 +58,8 @@ def data_parallel(f: Callable[..., T], mesh: Mesh) -> Callable[..., T]:
 
 def _compiler_options(mesh: Mesh) -> dict[str, int] | None:
     """Returns what XLA is told for the mesh's platform, unless the user's XLA_FLAGS say it."""
-    # A sampler compiles for a CPU in 0.5 to 0.7 of the time that XLA's default level needs, and draws
-    # the same images as fast: most of its time goes into matmuls, which XLA calls from a library.
+    # For a CPU, a sampler compiles in 0.5 to 0.7 of the time that XLA's default level takes. It
+    # draws the same images as fast: most of its time goes into a library's matmuls.
     level = "xla_backend_optimization_level"
     if mesh.devices.flat[0].platform != "cpu" or level in os.environ.get("XLA_FLAGS", ""):
         return None
