@@ -1,12 +1,14 @@
 """The order of tokens, the mask ratio of training, and how many tokens each step draws."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from varjax.mar.losses import known_count, mask_ratio
-from varjax.mar.masking import UnmaskingSchedule, draw_orders
+from varjax.mar.masking import NEW_TOKEN_WORK, UnmaskingSchedule, draw_orders
 from varjax.mar.model import MARConfig
 from varjax.sampling.sampler import image_keys
 
@@ -45,3 +47,24 @@ def test_unmasking_schedule_draws_every_token_once():
                 assert max(schedule.known[i], length // 3) <= group.known <= length
                 assert schedule.known[i + 1] - schedule.known[i] <= group.new
     assert UnmaskingSchedule(256, 64).groups(min_kept=200)[0].steps.start > 30
+
+
+def work(schedule, edges):
+    groups = itertools.pairwise((0, *edges, schedule.steps))
+    new = np.diff(schedule.known)
+    return sum(
+        (b - a) * (NEW_TOKEN_WORK * max(new[a:b]) + schedule.known[b - 1]) for a, b in groups
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_groups_have_the_least_work_of_all_ways_to_group(count):
+    schedule = UnmaskingSchedule(length=40, steps=9, group_count=count)
+    found = [group.steps.start for group in schedule.groups()][1:]
+    ways = itertools.combinations(range(1, 9), count - 1)
+    assert work(schedule, found) == min(work(schedule, edges) for edges in ways)
+
+
+def test_padding_adds_a_twentieth_to_the_tokens_of_the_published_steps():
+    drawn = sum(len(group.steps) * group.new for group in UnmaskingSchedule(256, 64).groups())
+    assert 256 < drawn < 1.06 * 256  # 1.16 with equally many steps in each loop
