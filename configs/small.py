@@ -8,7 +8,7 @@ run elsewhere. A run that starts from another one (--config.init_from=RUN) needs
 uses RUN's, unless `tokenizer=` names one. The transformer has 6 layers of width 192; the runs are
 named after the folder.
 
-Two CPU cores, 28 pixels: about 20 minutes, 3 GB. On Fashion-MNIST, a classifier assigns 95 % of
+Two CPU cores, 28 pixels: 20 to 40 minutes, 3 GB. On Fashion-MNIST, a classifier assigns 95 % of
 the samples to the requested class (docs/comparison.md). With `,quality=good` it trains up to 20
 times as long: a night, by estimate.
 """

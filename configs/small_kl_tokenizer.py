@@ -6,7 +6,7 @@
 The text after the colon is that of configs/small_tokenizer.py. 28 pixels become a map of 7x7
 latents of 8 numbers. The rules are in configs/_small_mar.py.
 
-Two CPU cores, 28 pixels: about 10 minutes (an estimate), 2 GB.
+Two CPU cores, 28 pixels: about 20 minutes, 2 GB.
 """
 
 from varjax.training.experiment import Experiment

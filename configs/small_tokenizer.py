@@ -16,7 +16,7 @@ Scales, codebook and length of the run follow from the size and the number of im
 configs/_small.py: 28 pixels become 104 tokens at 6 scales in 1,200 steps, or fewer for fewer than
 1,536 images.
 
-Two CPU cores, 28 pixels: about 10 minutes, 2 GB. 4,500 handwritten digits: eval/psnr 26.6.
+Two CPU cores, 28 pixels: 10 to 20 minutes, 2 GB. 4,500 handwritten digits: eval/psnr 26.6.
 """
 
 from varjax.training.experiment import Experiment
