@@ -16,7 +16,7 @@ from varjax.nn.rng import ImageStream, stream_keys
 Array = np.ndarray | jax.Array
 
 MAX_GROUPS = 8  # loops in a sampling program
-MIN_GROUP_STEPS = 4  # for fewer steps, compiling costs more time than padding
+MIN_GROUP_STEPS = 3  # for fewer steps, compiling costs more time than padding
 # Work for a new token, in units of a known token's in the encoder: 40 for MAR-B with 100 diffusion
 # steps, 2 with 5.
 NEW_TOKEN_WORK = 8
