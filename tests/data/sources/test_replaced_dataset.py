@@ -1,10 +1,11 @@
+import dataclasses
 import pathlib
 
 import pytest
 
 from tests.helpers import tiny
 from varjax.config import config_tree
-from varjax.data.sources import Digits, Folder, Noise
+from varjax.data.sources import Digits, Folder, Noise, Photos
 from varjax.errors import InputError
 
 
@@ -18,6 +19,17 @@ def test_a_dataset_is_replaced_by_the_words_of_a_config_s_argument():
     assert data == Folder("a, b", (8, 8), channels=1, held_out=0.3)
     assert replaced("data=random,size=16") == Noise((16, 16), 1)
     assert replaced("data=digits", "data.shift=0.5") == Digits(shift=0.5)
+
+
+def test_a_replaced_dataset_keeps_the_recipe_s_crop_and_flips():
+    flipped = Folder("a", 256, crop="center", flip=True)
+    mar = dataclasses.replace(tiny.experiment("run"), data=flipped)
+    data = config_tree.override(mar, ["data=folder:b"]).data
+    assert data == Folder("b", (256, 256), crop="center", flip=True)
+    data = config_tree.override(mar, ["data=folder:b,flip=false,crop=random"]).data
+    assert data == Folder("b", (256, 256), crop="random", flip=False)
+    photos = config_tree.override(mar, ["data=photos,size=64"]).data
+    assert photos == Photos((64, 64), flip=True)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """All datasets, and their names on the command line."""
 
+import dataclasses
 from typing import Any
 
 from varjax.config import config_tree
@@ -20,7 +21,7 @@ __all__ = ["TFDS", "CachedLatents", "Digits", "Folder", "Idx", "Noise", "Photos"
 def replaced_dataset(
     text: str, experiment: Any
 ) -> CachedLatents | Digits | Folder | Idx | Noise | Photos | TFDS:
-    """Makes the dataset of --config.data=TEXT, for images of the same size as before.
+    """Makes the dataset of --config.data=TEXT, with size, crop and flips as before.
 
     Args:
         text: what `parse_dataset` reads, then fields of the dataset after commas:
@@ -36,8 +37,11 @@ def replaced_dataset(
         name, _, fields[name] = change.partition("=")
     height, width, channels = experiment.data.image_shape
     size = height_width(_size(fields.pop("size")) if "size" in fields else (height, width))
-    crop: Any = getattr(experiment.data, "crop", "random")
-    data: Any = parse_dataset(where, size, channels, crop)
+    data: Any = parse_dataset(where, size, channels)
+    # The recipe's augmentation stays, where the new dataset has it too.
+    names = {field.name for field in dataclasses.fields(data)} & {"crop", "flip"}
+    augmentation = {n: getattr(experiment.data, n) for n in names if hasattr(experiment.data, n)}
+    data = dataclasses.replace(data, **augmentation)
     return config_tree.override(data, [f"{name}={value}" for name, value in fields.items()])
 
 
