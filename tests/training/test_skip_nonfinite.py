@@ -49,7 +49,7 @@ def skipping(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_step_that_is_left_out_changes_nothing_but_the_count(skipping):
-    _, run_dir = skipping
+    experiment, run_dir = skipping
     before, skipped, after = (state_after(run_dir, step) for step in (4, 6, 7))
     chex.assert_trees_all_equal(skipped, before)
     assert not np.array_equal(after["params"]["up"]["kernel"], before["params"]["up"]["kernel"])
@@ -59,6 +59,9 @@ def test_a_step_that_is_left_out_changes_nothing_but_the_count(skipping):
     by_step = {x["step"]: x for x in lines(run_dir) if "grad_norm" in x}
     assert by_step[5]["grad_norm"] is None and by_step[7]["grad_norm"] > 0
     assert SKIPPED not in by_step[5]
+    optimizer, plan = experiment.task.optimizer, Plan(steps=8, batch_size=experiment.batch_size)
+    rates = [optimizer.lr(update, plan) for update in (0, 1, 2, 3, 4, 4, 4, 5)]
+    np.testing.assert_allclose([by_step[step + 1]["lr"] for step in range(8)], rates, rtol=1e-5)
 
 
 @pytest.mark.slow

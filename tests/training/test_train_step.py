@@ -47,7 +47,9 @@ def test_unequal_parts_are_refused():
 
 def test_apply_updates_params_ema_and_step_and_reports_norms():
     tx = optax.sgd(0.5)
-    sgd: Any = SimpleNamespace(make=lambda plan, decayed: tx, lr=lambda step, plan: 0.5)
+    sgd: Any = SimpleNamespace(
+        make=lambda plan, decayed: tx, updates=lambda opt_state: 3, lr=lambda step, plan: 0.5
+    )
     state = TrainState(jnp.int32(3), PARAMS, jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS))
     grads = {"w": jnp.ones((3, 2)), "b": jnp.full(2, 2.0)}
     after, norms = train_step.apply_gradients(state, grads, sgd, Plan(), ema_decay=0.9)

@@ -107,6 +107,11 @@ class AdamW:
             optax.scale_by_learning_rate(lambda count: self.lr(count, plan)),
         )
 
+    def updates(self, opt_state: optax.OptState) -> jax.Array:
+        """Returns the number of updates so far, which steps that were skipped do not count in."""
+        _, adam, *_ = opt_state
+        return adam.count
+
     def _decay(self, xp: Any, done: Any) -> Any:
         """Returns the fraction of the peak when a fraction `done` of the decay is over."""
         end, rest = self.end, 1 - done

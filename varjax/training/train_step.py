@@ -137,7 +137,7 @@ def apply_gradients(
         decay = warmed_up_decay(ema_decay, state.step) if ema_warmup else ema_decay
         ema = optax.incremental_update(params, state.ema, 1 - decay)
     metrics = {
-        "lr": optimizer.lr(state.step, plan),
+        "lr": optimizer.lr(optimizer.updates(state.opt_state), plan),
         "grad_norm": optax.tree.norm(grads),
         "update_norm": optax.tree.norm(updates),
         "param_norm": optax.tree.norm(params),
