@@ -1,8 +1,12 @@
+import shutil
+
 import pytest
 
 from tests.helpers import tiny
 from varjax.errors import InputError
+from varjax.training import loop
 from varjax.training.dry_run import dry_run
+from varjax.training.fid_evaluation import FIDConfig
 from varjax.training.run_dir import check_or_write_config
 
 
@@ -31,3 +35,27 @@ def test_what_training_refuses_it_refuses(tmp_path):
         dry_run(tiny.experiment(tmp_path, width=4))
     with pytest.raises(InputError, match="a batch of 64 cannot be split into 3 equal"):
         dry_run(tiny.experiment(tmp_path / "other", accumulate=3))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_best": "eval/nonsense"}, "keep_best is 'eval/nonsense', but an evaluation gives"),
+        ({"fid": FIDConfig(every=10, reference="absent.npz", features="pixels")}, "absent.npz"),
+        ({"init_from": "absent"}, "absent"),
+        ({"fork_from": "absent"}, "absent has no checkpoint"),
+    ],
+)
+def test_it_refuses_what_training_refuses_after_its_set_up(tmp_path, changes, message):
+    experiment = tiny.experiment(tmp_path / "run", **changes)
+    for start in (dry_run, loop.train):
+        with pytest.raises(InputError, match=message):
+            start(experiment)
+
+
+def test_a_run_with_a_checkpoint_no_longer_needs_what_it_started_from(whole, tmp_path):
+    copy = shutil.copytree(whole[0], tmp_path / "run")
+    lines = []
+    settings = dict(keep_best="eval/loss", preview_every=20, fork_from="absent")
+    dry_run(tiny.experiment(copy, **settings), lines.append)
+    assert lines[-1].startswith("everything works")

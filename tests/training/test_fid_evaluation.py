@@ -30,8 +30,10 @@ def own_cache(tmp_path, monkeypatch):
 
 def evaluator(config=FID, batch_size=16, task=None):
     task = task or tiny.Tiny()
-    mesh = make_mesh(MeshShape())
-    return FIDEvaluator(config, task, Digits(), {}, mesh, batch_size, pathlib.Path("run"), False)
+    mesh, run_dir = make_mesh(MeshShape()), pathlib.Path("run")
+    evaluator = FIDEvaluator(config, task, Digits(), {}, mesh, batch_size, run_dir, False)
+    evaluator.read_reference()
+    return evaluator
 
 
 def state():

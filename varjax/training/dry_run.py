@@ -1,5 +1,6 @@
 """Tries a run without writing anything: its settings, data, memory, and two steps."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,18 @@ from varjax import trees
 from varjax.runtime.distributed import on_first_process
 from varjax.runtime.messages import duration
 from varjax.storage.buckets import as_path
-from varjax.training.evaluator import Evaluator
 from varjax.training.experiment import Experiment
+from varjax.training.fid_evaluation import HELD_OUT
 from varjax.training.metric_writers import flatten_metrics
 from varjax.training.run_dir import check_config, is_bound
-from varjax.training.setup import jit_train_step, set_up
-from varjax.training.sharding import bytes_on_device, put, put_batch, shardings
+from varjax.training.setup import first_state, jit_train_step, make_evaluators, set_up
+from varjax.training.sharding import (
+    bytes_on_device,
+    put,
+    put_batch,
+    replicated_parameters_note,
+    shardings,
+)
 from varjax.training.task import check_latents
 from varjax.trees import PyTree
 
@@ -25,7 +32,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
 
     It checks the settings, also against those of an existing run in run_dir, makes the mesh, reads
     the first batch, compiles the step and the evaluation, reports their memory on a device, and
-    takes two steps with new parameters. Nothing is written.
+    takes two steps with the parameters of a first start. Nothing is written to run_dir.
 
     Args:
         experiment: settings of the run.
@@ -41,6 +48,8 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     task, loader, mesh = setup.task, setup.loader, setup.mesh
     if on_first_process(lambda: is_bound(as_path(experiment.run_dir))):
         check_config(experiment)
+        # Its next start reads its own checkpoint instead.
+        experiment = dataclasses.replace(experiment, fork_from="", init_from="")
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"mesh: {axes} on {devices}, {jax.process_count()} processes")
@@ -64,14 +73,19 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     placement = shardings(abstract, mesh)
     parameters = sum(x.size for x in jax.tree.leaves(abstract.params))
     say(f"state: {parameters:,} parameters; {_sizes(abstract, placement)}")
+    if note := replicated_parameters_note(abstract.params, mesh):
+        say(note)
     frozen = task.frozen()
     check_latents(task, frozen, loader.tokenizer_identity)
     where = shardings(frozen, mesh)
     if jax.tree.leaves(frozen):
         say(f"pretrained weights: {_sizes(frozen, where)}")
     frozen = put(frozen, where)
+    evaluator, fid = make_evaluators(experiment, setup, abstract, frozen)
+    if fid is not None and experiment.fid.reference != HELD_OUT:
+        fid.read_reference()
 
-    state = jax.jit(task.init, out_shardings=placement)(init_key)
+    state = first_state(experiment, setup, abstract, init_key, placement)
     batch = put_batch(numbers, mesh, experiment.batch_size)
     begin = time.monotonic()
     jitted = jit_train_step(task, setup.plan, mesh, placement, experiment.skip_nonfinite > 0)
@@ -92,7 +106,6 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
         f"whole run: about {duration(whole)} at this speed, {whole * mesh.size / 3600:,.1f} "
         "device-hours, without compiling, waiting for data, evaluations and saves"
     )
-    evaluator = Evaluator(task, loader, frozen, mesh, experiment.batch_size)
     begin = time.monotonic()
     program = evaluator.compile(state)
     say(f"evaluation: compiled in {time.monotonic() - begin:.0f} s, {_needs(program, mesh)}")

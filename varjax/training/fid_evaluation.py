@@ -76,6 +76,7 @@ class FIDEvaluator:
     """Samples images from a task's parameters and compares them with a reference.
 
         evaluator = FIDEvaluator(config, task, data, frozen, mesh, 64, run_dir, on_latents=False)
+        evaluator.read_reference()
         metrics = evaluator.metrics(state)  # {"eval/fid": …, "eval_ema/inception_score": …}
 
     Args:
@@ -146,16 +147,27 @@ class FIDEvaluator:
 
         drawn = jax.jit(on_mesh(features, mesh), out_shardings=everywhere)
         self._features = FirstCall(drawn, lambda: compiling("the sampler for FID"))
+        self._data, self._network, self._sizes = data, network, sizes
+        self._cache = run_dir / "fid_reference"
         self._reference: Reference | None = None
 
+    def read_reference(self) -> None:
+        """Reads the reference, or computes its statistics, which takes time; needed by `metrics`.
+
+        Raises InputError for a reference that does not exist, or belongs to other features.
+        """
+
         def read() -> None:
-            extract = FeatureExtractor(network)
+            extract, config = FeatureExtractor(self._network), self._config
             if config.reference == HELD_OUT:
-                images, cache = DatasetImages(data, HELD_OUT), run_dir / "fid_reference"
-                about = f"held-out images of {data.describe()[HELD_OUT]}"  # as in data.json
-                self._reference = reference_of_images(images, about, extract, cache)
+                images = DatasetImages(self._data, HELD_OUT)
+                # As in data.json.
+                about = f"held-out images of {self._data.describe()[HELD_OUT]}"
+                self._reference = reference_of_images(images, about, extract, self._cache)
             else:
-                self._reference = read_reference(config.reference, extract, default_cache(), sizes)
+                self._reference = read_reference(
+                    config.reference, extract, default_cache(), self._sizes
+                )
 
         on_first_process(read)
 

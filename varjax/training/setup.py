@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -272,37 +273,18 @@ def start_run(
     check_latents(task, frozen, loader.tokenizer_identity)
     frozen = put(frozen, shardings(frozen, mesh))
 
-    evaluator = Evaluator(task, loader, frozen, mesh, experiment.batch_size, compiling)
-    fid = None
-    if experiment.fid.every:
-        fid = FIDEvaluator(
-            experiment.fid,
-            task,
-            experiment.data,
-            frozen,
-            mesh,
-            experiment.batch_size,
-            run_dir,
-            on_latents=loader.tokenizer_identity is not None,
-            compiling=compiling,
-        )
-    check_keep_best(experiment, abstract, evaluator, fid)
+    evaluator, fid = make_evaluators(experiment, setup, abstract, frozen, compiling)
+    if fid is not None:
+        fid.read_reference()
 
     # The state: the run's own, another run's, or a new one.
     loop_state = LoopState(experiment.keep_best)
     if (restored := checkpoints.restore(abstract, placement)) is not None:
         state, meta = restored
         loop_state = LoopState.from_meta(meta, experiment.keep_best)
-    elif experiment.fork_from:
-        state = forked_state(experiment.fork_from, abstract, placement)
     else:
-        state = warm_start_state(task, experiment.init_from, init_key, placement)
+        state = first_state(experiment, setup, abstract, init_key, placement)
     start = int(state.step)
-    if start > plan.steps:
-        raise InputError(
-            f"fork_from={experiment.fork_from}: has {start} steps, but this run ends at "
-            f"{plan.steps}"
-        )
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     throughput = ThroughputMeter(experiment.batch_size, parameters)
@@ -372,14 +354,72 @@ def start_run(
     return run, state
 
 
-def check_keep_best(
-    experiment: Experiment, abstract: TrainState, evaluator: Evaluator, fid: FIDEvaluator | None
-) -> None:
-    """Raises InputError if `keep_best` names a metric that some evaluation lacks."""
-    if not experiment.keep_best:
-        return
-    names = evaluator.metric_names(abstract)
-    if fid is not None and experiment.fid.every == experiment.eval_every:
-        names += fid.metric_names(abstract)
-    if parse_keep_best(experiment.keep_best)[0] not in names:
+def make_evaluators(
+    experiment: Experiment,
+    setup: Setup,
+    abstract: TrainState,
+    frozen: PyTree,
+    compiling: Callable[[str], AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> tuple[Evaluator, FIDEvaluator | None]:
+    """Makes what evaluates a run; FID's is None if the run does not measure it.
+
+    Args:
+        experiment: settings of the run.
+        setup: task, data and mesh.
+        abstract: shapes of the train state.
+        frozen: the task's pretrained weights, on the mesh.
+        compiling: function of a computation's name that makes a context for its first use.
+
+    Raises:
+        InputError: FID cannot be measured, or `keep_best` names a metric that an evaluation lacks.
+    """
+    task, mesh, batch_size = setup.task, setup.mesh, experiment.batch_size
+    evaluator = Evaluator(task, setup.loader, frozen, mesh, batch_size, compiling)
+    names, fid = evaluator.metric_names(abstract), None
+    if experiment.fid.every:
+        fid = FIDEvaluator(
+            experiment.fid,
+            task,
+            experiment.data,
+            frozen,
+            mesh,
+            batch_size,
+            as_path(experiment.run_dir),
+            on_latents=setup.loader.tokenizer_identity is not None,
+            compiling=compiling,
+        )
+        if experiment.fid.every == experiment.eval_every:
+            names += fid.metric_names(abstract)
+    if experiment.keep_best and parse_keep_best(experiment.keep_best)[0] not in names:
         raise InputError(f"keep_best is {experiment.keep_best!r}, but an evaluation gives {names}")
+    return evaluator, fid
+
+
+def first_state(
+    experiment: Experiment,
+    setup: Setup,
+    abstract: TrainState,
+    key: jax.Array,
+    placement: TrainState,
+) -> TrainState:
+    """Makes the state with which a run starts that has no checkpoint: another run's, or a new one.
+
+    Args:
+        experiment: settings of the run, with `fork_from` and `init_from`.
+        setup: task and plan.
+        abstract: shapes of the state.
+        key: random key for new parameters.
+        placement: a sharding for each array of the state.
+
+    Raises:
+        InputError: the other run's state or parameters cannot be used.
+    """
+    if not experiment.fork_from:
+        return warm_start_state(setup.task, experiment.init_from, key, placement)
+    state = forked_state(experiment.fork_from, abstract, placement)
+    if (start := int(state.step)) > setup.plan.steps:
+        raise InputError(
+            f"fork_from={experiment.fork_from}: has {start} steps, but this run ends at "
+            f"{setup.plan.steps}"
+        )
+    return state
