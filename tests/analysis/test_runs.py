@@ -86,6 +86,16 @@ def test_a_run_at_its_last_step_is_finished(run):
     assert run_status(run).state == "finished"
 
 
+@pytest.mark.parametrize(("patience", "state"), [(0, "stopped"), (2, "finished"), (3, "stopped")])
+def test_a_run_that_its_patience_ended_is_finished(run, patience, state):
+    config = files.read_json(run / "config.json")
+    settings = {"keep_best": "eval/accuracy", "patience": patience}
+    files.write_json(run / "config.json", config | settings)
+    accuracies = "0.1", "0.3", "0.2", "null"  # NaN
+    log(run, *(f'{{"step": {i}, "eval/accuracy": {x}}}' for i, x in enumerate(accuracies, 1)))
+    assert run_status(run).state == state
+
+
 def test_runs_are_found_below_a_folder(run, tmp_path, capsys):
     files.write_json(tmp_path / "data" / "data.json", {})  # no run's
     assert find_runs(tmp_path) == find_runs(run) == [run]

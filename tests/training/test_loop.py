@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import os
 import time
@@ -22,6 +23,7 @@ from varjax.training.checkpoint import Checkpoints
 from varjax.training.experiment import Due
 from varjax.training.fid_evaluation import FIDConfig
 from varjax.training.loop_state import LoopState, parse_keep_best
+from varjax.training.sharding import Prefetcher
 
 
 @pytest.mark.slow
@@ -169,6 +171,26 @@ def test_an_unexpected_error_leaves_its_traceback_until_the_run_goes_well(tmp_pa
     assert report.exists()
     loop.train(experiment)
     assert not report.exists()
+
+
+@pytest.mark.slow
+def test_an_error_is_outdated_once_a_later_start_has_saved(tmp_path, monkeypatch):
+    """Also of a start that is killed, which no longer removes the file at its end."""
+    experiment, report = tiny.experiment(tmp_path, steps=4, save_every=2), tmp_path / "error.txt"
+    report.write_text("Traceback")
+    take, numbers = Prefetcher.__next__, itertools.count(1)
+
+    def take_until_killed(batches):
+        step = next(numbers)
+        assert report.exists() == (step <= 2)
+        if step == 4:
+            raise KeyboardInterrupt
+        return take(batches)
+
+    monkeypatch.setattr(Prefetcher, "__next__", take_until_killed)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(experiment)
+    assert not report.exists() and run_status(tmp_path).state == "stopped"
 
 
 def test_a_start_that_is_refused_leaves_its_reason(tmp_path):

@@ -9,7 +9,7 @@ varjax runs runs --name=digits --json
 
 A run counts as running while a process holds its lock, on this machine or on another one that
 shares the folder and its locks. A bucket has no locks: there, a run counts as running if it wrote
-something in the last ten minutes. A failed start ended with an error before its first step.
+something in the last ten minutes. A failed start ended with an error before the run's first step.
 """
 
 import argparse
@@ -24,12 +24,13 @@ import typing
 from collections.abc import Sequence
 from typing import Literal
 
-from varjax.analysis.run_log import read_run_log
+from varjax.analysis.run_log import RunLog, read_run_log
 from varjax.errors import InputError, check_setting
 from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import buckets, files, folders
 from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.untrusted import printable
+from varjax.training.loop_state import LoopState, parse_keep_best
 
 EVAL_LOSSES = "eval_ema/loss", "eval/loss"  # the first one that an evaluation has
 RECENT_SECONDS = 600.0
@@ -48,8 +49,9 @@ class RunStatus:
     Attributes:
         directory: path of the run.
         state: "running" while a process holds the run's lock (in a bucket: while it writes);
-            "finished" after the last step; "failed" if the last start ended with an error, and
-            "failed start" if the run has taken no step yet; else "stopped".
+            "finished" after the last step, or once `patience` ended it; "failed" if a start ended
+            with an error and nothing was saved since, and "failed start" if the run has taken no
+            step yet; else "stopped".
         step: last update in the run's metrics.
         steps: length of the run in updates; None if it is not known yet.
         loss: loss in the last line of training metrics; NaN before the first.
@@ -58,7 +60,7 @@ class RunStatus:
         productive: fraction of the run's total time, over all starts, spent on steps that were
             kept, 0 … 1.
         age: seconds since the run was started or last wrote metrics; NaN if that is not known.
-        error: first line of the error that ended the last start; "" if there is none.
+        error: first line of that error; "" if there is none.
     """
 
     directory: pathlib.Path
@@ -103,7 +105,7 @@ def run_status(directory: pathlib.Path) -> RunStatus:
     newest = metrics if metrics.is_file() else directory / "config.json"
     errors = sorted(directory.glob("error*.txt"))  # of several processes, the first one's first
     age = time.time() - files.modified(newest)
-    finished = steps is not None and step >= steps
+    finished = (steps is not None and step >= steps) or _ended_early(log)
     if in_bucket(directory):
         running = age < RECENT_SECONDS and not (finished or errors)
     else:
@@ -136,6 +138,18 @@ def run_status(directory: pathlib.Path) -> RunStatus:
         age,
         _error_line(errors[0]) if errors and not running else "",
     )
+
+
+def _ended_early(log: RunLog) -> bool:
+    """Returns whether the run's evaluations no longer improved, so that its `patience` ended it."""
+    keep_best, patience = log.config.get("keep_best"), log.config.get("patience")
+    if not isinstance(keep_best, str) or type(patience) is not int:
+        return False
+    state, (name, _) = LoopState(keep_best), parse_keep_best(keep_best)
+    for line in log.lines:
+        if name in line:
+            state.update({name: math.nan if line[name] is None else line[name]})
+    return 0 < patience <= state.evaluations_since_best
 
 
 def _error_line(path: pathlib.Path) -> str:

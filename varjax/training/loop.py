@@ -36,8 +36,9 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
     The same command continues a run that ended in any way, and then takes exactly the steps that an
     uninterrupted run takes. SIGINT and SIGTERM (with several processes only SIGTERM) save at once
     and exit with 128 + the signal's number; the next start makes up for an evaluation that was due.
-    The error of a failed start is also written to <run_dir>/error.txt, with the traceback if it
-    was unexpected. A run without progress for `stalled_minutes` ends the process (`Watchdog`).
+    The error of a start whose settings and data were accepted is also written to
+    <run_dir>/error.txt, with the traceback if it was unexpected, until a later start saves. A run
+    without progress for `stalled_minutes` ends the process (`Watchdog`).
 
     Args:
         experiment: settings of the run.
@@ -78,7 +79,9 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
                 say(f"{run_dir} is finished\n{results_table(finished.metrics)}")
             return finished.metrics
         stack.enter_context(profiler)
-        run, state = start_run(experiment, setup, stack, checkpoints, profiler, goodput, watchdog)
+        run, state = start_run(
+            experiment, setup, stack, checkpoints, profiler, goodput, watchdog, report
+        )
         return take_steps(run, state)
 
 
@@ -177,6 +180,7 @@ def save_step(run: Run, step: int, state: TrainState) -> None:
     run.writer.sync()
     run.best.wait()
     run.checkpoints.save(step, state, run.loop_state.to_meta())
+    run.report.unlink(missing_ok=True)
 
 
 def finished_state(

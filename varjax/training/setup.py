@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import pathlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -192,6 +193,7 @@ class Run:
         goodput: measures what the time is spent on.
         throughput: measures the speed.
         watchdog: ends a run without progress.
+        report: file of the error of an earlier start, which is outdated once something is saved.
     """
 
     experiment: Experiment
@@ -213,6 +215,7 @@ class Run:
     goodput: Goodput
     throughput: ThroughputMeter
     watchdog: Watchdog
+    report: pathlib.Path
 
     def due(self, step: int) -> Due:
         """Returns what is due once `step` updates are done."""
@@ -243,6 +246,7 @@ def start_run(
     profiler: StepProfiler,
     goodput: Goodput,
     watchdog: Watchdog,
+    report: pathlib.Path,
 ) -> tuple[Run, TrainState]:
     """Reads or makes the first state of this start, and opens everything that the run writes.
 
@@ -254,6 +258,7 @@ def start_run(
         profiler: traces some steps.
         goodput: measures what the time is spent on.
         watchdog: ends a run without progress.
+        report: file of the errors of this process.
     """
     task, plan, loader, mesh = setup.task, setup.plan, setup.loader, setup.mesh
     run_dir, main = as_path(experiment.run_dir), jax.process_index() == 0
@@ -350,6 +355,7 @@ def start_run(
         goodput=goodput,
         throughput=throughput,
         watchdog=watchdog,
+        report=report,
     )
     return run, state
 
