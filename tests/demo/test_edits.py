@@ -72,6 +72,12 @@ def test_what_cannot_be_edited_is_refused(model, mode, changes, message):
         results(model, mode, **changes)
 
 
+@pytest.mark.parametrize("mode", ["vary", "upscale"])
+def test_modes_of_another_model_on_the_page_are_refused(mode):
+    with pytest.raises(InputError, match=f"only a model .*VAR.* can {mode} an image"):
+        results(open_demo_model(str(runs.untrained_mar())), mode, None)
+
+
 def saved(tmp_path, picture, name="upload.png", **settings):
     picture.save(tmp_path / name, **settings)
     return str(tmp_path / name)

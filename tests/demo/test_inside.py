@@ -80,3 +80,13 @@ def test_latents_are_shown_by_their_mean_and_a_sample():
     assert [*found.images] == ["original", "posterior mean", "posterior sample"]
     mean_HWC, sample_HWC = [*found.images.values()][1:]
     assert not np.array_equal(mean_HWC, sample_HWC) and found.tokens_BL is None
+
+
+def test_codes_of_one_scale_are_shown_with_what_they_decode_to():
+    model = open_demo_model(str(runs.untrained_mar_over_codes()))
+    found = look_inside(model, IMAGE_HWC)
+    assert [*found.images] == ["original", "from its codes"] and found.tokens_BL is None
+    codes_BL = np.asarray(model.sampler.encode(IMAGE_HWC[None]))
+    result_HWC = to_uint8(np.asarray(model.sampler.decode(codes_BL)))[0]
+    assert np.array_equal(found.images["from its codes"], result_HWC)
+    assert np.array_equal(found.maps["tokens"], code_colors(codes_BL.reshape(4, 4)))

@@ -1,5 +1,6 @@
 """Trains tiny runs of both stages of both families on the digits, once for all tests."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -9,7 +10,7 @@ from tests.helpers.random_params import random_params
 from varjax import trees
 from varjax.convert.weights_dir import write_converted
 from varjax.data.sources import Digits
-from varjax.mar.heads import DiffusionHead
+from varjax.mar.heads import CategoricalHead, DiffusionHead
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions
 from varjax.mar.task import MARTask
@@ -73,6 +74,14 @@ def untrained_var() -> pathlib.Path:
 def untrained_mar() -> pathlib.Path:
     """Returns a converted directory of random parameters, written in a second."""
     return _write_random("untrained_mar", {"tokenizer": KL, "mar": MAR}, MAR_SAMPLING)
+
+
+@functools.cache
+def untrained_mar_over_codes() -> pathlib.Path:
+    """Returns a converted directory of random parameters, written in a second."""
+    one_scale = dataclasses.replace(TOKENIZER, scales=(4,))
+    mar = dataclasses.replace(MAR, head=CategoricalHead(TOKENIZER.vocab))
+    return _write_random("mar_over_codes", {"tokenizer": one_scale, "mar": mar}, MAR_SAMPLING)
 
 
 @functools.cache

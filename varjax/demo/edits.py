@@ -91,9 +91,15 @@ def checked_page_edit(
         options: sampling options to replace, by name.
 
     Raises:
-        InputError: there is no picture, nothing is painted, or a number is out of range.
+        InputError: there is no picture, nothing is painted, a number is out of range, or the model
+            does not have the mode.
     """
     sampler = model.sampler
+    if mode in SCALED and not model.keeps_scales:
+        raise InputError(
+            f"only a model that draws scale by scale (VAR) can {mode} an image, and "
+            f"{model.location} does not; choose another model"
+        )
     if picture is None:
         raise InputError("there is no picture yet: upload one, or take a drawn one")
     label = settings["label"]

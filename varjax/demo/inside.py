@@ -38,7 +38,7 @@ class Insides:
 
 
 def look_inside(model: DemoModel, image_HWC: np.ndarray) -> Insides:
-    """Encodes a picture, and decodes it scale by scale, or from the mean and a sample of latents.
+    """Encodes a picture, and decodes it: scale by scale, from codes, or from a mean and a sample.
 
     Args:
         model: model whose tokenizer is used.
@@ -60,6 +60,10 @@ def look_inside(model: DemoModel, image_HWC: np.ndarray) -> Insides:
         }
         sees_LL = pyramid.level_L[:, None] >= pyramid.level_L[None]
         maps["attention: who (row) sees whom"] = _map_image(sees_LL.astype(np.uint8) * 255)
+    elif "tokens" in latents:  # of one scale
+        result_HWC = to_uint8(np.asarray(tokenizer.decode(latents)))[0]
+        images["from its codes"] = result_HWC
+        maps = {"tokens": code_colors(np.asarray(latents["tokens"]).reshape(sampler.edit_shape))}
     else:
         mean_BhwZ, std_BhwZ = latents["mean"], latents["std"]
         noise_BhwZ = jax.random.normal(jax.random.key(0), mean_BhwZ.shape)
