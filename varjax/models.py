@@ -187,8 +187,8 @@ def read_model(
 
     Args:
         location: like in `load`, or a directory that is open.
-        ema: True reads a run's EMA weights, False the others; None reads the EMA weights
-            if there are any.
+        ema: True reads a run's EMA weights, False the others; None chooses as
+            `restore_weights` does.
 
     Raises:
         InputError: says what `location` lacks.
@@ -293,8 +293,8 @@ def load(
             `VARPipeline.with_refiner`.
         draft_scales: number of scales before those of the refiner; None for 8. Refused without a
             refiner.
-        ema: True loads a run's EMA weights, False the others; None loads the EMA weights
-            if there are any.
+        ema: True loads a run's EMA weights, False the others; None loads the EMA weights if there
+            are any, unless the others were the best by `keep_best` ("eval/…").
 
     Returns:
         The family's pipeline: `varjax.VARPipeline` or `varjax.MARPipeline`.

@@ -72,8 +72,8 @@ def convert_to_torch(
     Args:
         weights: training run, directory of weights, or name of a published model.
         out: directory to write, which must be empty or not exist.
-        ema: True writes a run's EMA weights, False the others; None writes the EMA
-            weights if there are any.
+        ema: True writes a run's EMA weights, False the others; None chooses as
+            `restore_weights` does.
         layout: "diffusers" writes only a KL tokenizer, as a folder for diffusers'
             `AutoencoderKL.from_pretrained`.
 

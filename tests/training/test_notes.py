@@ -66,7 +66,9 @@ def test_hundreds_of_passes_over_few_images():
     (note,) = passes_notes(Plan(steps=10_000, batch_size=64), 1_442)
     assert note.startswith("the run has 444 epochs of 1,442 training images, so the model may")
     assert note.endswith("50 epochs are 1,127 steps") and "eval_every=500 " in note
-    (note,) = passes_notes(Plan(steps=400, batch_size=64), 20)
+    assert "keep_best=eval/loss " in note
+    (note,) = passes_notes(Plan(steps=400, batch_size=64), 20, ema=True)
+    assert "keep_best=eval_ema/loss " in note
     assert "eval_every=40 " in note  # ten evaluations
     for steps, images in ((4_000, 1_442), (250_000, 1_281_167), (10_000, 60_000)):
         assert (
@@ -77,7 +79,9 @@ def test_hundreds_of_passes_over_few_images():
 
 def test_a_run_starts_with_the_note_on_its_passes(tmp_path, capfd):
     set_up(tiny.experiment(tmp_path, steps=5_000))
-    assert capfd.readouterr().err.startswith("note: the run has 222 epochs of 1,442 training")
+    said = capfd.readouterr().err
+    assert said.startswith("note: the run has 222 epochs of 1,442 training")
+    assert "keep_best=eval_ema/loss " in said
 
 
 def test_a_run_limits_its_evaluations(tmp_path):

@@ -117,8 +117,8 @@ class WeightsDir:
         """Reads the tokenizer's parameters; raises InputError if there are none.
 
         Args:
-            ema: True reads the EMA weights of a tokenizer's run, False the others; None reads
-                the EMA weights if there are any.
+            ema: True reads the EMA weights of a tokenizer's run, False the others; None chooses as
+                `restore_weights` does.
         """
         self.tokenizer_settings()  # raises an error if there is no tokenizer
         if self.trains_tokenizer:
@@ -317,8 +317,8 @@ def read_generator(
         task: class name of the task that trains such models.
         config_class: dataclass of the model's config, with a method `init(key) -> params`.
         options_class: dataclass of the model's sampling options.
-        ema: True reads a run's EMA weights, False the others; None reads the EMA weights
-            if there are any.
+        ema: True reads a run's EMA weights, False the others; None chooses as
+            `restore_weights` does.
 
     Returns:
         (config, params, default sampling options).

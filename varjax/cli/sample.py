@@ -66,7 +66,7 @@ def add_model_flags(parser: argparse.ArgumentParser, weights_required: bool = Tr
         "training run (also RUN@STEP, RUN@best), converted weights, or published model: var_d16 …"
     )
     add("--weights", required=weights_required, help=about)
-    about = "whether a run's EMA weights are used (default: if there are any)"
+    about = "whether a run's EMA weights are used (default: unless the others were the best)"
     add("--ema", choices=("true", "false"), help=about)
     add("--guide", help="weaker model that guides this one (autoguidance); default: no class")
     add("--refiner", help="smaller VAR that draws the fine scales, faster (CoDe); default: none")

@@ -91,8 +91,8 @@ def evaluate_tokenizer(
         data: dataset of the images, as on the command line.
         out: folder of the three output files.
         batch_size: images at a time, over all devices.
-        ema: True evaluates a run's EMA weights, False the others; None evaluates the EMA
-            weights if there are any.
+        ema: True evaluates a run's EMA weights, False the others; None chooses as
+            `restore_weights` does.
         lpips: directory of LPIPS's weights; "" to skip LPIPS.
         inception: directory of Inception's weights, for FID; "" for none.
         features: directory of a classifier, or "pixels", for FID in other features; "" for

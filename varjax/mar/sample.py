@@ -213,8 +213,8 @@ def make_setup(
 ) -> SamplingSetup:
     """Prepares the sampling of a batch.
 
-    An edit starts at the step that matches the number of kept tokens, so it costs as much as the
-    remaining steps of a whole image, and its quality is the same.
+    An edit starts at the step with as many known tokens as it keeps, so its quality is that of a
+    whole image, and it costs as much as the loops from this step's on.
 
     Args:
         config: config of the transformer.

@@ -55,7 +55,8 @@ class ComputeConfig:
             (docs/benchmarks.md), and makes tiny models faster.
         encoder_precision: precision of the products in a frozen tokenizer's encoder, whose numbers
             are float32; see `float32_convolution`. "auto" is "bfloat16_3x" on TPUs, "tf32_3x" on
-            GPUs, and "highest" on a CPU. Pipelines and evaluation always use "highest".
+            GPUs, and "highest" on a CPU. Pipelines, caches and `varjax evaluate-tokenizer` always
+            use "highest".
         platform: platform to compile for: "cpu" (a single device), "gpu" (NVIDIA, Ampere or later)
             or "tpu"; "auto" for this machine's.
     """

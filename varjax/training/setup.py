@@ -89,7 +89,8 @@ def set_up(experiment: Experiment) -> Setup:
     task = experiment.task
     task.check(experiment.data.image_shape, experiment.data.classes)
     check_batch_size(mesh, experiment.batch_size, task.accumulate)
-    notes = [*task.notes(plan), *passes_notes(plan, len(loader.train_source))]
+    ema = getattr(task, "ema_decay", 0.0) > 0
+    notes = [*task.notes(plan), *passes_notes(plan, len(loader.train_source), ema)]
     for note in notes if jax.process_index() == 0 else ():
         say(f"note: {note}")
     return Setup(experiment, task, plan, loader, mesh)
@@ -129,22 +130,24 @@ def with_starting_tokenizer(experiment: Experiment) -> Experiment:
     return changed
 
 
-def passes_notes(plan: Plan, images: int) -> list[str]:
+def passes_notes(plan: Plan, images: int, ema: bool = False) -> list[str]:
     """Returns a note if a run sees the same few images hundreds of times.
 
     Args:
         plan: length of the run.
         images: number of training images.
+        ema: whether the run keeps EMA weights, which samples come from.
     """
     passes = plan.steps * plan.batch_size / images
     if passes < MANY_PASSES or images >= MANY_IMAGES:
         return []
     steps = math.ceil(MANY_PASSES / 4 * images / plan.batch_size)
     every = max(1, min(500, plan.steps // 10))  # patience counts evaluations, so it needs several
+    loss = "eval_ema/loss" if ema else "eval/loss"
     return [
         f"the run has {passes:,.0f} epochs of {images:,} training images, so the model may "
         f"memorize them. Compare the loss with that of held-out images: eval_every={every} "
-        "keep_best=eval/loss patience=5 keeps the best weights and ends the run when they no "
+        f"keep_best={loss} patience=5 keeps the best weights and ends the run when they no "
         f"longer improve. {MANY_PASSES // 4} epochs are {steps:,} steps"
     ]
 
