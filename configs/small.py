@@ -5,8 +5,8 @@
 
 The tokenizer must be trained first, with the same text after the colon; `,tokenizer=RUN` names a
 run elsewhere. A run that starts from another one (--config.init_from=RUN) needs no tokenizer: it
-uses RUN's, unless `tokenizer=` names one. The transformer has 6 layers of width 192 (128 for 8 pixels); the runs are
-named after the folder.
+uses RUN's, unless `tokenizer=` names one. The transformer has 6 layers of width 192 (128 for 8
+pixels); the runs are named after the folder.
 
 Two CPU cores, 28 pixels: 20 to 40 minutes, 3 GB. On Fashion-MNIST, a classifier assigns 95 % of
 the samples to the requested class (docs/comparison.md). With `,quality=good` it trains up to 20

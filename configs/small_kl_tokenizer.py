@@ -3,8 +3,8 @@
     python train.py --config=configs/small_kl_tokenizer.py:data=idx:DIR
     python train.py --config=configs/small_mar.py:data=idx:DIR    # then: the transformer
 
-The text after the colon is that of configs/small_tokenizer.py, without single_scale. 28 pixels become a map of 7x7
-latents of 8 numbers. The rules are in configs/_small_mar.py.
+The text after the colon is that of configs/small_tokenizer.py, without single_scale. 28 pixels
+become a map of 7x7 latents of 8 numbers. The rules are in configs/_small_mar.py.
 
 Two CPU cores, 28 pixels: about 20 minutes, 2 GB.
 """

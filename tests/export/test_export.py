@@ -23,7 +23,7 @@ from varjax.cli.info import facts_table, read_facts
 from varjax.errors import InputError
 from varjax.export import exported_model, folder, run
 from varjax.export.__main__ import main
-from varjax.export.folder import export_model
+from varjax.export.folder import export_model, option_facts
 from varjax.export.sampler import load_exported
 from varjax.mar import masking
 from varjax.mar.sample import MAROptions
@@ -222,6 +222,17 @@ def test_model_json_describes_the_model(exported):
 def test_bad_requests_are_refused(exported, given, message):
     with pytest.raises(InputError, match=message):
         load_exported(exported("var")).sample(**given)
+
+
+def test_a_range_of_timesteps_is_fixed():
+    """Its ends are inputs of the program, but nothing in the folder would check their order."""
+    options = MAROptions(guidance_timestep_from=200, guidance_timestep_to=800)
+    ends = {"guidance_timestep_from": 200, "guidance_timestep_to": 800}
+    facts = option_facts(options, {"guidance", *ends})
+    assert facts["options"].keys() == {"seed", "guidance"}
+    assert (
+        ends.items() <= facts["fixed_options"].items() and ends.items() <= facts["numbers"].items()
+    )
 
 
 @pytest.mark.slow

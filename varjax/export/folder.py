@@ -38,6 +38,8 @@ PLATFORMS: dict[str, Platform] = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
 ABOUT_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
 SCRIPTS = ("run.py", "exported_model.py")
 LEAST_GUIDANCE = 1.01  # 1 turns guidance off, which is another program
+# Numbers, but fixed, because the exported code checks each option alone, and not their order.
+RANGE = "guidance_timestep_from", "guidance_timestep_to"
 EXPORTED_HELP = {"guidance": f"maximum guidance scale, {LEAST_GUIDANCE} or more"}
 
 
@@ -205,7 +207,7 @@ def option_facts(options: Any, numbers: set[str]) -> dict[str, Any]:
     fixed = {}
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if field.name not in numbers:
+        if field.name not in numbers or field.name in RANGE:
             fixed[field.name] = value
             continue
         least, most = field.metadata["limits"]

@@ -107,8 +107,8 @@ class AdamW:
             optax.scale_by_learning_rate(lambda count: self.lr(count, plan)),
         )
 
-    def updates(self, opt_state: optax.OptState) -> jax.Array:
-        """Returns the number of updates so far, which steps that were skipped do not count in."""
+    def updates(self, opt_state: Any) -> jax.Array:
+        """Returns the number of updates so far, in which skipped steps do not count."""
         _, adam, *_ = opt_state
         return adam.count
 
