@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path):
     )  # fmt: skip
     assert read.returncode
     said = r"InputError: no checkpoint .* can be read:\s+checkpoint 2 cannot be read: .+\n.*"
-    assert re.search(said + "or delete .*/checkpoints to", read.stderr)
+    assert re.search(said + "Without .*/checkpoints, the run starts again", read.stderr)
     assert read.stderr.count("Traceback") <= 2 and "loop is closed" not in read.stderr, read.stderr
 
 
@@ -167,6 +167,9 @@ def test_building_on_an_unfinished_run_is_told(tmp_path, capsys):
     read_frozen_tokenizer(str(run), runs.TOKENIZER)
     assert not capsys.readouterr().err
     config = files.read_json(run / "config.json")
-    files.write_json(run / "config.json", config | {"steps": 40})
-    read_frozen_tokenizer(str(run), runs.TOKENIZER)
-    assert "is at step 2 of 40" in capsys.readouterr().err
+    # Also where the length was given in epochs.
+    in_epochs = {"steps": 0, "epochs": 1.0, "plan": config["plan"] | {"steps": 40}}
+    for longer in ({"steps": 40, "plan": None}, in_epochs):
+        files.write_json(run / "config.json", config | longer)
+        read_frozen_tokenizer(str(run), runs.TOKENIZER)
+        assert "is at step 2 of 40" in capsys.readouterr().err

@@ -60,6 +60,13 @@ def test_milestones_stay(tmp_path):
         for step in range(1, 8):
             checkpoints.save(step, state(step))
         assert checkpoints.steps() == [4, 7]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:  # also where a later start keeps no others
+        checkpoints.save(8, state(8))
+        assert checkpoints.steps() == [4, 8]
+    with Checkpoints(tmp_path, keep=1, keep_every=3) as checkpoints:
+        for step in range(9, 11):
+            checkpoints.save(step, state(step))
+        assert checkpoints.steps() == [4, 9, 10]
 
 
 def test_nothing_saved_is_none_and_a_state_without_average_stays_without(tmp_path):
@@ -171,7 +178,7 @@ def test_a_step_whose_data_are_damaged_is_saved_again(tmp_path):
 
 def test_steps_of_older_versions_are_read_without_a_check(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("varjax.training.checkpoint.make_record", lambda step, meta, state: meta)
+        patch.setattr("varjax.training.checkpoint.make_record", lambda step, meta, *_: meta)
         saved(tmp_path / "checkpoints", 1, 2)
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         read, meta = checkpoints.restore(ABSTRACT, PLACEMENT)
@@ -249,7 +256,9 @@ def test_weights_are_read_beside_a_run_that_deletes_the_step_first(
 
     def late(*arguments, **options):
         if (step := next(steps, None)) is not None:
-            saved(tmp_path / "checkpoints", step, keep=1)
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, whole)
+                saved(tmp_path / "checkpoints", step, keep=1)
         return whole(*arguments, **options)
 
     monkeypatch.setattr(owner, name, late)

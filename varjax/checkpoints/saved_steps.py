@@ -41,16 +41,19 @@ MAX_ATTEMPTS = 20  # to read the newest step while the run deletes old steps
 T = TypeVar("T")
 
 
-def make_record(step: int, meta: Mapping[str, Any], state: Mapping[str, PyTree]) -> dict[str, Any]:
+def make_record(
+    step: int, meta: Mapping[str, Any], state: Mapping[str, PyTree], kept: bool = False
+) -> dict[str, Any]:
     """Makes the record to save with a step; all processes that hold its arrays must call this.
 
     Args:
         step: number of updates done.
         meta: JSON data of the caller.
         state: arrays by their names in STATE_TREES.
+        kept: whether the step is kept for good.
     """
     arrays = {name: fingerprints(tree, written=True) for name, tree in state.items()}
-    return checksums.seal({"step": step, "meta": dict(meta), "arrays": arrays})
+    return checksums.seal({"step": step, "meta": dict(meta), "arrays": arrays, "kept": kept})
 
 
 class SavedSteps:
@@ -126,6 +129,13 @@ class SavedSteps:
     def meta(self, step: int) -> dict:
         """Reads the caller's data that were saved with a step."""
         return self._record(step)["meta"]
+
+    def is_kept(self, step: int) -> bool:
+        """Returns whether a step was saved to be kept for good; False for a damaged one."""
+        try:
+            return bool(self._record(step).get("kept"))
+        except DamagedFileError:
+            return False
 
     def record(self, step: int, meta: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the content of a step's file `meta/metadata`, with new data of the caller."""
@@ -328,7 +338,10 @@ def none_readable(directory: pathlib.Path, errors: Mapping[int, DamagedFileError
     text = f"no checkpoint of {sorted(errors)} in {directory} can be read:\n  {lines}\n"
     if any(isinstance(error, DiskReadError) for error in errors.values()):
         return StorageError(f"{text}Nothing was moved. Start again when the disk works")
-    return InputError(f"{text}Restore them from a copy, or delete {directory} to continue without")
+    return InputError(
+        f"{text}Restore them from a copy. Without {directory}, the run starts again "
+        "from step 0, and removes its best/"
+    )
 
 
 def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:

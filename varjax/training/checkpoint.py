@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from varjax.checkpoints.saved_steps import (
     STATE_TREES,
@@ -78,16 +79,21 @@ class Checkpoints:
     Args:
         directory: directory of the checkpoints <directory>/<step>.
         keep: number of most recent checkpoints to keep.
-        keep_every: checkpoints at multiples of this step are kept for good; 0 for none.
+        keep_every: checkpoints saved at multiples of this step are kept for good, also by later
+            starts with another setting; 0 for none.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int = 2, keep_every: int = 0):
-        self.directory, self._keep = absolute(directory), keep
+        self.directory, self._keep, self._keep_every = absolute(directory), keep, keep_every
+        self._saved = SavedSteps(self.directory)
+        kept = on_first_process(lambda: list(filter(self._saved.is_kept, self._saved.steps())))
+        policies = [preservation_policy.LatestN(keep), preservation_policy.CustomSteps(kept)]
+        if keep_every:
+            policies.append(preservation_policy.EveryNSteps(keep_every))
         handlers: dict[str, Any] = {name: ocp.StandardCheckpointHandler() for name in STATE_TREES}
         handlers["meta"] = ocp.JsonCheckpointHandler()
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            keep_period=keep_every or None,
+            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(barrier_sync_fn=_wait_for_processes),
             # otherwise processes confuse two directories that are written at the same time
@@ -101,7 +107,6 @@ class Checkpoints:
             )
         except OSError as error:
             raise StorageError(f"{directory} cannot be made or read: {error}") from error
-        self._saved = SavedSteps(self.directory)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -140,7 +145,8 @@ class Checkpoints:
         saved = {name: getattr(state, name) for name in STATE_TREES}
         saved = {name: tree for name, tree in saved.items() if tree is not None}
         items: dict[str, Any] = {n: ocp.args.StandardSave(tree) for n, tree in saved.items()}
-        items["meta"] = ocp.args.JsonSave(make_record(step, meta or {}, saved))
+        kept = self._keep_every > 0 and step % self._keep_every == 0
+        items["meta"] = ocp.args.JsonSave(make_record(step, meta or {}, saved, kept))
         self._reporting_failure(
             lambda: self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         )
