@@ -29,7 +29,8 @@ def start(tmp_path, monkeypatch):
 
 
 def write_outputs(run):
-    for name in ("best/10/params", "frozen.safetensors", "frozen.json", "data.json"):
+    names = "best/10/params", "frozen.safetensors", "frozen.json", "data.json", "metrics.jsonl"
+    for name in (*names, "fid_reference/a.safetensors"):
         (run / name).parent.mkdir(parents=True, exist_ok=True)
         (run / name).write_text("{}")
 
@@ -52,7 +53,8 @@ def test_other_settings_keep_nothing_that_was_made_with_the_former_ones(start, t
     start()
     assert (tmp_path / "frozen.safetensors").exists()
     start(width=4)
-    assert not (tmp_path / "best").exists() and not (tmp_path / "frozen.safetensors").exists()
+    for name in ("best", "frozen.safetensors", "metrics.jsonl", "fid_reference"):
+        assert not (tmp_path / name).exists()
     (tmp_path / "config.json").write_text("{")  # cut off by a full disk
     assert start(width=8)["task"]["width"] == 8
 

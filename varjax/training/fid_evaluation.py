@@ -45,9 +45,9 @@ class FIDConfig:
     """Configures the FID of samples that are drawn during training.
 
     Attributes:
-        every: steps between two evaluations; 0 for never. The end of the run is evaluated, too.
-        images: number of samples, equally many of each class. Published values use 50,000; fewer
-            samples give a larger FID.
+        every: steps between two evaluations; 0 for never. The run's last step is evaluated, too.
+        images: number of samples, as many of each class, give or take one. Published values use
+            50,000; fewer samples give a larger FID.
         reference: what samples are compared with: an .npz of statistics (ADM's) or of images, a
             folder of images of the samples' size, or "held_out" for the run's held-out images.
         inception: directory that `varjax convert --inception=FILE` wrote.
@@ -113,6 +113,11 @@ class FIDEvaluator:
                 "fid.every is set, but a tokenizer draws no images; set it to 0 and use "
                 "varjax evaluate-tokenizer --inception=DIR"
             )
+        if config.images < data.classes:
+            raise InputError(
+                f"fid.images={config.images}: must be at least {data.classes}, the number of "
+                "classes, because each class gets as many samples"
+            )
         if config.reference == HELD_OUT and on_latents:
             raise InputError(
                 "fid.reference is held_out, but this run's data are latents; give an .npz or a "
@@ -161,8 +166,9 @@ class FIDEvaluator:
             extract, config = FeatureExtractor(self._network), self._config
             if config.reference == HELD_OUT:
                 images = DatasetImages(self._data, HELD_OUT)
-                # As in data.json.
-                about = f"held-out images of {self._data.describe()[HELD_OUT]}"
+                # What identifies them in data.json, and what is done to them.
+                about = f"held-out images of {self._data.describe()[HELD_OUT]}, {images.shape[1:]}"
+                about += f", crop {getattr(self._data, 'crop', None)}"
                 self._reference = reference_of_images(images, about, extract, self._cache)
             else:
                 self._reference = read_reference(

@@ -72,7 +72,7 @@ def forget_start(experiment: Experiment) -> None:
     """Makes room for other settings and data in the directory of a run without a checkpoint.
 
     Removes the best weights and the description of the data of an earlier start; with other
-    settings also these settings and the frozen weights.
+    settings also these settings, the frozen weights, the metrics and the reference of FID.
     """
     run_dir = as_path(experiment.run_dir)
     path = run_dir / "config.json"
@@ -88,7 +88,8 @@ def forget_start(experiment: Experiment) -> None:
         same = False
     if not same:
         # The settings last: after a kill in between, the next start removes the rest.
-        for name in ("frozen.json", "frozen.safetensors", "config.json"):
+        names = "frozen.json", "frozen.safetensors", "metrics.jsonl", "fid_reference", "config.json"
+        for name in names:
             files.remove(run_dir / name)
 
 
