@@ -1,9 +1,11 @@
 import shutil
 
+import numpy as np
 import pytest
 
 from tests.helpers import tiny
 from varjax.errors import InputError
+from varjax.storage import files
 from varjax.training import loop
 from varjax.training.dry_run import dry_run
 from varjax.training.fid_evaluation import FIDConfig
@@ -51,6 +53,20 @@ def test_it_refuses_what_training_refuses_after_its_set_up(tmp_path, changes, me
     for start in (dry_run, loop.train):
         with pytest.raises(InputError, match=message):
             start(experiment)
+
+
+def test_a_run_with_a_checkpoint_has_its_own_frozen_weights(whole, tmp_path):
+    copy = shutil.copytree(whole[0], tmp_path / "run")
+    settings = dict(keep_best="eval/loss", preview_every=20, offset_file=str(tmp_path / "absent"))
+    config = files.read_json(copy / "config.json")
+    config["task"]["offset_file"] = settings["offset_file"]
+    files.write_json(copy / "config.json", config)
+    with pytest.raises(OSError, match="absent"):
+        dry_run(tiny.experiment(copy, **settings))
+    files.write_tensors(copy / "frozen.safetensors", {"offset": np.float32(1)}, {})
+    lines = []
+    dry_run(tiny.experiment(copy, **settings), lines.append)
+    assert lines[-1].startswith("everything works")
 
 
 def test_a_run_with_a_checkpoint_no_longer_needs_what_it_started_from(whole, tmp_path):

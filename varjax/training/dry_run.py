@@ -13,6 +13,7 @@ from varjax.runtime.messages import duration
 from varjax.storage.buckets import as_path
 from varjax.training.experiment import Experiment
 from varjax.training.fid_evaluation import HELD_OUT
+from varjax.training.initial_weights import own_frozen_weights
 from varjax.training.metric_writers import flatten_metrics
 from varjax.training.run_dir import check_config, is_bound
 from varjax.training.setup import first_state, jit_train_step, make_evaluators, set_up
@@ -46,8 +47,10 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     setup = set_up(experiment)
     experiment = setup.experiment
     task, loader, mesh = setup.task, setup.loader, setup.mesh
-    if on_first_process(lambda: is_bound(as_path(experiment.run_dir))):
+    run_dir, own_frozen = as_path(experiment.run_dir), None
+    if on_first_process(lambda: is_bound(run_dir)):
         check_config(experiment)
+        own_frozen = own_frozen_weights(run_dir)
         # Its next start reads its own checkpoint instead.
         experiment = dataclasses.replace(experiment, fork_from="", init_from="")
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
@@ -75,7 +78,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     say(f"state: {parameters:,} parameters; {_sizes(abstract, placement)}")
     if note := replicated_parameters_note(abstract.params, mesh):
         say(note)
-    frozen = task.frozen()
+    frozen = task.frozen() if own_frozen is None else own_frozen
     check_latents(task, frozen, loader.tokenizer_identity)
     where = shardings(frozen, mesh)
     if jax.tree.leaves(frozen):
@@ -109,7 +112,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     begin = time.monotonic()
     program = evaluator.compile(state)
     say(f"evaluation: compiled in {time.monotonic() - begin:.0f} s, {_needs(program, mesh)}")
-    say(f"everything works; nothing was written to {as_path(experiment.run_dir)}")
+    say(f"everything works; nothing was written to {run_dir}")
 
 
 def _sizes(tree: PyTree, placement: PyTree) -> str:

@@ -200,6 +200,16 @@ def frozen_weights(task: Task, run_dir: pathlib.Path, bound: bool = True) -> PyT
     return files.read_tensors(path)[0]
 
 
+def own_frozen_weights(run_dir: pathlib.Path) -> PyTree | None:
+    """Reads the run's own copy of the task's pretrained weights; None if there is no intact one."""
+    try:
+        return files.read_tensors(run_dir / "frozen.safetensors")[0]
+    except StorageError:
+        raise
+    except InputError:
+        return None
+
+
 def _remove_outdated(task: Task, path: pathlib.Path) -> None:
     """Removes a copy of weights that have changed since, or that is damaged."""
     if not files.exists(path) and not files.exists(path.with_suffix(".json")):

@@ -426,9 +426,9 @@ def first_state(
     if not experiment.fork_from:
         return warm_start_state(setup.task, experiment.init_from, key, placement)
     state = forked_state(experiment.fork_from, abstract, placement)
-    if (start := int(state.step)) > setup.plan.steps:
+    if (start := int(state.step)) >= setup.plan.steps:
         raise InputError(
-            f"fork_from={experiment.fork_from}: has {start} steps, but this run ends at "
-            f"{setup.plan.steps}"
+            f"fork_from={experiment.fork_from}: has {start} steps, and this run ends at "
+            f"{setup.plan.steps}; make it longer"
         )
     return state
