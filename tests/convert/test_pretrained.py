@@ -298,7 +298,9 @@ def test_published_options_and_license_go_into_the_directory_and_its_exports(
     assert read_safetensors("for_pytorch/var.safetensors")[1]["license"] == "CC BY-NC 4.0"
     files.write_json("run/config.json", {"task": {"_type": "VARTask"}, "init_from": "tiny_cca"})
     files.write_json("run2/config.json", {"task": {"_type": "VARTask"}, "init_from": "run"})
-    for run in ("run", "run2"):  # also of a run that started from that run
+    files.write_json("run3/config.json", {"task": {"_type": "VARTask"}, "init_from": "run2@5"})
+    files.write_json("run4/config.json", {"task": {"_type": "VARTask"}, "fork_from": "run3@best"})
+    for run in ("run", "run2", "run3", "run4"):  # also of a run that started from that run
         assert license_of(open_weights(run)) == {"license": "CC BY-NC 4.0"}
     # The branch may move; what was downloaded first counts.
     damage(hub.folder / file.name)

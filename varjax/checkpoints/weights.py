@@ -371,7 +371,9 @@ def read_frozen_tokenizer(location: str, tokenizer: Any) -> PyTree:
         return jax.device_get(jax.jit(tokenizer.init)(jax.random.key(0)))
     weights = open_for_setting("task.tokenizer_weights", location)
     params = read_expected_tokenizer(weights, tokenizer)
-    steps = (weights.config.get("steps") or 0) if weights.trains_tokenizer else 0
+    plan = weights.config.get("plan")  # of a run whose length is given in epochs, too
+    steps = plan.get("steps") if isinstance(plan, dict) else weights.config.get("steps")
+    steps = steps if weights.trains_tokenizer and type(steps) is int else 0
     saved = SavedSteps(weights.path / "checkpoints").steps() if steps else []
     if saved and saved[-1] < steps:
         print(
