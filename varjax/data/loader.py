@@ -38,7 +38,8 @@ class Loader:
     The training stream has no end, and each epoch is shuffled differently. Its batch i depends only
     on (seed, i), not on where a run was resumed, nor on how processes divide the rows. Threads or
     worker processes (`data.reading`) read at most three batches at a time. Each broken image is
-    reported once; InputError when more than 1 % of a split are broken.
+    reported once; InputError when more than 1 % of a split are broken, or most of the images
+    read first.
 
         loader = make_loader(Digits(), batch_size=64, seed=0)
         for batch in loader.train(position=100):  # {"image_BHWC": uint8, "label_B": int32}

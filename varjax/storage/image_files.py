@@ -56,7 +56,7 @@ OUT_OF_MEMORY = "out of memory error", "decoder error -9"  # texts of Pillow's O
 ROWS_AT_ONCE = 256
 PILLOW_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 MAX_BROKEN_RATIO = 0.01
-TOLERATED_BROKEN = 10  # number of broken images that never stops a run
+SHOWN_BROKEN = 10  # in a message
 T = TypeVar("T")
 
 
@@ -95,7 +95,7 @@ class BrokenImageCounter:
             broken: images among them that are broken.
 
         Raises:
-            InputError: more than 1 % of the images read so far are broken.
+            InputError: more than 1 % of the split are broken, or most of the images read so far.
         """
         self._read += read
         for error in broken:
@@ -103,12 +103,13 @@ class BrokenImageCounter:
                 self._names[error.name] = None
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
         read, count = min(self._read, self._size), len(self._names)
-        tolerated = min(TOLERATED_BROKEN, MAX_BROKEN_RATIO * self._size)
-        if count > max(MAX_BROKEN_RATIO * read, tolerated):
-            some = "\n  ".join(itertools.islice(self._names, TOLERATED_BROKEN))
+        most = count > SHOWN_BROKEN and 2 * count > read
+        if most or count > MAX_BROKEN_RATIO * self._size:
+            some = "\n  ".join(itertools.islice(self._names, SHOWN_BROKEN))
             raise InputError(
-                f"{count} of the {read} images read so far are broken, more than "
-                f"{MAX_BROKEN_RATIO:.0%}. Repair or remove them; the first ones are\n  {some}"
+                f"{count} of the {read} images read so far are broken; allowed is "
+                f"{MAX_BROKEN_RATIO:.0%} of {self._size}, and less than half of those read first. "
+                f"Repair or remove them; the first ones are\n  {some}"
             )
 
 
