@@ -34,7 +34,7 @@ from varjax.data.latent_shards import (
 )
 from varjax.data.latents import CachedLatents
 from varjax.data.loader import make_loader
-from varjax.data.stream import ImageDataset
+from varjax.data.stream import MAX_AUGMENTATIONS, ImageDataset
 from varjax.errors import InputError, check_setting
 from varjax.runtime.commands import command_parser, run_command
 from varjax.runtime.compilation_cache import use_compilation_cache
@@ -47,7 +47,6 @@ from varjax.tokenizers.contract import Tokenizer
 from varjax.trees import PyTree
 
 IMAGES_PER_SHARD = 4096
-MAX_AUGMENTATIONS = 10_000  # all rows are listed in memory; no run has more epochs
 IMAGES_PER_DEVICE = 32  # in a batch
 # Fields of a dataset that do not determine its images.
 LOCATION_FIELDS = ("reading", "root", "name", "data_dir")

@@ -15,6 +15,9 @@ from varjax.storage.image_files import BrokenImage
 Split = Literal["train", "held_out"]
 Example = dict[str, Any]  # one row of a batch, its arrays named like the batch's
 GOLDEN_RATIO = (1 + 5**0.5) / 2
+MAX_AUGMENTATIONS = (
+    64  # of each image in a cache: the order of all images in as many epochs is in memory
+)
 MAX_BROKEN_IN_A_ROW = 100  # in a shuffled order, more mean that nearly all images are broken
 
 
@@ -278,7 +281,7 @@ def _order(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(size)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=MAX_AUGMENTATIONS)
 def _ranks(seed: int, epoch: int, size: int) -> np.ndarray:
     """Returns the rank of each image in the order of an epoch."""
     rank_N = np.empty(size, np.int32)
