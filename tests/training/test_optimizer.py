@@ -65,7 +65,20 @@ def test_the_learning_rate_of_an_update_is_the_one_of_its_number():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"base_lr": 0.0}, {"warmup": 1.0}, {"b1": 1.0}, {"b2": -0.1}, {"clip": -1.0}]
+    "changes",
+    [
+        {"base_lr": 0.0},
+        {"warmup": 1.0},
+        {"b1": 1.0},
+        {"b2": -0.1},
+        {"clip": -1.0},
+        {"eps": -1e-8},
+        {"weight_decay": -0.1},
+        {"weight_decay_end": -0.1},
+        {"warmup_start": -5.0},
+        {"end": 2.0},
+        {"end": 0.0, "schedule": "exp"},
+    ],
 )
 def test_settings_that_cannot_work_are_refused(changes):
     (name, value), *_ = changes.items()

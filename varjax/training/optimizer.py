@@ -64,7 +64,13 @@ class AdamW:
             ("base_lr", self.base_lr > 0, "above 0"),
             ("b1", 0 <= self.b1 < 1, "at least 0 and below 1"),
             ("b2", 0 <= self.b2 < 1, "at least 0 and below 1"),
+            ("eps", self.eps >= 0, "at least 0"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("weight_decay_end", (self.weight_decay_end or 0) >= 0, "at least 0, or none"),
             ("clip", self.clip >= 0, "a norm above 0, or 0 for no clipping"),
+            ("warmup_start", 0 <= self.warmup_start <= 1, "a fraction of the peak, 0 … 1"),
+            ("end", 0 <= self.end <= 1, "a fraction of the peak, 0 … 1"),
+            ("end", self.end > 0 or self.schedule != "exp", "above 0 with schedule=exp"),
             ("warmup", 0 <= self.warmup < 1, "a fraction of the run, at least 0 and below 1"),
         ):
             check_setting(name, getattr(self, name), valid, allowed)
