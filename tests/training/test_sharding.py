@@ -142,6 +142,8 @@ def test_by_choice_a_copy_of_the_model_is_spread_over_the_devices_with_fast_conn
     for copy in laid_out.devices.reshape(laid_out.shape["data"], -1):
         assert len({device.slice_index for device in copy}) == 1
     assert make_mesh(MeshShape(fsdp=0, tensor=2), CLUSTERS["8 GPUs"]).shape["fsdp"] == 4
+    wide = make_mesh(MeshShape(fsdp=0, tensor=16), CLUSTERS["32 GPUs"])
+    assert dict(wide.shape) == {"data": 2, "fsdp": 1, "tensor": 16}
 
 
 def test_what_cannot_be_laid_out_is_refused_with_a_reason():

@@ -92,7 +92,7 @@ def _sizes(shape: MeshShape, devices: Sequence[Any]) -> list[int]:
     if shape.fsdp == 0:
         counts = collections.Counter(map(_slice_of, devices))
         local = math.gcd(*counts.values()) // max(shape.tensor, 1)
-        sizes[1] = max(math.gcd(local, MAX_LOCAL_FSDP), 1)
+        sizes[1] = math.gcd(max(local, 1), MAX_LOCAL_FSDP)
     product = math.prod(size for size in sizes if size != -1)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise InputError(f"{shape}: give positive numbers of devices, at most one of them -1")
