@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 import varjax
-from varjax.storage import image_io
+from varjax.storage import files, image_io
 
 SOFTWARE, COMMAND, SETTINGS = "Software", "Command", "Settings"
 IMAGE_DESCRIPTION = 0x010E  # tag of Exif, which WebP files have
@@ -75,6 +75,7 @@ def read_picture_text(path: str | os.PathLike) -> tuple[str, dict[str, str]]:
     Raises:
         InputError: the file is missing, damaged or not an image.
     """
+    path = files.local_copy(path)
     image_io.open_image(path)  # raises for anything that is not an image
     with Image.open(path) as picture:
         about = f"{picture.format} image, {picture.width}x{picture.height} pixels"

@@ -53,7 +53,8 @@ class Experiment:
 
         loop.train(Experiment(task, data, "runs/first", batch_size=256, epochs=10))
 
-    Fields named `*_every` are in steps; 0 means never. The run also evaluates and saves at its end.
+    Fields named `*_every` are in steps; 0 means never (log_every is at least 1). The run also
+    evaluates and saves at its end.
 
     Attributes:
         task: task to train, with its model and optimizer.
@@ -84,8 +85,8 @@ class Experiment:
             for none.
         keep_best: evaluation metric such as "eval/loss" or "eval_ema/loss"; the weights with its
             best value are kept in <run_dir>/best. Lower is better, except for accuracy, psnr, ssim,
-            usage and perplexity (of codes); "max:NAME" or "min:NAME" sets the direction for any
-            metric. "" for none.
+            inception_score, usage and perplexity (of codes); "max:NAME" or "min:NAME" sets the
+            direction for any metric. "" for none.
         patience: number of evaluations in a row without improvement that end the run; 0 for never.
         fid: FID and Inception Score of samples, measured during training.
         wandb: project of Weights & Biases, NAME or ENTITY/NAME, that also gets the run's logs; ""

@@ -107,7 +107,7 @@ def _step_seconds_at(step: int, lines: Sequence[Mapping[str, Any]]) -> float:
 
 
 class ThroughputMeter:
-    """Measures speed between two calls of `measure`, from the end of the first step on.
+    """Measures speed between two calls of `measure`, of which the first only starts the clock.
 
     It reads the host's clock and counters and never waits for a device.
 
