@@ -125,6 +125,28 @@ def test_another_metric_to_keep_the_best_by_starts_without_a_best(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "best"),
+    [
+        ({}, 1.5),
+        ({"fid": FIDConfig(every=5, images=50)}, 1.5),
+        ({"eval_images": 20}, None),
+        ({"keep_best": "eval/fid"}, None),
+    ],
+)
+def test_a_best_value_is_kept_only_where_later_ones_compare_with_it(changes, best):
+    first = tiny.experiment("run", keep_best="eval/loss", eval_images=10)
+    state = LoopState(first.keep_best, measured_with=first.best_settings())
+    assert state.update({"eval/loss": 1.5})
+    now = tiny.experiment("run", **{"keep_best": "eval/loss", "eval_images": 10} | changes)
+    found = LoopState.from_meta(state.to_meta(), now.keep_best, now.best_settings())
+    assert found.best == best
+    fid = FIDConfig(every=5, images=50)
+    others = (dataclasses.replace(fid, **x) for x in ({}, {"images": 60}, {"reference": "a.npz"}))
+    settings = [tiny.experiment("run", keep_best="eval/fid", fid=x).best_settings() for x in others]
+    assert settings[0] not in settings[1:]
+
+
+@pytest.mark.parametrize(
     ("keep_best", "best"),
     [
         ("eval/loss", 1.0),

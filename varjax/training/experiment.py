@@ -3,15 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+from varjax.config import config_tree
 from varjax.config.numbers import finite_number, seed_number, whole_number
 from varjax.data.loader import Loader
 from varjax.data.sources import replaced_dataset
 from varjax.data.stream import Dataset
 from varjax.errors import InputError
 from varjax.storage.buckets import in_bucket
-from varjax.training.fid_evaluation import FIDConfig
+from varjax.training.fid_evaluation import FID_METRICS, FIDConfig
+from varjax.training.loop_state import parse_keep_best
 from varjax.training.run_writers import check_wandb
 from varjax.training.sharding import MeshShape
 from varjax.training.task import Plan, Task
@@ -162,6 +164,15 @@ class Experiment:
         if not (self.init_from and self.init_tokenizer):
             return self
         return dataclasses.replace(self, task=self.task.with_tokenizer_of(self.init_from))
+
+    def best_settings(self) -> dict[str, Any]:
+        """Returns the changeable settings that values of the metric `keep_best` depend on."""
+        metric = parse_keep_best(self.keep_best)[0].rpartition("/")[2]
+        if metric not in FID_METRICS:
+            return {"eval_images": self.eval_images} if metric and self.eval_images else {}
+        fid = config_tree.to_dict(self.fid)
+        measured = {name: fid[name] for name in ("images", "reference", "features", "seed")}
+        return measured | {"sampling": config_tree.to_dict(self.task).get("sampling")}
 
     def plan(self, train_size: int) -> Plan:
         """Returns the length of the run for a number of training images."""

@@ -38,6 +38,7 @@ from varjax.training.task import Task, TrainState, evaluated_parameters
 from varjax.trees import PyTree
 
 HELD_OUT = "held_out"  # a reference: the run's own images
+FID_METRICS = "fid", "inception_score", "label_accuracy"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -197,7 +197,8 @@ def finished_state(
     if not saved:
         return None
     try:
-        state = LoopState.from_meta(checkpoints.meta(saved[-1]), experiment.keep_best)
+        meta = checkpoints.meta(saved[-1])
+        state = LoopState.from_meta(meta, experiment.keep_best, experiment.best_settings())
     except InputError:  # a damaged checkpoint; restoring falls back to an older one
         return None
     return state if state.is_finished(saved[-1], steps, experiment.patience) else None

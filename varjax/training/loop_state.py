@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Any
 
 # Parts of the names of metrics that should grow, unless the user sets the direction. A tokenizer's
 # "perplexity" is that of its codes; a transformer's "perplexity_at_scale" should fall.
@@ -27,6 +28,7 @@ class LoopState:
 
     Attributes:
         keep_best: setting of the experiment, "" for none.
+        measured_with: settings that values of that metric depend on (`Experiment.best_settings`).
         best: best value of that metric, None before the first.
         evaluations_since_best: number of evaluations since the best one.
         metrics: all metrics of the last evaluation.
@@ -42,22 +44,31 @@ class LoopState:
     evaluation_due: bool = False
     skipped_steps: int = 0
     skipped_in_row: int = 0
+    measured_with: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_meta(self) -> dict:
-        """Returns JSON data for `from_meta`; counts of skipped steps are left out if 0."""
+        """Returns JSON data for `from_meta`; what few runs have is left out."""
         meta = dataclasses.asdict(self)
-        return {k: v for k, v in meta.items() if v or not k.startswith("skipped_")}
+        return {k: v for k, v in meta.items() if v or not k.startswith(("skipped_", "measured_"))}
 
     @classmethod
-    def from_meta(cls, meta: dict, keep_best: str) -> "LoopState":
-        """Reads a checkpoint's `meta`; if `keep_best` has changed, starts without a best value."""
+    def from_meta(
+        cls, meta: dict, keep_best: str, measured_with: dict[str, Any] | None = None
+    ) -> "LoopState":
+        """Reads a checkpoint's `meta`; starts without a best value if values would not compare.
+
+        Args:
+            meta: result of `to_meta`.
+            keep_best: setting of the experiment now.
+            measured_with: what values depend on now; None to leave it as it was.
+        """
         known = {field.name for field in dataclasses.fields(cls)}  # other versions may have more
         state = cls(**{name: value for name, value in meta.items() if name in known})
-        if state.keep_best != keep_best:
-            state = dataclasses.replace(
-                state, keep_best=keep_best, best=None, evaluations_since_best=0
-            )
-        return state
+        if measured_with is None:
+            measured_with = state.measured_with
+        if (state.keep_best, state.measured_with) != (keep_best, measured_with):
+            state = dataclasses.replace(state, best=None, evaluations_since_best=0)
+        return dataclasses.replace(state, keep_best=keep_best, measured_with=measured_with)
 
     def update(self, metrics: dict[str, float]) -> bool:
         """Records an evaluation; returns whether it is the best so far."""

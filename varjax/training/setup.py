@@ -286,10 +286,11 @@ def start_run(
         fid.read_reference()
 
     # The state: the run's own, another run's, or a new one.
-    loop_state = LoopState(experiment.keep_best)
+    best_settings = experiment.best_settings()
+    loop_state = LoopState(experiment.keep_best, measured_with=best_settings)
     if (restored := checkpoints.restore(abstract, placement)) is not None:
         state, meta = restored
-        loop_state = LoopState.from_meta(meta, experiment.keep_best)
+        loop_state = LoopState.from_meta(meta, experiment.keep_best, best_settings)
     else:
         state = first_state(experiment, setup, abstract, init_key, placement)
     start = int(state.step)
