@@ -31,6 +31,8 @@ def test_a_run_learns_and_leaves_its_files(whole):
     run_dir, metrics = whole
     losses = [line["loss"] for line in lines(run_dir) if "loss" in line]
     assert len(losses) == 6 and losses[-1] < 0.9 * losses[0]
+    raw = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    assert all(line["images_per_second"] > 0 for line in raw if "loss" in line)  # the first, too
     assert metrics == {k: v for k, v in lines(run_dir)[-1].items() if k != "step"}
     assert {"eval/loss", "eval/accuracy", "eval_ema/loss", "eval_ema/accuracy"} == metrics.keys()
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["20", "30"]

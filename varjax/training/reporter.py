@@ -104,7 +104,10 @@ class StepReporter:
         if step % self._log_every == 0 or step == self._last:
             numbers |= self._throughput.measure(step, self._goodput.seconds("data"))
             self._writer.write(step, numbers | self._goodput.metrics())
-        elif step == self._first:  # record how long the start took, in case of a kill soon after
+        elif step == self._first:
+            # The speed counts from here on, and is in the first line. How long the start took is
+            # recorded, in case of a kill soon after.
+            self._throughput.measure(step, self._goodput.seconds("data"))
             self._writer.write(step, self._goodput.metrics())
         shown = (self._first, self._first + RATE_STEPS, self._last)
         if step % self._log_every == 0 or step in shown:
