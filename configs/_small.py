@@ -46,7 +46,7 @@ class Length:
     ema_decay: float
 
 
-# On two CPU cores, 28 pixels: both stages of a quick run take half an hour, of a good one a night.
+# On two CPU cores, 28 pixels: a quick run takes about half an hour, the longest good one a night.
 LENGTHS: dict[Quality, Length] = {"quick": Length(1, 1, 0.99), "good": Length(10, 20, 0.999)}
 
 

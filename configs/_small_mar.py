@@ -24,7 +24,7 @@ ORDERS: dict[Order, dict[str, Any]] = {
     "raster": {"causal": True, "order": "raster"},
 }
 TOKENS = "continuous", "codes"
-TOKENIZER_BATCH_SIZE, BATCH_SIZE = 64, 128
+TOKENIZER_BATCH_SIZE = 64
 # Each pass masks other tokens in another order, so a transformer learns more from an image than
 # one that always sees the same sequence.
 MOST_MAR_PASSES = 4 * MOST_PASSES
@@ -45,6 +45,7 @@ class Recipe:
         head_depth: residual blocks of the denoising MLP.
         head_width: channels of the denoising MLP.
         base_lr: peak learning rate of the transformer, for each 256 images of a batch.
+        batch_size: images in an update of the transformer.
         steps: updates of the transformer's quick run.
         sampling: options that suit the model.
         ema_warmup: whether the decay of the averages starts low, so that shorter runs may use them.
@@ -60,6 +61,7 @@ class Recipe:
     head_depth: int
     head_width: int
     base_lr: float
+    batch_size: int
     steps: int
     sampling: MAROptions
     ema_warmup: bool
@@ -77,6 +79,7 @@ UP_TO_8 = Recipe(
     head_depth=2,
     head_width=128,
     base_lr=4e-3,
+    batch_size=128,
     steps=1500,
     sampling=MAROptions(
         guidance=1.5, temperature=1.1, steps=8, diffusion_steps="100", clip_denoised=4.0
@@ -94,7 +97,8 @@ LARGER = Recipe(
     heads=6,
     head_depth=3,
     head_width=256,
-    base_lr=3e-3,
+    base_lr=6e-3,
+    batch_size=64,
     steps=1500,
     sampling=MAROptions(
         guidance=2.0, temperature=1.0, steps=16, diffusion_steps="50:25", clip_denoised=4.0
@@ -190,7 +194,7 @@ def small_mar(
     optimizer = AdamW(
         base_lr=recipe.base_lr, weight_decay=0.02, clip=3.0, schedule="cos", warmup=0.05
     )
-    steps = run_steps(recipe.steps * length.transformer, data, BATCH_SIZE, MOST_MAR_PASSES)
+    steps = run_steps(recipe.steps * length.transformer, data, recipe.batch_size, MOST_MAR_PASSES)
     return Experiment(
         task=MARTask(
             model=model,
@@ -208,7 +212,7 @@ def small_mar(
         ),
         data=data,
         run_dir=run_dir,
-        batch_size=BATCH_SIZE,
+        batch_size=recipe.batch_size,
         steps=steps,
         eval_every=interval(500, steps),
         eval_images=EVAL_IMAGES,

@@ -15,8 +15,8 @@ of docs/comparison.md:
     codes        tokens are codes of configs/small_tokenizer.py:…,single_scale, drawn from a softmax
 
 At 28 pixels, the transformer has 3 + 3 layers (over codes 4 + 4) of width 192 and about as many
-parameters as configs/small.py's. The rules are in configs/_small_mar.py. Two CPU cores: about 70
-minutes (1,500 steps at 47 images/s), 3.4 GB.
+parameters as configs/small.py's. The rules are in configs/_small_mar.py. Two CPU cores: about 35
+minutes (1,500 steps at 47 images/s), 2 GB.
 """
 
 import dataclasses

@@ -413,6 +413,15 @@ def test_lengths_follow_from_the_number_of_images_and_the_quality():
     assert steps(100, "quick") == steps(100, "good") == (500, 500)
 
 
+@pytest.mark.parametrize("quality", ["quick", "good"])
+def test_both_families_see_equally_many_small_images(quality):
+    data = Noise(28, 1, images=60_000)
+    vq, kl = small_tokenizer(data, "vq", quality), small_kl_tokenizer(data, "kl", quality)
+    var, mar = small_var(data, vq, "var", quality), small_mar(data, kl, "mar", "masked", quality)
+    assert var.steps * var.batch_size == mar.steps * mar.batch_size
+    assert vq.steps * vq.batch_size == kl.steps * kl.batch_size
+
+
 def test_every_side_that_is_allowed_has_scales(make_folder):
     where, allowed = make_folder("gray"), []
     for size in range(1, 70):
