@@ -181,6 +181,7 @@ def test_the_sweep_is_read_by_the_options_types():
         ("cfg=0,1.5", "sweep cfg=0,1.5: write guidance=1.0,2.5, for guidance is VAR's cfg"),
         ("heads=1,2", "options of this model are guidance"),
         ("top_k=a", "sweep top_k=a: give a int"),
+        ("guidance=1,2,1.0", "sweep guidance=1,2,1.0: a value is given twice"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_sweep([text], VAROptions())

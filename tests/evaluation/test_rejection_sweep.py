@@ -111,6 +111,7 @@ def test_an_interrupted_sweep_continues_to_the_same_reports(fails_at, model, mon
         (["--sweep", "accept=a"], "sweep accept=a: give a float"),
         (["--sweep", "accept="], "sweep accept=: give a float"),
         (["--sweep", "accept=0.5,0.5"], "sweep accept=0.5,0.5: a value is given twice"),
+        (["--sweep", "accept=1,1.0"], "sweep accept=1,1.0: a value is given twice"),
         (["--sweep", "accept=1", "accept=0.5"], "sweep accept=0.5: accept is swept twice"),
         (["--accept=1", "--sweep", "accept=0.5"], "accept=1.0 and a sweep of accept: give one"),
         ([], "accept=None, classifier=fake: give both"),

@@ -71,6 +71,7 @@ def test_seeds_are_read_apart_from_the_options():
     ("texts", "message"),
     [
         (["seed=1,1"], "sweep seed=1,1: a value is given twice"),
+        (["seed=1,01"], "sweep seed=1,01: a value is given twice"),
         (["seed=1", "seed=2"], "sweep seed=2: seed is swept twice"),
         (["seed=-1"], "seed=-1"),
         (["seed=1.5"], "sweep seed=1.5: give a int"),

@@ -10,7 +10,7 @@ from varjax.analysis.pyplot import load_pyplot
 from varjax.config.numbers import seed_number
 from varjax.errors import InputError, StorageError
 from varjax.metrics.report import mean_and_deviation
-from varjax.sampling.option_sweep import option_text, parse_sweep_value
+from varjax.sampling.option_sweep import option_text, parse_sweep_value, read_values
 from varjax.sampling.rejection import check_acceptance
 from varjax.storage import files
 
@@ -175,10 +175,8 @@ def _split(texts: Sequence[str], name: str, read: Callable[[str], T]) -> tuple[l
     found = [text for text in texts if text.partition("=")[0] == name]
     if len(found) > 1:
         raise InputError(f"sweep {found[1]}: {name} is swept twice")
-    values = [value for text in found for value in text.partition("=")[2].split(",")]
-    if len(set(values)) < len(values):
-        raise InputError(f"sweep {found[0]}: a value is given twice")
-    return [read(value) for value in values], [text for text in texts if text not in found]
+    values = read_values(found[0], read) if found else []
+    return values, [text for text in texts if text not in found]
 
 
 def _metric(point: SweepPoint, name: str) -> str:

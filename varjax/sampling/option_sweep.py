@@ -2,14 +2,17 @@
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import typing
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from varjax.config.renamed import renamed_message
 from varjax.errors import InputError
 from varjax.sampling.sampler import parse_option
+
+T = TypeVar("T")
 
 
 def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
@@ -25,7 +28,7 @@ def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
         The combinations, each as values by option name.
 
     Raises:
-        InputError: an unknown option, or a value that it cannot take.
+        InputError: an unknown option, or a value that it cannot take or that is given twice.
     """
     types = typing.get_type_hints(type(options))
     names = [field.name for field in dataclasses.fields(options)]
@@ -41,8 +44,21 @@ def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
             )
         if name in axes:
             raise InputError(f"sweep {text}: {name} is swept twice")
-        axes[name] = [parse_sweep_value(name, types[name], value) for value in values.split(",")]
+        axes[name] = read_values(text, functools.partial(parse_sweep_value, name, types[name]))
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def read_values(text: str, read: Callable[[str], T]) -> list[T]:
+    """Reads the values of NAME=VALUE,VALUE…; raises InputError if two of them are equal.
+
+    Args:
+        text: name and values.
+        read: function that reads one value.
+    """
+    values = [read(value) for value in text.partition("=")[2].split(",")]
+    if len(set(values)) < len(values):  # equal values, such as 1 and 1.0, share a report
+        raise InputError(f"sweep {text}: a value is given twice; give each value once")
+    return values
 
 
 def parse_sweep_value(name: str, hint: Any, text: str) -> Any:
