@@ -60,10 +60,10 @@ def var_run(tmp_path):
 
 @pytest.fixture
 def tokenizer_dir(tmp_path):
-    """A converted directory that holds a tokenizer alone."""
+    """A converted directory that holds a tokenizer alone, made of a named checkpoint."""
     params = golden.tokenizer_params("shared_aln")
     run = run_of(VQTask(TOKENIZER), tmp_path / "tokenizer_run", params)
-    convert_run(run, tmp_path / "tokenizer")
+    convert_run(f"{run}@1", tmp_path / "tokenizer")
     return tmp_path / "tokenizer"
 
 
@@ -93,6 +93,7 @@ def test_a_run_goes_to_pytorch_directly(var_run, tmp_path):
 
 
 def test_a_tokenizer_alone_serves_training_but_draws_nothing(tokenizer_dir, tmp_path):
+    assert [*open_weights(tokenizer_dir).config["sources"]] == ["tokenizer_run/config.json"]
     task = VARTask(VAR, TOKENIZER, str(tokenizer_dir))
     equal(task.frozen(), golden.tokenizer_params("shared_aln"))
     with pytest.raises(ValueError, match="has only tokenizer; convert it again with --var"):

@@ -37,7 +37,7 @@ def convert_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None
     directory with only the tokenizer.
 
     Args:
-        run: directory of the run.
+        run: directory of the run; RUN@STEP and RUN@best name a checkpoint.
         out: directory to write; see `convert`.
         ema: True writes the EMA weights, False the others; None writes the EMA weights if
             there are any.
@@ -45,14 +45,14 @@ def convert_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None
     Raises:
         InputError: `run` is not a training run, or `out` cannot be written.
     """
-    run, out = as_path(run), as_path(out)
-    weights = open_weights(run)
+    weights, out = open_weights(run), as_path(out)
+    path = weights.path
     if weights.task is None:
-        raise InputError(f"{run} is a converted directory already, not a training run")
+        raise InputError(f"{path} is a converted directory already, not a training run")
     models, sampling = _read_models(weights, ema)
     leaves = {part: (config, trees.paths(params)) for part, (config, params) in models.items()}
-    digest = hashlib.sha256((run / "config.json").read_bytes()).hexdigest()
-    write_converted(out, leaves, {f"{run.name}/config.json": digest}, sampling, _about(weights))
+    digest = hashlib.sha256((path / "config.json").read_bytes()).hexdigest()
+    write_converted(out, leaves, {f"{path.name}/config.json": digest}, sampling, _about(weights))
 
 
 def convert_to_torch(

@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         else:
             number = about["parse"] if about["parse"] in (int, float) else str
             add(f"--{name}", type=number, help=about["help"])
-    add("--run", help="training run to write as a directory of weights")
+    add("--run", help="training run (also RUN@STEP, RUN@best) to write as weights")
     add("--to_torch", action="store_true", help="write --weights as files for the official code")
     add(
         "--layout",
