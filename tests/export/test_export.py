@@ -166,6 +166,12 @@ def test_run_py_refuses_before_it_draws(flag, message, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_digits_are_labels_also_of_classes_that_are_named_by_numbers():
+    own = object.__new__(exported_model.ExportedModel)
+    own.about = {"class_names": ["1", "10", "2", "two"], "classes": 4}
+    np.testing.assert_array_equal(own._numbers(["2", "1", "two", 0]), [2, 1, 3, 0])
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_grid_has_its_images_in_rows(channels):
     images_NHWC = np.random.default_rng(0).random((6, 4, 5, channels), np.float32)

@@ -75,7 +75,9 @@ class ExportedModel:
 
     def _numbers(self, labels):
         names, classes = self.about["class_names"], self.about["classes"]
-        labels = [names.index(label) if label in names else label for label in labels]
+        # Digits are a label, never a name.
+        named = {x for x in names if not x.isdecimal()}
+        labels = [names.index(str(x)) if str(x) in named else x for x in labels]
         known = labels and all(str(x).isdecimal() and int(x) <= classes for x in labels)
         check(known, f"labels {labels}: allowed are 0 … {classes}, and the names in model.json")
         return np.array([int(label) for label in labels])
