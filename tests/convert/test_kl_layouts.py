@@ -212,6 +212,18 @@ def test_the_scale_is_told_by_flag_file_or_digest(tmp_path, capsys, monkeypatch)
         convert_file(folder / "model.safetensors", tmp_path / "out")
 
 
+def test_a_scale_alone_leaves_the_file_its_shift(tmp_path, capsys):
+    config, official = tiny()
+    save_file(golden.diffusers_names(official, 2), tmp_path / "model.safetensors")
+    about = {"_class_name": "AutoencoderKL", "scaling_factor": 0, "shift_factor": 0.25}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    found = convert_file(tmp_path / "model.safetensors", tmp_path / "out", latent_scale=0.5)
+    assert found[0] == dataclasses.replace(config, latent_shift=0.25) and found[2] == 2
+    assert "0.25 is subtracted from the latents, according to" in capsys.readouterr().err
+    flags = {"latent_scale": 0.5, "latent_shift": 0.0}
+    assert convert_file(tmp_path / "model.safetensors", tmp_path / "out", **flags)[0] == config
+
+
 def test_the_shift_goes_both_ways():
     config, params = KLConfig(latent_shift=0.5), {"latent_std": np.float32(2)}
     z_BhwZ = np.array([0.5, 4.5], np.float32)

@@ -188,7 +188,7 @@ def latent_units(
 ) -> dict[str, float]:
     """Finds `latent_scale` and `latent_shift` if the options omit them.
 
-    Prints their origin on stderr, unless the flag sets them or the file is MAR's KL-16.
+    Prints their origin on stderr, unless the flags set them or the file is MAR's KL-16.
 
     Args:
         source: file of the tokenizer.
@@ -198,19 +198,22 @@ def latent_units(
     Raises:
         InputError: neither the flag, nor the file, nor its digest determines the scale.
     """
-    if options.latent_scale is not None:
+    given = options.latent_scale
+    if given is not None and options.latent_shift is not None:
         return {}
     units, origin = None, ""
     if SCALE_FACTOR in source.held:
-        units = _scale_factor(source.held[SCALE_FACTOR]), 0.0
+        units = given or _scale_factor(source.held[SCALE_FACTOR]), 0.0
         origin = f"according to its {SCALE_FACTOR}"
-    elif is_diffusers(source.held) and (units := _units_from_config(location)):
+    elif is_diffusers(source.held) and (units := _units_from_config(location, given is not None)):
         origin = f"according to {location.parent / 'config.json'}"
     elif is_kl16(infer_kl(source.tensors, options)):
-        return {"latent_scale": KL16_SCALE}
+        return {"latent_scale": KL16_SCALE if given is None else given}
     else:
         (digest,) = sha256_of(source.files[:1]).values()
         units, origin = KNOWN_FILES.get(digest), "as published for this file"
+    if given is not None:
+        units = given, units[1] if units else 0.0
     if units is None:
         raise InputError(
             "this file does not hold the scale of its latents, and its SHA-256 is unknown; give "
@@ -220,11 +223,13 @@ def latent_units(
         )
     scale, shift = units
     shift = shift if options.latent_shift is None else options.latent_shift
-    shifted = f" after subtracting {shift:g}" if shift else ""
-    print(
-        f"note: {location}: latents are multiplied by {scale:g}{shifted}, {origin}",
-        file=sys.stderr,
-    )
+    if given is None:
+        shifted = f" after subtracting {shift:g}" if shift else ""
+        about = f"latents are multiplied by {scale:g}{shifted}"
+    else:
+        about = f"{shift:g} is subtracted from the latents"
+    if given is None or shift:
+        print(f"note: {location}: {about}, {origin}", file=sys.stderr)
     return {"latent_scale": scale, "latent_shift": shift}
 
 
@@ -234,14 +239,18 @@ def _scale_factor(tensor: np.ndarray) -> float:
     return _checked(SCALE_FACTOR, float(np.asarray(tensor).reshape(())))
 
 
-def _units_from_config(location: pathlib.Path) -> tuple[float, float] | None:
-    """Reads (scale, shift) from diffusers' config.json next to the weights; None without one."""
+def _units_from_config(location: pathlib.Path, scaled: bool) -> tuple[float, float] | None:
+    """Reads (scale, shift) from diffusers' config.json next to the weights; None without one.
+
+    scaled: whether a flag replaces the file's scale, which is then ignored.
+    """
     path = location.parent / "config.json"
     config: Any = files.read_json(path) if files.exists(path) else None
     if not isinstance(config, dict) or not str(config.get("_class_name")).startswith("Autoencoder"):
         return None
     # Older files omit the scale; diffusers' default is that of Stable Diffusion.
-    scale, shift = config.get("scaling_factor", SD[0]), config.get("shift_factor") or 0.0
+    scale = SD[0] if scaled else config.get("scaling_factor", SD[0])
+    shift = config.get("shift_factor") or 0.0
     for name, value in (("scaling_factor", scale), ("shift_factor", shift)):
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise InputError(f"{path}: {name}={value!r}; expected a finite number")
