@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from tests.helpers import runs
+from tests.helpers.fake_sampler import FakeSampler
 from varjax.cli import sample
-from varjax.demo.__main__ import open_demo, open_demo_model
-from varjax.demo.drawing import checked_drawing, draw_steps
+from varjax.demo.__main__ import check_same_images, open_demo, open_demo_model
+from varjax.demo.drawing import DemoModel, checked_drawing, draw_steps
 from varjax.demo.picture_grid import Film, ImageTexts, image_url, picture_grid
 from varjax.errors import InputError
 from varjax.storage import image_io
@@ -93,6 +94,20 @@ def test_only_changed_options_are_named(model):
 def test_what_cannot_be_drawn_is_refused(model, labels, count, seed, options, message):
     with pytest.raises(InputError, match=message):
         checked_drawing(model, labels, count, seed, options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": 1000}, "also=b: its number of classes is 1000, and that of a is 10"),
+        ({"image_shape": (4, 4, 1)}, r"also=b: its shape of images is \(4, 4, 1\), and that of a"),
+    ],
+)
+def test_models_of_other_classes_or_images_do_not_share_a_page(changes, message):
+    models = [DemoModel("a", FakeSampler()), DemoModel("b", FakeSampler(**changes))]
+    check_same_images([models[0], models[0]])
+    with pytest.raises(InputError, match=message):
+        check_same_images(models)
 
 
 def test_a_missing_gradio_is_named_with_its_extra(monkeypatch):

@@ -14,11 +14,12 @@ import os
 import pathlib
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import get_args
 
 from varjax.config.numbers import whole_number
 from varjax.demo.drawing import DemoModel
-from varjax.errors import needs_extra
+from varjax.errors import InputError, needs_extra
 from varjax.models import Dtype, family_of, load, open_model
 from varjax.runtime.commands import command_parser, run_command
 from varjax.tokenizers.losses.lpips import check_lpips_images, load_lpips
@@ -43,6 +44,7 @@ def open_demo(arguments: list[str]) -> None:
         lpips = load_lpips(flags.lpips) if flags.lpips else None
         locations = [flags.weights, *([] if flags.also is None else [flags.also])]
         models = [open_demo_model(location, flags.dtype, lpips) for location in locations]
+        check_same_images(models)
         from varjax.demo.server import serve_page
 
         serve_page(models, flags.host, flags.port, flags.share == "true", pathlib.Path(folder))
@@ -67,6 +69,22 @@ def open_demo_model(location: str, dtype: Dtype = "auto", lpips: PyTree | None =
     if lpips is not None:
         check_lpips_images(sampler.image_shape)
     return DemoModel(location, sampler, flags, argument, family.keeps_scales, lpips)
+
+
+def check_same_images(models: Sequence[DemoModel]) -> None:
+    """Raises InputError if models of a page have other classes or images than the first one.
+
+    The tabs share the choice of classes and the picture to edit between all models.
+    """
+    first = models[0]
+    for model in models[1:]:
+        for name, about in (("classes", "number of classes"), ("image_shape", "shape of images")):
+            own, expected = (getattr(x.sampler, name) for x in (model, first))
+            if own != expected:
+                raise InputError(
+                    f"also={model.location}: its {about} is {own}, and that of {first.location} is "
+                    f"{expected}; give a model with the same one, or open a page for each"
+                )
 
 
 def _parser() -> argparse.ArgumentParser:

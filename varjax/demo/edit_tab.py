@@ -37,8 +37,9 @@ def add_edit_tab(models: Sequence[DemoModel], drawn_film: Any, compiled: set[Any
         compiled: programs that were compiled so far, which grow with each edit.
     """
     shape = models[0].sampler.image_shape
-    most_scales = max(models[0].sampler.steps(models[0].sampler.options()) - 1, 1)
-    modes = [*MASKED, *(SCALED if any(model.keeps_scales for model in models) else ())]
+    scaled = [model.sampler for model in models if model.keeps_scales]
+    most_scales = max([sampler.steps(sampler.options()) - 1 for sampler in scaled] + [1])
+    modes = [*MASKED, *(SCALED if scaled else ())]
     with gr.Row():
         with gr.Column(min_width=300):
             source = add_picture_source("edit")
