@@ -1,11 +1,16 @@
-"""config.json of strangers: one message that names it, whatever it holds."""
+"""Weights of runs as they were chosen, and config.json of strangers: one message that names it."""
 
+import json
+
+import jax.numpy as jnp
 import pytest
 
 import varjax
-from varjax.checkpoints.weights import open_weights
+from varjax.checkpoints.weights import open_weights, restore_weights
 from varjax.errors import InputError
 from varjax.models import read_model
+from varjax.training.checkpoint import Checkpoints
+from varjax.training.task import TrainState
 
 CONFIGS = [
     "5",
@@ -47,3 +52,17 @@ def test_a_config_of_anything_is_refused_by_all_that_read_models(tmp_path, confi
             read(run)
         except InputError as error:
             assert str(run) in str(error)
+
+
+@pytest.mark.parametrize(("metric", "expected"), [("eval/loss", 0), ("eval_ema/loss", 1)])
+@pytest.mark.parametrize("folders", [["best"], ["best", "checkpoints"]])
+def test_the_best_step_is_the_same_by_its_number(tmp_path, metric, expected, folders):
+    weights = {"params": {"w": jnp.zeros(1)}, "ema": {"w": jnp.ones(1)}}
+    for folder in folders:
+        with Checkpoints(tmp_path / folder) as checkpoints:
+            state = TrainState(jnp.int32(1), **weights, opt_state=None)
+            checkpoints.save(1, state, {"keep_best": metric})
+    (tmp_path / "config.json").write_text(json.dumps({"task": {}, "keep_best": metric}))
+    for step in (None, 1, "best"):
+        assert restore_weights(tmp_path, step=step)["w"] == expected, step
+    assert restore_weights(tmp_path, ema=True, step=1)["w"] == 1

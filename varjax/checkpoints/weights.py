@@ -218,7 +218,7 @@ def restore_weights(
     Args:
         run_dir: directory of the run.
         ema: True reads the EMA parameters, False the others. None reads the EMA if there
-            is one, unless the best step was chosen by a metric of the parameters themselves
+            is one, unless this is a best step, chosen by a metric of the parameters themselves
             ("eval/...").
         config: contents of the run's config.json; None reads it.
         step: number of the checkpoint to read, or "best" for the best one alone.
@@ -235,12 +235,11 @@ def restore_weights(
         chosen_by = best.meta(step).get("keep_best", "")
         if chosen_by != (config or files.read_json(run_dir / "config.json")).get("keep_best"):
             return None
-        of_params = ema is None and chosen_by.rpartition(":")[2].startswith("eval/")
-        return best.params(step, False if of_params else ema)
+        return _chosen_params(best, step, ema)
 
     if isinstance(step, int):
         saved, step = find_checkpoint(run_dir, step)
-        return saved.params(step, ema)
+        return _chosen_params(saved, step, ema)
     if (params := best.newest(read_best)) is None:
         if step == BEST:
             raise _no_best(run_dir)
@@ -251,7 +250,7 @@ def restore_weights(
 
 
 def find_checkpoint(run_dir: pathlib.Path, step: int | str) -> tuple[SavedSteps, int]:
-    """Finds where a run keeps a checkpoint, and its step number.
+    """Finds where a run keeps a checkpoint, in best/ if it is there, and its step number.
 
     Args:
         run_dir: directory of the run.
@@ -265,7 +264,7 @@ def find_checkpoint(run_dir: pathlib.Path, step: int | str) -> tuple[SavedSteps,
         if not (numbers := best.steps()):
             raise _no_best(run_dir)
         return best, numbers[-1]
-    steps = {number: saved for saved in (best, last) for number in saved.steps()}
+    steps = {number: saved for saved in (last, best) for number in saved.steps()}
     if step not in steps:
         raise InputError(f"{run_dir}@{step}: the run has checkpoints of steps {sorted(steps)}")
     return steps[int(step)], int(step)
@@ -274,6 +273,15 @@ def find_checkpoint(run_dir: pathlib.Path, step: int | str) -> tuple[SavedSteps,
 def _no_best(run_dir: pathlib.Path) -> InputError:
     return InputError(
         f"{run_dir}@{BEST}: the run has kept no best checkpoint; its setting keep_best names the "
+def _chosen_params(saved: SavedSteps, step: int, ema: bool | None) -> PyTree:
+    """Reads a step's EMA weights, or the others if None is given and they were the best."""
+    if ema is None and saved.directory.name == BEST:
+        # Written as "eval/loss" or "min:eval/loss"; the EMA weights' metrics are "eval_ema/…".
+        chosen_by = saved.meta(step).get("keep_best", "")
+        ema = False if chosen_by.rpartition(":")[2].startswith("eval/") else None
+    return saved.params(step, ema)
+
+
         "metric to choose by"
     )
 
