@@ -24,7 +24,7 @@ from varjax.errors import InputError
 from varjax.export import exported_model, folder, run
 from varjax.export.__main__ import main
 from varjax.export.folder import export_model, option_facts
-from varjax.export.sampler import load_exported
+from varjax.export.sampler import ExportedSampler, load_exported
 from varjax.mar import masking
 from varjax.mar.sample import MAROptions
 from varjax.storage.image_files import to_uint8
@@ -172,6 +172,18 @@ def test_digits_are_labels_also_of_classes_that_are_named_by_numbers():
     np.testing.assert_array_equal(own._numbers(["2", "1", "two", 0]), [2, 1, 3, 0])
 
 
+def test_exports_that_draw_other_images_have_other_identities():
+    facts = {"classes": 10, "class_names": [], "synsets": [], "weights_digest": "a"}
+    facts |= {"image_shape": (8, 8, 1), "edit_shape": (4, 4), "options": {"seed": {"value": 0}}}
+    facts |= {"fixed_options": {}, "varjax": "1", "jax": "1"}
+    found = []
+    for dtype, draft_scales in (("float32", 2), ("bfloat16", 2), ("float32", 1)):
+        identity = {"compute": {"dtype": dtype}, "weights": "a", "draft_scales": draft_scales}
+        about = facts | {"identity": {"cpu": identity}}
+        found.append(ExportedSampler(types.SimpleNamespace(about=about, platform="cpu")).identity())
+    assert found[0] != found[1] and found[0] != found[2]
+
+
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_grid_has_its_images_in_rows(channels):
     images_NHWC = np.random.default_rng(0).random((6, 4, 5, channels), np.float32)
@@ -198,6 +210,7 @@ def test_model_json_describes_the_model(exported):
     assert about["image_shape"] == [8, 8, 1] and about["classes"] == 10
     assert about["class_names"] == [str(i) for i in range(10)]
     assert about["jax"] == jax.__version__ and about["weights_digest"]
+    assert about["identity"] == {"cpu": model("var").identity()}
     assert about["options"].keys() == {"seed", "guidance", "top_k", "top_p", "temperature"}
     assert about["options"]["top_k"]["value"] == 7 and about["options"]["top_k"]["whole"]
     assert about["fixed_options"]["smooth"] is False

@@ -80,7 +80,7 @@ def export_model(
     check_weights_dir(out)
     contents = {f"flatbuffers/{name}": path.read_bytes() for name, path in reader_files().items()}
     contents |= {name: (pathlib.Path(__file__).parent / name).read_bytes() for name in SCRIPTS}
-    directory, programs, memory = open_model(location), [], {}
+    directory, programs, memory, identity = open_model(location), [], {}, {}
     dtypes: dict[str, set[Any]] = collections.defaultdict(set)  # by path
     read: dict[str, tuple[set[str], set[str]]] = {}
     for platform in platforms:
@@ -94,6 +94,7 @@ def export_model(
             (weights, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
             for path, kind in weights.items():
                 dtypes[path].add(kind.dtype)
+        identity[platform] = model.identity()
         one_image, two_images = (model.sampling_bytes(images, chosen) for images in (1, 2))
         per_image = two_images - one_image
         memory[platform] = {"weights": one_image - per_image, "image": per_image}
@@ -110,6 +111,7 @@ def export_model(
         **option_facts(chosen, set().union(*(numbers for _, numbers in read.values()))),
         "programs": programs,
         "memory_bytes": memory,
+        "identity": identity,
         **version_facts(exported.calling_convention_version),
     }
     with new_directory(out, {WEIGHTS_FILE: tensors}) as folder:

@@ -102,7 +102,9 @@ class ExportedSampler:
     def identity(self) -> dict[str, Any]:
         """Returns what images depend on in addition to labels, seed and options."""
         names = "weights_digest", "fixed_options", "varjax", "jax"
-        return {"exported": {name: self.about[name] for name in names}}
+        # Folders of older versions lack "identity".
+        model = self.about.get("identity", {}).get(self._model.platform)
+        return {"exported": {name: self.about[name] for name in names} | {"identity": model}}
 
     def sampling_bytes(self, batch_size: int, options: Any) -> int:
         """Returns the estimate that was made at the export."""
