@@ -1,5 +1,6 @@
 """A drawing is what the command line and Python draw, and refuses what it cannot draw."""
 
+import argparse
 import io
 import os
 import shlex
@@ -14,10 +15,12 @@ from tests.helpers import runs
 from tests.helpers.fake_sampler import FakeSampler
 from varjax.cli import sample
 from varjax.demo.__main__ import check_same_images, open_demo, open_demo_model
-from varjax.demo.drawing import DemoModel, checked_drawing, draw_steps
+from varjax.demo.drawing import DemoModel, Drawing, checked_drawing, draw_steps
 from varjax.demo.picture_grid import Film, ImageTexts, image_url, picture_grid
 from varjax.errors import InputError
+from varjax.sampling.sampler import add_option_flags, given_options, replace_options
 from varjax.storage import image_io
+from varjax.var.sample import VAROptions
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,20 @@ def test_only_changed_options_are_named(model):
     assert drawing.changes == {"temperature": 0.5}
     assert "--temperature=0.5" in drawing.command() and "guidance" not in drawing.command()
     assert "--labels=none" in drawing.command()
+
+
+@pytest.mark.parametrize("smooth", [True, False])
+def test_the_command_line_takes_an_option_that_is_turned_on_or_off(smooth):
+    class Sampler(FakeSampler):
+        def options(self, **given):
+            return replace_options(VAROptions(smooth=not smooth), given)
+
+    options = Sampler().options(smooth=smooth)
+    drawing = Drawing(DemoModel("runs/x", Sampler()), (3,), count=1, seed=5, options=options)
+    parser = argparse.ArgumentParser()
+    add_option_flags(parser, [VAROptions])
+    flags, _ = parser.parse_known_args(shlex.split(drawing.command()))
+    assert given_options(flags, [VAROptions]) == {"smooth": smooth}
 
 
 @pytest.mark.parametrize(

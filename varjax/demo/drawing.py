@@ -128,8 +128,11 @@ class Drawing:
     def _arguments(self) -> list[str]:
         none = self.model.sampler.classes
         labels = ",".join("none" if label == none else str(label) for label in self.labels)
+        switches = {True: "--{}", False: "--no-{}"}
         options = [
-            f"--{name}" if value is True else f"--{name}={flag_text(value)}"
+            switches[value].format(name)
+            if isinstance(value, bool)
+            else f"--{name}={flag_text(value)}"
             for name, value in self.changes.items()
         ]
         return [

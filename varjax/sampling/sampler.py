@@ -236,7 +236,8 @@ def add_option_flags(parser: argparse._ActionsContainer, kinds: Iterable[type]) 
     for name, hint in types.items():
         about = "; ".join(helps[name])
         if hint is bool:
-            parser.add_argument(f"--{name}", action="store_true", default=None, help=about)
+            switch = argparse.BooleanOptionalAction
+            parser.add_argument(f"--{name}", action=switch, help=about)
         elif typing.get_origin(hint) is typing.Literal:
             parser.add_argument(f"--{name}", choices=typing.get_args(hint), help=about)
         else:
