@@ -222,10 +222,7 @@ def _read_sources(files: Mapping[str, pathlib.Path], ema: bool | None) -> dict[s
             if key := averaged_key(checkpoint):
                 averaged = True
                 if ema is None:
-                    print(
-                        f"note: {path}: using the EMA weights ({key}); --no-ema uses the others",
-                        file=sys.stderr,
-                    )
+                    print(f"note: {path}: using the EMA weights ({key})", file=sys.stderr)
             with errors_naming(path):
                 state_dicts = find_state_dicts(checkpoint, ema)
                 if not state_dicts.keys() & {"", flag}:
