@@ -208,6 +208,9 @@ def test_the_sweep_is_read_by_the_options_types():
 def test_wrong_command_lines(tmp_path, capsys, arguments, message):
     for name, shape in (("one", (1, 8, 8, 3)), ("two", (2, 8, 8, 3)), ("large", (2, 9, 9, 3))):
         np.savez(f"{name}.npz", arr_0=np.zeros(shape, np.uint8))
+        (["a.npz", "--ema=true", "--dtype=float32"], "--ema, --dtype: needs --weights"),
+        (["a.npz", "--count=9", "--seed=1"], "--count, --seed: needs --weights"),
+        (["a.npz", "--batch_size=2"], "--batch_size: needs --weights"),
     (tmp_path / "other.json").write_text("{}")
     assert run(*PIXELS, *arguments) == 1
     error = capsys.readouterr().err

@@ -68,6 +68,12 @@ from varjax.sampling.sampler import given_options
 from varjax.storage.buckets import as_path
 from varjax.storage.folders import check_writable
 
+# Flags that say how samples are drawn, besides the options of the model.
+DRAWING = (
+    *("ema", "guide", "refiner", "draft_scales", "count", "seed", "batch_size", "dtype"),
+    *("sweep", "accept", "classifier"),
+)
+
 
 def evaluate(arguments: list[str]) -> None:
     """Reads the command line, measures, writes and prints.
@@ -84,11 +90,7 @@ def evaluate(arguments: list[str]) -> None:
         raise InputError(f"out={flags.out}: give a name that ends in .json")
     check_writable(out.parent)
     given = given_options(flags, option_classes())
-    names = [
-        name
-        for name in ("sweep", "guide", "refiner", "draft_scales", "accept", "classifier")
-        if getattr(flags, name) not in (None, [])
-    ]
+    names = [name for name in DRAWING if getattr(flags, name) != parser.get_default(name)]
     if flags.weights is None and (names or given):
         wrong = [f"--{name}" for name in (*names, *given)]
         raise InputError(f"{', '.join(wrong)}: needs --weights, which draws the samples")
