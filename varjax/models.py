@@ -19,6 +19,7 @@ from varjax.checkpoints.class_names import read_class_names
 from varjax.checkpoints.weights import (
     WeightsDir,
     find_weights,
+    no_checkpoints,
     open_weights,
     read_generator,
     split_step,
@@ -151,10 +152,14 @@ def open_model(location: str | os.PathLike) -> WeightsDir:
     Raises:
         InputError: there is no model, or it could not be downloaded; says what to do by hand.
     """
-    path = find_weights(split_step(location)[0])
+    run, step = split_step(location)
+    path = find_weights(run)
     if not files.exists(path):
-        from varjax.convert.pretrained import resolve_weights  # few need the converter
+        from varjax.convert.name_maps import RELEASES  # few need the converter
+        from varjax.convert.pretrained import resolve_weights
 
+        if step is not None and str(run) in RELEASES:  # refused before the download
+            raise no_checkpoints(path, step)
         return open_weights(resolve_weights(path))
     return open_weights(location)
 

@@ -27,7 +27,7 @@ from varjax.convert.pth.write import write_pth
 from varjax.data.sources import Digits
 from varjax.errors import InputError
 from varjax.evaluation.published import released_sizes
-from varjax.models import read_model, read_tokenizer
+from varjax.models import open_model, read_model, read_tokenizer
 from varjax.storage import files
 from varjax.storage.safetensors_io import read_safetensors
 from varjax.training.experiment import Experiment
@@ -218,6 +218,12 @@ def test_without_network_or_library_the_files_and_the_command_are_named(hub, tmp
     text = str(error.value)
     assert "pip install huggingface_hub" in text and text.endswith(command)
     assert 'pip install ".[hub]"' in text
+
+
+def test_a_checkpoint_of_a_published_model_is_refused_before_the_download(hub):
+    with pytest.raises(InputError, match="tiny@500: only a training run has checkpoints; leave @5"):
+        open_model("tiny@500")
+    assert not hub.asked
 
 
 def test_names_and_paths_that_are_not_there(hub):

@@ -189,9 +189,7 @@ def open_weights(location: str | os.PathLike) -> WeightsDir:
     if not config.keys() & {"task", "sources"}:
         raise InputError(f"{path} belongs neither to a training run nor to a converted directory")
     if step is not None and "task" not in config:
-        raise InputError(
-            f"{directory}@{step}: only a training run has checkpoints; leave @{step} out"
-        )
+        raise no_checkpoints(directory, step)
     if "task" in config:
         task = config["task"]
         if not isinstance(task, dict) or not isinstance(task.get("_type"), str):
@@ -203,6 +201,11 @@ def open_weights(location: str | os.PathLike) -> WeightsDir:
         if not isinstance(parts[name], dict):
             raise InputError(f"{name} in {path} is {shown(parts[name])}, not a group of settings")
     return WeightsDir(directory, config, step)
+
+
+def no_checkpoints(path: pathlib.Path, step: int | str) -> InputError:
+    """Returns the error to raise for a checkpoint of weights that are no run."""
+    return InputError(f"{path}@{step}: only a training run has checkpoints; leave @{step} out")
 
 
 def restore_weights(
@@ -270,9 +273,6 @@ def find_checkpoint(run_dir: pathlib.Path, step: int | str) -> tuple[SavedSteps,
     return steps[int(step)], int(step)
 
 
-def _no_best(run_dir: pathlib.Path) -> InputError:
-    return InputError(
-        f"{run_dir}@{BEST}: the run has kept no best checkpoint; its setting keep_best names the "
 def _chosen_params(saved: SavedSteps, step: int, ema: bool | None) -> PyTree:
     """Reads a step's EMA weights, or the others if None is given and they were the best."""
     if ema is None and saved.directory.name == BEST:
@@ -282,6 +282,9 @@ def _chosen_params(saved: SavedSteps, step: int, ema: bool | None) -> PyTree:
     return saved.params(step, ema)
 
 
+def _no_best(run_dir: pathlib.Path) -> InputError:
+    return InputError(
+        f"{run_dir}@{BEST}: the run has kept no best checkpoint; its setting keep_best names the "
         "metric to choose by"
     )
 
