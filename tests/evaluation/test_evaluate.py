@@ -20,6 +20,7 @@ from varjax.data.sources import Digits
 from varjax.evaluation import __main__ as command
 from varjax.evaluation import evaluate
 from varjax.evaluation.references import is_dataset
+from varjax.evaluation.sweep import point_path
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions
 from varjax.metrics import image_sets, report
@@ -189,6 +190,15 @@ def test_the_sweep_is_read_by_the_options_types():
         parse_sweep(["guidance=1", "guidance=2"], VAROptions())
 
 
+def test_a_long_list_of_a_sweep_has_a_report_with_a_short_name(tmp_path):
+    paths = []
+    for last in (1.0, 2.0):
+        path = point_path(tmp_path / "sweep.json", {"guidance": (1.0,) * 256 + (last,)})
+        path.write_text("{}")
+        paths.append(path.name)
+    assert paths[0] != paths[1] and paths[0].startswith("sweep.guidance=1:1:1:")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -198,6 +208,9 @@ def test_the_sweep_is_read_by_the_options_types():
         (["a.npz", "--guidance=2"], "--guidance: needs --weights"),
         (["a.npz", "--draft_scales=0"], "--draft_scales: needs --weights"),
         (["a.npz", "--sweep", "guidance=1"], "--sweep: needs --weights"),
+        (["a.npz", "--ema=true", "--dtype=float32"], "--ema, --dtype: needs --weights"),
+        (["a.npz", "--count=9", "--seed=1"], "--count, --seed: needs --weights"),
+        (["a.npz", "--batch_size=2"], "--batch_size: needs --weights"),
         (["absent.npz"], "absent.npz does not exist"),
         (["one.npz"], "one.npz has 1 images; two or more"),
         (["large.npz"], "digits are 8 by 8 pixels"),
@@ -208,9 +221,6 @@ def test_the_sweep_is_read_by_the_options_types():
 def test_wrong_command_lines(tmp_path, capsys, arguments, message):
     for name, shape in (("one", (1, 8, 8, 3)), ("two", (2, 8, 8, 3)), ("large", (2, 9, 9, 3))):
         np.savez(f"{name}.npz", arr_0=np.zeros(shape, np.uint8))
-        (["a.npz", "--ema=true", "--dtype=float32"], "--ema, --dtype: needs --weights"),
-        (["a.npz", "--count=9", "--seed=1"], "--count, --seed: needs --weights"),
-        (["a.npz", "--batch_size=2"], "--batch_size: needs --weights"),
     (tmp_path / "other.json").write_text("{}")
     assert run(*PIXELS, *arguments) == 1
     error = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Evaluates one model with several sampling options: a table, and FID against Inception Score."""
 
 import dataclasses
+import hashlib
 import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from varjax.sampling.rejection import check_acceptance
 from varjax.storage import files
 
 PRINTED = ("fid", "inception_score", "label_accuracy", "precision", "recall")
+LONGEST_NAME = 150  # characters of a point in a file's name, of which most disks take 255 bytes
 T = TypeVar("T")
 
 
@@ -64,8 +66,14 @@ def split_sweep(texts: Sequence[str]) -> tuple[list[float], list[int], list[str]
 
 
 def point_path(out: pathlib.Path, options: Mapping[str, Any]) -> pathlib.Path:
-    """Returns the path of the report of a point: "report.json" -> "report.guidance=1.5.json"."""
+    """Returns the path of the report of a point: "report.json" -> "report.guidance=1.5.json".
+
+    A long name, of lists with a value for each step, ends in its hash instead.
+    """
     name = ",".join(f"{key}={option_text(value)}" for key, value in options.items())
+    if len(name) > LONGEST_NAME:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        name = f"{name[: LONGEST_NAME - len(digest) - 1]}-{digest}"
     return out.with_name(f"{out.stem}.{name}{out.suffix}")
 
 
