@@ -21,6 +21,7 @@ from tests.helpers import runs
 from tests.helpers.imports import imported_modules
 from varjax.cli.info import facts_table, read_facts
 from varjax.errors import InputError
+from varjax.export import __main__ as command
 from varjax.export import exported_model, folder, run
 from varjax.export.__main__ import main
 from varjax.export.folder import export_model, option_facts
@@ -182,6 +183,21 @@ def test_exports_that_draw_other_images_have_other_identities():
         about = facts | {"identity": {"cpu": identity}}
         found.append(ExportedSampler(types.SimpleNamespace(about=about, platform="cpu")).identity())
     assert found[0] != found[1] and found[0] != found[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "draws"),
+    [
+        ([], True),
+        (["--what=encode,decode"], False),
+        (["--platforms=cuda,tpu"], False),
+        (["--what=sample", "--platforms=cpu"], True),
+    ],
+)
+def test_the_command_to_draw_is_named_if_it_draws_here(flags, draws, monkeypatch, capsys):
+    monkeypatch.setattr(command, "export_model", lambda *_, **__: None)
+    assert main(["--weights=runs/x", "--out=out", *flags]) == 0
+    assert capsys.readouterr().out.startswith("out is written; draw: python out/run.py") == draws
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -10,8 +10,11 @@ varjax sample draws. To write weights that varjax reads, use varjax convert --ru
 import argparse
 import sys
 
+import jax
+
 from varjax.cli.sample import add_model_flags, companions
 from varjax.errors import InputError
+from varjax.export.exported_model import PROGRAM_PLATFORMS
 from varjax.export.folder import PLATFORMS, export_model
 from varjax.export.programs import KINDS
 from varjax.models import option_classes
@@ -29,17 +32,20 @@ def _run(flags: argparse.Namespace) -> None:
     sizes = () if flags.batch_size == "any" else flags.batch_size.split(",")
     if bad := [size for size in sizes if not size.isdecimal()]:
         raise InputError(f"batch_size={','.join(bad)}: give numbers such as 1,8, or any")
+    what, platforms = flags.what.split(","), flags.platforms.split(",")
     export_model(
         flags.weights,
         flags.out,
-        what=flags.what.split(","),
+        what=what,
         batch_sizes=[int(size) for size in sizes],
-        platforms=flags.platforms.split(","),
+        platforms=platforms,
         dtype=flags.dtype,
         options=given_options(flags, option_classes()),
         **companions(flags),
     )
-    print(f"{flags.out} is written; draw: python {flags.out}/run.py --labels=0")
+    here = PROGRAM_PLATFORMS.get(jax.default_backend(), jax.default_backend())
+    draws = "sample" in what and here in platforms
+    print(f"{flags.out} is written" + f"; draw: python {flags.out}/run.py --labels=0" * draws)
 
 
 def _parser() -> argparse.ArgumentParser:
