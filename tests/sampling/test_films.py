@@ -6,6 +6,7 @@ from PIL import Image
 
 from varjax.errors import InputError
 from varjax.sampling import films
+from varjax.sampling.grid_output import MemoryOutput
 from varjax.sampling.outputs import check_out, check_out_holds, open_output
 from varjax.storage import image_io
 
@@ -72,5 +73,7 @@ def test_an_output_that_holds_no_steps_is_refused():
 
 
 def test_a_film_is_drawn_by_one_process():
+    with pytest.raises(InputError, match="a sweep is drawn by one process; start"):
+        MemoryOutput().begin(False)
     with pytest.raises(InputError, match="animations and strips need a single process"):
         open_output("x.gif", np.zeros(1, int), 1, 0, {}, every_step=True).begin(write=False)

@@ -78,12 +78,15 @@ def named_once(names: Sequence[str]) -> list[str]:
 class MemoryOutput:
     """Collects all images in memory; a kill loses them."""
 
+    # Says what to do instead where several processes sample.
+    one_process = "a sweep is drawn by one process; start the command as a single one"
+
     def __init__(self) -> None:
         self._images: dict[int, np.ndarray] = {}
 
     def begin(self, write: bool) -> None:
         if not write:
-            raise InputError("a grid is drawn by one process; give FILE.npz or a folder")
+            raise InputError(self.one_process)
 
     def has(self, part: range) -> bool:
         return part.start in self._images
@@ -104,6 +107,8 @@ class GridOutput(MemoryOutput):
 
     One image alone has no words on it.
     """
+
+    one_process = "a grid is drawn by one process; give FILE.npz or a folder"
 
     def __init__(self, path: pathlib.Path, columns: int | None, words: PictureWords = NO_WORDS):
         super().__init__()
@@ -127,9 +132,7 @@ class FilmOutput(GridOutput):
     a row per image and a column per step. Parts are (N, S, H, W, channels): N images, S steps.
     """
 
-    def begin(self, write: bool) -> None:
-        if not write:
-            raise InputError("animations and strips need a single process")
+    one_process = "animations and strips need a single process"
 
     def finish(self) -> str:
         images_NSHWC, words = self.images(), self._words
