@@ -96,6 +96,8 @@ def test_other_things_are_refused_or_said_to_be_unknown(tmp_path, capsys):
     Image.new("L", (4, 4)).save("photo.png")
     np.savez("x.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     (tmp_path / "empty").mkdir()
+    (tmp_path / "prepared").mkdir()
+    files.write_json(tmp_path / "prepared/request.json", {"quality": 95, "shards": 2})
     (tmp_path / "text").write_text(json.dumps({}))
     assert "unknown: it carries no text" in said(capsys, "photo.png")
     assert "unknown: it was not written by varjax sample" in said(capsys, "x.npz")
@@ -103,6 +105,7 @@ def test_other_things_are_refused_or_said_to_be_unknown(tmp_path, capsys):
         ("none", "does not exist"),
         ("var_d16", "is a published model that this machine does not have; varjax models var_d16"),
         ("empty", "folder without"),
+        ("prepared", "without a request.json of samples"),
         ("text", "is not an image"),
     ):
         assert info.main([name]) == 1

@@ -82,12 +82,13 @@ def read_facts(location: str) -> dict[str, Any]:
         about = files.read_json(path / EXPORTED)
         facts = {"kind": "exported model, which runs without varjax"}
         return facts | {name: about.get(name) for name in EXPORTED_FACTS}
-    if files.exists(path / REQUEST):
+    request = files.read_json(path / REQUEST) if files.exists(path / REQUEST) else {}
+    if "labels" in request:  # other commands write a file of this name, too
         images = len(list(path.glob("*.png")))
-        return {"kind": f"folder of {images:,} samples"} | files.read_json(path / REQUEST)
+        return {"kind": f"folder of {images:,} samples"} | request
     raise InputError(
-        f"{location} is a folder without config.json or {REQUEST}: neither a run, nor a converted "
-        "directory, nor samples of varjax"
+        f"{location} is a folder without config.json, and without a {REQUEST} of samples: neither "
+        "a run, nor a converted directory, nor samples of varjax"
     )
 
 
