@@ -106,7 +106,7 @@ def test_a_tokenizer_alone_serves_training_but_draws_nothing(tokenizer_dir, tmp_
     assert names == ["tokenizer.pth", "tokenizer.safetensors", "tokenizer.varjax.json"]
     with pytest.raises(ValueError, match="VQTask, not of a transformer"):
         varjax.load(tmp_path / "tokenizer_run")
-    with pytest.raises(ValueError, match="has no EMA weights"):
+    with pytest.raises(ValueError, match="has no EMA weights; leave ema out, or set it to false"):
         read_tokenizer(tmp_path / "tokenizer_run", ema=True)
 
 

@@ -198,7 +198,10 @@ class SavedSteps:
         saved, record = self._saved_arrays(step), self._record(step)
         averaged = saved.get("ema") is not None
         if ema and not averaged:
-            raise InputError(f"step {step} in {self.directory} has no EMA weights; use params")
+            raise InputError(
+                f"ema=True: step {step} in {self.directory} has no EMA weights; leave ema out, or "
+                "set it to false"
+            )
         name = "ema" if averaged and ema is not False else "params"
         self._check_description(step, name, saved[name].tree, record["arrays"])
         self._repeated(step, lambda: self._check_claims(step, name, saved[name].tree))
