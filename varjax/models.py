@@ -364,8 +364,8 @@ def load_tokenizer(location: str | pathlib.Path, ema: bool | None = None) -> "Lo
     Args:
         location: run of a tokenizer, run that uses one, converted directory, or name of a published
             model: "vae_ch160v4096z32", "var_d16".
-        ema: True reads the EMA weights of a tokenizer's run, False the others; None reads the
-            EMA weights if there are any.
+        ema: True reads the EMA weights of a tokenizer's run, False the others; None chooses as
+            `load` does.
 
     Raises:
         InputError: says what `location` lacks.

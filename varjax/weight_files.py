@@ -39,8 +39,7 @@ def convert_run(run: str | os.PathLike, out: str | os.PathLike, ema: bool | None
     Args:
         run: directory of the run; RUN@STEP and RUN@best name a checkpoint.
         out: directory to write; see `convert`.
-        ema: True writes the EMA weights, False the others; None writes the EMA weights if
-            there are any.
+        ema: True writes the EMA weights, False the others; None chooses as `restore_weights` does.
 
     Raises:
         InputError: `run` is not a training run, or `out` cannot be written.

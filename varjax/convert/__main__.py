@@ -116,7 +116,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--ema",
         action=argparse.BooleanOptionalAction,
-        help="use the EMA weights of a run or checkpoint (default: if it has any)",
+        help="use the EMA weights of a run or checkpoint (default: if it has any, unless the "
+        "others were the run's best); --no-ema uses the others",
     )
     add("--debug", action="store_true", help="print tracebacks of input errors, too")
     return parser
