@@ -137,7 +137,10 @@ class UnmaskingSchedule:
 
     @functools.cached_property
     def guidance_ramp(self) -> np.ndarray:
-        """MAR's ramp of guidance (steps,): the fraction of tokens known after each step."""
+        """MAR's ramp of guidance (steps,): the fraction of tokens known after each step.
+
+        It counts by `masked_after`, so the last one is (L - 1) / L, as in the reference.
+        """
         return 1 - np.array(self.masked_after, np.float32) / self.length
 
     def groups(

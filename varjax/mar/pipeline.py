@@ -483,8 +483,8 @@ class MARPipeline:
             guidance_timestep_to: end of this range of timesteps, excluded.
             choose: rule that chooses tokens instead.
             index: (B,) numbers of the results; None for one result per image.
-            every_step: whether to return the results after each step that draws tokens, or a
-                function that gets them; see `sample`.
+            every_step: whether to return the results after each step, from the first loop of
+                steps that draws tokens on, or a function that gets them; see `sample`.
             unknown: options of other models, which are refused.
 
         Returns:

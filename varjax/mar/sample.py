@@ -183,7 +183,10 @@ class SamplingSetup:
         return denoising_schedules(self.options.diffusion_steps, self.schedule.steps)
 
     def first_step(self, config: MARConfig) -> int:
-        """Returns the first step to show: an edit skips steps before those that draw tokens."""
+        """Returns the first step to show: an edit skips loops of steps that draw no tokens.
+
+        The first steps of the first loop may draw none either.
+        """
         if config.causal:  # whose steps are positions
             return 0
         return self.groups[0].steps.start if self.groups else self.schedule.steps - 1
