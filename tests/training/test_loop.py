@@ -142,6 +142,10 @@ def test_a_best_value_is_kept_only_where_later_ones_compare_with_it(changes, bes
     now = tiny.experiment("run", **{"keep_best": "eval/loss", "eval_images": 10} | changes)
     found = LoopState.from_meta(state.to_meta(), now.keep_best, now.best_settings())
     assert found.best == best
+    all_images = tiny.experiment("run", keep_best="eval/loss").best_settings()
+    assert all_images and all_images != first.best_settings()
+    older = {k: v for k, v in state.to_meta().items() if k != "measured_with"}
+    assert LoopState.from_meta(older, "eval/loss", all_images).best == 1.5
     fid = FIDConfig(every=5, images=50)
     others = (dataclasses.replace(fid, **x) for x in ({}, {"images": 60}, {"reference": "a.npz"}))
     settings = [tiny.experiment("run", keep_best="eval/fid", fid=x).best_settings() for x in others]

@@ -157,7 +157,7 @@ def test_off_changes_nothing():
     }
     counted = LoopState()
     counted.count_step(skipped=True)
-    assert LoopState.from_meta(counted.to_meta(), "") == counted
+    assert LoopState.from_meta(counted.to_meta(), "", {}) == counted
     counted.count_step(skipped=False)
     assert (counted.skipped_steps, counted.skipped_in_row) == (1, 0)
     assert "skip_nonfinite" in CHANGEABLE_FIELDS

@@ -169,7 +169,7 @@ class Experiment:
         """Returns the changeable settings that values of the metric `keep_best` depend on."""
         metric = parse_keep_best(self.keep_best)[0].rpartition("/")[2]
         if metric not in FID_METRICS:
-            return {"eval_images": self.eval_images} if metric and self.eval_images else {}
+            return {"eval_images": self.eval_images} if metric else {}
         fid = config_tree.to_dict(self.fid)
         measured = {name: fid[name] for name in ("images", "reference", "features", "seed")}
         return measured | {"sampling": config_tree.to_dict(self.task).get("sampling")}

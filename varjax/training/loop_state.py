@@ -52,21 +52,18 @@ class LoopState:
         return {k: v for k, v in meta.items() if v or not k.startswith(("skipped_", "measured_"))}
 
     @classmethod
-    def from_meta(
-        cls, meta: dict, keep_best: str, measured_with: dict[str, Any] | None = None
-    ) -> "LoopState":
+    def from_meta(cls, meta: dict, keep_best: str, measured_with: dict[str, Any]) -> "LoopState":
         """Reads a checkpoint's `meta`; starts without a best value if values would not compare.
 
         Args:
             meta: result of `to_meta`.
             keep_best: setting of the experiment now.
-            measured_with: what values depend on now; None to leave it as it was.
+            measured_with: settings that values depend on now.
         """
         known = {field.name for field in dataclasses.fields(cls)}  # other versions may have more
         state = cls(**{name: value for name, value in meta.items() if name in known})
-        if measured_with is None:
-            measured_with = state.measured_with
-        if (state.keep_best, state.measured_with) != (keep_best, measured_with):
+        before = state.measured_with or measured_with  # checkpoints of older versions lack it
+        if (state.keep_best, before) != (keep_best, measured_with):
             state = dataclasses.replace(state, best=None, evaluations_since_best=0)
         return dataclasses.replace(state, keep_best=keep_best, measured_with=measured_with)
 
