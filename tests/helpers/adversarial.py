@@ -37,6 +37,8 @@ def state(task: VQTask, step: int) -> TrainState:
         last = path.rpartition("/")[2]
         if last in ("kernel", "phi_kernel", "codebook") and not re.search("/(mu|nu)/", path):
             return np.float32(rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape))
+        if path != "step" and last == "step":  # the discriminator's
+            return np.full(leaf.shape, max(step - GAN.first_step(PLAN), 0), leaf.dtype)
         return np.full(leaf.shape, step if path == "step" else last == "scale", leaf.dtype)
 
     return trees.map_with_path(fill, jax.eval_shape(task.init, KEY))

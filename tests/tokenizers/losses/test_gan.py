@@ -83,12 +83,16 @@ def test_a_bound_for_means_is_ldm_s_for_sums(adversarial):
 
 def test_the_weight_starts_and_rises_as_told():
     config, plan = GANConfig(start=0.2, ramp=0.1), Plan(steps=100)
-    share = [
-        float(config.ramp_factor(jnp.int32(step), plan)) for step in (0, 19, 20, 24, 29, 30, 99)
-    ]
-    np.testing.assert_allclose(share, [0, 0, 0.1, 0.5, 1, 1, 1], rtol=1e-6)
+
+    def share(config, step, start, plan=plan):
+        return float(config.ramp_factor(jnp.int32(max(step - start, 0)), jnp.int32(step), plan))
+
+    rising = [share(config, step, 20) for step in (0, 19, 20, 24, 29, 30, 99)]
+    np.testing.assert_allclose(rising, [0, 0, 0.1, 0.5, 1, 1, 1], rtol=1e-6)
     at_once = dataclasses.replace(config, start=0.0, ramp=0.0)
-    assert [at_once.ramp_factor(jnp.int32(step), plan) for step in (0, 1)] == [1, 1]
+    assert [share(at_once, step, 0) for step in (0, 1)] == [1, 1]
+    # A fork of ten times the length, which would begin at step 200, goes on where it was.
+    assert share(config, 50, 20, Plan(steps=1000)) == pytest.approx(0.31)
 
 
 @pytest.mark.slow

@@ -97,10 +97,22 @@ class GANConfig:
         """Returns the number of the run's update that is the discriminator's first."""
         return round(self.start * plan.steps)
 
-    def ramp_factor(self, step: jax.Array, plan: Plan) -> jax.Array:
-        """Returns the part of `weight`, 0 … 1, that counts in update number `step`, from 0."""
-        rising = (step + 1 - self.first_step(plan)) / max(round(self.ramp * plan.steps), 1)
-        return jnp.clip(rising, 0, 1)
+    def has_started(self, updates: jax.Array, step: jax.Array, plan: Plan) -> jax.Array:
+        """Returns whether update number `step`, from 0, is one of the discriminator's.
+
+        Once it has begun it goes on, also in a fork whose longer plan begins it later.
+
+        Args:
+            updates: number of updates that the discriminator has had.
+            step: number of the run's update.
+            plan: length of the run.
+        """
+        return (updates > 0) | (step >= self.first_step(plan))
+
+    def ramp_factor(self, updates: jax.Array, step: jax.Array, plan: Plan) -> jax.Array:
+        """Returns the part of `weight`, 0 … 1, that counts in an update; see `has_started`."""
+        rising = (updates + 1) / max(round(self.ramp * plan.steps), 1)
+        return jnp.where(self.has_started(updates, step, plan), jnp.clip(rising, 0, 1), 0)
 
 
 def generator_loss(kind: GANLoss, fake: jax.Array) -> jax.Array:
@@ -316,7 +328,7 @@ def update_discriminator(
         discriminator.lecam_ema,
         logit_means,
     )
-    started = step >= config.first_step(plan)
+    started = config.has_started(discriminator.train_state.step, step, plan)
     updated = jax.tree.map(
         lambda new, old: jnp.where(started, new, old),
         DiscriminatorState(train_state, ema),

@@ -171,7 +171,9 @@ def loss_gradients(
         microbatch_gradients: function that runs a microbatch forward and backward through the
             tokenizer.
     """
-    ramp_factor = config.gan.ramp_factor(step, plan) if config.gan else jnp.float32(0)
+    ramp_factor = jnp.float32(0)
+    if config.gan is not None and discriminator is not None:
+        ramp_factor = config.gan.ramp_factor(discriminator.train_state.step, step, plan)
 
     def gradients(ratio, microbatch):
         image_gradients_fn = functools.partial(
