@@ -81,8 +81,20 @@ def test_a_damaged_config_leaves_the_other_runs_in_the_list(run, tmp_path, capsy
     assert capsys.readouterr().err.startswith(f"varjax runs: {bad}")
 
 
-def test_a_run_at_its_last_step_is_finished(run):
+def save(run, step, **meta):
+    files.write_json(run / "checkpoints" / str(step) / "meta" / "metadata", {"meta": meta})
+
+
+def test_a_run_is_finished_once_its_last_step_is_saved(run):
     log(run, '{"step": 300, "loss": 1.0}')
+    assert run_status(run).state == "stopped"  # killed in its last evaluation
+    log(run, '{"step": 300, "loss": 1.0}', '{"step": 300, "eval/loss": 1.0}')
+    assert run_status(run).state == "finished"  # its checkpoints were removed
+    save(run, 200)
+    assert run_status(run).state == "stopped"  # killed in its last save
+    (run / "error.txt").write_text("StorageError: the disk is full")
+    assert run_status(run).state == "failed"
+    save(run, 300)
     assert run_status(run).state == "finished"
 
 
@@ -91,9 +103,12 @@ def test_a_run_that_its_patience_ended_is_finished(run, patience, state):
     config = files.read_json(run / "config.json")
     settings = {"keep_best": "eval/accuracy", "patience": patience}
     files.write_json(run / "config.json", config | settings)
-    accuracies = "0.1", "0.3", "0.2", "null"  # NaN
-    log(run, *(f'{{"step": {i}, "eval/accuracy": {x}}}' for i, x in enumerate(accuracies, 1)))
+    save(run, 20, keep_best="eval/accuracy", evaluations_since_best=2)
     assert run_status(run).state == state
+    save(run, 20, keep_best="eval/loss", evaluations_since_best=9)  # counted for another metric
+    assert run_status(run).state == "stopped"
+    (run / "checkpoints/20/meta/metadata").write_text("{")
+    assert run_status(run).state == "stopped"
 
 
 def test_runs_are_found_below_a_folder(run, tmp_path, capsys):

@@ -30,7 +30,6 @@ from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import buckets, files, folders
 from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.untrusted import printable
-from varjax.training.loop_state import LoopState, parse_keep_best
 
 EVAL_LOSSES = "eval_ema/loss", "eval/loss"  # the first one that an evaluation has
 RECENT_SECONDS = 600.0
@@ -105,7 +104,7 @@ def run_status(directory: pathlib.Path) -> RunStatus:
     newest = metrics if metrics.is_file() else directory / "config.json"
     errors = sorted(directory.glob("error*.txt"))  # of several processes, the first one's first
     age = time.time() - files.modified(newest)
-    finished = (steps is not None and step >= steps) or _ended_early(log)
+    finished = _is_finished(log, directory / "checkpoints")
     if in_bucket(directory):
         running = age < RECENT_SECONDS and not (finished or errors)
     else:
@@ -140,16 +139,24 @@ def run_status(directory: pathlib.Path) -> RunStatus:
     )
 
 
-def _ended_early(log: RunLog) -> bool:
-    """Returns whether the run's evaluations no longer improved, so that its `patience` ended it."""
+def _is_finished(log: RunLog, checkpoints: pathlib.Path) -> bool:
+    """Returns whether the run's last step is saved, or that with which its `patience` ended it.
+
+    Without checkpoints, which may have been removed, its last evaluation counts.
+    """
+    evaluated = [line["step"] for line in log.lines if any(x.startswith("eval") for x in line)]
+    saved = [int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal()]
+    if log.steps is not None and max(saved or evaluated, default=0) >= log.steps:
+        return True
     keep_best, patience = log.config.get("keep_best"), log.config.get("patience")
-    if not isinstance(keep_best, str) or type(patience) is not int:
+    if not saved or not keep_best or type(patience) is not int:
         return False
-    state, (name, _) = LoopState(keep_best), parse_keep_best(keep_best)
-    for line in log.lines:
-        if name in line:
-            state.update({name: math.nan if line[name] is None else line[name]})
-    return 0 < patience <= state.evaluations_since_best
+    try:  # as JsonCheckpointHandler names it; Orbax itself would take seconds to import
+        meta = files.read_json(checkpoints / str(max(saved)) / "meta" / "metadata")["meta"]
+        ended = 0 < patience <= meta["evaluations_since_best"]
+    except (InputError, KeyError, TypeError):  # damaged, or removed by the run in progress
+        return False
+    return ended and meta.get("keep_best") == keep_best
 
 
 def _error_line(path: pathlib.Path) -> str:
