@@ -28,7 +28,7 @@ from varjax.errors import InputError
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.losses.lpips import init_lpips
 from varjax.tokenizers.vq.task import VQTask
-from varjax.training.run_dir import check_or_write_config
+from varjax.training.run_dir import write_config
 from varjax.training.task import Plan
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -591,7 +591,7 @@ def test_mar_takes_a_tokenizer_that_was_converted(tmp_path):
 def test_a_ladder_differs_in_size_alone(tmp_path):
     tokenizer = load("digits_tokenizer.py")
     run = tmp_path / "tokenizer"
-    check_or_write_config(dataclasses.replace(tokenizer, run_dir=str(run)))
+    write_config(dataclasses.replace(tokenizer, run_dir=str(run)))
     text = f"data=digits,tokenizer={run}"
     ladder = {depth: load(f"ladder.py:d={depth},{text}") for depth in range(2, 11)}
     for depth, e in ladder.items():
@@ -607,6 +607,6 @@ def test_a_ladder_differs_in_size_alone(tmp_path):
     for wrong in (f"d=11,{text}", text, f"d=2,{text},size=8", "d=2,data=digits"):
         with pytest.raises(InputError, match="give d=2 … 10, data and tokenizer"):
             load(f"ladder.py:{wrong}")
-    check_or_write_config(dataclasses.replace(load("digits_kl_tokenizer.py"), run_dir=f"{run}_kl"))
+    write_config(dataclasses.replace(load("digits_kl_tokenizer.py"), run_dir=f"{run}_kl"))
     with pytest.raises(InputError, match="has a KLConfig; VAR needs"):
         load(f"ladder.py:d=2,{text}_kl")

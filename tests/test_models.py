@@ -21,7 +21,7 @@ from varjax.storage import files
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.experiment import Experiment
-from varjax.training.run_dir import check_or_write_config
+from varjax.training.run_dir import write_config
 from varjax.training.task import TrainState
 from varjax.var.sample import VAROptions
 from varjax.var.task import VARTask
@@ -39,7 +39,7 @@ def equal(a, b):
 
 def run_of(task, directory, params, ema=None, frozen=None):
     """What training leaves behind."""
-    check_or_write_config(Experiment(task, Digits(), str(directory), batch_size=1, steps=1))
+    write_config(Experiment(task, Digits(), str(directory), batch_size=1, steps=1))
     with Checkpoints(directory / "checkpoints") as checkpoints:
         state = TrainState(np.int32(1), params, ema, {"count": np.int32(1)})
         checkpoints.save(1, jax.device_put(state))
@@ -139,7 +139,7 @@ def test_what_is_no_model_is_named(var_run, tokenizer_dir, tmp_path):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=message):
             varjax.load(tmp_path)
-    check_or_write_config(experiment(tmp_path / "tiny"))
+    write_config(experiment(tmp_path / "tiny"))
     for read in (varjax.load, read_tokenizer):
         with pytest.raises(ValueError, match="run of Tiny"):
             read(tmp_path / "tiny")

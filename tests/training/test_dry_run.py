@@ -9,7 +9,7 @@ from varjax.storage import files
 from varjax.training import loop
 from varjax.training.dry_run import dry_run
 from varjax.training.fid_evaluation import FIDConfig
-from varjax.training.run_dir import check_or_write_config
+from varjax.training.run_dir import write_config
 
 
 @pytest.mark.slow
@@ -31,7 +31,7 @@ def test_it_takes_a_step_and_writes_nothing(tmp_path):
 
 
 def test_what_training_refuses_it_refuses(tmp_path):
-    check_or_write_config(tiny.experiment(tmp_path))
+    write_config(tiny.experiment(tmp_path))
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     with pytest.raises(InputError, match="task.width: 16 in the run, 4 in the config"):
         dry_run(tiny.experiment(tmp_path, width=4))
@@ -53,6 +53,21 @@ def test_it_refuses_what_training_refuses_after_its_set_up(tmp_path, changes, me
     for start in (dry_run, loop.train):
         with pytest.raises(InputError, match=message):
             start(experiment)
+
+
+@pytest.mark.slow
+def test_it_refuses_what_training_refuses_at_its_first_step(whole, tmp_path):
+    copy = shutil.copytree(whole[0], tmp_path / "run")
+    shutil.rmtree(copy / "checkpoints" / "30")
+    data = files.read_json(copy / "data.json")
+    files.write_json(copy / "data.json", data | {"train": {"images": 3}})
+    other_images = tiny.experiment(copy, keep_best="eval/loss", preview_every=20)
+    exploding = tiny.experiment(tmp_path / "new", explode_at=0)
+    for start in (dry_run, loop.train):
+        with pytest.raises(InputError, match="was trained on other images"):
+            start(other_images)
+        with pytest.raises(InputError, match="after step 1, .'grad_norm'.* are not finite"):
+            start(exploding)
 
 
 def test_a_run_with_a_checkpoint_has_its_own_frozen_weights(whole, tmp_path):

@@ -13,7 +13,7 @@ from varjax.errors import InputError
 from varjax.runtime import reproducibility
 from varjax.storage import files
 from varjax.training import run_dir as checks
-from varjax.training.run_dir import check_or_write_config, check_or_write_data
+from varjax.training.run_dir import check_config, check_or_write_data, write_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +31,27 @@ def experiment(run_dir, **changes):
 
 
 def test_what_the_run_s_steps_do_not_depend_on_may_change(tmp_path):
-    check_or_write_config(experiment(tmp_path))
+    write_config(experiment(tmp_path))
     compute = tiny.AdamW(clip=1.0)
-    check_or_write_config(experiment(tmp_path, tokenizer_weights="there", compute=compute))
+    changed = experiment(tmp_path, tokenizer_weights="there", compute=compute)
+    check_config(changed)
+    write_config(changed)
     assert files.read_json(tmp_path / "config.json")["task"]["tokenizer_weights"] == "there"
     with pytest.raises(ValueError, match="task.width: 4 in the run, 5 in the config") as error:
-        check_or_write_config(experiment(tmp_path, width=5, tokenizer_weights="elsewhere"))
+        check_config(experiment(tmp_path, width=5, tokenizer_weights="elsewhere"))
     assert "elsewhere" not in str(error.value)
 
 
 def test_a_field_the_run_does_not_know_must_keep_its_default(tmp_path):
-    check_or_write_config(experiment(tmp_path))
+    write_config(experiment(tmp_path))
     path = tmp_path / "config.json"
     config = files.read_json(path)
     del config["task"]["width"], config["seed"]
     files.write_json(path, config)
     with pytest.raises(ValueError, match="task.width: absent in the run, 5 in the config"):
-        check_or_write_config(experiment(tmp_path, width=5))
-    check_or_write_config(experiment(tmp_path))
+        check_config(experiment(tmp_path, width=5))
+    check_config(experiment(tmp_path))
+    write_config(experiment(tmp_path))
     assert files.read_json(path)["task"]["width"] == 4
 
 
@@ -56,7 +59,7 @@ def test_a_run_remembers_its_images_which_may_move_but_not_change(tmp_path):
     def run_on(root, held_out="val"):
         data = Folder(root, held_out=held_out)
         e = dataclasses.replace(experiment(tmp_path / "run"), data=data)
-        check_or_write_config(e)
+        write_config(e)
         check_or_write_data(e)
 
     def put(path):

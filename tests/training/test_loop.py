@@ -126,6 +126,13 @@ def test_another_metric_to_keep_the_best_by_starts_without_a_best(tmp_path):
     chex.assert_trees_all_equal(restore_weights(tmp_path), average)
 
 
+class OtherHeldOut(tiny.Digits):
+    """The digits, of which others are held out."""
+
+    def describe(self):
+        return super().describe() | {"held_out": {"images": 3}}
+
+
 @pytest.mark.parametrize(
     ("changes", "best"),
     [
@@ -144,6 +151,10 @@ def test_a_best_value_is_kept_only_where_later_ones_compare_with_it(changes, bes
     assert found.best == best
     all_images = tiny.experiment("run", keep_best="eval/loss").best_settings()
     assert all_images and all_images != first.best_settings()
+    others = dataclasses.replace(now, data=OtherHeldOut())
+    assert LoopState.from_meta(state.to_meta(), "eval/loss", others.best_settings()).best is None
+    older = state.to_meta() | {"measured_with": {"eval_images": 10}}  # does not name the images
+    assert LoopState.from_meta(older, "eval/loss", first.best_settings()).best == 1.5
     older = {k: v for k, v in state.to_meta().items() if k != "measured_with"}
     assert LoopState.from_meta(older, "eval/loss", all_images).best == 1.5
     fid = FIDConfig(every=5, images=50)
@@ -227,6 +238,13 @@ def test_a_start_that_is_refused_leaves_its_reason(tmp_path):
             loop.train(tiny.experiment(tmp_path, keep_best=bad))
         assert (tmp_path / "error.txt").read_text() == f"InputError: {caught.value}\n"
     assert run_status(tmp_path).state == "failed start"
+
+
+def test_errors_of_processes_that_are_no_more_end_with_the_next_save(tmp_path):
+    for name in ("error.txt", "error-3.txt", "error-mine.txt"):
+        (tmp_path / name).write_text("OSError: node3 died")
+    loop.train(tiny.experiment(tmp_path, steps=1, eval_every=0))
+    assert [path.name for path in tmp_path.glob("error*")] == ["error-mine.txt"]
 
 
 def test_a_folder_that_cannot_be_written_is_the_user_s_to_mend(tmp_path):

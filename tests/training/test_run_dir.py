@@ -1,10 +1,13 @@
+import shutil
+
 import pytest
 
 from tests.helpers import tiny
 from varjax.errors import InputError
 from varjax.storage import files
 from varjax.training import initial_weights, loop
-from varjax.training.run_dir import CHANGEABLE_FIELDS
+from varjax.training.dry_run import dry_run
+from varjax.training.run_dir import CHANGEABLE_FIELDS, write_config
 
 
 class Stopped(Exception):
@@ -74,3 +77,57 @@ def test_frozen_weights_are_copied_again_before_the_first_checkpoint(tmp_path):
     with pytest.raises(InputError, match="different now: restore the file"):
         (run / "frozen.safetensors").unlink()
         read("3", True)
+
+
+def test_a_directory_that_holds_something_else_is_refused_and_stays(start, tmp_path):
+    """Of converted weights or a classifier, nothing may be lost."""
+    write_outputs(tmp_path)
+    files.write_json(tmp_path / "config.json", {"var": {"depth": 16}, "license": "MIT"})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for refusing in (loop.train, dry_run):
+        with pytest.raises(InputError, match=f"run_dir={tmp_path}: holds no run, but something"):
+            refusing(tiny.experiment(tmp_path))
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_keeps_its_origin(start, tmp_path):
+    """Later starts do not use it; the license of its weights is found by it."""
+    assert start(init_from="published")["init_from"] == "published"
+    assert start(init_from="another")["init_from"] == "another"  # nothing is saved yet
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    write_config(tiny.experiment(tmp_path, log_every=3))
+    config = files.read_json(tmp_path / "config.json")
+    assert (config["init_from"], config["log_every"]) == ("another", 3)
+
+
+@pytest.mark.slow
+def test_a_start_that_is_refused_leaves_a_run_as_it_was(whole, tmp_path):
+    """With another `keep_best`, samples would come from other weights."""
+    run = shutil.copytree(whole[0], tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "30")
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(InputError, match="keep_best is 'eval/los'"):
+        loop.train(tiny.experiment(run, keep_best="eval/los", preview_every=20))
+    assert (run / "config.json").read_bytes() == before
+    loop.train(tiny.experiment(run, keep_best="eval/accuracy", preview_every=20))
+    assert files.read_json(run / "config.json")["keep_best"] == "eval/accuracy"
+
+
+@pytest.mark.slow
+def test_a_fork_has_the_frozen_weights_of_its_source(tmp_path):
+    """The tokenizer that they come from may be trained anew, or be gone."""
+    offset = tmp_path / "offset"
+    offset.write_text("1.5")
+    settings = dict(offset_file=str(offset), steps=2, save_every=1, eval_every=0)
+    loop.train(tiny.experiment(tmp_path / "a", **settings))
+    offset.write_text("7")
+    fork = settings | {"steps": 4, "fork_from": str(tmp_path / "a")}
+    loop.train(tiny.experiment(tmp_path / "b", **fork))
+    offset.unlink()
+    dry_run(tiny.experiment(tmp_path / "c", **fork), lambda line: None)
+    loop.train(tiny.experiment(tmp_path / "c", **fork))
+    digests = {files.read_json(tmp_path / name / "frozen.json")["digest"] for name in "abc"}
+    assert len(digests) == 1
+    # Where the settings name other weights, the fork has those.
+    named = {"tokenizer_weights": "a"}, {"tokenizer_weights": "b"}
+    assert initial_weights._frozen_settings(named[0]) != initial_weights._frozen_settings(named[1])

@@ -13,9 +13,10 @@ from varjax.runtime.messages import duration
 from varjax.storage.buckets import as_path
 from varjax.training.experiment import Experiment
 from varjax.training.fid_evaluation import HELD_OUT
-from varjax.training.initial_weights import own_frozen_weights
+from varjax.training.initial_weights import forked_frozen_weights, own_frozen_weights
 from varjax.training.metric_writers import flatten_metrics
-from varjax.training.run_dir import check_config, is_bound
+from varjax.training.reporter import check_finite
+from varjax.training.run_dir import check_config, check_data, check_holds_run, is_bound
 from varjax.training.setup import first_state, jit_train_step, make_evaluators, set_up
 from varjax.training.sharding import (
     bytes_on_device,
@@ -50,9 +51,13 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     run_dir, own_frozen = as_path(experiment.run_dir), None
     if on_first_process(lambda: is_bound(run_dir)):
         check_config(experiment)
+        check_data(experiment)
         own_frozen = own_frozen_weights(run_dir)
         # Its next start reads its own checkpoint instead.
         experiment = dataclasses.replace(experiment, fork_from="", init_from="")
+    else:
+        check_holds_run(run_dir)
+        own_frozen = forked_frozen_weights(experiment)
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"mesh: {axes} on {devices}, {jax.process_count()} processes")
@@ -69,7 +74,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     )
 
     begin = time.monotonic()
-    numbers = next(loader.train(0))
+    rows_of_batch = next(loader.train(0))
     say(f"data: the first batch was read in {time.monotonic() - begin:.1f} s")
     init_key, train_key = jax.random.split(jax.random.key(experiment.seed))
     abstract = jax.eval_shape(task.init, init_key)
@@ -89,13 +94,15 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
         fid.read_reference()
 
     state = first_state(experiment, setup, abstract, init_key, placement)
-    batch = put_batch(numbers, mesh, experiment.batch_size)
+    batch = put_batch(rows_of_batch, mesh, experiment.batch_size)
     begin = time.monotonic()
     jitted = jit_train_step(task, setup.plan, mesh, placement, experiment.skip_nonfinite > 0)
     step = jitted.lower(state, frozen, batch, train_key).compile()
     say(f"step: compiled in {time.monotonic() - begin:.0f} s, {_needs(step, mesh)}")
     state, metrics = jax.block_until_ready(step(state, frozen, batch, train_key))
-    loss = flatten_metrics(jax.device_get(metrics)).get("loss")
+    numbers = flatten_metrics(jax.device_get(metrics))
+    check_finite(1, numbers)
+    loss = numbers.get("loss")
     # The first step also connects the devices and loads kernels, so the second one is timed.
     begin = time.monotonic()
     state, _ = jax.block_until_ready(step(state, frozen, batch, train_key))

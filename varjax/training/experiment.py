@@ -12,7 +12,7 @@ from varjax.data.sources import replaced_dataset
 from varjax.data.stream import Dataset
 from varjax.errors import InputError
 from varjax.storage.buckets import in_bucket
-from varjax.training.fid_evaluation import FID_METRICS, FIDConfig
+from varjax.training.fid_evaluation import FID_METRICS, HELD_OUT, FIDConfig
 from varjax.training.loop_state import parse_keep_best
 from varjax.training.run_writers import check_wandb
 from varjax.training.sharding import MeshShape
@@ -166,13 +166,17 @@ class Experiment:
         return dataclasses.replace(self, task=self.task.with_tokenizer_of(self.init_from))
 
     def best_settings(self) -> dict[str, Any]:
-        """Returns the changeable settings that values of the metric `keep_best` depend on."""
+        """Returns what may change, of settings and data, and the metric `keep_best` depends on."""
         metric = parse_keep_best(self.keep_best)[0].rpartition("/")[2]
+        if not metric:
+            return {}
+        held_out = {HELD_OUT: self.data.describe()[HELD_OUT]}
         if metric not in FID_METRICS:
-            return {"eval_images": self.eval_images} if metric else {}
+            return {"eval_images": self.eval_images} | held_out
         fid = config_tree.to_dict(self.fid)
         measured = {name: fid[name] for name in ("images", "reference", "features", "seed")}
-        return measured | {"sampling": config_tree.to_dict(self.task).get("sampling")}
+        measured |= {"sampling": config_tree.to_dict(self.task).get("sampling")}
+        return measured | held_out if self.fid.reference == HELD_OUT else measured
 
     def plan(self, train_size: int) -> Plan:
         """Returns the length of the run for a number of training images."""

@@ -6,6 +6,7 @@ copy's digest, so that only the same weights can replace a damaged or missing co
 
 import math
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,12 +14,14 @@ import numpy as np
 
 from varjax import trees
 from varjax.checkpoints.saved_steps import SavedSteps
+from varjax.config import config_tree
 from varjax.errors import DamagedFileError, InputError, MismatchError, StorageError
 from varjax.runtime.distributed import check_shared_file, on_first_process
 from varjax.runtime.messages import say
 from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import read_state
+from varjax.training.experiment import Experiment
 from varjax.training.task import MatchingRows, Task, TrainState
 from varjax.trees import PyTree
 
@@ -176,7 +179,12 @@ class _PretrainedParameters:
         return True if source.shape == leaf.shape else None
 
 
-def frozen_weights(task: Task, run_dir: pathlib.Path, bound: bool = True) -> PyTree:
+def frozen_weights(
+    task: Task,
+    run_dir: pathlib.Path,
+    bound: bool = True,
+    read: Callable[[], PyTree] | None = None,
+) -> PyTree:
     """Reads the run's own copy of the task's pretrained weights, which the first process makes.
 
     A damaged copy is made again if the weights that it comes from are still the same.
@@ -186,15 +194,16 @@ def frozen_weights(task: Task, run_dir: pathlib.Path, bound: bool = True) -> PyT
         run_dir: directory of the run.
         bound: whether the run has a checkpoint. Before its first one, the copy is replaced if the
             weights have changed, as do those of a tokenizer that is trained further.
+        read: function that reads the weights to copy; None for the task's `frozen`.
 
     Raises:
         InputError: the copy is damaged and cannot be made again.
         StorageError: the copy cannot be read or written now.
     """
-    path = run_dir / "frozen.safetensors"
+    path, read = run_dir / "frozen.safetensors", read or task.frozen
     if not bound:
-        on_first_process(lambda: _remove_outdated(task, path))
-    if not on_first_process(lambda: _copy(task, path)):
+        on_first_process(lambda: _remove_outdated(read, path))
+    if not on_first_process(lambda: _copy(read, path)):
         return {}
     check_shared_file(path)
     return files.read_tensors(path)[0]
@@ -210,12 +219,42 @@ def own_frozen_weights(run_dir: pathlib.Path) -> PyTree | None:
         return None
 
 
-def _remove_outdated(task: Task, path: pathlib.Path) -> None:
+def forked_frozen_weights(experiment: Experiment) -> PyTree | None:
+    """Reads the frozen weights of the run that `fork_from` names, which its state was trained with.
+
+    Their origin may have changed since, as does a tokenizer that is trained further.
+
+    Returns:
+        The weights; None without `fork_from`, if the settings name others than that run's, or if
+        that run has no intact copy.
+    """
+    if not experiment.fork_from:
+        return None
+    run = as_path(_run_and_step(experiment.fork_from)[0])
+    try:
+        before = files.read_json(run / "config.json")["task"]
+        if _frozen_settings(before) != _frozen_settings(config_tree.to_dict(experiment.task)):
+            return None
+    except StorageError:
+        raise
+    except (InputError, KeyError, TypeError):  # reading its state says what is wrong
+        return None
+    return own_frozen_weights(run)
+
+
+def _frozen_settings(task: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of a task's settings that say which weights are frozen, and where they are."""
+    settings = {name: task.get(name) for name in ("tokenizer", "tokenizer_weights")}
+    settings["perceptual"] = (task.get("perceptual") or {}).get("weights")
+    return settings | {"cca": (task.get("cca") or {}).get("reference")}
+
+
+def _remove_outdated(read: Callable[[], PyTree], path: pathlib.Path) -> None:
     """Removes a copy of weights that have changed since, or that is damaged."""
     if not files.exists(path) and not files.exists(path.with_suffix(".json")):
         return
     try:
-        digest = trees.digest(task.frozen())
+        digest = trees.digest(read())
     except (InputError, OSError):  # the weights are gone; the copy is as good
         return
     if digest != _digest_before(path):
@@ -223,7 +262,7 @@ def _remove_outdated(task: Task, path: pathlib.Path) -> None:
         files.remove(path)
 
 
-def _copy(task: Task, path: pathlib.Path) -> bool:
+def _copy(read: Callable[[], PyTree], path: pathlib.Path) -> bool:
     """Makes the copy if it is missing or damaged; returns whether the task has such weights."""
     problem = ""
     if files.exists(path):
@@ -241,7 +280,7 @@ def _copy(task: Task, path: pathlib.Path) -> bool:
         " says where they are now)"
     )
     try:
-        tree = task.frozen()
+        tree = read()
     except InputError as error:
         if problem or before:
             raise InputError(f"{problem or f'{path} is missing'}; {error}; {advice}") from error

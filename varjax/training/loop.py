@@ -17,10 +17,11 @@ from varjax.training.loop_state import LoopState
 from varjax.training.previews import preview_captions
 from varjax.training.results import results_line, results_table
 from varjax.training.run_dir import (
-    check_or_write_config,
+    check_config,
     check_or_write_data,
     forget_start,
     is_bound,
+    write_config,
 )
 from varjax.training.run_writers import preview_path
 from varjax.training.setup import Run, set_up, start_run
@@ -61,9 +62,11 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(folders.lock_folder(run_dir)))
         bound = on_first_process(lambda: is_bound(run_dir))
-        if not bound:
+        if bound:  # `start_run` writes the settings, once nothing can refuse them any more
+            on_first_process(lambda: check_config(experiment))
+        else:
             on_first_process(lambda: forget_start(experiment))
-        on_first_process(lambda: check_or_write_config(experiment, setup.plan))
+            on_first_process(lambda: write_config(experiment, setup.plan))
         check_shared_file(run_dir / "config.json")
         on_first_process(lambda: check_or_write_data(experiment))
         index = jax.process_index()
@@ -180,7 +183,17 @@ def save_step(run: Run, step: int, state: TrainState) -> None:
     run.writer.sync()
     run.best.wait()
     run.checkpoints.save(step, state, run.loop_state.to_meta())
+    remove_reports(run)
+
+
+def remove_reports(run: Run) -> None:
+    """Removes the error of an earlier start, and those of processes that are no more."""
     run.report.unlink(missing_ok=True)
+    if jax.process_index() == 0:
+        for path in run.report.parent.glob("error-*.txt"):
+            number = path.stem.removeprefix("error-")
+            if number.isdecimal() and int(number) >= jax.process_count():
+                path.unlink(missing_ok=True)
 
 
 def finished_state(

@@ -62,7 +62,7 @@ class LoopState:
         """
         known = {field.name for field in dataclasses.fields(cls)}  # other versions may have more
         state = cls(**{name: value for name, value in meta.items() if name in known})
-        before = state.measured_with or measured_with  # checkpoints of older versions lack it
+        before = measured_with | state.measured_with  # checkpoints of older versions lack some
         if (state.keep_best, before) != (keep_best, measured_with):
             state = dataclasses.replace(state, best=None, evaluations_since_best=0)
         return dataclasses.replace(state, keep_best=keep_best, measured_with=measured_with)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
@@ -95,7 +96,7 @@ class StepReporter:
         if skipped_in_row == 1:
             self._progress.say(f"step {step} is skipped, because its gradient is not finite")
         if not 0 < skipped_in_row <= self._skip_nonfinite:
-            self._check_finite(step, numbers)
+            check_finite(step, numbers, self._checkpoints.steps)
         if self._skip_nonfinite:
             numbers["skipped_steps"] = self._loop_state.skipped_steps
         self.last_loss = numbers.get("loss", math.nan)
@@ -121,14 +122,26 @@ class StepReporter:
         seconds = time.monotonic() - begin - (self._goodput.seconds("compile") - compiled)
         return seconds / (step - self._first) * (self._last - step)
 
-    def _check_finite(self, step: int, numbers: dict[str, float]) -> None:
-        bad = [name for name, number in numbers.items() if not math.isfinite(number)]
-        if not bad:
-            return
-        saved = self._checkpoints.steps()
-        last = f"the checkpoint of step {saved[-1]} is good" if saved else "nothing was saved yet"
-        raise NonFiniteMetricError(
-            f"after step {step}, {bad} are not finite; {last}. "
-            "Try a lower learning rate, a longer warm-up or stronger clipping in a new run_dir; "
-            "if only single steps do this, skip_nonfinite skips them"
-        )
+
+def check_finite(
+    step: int, numbers: Mapping[str, float], saved_steps: Callable[[], Sequence[int]] = tuple
+) -> None:
+    """Checks the metrics of a step.
+
+    Args:
+        step: number of the step, from 1.
+        numbers: its metrics.
+        saved_steps: function that lists the steps of the run's checkpoints.
+
+    Raises NonFiniteMetricError for metrics that are not finite.
+    """
+    bad = [name for name, number in numbers.items() if not math.isfinite(number)]
+    if not bad:
+        return
+    saved = saved_steps()
+    last = f"the checkpoint of step {saved[-1]} is good" if saved else "nothing was saved yet"
+    raise NonFiniteMetricError(
+        f"after step {step}, {bad} are not finite; {last}. "
+        "Try a lower learning rate, a longer warm-up or stronger clipping in a new run_dir; "
+        "if only single steps do this, skip_nonfinite skips them, but not the first of a run"
+    )

@@ -25,6 +25,8 @@ from varjax.training.task import Plan
 
 PIXELS = "pixels"  # key in `describe`: a digest of how Pillow decodes and resizes images
 MAX_STARTS = 100  # number of starts kept in data.json, in addition to the first
+# Where a run comes from. Later starts do not use it, so they cannot change it.
+ORIGIN = ("init_from", "init_tokenizer", "fork_from")
 # What may change when a run continues, because training still takes the same steps. (Another mesh,
 # accumulation or `compute` changes them by rounding; frozen weights were copied.)
 CHANGEABLE_FIELDS = (
@@ -39,9 +41,7 @@ CHANGEABLE_FIELDS = (
     "keep_every",
     "keep_best",
     "patience",
-    "init_from",
-    "init_tokenizer",
-    "fork_from",
+    *ORIGIN,
     "wandb",
     "stalled_minutes",
     "skip_nonfinite",
@@ -60,6 +60,14 @@ CHANGEABLE_FIELDS = (
 )
 
 
+def changeable_fields(experiment: Experiment) -> list[str]:
+    """Returns those of CHANGEABLE_FIELDS that may change in this run."""
+    codebook = getattr(experiment.task, "codebook", None)
+    # The entropy of codes is that of a microbatch, so there accumulation is part of the loss.
+    fixed = ("task.accumulate",) if codebook is not None and codebook.entropy else ()
+    return [name for name in CHANGEABLE_FIELDS if name not in fixed]
+
+
 def is_bound(run_dir: pathlib.Path) -> bool:
     """Returns whether a run has a checkpoint; before its first one, all of its settings may change.
 
@@ -73,40 +81,58 @@ def forget_start(experiment: Experiment) -> None:
 
     Removes the best weights and the description of the data of an earlier start; with other
     settings also these settings, the frozen weights, the metrics and the reference of FID.
+
+    Raises InputError as `check_holds_run` does.
     """
     run_dir = as_path(experiment.run_dir)
-    path = run_dir / "config.json"
-    if not files.exists(path):
+    before = check_holds_run(run_dir)
+    if before is None:
         return
     for name in ("best", "data.json"):
         files.remove(run_dir / name)
-    try:
-        same = not _config_differences(experiment, files.read_json(path), ())
-    except StorageError:
-        raise
-    except InputError:  # nothing of value is lost with a damaged file
-        same = False
-    if not same:
+    if not before or _config_differences(experiment, before, ()):
         # The settings last: after a kill in between, the next start removes the rest.
         names = "frozen.json", "frozen.safetensors", "metrics.jsonl", "fid_reference", "config.json"
         for name in names:
             files.remove(run_dir / name)
 
 
-def check_or_write_config(experiment: Experiment, plan: Plan | None = None) -> None:
-    """Writes <run_dir>/config.json, or checks that an existing run has the same settings.
+def check_holds_run(run_dir: pathlib.Path) -> dict[str, Any] | None:
+    """Reads the settings of an earlier start; None without config.json, {} if it is damaged.
+
+    Raises InputError if the directory's config.json is not that of a run, but of weights, say.
+    """
+    path = run_dir / "config.json"
+    if not files.exists(path):
+        return None
+    try:
+        before = files.read_json(path)
+    except StorageError:
+        raise
+    except InputError:  # nothing of value is lost with a damaged file
+        return {}
+    if not (isinstance(before, dict) and {"task", "batch_size"} <= before.keys()):
+        raise InputError(
+            f"run_dir={run_dir}: holds no run, but something else with a config.json, such as "
+            "converted weights; give the run another run_dir"
+        )
+    return before
+
+
+def write_config(experiment: Experiment, plan: Plan | None = None) -> None:
+    """Writes <run_dir>/config.json; a run that has one keeps its origin.
 
     Args:
-        experiment: settings of the run.
+        experiment: settings of the run, which `check_config` accepts.
         plan: length of the run in these settings, which is written as well.
-
-    Raises InputError as `check_config` does.
     """
-    check_config(experiment)
-    config = _settings(experiment)
+    path, config = as_path(experiment.run_dir) / "config.json", _settings(experiment)
+    if files.exists(path):
+        before = files.read_json(path)
+        config |= {name: before[name] for name in ORIGIN if name in before}
     if plan is not None:
         config["plan"] = dataclasses.asdict(plan)
-    files.write_json(as_path(experiment.run_dir) / "config.json", config)
+    files.write_json(path, config)
 
 
 def check_config(experiment: Experiment) -> None:
@@ -114,19 +140,20 @@ def check_config(experiment: Experiment) -> None:
 
     Fields that are newer than the run had their default values in it.
 
-    Raises InputError that lists every difference outside CHANGEABLE_FIELDS.
+    Raises InputError that lists every difference outside `changeable_fields`.
     """
     path = as_path(experiment.run_dir) / "config.json"
     if not path.exists():
         return
-    if lines := _config_differences(experiment, files.read_json(path), CHANGEABLE_FIELDS):
+    changeable = changeable_fields(experiment)
+    if lines := _config_differences(experiment, files.read_json(path), changeable):
         raise InputError(
             f"{experiment.run_dir} holds a run with other settings:\n  "
             + "\n  ".join(lines)
             + "\nGo back to those settings to continue this run, or give the new one a run_dir. To "
             "take the state along:\n  --config.run_dir=NEW "
             f"--config.fork_from={experiment.run_dir}\n"
-            f"These settings may change in any run: {', '.join(CHANGEABLE_FIELDS)}"
+            f"These settings may change in this run: {', '.join(changeable)}"
         )
 
 
@@ -148,6 +175,14 @@ def _settings(experiment: Experiment) -> dict[str, Any]:
 
 def check_or_write_data(experiment: Experiment) -> None:
     """Writes <run_dir>/data.json: names of classes, what identifies the images, and versions.
+
+    Raises InputError as `check_data` does.
+    """
+    files.write_json(as_path(experiment.run_dir) / "data.json", check_data(experiment))
+
+
+def check_data(experiment: Experiment) -> dict[str, Any]:
+    """Checks that the run was trained on these images; returns its data.json with this start.
 
     Prints a note if JAX draws other random numbers than in the run so far.
 
@@ -189,7 +224,7 @@ def check_or_write_data(experiment: Experiment) -> None:
                 + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
                 + "\ngive this run another run_dir, or bring back the images to continue"
             )
-    files.write_json(path, now | {"starts": [*starts[:1], *starts[1:][-MAX_STARTS:], start]})
+    return now | {"starts": [*starts[:1], *starts[1:][-MAX_STARTS:], start]}
 
 
 def _say_other_draws(run_dir: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -25,13 +25,18 @@ from varjax.training.evaluator import Evaluator
 from varjax.training.experiment import Due, Experiment
 from varjax.training.fid_evaluation import FIDEvaluator
 from varjax.training.goodput import Goodput, ThroughputMeter
-from varjax.training.initial_weights import forked_state, frozen_weights, warm_start_state
+from varjax.training.initial_weights import (
+    forked_frozen_weights,
+    forked_state,
+    frozen_weights,
+    warm_start_state,
+)
 from varjax.training.loop_state import LoopState, parse_keep_best
 from varjax.training.metric_writers import MetricWriter
 from varjax.training.preemption import PreemptionGuard
 from varjax.training.progress import ProgressReporter
 from varjax.training.reporter import StepReporter
-from varjax.training.run_dir import check_same_data, is_bound
+from varjax.training.run_dir import check_same_data, is_bound, write_config
 from varjax.training.sharding import (
     Prefetcher,
     check_batch_size,
@@ -272,12 +277,16 @@ def start_run(
         with goodput.measure("compile"), watchdog.paused(), announce_compilation(program):
             yield
 
+    def read_frozen() -> PyTree:
+        forked = forked_frozen_weights(experiment)
+        return task.frozen() if forked is None else forked
+
     # Shapes and shardings, before anything is allocated.
     abstract = jax.eval_shape(task.init, init_key)
     placement = shardings(abstract, mesh)
     if main and (note := replicated_parameters_note(abstract.params, mesh)):
         say(note)
-    frozen = frozen_weights(task, run_dir, bound=bool(checkpoints.steps()))
+    frozen = frozen_weights(task, run_dir, bound=bool(checkpoints.steps()), read=read_frozen)
     check_latents(task, frozen, loader.tokenizer_identity)
     frozen = put(frozen, shardings(frozen, mesh))
 
@@ -294,6 +303,7 @@ def start_run(
     else:
         state = first_state(experiment, setup, abstract, init_key, placement)
     start = int(state.step)
+    on_first_process(lambda: write_config(experiment, plan))
 
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
     throughput = ThroughputMeter(experiment.batch_size, parameters)

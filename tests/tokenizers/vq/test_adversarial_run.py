@@ -13,6 +13,7 @@ from varjax.checkpoints.saved_steps import STATE_TREES, SavedSteps
 from varjax.checkpoints.weights import open_weights, read_expected_tokenizer
 from varjax.data.sources.noise import Noise
 from varjax.data.sources.photos import Photos
+from varjax.errors import InputError
 from varjax.storage import files
 from varjax.tokenizers.losses.gan import GANConfig
 from varjax.tokenizers.losses.lpips import LPIPSConfig
@@ -20,6 +21,7 @@ from varjax.tokenizers.vq.codebook import CodebookConfig
 from varjax.tokenizers.vq.task import VQTask
 from varjax.training import loop
 from varjax.training.experiment import Experiment
+from varjax.training.run_dir import check_config, write_config
 from varjax.training.sharding import make_mesh, shardings
 from varjax.training.task import TrainState
 from varjax.weight_files import convert_run
@@ -99,12 +101,24 @@ def test_where_the_weights_of_a_term_came_from_may_change(tmp_path):
     """They are copied into the run; but the term cannot be dropped."""
     model = dataclasses.replace(MODEL, scales=(1, 2, 16))
     task, data = VQTask(model, perceptual=LPIPSConfig("here")), Noise(16)
-    loop.check_or_write_config(experiment(tmp_path, task, data))
-    loop.check_or_write_config(
-        experiment(tmp_path, dataclasses.replace(task, perceptual=LPIPSConfig("there")), data)
-    )
+    write_config(experiment(tmp_path, task, data))
+    elsewhere = dataclasses.replace(task, perceptual=LPIPSConfig("there"))
+    check_config(experiment(tmp_path, elsewhere, data))
+    write_config(experiment(tmp_path, elsewhere, data))
     assert files.read_json(tmp_path / "config.json")["task"]["perceptual"]["weights"] == "there"
     with pytest.raises(ValueError, match="task.perceptual"):
-        loop.check_or_write_config(
-            experiment(tmp_path, dataclasses.replace(task, perceptual=None), data)
-        )
+        check_config(experiment(tmp_path, dataclasses.replace(task, perceptual=None), data))
+
+
+def test_accumulation_is_fixed_where_the_loss_depends_on_it(tmp_path):
+    """The entropy of codes is that of a microbatch."""
+    with_entropy = dataclasses.replace(TASK, gan=None)
+    without = dataclasses.replace(with_entropy, codebook=CodebookConfig())
+    for task, run_dir in ((with_entropy, tmp_path / "a"), (without, tmp_path / "b")):
+        write_config(experiment(run_dir, task))
+        changed = experiment(run_dir, dataclasses.replace(task, accumulate=2))
+        if task is without:
+            check_config(changed)
+            continue
+        with pytest.raises(InputError, match="task.accumulate: 1 in the run, 2 in the config"):
+            check_config(changed)
