@@ -79,8 +79,8 @@ class Checkpoints:
     Args:
         directory: directory of the checkpoints <directory>/<step>.
         keep: number of most recent checkpoints to keep.
-        keep_every: checkpoints saved at multiples of this step are kept for good, also by later
-            starts with another setting; 0 for none.
+        keep_every: checkpoints that are saved at multiples of this step while it is set are kept
+            for good, also by later starts with another setting; 0 for none.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int = 2, keep_every: int = 0):

@@ -130,7 +130,7 @@ def check_finite(
 
     Args:
         step: number of the step, from 1.
-        numbers: its metrics.
+        numbers: metrics of the step, by name.
         saved_steps: function that lists the steps of the run's checkpoints.
 
     Raises NonFiniteMetricError for metrics that are not finite.
