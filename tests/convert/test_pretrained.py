@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import hashlib
+import pathlib
 import re
 import shutil
 import sys
@@ -19,7 +20,7 @@ from tests.helpers import golden_cases as golden
 from varjax.checkpoints.license import license_of
 from varjax.checkpoints.weights import open_weights
 from varjax.cli import train
-from varjax.convert import convert, pretrained
+from varjax.convert import convert, pretrained, resolve_weights
 from varjax.convert.apply_map import official_buffers
 from varjax.convert.name_maps import RELEASES
 from varjax.convert.name_maps.release import PublishedFile, Release
@@ -224,11 +225,16 @@ def test_a_checkpoint_of_a_published_model_is_refused_before_the_download(hub):
     with pytest.raises(InputError, match="tiny@500: only a training run has checkpoints; leave @5"):
         open_model("tiny@500")
     assert not hub.asked
+    resolve_weights("tiny@500")  # a local run may have the name; its reader says what is wrong
+    assert not hub.asked
 
 
 def test_names_and_paths_that_are_not_there(hub):
     with pytest.raises(InputError, match="does not exist; give a run's directory .*var_d16"):
         varjax.load("runs/tiny")
+    pathlib.Path("var_d16.pth").write_text("")
+    with pytest.raises(InputError, match="var_d16.pth is a file; convert it first"):
+        varjax.load("var_d16.pth")
     unknown = "does not exist, and no published model has this name; did you mean 'var_d16'"
     with pytest.raises(InputError, match=f"var_d17 {unknown}"):
         varjax.load("var_d17")
@@ -306,7 +312,9 @@ def test_published_options_and_license_go_into_the_directory_and_its_exports(
     files.write_json("run2/config.json", {"task": {"_type": "VARTask"}, "init_from": "run"})
     files.write_json("run3/config.json", {"task": {"_type": "VARTask"}, "init_from": "run2@5"})
     files.write_json("run4/config.json", {"task": {"_type": "VARTask"}, "fork_from": "run3@best"})
-    for run in ("run", "run2", "run3", "run4"):  # also of a run that started from that run
+    told = {"task": {"_type": "VARTask"}, "init_from": "gone", "license": "CC BY-NC 4.0"}
+    files.write_json("run5/config.json", told)
+    for run in ("run", "run2", "run3", "run4", "run5"):  # also of a run that started from that run
         assert license_of(open_weights(run)) == {"license": "CC BY-NC 4.0"}
     # The branch may move; what was downloaded first counts.
     damage(hub.folder / file.name)

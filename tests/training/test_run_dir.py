@@ -7,7 +7,7 @@ from varjax.errors import InputError
 from varjax.storage import files
 from varjax.training import initial_weights, loop
 from varjax.training.dry_run import dry_run
-from varjax.training.run_dir import CHANGEABLE_FIELDS, write_config
+from varjax.training.run_dir import CHANGEABLE_FIELDS, check_config, write_config
 
 
 class Stopped(Exception):
@@ -92,12 +92,17 @@ def test_a_directory_that_holds_something_else_is_refused_and_stays(start, tmp_p
 
 def test_a_run_keeps_its_origin(start, tmp_path):
     """Later starts do not use it; the license of its weights is found by it."""
+    files.write_json(tmp_path / "free" / "config.json", {"sources": {}, "license": "MIT"})
     assert start(init_from="published")["init_from"] == "published"
-    assert start(init_from="another")["init_from"] == "another"  # nothing is saved yet
+    free = start(init_from=str(tmp_path / "free"))  # nothing was saved yet
+    assert (free["init_from"], free["license"]) == (str(tmp_path / "free"), "MIT")
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
-    write_config(tiny.experiment(tmp_path, log_every=3))
-    config = files.read_json(tmp_path / "config.json")
-    assert (config["init_from"], config["log_every"]) == ("another", 3)
+    shutil.rmtree(tmp_path / "free")
+    later = tiny.experiment(tmp_path, log_every=3)
+    check_config(later)
+    write_config(later)
+    free.pop("plan")
+    assert files.read_json(tmp_path / "config.json") == free | {"log_every": 3}
 
 
 @pytest.mark.slow

@@ -8,9 +8,17 @@ from varjax.storage import files
 
 
 def license_of(weights: WeightsDir) -> dict[str, str]:
-    """Returns {"license": …} of published weights, or of those that a run started from, or {}."""
+    """Returns {"license": …} of published weights, or of those that a run started from, or {}.
+
+    A run says it itself, but not one of an older version, which only names what it started from.
+    """
     seen = set()
-    while weights.task and (start := _start(weights.config)) and start not in seen:
+    while (
+        weights.task
+        and not weights.config.get("license")
+        and (start := _start(weights.config))
+        and start not in seen
+    ):
         seen.add(start)  # runs that were made again may name each other
         if not files.exists(find_weights(start) / "config.json"):
             break

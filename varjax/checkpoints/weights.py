@@ -178,6 +178,11 @@ def open_weights(location: str | os.PathLike) -> WeightsDir:
     location, step = split_step(location)
     directory = find_weights(location)
     path = directory / "config.json"
+    if not directory.is_dir() and files.exists(directory):
+        raise InputError(
+            f"{directory} is a file; convert it first, with varjax convert, and name the directory "
+            "that this writes"
+        )
     if not files.exists(path):
         raise InputError(
             f"{directory} {'has no config.json' if directory.is_dir() else 'does not exist'}; "
@@ -284,8 +289,8 @@ def _chosen_params(saved: SavedSteps, step: int, ema: bool | None) -> PyTree:
 
 def _no_best(run_dir: pathlib.Path) -> InputError:
     return InputError(
-        f"{run_dir}@{BEST}: the run has kept no best checkpoint; its setting keep_best names the "
-        "metric to choose by"
+        f"{run_dir}@{BEST}: the run has kept no best checkpoint by the metric that its setting "
+        "keep_best names"
     )
 
 

@@ -16,6 +16,7 @@ import re
 import shlex
 import sys
 
+from varjax.checkpoints.weights import split_step
 from varjax.convert.from_torch import convert
 from varjax.convert.name_maps import RELEASES
 from varjax.convert.name_maps.release import PublishedFile
@@ -46,7 +47,7 @@ def resolve_weights(location: str | os.PathLike) -> pathlib.Path:
             that converts them.
     """
     path = as_path(location)
-    if files.exists(path):
+    if files.exists(path) or split_step(location)[1] is not None:  # RUN@STEP is no published model
         return path
     if str(location) not in RELEASES:
         if hint := did_you_mean(str(location), RELEASES):

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from varjax.checkpoints.license import license_of
 from varjax.checkpoints.saved_steps import SavedSteps
+from varjax.checkpoints.weights import open_weights
 from varjax.config import config_tree
 from varjax.errors import InputError, StorageError
 from varjax.runtime.distributed import gather_json
@@ -129,10 +131,21 @@ def write_config(experiment: Experiment, plan: Plan | None = None) -> None:
     path, config = as_path(experiment.run_dir) / "config.json", _settings(experiment)
     if files.exists(path):
         before = files.read_json(path)
-        config |= {name: before[name] for name in ORIGIN if name in before}
+        config |= {name: before[name] for name in (*ORIGIN, "license") if name in before}
+    else:
+        config |= _license_of_origin(experiment)
     if plan is not None:
         config["plan"] = dataclasses.asdict(plan)
     files.write_json(path, config)
+
+
+def _license_of_origin(experiment: Experiment) -> dict[str, str]:
+    """Returns the license of the weights that a run starts from, which may be gone later."""
+    start = experiment.init_from or experiment.fork_from
+    try:
+        return license_of(open_weights(start)) if start else {}
+    except InputError:  # reading the weights says what is wrong
+        return {}
 
 
 def check_config(experiment: Experiment) -> None:
@@ -163,7 +176,7 @@ def _config_differences(
     """Lists how an experiment's settings differ from those in a run's config.json."""
     now = _settings(experiment)
     _drop_new_defaults(now, experiment, before)
-    for name in ("plan", *changeable):
+    for name in ("plan", "license", *changeable):
         _drop(before, name)
         _drop(now, name)
     return sorted(config_tree.differences(before, now))
