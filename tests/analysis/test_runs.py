@@ -116,6 +116,9 @@ def test_runs_are_found_below_a_folder(run, tmp_path, capsys):
     assert find_runs(tmp_path) == find_runs(run) == [run]
     assert main([str(tmp_path)]) == 0
     assert str(run) in capsys.readouterr().out
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "first").symlink_to(run)
+    assert find_runs(tmp_path / "links") == [tmp_path / "links" / "first"]
     with pytest.raises(InputError, match="has no training run"):
         find_runs(tmp_path / "data")
     with pytest.raises(InputError, match="is not a folder"):

@@ -32,7 +32,7 @@ def names():
 
 
 def test_paths_of_disks_and_buckets():
-    for text in "runs/a", "/data", "a:b", "~/x":
+    for text in "runs/a", "/data", "a:b", "~x":
         path = buckets.as_path(text)
         assert path == pathlib.Path(text) and not buckets.in_bucket(path)
     path = buckets.as_path("gs://b/x/")
@@ -279,3 +279,16 @@ def test_an_empty_name_is_no_folder(text):
     with pytest.raises(InputError, match="name of a file or folder is empty; use . for"):
         buckets.as_path(text)
     assert buckets.as_path(".") == pathlib.Path()
+
+
+def test_a_home_folder_is_meant_where_the_shell_leaves_its_sign(monkeypatch, tmp_path):
+    """bash passes --out=~/images as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert buckets.as_path("~/runs/x") == tmp_path / "runs/x"
+    assert buckets.as_path("runs/~") == pathlib.Path("runs/~")
+
+
+def test_a_name_that_no_disk_takes_is_refused():
+    with pytest.raises(InputError, match="aaa… has 256 bytes; the name of a file or folder has at"):
+        files.exists("runs/" + 256 * "a")
+    assert not files.exists("runs/" + 255 * "a")

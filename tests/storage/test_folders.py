@@ -13,7 +13,12 @@ import pytest
 from tests.helpers.paths import ROOT
 from varjax.errors import InputError, StorageError
 from varjax.storage import files, folders
-from varjax.storage.folders import check_writable, locked_work_folder, remove_work_folder
+from varjax.storage.folders import (
+    check_writable,
+    files_below,
+    locked_work_folder,
+    remove_work_folder,
+)
 
 
 def test_a_folder_is_one_process_s_until_it_is_done_or_killed(tmp_path):
@@ -199,3 +204,15 @@ def test_where_nothing_can_be_written_is_said_beforehand(tmp_path):
     for folder in (tmp_path / "file", tmp_path / "file" / "x", pathlib.Path("/proc/varjax")):
         with pytest.raises(InputError, match=f"cannot write to {folder} .*; choose another folder"):
             check_writable(folder)
+
+
+def test_files_are_found_behind_links_and_each_folder_ends(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("a/1", "a/b/2", "elsewhere/3"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a" / "b" / "loop").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "gone").symlink_to(tmp_path / "none")
+    found = sorted(str(x.relative_to(tmp_path / "a")) for x in files_below(tmp_path / "a"))
+    assert found == ["1", "b/2", "gone", "linked/3"]

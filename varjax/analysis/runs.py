@@ -85,7 +85,7 @@ def find_runs(root: str | pathlib.Path) -> list[pathlib.Path]:
     if in_bucket(root):
         paths = [root / name for name in buckets.object_versions(root)]
     else:
-        paths = root.rglob("data.json")
+        paths = folders.files_below(root)
     runs = sorted(path.parent for path in paths if path.name == "data.json")
     if not (runs := [run for run in runs if (run / "config.json").is_file()]):
         raise InputError(f"{root} has no training run; a run has a config.json and a data.json")

@@ -33,6 +33,7 @@ ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):/(?P<slash>/?)(?P<res
 # Each service has some of these fields, and at least one of them changes with an object's content.
 VERSION_FIELDS = "size", "generation", "etag", "ETag", "mtime", "LastModified", "created"
 # Files that describe the others in their folder. Readers open them first, so they are written last.
+MAX_NAME_BYTES = 255  # of ext4, XFS, APFS and most others
 INDEX_FILES = "config.json", "dataset_info.json"
 
 
@@ -43,15 +44,15 @@ def as_path(location: str | os.PathLike) -> pathlib.Path:
     `length` and `mtime`.
 
     Raises:
-        InputError: the name is empty, the address is neither gs://… nor s3://…, or the package for
-            it is missing.
+        InputError: the name is empty or too long, the address is neither gs://… nor s3://…, or the
+            package for it is missing.
     """
     text = os.fspath(location)
     if not text.strip():  # pathlib would use the current folder
         raise InputError("the name of a file or folder is empty; use . for the current folder")
     match = ADDRESS.match(text)
     if match is None or not (match["slash"] or match["scheme"] in PACKAGES):
-        return pathlib.Path(location)
+        return _local_path(pathlib.Path(location))
     scheme, rest = match["scheme"], match["rest"].strip("/")
     # The last part becomes the name of a local copy.
     if scheme not in PACKAGES or not rest or {".", ".."} & set(rest.split("/")):
@@ -61,6 +62,19 @@ def as_path(location: str | os.PathLike) -> pathlib.Path:
         )
     _set_up(scheme)
     return cast(pathlib.Path, epath.Path(f"{scheme}://{rest}"))
+
+
+def _local_path(path: pathlib.Path) -> pathlib.Path:
+    """Returns a path with its ~ expanded, because shells do not do that in --out=~/images."""
+    if path.parts[:1] == ("~",):
+        path = path.expanduser()
+    longest = max((os.fsencode(part) for part in path.parts), key=len, default=b"")
+    if len(longest) > MAX_NAME_BYTES:
+        raise InputError(
+            f"{os.fsdecode(longest[:40])}… has {len(longest)} bytes; the name of a file or folder "
+            f"has at most {MAX_NAME_BYTES}"
+        )
+    return path
 
 
 def short_path(location: str | os.PathLike) -> str:

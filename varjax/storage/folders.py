@@ -272,3 +272,22 @@ def read_or_remove(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]] 
         print(f"{error}\n{path} is deleted and will be made again", file=sys.stderr)
         remove(path)
         return None
+
+
+def files_below(folder: pathlib.Path, above: tuple[str, ...] = ()) -> Iterator[pathlib.Path]:
+    """Yields the files in a folder and deeper, also behind links to folders, in no order.
+
+    A folder that contains the link to it is not entered again.
+
+    Args:
+        folder: folder on a disk.
+        above: real paths of the folders on the way to it.
+    """
+    above = (*above, os.path.realpath(folder))
+    with os.scandir(folder) as entries:
+        found = list(entries)
+    for entry in found:
+        if not entry.is_dir():
+            yield folder / entry.name
+        elif os.path.realpath(entry.path) not in above:
+            yield from files_below(folder / entry.name, above)
