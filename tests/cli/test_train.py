@@ -1,6 +1,7 @@
 import pytest
 
 from varjax.cli import train
+from varjax.convert import pretrained
 
 CONFIG = """
 from tests.helpers import tiny
@@ -44,3 +45,12 @@ def test_mistakes_end_in_one_line(config, capsys, arguments, message):
     assert train.main([config, *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_settings_are_checked_before_anything_is_downloaded(config, monkeypatch, capsys):
+    monkeypatch.setattr(pretrained, "_fetch", None)
+    for change in ("batch_size=0", "run_dir="):
+        for more in ([], ["--dry_run"]):
+            flags = [config, "--config.init_from=var_d16", f"--config.{change}", *more]
+            assert train.main(flags) == 1
+            assert change.split("=")[0] in capsys.readouterr().err

@@ -25,11 +25,14 @@ def fetch_weights(experiment: Any) -> None:
     """Downloads the published models that a new run starts from; see `varjax.convert.pretrained`.
 
     A run that has a checkpoint needs no download: its directory has the frozen weights and its own.
+
+    Raises InputError for settings that `Experiment.check` refuses, before anything is downloaded.
     """
     from varjax.convert.pretrained import resolve_weights
     from varjax.runtime.distributed import on_first_process
     from varjax.training.run_dir import is_bound
 
+    experiment.check()
     run_dir = as_path(experiment.run_dir)
     bound = is_bound(run_dir)
     if experiment.init_from and not bound:

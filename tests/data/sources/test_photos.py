@@ -7,6 +7,7 @@ from PIL import Image
 from varjax.data.loader import make_loader
 from varjax.data.photos import write_photos
 from varjax.data.sources import Photos, parse_dataset, photos
+from varjax.metrics.image_sets import DatasetImages
 
 
 def test_no_pixel_is_both_trained_on_and_held_out():
@@ -59,3 +60,11 @@ def test_the_folder_of_crops_keeps_the_same_columns_apart(monkeypatch):
             assert all(16 <= side <= 32 for crop in crops for side in crop.shape[:2])
     with pytest.raises(ValueError, match="x exists and contains train, val, which would be lost"):
         write_photos("x")
+
+
+def test_whole_images_of_both_splits_have_one_size():
+    """Measured as a reference, photographs are cut to the size of the crops."""
+    data = Photos((24, 40))
+    for split in ("train", "held_out"):
+        ((_, images_NHWC),) = DatasetImages(data, split).parts([range(3)])
+        assert images_NHWC.shape == (3, 24, 40, 3)

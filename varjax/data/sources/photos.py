@@ -99,8 +99,10 @@ class Photos:
         return np.ascontiguousarray(crop_HWC[:, ::-1] if mirror else crop_HWC)
 
     def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Returns the held-out crop itself."""
-        return image_HWC
+        """Cuts the center out, which of a held-out crop is all of it."""
+        h, w, _ = self.image_shape
+        top, left = (image_HWC.shape[0] - h) // 2, (image_HWC.shape[1] - w) // 2
+        return image_HWC[top : top + h, left : left + w]
 
 
 @dataclasses.dataclass(frozen=True)
