@@ -82,6 +82,9 @@ def test_a_run_starts_with_the_note_on_its_passes(tmp_path, capfd):
     said = capfd.readouterr().err
     assert said.startswith("note: the run has 222 epochs of 1,442 training")
     assert "keep_best=eval_ema/loss " in said
+    limited = dict(eval_every=500, keep_best="eval_ema/loss", patience=5)
+    set_up(tiny.experiment(tmp_path, steps=5_000, **limited))
+    assert not capfd.readouterr().err
 
 
 def test_a_run_limits_its_evaluations(tmp_path):

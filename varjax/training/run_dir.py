@@ -23,6 +23,7 @@ from varjax.runtime.reproducibility import jax_draws, random_numbers_digest, ver
 from varjax.storage import files
 from varjax.storage.buckets import as_path
 from varjax.training.experiment import Experiment
+from varjax.training.run_writers import WANDB_ID_FILE
 from varjax.training.task import Plan
 
 PIXELS = "pixels"  # key in `describe`: a digest of how Pillow decodes and resizes images
@@ -82,7 +83,8 @@ def forget_start(experiment: Experiment) -> None:
     """Makes room for other settings and data in the directory of a run without a checkpoint.
 
     Removes the best weights and the description of the data of an earlier start; with other
-    settings also these settings, the frozen weights, the metrics and the reference of FID.
+    settings also these settings and all that was made with them: the frozen weights, the metrics,
+    curves and pictures, and the reference of FID.
 
     Raises InputError as `check_holds_run` does.
     """
@@ -94,8 +96,8 @@ def forget_start(experiment: Experiment) -> None:
         files.remove(run_dir / name)
     if not before or _config_differences(experiment, before, ()):
         # The settings last: after a kill in between, the next start removes the rest.
-        names = "frozen.json", "frozen.safetensors", "metrics.jsonl", "fid_reference", "config.json"
-        for name in names:
+        outputs = "metrics.jsonl", "tensorboard", "previews", WANDB_ID_FILE, "fid_reference"
+        for name in ("frozen.json", "frozen.safetensors", *outputs, "config.json"):
             files.remove(run_dir / name)
 
 

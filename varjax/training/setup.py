@@ -95,7 +95,9 @@ def set_up(experiment: Experiment) -> Setup:
     task.check(experiment.data.image_shape, experiment.data.classes)
     check_batch_size(mesh, experiment.batch_size, task.accumulate)
     ema = getattr(task, "ema_decay", 0.0) > 0
-    notes = [*task.notes(plan), *passes_notes(plan, len(loader.train_source), ema)]
+    notes = list(task.notes(plan))
+    if not experiment.patience:
+        notes += passes_notes(plan, len(loader.train_source), ema)
     for note in notes if jax.process_index() == 0 else ():
         say(f"note: {note}")
     return Setup(experiment, task, plan, loader, mesh)
