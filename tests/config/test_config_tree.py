@@ -43,6 +43,19 @@ def test_json_there_and_back_is_the_same_settings():
     assert config_tree.from_dict(Root, data) == root
 
 
+def test_changed_fields_tell_configs_apart_and_ignore_fields_added_later():
+    leaf = Leaf(rate=2, sizes=())
+    changed = config_tree.changed_fields(Root(leaf, Other(7), leaves=(leaf, Leaf())))
+    assert changed == {
+        "_type": "Root",
+        "leaf": {"_type": "Leaf", "rate": 2, "sizes": []},
+        "choice": {"_type": "Other", "depth": 7},
+        "leaves": [{"_type": "Leaf", "rate": 2, "sizes": []}, {"_type": "Leaf"}],
+    }
+    later = dataclasses.make_dataclass("Leaf", [("new", int, 3)], bases=(Leaf,), frozen=True)
+    assert config_tree.changed_fields(later(2, ())) == changed["leaf"]
+
+
 def test_an_interface_cannot_be_rebuilt_but_its_part_can():
     data = config_tree.to_dict(Root(part=Other(9)))
     with pytest.raises(ValueError, match="Root.part is annotated by a Protocol"):

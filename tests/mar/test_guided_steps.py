@@ -1,5 +1,6 @@
 """MAR's two streams of guidance: the steps and the timesteps where the second one is computed."""
 
+import dataclasses
 import functools
 
 import jax
@@ -132,6 +133,11 @@ def test_what_does_not_fit_a_model_is_refused():
     guided, options = model.with_guide("weak"), model.options(steps=4, guidance=2)
     assert guided.loader is model.loader
     assert guided.identity() != model.identity()
+    other = dataclasses.replace(TINY, encoder_heads=1)
+    other = MARPipeline(None, other, {"tokenizer": {}, "mar": params(TINY)})
+    assert other.identity()["weights"] == model.identity()["weights"]
+    guides = [model, model.with_guide(other), guided, other]
+    assert len({each.identity()["model_config"] for each in guides}) == len(guides)
     assert guided.sampling_bytes(8, options) > model.sampling_bytes(
         8, model.options(steps=4, guidance=1)
     )

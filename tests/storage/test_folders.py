@@ -73,6 +73,18 @@ def test_a_folder_is_gone_on_with_for_the_same_request_only(tmp_path):
         folders.claim_folder(out / "request.json", "request.json", request)
 
 
+def test_a_record_of_an_older_version_lacks_the_model_s_config_and_is_continued():
+    new = {"seed": 0, "samples": {"count": 4, "model_config": "a"}, "model_config": "a"}
+    old = {"seed": 0, "samples": {"count": 4}}
+    folders.check_same_request("x", old, new)
+    folders.check_same_request("x", new, new)
+    for changed in (new | {"model_config": "b"}, new | {"samples": old["samples"]}):
+        with pytest.raises(InputError, match="model_config"):
+            folders.check_same_request("x", new, changed)
+    with pytest.raises(InputError, match="seed: 0 there, 1 requested"):
+        folders.check_same_request("x", old, new | {"seed": 1})
+
+
 def test_a_request_that_is_not_listed_yet_is_waited_for(tmp_path, monkeypatch):
     """A network's disk may show what others have made, but not yet what they began with."""
     monkeypatch.setattr(folders, "LISTING_SECONDS", 10.0)

@@ -164,6 +164,18 @@ def test_a_guided_model_is_another_model_and_needs_more_memory():
         model.sample([1], choose=3)
 
 
+def test_settings_that_change_no_weight_are_part_of_the_identity():
+    other = dataclasses.replace(VAR, gate_init=0.5)
+    model, strange = pipeline(), pipeline(other)
+    models = [model, strange, pipeline(phi_ratio=0.25), pipeline(groups=2)]
+    models += [model.with_guide(weak) for weak in (model, strange)]
+    models += [model.with_refiner(small, 1) for small in (model, strange)]
+    identities = [each.identity() for each in models]
+    assert len({identity["model_config"] for identity in identities}) == len(models)
+    assert len({identity["weights"] for identity in identities}) == 3  # alone, guided, refined
+    assert pipeline().identity() == model.identity()
+
+
 def test_the_cache_of_a_stream_that_ends_is_not_counted_at_the_end():
     var = VARConfig.preset("d16")
     tokenizer = dataclasses.replace(runs.TOKENIZER, scales=var.scales)

@@ -34,6 +34,23 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
+def changed_fields(config: Any) -> dict[str, Any]:
+    """Returns the fields that differ from their defaults as JSON data, in the whole tree.
+
+    With its type, this identifies a config, and fields that are added later change nothing.
+    """
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [*map(plain, value)]
+        return changed_fields(value) if dataclasses.is_dataclass(value) else value
+
+    changed = {name: plain(x) for name, x in values.items() if x != defaults[name]}
+    return {"_type": type(config).__name__} | changed
+
+
 def from_dict(cls: type[T], data: dict[str, Any]) -> T:
     """Builds a `cls` from the data of `to_dict`; absent fields keep their defaults.
 

@@ -218,7 +218,7 @@ class MARPipeline:
 
     def identity(self) -> dict[str, Any]:
         """Returns what images depend on, except labels, seed and options, as JSON data."""
-        return self.weights.identity()
+        return self.weights.identity(self.config | {"guide": self.guide})
 
     def with_guide(self, guide: "MARPipeline | Location") -> "MARPipeline":
         """Returns this model guided by a weaker one in place of "no class" (autoguidance).

@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import pathlib
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varjax import trees
+from varjax.config.config_tree import changed_fields
 from varjax.config.numbers import FLOAT32_MAX, UINT32_MAX, seed_number, whole_number
 from varjax.errors import InputError
 from varjax.nn.compute import ComputeConfig
@@ -101,9 +104,21 @@ class HeldWeights:
             return contextlib.nullcontext()
         return jax.set_mesh(self._mesh)
 
-    def identity(self) -> dict[str, Any]:
-        """Returns all that images depend on besides labels, seed and options, as JSON data."""
-        return {"compute": self.compute.identity(), "weights": trees.digest(self.params)[:16]}
+    def identity(self, configs: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns all that images depend on besides labels, seed and options, as JSON data.
+
+        configs: configs of all models whose parameters these are, by role; None for no model.
+        """
+        changed = {
+            role: changed_fields(config) for role, config in configs.items() if config is not None
+        }
+        return {
+            "compute": self.compute.identity(),
+            "weights": trees.digest(self.params)[:16],
+            "model_config": hashlib.sha256(
+                json.dumps(changed, sort_keys=True).encode()
+            ).hexdigest()[:16],
+        }
 
 
 def describe_pipeline(pipeline: Any) -> str:

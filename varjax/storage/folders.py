@@ -26,6 +26,8 @@ from varjax.storage.files import (
 )
 
 LOCK_FILE = ".lock"
+# Recorded by this version, but not by older ones, whose outputs are continued all the same.
+LATER_NAMES = frozenset({"model_config"})
 LISTING_SECONDS = 5.0  # until a network disk lists files of another machine
 
 
@@ -195,8 +197,12 @@ def names_in(folder: pathlib.Path) -> set[str]:
 def check_same_request(
     path: str | os.PathLike, existing: Mapping[str, Any], requested: Mapping[str, Any]
 ) -> None:
-    """Raises InputError with all differences if `path` was made for another request."""
+    """Raises InputError with all differences if `path` was made for another request.
+
+    `LATER_NAMES` are compared only where `existing` has them.
+    """
     requested = json.loads(json.dumps(requested))  # without tuples, like `existing` from a file
+    requested = _without_later_names(requested, existing)
     lines = [
         f"{name}: {existing.get(name)} there, {requested.get(name)} requested"
         for name in dict.fromkeys((*existing, *requested))
@@ -208,6 +214,19 @@ def check_same_request(
             + "\n  ".join(line if len(line) < 300 else line[:300] + " …" for line in lines)
             + "\nUse the same settings to continue it, delete it, or choose another output"
         )
+
+
+def _without_later_names(
+    requested: Mapping[str, Any], existing: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns a request without the later names that a record lacks, at any depth."""
+    known = {n: x for n, x in requested.items() if n not in LATER_NAMES or n in existing}
+    return {
+        name: _without_later_names(value, existing[name])
+        if isinstance(value, dict) and isinstance(existing.get(name), dict)
+        else value
+        for name, value in known.items()
+    }
 
 
 def _open_locked(folder: pathlib.Path, wait: bool) -> int:

@@ -158,7 +158,8 @@ class VARPipeline:
 
     def identity(self) -> dict[str, Any]:
         """Returns what images depend on, except labels, seed and options, as JSON data."""
-        identity = self.weights.identity()
+        companions = {"guide": self.guide, "refiner": self.refiner}
+        identity = self.weights.identity(self.config | companions)
         if self.refiner is not None:
             identity["draft_scales"] = self.refiner.draft_scales
         return identity
