@@ -219,6 +219,36 @@ def test_the_scripts_are_short_and_import_little():
     assert lines["run.py"] <= 100
 
 
+def licensed(folder, license):
+    """Copies a tiny model, with a license unless it is None."""
+    shutil.copytree(runs.untrained_var(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"license": license} if license else config)
+    )
+    return folder
+
+
+@pytest.mark.slow
+def test_an_export_states_the_licenses_of_all_weights_in_it(tmp_path):
+    free, strict, none = (
+        licensed(tmp_path / name, license)
+        for name, license in (("free", "MIT"), ("strict", "CC BY-NC 4.0"), ("none", None))
+    )
+    small = {"what": ("sample",), "platforms": ["cpu"], "batch_sizes": (1,)}
+    export_model(free, tmp_path / "out", guide=str(strict), **small)
+    assert (
+        json.loads((tmp_path / "out" / "model.json").read_text())["license"] == "MIT; CC BY-NC 4.0"
+    )
+    _, metadata = read_safetensors(tmp_path / "out" / "weights.safetensors")
+    assert metadata["license"] == "MIT; CC BY-NC 4.0"
+    assert folder.joined_licenses([free, none, str(free)]) == {"license": "MIT"}
+    assert folder.joined_licenses([none, none]) == {}
+    export_model(free, tmp_path / "decode", guide=str(strict), **small | {"what": ("decode",)})
+    about = json.loads((tmp_path / "decode" / "model.json").read_text())
+    assert about["license"] == "MIT"  # the guide's weights are not in it
+
+
 @pytest.mark.slow
 def test_model_json_describes_the_model(exported):
     out = exported("var")

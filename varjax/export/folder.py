@@ -103,10 +103,13 @@ def export_model(
         for path, leaf in trees.paths(model.params).items()
         if path in dtypes
     }
+    roles = {path.partition("/")[0] for path in tensors}
+    sources = [location, *(x for role, x in companions.items() if role in roles)]
+    license = joined_licenses(sources)
     about = {
         "model": pathlib.PurePath(location).name,
         "family": family_of(directory).name,
-        **license_of(directory),
+        **license,
         **model_facts(model),
         **option_facts(chosen, set().union(*(numbers for _, numbers in read.values()))),
         "programs": programs,
@@ -118,7 +121,7 @@ def export_model(
         for name, content in contents.items():
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content)
-        safetensors_io.write_safetensors(folder / WEIGHTS_FILE, tensors, license_of(directory))
+        safetensors_io.write_safetensors(folder / WEIGHTS_FILE, tensors, license)
         files.write_json(folder / ABOUT_FILE, about | {"sha256": _digests(folder)})
 
 
@@ -179,6 +182,13 @@ def exported_programs(
                     function, weights, options, inputs.only(*read[name]), size, platform
                 ),
             )
+
+
+def joined_licenses(locations: Sequence[str | os.PathLike]) -> dict[str, str]:
+    """Returns {"license": "A; B"}, the different licenses of several models, or {} for none."""
+    found = [license_of(open_model(location)).get("license") for location in locations]
+    texts = dict.fromkeys(text for text in found if text)
+    return {"license": "; ".join(texts)} if texts else {}
 
 
 def model_facts(model: Any) -> dict[str, Any]:
