@@ -1,3 +1,4 @@
+import io
 import pathlib
 
 import numpy as np
@@ -9,6 +10,7 @@ from varjax.sampling import films
 from varjax.sampling.grid_output import MemoryOutput
 from varjax.sampling.outputs import check_out, check_out_holds, open_output
 from varjax.storage import image_io
+from varjax.storage.captioned_grid import Captions
 
 STEPS_NSHWC = np.random.default_rng(0).integers(0, 256, (4, 3, 64, 64, 3), np.uint8)
 
@@ -68,8 +70,25 @@ def test_an_output_that_holds_no_steps_is_refused():
             check_out_holds(name, 1, (8, 8, 1), steps=3)
     with pytest.raises(InputError, match="too large; draw at most"):
         check_out_holds("x.gif", 2730, (256, 256, 3), steps=10)
+    with pytest.raises(InputError, match="5,000 images .* draw at most 4,080,"):
+        check_out_holds("x.webp", 5000, (64, 64, 1), steps=3, columns=16)
+    check_out_holds("x.webp", 4080, (64, 64, 1), steps=3, columns=16)
+    check_out_holds("x.gif", 5000, (64, 64, 1), steps=3, columns=16)
+    with pytest.raises(InputError, match="1,025 images .* draw at most 1,023,"):
+        check_out_holds("x.gif", 1025, (64, 64, 1), steps=3, columns=1)
+    check_out_holds("x.png", 1025, (64, 64, 1), steps=3, columns=1)
     check_out("x.webp")
     check_out_holds("x.gif", 8, (8, 8, 1), steps=10)
+
+
+def test_a_film_that_is_too_long_for_words_has_none_and_a_longer_one_is_refused():
+    steps_NSHWC = np.zeros((255, 1, 64, 64, 1), np.uint8)
+    captions = Captions(tiles=["a"] * 255)
+    data = films.film_bytes("webp", steps_NSHWC, 1, captions)
+    with Image.open(io.BytesIO(data)) as film:
+        assert film.size == (64, 255 * 64)
+    with pytest.raises(InputError, match="16,384x64 pixels; a webp has at most 16,383 on a side"):
+        films.film_bytes("webp", np.zeros((256, 1, 64, 64, 1), np.uint8), 1)
 
 
 def test_a_film_is_drawn_by_one_process():

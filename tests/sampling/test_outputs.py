@@ -83,11 +83,15 @@ def test_what_a_file_cannot_hold_is_said_before_anything_is_drawn(model, tmp_pat
     model.image_shape = (256, 256, 3)
     assert sample.main([*SAMPLE, "--count=2000", "--out=a.png"]) == 1
     assert (
-        "a picture of 4,000 images of 256x256 is too large; draw at most 2,730"
+        "a picture of 4,000 images of 256x256 is too large; draw at most 2,720"
         in capsys.readouterr().err
     )
     assert model.calls == 0
-    check_out_holds("a.png", 2730, (256, 256, 3))
+    check_out_holds("a.png", 2704, (256, 256, 3))
+    with pytest.raises(InputError, match="draw at most 2,704"):  # Pillow opens 52x52 of them
+        check_out_holds("a.png", 2705, (256, 256, 3))
+    with pytest.raises(InputError, match="draw at most 42,350"):  # 8x8 is enlarged to 65x65
+        check_out_holds("a.png", 10**5, (8, 8, 1), columns=10)
     check_out_holds("a.npz", 10**7, (256, 256, 3))
     model.image_shape = (8, 8, 4)
     assert sample.main([*SAMPLE, "--out=rgba"]) == 0

@@ -114,7 +114,8 @@ def open_request(
     label = model.classes if flags.label is None else _only_label(flags.label, model.labels)
     every_step = shows_every_step(flags)
     steps = model.steps(options) if every_step else None
-    check_out_holds(flags.out, flags.count + others, model.image_shape, steps)
+    images = flags.count + others
+    check_out_holds(flags.out, images, model.image_shape, steps, min(COLUMNS, images))
     return PictureRequest(
         flags, picture, model, options, label, every_step, (command, tuple(arguments))
     )

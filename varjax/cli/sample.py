@@ -175,13 +175,14 @@ def draw_samples(arguments: list[str]) -> None:
     if every_step and classifier is not None:
         raise InputError("--accept chooses finished images; leave it out to show every step")
     steps = model.steps(options) if every_step else None
-    check_out_holds(flags.out, len(job.label_N), model.image_shape, steps)
+    columns = grid_columns(len(labels), flags.count)
+    check_out_holds(flags.out, len(job.label_N), model.image_shape, steps, columns)
     begun = functools.partial(begun_batch_size, flags.out)
     images = len(job.label_M)
     costliest = max(rows or [options], key=lambda row: model.sampling_bytes(1, row))
     batch_size = choose_batch_size(flags.batch_size, model, costliest, images, begun)
     job = dataclasses.replace(job, batch_size=batch_size, every_step=every_step)
-    columns, request = grid_columns(len(labels), flags.count), job.request(model)
+    request = job.request(model)
     settings = {name: value for name, value in request.items() if name not in varied}
     names = [point_name(point) for point in points]
     drawn = file_suffix(flags.out) not in ("", ".npz")  # one picture, which has words on it

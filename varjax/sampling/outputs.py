@@ -4,7 +4,9 @@ A folder or an .npz survives a kill. It holds the request it was made for: the s
 continues where it was killed or finds everything done; a different one is refused.
 """
 
+import bisect
 import json
+import math
 import pathlib
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -14,11 +16,13 @@ import numpy as np
 from tqdm import tqdm
 
 from varjax.errors import InputError, StorageError
+from varjax.sampling.films import MOST_SIDE
 from varjax.sampling.grid_output import NO_WORDS, FilmOutput, GridOutput, PictureWords
 from varjax.storage import files, folders, image_io
 from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.captioned_grid import MOST_PIXELS
 from varjax.storage.folders import check_writable, remove_work_folder
+from varjax.storage.image_io import grid_size
 from varjax.storage.npz import map_npy, read_zip_text
 from varjax.storage.picture_text import image_text
 from varjax.storage.safetensors_io import read_safetensors
@@ -115,7 +119,11 @@ def check_out(location: str) -> None:
 
 
 def check_out_holds(
-    location: str, images: int, image_shape: Sequence[int], steps: int | None = None
+    location: str,
+    images: int,
+    image_shape: Sequence[int],
+    steps: int | None = None,
+    columns: int | None = None,
 ) -> None:
     """Checks, before sampling, that an output can hold the images.
 
@@ -124,6 +132,8 @@ def check_out_holds(
         images: number of images.
         image_shape: (H, W, channels) of an image.
         steps: number of steps in an animation or strip; None for finished images.
+        columns: images in a row of a grid or animation; None for a grid that is as square as
+            possible.
 
     Raises:
         InputError: too many images for a grid, a number of channels that the format lacks, or a
@@ -142,11 +152,22 @@ def check_out_holds(
             f"out={location}: the model's images have {channels} channels; {kind} files hold "
             f"{', '.join(map(str, allowed))}{other}"
         )
-    images *= steps or 1
-    if suffix not in ("", ".npz") and images * H * W > MOST_PIXELS:
+    if suffix in ("", ".npz"):
+        return
+    strip = steps if suffix == ".png" else None
+    most_side = MOST_SIDE.get(suffix[1:], MOST_PIXELS)
+
+    def too_large(images: int) -> bool:
+        size = grid_size(images * (strip or 1), (H, W), strip or columns)
+        in_memory = images * (steps or 1) * H * W
+        return max(in_memory, math.prod(size)) > MOST_PIXELS or max(size) > most_side
+
+    if too_large(images):
+        most = bisect.bisect_left(range(1, images + 1), True, key=too_large)
+        each = f" after each of {steps} steps" if steps else ""
         raise InputError(
-            f"out={location}: a picture of {images:,} images of {H}x{W} is too large; draw at most "
-            f"{MOST_PIXELS // (H * W):,}, or use varjax sample with FILE.npz or a folder"
+            f"out={location}: a picture of {images:,} images of {H}x{W}{each} is too large; draw "
+            f"at most {most:,}, or use varjax sample with FILE.npz or a folder"
         )
 
 

@@ -91,7 +91,7 @@ def save(
     film = suffix in FILM_SUFFIXES
     images = checked_pictures(images, film)
     steps, (N, *shape) = (len(images), images.shape[1:]) if film else (None, images.shape)
-    check_out_holds(str(location), N, shape, steps)
+    check_out_holds(str(location), N, shape, steps, columns)
     if labels is not None and np.shape(labels) != (N,):
         raise InputError(f"labels have shape {np.shape(labels)}; expected ({N},), one per image")
     label_N = None if labels is None else np.asarray(labels)

@@ -66,7 +66,7 @@ def draw_rows(
         InputError: too many images for a picture, or NaN in an image.
     """
     columns = len(jobs[0].label_N)
-    check_out_holds(out, columns * len(jobs), model.image_shape)
+    check_out_holds(out, columns * len(jobs), model.image_shape, columns=columns)
     rows = []
     for job in jobs:
         output = MemoryOutput()

@@ -102,23 +102,27 @@ def grid_layout(
 
 
 def captioned_grid(
-    images_NHWC: np.ndarray, captions: Captions, columns: int | None = None
+    images_NHWC: np.ndarray,
+    captions: Captions,
+    columns: int | None = None,
+    most_side: int = MOST_PIXELS,
 ) -> np.ndarray:
     """Draws images in rows, enlarged by a whole number if they are small, with words.
 
-    The words are left out if the picture would be larger than Pillow opens.
+    The words are left out if the picture would be larger than Pillow opens or `most_side`.
 
     Args:
         images_NHWC: uint8 images with 1, 3 or 4 channels.
         captions: words of the grid.
         columns: number of images in a row; None for a grid that is as square as possible.
+        most_side: pixels of the longer side that the picture's format holds.
 
     Returns:
         A uint8 picture (height, width, C), black on white.
     """
     N, H, W, C = images_NHWC.shape
     layout = grid_layout(N, (H, W), captions, columns)
-    if math.prod(layout.size) > MOST_PIXELS:
+    if math.prod(layout.size) > MOST_PIXELS or max(layout.size) > most_side:
         return image_grid(images_NHWC, columns)
     words = _draw_words(layout, captions, N)
     picture_HWC = np.repeat(words[..., None], C, axis=-1)

@@ -33,15 +33,29 @@ def image_grid(images_NHWC: np.ndarray, columns: int | None = None) -> np.ndarra
     if images_NHWC.dtype != np.uint8:
         images_NHWC = to_uint8(images_NHWC)
     N, H, W, C = images_NHWC.shape
-    columns = columns or math.ceil(math.sqrt(N))
+    height, width = grid_size(N, (H, W), columns)
+    columns, enlarge = columns or math.ceil(math.sqrt(N)), max(1, MIN_TILE_SIDE // H)
     rows = math.ceil(N / columns)
-    gap, enlarge = 1 if H < MIN_TILE_SIDE else 0, max(1, MIN_TILE_SIDE // H)
-    tiles = np.zeros((rows * columns, H * enlarge + gap, W * enlarge + gap, C), np.uint8)
+    h, w = height // rows, width // columns
+    tiles = np.zeros((rows * columns, h, w, C), np.uint8)
     large = images_NHWC.repeat(enlarge, axis=1).repeat(enlarge, axis=2)
     tiles[:N, : H * enlarge, : W * enlarge] = large
-    _, h, w, _ = tiles.shape
     tiles = tiles.reshape(rows, columns, h, w, C).transpose(0, 2, 1, 3, 4)
-    return tiles.reshape(rows * h, columns * w, C)
+    return tiles.reshape(height, width, C)
+
+
+def grid_size(images: int, shape: tuple[int, int], columns: int | None = None) -> tuple[int, int]:
+    """Computes (height, width) of the picture that `image_grid` draws.
+
+    Args:
+        images: number of images.
+        shape: (H, W) of an image.
+        columns: images in a row; None for a grid that is as square as possible.
+    """
+    H, W = shape
+    columns = columns or math.ceil(math.sqrt(images))
+    gap, enlarge = 1 if H < MIN_TILE_SIDE else 0, max(1, MIN_TILE_SIDE // H)
+    return math.ceil(images / columns) * (H * enlarge + gap), columns * (W * enlarge + gap)
 
 
 def read_image(path: str | os.PathLike, shape: tuple[int, int, int]) -> np.ndarray:
