@@ -72,3 +72,33 @@ def test_what_cannot_be_saved_is_refused(tmp_path, images, path, says):
 def test_labels_are_one_for_each_image(tmp_path):
     with pytest.raises(InputError, match=r"\(2,\); expected \(3,\)"):
         save(IMAGES, tmp_path / "x.npz", labels=[1, 2])
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "stored"),
+    [
+        ([3.0, 1.0, 10.0], ["0003", "0001", "0010"], [3, 1, 10]),
+        (jnp.array([3, 1, 10]), ["0003", "0001", "0010"], [3, 1, 10]),
+        ([{3: 0.5, 8: 0.5}, 1, "a/b"], ["3x0.5+8x0.5", "1", "a_b"], ["3:0.5+8:0.5", "1", "a/b"]),
+        (["dog", "é" * 150, "3:1+8:2"], ["dog", "é" * 100, "3x1+8x2"], None),
+    ],
+)
+def test_labels_are_those_that_sample_takes(tmp_path, labels, names, stored):
+    save(IMAGES, tmp_path / "folder", labels=labels)
+    found = sorted(path.relative_to(tmp_path / "folder") for path in tmp_path.rglob("*.png"))
+    assert [str(path) for path in found] == [f"{i:06d}_label{x}.png" for i, x in enumerate(names)]
+    save(IMAGES, tmp_path / "x.npz", labels=labels)
+    with np.load(tmp_path / "x.npz") as file:
+        name = "labels" if np.asarray(labels).dtype.kind in "iuf" else "mixes"
+        assert file[name].tolist() == (stored or labels)
+        assert sorted(file) == ["arr_0", name]
+
+
+@pytest.mark.parametrize(
+    "labels", [[0.5, 1, 2], [None, 1, 2], [True, False, True], [[1], [1, 2], 3]]
+)
+def test_labels_that_are_no_classes_are_refused_before_a_folder_is_made(tmp_path, labels):
+    for name in ("folder", "x.npz"):
+        with pytest.raises(InputError, match="label"):
+            save(IMAGES, tmp_path / name, labels=labels)
+    assert not list(tmp_path.iterdir())

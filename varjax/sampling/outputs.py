@@ -253,10 +253,12 @@ class FolderOutput:
 def image_file_name(number: int, label: Any) -> str:
     """Returns the name of an image's file in a folder: "000012_label0207.png".
 
-    label: class by number, or a mix of classes as text.
+    label: class by number, or a class name or mix of classes as text.
     """
     text = label.replace(":", "x") if isinstance(label, str) else f"{label:04d}"
-    text = text[:MOST_LABEL_BYTES]  # the number of the image keeps the name unique
+    text = text.replace("/", "_").replace("\0", "_")  # which no file name holds
+    # The number of the image keeps the name unique.
+    text = text.encode("utf-8", "replace")[:MOST_LABEL_BYTES].decode("utf-8", "ignore")
     return f"{number:06d}_label{text}.png"
 
 

@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from varjax.sampling.outputs import (
     file_suffix,
     image_file_name,
 )
+from varjax.sampling.pipeline import Labels
 from varjax.storage import files, image_io
 from varjax.storage.buckets import as_path
 from varjax.storage.image_files import to_uint8
@@ -66,7 +67,7 @@ def show(images: Any, columns: int | None = None) -> Image.Image | ShownFilm:
 def save(
     images: Any,
     path: str | os.PathLike,
-    labels: Sequence[int] | np.ndarray | None = None,
+    labels: Labels | None = None,
     columns: int | None = None,
 ) -> None:
     """Saves images as a grid, an animation, an .npz or a folder; an existing file is replaced.
@@ -79,29 +80,31 @@ def save(
             animation.
         path: FILE.png (a grid), FILE.gif or FILE.webp (an animation), FILE.npz ("arr_0", for
             evaluators, in the order given), or a new folder (a PNG for each image).
-        labels: (N,) classes, which an .npz and the names of a folder's files hold; None for none.
+        labels: (N,) classes as `sample` takes them, which an .npz and the names of a folder's files
+            hold; None for none. With a class name or a mix of classes, an .npz has text "mixes" in
+            place of "labels".
         columns: images in a row; None for a grid that is as square as possible.
 
     Raises:
-        InputError: images of another shape or type, NaN, or a path that cannot be written.
+        InputError: images of another shape or type, NaN, labels that are no classes, or a path that
+            cannot be written.
     """
-    check_out(os.fspath(path))
     location = as_path(path)
     suffix = file_suffix(location)
     film = suffix in FILM_SUFFIXES
     images = checked_pictures(images, film)
     steps, (N, *shape) = (len(images), images.shape[1:]) if film else (None, images.shape)
     check_out_holds(str(location), N, shape, steps, columns)
-    if labels is not None and np.shape(labels) != (N,):
-        raise InputError(f"labels have shape {np.shape(labels)}; expected ({N},), one per image")
-    label_N = None if labels is None else np.asarray(labels)
+    label_N = None if labels is None else _label_array(labels, N)
+    check_out(os.fspath(path))  # which makes the folder
     if film:
         write_film(location, np.moveaxis(images, 0, 1), columns)
     elif suffix == ".png":
         image_io.write_png(location, image_io.image_grid(images, columns))
     elif suffix == ".npz":
         arrays: dict[str, Any] = {"arr_0": np.broadcast_to(images, (*images.shape[:3], 3))}
-        arrays |= {} if label_N is None else {"labels": label_N}
+        if label_N is not None:
+            arrays["mixes" if label_N.dtype.kind == "U" else "labels"] = label_N
         with files.atomic_path(location) as temporary, open(temporary, "wb") as file:
             np.savez(file, **arrays)
     else:
@@ -126,6 +129,36 @@ def checked_pictures(images: Any, film: bool = False) -> np.ndarray:
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise InputError(f"images are {array.dtype}; give uint8 or floats in [0, 1]")
     return to_uint8(array.astype(np.float32))
+
+
+def _label_array(labels: Any, images: int) -> np.ndarray:
+    """Returns labels as (N,) int64, or as text if any is a class name or a mix of classes."""
+    try:
+        label_N = np.asarray(labels)
+    except ValueError as error:  # rows of unequal lengths
+        raise InputError(f"labels do not have shape ({images},): {error}") from error
+    if label_N.shape != (images,):
+        raise InputError(f"labels have shape {label_N.shape}; expected ({images},), one per image")
+    if label_N.dtype.kind == "f" and (label_N % 1 == 0).all():
+        label_N = label_N.astype(np.int64)
+    if label_N.dtype.kind == "O":
+        label_N = np.array([_label_text(label) for label in label_N])
+    if label_N.dtype.kind not in "iuU":
+        raise InputError(
+            f"labels {label_N[:5].tolist()}: allowed are class numbers, names, and mixes of classes"
+        )
+    return label_N if label_N.dtype.kind == "U" else label_N.astype(np.int64)
+
+
+def _label_text(label: Any) -> str:
+    """Returns a class, or a mix of classes such as {3: 0.5, 8: 0.5}, as text: "3:0.5+8:0.5"."""
+    if isinstance(label, Mapping):
+        return "+".join(f"{name}:{weight}" for name, weight in label.items())
+    if isinstance(label, str | int | np.integer) and not isinstance(label, bool):
+        return str(label)
+    raise InputError(
+        f"label {label!r}: allowed are class numbers, names, and mixes such as {{3: 0.5, 8: 0.5}}"
+    )
 
 
 def _save_folder(images_NHWC: np.ndarray, folder: pathlib.Path, label_N: np.ndarray | None) -> None:
