@@ -1,6 +1,7 @@
 """Commands that write pictures, with a fake model: vary, upscale, edit --paste, --every_step."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -242,3 +243,17 @@ def test_what_shows_no_steps_is_refused_first(flags, message, model, monkeypatch
     monkeypatch.setattr(rejection, "load_classifier", lambda location: classifier)
     assert sample.main(["--weights=fake", "--labels=3", *flags]) == 1
     assert message in capsys.readouterr().err and model.calls == 0
+
+
+def test_a_picture_is_not_overwritten_by_the_results(model):
+    pathlib.Path("link.png").symlink_to("photo.png")
+    pathlib.Path("mask.png").write_bytes(pathlib.Path("photo.png").read_bytes())
+    for command, flags, out, message in (
+        ("edit", ["--box=0,0,0.5,0.5"], "./photo.png", "out=./photo.png is also the image"),
+        ("edit", ["--mask=mask.png"], "mask.png", "out=mask.png is also the mask"),
+        ("vary", ["--keep_scales=2"], pathlib.Path("photo.png").absolute(), "also the image"),
+        ("upscale", [], "link.png", "also the image"),
+    ):
+        with pytest.raises(InputError, match=message):
+            COMMANDS[command](["--weights=fake", "--image=photo.png", f"--out={out}", *flags])
+    assert model.calls == 0

@@ -34,6 +34,7 @@ from varjax.sampling.outputs import (
 )
 from varjax.sampling.sampler import given_options
 from varjax.storage import image_io
+from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.picture_text import command_text
 
 COLUMNS = 10  # at most, of the output
@@ -91,7 +92,8 @@ def open_request(
         others: number of pictures that the output shows in addition to the results.
 
     Raises:
-        InputError: a flag out of range, no such picture or model, or a model that cannot do this.
+        InputError: a flag out of range, an output that would overwrite an input, no such picture or
+            model, or a model that cannot do this.
     """
     check_sampling_flags(flags)
     if flags.accept is not None:
@@ -105,6 +107,11 @@ def open_request(
             "FILE.gif or FILE.webp"
         )
     check_out(flags.out)
+    for name in ("image", "mask"):  # only edits have a mask
+        if (source := getattr(flags, name, None)) and _same_file(source, flags.out):
+            raise InputError(
+                f"out={flags.out} is also the {name}, which would be overwritten; give another out"
+            )
     picture = image_io.open_image(flags.image)
     weights = open_model(flags.weights)
     if command != "edit" and not family_of(weights).keeps_scales:
@@ -194,6 +201,17 @@ def write_results(
     output.add(range(len(results)), results)
     message = output.finish()
     print(message if strip else f"{out}: {about}")
+
+
+def _same_file(a: str, b: str) -> bool:
+    """Returns whether two locations name the same file, perhaps through a link."""
+    paths = as_path(a), as_path(b)
+    if any(map(in_bucket, paths)):
+        return paths[0] == paths[1]
+    try:
+        return paths[0].samefile(paths[1])
+    except OSError:  # one does not exist
+        return False
 
 
 def _words(request: PictureRequest, names: Sequence[str]) -> PictureWords:
