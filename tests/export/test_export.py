@@ -19,6 +19,7 @@ from PIL import Image
 import varjax
 from tests.helpers import runs
 from tests.helpers.imports import imported_modules
+from varjax.checkpoints.class_names import ClassNames
 from varjax.cli.info import facts_table, read_facts
 from varjax.errors import InputError
 from varjax.export import __main__ as command
@@ -171,6 +172,20 @@ def test_digits_are_labels_also_of_classes_that_are_named_by_numbers():
     own = object.__new__(exported_model.ExportedModel)
     own.about = {"class_names": ["1", "10", "2", "two"], "classes": 4}
     np.testing.assert_array_equal(own._numbers(["2", "1", "two", 0]), [2, 1, 3, 0])
+
+
+def test_names_of_classes_are_understood_as_varjax_does():
+    names = "crane", "Dog", "crane", "cat", "Cat"
+    own = object.__new__(exported_model.ExportedModel)
+    own.about = {"class_names": names, "classes": 5}
+    labels = [" 2", "Dog", "dog ", "Cat", "cat", 5]
+    np.testing.assert_array_equal(own._numbers(labels), [2, 1, 1, 4, 3, 5])
+    assert ClassNames(names).numbers(labels) == [2, 1, 1, 4, 3, 5]
+    for label in ("crane", "CAT"):  # several classes
+        with pytest.raises(ValueError, match=f"'{label}'"):
+            own._numbers([label])
+        with pytest.raises(InputError, match=f"'{label}' names several .*; give a number"):
+            ClassNames(names).numbers([label])
 
 
 def test_exports_that_draw_other_images_have_other_identities():

@@ -66,7 +66,8 @@ class ClassNames(Sequence[str]):
     def number(self, name: str) -> int:
         """Returns the label of a class by its name, in upper or lower case, or its digits.
 
-        Digits are a label, never a name. Raises InputError, with similar names, if there is none.
+        Digits are a label, never a name. Raises InputError, with similar names, if there is none,
+        and if several classes have the name.
         """
         text = name.strip()
         if re.fullmatch(r"[0-9]+", text):
@@ -74,6 +75,11 @@ class ClassNames(Sequence[str]):
         label = self._exact.get(text, self._in_lower_case.get(text.casefold()))
         if label is not None:
             return label
+        if same := [i for i, other in enumerate(self.names) if other.casefold() == text.casefold()]:
+            raise InputError(
+                f"label {name!r} names several classes: "
+                f"{', '.join(f'{i} {self.names[i]}' for i in same)}; give a number"
+            )
         similar = difflib.get_close_matches(text.casefold(), self._in_lower_case, SUGGESTIONS)
         labels = [self._in_lower_case[name] for name in similar]
         nearest = " or ".join(f"{self.names[label]!r} ({label})" for label in labels)

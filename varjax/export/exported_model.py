@@ -7,6 +7,7 @@ model.json has the options, classes, shapes and license. A folder that `varjax e
 copy of this file, so it imports nothing of varjax.
 """
 
+import collections
 import hashlib
 import json
 import pathlib
@@ -75,12 +76,13 @@ class ExportedModel:
 
     def _numbers(self, labels):
         names, classes = self.about["class_names"], self.about["classes"]
-        # Digits are a label, never a name.
-        named = {x for x in names if not x.isdecimal()}
-        labels = [names.index(str(x)) if str(x) in named else x for x in labels]
-        known = labels and all(str(x).isdecimal() and int(x) <= classes for x in labels)
-        check(known, f"labels {labels}: allowed are 0 … {classes}, and the names in model.json")
-        return np.array([int(label) for label in labels])
+        exact, folded = unique(names), unique([name.casefold() for name in names])
+        texts = [str(label).strip() for label in labels]
+        texts = [str(exact.get(x, folded.get(x.casefold(), x))) for x in texts]
+        known = texts and all(x.isdecimal() and int(x) <= classes for x in texts)
+        allowed = f"0 … {classes}, and names in model.json that one class has"
+        check(known, f"labels {texts}: allowed are {allowed}")
+        return np.array([int(x) for x in texts])
 
     def _index(self, B, index):
         index_B = np.arange(B) if index is None else np.asarray(index)
@@ -142,6 +144,12 @@ class ExportedModel:
                     self._weights[name, kind.dtype] = jax.device_put(x)
         held = {name: self._weights[name, kind.dtype] for name, kind in weights.items()}
         return jax.jit(exported.call), held, *others
+
+
+def unique(names):
+    """Returns the number of each name that one class has; digits are a label, never a name."""
+    counts = collections.Counter(names)
+    return {x: i for i, x in enumerate(names) if counts[x] == 1 and not x.isdecimal()}
 
 
 def check(valid, message):
