@@ -315,6 +315,14 @@ def test_a_range_of_timesteps_is_fixed():
     )
 
 
+@pytest.mark.parametrize(("guidance", "least"), [(1.005, 1.005), (3.0, 1.01)])
+def test_an_export_s_own_guidance_is_in_its_range(guidance, least):
+    facts = option_facts(VAROptions(guidance=guidance), {"guidance"})
+    about = facts["options"]["guidance"]
+    assert about["value"] == guidance and about["least"] == least
+    assert f"{least} or more" in about["help"]
+
+
 @pytest.mark.slow
 def test_the_script_itself_refuses_bad_requests(exported):
     own = exported_model.ExportedModel(exported("var"))

@@ -40,7 +40,6 @@ SCRIPTS = ("run.py", "exported_model.py")
 LEAST_GUIDANCE = 1.01  # 1 turns guidance off, which is another program
 # Numbers, but fixed, because the exported code checks each option alone, and not their order.
 RANGE = "guidance_timestep_from", "guidance_timestep_to"
-EXPORTED_HELP = {"guidance": f"maximum guidance scale, {LEAST_GUIDANCE} or more"}
 
 
 def export_model(
@@ -222,13 +221,16 @@ def option_facts(options: Any, numbers: set[str]) -> dict[str, Any]:
         if field.name not in numbers or field.name in RANGE:
             fixed[field.name] = value
             continue
-        least, most = field.metadata["limits"]
+        (least, most), about = field.metadata["limits"], field.metadata["help"]
+        if field.name == "guidance":
+            least = min(LEAST_GUIDANCE, value)
+            about = f"maximum guidance scale, {least} or more"
         changeable[field.name] = {
             "value": value,
-            "least": LEAST_GUIDANCE if field.name == "guidance" else least,
+            "least": least,
             "most": most,
             "whole": isinstance(value, int),
-            "help": EXPORTED_HELP.get(field.name, field.metadata["help"]),
+            "help": about,
         }
     values = {path: x for path, x in trees.paths(options).items() if path in numbers}
     return {"options": changeable, "fixed_options": fixed, "numbers": {"seed": 0} | values}
