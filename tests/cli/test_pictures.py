@@ -257,3 +257,15 @@ def test_a_picture_is_not_overwritten_by_the_results(model):
         with pytest.raises(InputError, match=message):
             COMMANDS[command](["--weights=fake", "--image=photo.png", f"--out={out}", *flags])
     assert model.calls == 0
+
+
+@pytest.mark.parametrize("guidance", ["1", "1,1,1"])
+def test_a_guide_that_would_do_nothing_is_refused(guidance, model, capsys):
+    off = f"--guidance={guidance}"
+    with pytest.raises(InputError, match="guide=weak: guidance is 1, which turns the guide off"):
+        run("vary", "--image=photo.png", "--keep_scales=2", "--count=1", "--guide=weak", off)
+    draw = ["--weights=fake", "--labels=3", "--count=1", "--batch_size=1", "--guide=weak"]
+    assert sample.main([*draw, off]) == 1
+    assert "guide=weak: guidance is 1" in capsys.readouterr().err and model.calls == 0
+    for others in (["--sweep", "guidance=1,2"], ["--guidance=2"]):
+        assert sample.main([*draw, *others]) == 0

@@ -234,6 +234,12 @@ def test_the_scripts_are_short_and_import_little():
     assert lines["run.py"] <= 100
 
 
+def test_a_guide_that_would_do_nothing_is_not_exported(tmp_path):
+    weak = str(runs.untrained_var())
+    with pytest.raises(InputError, match="guidance is 1, which turns the guide off"):
+        export_model(weak, tmp_path / "out", guide=weak, options=NO_GUIDANCE, platforms=["cpu"])
+
+
 def licensed(folder, license):
     """Copies a tiny model, with a license unless it is None."""
     shutil.copytree(runs.untrained_var(), folder)

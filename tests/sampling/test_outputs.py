@@ -132,6 +132,14 @@ def test_a_second_evaluation_is_told(model, tmp_path, capsys):
         assert not parts_folder(out).exists()
 
 
+def test_a_guide_that_would_do_nothing_is_refused_by_an_evaluation(model, capsys):
+    np.savez("real.npz", arr_0=np.zeros((9, 8, 8, 3), np.uint8))
+    for flags in (["--guidance=1"], ["--sweep", "guidance=1"]):
+        assert evaluation.main([*EVALUATE, "--guide=weak", *flags, "--out=a.json"]) == 1
+        assert "guide=weak: guidance is 1" in capsys.readouterr().err
+    assert model.calls == 0
+
+
 def test_a_report_s_batch_size_is_found_beside_it(tmp_path):
     out = tmp_path / "a.cfg=1.5.json"
     files.write_json(parts_folder(out) / "request.json", {"batch_size": 7})

@@ -24,6 +24,7 @@ from varjax.models import family_of, load, open_model, option_classes
 from varjax.runtime.first_call import FirstCall, announce_compilation
 from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.grid_output import PictureWords, name_in_title
+from varjax.sampling.guidance import check_guide_is_used
 from varjax.sampling.outputs import (
     FILM_SUFFIXES,
     check_finite_images,
@@ -118,6 +119,7 @@ def open_request(
         raise InputError(f"only a model that draws scale by scale (VAR) can {command} an image")
     model = load(weights, flags.dtype, **companions(flags))
     options = model.options(**given_options(flags, option_classes()))
+    check_guide_is_used(flags.guide, [options])
     label = model.classes if flags.label is None else _only_label(flags.label, model.labels)
     every_step = shows_every_step(flags)
     steps = model.steps(options) if every_step else None

@@ -31,6 +31,7 @@ from varjax.runtime.compilation_cache import use_compilation_cache
 from varjax.runtime.distributed import add_process_flags, connect_by_flags, run_on_processes
 from varjax.sampling.batch_size import add_batch_size_flag, choose_batch_size
 from varjax.sampling.grid_output import PictureWords, grid_columns
+from varjax.sampling.guidance import check_guide_is_used
 from varjax.sampling.job import SamplingJob, locked_for_job, run_job
 from varjax.sampling.outputs import (
     FILM_SUFFIXES,
@@ -169,6 +170,7 @@ def draw_samples(arguments: list[str]) -> None:
     every_step = shows_every_step(flags)
     points = sweep_points(flags.sweep, options, flags.out) if flags.sweep else []
     rows = [model.options(**{**given, **point}) for point in points]
+    check_guide_is_used(flags.guide, rows or [options])
     varied = points[0] if points else ()
     if rows and (every_step or classifier is not None):
         raise InputError("--sweep draws finished images; leave out --every_step and --accept")

@@ -61,6 +61,7 @@ from varjax.runtime.distributed import (
     run_on_processes,
 )
 from varjax.sampling.batch_size import choose_batch_size
+from varjax.sampling.guidance import check_guide_is_used
 from varjax.sampling.job import SamplingJob
 from varjax.sampling.option_sweep import parse_sweep
 from varjax.sampling.rejection import add_rejection_flags, check_classifier, classifier_of_flags
@@ -139,6 +140,7 @@ def evaluate(arguments: list[str]) -> None:
         return evaluate_model(settings, model, flags.weights, jobs, classifier)
 
     if not flags.sweep:
+        check_guide_is_used(flags.guide, [options])
         (report,) = reports_at([out], options, flags.seed)
         if first:
             print_report(report)
@@ -147,6 +149,7 @@ def evaluate(arguments: list[str]) -> None:
     load_pyplot()  # the picture comes last, after all samples
     # The options of all points are checked before the first one is drawn.
     chosen = [(p, model.options(**{**given, **p})) for p in parse_sweep(sweep, options)]
+    check_guide_is_used(flags.guide, [options for _, options in chosen])
     points = []
     for (option_values, options), seed in itertools.product(chosen, seeds or [flags.seed]):
         # The points of a group differ in their acceptances, and share what is drawn.

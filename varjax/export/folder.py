@@ -29,6 +29,7 @@ from varjax.export.programs import (
 )
 from varjax.models import Dtype, family_of, load, open_model
 from varjax.nn.compute import ComputeConfig, Platform
+from varjax.sampling.guidance import check_guide_is_used
 from varjax.storage import files, safetensors_io
 from varjax.storage.buckets import as_path
 from varjax.storage.safetensors_io import LazyArray
@@ -86,6 +87,7 @@ def export_model(
         compute = compute_for(platform, dtype, None not in sizes)
         model: Any = load(directory, compute=compute, **companions)
         chosen = model.options(**options or {})
+        check_guide_is_used(companions.get("guide"), [chosen])
         for about, exported in exported_programs(model, chosen, what, sizes, platform, read):
             programs.append(about)
             print(f"exported {about['file']}", file=sys.stderr)

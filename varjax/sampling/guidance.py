@@ -5,6 +5,7 @@ guidance, and a schedule says what fraction of it is used when. A list holds the
 themselves. Outside of an interval, guidance is off.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import jax
@@ -45,6 +46,20 @@ class GuidanceOptions(Protocol):
 
     @property
     def guidance_to(self) -> int: ...
+
+
+def check_guide_is_used(guide: Any, requests: Sequence[GuidanceOptions]) -> None:
+    """Raises InputError for a guide that would do nothing, because guidance is off in all requests.
+
+    Args:
+        guide: model that guides, or its location; None for none.
+        requests: sampling options of everything that is drawn.
+    """
+    if guide is not None and all(np.all(np.equal(x.guidance, 1)) for x in requests):
+        raise InputError(
+            f"guide={guide}: guidance is 1, which turns the guide off; give a guidance above 1, or "
+            "leave the guide out"
+        )
 
 
 def checked_guidance_options(options: GuidanceOptions, count: int | None = None) -> dict[str, Any]:
