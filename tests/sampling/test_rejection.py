@@ -155,6 +155,19 @@ def test_a_job_interrupted_while_it_writes_continues(whole, tmp_path, monkeypatc
     assert classifier.calls == 0 and out.read_bytes() == whole
 
 
+def test_an_output_may_be_the_current_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    draw(".")
+    assert len(list(folder.glob("*.png"))) == len(LABELS) * COUNT
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    assert (
+        candidates_folder("other/..") == candidates_folder(".") == tmp_path / ".images.candidates"
+    )
+    candidates_folder("/")  # the output itself is refused, because it holds other files
+
+
 def test_a_damaged_part_is_drawn_again(whole, tmp_path):
     out = tmp_path / "a.npz"
     with pytest.raises(KeyboardInterrupt):

@@ -7,6 +7,7 @@ the highest probability are kept.
 
 import argparse
 import functools
+import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
@@ -234,7 +235,9 @@ class Candidates:
 def candidates_folder(location: str | pathlib.Path) -> pathlib.Path:
     """Returns the folder next to an output that keeps candidates until the output is complete."""
     path = as_path(location)
-    return path.with_name(f".{path.name}.candidates")
+    if path.name in ("", ".."):  # of the current folder, or another one without its name
+        path = pathlib.Path(os.path.abspath(path))
+    return path.parent / f".{path.name}.candidates"
 
 
 def run_rejection_job(
