@@ -140,6 +140,15 @@ def test_a_guide_that_would_do_nothing_is_refused_by_an_evaluation(model, capsys
     assert model.calls == 0
 
 
+def test_an_option_has_a_value_or_is_swept(model, capsys):
+    both = ["--guidance=3", "--top_k=5", "--sweep", "top_p=0.5", "guidance=1,2"]
+    for run, arguments in ((sample, [*SAMPLE, "--out=a.png"]), (evaluation, EVALUATE)):
+        assert run.main([*arguments, *both]) == 1
+        assert "guidance=3 and a sweep of guidance: give one" in capsys.readouterr().err
+    assert model.calls == 0
+    assert sample.main([*SAMPLE, "--out=a.png", *both[1:]]) == 0
+
+
 def test_a_report_s_batch_size_is_found_beside_it(tmp_path):
     out = tmp_path / "a.cfg=1.5.json"
     files.write_json(parts_folder(out) / "request.json", {"batch_size": 7})

@@ -33,6 +33,7 @@ from varjax.sampling.batch_size import add_batch_size_flag, choose_batch_size
 from varjax.sampling.grid_output import PictureWords, grid_columns
 from varjax.sampling.guidance import check_guide_is_used
 from varjax.sampling.job import SamplingJob, locked_for_job, run_job
+from varjax.sampling.option_sweep import check_given_or_swept
 from varjax.sampling.outputs import (
     FILM_SUFFIXES,
     begun_batch_size,
@@ -152,12 +153,13 @@ def draw_samples(arguments: list[str]) -> None:
     flags = parser.parse_args(arguments)
     check_sampling_flags(flags)
     check_out(flags.out)
+    given = given_options(flags, option_classes())
+    check_given_or_swept(given, flags.sweep or [])
     connect_by_flags(flags)
     use_compilation_cache()
     classifier = classifier_of_flags(flags)
     model = load(flags.weights, flags.dtype, **companions(flags))
     labels = choose_labels(flags.labels, model.labels)
-    given = given_options(flags, option_classes())
     options = model.options(**given)
     job = SamplingJob(labels, flags.count, flags.seed, options, batch_size=1)
     if classifier is not None:

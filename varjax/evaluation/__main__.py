@@ -63,7 +63,7 @@ from varjax.runtime.distributed import (
 from varjax.sampling.batch_size import choose_batch_size
 from varjax.sampling.guidance import check_guide_is_used
 from varjax.sampling.job import SamplingJob
-from varjax.sampling.option_sweep import parse_sweep
+from varjax.sampling.option_sweep import check_given_or_swept, parse_sweep
 from varjax.sampling.rejection import add_rejection_flags, check_classifier, classifier_of_flags
 from varjax.sampling.sampler import given_options
 from varjax.storage.buckets import as_path
@@ -96,6 +96,7 @@ def evaluate(arguments: list[str]) -> None:
         wrong = [f"--{name}" for name in (*names, *given)]
         raise InputError(f"{', '.join(wrong)}: needs --weights, which draws the samples")
     accepts, seeds, sweep = split_sweep(flags.sweep)
+    check_given_or_swept(given, sweep)
     if seeds and flags.seed:
         raise InputError(f"seed={flags.seed} and a sweep of seed: give one of them")
     connect_by_flags(flags)

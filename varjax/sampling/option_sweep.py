@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from varjax.config.renamed import renamed_message
@@ -46,6 +46,22 @@ def parse_sweep(texts: Sequence[str], options: Any) -> list[dict[str, Any]]:
             raise InputError(f"sweep {text}: {name} is swept twice")
         axes[name] = read_values(text, functools.partial(parse_sweep_value, name, types[name]))
     return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+
+def check_given_or_swept(given: Mapping[str, Any], texts: Sequence[str]) -> None:
+    """Checks that no option has a value and is swept too, which would ignore the value.
+
+    Args:
+        given: values of the options that are set, by name.
+        texts: one NAME=VALUE,VALUE… for each option to vary.
+
+    Raises:
+        InputError: an option of both kinds.
+    """
+    for name in (text.partition("=")[0] for text in texts):
+        if name in given:
+            value = option_text(given[name])
+            raise InputError(f"{name}={value} and a sweep of {name}: give one of them")
 
 
 def read_values(text: str, read: Callable[[str], T]) -> list[T]:
