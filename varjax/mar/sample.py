@@ -167,7 +167,8 @@ class SamplingSetup:
         schedule: number of tokens that each step draws.
         groups: groups of steps, each computed in one loop.
         guided: first step with guidance and the first one after those with it. Other steps need
-            half as much work.
+            half as much work, except those before it with causal attention, whose cache later
+            steps read.
         guides_all_timesteps: whether guidance is on in the whole diffusion of a token.
     """
 
