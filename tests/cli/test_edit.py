@@ -91,9 +91,7 @@ def test_what_is_transparent_in_a_mask_is_kept(tmp_path, capsys):
     strokes_HWC[..., 3] = 255
     Image.fromarray(strokes_HWC).save(path)
     assert redrawn(path, (8, 8)).all()
-    assert (
-        "mask.png is white everywhere, so nothing of the image is kept" in capsys.readouterr().err
-    )
+    assert "mask.png is white everywhere, so the whole image is redrawn" in capsys.readouterr().err
 
 
 def test_the_picture_shows_original_mask_and_results(photo, capsys):

@@ -80,7 +80,7 @@ def mask_tokens(
         )
     if white_hw.all():
         print(
-            f"{name} is white everywhere, so nothing of the image is kept. Paint the parts to keep "
+            f"{name} is white everywhere, so the whole image is redrawn. Paint the parts to keep "
             "in black, or make them transparent",
             file=sys.stderr,
         )
