@@ -102,3 +102,15 @@ def test_labels_that_are_no_classes_are_refused_before_a_folder_is_made(tmp_path
         with pytest.raises(InputError, match="label"):
             save(IMAGES, tmp_path / name, labels=labels)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_shown_is_refused(tmp_path):
+    rgba_SNHWC = np.zeros((3, 2, 8, 8, 4), np.uint8)
+    for draw in (show, lambda *given: save(given[0], tmp_path / "x.webp", None, *given[1:])):
+        with pytest.raises(InputError, match=r"shape \(3, 2, 8, 8, 4\); needed is .* 1 or 3\)"):
+            draw(rgba_SNHWC)
+        for columns in (-1, 0, 1.5):
+            with pytest.raises(InputError, match=f"columns={columns}: must be 1 or more"):
+                draw(rgba_SNHWC[..., :3], columns)
+        draw(rgba_SNHWC[..., :3], np.int64(2))
+    assert show(rgba_SNHWC[0]).mode == "RGBA"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from varjax.config.numbers import whole_number
 from varjax.errors import InputError
 from varjax.sampling.films import film_bytes, write_film
 from varjax.sampling.outputs import (
@@ -51,12 +52,13 @@ def show(images: Any, columns: int | None = None) -> Image.Image | ShownFilm:
 
     Args:
         images: (N, H, W, 1, 3 or 4) or one image (H, W, …), uint8 or floats in [0, 1]; for an
-            animation (steps, N, H, W, C).
+            animation (steps, N, H, W, 1 or 3).
         columns: images in a row; None for a grid that is as square as possible.
 
     Raises:
-        InputError: no images, another shape or type, or NaN.
+        InputError: no images, another shape or type, NaN, or columns below 1.
     """
+    columns = _checked_columns(columns)
     if np.ndim(images) == 5:
         images_SNHWC = checked_pictures(images, film=True)
         return ShownFilm(film_bytes("webp", np.moveaxis(images_SNHWC, 0, 1), columns))
@@ -76,8 +78,8 @@ def save(
         varjax.save(steps_SNHWC, "steps.gif")  # model.sample([3, 1, 4], every_step=True)
 
     Args:
-        images: (N, H, W, 1, 3 or 4), uint8 or floats in [0, 1]; (steps, N, H, W, C) for an
-            animation.
+        images: (N, H, W, 1, 3 or 4), uint8 or floats in [0, 1]; (steps, N, H, W, 1 or 3)
+            for an animation.
         path: FILE.png (a grid), FILE.gif or FILE.webp (an animation), FILE.npz ("arr_0", for
             evaluators, in the order given), or a new folder (a PNG for each image).
         labels: (N,) classes as `sample` takes them, which an .npz and the names of a folder's files
@@ -86,10 +88,10 @@ def save(
         columns: images in a row; None for a grid that is as square as possible.
 
     Raises:
-        InputError: images of another shape or type, NaN, labels that are no classes, or a path that
-            cannot be written.
+        InputError: images of another shape or type, NaN, labels that are no classes, columns below
+            1, or a path that cannot be written.
     """
-    location = as_path(path)
+    location, columns = as_path(path), _checked_columns(columns)
     suffix = file_suffix(location)
     film = suffix in FILM_SUFFIXES
     images = checked_pictures(images, film)
@@ -119,9 +121,9 @@ def checked_pictures(images: Any, film: bool = False) -> np.ndarray:
     array = np.asarray(images)
     if array.ndim == 3 and not film:
         array = array[None]
-    needed = "(steps, N, H, W, channels)" if film else "(N, H, W, channels)"
-    if array.ndim != 4 + film or array.shape[-1] not in (1, 3, 4):
-        raise InputError(f"images have shape {array.shape}; needed is {needed}, channels 1, 3 or 4")
+    needed, most = ("(steps, N, H, W, 1 or 3)", 3) if film else ("(N, H, W, 1, 3 or 4)", 4)
+    if array.ndim != 4 + film or array.shape[-1] not in (1, 3, most):
+        raise InputError(f"images have shape {array.shape}; needed is {needed}")
     if not array.size:
         raise InputError(f"images have shape {array.shape}; give one image or more")
     if array.dtype == np.uint8:
@@ -129,6 +131,10 @@ def checked_pictures(images: Any, film: bool = False) -> np.ndarray:
     if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
         raise InputError(f"images are {array.dtype}; give uint8 or floats in [0, 1]")
     return to_uint8(array.astype(np.float32))
+
+
+def _checked_columns(columns: Any) -> int | None:
+    return None if columns is None else whole_number("columns", columns, 1)
 
 
 def _label_array(labels: Any, images: int) -> np.ndarray:
