@@ -100,6 +100,8 @@ def test_what_it_does_not_take_is_refused(loaded):
     for images, message in (
         (IMAGES_BHWC[0], r"shape \(8, 8, 1\); needed is \(B, \*\(8, 8, 1\)\)"),
         (IMAGES_BHWC.astype(np.int32), "images are int32; give uint8 or floats"),
+        (IMAGES_BHWC.astype(np.float32), "images range from 0 to 2.*; give uint8, or floats"),
+        (IMAGES_BHWC / np.float32(127.5) - 1, "images range from -1 to 0.9.*; give"),
     ):
         with pytest.raises(ValueError, match=message):
             loaded.encode(images)

@@ -174,6 +174,12 @@ def test_digits_are_labels_also_of_classes_that_are_named_by_numbers():
     np.testing.assert_array_equal(own._numbers(["2", "1", "two", 0]), [2, 1, 3, 0])
 
 
+@pytest.mark.parametrize("images_BHWC", [PICTURES.astype(int), PICTURES.astype(np.float32)])
+def test_images_of_another_range_are_not_encoded(images_BHWC):
+    with pytest.raises(ValueError, match=f"images are {images_BHWC.dtype}, 0.* … 24.*; give uint8"):
+        object.__new__(exported_model.ExportedModel).encode(images_BHWC)
+
+
 def test_names_of_classes_are_understood_as_varjax_does():
     names = "crane", "Dog", "crane", "cat", "Cat"
     own = object.__new__(exported_model.ExportedModel)

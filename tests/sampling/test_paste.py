@@ -24,6 +24,13 @@ def test_kept_pixels_are_the_originals_and_the_inside_fades_in():
     )
 
 
+def test_results_may_be_uint8_and_hold_nan():
+    results_BHWC = np.concatenate([255 - IMAGE_BHWC] * 2)
+    expected = paste(IMAGE_BHWC, results_BHWC / np.float32(255), REDRAW_hw)
+    np.testing.assert_array_equal(paste(IMAGE_BHWC, results_BHWC, REDRAW_hw), expected)
+    assert np.isnan(paste(IMAGE_BHWC, RESULTS_BHWC * np.nan, REDRAW_hw)[:, 0, 5:]).all()
+
+
 def test_gray_parts_of_a_mask_mix_both():
     weight_HW = np.full((8, 12), 0.25, np.float32)
     expected = 0.25 * RESULTS_BHWC + 0.75 * (IMAGE_BHWC / np.float32(255))
@@ -49,6 +56,8 @@ def test_each_result_may_have_its_own_image_and_mask():
         ({"redraw": np.full((2, 3), 1.5)}, r"numbers outside of \[0, 1\]"),
         ({"redraw": np.full((2, 3), np.nan)}, r"numbers outside of \[0, 1\]"),
         ({"images_BHWC": IMAGE_BHWC[:, :4]}, r"images have shape \(1, 4, 12, 3\)"),
+        ({"images_BHWC": IMAGE_BHWC.astype(int)}, "images are int64; give uint8 or floats"),
+        ({"results_BHWC": 255 * RESULTS_BHWC}, "results range from .* to 255; give uint8, or"),
         ({"blend": -1}, "blend=-1: must be 0 or more"),
     ],
 )

@@ -57,6 +57,7 @@ def test_a_film_has_a_frame_for_each_step(tmp_path):
         (IMAGES[None], "x.png", "needed is"),
         (FLOATS * np.nan, "x.png", "NaN"),
         (IMAGES.astype(int), "x.png", "int64"),
+        (IMAGES.astype(float), "x.png", "range from 0 to 255"),
         (IMAGES, "x.jpg", "jpg"),
         (IMAGES, "full", "new folder"),
     ],

@@ -5,6 +5,7 @@ import pathlib
 import socket
 import subprocess
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -225,3 +226,19 @@ def test_each_flipped_bit_of_a_png_is_detected_or_changes_nothing(smooth):
 
 
 NOISE_HWC = np.random.default_rng(0).integers(0, 256, (16, 16, 1), np.uint8)
+
+
+def test_pixels_are_uint8_or_floats_that_exceed_one_a_little():
+    sharpened = np.array([-0.2, 0.5, 1.2], np.float32)
+    for images in (np.arange(3, dtype=np.uint8), sharpened, jnp.asarray(sharpened, jnp.bfloat16)):
+        image_files.check_pixels(images)
+    for images, message in (
+        (np.arange(3), "x are int64"),
+        (sharpened > 0, "x are bool"),
+        (sharpened * 255, "x range from -51 to 306; give uint8, or floats"),
+        (2 * jnp.asarray(sharpened) - 1, "x range from -1.4 to 1.4"),
+        (sharpened * np.nan, "x hold NaN"),
+        (sharpened + np.float32(np.inf), "x hold NaN or infinite"),
+    ):
+        with pytest.raises(InputError, match=message):
+            image_files.check_pixels(images, "x")

@@ -68,6 +68,10 @@ class ExportedModel:
         """Encodes images, uint8 or floats in [0, 1], into tokens."""
         images_BHWC = np.asarray(images_BHWC)
         kind = "_uint8" if images_BHWC.dtype == np.uint8 else ""
+        if not kind:  # a resized image may exceed [0, 1] a little
+            low, high = images_BHWC.min(initial=0), images_BHWC.max(initial=0)
+            fits = images_BHWC.dtype.kind not in "biu" and low >= -0.5 and high <= 1.5
+            check(fits, f"images are {images_BHWC.dtype}, {low} … {high}; give uint8, or 0 … 1")
         return self._run(self._programs(f"encode{kind}"), [images_BHWC])
 
     def decode(self, tokens):

@@ -6,6 +6,7 @@ import numpy as np
 
 from varjax.config.numbers import whole_number
 from varjax.errors import InputError
+from varjax.storage.image_files import check_pixels
 
 BLEND_PART = 64  # by default, pixels are blended over 1 / 64 of the height
 
@@ -21,7 +22,7 @@ def paste(images_BHWC: Any, results_BHWC: Any, redraw: Any, blend: int | None = 
 
     Args:
         images_BHWC: originals, uint8 or floats in [0, 1]; one, or one for each result.
-        results_BHWC: results of `edit`, floats in [0, 1].
+        results_BHWC: results of `edit`, floats in [0, 1] or uint8.
         redraw: (h, w) or (B, h, w), bool or weights of the results in [0, 1]; its sides divide
             those of the images.
         blend: number of pixels over which the results fade in; None for 1 / 64 of the height, at
@@ -31,10 +32,10 @@ def paste(images_BHWC: Any, results_BHWC: Any, redraw: Any, blend: int | None = 
         (B, H, W, channels) float32 in [0, 1].
 
     Raises:
-        InputError: shapes that do not fit, weights outside of [0, 1], or a negative `blend`.
+        InputError: shapes that do not fit, images of another type or range, weights outside of
+            [0, 1], or a negative `blend`.
     """
-    images, results = np.asarray(images_BHWC), np.asarray(results_BHWC, np.float32)
-    images = images.astype(np.float32) / np.float32(255 if images.dtype == np.uint8 else 1)
+    images, results = _unit_floats("images", images_BHWC), _unit_floats("results", results_BHWC)
     if results.ndim != 4 or images.shape not in (results.shape, (1, *results.shape[1:])):
         raise InputError(
             f"images have shape {images.shape} and results {results.shape}; needed are "
@@ -55,6 +56,15 @@ def paste(images_BHWC: Any, results_BHWC: Any, redraw: Any, blend: int | None = 
     fade_in = np.stack([_fade_in(mask_HW, blend) for mask_HW in weight > 0])
     weight_BHW1 = (weight * fade_in)[..., None]
     return np.where(weight_BHW1 > 0, weight_BHW1 * results + (1 - weight_BHW1) * images, images)
+
+
+def _unit_floats(name: str, images_BHWC: Any) -> np.ndarray:
+    """Returns images, uint8 or floats in [0, 1], as float32 in [0, 1]."""
+    images = np.asarray(images_BHWC)
+    finite = images[np.isfinite(images)]  # NaN is reported where images are written, with advice
+    if finite.size:
+        check_pixels(finite, name)
+    return images.astype(np.float32) / np.float32(255 if images.dtype == np.uint8 else 1)
 
 
 def _fade_in(mask_HW: np.ndarray, blend: int) -> np.ndarray:

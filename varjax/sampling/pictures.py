@@ -23,7 +23,7 @@ from varjax.sampling.outputs import (
 from varjax.sampling.pipeline import Labels
 from varjax.storage import files, image_io
 from varjax.storage.buckets import as_path
-from varjax.storage.image_files import to_uint8
+from varjax.storage.image_files import check_pixels, to_uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ def show(images: Any, columns: int | None = None) -> Image.Image | ShownFilm:
         columns: images in a row; None for a grid that is as square as possible.
 
     Raises:
-        InputError: no images, another shape or type, NaN, or columns below 1.
+        InputError: no images, another shape, type or range, NaN, or columns below 1.
     """
     columns = _checked_columns(columns)
     if np.ndim(images) == 5:
@@ -88,8 +88,8 @@ def save(
         columns: images in a row; None for a grid that is as square as possible.
 
     Raises:
-        InputError: images of another shape or type, NaN, labels that are no classes, columns below
-            1, or a path that cannot be written.
+        InputError: images of another shape, type or range, NaN, labels that are no classes, columns
+            below 1, or a path that cannot be written.
     """
     location, columns = as_path(path), _checked_columns(columns)
     suffix = file_suffix(location)
@@ -116,7 +116,7 @@ def save(
 def checked_pictures(images: Any, film: bool = False) -> np.ndarray:
     """Returns images as uint8 (N, H, W, C), or with `film` (steps, N, H, W, C).
 
-    Raises InputError for no images, another shape or type, or NaN.
+    Raises InputError for no images, another shape, type or range, or NaN.
     """
     array = np.asarray(images)
     if array.ndim == 3 and not film:
@@ -126,11 +126,8 @@ def checked_pictures(images: Any, film: bool = False) -> np.ndarray:
         raise InputError(f"images have shape {array.shape}; needed is {needed}")
     if not array.size:
         raise InputError(f"images have shape {array.shape}; give one image or more")
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
-        raise InputError(f"images are {array.dtype}; give uint8 or floats in [0, 1]")
-    return to_uint8(array.astype(np.float32))
+    check_pixels(array)
+    return array if array.dtype == np.uint8 else to_uint8(array.astype(np.float32))
 
 
 def _checked_columns(columns: Any) -> int | None:

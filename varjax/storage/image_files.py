@@ -27,6 +27,8 @@ from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.read_errors import machine_errno, retry_read
 from varjax.storage.untrusted import image_limits
 
+# By how much a resized or processed image may exceed [0, 1]. Images in [-1, 1] exceed it by more.
+OVERSHOOT = 0.5
 # Pillow's formats by suffix. Some of its other formats run programs (PostScript).
 IMAGE_FORMATS = {
     ".jpg": "JPEG",
@@ -210,6 +212,29 @@ def picture_array(picture: Image.Image, mode: str) -> np.ndarray:
         rows_HWC = np.asarray(rows.convert(mode))
         pixels_HWC[top : top + ROWS_AT_ONCE] = rows_HWC.reshape(-1, width, len(mode))
     return pixels_HWC
+
+
+def check_pixels(images: Any, name: str = "images") -> None:
+    """Checks that an array holds uint8, or floats in [0, 1], which may exceed that a little.
+
+    Args:
+        images: array of NumPy or JAX, not empty.
+        name: name of the array, for messages.
+
+    Raises:
+        InputError: numbers of another type or range, or NaN.
+    """
+    if images.dtype == np.uint8:
+        return
+    if images.dtype.kind != "f" and images.dtype.name != "bfloat16":
+        raise InputError(f"{name} are {images.dtype}; give uint8 or floats in [0, 1]")
+    low, high = float(images.min()), float(images.max())
+    if not np.isfinite([low, high]).all():
+        raise InputError(f"{name} hold NaN or infinite numbers; give floats in [0, 1]")
+    if low < -OVERSHOOT or high > 1 + OVERSHOOT:
+        raise InputError(
+            f"{name} range from {low:.3g} to {high:.3g}; give uint8, or floats in [0, 1]"
+        )
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

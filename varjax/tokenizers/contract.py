@@ -10,6 +10,7 @@ import numpy as np
 from varjax import trees
 from varjax.errors import InputError
 from varjax.nn.compute import EXACT, ComputeConfig
+from varjax.storage.image_files import check_pixels
 from varjax.trees import PyTree
 
 Latents = Mapping[str, jax.Array]
@@ -82,7 +83,7 @@ def checked_images(
 ) -> jax.Array:
     """Returns images that a tokenizer may encode, as uint8 or float32.
 
-    Raises InputError for images of another shape or type.
+    Raises InputError for images of another shape, type or range.
     """
     trees.refuse_tracers(images_BHWC)
     images_BHWC = jnp.asarray(images_BHWC)
@@ -90,13 +91,8 @@ def checked_images(
         raise InputError(f"images have shape {images_BHWC.shape}; needed is (B, *{image_shape})")
     if not len(images_BHWC):
         raise InputError("there are no images; give one or more")
-    if images_BHWC.dtype == jnp.uint8:
-        return images_BHWC
-    if not jnp.issubdtype(images_BHWC.dtype, jnp.floating):
-        raise InputError(f"images are {images_BHWC.dtype}; give uint8 or floats in [0, 1]")
-    if not jnp.isfinite(images_BHWC).all():
-        raise InputError("images hold NaN or infinite numbers; give floats in [0, 1]")
-    return images_BHWC.astype(jnp.float32)
+    check_pixels(images_BHWC)
+    return images_BHWC if images_BHWC.dtype == jnp.uint8 else images_BHWC.astype(jnp.float32)
 
 
 def check_image_shape(tokenizer: Tokenizer, image_shape: tuple[int, int, int]) -> None:
