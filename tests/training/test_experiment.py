@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import tiny
+from varjax.data.latents import CachedLatents
 from varjax.data.sources import folder
 from varjax.data.sources.folder import Folder
 from varjax.errors import InputError
@@ -82,6 +83,40 @@ def test_a_run_remembers_its_images_which_may_move_but_not_change(tmp_path):
     pathlib.Path("moved/val/dog").rename("moved/val/wolf")
     with pytest.raises(ValueError, match="class_names.*dog.*wolf"):
         run_on("moved")
+
+
+def test_a_run_on_latents_remembers_how_they_were_made(tmp_path):
+    about = {
+        "tokenizer_identity": {"weights": "ab"},
+        "latent_spec": {"tokens_BL": {"shape": [5], "dtype": "uint16"}},
+        "data": {"class_names": ["cat"], "train": {"images": 2}, "held_out": {"images": 1}},
+        "settings": {"kind": "Folder", "crop": "random", "flip": True},
+        "classes": 1,
+        "image_shape": [8, 8, 3],
+        "seed": 0,
+        "images": {"train": 2, "held_out": 1},
+        "augmentations": {"train": 2, "held_out": 1},
+        "shards": {"train": 1, "held_out": 1},
+    }
+
+    def run_on(name, **changes):
+        files.write_json(tmp_path / name / "latents.json", about | changes)
+        data = CachedLatents(str(tmp_path / name))
+        check_or_write_data(dataclasses.replace(experiment(tmp_path / "run"), data=data))
+
+    run_on("a")
+    run_on("moved")
+    other = {"settings": about["settings"] | {"crop": "center"}}
+    with pytest.raises(InputError, match="settings.crop: 'random' in the run, 'center' in"):
+        run_on("b", **other)
+    stored = {"tokens_BL": {"shape": [5], "dtype": "int32"}}
+    with pytest.raises(InputError, match="dtype: 'uint16' in the run, 'int32' in"):
+        run_on("c", latent_spec=stored)
+    path = tmp_path / "run/data.json"
+    old = {k: v for k, v in files.read_json(path).items() if k not in ("settings", "latent_spec")}
+    files.write_json(path, old)  # of an older version, which did not know
+    run_on("b", **other)
+    assert files.read_json(path)["settings"]["crop"] == "center"
 
 
 def test_a_numpy_that_draws_other_numbers_is_refused(tmp_path, monkeypatch):

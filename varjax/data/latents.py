@@ -95,7 +95,7 @@ class CachedLatents:
 
     def describe(self) -> dict[str, Any]:
         """Returns JSON data that describe the images and reveal whether latents have changed."""
-        names = {"tokenizer_identity", "augmentations", "seed", "pixels"}
+        names = {"tokenizer_identity", "latent_spec", "settings", "augmentations", "seed", "pixels"}
         return self.about["data"] | {name: x for name, x in self.about.items() if name in names}
 
 

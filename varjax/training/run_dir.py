@@ -233,6 +233,8 @@ def check_data(experiment: Experiment) -> dict[str, Any]:
             {name: part for name, part in data.items() if name not in ("numpy", "jax", PIXELS)}
             for data in (before, now)
         )
+        # Older versions did not write every entry.
+        images_now = {name: part for name, part in images_now.items() if name in images_before}
         if lines := config_tree.differences(images_before, images_now):
             raise InputError(
                 f"{experiment.run_dir} was trained on other images:\n  "
