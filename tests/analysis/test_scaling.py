@@ -215,8 +215,16 @@ def test_runs_with_other_frozen_weights_or_images_are_refused(tmp_path):
         (tmp_path / run / "data.json").write_text(json.dumps({"train": {"images": len(run)}}))
     with pytest.raises(InputError, match="tokenizer's weights: 'a' in .*d2, 'b' in .*d3"):
         read_ladder(runs)
+    for run, crop in zip(runs, ("random", "center"), strict=True):
+        (tmp_path / run / "frozen.json").unlink()
+        (tmp_path / run / "data.json").write_text(json.dumps({"settings": {"crop": crop}}))
+    with pytest.raises(InputError, match="latents.crop: 'random' in .*d2, 'center' in .*d3"):
+        read_ladder(runs)
+    (tmp_path / runs[1] / "data.json").write_text("{}")  # as older versions wrote it
+    assert len(read_ladder(runs).runs) == 2
+    (tmp_path / runs[0] / "data.json").write_text('{"train": {"images": 2}}')
     (tmp_path / runs[1] / "data.json").write_text('{"train": {"images": 3}}')
-    with pytest.raises(InputError, match=r"images.train.images: \d+ in .*d2, 3 in .*d3"):
+    with pytest.raises(InputError, match=r"images.train.images: 2 in .*d2, 3 in .*d3"):
         read_ladder(runs)
 
 
