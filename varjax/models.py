@@ -260,8 +260,10 @@ def run_crop(weights: WeightsDir) -> Any:
     if not isinstance(data, dict):
         return None
     if data.get("_type") == "CachedLatents":
-        about = as_path(str(data.get("root"))) / ABOUT_FILE
-        data = files.read_json(about).get("settings") if about.exists() else None
+        # The cache may be gone, but the run's own copy is missing in runs of older versions.
+        copies = weights.path / "data.json", as_path(str(data.get("root"))) / ABOUT_FILE
+        settings = (files.read_json(path).get("settings") for path in copies if path.exists())
+        data = next(filter(None, settings), None)
     return data.get("crop") if isinstance(data, dict) else None
 
 

@@ -53,6 +53,10 @@ def test_a_run_has_it_in_its_data(crop, tmp_path):
     files.write_json(tmp_path / "cache/latents.json", about)
     latents = CachedLatents(str(tmp_path / "cache"))
     assert recipe_crop(run(tmp_path / "latents", latents)) == crop
+    # The run keeps a copy, for when the cache is moved or deleted.
+    files.write_json(tmp_path / "latents/data.json", about)
+    (tmp_path / "cache/latents.json").unlink()
+    assert recipe_crop(tmp_path / "latents") == crop
     gone = run(tmp_path / "gone", CachedLatents(str(tmp_path / "gone")), KL)
     assert recipe_crop(gone) == "center"
     assert recipe_crop(run(tmp_path / "digits", Digits(), VQ)) == "random"
