@@ -133,7 +133,7 @@ def test_a_folder_is_read_in_order_with_its_classes(tmp_path):
     np.testing.assert_array_equal(read_all(images), IMAGES_NHWC[:3])
     write_folder(tmp_path / "b", IMAGES_NHWC[:3], ["cat/1.png", "dog/1.png", "cat/0.png"])
     images = open_image_set(tmp_path / "b")
-    assert images.label_N.tolist() == [0, 0, 1]
+    assert images.label_N is None  # a classifier may know cats as class 3
     np.testing.assert_array_equal(read_all(images), IMAGES_NHWC[[2, 0, 1]])
     write_folder(tmp_path / "c", IMAGES_NHWC[:2, ..., 0], ["0.png", "1.png"])
     images = open_image_set(tmp_path / "c")

@@ -98,6 +98,11 @@ def test_label_accuracy_counts_the_labels_that_the_classifier_sees():
     ):
         measured = report.measure(features, reference, labels, classes, logit_classes=4)
         assert reason in measured.left_out["label_accuracy"]
+    assert not any("largest label" in notice for notice in measured.notices)
+    few = {name: x[:3] for name, x in features.items()}
+    for classes, warned in ((4, False), (None, True)):
+        measured = report.measure(few, reference, label_N[:3], classes, logit_classes=4)
+        assert any("largest label is 2" in notice for notice in measured.notices) == warned
     real = {"fid": 0.5, "label_accuracy": 0.9}
     table = report.metrics_table(measured, real=real)
     assert table.splitlines()[0].split() == ["here", "real"]

@@ -42,7 +42,7 @@ class Features:
 
     Attributes:
         arrays: features by name: "pool_ND", and with Inception "spatial_ND" and "logits_NV".
-        label_N: classes of the images, if a file or the names in a folder have them, else None.
+        label_N: classes of the images, if an .npz or the names of files have them, else None.
         extract: extractor that computed them.
         image_shape: (H, W, channels) of an image.
 

@@ -116,8 +116,9 @@ class FolderImages:
     """Reads all image files below a folder as RGB, in the order of their paths.
 
     Hidden files and folders are skipped; hidden folders with images are reported on stderr. Classes
-    are taken from the file names that `varjax sample` writes, otherwise from the folders if there
-    are several. Raises InputError for a folder without images or with several image sizes.
+    are taken from the file names that `varjax sample` writes. Those of other files are unknown: the
+    names of folders do not say how a model or a classifier numbers its classes. Raises InputError
+    for a folder without images or with several image sizes.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -167,11 +168,7 @@ class FolderImages:
         stems = [file.stem.rpartition("_label")[2] for file in self._files]
         if all("_label" in file.stem for file in self._files) and all(s.isdigit() for s in stems):
             return np.array(stems, np.int64)
-        folders = sorted({file.parent for file in self._files})
-        if len(folders) < 2:
-            return None
-        number = {folder: i for i, folder in enumerate(folders)}
-        return np.array([number[file.parent] for file in self._files])
+        return None
 
 
 class DatasetImages:

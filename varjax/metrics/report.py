@@ -102,6 +102,8 @@ def add_label_accuracy(
 ) -> None:
     """Adds the fraction of images that a classifier assigns to their class, or why there is none.
 
+    Adds a notice if the labels may number other classes than the classifier does.
+
     Args:
         measured: metrics to add it to.
         features: features of the images, with the classifier's logits.
@@ -114,8 +116,15 @@ def add_label_accuracy(
     if reason := _labels_do_not_fit(label_N, classes, logit_classes):
         measured.left_out["label_accuracy"] = reason
     else:
+        assert label_N is not None
         right_N = features["logits_NV"].argmax(axis=1) == label_N
         measured.metrics["label_accuracy"] = float(right_N.mean())
+        if classes is None and (largest := label_N.max()) + 1 < logit_classes:
+            measured.notices.append(
+                f"the largest label is {largest}, but the classifier distinguishes "
+                f"{logit_classes:,} classes; label accuracy is meaningless unless both number "
+                "their classes alike"
+            )
 
 
 def _labels_do_not_fit(
