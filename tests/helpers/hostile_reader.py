@@ -14,6 +14,7 @@ import signal
 import sys
 import tempfile
 import time
+import types
 import typing
 
 from PIL import Image
@@ -32,6 +33,7 @@ from varjax.convert.pth.read import read_checkpoint
 from varjax.data import transforms
 from varjax.errors import InputError
 from varjax.metrics import references
+from varjax.metrics.features import pixel_network
 from varjax.metrics.image_sets import open_image_set, parts_of
 from varjax.storage import files, read_errors
 from varjax.storage.image_files import DECODING_BYTES, decode_file
@@ -59,8 +61,9 @@ def read_data(kind: str, path: pathlib.Path) -> None:
         case "npz":
             archive = NpzArchive(path)
             if "mu" in archive.names:
-                nothing = typing.cast(typing.Any, None)  # statistics need no network
-                references.read_reference(path, nothing, path, {"pool_ND": 8})
+                # Statistics need no extractor.
+                extract = typing.cast(typing.Any, types.SimpleNamespace(network=pixel_network()))
+                references.read_reference(path, extract, path, {"pool_ND": 8})
                 return
             images = open_image_set(path)
             for _ in images.parts(parts_of(images.shape[0])):

@@ -1,5 +1,6 @@
 """Features do not depend on batches or devices, sets of images are read alike, and kept."""
 
+import dataclasses
 import os
 import sys
 import threading
@@ -243,6 +244,11 @@ def test_statistics_in_a_file_are_taken_as_they_are(tmp_path):
     np.testing.assert_array_equal(found.pool_MD, extract(IMAGES_NHWC[:5])["pool_ND"])
     with pytest.raises(InputError, match="432 numbers per image, but these features have 7"):
         references.read_reference(tmp_path / "statistics.npz", extract, tmp_path, {"pool_ND": 7})
+    classifier = dataclasses.replace(pixel_network(), classes=10)
+    with pytest.raises(InputError, match="statistics, which are taken to be Inception's"):
+        references.read_reference(
+            tmp_path / "with_images.npz", FeatureExtractor(classifier), tmp_path, sizes
+        )
     np.savez(tmp_path / "half.npz", mu=moments.mean_D)
     with pytest.raises(InputError, match="has mu but no sigma"):
         references.read_reference(tmp_path / "half.npz", extract, tmp_path, sizes)

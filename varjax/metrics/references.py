@@ -62,7 +62,8 @@ def read_reference(
     Args:
         location: an .npz with "mu" and "sigma", perhaps "mu_s", "sigma_s" and images under "arr_0"
             (as ADM's); an .npz of images; or a folder of images of one size.
-        extract: extractor of the features; statistics in an .npz must be Inception's.
+        extract: extractor of the features; with those of a classifier, an .npz of statistics is
+            refused, because it is Inception's.
         cache: folder for computed statistics, keyed by content.
         sizes: sizes of the samples' features, from `feature_sizes`.
 
@@ -73,6 +74,13 @@ def read_reference(
     path = files.local_copy(location)
     if path.suffix == ".npz" and path.is_file():
         archive = NpzArchive(path)
+        # Their size does not tell: a ResNet has as many features as Inception.
+        if "mu" in archive.names and extract.network.classes is not None:
+            raise InputError(
+                f"{path} has statistics, which are taken to be Inception's, but these features "
+                f"are the {extract.network.identity['features']}; use images as the reference, or "
+                "features=inception"
+            )
         if statistics := _read_statistics(path, archive, sizes):
             digest, pool_MD = file_digest(path), None
             if "arr_0" in archive.names:
