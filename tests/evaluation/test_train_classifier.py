@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.evaluation.test_evaluate import digits_npz, run
+from tests.helpers.fake_data import FakeImages
 from varjax import trees
 from varjax.checkpoints.weights import abstract_params
 from varjax.convert.weights_dir import write_weights
@@ -123,6 +124,20 @@ def test_a_killed_training_leaves_nothing_and_a_finished_one_is_not_repeated(tmp
     assert write_classifier(Digits(), training, "digits", out) == message
     with pytest.raises(InputError, match="steps: 7 there, 8 requested"):
         write_classifier(Digits(), ClassifierTraining(steps=8), "digits", out)
+
+
+def test_a_finished_training_is_that_of_one_image_size(tmp_path, monkeypatch):
+    config = ConvNetConfig((16, 16), classes=7, widths=(4,), features=6)
+    monkeypatch.setattr(command, "train_classifier", lambda *_: (config, {"x": np.zeros(1)}, 0.5))
+
+    def write(size):
+        data = FakeImages(20, image_shape=(size, size, 3))
+        write_classifier(data, ClassifierTraining(), "folder:images", tmp_path / "out")
+
+    write(16)
+    write(16)
+    with pytest.raises(InputError, match=r"image_size: \[16, 16\] there, \[32, 32\] requested"):
+        write(32)
 
 
 @pytest.mark.slow

@@ -130,14 +130,15 @@ def write_classifier(
         InputError: `out` has other content, or as `train_classifier` does.
     """
     check_weights_dir(out, converted_files([PART]))
-    _choose_config(data)
+    image_size = _choose_config(data).image_size
     request = {"data": name, **dataclasses.asdict(training), **data.describe()}
     if (written := out / "config.json").exists():
         about = files.read_json(written)
-        existing = about.get(REQUEST)
-        if not isinstance(existing, dict):
+        existing, written_config = about.get(REQUEST), about.get(PART)
+        if not isinstance(existing, dict) or not isinstance(written_config, dict):
             raise InputError(f"{out} holds other weights; choose another folder, or remove it")
-        folders.check_same_request(out, existing, request)
+        existing |= {"image_size": written_config.get("image_size")}
+        folders.check_same_request(out, existing, request | {"image_size": image_size})
     else:
         config, params, accuracy = train_classifier(data, training)
         settings = {TYPE: type(config).__name__, **dataclasses.asdict(config)}
