@@ -14,7 +14,7 @@ from PIL import Image
 from tests.helpers import forked
 from tests.helpers.fake_data import FakeImages, FakeSource
 from tests.helpers.paths import ROOT
-from varjax.data.sources import Digits
+from varjax.data.sources import Digits, Folder
 from varjax.errors import InputError
 from varjax.metrics import image_sets, references
 from varjax.metrics.features import (
@@ -26,7 +26,6 @@ from varjax.metrics.features import (
 )
 from varjax.metrics.fid import Moments
 from varjax.metrics.image_sets import DatasetImages, open_image_set
-from varjax.storage import image_io
 from varjax.storage.npz import NpzArchive
 
 IMAGES_NHWC = np.random.default_rng(0).integers(0, 256, (23, 12, 12, 3), np.uint8)
@@ -140,6 +139,16 @@ def test_a_folder_is_read_in_order_with_its_classes(tmp_path):
     images = open_image_set(tmp_path / "c")
     assert images.shape == (2, 12, 12, 3) and images.label_N is None
     np.testing.assert_array_equal(read_all(images)[..., 1], IMAGES_NHWC[:2, ..., 0])
+
+
+def test_transparent_images_have_the_pixels_that_they_have_in_a_dataset(tmp_path):
+    alpha_NHW1 = IMAGES_NHWC[:3, ..., :1]
+    rgba_NHWC = np.concatenate([IMAGES_NHWC[:3], alpha_NHW1], axis=-1)
+    names = ["train/cat/0.png", "train/cat/1.png", "val/cat/0.png"]
+    write_folder(tmp_path / "x", rgba_NHWC, names)
+    np.testing.assert_array_equal(read_all(open_image_set(tmp_path / "x")), IMAGES_NHWC[:3])
+    dataset = DatasetImages(Folder(str(tmp_path / "x"), size=12, crop="center"), "train")
+    np.testing.assert_array_equal(read_all(dataset), IMAGES_NHWC[:2])
 
 
 def test_what_holds_no_images_is_refused(tmp_path):
@@ -304,7 +313,7 @@ def test_a_part_is_read_while_the_one_before_is_used(tmp_path, monkeypatch, kind
         watch(np, "frombuffer", lambda data, dtype: len(data) == 3 * IMAGES_NHWC[0].nbytes)
     elif kind == "folder":
         images = open_image_set(tmp_path / "x")
-        watch(image_io, "open_image", lambda path: path.name == "20.png")
+        watch(image_sets, "decode_file", lambda path: path.name == "20.png")
     else:
         images = DatasetImages(FakeImages(size=23), "held_out")
         watch(FakeSource, "__getitem__", lambda source, i: i == 20)

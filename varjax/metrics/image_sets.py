@@ -15,8 +15,8 @@ from tqdm import tqdm
 from varjax.data.stream import ImageDataset, Split, spread_indices
 from varjax.data.workers import ReaderPool, ReadOptions
 from varjax.errors import InputError
-from varjax.storage import files, image_io
-from varjax.storage.image_files import BrokenImage, BrokenImageCounter, read_size
+from varjax.storage import files
+from varjax.storage.image_files import BrokenImage, BrokenImageCounter, decode_file, read_size
 from varjax.storage.npz import NpzArchive
 from varjax.storage.read_errors import retry_read
 
@@ -113,7 +113,7 @@ class NpzImages:
 
 
 class FolderImages:
-    """Reads all image files below a folder as RGB, in the order of their paths.
+    """Reads all image files below a folder as RGB without alpha, in the order of their paths.
 
     Hidden files and folders are skipped; hidden folders with images are reported on stderr. Classes
     are taken from the file names that `varjax sample` writes. Those of other files are unknown: the
@@ -144,7 +144,8 @@ class FolderImages:
 
     @property
     def digest(self) -> str:
-        sha256 = hashlib.sha256()
+        # How files are decoded. Older versions put transparent images on white, and hashed nothing.
+        sha256 = hashlib.sha256(b"without alpha\n")
         for file in self._files:
             sha256.update(f"{file.relative_to(self._path)} {file_digest(file)}\n".encode())
         return sha256.hexdigest()
@@ -155,14 +156,15 @@ class FolderImages:
 
     def _read(self, i: int) -> np.ndarray:
         file = self._files[i]
-        picture = image_io.open_image(file)
+        image_HWC = decode_file(file)  # drops alpha, as datasets do
+        height, width = image_HWC.shape[:2]
         _, H, W, _ = self.shape
-        if picture.size != (W, H):
+        if (height, width) != (H, W):
             raise InputError(
-                f"{file} is rotated by its EXIF data to {picture.width}x{picture.height}, but the "
-                f"others have {W}x{H}; save it without rotation"
+                f"{file} is rotated by its EXIF data to {width}x{height}, but the others have "
+                f"{W}x{H}; save it without rotation"
             )
-        return np.asarray(picture.convert("RGB"))
+        return image_HWC
 
     def _labels(self) -> np.ndarray | None:
         stems = [file.stem.rpartition("_label")[2] for file in self._files]
