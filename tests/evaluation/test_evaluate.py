@@ -215,6 +215,10 @@ def test_a_long_list_of_a_sweep_has_a_report_with_a_short_name(tmp_path):
         (["one.npz"], "one.npz has 1 images; two or more"),
         (["large.npz"], "digits are 8 by 8 pixels"),
         (["two.npz", "--reference=absent"], "absent does not exist"),
+        (
+            ["two.npz", "--reference=two.npz", "--split=held_out", "--crop=adm"],
+            "split=held_out, crop=adm: needs a reference that is a dataset",
+        ),
         (["two.npz", "--out=other.json"], "other.json exists and is not a report"),
     ],
 )

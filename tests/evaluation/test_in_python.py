@@ -105,3 +105,11 @@ def test_a_reference_may_be_a_dataset(tmp_path, monkeypatch):
     digits = Digits().source("held_out").images_NHWC
     compared = varjax.fid(digits[:50], "digits", features="pixels", split="held_out")
     assert compared == pytest.approx(varjax.fid(digits[:50], digits, features="pixels"), rel=1e-4)
+
+
+@pytest.mark.parametrize("measure", [varjax.fid, varjax.evaluate])
+@pytest.mark.parametrize("reference", [REAL, "real.npz"], ids=["array", "npz"])
+def test_only_a_dataset_has_splits(measure, reference):
+    save(REAL, "real.npz")
+    with pytest.raises(InputError, match="split=train: needs a reference that is a dataset"):
+        measure(SAMPLES, reference, features="pixels", split="train")

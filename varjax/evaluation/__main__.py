@@ -39,7 +39,7 @@ from varjax.evaluation.evaluate import (
 )
 from varjax.evaluation.image_crop import AUTO, CROP_HELP, CROPS, choose_crop
 from varjax.evaluation.published import evaluation_options
-from varjax.evaluation.references import EvaluationSettings, is_dataset
+from varjax.evaluation.references import EvaluationSettings, check_reference, is_dataset
 from varjax.evaluation.sweep import (
     SweepPoint,
     check_sweep_output,
@@ -95,6 +95,7 @@ def evaluate(arguments: list[str]) -> None:
     if flags.weights is None and (names or given):
         wrong = [f"--{name}" for name in (*names, *given)]
         raise InputError(f"{', '.join(wrong)}: needs --weights, which draws the samples")
+    check_reference(flags.reference, flags.split, None if flags.crop == AUTO else flags.crop)
     accepts, seeds, sweep = split_sweep(flags.sweep)
     check_given_or_swept(given, sweep)
     if seeds and flags.seed:
@@ -105,7 +106,8 @@ def evaluate(arguments: list[str]) -> None:
     extract = FeatureExtractor(feature_network(flags.features, flags.inception))
     cache = as_path(flags.cache)
     crop = choose_crop(flags.crop, flags.weights) if is_dataset(flags.reference) else "random"
-    settings = EvaluationSettings(extract, flags.reference, flags.split, cache, crop)
+    split = flags.split or "train"
+    settings = EvaluationSettings(extract, flags.reference, split, cache, crop)
     first = jax.process_index() == 0
     if flags.weights is None:
         samples = flags.samples
@@ -176,12 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         default="inception",
         help="inception, pixels for tiny images, or the directory of a classifier (inception)",
     )
-    add(
-        "--split",
-        default="train",
-        choices=("train", "held_out"),
-        help="split of the dataset (train)",
-    )
+    add("--split", choices=("train", "held_out"), help="split of a reference dataset (train)")
     add("--crop", default=AUTO, choices=(AUTO, *CROPS), help=CROP_HELP)
     add("--cache", default=str(default_cache()), help="folder for statistics of references")
     add(

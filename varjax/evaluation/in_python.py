@@ -13,7 +13,7 @@ import numpy as np
 
 from varjax.data.stream import Split
 from varjax.errors import InputError
-from varjax.evaluation.references import EvaluationSettings, reference_of
+from varjax.evaluation.references import EvaluationSettings, check_reference, reference_of
 from varjax.metrics import fid as metrics
 from varjax.metrics.features import FeatureExtractor, feature_network
 from varjax.metrics.image_sets import open_image_set, parts_of
@@ -72,7 +72,7 @@ def fid(
     reference: Any,
     inception: str | os.PathLike = "",
     features: str | os.PathLike = "inception",
-    split: Split = "train",
+    split: Split | None = None,
 ) -> float:
     """Computes the Fréchet distance of samples to a reference (Heusel et al., arXiv 1706.08500).
 
@@ -86,7 +86,8 @@ def fid(
             `varjax evaluate --reference` takes it: "digits", "folder:/data/imagenet".
         inception: directory of Inception's weights; "" for features that are computed already.
         features: kind of features; see `Features`.
-        split: split of a reference that is a dataset, "train" or "held_out".
+        split: split of a reference that is a dataset, "train" or "held_out"; None for "train".
+            Refused for other references.
 
     Raises:
         InputError: images that do not fit, fewer than two, or weights that are missing.
@@ -101,7 +102,7 @@ def evaluate_samples(
     reference: Any,
     inception: str | os.PathLike = "",
     features: str | os.PathLike = "inception",
-    split: Split = "train",
+    split: Split | None = None,
 ) -> SampleMetrics:
     """Computes all metrics of samples: FID, sFID, Inception Score, precision, recall and KID.
 
@@ -117,7 +118,8 @@ def evaluate_samples(
             `varjax evaluate --reference` takes it: "digits", "folder:/data/imagenet".
         inception: directory of Inception's weights; "" for features that are computed already.
         features: kind of features; see `Features`.
-        split: split of a reference that is a dataset, "train" or "held_out".
+        split: split of a reference that is a dataset, "train" or "held_out"; None for "train".
+            Refused for other references.
 
     Raises:
         InputError: images that do not fit, fewer than two, or weights that are missing.
@@ -132,9 +134,11 @@ def _both(
     reference: Any,
     inception: str | os.PathLike,
     features: str | os.PathLike,
-    split: Split,
+    split: Split | None,
 ) -> tuple[Features, Reference]:
     """Returns the features of the samples, and the reference, by the same network."""
+    named = isinstance(reference, str | os.PathLike)
+    check_reference(os.fspath(reference) if named else "this reference", split, None)
     given = next((x for x in (samples, reference) if isinstance(x, Features)), None)
     if given is None or inception or features != "inception":
         extract = _extractor(os.fspath(features), os.fspath(inception))
@@ -151,7 +155,9 @@ def _both(
     if isinstance(reference, Features):
         return samples, reference_of_features(reference.arrays)
     if isinstance(reference, str | os.PathLike):
-        settings = EvaluationSettings(extract, os.fspath(reference), split, default_cache())
+        settings = EvaluationSettings(
+            extract, os.fspath(reference), split or "train", default_cache()
+        )
         return samples, reference_of(settings, samples.image_shape)
     return samples, reference_of_features(Features(reference, extract=extract).arrays)
 

@@ -66,6 +66,23 @@ def is_dataset(reference: str) -> bool:
     return reference in DATASET_NAMES or reference.startswith(DATASET_PREFIXES)
 
 
+def check_reference(reference: str, split: str | None, crop: str | None) -> None:
+    """Raises InputError if a split or a crop is given for a reference that is not a dataset.
+
+    Args:
+        reference: name of the reference, as in `EvaluationSettings`.
+        split: split that the user chose; None for none.
+        crop: crop that the user chose; None for none.
+    """
+    chosen = {"split": split, "crop": crop}
+    given = [f"{name}={value}" for name, value in chosen.items() if value is not None]
+    if given and not is_dataset(reference):
+        raise InputError(
+            f"{', '.join(given)}: needs a reference that is a dataset, such as folder:PATH; all "
+            f"images of {reference} would be used, unchanged"
+        )
+
+
 def dataset_of(settings: EvaluationSettings, image_shape: tuple[int, ...]) -> Any:
     """Returns the reference's dataset with images of a size; raises as `parse_dataset` does."""
     H, W, channels = image_shape
