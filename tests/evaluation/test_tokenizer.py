@@ -1,6 +1,7 @@
 """The report on a tokenizer, from its run to the pictures."""
 
 import dataclasses
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ import pytest
 
 from tests.helpers import runs
 from tests.helpers.tiles import tiles
+from varjax.checkpoints.weights import WeightsDir
+from varjax.config import config_tree
+from varjax.data.sources import Folder, dataset_of_command
 from varjax.data.sources.digits import Digits
 from varjax.errors import InputError
 from varjax.evaluation import tokenizer as command
@@ -170,6 +174,21 @@ def test_what_cannot_be_measured_is_said_at_once(flags, message, capsys, tmp_pat
     assert command.main([f"--{name}={value}" for name, value in flags.items()]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_run_that_held_out_other_images_is_noticed(capsys):
+    def said(text, **changes):
+        trained = Folder("images", held_out=0.02)
+        config = {"data": {"_type": "Folder"} | config_tree.to_dict(trained) | changes}
+        data = dataset_of_command(text, 32, crop="center")
+        command.say_other_splits(WeightsDir(pathlib.Path("run"), config), data)
+        return capsys.readouterr().err
+
+    assert "run was trained with held_out=0.02, so some of the images" in said("folder:images")
+    assert not said("folder:images,held_out=0.02,unconditional=true")
+    assert not said("folder:others") and not said("folder:images", _type="TFDS")
+    command.say_other_splits(WeightsDir(pathlib.Path("converted"), {}), Digits())
+    assert not capsys.readouterr().err
 
 
 def test_a_split_without_an_image_is_refused(params):

@@ -11,10 +11,10 @@ varjax evaluate --weights=var_d30 --sweep accept=1,0.5,0.1 --classifier=weights/
 SAMPLES is an .npz (arr_0) or a folder of images. With --weights, the command draws the samples,
 --count of each class, with the model's default options unless you give others; a MAR of a released
 size takes 256 steps, as published. --reference is an .npz of statistics (ADM's) or of images, a
-folder of images, or a dataset (folder:PATH, tfds:NAME, idx:PATH, digits, photos). Images of a
-dataset are cropped to the samples' size, as in the model's recipe unless you set --crop. If the
-command is interrupted, run it again to continue. docs/evaluation.md describes how published numbers
-are measured.
+folder of images, or a dataset (folder:PATH, tfds:NAME, idx:PATH, digits, photos), whose fields may
+follow (tfds:NAME,held_out=test). Images of a dataset are cropped to the samples' size, as in the
+model's recipe unless you set --crop. If the command is interrupted, run it again to continue.
+docs/evaluation.md describes how published numbers are measured.
 """
 
 import argparse

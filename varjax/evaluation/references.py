@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from varjax.data.sources import CachedLatents, parse_dataset
+from varjax.data.sources import CachedLatents, dataset_of_command
 from varjax.data.stream import Split
 from varjax.data.transforms import Crop
 from varjax.errors import InputError
@@ -28,8 +28,8 @@ class EvaluationSettings:
 
     Attributes:
         extract: extractor of the features.
-        reference: an .npz, a folder, or a dataset as `parse_dataset` names it, whose images are
-            cropped to the samples' size.
+        reference: an .npz, a folder, or a dataset as `dataset_of_command` takes it, whose images
+            are cropped to the samples' size.
         split: split of the reference dataset, "train" or "held_out".
         cache: folder for statistics of references.
         crop: kind of crop of the reference dataset's photographs.
@@ -51,7 +51,7 @@ def reference_of(settings: EvaluationSettings, image_shape: tuple[int, ...]) -> 
         image_shape: (H, W, channels) of the samples.
 
     Raises:
-        InputError: as `read_reference` and `parse_dataset` do, or images without features.
+        InputError: as `read_reference` and `dataset_of_command` do, or images without features.
     """
     text, extract = settings.reference, settings.extract
     sizes = feature_sizes(extract.network, image_shape)  # refuses images without features
@@ -63,7 +63,7 @@ def reference_of(settings: EvaluationSettings, image_shape: tuple[int, ...]) -> 
 
 def is_dataset(reference: str) -> bool:
     """Returns whether a reference names a dataset, not a file or folder of images."""
-    return reference in DATASET_NAMES or reference.startswith(DATASET_PREFIXES)
+    return reference.partition(",")[0] in DATASET_NAMES or reference.startswith(DATASET_PREFIXES)
 
 
 def check_reference(reference: str, split: str | None, crop: str | None) -> None:
@@ -83,13 +83,36 @@ def check_reference(reference: str, split: str | None, crop: str | None) -> None
         )
 
 
+@functools.lru_cache(maxsize=1)  # so that a folder is listed once
 def dataset_of(settings: EvaluationSettings, image_shape: tuple[int, ...]) -> Any:
-    """Returns the reference's dataset with images of a size; raises as `parse_dataset` does."""
+    """Returns the reference's dataset with images of a size; see `dataset_of_command`."""
     H, W, channels = image_shape
-    data = parse_dataset(settings.reference, (H, W), channels, settings.crop)
+    data = dataset_of_command(settings.reference, (H, W), channels, settings.crop)
     if isinstance(data, CachedLatents):
         raise InputError(f"reference={settings.reference} holds latents; give images")
     return data
+
+
+@functools.lru_cache(maxsize=1)
+def real_images_of(
+    settings: EvaluationSettings, image_shape: tuple[int, ...], count: int
+) -> DatasetImages | None:
+    """Opens the images that `measure_real_images` measures, with the same arguments.
+
+    Returns:
+        Images of the reference's other split; None unless the reference is a dataset and the
+        features are a classifier's, because Inception takes as long for them as for the samples.
+
+    Raises:
+        InputError: the dataset lacks that split.
+    """
+    if settings.extract.network.classes is None or not is_dataset(settings.reference):
+        return None
+    return DatasetImages(dataset_of(settings, image_shape), _other_split(settings), count)
+
+
+def _other_split(settings: EvaluationSettings) -> Split:
+    return "held_out" if settings.split == "train" else "train"
 
 
 @functools.lru_cache(maxsize=1)
@@ -97,9 +120,6 @@ def measure_real_images(
     settings: EvaluationSettings, image_shape: tuple[int, ...], count: int
 ) -> dict[str, Any] | None:
     """Measures images of the reference's other split: the values that perfect samples would have.
-
-    Only for a dataset and the features of a classifier, because Inception takes as long for these
-    images as for the samples.
 
     Args:
         settings: settings of the evaluation.
@@ -110,11 +130,10 @@ def measure_real_images(
     Returns:
         {"split": …, "images": number, "metrics": {…}}; None if they are not measured.
     """
-    extract, split = settings.extract, "held_out" if settings.split == "train" else "train"
-    if extract.network.classes is None or not is_dataset(settings.reference):
+    images = real_images_of(settings, image_shape, count)
+    if images is None:
         return None
-    data = dataset_of(settings, image_shape)
-    images = DatasetImages(data, split, count)
+    extract, split = settings.extract, _other_split(settings)
     parts, labels = [], []
     with tqdm(total=images.shape[0], unit=" images", desc=f"real images ({split})") as bar:
         for _, images_nHWC, label_n in images.labeled_parts(parts_of(images.shape[0])):
@@ -126,7 +145,7 @@ def measure_real_images(
     order_N = np.random.default_rng(0).permutation(len(label_N))
     features = {name: np.concatenate([part[name] for part in parts])[order_N] for name in parts[0]}
     reference = reference_of(settings, image_shape)
-    classes = extract.network.classes
+    data, classes = dataset_of(settings, image_shape), extract.network.classes
     metrics = measure(features, reference, label_N[order_N], data.classes, classes).metrics
     if split == "train":  # a classifier knows the images that it was trained on
         metrics.pop("label_accuracy", None)

@@ -36,7 +36,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from varjax.data.sources import CachedLatents, parse_dataset
+from varjax.checkpoints.weights import WeightsDir
+from varjax.config import config_tree
+from varjax.data.sources import CachedLatents, dataset_of_command
 from varjax.errors import InputError
 from varjax.evaluation.image_crop import (
     AUTO,
@@ -57,6 +59,7 @@ from varjax.metrics.report import SampleMetrics, add_label_accuracy, measure, me
 from varjax.models import open_model, read_tokenizer
 from varjax.runtime.commands import command_parser, run_command
 from varjax.runtime.compilation_cache import use_compilation_cache
+from varjax.runtime.messages import say
 from varjax.storage import files, image_io
 from varjax.storage.buckets import as_path
 from varjax.storage.captioned_grid import Captions, captioned_grid
@@ -88,7 +91,7 @@ def evaluate_tokenizer(
 
     Args:
         weights: location of the tokenizer; see `load_tokenizer`.
-        data: dataset of the images, as on the command line.
+        data: dataset of the images, as on the command line: "folder:DIR,held_out=0.1".
         out: folder of the three output files.
         batch_size: images at a time, over all devices.
         ema: True evaluates a run's EMA weights, False the others; None chooses as
@@ -108,12 +111,13 @@ def evaluate_tokenizer(
     directory = open_model(weights)
     config, params = read_tokenizer(directory, ema)
     dataset_crop = choose_crop(crop, directory)
-    images = parse_dataset(data, config.image_shape[:2], config.image_channels, dataset_crop)
+    images = dataset_of_command(data, config.image_shape[:2], config.image_channels, dataset_crop)
     if isinstance(images, CachedLatents):
         raise InputError(
             f"{data} holds latents, but images are needed; give folder:…, idx:… or tfds:…"
         )
     check_image_shape(config, images.image_shape)
+    say_other_splits(directory, images)
     lpips_params = None
     if lpips:
         check_lpips_images(config.image_shape)
@@ -152,6 +156,22 @@ def evaluate_tokenizer(
     image_io.write_png(folder / "scales.png", scales_picture(split.shown, title))
     image_io.write_png(folder / "worst.png", worst_picture(split.worst, f"{title} · the worst"))
     return report
+
+
+def say_other_splits(weights: WeightsDir, data: Any) -> None:
+    """Prints a note if a run was trained on other splits of the same dataset."""
+    run, here = weights.config.get("data"), config_tree.to_dict(data)
+    if not isinstance(run, dict) or run.get("_type") != type(data).__name__:
+        return
+    if any(run.get(name) != here.get(name) for name in ("root", "name")):
+        return
+    names = [n for n in ("train", "held_out") if n in run and n in here and run[n] != here[n]]
+    if names:
+        splits = ", ".join(f"{name}={run[name]}" for name in names)
+        say(
+            f"note: {weights.path} was trained with {splits}, so some of the images that are held "
+            "out here may be among its training images; give its splits after the dataset's name"
+        )
 
 
 class FeaturePairs:
@@ -228,7 +248,8 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--weights", required=True, help="training run or converted directory")
     datasets = "folder:PATH, idx:PATH, tfds:NAME, photos, digits or random"
-    add("--data", required=True, help=f"dataset: {datasets}")
+    fields = "fields may follow, as in folder:PATH,held_out=0.1"
+    add("--data", required=True, help=f"dataset: {datasets}; {fields}")
     add("--out", default="evaluation", help="folder for the results (evaluation)")
     add("--batch_size", type=int, default=32, help="images at a time, over all devices (32)")
     add("--ema", action=argparse.BooleanOptionalAction, help="use a run's EMA weights")

@@ -24,7 +24,7 @@ from varjax import trees
 from varjax.config.numbers import seed_number, whole_number
 from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
 from varjax.data.loader import make_loader
-from varjax.data.sources import CachedLatents, parse_dataset
+from varjax.data.sources import CachedLatents, dataset_of_command
 from varjax.data.stream import ImageDataset
 from varjax.errors import InputError
 from varjax.evaluation.image_crop import CROPS, describe_crop
@@ -192,7 +192,7 @@ def main(arguments: list[str]) -> int:
     """Runs the command; returns its exit code."""
     parser = command_parser("varjax train-classifier", __doc__)
     add, defaults = parser.add_argument, ClassifierTraining()
-    add("--data", required=True, help="dataset: idx:DIR, folder:DIR, tfds:NAME or digits")
+    add("--data", required=True, help="dataset: idx:DIR, folder:DIR[,held_out=0.1] …")
     add("--out", required=True, metavar="DIR", help="new directory for the classifier")
     add("--size", type=int, help="side of the images in pixels, for data of any size")
     add("--crop", default="var", choices=CROPS, help="crop of photographs, var or adm (var)")
@@ -206,7 +206,7 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
 
     def action() -> None:
-        data = parse_dataset(flags.data, flags.size, 3, CROPS[flags.crop])
+        data = dataset_of_command(flags.data, flags.size, 3, CROPS[flags.crop])
         if isinstance(data, CachedLatents):
             raise InputError(f"data={flags.data} holds latents; give images")
         training = ClassifierTraining(flags.steps, flags.batch_size, flags.seed)

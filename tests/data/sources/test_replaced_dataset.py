@@ -5,7 +5,7 @@ import pytest
 
 from tests.helpers import tiny
 from varjax.config import config_tree
-from varjax.data.sources import Digits, Folder, Noise, Photos
+from varjax.data.sources import TFDS, Digits, Folder, Noise, Photos, dataset_of_command
 from varjax.errors import InputError
 
 
@@ -30,6 +30,16 @@ def test_a_replaced_dataset_keeps_the_recipe_s_crop_and_flips():
     assert data == Folder("b", (256, 256), crop="random", flip=False)
     photos = config_tree.override(mar, ["data=photos,size=64"]).data
     assert photos == Photos((64, 64), flip=True)
+
+
+def test_commands_take_fields_of_a_dataset_except_those_that_they_set_themselves():
+    pathlib.Path("a, b").mkdir()
+    data = dataset_of_command("folder:a, b,held_out=test", 8, 1, "center")
+    assert data == Folder("a, b", 8, channels=1, crop="center", held_out="test")
+    data = dataset_of_command("tfds:cifar10,train=train[:9%],held_out=test", 32)
+    assert data == TFDS("cifar10", train="train[:9%]", held_out="test", size=32)
+    with pytest.raises(InputError, match="crop=center in folder:a,crop=center: is set by the com"):
+        dataset_of_command("folder:a,crop=center", 8)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """All datasets, and their names on the command line."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from varjax.config import config_tree
@@ -15,7 +16,19 @@ from varjax.data.sources.tfds import TFDS
 from varjax.data.transforms import Crop, height_width
 from varjax.errors import InputError
 
-__all__ = ["TFDS", "CachedLatents", "Digits", "Folder", "Idx", "Noise", "Photos", "parse_dataset"]
+__all__ = [
+    "TFDS",
+    "CachedLatents",
+    "Digits",
+    "Folder",
+    "Idx",
+    "Noise",
+    "Photos",
+    "dataset_of_command",
+    "parse_dataset",
+]
+# Fields that a command derives from its model, or has flags for.
+SET_BY_COMMANDS = {"size", "channels", "crop"}
 
 
 def replaced_dataset(
@@ -31,17 +44,49 @@ def replaced_dataset(
     Raises:
         InputError: there is no such dataset or field.
     """
-    first, *changes = split_argument(f"data={text}")
-    where, fields = first.removeprefix("data="), dict[str, str]()
-    for change in changes:
-        name, _, fields[name] = change.partition("=")
+    where, fields = _split_fields(text)
     height, width, channels = experiment.data.image_shape
     size = height_width(_size(fields.pop("size")) if "size" in fields else (height, width))
     data: Any = parse_dataset(where, size, channels)
     # The recipe's augmentation stays, where the new dataset has it too.
     names = {field.name for field in dataclasses.fields(data)} & {"crop", "flip"}
     augmentation = {n: getattr(experiment.data, n) for n in names if hasattr(experiment.data, n)}
-    data = dataclasses.replace(data, **augmentation)
+    return _with_fields(dataclasses.replace(data, **augmentation), fields)
+
+
+def dataset_of_command(
+    text: str, size: int | tuple[int, int] | None, channels: int = 3, crop: Crop = "random"
+) -> CachedLatents | Digits | Folder | Idx | Noise | Photos | TFDS:
+    """Makes the dataset of a command that measures images or learns from them.
+
+    Args:
+        text: what `parse_dataset` reads, then fields of the dataset after commas, such as its
+            splits: "folder:DIR,held_out=0.1", "tfds:NAME,held_out=test".
+        size: pixels of both sides, or (height, width), or None; see `parse_dataset`.
+        channels: channels of the images, if the dataset has a choice.
+        crop: how photographs of other sizes are cropped.
+
+    Raises:
+        InputError: there is no such dataset or field, or the command sets the field itself.
+    """
+    where, fields = _split_fields(text)
+    data = parse_dataset(where, size, channels, crop)
+    for name in sorted(SET_BY_COMMANDS & fields.keys()):
+        raise InputError(
+            f"{name}={fields[name]} in {text}: is set by the command, not in the dataset; see its "
+            "--help"
+        )
+    return _with_fields(data, fields)
+
+
+def _split_fields(text: str) -> tuple[str, dict[str, str]]:
+    """Splits "folder:DIR,held_out=0.1" into "folder:DIR" and {"held_out": "0.1"}."""
+    first, *changes = split_argument(f"data={text}")
+    pairs = (change.partition("=") for change in changes)
+    return first.removeprefix("data="), {name: value for name, _, value in pairs}
+
+
+def _with_fields(data: Any, fields: Mapping[str, str]) -> Any:
     return config_tree.override(data, [f"{name}={value}" for name, value in fields.items()])
 
 

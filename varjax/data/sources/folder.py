@@ -225,8 +225,8 @@ class FolderLayout:
             enough = min(0.99, math.floor(smallest * 100 + 1) / 100)
             raise InputError(
                 f"{where} has no images to hold out: held_out={self.held_out} chose none of "
-                f"{len(train.paths)} by the hash of their paths. Give {enough} or more "
-                f"(--config.data.held_out={enough}), or sort the images into train/ and val/"
+                f"{len(train.paths)} by the hash of their paths. Set held_out={enough} "
+                "or more, or sort the images into train/ and val/"
             )
         counts = np.bincount(train.labels_N, minlength=len(self.class_names))
         if not counts.all():
