@@ -13,18 +13,23 @@ import pytest
 from PIL import Image
 
 from tests.helpers import forked, runs
+from tests.helpers.fake_data import FakeImages, reads_of
+from tests.helpers.fake_sampler import FakeSampler
 from tests.helpers.paths import ROOT
 from varjax.cli import main
 from varjax.cli import sample as sample_command
 from varjax.data.sources import Digits
+from varjax.errors import InputError
 from varjax.evaluation import __main__ as command
-from varjax.evaluation import evaluate
+from varjax.evaluation import evaluate, references
 from varjax.evaluation.references import is_dataset
 from varjax.evaluation.sweep import point_path
 from varjax.mar.model import MARConfig
 from varjax.mar.sample import MAROptions
 from varjax.metrics import image_sets, report
-from varjax.metrics.features import FeatureExtractor, FeatureNetwork
+from varjax.metrics.features import FeatureExtractor, FeatureNetwork, pixel_network
+from varjax.metrics.image_sets import open_image_set
+from varjax.sampling.job import SamplingJob
 from varjax.sampling.option_sweep import parse_sweep
 from varjax.storage import files
 from varjax.var.sample import VAROptions
@@ -47,7 +52,7 @@ def test_files_and_folders_may_be_named_like_datasets(tmp_path):
     digits_npz("digits.npz")
     names = ("digits.npz", "photos/", "digits_samples", "photos.npz")
     assert [is_dataset(name) for name in names] == [False] * 4
-    for name in ("digits", "photos", "folder:digits", "idx:DIR", "tfds:mnist"):
+    for name in ("digits", "photos,images=9", "folder:digits", "idx:DIR", "tfds:mnist"):
         assert is_dataset(name)
     flags = ["--features=pixels", "--reference=digits.npz", "--cache=cache"]
     assert run("digits.npz", *flags, "--out=same.json") == 0
@@ -229,6 +234,36 @@ def test_wrong_command_lines(tmp_path, capsys, arguments, message):
     assert run(*PIXELS, *arguments) == 1
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+@dataclasses.dataclass(frozen=True)
+class WithoutHeldOut(FakeImages):
+    """A dataset that lacks the split of the column "real"."""
+
+    def source(self, split):
+        if split == "held_out":
+            raise InputError("has no split held_out")
+        return super().source(split)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_a_split_that_is_missing_is_said_before_the_features(tmp_path, monkeypatch, drawn):
+    data = WithoutHeldOut(image_shape=(8, 8, 3))
+    monkeypatch.setattr(references, "dataset_of_command", lambda *_: data)
+    network = dataclasses.replace(pixel_network(), classes=10)
+    settings = references.EvaluationSettings(
+        FeatureExtractor(network), "folder:x", "train", tmp_path / "cache"
+    )
+    with pytest.raises(InputError, match="has no split held_out"):
+        if drawn:
+            model = FakeSampler()
+            jobs = {tmp_path / "a.json": SamplingJob((0, 1), 2, 0, model.options(), 2)}
+            evaluate.evaluate_model(settings, model, "m", jobs)
+        else:
+            digits_npz("real.npz", order=slice(9))
+            images = open_image_set("real.npz")
+            evaluate.evaluate_images(settings, images, "real", tmp_path / "a.json")
+    assert not reads_of(data)
 
 
 def write_photographs(folder):

@@ -12,7 +12,12 @@ import varjax
 from varjax.errors import InputError, StorageError
 from varjax.evaluation.image_crop import describe_crop
 from varjax.evaluation.published import Measurement, compare_settings, release_name
-from varjax.evaluation.references import EvaluationSettings, measure_real_images, reference_of
+from varjax.evaluation.references import (
+    EvaluationSettings,
+    measure_real_images,
+    real_images_of,
+    reference_of,
+)
 from varjax.metrics.classifier import Classifier
 from varjax.metrics.features import (
     FeatureArrays,
@@ -114,6 +119,8 @@ def evaluate_images(
     if images.shape[0] < LEAST_SAMPLES:
         raise InputError(f"{name} has {images.shape[0]} images; two or more are needed")
     samples = {"images": images.digest, **settings.extract.network.identity}
+    # Opened before any long work, because the dataset may lack that split.
+    real_images_of(settings, images.shape[1:], images.shape[0])
     reference = reference_of(settings, images.shape[1:])
     request = {"samples": samples, "reference": reference.digest}
     if (done := finished_report(out, request)) is not None:
@@ -165,20 +172,20 @@ def evaluate_model(
         samples[out] = json.loads(json.dumps(drawn | network))
     reference: Reference
     real: dict[str, Any] | None = None
-    image_shape = tuple(model.image_shape)
+    image_shape, count = tuple(model.image_shape), len(next(iter(jobs.values())).label_N)
 
     def begin() -> list[dict[str, Any] | None]:
         nonlocal reference
         nonlocal real
+        # Opened before any long work, because the dataset may lack that split.
+        real_images_of(settings, image_shape, count)
         reference = reference_of(settings, image_shape)
         finished = [
             finished_report(out, {"samples": samples[out], "reference": reference.digest})
             for out in jobs
         ]
         if None in finished:  # measured before any long work, because it may fail
-            real = measure_real_images(
-                settings, image_shape, len(next(iter(jobs.values())).label_N)
-            )
+            real = measure_real_images(settings, image_shape, count)
         return finished
 
     reports = dict(zip(jobs, on_first_process(begin), strict=True))
