@@ -13,7 +13,8 @@ LABEL_N = np.repeat(np.arange(CLASSES), EACH)
 
 
 def notices(label_N, logits_NV=None, classes=None):
-    features = {"pool_ND": RNG.normal(size=(LABEL_N.size, 2))}
+    N = LABEL_N.size if logits_NV is None else len(logits_NV)
+    features = {"pool_ND": RNG.normal(size=(N, 2))}
     if logits_NV is not None:
         features["logits_NV"] = logits_NV
     reference = Reference("", {"pool_ND": Moments.of(features["pool_ND"])}, None, 9)
@@ -74,6 +75,16 @@ def test_missing_classes_are_noticed():
     (notice,) = notices(without)  # nobody says how many classes there are
     assert "7 of 50 classes have no samples (3, 4, 5, 6, 7 and 2 more)" in notice
     assert "the others have up to 320 each" in notice
+
+
+@pytest.mark.parametrize("count, noticed", [(5000, False), (5010, True), (4990, False)])
+def test_a_short_last_split_of_the_inception_score_is_noticed(count, noticed):
+    """Of perfect logits of 10 classes, whose score is 10 in each whole split."""
+    label_N = np.arange(count) % 10
+    found = [n for n in notices(label_N, 99 * np.eye(10)[label_N]) if "last split" in n]
+    assert len(found) == noticed
+    if noticed:
+        assert "has 10 samples instead of 5,000" in found[0] and "score is 10.000" in found[0]
 
 
 def test_labels_that_number_no_classes_are_left_alone():

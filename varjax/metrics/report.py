@@ -246,6 +246,13 @@ def _notices(features: FeatureArrays, label_N: np.ndarray | None, classes: int |
                 "the samples are ordered by class, so each split of the Inception Score has few "
                 f"classes; of the shuffled samples, the score is {score:.3f}"
             )
+        if N > fid.SCORE_SPLIT and (rest := N % fid.SCORE_SPLIT):
+            score, _ = fid.inception_score(logits_NV[: N - rest])
+            notices.append(
+                f"the last split of the Inception Score has {rest:,} samples instead of "
+                f"{fid.SCORE_SPLIT:,}, but counts as much as the others; without it, the score is "
+                f"{score:.3f}"
+            )
     if label_N is not None:
         notices += _class_notices(label_N, classes)
     return notices
