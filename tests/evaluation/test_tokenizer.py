@@ -146,6 +146,22 @@ def test_the_command_writes_a_report_and_pictures(tmp_path, capsys):
         assert any(np.array_equal(shown[0], x[..., 0]) for x in held_out)
 
 
+def test_another_tokenizers_report_is_not_overwritten(tmp_path, capsys, monkeypatch):
+    flags = [f"--weights={runs.tokenizer()}", "--data=digits", "--batch_size=64", "--out=out"]
+    assert command.main(flags) == 0
+    report = (tmp_path / "out/evaluation.json").read_bytes()
+    assert command.main(flags) == 0  # the same again
+    monkeypatch.setattr(command, "measure_split", None)
+    for change in (f"--weights={runs.untrained_var()}", "--data=random", "--features=pixels"):
+        capsys.readouterr()
+        assert command.main([*flags, change]) == 1
+        assert "made with other settings" in capsys.readouterr().err
+    assert (tmp_path / "out/evaluation.json").read_bytes() == report
+    files.write_json(tmp_path / "out/evaluation.json", {"psnr": 20.0})  # of an older version
+    assert command.main(flags) == 1
+    assert "does not say which weights" in capsys.readouterr().err
+
+
 def _psnr_of_the_task(weights):
     config, params = read_tokenizer(weights)
     task, loader = VQTask(config), Digits().make(64, 0)

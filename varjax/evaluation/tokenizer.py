@@ -25,17 +25,20 @@ latent_std, the standard deviation of samples of all latents; latent_scale, 1 / 
 stored_latent_std, the value stored with the weights.
 
 DIR gets evaluation.json, scales.png (held-out images, each above its reconstruction, or above those
-from its first 1 … K scales) and worst.png (lowest PSNR: original, reconstruction, difference).
+from its first 1 … K scales) and worst.png (lowest PSNR: original, reconstruction, difference). A
+DIR with the report of another tokenizer, or of other images or metrics, is refused.
 """
 
 import argparse
+import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from varjax import trees
 from varjax.checkpoints.weights import WeightsDir
 from varjax.config import config_tree
 from varjax.data.sources import CachedLatents, dataset_of_command
@@ -63,7 +66,7 @@ from varjax.runtime.messages import say
 from varjax.storage import files, image_io
 from varjax.storage.buckets import as_path
 from varjax.storage.captioned_grid import Captions, captioned_grid
-from varjax.storage.folders import check_writable
+from varjax.storage.folders import check_same_request, check_writable
 from varjax.tokenizers.contract import check_image_shape
 from varjax.tokenizers.losses.lpips import check_lpips_images, load_lpips
 from varjax.tokenizers.reconstruction_metrics import (
@@ -73,6 +76,7 @@ from varjax.tokenizers.reconstruction_metrics import (
 )
 from varjax.training.previews import reconstruction_names
 
+REPORT = "evaluation.json"
 PICTURES = 8  # columns of scales.png and worst.png
 
 
@@ -106,7 +110,8 @@ def evaluate_tokenizer(
         The data of evaluation.json.
 
     Raises:
-        InputError: the request is invalid; raised before any long work.
+        InputError: the request is invalid, or `out` has the report of another one; raised before
+            any long work.
     """
     directory = open_model(weights)
     config, params = read_tokenizer(directory, ema)
@@ -131,6 +136,14 @@ def evaluate_tokenizer(
     count = len(loader.held_out_source)
     if pairs is not None and count < 2:
         raise InputError(f"{data} has {count} held-out images; FID needs two or more")
+    request = {
+        **config.identity(params),
+        "images": {"kind": type(images).__name__} | images.describe()["held_out"],
+        "crop": dataset_crop,
+        "lpips": trees.digest(lpips_params) if lpips else None,
+        **(pairs.network.identity if pairs is not None else {}),
+    }
+    _check_report(as_path(out) / REPORT, request)
     check_writable(as_path(out))
     with tqdm(total=count, unit=" images", file=sys.stderr, disable=None) as bar:
 
@@ -150,12 +163,26 @@ def evaluate_tokenizer(
         report |= {"notices": measured.notices}
         report["reconstructions_against"] = "the same held-out images, cropped alike"
         report["features"] = pairs.network.identity["features"]
+    report["request"] = request
     folder = as_path(out)
-    files.write_json(folder / "evaluation.json", report)
+    files.write_json(folder / REPORT, report)
     title = f"{weights} · held-out images of {data}"
     image_io.write_png(folder / "scales.png", scales_picture(split.shown, title))
     image_io.write_png(folder / "worst.png", worst_picture(split.worst, f"{title} · the worst"))
     return report
+
+
+def _check_report(path: pathlib.Path, request: Mapping[str, Any]) -> None:
+    """Raises InputError if a report of another tokenizer, other images or metrics would be lost."""
+    if not path.exists():
+        return
+    existing = files.read_json(path).get("request")
+    if not isinstance(existing, dict):  # older versions did not say what they had measured
+        raise InputError(
+            f"{path} exists, and does not say which weights were measured; delete it, or choose "
+            "another out"
+        )
+    check_same_request(path, existing, request)
 
 
 def say_other_splits(weights: WeightsDir, data: Any) -> None:
