@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from varjax.cli.prepare import main, prepare
 from varjax.data import array_record, photos
 from varjax.data.sources.folder import Folder
 from varjax.data.sources.tfds import TFDS
+from varjax.errors import InputError
 from varjax.storage.image_files import BrokenImage
 
 PACKAGE = pathlib.Path(array_record.__file__).parents[3]
@@ -166,6 +168,18 @@ def test_another_folder_or_anything_else_in_out_is_refused(folder, packed, in_th
         with pytest.raises(ValueError, match="(workers|shards|size|quality)=-?[0-3]: must be"):
             prepare("x", "out2", **bad)
     assert not pathlib.Path("out2").exists()
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b"a\nb", b"cat ", b"\xe2\x80\xa8"])
+def test_class_names_that_a_dataset_would_change_are_refused_at_once(folder, name, tmp_path):
+    for split, image in (("train", "gray.png"), ("val", "0.png")):
+        for class_folder in (b"dog", name):
+            path = os.fsencode(tmp_path / "x" / split) + b"/" + class_folder
+            os.makedirs(path)
+            shutil.copy(folder / "train/flower/gray.png", path + b"/" + image.encode())
+    with pytest.raises(InputError, match="cannot be the name of a class.*rename the folder"):
+        prepare(str(tmp_path / "x"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_any_good_image_is_refused(in_this_process):

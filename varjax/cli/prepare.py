@@ -24,6 +24,7 @@ from varjax.errors import InputError, check_setting
 from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import files, folders
 from varjax.storage.buckets import as_path, in_bucket
+from varjax.storage.image_files import printable_path
 
 IMAGES_PER_SHARD, MAX_SHARDS = 1000, 256  # readers keep all shards open
 MAX_NAMED = 20  # broken images that are printed; REPORT_FILE lists all
@@ -59,13 +60,15 @@ def prepare(
         A summary in one line.
 
     Raises:
-        InputError: the folder has no usable layout, or `out` was made with other settings.
+        InputError: the folder has no usable layout or a class name that a dataset cannot have, or
+            `out` was made with other settings.
     """
     for name, value in ("workers", workers), ("shards", shards):
         check_setting(name, value, value >= 0, "1 or more, or 0 to choose")
     array_record.load_tfds()  # before a large folder is listed
     path, encoding = as_path(out), array_record.ImageEncoding(size, quality)
     data = Folder(folder, held_out=held_out, unconditional=unconditional)
+    _check_class_names(data.class_names)
     listings = {"train": data.listings["train"], "validation": data.listings["held_out"]}
     images = len(listings["train"].paths)
     shards = min(images, shards or min(MAX_SHARDS, -(-images // IMAGES_PER_SHARD)))
@@ -91,6 +94,16 @@ def prepare(
     broken = sum(len(report[split]["broken"]) for split in listings)
     note = f"; {broken} broken ones left out, see {path / REPORT_FILE}" if broken else ""
     return f"{path} is complete: {counts} images in {len(data.class_names)} classes{note}"
+
+
+def _check_class_names(names: Sequence[str]) -> None:
+    """Raises InputError for names that TFDS, which writes one a line, would not read back."""
+    for name in names:
+        if name != printable_path(name) or name.strip().splitlines() != [name]:
+            raise InputError(
+                f"the class folder {name!r} cannot be the name of a class in a dataset, which is "
+                "one line of UTF-8 without spaces at its ends; rename the folder"
+            )
 
 
 def _split_into_shards(
