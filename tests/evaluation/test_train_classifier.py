@@ -94,6 +94,7 @@ def test_maps_are_halved_until_they_have_eight_positions_a_side(size, widths):
         (["--data=digits", "--steps=0"], "steps=0: must be 1 or more"),
         (["--data=digits", "--seed=-1"], "seed=-1: must be 0 or more"),
         (["--data=digits", "--out=."], "which would be lost; choose another folder"),
+        (["--data=digits", "--out=/proc/x/y"], "cannot write to /proc/x"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_at_once(flags, message, tmp_path, capsys, monkeypatch):

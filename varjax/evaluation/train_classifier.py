@@ -127,7 +127,7 @@ def write_classifier(
         A summary in one line.
 
     Raises:
-        InputError: `out` has other content, or as `train_classifier` does.
+        InputError: `out` has other content or cannot be written, or as `train_classifier` does.
     """
     check_weights_dir(out, converted_files([PART]))
     image_size = _choose_config(data).image_size
@@ -140,6 +140,7 @@ def write_classifier(
         existing |= {"image_size": written_config.get("image_size")}
         folders.check_same_request(out, existing, request | {"image_size": image_size})
     else:
+        folders.check_writable(out.parent)
         config, params, accuracy = train_classifier(data, training)
         settings = {TYPE: type(config).__name__, **dataclasses.asdict(config)}
         about = {PART: settings, ACCURACY: accuracy, REQUEST: request}
