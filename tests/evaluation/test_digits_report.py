@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from varjax.data.sources import Digits
 from varjax.evaluation import digits_report
@@ -45,6 +46,29 @@ def test_samples_stand_left_of_real_digits():
     (y, x), (h, w) = layout.corner(30), layout.tile
     first_three = images_NHWC[label_N == 3][0].repeat(8, axis=0).repeat(8, axis=1)
     assert np.array_equal(left_HWC[y : y + h, x : x + w], first_three)
+
+
+@pytest.mark.parametrize(
+    ("label_N", "size", "message"),
+    [
+        (np.arange(90) % 10, 8, "has 9 to 9 samples of the classes 0 to 9"),
+        (np.arange(110) % 11, 8, "and 10 of others"),
+        (np.arange(100) % 10, 28, "images of 28x28 pixels; digits have 8x8"),
+        (None, 8, "has no labels"),
+    ],
+)
+def test_samples_that_are_not_ten_digits_of_each_class_are_refused(
+    label_N, size, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(digits_report, "digits_report", None)
+    (tmp_path / "metrics.jsonl").touch()
+    arrays = {} if label_N is None else {"labels": label_N}
+    count = 100 if label_N is None else len(label_N)
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((count, size, size, 3), np.uint8), **arrays)
+    flags = [f"--run={tmp_path}", f"--tokenizer={tmp_path}", f"--samples={tmp_path / 'x.npz'}"]
+    assert digits_report.main(flags) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "report.json").exists()
 
 
 def test_several_samples_are_reported_by_mean_and_standard_deviation(tmp_path, capsys, monkeypatch):

@@ -21,12 +21,16 @@ from varjax.analysis.run_log import read_run_log
 from varjax.data.sources import Digits
 from varjax.errors import InputError
 from varjax.metrics.fid import Moments, frechet_distance
+from varjax.metrics.image_sets import NpzImages
 from varjax.metrics.report import mean_and_deviation
 from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import files, image_io
 from varjax.storage.buckets import short_path
 from varjax.storage.captioned_grid import Captions, captioned_grid
 from varjax.storage.npz import NpzArchive
+
+DIGIT_SIZE, CLASSES = (8, 8), 10
+SHOWN = 10  # samples of each class in the picture
 
 
 def digits_report(samples_NHWC: np.ndarray, label_N: np.ndarray) -> dict[str, dict[str, float]]:
@@ -100,10 +104,32 @@ def samples_and_real(samples_NHWC: np.ndarray, label_N: np.ndarray, title: str) 
         (samples_NHWC, label_N, title),
         (real.images_NHWC, real.labels_N, "real held-out digits"),
     ):
-        chosen = [images[labels == label][:10] for label in range(10)]
-        captions = Captions(words, rows=[str(label) for label in range(10)])
-        halves.append(captioned_grid(np.concatenate(chosen), captions, columns=10))
+        chosen = [images[labels == label][:SHOWN] for label in range(CLASSES)]
+        captions = Captions(words, rows=[str(label) for label in range(CLASSES)])
+        halves.append(captioned_grid(np.concatenate(chosen), captions, columns=SHOWN))
     return np.concatenate(halves, axis=1)
+
+
+def read_samples(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads images (N, 8, 8, 1), uint8, and their classes from an .npz.
+
+    Raises InputError for images of another size, and for fewer than ten of a class, which the
+    picture shows.
+    """
+    images = NpzImages(path)
+    if images.shape[1:3] != DIGIT_SIZE:
+        height, width = images.shape[1:3]
+        raise InputError(f"{path} has images of {height}x{width} pixels; digits have 8x8")
+    if images.label_N is None:
+        raise InputError(f"{path} has no labels; use a file that varjax sample wrote")
+    count_V = np.array([np.sum(images.label_N == label) for label in range(CLASSES)])
+    if count_V.min() < SHOWN or count_V.sum() < images.shape[0]:
+        raise InputError(
+            f"{path} has {count_V.min()} to {count_V.max()} samples of the classes 0 to 9, and "
+            f"{images.shape[0] - count_V.sum()} of others; {SHOWN} or more of each are needed "
+            f"(varjax sample --count={SHOWN}), and no others"
+        )
+    return NpzArchive(path).read("arr_0")[..., :1], images.label_N
 
 
 def write_report(
@@ -122,13 +148,13 @@ def write_report(
         compare: another run, whose report is also printed if it exists.
 
     Raises:
-        InputError: the samples, or a metrics.jsonl of the runs, do not exist yet.
+        InputError: the samples, or a metrics.jsonl of the runs, do not exist yet, or the samples
+            are no digits; see `read_samples`.
     """
     for path in (*samples, run / "metrics.jsonl", tokenizer / "metrics.jsonl"):
         if not path.is_file():
             raise InputError(f"{path} does not exist; run make demo or make demo-mar")
-    archives = [NpzArchive(path) for path in samples]
-    sets = [(archive.read("arr_0")[..., :1], archive.read("labels")) for archive in archives]
+    sets = [read_samples(path) for path in samples]
     tables = [digits_report(*images_and_labels) for images_and_labels in sets]
     means, deviations = mean_and_deviation([table["samples"] for table in tables])
     table = tables[0] | {"samples": means}
