@@ -1,9 +1,10 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import varjax
-from varjax.data.sources import Digits
+from varjax.data.sources import Digits, Folder
 from varjax.errors import InputError
 from varjax.metrics.fid import Moments, frechet_distance
 from varjax.sampling.pictures import save
@@ -107,9 +108,28 @@ def test_a_reference_may_be_a_dataset(tmp_path, monkeypatch):
     assert compared == pytest.approx(varjax.fid(digits[:50], digits, features="pixels"), rel=1e-4)
 
 
+def test_photographs_of_a_dataset_are_cropped_in_either_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("VARJAX_CACHE", str(tmp_path / "cache"))
+    for i, split in enumerate(["train"] * 4 + ["val"]):
+        path = tmp_path / f"x/{split}/cat/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(RNG.integers(0, 256, (9, 12, 3), np.uint8)).save(path)
+    distances = {}
+    for name, crop in (("var", "random"), ("adm", "center")):
+        data = Folder(str(tmp_path / "x"), 4, channels=1, crop=crop)  # gray, as the samples
+        source = data.source("train")
+        real = np.stack([data.preprocess(source[i]["image"]) for i in range(4)])
+        found = varjax.fid(SAMPLES, f"folder:{tmp_path / 'x'}", features="pixels", crop=name)
+        assert found == pytest.approx(varjax.fid(SAMPLES, real, features="pixels"), rel=1e-4)
+        distances[name] = found
+    assert distances["var"] != distances["adm"]
+
+
 @pytest.mark.parametrize("measure", [varjax.fid, varjax.evaluate])
 @pytest.mark.parametrize("reference", [REAL, "real.npz"], ids=["array", "npz"])
 def test_only_a_dataset_has_splits(measure, reference):
     save(REAL, "real.npz")
     with pytest.raises(InputError, match="split=train: needs a reference that is a dataset"):
         measure(SAMPLES, reference, features="pixels", split="train")
+    with pytest.raises(InputError, match="crop=adm: needs a reference that is a dataset"):
+        measure(SAMPLES, reference, features="pixels", crop="adm")

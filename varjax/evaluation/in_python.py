@@ -6,13 +6,14 @@ varjax.fid(model.sample(labels), "reference.npz", inception="weights/inception")
 import functools
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
 from varjax.data.stream import Split
 from varjax.errors import InputError
+from varjax.evaluation.image_crop import AUTO, choose_crop
 from varjax.evaluation.references import EvaluationSettings, check_reference, reference_of
 from varjax.metrics import fid as metrics
 from varjax.metrics.features import FeatureExtractor, feature_network
@@ -73,12 +74,14 @@ def fid(
     inception: str | os.PathLike = "",
     features: str | os.PathLike = "inception",
     split: Split | None = None,
+    crop: Literal["var", "adm"] | None = None,
 ) -> float:
     """Computes the Fréchet distance of samples to a reference (Heusel et al., arXiv 1706.08500).
 
         varjax.fid(images_NHWC, "VIRTUAL_imagenet256_labeled.npz", inception="weights/inception")
 
-    Images are rounded to 8 bits first, as files hold them. The number is that of `varjax evaluate`.
+    Images are rounded to 8 bits first, as files hold them. The number is that of `varjax evaluate`
+    with the same crop.
 
     Args:
         samples: images as `Features` takes them, or `Features`.
@@ -88,11 +91,13 @@ def fid(
         features: kind of features; see `Features`.
         split: split of a reference that is a dataset, "train" or "held_out"; None for "train".
             Refused for other references.
+        crop: crop of that dataset's photographs, "var" or "adm"; None for "var". Use "adm" for
+            samples of MAR and of other models with a KL tokenizer, as `varjax evaluate` does.
 
     Raises:
         InputError: images that do not fit, fewer than two, or weights that are missing.
     """
-    computed, compared = _both(samples, reference, inception, features, split)
+    computed, compared = _both(samples, reference, inception, features, split, crop)
     moments = metrics.Moments.of(computed.arrays["pool_ND"])
     return metrics.frechet_distance(moments, compared.moments["pool_ND"])
 
@@ -103,6 +108,7 @@ def evaluate_samples(
     inception: str | os.PathLike = "",
     features: str | os.PathLike = "inception",
     split: Split | None = None,
+    crop: Literal["var", "adm"] | None = None,
 ) -> SampleMetrics:
     """Computes all metrics of samples: FID, sFID, Inception Score, precision, recall and KID.
 
@@ -120,11 +126,13 @@ def evaluate_samples(
         features: kind of features; see `Features`.
         split: split of a reference that is a dataset, "train" or "held_out"; None for "train".
             Refused for other references.
+        crop: crop of that dataset's photographs, "var" or "adm"; None for "var". Use "adm" for
+            samples of MAR and of other models with a KL tokenizer, as `varjax evaluate` does.
 
     Raises:
         InputError: images that do not fit, fewer than two, or weights that are missing.
     """
-    computed, compared = _both(samples, reference, inception, features, split)
+    computed, compared = _both(samples, reference, inception, features, split, crop)
     classes = computed.extract.network.classes
     return measure(computed.arrays, compared, computed.label_N, logit_classes=classes)
 
@@ -135,10 +143,11 @@ def _both(
     inception: str | os.PathLike,
     features: str | os.PathLike,
     split: Split | None,
+    crop: str | None,
 ) -> tuple[Features, Reference]:
     """Returns the features of the samples, and the reference, by the same network."""
     named = isinstance(reference, str | os.PathLike)
-    check_reference(os.fspath(reference) if named else "this reference", split, None)
+    check_reference(os.fspath(reference) if named else "this reference", split, crop)
     given = next((x for x in (samples, reference) if isinstance(x, Features)), None)
     if given is None or inception or features != "inception":
         extract = _extractor(os.fspath(features), os.fspath(inception))
@@ -156,7 +165,11 @@ def _both(
         return samples, reference_of_features(reference.arrays)
     if isinstance(reference, str | os.PathLike):
         settings = EvaluationSettings(
-            extract, os.fspath(reference), split or "train", default_cache()
+            extract,
+            os.fspath(reference),
+            split or "train",
+            default_cache(),
+            choose_crop(crop or AUTO, None),
         )
         return samples, reference_of(settings, samples.image_shape)
     return samples, reference_of_features(Features(reference, extract=extract).arrays)
