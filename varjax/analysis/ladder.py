@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from varjax.analysis.power_law import Points, log_widths, pareto_front
 from varjax.analysis.run_log import RunLog, read_run_log
 from varjax.errors import InputError
 from varjax.storage import files
-from varjax.storage.buckets import as_path
+from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.untrusted import shown
 
 LOSSES = {  # name: (metric of an evaluation, whether the loss is 1 - metric, title)
@@ -92,9 +93,11 @@ def read_ladder(directories: Sequence[str], weights: str = "") -> Ladder:
         InputError: a directory is not a run or is given twice, a run was not evaluated, has no
             known size, or was trained on other data or tokens than the first.
     """
-    twice = [name for name in dict.fromkeys(directories) if directories.count(name) > 1]
-    if twice:
-        raise InputError(f"{twice[0]} is given more than once; give each run once")
+    # "a", "a/" and a link to it are one run.
+    paths = [name if in_bucket(name) else os.path.realpath(name) for name in directories]
+    for name, path in zip(directories, paths, strict=True):
+        if paths.count(path) > 1:
+            raise InputError(f"{name} is given more than once; give each run once")
     logs = [read_run_log(directory) for directory in directories]
     for log in logs[1:]:
         _check_comparable(logs[0], log)
