@@ -239,13 +239,27 @@ def test_what_cannot_be_fitted_is_said_and_nothing_written(tmp_path, capsys):
     message = error(*runs)
     assert "runs of 3 sizes are too few: a fit of loss needs 4" in message
     assert "589.8 k, 1.991 M, 4.719 M" in message
-    assert "given more than once" in error(*runs, runs[0])
+    (tmp_path / "link").symlink_to(runs[0])
+    for again in (runs[0], f"{runs[0]}/", str(tmp_path / "link")):
+        assert "given more than once" in error(*runs, again)
     assert "floor of 'error': the runs have loss, loss_last" in error(*runs, "--floor=error=0.1")
     assert "below the lowest loss, 2.9" in error(*runs, "--floor=loss=9")
     assert "allowed are free, 0, and NAME=NUMBER" in error(*runs, "--floor=low")
     never = make_run(tmp_path / "never", 5, laws={})
     assert "d5 has no evaluation: its metrics.jsonl has no eval/loss" in error(*runs, never)
     assert "is not a run" in error(str(tmp_path), runs[0])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_constant_loss_has_no_law(tmp_path, joint):
+    runs = make_ladder(tmp_path, (2, 3, 4, 5), laws={"loss": lambda n, d: 0.9}, noise=0)
+    ladder = read_ladder(runs)
+    report = fit_scaling(ladder, joint, sizes=[1e9], resamples=2)
+    assert not report.fits and not report.predictions
+    assert any(note.startswith("loss does not fall") for note in report.notes)
+    assert len(scaling_tables(ladder, report)) > len(runs)
+    scaling_json(ladder, report)
 
 
 def test_what_limits_a_fit_is_noted(tmp_path):

@@ -13,6 +13,7 @@ START_FLOORS = (1e-3, 0.3, 0.6, 0.9)  # as fractions of the lowest loss
 HUBER_DELTA = 1e-3  # on differences of log losses (Hoffmann et al. 2022, appendix D.3)
 FAR_OFF = 1e3  # difference of log losses that no fit keeps
 INTERVAL_PERCENTILES = (2.5, 97.5)
+MAX_LOG_X0 = 690.0  # so that x0 is a float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,14 @@ class PowerLaw:
     floor: float
     x0: tuple[float, ...]
     exponents: tuple[float, ...]
+
+    @property
+    def is_determined(self) -> bool:
+        """Returns whether each x0 is in a float's range, where `fit_power_law` does not clip it.
+
+        It is not if the loss hardly depends on a variable.
+        """
+        return bool(np.all(np.abs(np.log(self.x0)) < MAX_LOG_X0 - 1))
 
     def __call__(self, *x: np.ndarray | float) -> np.ndarray:
         """Returns the losses at values of each variable."""
@@ -165,7 +174,7 @@ def fit_power_law(
         best = least_squares(residuals, best, jacobian, **huber).x
     size_T, exponent_T = best[first:].reshape(2, -1)
     # (x0 / x)^a = exp(size - a (log x - center)), so log x0 = size / a + center.
-    x0 = np.exp(np.clip(size_T / exponent_T + center_T, -690, 690))
+    x0 = np.exp(np.clip(size_T / exponent_T + center_T, -MAX_LOG_X0, MAX_LOG_X0))
     fitted_floor = floor if floor is not None else float(np.exp(best[0]))
     return PowerLaw(fitted_floor, tuple(x0.tolist()), tuple(exponent_T.tolist()))
 

@@ -153,9 +153,12 @@ def fit_scaling(
                     "values of a variable are too few"
                 )
                 continue
-            fitted = report.fits.setdefault(against.name, {})[name] = fit(against, curves)
-            if min(fitted.law.exponents) <= 0:
+            fitted = fit(against, curves)
+            if min(fitted.law.exponents) <= 0 or not fitted.law.is_determined:
                 report.notes.append(f"{name} does not fall {against.title}")
+            if not fitted.law.is_determined:
+                continue
+            report.fits.setdefault(against.name, {})[name] = fitted
             if against is main:
                 report.predictions[name] = [_predict(fitted, size, max(images_R)) for size in sizes]
                 rest = [curve for curve in curves if curve.size < found[-1]]
@@ -163,9 +166,10 @@ def fit_scaling(
                     largest = [curve for curve in curves if curve.size == found[-1]]
                     images = max(float(curve.images_P[-1]) for curve in largest)
                     last = [c.loss_P[-1] for c in largest if not joint or c.images_P[-1] == images]
-                    predicted = _predict(fit(main, rest), found[-1], images)
-                    measured = dataclasses.replace(predicted, measured=float(np.mean(last)))
-                    report.predictions[name].insert(0, measured)
+                    if (smaller := fit(main, rest)).law.is_determined:
+                        predicted = _predict(smaller, found[-1], images)
+                        measured = dataclasses.replace(predicted, measured=float(np.mean(last)))
+                        report.predictions[name].insert(0, measured)
     return report
 
 
