@@ -5,6 +5,7 @@ import functools
 import hashlib
 import io
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -356,12 +357,25 @@ def test_a_version_of_jax_that_cannot_read_it_is_refused(exported, tmp_path, cha
 
 
 @pytest.mark.slow
-def test_a_damaged_program_is_refused(exported, tmp_path):
+def test_damaged_and_missing_files_are_refused(exported, tmp_path):
     out = edited_about(exported("var"), tmp_path / "out")
-    program = out / "programs" / "sample.cpu.bin"
-    program.write_bytes(program.read_bytes()[:-100])
-    with pytest.raises(InputError, match="sample.cpu.bin is damaged"):
-        load_exported(out).sample([1])
+    model = load_exported(os.path.relpath(out))
+    os.chdir("/")  # files are read at their first use
+    for name in ("programs/sample.cpu.bin", "weights.safetensors"):
+        whole = (out / name).read_bytes()
+        flipped = bytes([whole[-100] ^ 1])
+        (out / name).write_bytes(whole[:-100] + flipped + whole[-99:])
+        with pytest.raises(InputError, match=f"{name} is damaged"):
+            model.sample([1])
+        (out / name).unlink()
+        with pytest.raises(InputError, match=f"{name} is missing"):
+            model.sample([1])
+        (out / name).write_bytes(whole)
+    assert model.sample([1]).shape[0] == 1
+    for text in ("{}", "[]", "{"):
+        (out / "model.json").write_text(text)
+        with pytest.raises(InputError, match=str(out)):
+            load_exported(out)
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ import numpy as np
 from jax import export
 from safetensors import safe_open
 
+WEIGHTS_FILE = "weights.safetensors"
+ABOUT_KEYS = {"jax", "calling_convention", "programs", "sha256"}  # of every model.json
 PROGRAM_PLATFORMS = {
     "gpu": "cuda"
 }  # names of programs' platforms, where JAX's backend has another name
@@ -28,7 +30,8 @@ class ExportedModel:
         model = ExportedModel("exported/digits")
         images_BHWC = model.sample([3, 1, 4], seed=0)
 
-    Raises ValueError for a version of JAX that cannot read the programs, and for bad arguments.
+    Raises ValueError for a version of JAX that cannot read the programs, for damaged files, and for
+    bad arguments.
 
     Attributes:
         folder: folder that `varjax export` wrote.
@@ -37,8 +40,10 @@ class ExportedModel:
     """
 
     def __init__(self, folder=pathlib.Path(__file__).parent):
-        self.folder = pathlib.Path(folder)
+        self.folder = pathlib.Path(folder).absolute()
         self.about = json.loads((self.folder / "model.json").read_text("utf-8"))
+        complete = isinstance(self.about, dict) and ABOUT_KEYS <= self.about.keys()
+        check(complete, "model.json is damaged, or not one that varjax export wrote")
         self.platform = PROGRAM_PLATFORMS.get(jax.default_backend(), jax.default_backend())
         self._read_programs, self._weights = {}, {}
         oldest = export.minimum_supported_calling_convention_version
@@ -136,18 +141,25 @@ class ExportedModel:
         return np.asarray(program(weights, numbers, arrays))
 
     def _read(self, file):
-        content = (self.folder / file).read_bytes()
-        intact = hashlib.sha256(content).hexdigest() == self.about["sha256"][file]
-        check(intact, f"{self.folder / file} is damaged; export again")
-        exported = export.deserialize(bytearray(content))
+        if not self._read_programs:
+            self._check_intact(WEIGHTS_FILE)
+        self._check_intact(file)
+        exported = export.deserialize(bytearray((self.folder / file).read_bytes()))
         (weights, *others), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-        with safe_open(self.folder / "weights.safetensors", "np") as tensors:
+        with safe_open(self.folder / WEIGHTS_FILE, "np") as tensors:
             for name, kind in weights.items():
                 if (name, kind.dtype) not in self._weights:  # programs share them
                     x = tensors.get_tensor(name).astype(kind.dtype)
                     self._weights[name, kind.dtype] = jax.device_put(x)
         held = {name: self._weights[name, kind.dtype] for name, kind in weights.items()}
         return jax.jit(exported.call), held, *others
+
+    def _check_intact(self, file):
+        path = self.folder / file
+        check(path.is_file(), f"{path} is missing; export again")
+        with open(path, "rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        check(digest == self.about["sha256"].get(file), f"{path} is damaged; export again")
 
 
 def unique(names):
