@@ -170,6 +170,13 @@ def test_another_folder_or_anything_else_in_out_is_refused(folder, packed, in_th
     assert not pathlib.Path("out2").exists()
 
 
+def test_an_output_among_the_images_is_refused(folder):
+    inside = folder / "train" / "packed"
+    with pytest.raises(InputError, match=f"out={inside}: is inside {folder}/train"):
+        prepare(str(folder), str(inside))
+    assert not inside.exists()
+
+
 @pytest.mark.parametrize("name", [b"caf\xe9", b"a\nb", b"cat ", b"\xe2\x80\xa8"])
 def test_class_names_that_a_dataset_would_change_are_refused_at_once(folder, name, tmp_path):
     for split, image in (("train", "gray.png"), ("val", "0.png")):

@@ -34,6 +34,7 @@ from varjax.data.latent_shards import (
 )
 from varjax.data.latents import CachedLatents
 from varjax.data.loader import make_loader
+from varjax.data.sources import Folder
 from varjax.data.stream import MAX_AUGMENTATIONS, ImageDataset
 from varjax.errors import InputError, check_setting
 from varjax.runtime.commands import command_parser, run_command
@@ -100,6 +101,8 @@ def cache_latents(
         raise InputError(
             f"the config's data are already latents, in {data.root}; use a dataset of images"
         )
+    if isinstance(data, Folder):
+        data.check_outside("out", as_path(out))
     views = data.alternating_views
     augmentations = views if augmentations is None else augmentations
     valid = augmentations >= 1 and augmentations % views == 0

@@ -68,6 +68,7 @@ def prepare(
     array_record.load_tfds()  # before a large folder is listed
     path, encoding = as_path(out), array_record.ImageEncoding(size, quality)
     data = Folder(folder, held_out=held_out, unconditional=unconditional)
+    data.check_outside("out", path)
     _check_class_names(data.class_names)
     listings = {"train": data.listings["train"], "validation": data.listings["held_out"]}
     images = len(listings["train"].paths)

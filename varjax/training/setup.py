@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from varjax.checkpoints.class_names import ClassNames, known_class_names
 from varjax.config import config_tree
 from varjax.data.loader import Loader
+from varjax.data.sources import Folder
 from varjax.errors import InputError
 from varjax.runtime.distributed import on_first_process
 from varjax.runtime.first_call import FirstCall, announce_compilation
@@ -85,6 +86,8 @@ def set_up(experiment: Experiment) -> Setup:
     """
     experiment.check()
     experiment = with_starting_tokenizer(experiment)
+    if isinstance(experiment.data, Folder):
+        experiment.data.check_outside("run_dir", as_path(experiment.run_dir))
     mesh = make_mesh(experiment.mesh)
     rows = rows_of_process(mesh, experiment.batch_size).tolist()
     loader = experiment.data.make(experiment.batch_size, experiment.seed, rows)

@@ -104,6 +104,25 @@ class Folder:
     def alternating_views(self) -> int:
         return transforms.photograph_views(self)
 
+    def check_outside(self, name: str, path: str | os.PathLike) -> None:
+        """Checks that a new folder would not be taken for images or a class of this dataset.
+
+        Args:
+            name: name of the setting or flag that names the folder.
+            path: the new folder.
+
+        Raises:
+            InputError: it would.
+        """
+        layout, new = self.layout, _real_path(path)
+        splits = [layout.train, layout.held_out] if isinstance(layout.held_out, str) else [""]
+        for folder in (_below(self.root, split) for split in splits):
+            if new.startswith(os.path.join(_real_path(folder), "")):
+                raise InputError(
+                    f"{name}={path}: is inside {folder}, where it would be taken for images or a "
+                    "class; choose a folder outside"
+                )
+
     def source(self, split: Split) -> "FolderSource":
         """Opens a split, in the order of the paths."""
         return FolderSource(self.listings[split], self.channels)
@@ -311,6 +330,10 @@ def _images(
         if os.path.realpath(os.path.join(here, name)) in above:
             raise InputError(f"{os.path.join(here, name)} is a link to a folder that contains it")
         yield from _images(root, os.path.join(folder, name), above, visits)
+
+
+def _real_path(path: str | os.PathLike) -> str:
+    return os.fspath(path) if in_bucket(path) else os.path.realpath(path)
 
 
 def _below(root: str, folder: str) -> str:
