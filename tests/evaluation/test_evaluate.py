@@ -88,6 +88,26 @@ def test_the_same_command_returns_the_report_and_another_is_refused(tmp_path, ca
     assert "report.json was made with other settings" in capsys.readouterr().err
 
 
+def test_another_output_is_refused_before_the_reference_is_read(tmp_path, capsys, monkeypatch):
+    digits_npz("real.npz")
+    assert run("real.npz", *PIXELS) == 0
+    monkeypatch.setattr(evaluate, "reference_of", None)
+    digits_npz("real.npz", "train")
+    assert run("real.npz", *PIXELS) == 1
+    assert "report.json was made with other settings" in capsys.readouterr().err
+    (tmp_path / "report.json").write_text("{}")
+    assert run("real.npz", *PIXELS) == 1
+    assert "exists and is not a report" in capsys.readouterr().err
+
+
+def test_images_behind_links_are_measured_too(tmp_path):
+    for folder in ("images", "elsewhere"):
+        (tmp_path / folder).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / folder / "1.png")
+    (tmp_path / "images" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert open_image_set(tmp_path / "images").shape[0] == 2
+
+
 def test_a_killed_evaluation_ends_with_the_same_report(tmp_path, monkeypatch):
     monkeypatch.setattr(image_sets, "IMAGES_PER_PART", 100)
     digits_npz("real.npz")

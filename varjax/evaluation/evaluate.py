@@ -119,6 +119,7 @@ def evaluate_images(
     if images.shape[0] < LEAST_SAMPLES:
         raise InputError(f"{name} has {images.shape[0]} images; two or more are needed")
     samples = {"images": images.digest, **settings.extract.network.identity}
+    check_samples_of_report(out, samples)
     # Opened before any long work, because the dataset may lack that split.
     real_images_of(settings, images.shape[1:], images.shape[0])
     reference = reference_of(settings, images.shape[1:])
@@ -177,6 +178,8 @@ def evaluate_model(
     def begin() -> list[dict[str, Any] | None]:
         nonlocal reference
         nonlocal real
+        for out in jobs:
+            check_samples_of_report(out, samples[out])
         # Opened before any long work, because the dataset may lack that split.
         real_images_of(settings, image_shape, count)
         reference = reference_of(settings, image_shape)
@@ -241,6 +244,23 @@ def finished_report(out: pathlib.Path, request: Mapping[str, Any]) -> dict | Non
 
     Raises InputError if the file is another request's report, or not a report.
     """
+    if (report := _read_report(out)) is not None:
+        folders.check_same_request(out, report["request"], request)
+    return report
+
+
+def check_samples_of_report(out: pathlib.Path, samples: Mapping[str, Any]) -> None:
+    """Checks a report at `out` as far as that is possible before the reference is measured.
+
+    Raises InputError if the file is not a report, or that of other samples.
+    """
+    if (report := _read_report(out)) is not None:
+        existing = {"samples": report["request"].get("samples")}
+        folders.check_same_request(out, existing, {"samples": samples})
+
+
+def _read_report(out: pathlib.Path) -> dict[str, Any] | None:
+    """Reads the report at `out`; None if it does not exist. Raises InputError if it is none."""
     if not out.exists():
         return None
     no_report = f"{out} exists and is not a report; delete it or choose another out"
@@ -252,7 +272,6 @@ def finished_report(out: pathlib.Path, request: Mapping[str, Any]) -> dict | Non
         raise InputError(no_report) from error
     if not isinstance(report.get("request"), dict) or not report.keys() >= REPORT_FIELDS:
         raise InputError(no_report)
-    folders.check_same_request(out, report["request"], request)
     return report
 
 

@@ -16,6 +16,7 @@ from varjax.data.stream import ImageDataset, Split, spread_indices
 from varjax.data.workers import ReaderPool, ReadOptions
 from varjax.errors import InputError
 from varjax.storage import files
+from varjax.storage.folders import files_below
 from varjax.storage.image_files import BrokenImage, BrokenImageCounter, decode_file, read_size
 from varjax.storage.npz import NpzArchive
 from varjax.storage.read_errors import retry_read
@@ -265,7 +266,7 @@ def file_digest(path: pathlib.Path) -> str:
 def _visible_images(folder: pathlib.Path) -> list[pathlib.Path]:
     """Lists image files at any depth, sorted; reports hidden folders that contain images."""
     visible, hidden = [], collections.Counter()
-    for file in retry_read(lambda: list(folder.rglob("*")), folder):
+    for file in retry_read(lambda: list(files_below(folder)), folder):
         if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
             continue
         parts = file.relative_to(folder).parts[:-1]
