@@ -492,7 +492,7 @@ def test_a_tiny_folder_holds_out_what_is_asked_for(tmp_path):
     for i in range(3):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
     arg = f"data=folder:{tmp_path},size=8"
-    with pytest.raises(InputError, match=r"chose none of 3 .*--config.data.held_out=0\.\d"):
+    with pytest.raises(InputError, match=r"chose none of 3 .*Set held_out=0\.\d"):
         load(f"small.py:{arg}").data.source("train")
     shares = {0.9: load(f"small.py:{arg},held_out=0.9").data}
     flags = [f"--config=small_tokenizer:{arg}", "--config.data.held_out=0.6"]
