@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import pytest
@@ -115,7 +116,16 @@ def test_a_start_that_is_refused_leaves_a_run_as_it_was(whole, tmp_path):
     with pytest.raises(InputError, match="keep_best is 'eval/los'"):
         loop.train(tiny.experiment(run, keep_best="eval/los", preview_every=20))
     assert (run / "config.json").read_bytes() == before
-    loop.train(tiny.experiment(run, keep_best="eval/accuracy", preview_every=20))
+    changed = tiny.experiment(run, keep_best="eval/accuracy", preview_every=20)
+    loop.train(changed)
+    assert files.read_json(run / "config.json")["keep_best"] == "eval/accuracy"
+    # Finished: its settings are checked and written as well, and a lost file is written again.
+    with pytest.raises(InputError, match="keep_best is 'eval/los'"):
+        loop.train(dataclasses.replace(changed, keep_best="eval/los"))
+    loop.train(dataclasses.replace(changed, patience=3))
+    assert files.read_json(run / "config.json")["patience"] == 3
+    (run / "config.json").unlink()
+    loop.train(changed)
     assert files.read_json(run / "config.json")["keep_best"] == "eval/accuracy"
 
 

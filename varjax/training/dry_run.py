@@ -42,6 +42,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
 
     Raises:
         InputError: if `train` would raise it, too.
+        NonFiniteMetricError: a metric of the first step is not finite.
     """
     if say is None:
         say = print if jax.process_index() == 0 else lambda text: None
@@ -51,7 +52,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     run_dir, own_frozen = as_path(experiment.run_dir), None
     if on_first_process(lambda: is_bound(run_dir)):
         check_config(experiment)
-        check_data(experiment)
+        on_first_process(lambda: check_data(experiment))
         own_frozen = own_frozen_weights(run_dir)
         # Its next start reads its own checkpoint instead.
         experiment = dataclasses.replace(experiment, fork_from="", init_from="")

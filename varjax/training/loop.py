@@ -8,12 +8,12 @@ import jax
 from varjax.errors import InputError, error_file
 from varjax.runtime.distributed import check_shared_file, on_first_process
 from varjax.runtime.messages import say
-from varjax.storage import folders
+from varjax.storage import files, folders
 from varjax.storage.buckets import as_path
 from varjax.training.checkpoint import Checkpoints
 from varjax.training.experiment import Due, Experiment
 from varjax.training.goodput import Goodput
-from varjax.training.loop_state import LoopState
+from varjax.training.loop_state import LoopState, check_keep_best
 from varjax.training.previews import preview_captions
 from varjax.training.results import results_line, results_table
 from varjax.training.run_dir import (
@@ -61,8 +61,8 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
     profiler = StepProfiler(profile, run_dir)
     with contextlib.ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(folders.lock_folder(run_dir)))
-        bound = on_first_process(lambda: is_bound(run_dir))
-        if bound:  # `start_run` writes the settings, once nothing can refuse them any more
+        if on_first_process(lambda: is_bound(run_dir) and files.exists(run_dir / "config.json")):
+            # `start_run` writes the settings, once nothing can refuse them any more.
             on_first_process(lambda: check_config(experiment))
         else:
             on_first_process(lambda: forget_start(experiment))
@@ -78,6 +78,8 @@ def train(experiment: Experiment, profile: str = "") -> dict[str, float]:
         )
         finished = finished_state(checkpoints, experiment, setup.plan.steps)
         if finished is not None:
+            check_keep_best(experiment.keep_best, finished.metrics)
+            on_first_process(lambda: write_config(experiment, setup.plan))
             if index == 0:
                 say(f"{run_dir} is finished\n{results_table(finished.metrics)}")
             return finished.metrics
@@ -187,7 +189,7 @@ def save_step(run: Run, step: int, state: TrainState) -> None:
 
 
 def remove_reports(run: Run) -> None:
-    """Removes the error of an earlier start, and those of processes that are no more."""
+    """Removes the errors of an earlier start, also of processes that no longer exist."""
     run.report.unlink(missing_ok=True)
     if jax.process_index() == 0:
         for path in run.report.parent.glob("error-*.txt"):

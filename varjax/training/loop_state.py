@@ -3,7 +3,10 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
+
+from varjax.errors import InputError
 
 # Parts of the names of metrics that should grow, unless the user sets the direction. A tokenizer's
 # "perplexity" is that of its codes; a transformer's "perplexity_at_scale" should fall.
@@ -18,6 +21,12 @@ def parse_keep_best(keep_best: str) -> tuple[str, bool]:
     if direction in ("max", "min"):
         return metric, direction == "max"
     return keep_best, HIGHER_IS_BETTER.search(keep_best) is not None
+
+
+def check_keep_best(keep_best: str, names: Iterable[str]) -> None:
+    """Raises InputError if `keep_best` is not among the names of an evaluation's metrics."""
+    if keep_best and parse_keep_best(keep_best)[0] not in names:
+        raise InputError(f"keep_best is {keep_best!r}, but an evaluation gives {[*names]}")
 
 
 @dataclasses.dataclass

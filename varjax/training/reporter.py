@@ -133,7 +133,8 @@ def check_finite(
         numbers: metrics of the step, by name.
         saved_steps: function that lists the steps of the run's checkpoints.
 
-    Raises NonFiniteMetricError for metrics that are not finite.
+    Raises:
+        NonFiniteMetricError: one of the metrics is not finite.
     """
     bad = [name for name, number in numbers.items() if not math.isfinite(number)]
     if not bad:

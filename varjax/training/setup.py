@@ -32,7 +32,7 @@ from varjax.training.initial_weights import (
     frozen_weights,
     warm_start_state,
 )
-from varjax.training.loop_state import LoopState, parse_keep_best
+from varjax.training.loop_state import LoopState, check_keep_best
 from varjax.training.metric_writers import MetricWriter
 from varjax.training.preemption import PreemptionGuard
 from varjax.training.progress import ProgressReporter
@@ -415,8 +415,7 @@ def make_evaluators(
         )
         if experiment.fid.every == experiment.eval_every:
             names += fid.metric_names(abstract)
-    if experiment.keep_best and parse_keep_best(experiment.keep_best)[0] not in names:
-        raise InputError(f"keep_best is {experiment.keep_best!r}, but an evaluation gives {names}")
+    check_keep_best(experiment.keep_best, names)
     return evaluator, fid
 
 

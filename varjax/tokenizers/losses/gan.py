@@ -100,7 +100,7 @@ class GANConfig:
     def has_started(self, updates: jax.Array, step: jax.Array, plan: Plan) -> jax.Array:
         """Returns whether update number `step`, from 0, is one of the discriminator's.
 
-        Once it has begun it goes on, also in a fork whose longer plan begins it later.
+        Once started, it keeps training, even in a fork whose longer plan starts it later.
 
         Args:
             updates: number of updates that the discriminator has had.
