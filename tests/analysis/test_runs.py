@@ -111,7 +111,7 @@ def test_a_run_that_its_patience_ended_is_finished(run, patience, state):
     assert run_status(run).state == "stopped"
 
 
-def test_runs_are_found_below_a_folder(run, tmp_path, capsys):
+def test_runs_are_found_below_a_folder(run, tmp_path, capsys, monkeypatch):
     files.write_json(tmp_path / "data" / "data.json", {})  # no run's
     assert find_runs(tmp_path) == find_runs(run) == [run]
     assert main([str(tmp_path)]) == 0
@@ -119,6 +119,21 @@ def test_runs_are_found_below_a_folder(run, tmp_path, capsys):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "first").symlink_to(run)
     assert find_runs(tmp_path / "links") == [tmp_path / "links" / "first"]
+    for name in ("private", "images"):
+        (tmp_path / name).mkdir()
+        files.write_json(tmp_path / name / "run" / "data.json", {})
+        files.write_json(tmp_path / name / "run" / "config.json", {})
+    (run / "images").symlink_to(tmp_path / "images")  # the data of a run are not searched
+    list_folder = os.scandir
+
+    def scandir(path):
+        if os.path.basename(path) == "private":
+            raise PermissionError
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert find_runs(tmp_path / "a") == [run]
+    assert find_runs(tmp_path) == [run, tmp_path / "images" / "run", tmp_path / "links" / "first"]
     with pytest.raises(InputError, match="has no training run"):
         find_runs(tmp_path / "data")
     with pytest.raises(InputError, match="is not a folder"):

@@ -228,3 +228,10 @@ def test_files_are_found_behind_links_and_each_folder_ends(tmp_path):
     (tmp_path / "a" / "gone").symlink_to(tmp_path / "none")
     found = sorted(str(x.relative_to(tmp_path / "a")) for x in files_below(tmp_path / "a"))
     assert found == ["1", "b/2", "gone", "linked/3"]
+    for i in range(8):
+        for name in ("first", "second"):
+            (tmp_path / f"doubled{i}").mkdir(exist_ok=True)
+            (tmp_path / f"doubled{i}" / name).symlink_to(tmp_path / f"doubled{i + 1}")
+    (tmp_path / "doubled8").mkdir()
+    with pytest.raises(InputError, match="reached by more than 64 ways"):
+        list(files_below(tmp_path / "doubled0"))

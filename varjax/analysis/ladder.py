@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from varjax.analysis.power_law import Points, log_widths, pareto_front
 from varjax.analysis.run_log import RunLog, read_run_log
 from varjax.errors import InputError
 from varjax.storage import files
-from varjax.storage.buckets import as_path, in_bucket
+from varjax.storage.buckets import as_path, real_path
 from varjax.storage.untrusted import shown
 
 LOSSES = {  # name: (metric of an evaluation, whether the loss is 1 - metric, title)
@@ -94,7 +93,7 @@ def read_ladder(directories: Sequence[str], weights: str = "") -> Ladder:
             known size, or was trained on other data or tokens than the first.
     """
     # "a", "a/" and a link to it are one run.
-    paths = [name if in_bucket(name) else os.path.realpath(name) for name in directories]
+    paths = [real_path(name) for name in directories]
     for name, path in zip(directories, paths, strict=True):
         if paths.count(path) > 1:
             raise InputError(f"{name} is given more than once; give each run once")

@@ -16,12 +16,13 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import shutil
 import sys
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from varjax.analysis.run_log import RunLog, read_run_log
@@ -85,11 +86,31 @@ def find_runs(root: str | pathlib.Path) -> list[pathlib.Path]:
     if in_bucket(root):
         paths = [root / name for name in buckets.object_versions(root)]
     else:
-        paths = folders.files_below(root)
+        paths = _described_below(root)
     runs = sorted(path.parent for path in paths if path.name == "data.json")
     if not (runs := [run for run in runs if (run / "config.json").is_file()]):
         raise InputError(f"{root} has no training run; a run has a config.json and a data.json")
     return runs
+
+
+def _described_below(folder: pathlib.Path, above: tuple[str, ...] = ()) -> Iterator[pathlib.Path]:
+    """Yields the files data.json in a folder and deeper, also behind links, but not within runs.
+
+    Folders that cannot be read are left out: they are those of other people.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            found = {entry.name: entry for entry in entries}
+    except PermissionError:
+        return
+    if "data.json" in found:
+        yield folder / "data.json"
+    above = (*above, os.path.realpath(folder))
+    is_run = {"config.json", "data.json"} <= found.keys()
+    for name, entry in found.items():
+        follow = not (is_run and entry.is_symlink()) and os.path.realpath(entry) not in above
+        if entry.is_dir() and follow:
+            yield from _described_below(folder / name, above)
 
 
 def run_status(directory: pathlib.Path) -> RunStatus:

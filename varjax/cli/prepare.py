@@ -9,7 +9,6 @@ everything is done, it does nothing. See docs/data.md.
 """
 
 import contextlib
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from varjax.data.workers import WorkerProcesses, available_cpus
 from varjax.errors import InputError, check_setting
 from varjax.runtime.commands import command_parser, run_command
 from varjax.storage import files, folders
-from varjax.storage.buckets import as_path, in_bucket
+from varjax.storage.buckets import as_path, real_path
 from varjax.storage.image_files import printable_path
 
 IMAGES_PER_SHARD, MAX_SHARDS = 1000, 256  # readers keep all shards open
@@ -75,7 +74,7 @@ def prepare(
     shards = min(images, shards or min(MAX_SHARDS, -(-images // IMAGES_PER_SHARD)))
     request = (
         {split: listing.describe() for split, listing in listings.items()}
-        | {"folder": folder if in_bucket(folder) else os.path.realpath(folder)}
+        | {"folder": real_path(folder)}
         | {"unconditional": unconditional}
         | {"size": size, "quality": quality, "shards": shards}
     )

@@ -27,7 +27,6 @@ from typing import Any
 
 from varjax.config import config_tree
 from varjax.errors import InputError, did_you_mean
-from varjax.storage.buckets import as_path, in_bucket
 from varjax.storage.read_errors import retry_read
 
 # "name: text", "a, b: text" or "name (int): text"; the text may continue on further lines.
@@ -132,10 +131,10 @@ def load_config(location: str) -> Any:
         StorageError: the file cannot be read now.
     """
     name, _, argument = location.partition(":")
-    path = as_path(name)
+    path = pathlib.Path(name).expanduser()
     if path.suffix != ".py" and not path.exists():
         path = SHIPPED / f"{name}.py"
-    if path.suffix != ".py" or in_bucket(path) or not retry_read(path.is_file, path):
+    if path.suffix != ".py" or not retry_read(path.is_file, path):
         names = sorted(path.stem for path in SHIPPED.glob("[a-z]*.py"))
         hint = did_you_mean(path.stem, names) or f"; use FILE.py or one of {', '.join(names)}"
         raise InputError(f"there is no config file {name!r}{hint}")

@@ -32,8 +32,8 @@ EXTRAS = {"gs": "gcs", "s3": "s3"}
 ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*):/(?P<slash>/?)(?P<rest>.*)", re.DOTALL)
 # Each service has some of these fields, and at least one of them changes with an object's content.
 VERSION_FIELDS = "size", "generation", "etag", "ETag", "mtime", "LastModified", "created"
-# Files that describe the others in their folder. Readers open them first, so they are written last.
 MAX_NAME_BYTES = 255  # of ext4, XFS, APFS and most others
+# Files that describe the others in their folder. Readers open them first, so they are written last.
 INDEX_FILES = "config.json", "dataset_info.json"
 
 
@@ -75,6 +75,12 @@ def _local_path(path: pathlib.Path) -> pathlib.Path:
             f"has at most {MAX_NAME_BYTES}"
         )
     return path
+
+
+def real_path(location: str | os.PathLike) -> str:
+    """Returns the one name that all names of a folder lead to, through links and ~."""
+    path = as_path(location)
+    return os.fspath(path) if in_bucket(path) else os.path.realpath(path)
 
 
 def short_path(location: str | os.PathLike) -> str:

@@ -10,6 +10,7 @@ import pathlib
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
@@ -25,6 +26,8 @@ from varjax.storage.files import (
     remove,
 )
 
+# Twenty folders with two links to the next have a million paths.
+MAX_VISITS = 64
 LOCK_FILE = ".lock"
 # Recorded by this version, but not by older ones, whose outputs are continued all the same.
 LATER_NAMES = frozenset({"model_config"})
@@ -293,20 +296,39 @@ def read_or_remove(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, str]] 
         return None
 
 
-def files_below(folder: pathlib.Path, above: tuple[str, ...] = ()) -> Iterator[pathlib.Path]:
+def files_below(
+    folder: pathlib.Path, above: tuple[str, ...] = (), visits: Counter[str] | None = None
+) -> Iterator[pathlib.Path]:
     """Yields the files in a folder and deeper, also behind links to folders, in no order.
 
-    A folder that contains the link to it is not entered again.
+    A folder that contains the link to it is not entered again. Hidden folders that cannot be read
+    are left out.
 
     Args:
         folder: folder on a disk.
         above: real paths of the folders on the way to it.
+        visits: number of visits of each folder by its real path, counted here.
+
+    Raises:
+        InputError: links lead to a folder in very many ways.
+        OSError: a folder cannot be read.
     """
-    above = (*above, os.path.realpath(folder))
-    with os.scandir(folder) as entries:
-        found = list(entries)
+    visits = Counter() if visits is None else visits
+    above = (*above, real := os.path.realpath(folder))
+    visits[real] += 1
+    if visits[real] > MAX_VISITS:
+        raise InputError(
+            f"{folder} is reached by more than {MAX_VISITS} ways through links; remove some"
+        )
+    try:
+        with os.scandir(folder) as entries:
+            found = list(entries)
+    except PermissionError:
+        if folder.name.startswith("."):
+            return
+        raise
     for entry in found:
         if not entry.is_dir():
             yield folder / entry.name
         elif os.path.realpath(entry.path) not in above:
-            yield from files_below(folder / entry.name, above)
+            yield from files_below(folder / entry.name, above, visits)

@@ -130,8 +130,8 @@ def read_file(path: str | os.PathLike) -> bytes:
     return _read_regular_file(path, lambda file: file.read())
 
 
-def read_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Reads (width, height) of an image on a disk from its header.
+def read_size_and_alpha(path: str | os.PathLike) -> tuple[tuple[int, int], bool]:
+    """Reads (width, height) of an image on a disk, and whether it may be transparent.
 
     Raises:
         BrokenImage: the file is missing or not a regular file, or is too large, too thin or not an
@@ -139,9 +139,9 @@ def read_size(path: str | os.PathLike) -> tuple[int, int]:
         StorageError: the machine cannot read it now.
     """
 
-    def header(file: IO[bytes]) -> tuple[int, int]:
+    def header(file: IO[bytes]) -> tuple[tuple[int, int], bool]:
         with _decoder_errors(printable_path(path)), _open_picture(file) as picture:
-            return picture.size
+            return picture.size, picture.has_transparency_data
 
     return _read_regular_file(path, header)
 

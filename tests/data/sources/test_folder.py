@@ -101,14 +101,21 @@ def test_another_folder_or_a_share_can_be_held_out_beside_train(official):
     assert all(path.startswith("train/") for path in paths(shared, "held_out"))
 
 
+def test_a_home_folder_is_found(official, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert paths(Folder("~/x", size=4)) == paths(official)
+
+
 def test_a_new_folder_is_not_put_among_the_images(official, tmp_path):
     """At the next start it would be a class."""
     official.check_outside("run_dir", "x/runs")
+    official.check_outside("run_dir", "x/train/.cache/run")  # hidden, so no class
     one_folder = Folder("x/train", held_out=0.5)
     for data, inside in (
         (official, "x/train/runs"),
         (official, tmp_path / "x/val/bee/runs"),
         (one_folder, "x/train/runs"),
+        (one_folder, "x/train"),
     ):
         with pytest.raises(InputError, match=f"run_dir={inside}: is inside"):
             data.check_outside("run_dir", inside)

@@ -18,15 +18,14 @@ from varjax.data.workers import ReadOptions
 from varjax.errors import InputError, check_setting
 from varjax.runtime.reproducibility import pixels_digest
 from varjax.storage import buckets
-from varjax.storage.buckets import as_path, in_bucket
+from varjax.storage.buckets import as_path, in_bucket, real_path
+from varjax.storage.folders import MAX_VISITS
 from varjax.storage.image_files import IMAGE_FORMATS, decode_file
 from varjax.storage.read_errors import retry_read
 
 IMAGE_SUFFIXES = tuple(IMAGE_FORMATS)
 ONE_CLASS_NAMES = ("image",)  # of images without classes
 DEFAULT_HELD_OUT_FRACTION = 0.05
-# Of a folder, through links. Twenty folders with two links to the next have a million paths.
-MAX_VISITS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +113,13 @@ class Folder:
         Raises:
             InputError: it would.
         """
-        layout, new = self.layout, _real_path(path)
+        layout, new = self.layout, real_path(path)
         splits = [layout.train, layout.held_out] if isinstance(layout.held_out, str) else [""]
-        for folder in (_below(self.root, split) for split in splits):
-            if new.startswith(os.path.join(_real_path(folder), "")):
+        for folder in (_below(layout.root, split) for split in splits):
+            above = os.path.join(real_path(folder), "")
+            below = os.path.join(new, "").removeprefix(above)
+            hidden = any(part.startswith(".") for part in below.split(os.sep))
+            if os.path.join(new, "").startswith(above) and not hidden:
                 raise InputError(
                     f"{name}={path}: is inside {folder}, where it would be taken for images or a "
                     "class; choose a folder outside"
@@ -195,6 +197,7 @@ class FolderLayout:
         """
         if not root:
             raise InputError("root is empty; name the folder of the images")
+        root = str(as_path(root))  # with its ~ expanded
         folders, files = _scan(root)
         train = ""
         if isinstance(held_out, str) and not {"train", held_out} <= set(folders):
@@ -330,10 +333,6 @@ def _images(
         if os.path.realpath(os.path.join(here, name)) in above:
             raise InputError(f"{os.path.join(here, name)} is a link to a folder that contains it")
         yield from _images(root, os.path.join(folder, name), above, visits)
-
-
-def _real_path(path: str | os.PathLike) -> str:
-    return os.fspath(path) if in_bucket(path) else os.path.realpath(path)
 
 
 def _below(root: str, folder: str) -> str:

@@ -99,7 +99,7 @@ class Photos:
         return np.ascontiguousarray(crop_HWC[:, ::-1] if mirror else crop_HWC)
 
     def preprocess(self, image_HWC: np.ndarray) -> np.ndarray:
-        """Cuts the center out, which of a held-out crop is all of it."""
+        """Crops the center; a held-out crop is returned whole."""
         h, w, _ = self.image_shape
         top, left = (image_HWC.shape[0] - h) // 2, (image_HWC.shape[1] - w) // 2
         return image_HWC[top : top + h, left : left + w]
