@@ -207,6 +207,15 @@ def test_a_run_that_held_out_other_images_is_noticed(capsys):
     assert not capsys.readouterr().err
 
 
+def test_each_tokenizer_has_its_folder(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "evaluate_tokenizer", lambda **given: asked.append(given["out"]))
+    monkeypatch.setattr(command, "report_table", str)
+    for out in ([], ["--out=mine"]):
+        assert command.main(["--weights=runs/digits_tokenizer/", "--data=digits", *out]) == 0
+    assert asked == ["evaluation/digits_tokenizer", "mine"]
+
+
 def test_a_split_without_an_image_is_refused(params):
     class Broken(Ten):
         def held_out(self):

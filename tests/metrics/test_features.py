@@ -1,6 +1,7 @@
 """Features do not depend on batches or devices, sets of images are read alike, and kept."""
 
 import dataclasses
+import hashlib
 import os
 import sys
 import threading
@@ -149,6 +150,14 @@ def test_transparent_images_have_the_pixels_that_they_have_in_a_dataset(tmp_path
     np.testing.assert_array_equal(read_all(open_image_set(tmp_path / "x")), IMAGES_NHWC[:3])
     dataset = DatasetImages(Folder(str(tmp_path / "x"), size=12, crop="center"), "train")
     np.testing.assert_array_equal(read_all(dataset), IMAGES_NHWC[:2])
+    # Older versions put them on white, so only their digests have changed.
+    write_folder(tmp_path / "opaque", IMAGES_NHWC[:1], ["0.png"])
+    for folder, same in (("opaque", True), ("x", False)):
+        lines = hashlib.sha256()
+        for file in sorted((tmp_path / folder).rglob("*.png")):
+            name = file.relative_to(tmp_path / folder)
+            lines.update(f"{name} {image_sets.file_digest(file)}\n".encode())
+        assert (open_image_set(tmp_path / folder).digest == lines.hexdigest()) == same
 
 
 def test_what_holds_no_images_is_refused(tmp_path):

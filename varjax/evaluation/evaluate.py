@@ -260,7 +260,7 @@ def check_samples_of_report(out: pathlib.Path, samples: Mapping[str, Any]) -> No
 
 
 def _read_report(out: pathlib.Path) -> dict[str, Any] | None:
-    """Reads the report at `out`; None if it does not exist. Raises InputError if it is none."""
+    """Reads the report at `out`; None if there is no file. Raises InputError if it is not one."""
     if not out.exists():
         return None
     no_report = f"{out} exists and is not a report; delete it or choose another out"

@@ -30,6 +30,7 @@ DIR with the report of another tokenizer, or of other images or metrics, is refu
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -277,7 +278,7 @@ def main(arguments: list[str]) -> int:
     datasets = "folder:PATH, idx:PATH, tfds:NAME, photos, digits or random"
     fields = "fields may follow, as in folder:PATH,held_out=0.1"
     add("--data", required=True, help=f"dataset: {datasets}; {fields}")
-    add("--out", default="evaluation", help="folder for the results (evaluation)")
+    add("--out", help="folder for the results (evaluation/NAME, by the name of the weights)")
     add("--batch_size", type=int, default=32, help="images at a time, over all devices (32)")
     add("--ema", action=argparse.BooleanOptionalAction, help="use a run's EMA weights")
     add("--lpips", default="", metavar="DIR", help="converted weights of LPIPS")
@@ -287,6 +288,8 @@ def main(arguments: list[str]) -> int:
     flags = parser.parse_args(arguments)
 
     def action():
+        if flags.out is None:
+            flags.out = os.path.join("evaluation", pathlib.PurePath(flags.weights).name)
         print(report_table(evaluate_tokenizer(**vars(flags))))
 
     use_compilation_cache()

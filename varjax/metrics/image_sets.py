@@ -17,7 +17,12 @@ from varjax.data.workers import ReaderPool, ReadOptions
 from varjax.errors import InputError
 from varjax.storage import files
 from varjax.storage.folders import files_below
-from varjax.storage.image_files import BrokenImage, BrokenImageCounter, decode_file, read_size
+from varjax.storage.image_files import (
+    BrokenImage,
+    BrokenImageCounter,
+    decode_file,
+    read_size_and_alpha,
+)
 from varjax.storage.npz import NpzArchive
 from varjax.storage.read_errors import retry_read
 
@@ -128,8 +133,11 @@ class FolderImages:
         if not self._files:
             raise InputError(f"{path} contains no images ({', '.join(sorted(SUFFIXES))})")
         sizes: dict[tuple[int, int], pathlib.Path] = {}
+        self._transparent = False
         for file in self._files:
-            sizes.setdefault(read_size(file), file)
+            size, transparent = read_size_and_alpha(file)
+            sizes.setdefault(size, file)
+            self._transparent |= transparent
         if len(sizes) > 1:
             examples = ", ".join(
                 f"{w}x{h} ({file.name})" for (w, h), file in list(sizes.items())[:4]
@@ -145,8 +153,8 @@ class FolderImages:
 
     @property
     def digest(self) -> str:
-        # How files are decoded. Older versions put transparent images on white, and hashed nothing.
-        sha256 = hashlib.sha256(b"without alpha\n")
+        # Older versions put transparent images on white.
+        sha256 = hashlib.sha256(b"without alpha\n" * self._transparent)
         for file in self._files:
             sha256.update(f"{file.relative_to(self._path)} {file_digest(file)}\n".encode())
         return sha256.hexdigest()
