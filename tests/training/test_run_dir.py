@@ -113,7 +113,7 @@ def test_a_start_that_is_refused_leaves_a_run_as_it_was(whole, tmp_path):
     run = shutil.copytree(whole[0], tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "30")
     before = (run / "config.json").read_bytes()
-    with pytest.raises(InputError, match="keep_best is 'eval/los'"):
+    with pytest.raises(InputError, match="keep_best is 'eval/los'.*did you mean 'eval/loss'"):
         loop.train(tiny.experiment(run, keep_best="eval/los", preview_every=20))
     assert (run / "config.json").read_bytes() == before
     changed = tiny.experiment(run, keep_best="eval/accuracy", preview_every=20)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from varjax.errors import InputError
+from varjax.errors import InputError, did_you_mean
 
 # Parts of the names of metrics that should grow, unless the user sets the direction. A tokenizer's
 # "perplexity" is that of its codes; a transformer's "perplexity_at_scale" should fall.
@@ -25,8 +25,12 @@ def parse_keep_best(keep_best: str) -> tuple[str, bool]:
 
 def check_keep_best(keep_best: str, names: Iterable[str]) -> None:
     """Raises InputError if `keep_best` is not among the names of an evaluation's metrics."""
-    if keep_best and parse_keep_best(keep_best)[0] not in names:
-        raise InputError(f"keep_best is {keep_best!r}, but an evaluation gives {[*names]}")
+    metric, _ = parse_keep_best(keep_best)
+    if metric and metric not in names:
+        raise InputError(
+            f"keep_best is {keep_best!r}, but an evaluation gives {[*names]}"
+            f"{did_you_mean(metric, names)}"
+        )
 
 
 @dataclasses.dataclass
