@@ -108,8 +108,9 @@ def _described_below(folder: pathlib.Path, above: tuple[str, ...] = ()) -> Itera
     above = (*above, os.path.realpath(folder))
     is_run = {"config.json", "data.json"} <= found.keys()
     for name, entry in found.items():
-        follow = not (is_run and entry.is_symlink()) and os.path.realpath(entry) not in above
-        if entry.is_dir() and follow:
+        if not entry.is_dir() or (is_run and entry.is_symlink()):
+            continue
+        if os.path.realpath(entry) not in above:
             yield from _described_below(folder / name, above)
 
 

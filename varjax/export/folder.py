@@ -19,6 +19,7 @@ from varjax.checkpoints.license import license_of
 from varjax.config.numbers import UINT32_MAX, whole_number
 from varjax.convert.weights_dir import check_weights_dir, new_directory
 from varjax.errors import InputError
+from varjax.export.exported_model import WEIGHTS_FILE
 from varjax.export.programs import (
     KINDS,
     NEEDED,
@@ -36,7 +37,7 @@ from varjax.storage.safetensors_io import LazyArray
 
 # Names of platforms in jax.export and in `ComputeConfig`.
 PLATFORMS: dict[str, Platform] = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
-ABOUT_FILE, WEIGHTS_FILE = "model.json", "weights.safetensors"
+ABOUT_FILE = "model.json"
 SCRIPTS = ("run.py", "exported_model.py")
 LEAST_GUIDANCE = 1.01  # 1 turns guidance off, which is another program
 # Numbers, but fixed, because the exported code checks each option alone, and not their order.

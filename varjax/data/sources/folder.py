@@ -113,13 +113,12 @@ class Folder:
         Raises:
             InputError: it would.
         """
-        layout, new = self.layout, real_path(path)
+        layout, new = self.layout, os.path.join(real_path(path), "")
         splits = [layout.train, layout.held_out] if isinstance(layout.held_out, str) else [""]
         for folder in (_below(layout.root, split) for split in splits):
             above = os.path.join(real_path(folder), "")
-            below = os.path.join(new, "").removeprefix(above)
-            hidden = any(part.startswith(".") for part in below.split(os.sep))
-            if os.path.join(new, "").startswith(above) and not hidden:
+            parts = new.removeprefix(above).split(os.sep)
+            if new.startswith(above) and not any(part.startswith(".") for part in parts):
                 raise InputError(
                     f"{name}={path}: is inside {folder}, where it would be taken for images or a "
                     "class; choose a folder outside"
