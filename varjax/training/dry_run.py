@@ -13,7 +13,7 @@ from varjax.runtime.messages import duration
 from varjax.storage.buckets import as_path
 from varjax.training.experiment import Experiment
 from varjax.training.fid_evaluation import HELD_OUT
-from varjax.training.initial_weights import forked_frozen_weights, own_frozen_weights
+from varjax.training.initial_weights import first_frozen_weights, own_frozen_weights
 from varjax.training.metric_writers import flatten_metrics
 from varjax.training.reporter import check_finite
 from varjax.training.run_dir import check_config, check_data, check_holds_run, is_bound
@@ -58,7 +58,6 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
         experiment = dataclasses.replace(experiment, fork_from="", init_from="")
     else:
         check_holds_run(run_dir)
-        own_frozen = forked_frozen_weights(experiment)
     devices = f"{mesh.size} × {mesh.devices.flat[0].device_kind}"
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(f"mesh: {axes} on {devices}, {jax.process_count()} processes")
@@ -84,7 +83,7 @@ def dry_run(experiment: Experiment, say: Callable[[str], None] | None = None) ->
     say(f"state: {parameters:,} parameters; {_sizes(abstract, placement)}")
     if note := replicated_parameters_note(abstract.params, mesh):
         say(note)
-    frozen = task.frozen() if own_frozen is None else own_frozen
+    frozen = first_frozen_weights(experiment) if own_frozen is None else own_frozen
     check_latents(task, frozen, loader.tokenizer_identity)
     where = shardings(frozen, mesh)
     if jax.tree.leaves(frozen):

@@ -219,17 +219,21 @@ def own_frozen_weights(run_dir: pathlib.Path) -> PyTree | None:
         return None
 
 
-def forked_frozen_weights(experiment: Experiment) -> PyTree | None:
-    """Reads the frozen weights of the run that `fork_from` names, which its state was trained with.
+def first_frozen_weights(experiment: Experiment) -> PyTree:
+    """Reads the frozen weights of a run that has no copy yet.
 
-    Their origin may have changed since, as does a tokenizer that is trained further.
+    These are the weights that the settings name. With `fork_from`, they are that run's copy if it
+    names the same ones: its state was trained with them, and they may have changed since, as does a
+    tokenizer that is trained further.
 
-    Returns:
-        The weights; None without `fork_from`, if the settings name others than that run's, or if
-        that run has no intact copy.
+    Raises InputError as the task's `frozen` does.
     """
-    if not experiment.fork_from:
-        return None
+    forked = _forked_frozen_weights(experiment) if experiment.fork_from else None
+    return experiment.task.frozen() if forked is None else forked
+
+
+def _forked_frozen_weights(experiment: Experiment) -> PyTree | None:
+    """Reads the copy of `fork_from`; None if it names other weights or has no intact copy."""
     run = as_path(_run_and_step(experiment.fork_from)[0])
     try:
         before = files.read_json(run / "config.json")["task"]

@@ -27,7 +27,7 @@ from varjax.training.experiment import Due, Experiment
 from varjax.training.fid_evaluation import FIDEvaluator
 from varjax.training.goodput import Goodput, ThroughputMeter
 from varjax.training.initial_weights import (
-    forked_frozen_weights,
+    first_frozen_weights,
     forked_state,
     frozen_weights,
     warm_start_state,
@@ -282,16 +282,13 @@ def start_run(
         with goodput.measure("compile"), watchdog.paused(), announce_compilation(program):
             yield
 
-    def read_frozen() -> PyTree:
-        forked = forked_frozen_weights(experiment)
-        return task.frozen() if forked is None else forked
-
     # Shapes and shardings, before anything is allocated.
     abstract = jax.eval_shape(task.init, init_key)
     placement = shardings(abstract, mesh)
     if main and (note := replicated_parameters_note(abstract.params, mesh)):
         say(note)
-    frozen = frozen_weights(task, run_dir, bound=bool(checkpoints.steps()), read=read_frozen)
+    read = functools.partial(first_frozen_weights, experiment)
+    frozen = frozen_weights(task, run_dir, bound=bool(checkpoints.steps()), read=read)
     check_latents(task, frozen, loader.tokenizer_identity)
     frozen = put(frozen, shardings(frozen, mesh))
 
