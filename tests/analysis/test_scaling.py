@@ -1,5 +1,6 @@
 """Made-up runs with known laws: what the fits must find, and what is refused."""
 
+import functools
 import json
 import re
 
@@ -195,11 +196,30 @@ def change_data(config):
     config["data"]["_type"] = "Digits"
 
 
+def change_task(name, config):
+    *path, last = name.split(".")
+    settings = config["task"]
+    for part in path:
+        settings = settings.setdefault(part, {})
+    settings[last] = 7
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (change_vocab, r"task.tokenizer.vocab: 256 in .*d2, 512 in .*d3"),
         (change_data, r"data: 'CachedLatents' in .*d2, 'Digits' in .*d3"),
+        *(
+            (functools.partial(change_task, name), rf"task.{name}: None in .*d2, 7 in .*d3")
+            for name in (
+                "min_mask_ratio",
+                "model.order",
+                "model.head.patch",
+                "kl",
+                "l1",
+                "perceptual.weight",
+            )
+        ),
     ],
 )
 def test_runs_whose_losses_mean_different_things_are_refused(tmp_path, change, message):
@@ -246,7 +266,11 @@ def test_what_cannot_be_fitted_is_said_and_nothing_written(tmp_path, capsys):
     assert "below the lowest loss, 2.9" in error(*runs, "--floor=loss=9")
     assert "allowed are free, 0, and NAME=NUMBER" in error(*runs, "--floor=low")
     never = make_run(tmp_path / "never", 5, laws={})
-    assert "d5 has no evaluation: its metrics.jsonl has no eval/loss" in error(*runs, never)
+    assert "d5 has no eval/loss in its metrics.jsonl; set eval_every" in error(*runs, never)
+    averages = error(*runs, "--weights=eval_ema")
+    assert "no eval_ema/loss in its metrics.jsonl; it has eval/loss, so use" in averages
+    assert "one less with --floor=0" in message
+    assert "one less" not in error(*runs[:2], "--floor=0")
     assert "is not a run" in error(str(tmp_path), runs[0])
 
 
@@ -384,3 +408,6 @@ def test_the_command_prints_tables_and_writes_pictures(runs, tmp_path, capsys, f
     for name in names:
         with Image.open(tmp_path / "out" / f"{name}.png") as picture:
             assert picture.format == "PNG" and picture.width > 1000
+    other = {"separate": "joint", "joint": "separate"}[fit]
+    assert main([*runs, "--out=out", f"--fit={other}", "--resamples=0"]) == 0
+    assert not any((tmp_path / "out" / f"{name}.png").exists() for name in names)

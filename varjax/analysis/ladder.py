@@ -21,6 +21,20 @@ LOSSES = {  # name: (metric of an evaluation, whether the loss is 1 - metric, ti
     "error_last": ("accuracy_last", True, "token error, last scale"),
 }
 PREFIXES = ("eval_ema", "eval")  # the first one that all runs have
+# Settings of a task that decide what its loss measures: MAR's masks, order and tokens, and the
+# weights in a tokenizer's sum.
+LOSS_FIELDS = (
+    "min_mask_ratio",
+    "model.order",
+    "model.causal",
+    "model.head._type",
+    "model.head.patch",
+    "l1",
+    "l2",
+    "beta",
+    "kl",
+    "perceptual.weight",
+)
 # Settings of a dataset that do not change its images.
 LOCATION_FIELDS = {"root", "name", "data_dir", "reading"}
 # Begins the names of settings of the images of cached latents, which older runs did not keep.
@@ -104,9 +118,12 @@ def read_ladder(directories: Sequence[str], weights: str = "") -> Ladder:
     prefix = weights or next(iter(known), PREFIXES[-1])
     for log in logs:
         if not log.points(f"{prefix}/loss")[0].size:
+            others = [p for p in PREFIXES if p != prefix and log.points(f"{p}/loss")[0].size]
             raise InputError(
-                f"{log.name} has no evaluation: its metrics.jsonl has no {prefix}/loss; set "
-                "eval_every when training, or leave this run out"
+                f"{log.name} has no {prefix}/loss in its metrics.jsonl; "
+                + (f"it has {others[0]}/loss, " if others else "set eval_every when training, ")
+                + (f"so use --weights={others[0]}, " if others else "")
+                + "or leave this run out"
             )
     logs.sort(key=model_size)
     curves = {}
@@ -173,20 +190,22 @@ def _check_comparable(first: RunLog, log: RunLog) -> None:
     ]
     if lines:
         raise InputError(
-            "losses of these runs cannot be compared, because data or tokens differ:\n  "
+            "losses of these runs cannot be compared, because they measure different things:\n  "
             + "\n  ".join(lines)
             + "\ngive runs that differ in size only"
         )
 
 
 def _setting_of_losses(log: RunLog) -> dict[str, Any]:
-    """Returns what must agree between runs: the images, the tokenizer and the kind of task."""
+    """Returns what must agree between runs: images, tokenizer, and what the loss measures."""
     config, run = log.config, as_path(log.name)
     task = config["task"] if isinstance(config.get("task"), dict) else {}
     data = config["data"] if isinstance(config.get("data"), dict) else {}
     settings = {"task": task.get("_type"), "data": data.get("_type")}
     settings["eval_images"] = config.get("eval_images") or None
     settings |= _flat(task.get("tokenizer"), "task.tokenizer")
+    fields = _flat(task, "task")
+    settings |= {x: fields[x] for name in LOSS_FIELDS if (x := f"task.{name}") in fields}
     kept = {name: value for name, value in data.items() if name not in LOCATION_FIELDS}
     settings |= _flat(kept, "data")
     # What the run itself found out says more than the settings, but other programs' runs lack it.

@@ -236,8 +236,11 @@ def main(arguments: list[str]) -> int:
         out = as_path(flags.out)
         files.write_json(out / "scaling.json", scaling_json(ladder, report))
         for against in (PARAMETERS, COMPUTE, JOINT):
+            picture = out / f"{against.name}.png"
             if fits := report.fits.get(against.name):
-                draw_scaling(ladder, against, fits, out / f"{against.name}.png")
+                draw_scaling(ladder, against, fits, picture)
+            else:
+                files.remove(picture)  # of an earlier call, whose scaling.json is replaced
         print(f"written to {out}")
 
     return run_command("varjax scaling", scaling)

@@ -133,8 +133,9 @@ def fit_scaling(
         found = sorted({curve.size for curve in curves})
         if len(found) < needed:
             raise InputError(
-                f"runs of {len(found)} sizes are too few: a fit of {name} needs {needed}, or one "
-                f"less with --floor=0; the sizes are {', '.join(map(short_number, found))}"
+                f"runs of {len(found)} sizes are too few: a fit of {name} needs {needed}"
+                + ", or one less with --floor=0" * (floor is None)
+                + f"; the sizes are {', '.join(map(short_number, found))}"
             )
 
         def fit(
