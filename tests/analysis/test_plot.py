@@ -8,6 +8,7 @@ from PIL import Image
 from varjax.analysis import plot
 from varjax.analysis.plot import _running_mean, main
 from varjax.analysis.run_log import PUBLISHED_LOGS, read_run_log
+from varjax.storage import files
 
 
 def make(run_dir, text, batch_size=10):
@@ -151,6 +152,21 @@ def test_no_panel_shows_two_kinds_of_a_metric(tmp_path):
         ("FID: pixels, held_out", (0,)),
         ("FID: inception, path/ref.npz", (1,)),
     ]
+    others = [
+        inception | {"reference": "an/other/long/path/ref.npz"},
+        inception | {"images": 50_000},
+        inception | {"images": 10_000},
+    ]
+    logs += [
+        of_task(tmp_path / f"7{i}", "VARTask", {"eval/fid": 9.0}, fid=fid)
+        for i, fid in enumerate(others)
+    ]
+    panels = [(panel.title, panel.runs) for panel in plot.large_panels(logs)]
+    assert panels[-3:] == [
+        ("FID: inception, path/ref.npz", (7,)),
+        ("FID: inception, path/ref.npz, 50,000 images", (8,)),
+        ("FID: inception, path/ref.npz, 10,000 images", (9,)),
+    ]
     assert [panel.title for panel in plot.large_panels(logs[:1])] == ["loss", "accuracy", "FID"]
 
 
@@ -170,6 +186,24 @@ def test_the_published_log_is_drawn_next_to_comparable_runs_alone(tmp_path):
         ("MARTask", "inception", "loss"),
         ("MARTask", "inception", "fid"),
     }
+
+
+def test_a_published_log_of_another_task_is_refused(tmp_path, capsys):
+    of_task(tmp_path / "mar", "MARTask", {"loss": 0.3})
+    assert main([str(tmp_path / "mar"), "--reference=d16", "--out=a.png"]) == 1
+    assert "is a log of VARTask, which none of these runs has trained" in capsys.readouterr().err
+
+
+def test_a_damaged_run_of_a_folder_is_left_out(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    for name in ("good", "$bad$"):
+        make(tmp_path / "runs" / name, log(3))
+        files.write_json(tmp_path / "runs" / name / "data.json", {})
+    assert main(["runs", "--out=both.png"]) == 0  # a name that is no formula
+    (tmp_path / "runs" / "$bad$" / "config.json").write_text("{")
+    assert main(["runs", "--out=one.png"]) == 0
+    assert "note: runs/$bad$ is left out: " in capsys.readouterr().err
+    assert main(["runs/$bad$", "--out=none.png"]) == 1
 
 
 def test_many_runs_have_different_colors():

@@ -62,33 +62,41 @@ class Panel:
     large: bool
 
 
-def metric_kind(run: RunLog, metric: str) -> str:
-    """Says what a metric measures in a run, where that depends on the run; "" where it does not.
+def metric_kind(run: RunLog, metric: str) -> tuple[str, ...]:
+    """Says what a metric measures in a run, where that depends on the run; () where it does not.
 
     Losses of different tasks, or of different heads of MAR, are different quantities. So are FIDs
-    by other features, or with another reference.
+    by other features, with another reference, or of another number of images.
     """
     if metric in TASK_METRICS:
         head = _setting(run.config, "task", "model", "head", "_type")
         words = [_setting(run.config, "task", "_type").removesuffix("Task"), head]
     elif metric in SAMPLE_METRICS:
         features, reference = (_setting(run.config, "fid", x) for x in ("features", "reference"))
-        words = [features, reference if metric == "fid" else ""]
+        words = [features, reference if metric == "fid" else "", _sample_count(run.config)]
     else:
         words = []
-    return ", ".join(short_path(word) for word in words if word)
+    return tuple(word for word in words if word)
+
+
+def _sample_count(config: Any) -> str:
+    """Returns how many samples an evaluation draws, on which FID and Inception Score depend."""
+    fid = config.get("fid")
+    images = fid.get("images") if isinstance(fid, dict) else None
+    return f"{images:,} images" if type(images) is int else ""
 
 
 def large_panels(runs: Sequence[RunLog]) -> list[Panel]:
     """Returns the upper panels: one for each metric that the runs have logged, and each kind."""
     panels = []
     for metric, title in TITLES.items():
-        kinds: dict[str, list[int]] = {}
+        kinds: dict[tuple[str, ...], list[int]] = {}
         for i, run in enumerate(runs):
             if any(run.points(prefix + metric)[0].size for prefix in PREFIX_LABELS):
                 kinds.setdefault(metric_kind(run, metric), []).append(i)
         for kind, members in kinds.items():
-            text = f"{title}: {kind or 'others'}" if len(kinds) > 1 else title
+            name = ", ".join(map(short_path, kind)) or "others"
+            text = f"{title}: {name}" if len(kinds) > 1 else title
             panels.append(Panel(metric, tuple(members), text, large=True))
     return panels
 
@@ -118,16 +126,23 @@ def draw_curves(
         by_scale: metric of the lower panels; "" for those of SCALE_METRICS that the logs contain.
 
     Raises:
-        InputError: no run has logged anything yet, or no run has logged `by_scale`.
+        InputError: no run has logged anything yet, no run has logged `by_scale`, or the reference
+            is of another task than all runs.
     """
+    tasks = {_setting(run.config, "task", "_type") for run in runs}
+    if reference and not tasks & {"", reference.task}:
+        raise InputError(
+            f"reference={reference.name}: is a log of {reference.task}, which none of these runs "
+            f"has trained ({', '.join(sorted(tasks))}); leave it out"
+        )
     upper = large_panels(runs)
     if not upper:
         raise InputError(f"nothing is logged yet in {', '.join(run.name for run in runs)}")
     lower = [scale_panels(runs, metric) for metric in ([by_scale] if by_scale else SCALE_METRICS)]
     if by_scale and not lower[0]:
         raise InputError(
-            f"by_scale={by_scale}: no run has logged it for each scale; such metrics are "
-            f"{', '.join(SCALE_METRICS)}"
+            f"by_scale={by_scale}: no run has logged it for each scale; such metrics are, for "
+            f"example, {', '.join(SCALE_METRICS)}"
         )
 
     pyplot = load_pyplot()
@@ -177,7 +192,7 @@ def _draw(axis: Any, panel: Panel, runs: Sequence[RunLog], reference: PublishedL
     """Draws a panel: the curves of its runs, and of the published log if it is comparable."""
     from matplotlib import ticker
 
-    axis.set_title(panel.title, fontsize=12 if panel.large else 10)
+    axis.set_title(_without_formulas(panel.title), fontsize=12 if panel.large else 10)
     axis.set_xlabel("images seen" if panel.large else "")
     for i in panel.runs:
         _curves(axis, runs[i], panel.metric, _color(i, len(runs)))
@@ -229,7 +244,7 @@ def _legend(runs: Sequence[RunLog], reference: PublishedLog | None) -> list[Any]
     from matplotlib.lines import Line2D
 
     def line(label: str, color: str, **style: Any) -> Line2D:
-        return Line2D([], [], color=color, label=label, **style)
+        return Line2D([], [], color=color, label=_without_formulas(label), **style)
 
     handles = [line(run.name, _color(i, len(runs)), linewidth=3) for i, run in enumerate(runs)]
     dots = {"marker": "o", "markersize": 4, "linestyle": "--", "linewidth": 0.8}
@@ -240,6 +255,11 @@ def _legend(runs: Sequence[RunLog], reference: PublishedLog | None) -> list[Any]
     if reference:
         handles.append(line(reference.name, "black", marker="D", markersize=4, linestyle=":"))
     return handles
+
+
+def _without_formulas(text: str) -> str:
+    """Escapes dollar signs, between which Matplotlib reads a formula."""
+    return text.replace("$", r"\$")
 
 
 def _running_mean(y: np.ndarray, width: int) -> np.ndarray:
@@ -292,7 +312,14 @@ def main(arguments: list[str]) -> int:
 
     def plot() -> None:
         directories = [run for location in flags.runs for run in _runs_at(location)]
-        logs = [read_run_log(directory) for directory in directories]
+        logs = []
+        for directory in directories:
+            try:
+                logs.append(read_run_log(directory))
+            except InputError as error:
+                if directory in flags.runs:
+                    raise
+                print(f"note: {directory} is left out: {error}", file=sys.stderr)
         draw_curves(logs, flags.out, PUBLISHED_LOGS.get(flags.reference), flags.by_scale)
         print(f"{flags.out} is written")
 

@@ -100,7 +100,8 @@ def read_run_log(directory: str | pathlib.Path) -> RunLog:
     """
     path = as_path(directory)
     if not path.is_dir():
-        raise InputError(f"{directory} does not exist; give directories of runs")
+        fault = "is a file" if path.exists() else "does not exist"
+        raise InputError(f"{directory} {fault}; give directories of runs")
     if not (path / "config.json").is_file():
         raise InputError(f"{directory} is not a run: it has no config.json")
     config = files.read_json(path / "config.json")
