@@ -41,6 +41,10 @@ def test_a_run_tells_where_it_stands(run, tmp_path):
         assert run_status(run).state == "running"
     (run / "error-1.txt").write_text("Traceback")
     assert run_status(run).state == "failed"
+    for name in ("error.txt", "error-10.txt", "error-2.txt"):
+        (run / name).write_text(name)
+    assert run_status(run).error == "error.txt"  # the others' are often its consequences
+    (run / "error.txt").unlink()
     header, line, error = status_table([run_status(run)]).splitlines()
     assert error == "    Traceback"
     assert "first  failed  200 / 300   2.5       3.25" in line and line.endswith(" d ago")
@@ -96,6 +100,11 @@ def test_a_run_is_finished_once_its_last_step_is_saved(run):
     assert run_status(run).state == "failed"
     save(run, 300)
     assert run_status(run).state == "finished"
+    save(run, 300, evaluation_due=True)  # a signal came in the last evaluation
+    (run / "error.txt").unlink()
+    assert run_status(run).state == "stopped"
+    save(run, 300, evaluation_due=False)
+    assert run_status(run).state == "finished"
 
 
 @pytest.mark.parametrize(("patience", "state"), [(0, "stopped"), (2, "finished"), (3, "stopped")])
@@ -129,9 +138,12 @@ def test_runs_are_found_below_a_folder(run, tmp_path, capsys, monkeypatch):
     def scandir(path):
         if os.path.basename(path) == "private":
             raise PermissionError
+        if os.path.basename(path) == "300":  # a checkpoint that its run has just removed
+            raise FileNotFoundError
         return list_folder(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
+    save(run, 300)
     assert find_runs(tmp_path / "a") == [run]
     assert find_runs(tmp_path) == [run, tmp_path / "images" / "run", tmp_path / "links" / "first"]
     with pytest.raises(InputError, match="has no training run"):
@@ -190,8 +202,12 @@ def test_runs_are_listed_by_state_and_name_and_as_json(run, tmp_path, capsys):
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["directory"], found["state"], found["step"]) == (str(other), "stopped", 300)
     assert (found["loss"], found["eval_loss"], found["steps"]) == (1.5, None, None)
-    assert main([folder, "--state=broken"]) == 1
-    assert "state=broken: must be one of running, finished" in capsys.readouterr().err
+    for flag, message in (
+        ("--state=broken", "state=broken: must be one of running, finished"),
+        ("--watch=inf", "watch=inf: must be 0 … 86,400 seconds"),
+    ):
+        assert main([folder, flag]) == 1
+        assert message in capsys.readouterr().err
 
 
 class Ended(Exception):

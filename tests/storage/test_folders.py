@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -145,6 +146,18 @@ def test_where_nothing_can_be_locked_a_line_says_so(tmp_path, monkeypatch, capsy
     with pytest.raises(StorageError, match="file cannot be locked"):
         with folders.lock_folder(tmp_path / "file"):
             pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_a_lock_is_seen_by_another_user_who_may_only_read():
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        with folders.lock_folder(folder):
+            try:
+                os.seteuid(65534)
+                assert folders.is_locked(folder)
+            finally:
+                os.seteuid(0)
 
 
 def test_a_folder_that_went_while_it_was_waited_for_is_locked_anew(tmp_path):

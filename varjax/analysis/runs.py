@@ -96,12 +96,13 @@ def find_runs(root: str | pathlib.Path) -> list[pathlib.Path]:
 def _described_below(folder: pathlib.Path, above: tuple[str, ...] = ()) -> Iterator[pathlib.Path]:
     """Yields the files data.json in a folder and deeper, also behind links, but not within runs.
 
-    Folders that cannot be read are left out: they are those of other people.
+    Folders that cannot be read are left out, because they belong to other people, and so are those
+    that disappear meanwhile.
     """
     try:
         with os.scandir(folder) as entries:
             found = {entry.name: entry for entry in entries}
-    except PermissionError:
+    except (PermissionError, FileNotFoundError, NotADirectoryError):
         return
     if "data.json" in found:
         yield folder / "data.json"
@@ -124,7 +125,8 @@ def run_status(directory: pathlib.Path) -> RunStatus:
     step = max((line["step"] for line in log.lines), default=0)
     metrics = directory / "metrics.jsonl"
     newest = metrics if metrics.is_file() else directory / "config.json"
-    errors = sorted(directory.glob("error*.txt"))  # of several processes, the first one's first
+    # error.txt is that of process 0; the errors of the others are often consequences of it.
+    errors = sorted(directory.glob("error*.txt"), key=lambda path: (len(path.name), path.name))
     age = time.time() - files.modified(newest)
     finished = _is_finished(log, directory / "checkpoints")
     if in_bucket(directory):
@@ -164,21 +166,25 @@ def run_status(directory: pathlib.Path) -> RunStatus:
 def _is_finished(log: RunLog, checkpoints: pathlib.Path) -> bool:
     """Returns whether the run's last step is saved, or that with which its `patience` ended it.
 
-    Without checkpoints, which may have been removed, its last evaluation counts.
+    A step whose evaluation a signal cut off is not the end. Without checkpoints, which may have
+    been removed, the last evaluation counts.
     """
     evaluated = [line["step"] for line in log.lines if any(x.startswith("eval") for x in line)]
     saved = [int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal()]
-    if log.steps is not None and max(saved or evaluated, default=0) >= log.steps:
-        return True
-    keep_best, patience = log.config.get("keep_best"), log.config.get("patience")
-    if not saved or not keep_best or type(patience) is not int:
-        return False
+    at_end = log.steps is not None and max(saved or evaluated, default=0) >= log.steps
+    if not saved:
+        return at_end
     try:  # as JsonCheckpointHandler names it; Orbax itself would take seconds to import
         meta = files.read_json(checkpoints / str(max(saved)) / "meta" / "metadata")["meta"]
-        ended = 0 < patience <= meta["evaluations_since_best"]
-    except (InputError, KeyError, TypeError):  # damaged, or removed by the run in progress
+        since_best, due = meta.get("evaluations_since_best"), meta.get("evaluation_due")
+    except (InputError, KeyError, TypeError, AttributeError):  # damaged, or just removed
+        return at_end
+    if at_end:
+        return not due
+    keep_best, patience = log.config.get("keep_best"), log.config.get("patience")
+    if not keep_best or type(patience) is not int or type(since_best) is not int:
         return False
-    return ended and meta.get("keep_best") == keep_best
+    return 0 < patience <= since_best and meta.get("keep_best") == keep_best
 
 
 def _error_line(path: pathlib.Path) -> str:
@@ -294,7 +300,7 @@ def main(arguments: list[str]) -> int:
         return status_table(runs) + left_out * (len(runs) < len(found))
 
     def show() -> None:
-        check_setting("watch", flags.watch, flags.watch >= 0, "0 or more seconds")
+        check_setting("watch", flags.watch, 0 <= flags.watch <= 86_400, "0 … 86,400 seconds")
         for state in flags.state.split(",") if flags.state else ():
             check_setting("state", state, state in STATES, f"one of {', '.join(STATES)}")
         if in_place:

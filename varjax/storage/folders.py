@@ -120,12 +120,12 @@ def is_locked(folder: str | os.PathLike) -> bool:
     """Returns whether a process holds `lock_folder` on this folder now; False if unknown."""
     if in_bucket(folder):
         return False
-    try:
-        descriptor = os.open(as_path(folder) / LOCK_FILE, os.O_RDWR)
+    try:  # a shared lock needs no permission to write, which others' runs do not give
+        descriptor = os.open(as_path(folder) / LOCK_FILE, os.O_RDONLY)
     except OSError:
         return False
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return True
     except OSError:
