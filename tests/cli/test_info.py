@@ -68,14 +68,17 @@ def test_a_checkpoint_of_a_run_says_how_good_it_was(trained, capsys, monkeypatch
     for name in ("checkpoints/100", "checkpoints/200", "best/100"):
         (trained / name).mkdir(parents=True)
     monkeypatch.setattr(SavedSteps, "meta", lambda self, step: {"keep_best": "eval/loss"})
+    settings = files.read_json(trained / "config.json")
+    files.write_json(trained / "config.json", settings | {"keep_best": "eval/loss"})
     (trained / "metrics.jsonl").write_text(
-        '{"step": 50, "loss": 3.5}\n{"step": 100, "eval/loss": 3.25}\n'
+        '{"step": 50, "loss": 3.5}\n{"step": 100, "eval/loss": 3.25, "eval_ema/loss": 9}\n'
         '{"step": 150, "loss": 2.5}\n{"step": 200, "eval/loss": 3.75, "eval_ema/loss": 4}\n'
     )
     assert facts(capsys, trained)["checkpoints"] == "100, 200, best 100"
     early, best, late = (facts(capsys, f"{trained}@{step}") for step in (100, "best", 200))
     assert best["checkpoint"] == "step 100, the best by eval/loss"
     assert late["checkpoint"] == "step 200"
+    # The best step's own weights are those that load; of other steps, the EMA's.
     for found, losses in ((early, ("3.5", "3.25")), (best, ("3.5", "3.25")), (late, ("2.5", "4"))):
         assert (found["loss"], found["held-out"].split()[-1]) == losses
         assert found["kind"] == "training run of VARTask"
@@ -83,6 +86,9 @@ def test_a_checkpoint_of_a_run_says_how_good_it_was(trained, capsys, monkeypatch
     assert "the run has checkpoints of steps [100, 200]" in capsys.readouterr().err
     assert info.main(["nowhere@best"]) == 1
     assert "nowhere@best does not exist" in capsys.readouterr().err
+    files.write_json(trained / "config.json", settings | {"keep_best": "eval/accuracy"})
+    assert info.main([f"{trained}@best"]) == 1  # which sampling would refuse, too
+    assert "no best checkpoint by the metric" in capsys.readouterr().err
 
 
 def test_text_of_a_picture_cannot_control_the_terminal(tmp_path, capsys):

@@ -262,14 +262,16 @@ def find_checkpoint(run_dir: pathlib.Path, step: int | str) -> tuple[SavedSteps,
 
     Args:
         run_dir: directory of the run.
-        step: step number, or "best" for the newest one in the run's best/.
+        step: step number, or "best" for the newest one in the run's best/, which its present
+            setting keep_best must have chosen.
 
     Raises:
         InputError: the run has no such checkpoint.
     """
     best, last = SavedSteps(run_dir / "best"), SavedSteps(run_dir / "checkpoints")
     if step == BEST:
-        if not (numbers := best.steps()):
+        keep_best, numbers = files.read_json(run_dir / "config.json").get("keep_best"), best.steps()
+        if not numbers or best.meta(numbers[-1]).get("keep_best") != keep_best:
             raise _no_best(run_dir)
         return best, numbers[-1]
     steps = {number: saved for saved in (last, best) for number in saved.steps()}
@@ -281,10 +283,16 @@ def find_checkpoint(run_dir: pathlib.Path, step: int | str) -> tuple[SavedSteps,
 def _chosen_params(saved: SavedSteps, step: int, ema: bool | None) -> PyTree:
     """Reads a step's EMA weights, or the others if None is given and they were the best."""
     if ema is None and saved.directory.name == BEST:
-        # Written as "eval/loss" or "min:eval/loss"; the EMA weights' metrics are "eval_ema/…".
-        chosen_by = saved.meta(step).get("keep_best", "")
-        ema = False if chosen_by.rpartition(":")[2].startswith("eval/") else None
+        ema = False if chosen_without_ema(saved.meta(step).get("keep_best", "")) else None
     return saved.params(step, ema)
+
+
+def chosen_without_ema(keep_best: str) -> bool:
+    """Returns whether a setting keep_best names a metric of the weights without an EMA.
+
+    It is written as "eval/loss" or "min:eval/loss"; the metrics of EMA weights are "eval_ema/…".
+    """
+    return keep_best.rpartition(":")[2].startswith("eval/")
 
 
 def _no_best(run_dir: pathlib.Path) -> InputError:

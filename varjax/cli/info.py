@@ -23,6 +23,7 @@ from varjax.checkpoints.weights import (
     BEST,
     WeightsDir,
     abstract_params,
+    chosen_without_ema,
     find_checkpoint,
     find_weights,
     open_weights,
@@ -104,8 +105,12 @@ def _picture_facts(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _npz_facts(path: pathlib.Path) -> dict[str, Any]:
-    (images, *shape), _ = NpzArchive(path).header("arr_0")
-    facts = {"kind": f"{images:,} images of {'x'.join(map(str, shape))}"}
+    shape, _ = NpzArchive(path).header("arr_0")
+    if len(shape) != 4:
+        raise InputError(
+            f"{path}: arr_0 has shape {shape}; images have (N, height, width, channels)"
+        )
+    facts = {"kind": f"{shape[0]:,} images of {'x'.join(map(str, shape[1:]))}"}
     try:
         return facts | read_npz_request(path)
     except InputError:
@@ -131,9 +136,11 @@ def _run_facts(weights: WeightsDir) -> dict[str, Any]:
         losses = {"loss": status.loss, "held-out loss": status.eval_loss}
     else:
         saved, step = find_checkpoint(weights.path, weights.step)
-        chosen_by = saved.meta(step).get("keep_best") if saved.directory.name == BEST else ""
+        chosen_by = saved.meta(step).get("keep_best", "") if saved.directory.name == BEST else ""
         facts["checkpoint"] = f"step {step:,}" + f", the best by {chosen_by}" * bool(chosen_by)
-        losses = _losses_at(weights.path, step)
+        # The loss of the weights that load by default.
+        held_out = EVAL_LOSSES[::-1] if chosen_without_ema(chosen_by) else EVAL_LOSSES
+        losses = _losses_at(weights.path, step, held_out)
     facts |= {name: f"{x:.4g}" for name, x in losses.items() if not math.isnan(x)}
     names = ("batch_size", "seed", "init_from", "fork_from", "keep_best")
     facts |= {name: config.get(name) for name in names}
@@ -150,11 +157,14 @@ def _checkpoints(run_dir: pathlib.Path) -> str:
     return ", ".join(f"{kind}{step}" for kind, saved in kinds.items() for step in saved.steps())
 
 
-def _losses_at(run_dir: pathlib.Path, step: int) -> dict[str, float]:
-    """Returns the losses that a run logged last, up to a step."""
+def _losses_at(run_dir: pathlib.Path, step: int, held_out: tuple[str, ...]) -> dict[str, float]:
+    """Returns the losses that a run logged last, up to a step.
+
+    held_out: metrics of an evaluation, of which the first that it has is the held-out loss.
+    """
     log, losses = read_run_log(run_dir), {}
     for line in (line for line in log.lines if line["step"] <= step):
-        for name, metrics in (("loss", ("loss",)), ("held-out loss", EVAL_LOSSES)):
+        for name, metrics in (("loss", ("loss",)), ("held-out loss", held_out)):
             values = [line[metric] for metric in metrics if line.get(metric) is not None]
             losses |= {name: values[0]} if values else {}
     return losses
