@@ -64,6 +64,14 @@ def test_other_settings_keep_nothing_that_was_made_with_the_former_ones(start, t
     assert start(width=8)["task"]["width"] == 8
 
 
+def test_a_fork_without_a_checkpoint_keeps_no_metrics(start, tmp_path):
+    """Its source may have trained on, and then it forks from a later step."""
+    start(fork_from="runs/source")
+    write_outputs(tmp_path)
+    start(fork_from="runs/source")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_frozen_weights_are_copied_again_before_the_first_checkpoint(tmp_path):
     """A tokenizer may be trained further after a first try of the transformer."""
     offset, run = tmp_path / "offset", tmp_path / "run"

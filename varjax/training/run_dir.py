@@ -83,8 +83,9 @@ def forget_start(experiment: Experiment) -> None:
     """Makes room for other settings and data in the directory of a run without a checkpoint.
 
     Removes the best weights and the description of the data of an earlier start; with other
-    settings also these settings and all that was made with them: the frozen weights, the metrics,
-    curves and pictures, and the reference of FID.
+    settings, and in a fork, whose source may have trained on since, also these settings and all
+    that was made with them: the frozen weights, the metrics, curves and pictures, and the reference
+    of FID.
 
     Raises InputError as `check_holds_run` does.
     """
@@ -94,7 +95,7 @@ def forget_start(experiment: Experiment) -> None:
         return
     for name in ("best", "data.json"):
         files.remove(run_dir / name)
-    if not before or _config_differences(experiment, before, ()):
+    if not before or experiment.fork_from or _config_differences(experiment, before, ()):
         # The settings last: after a kill in between, the next start removes the rest.
         outputs = "metrics.jsonl", "tensorboard", "previews", WANDB_ID_FILE, "fid_reference"
         for name in ("frozen.json", "frozen.safetensors", *outputs, "config.json"):
