@@ -195,6 +195,9 @@ def test_a_folder_without_any_good_image_is_refused(in_this_process):
         pathlib.Path(path).write_bytes(b"")
     with pytest.raises(ValueError, match="no train image can be read; the first is train/a/1.jpg"):
         prepare("x", "out")
+    for path in ("x/train/a/1.jpg", "x/val/a/1.jpg"):  # repaired, under the same names
+        Image.new("RGB", (8, 8)).save(path)
+    assert "1 train + 1 validation images" in prepare("x", "out")
 
 
 def test_images_are_shrunk_on_demand_and_never_enlarged():

@@ -156,6 +156,9 @@ def _finish(
     for split, shard_reports in reports.items():
         if not any(report["images"] for report in shard_reports):
             name, reason = shard_reports[0]["broken"][0]
+            for part in parts:  # the next call reads the files again, which may be repaired
+                if not files.read_json(part.report_path)["images"]:
+                    files.remove(part.report_path)
             raise InputError(f"no {split} image can be read; the first is {name}: {reason}")
     summary = {
         split: {
