@@ -8,7 +8,7 @@ import pytest
 
 from tests.helpers import forked
 from varjax.errors import InputError, StorageError
-from varjax.runtime.commands import end_at_once, run_command
+from varjax.runtime.commands import command_parser, end_at_once, run_command
 from varjax.storage.read_errors import retry_read
 
 
@@ -147,3 +147,15 @@ def test_a_closed_pipe_ends_a_command_without_a_traceback(lines, monkeypatch, ca
 def test_another_broken_pipe_is_a_bug():
     with pytest.raises(BrokenPipeError):
         run_command("varjax info", fail(BrokenPipeError()))
+
+
+@pytest.mark.parametrize("argument", ["", " ", "=3", "word", "--flg=3"])
+def test_an_unknown_argument_is_said_in_one_line(argument, capsys):
+    parser = command_parser("varjax x", None)
+    parser.add_argument("--flag")
+    with pytest.raises(SystemExit) as ended:
+        parser.parse_args([argument])
+    message = capsys.readouterr().err
+    assert ended.value.code == 2 and message.count("\n") == 1
+    assert message.startswith("varjax x: unrecognized arguments: ")
+    assert ("did you mean '--flag'" in message) == (argument == "--flg=3")

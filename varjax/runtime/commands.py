@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
-        option = unknown.partition("=")[0].split()[0] if unknown != message else ""
+        option = unknown.partition("=")[0].partition(" ")[0] if unknown != message else ""
         hint = did_you_mean(option, self._option_string_actions) or f"; see {self.prog} --help"
         self.exit(2, f"{self.prog}: {message}{hint}\n")
 
