@@ -1,4 +1,5 @@
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import optax
 import pytest
 
 from tests.helpers.paths import ROOT
-from varjax.training.optimizer import AdamW
+from varjax.training.optimizer import AdamW, LRSchedule
 from varjax.training.task import Plan
 
 GOLDEN = np.load(ROOT / "tests" / "golden" / "functions.npz")
@@ -25,6 +26,16 @@ def test_schedules_equal_the_reference(name):
     jitted_lr, jitted_wd = both(jnp.asarray(steps, jnp.int32))
     np.testing.assert_allclose(jitted_lr, lr, rtol=1e-5, atol=3e-10)
     np.testing.assert_allclose(jitted_wd, wd, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", typing.get_args(LRSchedule))
+def test_after_the_plan_the_schedules_stay_where_they_end(name):
+    """A discriminator that began before a fork to a longer run has more updates than its plan."""
+    optimizer = dataclasses.replace(OPTIMIZER, schedule=name)
+    for schedule in (optimizer.lr, optimizer.wd):
+        last, *later = schedule(np.array([999, 1000, 1500, 9999]), Plan(1000))
+        assert later == [last] * 3 and last > 0
+        assert jax.jit(lambda s, f=schedule: f(s, Plan(1000)))(jnp.int32(9999)) > 0
 
 
 def test_constant_stays_at_the_peak_and_short_runs_stay_finite():

@@ -76,8 +76,11 @@ class AdamW:
             check_setting(name, getattr(self, name), valid, allowed)
 
     def lr(self, step: Step, plan: Plan) -> Any:
-        """Returns the learning rate of update number `step`, from 0: float64, float32 in JAX."""
-        xp, n = _numbers(step)
+        """Returns the learning rate of update number `step`, from 0: float64, float32 in JAX.
+
+        After the last step of the plan it stays where it is.
+        """
+        xp, n = _numbers(step, plan)
         warm = round(self.warmup * plan.steps)
         rising = self.warmup_start + (1 - self.warmup_start) * n / max(warm, 1)
         done = (n - warm) / max(plan.steps - 1 - warm, 1)
@@ -86,7 +89,7 @@ class AdamW:
 
     def wd(self, step: Step, plan: Plan) -> Any:
         """Returns the weight decay of update number `step`, from 0."""
-        xp, n = _numbers(step)
+        xp, n = _numbers(step, plan)
         end = self.weight_decay if self.weight_decay_end is None else self.weight_decay_end
         cosine = 0.5 + 0.5 * xp.cos(math.pi * n / max(plan.steps - 1, 1))
         return end + (self.weight_decay - end) * cosine
@@ -135,7 +138,12 @@ class AdamW:
         return xp.where(done < hold, 1.0, end + (1 - end) * rest / (1 - hold))
 
 
-def _numbers(step: Step) -> tuple[Any, Any]:
+def _numbers(step: Step, plan: Plan) -> tuple[Any, Any]:
+    """Returns NumPy or JAX, and the number of the update, at most that of the plan's last one.
+
+    A discriminator that trained before a fork to a longer run has more updates than its plan.
+    """
+    last = max(plan.steps - 1, 0)
     if isinstance(step, jax.Array):
-        return jnp, step.astype(jnp.float32)
-    return np, np.asarray(step, np.float64)
+        return jnp, jnp.minimum(step.astype(jnp.float32), last)
+    return np, np.minimum(np.asarray(step, np.float64), last)
