@@ -10,6 +10,7 @@ import pytest
 from tests.helpers import forked
 from tests.helpers.paths import ROOT
 from tests.tokenizers.vq.test_model import small, small_config
+from varjax.tokenizers.vq import codebook
 from varjax.tokenizers.vq.codebook import (
     CodebookConfig,
     entropy_loss,
@@ -77,7 +78,7 @@ def test_k_means_and_restarts_are_the_same_on_eight_devices():
     forked.run([sys.executable, "-c", EIGHT_DEVICES], check=True, timeout=400, cwd=ROOT)
 
 
-def test_k_means_finds_clusters():
+def test_k_means_finds_clusters(monkeypatch):
     rng = np.random.default_rng(0)
     centers = rng.normal(size=(8, 3)) * 5
     z_NZ = np.float32(np.repeat(centers, 50, axis=0) + 0.1 * rng.normal(size=(400, 3)))
@@ -87,6 +88,10 @@ def test_k_means_finds_clusters():
 
     found = jax.jit(kmeans, static_argnums=1)(z_NZ, 16, KEY)
     assert distortion(found) < 0.5 * distortion(z_NZ[rng.permutation(400)[:16]])
+    monkeypatch.setattr(codebook, "KMEANS_PIECE", 64)
+    by_pieces = jax.jit(lambda z_NZ: kmeans(z_NZ, 16, KEY))
+    np.testing.assert_allclose(by_pieces(z_NZ), found, rtol=1e-5)
+    assert "f32[400,16]" not in str(jax.make_jaxpr(by_pieces)(z_NZ))  # distances of all vectors
     few = jax.jit(kmeans, static_argnums=1)(
         z_NZ[:3], 8, KEY
     )  # more codes than vectors: copies, but no two are equal

@@ -1,6 +1,7 @@
 """Remedies for an unhealthy codebook: k-means, restarts, scale dropout, and an entropy loss."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -21,6 +22,7 @@ from varjax.trees import PyTree
 CODEBOOK_PATH = "quantizer/codebook"  # where parameters, average and moments keep it
 KMEANS_ITERATIONS = 10
 KMEANS_VECTORS = 16  # number of vectors per code
+KMEANS_PIECE = 2**14  # vectors whose distances to all codes are in memory at a time
 KMEANS_NOISE = 0.01  # relative to the vectors' size, so that no two codes are equal
 USAGE_DECAY = 0.98  # decay of the moving average of how often codes are used
 DEAD_CODE_FRACTION = 0.1  # of the mean usage of a code, 1/V: codes used less are dead
@@ -197,13 +199,21 @@ def kmeans(z_NZ: jax.Array, vocab: int, key: jax.Array) -> jax.Array:
     order_key, noise_key = jax.random.split(key)
     order_N = jax.random.permutation(order_key, len(z_NZ))
     start_VZ = _add_noise(z_NZ[order_N[jnp.arange(vocab) % len(z_NZ)]], noise_key)
+    # All distances at once would take 16 V² numbers: 17 GB for 16,384 codes.
+    z_PMZ = z_NZ.reshape(-1, math.gcd(len(z_NZ), KMEANS_PIECE), z_NZ.shape[-1])
 
     def iterate(codes_VZ, _):
-        dot_NV = jnp.einsum("NZ,VZ->NV", z_NZ, codes_VZ, precision="highest")
-        distance_NV = jnp.sum(jnp.square(codes_VZ), axis=-1)[None] - 2 * dot_NV
-        nearest_NV = jax.nn.one_hot(jnp.argmin(distance_NV, axis=-1), vocab)
-        sum_VZ = jnp.einsum("NV,NZ->VZ", nearest_NV, z_NZ, precision="highest")
-        count_V1 = jnp.sum(nearest_NV, axis=0)[:, None]
+        norm_1V = jnp.sum(jnp.square(codes_VZ), axis=-1)[None]
+
+        def add_piece(sums, z_MZ):
+            sum_VZ, count_V1 = sums
+            dot_MV = jnp.einsum("MZ,VZ->MV", z_MZ, codes_VZ, precision="highest")
+            nearest_MV = jax.nn.one_hot(jnp.argmin(norm_1V - 2 * dot_MV, axis=-1), vocab)
+            sum_VZ += jnp.einsum("MV,MZ->VZ", nearest_MV, z_MZ, precision="highest")
+            return (sum_VZ, count_V1 + jnp.sum(nearest_MV, axis=0)[:, None]), None
+
+        zeros = jnp.zeros_like(codes_VZ), jnp.zeros((vocab, 1))
+        (sum_VZ, count_V1), _ = jax.lax.scan(add_piece, zeros, z_PMZ)
         return jnp.where(count_V1 > 0, sum_VZ / jnp.maximum(count_V1, 1), codes_VZ), None
 
     return jax.lax.scan(iterate, start_VZ, None, KMEANS_ITERATIONS)[0]
