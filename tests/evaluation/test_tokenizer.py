@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.helpers import runs
 from tests.helpers.tiles import tiles
@@ -160,6 +161,20 @@ def test_another_tokenizers_report_is_not_overwritten(tmp_path, capsys, monkeypa
     files.write_json(tmp_path / "out/evaluation.json", {"psnr": 20.0})  # of an older version
     assert command.main(flags) == 1
     assert "does not say which weights" in capsys.readouterr().err
+    (tmp_path / "out/evaluation.json").unlink()
+    picture = (tmp_path / "out/worst.png").read_bytes()
+    assert command.main(flags) == 1
+    assert "out has scales.png and worst.png and no evaluation.json" in capsys.readouterr().err
+    assert (tmp_path / "out/worst.png").read_bytes() == picture
+
+
+def test_a_report_does_not_go_into_the_folder_of_the_images(tmp_path, capsys):
+    """Its pictures would become images of the dataset."""
+    for number in range(40):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+    flags = [f"--weights={runs.tokenizer()}", f"--data=folder:{tmp_path}"]
+    assert command.main([*flags, f"--out={tmp_path}/report"]) == 1
+    assert "would be taken for images" in capsys.readouterr().err
 
 
 def _psnr_of_the_task(weights):

@@ -42,7 +42,7 @@ from tqdm import tqdm
 from varjax import trees
 from varjax.checkpoints.weights import WeightsDir
 from varjax.config import config_tree
-from varjax.data.sources import CachedLatents, dataset_of_command
+from varjax.data.sources import CachedLatents, Folder, dataset_of_command
 from varjax.errors import InputError
 from varjax.evaluation.image_crop import (
     AUTO,
@@ -77,8 +77,8 @@ from varjax.tokenizers.reconstruction_metrics import (
 )
 from varjax.training.previews import reconstruction_names
 
-REPORT = "evaluation.json"
-PICTURES = 8  # columns of scales.png and worst.png
+REPORT, SCALES_PICTURE, WORST_PICTURE = "evaluation.json", "scales.png", "worst.png"
+PICTURES = 8  # columns of both pictures
 
 
 def evaluate_tokenizer(
@@ -123,6 +123,8 @@ def evaluate_tokenizer(
             f"{data} holds latents, but images are needed; give folder:…, idx:… or tfds:…"
         )
     check_image_shape(config, images.image_shape)
+    if isinstance(images, Folder):
+        images.check_outside("out", out)
     say_other_splits(directory, images)
     lpips_params = None
     if lpips:
@@ -144,8 +146,9 @@ def evaluate_tokenizer(
         "lpips": trees.digest(lpips_params) if lpips else None,
         **(pairs.network.identity if pairs is not None else {}),
     }
-    _check_report(as_path(out) / REPORT, request)
-    check_writable(as_path(out))
+    folder = as_path(out)
+    _check_report(folder, request)
+    check_writable(folder)
     with tqdm(total=count, unit=" images", file=sys.stderr, disable=None) as bar:
 
         def progress(batches):
@@ -165,17 +168,25 @@ def evaluate_tokenizer(
         report["reconstructions_against"] = "the same held-out images, cropped alike"
         report["features"] = pairs.network.identity["features"]
     report["request"] = request
-    folder = as_path(out)
     files.write_json(folder / REPORT, report)
     title = f"{weights} · held-out images of {data}"
-    image_io.write_png(folder / "scales.png", scales_picture(split.shown, title))
-    image_io.write_png(folder / "worst.png", worst_picture(split.worst, f"{title} · the worst"))
+    image_io.write_png(folder / SCALES_PICTURE, scales_picture(split.shown, title))
+    image_io.write_png(folder / WORST_PICTURE, worst_picture(split.worst, f"{title} · the worst"))
     return report
 
 
-def _check_report(path: pathlib.Path, request: Mapping[str, Any]) -> None:
-    """Raises InputError if a report of another tokenizer, other images or metrics would be lost."""
+def _check_report(folder: pathlib.Path, request: Mapping[str, Any]) -> None:
+    """Raises InputError if a report of another tokenizer, other images or metrics would be lost.
+
+    So would pictures without a report, which is written before them.
+    """
+    path = folder / REPORT
     if not path.exists():
+        if pictures := [x for x in (SCALES_PICTURE, WORST_PICTURE) if (folder / x).exists()]:
+            raise InputError(
+                f"{folder} has {' and '.join(pictures)} and no {REPORT}, so they are of something "
+                "else; move them, or choose another out"
+            )
         return
     existing = files.read_json(path).get("request")
     if not isinstance(existing, dict):  # older versions did not say what they had measured
