@@ -70,6 +70,9 @@ def test_hundreds_of_passes_over_few_images():
     (note,) = passes_notes(Plan(steps=400, batch_size=64), 20, ema=True)
     assert "keep_best=eval_ema/loss " in note
     assert "eval_every=40 " in note  # ten evaluations
+    # The best by the other losses would be from before the discriminator began.
+    (note,) = passes_notes(Plan(steps=10_000, batch_size=64), 1_442, adversarial=True)
+    assert "keep_best" not in note and "eval_every=500. 50 epochs" in note
     for steps, images in ((4_000, 1_442), (250_000, 1_281_167), (10_000, 60_000)):
         assert (
             passes_notes(Plan(steps=steps, batch_size=1024 if steps == 250_000 else 64), images)

@@ -100,7 +100,8 @@ def set_up(experiment: Experiment) -> Setup:
     ema = getattr(task, "ema_decay", 0.0) > 0
     notes = list(task.notes(plan))
     if not experiment.patience:
-        notes += passes_notes(plan, len(loader.train_source), ema)
+        adversarial = getattr(task, "gan", None) is not None
+        notes += passes_notes(plan, len(loader.train_source), ema, adversarial)
     for note in notes if jax.process_index() == 0 else ():
         say(f"note: {note}")
     return Setup(experiment, task, plan, loader, mesh)
@@ -140,13 +141,16 @@ def with_starting_tokenizer(experiment: Experiment) -> Experiment:
     return changed
 
 
-def passes_notes(plan: Plan, images: int, ema: bool = False) -> list[str]:
+def passes_notes(
+    plan: Plan, images: int, ema: bool = False, adversarial: bool = False
+) -> list[str]:
     """Returns a note if a run sees the same few images hundreds of times.
 
     Args:
         plan: length of the run.
         images: number of training images.
         ema: whether the run keeps EMA weights, which samples come from.
+        adversarial: whether the task trains a discriminator, whose loss an evaluation lacks.
     """
     passes = plan.steps * plan.batch_size / images
     if passes < MANY_PASSES or images >= MANY_IMAGES:
@@ -154,11 +158,16 @@ def passes_notes(plan: Plan, images: int, ema: bool = False) -> list[str]:
     steps = math.ceil(MANY_PASSES / 4 * images / plan.batch_size)
     every = max(1, min(500, plan.steps // 10))  # patience counts evaluations, so it needs several
     loss = "eval_ema/loss" if ema else "eval/loss"
+    end = (
+        f" keep_best={loss} patience=5 keeps the best weights and ends the run when they no longer "
+    )
+    end += "improve"
+    if adversarial:  # with it, the other losses get worse, and the best would be from before
+        end = ""
     return [
         f"the run has {passes:,.0f} epochs of {images:,} training images, so the model may "
-        f"memorize them. Compare the loss with that of held-out images: eval_every={every} "
-        f"keep_best={loss} patience=5 keeps the best weights and ends the run when they no "
-        f"longer improve. {MANY_PASSES // 4} epochs are {steps:,} steps"
+        f"memorize them. Compare the loss with that of held-out images: eval_every={every}{end}. "
+        f"{MANY_PASSES // 4} epochs are {steps:,} steps"
     ]
 
 
