@@ -14,6 +14,7 @@ from tests.helpers import forked, runs
 from tests.helpers.paths import ROOT
 from varjax.checkpoints.weights import read_frozen_tokenizer
 from varjax.config import config_tree
+from varjax.errors import InputError
 from varjax.models import LoadedTokenizer
 from varjax.storage import files
 from varjax.tokenizers.contract import Tokenizer
@@ -54,6 +55,10 @@ def test_it_is_found_wherever_it_lies(tmp_path):
         found = varjax.load_tokenizer(tmp_path / name)
         assert found.config == CONFIG
         jax.tree.map(np.testing.assert_array_equal, found.params, params)
+        with pytest.raises(InputError, match="ema=True: .* has one set of weights of its tokeni"):
+            varjax.load_tokenizer(tmp_path / name, ema=True)
+    with pytest.raises(InputError, match=r"built_on@9: the run has checkpoints of steps \[\]"):
+        varjax.load_tokenizer(f"{tmp_path}/built_on@9")
     assert varjax.load_tokenizer(runs.tokenizer()).config == CONFIG
     files.write_json(tmp_path / "other/config.json", {"task": {"_type": "TinyTask"}})
     with pytest.raises(ValueError, match="other is a run of TinyTask, which has no tokenizer"):

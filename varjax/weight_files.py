@@ -175,7 +175,7 @@ def _read_models(
     config, task = weights.config, weights.config.get("task")
     models, sampling = {}, None
     if task or "tokenizer" in config:
-        models["tokenizer"] = read_tokenizer(weights, ema)
+        models["tokenizer"] = read_tokenizer(weights, ema if weights.trains_tokenizer else None)
     # The task of a model of latents names the tokenizer that it builds on.
     if "tokenizer" in task if task else any(family.name in config for family in FAMILIES):
         family, model, params, sampling = read_model(weights, ema)

@@ -123,11 +123,21 @@ class WeightsDir:
         self.tokenizer_settings()  # raises an error if there is no tokenizer
         if self.trains_tokenizer:
             return self.restore(ema)
+        if self.step is not None:
+            find_checkpoint(self.path, self.step)  # raises an error if there is none
         name = "tokenizer" if self.task is None else "frozen"
         return frozen_tokenizer(files.read_tensors(self.path / f"{name}.safetensors")[0])
 
     def read_tokenizer(self, config_class: type, ema: bool | None = None) -> tuple[Any, PyTree]:
-        """Reads (config, params) of the tokenizer; raises InputError if one is missing."""
+        """Reads (config, params) of the tokenizer.
+
+        Raises InputError if one is missing, or if `ema` is given and these are not the weights of a
+        tokenizer's run.
+        """
+        if ema is not None and not self.trains_tokenizer:
+            raise InputError(
+                f"ema={ema}: {self.path} has one set of weights of its tokenizer; omit it"
+            )
         if self.task is None:
             return self.read_converted("tokenizer", config_class)
         return self.read_tokenizer_config(config_class), self.read_tokenizer_params(ema)
