@@ -9,7 +9,7 @@ plain recipe:
     cosine           the nearest code by angle
     normal, kmeans   how the codes start, instead of uniform ±1/V
     restart          dead codes are replaced by inputs of the quantizer
-    scale_dropout    every tenth image keeps only 3 to 5 scales
+    scale_dropout    every tenth image keeps only 3 or 4 of the 5 scales
     entropy          a loss that is low where all codes are used
     adversarial      a discriminator from 30 % of the run on
 

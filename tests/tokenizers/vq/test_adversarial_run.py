@@ -92,6 +92,8 @@ def test_a_term_whose_weights_are_missing_is_refused_before_anything_is_trained(
     with pytest.raises(ValueError, match="8×16 are too small for LPIPS.*task.perceptual=none"):
         loop.train(experiment(tmp_path / "small", dataclasses.replace(task, model=MODEL)))
     deep = dataclasses.replace(TASK, gan=GANConfig(layers=3))
+    with pytest.raises(ValueError, match="too small for gan.kind='style'.*4 pixels a side$"):
+        GANConfig("style").check((2, 8, 1))
     with pytest.raises(ValueError, match="too small for gan.kind='patch'.*fewer"):
         loop.train(experiment(tmp_path / "deep", deep))
     assert not (tmp_path / "small").exists() and not (tmp_path / "deep").exists()

@@ -82,9 +82,10 @@ class GANConfig:
         """Raises InputError for images (H, W, channels) that the discriminator is too deep for."""
         min_side = 3 * 2**self.layers if self.kind == "patch" else STYLE_MIN_SIDE
         if min(image_shape[:2]) < min_side:
+            advice = "; for smaller ones set fewer gan.layers" * (self.kind == "patch")
             raise InputError(
                 f"images of {image_shape[:2]} are too small for gan.kind={self.kind!r}: it "
-                f"needs {min_side} pixels a side; for smaller ones set fewer gan.layers"
+                f"needs {min_side} pixels a side{advice}"
             )
 
     def discriminator(self, dtype: Any = jnp.float32) -> PatchDiscriminator | StyleDiscriminator:
