@@ -127,6 +127,14 @@ def test_a_killed_training_leaves_nothing_and_a_finished_one_is_not_repeated(tmp
         write_classifier(Digits(), ClassifierTraining(steps=8), "digits", out)
 
 
+def test_a_trained_classifier_is_not_replaced_by_a_converted_one(tmp_path):
+    out = write_untrained(tmp_path / "weights")
+    held = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(InputError, match="contains classifier.safetensors, .* would be lost"):
+        write_weights(out, {"classifier": {}}, {"classifier": {}}, {"resnet.pth": "0"})
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == held
+
+
 def test_a_finished_training_is_that_of_one_image_size(tmp_path, monkeypatch):
     config = ConvNetConfig((16, 16), classes=7, widths=(4,), features=6)
     monkeypatch.setattr(command, "train_classifier", lambda *_: (config, {"x": np.zeros(1)}, 0.5))

@@ -104,7 +104,8 @@ def new_directory(
 def check_weights_dir(out: pathlib.Path, replaces: Set[str] = frozenset()) -> None:
     """Raises InputError if `out` exists and `new_directory` would not replace it."""
     config = out / "config.json"
-    converted = config.is_file() and "sources" in files.read_json(config)
+    # A conversion can be repeated and names its sources; a classifier that varjax trained has none.
+    converted = config.is_file() and bool(files.read_json(config).get("sources"))
     folders.check_replaceable(out, replaces if converted else frozenset())
 
 

@@ -22,7 +22,7 @@ import optax
 
 from varjax import trees
 from varjax.config.numbers import seed_number, whole_number
-from varjax.convert.weights_dir import check_weights_dir, converted_files, write_weights
+from varjax.convert.weights_dir import check_weights_dir, write_weights
 from varjax.data.loader import make_loader
 from varjax.data.sources import CachedLatents, dataset_of_command
 from varjax.data.stream import ImageDataset
@@ -129,7 +129,6 @@ def write_classifier(
     Raises:
         InputError: `out` has other content or cannot be written, or as `train_classifier` does.
     """
-    check_weights_dir(out, converted_files([PART]))
     image_size = _choose_config(data).image_size
     request = {"data": name, **dataclasses.asdict(training), **data.describe()}
     if (written := out / "config.json").exists():
@@ -140,6 +139,7 @@ def write_classifier(
         existing |= {"image_size": written_config.get("image_size")}
         folders.check_same_request(out, existing, request | {"image_size": image_size})
     else:
+        check_weights_dir(out)
         folders.check_writable(out.parent)
         config, params, accuracy = train_classifier(data, training)
         settings = {TYPE: type(config).__name__, **dataclasses.asdict(config)}
