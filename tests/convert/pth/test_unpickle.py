@@ -22,6 +22,7 @@ from varjax.convert.pth.read import read_checkpoint
 RNG = np.random.default_rng(0)
 NAMESPACE = b"cargparse\nNamespace\n"
 NEW_NAMESPACE = NAMESPACE + b")\x81"
+CALLBACK = b"cpytorch_lightning.callbacks.model_checkpoint\nModelCheckpoint\n"
 
 
 def test_views_equal_index_arithmetic_and_never_leave_their_storage(tmp_path):
@@ -95,6 +96,15 @@ def test_strange_namespaces_do_no_harm(tmp_path):
     assert back["x"] == {"a": 1, "b": 3}
 
 
+def test_the_class_of_a_lightning_callback_is_a_key_of_plain_text(tmp_path):
+    callbacks = b"}" + CALLBACK + plain({"best_model_score": None}) + b"s"
+    path = archive(tmp_path / "x.ckpt", entries(callbacks=callbacks, w=tensor((24,), (1,))))
+    back = read_checkpoint(path)
+    assert back["callbacks"] == {"ModelCheckpoint": {"best_model_score": None}}
+    assert [type(key) for key in back["callbacks"]] == [str]
+    assert np.array_equal(back["w"], DATA)
+
+
 def rebuild(arguments: bytes) -> bytes:
     return b"ctorch._utils\n_rebuild_tensor\n(" + stored() + arguments + b"tR"
 
@@ -155,6 +165,9 @@ def test_a_pickle_that_acts_is_refused_and_does_not_act(tmp_path, protocol):
         (b"carg\nNamespace\n)\x81", "asks for 'arg.Namespace'"),
         (b"cargparse\nArgumentParser\n)\x81", "asks for 'argparse.ArgumentParser'"),
         (b"cargparse\n_sys.exit\n)\x81", "asks for 'argparse._sys.exit'"),
+        (CALLBACK + b")R", "calls a str"),
+        (CALLBACK + b")\x81", "other than a plain argparse.Namespace"),
+        (CALLBACK + b"}b", "sets the state of a str"),
         (NAMESPACE + b"b", "pickle is damaged"),
         (NAMESPACE + b"}b", "sets the state of a type"),
         (NEW_NAMESPACE + plain([("a", 1)]) + b"b", "Namespace to a list"),

@@ -182,6 +182,8 @@ ALLOWED: dict[str, Any] = {
     "numpy.dtype": _numpy_dtype,
     "numpy.core.multiarray.scalar": _numpy_scalar,
     "numpy._core.multiarray.scalar": _numpy_scalar,
+    # Old versions of Lightning key a callback's state by its class, which stays a text here.
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint": "ModelCheckpoint",
     "torch.Size": _size,
     "torch.device": _device,
     "torch._utils._rebuild_tensor": _rebuild_tensor,

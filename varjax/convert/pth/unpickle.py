@@ -40,8 +40,8 @@ def unpickle(
 
     Returns:
         Plain data, with tensors as read-only NumPy views of what `storage` returned. OrderedDict
-        and argparse.Namespace become dict, torch.Size tuple, torch.device str and torch.dtype
-        np.dtype.
+        and argparse.Namespace become dict, torch.Size tuple, torch.device and Lightning's class
+        ModelCheckpoint str, and torch.dtype np.dtype.
 
     Raises:
         InputError: the pickle is damaged, asks for a name that is not allowed, or for more data
