@@ -224,6 +224,22 @@ def test_a_scale_alone_leaves_the_file_its_shift(tmp_path, capsys):
     assert convert_file(tmp_path / "model.safetensors", tmp_path / "out", **flags)[0] == config
 
 
+def test_diffusers_config_determines_the_groups_unless_a_flag_does(tmp_path, capsys):
+    config, official = tiny()
+    save_file(golden.diffusers_names(official, 2), tmp_path / "model.safetensors")
+    about = {"_class_name": "AutoencoderKL", "scaling_factor": 0.5, "norm_num_groups": 4}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    found = convert_file(tmp_path / "model.safetensors", tmp_path / "out", groups=None)[0]
+    assert found == config and "norms have 4 groups, as" in capsys.readouterr().err
+    found = convert_file(tmp_path / "model.safetensors", tmp_path / "out", groups=2)[0]
+    assert found == dataclasses.replace(config, groups=2)
+    flags = {"groups": None, "latent_scale": 0.5, "latent_shift": 0.0}
+    assert convert_file(tmp_path / "model.safetensors", tmp_path / "out", **flags)[0] == config
+    (tmp_path / "config.json").write_text(json.dumps(about | {"norm_num_groups": "4"}))
+    with pytest.raises(InputError, match="norm_num_groups='4'; expected a whole number above 0"):
+        convert_file(tmp_path / "model.safetensors", tmp_path / "out", groups=None)
+
+
 def test_the_shift_goes_both_ways():
     config, params = KLConfig(latent_shift=0.5), {"latent_std": np.float32(2)}
     z_BhwZ = np.array([0.5, 4.5], np.float32)

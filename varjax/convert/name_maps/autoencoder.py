@@ -30,7 +30,7 @@ class AutoencoderSizes(Protocol):
 
 def groups_option() -> Any:
     """Makes the option `groups`."""
-    return option(32, "groups in each group norm of the tokenizer (32)", int)
+    return option(None, "groups in each group norm of the tokenizer (the file's, else 32)", int)
 
 
 def infer_autoencoder(tensors: Tensors) -> dict[str, Any]:

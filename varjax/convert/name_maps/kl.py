@@ -79,7 +79,8 @@ class KLConvertOptions:
     """Holds the settings that the tensors of an `AutoencoderKL` do not determine.
 
     Attributes:
-        groups: number of groups in each group norm.
+        groups: number of groups in each group norm. None for the number in the config.json that
+            diffusers writes next to the file, otherwise 32.
         image_size: pixels of both sides, or (height, width). None for the size that a MAR
             transformer's map has, otherwise 256.
         latent_scale: factor on the latents, 1 / standard deviation. None for the value in the file,
@@ -88,7 +89,7 @@ class KLConvertOptions:
             file, or the known value for that file, otherwise 0.
     """
 
-    groups: int = groups_option()
+    groups: int | None = groups_option()
     image_size: int | tuple[int, int] | None = image_size_option()
     latent_scale: float | None = option(
         None, "factor on a KL tokenizer's latents (the file's; 0.2325 for kl16.ckpt)", float
@@ -111,7 +112,7 @@ def infer_kl(tensors: Tensors, options: KLConvertOptions) -> KLConfig:
     features, latent_channels = _features(tensors), _latent_channels(tensors)
     return KLConfig(
         image_size=options.image_size or KLConfig.image_size,
-        groups=options.groups,
+        groups=KLConfig.groups if options.groups is None else options.groups,
         latent_channels=latent_channels,
         encoder_attention=infer_attention(tensors, "encoder", levels),
         decoder_attention=infer_attention(tensors, "decoder", levels),
@@ -183,6 +184,33 @@ def _has_quant_convs(tensors: Tensors) -> bool:
     return bool({"quant_conv.weight", "post_quant_conv.weight"} & tensors.keys())
 
 
+def kl_file_options(
+    source: Source, location: pathlib.Path, options: KLConvertOptions
+) -> dict[str, Any]:
+    """Finds what only the file, its digest, or diffusers' config.json next to it determines.
+
+    Args:
+        source: file of the tokenizer.
+        location: file as the user gave it, whose folder may contain a config.json.
+        options: options of the conversion, which take precedence.
+
+    Returns:
+        Options by name: "groups", "latent_scale", "latent_shift"; those that stay as they are may
+        be missing.
+
+    Raises:
+        InputError: like `latent_units`, and for a config.json with other values than numbers.
+    """
+    found: dict[str, Any] = {}
+    if options.groups is None and is_diffusers(source.held):
+        groups = _groups_from_config(location)
+        if groups != KLConfig.groups:
+            path = location.parent / "config.json"
+            print(f"note: {location}: norms have {groups} groups, as {path} says", file=sys.stderr)
+        found["groups"] = groups
+    return found | latent_units(source, location, options)
+
+
 def latent_units(
     source: Source, location: pathlib.Path, options: KLConvertOptions
 ) -> dict[str, float]:
@@ -239,14 +267,31 @@ def _scale_factor(tensor: np.ndarray) -> float:
     return _checked(SCALE_FACTOR, float(np.asarray(tensor).reshape(())))
 
 
+def _read_diffusers_config(path: pathlib.Path) -> dict[str, Any] | None:
+    """Reads diffusers' config.json of an autoencoder; None if it is missing or another model's."""
+    config = files.read_json(path) if files.exists(path) else {}
+    return config if str(config.get("_class_name")).startswith("Autoencoder") else None
+
+
+def _groups_from_config(location: pathlib.Path) -> int:
+    """Reads the number of groups from diffusers' config.json next to the weights, otherwise 32."""
+    path = location.parent / "config.json"
+    groups = (_read_diffusers_config(path) or {}).get("norm_num_groups", KLConfig.groups)
+    if type(groups) is not int or groups < 1:
+        raise InputError(
+            f"{path}: norm_num_groups={groups!r}; expected a whole number above 0; correct it, or "
+            "give --groups"
+        )
+    return groups
+
+
 def _units_from_config(location: pathlib.Path, scaled: bool) -> tuple[float, float] | None:
     """Reads (scale, shift) from diffusers' config.json next to the weights; None without one.
 
     scaled: whether a flag replaces the file's scale, which is then ignored.
     """
     path = location.parent / "config.json"
-    config: Any = files.read_json(path) if files.exists(path) else None
-    if not isinstance(config, dict) or not str(config.get("_class_name")).startswith("Autoencoder"):
+    if (config := _read_diffusers_config(path)) is None:
         return None
     # Older files omit the scale; diffusers' default is that of Stable Diffusion.
     scale = SD[0] if scaled else config.get("scaling_factor", SD[0])
@@ -276,7 +321,7 @@ KL_MAP = NameMap(
     official_constants=kl_official_constants,
     official_differences=kl_differences,
     option_values=fields_of("groups", "image_size", "latent_shift"),
-    file_options=latent_units,
+    file_options=kl_file_options,
     latent_options=kl_latent_options,
     prefix="first_stage_model.",  # in a checkpoint of a whole latent diffusion model
     ignored=("loss.",),  # LPIPS and the discriminator, in checkpoints of the tokenizer's training

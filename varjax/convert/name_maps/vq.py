@@ -60,13 +60,13 @@ class VQConvertOptions:
     Attributes:
         scales: side length or (h, w) of each token map, coarse to fine. None for the transformer's,
             otherwise those of 256 pixels.
-        groups: number of groups in each group norm.
+        groups: number of groups in each group norm. None for 32.
         phi_ratio: weight in [0, 1] of the φ convolutions against the identity.
         cosine_codes: whether codes are looked up by angle instead of by distance.
     """
 
     scales: tuple[Scale, ...] | None = scales_option()
-    groups: int = groups_option()
+    groups: int | None = groups_option()
     phi_ratio: float = option(0.5, "weight of the φ convolutions (0.5)", float)
     cosine_codes: bool = option(False, "look up codes by angle")
 
@@ -88,7 +88,7 @@ def infer_vq(tensors: Tensors, options: VQConvertOptions) -> VQConfig:
             )
     return VQConfig(
         scales=scales,
-        groups=options.groups,
+        groups=VQConfig.groups if options.groups is None else options.groups,
         vocab=vocab,
         code_channels=code_channels,
         num_phi=0 if own_phis else shared_phis or 1,
