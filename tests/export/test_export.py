@@ -441,6 +441,15 @@ def test_the_command_refuses_bad_flags(tmp_path, capsys, flag, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_programs_are_compiled(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(folder, "exported_programs", None)
+    (tmp_path / "file").write_text("")
+    assert main([f"--weights={runs.untrained_var()}", f"--out={tmp_path / 'file' / 'x'}"]) == 1
+    assert f"cannot write to {tmp_path / 'file'}" in capsys.readouterr().err
+
+
 def test_the_command_writes_no_folder_over_another(tmp_path, capsys):
     (tmp_path / "mine.txt").write_text("")
     assert main([f"--weights={runs.untrained_var()}", f"--out={tmp_path}"]) == 1

@@ -31,7 +31,7 @@ from varjax.export.programs import (
 from varjax.models import Dtype, family_of, load, open_model
 from varjax.nn.compute import ComputeConfig, Platform
 from varjax.sampling.guidance import check_guide_is_used
-from varjax.storage import files, safetensors_io
+from varjax.storage import files, folders, safetensors_io
 from varjax.storage.buckets import as_path
 from varjax.storage.safetensors_io import LazyArray
 
@@ -79,6 +79,7 @@ def export_model(
     platforms = _checked("platforms", platforms, tuple(PLATFORMS))
     _checked("dtype", [dtype], get_args(Dtype))
     check_weights_dir(out)
+    folders.check_writable(out.parent)
     contents = {f"flatbuffers/{name}": path.read_bytes() for name, path in reader_files().items()}
     contents |= {name: (pathlib.Path(__file__).parent / name).read_bytes() for name in SCRIPTS}
     directory, programs, memory, identity = open_model(location), [], {}, {}
