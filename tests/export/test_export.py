@@ -181,6 +181,52 @@ def test_images_of_another_range_are_not_encoded(images_BHWC):
         object.__new__(exported_model.ExportedModel).encode(images_BHWC)
 
 
+class WithoutPrograms(exported_model.ExportedModel):
+    """Checks arguments as an exported model does, and computes nothing."""
+
+    def __init__(self, **about):
+        option = {"least": 1, "most": 9.0, "whole": False}
+        programs = [{"name": name, "platform": "cpu"} for name in ("sample", "decode", "edit")]
+        programs += [{"name": "encode_uint8", "platform": "cpu"}]
+        self.about = {"classes": 10, "class_names": [], "edit_shape": [4, 4]}
+        self.about |= {"programs": programs, "options": {"guidance": option}, "numbers": {}} | about
+        self.platform = "cpu"
+
+    def _run(self, programs, batch, seed=0, options=None, kept_B=None):
+        self._options(options or {})
+        return batch[-1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"labels": [8]}, "1 labels; needed are 2"),
+        ({"labels": [8, 7, 6]}, "3 labels; needed are 2"),
+        ({"index": [0, 1, 2]}, "2 images and 3 of index"),
+        ({"index": [0.5, 1]}, "needed are 2 whole numbers"),
+        ({"keep": True}, r"keep has shape \(\); allowed are \(4, 4\), \(2, 4, 4\)"),
+        ({"keep": np.ones(4, bool)}, r"keep has shape \(4,\)"),
+        ({"keep": np.ones((2, 1, 1), bool)}, r"keep has shape \(2, 1, 1\)"),
+        ({"guidance": "2"}, "guidance=2: allowed are 1 … 9.0"),
+        ({"guidance": None}, "guidance=None: allowed are"),
+        ({"guidance": [2.0]}, "guidance=.*: allowed are"),
+    ],
+)
+def test_bad_edits_are_refused_before_a_program_is_run(given, message):
+    own, keep_hw = WithoutPrograms(), np.ones((4, 4), bool)
+    assert own.edit(PICTURES, keep_hw, labels=[8, 7], guidance=2).shape == (2, 4, 4)
+    assert own.edit(PICTURES[:1], np.ones((3, 4, 4), bool), index=[4, 5, 6]).shape == (3, 4, 4)
+    with pytest.raises(ValueError, match=message):
+        own.edit(PICTURES, **{"keep": keep_hw} | given)
+
+
+def test_one_label_is_one_image():
+    own = WithoutPrograms(classes=20)
+    for label in ("12", 12, np.int64(12)):
+        np.testing.assert_array_equal(own._numbers(label), [12])
+    assert len(own.sample("12")) == 1
+
+
 def test_names_of_classes_are_understood_as_varjax_does():
     names = "crane", "Dog", "crane", "cat", "Cat"
     own = object.__new__(exported_model.ExportedModel)

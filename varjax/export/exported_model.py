@@ -63,7 +63,12 @@ class ExportedModel:
         programs, B = self._programs("edit"), len(images_BHWC if index is None else index)
         index_B = self._index(B, index)
         label_B = self._numbers([self.about["classes"]] * B if labels is None else labels)
-        keep_Bhw = np.broadcast_to(keep, (B, *self.about["edit_shape"])).astype(bool)
+        check(len(label_B) == B, f"{len(label_B)} labels; needed are {B}, one for each result")
+        count, shape = len(images_BHWC), (*self.about["edit_shape"],)
+        check(count in (1, B), f"{count} images and {B} of index; give one, or one per index")
+        fits = np.shape(keep) in (shape, (B, *shape))
+        check(fits, f"keep has shape {np.shape(keep)}; allowed are {shape}, {(B, *shape)}")
+        keep_Bhw = np.broadcast_to(keep, (B, *shape)).astype(bool)
         tokens = self.encode(images_BHWC)
         tokens = np.broadcast_to(tokens, (B, *tokens.shape[1:]))
         batch = [label_B, index_B, tokens, keep_Bhw]
@@ -86,6 +91,7 @@ class ExportedModel:
     def _numbers(self, labels):
         names, classes = self.about["class_names"], self.about["classes"]
         exact, folded = unique(names), unique([name.casefold() for name in names])
+        labels = [labels] if np.isscalar(labels) else labels
         texts = [str(label).strip() for label in labels]
         texts = [str(exact.get(x, folded.get(x.casefold(), x))) for x in texts]
         known = texts and all(x.isdecimal() and int(x) <= classes for x in texts)
@@ -95,8 +101,9 @@ class ExportedModel:
 
     def _index(self, B, index):
         index_B = np.arange(B) if index is None else np.asarray(index)
-        fits = index_B.shape == (B,) and (index_B >= 0).all() and (index_B < 2**32).all()
-        check(fits, f"index {index}: needed are {B} numbers, 0 … {2**32 - 1}")
+        whole = index_B.shape == (B,) and index_B.dtype.kind in "iu"
+        fits = whole and (index_B >= 0).all() and (index_B < 2**32).all()
+        check(fits, f"index {index}: needed are {B} whole numbers, 0 … {2**32 - 1}")
         return index_B
 
     def _options(self, given):
@@ -105,7 +112,8 @@ class ExportedModel:
             least, most, whole = (
                 self.about["options"][name][x] for x in ("least", "most", "whole")
             )
-            fits = least <= value <= most and (value == int(value) or not whole)
+            number = np.shape(value) == () and np.asarray(value).dtype.kind in "iuf"
+            fits = number and least <= value <= most and (not whole or value == int(value))
             check(fits, f"{name}={value}: allowed are {'whole numbers ' * whole}{least} … {most}")
         return {**self.about["numbers"], **given}
 
