@@ -188,7 +188,7 @@ class WithoutPrograms(exported_model.ExportedModel):
         option = {"least": 1, "most": 9.0, "whole": False}
         programs = [{"name": name, "platform": "cpu"} for name in ("sample", "decode", "edit")]
         programs += [{"name": "encode_uint8", "platform": "cpu"}]
-        self.about = {"classes": 10, "class_names": [], "edit_shape": [4, 4]}
+        self.about = {"classes": 10, "class_names": [], "edit_shape": [4, 4], "vocab": 16}
         self.about |= {"programs": programs, "options": {"guidance": option}, "numbers": {}} | about
         self.platform = "cpu"
 
@@ -225,6 +225,30 @@ def test_one_label_is_one_image():
     for label in ("12", 12, np.int64(12)):
         np.testing.assert_array_equal(own._numbers(label), [12])
     assert len(own.sample("12")) == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[0, 16]], "tokens are outside of 0 … 15"),
+        ([[0, -1]], "tokens are outside of 0 … 15"),
+        ([[0, 0.9]], "tokens are float64; give integers"),
+        ([[False]], "tokens are bool; give integers"),
+        (3, r"tokens have shape \(\)"),
+    ],
+)
+def test_tokens_outside_of_the_vocabulary_are_not_decoded(tokens, message):
+    np.testing.assert_array_equal(WithoutPrograms().decode([[0, 15]]), [[0, 15]])
+    with pytest.raises(ValueError, match=message):
+        WithoutPrograms().decode(tokens)
+
+
+def test_latents_have_no_vocabulary():
+    codes = varjax.load(runs.untrained_mar_over_codes())
+    found = [folder.model_facts(x)["vocab"] for x in (model("var"), model("mar"), codes)]
+    assert found == [runs.TOKENIZER.vocab, None, runs.TOKENIZER.vocab]
+    latents = np.array([[[0.5], [-20.0]]])
+    np.testing.assert_array_equal(WithoutPrograms(vocab=None).decode(latents), latents)
 
 
 def test_names_of_classes_are_understood_as_varjax_does():

@@ -86,7 +86,13 @@ class ExportedModel:
 
     def decode(self, tokens):
         """Decodes tokens into images (B, H, W, channels) float32 in [0, 1]."""
-        return self._run(self._programs("decode"), [np.asarray(tokens)])
+        tokens = np.asarray(tokens)
+        check(tokens.ndim > 1, f"tokens have shape {tokens.shape}; give those that encode returns")
+        if vocab := self.about.get("vocab"):  # else the tokens are latents
+            check(tokens.dtype.kind in "iu", f"tokens are {tokens.dtype}; give integers")
+            fits = np.all((tokens >= 0) & (tokens < vocab))
+            check(fits, f"tokens are outside of 0 … {vocab - 1}")
+        return self._run(self._programs("decode"), [tokens])
 
     def _numbers(self, labels):
         names, classes = self.about["class_names"], self.about["classes"]

@@ -34,6 +34,7 @@ from varjax.sampling.guidance import check_guide_is_used
 from varjax.storage import files, folders, safetensors_io
 from varjax.storage.buckets import as_path
 from varjax.storage.safetensors_io import LazyArray
+from varjax.tokenizers.vq.model import VQConfig
 
 # Names of platforms in jax.export and in `ComputeConfig`.
 PLATFORMS: dict[str, Platform] = {"cpu": "cpu", "cuda": "gpu", "tpu": "tpu"}
@@ -196,9 +197,11 @@ def joined_licenses(locations: Sequence[str | os.PathLike]) -> dict[str, str]:
 
 def model_facts(model: Any) -> dict[str, Any]:
     """Returns what model.json says of a model: shapes, classes, digest of the weights."""
+    tokenizer = model.tokenizer
     return {
         "image_shape": model.image_shape,
         "edit_shape": model.edit_shape,
+        "vocab": tokenizer.vocab if isinstance(tokenizer, VQConfig) else None,
         "classes": model.classes,
         "class_names": list(model.labels.names),
         "synsets": list(model.labels.synsets),
