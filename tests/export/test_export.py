@@ -426,6 +426,23 @@ def test_a_version_of_jax_that_cannot_read_it_is_refused(exported, tmp_path, cha
         load_exported(out)
 
 
+@pytest.mark.parametrize("suffix", ["", "rc1", ".dev20260101", ".dev20260101+0a1b2c3"])
+def test_an_export_by_any_kind_of_version_of_jax_is_compared_with_this_one(
+    suffix, tmp_path, monkeypatch
+):
+    convention = exported_model.export.maximum_supported_calling_convention_version
+    about = {"jax": f"1.10.2{suffix}", "calling_convention": convention, "programs": []}
+    about |= {"sha256": {}, "readable_by": "these programs need JAX 1.10.2"}
+    (tmp_path / "model.json").write_text(json.dumps(about))
+    for newer in ("1.10.2", "1.10.10", "2.0.0rc1"):
+        monkeypatch.setattr(jax, "__version__", newer)
+        exported_model.ExportedModel(tmp_path)
+    for older in ("1.10.1", "1.9.3.dev20260101", "0.11.0"):
+        monkeypatch.setattr(jax, "__version__", older)
+        with pytest.raises(ValueError, match=f"need JAX 1.10.2; this is jax {older}"):
+            exported_model.ExportedModel(tmp_path)
+
+
 @pytest.mark.slow
 def test_damaged_and_missing_files_are_refused(exported, tmp_path):
     out = edited_about(exported("var"), tmp_path / "out")

@@ -11,6 +11,7 @@ import collections
 import hashlib
 import json
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -48,7 +49,7 @@ class ExportedModel:
         self._read_programs, self._weights = {}, {}
         oldest = export.minimum_supported_calling_convention_version
         newest = export.maximum_supported_calling_convention_version
-        recent = jax.__version_info__ >= tuple(map(int, self.about["jax"].split(".")))
+        recent = version(jax.__version__) >= version(self.about["jax"])
         readable = recent and oldest <= self.about["calling_convention"] <= newest
         check(readable, f"{self.about['readable_by']}; this is jax {jax.__version__}")
 
@@ -174,6 +175,11 @@ class ExportedModel:
         with open(path, "rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         check(digest == self.about["sha256"].get(file), f"{path} is damaged; export again")
+
+
+def version(text):
+    """Returns the numbers of a version: (0, 10, 2) for "0.10.2", "0.10.2rc1" and "0.10.2.dev1"."""
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
 def unique(names):
