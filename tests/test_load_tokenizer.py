@@ -20,6 +20,7 @@ from varjax.storage import files
 from varjax.tokenizers.contract import Tokenizer
 from varjax.tokenizers.kl.model import KLConfig
 from varjax.tokenizers.vq.model import bound_quantizer, decode_features, quantize_images
+from varjax.weight_files import convert_to_torch
 
 CONFIG: Tokenizer = runs.TOKENIZER
 KL = KLConfig(8, 1, width=8, channel_mult=(1, 2), blocks=1, groups=4, latent_channels=3)
@@ -180,3 +181,15 @@ def test_building_on_an_unfinished_run_is_told(tmp_path, capsys):
         files.write_json(run / "config.json", config | longer)
         read_frozen_tokenizer(str(run), runs.TOKENIZER)
         assert "is at step 2 of 40" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_a_choice_of_ema_weights_is_refused_where_there_is_one_set(ema, tmp_path):
+    for read in (
+        varjax.load,
+        varjax.load_tokenizer,
+        lambda weights, ema: convert_to_torch(weights, tmp_path / "out", ema),
+    ):
+        with pytest.raises(ValueError, match=f"ema={ema}: .* has one set of weights.*; omit it"):
+            read(runs.untrained_var(), ema=ema)
+    assert not (tmp_path / "out").exists()

@@ -321,10 +321,6 @@ def load(
     for role, (other, allowed) in companions.items():
         if other is not None and not allowed:
             raise InputError(f"{role}={other}: models of the family {family.name} take no {role}")
-    if ema is not None and weights.task is None:
-        raise InputError(
-            f"ema={ema}: {weights.path} is no run, and has one set of weights; omit it"
-        )
     _, config, params, options = read_model(weights, ema)
     tokenizer, tokenizer_params = None, {}
     if family.needs_tokenizer or weights.config.keys() & {"task", "tokenizer"}:

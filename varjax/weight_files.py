@@ -82,6 +82,7 @@ def convert_to_torch(
     """
     check_setting("layout", layout, layout in get_args(Layout), " or ".join(get_args(Layout)))
     directory, out = open_model(weights), as_path(out)
+    directory.check_ema(ema)
     models, sampling = _read_models(directory, ema)
     _check_official(directory, models)
     if layout == "diffusers":

@@ -53,6 +53,13 @@ class WeightsDir:
         """Whether this is the run of a tokenizer, not one that uses a tokenizer."""
         return "task" in self.config and "tokenizer" not in self.config["task"]
 
+    def check_ema(self, ema: bool | None) -> None:
+        """Raises InputError if `ema` chooses between weights of which there is one set."""
+        if ema is not None and self.task is None:
+            raise InputError(
+                f"ema={ema}: {self.path} is no run, and has one set of weights; omit it"
+            )
+
     def read_task_part(self, part: str, config_class: type) -> Any:
         """Builds the config of a part of the run's task, such as its "model".
 
@@ -358,8 +365,9 @@ def read_generator(
         (config, params, default sampling options).
 
     Raises:
-        InputError: `weights` has no such model.
+        InputError: `weights` has no such model, or `ema` is given for a converted directory.
     """
+    weights.check_ema(ema)
     if weights.task is None:
         model, params = weights.read_converted(name, config_class)
         return model, params, weights.read_options(options_class)
